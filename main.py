@@ -1,0 +1,1026 @@
+"""Train a transformer language model with MLX, never lose a step of it, and talk to it.
+
+    python main.py --dataset python --dim 128 --context_size 128     train on Python's own standard library
+    python main.py --dataset ptb                                     train on Penn Treebank; Ctrl+C, same line: go on
+    python main.py --inference                                       talk to the checkpoint saved last
+    python main.py --help                                            every flag
+
+The whole program is in this file, from the model to the command line; text becomes token ids in datasets.py.
+Shapes are written in these letters: B rows of a batch, L positions, D model dimension, H query heads, K key and value
+heads, d dimension of a head (D / H), V vocabulary.
+"""
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before there is anything to save, Ctrl+C leaves without a traceback
+
+import argparse
+import ctypes
+import dataclasses
+import glob
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from tqdm import tqdm
+
+from datasets import DATASETS, TOKENIZERS, RunError, UsageError, load_dataset, tokenizer_from_dict
+
+FORMAT_VERSION = 1  # of the .metadata files; raise it when an older program could misread a new file
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "transformer-lm"
+
+BLAS_FORWARDER = """
+#define GEMM(name, scalar, type) \\
+  void scipy_##name##64_(int, int, int, long, long, long, scalar, const type*, long, const type*, long, scalar, type*, long); \\
+  void name(int order, int ta, int tb, int m, int n, int k, scalar alpha, const type* a, int lda, \\
+            const type* b, int ldb, scalar beta, type* c, int ldc) { \\
+    scipy_##name##64_(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc); }
+GEMM(cblas_sgemm, float, float) GEMM(cblas_dgemm, double, double) GEMM(cblas_cgemm, const void*, void)
+"""
+
+
+def use_fast_blas():
+    """Makes a fast BLAS visible to MLX and returns its name; call it before mlx is imported.
+
+    MLX's Linux wheel carries the reference BLAS (8 GFLOP/s where OpenBLAS reaches 240), but whichever library with
+    global symbols is loaded first wins: the system's, or the OpenBLAS inside NumPy's wheel, whose names and integers
+    differ, so that a forwarder of three functions is compiled, once, with the C compiler that MLX needs anyway.
+    """
+    if sys.platform != "linux":
+        return "Accelerate"
+    try:  # glibc returns large arrays to the kernel at once, and each new one is faulted in page by page (7x on a sum)
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            ctypes.CDLL("libc.so.6").mallopt(option, value)
+    except (OSError, AttributeError):
+        pass  # another libc
+    pip_mkl = os.path.join(sys.prefix, "lib", "libmkl_rt.so.2")
+    for name in ("libopenblas.so.0", "libblis.so.4", "libmkl_rt.so.2", "libmkl_rt.so", pip_mkl):
+        try:
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL).cblas_sgemm
+            return os.path.basename(name)
+        except (OSError, AttributeError):
+            continue
+    try:
+        library = glob.glob(os.path.join(np.__path__[0], "..", "numpy.libs", "libscipy_openblas64_*.so"))[0]
+        forwarder = CACHE / f"blas-{hashlib.sha1(BLAS_FORWARDER.encode()).hexdigest()[:12]}.so"
+        if not forwarder.exists():
+            CACHE.mkdir(parents=True, exist_ok=True)
+            new = forwarder.with_suffix(f".{os.getpid()}")
+            command = ["cc", "-shared", "-fPIC", "-O2", "-x", "c", "-", "-o", str(new)]
+            subprocess.run(command, input=BLAS_FORWARDER.encode(), check=True, stderr=subprocess.DEVNULL)
+            os.replace(new, forwarder)
+        for path in (library, forwarder):
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        return "NumPy's OpenBLAS"
+    except (IndexError, OSError, subprocess.SubprocessError):
+        return "reference BLAS"
+
+
+BLAS = use_fast_blas()
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What shapes the weights and what they compute. Raises UsageError where the numbers do not fit each other."""
+
+    vocab_size: int
+    context_size: int
+    num_blocks: int
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    mlp: str
+    mlp_dim: int
+    dropout: float
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.dim % (2 * self.num_heads):  # RoPE rotates pairs, so a head's dimension is even
+            fitting = 2 * self.num_heads * max(1, round(self.dim / (2 * self.num_heads)))
+            raise UsageError(f"--dim {self.dim} must be a multiple of 2 * --num_heads {self.num_heads}: try --dim {fitting}")
+        if self.num_heads % self.num_kv_heads:
+            raise UsageError(f"--num_kv_heads {self.num_kv_heads} must divide --num_heads {self.num_heads}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model: decoder-only and pre-norm, with RMSNorm, RoPE and grouped-query attention; parameters are named as in Hugging
+# Face's Llama
+
+
+def dropout(hidden, rate, keys, site):
+    """Zeroes each element with probability `rate`. keys: [B, 2] uint32, one a row, or None for no dropout; `site` tells
+    the model's dropouts apart. Masks depend on a row's own key alone, so a batch can be split without changing them."""
+    if keys is None:
+        return hidden
+    keep = mx.vmap(lambda key: mx.random.bernoulli(1 - rate, hidden.shape[1:], key=key))(keys + mx.array(site, mx.uint32))
+    return mx.where(keep, hidden / (1 - rate), 0)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, K key/value heads shared by H query heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.dim // config.num_heads
+        self.rope_theta = config.rope_theta
+        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, self.num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, self.num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+
+    def __call__(self, hidden, cache=None):
+        B, L, D = hidden.shape
+        queries = self.q_proj(hidden).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)  # [B, H, L, d]
+        keys = self.k_proj(hidden).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)  # [B, K, L, d]
+        values = self.v_proj(hidden).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)  # [B, K, L, d]
+        rope = partial(
+            mx.fast.rope, dims=self.head_dim, traditional=False, base=self.rope_theta, scale=1.0,
+            offset=cache.length if cache else 0,
+        )  # fmt: skip
+        queries, keys = rope(queries), rope(keys)
+        if cache:
+            keys, values = cache.append(keys, values)
+        attended = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=self.head_dim**-0.5, mask="causal"
+        )  # [B, H, L, d]
+        return self.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, D))
+
+
+class Cache:
+    """The keys and values one Attention has seen, so that decoding a token costs one token."""
+
+    def __init__(self, context_size):
+        self.context_size, self.length = context_size, 0
+        self.keys = self.values = None
+
+    def append(self, keys, values):  # [B, K, L, d] each
+        start, self.length = self.length, self.length + keys.shape[2]
+        if self.keys is None:
+            B, K, _, d = keys.shape
+            self.keys = mx.zeros((B, K, self.context_size, d), keys.dtype)
+            self.values = mx.zeros_like(self.keys)
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+# relu(x)² (So et al. 2021) trains as well as the others at equal size and costs a CPU next to nothing: on [1536 x 4096]
+# forward and backward take 8 ms, where silu takes 165 and gelu 320, since MLX's exp and erf are scalar there.
+ACTIVATIONS = {"relu2": lambda x: mx.square(nn.relu(x)), "gelu": nn.gelu, "swiglu": nn.silu}
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.mlp]
+        if config.mlp == "swiglu":
+            self.gate_proj = nn.Linear(config.dim, config.mlp_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.mlp_dim, bias=False)
+        self.down_proj = nn.Linear(config.mlp_dim, config.dim, bias=False)
+
+    def __call__(self, hidden):
+        if "gate_proj" in self:
+            return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(self.activation(self.up_proj(hidden)))
+
+
+class Block(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        self.index, self.dropout = index, config.dropout
+        self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(self, hidden, cache=None, keys=None):
+        attended = self.self_attn(self.input_layernorm(hidden), cache)
+        hidden = hidden + dropout(attended, self.dropout, keys, 2 * self.index + 1)
+        transformed = self.mlp(self.post_attention_layernorm(hidden))
+        return hidden + dropout(transformed, self.dropout, keys, 2 * self.index + 2)
+
+
+class Transformer(nn.Module):
+    """Token ids [B, L] to final hidden states [B, L, D]; put any head on it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = [Block(config, i) for i in range(config.num_blocks)]
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+
+    def __call__(self, tokens, caches=None, keys=None):
+        hidden = dropout(self.embed_tokens(tokens), self.dropout, keys, 0)
+        for i, block in enumerate(self.layers):
+            hidden = block(hidden, caches[i] if caches else None, keys)
+        return self.norm(hidden)
+
+
+class LanguageModel(nn.Module):
+    """Token ids [B, L] to logits [B, L, V] of the token that follows each position."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+
+    def __call__(self, tokens, caches=None, keys=None):
+        """caches: a Cache for each block, which the tokens continue; keys: [B, 2] random keys for dropout, or None."""
+        return self.model.embed_tokens.as_linear(self.model(tokens, caches, keys))
+
+
+def init_weights(model, seed):
+    """Gives every parameter its first value: norms 1; matrices normal with the deviation 1 / sqrt(inputs); the matrices
+    that write into the residual stream 0, so that each block begins as the identity; embeddings small, since they are
+    the output layer too, and logits near 0 mean a first loss near ln V."""
+    weights = []
+    parameters = tree_flatten(model.parameters())
+    for (name, parameter), key in zip(parameters, mx.random.split(mx.random.key(seed), len(parameters))):
+        normal = mx.random.normal(parameter.shape, key=key)
+        if name.endswith("norm.weight"):
+            value = mx.ones_like(parameter)
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            value = mx.zeros_like(parameter)
+        elif name.endswith("embed_tokens.weight"):
+            value = normal * min(0.02, 1 / model.config.dim)
+        else:
+            value = normal * parameter.shape[1] ** -0.5
+        weights.append((name, value))
+    model.load_weights(weights)
+    mx.eval(model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+def make_optimizer(model, flags):
+    """AdamW (Loshchilov & Hutter 2019) in two groups: matrices with weight decay, norms without. Its state is ready."""
+    adamw = partial(optim.AdamW, flags.learning_rate, betas=[0.9, 0.99], bias_correction=True)
+    optimizer = optim.MultiOptimizer(
+        [adamw(weight_decay=flags.weight_decay), adamw(weight_decay=0.0)], [lambda name, weight: weight.ndim >= 2]
+    )
+    optimizer.init(model.trainable_parameters())
+    covered = [name[:-2] for group in optimizer.optimizers for name, _ in tree_flatten(group.state) if name.endswith(".m")]
+    assert sorted(covered) == sorted(name for name, _ in tree_flatten(model.trainable_parameters()))
+    return optimizer
+
+
+def learning_rate_at(iteration, flags):
+    """The rate of step `iteration` (from 0): a linear warm-up over `lr_warmup` steps, then constant; never 0."""
+    return flags.learning_rate * min(1.0, (iteration + 1) / max(1, flags.lr_warmup))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class Batches:
+    """Windows of a token array in a permuted order; endless, and a function of (seed, epoch, s) alone.
+
+    Each epoch cuts the text into windows at another offset, so that no token is left out for good, and draws an order
+    `perm` of them; `s` is the position in it. Raises UsageError for a text shorter than one window.
+    """
+
+    def __init__(self, tokens, context_size, batch_size, seed):
+        if len(tokens) <= context_size:
+            raise UsageError(
+                f"the training text has {len(tokens):,} tokens, fewer than one window of --context_size {context_size} "
+                f"and the token after it: use a longer text or --context_size {max(1, len(tokens) - 1)}"
+            )
+        self.tokens, self.context_size, self.batch_size, self.seed = tokens, context_size, batch_size, seed
+        self.begin_epoch(0)
+
+    def begin_epoch(self, epoch):
+        random = np.random.default_rng([self.seed, epoch])
+        self.epoch, self.s = epoch, 0
+        self.offset = int(random.integers(min(self.context_size, len(self.tokens) - self.context_size)))
+        windows = (len(self.tokens) - 1 - self.offset) // self.context_size
+        self.perm = random.permutation(windows).astype(np.int32)
+
+    def next(self):
+        """Inputs and targets, [B, L] int32 each. The last incomplete batch of an epoch is dropped; where the text has
+        fewer windows than a batch, they repeat."""
+        if self.s + self.batch_size > len(self.perm) and self.s > 0:
+            self.begin_epoch(self.epoch + 1)
+        order = self.perm if len(self.perm) >= self.batch_size else np.resize(self.perm, self.batch_size)
+        starts = self.offset + order[self.s : self.s + self.batch_size].astype(np.int64) * self.context_size
+        self.s += self.batch_size
+        rows = np.stack([self.tokens[start : start + self.context_size + 1] for start in starts]).astype(np.int32)
+        return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
+
+    @property
+    def steps_per_epoch(self):
+        return max(1, len(self.perm) // self.batch_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss and evaluation
+
+
+def loss_sum(model, tokens, targets, keys=None, mask=1.0):
+    """Cross-entropy in nats, summed over the positions. tokens, targets, mask: [B, L]."""
+    logits = model(tokens, keys=keys)  # [B, L, V]
+    return (nn.losses.cross_entropy(logits, targets) * mask).sum()
+
+
+def evaluate(model, tokens, batch_size, interrupts=None):
+    """Mean nats a token over every token but the first, each scored once, in windows that do not overlap; None if
+    `interrupts` cut it short. tokens: [N]."""
+    L = model.config.context_size
+    count = len(tokens) - 1
+    rows = -(-count // L)  # the last row and the last batch are filled up with padding of weight 0
+    rows_padded = -(-rows // batch_size) * batch_size
+    inputs, targets, mask = np.zeros((3, rows_padded * L), np.int32)
+    inputs[:count], targets[:count], mask[:count] = tokens[:-1], tokens[1:], 1
+    inputs, targets, mask = (array.reshape(-1, batch_size, L) for array in (inputs, targets, mask))
+    total = 0.0
+    for batch in zip(inputs, targets, mask):
+        if interrupts and interrupts.received:
+            return None
+        batch_tokens, batch_targets, batch_mask = map(mx.array, batch)
+        total += loss_sum(model, batch_tokens, batch_targets, mask=batch_mask).item()
+    return total / count
+
+
+def describe_score(name, nats, split, tokenizer):
+    """One line with a split's score: per token, and in two units that do not depend on the tokenizer."""
+    total = nats * len(split.tokens)
+    line = (
+        f"{name} {nats:.4f} nats, perplexity {math.exp(min(nats, 99)):.2f} a token, "
+        f"{math.exp(min(total / max(1, split.num_words), 99)):.2f} a word, {total / math.log(2) / split.num_bytes:.4f} bits per byte"
+    )
+    if tokenizer.unk is not None:
+        line += f", {(split.tokens == tokenizer.unk).mean():.2%} <unk>"
+    return line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+#
+# `<sha1>.safetensors` holds the parameters and is named by the SHA1 of its bytes; `<sha1>.metadata` (the same format)
+# holds all else that a run is: optimizer state and `perm` as arrays, the tokenizer, and `record`, a JSON object with
+# the flags, counters and scores. The header of the metadata names the SHA1 of its own bytes, taken with BLANK in place.
+
+BLANK = "0" * 40
+
+
+class HashedFile:
+    """A file for mx.save_safetensors that hashes what passes through it, so that no byte is read back."""
+
+    closed = False
+
+    def __init__(self, path):
+        self.file, self.sha1 = open(path, "w+b"), hashlib.sha1()
+        self.seek, self.tell = self.file.seek, self.file.tell
+
+    def write(self, data):
+        self.sha1.update(data)
+        return self.file.write(data)
+
+
+def write_safetensors(path, arrays, metadata):
+    """Writes and syncs a safetensors file; returns the SHA1 of its bytes. BLANK in the metadata becomes that SHA1."""
+    out = HashedFile(path)
+    with out.file as file:
+        mx.save_safetensors(out, dict(sorted(arrays.items())), metadata)
+        sha1 = out.sha1.hexdigest()
+        file.flush()
+        if BLANK in metadata.values():
+            file.seek(8 + read_header(path).index(BLANK.encode()))
+            file.write(sha1.encode())
+            file.flush()
+        os.fsync(file.fileno())
+    return sha1
+
+
+def read_header(path):
+    """The JSON header of a safetensors file, as bytes. Raises ValueError for a file that cannot have one."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= os.path.getsize(path) - 8:
+            raise ValueError("no safetensors header")
+        return file.read(length)
+
+
+def sha1_of(path, stated=""):
+    """SHA1 of a file's bytes; of a `.metadata` file with `stated`, the SHA1 in its header, blanked out."""
+    digest = hashlib.sha1()
+    with open(path, "rb") as file:
+        if stated:
+            header = file.read(8 + len(read_header(path)))
+            digest.update(header.replace(stated.encode(), BLANK.encode(), 1))
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def find_damage(folder, id):
+    """What is wrong with the two files of checkpoint `id`, or None. Their content is used only after this."""
+    try:
+        if sha1_of(folder / f"{id}.safetensors") != id:
+            return "the SHA1 of its .safetensors is not its name"
+        metadata = folder / f"{id}.metadata"
+        stated = json.loads(read_header(metadata))["__metadata__"]["sha1"]
+        return None if sha1_of(metadata, stated) == stated else "its .metadata does not have the SHA1 that it states"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its .metadata cannot be read ({error})"
+
+
+def list_checkpoints(folder):
+    """The records of the checkpoints in `folder`, the one saved last first; files of other programs are passed over."""
+    records = []
+    for path in Path(folder).glob("*.safetensors"):
+        try:
+            header = json.loads(read_header(path.with_suffix(".metadata")))
+            records.append(json.loads(header["__metadata__"]["record"]) | {"id": path.stem})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if len(path.stem) == 40:
+                tqdm.write(f"Passing over checkpoint {path.stem[:12]}: its .metadata cannot be read ({error})")
+    return sorted(records, key=lambda record: (record["saved"], record["iteration"]), reverse=True)
+
+
+def named_checkpoint(records, identifier):
+    """The one of `records`, the newest first, that --identifier means: by an id, its beginning, a run's name (its newest),
+    "latest", or "best" (of the run saved last). Raises UsageError with the candidates if it means none or several."""
+    found = records[:1]
+    if identifier == "best":
+        found = [record for record in records if record["id"] == (records[0]["best"] or {}).get("id")]
+    elif identifier != "latest":
+        found = [record for record in records if record["run"] == identifier][:1]
+        found = found or [record for record in records if record["id"].startswith(identifier)]
+    if len(found) != 1:
+        known = ", ".join(f"{r['id'][:12]} ({r['run']}, iteration {r['iteration']:,})" for r in found or records)
+        raise UsageError(f"--identifier {identifier} means {len(found) or 'no'} checkpoints; there are: {known or 'none'}")
+    return found[0]
+
+
+def save_checkpoint(folder, run, id=None):
+    """Saves a run as it stands and returns the checkpoint's id; with `id`, of weights saved before, the metadata alone.
+
+    No checkpoint is ever there by halves: both files are complete on disk before one gets its name, the metadata gets
+    its own first, and a checkpoint counts only once its .safetensors exists.
+    """
+    new_weights, new_metadata = (folder / f"{run.record['run']}.{kind}.new" for kind in ("safetensors", "metadata"))
+    renames = []
+    if id is None:
+        id = write_safetensors(new_weights, dict(tree_flatten(run.model.parameters())), {"format": "mlx"})
+        renames = [(new_weights, folder / f"{id}.safetensors")]
+    arrays = {f"optimizer.{name}": value for name, value in tree_flatten(run.optimizer.state)}
+    arrays["perm"] = mx.array(run.batches.perm)
+    run.record |= {name: getattr(run.batches, name) for name in ("epoch", "offset", "s")}
+    run.record |= {"saved": time.time(), "versions": versions()}
+    texts = {"record": json.dumps(run.record), "tokenizer": json.dumps(run.tokenizer.to_dict()), "sha1": BLANK}
+    write_safetensors(new_metadata, arrays, texts)
+    for new, path in [(new_metadata, folder / f"{id}.metadata"), *renames]:
+        os.replace(new, path)
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)  # so that the renames too survive a power cut
+    os.close(descriptor)
+    return id
+
+
+def prune_checkpoints(folder, run, keep):
+    """Deletes this run's checkpoints but the newest `keep` and the best; .safetensors first, so that no half counts."""
+    own = [record["id"] for record in list_checkpoints(folder) if record["run"] == run.record["run"]]
+    for id in own[keep:]:
+        if id != (run.record["best"] or {}).get("id"):
+            for kind in ("safetensors", "metadata"):
+                (folder / f"{id}.{kind}").unlink(missing_ok=True)
+
+
+def load_model(folder, record):
+    """The model and the tokenizer of a checkpoint: all that sampling needs."""
+    path = str(folder / f"{record['id']}.metadata")
+    _, texts = mx.load(path, format="safetensors", return_metadata=True)
+    model = LanguageModel(Config(**record["config"]))
+    model.load_weights(str(folder / f"{record['id']}.safetensors"))
+    mx.eval(model.parameters())
+    return model, tokenizer_from_dict(json.loads(texts["tokenizer"]))
+
+
+def load_run(folder, record, run):
+    """Brings `run` to where the checkpoint of `record` was saved."""
+    run.record |= record
+    run.model.load_weights(str(folder / f"{record['id']}.safetensors"))
+    arrays = mx.load(str(folder / f"{record['id']}.metadata"), format="safetensors")
+    run.batches.perm = np.array(arrays.pop("perm"))
+    for name in ("epoch", "offset", "s"):
+        setattr(run.batches, name, record[name])
+    run.optimizer.state = tree_unflatten([(name.removeprefix("optimizer."), value) for name, value in arrays.items()])
+    mx.eval(run.model.parameters(), run.optimizer.state)
+
+
+def versions():
+    """What the last bits of a result depend on: a run is exact as long as these stay the same."""
+    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', 'unknown')}, {os.cpu_count()} cores"
+    return {"MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupts
+
+
+class Interrupts:
+    """Turns SIGINT, SIGTERM and SIGHUP into a question the training loop asks: `if interrupts.received: save and stop`.
+
+    A second signal leaves at once, without saving. Python runs a handler only when the current `mx.eval` is over, so a
+    thread reads the bytes that the interpreter writes to a wake-up pipe the moment a signal comes.
+    """
+
+    def __enter__(self):
+        self.received = None  # the signal's number
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        # One that the parent ignores (nohup, background jobs of scripts) stays ignored.
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        self.handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        threading.Thread(target=self.watch, args=[reader], daemon=True).start()
+        # A Ctrl+C in the terminal reaches the whole process group; it must not kill the compiler that mx.compile calls,
+        # which inherits this mask from MLX's threads. The watching thread, started before, takes the signals instead.
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        return self
+
+    def __exit__(self, *_):
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+        signal.set_wakeup_fd(-1)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def watch(self, reader):
+        while number := os.read(reader, 1)[0]:
+            if self.received is None:
+                self.received, first = number, time.monotonic()
+                print("\nStopping after this step, then saving. Once more: leave at once, without saving.", file=sys.stderr)
+            elif time.monotonic() - first > 0.5:  # launchers pass on a signal that the terminal has sent already
+                print("\nLeft without saving.", file=sys.stderr)
+                os._exit(128 + number)
+
+
+class Lasting:
+    """An output stream whose reader may leave (`| head`, a closed terminal) without stopping anything, least a save."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None if it was closed from the start
+        self.stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def make_step(model, optimizer, grad_clip):
+    """The compiled training step: tokens [B, L], targets [B, L], keys [B, 2] or None -> mean loss, gradient norm."""
+    state = [model.state, optimizer.state]
+    loss_and_gradients = nn.value_and_grad(model, loss_sum)
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(tokens, targets, keys):
+        loss, gradients = loss_and_gradients(model, tokens, targets, keys, 1 / targets.size)
+        gradients, norm = optim.clip_grad_norm(gradients, grad_clip or math.inf)
+        optimizer.update(model, gradients)
+        return loss, norm
+
+    return step
+
+
+def dropout_keys(seed, iteration, rows):
+    """Random keys [B, 2] for one step; row r's is a function of (seed, iteration, r) alone."""
+    random = np.random.default_rng([seed, iteration, 1])
+    return mx.array(random.integers(0, 2**32, (rows, 2), np.uint32))
+
+
+def evaluation_due(iteration, flags):
+    at_end = iteration == flags.num_iters and iteration >= flags.steps_per_eval
+    return iteration > 0 and (iteration % flags.steps_per_eval == 0 or at_end)
+
+
+def train(flags, dataset, checkpoint, interrupts):
+    """One run from its start, or from the record `checkpoint`, to `num_iters` or a signal. Returns the exit status."""
+    folder, tokenizer = Path(flags.save_dir), dataset.tokenizer
+    names = [field.name for field in dataclasses.fields(Config) if hasattr(flags, field.name)]
+    config = Config(tokenizer.vocab_size, **{name: getattr(flags, name) for name in names})
+    model = LanguageModel(config)
+    optimizer = make_optimizer(model, flags)
+    batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size, flags.seed)
+    record = {
+        "format_version": FORMAT_VERSION, "run": f"{dataset.name}-{os.urandom(3).hex()}", "iteration": 0, "id": None,
+        "config": dataclasses.asdict(config), "tokens_sha256": dataset.sha256, "scores": [], "best": None,
+    }  # fmt: skip
+    run = SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer)
+    if checkpoint:
+        load_run(folder, checkpoint, run)
+    else:
+        init_weights(model, flags.seed)
+    record["flags"] = {name: getattr(flags, name) for name in INHERITED}
+    start, id = record["iteration"], record.pop("id")
+    print_start(flags, dataset, run)
+    if start >= flags.num_iters:
+        tqdm.write(f"Iteration {start:,} of --num_iters {flags.num_iters:,} is reached: extend the run with a larger --num_iters.")
+
+    bar = tqdm(total=flags.num_iters, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    step = make_step(model, optimizer, flags.grad_clip)
+    losses, seconds, steps = [], 0.0, 0
+    for iteration in range(start, flags.num_iters + 1):
+        record["iteration"] = iteration
+        finished, due, stopping = iteration == flags.num_iters, evaluation_due(iteration, flags), interrupts.received
+
+        # Save, then evaluate, then add the score, then sample: what goes wrong in one costs none of those before it.
+        save = iteration > start and (finished or stopping or due or iteration % (flags.steps_per_save or flags.steps_per_eval) == 0)
+        if save:
+            id = save_checkpoint(folder, run)
+            prune_checkpoints(folder, run, flags.keep)
+            tqdm.write(f"saved {id} at iteration {iteration:,}")
+        if due and not stopping and iteration not in [scored for scored, _ in record["scores"]]:
+            nats = evaluate(model, dataset.valid.tokens[: flags.eval_tokens + 1 or None], flags.batch_size, interrupts)
+            if nats is not None:
+                tqdm.write(describe_score("valid", nats, dataset.valid, tokenizer))
+                record["scores"].append([iteration, nats])
+                if record["best"] is None or nats < record["best"]["nats"]:
+                    record["best"] = {"id": id, "iteration": iteration, "nats": nats}
+                save_checkpoint(folder, run, id)
+        if save and not interrupts.received:
+            tqdm.write("".join(continue_text(model, tokenizer, "", flags, interrupts)))
+        if finished or interrupts.received and (save or iteration == start):  # a signal since: after the next step
+            break
+
+        began = time.perf_counter()
+        optimizer.learning_rate = learning_rate_at(iteration, flags)
+        tokens, targets = batches.next()
+        keys = dropout_keys(flags.seed, iteration, len(tokens)) if flags.dropout else None
+        loss, norm = step(tokens, targets, keys)
+        mx.eval(loss, norm, model.state, optimizer.state)
+        losses.append(loss.item())
+        seconds, steps = seconds + time.perf_counter() - began, steps + 1
+
+        if not math.isfinite(losses[-1] + norm.item()):
+            raise RunError(
+                f"the loss or gradient of iteration {iteration + 1:,} is not finite; nothing of it is saved, and the last good "
+                f"checkpoint is {id or 'none yet'}: go on from it with a lower --learning_rate or --grad_clip"
+            )
+        if (iteration + 1) % flags.steps_per_report == 0:
+            mean = sum(losses) / len(losses)
+            left = (flags.num_iters - iteration - 1) * seconds / steps
+            report = (
+                f"loss {mean:.4f}  perplexity {math.exp(min(mean, 99)):.2f}  lr {learning_rate_at(iteration, flags):.2e}  "
+                f"grad {norm.item():.2f}  {steps * tokens.size / seconds:,.0f} tokens/s  peak {mx.get_peak_memory() / 2**30:.2f} GiB"
+            )
+            bar.set_postfix_str(report)
+            if bar.disable:
+                tqdm.write(f"{iteration + 1:,}/{flags.num_iters:,}  {report}  left {tqdm.format_interval(left)}")
+            losses = []
+        bar.update()
+    bar.close()
+    if interrupts.received:
+        tqdm.write(f"Stopped at iteration {record['iteration']:,}; the same command goes on from there.")
+        return 128 + interrupts.received
+    return 0
+
+
+def print_start(flags, dataset, run):
+    """One screen that says what is trained, on what, and where its files go."""
+    config, tokenizer, checked = run.model.config, dataset.tokenizer, versions()
+    parameters = sum(weight.size for _, weight in tree_flatten(run.model.parameters()))
+    splits = " / ".join(f"{len(split.tokens):,}" for split in (dataset.train, dataset.valid, dataset.test) if split)
+    tqdm.write(
+        f"run      {run.record['run']}, from iteration {run.record['iteration']:,} to {flags.num_iters:,}, seed {flags.seed}\n"
+        f"model    {parameters:,} parameters: {config.num_blocks} blocks, dim {config.dim}, {config.num_heads} heads "
+        f"({config.num_kv_heads} for keys and values), {config.mlp} {config.mlp_dim}, context {config.context_size}\n"
+        f"data     {dataset.name}: {splits} tokens; vocabulary {tokenizer.vocab_size:,} by {tokenizer.kind} "
+        f"({tokenizer.vocab_size - tokenizer.num_special:,} without special tokens)\n"
+        f"steps    {flags.batch_size} x {config.context_size} tokens each, {run.batches.steps_per_epoch:,} an epoch\n"
+        f"machine  {checked['device']}; MLX {checked['MLX']}, matrix products by {BLAS}\n"
+        f"files    {Path(flags.save_dir).absolute()}"
+    )
+    if BLAS == "reference BLAS" and not flags.gpu:
+        tqdm.write("Slow matrix products: install OpenBLAS (apt install libopenblas0) or a C compiler (apt install gcc g++).")
+    old = run.record.get("versions", checked)
+    if changed := [f"{name} {old[name]} -> {checked[name]}" for name in checked if old.get(name) != checked[name]]:
+        tqdm.write(f"Not the machine this checkpoint comes from ({'; '.join(changed)}): exact resume holds on one device only.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def keep_top_k(logits, k):
+    """Logits [..., V] with all but the `k` largest at -inf; ties with the k-th stay. 0 keeps all."""
+    if not 0 < k < logits.shape[-1]:
+        return logits
+    kth = mx.min(mx.topk(logits, k, axis=-1), axis=-1, keepdims=True)
+    return mx.where(logits < kth, -math.inf, logits)
+
+
+def sample(logits, key, temperature, top_k):
+    """Token ids [B] drawn from logits [B, V]: top-k first, then the temperature; temperature 0 takes the largest."""
+    if temperature == 0:
+        return mx.argmax(logits, axis=-1)
+    return mx.random.categorical(keep_top_k(logits, top_k) / temperature, key=key)
+
+
+def generate(model, tokens, max_tokens, temperature, top_k, seed):
+    """Yields up to `max_tokens` ids that continue `tokens`, a list of at least one.
+
+    When the context is full, its last half is kept and passed again, so that the logits are always those of a fresh
+    pass over the tokens kept.
+    """
+    context_size, window, key = model.config.context_size, list(tokens), mx.random.key(seed)
+    caches = None
+    for _ in range(max_tokens):
+        if caches is None or len(window) > context_size:
+            if len(window) > context_size:
+                window = window[-max(1, context_size // 2) :]
+            caches, fresh = [Cache(context_size) for _ in model.model.layers], window
+        key, subkey = mx.random.split(key)
+        logits = model(mx.array([fresh]), caches)[:, -1]  # [1, V]
+        fresh = [sample(logits, subkey, temperature, top_k).item()]
+        window += fresh
+        yield fresh[0]
+
+
+def continue_text(model, tokenizer, prompt, flags, interrupts=None):
+    """Yields a continuation of `prompt` piece by piece, each as soon as no later token can change it."""
+    ids = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.encode("\n")[0] if tokenizer.eos is None else tokenizer.eos]
+    shown = len(tokenizer.decode(ids))
+    for token in generate(model, ids, flags.max_tokens, flags.temperature, flags.top_k, flags.seed):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # which may be the first bytes of a character
+            yield text[shown:]
+            shown = len(text)
+        if interrupts and interrupts.received:
+            return
+    yield tokenizer.decode(ids)[shown:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def converse(model, tokenizer, flags):
+    """Answers each line of stdin with its continuation. Ctrl+C ends a reply; at the prompt it or Ctrl+D ends the session."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin.reconfigure(errors="surrogateescape")
+    question = ""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 (gives input() line editing and history)
+
+        question = "> "
+    try:
+        while True:
+            prompt = input(question)
+            if unknown := tokenizer.unknown(prompt):
+                print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
+            try:
+                for piece in continue_text(model, tokenizer, prompt, flags):
+                    print(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                pass
+            print(flush=True)
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tools: each one function (none yet)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def number(kind, least, most=math.inf):
+    """An argparse type: an int or float between `least` and `most`."""
+
+    def convert(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return value
+
+    convert.__name__ = kind.__name__  # which argparse's message names for what is no number at all
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print its whole usage
+        raise UsageError(f"{message} (--help lists all flags)")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):  # a default of None or False says nothing
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+
+
+def make_parser():
+    """The parser, and the names of the flags in each group. Every default is written here and nowhere else."""
+    parser = Parser(
+        usage="python main.py [flags]", description=__doc__, formatter_class=Formatter, allow_abbrev=False
+    )
+    groups = {}
+
+    def group(title):
+        arguments, names = parser.add_argument_group(title), groups.setdefault(title, [])
+        return lambda *args, **kwargs: names.append(arguments.add_argument(*args, **kwargs).dest)
+
+    count, size, rate = number(int, 0), number(int, 1), number(float, 0)
+    run = group("run")
+    run("--dataset", default="ptb", choices=[name for name in DATASETS if name != "text"], help="corpus to train on")
+    run("--text", nargs="+", metavar="PATH", help="train on your own UTF-8 files instead")
+    run("--valid_fraction", type=number(float, 0.001, 0.5), default=0.1, help="share of --text for validation")
+    run("--tokenizer", default="auto", choices=["auto", *TOKENIZERS], help="auto: word for ptb, else byte")
+    run("--save_dir", help="folder for checkpoints and corpora (default: a RAM disk with room, else ~/.cache)")
+    run("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>, instead of the usual hosts")
+    run("--identifier", metavar="ID", help="checkpoint id or its beginning, run name, latest or best")
+    run("--new_model", action="store_true", help="begin a new run even if one could be resumed")
+    run("--num_iters", type=size, default=100000, help="steps to train in all")
+    run("--gpu", action="store_true", help="compute on the GPU")
+    run("--seed", type=count, default=42, help="of weights, batches, dropout and samples")
+    model = group("model")
+    model("--context_size", type=size, default=48, help="tokens a prediction can look back on")
+    model("--num_blocks", type=size, default=4, help="transformer blocks")
+    model("--dim", type=size, default=1024, help="model dimension")
+    model("--num_heads", type=size, default=8, help="query heads")
+    model("--num_kv_heads", type=size, help="key and value heads (default: num_heads)")
+    model("--mlp", choices=list(ACTIVATIONS), default="relu2", help="feed-forward layer")
+    model("--mlp_dim", type=size, help="its inner dimension (default: 4 dim; swiglu: 8/3 dim rounded up to 64)")
+    model("--dropout", type=number(float, 0, 0.9), default=0.0, help="rate on embeddings and on what each block adds")
+    training = group("training")
+    training("--batch_size", type=size, default=32, help="windows a step")
+    training("--learning_rate", type=rate, default=3e-4, help="after warm-up")
+    training("--weight_decay", type=rate, default=1e-5, help="AdamW's, on matrices")
+    training("--lr_warmup", type=count, default=200, help="steps to reach the learning rate")
+    training("--grad_clip", type=rate, default=1.0, help="largest gradient norm; 0: no limit")
+    reports = group("reports")
+    reports("--steps_per_report", type=size, default=10, help="steps between two report lines")
+    reports("--steps_per_eval", type=size, default=1000, help="steps between two evaluations")
+    reports("--eval_tokens", type=count, default=100000, help="validation tokens scored in training; 0: all")
+    reports("--steps_per_save", type=size, help="steps between two checkpoints (default: steps_per_eval)")
+    reports("--keep", type=size, default=3, help="newest checkpoints to keep, and the best")
+    sampling = group("sampling")
+    sampling("--inference", action="store_true", help="talk to a checkpoint")
+    sampling("--max_tokens", type=size, default=200, help="length of a continuation")
+    sampling("--top_k", type=count, default=50, help="draw from the k likeliest tokens; 0: all")
+    sampling("--temperature", type=rate, default=0.5, help="0: always the likeliest token")
+    return parser, groups
+
+
+PARSER, GROUPS = make_parser()
+DEFAULTS = vars(PARSER.parse_args([]))
+# What makes two command lines mean two different runs, and what a resumed run takes from its checkpoint.
+SHAPING = ["dataset", "text", "valid_fraction", "tokenizer", "seed", *GROUPS["model"]]
+INHERITED = [*SHAPING, "num_iters", *GROUPS["training"], *GROUPS["reports"]]
+
+
+def resolve(flags):
+    """Replaces the values that stand for others: `auto`, and the defaults that depend on other flags."""
+    if flags.text:
+        flags.dataset, flags.text = "text", [os.path.abspath(path) for path in flags.text]
+    if flags.tokenizer == "auto":
+        flags.tokenizer = DATASETS[flags.dataset]
+    flags.num_kv_heads = flags.num_kv_heads or flags.num_heads
+    flags.mlp_dim = flags.mlp_dim or (-(-flags.dim * 8 // 192) * 64 if flags.mlp == "swiglu" else 4 * flags.dim)
+    return flags
+
+
+def open_folder(save_dir, writing):
+    """The folder of checkpoints and corpora as a Path, made if need be. Raises UsageError if it cannot be used."""
+    if save_dir is None:
+        shared = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
+        if os.path.ismount("/Volumes/RAMDisk"):
+            save_dir = "/Volumes/RAMDisk/transformer-lm"
+        elif shared and shared.f_bavail * shared.f_frsize >= 4 << 30:
+            save_dir = "/dev/shm/transformer-lm"
+        else:
+            save_dir = CACHE
+        if writing:
+            lost = "" if save_dir == CACHE else ", a RAM disk: it does not survive a reboot"
+            tqdm.write(f"Checkpoints and corpora go to {save_dir}{lost} (--save_dir names another folder)")
+    folder = Path(save_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if writing:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise UsageError(f"cannot write to --save_dir {folder} ({error.strerror}): name a folder that you own") from None
+    return folder
+
+
+def choose_checkpoint(folder, flags, typed):
+    """The record of the checkpoint that this command line goes on from, its files verified; None for a new run.
+
+    Without --identifier that is the one saved last among those that agree with every shaping flag typed and with the
+    dataset; a damaged one is passed over for the next older one of its run. Raises UsageError, RunError.
+    """
+    records = [] if flags.new_model else list_checkpoints(folder)
+    wanted = {name: getattr(flags, name) for name in SHAPING if name in typed}
+    if flags.identifier:
+        candidates = [named_checkpoint(records, flags.identifier)]
+        for name, value in wanted.items():
+            if (saved := candidates[0]["flags"].get(name)) != value:
+                raise UsageError(
+                    f"--{name} {value} contradicts the checkpoint of --identifier {flags.identifier}, which has {saved}: "
+                    f"leave --{name} away, or begin a new run with --new_model"
+                )
+    elif flags.inference:
+        candidates = records
+    else:
+        wanted["dataset"] = flags.dataset
+        candidates = [record for record in records if all(record["flags"].get(name) == wanted[name] for name in wanted)]
+        if records and not candidates:
+            others = ", ".join(sorted({record["run"] for record in records}))
+            tqdm.write(f"A new run; other runs in {folder}: {others} (--identifier NAME goes on with one)")
+    for record in candidates:
+        if record["run"] == candidates[0]["run"]:
+            damage = find_damage(folder, record["id"])
+            if damage is None:
+                return record
+            damage = f"checkpoint {record['id'][:12]} (iteration {record['iteration']:,}) is damaged: {damage}"
+            if flags.identifier:
+                raise RunError(damage)
+            print(f"Passing over {damage}", file=sys.stderr)
+    if candidates:
+        raise RunError(f"no intact checkpoint of {candidates[0]['run']} is left: --new_model begins a new run")
+    return None
+
+
+def main(argv=None):
+    """Does what the command line says; returns the exit status: 0 done, 1 failed, 2 usage, 128 + n after signal n."""
+    try:
+        unset = object()
+        values = vars(PARSER.parse_args(argv, argparse.Namespace(**dict.fromkeys(DEFAULTS, unset))))
+        typed = {name: value for name, value in values.items() if value is not unset}
+        for name, other in (("dataset", "text"), ("identifier", "new_model")):
+            if {name, other} <= typed.keys():
+                raise UsageError(f"--{name} and --{other} exclude each other: leave one away")
+        flags = resolve(argparse.Namespace(**DEFAULTS | typed))
+        if flags.gpu and not mx.is_available(mx.gpu):
+            raise UsageError("--gpu: MLX sees no GPU here; leave it away, or install MLX for yours (pip install mlx[cuda13])")
+        mx.set_default_device(mx.gpu if flags.gpu else mx.cpu)
+        folder = open_folder(flags.save_dir, writing=not flags.inference)
+
+        if flags.inference:
+            if not (record := choose_checkpoint(folder, flags, {})):
+                raise UsageError(f"no checkpoint in {folder}: train a model first, or name its folder with --save_dir")
+            print(f"{record['run']}, iteration {record['iteration']:,}, checkpoint {record['id'][:12]}", file=sys.stderr)
+            converse(*load_model(folder, record), flags)
+            return 0
+
+        checkpoint = choose_checkpoint(folder, flags, typed)
+        if checkpoint:
+            old = checkpoint["flags"]
+            for name in INHERITED:
+                if name in typed and old.get(name) != getattr(flags, name):
+                    tqdm.write(f"changed  --{name} from {old.get(name)} to {getattr(flags, name)}")
+            flags = resolve(argparse.Namespace(**DEFAULTS | old | typed))
+        flags.save_dir = folder
+        dataset = load_dataset(
+            flags.dataset, folder, flags.text or (), flags.tokenizer, flags.valid_fraction, flags.mirror, say
+        )
+        if checkpoint and checkpoint["tokens_sha256"] != dataset.sha256:
+            raise UsageError(f"the training text of {checkpoint['run']} has changed: --new_model begins a run on the new text")
+        with Interrupts() as interrupts:
+            return train(flags, dataset, checkpoint, interrupts)
+    except (UsageError, RunError) as error:
+        print(f"{PARSER.prog}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+if __name__ == "__main__":
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""What the tests share: the program as a subprocess, the way a user starts it, and small models and texts."""
+
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+TINY = "--dim 16 --num_heads 2 --num_blocks 2 --context_size 8 --batch_size 4 --max_tokens 8".split()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: long runs of the fault matrix; pytest -m soak")
+
+
+def start(*arguments, env=None, **options):
+    """Starts `python main.py *arguments`; signals have their default action even where the tests run in the background."""
+
+    def default_signals():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *map(str, arguments)],
+        text=True, env={**os.environ, **(env or {})}, preexec_fn=default_signals, **options,
+    )  # fmt: skip
+
+
+def run(*arguments, status=0, input=None, **options):
+    """Runs the program to its end and returns (stdout, stderr); its exit status must be `status`."""
+    if input is not None:
+        options["stdin"] = subprocess.PIPE
+    process = start(*arguments, **options)
+    out, err = process.communicate(input, timeout=300)
+    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def ids(folder):
+    """The ids of the checkpoints in a folder, the one written last first."""
+    paths = sorted(Path(folder).glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return [path.stem for path in paths]
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A UTF-8 file of 600 lines to train on."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(600)))
+    return path
+
+
+def flags(**values):
+    """The flags of an empty command line, with these values instead of the defaults."""
+    import main
+
+    return main.resolve(Namespace(**main.DEFAULTS | values))
