@@ -195,7 +195,7 @@ def fetch(file, folder, mirror=None, say=print):
             os.replace(part, path)
             say(f"Fetched {address} ({file.size:,} bytes, verified) to {path}")
             return path
-        except OSError as error:  # requests' exceptions are OSErrors too
+        except (OSError, ValueError) as error:  # requests' own are OSErrors; a malformed redirect is a ValueError
             reasons.append(f"{address}: {error}")
         finally:
             part.unlink(missing_ok=True)
@@ -288,7 +288,7 @@ def own_text(paths, valid_fraction):
     for text in documents:
         cut = left
         if 0 < left < len(text):
-            cut = text.find("\n", left - 1, left + 1000) + 1 or left
+            cut = text.find("\n", left - 1, min(left + 1000, len(text) - 1)) + 1 or left
         train.append(text[: max(0, cut)])
         valid.append(text[max(0, cut) :])
         left -= len(text)
@@ -347,4 +347,6 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
     kind = DATASETS[name] if tokenizer == "auto" else tokenizer
     trained = TOKENIZERS[kind].train(documents["train"])
     splits = {split: encode_split(texts, trained) for split, texts in documents.items()}
+    if len(splits["valid"].tokens) < 2:
+        raise UsageError("no text is left for validation: give more text or a larger --valid_fraction")
     return Dataset(name, trained, splits["train"], splits["valid"], splits.get("test"))

@@ -16,16 +16,22 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before there is anything to save, Ctrl+C leaves without a traceback
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from functools import partial
@@ -443,8 +449,11 @@ def find_damage(folder, id):
         if sha1_of(folder / f"{id}.safetensors") != id:
             return "the SHA1 of its .safetensors is not its name"
         metadata = folder / f"{id}.metadata"
-        stated = json.loads(read_header(metadata))["__metadata__"]["sha1"]
-        return None if sha1_of(metadata, stated) == stated else "its .metadata does not have the SHA1 that it states"
+        texts = json.loads(read_header(metadata))["__metadata__"]
+        if sha1_of(metadata, texts["sha1"]) != texts["sha1"]:
+            return "its .metadata does not have the SHA1 that it states"
+        owner = json.loads(texts["record"])["id"]
+        return None if owner == id else f"its .metadata belongs to {owner[:12]}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its .metadata cannot be read ({error})"
 
@@ -477,38 +486,91 @@ def named_checkpoint(records, identifier):
     return found[0]
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Holds the lock on `folder` that every change of its checkpoints needs; makes renames in it survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_run(folder, name):
+    """An open file that says this process trains run `name`, or None if another does; the lock dies with its holder."""
+    file = open(folder / f".{name}.lock", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        return file.close()
+
+
 def save_checkpoint(folder, run, id=None):
     """Saves a run as it stands and returns the checkpoint's id; with `id`, of weights saved before, the metadata alone.
 
-    No checkpoint is ever there by halves: both files are complete on disk before one gets its name, the metadata gets
-    its own first, and a checkpoint counts only once its .safetensors exists.
+    A full disk or a vanished folder is waited out: training state is in memory, and the last checkpoint is untouched.
+    Raises RunError if an equal run, whose checkpoint has the same name, is being trained in the same folder.
     """
-    new_weights, new_metadata = (folder / f"{run.record['run']}.{kind}.new" for kind in ("safetensors", "metadata"))
-    renames = []
+    for pause in itertools.chain((1, 2, 5, 10, 30), itertools.repeat(60)):  # seconds
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder):
+                return write_checkpoint(folder, run, id)
+        except OSError as error:
+            for path in new_files(folder, run):
+                path.unlink(missing_ok=True)
+            tqdm.write(f"Saving to {folder} failed ({error}); next try in {pause} s. Ctrl+C twice gives the work up.")
+            time.sleep(pause)
+
+
+def new_files(folder, run):
+    return [folder / f"{run.record['run']}.{kind}.new" for kind in ("metadata", "safetensors")]
+
+
+def write_checkpoint(folder, run, id):
+    """One try. No checkpoint is ever there by halves: both files are complete on disk before one gets its name, the
+    metadata gets its own first, and a checkpoint counts only once its .safetensors exists."""
+    new_metadata, new_weights = new_files(folder, run)
+    renames = [(new_metadata, "metadata")]
     if id is None:
         id = write_safetensors(new_weights, dict(tree_flatten(run.model.parameters())), {"format": "mlx"})
-        renames = [(new_weights, folder / f"{id}.safetensors")]
+        renames.append((new_weights, "safetensors"))
+        equal = next((record["run"] for record in list_checkpoints(folder) if record["id"] == id), run.record["run"])
+        if equal != run.record["run"] and not lock_run(folder, equal):
+            new_weights.unlink()
+            raise RunError(f"this run equals {equal}, which is being trained in {folder}: stop one of them")
     arrays = {f"optimizer.{name}": value for name, value in tree_flatten(run.optimizer.state)}
     arrays["perm"] = mx.array(run.batches.perm)
     run.record |= {name: getattr(run.batches, name) for name in ("epoch", "offset", "s")}
-    run.record |= {"saved": time.time(), "versions": versions()}
+    run.record |= {"id": id, "saved": time.time(), "versions": versions()}
     texts = {"record": json.dumps(run.record), "tokenizer": json.dumps(run.tokenizer.to_dict()), "sha1": BLANK}
     write_safetensors(new_metadata, arrays, texts)
-    for new, path in [(new_metadata, folder / f"{id}.metadata"), *renames]:
-        os.replace(new, path)
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)  # so that the renames too survive a power cut
-    os.close(descriptor)
+    for new, kind in renames:
+        os.replace(new, folder / f"{id}.{kind}")
     return id
 
 
 def prune_checkpoints(folder, run, keep):
     """Deletes this run's checkpoints but the newest `keep` and the best; .safetensors first, so that no half counts."""
-    own = [record["id"] for record in list_checkpoints(folder) if record["run"] == run.record["run"]]
-    for id in own[keep:]:
-        if id != (run.record["best"] or {}).get("id"):
-            for kind in ("safetensors", "metadata"):
-                (folder / f"{id}.{kind}").unlink(missing_ok=True)
+    with locked(folder):
+        own = [record["id"] for record in list_checkpoints(folder) if record["run"] == run.record["run"]]
+        for id in own[keep:]:
+            if id != (run.record["best"] or {}).get("id"):
+                for kind in ("safetensors", "metadata"):
+                    (folder / f"{id}.{kind}").unlink(missing_ok=True)
+
+
+def clean_folder(folder):
+    """Removes what killed saves left: with the lock held, every `.new` file is stale, and so is metadata alone."""
+    with locked(folder):
+        for path in folder.iterdir():
+            unfinished = re.fullmatch(r"\w+-[0-9a-f]{6}\.(safetensors|metadata)\.new", path.name)
+            orphaned = re.fullmatch(r"[0-9a-f]{40}\.metadata", path.name) and not path.with_suffix(".safetensors").exists()
+            if unfinished or orphaned:
+                path.unlink()
 
 
 def load_model(folder, record):
@@ -560,16 +622,16 @@ class Interrupts:
         numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
         self.handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
         threading.Thread(target=self.watch, args=[reader], daemon=True).start()
-        # A Ctrl+C in the terminal reaches the whole process group; it must not kill the compiler that mx.compile calls,
-        # which inherits this mask from MLX's threads. The watching thread, started before, takes the signals instead.
-        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
         return self
 
-    def __exit__(self, *_):
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+    def __exit__(self, _, error, traceback):
         signal.set_wakeup_fd(-1)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        # Ctrl+C in a terminal also ends the compiler that a run's first step, evaluation or sample calls. There is
+        # nothing unsaved then.
+        if self.received and isinstance(error, RuntimeError):
+            raise SystemExit(128 + self.received)
 
     def watch(self, reader):
         while number := os.read(reader, 1)[0]:
@@ -647,14 +709,18 @@ def train(flags, dataset, checkpoint, interrupts):
     else:
         init_weights(model, flags.seed)
     record["flags"] = {name: getattr(flags, name) for name in INHERITED}
-    start, id = record["iteration"], record.pop("id")
+    start, id = record["iteration"], record["id"]
+    lock = lock_run(folder, record["run"])
+    if not lock:
+        raise UsageError(f"{record['run']} is being trained by another process: wait for it, or begin another with --new_model")
+    clean_folder(folder)
     print_start(flags, dataset, run)
     if start >= flags.num_iters:
         tqdm.write(f"Iteration {start:,} of --num_iters {flags.num_iters:,} is reached: extend the run with a larger --num_iters.")
 
     bar = tqdm(total=flags.num_iters, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     step = make_step(model, optimizer, flags.grad_clip)
-    losses, seconds, steps = [], 0.0, 0
+    losses, seconds = [], 0.0  # since the last report
     for iteration in range(start, flags.num_iters + 1):
         record["iteration"] = iteration
         finished, due, stopping = iteration == flags.num_iters, evaluation_due(iteration, flags), interrupts.received
@@ -685,7 +751,7 @@ def train(flags, dataset, checkpoint, interrupts):
         loss, norm = step(tokens, targets, keys)
         mx.eval(loss, norm, model.state, optimizer.state)
         losses.append(loss.item())
-        seconds, steps = seconds + time.perf_counter() - began, steps + 1
+        seconds += time.perf_counter() - began
 
         if not math.isfinite(losses[-1] + norm.item()):
             raise RunError(
@@ -693,18 +759,19 @@ def train(flags, dataset, checkpoint, interrupts):
                 f"checkpoint is {id or 'none yet'}: go on from it with a lower --learning_rate or --grad_clip"
             )
         if (iteration + 1) % flags.steps_per_report == 0:
-            mean = sum(losses) / len(losses)
-            left = (flags.num_iters - iteration - 1) * seconds / steps
+            mean, rate = sum(losses) / len(losses), len(losses) / seconds  # steps a second
             report = (
                 f"loss {mean:.4f}  perplexity {math.exp(min(mean, 99)):.2f}  lr {learning_rate_at(iteration, flags):.2e}  "
-                f"grad {norm.item():.2f}  {steps * tokens.size / seconds:,.0f} tokens/s  peak {mx.get_peak_memory() / 2**30:.2f} GiB"
+                f"grad {norm.item():.2f}  {rate * tokens.size:,.0f} tokens/s  peak {mx.get_peak_memory() / 2**20:,.0f} MiB"
             )
             bar.set_postfix_str(report)
             if bar.disable:
-                tqdm.write(f"{iteration + 1:,}/{flags.num_iters:,}  {report}  left {tqdm.format_interval(left)}")
-            losses = []
+                left = tqdm.format_interval((flags.num_iters - iteration - 1) / rate)
+                tqdm.write(f"{iteration + 1:,}/{flags.num_iters:,}  {report}  left {left}")
+            losses, seconds = [], 0.0
         bar.update()
     bar.close()
+    lock.close()
     if interrupts.received:
         tqdm.write(f"Stopped at iteration {record['iteration']:,}; the same command goes on from there.")
         return 128 + interrupts.received
@@ -715,6 +782,8 @@ def print_start(flags, dataset, run):
     """One screen that says what is trained, on what, and where its files go."""
     config, tokenizer, checked = run.model.config, dataset.tokenizer, versions()
     parameters = sum(weight.size for _, weight in tree_flatten(run.model.parameters()))
+    size = sum(array.nbytes for _, array in tree_flatten([run.model.parameters(), run.optimizer.state]))
+    folder, free = Path(flags.save_dir), shutil.disk_usage(flags.save_dir).free
     splits = " / ".join(f"{len(split.tokens):,}" for split in (dataset.train, dataset.valid, dataset.test) if split)
     tqdm.write(
         f"run      {run.record['run']}, from iteration {run.record['iteration']:,} to {flags.num_iters:,}, seed {flags.seed}\n"
@@ -724,8 +793,10 @@ def print_start(flags, dataset, run):
         f"({tokenizer.vocab_size - tokenizer.num_special:,} without special tokens)\n"
         f"steps    {flags.batch_size} x {config.context_size} tokens each, {run.batches.steps_per_epoch:,} an epoch\n"
         f"machine  {checked['device']}; MLX {checked['MLX']}, matrix products by {BLAS}\n"
-        f"files    {Path(flags.save_dir).absolute()}"
+        f"files    {folder.absolute()}, {size / 2**20:,.0f} MiB a checkpoint, {free / 2**20:,.0f} MiB free"
     )
+    if size * (flags.keep + 2) > free:
+        tqdm.write(f"Low on space: --keep {flags.keep}, the best and the next checkpoint need {size * (flags.keep + 2) / 2**20:,.0f} MiB.")
     if BLAS == "reference BLAS" and not flags.gpu:
         tqdm.write("Slow matrix products: install OpenBLAS (apt install libopenblas0) or a C compiler (apt install gcc g++).")
     old = run.record.get("versions", checked)
@@ -747,7 +818,7 @@ def keep_top_k(logits, k):
 
 def sample(logits, key, temperature, top_k):
     """Token ids [B] drawn from logits [B, V]: top-k first, then the temperature; temperature 0 takes the largest."""
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or so little that dividing by it overflows
         return mx.argmax(logits, axis=-1)
     return mx.random.categorical(keep_top_k(logits, top_k) / temperature, key=key)
 
@@ -774,7 +845,8 @@ def generate(model, tokens, max_tokens, temperature, top_k, seed):
 
 def continue_text(model, tokenizer, prompt, flags, interrupts=None):
     """Yields a continuation of `prompt` piece by piece, each as soon as no later token can change it."""
-    ids = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.encode("\n")[0] if tokenizer.eos is None else tokenizer.eos]
+    start = tokenizer.encode("\n") if tokenizer.eos is None else [tokenizer.eos]
+    ids = [int(i) for i in tokenizer.encode(prompt)] or [int(i) for i in start]
     shown = len(tokenizer.decode(ids))
     for token in generate(model, ids, flags.max_tokens, flags.temperature, flags.top_k, flags.seed):
         ids.append(token)
@@ -816,7 +888,33 @@ def converse(model, tokenizer, flags):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tools: each one function (none yet)
+# Tools: each one function
+
+
+def list_runs(folder):
+    """Prints the runs in `folder`, the one saved last first, each with the flags in which it differs from others, and its
+    checkpoints."""
+    records = list_checkpoints(folder)
+    runs = {record["run"]: [r for r in records if r["run"] == record["run"]] for record in records}
+    for name, checkpoints in runs.items():
+        last = checkpoints[0]
+        config, flags, best = last["config"], last["flags"], last["best"]
+        header = json.loads(read_header(folder / f"{last['id']}.safetensors"))
+        parameters = sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
+        print(
+            f"{name}: {parameters / 1e6:.2f}M parameters ({config['num_blocks']} blocks, dim {config['dim']}), iteration "
+            f"{last['iteration']:,} of {flags['num_iters']:,}" + (f", best {best['nats']:.4f} at {best['iteration']:,}" if best else "")
+        )
+        differing = [flag for flag in flags if any(other[0]["flags"].get(flag) != flags[flag] for other in runs.values())]
+        print(textwrap.fill(" ".join(f"--{flag} {flags[flag]}" for flag in differing), 100, initial_indent="  ", subsequent_indent="  "))
+        for record in checkpoints:
+            nats = dict(record["scores"]).get(record["iteration"])
+            size = sum((folder / f"{record['id']}.{kind}").stat().st_size for kind in ("safetensors", "metadata"))
+            marks = " latest" * (record is records[0]) + " best" * (record["id"] == (best or {}).get("id"))
+            print(
+                f"  {record['id'][:12]}  iteration {record['iteration']:>9,}  valid {nats if nats is None else round(nats, 4)!s:<7} "
+                f"{size / 2**20:>7,.1f} MiB  saved {time.strftime('%Y-%m-%d %H:%M', time.localtime(record['saved']))}{marks}"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -828,7 +926,7 @@ def number(kind, least, most=math.inf):
 
     def convert(text):
         value = kind(text)
-        if not least <= value <= most:
+        if not (math.isfinite(value) and least <= value <= most):
             raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
         return value
 
@@ -896,6 +994,8 @@ def make_parser():
     sampling("--max_tokens", type=size, default=200, help="length of a continuation")
     sampling("--top_k", type=count, default=50, help="draw from the k likeliest tokens; 0: all")
     sampling("--temperature", type=rate, default=0.5, help="0: always the likeliest token")
+    tools = group("tools")
+    tools("--list", action="store_true", help="list the runs and checkpoints in the folder")
     return parser, groups
 
 
@@ -967,6 +1067,8 @@ def choose_checkpoint(folder, flags, typed):
             tqdm.write(f"A new run; other runs in {folder}: {others} (--identifier NAME goes on with one)")
     for record in candidates:
         if record["run"] == candidates[0]["run"]:
+            if record["format_version"] > FORMAT_VERSION:
+                raise RunError(f"checkpoint {record['id'][:12]} was written by a newer version of this program: use that one")
             damage = find_damage(folder, record["id"])
             if damage is None:
                 return record
@@ -992,8 +1094,11 @@ def main(argv=None):
         if flags.gpu and not mx.is_available(mx.gpu):
             raise UsageError("--gpu: MLX sees no GPU here; leave it away, or install MLX for yours (pip install mlx[cuda13])")
         mx.set_default_device(mx.gpu if flags.gpu else mx.cpu)
-        folder = open_folder(flags.save_dir, writing=not flags.inference)
+        folder = open_folder(flags.save_dir, writing=not (flags.inference or flags.list))
 
+        if flags.list:
+            list_runs(folder)
+            return 0
         if flags.inference:
             if not (record := choose_checkpoint(folder, flags, {})):
                 raise UsageError(f"no checkpoint in {folder}: train a model first, or name its folder with --save_dir")
@@ -1010,13 +1115,13 @@ def main(argv=None):
             flags = resolve(argparse.Namespace(**DEFAULTS | old | typed))
         flags.save_dir = folder
         dataset = load_dataset(
-            flags.dataset, folder, flags.text or (), flags.tokenizer, flags.valid_fraction, flags.mirror, say
+            flags.dataset, folder, flags.text or (), flags.tokenizer, flags.valid_fraction, flags.mirror, tqdm.write
         )
         if checkpoint and checkpoint["tokens_sha256"] != dataset.sha256:
             raise UsageError(f"the training text of {checkpoint['run']} has changed: --new_model begins a run on the new text")
         with Interrupts() as interrupts:
             return train(flags, dataset, checkpoint, interrupts)
-    except (UsageError, RunError) as error:
+    except (UsageError, RunError, OSError) as error:
         print(f"{PARSER.prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 

@@ -1,0 +1,118 @@
+"""Signals, closed pipes and terminals: the work is always saved, and a second signal always leaves."""
+
+import os
+import pty
+import signal
+import subprocess
+import termios
+import time
+
+import pytest
+from conftest import TINY, ids, run, start
+
+SLOW = "--dim 1024 --num_heads 8 --num_blocks 4 --context_size 256 --batch_size 64".split()  # minutes a step
+
+
+def wait_for(process, words, seconds=120):
+    """Reads the process's stdout up to a line that holds `words`."""
+    for line in process.stdout:
+        if words in line:
+            return line
+    raise AssertionError(f"{words!r} never came: {process.stderr.read()}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_first_signal_saves(tmp_path, text, number):
+    process = start("--text", text, *TINY, "--save_dir", tmp_path / "lm")
+    wait_for(process, "20/")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Stopped at iteration" in out and len(ids(tmp_path / "lm")) == 1
+    assert "Traceback" not in err
+
+
+def test_second_signal_leaves_inside_a_long_step(tmp_path, text):
+    process = start("--text", text, *SLOW, "--save_dir", tmp_path / "lm", "--steps_per_report", 1)
+    wait_for(process, "files ")
+    time.sleep(1)  # into the first step
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.7)
+    assert process.poll() is None, "the first signal must wait for the step"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Left without saving" in err
+    assert "1/" not in out and not ids(tmp_path / "lm"), "it waited for the step after all"
+
+
+def test_repeat_within_half_a_second_is_the_same_request(tmp_path, text):
+    process = start("--text", text, *TINY, "--save_dir", tmp_path / "lm")
+    wait_for(process, "20/")
+    for _ in range(3):  # as launchers do that forward what the terminal has sent already
+        process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and len(ids(tmp_path / "lm")) == 1
+
+
+def test_signal_that_the_parent_ignores_stays_ignored(tmp_path, text):
+    command = f"trap '' HUP; exec {os.sys.executable} main.py --text {text} {' '.join(TINY)} --num_iters 300"
+    process = subprocess.Popen(
+        ["bash", "-c", f"{command} --save_dir {tmp_path / 'lm'}"], text=True, stdout=subprocess.PIPE, cwd=os.path.dirname(os.path.dirname(__file__))
+    )  # fmt: skip
+    wait_for(process, "20/")
+    process.send_signal(signal.SIGHUP)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "at iteration 300" in out
+
+
+def test_closed_pipe_costs_nothing(tmp_path, text):
+    process = start("--text", text, *TINY, "--save_dir", tmp_path / "lm", "--num_iters", 60)
+    wait_for(process, "10/")
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0
+    undisturbed = tmp_path / "undisturbed"
+    run("--text", text, *TINY, "--save_dir", undisturbed, "--num_iters", 60)
+    assert ids(tmp_path / "lm") == ids(undisturbed)
+
+
+def test_closed_terminal_saves(tmp_path, text):
+    """A terminal that goes away sends SIGHUP and makes every later write fail."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        main = os.path.join(os.path.dirname(os.path.dirname(__file__)), "main.py")
+        arguments = ["--text", str(text), *TINY, "--save_dir", str(tmp_path / "lm")]
+        os.execv(os.sys.executable, [os.sys.executable, main, *arguments])
+    termios.tcsetwinsize(terminal, (24, 100))  # or there is no room for a bar
+    seen = b""
+    while b"loss" not in seen:  # the bar's first report
+        seen += os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 129 and len(ids(tmp_path / "lm")) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_signal_to_the_group_during_the_first_compile(tmp_path, text, number):
+    """Ctrl+C in a terminal reaches the compiler too. Whatever it leaves behind, the next start must work."""
+    line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm", "--num_iters", 3]
+    process = start(*line, env={"TMPDIR": str(tmp_path)}, start_new_session=True)
+    while not list(tmp_path.glob("mlx/*/cpu/tmp_*.cpp")):
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == (130 if number == signal.SIGINT else -number) and "Traceback" not in err, err
+    run(*line, env={"TMPDIR": str(tmp_path)})
+    assert len(ids(tmp_path / "lm")) == 1
+
+
+def test_ctrl_c_before_training_is_silent(tmp_path):
+    process = start("--dataset", "python", "--save_dir", tmp_path / "lm")
+    while not (tmp_path / "lm").exists():  # imports and parsing are over, the corpus is being read
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in err

@@ -1,0 +1,263 @@
+"""The model against an independent forward pass in NumPy, its cache, its first weights and its dropout."""
+
+import math
+
+import main
+import mlx.core as mx
+import numpy as np
+import pytest
+from datasets import UsageError
+from mlx.utils import tree_flatten, tree_unflatten
+
+HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}  # key and value heads for 4 query heads
+
+
+def make_model(kv_heads=2, mlp="relu2", seed=0, **values):
+    """A small model with every weight random, those of the norms too: no two of its parts are alike or do nothing."""
+    shape = dict(vocab_size=31, context_size=12, num_blocks=2, dim=24, num_heads=4, mlp_dim=40, dropout=0.0)
+    model = main.LanguageModel(main.Config(**shape | dict(num_kv_heads=kv_heads, mlp=mlp) | values))
+    random = np.random.default_rng(seed)
+    weights = []
+    for name, weight in tree_flatten(model.parameters()):
+        value = random.normal(size=weight.shape)
+        value = 1 + 0.3 * value if weight.ndim == 1 else value if "embed" in name else value * weight.shape[1] ** -0.5
+        weights.append((name, mx.array(value.astype(np.float32))))
+    model.update(tree_unflatten(weights))
+    return model
+
+
+def random_tokens(model, rows=2, length=None, seed=1):
+    size = (rows, length or model.config.context_size)
+    return np.random.default_rng(seed).integers(model.config.vocab_size, size=size)
+
+
+def logits_of(model, tokens, **options):
+    return np.array(model(mx.array(tokens), **options))
+
+
+def reference(model, tokens, drop=lambda hidden, site: hidden):
+    """Logits [B, L, V] in float64, written from the papers and Hugging Face's Llama, one head at a time."""
+    config = model.config
+    weights = {name: np.array(weight, np.float64) for name, weight in tree_flatten(model.parameters())}
+    B, L = tokens.shape
+    d = config.dim // config.num_heads
+
+    def norm(hidden, name):
+        rms = np.sqrt((hidden**2).mean(-1, keepdims=True) + config.norm_eps)
+        return hidden / rms * weights[name + ".weight"]
+
+    def linear(hidden, name):
+        return hidden @ weights[name + ".weight"].T
+
+    def rotate(vectors):  # [B, L, d]: x cos + rotate_half(x) sin
+        angles = np.arange(L)[:, None] * config.rope_theta ** -(np.arange(0, d, 2) / d)
+        angles = np.concatenate([angles, angles], -1)
+        half = np.concatenate([-vectors[..., d // 2 :], vectors[..., : d // 2]], -1)
+        return vectors * np.cos(angles) + half * np.sin(angles)
+
+    def attention(hidden, name):
+        queries, keys, values = (linear(hidden, f"{name}.{letter}_proj") for letter in "qkv")
+        attended = np.zeros((B, L, config.dim))
+        for head in range(config.num_heads):
+            shared = head // (config.num_heads // config.num_kv_heads)
+            own, other = slice(head * d, head * d + d), slice(shared * d, shared * d + d)
+            scores = rotate(queries[..., own]) @ rotate(keys[..., other]).swapaxes(1, 2) / math.sqrt(d)
+            scores[:, np.arange(L)[:, None] < np.arange(L)] = -np.inf
+            shares = np.exp(scores - scores.max(-1, keepdims=True))
+            attended[..., own] = shares / shares.sum(-1, keepdims=True) @ values[..., other]
+        return linear(attended, name + ".o_proj")
+
+    def mlp(hidden, name):
+        up = linear(hidden, name + ".up_proj")
+        if config.mlp == "swiglu":
+            gate = linear(hidden, name + ".gate_proj")
+            inner = gate / (1 + np.exp(-gate)) * up
+        elif config.mlp == "gelu":
+            inner = up * 0.5 * (1 + np.vectorize(math.erf)(up / math.sqrt(2)))
+        else:
+            inner = np.maximum(up, 0) ** 2
+        return linear(inner, name + ".down_proj")
+
+    hidden = drop(weights["model.embed_tokens.weight"][tokens], 0)
+    for i in range(config.num_blocks):
+        block = f"model.layers.{i}"
+        hidden = hidden + drop(attention(norm(hidden, block + ".input_layernorm"), block + ".self_attn"), 2 * i + 1)
+        hidden = hidden + drop(mlp(norm(hidden, block + ".post_attention_layernorm"), block + ".mlp"), 2 * i + 2)
+    return linear(norm(hidden, "model.norm"), "model.embed_tokens")
+
+
+@pytest.mark.parametrize("mlp", ["relu2", "swiglu", "gelu"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_logits_equal_an_independent_forward_pass(heads, mlp):
+    model = make_model(HEADS[heads], mlp)
+    tokens = random_tokens(model)
+    np.testing.assert_allclose(logits_of(model, tokens), reference(model, tokens), rtol=0, atol=1e-4)
+
+
+def test_rope_base_and_norm_epsilon_come_from_the_configuration():
+    model = make_model(rope_theta=50.0, norm_eps=0.1, num_blocks=1)
+    tokens = random_tokens(model)
+    np.testing.assert_allclose(logits_of(model, tokens), reference(model, tokens), rtol=0, atol=1e-4)
+
+
+def test_parameters_are_named_and_shaped_as_in_hugging_face_llama():
+    model = make_model(mlp="swiglu")  # vocabulary 31, dim 24, 4 heads of 6, 2 of them for keys and values, mlp_dim 40
+    expected = {"model.embed_tokens.weight": (31, 24), "model.norm.weight": (24,)}  # tied: no lm_head.weight
+    for block in ("model.layers.0.", "model.layers.1."):
+        expected |= {
+            block + "input_layernorm.weight": (24,),
+            block + "self_attn.q_proj.weight": (24, 24),
+            block + "self_attn.k_proj.weight": (12, 24),
+            block + "self_attn.v_proj.weight": (12, 24),
+            block + "self_attn.o_proj.weight": (24, 24),
+            block + "post_attention_layernorm.weight": (24,),
+            block + "mlp.gate_proj.weight": (40, 24),
+            block + "mlp.up_proj.weight": (40, 24),
+            block + "mlp.down_proj.weight": (24, 40),
+        }
+    assert {name: weight.shape for name, weight in tree_flatten(model.parameters())} == expected
+    ungated = {name for name, _ in tree_flatten(make_model(mlp="relu2").parameters())}
+    assert ungated == {name for name in expected if "gate_proj" not in name}
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_no_position_sees_a_later_token(heads):
+    model = make_model(HEADS[heads])
+    tokens = random_tokens(model, rows=1)
+    before = logits_of(model, tokens)[0]
+    for position in range(tokens.shape[1]):
+        changed = tokens.copy()
+        changed[0, position] = (changed[0, position] + 1) % model.config.vocab_size
+        after = logits_of(model, changed)[0]
+        np.testing.assert_array_equal(after[:position], before[:position])
+        assert (abs(after[position:] - before[position:]).max(-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("parts", [[12], [1] * 12, [1, 11], [11, 1], [5, 1, 1, 3, 2]], ids=str)
+def test_decoding_with_a_cache_equals_one_pass(heads, parts):
+    model = make_model(HEADS[heads])
+    tokens = random_tokens(model)
+    caches = [main.Cache(model.config.context_size) for _ in model.model.layers]
+    pieces = np.split(tokens, np.cumsum(parts)[:-1], axis=1)
+    decoded = np.concatenate([logits_of(model, piece, caches=caches) for piece in pieces], axis=1)
+    np.testing.assert_allclose(decoded, logits_of(model, tokens), rtol=0, atol=1e-5)
+
+
+# First weights
+
+
+def initial(seed, **values):
+    """A model whose parameters were all NaN before init_weights, and its parameters as NumPy arrays."""
+    model = make_model(**values)
+    model.update(tree_unflatten([(n, mx.full(w.shape, math.nan)) for n, w in tree_flatten(model.parameters())]))
+    main.init_weights(model, seed)
+    return model, {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
+
+
+def test_init_weights_sets_every_parameter():
+    _, weights = initial(3, vocab_size=500, dim=64, mlp_dim=256, mlp="swiglu")
+    seen = set()
+    for name, weight in weights.items():
+        assert np.isfinite(weight).all(), name
+        if "norm" in name:
+            assert (weight == 1).all()
+        elif "o_proj" in name or "down_proj" in name:  # a block begins as the identity
+            assert (weight == 0).all()
+        else:
+            deviation = min(0.02, 1 / 64) if "embed" in name else 1 / math.sqrt(64)
+            assert weight.std() == pytest.approx(deviation, rel=0.1), name
+            assert abs(weight.mean()) < 0.1 * deviation
+            seen.add(weight.ravel()[:100].tobytes())
+    assert len(seen) == 1 + 2 * 5  # no two matrices begin alike
+
+
+def test_init_weights_is_a_function_of_the_seed():
+    (_, first), (_, same), (_, other) = initial(3), initial(3), initial(4)
+    for name, weight in first.items():
+        np.testing.assert_array_equal(weight, same[name])
+        constant = any(part in name for part in ("norm", "o_proj", "down_proj"))
+        assert constant or (weight != other[name]).mean() > 0.99, name
+
+
+@pytest.mark.parametrize("mlp", ["relu2", "swiglu", "gelu"])
+@pytest.mark.parametrize("vocab_size, dim", [(31, 24), (1000, 64), (257, 256)])
+def test_first_loss_is_that_of_equal_chances(vocab_size, dim, mlp):
+    model, _ = initial(5, vocab_size=vocab_size, dim=dim, mlp=mlp)
+    tokens = random_tokens(model, rows=40)
+    loss = main.loss_sum(model, mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:])).item() / tokens[:, 1:].size
+    assert loss == pytest.approx(math.log(vocab_size), abs=0.05)
+
+
+# Dropout
+
+KEYS = mx.array(np.random.default_rng(2).integers(0, 2**32, (8, 2), np.uint32))
+
+
+def test_dropout_masks_do_not_depend_on_how_the_batch_is_split():
+    hidden = mx.array(np.random.default_rng(0).normal(size=(8, 12, 24)).astype(np.float32))
+    for site in range(5):
+        whole = main.dropout(hidden, 0.4, KEYS, site)
+        for size in (1, 3, 4):
+            parts = [main.dropout(hidden[i : i + size], 0.4, KEYS[i : i + size], site) for i in range(0, 8, size)]
+            np.testing.assert_array_equal(np.array(mx.concatenate(parts)), np.array(whole))
+    model = make_model(dropout=0.4)
+    tokens = random_tokens(model, rows=8)
+    halves = [logits_of(model, tokens[half], keys=KEYS[half]) for half in (slice(4), slice(4, 8))]
+    # Matrix products of another size may round differently; one element dropped otherwise is visible by far.
+    np.testing.assert_allclose(np.concatenate(halves), logits_of(model, tokens, keys=KEYS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_has_the_right_share_and_expectation(rate):
+    hidden = np.random.default_rng(0).uniform(1, 2, (8, 64, 512)).astype(np.float32)
+    dropped = np.array(main.dropout(mx.array(hidden), rate, KEYS, 1))
+    error = 5 * math.sqrt(rate * (1 - rate) / hidden.size)  # five standard deviations
+    assert (dropped == 0).mean() == pytest.approx(rate, abs=error)
+    for row in dropped:
+        assert (row == 0).mean() == pytest.approx(rate, abs=error * math.sqrt(8))
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept], hidden[kept] / (1 - rate), rtol=1e-6)
+    assert dropped.mean() == pytest.approx(hidden.mean(), rel=2 * error / (1 - rate))
+
+
+def test_dropout_differs_between_sites_and_rows():
+    masks = np.stack([np.array(main.dropout(mx.ones((8, 12, 24)), 0.5, KEYS, site)) != 0 for site in range(5)])
+    masks = masks.reshape(40, -1)
+    agreement = (masks[:, None] == masks[None]).mean(-1)[~np.eye(40, dtype=bool)]
+    assert abs(agreement - 0.5).max() < 0.15  # half of 288 places, five deviations
+
+
+@pytest.mark.parametrize("mlp", ["relu2", "swiglu"])
+def test_dropout_acts_on_embeddings_and_on_what_each_block_adds(mlp):
+    model = make_model(mlp=mlp, dropout=0.4)
+    tokens = random_tokens(model, rows=8)
+
+    def drop(hidden, site):
+        return hidden * np.array(main.dropout(mx.ones(hidden.shape), 0.4, KEYS, site), np.float64)
+
+    np.testing.assert_allclose(logits_of(model, tokens, keys=KEYS), reference(model, tokens, drop), rtol=0, atol=1e-4)
+
+
+def test_no_keys_no_dropout():
+    model, plain = make_model(dropout=0.9), make_model(dropout=0.0)
+    tokens = random_tokens(model)
+    np.testing.assert_array_equal(logits_of(model, tokens), logits_of(plain, tokens))
+    assert abs(logits_of(model, tokens, keys=KEYS[:2]) - logits_of(plain, tokens)).max() > 0.1
+
+
+# Configuration
+
+
+@pytest.mark.parametrize("values, named", [
+    (dict(dim=22), ["--dim 22", "--num_heads 4", "--dim 24"]),  # no multiple of the heads
+    (dict(dim=20), ["--dim 20", "--num_heads 4", "--dim 16"]),  # heads of 5 cannot be rotated in pairs
+    (dict(dim=2), ["--dim 2", "--num_heads 4", "--dim 8"]),
+    (dict(kv_heads=3), ["--num_kv_heads 3", "--num_heads 4"]),
+    (dict(kv_heads=8), ["--num_kv_heads 8", "--num_heads 4"]),
+])  # fmt: skip
+def test_numbers_that_do_not_fit_are_refused(values, named):
+    with pytest.raises(UsageError) as caught:
+        make_model(**values)
+    for part in named:
+        assert part in str(caught.value)

@@ -1,0 +1,162 @@
+"""The loop as a user sees it: exact resume, which run is resumed, what is inherited, reports, divergence."""
+
+import json
+import random
+import re
+import signal
+import time
+
+import pytest
+from conftest import TINY, ids, run, start
+from test_interrupts import wait_for
+
+DROPOUT = ["--dropout", "0.1"]
+
+
+@pytest.mark.parametrize("options", [[], DROPOUT, ["--mlp", "swiglu", "--num_kv_heads", "1", "--tokenizer", "word"]])
+def test_interrupted_equals_undisturbed(tmp_path, text, options):
+    """The contract: the same file name, whenever and however often the run was stopped; across an epoch's end."""
+    line = ["--text", text, *TINY, *options, "--num_iters", 2000, "--steps_per_eval", 500]
+    run(*line, "--save_dir", tmp_path / "whole", env={"PYTHONHASHSEED": "1"})
+    moments = random.Random(len(options))
+    for leg in range(6):
+        process = start(*line, "--save_dir", tmp_path / "parts", env={"PYTHONHASHSEED": str(leg)})
+        first = int(re.match(r"[\d,]+", wait_for(process, "  loss ")).group().replace(",", ""))
+        time.sleep(moments.uniform(0, 0.3))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        assert process.returncode == 130, err
+        assert first % 10 == 0
+    assert leg >= 2, "the run was over before it had been interrupted twice"
+    run(*line, "--save_dir", tmp_path / "parts")
+    assert ids(tmp_path / "parts")[0] == ids(tmp_path / "whole")[0]
+
+
+def test_extended_equals_at_once(tmp_path, text):
+    line = ["--text", text, *TINY, *DROPOUT]
+    for num_iters in (30, 70, 120):
+        out, _ = run(*line, "--save_dir", tmp_path / "legs", "--num_iters", num_iters)
+    assert "changed  --num_iters from 70 to 120" in out
+    run(*line, "--save_dir", tmp_path / "once", "--num_iters", 120)
+    assert ids(tmp_path / "legs")[0] == ids(tmp_path / "once")[0]
+
+
+def test_resume_needs_no_flags_but_the_dataset(tmp_path, text):
+    run("--text", text, *TINY, "--save_dir", tmp_path, "--num_iters", 20, "--learning_rate", 0.001)
+    out, _ = run("--text", text, "--save_dir", tmp_path, "--num_iters", 40)
+    assert "from iteration 20 to 40" in out and "dim 16" in out
+    assert re.search(r"40/40 .* lr 2\.00e-04", out), "the learning rate comes from the checkpoint: 0.001 * 40 / 200"
+    out, _ = run("--text", text, "--save_dir", tmp_path, "--num_iters", 40)
+    assert "Iteration 40 of --num_iters 40 is reached" in out
+
+
+def test_each_line_continues_its_own_run(tmp_path, text):
+    """Two lines that differ in shape, and a third in seed, take turns in one folder."""
+    other_text = tmp_path / "other.txt"
+    other_text.write_text(text.read_text()[::-1])
+    lines = [
+        ["--text", text, *TINY, "--mlp", "relu2"],
+        ["--text", text, *TINY, "--mlp", "gelu"],
+        ["--text", text, *TINY, "--mlp", "gelu", "--seed", 7],
+        ["--text", other_text, *TINY],
+    ]
+    names = [[], [], [], []]
+    for num_iters in (10, 20):
+        for line, runs in zip(lines, names):
+            out, _ = run(*line, "--save_dir", tmp_path, "--num_iters", num_iters)
+            runs.append(re.search(r"run +(\S+), from iteration (\d+)", out).groups())
+    for first, second in names:
+        assert first[1] == "0" and second == (first[0], "10")
+    assert len({first[0] for first, _ in names}) == 4
+
+
+def test_new_model_twice_takes_the_pair_over(tmp_path, text):
+    line = ["--text", text, *TINY, "--save_dir", tmp_path, "--num_iters", 10, "--new_model"]
+    first = re.search(r"run +(\S+),", run(*line)[0]).group(1)
+    before = ids(tmp_path)
+    second = re.search(r"run +(\S+),", run(*line)[0]).group(1)
+    assert first != second and ids(tmp_path) == before and len(before) == 1
+    out, _ = run(*line[:-1])
+    assert second in out
+
+
+def test_changed_text_is_refused(tmp_path, text):
+    run("--text", text, *TINY, "--save_dir", tmp_path / "lm", "--num_iters", 10)
+    text.write_text(text.read_text().replace("quick", "slow!"))
+    _, err = run("--text", text, *TINY, "--save_dir", tmp_path / "lm", "--num_iters", 20, status=2)
+    assert "has changed" in err and "--new_model" in err
+
+
+def test_evaluation_lines_and_late_score(tmp_path, text):
+    """A checkpoint killed between save and evaluation is scored when it is resumed, with the same best."""
+    line = ["--text", text, *TINY, "--num_iters", 60, "--steps_per_eval", 20]
+    out, _ = run(*line, "--save_dir", tmp_path / "whole")
+    scores = re.findall(r"^valid (\d+\.\d{4}) nats, perplexity .* bits per byte", out, re.M)
+    assert len(scores) == 3
+
+    import main
+
+    record = main.list_checkpoints(tmp_path / "whole")[0]
+    assert [iteration for iteration, _ in record["scores"]] == [20, 40, 60]
+    assert record["best"]["nats"] == min(nats for _, nats in record["scores"])
+    # The same, killed at the moment of the second evaluation.
+    crash = "import main\nevaluate, calls = main.evaluate, []\n" + (
+        "def dying(*arguments):\n    calls.append(1)\n    if len(calls) == 2: main.os.kill(main.os.getpid(), 9)\n"
+        "    return evaluate(*arguments)\nmain.evaluate = dying\nmain.sys.exit(main.main())\n"
+    )
+    process = start_code(crash, *line, "--save_dir", tmp_path / "killed")
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    out, _ = run(*line, "--save_dir", tmp_path / "killed")
+    assert re.findall(r"^valid (\d+\.\d{4}) nats", out, re.M) == scores[1:]
+    again = main.list_checkpoints(tmp_path / "killed")[0]
+    assert again["scores"] == record["scores"] and again["best"] == record["best"] and again["id"] == record["id"]
+
+
+def start_code(code, *arguments):
+    """Starts a Python program that imports main.py and changes something in it first."""
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_keep_and_best(tmp_path, text):
+    import main
+
+    line = ["--text", text, *TINY, "--save_dir", tmp_path, "--num_iters", 120, "--steps_per_eval", 10]
+    run(*line, "--keep", 2, "--learning_rate", 0.05, "--lr_warmup", 60)  # overheats, so that the best is not the last
+    records = main.list_checkpoints(tmp_path)
+    best = records[0]["best"]["id"]
+    assert [record["iteration"] for record in records[:2]] == [120, 110]
+    assert {record["id"] for record in records} == {records[0]["id"], records[1]["id"], best}
+
+
+def test_divergence_stops_before_anything_is_saved(tmp_path, text):
+    line = ["--text", text, *TINY, "--save_dir", tmp_path, "--grad_clip", 0, "--lr_warmup", 0, "--steps_per_save", 1]
+    run(*line, "--num_iters", 3)
+    good = ids(tmp_path)[0]
+    _, err = run(*line, "--num_iters", 1000, "--learning_rate", 1e30, status=1)
+    assert "not finite" in err and "--learning_rate" in err and err.count("\n") == 1
+    last_good = re.search(r"checkpoint is ([0-9a-f]{40})", err).group(1)
+    import main
+
+    assert main.find_damage(tmp_path, last_good) is None
+    weights = main.mx.load(str(tmp_path / f"{ids(tmp_path)[0]}.safetensors"))
+    assert all(main.mx.isfinite(weight).all().item() for weight in weights.values())
+    assert good
+
+
+def test_losses_go_down_and_reports_are_whole(tmp_path, text):
+    out, _ = run("--text", text, *TINY, "--save_dir", tmp_path, "--num_iters", 200, "--learning_rate", 0.01, "--lr_warmup", 20)
+    reports = re.findall(
+        r"^([\d,]+)/200  loss ([\d.]+)  perplexity [\d.,]+  lr \S+  grad [\d.]+  [\d,]+ tokens/s  peak [\d,]+ MiB  left \S+", out, re.M
+    )
+    assert [int(iteration) for iteration, _ in reports] == list(range(10, 201, 10))
+    assert float(reports[0][1]) > 5 > 3 > float(reports[-1][1])
+    assert json.dumps(reports)
