@@ -16,7 +16,12 @@ TINY = "--dim 16 --num_heads 2 --num_blocks 2 --context_size 8 --batch_size 4 --
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "soak: long runs of the fault matrix; pytest -m soak")
+    config.addinivalue_line("markers", "soak: long runs of the fault matrix, only with pytest -m soak")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
 
 
 def start(*arguments, env=None, **options):

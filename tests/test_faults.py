@@ -3,7 +3,6 @@
 `pytest -m soak` runs the long version.
 """
 
-import os
 import random
 import re
 import resource
@@ -136,7 +135,7 @@ def test_full_disk_and_double_ctrl_c(tmp_path, text):
 
 
 def test_folder_that_vanishes(tmp_path, text):
-    line = ["--text", text, *TINY, "--num_iters", 3000, "--steps_per_save", 1000, "--steps_per_eval", 10000]
+    line = ["--text", text, *TINY, "--num_iters", 600, "--steps_per_save", 200]
     process = start(*line, "--save_dir", tmp_path / "lm")
     wait_for(process, "saved")
     shutil.rmtree(tmp_path / "lm")
@@ -179,4 +178,3 @@ def test_second_process_is_refused(tmp_path, text):
     first.communicate()
     out, _ = run(*line, "--num_iters", 2)
     assert re.search(r"Iteration \d[\d,]* of --num_iters 2 is reached", out)
-    assert os.path.exists(tmp_path)

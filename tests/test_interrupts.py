@@ -1,14 +1,17 @@
 """Signals, closed pipes and terminals: the work is always saved, and a second signal always leaves."""
 
+import fcntl
 import os
 import pty
 import signal
+import struct
 import subprocess
+import sys
 import termios
 import time
 
 import pytest
-from conftest import TINY, ids, run, start
+from conftest import ROOT, TINY, ids, run, start
 
 SLOW = "--dim 1024 --num_heads 8 --num_blocks 4 --context_size 256 --batch_size 64".split()  # minutes a step
 
@@ -56,9 +59,9 @@ def test_repeat_within_half_a_second_is_the_same_request(tmp_path, text):
 
 
 def test_signal_that_the_parent_ignores_stays_ignored(tmp_path, text):
-    command = f"trap '' HUP; exec {os.sys.executable} main.py --text {text} {' '.join(TINY)} --num_iters 300"
+    command = f"trap '' HUP; exec {sys.executable} main.py --text {text} {' '.join(TINY)} --num_iters 300"
     process = subprocess.Popen(
-        ["bash", "-c", f"{command} --save_dir {tmp_path / 'lm'}"], text=True, stdout=subprocess.PIPE, cwd=os.path.dirname(os.path.dirname(__file__))
+        ["bash", "-c", f"{command} --save_dir {tmp_path / 'lm'}"], text=True, stdout=subprocess.PIPE, cwd=ROOT
     )  # fmt: skip
     wait_for(process, "20/")
     process.send_signal(signal.SIGHUP)
@@ -83,10 +86,9 @@ def test_closed_terminal_saves(tmp_path, text):
     if pid == 0:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        main = os.path.join(os.path.dirname(os.path.dirname(__file__)), "main.py")
         arguments = ["--text", str(text), *TINY, "--save_dir", str(tmp_path / "lm")]
-        os.execv(os.sys.executable, [os.sys.executable, main, *arguments])
-    termios.tcsetwinsize(terminal, (24, 100))  # or there is no room for a bar
+        os.execv(sys.executable, [sys.executable, str(ROOT / "main.py"), *arguments])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # or there is no room for a bar
     seen = b""
     while b"loss" not in seen:  # the bar's first report
         seen += os.read(terminal, 4096)

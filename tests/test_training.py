@@ -1,6 +1,5 @@
 """The loop as a user sees it: exact resume, which run is resumed, what is inherited, reports, divergence."""
 
-import json
 import random
 import re
 import signal
@@ -16,13 +15,13 @@ DROPOUT = ["--dropout", "0.1"]
 @pytest.mark.parametrize("options", [[], DROPOUT, ["--mlp", "swiglu", "--num_kv_heads", "1", "--tokenizer", "word"]])
 def test_interrupted_equals_undisturbed(tmp_path, text, options):
     """The contract: the same file name, whenever and however often the run was stopped; across an epoch's end."""
-    line = ["--text", text, *TINY, *options, "--num_iters", 2000, "--steps_per_eval", 500]
+    line = ["--text", text, *TINY, *options, "--num_iters", 1200, "--steps_per_eval", 500]
     run(*line, "--save_dir", tmp_path / "whole", env={"PYTHONHASHSEED": "1"})
     moments = random.Random(len(options))
-    for leg in range(6):
+    for leg in range(5):
         process = start(*line, "--save_dir", tmp_path / "parts", env={"PYTHONHASHSEED": str(leg)})
         first = int(re.match(r"[\d,]+", wait_for(process, "  loss ")).group().replace(",", ""))
-        time.sleep(moments.uniform(0, 0.3))
+        time.sleep(moments.uniform(0, 0.2))
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
         if process.returncode == 0:
@@ -53,12 +52,12 @@ def test_resume_needs_no_flags_but_the_dataset(tmp_path, text):
 
 
 def test_each_line_continues_its_own_run(tmp_path, text):
-    """Two lines that differ in shape, and a third in seed, take turns in one folder."""
+    """Lines that differ in shape, in seed and in text take turns in one folder."""
     other_text = tmp_path / "other.txt"
     other_text.write_text(text.read_text()[::-1])
     lines = [
         ["--text", text, *TINY, "--mlp", "relu2"],
-        ["--text", text, *TINY, "--mlp", "gelu"],
+        ["--text", text, *TINY, "--mlp", "gelu", "--seed", 42],
         ["--text", text, *TINY, "--mlp", "gelu", "--seed", 7],
         ["--text", other_text, *TINY],
     ]
@@ -159,4 +158,3 @@ def test_losses_go_down_and_reports_are_whole(tmp_path, text):
     )
     assert [int(iteration) for iteration, _ in reports] == list(range(10, 201, 10))
     assert float(reports[0][1]) > 5 > 3 > float(reports[-1][1])
-    assert json.dumps(reports)

@@ -1,0 +1,63 @@
+"""The README's commands, as they stand there, in small form and without a network."""
+
+import re
+import shlex
+
+import main
+import pytest
+from conftest import ROOT, TINY, ids, run
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+SMALL = [*TINY, "--num_iters", "3", "--eval_tokens", "500"]
+
+
+def program_lines(command):
+    """The arguments of each call of main.py in a line of shell."""
+    parts = re.split(r"&&|\||;", command)
+    return [shlex.split(part, comments=True)[2:] for part in parts if re.search(r"python main\.py", part)]
+
+
+def test_both_first_commands_set_everything_up():
+    first, second = [line for line in COMMANDS if line.startswith("python3 -m venv")]
+    assert "pip install -q -r requirements.txt" in first and "--dataset python" in first
+    assert "-r tests/requirements.txt" in second and "pytest" in second
+    assert "README.md" in (ROOT / ".ci" / "run").read_text(), "CI calls the very command of the README"
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "main.py" in line])
+def test_command(command, tmp_path, text):
+    """Each is typed with smaller numbers behind it (the last flag counts), and a text at hand instead of a download."""
+    calls = program_lines(command)
+    assert calls
+    for arguments in calls:
+        if "--dataset" in arguments and arguments[arguments.index("--dataset") + 1] == "ptb":
+            at = arguments.index("--dataset")
+            arguments[at : at + 2] = ["--text", str(text), "--tokenizer", "word"]
+        if "--text" in arguments and "--tokenizer" not in arguments:
+            arguments[arguments.index("--text") + 1] = str(text)
+        if "--identifier" in arguments or "--inference" in arguments or "--list" in arguments:
+            run("--text", text, *SMALL, "--save_dir", tmp_path)
+            named = {"ptb-3fa2c1": main.list_checkpoints(tmp_path)[0]["run"], "7a0af7b6": ids(tmp_path)[0][:8]}
+            arguments = [named.get(argument, argument) for argument in arguments]
+        if "--inference" in arguments:
+            out, _ = run(*arguments, "--save_dir", tmp_path, input="line 5")
+            assert out.strip()
+        elif "--help" in arguments or "--list" in arguments:
+            run(*arguments, *([] if "--help" in arguments else ["--save_dir", tmp_path]))
+        else:
+            shape = [] if "--identifier" in arguments else SMALL
+            out, _ = run(*arguments, *shape, "--num_iters", 5, "--save_dir", tmp_path)
+            assert "at iteration 5" in out
+
+
+def test_named_flags_exist():
+    """Whatever the README calls a flag is one."""
+    known = {f"--{name}" for name in main.DEFAULTS} | {"--help"}
+    others = {"--version"}
+    assert set(re.findall(r"(?<![\w-])--[a-z]\w*", README)) <= known | others
+
+
+def test_defaults_in_the_readme_are_the_parsers():
+    for flag, default in re.findall(r"`--(\w+)` \(([\d.e-]+)\)", README):
+        assert float(default) == main.DEFAULTS[flag], flag
