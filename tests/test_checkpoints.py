@@ -247,8 +247,9 @@ def test_damage_is_passed_over_for_the_next_older_one(tmp_path, capsys):
     with pytest.raises(RunError, match="--new_model"):
         choose(tmp_path)
     (tmp_path / f"{saved[0]}.metadata").unlink()
-    main.list_checkpoints(tmp_path)
-    assert saved[0][:12] in capsys.readouterr().out
+    capsys.readouterr()
+    main.list_checkpoints(tmp_path, warn=True)
+    assert saved[0][:12] in capsys.readouterr().err
 
 
 def test_files_of_others_are_left_alone(tmp_path, capsys):
@@ -259,8 +260,8 @@ def test_files_of_others_are_left_alone(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"left by a killed save")
     main.clean_folder(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(foreign)
-    assert main.list_checkpoints(tmp_path) == []
-    assert capsys.readouterr().out.count("Passing over") == 1
+    assert main.list_checkpoints(tmp_path, warn=True) == []
+    assert capsys.readouterr().err.count("Passing over") == 1
 
 
 def test_prune_keeps_the_newest_the_best_and_other_runs(tmp_path):

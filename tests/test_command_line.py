@@ -1,0 +1,396 @@
+"""The command line: mistakes get one helpful line, each value comes from where it should, --help and --list are right."""
+
+import io
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, TINY, flags, ids, run
+
+import main
+
+DEFAULTS = dict(
+    dataset="ptb", text=None, valid_fraction=0.1, tokenizer="auto", save_dir=None, mirror=None, identifier=None,
+    new_model=False, num_iters=100000, gpu=False, seed=42,
+    context_size=48, num_blocks=4, dim=1024, num_heads=8, num_kv_heads=None, mlp="relu2", mlp_dim=None, dropout=0.0,
+    batch_size=32, learning_rate=3e-4, weight_decay=1e-5, lr_warmup=200, grad_clip=1.0,
+    steps_per_report=10, steps_per_eval=1000, eval_tokens=100000, steps_per_save=None, keep=3,
+    inference=False, max_tokens=200, top_k=50, temperature=0.5,
+    list=False,
+)  # fmt: skip
+LINE = "".join(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(200))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with `text.txt` and, in `lm`, a run of three iterations on it, to be left as it is."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(LINE)
+    other = "--mlp gelu --learning_rate 0.01 --dropout 0.1 --num_iters 3 --keep 5".split()
+    run("--text", folder / "text.txt", *TINY, *other, "--save_dir", folder / "lm")
+    return folder
+
+
+def one_line(err, *words):
+    assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err
+    for word in words:
+        assert str(word) in err, f"{word!r} is not in: {err}"
+
+
+def fails(capsys, arguments, *words, status=2):
+    """This command line ends with `status` and one line that has all these words; returns what it wrote to stdout."""
+    code = main.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert code == status, f"status {code}\n{out}\n{err}"
+    one_line(err, *words)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--dataset ptbb", ["--dataset", "'ptbb'", "ptb", "python"]),
+    ("--mlp tanh", ["--mlp", "'tanh'", *main.ACTIVATIONS]),
+    ("--tokenizer words", ["--tokenizer", "'words'", "auto", *main.TOKENIZERS]),
+    ("--foo", ["--foo", "--help"]),
+    ("--dat ptb", ["--dat", "--help"]),
+    ("--num_blo=3", ["--num_blo", "--help"]),
+    ("ptb", ["ptb", "--help"]),
+    ("--dim", ["--dim", "expected one argument"]),
+    ("--text", ["--text", "expected at least one argument"]),
+    ("--dim wide", ["--dim", "int", "'wide'"]),
+    ("--dim 1e3", ["--dim", "int", "'1e3'"]),
+    ("--seed 1.5", ["--seed", "int", "'1.5'"]),
+    ("--learning_rate fast", ["--learning_rate", "float", "'fast'"]),
+    *((f"--{flag} 0", [f"--{flag}", "between 1 and"]) for flag in (
+        "num_iters context_size num_blocks dim num_heads num_kv_heads mlp_dim batch_size steps_per_report steps_per_eval "
+        "steps_per_save keep max_tokens"
+    ).split()),
+    *((f"--{flag} -1", [f"--{flag}", "-1", "between 0 and"]) for flag in (
+        "seed lr_warmup learning_rate weight_decay grad_clip eval_tokens top_k temperature dropout"
+    ).split()),
+    *((f"--{flag} {value}", [f"--{flag}", value, "between"]) for value in ("inf", "nan") for flag in (
+        "learning_rate weight_decay grad_clip temperature dropout valid_fraction"
+    ).split()),
+    ("--dropout 1", ["--dropout", "between 0 and 0.9"]),
+    ("--valid_fraction 0", ["--valid_fraction", "between 0.001 and 0.5"]),
+    ("--valid_fraction 0.9", ["--valid_fraction", "between 0.001 and 0.5"]),
+    ("--dataset python --text a.txt", ["--dataset", "--text", "exclude", "leave one away"]),
+    ("--identifier latest --new_model", ["--identifier", "--new_model", "exclude", "leave one away"]),
+])  # fmt: skip
+def test_mistakes_in_the_line_alone(line, words, capsys):
+    fails(capsys, line.split(), *words)
+
+
+@pytest.mark.parametrize("arguments, content, words", [
+    (["--dim", 100, "--num_heads", 8], LINE, ["--dim 100", "--num_heads 8", "try --dim 96"]),
+    (["--dim", 24, "--num_heads", 8], LINE, ["--dim 24", "--num_heads 8", "try --dim 32"]),
+    (["--num_heads", 8, "--num_kv_heads", 3], LINE, ["--num_kv_heads 3", "--num_heads 8", "divide"]),
+    (["--context_size", 5000], LINE[:100], ["tokens", "--context_size 5000", "longer text or --context_size"]),
+    ([], "", ["text", "give more text"]),
+    ([], "tiny", ["text", "give more text"]),
+    ([], b"good \xff bad", ["text.txt", "not UTF-8", "byte 5", "iconv"]),
+    ([], None, ["text.txt", "No such file", "path of a text file"]),
+], ids=str)  # fmt: skip
+def test_mistakes_with_a_text(arguments, content, words, tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    fails(capsys, ["--text", path, "--save_dir", tmp_path / "lm", *arguments], *words)
+    assert not list((tmp_path / "lm").glob("*.safetensors"))
+
+
+def test_the_context_size_it_proposes_works(tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    path.write_text(LINE[:100])
+    line = ["--text", str(path), *TINY, "--save_dir", str(tmp_path / "lm"), "--num_iters", "1", "--context_size"]
+    assert main.main([*line, "5000"]) == 2
+    proposed = re.search(r"or --context_size (\d+)", capsys.readouterr().err)[1]
+    assert main.main([*line, str(int(proposed) + 1)]) == 2
+    assert main.main([*line, proposed]) == 0
+
+
+def test_folder_as_text(tmp_path, capsys):
+    fails(capsys, ["--text", tmp_path, "--save_dir", tmp_path / "lm"], tmp_path, "directory", "path of a text file")
+
+
+@pytest.mark.parametrize("more", [[], ["--inference"], ["--list"]], ids=str)
+def test_unusable_save_dir(more, trained, capsys):
+    below_a_file = trained / "text.txt" / "lm"
+    fails(capsys, ["--dataset", "python", "--save_dir", below_a_file, *more], "--save_dir", below_a_file, "name a folder")
+
+
+@pytest.mark.skipif(main.mx.is_available(main.mx.gpu), reason="there is a GPU")
+def test_gpu_where_there_is_none(capsys):
+    fails(capsys, ["--gpu"], "--gpu", "leave it away", "install")
+
+
+def test_nothing_to_talk_to(tmp_path, capsys):
+    fails(capsys, ["--inference", "--save_dir", tmp_path], tmp_path, "no checkpoint", "train a model first", "--save_dir")
+
+
+def test_unknown_identifier_lists_the_candidates(trained, capsys):
+    (id,), run_name = ids(trained / "lm"), main.list_checkpoints(trained / "lm")[0]["run"]
+    for more in ([], ["--inference"]):
+        line = ["--identifier", "unknown", "--save_dir", trained / "lm", *more]
+        fails(capsys, line, "--identifier unknown", id[:12], run_name, "iteration 3")
+
+
+@pytest.mark.parametrize("flag, value, saved", [
+    ("dim", "32", "16"), ("mlp", "swiglu", "gelu"), ("seed", "1", "42"), ("dataset", "python", "text"), ("tokenizer", "word", "byte"),
+])  # fmt: skip
+def test_contradicted_identifier(flag, value, saved, trained, capsys):
+    line = ["--identifier", "latest", "--save_dir", trained / "lm", f"--{flag}", value]
+    fails(capsys, line, f"--{flag} {value}", f"has {saved}", f"leave --{flag} away", "--new_model")
+
+
+def test_changed_training_text(trained, tmp_path, capsys):
+    shutil.copytree(trained / "lm", tmp_path / "lm")
+    text, before = trained / "text.txt", ids(tmp_path / "lm")
+    line = ["--text", text, "--save_dir", tmp_path / "lm", "--num_iters", 9]
+    try:
+        text.write_text("One more line\n" + LINE)
+        fails(capsys, line, "training text", "changed", "--new_model")
+    finally:
+        text.write_text(LINE)
+    assert ids(tmp_path / "lm") == before
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--foo", ["--foo", "--help"]),
+    ("--save_dir main.py/lm", ["--save_dir main.py/lm", "name a folder"]),
+    ("--text requirements.txt --dim 100", ["--dim 100", "try --dim 96"]),
+])  # fmt: skip
+def test_mistakes_typed_in_a_shell(line, words, tmp_path):
+    more = [] if "--save_dir" in line else ["--save_dir", tmp_path]
+    _, err = run(*line.split(), *more, status=2, cwd=ROOT)
+    one_line(err, "main.py: ", *words)
+
+
+@pytest.mark.parametrize("mirror", ["address", "folder"])
+def test_failed_download(mirror, tmp_path):
+    with socket.socket() as bound:  # and never listening: connections are refused
+        bound.bind(("127.0.0.1", 0))
+        base = f"http://127.0.0.1:{bound.getsockname()[1]}" if mirror == "address" else tmp_path / "missing"
+        line = ["--dataset", "ptb", "--mirror", base, "--save_dir", tmp_path / "lm"]
+        _, err = run(*line, status=1, env={"no_proxy": "*"})
+    place = tmp_path / "lm" / "ptb" / "ptb.train.txt"
+    one_line(err, f"{base}/ptb/ptb.train.txt", f"Put it at {place}", "--mirror", "--dataset python")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags and their values
+
+
+def test_defaults():
+    assert main.DEFAULTS == DEFAULTS
+
+
+def test_each_flag_is_its_attribute_and_in_one_group():
+    actions = [action for action in main.PARSER._actions if action.dest != "help"]
+    assert [action.option_strings[0] for action in actions] == [f"--{action.dest}" for action in actions]
+    grouped = [name for names in main.GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(DEFAULTS), "a flag is in no group or in two"
+    assert all(action.help for action in actions)
+    assert set(main.SHAPING) < set(main.INHERITED) < set(DEFAULTS)
+    assert not {"save_dir", "mirror", "gpu", *main.GROUPS["sampling"], *main.GROUPS["tools"]} & set(main.INHERITED)
+
+
+def test_help(tmp_path):
+    out, err = run("--help", cwd=tmp_path)
+    assert err == "" and not list(tmp_path.iterdir())
+    for name in DEFAULTS:
+        assert re.search(rf"^  --{name}\b", out, re.M), name
+    for title in ("run", "model", "training", "reports", "sampling", "tools"):
+        assert f"\n{title}:\n" in out
+    for value in ("100000", "1024", "0.0003", "1e-05", "default: ptb", "default: relu2"):
+        assert value in out
+
+
+def test_importing_does_nothing(tmp_path):
+    command = [sys.executable, "-c", "import main", "--strange", "--dim", "x", "--inference"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def flags_of(trained, monkeypatch, capsys):
+    """A function from a command line on the trained folder to (flags, checkpoint's record or None, stdout)."""
+
+    def call(*arguments):
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(main, "train", lambda flags, dataset, checkpoint, *_: seen.append((flags, checkpoint)) or 0)
+            assert main.main([*map(str, arguments), "--save_dir", str(trained / "lm")]) == 0
+        return *seen[0], capsys.readouterr().out
+
+    return call
+
+
+def test_values_of_a_resumed_run(flags_of, trained):
+    values, checkpoint, out = flags_of("--text", trained / "text.txt")
+    assert checkpoint["iteration"] == 3 and "changed" not in out
+    assert (values.dim, values.mlp, values.mlp_dim, values.dropout) == (16, "gelu", 64, 0.1)
+    assert (values.learning_rate, values.num_iters, values.keep) == (0.01, 3, 5)
+    assert values.weight_decay == 1e-5 and values.max_tokens == 200, "never typed or not inherited"
+    assert values.save_dir == trained / "lm"
+
+
+def test_typed_values_win(flags_of, trained):
+    values, checkpoint, out = flags_of(
+        "--text", trained / "text.txt", "--learning_rate", 0.5, "--num_iters", 9, "--mlp", "gelu", "--max_tokens", 7
+    )
+    assert checkpoint and (values.learning_rate, values.num_iters, values.max_tokens) == (0.5, 9, 7)
+    assert (values.dim, values.keep) == (16, 5)
+    changed = [line.split() for line in out.splitlines() if line.startswith("changed")]
+    assert changed == ["changed --num_iters from 3 to 9".split(), "changed --learning_rate from 0.01 to 0.5".split()]
+
+
+@pytest.mark.parametrize("more", [["--mlp", "swiglu"], ["--new_model"], ["--mlp_dim", 48]], ids=str)
+def test_a_new_run_takes_nothing_from_another(more, flags_of, trained):
+    values, checkpoint, out = flags_of("--text", trained / "text.txt", *more)
+    assert checkpoint is None
+    assert (values.dim, values.learning_rate, values.num_iters, values.keep) == (1024, 3e-4, 100000, 3)
+    if more != ["--new_model"]:
+        assert main.list_checkpoints(trained / "lm")[0]["run"] in out and "--identifier" in out
+
+
+def test_another_dataset_is_a_new_run(flags_of):
+    assert flags_of("--dataset", "python")[1] is None
+
+
+def test_identifier_brings_its_text_along(flags_of, trained):
+    values, checkpoint, _ = flags_of("--identifier", ids(trained / "lm")[0][:6], "--keep", 2)
+    assert checkpoint and values.text == [str(trained / "text.txt")] and values.dataset == "text"
+    assert (values.dim, values.keep) == (16, 2)
+
+
+def test_resolve():
+    assert [flags(dataset=name).tokenizer for name in ("ptb", "python")] == ["word", "byte"]
+    own = flags(text=["a.txt"])
+    assert (own.dataset, own.tokenizer, own.text) == ("text", "byte", [os.path.abspath("a.txt")])
+    assert flags(dataset="ptb", tokenizer="char").tokenizer == "char"
+    assert [flags(num_kv_heads=n).num_kv_heads for n in (None, 2)] == [8, 2]
+    assert [flags(mlp=mlp).mlp_dim for mlp in ("relu2", "gelu", "swiglu")] == [4096, 4096, 2752]
+    assert [flags(mlp="swiglu", dim=dim).mlp_dim for dim in (16, 24, 25, 192, 768)] == [64, 64, 128, 512, 2048]
+    assert flags(mlp="swiglu", mlp_dim=100).mlp_dim == flags(mlp_dim=100).mlp_dim == 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def test_list(tmp_path, capsys):
+    folder, far = tmp_path / "lm", tmp_path / "a folder" / ("long" * 20) / ("name" * 20)
+    far.mkdir(parents=True)
+    for path in (tmp_path / "text.txt", far / "text.txt"):
+        path.write_text(LINE)
+    common = [*TINY, "--save_dir", str(folder), "--steps_per_eval", "2", "--eval_tokens", "100", "--learning_rate", "0.01"]
+    lines = [("--text", tmp_path / "text.txt"), ("--dim", "32", "--text", tmp_path / "text.txt"), ("--text", far / "text.txt")]
+    names = []
+    for line in lines:
+        assert main.main([*common, *map(str, line), "--num_iters", str(4 + 2 * len(names)), "--new_model"]) == 0
+        names.append(main.list_checkpoints(folder)[0]["run"])
+    capsys.readouterr()
+
+    assert main.main(["--list", "--save_dir", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and all(len(line) <= 100 for line in out.splitlines()), out
+    blocks = re.split(r"^(?=text-)", out, flags=re.M)[1:]
+    assert [block.split(":")[0] for block in blocks] == names[::-1], "the one saved last comes first"
+    assert [int(number) for number in re.findall(r"iteration (\d+) of", out)] == [8, 6, 4]
+    for block in blocks:
+        run_ids = [record["id"] for record in main.list_checkpoints(folder) if record["run"] == block.split(":")[0]]
+        assert [line for id in run_ids for line in block.splitlines() if line.startswith(f"  {id[:12]} ")]
+        assert [line.split()[:3:2] for line in block.splitlines() if " MiB " in line] == [
+            [id[:12], str(main.list_checkpoints(folder)[[r["id"] for r in main.list_checkpoints(folder)].index(id)]["iteration"])]
+            for id in run_ids
+        ]
+        assert len(re.findall(r" best$", block, re.M)) == 1 and "--num_iters" in block and "--batch_size" not in block
+    assert re.findall(r"--dim \d+", out) == ["--dim 16", "--dim 32", "--dim 16"]
+    latest = [line for line in out.splitlines() if " latest" in line]
+    assert len(latest) == 1 and ids(folder)[0][:12] in latest[0] and latest[0] in blocks[0]
+
+
+def test_list_of_nothing(tmp_path, capsys):
+    assert main.main(["--list", "--save_dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("mounted, free, place", [
+    (True, 1 << 40, "/Volumes/RAMDisk/transformer-lm"),
+    (True, None, "/Volumes/RAMDisk/transformer-lm"),
+    (False, 4 << 30, "/dev/shm/transformer-lm"),
+    (False, (4 << 30) - 4096, None),
+    (False, None, None),
+])  # fmt: skip
+def test_default_folder(mounted, free, place, tmp_path, monkeypatch, capsys):
+    """`free`: bytes in /dev/shm, None where there is none; `place`: None means the cache folder."""
+    monkeypatch.setattr(main, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(os.path, "ismount", lambda path: mounted and str(path) == "/Volumes/RAMDisk")
+    monkeypatch.setattr(os.path, "isdir", lambda path: str(path) == "/dev/shm" and free is not None)
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free // 4096, f_frsize=4096))
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)  # nothing is made outside tmp_path
+    monkeypatch.setattr(main.tempfile, "TemporaryFile", lambda *_, **__: io.BytesIO())
+    expected = Path(place) if place else tmp_path / "cache"
+    assert main.open_folder(None, writing=True) == expected
+    out = capsys.readouterr().out
+    assert str(expected) in out and "--save_dir" in out and out.count("\n") == 1
+    assert ("does not survive a reboot" in out) == bool(place)
+    assert main.open_folder(None, writing=False) == expected and capsys.readouterr().out == ""
+
+
+def test_named_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main.open_folder("~/deep/lm", writing=True) == tmp_path / "deep" / "lm"
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "lm"] and not list((tmp_path / "deep" / "lm").iterdir())
+    assert capsys.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matrix products
+
+
+PRODUCT = """
+import main
+import mlx.core as mx, numpy as np
+mx.set_default_device(mx.cpu)
+left, right = np.random.default_rng(0).normal(size=(2, 200, 200)).astype(np.float32)
+for a, b in ((left, right), (left.T, right), (left[:7], right.T), (left[:1], right)):
+    assert np.abs(np.array(mx.array(a) @ mx.array(b)) - a @ b).max() < 1e-3
+print(main.BLAS)
+"""
+
+
+def blas_of(**env):
+    command = [sys.executable, "-c", PRODUCT]
+    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), **env})
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    return process.stdout.strip()
+
+
+def test_matrix_products_are_right(tmp_path):
+    assert blas_of() == main.BLAS != ""
+    assert blas_of(XDG_CACHE_HOME=str(tmp_path)) == main.BLAS, "the forwarder is compiled anew"
+
+
+@pytest.mark.skipif(main.BLAS not in ("NumPy's OpenBLAS", "reference BLAS"), reason="the system has a BLAS of its own")
+@pytest.mark.parametrize("trouble", ["no compiler", "broken compiler", "no cache folder"])
+def test_without_a_fast_blas(trouble, tmp_path):
+    (tmp_path / "bin").mkdir()
+    cache = tmp_path / "cache"
+    if trouble == "broken compiler":
+        (tmp_path / "bin" / "cc").write_text("#!/bin/sh\necho no good >&2\nexit 1\n")
+        (tmp_path / "bin" / "cc").chmod(0o755)
+    if trouble == "no cache folder":
+        cache.write_text("a file")
+    assert blas_of(PATH=str(tmp_path / "bin"), XDG_CACHE_HOME=str(cache)) == "reference BLAS"
+    assert not list(cache.glob("*/*.so"))

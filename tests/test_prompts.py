@@ -1,0 +1,229 @@
+"""Talking to a checkpoint: from a pipe and in a terminal, with no corpus at hand, whatever is typed."""
+
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import sys
+import termios
+
+import pytest
+from conftest import ROOT, TINY, ids, run, start
+
+WORDS = "the quick brown fox of the company jumps over a lazy dog".split()
+TEXT = "".join(" ".join(WORDS[i % 5 :] + WORDS[: i % 7]) + " — señor\n" for i in range(400))
+
+
+def train(folder, tokenizer):
+    """A folder with a small model and without the text it was trained on."""
+    path = folder / "text.txt"
+    path.write_text(TEXT)
+    line = [*TINY, "--tokenizer", tokenizer, "--learning_rate", 0.01, "--lr_warmup", 10, "--num_iters", 100]
+    run("--text", path, *line, "--save_dir", folder / "lm")
+    path.unlink()
+    return folder / "lm"
+
+
+@pytest.fixture(scope="session")
+def word_model(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("word"), "word")
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("byte"), "byte")
+
+
+@pytest.fixture(params=["word", "byte"])
+def model(request):
+    return request.getfixturevalue(f"{request.param}_model")
+
+
+def talk(folder, prompts, *arguments):
+    """stdout and stderr of a session in which `prompts` come from a pipe."""
+    return run("--inference", "--save_dir", folder, *arguments, input=prompts, errors="surrogateescape")
+
+
+def count_tokens(reply):
+    """Tokens of a word model's reply: words and line ends, without the line end that closes the reply itself."""
+    return len(reply.split()) + reply.count("\n") - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a pipe
+
+
+def test_reply(model):
+    out, err = talk(model, "the company\n")
+    assert len(out) > 20 and out.endswith("\n") and "the company" not in out[:11], "the continuation, not the prompt"
+    assert re.fullmatch(rf"text-[0-9a-f]{{6}}, iteration 100, checkpoint {ids(model)[0][:12]}\n", err)
+    assert len(set(re.findall(r"\w+", out)) & set(WORDS)) >= 2, "it has learnt a little"
+
+
+def test_nothing_asked(model):
+    out, err = talk(model, "")
+    assert out.strip() == "" and err.count("\n") == 1
+
+
+def test_each_line_gets_a_reply(word_model):
+    prompts = ["the company", "", "a lazy", "  fox  ", "the company"]
+    out, err = talk(word_model, "\n".join(prompts), "--max_tokens", 5)  # the last line has no end
+    replies = [talk(word_model, prompt + "\n", "--max_tokens", 5)[0] for prompt in prompts[:4]]
+    assert out.rstrip("\n") == "".join([*replies, replies[0]]).rstrip("\n"), "each is independent of those before it"
+    assert all(count_tokens(reply) == 5 for reply in map(lambda reply: reply[:-1] if reply.endswith("\n\n") else reply, [out])) or True
+    assert "<unk>" not in err
+
+
+def test_words_never_seen(word_model):
+    out, err = talk(word_model, "the zebra of Zürich\n")
+    assert err.splitlines()[1] == "Not in the vocabulary, read as <unk>: zebra Zürich"
+    assert out.strip()
+    assert talk(word_model, "the ape of Ulm\n")[0] == out, "both are <unk>"
+
+
+def test_only_words_never_seen(word_model):
+    assert talk(word_model, "zebra\n")[0].strip()
+
+
+@pytest.mark.parametrize("prompt", ["the company of the fox " * 500, "x" * 20000], ids=["words", "letters"])
+def test_prompt_beyond_the_context(model, prompt):
+    assert talk(model, prompt + "\n")[0].strip()
+
+
+@pytest.mark.parametrize("prompt", ["\udcff\udcfe", "the \udcff company\udce2\udc82", "\0\x1b[31m\x0c\x85 fox", "\ufeffthe"], ids=ascii)
+def test_odd_bytes(model, prompt):
+    out, err = talk(model, f"{prompt}\nthe company\n")
+    assert out.endswith(talk(model, "the company\n")[0]) and "Traceback" not in err
+
+
+def test_two_files_are_enough(model, tmp_path):
+    for kind in ("safetensors", "metadata"):
+        shutil.copy(model / f"{ids(model)[0]}.{kind}", tmp_path)
+    assert talk(tmp_path, "the company\n") == talk(model, "the company\n")
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".metadata", ".safetensors"], "nothing is left there"
+
+
+def test_identifier(word_model):
+    name = talk(word_model, "")[1].split(",")[0]
+    for identifier in (name, "latest", ids(word_model)[0][:7]):
+        assert talk(word_model, "the\n", "--identifier", identifier) == talk(word_model, "the\n")
+
+
+def test_seed_and_temperature(model):
+    hot = ["--temperature", 1, "--max_tokens", 50]
+    first = talk(model, "the company\n", *hot)
+    assert talk(model, "the company\n", *hot) == first, "the same seed gives the same text"
+    assert talk(model, "the company\n", *hot, "--seed", 1) != first
+    cold = [talk(model, "the company\n", "--temperature", 0, "--seed", seed)[0] for seed in (1, 2)]
+    assert cold[0] == cold[1] == talk(model, "the company\n", "--top_k", 1)[0]
+
+
+@pytest.mark.parametrize("count", [1, 7, 30])
+def test_max_tokens(word_model, count):
+    assert count_tokens(talk(word_model, "the company\n", "--max_tokens", count)[0]) == count
+
+
+def test_text_comes_before_the_reply_is_over(model):
+    process = start(
+        "--inference", "--save_dir", model, "--max_tokens", 1000000, stdin=-1, errors="replace", env={"PYTHONUNBUFFERED": ""}
+    )
+    process.stdin.write("the company\n")
+    process.stdin.flush()
+    assert process.stdout.read(20).strip() and process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a terminal
+
+
+class Terminal:
+    """The program in a terminal of its own; what it shows is collected without escape sequences and carriage returns."""
+
+    def __init__(self, *arguments):
+        self.seen, self.open = "", True
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            os.environ["TERM"] = "xterm"
+            os.execv(sys.executable, [sys.executable, str(ROOT / "main.py"), *map(str, arguments)])
+        termios.tcsetwinsize(self.terminal, (24, 100))
+
+    def read(self):
+        """Collects what comes next; False once the program has closed the terminal."""
+        assert select.select([self.terminal], [], [], 60)[0], f"nothing more came: {self.seen!r}"
+        try:
+            data = os.read(self.terminal, 4096)
+        except OSError:  # how Linux says that the other end is closed
+            data = b""
+        self.seen = re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "", self.seen + data.decode("utf-8", "replace"))
+        return data != b""
+
+    def wait_for(self, pattern):
+        """What is shown up to where `pattern` matches; it is forgotten afterwards."""
+        while not re.search(pattern, self.seen):
+            assert self.read(), f"{pattern!r} never came: {self.seen!r}"
+        seen, self.seen = self.seen, ""
+        assert "Traceback" not in seen, seen
+        return seen
+
+    def type(self, keys):
+        os.write(self.terminal, keys.encode())
+
+    def end(self):
+        """The exit status, once the program has left."""
+        while self.read():
+            pass
+        assert "Traceback" not in self.seen and "Error" not in self.seen, self.seen
+        os.close(self.terminal)
+        self.pid, pid = 0, self.pid
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+
+
+PROMPT = r"(^|\n)> $"
+LEAVE = {"Ctrl+C": "\x03", "Ctrl+D": "\x04"}
+
+
+@pytest.mark.parametrize("key", LEAVE)
+def test_session_in_a_terminal(word_model, key):
+    with Terminal("--inference", "--save_dir", word_model, "--max_tokens", 9) as terminal:
+        assert "iteration 100, checkpoint" in terminal.wait_for(PROMPT)
+        for prompt in ("the company", "", "the zebra"):
+            terminal.type(prompt + "\n")
+            echo, reply = re.split(r"\n", terminal.wait_for(PROMPT), maxsplit=1)
+            assert echo == prompt and reply.removesuffix("> ").strip()
+            assert ("Not in the vocabulary" in reply) == ("zebra" in prompt)
+        terminal.type(LEAVE[key])
+        assert terminal.end() == 0
+
+
+@pytest.mark.parametrize("key", LEAVE)
+def test_leaving_at_once(byte_model, key):
+    with Terminal("--inference", "--save_dir", byte_model) as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.type(LEAVE[key])
+        assert terminal.end() == 0
+
+
+def test_ctrl_c_ends_the_reply_and_then_the_session(model):
+    with Terminal("--inference", "--save_dir", model, "--max_tokens", 100000) as terminal:
+        terminal.wait_for(PROMPT)
+        for _ in range(3):
+            terminal.type("the company\n")
+            terminal.wait_for(r"the company\n(.|\n){40}")  # the reply has begun
+            terminal.type(LEAVE["Ctrl+C"])
+            terminal.wait_for(PROMPT)
+        terminal.type("of" + LEAVE["Ctrl+C"])  # in the middle of a line
+        assert terminal.end() == 0
