@@ -743,7 +743,8 @@ def train(flags, dataset, checkpoint, interrupts):
             prune_checkpoints(folder, run, flags.keep)
             tqdm.write(f"saved {record['id']} at iteration {iteration:,}")
         if due and not stopping and iteration not in [scored for scored, _ in record["scores"]]:
-            nats = evaluate(model, dataset.valid.tokens[: flags.eval_tokens + 1 or None], flags.batch_size, interrupts)
+            tokens = dataset.valid.tokens[: flags.eval_tokens + 1 if flags.eval_tokens else None]
+            nats = evaluate(model, tokens, flags.batch_size, interrupts)
             if nats is not None:
                 tqdm.write(describe_score("valid", nats, dataset.valid, tokenizer))
                 record["scores"].append([iteration, nats])

@@ -1,4 +1,4 @@
-"""The command line: mistakes get one helpful line, each value comes from where it should, --help and --list are right."""
+"""The command line: one helpful line for a mistake, where each value comes from, --help, --list, the default folder."""
 
 import io
 import os
@@ -71,8 +71,8 @@ def fails(capsys, arguments, *words, status=2):
     ("--seed 1.5", ["--seed", "int", "'1.5'"]),
     ("--learning_rate fast", ["--learning_rate", "float", "'fast'"]),
     *((f"--{flag} 0", [f"--{flag}", "between 1 and"]) for flag in (
-        "num_iters context_size num_blocks dim num_heads num_kv_heads mlp_dim batch_size steps_per_report steps_per_eval "
-        "steps_per_save keep max_tokens"
+        "num_iters context_size num_blocks dim num_heads num_kv_heads mlp_dim batch_size steps_per_report "
+        "steps_per_eval steps_per_save keep max_tokens"
     ).split()),
     *((f"--{flag} -1", [f"--{flag}", "-1", "between 0 and"]) for flag in (
         "seed lr_warmup learning_rate weight_decay grad_clip eval_tokens top_k temperature dropout"
@@ -125,7 +125,8 @@ def test_folder_as_text(tmp_path, capsys):
 @pytest.mark.parametrize("more", [[], ["--inference"], ["--list"]], ids=str)
 def test_unusable_save_dir(more, trained, capsys):
     below_a_file = trained / "text.txt" / "lm"
-    fails(capsys, ["--dataset", "python", "--save_dir", below_a_file, *more], "--save_dir", below_a_file, "name a folder")
+    line = ["--dataset", "python", "--save_dir", below_a_file, *more]
+    fails(capsys, line, "--save_dir", below_a_file, "name a folder")
 
 
 @pytest.mark.skipif(main.mx.is_available(main.mx.gpu), reason="there is a GPU")
@@ -134,7 +135,8 @@ def test_gpu_where_there_is_none(capsys):
 
 
 def test_nothing_to_talk_to(tmp_path, capsys):
-    fails(capsys, ["--inference", "--save_dir", tmp_path], tmp_path, "no checkpoint", "train a model first", "--save_dir")
+    line = ["--inference", "--save_dir", tmp_path]
+    fails(capsys, line, tmp_path, "no checkpoint", "train a model first", "--save_dir")
 
 
 def test_unknown_identifier_lists_the_candidates(trained, capsys):
@@ -145,7 +147,8 @@ def test_unknown_identifier_lists_the_candidates(trained, capsys):
 
 
 @pytest.mark.parametrize("flag, value, saved", [
-    ("dim", "32", "16"), ("mlp", "swiglu", "gelu"), ("seed", "1", "42"), ("dataset", "python", "text"), ("tokenizer", "word", "byte"),
+    ("dim", "32", "16"), ("mlp", "swiglu", "gelu"), ("seed", "1", "42"),
+    ("dataset", "python", "text"), ("tokenizer", "word", "byte"),
 ])  # fmt: skip
 def test_contradicted_identifier(flag, value, saved, trained, capsys):
     line = ["--identifier", "latest", "--save_dir", trained / "lm", f"--{flag}", value]
@@ -217,7 +220,8 @@ def test_help(tmp_path):
 
 def test_importing_does_nothing(tmp_path):
     command = [sys.executable, "-c", "import main", "--strange", "--dim", "x", "--inference"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "") and not list(tmp_path.iterdir())
 
 
@@ -291,13 +295,13 @@ def test_resolve():
 def test_list(tmp_path, capsys):
     folder, far = tmp_path / "lm", tmp_path / "a folder" / ("long" * 20) / ("name" * 20)
     far.mkdir(parents=True)
-    for path in (tmp_path / "text.txt", far / "text.txt"):
-        path.write_text(LINE)
-    common = [*TINY, "--save_dir", str(folder), "--steps_per_eval", "2", "--eval_tokens", "100", "--learning_rate", "0.01"]
-    lines = [("--text", tmp_path / "text.txt"), ("--dim", "32", "--text", tmp_path / "text.txt"), ("--text", far / "text.txt")]
+    (tmp_path / "text.txt").write_text(LINE)
+    (far / "text.txt").write_text(LINE[::-1])
+    common = [*TINY, "--save_dir", folder, "--steps_per_eval", 2, "--eval_tokens", 100, "--learning_rate", 0.01]
     names = []
-    for line in lines:
-        assert main.main([*common, *map(str, line), "--num_iters", str(4 + 2 * len(names)), "--new_model"]) == 0
+    for text, dim, num_iters in ((tmp_path, 16, 4), (tmp_path, 32, 6), (far, 16, 8)):
+        line = [*common, "--text", text / "text.txt", "--dim", dim, "--num_iters", num_iters, "--new_model"]
+        assert main.main([str(argument) for argument in line]) == 0
         names.append(main.list_checkpoints(folder)[0]["run"])
     capsys.readouterr()
 
@@ -307,14 +311,12 @@ def test_list(tmp_path, capsys):
     blocks = re.split(r"^(?=text-)", out, flags=re.M)[1:]
     assert [block.split(":")[0] for block in blocks] == names[::-1], "the one saved last comes first"
     assert [int(number) for number in re.findall(r"iteration (\d+) of", out)] == [8, 6, 4]
-    for block in blocks:
-        run_ids = [record["id"] for record in main.list_checkpoints(folder) if record["run"] == block.split(":")[0]]
-        assert [line for id in run_ids for line in block.splitlines() if line.startswith(f"  {id[:12]} ")]
-        assert [line.split()[:3:2] for line in block.splitlines() if " MiB " in line] == [
-            [id[:12], str(main.list_checkpoints(folder)[[r["id"] for r in main.list_checkpoints(folder)].index(id)]["iteration"])]
-            for id in run_ids
-        ]
-        assert len(re.findall(r" best$", block, re.M)) == 1 and "--num_iters" in block and "--batch_size" not in block
+    for block, name in zip(blocks, names[::-1]):
+        own = [record for record in main.list_checkpoints(folder) if record["run"] == name]
+        lines = [line.split() for line in block.splitlines() if " MiB " in line]
+        assert [line[:3] for line in lines] == [[r["id"][:12], "iteration", str(r["iteration"])] for r in own]
+        assert [line[0] for line in lines if line[-1] == "best"] == [own[0]["best"]["id"][:12]]
+        assert "--num_iters" in block and "--batch_size" not in block, "the flags in which they differ"
     assert re.findall(r"--dim \d+", out) == ["--dim 16", "--dim 32", "--dim 16"]
     latest = [line for line in out.splitlines() if " latest" in line]
     assert len(latest) == 1 and ids(folder)[0][:12] in latest[0] and latest[0] in blocks[0]
@@ -351,7 +353,7 @@ def test_default_folder(mounted, free, place, tmp_path, monkeypatch, capsys):
 def test_named_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main.open_folder("~/deep/lm", writing=True) == tmp_path / "deep" / "lm"
-    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "lm"] and not list((tmp_path / "deep" / "lm").iterdir())
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("deep"), Path("deep/lm")]
     assert capsys.readouterr() == ("", "")
 
 
@@ -372,7 +374,8 @@ print(main.BLAS)
 
 def blas_of(**env):
     command = [sys.executable, "-c", PRODUCT]
-    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), **env})
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    process = subprocess.run(command, capture_output=True, text=True, env=env)
     assert process.returncode == 0 and process.stderr == "", process.stderr
     return process.stdout.strip()
 

@@ -114,6 +114,19 @@ def test_evaluation_lines_and_late_score(tmp_path, text):
     assert again["scores"] == record["scores"] and again["best"] == record["best"] and again["id"] == record["id"]
 
 
+def test_eval_tokens(tmp_path, text):
+    """0 scores the whole split, a number that many tokens from its start."""
+    import main
+    from datasets import load_dataset
+
+    line = ["--text", text, *TINY, "--save_dir", tmp_path, "--num_iters", 5, "--steps_per_eval", 5, "--new_model"]
+    dataset = load_dataset("text", tmp_path, [text])
+    for eval_tokens, tokens in ((0, dataset.valid.tokens), (100, dataset.valid.tokens[:101])):
+        out, _ = run(*line, "--eval_tokens", eval_tokens)
+        model, _ = main.load_model(tmp_path, main.list_checkpoints(tmp_path)[0])
+        assert f"valid {main.evaluate(model, tokens, 3):.4f} nats" in out
+
+
 def start_code(code, *arguments):
     """Starts a Python program that imports main.py and changes something in it first."""
     import subprocess
