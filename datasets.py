@@ -207,22 +207,25 @@ def fetch(file, folder, mirror=None, say=print):
 
 def read_address(address, limit):
     """Yields the bytes behind a web address or a path in chunks; stops soon after `limit` bytes. Raises OSError."""
-    if not address.startswith(("http://", "https://")):
+    if "://" not in address:
         yield Path(address).expanduser().read_bytes()
         return
     import requests
 
     headers = {"User-Agent": "transformer-lm (a language-model trainer; Python requests)"}
-    with requests.get(address, headers=headers, stream=True, timeout=30) as response:
-        # Dead hosts answer 301 without a Location, or a page of HTML; only a plain 200 is the file.
-        if response.status_code != 200:
-            raise OSError(f"HTTP status {response.status_code}")
-        size = 0
-        for chunk in response.iter_content(1 << 20):
-            yield chunk
-            size += len(chunk)
-            if size > limit:
-                return
+    try:
+        with requests.get(address, headers=headers, stream=True, timeout=30) as response:
+            # Dead hosts answer 301 without a Location, or a page of HTML; only a plain 200 is the file.
+            if response.status_code != 200:
+                raise OSError(f"HTTP status {response.status_code}")
+            size = 0
+            for chunk in response.iter_content(1 << 20):
+                yield chunk
+                size += len(chunk)
+                if size > limit:
+                    return
+    except requests.ConnectionError as error:  # whose text wraps the cause in three layers of urllib3's
+        raise OSError(str(error).rpartition(": ")[2].strip("'\")")) from None
 
 
 def mismatch(file, size, sha256):
@@ -279,6 +282,8 @@ def own_text(paths, valid_fraction):
     """The user's own files. Of many, every (1 / valid_fraction)-th goes to validation; of few, the end of the text,
     cut behind a line end where one is near."""
     documents, every = [read_text(path) for path in paths], round(1 / valid_fraction)
+    if not any(documents):
+        raise UsageError(f"there is no text in {', '.join(map(str, paths))}: give other files to --text")
     if len(documents) >= every:
         splits = {"train": [], "valid": []}
         for i, text in enumerate(documents):

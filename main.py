@@ -125,7 +125,8 @@ class Config:
             fitting = 2 * self.num_heads * max(1, round(self.dim / (2 * self.num_heads)))
             raise UsageError(f"--dim {self.dim} must be a multiple of 2 * --num_heads {self.num_heads}: try --dim {fitting}")
         if self.num_heads % self.num_kv_heads:
-            raise UsageError(f"--num_kv_heads {self.num_kv_heads} must divide --num_heads {self.num_heads}")
+            fitting = math.gcd(self.num_heads, self.num_kv_heads)
+            raise UsageError(f"--num_kv_heads {self.num_kv_heads} must divide --num_heads {self.num_heads}: try {fitting}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,7 +493,8 @@ def named_checkpoint(records, identifier):
         found = found or [record for record in records if record["id"].startswith(identifier)]
     if len(found) != 1:
         known = ", ".join(f"{r['id'][:12]} ({r['run']}, iteration {r['iteration']:,})" for r in found or records)
-        raise UsageError(f"--identifier {identifier} means {len(found) or 'no'} checkpoints; there are: {known or 'none'}")
+        matches = "several checkpoints" if found else "no checkpoint"
+        raise UsageError(f"--identifier {identifier!r} matches {matches}; name one of: {known or 'none is here'}")
     return found[0]
 
 
@@ -877,6 +879,7 @@ def continue_text(model, tokenizer, prompt, flags, interrupts=None):
 
 def converse(model, tokenizer, flags):
     """Answers each line of stdin with its continuation. Ctrl+C ends a reply; at the prompt it or Ctrl+D ends the session."""
+    list(generate(model, [0], 1, 0, 0, 0))  # compiles what MLX compiles, before Ctrl+C means the end of a reply
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="surrogateescape")
     question = ""
@@ -896,7 +899,7 @@ def converse(model, tokenizer, flags):
                 pass
             print(flush=True)
     except (EOFError, KeyboardInterrupt):
-        print()
+        print(end="\n" if question else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -907,6 +910,7 @@ def list_runs(folder):
     """Prints a table of the runs in `folder`, the one saved last first: what each is, the flags in which it differs from
     others, its checkpoints."""
     records = list_checkpoints(folder, warn=True)
+    print(f"{len(records)} checkpoints in {folder}")
     runs = {record["run"]: [r for r in records if r["run"] == record["run"]] for record in records}
     for name, own in runs.items():
         flags, config, best = own[0]["flags"], own[0]["config"], own[0]["best"] or {"id": None}
@@ -935,15 +939,16 @@ def list_runs(folder):
 
 
 def number(kind, least, most=math.inf):
-    """An argparse type: an int or float between `least` and `most`."""
+    """An argparse type: an int or float from `least` to `most`."""
 
     def convert(text):
         value = kind(text)
         if not (math.isfinite(value) and least <= value <= most):
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+            wanted = f"must be at least {least}" + (f" and at most {most}" if most < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{wanted}, not {text}")
         return value
 
-    convert.__name__ = kind.__name__  # which argparse's message names for what is no number at all
+    convert.__name__ = "whole number" if kind is int else "number"  # which argparse's message names
     return convert
 
 
@@ -952,23 +957,24 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists all flags)")
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class Formatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):  # a default of None or False says nothing
-        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+        help = action.help.removesuffix(" (default: %(default)s)")  # which older BooleanOptionalActions append
+        return help if action.default in (None, False, argparse.SUPPRESS) else f"{help} (default: %(default)s)"
 
 
 def make_parser():
     """The parser, and the names of the flags in each group. Every default is written here and nowhere else."""
-    parser = Parser(
-        usage="python main.py [flags]", description=__doc__, formatter_class=Formatter, allow_abbrev=False
-    )
+    description = __doc__.partition("\nThe whole")[0]
+    parser = Parser(usage="python main.py [flags]", description=description, formatter_class=Formatter, allow_abbrev=False)
     groups = {}
 
     def group(title):
         arguments, names = parser.add_argument_group(title), groups.setdefault(title, [])
         return lambda *args, **kwargs: names.append(arguments.add_argument(*args, **kwargs).dest)
 
-    count, size, rate = number(int, 0), number(int, 1), number(float, 0)
+    count, size, rate = number(int, 0, 2**31 - 1), number(int, 1, 2**31 - 1), number(float, 0)
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}
     run = group("run")
     run("--dataset", default="ptb", choices=[name for name in DATASETS if name != "text"], help="corpus to train on")
     run("--text", nargs="+", metavar="PATH", help="train on your own UTF-8 files instead")
@@ -977,9 +983,9 @@ def make_parser():
     run("--save_dir", help="folder for checkpoints and corpora (default: a RAM disk with room, else ~/.cache)")
     run("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>, instead of the usual hosts")
     run("--identifier", metavar="ID", help="checkpoint id or its beginning, run name, latest or best")
-    run("--new_model", action="store_true", help="begin a new run even if one could be resumed")
+    run("--new_model", **switch, help="begin a new run even if one could be resumed")
     run("--num_iters", type=size, default=100000, help="steps to train in all")
-    run("--gpu", action="store_true", help="compute on the GPU")
+    run("--gpu", **switch, help="compute on the GPU")
     run("--seed", type=count, default=42, help="of weights, batches, dropout and samples")
     model = group("model")
     model("--context_size", type=size, default=48, help="tokens a prediction can look back on")
@@ -1003,12 +1009,12 @@ def make_parser():
     reports("--steps_per_save", type=size, help="steps between two checkpoints (default: steps_per_eval)")
     reports("--keep", type=size, default=3, help="newest checkpoints to keep, and the best")
     sampling = group("sampling")
-    sampling("--inference", action="store_true", help="talk to a checkpoint")
+    sampling("--inference", **switch, help="talk to a checkpoint")
     sampling("--max_tokens", type=size, default=200, help="length of a continuation")
     sampling("--top_k", type=count, default=50, help="draw from the k likeliest tokens; 0: all")
-    sampling("--temperature", type=rate, default=0.5, help="0: always the likeliest token")
+    sampling("--temperature", type=number(float, 0, 100), default=0.5, help="0: always the likeliest token")
     tools = group("tools")
-    tools("--list", action="store_true", help="list the runs and checkpoints in the folder")
+    tools("--list", **switch, help="list the runs and checkpoints in the folder")
     return parser, groups
 
 
@@ -1045,24 +1051,26 @@ def open_folder(save_dir, writing):
             tqdm.write(f"Checkpoints and corpora go to {save_dir}{lost} (--save_dir names another folder)")
     folder = Path(save_dir).expanduser()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if writing:
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UsageError(f"cannot write to --save_dir {folder} ({error.strerror}): name a folder that you own") from None
+        raise UsageError(f"cannot write to --save_dir {folder} ({error.strerror}): name a folder that can be written") from None
+    if not (writing or folder.is_dir()):
+        raise UsageError(f"there is no folder {folder}: name the one that a run was saved in with --save_dir")
     return folder
 
 
 def choose_checkpoint(folder, flags, typed):
     """The record of the checkpoint that this command line goes on from, its files verified; None for a new run.
 
-    Without --identifier that is the one saved last among those that agree with every shaping flag typed and with the
-    dataset; a damaged one is passed over for the next older one of its run. Raises UsageError, RunError.
+    Without --identifier that is the one saved last among those that agree with every shaping flag typed and, in training,
+    with the dataset; a damaged one is passed over for the next older one of its run. Raises UsageError, RunError.
     """
     records = [] if flags.new_model else list_checkpoints(folder, warn=True)
-    wanted = {name: getattr(flags, name) for name in SHAPING if name in typed}
-    if flags.identifier:
+    shaping = set(SHAPING) - ({"seed"} if flags.inference else set())  # there it is the samples' own
+    wanted = {name: getattr(flags, name) for name in shaping & typed.keys()}
+    if flags.identifier is not None:
         candidates = [named_checkpoint(records, flags.identifier)]
         for name, value in wanted.items():
             if (saved := candidates[0]["flags"].get(name)) != value:
@@ -1070,12 +1078,10 @@ def choose_checkpoint(folder, flags, typed):
                     f"--{name} {value} contradicts the checkpoint of --identifier {flags.identifier}, which has {saved}: "
                     f"leave --{name} away, or begin a new run with --new_model"
                 )
-    elif flags.inference:
-        candidates = records
     else:
-        wanted["dataset"] = flags.dataset
+        wanted |= {} if flags.inference else {"dataset": flags.dataset}
         candidates = [record for record in records if all(record["flags"].get(name) == wanted[name] for name in wanted)]
-        if records and not candidates:
+        if records and not candidates and not flags.inference:
             others = ", ".join(sorted({record["run"] for record in records}))
             tqdm.write(f"A new run; other runs in {folder}: {others} (--identifier NAME goes on with one)")
     for record in candidates:
@@ -1086,7 +1092,7 @@ def choose_checkpoint(folder, flags, typed):
             if damage is None:
                 return record
             damage = f"checkpoint {record['id'][:12]} (iteration {record['iteration']:,}) is damaged: {damage}"
-            if flags.identifier:
+            if flags.identifier is not None:
                 raise RunError(damage)
             print(f"Passing over {damage}", file=sys.stderr)
     if candidates:
@@ -1099,9 +1105,9 @@ def main(argv=None):
     try:
         unset = object()
         values = vars(PARSER.parse_args(argv, argparse.Namespace(**dict.fromkeys(DEFAULTS, unset))))
-        typed = {name: value for name, value in values.items() if value is not unset}
-        for name, other in (("dataset", "text"), ("identifier", "new_model")):
-            if {name, other} <= typed.keys():
+        typed = {name: value for name, value in values.items() if value is not unset and value != "auto"}
+        for name, other in (("dataset", "text"), ("identifier", "new_model"), ("inference", "new_model")):
+            if all(typed.get(flag, False) is not False for flag in (name, other)):
                 raise UsageError(f"--{name} and --{other} exclude each other: leave one away")
         flags = resolve(argparse.Namespace(**DEFAULTS | typed))
         if flags.gpu and not mx.is_available(mx.gpu):
@@ -1113,8 +1119,8 @@ def main(argv=None):
             list_runs(folder)
             return 0
         if flags.inference:
-            if not (record := choose_checkpoint(folder, flags, {})):
-                raise UsageError(f"no checkpoint in {folder}: train a model first, or name its folder with --save_dir")
+            if not (record := choose_checkpoint(folder, flags, typed)):
+                raise UsageError(f"no such checkpoint in {folder}: train a model first, or name its folder with --save_dir")
             print(f"{record['run']}, iteration {record['iteration']:,}, checkpoint {record['id'][:12]}", file=sys.stderr)
             converse(*load_model(folder, record), flags)
             return 0

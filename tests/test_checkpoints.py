@@ -280,7 +280,7 @@ def test_prune_keeps_the_newest_the_best_and_other_runs(tmp_path):
 
 def test_identifiers(tmp_path):
     run, other = make_run("ptb-0a1b2c"), make_run("ptb-3d4e5f", seed=5)
-    with pytest.raises(UsageError, match="no checkpoints; there are: none"):
+    with pytest.raises(UsageError, match="matches no checkpoint; name one of: none"):
         choose(tmp_path, identifier="latest")
     saved = []
     for r in (run, other, run):

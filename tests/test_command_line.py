@@ -66,23 +66,26 @@ def fails(capsys, arguments, *words, status=2):
     ("ptb", ["ptb", "--help"]),
     ("--dim", ["--dim", "expected one argument"]),
     ("--text", ["--text", "expected at least one argument"]),
-    ("--dim wide", ["--dim", "int", "'wide'"]),
-    ("--dim 1e3", ["--dim", "int", "'1e3'"]),
-    ("--seed 1.5", ["--seed", "int", "'1.5'"]),
-    ("--learning_rate fast", ["--learning_rate", "float", "'fast'"]),
-    *((f"--{flag} 0", [f"--{flag}", "between 1 and"]) for flag in (
+    ("--dim wide", ["--dim", "whole number", "'wide'"]),
+    ("--dim 1e3", ["--dim", "whole number", "'1e3'"]),
+    ("--seed 1.5", ["--seed", "whole number", "'1.5'"]),
+    ("--learning_rate fast", ["--learning_rate", "number", "'fast'"]),
+    *((f"--{flag} 0", [f"--{flag}", "at least 1"]) for flag in (
         "num_iters context_size num_blocks dim num_heads num_kv_heads mlp_dim batch_size steps_per_report "
         "steps_per_eval steps_per_save keep max_tokens"
     ).split()),
-    *((f"--{flag} -1", [f"--{flag}", "-1", "between 0 and"]) for flag in (
+    *((f"--{flag} -1", [f"--{flag}", "-1", "at least 0"]) for flag in (
         "seed lr_warmup learning_rate weight_decay grad_clip eval_tokens top_k temperature dropout"
     ).split()),
-    *((f"--{flag} {value}", [f"--{flag}", value, "between"]) for value in ("inf", "nan") for flag in (
+    *((f"--{flag} {value}", [f"--{flag}", value, "at least"]) for value in ("inf", "nan") for flag in (
         "learning_rate weight_decay grad_clip temperature dropout valid_fraction"
     ).split()),
-    ("--dropout 1", ["--dropout", "between 0 and 0.9"]),
-    ("--valid_fraction 0", ["--valid_fraction", "between 0.001 and 0.5"]),
-    ("--valid_fraction 0.9", ["--valid_fraction", "between 0.001 and 0.5"]),
+    ("--dropout 1", ["--dropout", "at least 0 and at most 0.9"]),
+    ("--valid_fraction 0", ["--valid_fraction", "at least 0.001 and at most 0.5"]),
+    ("--valid_fraction 0.9", ["--valid_fraction", "at least 0.001 and at most 0.5"]),
+    ("--inference --new_model", ["--inference", "--new_model", "exclude"]),
+    (f"--seed {2**64}", ["--seed", "at most"]),
+    (f"--mlp_dim {10**12}", ["--mlp_dim", "at most"]),
     ("--dataset python --text a.txt", ["--dataset", "--text", "exclude", "leave one away"]),
     ("--identifier latest --new_model", ["--identifier", "--new_model", "exclude", "leave one away"]),
 ])  # fmt: skip
@@ -95,7 +98,7 @@ def test_mistakes_in_the_line_alone(line, words, capsys):
     (["--dim", 24, "--num_heads", 8], LINE, ["--dim 24", "--num_heads 8", "try --dim 32"]),
     (["--num_heads", 8, "--num_kv_heads", 3], LINE, ["--num_kv_heads 3", "--num_heads 8", "divide"]),
     (["--context_size", 5000], LINE[:100], ["tokens", "--context_size 5000", "longer text or --context_size"]),
-    ([], "", ["text", "give more text"]),
+    ([], "", ["text.txt", "there is no text"]),
     ([], "tiny", ["text", "give more text"]),
     ([], b"good \xff bad", ["text.txt", "not UTF-8", "byte 5", "iconv"]),
     ([], None, ["text.txt", "No such file", "path of a text file"]),
@@ -122,10 +125,9 @@ def test_folder_as_text(tmp_path, capsys):
     fails(capsys, ["--text", tmp_path, "--save_dir", tmp_path / "lm"], tmp_path, "directory", "path of a text file")
 
 
-@pytest.mark.parametrize("more", [[], ["--inference"], ["--list"]], ids=str)
-def test_unusable_save_dir(more, trained, capsys):
+def test_unusable_save_dir(trained, capsys):
     below_a_file = trained / "text.txt" / "lm"
-    line = ["--dataset", "python", "--save_dir", below_a_file, *more]
+    line = ["--dataset", "python", "--save_dir", below_a_file]
     fails(capsys, line, "--save_dir", below_a_file, "name a folder")
 
 
@@ -136,14 +138,17 @@ def test_gpu_where_there_is_none(capsys):
 
 def test_nothing_to_talk_to(tmp_path, capsys):
     line = ["--inference", "--save_dir", tmp_path]
-    fails(capsys, line, tmp_path, "no checkpoint", "train a model first", "--save_dir")
+    fails(capsys, line, tmp_path, "no such checkpoint", "train a model first", "--save_dir")
+    for tool in ("--inference", "--list"):
+        fails(capsys, [tool, "--save_dir", tmp_path / "mistyped"], "no folder", "mistyped", "--save_dir")
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_unknown_identifier_lists_the_candidates(trained, capsys):
     (id,), run_name = ids(trained / "lm"), main.list_checkpoints(trained / "lm")[0]["run"]
     for more in ([], ["--inference"]):
         line = ["--identifier", "unknown", "--save_dir", trained / "lm", *more]
-        fails(capsys, line, "--identifier unknown", id[:12], run_name, "iteration 3")
+        fails(capsys, line, "--identifier 'unknown'", id[:12], run_name, "iteration 3")
 
 
 @pytest.mark.parametrize("flag, value, saved", [
@@ -347,6 +352,7 @@ def test_default_folder(mounted, free, place, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert str(expected) in out and "--save_dir" in out and out.count("\n") == 1
     assert ("does not survive a reboot" in out) == bool(place)
+    monkeypatch.setattr(main.Path, "is_dir", lambda path: True)
     assert main.open_folder(None, writing=False) == expected and capsys.readouterr().out == ""
 
 
