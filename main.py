@@ -861,13 +861,14 @@ def continue_text(model, tokenizer, prompt, flags, interrupts=None):
     """Yields a continuation of `prompt` piece by piece, each as soon as no later token can change it."""
     start = tokenizer.encode("\n") if tokenizer.eos is None else [tokenizer.eos]
     ids = [int(i) for i in tokenizer.encode(prompt)] or [int(i) for i in start]
-    shown = len(tokenizer.decode(ids))
+    shown = len(tokenizer.decode(ids).rstrip("\ufffd"))
     for token in generate(model, ids, flags.max_tokens, flags.temperature, flags.top_k, flags.seed):
         ids.append(token)
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # which may be the first bytes of a character
             yield text[shown:]
-            shown = len(text)
+            ids = ids[-1:]  # all that the next token's text can depend on
+            shown = len(tokenizer.decode(ids))
         if interrupts and interrupts.received:
             return
     yield tokenizer.decode(ids)[shown:]
