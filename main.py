@@ -861,7 +861,7 @@ def continue_text(model, tokenizer, prompt, flags, interrupts=None):
     """Yields a continuation of `prompt` piece by piece, each as soon as no later token can change it."""
     start = tokenizer.encode("\n") if tokenizer.eos is None else [tokenizer.eos]
     ids = [int(i) for i in tokenizer.encode(prompt)] or [int(i) for i in start]
-    shown = len(tokenizer.decode(ids).rstrip("\ufffd"))
+    shown = len(tokenizer.decode(ids))
     for token in generate(model, ids, flags.max_tokens, flags.temperature, flags.top_k, flags.seed):
         ids.append(token)
         text = tokenizer.decode(ids)
