@@ -114,6 +114,16 @@ def test_evaluation_lines_and_late_score(tmp_path, text):
     assert again["scores"] == record["scores"] and again["best"] == record["best"] and again["id"] == record["id"]
 
 
+def test_another_machine_is_named(tmp_path, text):
+    """Exactness holds with one device, BLAS and version; a resume that meets others works, and says so."""
+    line = ["--text", text, *TINY, "--save_dir", tmp_path]
+    out, _ = run(*line, "--num_iters", 5)
+    assert "exact resume" not in out
+    other = "import main\nmain.BLAS = 'another BLAS'\nmain.sys.exit(main.main())\n"
+    out, err = start_code(other, *line, "--num_iters", 10).communicate(timeout=60)
+    assert "-> another BLAS" in out and "exact resume holds on one device" in out and "at iteration 10" in out, err
+
+
 def test_eval_tokens(tmp_path, text):
     """0 scores the whole split, a number that many tokens from its start."""
     import main
