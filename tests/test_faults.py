@@ -48,50 +48,50 @@ def start_killed_at(call, *arguments):
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def interrupt_until_done(line, folder, chance, most):
-    """Starts `line` again and again, each time interrupted in another way; returns how often, by kind."""
+def interrupt(line, folder, chance, times):
+    """Starts `line` that often, each time interrupted in another way and at another moment; returns how often, by kind."""
     counts = {"SIGINT": 0, "SIGTERM": 0, "SIGKILL": 0, "in a save": 0}
-    while sum(counts.values()) < most:
+    for _ in range(times):
         kind = chance.choice(list(counts))
         if kind == "in a save":
             process = start_killed_at(chance.randrange(1, 150), *line, "--save_dir", folder)
         else:
             process = start(*line, "--save_dir", folder)
             wait_for(process, "  loss ")
-            time.sleep(chance.uniform(0, 0.25))
+            time.sleep(chance.uniform(0, 0.2))
             process.send_signal(getattr(signal, kind))
         _, err = process.communicate(timeout=120)
-        assert process.returncode in (0, 130, 143, -9), err
-        if process.returncode == 0:
-            return counts
+        assert process.returncode in (130, 143, -9), err
         counts[kind] += 1
     return counts
 
 
-def fault_matrix(tmp_path, text, seed, num_iters, most):
-    line = ["--text", text, *LINE, "--num_iters", num_iters]
-    run(*line, "--save_dir", tmp_path / "undisturbed")
-    counts = interrupt_until_done(line, tmp_path / "disturbed", random.Random(seed), most)
-    run(*line, "--save_dir", tmp_path / "disturbed")
-    assert ids(tmp_path / "disturbed")[0] == ids(tmp_path / "undisturbed")[0]
+def fault_matrix(tmp_path, text, seed, times):
+    """Interrupts a run so many times, lets it go on for some steps, and compares it with one of as many steps at once."""
     import main
 
+    line = ["--text", text, *LINE]
+    counts = interrupt(line, tmp_path / "disturbed", random.Random(seed), times)
+    num_iters = main.list_checkpoints(tmp_path / "disturbed")[0]["iteration"] + 15
+    for name in ("disturbed", "undisturbed"):
+        run(*line, "--save_dir", tmp_path / name, "--num_iters", num_iters)
     mine, theirs = (main.list_checkpoints(tmp_path / name)[0] for name in ("disturbed", "undisturbed"))
-    assert mine["scores"] == theirs["scores"] and mine["best"] == theirs["best"]
-    left = {path.name for path in (tmp_path / "disturbed").iterdir() if not path.name.endswith((".lock", "safetensors", "metadata"))}
+    assert mine["id"] == theirs["id"] and mine["scores"] == theirs["scores"] and mine["best"] == theirs["best"]
+    left = {path.name for path in (tmp_path / "disturbed").iterdir()}
+    left = [name for name in left if not re.fullmatch(r"[0-9a-f]{40}\.(safetensors|metadata)|\.text-[0-9a-f]{6}\.lock|text", name)]
     assert not left, "something was left behind"
-    return counts
+    return counts | {"steps": num_iters}
 
 
 def test_fault_matrix(tmp_path, text):
-    counts = fault_matrix(tmp_path, text, seed=1, num_iters=1200, most=44)
-    assert sum(counts.values()) >= 40 and min(counts.values()) >= 5, counts
+    counts = fault_matrix(tmp_path, text, seed=1, times=44)
+    assert min(counts.values()) >= 5, counts
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(2, 8))
 def test_soak(tmp_path, text, seed):
-    print(fault_matrix(tmp_path, text, seed, num_iters=6000, most=200))
+    print(fault_matrix(tmp_path, text, seed, times=200))
 
 
 def test_file_size_limit_lifted_later(tmp_path, text):
