@@ -41,7 +41,7 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from datasets import DATASETS, TOKENIZERS, RunError, UsageError, load_dataset, tokenizer_from_dict
+from datasets import CORPORA, TOKENIZERS, RunError, UsageError, load_dataset, tokenizer_from_dict
 
 FORMAT_VERSION = 1  # of the .metadata files; raise it when an older program could misread a new file
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "transformer-lm"
@@ -383,7 +383,7 @@ def describe_score(name, nats, split, tokenizer):
         f"{math.exp(min(total / max(1, split.num_words), 99)):.2f} a word, {total / math.log(2) / split.num_bytes:.4f} bits per byte"
     )
     if tokenizer.unk is not None:
-        line += f", {(split.tokens == tokenizer.unk).mean():.2%} <unk>"
+        line += f", {split.num_unk / len(split.tokens):.2%} <unk>"
     return line
 
 
@@ -708,8 +708,8 @@ def evaluation_due(iteration, flags):
 def train(flags, dataset, checkpoint, interrupts):
     """One run from its start, or from the record `checkpoint`, to `num_iters` or a signal. Returns the exit status."""
     folder, tokenizer = Path(flags.save_dir), dataset.tokenizer
-    names = [field.name for field in dataclasses.fields(Config) if hasattr(flags, field.name)]
-    config = Config(tokenizer.vocab_size, **{name: getattr(flags, name) for name in names})
+    shape = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if hasattr(flags, field.name)}
+    config = Config(**shape | {"vocab_size": tokenizer.vocab_size})
     model = LanguageModel(config)
     optimizer = make_optimizer(model, flags)
     batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size, flags.seed)
@@ -786,6 +786,8 @@ def train(flags, dataset, checkpoint, interrupts):
         bar.update()
     bar.close()
     lock.close()
+    if flags.eval_test and not interrupts.received:
+        score_split("test", model, dataset, flags, interrupts)
     if interrupts.received:
         tqdm.write(f"Stopped at iteration {record['iteration']:,}; the same command goes on from there.")
         return 128 + interrupts.received
@@ -907,6 +909,15 @@ def converse(model, tokenizer, flags):
 # Tools: each one function
 
 
+def score_split(name, model, dataset, flags, interrupts=None):
+    """Prints the score of a whole split, in the same windows as in training."""
+    if not (split := getattr(dataset, name)):
+        raise UsageError(f"{dataset.name} has no {name} split: own text takes one with --test_text")
+    nats = evaluate(model, split.tokens, flags.batch_size, interrupts)
+    if nats is not None:
+        tqdm.write(describe_score(name, nats, split, dataset.tokenizer))
+
+
 def list_runs(folder):
     """Prints a table of the runs in `folder`, the one saved last first: what each is, the flags in which it differs from
     others, its checkpoints."""
@@ -977,10 +988,14 @@ def make_parser():
     count, size, rate = number(int, 0, 2**31 - 1), number(int, 1, 2**31 - 1), number(float, 0)
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
     run = group("run")
-    run("--dataset", default="ptb", choices=[name for name in DATASETS if name != "text"], help="corpus to train on")
-    run("--text", nargs="+", metavar="PATH", help="train on your own UTF-8 files instead")
+    run("--dataset", default="ptb", choices=[name for name in CORPORA if name != "text"], help="corpus to train on")
+    run("--text", nargs="+", metavar="PATH", help="train on your own UTF-8 files, folders and patterns instead")
+    run("--valid_text", nargs="+", metavar="PATH", help="validate on these (default: a part of --text)")
+    run("--test_text", nargs="+", metavar="PATH", help="test on these")
     run("--valid_fraction", type=number(float, 0.001, 0.5), default=0.1, help="share of --text for validation")
-    run("--tokenizer", default="auto", choices=["auto", *TOKENIZERS], help="auto: word for ptb, else byte")
+    run("--train_tokens", type=size, help="train on the first so many tokens (default: all)")
+    run("--tokenizer", default="auto", choices=["auto", *TOKENIZERS], help="auto: what is usual for the corpus")
+    run("--vocab_size", type=number(int, 257, 2**31 - 1), default=32000, help="of --tokenizer bpe")
     run("--save_dir", help="folder for checkpoints and corpora (default: a RAM disk with room, else ~/.cache)")
     run("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>, instead of the usual hosts")
     run("--identifier", metavar="ID", help="checkpoint id or its beginning, run name, latest or best")
@@ -1008,6 +1023,7 @@ def make_parser():
     reports("--steps_per_eval", type=size, default=1000, help="steps between two evaluations")
     reports("--eval_tokens", type=count, default=100000, help="validation tokens scored in training; 0: all")
     reports("--steps_per_save", type=size, help="steps between two checkpoints (default: steps_per_eval)")
+    reports("--eval_test", **switch, help="score the whole test split when training is done")
     reports("--keep", type=size, default=3, help="newest checkpoints to keep, and the best")
     sampling = group("sampling")
     sampling("--inference", **switch, help="talk to a checkpoint")
@@ -1015,6 +1031,7 @@ def make_parser():
     sampling("--top_k", type=count, default=50, help="draw from the k likeliest tokens; 0: all")
     sampling("--temperature", type=number(float, 0, 100), default=0.5, help="0: always the likeliest token")
     tools = group("tools")
+    tools("--evaluate", choices=["valid", "test"], help="score the whole split with a checkpoint")
     tools("--list", **switch, help="list the runs and checkpoints in the folder")
     return parser, groups
 
@@ -1022,16 +1039,19 @@ def make_parser():
 PARSER, GROUPS = make_parser()
 DEFAULTS = vars(PARSER.parse_args([]))
 # What makes two command lines mean two different runs, and what a resumed run takes from its checkpoint.
-SHAPING = ["dataset", "text", "valid_fraction", "tokenizer", "seed", *GROUPS["model"]]
+DATA = ["dataset", "text", "valid_text", "test_text", "valid_fraction", "train_tokens", "tokenizer", "vocab_size"]
+SHAPING = [*DATA, "seed", *GROUPS["model"]]
 INHERITED = [*SHAPING, "num_iters", *GROUPS["training"], *GROUPS["reports"]]
 
 
 def resolve(flags):
     """Replaces the values that stand for others: `auto`, and the defaults that depend on other flags."""
-    if flags.text:
-        flags.dataset, flags.text = "text", [os.path.abspath(path) for path in flags.text]
+    flags.dataset = "text" if flags.text else flags.dataset
+    for name in ("text", "valid_text", "test_text"):
+        paths = getattr(flags, name)
+        setattr(flags, name, paths and [os.path.abspath(os.path.expanduser(path)) for path in paths])
     if flags.tokenizer == "auto":
-        flags.tokenizer = DATASETS[flags.dataset]
+        flags.tokenizer = CORPORA[flags.dataset][0]
     flags.num_kv_heads = flags.num_kv_heads or flags.num_heads
     flags.mlp_dim = flags.mlp_dim or (-(-flags.dim * 8 // 192) * 64 if flags.mlp == "swiglu" else 4 * flags.dim)
     return flags
@@ -1069,6 +1089,7 @@ def choose_checkpoint(folder, flags, typed):
     with the dataset; a damaged one is passed over for the next older one of its run. Raises UsageError, RunError.
     """
     records = [] if flags.new_model else list_checkpoints(folder, warn=True)
+    using = flags.inference or flags.evaluate
     shaping = set(SHAPING) - ({"seed"} if flags.inference else set())  # there it is the samples' own
     wanted = {name: getattr(flags, name) for name in shaping & typed.keys()}
     if flags.identifier is not None:
@@ -1080,9 +1101,9 @@ def choose_checkpoint(folder, flags, typed):
                     f"leave --{name} away, or begin a new run with --new_model"
                 )
     else:
-        wanted |= {} if flags.inference else {"dataset": flags.dataset}
+        wanted |= {} if using else {"dataset": flags.dataset}
         candidates = [record for record in records if all(record["flags"].get(name) == wanted[name] for name in wanted)]
-        if records and not candidates and not flags.inference:
+        if records and not candidates and not using:
             others = ", ".join(sorted({record["run"] for record in records}))
             tqdm.write(f"A new run; other runs in {folder}: {others} (--identifier NAME goes on with one)")
     for record in candidates:
@@ -1107,26 +1128,28 @@ def main(argv=None):
         unset = object()
         values = vars(PARSER.parse_args(argv, argparse.Namespace(**dict.fromkeys(DEFAULTS, unset))))
         typed = {name: value for name, value in values.items() if value is not unset and value != "auto"}
-        for name, other in (("dataset", "text"), ("identifier", "new_model"), ("inference", "new_model")):
+        exclusive = [("dataset", "text"), *((name, "new_model") for name in ("identifier", "inference", "evaluate"))]
+        for name, other in exclusive:
             if all(typed.get(flag, False) is not False for flag in (name, other)):
                 raise UsageError(f"--{name} and --{other} exclude each other: leave one away")
         flags = resolve(argparse.Namespace(**DEFAULTS | typed))
         if flags.gpu and not mx.is_available(mx.gpu):
             raise UsageError("--gpu: MLX sees no GPU here; leave it away, or install MLX for yours (pip install mlx[cuda13])")
         mx.set_default_device(mx.gpu if flags.gpu else mx.cpu)
-        folder = open_folder(flags.save_dir, writing=not (flags.inference or flags.list))
+        using = flags.inference or flags.evaluate  # a checkpoint, whatever its corpus
+        folder = open_folder(flags.save_dir, writing=not (using or flags.list))
 
         if flags.list:
             list_runs(folder)
             return 0
+        checkpoint = choose_checkpoint(folder, flags, typed)
+        if using and not checkpoint:
+            raise UsageError(f"no such checkpoint in {folder}: train a model first, or name its folder with --save_dir")
         if flags.inference:
-            if not (record := choose_checkpoint(folder, flags, typed)):
-                raise UsageError(f"no such checkpoint in {folder}: train a model first, or name its folder with --save_dir")
-            print(f"{record['run']}, iteration {record['iteration']:,}, checkpoint {record['id'][:12]}", file=sys.stderr)
-            converse(*load_model(folder, record), flags)
+            print(f"{checkpoint['run']}, iteration {checkpoint['iteration']:,}, {checkpoint['id'][:12]}", file=sys.stderr)
+            converse(*load_model(folder, checkpoint), flags)
             return 0
 
-        checkpoint = choose_checkpoint(folder, flags, typed)
         if checkpoint:
             old = checkpoint["flags"]
             for name in INHERITED:
@@ -1134,11 +1157,13 @@ def main(argv=None):
                     tqdm.write(f"changed  --{name} from {old.get(name)} to {getattr(flags, name)}")
             flags = resolve(argparse.Namespace(**DEFAULTS | old | typed))
         flags.save_dir = folder
-        dataset = load_dataset(
-            flags.dataset, folder, flags.text or (), flags.tokenizer, flags.valid_fraction, flags.mirror, tqdm.write
-        )
+        data = {name: getattr(flags, name) for name in DATA if name != "dataset"}
+        dataset = load_dataset(flags.dataset, folder, **data, mirror=flags.mirror, say=tqdm.write)
         if checkpoint and checkpoint["tokens_sha256"] != dataset.sha256:
             raise UsageError(f"the training text of {checkpoint['run']} has changed: --new_model begins a run on the new text")
+        if flags.evaluate:
+            score_split(flags.evaluate, load_model(folder, checkpoint)[0], dataset, flags)
+            return 0
         with Interrupts() as interrupts:
             return train(flags, dataset, checkpoint, interrupts)
     except (UsageError, RunError, OSError) as error:
