@@ -12,7 +12,6 @@ nothing of MLX or of models.
 
 import argparse
 import codecs
-import contextlib
 import fcntl
 import glob
 import hashlib
@@ -23,7 +22,6 @@ import re
 import shutil
 import sys
 import sysconfig
-import time
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
@@ -235,14 +233,6 @@ class File(NamedTuple):
     sources: tuple
 
 
-class Transient(OSError):
-    """A failure that may be over in a moment; `wait`: seconds asked for, or None."""
-
-    def __init__(self, reason, wait=None):
-        super().__init__(reason)
-        self.wait = wait
-
-
 def fetch(file, folder, mirror=None, say=print):
     """Path of `file` in `folder`, brought there first if it is missing: from `mirror` (an address or a folder that holds
     `<dataset>/<file name>`) or else from its own sources in turn. It gets its name only once verified.
@@ -299,57 +289,53 @@ def sha256_of(path):
 
 
 def download(address, part, size):
-    """Brings `address` into the file `part`, which should have `size` bytes, going on where an earlier try was cut off.
-
-    Raises OSError or ValueError: at once where the server has something else, after five more tries without progress
-    where the connection was cut or the server is in trouble (5xx) or asks to slow down (429, Retry-After).
-    """
-    failures = 0
-    while True:
-        before = part.stat().st_size if part.exists() else 0
-        try:
-            return download_once(address, part, size, before if before < size else 0)
-        except Transient as error:
-            failures = 1 if part.exists() and part.stat().st_size > before else failures + 1
-            if failures > 5:
-                raise
-            time.sleep(min(60, 2 ** (failures - 1) if error.wait is None else error.wait))
-
-
-def download_once(address, part, size, have):
+    """Brings `address` into the file `part`, which should have `size` bytes, going on where an earlier try was cut off and
+    again wherever this one is, as long as that brings bytes. Raises OSError or ValueError."""
     import requests
+    from urllib3.util import Retry
 
+    # A server in trouble, or one that asks to slow down, gets five more tries, 1 to 16 s apart or as Retry-After says.
+    retry = Retry(None, connect=0, read=0, redirect=5, status=5, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
     headers = {"User-Agent": "transformer-lm (a language-model trainer; Python requests)", "Accept-Encoding": "identity"}
-    headers |= {"Range": f"bytes={have}-"} if have else {}
-    received = 0
-    try:
-        with requests.get(address, headers=headers, stream=True, timeout=30) as response:
-            status, stated = response.status_code, response.headers.get("Content-Length")
-            if status == 429 or status >= 500:
-                wait = response.headers.get("Retry-After", "")
-                raise Transient(f"HTTP status {status}", int(wait) if wait.isdigit() else None)
-            if status not in (200, 206):  # dead hosts answer 301 without a Location
-                raise OSError(f"HTTP status {status}")
-            if "html" in response.headers.get("Content-Type", ""):
-                raise OSError("a page of HTML instead of the file")
-            if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                have = 0  # it sends the whole, whatever was asked for
-            if stated and int(stated) + have != size:
-                raise OSError(f"size {int(stated) + have:,} instead of {size:,} bytes")
-            bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=not sys.stderr.isatty())
-            with bar, part.open("r+b" if have else "wb") as out:
-                out.seek(have)
-                for chunk in response.iter_content(1 << 20):
-                    received += out.write(chunk)
-                    bar.update(len(chunk))
-                    if have + received > size:
-                        raise OSError(f"more than {size:,} bytes")
-        if have + received < size:
-            raise Transient("the connection was cut")
-    except requests.exceptions.ChunkedEncodingError:
-        raise Transient("the connection was cut") from None
-    except requests.ConnectionError as error:  # whose text wraps the cause in three layers of urllib3's
-        raise (Transient if received else OSError)(str(error).rpartition(": ")[2].strip("'\")")) from None
+    best, have = -1, part.stat().st_size if part.exists() else 0
+    with requests.Session() as session:
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
+        while have < size or best < 0:
+            have = have if have < size else 0
+            if have <= best:
+                raise OSError("the connection was cut, again and again")
+            best, reason = have, None
+            try:
+                asked = headers | ({"Range": f"bytes={have}-"} if have else {})
+                with session.get(address, headers=asked, stream=True, timeout=30) as response:
+                    have = write_response(response, part, have, size)
+            except requests.RequestException as error:  # whose text wraps the cause in three layers of urllib3's
+                have, reason = part.stat().st_size if part.exists() else 0, str(error).rpartition(": ")[2].strip("'\")")
+            if reason and have <= best:
+                raise OSError(reason)
+
+
+def write_response(response, part, have, size):
+    """Writes what the server sends into `part`, behind its first `have` bytes or, where it sends the whole whatever was
+    asked for, from the start. Returns the size so far. Raises OSError where this cannot be the file."""
+    if response.status_code not in (200, 206):  # dead hosts answer 301 without a Location
+        raise OSError(f"HTTP status {response.status_code}")
+    if "html" in response.headers.get("Content-Type", ""):
+        raise OSError("a page of HTML instead of the file")
+    if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+        have = 0
+    if (stated := int(response.headers.get("Content-Length", size - have)) + have) != size:
+        raise OSError(f"size {stated:,} instead of {size:,} bytes")
+    bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=not sys.stderr.isatty())
+    with bar, part.open("r+b" if have else "wb") as out:
+        out.seek(have)
+        for chunk in response.iter_content(1 << 20):
+            have += out.write(chunk)
+            bar.update(len(chunk))
+            if have > size:
+                raise OSError(f"more than {size:,} bytes")
+    return have
 
 
 def extract(archive, members, folder):
@@ -476,16 +462,17 @@ CORPORA = {  # name -> its usual tokenizer and its function
 }
 
 
-def text_files(paths, say):
-    """The files that the user's `paths` mean: files, patterns, and folders with all below them that is text and not hidden.
-    Raises UsageError where one means none."""
-    found = []
+def text_files(paths, say, save_dir):
+    """The files that the user's `paths` mean: files, patterns, and folders with all below them that is text, not hidden and
+    not this program's own. Raises UsageError where one means none."""
+    found, own = [], save_dir.resolve()
     for path in map(os.path.expanduser, paths):
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not matches:
             raise UsageError(f"--text {path}: there is no such file, folder or pattern; give the path of a text file")
         for match in map(Path, matches):
             below = [file for file in sorted(match.rglob("*")) if file.is_file() and "/." not in f"/{file.relative_to(match)}"]
+            below = [file for file in below if own not in file.resolve().parents]
             texts = [file for file in below if is_text(file)]
             found += texts if match.is_dir() else [match]
             if len(texts) < len(below):
@@ -498,17 +485,16 @@ def is_text(path):
     with open(path, "rb") as file:
         head = file.read(1 << 16)
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-        return b"\0" not in head
+        return b"\0" not in head and codecs.getincrementaldecoder("utf-8")().decode(head) is not None
     except UnicodeDecodeError:
         return False
 
 
-def own_text(paths, valid_paths, test_paths, valid_fraction, say):
+def own_text(paths, valid_paths, test_paths, valid_fraction, say, save_dir):
     """The user's own files, each a document. Without `valid_paths`, of many files every (1 / valid_fraction)-th goes to
     validation; of few, the end of the text, cut behind a line end where one is near."""
     given = {"train": paths, "valid": valid_paths, "test": test_paths}
-    splits = {split: [whole(path, strict=True) for path in text_files(given[split], say)] for split in given if given[split]}
+    splits = {split: [whole(path, strict=True) for path in text_files(given[split], say, save_dir)] for split in given if given[split]}
     documents, every = [span for span in splits["train"] if span.stop], round(1 / valid_fraction)
     if not documents:
         raise UsageError(f"there is no text in {', '.join(map(str, paths))}: give other files to --text")
@@ -558,18 +544,13 @@ def read_documents(spans, size=1 << 16):
                     *documents, rest = rest.split(span.separator)
                     yield from ((document.strip("\n"), True) for document in documents if document.strip())
                     continue
-                cut = max((match.end() for match in CUT.finditer(rest, len(rest) - 4096)), default=0)
-                if len(rest) > 16 * size:  # no such place for long
-                    cut = cut or rest.rfind(" ") + 1 or len(rest)
-                if cut:
+                cuts = list(CUT.finditer(rest, len(rest) - 1024)) or list(CUT.finditer(rest))
+                if cuts or len(rest) > 16 * size:  # after so much without a place for it, cut at a blank or anywhere
+                    cut = cuts[-1].end() if cuts else rest.rfind(" ") + 1 or len(rest)
                     yield rest[:cut], begins
                     rest, begins = rest[cut:], False
         if rest.strip() if span.separator else rest:
             yield rest.strip("\n") if span.separator else rest, begins
-
-
-SPACE = np.zeros(256, bool)
-SPACE[list(b" \t\n\r\x0b\x0c")] = True
 
 
 def encode_documents(spans, tokenizer, count):
@@ -577,8 +558,9 @@ def encode_documents(spans, tokenizer, count):
     line end has given it already; every document by words ends its last line). Adds to `count` what lies behind them."""
     separator, last, in_word = tokenizer.separator, None, False
     encode_all = getattr(tokenizer, "encode_batch", lambda texts: map(tokenizer.encode, texts))
-    documents = read_documents(spans)
-    while batch := list(itertools.islice(documents, 128)):
+    size, at_once = (1 << 14, 256) if hasattr(tokenizer, "encode_batch") else (1 << 18, 1)  # the quickest, measured
+    documents = read_documents(spans, size)
+    while batch := list(itertools.islice(documents, at_once)):
         for ids, (_, begins) in zip(encode_all([text for text, _ in batch]), batch):
             if begins and separator is not None and last not in (None, separator):
                 ids = np.append(np.array(separator, ids.dtype), ids)
@@ -586,7 +568,7 @@ def encode_documents(spans, tokenizer, count):
             yield ids
         text = "".join(" " * begins + text for text, begins in batch)
         data = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
-        space = SPACE[data]
+        space = (data == 32) | (data - np.uint8(9) <= 4)  # ASCII's: blank, \t, \n, \v, \f, \r
         count["num_words"] += np.count_nonzero(space[:-1] > space[1:]) + (not in_word and not space[0]) + np.count_nonzero(data == 10)
         count["num_bytes"] += len(data) - sum(begins for _, begins in batch)
         in_word = not space[-1]
@@ -600,6 +582,7 @@ def write_tokens(spans, tokenizer, path):
     count, digest = Counter(num_tokens=0, num_unk=0, num_bytes=0, num_words=0), hashlib.sha256()
     total = sum(span.stop - span.start for span in spans)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"encoding {path.stem}", disable=not sys.stderr.isatty())
+    path.unlink(missing_ok=True)  # whoever trains on the old tokens keeps them
     with bar, path.open("wb") as out:
         for ids in encode_documents(spans, tokenizer, count):
             out.write(ids)
@@ -637,37 +620,34 @@ class Dataset:
 
 
 def read_cache(folder):
-    """What is known of the tokens in `folder`; None where that or they are damaged, or the text may have changed: size and
-    modification time of its files tell."""
+    """What is known of the tokens in `folder`, or None where that or they are damaged or not there."""
     try:
         about = json.loads((folder / "about.json").read_text())
-        whole = all(os.path.getsize(folder / name) == size for name, size in about["sizes"].items())
-        return about if whole and about["stamps"] == stamps(about["paths"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return about if all(os.path.getsize(folder / name) == size for name, size in about["sizes"].items()) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def stamps(paths):
-    return [[stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, paths)]
+    """[size, modification time] of the files: while these stay the same, the text is taken to be, too."""
+    return [[os.path.getsize(path), os.stat(path).st_mtime_ns] for path in paths if os.path.exists(path)]
 
 
-def write_cache(folder, spans, tokenizer, say):
-    """Encodes the splits `spans` into `folder`, unless it holds the tokens of just this text; returns what is known of
-    them. `tokenizer`: a function from the training spans to a tokenizer."""
+def plain(spans):
+    return json.loads(json.dumps(spans, default=str))  # what JSON makes of them
+
+
+def write_cache(folder, about, spans, make_tokenizer):
+    """Encodes the splits `spans` into `folder`, unless `about`, what is known of the tokens there, says that they are of just
+    this text. Returns what is known of them now."""
     paths = sorted({str(span.path) for split in spans.values() for span in split})
-    text = {"paths": paths, "hashes": [sha256_of(path) for path in paths], "spans": json.loads(json.dumps(spans, default=str))}
-    try:  # only the times may have changed
-        about = json.loads((folder / "about.json").read_text())
-        same = all(about[name] == value for name, value in text.items())
-        same = same and all(os.path.getsize(folder / name) == size for name, size in about["sizes"].items())
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        (folder / "about.json").unlink(missing_ok=True)  # from here to the end there are no tokens
-        trained = tokenizer(spans["train"])
-        splits = {split: write_tokens(spans[split], trained, folder / f"{split}.tokens") for split in spans}
+    text = {"paths": paths, "hashes": [sha256_of(path) for path in paths], "spans": plain(spans)}
+    if not about or any(about.get(name) != value for name, value in text.items()):
+        (folder / "about.json").unlink(missing_ok=True)  # from here to the end no tokens count
+        tokenizer = make_tokenizer(spans["train"])
+        splits = {split: write_tokens(spans[split], tokenizer, folder / f"{split}.tokens") for split in spans}
         sizes = {f"{split}.tokens": os.path.getsize(folder / f"{split}.tokens") for split in spans}
-        about = text | {"tokenizer": trained.to_dict(), "splits": splits, "sizes": sizes}
+        about = text | {"tokenizer": tokenizer.to_dict(), "splits": splits, "sizes": sizes}
     about["stamps"] = stamps(paths)
     (folder / "about.new").write_text(json.dumps(about))
     os.replace(folder / "about.new", folder / "about.json")
@@ -697,19 +677,19 @@ def load_dataset(
             return BPETokenizer(get("tokenizer.json", folder=Path(save_dir) / "gpt2").read_text(), "gpt2")
         return TOKENIZERS[kind].train((text for text, _ in read_documents(spans)), vocab_size)
 
-    spans = own_text(text, valid_text, test_text, valid_fraction, say) if name == "text" else None
-    key = json.dumps([vocab_size if kind == "bpe" else None, spans], default=str)
-    cache = folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    spans = own_text(text, valid_text, test_text, valid_fraction, say, Path(save_dir)) if name == "text" else None
+    key = [vocab_size if kind == "bpe" else None, spans and [text, valid_text, test_text, valid_fraction]]
+    cache = folder / f"{kind}-{hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one encodes
-        if not (about := read_cache(cache)):
-            about = write_cache(cache, spans or CORPORA[name][1](get), make_tokenizer, say)
-    trained = tokenizer_from_dict(about["tokenizer"])
-    splits = {}
+        about = read_cache(cache)
+        if not about or about["stamps"] != stamps(about["paths"]) or spans and about["spans"] != plain(spans):
+            about = write_cache(cache, about, spans or CORPORA[name][1](get), make_tokenizer)
+    trained, splits = tokenizer_from_dict(about["tokenizer"]), {}
     for split, known in about["splits"].items():
-        mapped = known["num_tokens"] and np.memmap(cache / f"{split}.tokens", token_dtype(trained.vocab_size), "r")
-        tokens = np.asarray(mapped) if known["num_tokens"] else np.zeros(0, np.uint16)
+        dtype, path = token_dtype(trained.vocab_size), cache / f"{split}.tokens"
+        tokens = np.memmap(path, dtype, "r") if known["num_tokens"] else np.zeros(0, dtype)
         tokens = tokens[:train_tokens] if split == "train" else tokens
         splits[split] = Split(tokens, known["num_bytes"], known["num_words"], known["num_unk"])
     if len(splits["valid"].tokens) < 2:
@@ -720,26 +700,25 @@ def load_dataset(
 def main():
     """Prepares a corpus ahead of training and says what it is."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("--dataset", choices=[name for name in CORPORA if name != "text"], default="ptb")
-    add("--text", nargs="+", metavar="PATH", help="your own files, folders or patterns instead")
-    add("--tokenizer", choices=["auto", *TOKENIZERS], default="auto")
-    add("--vocab_size", type=int, default=32000, help="of --tokenizer bpe (default: %(default)s)")
-    add("--valid_fraction", type=float, default=0.1, help="of --text (default: %(default)s)")
-    add("--save_dir", required=True, help="the folder that main.py is given, too")
-    add("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>")
+    parser.add_argument("--dataset", choices=[name for name in CORPORA if name != "text"], default="ptb")
+    parser.add_argument("--text", nargs="+", metavar="PATH", help="your own files, folders or patterns instead")
+    parser.add_argument("--tokenizer", choices=["auto", *TOKENIZERS], default="auto")
+    parser.add_argument("--vocab_size", type=int, default=32000, help="of --tokenizer bpe (default: %(default)s)")
+    parser.add_argument("--valid_fraction", type=float, default=0.1, help="of --text (default: %(default)s)")
+    parser.add_argument("--save_dir", required=True, help="the folder that main.py is given, too")
+    parser.add_argument("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>")
     flags = vars(parser.parse_args())
+    name = flags.pop("dataset") if not flags["text"] else "text"
     try:
-        name = "text" if flags["text"] else flags.pop("dataset")
         dataset = load_dataset(name, **{flag: value for flag, value in flags.items() if flag != "dataset"})
     except (UsageError, RunError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    special = dataset.tokenizer.vocab_size - dataset.tokenizer.num_special
-    print(f"{name} by {dataset.tokenizer.kind}: vocabulary {dataset.tokenizer.vocab_size:,} ({special:,} without special tokens)")
+    tokenizer = dataset.tokenizer
+    print(f"{name} by {tokenizer.kind}: vocabulary {tokenizer.vocab_size:,}, {tokenizer.num_special} of them special tokens")
     for split in filter(None, (dataset.train, dataset.valid, dataset.test)):
         print(f"{len(split.tokens):>14,} tokens {split.num_bytes:>14,} bytes {split.num_words:>13,} words and line ends")
-    print(dataset.tokenizer.decode(dataset.train.tokens[:100]))
+    print(tokenizer.decode(dataset.train.tokens[:100]))
     return 0
 
 

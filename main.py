@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import glob
 import hashlib
@@ -150,7 +151,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.dim // config.num_heads
-        self.rope_theta = config.rope_theta
+        self.rope = nn.RoPE(self.head_dim, base=config.rope_theta)
         self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
         self.k_proj = nn.Linear(config.dim, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.dim, self.num_kv_heads * self.head_dim, bias=False)
@@ -161,11 +162,8 @@ class Attention(nn.Module):
         queries = self.q_proj(hidden).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)  # [B, H, L, d]
         keys = self.k_proj(hidden).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)  # [B, K, L, d]
         values = self.v_proj(hidden).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)  # [B, K, L, d]
-        rope = partial(
-            mx.fast.rope, dims=self.head_dim, traditional=False, base=self.rope_theta, scale=1.0,
-            offset=cache.length if cache else 0,
-        )  # fmt: skip
-        queries, keys = rope(queries), rope(keys)
+        offset = cache.length if cache else 0
+        queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         if cache:
             keys, values = cache.append(keys, values)
         attended = mx.fast.scaled_dot_product_attention(
@@ -335,15 +333,11 @@ class Batches:
         fewer windows than a batch, they repeat."""
         if self.s + self.batch_size > len(self.perm) and self.s > 0:
             self.begin_epoch(self.epoch + 1)
-        order = self.perm if len(self.perm) >= self.batch_size else np.resize(self.perm, self.batch_size)
-        starts = self.offset + order[self.s : self.s + self.batch_size].astype(np.int64) * self.context_size
+        order = self.perm.take(range(self.s, self.s + self.batch_size), mode="wrap").astype(np.int64)
+        starts = self.offset + order * self.context_size
         self.s += self.batch_size
         rows = np.stack([self.tokens[start : start + self.context_size + 1] for start in starts]).astype(np.int32)
         return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
-
-    @property
-    def steps_per_epoch(self):
-        return max(1, len(self.perm) // self.batch_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,6 +367,15 @@ def evaluate(model, tokens, batch_size, interrupts=None):
         batch_tokens, batch_targets, batch_mask = map(mx.array, batch)
         total += loss_sum(model, batch_tokens, batch_targets, mask=batch_mask).item()
     return total / count
+
+
+def score_split(name, model, dataset, flags, interrupts=None, most=0):
+    """Prints the score of a split, or of its first `most` tokens; returns the nats a token, None if interrupted."""
+    split = getattr(dataset, name)
+    nats = evaluate(model, split.tokens[: most + 1] if most else split.tokens, flags.batch_size, interrupts)
+    if nats is not None:
+        tqdm.write(describe_score(name, nats, split, dataset.tokenizer))
+    return nats
 
 
 def describe_score(name, nats, split, tokenizer):
@@ -533,7 +536,8 @@ def save_checkpoint(folder, run, id=None):
                 return write_checkpoint(folder, run, id)
         except OSError as error:
             for path in new_files(folder, run):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
             tqdm.write(f"Saving to {folder} failed ({error}); next try in {pause} s. Ctrl+C twice gives the work up.")
             time.sleep(pause)
 
@@ -545,19 +549,21 @@ def new_files(folder, run):
 def write_checkpoint(folder, run, id):
     """One try. No checkpoint is ever there by halves: both files are complete on disk before one gets its name, the
     metadata gets its own first, and a checkpoint counts only once its .safetensors exists."""
+    records = list_checkpoints(folder)
     new_metadata, new_weights = new_files(folder, run)
     renames = [(new_metadata, "metadata")]
     if id is None:
         id = write_safetensors(new_weights, dict(tree_flatten(run.model.parameters())), {"format": "mlx"})
         renames.append((new_weights, "safetensors"))
-        equal = next((record["run"] for record in list_checkpoints(folder) if record["id"] == id), run.record["run"])
+        equal = next((record["run"] for record in records if record["id"] == id), run.record["run"])
         if equal != run.record["run"] and not lock_run(folder, equal):
             new_weights.unlink()
             raise RunError(f"this run equals {equal}, which is being trained in {folder}: stop one of them")
     arrays = {f"optimizer.{name}": value for name, value in tree_flatten(run.optimizer.state)}
     arrays["perm"] = mx.array(run.batches.perm)
     run.record |= {name: getattr(run.batches, name) for name in ("epoch", "offset", "s")}
-    run.record |= {"id": id, "saved": time.time(), "versions": versions()}
+    saved = max([time.time(), *(record["saved"] + 1e-3 for record in records)])  # the last one, even if the clock went back
+    run.record |= {"id": id, "saved": saved, "versions": versions(), "format_version": FORMAT_VERSION}
     texts = {"record": json.dumps(run.record), "tokenizer": json.dumps(run.tokenizer.to_dict()), "sha1": BLANK}
     texts["record_sha1"] = hashlib.sha1(texts["record"].encode()).hexdigest()  # so that listing need not read it all
     write_safetensors(new_metadata, arrays, texts)
@@ -589,8 +595,7 @@ def clean_folder(folder):
 
 def load_model(folder, record):
     """The model and the tokenizer of a checkpoint: all that sampling needs."""
-    path = str(folder / f"{record['id']}.metadata")
-    _, texts = mx.load(path, format="safetensors", return_metadata=True)
+    texts = json.loads(read_header(folder / f"{record['id']}.metadata"))["__metadata__"]
     model = LanguageModel(Config(**record["config"]))
     model.load_weights(str(folder / f"{record['id']}.safetensors"))
     mx.eval(model.parameters())
@@ -612,6 +617,8 @@ def load_run(folder, record, run):
 def versions():
     """What the last bits of a result depend on: a run is exact as long as these stay the same."""
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', 'unknown')}, {os.cpu_count()} cores"
+    if limit := os.environ.get("OPENBLAS_NUM_THREADS"):
+        device += f", {limit} of them for matrix products"
     return {"MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device}
 
 
@@ -661,7 +668,7 @@ class Lasting:
     """An output stream whose reader may leave (`| head`, a closed terminal) without stopping anything, least a save."""
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # None if it was closed from the start
+        self.stream = stream or open(os.devnull, "w")
         self.stream.reconfigure(errors="replace")
 
     def __getattr__(self, name):
@@ -671,8 +678,9 @@ class Lasting:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # a full disk below a log file may have room again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,43 +708,49 @@ def dropout_keys(seed, iteration, rows):
     return mx.array(random.integers(0, 2**32, (rows, 2), np.uint32))
 
 
-def evaluation_due(iteration, flags):
-    at_end = iteration == flags.num_iters and iteration >= flags.steps_per_eval
-    return iteration > 0 and (iteration % flags.steps_per_eval == 0 or at_end)
+def branches(folder, checkpoint, flags):
+    """Whether `--identifier` names a checkpoint that its run has left behind: what follows it is another run."""
+    newer = [record for record in list_checkpoints(folder) if record["saved"] > checkpoint["saved"]]
+    return flags.identifier is not None and any(record["run"] == checkpoint["run"] for record in newer)
 
 
 def train(flags, dataset, checkpoint, interrupts):
     """One run from its start, or from the record `checkpoint`, to `num_iters` or a signal. Returns the exit status."""
-    folder, tokenizer = Path(flags.save_dir), dataset.tokenizer
+    folder, tokenizer = flags.save_dir, dataset.tokenizer
+    name = f"{dataset.name}-{os.urandom(3).hex()}"
+    if checkpoint and not branches(folder, checkpoint, flags):
+        name = checkpoint["run"]
+    if not (lock := lock_run(folder, name)):
+        raise UsageError(f"{name} is being trained by another process: wait for it, or begin another with --new_model")
+    clean_folder(folder)
+
     shape = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if hasattr(flags, field.name)}
-    config = Config(**shape | {"vocab_size": tokenizer.vocab_size})
+    config = Config(**checkpoint["config"] if checkpoint else shape | {"vocab_size": tokenizer.vocab_size})
     model = LanguageModel(config)
     optimizer = make_optimizer(model, flags)
     batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size, flags.seed)
-    record = {
-        "format_version": FORMAT_VERSION, "run": f"{dataset.name}-{os.urandom(3).hex()}", "iteration": 0, "id": None,
-        "config": dataclasses.asdict(config), "tokens_sha256": dataset.sha256, "scores": [], "best": None,
-    }  # fmt: skip
+    record = {"iteration": 0, "id": None, "scores": [], "best": None}
     run = SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer)
     if checkpoint:
         load_run(folder, checkpoint, run)
     else:
         init_weights(model, flags.seed)
-    record["flags"] = {name: getattr(flags, name) for name in INHERITED}
+    record |= {
+        "run": name, "flags": {flag: getattr(flags, flag) for flag in INHERITED}, "tokens_sha256": dataset.sha256,
+        "config": dataclasses.asdict(config), "parameters": sum(w.size for _, w in tree_flatten(model.parameters())),
+    }  # fmt: skip
     start = record["iteration"]
-    if not (lock := lock_run(folder, record["run"])):
-        raise UsageError(f"{record['run']} is being trained by another process: wait for it, or begin another with --new_model")
-    clean_folder(folder)
     print_start(flags, dataset, run)
     if start >= flags.num_iters:
-        tqdm.write(f"Iteration {start:,} of --num_iters {flags.num_iters:,} is reached: extend the run with a larger --num_iters.")
+        tqdm.write(f"Iteration {start:,} of --num_iters {flags.num_iters:,} is reached: a larger --num_iters extends the run.")
 
     bar = tqdm(total=flags.num_iters, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     step = make_step(model, optimizer, flags.grad_clip)
     losses, seconds = [], 0.0  # since the last report
     for iteration in range(start, flags.num_iters + 1):
         record["iteration"] = iteration
-        finished, due, stopping = iteration == flags.num_iters, evaluation_due(iteration, flags), interrupts.received
+        finished, stopping = iteration == flags.num_iters, interrupts.received
+        due = iteration >= flags.steps_per_eval and (finished or iteration % flags.steps_per_eval == 0)
 
         # Save, then evaluate, then add the score, then sample: what goes wrong in one costs none of those before it.
         save = iteration > start and (finished or stopping or due or iteration % (flags.steps_per_save or flags.steps_per_eval) == 0)
@@ -745,10 +759,8 @@ def train(flags, dataset, checkpoint, interrupts):
             prune_checkpoints(folder, run, flags.keep)
             tqdm.write(f"saved {record['id']} at iteration {iteration:,}")
         if due and not stopping and iteration not in [scored for scored, _ in record["scores"]]:
-            tokens = dataset.valid.tokens[: flags.eval_tokens + 1 if flags.eval_tokens else None]
-            nats = evaluate(model, tokens, flags.batch_size, interrupts)
+            nats = score_split("valid", model, dataset, flags, interrupts, flags.eval_tokens)
             if nats is not None:
-                tqdm.write(describe_score("valid", nats, dataset.valid, tokenizer))
                 record["scores"].append([iteration, nats])
                 if record["best"] is None or nats < record["best"]["nats"]:
                     record["best"] = {"id": record["id"], "iteration": iteration, "nats": nats}
@@ -789,7 +801,7 @@ def train(flags, dataset, checkpoint, interrupts):
     if flags.eval_test and not interrupts.received:
         score_split("test", model, dataset, flags, interrupts)
     if interrupts.received:
-        tqdm.write(f"Stopped at iteration {record['iteration']:,}; the same command goes on from there.")
+        tqdm.write(f"Stopped at iteration {record['iteration']:,}; --identifier {name} goes on from there.")
         return 128 + interrupts.received
     return 0
 
@@ -797,20 +809,21 @@ def train(flags, dataset, checkpoint, interrupts):
 def print_start(flags, dataset, run):
     """One screen that says what is trained, on what, and where its files go."""
     config, tokenizer, checked = run.model.config, dataset.tokenizer, versions()
-    parameters = sum(weight.size for _, weight in tree_flatten(run.model.parameters()))
     size = sum(array.nbytes for _, array in tree_flatten([run.model.parameters(), run.optimizer.state]))
-    folder, free = Path(flags.save_dir), shutil.disk_usage(flags.save_dir).free
+    folder, free = flags.save_dir, shutil.disk_usage(flags.save_dir).free
     splits = " / ".join(f"{len(split.tokens):,}" for split in (dataset.train, dataset.valid, dataset.test) if split)
     tqdm.write(
         f"run      {run.record['run']}, from iteration {run.record['iteration']:,} to {flags.num_iters:,}, seed {flags.seed}\n"
-        f"model    {parameters:,} parameters: {config.num_blocks} blocks, dim {config.dim}, {config.num_heads} heads "
+        f"model    {run.record['parameters']:,} parameters: {config.num_blocks} blocks, dim {config.dim}, {config.num_heads} heads "
         f"({config.num_kv_heads} for keys and values), {config.mlp} {config.mlp_dim}, context {config.context_size}\n"
         f"data     {dataset.name}: {splits} tokens; vocabulary {tokenizer.vocab_size:,} by {tokenizer.kind} "
         f"({tokenizer.vocab_size - tokenizer.num_special:,} without special tokens)\n"
-        f"steps    {flags.batch_size} x {config.context_size} tokens each, {run.batches.steps_per_epoch:,} an epoch\n"
+        f"steps    {flags.batch_size} x {config.context_size} tokens each, {max(1, len(run.batches.perm) // flags.batch_size):,} an epoch\n"
         f"machine  {checked['device']}; MLX {checked['MLX']}, matrix products by {BLAS}\n"
         f"files    {folder.absolute()}, {size / 2**20:,.0f} MiB a checkpoint, {free / 2**20:,.0f} MiB free"
     )
+    if len(run.batches.perm) < flags.batch_size:
+        tqdm.write("The text has fewer windows than --batch_size: they repeat within a batch.")
     if size * (flags.keep + 2) > free:
         tqdm.write(f"Low on space: --keep {flags.keep}, the best and the next checkpoint need {size * (flags.keep + 2) / 2**20:,.0f} MiB.")
     if BLAS == "reference BLAS" and not flags.gpu:
@@ -909,15 +922,6 @@ def converse(model, tokenizer, flags):
 # Tools: each one function
 
 
-def score_split(name, model, dataset, flags, interrupts=None):
-    """Prints the score of a whole split, in the same windows as in training."""
-    if not (split := getattr(dataset, name)):
-        raise UsageError(f"{dataset.name} has no {name} split: own text takes one with --test_text")
-    nats = evaluate(model, split.tokens, flags.batch_size, interrupts)
-    if nats is not None:
-        tqdm.write(describe_score(name, nats, split, dataset.tokenizer))
-
-
 def list_runs(folder):
     """Prints a table of the runs in `folder`, the one saved last first: what each is, the flags in which it differs from
     others, its checkpoints."""
@@ -926,11 +930,9 @@ def list_runs(folder):
     runs = {record["run"]: [r for r in records if r["run"] == record["run"]] for record in records}
     for name, own in runs.items():
         flags, config, best = own[0]["flags"], own[0]["config"], own[0]["best"] or {"id": None}
-        header = json.loads(read_header(folder / f"{own[0]['id']}.safetensors"))
-        parameters = sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
         differing = [flag for flag in flags if any(others[0]["flags"].get(flag) != flags[flag] for others in runs.values())]
         about = [
-            f"{name}: {parameters:,} parameters in {config['num_blocks']} blocks of dim {config['dim']}",
+            f"{name}: {own[0]['parameters']:,} parameters in {config['num_blocks']} blocks of dim {config['dim']}",
             f"iteration {own[0]['iteration']:,} of {flags['num_iters']:,}",
             *([f"best {best['nats']:.4f} at {best['iteration']:,}"] if best["id"] else []),
             " ".join(f"--{flag} {flags[flag]}" for flag in differing) or "no other run here",
@@ -1070,7 +1072,7 @@ def open_folder(save_dir, writing):
         if writing:
             lost = "" if save_dir == CACHE else ", a RAM disk: it does not survive a reboot"
             tqdm.write(f"Checkpoints and corpora go to {save_dir}{lost} (--save_dir names another folder)")
-    folder = Path(save_dir).expanduser()
+    folder = Path(os.path.expanduser(save_dir))
     try:
         if writing:
             folder.mkdir(parents=True, exist_ok=True)
@@ -1089,6 +1091,8 @@ def choose_checkpoint(folder, flags, typed):
     with the dataset; a damaged one is passed over for the next older one of its run. Raises UsageError, RunError.
     """
     records = [] if flags.new_model else list_checkpoints(folder, warn=True)
+    for record in records:
+        record["flags"] = DEFAULTS | record["flags"]  # a flag may be younger than the checkpoint
     using = flags.inference or flags.evaluate
     shaping = set(SHAPING) - ({"seed"} if flags.inference else set())  # there it is the samples' own
     wanted = {name: getattr(flags, name) for name in shaping & typed.keys()}
@@ -1127,7 +1131,7 @@ def main(argv=None):
     try:
         unset = object()
         values = vars(PARSER.parse_args(argv, argparse.Namespace(**dict.fromkeys(DEFAULTS, unset))))
-        typed = {name: value for name, value in values.items() if value is not unset and value != "auto"}
+        typed = {name: value for name, value in values.items() if value is not unset and (name, value) != ("tokenizer", "auto")}
         exclusive = [("dataset", "text"), *((name, "new_model") for name in ("identifier", "inference", "evaluate"))]
         for name, other in exclusive:
             if all(typed.get(flag, False) is not False for flag in (name, other)):
@@ -1140,7 +1144,8 @@ def main(argv=None):
         folder = open_folder(flags.save_dir, writing=not (using or flags.list))
 
         if flags.list:
-            list_runs(folder)
+            with locked(folder):  # so that none goes while it is listed
+                list_runs(folder)
             return 0
         checkpoint = choose_checkpoint(folder, flags, typed)
         if using and not checkpoint:
@@ -1161,6 +1166,8 @@ def main(argv=None):
         dataset = load_dataset(flags.dataset, folder, **data, mirror=flags.mirror, say=tqdm.write)
         if checkpoint and checkpoint["tokens_sha256"] != dataset.sha256:
             raise UsageError(f"the training text of {checkpoint['run']} has changed: --new_model begins a run on the new text")
+        if "test" in (flags.evaluate, flags.eval_test and "test") and not dataset.test:
+            raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
         if flags.evaluate:
             score_split(flags.evaluate, load_model(folder, checkpoint)[0], dataset, flags)
             return 0
@@ -1172,5 +1179,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdin = sys.stdin or open(os.devnull)  # None where it was closed from the start
     sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     sys.exit(main())

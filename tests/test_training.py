@@ -81,6 +81,33 @@ def test_new_model_twice_takes_the_pair_over(tmp_path, text):
     assert second in out
 
 
+def test_an_older_checkpoint_begins_a_branch(tmp_path, text):
+    """What follows a checkpoint that its run has left behind is a run of its own: nothing of the old one is deleted."""
+    line = ["--text", text, *TINY, "--steps_per_save", 10, "--keep", 2, "--save_dir", tmp_path]
+    run(*line, "--num_iters", 20)
+    older, newer = sorted(ids(tmp_path), key=lambda id: (tmp_path / f"{id}.safetensors").stat().st_mtime_ns)
+    out, _ = run(*line, "--identifier", older, "--num_iters", 60, "--learning_rate", 0.01)
+    assert "from iteration 10 to 60" in out
+    assert {older, newer} < set(ids(tmp_path)) and len(ids(tmp_path)) == 4
+    import main
+
+    assert len({record["run"] for record in main.list_checkpoints(tmp_path)}) == 2
+
+
+def test_text_encoded_anew_under_a_running_process(tmp_path, text):
+    """The tokens it trains on stay what they were, though another process has replaced them by shorter ones."""
+    line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm"]
+    first = start(*line)
+    wait_for(first, "20/")
+    text.write_text("short\n" * 50)
+    run(*line, "--new_model", "--num_iters", 5)
+    wait_for(first, "  loss ")
+    wait_for(first, "  loss ")
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 130 and "Stopped at iteration" in out, err
+
+
 def test_changed_text_is_refused(tmp_path, text):
     run("--text", text, *TINY, "--save_dir", tmp_path / "lm", "--num_iters", 10)
     text.write_text(text.read_text().replace("quick", "slow!"))
