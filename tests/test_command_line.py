@@ -16,13 +16,14 @@ from conftest import ROOT, TINY, flags, ids, run
 import main
 
 DEFAULTS = dict(
-    dataset="ptb", text=None, valid_fraction=0.1, tokenizer="auto", save_dir=None, mirror=None, identifier=None,
+    dataset="ptb", text=None, valid_text=None, test_text=None, valid_fraction=0.1, train_tokens=None, tokenizer="auto",
+    vocab_size=32000, save_dir=None, mirror=None, identifier=None,
     new_model=False, num_iters=100000, gpu=False, seed=42,
     context_size=48, num_blocks=4, dim=1024, num_heads=8, num_kv_heads=None, mlp="relu2", mlp_dim=None, dropout=0.0,
     batch_size=32, learning_rate=3e-4, weight_decay=1e-5, lr_warmup=200, grad_clip=1.0,
-    steps_per_report=10, steps_per_eval=1000, eval_tokens=100000, steps_per_save=None, keep=3,
+    steps_per_report=10, steps_per_eval=1000, eval_tokens=100000, steps_per_save=None, eval_test=False, keep=3,
     inference=False, max_tokens=200, top_k=50, temperature=0.5,
-    list=False,
+    evaluate=None, list=False,
 )  # fmt: skip
 LINE = "".join(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(200))
 
@@ -100,8 +101,8 @@ def test_mistakes_in_the_line_alone(line, words, capsys):
     (["--context_size", 5000], LINE[:100], ["tokens", "--context_size 5000", "longer text or --context_size"]),
     ([], "", ["text.txt", "there is no text"]),
     ([], "tiny", ["text", "give more text"]),
-    ([], b"good \xff bad", ["text.txt", "not UTF-8", "byte 5", "iconv"]),
-    ([], None, ["text.txt", "No such file", "path of a text file"]),
+    ([], b"good \xff bad", ["text.txt", "not UTF-8", "at byte 5:", "iconv"]),
+    ([], None, ["text.txt", "no such file", "path of a text file"]),
 ], ids=str)  # fmt: skip
 def test_mistakes_with_a_text(arguments, content, words, tmp_path, capsys):
     path = tmp_path / "text.txt"
@@ -122,7 +123,11 @@ def test_the_context_size_it_proposes_works(tmp_path, capsys):
 
 
 def test_folder_as_text(tmp_path, capsys):
-    fails(capsys, ["--text", tmp_path, "--save_dir", tmp_path / "lm"], tmp_path, "directory", "path of a text file")
+    fails(capsys, ["--text", tmp_path, "--save_dir", tmp_path / "lm"], tmp_path, "there is no text", "--text")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "text.txt").write_text(LINE)
+    line = ["--text", tmp_path / "below", *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
+    assert main.main([str(argument) for argument in line]) == 0
 
 
 def test_unusable_save_dir(trained, capsys):

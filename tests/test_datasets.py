@@ -1,24 +1,25 @@
-"""Tokenizers, splits and downloads: ids worked out by hand, round trips on random text, a real server on loopback."""
+"""Tokenizers, streams of documents, splits of own text, and the cache of tokens on disk."""
 
 import hashlib
 import io
 import json
+import math
 import os
 import random
-import socket
+import re
+import shutil
+import signal
 import subprocess
 import sys
-import sysconfig
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY, start
 
 import datasets
-from datasets import ByteTokenizer, CharTokenizer, File, RunError, Split, UsageError, WordTokenizer
+from datasets import BPETokenizer, ByteTokenizer, CharTokenizer, UsageError, WordTokenizer
+from datasets import read_documents, whole, write_tokens
 
 # Line 1 ends at its \n only: \x0c, \x85, \u2028 and CR separate words but end no line. Line 2 is blank.
 TEXT = "b a b\n\n a\x0cb \x85 é\u2028c\r\n<unk> x\n"
@@ -127,16 +128,61 @@ def test_byte_keeps_what_is_not_utf8():
     assert bytes(ByteTokenizer().encode(raw.decode("utf-8", "surrogateescape")).tolist()) == raw
 
 
-@pytest.mark.parametrize("kind", ["byte", "char", "word"])
-def test_tokenizers_survive_json(kind):
+SAMPLES = [
+    TEXT,
+    "",
+    " ",
+    "\n",
+    "a  b   \t c\r\n\r\n",
+    "it's we'll DON'T 12,345.67",
+    "漢字かな\u3000交じり文",
+    "😀👩‍👩‍👧‍👦 e\u0301",
+    "\x00\x1c\x85\ufeff",
+]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return BPETokenizer.train([TEXT * 3, "the quick brown fox — jümps over the lazy dogs 漢字\n" * 20], 320)
+
+
+def test_bpe_round_trip(bpe):
+    generator = random.Random(7)
+    assert 257 < bpe.vocab_size <= 320 and bpe.unk is None and bpe.num_special == 1
+    for text in [*SAMPLES, *(random_text(generator, length) for length in (1, 2, 10, 100, 1000))]:
+        tokens = bpe.encode(text)
+        assert tokens.dtype == np.uint16 and bpe.decode(tokens) == text and bpe.unknown(text) == []
+    assert bpe.encode("a<|endoftext|>b").tolist().count(bpe.eos) == 1
+    assert bpe.decode(bpe.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
+    assert len(bpe.encode("the quick brown fox")) < 10, "merges are learned"
+    assert bpe.decode(bpe.encode("a\udcffb")) == "a\ufffdb"  # what UTF-8 cannot hold
+
+
+def test_bpe_of_a_batch(bpe):
+    batch = bpe.encode_batch(SAMPLES)
+    assert all(np.array_equal(ids, bpe.encode(text)) for ids, text in zip(batch, SAMPLES))
+
+
+def test_bpe_has_all_bytes_and_at_most_the_size_asked_for():
+    tiny = BPETokenizer.train(["ab ab"], 32000)
+    assert 257 <= tiny.vocab_size < 270 and tiny.decode(tiny.encode("😀 ab")) == "😀 ab"
+    assert BPETokenizer.train(["ab ab"], 257).vocab_size == 257
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "word", "bpe", "gpt2"])
+def test_tokenizers_survive_json(kind, bpe):
     text = TEXT + random_text(random.Random(5), 300)
-    tokenizer = datasets.TOKENIZERS[kind].train([text])
+    cls = datasets.TOKENIZERS[kind]
+    tokenizer = cls(json=bpe.json) if kind == "gpt2" else cls.train([text], 300)
+    assert tokenizer.kind == kind
     loaded = datasets.tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
     assert type(loaded) is type(tokenizer)
     assert loaded.to_dict() == tokenizer.to_dict()
-    assert (loaded.vocab_size, loaded.eos, loaded.unk) == (tokenizer.vocab_size, tokenizer.eos, tokenizer.unk)
+    for name in ("kind", "vocab_size", "num_special", "eos", "unk", "separator"):
+        assert getattr(loaded, name) == getattr(tokenizer, name)
     sample = text + "out of vocabulary ☃"
     assert np.array_equal(loaded.encode(sample), tokenizer.encode(sample))
+    assert loaded.decode(loaded.encode(text)) == tokenizer.decode(tokenizer.encode(text))
     with pytest.raises(KeyError):
         datasets.tokenizer_from_dict({"kind": "later"})
 
@@ -144,9 +190,10 @@ def test_tokenizers_survive_json(kind):
 def test_ids_do_not_depend_on_the_hash_seed():
     program = """
 import json
-from datasets import CharTokenizer, WordTokenizer
+from datasets import BPETokenizer, CharTokenizer, WordTokenizer
 text = "".join(f"w{i * 7919 % 1000}{chr(0x4E00 + i * 7919 % 1000)} " for i in range(1000)) + "\\n"
-tokenizers = [cls.train([text]) for cls in (WordTokenizer, CharTokenizer)]
+bpe = BPETokenizer.train([text[:3000], text[3000:]], 700)
+tokenizers = [WordTokenizer.train([text]), CharTokenizer.train([text]), bpe]
 print(json.dumps([[t.to_dict(), t.encode(text).tolist()] for t in tokenizers]))
 """
     # All 1,000 words are equally frequent, so an order that a set or dict lent would show.
@@ -160,42 +207,196 @@ print(json.dumps([[t.to_dict(), t.encode(text).tolist()] for t in tokenizers]))
     assert first == second and len(json.loads(first)[0][1]) == 1001
 
 
+class Text(str):
+    """A string that says when it is gone."""
+
+    alive = 0
+
+    def __init__(self, *_):
+        Text.alive += 1
+
+    def __del__(self):
+        Text.alive -= 1
+
+
+@pytest.mark.parametrize("kind", ["char", "word"])
+def test_training_does_not_hold_the_texts(kind):
+    most = []
+
+    def texts():
+        for i in range(50):
+            yield Text(f"text {i}\n")
+            most.append(Text.alive)
+
+    datasets.TOKENIZERS[kind].train(texts())
+    assert max(most) <= 3
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UsageError, match="pip install tokenizers"):
+        BPETokenizer.train(["a"])
+
+
+def test_mlx_is_not_imported():
+    code = "import sys, datasets; datasets.load_dataset; sys.exit('mlx' in sys.modules or 'tokenizers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Splits
+# Streams of documents
 
 
-def test_byte_documents_are_separated():
-    split = datasets.encode_split(["hé\n", "", "a b"], ByteTokenizer())
-    assert split.tokens.tolist() == [104, 0xC3, 0xA9, 10, 256, 256, 97, 32, 98]
-    assert (split.num_bytes, split.num_words) == (7, 4)  # words hé, a, b and one line end
+def write(folder, documents, encoding="utf-8"):
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{i:03}.txt" for i in range(len(documents))]
+    for path, text in zip(paths, documents):
+        path.write_bytes(text.encode(encoding))
+    return paths
 
 
-def test_word_documents_end_their_line():
+def encoded(folder, documents, tokenizer):
+    """The tokens of these documents, written as a corpus's are, and what is counted."""
+    known = write_tokens([whole(path) for path in write(folder, documents)], tokenizer, folder / "x.tokens")
+    tokens = np.fromfile(folder / "x.tokens", datasets.token_dtype(tokenizer.vocab_size))
+    assert known["num_tokens"] == len(tokens)
+    assert known["num_unk"] == (0 if tokenizer.unk is None else np.sum(tokens == tokenizer.unk))
+    return tokens.tolist(), known
+
+
+def test_byte_documents_are_separated(tmp_path):
+    tokens, known = encoded(tmp_path, ["hé\n", "", "a b"], ByteTokenizer())
+    assert tokens == [104, 0xC3, 0xA9, 10, 256, 97, 32, 98]  # no document, no separator
+    assert (known["num_bytes"], known["num_words"]) == (7, 4)  # words hé, a, b and one line end
+
+
+def test_bpe_documents_are_separated(tmp_path, bpe):
+    tokens, known = encoded(tmp_path, ["the fox\n", "jümps"], bpe)
+    assert tokens == [*bpe.encode("the fox\n"), bpe.eos, *bpe.encode("jümps")]
+    assert (known["num_bytes"], known["num_words"]) == (14, 4)
+
+
+def test_word_documents_end_their_line(tmp_path):
     tokenizer = WordTokenizer.train(["a a b"])
-    assert tokenizer.words == ["a", "<eos>", "b", "<unk>"]
-    split = datasets.encode_split(["a b", "b\n", "\na é"], tokenizer)
-    assert split.tokens.tolist() == [0, 2, 1, 2, 1, 1, 0, 3, 1]
-    assert (split.num_bytes, split.num_words) == (10, 7)  # 5 words and 2 line ends that are in the text
+    assert tokenizer.words == ["a", "b", "<eos>", "<unk>"]
+    tokens, known = encoded(tmp_path, ["a b", "b\n", "\na é"], tokenizer)
+    assert tokens == [0, 1, 2, 1, 2, 2, 0, 3, 2]
+    assert (known["num_bytes"], known["num_words"], known["num_unk"]) == (10, 7, 1)  # 5 words, 2 line ends
 
 
-def test_char_documents_follow_each_other():
-    split = datasets.encode_split(["ab", "ba"], CharTokenizer("ab"))
-    assert split.tokens.tolist() == [0, 1, 1, 0]
-    assert (split.num_bytes, split.num_words) == (4, 2)
+def test_char_documents_follow_each_other(tmp_path):
+    tokens, known = encoded(tmp_path, ["ab", "ba"], CharTokenizer("ab"))
+    assert tokens == [0, 1, 1, 0] and (known["num_bytes"], known["num_words"]) == (4, 2)
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer("ab"), WordTokenizer.train(["a"])])
-def test_no_documents(tokenizer):
-    split = datasets.encode_split([], tokenizer)
-    assert split.tokens.shape == (0,) and split.tokens.dtype == np.uint16
-    assert (split.num_bytes, split.num_words) == (0, 0)
+@pytest.mark.parametrize("documents", [[], [""], ["", ""]])
+def test_no_documents(tmp_path, tokenizer, documents):
+    tokens, known = encoded(tmp_path, documents, tokenizer)
+    assert tokens == [] and (known["num_bytes"], known["num_words"]) == (0, 0)
 
 
-def write(folder, documents):
-    paths = [folder / f"{i:03}.txt" for i in range(len(documents))]
-    for path, text in zip(paths, documents):
-        path.write_bytes(text.encode())
-    return paths
+def test_separated_documents_in_one_file(tmp_path):
+    (path,) = write(tmp_path, ["--one\n\ntwo\n--\n \n--\nthrée--"])
+    for size in (1, 2, 3, 7, 1 << 16):
+        documents = list(read_documents([whole(path, separator="--")], size))
+        assert documents == [("one\n\ntwo", True), ("thrée", True)]
+
+
+PIECES = [
+    "a", "bc", "it's", "12", "!?", "漢字", "かな", "😀", "é", "<|endoftext|>", "<unk>", " ", "  ", "\t", "\tq\t\tr",
+    "\n", "\n\n", "\n\n  x", " \n y", "\r\n", "\n \t\n", "\n\xa0x", "\n\x1cx", "\x0b", "\x1c", "\x1f\n",
+    "\x85", "\xa0", "\u2028", "\u3000",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def awkward():
+    """Texts of awkward white space, with a line end now and then."""
+    generator = random.Random(8)
+    return ["".join(generator.choices(PIECES, k=generator.randint(0, 60))) + "\n" * (i % 2) for i in range(60)]
+
+
+def tokenizer_of(kind, texts):
+    return BPETokenizer.train(texts, 400) if kind == "bpe" else datasets.TOKENIZERS[kind].train(texts)
+
+
+def streamed(path, tokenizer, size):
+    blocks = [text for text, _ in read_documents([whole(path)], size)]
+    return "".join(blocks), [i for block in blocks for i in tokenizer.encode(block).tolist()]
+
+
+@pytest.mark.parametrize("kind", ["word", "char", "byte", "bpe"])
+def test_blocks_have_the_ids_of_the_whole(tmp_path, kind, awkward):
+    tokenizer = tokenizer_of(kind, awkward)
+    for path, text in zip(write(tmp_path, awkward), awkward):
+        for size in (16, 17, 40, 1000):
+            assert streamed(path, tokenizer, size) == (text, tokenizer.encode(text).tolist()), (size, text)
+
+
+@pytest.mark.parametrize("text", ["a\n\n<|endoftext|>b", "a\n\t<|endoftext|>", "<|endoftext|>\n\n\nb\n c"])
+def test_blocks_around_the_end_token(tmp_path, bpe, text):
+    for size in (1, 2, 3):
+        assert streamed(*write(tmp_path, [text]), bpe, size) == (text, bpe.encode(text).tolist()), size
+
+
+@pytest.mark.parametrize("kind", ["word", "char", "byte", "bpe"])
+@pytest.mark.parametrize(
+    "text",
+    ["one two 3 漢字 " * 200, "a  the é\tq " * 200, "a\n\n\n b\n \n" * 100, "\n  x y" * 200, "a <|endoftext|>" * 200],
+    ids=range(5),
+)  # fmt: skip
+def test_long_stretches_without_a_place_to_cut(tmp_path, kind, text):
+    """Blanks are such a place when nothing else is."""
+    tokenizer = tokenizer_of(kind, [text])
+    for size in (1, 5, 64):
+        assert streamed(*write(tmp_path, [text]), tokenizer, size) == (text, tokenizer.encode(text).tolist()), size
+
+
+@pytest.mark.parametrize("kind", ["char", "byte"])
+@pytest.mark.parametrize("text", ["漢字" * 900, "\t".join(["x" * 9] * 200), "é" * 1000, "\n" * 500 + "x"], ids=range(4))
+def test_text_without_line_ends_or_blanks(tmp_path, kind, text):
+    tokenizer = tokenizer_of(kind, [text])
+    assert streamed(*write(tmp_path, [text]), tokenizer, 5) == (text, tokenizer.encode(text).tolist())
+
+
+def test_blocks_are_small(tmp_path):
+    """Memory does not grow with the text."""
+    for text in ("line of words\n" * 5000, "words " * 10000, "x" * 60000, "\n" * 60000, " " * 60000):
+        assert max(len(block) for block, _ in read_documents([whole(*write(tmp_path, [text]))], 256)) <= 17 * 256 + 2000
+
+
+@pytest.mark.parametrize("kind", ["word", "char", "byte", "bpe"])
+def test_counts_of_words_and_bytes(tmp_path, kind, awkward, monkeypatch):
+    """Whatever the blocks. Words are those of ASCII's white space where the text has no other."""
+    texts = ["".join(re.sub(r"[\x1c-\x1f\x85\xa0\u2028\u3000]", "", text)) for text in awkward]
+    expected = sum(len(text.split()) + text.count("\n") for text in texts), sum(len(text.encode()) for text in texts)
+    for size in (16, 100, None):
+        with monkeypatch.context() as patch:
+            if size:
+                patch.setattr(datasets, "read_documents", lambda spans, *_: read_documents(spans, size))
+            known = encoded(tmp_path, texts, tokenizer_of(kind, texts))[1]
+        assert (known["num_words"], known["num_bytes"]) == expected
+
+
+def test_words_of_all_white_space_are_counted(tmp_path):
+    text = "one\xa0two\u2028three\u3000four\x1cfive\x85six\n"
+    tokens, known = encoded(tmp_path, [text], WordTokenizer.train([text]))
+    assert len(tokens) == known["num_words"] == len(text.split()) + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Own text
+
+
+def own_text(paths, fraction=0.1, valid=(), test=(), say=pytest.fail, save_dir=Path("/nowhere")):
+    """The texts of each split."""
+    splits = datasets.own_text(paths, valid, test, fraction, say, save_dir)
+
+    def text_of(span):
+        return span.path.read_bytes()[span.start : span.stop].decode()
+
+    return {name: [text_of(span) for span in spans] for name, spans in splits.items()}
 
 
 @pytest.mark.parametrize(
@@ -203,7 +404,7 @@ def write(folder, documents):
 )
 def test_many_files_are_split_whole(tmp_path, count, fraction, valid):
     documents = [f"document {i}\n" * (i + 1) + "end" for i in range(count)]  # unequal: a cut by position would differ
-    splits = datasets.own_text(write(tmp_path, documents), fraction)
+    splits = own_text(write(tmp_path, documents), fraction)
     assert splits["valid"] == [documents[i] for i in valid]
     assert splits["train"] == [text for i, text in enumerate(documents) if i not in valid]
 
@@ -219,18 +420,18 @@ LINES = "012345678\n" * 100  # 1,000 characters
         (LINES, 0.149, 860),  # 851 is one past a line end
         ("x" * 5000, 0.1, 4500),  # no line end at all
         ("x" * 4500 + "y" * 2000 + "\n" + "z" * 100, 0.5, 3300),  # none near
-        (LINES.replace("0", "é"), 0.1, 900),  # counted in characters
+        (LINES.replace("0", "é"), 0.1, 900),  # counted in bytes, of which each line has 11
         (LINES.replace("8\n", "\r\n"), 0.155, 850),
     ],
 )
 def test_one_file_is_cut_behind_a_line(tmp_path, text, fraction, cut):
-    splits = datasets.own_text(write(tmp_path, [text]), fraction)
+    splits = own_text(write(tmp_path, [text]), fraction)
     assert splits == {"train": [text[:cut]], "valid": [text[cut:]]}
 
 
 def test_few_files_are_cut_by_position(tmp_path):
     first, second, third = LINES[:20], LINES[:70].replace("0", "A"), LINES[:10]
-    splits = datasets.own_text(write(tmp_path, [first, second, third]), 0.25)  # 75 of 100 characters
+    splits = own_text(write(tmp_path, [first, second, third]), 0.25)  # 75 of 100 characters
     assert splits == {"train": [first, second[:60]], "valid": [second[60:], third]}
 
 
@@ -241,28 +442,109 @@ def test_own_text_loses_nothing(tmp_path):
         documents = [
             "".join(generator.choices(pieces, k=generator.randint(0, 300))) for _ in range(generator.randint(1, 7))
         ]
-        splits = datasets.own_text(write(tmp_path, documents), 0.125)  # 8 files would be split whole
+        if not any(documents):
+            continue
+        splits = own_text(write(tmp_path, documents), 0.125)  # 8 files would be split whole
         assert "".join(splits["train"] + splits["valid"]) == "".join(documents)
         assert all(splits["train"]) and all(splits["valid"])  # no empty document, which would add a separator
 
 
 @pytest.mark.parametrize("text", ["x" * 4000 + "\n", ("word " * 150 + "\n") * 6])
 def test_validation_gets_text_where_the_last_line_is_long(tmp_path, text):
-    splits = datasets.own_text(write(tmp_path, [text]), 0.1)
+    splits = own_text(write(tmp_path, [text]), 0.1)
     assert "".join(splits["train"] + splits["valid"]) == text
     assert splits["train"] and splits["valid"]
 
 
-def test_files_that_cannot_be_read(tmp_path):
-    path = tmp_path / "latin.txt"
-    path.write_bytes("naïve\n".encode("latin-1"))
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize(
+    "text", ["😀" * 1000, "a" + "😀" * 1000, "aa" + "😀" * 1000, "aaa" + "😀" * 1000, "😀", "é😀", "héllo"]
+)
+def test_no_character_is_cut(tmp_path, text, fraction):
+    splits = own_text(write(tmp_path, [text]), fraction)  # which decodes both sides
+    assert "".join(splits["train"] + splits["valid"]) == text
+    assert len(text) < 10 or abs(len(splits["valid"][0]) - fraction * len(text)) < 3
+
+
+@pytest.mark.parametrize("length", range(1, 40))
+def test_short_texts(tmp_path, length):
+    text = ("ab\ncdefghij" * 4)[:length]
+    for fraction in (0.1, 0.5):
+        splits = own_text(write(tmp_path, [text]), fraction)
+        assert "".join(splits["train"] + splits["valid"]) == text
+
+
+def test_given_valid_and_test_text(tmp_path):
+    paths = write(tmp_path, ["train\n" * 100, "more\n", "valid\n", "test\n", "test 2\n"])
+    splits = own_text(paths[:2], valid=paths[2:3], test=paths[3:])
+    assert splits == {"train": ["train\n" * 100, "more\n"], "valid": ["valid\n"], "test": ["test\n", "test 2\n"]}
+    splits = own_text(paths[:2], test=paths[3:4])
+    assert splits["test"] == ["test\n"] and "".join(splits["train"] + splits["valid"]) == "train\n" * 100 + "more\n"
+    dataset = datasets.load_dataset("text", tmp_path / "lm", text=paths[:2], valid_text=paths[2:3], test_text=paths[3:])
+    assert bytes(dataset.test.tokens[:5].tolist()) == b"test\n" and dataset.test.tokens.tolist().count(256) == 1
+    assert bytes(dataset.valid.tokens.tolist()) == b"valid\n"
+    for missing in ("text", "valid_text", "test_text"):
+        with pytest.raises(UsageError, match="missing.txt"):
+            datasets.load_dataset("text", tmp_path / "lm", **{"text": paths[:1], missing: [tmp_path / "missing.txt"]})
+
+
+def test_folders_and_patterns(tmp_path):
+    files = {
+        "a.txt": b"a", "b.md": b"b", "sub/c.py": b"c", "sub/deep/d": "é".encode(), "lm/ids": b"own",
+        ".hidden": b"no", ".git/config": b"no", "sub/.x/y.txt": b"no",
+        "image.png": b"\x89PNG\r\n\0", "latin.txt": b"na\xefve", "nul.bin": b"a\0b",
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    said = []
+
+    def found(*patterns):
+        said.clear()
+        paths = datasets.text_files([str(tmp_path / pattern) for pattern in patterns], said.append, tmp_path / "lm")
+        return [str(path.relative_to(tmp_path)) for path in paths]
+
+    assert found("") == ["a.txt", "b.md", "sub/c.py", "sub/deep/d"]  # in order, and nothing of the program's own
+    assert len(said) == 1 and str(tmp_path) in said[0] and "3 of 7" in said[0]
+    assert found("sub") == ["sub/c.py", "sub/deep/d"] and said == []
+    assert found("sub/.x") == ["sub/.x/y.txt"], "named by the user"
+    assert found("*.txt") == ["a.txt", "latin.txt"] and found("**/*.py") == ["sub/c.py"]
+    assert found("b.md", "a.txt", "*.md", "", "sub") == ["b.md", "a.txt", "sub/c.py", "sub/deep/d"], "each once"
+    for nothing in ("*.html", "missing"):
+        with pytest.raises(UsageError, match="no such file"):
+            found(nothing)
+
+
+def test_a_name_that_looks_like_a_pattern(tmp_path):
+    path = tmp_path / "a[1].txt"
+    path.write_text("text")
+    assert datasets.text_files([str(path)], pytest.fail, tmp_path / "lm") == [path]
+
+
+def test_a_folder_without_text(tmp_path):
+    with pytest.raises(UsageError, match="there is no text") as error:
+        datasets.load_dataset("text", tmp_path / "lm", text=[tmp_path])
+    assert str(tmp_path) in str(error.value)
+
+
+BAD = {
+    "latin": ("naïve\n".encode("latin-1"), 2),
+    "beyond the first block": ("é".encode() * 400000 + b"\xff" + b"a" * 100000, 800000),
+    "at the edge of a block": (b"a" * ((1 << 18) - 1) + b"\xe2\x28\xa1" + b"a" * 100000, (1 << 18) - 1),
+    "cut off at the end": (b"a\n" * 100 + "é".encode()[:1], 200),
+    "no text at all": (b"\x80" * 5000, 0),
+    "in validation": (b"abcdefgh\n" * 1000 + b"\xfe" + b"\n", 9000),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("kind", ["byte", "word", "bpe"])
+def test_files_that_are_not_utf8(tmp_path, name, kind):
+    path, (content, offset) = tmp_path / "latin.txt", BAD[name]
+    path.write_bytes(content)
     with pytest.raises(UsageError) as error:
-        datasets.load_dataset("text", tmp_path, text=[path])
-    assert str(path) in str(error.value) and "byte 2:" in str(error.value) and "\n" not in str(error.value)
-    for missing in (tmp_path / "missing.txt", tmp_path):
-        with pytest.raises(UsageError) as error:
-            datasets.load_dataset("text", tmp_path, text=[missing])
-        assert str(missing) in str(error.value) and "\n" not in str(error.value)
+        datasets.load_dataset("text", tmp_path / "lm", text=[path], tokenizer=kind, vocab_size=300)
+    assert str(path) in str(error.value) and f" byte {offset:,}:" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_bytes_of_own_text_are_untouched(tmp_path):
@@ -280,263 +562,347 @@ def test_vocabulary_is_that_of_training(tmp_path, kind, words):
     dataset = datasets.load_dataset("text", tmp_path, text=paths, tokenizer=kind)
     vocabulary = dataset.tokenizer.to_dict()
     assert vocabulary.get("characters", vocabulary.get("words")) == words
-    assert np.sum(dataset.train.tokens == dataset.tokenizer.unk) == 0
-    assert np.sum(dataset.valid.tokens == dataset.tokenizer.unk) == {"char": 20, "word": 10}[kind]
+    assert np.sum(dataset.train.tokens == dataset.tokenizer.unk) == dataset.train.num_unk == 0
+    unknown = {"char": 20, "word": 10}[kind]
+    assert np.sum(dataset.valid.tokens == dataset.tokenizer.unk) == dataset.valid.num_unk == unknown
 
 
-@pytest.fixture(scope="module")
-def modules():
-    """The bytes of the standard library's top-level modules, by split."""
-    folder = sysconfig.get_path("stdlib")
-    names = sorted(name for name in os.listdir(folder) if name.endswith(".py"))
-    assert len(names) > 100
-    splits = {"valid": names[9::10], "test": names[10::10]}
-    splits["train"] = [name for name in names if name not in splits["valid"] + splits["test"]]
-    return {split: [Path(folder, name).read_bytes() for name in names] for split, names in splits.items()}
-
-
-def test_python_splits(modules):
-    splits = datasets.python_source()
-    assert {split: [text.encode() for text in texts] for split, texts in splits.items()} == modules
-
-
-def test_python_by_bytes(modules, tmp_path):
-    dataset = datasets.load_dataset("python", tmp_path)
-    assert dataset.tokenizer.kind == "byte"
-    for split in modules:
-        tokens, raw = getattr(dataset, split).tokens, b"".join(modules[split])
-        assert tokens[tokens < 256].astype(np.uint8).tobytes() == raw
-        assert np.sum(tokens == 256) == len(modules[split]) - 1  # between documents only
-        assert getattr(dataset, split).num_bytes == len(raw)
-
-
-def test_python_by_characters(modules, tmp_path):
-    dataset = datasets.load_dataset("python", tmp_path, tokenizer="char")
-    text = b"".join(modules["train"]).decode()
-    assert dataset.tokenizer.characters == "".join(sorted(set(text)))
-    assert len(dataset.train.tokens) == len(text) and dataset.train.tokens.max() < dataset.tokenizer.unk
-    assert dataset.tokenizer.decode(dataset.train.tokens[-5000:]) == text[-5000:]
-    assert dataset.valid.num_bytes == sum(map(len, modules["valid"])) and not list(tmp_path.iterdir())
-
-
-def test_dataset_knows_its_training_tokens():
-    def sha256(train, valid):
-        train, valid = (Split(np.array(tokens, "<u2"), 1, 1) for tokens in (train, valid))
-        return datasets.Dataset("text", ByteTokenizer(), train, valid, None).sha256
-
-    assert sha256([1, 258], [5]) == hashlib.sha256(b"\x01\x00\x02\x01").hexdigest()
-    assert sha256([1, 258], [5]) == sha256([1, 258], [6])
-    assert len({sha256(tokens, [5]) for tokens in ([1, 258], [1, 259], [258, 1], [1, 258, 0], [1])}) == 5
+def test_bpe_is_trained_on_training_text_alone(tmp_path):
+    paths = write(tmp_path, ["ab cd\n" * 50, "zzzz zzzz\n" * 50])
+    options = {"valid_text": paths[1:], "tokenizer": "bpe", "vocab_size": 300}
+    dataset = datasets.load_dataset("text", tmp_path, text=paths[:1], **options)
+    vocabulary = json.loads(dataset.tokenizer.json)["model"]["vocab"]
+    assert "ab" in vocabulary and "zz" not in vocabulary
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Downloads
-
-CONTENT = b"".join(b"line %d of the file\n" % i for i in range(2000))
-PAGE = b"<!doctype html><p>This domain is for sale.</p>"
+# The cache
 
 
-class Handler(BaseHTTPRequestHandler):
-    """The first part of the path says how the server behaves, the last one which file is meant."""
-
-    def do_GET(self):
-        self.server.seen.append((self.path, self.headers["User-Agent"]))
-        behaviour, name = self.path.split("/")[1], self.path.split("/")[-1]
-        content = self.server.files[name]
-        status = {"absent": 404, "busy": 503, "moved": 301, "redirect": 302, "astray": 302}.get(behaviour, 200)
-        body = {"good": content, "changed": content[::-1], "cut": content[: len(content) // 2]}.get(behaviour, PAGE)
-        self.send_response(status)
-        if behaviour == "redirect":
-            self.send_header("Location", f"/good/{name}")
-        if behaviour == "astray":
-            self.send_header("Location", "http://[::1/")
-        if behaviour != "endless":
-            self.send_header("Content-Length", str(len(content if behaviour == "cut" else body)))
-        self.end_headers()
-        self.wfile.write(body)
-        try:
-            for _ in range(64 if behaviour == "endless" else 0):  # 64 MiB, far more than sockets buffer
-                self.wfile.write(bytes(1 << 20))
-        except OSError:
-            self.server.hung_up.set()
-
-    def log_message(self, *_):
-        pass
+ROWS = "".join(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(300))
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """A threaded server with `base` (its address), `files` (name -> bytes) and `seen` ((path, User-Agent) in order)."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.base = f"http://127.0.0.1:{server.server_port}"
-        server.files, server.seen, server.hung_up = {"corpus.txt": CONTENT}, [], threading.Event()
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+def paths(tmp_path):
+    """Files for --text, --valid_text and --test_text."""
+    return write(tmp_path / "text", [ROWS, ROWS[:1000], ROWS[1000:3000]])
 
 
-@pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "save" / "ptb"
-    folder.mkdir(parents=True)
+def load(tmp_path, paths, kind="word", **options):
+    names = {"text": paths[:1], "valid_text": paths[1:2], "test_text": paths[2:]}
+    return datasets.load_dataset("text", tmp_path / "lm", **names, tokenizer=kind, say=pytest.fail, **options)
+
+
+def forbid(monkeypatch, *names):
+    for name in names:
+        monkeypatch.setattr(datasets, name, lambda *_, name=name, **__: pytest.fail(f"{name} is called"))
+
+
+def tokens_of(dataset):
+    return [getattr(dataset, split).tokens.tolist() for split in ("train", "valid", "test")]
+
+
+def cache_of(tmp_path):
+    (folder,) = (path for path in (tmp_path / "lm" / "text").iterdir() if path.is_dir())
     return folder
 
 
-def file_at(*addresses, name="corpus.txt", content=CONTENT):
-    return File(name, len(content), hashlib.sha256(content).hexdigest(), addresses)
+@pytest.mark.parametrize("kind", ["word", "char", "byte", "bpe"])
+def test_second_load_reads_no_text(tmp_path, paths, kind, monkeypatch):
+    first = load(tmp_path, paths, kind, vocab_size=300)
+    opened, on = [], [True]
+    sys.addaudithook(lambda event, args: on and event == "open" and opened.append(str(args[0])))
+    forbid(monkeypatch, "read_documents", "sha256_of", "write_tokens")
+    second = load(tmp_path, paths, kind, vocab_size=300)
+    on.clear()
+    assert any("tokens" in path for path in opened) and not set(map(str, paths)) & set(opened)
+    assert tokens_of(second) == tokens_of(first) and second.sha256 == first.sha256
+    assert second.tokenizer.to_dict() == first.tokenizer.to_dict()
+    assert all(
+        getattr(first, split).num_bytes == getattr(second, split).num_bytes for split in ("train", "valid", "test")
+    )
 
 
-def assert_fetched(path, folder):
-    assert path == folder / "corpus.txt" and path.read_bytes() == CONTENT
-    assert list(folder.iterdir()) == [path]  # no .part is left
+def test_second_load_of_a_text_cut_by_position(tmp_path, paths, monkeypatch):
+    first = datasets.load_dataset("text", tmp_path, text=paths[:1])
+    forbid(monkeypatch, "read_documents", "sha256_of", "write_tokens")
+    assert datasets.load_dataset("text", tmp_path, text=paths[:1]).sha256 == first.sha256
 
 
-@pytest.mark.parametrize("behaviour", ["good", "redirect"])
-def test_download(server, folder, behaviour):
-    said = []
-    address = f"{server.base}/{behaviour}/corpus.txt"
-    assert_fetched(datasets.fetch(file_at(address), folder, say=said.append), folder)
-    assert len(said) == 1 and address in said[0] and str(folder) in said[0] and "\n" not in said[0]
-    assert all(agent.startswith("transformer-lm") for _, agent in server.seen)
+def test_changed_times_keep_the_tokens(tmp_path, paths, monkeypatch):
+    first = load(tmp_path, paths)
+    os.utime(paths[0], (1, 1))
+    with monkeypatch.context() as patch:
+        forbid(patch, "write_tokens", "read_documents")
+        assert tokens_of(load(tmp_path, paths)) == tokens_of(first)
+    forbid(monkeypatch, "write_tokens", "sha256_of")
+    load(tmp_path, paths)
 
 
-BAD = {  # behaviour -> part of the reason given
-    "changed": "SHA256",
-    "html": f"size {len(PAGE)} instead of {len(CONTENT):,} bytes",
-    "cut": "",  # the words are those of requests
-    "absent": "HTTP status 404",
-    "busy": "HTTP status 503",
-    "moved": "HTTP status 301",
+@pytest.mark.parametrize("split", range(3))
+@pytest.mark.parametrize("change", ["same size", "longer", "shorter"])
+def test_changed_text_is_encoded_anew(tmp_path, paths, split, change):
+    first, text = load(tmp_path, paths), paths[split].read_text()
+    before = tokens_of(first)
+    changed = {"same size": text.replace("quick", "aaaaa"), "longer": text + "one more line\n", "shorter": text[:-200]}[
+        change
+    ]
+    paths[split].write_text(changed)
+    second = load(tmp_path, paths)
+    assert tokens_of(second) != before and tokens_of(second) == tokens_of(load(tmp_path / "fresh", paths))
+    assert (second.sha256 != first.sha256) == (split == 0)
+
+
+def test_a_run_keeps_the_tokens_that_it_has(tmp_path, paths):
+    """While another one encodes a changed text."""
+    first = load(tmp_path, paths)
+    before = tokens_of(first)
+    paths[0].write_text(ROWS.replace("quick", "aaaaa"))  # of the same size: it would die if its file were shortened
+    assert tokens_of(load(tmp_path, paths)) != before and tokens_of(first) == before
+
+
+DAMAGE = {
+    "truncated": lambda folder: os.truncate(folder / "valid.tokens", 10),
+    "no tokens": lambda folder: (folder / "train.tokens").unlink(),
+    **{
+        f"about {content}": lambda folder, content=content: (folder / "about.json").write_text(content)
+        for content in ("", "[]", "null", "7", "{}", '{"sizes": {}}', '{"sizes": 3}', '{"sizes": {}, "paths": []}')
+    },
+    "half an about": lambda folder: os.truncate(folder / "about.json", 100),
+    "binary": lambda folder: (folder / "about.json").write_bytes(b"\xff\0"),
 }
 
 
-@pytest.mark.parametrize("behaviour", BAD)
-def test_bad_address(server, folder, behaviour):
-    bad, good = f"{server.base}/{behaviour}/corpus.txt", f"{server.base}/good/corpus.txt"
-    with pytest.raises(RunError) as error:
-        datasets.fetch(file_at(bad), folder, say=pytest.fail)
-    assert f"{bad}: {BAD[behaviour]}" in str(error.value)
-    assert list(folder.iterdir()) == []
-    assert_fetched(datasets.fetch(file_at(bad, good), folder, say=lambda line: None), folder)
-    assert [path.split("/")[1] for path, _ in server.seen] == [behaviour, behaviour, "good"]
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_tokens_are_made_anew(tmp_path, paths, damage):
+    expected = tokens_of(load(tmp_path, paths))
+    DAMAGE[damage](cache_of(tmp_path))
+    assert tokens_of(load(tmp_path, paths)) == expected
 
 
-def test_malformed_redirect(server, folder):
-    file = file_at(f"{server.base}/astray/corpus.txt", f"{server.base}/good/corpus.txt")
-    assert_fetched(datasets.fetch(file, folder, say=lambda line: None), folder)
+PROGRAM = """
+import os, signal, sys, threading
+from pathlib import Path
+import datasets
+write, left = datasets.write_tokens, [{left}]
+def watched(*arguments):
+    left[0] -= 1
+    print("encoding", flush=True)
+    threading.Event().wait({pause})
+    if left[0] < 0:
+        arguments[2].write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*arguments)
+datasets.write_tokens = watched
+texts = [[Path(path)] for path in sys.argv[2:]]
+dataset = datasets.load_dataset("text", sys.argv[1], texts[0], "word", valid_text=texts[1], test_text=texts[2])
+print(dataset.sha256, dataset.test.tokens.tolist())
+"""
 
 
-def test_endless_answer_is_cut_off(server, folder):
-    with pytest.raises(RunError, match="/endless/corpus.txt: size "):
-        datasets.fetch(file_at(f"{server.base}/endless/corpus.txt"), folder, say=pytest.fail)
-    assert server.hung_up.wait(10)
-    assert list(folder.iterdir()) == []
+def encode_elsewhere(tmp_path, paths, left=9, pause=0):
+    command = [sys.executable, "-c", PROGRAM.format(left=left, pause=pause), tmp_path / "lm", *paths]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
-def test_all_addresses_fail(server, folder):
-    with socket.socket() as bound:  # bound but not listening: connections are refused
-        bound.bind(("127.0.0.1", 0))
-        refused = f"http://127.0.0.1:{bound.getsockname()[1]}/corpus.txt"
-        addresses = [f"{server.base}/{behaviour}/corpus.txt" for behaviour in BAD]
-        file = file_at(refused, *addresses)
-        with pytest.raises(RunError) as error:
-            datasets.fetch(file, folder, say=pytest.fail)
-    message = str(error.value)
-    assert len(message.splitlines()) == 1
-    for address, reason in zip([refused, *addresses], ["", *BAD.values()]):
-        assert f"{address}: {reason}" in message and f"{address}: ;" not in message
-    for remedy in (str(folder / "corpus.txt"), f"{len(CONTENT):,} bytes", file.sha256, "--mirror", "--dataset python"):
-        assert remedy in message
-    assert list(folder.iterdir()) == []
+@pytest.mark.parametrize("left", range(3))
+@pytest.mark.parametrize("before", ["nothing", "other text"])
+def test_killed_while_encoding(tmp_path, paths, left, before):
+    if before == "other text":
+        paths[0].write_text(ROWS.replace("quick", "aaaaa"))
+        load(tmp_path, paths)
+        paths[0].write_text(ROWS)
+    process = encode_elsewhere(tmp_path, paths, left)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
+    assert tokens_of(load(tmp_path, paths)) == tokens_of(load(tmp_path / "fresh", paths))
 
 
-def test_mirror_folder(server, folder, tmp_path):
-    file = file_at(f"{server.base}/good/corpus.txt")
-    mirror = tmp_path / "mirror"
-    with pytest.raises(RunError) as error:
-        datasets.fetch(file, folder, str(mirror), say=pytest.fail)
-    assert f"{mirror}/ptb/corpus.txt: " in str(error.value) and server.base not in str(error.value)
-    (mirror / "ptb").mkdir(parents=True)
-    for content, fault in ((CONTENT[:-1], "size"), (CONTENT[::-1], "SHA256")):
-        (mirror / "ptb" / "corpus.txt").write_bytes(content)
-        with pytest.raises(RunError, match=f"corpus.txt: {fault} "):
-            datasets.fetch(file, folder, str(mirror), say=pytest.fail)
-        assert list(folder.iterdir()) == []
-    (mirror / "ptb" / "corpus.txt").write_bytes(CONTENT)
-    assert_fetched(datasets.fetch(file, folder, f"{mirror}/", say=lambda line: None), folder)
-    assert server.seen == []  # a mirror stands in for all addresses of the file
+def test_two_processes_encode_once(tmp_path, paths):
+    processes = [encode_elsewhere(tmp_path, paths, pause=0.1) for _ in range(2)]
+    outs = [process.communicate(timeout=30)[0].splitlines() for process in processes]
+    assert outs[0][-1] == outs[1][-1] and sorted(map(len, outs)) == [1, 4]
+    assert json.loads(outs[0][-1].partition(" ")[2]) == load(tmp_path, paths).test.tokens.tolist()
 
 
-@pytest.mark.parametrize("end", ["", "/"])
-def test_mirror_address(server, folder, end):
-    file = file_at(f"{server.base}/absent/corpus.txt")
-    assert_fetched(datasets.fetch(file, folder, f"{server.base}/good{end}", say=lambda line: None), folder)
-    assert [path for path, _ in server.seen] == ["/good/ptb/corpus.txt"]
+def test_text_that_changes_while_it_is_encoded(tmp_path, paths, monkeypatch):
+    """The next start sees it."""
+    write, times = datasets.write_tokens, [0]
+
+    def late(*arguments):
+        known = write(*arguments)
+        if not times[0]:
+            paths[0].write_text(ROWS.replace("quick", "aaaaa"))
+        times[0] += 1
+        return known
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "write_tokens", late)
+        load(tmp_path, paths)
+    assert tokens_of(load(tmp_path, paths)) == tokens_of(load(tmp_path / "fresh", paths))
 
 
-def test_intact_file_is_not_fetched_again(server, folder):
-    (folder / "corpus.txt").write_bytes(CONTENT)
-    file = file_at(f"{server.base}/good/corpus.txt")
-    assert_fetched(datasets.fetch(file, folder, say=pytest.fail), folder)
-    assert server.seen == []
+def test_train_tokens(tmp_path, paths, monkeypatch):
+    whole = load(tmp_path, paths)
+    forbid(monkeypatch, "write_tokens")
+    part = load(tmp_path, paths, train_tokens=100)
+    assert part.train.tokens.tolist() == whole.train.tokens[:100].tolist()
+    assert tokens_of(part)[1:] == tokens_of(whole)[1:]
+    assert tokens_of(load(tmp_path, paths, train_tokens=10**9)) == tokens_of(whole)
 
 
-@pytest.mark.parametrize("damaged", [b"", CONTENT[:-1], CONTENT + b"\n", b"L" + CONTENT[1:]])
-def test_damaged_file_is_fetched_anew(server, folder, damaged):
-    path, said = folder / "corpus.txt", []
-    path.write_bytes(damaged)
-    with pytest.raises(RunError):
-        datasets.fetch(file_at(f"{server.base}/absent/corpus.txt"), folder, say=said.append)
-    assert len(said) == 1 and str(path) in said[0]
-    assert_fetched(datasets.fetch(file_at(f"{server.base}/good/corpus.txt"), folder, say=said.append), folder)
+@pytest.mark.parametrize("distinct, dtype", [(65535, np.uint16), (65536, np.uint32)])
+def test_ids_on_disk_fit_the_vocabulary(tmp_path, distinct, dtype):
+    text = "".join(map(chr, range(0x10000, 0x10000 + distinct)))
+    dataset = load(tmp_path, write(tmp_path, [text, "a" + text[-9:], ""]), "char")
+    assert dataset.tokenizer.vocab_size == distinct + 1 and dataset.train.tokens.dtype == dtype
+    assert dataset.valid.tokens.tolist() == [distinct, *range(distinct - 9, distinct)]
+    assert (cache_of(tmp_path) / "train.tokens").stat().st_size == distinct * np.dtype(dtype).itemsize
+    assert len(dataset.test.tokens) == 0
 
 
-PTB = {
-    "train": b"the cat sat\non the mat\nthe <unk> sat\n",
-    "valid": b" the dog sat\n\n",
-    "test": b"a cat\n",
-}
+def test_tokenizers_have_their_own_cache(tmp_path, paths, monkeypatch):
+    variants = [("word", 300), ("char", 300), ("byte", 300), ("bpe", 300), ("bpe", 310)]
+    first = [tokens_of(load(tmp_path, paths, kind, vocab_size=size)) for kind, size in variants]
+    forbid(monkeypatch, "write_tokens")
+    load(tmp_path, paths, "word", vocab_size=77)  # which means nothing to it
+    assert [tokens_of(load(tmp_path, paths, kind, vocab_size=size)) for kind, size in variants] == first
+    assert first[3] != first[4]
 
 
-@pytest.fixture
-def ptb(server, monkeypatch):
-    """A Penn Treebank of six lines, whose first address is dead."""
-    files = {}
-    for split, content in PTB.items():
-        name = f"ptb.{split}.txt"
-        server.files[name] = content
-        addresses = [f"{server.base}/{behaviour}/{name}" for behaviour in ("moved", "good")]
-        files[split] = file_at(*addresses, name=name, content=content)
-    monkeypatch.setattr(datasets, "PTB_FILES", files)
+def test_dataset_knows_its_training_tokens(tmp_path):
+    def sha256(train, valid):
+        return load(tmp_path, write(tmp_path, [train, valid, "abc"]), "byte").sha256
+
+    first = sha256("one\n", "two\n")
+    assert first == hashlib.sha256(b"o\0n\0e\0\n\0").hexdigest()
+    assert first == sha256("one\n", "other\n") and len({first, sha256("one", "two\n"), sha256("eno\n", "two\n")}) == 3
 
 
-def test_ptb(server, ptb, tmp_path):
-    dataset = datasets.load_dataset("ptb", tmp_path, say=lambda line: None)
-    assert dataset.name == "ptb" and dataset.tokenizer.words == ["<eos>", "the", "sat", "<unk>", "cat", "mat", "on"]
-    assert dataset.train.tokens.tolist() == [1, 4, 2, 0, 6, 1, 5, 0, 1, 3, 2, 0]
-    assert dataset.valid.tokens.tolist() == [1, 3, 2, 0, 0]
-    assert dataset.test.tokens.tolist() == [3, 4, 0]
-    for split, num_words in (("train", 12), ("valid", 5), ("test", 3)):
-        assert getattr(dataset, split).num_words == num_words
-        assert getattr(dataset, split).num_bytes == len(PTB[split])
-    assert sorted(path.name for path in (tmp_path / "ptb").iterdir()) == [f"ptb.{split}.txt" for split in sorted(PTB)]
-    server.seen.clear()
-    again = datasets.load_dataset("ptb", tmp_path, say=pytest.fail)
-    assert again.sha256 == dataset.sha256 and server.seen == []
+def test_too_little_text(tmp_path):
+    for text in ("a", "ab"):
+        with pytest.raises(UsageError, match="validation"):
+            datasets.load_dataset("text", tmp_path / "lm", text=write(tmp_path, [text]))
 
 
-def test_ptb_from_a_mirror(server, ptb, tmp_path):
-    mirror = f"{server.base}/good"
-    dataset = datasets.load_dataset("ptb", tmp_path, tokenizer="byte", mirror=mirror, say=lambda line: None)
-    assert bytes(dataset.valid.tokens.tolist()) == PTB["valid"]
-    assert [path for path, _ in server.seen] == [f"/good/ptb/ptb.{split}.txt" for split in PTB]
+# ---------------------------------------------------------------------------------------------------------------------
+# datasets.py and main.py as programs
 
 
-def test_real_ptb_files_are_described_in_full():
-    assert list(datasets.PTB_FILES) == ["train", "valid", "test"]
-    for split, file in datasets.PTB_FILES.items():
-        assert file.name == f"ptb.{split}.txt" and file.size > 0 and len(bytes.fromhex(file.sha256)) == 32
-        assert file.addresses and all(a.startswith("https://") and a.endswith(file.name) for a in file.addresses)
+def prepare(*arguments, status=0):
+    command = [sys.executable, ROOT / "datasets.py", *arguments]
+    process = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert process.returncode == status, process.stderr
+    return process.stdout, process.stderr
+
+
+def test_preparing_a_corpus(tmp_path):
+    out, err = prepare("--dataset", "python", "--save_dir", tmp_path)
+    dataset = datasets.load_dataset("python", tmp_path, say=pytest.fail)
+    assert err == "" and "257" in out and dataset.tokenizer.decode(dataset.train.tokens[:100]) in out
+    for split in (dataset.train, dataset.valid, dataset.test):
+        for count in (f"{len(split.tokens):,} tokens", f"{split.num_bytes:,} bytes", f"{split.num_words:,}"):
+            assert count in out
+
+
+@pytest.mark.parametrize("line, word", [
+    ("--dataset ptbb", "ptbb"), ("--tokenizer words", "words"), ("--text missing.txt", "missing.txt"),
+    ("--foo", "--foo"),
+    ("--text {0} --valid_fraction 0", "--valid_fraction"), ("--text {0} --valid_fraction 2", "--valid_fraction"),
+    ("--text {0} --tokenizer bpe --vocab_size 5", "--vocab_size"), ("--vocab_size many", "--vocab_size"),
+])  # fmt: skip
+def test_mistakes_in_preparing(tmp_path, text, line, word):
+    out, err = prepare(*line.format(text).split(), "--save_dir", tmp_path / "lm", status=2)
+    assert out == "" and err.count("\n") == 1 and err.startswith("datasets.py: ") and word in err, err
+
+
+def test_what_is_prepared_is_used(tmp_path, text):
+    """Whatever way the path is written."""
+    prepare("--text", os.path.relpath(text), "--save_dir", tmp_path / "lm")
+    import main
+
+    line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
+    assert main.main([str(argument) for argument in line]) == 0
+    assert len([path for path in (tmp_path / "lm" / "text").iterdir() if path.is_dir()]) == 1
+
+
+KINDS = ["word", "char", "byte", "bpe"]
+SCORE = r"^{} ([\d.]+) nats, perplexity ([\d.]+) a token, ([\d.]+) a word, ([\d.]+) bits per byte"
+
+
+def run_all(lines):
+    """The outputs of these command lines, all at once."""
+    processes = [start(*line) for line in lines]
+    outs = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outs
+    return [out for out, _ in outs]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with the text that tiny models were trained on, one by each tokenizer, in folders of that name; and what
+    the trainings printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    paths = write(folder, [ROWS, ROWS[:4000], ROWS[5000:8000]])
+    texts = ["--text", paths[0], "--valid_text", paths[1], "--test_text", paths[2], "--vocab_size", 300]
+    ends = ["--num_iters", 20, "--steps_per_eval", 20, "--eval_tokens", 0, "--eval_test"]
+    return folder, run_all([*texts, *TINY, *ends, "--tokenizer", kind, "--save_dir", folder / kind] for kind in KINDS)
+
+
+def test_checkpoint_answers_without_its_corpus(trained, tmp_path):
+    folder, _ = trained
+    processes = []
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
+        files = [path for path in (folder / kind).iterdir() if path.suffix in (".safetensors", ".metadata")]
+        assert len(files) == 2
+        for path in files:
+            shutil.copy(path, tmp_path / kind)
+        processes.append(start("--inference", "--save_dir", tmp_path / kind, "--max_tokens", 20, stdin=subprocess.PIPE))
+    for kind, process in zip(KINDS, processes):
+        out, err = process.communicate("the quick ☃ fox\n", timeout=60)
+        assert process.returncode == 0 and len(out.strip()) > 3, (kind, out, err)
+        assert ("☃" in err) == (kind in ("word", "char")), "a note on what it does not know"
+
+
+def test_evaluate_gives_the_number_of_training(trained):
+    folder, outs = trained
+    for name in ("valid", "test"):
+        again = run_all(["--evaluate", name, "--save_dir", folder / kind] for kind in KINDS)
+        for out, score in zip(outs, again):
+            assert [line for line in out.splitlines() if line.startswith(f"{name} ")] == score.splitlines()
+
+
+def test_scores_are_in_the_same_unit(trained):
+    folder, outs = trained
+    for kind, out in zip(KINDS, outs):
+        names = {"text": [folder / "000.txt"], "valid_text": [folder / "001.txt"], "test_text": [folder / "002.txt"]}
+        dataset = datasets.load_dataset("text", folder / kind, **names, tokenizer=kind, vocab_size=300)
+        for name, text in (("valid", ROWS[:4000]), ("test", ROWS[5000:8000])):
+            nats, perplexity, a_word, bits = map(float, re.search(SCORE.format(name), out, re.M).groups())
+            total = nats * len(getattr(dataset, name).tokens)
+            assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
+            assert bits == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-3)
+            words = len(text.split()) + text.count("\n")
+            assert a_word == pytest.approx(math.exp(min(99, total / words)), rel=0.01)
+
+
+def test_evaluate_without_a_test_split(tmp_path, text, capsys):
+    import main
+
+    line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
+    assert main.main([str(argument) for argument in line]) == 0
+    capsys.readouterr()
+    assert main.main(["--evaluate", "test", "--save_dir", str(tmp_path / "lm")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "--test_text" in err
+
+
+def test_an_empty_test_text(tmp_path, text, capsys):
+    import main
+
+    (tmp_path / "empty.txt").write_text("")
+    line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
+    line = [*line, "--test_text", tmp_path / "empty.txt", "--eval_test"]
+    assert main.main([str(argument) for argument in line]) in (1, 2)
+    assert capsys.readouterr().err.count("\n") == 1

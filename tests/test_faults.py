@@ -16,6 +16,8 @@ import pytest
 from conftest import ROOT, TINY, ids, run, start
 from test_interrupts import wait_for
 
+from datasets import load_dataset
+
 # Reports each step, saves every 10th, evaluates every 20th; an epoch has 140 or so steps, so some end on the way.
 LINE = [*TINY, "--context_size", 64, "--dropout", 0.1, "--steps_per_report", 1, "--steps_per_eval", 20, "--steps_per_save", 10]
 
@@ -97,6 +99,7 @@ def test_soak(tmp_path, text, seed):
 def test_file_size_limit_lifted_later(tmp_path, text):
     """A save that the system refuses is tried again until it works, from the state in memory."""
     line = ["--text", text, *TINY, "--num_iters", 20]
+    load_dataset("text", tmp_path / "lm", [text], valid_text=None, test_text=None)  # tokens beyond the limit
     limited = ["bash", "-c", 'ulimit -S -f 8; exec "$0" "$@"', sys.executable, ROOT / "main.py", *line, "--save_dir", tmp_path / "lm"]
     process = subprocess.Popen(list(map(str, limited)), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert "next try in 1 s" in wait_for(process, "failed")

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 
 import main
 import pytest
@@ -34,21 +36,32 @@ def test_command(command, tmp_path, text):
         if "--dataset" in arguments and arguments[arguments.index("--dataset") + 1] == "ptb":
             at = arguments.index("--dataset")
             arguments[at : at + 2] = ["--text", str(text), "--tokenizer", "word"]
-        if "--text" in arguments and "--tokenizer" not in arguments:
+        if "--text" in arguments:
             arguments[arguments.index("--text") + 1] = str(text)
-        if "--identifier" in arguments or "--inference" in arguments or "--list" in arguments:
+        if {"--identifier", "--inference", "--list", "--evaluate"} & set(arguments):
             run("--text", text, *SMALL, "--save_dir", tmp_path)
             named = {"ptb-3fa2c1": main.list_checkpoints(tmp_path)[0]["run"], "7a0af7b6": ids(tmp_path)[0][:8]}
             arguments = [named.get(argument, argument) for argument in arguments]
-        if "--inference" in arguments:
+        if "--evaluate" in arguments:
+            run("--text", text, *SMALL, "--save_dir", tmp_path)
+            assert run(*arguments, "--save_dir", tmp_path)[0].startswith("valid ")
+        elif "--inference" in arguments:
             out, _ = run(*arguments, "--save_dir", tmp_path, input="line 5")
             assert out.strip()
-        elif "--help" in arguments or "--list" in arguments:
+        elif {"--help", "--list", "--evaluate"} & set(arguments):
             run(*arguments, *([] if "--help" in arguments else ["--save_dir", tmp_path]))
         else:
             shape = [] if "--identifier" in arguments else SMALL
             out, _ = run(*arguments, *shape, "--num_iters", 5, "--save_dir", tmp_path)
             assert "at iteration 5" in out
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "datasets.py" in line])
+def test_preparing_a_corpus(command, tmp_path):
+    arguments = shlex.split(command)[1:]
+    arguments[arguments.index("--save_dir") + 1] = str(tmp_path)
+    out = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "vocabulary 257" in out and out.count("words and line ends") == 3
 
 
 def test_named_flags_exist():
