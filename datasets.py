@@ -22,6 +22,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import time
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
@@ -86,7 +87,10 @@ class CharTokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size=None):
-        return cls("".join(sorted(set().union(*texts))))
+        characters = set()
+        for text in texts:
+            characters |= set(utf8(text))
+        return cls("".join(sorted(characters)))
 
     @cached_property
     def ids(self):  # [code point] -> id: a table makes encoding one NumPy look-up
@@ -95,7 +99,7 @@ class CharTokenizer:
         return table
 
     def encode(self, text):
-        return self.ids[code_points(text)].astype(token_dtype(self.vocab_size))
+        return self.ids[code_points(utf8(text))].astype(token_dtype(self.vocab_size))
 
     def decode(self, ids):
         return "".join(self.characters[i] if i < self.unk else "\ufffd" for i in map(int, ids))
@@ -126,11 +130,11 @@ class WordTokenizer:
     def train(cls, texts, vocab_size=None):
         counts = Counter({"<eos>": 0, "<unk>": 0})  # both exist even where the text has none
         for text in texts:
-            counts.update(text.replace("\n", " <eos> ").split())
+            counts.update(utf8(text).replace("\n", " <eos> ").split())
         return cls(sorted(counts, key=lambda word: (-counts[word], word)))
 
     def encode(self, text):
-        words = text.replace("\n", " <eos> ").split()
+        words = utf8(text).replace("\n", " <eos> ").split()
         ids = map(self.ids.get, words, itertools.repeat(self.unk))
         return np.fromiter(ids, token_dtype(self.vocab_size), len(words))
 
@@ -217,7 +221,11 @@ def code_points(text):
 
 def utf8(text):
     """`text` with U+FFFD for what UTF-8 cannot hold: halves of characters at the ends of enwik8's splits, stray input."""
-    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,36 +297,44 @@ def sha256_of(path):
 
 
 def download(address, part, size):
-    """Brings `address` into the file `part`, which should have `size` bytes, going on where an earlier try was cut off and
-    again wherever this one is, as long as that brings bytes. Raises OSError or ValueError."""
+    """Brings `address` into the file `part`, which should have `size` bytes, going on where an earlier try was cut off and,
+    wherever this one is, up to five times without progress. Raises OSError or ValueError."""
     import requests
     from urllib3.util import Retry
 
+    class Patience(Retry):
+        def get_retry_after(self, response):
+            return min(super().get_retry_after(response) or 0, 60) or None
+
     # A server in trouble, or one that asks to slow down, gets five more tries, 1 to 16 s apart or as Retry-After says.
-    retry = Retry(None, connect=0, read=0, redirect=5, status=5, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
+    patience = Patience(None, connect=0, read=0, redirect=5, status=5, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
     headers = {"User-Agent": "transformer-lm (a language-model trainer; Python requests)", "Accept-Encoding": "identity"}
-    best, have = -1, part.stat().st_size if part.exists() else 0
+    failures, began = 0, False
     with requests.Session() as session:
         for scheme in ("http://", "https://"):
-            session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
-        while have < size or best < 0:
+            session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=patience))
+        while True:
+            have = part.stat().st_size if part.exists() else 0
             have = have if have < size else 0
-            if have <= best:
-                raise OSError("the connection was cut, again and again")
-            best, reason = have, None
+            asked = headers | ({"Range": f"bytes={have}-"} if have else {})
             try:
-                asked = headers | ({"Range": f"bytes={have}-"} if have else {})
                 with session.get(address, headers=asked, stream=True, timeout=30) as response:
-                    have = write_response(response, part, have, size)
+                    began = True
+                    write_response(response, part, have, size)
+                reason = "the connection was cut"
             except requests.RequestException as error:  # whose text wraps the cause in three layers of urllib3's
-                have, reason = part.stat().st_size if part.exists() else 0, str(error).rpartition(": ")[2].strip("'\")")
-            if reason and have <= best:
+                reason = re.search(r"([^:'\"(]+)['\")]*$", str(error))[1].strip()
+            if part.exists() and part.stat().st_size == size:
+                return
+            failures = failures + 1 if not part.exists() or part.stat().st_size <= have else 0
+            if failures > 5 or not began:  # a dead host is not worth the wait
                 raise OSError(reason)
+            time.sleep(failures)
 
 
 def write_response(response, part, have, size):
     """Writes what the server sends into `part`, behind its first `have` bytes or, where it sends the whole whatever was
-    asked for, from the start. Returns the size so far. Raises OSError where this cannot be the file."""
+    asked for, from the start. Raises OSError where this cannot be the file."""
     if response.status_code not in (200, 206):  # dead hosts answer 301 without a Location
         raise OSError(f"HTTP status {response.status_code}")
     if "html" in response.headers.get("Content-Type", ""):
@@ -330,12 +346,11 @@ def write_response(response, part, have, size):
     bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=not sys.stderr.isatty())
     with bar, part.open("r+b" if have else "wb") as out:
         out.seek(have)
-        for chunk in response.iter_content(1 << 20):
+        for chunk in response.iter_content(1 << 16):  # the last, unfinished one is lost when the line is cut
             have += out.write(chunk)
             bar.update(len(chunk))
             if have > size:
                 raise OSError(f"more than {size:,} bytes")
-    return have
 
 
 def extract(archive, members, folder):
@@ -349,6 +364,8 @@ def extract(archive, members, folder):
             os.replace(new, path)
         except (KeyError, zipfile.BadZipFile) as error:
             raise RunError(f"{archive} does not hold {member} ({error}): delete it and start again") from None
+        finally:
+            new.unlink(missing_ok=True)
     return paths
 
 
@@ -466,7 +483,7 @@ def text_files(paths, say, save_dir):
     """The files that the user's `paths` mean: files, patterns, and folders with all below them that is text, not hidden and
     not this program's own. Raises UsageError where one means none."""
     found, own = [], save_dir.resolve()
-    for path in map(os.path.expanduser, paths):
+    for path in paths:
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not matches:
             raise UsageError(f"--text {path}: there is no such file, folder or pattern; give the path of a text file")
@@ -510,7 +527,8 @@ def own_text(paths, valid_paths, test_paths, valid_fraction, say, save_dir):
             with open(span.path, "rb") as file:
                 file.seek(cut - 1)
                 near = file.read(min(1001, span.stop - cut))
-            cut += near.find(b"\n") if b"\n" in near else next(i for i in range(4) if near[i + 1] & 0xC0 != 0x80)
+            whole_characters = (i for i, byte in enumerate(near[1:]) if byte & 0xC0 != 0x80)
+            cut += near.find(b"\n") if b"\n" in near else next(whole_characters, span.stop - cut if len(near) < 4 else 0)
         train += [span._replace(stop=cut)] if cut else []
         valid += [span._replace(start=cut)] if cut < span.stop else []
         left -= span.stop
@@ -522,7 +540,8 @@ def own_text(paths, valid_paths, test_paths, valid_fraction, say, save_dir):
 
 # Where a text can be cut so that the parts, encoded by themselves, give the tokens of the whole: behind a line end that
 # byte-level BPE does not join to what follows (of white space between words, all but the last character is one piece).
-CUT = re.compile(r"(?<=\S)\n(?=\S)|\n(?=[ \t\n]\S)")
+CUT = re.compile(r"(?<=\S)\n(?=\S)|\n(?=[ \t\n][^\s<])")
+BLANK = re.compile(r"(?<=\S)(?=\s[^\s<])|(?<=\s)(?=<\|endoftext\|>)")  # such a place, too, where a text has no line ends for long
 
 
 def read_documents(spans, size=1 << 16):
@@ -545,12 +564,22 @@ def read_documents(spans, size=1 << 16):
                     yield from ((document.strip("\n"), True) for document in documents if document.strip())
                     continue
                 cuts = list(CUT.finditer(rest, len(rest) - 1024)) or list(CUT.finditer(rest))
-                if cuts or len(rest) > 16 * size:  # after so much without a place for it, cut at a blank or anywhere
-                    cut = cuts[-1].end() if cuts else rest.rfind(" ") + 1 or len(rest)
+                if cuts or len(rest) > 16 * size:
+                    cuts = cuts or list(BLANK.finditer(rest, len(rest) - 4096))
+                    cut = cuts[-1].end() if cuts else len(rest)
                     yield rest[:cut], begins
                     rest, begins = rest[cut:], False
         if rest.strip() if span.separator else rest:
             yield rest.strip("\n") if span.separator else rest, begins
+
+
+def count_words(text):
+    """len(text.split()), but quicker for ASCII."""
+    if not text.isascii():
+        return len(text.split())
+    data = np.frombuffer(text.encode(), np.uint8)
+    space = (data == 32) | (data - np.uint8(9) <= 4) | (data - np.uint8(28) <= 3)  # blank, \t to \r, \x1c to \x1f
+    return np.count_nonzero(space[:-1] > space[1:]) + (not space[0])
 
 
 def encode_documents(spans, tokenizer, count):
@@ -567,11 +596,9 @@ def encode_documents(spans, tokenizer, count):
             last = int(ids[-1]) if len(ids) else last
             yield ids
         text = "".join(" " * begins + text for text, begins in batch)
-        data = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
-        space = (data == 32) | (data - np.uint8(9) <= 4)  # ASCII's: blank, \t, \n, \v, \f, \r
-        count["num_words"] += np.count_nonzero(space[:-1] > space[1:]) + (not in_word and not space[0]) + np.count_nonzero(data == 10)
-        count["num_bytes"] += len(data) - sum(begins for _, begins in batch)
-        in_word = not space[-1]
+        count["num_words"] += count_words(text) - (in_word and not text[0].isspace()) + text.count("\n")
+        count["num_bytes"] += len(text.encode("utf-8", "surrogateescape")) - sum(begins for _, begins in batch)
+        in_word = not text[-1].isspace()
     if tokenizer.kind == "word" and last not in (None, separator):
         yield np.array([separator], token_dtype(tokenizer.vocab_size))
 
@@ -616,14 +643,15 @@ class Dataset:
     train: Split
     valid: Split
     test: Split | None
-    sha256: str  # of the training tokens, by which a resumed run knows its text again
+    sha256: str  # of the training tokens and the vocabulary, by which a resumed run knows its text again
 
 
 def read_cache(folder):
     """What is known of the tokens in `folder`, or None where that or they are damaged or not there."""
     try:
         about = json.loads((folder / "about.json").read_text())
-        return about if all(os.path.getsize(folder / name) == size for name, size in about["sizes"].items()) else None
+        whole = all(os.path.getsize(folder / name) == size for name, size in about["sizes"].items())
+        return about if whole and {"stamps", "paths", "spans", "hashes", "splits", "tokenizer", "sha256"} <= about.keys() else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -641,14 +669,17 @@ def write_cache(folder, about, spans, make_tokenizer):
     """Encodes the splits `spans` into `folder`, unless `about`, what is known of the tokens there, says that they are of just
     this text. Returns what is known of them now."""
     paths = sorted({str(span.path) for split in spans.values() for span in split})
+    before = stamps(paths)  # a text that changes while it is encoded is not the one that was
     text = {"paths": paths, "hashes": [sha256_of(path) for path in paths], "spans": plain(spans)}
     if not about or any(about.get(name) != value for name, value in text.items()):
         (folder / "about.json").unlink(missing_ok=True)  # from here to the end no tokens count
         tokenizer = make_tokenizer(spans["train"])
         splits = {split: write_tokens(spans[split], tokenizer, folder / f"{split}.tokens") for split in spans}
         sizes = {f"{split}.tokens": os.path.getsize(folder / f"{split}.tokens") for split in spans}
+        known = json.dumps([splits["train"]["sha256"], tokenizer.to_dict()])
         about = text | {"tokenizer": tokenizer.to_dict(), "splits": splits, "sizes": sizes}
-    about["stamps"] = stamps(paths)
+        about["sha256"] = hashlib.sha256(known.encode()).hexdigest()
+    about["stamps"] = before
     (folder / "about.new").write_text(json.dumps(about))
     os.replace(folder / "about.new", folder / "about.json")
     return about
@@ -664,6 +695,9 @@ def load_dataset(
     Raises UsageError for a file of the user's that cannot be used and RunError for a failed download.
     """
     folder, kind = Path(save_dir) / name, CORPORA[name][0] if tokenizer == "auto" else tokenizer
+    text, valid_text, test_text = ([os.path.abspath(os.path.expanduser(p)) for p in paths or ()] for paths in (text, valid_text, test_text))
+    if not 0.001 <= valid_fraction <= 0.5 or kind == "bpe" and vocab_size < 257:
+        raise UsageError("--valid_fraction goes from 0.001 to 0.5, --vocab_size from 257 (the bytes and the end of a document)")
 
     def get(file, members=(), folder=folder):
         paths = [folder / os.path.basename(member) for member in members]
@@ -694,7 +728,8 @@ def load_dataset(
         splits[split] = Split(tokens, known["num_bytes"], known["num_words"], known["num_unk"])
     if len(splits["valid"].tokens) < 2:
         raise UsageError("no text is left for validation: give more text or a larger --valid_fraction")
-    return Dataset(name, trained, splits["train"], splits["valid"], splits.get("test"), about["splits"]["train"]["sha256"])
+    test = splits.get("test")
+    return Dataset(name, trained, splits["train"], splits["valid"], test if test and len(test.tokens) > 1 else None, about["sha256"])
 
 
 def main():
@@ -707,9 +742,14 @@ def main():
     parser.add_argument("--valid_fraction", type=float, default=0.1, help="of --text (default: %(default)s)")
     parser.add_argument("--save_dir", required=True, help="the folder that main.py is given, too")
     parser.add_argument("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>")
-    flags = vars(parser.parse_args())
-    name = flags.pop("dataset") if not flags["text"] else "text"
+
+    def fail(message):  # argparse would print its whole usage
+        raise UsageError(f"{message} (--help lists all flags)")
+
+    parser.error = fail
     try:
+        flags = vars(parser.parse_args())
+        name = flags.pop("dataset") if not flags["text"] else "text"
         dataset = load_dataset(name, **{flag: value for flag, value in flags.items() if flag != "dataset"})
     except (UsageError, RunError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

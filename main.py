@@ -1137,6 +1137,8 @@ def main(argv=None):
             if all(typed.get(flag, False) is not False for flag in (name, other)):
                 raise UsageError(f"--{name} and --{other} exclude each other: leave one away")
         flags = resolve(argparse.Namespace(**DEFAULTS | typed))
+        if (flags.valid_text or flags.test_text) and not (flags.text or flags.identifier):
+            raise UsageError("--valid_text and --test_text go with --text: name the files to train on, too")
         if flags.gpu and not mx.is_available(mx.gpu):
             raise UsageError("--gpu: MLX sees no GPU here; leave it away, or install MLX for yours (pip install mlx[cuda13])")
         mx.set_default_device(mx.gpu if flags.gpu else mx.cpu)
