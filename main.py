@@ -49,7 +49,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tra
 
 BLAS_FORWARDER = """
 #define GEMM(name, scalar, type) \\
-  void scipy_##name##64_(int, int, int, long, long, long, scalar, const type*, long, const type*, long, scalar, type*, long); \\
+  void scipy_##name##64_(int, int, int, long, long, long, scalar, const type*, long, const type*, long, scalar, \\
+                         type*, long); \\
   void name(int order, int ta, int tb, int m, int n, int k, scalar alpha, const type* a, int lda, \\
             const type* b, int ldb, scalar beta, type* c, int ldc) { \\
     scipy_##name##64_(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc); }
@@ -124,10 +125,10 @@ class Config:
     def __post_init__(self):
         if self.dim % (2 * self.num_heads):  # RoPE rotates pairs, so a head's dimension is even
             fitting = 2 * self.num_heads * max(1, round(self.dim / (2 * self.num_heads)))
-            raise UsageError(f"--dim {self.dim} must be a multiple of 2 * --num_heads {self.num_heads}: try --dim {fitting}")
+            raise UsageError(f"--dim {self.dim} is no multiple of 2 * --num_heads {self.num_heads}: try --dim {fitting}")
         if self.num_heads % self.num_kv_heads:
             fitting = math.gcd(self.num_heads, self.num_kv_heads)
-            raise UsageError(f"--num_kv_heads {self.num_kv_heads} must divide --num_heads {self.num_heads}: try {fitting}")
+            raise UsageError(f"--num_kv_heads {self.num_kv_heads} does not divide --num_heads {self.num_heads}: try {fitting}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,7 +141,8 @@ def dropout(hidden, rate, keys, site):
     the model's dropouts apart. Masks depend on a row's own key alone, so a batch can be split without changing them."""
     if keys is None:
         return hidden
-    keep = mx.vmap(lambda key: mx.random.bernoulli(1 - rate, hidden.shape[1:], key=key))(keys + mx.array(site, mx.uint32))
+    keys = keys + mx.array(site, mx.uint32)
+    keep = mx.vmap(lambda key: mx.random.bernoulli(1 - rate, hidden.shape[1:], key=key))(keys)
     return mx.where(keep, hidden / (1 - rate), 0)
 
 
@@ -190,8 +192,8 @@ class Cache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
-# relu(x)² (So et al. 2021) trains as well as the others at equal size and costs a CPU next to nothing: on [1536 x 4096]
-# forward and backward take 8 ms, where silu takes 165 and gelu 320, since MLX's exp and erf are scalar there.
+# relu(x)² (So et al. 2021) trains as well as the others at equal size and costs a CPU next to nothing: on a [1536, 4096]
+# array forward and backward take 8 ms, where silu takes 165 and gelu 320, since MLX's exp and erf are scalar there.
 ACTIVATIONS = {"relu2": lambda x: mx.square(nn.relu(x)), "gelu": nn.gelu, "swiglu": nn.silu}
 
 
@@ -291,7 +293,8 @@ def make_optimizer(model, flags):
         [adamw(weight_decay=flags.weight_decay), adamw(weight_decay=0.0)], [lambda name, weight: weight.ndim >= 2]
     )
     optimizer.init(model.trainable_parameters())
-    covered = [name[:-2] for group in optimizer.optimizers for name, _ in tree_flatten(group.state) if name.endswith(".m")]
+    moments = [name for group in optimizer.optimizers for name, _ in tree_flatten(group.state)]
+    covered = [name.removesuffix(".m") for name in moments if name.endswith(".m")]
     assert sorted(covered) == sorted(name for name, _ in tree_flatten(model.trainable_parameters()))
     return optimizer
 
@@ -381,9 +384,10 @@ def score_split(name, model, dataset, flags, interrupts=None, most=0):
 def describe_score(name, nats, split, tokenizer):
     """One line with a split's score: per token, and in two units that do not depend on the tokenizer."""
     total = nats * len(split.tokens)
+    a_word = math.exp(min(total / max(1, split.num_words), 99))
     line = (
-        f"{name} {nats:.4f} nats, perplexity {math.exp(min(nats, 99)):.2f} a token, "
-        f"{math.exp(min(total / max(1, split.num_words), 99)):.2f} a word, {total / math.log(2) / split.num_bytes:.4f} bits per byte"
+        f"{name} {nats:.4f} nats, perplexity {math.exp(min(nats, 99)):.2f} a token, {a_word:.2f} a word, "
+        f"{total / math.log(2) / split.num_bytes:.4f} bits per byte"
     )
     if tokenizer.unk is not None:
         line += f", {split.num_unk / len(split.tokens):.2%} <unk>"
@@ -481,13 +485,13 @@ def list_checkpoints(folder, warn=False):
             records.append(read_record(path.with_suffix(".metadata")) | {"id": path.stem})
         except (OSError, ValueError, KeyError, TypeError) as error:
             if warn and len(path.stem) == 40:
-                print(f"Passing over checkpoint {path.stem[:12]}: its .metadata cannot be read ({error})", file=sys.stderr)
+                print(f"Passing over {path.stem[:12]}: its .metadata cannot be read ({error})", file=sys.stderr)
     return sorted(records, key=lambda record: (record["saved"], record["iteration"]), reverse=True)
 
 
 def named_checkpoint(records, identifier):
-    """The one of `records`, the newest first, that --identifier means: by an id, its beginning, a run's name (its newest),
-    "latest", or "best" (of the run saved last). Raises UsageError with the candidates if it means none or several."""
+    """The one of `records`, the newest first, that --identifier means: by an id, its beginning, a run's name (its
+    newest), "latest", or "best" (of the run saved last). Raises UsageError with the candidates if none or several."""
     found = records[:1]
     if identifier == "best":
         found = [record for record in records if record["id"] == (records[0]["best"] or {}).get("id")]
@@ -503,7 +507,7 @@ def named_checkpoint(records, identifier):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Holds the lock on `folder` that every change of its checkpoints needs; makes renames in it survive a power cut."""
+    """Holds the lock that every change in `folder` needs; makes renames in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -562,7 +566,7 @@ def write_checkpoint(folder, run, id):
     arrays = {f"optimizer.{name}": value for name, value in tree_flatten(run.optimizer.state)}
     arrays["perm"] = mx.array(run.batches.perm)
     run.record |= {name: getattr(run.batches, name) for name in ("epoch", "offset", "s")}
-    saved = max([time.time(), *(record["saved"] + 1e-3 for record in records)])  # the last one, even if the clock went back
+    saved = max([time.time(), *(record["saved"] + 1e-3 for record in records)])  # even if the clock was set back
     run.record |= {"id": id, "saved": saved, "versions": versions(), "format_version": FORMAT_VERSION}
     texts = {"record": json.dumps(run.record), "tokenizer": json.dumps(run.tokenizer.to_dict()), "sha1": BLANK}
     texts["record_sha1"] = hashlib.sha1(texts["record"].encode()).hexdigest()  # so that listing need not read it all
@@ -573,8 +577,8 @@ def write_checkpoint(folder, run, id):
 
 
 def prune_checkpoints(folder, run, keep):
-    """Deletes this run's checkpoints but the newest `keep` and the best; .safetensors first, so that no half counts. What
-    cannot be deleted now is left to the next time."""
+    """Deletes this run's checkpoints but the newest `keep` and the best; .safetensors first, so that no half counts.
+    What cannot be deleted now is left to the next time."""
     with contextlib.suppress(OSError), locked(folder):
         own = [record["id"] for record in list_checkpoints(folder) if record["run"] == run.record["run"]]
         for id in own[keep:]:
@@ -588,8 +592,8 @@ def clean_folder(folder):
     with locked(folder):
         for path in folder.iterdir():
             unfinished = re.fullmatch(r"\w+-[0-9a-f]{6}\.(safetensors|metadata)\.new", path.name)
-            orphaned = re.fullmatch(r"[0-9a-f]{40}\.metadata", path.name) and not path.with_suffix(".safetensors").exists()
-            if unfinished or orphaned:
+            orphaned = re.fullmatch(r"[0-9a-f]{40}\.metadata", path.name)
+            if unfinished or orphaned and not path.with_suffix(".safetensors").exists():
                 path.unlink()
 
 
@@ -616,7 +620,7 @@ def load_run(folder, record, run):
 
 def versions():
     """What the last bits of a result depend on: a run is exact as long as these stay the same."""
-    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', 'unknown')}, {os.cpu_count()} cores"
+    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {os.cpu_count()} cores"
     if limit := os.environ.get("OPENBLAS_NUM_THREADS"):
         device += f", {limit} of them for matrix products"
     return {"MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device}
@@ -658,7 +662,7 @@ class Interrupts:
         while number := os.read(reader, 1)[0]:
             if self.received is None:
                 self.received, first = number, time.monotonic()
-                print("\nStopping after this step, then saving. Once more: leave at once, without saving.", file=sys.stderr)
+                print("\nStopping after this step, then saving. Once more leaves without saving.", file=sys.stderr)
             elif time.monotonic() - first > 0.5:  # launchers pass on a signal that the terminal has sent already
                 print("\nLeft without saving.", file=sys.stderr)
                 os._exit(128 + number)
@@ -724,7 +728,7 @@ def train(flags, dataset, checkpoint, interrupts):
         raise UsageError(f"{name} is being trained by another process: wait for it, or begin another with --new_model")
     clean_folder(folder)
 
-    shape = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if hasattr(flags, field.name)}
+    shape = {name: getattr(flags, name) for name in GROUPS["model"]}
     config = Config(**checkpoint["config"] if checkpoint else shape | {"vocab_size": tokenizer.vocab_size})
     model = LanguageModel(config)
     optimizer = make_optimizer(model, flags)
@@ -742,10 +746,10 @@ def train(flags, dataset, checkpoint, interrupts):
     start = record["iteration"]
     print_start(flags, dataset, run)
     if start >= flags.num_iters:
-        tqdm.write(f"Iteration {start:,} of --num_iters {flags.num_iters:,} is reached: a larger --num_iters extends the run.")
+        tqdm.write(f"Iteration {start:,} of --num_iters {flags.num_iters:,} is reached: a larger one extends the run.")
 
     bar = tqdm(total=flags.num_iters, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    step = make_step(model, optimizer, flags.grad_clip)
+    step, steps_per_save = make_step(model, optimizer, flags.grad_clip), flags.steps_per_save or flags.steps_per_eval
     losses, seconds = [], 0.0  # since the last report
     for iteration in range(start, flags.num_iters + 1):
         record["iteration"] = iteration
@@ -753,7 +757,7 @@ def train(flags, dataset, checkpoint, interrupts):
         due = iteration >= flags.steps_per_eval and (finished or iteration % flags.steps_per_eval == 0)
 
         # Save, then evaluate, then add the score, then sample: what goes wrong in one costs none of those before it.
-        save = iteration > start and (finished or stopping or due or iteration % (flags.steps_per_save or flags.steps_per_eval) == 0)
+        save = iteration > start and (finished or stopping or due or iteration % steps_per_save == 0)
         if save:
             save_checkpoint(folder, run)
             prune_checkpoints(folder, run, flags.keep)
@@ -781,14 +785,15 @@ def train(flags, dataset, checkpoint, interrupts):
 
         if not math.isfinite(losses[-1] + norm.item()):
             raise RunError(
-                f"the loss or gradient of iteration {iteration + 1:,} is not finite; nothing of it is saved, and the last good "
-                f"checkpoint is {record['id'] or 'none yet'}: go on from it with a lower --learning_rate or --grad_clip"
+                f"the loss or gradient of iteration {iteration + 1:,} is not finite, and nothing of it is saved; the last "
+                f"good checkpoint is {record['id'] or 'none yet'}: go on with a lower --learning_rate or --grad_clip"
             )
         if (iteration + 1) % flags.steps_per_report == 0:
             mean, rate = sum(losses) / len(losses), len(losses) / seconds  # steps a second
             report = (
-                f"loss {mean:.4f}  perplexity {math.exp(min(mean, 99)):.2f}  lr {learning_rate_at(iteration, flags):.2e}  "
-                f"grad {norm.item():.2f}  {rate * tokens.size:,.0f} tokens/s  peak {mx.get_peak_memory() / 2**20:,.0f} MiB"
+                f"loss {mean:.4f}  perplexity {math.exp(min(mean, 99)):.2f}  "
+                f"lr {learning_rate_at(iteration, flags):.2e}  grad {norm.item():.2f}  "
+                f"{rate * tokens.size:,.0f} tokens/s  peak {mx.get_peak_memory() / 2**20:,.0f} MiB"
             )
             bar.set_postfix_str(report)
             if bar.disable:
@@ -812,25 +817,26 @@ def print_start(flags, dataset, run):
     size = sum(array.nbytes for _, array in tree_flatten([run.model.parameters(), run.optimizer.state]))
     folder, free = flags.save_dir, shutil.disk_usage(flags.save_dir).free
     splits = " / ".join(f"{len(split.tokens):,}" for split in (dataset.train, dataset.valid, dataset.test) if split)
+    record, windows, room = run.record, len(run.batches.perm), size * (flags.keep + 2)
     tqdm.write(
-        f"run      {run.record['run']}, from iteration {run.record['iteration']:,} to {flags.num_iters:,}, seed {flags.seed}\n"
-        f"model    {run.record['parameters']:,} parameters: {config.num_blocks} blocks, dim {config.dim}, {config.num_heads} heads "
-        f"({config.num_kv_heads} for keys and values), {config.mlp} {config.mlp_dim}, context {config.context_size}\n"
+        f"run      {record['run']}, from iteration {record['iteration']:,} to {flags.num_iters:,}, seed {flags.seed}\n"
+        f"model    {record['parameters']:,} parameters: {config.num_blocks} blocks, dim {config.dim}, {config.num_heads} "
+        f"heads ({config.num_kv_heads} for keys and values), {config.mlp} {config.mlp_dim}, context {config.context_size}\n"
         f"data     {dataset.name}: {splits} tokens; vocabulary {tokenizer.vocab_size:,} by {tokenizer.kind} "
         f"({tokenizer.vocab_size - tokenizer.num_special:,} without special tokens)\n"
-        f"steps    {flags.batch_size} x {config.context_size} tokens each, {max(1, len(run.batches.perm) // flags.batch_size):,} an epoch\n"
+        f"steps    {flags.batch_size} x {config.context_size} tokens each, {max(1, windows // flags.batch_size):,} an epoch\n"
         f"machine  {checked['device']}; MLX {checked['MLX']}, matrix products by {BLAS}\n"
         f"files    {folder.absolute()}, {size / 2**20:,.0f} MiB a checkpoint, {free / 2**20:,.0f} MiB free"
     )
-    if len(run.batches.perm) < flags.batch_size:
+    if windows < flags.batch_size:
         tqdm.write("The text has fewer windows than --batch_size: they repeat within a batch.")
-    if size * (flags.keep + 2) > free:
-        tqdm.write(f"Low on space: --keep {flags.keep}, the best and the next checkpoint need {size * (flags.keep + 2) / 2**20:,.0f} MiB.")
+    if room > free:
+        tqdm.write(f"Low on space: --keep {flags.keep}, the best and the next one need {room / 2**20:,.0f} MiB.")
     if BLAS == "reference BLAS" and not flags.gpu:
-        tqdm.write("Slow matrix products: install OpenBLAS (apt install libopenblas0) or a C compiler (apt install gcc g++).")
-    old = run.record.get("versions", checked)
+        tqdm.write("Slow matrix products: install OpenBLAS (apt install libopenblas0) or a C compiler (apt install g++).")
+    old = record.get("versions", checked)
     if changed := [f"{name} {old[name]} -> {checked[name]}" for name in checked if old.get(name) != checked[name]]:
-        tqdm.write(f"Not the machine this checkpoint comes from ({'; '.join(changed)}): exact resume holds on one device only.")
+        tqdm.write(f"Another machine than the checkpoint's ({'; '.join(changed)}): exact resume holds on one device only.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -894,7 +900,7 @@ def continue_text(model, tokenizer, prompt, flags, interrupts=None):
 
 
 def converse(model, tokenizer, flags):
-    """Answers each line of stdin with its continuation. Ctrl+C ends a reply; at the prompt it or Ctrl+D ends the session."""
+    """Answers each line of stdin with its continuation. Ctrl+C ends a reply; at the prompt it, or Ctrl+D, the session."""
     list(generate(model, [0], 1, 0, 0, 0))  # compiles what MLX compiles, before Ctrl+C means the end of a reply
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="surrogateescape")
@@ -923,14 +929,14 @@ def converse(model, tokenizer, flags):
 
 
 def list_runs(folder):
-    """Prints a table of the runs in `folder`, the one saved last first: what each is, the flags in which it differs from
-    others, its checkpoints."""
+    """Prints a table of the runs in `folder`, the one saved last first: what each is, the flags in which it differs
+    from others, its checkpoints."""
     records = list_checkpoints(folder, warn=True)
     print(f"{len(records)} checkpoints in {folder}")
     runs = {record["run"]: [r for r in records if r["run"] == record["run"]] for record in records}
     for name, own in runs.items():
         flags, config, best = own[0]["flags"], own[0]["config"], own[0]["best"] or {"id": None}
-        differing = [flag for flag in flags if any(others[0]["flags"].get(flag) != flags[flag] for others in runs.values())]
+        differing = [flag for flag in flags if any(r["flags"].get(flag) != flags[flag] for r in records)]
         about = [
             f"{name}: {own[0]['parameters']:,} parameters in {config['num_blocks']} blocks of dim {config['dim']}",
             f"iteration {own[0]['iteration']:,} of {flags['num_iters']:,}",
@@ -940,7 +946,7 @@ def list_runs(folder):
         print(textwrap.fill(", ".join(about), 100, subsequent_indent="    "))
         for record in own:
             score = f"{nats:.4f}" if (nats := dict(record["scores"]).get(record["iteration"])) else "not scored"
-            size = sum((folder / f"{record['id']}.{kind}").stat().st_size for kind in ("safetensors", "metadata")) / 2**20
+            size = sum(path.stat().st_size for path in folder.glob(f"{record['id']}.*")) / 2**20
             marks = ", latest" * (record is records[0]) + ", best" * (record["id"] == best["id"])
             print(
                 f"    {record['id'][:12]}  iteration {record['iteration']:>9,}  {score:>10}  {size:>8,.1f} MiB  "
@@ -979,8 +985,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 def make_parser():
     """The parser, and the names of the flags in each group. Every default is written here and nowhere else."""
-    description = __doc__.partition("\nThe whole")[0]
-    parser = Parser(usage="python main.py [flags]", description=description, formatter_class=Formatter, allow_abbrev=False)
+    about = {"usage": "python main.py [flags]", "description": __doc__.partition("\nThe whole")[0]}
+    parser = Parser(**about, formatter_class=Formatter, allow_abbrev=False)
     groups = {}
 
     def group(title):
@@ -1078,7 +1084,7 @@ def open_folder(save_dir, writing):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UsageError(f"cannot write to --save_dir {folder} ({error.strerror}): name a folder that can be written") from None
+        raise UsageError(f"cannot write to --save_dir {folder} ({error.strerror}): name a folder of yours") from None
     if not (writing or folder.is_dir()):
         raise UsageError(f"there is no folder {folder}: name the one that a run was saved in with --save_dir")
     return folder
@@ -1087,8 +1093,9 @@ def open_folder(save_dir, writing):
 def choose_checkpoint(folder, flags, typed):
     """The record of the checkpoint that this command line goes on from, its files verified; None for a new run.
 
-    Without --identifier that is the one saved last among those that agree with every shaping flag typed and, in training,
-    with the dataset; a damaged one is passed over for the next older one of its run. Raises UsageError, RunError.
+    Without --identifier that is the one saved last among those that agree with every shaping flag typed and, in
+    training, with the dataset; a damaged one is passed over for the next older one of its run. Raises UsageError,
+    RunError.
     """
     records = [] if flags.new_model else list_checkpoints(folder, warn=True)
     for record in records:
@@ -1101,7 +1108,7 @@ def choose_checkpoint(folder, flags, typed):
         for name, value in wanted.items():
             if (saved := candidates[0]["flags"].get(name)) != value:
                 raise UsageError(
-                    f"--{name} {value} contradicts the checkpoint of --identifier {flags.identifier}, which has {saved}: "
+                    f"--{name} {value} contradicts the checkpoint of --identifier {flags.identifier}, it has {saved}: "
                     f"leave --{name} away, or begin a new run with --new_model"
                 )
     else:
@@ -1113,7 +1120,7 @@ def choose_checkpoint(folder, flags, typed):
     for record in candidates:
         if record["run"] == candidates[0]["run"]:
             if record["format_version"] > FORMAT_VERSION:
-                raise RunError(f"checkpoint {record['id'][:12]} was written by a newer version of this program: use that one")
+                raise RunError(f"checkpoint {record['id'][:12]} was written by a newer version of this program: use it")
             damage = find_damage(folder, record["id"])
             if damage is None:
                 return record
@@ -1131,7 +1138,9 @@ def main(argv=None):
     try:
         unset = object()
         values = vars(PARSER.parse_args(argv, argparse.Namespace(**dict.fromkeys(DEFAULTS, unset))))
-        typed = {name: value for name, value in values.items() if value is not unset and (name, value) != ("tokenizer", "auto")}
+        typed = {name: value for name, value in values.items() if value is not unset}
+        if typed.get("tokenizer") == "auto":  # that is not to insist on anything
+            del typed["tokenizer"]
         exclusive = [("dataset", "text"), *((name, "new_model") for name in ("identifier", "inference", "evaluate"))]
         for name, other in exclusive:
             if all(typed.get(flag, False) is not False for flag in (name, other)):
@@ -1140,7 +1149,7 @@ def main(argv=None):
         if (flags.valid_text or flags.test_text) and not (flags.text or flags.identifier):
             raise UsageError("--valid_text and --test_text go with --text: name the files to train on, too")
         if flags.gpu and not mx.is_available(mx.gpu):
-            raise UsageError("--gpu: MLX sees no GPU here; leave it away, or install MLX for yours (pip install mlx[cuda13])")
+            raise UsageError("--gpu: MLX sees no GPU; leave it away, or install MLX for yours (pip install mlx[cuda13])")
         mx.set_default_device(mx.gpu if flags.gpu else mx.cpu)
         using = flags.inference or flags.evaluate  # a checkpoint, whatever its corpus
         folder = open_folder(flags.save_dir, writing=not (using or flags.list))
@@ -1153,7 +1162,8 @@ def main(argv=None):
         if using and not checkpoint:
             raise UsageError(f"no such checkpoint in {folder}: train a model first, or name its folder with --save_dir")
         if flags.inference:
-            print(f"{checkpoint['run']}, iteration {checkpoint['iteration']:,}, {checkpoint['id'][:12]}", file=sys.stderr)
+            run, iteration, id = (checkpoint[name] for name in ("run", "iteration", "id"))
+            print(f"{run}, iteration {iteration:,}, checkpoint {id[:12]}", file=sys.stderr)
             converse(*load_model(folder, checkpoint), flags)
             return 0
 
@@ -1167,7 +1177,7 @@ def main(argv=None):
         data = {name: getattr(flags, name) for name in DATA if name != "dataset"}
         dataset = load_dataset(flags.dataset, folder, **data, mirror=flags.mirror, say=tqdm.write)
         if checkpoint and checkpoint["tokens_sha256"] != dataset.sha256:
-            raise UsageError(f"the training text of {checkpoint['run']} has changed: --new_model begins a run on the new text")
+            raise UsageError(f"the training text of {checkpoint['run']} has changed: --new_model begins a run on it")
         if "test" in (flags.evaluate, flags.eval_test and "test") and not dataset.test:
             raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
         if flags.evaluate:

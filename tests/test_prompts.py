@@ -61,7 +61,7 @@ def count_tokens(folder, replies):
 def test_reply(model):
     out, err = talk(model, "the company\n")
     assert len(out) > 20 and out.endswith("\n") and "the company" not in out[:11], "the continuation, not the prompt"
-    assert re.fullmatch(rf"text-[0-9a-f]{{6}}, iteration 100, {ids(model)[0][:12]}\n", err)
+    assert re.fullmatch(rf"text-[0-9a-f]{{6}}, iteration 100, checkpoint {ids(model)[0][:12]}\n", err)
     assert len(set(re.findall(r"\w+", out)) & set(WORDS)) >= 2, "it has learnt a little"
 
 
