@@ -1,11 +1,13 @@
 """Talking to a checkpoint: from a pipe and in a terminal, with no corpus at hand, whatever is typed."""
 
+import fcntl
 import os
 import pty
 import re
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -158,7 +160,7 @@ class Terminal:
                 signal.signal(number, signal.SIG_DFL)
             os.environ["TERM"] = "xterm"
             os.execv(sys.executable, [sys.executable, str(ROOT / "main.py"), *map(str, arguments)])
-        termios.tcsetwinsize(self.terminal, (24, 100))
+        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
 
     def read(self):
         """Collects what comes next; False once the program has closed the terminal."""
