@@ -17,18 +17,15 @@ def test_interrupted_equals_undisturbed(tmp_path, text, options):
     """The contract: the same file name, whenever and however often the run was stopped; across an epoch's end."""
     line = ["--text", text, *TINY, *options, "--num_iters", 1200, "--steps_per_eval", 500]
     run(*line, "--save_dir", tmp_path / "whole", env={"PYTHONHASHSEED": "1"})
-    moments = random.Random(len(options))
-    for leg in range(5):
+    chance = random.Random(len(options))
+    for leg in range(4):
         process = start(*line, "--save_dir", tmp_path / "parts", env={"PYTHONHASHSEED": str(leg)})
-        first = int(re.match(r"[\d,]+", wait_for(process, "  loss ")).group().replace(",", ""))
-        time.sleep(moments.uniform(0, 0.2))
+        for _ in range(chance.randrange(1, 9)):
+            wait_for(process, "  loss ")
+        time.sleep(chance.uniform(0, 0.01))
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
-        if process.returncode == 0:
-            break
+        _, err = process.communicate(timeout=120)
         assert process.returncode == 130, err
-        assert first % 10 == 0
-    assert leg >= 2, "the run was over before it had been interrupted twice"
     run(*line, "--save_dir", tmp_path / "parts")
     assert ids(tmp_path / "parts")[0] == ids(tmp_path / "whole")[0]
 
