@@ -712,8 +712,11 @@ def load_dataset(
             return BPETokenizer(get("tokenizer.json", folder=Path(save_dir) / "gpt2").read_text(), "gpt2")
         return TOKENIZERS[kind].train((text for text, _ in read_documents(spans)), vocab_size)
 
-    spans = own_text(text, valid_text, test_text, valid_fraction, say, Path(save_dir)) if name == "text" else None
-    key = [vocab_size if kind == "bpe" else None, spans and [text, valid_text, test_text, valid_fraction]]
+    spans = None  # what takes a download to know is looked up only where it has to be encoded
+    if name in ("text", "python"):
+        own = (text, valid_text, test_text, valid_fraction, say, Path(save_dir))
+        spans = own_text(*own) if name == "text" else python_source(get)
+    key = [vocab_size if kind == "bpe" else None, name == "text" and [text, valid_text, test_text, valid_fraction]]
     cache = folder / f"{kind}-{hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / ".lock", "a") as lock:

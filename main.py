@@ -1102,8 +1102,9 @@ def choose_checkpoint(folder, flags, typed):
     for record in records:
         record["flags"] = DEFAULTS | record["flags"]  # a flag may be younger than the checkpoint
     using = flags.inference or flags.evaluate
-    shaping = set(SHAPING) - ({"seed"} if flags.inference else set())  # there it is the samples' own
-    wanted = {name: getattr(flags, name) for name in shaping & typed.keys()}
+    wanted = {name: getattr(flags, name) for name in SHAPING if name in typed}
+    if flags.inference:
+        wanted.pop("seed", None)  # there it is the samples' own
     if flags.identifier is not None:
         candidates = [named_checkpoint(records, flags.identifier)]
         for name, value in wanted.items():

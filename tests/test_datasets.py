@@ -761,6 +761,18 @@ def test_ids_on_disk_fit_the_vocabulary(tmp_path, distinct, dtype):
     assert dataset.test is None, "an empty split is none"
 
 
+def test_another_python_has_other_modules(tmp_path, monkeypatch):
+    """The modules of the Python that was there before are still there, but they are not the running one's."""
+    for version in ("one", "two"):
+        library = tmp_path / version
+        library.mkdir()
+        for i in range(12):
+            (library / f"m{i:02}.py").write_text(f"# module {i} of {version}\n")
+        monkeypatch.setattr(datasets.sysconfig, "get_path", lambda name, library=library: str(library))
+        dataset = datasets.load_dataset("python", tmp_path / "lm")
+        assert f"of {version}" in dataset.tokenizer.decode(dataset.train.tokens[:30])
+
+
 def test_tokenizers_have_their_own_cache(tmp_path, paths, monkeypatch):
     variants = [("word", 300), ("char", 300), ("byte", 300), ("bpe", 300), ("bpe", 310)]
     first = [tokens_of(load(tmp_path, paths, kind, vocab_size=size)) for kind, size in variants]
