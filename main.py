@@ -95,12 +95,20 @@ def use_fast_blas():
         return "reference BLAS"
 
 
+def set_blas_threads(count):
+    """Sets the number of threads of a matrix product."""
+    for name in ("openblas_set_num_threads", "scipy_openblas_set_num_threads64_", "MKL_Set_Num_Threads", "bli_thread_set_num_threads"):
+        with contextlib.suppress(AttributeError):
+            getattr(ctypes.CDLL(None), name)(count)
+
+
 BLAS = use_fast_blas()
+STREAMS = []  # made once: a stream lives as long as the process
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -118,7 +126,8 @@ class Config:
     num_kv_heads: int
     mlp: str
     mlp_dim: int
-    dropout: float
+    qk_norm: bool = False
+    untie: bool = False
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
 
@@ -131,19 +140,68 @@ class Config:
             raise UsageError(f"--num_kv_heads {self.num_kv_heads} does not divide --num_heads {self.num_heads}: try {fitting}")
 
 
+def make_config(flags, vocab_size):
+    shape = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if field.name in flags}
+    return Config(**shape | {"vocab_size": vocab_size})  # not the --vocab_size that a BPE aims at
+
+
+PRESETS = {  # --dim, --num_heads, --num_blocks, --context_size
+    "tiny": (128, 4, 4, 128), "small": (256, 8, 6, 256), "medium": (512, 8, 12, 512), "large": (768, 12, 24, 1024),
+    "gpt2": (768, 12, 12, 1024), "350m": (768, 12, 16, 2048),
+}  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Model: decoder-only and pre-norm, with RMSNorm, RoPE and grouped-query attention; parameters are named as in Hugging
 # Face's Llama
 
 
-def dropout(hidden, rate, keys, site):
-    """Zeroes each element with probability `rate`. keys: [B, 2] uint32, one a row, or None for no dropout; `site` tells
-    the model's dropouts apart. Masks depend on a row's own key alone, so a batch can be split without changing them."""
-    if keys is None:
+def dropout(hidden, noise, site):
+    """Zeroes elements of hidden [B, L, D] at random. noise: the rows' rates [B] and keys [B, 2] uint32, or () for none; `site`
+    tells the model's dropouts apart. A row's mask depends on its own key alone, so a batch can be split without changing it."""
+    if not noise:
         return hidden
-    keys = keys + mx.array(site, mx.uint32)
-    keep = mx.vmap(lambda key: mx.random.bernoulli(1 - rate, hidden.shape[1:], key=key))(keys)
-    return mx.where(keep, hidden / (1 - rate), 0)
+    rates, keys = noise
+    keep = mx.vmap(lambda rate, key: mx.random.bernoulli(1 - rate, hidden.shape[1:], key=key))
+    kept = keep(rates, keys + mx.array(site, mx.uint32))
+    return mx.where(kept, hidden / (1 - rates[:, None, None]), 0).astype(hidden.dtype)
+
+
+def exp(x):
+    """e to the x, for x <= 0, within 2e-6. On a CPU MLX's own takes 12 ns, being scalar there; products and sums use the vector
+    units, and so does (Taylor's polynomial of x / 32) to the 32: 1.2 ns. Below -30 it stays at e to the -30, 1e-13."""
+    if mx.default_device() == mx.gpu:
+        return mx.exp(x)
+    x, power = mx.maximum(x, -30), 0
+    for k in reversed(range(7)):
+        power = power * x + 1 / (32**k * math.factorial(k))
+    for _ in range(5):
+        power = power * power
+    return power
+
+
+@mx.custom_function
+def softmax(scores):
+    weights = exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+@softmax.vjp
+def softmax_gradient(scores, gradient, weights):  # from the weights, so that no exp is computed again
+    product = gradient * weights
+    return product - weights * product.sum(axis=-1, keepdims=True)
+
+
+def attend(queries, keys, values, scale, cached):
+    """Causal attention: queries [B, H, L, d], keys and values [B, K, S, d] with the last L positions the queries' own, to
+    [B, H, L, d]. MLX's own, except for whole texts on a CPU, where its softmax took a fifth of a small model's step."""
+    if mx.default_device() == mx.gpu or cached:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
+    B, H, L, d = queries.shape
+    queries = (queries * scale).reshape(B, keys.shape[1], -1, L, d)  # [B, K, H/K, L, d]
+    scores = queries @ keys[:, :, None].swapaxes(-1, -2)  # [B, K, H/K, L, L]
+    weights = softmax(mx.where(mx.tri(L, dtype=mx.bool_), scores, -1e9))
+    return (weights @ values[:, :, None]).reshape(B, H, L, d)
 
 
 class Attention(nn.Module):
@@ -158,19 +216,22 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.dim, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.dim, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+        if config.qk_norm:  # keeps the scores in range at high learning rates (Henry et al. 2020; Qwen3)
+            self.q_norm = nn.RMSNorm(self.head_dim, config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, config.norm_eps)
 
     def __call__(self, hidden, cache=None):
         B, L, D = hidden.shape
         queries = self.q_proj(hidden).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)  # [B, H, L, d]
         keys = self.k_proj(hidden).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)  # [B, K, L, d]
         values = self.v_proj(hidden).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)  # [B, K, L, d]
+        if "q_norm" in self:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
         offset = cache.length if cache else 0
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         if cache:
             keys, values = cache.append(keys, values)
-        attended = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self.head_dim**-0.5, mask="causal"
-        )  # [B, H, L, d]
+        attended = attend(queries, keys, values, self.head_dim**-0.5, cached=cache is not None)  # [B, H, L, d]
         return self.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, D))
 
 
@@ -216,17 +277,17 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, index):
         super().__init__()
-        self.index, self.dropout = index, config.dropout
+        self.index = index
         self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def __call__(self, hidden, cache=None, keys=None):
+    def __call__(self, hidden, cache=None, noise=()):
         attended = self.self_attn(self.input_layernorm(hidden), cache)
-        hidden = hidden + dropout(attended, self.dropout, keys, 2 * self.index + 1)
+        hidden = hidden + dropout(attended, noise, 2 * self.index + 1)
         transformed = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + dropout(transformed, self.dropout, keys, 2 * self.index + 2)
+        return hidden + dropout(transformed, noise, 2 * self.index + 2)
 
 
 class Transformer(nn.Module):
@@ -234,15 +295,16 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.dropout = config.dropout
+        self.checkpoint = False  # True: gradients keep each block's input alone and compute the rest again
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = [Block(config, i) for i in range(config.num_blocks)]
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
 
-    def __call__(self, tokens, caches=None, keys=None):
-        hidden = dropout(self.embed_tokens(tokens), self.dropout, keys, 0)
+    def __call__(self, tokens, caches=None, noise=()):
+        hidden = dropout(self.embed_tokens(tokens), noise, 0)
         for i, block in enumerate(self.layers):
-            hidden = block(hidden, caches[i] if caches else None, keys)
+            run = nn.utils.checkpoint(block) if self.checkpoint else block
+            hidden = run(hidden, caches[i] if caches else None, noise)
         return self.norm(hidden)
 
 
@@ -253,10 +315,17 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.model = Transformer(config)
+        if config.untie:
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def __call__(self, tokens, caches=None, keys=None):
-        """caches: a Cache for each block, which the tokens continue; keys: [B, 2] random keys for dropout, or None."""
-        return self.model.embed_tokens.as_linear(self.model(tokens, caches, keys))
+    def __call__(self, tokens, caches=None, noise=()):
+        """caches: a Cache for each block, which the tokens continue; noise: see `dropout`."""
+        return self.model(tokens, caches, noise) @ self.head.T
+
+    @property
+    def head(self):
+        """The output layer's matrix [V, D]: the embeddings, unless --untie gives it one of its own."""
+        return self.lm_head.weight if self.config.untie else self.model.embed_tokens.weight
 
 
 def init_weights(model, seed):
@@ -272,7 +341,7 @@ def init_weights(model, seed):
         normal = mx.random.normal(parameter.shape, key=key)
         if name.endswith("norm.weight"):
             value = mx.ones_like(parameter)
-        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+        elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
             value = mx.zeros_like(parameter)
         elif name.endswith("embed_tokens.weight"):
             value = normal * 5 / model.config.dim
@@ -286,23 +355,60 @@ def init_weights(model, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizer
 
+MUON_RATE = 5  # Muon's learning rate over AdamW's
 
-def make_optimizer(model, flags):
-    """AdamW (Loshchilov & Hutter 2019) in two groups: matrices with weight decay, norms without. Its state is ready."""
+
+def make_optimizer(model, flags, streams=()):
+    """AdamW (Loshchilov & Hutter 2019) in two groups, matrices with weight decay and norms without; with --optimizer muon
+    the blocks' matrices go to Muon (Jordan et al. 2024), with the same decay. The parameters are dealt out over `streams`.
+    Its state is ready."""
     adamw = partial(optim.AdamW, flags.learning_rate, betas=[0.9, 0.99], bias_correction=True)
-    optimizer = optim.MultiOptimizer(
-        [adamw(weight_decay=flags.weight_decay), adamw(weight_decay=0.0)], [lambda name, weight: weight.ndim >= 2]
-    )
+    groups = [adamw(weight_decay=flags.weight_decay), adamw(weight_decay=0.0)]
+    filters = [lambda name, weight: weight.ndim >= 2]
+    if flags.optimizer == "muon":
+        groups.insert(0, optim.Muon(flags.learning_rate, weight_decay=0.0))
+        filters.insert(0, lambda name, weight: name.startswith("model.layers.") and weight.ndim >= 2)
+    optimizer = optim.MultiOptimizer(groups, filters)
     optimizer.init(model.trainable_parameters())
-    moments = [name for group in optimizer.optimizers for name, _ in tree_flatten(group.state)]
-    covered = [name.removesuffix(".m") for name in moments if name.endswith(".m")]
-    assert sorted(covered) == sorted(name for name, _ in tree_flatten(model.trainable_parameters()))
+    moments = [name for group in groups for name, _ in tree_flatten(group.state) if name.endswith(".v")]
+    assert sorted(moments) == sorted(f"{name}.v" for name, _ in tree_flatten(model.trainable_parameters()))
+
+    load = [0] * len(streams)
+
+    def dealt(group, update, gradient, parameter, state):
+        if isinstance(group, optim.Muon):  # MLX's adds the decay to the gradient
+            parameter = parameter * (1 - group.learning_rate * flags.weight_decay / MUON_RATE)
+        if not streams:
+            return update(gradient, parameter, state)
+        least = load.index(min(load))
+        load[least] += parameter.size
+        with mx.stream(streams[least]):
+            return update(gradient, parameter, state)
+
+    for group in groups:
+        group.apply_single = partial(dealt, group, group.apply_single)
     return optimizer
 
 
+def set_learning_rate(optimizer, rate):
+    """Sets the rate of AdamW's groups; Muon's is MUON_RATE times that."""
+    for group in optimizer.optimizers:
+        group.learning_rate = rate * MUON_RATE if isinstance(group, optim.Muon) else rate
+
+
 def learning_rate_at(iteration, flags):
-    """The rate of step `iteration` (from 0): a linear warm-up over `lr_warmup` steps, then constant; never 0."""
-    return flags.learning_rate * min(1.0, (iteration + 1) / max(1, flags.lr_warmup))
+    """The rate of step `iteration` (from 0): a linear warm-up over `lr_warmup` steps, then constant, or down to `min_lr` at
+    `num_iters` by a half cosine or a line; never 0 but by --min_lr."""
+    least = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
+    done = max(0, iteration - flags.lr_warmup) / max(1, flags.num_iters - flags.lr_warmup)
+    left = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[flags.lr_schedule]
+    return (least + (flags.learning_rate - least) * left) * min(1, (iteration + 1) / max(1, flags.lr_warmup))
+
+
+def dropout_at(iteration, flags):
+    """The dropout rate of step `iteration`: from --dropout by a line to --dropout_final at `num_iters`, where that is given."""
+    final = flags.dropout if flags.dropout_final is None else flags.dropout_final
+    return flags.dropout + (final - flags.dropout) * iteration / flags.num_iters
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,13 +454,61 @@ class Batches:
 # Loss and evaluation
 
 
-def loss_sum(model, tokens, targets, keys=None, mask=1.0):
-    """Cross-entropy in nats, summed over the positions. tokens, targets, mask: [B, L]."""
-    logits = model(tokens, keys=keys)  # [B, L, V]
-    return (nn.losses.cross_entropy(logits, targets) * mask).sum()
+def head_loss(hidden, head, targets, weights):
+    """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed with it, so that of the
+    logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024).
+
+    hidden: [N, D]; head: [V, D]; targets: [N]; weights: [N], of the positions."""
+    # Chunks of 2^23 logits cost nothing; with fewer than 128 rows the products of a large vocabulary become slow.
+    chunks = -(-len(hidden) // max(128, 2**23 // len(head)))
+    rows = -(-len(hidden) // chunks)
+    loss, hidden_gradient, head_gradient = 0, [], mx.zeros_like(head)
+    for start in range(0, len(hidden), rows):
+        inputs, answers = hidden[start : start + rows], targets[start : start + rows]
+        weight = weights[start : start + rows, None]
+        logits = (inputs @ head.T).astype(mx.float32)  # [rows, V]
+        largest = logits.max(axis=-1, keepdims=True)
+        powers = exp(logits - largest)
+        total = powers.sum(axis=-1, keepdims=True)
+        answer = head[answers]
+        nats = mx.log(total) + largest - (inputs * answer).sum(axis=-1, keepdims=True)
+        loss = loss + (nats * weight).sum()
+        # The gradient by the logits is (powers / total - one-hot answers) * weight; neither part is ever written out.
+        powers, share = powers.astype(head.dtype), (weight / total).astype(head.dtype)
+        hidden_gradient.append((powers @ head) * share - answer * weight.astype(head.dtype))
+        head_gradient = mx.addmm(head_gradient, powers.T, inputs * share)
+    head_gradient = head_gradient.at[targets].add(-hidden * weights[:, None].astype(head.dtype))
+    return loss, mx.concatenate(hidden_gradient), head_gradient
 
 
-def evaluate(model, tokens, batch_size, interrupts=None):
+trained_head_loss = mx.custom_function(head_loss)
+
+
+@trained_head_loss.vjp
+def head_loss_gradient(inputs, gradients, outputs):
+    _, head, targets, weights = inputs
+    scale = gradients[0].astype(head.dtype)
+    return outputs[1] * scale, outputs[2] * scale, mx.zeros_like(targets), mx.zeros_like(weights)
+
+
+def loss_sum(model, tokens, targets, noise=(), weights=1.0, head_loss=trained_head_loss):
+    """Cross-entropy in nats, summed over the positions. tokens, targets, weights: [B, L]."""
+    hidden = model.model(tokens, noise=noise).flatten(0, 1)  # [B * L, D]
+    weights = mx.broadcast_to(mx.array(weights), targets.shape).flatten()
+    return head_loss(hidden, model.head, targets.flatten(), weights)[0]
+
+
+def over_streams(streams, function, *arrays):
+    """[function(*rows), ...] for a share of the rows of `arrays` on each stream: a stream of a CPU is a thread."""
+    results = []
+    for i, stream in enumerate(streams):
+        rows = slice(len(arrays[0]) * i // len(streams), len(arrays[0]) * (i + 1) // len(streams))
+        with mx.stream(stream):
+            results.append(function(*(array[rows] for array in arrays)))
+    return results
+
+
+def evaluate(model, tokens, batch_size, interrupts=None, streams=None):
     """Mean nats a token over every token but the first, each scored once, in windows that do not overlap; None if
     `interrupts` cut it short. tokens: [N]."""
     L = model.config.context_size
@@ -364,12 +518,18 @@ def evaluate(model, tokens, batch_size, interrupts=None):
     inputs, targets, mask = np.zeros((3, rows_padded * L), np.int32)
     inputs[:count], targets[:count], mask[:count] = tokens[:-1], tokens[1:], 1
     inputs, targets, mask = (array.reshape(-1, batch_size, L) for array in (inputs, targets, mask))
+    streams = streams or make_streams(batch_size, L)
+
+    @partial(mx.compile, inputs=[model.state])
+    def score(*batch):
+        part = lambda *rows: loss_sum(model, *rows[:2], weights=rows[2], head_loss=head_loss)
+        return sum(over_streams(streams, part, *batch))
+
     total = 0.0
     for batch in zip(inputs, targets, mask):
         if interrupts and interrupts.received:
             return None
-        batch_tokens, batch_targets, batch_mask = map(mx.array, batch)
-        total += loss_sum(model, batch_tokens, batch_targets, mask=batch_mask).item()
+        total += score(*map(mx.array, batch)).item()
     return total / count
 
 
@@ -568,7 +728,7 @@ def write_checkpoint(folder, run, id):
     arrays["perm"] = mx.array(run.batches.perm)
     run.record |= {name: getattr(run.batches, name) for name in ("epoch", "offset", "s")}
     saved = max([time.time(), *(record["saved"] + 1e-3 for record in records)])  # even if the clock was set back
-    run.record |= {"id": id, "saved": saved, "versions": versions(), "format_version": FORMAT_VERSION}
+    run.record |= {"id": id, "saved": saved, "versions": versions(run.streams), "format_version": FORMAT_VERSION}
     texts = {"record": json.dumps(run.record), "tokenizer": json.dumps(run.tokenizer.to_dict()), "sha1": BLANK}
     texts["record_sha1"] = hashlib.sha1(texts["record"].encode()).hexdigest()  # so that listing need not read it all
     write_safetensors(new_metadata, arrays, texts)
@@ -619,11 +779,9 @@ def load_run(folder, record, run):
     mx.eval(run.model.parameters(), run.optimizer.state)
 
 
-def versions():
+def versions(streams):
     """What the last bits of a result depend on: a run is exact as long as these stay the same."""
-    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {os.cpu_count()} cores"
-    if limit := os.environ.get("OPENBLAS_NUM_THREADS"):
-        device += f", {limit} of them for matrix products"
+    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, batches in {len(streams)} streams"
     return {"MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device}
 
 
@@ -692,25 +850,76 @@ class Lasting:
 # Training
 
 
-def make_step(model, optimizer, grad_clip):
-    """The compiled training step: tokens [B, L], targets [B, L], keys [B, 2] or None -> mean loss, gradient norm."""
+def use_device(gpu):
+    """Makes the GPU or the CPU the default device; call it before anything is computed."""
+    mx.set_default_device(mx.gpu if gpu else mx.cpu)
+    if not gpu:  # evaluates graphs breadth first, the streams side by side; else one waits for the other half of the time
+        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
+
+
+def make_streams(rows, context_size):
+    """The streams that share the rows of a batch. On a CPU each is a thread that computes on one core, with the matrix products
+    single-threaded: twice as quick on two cores as products by both and all else by one. Shares of under 256 positions
+    do not pay. A GPU has one; so has macOS, whose BLAS brings its own threads."""
+    if mx.default_device() == mx.gpu or BLAS == "Accelerate":
+        return [mx.default_stream(mx.default_device())]
+    set_blas_threads(1)
+    count = max(1, min(len(os.sched_getaffinity(0)), rows, rows * context_size // 256))
+    while len(STREAMS) < count:
+        STREAMS.append(mx.new_stream(mx.cpu))
+    return STREAMS[:count]
+
+
+def make_step(model, optimizer, flags, streams):
+    """The training step: tokens [N, L], targets [N, L] and, for dropout, rates [N] and keys [N, 2] -> mean loss, gradient norm.
+
+    The N = batch_size * grad_accumulation rows are taken batch_size at a time, and those are shared out over `streams`.
+    With bfloat16 all is computed in it but the loss; the weights and the optimizer's state stay in float32."""
+    model.model.checkpoint = flags.checkpoint
     state = [model.state, optimizer.state]
-    loss_and_gradients = nn.value_and_grad(model, loss_sum)
+    dtype = mx.bfloat16 if flags.dtype == "bfloat16" and mx.default_device() == mx.gpu else mx.float32
+
+    def loss(weights, share, tokens, targets, *noise):
+        model.update(tree_map(lambda weight: weight.astype(dtype), weights))
+        return loss_sum(model, tokens, targets, noise, share)
+
+    @partial(mx.compile, inputs=[model.state])
+    def losses_and_gradients(share, *batch):
+        weights = model.trainable_parameters()
+        results = over_streams(streams, partial(mx.value_and_grad(loss), weights, share), *batch)
+        model.update(weights)
+        return results  # of each stream
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def step(tokens, targets, keys):
-        loss, gradients = loss_and_gradients(model, tokens, targets, keys, 1 / targets.size)
-        gradients, norm = optim.clip_grad_norm(gradients, grad_clip or math.inf)
+    def update(results):
+        turn = itertools.cycle(streams)
+
+        def add(*terms):
+            with mx.stream(next(turn)):
+                return sum(terms[1:], terms[0])
+
+        loss, gradients = tree_map(add, *results)
+        gradients, norm = optim.clip_grad_norm(gradients, flags.grad_clip or math.inf)
         optimizer.update(model, gradients)
         return loss, norm
+
+    def step(*batch):
+        total = None
+        for start in range(0, len(batch[0]), flags.batch_size):
+            part = (array[start : start + flags.batch_size] for array in batch)
+            results = losses_and_gradients(1 / batch[1].size, *part)
+            total = tree_map(mx.add, total, results) if total else results
+            if len(batch[0]) > flags.batch_size:  # or all parts would be in memory at once
+                mx.eval(total)
+        return update(total)
 
     return step
 
 
-def dropout_keys(seed, iteration, rows):
-    """Random keys [B, 2] for one step; row r's is a function of (seed, iteration, r) alone."""
+def make_noise(seed, iteration, rows, rate):
+    """Dropout's rates [B] and keys [B, 2] for one step; row r's are a function of (seed, iteration, r) alone."""
     random = np.random.default_rng([seed, iteration, 1])
-    return mx.array(random.integers(0, 2**32, (rows, 2), np.uint32))
+    return mx.full(rows, rate), mx.array(random.integers(0, 2**32, (rows, 2), np.uint32))
 
 
 def branches(folder, checkpoint, flags):
@@ -729,13 +938,15 @@ def train(flags, dataset, checkpoint, interrupts):
         raise UsageError(f"{name} is being trained by another process: wait for it, or begin another with --new_model")
     clean_folder(folder)
 
-    shape = {name: getattr(flags, name) for name in GROUPS["model"]}
-    config = Config(**checkpoint["config"] if checkpoint else shape | {"vocab_size": tokenizer.vocab_size})
+    config = Config(**checkpoint["config"]) if checkpoint else make_config(flags, tokenizer.vocab_size)
     model = LanguageModel(config)
-    optimizer = make_optimizer(model, flags)
-    batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size, flags.seed)
+    streams = make_streams(flags.batch_size, flags.context_size)
+    optimizer = make_optimizer(model, flags, streams)
+    batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size * flags.grad_accumulation, flags.seed)
     record = {"iteration": 0, "id": None, "scores": [], "best": None}
-    run = SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer)
+    run = SimpleNamespace(
+        record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer, streams=streams
+    )  # fmt: skip
     if checkpoint:
         load_run(folder, checkpoint, run)
     else:
@@ -750,11 +961,13 @@ def train(flags, dataset, checkpoint, interrupts):
         tqdm.write(f"Iteration {start:,} of --num_iters {flags.num_iters:,} is reached: a larger one extends the run.")
 
     bar = tqdm(total=flags.num_iters, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    step, steps_per_save = make_step(model, optimizer, flags.grad_clip), flags.steps_per_save or flags.steps_per_eval
+    step, steps_per_save = make_step(model, optimizer, flags, streams), flags.steps_per_save or flags.steps_per_eval
     losses, seconds = [], 0.0  # since the last report
+    trained = 0.0  # seconds in this leg, without the first step, which compiles
     for iteration in range(start, flags.num_iters + 1):
         record["iteration"] = iteration
-        finished, stopping = iteration == flags.num_iters, interrupts.received
+        timeout = flags.max_minutes is not None and trained >= 60 * flags.max_minutes
+        finished, stopping = iteration == flags.num_iters, interrupts.received or timeout
         due = iteration >= flags.steps_per_eval and (finished or iteration % flags.steps_per_eval == 0)
 
         # Save, then evaluate, then add the score, then sample: what goes wrong in one costs none of those before it.
@@ -763,26 +976,35 @@ def train(flags, dataset, checkpoint, interrupts):
             save_checkpoint(folder, run)
             prune_checkpoints(folder, run, flags.keep)
             tqdm.write(f"saved {record['id']} at iteration {iteration:,}")
-        if due and not stopping and iteration not in [scored for scored, _ in record["scores"]]:
+        if due and not interrupts.received and iteration not in [scored for scored, _ in record["scores"]]:
             nats = score_split("valid", model, dataset, flags, interrupts, flags.eval_tokens)
             if nats is not None:
                 record["scores"].append([iteration, nats])
                 if record["best"] is None or nats < record["best"]["nats"]:
                     record["best"] = {"id": record["id"], "iteration": iteration, "nats": nats}
                 save_checkpoint(folder, run, record["id"])
+        misses = sum(record["best"]["iteration"] < scored <= iteration for scored, _ in record["scores"])
         if save and not interrupts.received:
             tqdm.write("".join(continue_text(model, tokenizer, "", flags, interrupts)))
-        if finished or interrupts.received and (save or iteration == start):  # a signal since: after the next step
+        if timeout and not due:  # not part of the run: best and --patience must not depend on where a leg ends
+            tqdm.write(f"--max_minutes {flags.max_minutes:g} are over at iteration {iteration:,}.")
+            score_split("valid", model, dataset, flags, interrupts, flags.eval_tokens)
+        if flags.patience and misses >= flags.patience:
+            tqdm.write(f"Stopped: no better score in {misses} evaluations (--patience); the best is {record['best']['id']}.")
+            break
+        if finished or timeout or interrupts.received and (save or iteration == start):  # a signal since: after the next step
             break
 
         began = time.perf_counter()
-        optimizer.learning_rate = learning_rate_at(iteration, flags)
+        set_learning_rate(optimizer, learning_rate_at(iteration, flags))
         tokens, targets = batches.next()
-        keys = dropout_keys(flags.seed, iteration, len(tokens)) if flags.dropout else None
-        loss, norm = step(tokens, targets, keys)
+        dropout_rate = dropout_at(iteration, flags)
+        noise = make_noise(flags.seed, iteration, len(tokens), dropout_rate) if flags.dropout or flags.dropout_final else ()
+        loss, norm = step(tokens, targets, *noise)
         mx.eval(loss, norm, model.state, optimizer.state)
         losses.append(loss.item())
-        seconds += time.perf_counter() - began
+        taken = time.perf_counter() - began
+        seconds, trained = seconds + taken, trained + (taken if iteration > start else 0)
 
         if not math.isfinite(losses[-1] + norm.item()):
             raise RunError(
@@ -814,23 +1036,26 @@ def train(flags, dataset, checkpoint, interrupts):
 
 def print_start(flags, dataset, run):
     """One screen that says what is trained, on what, and where its files go."""
-    config, tokenizer, checked = run.model.config, dataset.tokenizer, versions()
+    config, tokenizer, checked = run.model.config, dataset.tokenizer, versions(run.streams)
     size = sum(array.nbytes for _, array in tree_flatten([run.model.parameters(), run.optimizer.state]))
     folder, free = flags.save_dir, shutil.disk_usage(flags.save_dir).free
     splits = " / ".join(f"{len(split.tokens):,}" for split in (dataset.train, dataset.valid, dataset.test) if split)
     record, windows, room = run.record, len(run.batches.perm), size * (flags.keep + 2)
+    rows = run.batches.batch_size
     tqdm.write(
         f"run      {record['run']}, from iteration {record['iteration']:,} to {flags.num_iters:,}, seed {flags.seed}\n"
         f"model    {record['parameters']:,} parameters: {config.num_blocks} blocks, dim {config.dim}, {config.num_heads} "
         f"heads ({config.num_kv_heads} for keys and values), {config.mlp} {config.mlp_dim}, context {config.context_size}\n"
         f"data     {dataset.name}: {splits} tokens; vocabulary {tokenizer.vocab_size:,} by {tokenizer.kind} "
         f"({tokenizer.vocab_size - tokenizer.num_special:,} without special tokens)\n"
-        f"steps    {flags.batch_size} x {config.context_size} tokens each, {max(1, windows // flags.batch_size):,} an epoch\n"
+        f"steps    {rows} x {config.context_size} tokens each, {max(1, windows // rows):,} an epoch; {flags.optimizer}\n"
         f"machine  {checked['device']}; MLX {checked['MLX']}, matrix products by {BLAS}\n"
         f"files    {folder.absolute()}, {size / 2**20:,.0f} MiB a checkpoint, {free / 2**20:,.0f} MiB free"
     )
-    if windows < flags.batch_size:
-        tqdm.write("The text has fewer windows than --batch_size: they repeat within a batch.")
+    if windows < rows:
+        tqdm.write("The text has fewer windows than a step's batch: they repeat within it.")
+    if flags.dtype == "bfloat16" and not flags.gpu:
+        tqdm.write("--dtype bfloat16 would be slower on a CPU, for which MLX has no fast code: it computes in float32.")
     if room > free:
         tqdm.write(f"Low on space: --keep {flags.keep}, the best and the next one need {room / 2**20:,.0f} MiB.")
     if BLAS == "reference BLAS" and not flags.gpu:
@@ -1010,6 +1235,9 @@ def make_parser():
     run("--identifier", metavar="ID", help="checkpoint id or its beginning, run name, latest or best")
     run("--new_model", **switch, help="begin a new run even if one could be resumed")
     run("--num_iters", type=size, default=100000, help="steps to train in all")
+    run("--max_minutes", type=number(float, 0), help="stop after so much training, without evaluations and saves")
+    run("--config", metavar="FILE", help="YAML file of flags, flat or in the groups of this help; the command line wins")
+    run("--preset", choices=list(PRESETS), help="dim, heads, blocks and context of a usual size")
     run("--gpu", **switch, help="compute on the GPU")
     run("--seed", type=count, default=42, help="of weights, batches, dropout and samples")
     model = group("model")
@@ -1020,13 +1248,23 @@ def make_parser():
     model("--num_kv_heads", type=size, help="key and value heads (default: num_heads)")
     model("--mlp", choices=list(ACTIVATIONS), default="relu2", help="feed-forward layer")
     model("--mlp_dim", type=size, help="its inner dimension (default: 4 dim; swiglu: 8/3 dim rounded up to 64)")
+    model("--qk_norm", **switch, help="normalize queries and keys, with learned weights")
+    model("--untie", **switch, help="an output layer of its own instead of the embeddings")
     model("--dropout", type=number(float, 0, 0.9), default=0.0, help="rate on embeddings and on what each block adds")
     training = group("training")
-    training("--batch_size", type=size, default=32, help="windows a step")
+    training("--batch_size", type=size, default=32, help="windows computed at once")
+    training("--grad_accumulation", type=size, default=1, help="batches to a step")
     training("--learning_rate", type=rate, default=3e-4, help="after warm-up")
+    training("--min_lr", type=rate, help="where the schedule ends (default: a tenth of the learning rate)")
     training("--weight_decay", type=rate, default=1e-5, help="AdamW's, on matrices")
+    training("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the blocks' matrices, at 5 times the rate")
     training("--lr_warmup", type=count, default=200, help="steps to reach the learning rate")
+    training("--lr_schedule", choices=["constant", "cosine", "linear"], default="constant", help="after warm-up")
     training("--grad_clip", type=rate, default=1.0, help="largest gradient norm; 0: no limit")
+    training("--dropout_final", type=number(float, 0, 0.9), help="--dropout moves by a line to this rate at the last step")
+    training("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation, on a GPU")
+    training("--checkpoint", **switch, help="gradient checkpointing: less memory, a third more time")
+    training("--patience", type=size, help="stop after so many evaluations without a better one")
     reports = group("reports")
     reports("--steps_per_report", type=size, default=10, help="steps between two report lines")
     reports("--steps_per_eval", type=size, default=1000, help="steps between two evaluations")
@@ -1049,7 +1287,7 @@ PARSER, GROUPS = make_parser()
 DEFAULTS = vars(PARSER.parse_args([]))
 # What makes two command lines mean two different runs, and what a resumed run takes from its checkpoint.
 DATA = ["dataset", "text", "valid_text", "test_text", "valid_fraction", "train_tokens", "tokenizer", "vocab_size"]
-SHAPING = [*DATA, "seed", *GROUPS["model"]]
+SHAPING = [*DATA, "seed", "optimizer", *GROUPS["model"]]
 INHERITED = [*SHAPING, "num_iters", *GROUPS["training"], *GROUPS["reports"]]
 
 
@@ -1064,6 +1302,33 @@ def resolve(flags):
     flags.num_kv_heads = flags.num_kv_heads or flags.num_heads
     flags.mlp_dim = flags.mlp_dim or (-(-flags.dim * 8 // 192) * 64 if flags.mlp == "swiglu" else 4 * flags.dim)
     return flags
+
+
+def read_config(path):
+    """The flags in a YAML file as command-line arguments. Raises UsageError."""
+    try:
+        import yaml
+
+        settings = yaml.safe_load(Path(path).expanduser().read_text())
+        groups = [value if name in GROUPS and isinstance(value, dict) else {name: value} for name, value in settings.items()]
+    except ImportError:
+        raise UsageError("--config needs a package: pip install PyYAML") from None
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path} is not a YAML file of flags: {' '.join(str(error).split())}") from None
+    settings = {str(name): value for group in groups for name, value in group.items() if value is not None}
+    if unknown := sorted(settings.keys() - DEFAULTS.keys() | settings.keys() & {"config"}):
+        raise UsageError(f"--config {path} names what is no flag: {', '.join(unknown)} (--help lists all flags)")
+    arguments = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            arguments += [f"--{name}" if value else f"--no-{name}"]
+        else:
+            arguments += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    try:
+        PARSER.parse_args(arguments)
+    except UsageError as error:
+        raise UsageError(f"--config {path}: {error}") from None
+    return arguments
 
 
 def open_folder(save_dir, writing):
@@ -1138,9 +1403,14 @@ def choose_checkpoint(folder, flags, typed):
 def main(argv=None):
     """Does what the command line says; returns the exit status: 0 done, 1 failed, 2 usage, 128 + n after signal n."""
     try:
+        argv = sys.argv[1:] if argv is None else argv
+        if config := PARSER.parse_args(argv).config:
+            argv = read_config(config) + argv
         unset = object()
         values = vars(PARSER.parse_args(argv, argparse.Namespace(**dict.fromkeys(DEFAULTS, unset))))
         typed = {name: value for name, value in values.items() if value is not unset}
+        if "preset" in typed:
+            typed = dict(zip(("dim", "num_heads", "num_blocks", "context_size"), PRESETS[typed["preset"]])) | typed
         if typed.get("tokenizer") == "auto":  # that is not to insist on anything
             del typed["tokenizer"]
         exclusive = [("dataset", "text"), *((name, "new_model") for name in ("identifier", "inference", "evaluate"))]
@@ -1152,7 +1422,7 @@ def main(argv=None):
             raise UsageError("--valid_text and --test_text go with --text: name the files to train on, too")
         if flags.gpu and not mx.is_available(mx.gpu):
             raise UsageError("--gpu: MLX sees no GPU; leave it away, or install MLX for yours (pip install mlx[cuda13])")
-        mx.set_default_device(mx.gpu if flags.gpu else mx.cpu)
+        use_device(flags.gpu)
         using = flags.inference or flags.evaluate  # a checkpoint, whatever its corpus
         folder = open_folder(flags.save_dir, writing=not (using or flags.list))
 
@@ -1174,6 +1444,8 @@ def main(argv=None):
             for name in INHERITED:
                 if name in typed and old.get(name) != getattr(flags, name):
                     tqdm.write(f"changed  --{name} from {old.get(name)} to {getattr(flags, name)}")
+                    if name == "num_iters" and (old["lr_schedule"] != "constant" or old["dropout_final"] is not None):
+                        tqdm.write("         which stretches the schedules of learning rate and dropout over the new length")
             flags = resolve(argparse.Namespace(**DEFAULTS | old | typed))
         flags.save_dir = folder
         data = {name: getattr(flags, name) for name in DATA if name != "dataset"}

@@ -1,6 +1,9 @@
-"""Measures, and asserts nothing: `python tests/benchmark.py data --mirror DIR` (DIR holds ptb/ptb.train.txt, …).
+"""Measures, and asserts nothing; the last line is JSON.
 
-The last line is JSON. Each figure is measured in a process of its own, so that peak memory is that of the one thing.
+    python tests/benchmark.py train                  training steps beside PyTorch's (pip install torch) and plain MLX's
+    python tests/benchmark.py data --mirror DIR      text to tokens; DIR holds ptb/ptb.train.txt and the others
+
+Each figure is measured in a process of its own, so that peak memory is that of the one thing.
 """
 
 import argparse
@@ -98,12 +101,167 @@ def data(mirror):
     return figures
 
 
+SHAPES = {  # vocabulary, dim, heads, blocks, context, batch, steps in a round
+    "default": (10000, 1024, 8, 4, 48, 32, 2),
+    "small": (10000, 256, 4, 4, 64, 32, 10),
+    "tiny": (10000, 128, 4, 4, 64, 12, 40),
+    "tiny, characters": (65, 128, 4, 4, 64, 12, 100),
+}
+
+
+def torch_step(shape, gpu, weights):
+    """The same model in eager PyTorch. Returns a function from a batch [B, L + 1] to the loss."""
+    import torch
+    import torch.nn.functional as F
+
+    vocab_size, dim, heads, blocks, context = shape[:5]
+    device = "cuda" if gpu else "cpu"
+    parameters = {name: torch.nn.Parameter(torch.tensor(weight, device=device)) for name, weight in weights.items()}
+    angles = torch.outer(torch.arange(context), 10000 ** (-torch.arange(0, dim // heads, 2) / (dim // heads)))
+    cos, sin = (torch.cat((f(angles), f(angles)), -1).to(device) for f in (torch.cos, torch.sin))
+    matrices = [p for p in parameters.values() if p.ndim > 1]
+    vectors = [p for p in parameters.values() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 1e-5}, {"params": vectors, "weight_decay": 0.0}],
+                                  lr=3e-4, betas=(0.9, 0.99), fused=True)  # fmt: skip
+
+    def rotate(x):
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat((-second, first), -1) * sin
+
+    def model(tokens):
+        hidden = F.embedding(tokens, parameters["model.embed_tokens.weight"])
+        for i in range(blocks):
+            def linear(x, name, i=i):
+                return F.linear(x, parameters[f"model.layers.{i}.{name}.weight"])
+
+            def norm(x, name, i=i):
+                return F.rms_norm(x, (dim,), parameters[f"model.layers.{i}.{name}.weight"], 1e-5)
+
+            B, L, D = hidden.shape
+            x = norm(hidden, "input_layernorm")
+            q, k, v = (linear(x, f"self_attn.{name}_proj").view(B, L, heads, -1).transpose(1, 2) for name in "qkv")
+            attended = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+            hidden = hidden + linear(attended.transpose(1, 2).reshape(B, L, D), "self_attn.o_proj")
+            x = norm(hidden, "post_attention_layernorm")
+            hidden = hidden + linear(F.relu(linear(x, "mlp.up_proj")).square(), "mlp.down_proj")
+        hidden = F.rms_norm(hidden, (dim,), parameters["model.norm.weight"], 1e-5)
+        return F.linear(hidden, parameters["model.embed_tokens.weight"])
+
+    def step(batch):
+        batch = torch.from_numpy(batch).to(device)
+        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def mlx_step(shape, gpu, weights, plain=False):
+    """main.py's own step, or with `plain` the same without its own loss, attention and streams."""
+    import main
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_unflatten
+
+    vocab_size, dim, heads, blocks, context, batch_size = shape[:6]
+    main.use_device(gpu)
+    values = dict(dim=dim, num_heads=heads, num_blocks=blocks, context_size=context, batch_size=batch_size)
+    flags = main.resolve(argparse.Namespace(**main.DEFAULTS | values))
+    model = main.LanguageModel(main.make_config(flags, vocab_size))
+    model.update(tree_unflatten([(name, mx.array(weight)) for name, weight in weights.items()]))
+    streams = main.make_streams(batch_size, context)
+    if plain:
+        streams = [mx.default_stream(mx.default_device())]
+        main.set_blas_threads(os.cpu_count())
+        main.attend = lambda q, k, v, scale, cached: mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+        main.loss_sum = lambda model, tokens, targets, noise, share: (nn.losses.cross_entropy(model(tokens), targets) * share).sum()
+    optimizer = main.make_optimizer(model, flags, streams)
+    compiled = main.make_step(model, optimizer, flags, streams)
+
+    def step(batch):
+        loss, norm = compiled(mx.array(batch[:, :-1]), mx.array(batch[:, 1:]))
+        mx.eval(loss, norm, model.state, optimizer.state)
+        return loss.item()
+
+    return step
+
+
+def work(kind, shape, gpu):
+    """Reads numbers of steps from stdin; answers each with the seconds it took, the losses, and the peak memory in MiB."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    vocab_size, dim, _, blocks, context, batch_size = shape[:6]
+    shapes = {"model.embed_tokens": (vocab_size, dim), "model.norm": (dim,)}
+    for i in range(blocks):
+        layer = f"model.layers.{i}."
+        shapes |= {layer + "input_layernorm": (dim,), layer + "post_attention_layernorm": (dim,)}
+        shapes |= {layer + f"self_attn.{name}_proj": (dim, dim) for name in "qkvo"}
+        shapes |= {layer + "mlp.up_proj": (4 * dim, dim), layer + "mlp.down_proj": (dim, 4 * dim)}
+    weights = {f"{name}.weight": np.ones(s) if len(s) < 2 else random.normal(0, 0.02, s) for name, s in shapes.items()}
+    weights = {name: weight.astype(np.float32) for name, weight in weights.items()}
+    step = torch_step(shape, gpu, weights) if kind == "torch" else mlx_step(shape, gpu, weights, kind == "plain")
+    for line in sys.stdin:
+        batches = [random.integers(0, vocab_size, (batch_size, context + 1)) for _ in range(int(line))]
+        began = time.perf_counter()
+        losses = [step(batch) for batch in batches]
+        print(json.dumps([time.perf_counter() - began, losses, peak_mib()]), flush=True)
+
+
+def train(names, gpu, rounds=5):
+    """Blocks of training steps by each competitor in turn, the same model from the same weights on the same batches."""
+    figures, kinds = {}, ["main", "plain", "torch"]
+    if subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode:
+        print("PyTorch is not installed (pip install torch): only plain MLX is compared with.")
+        kinds.remove("torch")
+    for name in names:
+        arguments = [sys.executable, __file__, "work", "--shape", name, *(["--gpu"] if gpu else [])]
+        workers = [subprocess.Popen([*arguments, "--kind", kind], stdin=-1, stdout=-1, text=True) for kind in kinds]
+
+        def run(worker, steps):
+            worker.stdin.write(f"{steps}\n")
+            worker.stdin.flush()
+            return json.loads(worker.stdout.readline())
+
+        steps = SHAPES[name][-1]
+        firsts = [run(worker, 20)[1] for worker in workers]  # compiles, warms up
+        seconds, peaks = [], []
+        for _ in range(rounds):
+            results = [run(worker, steps) for worker in workers]
+            seconds.append([result[0] / steps for result in results])
+            peaks = [result[2] for result in results]
+        for worker in workers:
+            worker.stdin.close()
+            worker.wait()
+        figure = figures[name] = {"peak_mib": dict(zip(kinds, peaks))}
+        figure["seconds a step"] = {kind: round(statistics.median(s), 4) for kind, s in zip(kinds, zip(*seconds))}
+        for i, kind in enumerate(kinds[1:], 1):
+            ratios = sorted(round(row[i] / row[0], 2) for row in seconds)
+            figure[f"times {kind}'s speed"] = {"median": statistics.median(ratios), "rounds": ratios}
+            figure[f"losses off {kind}'s"] = max(abs(a - b) for a, b in zip(firsts[0], firsts[i]))
+        print(f"{name:<18} {figure}", flush=True)
+    return figures
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("part", choices=["data"])
-    parser.add_argument("--mirror", required=True, help="address or folder that holds ptb/ptb.train.txt and the others")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["train", "data", "work"])
+    parser.add_argument("--mirror", help="address or folder that holds ptb/ptb.train.txt and the others")
+    parser.add_argument("--shape", choices=list(SHAPES), help="one of the models (default: all)")
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--kind", choices=["main", "plain", "torch"], help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    figures = data(os.path.abspath(flags.mirror))
-    for name, figure in figures.items():
-        print(f"{name:<36} {figure}")
+    if flags.part == "work":
+        sys.exit(work(flags.kind, SHAPES[flags.shape], flags.gpu))
+    if flags.part == "data" and not flags.mirror:
+        parser.error("data needs --mirror")
+    if flags.part == "data":
+        figures = data(os.path.abspath(flags.mirror))
+        for name, figure in figures.items():
+            print(f"{name:<36} {figure}")
+    else:
+        figures = train([flags.shape] if flags.shape else SHAPES, flags.gpu)
     print(json.dumps(figures))

@@ -22,7 +22,7 @@ def make_run(name="test-000000", seed=1, **values):
     """A small run that was never trained, and its flags."""
     given = flags(dim=16, num_heads=2, num_blocks=1, context_size=8, batch_size=2, **values)
     tokenizer = WordTokenizer.train(["a b c d\n" * 5])
-    config = main.Config(tokenizer.vocab_size, 8, 1, 16, 2, 2, "relu2", 64, 0.0)
+    config = main.Config(tokenizer.vocab_size, 8, 1, 16, 2, 2, "relu2", 64)
     model = main.LanguageModel(config)
     main.init_weights(model, seed)
     batches = main.Batches(np.arange(200, dtype=np.uint16) % 6, 8, 2, seed)
@@ -31,13 +31,13 @@ def make_run(name="test-000000", seed=1, **values):
         "flags": {flag: getattr(given, flag) for flag in main.INHERITED}, "scores": [], "best": None,
     }  # fmt: skip
     optimizer = main.make_optimizer(model, given)
-    return SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer)
+    return SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer, streams=[0])
 
 
 def advance(run, steps=1):
-    step = main.make_step(run.model, run.optimizer, 1.0)
+    step = main.make_step(run.model, run.optimizer, flags(), [mx.default_stream(mx.cpu)])
     for _ in range(steps):
-        mx.eval(step(*run.batches.next(), None), run.model.state, run.optimizer.state)
+        mx.eval(step(*run.batches.next()), run.model.state, run.optimizer.state)
         run.record["iteration"] += 1
 
 

@@ -18,9 +18,12 @@ import main
 DEFAULTS = dict(
     dataset="ptb", text=None, valid_text=None, test_text=None, valid_fraction=0.1, train_tokens=None, tokenizer="auto",
     vocab_size=32000, save_dir=None, mirror=None, identifier=None,
-    new_model=False, num_iters=100000, gpu=False, seed=42,
-    context_size=48, num_blocks=4, dim=1024, num_heads=8, num_kv_heads=None, mlp="relu2", mlp_dim=None, dropout=0.0,
-    batch_size=32, learning_rate=3e-4, weight_decay=1e-5, lr_warmup=200, grad_clip=1.0,
+    new_model=False, num_iters=100000, max_minutes=None, config=None, preset=None, gpu=False, seed=42,
+    context_size=48, num_blocks=4, dim=1024, num_heads=8, num_kv_heads=None, mlp="relu2", mlp_dim=None,
+    qk_norm=False, untie=False, dropout=0.0,
+    batch_size=32, grad_accumulation=1, learning_rate=3e-4, min_lr=None, weight_decay=1e-5, optimizer="adamw",
+    lr_warmup=200, lr_schedule="constant", grad_clip=1.0, dropout_final=None, dtype="float32", checkpoint=False,
+    patience=None,
     steps_per_report=10, steps_per_eval=1000, eval_tokens=100000, steps_per_save=None, eval_test=False, keep=3,
     inference=False, max_tokens=200, top_k=50, temperature=0.5,
     evaluate=None, list=False,
@@ -72,11 +75,11 @@ def fails(capsys, arguments, *words, status=2):
     ("--seed 1.5", ["--seed", "whole number", "'1.5'"]),
     ("--learning_rate fast", ["--learning_rate", "number", "'fast'"]),
     *((f"--{flag} 0", [f"--{flag}", "at least 1"]) for flag in (
-        "num_iters context_size num_blocks dim num_heads num_kv_heads mlp_dim batch_size steps_per_report "
-        "steps_per_eval steps_per_save keep max_tokens"
+        "num_iters context_size num_blocks dim num_heads num_kv_heads mlp_dim batch_size grad_accumulation steps_per_report "
+        "steps_per_eval steps_per_save keep patience max_tokens"
     ).split()),
     *((f"--{flag} -1", [f"--{flag}", "-1", "at least 0"]) for flag in (
-        "seed lr_warmup learning_rate weight_decay grad_clip eval_tokens top_k temperature dropout"
+        "seed lr_warmup learning_rate weight_decay grad_clip eval_tokens top_k temperature dropout dropout_final min_lr max_minutes"
     ).split()),
     *((f"--{flag} {value}", [f"--{flag}", value, "at least"]) for value in ("inf", "nan") for flag in (
         "learning_rate weight_decay grad_clip temperature dropout valid_fraction"

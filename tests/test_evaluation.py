@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 def make_model(**values):
     shape = dict(vocab_size=13, context_size=8, num_blocks=2, dim=8, num_heads=2, num_kv_heads=1, mlp_dim=12)
-    model = main.LanguageModel(main.Config(**shape | dict(mlp="relu2", dropout=0.0) | values))
+    model = main.LanguageModel(main.Config(**shape | dict(mlp="relu2") | values))
     random, weights = np.random.default_rng(0), {}
     for name, weight in tree_flatten(model.parameters()):  # no weight is 0 or 1, so that no gradient is trivial
         weights[name] = random.normal(1, 0.3, weight.shape) if weight.ndim == 1 else random.normal(0, 0.6, weight.shape)
@@ -45,23 +45,24 @@ def test_loss_sum_is_a_masked_sum():
     nats = nats_of(model(mx.array(tokens)), targets)
     given = mx.array(tokens), mx.array(targets)
     assert main.loss_sum(model, *given).item() == pytest.approx(nats.sum(), rel=1e-5)
-    assert main.loss_sum(model, *given, mask=mx.array(mask)).item() == pytest.approx((nats * mask).sum(), rel=1e-5)
-    assert main.loss_sum(model, *given, mask=1 / 24).item() == pytest.approx(nats.mean(), rel=1e-5)
+    assert main.loss_sum(model, *given, weights=mx.array(mask)).item() == pytest.approx((nats * mask).sum(), rel=1e-5)
+    assert main.loss_sum(model, *given, weights=1 / 24).item() == pytest.approx(nats.mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("mlp, rate", [("relu2", 0.0), ("swiglu", 0.0), ("gelu", 0.0), ("swiglu", 0.3)])
 def test_gradient_equals_finite_differences(mlp, rate):
-    model, random = make_model(mlp=mlp, dropout=rate), np.random.default_rng(2)
+    model, random = make_model(mlp=mlp), np.random.default_rng(2)
     tokens, targets = (mx.array(ids) for ids in random.integers(13, size=(2, 2, 8)))
-    keys = mx.array(random.integers(0, 2**32, (2, 2), np.uint32)) if rate else None
+    keys = mx.array(random.integers(0, 2**32, (2, 2), np.uint32))
+    noise = (mx.full(2, rate), keys) if rate else ()
     mask = mx.array(random.uniform(0.1, 1, (2, 8)).astype(np.float32))
-    _, gradients = nn.value_and_grad(model, main.loss_sum)(model, tokens, targets, keys, mask)
+    _, gradients = nn.value_and_grad(model, main.loss_sum)(model, tokens, targets, noise, mask)
     weights, gradients = arrays(model.parameters()), arrays(gradients)
     assert weights.keys() == gradients.keys()
 
     def loss_at(weight):  # the sum is taken in float64: the loss would spend digits of float32 on it
         set_weights(model, weights | {name: weight})
-        return (nats_of(model(tokens, keys=keys), targets) * np.array(mask)).sum()
+        return (nats_of(model(tokens, noise=noise), targets) * np.array(mask)).sum()
 
     for name, weight in weights.items():
         size = np.linalg.norm(gradients[name])

@@ -9,9 +9,11 @@ import pytest
 from conftest import flags
 from mlx.utils import tree_flatten, tree_unflatten
 
+STREAMS = [mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)]
+
 
 def make_model(num_blocks=2):
-    shape = dict(vocab_size=11, context_size=6, dim=8, num_heads=2, num_kv_heads=1, mlp_dim=12, dropout=0.0)
+    shape = dict(vocab_size=11, context_size=6, dim=8, num_heads=2, num_kv_heads=1, mlp_dim=12)
     model = main.LanguageModel(main.Config(**shape, num_blocks=num_blocks, mlp="swiglu"))
     random = np.random.default_rng(0)
     set_weights(model, {n: random.normal(0.5, 0.3, w.shape) for n, w in tree_flatten(model.parameters())})
@@ -55,7 +57,7 @@ def test_each_parameter_is_in_exactly_one_group():
     model = make_model()
     optimizer = main.make_optimizer(model, flags(weight_decay=0.1))
     decayed, plain = (
-        [name[:-2] for name, _ in tree_flatten(group.state) if name.endswith(".m")] for group in optimizer.optimizers
+        [name[:-2] for name, _ in tree_flatten(group.state) if name.endswith(".v")] for group in optimizer.optimizers
     )
     names = [name for name, _ in tree_flatten(model.parameters())]
     assert sorted(decayed + plain) == sorted(names)
@@ -69,8 +71,8 @@ def test_a_parameter_without_a_group_or_with_two_is_noticed(monkeypatch, change)
 
     def groups_changed(tree, *options):  # stands for an optimizer whose filters leave a gap or overlap
         leaves = flatten(tree, *options)
-        moments = [leaf for leaf in leaves if leaf[0].endswith("embed_tokens.weight.m")]
-        rest = [leaf for leaf in leaves if not leaf[0].endswith("embed_tokens.weight.m")]
+        moments = [leaf for leaf in leaves if leaf[0].endswith("embed_tokens.weight.v")]
+        rest = [leaf for leaf in leaves if not leaf[0].endswith("embed_tokens.weight.v")]
         return rest + (change(moments) if moments else [])
 
     monkeypatch.setattr(main, "tree_flatten", groups_changed)
@@ -118,8 +120,8 @@ def test_gradients_are_clipped_by_their_common_norm(uncompiled, grad_clip):
     norm = np.sqrt(sum((gradient**2).sum() for gradient in gradients.values()))
     assert norm > 0.5  # or 0.25 would clip nothing
     before = arrays(model.parameters())
-    step = main.make_step(model, optim.SGD(1.0), grad_clip)  # whose update at rate 1 is the gradient itself
-    loss, reported = step(tokens, targets, None)
+    step = main.make_step(model, optim.SGD(1.0), flags(grad_clip=grad_clip), STREAMS)  # whose update at rate 1 is the gradient itself
+    loss, reported = step(tokens, targets)
     assert loss.item() == pytest.approx(total.item() / targets.size, rel=1e-5)
     assert reported.item() == pytest.approx(norm, rel=1e-5)  # before clipping
     factor = 0.25 / norm if grad_clip == 0.25 else 1.0
@@ -129,15 +131,15 @@ def test_gradients_are_clipped_by_their_common_norm(uncompiled, grad_clip):
 
 def test_a_step_is_value_gradient_and_update():
     """The compiled step does what the same pieces do one by one, and the rate set between steps reaches it."""
-    given = flags(learning_rate=0.01, weight_decay=0.1)
+    given = flags(learning_rate=0.01, weight_decay=0.1, grad_clip=0.0)
     compiled, plain = make_model(num_blocks=0), make_model(num_blocks=0)  # a matrix and a norm: few kernels to compile
     optimizer, plain_optimizer = main.make_optimizer(compiled, given), main.make_optimizer(plain, given)
-    step = main.make_step(compiled, optimizer, 0.0)
+    step = main.make_step(compiled, optimizer, given, STREAMS)
     tokens, targets = batch()
     for rate in (0.01, 0.05, 0.001):
         optimizer.learning_rate = plain_optimizer.learning_rate = rate
-        step(tokens, targets, None)
-        _, gradients = nn.value_and_grad(plain, main.loss_sum)(plain, tokens, targets, None, 1 / targets.size)
+        step(tokens, targets)
+        _, gradients = nn.value_and_grad(plain, main.loss_sum)(plain, tokens, targets, (), 1 / targets.size)
         plain_optimizer.update(plain, gradients)
     expected = arrays(plain.parameters())
     for name, weight in arrays(compiled.parameters()).items():

@@ -15,7 +15,7 @@ INF = math.inf
 
 
 def make_model(context_size=8, vocab_size=31, kv_heads=2):
-    shape = dict(num_blocks=2, dim=16, num_heads=4, num_kv_heads=kv_heads, mlp="relu2", mlp_dim=32, dropout=0.0)
+    shape = dict(num_blocks=2, dim=16, num_heads=4, num_kv_heads=kv_heads, mlp="relu2", mlp_dim=32)
     model = main.LanguageModel(main.Config(vocab_size, context_size, **shape))
     random = np.random.default_rng(0)
     values = {n: random.normal(0, 1 if w.ndim == 1 else 0.5, w.shape) for n, w in tree_flatten(model.parameters())}
