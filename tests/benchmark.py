@@ -49,7 +49,7 @@ def bpe_speed(path, save_dir):
     texts, size, ratios = Path(path).read_text().splitlines(keepends=True), os.path.getsize(path) / 1e6, []
     for _ in range(5):
         began = time.perf_counter()
-        tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
+        tokenizer.package.encode_batch(texts, add_special_tokens=False)
         package = time.perf_counter() - began
         began = time.perf_counter()
         datasets.write_tokens([datasets.whole(path)], tokenizer, Path(save_dir) / "bpe.tokens")
