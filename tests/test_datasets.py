@@ -787,7 +787,7 @@ def test_dataset_knows_its_training_tokens(tmp_path):
         return load(tmp_path, write(tmp_path, [train, valid, "abc"]), "byte").sha256
 
     first = sha256("one\n", "two\n")
-    known = {"num_tokens": 4, "num_unk": 0, "num_bytes": 4, "num_words": 2}
+    known = {"num_tokens": 4, "num_unk": 0, "num_bytes": 4, "num_words": 2, "size": 8}
     known = json.dumps([known | {"sha256": hashlib.sha256(b"one\n").hexdigest()}, {"kind": "byte"}])
     assert first == hashlib.sha256(known.encode()).hexdigest(), "of the text, what it is in tokens, and the vocabulary"
     assert first == sha256("one\n", "other\n") and len({first, sha256("one", "two\n"), sha256("eno\n", "two\n")}) == 3
