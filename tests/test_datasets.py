@@ -391,7 +391,8 @@ def test_words_of_all_white_space_are_counted(tmp_path):
 
 def own_text(paths, fraction=0.1, valid=(), test=(), say=pytest.fail, save_dir=Path("/nowhere")):
     """The texts of each split."""
-    splits = datasets.own_text(paths, valid, test, fraction, say, save_dir)
+    given = {name: paths for name, paths in (("train", paths), ("valid", valid), ("test", test)) if paths}
+    splits = datasets.own_text(given, fraction, say, save_dir)
 
     def text_of(span):
         return span.path.read_bytes()[span.start : span.stop].decode()
