@@ -9,6 +9,7 @@ Everything is streamed: memory does not grow with the corpus. This file knows no
 import argparse
 import codecs
 import fcntl
+import functools
 import glob
 import hashlib
 import itertools
@@ -36,39 +37,33 @@ class RunError(Exception):
     """Something failed while the program did what it was asked to: one line, exit status 1."""
 
 
-SPLITS = "train", "valid", "test"
+SPLITS, END = ("train", "valid", "test"), "<|endoftext|>"  # the end of a document, where a text spells it out
 # A corpus, encoded. `test` may be None. By `sha256`, of training text and vocabulary, a resumed run knows it again.
 Dataset = namedtuple("Dataset", "name tokenizer train valid test sha256")
-# [N] uint16 or uint32, memory-mapped; the bytes and the words and line ends behind them; how many of them are <unk>.
+# [N] uint16 or uint32, memory-mapped; the bytes, and the words and line ends, behind them; how many are <unk>.
 Split = namedtuple("Split", "tokens num_bytes num_words num_unk")
 # Bytes of a file: a document, or several with `marker` between them. UTF-8, unless `errors` keeps what is not.
 Span = namedtuple("Span", "path start stop marker errors", defaults=(None, "surrogateescape"))
 # A download, which counts only with this size (bytes) and SHA256; addresses that end in / have the name put behind.
 File = namedtuple("File", "name size sha256 addresses")
-END = "<|endoftext|>"
 
-# ---- Tokenizers: each function makes one of its `vocabulary`, plain data, or trains it on `texts`. `encode(text)` gives
-# [N] ids, `decode(ids)` text, `unknown(text)` the pieces that become `unk`; `eos` stands between documents; both ids may
-# be None. `to_dict()` goes whole into a checkpoint. No order below is left to chance, so no hash seed changes an id.
-
-
+# ---- Tokenizers: each function makes one of its `vocabulary`, plain data, or trains it on `texts`. `encode(text)` is
+# [N] ids, `decode(ids)` text, `unknown(text)` what becomes `unk`; `eos` stands between documents; an id can be None.
+# `to_dict()` goes whole into a checkpoint. No order below is left to chance, so no hash seed changes an id.
 def byte_tokenizer(vocabulary=None, texts=(), vocab_size=None):
     """The 256 byte values and `<eos>`. Lossless on any text."""
     return SimpleNamespace(
-        kind="byte", vocab_size=257, num_special=1, eos=256, unk=None,
+        kind="byte", vocab_size=257, num_special=1, eos=256, unk=None, unknown=lambda text: [],
         encode=lambda text: np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.uint16),
         decode=lambda ids: bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace"),
-        unknown=lambda text: [], to_dict=lambda: {"kind": "byte"},
+        to_dict=lambda: {"kind": "byte"},
     )  # fmt: skip
 
 
 def char_tokenizer(vocabulary=None, texts=(), vocab_size=None):
     """The characters of the training text in sorted order, then `<unk>`. Lossless on the characters it knows."""
     if vocabulary is None:
-        characters = set()
-        for text in texts:
-            characters.update(utf8(text))
-        vocabulary = "".join(sorted(characters))
+        vocabulary = "".join(sorted(functools.reduce(set.union, map(utf8, texts), set())))
     unk = len(vocabulary)
     table = np.full(0x110000, unk, token_dtype(unk + 1))  # [code point] -> id
     table[list(map(ord, vocabulary))] = np.arange(unk)
@@ -82,32 +77,24 @@ def char_tokenizer(vocabulary=None, texts=(), vocab_size=None):
 
 
 def word_tokenizer(vocabulary=None, texts=(), vocab_size=None):
-    """The words (by `str.split`) of the training text in order of frequency, then alphabet; `<eos>` at each \\n; `<unk>`."""
+    """The words (`str.split`) of the training text by frequency, then alphabet; `<eos>` at each \\n; `<unk>`."""
     if vocabulary is None:
         counts = Counter({"<eos>": 0, "<unk>": 0})  # both exist even where the text has none
-        for text in texts:
-            counts.update(utf8(text).replace("\n", " <eos> ").split())
+        counts.update(itertools.chain.from_iterable(map(split_words, texts)))
         vocabulary = sorted(counts, key=lambda word: (-counts[word], word))
     known = {word: i for i, word in enumerate(vocabulary)}
     eos, unk, dtype = known["<eos>"], known["<unk>"], token_dtype(len(known))
-
-    def encode(text):
-        words = utf8(text).replace("\n", " <eos> ").split()
-        return np.fromiter(map(known.get, words, itertools.repeat(unk)), dtype, len(words))
-
-    def decode(ids):
-        text = " ".join("\n" if i == eos else vocabulary[i] for i in map(int, ids))
-        return text.replace(" \n", "\n").replace("\n ", "\n")
-
     return SimpleNamespace(
         kind="word", vocabulary=vocabulary, vocab_size=len(known), num_special=2, eos=eos, unk=unk,
-        encode=encode, decode=decode, to_dict=lambda: {"kind": "word", "vocabulary": vocabulary},
+        encode=lambda text: np.fromiter(map(known.get, split_words(text), itertools.repeat(unk)), dtype),
+        decode=lambda ids: re.sub(" ?\n ?", "\n", " ".join("\n" if i == eos else vocabulary[i] for i in map(int, ids))),
         unknown=lambda text: [word for word in text.split() if word not in known],
+        to_dict=lambda: {"kind": "word", "vocabulary": vocabulary},
     )  # fmt: skip
 
 
 def bpe_tokenizer(vocabulary=None, texts=(), vocab_size=32000, kind="bpe"):
-    """Byte-level BPE of the `tokenizers` package: GPT-2's own or trained. Lossless on any text; END is a token in it, too."""
+    """Byte-level BPE by the `tokenizers` package: GPT-2's own or trained. Lossless on any text; END is one token."""
     try:
         from tokenizers import ByteLevelBPETokenizer, Tokenizer
     except ImportError:
@@ -117,17 +104,15 @@ def bpe_tokenizer(vocabulary=None, texts=(), vocab_size=32000, kind="bpe"):
         untrained.train_from_iterator(map(utf8, texts), vocab_size, 0, special_tokens=[END], show_progress=shown)
         vocabulary = untrained.to_str()
     bpe = Tokenizer.from_str(vocabulary)
-    size = bpe.get_vocab_size()
-
-    def encode_batch(texts):  # in parallel threads
-        encodings = bpe.encode_batch_fast(list(map(utf8, texts)), add_special_tokens=False)
-        return [np.array(encoding.ids, token_dtype(size)) for encoding in encodings]
-
+    size, eos, dtype = bpe.get_vocab_size(), bpe.token_to_id(END), token_dtype(bpe.get_vocab_size())
     return SimpleNamespace(
-        kind=kind, vocabulary=vocabulary, package=bpe, vocab_size=size, num_special=1, eos=bpe.token_to_id(END), unk=None,
-        encode=lambda text: encode_batch([text])[0], encode_batch=encode_batch, unknown=lambda text: [],
+        kind=kind, vocabulary=vocabulary, package=bpe, vocab_size=size, num_special=1, eos=eos, unk=None,
+        encode=lambda text: np.array(bpe.encode(utf8(text), add_special_tokens=False).ids, dtype),
+        encode_batch=lambda texts: [  # in parallel threads
+            np.array(each.ids, dtype) for each in bpe.encode_batch_fast([*map(utf8, texts)], add_special_tokens=False)
+        ],
         decode=lambda ids: bpe.decode(list(map(int, ids)), skip_special_tokens=False),
-        to_dict=lambda: {"kind": kind, "vocabulary": vocabulary},
+        unknown=lambda text: [], to_dict=lambda: {"kind": kind, "vocabulary": vocabulary},
     )  # fmt: skip
 
 
@@ -140,6 +125,10 @@ def tokenizer_from_dict(data):
     return TOKENIZERS[data["kind"]](data.get("vocabulary"))
 
 
+def split_words(text):
+    return utf8(text).replace("\n", " <eos> ").split()
+
+
 def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
@@ -150,10 +139,9 @@ def utf8(text):
 
 
 # ---- Downloads
-
 def fetch(file, folder, mirror=None, say=print):
-    """Path of `file` in `folder`, brought there from `mirror`, an address or folder with `<dataset>/<file name>`, or from
-    its addresses in turn. It gets its name only once it is verified. Raises RunError with all reasons and remedies."""
+    """Path of `file` in `folder`, fetched from its addresses in turn or from `mirror` (an address or a folder with
+    <dataset>/<file name>). It gets its name only once it is verified. Raises RunError with all reasons and remedies."""
     path, part, reasons = folder / file.name, folder / f"{file.name}.part", []
     addresses = [f"{mirror.rstrip('/')}/{folder.name}/"] if mirror else file.addresses
     addresses = [address + file.name if address.endswith("/") else address for address in addresses]
@@ -167,10 +155,7 @@ def fetch(file, folder, mirror=None, say=print):
         while addresses:
             resumed = part.exists()
             try:
-                if "://" in addresses[0]:
-                    download(addresses[0], part, file.size)
-                else:
-                    shutil.copyfile(Path(addresses[0]).expanduser(), part)
+                download(addresses[0], part, file.size)
                 if not (fault := find_fault(file, part)):
                     say(f"Fetched {addresses[0]} ({file.size:,} bytes, verified) to {path}")
                     return part.replace(path)
@@ -202,14 +187,14 @@ def sha256_of(path):
 
 def download(address, part, size):
     """Brings `address` into the file `part`, going on where it was cut off, until six tries in a row bring nothing."""
-    import requests
-
-    failures, told, have = 0, None, part.stat().st_size if part.exists() else 0
+    if "://" not in address:  # a mirror may be a folder
+        return shutil.copyfile(Path(address).expanduser(), part)
+    import requests  # not at each start: that takes a fifth of a second
+    failures, told, reason, have = 0, None, "the connection was cut", part.stat().st_size if part.exists() else 0
     while failures < 6:
         had = have = have if have < size else 0
         headers = {"User-Agent": "transformer-lm (a language-model trainer)", "Accept-Encoding": "identity"}
         headers |= {"Range": f"bytes={have}-"} if have else {}
-        reason = "the connection was cut"
         try:
             with requests.get(address, headers=headers, stream=True, timeout=30) as response:
                 status, told = response.status_code, response.headers
@@ -218,9 +203,8 @@ def download(address, part, size):
                 have = have if status == 206 else 0  # a server may send the whole whatever it is asked for
                 stated = int(told.get("Content-Length", size - have)) + have
                 if status not in (200, 206) or stated != size or "html" in told.get("Content-Type", ""):
-                    kind = told.get("Content-Type", "no type")
-                    raise OSError(f"HTTP status {status}, size {stated:,} instead of {size:,} bytes, {kind}")
-                bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+                    raise OSError(f"HTTP status {status}, {told.get('Content-Type')}, {stated:,} of {size:,} bytes")
+                bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None)
                 with bar, part.open("ab" if have else "wb") as out:
                     for chunk in response.iter_content(1 << 16):  # the last, unfinished one is lost in a cut
                         bar.update(out.write(chunk))
@@ -232,7 +216,7 @@ def download(address, part, size):
                 raise OSError(reason) from None
         have = part.stat().st_size if part.exists() else 0
         if have == size:
-            return
+            return None
         failures = failures + 1 if have <= had else 0
         pause = told.get("Retry-After", "")
         time.sleep(min(int(pause), 60) if pause.isdigit() else 2**failures // 2)
@@ -283,8 +267,8 @@ CORPORA = {  # name -> usual tokenizer, addresses, texts, marker. A text is a fi
     # Penn Treebank as Mikolov et al. (2010) prepared it: one sentence a line, 10,000 words.
     "ptb": ("word", PTB, {f"ptb.{split}.txt": [] for split in SPLITS}),
     # WikiText (Merity et al. 2016): Wikipedia articles by words; 2 and 103 million of them.
-    "wikitext2": ("word", WIKITEXT, {f"wikitext-2-v1.zip/wikitext-2/wiki.{name}.tokens": [] for name in SPLITS}),
-    "wikitext103": ("word", WIKITEXT, {f"wikitext-103-v1.zip/wikitext-103/wiki.{name}.tokens": [] for name in SPLITS}),
+    "wikitext2": ("word", WIKITEXT, {f"wikitext-2-v1.zip/wikitext-2/wiki.{s}.tokens": [] for s in SPLITS}),
+    "wikitext103": ("word", WIKITEXT, {f"wikitext-103-v1.zip/wikitext-103/wiki.{s}.tokens": [] for s in SPLITS}),
     # The first 100 MB of an English Wikipedia dump (Hutter Prize), split by bytes: 90, 5 and 5 million.
     "enwik8": ("byte", ["https://mattmahoney.net/dc/", "https://data.deepai.org/"], {"enwik8.zip/enwik8": [90, 95]}),
     # Karpathy's 40,000 lines of Shakespeare: the first 90 % of the characters (all ASCII) to train, the rest valid.
@@ -292,15 +276,14 @@ CORPORA = {  # name -> usual tokenizer, addresses, texts, marker. A text is a fi
     # Stories by GPT-3.5 and GPT-4 (Eldan & Li 2023). They have no test split: that is the second half of valid.
     "tinystories": ("gpt2", STORIES, {"TinyStories-train.txt": [], "TinyStories-valid.txt": [50]}, END),
     "tinystoriesv2": ("gpt2", STORIES, {"TinyStoriesV2-GPT4-train.txt": [], "TinyStoriesV2-GPT4-valid.txt": [50]}, END),
-    "python": ("byte",),
-    "text": ("byte",),
+    "python": ("byte",), "text": ("byte",),
 }  # fmt: skip
 
 
 def corpus_spans(name, folder, mirror, say):
     """{split: [Span, ...]} of a corpus of the table, whose files are downloaded if they are missing."""
     if name == "python":  # of the running Python's top-level modules every tenth to validation, the next to test
-        modules = [whole(path) for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
+        modules = [Span(p, 0, os.path.getsize(p)) for p in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
         valid, test = modules[9::10], modules[10::10]
         return {"train": [span for span in modules if span not in valid + test], "valid": valid, "test": test}
     _, addresses, texts, *marker = CORPORA[name]
@@ -317,15 +300,15 @@ def corpus_spans(name, folder, mirror, say):
 
 
 def own_text(given, valid_fraction, say, save_dir):
-    """{split: [Span, ...]} of the user's files, each a document. If no "valid" is `given`, that is every so many-th of many
-    files, or the end of the text."""
-    splits = {split: [whole(p, errors="strict") for p in text_files(paths, say, save_dir)] for split, paths in given.items()}
+    """{split: [Span, ...]} of the user's files, each a document. Unless `given`, "valid" is a part of "train"."""
+    files = {split: text_files(paths, say, save_dir) for split, paths in given.items()}
+    splits = {split: [Span(path, 0, os.path.getsize(path), None, "strict") for path in files[split]] for split in files}
     documents, every = [span for span in splits["train"] if span.stop], round(1 / valid_fraction)
     if not documents:
         raise UsageError(f"there is no text in {', '.join(map(str, given['train']))}: give other files to --text")
     if "valid" in given:
         return splits | {"train": documents}
-    if len(documents) >= every:
+    if len(documents) >= every:  # of many documents some, of few the end of the text
         valid = documents[every - 1 :: every]
         return splits | {"train": [span for span in documents if span not in valid], "valid": valid}
     left, train, valid = round(sum(span.stop for span in documents) * (1 - valid_fraction)), [], []
@@ -337,12 +320,8 @@ def own_text(given, valid_fraction, say, save_dir):
     return splits | {"train": train, "valid": valid}
 
 
-def whole(path, **options):
-    return Span(Path(path), 0, os.path.getsize(path), **options)
-
-
 def find_cut(path, at, marker=None):
-    """The byte at which to cut a file: `at` or, given a `marker`, behind one in the half of what follows, or a character."""
+    """Where to cut a file: at byte `at` or, given a `marker`, behind one in the half of what follows or a character."""
     size = os.path.getsize(path)
     if not marker or not 0 < at < size:
         return max(0, min(at, size))
@@ -354,14 +333,14 @@ def find_cut(path, at, marker=None):
 
 
 def text_files(paths, say, save_dir):
-    """The files meant by `paths`: files, patterns, and all text below folders that is neither hidden nor in `save_dir`."""
+    """The files that `paths` mean: files, patterns, and below folders all text not hidden and not in `save_dir`."""
     found = []
     for path in paths:
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not matches:
             raise UsageError(f"--text {path}: there is no such file, folder or pattern; give the path of a text file")
         for match in map(Path, matches):
-            below = map(Path, sorted(glob.glob(f"{glob.escape(str(match))}/**", recursive=True)) if match.is_dir() else [])
+            below = [file for file in sorted(match.rglob("*")) if "/." not in f"/{file.relative_to(match)}"]
             below = [file for file in below if file.is_file() and save_dir.resolve() not in file.resolve().parents]
             texts = [file for file in below if is_text(file)]
             found += texts if match.is_dir() else [match]
@@ -376,14 +355,12 @@ def is_text(path):
         return not re.search("[\0\udc80-\udcff]", file.read(1 << 16))
 
 
-# ---- Encoding, as a stream ------------------------------------------------------------------------------------------
-
-# The last place where a text can be cut so that the parts, encoded by themselves, give the tokens of the whole: behind a
-# line end that byte-level BPE does not join to what follows (of white space between words, all but the last character
-# is one piece), or before such a blank, in a text that has no line ends for long.
+# ---- Encoding, as a stream
+# The last place where a text can be cut so that its parts give the tokens of the whole: behind a line end that BPE does
+# not join to what follows (of white space, it keeps the last character apart) or, failing that for long, at a blank.
 LINE = re.compile(r".*((?<=\S)\n(?=\S)|\n(?=[ \t\n][^\s<]))", re.DOTALL)
 BLANK = re.compile(r".*((?<=\S)(?=\s[^\s<])|(?<=\s)(?=<\|endoftext\|>))", re.DOTALL)
-SPACE = np.array([chr(i).isspace() for i in range(128)])
+SPACE = np.array([chr(i).isspace() for i in range(256)])
 
 
 def read_documents(spans, size=1 << 16):
@@ -399,24 +376,22 @@ def read_documents(spans, size=1 << 16):
                 except UnicodeDecodeError as error:
                     at = file.tell() - len(error.object) + error.start
                     raise UsageError(f"{span.path} is not UTF-8 at byte {at:,}: convert it (iconv -t UTF-8)") from None
+                long = final or len(rest) > 16 * size
                 if span.marker:
                     *documents, rest = [*rest.split(span.marker), *[""] * final]
                     yield from ((text.strip("\n"), True) for text in documents if text.strip())
-                    continue
-                long = len(rest) > 16 * size
-                if (place := LINE.match(rest) or long and BLANK.match(rest)) or long or final:
+                elif (place := LINE.match(rest) or long and BLANK.match(rest)) or long:
                     cut = place.end() if place and not final else len(rest)
                     yield rest[:cut], begins
                     rest, begins = rest[cut:], False
 
 
 def write_tokens(spans, tokenizer, path):
-    """Encodes `spans` into the file `path`, with one `eos` between documents, by words also at the end. Returns counts."""
+    """Encodes `spans` into a file, with one `eos` between documents (by words, behind each). Returns what it counts."""
     count, digest, last = np.zeros(4, int), hashlib.sha256(), None
     encode_all = getattr(tokenizer, "encode_batch", lambda texts: map(tokenizer.encode, texts))
     blocks = itertools.chain(read_documents(spans), [("", True)] if tokenizer.kind == "word" else [])
-    total = sum(span.stop - span.start for span in spans)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"encoding {path.stem}", disable=not sys.stderr.isatty())
+    bar = tqdm(total=sum(s.stop - s.start for s in spans), unit="B", unit_scale=True, desc=path.name, disable=None)
     path.unlink(missing_ok=True)  # whoever trains on the old tokens keeps them
     with bar, path.open("wb") as out:
         while batch := list(itertools.islice(blocks, 64)):
@@ -426,29 +401,26 @@ def write_tokens(spans, tokenizer, path):
                 last = ids[-1] if len(ids) else last
                 num_unk = 0 if tokenizer.unk is None else np.count_nonzero(ids == tokenizer.unk)
                 raw = text.encode("utf-8", "surrogateescape")
-                count += len(ids), num_unk, len(raw), count_words(text) + text.count("\n")
+                space = SPACE[np.frombuffer(raw, np.uint8)]  # of ASCII, a quicker way to the number of words
+                words = np.count_nonzero(space[:-1] > space[1:]) + (not space[:1].all())
+                words = words if text.isascii() else len(text.split())
+                count += len(ids), len(raw), words + text.count("\n"), num_unk
                 digest.update(raw)
                 out.write(ids)
                 bar.update(len(raw))
-    known = zip(("num_tokens", "num_unk", "num_bytes", "num_words"), count.tolist())
-    return dict(known, size=path.stat().st_size, sha256=digest.hexdigest())
+    known = dict(zip(("num_tokens", *Split._fields[1:]), count.tolist()))
+    return known | {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def count_words(text):
-    """len(text.split()), but quicker for ASCII."""
-    if not text.isascii() or not text:
-        return len(text.split())
-    space = SPACE[np.frombuffer(text.encode(), np.uint8)]
-    return np.count_nonzero(space[:-1] > space[1:]) + (not space[0])
+def stamp(path):  # while it stays the same, the text is taken to be, too
+    return [os.stat(path).st_size, os.stat(path).st_mtime_ns]
 
 
 # ---- Datasets
-def load_dataset(
-    name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, mirror=None, say=print,
-    vocab_size=32000, valid_text=(), test_text=(), train_tokens=None,
-):  # fmt: skip
-    """The corpus `name` (a key of CORPORA) as a Dataset; "text" reads the user's files `text`. Downloads and tokens go to
-    `save_dir/name`. The vocabulary comes from the training split alone, of which the first `train_tokens` are used.
+def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, mirror=None, say=print,
+                 vocab_size=32000, valid_text=(), test_text=(), train_tokens=None):  # fmt: skip
+    """The corpus `name`, a key of CORPORA ("text": the user's files), as a Dataset. Files go to save_dir/name.
+    The vocabulary is that of the whole training split, of which the first `train_tokens` are used.
     Raises UsageError for a file of the user's that cannot be used and RunError for a failed download."""
     save_dir, kind = Path(save_dir), CORPORA[name][0] if tokenizer == "auto" else tokenizer
     if not 0.001 <= valid_fraction <= 0.5 or kind == "bpe" and vocab_size < 257:
@@ -460,24 +432,21 @@ def load_dataset(
     cache = save_dir / name / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
     spans = own_text(given, valid_fraction, say, save_dir) if name == "text" else None  # the others stay what they are
-
-    def stamps(paths):  # while these stay the same, the text is taken to be, too
-        return {str(path): [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths}
-
     with open(cache / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one encodes
         try:
             about = json.loads((cache / "about.json").read_text())
-            sizes = {cache / f"{split}.tokens": known["size"] for split, known in about["splits"].items()}
-            intact = all(os.path.getsize(path) == size for path, size in sizes.items())
-            fresh = about["stamps"] == stamps(about["stamps"]) and (not spans or about["text"][0] == repr(spans))
+            sizes = {split: os.path.getsize(cache / f"{split}.tokens") for split in about["splits"]}
+            intact = sizes == {split: known["size"] for split, known in about["splits"].items()}
+            fresh = all(os.path.exists(path) and stamp(path) == known for path, known in about["stamps"].items())
+            fresh = fresh and (not spans or about["text"][0] == repr(spans))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             intact = fresh = False
         if not intact or not fresh:
             spans = spans or corpus_spans(name, save_dir / name, mirror, say)
-            before = stamps(span.path for split in spans.values() for span in split)
-            text = [repr(spans), list(map(sha256_of, before))]
-            if not intact or about["text"] != text:
+            before = {str(span.path): stamp(span.path) for split in spans.values() for span in split}
+            content = [repr(spans), list(map(sha256_of, before))]
+            if not intact or about["text"] != content:
                 (cache / "about.json").unlink(missing_ok=True)  # from here to the end no tokens count
                 vocabulary, texts = None, (text for text, _ in read_documents(spans["train"]))
                 if kind == "gpt2":
@@ -485,9 +454,8 @@ def load_dataset(
                     vocabulary = fetch(file, save_dir / "gpt2", mirror, say).read_text()
                 trained = TOKENIZERS[kind](vocabulary, texts, vocab_size)
                 splits = {split: write_tokens(spans[split], trained, cache / f"{split}.tokens") for split in spans}
-                about = {"text": text, "splits": splits, "tokenizer": trained.to_dict()}
-                known = json.dumps([splits["train"], about["tokenizer"]])
-                about["sha256"] = hashlib.sha256(known.encode()).hexdigest()
+                about = {"text": content, "splits": splits, "tokenizer": trained.to_dict()}
+                about["sha256"] = hashlib.sha256(json.dumps([splits["train"], trained.to_dict()]).encode()).hexdigest()
             about["stamps"] = before  # a text that has changed while it was encoded is not the one that was
             (cache / "about.new").write_text(json.dumps(about))
             (cache / "about.new").replace(cache / "about.json")
@@ -504,27 +472,26 @@ def load_dataset(
 
 def main():
     """Prepares a corpus ahead of training and says what it is."""
-    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False, usage=argparse.SUPPRESS)
-    parser.add_argument("--dataset", choices=[name for name in CORPORA if name != "text"], default="ptb")
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("--dataset", dest="name", choices=[name for name in CORPORA if name != "text"], default="ptb")
     parser.add_argument("--text", nargs="+", metavar="PATH", help="your own files, folders or patterns instead")
     parser.add_argument("--tokenizer", choices=["auto", *TOKENIZERS], default="auto")
     parser.add_argument("--vocab_size", type=int, default=32000, help="of --tokenizer bpe (default: %(default)s)")
     parser.add_argument("--valid_fraction", type=float, default=0.1, help="of --text (default: %(default)s)")
     parser.add_argument("--save_dir", required=True, help="the folder that main.py is given, too")
     parser.add_argument("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists all flags)\n")
     flags = vars(parser.parse_args())
-    name = flags.pop("dataset")
     try:
-        dataset = load_dataset("text" if flags["text"] else name, **flags)
+        dataset = load_dataset(**flags | ({"name": "text"} if flags["text"] else {}))
     except (UsageError, RunError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     of = dataset.tokenizer
     print(f"{dataset.name} by {of.kind}: vocabulary {of.vocab_size:,}, {of.num_special} of them special tokens")
     for split in filter(None, (dataset.train, dataset.valid, dataset.test)):
-        print(f"{len(split.tokens):>14,} tokens {split.num_bytes:>14,} bytes {split.num_words:>13,} words and line ends")
+        print(f"{len(split.tokens):>14,} tokens{split.num_bytes:>15,} bytes{split.num_words:>14,} words and line ends")
     print(of.decode(dataset.train.tokens[:100]))
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, start
+from conftest import ROOT, TINY, start, whole
 
 import datasets
-from datasets import UsageError, bpe_tokenizer, byte_tokenizer, char_tokenizer, read_documents, whole
-from datasets import word_tokenizer, write_tokens
+from datasets import UsageError, bpe_tokenizer, byte_tokenizer, char_tokenizer, read_documents, word_tokenizer
+from datasets import write_tokens
 
 # Line 1 ends at its \n only: \x0c, \x85, \u2028 and CR separate words but end no line. Line 2 is blank.
 TEXT = "b a b\n\n a\x0cb \x85 é\u2028c\r\n<unk> x\n"
@@ -667,7 +667,10 @@ DAMAGE = {
     "no tokens": lambda folder: (folder / "train.tokens").unlink(),
     **{
         f"about {content}": lambda folder, content=content: (folder / "about.json").write_text(content)
-        for content in ("", "[]", "null", "7", "{}", '{"sizes": {}}', '{"sizes": 3}', '{"sizes": {}, "paths": []}')
+        for content in (
+            "", "[]", "null", "7", "{}", '{"splits": {}}', '{"splits": 3}', '{"splits": {}, "stamps": {}}',
+            '{"splits": {}, "stamps": {}, "text": ["", []]}', '{"splits": {"train": 1}}',
+        )
     },
     "half an about": lambda folder: os.truncate(folder / "about.json", 100),
     "binary": lambda folder: (folder / "about.json").write_bytes(b"\xff\0"),
@@ -788,7 +791,7 @@ def test_dataset_knows_its_training_tokens(tmp_path):
         return load(tmp_path, write(tmp_path, [train, valid, "abc"]), "byte").sha256
 
     first = sha256("one\n", "two\n")
-    known = {"num_tokens": 4, "num_unk": 0, "num_bytes": 4, "num_words": 2, "size": 8}
+    known = {"num_tokens": 4, "num_bytes": 4, "num_words": 2, "num_unk": 0, "size": 8}
     known = json.dumps([known | {"sha256": hashlib.sha256(b"one\n").hexdigest()}, {"kind": "byte"}])
     assert first == hashlib.sha256(known.encode()).hexdigest(), "of the text, what it is in tokens, and the vocabulary"
     assert first == sha256("one\n", "other\n") and len({first, sha256("one", "two\n"), sha256("eno\n", "two\n")}) == 3

@@ -133,9 +133,9 @@ def test_a_source_that_ends_in_a_slash(server, folder):
 
 BAD = {  # behaviour -> part of the reason given
     "changed": "SHA256",
-    "page": f"HTTP status 200, size {len(PAGE)} instead of {len(CONTENT):,} bytes",
-    "html": f"HTTP status 200, size {len(CONTENT):,} instead of {len(CONTENT):,} bytes, text/html",
-    "short": f"HTTP status 200, size {len(CONTENT) - 1:,} instead of {len(CONTENT):,} bytes",
+    "page": f"HTTP status 200, None, {len(PAGE)} of {len(CONTENT):,} bytes",
+    "html": "HTTP status 200, text/html",
+    "short": f"HTTP status 200, None, {len(CONTENT) - 1:,} of {len(CONTENT):,} bytes",
     "absent": "HTTP status 404",
     "busy": "",  # 503, in the words of urllib3
     "moved": "HTTP status 301",

@@ -8,7 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from datasets import Split, byte_tokenizer, whole, word_tokenizer, write_tokens
+from conftest import whole
+from datasets import Split, byte_tokenizer, word_tokenizer, write_tokens
 from mlx.utils import tree_flatten, tree_unflatten
 
 
