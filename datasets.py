@@ -466,7 +466,7 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
             tokens = tokens[:train_tokens] if split == "train" else tokens
             splits[split] = Split(tokens, *(known[count] for count in Split._fields[1:]))
     if not splits["train"] or not splits["valid"]:
-        raise UsageError("no text is left for training or validation: give more of it or another --valid_fraction")
+        raise UsageError("no text is left for training or validation: give more text or another --valid_fraction")
     return Dataset(name, trained, **splits, sha256=about["sha256"])
 
 
