@@ -402,7 +402,7 @@ def write_tokens(spans, tokenizer, path):
                 num_unk = 0 if tokenizer.unk is None else np.count_nonzero(ids == tokenizer.unk)
                 raw = text.encode("utf-8", "surrogateescape")
                 data = np.frombuffer(raw, np.uint8)
-                space = (data == 32) | (data - np.uint8(9) <= 4) | (data - np.uint8(28) <= 3)  # in ASCII, as split() has it
+                space = (data == 32) | (data - np.uint8(9) <= 4) | (data - np.uint8(28) <= 3)  # what split() cuts at
                 words = np.count_nonzero(space[:-1] > space[1:]) + (not space[:1].all())
                 words = words if text.isascii() else len(text.split())
                 count += len(ids), len(raw), words + text.count("\n"), num_unk
