@@ -52,10 +52,10 @@ def bpe_speed(path, save_dir):
     texts, size, ratios = Path(path).read_text().splitlines(keepends=True), os.path.getsize(path) / 1e6, []
     for _ in range(5):
         began = time.perf_counter()
-        tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
+        tokenizer.package.encode_batch(texts, add_special_tokens=False)
         package = time.perf_counter() - began
         began = time.perf_counter()
-        datasets.write_tokens([datasets.whole(path)], tokenizer, Path(save_dir) / "bpe.tokens")
+        datasets.write_tokens([datasets.Span(path, 0, os.path.getsize(path))], tokenizer, Path(save_dir) / "bpe.tokens")
         ratios.append((package / (time.perf_counter() - began), size / package))
     ratios.sort()
     return {"speed_over_package": [round(ratio, 2) for ratio, _ in ratios], "package_mb_s": round(statistics.median(mb for _, mb in ratios), 1)}

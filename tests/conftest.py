@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from datasets import Span  # noqa: E402
+
 TINY = "--dim 16 --num_heads 2 --num_blocks 2 --context_size 8 --batch_size 4 --max_tokens 8".split()
 
 
@@ -46,6 +48,11 @@ def run(*arguments, status=0, input=None, **options):
     out, err = process.communicate(input, timeout=300)
     assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+def whole(path, **options):
+    """A Span of the whole file."""
+    return Span(Path(path), 0, os.path.getsize(path), **options)
 
 
 def ids(folder):

@@ -14,14 +14,14 @@ import main
 import numpy as np
 import pytest
 from conftest import flags
-from datasets import RunError, UsageError, WordTokenizer
+from datasets import RunError, UsageError, word_tokenizer
 from main import mx
 
 
 def make_run(name="test-000000", seed=1, **values):
     """A small run that was never trained, and its flags."""
     given = flags(dim=16, num_heads=2, num_blocks=1, context_size=8, batch_size=2, **values)
-    tokenizer = WordTokenizer.train(["a b c d\n" * 5])
+    tokenizer = word_tokenizer(None, ["a b c d\n" * 5])
     config = main.Config(tokenizer.vocab_size, 8, 1, 16, 2, 2, "relu2", 64)
     model = main.LanguageModel(config)
     main.init_weights(model, seed)

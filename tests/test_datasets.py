@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, start
+from conftest import ROOT, TINY, start, whole
 
 import datasets
-from datasets import BPETokenizer, ByteTokenizer, CharTokenizer, UsageError, WordTokenizer
-from datasets import read_documents, whole, write_tokens
+from datasets import UsageError, bpe_tokenizer, byte_tokenizer, char_tokenizer, read_documents, word_tokenizer
+from datasets import write_tokens
 
 # Line 1 ends at its \n only: \x0c, \x85, \u2028 and CR separate words but end no line. Line 2 is blank.
 TEXT = "b a b\n\n a\x0cb \x85 é\u2028c\r\n<unk> x\n"
@@ -37,9 +37,9 @@ def random_text(generator, length):
 
 
 def test_word_ids():
-    tokenizer = WordTokenizer.train([TEXT])
+    tokenizer = word_tokenizer(None, [TEXT])
     # counts: <eos> 4, b 3, a 2, the others 1 each
-    assert tokenizer.words == ["<eos>", "b", "a", "<unk>", "c", "x", "é"]
+    assert tokenizer.vocabulary == ["<eos>", "b", "a", "<unk>", "c", "x", "é"]
     assert (tokenizer.vocab_size, tokenizer.eos, tokenizer.unk) == (7, 0, 3)
     tokens = tokenizer.encode(TEXT)
     assert tokens.tolist() == [1, 2, 1, 0, 0, 2, 1, 6, 4, 0, 3, 5, 0]
@@ -53,7 +53,7 @@ def test_word_ids():
 )
 def test_word_prompts(text, tokens):
     """A prompt that does not end its line gets no <eos>, and a word out of vocabulary is <unk>."""
-    assert WordTokenizer.train([TEXT]).encode(text).tolist() == tokens
+    assert word_tokenizer(None, [TEXT]).encode(text).tolist() == tokens
 
 
 def test_word_agrees_with_a_line_reader():
@@ -61,29 +61,29 @@ def test_word_agrees_with_a_line_reader():
     pieces = ["aa", "b", "ü", "<unk>", " ", "\t", "\n", "\n", "\r", "\x0b", "\x0c", "\x1c", "\x85", "\xa0", "\u2028"]
     for _ in range(200):
         text = "".join(generator.choices(pieces, k=generator.randint(0, 40)))
-        tokenizer = WordTokenizer.train([text])
+        tokenizer = word_tokenizer(None, [text])
         words = []
         for line in io.StringIO(text, newline="\n"):  # splits at \n alone
             words += line.split() + ["<eos>"] * line.endswith("\n")
-        assert [tokenizer.words[i] for i in tokenizer.encode(text)] == words
+        assert [tokenizer.vocabulary[i] for i in tokenizer.encode(text)] == words
         assert tokenizer.decode(tokenizer.encode(text)).split() == text.split()
 
 
 @pytest.mark.parametrize("documents", [[], [""], ["\n"], ["word"], ["<unk> <eos>\n"]])
 def test_word_specials_exist_once(documents):
-    words = WordTokenizer.train(documents).words
+    words = word_tokenizer(None, documents).vocabulary
     assert words.count("<eos>") == words.count("<unk>") == 1
 
 
 def test_word_unknown():
-    tokenizer = WordTokenizer.train(["a b\n"])
+    tokenizer = word_tokenizer(None, ["a b\n"])
     assert tokenizer.unknown("b nie a\nda <unk> \ud800") == ["nie", "da", "\ud800"]
-    assert tokenizer.encode("\ud800 b").tolist() == [tokenizer.unk, tokenizer.ids["b"]]
+    assert tokenizer.encode("\ud800 b").tolist() == [tokenizer.unk, tokenizer.vocabulary.index("b")]
 
 
 def test_char_ids():
-    tokenizer = CharTokenizer.train(["bé\n", "ab"])
-    assert tokenizer.characters == "\nabé"
+    tokenizer = char_tokenizer(None, ["bé\n", "ab"])
+    assert tokenizer.vocabulary == "\nabé"
     assert (tokenizer.vocab_size, tokenizer.eos, tokenizer.unk) == (5, None, 4)
     assert tokenizer.encode("aéb\n").tolist() == [1, 3, 2, 0]
     # A surrogate pair in a Python string is two characters, not the one that UTF-16 would read in it.
@@ -95,7 +95,7 @@ def test_char_ids():
 def test_char_round_trip():
     generator = random.Random(2)
     vocabulary = random_text(generator, 500)
-    tokenizer = CharTokenizer.train([vocabulary[:200], vocabulary[200:]])
+    tokenizer = char_tokenizer(None, [vocabulary[:200], vocabulary[200:]])
     for length in (0, 1, 10, 1000):
         text = "".join(generator.choices(vocabulary, k=length))
         tokens = tokenizer.encode(text)
@@ -106,12 +106,12 @@ def test_char_round_trip():
 @pytest.mark.parametrize("vocab_size, dtype", [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
 def test_ids_fit_their_type(vocab_size, dtype):
     characters = "".join(map(chr, range(0x10000, 0x10000 + vocab_size - 1)))
-    tokens = CharTokenizer(characters).encode(characters[-1] + "a")
+    tokens = char_tokenizer(characters).encode(characters[-1] + "a")
     assert tokens.dtype == dtype and tokens.tolist() == [vocab_size - 2, vocab_size - 1]
 
 
 def test_byte_round_trip():
-    generator, tokenizer = random.Random(3), ByteTokenizer.train(["anything"])
+    generator, tokenizer = random.Random(3), byte_tokenizer(None, ["anything"])
     assert (tokenizer.vocab_size, tokenizer.eos, tokenizer.unk) == (257, 256, None)
     for length in (0, 1, 10, 1000):
         text = random_text(generator, length)
@@ -125,7 +125,7 @@ def test_byte_round_trip():
 def test_byte_keeps_what_is_not_utf8():
     """The command line hands bytes that are not UTF-8 over as surrogates: they come out as the same bytes."""
     raw = bytes(range(256)) + random.Random(4).randbytes(1000)
-    assert bytes(ByteTokenizer().encode(raw.decode("utf-8", "surrogateescape")).tolist()) == raw
+    assert bytes(byte_tokenizer().encode(raw.decode("utf-8", "surrogateescape")).tolist()) == raw
 
 
 SAMPLES = [
@@ -143,7 +143,7 @@ SAMPLES = [
 
 @pytest.fixture(scope="module")
 def bpe():
-    return BPETokenizer.train([TEXT * 3, "the quick brown fox — jümps over the lazy dogs 漢字\n" * 20], 320)
+    return bpe_tokenizer(None, [TEXT * 3, "the quick brown fox — jümps over the lazy dogs 漢字\n" * 20], 320)
 
 
 def test_bpe_round_trip(bpe):
@@ -164,21 +164,21 @@ def test_bpe_of_a_batch(bpe):
 
 
 def test_bpe_has_all_bytes_and_at_most_the_size_asked_for():
-    tiny = BPETokenizer.train(["ab ab"], 32000)
+    tiny = bpe_tokenizer(None, ["ab ab"], 32000)
     assert 257 <= tiny.vocab_size < 270 and tiny.decode(tiny.encode("😀 ab")) == "😀 ab"
-    assert BPETokenizer.train(["ab ab"], 257).vocab_size == 257
+    assert bpe_tokenizer(None, ["ab ab"], 257).vocab_size == 257
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "word", "bpe", "gpt2"])
 def test_tokenizers_survive_json(kind, bpe):
     text = TEXT + random_text(random.Random(5), 300)
     cls = datasets.TOKENIZERS[kind]
-    tokenizer = cls(json=bpe.json) if kind == "gpt2" else cls.train([text], 300)
+    tokenizer = cls(bpe.vocabulary) if kind == "gpt2" else cls(None, [text], 300)
     assert tokenizer.kind == kind
     loaded = datasets.tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
     assert type(loaded) is type(tokenizer)
     assert loaded.to_dict() == tokenizer.to_dict()
-    for name in ("kind", "vocab_size", "num_special", "eos", "unk", "separator"):
+    for name in ("kind", "vocab_size", "num_special", "eos", "unk"):
         assert getattr(loaded, name) == getattr(tokenizer, name)
     sample = text + "out of vocabulary ☃"
     assert np.array_equal(loaded.encode(sample), tokenizer.encode(sample))
@@ -190,10 +190,10 @@ def test_tokenizers_survive_json(kind, bpe):
 def test_ids_do_not_depend_on_the_hash_seed():
     program = """
 import json
-from datasets import BPETokenizer, CharTokenizer, WordTokenizer
+from datasets import bpe_tokenizer, char_tokenizer, word_tokenizer
 text = "".join(f"w{i * 7919 % 1000}{chr(0x4E00 + i * 7919 % 1000)} " for i in range(1000)) + "\\n"
-bpe = BPETokenizer.train([text[:3000], text[3000:]], 700)
-tokenizers = [WordTokenizer.train([text]), CharTokenizer.train([text]), bpe]
+bpe = bpe_tokenizer(None, [text[:3000], text[3000:]], 700)
+tokenizers = [word_tokenizer(None, [text]), char_tokenizer(None, [text]), bpe]
 print(json.dumps([[t.to_dict(), t.encode(text).tolist()] for t in tokenizers]))
 """
     # All 1,000 words are equally frequent, so an order that a set or dict lent would show.
@@ -228,14 +228,14 @@ def test_training_does_not_hold_the_texts(kind):
             yield Text(f"text {i}\n")
             most.append(Text.alive)
 
-    datasets.TOKENIZERS[kind].train(texts())
+    datasets.TOKENIZERS[kind](None, texts())
     assert max(most) <= 3
 
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UsageError, match="pip install tokenizers"):
-        BPETokenizer.train(["a"])
+        bpe_tokenizer(None, ["a"])
 
 
 def test_mlx_is_not_imported():
@@ -265,7 +265,7 @@ def encoded(folder, documents, tokenizer):
 
 
 def test_byte_documents_are_separated(tmp_path):
-    tokens, known = encoded(tmp_path, ["hé\n", "", "a b"], ByteTokenizer())
+    tokens, known = encoded(tmp_path, ["hé\n", "", "a b"], byte_tokenizer())
     assert tokens == [104, 0xC3, 0xA9, 10, 256, 97, 32, 98]  # no document, no separator
     assert (known["num_bytes"], known["num_words"]) == (7, 4)  # words hé, a, b and one line end
 
@@ -277,19 +277,19 @@ def test_bpe_documents_are_separated(tmp_path, bpe):
 
 
 def test_word_documents_end_their_line(tmp_path):
-    tokenizer = WordTokenizer.train(["a a b"])
-    assert tokenizer.words == ["a", "b", "<eos>", "<unk>"]
+    tokenizer = word_tokenizer(None, ["a a b"])
+    assert tokenizer.vocabulary == ["a", "b", "<eos>", "<unk>"]
     tokens, known = encoded(tmp_path, ["a b", "b\n", "\na é"], tokenizer)
     assert tokens == [0, 1, 2, 1, 2, 2, 0, 3, 2]
     assert (known["num_bytes"], known["num_words"], known["num_unk"]) == (10, 7, 1)  # 5 words, 2 line ends
 
 
 def test_char_documents_follow_each_other(tmp_path):
-    tokens, known = encoded(tmp_path, ["ab", "ba"], CharTokenizer("ab"))
+    tokens, known = encoded(tmp_path, ["ab", "ba"], char_tokenizer("ab"))
     assert tokens == [0, 1, 1, 0] and (known["num_bytes"], known["num_words"]) == (4, 2)
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer("ab"), WordTokenizer.train(["a"])])
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), char_tokenizer("ab"), word_tokenizer(None, ["a"])])
 @pytest.mark.parametrize("documents", [[], [""], ["", ""]])
 def test_no_documents(tmp_path, tokenizer, documents):
     tokens, known = encoded(tmp_path, documents, tokenizer)
@@ -299,7 +299,7 @@ def test_no_documents(tmp_path, tokenizer, documents):
 def test_separated_documents_in_one_file(tmp_path):
     (path,) = write(tmp_path, ["--one\n\ntwo\n--\n \n--\nthrée--"])
     for size in (1, 2, 3, 7, 1 << 16):
-        documents = list(read_documents([whole(path, separator="--")], size))
+        documents = list(read_documents([whole(path, marker="--")], size))
         assert documents == [("one\n\ntwo", True), ("thrée", True)]
 
 
@@ -318,7 +318,7 @@ def awkward():
 
 
 def tokenizer_of(kind, texts):
-    return BPETokenizer.train(texts, 400) if kind == "bpe" else datasets.TOKENIZERS[kind].train(texts)
+    return bpe_tokenizer(None, texts, 400) if kind == "bpe" else datasets.TOKENIZERS[kind](None, texts)
 
 
 def streamed(path, tokenizer, size):
@@ -381,7 +381,7 @@ def test_counts_of_words_and_bytes(tmp_path, kind, awkward, monkeypatch):
 
 def test_words_of_all_white_space_are_counted(tmp_path):
     text = "one\xa0two\u2028three\u3000four\x1cfive\x85six\n"
-    tokens, known = encoded(tmp_path, [text], WordTokenizer.train([text]))
+    tokens, known = encoded(tmp_path, [text], word_tokenizer(None, [text]))
     assert len(tokens) == known["num_words"] == len(text.split()) + 1
 
 
@@ -391,7 +391,8 @@ def test_words_of_all_white_space_are_counted(tmp_path):
 
 def own_text(paths, fraction=0.1, valid=(), test=(), say=pytest.fail, save_dir=Path("/nowhere")):
     """The texts of each split."""
-    splits = datasets.own_text(paths, valid, test, fraction, say, save_dir)
+    given = {name: paths for name, paths in (("train", paths), ("valid", valid), ("test", test)) if paths}
+    splits = datasets.own_text(given, fraction, say, save_dir)
 
     def text_of(span):
         return span.path.read_bytes()[span.start : span.stop].decode()
@@ -561,7 +562,7 @@ def test_vocabulary_is_that_of_training(tmp_path, kind, words):
     paths = write(tmp_path, ["ab\n" * 90 + "zz\n" * 10])
     dataset = datasets.load_dataset("text", tmp_path, text=paths, tokenizer=kind)
     vocabulary = dataset.tokenizer.to_dict()
-    assert vocabulary.get("characters", vocabulary.get("words")) == words
+    assert vocabulary["vocabulary"] == words
     assert np.sum(dataset.train.tokens == dataset.tokenizer.unk) == dataset.train.num_unk == 0
     unknown = {"char": 20, "word": 10}[kind]
     assert np.sum(dataset.valid.tokens == dataset.tokenizer.unk) == dataset.valid.num_unk == unknown
@@ -571,7 +572,7 @@ def test_bpe_is_trained_on_training_text_alone(tmp_path):
     paths = write(tmp_path, ["ab cd\n" * 50, "zzzz zzzz\n" * 50])
     options = {"valid_text": paths[1:], "tokenizer": "bpe", "vocab_size": 300}
     dataset = datasets.load_dataset("text", tmp_path, text=paths[:1], **options)
-    vocabulary = json.loads(dataset.tokenizer.json)["model"]["vocab"]
+    vocabulary = json.loads(dataset.tokenizer.vocabulary)["model"]["vocab"]
     assert "ab" in vocabulary and "zz" not in vocabulary
 
 
@@ -666,7 +667,10 @@ DAMAGE = {
     "no tokens": lambda folder: (folder / "train.tokens").unlink(),
     **{
         f"about {content}": lambda folder, content=content: (folder / "about.json").write_text(content)
-        for content in ("", "[]", "null", "7", "{}", '{"sizes": {}}', '{"sizes": 3}', '{"sizes": {}, "paths": []}')
+        for content in (
+            "", "[]", "null", "7", "{}", '{"splits": {}}', '{"splits": 3}', '{"splits": {}, "stamps": {}}',
+            '{"splits": {}, "stamps": {}, "text": ["", []]}', '{"splits": {"train": 1}}',
+        )
     },
     "half an about": lambda folder: os.truncate(folder / "about.json", 100),
     "binary": lambda folder: (folder / "about.json").write_bytes(b"\xff\0"),
@@ -787,8 +791,9 @@ def test_dataset_knows_its_training_tokens(tmp_path):
         return load(tmp_path, write(tmp_path, [train, valid, "abc"]), "byte").sha256
 
     first = sha256("one\n", "two\n")
-    known = json.dumps([hashlib.sha256(b"o\0n\0e\0\n\0").hexdigest(), {"kind": "byte"}])
-    assert first == hashlib.sha256(known.encode()).hexdigest(), "of the tokens and the vocabulary"
+    known = {"num_tokens": 4, "num_bytes": 4, "num_words": 2, "num_unk": 0, "size": 8}
+    known = json.dumps([known | {"sha256": hashlib.sha256(b"one\n").hexdigest()}, {"kind": "byte"}])
+    assert first == hashlib.sha256(known.encode()).hexdigest(), "of the text, what it is in tokens, and the vocabulary"
     assert first == sha256("one\n", "other\n") and len({first, sha256("one", "two\n"), sha256("eno\n", "two\n")}) == 3
 
 

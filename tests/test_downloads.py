@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT
 
 import datasets
-from datasets import BPETokenizer, File, RunError
+from datasets import File, RunError, bpe_tokenizer
 
 CONTENT = b"".join(b"line %d of the file\n" % i for i in range(2000))
 BIG = random.Random(0).randbytes(3 << 20)
@@ -133,9 +133,9 @@ def test_a_source_that_ends_in_a_slash(server, folder):
 
 BAD = {  # behaviour -> part of the reason given
     "changed": "SHA256",
-    "page": f"size {len(PAGE)} instead of {len(CONTENT):,} bytes",
-    "html": "a page of HTML",
-    "short": f"size {len(CONTENT) - 1:,} instead of {len(CONTENT):,} bytes",
+    "page": f"HTTP status 200, None, {len(PAGE)} of {len(CONTENT):,} bytes",
+    "html": "HTTP status 200, text/html",
+    "short": f"HTTP status 200, None, {len(CONTENT) - 1:,} of {len(CONTENT):,} bytes",
     "absent": "HTTP status 404",
     "busy": "",  # 503, in the words of urllib3
     "moved": "HTTP status 301",
@@ -340,7 +340,7 @@ def test_only_the_named_members_are_extracted(tmp_path):
     folder.mkdir(parents=True)
     evil = {name: b"evil" for name in ("../evil", "../../evil", str(outside), "../b/x.txt", "other", "deep/evil")}
     (folder / "c.zip").write_bytes(zipped(evil | {"deep/x.txt": b"good", "../deep/y.txt": b"yes"}))
-    paths = datasets.extract(folder / "c.zip", ["deep/x.txt", "../deep/y.txt"], folder)
+    paths = [datasets.extract(folder / "c.zip", member, folder) for member in ("deep/x.txt", "../deep/y.txt")]
     assert paths == [folder / "x.txt", folder / "y.txt"] and [path.read_bytes() for path in paths] == [b"good", b"yes"]
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(written) == [folder / "c.zip", *paths]
@@ -350,7 +350,7 @@ def test_only_the_named_members_are_extracted(tmp_path):
 def test_archive_that_lacks_a_member(tmp_path, content):
     (tmp_path / "c.zip").write_bytes(content)
     with pytest.raises(RunError) as error:
-        datasets.extract(tmp_path / "c.zip", ["deep/y.txt"], tmp_path)
+        datasets.extract(tmp_path / "c.zip", "deep/y.txt", tmp_path)
     message = str(error.value)
     assert str(tmp_path / "c.zip") in message and "deep/y.txt" in message and "\n" not in message
     assert list(tmp_path.iterdir()) == [tmp_path / "c.zip"]
@@ -361,7 +361,7 @@ def test_damaged_member(tmp_path):
     data[500] ^= 1
     (tmp_path / "c.zip").write_bytes(data)
     with pytest.raises(RunError, match="x.txt"):
-        datasets.extract(tmp_path / "c.zip", ["x.txt"], tmp_path)
+        datasets.extract(tmp_path / "c.zip", "x.txt", tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / "c.zip"], "nothing half unpacked"
 
 
@@ -377,7 +377,7 @@ def mirror(tmp_path, monkeypatch):
         path = tmp_path / "mirror" / dataset / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        monkeypatch.setitem(datasets.FILES, name, file_at(name=name, content=content))
+        monkeypatch.setitem(datasets.FILES, name, file_at(name=name, content=content)[1:3])
         return str(tmp_path / "mirror")
 
     return lay
@@ -388,12 +388,12 @@ def words_of(content):
     return [word for line in io.StringIO(content.decode(), newline="\n") for word in [*line.split(), "<eos>"]]
 
 
-def assert_words(split, tokenizer, content):
-    assert [tokenizer.words[i] for i in split.tokens] == [
-        word if word in tokenizer.ids else "<unk>" for word in words_of(content)
+def assert_words(split, vocabulary, content):
+    assert [vocabulary[i] for i in split.tokens] == [
+        word if word in vocabulary else "<unk>" for word in words_of(content)
     ]
     assert (split.num_bytes, split.num_words) == (len(content), len(split.tokens))
-    assert split.num_unk == sum(word == "<unk>" or word not in tokenizer.ids for word in words_of(content))
+    assert split.num_unk == sum(word == "<unk>" or word not in vocabulary for word in words_of(content))
 
 
 PTB = {
@@ -406,7 +406,7 @@ PTB = {
 def test_ptb(mirror, tmp_path):
     base = [mirror("ptb", f"ptb.{split}.txt", content) for split, content in PTB.items()][0]
     dataset = datasets.load_dataset("ptb", tmp_path, mirror=base, say=quiet)
-    assert dataset.name == "ptb" and dataset.tokenizer.words == ["<eos>", "the", "sat", "<unk>", "cat", "mat", "on"]
+    assert dataset.name == "ptb" and dataset.tokenizer.vocabulary == ["<eos>", "the", "sat", "<unk>", "cat", "mat", "on"]
     assert dataset.train.tokens.tolist() == [1, 4, 2, 0, 6, 1, 5, 0, 1, 3, 2, 0]
     assert dataset.valid.tokens.tolist() == [1, 3, 2, 0, 0]
     assert dataset.test.tokens.tolist() == [3, 4, 0]
@@ -424,8 +424,10 @@ def test_ptb_from_an_address(server, monkeypatch, tmp_path):
     for split, content in PTB.items():
         name = f"ptb.{split}.txt"
         server.files[name] = content
-        sources = f"{server.base}/moved/", f"{server.base}/good/"
-        monkeypatch.setitem(datasets.FILES, name, file_at(*sources, name=name, content=content))
+        monkeypatch.setitem(datasets.FILES, name, file_at(name=name, content=content)[1:3])
+    tokenizer, _, *texts = datasets.CORPORA["ptb"]
+    addresses = [f"{server.base}/moved/", f"{server.base}/good/"]
+    monkeypatch.setitem(datasets.CORPORA, "ptb", (tokenizer, addresses, *texts))
     assert len(datasets.load_dataset("ptb", tmp_path, say=quiet).train.tokens) == 12
     server.seen.clear()
     datasets.load_dataset("ptb", tmp_path / "other", tokenizer="byte", mirror=f"{server.base}/good", say=quiet)
@@ -448,9 +450,9 @@ def test_wikitext(mirror, tmp_path, dataset, name):
     base = mirror(dataset, f"{name}-v1.zip", zipped(evil | members))
     loaded = datasets.load_dataset(dataset, tmp_path, mirror=base, say=quiet)
     assert loaded.tokenizer.vocab_size == len(set(words_of(contents["train"])))
-    assert loaded.tokenizer.words[:4] == ["<eos>", "=", ".", "<unk>"]  # 8, 6, and 2 each, by alphabet
+    assert loaded.tokenizer.vocabulary[:4] == ["<eos>", "=", ".", "<unk>"]  # 8, 6, and 2 each, by alphabet
     for split in WIKI:
-        assert_words(getattr(loaded, split), loaded.tokenizer, contents[split])
+        assert_words(getattr(loaded, split), loaded.tokenizer.vocabulary, contents[split])
     files = [path.name for path in seen_in(tmp_path / dataset) if path.is_file()]
     assert files == sorted([f"{name}-v1.zip", *(f"wiki.{split}.tokens" for split in WIKI)])
     (tmp_path / dataset / f"{name}-v1.zip").unlink()  # what was unpacked is enough
@@ -477,7 +479,7 @@ def test_tinyshakespeare(mirror, tmp_path):
     base = mirror("tinyshakespeare", "input.txt", text.encode())
     loaded = datasets.load_dataset("tinyshakespeare", tmp_path, mirror=base, say=quiet)
     cut = int(len(text) * 0.9)
-    assert loaded.tokenizer.kind == "char" and loaded.tokenizer.characters == "".join(sorted(set(text[:cut])))
+    assert loaded.tokenizer.kind == "char" and loaded.tokenizer.vocabulary == "".join(sorted(set(text[:cut])))
     assert loaded.tokenizer.decode(loaded.train.tokens) == text[:cut] and len(loaded.train.tokens) == cut
     assert loaded.tokenizer.decode(loaded.valid.tokens) == text[cut:].replace("Z", "\ufffd") and loaded.test is None
     assert (loaded.valid.num_bytes, loaded.valid.num_unk) == (len(text) - cut, 1)
@@ -490,8 +492,8 @@ STORIES = [f"Once upon a time, girl {i} saw a café.\n\nShe said “hi”.{' The
 @pytest.mark.parametrize("dataset, name", [("tinystories", "TinyStories"), ("tinystoriesv2", "TinyStoriesV2-GPT4")])
 @pytest.mark.parametrize("layout", ["{}\n" + MARKER + "\n", "{}\n\n" + MARKER + "\n", "\n{}\n" + MARKER])
 def test_tinystories(mirror, tmp_path, dataset, name, layout):
-    tokenizer = BPETokenizer.train(STORIES, 400)
-    base = mirror("gpt2", "tokenizer.json", tokenizer.json.encode())
+    tokenizer = bpe_tokenizer(None, STORIES, 400)
+    base = mirror("gpt2", "tokenizer.json", tokenizer.vocabulary.encode())
     mirror(dataset, f"{name}-train.txt", "".join(map(layout.format, STORIES[:19])).encode())
     valid = [layout.format(story).encode() for story in STORIES[19:]]
     mirror(dataset, f"{name}-valid.txt", b"".join(valid))
@@ -507,7 +509,7 @@ def test_tinystories(mirror, tmp_path, dataset, name, layout):
         assert getattr(loaded, split).num_bytes == sum(len(story.encode()) for story in stories)
         assert getattr(loaded, split).num_words == sum(len(story.split()) + story.count("\n") for story in stories)
     by_words = datasets.load_dataset(dataset, tmp_path, tokenizer="word", mirror=base, say=quiet)
-    assert MARKER not in by_words.tokenizer.words and by_words.train.num_bytes == loaded.train.num_bytes
+    assert MARKER not in by_words.tokenizer.vocabulary and by_words.train.num_bytes == loaded.train.num_bytes
     by_bytes = datasets.load_dataset(dataset, tmp_path, tokenizer="byte", mirror=base, say=quiet)
     expected = [token for story in STORIES[half:] for token in (256, *story.encode())][1:]
     assert by_bytes.test.tokens.tolist() == expected
@@ -536,22 +538,25 @@ def test_python_by_bytes(modules, tmp_path):
 def test_python_by_characters(modules, tmp_path):
     dataset = datasets.load_dataset("python", tmp_path, tokenizer="char")
     text = b"".join(modules["train"]).decode()
-    assert dataset.tokenizer.characters == "".join(sorted(set(text)))
+    assert dataset.tokenizer.vocabulary == "".join(sorted(set(text)))
     assert len(dataset.train.tokens) == len(text) and dataset.train.tokens.max() < dataset.tokenizer.unk
     assert dataset.tokenizer.decode(dataset.train.tokens[-5000:]) == text[-5000:]
     assert dataset.valid.num_bytes == sum(map(len, modules["valid"]))
 
 
 def test_real_files_are_described_in_full():
-    for name, file in datasets.FILES.items():
-        assert file.name == name and file.size > 0 and len(bytes.fromhex(file.sha256)) == 32
-        assert len(file.sources) >= 2 and all(source.startswith("https://") for source in file.sources)
-        assert any(source.endswith("/") for source in file.sources)
+    rows = [(addresses, texts) for _, addresses, texts, *_ in (row for row in datasets.CORPORA.values() if row[1:])]
+    needed = [place.partition("/")[0] for _, texts in rows for place in texts]
+    assert {*needed, "tokenizer.json"} == set(datasets.FILES)
+    for addresses in [addresses for addresses, _ in rows] + [datasets.GPT2]:
+        assert len(addresses) >= 2 and all(address.startswith("https://") for address in addresses)
+        assert any(address.endswith("/") for address in addresses)
+    assert all(size > 0 and len(bytes.fromhex(sha256)) == 32 for size, sha256 in datasets.FILES.values())
     total = {"ptb": 5951345, "wikitext2": 4475746, "wikitext103": 190229076, "enwik8": 36445475, "input": 1115394}
-    assert sum(file.size for name, file in datasets.FILES.items() if name.startswith("ptb.")) == total["ptb"]
-    assert datasets.FILES["wikitext-2-v1.zip"].size == total["wikitext2"]
-    assert datasets.FILES["wikitext-103-v1.zip"].size == total["wikitext103"]
-    assert datasets.FILES["enwik8.zip"].size == total["enwik8"] and datasets.FILES["input.txt"].size == total["input"]
+    assert sum(size for name, (size, _) in datasets.FILES.items() if name.startswith("ptb.")) == total["ptb"]
+    assert datasets.FILES["wikitext-2-v1.zip"][0] == total["wikitext2"]
+    assert datasets.FILES["wikitext-103-v1.zip"][0] == total["wikitext103"]
+    assert datasets.FILES["enwik8.zip"][0] == total["enwik8"] and datasets.FILES["input.txt"][0] == total["input"]
     assert sum("TinyStories" in name for name in datasets.FILES) == 4 and "tokenizer.json" in datasets.FILES
     names = "ptb wikitext2 wikitext103 enwik8 tinyshakespeare tinystories tinystoriesv2 python text".split()
     assert list(datasets.CORPORA) == names

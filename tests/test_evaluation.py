@@ -8,7 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from datasets import ByteTokenizer, Split, WordTokenizer, whole, write_tokens
+from conftest import whole
+from datasets import Split, byte_tokenizer, word_tokenizer, write_tokens
 from mlx.utils import tree_flatten, tree_unflatten
 
 
@@ -134,7 +135,7 @@ def test_an_interrupted_evaluation_has_no_score():
 
 
 def test_describe_score_by_hand():
-    tokenizer = WordTokenizer(["<eos>", "<unk>", "a", "b"])
+    tokenizer = word_tokenizer(["<eos>", "<unk>", "a", "b"])
     split = Split(np.array([2, 3, 1, 0, 2, 1, 3, 0], np.uint16), num_bytes=20, num_words=4, num_unk=2)
     # 8 tokens of ln 2 nats are 8 bits: 8 / 20 a byte, 8 / 4 a word; 2 tokens of 8 are <unk>
     assert main.describe_score("valid", math.log(2), split, tokenizer) == (
@@ -156,7 +157,7 @@ def split_of(text, tokenizer, folder):
 
 def test_describe_score_of_bytes(tmp_path):
     """Byte by byte, bits per byte is nats / ln 2, and there is no <unk>; words are counted in the text."""
-    tokenizer = ByteTokenizer()
+    tokenizer = byte_tokenizer()
     split = split_of("to be or\nnot é\n", tokenizer, tmp_path)  # 16 bytes; 5 words and 2 line ends
     assert main.describe_score("valid", 7 / 16 * math.log(8), split, tokenizer) == (
         "valid 0.9098 nats, perplexity 2.48 a token, 8.00 a word, 1.3125 bits per byte"
@@ -165,11 +166,11 @@ def test_describe_score_of_bytes(tmp_path):
 
 def test_describe_score_a_word_is_a_token_of_the_word_tokenizer(tmp_path):
     text = "to be or\nnot to be\n"
-    tokenizer = WordTokenizer.train([text])
+    tokenizer = word_tokenizer(None, [text])
     line = main.describe_score("valid", 1.0, split_of(text, tokenizer, tmp_path), tokenizer)
     assert "perplexity 2.72 a token, 2.72 a word" in line and line.endswith("0.00% <unk>")
 
 
 def test_describe_score_of_a_diverged_model_does_not_overflow():
     split = Split(np.zeros(8, np.uint16), num_bytes=8, num_words=1, num_unk=0)
-    assert main.describe_score("valid", 1e6, split, ByteTokenizer()).startswith("valid 1000000.0000 nats")
+    assert main.describe_score("valid", 1e6, split, byte_tokenizer()).startswith("valid 1000000.0000 nats")

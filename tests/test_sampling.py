@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import flags
-from datasets import ByteTokenizer, CharTokenizer, WordTokenizer
+from datasets import byte_tokenizer, char_tokenizer, word_tokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 
 INF = math.inf
@@ -166,7 +166,7 @@ def test_characters_of_many_bytes_come_whole():
     text = "aé€😀\n\u0301b\ufffdc"
     characters = ["a", "é", "€", "😀", "\n", "\u0301", "b", "\ufffdc"]  # U+FFFD itself could be the start of another
     for prompt in ("", "x", "né", "long enough to fill the context, 😀"):
-        assert pieces_of(ByteTokenizer(), prompt, text.encode()) == characters
+        assert pieces_of(byte_tokenizer(), prompt, text.encode()) == characters
 
 
 @pytest.mark.parametrize("answer", [
@@ -174,7 +174,7 @@ def test_characters_of_many_bytes_come_whole():
     b"",
 ])  # fmt: skip
 def test_broken_bytes_join_to_what_decoding_at_once_gives(answer):
-    pieces = pieces_of(ByteTokenizer(), "é", answer)
+    pieces = pieces_of(byte_tokenizer(), "é", answer)
     assert "".join(pieces) == answer.decode("utf-8", "replace")
 
 
@@ -184,11 +184,11 @@ def test_random_bytes_join_to_what_decoding_at_once_gives():
     for _ in range(100):
         answer = random.choice(likely, 12)
         expected = bytes(i for i in answer.tolist() if i < 256).decode("utf-8", "replace")
-        assert "".join(pieces_of(ByteTokenizer(), "a", answer)) == expected
+        assert "".join(pieces_of(byte_tokenizer(), "a", answer)) == expected
 
 
 @pytest.mark.parametrize("tokenizer", [
-    ByteTokenizer(), CharTokenizer("\n abcé😀"), CharTokenizer("abcé😀 "), WordTokenizer(["<eos>", "a", "<unk>", "cé"]),
+    byte_tokenizer(), char_tokenizer("\n abcé😀"), char_tokenizer("abcé😀 "), word_tokenizer(["<eos>", "a", "<unk>", "cé"]),
 ], ids=["byte", "char", "char without line end", "word"])  # fmt: skip
 @pytest.mark.parametrize("prompt", ["", "a", "a b", "b a\n", "\n\n", "zz a", "a zz", "a cé 😀"])
 def test_pieces_join_to_what_decoding_at_once_gives(tokenizer, prompt):
@@ -207,14 +207,15 @@ def test_pieces_join_to_what_decoding_at_once_gives(tokenizer, prompt):
 
 
 def test_words_come_one_by_one_with_their_spaces():
-    tokenizer = WordTokenizer(["<eos>", "<unk>", "to", "be", "or"])
-    answer = [tokenizer.ids[word] for word in ["to", "be", "<eos>", "or", "<unk>", "<eos>"]]
+    vocabulary = ["<eos>", "<unk>", "to", "be", "or"]
+    tokenizer = word_tokenizer(vocabulary)
+    answer = [vocabulary.index(word) for word in ["to", "be", "<eos>", "or", "<unk>", "<eos>"]]
     assert pieces_of(tokenizer, "be", answer) == [" to", " be", "\n", "or", " <unk>", "\n"]
     assert pieces_of(tokenizer, "", answer) == ["to", " be", "\n", "or", " <unk>", "\n"]
 
 
 @pytest.mark.parametrize("tokenizer", [
-    ByteTokenizer(), CharTokenizer.train(["a\n"]), CharTokenizer.train(["no line end"]), WordTokenizer.train(["a b\n"]),
+    byte_tokenizer(), char_tokenizer(None, ["a\n"]), char_tokenizer(None, ["no line end"]), word_tokenizer(None, ["a b\n"]),
 ], ids=["byte", "char", "char without line end", "word"])  # fmt: skip
 def test_a_real_model_continues_an_empty_prompt(tokenizer):
     model = make_model(vocab_size=tokenizer.vocab_size)
@@ -226,7 +227,7 @@ def test_a_real_model_continues_an_empty_prompt(tokenizer):
 def test_an_interrupt_ends_a_continuation():
     interrupts = SimpleNamespace(received=None)
     given = flags(max_tokens=6, temperature=0)
-    continuation = main.continue_text(Script(b"abcdef", 257), ByteTokenizer(), "x", given, interrupts)
+    continuation = main.continue_text(Script(b"abcdef", 257), byte_tokenizer(), "x", given, interrupts)
     assert next(continuation) == "a" and next(continuation) == "b"
     interrupts.received = 2
     assert "".join(continuation) == ""
