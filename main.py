@@ -200,7 +200,7 @@ def attend(queries, keys, values, scale, cached):
     B, H, L, d = queries.shape
     queries = (queries * scale).reshape(B, keys.shape[1], -1, L, d)  # [B, K, H/K, L, d]
     scores = queries @ keys[:, :, None].swapaxes(-1, -2)  # [B, K, H/K, L, L]
-    weights = softmax(mx.where(mx.tri(L, dtype=mx.bool_), scores, -1e9))
+    weights = softmax(mx.where(mx.array(np.tri(L, dtype=bool)), scores, -1e9))
     return (weights @ values[:, :, None]).reshape(B, H, L, d)
 
 
@@ -303,8 +303,8 @@ class Transformer(nn.Module):
     def __call__(self, tokens, caches=None, noise=()):
         hidden = dropout(self.embed_tokens(tokens), noise, 0)
         for i, block in enumerate(self.layers):
-            run = nn.utils.checkpoint(block) if self.checkpoint else block
-            hidden = run(hidden, caches[i] if caches else None, noise)
+            run = partial(block, cache=caches[i] if caches else None, noise=noise)
+            hidden = (nn.utils.checkpoint(block, run) if self.checkpoint else run)(hidden)
         return self.norm(hidden)
 
 
@@ -454,18 +454,25 @@ class Batches:
 # Loss and evaluation
 
 
-def head_loss(hidden, head, targets, weights):
-    """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed with it, so that of the
-    logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024).
+def head_loss(hidden, head, targets, weights, training=True):
+    """Weighted sum of cross-entropies in nats, and in training its gradients by `hidden` and `head`, computed with it, so that
+    of the logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024).
 
     hidden: [N, D]; head: [V, D]; targets: [N]; weights: [N], of the positions."""
     # Chunks of 2^23 logits cost nothing; with fewer than 128 rows the products of a large vocabulary become slow.
     chunks = -(-len(hidden) // max(128, 2**23 // len(head)))
     rows = -(-len(hidden) // chunks)
-    loss, hidden_gradient, head_gradient = 0, [], mx.zeros_like(head)
+    loss, hidden_gradient, head_gradient = mx.array(0.0), [], mx.zeros_like(head)
     for start in range(0, len(hidden), rows):
         inputs, answers = hidden[start : start + rows], targets[start : start + rows]
         weight = weights[start : start + rows, None]
+        if start > 0:
+            # On a CPU MLX dispatches operations far ahead of their computation and allocates their results with that; idle
+            # ones hold the next chunk back until this one is done (at 267,735 words: 2.5 chunks of memory, not 11).
+            idle, *_ = mx.depends([mx.zeros(2)], [loss, hidden_gradient[-1], head_gradient] if training else [loss])
+            for _ in range(0 if mx.default_device() == mx.gpu else 64):
+                idle = mx.cumsum(idle)
+            inputs, *_ = mx.depends([inputs], [idle])
         logits = (inputs @ head.T).astype(mx.float32)  # [rows, V]
         largest = logits.max(axis=-1, keepdims=True)
         powers = exp(logits - largest)
@@ -473,10 +480,12 @@ def head_loss(hidden, head, targets, weights):
         answer = head[answers]
         nats = mx.log(total) + largest - (inputs * answer).sum(axis=-1, keepdims=True)
         loss = loss + (nats * weight).sum()
-        # The gradient by the logits is (powers / total - one-hot answers) * weight; neither part is ever written out.
-        powers, share = powers.astype(head.dtype), (weight / total).astype(head.dtype)
-        hidden_gradient.append((powers @ head) * share - answer * weight.astype(head.dtype))
-        head_gradient = mx.addmm(head_gradient, powers.T, inputs * share)
+        if training:  # the gradient by the logits is (powers / total - one-hot answers) * weight, never written out
+            powers, share = powers.astype(head.dtype), (weight / total).astype(head.dtype)
+            hidden_gradient.append((powers @ head) * share - answer * weight.astype(head.dtype))
+            head_gradient = mx.addmm(head_gradient, powers.T, inputs * share)
+    if not training:
+        return loss
     head_gradient = head_gradient.at[targets].add(-hidden * weights[:, None].astype(head.dtype))
     return loss, mx.concatenate(hidden_gradient), head_gradient
 
@@ -491,11 +500,13 @@ def head_loss_gradient(inputs, gradients, outputs):
     return outputs[1] * scale, outputs[2] * scale, mx.zeros_like(targets), mx.zeros_like(weights)
 
 
-def loss_sum(model, tokens, targets, noise=(), weights=1.0, head_loss=trained_head_loss):
+def loss_sum(model, tokens, targets, weights=1.0, noise=(), training=True):
     """Cross-entropy in nats, summed over the positions. tokens, targets, weights: [B, L]."""
     hidden = model.model(tokens, noise=noise).flatten(0, 1)  # [B * L, D]
     weights = mx.broadcast_to(mx.array(weights), targets.shape).flatten()
-    return head_loss(hidden, model.head, targets.flatten(), weights)[0]
+    if not training:
+        return head_loss(hidden, model.head, targets.flatten(), weights, training)
+    return trained_head_loss(hidden, model.head, targets.flatten(), weights)[0]
 
 
 def over_streams(streams, function, *arrays):
@@ -522,8 +533,7 @@ def evaluate(model, tokens, batch_size, interrupts=None, streams=None):
 
     @partial(mx.compile, inputs=[model.state])
     def score(*batch):
-        part = lambda *rows: loss_sum(model, *rows[:2], weights=rows[2], head_loss=head_loss)
-        return sum(over_streams(streams, part, *batch))
+        return sum(over_streams(streams, lambda *rows: loss_sum(model, *rows, training=False), *batch))
 
     total = 0.0
     for batch in zip(inputs, targets, mask):
@@ -881,7 +891,7 @@ def make_step(model, optimizer, flags, streams):
 
     def loss(weights, share, tokens, targets, *noise):
         model.update(tree_map(lambda weight: weight.astype(dtype), weights))
-        return loss_sum(model, tokens, targets, noise, share)
+        return loss_sum(model, tokens, targets, share, noise)
 
     @partial(mx.compile, inputs=[model.state])
     def losses_and_gradients(share, *batch):

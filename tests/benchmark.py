@@ -177,7 +177,7 @@ def mlx_step(shape, gpu, weights, plain=False):
         streams = [mx.default_stream(mx.default_device())]
         main.set_blas_threads(os.cpu_count())
         main.attend = lambda q, k, v, scale, cached: mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
-        main.loss_sum = lambda model, tokens, targets, noise, share: (nn.losses.cross_entropy(model(tokens), targets) * share).sum()
+        main.loss_sum = lambda model, tokens, targets, share, noise: (nn.losses.cross_entropy(model(tokens), targets) * share).sum()
     optimizer = main.make_optimizer(model, flags, streams)
     compiled = main.make_step(model, optimizer, flags, streams)
 

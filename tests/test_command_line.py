@@ -290,6 +290,51 @@ def test_identifier_brings_its_text_along(flags_of, trained):
     assert (values.dim, values.keep) == (16, 2)
 
 
+def test_config_file_flat_and_in_groups(flags_of, trained, tmp_path):
+    """Where a value comes from, weakest first: default, checkpoint, preset, YAML, typed flag."""
+    flat = tmp_path / "flat.yaml"
+    flat.write_text(f"text: {trained / 'text.txt'}\nlearning_rate: 1e-2\nnum_iters: 9\nkeep: null\neval_test: false\n")
+    values, checkpoint, out = flags_of("--config", flat, "--num_iters", 11)
+    assert checkpoint and (values.learning_rate, values.num_iters, values.keep) == (0.01, 11, 5)
+    grouped = tmp_path / "grouped.yaml"
+    grouped.write_text(
+        f"run: {{text: [{trained / 'text.txt'}, {flat}], preset: tiny, new_model: true}}\n"
+        "model:\n  context_size: 32\n  qk_norm: true\ntraining: {learning_rate: 0.5}\nbatch_size: 3\n"
+    )
+    values, checkpoint, out = flags_of("--config", grouped, "--num_heads", 2, "--no-qk_norm")
+    assert checkpoint is None and len(values.text) == 2
+    assert (values.dim, values.num_heads, values.num_blocks, values.context_size) == (128, 2, 4, 32)
+    assert (values.learning_rate, values.batch_size, values.qk_norm, values.mlp_dim) == (0.5, 3, False, 512)
+
+
+def test_a_preset_is_part_of_what_a_run_is(flags_of, trained):
+    values, checkpoint, _ = flags_of("--text", trained / "text.txt", "--preset", "gpt2")
+    assert checkpoint is None  # the one there has dim 16
+    assert (values.dim, values.num_heads, values.num_blocks, values.context_size) == (768, 12, 12, 1024)
+    run = main.list_checkpoints(trained / "lm")[0]["run"]
+    with pytest.raises(AssertionError):  # status 2: it contradicts
+        flags_of("--identifier", run, "--preset", "gpt2")
+
+
+@pytest.mark.parametrize("content, words", [
+    ("dim: 128\nlayers: 4\nmodel: {heads: 2}\n", ["heads", "layers", "no flag"]),
+    ("dim: wide\n", ["--dim", "'wide'"]),
+    ("dim: true\n", ["--dim"]),
+    ("config: other.yaml\n", ["config", "no flag"]),
+    ("- dim\n", ["YAML"]),
+    ("dim: [1\n", ["YAML"]),
+    ("", ["YAML"]),
+    ("7", ["YAML"]),
+    ("\0", ["YAML"]),
+])  # fmt: skip
+def test_mistakes_in_a_config_file(capsys, tmp_path, content, words):
+    path = tmp_path / "flags.yaml"
+    path.write_text(content)
+    fails(capsys, ["--config", path], "--config", path, *words)
+    fails(capsys, ["--config", tmp_path / "none.yaml"], "--config", "none.yaml", "No such file")
+    fails(capsys, ["--config", tmp_path], "--config", tmp_path)
+
+
 def test_resolve():
     assert [flags(dataset=name).tokenizer for name in ("ptb", "python")] == ["word", "byte"]
     own = flags(text=["a.txt"])

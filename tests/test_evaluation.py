@@ -50,6 +50,47 @@ def test_loss_sum_is_a_masked_sum():
     assert main.loss_sum(model, *given, weights=1 / 24).item() == pytest.approx(nats.mean(), rel=1e-5)
 
 
+def head_in_numpy(hidden, head, targets, weights):
+    hidden, head, weights = (np.array(array, np.float64) for array in (hidden, head, weights))
+    logits = hidden @ head.T
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    gradient = powers / powers.sum(-1, keepdims=True)
+    gradient[np.arange(len(targets)), targets] -= 1
+    gradient *= weights[:, None]
+    return (nats_of(logits, targets) * weights).sum(), gradient @ head, gradient.T @ hidden
+
+
+@pytest.mark.parametrize("rows, vocab_size", [(50, 13), (129, 70_000), (300, 70_000)], ids=["one", "two", "three chunks"])
+def test_the_loss_in_chunks_and_its_gradients(rows, vocab_size):
+    random = np.random.default_rng(5)
+    hidden = random.normal(size=(rows, 6)).astype(np.float32)
+    head = random.normal(0, 3, (vocab_size, 6)).astype(np.float32)  # sharp distributions, answers far down
+    targets, weights = random.integers(vocab_size, size=rows), random.uniform(0, 1, rows).astype(np.float32)
+
+    def loss(hidden, head):
+        return 0.5 * main.trained_head_loss(hidden, head, mx.array(targets), mx.array(weights))[0]
+
+    value, gradients = mx.value_and_grad(loss, argnums=(0, 1))(mx.array(hidden), mx.array(head))
+    expected = head_in_numpy(hidden, head, targets, weights)
+    assert value.item() == pytest.approx(0.5 * expected[0], rel=1e-5)
+    for gradient, right in zip(gradients, expected[1:]):
+        np.testing.assert_allclose(np.array(gradient), 0.5 * right, rtol=1e-3, atol=3e-4)  # sums of 70,000
+
+
+def test_the_memory_of_a_large_vocabulary():
+    """WikiText-103's words at batch 32 x 48: weights, twice their gradient and four chunks of logits; all of the logits
+    are twelve chunks."""
+    rows, vocab_size, dim = 32 * 48, 267_735, 32
+    head, hidden = mx.random.normal((vocab_size, dim)), mx.random.normal((rows, dim))
+    targets, weights = mx.random.randint(0, vocab_size, (rows,)), mx.full(rows, 1 / rows)
+    mx.eval(head, hidden, targets, weights)
+    step = mx.compile(mx.value_and_grad(lambda *arrays: main.trained_head_loss(*arrays, targets, weights)[0], argnums=(0, 1)))
+    before = mx.get_active_memory() - head.nbytes
+    mx.reset_peak_memory()
+    mx.eval(step(hidden, head))
+    assert mx.get_peak_memory() - before < 3 * head.nbytes + 4 * 128 * vocab_size * 4
+
+
 @pytest.mark.parametrize("mlp, rate", [("relu2", 0.0), ("swiglu", 0.0), ("gelu", 0.0), ("swiglu", 0.3)])
 def test_gradient_equals_finite_differences(mlp, rate):
     model, random = make_model(mlp=mlp), np.random.default_rng(2)
@@ -57,7 +98,7 @@ def test_gradient_equals_finite_differences(mlp, rate):
     keys = mx.array(random.integers(0, 2**32, (2, 2), np.uint32))
     noise = (mx.full(2, rate), keys) if rate else ()
     mask = mx.array(random.uniform(0.1, 1, (2, 8)).astype(np.float32))
-    _, gradients = nn.value_and_grad(model, main.loss_sum)(model, tokens, targets, noise, mask)
+    _, gradients = nn.value_and_grad(model, main.loss_sum)(model, tokens, targets, mask, noise)
     weights, gradients = arrays(model.parameters()), arrays(gradients)
     assert weights.keys() == gradients.keys()
 

@@ -19,7 +19,7 @@ from test_interrupts import wait_for
 from datasets import load_dataset
 
 # Reports each step, saves every 10th, evaluates every 20th; an epoch has 140 or so steps, so some end on the way.
-LINE = [*TINY, "--context_size", 64, "--dropout", 0.1, "--steps_per_report", 1, "--steps_per_eval", 20, "--steps_per_save", 10]
+LINE = [*TINY, "--batch_size", 8, "--context_size", 64, "--dropout", 0.1, "--steps_per_report", 1, "--steps_per_eval", 20, "--steps_per_save", 10]
 
 # A child that ends itself, with nothing said or flushed, at the n-th call of those that a save consists of.
 KILLED_AT = """

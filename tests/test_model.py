@@ -61,7 +61,10 @@ def reference(model, tokens, drop=lambda hidden, site: hidden):
         for head in range(config.num_heads):
             shared = head // (config.num_heads // config.num_kv_heads)
             own, other = slice(head * d, head * d + d), slice(shared * d, shared * d + d)
-            scores = rotate(queries[..., own]) @ rotate(keys[..., other]).swapaxes(1, 2) / math.sqrt(d)
+            query, key = queries[..., own], keys[..., other]
+            if config.qk_norm:
+                query, key = norm(query, name + ".q_norm"), norm(key, name + ".k_norm")
+            scores = rotate(query) @ rotate(key).swapaxes(1, 2) / math.sqrt(d)
             scores[:, np.arange(L)[:, None] < np.arange(L)] = -np.inf
             shares = np.exp(scores - scores.max(-1, keepdims=True))
             attended[..., own] = shares / shares.sum(-1, keepdims=True) @ values[..., other]
@@ -83,7 +86,7 @@ def reference(model, tokens, drop=lambda hidden, site: hidden):
         block = f"model.layers.{i}"
         hidden = hidden + drop(attention(norm(hidden, block + ".input_layernorm"), block + ".self_attn"), 2 * i + 1)
         hidden = hidden + drop(mlp(norm(hidden, block + ".post_attention_layernorm"), block + ".mlp"), 2 * i + 2)
-    return linear(norm(hidden, "model.norm"), "model.embed_tokens")
+    return linear(norm(hidden, "model.norm"), "lm_head" if config.untie else "model.embed_tokens")
 
 
 @pytest.mark.parametrize("mlp", ["relu2", "swiglu", "gelu"])
@@ -92,6 +95,23 @@ def test_logits_equal_an_independent_forward_pass(heads, mlp):
     model = make_model(HEADS[heads], mlp)
     tokens = random_tokens(model)
     np.testing.assert_allclose(logits_of(model, tokens), reference(model, tokens), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(qk_norm=True), dict(untie=True), dict(qk_norm=True, untie=True, mlp="swiglu")])
+@pytest.mark.parametrize("heads", HEADS)
+def test_normalized_queries_and_an_own_output_layer(heads, options):
+    model = make_model(HEADS[heads], **options)
+    tokens = random_tokens(model)
+    expected = reference(model, tokens)
+    np.testing.assert_allclose(logits_of(model, tokens), expected, rtol=0, atol=1e-4)
+    caches = [main.Cache(model.config.context_size) for _ in model.model.layers]
+    np.testing.assert_allclose(logits_of(model, tokens, caches=caches), expected, rtol=0, atol=1e-4)
+
+
+def test_exp_is_within_its_bounds():
+    x = np.linspace(-200, 0, 100_001)
+    assert abs(np.array(main.exp(mx.array(x.astype(np.float32))), np.float64) - np.exp(x)).max() < 2e-6
+    assert main.exp(mx.array([0.0, -math.inf])).tolist() == pytest.approx([1, 1e-13], rel=1e-6, abs=1e-12)
 
 
 def test_rope_base_and_norm_epsilon_come_from_the_configuration():

@@ -12,9 +12,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 STREAMS = [mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)]
 
 
-def make_model(num_blocks=2):
+def make_model(num_blocks=2, **values):
     shape = dict(vocab_size=11, context_size=6, dim=8, num_heads=2, num_kv_heads=1, mlp_dim=12)
-    model = main.LanguageModel(main.Config(**shape, num_blocks=num_blocks, mlp="swiglu"))
+    model = main.LanguageModel(main.Config(**shape, num_blocks=num_blocks, mlp="swiglu", **values))
     random = np.random.default_rng(0)
     set_weights(model, {n: random.normal(0.5, 0.3, w.shape) for n, w in tree_flatten(model.parameters())})
     return model
@@ -51,6 +51,43 @@ def test_two_steps_equal_adamw_in_numpy():
             weights[name] = weights[name] * (1 - rate * decay) - rate * mean / (np.sqrt(square) + 1e-8)
         for name, weight in arrays(model.parameters()).items():
             np.testing.assert_allclose(weight, weights[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+def orthogonal(matrix):
+    """Five of Muon's Newton-Schulz steps, as its authors give them."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+@pytest.mark.parametrize("untie", [False, True])
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(untie):
+    model = make_model(untie=untie)
+    given = flags(optimizer="muon", learning_rate=0.01, weight_decay=0.1)
+    optimizer = main.make_optimizer(model, given, STREAMS)
+    groups = [[n[:-2] for n, _ in tree_flatten(group.state) if n.endswith(".v")] for group in optimizer.optimizers]
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    hidden = [name for name in names if "proj" in name]
+    assert sorted(groups[0]) == sorted(hidden) and len(hidden) == 14
+    assert sorted(groups[1]) == sorted(["model.embed_tokens.weight"] + ["lm_head.weight"] * untie)
+    assert sorted(groups[2]) == sorted(name for name in names if "norm" in name)
+    random, weights = np.random.default_rng(1), arrays(model.parameters())
+    velocity = {name: 0.0 for name in hidden}
+    for rate in (0.01, 0.003):
+        gradients = {name: random.normal(size=weight.shape) for name, weight in weights.items()}
+        main.set_learning_rate(optimizer, rate)
+        optimizer.update(model, tree_unflatten([(n, mx.array(g.astype(np.float32))) for n, g in gradients.items()]))
+        for name in hidden:
+            velocity[name] = 0.95 * velocity[name] + 0.05 * gradients[name]
+            update = orthogonal(0.05 * gradients[name] + 0.95 * velocity[name])  # Nesterov
+            update *= max(1, update.shape[0] / update.shape[1]) ** 0.5
+            weights[name] = weights[name] * (1 - rate * 0.1) - rate * main.MUON_RATE * update
+    for name in hidden:
+        np.testing.assert_allclose(arrays(model.parameters())[name], weights[name], rtol=0, atol=1e-4, err_msg=name)
+    assert all(group.learning_rate.item() == pytest.approx(0.003) for group in optimizer.optimizers[1:])
 
 
 def test_each_parameter_is_in_exactly_one_group():
@@ -98,6 +135,35 @@ def test_learning_rate_is_never_zero():
     assert rates == sorted(rates) and max(rates) == 1e-4
 
 
+@pytest.mark.parametrize("schedule, min_lr, expected", [
+    ("linear", 0.0, [0.4, 0.8, 0.8, 0.6, 0.4, 0.2]),
+    ("linear", None, [0.4, 0.8, 0.8, 0.62, 0.44, 0.26]),
+    ("cosine", 0.0, [0.4, 0.8, 0.8, 0.4 + 0.4 * 0.5**0.5, 0.4, 0.4 - 0.4 * 0.5**0.5]),
+    ("cosine", 0.2, [0.4, 0.8, 0.8, 0.5 + 0.3 * 0.5**0.5, 0.5, 0.5 - 0.3 * 0.5**0.5]),
+    ("constant", 0.2, [0.4, 0.8, 0.8, 0.8, 0.8, 0.8]),
+])  # fmt: skip
+def test_learning_rate_schedules(schedule, min_lr, expected):
+    given = flags(learning_rate=0.8, lr_warmup=2, num_iters=6, lr_schedule=schedule, min_lr=min_lr)
+    assert [main.learning_rate_at(i, given) for i in range(6)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize("lr_warmup, num_iters", [(0, 1), (0, 9), (5, 5), (200, 10)])
+def test_no_schedule_divides_by_zero_or_gives_a_zero_rate(schedule, lr_warmup, num_iters):
+    given = flags(learning_rate=0.5, lr_warmup=lr_warmup, num_iters=num_iters, lr_schedule=schedule)
+    assert all(0 < main.learning_rate_at(i, given) <= 0.5 for i in range(num_iters))
+
+
+def test_dropout_moves_by_a_line():
+    given = flags(dropout=0.1, dropout_final=0.5, num_iters=4)
+    assert [main.dropout_at(i, given) for i in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert main.dropout_at(3, flags(dropout=0.1, num_iters=4)) == 0.1
+    rates, keys = main.make_noise(1, 2, 5, 0.3)
+    assert rates.tolist() == pytest.approx([0.3] * 5)
+    np.testing.assert_array_equal(np.array(keys[:3]), np.array(main.make_noise(1, 2, 3, 0.3)[1]))
+    assert (np.array(keys) != np.array(main.make_noise(1, 3, 5, 0.3)[1])).any()
+
+
 def batch():
     tokens = np.random.default_rng(2).integers(11, size=(3, 7))
     return mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:])
@@ -139,9 +205,107 @@ def test_a_step_is_value_gradient_and_update():
     for rate in (0.01, 0.05, 0.001):
         optimizer.learning_rate = plain_optimizer.learning_rate = rate
         step(tokens, targets)
-        _, gradients = nn.value_and_grad(plain, main.loss_sum)(plain, tokens, targets, (), 1 / targets.size)
+        _, gradients = nn.value_and_grad(plain, main.loss_sum)(plain, tokens, targets, 1 / targets.size)
         plain_optimizer.update(plain, gradients)
     expected = arrays(plain.parameters())
     for name, weight in arrays(compiled.parameters()).items():
         # Where a gradient is near 0, Adam's quotient magnifies its rounding: hence far from 1e-6, yet far below a step.
         np.testing.assert_allclose(weight, expected[name], rtol=0, atol=2e-4, err_msg=name)
+
+
+# The step in its variants. All tokens are drawn from a small model's vocabulary of 11; dropout is on where rates are.
+
+
+def steps(count=6, noise=True, streams=STREAMS, plain=False, **values):
+    """The losses of some training steps, and the weights after them."""
+    given = flags(learning_rate=0.01, **values)
+    model = make_model()
+    optimizer = main.make_optimizer(model, given, streams)
+    step = main.make_step(model, optimizer, given, streams)
+    rows, losses = given.batch_size * given.grad_accumulation, []
+    for i in range(count):
+        tokens = np.random.default_rng([7, i]).integers(11, size=(12, 7))[:rows]
+        drop = main.make_noise(3, i, rows, 0.2) if noise else ()
+        loss, norm = step(mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), *drop)
+        mx.eval(loss, norm, model.state, optimizer.state)
+        losses.append([loss.item(), norm.item()])
+    return np.array(losses), arrays(model.parameters())
+
+
+def test_accumulation_is_the_big_batch():
+    expected, weights = steps(batch_size=12)
+    for batch_size, grad_accumulation in ((4, 3), (6, 2), (2, 6)):
+        losses, reached = steps(batch_size=batch_size, grad_accumulation=grad_accumulation)
+        np.testing.assert_allclose(losses, expected, rtol=1e-4)
+        for name in weights:
+            np.testing.assert_allclose(reached[name], weights[name], rtol=0, atol=2e-3, err_msg=name)
+    assert abs(steps(batch_size=4)[0] - expected).max() > 0.01  # or the comparison would prove nothing
+
+
+def test_streams_change_rounding_alone_and_are_exact_in_themselves():
+    expected, _ = steps(batch_size=12, streams=STREAMS[:1])
+    for streams in (STREAMS, [*STREAMS, mx.new_stream(mx.cpu)], [mx.new_stream(mx.cpu) for _ in range(5)]):
+        runs = [steps(batch_size=12, streams=streams) for _ in range(3)]
+        np.testing.assert_allclose(runs[0][0], expected, rtol=1e-4)
+        for losses, weights in runs[1:]:
+            np.testing.assert_array_equal(losses, runs[0][0])
+            for name in weights:
+                np.testing.assert_array_equal(weights[name], runs[0][1][name])
+
+
+def test_gradient_checkpointing_changes_memory_alone():
+    expected, weights = steps(batch_size=12)
+    losses, reached = steps(batch_size=12, checkpoint=True)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    peaks = []
+    for checkpoint in (False, True):
+        given = flags(batch_size=64, checkpoint=checkpoint)
+        model = main.LanguageModel(main.Config(11, 64, 8, 32, 2, 2, "swiglu", 128))
+        tokens = mx.array(np.random.default_rng(0).integers(11, size=(64, 64)))
+        step = main.make_step(model, main.make_optimizer(model, given), given, STREAMS[:1])
+        for _ in range(2):
+            mx.reset_peak_memory()
+            mx.eval(step(tokens, tokens), model.state)
+        peaks.append(mx.get_peak_memory())
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+def test_twenty_steps_stay_with_the_plain_ones():
+    """As MLX's documentation would write the step: its own loss, attention, AdamW and clipping, one stream, eager."""
+    given = flags(learning_rate=0.01, batch_size=12, mlp="relu2")
+    model = make_model()
+    plain = optim.AdamW(0.01, betas=[0.9, 0.99], weight_decay=1e-5, bias_correction=True)
+
+    def loss(model, tokens, targets):
+        caches = [main.Cache(6) for _ in model.model.layers]  # with which attention is MLX's own
+        return nn.losses.cross_entropy(model(tokens, caches), targets, reduction="mean")
+
+    losses = []
+    for i in range(20):
+        tokens = mx.array(np.random.default_rng([7, i]).integers(11, size=(12, 7)))
+        value, gradients = nn.value_and_grad(model, loss)(model, tokens[:, :-1], tokens[:, 1:])
+        gradients, norm = optim.clip_grad_norm(gradients, given.grad_clip)
+        plain.update(model, gradients)
+        losses.append([value.item(), norm.item()])
+    np.testing.assert_allclose(steps(20, noise=False, batch_size=12)[0][:, 0], np.array(losses)[:, 0], rtol=0, atol=1e-4)
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32(monkeypatch):
+    """What a GPU is given to do, done here by the CPU: the losses are near, no weight or moment is rounded."""
+    expected, _ = steps(noise=False, batch_size=12)
+    np.testing.assert_array_equal(steps(noise=False, batch_size=12, dtype="bfloat16")[0], expected)  # not on a CPU
+    seen = []
+    loss_sum = main.loss_sum
+
+    def spying(model, *arguments):
+        seen.extend(weight.dtype for _, weight in tree_flatten(model.parameters()))
+        return loss_sum(model, *arguments)
+
+    monkeypatch.setattr(main, "loss_sum", spying)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    losses, weights = steps(noise=False, batch_size=12, dtype="bfloat16")
+    assert set(seen) == {mx.bfloat16}
+    assert 1e-5 < abs(losses[:, 0] - expected[:, 0]).max() < 0.1
+    model = make_model()
+    rounded = [np.array(mx.array(w.astype(np.float32)).astype(mx.bfloat16).astype(mx.float32)) == w for w in weights.values()]
+    assert np.mean(np.concatenate([part.ravel() for part in rounded])) < 0.1 and model

@@ -3,11 +3,15 @@
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import TINY, ids, run, start
+from conftest import ROOT, TINY, ids, run, start
 from test_interrupts import wait_for
+
+import main
 
 DROPOUT = ["--dropout", "0.1"]
 
@@ -205,3 +209,84 @@ def test_losses_go_down_and_reports_are_whole(tmp_path, text):
     )
     assert [int(iteration) for iteration, _ in reports] == list(range(10, 201, 10))
     assert float(reports[0][1]) > 5 > 3 > float(reports[-1][1])
+
+
+# Options of the loop
+
+
+def records(folder):
+    """The flags and counters of the checkpoints in a folder, the newest first."""
+    return main.list_checkpoints(folder)
+
+
+def test_patience_counts_over_interrupts(tmp_path, text):
+    """With a learning rate of 0 no score is better than the first."""
+    line = ["--text", text, *TINY, "--steps_per_eval", 2, "--learning_rate", 0, "--patience", 3, "--eval_tokens", 100]
+    whole, _ = run(*line, "--save_dir", tmp_path / "whole")
+    assert "Stopped: no better score in 3 evaluations (--patience)" in whole
+    assert [iteration for iteration, _ in records(tmp_path / "whole")[0]["scores"]] == [2, 4, 6, 8]
+    run(*line, "--save_dir", tmp_path / "parts", "--num_iters", 4)
+    arguments = [*map(str, line), "--save_dir", str(tmp_path / "parts"), "--num_iters", "100000"]
+    dying = (
+        "import main\nsave = main.save_checkpoint\ndef killed(folder, run, id=None):\n    id = save(folder, run, id)\n"
+        "    if run.record['iteration'] == 6:\n        main.os.kill(main.os.getpid(), 9)\n    return id\n"
+        f"main.save_checkpoint = killed\nmain.sys.exit(main.main({arguments!r}))"
+    )
+    assert subprocess.run([sys.executable, "-c", dying], cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+    out, _ = run(*line, "--save_dir", tmp_path / "parts")
+    assert ids(tmp_path / "parts")[0] == ids(tmp_path / "whole")[0]
+    assert records(tmp_path / "parts")[0]["scores"] == records(tmp_path / "whole")[0]["scores"]
+    out, _ = run(*line, "--save_dir", tmp_path / "parts")  # once more: it has nothing to do
+    assert "in 3 evaluations (--patience)" in out and records(tmp_path / "parts")[0]["iteration"] == 8
+    out, _ = run(*line, "--save_dir", tmp_path / "parts", "--patience", 4)
+    assert records(tmp_path / "parts")[0]["iteration"] == 10
+
+
+def test_max_minutes_ends_a_leg_and_changes_nothing(tmp_path, text):
+    line = ["--text", text, *TINY, *DROPOUT, "--save_dir", tmp_path / "legs", "--steps_per_eval", 100000]
+    out, _ = run(*line, "--max_minutes", 0.005, "--eval_test", "--test_text", text)
+    stopped = records(tmp_path / "legs")[0]
+    assert 0 < stopped["iteration"] < 100000 and stopped["scores"] == [] and stopped["flags"]["num_iters"] == 100000
+    assert f"--max_minutes 0.005 are over at iteration {stopped['iteration']:,}." in out
+    assert out.count("\nvalid ") == 1 and out.count("\ntest ") == 1
+    more = ["--num_iters", stopped["iteration"] + 20, "--test_text", text]
+    out, _ = run(*line, *more)
+    assert f"from iteration {stopped['iteration']:,}" in out  # and the limit was that leg's own
+    run(*line[:-4], "--save_dir", tmp_path / "whole", "--steps_per_eval", 100000, *more)
+    assert ids(tmp_path / "legs")[0] == ids(tmp_path / "whole")[0]
+
+
+def test_extending_a_schedule_says_that_it_stretches(tmp_path, text):
+    line = ["--text", text, *TINY, "--save_dir", tmp_path, "--lr_warmup", 0, "--steps_per_report", 1]
+    out, _ = run(*line, "--lr_schedule", "linear", "--min_lr", 0, "--learning_rate", 0.01, "--num_iters", 4)
+    assert re.findall(r"lr (\S+)", out) == ["1.00e-02", "7.50e-03", "5.00e-03", "2.50e-03"]
+    out, _ = run(*line, "--num_iters", 8)
+    assert "stretches the schedules" in out and re.findall(r"lr (\S+)", out)[0] == "5.00e-03"
+
+
+def test_a_line_for_bfloat16_on_a_cpu_and_the_same_result(tmp_path, text):
+    line = ["--text", text, *TINY, "--num_iters", 3]
+    out, _ = run(*line, "--dtype", "bfloat16", "--save_dir", tmp_path / "16")
+    assert "--dtype bfloat16 would be slower on a CPU" in out
+    run(*line, "--save_dir", tmp_path / "32")
+    assert ids(tmp_path / "16") == ids(tmp_path / "32")
+
+
+VARIANTS = [
+    "--optimizer muon --dropout 0.1 --dropout_final 0.3 --qk_norm --untie --grad_accumulation 3",
+    "--batch_size 16 --context_size 64 --lr_schedule cosine --checkpoint --num_kv_heads 1",  # several streams
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_interrupted_variants_equal_undisturbed(tmp_path, text, options):
+    line = ["--text", text, *TINY, *options.split(), "--num_iters", 60, "--steps_per_eval", 20, "--steps_per_report", 1]
+    run(*line, "--save_dir", tmp_path / "whole")
+    for stop in (7, 30):
+        process = start(*line, "--save_dir", tmp_path / "parts")
+        wait_for(process, f"{stop}/60 ")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 130, err
+    run(*line, "--save_dir", tmp_path / "parts")
+    assert ids(tmp_path / "parts")[0] == ids(tmp_path / "whole")[0]
