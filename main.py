@@ -97,7 +97,8 @@ def use_fast_blas():
 
 def set_blas_threads(count):
     """Sets the number of threads of a matrix product."""
-    for name in ("openblas_set_num_threads", "scipy_openblas_set_num_threads64_", "MKL_Set_Num_Threads", "bli_thread_set_num_threads"):
+    openblas = ("openblas_set_num_threads", "scipy_openblas_set_num_threads64_")
+    for name in (*openblas, "MKL_Set_Num_Threads", "bli_thread_set_num_threads"):
         with contextlib.suppress(AttributeError):
             getattr(ctypes.CDLL(None), name)(count)
 
@@ -157,8 +158,8 @@ PRESETS = {  # --dim, --num_heads, --num_blocks, --context_size
 
 
 def dropout(hidden, noise, site):
-    """Zeroes elements of hidden [B, L, D] at random. noise: the rows' rates [B] and keys [B, 2] uint32, or () for none; `site`
-    tells the model's dropouts apart. A row's mask depends on its own key alone, so a batch can be split without changing it."""
+    """Zeroes elements of hidden [B, L, D] at random. noise: the rows' rates [B] and keys [B, 2] uint32, or () for none;
+    `site` tells the model's dropouts apart. Masks depend on a row's own key alone, so a batch can be split freely."""
     if not noise:
         return hidden
     rates, keys = noise
@@ -168,8 +169,8 @@ def dropout(hidden, noise, site):
 
 
 def exp(x):
-    """e to the x, for x <= 0, within 2e-6. On a CPU MLX's own takes 12 ns, being scalar there; products and sums use the vector
-    units, and so does (Taylor's polynomial of x / 32) to the 32: 1.2 ns. Below -30 it stays at e to the -30, 1e-13."""
+    """e to the x, for x <= 0, within 2e-6. On a CPU MLX's own takes 12 ns, being scalar there; products and sums use the
+    vector units, and so does (Taylor's polynomial of x / 32) to the 32: 1.2 ns. Below -30 it stays at 1e-13."""
     if mx.default_device() == mx.gpu:
         return mx.exp(x)
     x, power = mx.maximum(x, -30), 0
@@ -193,8 +194,8 @@ def softmax_gradient(scores, gradient, weights):  # from the weights, so that no
 
 
 def attend(queries, keys, values, scale, cached):
-    """Causal attention: queries [B, H, L, d], keys and values [B, K, S, d] with the last L positions the queries' own, to
-    [B, H, L, d]. MLX's own, except for whole texts on a CPU, where its softmax took a fifth of a small model's step."""
+    """Causal attention of queries [B, H, L, d] to keys and values [B, K, S, d], whose last L positions are their own:
+    [B, H, L, d]. MLX's own, but for whole texts on a CPU, where its softmax took a fifth of a small model's step."""
     if mx.default_device() == mx.gpu or cached:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
     B, H, L, d = queries.shape
@@ -359,9 +360,9 @@ MUON_RATE = 5  # Muon's learning rate over AdamW's
 
 
 def make_optimizer(model, flags, streams=()):
-    """AdamW (Loshchilov & Hutter 2019) in two groups, matrices with weight decay and norms without; with --optimizer muon
-    the blocks' matrices go to Muon (Jordan et al. 2024), with the same decay. The parameters are dealt out over `streams`.
-    Its state is ready."""
+    """AdamW (Loshchilov & Hutter 2019) in two groups, matrices with weight decay and norms without; with --optimizer
+    muon the blocks' matrices go to Muon (Jordan et al. 2024), with the same decay. Its state is ready; the work is dealt
+    out over `streams`."""
     adamw = partial(optim.AdamW, flags.learning_rate, betas=[0.9, 0.99], bias_correction=True)
     groups = [adamw(weight_decay=flags.weight_decay), adamw(weight_decay=0.0)]
     filters = [lambda name, weight: weight.ndim >= 2]
@@ -397,18 +398,12 @@ def set_learning_rate(optimizer, rate):
 
 
 def learning_rate_at(iteration, flags):
-    """The rate of step `iteration` (from 0): a linear warm-up over `lr_warmup` steps, then constant, or down to `min_lr` at
-    `num_iters` by a half cosine or a line; never 0 but by --min_lr."""
+    """The rate of step `iteration` (from 0): a linear warm-up over `lr_warmup` steps, then constant, or down to `min_lr`
+    at `num_iters` by a half cosine or a line; never 0 but by --min_lr."""
     least = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
     done = max(0, iteration - flags.lr_warmup) / max(1, flags.num_iters - flags.lr_warmup)
     left = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[flags.lr_schedule]
     return (least + (flags.learning_rate - least) * left) * min(1, (iteration + 1) / max(1, flags.lr_warmup))
-
-
-def dropout_at(iteration, flags):
-    """The dropout rate of step `iteration`: from --dropout by a line to --dropout_final at `num_iters`, where that is given."""
-    final = flags.dropout if flags.dropout_final is None else flags.dropout_final
-    return flags.dropout + (final - flags.dropout) * iteration / flags.num_iters
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,8 +450,8 @@ class Batches:
 
 
 def head_loss(hidden, head, targets, weights, training=True):
-    """Weighted sum of cross-entropies in nats, and in training its gradients by `hidden` and `head`, computed with it, so that
-    of the logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024).
+    """Weighted sum of cross-entropies in nats, and in training its gradients by `hidden` and `head`, computed with it, so
+    that of the logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024).
 
     hidden: [N, D]; head: [V, D]; targets: [N]; weights: [N], of the positions."""
     # Chunks of 2^23 logits cost nothing; with fewer than 128 rows the products of a large vocabulary become slow.
@@ -467,8 +462,8 @@ def head_loss(hidden, head, targets, weights, training=True):
         inputs, answers = hidden[start : start + rows], targets[start : start + rows]
         weight = weights[start : start + rows, None]
         if start > 0:
-            # On a CPU MLX dispatches operations far ahead of their computation and allocates their results with that; idle
-            # ones hold the next chunk back until this one is done (at 267,735 words: 2.5 chunks of memory, not 11).
+            # On a CPU MLX dispatches operations far ahead of their computation and allocates their results then; idle
+            # ones hold the next chunk back until this one is done (267,735 words: 2.5 chunks of memory, not 11).
             idle, *_ = mx.depends([mx.zeros(2)], [loss, hidden_gradient[-1], head_gradient] if training else [loss])
             for _ in range(0 if mx.default_device() == mx.gpu else 64):
                 idle = mx.cumsum(idle)
@@ -791,7 +786,7 @@ def load_run(folder, record, run):
 
 def versions(streams):
     """What the last bits of a result depend on: a run is exact as long as these stay the same."""
-    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, batches in {len(streams)} streams"
+    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {len(streams)} streams"
     return {"MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device}
 
 
@@ -863,14 +858,14 @@ class Lasting:
 def use_device(gpu):
     """Makes the GPU or the CPU the default device; call it before anything is computed."""
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
-    if not gpu:  # evaluates graphs breadth first, the streams side by side; else one waits for the other half of the time
+    if not gpu:  # graphs are computed breadth first, their streams side by side; else one stream waits for the other
         os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
 
 
 def make_streams(rows, context_size):
-    """The streams that share the rows of a batch. On a CPU each is a thread that computes on one core, with the matrix products
-    single-threaded: twice as quick on two cores as products by both and all else by one. Shares of under 256 positions
-    do not pay. A GPU has one; so has macOS, whose BLAS brings its own threads."""
+    """The streams that share the rows of a batch. On a CPU each is a thread on a core of its own, its matrix products too:
+    on two cores up to 1.6 times as quick as both cores on one product and one core on all else. Shares of under 256
+    positions do not pay. A GPU has one; so has macOS, whose BLAS brings its own threads."""
     if mx.default_device() == mx.gpu or BLAS == "Accelerate":
         return [mx.default_stream(mx.default_device())]
     set_blas_threads(1)
@@ -881,7 +876,8 @@ def make_streams(rows, context_size):
 
 
 def make_step(model, optimizer, flags, streams):
-    """The training step: tokens [N, L], targets [N, L] and, for dropout, rates [N] and keys [N, 2] -> mean loss, gradient norm.
+    """The training step: tokens [N, L], targets [N, L], dropout's rates [N] and keys [N, 2] or none of these -> mean loss,
+    gradient norm.
 
     The N = batch_size * grad_accumulation rows are taken batch_size at a time, and those are shared out over `streams`.
     With bfloat16 all is computed in it but the loss; the weights and the optimizer's state stay in float32."""
@@ -926,9 +922,14 @@ def make_step(model, optimizer, flags, streams):
     return step
 
 
-def make_noise(seed, iteration, rows, rate):
-    """Dropout's rates [B] and keys [B, 2] for one step; row r's are a function of (seed, iteration, r) alone."""
-    random = np.random.default_rng([seed, iteration, 1])
+def make_noise(iteration, rows, flags):
+    """Dropout's rates [B] and keys [B, 2] for step `iteration`, or () without dropout. Row r's key is a function of
+    (seed, iteration, r) alone; the rate moves by a line from --dropout to --dropout_final at `num_iters`."""
+    final = flags.dropout if flags.dropout_final is None else flags.dropout_final
+    if not (flags.dropout or final):
+        return ()
+    random = np.random.default_rng([flags.seed, iteration, 1])
+    rate = flags.dropout + (final - flags.dropout) * iteration / flags.num_iters
     return mx.full(rows, rate), mx.array(random.integers(0, 2**32, (rows, 2), np.uint32))
 
 
@@ -1000,17 +1001,16 @@ def train(flags, dataset, checkpoint, interrupts):
             tqdm.write(f"--max_minutes {flags.max_minutes:g} are over at iteration {iteration:,}.")
             score_split("valid", model, dataset, flags, interrupts, flags.eval_tokens)
         if flags.patience and misses >= flags.patience:
-            tqdm.write(f"Stopped: no better score in {misses} evaluations (--patience); the best is {record['best']['id']}.")
+            tqdm.write(f"Stopped: no better score in {misses} evaluations (--patience); best is {record['best']['id']}.")
             break
-        if finished or timeout or interrupts.received and (save or iteration == start):  # a signal since: after the next step
+        # A signal that came since the save: after the next step.
+        if finished or timeout or interrupts.received and (save or iteration == start):
             break
 
         began = time.perf_counter()
         set_learning_rate(optimizer, learning_rate_at(iteration, flags))
         tokens, targets = batches.next()
-        dropout_rate = dropout_at(iteration, flags)
-        noise = make_noise(flags.seed, iteration, len(tokens), dropout_rate) if flags.dropout or flags.dropout_final else ()
-        loss, norm = step(tokens, targets, *noise)
+        loss, norm = step(tokens, targets, *make_noise(iteration, len(tokens), flags))
         mx.eval(loss, norm, model.state, optimizer.state)
         losses.append(loss.item())
         taken = time.perf_counter() - began
@@ -1246,7 +1246,7 @@ def make_parser():
     run("--new_model", **switch, help="begin a new run even if one could be resumed")
     run("--num_iters", type=size, default=100000, help="steps to train in all")
     run("--max_minutes", type=number(float, 0), help="stop after so much training, without evaluations and saves")
-    run("--config", metavar="FILE", help="YAML file of flags, flat or in the groups of this help; the command line wins")
+    run("--config", metavar="FILE", help="YAML file of flags, flat or in the groups of this help; typed flags win")
     run("--preset", choices=list(PRESETS), help="dim, heads, blocks and context of a usual size")
     run("--gpu", **switch, help="compute on the GPU")
     run("--seed", type=count, default=42, help="of weights, batches, dropout and samples")
@@ -1267,11 +1267,11 @@ def make_parser():
     training("--learning_rate", type=rate, default=3e-4, help="after warm-up")
     training("--min_lr", type=rate, help="where the schedule ends (default: a tenth of the learning rate)")
     training("--weight_decay", type=rate, default=1e-5, help="AdamW's, on matrices")
-    training("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the blocks' matrices, at 5 times the rate")
+    training("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: Muon for the blocks' matrices")
     training("--lr_warmup", type=count, default=200, help="steps to reach the learning rate")
     training("--lr_schedule", choices=["constant", "cosine", "linear"], default="constant", help="after warm-up")
     training("--grad_clip", type=rate, default=1.0, help="largest gradient norm; 0: no limit")
-    training("--dropout_final", type=number(float, 0, 0.9), help="--dropout moves by a line to this rate at the last step")
+    training("--dropout_final", type=number(float, 0, 0.9), help="--dropout moves by a line to this at the last step")
     training("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation, on a GPU")
     training("--checkpoint", **switch, help="gradient checkpointing: less memory, a third more time")
     training("--patience", type=size, help="stop after so many evaluations without a better one")
@@ -1320,7 +1320,7 @@ def read_config(path):
         import yaml
 
         settings = yaml.safe_load(Path(path).expanduser().read_text())
-        groups = [value if name in GROUPS and isinstance(value, dict) else {name: value} for name, value in settings.items()]
+        groups = [v if name in GROUPS and isinstance(v, dict) else {name: v} for name, v in settings.items()]
     except ImportError:
         raise UsageError("--config needs a package: pip install PyYAML") from None
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
@@ -1455,7 +1455,7 @@ def main(argv=None):
                 if name in typed and old.get(name) != getattr(flags, name):
                     tqdm.write(f"changed  --{name} from {old.get(name)} to {getattr(flags, name)}")
                     if name == "num_iters" and (old["lr_schedule"] != "constant" or old["dropout_final"] is not None):
-                        tqdm.write("         which stretches the schedules of learning rate and dropout over the new length")
+                        tqdm.write("         which stretches the schedules of learning rate and dropout")
             flags = resolve(argparse.Namespace(**DEFAULTS | old | typed))
         flags.save_dir = folder
         data = {name: getattr(flags, name) for name in DATA if name != "dataset"}

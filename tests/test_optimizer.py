@@ -156,12 +156,14 @@ def test_no_schedule_divides_by_zero_or_gives_a_zero_rate(schedule, lr_warmup, n
 
 def test_dropout_moves_by_a_line():
     given = flags(dropout=0.1, dropout_final=0.5, num_iters=4)
-    assert [main.dropout_at(i, given) for i in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert main.dropout_at(3, flags(dropout=0.1, num_iters=4)) == 0.1
-    rates, keys = main.make_noise(1, 2, 5, 0.3)
-    assert rates.tolist() == pytest.approx([0.3] * 5)
-    np.testing.assert_array_equal(np.array(keys[:3]), np.array(main.make_noise(1, 2, 3, 0.3)[1]))
-    assert (np.array(keys) != np.array(main.make_noise(1, 3, 5, 0.3)[1])).any()
+    rates, keys = zip(*(main.make_noise(i, 5, given) for i in range(4)))
+    np.testing.assert_allclose(np.array(rates), np.tile([[0.1], [0.2], [0.3], [0.4]], 5), rtol=1e-6)
+    assert len(np.unique(np.array(keys).reshape(20, 2), axis=0)) == 20
+    np.testing.assert_array_equal(np.array(keys[2][:3]), np.array(main.make_noise(2, 3, given)[1]))
+    assert (np.array(keys[2]) != np.array(main.make_noise(2, 5, flags(dropout=0.1, seed=1))[1])).any()
+    assert main.make_noise(3, 1, flags(dropout=0.1, num_iters=4))[0].item() == pytest.approx(0.1)
+    assert main.make_noise(1, 1, flags(dropout_final=0.4, num_iters=4))[0].item() == pytest.approx(0.1)
+    assert main.make_noise(3, 1, flags()) == ()
 
 
 def batch():
@@ -225,7 +227,7 @@ def steps(count=6, noise=True, streams=STREAMS, plain=False, **values):
     rows, losses = given.batch_size * given.grad_accumulation, []
     for i in range(count):
         tokens = np.random.default_rng([7, i]).integers(11, size=(12, 7))[:rows]
-        drop = main.make_noise(3, i, rows, 0.2) if noise else ()
+        drop = main.make_noise(i, rows, flags(dropout=0.2)) if noise else ()
         loss, norm = step(mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), *drop)
         mx.eval(loss, norm, model.state, optimizer.state)
         losses.append([loss.item(), norm.item()])
