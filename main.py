@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from datasets import CORPORA, TOKENIZERS, RunError, UsageError, load_dataset, tokenizer_from_dict
 
-FORMAT_VERSION = 1  # of the .metadata files; raise it when an older program could misread a new file
+FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "transformer-lm"
 
 BLAS_FORWARDER = """
@@ -109,7 +109,7 @@ STREAMS = []  # made once: a stream lives as long as the process
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -169,7 +169,7 @@ def dropout(hidden, noise, site):
 
 
 def exp(x):
-    """e to the x, for x <= 0, within 2e-6. On a CPU MLX's own takes 12 ns, being scalar there; products and sums use the
+    """e to the x, for x <= 0, to 2e-6 absolutely. On a CPU MLX's own takes 12 ns, being scalar there; products and sums use the
     vector units, and so does (Taylor's polynomial of x / 32) to the 32: 1.2 ns. Below -30 it stays at 1e-13."""
     if mx.default_device() == mx.gpu:
         return mx.exp(x)
@@ -302,7 +302,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
 
     def __call__(self, tokens, caches=None, noise=()):
-        hidden = dropout(self.embed_tokens(tokens), noise, 0)
+        hidden = dropout(self.embed_tokens(tokens).astype(self.norm.weight.dtype), noise, 0)
         for i, block in enumerate(self.layers):
             run = partial(block, cache=caches[i] if caches else None, noise=noise)
             hidden = (nn.utils.checkpoint(block, run) if self.checkpoint else run)(hidden)
@@ -399,11 +399,12 @@ def set_learning_rate(optimizer, rate):
 
 def learning_rate_at(iteration, flags):
     """The rate of step `iteration` (from 0): a linear warm-up over `lr_warmup` steps, then constant, or down to `min_lr`
-    at `num_iters` by a half cosine or a line; never 0 but by --min_lr."""
+    at `num_iters` by a half cosine or a line; 0 only where 0 is asked for."""
     least = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
     done = max(0, iteration - flags.lr_warmup) / max(1, flags.num_iters - flags.lr_warmup)
     left = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[flags.lr_schedule]
-    return (least + (flags.learning_rate - least) * left) * min(1, (iteration + 1) / max(1, flags.lr_warmup))
+    rate = flags.learning_rate - (flags.learning_rate - least) * (1 - left)
+    return rate * min(1, (iteration + 1) / max(1, flags.lr_warmup))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -473,15 +474,13 @@ def head_loss(hidden, head, targets, weights, training=True):
         powers = exp(logits - largest)
         total = powers.sum(axis=-1, keepdims=True)
         answer = head[answers]
-        nats = mx.log(total) + largest - (inputs * answer).sum(axis=-1, keepdims=True)
+        nats = mx.log(total) + largest - mx.take_along_axis(logits, answers[:, None], axis=-1)
         loss = loss + (nats * weight).sum()
-        if training:  # the gradient by the logits is (powers / total - one-hot answers) * weight, never written out
-            powers, share = powers.astype(head.dtype), (weight / total).astype(head.dtype)
-            hidden_gradient.append((powers @ head) * share - answer * weight.astype(head.dtype))
-            head_gradient = mx.addmm(head_gradient, powers.T, inputs * share)
-    if not training:
-        return loss
-    head_gradient = head_gradient.at[targets].add(-hidden * weights[:, None].astype(head.dtype))
+        # The gradient by the logits is (powers / total - one-hot answers) * weight, never written out.
+        powers, share = powers.astype(head.dtype), (weight / total).astype(head.dtype)
+        hidden_gradient.append((powers @ head) * share - answer * weight.astype(head.dtype))
+        head_gradient = mx.addmm(head_gradient, powers.T, inputs * share)
+    head_gradient = head_gradient.astype(mx.float32).at[targets].add(-hidden.astype(mx.float32) * weights[:, None])
     return loss, mx.concatenate(hidden_gradient), head_gradient
 
 
@@ -492,16 +491,15 @@ trained_head_loss = mx.custom_function(head_loss)
 def head_loss_gradient(inputs, gradients, outputs):
     _, head, targets, weights = inputs
     scale = gradients[0].astype(head.dtype)
-    return outputs[1] * scale, outputs[2] * scale, mx.zeros_like(targets), mx.zeros_like(weights)
+    return outputs[1] * scale, (outputs[2] * scale).astype(head.dtype), mx.zeros_like(targets), mx.zeros_like(weights)
 
 
 def loss_sum(model, tokens, targets, weights=1.0, noise=(), training=True):
     """Cross-entropy in nats, summed over the positions. tokens, targets, weights: [B, L]."""
     hidden = model.model(tokens, noise=noise).flatten(0, 1)  # [B * L, D]
     weights = mx.broadcast_to(mx.array(weights), targets.shape).flatten()
-    if not training:
-        return head_loss(hidden, model.head, targets.flatten(), weights, training)
-    return trained_head_loss(hidden, model.head, targets.flatten(), weights)[0]
+    loss = trained_head_loss if training else partial(head_loss, training=False)
+    return loss(hidden, model.head.astype(hidden.dtype), targets.flatten(), weights)[0]
 
 
 def over_streams(streams, function, *arrays):
@@ -514,24 +512,22 @@ def over_streams(streams, function, *arrays):
     return results
 
 
-def evaluate(model, tokens, batch_size, interrupts=None, streams=None):
+def evaluate(model, tokens, batch_size, interrupts=None):
     """Mean nats a token over every token but the first, each scored once, in windows that do not overlap; None if
     `interrupts` cut it short. tokens: [N]."""
     L = model.config.context_size
     count = len(tokens) - 1
-    rows = -(-count // L)  # the last row and the last batch are filled up with padding of weight 0
-    rows_padded = -(-rows // batch_size) * batch_size
-    inputs, targets, mask = np.zeros((3, rows_padded * L), np.int32)
-    inputs[:count], targets[:count], mask[:count] = tokens[:-1], tokens[1:], 1
-    inputs, targets, mask = (array.reshape(-1, batch_size, L) for array in (inputs, targets, mask))
-    streams = streams or make_streams(batch_size, L)
+    batches = -(-count // (batch_size * L))
+    padded = np.zeros((3, batches * batch_size * L), np.int32)  # inputs, targets, weights; those of padding are 0
+    padded[0, :count], padded[1, :count], padded[2, :count] = tokens[:-1], tokens[1:], 1
+    streams = make_streams(batch_size, L)
 
     @partial(mx.compile, inputs=[model.state])
     def score(*batch):
         return sum(over_streams(streams, lambda *rows: loss_sum(model, *rows, training=False), *batch))
 
     total = 0.0
-    for batch in zip(inputs, targets, mask):
+    for batch in padded.reshape(3, batches, batch_size, L).swapaxes(0, 1):
         if interrupts and interrupts.received:
             return None
         total += score(*map(mx.array, batch)).item()
@@ -705,22 +701,17 @@ def save_checkpoint(folder, run, id=None):
             with locked(folder):
                 return write_checkpoint(folder, run, id)
         except OSError as error:
-            for path in new_files(folder, run):
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            with contextlib.suppress(OSError):
+                clean_folder(folder)
             tqdm.write(f"Saving to {folder} failed ({error}); next try in {pause} s. Ctrl+C twice gives the work up.")
             time.sleep(pause)
-
-
-def new_files(folder, run):
-    return [folder / f"{run.record['run']}.{kind}.new" for kind in ("metadata", "safetensors")]
 
 
 def write_checkpoint(folder, run, id):
     """One try. No checkpoint is ever there by halves: both files are complete on disk before one gets its name, the
     metadata gets its own first, and a checkpoint counts only once its .safetensors exists."""
     records = list_checkpoints(folder)
-    new_metadata, new_weights = new_files(folder, run)
+    new_metadata, new_weights = (folder / f"{run.record['run']}.{kind}.new" for kind in ("metadata", "safetensors"))
     renames = [(new_metadata, "metadata")]
     if id is None:
         id = write_safetensors(new_weights, dict(tree_flatten(run.model.parameters())), {"format": "mlx"})
@@ -786,8 +777,8 @@ def load_run(folder, record, run):
 
 def versions(streams):
     """What the last bits of a result depend on: a run is exact as long as these stay the same."""
-    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {len(streams)} streams"
-    return {"MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device}
+    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {os.cpu_count()} cores"
+    return {"MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device, "streams": len(streams)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -868,8 +859,9 @@ def make_streams(rows, context_size):
     positions do not pay. A GPU has one; so has macOS, whose BLAS brings its own threads."""
     if mx.default_device() == mx.gpu or BLAS == "Accelerate":
         return [mx.default_stream(mx.default_device())]
-    set_blas_threads(1)
-    count = max(1, min(len(os.sched_getaffinity(0)), rows, rows * context_size // 256))
+    cores = len(os.sched_getaffinity(0))
+    count = max(1, min(cores, rows, rows * context_size // 256))
+    set_blas_threads(cores if count == 1 else 1)
     while len(STREAMS) < count:
         STREAMS.append(mx.new_stream(mx.cpu))
     return STREAMS[:count]
@@ -886,7 +878,9 @@ def make_step(model, optimizer, flags, streams):
     dtype = mx.bfloat16 if flags.dtype == "bfloat16" and mx.default_device() == mx.gpu else mx.float32
 
     def loss(weights, share, tokens, targets, *noise):
-        model.update(tree_map(lambda weight: weight.astype(dtype), weights))
+        # The embeddings stay in float32, or the many small gradients of a frequent token would be lost in its sum.
+        cast = lambda name, weight: weight if "embed_tokens" in name else weight.astype(dtype)
+        model.update(tree_map_with_path(cast, weights))
         return loss_sum(model, tokens, targets, share, noise)
 
     @partial(mx.compile, inputs=[model.state])
@@ -987,19 +981,19 @@ def train(flags, dataset, checkpoint, interrupts):
             save_checkpoint(folder, run)
             prune_checkpoints(folder, run, flags.keep)
             tqdm.write(f"saved {record['id']} at iteration {iteration:,}")
-        if due and not interrupts.received and iteration not in [scored for scored, _ in record["scores"]]:
+        if (due or timeout) and iteration not in [scored for scored, _ in record["scores"]]:
             nats = score_split("valid", model, dataset, flags, interrupts, flags.eval_tokens)
-            if nats is not None:
+            if due and nats is not None:  # best and --patience must not depend on where --max_minutes ends a leg
                 record["scores"].append([iteration, nats])
                 if record["best"] is None or nats < record["best"]["nats"]:
                     record["best"] = {"id": record["id"], "iteration": iteration, "nats": nats}
                 save_checkpoint(folder, run, record["id"])
-        misses = sum(record["best"]["iteration"] < scored <= iteration for scored, _ in record["scores"])
+        later = [scored for scored, _ in record["scores"] if record["best"]["iteration"] < scored]
+        misses = sum(scored % flags.steps_per_eval == 0 for scored in later)  # an earlier leg's end does not count
         if save and not interrupts.received:
             tqdm.write("".join(continue_text(model, tokenizer, "", flags, interrupts)))
-        if timeout and not due:  # not part of the run: best and --patience must not depend on where a leg ends
+        if timeout:
             tqdm.write(f"--max_minutes {flags.max_minutes:g} are over at iteration {iteration:,}.")
-            score_split("valid", model, dataset, flags, interrupts, flags.eval_tokens)
         if flags.patience and misses >= flags.patience:
             tqdm.write(f"Stopped: no better score in {misses} evaluations (--patience); best is {record['best']['id']}.")
             break
@@ -1072,7 +1066,7 @@ def print_start(flags, dataset, run):
         tqdm.write("Slow matrix products: install OpenBLAS (apt install libopenblas0) or a C compiler (apt install g++).")
     old = record.get("versions", checked)
     if changed := [f"{name} {old[name]} -> {checked[name]}" for name in checked if old.get(name) != checked[name]]:
-        tqdm.write(f"Another machine than the checkpoint's ({'; '.join(changed)}): exact resume holds on one device only.")
+        tqdm.write(f"Not as the checkpoint was made ({'; '.join(changed)}): exact resume holds in equal conditions only.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1266,7 +1260,7 @@ def make_parser():
     training("--grad_accumulation", type=size, default=1, help="batches to a step")
     training("--learning_rate", type=rate, default=3e-4, help="after warm-up")
     training("--min_lr", type=rate, help="where the schedule ends (default: a tenth of the learning rate)")
-    training("--weight_decay", type=rate, default=1e-5, help="AdamW's, on matrices")
+    training("--weight_decay", type=rate, default=1e-5, help="on matrices")
     training("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: Muon for the blocks' matrices")
     training("--lr_warmup", type=count, default=200, help="steps to reach the learning rate")
     training("--lr_schedule", choices=["constant", "cosine", "linear"], default="constant", help="after warm-up")
@@ -1280,7 +1274,7 @@ def make_parser():
     reports("--steps_per_eval", type=size, default=1000, help="steps between two evaluations")
     reports("--eval_tokens", type=count, default=100000, help="validation tokens scored in training; 0: all")
     reports("--steps_per_save", type=size, help="steps between two checkpoints (default: steps_per_eval)")
-    reports("--eval_test", **switch, help="score the whole test split when training is done")
+    reports("--eval_test", **switch, help="score the whole test split at the end")
     reports("--keep", type=size, default=3, help="newest checkpoints to keep, and the best")
     sampling = group("sampling")
     sampling("--inference", **switch, help="talk to a checkpoint")
@@ -1314,31 +1308,28 @@ def resolve(flags):
     return flags
 
 
-def read_config(path):
-    """The flags in a YAML file as command-line arguments. Raises UsageError."""
+def read_config(path, typed):
+    """The flags in a YAML file as command-line arguments, without what a typed flag excludes. Raises UsageError."""
     try:
         import yaml
 
-        settings = yaml.safe_load(Path(path).expanduser().read_text())
-        groups = [v if name in GROUPS and isinstance(v, dict) else {name: v} for name, v in settings.items()]
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            groups = [v if name in GROUPS and isinstance(v, dict) else {name: v} for name, v in yaml.safe_load(file).items()]
+        settings = {str(name): value for group in groups for name, value in group.items()}
+        if unknown := sorted(settings.keys() - DEFAULTS.keys() | settings.keys() & {"config"}):
+            raise UsageError(f"no flag is named {', '.join(unknown)} (--help lists all)")
+        arguments = []
+        for name, value in settings.items():
+            if isinstance(value, bool):
+                name, value = name if value else f"no-{name}", []
+            if value is not None and {"dataset": "text", "text": "dataset"}.get(name) not in typed:
+                arguments += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+        PARSER.parse_args(arguments)
+        return arguments
     except ImportError:
         raise UsageError("--config needs a package: pip install PyYAML") from None
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path} is not a YAML file of flags: {' '.join(str(error).split())}") from None
-    settings = {str(name): value for group in groups for name, value in group.items() if value is not None}
-    if unknown := sorted(settings.keys() - DEFAULTS.keys() | settings.keys() & {"config"}):
-        raise UsageError(f"--config {path} names what is no flag: {', '.join(unknown)} (--help lists all flags)")
-    arguments = []
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            arguments += [f"--{name}" if value else f"--no-{name}"]
-        else:
-            arguments += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-    try:
-        PARSER.parse_args(arguments)
-    except UsageError as error:
-        raise UsageError(f"--config {path}: {error}") from None
-    return arguments
+    except (UsageError, OSError, ValueError, AttributeError, RuntimeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path} is no YAML file of flags: {' '.join(str(error).split())}") from None
 
 
 def open_folder(save_dir, writing):
@@ -1396,8 +1387,9 @@ def choose_checkpoint(folder, flags, typed):
             tqdm.write(f"A new run; other runs in {folder}: {others} (--identifier NAME goes on with one)")
     for record in candidates:
         if record["run"] == candidates[0]["run"]:
-            if record["format_version"] > FORMAT_VERSION:
-                raise RunError(f"checkpoint {record['id'][:12]} was written by a newer version of this program: use it")
+            if record["format_version"] != FORMAT_VERSION:
+                other = f"checkpoint {record['id'][:12]} was written by another version of this program"
+                raise RunError(f"{other}: use that one, or begin a new run with --new_model")
             damage = find_damage(folder, record["id"])
             if damage is None:
                 return record
@@ -1413,12 +1405,15 @@ def choose_checkpoint(folder, flags, typed):
 def main(argv=None):
     """Does what the command line says; returns the exit status: 0 done, 1 failed, 2 usage, 128 + n after signal n."""
     try:
-        argv = sys.argv[1:] if argv is None else argv
-        if config := PARSER.parse_args(argv).config:
-            argv = read_config(config) + argv
-        unset = object()
-        values = vars(PARSER.parse_args(argv, argparse.Namespace(**dict.fromkeys(DEFAULTS, unset))))
-        typed = {name: value for name, value in values.items() if value is not unset}
+        argv, unset = sys.argv[1:] if argv is None else argv, object()
+
+        def parse(argv):
+            values = vars(PARSER.parse_args(argv, argparse.Namespace(**dict.fromkeys(DEFAULTS, unset))))
+            return {name: value for name, value in values.items() if value is not unset}
+
+        typed = parse(argv)
+        if "config" in typed:
+            typed = parse(read_config(typed["config"], typed) + argv)
         if "preset" in typed:
             typed = dict(zip(("dim", "num_heads", "num_blocks", "context_size"), PRESETS[typed["preset"]])) | typed
         if typed.get("tokenizer") == "auto":  # that is not to insist on anything
@@ -1457,6 +1452,8 @@ def main(argv=None):
                     if name == "num_iters" and (old["lr_schedule"] != "constant" or old["dropout_final"] is not None):
                         tqdm.write("         which stretches the schedules of learning rate and dropout")
             flags = resolve(argparse.Namespace(**DEFAULTS | old | typed))
+        if flags.min_lr is not None and flags.min_lr > flags.learning_rate:
+            raise UsageError(f"--min_lr {flags.min_lr} is above --learning_rate {flags.learning_rate}: give a lower one")
         flags.save_dir = folder
         data = {name: getattr(flags, name) for name in DATA if name != "dataset"}
         dataset = load_dataset(flags.dataset, folder, **data, mirror=flags.mirror, say=tqdm.write)

@@ -27,7 +27,7 @@ def make_run(name="test-000000", seed=1, **values):
     main.init_weights(model, seed)
     batches = main.Batches(np.arange(200, dtype=np.uint16) % 6, 8, 2, seed)
     record = {
-        "format_version": 1, "run": name, "iteration": 0, "config": main.dataclasses.asdict(config),
+        "format_version": main.FORMAT_VERSION, "run": name, "iteration": 0, "config": main.dataclasses.asdict(config),
         "flags": {flag: getattr(given, flag) for flag in main.INHERITED}, "scores": [], "best": None,
     }  # fmt: skip
     optimizer = main.make_optimizer(model, given)
@@ -318,11 +318,12 @@ def test_identifiers(tmp_path):
         choose(tmp_path, {"dim": 32}, dim=32, identifier="latest")
 
 
-def test_newer_format_is_refused(tmp_path, monkeypatch):
-    with monkeypatch.context() as newer_program:
-        newer_program.setattr(main, "FORMAT_VERSION", main.FORMAT_VERSION + 1)
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_another_format_is_refused(tmp_path, monkeypatch, difference):
+    with monkeypatch.context() as other_program:
+        other_program.setattr(main, "FORMAT_VERSION", main.FORMAT_VERSION + difference)
         main.save_checkpoint(tmp_path, make_run())
-    with pytest.raises(RunError, match="newer version"):
+    with pytest.raises(RunError, match="another version"):
         choose(tmp_path)
 
 

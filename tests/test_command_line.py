@@ -84,6 +84,7 @@ def fails(capsys, arguments, *words, status=2):
     *((f"--{flag} {value}", [f"--{flag}", value, "at least"]) for value in ("inf", "nan") for flag in (
         "learning_rate weight_decay grad_clip temperature dropout valid_fraction"
     ).split()),
+    ("--dataset python --min_lr 0.1", ["--min_lr 0.1", "--learning_rate 0.0003", "lower"]),
     ("--dropout 1", ["--dropout", "at least 0 and at most 0.9"]),
     ("--valid_fraction 0", ["--valid_fraction", "at least 0.001 and at most 0.5"]),
     ("--valid_fraction 0.9", ["--valid_fraction", "at least 0.001 and at most 0.5"]),
@@ -296,6 +297,9 @@ def test_config_file_flat_and_in_groups(flags_of, trained, tmp_path):
     flat.write_text(f"text: {trained / 'text.txt'}\nlearning_rate: 1e-2\nnum_iters: 9\nkeep: null\neval_test: false\n")
     values, checkpoint, out = flags_of("--config", flat, "--num_iters", 11)
     assert checkpoint and (values.learning_rate, values.num_iters, values.keep) == (0.01, 11, 5)
+    other = tmp_path / "other.yaml"
+    other.write_text("dataset: python\nlearning_rate: 0.5\n")
+    assert flags_of("--config", other, "--text", trained / "text.txt")[0].learning_rate == 0.5
     grouped = tmp_path / "grouped.yaml"
     grouped.write_text(
         f"run: {{text: [{trained / 'text.txt'}, {flat}], preset: tiny, new_model: true}}\n"
@@ -321,6 +325,8 @@ def test_a_preset_is_part_of_what_a_run_is(flags_of, trained):
     ("dim: wide\n", ["--dim", "'wide'"]),
     ("dim: true\n", ["--dim"]),
     ("config: other.yaml\n", ["config", "no flag"]),
+    ("dimm:\n", ["dimm", "no flag"]),
+    ("[" * 3000, ["YAML"]),
     ("- dim\n", ["YAML"]),
     ("dim: [1\n", ["YAML"]),
     ("", ["YAML"]),
@@ -333,6 +339,7 @@ def test_mistakes_in_a_config_file(capsys, tmp_path, content, words):
     fails(capsys, ["--config", path], "--config", path, *words)
     fails(capsys, ["--config", tmp_path / "none.yaml"], "--config", "none.yaml", "No such file")
     fails(capsys, ["--config", tmp_path], "--config", tmp_path)
+    fails(capsys, ["--config", "~nobody-here/flags.yaml"], "--config", "~nobody-here")
 
 
 def test_resolve():

@@ -1,5 +1,6 @@
 """The loop as a user sees it: exact resume, which run is resumed, what is inherited, reports, divergence."""
 
+import os
 import random
 import re
 import signal
@@ -149,7 +150,7 @@ def test_another_machine_is_named(tmp_path, text):
     assert "exact resume" not in out
     other = "import main\nmain.BLAS = 'another BLAS'\nmain.sys.exit(main.main())\n"
     out, err = start_code(other, *line, "--num_iters", 10).communicate(timeout=60)
-    assert "-> another BLAS" in out and "exact resume holds on one device" in out and "at iteration 10" in out, err
+    assert "-> another BLAS" in out and "exact resume holds in equal conditions" in out and "at iteration 10" in out, err
 
 
 def test_eval_tokens(tmp_path, text):
@@ -240,6 +241,17 @@ def test_patience_counts_over_interrupts(tmp_path, text):
     assert "in 3 evaluations (--patience)" in out and records(tmp_path / "parts")[0]["iteration"] == 8
     out, _ = run(*line, "--save_dir", tmp_path / "parts", "--patience", 4)
     assert records(tmp_path / "parts")[0]["iteration"] == 10
+    run(*line, "--save_dir", tmp_path / "odd", "--num_iters", 5)  # an end off the schedule is scored, but no miss
+    run(*line, "--save_dir", tmp_path / "odd", "--num_iters", 20)
+    assert [iteration for iteration, _ in records(tmp_path / "odd")[0]["scores"]] == [2, 4, 5, 6, 8]
+
+
+def test_batch_size_one_uses_all_cores_and_changing_it_says_what_changes(tmp_path, text):
+    line = ["--text", text, *TINY, "--save_dir", tmp_path, "--context_size", 64]
+    run(*line, "--num_iters", 2, "--batch_size", 1)
+    out, _ = run(*line, "--num_iters", 4, "--batch_size", 64)
+    if os.cpu_count() > 1:
+        assert re.search(r"Not as the checkpoint was made \(streams 1 -> \d+\)", out)
 
 
 def test_max_minutes_ends_a_leg_and_changes_nothing(tmp_path, text):
