@@ -458,7 +458,7 @@ def head_loss(hidden, head, targets, weights, training=True):
     # Chunks of 2^23 logits cost nothing; with fewer than 128 rows the products of a large vocabulary become slow.
     chunks = -(-len(hidden) // max(128, 2**23 // len(head)))
     rows = -(-len(hidden) // chunks)
-    loss, hidden_gradient, head_gradient = mx.array(0.0), [], mx.zeros_like(head)
+    loss, hidden_gradient, head_gradient = mx.array(0.0), [], None
     for start in range(0, len(hidden), rows):
         inputs, answers = hidden[start : start + rows], targets[start : start + rows]
         weight = weights[start : start + rows, None]
@@ -479,7 +479,8 @@ def head_loss(hidden, head, targets, weights, training=True):
         # The gradient by the logits is (powers / total - one-hot answers) * weight, never written out.
         powers, share = powers.astype(head.dtype), (weight / total).astype(head.dtype)
         hidden_gradient.append((powers @ head) * share - answer * weight.astype(head.dtype))
-        head_gradient = mx.addmm(head_gradient, powers.T, inputs * share)
+        factors = powers.T, inputs * share
+        head_gradient = mx.addmm(head_gradient, *factors) if start > 0 else mx.matmul(*factors)
     head_gradient = head_gradient.astype(mx.float32).at[targets].add(-hidden.astype(mx.float32) * weights[:, None])
     return loss, mx.concatenate(hidden_gradient), head_gradient
 
