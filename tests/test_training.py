@@ -246,7 +246,7 @@ def test_patience_counts_over_interrupts(tmp_path, text):
     assert [iteration for iteration, _ in records(tmp_path / "odd")[0]["scores"]] == [2, 4, 5, 6, 8]
 
 
-def test_batch_size_one_uses_all_cores_and_changing_it_says_what_changes(tmp_path, text):
+def test_another_number_of_streams_is_named(tmp_path, text):
     line = ["--text", text, *TINY, "--save_dir", tmp_path, "--context_size", 64]
     run(*line, "--num_iters", 2, "--batch_size", 1)
     out, _ = run(*line, "--num_iters", 4, "--batch_size", 64)
