@@ -1,5 +1,6 @@
 """The README's commands, as they stand there, in small form and without a network."""
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -62,6 +63,18 @@ def test_preparing_a_corpus(command, tmp_path):
     arguments[arguments.index("--save_dir") + 1] = str(tmp_path)
     out = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "vocabulary 257" in out and out.count("words and line ends") == 3
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.S))
+def test_configuration(block, tmp_path):
+    """Each YAML block is a file of flags that begins a run."""
+    path = tmp_path / "flags.yaml"
+    path.write_text(block)
+    arguments = main.read_config(str(path), {})
+    names = set(re.findall(r"(\w+): ", re.sub("#.*", "", block).replace("\n", " "))) - main.GROUPS.keys()
+    assert {argument[2:].partition("=")[0] for argument in arguments} == names
+    flags = main.resolve(argparse.Namespace(**main.DEFAULTS | vars(main.PARSER.parse_args(arguments))))
+    assert main.make_config(flags, vocab_size=10000).dim == flags.dim
 
 
 def test_named_flags_exist():
