@@ -358,7 +358,7 @@ def init_weights(model, seed):
 # Optimizer
 
 # Muon's learning rate over AdamW's. On PTB (dim 256, batch 32, AdamW's at 3e-3) validation after 120 steps was 5.56 nats,
-# with AdamW alone 5.65; no other ratio was tried.
+# with AdamW alone 5.65; on characters (dim 128) ratios of 8 and 10 did as well.
 MUON_RATE = 5
 
 
