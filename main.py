@@ -184,6 +184,7 @@ def exp(x):
 
 @mx.custom_function
 def softmax(scores):
+    """Over the last axis, by `exp` and with a gradient of its own."""
     weights = exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
 
@@ -262,6 +263,8 @@ ACTIVATIONS = {"relu2": lambda x: mx.square(nn.relu(x)), "gelu": nn.gelu, "swigl
 
 
 class MLP(nn.Module):
+    """The feed-forward layer, [B, L, D] to [B, L, D]; swiglu (Shazeer 2020) has a gate."""
+
     def __init__(self, config):
         super().__init__()
         self.activation = ACTIVATIONS[config.mlp]
@@ -277,6 +280,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then MLP, each normalized before and added to hidden [B, L, D]."""
+
     def __init__(self, config, index):
         super().__init__()
         self.index = index
