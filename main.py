@@ -329,9 +329,10 @@ class LanguageModel(nn.Module):
         if config.untie:
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def __call__(self, tokens, caches=None, last=0):
-        """caches: a Cache for each block, which the tokens continue; last: only so many positions' logits; 0: all."""
-        return self.model(tokens, caches)[:, -last:] @ self.head.T
+    def __call__(self, tokens, caches=None, noise=(), last=0):
+        """caches: a Cache for each block, which the tokens continue; noise: see `dropout`; last: so many positions' logits
+        alone (0: all)."""
+        return self.model(tokens, caches, noise)[:, -last:] @ self.head.T
 
     @property
     def head(self):
@@ -1133,7 +1134,7 @@ def shape_logits(logits, flags, texts):
 
 
 class Decoder:
-    """A model and the texts it reads, B lists of at least one token each, which may grow and shrink at their ends.
+    """A model and the texts it reads, B lists of at least one token each, which may grow and be shortened.
 
     Keys and values are kept. A text that outgrows the context is read on from the last half of it, passed again, so that
     logits are always those of a fresh pass over the tokens from `starts` on.
@@ -1147,6 +1148,12 @@ class Decoder:
 
     def windows(self):
         return [text[start:] for text, start in zip(self.texts, self.starts)]
+
+    def shorten(self, length):
+        """Takes back what stands in the texts beyond `length`."""
+        for text in self.texts:
+            del text[length:]
+        self.lengths[:] = np.minimum(self.lengths, length - self.starts)
 
     def logits(self, count=1):
         """Logits [B, count, V] of what follows each text's last `count` tokens."""
@@ -1202,8 +1209,8 @@ def speculate(decoder, draft, max_tokens, flags, seeds, length=4):
                 next_chances = np.maximum(want - chance, 0)
                 break
             accepted += 1
-        proposals = text[known:]
-        del text[known + accepted :]
+        for each in (decoder, draft):
+            each.shorten(known + accepted)
         text.append(int(random.choice(len(next_chances), p=next_chances / next_chances.sum())))
         draft.proposed, draft.accepted = draft.proposed + len(chances), draft.accepted + accepted
         yield from ([id] for id in text[known:])
@@ -1246,7 +1253,8 @@ class Conversation:
                     return
             yield decode(ids)[shown:]
         finally:
-            del self.text[known + count :]  # what was proposed when the reader left
+            for decoder in self.decoders:
+                decoder.shorten(known + count)  # without what was proposed when the reader left
             self.speed = (count - 1) / (time.perf_counter() - began) if count > 1 else 0.0  # tokens a second
 
     def describe_speed(self):
@@ -1593,13 +1601,9 @@ def open_folder(save_dir, writing):
     return folder
 
 
-def is_using(flags):
-    """Whether a checkpoint is only read, whatever its corpus."""
-    return bool(flags.inference or flags.evaluate or flags.prompts_file) or flags.prompt is not None
-
-
-def choose_checkpoint(folder, flags, typed):
-    """The record of the checkpoint that this command line goes on from, its files verified; None for a new run.
+def choose_checkpoint(folder, flags, typed, using):
+    """The record of the checkpoint that this command line goes on from, or is `using` without training it, its files
+    verified; None for a new run.
 
     Without --identifier that is the one saved last among those that agree with every shaping flag typed and, in
     training, with the dataset; a damaged one is passed over for the next older one of its run. Raises UsageError,
@@ -1608,7 +1612,6 @@ def choose_checkpoint(folder, flags, typed):
     records = [] if flags.new_model else list_checkpoints(folder, warn=True)
     for record in records:
         record["flags"] = DEFAULTS | record["flags"]  # a flag may be younger than the checkpoint
-    using = is_using(flags)
     wanted = {name: getattr(flags, name) for name in SHAPING if name in typed}
     if using:
         wanted.pop("seed", None)  # there it is the samples' own
@@ -1670,16 +1673,17 @@ def main(argv=None):
         if flags.gpu and not mx.is_available(mx.gpu):
             raise UsageError("--gpu: MLX sees no GPU; leave it away, or install MLX for yours (pip install mlx[cuda13])")
         use_device(flags.gpu)
-        if flags.output and not flags.prompts_file or flags.draft and (flags.prompts_file or not is_using(flags)):
+        talking = flags.inference or flags.prompt is not None
+        if flags.output and not flags.prompts_file or flags.draft and not talking:
             raise UsageError("--output goes with --prompts_file, --draft with --prompt or --inference")
-        using = is_using(flags)
+        using = talking or flags.prompts_file or flags.evaluate  # a checkpoint, whatever its corpus
         folder = open_folder(flags.save_dir, writing=not (using or flags.list))
 
         if flags.list:
             with locked(folder):  # so that none goes while it is listed
                 list_runs(folder)
             return 0
-        checkpoint = choose_checkpoint(folder, flags, typed)
+        checkpoint = choose_checkpoint(folder, flags, typed, using)
         if using and not checkpoint:
             raise UsageError(f"no such checkpoint in {folder}: train a model first, or name its folder with --save_dir")
         if using and not flags.evaluate:

@@ -25,7 +25,8 @@ DEFAULTS = dict(
     lr_warmup=200, lr_schedule="constant", grad_clip=1.0, dropout_final=None, dtype="float32", checkpoint=False,
     patience=None,
     steps_per_report=10, steps_per_eval=1000, eval_tokens=100000, steps_per_save=None, eval_test=False, keep=3,
-    inference=False, max_tokens=200, top_k=50, temperature=0.5,
+    inference=False, prompt=None, prompts_file=None, output=None, max_tokens=200, num_samples=1, temperature=0.5, top_k=50,
+    top_p=1.0, min_p=0.0, repetition_penalty=1.0, draft=None,
     evaluate=None, list=False,
 )  # fmt: skip
 LINE = "".join(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(200))
