@@ -82,7 +82,7 @@ def test_each_line_gets_a_reply(word_model):
 
 def test_the_conversation_counts_until_it_is_reset(byte_model):
     """Greedy replies to the same line differ after other lines, and are the first one's after /reset."""
-    hot = ["--temperature", 1, "--max_tokens", 30]
+    hot = ["--temperature", 3, "--max_tokens", 30]
     first = talk(byte_model, "the company\n", *hot)[0]
     assert talk(byte_model, "the company\nthe company\n", *hot)[0] != 2 * first
     assert talk(byte_model, "the company\n/reset\nthe company\n", *hot)[0] == 2 * first
@@ -187,7 +187,7 @@ def test_prompt(model):
 
 
 def test_samples_of_a_prompt(model):
-    line = ["--prompt", "the company", "--save_dir", model, "--temperature", 1, "--max_tokens", 20]
+    line = ["--prompt", "the company", "--save_dir", model, "--temperature", 3, "--max_tokens", 20]
     samples = run(*line, "--num_samples", 3, "--seed", 5)[0].split("-" * 15 + "\n")
     assert samples == [run(*line, "--seed", seed)[0] for seed in (5, 6, 7)] and len(set(samples)) == 3
 
