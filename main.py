@@ -195,11 +195,12 @@ def softmax_gradient(scores, gradient, weights):  # from the weights, so that no
     return product - weights * product.sum(axis=-1, keepdims=True)
 
 
-def attend(queries, keys, values, scale, cached):
-    """Causal attention of queries [B, H, L, d] to keys and values [B, K, S, d], whose last L positions are their own:
-    [B, H, L, d]. MLX's own, but for whole texts on a CPU, where this makes a small model's step a tenth quicker."""
+def attend(queries, keys, values, scale, mask="causal", cached=False):
+    """Attention of queries [B, H, L, d] to keys and values [B, K, S, d]: [B, H, L, d]. The last L of the S positions are
+    the queries' own, if `mask` does not say what each may see. MLX's own, but for whole texts on a CPU, where this makes
+    a small model's step a tenth quicker."""
     if mx.default_device() == mx.gpu or cached:
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     B, H, L, d = queries.shape
     queries = (queries * scale).reshape(B, keys.shape[1], -1, L, d)  # [B, K, H/K, L, d]
     scores = queries @ keys[:, :, None].swapaxes(-1, -2)  # [B, K, H/K, L, L]
@@ -230,30 +231,38 @@ class Attention(nn.Module):
         values = self.v_proj(hidden).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)  # [B, K, L, d]
         if "q_norm" in self:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        offset = cache.length if cache else 0
+        offset, mask = cache.place(L) if cache else (0, "causal")
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         if cache:
             keys, values = cache.append(keys, values)
-        attended = attend(queries, keys, values, self.head_dim**-0.5, cached=cache is not None)  # [B, H, L, d]
+        attended = attend(queries, keys, values, self.head_dim**-0.5, mask, cache is not None)  # [B, H, L, d]
         return self.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, D))
 
 
 class Cache:
-    """The keys and values one Attention has seen, so that decoding a token costs one token."""
+    """The keys and values that one Attention has seen of B texts, so that reading a token costs one token.
 
-    def __init__(self, context_size):
-        self.context_size, self.length = context_size, 0
-        self.keys = self.values = None
+    lengths: the texts' tokens read so far, [B] of NumPy, which whoever runs the model moves on for all blocks at once."""
 
-    def append(self, keys, values):  # [B, K, L, d] each
-        start, self.length = self.length, self.length + keys.shape[2]
-        if self.keys is None:
-            B, K, _, d = keys.shape
-            self.keys = mx.zeros((B, K, self.context_size, d), keys.dtype)
-            self.values = mx.zeros_like(self.keys)
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+    def __init__(self, config, lengths):
+        self.lengths = lengths
+        shape = (len(lengths), config.num_kv_heads, config.context_size, config.dim // config.num_heads)
+        self.keys, self.values = mx.zeros(shape), mx.zeros(shape)
+
+    def place(self, L):
+        """Where the next L tokens stand in their texts, and attention's mask for them."""
+        if (self.lengths == self.lengths[0]).all():
+            return int(self.lengths[0]), "causal"
+        last = self.lengths[:, None] + np.arange(L)  # [B, L], what each may see
+        return mx.array(self.lengths), mx.array(np.arange(self.lengths.max() + L) <= last[:, None, :, None])
+
+    def append(self, keys, values):
+        """Takes in the next L tokens' keys and values [B, K, L, d]; returns those of all tokens so far."""
+        L = keys.shape[2]
+        for row, start in enumerate(self.lengths.tolist()):
+            self.keys[row, :, start : start + L], self.values[row, :, start : start + L] = keys[row], values[row]
+        longest = int(self.lengths.max()) + L
+        return self.keys[:, :, :longest], self.values[:, :, :longest]
 
 
 # relu(x)² (So et al. 2021) trains at least as well as the others at equal size (PTB, dim 256, 250 steps: validation 5.64
@@ -325,9 +334,10 @@ class LanguageModel(nn.Module):
         if config.untie:
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def __call__(self, tokens, caches=None, noise=()):
-        """caches: a Cache for each block, which the tokens continue; noise: see `dropout`."""
-        return self.model(tokens, caches, noise) @ self.head.T
+    def __call__(self, tokens, caches=None, noise=(), last=0):
+        """caches: a Cache for each block, which the tokens continue; noise: see `dropout`; last: so many positions' logits
+        alone (0: all)."""
+        return self.model(tokens, caches, noise)[:, -last:] @ self.head.T
 
     @property
     def head(self):
@@ -661,9 +671,9 @@ def list_checkpoints(folder, warn=False):
     return sorted(records, key=lambda record: (record["saved"], record["iteration"]), reverse=True)
 
 
-def named_checkpoint(records, identifier):
-    """The one of `records`, the newest first, that --identifier means: by an id, its beginning, a run's name (its
-    newest), "latest", or "best" (of the run saved last). Raises UsageError with the candidates if none or several."""
+def named_checkpoint(records, identifier, flag="--identifier"):
+    """The one of `records`, the newest first, that the flag means: by an id, its beginning, a run's name (its newest),
+    "latest", or "best" (of the run saved last). Raises UsageError with the candidates if none or several."""
     found = records[:1]
     if identifier == "best":
         found = [record for record in records if record["id"] == (records[0]["best"] or {}).get("id")]
@@ -673,7 +683,7 @@ def named_checkpoint(records, identifier):
     if len(found) != 1:
         known = ", ".join(f"{r['id'][:12]} ({r['run']}, iteration {r['iteration']:,})" for r in found or records)
         matches = "several checkpoints" if found else "no checkpoint"
-        raise UsageError(f"--identifier {identifier!r} matches {matches}; name one of: {known or 'none is here'}")
+        raise UsageError(f"{flag} {identifier!r} matches {matches}; name one of: {known or 'none is here'}")
     return found[0]
 
 
@@ -1001,7 +1011,9 @@ def train(flags, dataset, checkpoint, interrupts):
         later = [scored for scored, _ in record["scores"] if record["best"]["iteration"] < scored]
         misses = sum(scored % flags.steps_per_eval == 0 for scored in later)  # an earlier leg's end does not count
         if save and not interrupts.received:
-            tqdm.write("".join(continue_text(model, tokenizer, "", flags, interrupts)))
+            sample = Conversation(tokenizer, model)
+            sample.add("")
+            tqdm.write("".join(sample.reply(flags, flags.seed, interrupts)))
         if timeout:
             tqdm.write(f"--max_minutes {flags.max_minutes:g} are over at iteration {iteration:,}.")
         if flags.patience and misses >= flags.patience:
@@ -1080,88 +1092,307 @@ def print_start(flags, dataset, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampling
+# Sampling: functions of logits [B, V], then texts token by token
+
+
+def penalize(logits, texts, penalty):
+    """Makes what stands in the rows' texts, [B] lists of ids, less likely: logits above 0 are divided by `penalty`, others
+    multiplied (Keskar et al. 2019). 1 changes nothing."""
+    if penalty == 1:
+        return logits
+    seen = np.zeros(logits.shape, bool)
+    for row, text in enumerate(texts):
+        seen[row, text] = True
+    return mx.where(mx.array(seen), mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def keep_top_k(logits, k):
-    """Logits [..., V] with all but the `k` largest at -inf; ties with the k-th stay. 0 keeps all."""
+    """All but the `k` largest at -inf; ties with the k-th stay. 0 keeps all."""
     if not 0 < k < logits.shape[-1]:
         return logits
     kth = mx.min(mx.topk(logits, k, axis=-1), axis=-1, keepdims=True)
     return mx.where(logits < kth, -math.inf, logits)
 
 
-def sample(logits, key, temperature, top_k):
-    """Token ids [B] drawn from logits [B, V]: top-k first, then the temperature; temperature 0 takes the largest."""
-    if temperature < 1e-6:  # 0, or so little that dividing by it overflows
-        return mx.argmax(logits, axis=-1)
-    return mx.random.categorical(keep_top_k(logits, top_k) / temperature, key=key)
+def keep_top_p(logits, p):
+    """All but the likeliest that make up `p` of the probability together at -inf (Holtzman et al. 2020), at least one."""
+    if p >= 1:
+        return logits
+    ascending = mx.sort(logits, axis=-1)
+    before = 1 - mx.cumsum(mx.softmax(ascending, axis=-1), axis=-1)  # the probability of all larger ones
+    least = mx.min(mx.where(before < p, ascending, math.inf), axis=-1, keepdims=True)
+    return mx.where(logits < mx.minimum(least, ascending[..., -1:]), -math.inf, logits)
 
 
-def generate(model, tokens, max_tokens, temperature, top_k, seed):
-    """Yields up to `max_tokens` ids that continue `tokens`, a list of at least one.
+def keep_min_p(logits, p):
+    """All that are less than `p` times as probable as the likeliest at -inf (Nguyen et al. 2024). 0 keeps all."""
+    return logits if p == 0 else mx.where(logits < logits.max(axis=-1, keepdims=True) + math.log(p), -math.inf, logits)
 
-    When the context is full, its last half is kept and passed again, so that the logits are always those of a fresh
-    pass over the tokens kept.
+
+def shape_logits(logits, flags, texts):
+    """Logits [B, V] of what is sampled: the repetition penalty first, then temperature, top-k, top-p and min-p in this
+    order, as in Hugging Face's transformers. Temperature 0 leaves the largest alone."""
+    logits = penalize(logits.astype(mx.float32), texts, flags.repetition_penalty)
+    if flags.temperature < 1e-6:  # 0, or so little that dividing by it overflows
+        return mx.where(mx.arange(logits.shape[-1]) == logits.argmax(axis=-1, keepdims=True), 0, -math.inf)
+    return keep_min_p(keep_top_p(keep_top_k(logits / flags.temperature, flags.top_k), flags.top_p), flags.min_p)
+
+
+class Decoder:
+    """A model and the texts it reads, B lists of at least one token each, which may grow and be shortened.
+
+    Keys and values are kept. A text that outgrows the context is read on from the last half of it, passed again, so that
+    logits are always those of a fresh pass over the tokens from `starts` on.
     """
-    context_size, window, key = model.config.context_size, list(tokens), mx.random.key(seed)
-    caches = None
+
+    def __init__(self, model, texts):
+        self.model, self.texts = model, texts
+        self.starts, self.lengths = np.zeros((2, len(texts)), np.int32)  # of the windows; of what is read of them
+        self.caches = [Cache(model.config, self.lengths) for _ in model.model.layers]
+        self.proposed = self.accepted = 0  # tokens, as a draft
+
+    def windows(self):
+        return [text[start:] for text, start in zip(self.texts, self.starts)]
+
+    def shorten(self, length):
+        """Takes back what stands in the texts beyond `length`."""
+        for text in self.texts:
+            del text[length:]
+        self.lengths[:] = np.minimum(self.lengths, length - self.starts)
+
+    def logits(self, count=1):
+        """Logits [B, count, V] of what follows each text's last `count` tokens."""
+        context_size = self.model.config.context_size
+        for row, text in enumerate(self.texts):
+            if not count <= len(text) - self.starts[row] <= context_size:
+                self.starts[row], self.lengths[row] = max(0, len(text) - max(count, context_size // 2)), 0
+            self.lengths[row] = min(self.lengths[row], len(text) - self.starts[row] - count)
+        windows = self.windows()
+        fresh = [len(window) - length for window, length in zip(windows, self.lengths)]
+        if len(set(fresh)) > 1:  # each text but its end on its own, then these together
+            for row in np.flatnonzero(np.array(fresh) > count):
+                alone = Decoder(self.model, [windows[row][:-count]])
+                alone.logits()
+                for cache, other in zip(self.caches, alone.caches):
+                    cache.keys[row], cache.values[row] = other.keys[0], other.values[0]
+                self.lengths[row] = len(windows[row]) - count
+        tokens = mx.array([window[length:] for window, length in zip(windows, self.lengths)])
+        logits = self.model(tokens, self.caches, last=count)
+        self.lengths += tokens.shape[1]
+        return logits
+
+
+def generate(decoder, max_tokens, flags, seeds):
+    """Yields `max_tokens` times the next ids of the decoder's texts, [B] ints, and appends them there. Which token is
+    drawn depends on a row's seed and its place in the text, not on other rows."""
     for _ in range(max_tokens):
-        if caches is None or len(window) > context_size:
-            if len(window) > context_size:
-                window = window[-max(1, context_size // 2) :]
-            caches, fresh = [Cache(context_size) for _ in model.model.layers], window
-        key, subkey = mx.random.split(key)
-        logits = model(mx.array([fresh]), caches)[:, -1]  # [1, V]
-        fresh = [sample(logits, subkey, temperature, top_k).item()]
-        window += fresh
-        yield fresh[0]
+        logits = shape_logits(decoder.logits()[:, -1], flags, decoder.windows())
+        keys = mx.array([[seed, len(text)] for seed, text in zip(seeds, decoder.texts)], mx.uint32)
+        ids = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(logits, keys).tolist()
+        for text, id in zip(decoder.texts, ids):
+            text.append(id)
+        yield ids
 
 
-def continue_text(model, tokenizer, prompt, flags, interrupts=None):
-    """Yields a continuation of `prompt` piece by piece, each as soon as no later token can change it."""
-    start = tokenizer.encode("\n") if tokenizer.eos is None else [tokenizer.eos]
-    ids = [int(i) for i in tokenizer.encode(prompt)] or [int(i) for i in start]
-    shown = len(tokenizer.decode(ids))
-    for token in generate(model, ids, flags.max_tokens, flags.temperature, flags.top_k, flags.seed):
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # which may be the first bytes of a character
-            yield text[shown:]
-            ids = ids[-1:]  # all that the next token's text can depend on
-            shown = len(tokenizer.decode(ids))
-        if interrupts and interrupts.received:
-            return
-    yield tokenizer.decode(ids)[shown:]
+def speculate(decoder, draft, max_tokens, flags, seeds, length=4):
+    """The same for one text that two decoders share: `draft` proposes up to `length` tokens, `decoder` reads them in one
+    pass, and those are kept that leave its own distribution as it is (Leviathan et al. 2023; Chen et al. 2023)."""
+    text, end = decoder.texts[0], len(decoder.texts[0]) + max_tokens
+    while (known := len(text)) < end:
+        random = np.random.default_rng([*seeds, known])
+        room = decoder.model.config.context_size - (known - decoder.starts[0])  # else its window would move at another token
+        chances = []  # of the proposals [V]
+        for _ in range(max(0, min(length, room, end - known - 1))):
+            chances.append(probabilities(draft.logits()[:, -1], flags, draft.windows())[0])
+            text.append(int(random.choice(len(chances[-1]), p=chances[-1])))
+        logits = decoder.logits(count=len(chances) + 1)[0]  # after the text and after each proposal
+        window = text[decoder.starts[0] :]
+        wanted = probabilities(logits, flags, [window[: len(window) - len(chances) + i] for i in range(len(chances) + 1)])
+        accepted, next_chances = 0, wanted[-1]
+        for chance, want, id in zip(chances, wanted, text[known:]):
+            if random.random() * chance[id] >= want[id]:
+                next_chances = np.maximum(want - chance, 0)
+                break
+            accepted += 1
+        for each in (decoder, draft):
+            each.shorten(known + accepted)
+        text.append(int(random.choice(len(next_chances), p=next_chances / next_chances.sum())))
+        draft.proposed, draft.accepted = draft.proposed + len(chances), draft.accepted + accepted
+        yield from ([id] for id in text[known:])
+
+
+def probabilities(logits, flags, texts):
+    """Of what is sampled, as NumPy wants them: [B, V] float64 that sum to 1."""
+    weights = np.exp(np.array(shape_logits(logits, flags, texts), np.float64))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+class Conversation:
+    """A text that a model, and perhaps a draft, continues with what is added to it between."""
+
+    def __init__(self, tokenizer, model, draft=None):
+        self.tokenizer, self.text = tokenizer, []
+        self.decoders = [Decoder(each, [self.text]) for each in (model, draft) if each]
+
+    def add(self, prompt):
+        """Adds a line of its own; where a text begins with an empty one, the end of the text or line before it."""
+        if unknown := self.tokenizer.unknown(prompt):
+            print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
+        self.text += first_ids(self.tokenizer, prompt) if not self.text else self.tokenizer.encode("\n" + prompt).tolist()
+
+    def reply(self, flags, seed, interrupts=None):
+        """Yields the continuation piece by piece, each as soon as no later token can change it."""
+        decode, ids, count = self.tokenizer.decode, self.text[:], 0
+        shown, known = len(decode(ids)), len(ids)
+        generator = speculate if len(self.decoders) > 1 else generate
+        try:
+            for [token] in generator(*self.decoders, flags.max_tokens, flags, [seed]):
+                began, count = time.perf_counter() if count == 0 else began, count + 1
+                ids.append(token)
+                text = decode(ids)
+                if not text.endswith("\ufffd"):  # which may be the first bytes of a character
+                    yield text[shown:]
+                    ids = ids[-1:]  # all that the next token's text can depend on
+                    shown = len(decode(ids))
+                if interrupts and interrupts.received:
+                    return
+            yield decode(ids)[shown:]
+        finally:
+            for decoder in self.decoders:
+                decoder.shorten(known + count)  # without what was proposed when the reader left
+            self.speed = (count - 1) / (time.perf_counter() - began) if count > 1 else 0.0  # tokens a second
+
+    def describe_speed(self):
+        """Tokens a second of the last reply, and what the draft did for it."""
+        line, (decoder, *drafts) = f"{self.speed:,.1f} tokens/s", self.decoders
+        for draft in drafts:
+            began = time.perf_counter()
+            for _ in range(8):  # the last token again, alone
+                mx.eval(decoder.logits())
+            alone = 8 / (time.perf_counter() - began)
+            line += f", {self.speed / alone:.2f} times those without the draft, of whose {draft.proposed:,} proposals "
+            line += f"{draft.accepted / max(1, draft.proposed):.0%} were accepted"
+        return line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts
 
+COMMANDS = """/set NAME VALUE   changes a sampling flag: /set temperature 0.8
+/reset            forgets the conversation
+/stats            shows tokens/s after each reply, or no longer
+/quit             leaves, as Ctrl+D does; Ctrl+C ends a reply"""
 
-def converse(model, tokenizer, flags):
-    """Answers each line of stdin with its continuation. Ctrl+C ends a reply; at the prompt it, or Ctrl+D, the session."""
-    list(generate(model, [0], 1, 0, 0, 0))  # compiles what MLX compiles, before Ctrl+C means the end of a reply
+
+def first_ids(tokenizer, prompt):
+    """A prompt's ids; where it has none, the end of the text before or, where there is no such token, of the line before."""
+    ids = tokenizer.encode(prompt).tolist()
+    return ids or ([tokenizer.eos] if tokenizer.eos is not None else tokenizer.encode("\n").tolist())
+
+
+def talk(folder, checkpoint, flags):
+    """--inference, --prompt or --prompts_file with this checkpoint, and with that of --draft. Raises UsageError."""
+    print(f"{checkpoint['run']}, iteration {checkpoint['iteration']:,}, checkpoint {checkpoint['id'][:12]}", file=sys.stderr)
+    model, tokenizer = load_model(folder, checkpoint)
+    models = [model]
+    if flags.draft:
+        draft = named_checkpoint(list_checkpoints(folder), flags.draft, "--draft")
+        if damage := find_damage(folder, draft["id"]):
+            raise RunError(f"checkpoint {draft['id'][:12]} of --draft is damaged: {damage}")
+        other, its_tokenizer = load_model(folder, draft)
+        if its_tokenizer.to_dict() != tokenizer.to_dict():
+            raise UsageError(f"--draft {flags.draft} has another tokenizer than {checkpoint['id'][:12]}: name one of equal data")
+        models.append(other)
+    if flags.inference:
+        converse(tokenizer, models, flags)
+    elif flags.prompt is not None:
+        answer(tokenizer, models, flags)
+    else:
+        answer_file(tokenizer, model, checkpoint["id"], flags)
+
+
+def converse(tokenizer, models, flags):
+    """Answers each line of stdin with its continuation, in the light of all lines and answers before. Lines that begin
+    with / are COMMANDS. Ctrl+C ends a reply; at the prompt it, or Ctrl+D, the session."""
+    for model in models:  # compiles what MLX compiles, before Ctrl+C means the end of a reply
+        mx.eval(Decoder(model, [[0]]).logits())
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="surrogateescape")
-    question = ""
+    question, stats, conversation = "", False, Conversation(tokenizer, *models)
     if sys.stdin.isatty():
         import readline  # noqa: F401 (gives input() line editing and history)
 
         question = "> "
     try:
-        while True:
-            prompt = input(question)
-            if unknown := tokenizer.unknown(prompt):
-                print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
-            try:
-                for piece in continue_text(model, tokenizer, prompt, flags):
-                    print(piece, end="", flush=True)
-            except KeyboardInterrupt:
-                pass
-            print(flush=True)
+        while (line := input(question)) != "/quit":
+            match line.split() if line.startswith("/") else []:
+                case ["/set", name, value] if name in GROUPS["sampling"] + ["seed"]:
+                    try:
+                        PARSER.parse_args([f"--{name}={value}"], flags)
+                    except UsageError as error:
+                        print(error, file=sys.stderr)
+                case ["/reset"]:
+                    conversation = Conversation(tokenizer, *models)
+                case ["/stats"]:
+                    stats = not stats
+                case [_, *_]:
+                    print(COMMANDS, file=sys.stderr)
+                case []:
+                    conversation.add(line)
+                    with contextlib.suppress(KeyboardInterrupt):
+                        for piece in conversation.reply(flags, flags.seed):
+                            print(piece, end="", flush=True)
+                    print(flush=True)
+                    if stats:
+                        print(conversation.describe_speed(), file=sys.stderr)
     except (EOFError, KeyboardInterrupt):
         print(end="\n" if question else "")
+
+
+def answer(tokenizer, models, flags):
+    """Prints --num_samples continuations of --prompt, and nothing else, on stdout."""
+    for i in range(flags.num_samples):
+        conversation = Conversation(tokenizer, *models)
+        conversation.add(flags.prompt)
+        print(end="-" * 15 + "\n" if i else "")  # as nanoGPT does
+        for piece in conversation.reply(flags, flags.seed + i):
+            print(piece, end="", flush=True)
+        print(flush=True)
+    print(conversation.describe_speed(), file=sys.stderr)
+
+
+def answer_file(tokenizer, model, id, flags, batch_size=16):
+    """Continues each line of --prompts_file --num_samples times, many together, each time a line of JSON in --output or on
+    stdout. An --output that was begun is gone on with. Raises UsageError."""
+    try:
+        with open(flags.prompts_file, encoding="utf-8") as file:
+            prompts = file.read().removesuffix("\n").split("\n")
+        out = open(flags.output, "a+b") if flags.output else os.fdopen(os.dup(1), "wb")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--prompts_file and --output: {error}") from None
+    jobs = [(prompt, flags.seed + i) for i, prompt in enumerate(p for p in prompts for _ in range(flags.num_samples))]
+    done = 0
+    if flags.output:
+        out.seek(0)
+        written = out.read()
+        out.truncate(written.rfind(b"\n") + 1)  # a line that a kill cut off
+        lines = written.split(b"\n")[:-1]
+        known = [(line["prompt"], line["seed"], line["checkpoint"]) for line in map(json.loads, lines)]
+        if known != [(*job, id) for job in jobs[: len(lines)]]:
+            raise UsageError(f"--output {flags.output} holds answers to other prompts or by another checkpoint: name another")
+        done = len(lines)
+    with out:
+        for start in range(done, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            texts = [first_ids(tokenizer, prompt) for prompt, _ in batch]
+            decoder = Decoder(model, [text[:] for text in texts])
+            for _ in generate(decoder, flags.max_tokens, flags, [seed for _, seed in batch]):
+                pass
+            for (prompt, seed), begin, text in zip(batch, texts, decoder.texts):
+                line = {"prompt": prompt, "completion": tokenizer.decode(text)[len(tokenizer.decode(begin)) :]}
+                line |= {"tokens": text[len(begin) :], "seed": seed, "checkpoint": id}
+                out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                out.flush()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1288,9 +1519,17 @@ def make_parser():
     reports("--keep", type=size, default=3, help="newest checkpoints to keep, and the best")
     sampling = group("sampling")
     sampling("--inference", **switch, help="talk to a checkpoint")
+    sampling("--prompt", metavar="TEXT", help="print what follows it")
+    sampling("--prompts_file", metavar="FILE", help="continue each of its lines, many together; answers in JSON Lines")
+    sampling("--output", metavar="FILE", help="file for answers, gone on with if it was begun (default: stdout)")
     sampling("--max_tokens", type=size, default=200, help="length of a continuation")
-    sampling("--top_k", type=count, default=50, help="draw from the k likeliest tokens; 0: all")
+    sampling("--num_samples", type=size, default=1, help="continuations of each prompt; each has the next seed")
     sampling("--temperature", type=number(float, 0, 100), default=0.5, help="0: always the likeliest token")
+    sampling("--top_k", type=count, default=50, help="draw from the k likeliest tokens; 0: all")
+    sampling("--top_p", type=number(float, 0, 1), default=1.0, help="draw from the likeliest with so much probability")
+    sampling("--min_p", type=number(float, 0, 1), default=0.0, help="and not below this share of the likeliest's")
+    sampling("--repetition_penalty", type=number(float, 0.01, 100), default=1.0, help="makes tokens of the context rarer")
+    sampling("--draft", metavar="ID", help="a smaller checkpoint that proposes tokens, for speed alone")
     tools = group("tools")
     tools("--evaluate", choices=["valid", "test"], help="score the whole split with a checkpoint")
     tools("--list", **switch, help="list the runs and checkpoints in the folder")
@@ -1367,8 +1606,9 @@ def open_folder(save_dir, writing):
     return folder
 
 
-def choose_checkpoint(folder, flags, typed):
-    """The record of the checkpoint that this command line goes on from, its files verified; None for a new run.
+def choose_checkpoint(folder, flags, typed, using):
+    """The record of the checkpoint that this command line goes on from, or is `using` without training it, its files
+    verified; None for a new run.
 
     Without --identifier that is the one saved last among those that agree with every shaping flag typed and, in
     training, with the dataset; a damaged one is passed over for the next older one of its run. Raises UsageError,
@@ -1377,9 +1617,8 @@ def choose_checkpoint(folder, flags, typed):
     records = [] if flags.new_model else list_checkpoints(folder, warn=True)
     for record in records:
         record["flags"] = DEFAULTS | record["flags"]  # a flag may be younger than the checkpoint
-    using = flags.inference or flags.evaluate
     wanted = {name: getattr(flags, name) for name in SHAPING if name in typed}
-    if flags.inference:
+    if using:
         wanted.pop("seed", None)  # there it is the samples' own
     if flags.identifier is not None:
         candidates = [named_checkpoint(records, flags.identifier)]
@@ -1428,7 +1667,8 @@ def main(argv=None):
             typed = dict(zip(("dim", "num_heads", "num_blocks", "context_size"), PRESETS[typed["preset"]])) | typed
         if typed.get("tokenizer") == "auto":  # that is not to insist on anything
             del typed["tokenizer"]
-        exclusive = [("dataset", "text"), *((name, "new_model") for name in ("identifier", "inference", "evaluate"))]
+        modes = ["inference", "prompt", "prompts_file", "evaluate", "list", "new_model"]
+        exclusive = [("dataset", "text"), ("identifier", "new_model"), *itertools.combinations(modes, 2)]
         for name, other in exclusive:
             if all(typed.get(flag, False) is not False for flag in (name, other)):
                 raise UsageError(f"--{name} and --{other} exclude each other: leave one away")
@@ -1438,20 +1678,21 @@ def main(argv=None):
         if flags.gpu and not mx.is_available(mx.gpu):
             raise UsageError("--gpu: MLX sees no GPU; leave it away, or install MLX for yours (pip install mlx[cuda13])")
         use_device(flags.gpu)
-        using = flags.inference or flags.evaluate  # a checkpoint, whatever its corpus
+        talking = flags.inference or flags.prompt is not None
+        if flags.output and not flags.prompts_file or flags.draft and not talking:
+            raise UsageError("--output goes with --prompts_file, --draft with --prompt or --inference")
+        using = talking or flags.prompts_file or flags.evaluate  # a checkpoint, whatever its corpus
         folder = open_folder(flags.save_dir, writing=not (using or flags.list))
 
         if flags.list:
             with locked(folder):  # so that none goes while it is listed
                 list_runs(folder)
             return 0
-        checkpoint = choose_checkpoint(folder, flags, typed)
+        checkpoint = choose_checkpoint(folder, flags, typed, using)
         if using and not checkpoint:
             raise UsageError(f"no such checkpoint in {folder}: train a model first, or name its folder with --save_dir")
-        if flags.inference:
-            run, iteration, id = (checkpoint[name] for name in ("run", "iteration", "id"))
-            print(f"{run}, iteration {iteration:,}, checkpoint {id[:12]}", file=sys.stderr)
-            converse(*load_model(folder, checkpoint), flags)
+        if using and not flags.evaluate:
+            talk(folder, checkpoint, flags)
             return 0
 
         if checkpoint:

@@ -25,7 +25,8 @@ DEFAULTS = dict(
     lr_warmup=200, lr_schedule="constant", grad_clip=1.0, dropout_final=None, dtype="float32", checkpoint=False,
     patience=None,
     steps_per_report=10, steps_per_eval=1000, eval_tokens=100000, steps_per_save=None, eval_test=False, keep=3,
-    inference=False, max_tokens=200, top_k=50, temperature=0.5,
+    inference=False, prompt=None, prompts_file=None, output=None, max_tokens=200, num_samples=1, temperature=0.5, top_k=50,
+    top_p=1.0, min_p=0.0, repetition_penalty=1.0, draft=None,
     evaluate=None, list=False,
 )  # fmt: skip
 LINE = "".join(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(200))
@@ -76,10 +77,10 @@ def fails(capsys, arguments, *words, status=2):
     ("--learning_rate fast", ["--learning_rate", "number", "'fast'"]),
     *((f"--{flag} 0", [f"--{flag}", "at least 1"]) for flag in (
         "num_iters context_size num_blocks dim num_heads num_kv_heads mlp_dim batch_size grad_accumulation steps_per_report "
-        "steps_per_eval steps_per_save keep patience max_tokens"
+        "steps_per_eval steps_per_save keep patience max_tokens num_samples"
     ).split()),
     *((f"--{flag} -1", [f"--{flag}", "-1", "at least 0"]) for flag in (
-        "seed lr_warmup learning_rate weight_decay grad_clip eval_tokens top_k temperature dropout dropout_final min_lr max_minutes"
+        "seed lr_warmup learning_rate weight_decay grad_clip eval_tokens top_k top_p min_p temperature dropout dropout_final min_lr max_minutes"
     ).split()),
     *((f"--{flag} {value}", [f"--{flag}", value, "at least"]) for value in ("inf", "nan") for flag in (
         "learning_rate weight_decay grad_clip temperature dropout valid_fraction"
@@ -89,6 +90,13 @@ def fails(capsys, arguments, *words, status=2):
     ("--valid_fraction 0", ["--valid_fraction", "at least 0.001 and at most 0.5"]),
     ("--valid_fraction 0.9", ["--valid_fraction", "at least 0.001 and at most 0.5"]),
     ("--inference --new_model", ["--inference", "--new_model", "exclude"]),
+    ("--inference --prompt a", ["--inference", "--prompt", "exclude"]),
+    ("--prompt a --evaluate valid", ["--prompt", "--evaluate", "exclude"]),
+    ("--prompts_file a --list", ["--prompts_file", "--list", "exclude"]),
+    ("--prompt a --output b", ["--output", "--prompts_file"]),
+    ("--prompts_file a --draft b", ["--draft", "--prompt", "--inference"]),
+    ("--top_p 1.1", ["--top_p", "at least 0 and at most 1"]),
+    ("--repetition_penalty 0", ["--repetition_penalty", "at least 0.01"]),
     (f"--seed {2**64}", ["--seed", "at most"]),
     (f"--mlp_dim {10**12}", ["--mlp_dim", "at most"]),
     ("--dataset python --text a.txt", ["--dataset", "--text", "exclude", "leave one away"]),

@@ -104,7 +104,7 @@ def test_normalized_queries_and_an_own_output_layer(heads, options):
     tokens = random_tokens(model)
     expected = reference(model, tokens)
     np.testing.assert_allclose(logits_of(model, tokens), expected, rtol=0, atol=1e-4)
-    caches = [main.Cache(model.config.context_size) for _ in model.model.layers]
+    caches = [main.Cache(model.config, np.zeros(len(tokens), int)) for _ in model.model.layers]
     np.testing.assert_allclose(logits_of(model, tokens, caches=caches), expected, rtol=0, atol=1e-4)
 
 
@@ -158,9 +158,12 @@ def test_no_position_sees_a_later_token(heads):
 def test_decoding_with_a_cache_equals_one_pass(heads, parts):
     model = make_model(HEADS[heads])
     tokens = random_tokens(model)
-    caches = [main.Cache(model.config.context_size) for _ in model.model.layers]
-    pieces = np.split(tokens, np.cumsum(parts)[:-1], axis=1)
-    decoded = np.concatenate([logits_of(model, piece, caches=caches) for piece in pieces], axis=1)
+    lengths = np.zeros(len(tokens), int)
+    caches, decoded = [main.Cache(model.config, lengths) for _ in model.model.layers], []
+    for piece in np.split(tokens, np.cumsum(parts)[:-1], axis=1):
+        decoded.append(logits_of(model, piece, caches=caches))
+        lengths += piece.shape[1]
+    decoded = np.concatenate(decoded, axis=1)
     np.testing.assert_allclose(decoded, logits_of(model, tokens), rtol=0, atol=1e-5)
 
 

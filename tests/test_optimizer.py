@@ -279,7 +279,7 @@ def test_twenty_steps_stay_with_the_plain_ones():
     plain = optim.AdamW(0.01, betas=[0.9, 0.99], weight_decay=1e-5, bias_correction=True)
 
     def loss(model, tokens, targets):
-        caches = [main.Cache(6) for _ in model.model.layers]  # with which attention is MLX's own
+        caches = [main.Cache(model.config, np.zeros(12, int)) for _ in model.model.layers]  # with which attention is MLX's own
         return nn.losses.cross_entropy(model(tokens, caches), targets, reduction="mean")
 
     losses = []

@@ -1,6 +1,7 @@
 """Talking to a checkpoint: from a pipe and in a terminal, with no corpus at hand, whatever is typed."""
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -76,10 +77,39 @@ def test_each_line_gets_a_reply(word_model):
     prompts = ["the company", "", "a lazy", "  fox  ", "the company"]
     out, err = talk(word_model, "\n".join(prompts), "--max_tokens", 5)  # the last line has no end
     assert count_tokens(word_model, out) == len(prompts) * (5 + 1) and "<unk>" not in err
-    for prompt in prompts[:2]:
-        assert talk(word_model, prompt, "--max_tokens", 5)[0].rstrip("\n") in out, "the others make no difference"
-    assert out.startswith(reply := talk(word_model, prompts[0], "--max_tokens", 5)[0].rstrip("\n"))
-    assert out.rstrip("\n").endswith(reply)
+    assert out.startswith(talk(word_model, prompts[0], "--max_tokens", 5)[0])
+
+
+def test_the_conversation_counts_until_it_is_reset(byte_model):
+    """Greedy replies to the same line differ after other lines, and are the first one's after /reset."""
+    hot = ["--temperature", 3, "--max_tokens", 30]
+    first = talk(byte_model, "the company\n", *hot)[0]
+    assert talk(byte_model, "the company\nthe company\n", *hot)[0] != 2 * first
+    assert talk(byte_model, "the company\n/reset\nthe company\n", *hot)[0] == 2 * first
+
+
+def test_commands(model):
+    cold, hot = (talk(model, "the company\n", "--temperature", t, "--seed", 7)[0] for t in (0, 3))
+    lines = ["/set temperature 0", "the company", "/reset", "/set temperature 3", "/set seed 7", "the company"]
+    assert talk(model, "\n".join(lines))[0] == cold + hot
+    assert talk(model, "the company\n/quit\nthe company\n", "--temperature", 0)[0].rstrip("\n") == cold.rstrip("\n")
+    out, err = talk(model, "/stats\nthe company\n/stats\n/reset\nthe company\n", "--temperature", 0)
+    assert out == 2 * cold and len(re.findall(r"^[\d,.]+ tokens/s$", err, re.M)) == 1
+
+
+@pytest.mark.parametrize("line, words", [
+    ("/help", ["/set", "/reset", "/stats", "/quit"]),
+    ("/sett temperature 1", ["/set NAME VALUE"]),
+    ("/set", ["/set NAME VALUE"]),
+    ("/set temperature", ["/set NAME VALUE"]),
+    ("/set dim 5", ["/set NAME VALUE"]),
+    ("/set temperature hot", ["--temperature", "'hot'"]),
+    ("/set top_p 2", ["--top_p", "at most 1"]),
+])  # fmt: skip
+def test_commands_that_are_none(word_model, line, words):
+    out, err = talk(word_model, f"{line}\nthe company\n")
+    assert all(word in err for word in words) and "Traceback" not in err
+    assert out == talk(word_model, "the company\n")[0], "nothing else happened"
 
 
 def test_words_never_seen(word_model):
@@ -102,7 +132,7 @@ def test_prompt_beyond_the_context(model, prompt):
     "prompt", ["\udcff\udcfe", "the \udcff company\udce2\udc82", "\0\x1b[31m\x0c\x85 fox", "\ufeffthe"], ids=ascii
 )
 def test_odd_bytes(model, prompt):
-    out, err = talk(model, f"{prompt}\nthe company\n")
+    out, err = talk(model, f"{prompt}\n/reset\nthe company\n")
     assert out.endswith(talk(model, "the company\n")[0]) and "Traceback" not in err
 
 
@@ -143,6 +173,110 @@ def test_text_comes_before_the_reply_is_over(model):
     assert process.stdout.read(20).strip() and process.poll() is None
     process.kill()
     process.communicate()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One prompt, and files of them
+
+
+def test_prompt(model):
+    out, err = run("--prompt", "the company", "--save_dir", model)
+    assert out.rstrip("\n") == talk(model, "the company\n")[0].rstrip("\n") != ""
+    assert ids(model)[0][:12] in err and "tokens/s" in err
+    assert run("--prompt", "", "--save_dir", model)[0].strip()
+
+
+def test_samples_of_a_prompt(model):
+    line = ["--prompt", "the company", "--save_dir", model, "--temperature", 3, "--max_tokens", 20]
+    samples = run(*line, "--num_samples", 3, "--seed", 5)[0].split("-" * 15 + "\n")
+    assert samples == [run(*line, "--seed", seed)[0] for seed in (5, 6, 7)] and len(set(samples)) == 3
+
+
+PROMPTS = ["the company", "", "fox", "a lazy dog jumps over the quick brown fox " * 4, "the company", "zebra — ü"]
+
+
+def answers(folder, path, *arguments):
+    """The lines of JSON that a file of PROMPTS gives in `path`."""
+    source = path.parent / "prompts.txt"
+    source.write_text("\n".join(PROMPTS) + "\n")
+    line = ["--prompts_file", source, "--output", path, "--save_dir", folder, "--max_tokens", 12, *arguments]
+    run(*line)
+    return [json.loads(line) for line in path.read_text().removesuffix("\n").split("\n")]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_file_of_prompts(model, temperature, tmp_path):
+    lines = answers(model, tmp_path / "out.jsonl", "--temperature", temperature, "--num_samples", 2, "--seed", 3)
+    assert [line["prompt"] for line in lines] == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert [line["seed"] for line in lines] == list(range(3, 3 + 12))
+    for line in lines[::3]:
+        alone = ["--prompt", line["prompt"], "--seed", line["seed"], "--temperature", temperature, "--max_tokens", 12]
+        assert run(*alone, "--save_dir", model)[0] == line["completion"] + "\n"
+        assert line["checkpoint"] == ids(model)[0] and len(line["tokens"]) == 12
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[: len(data) // 2], lambda data: data[:-1], lambda data: b"", lambda data: data[:3], lambda data: data
+], ids=["half", "last line end", "all", "first line", "nothing"])  # fmt: skip
+def test_file_of_prompts_is_gone_on_with(word_model, damage, tmp_path):
+    path = tmp_path / "out.jsonl"
+    whole, data = answers(word_model, path), path.read_bytes()
+    path.write_bytes(damage(data))
+    assert answers(word_model, path) == whole and path.read_bytes() == data
+
+
+def test_answers_to_other_prompts_are_left_alone(word_model, tmp_path):
+    path = tmp_path / "out.jsonl"
+    answers(word_model, path)
+    data, source = path.read_bytes(), tmp_path / "prompts.txt"
+    for prompts, seed in (("other\n", 42), ("the company\n", 42), ("\n".join(PROMPTS), 43)):
+        source.write_text(prompts)
+        line = ["--prompts_file", source, "--output", path, "--save_dir", word_model, "--max_tokens", 12, "--seed", seed]
+        assert "name another" in run(*line, status=2)[1]
+        assert path.read_bytes() == data
+
+
+def test_answers_to_stdout(word_model, tmp_path):
+    lines = answers(word_model, tmp_path / "out.jsonl")
+    line = ["--prompts_file", tmp_path / "prompts.txt", "--save_dir", word_model, "--max_tokens", 12]
+    assert [json.loads(line) for line in run(*line)[0].splitlines()] == lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drafts
+
+
+@pytest.fixture(scope="session")
+def two_models(tmp_path_factory):
+    """A folder with two models of one text, the last of them smaller, and their ids."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "text.txt").write_text(TEXT)
+    for dim in (16, 8):
+        line = [*TINY, "--dim", dim, "--tokenizer", "word", "--learning_rate", 0.01, "--lr_warmup", 10, "--num_iters", 60]
+        run("--text", folder / "text.txt", *line, "--save_dir", folder / "lm")
+    small, large = ids(folder / "lm")
+    return folder / "lm", large, small
+
+
+def test_draft(two_models):
+    folder, large, small = two_models
+    line = ["--identifier", large, "--save_dir", folder, "--max_tokens", 40]
+    plain = run("--prompt", "the company", *line, "--temperature", 0)[0]
+    out, err = run("--prompt", "the company", *line, "--temperature", 0, "--draft", small[:8])
+    assert out == plain and re.search(r"[\d.]+ times those without the draft, of whose \d+ proposals \d+% were accepted", err)
+    hot = [*line, "--temperature", 1, "--draft", small]
+    assert run("--prompt", "the", *hot) and run("--prompt", "the", *hot)[0] == run("--prompt", "the", *hot)[0]
+    assert run("--inference", *line, "--temperature", 0, "--draft", small, input="the company\n")[0].startswith(plain)
+
+
+def test_draft_of_other_tokens(word_model, byte_model, tmp_path):
+    for folder in (word_model, byte_model):
+        for path in folder.glob("*.*"):
+            shutil.copy(path, tmp_path) if path.is_file() else None
+    line = ["--prompt", "the", "--save_dir", tmp_path, "--identifier", ids(word_model)[0], "--draft"]
+    err = run(*line, ids(byte_model)[0], status=2)[1]
+    assert "has another tokenizer" in err.splitlines()[-1]
+    assert "no checkpoint" in run(*line, "0" * 40, status=2)[1].splitlines()[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,16 +14,22 @@ from mlx.utils import tree_flatten, tree_unflatten
 INF = math.inf
 
 
-def make_model(context_size=8, vocab_size=31, kv_heads=2):
+def make_model(context_size=8, vocab_size=31, kv_heads=2, seed=0):
     shape = dict(num_blocks=2, dim=16, num_heads=4, num_kv_heads=kv_heads, mlp="relu2", mlp_dim=32)
     model = main.LanguageModel(main.Config(vocab_size, context_size, **shape))
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     values = {n: random.normal(0, 1 if w.ndim == 1 else 0.5, w.shape) for n, w in tree_flatten(model.parameters())}
     model.update(tree_unflatten([(name, mx.array(value.astype(np.float32))) for name, value in values.items()]))
     return model
 
 
 # One token
+
+
+def shaped(logits, texts=None, **values):
+    """What shape_logits makes of logits [B, V], as nested lists; by itself it changes nothing."""
+    plain = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    return main.shape_logits(mx.array(logits), flags(**plain | values), texts or [[]] * len(logits)).tolist()
 
 
 @pytest.mark.parametrize("k, expected", [
@@ -52,27 +58,90 @@ def test_keep_top_k_keeps_ties(k, expected):
     assert main.keep_top_k(mx.array([[1.0, 2, 2, 0, 2]]), k).tolist() == [expected]
 
 
-def test_temperature_0_takes_the_largest():
+# Probabilities 0.1, 0.4, 0.2, 0.3 in one row and 0.25 each in the other.
+@pytest.mark.parametrize("p, kept, kept_of_equals", [
+    (0.0, [1], 4), (0.39, [1], 4), (0.41, [1, 3], 4), (0.69, [1, 3], 4), (0.71, [1, 2, 3], 4), (0.91, [0, 1, 2, 3], 4),
+    (1.0, [0, 1, 2, 3], 4),
+])  # fmt: skip
+def test_keep_top_p(p, kept, kept_of_equals):
+    logits = mx.log(mx.array([[0.1, 0.4, 0.2, 0.3], [0.25] * 4])) - 3
+    result = np.array(main.keep_top_p(logits, p))
+    assert np.flatnonzero(result[0] > -INF).tolist() == kept
+    assert (result[1] > -INF).sum() == kept_of_equals  # ties with the last one stay
+    np.testing.assert_array_equal(result[result > -INF], np.array(logits)[result > -INF])
+
+
+@pytest.mark.parametrize("p, kept", [
+    (0.0, [0, 1, 2, 3]), (0.24, [0, 1, 2, 3]), (0.26, [1, 2, 3]), (0.51, [1, 3]), (0.76, [1]), (1.0, [1]),
+])  # fmt: skip
+def test_keep_min_p(p, kept):
+    logits = mx.log(mx.array([[0.1, 0.4, 0.2, 0.3]])) + 5
+    assert np.flatnonzero(np.array(main.keep_min_p(logits, p))[0] > -INF).tolist() == kept
+
+
+def test_penalize():
+    logits = mx.array([[3.0, -1, 2, 0, -4]] * 2)
+    result = main.penalize(logits, [[0, 1, 3, 3], [4]], 2.0).tolist()
+    assert result == [[1.5, -2, 2, 0, -4], [3, -1, 2, 0, -8]]
+    assert main.penalize(logits, [[0], [1]], 1.0).tolist() == logits.tolist()
+
+
+def test_the_rules_apply_in_order():
+    """Weights 8, 4, 2, 1: the penalty halves the logit of the first, to the root of 8; temperature 1/2 squares them all, to
+    8, 16, 4, 1; of the top three, 28 in all, the first two have 0.857; the lesser of these is half of the greater."""
+    logits = [[math.log(weight) for weight in (8, 4, 2, 1)]]
+    rules = dict(repetition_penalty=2.0, temperature=0.5, top_k=3)
+
+    def kept(**values):
+        return [i for i, x in enumerate(shaped(logits, [[0]], **rules | values)[0]) if x > -INF]
+
+    assert kept() == [0, 1, 2]
+    np.testing.assert_allclose(shaped(logits, [[0]], **rules)[0][:3], np.log([8, 16, 4]), rtol=1e-6)
+    assert kept(top_p=0.86) == [0, 1, 2] and kept(top_p=0.85) == [0, 1]  # of all four together it would be 24 / 29 = 0.83
+    assert kept(top_k=0, top_p=0.82) == [0, 1]
+    assert kept(top_p=0.85, min_p=0.49) == [0, 1] and kept(top_p=0.85, min_p=0.51) == [1]
+
+
+@pytest.mark.parametrize("rules", [dict(temperature=0), dict(temperature=1e-9), dict(top_k=1), dict(top_p=0), dict(min_p=1)])
+def test_the_largest_alone(rules):
     logits = np.random.default_rng(0).normal(size=(50, 31)).astype(np.float32)
-    for top_k in (0, 1, 5):
-        drawn = main.sample(mx.array(logits), mx.random.key(1), 0, top_k)
-        np.testing.assert_array_equal(np.array(drawn), logits.argmax(-1))
-    drawn = main.sample(mx.array(logits), mx.random.key(1), 1.0, 1)  # so does any other if one token is left
-    np.testing.assert_array_equal(np.array(drawn), logits.argmax(-1))
+    result = np.array(shaped(logits, **rules))
+    np.testing.assert_array_equal(result.argmax(-1), logits.argmax(-1))
+    assert (result > -INF).sum() == 50
+    ties = np.array(shaped([[1.0, 2, 2]], temperature=0))
+    assert (ties > -INF).tolist() == [[False, True, False]]
+
+
+class Script:
+    """A model whose logits [V] depend on the last token alone: `rows`, a function of it."""
+
+    def __init__(self, rows, context_size=8):
+        self.rows = rows
+        self.config, self.model = SimpleNamespace(context_size=context_size), SimpleNamespace(layers=[])
+
+    def __call__(self, tokens, caches, last):
+        assert tokens.ndim == 2 and last <= tokens.shape[1] <= self.config.context_size
+        return mx.array([[self.rows(token) for token in row[-last:]] for row in tokens.tolist()])
 
 
 # Logits are logarithms of 4, 1, 3, 2, 1/2. At temperature 1/2 these numbers are squared, at 2 their roots count.
-@pytest.mark.parametrize("temperature, top_k, weights", [
-    (1.0, 0, [4, 1, 3, 2, 0.5]),
-    (0.5, 0, [16, 1, 9, 4, 0.25]),
-    (0.5, 3, [16, 0, 9, 4, 0]),
-    (2.0, 2, [2, 0, 3**0.5, 0, 0]),
-    (1.0, 99, [4, 1, 3, 2, 0.5]),
-])  # fmt: skip
-def test_sample_has_the_right_distribution(temperature, top_k, weights):
-    draws = 100_000
-    logits = mx.broadcast_to(mx.log(mx.array([4.0, 1, 3, 2, 0.5])) + 7, (draws, 5))  # a shift changes nothing
-    drawn = np.array(main.sample(logits, mx.random.key(3), temperature, top_k))
+@pytest.mark.parametrize("rules, weights", [
+    (dict(), [4, 1, 3, 2, 0.5]),
+    (dict(temperature=0.5), [16, 1, 9, 4, 0.25]),
+    (dict(temperature=0.5, top_k=3), [16, 0, 9, 4, 0]),
+    (dict(temperature=2.0, top_k=2), [2, 0, 3**0.5, 0, 0]),
+    (dict(top_k=99), [4, 1, 3, 2, 0.5]),
+    (dict(top_p=0.8), [4, 0, 3, 2, 0]),
+    (dict(min_p=0.3), [4, 0, 3, 2, 0]),
+    (dict(repetition_penalty=2.0), [2, 1, 3, 2, 0.25]),  # of the first and the last
+    (dict(temperature=0.5, top_k=4, top_p=0.9, min_p=0.5), [16, 0, 9, 0, 0]),
+], ids=str)  # fmt: skip
+def test_what_is_drawn_has_the_right_distribution(rules, weights):
+    draws, logits = 100_000, [math.log(weight) for weight in (4, 1, 3, 2, 0.5)]
+    given = flags(**dict(temperature=1.0, top_k=0) | rules)
+    decoder = main.Decoder(Script(lambda token: logits), [[4, 0]] * draws)
+    decoder.texts = [[4, 0] for _ in range(draws)]
+    [drawn] = main.generate(decoder, 1, given, range(draws))
     expected = np.array(weights) / sum(weights) * draws
     counts = np.bincount(drawn, minlength=5)
     possible = expected > 0
@@ -84,12 +153,21 @@ def test_sample_has_the_right_distribution(temperature, top_k, weights):
 # Many tokens
 
 
+def tokens_of(model, prompt, count, seed=0, **values):
+    """`count` tokens that follow one prompt."""
+    text = list(prompt)
+    given = [ids for [ids] in main.generate(main.Decoder(model, [text]), count, flags(**dict(temperature=0, top_k=0) | values), [seed])]
+    assert text == [*prompt, *given]
+    return given
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("context_size", [1, 2, 7, 8])
 @pytest.mark.parametrize("prompt_length", [1, 5, 8, 9, 20])
-def test_each_greedy_token_is_that_of_a_fresh_pass(context_size, prompt_length):
-    model = make_model(context_size)
+def test_each_greedy_token_is_that_of_a_fresh_pass(context_size, prompt_length, kv_heads):
+    model = make_model(context_size, kv_heads=kv_heads)
     prompt = np.random.default_rng(prompt_length).integers(31, size=prompt_length).tolist()
-    tokens = list(main.generate(model, prompt, 30, 0, 0, 0))
+    tokens = tokens_of(model, prompt, 30)
     assert len(tokens) == 30
     window = list(prompt)
     for token in tokens:
@@ -102,24 +180,45 @@ def test_each_greedy_token_is_that_of_a_fresh_pass(context_size, prompt_length):
     assert len(set(tokens)) > 1 or context_size == 1
 
 
-def test_a_prompt_is_left_as_it_was_and_no_token_is_asked_for_too_many():
-    prompt = [1, 2, 3]
-    assert list(main.generate(make_model(), prompt, 0, 0, 0, 0)) == []
-    assert len(list(main.generate(make_model(), prompt, 1, 0, 0, 0))) == 1
-    assert prompt == [1, 2, 3]
+@pytest.mark.parametrize("context_size", [1, 7, 16])
+@pytest.mark.parametrize("rules", [dict(), dict(temperature=1.0), dict(temperature=0.7, repetition_penalty=1.5, top_p=0.9)])
+def test_texts_together_are_continued_like_each_alone(context_size, rules):
+    model = make_model(context_size)
+    random = np.random.default_rng(1)
+    prompts = [random.integers(31, size=length).tolist() for length in (1, 3, 3, 7, 16, 40)]
+    texts = [list(prompt) for prompt in prompts]
+    given = flags(**dict(temperature=0, top_k=0) | rules)
+    together = list(main.generate(main.Decoder(model, texts), 40, given, range(6)))
+    for row, prompt in enumerate(prompts):
+        assert [ids[row] for ids in together] == tokens_of(model, prompt, 40, seed=row, **rules)
+
+
+def test_a_text_can_be_cut_and_go_on_otherwise():
+    model, text = make_model(context_size=16), [1, 2, 3, 4, 5, 6]
+    decoder = main.Decoder(model, [text])
+    for keep, more in ((6, []), (3, [7, 8]), (4, [9]), (1, []), (1, [4] * 20), (2, [3])):
+        decoder.shorten(keep)
+        text += more
+        fresh = np.array(model(mx.array([text[-8:] if len(text) > 16 else text]))[:, -1:])
+        np.testing.assert_allclose(np.array(decoder.logits()), fresh, rtol=0, atol=1e-4)
+
+
+def test_no_token_is_asked_for_too_many():
+    assert tokens_of(make_model(), [1, 2, 3], 0) == []
+    assert len(tokens_of(make_model(), [1, 2, 3], 1)) == 1
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.5, 5)])
 def test_the_seed_decides_the_tokens(temperature, top_k):
-    model = make_model()
-    first, same, other = (list(main.generate(model, [1, 2], 40, temperature, top_k, seed)) for seed in (1, 1, 2))
+    model, rules = make_model(), dict(temperature=temperature, top_k=top_k)
+    first, same, other = (tokens_of(model, [1, 2], 40, seed, **rules) for seed in (1, 1, 2))
     assert first == same != other
-    assert first[:20] == list(main.generate(model, [1, 2], 20, temperature, top_k, 1))  # the length changes nothing
+    assert first[:20] == tokens_of(model, [1, 2], 20, 1, **rules)  # the length changes nothing
 
 
 def test_drawn_tokens_are_among_the_k_likeliest():
     model = make_model(context_size=64)
-    tokens, window = list(main.generate(model, [1], 60, 2.0, 3, 5)), [1]
+    tokens, window = tokens_of(model, [1], 60, 5, temperature=2.0, top_k=3), [1]
     ranks = set()
     for token in tokens:
         logits = np.array(model(mx.array([window]))[0, -1])
@@ -130,36 +229,72 @@ def test_drawn_tokens_are_among_the_k_likeliest():
 
 
 def test_drawn_tokens_are_independent_of_those_before():
-    def equal_chances(tokens, caches):
-        return mx.zeros((*tokens.shape, 4))
-
-    equal_chances.config, equal_chances.model = SimpleNamespace(context_size=8), SimpleNamespace(layers=[])
-    tokens = np.array(list(main.generate(equal_chances, [0], 3200, 1.0, 0, 6)))
+    tokens = np.array(tokens_of(Script(lambda token: [0.0] * 4), [0], 3200, 6, temperature=1.0))
     pairs = np.bincount(tokens[0::2] * 4 + tokens[1::2], minlength=16)  # 100 of each are expected
     assert ((pairs - 100) ** 2 / 100).sum() < 37.70  # 15 degrees of freedom, a chance of 1 in 1,000
+
+
+# Speculation
+
+
+def speculated(model, draft, prompt, count, seed=0, **values):
+    text = list(prompt)
+    decoders = [main.Decoder(each, [text]) for each in (model, draft)]
+    given = [id for [id] in main.speculate(*decoders, count, flags(**dict(temperature=0, top_k=0) | values), [seed])]
+    assert text == [*prompt, *given] and len(given) == count
+    return given, decoders[1]
+
+
+@pytest.mark.parametrize("context_size, draft_context", [(1, 8), (2, 2), (7, 4), (8, 1), (8, 16), (64, 64)])
+@pytest.mark.parametrize("prompt_length", [1, 8, 20])
+def test_speculation_changes_no_greedy_token(context_size, draft_context, prompt_length):
+    model = make_model(context_size)
+    prompt = np.random.default_rng(2).integers(31, size=prompt_length).tolist()
+    for seed, penalty in ((0, 1.0), (1, 1.3)):  # the first draft has the model's weights, the second has others
+        tokens, draft = speculated(model, make_model(draft_context, seed=seed), prompt, 24, repetition_penalty=penalty)
+        assert tokens == tokens_of(model, prompt, 24, repetition_penalty=penalty)
+        if seed == 0 and context_size == draft_context == 64:
+            assert draft.accepted == draft.proposed > 0, "a draft that is the model is always right"
+
+
+WANTED = np.array([[0.5, 0.1, 0.4], [0.05, 0.9, 0.05], [0.3, 0.3, 0.4]])  # of the next token after each
+DRAFTED = np.array([[0.2, 0.7, 0.1], [0.4, 0.2, 0.4], [0.3, 0.3, 0.4]])
+
+
+@pytest.mark.parametrize("rules, wanted", [
+    (dict(), WANTED),
+    (dict(temperature=0.5), WANTED**2),
+    (dict(top_k=2), WANTED * [[1, 0, 1], [1, 1, 1], [1, 1, 1]]),  # ties stay
+], ids=str)  # fmt: skip
+def test_speculation_leaves_the_distribution_as_it_is(rules, wanted):
+    """Pairs of successive tokens in 4,000, of a Markov chain whose transitions are known."""
+    model, draft = (Script(lambda token, table=table: np.log(table[token]).tolist(), 64) for table in (WANTED, DRAFTED))
+    tokens, draft = speculated(model, draft, [0], 4_000, **dict(temperature=1.0) | rules)
+    assert 100 < draft.accepted < 0.9 * draft.proposed, "both ways were taken"
+    wanted = wanted / wanted.sum(-1, keepdims=True)
+    for state in range(3):
+        counts = np.bincount([after for before, after in zip(tokens, tokens[1:]) if before == state], minlength=3)
+        expected = wanted[state] * counts.sum()
+        possible = expected > 0
+        assert counts[~possible].sum() == 0
+        chi_squared = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+        assert chi_squared < {1: 10.83, 2: 13.82}[possible.sum() - 1]  # a chance of 1 in 1,000
 
 
 # Text
 
 
-class Script:
-    """A model that answers with these ids one after the other, whatever it is asked."""
-
-    def __init__(self, ids, vocab_size, context_size=8):
-        self.ids, self.vocab_size = iter(ids), vocab_size
-        self.config, self.model = SimpleNamespace(context_size=context_size), SimpleNamespace(layers=[])
-
-    def __call__(self, tokens, caches):
-        assert tokens.ndim == 2 and 1 <= tokens.shape[1] <= self.config.context_size
-        likely = mx.arange(self.vocab_size) == next(self.ids)
-        return mx.broadcast_to(mx.where(likely, 0.0, -1e9), (*tokens.shape, self.vocab_size))
-
-
 def pieces_of(tokenizer, prompt, ids, **options):
+    """What a model that answers with these ids, whatever it is asked, adds to a prompt, piece by piece."""
     ids = [int(i) for i in ids]
-    model = Script(ids, tokenizer.vocab_size)
-    given = flags(max_tokens=len(ids), temperature=1.0, top_k=3)
-    return [piece for piece in main.continue_text(model, tokenizer, prompt, given, **options) if piece]
+    answers = iter(ids)
+    model = Script(lambda token, V=tokenizer.vocab_size: (np.arange(V) == next(answers)).astype(float).tolist())
+    conversation = main.Conversation(tokenizer, model)
+    conversation.add(prompt)
+    given = flags(max_tokens=len(ids), temperature=0)
+    pieces = [piece for piece in conversation.reply(given, 0, **options) if piece]
+    assert conversation.text[len(conversation.text) - len(ids) :] == ids
+    return pieces
 
 
 def test_characters_of_many_bytes_come_whole():
@@ -218,16 +353,41 @@ def test_words_come_one_by_one_with_their_spaces():
     byte_tokenizer(), char_tokenizer(None, ["a\n"]), char_tokenizer(None, ["no line end"]), word_tokenizer(None, ["a b\n"]),
 ], ids=["byte", "char", "char without line end", "word"])  # fmt: skip
 def test_a_real_model_continues_an_empty_prompt(tokenizer):
-    model = make_model(vocab_size=tokenizer.vocab_size)
-    given = flags(max_tokens=20, temperature=1.0, top_k=0)
-    first, second = ("".join(main.continue_text(model, tokenizer, "", given)) for _ in range(2))
-    assert first == second != ""
+    given, replies = flags(max_tokens=20, temperature=1.0, top_k=0), []
+    for _ in range(2):
+        conversation = main.Conversation(tokenizer, make_model(vocab_size=tokenizer.vocab_size))
+        conversation.add("")
+        replies.append("".join(conversation.reply(given, 1)))
+    assert replies[0] == replies[1] != ""
 
 
-def test_an_interrupt_ends_a_continuation():
-    interrupts = SimpleNamespace(received=None)
-    given = flags(max_tokens=6, temperature=0)
-    continuation = main.continue_text(Script(b"abcdef", 257), byte_tokenizer(), "x", given, interrupts)
-    assert next(continuation) == "a" and next(continuation) == "b"
+def test_what_was_said_before_counts():
+    """A reply is what a fresh conversation on the whole text would give, over many turns and past the context."""
+    tokenizer, given = byte_tokenizer(), flags(max_tokens=5, temperature=1.0)
+    for context_size in (12, 64):
+        model = make_model(context_size, vocab_size=257)
+        conversation, draft = main.Conversation(tokenizer, model), make_model(8, vocab_size=257, seed=1)
+        for line in ("ab", "", "cdé", "x" * 20):
+            before = conversation.text + list(("\n" * bool(conversation.text) + line).encode())
+            conversation.add(line)
+            assert conversation.text == before
+            list(conversation.reply(given, 3))
+            if len(before) <= context_size - 5:  # else windows begin elsewhere
+                assert conversation.text == before + tokens_of(model, before, 5, 3, temperature=1.0, top_k=given.top_k)
+        spoken = main.Conversation(tokenizer, model, draft)
+        spoken.add("ab")
+        list(spoken.reply(flags(max_tokens=9, temperature=0), 3))
+        assert spoken.text == [97, 98, *tokens_of(model, [97, 98], 9)]
+        assert "tokens/s" in spoken.describe_speed() and "accepted" in spoken.describe_speed()
+
+
+@pytest.mark.parametrize("with_draft", [False, True])
+def test_an_interrupt_ends_a_continuation(with_draft):
+    interrupts, model = SimpleNamespace(received=None), make_model(context_size=64, vocab_size=257)
+    conversation = main.Conversation(byte_tokenizer(), model, model if with_draft else None)
+    conversation.add("x")
+    reply = conversation.reply(flags(max_tokens=60, temperature=0), 0, interrupts)
+    next(reply), next(reply)
     interrupts.received = 2
-    assert "".join(continuation) == ""
+    assert "".join(reply) == ""
+    assert len(conversation.text) <= 4, "what the reader has not seen was not said"
