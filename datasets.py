@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 import zipfile
 from collections import Counter, namedtuple
@@ -38,6 +39,7 @@ class RunError(Exception):
     """Something failed while the program did what it was asked to: one line, exit status 1."""
 
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "transformer-lm"
 SPLITS, END = ("train", "valid", "test"), "<|endoftext|>"  # the end of a document, where a text spells it out
 # A corpus, encoded. `test` may be None. By `sha256`, of training text and vocabulary, a resumed run knows it again.
 Dataset = namedtuple("Dataset", "name tokenizer train valid test sha256")
@@ -418,6 +420,29 @@ def stamp(path):  # while it stays the same, the text is taken to be, too
 
 
 # ---- Datasets
+def open_folder(save_dir, writing):
+    """The folder of checkpoints and corpora as a Path, made if need be. Raises UsageError if it cannot be used."""
+    if save_dir is None:
+        disks = ["/Volumes/RAMDisk"] if os.path.ismount("/Volumes/RAMDisk") else []
+        if os.path.isdir("/dev/shm") and (shared := os.statvfs("/dev/shm")).f_bavail * shared.f_frsize >= 4 << 30:
+            disks.append("/dev/shm")
+        save_dir, lost = CACHE, ""
+        if disks:
+            save_dir, lost = f"{disks[0]}/transformer-lm", ", a RAM disk: it does not survive a reboot"
+        if writing:
+            tqdm.write(f"Checkpoints and corpora go to {save_dir}{lost} (--save_dir names another folder)")
+    folder = Path(os.path.expanduser(save_dir))
+    try:
+        if writing:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"cannot write to --save_dir {folder} ({error.strerror}): name a folder of yours") from None
+    if not (writing or folder.is_dir()):
+        raise UsageError(f"there is no folder {folder}: name the one that a run was saved in with --save_dir")
+    return folder
+
+
 def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, mirror=None, say=print,
                  vocab_size=32000, valid_text=(), test_text=(), train_tokens=None):  # fmt: skip
     """The corpus `name`, a key of CORPORA ("text": the user's files), as a Dataset. Files go to save_dir/name.
@@ -479,11 +504,12 @@ def main():
     parser.add_argument("--tokenizer", choices=["auto", *TOKENIZERS], default="auto")
     parser.add_argument("--vocab_size", type=int, default=32000, help="of --tokenizer bpe (default: %(default)s)")
     parser.add_argument("--valid_fraction", type=float, default=0.1, help="of --text (default: %(default)s)")
-    parser.add_argument("--save_dir", required=True, help="the folder that main.py is given, too")
+    parser.add_argument("--save_dir", help="the folder that main.py is given, too (default: as there)")
     parser.add_argument("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists all flags)\n")
     flags = vars(parser.parse_args())
     try:
+        flags["save_dir"] = open_folder(flags["save_dir"], writing=True)
         dataset = load_dataset(**flags | ({"name": "text"} if flags["text"] else {}))
     except (UsageError, RunError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

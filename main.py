@@ -31,55 +31,48 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
-from functools import partial
+import timeit
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
 
-from datasets import CORPORA, TOKENIZERS, RunError, UsageError, load_dataset, tokenizer_from_dict
+from datasets import CACHE, CORPORA, TOKENIZERS, RunError, UsageError, load_dataset, open_folder, tokenizer_from_dict
 
 FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "transformer-lm"
 
 BLAS_FORWARDER = """
-#define GEMM(name, scalar, type) \\
-  void scipy_##name##64_(int, int, int, long, long, long, scalar, const type*, long, const type*, long, scalar, \\
-                         type*, long); \\
-  void name(int order, int ta, int tb, int m, int n, int k, scalar alpha, const type* a, int lda, \\
-            const type* b, int ldb, scalar beta, type* c, int ldc) { \\
+#define GEMM(name, scalar) \\
+  void scipy_##name##64_(int, int, int, long, long, long, scalar, void*, long, void*, long, scalar, void*, long); \\
+  void name(int order, int ta, int tb, int m, int n, int k, scalar alpha, void* a, int lda, void* b, int ldb, \\
+            scalar beta, void* c, int ldc) { \\
     scipy_##name##64_(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc); }
-GEMM(cblas_sgemm, float, float) GEMM(cblas_dgemm, double, double) GEMM(cblas_cgemm, const void*, void)
+GEMM(cblas_sgemm, float) GEMM(cblas_dgemm, double) GEMM(cblas_cgemm, void*)
 """
 
 
 def use_fast_blas():
-    """Makes a fast BLAS visible to MLX and returns its name; call it before mlx is imported.
-
-    MLX's Linux wheel carries the reference BLAS (8 GFLOP/s where OpenBLAS reaches 240), but whichever library with
-    global symbols is loaded first wins: the system's, or the OpenBLAS inside NumPy's wheel, whose names and integers
-    differ, so that a forwarder of three functions is compiled, once, with the C compiler that MLX needs anyway.
-    """
+    """Makes a fast BLAS visible to MLX and returns its name; call it before mlx is imported. MLX's Linux wheel carries
+    the reference BLAS (8 GFLOP/s where OpenBLAS reaches 240), but whichever library with global symbols is loaded first
+    wins: the system's, or the OpenBLAS inside NumPy's wheel, whose names and integers differ, so that a forwarder of
+    three functions is compiled, once, with the C compiler that MLX needs anyway."""
     if sys.platform != "linux":
         return "Accelerate"
-    try:  # glibc returns large arrays to the kernel at once, and each new one is faulted in page by page (7x on a sum)
+    with contextlib.suppress(OSError, AttributeError):  # of another libc
+        # glibc returns large arrays to the kernel at once, and each new one is faulted in page by page (7x on a sum)
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
             ctypes.CDLL("libc.so.6").mallopt(option, value)
-    except (OSError, AttributeError):
-        pass  # another libc
     pip_mkl = os.path.join(sys.prefix, "lib", "libmkl_rt.so.2")
     for name in ("libopenblas.so.0", "libblis.so.4", "libmkl_rt.so.2", "libmkl_rt.so", pip_mkl):
-        try:
+        with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL).cblas_sgemm
             return os.path.basename(name)
-        except (OSError, AttributeError):
-            continue
-    try:
+    with contextlib.suppress(IndexError, OSError, subprocess.SubprocessError):
         library = glob.glob(os.path.join(np.__path__[0], "..", "numpy.libs", "libscipy_openblas64_*.so"))[0]
         forwarder = CACHE / f"blas-{hashlib.sha1(BLAS_FORWARDER.encode()).hexdigest()[:12]}.so"
         if not forwarder.exists():
@@ -91,8 +84,7 @@ def use_fast_blas():
         for path in (library, forwarder):
             ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         return "NumPy's OpenBLAS"
-    except (IndexError, OSError, subprocess.SubprocessError):
-        return "reference BLAS"
+    return "reference BLAS"
 
 
 def set_blas_threads(count):
@@ -104,17 +96,15 @@ def set_blas_threads(count):
 
 
 BLAS = use_fast_blas()
-STREAMS = []  # made once: a stream lives as long as the process
+cpu_stream = lru_cache(None)(lambda i: mx.new_stream(mx.cpu))  # made once: a stream lives as long as the process
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
 
-
+# ---- Configuration --------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What shapes the weights and what they compute. Raises UsageError where the numbers do not fit each other."""
@@ -153,11 +143,7 @@ PRESETS = {  # --dim, --num_heads, --num_blocks, --context_size
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model: decoder-only and pre-norm, with RMSNorm, RoPE and grouped-query attention; parameters are named as in Hugging
-# Face's Llama
-
-
+# ---- Model: decoder-only, pre-norm, with RMSNorm, RoPE and grouped-query attention; named as in Hugging Face's Llama
 def dropout(hidden, noise, site):
     """Zeroes elements of hidden [B, L, D] at random. noise: the rows' rates [B] and keys [B, 2] uint32, or () for none;
     `site` tells the model's dropouts apart. Masks depend on a row's own key alone, so a batch can be split freely."""
@@ -240,9 +226,8 @@ class Attention(nn.Module):
 
 
 class Cache:
-    """The keys and values that one Attention has seen of B texts, so that reading a token costs one token.
-
-    lengths: the texts' tokens read so far, [B] of NumPy, which whoever runs the model moves on for all blocks at once."""
+    """The keys and values that one Attention has seen of B texts, so that reading a token costs one token. lengths: the
+    texts' tokens read so far, [B] of NumPy, which whoever runs the model moves on for all blocks at once."""
 
     def __init__(self, config, lengths):
         self.lengths = lengths
@@ -300,10 +285,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def __call__(self, hidden, cache=None, noise=()):
-        attended = self.self_attn(self.input_layernorm(hidden), cache)
-        hidden = hidden + dropout(attended, noise, 2 * self.index + 1)
-        transformed = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + dropout(transformed, noise, 2 * self.index + 2)
+        hidden = hidden + dropout(self.self_attn(self.input_layernorm(hidden), cache), noise, 2 * self.index + 1)
+        return hidden + dropout(self.mlp(self.post_attention_layernorm(hidden)), noise, 2 * self.index + 2)
 
 
 class Transformer(nn.Module):
@@ -369,15 +352,14 @@ def init_weights(model, seed):
     mx.eval(model.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer
+# ---- Optimizer ------------------------------------------------------------------------------------------------------
 
 # Muon's learning rate over AdamW's. On PTB (dim 256, batch 32, AdamW's at 3e-3) validation after 120 steps was 5.56 nats,
 # with AdamW alone 5.65; on characters (dim 128) ratios of 8 and 10 did as well.
 MUON_RATE = 5
 
 
-def make_optimizer(model, flags, streams=()):
+def make_optimizer(model, flags, streams=(mx.cpu,)):
     """AdamW (Loshchilov & Hutter 2019) in two groups, matrices with weight decay and norms without; with --optimizer
     muon the blocks' matrices go to Muon (Jordan et al. 2024), with the same decay. Its state is ready; the work is dealt
     out over `streams`."""
@@ -397,8 +379,6 @@ def make_optimizer(model, flags, streams=()):
     def dealt(group, update, gradient, parameter, state):
         if isinstance(group, optim.Muon):  # MLX's adds the decay to the gradient
             parameter = parameter * (1 - group.learning_rate * flags.weight_decay / MUON_RATE)
-        if not streams:
-            return update(gradient, parameter, state)
         least = load.index(min(load))
         load[least] += parameter.size
         with mx.stream(streams[least]):
@@ -425,23 +405,17 @@ def learning_rate_at(iteration, flags):
     return rate * min(1, (iteration + 1) / max(1, flags.lr_warmup))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
+# ---- Batches --------------------------------------------------------------------------------------------------------
 class Batches:
-    """Windows of a token array in a permuted order; endless, and a function of (seed, epoch, s) alone.
-
-    Each epoch cuts the text into windows at another offset, so that no token is left out for good, and draws an order
-    `perm` of them; `s` is the position in it. Raises UsageError for a text shorter than one window.
-    """
+    """Windows of a token array in a permuted order; endless, and a function of (seed, epoch, s) alone. Each epoch cuts
+    the text into windows at another offset, so that no token is left out for good, and draws an order `perm` of them;
+    `s` is the position in it. Raises UsageError for a text shorter than one window."""
 
     def __init__(self, tokens, context_size, batch_size, seed):
         if len(tokens) <= context_size:
-            raise UsageError(
-                f"the training text has {len(tokens):,} tokens, fewer than one window of --context_size {context_size} "
-                f"and the token after it: use a longer text or --context_size {max(1, len(tokens) - 1)}"
-            )
+            least = f"one window of --context_size {context_size} and the token after it"
+            remedy = f"use a longer text or --context_size {max(1, len(tokens) - 1)}"
+            raise UsageError(f"the training text has {len(tokens):,} tokens, fewer than {least}: {remedy}")
         self.tokens, self.context_size, self.batch_size, self.seed = tokens, context_size, batch_size, seed
         self.begin_epoch(0)
 
@@ -464,16 +438,12 @@ class Batches:
         return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loss and evaluation
-
-
+# ---- Loss and evaluation --------------------------------------------------------------------------------------------
 def head_loss(hidden, head, targets, weights, training=True):
     """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed with it, so that of the
-    logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024).
-
-    hidden: [N, D]; head: [V, D]; targets: [N]; weights: [N], of the positions; training: False where the gradients are
-    not asked for, so that MLX never computes them and no chunk waits for them."""
+    logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head: [V, D];
+    targets: [N]; weights: [N], of the positions; training: False where the gradients are not asked for, so that MLX
+    never computes them and no chunk waits for them."""
     # Chunks of 2^23 logits cost nothing; with fewer than 128 rows the products of a large vocabulary become slow.
     chunks = -(-len(hidden) // max(128, 2**23 // len(head)))
     rows = -(-len(hidden) // chunks)
@@ -535,17 +505,12 @@ def over_streams(streams, function, *arrays):
 def evaluate(model, tokens, batch_size, interrupts=None):
     """Mean nats a token over every token but the first, each scored once, in windows that do not overlap; None if
     `interrupts` cut it short. tokens: [N]."""
-    L = model.config.context_size
-    count = len(tokens) - 1
+    L, count = model.config.context_size, len(tokens) - 1
     batches = -(-count // (batch_size * L))
     padded = np.zeros((3, batches * batch_size * L), np.int32)  # inputs, targets, weights; those of padding are 0
     padded[0, :count], padded[1, :count], padded[2, :count] = tokens[:-1], tokens[1:], 1
-    streams = make_streams(batch_size, L)
-
-    @partial(mx.compile, inputs=[model.state])
-    def score(*batch):
-        return sum(over_streams(streams, lambda *rows: loss_sum(model, *rows, training=False), *batch))
-
+    streams, loss = make_streams(batch_size, L), partial(loss_sum, model, training=False)
+    score = mx.compile(lambda *batch: sum(over_streams(streams, loss, *batch)), inputs=[model.state])
     total = 0.0
     for batch in padded.reshape(3, batches, batch_size, L).swapaxes(0, 1):
         if interrupts and interrupts.received:
@@ -566,19 +531,13 @@ def score_split(name, model, dataset, flags, interrupts=None, most=0):
 def describe_score(name, nats, split, tokenizer):
     """One line with a split's score: per token, and in two units that do not depend on the tokenizer."""
     total = nats * len(split.tokens)
-    a_word = math.exp(min(total / max(1, split.num_words), 99))
-    line = (
-        f"{name} {nats:.4f} nats, perplexity {math.exp(min(nats, 99)):.2f} a token, {a_word:.2f} a word, "
-        f"{total / math.log(2) / split.num_bytes:.4f} bits per byte"
-    )
-    if tokenizer.unk is not None:
-        line += f", {split.num_unk / len(split.tokens):.2%} <unk>"
-    return line
+    a_token, a_word = (math.exp(min(mean, 99)) for mean in (nats, total / max(1, split.num_words)))
+    line = f"{name} {nats:.4f} nats, perplexity {a_token:.2f} a token, {a_word:.2f} a word, "
+    line += f"{total / math.log(2) / split.num_bytes:.4f} bits per byte"
+    return line if tokenizer.unk is None else f"{line}, {split.num_unk / len(split.tokens):.2%} <unk>"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-#
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
 # `<sha1>.safetensors` holds the parameters and is named by the SHA1 of its bytes; `<sha1>.metadata` (the same format)
 # holds all else that a run is: optimizer state and `perm` as arrays, the tokenizer, and `record`, a JSON object with
 # the flags, counters and scores. The header of the metadata names the SHA1 of its own bytes, taken with BLANK in place.
@@ -586,31 +545,15 @@ def describe_score(name, nats, split, tokenizer):
 BLANK = "0" * 40
 
 
-class HashedFile:
-    """A file for mx.save_safetensors that hashes what passes through it, so that no byte is read back."""
-
-    closed = False
-
-    def __init__(self, path):
-        self.file, self.sha1 = open(path, "w+b"), hashlib.sha1()
-        self.seek, self.tell = self.file.seek, self.file.tell
-
-    def write(self, data):
-        self.sha1.update(data)
-        return self.file.write(data)
-
-
 def write_safetensors(path, arrays, metadata):
     """Writes and syncs a safetensors file; returns the SHA1 of its bytes. BLANK in the metadata becomes that SHA1."""
-    out = HashedFile(path)
-    with out.file as file:
-        mx.save_safetensors(out, dict(sorted(arrays.items())), metadata)
-        sha1 = out.sha1.hexdigest()
+    arrays, digest = dict(sorted(arrays.items())), hashlib.sha1()
+    hasher = SimpleNamespace(write=lambda data: digest.update(data) or len(data), seek=None, tell=None, closed=False)
+    mx.save_safetensors(hasher, arrays, metadata)
+    sha1 = digest.hexdigest()
+    with open(path, "wb") as file:
+        mx.save_safetensors(file, arrays, {name: sha1 if text == BLANK else text for name, text in metadata.items()})
         file.flush()
-        if BLANK in metadata.values():
-            file.seek(8 + read_header(path).index(BLANK.encode()))
-            file.write(sha1.encode())
-            file.flush()
         os.fsync(file.fileno())
     return sha1
 
@@ -620,43 +563,41 @@ def read_header(path):
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= os.path.getsize(path) - 8:
-            raise ValueError("no safetensors header")
+            raise ValueError(f"{path.suffix} has no header")
         return file.read(length)
 
 
-def sha1_of(path, stated=""):
-    """SHA1 of a file's bytes; of a `.metadata` file with `stated`, the SHA1 in its header, blanked out."""
-    digest = hashlib.sha1()
+def read_texts(path):
+    """The record and the texts of a `.metadata` file, whose header alone is read. Raises many kinds of errors."""
+    texts = json.loads(read_header(path))["__metadata__"]
+    if hashlib.sha1(texts["record"].encode()).hexdigest() != texts["record_sha1"]:
+        raise ValueError("damaged header")
+    return json.loads(texts["record"]), texts
+
+
+def sha1_of(path, stated=BLANK):
+    """SHA1 of a safetensors file's bytes, with BLANK in the place of the SHA1 that its header states."""
     with open(path, "rb") as file:
-        if stated:
-            header = file.read(8 + len(read_header(path)))
-            digest.update(header.replace(stated.encode(), BLANK.encode(), 1))
+        header = file.read(8 + len(read_header(path)))
+        digest = hashlib.sha1(header.replace(stated.encode(), BLANK.encode(), 1))
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def find_damage(folder, id):
-    """What is wrong with the two files of checkpoint `id`, or None. Their content is used only after this."""
+    """What is wrong with the files of checkpoint `id`, or None; their content is used after this. Raises RunError."""
     try:
+        record, texts = read_texts(folder / f"{id}.metadata")
+        if record["format_version"] != FORMAT_VERSION:
+            raise RunError(f"checkpoint {id[:12]} is of another version of this program: use that one, or --new_model")
         if sha1_of(folder / f"{id}.safetensors") != id:
             return "the SHA1 of its .safetensors is not its name"
-        metadata = folder / f"{id}.metadata"
-        stated = json.loads(read_header(metadata))["__metadata__"]["sha1"]
-        if sha1_of(metadata, stated) != stated:
+        if sha1_of(folder / f"{id}.metadata", texts["sha1"]) != texts["sha1"]:
             return "its .metadata does not have the SHA1 that it states"
-        owner = read_record(metadata)["id"]
-        return None if owner == id else f"its .metadata belongs to {owner[:12]}"
+        return None if record["id"] == id else f"its .metadata belongs to {record['id'][:12]}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its .metadata cannot be read ({error})"
-
-
-def read_record(path):
-    """The record of a `.metadata` file; only its header is read. Raises OSError, ValueError, KeyError or TypeError."""
-    texts = json.loads(read_header(path))["__metadata__"]
-    if hashlib.sha1(texts["record"].encode()).hexdigest() != texts["record_sha1"]:
-        raise ValueError("damaged header")
-    return json.loads(texts["record"])
+        return f"it cannot be read ({error})"
 
 
 def list_checkpoints(folder, warn=False):
@@ -664,26 +605,26 @@ def list_checkpoints(folder, warn=False):
     records = []
     for path in Path(folder).glob("*.safetensors"):
         try:
-            records.append(read_record(path.with_suffix(".metadata")) | {"id": path.stem})
+            records.append(read_texts(path.with_suffix(".metadata"))[0] | {"id": path.stem})
         except (OSError, ValueError, KeyError, TypeError) as error:
             if warn and len(path.stem) == 40:
                 print(f"Passing over {path.stem[:12]}: its .metadata cannot be read ({error})", file=sys.stderr)
     return sorted(records, key=lambda record: (record["saved"], record["iteration"]), reverse=True)
 
 
-def named_checkpoint(records, identifier, flag="--identifier"):
+def named_checkpoint(folder, records, identifier, flag="--identifier"):
     """The one of `records`, the newest first, that the flag means: by an id, its beginning, a run's name (its newest),
-    "latest", or "best" (of the run saved last). Raises UsageError with the candidates if none or several."""
-    found = records[:1]
-    if identifier == "best":
-        found = [record for record in records if record["id"] == (records[0]["best"] or {}).get("id")]
-    elif identifier != "latest":
-        found = [record for record in records if record["run"] == identifier][:1]
-        found = found or [record for record in records if record["id"].startswith(identifier)]
+    "latest", or "best" (of the run saved last). Raises UsageError if none or several, RunError if it is damaged."""
+    best = [record for record in records if record["id"] == (records[0]["best"] or {}).get("id")]
+    found = [record for record in records if record["run"] == identifier][:1]
+    found = found or [record for record in records if record["id"].startswith(identifier)]
+    found = {"latest": records[:1], "best": best}.get(identifier, found)
     if len(found) != 1:
         known = ", ".join(f"{r['id'][:12]} ({r['run']}, iteration {r['iteration']:,})" for r in found or records)
         matches = "several checkpoints" if found else "no checkpoint"
         raise UsageError(f"{flag} {identifier!r} matches {matches}; name one of: {known or 'none is here'}")
+    if damage := find_damage(folder, found[0]["id"]):
+        raise RunError(f"checkpoint {found[0]['id'][:12]} of {flag} is damaged: {damage}")
     return found[0]
 
 
@@ -702,27 +643,22 @@ def locked(folder):
 def lock_run(folder, name):
     """An open file that says this process trains run `name`, or None if another does; the lock dies with its holder."""
     file = open(folder / f".{name}.lock", "a")
-    try:
+    with contextlib.suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
-    except BlockingIOError:
-        return file.close()
 
 
 def save_checkpoint(folder, run, id=None):
     """Saves a run as it stands and returns the checkpoint's id; with `id`, of weights saved before, the metadata alone.
-
     A full disk or a vanished folder is waited out: training state is in memory, and the last checkpoint is untouched.
-    Raises RunError if an equal run, whose checkpoint has the same name, is being trained in the same folder.
-    """
+    Raises RunError if an equal run, whose checkpoint has the same name, is being trained in the same folder."""
     for pause in itertools.chain((1, 2, 5, 10, 30), itertools.repeat(60)):  # seconds
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder):
                 return write_checkpoint(folder, run, id)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                clean_folder(folder)
+            clean_folder(folder)
             tqdm.write(f"Saving to {folder} failed ({error}); next try in {pause} s. Ctrl+C twice gives the work up.")
             time.sleep(pause)
 
@@ -730,43 +666,34 @@ def save_checkpoint(folder, run, id=None):
 def write_checkpoint(folder, run, id):
     """One try. No checkpoint is ever there by halves: both files are complete on disk before one gets its name, the
     metadata gets its own first, and a checkpoint counts only once its .safetensors exists."""
-    records = list_checkpoints(folder)
-    new_metadata, new_weights = (folder / f"{run.record['run']}.{kind}.new" for kind in ("metadata", "safetensors"))
-    renames = [(new_metadata, "metadata")]
+    records, name = list_checkpoints(folder), run.record["run"]
+    new = {kind: folder / f"{name}.{kind}.new" for kind in ("metadata", "safetensors")[: 1 if id else 2]}
     if id is None:
-        id = write_safetensors(new_weights, dict(tree_flatten(run.model.parameters())), {"format": "mlx"})
-        renames.append((new_weights, "safetensors"))
-        equal = next((record["run"] for record in records if record["id"] == id), run.record["run"])
-        if equal != run.record["run"] and not lock_run(folder, equal):
-            new_weights.unlink()
+        id = write_safetensors(new["safetensors"], dict(tree_flatten(run.model.parameters())), {"format": "mlx"})
+        equal = next((record["run"] for record in records if record["id"] == id), name)
+        if equal != name and not lock_run(folder, equal):
+            new["safetensors"].unlink()
             raise RunError(f"this run equals {equal}, which is being trained in {folder}: stop one of them")
-    arrays = {f"optimizer.{name}": value for name, value in tree_flatten(run.optimizer.state)}
-    arrays["perm"] = mx.array(run.batches.perm)
+    arrays = dict(tree_flatten({"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}))
     run.record |= {name: getattr(run.batches, name) for name in ("epoch", "offset", "s")}
     saved = max([time.time(), *(record["saved"] + 1e-3 for record in records)])  # even if the clock was set back
-    run.record |= {"id": id, "saved": saved, "versions": versions(run.streams), "format_version": FORMAT_VERSION}
+    run.record |= {"id": id, "saved": saved, "format_version": FORMAT_VERSION}
     texts = {"record": json.dumps(run.record), "tokenizer": json.dumps(run.tokenizer.to_dict()), "sha1": BLANK}
     texts["record_sha1"] = hashlib.sha1(texts["record"].encode()).hexdigest()  # so that listing need not read it all
-    write_safetensors(new_metadata, arrays, texts)
-    for new, kind in renames:
-        os.replace(new, folder / f"{id}.{kind}")
+    write_safetensors(new["metadata"], arrays, texts)
+    for kind in new:
+        os.replace(new[kind], folder / f"{id}.{kind}")
     return id
 
 
-def prune_checkpoints(folder, run, keep):
-    """Deletes this run's checkpoints but the newest `keep` and the best; .safetensors first, so that no half counts.
-    What cannot be deleted now is left to the next time."""
+def clean_folder(folder, run=None, keep=0):
+    """Deletes the checkpoints of `run` but the newest `keep` and the best, and what killed saves left: with the lock
+    held, every `.new` file is stale, and so is metadata alone. What cannot be deleted now is left to the next time."""
     with contextlib.suppress(OSError), locked(folder):
-        own = [record["id"] for record in list_checkpoints(folder) if record["run"] == run.record["run"]]
+        own = [record["id"] for record in list_checkpoints(folder) if run and record["run"] == run.record["run"]]
         for id in own[keep:]:
             if id != (run.record["best"] or {}).get("id"):
-                for kind in ("safetensors", "metadata"):
-                    (folder / f"{id}.{kind}").unlink(missing_ok=True)
-
-
-def clean_folder(folder):
-    """Removes what killed saves left: with the lock held, every `.new` file is stale, and so is metadata alone."""
-    with locked(folder):
+                (folder / f"{id}.safetensors").unlink(missing_ok=True)  # so that its metadata counts no more
         for path in folder.iterdir():
             unfinished = re.fullmatch(r"\w+-[0-9a-f]{6}\.(safetensors|metadata)\.new", path.name)
             orphaned = re.fullmatch(r"[0-9a-f]{40}\.metadata", path.name)
@@ -776,7 +703,7 @@ def clean_folder(folder):
 
 def load_model(folder, record):
     """The model and the tokenizer of a checkpoint: all that sampling needs."""
-    texts = json.loads(read_header(folder / f"{record['id']}.metadata"))["__metadata__"]
+    _, texts = read_texts(folder / f"{record['id']}.metadata")
     model = LanguageModel(Config(**record["config"]))
     model.load_weights(str(folder / f"{record['id']}.safetensors"))
     mx.eval(model.parameters())
@@ -787,30 +714,17 @@ def load_run(folder, record, run):
     """Brings `run` to where the checkpoint of `record` was saved."""
     run.record |= record
     run.model.load_weights(str(folder / f"{record['id']}.safetensors"))
-    arrays = mx.load(str(folder / f"{record['id']}.metadata"), format="safetensors")
-    run.batches.perm = np.array(arrays.pop("perm"))
-    for name in ("epoch", "offset", "s"):
-        setattr(run.batches, name, record[name])
-    run.optimizer.state = tree_unflatten([(name.removeprefix("optimizer."), value) for name, value in arrays.items()])
+    state = tree_unflatten(mx.load(str(folder / f"{record['id']}.metadata"), format="safetensors"))
+    run.optimizer.state, run.batches.perm = state["optimizer"], np.array(state["perm"])
+    vars(run.batches).update({name: record[name] for name in ("epoch", "offset", "s")})
     mx.eval(run.model.parameters(), run.optimizer.state)
 
 
-def versions(streams):
-    """What the last bits of a result depend on: a run is exact as long as these stay the same."""
-    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {os.cpu_count()} cores"
-    return {"MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device, "streams": len(streams)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Interrupts
-
-
+# ---- Interrupts -----------------------------------------------------------------------------------------------------
 class Interrupts:
     """Turns SIGINT, SIGTERM and SIGHUP into a question the training loop asks: `if interrupts.received: save and stop`.
-
     A second signal leaves at once, without saving. Python runs a handler only when the current `mx.eval` is over, so a
-    thread reads the bytes that the interpreter writes to a wake-up pipe the moment a signal comes.
-    """
+    thread reads the bytes that the interpreter writes to a wake-up pipe the moment a signal comes."""
 
     def __enter__(self):
         self.received = None  # the signal's number
@@ -818,9 +732,8 @@ class Interrupts:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         # One that the parent ignores (nohup, background jobs of scripts) stays ignored.
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-        numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-        self.handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self.handlers = {n: signal.signal(n, lambda *_: None) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
         threading.Thread(target=self.watch, args=[reader], daemon=True).start()
         return self
 
@@ -828,8 +741,7 @@ class Interrupts:
         signal.set_wakeup_fd(-1)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        # Ctrl+C in a terminal also ends the compiler that a run's first step, evaluation or sample calls. There is
-        # nothing unsaved then.
+        # Ctrl+C in a terminal also ends the compiler of a first step, evaluation or sample: nothing is unsaved then.
         if self.received and isinstance(error, RuntimeError):
             raise SystemExit(128 + self.received)
 
@@ -862,10 +774,7 @@ class Lasting:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
+# ---- Training -------------------------------------------------------------------------------------------------------
 def use_device(gpu):
     """Makes the GPU or the CPU the default device; call it before anything is computed."""
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
@@ -882,17 +791,13 @@ def make_streams(rows, context_size):
     cores = len(os.sched_getaffinity(0))
     count = max(1, min(cores, rows, rows * context_size // 256))
     set_blas_threads(cores if count == 1 else 1)
-    while len(STREAMS) < count:
-        STREAMS.append(mx.new_stream(mx.cpu))
-    return STREAMS[:count]
+    return [cpu_stream(i) for i in range(count)]
 
 
 def make_step(model, optimizer, flags, streams):
     """The training step: tokens [N, L], targets [N, L], dropout's rates [N] and keys [N, 2] or none of these -> mean loss,
-    gradient norm.
-
-    The N = batch_size * grad_accumulation rows are taken batch_size at a time, and those are shared out over `streams`.
-    With bfloat16 all is computed in it but the loss; the weights and the optimizer's state stay in float32."""
+    gradient norm. The N = batch_size * grad_accumulation rows are taken batch_size at a time, and those are shared out
+    over `streams`. With bfloat16 all is computed in it but the loss; weights and optimizer state stay in float32."""
     model.model.checkpoint = flags.checkpoint
     state = [model.state, optimizer.state]
     dtype = mx.bfloat16 if flags.dtype == "bfloat16" and mx.default_device() == mx.gpu else mx.float32
@@ -913,11 +818,7 @@ def make_step(model, optimizer, flags, streams):
     @partial(mx.compile, inputs=state, outputs=state)
     def update(results):
         turn = itertools.cycle(streams)
-
-        def add(*terms):
-            with mx.stream(next(turn)):
-                return sum(terms[1:], terms[0])
-
+        add = lambda *terms: reduce(partial(mx.add, stream=next(turn)), terms)
         loss, gradients = tree_map(add, *results)
         gradients, norm = optim.clip_grad_norm(gradients, flags.grad_clip or math.inf)
         optimizer.update(model, gradients)
@@ -947,17 +848,13 @@ def make_noise(iteration, rows, flags):
     return mx.full(rows, rate), mx.array(random.integers(0, 2**32, (rows, 2), np.uint32))
 
 
-def branches(folder, checkpoint, flags):
-    """Whether `--identifier` names a checkpoint that its run has left behind: what follows it is another run."""
-    newer = [record for record in list_checkpoints(folder) if record["saved"] > checkpoint["saved"]]
-    return flags.identifier is not None and any(record["run"] == checkpoint["run"] for record in newer)
-
-
 def train(flags, dataset, checkpoint, interrupts):
     """One run from its start, or from the record `checkpoint`, to `num_iters` or a signal. Returns the exit status."""
     folder, tokenizer = flags.save_dir, dataset.tokenizer
     name = f"{dataset.name}-{os.urandom(3).hex()}"
-    if checkpoint and not branches(folder, checkpoint, flags):
+    # What follows a checkpoint that its run has left behind, and that --identifier names, is another run.
+    newer = [r["run"] for r in list_checkpoints(folder) if flags.identifier and r["saved"] > checkpoint["saved"]]
+    if checkpoint and checkpoint["run"] not in newer:
         name = checkpoint["run"]
     if not (lock := lock_run(folder, name)):
         raise UsageError(f"{name} is being trained by another process: wait for it, or begin another with --new_model")
@@ -969,26 +866,28 @@ def train(flags, dataset, checkpoint, interrupts):
     optimizer = make_optimizer(model, flags, streams)
     batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size * flags.grad_accumulation, flags.seed)
     record = {"iteration": 0, "id": None, "scores": [], "best": None}
-    run = SimpleNamespace(
-        record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer, streams=streams
-    )  # fmt: skip
+    run = SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer)
     if checkpoint:
         load_run(folder, checkpoint, run)
     else:
         init_weights(model, flags.seed)
+    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {os.cpu_count()} cores"
     record |= {
         "run": name, "flags": {flag: getattr(flags, flag) for flag in INHERITED}, "tokens_sha256": dataset.sha256,
         "config": dataclasses.asdict(config), "parameters": sum(w.size for _, w in tree_flatten(model.parameters())),
+        # What the last bits of a result depend on: a run is exact as long as these stay the same.
+        "versions": {
+            "MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device, "streams": len(streams),
+        },
     }  # fmt: skip
     start = record["iteration"]
-    print_start(flags, dataset, run)
+    print_start(flags, dataset, run, checkpoint or record)
     if start >= flags.num_iters:
         tqdm.write(f"Iteration {start:,} of --num_iters {flags.num_iters:,} is reached: a larger one extends the run.")
 
     bar = tqdm(total=flags.num_iters, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     step, steps_per_save = make_step(model, optimizer, flags, streams), flags.steps_per_save or flags.steps_per_eval
-    losses, seconds = [], 0.0  # since the last report
-    trained = 0.0  # seconds in this leg, without the first step, which compiles
+    losses, seconds, trained = [], 0.0, 0.0  # since the last report; `trained`: in all, but for a first compiling step
     for iteration in range(start, flags.num_iters + 1):
         record["iteration"] = iteration
         timeout = flags.max_minutes is not None and trained >= 60 * flags.max_minutes
@@ -999,7 +898,7 @@ def train(flags, dataset, checkpoint, interrupts):
         save = iteration > start and (finished or stopping or due or iteration % steps_per_save == 0)
         if save:
             save_checkpoint(folder, run)
-            prune_checkpoints(folder, run, flags.keep)
+            clean_folder(folder, run, flags.keep)
             tqdm.write(f"saved {record['id']} at iteration {iteration:,}")
         if (due or timeout) and iteration not in [scored for scored, _ in record["scores"]]:
             nats = score_split("valid", model, dataset, flags, interrupts, flags.eval_tokens)
@@ -1007,13 +906,12 @@ def train(flags, dataset, checkpoint, interrupts):
                 record["scores"].append([iteration, nats])
                 if record["best"] is None or nats < record["best"]["nats"]:
                     record["best"] = {"id": record["id"], "iteration": iteration, "nats": nats}
-                save_checkpoint(folder, run, record["id"])
+                if save or name == checkpoint["run"]:  # a branch leaves the checkpoint that it began from as it is
+                    save_checkpoint(folder, run, record["id"])
         later = [scored for scored, _ in record["scores"] if record["best"]["iteration"] < scored]
         misses = sum(scored % flags.steps_per_eval == 0 for scored in later)  # an earlier leg's end does not count
         if save and not interrupts.received:
-            sample = Conversation(tokenizer, model)
-            sample.add("")
-            tqdm.write("".join(sample.reply(flags, flags.seed, interrupts)))
+            tqdm.write("".join(Conversation(tokenizer, model).reply("", flags, flags.seed, interrupts)))
         if timeout:
             tqdm.write(f"--max_minutes {flags.max_minutes:g} are over at iteration {iteration:,}.")
         if flags.patience and misses >= flags.patience:
@@ -1033,17 +931,14 @@ def train(flags, dataset, checkpoint, interrupts):
         seconds, trained = seconds + taken, trained + (taken if iteration > start else 0)
 
         if not math.isfinite(losses[-1] + norm.item()):
-            raise RunError(
-                f"the loss or gradient of iteration {iteration + 1:,} is not finite, and nothing of it is saved; the last "
-                f"good checkpoint is {record['id'] or 'none yet'}: go on with a lower --learning_rate or --grad_clip"
-            )
+            problem = f"the loss or gradient of iteration {iteration + 1:,} is not finite, and nothing of it is saved"
+            good = f"the last good checkpoint is {record['id'] or 'none yet'}"
+            raise RunError(f"{problem}; {good}: go on with a lower --learning_rate or --grad_clip")
         if (iteration + 1) % flags.steps_per_report == 0:
             mean, rate = sum(losses) / len(losses), len(losses) / seconds  # steps a second
-            report = (
-                f"loss {mean:.4f}  perplexity {math.exp(min(mean, 99)):.2f}  "
-                f"lr {learning_rate_at(iteration, flags):.2e}  grad {norm.item():.2f}  "
-                f"{rate * tokens.size:,.0f} tokens/s  peak {mx.get_peak_memory() / 2**20:,.0f} MiB"
-            )
+            report = f"loss {mean:.4f}  perplexity {math.exp(min(mean, 99)):.2f}  "
+            report += f"lr {learning_rate_at(iteration, flags):.2e}  grad {norm.item():.2f}  "
+            report += f"{rate * tokens.size:,.0f} tokens/s  peak {mx.get_peak_memory() / 2**20:,.0f} MiB"
             bar.set_postfix_str(report)
             if bar.disable:
                 left = tqdm.format_interval((flags.num_iters - iteration - 1) / rate)
@@ -1055,19 +950,19 @@ def train(flags, dataset, checkpoint, interrupts):
     if flags.eval_test and not interrupts.received:
         score_split("test", model, dataset, flags, interrupts)
     if interrupts.received:
-        tqdm.write(f"Stopped at iteration {record['iteration']:,}; --identifier {name} goes on from there.")
+        there = f"--identifier {name} goes on from there" if record["id"] else "nothing was saved yet"
+        tqdm.write(f"Stopped at iteration {record['iteration']:,}; {there}.")
         return 128 + interrupts.received
     return 0
 
 
-def print_start(flags, dataset, run):
-    """One screen that says what is trained, on what, and where its files go."""
-    config, tokenizer, checked = run.model.config, dataset.tokenizer, versions(run.streams)
+def print_start(flags, dataset, run, last):
+    """One screen that says what is trained, on what, and where its files go. last: the record that is gone on from."""
+    record, config, tokenizer, folder = run.record, run.model.config, dataset.tokenizer, flags.save_dir
     size = sum(array.nbytes for _, array in tree_flatten([run.model.parameters(), run.optimizer.state]))
-    folder, free = flags.save_dir, shutil.disk_usage(flags.save_dir).free
+    free, room, old, new = shutil.disk_usage(folder).free, size * (flags.keep + 2), last["versions"], record["versions"]
     splits = " / ".join(f"{len(split.tokens):,}" for split in (dataset.train, dataset.valid, dataset.test) if split)
-    record, windows, room = run.record, len(run.batches.perm), size * (flags.keep + 2)
-    rows = run.batches.batch_size
+    windows, rows = len(run.batches.perm), run.batches.batch_size
     tqdm.write(
         f"run      {record['run']}, from iteration {record['iteration']:,} to {flags.num_iters:,}, seed {flags.seed}\n"
         f"model    {record['parameters']:,} parameters: {config.num_blocks} blocks, dim {config.dim}, {config.num_heads} "
@@ -1075,7 +970,7 @@ def print_start(flags, dataset, run):
         f"data     {dataset.name}: {splits} tokens; vocabulary {tokenizer.vocab_size:,} by {tokenizer.kind} "
         f"({tokenizer.vocab_size - tokenizer.num_special:,} without special tokens)\n"
         f"steps    {rows} x {config.context_size} tokens each, {max(1, windows // rows):,} an epoch; {flags.optimizer}\n"
-        f"machine  {checked['device']}; MLX {checked['MLX']}, matrix products by {BLAS}\n"
+        f"machine  {new['device']}; MLX {new['MLX']}, matrix products by {BLAS}\n"
         f"files    {folder.absolute()}, {size / 2**20:,.0f} MiB a checkpoint, {free / 2**20:,.0f} MiB free"
     )
     if windows < rows:
@@ -1086,15 +981,11 @@ def print_start(flags, dataset, run):
         tqdm.write(f"Low on space: --keep {flags.keep}, the best and the next one need {room / 2**20:,.0f} MiB.")
     if BLAS == "reference BLAS" and not flags.gpu:
         tqdm.write("Slow matrix products: install OpenBLAS (apt install libopenblas0) or a C compiler (apt install g++).")
-    old = record.get("versions", checked)
-    if changed := [f"{name} {old[name]} -> {checked[name]}" for name in checked if old.get(name) != checked[name]]:
+    if changed := [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]:
         tqdm.write(f"Not as the checkpoint was made ({'; '.join(changed)}): exact resume holds in equal conditions only.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling: functions of logits [B, V], then texts token by token
-
-
+# ---- Sampling: functions of logits [B, V], then texts token by token ------------------------------------------------
 def penalize(logits, texts, penalty):
     """Makes what stands in the rows' texts, [B] lists of ids, less likely: logits above 0 are divided by `penalty`, others
     multiplied (Keskar et al. 2019). 1 changes nothing."""
@@ -1139,11 +1030,9 @@ def shape_logits(logits, flags, texts):
 
 
 class Decoder:
-    """A model and the texts it reads, B lists of at least one token each, which may grow and be shortened.
-
-    Keys and values are kept. A text that outgrows the context is read on from the last half of it, passed again, so that
-    logits are always those of a fresh pass over the tokens from `starts` on.
-    """
+    """A model and the texts it reads, B lists of at least one token each, which may grow and be shortened. Keys and
+    values are kept. A text that outgrows the context is read on from the last half of it, passed again, so that logits
+    are always those of a fresh pass over the tokens from `starts` on."""
 
     def __init__(self, model, texts):
         self.model, self.texts = model, texts
@@ -1165,17 +1054,16 @@ class Decoder:
         context_size = self.model.config.context_size
         for row, text in enumerate(self.texts):
             if not count <= len(text) - self.starts[row] <= context_size:
-                self.starts[row], self.lengths[row] = max(0, len(text) - max(count, context_size // 2)), 0
+                self.lengths[row], self.starts[row] = 0, max(0, len(text) - max(count, context_size // 2))
             self.lengths[row] = min(self.lengths[row], len(text) - self.starts[row] - count)
         windows = self.windows()
-        fresh = [len(window) - length for window, length in zip(windows, self.lengths)]
-        if len(set(fresh)) > 1:  # each text but its end on its own, then these together
-            for row in np.flatnonzero(np.array(fresh) > count):
-                alone = Decoder(self.model, [windows[row][:-count]])
-                alone.logits()
-                for cache, other in zip(self.caches, alone.caches):
-                    cache.keys[row], cache.values[row] = other.keys[0], other.values[0]
-                self.lengths[row] = len(windows[row]) - count
+        fresh = np.array([len(window) for window in windows]) - self.lengths
+        for row in np.flatnonzero((fresh > count) & (fresh.min() < fresh.max())):  # each but its end, then the ends
+            alone = Decoder(self.model, [windows[row][:-count]])
+            alone.logits()
+            for cache, other in zip(self.caches, alone.caches):
+                cache.keys[row], cache.values[row] = other.keys[0], other.values[0]
+            self.lengths[row] = len(windows[row]) - count
         tokens = mx.array([window[length:] for window, length in zip(windows, self.lengths)])
         logits = self.model(tokens, self.caches, last=count)
         self.lengths += tokens.shape[1]
@@ -1231,23 +1119,20 @@ class Conversation:
     """A text that a model, and perhaps a draft, continues with what is added to it between."""
 
     def __init__(self, tokenizer, model, draft=None):
-        self.tokenizer, self.text = tokenizer, []
+        self.tokenizer, self.text, self.speed = tokenizer, [], 0.0  # tokens a second of the last reply
         self.decoders = [Decoder(each, [self.text]) for each in (model, draft) if each]
 
-    def add(self, prompt):
-        """Adds a line of its own; where a text begins with an empty one, the end of the text or line before it."""
+    def reply(self, prompt, flags, seed, interrupts=None):
+        """Adds a line of its own and yields what follows piece by piece, each once no later token can change it."""
         if unknown := self.tokenizer.unknown(prompt):
             print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
-        self.text += first_ids(self.tokenizer, prompt) if not self.text else self.tokenizer.encode("\n" + prompt).tolist()
-
-    def reply(self, flags, seed, interrupts=None):
-        """Yields the continuation piece by piece, each as soon as no later token can change it."""
-        decode, ids, count = self.tokenizer.decode, self.text[:], 0
+        self.text += self.tokenizer.encode("\n" + prompt).tolist() if self.text else first_ids(self.tokenizer, prompt)
+        decode, ids, began, count = self.tokenizer.decode, self.text[:], None, 0
         shown, known = len(decode(ids)), len(ids)
         generator = speculate if len(self.decoders) > 1 else generate
         try:
             for [token] in generator(*self.decoders, flags.max_tokens, flags, [seed]):
-                began, count = time.perf_counter() if count == 0 else began, count + 1
+                began, count = began or time.perf_counter(), count + 1
                 ids.append(token)
                 text = decode(ids)
                 if not text.endswith("\ufffd"):  # which may be the first bytes of a character
@@ -1260,24 +1145,20 @@ class Conversation:
         finally:
             for decoder in self.decoders:
                 decoder.shorten(known + count)  # without what was proposed when the reader left
-            self.speed = (count - 1) / (time.perf_counter() - began) if count > 1 else 0.0  # tokens a second
+            self.speed = (count - 1) / (time.perf_counter() - began) if count > 1 else 0.0
 
     def describe_speed(self):
         """Tokens a second of the last reply, and what the draft did for it."""
         line, (decoder, *drafts) = f"{self.speed:,.1f} tokens/s", self.decoders
         for draft in drafts:
-            began = time.perf_counter()
-            for _ in range(8):  # the last token again, alone
-                mx.eval(decoder.logits())
-            alone = 8 / (time.perf_counter() - began)
-            line += f", {self.speed / alone:.2f} times those without the draft, of whose {draft.proposed:,} proposals "
+            alone = timeit.timeit(lambda: mx.eval(decoder.logits()), number=8) / 8  # seconds for the last token again
+            line += f", {self.speed * alone:.2f} times those without the draft, of whose {draft.proposed:,} proposals "
             line += f"{draft.accepted / max(1, draft.proposed):.0%} were accepted"
         return line
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-
+# ---- Prompts --------------------------------------------------------------------------------------------------------
+SETTABLE = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed"]
 COMMANDS = """/set NAME VALUE   changes a sampling flag: /set temperature 0.8
 /reset            forgets the conversation
 /stats            shows tokens/s after each reply, or no longer
@@ -1292,23 +1173,27 @@ def first_ids(tokenizer, prompt):
 
 def talk(folder, checkpoint, flags):
     """--inference, --prompt or --prompts_file with this checkpoint, and with that of --draft. Raises UsageError."""
-    print(f"{checkpoint['run']}, iteration {checkpoint['iteration']:,}, checkpoint {checkpoint['id'][:12]}", file=sys.stderr)
+    run, iteration, id = checkpoint["run"], checkpoint["iteration"], checkpoint["id"]
+    print(f"{run}, iteration {iteration:,}, checkpoint {id[:12]}", file=sys.stderr)
     model, tokenizer = load_model(folder, checkpoint)
     models = [model]
     if flags.draft:
-        draft = named_checkpoint(list_checkpoints(folder), flags.draft, "--draft")
-        if damage := find_damage(folder, draft["id"]):
-            raise RunError(f"checkpoint {draft['id'][:12]} of --draft is damaged: {damage}")
-        other, its_tokenizer = load_model(folder, draft)
-        if its_tokenizer.to_dict() != tokenizer.to_dict():
-            raise UsageError(f"--draft {flags.draft} has another tokenizer than {checkpoint['id'][:12]}: name one of equal data")
-        models.append(other)
+        draft, its = load_model(folder, named_checkpoint(folder, list_checkpoints(folder), flags.draft, "--draft"))
+        if its.to_dict() != tokenizer.to_dict():
+            raise UsageError(f"--draft {flags.draft} has another tokenizer than {id[:12]}: name one of equal data")
+        models.append(draft)
     if flags.inference:
         converse(tokenizer, models, flags)
-    elif flags.prompt is not None:
-        answer(tokenizer, models, flags)
-    else:
-        answer_file(tokenizer, model, checkpoint["id"], flags)
+    elif flags.prompts_file:
+        answer_file(tokenizer, model, id, flags)
+    else:  # so many continuations of --prompt, and nothing else, on stdout
+        for i in range(flags.num_samples):
+            conversation = Conversation(tokenizer, *models)
+            print(end="-" * 15 + "\n" if i else "")  # as nanoGPT does
+            for piece in conversation.reply(flags.prompt, flags, flags.seed + i):
+                print(piece, end="", flush=True)
+            print(flush=True)
+        print(conversation.describe_speed(), file=sys.stderr)
 
 
 def converse(tokenizer, models, flags):
@@ -1318,15 +1203,13 @@ def converse(tokenizer, models, flags):
         mx.eval(Decoder(model, [[0]]).logits())
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="surrogateescape")
-    question, stats, conversation = "", False, Conversation(tokenizer, *models)
-    if sys.stdin.isatty():
+    stats, conversation = False, Conversation(tokenizer, *models)
+    if question := "> " * sys.stdin.isatty():
         import readline  # noqa: F401 (gives input() line editing and history)
-
-        question = "> "
     try:
         while (line := input(question)) != "/quit":
             match line.split() if line.startswith("/") else []:
-                case ["/set", name, value] if name in GROUPS["sampling"] + ["seed"]:
+                case ["/set", name, value] if name in SETTABLE:
                     try:
                         PARSER.parse_args([f"--{name}={value}"], flags)
                     except UsageError as error:
@@ -1338,9 +1221,8 @@ def converse(tokenizer, models, flags):
                 case [_, *_]:
                     print(COMMANDS, file=sys.stderr)
                 case []:
-                    conversation.add(line)
                     with contextlib.suppress(KeyboardInterrupt):
-                        for piece in conversation.reply(flags, flags.seed):
+                        for piece in conversation.reply(line, flags, flags.seed):
                             print(piece, end="", flush=True)
                     print(flush=True)
                     if stats:
@@ -1349,56 +1231,38 @@ def converse(tokenizer, models, flags):
         print(end="\n" if question else "")
 
 
-def answer(tokenizer, models, flags):
-    """Prints --num_samples continuations of --prompt, and nothing else, on stdout."""
-    for i in range(flags.num_samples):
-        conversation = Conversation(tokenizer, *models)
-        conversation.add(flags.prompt)
-        print(end="-" * 15 + "\n" if i else "")  # as nanoGPT does
-        for piece in conversation.reply(flags, flags.seed + i):
-            print(piece, end="", flush=True)
-        print(flush=True)
-    print(conversation.describe_speed(), file=sys.stderr)
-
-
 def answer_file(tokenizer, model, id, flags, batch_size=16):
     """Continues each line of --prompts_file --num_samples times, many together, each time a line of JSON in --output or on
     stdout. An --output that was begun is gone on with. Raises UsageError."""
     try:
-        with open(flags.prompts_file, encoding="utf-8") as file:
-            prompts = file.read().removesuffix("\n").split("\n")
+        prompts = Path(flags.prompts_file).read_text("utf-8").removesuffix("\n").split("\n")
         out = open(flags.output, "a+b") if flags.output else os.fdopen(os.dup(1), "wb")
     except (OSError, ValueError) as error:
         raise UsageError(f"--prompts_file and --output: {error}") from None
-    jobs = [(prompt, flags.seed + i) for i, prompt in enumerate(p for p in prompts for _ in range(flags.num_samples))]
-    done = 0
+    prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
+    jobs = [{"prompt": prompt, "seed": flags.seed + i, "checkpoint": id} for i, prompt in enumerate(prompts)]
+    begun = []
     if flags.output:
         out.seek(0)
-        written = out.read()
-        out.truncate(written.rfind(b"\n") + 1)  # a line that a kill cut off
-        lines = written.split(b"\n")[:-1]
-        known = [(line["prompt"], line["seed"], line["checkpoint"]) for line in map(json.loads, lines)]
-        if known != [(*job, id) for job in jobs[: len(lines)]]:
-            raise UsageError(f"--output {flags.output} holds answers to other prompts or by another checkpoint: name another")
-        done = len(lines)
+        *begun, cut = out.read().split(b"\n")
+        heads = [json.dumps(job, ensure_ascii=False).encode()[:-1] for job in jobs]  # how their lines begin
+        ours = len(begun) <= len(jobs) and all(map(bytes.startswith, begun, heads))
+        if not ours or any(cut[: len(head)] != head[: len(cut)] for head in heads[len(begun) :][:1]):
+            raise UsageError(f"--output {flags.output} holds no answers to these prompts by {id[:12]}: name another")
+        out.truncate(out.tell() - len(cut))  # a line that a kill cut off
     with out:
-        for start in range(done, len(jobs), batch_size):
+        for start in range(len(begun), len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            texts = [first_ids(tokenizer, prompt) for prompt, _ in batch]
-            decoder = Decoder(model, [text[:] for text in texts])
-            for _ in generate(decoder, flags.max_tokens, flags, [seed for _, seed in batch]):
-                pass
-            for (prompt, seed), begin, text in zip(batch, texts, decoder.texts):
-                line = {"prompt": prompt, "completion": tokenizer.decode(text)[len(tokenizer.decode(begin)) :]}
-                line |= {"tokens": text[len(begin) :], "seed": seed, "checkpoint": id}
+            texts = [first_ids(tokenizer, job["prompt"]) for job in batch]
+            shown = [len(tokenizer.decode(text)) for text in texts]
+            steps = list(generate(Decoder(model, texts), flags.max_tokens, flags, [job["seed"] for job in batch]))
+            for job, text, known, tokens in zip(batch, texts, shown, zip(*steps)):
+                line = job | {"completion": tokenizer.decode(text)[known:], "tokens": tokens}
                 out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 out.flush()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tools: each one function
-
-
+# ---- Tools: each one function ---------------------------------------------------------------------------------------
 def list_runs(folder):
     """Prints a table of the runs in `folder`, the one saved last first: what each is, the flags in which it differs
     from others, its checkpoints."""
@@ -1406,29 +1270,22 @@ def list_runs(folder):
     print(f"{len(records)} checkpoints in {folder}")
     runs = {record["run"]: [r for r in records if r["run"] == record["run"]] for record in records}
     for name, own in runs.items():
-        flags, config, best = own[0]["flags"], own[0]["config"], own[0]["best"] or {"id": None}
+        flags, config, best = own[0]["flags"], own[0]["config"], own[0]["best"] or {}
         differing = [flag for flag in flags if any(r["flags"].get(flag) != flags[flag] for r in records)]
-        about = [
-            f"{name}: {own[0]['parameters']:,} parameters in {config['num_blocks']} blocks of dim {config['dim']}",
-            f"iteration {own[0]['iteration']:,} of {flags['num_iters']:,}",
-            *([f"best {best['nats']:.4f} at {best['iteration']:,}"] if best["id"] else []),
-            " ".join(f"--{flag} {flags[flag]}" for flag in differing) or "no other run here",
-        ]
-        print(textwrap.fill(", ".join(about), 100, subsequent_indent="    "))
+        about = f"{name}: {own[0]['parameters']:,} parameters in {config['num_blocks']} blocks of dim {config['dim']}, "
+        about += f"iteration {own[0]['iteration']:,} of {flags['num_iters']:,}, "
+        about += f"best {best['nats']:.4f} at {best['iteration']:,}, " if best else ""
+        about += " ".join(f"--{flag} {flags[flag]}" for flag in differing) or "no other run here"
+        print(textwrap.fill(about, 100, subsequent_indent="    "))
         for record in own:
-            score = f"{nats:.4f}" if (nats := dict(record["scores"]).get(record["iteration"])) else "not scored"
-            size = sum(path.stat().st_size for path in folder.glob(f"{record['id']}.*")) / 2**20
-            marks = ", latest" * (record is records[0]) + ", best" * (record["id"] == best["id"])
-            print(
-                f"    {record['id'][:12]}  iteration {record['iteration']:>9,}  {score:>10}  {size:>8,.1f} MiB  "
-                f"{tqdm.format_interval(time.time() - record['saved']):>8} old{marks}"
-            )
+            id, iteration, age = record["id"], record["iteration"], tqdm.format_interval(time.time() - record["saved"])
+            score = f"{nats:.4f}" if (nats := dict(record["scores"]).get(iteration)) else "not scored"
+            size = sum(path.stat().st_size for path in folder.glob(f"{id}.*")) / 2**20
+            marks = ", latest" * (record is records[0]) + ", best" * (id == best.get("id"))
+            print(f"    {id[:12]}  iteration {iteration:>9,}  {score:>10}  {size:>8,.1f} MiB  {age:>8} old{marks}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
+# ---- Command line ---------------------------------------------------------------------------------------------------
 def number(kind, least, most=math.inf):
     """An argparse type: an int or float from `least` to `most`."""
 
@@ -1448,25 +1305,13 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists all flags)")
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):  # a default of None or False says nothing
-        help = action.help.removesuffix(" (default: %(default)s)")  # which older BooleanOptionalActions append
-        return help if action.default in (None, False, argparse.SUPPRESS) else f"{help} (default: %(default)s)"
-
-
 def make_parser():
-    """The parser, and the names of the flags in each group. Every default is written here and nowhere else."""
+    """The parser. Every default is written here and nowhere else."""
     about = {"usage": "python main.py [flags]", "description": __doc__.partition("\nThe whole")[0]}
-    parser = Parser(**about, formatter_class=Formatter, allow_abbrev=False)
-    groups = {}
-
-    def group(title):
-        arguments, names = parser.add_argument_group(title), groups.setdefault(title, [])
-        return lambda *args, **kwargs: names.append(arguments.add_argument(*args, **kwargs).dest)
-
+    parser = Parser(**about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     count, size, rate = number(int, 0, 2**31 - 1), number(int, 1, 2**31 - 1), number(float, 0)
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
-    run = group("run")
+    run = parser.add_argument_group("run").add_argument
     run("--dataset", default="ptb", choices=[name for name in CORPORA if name != "text"], help="corpus to train on")
     run("--text", nargs="+", metavar="PATH", help="train on your own UTF-8 files, folders and patterns instead")
     run("--valid_text", nargs="+", metavar="PATH", help="validate on these (default: a part of --text)")
@@ -1485,7 +1330,7 @@ def make_parser():
     run("--preset", choices=list(PRESETS), help="dim, heads, blocks and context of a usual size")
     run("--gpu", **switch, help="compute on the GPU")
     run("--seed", type=count, default=42, help="of weights, batches, dropout and samples")
-    model = group("model")
+    model = parser.add_argument_group("model").add_argument
     model("--context_size", type=size, default=48, help="tokens a prediction can look back on")
     model("--num_blocks", type=size, default=4, help="transformer blocks")
     model("--dim", type=size, default=1024, help="model dimension")
@@ -1496,7 +1341,7 @@ def make_parser():
     model("--qk_norm", **switch, help="normalize queries and keys, with learned weights")
     model("--untie", **switch, help="an output layer of its own instead of the embeddings")
     model("--dropout", type=number(float, 0, 0.9), default=0.0, help="rate on embeddings and on what each block adds")
-    training = group("training")
+    training = parser.add_argument_group("training").add_argument
     training("--batch_size", type=size, default=32, help="windows computed at once")
     training("--grad_accumulation", type=size, default=1, help="batches to a step")
     training("--learning_rate", type=rate, default=3e-4, help="after warm-up")
@@ -1510,14 +1355,14 @@ def make_parser():
     training("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation, on a GPU")
     training("--checkpoint", **switch, help="gradient checkpointing: less memory, more time")
     training("--patience", type=size, help="stop after so many evaluations without a better one")
-    reports = group("reports")
+    reports = parser.add_argument_group("reports").add_argument
     reports("--steps_per_report", type=size, default=10, help="steps between two report lines")
     reports("--steps_per_eval", type=size, default=1000, help="steps between two evaluations")
     reports("--eval_tokens", type=count, default=100000, help="validation tokens scored in training; 0: all")
     reports("--steps_per_save", type=size, help="steps between two checkpoints (default: steps_per_eval)")
     reports("--eval_test", **switch, help="score the whole test split at the end")
     reports("--keep", type=size, default=3, help="newest checkpoints to keep, and the best")
-    sampling = group("sampling")
+    sampling = parser.add_argument_group("sampling").add_argument
     sampling("--inference", **switch, help="talk to a checkpoint")
     sampling("--prompt", metavar="TEXT", help="print what follows it")
     sampling("--prompts_file", metavar="FILE", help="continue each of its lines, many together; answers in JSON Lines")
@@ -1530,14 +1375,19 @@ def make_parser():
     sampling("--min_p", type=number(float, 0, 1), default=0.0, help="and not below this share of the likeliest's")
     sampling("--repetition_penalty", type=number(float, 0.01, 100), default=1.0, help="makes tokens of the context rarer")
     sampling("--draft", metavar="ID", help="a smaller checkpoint that proposes tokens, for speed alone")
-    tools = group("tools")
+    tools = parser.add_argument_group("tools").add_argument
     tools("--evaluate", choices=["valid", "test"], help="score the whole split with a checkpoint")
     tools("--list", **switch, help="list the runs and checkpoints in the folder")
-    return parser, groups
+    return parser
 
 
-PARSER, GROUPS = make_parser()
+PARSER = make_parser()
+GROUPS = {group.title: [flag.dest for flag in group._group_actions] for group in PARSER._action_groups[2:]}
 DEFAULTS = vars(PARSER.parse_args([]))
+for flag in PARSER._actions[1:]:  # all but --help. From here on what PARSER returns is what was typed
+    shown = f" (default: {flag.default})" if flag.default else ""
+    flag.help = flag.help.removesuffix(" (default: %(default)s)") + shown  # which older BooleanOptionalActions append
+    flag.default = argparse.SUPPRESS
 # What makes two command lines mean two different runs, and what a resumed run takes from its checkpoint.
 DATA = ["dataset", "text", "valid_text", "test_text", "valid_fraction", "train_tokens", "tokenizer", "vocab_size"]
 SHAPING = [*DATA, "seed", "optimizer", *GROUPS["model"]]
@@ -1558,7 +1408,7 @@ def resolve(flags):
 
 
 def read_config(path, typed):
-    """The flags in a YAML file as command-line arguments, without what a typed flag excludes. Raises UsageError."""
+    """The flags in a YAML file as if they were typed, without what a typed flag excludes. Raises UsageError."""
     try:
         import yaml
 
@@ -1573,105 +1423,58 @@ def read_config(path, typed):
                 name, value = name if value else f"no-{name}", []
             if value is not None and {"dataset": "text", "text": "dataset"}.get(name) not in typed:
                 arguments += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-        PARSER.parse_args(arguments)
-        return arguments
+        return vars(PARSER.parse_args(arguments))
     except ImportError:
         raise UsageError("--config needs a package: pip install PyYAML") from None
     except (UsageError, OSError, ValueError, AttributeError, RuntimeError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path} is no YAML file of flags: {' '.join(str(error).split())}") from None
 
 
-def open_folder(save_dir, writing):
-    """The folder of checkpoints and corpora as a Path, made if need be. Raises UsageError if it cannot be used."""
-    if save_dir is None:
-        shared = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
-        if os.path.ismount("/Volumes/RAMDisk"):
-            save_dir = "/Volumes/RAMDisk/transformer-lm"
-        elif shared and shared.f_bavail * shared.f_frsize >= 4 << 30:
-            save_dir = "/dev/shm/transformer-lm"
-        else:
-            save_dir = CACHE
-        if writing:
-            lost = "" if save_dir == CACHE else ", a RAM disk: it does not survive a reboot"
-            tqdm.write(f"Checkpoints and corpora go to {save_dir}{lost} (--save_dir names another folder)")
-    folder = Path(os.path.expanduser(save_dir))
-    try:
-        if writing:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UsageError(f"cannot write to --save_dir {folder} ({error.strerror}): name a folder of yours") from None
-    if not (writing or folder.is_dir()):
-        raise UsageError(f"there is no folder {folder}: name the one that a run was saved in with --save_dir")
-    return folder
-
-
 def choose_checkpoint(folder, flags, typed, using):
     """The record of the checkpoint that this command line goes on from, or is `using` without training it, its files
-    verified; None for a new run.
-
-    Without --identifier that is the one saved last among those that agree with every shaping flag typed and, in
-    training, with the dataset; a damaged one is passed over for the next older one of its run. Raises UsageError,
-    RunError.
-    """
+    verified; None for a new run. Without --identifier that is the one saved last among those that agree with every
+    shaping flag typed and, in training, with the dataset; a damaged one is passed over for the next older one of its
+    run. Raises UsageError, RunError."""
     records = [] if flags.new_model else list_checkpoints(folder, warn=True)
-    for record in records:
-        record["flags"] = DEFAULTS | record["flags"]  # a flag may be younger than the checkpoint
-    wanted = {name: getattr(flags, name) for name in SHAPING if name in typed}
-    if using:
-        wanted.pop("seed", None)  # there it is the samples' own
+    records = [record | {"flags": DEFAULTS | record["flags"]} for record in records]  # a flag may be younger
+    shaping = [name for name in SHAPING if name in typed and (name != "seed" or not using)]  # or it is the samples' own
+    wanted = {name: getattr(flags, name) for name in shaping}
     if flags.identifier is not None:
-        candidates = [named_checkpoint(records, flags.identifier)]
+        checkpoint = named_checkpoint(folder, records, flags.identifier)
         for name, value in wanted.items():
-            if (saved := candidates[0]["flags"].get(name)) != value:
-                raise UsageError(
-                    f"--{name} {value} contradicts the checkpoint of --identifier {flags.identifier}, it has {saved}: "
-                    f"leave --{name} away, or begin a new run with --new_model"
-                )
-    else:
-        wanted |= {} if using else {"dataset": flags.dataset}
-        candidates = [record for record in records if all(record["flags"].get(name) == wanted[name] for name in wanted)]
-        if records and not candidates and not using:
-            others = ", ".join(sorted({record["run"] for record in records}))
-            tqdm.write(f"A new run; other runs in {folder}: {others} (--identifier NAME goes on with one)")
+            if (saved := checkpoint["flags"][name]) != value:
+                problem = f"--{name} {value} contradicts the checkpoint of --identifier {flags.identifier}"
+                raise UsageError(f"{problem}, it has {saved}: leave --{name} away, or begin a new run with --new_model")
+        return checkpoint
+    wanted |= {} if using else {"dataset": flags.dataset}
+    candidates = [record for record in records if all(record["flags"][name] == wanted[name] for name in wanted)]
+    if records and not candidates and not using:
+        others = ", ".join(sorted({record["run"] for record in records}))
+        tqdm.write(f"A new run; other runs in {folder}: {others} (--identifier NAME goes on with one)")
     for record in candidates:
         if record["run"] == candidates[0]["run"]:
-            if record["format_version"] != FORMAT_VERSION:
-                other = f"checkpoint {record['id'][:12]} was written by another version of this program"
-                raise RunError(f"{other}: use that one, or begin a new run with --new_model")
-            damage = find_damage(folder, record["id"])
-            if damage is None:
+            if not (damage := find_damage(folder, record["id"])):
                 return record
-            damage = f"checkpoint {record['id'][:12]} (iteration {record['iteration']:,}) is damaged: {damage}"
-            if flags.identifier is not None:
-                raise RunError(damage)
-            print(f"Passing over {damage}", file=sys.stderr)
+            passed = f"checkpoint {record['id'][:12]} (iteration {record['iteration']:,})"
+            print(f"Passing over {passed}, it is damaged: {damage}", file=sys.stderr)
     if candidates:
         raise RunError(f"no intact checkpoint of {candidates[0]['run']} is left: --new_model begins a new run")
-    return None
 
 
 def main(argv=None):
     """Does what the command line says; returns the exit status: 0 done, 1 failed, 2 usage, 128 + n after signal n."""
     try:
-        argv, unset = sys.argv[1:] if argv is None else argv, object()
-
-        def parse(argv):
-            values = vars(PARSER.parse_args(argv, argparse.Namespace(**dict.fromkeys(DEFAULTS, unset))))
-            return {name: value for name, value in values.items() if value is not unset}
-
-        typed = parse(argv)
+        typed = vars(PARSER.parse_args(argv))
         if "config" in typed:
-            typed = parse(read_config(typed["config"], typed) + argv)
+            typed = read_config(typed["config"], typed) | typed
         if "preset" in typed:
             typed = dict(zip(("dim", "num_heads", "num_blocks", "context_size"), PRESETS[typed["preset"]])) | typed
         if typed.get("tokenizer") == "auto":  # that is not to insist on anything
             del typed["tokenizer"]
         modes = ["inference", "prompt", "prompts_file", "evaluate", "list", "new_model"]
-        exclusive = [("dataset", "text"), ("identifier", "new_model"), *itertools.combinations(modes, 2)]
-        for name, other in exclusive:
-            if all(typed.get(flag, False) is not False for flag in (name, other)):
-                raise UsageError(f"--{name} and --{other} exclude each other: leave one away")
+        for pair in [("dataset", "text"), ("identifier", "new_model"), *itertools.combinations(modes, 2)]:
+            if all(typed.get(name, False) is not False for name in pair):
+                raise UsageError(f"--{pair[0]} and --{pair[1]} exclude each other: leave one away")
         flags = resolve(argparse.Namespace(**DEFAULTS | typed))
         if (flags.valid_text or flags.test_text) and not (flags.text or flags.identifier):
             raise UsageError("--valid_text and --test_text go with --text: name the files to train on, too")
@@ -1686,14 +1489,12 @@ def main(argv=None):
 
         if flags.list:
             with locked(folder):  # so that none goes while it is listed
-                list_runs(folder)
-            return 0
+                return list_runs(folder) or 0
         checkpoint = choose_checkpoint(folder, flags, typed, using)
         if using and not checkpoint:
             raise UsageError(f"no such checkpoint in {folder}: train a model first, or name its folder with --save_dir")
         if using and not flags.evaluate:
-            talk(folder, checkpoint, flags)
-            return 0
+            return talk(folder, checkpoint, flags) or 0
 
         if checkpoint:
             old = checkpoint["flags"]

@@ -50,6 +50,29 @@ def run(*arguments, status=0, input=None, **options):
     return out, err
 
 
+class Watched:
+    """A file that a save writes, with a `write` that tests can make fail; `watch_files` puts it in the place of open."""
+
+    def __init__(self, path):
+        self.file = open(path, "wb")
+
+    def write(self, data):
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def watch_files(path, mode="r", **options):
+    return Watched(path) if mode == "wb" else open(path, mode, **options)
+
+
 def whole(path, **options):
     """A Span of the whole file."""
     return Span(Path(path), 0, os.path.getsize(path), **options)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import main
 import numpy as np
 import pytest
-from conftest import flags
+from conftest import Watched, flags, watch_files
 from datasets import RunError, UsageError, word_tokenizer
 from main import mx
 
@@ -31,7 +31,7 @@ def make_run(name="test-000000", seed=1, **values):
         "flags": {flag: getattr(given, flag) for flag in main.INHERITED}, "scores": [], "best": None,
     }  # fmt: skip
     optimizer = main.make_optimizer(model, given)
-    return SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer, streams=[0])
+    return SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer)
 
 
 def advance(run, steps=1):
@@ -97,7 +97,8 @@ class Faults:
 
     def __init__(self, monkeypatch, at, error):
         self.calls, self.at, self.error = 0, at, error
-        for holder, name in ((os, "replace"), (os, "fsync"), (os, "open"), (main.HashedFile, "write")):
+        monkeypatch.setattr(main, "open", watch_files, raising=False)
+        for holder, name in ((os, "replace"), (os, "fsync"), (os, "open"), (Watched, "write")):
             monkeypatch.setattr(holder, name, self.wrap(getattr(holder, name), name))
 
     def wrap(self, function, name):
@@ -224,7 +225,7 @@ def test_swapped_metadata_is_found(tmp_path):
 
 def choose(folder, typed=None, **values):
     given = flags(**{"context_size": 8, "dataset": "ptb"} | values)
-    return main.choose_checkpoint(folder, given, typed or {})
+    return main.choose_checkpoint(folder, given, typed or {}, using=False)
 
 
 def test_damage_is_passed_over_for_the_next_older_one(tmp_path, capsys):
@@ -273,7 +274,7 @@ def test_prune_keeps_the_newest_the_best_and_other_runs(tmp_path):
         saved.append(main.save_checkpoint(tmp_path, run))
         if i == 1:
             run.record["best"] = {"id": saved[1], "iteration": 2, "nats": 1.0}
-    main.prune_checkpoints(tmp_path, run, 2)
+    main.clean_folder(tmp_path, run, 2)
     assert {record["id"] for record in main.list_checkpoints(tmp_path)} == {saved[1], saved[4], saved[5], foreign}
     assert len(list(tmp_path.glob("*.metadata"))) == 4
 
@@ -284,7 +285,7 @@ def test_a_clock_set_back_does_not_hide_the_newest(tmp_path, monkeypatch):
         monkeypatch.setattr(time, "time", lambda clock=clock: clock)
         advance(run)
         saved.append(main.save_checkpoint(tmp_path, run))
-        main.prune_checkpoints(tmp_path, run, 2)
+        main.clean_folder(tmp_path, run, 2)
     assert [record["id"] for record in main.list_checkpoints(tmp_path)] == [saved[3], saved[2]]
 
 
@@ -312,7 +313,7 @@ def test_identifiers(tmp_path):
     for unclear in ("", "zzz"):
         if unclear or len({id[:1] for id in saved}) == 3:
             with pytest.raises(UsageError) as error:
-                main.named_checkpoint(main.list_checkpoints(tmp_path), unclear)
+                main.named_checkpoint(tmp_path, main.list_checkpoints(tmp_path), unclear)
             assert all(id[:12] in str(error.value) for id in saved)
     with pytest.raises(UsageError, match="--dim 32 contradicts .* 16"):
         choose(tmp_path, {"dim": 32}, dim=32, identifier="latest")

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, TINY, flags, ids, run
 
+import datasets
 import main
 
 DEFAULTS = dict(
@@ -57,8 +58,7 @@ def fails(capsys, arguments, *words, status=2):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mistakes
+# ---- Mistakes -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("line, words", [
@@ -211,8 +211,7 @@ def test_failed_download(mirror, tmp_path):
     one_line(err, f"{base}/ptb/ptb.train.txt", f"Put it at {place}", "--mirror", "--dataset python")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags and their values
+# ---- Flags and their values -----------------------------------------------------------------------------------------
 
 
 def test_defaults():
@@ -361,8 +360,7 @@ def test_resolve():
     assert flags(mlp="swiglu", mlp_dim=100).mlp_dim == flags(mlp_dim=100).mlp_dim == 100
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
+# ---- The folder -----------------------------------------------------------------------------------------------------
 
 
 def test_list(tmp_path, capsys):
@@ -409,33 +407,33 @@ def test_list_of_nothing(tmp_path, capsys):
 ])  # fmt: skip
 def test_default_folder(mounted, free, place, tmp_path, monkeypatch, capsys):
     """`free`: bytes in /dev/shm, None where there is none; `place`: None means the cache folder."""
-    monkeypatch.setattr(main, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(os.path, "ismount", lambda path: mounted and str(path) == "/Volumes/RAMDisk")
     monkeypatch.setattr(os.path, "isdir", lambda path: str(path) == "/dev/shm" and free is not None)
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free // 4096, f_frsize=4096))
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)  # nothing is made outside tmp_path
-    monkeypatch.setattr(main.tempfile, "TemporaryFile", lambda *_, **__: io.BytesIO())
+    monkeypatch.setattr(datasets.tempfile, "TemporaryFile", lambda *_, **__: io.BytesIO())
     expected = Path(place) if place else tmp_path / "cache"
-    assert main.open_folder(None, writing=True) == expected
+    assert datasets.open_folder(None, writing=True) == expected
     out = capsys.readouterr().out
     assert str(expected) in out and "--save_dir" in out and out.count("\n") == 1
     assert ("does not survive a reboot" in out) == bool(place)
     monkeypatch.setattr(main.Path, "is_dir", lambda path: True)
-    assert main.open_folder(None, writing=False) == expected and capsys.readouterr().out == ""
+    assert datasets.open_folder(None, writing=False) == expected and capsys.readouterr().out == ""
 
 
 def test_named_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert main.open_folder("~/deep/lm", writing=True) == tmp_path / "deep" / "lm"
+    assert datasets.open_folder("~/deep/lm", writing=True) == tmp_path / "deep" / "lm"
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("deep"), Path("deep/lm")]
     assert capsys.readouterr() == ("", "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Matrix products
+# ---- Matrix products ------------------------------------------------------------------------------------------------
 
 
 PRODUCT = """
+import datasets
 import main
 import mlx.core as mx, numpy as np
 mx.set_default_device(mx.cpu)

@@ -32,8 +32,7 @@ def random_text(generator, length):
     return "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
+# ---- Tokenizers -----------------------------------------------------------------------------------------------------
 
 
 def test_word_ids():
@@ -243,8 +242,7 @@ def test_mlx_is_not_imported():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Streams of documents
+# ---- Streams of documents -------------------------------------------------------------------------------------------
 
 
 def write(folder, documents, encoding="utf-8"):
@@ -385,8 +383,7 @@ def test_words_of_all_white_space_are_counted(tmp_path):
     assert len(tokens) == known["num_words"] == len(text.split()) + 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Own text
+# ---- Own text -------------------------------------------------------------------------------------------------------
 
 
 def own_text(paths, fraction=0.1, valid=(), test=(), say=pytest.fail, save_dir=Path("/nowhere")):
@@ -576,8 +573,7 @@ def test_bpe_is_trained_on_training_text_alone(tmp_path):
     assert "ab" in vocabulary and "zz" not in vocabulary
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache
+# ---- The cache ------------------------------------------------------------------------------------------------------
 
 
 ROWS = "".join(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(300))
@@ -803,8 +799,7 @@ def test_too_little_text(tmp_path):
             datasets.load_dataset("text", tmp_path / "lm", text=write(tmp_path, [text]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# datasets.py and main.py as programs
+# ---- datasets.py and main.py as programs ----------------------------------------------------------------------------
 
 
 def prepare(*arguments, status=0):

@@ -24,8 +24,9 @@ LINE = [*TINY, "--batch_size", 8, "--context_size", 64, "--dropout", 0.1, "--ste
 # A child that ends itself, with nothing said or flushed, at the n-th call of those that a save consists of.
 KILLED_AT = """
 import os, sys
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import main
+from conftest import Watched, watch_files
 left = int(sys.argv.pop(1))
 def deadly(function):
     def call(*arguments):
@@ -38,8 +39,8 @@ def deadly(function):
             os.kill(os.getpid(), 9)
         return function(*arguments)
     return call
-write = main.HashedFile.write
-main.HashedFile.write = deadly(write)
+main.open, write = watch_files, Watched.write
+Watched.write = deadly(write)
 os.replace, os.fsync, os.unlink = map(deadly, (os.replace, os.fsync, os.unlink))
 sys.exit(main.main())
 """

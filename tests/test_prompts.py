@@ -57,8 +57,7 @@ def count_tokens(folder, replies):
     return len(replies.split()) + replies.count("\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a pipe
+# ---- From a pipe ----------------------------------------------------------------------------------------------------
 
 
 def test_reply(model):
@@ -103,6 +102,7 @@ def test_commands(model):
     ("/set", ["/set NAME VALUE"]),
     ("/set temperature", ["/set NAME VALUE"]),
     ("/set dim 5", ["/set NAME VALUE"]),
+    ("/set num_samples 2", ["/set NAME VALUE"]),
     ("/set temperature hot", ["--temperature", "'hot'"]),
     ("/set top_p 2", ["--top_p", "at most 1"]),
 ])  # fmt: skip
@@ -175,8 +175,7 @@ def test_text_comes_before_the_reply_is_over(model):
     process.communicate()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One prompt, and files of them
+# ---- One prompt, and files of them ----------------------------------------------------------------------------------
 
 
 def test_prompt(model):
@@ -242,8 +241,7 @@ def test_answers_to_stdout(word_model, tmp_path):
     assert [json.loads(line) for line in run(*line)[0].splitlines()] == lines
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drafts
+# ---- Drafts ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -279,8 +277,7 @@ def test_draft_of_other_tokens(word_model, byte_model, tmp_path):
     assert "no checkpoint" in run(*line, "0" * 40, status=2)[1].splitlines()[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In a terminal
+# ---- In a terminal --------------------------------------------------------------------------------------------------
 
 
 class Terminal:

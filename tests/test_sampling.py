@@ -290,9 +290,8 @@ def pieces_of(tokenizer, prompt, ids, **options):
     answers = iter(ids)
     model = Script(lambda token, V=tokenizer.vocab_size: (np.arange(V) == next(answers)).astype(float).tolist())
     conversation = main.Conversation(tokenizer, model)
-    conversation.add(prompt)
     given = flags(max_tokens=len(ids), temperature=0)
-    pieces = [piece for piece in conversation.reply(given, 0, **options) if piece]
+    pieces = [piece for piece in conversation.reply(prompt, given, 0, **options) if piece]
     assert conversation.text[len(conversation.text) - len(ids) :] == ids
     return pieces
 
@@ -356,8 +355,7 @@ def test_a_real_model_continues_an_empty_prompt(tokenizer):
     given, replies = flags(max_tokens=20, temperature=1.0, top_k=0), []
     for _ in range(2):
         conversation = main.Conversation(tokenizer, make_model(vocab_size=tokenizer.vocab_size))
-        conversation.add("")
-        replies.append("".join(conversation.reply(given, 1)))
+        replies.append("".join(conversation.reply("", given, 1)))
     assert replies[0] == replies[1] != ""
 
 
@@ -369,14 +367,12 @@ def test_what_was_said_before_counts():
         conversation, draft = main.Conversation(tokenizer, model), make_model(8, vocab_size=257, seed=1)
         for line in ("ab", "", "cdé", "x" * 20):
             before = conversation.text + list(("\n" * bool(conversation.text) + line).encode())
-            conversation.add(line)
-            assert conversation.text == before
-            list(conversation.reply(given, 3))
+            list(conversation.reply(line, given, 3))
+            assert conversation.text[: len(before)] == before and len(conversation.text) == len(before) + 5
             if len(before) <= context_size - 5:  # else windows begin elsewhere
                 assert conversation.text == before + tokens_of(model, before, 5, 3, temperature=1.0, top_k=given.top_k)
         spoken = main.Conversation(tokenizer, model, draft)
-        spoken.add("ab")
-        list(spoken.reply(flags(max_tokens=9, temperature=0), 3))
+        list(spoken.reply("ab", flags(max_tokens=9, temperature=0), 3))
         assert spoken.text == [97, 98, *tokens_of(model, [97, 98], 9)]
         assert "tokens/s" in spoken.describe_speed() and "accepted" in spoken.describe_speed()
 
@@ -385,8 +381,7 @@ def test_what_was_said_before_counts():
 def test_an_interrupt_ends_a_continuation(with_draft):
     interrupts, model = SimpleNamespace(received=None), make_model(context_size=64, vocab_size=257)
     conversation = main.Conversation(byte_tokenizer(), model, model if with_draft else None)
-    conversation.add("x")
-    reply = conversation.reply(flags(max_tokens=60, temperature=0), 0, interrupts)
+    reply = conversation.reply("x", flags(max_tokens=60, temperature=0), 0, interrupts)
     next(reply), next(reply)
     interrupts.received = 2
     assert "".join(reply) == ""
