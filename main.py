@@ -47,20 +47,28 @@ from datasets import CACHE, CORPORA, TOKENIZERS, RunError, UsageError, load_data
 FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
 
 BLAS_FORWARDER = """
-#define GEMM(name, scalar) \\
-  void scipy_##name##64_(int, int, int, long, long, long, scalar, void*, long, void*, long, scalar, void*, long); \\
-  void name(int order, int ta, int tb, int m, int n, int k, scalar alpha, void* a, int lda, void* b, int ldb, \\
-            scalar beta, void* c, int ldc) { \\
-    scipy_##name##64_(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc); }
-GEMM(cblas_sgemm, float) GEMM(cblas_dgemm, double) GEMM(cblas_cgemm, void*)
+void (*gemm)(int, int, int, long, long, long, float, const float*, long, const float*, long, float, float*, long);
+void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float* a, int lda,
+                 const float* b, int ldb, float beta, float* c, int ldc) {
+  if (m > 8 || ta != 111 || tb != 112 || beta != 0)
+    return gemm(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  #pragma omp parallel for if ((long) n * k > 100000)
+  for (long column = 0; column < n; column++)
+    for (long row = 0; row < m; row++) {
+      float sum = 0;
+      for (long i = 0; i < k; i++) sum += a[row * lda + i] * b[column * ldb + i];
+      c[row * ldc + column] = alpha * sum;
+    }
+}
 """
 
 
 def use_fast_blas():
     """Makes a fast BLAS visible to MLX and returns its name; call it before mlx is imported. MLX's Linux wheel carries
     the reference BLAS (8 GFLOP/s where OpenBLAS reaches 240), but whichever library with global symbols is loaded first
-    wins: the system's, or the OpenBLAS inside NumPy's wheel, whose names and integers differ, so that a forwarder of
-    three functions is compiled, once, with the C compiler that MLX needs anyway."""
+    wins: here a forwarder to the system's BLAS or to the one inside NumPy's wheel, whose names and integers differ (all
+    get long integers, which a BLAS of ints reads as well). It computes one thing itself, a few rows times a matrix,
+    which is what decoding does: as fast as memory is read, where OpenBLAS takes 3 times as long."""
     if sys.platform != "linux":
         return "Accelerate"
     with contextlib.suppress(OSError, AttributeError):  # of another libc
@@ -68,23 +76,33 @@ def use_fast_blas():
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
             ctypes.CDLL("libc.so.6").mallopt(option, value)
     pip_mkl = os.path.join(sys.prefix, "lib", "libmkl_rt.so.2")
-    for name in ("libopenblas.so.0", "libblis.so.4", "libmkl_rt.so.2", "libmkl_rt.so", pip_mkl):
+    numpys = glob.glob(os.path.join(np.__path__[0], "..", "numpy.libs", "libscipy_openblas64_*.so"))
+    for path in ("libopenblas.so.0", "libblis.so.4", "libmkl_rt.so.2", "libmkl_rt.so", pip_mkl, *numpys):
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL).cblas_sgemm
-            return os.path.basename(name)
-    with contextlib.suppress(IndexError, OSError, subprocess.SubprocessError):
-        library = glob.glob(os.path.join(np.__path__[0], "..", "numpy.libs", "libscipy_openblas64_*.so"))[0]
-        forwarder = CACHE / f"blas-{hashlib.sha1(BLAS_FORWARDER.encode()).hexdigest()[:12]}.so"
-        if not forwarder.exists():
-            CACHE.mkdir(parents=True, exist_ok=True)
-            new = forwarder.with_suffix(f".{os.getpid()}")
-            command = ["cc", "-shared", "-fPIC", "-O2", "-x", "c", "-", "-o", str(new)]
-            subprocess.run(command, input=BLAS_FORWARDER.encode(), check=True, stderr=subprocess.DEVNULL)
-            os.replace(new, forwarder)
-        for path in (library, forwarder):
-            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        return "NumPy's OpenBLAS"
+            gemm = ctypes.CDLL(path)["scipy_cblas_sgemm64_" if path in numpys else "cblas_sgemm"]
+            if forwarder := compile_forwarder():
+                ctypes.c_void_p.in_dll(forwarder, "gemm").value = ctypes.cast(gemm, ctypes.c_void_p).value
+            elif path in numpys:
+                break
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            return "NumPy's OpenBLAS" if path in numpys else os.path.basename(path)
     return "reference BLAS"
+
+
+def compile_forwarder():
+    """BLAS_FORWARDER as a library, compiled once for a CPU by the C compiler that MLX needs anyway, or None."""
+    cpu = re.search("^(flags|Features).*", Path("/proc/cpuinfo").read_text(), re.M)
+    path = CACHE / f"blas-{hashlib.sha1(f'{BLAS_FORWARDER}{cpu and cpu[0]}'.encode()).hexdigest()[:12]}.so"
+    new = path.with_suffix(f".{os.getpid()}")
+    vectors = ["-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
+    for options in ([*vectors, "-fopenmp"], vectors, []):  # what one compiler knows another may not
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            if not path.exists():
+                CACHE.mkdir(parents=True, exist_ok=True)
+                command = ["cc", "-shared", "-fPIC", "-O3", *options, "-x", "c", "-", "-o", str(new)]
+                subprocess.run(command, input=BLAS_FORWARDER.encode(), check=True, stderr=subprocess.DEVNULL)
+                os.replace(new, path)
+            return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def set_blas_threads(count):
@@ -237,16 +255,18 @@ class Cache:
     def place(self, L):
         """Where the next L tokens stand in their texts, and attention's mask for them."""
         if (self.lengths == self.lengths[0]).all():
-            return int(self.lengths[0]), "causal"
+            return int(self.lengths[0]), "causal" if L > 1 else None
         last = self.lengths[:, None] + np.arange(L)  # [B, L], what each may see
         return mx.array(self.lengths), mx.array(np.arange(self.lengths.max() + L) <= last[:, None, :, None])
 
     def append(self, keys, values):
         """Takes in the next L tokens' keys and values [B, K, L, d]; returns those of all tokens so far."""
-        L = keys.shape[2]
-        for row, start in enumerate(self.lengths.tolist()):
-            self.keys[row, :, start : start + L], self.values[row, :, start : start + L] = keys[row], values[row]
-        longest = int(self.lengths.max()) + L
+        first, longest = int(self.lengths.min()), int(self.lengths.max()) + keys.shape[2]
+        if first + keys.shape[2] == longest:
+            self.keys[:, :, first:longest], self.values[:, :, first:longest] = keys, values
+        else:  # a scatter, which takes longer
+            rows, places = mx.arange(len(keys))[:, None], mx.array(self.lengths[:, None] + np.arange(keys.shape[2]))
+            self.keys[rows, :, places], self.values[rows, :, places] = keys.swapaxes(1, 2), values.swapaxes(1, 2)
         return self.keys[:, :, :longest], self.values[:, :, :longest]
 
 

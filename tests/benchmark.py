@@ -1,6 +1,7 @@
 """Measures, and asserts nothing; the last line is JSON.
 
     python tests/benchmark.py train                  training steps beside PyTorch's (pip install torch) and plain MLX's
+    python tests/benchmark.py decode                 sampling: beside no cache, the memory's speed, and one text at a time
     python tests/benchmark.py data --mirror DIR      text to tokens; DIR holds ptb/ptb.train.txt and the others
 
 Each figure is measured in a process of its own, so that peak memory is that of the one thing.
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,7 +178,7 @@ def mlx_step(shape, gpu, weights, plain=False):
     if plain:
         streams = [mx.default_stream(mx.default_device())]
         main.set_blas_threads(os.cpu_count())
-        main.attend = lambda q, k, v, scale, cached: mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+        main.attend = lambda q, k, v, scale, *_: mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
         main.loss_sum = lambda model, tokens, targets, share, noise: (nn.losses.cross_entropy(model(tokens), targets) * share).sum()
     optimizer = main.make_optimizer(model, flags, streams)
     compiled = main.make_step(model, optimizer, flags, streams)
@@ -246,9 +248,69 @@ def train(names, gpu, rounds=5):
     return figures
 
 
+def read_speed():
+    """GB/s at which NumPy sums 1 GB of float32, the better of one and two threads."""
+    import numpy as np
+
+    array, seconds = np.ones(250_000_000, np.float32), []
+    with ThreadPoolExecutor(2) as threads:
+        for shares in ([array], np.split(array, 2)):
+            began = time.perf_counter()
+            list(threads.map(np.sum, shares))
+            seconds.append(time.perf_counter() - began)
+    return array.nbytes / 1e9 / min(seconds)
+
+
+def decode(gpu, rounds=5):
+    """Tokens a second of sampling, each figure beside what it is to be compared with, in turn."""
+    import main
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    main.use_device(gpu)
+
+    def make(**values):
+        flags = main.resolve(argparse.Namespace(**main.DEFAULTS | values))
+        model = main.LanguageModel(main.make_config(flags, 32000))
+        main.init_weights(model, 0)
+        return model, flags
+
+    def speed(model, flags, rows, count):
+        """Steps a second of `count`, after a prompt of three tokens and a warm-up."""
+        steps = main.generate(main.Decoder(model, [[1, 2, 3] for _ in range(rows)]), count + 3, flags, range(rows))
+        for _ in range(3):
+            next(steps)
+        began = time.perf_counter()
+        list(steps)
+        return count / (time.perf_counter() - began)
+
+    def uncached(model, count):
+        text, began = [1, 2, 3], time.perf_counter()
+        for _ in range(count):
+            text.append(model(mx.array([text]))[0, -1].argmax().item())
+        return count / (time.perf_counter() - began)
+
+    def summary(ratios):
+        return {"median": statistics.median(ratios), "rounds": sorted(ratios)}
+
+    small, large = make(dim=512, num_blocks=8, context_size=1024), make(dim=768, num_heads=12, num_blocks=12, context_size=1024)
+    parameters = sum(weight.size for _, weight in tree_flatten(large[0].parameters()))
+    speed(*small, 1, 8), speed(*large, 1, 8), speed(*large, 16, 8)
+    cached = [round(speed(*small, 1, 512) / uncached(small[0], 512), 1) for _ in range(min(rounds, 3))]
+    rows = [(read_speed(), speed(*large, 1, 64), speed(*large, 16, 32)) for _ in range(rounds)]
+    return {
+        "512 tokens, 8 blocks of dim 512: times the speed without a cache": summary(cached),
+        f"{parameters:,} parameters: share of the memory's read speed": summary(
+            [round(one * parameters * 4e-9 / read, 2) for read, one, _ in rows]
+        ),
+        "16 texts: times the tokens of one": summary([round(16 * many / one, 1) for _, one, many in rows]),
+        "GB/s read by NumPy, tokens/s of one text, of 16": [[round(r, 1), round(a, 1), round(16 * b, 1)] for r, a, b in rows],
+    }
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["train", "data", "work"])
+    parser.add_argument("part", choices=["train", "decode", "data", "work"])
     parser.add_argument("--mirror", help="address or folder that holds ptb/ptb.train.txt and the others")
     parser.add_argument("--shape", choices=list(SHAPES), help="one of the models (default: all)")
     parser.add_argument("--gpu", action="store_true")
@@ -258,8 +320,8 @@ if __name__ == "__main__":
         sys.exit(work(flags.kind, SHAPES[flags.shape], flags.gpu))
     if flags.part == "data" and not flags.mirror:
         parser.error("data needs --mirror")
-    if flags.part == "data":
-        figures = data(os.path.abspath(flags.mirror))
+    if flags.part != "train":
+        figures = data(os.path.abspath(flags.mirror)) if flags.part == "data" else decode(flags.gpu)
         for name, figure in figures.items():
             print(f"{name:<36} {figure}")
     else:

@@ -433,12 +433,11 @@ def test_named_folder(tmp_path, monkeypatch, capsys):
 
 
 PRODUCT = """
-import datasets
 import main
 import mlx.core as mx, numpy as np
 mx.set_default_device(mx.cpu)
 left, right = np.random.default_rng(0).normal(size=(2, 200, 200)).astype(np.float32)
-for a, b in ((left, right), (left.T, right), (left[:7], right.T), (left[:1], right)):
+for a, b in ((left, right), (left.T, right), (left[:7], right.T), (left[:9], right.T), (left[:1], right), (left[:1], right.T)):
     assert np.abs(np.array(mx.array(a) @ mx.array(b)) - a @ b).max() < 1e-3
 print(main.BLAS)
 """
