@@ -8,7 +8,7 @@ import sys
 
 import main
 import pytest
-from conftest import ROOT, TINY, ids, run
+from conftest import ROOT, TINY, run
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
@@ -39,14 +39,19 @@ def test_command(command, tmp_path, text):
             arguments[at : at + 2] = ["--text", str(text), "--tokenizer", "word"]
         if "--text" in arguments:
             arguments[arguments.index("--text") + 1] = str(text)
-        if {"--identifier", "--inference", "--list", "--evaluate"} & set(arguments):
+        if {"--identifier", "--inference", "--prompt", "--prompts_file", "--list", "--evaluate"} & set(arguments):
             run("--text", text, *SMALL, "--save_dir", tmp_path)
-            named = {"ptb-3fa2c1": main.list_checkpoints(tmp_path)[0]["run"], "7a0af7b6": ids(tmp_path)[0][:8]}
+            (tmp_path / "prompts.txt").write_text("the company\nline 5\n")
+            named = dict.fromkeys(["ptb-3fa2c1", "ptb-0a1b2c"], main.list_checkpoints(tmp_path)[0]["run"])
+            named |= {name: tmp_path / name for name in ("prompts.txt", "answers.jsonl")}
             arguments = [named.get(argument, argument) for argument in arguments]
         if "--evaluate" in arguments:
             run("--text", text, *SMALL, "--save_dir", tmp_path)
             assert run(*arguments, "--save_dir", tmp_path)[0].startswith("valid ")
-        elif "--inference" in arguments:
+        elif "--prompts_file" in arguments:
+            run(*arguments, "--save_dir", tmp_path)
+            assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+        elif {"--inference", "--prompt"} & set(arguments):
             out, _ = run(*arguments, "--save_dir", tmp_path, input="line 5")
             assert out.strip()
         elif {"--help", "--list", "--evaluate"} & set(arguments):
