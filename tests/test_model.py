@@ -164,7 +164,7 @@ def test_decoding_with_a_cache_equals_one_pass(heads, parts):
         decoded.append(logits_of(model, piece, caches=caches))
         lengths += piece.shape[1]
     decoded = np.concatenate(decoded, axis=1)
-    np.testing.assert_allclose(decoded, logits_of(model, tokens), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(decoded, logits_of(model, tokens), rtol=2e-6, atol=1e-5)
 
 
 # First weights
