@@ -107,9 +107,11 @@ def bpe_tokenizer(vocabulary=None, texts=(), vocab_size=32000, kind="bpe"):
         untrained.train_from_iterator(map(utf8, texts), vocab_size, 0, special_tokens=[END], show_progress=shown)
         vocabulary = untrained.to_str()
     bpe = Tokenizer.from_str(vocabulary)
-    size, eos, dtype = bpe.get_vocab_size(), bpe.token_to_id(END), token_dtype(bpe.get_vocab_size())
+    size, dtype = bpe.get_vocab_size(), token_dtype(bpe.get_vocab_size())
+    ends = map(bpe.token_to_id, (END, "<eos>", "</s>", "<|end_of_text|>"))  # ours, and those of imported models
+    eos = next((id for id in ends if id is not None), None)
     return SimpleNamespace(
-        kind=kind, vocabulary=vocabulary, package=bpe, vocab_size=size, num_special=1, eos=eos, unk=None,
+        kind=kind, vocabulary=vocabulary, package=bpe, vocab_size=size, num_special=eos is not None, eos=eos, unk=None,
         encode=lambda text: np.array(bpe.encode(utf8(text), add_special_tokens=False).ids, dtype),
         encode_batch=lambda texts: [  # in parallel threads
             np.array(each.ids, dtype) for each in bpe.encode_batch_fast([*map(utf8, texts)], add_special_tokens=False)
@@ -121,6 +123,35 @@ def bpe_tokenizer(vocabulary=None, texts=(), vocab_size=32000, kind="bpe"):
 
 TOKENIZERS = {"byte": byte_tokenizer, "char": char_tokenizer, "word": word_tokenizer, "bpe": bpe_tokenizer}
 TOKENIZERS["gpt2"] = lambda *arguments: bpe_tokenizer(*arguments, kind="gpt2")
+
+
+def tokenizer_json(tokenizer):
+    """The text of a `tokenizer.json` that gives the same ids, and what `tokenizer_config.json` says beside it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    vocabulary = getattr(tokenizer, "vocabulary", None)
+    if tokenizer.kind in ("bpe", "gpt2"):
+        text, end = vocabulary, tokenizer.package.id_to_token(tokenizer.eos) if tokenizer.eos is not None else None
+    else:
+        if tokenizer.kind == "byte":  # GPT-2 writes each byte as a character; those that cannot be seen come last
+            seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+            others = sorted(set(range(256)) - set(seen))
+            signs = {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(others)}
+            made, end = Tokenizer(models.BPE(signs | {"<eos>": 256}, [])), "<eos>"
+            made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            made.decoder = decoders.ByteLevel()
+        elif tokenizer.kind == "char":
+            known = {character: i for i, character in enumerate(vocabulary)} | {"<unk>": tokenizer.unk}
+            made, end = Tokenizer(models.WordLevel(known, "<unk>")), None
+            made.pre_tokenizer, made.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+        else:
+            made, end = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "<unk>")), "<eos>"
+            lines, spaces = normalizers.Replace("\n", " <eos> "), normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
+            made.normalizer, made.pre_tokenizer = normalizers.Sequence([lines, spaces]), pre_tokenizers.WhitespaceSplit()
+            joined = [decoders.WordPiece("\0", cleanup=False), decoders.Fuse()]
+            made.decoder = decoders.Sequence([*joined, decoders.Replace(Regex(" ?<eos> ?"), "\n")])
+        text = made.to_str()
+    return text, {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | ({"eos_token": end} if end else {})
 
 
 def tokenizer_from_dict(data):
@@ -446,15 +477,17 @@ def open_folder(save_dir, writing):
 def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, mirror=None, say=print,
                  vocab_size=32000, valid_text=(), test_text=(), train_tokens=None):  # fmt: skip
     """The corpus `name`, a key of CORPORA ("text": the user's files), as a Dataset. Files go to save_dir/name.
-    The vocabulary is that of the whole training split, of which the first `train_tokens` are used.
-    Raises UsageError for a file of the user's that cannot be used and RunError for a failed download."""
-    save_dir, kind = Path(save_dir), CORPORA[name][0] if tokenizer == "auto" else tokenizer
+    tokenizer: a kind, whose vocabulary is then that of the whole training split (of which the first `train_tokens` are
+    used), or a ready one's `to_dict()`. Raises UsageError for a file of the user's that cannot be used and RunError for
+    a failed download."""
+    save_dir, ready = Path(save_dir), tokenizer if isinstance(tokenizer, dict) else None
+    kind = ready["kind"] if ready else CORPORA[name][0] if tokenizer == "auto" else tokenizer
     if not 0.001 <= valid_fraction <= 0.5 or kind == "bpe" and vocab_size < 257:
         raise UsageError("--valid_fraction goes from 0.001 to 0.5, --vocab_size from 257 (the bytes and the end token)")
     given = {"train": text, "valid": valid_text, "test": test_text}
     given = {split: [os.path.abspath(os.path.expanduser(p)) for p in paths] for split, paths in given.items() if paths}
     source = {"text": [given, valid_fraction], "python": sysconfig.get_path("stdlib")}.get(name)
-    key = json.dumps([source, vocab_size if kind == "bpe" else None])
+    key = json.dumps([source, ready or (vocab_size if kind == "bpe" else None)])
     cache = save_dir / name / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
     spans = own_text(given, valid_fraction, say, save_dir) if name == "text" else None  # the others stay what they are
@@ -475,7 +508,9 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
             if not intact or about["text"] != content:
                 (cache / "about.json").unlink(missing_ok=True)  # from here to the end no tokens count
                 vocabulary, texts = None, (text for text, _ in read_documents(spans["train"]))
-                if kind == "gpt2":
+                if ready:
+                    vocabulary = ready.get("vocabulary")
+                elif kind == "gpt2":
                     file = File("tokenizer.json", *FILES["tokenizer.json"], GPT2)
                     vocabulary = fetch(file, save_dir / "gpt2", mirror, say).read_text()
                 trained = TOKENIZERS[kind](vocabulary, texts, vocab_size)
@@ -496,8 +531,56 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
     return Dataset(name, trained, **splits, sha256=about["sha256"])
 
 
+def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
+    """Collects what `model`, at a server that speaks OpenAI's chat completions, answers to `prompts`: a line of JSON each in
+    folder/answers.jsonl, and all of them, for --text, in folder/corpus.txt. At most so many requests; begun again it goes
+    on. The key is read from TEACHER_API_KEY and written nowhere. Raises UsageError, RunError."""
+    import requests
+
+    key, answers, sent = os.environ.get("TEACHER_API_KEY", ""), folder / "answers.jsonl", 0
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(answers, "a+b") as out:
+        out.seek(0)
+        *lines, cut = out.read().split(b"\n")
+        try:
+            begun = [json.loads(line) for line in lines]
+            ours = [(line["prompt"], line["model"]) for line in begun] == [(prompt, model) for prompt in prompts[: len(begun)]]
+        except (ValueError, LookupError, TypeError):
+            ours = False
+        if not ours:
+            raise UsageError(f"{answers} holds other things than answers of {model} to these prompts: name another --output")
+        out.truncate(out.tell() - len(cut))  # a line that a kill cut off
+        for prompt in prompts[len(begun) :]:
+            for pause in (1, 2, 4, 8, 16, 32, 60, None):  # seconds
+                if sent == most:
+                    raise RunError(f"{sent:,} requests are made (--max_requests), {len(begun):,} prompts answered: start it again")
+                sent, wait = sent + 1, ""
+                try:
+                    body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
+                    headers = {"Authorization": f"Bearer {key}"} if key else {}
+                    answer = requests.post(f"{url.rstrip('/')}/chat/completions", json=body, headers=headers, timeout=timeout)
+                    reason, wait = f"status {answer.status_code}: {answer.text[:200]}", answer.headers.get("Retry-After", "")
+                    if answer.status_code == 200:
+                        text = answer.json()["choices"][0]["message"]["content"] or ""
+                        break
+                    if answer.status_code not in (408, 409, 425, 429) and answer.status_code < 500:
+                        pause = None  # it will not do another time
+                except (requests.RequestException, ValueError, LookupError, TypeError) as error:
+                    reason = f"{type(error).__name__}: {error}"
+                reason = " ".join((reason.replace(key, "***") if key else reason).split())
+                if pause is None:
+                    raise RunError(f"{url} does not answer ({reason}); {len(begun):,} answers are in {answers}: start it again")
+                say(f"{reason}; once more in a moment")
+                time.sleep(max(pause, min(float(wait), 600)) if wait.replace(".", "", 1).isdigit() else pause)
+            begun.append({"prompt": prompt, "model": model, "completion": text})
+            out.write(json.dumps(begun[-1], ensure_ascii=False).encode() + b"\n")
+            out.flush()
+    (folder / "corpus.txt").write_text("".join(f"{each['prompt']}\n{each['completion']}\n" for each in begun), "utf-8")
+    say(f"{len(begun):,} answers are in {answers}; train on them with --text {folder / 'corpus.txt'}")
+
+
 def main():
-    """Prepares a corpus ahead of training and says what it is."""
+    """Prepares a corpus ahead of training and says what it is, or collects one from a teacher."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--dataset", dest="name", choices=[name for name in CORPORA if name != "text"], default="ptb")
     parser.add_argument("--text", nargs="+", metavar="PATH", help="your own files, folders or patterns instead")
@@ -506,9 +589,21 @@ def main():
     parser.add_argument("--valid_fraction", type=float, default=0.1, help="of --text (default: %(default)s)")
     parser.add_argument("--save_dir", help="the folder that main.py is given, too (default: as there)")
     parser.add_argument("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>")
+    parser.add_argument("--distill_from", metavar="URL", help="collect answers of a server with OpenAI's protocol instead")
+    parser.add_argument("--teacher_model", metavar="NAME", help="the server's model; its key is in TEACHER_API_KEY")
+    parser.add_argument("--teacher_prompts", metavar="FILE", help="a prompt a line")
+    parser.add_argument("--output", metavar="DIR", help="folder for the answers")
+    parser.add_argument("--max_requests", type=int, default=1000, help="limit of one start (default: %(default)s)")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists all flags)\n")
     flags = vars(parser.parse_args())
+    url, *teaching, most = (flags.pop(name) for name in ("distill_from", "teacher_model", "teacher_prompts", "output", "max_requests"))
     try:
+        if url:
+            if None in teaching:
+                raise UsageError("--distill_from needs --teacher_model, --teacher_prompts and --output")
+            model, path, folder = teaching
+            distill(url, model, Path(path).read_text("utf-8").removesuffix("\n").split("\n"), Path(folder), most)
+            return 0
         flags["save_dir"] = open_folder(flags["save_dir"], writing=True)
         dataset = load_dataset(**flags | ({"name": "text"} if flags["text"] else {}))
     except (UsageError, RunError, OSError) as error:

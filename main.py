@@ -42,7 +42,9 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from datasets import CACHE, CORPORA, TOKENIZERS, RunError, UsageError, load_dataset, open_folder, tokenizer_from_dict
+from datasets import (
+    CACHE, CORPORA, TOKENIZERS, RunError, UsageError, load_dataset, open_folder, tokenizer_from_dict, tokenizer_json,
+)  # fmt: skip
 
 FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
 
@@ -139,18 +141,24 @@ class Config:
     untie: bool = False
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
+    head_dim: int = None
 
     def __post_init__(self):
+        if self.head_dim:  # of imported models, some of which have other sums of heads than dim
+            return
         if self.dim % (2 * self.num_heads):  # RoPE rotates pairs, so a head's dimension is even
             fitting = 2 * self.num_heads * max(1, round(self.dim / (2 * self.num_heads)))
             raise UsageError(f"--dim {self.dim} is no multiple of 2 * --num_heads {self.num_heads}: try --dim {fitting}")
         if self.num_heads % self.num_kv_heads:
             fitting = math.gcd(self.num_heads, self.num_kv_heads)
             raise UsageError(f"--num_kv_heads {self.num_kv_heads} does not divide --num_heads {self.num_heads}: try {fitting}")
+        object.__setattr__(self, "head_dim", self.dim // self.num_heads)
 
 
-def make_config(flags, vocab_size):
-    """The Config of a new model."""
+def make_config(flags, vocab_size, base=None):
+    """The Config of a new model, or of one that has the weights of `base` and a context of its own."""
+    if base:
+        return dataclasses.replace(base.config, context_size=flags.context_size)
     shape = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if field.name in flags}
     return Config(**shape | {"vocab_size": vocab_size})  # not the --vocab_size that a BPE aims at
 
@@ -218,18 +226,17 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.head_dim = config.dim // config.num_heads
-        self.rope = nn.RoPE(self.head_dim, base=config.rope_theta)
-        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, self.num_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, self.num_kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.rope = nn.RoPE(config.head_dim, base=config.rope_theta)
+        self.q_proj = nn.Linear(config.dim, self.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, self.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, self.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * config.head_dim, config.dim, bias=False)
         if config.qk_norm:  # keeps the scores in range at high learning rates (Henry et al. 2020; Qwen3)
-            self.q_norm = nn.RMSNorm(self.head_dim, config.norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, config.norm_eps)
+            self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
 
     def __call__(self, hidden, cache=None):
-        B, L, D = hidden.shape
+        B, L, _ = hidden.shape
         queries = self.q_proj(hidden).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)  # [B, H, L, d]
         keys = self.k_proj(hidden).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)  # [B, K, L, d]
         values = self.v_proj(hidden).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)  # [B, K, L, d]
@@ -239,8 +246,8 @@ class Attention(nn.Module):
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         if cache:
             keys, values = cache.append(keys, values)
-        attended = attend(queries, keys, values, self.head_dim**-0.5, mask, cache is not None)  # [B, H, L, d]
-        return self.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, D))
+        attended = attend(queries, keys, values, queries.shape[-1] ** -0.5, mask, cache is not None)  # [B, H, L, d]
+        return self.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, -1))
 
 
 class Cache:
@@ -249,7 +256,7 @@ class Cache:
 
     def __init__(self, config, lengths):
         self.lengths = lengths
-        shape = (len(lengths), config.num_kv_heads, config.context_size, config.dim // config.num_heads)
+        shape = (len(lengths), config.num_kv_heads, config.context_size, config.head_dim)
         self.keys, self.values = mx.zeros(shape), mx.zeros(shape)
 
     def place(self, L):
@@ -340,35 +347,61 @@ class LanguageModel(nn.Module):
     def __call__(self, tokens, caches=None, noise=(), last=0):
         """caches: a Cache for each block, which the tokens continue; noise: see `dropout`; last: so many positions' logits
         alone (0: all)."""
-        return self.model(tokens, caches, noise)[:, -last:] @ self.head.T
+        hidden = self.model(tokens, caches, noise)[:, -last:]
+        return self.lm_head(hidden) if self.config.untie else self.model.embed_tokens.as_linear(hidden)
 
     @property
     def head(self):
         """The output layer's matrix [V, D]: the embeddings, unless --untie gives it one of its own."""
-        return self.lm_head.weight if self.config.untie else self.model.embed_tokens.weight
+        layer = self.lm_head if self.config.untie else self.model.embed_tokens
+        if "scales" in layer:  # quantized
+            return mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+        return layer.weight
+
+
+class LoRALinear(nn.Module):
+    """A linear layer that stays as it is, plus an update of low rank to train (Hu et al. 2021): [..., I] to [..., O]."""
+
+    def __init__(self, weight, rank, alpha):
+        super().__init__()
+        self.weight, self.scale = weight, alpha / rank  # [O, I]
+        self.lora_a, self.lora_b = mx.zeros((rank, weight.shape[1])), mx.zeros((weight.shape[0], rank))
+
+    def __call__(self, hidden):
+        return hidden @ self.weight.T + (hidden @ self.lora_a.T) @ self.lora_b.T * self.scale
+
+
+def add_lora(model, rank, alpha):
+    """Puts a LoRALinear in the place of each linear layer of the blocks; nothing else is trained from then on."""
+    replace = lambda layer: LoRALinear(layer.weight, rank, alpha) if isinstance(layer, nn.Linear) else layer
+    for block in model.model.layers:
+        block.update_modules(tree_map(replace, block.leaf_modules(), is_leaf=nn.Module.is_module))
+    model.freeze()
+    model.unfreeze(keys=["lora_a", "lora_b"], strict=False)
 
 
 def init_weights(model, seed):
-    """Gives every parameter its first value: norms 1; matrices normal with the deviation 1 / sqrt(inputs); the matrices
-    that write into the residual stream 0, so that each block begins as the identity; an untied output layer 0.
+    """Gives every parameter that is trained its first value: norms 1; matrices normal with the deviation 1 / sqrt(inputs);
+    those that write into the residual stream 0, so that each block begins as the identity; an untied output layer 0, and
+    so the second factor of a LoRA update.
 
     Embeddings are the output layer too: with the deviation 5 / dim the logit of the token just read begins near 5, all
     others near 0, so the first loss is near ln V. On PTB (dim 256, AdamW 3e-3) validation after 250 steps was 5.64 nats
     with it, 5.57 with twice as much, 5.91 with a fifth, and 5.76 with GPT-2's initialisation of all weights."""
     weights = []
-    parameters = tree_flatten(model.parameters())
+    parameters = tree_flatten(model.trainable_parameters())
     for (name, parameter), key in zip(parameters, mx.random.split(mx.random.key(seed), len(parameters))):
         normal = mx.random.normal(parameter.shape, key=key)
         if name.endswith("norm.weight"):
             value = mx.ones_like(parameter)
-        elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+        elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight", "lora_b")):
             value = mx.zeros_like(parameter)
         elif name.endswith("embed_tokens.weight"):
             value = normal * 5 / model.config.dim
         else:
             value = normal * parameter.shape[1] ** -0.5
         weights.append((name, value))
-    model.load_weights(weights)
+    model.load_weights(weights, strict=False)
     mx.eval(model.parameters())
 
 
@@ -512,6 +545,18 @@ def loss_sum(model, tokens, targets, weights=1.0, noise=(), training=True):
     return loss(hidden, model.head.astype(hidden.dtype), targets.flatten(), weights)[0]
 
 
+def distillation_loss(model, teacher, tokens, targets, noise, flags):
+    """A mixture of two sums over the positions: (1 - teacher_weight) of cross-entropy, and teacher_weight * T^2 of the
+    Kullback-Leibler divergence to the teacher's distribution, both softened by T = teacher_temperature (Hinton 2015)."""
+    student = (model.model(tokens, noise=noise) @ model.head.T).astype(mx.float32)  # [B, L, V]
+    theirs = teacher(tokens)[..., : student.shape[-1]]  # whose vocabulary may be padded
+    scaled = [logits.astype(mx.float32) / flags.teacher_temperature for logits in (theirs, student)]
+    wanted, given = (logits - mx.logsumexp(logits, axis=-1, keepdims=True) for logits in scaled)
+    divergence = (mx.exp(wanted) * (wanted - given)).sum() * flags.teacher_temperature**2
+    nats = nn.losses.cross_entropy(student, targets, reduction="sum")
+    return (1 - flags.teacher_weight) * nats + flags.teacher_weight * divergence
+
+
 def over_streams(streams, function, *arrays):
     """[function(*rows), ...] for a share of the rows of `arrays` on each stream: a stream of a CPU is a thread."""
     results = []
@@ -541,10 +586,12 @@ def evaluate(model, tokens, batch_size, interrupts=None):
 
 def score_split(name, model, dataset, flags, interrupts=None, most=0):
     """Prints the score of a split, or of its first `most` tokens; returns the nats a token, None if interrupted."""
-    split = getattr(dataset, name)
-    nats = evaluate(model, split.tokens[: most + 1] if most else split.tokens, flags.batch_size, interrupts)
+    split, began = getattr(dataset, name), time.perf_counter()
+    tokens = split.tokens[: most + 1] if most else split.tokens
+    nats = evaluate(model, tokens, flags.batch_size, interrupts)
     if nats is not None:
-        tqdm.write(describe_score(name, nats, split, dataset.tokenizer))
+        speed = f"{len(tokens) / (time.perf_counter() - began):,.0f} tokens/s"
+        tqdm.write(f"{describe_score(name, nats, split, dataset.tokenizer)}, {speed}")
     return nats
 
 
@@ -689,7 +736,7 @@ def write_checkpoint(folder, run, id):
     records, name = list_checkpoints(folder), run.record["run"]
     new = {kind: folder / f"{name}.{kind}.new" for kind in ("metadata", "safetensors")[: 1 if id else 2]}
     if id is None:
-        id = write_safetensors(new["safetensors"], dict(tree_flatten(run.model.parameters())), {"format": "mlx"})
+        id = write_safetensors(new["safetensors"], dict(tree_flatten(run.model.trainable_parameters())), {"format": "mlx"})
         equal = next((record["run"] for record in records if record["id"] == id), name)
         if equal != name and not lock_run(folder, equal):
             new["safetensors"].unlink()
@@ -707,12 +754,15 @@ def write_checkpoint(folder, run, id):
 
 
 def clean_folder(folder, run=None, keep=0):
-    """Deletes the checkpoints of `run` but the newest `keep` and the best, and what killed saves left: with the lock
-    held, every `.new` file is stale, and so is metadata alone. What cannot be deleted now is left to the next time."""
+    """Deletes the checkpoints of `run` but the newest `keep`, the best and those that other runs build on, and what killed
+    saves left: with the lock held, every `.new` file is stale, and so is metadata alone. What cannot be deleted now is
+    left to the next time."""
     with contextlib.suppress(OSError), locked(folder):
-        own = [record["id"] for record in list_checkpoints(folder) if run and record["run"] == run.record["run"]]
+        records = list_checkpoints(folder)
+        own = [record["id"] for record in records if run and record["run"] == run.record["run"]]
+        needed = {id for record in records for _, id in record.get("uses", {}).values()}
         for id in own[keep:]:
-            if id != (run.record["best"] or {}).get("id"):
+            if id not in needed | {(run.record["best"] or {}).get("id")}:
                 (folder / f"{id}.safetensors").unlink(missing_ok=True)  # so that its metadata counts no more
         for path in folder.iterdir():
             unfinished = re.fullmatch(r"\w+-[0-9a-f]{6}\.(safetensors|metadata)\.new", path.name)
@@ -722,18 +772,84 @@ def clean_folder(folder, run=None, keep=0):
 
 
 def load_model(folder, record):
-    """The model and the tokenizer of a checkpoint: all that sampling needs."""
+    """The model and the tokenizer of a checkpoint: all that sampling needs. A LoRA run's adapters are merged into its base.
+    Raises RunError if that is not there."""
     _, texts = read_texts(folder / f"{record['id']}.metadata")
-    model = LanguageModel(Config(**record["config"]))
-    model.load_weights(str(folder / f"{record['id']}.safetensors"))
+    model, weights = LanguageModel(Config(**record["config"])), mx.load(str(folder / f"{record['id']}.safetensors"))
+    if rank := record["flags"].get("lora_rank"):
+        adapters, weights = weights, dict(tree_flatten(open_used(folder, record, "init_from")[0].parameters()))
+        for name in adapters:
+            if (stem := name.removesuffix("lora_a")) != name:
+                update = adapters[stem + "lora_b"] @ adapters[name] * (record["flags"]["lora_alpha"] / rank)
+                weights[stem + "weight"] = weights[stem + "weight"] + update
+    model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
     return model, tokenizer_from_dict(json.loads(texts["tokenizer"]))
+
+
+def open_model(folder, name, flag):
+    """The model, tokenizer and id of what `flag` names: a checkpoint in `folder`, or a Hugging Face folder, whose id is the
+    SHA1 of its weights. Raises UsageError, RunError."""
+    if os.path.isdir(name):
+        return import_model(Path(name))
+    record = named_checkpoint(folder, list_checkpoints(folder), name, flag)
+    return *load_model(folder, record), record["id"]
+
+
+def open_used(folder, record, flag):
+    """The same for a model that the run of `record` has built on from its start. Raises RunError if it is not that one."""
+    name, id = record["uses"][flag]
+    try:
+        found = open_model(folder, name, f"--{flag}")
+    except UsageError as error:
+        raise RunError(f"{record['run']} needs the model it was begun with (--{flag} {name}): {error}") from None
+    if found[2] != id:
+        raise RunError(f"{record['run']} needs --{flag} {name} as it was, {id[:12]}; now it is {found[2][:12]}")
+    return found
+
+
+# What these models are called at Hugging Face, by `mlp` and `qk_norm`, and what their config.json calls our Config.
+COUNTERPARTS = {("swiglu", False): "Llama", ("swiglu", True): "Qwen3", ("relu2", False): "Arcee"}
+THEIR_NAMES = {
+    "vocab_size": "vocab_size", "context_size": "max_position_embeddings", "num_blocks": "num_hidden_layers",
+    "dim": "hidden_size", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim", "mlp_dim": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+}  # fmt: skip
+
+
+def import_model(path):
+    """The model and tokenizer of a Hugging Face folder, and the SHA1 of its weights (of their SHA1s if there are several
+    files). Raises UsageError."""
+    try:
+        theirs = json.loads((path / "config.json").read_text())
+        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+        kind = {name.lower(): kind for kind, name in COUNTERPARTS.items()}.get(theirs["model_type"])
+        odd = [name for name in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization") if theirs.get(name)]
+        odd += [] if kind else [f"model_type {theirs['model_type']}"]
+        odd += [f"rope {type}" for type in [rope.get("rope_type", rope.get("type", "default"))] if type != "default"]
+        if odd:
+            raise UsageError(f"this program has no {', '.join(odd)}")
+        files = sorted(path.glob("*.safetensors"))
+        weights = {name: weight.astype(mx.float32) for file in files for name, weight in mx.load(str(file)).items()}
+        if theirs.get("tie_word_embeddings"):
+            weights.pop("lm_head.weight", None)
+        fields = {"num_key_value_heads": theirs["num_attention_heads"], "rms_norm_eps": 1e-6, "rope_theta": 1e4} | rope | theirs
+        fields = {ours: fields.get(name) for ours, name in THEIR_NAMES.items()}
+        model = LanguageModel(Config(mlp=kind[0], qk_norm=kind[1], untie="lm_head.weight" in weights, **fields))
+        model.load_weights(list(weights.items()))
+        mx.eval(model.parameters())
+        tokenizer = TOKENIZERS["bpe"]((path / "tokenizer.json").read_text())
+        ids = [sha1_of(file) for file in files]
+        return model, tokenizer, ids[0] if len(ids) == 1 else hashlib.sha1("".join(ids).encode()).hexdigest()
+    except Exception as error:  # the tokenizers package raises plain ones
+        problem = " ".join(f"{type(error).__name__ * isinstance(error, KeyError)} {error}".split())
+        raise UsageError(f"{path} holds no Llama, Qwen3 or Arcee model: {problem}") from None
 
 
 def load_run(folder, record, run):
     """Brings `run` to where the checkpoint of `record` was saved."""
     run.record |= record
-    run.model.load_weights(str(folder / f"{record['id']}.safetensors"))
+    run.model.load_weights(str(folder / f"{record['id']}.safetensors"), strict=not record["flags"].get("lora_rank"))
     state = tree_unflatten(mx.load(str(folder / f"{record['id']}.metadata"), format="safetensors"))
     run.optimizer.state, run.batches.perm = state["optimizer"], np.array(state["perm"])
     vars(run.batches).update({name: record[name] for name in ("epoch", "offset", "s")})
@@ -814,7 +930,7 @@ def make_streams(rows, context_size):
     return [cpu_stream(i) for i in range(count)]
 
 
-def make_step(model, optimizer, flags, streams):
+def make_step(model, optimizer, flags, streams, teacher=None):
     """The training step: tokens [N, L], targets [N, L], dropout's rates [N] and keys [N, 2] or none of these -> mean loss,
     gradient norm. The N = batch_size * grad_accumulation rows are taken batch_size at a time, and those are shared out
     over `streams`. With bfloat16 all is computed in it but the loss; weights and optimizer state stay in float32."""
@@ -826,6 +942,8 @@ def make_step(model, optimizer, flags, streams):
         # The embeddings stay in float32, or the many small gradients of a frequent token would be lost in its sum.
         cast = lambda name, weight: weight if "embed_tokens" in name else weight.astype(dtype)
         model.update(tree_map_with_path(cast, weights))
+        if teacher:
+            return distillation_loss(model, teacher, tokens, targets, noise, flags) * share
         return loss_sum(model, tokens, targets, share, noise)
 
     @partial(mx.compile, inputs=[model.state])
@@ -868,8 +986,9 @@ def make_noise(iteration, rows, flags):
     return mx.full(rows, rate), mx.array(random.integers(0, 2**32, (rows, 2), np.uint32))
 
 
-def train(flags, dataset, checkpoint, interrupts):
-    """One run from its start, or from the record `checkpoint`, to `num_iters` or a signal. Returns the exit status."""
+def train(flags, dataset, checkpoint, used, interrupts):
+    """One run from its start, or from the record `checkpoint`, to `num_iters` or a signal. `used`: the models that
+    --init_from and --teacher name, as `open_model` gives them. Returns the exit status."""
     folder, tokenizer = flags.save_dir, dataset.tokenizer
     name = f"{dataset.name}-{os.urandom(3).hex()}"
     # What follows a checkpoint that its run has left behind, and that --identifier names, is another run.
@@ -880,8 +999,14 @@ def train(flags, dataset, checkpoint, interrupts):
         raise UsageError(f"{name} is being trained by another process: wait for it, or begin another with --new_model")
     clean_folder(folder)
 
-    config = Config(**checkpoint["config"]) if checkpoint else make_config(flags, tokenizer.vocab_size)
-    model = LanguageModel(config)
+    model, teacher = (used[flag][0] if flag in used else None for flag in ("init_from", "teacher"))
+    config = Config(**checkpoint["config"]) if checkpoint else make_config(flags, tokenizer.vocab_size, model)
+    fresh = not model or flags.lora_rank  # is there anything to initialize?
+    if not model:
+        model = LanguageModel(config)
+    model.config = config  # the context may be another one
+    if flags.lora_rank:
+        add_lora(model, flags.lora_rank, flags.lora_alpha)
     streams = make_streams(flags.batch_size, flags.context_size)
     optimizer = make_optimizer(model, flags, streams)
     batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size * flags.grad_accumulation, flags.seed)
@@ -889,12 +1014,16 @@ def train(flags, dataset, checkpoint, interrupts):
     run = SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer)
     if checkpoint:
         load_run(folder, checkpoint, run)
-    else:
+    elif fresh:
         init_weights(model, flags.seed)
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {os.cpu_count()} cores"
     record |= {
         "run": name, "flags": {flag: getattr(flags, flag) for flag in INHERITED}, "tokens_sha256": dataset.sha256,
-        "config": dataclasses.asdict(config), "parameters": sum(w.size for _, w in tree_flatten(model.parameters())),
+        "uses": {  # models that every leg needs, under what name and with which id
+            flag: [getattr(flags, flag) if os.path.isdir(getattr(flags, flag)) else id, id]
+            for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank
+        },
+        "config": dataclasses.asdict(config), "parameters": count_parameters(model.parameters()),
         # What the last bits of a result depend on: a run is exact as long as these stay the same.
         "versions": {
             "MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device, "streams": len(streams),
@@ -906,7 +1035,7 @@ def train(flags, dataset, checkpoint, interrupts):
         tqdm.write(f"Iteration {start:,} of --num_iters {flags.num_iters:,} is reached: a larger one extends the run.")
 
     bar = tqdm(total=flags.num_iters, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    step, steps_per_save = make_step(model, optimizer, flags, streams), flags.steps_per_save or flags.steps_per_eval
+    step, steps_per_save = make_step(model, optimizer, flags, streams, teacher), flags.steps_per_save or flags.steps_per_eval
     losses, seconds, trained = [], 0.0, 0.0  # since the last report; `trained`: in all, but for a first compiling step
     for iteration in range(start, flags.num_iters + 1):
         record["iteration"] = iteration
@@ -976,6 +1105,10 @@ def train(flags, dataset, checkpoint, interrupts):
     return 0
 
 
+def count_parameters(tree):
+    return sum(weight.size for _, weight in tree_flatten(tree))
+
+
 def print_start(flags, dataset, run, last):
     """One screen that says what is trained, on what, and where its files go. last: the record that is gone on from."""
     record, config, tokenizer, folder = run.record, run.model.config, dataset.tokenizer, flags.save_dir
@@ -983,9 +1116,10 @@ def print_start(flags, dataset, run, last):
     free, room, old, new = shutil.disk_usage(folder).free, size * (flags.keep + 2), last["versions"], record["versions"]
     splits = " / ".join(f"{len(split.tokens):,}" for split in (dataset.train, dataset.valid, dataset.test) if split)
     windows, rows = len(run.batches.perm), run.batches.batch_size
+    few = f", of them {trained:,} trained" if (trained := count_parameters(run.model.trainable_parameters())) < record["parameters"] else ""
     tqdm.write(
         f"run      {record['run']}, from iteration {record['iteration']:,} to {flags.num_iters:,}, seed {flags.seed}\n"
-        f"model    {record['parameters']:,} parameters: {config.num_blocks} blocks, dim {config.dim}, {config.num_heads} "
+        f"model    {record['parameters']:,} parameters{few}: {config.num_blocks} blocks, dim {config.dim}, {config.num_heads} "
         f"heads ({config.num_kv_heads} for keys and values), {config.mlp} {config.mlp_dim}, context {config.context_size}\n"
         f"data     {dataset.name}: {splits} tokens; vocabulary {tokenizer.vocab_size:,} by {tokenizer.kind} "
         f"({tokenizer.vocab_size - tokenizer.num_special:,} without special tokens)\n"
@@ -1197,8 +1331,10 @@ def talk(folder, checkpoint, flags):
     print(f"{run}, iteration {iteration:,}, checkpoint {id[:12]}", file=sys.stderr)
     model, tokenizer = load_model(folder, checkpoint)
     models = [model]
+    if flags.quantize:
+        quantize(model, flags.quantize, packed=flags.gpu)
     if flags.draft:
-        draft, its = load_model(folder, named_checkpoint(folder, list_checkpoints(folder), flags.draft, "--draft"))
+        draft, its, _ = open_model(folder, flags.draft, "--draft")
         if its.to_dict() != tokenizer.to_dict():
             raise UsageError(f"--draft {flags.draft} has another tokenizer than {id[:12]}: name one of equal data")
         models.append(draft)
@@ -1282,6 +1418,25 @@ def answer_file(tokenizer, model, id, flags, batch_size=16):
                 out.flush()
 
 
+def quantize(model, bits, packed):
+    """Rounds every matrix to `bits` in groups of 64, or 32 where 64 does not divide its rows; returns which. packed: whether
+    they get small in memory, too; on a CPU, where products with packed ones are slow, they are better spread out again."""
+    matrices = [weight for _, weight in tree_flatten(model.parameters()) if weight.ndim == 2]
+    group = next((group for group in (64, 32) if all(matrix.shape[1] % group == 0 for matrix in matrices)), None)
+    if not group:
+        raise UsageError(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim: train another")
+    before = sum(matrix.nbytes for matrix in matrices) / 2**20
+    after = sum(part.nbytes for matrix in matrices for part in mx.quantize(matrix, group, bits)) / 2**20
+    print(f"Quantized to {bits} bits: the matrices' {before:,.1f} MiB would be {after:,.1f}", file=sys.stderr)
+    if packed:
+        nn.quantize(model, group, bits)
+    else:
+        spread = lambda weight: mx.dequantize(*mx.quantize(weight, group, bits), group, bits)
+        model.update(tree_map(lambda weight: spread(weight) if weight.ndim == 2 else weight, model.parameters()))
+    mx.eval(model.parameters())
+    return group
+
+
 # ---- Tools: each one function ---------------------------------------------------------------------------------------
 def list_runs(folder):
     """Prints a table of the runs in `folder`, the one saved last first: what each is, the flags in which it differs
@@ -1303,6 +1458,35 @@ def list_runs(folder):
             size = sum(path.stat().st_size for path in folder.glob(f"{id}.*")) / 2**20
             marks = ", latest" * (record is records[0]) + ", best" * (id == best.get("id"))
             print(f"    {id[:12]}  iteration {iteration:>9,}  {score:>10}  {size:>8,.1f} MiB  {age:>8} old{marks}")
+
+
+def export_model(model, tokenizer, folder, bits):
+    """--export: a folder that transformers and mlx_lm load (of Arcee's relu2, transformers alone). Raises UsageError."""
+    config = model.config
+    name = COUNTERPARTS.get((config.mlp, config.qk_norm))
+    if not name:
+        blame = "--mlp gelu" if config.mlp == "gelu" else "--qk_norm with --mlp relu2"
+        raise UsageError(f"--export: Hugging Face has no model with {blame}: --mlp swiglu has one with and without --qk_norm")
+    theirs = {name: getattr(config, ours) for ours, name in THEIR_NAMES.items()} | {
+        "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(), "tie_word_embeddings": not config.untie,
+        "hidden_act": "relu2" if config.mlp == "relu2" else "silu", "attention_bias": False, "mlp_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "dtype": "float32",
+        "torch_dtype": "float32", "bos_token_id": None, "eos_token_id": tokenizer.eos,
+    }  # fmt: skip
+    if bits:
+        theirs["quantization"] = {"group_size": quantize(model, bits, packed=True), "bits": bits}
+    text, about = tokenizer_json(tokenizer)
+    about |= {"model_max_length": config.context_size, "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}
+    generation = {"eos_token_id": tokenizer.eos, "do_sample": True, "temperature": 0.5, "top_k": 50}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())), {"format": "mlx"})
+        (folder / "tokenizer.json").write_text(text, "utf-8")
+        for file, content in {"config": theirs, "tokenizer_config": about, "generation_config": generation}.items():
+            (folder / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UsageError(f"cannot write to --export {folder} ({error.strerror}): name a folder of yours") from None
+    print(f"{name}ForCausalLM and its tokenizer are in {folder}", file=sys.stderr)
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -1395,6 +1579,15 @@ def make_parser():
     sampling("--min_p", type=number(float, 0, 1), default=0.0, help="and not below this share of the likeliest's")
     sampling("--repetition_penalty", type=number(float, 0.01, 100), default=1.0, help="makes tokens of the context rarer")
     sampling("--draft", metavar="ID", help="a smaller checkpoint that proposes tokens, for speed alone")
+    reuse = parser.add_argument_group("reuse").add_argument
+    reuse("--init_from", metavar="MODEL", help="begin with a checkpoint's weights or those of a Hugging Face folder")
+    reuse("--lora_rank", type=size, help="train adapters of this rank only, with --init_from")
+    reuse("--lora_alpha", type=number(float, 0), help="their scale, times the rank (default: twice the rank)")
+    reuse("--teacher", metavar="MODEL", help="learn from its predictions, too: a checkpoint or a Hugging Face folder")
+    reuse("--teacher_weight", type=number(float, 0, 1), default=0.5, help="share of the teacher in the loss")
+    reuse("--teacher_temperature", type=number(float, 0.01, 100), default=2.0, help="softens both predictions")
+    reuse("--quantize", type=int, choices=[4, 8], help="bits of a weight in sampling, --evaluate and --export")
+    reuse("--export", metavar="DIR", help="write a checkpoint as a Hugging Face folder")
     tools = parser.add_argument_group("tools").add_argument
     tools("--evaluate", choices=["valid", "test"], help="score the whole split with a checkpoint")
     tools("--list", **switch, help="list the runs and checkpoints in the folder")
@@ -1410,8 +1603,8 @@ for flag in PARSER._actions[1:]:  # all but --help. From here on what PARSER ret
     flag.default = argparse.SUPPRESS
 # What makes two command lines mean two different runs, and what a resumed run takes from its checkpoint.
 DATA = ["dataset", "text", "valid_text", "test_text", "valid_fraction", "train_tokens", "tokenizer", "vocab_size"]
-SHAPING = [*DATA, "seed", "optimizer", *GROUPS["model"]]
-INHERITED = [*SHAPING, "num_iters", *GROUPS["training"], *GROUPS["reports"]]
+SHAPING = [*DATA, "seed", "optimizer", *GROUPS["model"], "init_from", "lora_rank", "lora_alpha", "teacher"]
+INHERITED = [*SHAPING, "num_iters", *GROUPS["training"], *GROUPS["reports"], "teacher_weight", "teacher_temperature"]
 
 
 def resolve(flags):
@@ -1423,6 +1616,11 @@ def resolve(flags):
     if flags.tokenizer == "auto":
         flags.tokenizer = CORPORA[flags.dataset][0]
     flags.num_kv_heads = flags.num_kv_heads or flags.num_heads
+    if flags.lora_rank and flags.lora_alpha is None:
+        flags.lora_alpha = 2 * flags.lora_rank
+    for name in ("init_from", "teacher"):
+        if os.path.isdir(path := os.path.abspath(os.path.expanduser(getattr(flags, name) or ""))):
+            setattr(flags, name, getattr(flags, name) and path)
     flags.mlp_dim = flags.mlp_dim or (-(-flags.dim * 8 // 192) * 64 if flags.mlp == "swiglu" else 4 * flags.dim)
     return flags
 
@@ -1481,6 +1679,36 @@ def choose_checkpoint(folder, flags, typed, using):
         raise RunError(f"no intact checkpoint of {candidates[0]['run']} is left: --new_model begins a new run")
 
 
+def open_origins(folder, flags, typed, checkpoint):
+    """The models that --init_from and --teacher name, by flag, and the tokenizer of theirs that the text is to have. Fills in
+    the model flags that --init_from decides. Raises UsageError where a typed flag or the two contradict."""
+    wanted = [flag for flag in ("init_from", "teacher") if getattr(flags, flag)]
+    if not wanted:
+        return {}, {}
+    used = {}
+    for flag in wanted:
+        if checkpoint and flag in checkpoint["uses"] and not flags.evaluate:
+            used[flag] = open_used(folder, checkpoint, flag)
+        elif not checkpoint:
+            used[flag] = open_model(folder, getattr(flags, flag), f"--{flag}")
+    if checkpoint:
+        vocabulary = json.loads(read_texts(folder / f"{checkpoint['id']}.metadata")[1]["tokenizer"])
+    else:
+        model, tokenizer, _ = used[wanted[0]]
+        vocabulary = tokenizer.to_dict()
+        decided = {"tokenizer": vocabulary["kind"]}
+        if "init_from" in used:
+            decided |= {name: value for name, value in vars(model.config).items() if name in flags and name != "vocab_size"}
+        for name, value in decided.items():
+            if name in typed and typed[name] != value and name != "context_size":
+                raise UsageError(f"--{name} {typed[name]} contradicts --{wanted[0]}, which has {value}: leave --{name} away")
+            setattr(flags, name, typed[name] if name in typed else value)
+    for flag, (_, tokenizer, _) in used.items():
+        if tokenizer.to_dict() != vocabulary:
+            raise UsageError(f"--{flag} {getattr(flags, flag)} has another tokenizer than the model to train: name one of equal data")
+    return used, {"tokenizer": vocabulary}
+
+
 def main(argv=None):
     """Does what the command line says; returns the exit status: 0 done, 1 failed, 2 usage, 128 + n after signal n."""
     try:
@@ -1491,7 +1719,7 @@ def main(argv=None):
             typed = dict(zip(("dim", "num_heads", "num_blocks", "context_size"), PRESETS[typed["preset"]])) | typed
         if typed.get("tokenizer") == "auto":  # that is not to insist on anything
             del typed["tokenizer"]
-        modes = ["inference", "prompt", "prompts_file", "evaluate", "list", "new_model"]
+        modes = ["inference", "prompt", "prompts_file", "evaluate", "export", "list", "new_model"]
         for pair in [("dataset", "text"), ("identifier", "new_model"), *itertools.combinations(modes, 2)]:
             if all(typed.get(name, False) is not False for name in pair):
                 raise UsageError(f"--{pair[0]} and --{pair[1]} exclude each other: leave one away")
@@ -1504,7 +1732,7 @@ def main(argv=None):
         talking = flags.inference or flags.prompt is not None
         if flags.output and not flags.prompts_file or flags.draft and not talking:
             raise UsageError("--output goes with --prompts_file, --draft with --prompt or --inference")
-        using = talking or flags.prompts_file or flags.evaluate  # a checkpoint, whatever its corpus
+        using = talking or flags.prompts_file or flags.evaluate or flags.export  # a checkpoint, whatever its corpus
         folder = open_folder(flags.save_dir, writing=not (using or flags.list))
 
         if flags.list:
@@ -1513,6 +1741,8 @@ def main(argv=None):
         checkpoint = choose_checkpoint(folder, flags, typed, using)
         if using and not checkpoint:
             raise UsageError(f"no such checkpoint in {folder}: train a model first, or name its folder with --save_dir")
+        if flags.export:
+            return export_model(*load_model(folder, checkpoint), Path(flags.export).expanduser(), flags.quantize) or 0
         if using and not flags.evaluate:
             return talk(folder, checkpoint, flags) or 0
 
@@ -1526,18 +1756,26 @@ def main(argv=None):
             flags = resolve(argparse.Namespace(**DEFAULTS | old | typed))
         if flags.min_lr is not None and flags.min_lr > flags.learning_rate:
             raise UsageError(f"--min_lr {flags.min_lr} is above --learning_rate {flags.learning_rate}: give a lower one")
+        for name, partner in {"lora_rank": "init_from", "lora_alpha": "lora_rank"}.items():
+            if getattr(flags, name) and not getattr(flags, partner):
+                raise UsageError(f"--{name} goes with --{partner}: give that, too")
         flags.save_dir = folder
-        data = {name: getattr(flags, name) for name in DATA if name != "dataset"}
+        used, vocabulary = open_origins(folder, flags, typed, checkpoint)
+        data = {name: getattr(flags, name) for name in DATA if name != "dataset"} | vocabulary
         dataset = load_dataset(flags.dataset, folder, **data, mirror=flags.mirror, say=tqdm.write)
         if checkpoint and checkpoint["tokens_sha256"] != dataset.sha256:
             raise UsageError(f"the training text of {checkpoint['run']} has changed: --new_model begins a run on it")
         if "test" in (flags.evaluate, flags.eval_test and "test") and not dataset.test:
             raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
         if flags.evaluate:
-            score_split(flags.evaluate, load_model(folder, checkpoint)[0], dataset, flags)
+            model, _ = load_model(folder, checkpoint)
+            score_split(flags.evaluate, model, dataset, flags)
+            if flags.quantize:
+                quantize(model, flags.quantize, packed=flags.gpu)
+                score_split(flags.evaluate, model, dataset, flags)
             return 0
         with Interrupts() as interrupts:
-            return train(flags, dataset, checkpoint, interrupts)
+            return train(flags, dataset, checkpoint, used, interrupts)
     except (UsageError, RunError, OSError) as error:
         print(f"{PARSER.prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
