@@ -2,6 +2,7 @@
 
     python tests/benchmark.py train                  training steps beside PyTorch's (pip install torch) and plain MLX's
     python tests/benchmark.py decode                 sampling: beside no cache, the memory's speed, and one text at a time
+    python tests/benchmark.py generate               the same beside generate of transformers (pip install torch transformers)
     python tests/benchmark.py data --mirror DIR      text to tokens; DIR holds ptb/ptb.train.txt and the others
 
 Each figure is measured in a process of its own, so that peak memory is that of the one thing.
@@ -261,6 +262,66 @@ def read_speed():
     return array.nbytes / 1e9 / min(seconds)
 
 
+def make(vocab_size=32000, **values):
+    """A fresh model and its flags."""
+    import main
+
+    flags = main.resolve(argparse.Namespace(**main.DEFAULTS | values))
+    model = main.LanguageModel(main.make_config(flags, vocab_size))
+    main.init_weights(model, 0)
+    return model, flags
+
+
+def speed(model, flags, rows, count):
+    """Steps a second of `count`, after a prompt of three tokens and a warm-up."""
+    import main
+
+    steps = main.generate(main.Decoder(model, [[1, 2, 3] for _ in range(rows)]), count + 3, flags, range(rows))
+    for _ in range(3):
+        next(steps)
+    began = time.perf_counter()
+    list(steps)
+    return count / (time.perf_counter() - began)
+
+
+THEIRS = """
+import sys, time, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).to(sys.argv[2])
+options = dict(do_sample=True, temperature=0.5, top_k=50, pad_token_id=0, eos_token_id=None)
+for line in sys.stdin:
+    began = time.perf_counter()
+    model.generate(torch.tensor([[1, 2, 3]]).to(sys.argv[2]), min_new_tokens=int(line), max_new_tokens=int(line), **options)
+    print(time.perf_counter() - began, flush=True)
+"""
+
+
+def generate(gpu, rounds=5, count=100):
+    """Sampling one text beside transformers' generate, the same weights, by turns."""
+    import main
+    from datasets import byte_tokenizer
+
+    main.use_device(gpu)
+    figures, shapes = {}, {"10M": dict(dim=256, num_blocks=8, num_heads=8), "110M": dict(dim=768, num_blocks=12, num_heads=12)}
+    for name, shape in shapes.items():
+        model, flags = make(10000 if name == "10M" else 32000, **shape, context_size=256, mlp="swiglu")
+        with tempfile.TemporaryDirectory() as folder:
+            main.export_model(model, byte_tokenizer(), Path(folder), None)
+            command = [sys.executable, "-c", THEIRS, folder, "cuda" if gpu else "cpu"]
+            worker = subprocess.Popen(command, cwd=folder, stdin=-1, stdout=-1, text=True)
+            results = []
+            for _ in range(rounds + 1):
+                worker.stdin.write(f"{count}\n")
+                worker.stdin.flush()
+                theirs = count / float(worker.stdout.readline())
+                results.append((speed(model, flags, 1, count), theirs))
+            worker.communicate()
+        ratios = sorted(round(ours / theirs, 2) for ours, theirs in results[1:])
+        ours, theirs = (round(statistics.median(column), 1) for column in zip(*results[1:]))
+        figures[name] = {"times transformers' speed": {"median": statistics.median(ratios), "rounds": ratios}, "tokens/s": [ours, theirs]}
+    return figures
+
+
 def decode(gpu, rounds=5):
     """Tokens a second of sampling, each figure beside what it is to be compared with, in turn."""
     import main
@@ -268,21 +329,6 @@ def decode(gpu, rounds=5):
     from mlx.utils import tree_flatten
 
     main.use_device(gpu)
-
-    def make(**values):
-        flags = main.resolve(argparse.Namespace(**main.DEFAULTS | values))
-        model = main.LanguageModel(main.make_config(flags, 32000))
-        main.init_weights(model, 0)
-        return model, flags
-
-    def speed(model, flags, rows, count):
-        """Steps a second of `count`, after a prompt of three tokens and a warm-up."""
-        steps = main.generate(main.Decoder(model, [[1, 2, 3] for _ in range(rows)]), count + 3, flags, range(rows))
-        for _ in range(3):
-            next(steps)
-        began = time.perf_counter()
-        list(steps)
-        return count / (time.perf_counter() - began)
 
     def uncached(model, count):
         text, began = [1, 2, 3], time.perf_counter()
@@ -310,7 +356,7 @@ def decode(gpu, rounds=5):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["train", "decode", "data", "work"])
+    parser.add_argument("part", choices=["train", "decode", "generate", "data", "work"])
     parser.add_argument("--mirror", help="address or folder that holds ptb/ptb.train.txt and the others")
     parser.add_argument("--shape", choices=list(SHAPES), help="one of the models (default: all)")
     parser.add_argument("--gpu", action="store_true")
@@ -321,7 +367,8 @@ if __name__ == "__main__":
     if flags.part == "data" and not flags.mirror:
         parser.error("data needs --mirror")
     if flags.part != "train":
-        figures = data(os.path.abspath(flags.mirror)) if flags.part == "data" else decode(flags.gpu)
+        parts = {"data": lambda: data(os.path.abspath(flags.mirror)), "decode": lambda: decode(flags.gpu), "generate": lambda: generate(flags.gpu)}
+        figures = parts[flags.part]()
         for name, figure in figures.items():
             print(f"{name:<36} {figure}")
     else:

@@ -28,6 +28,8 @@ DEFAULTS = dict(
     steps_per_report=10, steps_per_eval=1000, eval_tokens=100000, steps_per_save=None, eval_test=False, keep=3,
     inference=False, prompt=None, prompts_file=None, output=None, max_tokens=200, num_samples=1, temperature=0.5, top_k=50,
     top_p=1.0, min_p=0.0, repetition_penalty=1.0, draft=None,
+    init_from=None, lora_rank=None, lora_alpha=None, teacher=None, teacher_weight=0.5, teacher_temperature=2.0,
+    quantize=None, export=None,
     evaluate=None, list=False,
 )  # fmt: skip
 LINE = "".join(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(200))
@@ -233,7 +235,7 @@ def test_help(tmp_path):
     assert err == "" and not list(tmp_path.iterdir())
     for name in DEFAULTS:
         assert re.search(rf"^  --{name}\b", out, re.M), name
-    for title in ("run", "model", "training", "reports", "sampling", "tools"):
+    for title in ("run", "model", "training", "reports", "sampling", "reuse", "tools"):
         assert f"\n{title}:\n" in out
     for value in ("100000", "1024", "0.0003", "1e-05", "default: ptb", "default: relu2"):
         assert value in out
