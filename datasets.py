@@ -129,29 +129,27 @@ def tokenizer_json(tokenizer):
     """The text of a `tokenizer.json` that gives the same ids, and what `tokenizer_config.json` says beside it."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    vocabulary = getattr(tokenizer, "vocabulary", None)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if tokenizer.kind in ("bpe", "gpt2"):
-        text, end = vocabulary, tokenizer.package.id_to_token(tokenizer.eos) if tokenizer.eos is not None else None
-    else:
-        if tokenizer.kind == "byte":  # GPT-2 writes each byte as a character; those that cannot be seen come last
-            seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-            others = sorted(set(range(256)) - set(seen))
-            signs = {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(others)}
-            made, end = Tokenizer(models.BPE(signs | {"<eos>": 256}, [])), "<eos>"
-            made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-            made.decoder = decoders.ByteLevel()
-        elif tokenizer.kind == "char":
-            known = {character: i for i, character in enumerate(vocabulary)} | {"<unk>": tokenizer.unk}
-            made, end = Tokenizer(models.WordLevel(known, "<unk>")), None
-            made.pre_tokenizer, made.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
-        else:
-            made, end = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "<unk>")), "<eos>"
-            lines, spaces = normalizers.Replace("\n", " <eos> "), normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
-            made.normalizer, made.pre_tokenizer = normalizers.Sequence([lines, spaces]), pre_tokenizers.WhitespaceSplit()
-            joined = [decoders.WordPiece("\0", cleanup=False), decoders.Fuse()]
-            made.decoder = decoders.Sequence([*joined, decoders.Replace(Regex(" ?<eos> ?"), "\n")])
-        text = made.to_str()
-    return text, {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | ({"eos_token": end} if end else {})
+        end = {} if tokenizer.eos is None else {"eos_token": tokenizer.package.id_to_token(tokenizer.eos)}
+        return tokenizer.vocabulary, about | end
+    if tokenizer.kind == "byte":  # GPT-2 writes each byte as a character; those that cannot be seen come last
+        seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        order = [*seen, *sorted(set(range(256)) - set(seen))]
+        signs = {chr(byte if i < len(seen) else 256 + i - len(seen)): byte for i, byte in enumerate(order)}
+        made = Tokenizer(models.BPE(signs | {"<eos>": 256}, []))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.decoder = decoders.ByteLevel()
+        return made.to_str(), about | {"eos_token": "<eos>"}
+    made = Tokenizer(models.WordLevel({text: i for i, text in enumerate(tokenizer.vocabulary)} | {"<unk>": tokenizer.unk}, "<unk>"))
+    if tokenizer.kind == "char":
+        made.pre_tokenizer, made.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+        return made.to_str(), about
+    lines, spaces = normalizers.Replace("\n", " <eos> "), normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
+    made.normalizer, made.pre_tokenizer = normalizers.Sequence([lines, spaces]), pre_tokenizers.WhitespaceSplit()
+    joined = [decoders.WordPiece("\0", cleanup=False), decoders.Fuse(), decoders.Replace(Regex(" ?<eos> ?"), "\n")]
+    made.decoder = decoders.Sequence(joined)
+    return made.to_str(), about | {"eos_token": "<eos>"}
 
 
 def tokenizer_from_dict(data):
@@ -376,17 +374,12 @@ def text_files(paths, say, save_dir):
         for match in map(Path, matches):
             below = [file for file in sorted(match.rglob("*")) if "/." not in f"/{file.relative_to(match)}"]
             below = [file for file in below if file.is_file() and save_dir.resolve() not in file.resolve().parents]
-            texts = [file for file in below if is_text(file)]
+            begins = (file.open(encoding="utf-8", errors="surrogateescape").read(1 << 16) for file in below)
+            texts = [file for file, begin in zip(below, begins) if not re.search("[\0\udc80-\udcff]", begin)]
             found += texts if match.is_dir() else [match]
             if len(texts) < len(below):
                 say(f"{match}: {len(below) - len(texts):,} of {len(below):,} files are not UTF-8 text and left out")
     return list(dict.fromkeys(found))
-
-
-def is_text(path):
-    """Whether a file begins like UTF-8 text."""
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        return not re.search("[\0\udc80-\udcff]", file.read(1 << 16))
 
 
 # ---- Encoding, as a stream
@@ -531,33 +524,38 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
     return Dataset(name, trained, **splits, sha256=about["sha256"])
 
 
+def append_lines(path, heads):
+    """A file open to write on, and the lines of JSON that it holds: the first of those that begin as `heads` say, without
+    one that a kill cut off. Raises UsageError for a file that holds other things, which stays as it is."""
+    heads = [json.dumps(head, ensure_ascii=False).encode()[:-1] for head in heads]
+    out = open(path, "a+b")
+    out.seek(0)
+    *lines, cut = out.read().split(b"\n")
+    ours = len(lines) <= len(heads) and all(map(bytes.startswith, lines, heads))
+    if not ours or cut[: len(head := [*heads, b"\n"][len(lines)])] != head[: len(cut)]:
+        raise UsageError(f"{path} holds other things than answers to these prompts by this model: name another --output")
+    out.truncate(out.tell() - len(cut))
+    return out, lines
+
+
 def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
     """Collects what `model`, at a server that speaks OpenAI's chat completions, answers to `prompts`: a line of JSON each in
     folder/answers.jsonl, and all of them, for --text, in folder/corpus.txt. At most so many requests; begun again it goes
     on. The key is read from TEACHER_API_KEY and written nowhere. Raises UsageError, RunError."""
     import requests
 
-    key, answers, sent = os.environ.get("TEACHER_API_KEY", ""), folder / "answers.jsonl", 0
     folder.mkdir(parents=True, exist_ok=True)
-    with open(answers, "a+b") as out:
-        out.seek(0)
-        *lines, cut = out.read().split(b"\n")
-        try:
-            begun = [json.loads(line) for line in lines]
-            ours = [(line["prompt"], line["model"]) for line in begun] == [(prompt, model) for prompt in prompts[: len(begun)]]
-        except (ValueError, LookupError, TypeError):
-            ours = False
-        if not ours:
-            raise UsageError(f"{answers} holds other things than answers of {model} to these prompts: name another --output")
-        out.truncate(out.tell() - len(cut))  # a line that a kill cut off
-        for prompt in prompts[len(begun) :]:
+    key, path, sent = os.environ.get("TEACHER_API_KEY", ""), folder / "answers.jsonl", 0
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    out, lines = append_lines(path, [{"prompt": prompt, "model": model} for prompt in prompts])
+    with out:
+        for prompt in prompts[len(lines) :]:
+            body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
             for pause in (1, 2, 4, 8, 16, 32, 60, None):  # seconds
                 if sent == most:
-                    raise RunError(f"{sent:,} requests are made (--max_requests), {len(begun):,} prompts answered: start it again")
+                    raise RunError(f"{sent:,} requests are made (--max_requests), {len(lines):,} prompts answered: start it again")
                 sent, wait = sent + 1, ""
                 try:
-                    body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
-                    headers = {"Authorization": f"Bearer {key}"} if key else {}
                     answer = requests.post(f"{url.rstrip('/')}/chat/completions", json=body, headers=headers, timeout=timeout)
                     reason, wait = f"status {answer.status_code}: {answer.text[:200]}", answer.headers.get("Retry-After", "")
                     if answer.status_code == 200:
@@ -567,45 +565,47 @@ def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
                         pause = None  # it will not do another time
                 except (requests.RequestException, ValueError, LookupError, TypeError) as error:
                     reason = f"{type(error).__name__}: {error}"
-                reason = " ".join((reason.replace(key, "***") if key else reason).split())
+                reason = " ".join(reason.replace(key or "\0", "***").split())
                 if pause is None:
-                    raise RunError(f"{url} does not answer ({reason}); {len(begun):,} answers are in {answers}: start it again")
+                    raise RunError(f"{url} does not answer ({reason}); {len(lines):,} answers are in {path}: start it again")
                 say(f"{reason}; once more in a moment")
                 time.sleep(max(pause, min(float(wait), 600)) if wait.replace(".", "", 1).isdigit() else pause)
-            begun.append({"prompt": prompt, "model": model, "completion": text})
-            out.write(json.dumps(begun[-1], ensure_ascii=False).encode() + b"\n")
+            lines.append(json.dumps({"prompt": prompt, "model": model, "completion": text}, ensure_ascii=False).encode())
+            out.write(lines[-1] + b"\n")
             out.flush()
-    (folder / "corpus.txt").write_text("".join(f"{each['prompt']}\n{each['completion']}\n" for each in begun), "utf-8")
-    say(f"{len(begun):,} answers are in {answers}; train on them with --text {folder / 'corpus.txt'}")
+    pairs = [(line["prompt"], line["completion"]) for line in map(json.loads, lines)]
+    (folder / "corpus.txt").write_text("".join(f"{prompt}\n{completion}\n" for prompt, completion in pairs), "utf-8")
+    say(f"{len(lines):,} answers are in {path}; train on them with --text {folder / 'corpus.txt'}")
 
 
 def main():
     """Prepares a corpus ahead of training and says what it is, or collects one from a teacher."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("--dataset", dest="name", choices=[name for name in CORPORA if name != "text"], default="ptb")
-    parser.add_argument("--text", nargs="+", metavar="PATH", help="your own files, folders or patterns instead")
-    parser.add_argument("--tokenizer", choices=["auto", *TOKENIZERS], default="auto")
-    parser.add_argument("--vocab_size", type=int, default=32000, help="of --tokenizer bpe (default: %(default)s)")
-    parser.add_argument("--valid_fraction", type=float, default=0.1, help="of --text (default: %(default)s)")
-    parser.add_argument("--save_dir", help="the folder that main.py is given, too (default: as there)")
-    parser.add_argument("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>")
-    parser.add_argument("--distill_from", metavar="URL", help="collect answers of a server with OpenAI's protocol instead")
-    parser.add_argument("--teacher_model", metavar="NAME", help="the server's model; its key is in TEACHER_API_KEY")
-    parser.add_argument("--teacher_prompts", metavar="FILE", help="a prompt a line")
-    parser.add_argument("--output", metavar="DIR", help="folder for the answers")
-    parser.add_argument("--max_requests", type=int, default=1000, help="limit of one start (default: %(default)s)")
+    add = parser.add_argument
+    add("--dataset", dest="name", choices=[name for name in CORPORA if name != "text"], default="ptb")
+    add("--text", nargs="+", metavar="PATH", help="your own files, folders or patterns instead")
+    add("--tokenizer", choices=["auto", *TOKENIZERS], default="auto")
+    add("--vocab_size", type=int, default=32000, help="of --tokenizer bpe (default: %(default)s)")
+    add("--valid_fraction", type=float, default=0.1, help="of --text (default: %(default)s)")
+    add("--save_dir", help="the folder that main.py is given, too (default: as there)")
+    add("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>")
+    teacher = parser.add_argument_group("collecting a corpus (a key is read from the variable TEACHER_API_KEY)")
+    add = lambda name, metavar, **rest: teacher.add_argument(name, metavar=metavar, default=argparse.SUPPRESS, **rest)
+    add("--distill_from", "URL", dest="url", help="of a server that speaks OpenAI's chat completions")
+    add("--teacher_model", "NAME", dest="model", help="the server's model")
+    add("--teacher_prompts", "FILE", dest="prompts", help="a prompt a line")
+    add("--output", "DIR", dest="folder", help="for answers.jsonl and corpus.txt")
+    add("--max_requests", "N", dest="most", type=int, help="limit of one start (default: 1000)")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists all flags)\n")
     flags = vars(parser.parse_args())
-    url, *teaching, most = (flags.pop(name) for name in ("distill_from", "teacher_model", "teacher_prompts", "output", "max_requests"))
+    teaching = {name: flags.pop(name) for name in ("url", "model", "prompts", "folder", "most") if name in flags}
     try:
-        if url:
-            if None in teaching:
-                raise UsageError("--distill_from needs --teacher_model, --teacher_prompts and --output")
-            model, path, folder = teaching
-            distill(url, model, Path(path).read_text("utf-8").removesuffix("\n").split("\n"), Path(folder), most)
-            return 0
-        flags["save_dir"] = open_folder(flags["save_dir"], writing=True)
-        dataset = load_dataset(**flags | ({"name": "text"} if flags["text"] else {}))
+        if teaching and not teaching.keys() >= {"url", "model", "prompts", "folder"}:
+            raise UsageError("--distill_from, --teacher_model, --teacher_prompts and --output go together: give all four")
+        if teaching:
+            prompts = Path(teaching["prompts"]).read_text("utf-8").removesuffix("\n").split("\n")
+            return distill(**teaching | {"prompts": prompts, "folder": Path(teaching["folder"])})
+        dataset = load_dataset(**flags | {"save_dir": open_folder(flags["save_dir"], True)} | ({"name": "text"} if flags["text"] else {}))
     except (UsageError, RunError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

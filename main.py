@@ -43,7 +43,8 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets import (
-    CACHE, CORPORA, TOKENIZERS, RunError, UsageError, load_dataset, open_folder, tokenizer_from_dict, tokenizer_json,
+    CACHE, CORPORA, TOKENIZERS, RunError, UsageError, append_lines, load_dataset, open_folder, tokenizer_from_dict,
+    tokenizer_json,
 )  # fmt: skip
 
 FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
@@ -1394,20 +1395,11 @@ def answer_file(tokenizer, model, id, flags, batch_size=16):
     stdout. An --output that was begun is gone on with. Raises UsageError."""
     try:
         prompts = Path(flags.prompts_file).read_text("utf-8").removesuffix("\n").split("\n")
-        out = open(flags.output, "a+b") if flags.output else os.fdopen(os.dup(1), "wb")
+        prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
+        jobs = [{"prompt": prompt, "seed": flags.seed + i, "checkpoint": id} for i, prompt in enumerate(prompts)]
+        out, begun = append_lines(flags.output, jobs) if flags.output else (os.fdopen(os.dup(1), "wb"), [])
     except (OSError, ValueError) as error:
         raise UsageError(f"--prompts_file and --output: {error}") from None
-    prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
-    jobs = [{"prompt": prompt, "seed": flags.seed + i, "checkpoint": id} for i, prompt in enumerate(prompts)]
-    begun = []
-    if flags.output:
-        out.seek(0)
-        *begun, cut = out.read().split(b"\n")
-        heads = [json.dumps(job, ensure_ascii=False).encode()[:-1] for job in jobs]  # how their lines begin
-        ours = len(begun) <= len(jobs) and all(map(bytes.startswith, begun, heads))
-        if not ours or any(cut[: len(head)] != head[: len(cut)] for head in heads[len(begun) :][:1]):
-            raise UsageError(f"--output {flags.output} holds no answers to these prompts by {id[:12]}: name another")
-        out.truncate(out.tell() - len(cut))  # a line that a kill cut off
     with out:
         for start in range(len(begun), len(jobs), batch_size):
             batch = jobs[start : start + batch_size]

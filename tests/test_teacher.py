@@ -137,7 +137,7 @@ def test_a_file_that_a_kill_cut_off(tmp_path, pauses, kept):
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("content", [b"notes\n", b'{"prompt": "other", "model": "gpt", "completion": ""}\n', b"[]\n", b"{}\n"])
+@pytest.mark.parametrize("content", [b"notes\n", b"notes", b'{"prompt": "other", "model": "gpt", "completion": ""}\n', b"[]\n", b"{}\n"])
 def test_other_files_are_left_alone(tmp_path, pauses, content):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(content)
