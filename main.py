@@ -495,18 +495,29 @@ class Batches:
 
 
 # ---- Loss and evaluation --------------------------------------------------------------------------------------------
-def head_loss(hidden, head, targets, weights, training=True):
+def probabilities(logits):
+    """Softmax over the last axis, and its logarithm."""
+    below = logits - logits.max(axis=-1, keepdims=True)
+    powers = exp(below)
+    total = powers.sum(axis=-1, keepdims=True)
+    return powers / total, below - mx.log(total)
+
+
+def head_loss(hidden, head, targets, weights, *teacher, training=True):
     """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed with it, so that of the
     logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head: [V, D];
     targets: [N]; weights: [N], of the positions; training: False where the gradients are not asked for, so that MLX
-    never computes them and no chunk waits for them."""
+    never computes them and no chunk waits for them. teacher: its hidden states [N, D'], head [V', D'] and [share, T];
+    then so much of the loss is T^2 times the Kullback-Leibler divergence to what it predicts, both softened by the
+    temperature T (Hinton et al. 2015)."""
+    answer_weights = weights * (1 - teacher[2][0]) if teacher else weights
     # Chunks of 2^23 logits cost nothing; with fewer than 128 rows the products of a large vocabulary become slow.
     chunks = -(-len(hidden) // max(128, 2**23 // len(head)))
     rows = -(-len(hidden) // chunks)
     loss, hidden_gradient, head_gradient = mx.array(0.0), [], None
     for start in range(0, len(hidden), rows):
         inputs, answers = hidden[start : start + rows], targets[start : start + rows]
-        weight = weights[start : start + rows, None]
+        weight = answer_weights[start : start + rows, None]
         if start > 0:
             # On a CPU MLX dispatches operations far ahead of their computation and allocates their results then; idle
             # ones hold the next chunk back until this one is done (267,735 words: 2.5 chunks of memory, not 11).
@@ -522,11 +533,19 @@ def head_loss(hidden, head, targets, weights, training=True):
         nats = mx.log(total) + largest - mx.take_along_axis(logits, answers[:, None], axis=-1)
         loss = loss + (nats * weight).sum()
         # The gradient by the logits is (powers / total - one-hot answers) * weight, never written out.
-        powers, share = powers.astype(head.dtype), (weight / total).astype(head.dtype)
+        share = weight / total
+        if teacher:
+            states, their_head, (mixed, T) = teacher
+            wanted, log_wanted = probabilities((states[start : start + rows] @ their_head.T)[:, : len(head)].astype(mx.float32) / T)
+            given, log_given = probabilities(logits / T)
+            pull = mixed * T * weights[start : start + rows, None]
+            loss = loss + T * (pull * wanted * (log_wanted - log_given)).sum()
+            powers, share = powers * share + pull * (given - wanted), mx.ones_like(share)
+        powers, share = powers.astype(head.dtype), share.astype(head.dtype)
         hidden_gradient.append((powers @ head) * share - answer * weight.astype(head.dtype))
         factors = powers.T, inputs * share
         head_gradient = mx.addmm(head_gradient, *factors) if start > 0 else mx.matmul(*factors)
-    head_gradient = head_gradient.astype(mx.float32).at[targets].add(-hidden.astype(mx.float32) * weights[:, None])
+    head_gradient = head_gradient.astype(mx.float32).at[targets].add(-hidden.astype(mx.float32) * answer_weights[:, None])
     return loss, mx.concatenate(hidden_gradient), head_gradient
 
 
@@ -535,29 +554,18 @@ trained_head_loss = mx.custom_function(head_loss)
 
 @trained_head_loss.vjp
 def head_loss_gradient(inputs, gradients, outputs):
-    _, head, targets, weights = inputs
+    _, head, *others = inputs
     scale = gradients[0].astype(head.dtype)
-    return outputs[1] * scale, (outputs[2] * scale).astype(head.dtype), mx.zeros_like(targets), mx.zeros_like(weights)
+    return outputs[1] * scale, (outputs[2] * scale).astype(head.dtype), *map(mx.zeros_like, others)
 
 
-def loss_sum(model, tokens, targets, weights=1.0, noise=(), training=True):
-    """Cross-entropy in nats, summed over the positions. tokens, targets, weights: [B, L]."""
+def loss_sum(model, tokens, targets, weights=1.0, noise=(), training=True, teacher=None, mixture=None):
+    """Cross-entropy in nats, summed over the positions, or its mixture with a teacher's. tokens, targets, weights: [B, L]."""
     hidden = model.model(tokens, noise=noise).flatten(0, 1)  # [B * L, D]
     weights = mx.broadcast_to(mx.array(weights), targets.shape).flatten()
     loss = trained_head_loss if training else partial(head_loss, training=False)
-    return loss(hidden, model.head.astype(hidden.dtype), targets.flatten(), weights)[0]
-
-
-def distillation_loss(model, teacher, tokens, targets, noise, flags):
-    """A mixture of two sums over the positions: (1 - teacher_weight) of cross-entropy, and teacher_weight * T^2 of the
-    Kullback-Leibler divergence to the teacher's distribution, both softened by T = teacher_temperature (Hinton 2015)."""
-    student = (model.model(tokens, noise=noise) @ model.head.T).astype(mx.float32)  # [B, L, V]
-    theirs = teacher(tokens)[..., : student.shape[-1]]  # whose vocabulary may be padded
-    scaled = [logits.astype(mx.float32) / flags.teacher_temperature for logits in (theirs, student)]
-    wanted, given = (logits - mx.logsumexp(logits, axis=-1, keepdims=True) for logits in scaled)
-    divergence = (mx.exp(wanted) * (wanted - given)).sum() * flags.teacher_temperature**2
-    nats = nn.losses.cross_entropy(student, targets, reduction="sum")
-    return (1 - flags.teacher_weight) * nats + flags.teacher_weight * divergence
+    theirs = (teacher.model(tokens).flatten(0, 1), teacher.head, mixture) if teacher else ()
+    return loss(hidden, model.head.astype(hidden.dtype), targets.flatten(), weights, *theirs)[0]
 
 
 def over_streams(streams, function, *arrays):
@@ -939,15 +947,14 @@ def make_step(model, optimizer, flags, streams, teacher=None):
     over `streams`. With bfloat16 all is computed in it but the loss; weights and optimizer state stay in float32."""
     model.model.checkpoint = flags.checkpoint
     state = [model.state, optimizer.state]
+    mixture = mx.array([flags.teacher_weight, flags.teacher_temperature])
     dtype = mx.bfloat16 if flags.dtype == "bfloat16" and mx.default_device() == mx.gpu else mx.float32
 
     def loss(weights, share, tokens, targets, *noise):
         # The embeddings stay in float32, or the many small gradients of a frequent token would be lost in its sum.
         cast = lambda name, weight: weight if "embed_tokens" in name else weight.astype(dtype)
         model.update(tree_map_with_path(cast, weights))
-        if teacher:
-            return distillation_loss(model, teacher, tokens, targets, noise, flags) * share
-        return loss_sum(model, tokens, targets, share, noise)
+        return loss_sum(model, tokens, targets, share, noise, True, teacher, mixture)
 
     @partial(mx.compile, inputs=[model.state])
     def losses_and_gradients(share, *batch):
@@ -1115,7 +1122,7 @@ def count_parameters(tree):
 def print_start(flags, dataset, run, last):
     """One screen that says what is trained, on what, and where its files go. last: the record that is gone on from."""
     record, config, tokenizer, folder = run.record, run.model.config, dataset.tokenizer, flags.save_dir
-    size = sum(array.nbytes for _, array in tree_flatten([run.model.parameters(), run.optimizer.state]))
+    size = sum(array.nbytes for _, array in tree_flatten([run.model.trainable_parameters(), run.optimizer.state]))
     free, room, old, new = shutil.disk_usage(folder).free, size * (flags.keep + 2), last["versions"], record["versions"]
     splits = " / ".join(f"{len(split.tokens):,}" for split in (dataset.train, dataset.valid, dataset.test) if split)
     windows, rows = len(run.batches.perm), run.batches.batch_size
@@ -1248,11 +1255,11 @@ def speculate(decoder, draft, max_tokens, flags, seeds, length=4):
         room = decoder.model.config.context_size - (known - decoder.starts[0])  # else its window would move at another token
         chances = []  # of the proposals [V]
         for _ in range(max(0, min(length, room, end - known - 1))):
-            chances.append(probabilities(draft.logits()[:, -1], flags, draft.windows())[0])
+            chances.append(distribution(draft.logits()[:, -1], flags, draft.windows())[0])
             text.append(int(random.choice(len(chances[-1]), p=chances[-1])))
         logits = decoder.logits(count=len(chances) + 1)[0]  # after the text and after each proposal
         window = text[decoder.starts[0] :]
-        wanted = probabilities(logits, flags, [window[: len(window) - len(chances) + i] for i in range(len(chances) + 1)])
+        wanted = distribution(logits, flags, [window[: len(window) - len(chances) + i] for i in range(len(chances) + 1)])
         accepted, next_chances = 0, wanted[-1]
         for chance, want, id in zip(chances, wanted, text[known:]):
             if random.random() * chance[id] >= want[id]:
@@ -1266,7 +1273,7 @@ def speculate(decoder, draft, max_tokens, flags, seeds, length=4):
         yield from ([id] for id in text[known:])
 
 
-def probabilities(logits, flags, texts):
+def distribution(logits, flags, texts):
     """Of what is sampled, as NumPy wants them: [B, V] float64 that sum to 1."""
     weights = np.exp(np.array(shape_logits(logits, flags, texts), np.float64))
     return weights / weights.sum(axis=-1, keepdims=True)

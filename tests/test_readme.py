@@ -1,6 +1,7 @@
 """The README's commands, as they stand there, in small form and without a network."""
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
@@ -39,14 +40,16 @@ def test_command(command, tmp_path, text):
             arguments[at : at + 2] = ["--text", str(text), "--tokenizer", "word"]
         if "--text" in arguments:
             arguments[arguments.index("--text") + 1] = str(text)
-        if {"--identifier", "--inference", "--prompt", "--prompts_file", "--list", "--evaluate"} & set(arguments):
-            run("--text", text, *SMALL, "--save_dir", tmp_path)
+        if {"--identifier", "--inference", "--prompt", "--prompts_file", "--list", "--evaluate", "--init_from", "--teacher", "--export"} & set(arguments):
+            run("--text", text, *SMALL, "--dim", 32, "--mlp", "swiglu", "--save_dir", tmp_path)
             (tmp_path / "prompts.txt").write_text("the company\nline 5\n")
             named = dict.fromkeys(["ptb-3fa2c1", "ptb-0a1b2c"], main.list_checkpoints(tmp_path)[0]["run"])
-            named |= {name: tmp_path / name for name in ("prompts.txt", "answers.jsonl")}
+            named |= {name: tmp_path / name for name in ("prompts.txt", "answers.jsonl", "hf")}
             arguments = [named.get(argument, argument) for argument in arguments]
-        if "--evaluate" in arguments:
-            run("--text", text, *SMALL, "--save_dir", tmp_path)
+        if "--export" in arguments:
+            run(*arguments, "--save_dir", tmp_path)
+            assert (tmp_path / "hf" / "config.json").exists()
+        elif "--evaluate" in arguments:
             assert run(*arguments, "--save_dir", tmp_path)[0].startswith("valid ")
         elif "--prompts_file" in arguments:
             run(*arguments, "--save_dir", tmp_path)
@@ -57,7 +60,9 @@ def test_command(command, tmp_path, text):
         elif {"--help", "--list", "--evaluate"} & set(arguments):
             run(*arguments, *([] if "--help" in arguments else ["--save_dir", tmp_path]))
         else:
-            shape = [] if "--identifier" in arguments else SMALL
+            shape = ["--max_tokens", 8] if {"--identifier", "--init_from"} & set(arguments) else SMALL
+            if "--teacher" in arguments:
+                arguments[arguments.index("--tokenizer") + 1] = "byte"
             out, _ = run(*arguments, *shape, "--num_iters", 5, "--save_dir", tmp_path)
             assert "at iteration 5" in out
 
@@ -68,6 +73,15 @@ def test_preparing_a_corpus(command, tmp_path):
     arguments[arguments.index("--save_dir") + 1] = str(tmp_path)
     out = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "vocabulary 257" in out and out.count("words and line ends") == 3
+
+
+def test_classifier(tmp_path):
+    """The snippet as it stands, which must be right far more often than by naming the largest class."""
+    [snippet] = re.findall(r"```python\n(.*?)```", README, re.S)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", snippet]
+    out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert float(out.split()[-1]) > 0.8
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.S))
@@ -85,7 +99,7 @@ def test_configuration(block, tmp_path):
 def test_named_flags_exist():
     """Whatever the README calls a flag is one."""
     known = {f"--{name}" for name in main.DEFAULTS} | {"--help"}
-    others = {"--version"}
+    others = set(re.findall(r'"(--\w+)"', (ROOT / "datasets.py").read_text())) | {"--version", "--model", "--port", "--max"}  # mlx_lm's
     assert set(re.findall(r"(?<![\w-])--[a-z]\w*", README)) <= known | others
 
 

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import main
 import mlx.core as mx
@@ -332,17 +331,6 @@ def test_quantized_from_the_command_line(tmp_path, text):
 
 
 # ---- Distillation ---------------------------------------------------------------------------------------------------
-class Logits:
-    """A model with the same logits everywhere: its hidden states are 1 and the head's rows the logits."""
-
-    def __init__(self, *logits):
-        self.head = mx.array([[logit] for logit in logits])
-        self.model = lambda tokens, noise=(): mx.ones((*tokens.shape, 1))
-
-    def __call__(self, tokens):
-        return self.model(tokens) @ self.head.T
-
-
 @pytest.mark.parametrize("weight, temperature, expected", [
     (0.0, 2.0, 2 * -np.log(0.25)),  # two positions, whose answer has a quarter of the student's probability
     (1.0, 1.0, 2 * (0.8 * np.log(0.8 / 0.75) + 0.2 * np.log(0.2 / 0.25))),
@@ -350,12 +338,39 @@ class Logits:
     (1.0, 2.0, 2 * 4 * (2 / 3 * np.log(2 / 3 / 0.6339746) + 1 / 3 * np.log(1 / 3 / 0.3660254))),
     (0.25, 1.0, 2 * (-0.75 * np.log(0.25) + 0.25 * (0.8 * np.log(0.8 / 0.75) + 0.2 * np.log(0.2 / 0.25)))),
 ])  # fmt: skip
-def test_distillation_loss(weight, temperature, expected):
-    student, teacher = Logits(float(np.log(3)), 0.0), Logits(float(np.log(4)) + 1, 1.0, -np.inf)  # its vocabulary is padded
-    given = SimpleNamespace(teacher_weight=weight, teacher_temperature=temperature)
-    tokens = mx.array([[0, 1]])
-    loss = main.distillation_loss(student, teacher, tokens, mx.array([[1, 1]]), (), given)
+def test_distillation_by_hand(weight, temperature, expected):
+    """Hidden states are 1, the student's logits log 3 and 0, the teacher's log 4 + 1, 1 and one of a padded vocabulary."""
+    student, teacher = mx.array([[np.log(3.0)], [0.0]]), mx.array([[np.log(4.0) + 1], [1.0], [99.0]])
+    states, mixture = mx.ones((2, 1)), mx.array([weight, temperature])
+    loss, *_ = main.head_loss(states, student, mx.array([1, 1]), mx.ones(2), states, teacher, mixture)
     assert abs(loss.item() - expected) < 1e-5
+
+
+@pytest.mark.parametrize("rows, vocab_size", [(6, 31), (300, 40000)])
+def test_gradients_of_distillation(rows, vocab_size):
+    """They are those of the plain formula by automatic differentiation, in one chunk and in several."""
+    random = np.random.default_rng(0)
+    hidden, head, states, their_head = (
+        mx.array(random.normal(size=shape).astype(np.float32)) for shape in ((rows, 8), (vocab_size, 8), (rows, 5), (vocab_size + 3, 5))
+    )
+    targets, weights = mx.array(random.integers(vocab_size, size=rows)), mx.array(random.random(rows).astype(np.float32))
+
+    def plain(hidden, head, share=0.3, T=1.7):
+        log_p = mx.log(mx.softmax((states @ their_head.T)[:, :vocab_size] / T, axis=-1))
+        logits = hidden @ head.T
+        log_q = logits / T - mx.logsumexp(logits / T, axis=-1, keepdims=True)
+        divergence = (mx.exp(log_p) * (log_p - log_q)).sum(-1)
+        nats = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return (weights * ((1 - share) * nats + share * T * T * divergence)).sum()
+
+    def ours(hidden, head):
+        return main.trained_head_loss(hidden, head, targets, weights, states, their_head, mx.array([0.3, 1.7]))[0]
+
+    expected, gradients = mx.value_and_grad(plain, argnums=(0, 1))(hidden, head)
+    loss, mine = mx.value_and_grad(ours, argnums=(0, 1))(hidden, head)
+    assert abs(loss.item() / expected.item() - 1) < 1e-3  # sums of 40,000 in float32
+    for a, b in zip(mine, gradients):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=0, atol=2e-4 * np.abs(np.array(b)).max())
 
 
 def test_a_student_ends_nearer_to_its_teacher(base, text):
