@@ -17,6 +17,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import errno
@@ -47,6 +48,7 @@ from datasets import (
     tokenizer_json,
 )  # fmt: skip
 
+SOURCES = {name: hashlib.sha1(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in ("main.py", "datasets.py")}
 FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
 
 BLAS_FORWARDER = """
@@ -578,20 +580,23 @@ def over_streams(streams, function, *arrays):
     return results
 
 
-def evaluate(model, tokens, batch_size, interrupts=None):
-    """Mean nats a token over every token but the first, each scored once, in windows that do not overlap; None if
-    `interrupts` cut it short. tokens: [N]."""
+def evaluate(model, tokens, batch_size, interrupts=None, stride=None):
+    """Mean nats a token over every token but the first, each scored once; None if `interrupts` cut it short. tokens: [N].
+    Windows begin `stride` tokens apart, by default so that they do not overlap; of those that do, the end alone counts."""
     L, count = model.config.context_size, len(tokens) - 1
-    batches = -(-count // (batch_size * L))
-    padded = np.zeros((3, batches * batch_size * L), np.int32)  # inputs, targets, weights; those of padding are 0
-    padded[0, :count], padded[1, :count], padded[2, :count] = tokens[:-1], tokens[1:], 1
+    stride = stride or L
+    starts = np.arange(0, max(count - L, 0) + stride, stride)
+    starts = np.append(starts, np.full(-len(starts) % batch_size, count))  # fills up the last batch
     streams, loss = make_streams(batch_size, L), partial(loss_sum, model, training=False)
     score = mx.compile(lambda *batch: sum(over_streams(streams, loss, *batch)), inputs=[model.state])
     total = 0.0
-    for batch in padded.reshape(3, batches, batch_size, L).swapaxes(0, 1):
+    for batch in starts.reshape(-1, batch_size, 1):
         if interrupts and interrupts.received:
             return None
-        total += score(*map(mx.array, batch)).item()
+        places = batch + np.arange(L)  # [B, L]
+        weights = (places < count) & ((places - batch >= L - stride) | (batch == 0))
+        places = np.minimum(places, count - 1)
+        total += score(*(mx.array(each.astype(np.int32)) for each in (tokens[places], tokens[places + 1], weights))).item()
     return total / count
 
 
@@ -599,7 +604,7 @@ def score_split(name, model, dataset, flags, interrupts=None, most=0):
     """Prints the score of a split, or of its first `most` tokens; returns the nats a token, None if interrupted."""
     split, began = getattr(dataset, name), time.perf_counter()
     tokens = split.tokens[: most + 1] if most else split.tokens
-    nats = evaluate(model, tokens, flags.batch_size, interrupts)
+    nats = evaluate(model, tokens, flags.batch_size, interrupts, flags.evaluate and flags.eval_stride)
     if nats is not None:
         speed = f"{len(tokens) / (time.perf_counter() - began):,.0f} tokens/s"
         tqdm.write(f"{describe_score(name, nats, split, dataset.tokenizer)}, {speed}")
@@ -776,7 +781,7 @@ def clean_folder(folder, run=None, keep=0):
             if id not in needed | {(run.record["best"] or {}).get("id")}:
                 (folder / f"{id}.safetensors").unlink(missing_ok=True)  # so that its metadata counts no more
         for path in folder.iterdir():
-            unfinished = re.fullmatch(r"\w+-[0-9a-f]{6}\.(safetensors|metadata)\.new", path.name)
+            unfinished = re.fullmatch(r"\w+-[0-9a-f]{6}\.(safetensors|metadata|csv)\.new", path.name)
             orphaned = re.fullmatch(r"[0-9a-f]{40}\.metadata", path.name)
             if unfinished or orphaned and not path.with_suffix(".safetensors").exists():
                 path.unlink()
@@ -1020,7 +1025,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
     streams = make_streams(flags.batch_size, flags.context_size)
     optimizer = make_optimizer(model, flags, streams)
     batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size * flags.grad_accumulation, flags.seed)
-    record = {"iteration": 0, "id": None, "scores": [], "best": None}
+    record = {"iteration": 0, "id": None, "scores": [], "best": None, "seconds": 0.0}
     run = SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer)
     if checkpoint:
         load_run(folder, checkpoint, run)
@@ -1034,6 +1039,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
             for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank
         },
         "config": dataclasses.asdict(config), "parameters": count_parameters(model.parameters()),
+        "command": sys.argv, "sources": SOURCES,
         # What the last bits of a result depend on: a run is exact as long as these stay the same.
         "versions": {
             "MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device, "streams": len(streams),
@@ -1045,6 +1051,8 @@ def train(flags, dataset, checkpoint, used, interrupts):
         tqdm.write(f"Iteration {start:,} of --num_iters {flags.num_iters:,} is reached: a larger one extends the run.")
 
     bar = tqdm(total=flags.num_iters, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    log = open_log(folder / f"{name}.csv", start, start in dict(record["scores"]))
+    batch_tokens = batches.batch_size * flags.context_size
     step, steps_per_save = make_step(model, optimizer, flags, streams, teacher), flags.steps_per_save or flags.steps_per_eval
     losses, seconds, trained = [], 0.0, 0.0  # since the last report; `trained`: in all, but for a first compiling step
     for iteration in range(start, flags.num_iters + 1):
@@ -1061,6 +1069,9 @@ def train(flags, dataset, checkpoint, used, interrupts):
             tqdm.write(f"saved {record['id']} at iteration {iteration:,}")
         if (due or timeout) and iteration not in [scored for scored, _ in record["scores"]]:
             nats = score_split("valid", model, dataset, flags, interrupts, flags.eval_tokens)
+            if due and nats is not None:
+                bits = nats / math.log(2) * len(dataset.valid.tokens) / dataset.valid.num_bytes
+                log(iteration, "valid", nats, bits, "", "", iteration * batch_tokens, "", "", record["seconds"])
             if due and nats is not None:  # best and --patience must not depend on where --max_minutes ends a leg
                 record["scores"].append([iteration, nats])
                 if record["best"] is None or nats < record["best"]["nats"]:
@@ -1087,7 +1098,9 @@ def train(flags, dataset, checkpoint, used, interrupts):
         mx.eval(loss, norm, model.state, optimizer.state)
         losses.append(loss.item())
         taken = time.perf_counter() - began
-        seconds, trained = seconds + taken, trained + (taken if iteration > start else 0)
+        seconds += taken
+        if iteration > start:
+            trained, record["seconds"] = trained + taken, record["seconds"] + taken
 
         if not math.isfinite(losses[-1] + norm.item()):
             problem = f"the loss or gradient of iteration {iteration + 1:,} is not finite, and nothing of it is saved"
@@ -1097,11 +1110,14 @@ def train(flags, dataset, checkpoint, used, interrupts):
             mean, rate = sum(losses) / len(losses), len(losses) / seconds  # steps a second
             report = f"loss {mean:.4f}  perplexity {math.exp(min(mean, 99)):.2f}  "
             report += f"lr {learning_rate_at(iteration, flags):.2e}  grad {norm.item():.2f}  "
-            report += f"{rate * tokens.size:,.0f} tokens/s  peak {mx.get_peak_memory() / 2**20:,.0f} MiB"
+            report += f"{rate * batch_tokens:,.0f} tokens/s  peak {mx.get_peak_memory() / 2**20:,.0f} MiB"
             bar.set_postfix_str(report)
             if bar.disable:
                 left = tqdm.format_interval((flags.num_iters - iteration - 1) / rate)
                 tqdm.write(f"{iteration + 1:,}/{flags.num_iters:,}  {report}  left {left}")
+            bits = "" if flags.train_tokens else mean / math.log(2) * len(dataset.train.tokens) / dataset.train.num_bytes
+            values = learning_rate_at(iteration, flags), norm.item(), (iteration + 1) * batch_tokens, rate * batch_tokens
+            log(iteration + 1, "train", mean, bits, *values, mx.get_peak_memory() / 2**20, record["seconds"])
             losses, seconds = [], 0.0
         bar.update()
     bar.close()
@@ -1113,6 +1129,29 @@ def train(flags, dataset, checkpoint, used, interrupts):
         tqdm.write(f"Stopped at iteration {record['iteration']:,}; {there}.")
         return 128 + interrupts.received
     return 0
+
+
+LOG = "iteration split loss bits_per_byte learning_rate gradient_norm tokens tokens_per_second peak_mib seconds".split()
+
+
+def open_log(path, iteration, scored):
+    """A function that appends a line of LOG to a run's file of comma-separated values. What the file has of later iterations
+    goes: they come again; so does a score of `iteration` itself, if it was not `scored`."""
+    lines = [",".join(LOG)]
+    with contextlib.suppress(OSError):
+        rows = [line.split(",") for line in path.read_text().splitlines()]
+        rows = [row for row in rows if len(row) == len(LOG) and row[0].isdigit()]  # the last may be cut off
+        lines += [",".join(row) for row in rows if int(row[0]) < iteration + (scored or row[1] == "train")]
+
+    def append(*values):
+        with contextlib.suppress(OSError):  # of a full disk: the run is worth more than its log
+            with path.open("a") as file:
+                file.write(",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values) + "\n")
+
+    with contextlib.suppress(OSError):
+        path.with_suffix(".csv.new").write_text("\n".join(lines) + "\n")
+        path.with_suffix(".csv.new").replace(path)
+    return append
 
 
 def count_parameters(tree):
@@ -1343,6 +1382,8 @@ def talk(folder, checkpoint, flags):
     models = [model]
     if flags.quantize:
         quantize(model, flags.quantize, packed=flags.gpu)
+    if flags.attention:
+        return plot_attention(model, tokenizer, flags.prompt, flags.attention)
     if flags.draft:
         draft, its, _ = open_model(folder, flags.draft, "--draft")
         if its.to_dict() != tokenizer.to_dict():
@@ -1461,6 +1502,113 @@ def list_runs(folder):
             print(f"    {id[:12]}  iteration {iteration:>9,}  {score:>10}  {size:>8,.1f} MiB  {age:>8} old{marks}")
 
 
+def plot_runs(folder, names, path):
+    """--plot: losses of the runs in `folder` against iterations and against minutes of training. Raises UsageError."""
+    try:
+        import matplotlib.figure
+    except ImportError:
+        raise UsageError("--plot needs a package: pip install matplotlib") from None
+    logs = {log.stem: list(csv.DictReader(log.open())) for log in sorted(folder.glob("*.csv"))}
+    logs = {name: rows for name, rows in logs.items() if rows and name in (names or logs)}
+    if not logs:
+        raise UsageError(f"no log of {' '.join(names or ['a run'])} is in {folder}: train, or name its folder with --save_dir")
+    figure = matplotlib.figure.Figure(figsize=(12, 5), layout="constrained")
+    by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
+    for i, (name, rows) in enumerate(logs.items()):
+        for split, style in (("train", {"alpha": 0.4, "linewidth": 1}), ("valid", {"marker": "o", "markersize": 4})):
+            own = [row for row in rows if row["split"] == split]
+            losses = [float(row["loss"]) for row in own]
+            for axis, column, unit in ((by_iteration, "iteration", 1), (by_minute, "seconds", 60)):
+                axis.plot([float(row[column]) / unit for row in own], losses, color=f"C{i}", label=f"{name} {split}", **style)
+    by_iteration.set(xlabel="iteration", ylabel="loss (nats a token)")
+    by_minute.set(xlabel="minutes of training")
+    by_minute.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    try:
+        figure.savefig(os.path.expanduser(path), dpi=150)
+    except (OSError, ValueError) as error:  # a folder that is not there, an ending that is no format
+        raise UsageError(f"cannot write {path} ({' '.join(str(error).split())}): name another file") from None
+    print(f"The picture is in {path}", file=sys.stderr)
+
+
+def plot_attention(model, tokenizer, prompt, path):
+    """--attention: the weights of each block (rows) and head (columns) for the prompt's tokens. Raises UsageError."""
+    try:
+        import matplotlib.figure
+    except ImportError:
+        raise UsageError("--attention needs a package: pip install matplotlib") from None
+    tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]
+    weights = attention_weights(model, tokens)  # [blocks, H, L, L]
+    size, labels = max(2.5, 0.22 * len(tokens)), [tokenizer.decode([token]).replace("\n", "\\n").replace("$", r"\$") for token in tokens]
+    figure = matplotlib.figure.Figure(figsize=(size * weights.shape[1], size * weights.shape[0]), layout="constrained")
+    for i, row in enumerate(figure.subplots(*weights.shape[:2], squeeze=False)):
+        for j, axis in enumerate(row):
+            axis.imshow(weights[i, j], vmin=0, vmax=1, cmap="Blues")
+            axis.set_title(f"block {i}, head {j}", fontsize="small")
+            axis.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=6)
+            axis.set_yticks(range(len(tokens)), labels if j == 0 else [""] * len(tokens), fontsize=6)
+    save_figure(figure, path)
+
+
+def attention_weights(model, tokens):
+    """[blocks, H, L, L] of NumPy: how much each position looks at each other."""
+    seen, plain = [], attend
+
+    def watched(queries, keys, values, scale, *rest):
+        scores = scale * queries @ mx.repeat(keys, queries.shape[1] // keys.shape[1], axis=1).swapaxes(-1, -2)
+        seen.append(mx.softmax(mx.where(mx.array(np.tri(len(tokens), dtype=bool)), scores, -math.inf), axis=-1))
+        return plain(queries, keys, values, scale, *rest)
+
+    globals()["attend"] = watched
+    try:
+        model(mx.array([tokens]))
+    finally:
+        globals()["attend"] = plain
+    return np.array(mx.concatenate(seen))
+
+
+def run_cases(folder, records, flags, top_k):
+    """--cases: how likely the checkpoints find the expected continuations of prompts in a YAML file; a table, and with
+    --output a file of JSON. A case is passed if each expected token is among the `top_k` likeliest. Raises UsageError."""
+    try:
+        import yaml
+
+        cases = yaml.safe_load(Path(flags.cases).expanduser().read_text("utf-8"))
+        cases = [(str(case["prompt"]), str(case["expected"])) for case in cases]
+    except ImportError:
+        raise UsageError("--cases needs a package: pip install PyYAML") from None
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"--cases {flags.cases} is no YAML list of prompt and expected ({problem})") from None
+    results = []
+    for record in records:
+        model, tokenizer = load_model(folder, record)
+        print(f"{record['run']}, iteration {record['iteration']:,}, checkpoint {record['id'][:12]}")
+        for prompt, expected in cases:
+            begin, wanted = first_ids(tokenizer, prompt), tokenizer.encode(expected).tolist()
+            text = (begin + wanted)[-model.config.context_size - 1 :]
+            wanted = wanted[-len(text) + 1 :]
+            logits = np.array(model(mx.array([text[:-1]]), last=len(wanted))[0].astype(mx.float32))  # [expected, V]
+            chances, _ = probabilities(mx.array(logits))
+            chosen = logits[range(len(wanted)), wanted]
+            rank = int((logits > chosen[:, None]).sum(-1).max(initial=0)) + 1
+            chance = float(np.prod(np.array(chances)[range(len(wanted)), wanted]))
+            best = [tokenizer.decode([token]) for token in logits[0].argsort()[::-1][:top_k].tolist()] if wanted else []
+            results.append({
+                "checkpoint": record["id"], "prompt": prompt, "expected": expected, "rank": rank, "probability": chance,
+                "top": best, "passed": rank <= top_k,
+            })  # fmt: skip
+            shown = " ".join(map(repr, best))
+            print(f"  {'pass' if rank <= top_k else 'FAIL'} rank {rank:>6,} {chance:>9.2e}  {prompt[-24:]!r} {expected[:16]!r}: {shown}"[:100])
+        passed = [result["passed"] for result in results[-len(cases) :]]
+        print(f"  {sum(passed)} of {len(passed)} within the {top_k} likeliest")
+    if flags.output:
+        Path(flags.output).write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+
 def export_model(model, tokenizer, folder, bits):
     """--export: a folder that transformers and mlx_lm load (of Arcee's relu2, transformers alone). Raises UsageError."""
     config = model.config
@@ -1527,7 +1675,7 @@ def make_parser():
     run("--vocab_size", type=number(int, 257, 2**31 - 1), default=32000, help="of --tokenizer bpe")
     run("--save_dir", help="folder for checkpoints and corpora (default: a RAM disk with room, else ~/.cache)")
     run("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>, instead of the usual hosts")
-    run("--identifier", metavar="ID", help="checkpoint id or its beginning, run name, latest or best")
+    run("--identifier", nargs="+", metavar="ID", help="checkpoint id or its beginning, run name, latest or best")
     run("--new_model", **switch, help="begin a new run even if one could be resumed")
     run("--num_iters", type=size, default=100000, help="steps to train in all")
     run("--max_minutes", type=number(float, 0), help="stop after so much training, without evaluations and saves")
@@ -1591,6 +1739,10 @@ def make_parser():
     reuse("--export", metavar="DIR", help="write a checkpoint as a Hugging Face folder")
     tools = parser.add_argument_group("tools").add_argument
     tools("--evaluate", choices=["valid", "test"], help="score the whole split with a checkpoint")
+    tools("--eval_stride", type=size, help="windows so many tokens apart, for a longer context (default: context_size)")
+    tools("--cases", metavar="FILE", help="YAML list of prompt and expected: their ranks, by checkpoint (see --identifier)")
+    tools("--plot", metavar="FILE", help="picture of the losses of all runs in the folder, or of --identifier")
+    tools("--attention", metavar="FILE", help="picture of what each head looks at in --prompt")
     tools("--list", **switch, help="list the runs and checkpoints in the folder")
     return parser
 
@@ -1720,10 +1872,15 @@ def main(argv=None):
             typed = dict(zip(("dim", "num_heads", "num_blocks", "context_size"), PRESETS[typed["preset"]])) | typed
         if typed.get("tokenizer") == "auto":  # that is not to insist on anything
             del typed["tokenizer"]
-        modes = ["inference", "prompt", "prompts_file", "evaluate", "export", "list", "new_model"]
+        modes = ["inference", "prompt", "prompts_file", "evaluate", "export", "list", "cases", "plot", "new_model"]
         for pair in [("dataset", "text"), ("identifier", "new_model"), *itertools.combinations(modes, 2)]:
             if all(typed.get(name, False) is not False for name in pair):
                 raise UsageError(f"--{pair[0]} and --{pair[1]} exclude each other: leave one away")
+        names = typed.get("identifier")
+        if names and not ("cases" in typed or "plot" in typed):
+            typed["identifier"] = names[0]
+            if len(names) > 1:
+                raise UsageError("--identifier takes one name; several go with --cases and --plot")
         flags = resolve(argparse.Namespace(**DEFAULTS | typed))
         if (flags.valid_text or flags.test_text) and not (flags.text or flags.identifier):
             raise UsageError("--valid_text and --test_text go with --text: name the files to train on, too")
@@ -1731,10 +1888,20 @@ def main(argv=None):
             raise UsageError("--gpu: MLX sees no GPU; leave it away, or install MLX for yours (pip install mlx[cuda13])")
         use_device(flags.gpu)
         talking = flags.inference or flags.prompt is not None
-        if flags.output and not flags.prompts_file or flags.draft and not talking:
-            raise UsageError("--output goes with --prompts_file, --draft with --prompt or --inference")
+        if flags.output and not (flags.prompts_file or flags.cases) or flags.draft and not talking:
+            raise UsageError("--output goes with --prompts_file and --cases, --draft with --prompt or --inference")
+        if flags.attention and flags.prompt is None:
+            raise UsageError("--attention goes with --prompt: give the text to look at")
         using = talking or flags.prompts_file or flags.evaluate or flags.export  # a checkpoint, whatever its corpus
-        folder = open_folder(flags.save_dir, writing=not (using or flags.list))
+        folder = open_folder(flags.save_dir, writing=not (using or flags.list or flags.cases or flags.plot))
+        if flags.cases or flags.plot:
+            records = list_checkpoints(folder, warn=True)
+            if not records:
+                raise UsageError(f"no checkpoint is in {folder}: train a model first, or name its folder with --save_dir")
+            named = [named_checkpoint(folder, records, name) for name in names or []]
+            if flags.plot:
+                return plot_runs(folder, [record["run"] for record in named], flags.plot) or 0
+            return run_cases(folder, named or records, flags, typed.get("top_k", 5)) or 0
 
         if flags.list:
             with locked(folder):  # so that none goes while it is listed
@@ -1770,6 +1937,8 @@ def main(argv=None):
             raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
         if flags.evaluate:
             model, _ = load_model(folder, checkpoint)
+            if flags.eval_stride and flags.eval_stride > model.config.context_size:
+                raise UsageError(f"--eval_stride {flags.eval_stride} would leave tokens out: at most {model.config.context_size}")
             score_split(flags.evaluate, model, dataset, flags)
             if flags.quantize:
                 quantize(model, flags.quantize, packed=flags.gpu)
