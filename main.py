@@ -1502,6 +1502,64 @@ def list_runs(folder):
             print(f"    {id[:12]}  iteration {iteration:>9,}  {score:>10}  {size:>8,.1f} MiB  {age:>8} old{marks}")
 
 
+def predict_memory(config, flags, streams):
+    """Bytes at the peak of a training step's two halves on a CPU: of activations, kept from forward for backward, and of
+    gradients, each stream's with their sum and the clipped one. The factors, in floats for each position, were fitted to 25
+    models (dim 128 to 512, context 48 to 256, 257 to 50,257 tokens, two streams); these it meets within 7 %."""
+    B, L, D, V = flags.batch_size, config.context_size, config.dim, config.vocab_size
+    heads, keys = config.num_heads * L, config.num_kv_heads * config.head_dim
+    hidden = {"relu2": 3.6, "swiglu": 5.3, "gelu": 4.7}[config.mlp] * config.mlp_dim
+    a_block = (14.3 if config.qk_norm else 9.9) * D + 2.2 * keys + hidden + 1.55 * heads
+    share = -(-B * L // streams)
+    chunk = -(-share // -(-share // max(128, 2**23 // V)))  # rows of logits in memory at once, see head_loss
+    activations = B * L * config.num_blocks * a_block + streams * V * (2.8 * chunk + 1.1 * D)
+    return round(4 * activations), 4 * count_parameters(LanguageModel(config).parameters()) * max(4, streams + 2)
+
+
+def run_benchmark(flags, config, batches):
+    """--benchmark: what a model weighs, costs and reaches on this machine, in real training steps; a line of JSON last."""
+    model, streams = LanguageModel(config), make_streams(flags.batch_size, flags.context_size)
+    init_weights(model, flags.seed)
+    optimizer = make_optimizer(model, flags, streams)
+    places = {"embed": "embeddings", "norm.": "norms", "self_attn": "attention", ".mlp.": "mlp", "lm_head": "output"}
+    modules = dict.fromkeys(places.values(), 0)
+    for name, weight in tree_flatten(model.parameters()):
+        modules[next(place for part, place in places.items() if part in name)] += weight.size
+    # A multiplication and an addition for each weight of a matrix, and for each element of queries, keys and values with
+    # each position of the window; backward twice as many, for the gradients by inputs and by weights.
+    matrices = modules["attention"] + modules["mlp"] + config.vocab_size * config.dim
+    forward = 2 * matrices + 4 * config.num_blocks * config.num_heads * config.head_dim * config.context_size
+    memory = dict(zip(("activations", "gradients"), predict_memory(config, flags, len(streams))))
+    predicted = max(memory.values())  # the one goes as the other comes
+    for name, tree in (("weights", model.parameters()), ("optimizer", optimizer.state)):
+        memory[name] = sum(array.nbytes for _, array in tree_flatten(tree))
+        predicted += memory[name]
+    step, times = make_step(model, optimizer, flags, streams), []
+    for i in range(6):
+        tokens, targets = batches.next()
+        mx.reset_peak_memory()
+        batch = tokens, targets, *make_noise(i, len(tokens), flags)
+        times.append(timeit.timeit(lambda: mx.eval(step(*batch), model.state, optimizer.state), number=1))
+    speed, peak = tokens.size / min(times[1:]), mx.get_peak_memory()
+    square = mx.random.normal((2048, 2048))
+    product = lambda: mx.eval(over_streams(streams, lambda rows: rows @ square, square))
+    flops = 2 * 2048**3 / min(timeit.repeat(product, number=1, repeat=6))
+    make_streams(1, 1)  # decoding has all cores
+    steps = generate(Decoder(model, [[0]]), 33, flags, [flags.seed])
+    decoded = 32 / (next(steps) and timeit.timeit(lambda: list(steps), number=1))
+    result = {
+        "parameters": modules, "flops_per_token": {"forward": forward, "backward": 2 * forward}, "memory": memory,
+        "predicted_peak": predicted, "measured_peak": peak, "tokens_per_second": speed, "matrix_flops": flops,
+        "share_of_matrix_speed": 3 * forward * speed / flops, "decoded_per_second": decoded,
+    }  # fmt: skip
+    print("parameters  " + ", ".join(f"{name} {size:,}" for name, size in modules.items()))
+    print(f"FLOPs       {forward:,} a token forward, {2 * forward:,} backward")
+    print("MiB         " + ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in memory.items()))
+    print(f"            {predicted / 2**20:,.1f} at the peak, {peak / 2**20:,.1f} measured")
+    print(f"training    {speed:,.0f} tokens/s, {3 * forward * speed / flops:.0%} of this machine's {flops / 1e9:,.0f} GFLOP/s")
+    print(f"decoding    {decoded:,.1f} tokens/s\n{json.dumps(result)}")
+
+
 def plot_runs(folder, names, path):
     """--plot: losses of the runs in `folder` against iterations and against minutes of training. Raises UsageError."""
     try:
@@ -1740,6 +1798,7 @@ def make_parser():
     tools = parser.add_argument_group("tools").add_argument
     tools("--evaluate", choices=["valid", "test"], help="score the whole split with a checkpoint")
     tools("--eval_stride", type=size, help="windows so many tokens apart, for a longer context (default: context_size)")
+    tools("--benchmark", **switch, help="what the model that would be trained weighs, costs and reaches on this machine")
     tools("--cases", metavar="FILE", help="YAML list of prompt and expected: their ranks, by checkpoint (see --identifier)")
     tools("--plot", metavar="FILE", help="picture of the losses of all runs in the folder, or of --identifier")
     tools("--attention", metavar="FILE", help="picture of what each head looks at in --prompt")
@@ -1872,7 +1931,7 @@ def main(argv=None):
             typed = dict(zip(("dim", "num_heads", "num_blocks", "context_size"), PRESETS[typed["preset"]])) | typed
         if typed.get("tokenizer") == "auto":  # that is not to insist on anything
             del typed["tokenizer"]
-        modes = ["inference", "prompt", "prompts_file", "evaluate", "export", "list", "cases", "plot", "new_model"]
+        modes = ["inference", "prompt", "prompts_file", "evaluate", "export", "list", "cases", "plot", "benchmark", "new_model"]
         for pair in [("dataset", "text"), ("identifier", "new_model"), *itertools.combinations(modes, 2)]:
             if all(typed.get(name, False) is not False for name in pair):
                 raise UsageError(f"--{pair[0]} and --{pair[1]} exclude each other: leave one away")
@@ -1944,6 +2003,10 @@ def main(argv=None):
                 quantize(model, flags.quantize, packed=flags.gpu)
                 score_split(flags.evaluate, model, dataset, flags)
             return 0
+        if flags.benchmark:
+            config = Config(**checkpoint["config"]) if checkpoint else make_config(flags, dataset.tokenizer.vocab_size)
+            batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size, flags.seed)
+            return run_benchmark(flags, config, batches) or 0
         with Interrupts() as interrupts:
             return train(flags, dataset, checkpoint, used, interrupts)
     except (UsageError, RunError, OSError) as error:

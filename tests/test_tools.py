@@ -217,3 +217,30 @@ def test_an_empty_folder(tmp_path, typed):
 def test_the_example_file_of_cases(trained):
     out, _ = run("--cases", ROOT / "tests" / "cases.yaml", "--identifier", "latest", "--save_dir", trained)
     assert "within the 5 likeliest" in out
+
+
+# ---- What a model weighs and costs ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [
+    "--dim 64 --num_heads 4 --num_blocks 3 --context_size 32 --batch_size 16",
+    "--dim 128 --num_heads 4 --num_kv_heads 2 --num_blocks 2 --context_size 64 --batch_size 8 --mlp swiglu --untie --qk_norm",
+    "--dim 256 --num_heads 4 --num_blocks 4 --context_size 16 --batch_size 4",  # gradients outweigh activations
+], ids=["plain", "all", "large"])  # fmt: skip
+def test_benchmark(shape, text, tmp_path):
+    out, _ = run("--benchmark", "--text", text, *shape.split(), "--save_dir", tmp_path)
+    result = json.loads(out.splitlines()[-1])
+    given = flags(**{name: int(value) if value.isdigit() else value for name, value in re.findall(r"--(\w+) (\w+)", shape)})
+    D, K, L, untied = given.dim, given.num_kv_heads * given.dim // given.num_heads, given.context_size, "--untie" in shape
+    norms = (2 * given.num_blocks + 1) * D + ("--qk_norm" in shape) * given.num_blocks * 2 * D // given.num_heads
+    assert result["parameters"] == {
+        "embeddings": 257 * D, "attention": given.num_blocks * (2 * D * D + 2 * D * K), "norms": norms,
+        "mlp": given.num_blocks * D * given.mlp_dim * (3 if given.mlp == "swiglu" else 2), "output": untied * 257 * D,
+    }  # fmt: skip
+    products = result["parameters"]["attention"] + result["parameters"]["mlp"] + 257 * D
+    assert result["flops_per_token"]["forward"] == 2 * products + given.num_blocks * 4 * D * L
+    weights = 4 * sum(result["parameters"].values())
+    assert result["memory"]["weights"] == weights and result["memory"]["optimizer"] == pytest.approx(2 * weights, rel=0.01)
+    if main.make_streams(64, 64)[1:2] and not main.make_streams(64, 64)[2:]:  # what the prediction was fitted to
+        assert result["predicted_peak"] == pytest.approx(result["measured_peak"], rel=0.15)
+    assert all(result[name] > 0 for name in ("tokens_per_second", "matrix_flops", "share_of_matrix_speed", "decoded_per_second"))
+    assert max(map(len, out.splitlines()[-7:-1])) <= 100
+    assert not ids(tmp_path), "nothing is saved"
