@@ -76,6 +76,8 @@ def use_fast_blas():
     which is what decoding does: as fast as memory is read, where OpenBLAS takes 3 times as long."""
     if sys.platform != "linux":
         return "Accelerate"
+    # Threads that spin while they wait lose their core to other programs just when work comes (7 times slower, measured).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with contextlib.suppress(OSError, AttributeError):  # of another libc
         # glibc returns large arrays to the kernel at once, and each new one is faulted in page by page (7x on a sum)
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
@@ -1521,19 +1523,17 @@ def run_benchmark(flags, config, batches):
     model, streams = LanguageModel(config), make_streams(flags.batch_size, flags.context_size)
     init_weights(model, flags.seed)
     optimizer = make_optimizer(model, flags, streams)
-    places = {"embed": "embeddings", "norm.": "norms", "self_attn": "attention", ".mlp.": "mlp", "lm_head": "output"}
-    modules = dict.fromkeys(places.values(), 0)
-    for name, weight in tree_flatten(model.parameters()):
-        modules[next(place for part, place in places.items() if part in name)] += weight.size
+    parts = {"embeddings": "embed", "attention": r"self_attn\.\w_proj", "mlp": r"\.mlp\.", "norms": "norm", "output": "lm_head"}
+    weights = tree_flatten(model.parameters())
+    modules = {part: sum(w.size for name, w in weights if re.search(names, name)) for part, names in parts.items()}
     # A multiplication and an addition for each weight of a matrix, and for each element of queries, keys and values with
     # each position of the window; backward twice as many, for the gradients by inputs and by weights.
     matrices = modules["attention"] + modules["mlp"] + config.vocab_size * config.dim
     forward = 2 * matrices + 4 * config.num_blocks * config.num_heads * config.head_dim * config.context_size
     memory = dict(zip(("activations", "gradients"), predict_memory(config, flags, len(streams))))
     predicted = max(memory.values())  # the one goes as the other comes
-    for name, tree in (("weights", model.parameters()), ("optimizer", optimizer.state)):
-        memory[name] = sum(array.nbytes for _, array in tree_flatten(tree))
-        predicted += memory[name]
+    memory |= {"weights": 4 * sum(modules.values()), "optimizer": sum(a.nbytes for _, a in tree_flatten(optimizer.state))}
+    predicted += memory["weights"] + memory["optimizer"]
     step, times = make_step(model, optimizer, flags, streams), []
     for i in range(6):
         tokens, targets = batches.next()

@@ -30,7 +30,7 @@ DEFAULTS = dict(
     top_p=1.0, min_p=0.0, repetition_penalty=1.0, draft=None,
     init_from=None, lora_rank=None, lora_alpha=None, teacher=None, teacher_weight=0.5, teacher_temperature=2.0,
     quantize=None, export=None,
-    evaluate=None, list=False,
+    evaluate=None, eval_stride=None, benchmark=False, cases=None, plot=None, attention=None, list=False,
 )  # fmt: skip
 LINE = "".join(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(200))
 

@@ -13,7 +13,8 @@ from conftest import ROOT, TINY, run
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
-SMALL = [*TINY, "--num_iters", "3", "--eval_tokens", "500"]
+WRITTEN = {"--export": "hf/config.json", "--plot": "losses.png", "--attention": "heads.png", "--cases": "cases.json"}
+SMALL = [*TINY, "--num_iters", "3", "--steps_per_report", "1", "--eval_tokens", "500"]
 
 
 def program_lines(command):
@@ -40,15 +41,18 @@ def test_command(command, tmp_path, text):
             arguments[at : at + 2] = ["--text", str(text), "--tokenizer", "word"]
         if "--text" in arguments:
             arguments[arguments.index("--text") + 1] = str(text)
-        if {"--identifier", "--inference", "--prompt", "--prompts_file", "--list", "--evaluate", "--init_from", "--teacher", "--export"} & set(arguments):
+        if {"--identifier", "--inference", "--prompt", "--plot", "--cases", "--prompts_file", "--list", "--evaluate", "--init_from", "--teacher", "--export"} & set(arguments):
             run("--text", text, *SMALL, "--dim", 32, "--mlp", "swiglu", "--save_dir", tmp_path)
             (tmp_path / "prompts.txt").write_text("the company\nline 5\n")
             named = dict.fromkeys(["ptb-3fa2c1", "ptb-0a1b2c"], main.list_checkpoints(tmp_path)[0]["run"])
-            named |= {name: tmp_path / name for name in ("prompts.txt", "answers.jsonl", "hf")}
+            named |= {name: tmp_path / name for name in ("prompts.txt", "answers.jsonl", "hf", "losses.png", "heads.png", "cases.json")}
+            named["tests/cases.yaml"] = ROOT / "tests" / "cases.yaml"
+            if "--eval_stride" in arguments:
+                arguments[arguments.index("--eval_stride") + 1] = "4"
             arguments = [named.get(argument, argument) for argument in arguments]
-        if "--export" in arguments:
+        if written := [name for flag, name in WRITTEN.items() if flag in arguments]:
             run(*arguments, "--save_dir", tmp_path)
-            assert (tmp_path / "hf" / "config.json").exists()
+            assert (tmp_path / written[0]).exists()
         elif "--evaluate" in arguments:
             assert run(*arguments, "--save_dir", tmp_path)[0].startswith("valid ")
         elif "--prompts_file" in arguments:
@@ -57,6 +61,8 @@ def test_command(command, tmp_path, text):
         elif {"--inference", "--prompt"} & set(arguments):
             out, _ = run(*arguments, "--save_dir", tmp_path, input="line 5")
             assert out.strip()
+        elif "--benchmark" in arguments:
+            assert run(*arguments, *SMALL, "--save_dir", tmp_path)[0].splitlines()[-1].startswith("{")
         elif {"--help", "--list", "--evaluate"} & set(arguments):
             run(*arguments, *([] if "--help" in arguments else ["--save_dir", tmp_path]))
         else:
