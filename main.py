@@ -1683,30 +1683,26 @@ def choose_checkpoint(folder, flags, typed, using):
 def open_origins(folder, flags, typed, checkpoint):
     """The models that --init_from and --teacher name, by flag, and the tokenizer of theirs that the text is to have. Fills in
     the model flags that --init_from decides. Raises UsageError where a typed flag or the two contradict."""
-    wanted = [flag for flag in ("init_from", "teacher") if getattr(flags, flag)]
+    wanted = {flag: getattr(flags, flag) for flag in ("init_from", "teacher") if getattr(flags, flag)}
     if not wanted:
         return {}, {}
-    used = {}
-    for flag in wanted:
-        if checkpoint and flag in checkpoint["uses"] and not flags.evaluate:
-            used[flag] = open_used(folder, checkpoint, flag)
-        elif not checkpoint:
-            used[flag] = open_model(folder, getattr(flags, flag), f"--{flag}")
     if checkpoint:
+        used = {flag: open_used(folder, checkpoint, flag) for flag in checkpoint["uses"] if not flags.evaluate}
         vocabulary = json.loads(read_texts(folder / f"{checkpoint['id']}.metadata")[1]["tokenizer"])
     else:
-        model, tokenizer, _ = used[wanted[0]]
+        used = {flag: open_model(folder, name, f"--{flag}") for flag, name in wanted.items()}
+        first, (model, tokenizer, _) = next(iter(used.items()))
         vocabulary = tokenizer.to_dict()
-        decided = {"tokenizer": vocabulary["kind"]}
-        if "init_from" in used:
-            decided |= {name: value for name, value in vars(model.config).items() if name in flags and name != "vocab_size"}
-        for name, value in decided.items():
-            if name in typed and typed[name] != value and name != "context_size":
-                raise UsageError(f"--{name} {typed[name]} contradicts --{wanted[0]}, which has {value}: leave --{name} away")
-            setattr(flags, name, typed[name] if name in typed else value)
+        decided = {"tokenizer": vocabulary["kind"]} | (vars(model.config) if "init_from" in used else {})
+        for name in [name for name in decided if name in flags and name != "vocab_size"]:
+            value = typed.get(name, decided[name])
+            if value != decided[name] and name != "context_size":
+                raise UsageError(f"--{name} {value} contradicts --{first}, which has {decided[name]}: leave --{name} away")
+            setattr(flags, name, value)
     for flag, (_, tokenizer, _) in used.items():
         if tokenizer.to_dict() != vocabulary:
-            raise UsageError(f"--{flag} {getattr(flags, flag)} has another tokenizer than the model to train: name one of equal data")
+            problem = f"--{flag} {wanted[flag]} has another tokenizer than the model to train"
+            raise UsageError(f"{problem}: name one of equal data")
     return used, {"tokenizer": vocabulary}
 
 
