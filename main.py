@@ -1656,8 +1656,8 @@ def choose_checkpoint(folder, flags, typed, using):
     run. Raises UsageError, RunError."""
     records = [] if flags.new_model else list_checkpoints(folder, warn=True)
     records = [record | {"flags": DEFAULTS | record["flags"]} for record in records]  # a flag may be younger
-    shaping = [name for name in SHAPING if name in typed and (name != "seed" or not using)]  # or it is the samples' own
-    wanted = {name: getattr(flags, name) for name in shaping}
+    # Where a checkpoint is only used, --seed is the samples' own.
+    wanted = {name: getattr(flags, name) for name in SHAPING if name in typed and not (using and name == "seed")}
     if flags.identifier is not None:
         checkpoint = named_checkpoint(folder, records, flags.identifier)
         for name, value in wanted.items():
@@ -1666,7 +1666,7 @@ def choose_checkpoint(folder, flags, typed, using):
                 raise UsageError(f"{problem}, it has {saved}: leave --{name} away, or begin a new run with --new_model")
         return checkpoint
     wanted |= {} if using else {"dataset": flags.dataset}
-    candidates = [record for record in records if all(record["flags"][name] == wanted[name] for name in wanted)]
+    candidates = [record for record in records if wanted.items() <= record["flags"].items()]
     if records and not candidates and not using:
         others = ", ".join(sorted({record["run"] for record in records}))
         tqdm.write(f"A new run; other runs in {folder}: {others} (--identifier NAME goes on with one)")
