@@ -1000,20 +1000,17 @@ def train(flags, dataset, checkpoint, used, interrupts):
     """One run from its start, or from the record `checkpoint`, to `num_iters` or a signal. `used`: the models that
     --init_from and --teacher name, as `open_model` gives them. Returns the exit status."""
     folder, tokenizer = flags.save_dir, dataset.tokenizer
-    name = f"{dataset.name}-{os.urandom(3).hex()}"
     # What follows a checkpoint that its run has left behind, and that --identifier names, is another run.
     newer = [r["run"] for r in list_checkpoints(folder) if flags.identifier and r["saved"] > checkpoint["saved"]]
-    if checkpoint and checkpoint["run"] not in newer:
-        name = checkpoint["run"]
+    begun = checkpoint and checkpoint["run"] not in newer
+    name = checkpoint["run"] if begun else f"{dataset.name}-{os.urandom(3).hex()}"
     if not (lock := lock_run(folder, name)):
         raise UsageError(f"{name} is being trained by another process: wait for it, or begin another with --new_model")
     clean_folder(folder)
 
-    model, teacher = (used[flag][0] if flag in used else None for flag in ("init_from", "teacher"))
-    config = Config(**checkpoint["config"]) if checkpoint else make_config(flags, tokenizer.vocab_size, model)
-    fresh = not model or flags.lora_rank  # is there anything to initialize?
-    if not model:
-        model = LanguageModel(config)
+    base, teacher = (used[flag][0] if flag in used else None for flag in ("init_from", "teacher"))
+    config = Config(**checkpoint["config"]) if checkpoint else make_config(flags, tokenizer.vocab_size, base)
+    model = base or LanguageModel(config)
     model.config = config  # the context may be another one
     if flags.lora_rank:
         add_lora(model, flags.lora_rank, flags.lora_alpha)
@@ -1024,20 +1021,17 @@ def train(flags, dataset, checkpoint, used, interrupts):
     run = SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer)
     if checkpoint:
         load_run(folder, checkpoint, run)
-    elif fresh:
+    elif not base or flags.lora_rank:
         init_weights(model, flags.seed)
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {os.cpu_count()} cores"
+    needed = {flag: id for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank}  # by every leg
+    named = {flag: getattr(flags, flag) for flag in needed}
     record |= {
         "run": name, "flags": {flag: getattr(flags, flag) for flag in INHERITED}, "tokens_sha256": dataset.sha256,
-        "uses": {  # models that every leg needs, under what name and with which id
-            flag: [getattr(flags, flag) if os.path.isdir(getattr(flags, flag)) else id, id]
-            for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank
-        },
-        "config": dataclasses.asdict(config), "parameters": count_parameters(model.parameters()),
+        "uses": {flag: [named[flag] if os.path.isdir(named[flag]) else id, id] for flag, id in needed.items()},
+        "config": dataclasses.asdict(config), "parameters": sum(each.size for _, each in tree_flatten(model.parameters())),
         # What the last bits of a result depend on: a run is exact as long as these stay the same.
-        "versions": {
-            "MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device, "streams": len(streams),
-        },
+        "versions": dict(MLX=mx.__version__, NumPy=np.__version__, BLAS=BLAS, device=device, streams=len(streams)),
     }  # fmt: skip
     start = record["iteration"]
     print_start(flags, dataset, run, checkpoint or record)
@@ -1115,10 +1109,6 @@ def train(flags, dataset, checkpoint, used, interrupts):
     return 0
 
 
-def count_parameters(tree):
-    return sum(weight.size for _, weight in tree_flatten(tree))
-
-
 def print_start(flags, dataset, run, last):
     """One screen that says what is trained, on what, and where its files go. last: the record that is gone on from."""
     record, config, tokenizer, folder = run.record, run.model.config, dataset.tokenizer, flags.save_dir
@@ -1126,7 +1116,8 @@ def print_start(flags, dataset, run, last):
     free, room, old, new = shutil.disk_usage(folder).free, size * (flags.keep + 2), last["versions"], record["versions"]
     splits = " / ".join(f"{len(split.tokens):,}" for split in (dataset.train, dataset.valid, dataset.test) if split)
     windows, rows = len(run.batches.perm), run.batches.batch_size
-    few = f", of them {trained:,} trained" if (trained := count_parameters(run.model.trainable_parameters())) < record["parameters"] else ""
+    trained = sum(weight.size for _, weight in tree_flatten(run.model.trainable_parameters()))
+    few = f", of them {trained:,} trained" if trained < record["parameters"] else ""
     tqdm.write(
         f"run      {record['run']}, from iteration {record['iteration']:,} to {flags.num_iters:,}, seed {flags.seed}\n"
         f"model    {record['parameters']:,} parameters{few}: {config.num_blocks} blocks, dim {config.dim}, {config.num_heads} "
