@@ -1686,9 +1686,9 @@ def open_origins(folder, flags, typed, checkpoint):
         vocabulary = tokenizer.to_dict()
         decided = {"tokenizer": vocabulary["kind"]} | (vars(model.config) if "init_from" in used else {})
         for name in [name for name in decided if name in flags and name != "vocab_size"]:
-            value = typed.get(name, decided[name])
-            if value != decided[name] and name != "context_size":
-                raise UsageError(f"--{name} {value} contradicts --{first}, which has {decided[name]}: leave --{name} away")
+            value, theirs = typed.get(name, decided[name]), decided[name]
+            if value != theirs and name != "context_size":
+                raise UsageError(f"--{name} {value} contradicts --{first}, which has {theirs}: leave --{name} away")
             setattr(flags, name, value)
     for flag, (_, tokenizer, _) in used.items():
         if tokenizer.to_dict() != vocabulary:
