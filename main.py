@@ -1643,11 +1643,10 @@ def read_config(path, typed):
 def choose_checkpoint(folder, flags, typed, using):
     """The record of the checkpoint that this command line goes on from, or is `using` without training it, its files
     verified; None for a new run. Without --identifier that is the one saved last among those that agree with every
-    shaping flag typed and, in training, with the dataset; a damaged one is passed over for the next older one of its
-    run. Raises UsageError, RunError."""
+    shaping flag typed (but --seed if only `using`: it is the samples' own) and, in training, with the dataset; a damaged
+    one is passed over for the next older one of its run. Raises UsageError, RunError."""
     records = [] if flags.new_model else list_checkpoints(folder, warn=True)
     records = [record | {"flags": DEFAULTS | record["flags"]} for record in records]  # a flag may be younger
-    # Where a checkpoint is only used, --seed is the samples' own.
     wanted = {name: getattr(flags, name) for name in SHAPING if name in typed and not (using and name == "seed")}
     if flags.identifier is not None:
         checkpoint = named_checkpoint(folder, records, flags.identifier)
