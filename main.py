@@ -42,10 +42,8 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from datasets import (
-    CACHE, CORPORA, TOKENIZERS, RunError, UsageError, append_lines, load_dataset, open_folder, tokenizer_from_dict,
-    tokenizer_json,
-)  # fmt: skip
+from datasets import CACHE, CORPORA, TOKENIZERS, RunError, UsageError
+from datasets import append_lines, load_dataset, open_folder, tokenizer_from_dict, tokenizer_json
 
 FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
 
