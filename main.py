@@ -207,9 +207,8 @@ def softmax_gradient(scores, gradient, weights):  # from the weights, so that no
 
 
 def attend(queries, keys, values, scale, mask="causal", cached=False):
-    """Attention of queries [B, H, L, d] to keys and values [B, K, S, d]: [B, H, L, d]. The last L of the S positions are
-    the queries' own, if `mask` does not say what each may see. MLX's own, but for whole texts on a CPU, where this makes
-    a small model's step a tenth quicker."""
+    """Attention of queries [B, H, L, d], at the last L of S positions or as `mask` says, to keys and values [B, K, S, d]:
+    [B, H, L, d]. MLX's own, but for whole texts on a CPU, where this makes a small model's step a tenth quicker."""
     if mx.default_device() == mx.gpu or cached:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     B, H, L, d = queries.shape
@@ -346,8 +345,7 @@ class LanguageModel(nn.Module):
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def __call__(self, tokens, caches=None, noise=(), last=0):
-        """caches: a Cache for each block, which the tokens continue; noise: see `dropout`; last: so many positions' logits
-        alone (0: all)."""
+        """caches: a Cache for each block, which the tokens continue; noise: see `dropout`; last: positions (0: all)."""
         hidden = self.model(tokens, caches, noise)[:, -last:]
         return self.lm_head(hidden) if self.config.untie else self.model.embed_tokens.as_linear(hidden)
 
@@ -414,9 +412,8 @@ MUON_RATE = 5
 
 
 def make_optimizer(model, flags, streams=(mx.cpu,)):
-    """AdamW (Loshchilov & Hutter 2019) in two groups, matrices with weight decay and norms without; with --optimizer
-    muon the blocks' matrices go to Muon (Jordan et al. 2024), with the same decay. Its state is ready; the work is dealt
-    out over `streams`."""
+    """AdamW (Loshchilov & Hutter 2019) in two groups, matrices with weight decay and norms without, its work dealt out
+    over `streams`; with --optimizer muon the blocks' matrices go to Muon (Jordan et al. 2024), with the same decay."""
     adamw = partial(optim.AdamW, flags.learning_rate, betas=[0.9, 0.99], bias_correction=True)
     groups = [adamw(weight_decay=flags.weight_decay), adamw(weight_decay=0.0)]
     filters = [lambda name, weight: weight.ndim >= 2]
@@ -481,8 +478,7 @@ class Batches:
         self.perm = random.permutation(windows).astype(np.int32)
 
     def next(self):
-        """Inputs and targets, [B, L] int32 each. The last incomplete batch of an epoch is dropped; where the text has
-        fewer windows than a batch, they repeat."""
+        """Inputs and targets, [B, L] int32. An epoch's last, incomplete batch is dropped; too few windows repeat."""
         if self.s + self.batch_size > len(self.perm) and self.s > 0:
             self.begin_epoch(self.epoch + 1)
         order = self.perm.take(range(self.s, self.s + self.batch_size), mode="wrap").astype(np.int64)
