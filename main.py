@@ -498,12 +498,11 @@ def probabilities(logits):
 
 
 def head_loss(hidden, head, targets, weights, *teacher, training=True):
-    """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed with it, so that of the
-    logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head: [V, D];
-    targets: [N]; weights: [N], of the positions; training: False where the gradients are not asked for, so that MLX
-    never computes them and no chunk waits for them. teacher: its hidden states [N, D'], head [V', D'] and [share, T];
-    then so much of the loss is T^2 times the Kullback-Leibler divergence to what it predicts, both softened by the
-    temperature T (Hinton et al. 2015)."""
+    """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed with it, so that of
+    the logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head: [V, D];
+    targets, weights: [N]; training: False where no gradients are asked for, so that MLX never computes them and no chunk
+    waits for them. teacher: its hidden states [N, D'], head [V', D'] and [share, T]; then so much of the loss is T^2
+    times the Kullback-Leibler divergence to what it predicts, both softened by temperature T (Hinton et al. 2015)."""
     answer_weights = weights * (1 - teacher[2][0]) if teacher else weights
     # Chunks of 2^23 logits cost nothing; with fewer than 128 rows the products of a large vocabulary become slow.
     chunks = -(-len(hidden) // max(128, 2**23 // len(head)))
@@ -554,7 +553,7 @@ def head_loss_gradient(inputs, gradients, outputs):
 
 
 def loss_sum(model, tokens, targets, weights=1.0, noise=(), training=True, teacher=None, mixture=None):
-    """Cross-entropy in nats, summed over the positions, or its mixture with a teacher's. tokens, targets, weights: [B, L]."""
+    """Cross-entropy in nats, summed over positions, or its mixture with a teacher's. tokens, targets, weights: [B, L]."""
     hidden = model.model(tokens, noise=noise).flatten(0, 1)  # [B * L, D]
     weights = mx.broadcast_to(mx.array(weights), targets.shape).flatten()
     loss = trained_head_loss if training else partial(head_loss, training=False)
@@ -573,8 +572,7 @@ def over_streams(streams, function, *arrays):
 
 
 def evaluate(model, tokens, batch_size, interrupts=None):
-    """Mean nats a token over every token but the first, each scored once, in windows that do not overlap; None if
-    `interrupts` cut it short. tokens: [N]."""
+    """Mean nats over all tokens [N] but the first, in windows that do not overlap; None if `interrupts` cut it short."""
     L, count = model.config.context_size, len(tokens) - 1
     batches = -(-count // (batch_size * L))
     padded = np.zeros((3, batches * batch_size * L), np.int32)  # inputs, targets, weights; those of padding are 0
@@ -759,9 +757,8 @@ def write_checkpoint(folder, run, id):
 
 
 def clean_folder(folder, run=None, keep=0):
-    """Deletes the checkpoints of `run` but the newest `keep`, the best and those that other runs build on, and what killed
-    saves left: with the lock held, every `.new` file is stale, and so is metadata alone. What cannot be deleted now is
-    left to the next time."""
+    """Deletes the checkpoints of `run` but the newest `keep`, the best and those that other runs build on, and what
+    killed saves left: under the lock, `.new` files and metadata alone are stale. What cannot be deleted now can later."""
     with contextlib.suppress(OSError), locked(folder):
         records = list_checkpoints(folder)
         own = [record["id"] for record in records if run and record["run"] == run.record["run"]]
@@ -777,8 +774,7 @@ def clean_folder(folder, run=None, keep=0):
 
 
 def load_model(folder, record):
-    """The model and the tokenizer of a checkpoint: all that sampling needs. A LoRA run's adapters are merged into its base.
-    Raises RunError if that is not there."""
+    """The model, a LoRA run's merged into its base, and the tokenizer of a checkpoint. Raises RunError without base."""
     _, texts = read_texts(folder / f"{record['id']}.metadata")
     model, weights = LanguageModel(Config(**record["config"])), mx.load(str(folder / f"{record['id']}.safetensors"))
     if rank := record["flags"].get("lora_rank"):
@@ -793,8 +789,8 @@ def load_model(folder, record):
 
 
 def open_model(folder, name, flag):
-    """The model, tokenizer and id of what `flag` names: a checkpoint in `folder`, or a Hugging Face folder, whose id is the
-    SHA1 of its weights. Raises UsageError, RunError."""
+    """The model, tokenizer and id of what `flag` names: a checkpoint in `folder`, or a Hugging Face folder (see
+    `import_model`). Raises UsageError, RunError."""
     if os.path.isdir(name):
         return import_model(Path(name))
     record = named_checkpoint(folder, list_checkpoints(folder), name, flag)
@@ -802,7 +798,7 @@ def open_model(folder, name, flag):
 
 
 def open_used(folder, record, flag):
-    """The same for a model that the run of `record` has built on from its start. Raises RunError if it is not that one."""
+    """The same for a model that the run of `record` was begun with. Raises RunError if it is not that one."""
     name, id = record["uses"][flag]
     try:
         found = open_model(folder, name, f"--{flag}")
@@ -823,8 +819,7 @@ THEIR_NAMES = {
 
 
 def import_model(path):
-    """The model and tokenizer of a Hugging Face folder, and the SHA1 of its weights (of their SHA1s if there are several
-    files). Raises UsageError."""
+    """The model and tokenizer of a Hugging Face folder, and its weights' SHA1 (or the SHA1s' own). Raises UsageError."""
     try:
         theirs = json.loads((path / "config.json").read_text())
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
