@@ -1131,8 +1131,8 @@ def print_start(flags, dataset, run, last):
 
 # ---- Sampling: functions of logits [B, V], then texts token by token ------------------------------------------------
 def penalize(logits, texts, penalty):
-    """Makes what stands in the rows' texts, [B] lists of ids, less likely: logits above 0 are divided by `penalty`, others
-    multiplied (Keskar et al. 2019). 1 changes nothing."""
+    """Makes ids in the rows' texts less likely: logits above 0 are divided by `penalty`, others multiplied (Keskar et
+    al. 2019). 1 changes nothing."""
     if penalty == 1:
         return logits
     seen = np.zeros(logits.shape, bool)
@@ -1420,8 +1420,7 @@ def quantize(model, bits, packed):
 
 # ---- Tools: each one function ---------------------------------------------------------------------------------------
 def list_runs(folder):
-    """Prints a table of the runs in `folder`, the one saved last first: what each is, the flags in which it differs
-    from others, its checkpoints."""
+    """Prints a table of the runs in `folder`, the one saved last first: flags that tell them apart, checkpoints."""
     records = list_checkpoints(folder, warn=True)
     print(f"{len(records)} checkpoints in {folder}")
     runs = {record["run"]: [r for r in records if r["run"] == record["run"]] for record in records}
