@@ -1474,11 +1474,10 @@ def number(kind, least, most=math.inf):
     """An argparse type: an int or float from `least` to `most`."""
 
     def convert(text):
-        value = kind(text)
-        if not (math.isfinite(value) and least <= value <= most):
-            wanted = f"must be at least {least}" + (f" and at most {most}" if most < math.inf else "")
-            raise argparse.ArgumentTypeError(f"{wanted}, not {text}")
-        return value
+        if math.isfinite(value := kind(text)) and least <= value <= most:
+            return value
+        limit = f" and at most {most}" if most < math.inf else ""
+        raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, not {text}")
 
     convert.__name__ = "whole number" if kind is int else "number"  # which argparse's message names
     return convert
@@ -1491,8 +1490,8 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     """The parser. Every default is written here and nowhere else."""
-    about = {"usage": "python main.py [flags]", "description": __doc__.partition("\nThe whole")[0]}
-    parser = Parser(**about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "usage": "python main.py [flags]"}
+    parser = Parser(**layout, description=__doc__.partition("\nThe whole")[0], allow_abbrev=False)
     count, size, rate = number(int, 0, 2**31 - 1), number(int, 1, 2**31 - 1), number(float, 0)
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
     run = parser.add_argument_group("run").add_argument
