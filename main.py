@@ -1232,20 +1232,19 @@ def speculate(decoder, draft, max_tokens, flags, seeds, length=4):
     text, end = decoder.texts[0], len(decoder.texts[0]) + max_tokens
     while (known := len(text)) < end:
         random = np.random.default_rng([*seeds, known])
-        room = decoder.model.config.context_size - (known - decoder.starts[0])  # else its window would move at another token
+        room = decoder.model.config.context_size - (known - decoder.starts[0])  # else its window would move elsewhere
         chances = []  # of the proposals [V]
         for _ in range(max(0, min(length, room, end - known - 1))):
             chances.append(distribution(draft.logits()[:, -1], flags, draft.windows())[0])
             text.append(int(random.choice(len(chances[-1]), p=chances[-1])))
         logits = decoder.logits(count=len(chances) + 1)[0]  # after the text and after each proposal
         window = text[decoder.starts[0] :]
-        wanted = distribution(logits, flags, [window[: len(window) - len(chances) + i] for i in range(len(chances) + 1)])
-        accepted, next_chances = 0, wanted[-1]
-        for chance, want, id in zip(chances, wanted, text[known:]):
-            if random.random() * chance[id] >= want[id]:
-                next_chances = np.maximum(want - chance, 0)
-                break
-            accepted += 1
+        ends = range(len(window) - len(chances), len(window) + 1)
+        wanted = distribution(logits, flags, [window[:end] for end in ends])
+        pairs = enumerate(zip(chances, wanted, text[known:]))
+        rejected = (i for i, (chance, want, id) in pairs if random.random() * chance[id] >= want[id])
+        accepted = next(rejected, len(chances))
+        next_chances = np.maximum(wanted[accepted] - [*chances, 0][accepted], 0)
         for each in (decoder, draft):
             each.shorten(known + accepted)
         text.append(int(random.choice(len(next_chances), p=next_chances / next_chances.sum())))
