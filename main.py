@@ -207,8 +207,8 @@ def softmax_gradient(scores, gradient, weights):  # from the weights, so that no
 
 
 def attend(queries, keys, values, scale, mask="causal", cached=False):
-    """Attention of queries [B, H, L, d], at the last L of S positions or as `mask` says, to keys and values [B, K, S, d]:
-    [B, H, L, d]. MLX's own, but for whole texts on a CPU, where this makes a small model's step a tenth quicker."""
+    """Attention of queries [B, H, L, d], at the last L of S positions or as `mask` says, to keys and values
+    [B, K, S, d]: [B, H, L, d]. MLX's own, but for whole texts on a CPU, where this makes small models a tenth quicker."""
     if mx.default_device() == mx.gpu or cached:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     B, H, L, d = queries.shape
@@ -499,9 +499,9 @@ def probabilities(logits):
 
 def head_loss(hidden, head, targets, weights, *teacher, training=True):
     """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed with it, so that of
-    the logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head: [V, D];
-    targets, weights: [N]; training: False where no gradients are asked for, so that MLX never computes them and no chunk
-    waits for them. teacher: its hidden states [N, D'], head [V', D'] and [share, T]; then so much of the loss is T^2
+    the logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head:
+    [V, D]; targets, weights: [N]; training: False where no gradients are asked for, so that MLX never computes them and
+    no chunk waits for them. teacher: its hidden states [N, D'], head [V', D'] and [share, T]; so much of the loss is T^2
     times the Kullback-Leibler divergence to what it predicts, both softened by temperature T (Hinton et al. 2015)."""
     answer_weights = weights * (1 - teacher[2][0]) if teacher else weights
     # Chunks of 2^23 logits cost nothing; with fewer than 128 rows the products of a large vocabulary become slow.
@@ -553,7 +553,7 @@ def head_loss_gradient(inputs, gradients, outputs):
 
 
 def loss_sum(model, tokens, targets, weights=1.0, noise=(), training=True, teacher=None, mixture=None):
-    """Cross-entropy in nats, summed over positions, or its mixture with a teacher's. tokens, targets, weights: [B, L]."""
+    """Cross-entropy in nats, summed over positions, or mixed with a teacher's. tokens, targets, weights: [B, L]."""
     hidden = model.model(tokens, noise=noise).flatten(0, 1)  # [B * L, D]
     weights = mx.broadcast_to(mx.array(weights), targets.shape).flatten()
     loss = trained_head_loss if training else partial(head_loss, training=False)
@@ -572,7 +572,7 @@ def over_streams(streams, function, *arrays):
 
 
 def evaluate(model, tokens, batch_size, interrupts=None):
-    """Mean nats over all tokens [N] but the first, in windows that do not overlap; None if `interrupts` cut it short."""
+    """Mean nats of all tokens [N] but the first, in windows that do not overlap; None if `interrupts` cut it short."""
     L, count = model.config.context_size, len(tokens) - 1
     batches = -(-count // (batch_size * L))
     padded = np.zeros((3, batches * batch_size * L), np.int32)  # inputs, targets, weights; those of padding are 0
@@ -758,7 +758,7 @@ def write_checkpoint(folder, run, id):
 
 def clean_folder(folder, run=None, keep=0):
     """Deletes the checkpoints of `run` but the newest `keep`, the best and those that other runs build on, and what
-    killed saves left: under the lock, `.new` files and metadata alone are stale. What cannot be deleted now can later."""
+    killed saves left: under the lock, `.new` files and metadata alone are stale. What cannot go now goes another time."""
     with contextlib.suppress(OSError), locked(folder):
         records = list_checkpoints(folder)
         own = [record["id"] for record in records if run and record["run"] == run.record["run"]]
@@ -819,7 +819,7 @@ THEIR_NAMES = {
 
 
 def import_model(path):
-    """The model and tokenizer of a Hugging Face folder, and its weights' SHA1 (or the SHA1s' own). Raises UsageError."""
+    """A Hugging Face folder's model and tokenizer, and its weights' SHA1 (or the SHA1s' own). Raises UsageError."""
     try:
         theirs = json.loads((path / "config.json").read_text())
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
@@ -1018,7 +1018,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
     record |= {
         "run": name, "flags": {flag: getattr(flags, flag) for flag in INHERITED}, "tokens_sha256": dataset.sha256,
         "uses": {flag: [named[flag] if os.path.isdir(named[flag]) else id, id] for flag, id in needed.items()},
-        "config": dataclasses.asdict(config), "parameters": sum(each.size for _, each in tree_flatten(model.parameters())),
+        "config": dataclasses.asdict(config), "parameters": sum(w.size for _, w in tree_flatten(model.parameters())),
         # What the last bits of a result depend on: a run is exact as long as these stay the same.
         "versions": dict(MLX=mx.__version__, NumPy=np.__version__, BLAS=BLAS, device=device, streams=len(streams)),
     }  # fmt: skip
@@ -1629,8 +1629,8 @@ def read_config(path, typed):
 def choose_checkpoint(folder, flags, typed, using):
     """The record of the checkpoint that this command line goes on from, or is `using` without training it, its files
     verified; None for a new run. Without --identifier that is the one saved last among those that agree with every
-    shaping flag typed (but --seed if only `using`: it is the samples' own) and, in training, with the dataset; a damaged
-    one is passed over for the next older one of its run. Raises UsageError, RunError."""
+    shaping flag typed (but --seed if only `using`: it is the samples' own) and, in training, with the dataset; a
+    damaged one is passed over for the next older one of its run. Raises UsageError, RunError."""
     records = [] if flags.new_model else list_checkpoints(folder, warn=True)
     records = [record | {"flags": DEFAULTS | record["flags"]} for record in records]  # a flag may be younger
     wanted = {name: getattr(flags, name) for name in SHAPING if name in typed and not (using and name == "seed")}
