@@ -489,14 +489,6 @@ class Batches:
 
 
 # ---- Loss and evaluation --------------------------------------------------------------------------------------------
-def probabilities(logits):
-    """Softmax over the last axis, and its logarithm."""
-    below = logits - logits.max(axis=-1, keepdims=True)
-    powers = exp(below)
-    total = powers.sum(axis=-1, keepdims=True)
-    return powers / total, below - mx.log(total)
-
-
 def head_loss(hidden, head, targets, weights, *teacher, training=True):
     """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed with it, so that of
     the logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head:
@@ -529,8 +521,10 @@ def head_loss(hidden, head, targets, weights, *teacher, training=True):
         share = weight / total
         if teacher:
             states, their_head, (mixed, T) = teacher
-            wanted, log_wanted = probabilities((states[start : start + rows] @ their_head.T)[:, : len(head)].astype(mx.float32) / T)
-            given, log_given = probabilities(logits / T)
+            theirs = (states[start : start + rows] @ their_head.T)[:, : len(head)].astype(mx.float32)
+            below = (scores - scores.max(axis=-1, keepdims=True) for scores in (theirs / T, logits / T))
+            log_wanted, log_given = (scores - mx.log(exp(scores).sum(axis=-1, keepdims=True)) for scores in below)
+            wanted, given = exp(log_wanted), exp(log_given)
             pull = mixed * T * weights[start : start + rows, None]
             loss = loss + T * (pull * wanted * (log_wanted - log_given)).sum()
             powers, share = powers * share + pull * (given - wanted), mx.ones_like(share)
