@@ -223,21 +223,20 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.rope = nn.RoPE(config.head_dim, base=config.rope_theta)
-        self.q_proj = nn.Linear(config.dim, self.num_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, self.num_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, self.num_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * config.head_dim, config.dim, bias=False)
+        self.q_proj = nn.Linear(config.dim, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
         if config.qk_norm:  # keeps the scores in range at high learning rates (Henry et al. 2020; Qwen3)
             self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
 
     def __call__(self, hidden, cache=None):
         B, L, _ = hidden.shape
-        queries = self.q_proj(hidden).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)  # [B, H, L, d]
-        keys = self.k_proj(hidden).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)  # [B, K, L, d]
-        values = self.v_proj(hidden).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)  # [B, K, L, d]
+        projected = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)  # to [B, H, L, d] and twice [B, K, L, d]
+        queries, keys, values = (each.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3) for each in projected)
         if "q_norm" in self:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         offset, mask = cache.place(L) if cache else (0, "causal")
