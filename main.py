@@ -760,9 +760,8 @@ def clean_folder(folder, run=None, keep=0):
             if id not in needed | {(run.record["best"] or {}).get("id")}:
                 (folder / f"{id}.safetensors").unlink(missing_ok=True)  # so that its metadata counts no more
         for path in folder.iterdir():
-            unfinished = re.fullmatch(r"\w+-[0-9a-f]{6}\.(safetensors|metadata)\.new", path.name)
-            orphaned = re.fullmatch(r"[0-9a-f]{40}\.metadata", path.name)
-            if unfinished or orphaned and not path.with_suffix(".safetensors").exists():
+            ours = re.fullmatch(r"\w+-[0-9a-f]{6}\.(safetensors|metadata)\.new|[0-9a-f]{40}\.metadata", path.name)
+            if ours and not path.with_suffix(".safetensors").exists():  # which no .new file has
                 path.unlink()
 
 
