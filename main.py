@@ -1308,9 +1308,8 @@ def first_ids(tokenizer, prompt):
 
 def talk(folder, checkpoint, flags):
     """--inference, --prompt or --prompts_file with this checkpoint, and with that of --draft. Raises UsageError."""
-    run, iteration, id = checkpoint["run"], checkpoint["iteration"], checkpoint["id"]
-    print(f"{run}, iteration {iteration:,}, checkpoint {id[:12]}", file=sys.stderr)
-    model, tokenizer = load_model(folder, checkpoint)
+    id, (model, tokenizer) = checkpoint["id"], load_model(folder, checkpoint)
+    print(f"{checkpoint['run']}, iteration {checkpoint['iteration']:,}, checkpoint {id[:12]}", file=sys.stderr)
     models = [model]
     if flags.quantize:
         quantize(model, flags.quantize, packed=flags.gpu)
