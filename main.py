@@ -1123,8 +1123,7 @@ def print_start(flags, dataset, run, last):
 
 # ---- Sampling: functions of logits [B, V], then texts token by token ------------------------------------------------
 def penalize(logits, texts, penalty):
-    """Makes ids in the rows' texts less likely: logits above 0 are divided by `penalty`, others multiplied (Keskar et
-    al. 2019). 1 changes nothing."""
+    """Divides logits above 0 of the ids in the rows' texts by `penalty`, multiplies others (Keskar et al. 2019)."""
     if penalty == 1:
         return logits
     seen = np.zeros(logits.shape, bool)
