@@ -463,9 +463,8 @@ class Batches:
 
     def __init__(self, tokens, context_size, batch_size, seed):
         if len(tokens) <= context_size:
-            least = f"one window of --context_size {context_size} and the token after it"
-            remedy = f"use a longer text or --context_size {max(1, len(tokens) - 1)}"
-            raise UsageError(f"the training text has {len(tokens):,} tokens, fewer than {least}: {remedy}")
+            problem = f"the training text has {len(tokens):,} tokens, too few for --context_size {context_size}"
+            raise UsageError(f"{problem}: use a longer text or --context_size {max(1, len(tokens) - 1)}")
         self.tokens, self.context_size, self.batch_size, self.seed = tokens, context_size, batch_size, seed
         self.begin_epoch(0)
 
