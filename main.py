@@ -208,7 +208,7 @@ def softmax_gradient(scores, gradient, weights):  # from the weights, so that no
 
 def attend(queries, keys, values, scale, mask="causal", cached=False):
     """Attention of queries [B, H, L, d], at the last L of S positions or as `mask` says, to keys and values
-    [B, K, S, d]: [B, H, L, d]. MLX's own, but for whole texts on a CPU, where this makes small models a tenth quicker."""
+    [B, K, S, d]: [B, H, L, d]. MLX's own, but for whole texts on a CPU, where this makes small steps a tenth quicker."""
     if mx.default_device() == mx.gpu or cached:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     B, H, L, d = queries.shape
@@ -235,7 +235,7 @@ class Attention(nn.Module):
 
     def __call__(self, hidden, cache=None):
         B, L, _ = hidden.shape
-        projected = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)  # to [B, H, L, d] and twice [B, K, L, d]
+        projected = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)  # then [B, H, L, d], twice [B, K, L, d]
         queries, keys, values = (each.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3) for each in projected)
         if "q_norm" in self:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
@@ -491,8 +491,8 @@ def head_loss(hidden, head, targets, weights, *teacher, training=True):
     """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed with it, so that of
     the logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head:
     [V, D]; targets, weights: [N]; training: False where no gradients are asked for, so that MLX never computes them and
-    no chunk waits for them. teacher: its hidden states [N, D'], head [V', D'] and [share, T]; so much of the loss is T^2
-    times the Kullback-Leibler divergence to what it predicts, both softened by temperature T (Hinton et al. 2015)."""
+    no chunk waits for them. teacher: its hidden states [N, D'], head [V', D'] and [share, T]; so much of the loss is
+    T^2 times the Kullback-Leibler divergence to what it predicts, both softened by temperature T (Hinton et al. 2015)."""
     answer_weights = weights * (1 - teacher[2][0]) if teacher else weights
     # Chunks of 2^23 logits cost nothing; with fewer than 128 rows the products of a large vocabulary become slow.
     chunks = -(-len(hidden) // max(128, 2**23 // len(head)))
@@ -750,7 +750,7 @@ def write_checkpoint(folder, run, id):
 
 def clean_folder(folder, run=None, keep=0):
     """Deletes the checkpoints of `run` but the newest `keep`, the best and those that other runs build on, and what
-    killed saves left: under the lock, `.new` files and metadata alone are stale. What cannot go now goes another time."""
+    killed saves left: under the lock, `.new` files and metadata alone are stale. What cannot go now goes next time."""
     with contextlib.suppress(OSError), locked(folder):
         records = list_checkpoints(folder)
         own = [record["id"] for record in records if run and record["run"] == run.record["run"]]
