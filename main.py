@@ -21,7 +21,6 @@ import ctypes
 import dataclasses
 import errno
 import fcntl
-import glob
 import hashlib
 import itertools
 import json
@@ -77,7 +76,7 @@ def use_fast_blas():
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
             ctypes.CDLL("libc.so.6").mallopt(option, value)
     pip_mkl = os.path.join(sys.prefix, "lib", "libmkl_rt.so.2")
-    numpys = glob.glob(os.path.join(np.__path__[0], "..", "numpy.libs", "libscipy_openblas64_*.so"))
+    numpys = [str(path) for path in Path(np.__path__[0]).parent.glob("numpy.libs/libscipy_openblas64_*.so")]
     for path in ("libopenblas.so.0", "libblis.so.4", "libmkl_rt.so.2", "libmkl_rt.so", pip_mkl, *numpys):
         with contextlib.suppress(OSError, AttributeError):
             gemm = ctypes.CDLL(path)["scipy_cblas_sgemm64_" if path in numpys else "cblas_sgemm"]
