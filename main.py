@@ -769,10 +769,9 @@ def load_model(folder, record):
     model, weights = LanguageModel(Config(**record["config"])), mx.load(str(folder / f"{record['id']}.safetensors"))
     if rank := record["flags"].get("lora_rank"):
         adapters, weights = weights, dict(tree_flatten(open_used(folder, record, "init_from")[0].parameters()))
-        for name in adapters:
-            if (stem := name.removesuffix("lora_a")) != name:
-                update = adapters[stem + "lora_b"] @ adapters[name] * (record["flags"]["lora_alpha"] / rank)
-                weights[stem + "weight"] = weights[stem + "weight"] + update
+        for layer in [name.removesuffix(".lora_a") for name in adapters if name.endswith(".lora_a")]:
+            update = adapters[f"{layer}.lora_b"] @ adapters[f"{layer}.lora_a"]
+            weights[f"{layer}.weight"] += update * (record["flags"]["lora_alpha"] / rank)
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
     return model, tokenizer_from_dict(json.loads(texts["tokenizer"]))
