@@ -378,13 +378,11 @@ def add_lora(model, rank, alpha):
 
 
 def init_weights(model, seed):
-    """Gives every parameter that is trained its first value: norms 1; matrices normal with the deviation 1 / sqrt(inputs);
-    those that write into the residual stream 0, so that each block begins as the identity; an untied output layer 0, and
-    so the second factor of a LoRA update.
-
-    Embeddings are the output layer too: with the deviation 5 / dim the logit of the token just read begins near 5, all
-    others near 0, so the first loss is near ln V. On PTB (dim 256, AdamW 3e-3) validation after 250 steps was 5.64 nats
-    with it, 5.57 with twice as much, 5.91 with a fifth, and 5.76 with GPT-2's initialisation of all weights."""
+    """Gives every trained parameter its first value: norms 1; matrices normal with the deviation 1 / sqrt(inputs); 0 for
+    an untied output layer, a LoRA update's second factor and what writes into the residual stream, so that each block
+    begins as the identity. Embeddings are the output layer too: with the deviation 5 / dim the logit of the token just
+    read begins near 5, all others near 0, so the first loss is near ln V. On PTB (dim 256, AdamW 3e-3) validation after
+    250 steps was 5.64 nats with it, 5.57 with twice as much, 5.91 with a fifth, 5.76 with GPT-2's initialisation."""
     weights = []
     parameters = tree_flatten(model.trainable_parameters())
     for (name, parameter), key in zip(parameters, mx.random.split(mx.random.key(seed), len(parameters))):
