@@ -145,11 +145,11 @@ class Config:
         if self.head_dim:  # of imported models, some of which have other sums of heads than dim
             return
         if self.dim % (2 * self.num_heads):  # RoPE rotates pairs, so a head's dimension is even
-            fitting = 2 * self.num_heads * max(1, round(self.dim / (2 * self.num_heads)))
-            raise UsageError(f"--dim {self.dim} is no multiple of 2 * --num_heads {self.num_heads}: try --dim {fitting}")
+            fit = 2 * self.num_heads * max(1, round(self.dim / (2 * self.num_heads)))
+            raise UsageError(f"--dim {self.dim} is no multiple of 2 * --num_heads {self.num_heads}: try --dim {fit}")
         if self.num_heads % self.num_kv_heads:
-            fitting = math.gcd(self.num_heads, self.num_kv_heads)
-            raise UsageError(f"--num_kv_heads {self.num_kv_heads} does not divide --num_heads {self.num_heads}: try {fitting}")
+            problem = f"--num_kv_heads {self.num_kv_heads} does not divide --num_heads {self.num_heads}"
+            raise UsageError(f"{problem}: try {math.gcd(self.num_heads, self.num_kv_heads)}")
         object.__setattr__(self, "head_dim", self.dim // self.num_heads)
 
 
