@@ -506,12 +506,10 @@ def head_loss(hidden, head, targets, weights, *teacher, training=True):
                 idle = mx.cumsum(idle)
             inputs, *_ = mx.depends([inputs], [idle])
         logits = (inputs @ head.T).astype(mx.float32)  # [rows, V]
-        largest = logits.max(axis=-1, keepdims=True)
-        powers = exp(logits - largest)
+        below = logits - logits.max(axis=-1, keepdims=True)
+        powers, answer = exp(below), head[answers]
         total = powers.sum(axis=-1, keepdims=True)
-        answer = head[answers]
-        nats = mx.log(total) + largest - mx.take_along_axis(logits, answers[:, None], axis=-1)
-        loss = loss + (nats * weight).sum()
+        loss = loss + ((mx.log(total) - mx.take_along_axis(below, answers[:, None], axis=-1)) * weight).sum()
         # The gradient by the logits is (powers / total - one-hot answers) * weight, never written out.
         share = weight / total
         if teacher:
