@@ -207,7 +207,7 @@ def softmax_gradient(scores, gradient, weights):  # from the weights, so that no
 
 def attend(queries, keys, values, scale, mask="causal", cached=False):
     """Attention of queries [B, H, L, d], at the last L of S positions or as `mask` says, to keys and values
-    [B, K, S, d]: [B, H, L, d]. MLX's own, but for whole texts on a CPU, where this makes small steps a tenth quicker."""
+    [B, K, S, d]: [B, H, L, d]. MLX's own, but for whole texts on a CPU, where this makes small steps 10 % quicker."""
     if mx.default_device() == mx.gpu or cached:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     B, H, L, d = queries.shape
@@ -234,8 +234,8 @@ class Attention(nn.Module):
 
     def __call__(self, hidden, cache=None):
         B, L, _ = hidden.shape
-        projected = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)  # then [B, H, L, d], twice [B, K, L, d]
-        queries, keys, values = (each.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3) for each in projected)
+        projected = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        queries, keys, values = (x.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3) for x in projected)  # [B, H/K, L, d]
         if "q_norm" in self:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         offset, mask = cache.place(L) if cache else (0, "causal")
@@ -378,7 +378,7 @@ def add_lora(model, rank, alpha):
 
 
 def init_weights(model, seed):
-    """Gives every trained parameter its first value: norms 1; matrices normal with the deviation 1 / sqrt(inputs); 0 for
+    """Gives every trained parameter its first value: norms 1; matrices normal with deviation 1 / sqrt(inputs); 0 for
     an untied output layer, a LoRA update's second factor and what writes into the residual stream, so that each block
     begins as the identity. Embeddings are the output layer too: with the deviation 5 / dim the logit of the token just
     read begins near 5, all others near 0, so the first loss is near ln V. On PTB (dim 256, AdamW 3e-3) validation after
@@ -488,7 +488,7 @@ def head_loss(hidden, head, targets, weights, *teacher, training=True):
     the logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head:
     [V, D]; targets, weights: [N]; training: False where no gradients are asked for, so that MLX never computes them and
     no chunk waits for them. teacher: its hidden states [N, D'], head [V', D'] and [share, T]; so much of the loss is
-    T^2 times the Kullback-Leibler divergence to what it predicts, both softened by temperature T (Hinton et al. 2015)."""
+    T^2 times the Kullback-Leibler divergence to what it predicts, both softened by temperature T (Hinton et al. 2015)"""
     answer_weights = weights * (1 - teacher[2][0]) if teacher else weights
     # Chunks of 2^23 logits cost nothing; with fewer than 128 rows the products of a large vocabulary become slow.
     chunks = -(-len(hidden) // max(128, 2**23 // len(head)))
