@@ -459,7 +459,7 @@ class Batches:
 
     def __init__(self, tokens, context_size, batch_size, seed):
         if len(tokens) <= context_size:
-            problem = f"the training text has {len(tokens):,} tokens, too few for --context_size {context_size}"
+            problem = f"the training text has {len(tokens):,} tokens, fewer than --context_size {context_size} needs"
             raise UsageError(f"{problem}: use a longer text or --context_size {max(1, len(tokens) - 1)}")
         self.tokens, self.context_size, self.batch_size, self.seed = tokens, context_size, batch_size, seed
         self.begin_epoch(0)
