@@ -772,8 +772,7 @@ def load_model(folder, record):
 
 
 def open_model(folder, name, flag):
-    """The model, tokenizer and id of what `flag` names: a checkpoint in `folder`, or a Hugging Face folder (see
-    `import_model`). Raises UsageError, RunError."""
+    """The model, tokenizer and id of the checkpoint or Hugging Face folder `name`. Raises UsageError, RunError."""
     if os.path.isdir(name):
         return import_model(Path(name))
     record = named_checkpoint(folder, list_checkpoints(folder), name, flag)
