@@ -1570,8 +1570,7 @@ def resolve(flags):
     for name in ("text", "valid_text", "test_text"):
         paths = getattr(flags, name)
         setattr(flags, name, paths and [os.path.abspath(os.path.expanduser(path)) for path in paths])
-    if flags.tokenizer == "auto":
-        flags.tokenizer = CORPORA[flags.dataset][0]
+    flags.tokenizer = CORPORA[flags.dataset][0] if flags.tokenizer == "auto" else flags.tokenizer
     flags.num_kv_heads = flags.num_kv_heads or flags.num_heads
     if flags.lora_rank and flags.lora_alpha is None:
         flags.lora_alpha = 2 * flags.lora_rank
