@@ -1421,10 +1421,9 @@ def list_runs(folder):
 def export_model(model, tokenizer, folder, bits):
     """--export: a folder that transformers and mlx_lm load (of Arcee's relu2, transformers alone). Raises UsageError."""
     config = model.config
-    name = COUNTERPARTS.get((config.mlp, config.qk_norm))
-    if not name:
-        blame = "--mlp gelu" if config.mlp == "gelu" else "--qk_norm with --mlp relu2"
-        raise UsageError(f"--export: Hugging Face has no model with {blame}: --mlp swiglu has one with and without --qk_norm")
+    if not (name := COUNTERPARTS.get((config.mlp, config.qk_norm))):
+        shape = "--qk_norm with " * config.qk_norm + f"--mlp {config.mlp}"
+        raise UsageError(f"--export: Hugging Face has no model with {shape}: --mlp swiglu has one, and with --qk_norm")
     theirs = {name: getattr(config, ours) for ours, name in THEIR_NAMES.items()} | {
         "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(), "tie_word_embeddings": not config.untie,
         "hidden_act": "relu2" if config.mlp == "relu2" else "silu", "attention_bias": False, "mlp_bias": False,
@@ -1434,7 +1433,8 @@ def export_model(model, tokenizer, folder, bits):
     if bits:
         theirs["quantization"] = {"group_size": quantize(model, bits, packed=True), "bits": bits}
     text, about = tokenizer_json(tokenizer)
-    about |= {"model_max_length": config.context_size, "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}
+    chat = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    about |= {"model_max_length": config.context_size, "chat_template": chat}
     generation = {"eos_token_id": tokenizer.eos, "do_sample": True, "temperature": 0.5, "top_k": 50}
     try:
         folder.mkdir(parents=True, exist_ok=True)
