@@ -646,10 +646,9 @@ def find_damage(folder, id):
         record, texts = read_texts(folder / f"{id}.metadata")
         if record["format_version"] != FORMAT_VERSION:
             raise RunError(f"checkpoint {id[:12]} is of another version of this program: use that one, or --new_model")
-        if sha1_of(folder / f"{id}.safetensors") != id:
-            return "the SHA1 of its .safetensors is not its name"
-        if sha1_of(folder / f"{id}.metadata", texts["sha1"]) != texts["sha1"]:
-            return "its .metadata does not have the SHA1 that it states"
+        for kind, sha1 in {"safetensors": id, "metadata": texts["sha1"]}.items():
+            if sha1_of(folder / f"{id}.{kind}", sha1) != sha1:
+                return f"its .{kind} does not have the SHA1 {sha1[:12]}"
         return None if record["id"] == id else f"its .metadata belongs to {record['id'][:12]}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it cannot be read ({error})"
