@@ -1566,16 +1566,16 @@ INHERITED = [*SHAPING, "num_iters", *GROUPS["training"], *GROUPS["reports"], "te
 def resolve(flags):
     """Replaces the values that stand for others: `auto`, and the defaults that depend on other flags."""
     flags.dataset = "text" if flags.text else flags.dataset
+    absolute = lambda path: os.path.abspath(os.path.expanduser(path))
     for name in ("text", "valid_text", "test_text"):
-        paths = getattr(flags, name)
-        setattr(flags, name, paths and [os.path.abspath(os.path.expanduser(path)) for path in paths])
+        setattr(flags, name, getattr(flags, name) and list(map(absolute, getattr(flags, name))))
     flags.tokenizer = CORPORA[flags.dataset][0] if flags.tokenizer == "auto" else flags.tokenizer
     flags.num_kv_heads = flags.num_kv_heads or flags.num_heads
     if flags.lora_rank and flags.lora_alpha is None:
         flags.lora_alpha = 2 * flags.lora_rank
     for name in ("init_from", "teacher"):
-        if os.path.isdir(path := os.path.abspath(os.path.expanduser(getattr(flags, name) or ""))):
-            setattr(flags, name, getattr(flags, name) and path)
+        if getattr(flags, name) and os.path.isdir(path := absolute(getattr(flags, name))):
+            setattr(flags, name, path)
     flags.mlp_dim = flags.mlp_dim or (-(-flags.dim * 8 // 192) * 64 if flags.mlp == "swiglu" else 4 * flags.dim)
     return flags
 
