@@ -235,7 +235,8 @@ class Attention(nn.Module):
     def __call__(self, hidden, cache=None):
         B, L, _ = hidden.shape
         projected = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
-        queries, keys, values = (x.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3) for x in projected)  # [B, H/K, L, d]
+        # [B, H, L, d] and twice [B, K, L, d]
+        queries, keys, values = (each.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3) for each in projected)
         if "q_norm" in self:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         offset, mask = cache.place(L) if cache else (0, "causal")
@@ -487,8 +488,8 @@ def head_loss(hidden, head, targets, weights, *teacher, training=True):
     """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed with it, so that of
     the logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head:
     [V, D]; targets, weights: [N]; training: False where no gradients are asked for, so that MLX never computes them and
-    no chunk waits for them. teacher: its hidden states [N, D'], head [V', D'] and [share, T]; so much of the loss is
-    T^2 times the Kullback-Leibler divergence to what it predicts, both softened by temperature T (Hinton et al. 2015)"""
+    no chunk waits for them. teacher: its hidden states [N, D'], head [V', D'] and [share, T]; so much of the loss is T²
+    times the Kullback-Leibler divergence to what it predicts, both softened by temperature T (Hinton et al. 2015)."""
     answer_weights = weights * (1 - teacher[2][0]) if teacher else weights
     # Chunks of 2^23 logits cost nothing; with fewer than 128 rows the products of a large vocabulary become slow.
     chunks = -(-len(hidden) // max(128, 2**23 // len(head)))
