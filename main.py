@@ -1218,9 +1218,7 @@ def speculate(decoder, draft, max_tokens, flags, seeds, length=4):
             chances.append(distribution(draft.logits()[:, -1], flags, draft.windows())[0])
             text.append(int(random.choice(len(chances[-1]), p=chances[-1])))
         logits = decoder.logits(count=len(chances) + 1)[0]  # after the text and after each proposal
-        window = text[decoder.starts[0] :]
-        ends = range(len(window) - len(chances), len(window) + 1)
-        wanted = distribution(logits, flags, [window[:end] for end in ends])
+        wanted = distribution(logits, flags, [text[decoder.starts[0] : end] for end in range(known, len(text) + 1)])
         pairs = enumerate(zip(chances, wanted, text[known:]))
         rejected = (i for i, (chance, want, id) in pairs if random.random() * chance[id] >= want[id])
         accepted = next(rejected, len(chances))
