@@ -234,9 +234,8 @@ class Attention(nn.Module):
 
     def __call__(self, hidden, cache=None):
         B, L, _ = hidden.shape
-        projected = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
-        # [B, H, L, d] and twice [B, K, L, d]
-        queries, keys, values = (each.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3) for each in projected)
+        heads = lambda layer: layer(hidden).reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3)  # [B, H or K, L, d]
+        queries, keys, values = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
         if "q_norm" in self:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         offset, mask = cache.place(L) if cache else (0, "causal")
