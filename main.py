@@ -1625,8 +1625,7 @@ def choose_checkpoint(folder, flags, typed, using):
         if record["run"] == candidates[0]["run"]:
             if not (damage := find_damage(folder, record["id"])):
                 return record
-            passed = f"checkpoint {record['id'][:12]} (iteration {record['iteration']:,})"
-            print(f"Passing over {passed}, it is damaged: {damage}", file=sys.stderr)
+            print(f"Passing over {record['id'][:12]} (iteration {record['iteration']:,}): {damage}", file=sys.stderr)
     if candidates:
         raise RunError(f"no intact checkpoint of {candidates[0]['run']} is left: --new_model begins a new run")
 
