@@ -1651,8 +1651,7 @@ def open_origins(folder, flags, typed, checkpoint):
             setattr(flags, name, value)
     for flag, (_, tokenizer, _) in used.items():
         if tokenizer.to_dict() != vocabulary:
-            problem = f"--{flag} {wanted[flag]} has another tokenizer than the model to train"
-            raise UsageError(f"{problem}: name one of equal data")
+            raise UsageError(f"--{flag} {wanted[flag]} has another tokenizer than the model to train: name its equal")
     return used, {"tokenizer": vocabulary}
 
 
