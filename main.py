@@ -293,9 +293,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_dim, config.dim, bias=False)
 
     def __call__(self, hidden):
-        if "gate_proj" in self:
-            return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
-        return self.down_proj(self.activation(self.up_proj(hidden)))
+        up, act = self.up_proj(hidden), self.activation
+        return self.down_proj(act(self.gate_proj(hidden)) * up if "gate_proj" in self else act(up))
 
 
 class Block(nn.Module):
