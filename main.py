@@ -1053,7 +1053,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
 
         if not math.isfinite(losses[-1] + norm.item()):
             problem = f"the loss or gradient of iteration {iteration + 1:,} is not finite, and nothing of it is saved"
-            raise RunError(f"{problem}: go on from {record['id'] or 'the start'}, with a lower --learning_rate or --grad_clip")
+            raise RunError(f"{problem}: go on from {record['id'] or 'the start'} at a lower --learning_rate or --grad_clip")
         if (iteration + 1) % flags.steps_per_report == 0:
             mean, rate = sum(losses) / len(losses), len(losses) / seconds  # steps a second
             report = f"loss {mean:.4f}  perplexity {math.exp(min(mean, 99)):.2f}  "
