@@ -275,7 +275,7 @@ class Cache:
 
 
 # relu(x)² (So et al. 2021) trains as well as the others (PTB, dim 256, 250 steps: 5.64 nats; swiglu 5.68, gelu 5.78)
-# and is nearly free on a CPU, where MLX's exp and erf are scalar (on [1536, 4096] both passes 8 ms; silu 165, gelu 320).
+# and is nearly free on a CPU, where MLX's exp and erf are scalar (both passes of [1536, 4096] 8 ms; silu 165, gelu 320)
 ACTIVATIONS = {"relu2": lambda x: mx.square(nn.relu(x)), "gelu": nn.gelu, "swiglu": nn.silu}
 
 
@@ -1051,7 +1051,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
 
         if not math.isfinite(losses[-1] + norm.item()):
             problem = f"the loss or gradient of iteration {iteration + 1:,} is not finite, and nothing of it is saved"
-            raise RunError(f"{problem}: go on from {record['id'] or 'the start'} at a lower --learning_rate or --grad_clip")
+            raise RunError(f"{problem}: from {record['id'] or 'the start'} try a lower --learning_rate or --grad_clip")
         if (iteration + 1) % flags.steps_per_report == 0:
             mean, rate = sum(losses) / len(losses), len(losses) / seconds  # steps a second
             report = f"loss {mean:.4f}  perplexity {math.exp(min(mean, 99)):.2f}  "
