@@ -1659,8 +1659,7 @@ def main(argv=None):
             typed = read_config(typed["config"], typed) | typed
         if "preset" in typed:
             typed = dict(zip(("dim", "num_heads", "num_blocks", "context_size"), PRESETS[typed["preset"]])) | typed
-        if typed.get("tokenizer") == "auto":  # that is not to insist on anything
-            del typed["tokenizer"]
+        typed = {name: value for name, value in typed.items() if (name, value) != ("tokenizer", "auto")}  # no demand
         modes = ["inference", "prompt", "prompts_file", "evaluate", "export", "list", "new_model"]
         for pair in [("dataset", "text"), ("identifier", "new_model"), *itertools.combinations(modes, 2)]:
             if all(typed.get(name, False) is not False for name in pair):
