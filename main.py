@@ -897,9 +897,9 @@ def use_device(gpu):
 
 
 def make_streams(rows, context_size):
-    """The streams that share the rows of a batch. On a CPU each is a thread on a core of its own, its matrix products too:
-    two took 50 ms a step at dim 128 where one took 80. Shares have 256 positions at least, or products become small;
-    one stream alone has all cores for them. A GPU has one; so has macOS, whose BLAS brings its own threads."""
+    """The streams that share the rows of a batch. On a CPU each is a thread on a core of its own, its products too: two
+    took 50 ms a step at dim 128 where one took 80. Shares have 256 positions at least, or products become small; one
+    stream alone has all cores for them. A GPU has one; so has macOS, whose BLAS brings its own threads."""
     if mx.default_device() == mx.gpu or BLAS == "Accelerate":
         return [mx.default_stream(mx.default_device())]
     cores = len(os.sched_getaffinity(0))
