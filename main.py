@@ -811,8 +811,8 @@ def import_model(path):
         weights = {name: weight.astype(mx.float32) for file in files for name, weight in mx.load(str(file)).items()}
         if theirs.get("tie_word_embeddings"):
             weights.pop("lm_head.weight", None)
-        fields = {"num_key_value_heads": theirs["num_attention_heads"], "rms_norm_eps": 1e-6, "rope_theta": 1e4} | rope | theirs
-        fields = {ours: fields.get(name) for ours, name in THEIR_NAMES.items()}
+        usual = {"num_key_value_heads": theirs["num_attention_heads"], "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+        fields = {ours: (usual | rope | theirs).get(name) for ours, name in THEIR_NAMES.items()}
         model = LanguageModel(Config(mlp=kind[0], qk_norm=kind[1], untie="lm_head.weight" in weights, **fields))
         model.load_weights(list(weights.items()))
         mx.eval(model.parameters())
