@@ -208,7 +208,7 @@ def test_lora_run(base, text, tmp_path):
     out, _ = run(*line, folder)
     assert "trained" in out
     [record] = [record for record in main.list_checkpoints(folder) if record["id"] != id]
-    assert record["uses"] == {"init_from": id} and record["flags"]["lora_alpha"] == 4
+    assert record["uses"] == {"init_from": [id, id]} and record["flags"]["lora_alpha"] == 4
     weights = mx.load(str(folder / f"{record['id']}.safetensors"))
     assert len(weights) == 2 * 2 * 7 and all("lora_" in name for name in weights)
 
