@@ -743,7 +743,7 @@ def clean_folder(folder, run=None, keep=0):
     with contextlib.suppress(OSError), locked(folder):
         records = list_checkpoints(folder)
         own = [record["id"] for record in records if run and record["run"] == run.record["run"]]
-        needed = {id for record in records for id in record.get("uses", {}).values()}
+        needed = {id for record in records for _, id in record.get("uses", {}).values()}
         for id in own[keep:]:
             if id not in needed | {(run.record["best"] or {}).get("id")}:
                 (folder / f"{id}.safetensors").unlink(missing_ok=True)  # so that its metadata counts no more
@@ -777,9 +777,9 @@ def open_model(folder, name, flag):
 
 def open_used(folder, record, flag):
     """The same for a model that the run of `record` was begun with. Raises RunError if it is not that one."""
-    name, id = record["flags"][flag], record["uses"][flag]
+    name, id = record["uses"][flag]
     try:
-        found = open_model(folder, name if os.path.isdir(name) else id, f"--{flag}")
+        found = open_model(folder, name, f"--{flag}")
     except UsageError as error:
         raise RunError(f"{record['run']} needs the model it was begun with (--{flag} {name}): {error}") from None
     if found[2] != id:
@@ -991,10 +991,11 @@ def train(flags, dataset, checkpoint, used, interrupts):
     elif not base or flags.lora_rank:
         init_weights(model, flags.seed)
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {os.cpu_count()} cores"
+    needed = {flag: id for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank}  # by every leg
+    named = {flag: getattr(flags, flag) for flag in needed}
     record |= {
         "run": name, "flags": {flag: getattr(flags, flag) for flag in INHERITED}, "tokens_sha256": dataset.sha256,
-        # The models that every leg needs.
-        "uses": {flag: id for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank},
+        "uses": {flag: [named[flag] if os.path.isdir(named[flag]) else id, id] for flag, id in needed.items()},
         "config": dataclasses.asdict(config), "parameters": sum(w.size for _, w in tree_flatten(model.parameters())),
         # What the last bits of a result depend on: a run is exact as long as these stay the same.
         "versions": dict(MLX=mx.__version__, NumPy=np.__version__, BLAS=BLAS, device=device, streams=len(streams)),
