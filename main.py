@@ -1052,7 +1052,8 @@ def train(flags, dataset, checkpoint, used, interrupts):
 
         if not math.isfinite(losses[-1] + norm.item()):
             problem = f"the loss or gradient of iteration {iteration + 1:,} is not finite, and nothing of it is saved"
-            raise RunError(f"{problem}: from {record['id'] or 'the start'} try a lower --learning_rate or --grad_clip")
+            good = f"the last good checkpoint is {record['id'] or 'none yet'}"
+            raise RunError(f"{problem}; {good}: go on with a lower --learning_rate or --grad_clip")
         if (iteration + 1) % flags.steps_per_report == 0:
             mean, rate = sum(losses) / len(losses), len(losses) / seconds  # steps a second
             report = f"loss {mean:.4f}  perplexity {math.exp(min(mean, 99)):.2f}  "
