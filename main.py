@@ -22,7 +22,6 @@ import ctypes
 import dataclasses
 import errno
 import fcntl
-import glob
 import hashlib
 import itertools
 import json
@@ -43,10 +42,8 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from datasets import (
-    CACHE, CORPORA, TOKENIZERS, RunError, UsageError, append_lines, load_dataset, open_folder, tokenizer_from_dict,
-    tokenizer_json,
-)  # fmt: skip
+from datasets import CACHE, CORPORA, TOKENIZERS, RunError, UsageError
+from datasets import append_lines, load_dataset, open_folder, tokenizer_from_dict, tokenizer_json
 
 SOURCES = {name: hashlib.sha1(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in ("main.py", "datasets.py")}
 FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
@@ -83,7 +80,7 @@ def use_fast_blas():
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
             ctypes.CDLL("libc.so.6").mallopt(option, value)
     pip_mkl = os.path.join(sys.prefix, "lib", "libmkl_rt.so.2")
-    numpys = glob.glob(os.path.join(np.__path__[0], "..", "numpy.libs", "libscipy_openblas64_*.so"))
+    numpys = [str(path) for path in Path(np.__path__[0]).parent.glob("numpy.libs/libscipy_openblas64_*.so")]
     for path in ("libopenblas.so.0", "libblis.so.4", "libmkl_rt.so.2", "libmkl_rt.so", pip_mkl, *numpys):
         with contextlib.suppress(OSError, AttributeError):
             gemm = ctypes.CDLL(path)["scipy_cblas_sgemm64_" if path in numpys else "cblas_sgemm"]
@@ -152,11 +149,11 @@ class Config:
         if self.head_dim:  # of imported models, some of which have other sums of heads than dim
             return
         if self.dim % (2 * self.num_heads):  # RoPE rotates pairs, so a head's dimension is even
-            fitting = 2 * self.num_heads * max(1, round(self.dim / (2 * self.num_heads)))
-            raise UsageError(f"--dim {self.dim} is no multiple of 2 * --num_heads {self.num_heads}: try --dim {fitting}")
+            fit = 2 * self.num_heads * max(1, round(self.dim / (2 * self.num_heads)))
+            raise UsageError(f"--dim {self.dim} is no multiple of 2 * --num_heads {self.num_heads}: try --dim {fit}")
         if self.num_heads % self.num_kv_heads:
-            fitting = math.gcd(self.num_heads, self.num_kv_heads)
-            raise UsageError(f"--num_kv_heads {self.num_kv_heads} does not divide --num_heads {self.num_heads}: try {fitting}")
+            problem = f"--num_kv_heads {self.num_kv_heads} does not divide --num_heads {self.num_heads}"
+            raise UsageError(f"{problem}: try {math.gcd(self.num_heads, self.num_kv_heads)}")
         object.__setattr__(self, "head_dim", self.dim // self.num_heads)
 
 
@@ -213,9 +210,8 @@ def softmax_gradient(scores, gradient, weights):  # from the weights, so that no
 
 
 def attend(queries, keys, values, scale, mask="causal", cached=False):
-    """Attention of queries [B, H, L, d] to keys and values [B, K, S, d]: [B, H, L, d]. The last L of the S positions are
-    the queries' own, if `mask` does not say what each may see. MLX's own, but for whole texts on a CPU, where this makes
-    a small model's step a tenth quicker."""
+    """Attention of queries [B, H, L, d], at the last L of S positions or as `mask` says, to keys and values
+    [B, K, S, d]: [B, H, L, d]. MLX's own, but for whole texts on a CPU, where this makes small steps 10 % quicker."""
     if mx.default_device() == mx.gpu or cached:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     B, H, L, d = queries.shape
@@ -230,21 +226,19 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.rope = nn.RoPE(config.head_dim, base=config.rope_theta)
-        self.q_proj = nn.Linear(config.dim, self.num_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, self.num_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, self.num_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * config.head_dim, config.dim, bias=False)
+        self.q_proj = nn.Linear(config.dim, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
         if config.qk_norm:  # keeps the scores in range at high learning rates (Henry et al. 2020; Qwen3)
-            self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+            self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, config.norm_eps) for _ in range(2))
 
     def __call__(self, hidden, cache=None):
         B, L, _ = hidden.shape
-        queries = self.q_proj(hidden).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)  # [B, H, L, d]
-        keys = self.k_proj(hidden).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)  # [B, K, L, d]
-        values = self.v_proj(hidden).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)  # [B, K, L, d]
+        heads = lambda layer: layer(hidden).reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3)  # [B, H or K, L, d]
+        queries, keys, values = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
         if "q_norm" in self:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         offset, mask = cache.place(L) if cache else (0, "causal")
@@ -284,9 +278,8 @@ class Cache:
         return self.keys[:, :, :longest], self.values[:, :, :longest]
 
 
-# relu(x)² (So et al. 2021) trains at least as well as the others at equal size (PTB, dim 256, 250 steps: validation 5.64
-# nats, swiglu 5.68, gelu 5.78) and costs a CPU next to nothing: on a [1536, 4096] array forward and backward take 8 ms,
-# where silu takes 165 and gelu 320, since MLX's exp and erf are scalar there.
+# relu(x)² (So et al. 2021) trains as well as the others (PTB, dim 256, 250 steps: 5.64 nats; swiglu 5.68, gelu 5.78)
+# and is nearly free on a CPU, where MLX's exp and erf are scalar (both passes of [1536, 4096] 8 ms; silu 165, gelu 320)
 ACTIVATIONS = {"relu2": lambda x: mx.square(nn.relu(x)), "gelu": nn.gelu, "swiglu": nn.silu}
 
 
@@ -302,9 +295,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_dim, config.dim, bias=False)
 
     def __call__(self, hidden):
-        if "gate_proj" in self:
-            return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
-        return self.down_proj(self.activation(self.up_proj(hidden)))
+        up, act = self.up_proj(hidden), self.activation
+        return self.down_proj(act(self.gate_proj(hidden)) * up if "gate_proj" in self else act(up))
 
 
 class Block(nn.Module):
@@ -352,8 +344,7 @@ class LanguageModel(nn.Module):
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def __call__(self, tokens, caches=None, noise=(), last=0):
-        """caches: a Cache for each block, which the tokens continue; noise: see `dropout`; last: so many positions' logits
-        alone (0: all)."""
+        """caches: a Cache for each block, which the tokens continue; noise: see `dropout`; last: positions (0: all)."""
         hidden = self.model(tokens, caches, noise)[:, -last:]
         return self.lm_head(hidden) if self.config.untie else self.model.embed_tokens.as_linear(hidden)
 
@@ -388,13 +379,11 @@ def add_lora(model, rank, alpha):
 
 
 def init_weights(model, seed):
-    """Gives every parameter that is trained its first value: norms 1; matrices normal with the deviation 1 / sqrt(inputs);
-    those that write into the residual stream 0, so that each block begins as the identity; an untied output layer 0, and
-    so the second factor of a LoRA update.
-
-    Embeddings are the output layer too: with the deviation 5 / dim the logit of the token just read begins near 5, all
-    others near 0, so the first loss is near ln V. On PTB (dim 256, AdamW 3e-3) validation after 250 steps was 5.64 nats
-    with it, 5.57 with twice as much, 5.91 with a fifth, and 5.76 with GPT-2's initialisation of all weights."""
+    """Gives every trained parameter its first value: norms 1; matrices normal with deviation 1 / sqrt(inputs); 0 for
+    an untied output layer, a LoRA update's second factor and what writes into the residual stream, so that each block
+    begins as the identity. Embeddings are the output layer too: with the deviation 5 / dim the logit of the token just
+    read begins near 5, all others near 0, so the first loss is near ln V. On PTB (dim 256, AdamW 3e-3) validation after
+    250 steps was 5.64 nats with it, 5.57 with twice as much, 5.91 with a fifth, 5.76 with GPT-2's initialisation."""
     weights = []
     parameters = tree_flatten(model.trainable_parameters())
     for (name, parameter), key in zip(parameters, mx.random.split(mx.random.key(seed), len(parameters))):
@@ -413,16 +402,14 @@ def init_weights(model, seed):
 
 
 # ---- Optimizer ------------------------------------------------------------------------------------------------------
-
-# Muon's learning rate over AdamW's. On PTB (dim 256, batch 32, AdamW's at 3e-3) validation after 120 steps was 5.56 nats,
-# with AdamW alone 5.65; on characters (dim 128) ratios of 8 and 10 did as well.
+# Muon's learning rate over AdamW's. On PTB (dim 256, batch 32, AdamW's at 3e-3) validation after 120 steps was 5.56
+# nats, with AdamW alone 5.65; on characters (dim 128) ratios of 8 and 10 did as well.
 MUON_RATE = 5
 
 
 def make_optimizer(model, flags, streams=(mx.cpu,)):
-    """AdamW (Loshchilov & Hutter 2019) in two groups, matrices with weight decay and norms without; with --optimizer
-    muon the blocks' matrices go to Muon (Jordan et al. 2024), with the same decay. Its state is ready; the work is dealt
-    out over `streams`."""
+    """AdamW (Loshchilov & Hutter 2019) in two groups, matrices with weight decay and norms without, its work dealt out
+    over `streams`; with --optimizer muon the blocks' matrices go to Muon (Jordan et al. 2024), with the same decay."""
     adamw = partial(optim.AdamW, flags.learning_rate, betas=[0.9, 0.99], bias_correction=True)
     groups = [adamw(weight_decay=flags.weight_decay), adamw(weight_decay=0.0)]
     filters = [lambda name, weight: weight.ndim >= 2]
@@ -473,9 +460,8 @@ class Batches:
 
     def __init__(self, tokens, context_size, batch_size, seed):
         if len(tokens) <= context_size:
-            least = f"one window of --context_size {context_size} and the token after it"
-            remedy = f"use a longer text or --context_size {max(1, len(tokens) - 1)}"
-            raise UsageError(f"the training text has {len(tokens):,} tokens, fewer than {least}: {remedy}")
+            problem = f"the training text has {len(tokens):,} tokens, fewer than --context_size {context_size} needs"
+            raise UsageError(f"{problem}: use a longer text or --context_size {max(1, len(tokens) - 1)}")
         self.tokens, self.context_size, self.batch_size, self.seed = tokens, context_size, batch_size, seed
         self.begin_epoch(0)
 
@@ -487,8 +473,7 @@ class Batches:
         self.perm = random.permutation(windows).astype(np.int32)
 
     def next(self):
-        """Inputs and targets, [B, L] int32 each. The last incomplete batch of an epoch is dropped; where the text has
-        fewer windows than a batch, they repeat."""
+        """Inputs and targets, [B, L] int32. An epoch's last, incomplete batch is dropped; too few windows repeat."""
         if self.s + self.batch_size > len(self.perm) and self.s > 0:
             self.begin_epoch(self.epoch + 1)
         order = self.perm.take(range(self.s, self.s + self.batch_size), mode="wrap").astype(np.int64)
@@ -499,21 +484,12 @@ class Batches:
 
 
 # ---- Loss and evaluation --------------------------------------------------------------------------------------------
-def probabilities(logits):
-    """Softmax over the last axis, and its logarithm."""
-    below = logits - logits.max(axis=-1, keepdims=True)
-    powers = exp(below)
-    total = powers.sum(axis=-1, keepdims=True)
-    return powers / total, below - mx.log(total)
-
-
 def head_loss(hidden, head, targets, weights, *teacher, training=True):
-    """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed with it, so that of the
-    logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head: [V, D];
-    targets: [N]; weights: [N], of the positions; training: False where the gradients are not asked for, so that MLX
-    never computes them and no chunk waits for them. teacher: its hidden states [N, D'], head [V', D'] and [share, T];
-    then so much of the loss is T^2 times the Kullback-Leibler divergence to what it predicts, both softened by the
-    temperature T (Hinton et al. 2015)."""
+    """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed with it, so that of
+    the logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head:
+    [V, D]; targets, weights: [N]; training: False where no gradients are asked for, so that MLX never computes them and
+    no chunk waits for them. teacher: its hidden states [N, D'], head [V', D'] and [share, T]; so much of the loss is T²
+    times the Kullback-Leibler divergence to what it predicts, both softened by temperature T (Hinton et al. 2015)."""
     answer_weights = weights * (1 - teacher[2][0]) if teacher else weights
     # Chunks of 2^23 logits cost nothing; with fewer than 128 rows the products of a large vocabulary become slow.
     chunks = -(-len(hidden) // max(128, 2**23 // len(head)))
@@ -530,18 +506,18 @@ def head_loss(hidden, head, targets, weights, *teacher, training=True):
                 idle = mx.cumsum(idle)
             inputs, *_ = mx.depends([inputs], [idle])
         logits = (inputs @ head.T).astype(mx.float32)  # [rows, V]
-        largest = logits.max(axis=-1, keepdims=True)
-        powers = exp(logits - largest)
+        below = logits - logits.max(axis=-1, keepdims=True)
+        powers, answer = exp(below), head[answers]
         total = powers.sum(axis=-1, keepdims=True)
-        answer = head[answers]
-        nats = mx.log(total) + largest - mx.take_along_axis(logits, answers[:, None], axis=-1)
-        loss = loss + (nats * weight).sum()
+        loss = loss + ((mx.log(total) - mx.take_along_axis(below, answers[:, None], axis=-1)) * weight).sum()
         # The gradient by the logits is (powers / total - one-hot answers) * weight, never written out.
         share = weight / total
         if teacher:
             states, their_head, (mixed, T) = teacher
-            wanted, log_wanted = probabilities((states[start : start + rows] @ their_head.T)[:, : len(head)].astype(mx.float32) / T)
-            given, log_given = probabilities(logits / T)
+            theirs = (states[start : start + rows] @ their_head.T)[:, : len(head)].astype(mx.float32)
+            below = (scores - scores.max(axis=-1, keepdims=True) for scores in (theirs / T, logits / T))
+            log_wanted, log_given = (scores - mx.log(exp(scores).sum(axis=-1, keepdims=True)) for scores in below)
+            wanted, given = exp(log_wanted), exp(log_given)
             pull = mixed * T * weights[start : start + rows, None]
             loss = loss + T * (pull * wanted * (log_wanted - log_given)).sum()
             powers, share = powers * share + pull * (given - wanted), mx.ones_like(share)
@@ -564,7 +540,7 @@ def head_loss_gradient(inputs, gradients, outputs):
 
 
 def loss_sum(model, tokens, targets, weights=1.0, noise=(), training=True, teacher=None, mixture=None):
-    """Cross-entropy in nats, summed over the positions, or its mixture with a teacher's. tokens, targets, weights: [B, L]."""
+    """Cross-entropy in nats, summed over positions, or mixed with a teacher's. tokens, targets, weights: [B, L]."""
     hidden = model.model(tokens, noise=noise).flatten(0, 1)  # [B * L, D]
     weights = mx.broadcast_to(mx.array(weights), targets.shape).flatten()
     loss = trained_head_loss if training else partial(head_loss, training=False)
@@ -626,7 +602,6 @@ def describe_score(name, nats, split, tokenizer):
 # `<sha1>.safetensors` holds the parameters and is named by the SHA1 of its bytes; `<sha1>.metadata` (the same format)
 # holds all else that a run is: optimizer state and `perm` as arrays, the tokenizer, and `record`, a JSON object with
 # the flags, counters and scores. The header of the metadata names the SHA1 of its own bytes, taken with BLANK in place.
-
 BLANK = "0" * 40
 
 
@@ -676,10 +651,9 @@ def find_damage(folder, id):
         record, texts = read_texts(folder / f"{id}.metadata")
         if record["format_version"] != FORMAT_VERSION:
             raise RunError(f"checkpoint {id[:12]} is of another version of this program: use that one, or --new_model")
-        if sha1_of(folder / f"{id}.safetensors") != id:
-            return "the SHA1 of its .safetensors is not its name"
-        if sha1_of(folder / f"{id}.metadata", texts["sha1"]) != texts["sha1"]:
-            return "its .metadata does not have the SHA1 that it states"
+        for kind, sha1 in {"safetensors": id, "metadata": texts["sha1"]}.items():
+            if sha1_of(folder / f"{id}.{kind}", sha1) != sha1:
+                return f"its .{kind} does not have the SHA1 {sha1[:12]}"
         return None if record["id"] == id else f"its .metadata belongs to {record['id'][:12]}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it cannot be read ({error})"
@@ -772,9 +746,8 @@ def write_checkpoint(folder, run, id):
 
 
 def clean_folder(folder, run=None, keep=0):
-    """Deletes the checkpoints of `run` but the newest `keep`, the best and those that other runs build on, and what killed
-    saves left: with the lock held, every `.new` file is stale, and so is metadata alone. What cannot be deleted now is
-    left to the next time."""
+    """Deletes the checkpoints of `run` but the newest `keep`, the best and those that other runs build on, and what
+    killed saves left: under the lock, `.new` files and metadata alone are stale. What cannot go now goes next time."""
     with contextlib.suppress(OSError), locked(folder):
         records = list_checkpoints(folder)
         own = [record["id"] for record in records if run and record["run"] == run.record["run"]]
@@ -783,31 +756,27 @@ def clean_folder(folder, run=None, keep=0):
             if id not in needed | {(run.record["best"] or {}).get("id")}:
                 (folder / f"{id}.safetensors").unlink(missing_ok=True)  # so that its metadata counts no more
         for path in folder.iterdir():
-            unfinished = re.fullmatch(r"\w+-[0-9a-f]{6}\.(safetensors|metadata|csv)\.new", path.name)
-            orphaned = re.fullmatch(r"[0-9a-f]{40}\.metadata", path.name)
-            if unfinished or orphaned and not path.with_suffix(".safetensors").exists():
+            ours = re.fullmatch(r"\w+-[0-9a-f]{6}\.(safetensors|metadata|csv)\.new|[0-9a-f]{40}\.metadata", path.name)
+            if ours and not path.with_suffix(".safetensors").exists():  # which no .new file has
                 path.unlink()
 
 
 def load_model(folder, record):
-    """The model and the tokenizer of a checkpoint: all that sampling needs. A LoRA run's adapters are merged into its base.
-    Raises RunError if that is not there."""
+    """The model, a LoRA run's merged into its base, and the tokenizer of a checkpoint. Raises RunError without base."""
     _, texts = read_texts(folder / f"{record['id']}.metadata")
     model, weights = LanguageModel(Config(**record["config"])), mx.load(str(folder / f"{record['id']}.safetensors"))
     if rank := record["flags"].get("lora_rank"):
         adapters, weights = weights, dict(tree_flatten(open_used(folder, record, "init_from")[0].parameters()))
-        for name in adapters:
-            if (stem := name.removesuffix("lora_a")) != name:
-                update = adapters[stem + "lora_b"] @ adapters[name] * (record["flags"]["lora_alpha"] / rank)
-                weights[stem + "weight"] = weights[stem + "weight"] + update
+        for layer in [name.removesuffix(".lora_a") for name in adapters if name.endswith(".lora_a")]:
+            update = adapters[f"{layer}.lora_b"] @ adapters[f"{layer}.lora_a"]
+            weights[f"{layer}.weight"] += update * (record["flags"]["lora_alpha"] / rank)
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
     return model, tokenizer_from_dict(json.loads(texts["tokenizer"]))
 
 
 def open_model(folder, name, flag):
-    """The model, tokenizer and id of what `flag` names: a checkpoint in `folder`, or a Hugging Face folder, whose id is the
-    SHA1 of its weights. Raises UsageError, RunError."""
+    """The model, tokenizer and id of the checkpoint or Hugging Face folder `name`. Raises UsageError, RunError."""
     if os.path.isdir(name):
         return import_model(Path(name))
     record = named_checkpoint(folder, list_checkpoints(folder), name, flag)
@@ -815,7 +784,7 @@ def open_model(folder, name, flag):
 
 
 def open_used(folder, record, flag):
-    """The same for a model that the run of `record` has built on from its start. Raises RunError if it is not that one."""
+    """The same for a model that the run of `record` was begun with. Raises RunError if it is not that one."""
     name, id = record["uses"][flag]
     try:
         found = open_model(folder, name, f"--{flag}")
@@ -836,8 +805,7 @@ THEIR_NAMES = {
 
 
 def import_model(path):
-    """The model and tokenizer of a Hugging Face folder, and the SHA1 of its weights (of their SHA1s if there are several
-    files). Raises UsageError."""
+    """A Hugging Face folder's model and tokenizer, and its weights' SHA1 (or the SHA1s' own). Raises UsageError."""
     try:
         theirs = json.loads((path / "config.json").read_text())
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
@@ -851,8 +819,8 @@ def import_model(path):
         weights = {name: weight.astype(mx.float32) for file in files for name, weight in mx.load(str(file)).items()}
         if theirs.get("tie_word_embeddings"):
             weights.pop("lm_head.weight", None)
-        fields = {"num_key_value_heads": theirs["num_attention_heads"], "rms_norm_eps": 1e-6, "rope_theta": 1e4} | rope | theirs
-        fields = {ours: fields.get(name) for ours, name in THEIR_NAMES.items()}
+        usual = {"num_key_value_heads": theirs["num_attention_heads"], "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+        fields = {ours: (usual | rope | theirs).get(name) for ours, name in THEIR_NAMES.items()}
         model = LanguageModel(Config(mlp=kind[0], qk_norm=kind[1], untie="lm_head.weight" in weights, **fields))
         model.load_weights(list(weights.items()))
         mx.eval(model.parameters())
@@ -937,9 +905,9 @@ def use_device(gpu):
 
 
 def make_streams(rows, context_size):
-    """The streams that share the rows of a batch. On a CPU each is a thread on a core of its own, its matrix products too:
-    two took 50 ms a step at dim 128 where one took 80. Shares have 256 positions at least, or products become small;
-    one stream alone has all cores for them. A GPU has one; so has macOS, whose BLAS brings its own threads."""
+    """The streams that share the rows of a batch. On a CPU each is a thread on a core of its own, its products too: two
+    took 50 ms a step at dim 128 where one took 80. Shares have 256 positions at least, or products become small; one
+    stream alone has all cores for them. A GPU has one; so has macOS, whose BLAS brings its own threads."""
     if mx.default_device() == mx.gpu or BLAS == "Accelerate":
         return [mx.default_stream(mx.default_device())]
     cores = len(os.sched_getaffinity(0))
@@ -1007,20 +975,17 @@ def train(flags, dataset, checkpoint, used, interrupts):
     """One run from its start, or from the record `checkpoint`, to `num_iters` or a signal. `used`: the models that
     --init_from and --teacher name, as `open_model` gives them. Returns the exit status."""
     folder, tokenizer = flags.save_dir, dataset.tokenizer
-    name = f"{dataset.name}-{os.urandom(3).hex()}"
     # What follows a checkpoint that its run has left behind, and that --identifier names, is another run.
     newer = [r["run"] for r in list_checkpoints(folder) if flags.identifier and r["saved"] > checkpoint["saved"]]
-    if checkpoint and checkpoint["run"] not in newer:
-        name = checkpoint["run"]
+    begun = checkpoint and checkpoint["run"] not in newer
+    name = checkpoint["run"] if begun else f"{dataset.name}-{os.urandom(3).hex()}"
     if not (lock := lock_run(folder, name)):
         raise UsageError(f"{name} is being trained by another process: wait for it, or begin another with --new_model")
     clean_folder(folder)
 
-    model, teacher = (used[flag][0] if flag in used else None for flag in ("init_from", "teacher"))
-    config = Config(**checkpoint["config"]) if checkpoint else make_config(flags, tokenizer.vocab_size, model)
-    fresh = not model or flags.lora_rank  # is there anything to initialize?
-    if not model:
-        model = LanguageModel(config)
+    base, teacher = (used[flag][0] if flag in used else None for flag in ("init_from", "teacher"))
+    config = Config(**checkpoint["config"]) if checkpoint else make_config(flags, tokenizer.vocab_size, base)
+    model = base or LanguageModel(config)
     model.config = config  # the context may be another one
     if flags.lora_rank:
         add_lora(model, flags.lora_rank, flags.lora_alpha)
@@ -1031,21 +996,18 @@ def train(flags, dataset, checkpoint, used, interrupts):
     run = SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer)
     if checkpoint:
         load_run(folder, checkpoint, run)
-    elif fresh:
+    elif not base or flags.lora_rank:
         init_weights(model, flags.seed)
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {os.cpu_count()} cores"
+    needed = {flag: id for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank}  # by every leg
+    named = {flag: getattr(flags, flag) for flag in needed}
     record |= {
         "run": name, "flags": {flag: getattr(flags, flag) for flag in INHERITED}, "tokens_sha256": dataset.sha256,
-        "uses": {  # models that every leg needs, under what name and with which id
-            flag: [getattr(flags, flag) if os.path.isdir(getattr(flags, flag)) else id, id]
-            for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank
-        },
+        "uses": {flag: [named[flag] if os.path.isdir(named[flag]) else id, id] for flag, id in needed.items()},
         "config": dataclasses.asdict(config), "parameters": count_parameters(model.parameters()),
         "command": sys.argv, "sources": SOURCES,
         # What the last bits of a result depend on: a run is exact as long as these stay the same.
-        "versions": {
-            "MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device, "streams": len(streams),
-        },
+        "versions": dict(MLX=mx.__version__, NumPy=np.__version__, BLAS=BLAS, device=device, streams=len(streams)),
     }  # fmt: skip
     start = record["iteration"]
     print_start(flags, dataset, run, checkpoint or record)
@@ -1167,7 +1129,8 @@ def print_start(flags, dataset, run, last):
     free, room, old, new = shutil.disk_usage(folder).free, size * (flags.keep + 2), last["versions"], record["versions"]
     splits = " / ".join(f"{len(split.tokens):,}" for split in (dataset.train, dataset.valid, dataset.test) if split)
     windows, rows = len(run.batches.perm), run.batches.batch_size
-    few = f", of them {trained:,} trained" if (trained := count_parameters(run.model.trainable_parameters())) < record["parameters"] else ""
+    trained = sum(weight.size for _, weight in tree_flatten(run.model.trainable_parameters()))
+    few = f", of them {trained:,} trained" if trained < record["parameters"] else ""
     tqdm.write(
         f"run      {record['run']}, from iteration {record['iteration']:,} to {flags.num_iters:,}, seed {flags.seed}\n"
         f"model    {record['parameters']:,} parameters{few}: {config.num_blocks} blocks, dim {config.dim}, {config.num_heads} "
@@ -1192,8 +1155,7 @@ def print_start(flags, dataset, run, last):
 
 # ---- Sampling: functions of logits [B, V], then texts token by token ------------------------------------------------
 def penalize(logits, texts, penalty):
-    """Makes what stands in the rows' texts, [B] lists of ids, less likely: logits above 0 are divided by `penalty`, others
-    multiplied (Keskar et al. 2019). 1 changes nothing."""
+    """Divides logits above 0 of the ids in the rows' texts by `penalty`, multiplies others (Keskar et al. 2019)."""
     if penalty == 1:
         return logits
     seen = np.zeros(logits.shape, bool)
@@ -1293,20 +1255,17 @@ def speculate(decoder, draft, max_tokens, flags, seeds, length=4):
     text, end = decoder.texts[0], len(decoder.texts[0]) + max_tokens
     while (known := len(text)) < end:
         random = np.random.default_rng([*seeds, known])
-        room = decoder.model.config.context_size - (known - decoder.starts[0])  # else its window would move at another token
+        room = decoder.model.config.context_size - (known - decoder.starts[0])  # else its window would move elsewhere
         chances = []  # of the proposals [V]
         for _ in range(max(0, min(length, room, end - known - 1))):
             chances.append(distribution(draft.logits()[:, -1], flags, draft.windows())[0])
             text.append(int(random.choice(len(chances[-1]), p=chances[-1])))
         logits = decoder.logits(count=len(chances) + 1)[0]  # after the text and after each proposal
-        window = text[decoder.starts[0] :]
-        wanted = distribution(logits, flags, [window[: len(window) - len(chances) + i] for i in range(len(chances) + 1)])
-        accepted, next_chances = 0, wanted[-1]
-        for chance, want, id in zip(chances, wanted, text[known:]):
-            if random.random() * chance[id] >= want[id]:
-                next_chances = np.maximum(want - chance, 0)
-                break
-            accepted += 1
+        wanted = distribution(logits, flags, [text[decoder.starts[0] : end] for end in range(known, len(text) + 1)])
+        pairs = enumerate(zip(chances, wanted, text[known:]))
+        rejected = (i for i, (chance, want, id) in pairs if random.random() * chance[id] >= want[id])
+        accepted = next(rejected, len(chances))
+        next_chances = np.maximum(wanted[accepted] - [*chances, 0][accepted], 0)
         for each in (decoder, draft):
             each.shorten(known + accepted)
         text.append(int(random.choice(len(next_chances), p=next_chances / next_chances.sum())))
@@ -1378,9 +1337,8 @@ def first_ids(tokenizer, prompt):
 
 def talk(folder, checkpoint, flags):
     """--inference, --prompt or --prompts_file with this checkpoint, and with that of --draft. Raises UsageError."""
-    run, iteration, id = checkpoint["run"], checkpoint["iteration"], checkpoint["id"]
-    print(f"{run}, iteration {iteration:,}, checkpoint {id[:12]}", file=sys.stderr)
-    model, tokenizer = load_model(folder, checkpoint)
+    id, (model, tokenizer) = checkpoint["id"], load_model(folder, checkpoint)
+    print(f"{checkpoint['run']}, iteration {checkpoint['iteration']:,}, checkpoint {id[:12]}", file=sys.stderr)
     models = [model]
     if flags.quantize:
         quantize(model, flags.quantize, packed=flags.gpu)
@@ -1483,8 +1441,7 @@ def quantize(model, bits, packed):
 
 # ---- Tools: each one function ---------------------------------------------------------------------------------------
 def list_runs(folder):
-    """Prints a table of the runs in `folder`, the one saved last first: what each is, the flags in which it differs
-    from others, its checkpoints."""
+    """Prints a table of the runs in `folder`, the one saved last first: flags that tell them apart, checkpoints."""
     records = list_checkpoints(folder, warn=True)
     print(f"{len(records)} checkpoints in {folder}")
     runs = {record["run"]: [r for r in records if r["run"] == record["run"]] for record in records}
@@ -1650,10 +1607,10 @@ def run_cases(folder, records, flags, top_k):
             text = (begin + wanted)[-model.config.context_size - 1 :]
             wanted = wanted[-len(text) + 1 :]
             logits = np.array(model(mx.array([text[:-1]]), last=len(wanted))[0].astype(mx.float32))  # [expected, V]
-            chances, _ = probabilities(mx.array(logits))
+            chances = np.array(mx.softmax(mx.array(logits), axis=-1))
             chosen = logits[range(len(wanted)), wanted]
             rank = int((logits > chosen[:, None]).sum(-1).max(initial=0)) + 1
-            chance = float(np.prod(np.array(chances)[range(len(wanted)), wanted]))
+            chance = float(np.prod(chances[range(len(wanted)), wanted]))
             best = [tokenizer.decode([token]) for token in logits[0].argsort()[::-1][:top_k].tolist()] if wanted else []
             results.append({
                 "checkpoint": record["id"], "prompt": prompt, "expected": expected, "rank": rank, "probability": chance,
@@ -1670,10 +1627,9 @@ def run_cases(folder, records, flags, top_k):
 def export_model(model, tokenizer, folder, bits):
     """--export: a folder that transformers and mlx_lm load (of Arcee's relu2, transformers alone). Raises UsageError."""
     config = model.config
-    name = COUNTERPARTS.get((config.mlp, config.qk_norm))
-    if not name:
-        blame = "--mlp gelu" if config.mlp == "gelu" else "--qk_norm with --mlp relu2"
-        raise UsageError(f"--export: Hugging Face has no model with {blame}: --mlp swiglu has one with and without --qk_norm")
+    if not (name := COUNTERPARTS.get((config.mlp, config.qk_norm))):
+        shape = "--qk_norm with " * config.qk_norm + f"--mlp {config.mlp}"
+        raise UsageError(f"--export: Hugging Face has no model with {shape}: --mlp swiglu has one, and with --qk_norm")
     theirs = {name: getattr(config, ours) for ours, name in THEIR_NAMES.items()} | {
         "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(), "tie_word_embeddings": not config.untie,
         "hidden_act": "relu2" if config.mlp == "relu2" else "silu", "attention_bias": False, "mlp_bias": False,
@@ -1683,7 +1639,8 @@ def export_model(model, tokenizer, folder, bits):
     if bits:
         theirs["quantization"] = {"group_size": quantize(model, bits, packed=True), "bits": bits}
     text, about = tokenizer_json(tokenizer)
-    about |= {"model_max_length": config.context_size, "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}
+    chat = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    about |= {"model_max_length": config.context_size, "chat_template": chat}
     generation = {"eos_token_id": tokenizer.eos, "do_sample": True, "temperature": 0.5, "top_k": 50}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1701,11 +1658,10 @@ def number(kind, least, most=math.inf):
     """An argparse type: an int or float from `least` to `most`."""
 
     def convert(text):
-        value = kind(text)
-        if not (math.isfinite(value) and least <= value <= most):
-            wanted = f"must be at least {least}" + (f" and at most {most}" if most < math.inf else "")
-            raise argparse.ArgumentTypeError(f"{wanted}, not {text}")
-        return value
+        if math.isfinite(value := kind(text)) and least <= value <= most:
+            return value
+        limit = f" and at most {most}" if most < math.inf else ""
+        raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, not {text}")
 
     convert.__name__ = "whole number" if kind is int else "number"  # which argparse's message names
     return convert
@@ -1718,8 +1674,8 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     """The parser. Every default is written here and nowhere else."""
-    about = {"usage": "python main.py [flags]", "description": __doc__.partition("\nThe whole")[0]}
-    parser = Parser(**about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "usage": "python main.py [flags]"}
+    parser = Parser(**layout, description=__doc__.partition("\nThe whole")[0], allow_abbrev=False)
     count, size, rate = number(int, 0, 2**31 - 1), number(int, 1, 2**31 - 1), number(float, 0)
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
     run = parser.add_argument_group("run").add_argument
@@ -1822,17 +1778,16 @@ INHERITED = [*SHAPING, "num_iters", *GROUPS["training"], *GROUPS["reports"], "te
 def resolve(flags):
     """Replaces the values that stand for others: `auto`, and the defaults that depend on other flags."""
     flags.dataset = "text" if flags.text else flags.dataset
+    absolute = lambda path: os.path.abspath(os.path.expanduser(path))
     for name in ("text", "valid_text", "test_text"):
-        paths = getattr(flags, name)
-        setattr(flags, name, paths and [os.path.abspath(os.path.expanduser(path)) for path in paths])
-    if flags.tokenizer == "auto":
-        flags.tokenizer = CORPORA[flags.dataset][0]
+        setattr(flags, name, getattr(flags, name) and list(map(absolute, getattr(flags, name))))
+    flags.tokenizer = CORPORA[flags.dataset][0] if flags.tokenizer == "auto" else flags.tokenizer
     flags.num_kv_heads = flags.num_kv_heads or flags.num_heads
     if flags.lora_rank and flags.lora_alpha is None:
         flags.lora_alpha = 2 * flags.lora_rank
     for name in ("init_from", "teacher"):
-        if os.path.isdir(path := os.path.abspath(os.path.expanduser(getattr(flags, name) or ""))):
-            setattr(flags, name, getattr(flags, name) and path)
+        if getattr(flags, name) and os.path.isdir(path := absolute(getattr(flags, name))):
+            setattr(flags, name, path)
     flags.mlp_dim = flags.mlp_dim or (-(-flags.dim * 8 // 192) * 64 if flags.mlp == "swiglu" else 4 * flags.dim)
     return flags
 
@@ -1863,12 +1818,11 @@ def read_config(path, typed):
 def choose_checkpoint(folder, flags, typed, using):
     """The record of the checkpoint that this command line goes on from, or is `using` without training it, its files
     verified; None for a new run. Without --identifier that is the one saved last among those that agree with every
-    shaping flag typed and, in training, with the dataset; a damaged one is passed over for the next older one of its
-    run. Raises UsageError, RunError."""
+    shaping flag typed (but --seed if only `using`: it is the samples' own) and, in training, with the dataset; a
+    damaged one is passed over for the next older one of its run. Raises UsageError, RunError."""
     records = [] if flags.new_model else list_checkpoints(folder, warn=True)
     records = [record | {"flags": DEFAULTS | record["flags"]} for record in records]  # a flag may be younger
-    shaping = [name for name in SHAPING if name in typed and (name != "seed" or not using)]  # or it is the samples' own
-    wanted = {name: getattr(flags, name) for name in shaping}
+    wanted = {name: getattr(flags, name) for name in SHAPING if name in typed and not (using and name == "seed")}
     if flags.identifier is not None:
         checkpoint = named_checkpoint(folder, records, flags.identifier)
         for name, value in wanted.items():
@@ -1877,7 +1831,7 @@ def choose_checkpoint(folder, flags, typed, using):
                 raise UsageError(f"{problem}, it has {saved}: leave --{name} away, or begin a new run with --new_model")
         return checkpoint
     wanted |= {} if using else {"dataset": flags.dataset}
-    candidates = [record for record in records if all(record["flags"][name] == wanted[name] for name in wanted)]
+    candidates = [record for record in records if wanted.items() <= record["flags"].items()]
     if records and not candidates and not using:
         others = ", ".join(sorted({record["run"] for record in records}))
         tqdm.write(f"A new run; other runs in {folder}: {others} (--identifier NAME goes on with one)")
@@ -1885,8 +1839,7 @@ def choose_checkpoint(folder, flags, typed, using):
         if record["run"] == candidates[0]["run"]:
             if not (damage := find_damage(folder, record["id"])):
                 return record
-            passed = f"checkpoint {record['id'][:12]} (iteration {record['iteration']:,})"
-            print(f"Passing over {passed}, it is damaged: {damage}", file=sys.stderr)
+            print(f"Passing over {record['id'][:12]} (iteration {record['iteration']:,}): {damage}", file=sys.stderr)
     if candidates:
         raise RunError(f"no intact checkpoint of {candidates[0]['run']} is left: --new_model begins a new run")
 
@@ -1894,30 +1847,25 @@ def choose_checkpoint(folder, flags, typed, using):
 def open_origins(folder, flags, typed, checkpoint):
     """The models that --init_from and --teacher name, by flag, and the tokenizer of theirs that the text is to have. Fills in
     the model flags that --init_from decides. Raises UsageError where a typed flag or the two contradict."""
-    wanted = [flag for flag in ("init_from", "teacher") if getattr(flags, flag)]
+    wanted = {flag: getattr(flags, flag) for flag in ("init_from", "teacher") if getattr(flags, flag)}
     if not wanted:
         return {}, {}
-    used = {}
-    for flag in wanted:
-        if checkpoint and flag in checkpoint["uses"] and not flags.evaluate:
-            used[flag] = open_used(folder, checkpoint, flag)
-        elif not checkpoint:
-            used[flag] = open_model(folder, getattr(flags, flag), f"--{flag}")
     if checkpoint:
+        used = {flag: open_used(folder, checkpoint, flag) for flag in checkpoint["uses"] if not flags.evaluate}
         vocabulary = json.loads(read_texts(folder / f"{checkpoint['id']}.metadata")[1]["tokenizer"])
     else:
-        model, tokenizer, _ = used[wanted[0]]
+        used = {flag: open_model(folder, name, f"--{flag}") for flag, name in wanted.items()}
+        first, (model, tokenizer, _) = next(iter(used.items()))
         vocabulary = tokenizer.to_dict()
-        decided = {"tokenizer": vocabulary["kind"]}
-        if "init_from" in used:
-            decided |= {name: value for name, value in vars(model.config).items() if name in flags and name != "vocab_size"}
-        for name, value in decided.items():
-            if name in typed and typed[name] != value and name != "context_size":
-                raise UsageError(f"--{name} {typed[name]} contradicts --{wanted[0]}, which has {value}: leave --{name} away")
-            setattr(flags, name, typed[name] if name in typed else value)
+        decided = {"tokenizer": vocabulary["kind"]} | (vars(model.config) if "init_from" in used else {})
+        for name in [name for name in decided if name in flags and name != "vocab_size"]:
+            value, theirs = typed.get(name, decided[name]), decided[name]
+            if value != theirs and name != "context_size":
+                raise UsageError(f"--{name} {value} contradicts --{first}, which has {theirs}: leave --{name} away")
+            setattr(flags, name, value)
     for flag, (_, tokenizer, _) in used.items():
         if tokenizer.to_dict() != vocabulary:
-            raise UsageError(f"--{flag} {getattr(flags, flag)} has another tokenizer than the model to train: name one of equal data")
+            raise UsageError(f"--{flag} {wanted[flag]} has another tokenizer than the model to train: name its equal")
     return used, {"tokenizer": vocabulary}
 
 
@@ -1929,8 +1877,7 @@ def main(argv=None):
             typed = read_config(typed["config"], typed) | typed
         if "preset" in typed:
             typed = dict(zip(("dim", "num_heads", "num_blocks", "context_size"), PRESETS[typed["preset"]])) | typed
-        if typed.get("tokenizer") == "auto":  # that is not to insist on anything
-            del typed["tokenizer"]
+        typed = {name: value for name, value in typed.items() if (name, value) != ("tokenizer", "auto")}  # no demand
         modes = ["inference", "prompt", "prompts_file", "evaluate", "export", "list", "cases", "plot", "benchmark", "new_model"]
         for pair in [("dataset", "text"), ("identifier", "new_model"), *itertools.combinations(modes, 2)]:
             if all(typed.get(name, False) is not False for name in pair):
@@ -1952,6 +1899,8 @@ def main(argv=None):
         if flags.attention and flags.prompt is None:
             raise UsageError("--attention goes with --prompt: give the text to look at")
         using = talking or flags.prompts_file or flags.evaluate or flags.export  # a checkpoint, whatever its corpus
+        if flags.quantize and not using:
+            raise UsageError("--quantize goes with sampling, --evaluate and --export: training has full weights")
         folder = open_folder(flags.save_dir, writing=not (using or flags.list or flags.cases or flags.plot))
         if flags.cases or flags.plot:
             records = list_checkpoints(folder, warn=True)
