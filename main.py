@@ -1033,10 +1033,9 @@ def train(flags, dataset, checkpoint, used, interrupts):
             tqdm.write(f"saved {record['id']} at iteration {iteration:,}")
         if (due or timeout) and iteration not in [scored for scored, _ in record["scores"]]:
             nats = score_split("valid", model, dataset, flags, interrupts, flags.eval_tokens)
-            if due and nats is not None:
+            if due and nats is not None:  # best and --patience must not depend on where --max_minutes ends a leg
                 bits = nats / math.log(2) * len(dataset.valid.tokens) / dataset.valid.num_bytes
                 log(iteration, "valid", nats, bits, "", "", iteration * batch_tokens, "", "", record["seconds"])
-            if due and nats is not None:  # best and --patience must not depend on where --max_minutes ends a leg
                 record["scores"].append([iteration, nats])
                 if record["best"] is None or nats < record["best"]["nats"]:
                     record["best"] = {"id": record["id"], "iteration": iteration, "nats": nats}
