@@ -81,7 +81,7 @@ def fault_matrix(tmp_path, text, seed, times):
     mine, theirs = (main.list_checkpoints(tmp_path / name)[0] for name in ("disturbed", "undisturbed"))
     assert mine["id"] == theirs["id"] and mine["scores"] == theirs["scores"] and mine["best"] == theirs["best"]
     left = {path.name for path in (tmp_path / "disturbed").iterdir()}
-    left = [name for name in left if not re.fullmatch(r"[0-9a-f]{40}\.(safetensors|metadata)|\.text-[0-9a-f]{6}\.lock|text", name)]
+    left = [name for name in left if not re.fullmatch(r"[0-9a-f]{40}\.(safetensors|metadata)|\.text-[0-9a-f]{6}\.lock|text-[0-9a-f]{6}\.csv|text", name)]
     assert not left, "something was left behind"
     return counts | {"steps": num_iters}
 
