@@ -534,6 +534,7 @@ trained_head_loss = mx.custom_function(head_loss)
 
 @trained_head_loss.vjp
 def head_loss_gradient(inputs, gradients, outputs):
+    """The gradients that head_loss has computed already, times that of its loss."""
     _, head, *others = inputs
     scale = gradients[0].astype(head.dtype)
     return outputs[1] * scale, (outputs[2] * scale).astype(head.dtype), *map(mx.zeros_like, others)
@@ -1004,7 +1005,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
     record |= {
         "run": name, "flags": {flag: getattr(flags, flag) for flag in INHERITED}, "tokens_sha256": dataset.sha256,
         "uses": {flag: [named[flag] if os.path.isdir(named[flag]) else id, id] for flag, id in needed.items()},
-        "config": dataclasses.asdict(config), "parameters": count_parameters(model.parameters()),
+        "config": dataclasses.asdict(config), "parameters": sum(w.size for _, w in tree_flatten(model.parameters())),
         "command": sys.argv, "sources": SOURCES,
         # What the last bits of a result depend on: a run is exact as long as these stay the same.
         "versions": dict(MLX=mx.__version__, NumPy=np.__version__, BLAS=BLAS, device=device, streams=len(streams)),
@@ -1115,10 +1116,6 @@ def open_log(path, iteration, scored):
         path.with_suffix(".csv.new").write_text("\n".join(lines) + "\n")
         path.with_suffix(".csv.new").replace(path)
     return append
-
-
-def count_parameters(tree):
-    return sum(weight.size for _, weight in tree_flatten(tree))
 
 
 def print_start(flags, dataset, run, last):
@@ -1460,7 +1457,7 @@ def list_runs(folder):
             print(f"    {id[:12]}  iteration {iteration:>9,}  {score:>10}  {size:>8,.1f} MiB  {age:>8} old{marks}")
 
 
-def predict_memory(config, flags, streams):
+def predict_memory(config, flags, parameters, streams):
     """Bytes at the peak of a training step's two halves on a CPU: of activations, kept from forward for backward, and of
     gradients, each stream's with their sum and the clipped one. The factors, in floats for each position, were fitted to 25
     models (dim 128 to 512, context 48 to 256, 257 to 50,257 tokens, two streams); these it meets within 7 %."""
@@ -1471,7 +1468,7 @@ def predict_memory(config, flags, streams):
     share = -(-B * L // streams)
     chunk = -(-share // -(-share // max(128, 2**23 // V)))  # rows of logits in memory at once, see head_loss
     activations = B * L * config.num_blocks * a_block + streams * V * (2.8 * chunk + 1.1 * D)
-    return round(4 * activations), 4 * count_parameters(LanguageModel(config).parameters()) * max(4, streams + 2)
+    return round(4 * activations), 4 * parameters * max(4, streams + 2)
 
 
 def run_benchmark(flags, config, batches):
@@ -1486,7 +1483,7 @@ def run_benchmark(flags, config, batches):
     # each position of the window; backward twice as many, for the gradients by inputs and by weights.
     matrices = modules["attention"] + modules["mlp"] + config.vocab_size * config.dim
     forward = 2 * matrices + 4 * config.num_blocks * config.num_heads * config.head_dim * config.context_size
-    memory = dict(zip(("activations", "gradients"), predict_memory(config, flags, len(streams))))
+    memory = dict(zip(("activations", "gradients"), predict_memory(config, flags, sum(modules.values()), len(streams))))
     predicted = max(memory.values())  # the one goes as the other comes
     memory |= {"weights": 4 * sum(modules.values()), "optimizer": sum(a.nbytes for _, a in tree_flatten(optimizer.state))}
     predicted += memory["weights"] + memory["optimizer"]
@@ -1541,6 +1538,7 @@ def plot_runs(folder, names, path):
 
 
 def save_figure(figure, path):
+    """Writes a matplotlib figure in the format that the path's ending names. Raises UsageError."""
     try:
         figure.savefig(os.path.expanduser(path), dpi=150)
     except (OSError, ValueError) as error:  # a folder that is not there, an ending that is no format
