@@ -23,11 +23,13 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -562,21 +564,30 @@ def over_streams(streams, function, *arrays):
 def evaluate(model, tokens, batch_size, interrupts=None, stride=None):
     """Mean nats a token over every token but the first, each scored once; None if `interrupts` cut it short. tokens: [N].
     Windows begin `stride` tokens apart, by default so that they do not overlap; of those that do, the end alone counts."""
-    L, count = model.config.context_size, len(tokens) - 1
-    stride = stride or L
+    L, count, group = model.config.context_size, len(tokens) - 1, ranks()
+    interrupts, stride = interrupts or SimpleNamespace(received=None), stride or L
+    if group.rank() == 0:
+        share(interrupts, {"tokens": tokens}, "evaluate", batch_size=batch_size, stride=stride)
     starts = np.arange(0, max(count - L, 0) + stride, stride)
     starts = np.append(starts, np.full(-len(starts) % batch_size, count))  # fills up the last batch
     streams, loss = make_streams(batch_size, L), partial(loss_sum, model, training=False)
     score = mx.compile(lambda *batch: sum(over_streams(streams, loss, *batch)), inputs=[model.state])
-    total = 0.0
-    for batch in starts.reshape(-1, batch_size, 1):
-        if interrupts and interrupts.received:
-            return None
+    total, received = 0.0, None
+    for batch in starts.reshape(-1, batch_size, 1)[group.rank() :: group.size()]:
+        if received := interrupts.received:
+            break
         places = batch + np.arange(L)  # [B, L]
         weights = (places < count) & ((places - batch >= L - stride) | (batch == 0))
         places = np.minimum(places, count - 1)
         total += score(*(mx.array(each.astype(np.int32)) for each in (tokens[places], tokens[places + 1], weights))).item()
-    return total / count
+    if group.size() > 1:  # float64, as bytes
+        mine = mx.array(np.frombuffer(np.array([total, received or 0]), np.uint8))
+        totals, signals = np.array(mx.distributed.all_gather(mine)).view(np.float64).reshape(-1, 2).T
+        total, received = totals.sum(), int(signals.max())
+        interrupts.received = interrupts.received or received or None
+        if group.rank() == 0:
+            share(interrupts)
+    return None if received else total / count
 
 
 def score_split(name, model, dataset, flags, interrupts=None, most=0):
@@ -865,13 +876,14 @@ class Interrupts:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         # Ctrl+C in a terminal also ends the compiler of a first step, evaluation or sample: nothing is unsaved then.
-        if self.received and isinstance(error, RuntimeError):
+        if self.received and isinstance(error, RuntimeError) and not LAUNCHED:
             raise SystemExit(128 + self.received)
 
     def watch(self, reader):
+        first = None  # when the first of this process came; another rank's may have been before
         while number := os.read(reader, 1)[0]:
-            if self.received is None:
-                self.received, first = number, time.monotonic()
+            if first is None:
+                self.received, first = self.received or number, time.monotonic()
                 print("\nStopping after this step, then saving. Once more leaves without saving.", file=sys.stderr)
             elif time.monotonic() - first > 0.5:  # launchers pass on a signal that the terminal has sent already
                 print("\nLeft without saving.", file=sys.stderr)
@@ -897,6 +909,100 @@ class Lasting:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
+# ---- Ranks: the processes that `mlx.launch` starts on one or more machines, to train one model ------------------------
+# Rank 0 does all that a single process does. The others hold the same model and optimizer, take a share of the rows of
+# each step and of the windows of each evaluation, and learn all they need, tokens too, from what rank 0 shares.
+LAUNCHED = "MLX_RANK" in os.environ or any(os.environ.get(n, "1") != "1" for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+LOST = "a rank failed or is gone ({}): the same line goes on from the last checkpoint"
+LAUNCHER = os.getppid()  # another one later on means that it is gone
+
+
+@lru_cache(None)
+def ranks():
+    """MLX's group of all ranks; of one process, which needs no engine, what is asked of such a group."""
+    if not LAUNCHED:
+        return SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    before = set(os.listdir("/dev/fd"))
+    group = mx.distributed.init(strict=True)
+    if "MLX_HOSTFILE" in os.environ:  # a ring, whose sockets are the new files
+        sockets = set(map(int, set(os.listdir("/dev/fd")) - before))
+        threading.Thread(target=watch_ring, args=[sockets], daemon=True).start()
+    return group
+
+
+def watch_ring(sockets):
+    """Ends a rank some seconds after its neighbour's end. MLX's ring raises an error then, but of four ranks one may wait
+    forever (0.32.4: in 3 of 44 tries)."""
+    poll = select.poll()
+    for number in sockets:
+        poll.register(number, getattr(select, "POLLRDHUP", 0))  # a hang-up and an error are always reported
+    while not any(event & ~select.POLLNVAL for _, event in poll.poll()):
+        time.sleep(1)
+    time.sleep(10)
+    print(f"{PARSER.prog}: {LOST.format('it closed its connection')}", file=sys.stderr)
+    os._exit(1)
+
+
+def share(interrupts, arrays=None, order="check", **texts):
+    """Rank 0's order, arrays and texts, by name, on every rank; a signal that came to any of them is then known to all.
+    Raises RuntimeError once a rank is gone: MLX may notice that one message late, so what the ranks have computed
+    together counts only after the next one, and before each save comes a "check"."""
+    group, file = ranks(), io.BytesIO()
+    if group.size() == 1:
+        return
+    if group.rank() == 0:
+        arrays = {name: mx.array(array) for name, array in (arrays or {}).items()}
+        mx.save_safetensors(file, arrays, {"order": order, "texts": json.dumps(texts)})
+    received = interrupts.received or (signal.SIGHUP if os.getppid() != LAUNCHER else 0)
+    size, received = mx.distributed.all_max(mx.array([file.tell(), received])).tolist()
+    if not size:
+        raise RuntimeError("rank 0 said nothing")
+    padded = np.frombuffer(file.getvalue().ljust(size, b"\0"), np.uint8)  # a sum with zeros is exact in bytes
+    content = io.BytesIO(bytes(mx.distributed.all_sum(mx.array(padded))))
+    interrupts.received = interrupts.received or received or None
+    arrays, texts = mx.load(content, format="safetensors", return_metadata=True)
+    return texts["order"], arrays, json.loads(texts["texts"])
+
+
+def lead(interrupts, flags, model, optimizer=None, teacher=None):
+    """Gives the other ranks the model that is to be trained, or, without an optimizer, scored."""
+    trees = {"model": model.parameters(), "optimizer": optimizer.state if optimizer else {}}
+    trees |= {"teacher": teacher.parameters()} if teacher else {}
+    for name, array in tree_flatten(trees) if ranks().size() > 1 else ():  # one by one, or all would be in memory thrice
+        share(interrupts, {name: array}, "keep")
+    configs = [dataclasses.asdict(each.config) for each in (model, teacher) if each]
+    share(interrupts, {}, "begin", flags=flags, configs=configs)
+
+
+def follow():
+    """What the other ranks do: what rank 0 says, until it says no more. Returns the exit status."""
+    kept, run = {}, SimpleNamespace()
+    with Interrupts() as interrupts:
+        while True:
+            order, arrays, texts = share(interrupts)
+            match order:
+                case "keep":
+                    kept |= arrays
+                case "begin":
+                    tree, kept, flags = tree_unflatten(kept), {}, argparse.Namespace(**DEFAULTS | texts["flags"])
+                    run.model, *teacher = [LanguageModel(Config(**config)) for config in texts["configs"]]
+                    if flags.lora_rank:
+                        add_lora(run.model, flags.lora_rank, flags.lora_alpha)
+                    for model, name in zip((run.model, *teacher), ("model", "teacher")):
+                        model.update(tree[name])
+                    if "optimizer" in tree:
+                        streams = make_streams(-(-flags.batch_size // ranks().size()), flags.context_size)
+                        run.optimizer = make_optimizer(run.model, flags, streams)
+                        run.optimizer.state = tree["optimizer"]
+                        run.step = make_step(run.model, run.optimizer, flags, streams, *teacher)
+                case "step":
+                    take_step(run, flags, texts["iteration"], arrays["tokens"], arrays["targets"])
+                case "evaluate":
+                    evaluate(run.model, np.array(arrays["tokens"]), texts["batch_size"], interrupts, texts["stride"])
+                case "end":
+                    return 0
+
+
 # ---- Training -------------------------------------------------------------------------------------------------------
 def use_device(gpu):
     """Makes the GPU or the CPU the default device; call it before anything is computed."""
@@ -920,9 +1026,9 @@ def make_streams(rows, context_size):
 def make_step(model, optimizer, flags, streams, teacher=None):
     """The training step: tokens [N, L], targets [N, L], dropout's rates [N] and keys [N, 2] or none of these -> mean loss,
     gradient norm. The N = batch_size * grad_accumulation rows are taken batch_size at a time, and those are shared out
-    over `streams`. With bfloat16 all is computed in it but the loss; weights and optimizer state stay in float32."""
+    over ranks and `streams`. With bfloat16 all is computed in it but the loss; weights and optimizer state stay in float32."""
     model.model.checkpoint = flags.checkpoint
-    state = [model.state, optimizer.state]
+    state, group = [model.state, optimizer.state], ranks()
     mixture = mx.array([flags.teacher_weight, flags.teacher_temperature])
     dtype = mx.bfloat16 if flags.dtype == "bfloat16" and mx.default_device() == mx.gpu else mx.float32
 
@@ -944,6 +1050,8 @@ def make_step(model, optimizer, flags, streams, teacher=None):
         turn = itertools.cycle(streams)
         add = lambda *terms: reduce(partial(mx.add, stream=next(turn)), terms)
         loss, gradients = tree_map(add, *results)
+        if group.size() > 1:  # in one message, so that no two ranks can differ in the order of several
+            loss, gradients = nn.average_gradients((loss, gradients), group, all_reduce_size=2**62)
         gradients, norm = optim.clip_grad_norm(gradients, flags.grad_clip or math.inf)
         optimizer.update(model, gradients)
         return loss, norm
@@ -951,8 +1059,9 @@ def make_step(model, optimizer, flags, streams, teacher=None):
     def step(*batch):
         total = None
         for start in range(0, len(batch[0]), flags.batch_size):
-            part = (array[start : start + flags.batch_size] for array in batch)
-            results = losses_and_gradients(1 / batch[1].size, *part)
+            first, last = (start + flags.batch_size * rank // group.size() for rank in (group.rank(), group.rank() + 1))
+            part = (array[first:last] for array in batch)
+            results = losses_and_gradients(group.size() / batch[1].size, *part)
             total = tree_map(mx.add, total, results) if total else results
             if len(batch[0]) > flags.batch_size:  # or all parts would be in memory at once
                 mx.eval(total)
@@ -972,10 +1081,20 @@ def make_noise(iteration, rows, flags):
     return mx.full(rows, rate), mx.array(random.integers(0, 2**32, (rows, 2), np.uint32))
 
 
+def take_step(run, flags, iteration, tokens, targets):
+    """Step `iteration` of a run; returns the mean loss and the gradient norm."""
+    set_learning_rate(run.optimizer, learning_rate_at(iteration, flags))
+    loss, norm = run.step(tokens, targets, *make_noise(iteration, len(tokens), flags))
+    mx.eval(loss, norm, run.model.state, run.optimizer.state)
+    return loss.item(), norm.item()
+
+
 def train(flags, dataset, checkpoint, used, interrupts):
     """One run from its start, or from the record `checkpoint`, to `num_iters` or a signal. `used`: the models that
     --init_from and --teacher name, as `open_model` gives them. Returns the exit status."""
     folder, tokenizer = flags.save_dir, dataset.tokenizer
+    if flags.batch_size < ranks().size():
+        raise UsageError(f"--batch_size {flags.batch_size} leaves some of the {ranks().size()} ranks without a row: give more")
     # What follows a checkpoint that its run has left behind, and that --identifier names, is another run.
     newer = [r["run"] for r in list_checkpoints(folder) if flags.identifier and r["saved"] > checkpoint["saved"]]
     begun = checkpoint and checkpoint["run"] not in newer
@@ -990,7 +1109,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
     model.config = config  # the context may be another one
     if flags.lora_rank:
         add_lora(model, flags.lora_rank, flags.lora_alpha)
-    streams = make_streams(flags.batch_size, flags.context_size)
+    streams = make_streams(-(-flags.batch_size // ranks().size()), flags.context_size)
     optimizer = make_optimizer(model, flags, streams)
     batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size * flags.grad_accumulation, flags.seed)
     record = {"iteration": 0, "id": None, "scores": [], "best": None, "seconds": 0.0}
@@ -1008,7 +1127,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
         "config": dataclasses.asdict(config), "parameters": sum(w.size for _, w in tree_flatten(model.parameters())),
         "command": sys.argv, "sources": SOURCES,
         # What the last bits of a result depend on: a run is exact as long as these stay the same.
-        "versions": dict(MLX=mx.__version__, NumPy=np.__version__, BLAS=BLAS, device=device, streams=len(streams)),
+        "versions": dict(MLX=mx.__version__, NumPy=np.__version__, BLAS=BLAS, device=device, streams=len(streams), ranks=ranks().size()),
     }  # fmt: skip
     start = record["iteration"]
     print_start(flags, dataset, run, checkpoint or record)
@@ -1018,7 +1137,9 @@ def train(flags, dataset, checkpoint, used, interrupts):
     bar = tqdm(total=flags.num_iters, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     log = open_log(folder / f"{name}.csv", start, start in dict(record["scores"]))
     batch_tokens = batches.batch_size * flags.context_size
-    step, steps_per_save = make_step(model, optimizer, flags, streams, teacher), flags.steps_per_save or flags.steps_per_eval
+    lead(interrupts, record["flags"], model, optimizer, teacher)
+    run.step = make_step(model, optimizer, flags, streams, teacher)
+    steps_per_save = flags.steps_per_save or flags.steps_per_eval
     losses, seconds, trained = [], 0.0, 0.0  # since the last report; `trained`: in all, but for a first compiling step
     for iteration in range(start, flags.num_iters + 1):
         record["iteration"] = iteration
@@ -1029,6 +1150,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
         # Save, then evaluate, then add the score, then sample: what goes wrong in one costs none of those before it.
         save = iteration > start and (finished or stopping or due or iteration % steps_per_save == 0)
         if save:
+            share(interrupts)
             save_checkpoint(folder, run)
             clean_folder(folder, run, flags.keep)
             tqdm.write(f"saved {record['id']} at iteration {iteration:,}")
@@ -1056,31 +1178,31 @@ def train(flags, dataset, checkpoint, used, interrupts):
             break
 
         began = time.perf_counter()
-        set_learning_rate(optimizer, learning_rate_at(iteration, flags))
         tokens, targets = batches.next()
-        loss, norm = step(tokens, targets, *make_noise(iteration, len(tokens), flags))
-        mx.eval(loss, norm, model.state, optimizer.state)
-        losses.append(loss.item())
+        share(interrupts, {"tokens": tokens, "targets": targets}, "step", iteration=iteration)
+        loss, norm = take_step(run, flags, iteration, tokens, targets)
+        losses.append(loss)
         taken = time.perf_counter() - began
         seconds += taken
         if iteration > start:
             trained, record["seconds"] = trained + taken, record["seconds"] + taken
 
-        if not math.isfinite(losses[-1] + norm.item()):
+        if not math.isfinite(loss + norm):
+            share(interrupts)
             problem = f"the loss or gradient of iteration {iteration + 1:,} is not finite, and nothing of it is saved"
             good = f"the last good checkpoint is {record['id'] or 'none yet'}"
             raise RunError(f"{problem}; {good}: go on with a lower --learning_rate or --grad_clip")
         if (iteration + 1) % flags.steps_per_report == 0:
             mean, rate = sum(losses) / len(losses), len(losses) / seconds  # steps a second
             report = f"loss {mean:.4f}  perplexity {math.exp(min(mean, 99)):.2f}  "
-            report += f"lr {learning_rate_at(iteration, flags):.2e}  grad {norm.item():.2f}  "
+            report += f"lr {learning_rate_at(iteration, flags):.2e}  grad {norm:.2f}  "
             report += f"{rate * batch_tokens:,.0f} tokens/s  peak {mx.get_peak_memory() / 2**20:,.0f} MiB"
             bar.set_postfix_str(report)
             if bar.disable:
                 left = tqdm.format_interval((flags.num_iters - iteration - 1) / rate)
                 tqdm.write(f"{iteration + 1:,}/{flags.num_iters:,}  {report}  left {left}")
             bits = "" if flags.train_tokens else mean / math.log(2) * len(dataset.train.tokens) / dataset.train.num_bytes
-            values = learning_rate_at(iteration, flags), norm.item(), (iteration + 1) * batch_tokens, rate * batch_tokens
+            values = learning_rate_at(iteration, flags), norm, (iteration + 1) * batch_tokens, rate * batch_tokens
             log(iteration + 1, "train", mean, bits, *values, mx.get_peak_memory() / 2**20, record["seconds"])
             losses, seconds = [], 0.0
         bar.update()
@@ -1121,6 +1243,7 @@ def open_log(path, iteration, scored):
 def print_start(flags, dataset, run, last):
     """One screen that says what is trained, on what, and where its files go. last: the record that is gone on from."""
     record, config, tokenizer, folder = run.record, run.model.config, dataset.tokenizer, flags.save_dir
+    several = f", {ranks().size()} ranks" * (ranks().size() > 1)
     size = sum(array.nbytes for _, array in tree_flatten([run.model.trainable_parameters(), run.optimizer.state]))
     free, room, old, new = shutil.disk_usage(folder).free, size * (flags.keep + 2), last["versions"], record["versions"]
     splits = " / ".join(f"{len(split.tokens):,}" for split in (dataset.train, dataset.valid, dataset.test) if split)
@@ -1134,9 +1257,11 @@ def print_start(flags, dataset, run, last):
         f"data     {dataset.name}: {splits} tokens; vocabulary {tokenizer.vocab_size:,} by {tokenizer.kind} "
         f"({tokenizer.vocab_size - tokenizer.num_special:,} without special tokens)\n"
         f"steps    {rows} x {config.context_size} tokens each, {max(1, windows // rows):,} an epoch; {flags.optimizer}\n"
-        f"machine  {new['device']}; MLX {new['MLX']}, matrix products by {BLAS}\n"
+        f"machine  {new['device']}{several}; MLX {new['MLX']}, matrix products by {BLAS}\n"
         f"files    {folder.absolute()}, {size / 2**20:,.0f} MiB a checkpoint, {free / 2**20:,.0f} MiB free"
     )
+    if flags.batch_size % ranks().size():
+        tqdm.write(f"--batch_size {flags.batch_size} does not divide by {ranks().size()} ranks: their shares, and waits, differ.")
     if windows < rows:
         tqdm.write("The text has fewer windows than a step's batch: they repeat within it.")
     if flags.dtype == "bfloat16" and not flags.gpu:
@@ -1866,7 +1991,7 @@ def open_origins(folder, flags, typed, checkpoint):
     return used, {"tokenizer": vocabulary}
 
 
-def main(argv=None):
+def execute(argv):
     """Does what the command line says; returns the exit status: 0 done, 1 failed, 2 usage, 128 + n after signal n."""
     try:
         typed = vars(PARSER.parse_args(argv))
@@ -1942,11 +2067,13 @@ def main(argv=None):
             raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
         if flags.evaluate:
             model, _ = load_model(folder, checkpoint)
+            lead(SimpleNamespace(received=None), {}, model)
             if flags.eval_stride and flags.eval_stride > model.config.context_size:
                 raise UsageError(f"--eval_stride {flags.eval_stride} would leave tokens out: at most {model.config.context_size}")
             score_split(flags.evaluate, model, dataset, flags)
             if flags.quantize:
-                quantize(model, flags.quantize, packed=flags.gpu)
+                quantize(model, flags.quantize, packed=flags.gpu and not LAUNCHED)
+                lead(SimpleNamespace(received=None), {}, model)
                 score_split(flags.evaluate, model, dataset, flags)
             return 0
         if flags.benchmark:
@@ -1958,6 +2085,22 @@ def main(argv=None):
     except (UsageError, RunError, OSError) as error:
         print(f"{PARSER.prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def main(argv=None):
+    """The program; returns the exit status. Of several ranks the first does what the line says, and the others follow."""
+    try:
+        if ranks().rank() > 0:
+            use_device("--gpu" in sys.argv)
+            return follow()
+        status = execute(argv)
+        share(SimpleNamespace(received=None), {}, "end")
+        return status
+    except RuntimeError as error:
+        if not LAUNCHED:
+            raise
+        print(f"{PARSER.prog}: {LOST.format(error)}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
 
 
-def start(*arguments, env=None, **options):
-    """Starts `python main.py *arguments`; signals have their default action even where the tests run in the background."""
+def start(*arguments, env=None, program=(str(ROOT / "main.py"),), **options):
+    """Starts `python main.py *arguments`, or another `program`; signals have their default action even where the tests run in the background."""
 
     def default_signals():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -35,7 +35,7 @@ def start(*arguments, env=None, **options):
 
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         text=True, env={**os.environ, **(env or {})}, preexec_fn=default_signals, **options,
     )  # fmt: skip
 

@@ -1,0 +1,230 @@
+"""Several ranks train one model: as one process does, to rounding, and none is left behind when one of them goes."""
+
+import csv
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, ids, run, start
+
+import main
+
+STEPS = [*TINY, "--num_iters", 20, "--steps_per_report", 1, "--lr_warmup", 2, "--learning_rate", 3e-3]
+LAUNCH = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
+# What a rank prints at its end: the SHA1 of all that it has in memory of the model and its optimizer.
+HASHED = """
+import hashlib, sys
+sys.path.insert(0, {root!r})
+import main
+from mlx.utils import tree_flatten
+plain = main.take_step
+def watched(run, *rest):
+    global last
+    last = run
+    return plain(run, *rest)
+main.take_step = watched
+status = main.main(sys.argv[1:])
+state = tree_flatten([last.model.parameters(), last.optimizer.state])
+print("hash", hashlib.sha1(b"".join(bytes(array) for _, array in state)).hexdigest(), file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def start_ranks(size, folder, *arguments, **options):
+    """The processes that `mlx.launch -n size` would start, each in a folder of its own, with MLX's ring between them."""
+    hosts = folder / f"hosts-{os.urandom(3).hex()}.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
+    processes = []
+    for rank in range(size):
+        (folder / f"rank{rank}").mkdir(exist_ok=True)
+        env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "HOME": str(folder / f"rank{rank}")}
+        processes.append(start(*arguments, env=env, cwd=folder / f"rank{rank}", **options))
+    return processes
+
+
+def finish(processes, seconds=120):
+    """What the ranks print, [(stdout, stderr)], and their exit statuses."""
+    outputs = []
+    try:
+        for process in processes:
+            outputs.append(process.communicate(timeout=seconds))
+    finally:
+        for process in processes:
+            process.kill()
+    return outputs, [process.returncode for process in processes]
+
+
+def run_ranks(size, folder, *arguments, **options):
+    outputs, statuses = finish(start_ranks(size, folder, *arguments, **options))
+    assert statuses == [0] * size, outputs
+    for out, err in outputs[1:]:
+        assert not out, "rank 0 alone prints"
+    return outputs
+
+
+def losses(folder):
+    [log] = folder.glob("*.csv")
+    return np.array([float(row["loss"]) for row in csv.DictReader(log.open())])
+
+
+def weights(folder):
+    return mx.load(str(folder / f"{ids(folder)[0]}.safetensors"))
+
+
+def assert_equal_weights(folder, other):
+    left, right = weights(folder), weights(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_allclose(np.array(left[name]), np.array(right[name]), atol=2e-5, err_msg=name)
+
+
+def test_one_process_runs_no_distributed_code(tmp_path, text, monkeypatch):
+    for name in ("init", "all_sum", "all_max", "all_gather"):
+        monkeypatch.setattr(mx.distributed, name, lambda *_, **__: pytest.fail("a single process asked the engine"))
+    assert main.main(["--text", str(text), *TINY, "--num_iters", "2", "--save_dir", str(tmp_path / "lm")]) == 0
+
+
+@pytest.mark.parametrize("size, options", [
+    (2, ["--dropout", 0.2, "--grad_accumulation", 2]),
+    (2, ["--optimizer", "muon", "--untie", "--checkpoint", "--batch_size", 5]),
+    (3, ["--dropout", 0.2, "--grad_accumulation", 2, "--steps_per_eval", 10, "--eval_test", "--qk_norm"]),
+])  # fmt: skip
+def test_twenty_steps_are_those_of_one_process(tmp_path, text, size, options):
+    given = ["--text", text, "--test_text", text, *STEPS, *options, "--save_dir", tmp_path / "lm"]
+    lines, _ = run("--text", text, "--test_text", text, *STEPS, *options, "--save_dir", tmp_path / "one")
+    code = HASHED.format(root=str(ROOT))
+    outputs = run_ranks(size, tmp_path, *given, program=["-c", code])
+    np.testing.assert_allclose(losses(tmp_path / "lm"), losses(tmp_path / "one"), atol=1e-5)
+    assert_equal_weights(tmp_path / "lm", tmp_path / "one")
+    hashes = {re.search(r"^hash (\w{40})$", err, re.M)[1] for _, err in outputs}
+    assert len(hashes) == 1, "the ranks hold different models"
+    assert ("does not divide" in outputs[0][0]) == (size == 3 or "5" in map(str, options))
+    scores = [re.findall(r"^(?:valid|test) [\d.]+ nats", out, re.M) for out in (lines, outputs[0][0])]
+    assert scores[0] == scores[1] and len(scores[0]) == (3 if size == 3 else 0)
+    for rank in range(1, size):  # which are told all they need
+        assert not [path for path in (tmp_path / f"rank{rank}").rglob("*") if path.is_file() and path.suffix != ".so"]
+
+
+def test_lora_with_a_teacher(tmp_path, text):
+    folder = tmp_path / "lm"
+    run("--text", text, *STEPS, "--save_dir", folder)
+    given = ["--text", text, *STEPS, "--init_from", ids(folder)[0], "--teacher", ids(folder)[0], "--lora_rank", 2]
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        for path in [*folder.glob("*.safetensors"), *folder.glob("*.metadata")]:
+            (tmp_path / place / path.name).write_bytes(path.read_bytes())
+    run(*given, "--save_dir", tmp_path / "one", "--new_model")
+    run_ranks(2, tmp_path, *given, "--save_dir", tmp_path / "two", "--new_model")
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-5)
+    assert set(weights(tmp_path / "two")) == set(weights(tmp_path / "one"))
+    assert all("lora" in name for name in weights(tmp_path / "two"))
+
+
+def test_saved_by_two_resumed_by_one_and_back(tmp_path, text):
+    given = ["--text", text, *TINY, "--dropout", 0.1, "--steps_per_report", 1, "--learning_rate", 3e-3]
+    run(*given, "--num_iters", 30, "--save_dir", tmp_path / "one")
+    folder = tmp_path / "mixed"
+    run_ranks(2, tmp_path, *given, "--num_iters", 10, "--save_dir", folder)
+    out, _ = run(*given, "--num_iters", 20, "--save_dir", folder)
+    assert "from iteration 10 to 20" in out and "ranks 2 -> 1" in out
+    [(out, _), _] = run_ranks(2, tmp_path, *given, "--num_iters", 30, "--save_dir", folder)
+    assert "from iteration 20 to 30" in out and "2 ranks;" in out
+    np.testing.assert_allclose(losses(folder), losses(tmp_path / "one"), atol=1e-5)
+    assert_equal_weights(folder, tmp_path / "one")
+
+
+def test_evaluation_is_split_and_exact(tmp_path, text):
+    run("--text", text, *TINY, "--num_iters", 3, "--save_dir", tmp_path / "lm")
+    for options in (["--batch_size", 7], ["--eval_stride", 3], ["--quantize", 8]):
+        options = ["--evaluate", "valid", *options, "--save_dir", tmp_path / "lm"]
+        if "--quantize" in options:  # whose groups need dimensions that 32 divides
+            run("--text", text, *TINY, "--dim", 32, "--num_iters", 1, "--save_dir", tmp_path / "lm", "--new_model")
+        alone, _ = run(*options)
+        [(out, _), _] = run_ranks(2, tmp_path, *options)
+        scores = [re.findall(r"valid (.*), [\d,]+ tokens/s", each) for each in (alone, out)]
+        assert scores[0] == scores[1] and scores[0]
+
+
+@pytest.mark.parametrize("number, signalled", [(signal.SIGINT, [1]), (signal.SIGTERM, [0]), (signal.SIGINT, [0, 1])])
+def test_signal_to_any_rank_stops_all(tmp_path, text, number, signalled):
+    folder = tmp_path / "lm"
+    ranks = start_ranks(2, tmp_path, "--text", text, *TINY, "--save_dir", folder)
+    for line in ranks[0].stdout:
+        if "20/" in line:
+            break
+    for rank in signalled:
+        ranks[rank].send_signal(number)
+    [(out, err), (_, other)], statuses = finish(ranks)
+    assert statuses == [128 + number, 0], (out, err, other)
+    assert "Stopped at iteration" in out and len(ids(folder)) == 1, "saved once"
+    assert "Traceback" not in err + other
+
+
+@pytest.mark.parametrize("size, victim", [(2, 1), (2, 0), (3, 1)])
+def test_killed_rank_ends_the_others(tmp_path, text, size, victim):
+    folder = tmp_path / "lm"
+    given = ["--text", text, *TINY, "--save_dir", folder, "--steps_per_save", 10]
+    ranks = start_ranks(size, tmp_path, *given)
+    for line in ranks[0].stdout:
+        if "at iteration 20" in line:
+            break
+    ranks[victim].kill()
+    began = time.monotonic()
+    outputs, statuses = finish(ranks, 60)
+    assert time.monotonic() - began < 60
+    for rank in set(range(size)) - {victim}:
+        assert statuses[rank] == 1, outputs[rank]
+        assert "a rank failed or is gone" in outputs[rank][1] and "Traceback" not in outputs[rank][1]
+    saved = max(int(i) for i in re.findall(r"(\d+)/", " ".join(out for out, _ in outputs)) + ["20"]) // 10 * 10
+    out, _ = run(*given, "--num_iters", saved + 20)
+    assert re.search(r"from iteration [1-9]\d*0 to", out)
+
+
+def test_fewer_rows_than_ranks_is_one_line(tmp_path, text):
+    outputs, statuses = finish(start_ranks(2, tmp_path, "--text", text, *TINY, "--batch_size", 1, "--save_dir", tmp_path))
+    assert statuses == [2, 0], outputs
+    assert "--batch_size 1 leaves some of the 2 ranks without a row" in outputs[0][1]
+    assert outputs[0][1].count("\n") == 1 and not outputs[1][1]
+
+
+def test_usage_error_is_said_once(tmp_path):
+    outputs, statuses = finish(start_ranks(2, tmp_path, "--dim", "many", "--save_dir", tmp_path))
+    assert statuses == [2, 0] and "invalid whole number value" in outputs[0][1] and not outputs[1][1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_whose_launcher_is_gone_stop_saved(tmp_path, text, number):
+    folder = tmp_path / "lm"
+    command = [sys.executable, "-c", LAUNCH, "-n", "2", "--starting-port", free_ports(1)[0]]
+    command += ["--", sys.executable, ROOT / "main.py", "--text", text, *TINY, "--save_dir", folder]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    launcher = subprocess.Popen(list(map(str, command)), text=True, **pipes)
+    for line in launcher.stdout:
+        if "20/" in line:
+            break
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True).stdout
+    launcher.send_signal(number)
+    launcher.wait(60)
+    deadline = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{pid}") for pid in children.split()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(children.split()) == 2 and time.monotonic() < deadline, "ranks were left alone in the world"
+    assert len(ids(folder)) == 1
+    record = main.list_checkpoints(folder)[0]
+    assert record["versions"]["ranks"] == 2 and record["iteration"] >= 20
