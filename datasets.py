@@ -370,7 +370,7 @@ def text_files(paths, say, save_dir):
     for path in paths:
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not matches or not all(os.access(match, os.R_OK) for match in matches):
-            raise UsageError(f"{path}: there is no such file, folder or pattern to read; give the path of a text file or put it back")
+            raise UsageError(f"{path}: no such file, folder or pattern to read; give a text's path, or put it back")
         for match in map(Path, matches):
             below = [file for file in sorted(match.rglob("*")) if "/." not in f"/{file.relative_to(match)}"]
             below = [file for file in below if file.is_file() and save_dir.resolve() not in file.resolve().parents]

@@ -1705,7 +1705,7 @@ def make_parser():
     model("--num_heads", type=size, default=8, help="query heads")
     model("--num_kv_heads", type=size, help="key and value heads (default: num_heads)")
     model("--mlp", choices=list(ACTIVATIONS), default="relu2", help="feed-forward layer")
-    model("--mlp_dim", type=number(int, 1, 2**18), help="inner dimension (default: 4 dim; swiglu: 8/3, up to 64s)")
+    model("--mlp_dim", type=number(int, 1, 2**18), help="its width (default: 4 dim; swiglu: 8/3 dim rounded up to 64)")
     model("--qk_norm", **switch, help="normalize queries and keys, with learned weights")
     model("--untie", **switch, help="an output layer of its own instead of the embeddings")
     model("--dropout", type=number(float, 0, 0.9), default=0.0, help="rate on embeddings and on what each block adds")

@@ -36,9 +36,9 @@ def world(tmp_path_factory):
     """A folder of files good and bad. In `lm` are a run by words and, saved later, one by bytes with 18 checkpoints, so
     that two ids begin alike; in `damaged` is one cut short, in `gone` and `changed` ones whose text is no more."""
     world = tmp_path_factory.mktemp("world")
-    for name, content in FILES.items():
+    for name, data in FILES.items():
         (world / name).parent.mkdir(exist_ok=True)
-        (world / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        (world / name).write_bytes(data if isinstance(data, bytes) else data.encode())
     for name, mode in {"empty": 0o755, "locked": 0o555}.items():
         (world / name).mkdir(mode)
     (world / "locked.txt").touch(0)
@@ -129,7 +129,8 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--learning_rate 3e-4,", "'3e-4,'", "number"),
     *((f"--{flag} 0", f"--{flag}", "at least 1") for flag in (
         "num_iters context_size num_blocks dim num_heads num_kv_heads mlp_dim batch_size grad_accumulation "
-        "steps_per_report steps_per_eval steps_per_save keep patience max_tokens num_samples eval_stride lora_rank train_tokens"
+        "steps_per_report steps_per_eval steps_per_save keep patience max_tokens num_samples eval_stride lora_rank "
+        "train_tokens"
     ).split()),
     *((f"--{flag} -1", f"--{flag}", "at least 0") for flag in (
         "seed lr_warmup learning_rate weight_decay grad_clip eval_tokens top_k top_p min_p temperature dropout "
@@ -171,10 +172,10 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--valid_text text.txt", "--valid_text", "name the files to train on"),
     ("--prompt a --identifier latest best", "--identifier takes one name", "--cases and --plot"),
     # Texts
-    ("--text nowhere.txt", "nowhere.txt: there is no such file", "give the path of a text file"),
-    ("--text *.md", "*.md: there is no such file, folder or pattern to read", "give the path of a text file"),
-    ("--text text.txt --valid_text nowhere.txt --new_model", "nowhere.txt: there is no such file", "give the path"),
-    pytest.param("--text locked.txt", "locked.txt: there is no such file", "give the path", marks=UNPRIVILEGED),
+    ("--text nowhere.txt", "nowhere.txt: no such file", "give a text's path"),
+    ("--text *.md", "*.md: no such file, folder or pattern to read", "give a text's path"),
+    ("--text text.txt --valid_text nowhere.txt --new_model", "nowhere.txt: no such file", "give a text's path"),
+    pytest.param("--text locked.txt", "locked.txt: no such file", "give a text's path", marks=UNPRIVILEGED),
     ("--text empty.txt", "there is no text in", "give other files to --text"),
     ("--text empty", "there is no text in", "give other files to --text"),
     ("--text pictures", "there is no text in", "give other files to --text"),
@@ -187,8 +188,8 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--text picture.png", "picture.png is not UTF-8", "convert it"),
     ("--text changed.txt --save_dir changed", "has changed", "--new_model begins a run on it"),
     ("--identifier latest --save_dir changed", "has changed", "--new_model begins a run on it"),
-    ("--identifier latest --save_dir gone", "good.txt: there is no such file", "put it back"),
-    ("--evaluate valid --save_dir gone", "good.txt: there is no such file", "put it back"),
+    ("--identifier latest --save_dir gone", "good.txt: no such file", "put it back"),
+    ("--evaluate valid --save_dir gone", "good.txt: no such file", "put it back"),
     ("--text text.txt --eval_test", "text has no test split", "--test_text"),
     ("--evaluate test", "text has no test split", "--test_text"),
     ("--mirror nowhere", "nowhere/ptb/ptb.train.txt", "Put it at", 1),
@@ -219,7 +220,7 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--prompt a --identifier latest --save_dir damaged", "of --identifier is damaged", "name another of --list", 1),
     ("--text text.txt --init_from latest --save_dir damaged", "of --init_from is damaged", "name another of --list", 1),
     # A run that blows up
-    ("--text text.txt --learning_rate 1e30 --num_iters 30 --steps_per_save 99", "not finite", "lower --learning_rate", 1),
+    ("--text text.txt --learning_rate 1e30 --num_iters 30 --steps_per_save 99", "not finite", "a lower --learning", 1),
     # YAML files of flags
     ("--config nowhere.yaml", "--config nowhere.yaml", "No such file"),
     ("--config empty", "--config empty", "YAML file of flags"),
@@ -325,7 +326,7 @@ def test_refused_download(world, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("line, place, words", [
     ("--foo", ".", ["unrecognized arguments: --foo", "--help"]),
-    ("--text text.txt --save_dir lm", "empty", ["empty/text.txt: there is no such file", "give the path"]),
+    ("--text text.txt --save_dir lm", "empty", ["empty/text.txt: no such file", "give a text's path"]),
     ("--inference --save_dir lm", "pictures", ["there is no folder lm", "--save_dir"]),
 ])  # fmt: skip
 def test_typed_in_a_shell(line, place, words, world):
