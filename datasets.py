@@ -220,7 +220,7 @@ def sha256_of(path):
 def download(address, part, size):
     """Brings `address` into the file `part`, going on where it was cut off, until six tries in a row bring nothing."""
     if "://" not in address:  # a mirror may be a folder
-        return shutil.copyfile(Path(address).expanduser(), part)
+        return shutil.copyfile(os.path.expanduser(address), part)
     import requests  # not at each start: that takes a fifth of a second
     failures, told, reason, have = 0, None, "the connection was cut", part.stat().st_size if part.exists() else 0
     while failures < 6:
@@ -369,8 +369,8 @@ def text_files(paths, say, save_dir):
     found = []
     for path in paths:
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-        if not matches:
-            raise UsageError(f"--text {path}: there is no such file, folder or pattern; give the path of a text file")
+        if not matches or not all(os.access(match, os.R_OK) for match in matches):
+            raise UsageError(f"{path}: no such file, folder or pattern to read; give a text's path, or put it back")
         for match in map(Path, matches):
             below = [file for file in sorted(match.rglob("*")) if "/." not in f"/{file.relative_to(match)}"]
             below = [file for file in below if file.is_file() and save_dir.resolve() not in file.resolve().parents]

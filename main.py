@@ -20,6 +20,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import difflib
 import errno
 import fcntl
 import hashlib
@@ -693,9 +694,9 @@ def named_checkpoint(folder, records, identifier, flag="--identifier"):
     if len(found) != 1:
         known = ", ".join(f"{r['id'][:12]} ({r['run']}, iteration {r['iteration']:,})" for r in found or records)
         matches = "several checkpoints" if found else "no checkpoint"
-        raise UsageError(f"{flag} {identifier!r} matches {matches}; name one of: {known or 'none is here'}")
+        raise UsageError(f"{flag} {identifier!r} matches {matches}; name one of: {known or 'none, train first'}")
     if damage := find_damage(folder, found[0]["id"]):
-        raise RunError(f"checkpoint {found[0]['id'][:12]} of {flag} is damaged: {damage}")
+        raise RunError(f"checkpoint {found[0]['id'][:12]} of {flag} is damaged ({damage}): name another of --list")
     return found[0]
 
 
@@ -841,7 +842,7 @@ def import_model(path):
         return model, tokenizer, ids[0] if len(ids) == 1 else hashlib.sha1("".join(ids).encode()).hexdigest()
     except Exception as error:  # the tokenizers package raises plain ones
         problem = " ".join(f"{type(error).__name__ * isinstance(error, KeyError)} {error}".split())
-        raise UsageError(f"{path} holds no Llama, Qwen3 or Arcee model: {problem}") from None
+        raise UsageError(f"{path} holds no Llama, Qwen3 or Arcee model ({problem}): name one or see --list") from None
 
 
 def load_run(folder, record, run):
@@ -1459,22 +1460,22 @@ def first_ids(tokenizer, prompt):
 def talk(folder, checkpoint, flags):
     """--inference, --prompt or --prompts_file with this checkpoint, and with that of --draft. Raises UsageError."""
     id, (model, tokenizer) = checkpoint["id"], load_model(folder, checkpoint)
-    print(f"{checkpoint['run']}, iteration {checkpoint['iteration']:,}, checkpoint {id[:12]}", file=sys.stderr)
     models = [model]
     if flags.quantize:
         quantize(model, flags.quantize, packed=flags.gpu)
     if flags.attention:
-        return plot_attention(model, tokenizer, flags.prompt, flags.attention)
-    if flags.draft:
+        plot_attention(model, tokenizer, flags.prompt, flags.attention)
+    elif flags.prompts_file:
+        answer_file(tokenizer, model, id, flags)
+    elif flags.draft:
         draft, its, _ = open_model(folder, flags.draft, "--draft")
         if its.to_dict() != tokenizer.to_dict():
             raise UsageError(f"--draft {flags.draft} has another tokenizer than {id[:12]}: name one of equal data")
         models.append(draft)
+    print(f"{checkpoint['run']}, iteration {checkpoint['iteration']:,}, checkpoint {id[:12]}", file=sys.stderr)
     if flags.inference:
         converse(tokenizer, models, flags)
-    elif flags.prompts_file:
-        answer_file(tokenizer, model, id, flags)
-    else:  # so many continuations of --prompt, and nothing else, on stdout
+    elif not (flags.attention or flags.prompts_file):  # so many continuations of --prompt, and nothing else, on stdout
         for i in range(flags.num_samples):
             conversation = Conversation(tokenizer, *models)
             print(end="-" * 15 + "\n" if i else "")  # as nanoGPT does
@@ -1528,7 +1529,7 @@ def answer_file(tokenizer, model, id, flags, batch_size=16):
         jobs = [{"prompt": prompt, "seed": flags.seed + i, "checkpoint": id} for i, prompt in enumerate(prompts)]
         out, begun = append_lines(flags.output, jobs) if flags.output else (os.fdopen(os.dup(1), "wb"), [])
     except (OSError, ValueError) as error:
-        raise UsageError(f"--prompts_file and --output: {error}") from None
+        raise UsageError(f"{error}: --prompts_file {flags.prompts_file} must be UTF-8, --output writable") from None
     with out:
         for start in range(len(begun), len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
@@ -1644,8 +1645,8 @@ def plot_runs(folder, names, path):
         import matplotlib.figure
     except ImportError:
         raise UsageError("--plot needs a package: pip install matplotlib") from None
-    logs = {log.stem: list(csv.DictReader(log.open())) for log in sorted(folder.glob("*.csv"))}
-    logs = {name: rows for name, rows in logs.items() if rows and name in (names or logs)}
+    logs = {log.stem: list(csv.DictReader(log.open(errors="replace"))) for log in sorted(folder.glob("*.csv"))}
+    logs = {name: rows for name, rows in logs.items() if rows and list(rows[0]) == LOG and name in (names or logs)}
     if not logs:
         raise UsageError(f"no log of {' '.join(names or ['a run'])} is in {folder}: train, or name its folder with --save_dir")
     figure = matplotlib.figure.Figure(figsize=(12, 5), layout="constrained")
@@ -1715,11 +1716,12 @@ def run_cases(folder, records, flags, top_k):
 
         cases = yaml.safe_load(Path(flags.cases).expanduser().read_text("utf-8"))
         cases = [(str(case["prompt"]), str(case["expected"])) for case in cases]
+        open(flags.output or os.devnull, "a").close()  # fails before the work, not after it
     except ImportError:
         raise UsageError("--cases needs a package: pip install PyYAML") from None
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(f"--cases {flags.cases} is no YAML list of prompt and expected ({problem})") from None
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, yaml.YAMLError) as error:
+        needed = "is no YAML list of prompt and expected, like - {prompt: a, expected: b}, or --output no file to write"
+        raise UsageError(f"--cases {flags.cases} {needed} ({type(error).__name__}: {error})") from None
     results = []
     for record in records:
         model, tokenizer = load_model(folder, record)
@@ -1748,7 +1750,7 @@ def run_cases(folder, records, flags, top_k):
 
 def export_model(model, tokenizer, folder, bits):
     """--export: a folder that transformers and mlx_lm load (of Arcee's relu2, transformers alone). Raises UsageError."""
-    config = model.config
+    config, folder = model.config, Path(os.path.expanduser(folder))
     if not (name := COUNTERPARTS.get((config.mlp, config.qk_norm))):
         shape = "--qk_norm with " * config.qk_norm + f"--mlp {config.mlp}"
         raise UsageError(f"--export: Hugging Face has no model with {shape}: --mlp swiglu has one, and with --qk_norm")
@@ -1791,7 +1793,9 @@ def number(kind, least, most=math.inf):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its whole usage
-        raise UsageError(f"{message} (--help lists all flags)")
+        near = difflib.get_close_matches(message.split(" ")[2], self._option_string_actions, 1, 0.75)
+        near += ["after a flag, in quotes"] * ("--" not in message)
+        raise UsageError(f"{message} ({'? '.join([*near, '--help lists all flags'])})")
 
 
 def make_parser():
@@ -1821,17 +1825,17 @@ def make_parser():
     run("--seed", type=count, default=42, help="of weights, batches, dropout and samples")
     model = parser.add_argument_group("model").add_argument
     model("--context_size", type=size, default=48, help="tokens a prediction can look back on")
-    model("--num_blocks", type=size, default=4, help="transformer blocks")
-    model("--dim", type=size, default=1024, help="model dimension")
+    model("--num_blocks", type=number(int, 1, 2**12), default=4, help="transformer blocks")
+    model("--dim", type=number(int, 1, 2**16), default=1024, help="model dimension")
     model("--num_heads", type=size, default=8, help="query heads")
     model("--num_kv_heads", type=size, help="key and value heads (default: num_heads)")
     model("--mlp", choices=list(ACTIVATIONS), default="relu2", help="feed-forward layer")
-    model("--mlp_dim", type=size, help="its inner dimension (default: 4 dim; swiglu: 8/3 dim rounded up to 64)")
+    model("--mlp_dim", type=number(int, 1, 2**18), help="its width (default: 4 dim; swiglu: 8/3 dim rounded up to 64)")
     model("--qk_norm", **switch, help="normalize queries and keys, with learned weights")
     model("--untie", **switch, help="an output layer of its own instead of the embeddings")
     model("--dropout", type=number(float, 0, 0.9), default=0.0, help="rate on embeddings and on what each block adds")
     training = parser.add_argument_group("training").add_argument
-    training("--batch_size", type=size, default=32, help="windows computed at once")
+    training("--batch_size", type=number(int, 1, 2**20), default=32, help="windows computed at once")
     training("--grad_accumulation", type=size, default=1, help="batches to a step")
     training("--learning_rate", type=rate, default=3e-4, help="after warm-up")
     training("--min_lr", type=rate, help="where the schedule ends (default: a tenth of the learning rate)")
@@ -1923,7 +1927,7 @@ def read_config(path, typed):
             groups = [v if name in GROUPS and isinstance(v, dict) else {name: v} for name, v in yaml.safe_load(file).items()]
         settings = {str(name): value for group in groups for name, value in group.items()}
         if unknown := sorted(settings.keys() - DEFAULTS.keys() | settings.keys() & {"config"}):
-            raise UsageError(f"no flag is named {', '.join(unknown)} (--help lists all)")
+            raise UsageError(f"no flag is named {', '.join(unknown[:9])} (--help lists all)")
         arguments = []
         for name, value in settings.items():
             if isinstance(value, bool):
@@ -1934,7 +1938,7 @@ def read_config(path, typed):
     except ImportError:
         raise UsageError("--config needs a package: pip install PyYAML") from None
     except (UsageError, OSError, ValueError, AttributeError, RuntimeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path} is no YAML file of flags: {' '.join(str(error).split())}") from None
+        raise UsageError(f"--config {path} is no YAML file of flags (dim: 8): {' '.join(str(error).split())}") from None
 
 
 def choose_checkpoint(folder, flags, typed, using):
@@ -2040,7 +2044,7 @@ def execute(argv):
         if using and not checkpoint:
             raise UsageError(f"no such checkpoint in {folder}: train a model first, or name its folder with --save_dir")
         if flags.export:
-            return export_model(*load_model(folder, checkpoint), Path(flags.export).expanduser(), flags.quantize) or 0
+            return export_model(*load_model(folder, checkpoint), flags.export, flags.quantize) or 0
         if using and not flags.evaluate:
             return talk(folder, checkpoint, flags) or 0
 
@@ -2083,7 +2087,7 @@ def execute(argv):
         with Interrupts() as interrupts:
             return train(flags, dataset, checkpoint, used, interrupts)
     except (UsageError, RunError, OSError) as error:
-        print(f"{PARSER.prog}: {error}", file=sys.stderr)
+        print(f"{PARSER.prog}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 

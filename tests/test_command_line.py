@@ -1,10 +1,8 @@
-"""The command line: one helpful line for a mistake, where each value comes from, --help, --list, the default folder."""
+"""The command line: where each value comes from, --help, --list, the default folder. Mistakes: test_mistakes.py."""
 
 import io
 import os
 import re
-import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,174 +41,6 @@ def trained(tmp_path_factory):
     other = "--mlp gelu --learning_rate 0.01 --dropout 0.1 --num_iters 3 --keep 5".split()
     run("--text", folder / "text.txt", *TINY, *other, "--save_dir", folder / "lm")
     return folder
-
-
-def one_line(err, *words):
-    assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err
-    for word in words:
-        assert str(word) in err, f"{word!r} is not in: {err}"
-
-
-def fails(capsys, arguments, *words, status=2):
-    """This command line ends with `status` and one line that has all these words; returns what it wrote to stdout."""
-    code = main.main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert code == status, f"status {code}\n{out}\n{err}"
-    one_line(err, *words)
-    return out
-
-
-# ---- Mistakes -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("line, words", [
-    ("--dataset ptbb", ["--dataset", "'ptbb'", "ptb", "python"]),
-    ("--mlp tanh", ["--mlp", "'tanh'", *main.ACTIVATIONS]),
-    ("--tokenizer words", ["--tokenizer", "'words'", "auto", *main.TOKENIZERS]),
-    ("--foo", ["--foo", "--help"]),
-    ("--dat ptb", ["--dat", "--help"]),
-    ("--num_blo=3", ["--num_blo", "--help"]),
-    ("ptb", ["ptb", "--help"]),
-    ("--dim", ["--dim", "expected one argument"]),
-    ("--text", ["--text", "expected at least one argument"]),
-    ("--dim wide", ["--dim", "whole number", "'wide'"]),
-    ("--dim 1e3", ["--dim", "whole number", "'1e3'"]),
-    ("--seed 1.5", ["--seed", "whole number", "'1.5'"]),
-    ("--learning_rate fast", ["--learning_rate", "number", "'fast'"]),
-    *((f"--{flag} 0", [f"--{flag}", "at least 1"]) for flag in (
-        "num_iters context_size num_blocks dim num_heads num_kv_heads mlp_dim batch_size grad_accumulation steps_per_report "
-        "steps_per_eval steps_per_save keep patience max_tokens num_samples"
-    ).split()),
-    *((f"--{flag} -1", [f"--{flag}", "-1", "at least 0"]) for flag in (
-        "seed lr_warmup learning_rate weight_decay grad_clip eval_tokens top_k top_p min_p temperature dropout dropout_final min_lr max_minutes"
-    ).split()),
-    *((f"--{flag} {value}", [f"--{flag}", value, "at least"]) for value in ("inf", "nan") for flag in (
-        "learning_rate weight_decay grad_clip temperature dropout valid_fraction"
-    ).split()),
-    ("--dataset python --min_lr 0.1", ["--min_lr 0.1", "--learning_rate 0.0003", "lower"]),
-    ("--dropout 1", ["--dropout", "at least 0 and at most 0.9"]),
-    ("--valid_fraction 0", ["--valid_fraction", "at least 0.001 and at most 0.5"]),
-    ("--valid_fraction 0.9", ["--valid_fraction", "at least 0.001 and at most 0.5"]),
-    ("--inference --new_model", ["--inference", "--new_model", "exclude"]),
-    ("--inference --prompt a", ["--inference", "--prompt", "exclude"]),
-    ("--prompt a --evaluate valid", ["--prompt", "--evaluate", "exclude"]),
-    ("--prompts_file a --list", ["--prompts_file", "--list", "exclude"]),
-    ("--prompt a --output b", ["--output", "--prompts_file"]),
-    ("--prompts_file a --draft b", ["--draft", "--prompt", "--inference"]),
-    ("--top_p 1.1", ["--top_p", "at least 0 and at most 1"]),
-    ("--repetition_penalty 0", ["--repetition_penalty", "at least 0.01"]),
-    (f"--seed {2**64}", ["--seed", "at most"]),
-    (f"--mlp_dim {10**12}", ["--mlp_dim", "at most"]),
-    ("--dataset python --text a.txt", ["--dataset", "--text", "exclude", "leave one away"]),
-    ("--identifier latest --new_model", ["--identifier", "--new_model", "exclude", "leave one away"]),
-])  # fmt: skip
-def test_mistakes_in_the_line_alone(line, words, tmp_path, capsys):
-    fails(capsys, [*line.split(), "--save_dir", tmp_path], *words)  # the usual folder may hold a run, whose flags count
-
-
-@pytest.mark.parametrize("arguments, content, words", [
-    (["--dim", 100, "--num_heads", 8], LINE, ["--dim 100", "--num_heads 8", "try --dim 96"]),
-    (["--dim", 24, "--num_heads", 8], LINE, ["--dim 24", "--num_heads 8", "try --dim 32"]),
-    (["--num_heads", 8, "--num_kv_heads", 3], LINE, ["--num_kv_heads 3", "--num_heads 8", "divide"]),
-    (["--context_size", 5000], LINE[:100], ["tokens", "--context_size 5000", "longer text or --context_size"]),
-    ([], "", ["text.txt", "there is no text"]),
-    ([], "tiny", ["text", "give more text"]),
-    ([], b"good \xff bad", ["text.txt", "not UTF-8", "at byte 5:", "iconv"]),
-    ([], None, ["text.txt", "no such file", "path of a text file"]),
-], ids=str)  # fmt: skip
-def test_mistakes_with_a_text(arguments, content, words, tmp_path, capsys):
-    path = tmp_path / "text.txt"
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    fails(capsys, ["--text", path, "--save_dir", tmp_path / "lm", *arguments], *words)
-    assert not list((tmp_path / "lm").glob("*.safetensors"))
-
-
-def test_the_context_size_it_proposes_works(tmp_path, capsys):
-    path = tmp_path / "text.txt"
-    path.write_text(LINE[:100])
-    line = ["--text", str(path), *TINY, "--save_dir", str(tmp_path / "lm"), "--num_iters", "1", "--context_size"]
-    assert main.main([*line, "5000"]) == 2
-    proposed = re.search(r"or --context_size (\d+)", capsys.readouterr().err)[1]
-    assert main.main([*line, str(int(proposed) + 1)]) == 2
-    assert main.main([*line, proposed]) == 0
-
-
-def test_folder_as_text(tmp_path, capsys):
-    fails(capsys, ["--text", tmp_path, "--save_dir", tmp_path / "lm"], tmp_path, "there is no text", "--text")
-    (tmp_path / "below").mkdir()
-    (tmp_path / "below" / "text.txt").write_text(LINE)
-    line = ["--text", tmp_path / "below", *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
-    assert main.main([str(argument) for argument in line]) == 0
-
-
-def test_unusable_save_dir(trained, capsys):
-    below_a_file = trained / "text.txt" / "lm"
-    line = ["--dataset", "python", "--save_dir", below_a_file]
-    fails(capsys, line, "--save_dir", below_a_file, "name a folder")
-
-
-@pytest.mark.skipif(main.mx.is_available(main.mx.gpu), reason="there is a GPU")
-def test_gpu_where_there_is_none(capsys):
-    fails(capsys, ["--gpu"], "--gpu", "leave it away", "install")
-
-
-def test_nothing_to_talk_to(tmp_path, capsys):
-    line = ["--inference", "--save_dir", tmp_path]
-    fails(capsys, line, tmp_path, "no such checkpoint", "train a model first", "--save_dir")
-    for tool in ("--inference", "--list"):
-        fails(capsys, [tool, "--save_dir", tmp_path / "mistyped"], "no folder", "mistyped", "--save_dir")
-    assert not (tmp_path / "mistyped").exists()
-
-
-def test_unknown_identifier_lists_the_candidates(trained, capsys):
-    (id,), run_name = ids(trained / "lm"), main.list_checkpoints(trained / "lm")[0]["run"]
-    for more in ([], ["--inference"]):
-        line = ["--identifier", "unknown", "--save_dir", trained / "lm", *more]
-        fails(capsys, line, "--identifier 'unknown'", id[:12], run_name, "iteration 3")
-
-
-@pytest.mark.parametrize("flag, value, saved", [
-    ("dim", "32", "16"), ("mlp", "swiglu", "gelu"), ("seed", "1", "42"),
-    ("dataset", "python", "text"), ("tokenizer", "word", "byte"),
-])  # fmt: skip
-def test_contradicted_identifier(flag, value, saved, trained, capsys):
-    line = ["--identifier", "latest", "--save_dir", trained / "lm", f"--{flag}", value]
-    fails(capsys, line, f"--{flag} {value}", f"has {saved}", f"leave --{flag} away", "--new_model")
-
-
-def test_changed_training_text(trained, tmp_path, capsys):
-    shutil.copytree(trained / "lm", tmp_path / "lm")
-    text, before = trained / "text.txt", ids(tmp_path / "lm")
-    line = ["--text", text, "--save_dir", tmp_path / "lm", "--num_iters", 9]
-    try:
-        text.write_text("One more line\n" + LINE)
-        fails(capsys, line, "training text", "changed", "--new_model")
-    finally:
-        text.write_text(LINE)
-    assert ids(tmp_path / "lm") == before
-
-
-@pytest.mark.parametrize("line, words", [
-    ("--foo", ["--foo", "--help"]),
-    ("--save_dir main.py/lm", ["--save_dir main.py/lm", "name a folder"]),
-    ("--text requirements.txt --dim 100", ["--dim 100", "try --dim 96"]),
-])  # fmt: skip
-def test_mistakes_typed_in_a_shell(line, words, tmp_path):
-    more = [] if "--save_dir" in line else ["--save_dir", tmp_path]
-    _, err = run(*line.split(), *more, status=2, cwd=ROOT)
-    one_line(err, "main.py: ", *words)
-
-
-@pytest.mark.parametrize("mirror", ["address", "folder"])
-def test_failed_download(mirror, tmp_path):
-    with socket.socket() as bound:  # and never listening: connections are refused
-        bound.bind(("127.0.0.1", 0))
-        base = f"http://127.0.0.1:{bound.getsockname()[1]}" if mirror == "address" else tmp_path / "missing"
-        line = ["--dataset", "ptb", "--mirror", base, "--save_dir", tmp_path / "lm"]
-        _, err = run(*line, status=1, env={"no_proxy": "*"})
-    place = tmp_path / "lm" / "ptb" / "ptb.train.txt"
-    one_line(err, f"{base}/ptb/ptb.train.txt", f"Put it at {place}", "--mirror", "--dataset python")
 
 
 # ---- Flags and their values -----------------------------------------------------------------------------------------
@@ -327,28 +157,6 @@ def test_a_preset_is_part_of_what_a_run_is(flags_of, trained):
     run = main.list_checkpoints(trained / "lm")[0]["run"]
     with pytest.raises(AssertionError):  # status 2: it contradicts
         flags_of("--identifier", run, "--preset", "gpt2")
-
-
-@pytest.mark.parametrize("content, words", [
-    ("dim: 128\nlayers: 4\nmodel: {heads: 2}\n", ["heads", "layers", "no flag"]),
-    ("dim: wide\n", ["--dim", "'wide'"]),
-    ("dim: true\n", ["--dim"]),
-    ("config: other.yaml\n", ["config", "no flag"]),
-    ("dimm:\n", ["dimm", "no flag"]),
-    ("[" * 3000, ["YAML"]),
-    ("- dim\n", ["YAML"]),
-    ("dim: [1\n", ["YAML"]),
-    ("", ["YAML"]),
-    ("7", ["YAML"]),
-    ("\0", ["YAML"]),
-])  # fmt: skip
-def test_mistakes_in_a_config_file(capsys, tmp_path, content, words):
-    path = tmp_path / "flags.yaml"
-    path.write_text(content)
-    fails(capsys, ["--config", path], "--config", path, *words)
-    fails(capsys, ["--config", tmp_path / "none.yaml"], "--config", "none.yaml", "No such file")
-    fails(capsys, ["--config", tmp_path], "--config", tmp_path)
-    fails(capsys, ["--config", "~nobody-here/flags.yaml"], "--config", "~nobody-here")
 
 
 def test_resolve():

@@ -1,0 +1,339 @@
+"""The failure tour: what a newcomer gets wrong in the first hour, and the one line that each mistake ends with."""
+
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY
+
+import main
+
+LINE = "".join(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(200))
+FILES = {
+    "text.txt": LINE, "changed.txt": LINE, "empty.txt": "", "tiny.txt": "tiny", "short.txt": LINE[:100],
+    "good.txt": LINE[:900], "cut.txt": b"good \xff bad", "picture.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+    "windows.txt": LINE.encode("utf-16"), "pictures/cat.png": b"\x89PNG\r\n\x1a\n\0",
+    "foreign/model.safetensors": b"\0" * 64, "foreign/results.csv": "a;b\n1;2\n",
+    "prompts.txt": "line\n", "answers.txt": "my own notes\n", "latin.txt": "jümps\n".encode("latin-1"),
+    "hf/config.json": '{"model_type": "gpt2"}', "hf/model.safetensors": b"",
+    "layers.yaml": "dim: 128\nlayers: 4\nmodel: {heads: 2}\n", "wide.yaml": "dim: wide\n", "true.yaml": "dim: true\n",
+    "other.yaml": "config: other.yaml\n", "null.yaml": "dimm:\n", "deep.yaml": "[" * 3000, "list.yaml": "- dim\n",
+    "cut.yaml": "dim: [1\n", "empty.yaml": "", "number.yaml": "7", "zero.yaml": "\0", "yes.yaml": "new_model: 'yes'\n",
+    "two.yaml": "dim: [16, 32]\n", "both.yaml": "inference: true\nnew_model: true\n", "half.yaml": "num_iters: 1.5\n",
+    "prompt.yaml": "- prompt: line\n", "cases.yaml": "- {prompt: line, expected: 5}\n", "words.yaml": "- line\n",
+}  # fmt: skip
+UNPRIVILEGED = pytest.mark.skipif(os.geteuid() == 0, reason="root may write and read everywhere")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder of files good and bad. In `lm` are a run by words and, saved later, one by bytes with 18 checkpoints, so
+    that two ids begin alike; in `damaged` is one cut short, in `gone` and `changed` ones whose text is no more."""
+    world = tmp_path_factory.mktemp("world")
+    for name, data in FILES.items():
+        (world / name).parent.mkdir(exist_ok=True)
+        (world / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    for name, mode in {"empty": 0o755, "locked": 0o555}.items():
+        (world / name).mkdir(mode)
+    (world / "locked.txt").touch(0)
+
+    def train(line):
+        assert main.main([*TINY, "--num_blocks", "1", *line.split()]) == 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world)
+        train("--text text.txt --tokenizer word --num_iters 1 --save_dir lm")
+        train("--text text.txt --mlp gelu --num_iters 18 --steps_per_save 1 --keep 99 --save_dir lm")
+        for name in ("damaged", "gone", "changed"):
+            source = "changed.txt" if name == "changed" else "good.txt"
+            train(f"--text {source} --num_iters 1 --save_dir {name}")
+        for path in Path("damaged").glob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:-100])
+        Path("changed.txt").write_text("One more line\n" + LINE)
+        Path("good.txt").unlink()
+    return world
+
+
+def content(world):
+    """The bytes of all files but locks, logs of what happened, and caches of encoded text, which may come and go."""
+    names = {path.relative_to(world): path for path in world.rglob("*") if path.is_file() and os.access(path, os.R_OK)}
+    passing = re.compile(r"(^|/)(text|ptb|python|gpt2)/|\.lock$|\.csv$")
+    return {str(name): path.read_bytes() for name, path in names.items() if not passing.search(str(name))}
+
+
+def one_line(err, *words):
+    assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err
+    for word in words:
+        assert str(word) in err, f"{word!r} is not in: {err}"
+
+
+def fails(capsys, arguments, *words, status=2):
+    """This command line ends with `status` and one line that has all these words; returns that line."""
+    capsys.readouterr()
+    code = main.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert code == status, f"status {code}\n{out}\n{err}"
+    one_line(err, *words)
+    return err
+
+
+def names_in(world, line):
+    """`line` with ids in the place of BYTE, a checkpoint by bytes, WORD, and TWICE, with which two ids begin."""
+    records = main.list_checkpoints(world / "lm")
+    begins = [record["id"][0] for record in records]
+    known = {"BYTE": records[3]["id"], "WORD": records[-1]["id"], "TWICE": max(begins, key=begins.count)}
+    return re.sub("|".join(known), lambda match: known[match[0]], line)
+
+
+MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy that the line names; status, if not 2
+    # Flags that do not exist
+    ("--batchsize 4", "--batchsize", "--batch_size?"),
+    ("--num-iters 10", "--num-iters", "--num_iters?"),
+    ("--num_layers 3", "--num_layers", "--help"),
+    ("--lr 3e-4", "--lr", "--help lists all flags"),
+    ("--epochs 3", "--epochs", "--help lists all flags"),
+    ("--dat ptb", "--dat", "--help"),
+    ("--num_blo=3", "--num_blo", "--num_blocks?"),
+    ("-inference", "-inference", "--inference?"),
+    ("—inference", "—inference", "--inference?"),
+    ("--Dim 16", "--Dim", "--dim?"),
+    ("ptb", "ptb", "after a flag"),
+    ("text.txt", "text.txt", "after a flag"),
+    ("''", "unrecognized", "--help"),
+    ("--qk_norm False", "False", "--help"),
+    ("--gpu=true", "--gpu", "ignored explicit argument"),
+    ("--checkpoint latest", "latest", "--help"),
+    ("--prompt the company said", "company said", "in quotes?"),
+    ("--prompt the 'a\nb'", "a b", "--help"),
+    # Values that cannot be
+    (f"--dim {10**6}", "--dim", "at most 65536"),
+    (f"--num_blocks {10**5}", "--num_blocks", "at most 4096"),
+    (f"--batch_size {10**9}", "--batch_size", "at most 1048576"),
+    ("--dim", "--dim", "expected one argument"),
+    ("--text", "--text", "expected at least one argument"),
+    ("--dim=", "--dim", "whole number"),
+    ("--dim wide", "'wide'", "whole number"),
+    ("--dim 1e3", "'1e3'", "whole number"),
+    ("--num_iters 10k", "'10k'", "whole number"),
+    ("--num_iters 100,000", "'100,000'", "whole number"),
+    ("--seed 1.5", "'1.5'", "whole number"),
+    (f"--seed {2**64}", f"{2**64}", "at most 2147483647"),
+    (f"--mlp_dim {10**12}", f"{10**12}", "at most"),
+    ("--learning_rate fast", "'fast'", "number"),
+    ("--learning_rate 3e-4,", "'3e-4,'", "number"),
+    *((f"--{flag} 0", f"--{flag}", "at least 1") for flag in (
+        "num_iters context_size num_blocks dim num_heads num_kv_heads mlp_dim batch_size grad_accumulation "
+        "steps_per_report steps_per_eval steps_per_save keep patience max_tokens num_samples eval_stride lora_rank "
+        "train_tokens"
+    ).split()),
+    *((f"--{flag} -1", f"--{flag}", "at least 0") for flag in (
+        "seed lr_warmup learning_rate weight_decay grad_clip eval_tokens top_k top_p min_p temperature dropout "
+        "dropout_final min_lr max_minutes lora_alpha teacher_weight"
+    ).split()),
+    *((f"--{flag} {value}", value, "at least") for value in ("inf", "nan") for flag in (
+        "learning_rate weight_decay grad_clip temperature dropout valid_fraction"
+    ).split()),
+    ("--dropout 1", "--dropout", "at least 0 and at most 0.9"),
+    ("--top_p 1.1", "--top_p", "at least 0 and at most 1"),
+    ("--valid_fraction 0", "--valid_fraction", "at least 0.001 and at most 0.5"),
+    ("--valid_fraction 0.9", "--valid_fraction", "at least 0.001 and at most 0.5"),
+    ("--repetition_penalty 0", "--repetition_penalty", "at least 0.01"),
+    ("--vocab_size 10 --tokenizer bpe", "--vocab_size", "at least 257"),
+    *((f"--{flag.dest} nonsense", f"--{flag.dest}", choice) for flag in main.PARSER._actions
+      for choice in flag.choices or [] if not flag.type),
+    ("--dataset shakespeare", "'shakespeare'", "tinyshakespeare"),
+    ("--quantize 3", "3", "8"),
+    # Values that do not fit each other
+    ("--text text.txt --dim 100 --num_heads 8 --new_model", "no multiple of 2 * --num_heads 8", "try --dim 96"),
+    ("--text text.txt --dim 24 --num_heads 8 --new_model", "--dim 24", "try --dim 32"),
+    ("--text text.txt --dim 30 --num_heads 2 --new_model", "--dim 30", "try --dim 32"),
+    ("--text text.txt --num_heads 8 --num_kv_heads 3 --new_model", "--num_kv_heads 3 does not divide", "try 1"),
+    ("--dataset python --min_lr 0.1", "--min_lr 0.1 is above --learning_rate 0.0003", "give a lower one"),
+    ("--text text.txt --lora_rank 4", "--lora_rank goes with --init_from", "give that, too"),
+    ("--text text.txt --lora_alpha 4", "--lora_alpha goes with --lora_rank", "give that, too"),
+    ("--dataset python --text text.txt", "--dataset and --text exclude each other", "leave one away"),
+    ("--identifier latest --new_model", "--identifier and --new_model exclude each other", "leave one away"),
+    ("--inference --new_model", "--inference and --new_model exclude each other", "leave one away"),
+    ("--inference --prompt a", "--inference and --prompt exclude each other", "leave one away"),
+    ("--prompt a --evaluate valid", "--prompt and --evaluate exclude each other", "leave one away"),
+    ("--prompts_file a --list", "--prompts_file and --list exclude each other", "leave one away"),
+    ("--plot a.png --cases b", "--cases and --plot exclude each other", "leave one away"),
+    ("--prompt a --export b", "--prompt and --export exclude each other", "leave one away"),
+    ("--prompt a --output b", "--output", "goes with --prompts_file"),
+    ("--prompts_file a --draft b", "--draft", "with --prompt or --inference"),
+    ("--attention x.png", "--attention goes with --prompt", "give the text"),
+    ("--text text.txt --quantize 4", "--quantize", "goes with sampling, --evaluate and --export"),
+    ("--valid_text text.txt", "--valid_text", "name the files to train on"),
+    ("--prompt a --identifier latest best", "--identifier takes one name", "--cases and --plot"),
+    # Texts
+    ("--text nowhere.txt", "nowhere.txt: no such file", "give a text's path"),
+    ("--text *.md", "*.md: no such file, folder or pattern to read", "give a text's path"),
+    ("--text text.txt --valid_text nowhere.txt --new_model", "nowhere.txt: no such file", "give a text's path"),
+    pytest.param("--text locked.txt", "locked.txt: no such file", "give a text's path", marks=UNPRIVILEGED),
+    ("--text empty.txt", "there is no text in", "give other files to --text"),
+    ("--text empty", "there is no text in", "give other files to --text"),
+    ("--text pictures", "there is no text in", "give other files to --text"),
+    ("--text tiny.txt", "no text is left for training or validation", "give more text"),
+    ("--text text.txt --valid_text empty.txt --new_model", "no text is left", "give more text"),
+    ("--text short.txt --context_size 5000", "fewer than --context_size 5000", "longer text or --context_size"),
+    ("--text text.txt --train_tokens 5 --new_model", "5 tokens, fewer than --context_size 48", "--context_size 4"),
+    ("--text cut.txt", "cut.txt is not UTF-8 at byte 5:", "iconv"),
+    ("--text windows.txt", "windows.txt is not UTF-8 at byte 0:", "iconv"),
+    ("--text picture.png", "picture.png is not UTF-8", "convert it"),
+    ("--text changed.txt --save_dir changed", "has changed", "--new_model begins a run on it"),
+    ("--identifier latest --save_dir changed", "has changed", "--new_model begins a run on it"),
+    ("--identifier latest --save_dir gone", "good.txt: no such file", "put it back"),
+    ("--evaluate valid --save_dir gone", "good.txt: no such file", "put it back"),
+    ("--text text.txt --eval_test", "text has no test split", "--test_text"),
+    ("--evaluate test", "text has no test split", "--test_text"),
+    ("--mirror nowhere", "nowhere/ptb/ptb.train.txt", "Put it at", 1),
+    ("--mirror ~nobody-here", "~nobody-here/ptb/ptb.train.txt", "--mirror", 1),
+    ("--text text.txt --tokenizer gpt2 --mirror empty", "empty/gpt2/tokenizer.json", "by hand", 1),
+    # Folders and checkpoints
+    ("--inference --save_dir empty", "no such checkpoint in empty", "or name its folder with --save_dir"),
+    ("--inference --save_dir nowhere", "there is no folder nowhere", "--save_dir"),
+    ("--list --save_dir nowhere", "there is no folder nowhere", "--save_dir"),
+    ("--list --save_dir text.txt", "there is no folder text.txt", "--save_dir"),
+    ("--prompt a --save_dir foreign", "no such checkpoint in foreign", "train a model first"),
+    ("--dataset python --save_dir text.txt", "--save_dir text.txt", "name a folder"),
+    ("--dataset python --save_dir text.txt/lm", "--save_dir text.txt/lm", "name a folder"),
+    pytest.param("--dataset python --save_dir locked/lm", "(Permission", "a folder of yours", marks=UNPRIVILEGED),
+    ("--inference --dim 32", "no such checkpoint in lm", "train a model first"),
+    ("--identifier latest --save_dir empty", "'latest' matches no checkpoint", "train first"),
+    ("--identifier unknown", "--identifier 'unknown' matches no checkpoint", "name one of: "),
+    ("--identifier unknown --inference", "--identifier 'unknown' matches no checkpoint", "iteration 18)"),
+    ("--identifier lm/BYTE.safetensors --prompt a", "matches no checkpoint", "name one of: "),
+    ("--identifier TWICE --prompt a", "matches several checkpoints", "name one of: "),
+    ("--identifier latest --dim 32", "--dim 32 contradicts", "leave --dim away, or begin a new run with --new_model"),
+    ("--identifier latest --mlp swiglu", "--mlp swiglu contradicts", "has gelu: leave --mlp away"),
+    ("--identifier latest --seed 1", "--seed 1 contradicts", "has 42: leave --seed away"),
+    ("--identifier latest --preset tiny", "--context_size 128 contradicts", "has 8: leave --context_size away"),
+    ("--identifier latest --dataset python", "--dataset python contradicts", "has text: leave --dataset away"),
+    ("--identifier latest --tokenizer word", "--tokenizer word contradicts", "has byte: leave --tokenizer away"),
+    ("--identifier latest --save_dir damaged", "is damaged (its .safetensors", "name another of --list", 1),
+    ("--prompt a --identifier latest --save_dir damaged", "of --identifier is damaged", "name another of --list", 1),
+    ("--text text.txt --init_from latest --save_dir damaged", "of --init_from is damaged", "name another of --list", 1),
+    # A run that blows up
+    ("--text text.txt --learning_rate 1e30 --num_iters 30 --steps_per_save 99", "not finite", "a lower --learning", 1),
+    # YAML files of flags
+    ("--config nowhere.yaml", "--config nowhere.yaml", "No such file"),
+    ("--config empty", "--config empty", "YAML file of flags"),
+    ("--config ~nobody-here/flags.yaml", "~nobody-here/flags.yaml", "YAML file of flags"),
+    ("--config layers.yaml", "heads, layers", "--help lists all"),
+    ("--config null.yaml", "no flag is named dimm", "--help lists all"),
+    ("--config other.yaml", "no flag is named config", "--help lists all"),
+    ("--config wide.yaml", "--dim: invalid whole number value: 'wide'", "YAML file of flags"),
+    ("--config half.yaml", "--num_iters: invalid whole number value: '1.5'", "YAML file of flags"),
+    ("--config true.yaml", "--dim", "YAML file of flags"),
+    ("--config two.yaml", "32", "YAML file of flags"),
+    ("--config yes.yaml", "--new_model", "YAML file of flags"),
+    ("--config both.yaml", "--inference and --new_model exclude each other", "leave one away"),
+    *((f"--config {name}", name, "YAML file of flags (dim: 8)") for name in (
+        "deep.yaml list.yaml cut.yaml empty.yaml number.yaml zero.yaml text.txt picture.png"
+    ).split()),
+    # Prompts and answers
+    ("--prompts_file nowhere.txt", "No such file or directory: 'nowhere.txt'", "UTF-8"),
+    ("--prompts_file latin.txt", "latin.txt", "UTF-8"),
+    ("--prompts_file prompts.txt --output nowhere/out.jsonl", "nowhere/out.jsonl", "--output writable"),
+    ("--prompts_file prompts.txt --output empty", "Is a directory: 'empty'", "--output writable"),
+    ("--prompts_file prompts.txt --output answers.txt", "answers.txt holds other things", "name another --output"),
+    ("--prompt a --draft nonsense", "--draft 'nonsense' matches no checkpoint", "name one of: "),
+    ("--prompt a --draft WORD", "has another tokenizer", "name one of equal data"),
+    ("--prompt a --quantize 4", "32 divides --dim and --mlp_dim", "train another"),
+    # Models of others
+    ("--text text.txt --init_from nonsense", "--init_from 'nonsense' matches no checkpoint", "name one of: "),
+    ("--text text.txt --init_from nonsense --save_dir empty", "'nonsense' matches no checkpoint", "train first"),
+    ("--text text.txt --new_model --init_from empty", "empty holds no Llama, Qwen3 or Arcee model", "see --list"),
+    ("--text text.txt --new_model --init_from lm", "lm holds no Llama, Qwen3 or Arcee model", "see --list"),
+    ("--text text.txt --new_model --init_from hf", "model_type gpt2", "see --list"),
+    ("--text text.txt --new_model --init_from BYTE --dim 32", "--dim 32 contradicts --init_from", "leave --dim away"),
+    ("--text text.txt --new_model --init_from BYTE --teacher WORD", "has another tokenizer", "name its equal"),
+    ("--text text.txt --new_model --teacher BYTE --tokenizer char", "--tokenizer char", "leave --tokenizer away"),
+    ("--text text.txt --new_model --teacher nonsense", "--teacher 'nonsense' matches no checkpoint", "name one of: "),
+    ("--export text.txt --identifier WORD", "cannot write to --export text.txt", "name a folder"),
+    ("--export text.txt/hf --identifier WORD", "cannot write to --export text.txt/hf", "name a folder"),
+    ("--export out --identifier WORD --quantize 4", "32 divides", "train another"),
+    ("--export out", "Hugging Face has no model with --mlp gelu", "--mlp swiglu has one"),
+    # Tools
+    ("--plot x.png --save_dir empty", "no checkpoint is in empty", "train a model first"),
+    ("--plot x.nonsense", "cannot write x.nonsense", "name another file"),
+    ("--plot nowhere/x.png", "cannot write nowhere/x.png", "name another file"),
+    ("--plot x.png --identifier nonsense", "'nonsense' matches no checkpoint", "name one of: "),
+    ("--attention nowhere/x.png --prompt a", "cannot write nowhere/x.png", "name another file"),
+    ("--evaluate valid --eval_stride 33", "--eval_stride 33 would leave tokens out", "at most 8"),
+    ("--evaluate", "--evaluate", "expected one argument"),
+    ("--cases cases.yaml --save_dir empty", "no checkpoint is in empty", "train a model first"),
+    ("--cases nowhere.yaml", "nowhere.yaml", "YAML list of prompt and expected, like - {prompt"),
+    ("--cases ~nobody-here/cases.yaml", "~nobody-here", "YAML list of prompt and expected, like - {prompt"),
+    *((f"--cases {name}", name, "YAML list of prompt and expected, like - {prompt") for name in (
+        "prompt.yaml words.yaml cut.yaml empty.yaml number.yaml deep.yaml text.txt picture.png"
+    ).split()),
+    ("--cases cases.yaml --output nowhere/out.json", "nowhere/out.json", "--output no file to write"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line, cause, remedy, status", [
+    pytest.param(*mistake.values, 2, marks=mistake.marks) if hasattr(mistake, "values") else (*mistake, 2)[:4]
+    for mistake in MISTAKES
+])  # fmt: skip
+def test_one_line_and_nothing_lost(line, cause, remedy, status, world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    before, folder = content(world), [] if "--save_dir" in line else ["--save_dir", "lm"]
+    arguments = ["--num_iters", "1", *shlex.split(names_in(world, line)), *folder]
+    fails(capsys, arguments, cause, remedy, status=status)
+    assert content(world) == before
+
+
+def test_the_context_size_it_proposes_works(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    line = ["--text", "short.txt", *TINY, "--save_dir", str(tmp_path / "lm"), "--num_iters", "1", "--context_size"]
+    proposed = re.search(r"or --context_size (\d+)", fails(capsys, [*line, 5000]))[1]
+    fails(capsys, [*line, int(proposed) + 1])
+    assert main.main([*line, proposed]) == 0
+
+
+def test_files_of_others_are_passed_over(world, tmp_path, monkeypatch, capsys):
+    """A picture of the runs does not take another program's table, in any encoding, for a log."""
+    pytest.importorskip("matplotlib")
+    shutil.copytree(world / "lm", tmp_path / "lm")
+    (tmp_path / "lm" / "results.csv").write_bytes("größe,split\n1,2\n".encode("latin-1"))
+    shutil.copy(world / "foreign" / "model.safetensors", tmp_path / "lm")
+    for line in (["--plot", tmp_path / "x.png"], ["--list"]):
+        assert main.main([*map(str, line), "--save_dir", str(tmp_path / "lm")]) == 0
+    assert "results" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(main.mx.is_available(main.mx.gpu), reason="there is a GPU")
+def test_gpu_where_there_is_none(capsys):
+    fails(capsys, ["--gpu"], "--gpu: MLX sees no GPU", "leave it away, or install")
+
+
+def test_refused_download(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.socket() as bound:  # and never listening: connections are refused
+        bound.bind(("127.0.0.1", 0))
+        base = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        line = ["--dataset", "ptb", "--mirror", base, "--save_dir", tmp_path]
+        err = fails(capsys, line, f"{base}/ptb/ptb.train.txt", "--mirror", "--dataset python", status=1)
+    assert f"Put it at {tmp_path / 'ptb' / 'ptb.train.txt'}" in err
+
+
+@pytest.mark.parametrize("line, place, words", [
+    ("--foo", ".", ["unrecognized arguments: --foo", "--help"]),
+    ("--text text.txt --save_dir lm", "empty", ["empty/text.txt: no such file", "give a text's path"]),
+    ("--inference --save_dir lm", "pictures", ["there is no folder lm", "--save_dir"]),
+])  # fmt: skip
+def test_typed_in_a_shell(line, place, words, world):
+    """In another working directory than the files are in, and with stdin closed."""
+    before, command = content(world), [sys.executable, ROOT / "main.py", *line.split()]
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", *command]
+    process = subprocess.run(command, cwd=world / place, capture_output=True, text=True)
+    assert process.returncode == 2, process.stderr
+    one_line(process.stderr, "main.py: ", *words)
+    assert content(world) == before
