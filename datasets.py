@@ -257,16 +257,11 @@ def download(address, part, size):
 
 def extract(archive, member, folder):
     """Path of `member` of a zip file, unpacked into `folder` under its last name alone. Raises RunError."""
-    path = folder / os.path.basename(member)
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        with zipfile.ZipFile(archive) as zipped, zipped.open(member) as source, new.open("wb") as out:
-            shutil.copyfileobj(source, out, 1 << 20)
-        return new.replace(path)
+        with tempfile.TemporaryDirectory(dir=folder) as new, zipfile.ZipFile(archive) as zipped:
+            return Path(zipped.extract(member, new)).replace(folder / os.path.basename(member))
     except (KeyError, zipfile.BadZipFile) as error:
         raise RunError(f"{archive} does not hold {member} ({error}): delete it and start again") from None
-    finally:
-        new.unlink(missing_ok=True)
 
 
 # ---- Corpora
