@@ -577,30 +577,31 @@ def main():
     """Prepares a corpus ahead of training and says what it is, or collects one from a teacher."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--dataset", dest="name", choices=[name for name in CORPORA if name != "text"], default="ptb")
+    add("--dataset", choices=[name for name in CORPORA if name != "text"], default="ptb")
     add("--text", nargs="+", metavar="PATH", help="your own files, folders or patterns instead")
     add("--tokenizer", choices=["auto", *TOKENIZERS], default="auto")
     add("--vocab_size", type=int, default=32000, help="of --tokenizer bpe (default: %(default)s)")
     add("--valid_fraction", type=float, default=0.1, help="of --text (default: %(default)s)")
     add("--save_dir", help="the folder that main.py is given, too (default: as there)")
     add("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>")
-    teacher = parser.add_argument_group("collecting a corpus (a key is read from the variable TEACHER_API_KEY)")
-    add = lambda name, metavar, **rest: teacher.add_argument(name, metavar=metavar, default=argparse.SUPPRESS, **rest)
-    add("--distill_from", "URL", dest="url", help="of a server that speaks OpenAI's chat completions")
-    add("--teacher_model", "NAME", dest="model", help="the server's model")
-    add("--teacher_prompts", "FILE", dest="prompts", help="a prompt a line")
-    add("--output", "DIR", dest="folder", help="for answers.jsonl and corpus.txt")
-    add("--max_requests", "N", dest="most", type=int, help="limit of one start (default: 1000)")
+    add = parser.add_argument_group("collecting a corpus (a key is read from TEACHER_API_KEY)").add_argument
+    add("--distill_from", metavar="URL", help="of a server that speaks OpenAI's chat completions")
+    add("--teacher_model", metavar="NAME", help="the server's model")
+    add("--teacher_prompts", metavar="FILE", help="a prompt a line")
+    add("--output", metavar="DIR", help="for answers.jsonl and corpus.txt")
+    add("--max_requests", metavar="N", type=int, default=1000, help="limit of one start (default: %(default)s)")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists all flags)\n")
-    flags = vars(parser.parse_args())
-    teaching = {name: flags.pop(name) for name in ("url", "model", "prompts", "folder", "most") if name in flags}
+    flags = parser.parse_args()
+    teaching = [flags.distill_from, flags.teacher_model, flags.teacher_prompts, flags.output]
     try:
-        if teaching and not teaching.keys() >= {"url", "model", "prompts", "folder"}:
-            raise UsageError("--distill_from, --teacher_model, --teacher_prompts and --output go together: give all four")
-        if teaching:
-            prompts = Path(teaching["prompts"]).read_text("utf-8").removesuffix("\n").split("\n")
-            return distill(**teaching | {"prompts": prompts, "folder": Path(teaching["folder"])})
-        dataset = load_dataset(**flags | {"save_dir": open_folder(flags["save_dir"], True)} | ({"name": "text"} if flags["text"] else {}))
+        if None not in teaching:
+            prompts = Path(flags.teacher_prompts).read_text("utf-8").removesuffix("\n").split("\n")
+            return distill(flags.distill_from, flags.teacher_model, prompts, Path(flags.output), flags.max_requests)
+        if any(teaching):
+            raise UsageError("--distill_from, --teacher_model, --teacher_prompts and --output go together: give all")
+        name, folder = "text" if flags.text else flags.dataset, open_folder(flags.save_dir, writing=True)
+        given = flags.text, flags.tokenizer, flags.valid_fraction, flags.mirror
+        dataset = load_dataset(name, folder, *given, vocab_size=flags.vocab_size)
     except (UsageError, RunError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
