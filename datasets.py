@@ -141,7 +141,8 @@ def tokenizer_json(tokenizer):
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.decoder = decoders.ByteLevel()
         return made.to_str(), about | {"eos_token": "<eos>"}
-    made = Tokenizer(models.WordLevel({text: i for i, text in enumerate(tokenizer.vocabulary)} | {"<unk>": tokenizer.unk}, "<unk>"))
+    known = {text: i for i, text in enumerate(tokenizer.vocabulary)} | {"<unk>": tokenizer.unk}
+    made = Tokenizer(models.WordLevel(known, "<unk>"))
     if tokenizer.kind == "char":
         made.pre_tokenizer, made.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
         return made.to_str(), about
@@ -520,56 +521,58 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
 
 
 def append_lines(path, heads):
-    """A file open to write on, and the lines of JSON that it holds: the first of those that begin as `heads` say, without
-    one that a kill cut off. Raises UsageError for a file that holds other things, which stays as it is."""
+    """A file open to write on, and the lines of JSON that it holds: the first of those that begin as `heads` say,
+    without one that a kill cut off. Raises UsageError for a file that holds other things, which stays as it is."""
     heads = [json.dumps(head, ensure_ascii=False).encode()[:-1] for head in heads]
     out = open(path, "a+b")
     out.seek(0)
     *lines, cut = out.read().split(b"\n")
     ours = len(lines) <= len(heads) and all(map(bytes.startswith, lines, heads))
     if not ours or cut[: len(head := [*heads, b"\n"][len(lines)])] != head[: len(cut)]:
-        raise UsageError(f"{path} holds other things than answers to these prompts by this model: name another --output")
+        raise UsageError(f"{path} holds other things than this model's answers to these prompts: name another --output")
     out.truncate(out.tell() - len(cut))
     return out, lines
 
 
 def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
-    """Collects what `model`, at a server that speaks OpenAI's chat completions, answers to `prompts`: a line of JSON each in
-    folder/answers.jsonl, and all of them, for --text, in folder/corpus.txt. At most so many requests; begun again it goes
-    on. The key is read from TEACHER_API_KEY and written nowhere. Raises UsageError, RunError."""
+    """Collects what `model`, at a server that speaks OpenAI's chat completions, answers to `prompts`: a line of JSON
+    each in folder/answers.jsonl, and all of them, for --text, in folder/corpus.txt. At most so many requests; begun
+    again it goes on. The key is read from TEACHER_API_KEY and written nowhere. Raises UsageError, RunError."""
     import requests
 
     folder.mkdir(parents=True, exist_ok=True)
     key, path, sent = os.environ.get("TEACHER_API_KEY", ""), folder / "answers.jsonl", 0
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    address, headers = f"{url.rstrip('/')}/chat/completions", {"Authorization": f"Bearer {key}"} if key else {}
     out, lines = append_lines(path, [{"prompt": prompt, "model": model} for prompt in prompts])
     with out:
         for prompt in prompts[len(lines) :]:
             body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
             for pause in (1, 2, 4, 8, 16, 32, 60, None):  # seconds
                 if sent == most:
-                    raise RunError(f"{sent:,} requests are made (--max_requests), {len(lines):,} prompts answered: start it again")
+                    raise RunError(f"{most:,} requests are made (--max_requests), {len(lines):,} prompts answered: go on")
                 sent, wait = sent + 1, ""
                 try:
-                    answer = requests.post(f"{url.rstrip('/')}/chat/completions", json=body, headers=headers, timeout=timeout)
-                    reason, wait = f"status {answer.status_code}: {answer.text[:200]}", answer.headers.get("Retry-After", "")
-                    if answer.status_code == 200:
+                    answer = requests.post(address, json=body, headers=headers, timeout=timeout)
+                    status, wait = answer.status_code, answer.headers.get("Retry-After", "")
+                    if status == 200:
                         text = answer.json()["choices"][0]["message"]["content"] or ""
                         break
-                    if answer.status_code not in (408, 409, 425, 429) and answer.status_code < 500:
+                    reason = f"status {status}: {answer.text[:200]}"
+                    if status < 500 and status not in (408, 409, 425, 429):
                         pause = None  # it will not do another time
                 except (requests.RequestException, ValueError, LookupError, TypeError) as error:
                     reason = f"{type(error).__name__}: {error}"
                 reason = " ".join(reason.replace(key or "\0", "***").split())
                 if pause is None:
-                    raise RunError(f"{url} does not answer ({reason}); {len(lines):,} answers are in {path}: start it again")
+                    raise RunError(f"{url} does not answer ({reason}); {len(lines):,} answers are kept: start it again")
                 say(f"{reason}; once more in a moment")
-                time.sleep(max(pause, min(float(wait), 600)) if wait.replace(".", "", 1).isdigit() else pause)
-            lines.append(json.dumps({"prompt": prompt, "model": model, "completion": text}, ensure_ascii=False).encode())
+                time.sleep(max(pause, min(int(wait), 600)) if wait.isdigit() else pause)
+            line = {"prompt": prompt, "model": model, "completion": text}
+            lines.append(json.dumps(line, ensure_ascii=False).encode())
             out.write(lines[-1] + b"\n")
             out.flush()
-    pairs = [(line["prompt"], line["completion"]) for line in map(json.loads, lines)]
-    (folder / "corpus.txt").write_text("".join(f"{prompt}\n{completion}\n" for prompt, completion in pairs), "utf-8")
+    corpus = "".join("{prompt}\n{completion}\n".format(**json.loads(line)) for line in lines)
+    (folder / "corpus.txt").write_text(corpus, "utf-8")
     say(f"{len(lines):,} answers are in {path}; train on them with --text {folder / 'corpus.txt'}")
 
 
