@@ -442,16 +442,14 @@ def stamp(path):  # while it stays the same, the text is taken to be, too
 # ---- Datasets
 def open_folder(save_dir, writing):
     """The folder of checkpoints and corpora as a Path, made if need be. Raises UsageError if it cannot be used."""
+    folder = Path(CACHE if save_dir is None else save_dir).expanduser()
     if save_dir is None:
-        disks = ["/Volumes/RAMDisk"] if os.path.ismount("/Volumes/RAMDisk") else []
-        if os.path.isdir("/dev/shm") and (shared := os.statvfs("/dev/shm")).f_bavail * shared.f_frsize >= 4 << 30:
-            disks.append("/dev/shm")
-        save_dir, lost = CACHE, ""
-        if disks:
-            save_dir, lost = f"{disks[0]}/transformer-lm", ", a RAM disk: it does not survive a reboot"
+        roomy = os.path.isdir("/dev/shm") and (shm := os.statvfs("/dev/shm")).f_bavail * shm.f_frsize >= 4 << 30
+        disks = ["/Volumes/RAMDisk"] * os.path.ismount("/Volumes/RAMDisk") + ["/dev/shm"] * roomy
+        folder = Path(disks[0], "transformer-lm") if disks else folder
         if writing:
-            tqdm.write(f"Checkpoints and corpora go to {save_dir}{lost} (--save_dir names another folder)")
-    folder = Path(os.path.expanduser(save_dir))
+            lost = ", a RAM disk: it does not survive a reboot" if disks else ""
+            tqdm.write(f"Checkpoints and corpora go to {folder}{lost} (--save_dir names another folder)")
     try:
         if writing:
             folder.mkdir(parents=True, exist_ok=True)
@@ -549,7 +547,7 @@ def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
             body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
             for pause in (1, 2, 4, 8, 16, 32, 60, None):  # seconds
                 if sent == most:
-                    raise RunError(f"{most:,} requests are made (--max_requests), {len(lines):,} prompts answered: go on")
+                    raise RunError(f"{most:,} requests are made (--max_requests), {len(lines)} prompts answered: start it again")
                 sent, wait = sent + 1, ""
                 try:
                     answer = requests.post(address, json=body, headers=headers, timeout=timeout)
