@@ -9,7 +9,6 @@ Everything is streamed: memory does not grow with the corpus. This file knows no
 import argparse
 import codecs
 import fcntl
-import functools
 import glob
 import hashlib
 import itertools
@@ -66,7 +65,7 @@ def byte_tokenizer(vocabulary=None, texts=(), vocab_size=None):
 def char_tokenizer(vocabulary=None, texts=(), vocab_size=None):
     """The characters of the training text in sorted order, then `<unk>`. Lossless on the characters it knows."""
     if vocabulary is None:
-        vocabulary = "".join(sorted(functools.reduce(set.union, map(utf8, texts), set())))
+        vocabulary = "".join(sorted(set(itertools.chain.from_iterable(map(utf8, texts)))))
     unk = len(vocabulary)
     table = np.full(0x110000, unk, token_dtype(unk + 1))  # [code point] -> id
     table[list(map(ord, vocabulary))] = np.arange(unk)
@@ -494,12 +493,11 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
             content = [repr(spans), list(map(sha256_of, before))]
             if not intact or about["text"] != content:
                 (cache / "about.json").unlink(missing_ok=True)  # from here to the end no tokens count
-                vocabulary, texts = None, (text for text, _ in read_documents(spans["train"]))
-                if ready:
-                    vocabulary = ready.get("vocabulary")
-                elif kind == "gpt2":
+                vocabulary = ready and ready.get("vocabulary")
+                if kind == "gpt2" and not ready:
                     file = File("tokenizer.json", *FILES["tokenizer.json"], GPT2)
                     vocabulary = fetch(file, save_dir / "gpt2", mirror, say).read_text()
+                texts = (text for text, _ in read_documents(spans["train"]))
                 trained = TOKENIZERS[kind](vocabulary, texts, vocab_size)
                 splits = {split: write_tokens(spans[split], trained, cache / f"{split}.tokens") for split in spans}
                 about = {"text": content, "splits": splits, "tokenizer": trained.to_dict()}
@@ -547,7 +545,7 @@ def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
             body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
             for pause in (1, 2, 4, 8, 16, 32, 60, None):  # seconds
                 if sent == most:
-                    raise RunError(f"{most:,} requests are made (--max_requests), {len(lines)} prompts answered: start it again")
+                    raise RunError(f"{most} requests are made (--max_requests), {len(lines)} prompts answered: start it again")
                 sent, wait = sent + 1, ""
                 try:
                     answer = requests.post(address, json=body, headers=headers, timeout=timeout)
