@@ -545,7 +545,7 @@ def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
             body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
             for pause in (1, 2, 4, 8, 16, 32, 60, None):  # seconds
                 if sent == most:
-                    raise RunError(f"{most} requests are made (--max_requests), {len(lines)} prompts answered: start it again")
+                    raise RunError(f"{most} requests are made (the limit), {len(lines)} prompts answered: start it again")
                 sent, wait = sent + 1, ""
                 try:
                     answer = requests.post(address, json=body, headers=headers, timeout=timeout)
