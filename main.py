@@ -152,17 +152,15 @@ class Config:
             fit = 2 * self.num_heads * max(1, round(self.dim / (2 * self.num_heads)))
             raise UsageError(f"--dim {self.dim} is no multiple of 2 * --num_heads {self.num_heads}: try --dim {fit}")
         if self.num_heads % self.num_kv_heads:
-            problem = f"--num_kv_heads {self.num_kv_heads} does not divide --num_heads {self.num_heads}"
-            raise UsageError(f"{problem}: try {math.gcd(self.num_heads, self.num_kv_heads)}")
+            raise UsageError(f"--num_kv_heads {self.num_kv_heads} does not divide --num_heads {self.num_heads}: try 1")
         object.__setattr__(self, "head_dim", self.dim // self.num_heads)
 
 
 def make_config(flags, vocab_size, base=None):
-    """The Config of a new model, or of one that has the weights of `base` and a context of its own."""
-    if base:
-        return dataclasses.replace(base.config, context_size=flags.context_size)
+    """The Config of a new model: where no flag decides, that of `base`, whose weights it begins with."""
     shape = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if field.name in flags}
-    return Config(**shape | {"vocab_size": vocab_size})  # not the --vocab_size that a BPE aims at
+    shape["vocab_size"] = vocab_size  # not the --vocab_size that a BPE aims at
+    return Config(**(vars(base.config) if base else {}) | shape)
 
 
 PRESETS = {  # --dim, --num_heads, --num_blocks, --context_size
@@ -460,8 +458,8 @@ class Batches:
 
     def __init__(self, tokens, context_size, batch_size, seed):
         if len(tokens) <= context_size:
-            problem = f"the training text has {len(tokens):,} tokens, fewer than --context_size {context_size} needs"
-            raise UsageError(f"{problem}: use a longer text or --context_size {max(1, len(tokens) - 1)}")
+            fit = max(1, len(tokens) - 1)
+            raise UsageError(f"the training text has {len(tokens):,} tokens: use a longer one or --context_size {fit}")
         self.tokens, self.context_size, self.batch_size, self.seed = tokens, context_size, batch_size, seed
         self.begin_epoch(0)
 
