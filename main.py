@@ -45,7 +45,7 @@ from tqdm import tqdm
 from datasets import CACHE, CORPORA, TOKENIZERS, RunError, UsageError
 from datasets import append_lines, load_dataset, open_folder, tokenizer_from_dict, tokenizer_json
 
-SOURCES = {name: hashlib.sha1(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in ("main.py", "datasets.py")}
+SOURCES = {n: hashlib.sha1(Path(__file__).with_name(n).read_bytes()).hexdigest() for n in ("main.py", "datasets.py")}
 FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
 
 BLAS_FORWARDER = """
@@ -604,9 +604,9 @@ def describe_score(name, nats, split, tokenizer):
 BLANK = "0" * 40
 
 
-def write_safetensors(path, arrays, metadata):
-    """Writes and syncs a safetensors file; returns the SHA1 of its bytes. BLANK in the metadata becomes that SHA1."""
-    arrays, digest = dict(sorted(arrays.items())), hashlib.sha1()
+def write_safetensors(path, tree, metadata):
+    """Writes and syncs a tree of arrays; returns the SHA1 of the file's bytes, which BLANK in the metadata becomes."""
+    arrays, digest = dict(sorted(tree_flatten(tree))), hashlib.sha1()
     hasher = SimpleNamespace(write=lambda data: digest.update(data) or len(data), seek=None, tell=None, closed=False)
     mx.save_safetensors(hasher, arrays, metadata)
     sha1 = digest.hexdigest()
@@ -618,12 +618,9 @@ def write_safetensors(path, arrays, metadata):
 
 
 def read_header(path):
-    """The JSON header of a safetensors file, as bytes. Raises ValueError for a file that cannot have one."""
+    """The JSON header of a safetensors file, as bytes; of a damaged file, whatever stands there."""
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= os.path.getsize(path) - 8:
-            raise ValueError(f"{path.suffix} has no header")
-        return file.read(length)
+        return file.read(min(int.from_bytes(file.read(8), "little"), os.path.getsize(path)))
 
 
 def read_texts(path):
@@ -673,10 +670,10 @@ def list_checkpoints(folder, warn=False):
 def named_checkpoint(folder, records, identifier, flag="--identifier"):
     """The one of `records`, the newest first, that the flag means: by an id, its beginning, a run's name (its newest),
     "latest", or "best" (of the run saved last). Raises UsageError if none or several, RunError if it is damaged."""
+    names = {record["run"]: [record] for record in reversed(records)}  # the newest of each run
     best = [record for record in records if record["id"] == (records[0]["best"] or {}).get("id")]
-    found = [record for record in records if record["run"] == identifier][:1]
+    found = (names | {"latest": records[:1], "best": best}).get(identifier)
     found = found or [record for record in records if record["id"].startswith(identifier)]
-    found = {"latest": records[:1], "best": best}.get(identifier, found)
     if len(found) != 1:
         known = ", ".join(f"{r['id'][:12]} ({r['run']}, iteration {r['iteration']:,})" for r in found or records)
         matches = "several checkpoints" if found else "no checkpoint"
@@ -727,18 +724,17 @@ def write_checkpoint(folder, run, id):
     records, name = list_checkpoints(folder), run.record["run"]
     new = {kind: folder / f"{name}.{kind}.new" for kind in ("metadata", "safetensors")[: 1 if id else 2]}
     if id is None:
-        id = write_safetensors(new["safetensors"], dict(tree_flatten(run.model.trainable_parameters())), {"format": "mlx"})
+        id = write_safetensors(new["safetensors"], run.model.trainable_parameters(), {"format": "mlx"})
         equal = next((record["run"] for record in records if record["id"] == id), name)
         if equal != name and not lock_run(folder, equal):
             new["safetensors"].unlink()
             raise RunError(f"this run equals {equal}, which is being trained in {folder}: stop one of them")
-    arrays = dict(tree_flatten({"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}))
     run.record |= {name: getattr(run.batches, name) for name in ("epoch", "offset", "s")}
     saved = max([time.time(), *(record["saved"] + 1e-3 for record in records)])  # even if the clock was set back
     run.record |= {"id": id, "saved": saved, "format_version": FORMAT_VERSION}
     texts = {"record": json.dumps(run.record), "tokenizer": json.dumps(run.tokenizer.to_dict()), "sha1": BLANK}
     texts["record_sha1"] = hashlib.sha1(texts["record"].encode()).hexdigest()  # so that listing need not read it all
-    write_safetensors(new["metadata"], arrays, texts)
+    write_safetensors(new["metadata"], {"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}, texts)
     for kind in new:
         os.replace(new[kind], folder / f"{id}.{kind}")
     return id
@@ -787,11 +783,11 @@ def open_used(folder, record, flag):
     name, id = record["uses"][flag]
     try:
         found = open_model(folder, name, f"--{flag}")
+        if found[2] != id:
+            raise UsageError(f"as it was it is {id[:12]}, now {found[2][:12]}")
+        return found
     except UsageError as error:
         raise RunError(f"{record['run']} needs the model it was begun with (--{flag} {name}): {error}") from None
-    if found[2] != id:
-        raise RunError(f"{record['run']} needs --{flag} {name} as it was, {id[:12]}; now it is {found[2][:12]}")
-    return found
 
 
 # What these models are called at Hugging Face, by `mlp` and `qk_norm`, and what their config.json calls our Config.
@@ -1639,7 +1635,7 @@ def export_model(model, tokenizer, folder, bits):
     generation = {"eos_token_id": tokenizer.eos, "do_sample": True, "temperature": 0.5, "top_k": 50}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())), {"format": "mlx"})
+        write_safetensors(folder / "model.safetensors", model.parameters(), {"format": "mlx"})
         (folder / "tokenizer.json").write_text(text, "utf-8")
         for file, content in {"config": theirs, "tokenizer_config": about, "generation_config": generation}.items():
             (folder / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
