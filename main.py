@@ -73,15 +73,14 @@ def use_fast_blas():
     which is what decoding does: as fast as memory is read, where OpenBLAS takes 3 times as long."""
     if sys.platform != "linux":
         return "Accelerate"
-    # Threads that spin while they wait lose their core to other programs just when work comes (7 times slower, measured).
+    # Threads that spin while they wait lose their core to other programs just when work comes (7 times slower).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    with contextlib.suppress(OSError, AttributeError):  # of another libc
-        # glibc returns large arrays to the kernel at once, and each new one is faulted in page by page (7x on a sum)
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
-            ctypes.CDLL("libc.so.6").mallopt(option, value)
-    pip_mkl = os.path.join(sys.prefix, "lib", "libmkl_rt.so.2")
+    # glibc returns large arrays to the kernel at once, and each new one is faulted in page by page (7x on a sum)
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+        ctypes.CDLL("libc.so.6").mallopt(option, value)
     numpys = [str(path) for path in Path(np.__path__[0]).parent.glob("numpy.libs/libscipy_openblas64_*.so")]
-    for path in ("libopenblas.so.0", "libblis.so.4", "libmkl_rt.so.2", "libmkl_rt.so", pip_mkl, *numpys):
+    mkls = "libmkl_rt.so.2", "libmkl_rt.so", f"{sys.prefix}/lib/libmkl_rt.so.2"
+    for path in ("libopenblas.so.0", "libblis.so.4", *mkls, *numpys):
         with contextlib.suppress(OSError, AttributeError):
             gemm = ctypes.CDLL(path)["scipy_cblas_sgemm64_" if path in numpys else "cblas_sgemm"]
             if forwarder := compile_forwarder():
@@ -97,24 +96,23 @@ def compile_forwarder():
     """BLAS_FORWARDER as a library, compiled once for a CPU by the C compiler that MLX needs anyway, or None."""
     cpu = re.search("^(flags|Features).*", Path("/proc/cpuinfo").read_text(), re.M)
     path = CACHE / f"blas-{hashlib.sha1(f'{BLAS_FORWARDER}{cpu and cpu[0]}'.encode()).hexdigest()[:12]}.so"
-    new = path.with_suffix(f".{os.getpid()}")
     vectors = ["-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
     for options in ([*vectors, "-fopenmp"], vectors, []):  # what one compiler knows another may not
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             if not path.exists():
                 CACHE.mkdir(parents=True, exist_ok=True)
-                command = ["cc", "-shared", "-fPIC", "-O3", *options, "-x", "c", "-", "-o", str(new)]
+                command = ["cc", "-shared", "-fPIC", "-O3", *options, "-x", "c", "-", "-o", f"{path}.{os.getpid()}"]
                 subprocess.run(command, input=BLAS_FORWARDER.encode(), check=True, stderr=subprocess.DEVNULL)
-                os.replace(new, path)
+                os.replace(command[-1], path)
             return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def set_blas_threads(count):
     """Sets the number of threads of a matrix product."""
-    openblas = ("openblas_set_num_threads", "scipy_openblas_set_num_threads64_")
+    openblas = "openblas_set_num_threads", "scipy_openblas_set_num_threads64_"
     for name in (*openblas, "MKL_Set_Num_Threads", "bli_thread_set_num_threads"):
         with contextlib.suppress(AttributeError):
-            getattr(ctypes.CDLL(None), name)(count)
+            ctypes.CDLL(None)[name](count)
 
 
 BLAS = use_fast_blas()
