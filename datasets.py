@@ -8,6 +8,7 @@ Everything is streamed: memory does not grow with the corpus. This file knows no
 
 import argparse
 import codecs
+import contextlib
 import fcntl
 import glob
 import hashlib
@@ -36,6 +37,15 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """Something failed while the program did what it was asked to: one line, exit status 1."""
+
+
+@contextlib.contextmanager
+def explained(text, *errors, kind=UsageError):
+    """Makes of `errors` a line for the user: `text`, the cause and the remedy, and in brackets what the error says."""
+    try:
+        yield
+    except errors as error:
+        raise kind(f"{text} ({' '.join(str(error).split())})") from None
 
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "transformer-lm"
@@ -97,10 +107,8 @@ def word_tokenizer(vocabulary=None, texts=(), vocab_size=None):
 
 def bpe_tokenizer(vocabulary=None, texts=(), vocab_size=32000, kind="bpe"):
     """Byte-level BPE by the `tokenizers` package: GPT-2's own or trained. Lossless on any text; END is one token."""
-    try:
+    with explained("the tokenizers gpt2 and bpe need a package: pip install tokenizers", ImportError):
         from tokenizers import ByteLevelBPETokenizer, Tokenizer
-    except ImportError:
-        raise UsageError("the tokenizers gpt2 and bpe need a package: pip install tokenizers") from None
     if vocabulary is None:
         untrained, shown = ByteLevelBPETokenizer(), sys.stderr.isatty()
         untrained.train_from_iterator(map(utf8, texts), vocab_size, 0, special_tokens=[END], show_progress=shown)
@@ -257,11 +265,9 @@ def download(address, part, size):
 
 def extract(archive, member, folder):
     """Path of `member` of a zip file, unpacked into `folder` under its last name alone. Raises RunError."""
-    try:
-        with tempfile.TemporaryDirectory(dir=folder) as new, zipfile.ZipFile(archive) as zipped:
-            return Path(zipped.extract(member, new)).replace(folder / os.path.basename(member))
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise RunError(f"{archive} does not hold {member} ({error}): delete it and start again") from None
+    fault = f"{archive} does not hold {member}: delete it and start again"
+    with explained(fault, KeyError, zipfile.BadZipFile, kind=RunError), tempfile.TemporaryDirectory(dir=folder) as new:
+        return Path(zipfile.ZipFile(archive).extract(member, new)).replace(folder / os.path.basename(member))
 
 
 # ---- Corpora
@@ -449,14 +455,12 @@ def open_folder(save_dir, writing):
         if writing:
             lost = ", a RAM disk: it does not survive a reboot" if disks else ""
             tqdm.write(f"Checkpoints and corpora go to {folder}{lost} (--save_dir names another folder)")
-    try:
-        if writing:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UsageError(f"cannot write to --save_dir {folder} ({error.strerror}): name a folder of yours") from None
     if not (writing or folder.is_dir()):
         raise UsageError(f"there is no folder {folder}: name the one that a run was saved in with --save_dir")
+    if writing:
+        with explained(f"cannot write to --save_dir {folder}: name a folder of yours", OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
     return folder
 
 
@@ -545,7 +549,7 @@ def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
             body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
             for pause in (1, 2, 4, 8, 16, 32, 60, None):  # seconds
                 if sent == most:
-                    raise RunError(f"{most} requests are made (the limit), {len(lines)} prompts answered: start it again")
+                    raise RunError(f"{most} requests are made (the limit), {len(lines)} prompts answered: start again")
                 sent, wait = sent + 1, ""
                 try:
                     answer = requests.post(address, json=body, headers=headers, timeout=timeout)

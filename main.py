@@ -43,7 +43,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets import CACHE, CORPORA, TOKENIZERS, RunError, UsageError
-from datasets import append_lines, load_dataset, open_folder, tokenizer_from_dict, tokenizer_json
+from datasets import append_lines, explained, load_dataset, open_folder, tokenizer_from_dict, tokenizer_json
 
 SOURCES = {n: hashlib.sha1(Path(__file__).with_name(n).read_bytes()).hexdigest() for n in ("main.py", "datasets.py")}
 FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
@@ -456,8 +456,8 @@ class Batches:
 
     def __init__(self, tokens, context_size, batch_size, seed):
         if len(tokens) <= context_size:
-            fit = max(1, len(tokens) - 1)
-            raise UsageError(f"the training text has {len(tokens):,} tokens: use a longer one or --context_size {fit}")
+            problem = f"the training text has {len(tokens):,} tokens, fewer than --context_size {context_size} needs"
+            raise UsageError(f"{problem}: use a longer text or --context_size {max(1, len(tokens) - 1)}")
         self.tokens, self.context_size, self.batch_size, self.seed = tokens, context_size, batch_size, seed
         self.begin_epoch(0)
 
@@ -779,13 +779,12 @@ def open_model(folder, name, flag):
 def open_used(folder, record, flag):
     """The same for a model that the run of `record` was begun with. Raises RunError if it is not that one."""
     name, id = record["uses"][flag]
-    try:
+    needed = f"{record['run']} needs the model it was begun with, --{flag} {name} as it was, {id[:12]}"
+    with explained(needed, UsageError, kind=RunError):
         found = open_model(folder, name, f"--{flag}")
         if found[2] != id:
-            raise UsageError(f"as it was it is {id[:12]}, now {found[2][:12]}")
+            raise UsageError(f"it is {found[2][:12]} now")
         return found
-    except UsageError as error:
-        raise RunError(f"{record['run']} needs the model it was begun with (--{flag} {name}): {error}") from None
 
 
 # What these models are called at Hugging Face, by `mlp` and `qk_norm`, and what their config.json calls our Config.
@@ -799,7 +798,7 @@ THEIR_NAMES = {
 
 def import_model(path):
     """A Hugging Face folder's model and tokenizer, and its weights' SHA1 (or the SHA1s' own). Raises UsageError."""
-    try:
+    with explained(f"{path} holds no Llama, Qwen3 or Arcee model", Exception):  # tokenizers raises plain ones
         theirs = json.loads((path / "config.json").read_text())
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
         kind = {name.lower(): kind for kind, name in COUNTERPARTS.items()}.get(theirs["model_type"])
@@ -820,9 +819,6 @@ def import_model(path):
         tokenizer = TOKENIZERS["bpe"]((path / "tokenizer.json").read_text())
         ids = [sha1_of(file) for file in files]
         return model, tokenizer, ids[0] if len(ids) == 1 else hashlib.sha1("".join(ids).encode()).hexdigest()
-    except Exception as error:  # the tokenizers package raises plain ones
-        problem = " ".join(f"{type(error).__name__ * isinstance(error, KeyError)} {error}".split())
-        raise UsageError(f"{path} holds no Llama, Qwen3 or Arcee model: {problem}") from None
 
 
 def load_run(folder, record, run):
