@@ -1385,13 +1385,11 @@ def converse(tokenizer, models, flags):
 def answer_file(tokenizer, model, id, flags, batch_size=16):
     """Continues each line of --prompts_file --num_samples times, many together, each time a line of JSON in --output or on
     stdout. An --output that was begun is gone on with. Raises UsageError."""
-    try:
+    with explained("--prompts_file or --output cannot be used", OSError, ValueError):
         prompts = Path(flags.prompts_file).read_text("utf-8").removesuffix("\n").split("\n")
         prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
         jobs = [{"prompt": prompt, "seed": flags.seed + i, "checkpoint": id} for i, prompt in enumerate(prompts)]
         out, begun = append_lines(flags.output, jobs) if flags.output else (os.fdopen(os.dup(1), "wb"), [])
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--prompts_file and --output: {error}") from None
     with out:
         for start in range(len(begun), len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
@@ -1503,10 +1501,8 @@ def run_benchmark(flags, config, batches):
 
 def plot_runs(folder, names, path):
     """--plot: losses of the runs in `folder` against iterations and against minutes of training. Raises UsageError."""
-    try:
+    with explained("--plot needs a package: pip install matplotlib", ImportError):
         import matplotlib.figure
-    except ImportError:
-        raise UsageError("--plot needs a package: pip install matplotlib") from None
     logs = {log.stem: list(csv.DictReader(log.open())) for log in sorted(folder.glob("*.csv"))}
     logs = {name: rows for name, rows in logs.items() if rows and name in (names or logs)}
     if not logs:
@@ -1527,19 +1523,15 @@ def plot_runs(folder, names, path):
 
 def save_figure(figure, path):
     """Writes a matplotlib figure in the format that the path's ending names. Raises UsageError."""
-    try:
+    with explained(f"cannot write {path}: name another file", OSError, ValueError):  # no folder; no format
         figure.savefig(os.path.expanduser(path), dpi=150)
-    except (OSError, ValueError) as error:  # a folder that is not there, an ending that is no format
-        raise UsageError(f"cannot write {path} ({' '.join(str(error).split())}): name another file") from None
     print(f"The picture is in {path}", file=sys.stderr)
 
 
 def plot_attention(model, tokenizer, prompt, path):
     """--attention: the weights of each block (rows) and head (columns) for the prompt's tokens. Raises UsageError."""
-    try:
+    with explained("--attention needs a package: pip install matplotlib", ImportError):
         import matplotlib.figure
-    except ImportError:
-        raise UsageError("--attention needs a package: pip install matplotlib") from None
     tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]
     weights = attention_weights(model, tokens)  # [blocks, H, L, L]
     size, labels = max(2.5, 0.22 * len(tokens)), [tokenizer.decode([token]).replace("\n", "\\n").replace("$", r"\$") for token in tokens]
@@ -1573,16 +1565,12 @@ def attention_weights(model, tokens):
 def run_cases(folder, records, flags, top_k):
     """--cases: how likely the checkpoints find the expected continuations of prompts in a YAML file; a table, and with
     --output a file of JSON. A case is passed if each expected token is among the `top_k` likeliest. Raises UsageError."""
-    try:
+    with explained("--cases needs a package: pip install PyYAML", ImportError):
         import yaml
-
+    faults = OSError, ValueError, LookupError, TypeError, yaml.YAMLError
+    with explained(f"--cases {flags.cases} is no YAML list of prompt and expected", *faults):
         cases = yaml.safe_load(Path(flags.cases).expanduser().read_text("utf-8"))
         cases = [(str(case["prompt"]), str(case["expected"])) for case in cases]
-    except ImportError:
-        raise UsageError("--cases needs a package: pip install PyYAML") from None
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(f"--cases {flags.cases} is no YAML list of prompt and expected ({problem})") from None
     results = []
     for record in records:
         model, tokenizer = load_model(folder, record)
@@ -1627,14 +1615,12 @@ def export_model(model, tokenizer, folder, bits):
     chat = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     about |= {"model_max_length": config.context_size, "chat_template": chat}
     generation = {"eos_token_id": tokenizer.eos, "do_sample": True, "temperature": 0.5, "top_k": 50}
-    try:
+    with explained(f"cannot write to --export {folder}: name a folder of yours", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / "model.safetensors", model.parameters(), {"format": "mlx"})
         (folder / "tokenizer.json").write_text(text, "utf-8")
         for file, content in {"config": theirs, "tokenizer_config": about, "generation_config": generation}.items():
             (folder / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise UsageError(f"cannot write to --export {folder} ({error.strerror}): name a folder of yours") from None
     print(f"{name}ForCausalLM and its tokenizer are in {folder}", file=sys.stderr)
 
 
@@ -1779,9 +1765,10 @@ def resolve(flags):
 
 def read_config(path, typed):
     """The flags in a YAML file as if they were typed, without what a typed flag excludes. Raises UsageError."""
-    try:
+    with explained("--config needs a package: pip install PyYAML", ImportError):
         import yaml
-
+    faults = UsageError, OSError, ValueError, AttributeError, RuntimeError, yaml.YAMLError
+    with explained(f"--config {path} is no YAML file of flags", *faults):
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             groups = [v if name in GROUPS and isinstance(v, dict) else {name: v} for name, v in yaml.safe_load(file).items()]
         settings = {str(name): value for group in groups for name, value in group.items()}
@@ -1794,10 +1781,6 @@ def read_config(path, typed):
             if value is not None and {"dataset": "text", "text": "dataset"}.get(name) not in typed:
                 arguments += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
         return vars(PARSER.parse_args(arguments))
-    except ImportError:
-        raise UsageError("--config needs a package: pip install PyYAML") from None
-    except (UsageError, OSError, ValueError, AttributeError, RuntimeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path} is no YAML file of flags: {' '.join(str(error).split())}") from None
 
 
 def choose_checkpoint(folder, flags, typed, using):
