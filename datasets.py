@@ -90,15 +90,16 @@ def char_tokenizer(vocabulary=None, texts=(), vocab_size=None):
 
 def word_tokenizer(vocabulary=None, texts=(), vocab_size=None):
     """The words (`str.split`) of the training text by frequency, then alphabet; `<eos>` at each \\n; `<unk>`."""
+    split = lambda text: utf8(text).replace("\n", " <eos> ").split()
     if vocabulary is None:
         counts = Counter({"<eos>": 0, "<unk>": 0})  # both exist even where the text has none
-        counts.update(itertools.chain.from_iterable(map(split_words, texts)))
+        counts.update(itertools.chain.from_iterable(map(split, texts)))
         vocabulary = sorted(counts, key=lambda word: (-counts[word], word))
     known = {word: i for i, word in enumerate(vocabulary)}
     eos, unk, dtype = known["<eos>"], known["<unk>"], token_dtype(len(known))
     return SimpleNamespace(
         kind="word", vocabulary=vocabulary, vocab_size=len(known), num_special=2, eos=eos, unk=unk,
-        encode=lambda text: np.fromiter(map(known.get, split_words(text), itertools.repeat(unk)), dtype),
+        encode=lambda text: np.fromiter(map(known.get, split(text), itertools.repeat(unk)), dtype),
         decode=lambda ids: re.sub(" ?\n ?", "\n", " ".join("\n" if i == eos else vocabulary[i] for i in map(int, ids))),
         unknown=lambda text: [word for word in text.split() if word not in known],
         to_dict=lambda: {"kind": "word", "vocabulary": vocabulary},
@@ -136,37 +137,33 @@ def tokenizer_json(tokenizer):
     """The text of a `tokenizer.json` that gives the same ids, and what `tokenizer_config.json` says beside it."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if tokenizer.kind in ("bpe", "gpt2"):
-        end = {} if tokenizer.eos is None else {"eos_token": tokenizer.package.id_to_token(tokenizer.eos)}
-        return tokenizer.vocabulary, about | end
-    if tokenizer.kind == "byte":  # GPT-2 writes each byte as a character; those that cannot be seen come last
+        made = tokenizer.package
+    elif tokenizer.kind == "byte":  # GPT-2 writes each byte as a character; those that cannot be seen come last
         seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
         order = [*seen, *sorted(set(range(256)) - set(seen))]
         signs = {chr(byte if i < len(seen) else 256 + i - len(seen)): byte for i, byte in enumerate(order)}
         made = Tokenizer(models.BPE(signs | {"<eos>": 256}, []))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.decoder = decoders.ByteLevel()
-        return made.to_str(), about | {"eos_token": "<eos>"}
-    known = {text: i for i, text in enumerate(tokenizer.vocabulary)} | {"<unk>": tokenizer.unk}
-    made = Tokenizer(models.WordLevel(known, "<unk>"))
+    else:
+        known = {text: i for i, text in enumerate(tokenizer.vocabulary)} | {"<unk>": tokenizer.unk}
+        made = Tokenizer(models.WordLevel(known, "<unk>"))
     if tokenizer.kind == "char":
         made.pre_tokenizer, made.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
-        return made.to_str(), about
-    lines, spaces = normalizers.Replace("\n", " <eos> "), normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
-    made.normalizer, made.pre_tokenizer = normalizers.Sequence([lines, spaces]), pre_tokenizers.WhitespaceSplit()
-    joined = [decoders.WordPiece("\0", cleanup=False), decoders.Fuse(), decoders.Replace(Regex(" ?<eos> ?"), "\n")]
-    made.decoder = decoders.Sequence(joined)
-    return made.to_str(), about | {"eos_token": "<eos>"}
+    if tokenizer.kind == "word":
+        lines, spaces = normalizers.Replace("\n", " <eos> "), normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
+        made.normalizer, made.pre_tokenizer = normalizers.Sequence([lines, spaces]), pre_tokenizers.WhitespaceSplit()
+        joined = [decoders.WordPiece("\0", cleanup=False), decoders.Fuse(), decoders.Replace(Regex(" ?<eos> ?"), "\n")]
+        made.decoder = decoders.Sequence(joined)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    end = {} if tokenizer.eos is None else {"eos_token": made.id_to_token(tokenizer.eos)}
+    return made.to_str(), about | end
 
 
 def tokenizer_from_dict(data):
     """The tokenizer that gave `data` by its `to_dict()`. Raises KeyError for a kind this version does not know."""
     return TOKENIZERS[data["kind"]](data.get("vocabulary"))
-
-
-def split_words(text):
-    return utf8(text).replace("\n", " <eos> ").split()
 
 
 def token_dtype(vocab_size):
@@ -440,10 +437,6 @@ def write_tokens(spans, tokenizer, path):
     return known | {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def stamp(path):  # while it stays the same, the text is taken to be, too
-    return [os.stat(path).st_size, os.stat(path).st_mtime_ns]
-
-
 # ---- Datasets
 def open_folder(save_dir, writing):
     """The folder of checkpoints and corpora as a Path, made if need be. Raises UsageError if it cannot be used."""
@@ -470,6 +463,7 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
     tokenizer: a kind, whose vocabulary is then that of the whole training split (of which the first `train_tokens` are
     used), or a ready one's `to_dict()`. Raises UsageError for a file of the user's that cannot be used and RunError for
     a failed download."""
+    stamp = lambda path: [os.stat(path).st_size, os.stat(path).st_mtime_ns]  # while it stays, so does the text
     save_dir, ready = Path(save_dir), tokenizer if isinstance(tokenizer, dict) else None
     kind = ready["kind"] if ready else CORPORA[name][0] if tokenizer == "auto" else tokenizer
     if not 0.001 <= valid_fraction <= 0.5 or kind == "bpe" and vocab_size < 257:
@@ -485,8 +479,7 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one encodes
         try:
             about = json.loads((cache / "about.json").read_text())
-            sizes = {split: os.path.getsize(cache / f"{split}.tokens") for split in about["splits"]}
-            intact = sizes == {split: known["size"] for split, known in about["splits"].items()}
+            intact = all(stamp(cache / f"{split}.tokens")[0] == had["size"] for split, had in about["splits"].items())
             fresh = all(os.path.exists(path) and stamp(path) == known for path, known in about["stamps"].items())
             fresh = fresh and (not spans or about["text"][0] == repr(spans))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
