@@ -354,7 +354,7 @@ class LanguageModel(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A linear layer that stays as it is, plus an update of low rank to train (Hu et al. 2021): [..., I] to [..., O]."""
+    """A linear layer that stays as it is, and an update of low rank to train (Hu et al. 2021): [..., I] to [..., O]."""
 
     def __init__(self, weight, rank, alpha):
         super().__init__()
@@ -380,7 +380,6 @@ def init_weights(model, seed):
     begins as the identity. Embeddings are the output layer too: with the deviation 5 / dim the logit of the token just
     read begins near 5, all others near 0, so the first loss is near ln V. On PTB (dim 256, AdamW 3e-3) validation after
     250 steps was 5.64 nats with it, 5.57 with twice as much, 5.91 with a fifth, 5.76 with GPT-2's initialisation."""
-    weights = []
     parameters = tree_flatten(model.trainable_parameters())
     for (name, parameter), key in zip(parameters, mx.random.split(mx.random.key(seed), len(parameters))):
         normal = mx.random.normal(parameter.shape, key=key)
@@ -392,8 +391,7 @@ def init_weights(model, seed):
             value = normal * 5 / model.config.dim
         else:
             value = normal * parameter.shape[1] ** -0.5
-        weights.append((name, value))
-    model.load_weights(weights, strict=False)
+        model.load_weights([(name, value)], strict=False)
     mx.eval(model.parameters())
 
 
@@ -439,8 +437,8 @@ def set_learning_rate(optimizer, rate):
 
 
 def learning_rate_at(iteration, flags):
-    """The rate of step `iteration` (from 0): a linear warm-up over `lr_warmup` steps, then constant, or down to `min_lr`
-    at `num_iters` by a half cosine or a line; 0 only where 0 is asked for."""
+    """The rate of step `iteration` (from 0): a linear warm-up over `lr_warmup` steps, then constant, or down to
+    `min_lr` at `num_iters` by a half cosine or a line; 0 only where 0 is asked for."""
     least = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
     done = max(0, iteration - flags.lr_warmup) / max(1, flags.num_iters - flags.lr_warmup)
     left = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[flags.lr_schedule]
@@ -521,8 +519,8 @@ def head_loss(hidden, head, targets, weights, *teacher, training=True):
         hidden_gradient.append((powers @ head) * share - answer * weight.astype(head.dtype))
         factors = powers.T, inputs * share
         head_gradient = mx.addmm(head_gradient, *factors) if start > 0 else mx.matmul(*factors)
-    head_gradient = head_gradient.astype(mx.float32).at[targets].add(-hidden.astype(mx.float32) * answer_weights[:, None])
-    return loss, mx.concatenate(hidden_gradient), head_gradient
+    answers = hidden.astype(mx.float32) * answer_weights[:, None]
+    return loss, mx.concatenate(hidden_gradient), head_gradient.astype(mx.float32).at[targets].subtract(answers)
 
 
 trained_head_loss = mx.custom_function(head_loss)
@@ -802,7 +800,7 @@ def import_model(path):
         theirs = json.loads((path / "config.json").read_text())
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
         kind = {name.lower(): kind for kind, name in COUNTERPARTS.items()}.get(theirs["model_type"])
-        odd = [name for name in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization") if theirs.get(name)]
+        odd = [*filter(theirs.get, ("attention_bias", "mlp_bias", "use_sliding_window", "quantization"))]
         odd += [] if kind else [f"model_type {theirs['model_type']}"]
         odd += [f"rope {type}" for type in [rope.get("rope_type", rope.get("type", "default"))] if type != "default"]
         if odd:
