@@ -201,10 +201,9 @@ def fetch(file, folder, mirror=None, say=print):
                     raise OSError(fault)
             except (OSError, ValueError) as error:  # requests' own are OSErrors; a malformed redirect is a ValueError
                 reasons.append(f"{addresses.pop(0)}: {error}")
-    raise RunError(
-        f"{file.name} could not be fetched ({'; '.join(reasons)}). Put it at {path} by hand ({file.size:,} bytes, "
-        f"SHA256 {file.sha256}), or name another source with --mirror; --dataset python needs no network."
-    )
+    problem = f"{file.name} could not be fetched ({'; '.join(reasons)})"
+    by_hand = f"Put it at {path} by hand ({file.size:,} bytes, SHA256 {file.sha256})"
+    raise RunError(f"{problem}. {by_hand}, or name another source with --mirror; --dataset python needs no network.")
 
 
 def find_fault(file, path):
@@ -288,7 +287,6 @@ PTB = [GITHUB[i].format(f"{user}/lstm", "") for i, user in ((0, "wojzaremba"), (
 WIKITEXT = ["https://wikitext.smerity.com/"]
 WIKITEXT += ["https://web.archive.org/web/20230301182406id_/https://s3.amazonaws.com/research.metamind.io/wikitext/"]
 SHAKESPEARE = [address.format("karpathy/char-rnn", "tinyshakespeare/") for address in GITHUB]
-SHAKESPEARE += ["https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt"]
 STORIES = [f"{hub}/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/" for hub in HUBS]
 GPT2 = [f"{hub}/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/" for hub in HUBS]
 
