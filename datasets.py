@@ -475,18 +475,17 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
     spans = own_text(given, valid_fraction, say, save_dir) if name == "text" else None  # the others stay what they are
     with open(cache / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one encodes
-        try:
+        intact = fresh = False
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             about = json.loads((cache / "about.json").read_text())
             intact = all(stamp(cache / f"{split}.tokens")[0] == had["size"] for split, had in about["splits"].items())
-            fresh = all(os.path.exists(path) and stamp(path) == known for path, known in about["stamps"].items())
-            fresh = fresh and (not spans or about["text"][0] == repr(spans))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            intact = fresh = False
+            same = not spans or about["text"][0] == repr(spans)
+            fresh = same and all(stamp(path) == known for path, known in about["stamps"].items())
         if not intact or not fresh:
             spans = spans or corpus_spans(name, save_dir / name, mirror, say)
             before = {str(span.path): stamp(span.path) for split in spans.values() for span in split}
             content = [repr(spans), list(map(sha256_of, before))]
-            if not intact or about["text"] != content:
+            if not intact or about.get("text") != content:
                 (cache / "about.json").unlink(missing_ok=True)  # from here to the end no tokens count
                 vocabulary = ready and ready.get("vocabulary")
                 if kind == "gpt2" and not ready:
