@@ -8,8 +8,8 @@ Everything is streamed: memory does not grow with the corpus. This file knows no
 
 import argparse
 import codecs
+import contextlib
 import fcntl
-import functools
 import glob
 import hashlib
 import itertools
@@ -39,6 +39,15 @@ class RunError(Exception):
     """Something failed while the program did what it was asked to: one line, exit status 1."""
 
 
+@contextlib.contextmanager
+def explained(text, *errors, kind=UsageError):
+    """Makes of `errors` a line for the user: `text`, the cause and the remedy, and in brackets what the error says."""
+    try:
+        yield
+    except errors as error:
+        raise kind(f"{text} ({' '.join(str(error).split())})") from None
+
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "transformer-lm"
 SPLITS, END = ("train", "valid", "test"), "<|endoftext|>"  # the end of a document, where a text spells it out
 # A corpus, encoded. `test` may be None. By `sha256`, of training text and vocabulary, a resumed run knows it again.
@@ -66,7 +75,7 @@ def byte_tokenizer(vocabulary=None, texts=(), vocab_size=None):
 def char_tokenizer(vocabulary=None, texts=(), vocab_size=None):
     """The characters of the training text in sorted order, then `<unk>`. Lossless on the characters it knows."""
     if vocabulary is None:
-        vocabulary = "".join(sorted(functools.reduce(set.union, map(utf8, texts), set())))
+        vocabulary = "".join(sorted(set(itertools.chain.from_iterable(map(utf8, texts)))))
     unk = len(vocabulary)
     table = np.full(0x110000, unk, token_dtype(unk + 1))  # [code point] -> id
     table[list(map(ord, vocabulary))] = np.arange(unk)
@@ -81,15 +90,16 @@ def char_tokenizer(vocabulary=None, texts=(), vocab_size=None):
 
 def word_tokenizer(vocabulary=None, texts=(), vocab_size=None):
     """The words (`str.split`) of the training text by frequency, then alphabet; `<eos>` at each \\n; `<unk>`."""
+    split = lambda text: utf8(text).replace("\n", " <eos> ").split()
     if vocabulary is None:
         counts = Counter({"<eos>": 0, "<unk>": 0})  # both exist even where the text has none
-        counts.update(itertools.chain.from_iterable(map(split_words, texts)))
+        counts.update(itertools.chain.from_iterable(map(split, texts)))
         vocabulary = sorted(counts, key=lambda word: (-counts[word], word))
     known = {word: i for i, word in enumerate(vocabulary)}
     eos, unk, dtype = known["<eos>"], known["<unk>"], token_dtype(len(known))
     return SimpleNamespace(
         kind="word", vocabulary=vocabulary, vocab_size=len(known), num_special=2, eos=eos, unk=unk,
-        encode=lambda text: np.fromiter(map(known.get, split_words(text), itertools.repeat(unk)), dtype),
+        encode=lambda text: np.fromiter(map(known.get, split(text), itertools.repeat(unk)), dtype),
         decode=lambda ids: re.sub(" ?\n ?", "\n", " ".join("\n" if i == eos else vocabulary[i] for i in map(int, ids))),
         unknown=lambda text: [word for word in text.split() if word not in known],
         to_dict=lambda: {"kind": "word", "vocabulary": vocabulary},
@@ -98,10 +108,8 @@ def word_tokenizer(vocabulary=None, texts=(), vocab_size=None):
 
 def bpe_tokenizer(vocabulary=None, texts=(), vocab_size=32000, kind="bpe"):
     """Byte-level BPE by the `tokenizers` package: GPT-2's own or trained. Lossless on any text; END is one token."""
-    try:
+    with explained("the tokenizers gpt2 and bpe need a package: pip install tokenizers", ImportError):
         from tokenizers import ByteLevelBPETokenizer, Tokenizer
-    except ImportError:
-        raise UsageError("the tokenizers gpt2 and bpe need a package: pip install tokenizers") from None
     if vocabulary is None:
         untrained, shown = ByteLevelBPETokenizer(), sys.stderr.isatty()
         untrained.train_from_iterator(map(utf8, texts), vocab_size, 0, special_tokens=[END], show_progress=shown)
@@ -129,36 +137,33 @@ def tokenizer_json(tokenizer):
     """The text of a `tokenizer.json` that gives the same ids, and what `tokenizer_config.json` says beside it."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if tokenizer.kind in ("bpe", "gpt2"):
-        end = {} if tokenizer.eos is None else {"eos_token": tokenizer.package.id_to_token(tokenizer.eos)}
-        return tokenizer.vocabulary, about | end
-    if tokenizer.kind == "byte":  # GPT-2 writes each byte as a character; those that cannot be seen come last
+        made = tokenizer.package
+    elif tokenizer.kind == "byte":  # GPT-2 writes each byte as a character; those that cannot be seen come last
         seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
         order = [*seen, *sorted(set(range(256)) - set(seen))]
         signs = {chr(byte if i < len(seen) else 256 + i - len(seen)): byte for i, byte in enumerate(order)}
         made = Tokenizer(models.BPE(signs | {"<eos>": 256}, []))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.decoder = decoders.ByteLevel()
-        return made.to_str(), about | {"eos_token": "<eos>"}
-    made = Tokenizer(models.WordLevel({text: i for i, text in enumerate(tokenizer.vocabulary)} | {"<unk>": tokenizer.unk}, "<unk>"))
+    else:
+        known = {text: i for i, text in enumerate(tokenizer.vocabulary)} | {"<unk>": tokenizer.unk}
+        made = Tokenizer(models.WordLevel(known, "<unk>"))
     if tokenizer.kind == "char":
         made.pre_tokenizer, made.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
-        return made.to_str(), about
-    lines, spaces = normalizers.Replace("\n", " <eos> "), normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
-    made.normalizer, made.pre_tokenizer = normalizers.Sequence([lines, spaces]), pre_tokenizers.WhitespaceSplit()
-    joined = [decoders.WordPiece("\0", cleanup=False), decoders.Fuse(), decoders.Replace(Regex(" ?<eos> ?"), "\n")]
-    made.decoder = decoders.Sequence(joined)
-    return made.to_str(), about | {"eos_token": "<eos>"}
+    if tokenizer.kind == "word":
+        lines, spaces = normalizers.Replace("\n", " <eos> "), normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
+        made.normalizer, made.pre_tokenizer = normalizers.Sequence([lines, spaces]), pre_tokenizers.WhitespaceSplit()
+        joined = [decoders.WordPiece("\0", cleanup=False), decoders.Fuse(), decoders.Replace(Regex(" ?<eos> ?"), "\n")]
+        made.decoder = decoders.Sequence(joined)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    end = {} if tokenizer.eos is None else {"eos_token": made.id_to_token(tokenizer.eos)}
+    return made.to_str(), about | end
 
 
 def tokenizer_from_dict(data):
     """The tokenizer that gave `data` by its `to_dict()`. Raises KeyError for a kind this version does not know."""
     return TOKENIZERS[data["kind"]](data.get("vocabulary"))
-
-
-def split_words(text):
-    return utf8(text).replace("\n", " <eos> ").split()
 
 
 def token_dtype(vocab_size):
@@ -196,10 +201,9 @@ def fetch(file, folder, mirror=None, say=print):
                     raise OSError(fault)
             except (OSError, ValueError) as error:  # requests' own are OSErrors; a malformed redirect is a ValueError
                 reasons.append(f"{addresses.pop(0)}: {error}")
-    raise RunError(
-        f"{file.name} could not be fetched ({'; '.join(reasons)}). Put it at {path} by hand ({file.size:,} bytes, "
-        f"SHA256 {file.sha256}), or name another source with --mirror; --dataset python needs no network."
-    )
+    problem = f"{file.name} could not be fetched ({'; '.join(reasons)})"
+    by_hand = f"Put it at {path} by hand ({file.size:,} bytes, SHA256 {file.sha256})"
+    raise RunError(f"{problem}. {by_hand}, or name another source with --mirror; --dataset python needs no network.")
 
 
 def find_fault(file, path):
@@ -257,16 +261,9 @@ def download(address, part, size):
 
 def extract(archive, member, folder):
     """Path of `member` of a zip file, unpacked into `folder` under its last name alone. Raises RunError."""
-    path = folder / os.path.basename(member)
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with zipfile.ZipFile(archive) as zipped, zipped.open(member) as source, new.open("wb") as out:
-            shutil.copyfileobj(source, out, 1 << 20)
-        return new.replace(path)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise RunError(f"{archive} does not hold {member} ({error}): delete it and start again") from None
-    finally:
-        new.unlink(missing_ok=True)
+    fault = f"{archive} does not hold {member}: delete it and start again"
+    with explained(fault, KeyError, zipfile.BadZipFile, kind=RunError), tempfile.TemporaryDirectory(dir=folder) as new:
+        return Path(zipfile.ZipFile(archive).extract(member, new)).replace(folder / os.path.basename(member))
 
 
 # ---- Corpora
@@ -290,7 +287,6 @@ PTB = [GITHUB[i].format(f"{user}/lstm", "") for i, user in ((0, "wojzaremba"), (
 WIKITEXT = ["https://wikitext.smerity.com/"]
 WIKITEXT += ["https://web.archive.org/web/20230301182406id_/https://s3.amazonaws.com/research.metamind.io/wikitext/"]
 SHAKESPEARE = [address.format("karpathy/char-rnn", "tinyshakespeare/") for address in GITHUB]
-SHAKESPEARE += ["https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt"]
 STORIES = [f"{hub}/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/" for hub in HUBS]
 GPT2 = [f"{hub}/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/" for hub in HUBS]
 
@@ -439,31 +435,23 @@ def write_tokens(spans, tokenizer, path):
     return known | {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def stamp(path):  # while it stays the same, the text is taken to be, too
-    return [os.stat(path).st_size, os.stat(path).st_mtime_ns]
-
-
 # ---- Datasets
 def open_folder(save_dir, writing):
     """The folder of checkpoints and corpora as a Path, made if need be. Raises UsageError if it cannot be used."""
+    folder = Path(CACHE if save_dir is None else save_dir).expanduser()
     if save_dir is None:
-        disks = ["/Volumes/RAMDisk"] if os.path.ismount("/Volumes/RAMDisk") else []
-        if os.path.isdir("/dev/shm") and (shared := os.statvfs("/dev/shm")).f_bavail * shared.f_frsize >= 4 << 30:
-            disks.append("/dev/shm")
-        save_dir, lost = CACHE, ""
-        if disks:
-            save_dir, lost = f"{disks[0]}/transformer-lm", ", a RAM disk: it does not survive a reboot"
+        roomy = os.path.isdir("/dev/shm") and (shm := os.statvfs("/dev/shm")).f_bavail * shm.f_frsize >= 4 << 30
+        disks = ["/Volumes/RAMDisk"] * os.path.ismount("/Volumes/RAMDisk") + ["/dev/shm"] * roomy
+        folder = Path(disks[0], "transformer-lm") if disks else folder
         if writing:
-            tqdm.write(f"Checkpoints and corpora go to {save_dir}{lost} (--save_dir names another folder)")
-    folder = Path(os.path.expanduser(save_dir))
-    try:
-        if writing:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UsageError(f"cannot write to --save_dir {folder} ({error.strerror}): name a folder of yours") from None
+            lost = ", a RAM disk: it does not survive a reboot" if disks else ""
+            tqdm.write(f"Checkpoints and corpora go to {folder}{lost} (--save_dir names another folder)")
     if not (writing or folder.is_dir()):
         raise UsageError(f"there is no folder {folder}: name the one that a run was saved in with --save_dir")
+    if writing:
+        with explained(f"cannot write to --save_dir {folder}: name a folder of yours", OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
     return folder
 
 
@@ -473,6 +461,7 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
     tokenizer: a kind, whose vocabulary is then that of the whole training split (of which the first `train_tokens` are
     used), or a ready one's `to_dict()`. Raises UsageError for a file of the user's that cannot be used and RunError for
     a failed download."""
+    stamp = lambda path: [os.stat(path).st_size, os.stat(path).st_mtime_ns]  # while it stays, so does the text
     save_dir, ready = Path(save_dir), tokenizer if isinstance(tokenizer, dict) else None
     kind = ready["kind"] if ready else CORPORA[name][0] if tokenizer == "auto" else tokenizer
     if not 0.001 <= valid_fraction <= 0.5 or kind == "bpe" and vocab_size < 257:
@@ -486,26 +475,23 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
     spans = own_text(given, valid_fraction, say, save_dir) if name == "text" else None  # the others stay what they are
     with open(cache / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one encodes
-        try:
+        intact = fresh = False
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             about = json.loads((cache / "about.json").read_text())
-            sizes = {split: os.path.getsize(cache / f"{split}.tokens") for split in about["splits"]}
-            intact = sizes == {split: known["size"] for split, known in about["splits"].items()}
-            fresh = all(os.path.exists(path) and stamp(path) == known for path, known in about["stamps"].items())
-            fresh = fresh and (not spans or about["text"][0] == repr(spans))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            intact = fresh = False
+            intact = all(stamp(cache / f"{split}.tokens")[0] == had["size"] for split, had in about["splits"].items())
+            same = not spans or about["text"][0] == repr(spans)
+            fresh = same and all(stamp(path) == known for path, known in about["stamps"].items())
         if not intact or not fresh:
             spans = spans or corpus_spans(name, save_dir / name, mirror, say)
             before = {str(span.path): stamp(span.path) for split in spans.values() for span in split}
             content = [repr(spans), list(map(sha256_of, before))]
-            if not intact or about["text"] != content:
+            if not intact or about.get("text") != content:
                 (cache / "about.json").unlink(missing_ok=True)  # from here to the end no tokens count
-                vocabulary, texts = None, (text for text, _ in read_documents(spans["train"]))
-                if ready:
-                    vocabulary = ready.get("vocabulary")
-                elif kind == "gpt2":
+                vocabulary = ready and ready.get("vocabulary")
+                if kind == "gpt2" and not ready:
                     file = File("tokenizer.json", *FILES["tokenizer.json"], GPT2)
                     vocabulary = fetch(file, save_dir / "gpt2", mirror, say).read_text()
+                texts = (text for text, _ in read_documents(spans["train"]))
                 trained = TOKENIZERS[kind](vocabulary, texts, vocab_size)
                 splits = {split: write_tokens(spans[split], trained, cache / f"{split}.tokens") for split in spans}
                 about = {"text": content, "splits": splits, "tokenizer": trained.to_dict()}
@@ -525,56 +511,58 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
 
 
 def append_lines(path, heads):
-    """A file open to write on, and the lines of JSON that it holds: the first of those that begin as `heads` say, without
-    one that a kill cut off. Raises UsageError for a file that holds other things, which stays as it is."""
+    """A file open to write on, and the lines of JSON that it holds: the first of those that begin as `heads` say,
+    without one that a kill cut off. Raises UsageError for a file that holds other things, which stays as it is."""
     heads = [json.dumps(head, ensure_ascii=False).encode()[:-1] for head in heads]
     out = open(path, "a+b")
     out.seek(0)
     *lines, cut = out.read().split(b"\n")
     ours = len(lines) <= len(heads) and all(map(bytes.startswith, lines, heads))
     if not ours or cut[: len(head := [*heads, b"\n"][len(lines)])] != head[: len(cut)]:
-        raise UsageError(f"{path} holds other things than answers to these prompts by this model: name another --output")
+        raise UsageError(f"{path} holds other things than this model's answers to these prompts: name another --output")
     out.truncate(out.tell() - len(cut))
     return out, lines
 
 
 def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
-    """Collects what `model`, at a server that speaks OpenAI's chat completions, answers to `prompts`: a line of JSON each in
-    folder/answers.jsonl, and all of them, for --text, in folder/corpus.txt. At most so many requests; begun again it goes
-    on. The key is read from TEACHER_API_KEY and written nowhere. Raises UsageError, RunError."""
+    """Collects what `model`, at a server that speaks OpenAI's chat completions, answers to `prompts`: a line of JSON
+    each in folder/answers.jsonl, and all of them, for --text, in folder/corpus.txt. At most so many requests; begun
+    again it goes on. The key is read from TEACHER_API_KEY and written nowhere. Raises UsageError, RunError."""
     import requests
 
     folder.mkdir(parents=True, exist_ok=True)
     key, path, sent = os.environ.get("TEACHER_API_KEY", ""), folder / "answers.jsonl", 0
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    address, headers = f"{url.rstrip('/')}/chat/completions", {"Authorization": f"Bearer {key}"} if key else {}
     out, lines = append_lines(path, [{"prompt": prompt, "model": model} for prompt in prompts])
     with out:
         for prompt in prompts[len(lines) :]:
             body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
             for pause in (1, 2, 4, 8, 16, 32, 60, None):  # seconds
                 if sent == most:
-                    raise RunError(f"{sent:,} requests are made (--max_requests), {len(lines):,} prompts answered: start it again")
+                    raise RunError(f"{most} requests are made (the limit), {len(lines)} prompts answered: start again")
                 sent, wait = sent + 1, ""
                 try:
-                    answer = requests.post(f"{url.rstrip('/')}/chat/completions", json=body, headers=headers, timeout=timeout)
-                    reason, wait = f"status {answer.status_code}: {answer.text[:200]}", answer.headers.get("Retry-After", "")
-                    if answer.status_code == 200:
+                    answer = requests.post(address, json=body, headers=headers, timeout=timeout)
+                    status, wait = answer.status_code, answer.headers.get("Retry-After", "")
+                    if status == 200:
                         text = answer.json()["choices"][0]["message"]["content"] or ""
                         break
-                    if answer.status_code not in (408, 409, 425, 429) and answer.status_code < 500:
+                    reason = f"status {status}: {answer.text[:200]}"
+                    if status < 500 and status not in (408, 409, 425, 429):
                         pause = None  # it will not do another time
                 except (requests.RequestException, ValueError, LookupError, TypeError) as error:
                     reason = f"{type(error).__name__}: {error}"
                 reason = " ".join(reason.replace(key or "\0", "***").split())
                 if pause is None:
-                    raise RunError(f"{url} does not answer ({reason}); {len(lines):,} answers are in {path}: start it again")
+                    raise RunError(f"{url} does not answer ({reason}); {len(lines):,} answers are kept: start it again")
                 say(f"{reason}; once more in a moment")
-                time.sleep(max(pause, min(float(wait), 600)) if wait.replace(".", "", 1).isdigit() else pause)
-            lines.append(json.dumps({"prompt": prompt, "model": model, "completion": text}, ensure_ascii=False).encode())
+                time.sleep(max(pause, min(int(wait), 600)) if wait.isdigit() else pause)
+            line = {"prompt": prompt, "model": model, "completion": text}
+            lines.append(json.dumps(line, ensure_ascii=False).encode())
             out.write(lines[-1] + b"\n")
             out.flush()
-    pairs = [(line["prompt"], line["completion"]) for line in map(json.loads, lines)]
-    (folder / "corpus.txt").write_text("".join(f"{prompt}\n{completion}\n" for prompt, completion in pairs), "utf-8")
+    corpus = "".join("{prompt}\n{completion}\n".format(**json.loads(line)) for line in lines)
+    (folder / "corpus.txt").write_text(corpus, "utf-8")
     say(f"{len(lines):,} answers are in {path}; train on them with --text {folder / 'corpus.txt'}")
 
 
@@ -582,30 +570,31 @@ def main():
     """Prepares a corpus ahead of training and says what it is, or collects one from a teacher."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--dataset", dest="name", choices=[name for name in CORPORA if name != "text"], default="ptb")
+    add("--dataset", choices=[name for name in CORPORA if name != "text"], default="ptb")
     add("--text", nargs="+", metavar="PATH", help="your own files, folders or patterns instead")
     add("--tokenizer", choices=["auto", *TOKENIZERS], default="auto")
     add("--vocab_size", type=int, default=32000, help="of --tokenizer bpe (default: %(default)s)")
     add("--valid_fraction", type=float, default=0.1, help="of --text (default: %(default)s)")
     add("--save_dir", help="the folder that main.py is given, too (default: as there)")
     add("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>")
-    teacher = parser.add_argument_group("collecting a corpus (a key is read from the variable TEACHER_API_KEY)")
-    add = lambda name, metavar, **rest: teacher.add_argument(name, metavar=metavar, default=argparse.SUPPRESS, **rest)
-    add("--distill_from", "URL", dest="url", help="of a server that speaks OpenAI's chat completions")
-    add("--teacher_model", "NAME", dest="model", help="the server's model")
-    add("--teacher_prompts", "FILE", dest="prompts", help="a prompt a line")
-    add("--output", "DIR", dest="folder", help="for answers.jsonl and corpus.txt")
-    add("--max_requests", "N", dest="most", type=int, help="limit of one start (default: 1000)")
+    add = parser.add_argument_group("collecting a corpus (a key is read from TEACHER_API_KEY)").add_argument
+    add("--distill_from", metavar="URL", help="of a server that speaks OpenAI's chat completions")
+    add("--teacher_model", metavar="NAME", help="the server's model")
+    add("--teacher_prompts", metavar="FILE", help="a prompt a line")
+    add("--output", metavar="DIR", help="for answers.jsonl and corpus.txt")
+    add("--max_requests", metavar="N", type=int, default=1000, help="limit of one start (default: %(default)s)")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists all flags)\n")
-    flags = vars(parser.parse_args())
-    teaching = {name: flags.pop(name) for name in ("url", "model", "prompts", "folder", "most") if name in flags}
+    flags = parser.parse_args()
+    teaching = [flags.distill_from, flags.teacher_model, flags.teacher_prompts, flags.output]
     try:
-        if teaching and not teaching.keys() >= {"url", "model", "prompts", "folder"}:
-            raise UsageError("--distill_from, --teacher_model, --teacher_prompts and --output go together: give all four")
-        if teaching:
-            prompts = Path(teaching["prompts"]).read_text("utf-8").removesuffix("\n").split("\n")
-            return distill(**teaching | {"prompts": prompts, "folder": Path(teaching["folder"])})
-        dataset = load_dataset(**flags | {"save_dir": open_folder(flags["save_dir"], True)} | ({"name": "text"} if flags["text"] else {}))
+        if None not in teaching:
+            prompts = Path(flags.teacher_prompts).read_text("utf-8").removesuffix("\n").split("\n")
+            return distill(flags.distill_from, flags.teacher_model, prompts, Path(flags.output), flags.max_requests)
+        if any(teaching):
+            raise UsageError("--distill_from, --teacher_model, --teacher_prompts and --output go together: give all")
+        name, folder = "text" if flags.text else flags.dataset, open_folder(flags.save_dir, writing=True)
+        given = flags.text, flags.tokenizer, flags.valid_fraction, flags.mirror
+        dataset = load_dataset(name, folder, *given, vocab_size=flags.vocab_size)
     except (UsageError, RunError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

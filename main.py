@@ -46,9 +46,9 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets import CACHE, CORPORA, TOKENIZERS, RunError, UsageError
-from datasets import append_lines, load_dataset, open_folder, tokenizer_from_dict, tokenizer_json
+from datasets import append_lines, explained, load_dataset, open_folder, tokenizer_from_dict, tokenizer_json
 
-SOURCES = {name: hashlib.sha1(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in ("main.py", "datasets.py")}
+SOURCES = {n: hashlib.sha1(Path(__file__).with_name(n).read_bytes()).hexdigest() for n in ("main.py", "datasets.py")}
 FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
 
 BLAS_FORWARDER = """
@@ -76,15 +76,14 @@ def use_fast_blas():
     which is what decoding does: as fast as memory is read, where OpenBLAS takes 3 times as long."""
     if sys.platform != "linux":
         return "Accelerate"
-    # Threads that spin while they wait lose their core to other programs just when work comes (7 times slower, measured).
+    # Threads that spin while they wait lose their core to other programs just when work comes (7 times slower).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    with contextlib.suppress(OSError, AttributeError):  # of another libc
-        # glibc returns large arrays to the kernel at once, and each new one is faulted in page by page (7x on a sum)
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
-            ctypes.CDLL("libc.so.6").mallopt(option, value)
-    pip_mkl = os.path.join(sys.prefix, "lib", "libmkl_rt.so.2")
+    # glibc returns large arrays to the kernel at once, and each new one is faulted in page by page (7x on a sum)
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+        ctypes.CDLL("libc.so.6").mallopt(option, value)
     numpys = [str(path) for path in Path(np.__path__[0]).parent.glob("numpy.libs/libscipy_openblas64_*.so")]
-    for path in ("libopenblas.so.0", "libblis.so.4", "libmkl_rt.so.2", "libmkl_rt.so", pip_mkl, *numpys):
+    mkls = "libmkl_rt.so.2", "libmkl_rt.so", f"{sys.prefix}/lib/libmkl_rt.so.2"
+    for path in ("libopenblas.so.0", "libblis.so.4", *mkls, *numpys):
         with contextlib.suppress(OSError, AttributeError):
             gemm = ctypes.CDLL(path)["scipy_cblas_sgemm64_" if path in numpys else "cblas_sgemm"]
             if forwarder := compile_forwarder():
@@ -100,24 +99,23 @@ def compile_forwarder():
     """BLAS_FORWARDER as a library, compiled once for a CPU by the C compiler that MLX needs anyway, or None."""
     cpu = re.search("^(flags|Features).*", Path("/proc/cpuinfo").read_text(), re.M)
     path = CACHE / f"blas-{hashlib.sha1(f'{BLAS_FORWARDER}{cpu and cpu[0]}'.encode()).hexdigest()[:12]}.so"
-    new = path.with_suffix(f".{os.getpid()}")
     vectors = ["-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
     for options in ([*vectors, "-fopenmp"], vectors, []):  # what one compiler knows another may not
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             if not path.exists():
                 CACHE.mkdir(parents=True, exist_ok=True)
-                command = ["cc", "-shared", "-fPIC", "-O3", *options, "-x", "c", "-", "-o", str(new)]
+                command = ["cc", "-shared", "-fPIC", "-O3", *options, "-x", "c", "-", "-o", f"{path}.{os.getpid()}"]
                 subprocess.run(command, input=BLAS_FORWARDER.encode(), check=True, stderr=subprocess.DEVNULL)
-                os.replace(new, path)
+                os.replace(command[-1], path)
             return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def set_blas_threads(count):
     """Sets the number of threads of a matrix product."""
-    openblas = ("openblas_set_num_threads", "scipy_openblas_set_num_threads64_")
+    openblas = "openblas_set_num_threads", "scipy_openblas_set_num_threads64_"
     for name in (*openblas, "MKL_Set_Num_Threads", "bli_thread_set_num_threads"):
         with contextlib.suppress(AttributeError):
-            getattr(ctypes.CDLL(None), name)(count)
+            ctypes.CDLL(None)[name](count)
 
 
 BLAS = use_fast_blas()
@@ -155,17 +153,15 @@ class Config:
             fit = 2 * self.num_heads * max(1, round(self.dim / (2 * self.num_heads)))
             raise UsageError(f"--dim {self.dim} is no multiple of 2 * --num_heads {self.num_heads}: try --dim {fit}")
         if self.num_heads % self.num_kv_heads:
-            problem = f"--num_kv_heads {self.num_kv_heads} does not divide --num_heads {self.num_heads}"
-            raise UsageError(f"{problem}: try {math.gcd(self.num_heads, self.num_kv_heads)}")
+            raise UsageError(f"--num_kv_heads {self.num_kv_heads} does not divide --num_heads {self.num_heads}: try 1")
         object.__setattr__(self, "head_dim", self.dim // self.num_heads)
 
 
 def make_config(flags, vocab_size, base=None):
-    """The Config of a new model, or of one that has the weights of `base` and a context of its own."""
-    if base:
-        return dataclasses.replace(base.config, context_size=flags.context_size)
+    """The Config of a new model: where no flag decides, that of `base`, whose weights it begins with."""
     shape = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if field.name in flags}
-    return Config(**shape | {"vocab_size": vocab_size})  # not the --vocab_size that a BPE aims at
+    shape["vocab_size"] = vocab_size  # not the --vocab_size that a BPE aims at
+    return Config(**(vars(base.config) if base else {}) | shape)
 
 
 PRESETS = {  # --dim, --num_heads, --num_blocks, --context_size
@@ -361,7 +357,7 @@ class LanguageModel(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A linear layer that stays as it is, plus an update of low rank to train (Hu et al. 2021): [..., I] to [..., O]."""
+    """A linear layer that stays as it is, and an update of low rank to train (Hu et al. 2021): [..., I] to [..., O]."""
 
     def __init__(self, weight, rank, alpha):
         super().__init__()
@@ -387,7 +383,6 @@ def init_weights(model, seed):
     begins as the identity. Embeddings are the output layer too: with the deviation 5 / dim the logit of the token just
     read begins near 5, all others near 0, so the first loss is near ln V. On PTB (dim 256, AdamW 3e-3) validation after
     250 steps was 5.64 nats with it, 5.57 with twice as much, 5.91 with a fifth, 5.76 with GPT-2's initialisation."""
-    weights = []
     parameters = tree_flatten(model.trainable_parameters())
     for (name, parameter), key in zip(parameters, mx.random.split(mx.random.key(seed), len(parameters))):
         normal = mx.random.normal(parameter.shape, key=key)
@@ -399,8 +394,7 @@ def init_weights(model, seed):
             value = normal * 5 / model.config.dim
         else:
             value = normal * parameter.shape[1] ** -0.5
-        weights.append((name, value))
-    model.load_weights(weights, strict=False)
+        model.load_weights([(name, value)], strict=False)
     mx.eval(model.parameters())
 
 
@@ -446,8 +440,8 @@ def set_learning_rate(optimizer, rate):
 
 
 def learning_rate_at(iteration, flags):
-    """The rate of step `iteration` (from 0): a linear warm-up over `lr_warmup` steps, then constant, or down to `min_lr`
-    at `num_iters` by a half cosine or a line; 0 only where 0 is asked for."""
+    """The rate of step `iteration` (from 0): a linear warm-up over `lr_warmup` steps, then constant, or down to
+    `min_lr` at `num_iters` by a half cosine or a line; 0 only where 0 is asked for."""
     least = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
     done = max(0, iteration - flags.lr_warmup) / max(1, flags.num_iters - flags.lr_warmup)
     left = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[flags.lr_schedule]
@@ -528,8 +522,8 @@ def head_loss(hidden, head, targets, weights, *teacher, training=True):
         hidden_gradient.append((powers @ head) * share - answer * weight.astype(head.dtype))
         factors = powers.T, inputs * share
         head_gradient = mx.addmm(head_gradient, *factors) if start > 0 else mx.matmul(*factors)
-    head_gradient = head_gradient.astype(mx.float32).at[targets].add(-hidden.astype(mx.float32) * answer_weights[:, None])
-    return loss, mx.concatenate(hidden_gradient), head_gradient
+    answers = hidden.astype(mx.float32) * answer_weights[:, None]
+    return loss, mx.concatenate(hidden_gradient), head_gradient.astype(mx.float32).at[targets].subtract(answers)
 
 
 trained_head_loss = mx.custom_function(head_loss)
@@ -618,9 +612,9 @@ def describe_score(name, nats, split, tokenizer):
 BLANK = "0" * 40
 
 
-def write_safetensors(path, arrays, metadata):
-    """Writes and syncs a safetensors file; returns the SHA1 of its bytes. BLANK in the metadata becomes that SHA1."""
-    arrays, digest = dict(sorted(arrays.items())), hashlib.sha1()
+def write_safetensors(path, tree, metadata):
+    """Writes and syncs a tree of arrays; returns the SHA1 of the file's bytes, which BLANK in the metadata becomes."""
+    arrays, digest = dict(sorted(tree_flatten(tree))), hashlib.sha1()
     hasher = SimpleNamespace(write=lambda data: digest.update(data) or len(data), seek=None, tell=None, closed=False)
     mx.save_safetensors(hasher, arrays, metadata)
     sha1 = digest.hexdigest()
@@ -632,12 +626,9 @@ def write_safetensors(path, arrays, metadata):
 
 
 def read_header(path):
-    """The JSON header of a safetensors file, as bytes. Raises ValueError for a file that cannot have one."""
+    """The JSON header of a safetensors file, as bytes; of a damaged file, whatever stands there."""
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= os.path.getsize(path) - 8:
-            raise ValueError(f"{path.suffix} has no header")
-        return file.read(length)
+        return file.read(min(int.from_bytes(file.read(8), "little"), os.path.getsize(path)))
 
 
 def read_texts(path):
@@ -687,10 +678,10 @@ def list_checkpoints(folder, warn=False):
 def named_checkpoint(folder, records, identifier, flag="--identifier"):
     """The one of `records`, the newest first, that the flag means: by an id, its beginning, a run's name (its newest),
     "latest", or "best" (of the run saved last). Raises UsageError if none or several, RunError if it is damaged."""
+    names = {record["run"]: [record] for record in reversed(records)}  # the newest of each run
     best = [record for record in records if record["id"] == (records[0]["best"] or {}).get("id")]
-    found = [record for record in records if record["run"] == identifier][:1]
+    found = (names | {"latest": records[:1], "best": best}).get(identifier)
     found = found or [record for record in records if record["id"].startswith(identifier)]
-    found = {"latest": records[:1], "best": best}.get(identifier, found)
     if len(found) != 1:
         known = ", ".join(f"{r['id'][:12]} ({r['run']}, iteration {r['iteration']:,})" for r in found or records)
         matches = "several checkpoints" if found else "no checkpoint"
@@ -741,18 +732,17 @@ def write_checkpoint(folder, run, id):
     records, name = list_checkpoints(folder), run.record["run"]
     new = {kind: folder / f"{name}.{kind}.new" for kind in ("metadata", "safetensors")[: 1 if id else 2]}
     if id is None:
-        id = write_safetensors(new["safetensors"], dict(tree_flatten(run.model.trainable_parameters())), {"format": "mlx"})
+        id = write_safetensors(new["safetensors"], run.model.trainable_parameters(), {"format": "mlx"})
         equal = next((record["run"] for record in records if record["id"] == id), name)
         if equal != name and not lock_run(folder, equal):
             new["safetensors"].unlink()
             raise RunError(f"this run equals {equal}, which is being trained in {folder}: stop one of them")
-    arrays = dict(tree_flatten({"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}))
     run.record |= {name: getattr(run.batches, name) for name in ("epoch", "offset", "s")}
     saved = max([time.time(), *(record["saved"] + 1e-3 for record in records)])  # even if the clock was set back
     run.record |= {"id": id, "saved": saved, "format_version": FORMAT_VERSION}
     texts = {"record": json.dumps(run.record), "tokenizer": json.dumps(run.tokenizer.to_dict()), "sha1": BLANK}
     texts["record_sha1"] = hashlib.sha1(texts["record"].encode()).hexdigest()  # so that listing need not read it all
-    write_safetensors(new["metadata"], arrays, texts)
+    write_safetensors(new["metadata"], {"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}, texts)
     for kind in new:
         os.replace(new[kind], folder / f"{id}.{kind}")
     return id
@@ -799,13 +789,12 @@ def open_model(folder, name, flag):
 def open_used(folder, record, flag):
     """The same for a model that the run of `record` was begun with. Raises RunError if it is not that one."""
     name, id = record["uses"][flag]
-    try:
+    needed = f"{record['run']} needs the model it was begun with, --{flag} {name} as it was, {id[:12]}"
+    with explained(needed, UsageError, kind=RunError):
         found = open_model(folder, name, f"--{flag}")
-    except UsageError as error:
-        raise RunError(f"{record['run']} needs the model it was begun with (--{flag} {name}): {error}") from None
-    if found[2] != id:
-        raise RunError(f"{record['run']} needs --{flag} {name} as it was, {id[:12]}; now it is {found[2][:12]}")
-    return found
+        if found[2] != id:
+            raise UsageError(f"it is {found[2][:12]} now")
+        return found
 
 
 # What these models are called at Hugging Face, by `mlp` and `qk_norm`, and what their config.json calls our Config.
@@ -819,11 +808,11 @@ THEIR_NAMES = {
 
 def import_model(path):
     """A Hugging Face folder's model and tokenizer, and its weights' SHA1 (or the SHA1s' own). Raises UsageError."""
-    try:
+    with explained(f"{path} holds no Llama, Qwen3 or Arcee model: name one, or see --list", Exception):  # tokenizers raises plain ones
         theirs = json.loads((path / "config.json").read_text())
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
         kind = {name.lower(): kind for kind, name in COUNTERPARTS.items()}.get(theirs["model_type"])
-        odd = [name for name in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization") if theirs.get(name)]
+        odd = [*filter(theirs.get, ("attention_bias", "mlp_bias", "use_sliding_window", "quantization"))]
         odd += [] if kind else [f"model_type {theirs['model_type']}"]
         odd += [f"rope {type}" for type in [rope.get("rope_type", rope.get("type", "default"))] if type != "default"]
         if odd:
@@ -840,9 +829,6 @@ def import_model(path):
         tokenizer = TOKENIZERS["bpe"]((path / "tokenizer.json").read_text())
         ids = [sha1_of(file) for file in files]
         return model, tokenizer, ids[0] if len(ids) == 1 else hashlib.sha1("".join(ids).encode()).hexdigest()
-    except Exception as error:  # the tokenizers package raises plain ones
-        problem = " ".join(f"{type(error).__name__ * isinstance(error, KeyError)} {error}".split())
-        raise UsageError(f"{path} holds no Llama, Qwen3 or Arcee model ({problem}): name one or see --list") from None
 
 
 def load_run(folder, record, run):
@@ -1523,13 +1509,11 @@ def converse(tokenizer, models, flags):
 def answer_file(tokenizer, model, id, flags, batch_size=16):
     """Continues each line of --prompts_file --num_samples times, many together, each time a line of JSON in --output or on
     stdout. An --output that was begun is gone on with. Raises UsageError."""
-    try:
+    with explained(f"--prompts_file {flags.prompts_file} must be UTF-8, --output writable", OSError, ValueError):
         prompts = Path(flags.prompts_file).read_text("utf-8").removesuffix("\n").split("\n")
         prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
         jobs = [{"prompt": prompt, "seed": flags.seed + i, "checkpoint": id} for i, prompt in enumerate(prompts)]
         out, begun = append_lines(flags.output, jobs) if flags.output else (os.fdopen(os.dup(1), "wb"), [])
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{error}: --prompts_file {flags.prompts_file} must be UTF-8, --output writable") from None
     with out:
         for start in range(len(begun), len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
@@ -1641,10 +1625,8 @@ def run_benchmark(flags, config, batches):
 
 def plot_runs(folder, names, path):
     """--plot: losses of the runs in `folder` against iterations and against minutes of training. Raises UsageError."""
-    try:
+    with explained("--plot needs a package: pip install matplotlib", ImportError):
         import matplotlib.figure
-    except ImportError:
-        raise UsageError("--plot needs a package: pip install matplotlib") from None
     logs = {log.stem: list(csv.DictReader(log.open(errors="replace"))) for log in sorted(folder.glob("*.csv"))}
     logs = {name: rows for name, rows in logs.items() if rows and list(rows[0]) == LOG and name in (names or logs)}
     if not logs:
@@ -1665,19 +1647,15 @@ def plot_runs(folder, names, path):
 
 def save_figure(figure, path):
     """Writes a matplotlib figure in the format that the path's ending names. Raises UsageError."""
-    try:
+    with explained(f"cannot write {path}: name another file", OSError, ValueError):  # no folder; no format
         figure.savefig(os.path.expanduser(path), dpi=150)
-    except (OSError, ValueError) as error:  # a folder that is not there, an ending that is no format
-        raise UsageError(f"cannot write {path} ({' '.join(str(error).split())}): name another file") from None
     print(f"The picture is in {path}", file=sys.stderr)
 
 
 def plot_attention(model, tokenizer, prompt, path):
     """--attention: the weights of each block (rows) and head (columns) for the prompt's tokens. Raises UsageError."""
-    try:
+    with explained("--attention needs a package: pip install matplotlib", ImportError):
         import matplotlib.figure
-    except ImportError:
-        raise UsageError("--attention needs a package: pip install matplotlib") from None
     tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]
     weights = attention_weights(model, tokens)  # [blocks, H, L, L]
     size, labels = max(2.5, 0.22 * len(tokens)), [tokenizer.decode([token]).replace("\n", "\\n").replace("$", r"\$") for token in tokens]
@@ -1711,17 +1689,14 @@ def attention_weights(model, tokens):
 def run_cases(folder, records, flags, top_k):
     """--cases: how likely the checkpoints find the expected continuations of prompts in a YAML file; a table, and with
     --output a file of JSON. A case is passed if each expected token is among the `top_k` likeliest. Raises UsageError."""
-    try:
+    with explained("--cases needs a package: pip install PyYAML", ImportError):
         import yaml
-
+    needed = "is no YAML list of prompt and expected, like - {prompt: a, expected: b}, or --output no file to write"
+    faults = OSError, ValueError, LookupError, TypeError, RuntimeError, yaml.YAMLError
+    with explained(f"--cases {flags.cases} {needed}", *faults):
         cases = yaml.safe_load(Path(flags.cases).expanduser().read_text("utf-8"))
         cases = [(str(case["prompt"]), str(case["expected"])) for case in cases]
         open(flags.output or os.devnull, "a").close()  # fails before the work, not after it
-    except ImportError:
-        raise UsageError("--cases needs a package: pip install PyYAML") from None
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, yaml.YAMLError) as error:
-        needed = "is no YAML list of prompt and expected, like - {prompt: a, expected: b}, or --output no file to write"
-        raise UsageError(f"--cases {flags.cases} {needed} ({type(error).__name__}: {error})") from None
     results = []
     for record in records:
         model, tokenizer = load_model(folder, record)
@@ -1766,14 +1741,12 @@ def export_model(model, tokenizer, folder, bits):
     chat = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     about |= {"model_max_length": config.context_size, "chat_template": chat}
     generation = {"eos_token_id": tokenizer.eos, "do_sample": True, "temperature": 0.5, "top_k": 50}
-    try:
+    with explained(f"cannot write to --export {folder}: name a folder of yours", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())), {"format": "mlx"})
+        write_safetensors(folder / "model.safetensors", model.parameters(), {"format": "mlx"})
         (folder / "tokenizer.json").write_text(text, "utf-8")
         for file, content in {"config": theirs, "tokenizer_config": about, "generation_config": generation}.items():
             (folder / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise UsageError(f"cannot write to --export {folder} ({error.strerror}): name a folder of yours") from None
     print(f"{name}ForCausalLM and its tokenizer are in {folder}", file=sys.stderr)
 
 
@@ -1920,9 +1893,10 @@ def resolve(flags):
 
 def read_config(path, typed):
     """The flags in a YAML file as if they were typed, without what a typed flag excludes. Raises UsageError."""
-    try:
+    with explained("--config needs a package: pip install PyYAML", ImportError):
         import yaml
-
+    faults = UsageError, OSError, ValueError, AttributeError, RuntimeError, yaml.YAMLError
+    with explained(f"--config {path} is no YAML file of flags (dim: 8)", *faults):
         with open(os.path.expanduser(path), encoding="utf-8") as file:
             groups = [v if name in GROUPS and isinstance(v, dict) else {name: v} for name, v in yaml.safe_load(file).items()]
         settings = {str(name): value for group in groups for name, value in group.items()}
@@ -1935,10 +1909,6 @@ def read_config(path, typed):
             if value is not None and {"dataset": "text", "text": "dataset"}.get(name) not in typed:
                 arguments += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
         return vars(PARSER.parse_args(arguments))
-    except ImportError:
-        raise UsageError("--config needs a package: pip install PyYAML") from None
-    except (UsageError, OSError, ValueError, AttributeError, RuntimeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path} is no YAML file of flags (dim: 8): {' '.join(str(error).split())}") from None
 
 
 def choose_checkpoint(folder, flags, typed, using):
