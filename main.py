@@ -796,6 +796,16 @@ def open_used(folder, record, flag):
     return found
 
 
+@contextlib.contextmanager
+def blame_user(problem):
+    """Whatever fails within is a mistake of the user's: raises UsageError with `problem` and its cause, in one line."""
+    try:
+        yield
+    except Exception as error:  # YAML, matplotlib, tokenizers and safetensors files each raise their own
+        cause = " ".join(f"{type(error).__name__ * isinstance(error, KeyError)} {error}".split())
+        raise UsageError(f"{problem} ({cause})") from None
+
+
 # What these models are called at Hugging Face, by `mlp` and `qk_norm`, and what their config.json calls our Config.
 COUNTERPARTS = {("swiglu", False): "Llama", ("swiglu", True): "Qwen3", ("relu2", False): "Arcee"}
 THEIR_NAMES = {
@@ -807,7 +817,7 @@ THEIR_NAMES = {
 
 def import_model(path):
     """A Hugging Face folder's model and tokenizer, and its weights' SHA1 (or the SHA1s' own). Raises UsageError."""
-    try:
+    with blame_user(f"{path} holds no Llama, Qwen3 or Arcee model"):
         theirs = json.loads((path / "config.json").read_text())
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
         kind = {name.lower(): kind for kind, name in COUNTERPARTS.items()}.get(theirs["model_type"])
@@ -828,9 +838,6 @@ def import_model(path):
         tokenizer = TOKENIZERS["bpe"]((path / "tokenizer.json").read_text())
         ids = [sha1_of(file) for file in files]
         return model, tokenizer, ids[0] if len(ids) == 1 else hashlib.sha1("".join(ids).encode()).hexdigest()
-    except Exception as error:  # the tokenizers package raises plain ones
-        problem = " ".join(f"{type(error).__name__ * isinstance(error, KeyError)} {error}".split())
-        raise UsageError(f"{path} holds no Llama, Qwen3 or Arcee model: {problem}") from None
 
 
 def load_run(folder, record, run):
@@ -1397,13 +1404,11 @@ def converse(tokenizer, models, flags):
 def answer_file(tokenizer, model, id, flags, batch_size=16):
     """Continues each line of --prompts_file --num_samples times, many together, each time a line of JSON in --output or on
     stdout. An --output that was begun is gone on with. Raises UsageError."""
-    try:
+    with blame_user("--prompts_file or --output cannot be used"):
         prompts = Path(flags.prompts_file).read_text("utf-8").removesuffix("\n").split("\n")
         prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
         jobs = [{"prompt": prompt, "seed": flags.seed + i, "checkpoint": id} for i, prompt in enumerate(prompts)]
         out, begun = append_lines(flags.output, jobs) if flags.output else (os.fdopen(os.dup(1), "wb"), [])
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--prompts_file and --output: {error}") from None
     with out:
         for start in range(len(begun), len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
@@ -1515,10 +1520,8 @@ def run_benchmark(flags, config, batches):
 
 def plot_runs(folder, names, path):
     """--plot: losses of the runs in `folder` against iterations and against minutes of training. Raises UsageError."""
-    try:
-        import matplotlib.figure
-    except ImportError:
-        raise UsageError("--plot needs a package: pip install matplotlib") from None
+    import matplotlib.figure
+
     logs = {log.stem: list(csv.DictReader(log.open())) for log in sorted(folder.glob("*.csv"))}
     logs = {name: rows for name, rows in logs.items() if rows and name in (names or logs)}
     if not logs:
@@ -1539,19 +1542,15 @@ def plot_runs(folder, names, path):
 
 def save_figure(figure, path):
     """Writes a matplotlib figure in the format that the path's ending names. Raises UsageError."""
-    try:
+    with blame_user(f"cannot write {path}: name another file"):
         figure.savefig(os.path.expanduser(path), dpi=150)
-    except (OSError, ValueError) as error:  # a folder that is not there, an ending that is no format
-        raise UsageError(f"cannot write {path} ({' '.join(str(error).split())}): name another file") from None
     print(f"The picture is in {path}", file=sys.stderr)
 
 
 def plot_attention(model, tokenizer, prompt, path):
     """--attention: the weights of each block (rows) and head (columns) for the prompt's tokens. Raises UsageError."""
-    try:
-        import matplotlib.figure
-    except ImportError:
-        raise UsageError("--attention needs a package: pip install matplotlib") from None
+    import matplotlib.figure
+
     tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]
     weights = attention_weights(model, tokens)  # [blocks, H, L, L]
     size, labels = max(2.5, 0.22 * len(tokens)), [tokenizer.decode([token]).replace("\n", "\\n").replace("$", r"\$") for token in tokens]
@@ -1585,16 +1584,11 @@ def attention_weights(model, tokens):
 def run_cases(folder, records, flags, top_k):
     """--cases: how likely the checkpoints find the expected continuations of prompts in a YAML file; a table, and with
     --output a file of JSON. A case is passed if each expected token is among the `top_k` likeliest. Raises UsageError."""
-    try:
-        import yaml
+    import yaml
 
+    with blame_user(f"--cases {flags.cases} is no YAML list of prompt and expected"):
         cases = yaml.safe_load(Path(flags.cases).expanduser().read_text("utf-8"))
         cases = [(str(case["prompt"]), str(case["expected"])) for case in cases]
-    except ImportError:
-        raise UsageError("--cases needs a package: pip install PyYAML") from None
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(f"--cases {flags.cases} is no YAML list of prompt and expected ({problem})") from None
     results = []
     for record in records:
         model, tokenizer = load_model(folder, record)
@@ -1639,14 +1633,12 @@ def export_model(model, tokenizer, folder, bits):
     chat = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     about |= {"model_max_length": config.context_size, "chat_template": chat}
     generation = {"eos_token_id": tokenizer.eos, "do_sample": True, "temperature": 0.5, "top_k": 50}
-    try:
+    with blame_user(f"cannot write to --export {folder}: name a folder of yours"):
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())), {"format": "mlx"})
         (folder / "tokenizer.json").write_text(text, "utf-8")
         for file, content in {"config": theirs, "tokenizer_config": about, "generation_config": generation}.items():
             (folder / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise UsageError(f"cannot write to --export {folder} ({error.strerror}): name a folder of yours") from None
     print(f"{name}ForCausalLM and its tokenizer are in {folder}", file=sys.stderr)
 
 
@@ -1791,25 +1783,20 @@ def resolve(flags):
 
 def read_config(path, typed):
     """The flags in a YAML file as if they were typed, without what a typed flag excludes. Raises UsageError."""
-    try:
-        import yaml
+    import yaml
 
-        with open(os.path.expanduser(path), encoding="utf-8") as file:
-            groups = [v if name in GROUPS and isinstance(v, dict) else {name: v} for name, v in yaml.safe_load(file).items()]
-        settings = {str(name): value for group in groups for name, value in group.items()}
+    settings, arguments = {}, []
+    with blame_user(f"--config {path} is no YAML file of flags"):
+        for name, value in yaml.safe_load(Path(path).expanduser().read_text("utf-8")).items():
+            settings |= value if name in GROUPS and isinstance(value, dict) else {name: value}
         if unknown := sorted(settings.keys() - DEFAULTS.keys() | settings.keys() & {"config"}):
             raise UsageError(f"no flag is named {', '.join(unknown)} (--help lists all)")
-        arguments = []
         for name, value in settings.items():
             if isinstance(value, bool):
                 name, value = name if value else f"no-{name}", []
             if value is not None and {"dataset": "text", "text": "dataset"}.get(name) not in typed:
                 arguments += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
         return vars(PARSER.parse_args(arguments))
-    except ImportError:
-        raise UsageError("--config needs a package: pip install PyYAML") from None
-    except (UsageError, OSError, ValueError, AttributeError, RuntimeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path} is no YAML file of flags: {' '.join(str(error).split())}") from None
 
 
 def choose_checkpoint(folder, flags, typed, using):
@@ -1955,9 +1942,10 @@ def main(argv=None):
             return run_benchmark(flags, config, batches) or 0
         with Interrupts() as interrupts:
             return train(flags, dataset, checkpoint, used, interrupts)
-    except (UsageError, RunError, OSError) as error:
-        print(f"{PARSER.prog}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+    except (UsageError, RunError, OSError, ImportError) as error:
+        missing = isinstance(error, ImportError)  # a package that one function alone needs
+        print(f"{PARSER.prog}: {error}{': pip install -r requirements.txt' * missing}", file=sys.stderr)
+        return 2 if missing or isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":
