@@ -1522,18 +1522,18 @@ def plot_runs(folder, names, path):
     """--plot: losses of the runs in `folder` against iterations and against minutes of training. Raises UsageError."""
     import matplotlib.figure
 
-    logs = {log.stem: list(csv.DictReader(log.open())) for log in sorted(folder.glob("*.csv"))}
-    logs = {name: rows for name, rows in logs.items() if rows and name in (names or logs)}
+    logs = [log for log in sorted(folder.glob("*.csv")) if log.stem in (names or [log.stem])]
     if not logs:
-        raise UsageError(f"no log of {' '.join(names or ['a run'])} is in {folder}: train, or name its folder with --save_dir")
+        raise UsageError(f"no log of such a run is in {folder}: name its folder with --save_dir")
     figure = matplotlib.figure.Figure(figsize=(12, 5), layout="constrained")
     by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
-    for i, (name, rows) in enumerate(logs.items()):
-        for split, style in (("train", {"alpha": 0.4, "linewidth": 1}), ("valid", {"marker": "o", "markersize": 4})):
-            own = [row for row in rows if row["split"] == split]
-            losses = [float(row["loss"]) for row in own]
-            for axis, column, unit in ((by_iteration, "iteration", 1), (by_minute, "seconds", 60)):
-                axis.plot([float(row[column]) / unit for row in own], losses, color=f"C{i}", label=f"{name} {split}", **style)
+    for i, log in enumerate(logs):
+        rows = list(csv.DictReader(log.open()))
+        for split, alpha, marker in (("train", 0.4, None), ("valid", 1, "o")):
+            own = [(row["iteration"], row["seconds"], row["loss"]) for row in rows if row["split"] == split]
+            iterations, seconds, losses = np.array(own, float).reshape(-1, 3).T
+            for axis, places in ((by_iteration, iterations), (by_minute, seconds / 60)):
+                axis.plot(places, losses, color=f"C{i}", alpha=alpha, marker=marker, label=f"{log.stem} {split}")
     by_iteration.set(xlabel="iteration", ylabel="loss (nats a token)")
     by_minute.set(xlabel="minutes of training")
     by_minute.legend(fontsize="small")
@@ -1552,15 +1552,15 @@ def plot_attention(model, tokenizer, prompt, path):
     import matplotlib.figure
 
     tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]
+    labels, size = [repr(tokenizer.decode([token]))[1:-1] for token in tokens], max(2.5, 0.22 * len(tokens))  # inches
     weights = attention_weights(model, tokens)  # [blocks, H, L, L]
-    size, labels = max(2.5, 0.22 * len(tokens)), [tokenizer.decode([token]).replace("\n", "\\n").replace("$", r"\$") for token in tokens]
-    figure = matplotlib.figure.Figure(figsize=(size * weights.shape[1], size * weights.shape[0]), layout="constrained")
-    for i, row in enumerate(figure.subplots(*weights.shape[:2], squeeze=False)):
-        for j, axis in enumerate(row):
-            axis.imshow(weights[i, j], vmin=0, vmax=1, cmap="Blues")
-            axis.set_title(f"block {i}, head {j}", fontsize="small")
-            axis.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=6)
-            axis.set_yticks(range(len(tokens)), labels if j == 0 else [""] * len(tokens), fontsize=6)
+    blocks, heads = weights.shape[:2]
+    figure = matplotlib.figure.Figure(figsize=(size * heads, size * blocks), layout="constrained")
+    for (i, j), axis in np.ndenumerate(figure.subplots(blocks, heads, squeeze=False)):
+        axis.imshow(weights[i, j], vmin=0, vmax=1, cmap="Blues")
+        axis.set_title(f"block {i}, head {j}", fontsize="small")
+        axis.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=6, parse_math=False)
+        axis.set_yticks(range(len(tokens)), labels, fontsize=6, parse_math=False)
     save_figure(figure, path)
 
 
@@ -1569,15 +1569,13 @@ def attention_weights(model, tokens):
     seen, plain = [], attend
 
     def watched(queries, keys, values, scale, *rest):
-        scores = scale * queries @ mx.repeat(keys, queries.shape[1] // keys.shape[1], axis=1).swapaxes(-1, -2)
-        seen.append(mx.softmax(mx.where(mx.array(np.tri(len(tokens), dtype=bool)), scores, -math.inf), axis=-1))
+        places = mx.broadcast_to(mx.eye(len(tokens)), (*keys.shape[:3], len(tokens)))  # as values: a sum shows its weights
+        seen.append(plain(queries, keys, places, scale, "causal", True))
         return plain(queries, keys, values, scale, *rest)
 
     globals()["attend"] = watched
-    try:
-        model(mx.array([tokens]))
-    finally:
-        globals()["attend"] = plain
+    model(mx.array([tokens]))
+    globals()["attend"] = plain
     return np.array(mx.concatenate(seen))
 
 
