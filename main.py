@@ -1442,24 +1442,21 @@ def quantize(model, bits, packed):
 
 # ---- Tools: each one function ---------------------------------------------------------------------------------------
 def list_runs(folder):
-    """Prints a table of the runs in `folder`, the one saved last first: flags that tell them apart, checkpoints."""
+    """Prints the runs in `folder`, the one saved last first: the flags that tell them apart, then their checkpoints."""
     records = list_checkpoints(folder, warn=True)
     print(f"{len(records)} checkpoints in {folder}")
-    runs = {record["run"]: [r for r in records if r["run"] == record["run"]] for record in records}
-    for name, own in runs.items():
-        flags, config, best = own[0]["flags"], own[0]["config"], own[0]["best"] or {}
-        differing = [flag for flag in flags if any(r["flags"].get(flag) != flags[flag] for r in records)]
-        about = f"{name}: {own[0]['parameters']:,} parameters in {config['num_blocks']} blocks of dim {config['dim']}, "
-        about += f"iteration {own[0]['iteration']:,} of {flags['num_iters']:,}, "
-        about += f"best {best['nats']:.4f} at {best['iteration']:,}, " if best else ""
-        about += " ".join(f"--{flag} {flags[flag]}" for flag in differing) or "no other run here"
-        print(textwrap.fill(about, 100, subsequent_indent="    "))
+    for name in dict.fromkeys(record["run"] for record in records):
+        own = [record for record in records if record["run"] == name]
+        flags, best = own[0]["flags"], (own[0]["best"] or {}).get("id")
+        about = f"{name}: {own[0]['parameters']:,} parameters, iteration {own[0]['iteration']:,} of {flags['num_iters']:,}"
+        differing = [flag for flag in flags if any(record["flags"].get(flag) != flags[flag] for record in records)]
+        line = " ".join([about, *(f"--{flag} {flags[flag]}" for flag in differing)])
+        print(textwrap.fill(line, 100, subsequent_indent="    "))
         for record in own:
-            id, iteration, age = record["id"], record["iteration"], tqdm.format_interval(time.time() - record["saved"])
-            score = f"{nats:.4f}" if (nats := dict(record["scores"]).get(iteration)) else "not scored"
-            size = sum(path.stat().st_size for path in folder.glob(f"{id}.*")) / 2**20
-            marks = ", latest" * (record is records[0]) + ", best" * (id == best.get("id"))
-            print(f"    {id[:12]}  iteration {iteration:>9,}  {score:>10}  {size:>8,.1f} MiB  {age:>8} old{marks}")
+            score = {i: f"{nats:.4f}" for i, nats in record["scores"]}.get(record["iteration"], "not scored")
+            marks = ", latest" * (record is records[0]) + ", best" * (record["id"] == best)
+            line = f"    {record['id'][:12]}  iteration {record['iteration']:>9,}  {score:>10}"
+            print(f"{line}  {tqdm.format_interval(time.time() - record['saved']):>8} old{marks}")
 
 
 def predict_memory(config, flags, parameters, streams):
@@ -1477,21 +1474,20 @@ def predict_memory(config, flags, parameters, streams):
 
 
 def run_benchmark(flags, config, batches):
-    """--benchmark: what a model weighs, costs and reaches on this machine, in real training steps; a line of JSON last."""
+    """--benchmark: what a model weighs (bytes, but for its parameters), costs and reaches on this machine, in real training
+    steps; a line of JSON last."""
     model, streams = LanguageModel(config), make_streams(flags.batch_size, flags.context_size)
     init_weights(model, flags.seed)
     optimizer = make_optimizer(model, flags, streams)
-    parts = {"embeddings": "embed", "attention": r"self_attn\.\w_proj", "mlp": r"\.mlp\.", "norms": "norm", "output": "lm_head"}
+    parts = {"embeddings": "embed", "attention": r"attn\.\w_proj", "mlp": "mlp", "norms": "norm", "output": "lm_head"}
     weights = tree_flatten(model.parameters())
     modules = {part: sum(w.size for name, w in weights if re.search(names, name)) for part, names in parts.items()}
     # A multiplication and an addition for each weight of a matrix, and for each element of queries, keys and values with
     # each position of the window; backward twice as many, for the gradients by inputs and by weights.
     matrices = modules["attention"] + modules["mlp"] + config.vocab_size * config.dim
     forward = 2 * matrices + 4 * config.num_blocks * config.num_heads * config.head_dim * config.context_size
-    memory = dict(zip(("activations", "gradients"), predict_memory(config, flags, sum(modules.values()), len(streams))))
-    predicted = max(memory.values())  # the one goes as the other comes
-    memory |= {"weights": 4 * sum(modules.values()), "optimizer": sum(a.nbytes for _, a in tree_flatten(optimizer.state))}
-    predicted += memory["weights"] + memory["optimizer"]
+    activations, gradients = predict_memory(config, flags, sum(modules.values()), len(streams))
+    lasting = {"weights": 4 * sum(modules.values()), "optimizer": sum(a.nbytes for _, a in tree_flatten(optimizer.state))}
     step, times = make_step(model, optimizer, flags, streams), []
     for i in range(6):
         tokens, targets = batches.next()
@@ -1506,16 +1502,16 @@ def run_benchmark(flags, config, batches):
     steps = generate(Decoder(model, [[0]]), 33, flags, [flags.seed])
     decoded = 32 / (next(steps) and timeit.timeit(lambda: list(steps), number=1))
     result = {
-        "parameters": modules, "flops_per_token": {"forward": forward, "backward": 2 * forward}, "memory": memory,
-        "predicted_peak": predicted, "measured_peak": peak, "tokens_per_second": speed, "matrix_flops": flops,
+        "parameters": modules, "flops_per_token": {"forward": forward, "backward": 2 * forward},
+        "memory": lasting | {"activations": activations, "gradients": gradients},
+        "predicted_peak": sum(lasting.values()) + max(activations, gradients),  # the one goes as the other comes
+        "measured_peak": peak, "tokens_per_second": speed, "matrix_flops": flops,
         "share_of_matrix_speed": 3 * forward * speed / flops, "decoded_per_second": decoded,
     }  # fmt: skip
-    print("parameters  " + ", ".join(f"{name} {size:,}" for name, size in modules.items()))
-    print(f"FLOPs       {forward:,} a token forward, {2 * forward:,} backward")
-    print("MiB         " + ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in memory.items()))
-    print(f"            {predicted / 2**20:,.1f} at the peak, {peak / 2**20:,.1f} measured")
-    print(f"training    {speed:,.0f} tokens/s, {3 * forward * speed / flops:.0%} of this machine's {flops / 1e9:,.0f} GFLOP/s")
-    print(f"decoding    {decoded:,.1f} tokens/s\n{json.dumps(result)}")
+    for name, value in result.items():
+        parts = value if isinstance(value, dict) else {"": value}
+        print(f"{name:<22}", ", ".join(f"{part} {round(number, 2):,}".strip() for part, number in parts.items()))
+    print(json.dumps(result))
 
 
 def plot_runs(folder, names, path):
@@ -1592,23 +1588,18 @@ def run_cases(folder, records, flags, top_k):
         model, tokenizer = load_model(folder, record)
         print(f"{record['run']}, iteration {record['iteration']:,}, checkpoint {record['id'][:12]}")
         for prompt, expected in cases:
-            begin, wanted = first_ids(tokenizer, prompt), tokenizer.encode(expected).tolist()
-            text = (begin + wanted)[-model.config.context_size - 1 :]
-            wanted = wanted[-len(text) + 1 :]
-            logits = np.array(model(mx.array([text[:-1]]), last=len(wanted))[0].astype(mx.float32))  # [expected, V]
-            chances = np.array(mx.softmax(mx.array(logits), axis=-1))
-            chosen = logits[range(len(wanted)), wanted]
-            rank = int((logits > chosen[:, None]).sum(-1).max(initial=0)) + 1
-            chance = float(np.prod(chances[range(len(wanted)), wanted]))
-            best = [tokenizer.decode([token]) for token in logits[0].argsort()[::-1][:top_k].tolist()] if wanted else []
-            results.append({
-                "checkpoint": record["id"], "prompt": prompt, "expected": expected, "rank": rank, "probability": chance,
-                "top": best, "passed": rank <= top_k,
-            })  # fmt: skip
-            shown = " ".join(map(repr, best))
-            print(f"  {'pass' if rank <= top_k else 'FAIL'} rank {rank:>6,} {chance:>9.2e}  {prompt[-24:]!r} {expected[:16]!r}: {shown}"[:100])
-        passed = [result["passed"] for result in results[-len(cases) :]]
-        print(f"  {sum(passed)} of {len(passed)} within the {top_k} likeliest")
+            wanted = first_ids(tokenizer, expected)[-model.config.context_size :]
+            text = (first_ids(tokenizer, prompt) + wanted)[-model.config.context_size - 1 :]
+            logits, wanted = model(mx.array([text[:-1]]), last=len(wanted))[0], mx.array(wanted)  # [expected, V]
+            ranks = (logits > mx.take_along_axis(logits, wanted[:, None], axis=-1)).sum(axis=-1) + 1
+            chance = math.exp(-nn.losses.cross_entropy(logits, wanted, reduction="sum").item())
+            best = [tokenizer.decode([token]) for token in mx.argsort(-logits[0])[:top_k].tolist()]
+            result = {"checkpoint": record["id"], "prompt": prompt, "expected": expected, "rank": ranks.max().item()}
+            results.append(result | {"probability": chance, "top": best, "passed": result["rank"] <= top_k})
+            line = f"  {'pass' if results[-1]['passed'] else 'FAIL'} rank {result['rank']:>6,} {chance:>9.2e}  "
+            print(f"{line}{prompt[-24:]!r} {expected[:16]!r}: {' '.join(map(repr, best))}"[:100])
+        passed = sum(result["passed"] for result in results[-len(cases) :])
+        print(f"  {passed} of {len(cases)} within the {top_k} likeliest")
     if flags.output:
         Path(flags.output).write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
