@@ -1424,18 +1424,16 @@ def answer_file(tokenizer, model, id, flags, batch_size=16):
 def quantize(model, bits, packed):
     """Rounds every matrix to `bits` in groups of 64, or 32 where 64 does not divide its rows; returns which. packed: whether
     they get small in memory, too; on a CPU, where products with packed ones are slow, they are better spread out again."""
-    matrices = [weight for _, weight in tree_flatten(model.parameters()) if weight.ndim == 2]
-    group = next((group for group in (64, 32) if all(matrix.shape[1] % group == 0 for matrix in matrices)), None)
-    if not group:
-        raise UsageError(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim: train another")
-    before = sum(matrix.nbytes for matrix in matrices) / 2**20
-    after = sum(part.nbytes for matrix in matrices for part in mx.quantize(matrix, group, bits)) / 2**20
+    matrices = {name: weight for name, weight in tree_flatten(model.parameters()) if weight.ndim == 2}
+    group = 32 if any(matrix.shape[1] % 64 for matrix in matrices.values()) else 64
+    with blame_user(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"):
+        parts = {name: mx.quantize(matrix, group, bits) for name, matrix in matrices.items()}
+    before, after = (sum(array.nbytes for _, array in tree_flatten(each)) / 2**20 for each in (matrices, parts))
     print(f"Quantized to {bits} bits: the matrices' {before:,.1f} MiB would be {after:,.1f}", file=sys.stderr)
     if packed:
         nn.quantize(model, group, bits)
     else:
-        spread = lambda weight: mx.dequantize(*mx.quantize(weight, group, bits), group, bits)
-        model.update(tree_map(lambda weight: spread(weight) if weight.ndim == 2 else weight, model.parameters()))
+        model.update(tree_unflatten([(name, mx.dequantize(*part, group, bits)) for name, part in parts.items()]))
     mx.eval(model.parameters())
     return group
 
@@ -1608,26 +1606,28 @@ def export_model(model, tokenizer, folder, bits):
     """--export: a folder that transformers and mlx_lm load (of Arcee's relu2, transformers alone). Raises UsageError."""
     config = model.config
     if not (name := COUNTERPARTS.get((config.mlp, config.qk_norm))):
-        shape = "--qk_norm with " * config.qk_norm + f"--mlp {config.mlp}"
-        raise UsageError(f"--export: Hugging Face has no model with {shape}: --mlp swiglu has one, and with --qk_norm")
+        shape = f"--mlp {config.mlp}" + " --qk_norm" * config.qk_norm
+        raise UsageError(f"--export: Hugging Face has no model with {shape}: train one with --mlp swiglu")
     theirs = {name: getattr(config, ours) for ours, name in THEIR_NAMES.items()} | {
         "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(), "tie_word_embeddings": not config.untie,
         "hidden_act": "relu2" if config.mlp == "relu2" else "silu", "attention_bias": False, "mlp_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "dtype": "float32",
-        "torch_dtype": "float32", "bos_token_id": None, "eos_token_id": tokenizer.eos,
+        "bos_token_id": None, "eos_token_id": tokenizer.eos,
     }  # fmt: skip
     if bits:
         theirs["quantization"] = {"group_size": quantize(model, bits, packed=True), "bits": bits}
     text, about = tokenizer_json(tokenizer)
-    chat = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    about |= {"model_max_length": config.context_size, "chat_template": chat}
-    generation = {"eos_token_id": tokenizer.eos, "do_sample": True, "temperature": 0.5, "top_k": 50}
+    chat = {"chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}
+    files = {
+        "config": theirs, "tokenizer_config": about | chat | {"model_max_length": config.context_size},
+        "generation_config": {"eos_token_id": tokenizer.eos, "do_sample": True, "temperature": 0.5, "top_k": 50},
+    }  # fmt: skip
     with blame_user(f"cannot write to --export {folder}: name a folder of yours"):
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())), {"format": "mlx"})
+        for file, content in files.items():
+            (folder / f"{file}.json").write_text(json.dumps(content, indent=2))
         (folder / "tokenizer.json").write_text(text, "utf-8")
-        for file, content in {"config": theirs, "tokenizer_config": about, "generation_config": generation}.items():
-            (folder / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
     print(f"{name}ForCausalLM and its tokenizer are in {folder}", file=sys.stderr)
 
 
