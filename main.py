@@ -1210,9 +1210,6 @@ class Decoder:
         self.caches = [Cache(model.config, self.lengths) for _ in model.model.layers]
         self.proposed = self.accepted = 0  # tokens, as a draft
 
-    def windows(self):
-        return [text[start:] for text, start in zip(self.texts, self.starts)]
-
     def shorten(self, length):
         """Takes back what stands in the texts beyond `length`."""
         for text in self.texts:
@@ -1226,7 +1223,7 @@ class Decoder:
             if not count <= len(text) - self.starts[row] <= context_size:
                 self.lengths[row], self.starts[row] = 0, max(0, len(text) - max(count, context_size // 2))
             self.lengths[row] = min(self.lengths[row], len(text) - self.starts[row] - count)
-        windows = self.windows()
+        windows = [text[start:] for text, start in zip(self.texts, self.starts)]
         fresh = np.array([len(window) for window in windows]) - self.lengths
         for row in np.flatnonzero((fresh > count) & (fresh.min() < fresh.max())):  # each but its end, then the ends
             alone = Decoder(self.model, [windows[row][:-count]])
@@ -1239,47 +1236,41 @@ class Decoder:
         self.lengths += tokens.shape[1]
         return logits
 
+    def draw(self, flags, seeds, count=1):
+        """Ids [B, count] drawn of what follows each text's last `count` tokens: functions of a row's seed and their place
+        in its text, not of other rows."""
+        logits = self.logits(count).flatten(0, 1)
+        rows = zip(self.texts, self.starts, seeds)
+        places = [(text, start, seed, len(text) - i) for text, start, seed in rows for i in reversed(range(count))]
+        logits = shape_logits(logits, flags, [text[start:end] for text, start, _, end in places])
+        keys = mx.array([[seed, end] for *_, seed, end in places], mx.uint32)
+        return np.array(mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(logits, keys)).reshape(-1, count)
+
 
 def generate(decoder, max_tokens, flags, seeds):
-    """Yields `max_tokens` times the next ids of the decoder's texts, [B] ints, and appends them there. Which token is
-    drawn depends on a row's seed and its place in the text, not on other rows."""
+    """Yields `max_tokens` times the next ids of the decoder's texts, [B] ints, and appends them there."""
     for _ in range(max_tokens):
-        logits = shape_logits(decoder.logits()[:, -1], flags, decoder.windows())
-        keys = mx.array([[seed, len(text)] for seed, text in zip(seeds, decoder.texts)], mx.uint32)
-        ids = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(logits, keys).tolist()
+        ids = decoder.draw(flags, seeds)[:, 0].tolist()
         for text, id in zip(decoder.texts, ids):
             text.append(id)
         yield ids
 
 
 def speculate(decoder, draft, max_tokens, flags, seeds, length=4):
-    """The same for one text that two decoders share: `draft` proposes up to `length` tokens, `decoder` reads them in one
-    pass, and those are kept that leave its own distribution as it is (Leviathan et al. 2023; Chen et al. 2023)."""
+    """The same, and the same tokens, for one text that two decoders share: `draft` proposes up to `length` tokens,
+    `decoder` reads them in one pass, and those are kept that it draws itself. Both draw by the same random numbers,
+    so that they agree as often as their distributions allow (Daliri, Musco & Suresh 2024)."""
     text, end = decoder.texts[0], len(decoder.texts[0]) + max_tokens
     while (known := len(text)) < end:
-        random = np.random.default_rng([*seeds, known])
         room = decoder.model.config.context_size - (known - decoder.starts[0])  # else its window would move elsewhere
-        chances = []  # of the proposals [V]
-        for _ in range(max(0, min(length, room, end - known - 1))):
-            chances.append(distribution(draft.logits()[:, -1], flags, draft.windows())[0])
-            text.append(int(random.choice(len(chances[-1]), p=chances[-1])))
-        logits = decoder.logits(count=len(chances) + 1)[0]  # after the text and after each proposal
-        wanted = distribution(logits, flags, [text[decoder.starts[0] : end] for end in range(known, len(text) + 1)])
-        pairs = enumerate(zip(chances, wanted, text[known:]))
-        rejected = (i for i, (chance, want, id) in pairs if random.random() * chance[id] >= want[id])
-        accepted = next(rejected, len(chances))
-        next_chances = np.maximum(wanted[accepted] - [*chances, 0][accepted], 0)
+        proposals = [id for [id] in generate(draft, max(0, min(length, room, end - known - 1)), flags, seeds)]
+        ids = decoder.draw(flags, seeds, len(proposals) + 1)[0].tolist()  # after the text and after each proposal
+        accepted = next((i for i, id in enumerate(proposals) if id != ids[i]), len(proposals))
         for each in (decoder, draft):
             each.shorten(known + accepted)
-        text.append(int(random.choice(len(next_chances), p=next_chances / next_chances.sum())))
-        draft.proposed, draft.accepted = draft.proposed + len(chances), draft.accepted + accepted
+        text.append(ids[accepted])
+        draft.proposed, draft.accepted = draft.proposed + len(proposals), draft.accepted + accepted
         yield from ([id] for id in text[known:])
-
-
-def distribution(logits, flags, texts):
-    """Of what is sampled, as NumPy wants them: [B, V] float64 that sum to 1."""
-    weights = np.exp(np.array(shape_logits(logits, flags, texts), np.float64))
-    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 class Conversation:
