@@ -1285,15 +1285,13 @@ class Conversation:
         if unknown := self.tokenizer.unknown(prompt):
             print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
         self.text += self.tokenizer.encode("\n" + prompt).tolist() if self.text else first_ids(self.tokenizer, prompt)
-        decode, ids, began, count = self.tokenizer.decode, self.text[:], None, 0
-        shown, known = len(decode(ids)), len(ids)
-        generator = speculate if len(self.decoders) > 1 else generate
+        decode, ids, known, times = self.tokenizer.decode, self.text[:], len(self.text), []
+        shown, generator = len(decode(ids)), speculate if len(self.decoders) > 1 else generate
         try:
             for [token] in generator(*self.decoders, flags.max_tokens, flags, [seed]):
-                began, count = began or time.perf_counter(), count + 1
+                times.append(time.perf_counter())
                 ids.append(token)
-                text = decode(ids)
-                if not text.endswith("\ufffd"):  # which may be the first bytes of a character
+                if not (text := decode(ids)).endswith("\ufffd"):  # which may be the first bytes of a character
                     yield text[shown:]
                     ids = ids[-1:]  # all that the next token's text can depend on
                     shown = len(decode(ids))
@@ -1302,8 +1300,8 @@ class Conversation:
             yield decode(ids)[shown:]
         finally:
             for decoder in self.decoders:
-                decoder.shorten(known + count)  # without what was proposed when the reader left
-            self.speed = (count - 1) / (time.perf_counter() - began) if count > 1 else 0.0
+                decoder.shorten(known + len(times))  # without what was proposed when the reader left
+            self.speed = (len(times) - 1) / (time.perf_counter() - times[0]) if times else 0.0
 
     def describe_speed(self):
         """Tokens a second of the last reply, and what the draft did for it."""
