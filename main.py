@@ -1743,19 +1743,19 @@ INHERITED = [*SHAPING, "num_iters", *GROUPS["training"], *GROUPS["reports"], "te
 
 
 def resolve(flags):
-    """Replaces the values that stand for others: `auto`, and the defaults that depend on other flags."""
-    flags.dataset = "text" if flags.text else flags.dataset
+    """Replaces the values that stand for others: `auto`, relative paths, and the defaults that depend on other flags."""
     absolute = lambda path: os.path.abspath(os.path.expanduser(path))
     for name in ("text", "valid_text", "test_text"):
         setattr(flags, name, getattr(flags, name) and list(map(absolute, getattr(flags, name))))
-    flags.tokenizer = CORPORA[flags.dataset][0] if flags.tokenizer == "auto" else flags.tokenizer
-    flags.num_kv_heads = flags.num_kv_heads or flags.num_heads
-    if flags.lora_rank and flags.lora_alpha is None:
-        flags.lora_alpha = 2 * flags.lora_rank
     for name in ("init_from", "teacher"):
         if getattr(flags, name) and os.path.isdir(path := absolute(getattr(flags, name))):
             setattr(flags, name, path)
+    flags.dataset = "text" if flags.text else flags.dataset
+    flags.tokenizer = CORPORA[flags.dataset][0] if flags.tokenizer == "auto" else flags.tokenizer
+    flags.num_kv_heads = flags.num_kv_heads or flags.num_heads
     flags.mlp_dim = flags.mlp_dim or (-(-flags.dim * 8 // 192) * 64 if flags.mlp == "swiglu" else 4 * flags.dim)
+    if flags.lora_rank and flags.lora_alpha is None:
+        flags.lora_alpha = 2 * flags.lora_rank
     return flags
 
 
@@ -1787,16 +1787,13 @@ def choose_checkpoint(folder, flags, typed, using):
     wanted = {name: getattr(flags, name) for name in SHAPING if name in typed and not (using and name == "seed")}
     if flags.identifier is not None:
         checkpoint = named_checkpoint(folder, records, flags.identifier)
-        for name, value in wanted.items():
-            if (saved := checkpoint["flags"][name]) != value:
-                problem = f"--{name} {value} contradicts the checkpoint of --identifier {flags.identifier}"
-                raise UsageError(f"{problem}, it has {saved}: leave --{name} away, or begin a new run with --new_model")
+        for name in wanted:
+            if checkpoint["flags"][name] != wanted[name]:
+                problem = f"--{name} {wanted[name]} contradicts --identifier, which has {checkpoint['flags'][name]}"
+                raise UsageError(f"{problem}: leave --{name} away, or begin a new run with --new_model")
         return checkpoint
     wanted |= {} if using else {"dataset": flags.dataset}
     candidates = [record for record in records if wanted.items() <= record["flags"].items()]
-    if records and not candidates and not using:
-        others = ", ".join(sorted({record["run"] for record in records}))
-        tqdm.write(f"A new run; other runs in {folder}: {others} (--identifier NAME goes on with one)")
     for record in candidates:
         if record["run"] == candidates[0]["run"]:
             if not (damage := find_damage(folder, record["id"])):
@@ -1804,6 +1801,9 @@ def choose_checkpoint(folder, flags, typed, using):
             print(f"Passing over {record['id'][:12]} (iteration {record['iteration']:,}): {damage}", file=sys.stderr)
     if candidates:
         raise RunError(f"no intact checkpoint of {candidates[0]['run']} is left: --new_model begins a new run")
+    if records and not using:
+        others = ", ".join(sorted({record["run"] for record in records}))
+        tqdm.write(f"A new run; other runs in {folder}: {others} (--identifier NAME goes on with one)")
 
 
 def open_origins(folder, flags, typed, checkpoint):
@@ -1814,21 +1814,17 @@ def open_origins(folder, flags, typed, checkpoint):
         return {}, {}
     if checkpoint:
         used = {flag: open_used(folder, checkpoint, flag) for flag in checkpoint["uses"] if not flags.evaluate}
-        vocabulary = json.loads(read_texts(folder / f"{checkpoint['id']}.metadata")[1]["tokenizer"])
-    else:
-        used = {flag: open_model(folder, name, f"--{flag}") for flag, name in wanted.items()}
-        first, (model, tokenizer, _) = next(iter(used.items()))
-        vocabulary = tokenizer.to_dict()
-        decided = {"tokenizer": vocabulary["kind"]} | (vars(model.config) if "init_from" in used else {})
-        for name in [name for name in decided if name in flags and name != "vocab_size"]:
-            value, theirs = typed.get(name, decided[name]), decided[name]
-            if value != theirs and name != "context_size":
-                raise UsageError(f"--{name} {value} contradicts --{first}, which has {theirs}: leave --{name} away")
-            setattr(flags, name, value)
-    for flag, (_, tokenizer, _) in used.items():
-        if tokenizer.to_dict() != vocabulary:
-            raise UsageError(f"--{flag} {wanted[flag]} has another tokenizer than the model to train: name its equal")
-    return used, {"tokenizer": vocabulary}
+        return used, {"tokenizer": json.loads(read_texts(folder / f"{checkpoint['id']}.metadata")[1]["tokenizer"])}
+    used = {flag: open_model(folder, name, f"--{flag}") for flag, name in wanted.items()}
+    (first, (model, tokenizer, _)), *others = used.items()
+    if any(its.to_dict() != tokenizer.to_dict() for _, (_, its, _) in others):
+        raise UsageError(f"--teacher {flags.teacher} has another tokenizer than --{first}: name one with the same")
+    decided = {"tokenizer": tokenizer.kind} | (vars(model.config) if first == "init_from" else {})
+    for name in sorted(decided.keys() & set(SHAPING) - {"vocab_size"}):
+        if name in typed and name != "context_size" and typed[name] != decided[name]:
+            raise UsageError(f"--{name} {typed[name]} contradicts --{first}, which has {decided[name]}: leave --{name} away")
+        setattr(flags, name, typed.get(name, decided[name]))
+    return used, {"tokenizer": tokenizer.to_dict()}
 
 
 def main(argv=None):
