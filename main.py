@@ -1448,52 +1448,50 @@ def list_runs(folder):
 
 def predict_memory(config, flags, parameters, streams):
     """Bytes at the peak of a training step's two halves on a CPU: of activations, kept from forward for backward, and of
-    gradients, each stream's with their sum and the clipped one. The factors, in floats for each position, were fitted to 25
-    models (dim 128 to 512, context 48 to 256, 257 to 50,257 tokens, two streams); these it meets within 7 %."""
+    gradients, each stream's with their sum and the clipped one. The factors, in floats for each position, were fitted to
+    25 models (dim 128 to 512, context 48 to 256, 257 to 50,257 tokens, two streams); these it meets within 7 %."""
     B, L, D, V = flags.batch_size, config.context_size, config.dim, config.vocab_size
-    heads, keys = config.num_heads * L, config.num_kv_heads * config.head_dim
-    hidden = {"relu2": 3.6, "swiglu": 5.3, "gelu": 4.7}[config.mlp] * config.mlp_dim
-    a_block = (14.3 if config.qk_norm else 9.9) * D + 2.2 * keys + hidden + 1.55 * heads
-    share = -(-B * L // streams)
-    chunk = -(-share // -(-share // max(128, 2**23 // V)))  # rows of logits in memory at once, see head_loss
+    a_block = (14.3 if config.qk_norm else 9.9) * D + 2.2 * config.num_kv_heads * config.head_dim
+    a_block += {"relu2": 3.6, "swiglu": 5.3, "gelu": 4.7}[config.mlp] * config.mlp_dim + 1.55 * config.num_heads * L
+    chunk = min(-(-B * L // streams), max(128, 2**23 // V))  # rows of logits in memory at once, see head_loss
     activations = B * L * config.num_blocks * a_block + streams * V * (2.8 * chunk + 1.1 * D)
     return round(4 * activations), 4 * parameters * max(4, streams + 2)
 
 
 def run_benchmark(flags, config, batches):
-    """--benchmark: what a model weighs (bytes, but for its parameters), costs and reaches on this machine, in real training
-    steps; a line of JSON last."""
+    """--benchmark: what a model weighs, costs and reaches on this machine, in real training steps; a line of JSON last.
+    Memory is in bytes, speed in floating-point operations and tokens a second."""
     model, streams = LanguageModel(config), make_streams(flags.batch_size, flags.context_size)
     init_weights(model, flags.seed)
     optimizer = make_optimizer(model, flags, streams)
     parts = {"embeddings": "embed", "attention": r"attn\.\w_proj", "mlp": "mlp", "norms": "norm", "output": "lm_head"}
     weights = tree_flatten(model.parameters())
     modules = {part: sum(w.size for name, w in weights if re.search(names, name)) for part, names in parts.items()}
-    # A multiplication and an addition for each weight of a matrix, and for each element of queries, keys and values with
-    # each position of the window; backward twice as many, for the gradients by inputs and by weights.
+    # A multiplication and an addition for each weight of a matrix, and for each element of queries, keys and values
+    # with each position of the window; backward twice as many, for the gradients by inputs and by weights.
     matrices = modules["attention"] + modules["mlp"] + config.vocab_size * config.dim
     forward = 2 * matrices + 4 * config.num_blocks * config.num_heads * config.head_dim * config.context_size
     activations, gradients = predict_memory(config, flags, sum(modules.values()), len(streams))
-    lasting = {"weights": 4 * sum(modules.values()), "optimizer": sum(a.nbytes for _, a in tree_flatten(optimizer.state))}
-    step, times = make_step(model, optimizer, flags, streams), []
-    for i in range(6):
-        tokens, targets = batches.next()
-        mx.reset_peak_memory()
-        batch = tokens, targets, *make_noise(i, len(tokens), flags)
-        times.append(timeit.timeit(lambda: mx.eval(step(*batch), model.state, optimizer.state), number=1))
-    speed, peak = tokens.size / min(times[1:]), mx.get_peak_memory()
+    moments = sum(array.nbytes for _, array in tree_flatten(optimizer.state))
+    lasting = {"weights": 4 * sum(modules.values()), "optimizer": moments}
+    step, (tokens, targets) = make_step(model, optimizer, flags, streams), batches.next()
+    noise = make_noise(0, len(tokens), flags)
+    train_once = lambda: mx.eval(step(tokens, targets, *noise), model.state, optimizer.state)
+    train_once()  # compiles
+    mx.reset_peak_memory()
+    speed, peak = tokens.size / min(timeit.repeat(train_once, number=1, repeat=5)), mx.get_peak_memory()
     square = mx.random.normal((2048, 2048))
     product = lambda: mx.eval(over_streams(streams, lambda rows: rows @ square, square))
     flops = 2 * 2048**3 / min(timeit.repeat(product, number=1, repeat=6))
     make_streams(1, 1)  # decoding has all cores
     steps = generate(Decoder(model, [[0]]), 33, flags, [flags.seed])
-    decoded = 32 / (next(steps) and timeit.timeit(lambda: list(steps), number=1))
     result = {
         "parameters": modules, "flops_per_token": {"forward": forward, "backward": 2 * forward},
         "memory": lasting | {"activations": activations, "gradients": gradients},
         "predicted_peak": sum(lasting.values()) + max(activations, gradients),  # the one goes as the other comes
         "measured_peak": peak, "tokens_per_second": speed, "matrix_flops": flops,
-        "share_of_matrix_speed": 3 * forward * speed / flops, "decoded_per_second": decoded,
+        "share_of_matrix_speed": 3 * forward * speed / flops,
+        "decoded_per_second": 32 / timeit.timeit(lambda: list(steps), lambda: next(steps), number=1),
     }  # fmt: skip
     for name, value in result.items():
         parts = value if isinstance(value, dict) else {"": value}
