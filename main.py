@@ -1247,30 +1247,25 @@ class Decoder:
         return np.array(mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(logits, keys)).reshape(-1, count)
 
 
-def generate(decoder, max_tokens, flags, seeds):
-    """Yields `max_tokens` times the next ids of the decoder's texts, [B] ints, and appends them there."""
-    for _ in range(max_tokens):
-        ids = decoder.draw(flags, seeds)[:, 0].tolist()
-        for text, id in zip(decoder.texts, ids):
+def generate(decoder, max_tokens, flags, seeds, draft=None, length=4):
+    """Yields `max_tokens` times the next ids of the decoder's texts, [B] ints, and appends them there. With one text
+    `draft` can be another decoder of it, which proposes up to `length` tokens; `decoder` reads them in one pass and keeps
+    those that it draws itself. Both draw by the same random numbers, so that they agree as often as their distributions allow, and
+    the text is the same as without a draft (Daliri, Musco & Suresh 2024)."""
+    end, proposals = len(decoder.texts[0]) + max_tokens, []
+    while (known := len(decoder.texts[0])) < end:
+        if draft:
+            room = decoder.model.config.context_size - (known - decoder.starts[0])  # else its window would move elsewhere
+            proposals = [id for [id] in generate(draft, min(length, room, end - known - 1), flags, seeds)]
+        ids = decoder.draw(flags, seeds, len(proposals) + 1)  # [B, 1 + proposals]
+        accepted = next((i for i, id in enumerate(proposals) if id != ids[0, i]), len(proposals))
+        if draft:
+            draft.proposed, draft.accepted = draft.proposed + len(proposals), draft.accepted + accepted
+            for each in (decoder, draft):
+                each.shorten(known + accepted)
+        for text, id in zip(decoder.texts, ids[:, accepted].tolist()):
             text.append(id)
-        yield ids
-
-
-def speculate(decoder, draft, max_tokens, flags, seeds, length=4):
-    """The same, and the same tokens, for one text that two decoders share: `draft` proposes up to `length` tokens,
-    `decoder` reads them in one pass, and those are kept that it draws itself. Both draw by the same random numbers,
-    so that they agree as often as their distributions allow (Daliri, Musco & Suresh 2024)."""
-    text, end = decoder.texts[0], len(decoder.texts[0]) + max_tokens
-    while (known := len(text)) < end:
-        room = decoder.model.config.context_size - (known - decoder.starts[0])  # else its window would move elsewhere
-        proposals = [id for [id] in generate(draft, max(0, min(length, room, end - known - 1)), flags, seeds)]
-        ids = decoder.draw(flags, seeds, len(proposals) + 1)[0].tolist()  # after the text and after each proposal
-        accepted = next((i for i, id in enumerate(proposals) if id != ids[i]), len(proposals))
-        for each in (decoder, draft):
-            each.shorten(known + accepted)
-        text.append(ids[accepted])
-        draft.proposed, draft.accepted = draft.proposed + len(proposals), draft.accepted + accepted
-        yield from ([id] for id in text[known:])
+        yield from ids[:, : accepted + 1].T.tolist()
 
 
 class Conversation:
@@ -1286,9 +1281,9 @@ class Conversation:
             print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
         self.text += self.tokenizer.encode("\n" + prompt).tolist() if self.text else first_ids(self.tokenizer, prompt)
         decode, ids, known, times = self.tokenizer.decode, self.text[:], len(self.text), []
-        shown, generator = len(decode(ids)), speculate if len(self.decoders) > 1 else generate
+        shown, (first, *draft) = len(decode(ids)), self.decoders
         try:
-            for [token] in generator(*self.decoders, flags.max_tokens, flags, [seed]):
+            for [token] in generate(first, flags.max_tokens, flags, [seed], *draft):
                 times.append(time.perf_counter())
                 ids.append(token)
                 if not (text := decode(ids)).endswith("\ufffd"):  # which may be the first bytes of a character

@@ -240,7 +240,8 @@ def test_drawn_tokens_are_independent_of_those_before():
 def speculated(model, draft, prompt, count, seed=0, **values):
     text = list(prompt)
     decoders = [main.Decoder(each, [text]) for each in (model, draft)]
-    given = [id for [id] in main.speculate(*decoders, count, flags(**dict(temperature=0, top_k=0) | values), [seed])]
+    rules = flags(**dict(temperature=0, top_k=0) | values)
+    given = [id for [id] in main.generate(decoders[0], count, rules, [seed], decoders[1])]
     assert text == [*prompt, *given] and len(given) == count
     return given, decoders[1]
 
