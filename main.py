@@ -1250,12 +1250,12 @@ class Decoder:
 def generate(decoder, max_tokens, flags, seeds, draft=None, length=4):
     """Yields `max_tokens` times the next ids of the decoder's texts, [B] ints, and appends them there. With one text
     `draft` can be another decoder of it, which proposes up to `length` tokens; `decoder` reads them in one pass and keeps
-    those that it draws itself. Both draw by the same random numbers, so that they agree as often as their distributions allow, and
-    the text is the same as without a draft (Daliri, Musco & Suresh 2024)."""
+    those that it draws itself. Both draw by the same random numbers, so that they agree as often as their distributions
+    allow, and the text is the same as without a draft (Daliri, Musco & Suresh 2024)."""
     end, proposals = len(decoder.texts[0]) + max_tokens, []
     while (known := len(decoder.texts[0])) < end:
         if draft:
-            room = decoder.model.config.context_size - (known - decoder.starts[0])  # else its window would move elsewhere
+            room = decoder.model.config.context_size - (known - decoder.starts[0])  # or its window would move
             proposals = [id for [id] in generate(draft, min(length, room, end - known - 1), flags, seeds)]
         ids = decoder.draw(flags, seeds, len(proposals) + 1)  # [B, 1 + proposals]
         accepted = next((i for i, id in enumerate(proposals) if id != ids[0, i]), len(proposals))
@@ -1317,7 +1317,7 @@ COMMANDS = """/set NAME VALUE   changes a sampling flag: /set temperature 0.8
 
 
 def first_ids(tokenizer, prompt):
-    """A prompt's ids; where it has none, the end of the text before or, where there is no such token, of the line before."""
+    """A prompt's ids; where it has none, the end of the text before or, without such a token, of the line before."""
     ids = tokenizer.encode(prompt).tolist()
     return ids or ([tokenizer.eos] if tokenizer.eos is not None else tokenizer.encode("\n").tolist())
 
@@ -1386,8 +1386,8 @@ def converse(tokenizer, models, flags):
 
 
 def answer_file(tokenizer, model, id, flags, batch_size=16):
-    """Continues each line of --prompts_file --num_samples times, many together, each time a line of JSON in --output or on
-    stdout. An --output that was begun is gone on with. Raises UsageError."""
+    """Continues each line of --prompts_file --num_samples times, many together, each time a line of JSON in --output or
+    on stdout. An --output that was begun is gone on with. Raises UsageError."""
     with blame_user("--prompts_file or --output cannot be used"):
         prompts = Path(flags.prompts_file).read_text("utf-8").removesuffix("\n").split("\n")
         prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
@@ -1406,8 +1406,9 @@ def answer_file(tokenizer, model, id, flags, batch_size=16):
 
 
 def quantize(model, bits, packed):
-    """Rounds every matrix to `bits` in groups of 64, or 32 where 64 does not divide its rows; returns which. packed: whether
-    they get small in memory, too; on a CPU, where products with packed ones are slow, they are better spread out again."""
+    """Rounds every matrix to `bits` in groups of 64, or 32 where 64 does not divide its rows; returns which. packed:
+    whether they get small in memory, too; on a CPU, where products with packed ones are slow, they are better spread
+    out again. Raises UsageError."""
     matrices = {name: weight for name, weight in tree_flatten(model.parameters()) if weight.ndim == 2}
     group = 32 if any(matrix.shape[1] % 64 for matrix in matrices.values()) else 64
     with blame_user(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"):
@@ -1430,9 +1431,9 @@ def list_runs(folder):
     for name in dict.fromkeys(record["run"] for record in records):
         own = [record for record in records if record["run"] == name]
         flags, best = own[0]["flags"], (own[0]["best"] or {}).get("id")
-        about = f"{name}: {own[0]['parameters']:,} parameters, iteration {own[0]['iteration']:,} of {flags['num_iters']:,}"
         differing = [flag for flag in flags if any(record["flags"].get(flag) != flags[flag] for record in records)]
-        line = " ".join([about, *(f"--{flag} {flags[flag]}" for flag in differing)])
+        line = f"{name}: {own[0]['parameters']:,} parameters, iteration {own[0]['iteration']:,} of "
+        line += " ".join([f"{flags['num_iters']:,}", *(f"--{flag} {flags[flag]}" for flag in differing)])
         print(textwrap.fill(line, 100, subsequent_indent="    "))
         for record in own:
             score = {i: f"{nats:.4f}" for i, nats in record["scores"]}.get(record["iteration"], "not scored")
@@ -1442,9 +1443,9 @@ def list_runs(folder):
 
 
 def predict_memory(config, flags, parameters, streams):
-    """Bytes at the peak of a training step's two halves on a CPU: of activations, kept from forward for backward, and of
-    gradients, each stream's with their sum and the clipped one. The factors, in floats for each position, were fitted to
-    25 models (dim 128 to 512, context 48 to 256, 257 to 50,257 tokens, two streams); these it meets within 7 %."""
+    """Bytes at the peak of a training step's two halves on a CPU: of activations, kept from forward for backward, and
+    of gradients, each stream's with their sum and the clipped one. The factors, in floats for each position, were fitted
+    to 25 models (dim 128 to 512, context 48 to 256, 257 to 50,257 tokens, two streams); these it meets within 7 %."""
     B, L, D, V = flags.batch_size, config.context_size, config.dim, config.vocab_size
     a_block = (14.3 if config.qk_norm else 9.9) * D + 2.2 * config.num_kv_heads * config.head_dim
     a_block += {"relu2": 3.6, "swiglu": 5.3, "gelu": 4.7}[config.mlp] * config.mlp_dim + 1.55 * config.num_heads * L
@@ -1545,7 +1546,7 @@ def attention_weights(model, tokens):
     seen, plain = [], attend
 
     def watched(queries, keys, values, scale, *rest):
-        places = mx.broadcast_to(mx.eye(len(tokens)), (*keys.shape[:3], len(tokens)))  # as values: a sum shows its weights
+        places = mx.broadcast_to(mx.eye(len(tokens)), (*keys.shape[:3], len(tokens)))  # values that show the weights
         seen.append(plain(queries, keys, places, scale, "causal", True))
         return plain(queries, keys, values, scale, *rest)
 
@@ -1557,7 +1558,8 @@ def attention_weights(model, tokens):
 
 def run_cases(folder, records, flags, top_k):
     """--cases: how likely the checkpoints find the expected continuations of prompts in a YAML file; a table, and with
-    --output a file of JSON. A case is passed if each expected token is among the `top_k` likeliest. Raises UsageError."""
+    --output a file of JSON. Passed is a case of which each expected token is among the `top_k` likeliest. Raises
+    UsageError."""
     import yaml
 
     with blame_user(f"--cases {flags.cases} is no YAML list of prompt and expected"):
@@ -1585,7 +1587,7 @@ def run_cases(folder, records, flags, top_k):
 
 
 def export_model(model, tokenizer, folder, bits):
-    """--export: a folder that transformers and mlx_lm load (of Arcee's relu2, transformers alone). Raises UsageError."""
+    """--export: a folder for transformers and mlx_lm (of Arcee's relu2, for transformers alone). Raises UsageError."""
     config = model.config
     if not (name := COUNTERPARTS.get((config.mlp, config.qk_norm))):
         shape = f"--mlp {config.mlp}" + " --qk_norm" * config.qk_norm
@@ -1700,7 +1702,7 @@ def make_parser():
     sampling("--top_k", type=count, default=50, help="draw from the k likeliest tokens; 0: all")
     sampling("--top_p", type=number(float, 0, 1), default=1.0, help="draw from the likeliest with so much probability")
     sampling("--min_p", type=number(float, 0, 1), default=0.0, help="and not below this share of the likeliest's")
-    sampling("--repetition_penalty", type=number(float, 0.01, 100), default=1.0, help="makes tokens of the context rarer")
+    sampling("--repetition_penalty", type=number(float, 0.01, 100), default=1.0, help="makes the context's tokens rarer")
     sampling("--draft", metavar="ID", help="a smaller checkpoint that proposes tokens, for speed alone")
     reuse = parser.add_argument_group("reuse").add_argument
     reuse("--init_from", metavar="MODEL", help="begin with a checkpoint's weights or those of a Hugging Face folder")
@@ -1714,8 +1716,8 @@ def make_parser():
     tools = parser.add_argument_group("tools").add_argument
     tools("--evaluate", choices=["valid", "test"], help="score the whole split with a checkpoint")
     tools("--eval_stride", type=size, help="windows so many tokens apart, for a longer context (default: context_size)")
-    tools("--benchmark", **switch, help="what the model that would be trained weighs, costs and reaches on this machine")
-    tools("--cases", metavar="FILE", help="YAML list of prompt and expected: their ranks, by checkpoint (see --identifier)")
+    tools("--benchmark", **switch, help="what the model to be trained weighs, costs and reaches on this machine")
+    tools("--cases", metavar="FILE", help="YAML list of prompt and expected: their ranks, by checkpoint (--identifier)")
     tools("--plot", metavar="FILE", help="picture of the losses of all runs in the folder, or of --identifier")
     tools("--attention", metavar="FILE", help="picture of what each head looks at in --prompt")
     tools("--list", **switch, help="list the runs and checkpoints in the folder")
@@ -1736,7 +1738,7 @@ INHERITED = [*SHAPING, "num_iters", *GROUPS["training"], *GROUPS["reports"], "te
 
 
 def resolve(flags):
-    """Replaces the values that stand for others: `auto`, relative paths, and the defaults that depend on other flags."""
+    """Replaces values that stand for others: `auto`, relative paths, and the defaults that depend on other flags."""
     absolute = lambda path: os.path.abspath(os.path.expanduser(path))
     for name in ("text", "valid_text", "test_text"):
         setattr(flags, name, getattr(flags, name) and list(map(absolute, getattr(flags, name))))
@@ -1800,8 +1802,8 @@ def choose_checkpoint(folder, flags, typed, using):
 
 
 def open_origins(folder, flags, typed, checkpoint):
-    """The models that --init_from and --teacher name, by flag, and the tokenizer of theirs that the text is to have. Fills in
-    the model flags that --init_from decides. Raises UsageError where a typed flag or the two contradict."""
+    """The models that --init_from and --teacher name, by flag, and their tokenizer, which is to be the text's, too. Fills
+    in the model flags that --init_from decides. Raises UsageError where a typed flag or the two contradict."""
     wanted = {flag: getattr(flags, flag) for flag in ("init_from", "teacher") if getattr(flags, flag)}
     if not wanted:
         return {}, {}
@@ -1815,7 +1817,8 @@ def open_origins(folder, flags, typed, checkpoint):
     decided = {"tokenizer": tokenizer.kind} | (vars(model.config) if first == "init_from" else {})
     for name in sorted(decided.keys() & set(SHAPING) - {"vocab_size"}):
         if name in typed and name != "context_size" and typed[name] != decided[name]:
-            raise UsageError(f"--{name} {typed[name]} contradicts --{first}, which has {decided[name]}: leave --{name} away")
+            contradiction = f"--{name} {typed[name]} contradicts --{first}, which has {decided[name]}"
+            raise UsageError(f"{contradiction}: leave --{name} away")
         setattr(flags, name, typed.get(name, decided[name]))
     return used, {"tokenizer": tokenizer.to_dict()}
 
