@@ -1299,12 +1299,11 @@ class Conversation:
             self.speed = (len(times) - 1) / (time.perf_counter() - times[0]) if times else 0.0
 
     def describe_speed(self):
-        """Tokens a second of the last reply, and what the draft did for it."""
-        line, (decoder, *drafts) = f"{self.speed:,.1f} tokens/s", self.decoders
-        for draft in drafts:
-            alone = timeit.timeit(lambda: mx.eval(decoder.logits()), number=8) / 8  # seconds for the last token again
-            line += f", {self.speed * alone:.2f} times those without the draft, of whose {draft.proposed:,} proposals "
-            line += f"{draft.accepted / max(1, draft.proposed):.0%} were accepted"
+        """Tokens a second of the last reply, and how often the draft was right."""
+        line = f"{self.speed:,.1f} tokens/s"
+        for draft in self.decoders[1:]:
+            share = draft.accepted / max(1, draft.proposed)
+            line += f", {share:.0%} of the draft's {draft.proposed:,} proposals accepted"
         return line
 
 
@@ -1444,8 +1443,8 @@ def list_runs(folder):
 
 def predict_memory(config, flags, parameters, streams):
     """Bytes at the peak of a training step's two halves on a CPU: of activations, kept from forward for backward, and
-    of gradients, each stream's with their sum and the clipped one. The factors, in floats for each position, were fitted
-    to 25 models (dim 128 to 512, context 48 to 256, 257 to 50,257 tokens, two streams); these it meets within 7 %."""
+    of gradients, each stream's with their sum and the clipped one. The factors, in floats for each position, were fit
+    to 25 models (dim 128 to 512, context 48 to 256, 257 to 50,257 tokens, two streams), within 7 %."""
     B, L, D, V = flags.batch_size, config.context_size, config.dim, config.vocab_size
     a_block = (14.3 if config.qk_norm else 9.9) * D + 2.2 * config.num_kv_heads * config.head_dim
     a_block += {"relu2": 3.6, "swiglu": 5.3, "gelu": 4.7}[config.mlp] * config.mlp_dim + 1.55 * config.num_heads * L
@@ -1702,7 +1701,7 @@ def make_parser():
     sampling("--top_k", type=count, default=50, help="draw from the k likeliest tokens; 0: all")
     sampling("--top_p", type=number(float, 0, 1), default=1.0, help="draw from the likeliest with so much probability")
     sampling("--min_p", type=number(float, 0, 1), default=0.0, help="and not below this share of the likeliest's")
-    sampling("--repetition_penalty", type=number(float, 0.01, 100), default=1.0, help="makes the context's tokens rarer")
+    sampling("--repetition_penalty", type=number(float, 0.01, 100), default=1.0, help="makes tokens of the text rarer")
     sampling("--draft", metavar="ID", help="a smaller checkpoint that proposes tokens, for speed alone")
     reuse = parser.add_argument_group("reuse").add_argument
     reuse("--init_from", metavar="MODEL", help="begin with a checkpoint's weights or those of a Hugging Face folder")
@@ -1802,8 +1801,8 @@ def choose_checkpoint(folder, flags, typed, using):
 
 
 def open_origins(folder, flags, typed, checkpoint):
-    """The models that --init_from and --teacher name, by flag, and their tokenizer, which is to be the text's, too. Fills
-    in the model flags that --init_from decides. Raises UsageError where a typed flag or the two contradict."""
+    """The models that --init_from and --teacher name, by flag, and their tokenizer, which is to be the text's, too.
+    Fills in the model flags that --init_from decides. Raises UsageError where a typed flag or the two contradict."""
     wanted = {flag: getattr(flags, flag) for flag in ("init_from", "teacher") if getattr(flags, flag)}
     if not wanted:
         return {}, {}
