@@ -41,10 +41,10 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def explained(text, *errors, kind=UsageError):
-    """Makes of `errors` a line for the user: `text`, the cause and the remedy, and in brackets what the error says."""
+    """Makes of `errors`, or of any, a line for the user: `text`, the cause and the remedy, and in brackets what the error says."""
     try:
         yield
-    except errors as error:
+    except errors or Exception as error:
         raise kind(f"{text} ({' '.join(str(error).split())})") from None
 
 

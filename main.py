@@ -808,7 +808,7 @@ THEIR_NAMES = {
 
 def import_model(path):
     """A Hugging Face folder's model and tokenizer, and its weights' SHA1 (or the SHA1s' own). Raises UsageError."""
-    with explained(f"{path} holds no Llama, Qwen3 or Arcee model: name one, or see --list", Exception):  # tokenizers raises plain ones
+    with explained(f"{path} holds no Llama, Qwen3 or Arcee model: name one, or see --list"):
         theirs = json.loads((path / "config.json").read_text())
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
         kind = {name.lower(): kind for kind, name in COUNTERPARTS.items()}.get(theirs["model_type"])
@@ -1315,9 +1315,6 @@ class Decoder:
         self.caches = [Cache(model.config, self.lengths) for _ in model.model.layers]
         self.proposed = self.accepted = 0  # tokens, as a draft
 
-    def windows(self):
-        return [text[start:] for text, start in zip(self.texts, self.starts)]
-
     def shorten(self, length):
         """Takes back what stands in the texts beyond `length`."""
         for text in self.texts:
@@ -1331,7 +1328,7 @@ class Decoder:
             if not count <= len(text) - self.starts[row] <= context_size:
                 self.lengths[row], self.starts[row] = 0, max(0, len(text) - max(count, context_size // 2))
             self.lengths[row] = min(self.lengths[row], len(text) - self.starts[row] - count)
-        windows = self.windows()
+        windows = [text[start:] for text, start in zip(self.texts, self.starts)]
         fresh = np.array([len(window) for window in windows]) - self.lengths
         for row in np.flatnonzero((fresh > count) & (fresh.min() < fresh.max())):  # each but its end, then the ends
             alone = Decoder(self.model, [windows[row][:-count]])
@@ -1344,47 +1341,36 @@ class Decoder:
         self.lengths += tokens.shape[1]
         return logits
 
+    def draw(self, flags, seeds, count=1):
+        """Ids [B, count] drawn of what follows each text's last `count` tokens: functions of a row's seed and their place
+        in its text, not of other rows."""
+        logits = self.logits(count).flatten(0, 1)
+        rows = zip(self.texts, self.starts, seeds)
+        places = [(text, start, seed, len(text) - i) for text, start, seed in rows for i in reversed(range(count))]
+        logits = shape_logits(logits, flags, [text[start:end] for text, start, _, end in places])
+        keys = mx.array([[seed, end] for *_, seed, end in places], mx.uint32)
+        return np.array(mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(logits, keys)).reshape(-1, count)
 
-def generate(decoder, max_tokens, flags, seeds):
-    """Yields `max_tokens` times the next ids of the decoder's texts, [B] ints, and appends them there. Which token is
-    drawn depends on a row's seed and its place in the text, not on other rows."""
-    for _ in range(max_tokens):
-        logits = shape_logits(decoder.logits()[:, -1], flags, decoder.windows())
-        keys = mx.array([[seed, len(text)] for seed, text in zip(seeds, decoder.texts)], mx.uint32)
-        ids = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(logits, keys).tolist()
-        for text, id in zip(decoder.texts, ids):
+
+def generate(decoder, max_tokens, flags, seeds, draft=None, length=4):
+    """Yields `max_tokens` times the next ids of the decoder's texts, [B] ints, and appends them there. With one text
+    `draft` can be another decoder of it, which proposes up to `length` tokens; `decoder` reads them in one pass and keeps
+    those that it draws itself. Both draw by the same random numbers, so that they agree as often as their distributions
+    allow, and the text is the same as without a draft (Daliri, Musco & Suresh 2024)."""
+    end, proposals = len(decoder.texts[0]) + max_tokens, []
+    while (known := len(decoder.texts[0])) < end:
+        if draft:
+            room = decoder.model.config.context_size - (known - decoder.starts[0])  # or its window would move
+            proposals = [id for [id] in generate(draft, min(length, room, end - known - 1), flags, seeds)]
+        ids = decoder.draw(flags, seeds, len(proposals) + 1)  # [B, 1 + proposals]
+        accepted = next((i for i, id in enumerate(proposals) if id != ids[0, i]), len(proposals))
+        if draft:
+            draft.proposed, draft.accepted = draft.proposed + len(proposals), draft.accepted + accepted
+            for each in (decoder, draft):
+                each.shorten(known + accepted)
+        for text, id in zip(decoder.texts, ids[:, accepted].tolist()):
             text.append(id)
-        yield ids
-
-
-def speculate(decoder, draft, max_tokens, flags, seeds, length=4):
-    """The same for one text that two decoders share: `draft` proposes up to `length` tokens, `decoder` reads them in one
-    pass, and those are kept that leave its own distribution as it is (Leviathan et al. 2023; Chen et al. 2023)."""
-    text, end = decoder.texts[0], len(decoder.texts[0]) + max_tokens
-    while (known := len(text)) < end:
-        random = np.random.default_rng([*seeds, known])
-        room = decoder.model.config.context_size - (known - decoder.starts[0])  # else its window would move elsewhere
-        chances = []  # of the proposals [V]
-        for _ in range(max(0, min(length, room, end - known - 1))):
-            chances.append(distribution(draft.logits()[:, -1], flags, draft.windows())[0])
-            text.append(int(random.choice(len(chances[-1]), p=chances[-1])))
-        logits = decoder.logits(count=len(chances) + 1)[0]  # after the text and after each proposal
-        wanted = distribution(logits, flags, [text[decoder.starts[0] : end] for end in range(known, len(text) + 1)])
-        pairs = enumerate(zip(chances, wanted, text[known:]))
-        rejected = (i for i, (chance, want, id) in pairs if random.random() * chance[id] >= want[id])
-        accepted = next(rejected, len(chances))
-        next_chances = np.maximum(wanted[accepted] - [*chances, 0][accepted], 0)
-        for each in (decoder, draft):
-            each.shorten(known + accepted)
-        text.append(int(random.choice(len(next_chances), p=next_chances / next_chances.sum())))
-        draft.proposed, draft.accepted = draft.proposed + len(chances), draft.accepted + accepted
-        yield from ([id] for id in text[known:])
-
-
-def distribution(logits, flags, texts):
-    """Of what is sampled, as NumPy wants them: [B, V] float64 that sum to 1."""
-    weights = np.exp(np.array(shape_logits(logits, flags, texts), np.float64))
-    return weights / weights.sum(axis=-1, keepdims=True)
+        yield from ids[:, : accepted + 1].T.tolist()
 
 
 class Conversation:
@@ -1399,15 +1385,13 @@ class Conversation:
         if unknown := self.tokenizer.unknown(prompt):
             print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
         self.text += self.tokenizer.encode("\n" + prompt).tolist() if self.text else first_ids(self.tokenizer, prompt)
-        decode, ids, began, count = self.tokenizer.decode, self.text[:], None, 0
-        shown, known = len(decode(ids)), len(ids)
-        generator = speculate if len(self.decoders) > 1 else generate
+        decode, ids, known, times = self.tokenizer.decode, self.text[:], len(self.text), []
+        shown, (first, *draft) = len(decode(ids)), self.decoders
         try:
-            for [token] in generator(*self.decoders, flags.max_tokens, flags, [seed]):
-                began, count = began or time.perf_counter(), count + 1
+            for [token] in generate(first, flags.max_tokens, flags, [seed], *draft):
+                times.append(time.perf_counter())
                 ids.append(token)
-                text = decode(ids)
-                if not text.endswith("\ufffd"):  # which may be the first bytes of a character
+                if not (text := decode(ids)).endswith("\ufffd"):  # which may be the first bytes of a character
                     yield text[shown:]
                     ids = ids[-1:]  # all that the next token's text can depend on
                     shown = len(decode(ids))
@@ -1416,16 +1400,15 @@ class Conversation:
             yield decode(ids)[shown:]
         finally:
             for decoder in self.decoders:
-                decoder.shorten(known + count)  # without what was proposed when the reader left
-            self.speed = (count - 1) / (time.perf_counter() - began) if count > 1 else 0.0
+                decoder.shorten(known + len(times))  # without what was proposed when the reader left
+            self.speed = (len(times) - 1) / (time.perf_counter() - times[0]) if times else 0.0
 
     def describe_speed(self):
-        """Tokens a second of the last reply, and what the draft did for it."""
-        line, (decoder, *drafts) = f"{self.speed:,.1f} tokens/s", self.decoders
-        for draft in drafts:
-            alone = timeit.timeit(lambda: mx.eval(decoder.logits()), number=8) / 8  # seconds for the last token again
-            line += f", {self.speed * alone:.2f} times those without the draft, of whose {draft.proposed:,} proposals "
-            line += f"{draft.accepted / max(1, draft.proposed):.0%} were accepted"
+        """Tokens a second of the last reply, and how often the draft was right."""
+        line = f"{self.speed:,.1f} tokens/s"
+        for draft in self.decoders[1:]:
+            share = draft.accepted / max(1, draft.proposed)
+            line += f", {share:.0%} of the draft's {draft.proposed:,} proposals accepted"
         return line
 
 
@@ -1438,7 +1421,7 @@ COMMANDS = """/set NAME VALUE   changes a sampling flag: /set temperature 0.8
 
 
 def first_ids(tokenizer, prompt):
-    """A prompt's ids; where it has none, the end of the text before or, where there is no such token, of the line before."""
+    """A prompt's ids; where it has none, the end of the text before or, without such a token, of the line before."""
     ids = tokenizer.encode(prompt).tolist()
     return ids or ([tokenizer.eos] if tokenizer.eos is not None else tokenizer.encode("\n").tolist())
 
@@ -1507,9 +1490,9 @@ def converse(tokenizer, models, flags):
 
 
 def answer_file(tokenizer, model, id, flags, batch_size=16):
-    """Continues each line of --prompts_file --num_samples times, many together, each time a line of JSON in --output or on
-    stdout. An --output that was begun is gone on with. Raises UsageError."""
-    with explained(f"--prompts_file {flags.prompts_file} must be UTF-8, --output writable", OSError, ValueError):
+    """Continues each line of --prompts_file --num_samples times, many together, each time a line of JSON in --output or
+    on stdout. An --output that was begun is gone on with. Raises UsageError."""
+    with explained(f"--prompts_file {flags.prompts_file} must be UTF-8, --output writable"):
         prompts = Path(flags.prompts_file).read_text("utf-8").removesuffix("\n").split("\n")
         prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
         jobs = [{"prompt": prompt, "seed": flags.seed + i, "checkpoint": id} for i, prompt in enumerate(prompts)]
@@ -1527,118 +1510,112 @@ def answer_file(tokenizer, model, id, flags, batch_size=16):
 
 
 def quantize(model, bits, packed):
-    """Rounds every matrix to `bits` in groups of 64, or 32 where 64 does not divide its rows; returns which. packed: whether
-    they get small in memory, too; on a CPU, where products with packed ones are slow, they are better spread out again."""
-    matrices = [weight for _, weight in tree_flatten(model.parameters()) if weight.ndim == 2]
-    group = next((group for group in (64, 32) if all(matrix.shape[1] % group == 0 for matrix in matrices)), None)
-    if not group:
-        raise UsageError(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim: train another")
-    before = sum(matrix.nbytes for matrix in matrices) / 2**20
-    after = sum(part.nbytes for matrix in matrices for part in mx.quantize(matrix, group, bits)) / 2**20
+    """Rounds every matrix to `bits` in groups of 64, or 32 where 64 does not divide its rows; returns which. packed:
+    whether they get small in memory, too; on a CPU, where products with packed ones are slow, they are better spread
+    out again. Raises UsageError."""
+    matrices = {name: weight for name, weight in tree_flatten(model.parameters()) if weight.ndim == 2}
+    group = 32 if any(matrix.shape[1] % 64 for matrix in matrices.values()) else 64
+    with explained(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"):
+        parts = {name: mx.quantize(matrix, group, bits) for name, matrix in matrices.items()}
+    before, after = (sum(array.nbytes for _, array in tree_flatten(each)) / 2**20 for each in (matrices, parts))
     print(f"Quantized to {bits} bits: the matrices' {before:,.1f} MiB would be {after:,.1f}", file=sys.stderr)
     if packed:
         nn.quantize(model, group, bits)
     else:
-        spread = lambda weight: mx.dequantize(*mx.quantize(weight, group, bits), group, bits)
-        model.update(tree_map(lambda weight: spread(weight) if weight.ndim == 2 else weight, model.parameters()))
+        model.update(tree_unflatten([(name, mx.dequantize(*part, group, bits)) for name, part in parts.items()]))
     mx.eval(model.parameters())
     return group
 
 
 # ---- Tools: each one function ---------------------------------------------------------------------------------------
 def list_runs(folder):
-    """Prints a table of the runs in `folder`, the one saved last first: flags that tell them apart, checkpoints."""
+    """Prints the runs in `folder`, the one saved last first: the flags that tell them apart, then their checkpoints."""
     records = list_checkpoints(folder, warn=True)
     print(f"{len(records)} checkpoints in {folder}")
-    runs = {record["run"]: [r for r in records if r["run"] == record["run"]] for record in records}
-    for name, own in runs.items():
-        flags, config, best = own[0]["flags"], own[0]["config"], own[0]["best"] or {}
-        differing = [flag for flag in flags if any(r["flags"].get(flag) != flags[flag] for r in records)]
-        about = f"{name}: {own[0]['parameters']:,} parameters in {config['num_blocks']} blocks of dim {config['dim']}, "
-        about += f"iteration {own[0]['iteration']:,} of {flags['num_iters']:,}, "
-        about += f"best {best['nats']:.4f} at {best['iteration']:,}, " if best else ""
-        about += " ".join(f"--{flag} {flags[flag]}" for flag in differing) or "no other run here"
-        print(textwrap.fill(about, 100, subsequent_indent="    "))
+    for name in dict.fromkeys(record["run"] for record in records):
+        own = [record for record in records if record["run"] == name]
+        flags, best = own[0]["flags"], (own[0]["best"] or {}).get("id")
+        differing = [flag for flag in flags if any(record["flags"].get(flag) != flags[flag] for record in records)]
+        line = f"{name}: {own[0]['parameters']:,} parameters, iteration {own[0]['iteration']:,} of "
+        line += " ".join([f"{flags['num_iters']:,}", *(f"--{flag} {flags[flag]}" for flag in differing)])
+        print(textwrap.fill(line, 100, subsequent_indent="    "))
         for record in own:
-            id, iteration, age = record["id"], record["iteration"], tqdm.format_interval(time.time() - record["saved"])
-            score = f"{nats:.4f}" if (nats := dict(record["scores"]).get(iteration)) else "not scored"
-            size = sum(path.stat().st_size for path in folder.glob(f"{id}.*")) / 2**20
-            marks = ", latest" * (record is records[0]) + ", best" * (id == best.get("id"))
-            print(f"    {id[:12]}  iteration {iteration:>9,}  {score:>10}  {size:>8,.1f} MiB  {age:>8} old{marks}")
+            score = {i: f"{nats:.4f}" for i, nats in record["scores"]}.get(record["iteration"], "not scored")
+            marks = ", latest" * (record is records[0]) + ", best" * (record["id"] == best)
+            line = f"    {record['id'][:12]}  iteration {record['iteration']:>9,}  {score:>10}"
+            print(f"{line}  {tqdm.format_interval(time.time() - record['saved']):>8} old{marks}")
 
 
 def predict_memory(config, flags, parameters, streams):
-    """Bytes at the peak of a training step's two halves on a CPU: of activations, kept from forward for backward, and of
-    gradients, each stream's with their sum and the clipped one. The factors, in floats for each position, were fitted to 25
-    models (dim 128 to 512, context 48 to 256, 257 to 50,257 tokens, two streams); these it meets within 7 %."""
+    """Bytes at the peak of a training step's two halves on a CPU: of activations, kept from forward for backward, and
+    of gradients, each stream's with their sum and the clipped one. The factors, in floats for each position, were fit
+    to 25 models (dim 128 to 512, context 48 to 256, 257 to 50,257 tokens, two streams), within 7 %."""
     B, L, D, V = flags.batch_size, config.context_size, config.dim, config.vocab_size
-    heads, keys = config.num_heads * L, config.num_kv_heads * config.head_dim
-    hidden = {"relu2": 3.6, "swiglu": 5.3, "gelu": 4.7}[config.mlp] * config.mlp_dim
-    a_block = (14.3 if config.qk_norm else 9.9) * D + 2.2 * keys + hidden + 1.55 * heads
-    share = -(-B * L // streams)
-    chunk = -(-share // -(-share // max(128, 2**23 // V)))  # rows of logits in memory at once, see head_loss
+    a_block = (14.3 if config.qk_norm else 9.9) * D + 2.2 * config.num_kv_heads * config.head_dim
+    a_block += {"relu2": 3.6, "swiglu": 5.3, "gelu": 4.7}[config.mlp] * config.mlp_dim + 1.55 * config.num_heads * L
+    chunk = min(-(-B * L // streams), max(128, 2**23 // V))  # rows of logits in memory at once, see head_loss
     activations = B * L * config.num_blocks * a_block + streams * V * (2.8 * chunk + 1.1 * D)
     return round(4 * activations), 4 * parameters * max(4, streams + 2)
 
 
 def run_benchmark(flags, config, batches):
-    """--benchmark: what a model weighs, costs and reaches on this machine, in real training steps; a line of JSON last."""
+    """--benchmark: what a model weighs, costs and reaches on this machine, in real training steps; a line of JSON last.
+    Memory is in bytes, speed in floating-point operations and tokens a second."""
     model, streams = LanguageModel(config), make_streams(flags.batch_size, flags.context_size)
     init_weights(model, flags.seed)
     optimizer = make_optimizer(model, flags, streams)
-    parts = {"embeddings": "embed", "attention": r"self_attn\.\w_proj", "mlp": r"\.mlp\.", "norms": "norm", "output": "lm_head"}
+    parts = {"embeddings": "embed", "attention": r"attn\.\w_proj", "mlp": "mlp", "norms": "norm", "output": "lm_head"}
     weights = tree_flatten(model.parameters())
     modules = {part: sum(w.size for name, w in weights if re.search(names, name)) for part, names in parts.items()}
-    # A multiplication and an addition for each weight of a matrix, and for each element of queries, keys and values with
-    # each position of the window; backward twice as many, for the gradients by inputs and by weights.
+    # A multiplication and an addition for each weight of a matrix, and for each element of queries, keys and values
+    # with each position of the window; backward twice as many, for the gradients by inputs and by weights.
     matrices = modules["attention"] + modules["mlp"] + config.vocab_size * config.dim
     forward = 2 * matrices + 4 * config.num_blocks * config.num_heads * config.head_dim * config.context_size
-    memory = dict(zip(("activations", "gradients"), predict_memory(config, flags, sum(modules.values()), len(streams))))
-    predicted = max(memory.values())  # the one goes as the other comes
-    memory |= {"weights": 4 * sum(modules.values()), "optimizer": sum(a.nbytes for _, a in tree_flatten(optimizer.state))}
-    predicted += memory["weights"] + memory["optimizer"]
-    step, times = make_step(model, optimizer, flags, streams), []
-    for i in range(6):
-        tokens, targets = batches.next()
-        mx.reset_peak_memory()
-        batch = tokens, targets, *make_noise(i, len(tokens), flags)
-        times.append(timeit.timeit(lambda: mx.eval(step(*batch), model.state, optimizer.state), number=1))
-    speed, peak = tokens.size / min(times[1:]), mx.get_peak_memory()
+    activations, gradients = predict_memory(config, flags, sum(modules.values()), len(streams))
+    moments = sum(array.nbytes for _, array in tree_flatten(optimizer.state))
+    lasting = {"weights": 4 * sum(modules.values()), "optimizer": moments}
+    step, (tokens, targets) = make_step(model, optimizer, flags, streams), batches.next()
+    noise = make_noise(0, len(tokens), flags)
+    train_once = lambda: mx.eval(step(tokens, targets, *noise), model.state, optimizer.state)
+    train_once()  # compiles
+    mx.reset_peak_memory()
+    speed, peak = tokens.size / min(timeit.repeat(train_once, number=1, repeat=5)), mx.get_peak_memory()
     square = mx.random.normal((2048, 2048))
     product = lambda: mx.eval(over_streams(streams, lambda rows: rows @ square, square))
     flops = 2 * 2048**3 / min(timeit.repeat(product, number=1, repeat=6))
     make_streams(1, 1)  # decoding has all cores
     steps = generate(Decoder(model, [[0]]), 33, flags, [flags.seed])
-    decoded = 32 / (next(steps) and timeit.timeit(lambda: list(steps), number=1))
     result = {
-        "parameters": modules, "flops_per_token": {"forward": forward, "backward": 2 * forward}, "memory": memory,
-        "predicted_peak": predicted, "measured_peak": peak, "tokens_per_second": speed, "matrix_flops": flops,
-        "share_of_matrix_speed": 3 * forward * speed / flops, "decoded_per_second": decoded,
+        "parameters": modules, "flops_per_token": {"forward": forward, "backward": 2 * forward},
+        "memory": lasting | {"activations": activations, "gradients": gradients},
+        "predicted_peak": sum(lasting.values()) + max(activations, gradients),  # the one goes as the other comes
+        "measured_peak": peak, "tokens_per_second": speed, "matrix_flops": flops,
+        "share_of_matrix_speed": 3 * forward * speed / flops,
+        "decoded_per_second": 32 / timeit.timeit(lambda: list(steps), lambda: next(steps), number=1),
     }  # fmt: skip
-    print("parameters  " + ", ".join(f"{name} {size:,}" for name, size in modules.items()))
-    print(f"FLOPs       {forward:,} a token forward, {2 * forward:,} backward")
-    print("MiB         " + ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in memory.items()))
-    print(f"            {predicted / 2**20:,.1f} at the peak, {peak / 2**20:,.1f} measured")
-    print(f"training    {speed:,.0f} tokens/s, {3 * forward * speed / flops:.0%} of this machine's {flops / 1e9:,.0f} GFLOP/s")
-    print(f"decoding    {decoded:,.1f} tokens/s\n{json.dumps(result)}")
+    for name, value in result.items():
+        parts = value if isinstance(value, dict) else {"": value}
+        print(f"{name:<22}", ", ".join(f"{part} {round(number, 2):,}".strip() for part, number in parts.items()))
+    print(json.dumps(result))
 
 
 def plot_runs(folder, names, path):
     """--plot: losses of the runs in `folder` against iterations and against minutes of training. Raises UsageError."""
-    with explained("--plot needs a package: pip install matplotlib", ImportError):
-        import matplotlib.figure
-    logs = {log.stem: list(csv.DictReader(log.open(errors="replace"))) for log in sorted(folder.glob("*.csv"))}
-    logs = {name: rows for name, rows in logs.items() if rows and list(rows[0]) == LOG and name in (names or logs)}
+    import matplotlib.figure
+
+    logs = [log for log in sorted(folder.glob("*.csv")) if log.stem in (names or [log.stem])]
+    logs = [log for log in logs if log.open(errors="replace").readline().strip() == ",".join(LOG)]  # and no other's
     if not logs:
-        raise UsageError(f"no log of {' '.join(names or ['a run'])} is in {folder}: train, or name its folder with --save_dir")
+        raise UsageError(f"no log of such a run is in {folder}: name its folder with --save_dir")
     figure = matplotlib.figure.Figure(figsize=(12, 5), layout="constrained")
     by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
-    for i, (name, rows) in enumerate(logs.items()):
-        for split, style in (("train", {"alpha": 0.4, "linewidth": 1}), ("valid", {"marker": "o", "markersize": 4})):
-            own = [row for row in rows if row["split"] == split]
-            losses = [float(row["loss"]) for row in own]
-            for axis, column, unit in ((by_iteration, "iteration", 1), (by_minute, "seconds", 60)):
-                axis.plot([float(row[column]) / unit for row in own], losses, color=f"C{i}", label=f"{name} {split}", **style)
+    for i, log in enumerate(logs):
+        rows = list(csv.DictReader(log.open(errors="replace")))
+        for split, alpha, marker in (("train", 0.4, None), ("valid", 1, "o")):
+            own = [(row["iteration"], row["seconds"], row["loss"]) for row in rows if row["split"] == split]
+            iterations, seconds, losses = np.array(own, float).reshape(-1, 3).T
+            for axis, places in ((by_iteration, iterations), (by_minute, seconds / 60)):
+                axis.plot(places, losses, color=f"C{i}", alpha=alpha, marker=marker, label=f"{log.stem} {split}")
     by_iteration.set(xlabel="iteration", ylabel="loss (nats a token)")
     by_minute.set(xlabel="minutes of training")
     by_minute.legend(fontsize="small")
@@ -1647,25 +1624,25 @@ def plot_runs(folder, names, path):
 
 def save_figure(figure, path):
     """Writes a matplotlib figure in the format that the path's ending names. Raises UsageError."""
-    with explained(f"cannot write {path}: name another file", OSError, ValueError):  # no folder; no format
+    with explained(f"cannot write {path}: name another file"):
         figure.savefig(os.path.expanduser(path), dpi=150)
     print(f"The picture is in {path}", file=sys.stderr)
 
 
 def plot_attention(model, tokenizer, prompt, path):
     """--attention: the weights of each block (rows) and head (columns) for the prompt's tokens. Raises UsageError."""
-    with explained("--attention needs a package: pip install matplotlib", ImportError):
-        import matplotlib.figure
+    import matplotlib.figure
+
     tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]
+    labels, size = [repr(tokenizer.decode([token]))[1:-1] for token in tokens], max(2.5, 0.22 * len(tokens))  # inches
     weights = attention_weights(model, tokens)  # [blocks, H, L, L]
-    size, labels = max(2.5, 0.22 * len(tokens)), [tokenizer.decode([token]).replace("\n", "\\n").replace("$", r"\$") for token in tokens]
-    figure = matplotlib.figure.Figure(figsize=(size * weights.shape[1], size * weights.shape[0]), layout="constrained")
-    for i, row in enumerate(figure.subplots(*weights.shape[:2], squeeze=False)):
-        for j, axis in enumerate(row):
-            axis.imshow(weights[i, j], vmin=0, vmax=1, cmap="Blues")
-            axis.set_title(f"block {i}, head {j}", fontsize="small")
-            axis.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=6)
-            axis.set_yticks(range(len(tokens)), labels if j == 0 else [""] * len(tokens), fontsize=6)
+    blocks, heads = weights.shape[:2]
+    figure = matplotlib.figure.Figure(figsize=(size * heads, size * blocks), layout="constrained")
+    for (i, j), axis in np.ndenumerate(figure.subplots(blocks, heads, squeeze=False)):
+        axis.imshow(weights[i, j], vmin=0, vmax=1, cmap="Blues")
+        axis.set_title(f"block {i}, head {j}", fontsize="small")
+        axis.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=6, parse_math=False)
+        axis.set_yticks(range(len(tokens)), labels, fontsize=6, parse_math=False)
     save_figure(figure, path)
 
 
@@ -1674,26 +1651,24 @@ def attention_weights(model, tokens):
     seen, plain = [], attend
 
     def watched(queries, keys, values, scale, *rest):
-        scores = scale * queries @ mx.repeat(keys, queries.shape[1] // keys.shape[1], axis=1).swapaxes(-1, -2)
-        seen.append(mx.softmax(mx.where(mx.array(np.tri(len(tokens), dtype=bool)), scores, -math.inf), axis=-1))
+        places = mx.broadcast_to(mx.eye(len(tokens)), (*keys.shape[:3], len(tokens)))  # values that show the weights
+        seen.append(plain(queries, keys, places, scale, "causal", True))
         return plain(queries, keys, values, scale, *rest)
 
     globals()["attend"] = watched
-    try:
-        model(mx.array([tokens]))
-    finally:
-        globals()["attend"] = plain
+    model(mx.array([tokens]))
+    globals()["attend"] = plain
     return np.array(mx.concatenate(seen))
 
 
 def run_cases(folder, records, flags, top_k):
     """--cases: how likely the checkpoints find the expected continuations of prompts in a YAML file; a table, and with
-    --output a file of JSON. A case is passed if each expected token is among the `top_k` likeliest. Raises UsageError."""
-    with explained("--cases needs a package: pip install PyYAML", ImportError):
-        import yaml
+    --output a file of JSON. Passed is a case of which each expected token is among the `top_k` likeliest. Raises
+    UsageError."""
+    import yaml
+
     needed = "is no YAML list of prompt and expected, like - {prompt: a, expected: b}, or --output no file to write"
-    faults = OSError, ValueError, LookupError, TypeError, RuntimeError, yaml.YAMLError
-    with explained(f"--cases {flags.cases} {needed}", *faults):
+    with explained(f"--cases {flags.cases} {needed}"):
         cases = yaml.safe_load(Path(flags.cases).expanduser().read_text("utf-8"))
         cases = [(str(case["prompt"]), str(case["expected"])) for case in cases]
         open(flags.output or os.devnull, "a").close()  # fails before the work, not after it
@@ -1702,51 +1677,48 @@ def run_cases(folder, records, flags, top_k):
         model, tokenizer = load_model(folder, record)
         print(f"{record['run']}, iteration {record['iteration']:,}, checkpoint {record['id'][:12]}")
         for prompt, expected in cases:
-            begin, wanted = first_ids(tokenizer, prompt), tokenizer.encode(expected).tolist()
-            text = (begin + wanted)[-model.config.context_size - 1 :]
-            wanted = wanted[-len(text) + 1 :]
-            logits = np.array(model(mx.array([text[:-1]]), last=len(wanted))[0].astype(mx.float32))  # [expected, V]
-            chances = np.array(mx.softmax(mx.array(logits), axis=-1))
-            chosen = logits[range(len(wanted)), wanted]
-            rank = int((logits > chosen[:, None]).sum(-1).max(initial=0)) + 1
-            chance = float(np.prod(chances[range(len(wanted)), wanted]))
-            best = [tokenizer.decode([token]) for token in logits[0].argsort()[::-1][:top_k].tolist()] if wanted else []
-            results.append({
-                "checkpoint": record["id"], "prompt": prompt, "expected": expected, "rank": rank, "probability": chance,
-                "top": best, "passed": rank <= top_k,
-            })  # fmt: skip
-            shown = " ".join(map(repr, best))
-            print(f"  {'pass' if rank <= top_k else 'FAIL'} rank {rank:>6,} {chance:>9.2e}  {prompt[-24:]!r} {expected[:16]!r}: {shown}"[:100])
-        passed = [result["passed"] for result in results[-len(cases) :]]
-        print(f"  {sum(passed)} of {len(passed)} within the {top_k} likeliest")
+            wanted = first_ids(tokenizer, expected)[-model.config.context_size :]
+            text = (first_ids(tokenizer, prompt) + wanted)[-model.config.context_size - 1 :]
+            logits, wanted = model(mx.array([text[:-1]]), last=len(wanted))[0], mx.array(wanted)  # [expected, V]
+            ranks = (logits > mx.take_along_axis(logits, wanted[:, None], axis=-1)).sum(axis=-1) + 1
+            chance = math.exp(-nn.losses.cross_entropy(logits, wanted, reduction="sum").item())
+            best = [tokenizer.decode([token]) for token in mx.argsort(-logits[0])[:top_k].tolist()]
+            result = {"checkpoint": record["id"], "prompt": prompt, "expected": expected, "rank": ranks.max().item()}
+            results.append(result | {"probability": chance, "top": best, "passed": result["rank"] <= top_k})
+            line = f"  {'pass' if results[-1]['passed'] else 'FAIL'} rank {result['rank']:>6,} {chance:>9.2e}  "
+            print(f"{line}{prompt[-24:]!r} {expected[:16]!r}: {' '.join(map(repr, best))}"[:100])
+        passed = sum(result["passed"] for result in results[-len(cases) :])
+        print(f"  {passed} of {len(cases)} within the {top_k} likeliest")
     if flags.output:
         Path(flags.output).write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
 def export_model(model, tokenizer, folder, bits):
-    """--export: a folder that transformers and mlx_lm load (of Arcee's relu2, transformers alone). Raises UsageError."""
+    """--export: a folder for transformers and mlx_lm (of Arcee's relu2, for transformers alone). Raises UsageError."""
     config, folder = model.config, Path(os.path.expanduser(folder))
     if not (name := COUNTERPARTS.get((config.mlp, config.qk_norm))):
-        shape = "--qk_norm with " * config.qk_norm + f"--mlp {config.mlp}"
-        raise UsageError(f"--export: Hugging Face has no model with {shape}: --mlp swiglu has one, and with --qk_norm")
+        shape = f"--mlp {config.mlp}" + " --qk_norm" * config.qk_norm
+        raise UsageError(f"--export: Hugging Face has no model with {shape}: train one with --mlp swiglu")
     theirs = {name: getattr(config, ours) for ours, name in THEIR_NAMES.items()} | {
         "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(), "tie_word_embeddings": not config.untie,
         "hidden_act": "relu2" if config.mlp == "relu2" else "silu", "attention_bias": False, "mlp_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "dtype": "float32",
-        "torch_dtype": "float32", "bos_token_id": None, "eos_token_id": tokenizer.eos,
+        "bos_token_id": None, "eos_token_id": tokenizer.eos,
     }  # fmt: skip
     if bits:
         theirs["quantization"] = {"group_size": quantize(model, bits, packed=True), "bits": bits}
     text, about = tokenizer_json(tokenizer)
-    chat = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    about |= {"model_max_length": config.context_size, "chat_template": chat}
-    generation = {"eos_token_id": tokenizer.eos, "do_sample": True, "temperature": 0.5, "top_k": 50}
-    with explained(f"cannot write to --export {folder}: name a folder of yours", OSError):
+    chat = {"chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}
+    files = {
+        "config": theirs, "tokenizer_config": about | chat | {"model_max_length": config.context_size},
+        "generation_config": {"eos_token_id": tokenizer.eos, "do_sample": True, "temperature": 0.5, "top_k": 50},
+    }  # fmt: skip
+    with explained(f"cannot write to --export {folder}: name a folder of yours"):
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / "model.safetensors", model.parameters(), {"format": "mlx"})
+        for file, content in files.items():
+            (folder / f"{file}.json").write_text(json.dumps(content, indent=2))
         (folder / "tokenizer.json").write_text(text, "utf-8")
-        for file, content in {"config": theirs, "tokenizer_config": about, "generation_config": generation}.items():
-            (folder / f"{file}.json").write_text(json.dumps(content, indent=2) + "\n")
     print(f"{name}ForCausalLM and its tokenizer are in {folder}", file=sys.stderr)
 
 
@@ -1839,7 +1811,7 @@ def make_parser():
     sampling("--top_k", type=count, default=50, help="draw from the k likeliest tokens; 0: all")
     sampling("--top_p", type=number(float, 0, 1), default=1.0, help="draw from the likeliest with so much probability")
     sampling("--min_p", type=number(float, 0, 1), default=0.0, help="and not below this share of the likeliest's")
-    sampling("--repetition_penalty", type=number(float, 0.01, 100), default=1.0, help="makes tokens of the context rarer")
+    sampling("--repetition_penalty", type=number(float, 0.01, 100), default=1.0, help="makes tokens of the text rarer")
     sampling("--draft", metavar="ID", help="a smaller checkpoint that proposes tokens, for speed alone")
     reuse = parser.add_argument_group("reuse").add_argument
     reuse("--init_from", metavar="MODEL", help="begin with a checkpoint's weights or those of a Hugging Face folder")
@@ -1853,8 +1825,8 @@ def make_parser():
     tools = parser.add_argument_group("tools").add_argument
     tools("--evaluate", choices=["valid", "test"], help="score the whole split with a checkpoint")
     tools("--eval_stride", type=size, help="windows so many tokens apart, for a longer context (default: context_size)")
-    tools("--benchmark", **switch, help="what the model that would be trained weighs, costs and reaches on this machine")
-    tools("--cases", metavar="FILE", help="YAML list of prompt and expected: their ranks, by checkpoint (see --identifier)")
+    tools("--benchmark", **switch, help="what the model to be trained weighs, costs and reaches on this machine")
+    tools("--cases", metavar="FILE", help="YAML list of prompt and expected: their ranks, by checkpoint (--identifier)")
     tools("--plot", metavar="FILE", help="picture of the losses of all runs in the folder, or of --identifier")
     tools("--attention", metavar="FILE", help="picture of what each head looks at in --prompt")
     tools("--list", **switch, help="list the runs and checkpoints in the folder")
@@ -1875,34 +1847,32 @@ INHERITED = [*SHAPING, "num_iters", *GROUPS["training"], *GROUPS["reports"], "te
 
 
 def resolve(flags):
-    """Replaces the values that stand for others: `auto`, and the defaults that depend on other flags."""
-    flags.dataset = "text" if flags.text else flags.dataset
+    """Replaces values that stand for others: `auto`, relative paths, and the defaults that depend on other flags."""
     absolute = lambda path: os.path.abspath(os.path.expanduser(path))
     for name in ("text", "valid_text", "test_text"):
         setattr(flags, name, getattr(flags, name) and list(map(absolute, getattr(flags, name))))
-    flags.tokenizer = CORPORA[flags.dataset][0] if flags.tokenizer == "auto" else flags.tokenizer
-    flags.num_kv_heads = flags.num_kv_heads or flags.num_heads
-    if flags.lora_rank and flags.lora_alpha is None:
-        flags.lora_alpha = 2 * flags.lora_rank
     for name in ("init_from", "teacher"):
         if getattr(flags, name) and os.path.isdir(path := absolute(getattr(flags, name))):
             setattr(flags, name, path)
+    flags.dataset = "text" if flags.text else flags.dataset
+    flags.tokenizer = CORPORA[flags.dataset][0] if flags.tokenizer == "auto" else flags.tokenizer
+    flags.num_kv_heads = flags.num_kv_heads or flags.num_heads
     flags.mlp_dim = flags.mlp_dim or (-(-flags.dim * 8 // 192) * 64 if flags.mlp == "swiglu" else 4 * flags.dim)
+    if flags.lora_rank and flags.lora_alpha is None:
+        flags.lora_alpha = 2 * flags.lora_rank
     return flags
 
 
 def read_config(path, typed):
     """The flags in a YAML file as if they were typed, without what a typed flag excludes. Raises UsageError."""
-    with explained("--config needs a package: pip install PyYAML", ImportError):
-        import yaml
-    faults = UsageError, OSError, ValueError, AttributeError, RuntimeError, yaml.YAMLError
-    with explained(f"--config {path} is no YAML file of flags (dim: 8)", *faults):
-        with open(os.path.expanduser(path), encoding="utf-8") as file:
-            groups = [v if name in GROUPS and isinstance(v, dict) else {name: v} for name, v in yaml.safe_load(file).items()]
-        settings = {str(name): value for group in groups for name, value in group.items()}
+    import yaml
+
+    settings, arguments = {}, []
+    with explained(f"--config {path} is no YAML file of flags (dim: 8)"):
+        for name, value in yaml.safe_load(Path(path).expanduser().read_text("utf-8")).items():
+            settings |= value if name in GROUPS and isinstance(value, dict) else {name: value}
         if unknown := sorted(settings.keys() - DEFAULTS.keys() | settings.keys() & {"config"}):
             raise UsageError(f"no flag is named {', '.join(unknown[:9])} (--help lists all)")
-        arguments = []
         for name, value in settings.items():
             if isinstance(value, bool):
                 name, value = name if value else f"no-{name}", []
@@ -1921,16 +1891,13 @@ def choose_checkpoint(folder, flags, typed, using):
     wanted = {name: getattr(flags, name) for name in SHAPING if name in typed and not (using and name == "seed")}
     if flags.identifier is not None:
         checkpoint = named_checkpoint(folder, records, flags.identifier)
-        for name, value in wanted.items():
-            if (saved := checkpoint["flags"][name]) != value:
-                problem = f"--{name} {value} contradicts the checkpoint of --identifier {flags.identifier}"
-                raise UsageError(f"{problem}, it has {saved}: leave --{name} away, or begin a new run with --new_model")
+        for name in wanted:
+            if checkpoint["flags"][name] != wanted[name]:
+                problem = f"--{name} {wanted[name]} contradicts --identifier, which has {checkpoint['flags'][name]}"
+                raise UsageError(f"{problem}: leave --{name} away, or begin a new run with --new_model")
         return checkpoint
     wanted |= {} if using else {"dataset": flags.dataset}
     candidates = [record for record in records if wanted.items() <= record["flags"].items()]
-    if records and not candidates and not using:
-        others = ", ".join(sorted({record["run"] for record in records}))
-        tqdm.write(f"A new run; other runs in {folder}: {others} (--identifier NAME goes on with one)")
     for record in candidates:
         if record["run"] == candidates[0]["run"]:
             if not (damage := find_damage(folder, record["id"])):
@@ -1938,31 +1905,31 @@ def choose_checkpoint(folder, flags, typed, using):
             print(f"Passing over {record['id'][:12]} (iteration {record['iteration']:,}): {damage}", file=sys.stderr)
     if candidates:
         raise RunError(f"no intact checkpoint of {candidates[0]['run']} is left: --new_model begins a new run")
+    if records and not using:
+        others = ", ".join(sorted({record["run"] for record in records}))
+        tqdm.write(f"A new run; other runs in {folder}: {others} (--identifier NAME goes on with one)")
 
 
 def open_origins(folder, flags, typed, checkpoint):
-    """The models that --init_from and --teacher name, by flag, and the tokenizer of theirs that the text is to have. Fills in
-    the model flags that --init_from decides. Raises UsageError where a typed flag or the two contradict."""
+    """The models that --init_from and --teacher name, by flag, and their tokenizer, which is to be the text's, too.
+    Fills in the model flags that --init_from decides. Raises UsageError where a typed flag or the two contradict."""
     wanted = {flag: getattr(flags, flag) for flag in ("init_from", "teacher") if getattr(flags, flag)}
     if not wanted:
         return {}, {}
     if checkpoint:
         used = {flag: open_used(folder, checkpoint, flag) for flag in checkpoint["uses"] if not flags.evaluate}
-        vocabulary = json.loads(read_texts(folder / f"{checkpoint['id']}.metadata")[1]["tokenizer"])
-    else:
-        used = {flag: open_model(folder, name, f"--{flag}") for flag, name in wanted.items()}
-        first, (model, tokenizer, _) = next(iter(used.items()))
-        vocabulary = tokenizer.to_dict()
-        decided = {"tokenizer": vocabulary["kind"]} | (vars(model.config) if "init_from" in used else {})
-        for name in [name for name in decided if name in flags and name != "vocab_size"]:
-            value, theirs = typed.get(name, decided[name]), decided[name]
-            if value != theirs and name != "context_size":
-                raise UsageError(f"--{name} {value} contradicts --{first}, which has {theirs}: leave --{name} away")
-            setattr(flags, name, value)
-    for flag, (_, tokenizer, _) in used.items():
-        if tokenizer.to_dict() != vocabulary:
-            raise UsageError(f"--{flag} {wanted[flag]} has another tokenizer than the model to train: name its equal")
-    return used, {"tokenizer": vocabulary}
+        return used, {"tokenizer": json.loads(read_texts(folder / f"{checkpoint['id']}.metadata")[1]["tokenizer"])}
+    used = {flag: open_model(folder, name, f"--{flag}") for flag, name in wanted.items()}
+    (first, (model, tokenizer, _)), *others = used.items()
+    if any(its.to_dict() != tokenizer.to_dict() for _, (_, its, _) in others):
+        raise UsageError(f"--teacher {flags.teacher} has another tokenizer than --{first}: name one with the same")
+    decided = {"tokenizer": tokenizer.kind} | (vars(model.config) if first == "init_from" else {})
+    for name in sorted(decided.keys() & set(SHAPING) - {"vocab_size"}):
+        if name in typed and name != "context_size" and typed[name] != decided[name]:
+            contradiction = f"--{name} {typed[name]} contradicts --{first}, which has {decided[name]}"
+            raise UsageError(f"{contradiction}: leave --{name} away")
+        setattr(flags, name, typed.get(name, decided[name]))
+    return used, {"tokenizer": tokenizer.to_dict()}
 
 
 def execute(argv):
@@ -2056,9 +2023,11 @@ def execute(argv):
             return run_benchmark(flags, config, batches) or 0
         with Interrupts() as interrupts:
             return train(flags, dataset, checkpoint, used, interrupts)
-    except (UsageError, RunError, OSError) as error:
-        print(f"{PARSER.prog}: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+    except (UsageError, RunError, OSError, ImportError) as error:
+        missing = isinstance(error, ImportError)  # a package that one function alone needs
+        line = f"{error}{': pip install -r requirements.txt' * missing}"
+        print(f"{PARSER.prog}: {' '.join(line.splitlines())}", file=sys.stderr)
+        return 2 if missing or isinstance(error, UsageError) else 1
 
 
 def main(argv=None):

@@ -194,7 +194,7 @@ def test_list(tmp_path, capsys):
     assert [int(number) for number in re.findall(r"iteration (\d+) of", out)] == [8, 6, 4]
     for block, name in zip(blocks, names[::-1]):
         own = [record for record in main.list_checkpoints(folder) if record["run"] == name]
-        lines = [line.split() for line in block.splitlines() if " MiB " in line]
+        lines = [line.split() for line in block.splitlines() if " old" in line]
         assert [line[:3] for line in lines] == [[r["id"][:12], "iteration", str(r["iteration"])] for r in own]
         assert [line[0] for line in lines if line[-1] == "best"] == [own[0]["best"]["id"][:12]]
         assert "--num_iters" in block and "--batch_size" not in block, "the flags in which they differ"

@@ -240,19 +240,21 @@ def test_drawn_tokens_are_independent_of_those_before():
 def speculated(model, draft, prompt, count, seed=0, **values):
     text = list(prompt)
     decoders = [main.Decoder(each, [text]) for each in (model, draft)]
-    given = [id for [id] in main.speculate(*decoders, count, flags(**dict(temperature=0, top_k=0) | values), [seed])]
+    rules = flags(**dict(temperature=0, top_k=0) | values)
+    given = [id for [id] in main.generate(decoders[0], count, rules, [seed], decoders[1])]
     assert text == [*prompt, *given] and len(given) == count
     return given, decoders[1]
 
 
 @pytest.mark.parametrize("context_size, draft_context", [(1, 8), (2, 2), (7, 4), (8, 1), (8, 16), (64, 64)])
 @pytest.mark.parametrize("prompt_length", [1, 8, 20])
-def test_speculation_changes_no_greedy_token(context_size, draft_context, prompt_length):
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_speculation_changes_no_token(context_size, draft_context, prompt_length, temperature):
     model = make_model(context_size)
     prompt = np.random.default_rng(2).integers(31, size=prompt_length).tolist()
     for seed, penalty in ((0, 1.0), (1, 1.3)):  # the first draft has the model's weights, the second has others
-        tokens, draft = speculated(model, make_model(draft_context, seed=seed), prompt, 24, repetition_penalty=penalty)
-        assert tokens == tokens_of(model, prompt, 24, repetition_penalty=penalty)
+        tokens, draft = speculated(model, make_model(draft_context, seed=seed), prompt, 24, repetition_penalty=penalty, temperature=temperature)
+        assert tokens == tokens_of(model, prompt, 24, repetition_penalty=penalty, temperature=temperature)
         if seed == 0 and context_size == draft_context == 64:
             assert draft.accepted == draft.proposed > 0, "a draft that is the model is always right"
 
