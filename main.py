@@ -153,7 +153,8 @@ class Config:
             fit = 2 * self.num_heads * max(1, round(self.dim / (2 * self.num_heads)))
             raise UsageError(f"--dim {self.dim} is no multiple of 2 * --num_heads {self.num_heads}: try --dim {fit}")
         if self.num_heads % self.num_kv_heads:
-            raise UsageError(f"--num_kv_heads {self.num_kv_heads} does not divide --num_heads {self.num_heads}: try 1")
+            fit = math.gcd(self.num_heads, self.num_kv_heads)
+            raise UsageError(f"--num_kv_heads {self.num_kv_heads} does not divide --num_heads {self.num_heads}: try {fit}")
         object.__setattr__(self, "head_dim", self.dim // self.num_heads)
 
 

@@ -7,9 +7,10 @@ import shlex
 import subprocess
 import sys
 
-import main
 import pytest
 from conftest import ROOT, TINY, run
+
+import main
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
@@ -20,7 +21,7 @@ SMALL = [*TINY, "--num_iters", "3", "--steps_per_report", "1", "--eval_tokens", 
 def program_lines(command):
     """The arguments of each call of main.py in a line of shell."""
     parts = re.split(r"&&|\||;", command)
-    return [shlex.split(part, comments=True)[2:] for part in parts if re.search(r"python main\.py", part)]
+    return [shlex.split(part.partition("main.py")[2], comments=True) for part in parts if "python main.py" in part]
 
 
 def test_both_first_commands_set_everything_up():
@@ -102,13 +103,39 @@ def test_configuration(block, tmp_path):
     assert main.make_config(flags, vocab_size=10000).dim == flags.dim
 
 
+def flag_table():
+    """A table for each group of the parser: what --help says, without the defaults that stand for no value."""
+    text = ""
+    actions = {action.dest: action for action in main.PARSER._actions}
+    for group, names in main.GROUPS.items():
+        text += f"\n| {group} | default | |\n|---|---|---|\n"
+        for name in names:
+            help, _, default = actions[name].help.partition(" (default: ")
+            choices = [str(choice) for choice in actions[name].choices or []]
+            shown = f"`--{name}`" + f" {', '.join(choices)}" * bool(choices)
+            text += f"| {shown} | {default.removesuffix(')')} | {help.replace('|', chr(92) + '|').replace('<', '&lt;')} |\n"
+    return text + "\n"
+
+
+START, END = "<!-- flags: written by `python tests/test_readme.py` -->\n", "<!-- end of flags -->"
+
+
+def test_table_of_flags_is_the_parsers():
+    assert README.partition(START)[2].partition(END)[0] == flag_table()
+
+
 def test_named_flags_exist():
     """Whatever the README calls a flag is one."""
     known = {f"--{name}" for name in main.DEFAULTS} | {"--help"}
-    others = set(re.findall(r'"(--\w+)"', (ROOT / "datasets.py").read_text())) | {"--version", "--model", "--port", "--max"}  # mlx_lm's
+    others = set(re.findall(r'"(--\w+)"', (ROOT / "datasets.py").read_text())) | set("--version --model --port --max --backend --hosts".split())  # of mlx
     assert set(re.findall(r"(?<![\w-])--[a-z]\w*", README)) <= known | others
 
 
 def test_defaults_in_the_readme_are_the_parsers():
     for flag, default in re.findall(r"`--(\w+)` \(([\d.e-]+)\)", README):
         assert float(default) == main.DEFAULTS[flag], flag
+
+
+if __name__ == "__main__":
+    before, _, rest = README.partition(START)
+    (ROOT / "README.md").write_text(before + START + flag_table() + END + rest.partition(END)[2])
