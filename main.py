@@ -91,7 +91,12 @@ def use_fast_blas():
             elif path in numpys:
                 break
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-            return "NumPy's OpenBLAS" if path in numpys else os.path.basename(path)
+            name = "NumPy's OpenBLAS" if path in numpys else os.path.basename(path)
+            with contextlib.suppress(AttributeError):  # OpenBLAS has other kernels, and roundings, for each kind of CPU
+                core = ctypes.CDLL(path)["scipy_openblas_get_corename64_" if path in numpys else "openblas_get_corename"]
+                core.restype = ctypes.c_char_p
+                name += f" ({core().decode()})"
+            return name
     return "reference BLAS"
 
 

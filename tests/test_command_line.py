@@ -266,7 +266,7 @@ def test_matrix_products_are_right(tmp_path):
     assert blas_of(XDG_CACHE_HOME=str(tmp_path)) == main.BLAS, "the forwarder is compiled anew"
 
 
-@pytest.mark.skipif(main.BLAS not in ("NumPy's OpenBLAS", "reference BLAS"), reason="the system has a BLAS of its own")
+@pytest.mark.skipif(not main.BLAS.startswith(("NumPy's", "reference")), reason="the system has a BLAS of its own")
 @pytest.mark.parametrize("trouble", ["no compiler", "broken compiler", "no cache folder"])
 def test_without_a_fast_blas(trouble, tmp_path):
     (tmp_path / "bin").mkdir()
