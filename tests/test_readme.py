@@ -127,7 +127,7 @@ def test_table_of_flags_is_the_parsers():
 def test_named_flags_exist():
     """Whatever the README calls a flag is one."""
     known = {f"--{name}" for name in main.DEFAULTS} | {"--help"}
-    others = set(re.findall(r'"(--\w+)"', (ROOT / "datasets.py").read_text())) | set("--version --model --port --max --backend --hosts".split())  # of mlx
+    others = set(re.findall(r'"(--\w+)"', (ROOT / "datasets.py").read_text())) | set("--version --model --port --max --backend --hosts --bind --mca".split())  # of mlx
     assert set(re.findall(r"(?<![\w-])--[a-z]\w*", README)) <= known | others
 
 
