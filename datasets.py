@@ -41,7 +41,7 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def explained(text, *errors, kind=UsageError):
-    """Makes of `errors`, or of any, a line for the user: `text`, the cause and the remedy, and in brackets what the error says."""
+    """Turns `errors`, or any, into a line for the user: `text`, the cause and the remedy, and what the error says."""
     try:
         yield
     except errors or Exception as error:
@@ -338,7 +338,7 @@ def own_text(given, valid_fraction, say, save_dir):
         return splits | {"train": documents}
     if len(documents) >= every:  # of many documents some, of few the end of the text
         valid = documents[every - 1 :: every]
-        return splits | {"train": [span for span in documents if span not in valid], "valid": valid}
+        return splits | {"train": [span for i, span in enumerate(documents, 1) if i % every], "valid": valid}
     left, train, valid = round(sum(span.stop for span in documents) * (1 - valid_fraction)), [], []
     for span in documents:
         cut = find_cut(span.path, left, "\n")
@@ -595,14 +595,14 @@ def main():
         name, folder = "text" if flags.text else flags.dataset, open_folder(flags.save_dir, writing=True)
         given = flags.text, flags.tokenizer, flags.valid_fraction, flags.mirror
         dataset = load_dataset(name, folder, *given, vocab_size=flags.vocab_size)
-    except (UsageError, RunError, OSError) as error:
+    except (UsageError, RunError, OSError, UnicodeError) as error:  # the last: of --teacher_prompts
         print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    of = dataset.tokenizer
-    print(f"{dataset.name} by {of.kind}: vocabulary {of.vocab_size:,}, {of.num_special} of them special tokens")
+        return 2 if isinstance(error, (UsageError, UnicodeError)) else 1
+    tokenizer = dataset.tokenizer
+    print(f"{dataset.name} by {tokenizer.kind}: vocabulary {tokenizer.vocab_size:,}, special {tokenizer.num_special}")
     for split in filter(None, (dataset.train, dataset.valid, dataset.test)):
         print(f"{len(split.tokens):>14,} tokens{split.num_bytes:>15,} bytes{split.num_words:>14,} words and line ends")
-    print(of.decode(dataset.train.tokens[:100]))
+    print(tokenizer.decode(dataset.train.tokens[:100]))
 
 
 if __name__ == "__main__":

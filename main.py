@@ -154,19 +154,19 @@ class Config:
     def __post_init__(self):
         if self.head_dim:  # of imported models, some of which have other sums of heads than dim
             return
-        if self.dim % (2 * self.num_heads):  # RoPE rotates pairs, so a head's dimension is even
-            fit = 2 * self.num_heads * max(1, round(self.dim / (2 * self.num_heads)))
-            raise UsageError(f"--dim {self.dim} is no multiple of 2 * --num_heads {self.num_heads}: try --dim {fit}")
-        if self.num_heads % self.num_kv_heads:
-            fit = math.gcd(self.num_heads, self.num_kv_heads)
-            raise UsageError(f"--num_kv_heads {self.num_kv_heads} does not divide --num_heads {self.num_heads}: try {fit}")
-        object.__setattr__(self, "head_dim", self.dim // self.num_heads)
+        D, H, K = self.dim, self.num_heads, self.num_kv_heads
+        if D % (2 * H):  # RoPE rotates pairs, so a head's dimension is even
+            fit = 2 * H * max(1, round(D / (2 * H)))
+            raise UsageError(f"--dim {D} is no multiple of 2 * --num_heads {H}: try --dim {fit}")
+        if H % K:
+            raise UsageError(f"--num_kv_heads {K} does not divide --num_heads {H}: try {math.gcd(H, K)}")
+        object.__setattr__(self, "head_dim", D // H)
 
 
 def make_config(flags, vocab_size, base=None):
     """The Config of a new model: where no flag decides, that of `base`, whose weights it begins with."""
     shape = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if field.name in flags}
-    shape["vocab_size"] = vocab_size  # not the --vocab_size that a BPE aims at
+    shape |= {"vocab_size": vocab_size}  # not the --vocab_size that a BPE aims at
     return Config(**(vars(base.config) if base else {}) | shape)
 
 
@@ -183,8 +183,8 @@ def dropout(hidden, noise, site):
     if not noise:
         return hidden
     rates, keys = noise
-    keep = mx.vmap(lambda rate, key: mx.random.bernoulli(1 - rate, hidden.shape[1:], key=key))
-    kept = keep(rates, keys + mx.array(site, mx.uint32))
+    draw = mx.vmap(lambda rate, key: mx.random.bernoulli(1 - rate, hidden.shape[1:], key=key))
+    kept = draw(rates, keys + mx.array(site, mx.uint32))  # [B, L, D] of bool
     return mx.where(kept, hidden / (1 - rates[:, None, None]), 0).astype(hidden.dtype)
 
 
@@ -514,7 +514,7 @@ def head_loss(hidden, head, targets, weights, *teacher, training=True):
         total = powers.sum(axis=-1, keepdims=True)
         loss = loss + ((mx.log(total) - mx.take_along_axis(below, answers[:, None], axis=-1)) * weight).sum()
         # The gradient by the logits is (powers / total - one-hot answers) * weight, never written out.
-        share = weight / total
+        factor = weight / total  # [rows, 1]
         if teacher:
             states, their_head, (mixed, T) = teacher
             theirs = (states[start : start + rows] @ their_head.T)[:, : len(head)].astype(mx.float32)
@@ -523,11 +523,11 @@ def head_loss(hidden, head, targets, weights, *teacher, training=True):
             wanted, given = exp(log_wanted), exp(log_given)
             pull = mixed * T * weights[start : start + rows, None]
             loss = loss + T * (pull * wanted * (log_wanted - log_given)).sum()
-            powers, share = powers * share + pull * (given - wanted), mx.ones_like(share)
-        powers, share = powers.astype(head.dtype), share.astype(head.dtype)
-        hidden_gradient.append((powers @ head) * share - answer * weight.astype(head.dtype))
-        factors = powers.T, inputs * share
-        head_gradient = mx.addmm(head_gradient, *factors) if start > 0 else mx.matmul(*factors)
+            powers, factor = powers * factor + pull * (given - wanted), mx.ones_like(factor)
+        powers, factor = powers.astype(head.dtype), factor.astype(head.dtype)  # [rows, V], [rows, 1]
+        hidden_gradient.append((powers @ head) * factor - answer * weight.astype(head.dtype))  # [rows, D]
+        inputs = inputs * factor
+        head_gradient = mx.addmm(head_gradient, powers.T, inputs) if start > 0 else powers.T @ inputs  # [V, D]
     answers = hidden.astype(mx.float32) * answer_weights[:, None]
     return loss, mx.concatenate(hidden_gradient), head_gradient.astype(mx.float32).at[targets].subtract(answers)
 
@@ -563,10 +563,11 @@ def over_streams(streams, function, *arrays):
 
 
 def evaluate(model, tokens, batch_size, interrupts=None, stride=None):
-    """Mean nats a token over every token but the first, each scored once; None if `interrupts` cut it short. tokens: [N].
-    Windows begin `stride` tokens apart, by default so that they do not overlap; of those that do, the end alone counts."""
+    """Mean nats a token over every token of `tokens` [N] but the first, each scored once; None if `interrupts` cut it
+    short. Windows begin `stride` tokens apart, by default side by side; of one that overlaps, the new end alone counts.
+    Of several ranks (see Ranks) each scores some of the batches."""
     L, count, group = model.config.context_size, len(tokens) - 1, ranks()
-    interrupts, stride = interrupts or SimpleNamespace(received=None), stride or L
+    interrupts, stride = interrupts or Interrupts(), stride or L
     if group.rank() == 0:
         share(interrupts, {"tokens": tokens}, "evaluate", batch_size=batch_size, stride=stride)
     starts = np.arange(0, max(count - L, 0) + stride, stride)
@@ -580,7 +581,7 @@ def evaluate(model, tokens, batch_size, interrupts=None, stride=None):
         places = batch + np.arange(L)  # [B, L]
         weights = (places < count) & ((places - batch >= L - stride) | (batch == 0))
         places = np.minimum(places, count - 1)
-        total += score(*(mx.array(each.astype(np.int32)) for each in (tokens[places], tokens[places + 1], weights))).item()
+        total += score(*(mx.array(each, mx.int32) for each in (tokens[places], tokens[places + 1], weights))).item()
     if group.size() > 1:  # float64, as bytes
         mine = mx.array(np.frombuffer(np.array([total, received or 0]), np.uint8))
         totals, signals = np.array(mx.distributed.all_gather(mine)).view(np.float64).reshape(-1, 2).T
@@ -853,8 +854,9 @@ class Interrupts:
     A second signal leaves at once, without saving. Python runs a handler only when the current `mx.eval` is over, so a
     thread reads the bytes that the interpreter writes to a wake-up pipe the moment a signal comes."""
 
+    received = None  # the signal's number; without `with`, as one signal ends the program, it stays None
+
     def __enter__(self):
-        self.received = None  # the signal's number
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -902,7 +904,7 @@ class Lasting:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-# ---- Ranks: the processes that `mlx.launch` starts on one or more machines, to train one model ------------------------
+# ---- Ranks: the processes that `mlx.launch` starts, on one machine or several, to train one model --------------------
 # Rank 0 does all that a single process does. The others hold the same model and optimizer, take a share of the rows of
 # each step and of the windows of each evaluation, and learn all they need, tokens too, from what rank 0 shares.
 LAUNCHED = "MLX_RANK" in os.environ or any(os.environ.get(n, "1") != "1" for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
@@ -915,17 +917,16 @@ def ranks():
     """MLX's group of all ranks; of one process, which needs no engine, what is asked of such a group."""
     if not LAUNCHED:
         return SimpleNamespace(rank=lambda: 0, size=lambda: 1)
-    before = set(os.listdir("/dev/fd"))
-    group = mx.distributed.init(strict=True)
+    opened = lambda: {int(fd) for fd in os.listdir("/dev/fd") if os.path.exists(f"/dev/fd/{fd}")}  # not listdir's own
+    before, group = opened(), mx.distributed.init(strict=True)
     if "MLX_HOSTFILE" in os.environ:  # a ring, whose sockets are the new files
-        sockets = set(map(int, set(os.listdir("/dev/fd")) - before))
-        threading.Thread(target=watch_ring, args=[sockets], daemon=True).start()
+        threading.Thread(target=watch_ring, args=[opened() - before], daemon=True).start()
     return group
 
 
 def watch_ring(sockets):
-    """Ends a rank some seconds after its neighbour's end. MLX's ring raises an error then, but of four ranks one may wait
-    forever (0.32.4: in 3 of 44 tries)."""
+    """Ends a rank some seconds after its neighbour's end. MLX's ring raises an error then, but of four ranks one may
+    wait forever (0.32.4: in 3 of 44 tries)."""
     poll = select.poll()
     for number in sockets:
         poll.register(number, getattr(select, "POLLRDHUP", 0))  # a hang-up and an error are always reported
@@ -947,7 +948,7 @@ def share(interrupts, arrays=None, order="check", **texts):
         arrays = {name: mx.array(array) for name, array in (arrays or {}).items()}
         mx.save_safetensors(file, arrays, {"order": order, "texts": json.dumps(texts)})
     received = interrupts.received or (signal.SIGHUP if os.getppid() != LAUNCHER else 0)
-    size, received = mx.distributed.all_max(mx.array([file.tell(), received])).tolist()
+    size, received = mx.distributed.all_max(mx.array([file.tell(), received], mx.int64)).tolist()
     if not size:
         raise RuntimeError("rank 0 said nothing")
     padded = np.frombuffer(file.getvalue().ljust(size, b"\0"), np.uint8)  # a sum with zeros is exact in bytes
@@ -961,14 +962,14 @@ def lead(interrupts, flags, model, optimizer=None, teacher=None):
     """Gives the other ranks the model that is to be trained, or, without an optimizer, scored."""
     trees = {"model": model.parameters(), "optimizer": optimizer.state if optimizer else {}}
     trees |= {"teacher": teacher.parameters()} if teacher else {}
-    for name, array in tree_flatten(trees) if ranks().size() > 1 else ():  # one by one, or all would be in memory thrice
+    for name, array in tree_flatten(trees):  # one by one, or all would be in memory thrice
         share(interrupts, {name: array}, "keep")
     configs = [dataclasses.asdict(each.config) for each in (model, teacher) if each]
     share(interrupts, {}, "begin", flags=flags, configs=configs)
 
 
 def follow():
-    """What the other ranks do: what rank 0 says, until it says no more. Returns the exit status."""
+    """What the other ranks do: each order of rank 0 ("check" is none) up to its "end". Returns the exit status."""
     kept, run = {}, SimpleNamespace()
     with Interrupts() as interrupts:
         while True:
@@ -984,7 +985,7 @@ def follow():
                     for model, name in zip((run.model, *teacher), ("model", "teacher")):
                         model.update(tree[name])
                     if "optimizer" in tree:
-                        streams = make_streams(-(-flags.batch_size // ranks().size()), flags.context_size)
+                        streams = make_streams(flags.batch_size, flags.context_size)
                         run.optimizer = make_optimizer(run.model, flags, streams)
                         run.optimizer.state = tree["optimizer"]
                         run.step = make_step(run.model, run.optimizer, flags, streams, *teacher)
@@ -1004,22 +1005,22 @@ def use_device(gpu):
         os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
 
 
-def make_streams(rows, context_size):
-    """The streams that share the rows of a batch. On a CPU each is a thread on a core of its own, its products too: two
-    took 50 ms a step at dim 128 where one took 80. Shares have 256 positions at least, or products become small; one
+def make_streams(batch_size, context_size):
+    """The streams that share a rank's rows of a batch. On a CPU each is a thread on a core of its own, its products too:
+    two took 50 ms a step at dim 128 where one took 80. Shares have 256 positions at least, or products become small; one
     stream alone has all cores for them. A GPU has one; so has macOS, whose BLAS brings its own threads."""
     if mx.default_device() == mx.gpu or BLAS == "Accelerate":
         return [mx.default_stream(mx.default_device())]
-    cores = len(os.sched_getaffinity(0))
+    cores, rows = len(os.sched_getaffinity(0)), -(-batch_size // ranks().size())
     count = max(1, min(cores, rows, rows * context_size // 256))
     set_blas_threads(cores if count == 1 else 1)
     return [cpu_stream(i) for i in range(count)]
 
 
 def make_step(model, optimizer, flags, streams, teacher=None):
-    """The training step: tokens [N, L], targets [N, L], dropout's rates [N] and keys [N, 2] or none of these -> mean loss,
-    gradient norm. The N = batch_size * grad_accumulation rows are taken batch_size at a time, and those are shared out
-    over ranks and `streams`. With bfloat16 all is computed in it but the loss; weights and optimizer state stay in float32."""
+    """The training step: tokens [N, L], targets [N, L] and, for dropout, rates [N] and keys [N, 2] -> mean loss, gradient
+    norm. The N = batch_size * grad_accumulation rows are taken batch_size at a time, those shared out over ranks and
+    `streams`. With bfloat16 all is computed in it but the loss; weights and optimizer state stay in float32."""
     model.model.checkpoint = flags.checkpoint
     state, group = [model.state, optimizer.state], ranks()
     mixture = mx.array([flags.teacher_weight, flags.teacher_temperature])
@@ -1086,12 +1087,12 @@ def train(flags, dataset, checkpoint, used, interrupts):
     """One run from its start, or from the record `checkpoint`, to `num_iters` or a signal. `used`: the models that
     --init_from and --teacher name, as `open_model` gives them. Returns the exit status."""
     folder, tokenizer = flags.save_dir, dataset.tokenizer
-    if flags.batch_size < ranks().size():
-        raise UsageError(f"--batch_size {flags.batch_size} leaves some of the {ranks().size()} ranks without a row: give more")
-    # What follows a checkpoint that its run has left behind, and that --identifier names, is another run.
+    if flags.batch_size < (size := ranks().size()):
+        raise UsageError(f"--batch_size {flags.batch_size} leaves some of the {size} ranks without a row: give more")
+    # A checkpoint that --identifier names, and after which its run went on, is where another run branches off.
     newer = [r["run"] for r in list_checkpoints(folder) if flags.identifier and r["saved"] > checkpoint["saved"]]
-    begun = checkpoint and checkpoint["run"] not in newer
-    name = checkpoint["run"] if begun else f"{dataset.name}-{os.urandom(3).hex()}"
+    same = checkpoint and checkpoint["run"] not in newer
+    name = checkpoint["run"] if same else f"{dataset.name}-{os.urandom(3).hex()}"
     if not (lock := lock_run(folder, name)):
         raise UsageError(f"{name} is being trained by another process: wait for it, or begin another with --new_model")
     clean_folder(folder)
@@ -1102,7 +1103,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
     model.config = config  # the context may be another one
     if flags.lora_rank:
         add_lora(model, flags.lora_rank, flags.lora_alpha)
-    streams = make_streams(-(-flags.batch_size // ranks().size()), flags.context_size)
+    streams = make_streams(flags.batch_size, flags.context_size)
     optimizer = make_optimizer(model, flags, streams)
     batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size * flags.grad_accumulation, flags.seed)
     record = {"iteration": 0, "id": None, "scores": [], "best": None, "seconds": 0.0}
@@ -1113,14 +1114,16 @@ def train(flags, dataset, checkpoint, used, interrupts):
         init_weights(model, flags.seed)
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {os.cpu_count()} cores"
     needed = {flag: id for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank}  # by every leg
-    named = {flag: getattr(flags, flag) for flag in needed}
     record |= {
         "run": name, "flags": {flag: getattr(flags, flag) for flag in INHERITED}, "tokens_sha256": dataset.sha256,
-        "uses": {flag: [named[flag] if os.path.isdir(named[flag]) else id, id] for flag, id in needed.items()},
+        "uses": {flag: [path if os.path.isdir(path := getattr(flags, flag)) else id, id] for flag, id in needed.items()},
         "config": dataclasses.asdict(config), "parameters": sum(w.size for _, w in tree_flatten(model.parameters())),
         "command": sys.argv, "sources": SOURCES,
         # What the last bits of a result depend on: a run is exact as long as these stay the same.
-        "versions": dict(MLX=mx.__version__, NumPy=np.__version__, BLAS=BLAS, device=device, streams=len(streams), ranks=ranks().size()),
+        "versions": {
+            "MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device, "streams": len(streams),
+            "ranks": size,
+        },
     }  # fmt: skip
     start = record["iteration"]
     print_start(flags, dataset, run, checkpoint or record)
@@ -1143,7 +1146,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
         # Save, then evaluate, then add the score, then sample: what goes wrong in one costs none of those before it.
         save = iteration > start and (finished or stopping or due or iteration % steps_per_save == 0)
         if save:
-            share(interrupts)
+            share(interrupts)  # no rank was lost in the last step
             save_checkpoint(folder, run)
             clean_folder(folder, run, flags.keep)
             tqdm.write(f"saved {record['id']} at iteration {iteration:,}")
@@ -1164,11 +1167,10 @@ def train(flags, dataset, checkpoint, used, interrupts):
         if timeout:
             tqdm.write(f"--max_minutes {flags.max_minutes:g} are over at iteration {iteration:,}.")
         if flags.patience and misses >= flags.patience:
-            tqdm.write(f"Stopped: no better score in {misses} evaluations (--patience); best is {record['best']['id']}.")
+            tqdm.write(f"Stopped: no better score in {misses} evaluations (--patience); best: {record['best']['id']}")
             break
-        # A signal that came since the save: after the next step.
-        if finished or timeout or interrupts.received and (save or iteration == start):
-            break
+        if finished or timeout or (interrupts.received and (save or iteration == start)):
+            break  # for a signal that came too late for this save: after the next step
 
         began = time.perf_counter()
         tokens, targets = batches.next()
@@ -1181,7 +1183,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
             trained, record["seconds"] = trained + taken, record["seconds"] + taken
 
         if not math.isfinite(loss + norm):
-            share(interrupts)
+            share(interrupts)  # it is not a lost rank's
             problem = f"the loss or gradient of iteration {iteration + 1:,} is not finite, and nothing of it is saved"
             good = f"the last good checkpoint is {record['id'] or 'none yet'}"
             raise RunError(f"{problem}; {good}: go on with a lower --learning_rate or --grad_clip")
@@ -1194,7 +1196,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
             if bar.disable:
                 left = tqdm.format_interval((flags.num_iters - iteration - 1) / rate)
                 tqdm.write(f"{iteration + 1:,}/{flags.num_iters:,}  {report}  left {left}")
-            bits = "" if flags.train_tokens else mean / math.log(2) * len(dataset.train.tokens) / dataset.train.num_bytes
+            bits = "" if flags.train_tokens else mean / math.log(2) * len(batches.tokens) / dataset.train.num_bytes
             values = learning_rate_at(iteration, flags), norm, (iteration + 1) * batch_tokens, rate * batch_tokens
             log(iteration + 1, "train", mean, bits, *values, mx.get_peak_memory() / 2**20, record["seconds"])
             losses, seconds = [], 0.0
@@ -1214,8 +1216,8 @@ LOG = "iteration split loss bits_per_byte learning_rate gradient_norm tokens tok
 
 
 def open_log(path, iteration, scored):
-    """A function that appends a line of LOG to a run's file of comma-separated values. What the file has of later iterations
-    goes: they come again; so does a score of `iteration` itself, if it was not `scored`."""
+    """A function that appends a line of LOG to a run's file of comma-separated values. What the file has of iterations
+    later than this one goes: they come again; so does a score of `iteration` itself, if it was not `scored`."""
     lines = [",".join(LOG)]
     with contextlib.suppress(OSError):
         rows = [line.split(",") for line in path.read_text().splitlines()]
@@ -1225,7 +1227,7 @@ def open_log(path, iteration, scored):
     def append(*values):
         with contextlib.suppress(OSError):  # of a full disk: the run is worth more than its log
             with path.open("a") as file:
-                file.write(",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values) + "\n")
+                print(*(f"{value:.6g}" if isinstance(value, float) else value for value in values), sep=",", file=file)
 
     with contextlib.suppress(OSError):
         path.with_suffix(".csv.new").write_text("\n".join(lines) + "\n")
@@ -1245,16 +1247,17 @@ def print_start(flags, dataset, run, last):
     few = f", of them {trained:,} trained" if trained < record["parameters"] else ""
     tqdm.write(
         f"run      {record['run']}, from iteration {record['iteration']:,} to {flags.num_iters:,}, seed {flags.seed}\n"
-        f"model    {record['parameters']:,} parameters{few}: {config.num_blocks} blocks, dim {config.dim}, {config.num_heads} "
-        f"heads ({config.num_kv_heads} for keys and values), {config.mlp} {config.mlp_dim}, context {config.context_size}\n"
+        f"model    {record['parameters']:,} parameters{few}: {config.num_blocks} blocks, dim {config.dim}, "
+        f"{config.num_heads} heads ({config.num_kv_heads} for keys and values), {config.mlp} {config.mlp_dim}, "
+        f"context {config.context_size}\n"
         f"data     {dataset.name}: {splits} tokens; vocabulary {tokenizer.vocab_size:,} by {tokenizer.kind} "
         f"({tokenizer.vocab_size - tokenizer.num_special:,} without special tokens)\n"
-        f"steps    {rows} x {config.context_size} tokens each, {max(1, windows // rows):,} an epoch; {flags.optimizer}\n"
+        f"steps    {rows} x {config.context_size} tokens each, {windows // rows or 1:,} an epoch; {flags.optimizer}\n"
         f"machine  {new['device']}{several}; MLX {new['MLX']}, matrix products by {BLAS}\n"
         f"files    {folder.absolute()}, {size / 2**20:,.0f} MiB a checkpoint, {free / 2**20:,.0f} MiB free"
     )
     if flags.batch_size % ranks().size():
-        tqdm.write(f"--batch_size {flags.batch_size} does not divide by {ranks().size()} ranks: their shares, and waits, differ.")
+        tqdm.write(f"--batch_size {flags.batch_size} does not divide evenly by {ranks().size()} ranks: some wait for others.")
     if windows < rows:
         tqdm.write("The text has fewer windows than a step's batch: they repeat within it.")
     if flags.dtype == "bfloat16" and not flags.gpu:
@@ -1262,9 +1265,9 @@ def print_start(flags, dataset, run, last):
     if room > free:
         tqdm.write(f"Low on space: --keep {flags.keep}, the best and the next one need {room / 2**20:,.0f} MiB.")
     if BLAS == "reference BLAS" and not flags.gpu:
-        tqdm.write("Slow matrix products: install OpenBLAS (apt install libopenblas0) or a C compiler (apt install g++).")
+        tqdm.write("Slow matrix products: install OpenBLAS (apt install libopenblas0) or a compiler (apt install g++).")
     if changed := [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]:
-        tqdm.write(f"Not as the checkpoint was made ({'; '.join(changed)}): exact resume holds in equal conditions only.")
+        tqdm.write(f"Not as the checkpoint was made ({'; '.join(changed)}): exact resume holds in equal conditions.")
 
 
 # ---- Sampling: functions of logits [B, V], then texts token by token ------------------------------------------------
@@ -1287,7 +1290,7 @@ def keep_top_k(logits, k):
 
 
 def keep_top_p(logits, p):
-    """All but the likeliest that make up `p` of the probability together at -inf (Holtzman et al. 2020), at least one."""
+    """All but the likeliest that together have probability `p`, at least one, at -inf (Holtzman et al. 2020)."""
     if p >= 1:
         return logits
     ascending = mx.sort(logits, axis=-1)
@@ -1348,8 +1351,8 @@ class Decoder:
         return logits
 
     def draw(self, flags, seeds, count=1):
-        """Ids [B, count] drawn of what follows each text's last `count` tokens: functions of a row's seed and their place
-        in its text, not of other rows."""
+        """Ids [B, count] drawn of what follows each text's last `count` tokens: functions of a row's seed and of their
+        place in its text, not of other rows."""
         logits = self.logits(count).flatten(0, 1)
         rows = zip(self.texts, self.starts, seeds)
         places = [(text, start, seed, len(text) - i) for text, start, seed in rows for i in reversed(range(count))]
@@ -1360,9 +1363,9 @@ class Decoder:
 
 def generate(decoder, max_tokens, flags, seeds, draft=None, length=4):
     """Yields `max_tokens` times the next ids of the decoder's texts, [B] ints, and appends them there. With one text
-    `draft` can be another decoder of it, which proposes up to `length` tokens; `decoder` reads them in one pass and keeps
-    those that it draws itself. Both draw by the same random numbers, so that they agree as often as their distributions
-    allow, and the text is the same as without a draft (Daliri, Musco & Suresh 2024)."""
+    `draft` can be another decoder of it, which proposes up to `length` tokens; `decoder` reads them in one pass and
+    keeps those that it draws itself. Both draw by the same random numbers, so that they agree as often as their
+    distributions allow, and the text is the same as without a draft (Daliri, Musco & Suresh 2024)."""
     end, proposals = len(decoder.texts[0]) + max_tokens, []
     while (known := len(decoder.texts[0])) < end:
         if draft:
@@ -1498,7 +1501,7 @@ def converse(tokenizer, models, flags):
 def answer_file(tokenizer, model, id, flags, batch_size=16):
     """Continues each line of --prompts_file --num_samples times, many together, each time a line of JSON in --output or
     on stdout. An --output that was begun is gone on with. Raises UsageError."""
-    with explained(f"--prompts_file {flags.prompts_file} must be UTF-8, --output writable"):
+    with explained(f"--prompts_file {flags.prompts_file} must be UTF-8, --output writable", OSError, ValueError):
         prompts = Path(flags.prompts_file).read_text("utf-8").removesuffix("\n").split("\n")
         prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
         jobs = [{"prompt": prompt, "seed": flags.seed + i, "checkpoint": id} for i, prompt in enumerate(prompts)]
@@ -1631,7 +1634,7 @@ def plot_runs(folder, names, path):
 def save_figure(figure, path):
     """Writes a matplotlib figure in the format that the path's ending names. Raises UsageError."""
     with explained(f"cannot write {path}: name another file"):
-        figure.savefig(os.path.expanduser(path), dpi=150)
+        figure.savefig(os.path.expanduser(path), dpi=min(150, 2**14 / max(figure.get_size_inches())))  # 2^14 pixels
     print(f"The picture is in {path}", file=sys.stderr)
 
 
@@ -1675,21 +1678,24 @@ def run_cases(folder, records, flags, top_k):
 
     needed = "is no YAML list of prompt and expected, like - {prompt: a, expected: b}, or --output no file to write"
     with explained(f"--cases {flags.cases} {needed}"):
-        cases = yaml.safe_load(Path(flags.cases).expanduser().read_text("utf-8"))
+        cases = yaml.load(Path(flags.cases).expanduser().read_text("utf-8"), yaml.BaseLoader)  # all scalars are text
         cases = [(str(case["prompt"]), str(case["expected"])) for case in cases]
         open(flags.output or os.devnull, "a").close()  # fails before the work, not after it
     results = []
     for record in records:
+        if damage := find_damage(folder, record["id"]):
+            print(f"Passing over {record['id'][:12]} (iteration {record['iteration']:,}): {damage}", file=sys.stderr)
+            continue
         model, tokenizer = load_model(folder, record)
         print(f"{record['run']}, iteration {record['iteration']:,}, checkpoint {record['id'][:12]}")
         for prompt, expected in cases:
             wanted = first_ids(tokenizer, expected)[-model.config.context_size :]
             text = (first_ids(tokenizer, prompt) + wanted)[-model.config.context_size - 1 :]
             logits, wanted = model(mx.array([text[:-1]]), last=len(wanted))[0], mx.array(wanted)  # [expected, V]
-            ranks = (logits > mx.take_along_axis(logits, wanted[:, None], axis=-1)).sum(axis=-1) + 1
+            worst = (logits > mx.take_along_axis(logits, wanted[:, None], axis=-1)).sum(axis=-1).max().item() + 1
             chance = math.exp(-nn.losses.cross_entropy(logits, wanted, reduction="sum").item())
             best = [tokenizer.decode([token]) for token in mx.argsort(-logits[0])[:top_k].tolist()]
-            result = {"checkpoint": record["id"], "prompt": prompt, "expected": expected, "rank": ranks.max().item()}
+            result = {"checkpoint": record["id"], "prompt": prompt, "expected": expected, "rank": worst}
             results.append(result | {"probability": chance, "top": best, "passed": result["rank"] <= top_k})
             line = f"  {'pass' if results[-1]['passed'] else 'FAIL'} rank {result['rank']:>6,} {chance:>9.2e}  "
             print(f"{line}{prompt[-24:]!r} {expected[:16]!r}: {' '.join(map(repr, best))}"[:100])
@@ -1733,7 +1739,7 @@ def number(kind, least, most=math.inf):
     """An argparse type: an int or float from `least` to `most`."""
 
     def convert(text):
-        if math.isfinite(value := kind(text)) and least <= value <= most:
+        if least <= (value := kind(text)) <= most and value < math.inf:
             return value
         limit = f" and at most {most}" if most < math.inf else ""
         raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, not {text}")
@@ -1851,6 +1857,14 @@ DATA = ["dataset", "text", "valid_text", "test_text", "valid_fraction", "train_t
 SHAPING = [*DATA, "seed", "optimizer", *GROUPS["model"], "init_from", "lora_rank", "lora_alpha", "teacher"]
 INHERITED = [*SHAPING, "num_iters", *GROUPS["training"], *GROUPS["reports"], "teacher_weight", "teacher_temperature"]
 
+MODES = "inference prompt prompts_file evaluate export list cases plot benchmark new_model".split()
+EXCLUSIVE = [("dataset", "text"), ("identifier", "new_model"), *itertools.combinations(MODES, 2)]
+PARTNERS = {  # without one of which a flag would have no effect
+    "valid_text": "text identifier", "test_text": "text identifier", "output": "prompts_file cases",
+    "draft": "prompt inference", "attention": "prompt", "quantize": "prompt prompts_file inference evaluate export",
+    "lora_rank": "init_from identifier", "lora_alpha": "lora_rank identifier",
+}  # fmt: skip
+
 
 def resolve(flags):
     """Replaces values that stand for others: `auto`, relative paths, and the defaults that depend on other flags."""
@@ -1938,58 +1952,59 @@ def open_origins(folder, flags, typed, checkpoint):
     return used, {"tokenizer": tokenizer.to_dict()}
 
 
+def read_line(argv):
+    """What the command line asks for, {flag: value}: typed, in the file of --config, or meant by --preset. Raises
+    UsageError where two flags contradict or one has no effect."""
+    typed = vars(PARSER.parse_args(argv))
+    if "config" in typed:
+        typed = read_config(typed["config"], typed) | typed
+    if "preset" in typed:
+        typed = dict(zip(("dim", "num_heads", "num_blocks", "context_size"), PRESETS[typed["preset"]])) | typed
+    if typed.get("tokenizer") == "auto":
+        del typed["tokenizer"]  # it asks for none
+    asked = {name for name, value in typed.items() if value is not False}
+    for pair in EXCLUSIVE:
+        if asked.issuperset(pair):
+            raise UsageError(f"--{pair[0]} and --{pair[1]} exclude each other: leave one away")
+    for name, partners in PARTNERS.items():
+        if name in asked and not asked.intersection(partners.split()):
+            raise UsageError(f"--{name} goes with --{partners.replace(' ', ' or --')}: give that, too, or neither")
+    if len(typed.get("identifier", [])) > 1 and not asked & {"cases", "plot"}:
+        raise UsageError("--identifier takes one name; several go with --cases and --plot")
+    return typed
+
+
 def execute(argv):
     """Does what the command line says; returns the exit status: 0 done, 1 failed, 2 usage, 128 + n after signal n."""
     try:
-        typed = vars(PARSER.parse_args(argv))
-        if "config" in typed:
-            typed = read_config(typed["config"], typed) | typed
-        if "preset" in typed:
-            typed = dict(zip(("dim", "num_heads", "num_blocks", "context_size"), PRESETS[typed["preset"]])) | typed
-        typed = {name: value for name, value in typed.items() if (name, value) != ("tokenizer", "auto")}  # no demand
-        modes = ["inference", "prompt", "prompts_file", "evaluate", "export", "list", "cases", "plot", "benchmark", "new_model"]
-        for pair in [("dataset", "text"), ("identifier", "new_model"), *itertools.combinations(modes, 2)]:
-            if all(typed.get(name, False) is not False for name in pair):
-                raise UsageError(f"--{pair[0]} and --{pair[1]} exclude each other: leave one away")
-        names = typed.get("identifier")
-        if names and not ("cases" in typed or "plot" in typed):
-            typed["identifier"] = names[0]
-            if len(names) > 1:
-                raise UsageError("--identifier takes one name; several go with --cases and --plot")
+        typed, remedy = read_line(argv), "train a model first, or name its folder with --save_dir"
+        names = typed.get("identifier", [])
+        typed |= {"identifier": names[0]} if names else {}
         flags = resolve(argparse.Namespace(**DEFAULTS | typed))
-        if (flags.valid_text or flags.test_text) and not (flags.text or flags.identifier):
-            raise UsageError("--valid_text and --test_text go with --text: name the files to train on, too")
         if flags.gpu and not mx.is_available(mx.gpu):
-            raise UsageError("--gpu: MLX sees no GPU; leave it away, or install MLX for yours (pip install mlx[cuda13])")
+            raise UsageError("--gpu: MLX sees no GPU; leave it away, or install MLX for yours: pip install mlx[cuda13]")
         use_device(flags.gpu)
-        talking = flags.inference or flags.prompt is not None
-        if flags.output and not (flags.prompts_file or flags.cases) or flags.draft and not talking:
-            raise UsageError("--output goes with --prompts_file and --cases, --draft with --prompt or --inference")
-        if flags.attention and flags.prompt is None:
-            raise UsageError("--attention goes with --prompt: give the text to look at")
-        using = talking or flags.prompts_file or flags.evaluate or flags.export  # a checkpoint, whatever its corpus
-        if flags.quantize and not using:
-            raise UsageError("--quantize goes with sampling, --evaluate and --export: training has full weights")
+        talking = flags.inference or flags.prompt is not None or flags.prompts_file
+        using = talking or flags.evaluate or flags.export  # a checkpoint, whatever its corpus
         folder = open_folder(flags.save_dir, writing=not (using or flags.list or flags.cases or flags.plot))
         if flags.cases or flags.plot:
-            records = list_checkpoints(folder, warn=True)
-            if not records:
-                raise UsageError(f"no checkpoint is in {folder}: train a model first, or name its folder with --save_dir")
-            named = [named_checkpoint(folder, records, name) for name in names or []]
+            if not (records := list_checkpoints(folder, warn=True)):
+                raise UsageError(f"no checkpoint is in {folder}: {remedy}")
+            named = [named_checkpoint(folder, records, name) for name in names]
             if flags.plot:
-                return plot_runs(folder, [record["run"] for record in named], flags.plot) or 0
-            return run_cases(folder, named or records, flags, typed.get("top_k", 5)) or 0
+                return plot_runs(folder, [record["run"] for record in named], flags.plot)
+            return run_cases(folder, named or records, flags, typed.get("top_k") or 5)
 
         if flags.list:
             with locked(folder):  # so that none goes while it is listed
-                return list_runs(folder) or 0
+                return list_runs(folder)
         checkpoint = choose_checkpoint(folder, flags, typed, using)
         if using and not checkpoint:
-            raise UsageError(f"no such checkpoint in {folder}: train a model first, or name its folder with --save_dir")
+            raise UsageError(f"no such checkpoint in {folder}: {remedy}")
         if flags.export:
-            return export_model(*load_model(folder, checkpoint), flags.export, flags.quantize) or 0
-        if using and not flags.evaluate:
-            return talk(folder, checkpoint, flags) or 0
+            return export_model(*load_model(folder, checkpoint), flags.export, flags.quantize)
+        if talking:
+            return talk(folder, checkpoint, flags)
 
         if checkpoint:
             old = checkpoint["flags"]
@@ -1999,34 +2014,32 @@ def execute(argv):
                     if name == "num_iters" and (old["lr_schedule"] != "constant" or old["dropout_final"] is not None):
                         tqdm.write("         which stretches the schedules of learning rate and dropout")
             flags = resolve(argparse.Namespace(**DEFAULTS | old | typed))
-        if flags.min_lr is not None and flags.min_lr > flags.learning_rate:
-            raise UsageError(f"--min_lr {flags.min_lr} is above --learning_rate {flags.learning_rate}: give a lower one")
-        for name, partner in {"lora_rank": "init_from", "lora_alpha": "lora_rank"}.items():
-            if getattr(flags, name) and not getattr(flags, partner):
-                raise UsageError(f"--{name} goes with --{partner}: give that, too")
+        if (least := flags.min_lr or 0) > flags.learning_rate:
+            raise UsageError(f"--min_lr {least} is above --learning_rate {flags.learning_rate}: give a lower one")
         flags.save_dir = folder
         used, vocabulary = open_origins(folder, flags, typed, checkpoint)
         data = {name: getattr(flags, name) for name in DATA if name != "dataset"} | vocabulary
         dataset = load_dataset(flags.dataset, folder, **data, mirror=flags.mirror, say=tqdm.write)
         if checkpoint and checkpoint["tokens_sha256"] != dataset.sha256:
             raise UsageError(f"the training text of {checkpoint['run']} has changed: --new_model begins a run on it")
-        if "test" in (flags.evaluate, flags.eval_test and "test") and not dataset.test:
+        if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
             raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
         if flags.evaluate:
             model, _ = load_model(folder, checkpoint)
-            lead(SimpleNamespace(received=None), {}, model)
-            if flags.eval_stride and flags.eval_stride > model.config.context_size:
-                raise UsageError(f"--eval_stride {flags.eval_stride} would leave tokens out: at most {model.config.context_size}")
-            score_split(flags.evaluate, model, dataset, flags)
-            if flags.quantize:
-                quantize(model, flags.quantize, packed=flags.gpu and not LAUNCHED)
-                lead(SimpleNamespace(received=None), {}, model)
+            if (flags.eval_stride or 0) > (most := model.config.context_size):
+                raise UsageError(f"--eval_stride {flags.eval_stride} would leave tokens out: at most {most}")
+            for bits in filter(None, (32, flags.quantize)):
+                if bits < 32:
+                    quantize(model, bits, packed=flags.gpu and not LAUNCHED)
+                lead(Interrupts(), {}, model)
                 score_split(flags.evaluate, model, dataset, flags)
             return 0
         if flags.benchmark:
+            if LAUNCHED:
+                raise UsageError("--benchmark measures one process: start it without mlx.launch")
             config = Config(**checkpoint["config"]) if checkpoint else make_config(flags, dataset.tokenizer.vocab_size)
             batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size, flags.seed)
-            return run_benchmark(flags, config, batches) or 0
+            return run_benchmark(flags, config, batches)
         with Interrupts() as interrupts:
             return train(flags, dataset, checkpoint, used, interrupts)
     except (UsageError, RunError, OSError, ImportError) as error:
@@ -2037,14 +2050,14 @@ def execute(argv):
 
 
 def main(argv=None):
-    """The program; returns the exit status. Of several ranks the first does what the line says, and the others follow."""
+    """The program; returns the exit status. Of several ranks the first does what the line says, the others follow."""
     try:
         if ranks().rank() > 0:
             use_device("--gpu" in sys.argv)
             return follow()
         status = execute(argv)
-        share(SimpleNamespace(received=None), {}, "end")
-        return status
+        share(Interrupts(), order="end")
+        return status or 0
     except RuntimeError as error:
         if not LAUNCHED:
             raise

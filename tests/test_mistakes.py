@@ -167,9 +167,9 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--prompt a --export b", "--prompt and --export exclude each other", "leave one away"),
     ("--prompt a --output b", "--output", "goes with --prompts_file"),
     ("--prompts_file a --draft b", "--draft", "with --prompt or --inference"),
-    ("--attention x.png", "--attention goes with --prompt", "give the text"),
-    ("--text text.txt --quantize 4", "--quantize", "goes with sampling, --evaluate and --export"),
-    ("--valid_text text.txt", "--valid_text", "name the files to train on"),
+    ("--attention x.png", "--attention goes with --prompt", "give that, too"),
+    ("--text text.txt --quantize 4", "--quantize", "goes with --prompt or --prompts_file or --inference or --evaluate or --export"),
+    ("--valid_text text.txt", "--valid_text", "goes with --text or --identifier"),
     ("--prompt a --identifier latest best", "--identifier takes one name", "--cases and --plot"),
     # Texts
     ("--text nowhere.txt", "nowhere.txt: no such file", "give a text's path"),

@@ -283,7 +283,7 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     (["--export", "/tmp/x", "--prompt", "x"], "exclude each other"),
     (["--prompt", "x", "--quantize", 4], "--quantize 4 needs a model in which 32 divides"),
     (["--prompt", "x", "--quantize", 3], "invalid choice: 3"),
-    (["--quantize", 4], "--quantize goes with sampling"),
+    (["--quantize", 4], "--quantize goes with --prompt"),
 ])  # fmt: skip
 def test_mistakes(base, text, typed, words):
     folder, _ = base
