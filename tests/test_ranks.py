@@ -234,8 +234,8 @@ def test_only_the_sockets_of_the_ring_are_watched(tmp_path):
     """And none whose number another file may get later, which would end the program when that one is closed."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport main, os, stat\n"
-        "main.watch_ring = lambda sockets: print([stat.S_ISSOCK(os.fstat(each).st_mode) for each in sockets])\n"
-        "main.ranks()\n"
+        "main.watch_ring = lambda sockets: print([stat.S_ISSOCK(os.fstat(each).st_mode) for each in sockets], flush=True)\n"
+        "main.ranks()\nmain.time.sleep(1)\n"
     )
     outputs, statuses = finish(start_ranks(2, tmp_path, program=["-c", code]))
     assert statuses == [0, 0] and [out for out, _ in outputs] == ["[True, True]\n"] * 2, outputs
