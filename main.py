@@ -867,7 +867,7 @@ class Interrupts:
         return self
 
     def __exit__(self, _, error, traceback):
-        signal.set_wakeup_fd(-1)
+        os.close(signal.set_wakeup_fd(-1))  # which ends the thread
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         # Ctrl+C in a terminal also ends the compiler of a first step, evaluation or sample: nothing is unsaved then.
@@ -876,13 +876,15 @@ class Interrupts:
 
     def watch(self, reader):
         first = None  # when the first of this process came; another rank's may have been before
-        while number := os.read(reader, 1)[0]:
+        while byte := os.read(reader, 1):
+            number = byte[0]
             if first is None:
                 self.received, first = self.received or number, time.monotonic()
                 print("\nStopping after this step, then saving. Once more leaves without saving.", file=sys.stderr)
             elif time.monotonic() - first > 0.5:  # launchers pass on a signal that the terminal has sent already
                 print("\nLeft without saving.", file=sys.stderr)
                 os._exit(128 + number)
+        os.close(reader)
 
 
 class Lasting:

@@ -8,10 +8,13 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 
 import pytest
 from conftest import ROOT, TINY, ids, run, start
+
+import main
 
 SLOW = "--dim 1024 --num_heads 8 --num_blocks 4 --context_size 256 --batch_size 64".split()  # minutes a step
 
@@ -118,3 +121,16 @@ def test_ctrl_c_before_training_is_silent(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in err
+
+
+def test_nothing_of_it_stays(tmp_path):
+    """In a notebook, where main() is one call of many."""
+    before, handler = (len(os.listdir("/dev/fd")), threading.active_count()), signal.getsignal(signal.SIGINT)
+    for _ in range(3):
+        with main.Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGTERM)
+            while not interrupts.received:
+                time.sleep(0.01)
+    time.sleep(0.5)
+    assert (len(os.listdir("/dev/fd")), threading.active_count()) == before
+    assert signal.getsignal(signal.SIGINT) == handler and interrupts.received == signal.SIGTERM
