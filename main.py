@@ -7,7 +7,7 @@
 
 The whole program is in this file, from the model to the command line; text becomes token ids in datasets.py.
 Shapes are written in these letters: B rows of a batch, L positions, D model dimension, H query heads, K key and value
-heads, d dimension of a head (D / H), V vocabulary.
+heads, d dimension of a head (D / H), V vocabulary, N any number.
 """
 
 import signal
@@ -51,6 +51,8 @@ from datasets import append_lines, explained, load_dataset, open_folder, tokeniz
 SOURCES = {n: hashlib.sha1(Path(__file__).with_name(n).read_bytes()).hexdigest() for n in ("main.py", "datasets.py")}
 FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
 
+
+# ---- A fast BLAS: on Linux it has to be loaded before MLX. The program itself begins with Configuration -------------
 BLAS_FORWARDER = """
 void (*gemm)(int, int, int, long, long, long, float, const float*, long, const float*, long, float, float*, long);
 void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float* a, int lda,
@@ -85,7 +87,7 @@ def use_fast_blas():
     mkls = "libmkl_rt.so.2", "libmkl_rt.so", f"{sys.prefix}/lib/libmkl_rt.so.2"
     for path in ("libopenblas.so.0", "libblis.so.4", *mkls, *numpys):
         with contextlib.suppress(OSError, AttributeError):
-            gemm = ctypes.CDLL(path)["scipy_cblas_sgemm64_" if path in numpys else "cblas_sgemm"]
+            gemm = (blas := ctypes.CDLL(path))["scipy_cblas_sgemm64_" if path in numpys else "cblas_sgemm"]
             if forwarder := compile_forwarder():
                 ctypes.c_void_p.in_dll(forwarder, "gemm").value = ctypes.cast(gemm, ctypes.c_void_p).value
             elif path in numpys:
@@ -93,7 +95,7 @@ def use_fast_blas():
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
             name = "NumPy's OpenBLAS" if path in numpys else os.path.basename(path)
             with contextlib.suppress(AttributeError):  # OpenBLAS has other kernels, and roundings, for each kind of CPU
-                core = ctypes.CDLL(path)["scipy_openblas_get_corename64_" if path in numpys else "openblas_get_corename"]
+                core = blas["scipy_openblas_get_corename64_" if path in numpys else "openblas_get_corename"]
                 core.restype = ctypes.c_char_p
                 name += f" ({core().decode()})"
             return name
@@ -124,12 +126,13 @@ def set_blas_threads(count):
 
 
 BLAS = use_fast_blas()
-cpu_stream = lru_cache(None)(lambda i: mx.new_stream(mx.cpu))  # made once: a stream lives as long as the process
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+
+cpu_stream = lru_cache(None)(lambda i: mx.new_stream(mx.cpu))  # made once: a stream lives as long as the process
 
 
 # ---- Configuration --------------------------------------------------------------------------------------------------
@@ -166,8 +169,7 @@ class Config:
 def make_config(flags, vocab_size, base=None):
     """The Config of a new model: where no flag decides, that of `base`, whose weights it begins with."""
     shape = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if field.name in flags}
-    shape |= {"vocab_size": vocab_size}  # not the --vocab_size that a BPE aims at
-    return Config(**(vars(base.config) if base else {}) | shape)
+    return Config(**(vars(base.config) if base else {}) | shape | {"vocab_size": vocab_size})  # not what a BPE aims at
 
 
 PRESETS = {  # --dim, --num_heads, --num_blocks, --context_size
@@ -482,8 +484,8 @@ class Batches:
         order = self.perm.take(range(self.s, self.s + self.batch_size), mode="wrap").astype(np.int64)
         starts = self.offset + order * self.context_size
         self.s += self.batch_size
-        rows = np.stack([self.tokens[start : start + self.context_size + 1] for start in starts]).astype(np.int32)
-        return mx.array(rows[:, :-1]), mx.array(rows[:, 1:])
+        rows = np.stack([self.tokens[start : start + self.context_size + 1] for start in starts])  # [B, L + 1]
+        return mx.array(rows[:, :-1], mx.int32), mx.array(rows[:, 1:], mx.int32)
 
 
 # ---- Loss and evaluation --------------------------------------------------------------------------------------------
@@ -517,19 +519,19 @@ def head_loss(hidden, head, targets, weights, *teacher, training=True):
         factor = weight / total  # [rows, 1]
         if teacher:
             states, their_head, (mixed, T) = teacher
-            theirs = (states[start : start + rows] @ their_head.T)[:, : len(head)].astype(mx.float32)
+            theirs = (states[start : start + rows] @ their_head.T)[:, : len(head)].astype(mx.float32)  # [rows, V]
             below = (scores - scores.max(axis=-1, keepdims=True) for scores in (theirs / T, logits / T))
             log_wanted, log_given = (scores - mx.log(exp(scores).sum(axis=-1, keepdims=True)) for scores in below)
             wanted, given = exp(log_wanted), exp(log_given)
-            pull = mixed * T * weights[start : start + rows, None]
+            pull = mixed * T * weights[start : start + rows, None]  # [rows, 1]
             loss = loss + T * (pull * wanted * (log_wanted - log_given)).sum()
             powers, factor = powers * factor + pull * (given - wanted), mx.ones_like(factor)
         powers, factor = powers.astype(head.dtype), factor.astype(head.dtype)  # [rows, V], [rows, 1]
         hidden_gradient.append((powers @ head) * factor - answer * weight.astype(head.dtype))  # [rows, D]
         inputs = inputs * factor
         head_gradient = mx.addmm(head_gradient, powers.T, inputs) if start > 0 else powers.T @ inputs  # [V, D]
-    answers = hidden.astype(mx.float32) * answer_weights[:, None]
-    return loss, mx.concatenate(hidden_gradient), head_gradient.astype(mx.float32).at[targets].subtract(answers)
+    states = hidden.astype(mx.float32) * answer_weights[:, None]  # [N, D]
+    return loss, mx.concatenate(hidden_gradient), head_gradient.astype(mx.float32).at[targets].subtract(states)
 
 
 trained_head_loss = mx.custom_function(head_loss)
@@ -564,9 +566,8 @@ def over_streams(streams, function, *arrays):
 
 def evaluate(model, tokens, batch_size, interrupts=None, stride=None):
     """Mean nats a token over every token of `tokens` [N] but the first, each scored once; None if `interrupts` cut it
-    short. Windows begin `stride` tokens apart, by default side by side; of one that overlaps, the new end alone counts.
-    Of several ranks (see Ranks) each scores some of the batches."""
-    L, count, group = model.config.context_size, len(tokens) - 1, ranks()
+    short. Windows begin `stride` tokens apart, by default side by side; of an overlap only the new end counts."""
+    L, count, group = model.config.context_size, len(tokens) - 1, ranks()  # who share the batches: see Ranks
     interrupts, stride = interrupts or Interrupts(), stride or L
     if group.rank() == 0:
         share(interrupts, {"tokens": tokens}, "evaluate", batch_size=batch_size, stride=stride)
@@ -639,7 +640,7 @@ def read_header(path):
 
 
 def read_texts(path):
-    """The record and the texts of a `.metadata` file, whose header alone is read. Raises many kinds of errors."""
+    """The record and the texts of a `.metadata` file, whose header alone is read. Of a damaged one any error comes."""
     texts = json.loads(read_header(path))["__metadata__"]
     if hashlib.sha1(texts["record"].encode()).hexdigest() != texts["record_sha1"]:
         raise ValueError("damaged header")
@@ -820,8 +821,8 @@ def import_model(path):
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
         kind = {name.lower(): kind for kind, name in COUNTERPARTS.items()}.get(theirs["model_type"])
         odd = [*filter(theirs.get, ("attention_bias", "mlp_bias", "use_sliding_window", "quantization"))]
-        odd += [] if kind else [f"model_type {theirs['model_type']}"]
-        odd += [f"rope {type}" for type in [rope.get("rope_type", rope.get("type", "default"))] if type != "default"]
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        odd += [f"model_type {theirs['model_type']}"] * (not kind) + [f"rope {scaling}"] * (scaling != "default")
         if odd:
             raise UsageError(f"this program has no {', '.join(odd)}")
         files = sorted(path.glob("*.safetensors"))
@@ -932,8 +933,9 @@ def watch_ring(sockets):
     poll = select.poll()
     for number in sockets:
         poll.register(number, getattr(select, "POLLRDHUP", 0))  # a hang-up and an error are always reported
-    while not any(event & ~select.POLLNVAL for _, event in poll.poll()):
-        time.sleep(1)
+    for number, _ in poll.poll(0):  # a socket that MLX keeps of an attempt to connect that came too early
+        poll.unregister(number)
+    poll.poll()
     time.sleep(10)
     print(f"{PARSER.prog}: {LOST.format('it closed its connection')}", file=sys.stderr)
     os._exit(1)
@@ -966,8 +968,7 @@ def lead(interrupts, flags, model, optimizer=None, teacher=None):
     trees |= {"teacher": teacher.parameters()} if teacher else {}
     for name, array in tree_flatten(trees):  # one by one, or all would be in memory thrice
         share(interrupts, {name: array}, "keep")
-    configs = [dataclasses.asdict(each.config) for each in (model, teacher) if each]
-    share(interrupts, {}, "begin", flags=flags, configs=configs)
+    share(interrupts, {}, "begin", flags=flags, configs=[vars(each.config) for each in (model, teacher) if each])
 
 
 def follow():
@@ -975,11 +976,10 @@ def follow():
     kept, run = {}, SimpleNamespace()
     with Interrupts() as interrupts:
         while True:
-            order, arrays, texts = share(interrupts)
-            match order:
-                case "keep":
+            match share(interrupts):
+                case "keep", arrays, _:
                     kept |= arrays
-                case "begin":
+                case "begin", _, texts:
                     tree, kept, flags = tree_unflatten(kept), {}, argparse.Namespace(**DEFAULTS | texts["flags"])
                     run.model, *teacher = [LanguageModel(Config(**config)) for config in texts["configs"]]
                     if flags.lora_rank:
@@ -991,11 +991,11 @@ def follow():
                         run.optimizer = make_optimizer(run.model, flags, streams)
                         run.optimizer.state = tree["optimizer"]
                         run.step = make_step(run.model, run.optimizer, flags, streams, *teacher)
-                case "step":
+                case "step", arrays, texts:
                     take_step(run, flags, texts["iteration"], arrays["tokens"], arrays["targets"])
-                case "evaluate":
+                case "evaluate", arrays, texts:
                     evaluate(run.model, np.array(arrays["tokens"]), texts["batch_size"], interrupts, texts["stride"])
-                case "end":
+                case "end", *_:
                     return 0
 
 
@@ -1008,9 +1008,9 @@ def use_device(gpu):
 
 
 def make_streams(batch_size, context_size):
-    """The streams that share a rank's rows of a batch. On a CPU each is a thread on a core of its own, its products too:
-    two took 50 ms a step at dim 128 where one took 80. Shares have 256 positions at least, or products become small; one
-    stream alone has all cores for them. A GPU has one; so has macOS, whose BLAS brings its own threads."""
+    """The streams that share a rank's rows of a batch. On a CPU each is a thread on a core of its own, its products
+    too: two took 50 ms a step at dim 128 where one took 80. Shares have 256 positions at least, or products become
+    small; one stream alone has all cores for them. A GPU has one; so has macOS, whose BLAS brings its own threads."""
     if mx.default_device() == mx.gpu or BLAS == "Accelerate":
         return [mx.default_stream(mx.default_device())]
     cores, rows = len(os.sched_getaffinity(0)), -(-batch_size // ranks().size())
@@ -1020,24 +1020,24 @@ def make_streams(batch_size, context_size):
 
 
 def make_step(model, optimizer, flags, streams, teacher=None):
-    """The training step: tokens [N, L], targets [N, L] and, for dropout, rates [N] and keys [N, 2] -> mean loss, gradient
-    norm. The N = batch_size * grad_accumulation rows are taken batch_size at a time, those shared out over ranks and
-    `streams`. With bfloat16 all is computed in it but the loss; weights and optimizer state stay in float32."""
+    """The training step: tokens [N, L], targets [N, L] and, for dropout, rates [N] and keys [N, 2] -> mean loss and
+    gradient norm. The N = batch_size * grad_accumulation rows are taken batch_size at a time, those shared out over
+    ranks and `streams`. With bfloat16 all but the loss is computed in it; weights and optimizer state stay float32."""
     model.model.checkpoint = flags.checkpoint
     state, group = [model.state, optimizer.state], ranks()
     mixture = mx.array([flags.teacher_weight, flags.teacher_temperature])
     dtype = mx.bfloat16 if flags.dtype == "bfloat16" and mx.default_device() == mx.gpu else mx.float32
 
-    def loss(weights, share, tokens, targets, *noise):
+    def loss(weights, scale, tokens, targets, *noise):  # scale: of the sum over positions, to a mean
         # The embeddings stay in float32, or the many small gradients of a frequent token would be lost in its sum.
         cast = lambda name, weight: weight if "embed_tokens" in name else weight.astype(dtype)
         model.update(tree_map_with_path(cast, weights))
-        return loss_sum(model, tokens, targets, share, noise, True, teacher, mixture)
+        return loss_sum(model, tokens, targets, scale, noise, True, teacher, mixture)
 
     @partial(mx.compile, inputs=[model.state])
-    def losses_and_gradients(share, *batch):
+    def losses_and_gradients(scale, *batch):
         weights = model.trainable_parameters()
-        results = over_streams(streams, partial(mx.value_and_grad(loss), weights, share), *batch)
+        results = over_streams(streams, partial(mx.value_and_grad(loss), weights, scale), *batch)
         model.update(weights)
         return results  # of each stream
 
@@ -1085,9 +1085,41 @@ def take_step(run, flags, iteration, tokens, targets):
     return loss.item(), norm.item()
 
 
+def begin_run(flags, dataset, checkpoint, used, name):
+    """A run where the record `checkpoint` was saved, or at its start: what is trained, on what, and its record so far.
+    used: the models that --init_from and --teacher name, as `open_model` gives them."""
+    base, teacher = (used[flag][0] if flag in used else None for flag in ("init_from", "teacher"))
+    config = Config(**checkpoint["config"]) if checkpoint else make_config(flags, dataset.tokenizer.vocab_size, base)
+    model = base or LanguageModel(config)
+    model.config = config  # the context may be another one
+    if flags.lora_rank:
+        add_lora(model, flags.lora_rank, flags.lora_alpha)
+    streams = make_streams(flags.batch_size, flags.context_size)
+    optimizer = make_optimizer(model, flags, streams)
+    batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size * flags.grad_accumulation, flags.seed)
+    record = {"iteration": 0, "id": None, "scores": [], "best": None, "seconds": 0.0}
+    run = SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=dataset.tokenizer)
+    if checkpoint:
+        load_run(flags.save_dir, checkpoint, run)
+    elif not base or flags.lora_rank:
+        init_weights(model, flags.seed)
+    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {os.cpu_count()} cores"
+    needs = {flag: id for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank}  # of every leg
+    record |= {
+        "run": name, "flags": {flag: getattr(flags, flag) for flag in INHERITED}, "tokens_sha256": dataset.sha256,
+        "uses": {flag: [path if os.path.isdir(path := getattr(flags, flag)) else id, id] for flag, id in needs.items()},
+        "config": dataclasses.asdict(config), "parameters": sum(w.size for _, w in tree_flatten(model.parameters())),
+        "command": sys.argv, "sources": SOURCES,
+        # What the last bits of a result depend on: a run is exact as long as these stay the same.
+        "versions": dict(MLX=mx.__version__, NumPy=np.__version__, BLAS=BLAS, device=device, streams=len(streams),
+                         ranks=ranks().size()),
+    }  # fmt: skip
+    run.teacher, run.step = teacher, make_step(model, optimizer, flags, streams, teacher)
+    return run
+
+
 def train(flags, dataset, checkpoint, used, interrupts):
-    """One run from its start, or from the record `checkpoint`, to `num_iters` or a signal. `used`: the models that
-    --init_from and --teacher name, as `open_model` gives them. Returns the exit status."""
+    """One run from its start, or from the record `checkpoint`, to `num_iters` or a signal; returns the exit status."""
     folder, tokenizer = flags.save_dir, dataset.tokenizer
     if flags.batch_size < (size := ranks().size()):
         raise UsageError(f"--batch_size {flags.batch_size} leaves some of the {size} ranks without a row: give more")
@@ -1098,35 +1130,9 @@ def train(flags, dataset, checkpoint, used, interrupts):
     if not (lock := lock_run(folder, name)):
         raise UsageError(f"{name} is being trained by another process: wait for it, or begin another with --new_model")
     clean_folder(folder)
-
-    base, teacher = (used[flag][0] if flag in used else None for flag in ("init_from", "teacher"))
-    config = Config(**checkpoint["config"]) if checkpoint else make_config(flags, tokenizer.vocab_size, base)
-    model = base or LanguageModel(config)
-    model.config = config  # the context may be another one
-    if flags.lora_rank:
-        add_lora(model, flags.lora_rank, flags.lora_alpha)
-    streams = make_streams(flags.batch_size, flags.context_size)
-    optimizer = make_optimizer(model, flags, streams)
-    batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size * flags.grad_accumulation, flags.seed)
-    record = {"iteration": 0, "id": None, "scores": [], "best": None, "seconds": 0.0}
-    run = SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer)
-    if checkpoint:
-        load_run(folder, checkpoint, run)
-    elif not base or flags.lora_rank:
-        init_weights(model, flags.seed)
-    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {os.cpu_count()} cores"
-    needed = {flag: id for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank}  # by every leg
-    record |= {
-        "run": name, "flags": {flag: getattr(flags, flag) for flag in INHERITED}, "tokens_sha256": dataset.sha256,
-        "uses": {flag: [path if os.path.isdir(path := getattr(flags, flag)) else id, id] for flag, id in needed.items()},
-        "config": dataclasses.asdict(config), "parameters": sum(w.size for _, w in tree_flatten(model.parameters())),
-        "command": sys.argv, "sources": SOURCES,
-        # What the last bits of a result depend on: a run is exact as long as these stay the same.
-        "versions": {
-            "MLX": mx.__version__, "NumPy": np.__version__, "BLAS": BLAS, "device": device, "streams": len(streams),
-            "ranks": size,
-        },
-    }  # fmt: skip
+    run = begin_run(flags, dataset, checkpoint, used, name)
+    record, model, batches = run.record, run.model, run.batches
+    lead(interrupts, record["flags"], model, run.optimizer, run.teacher)
     start = record["iteration"]
     print_start(flags, dataset, run, checkpoint or record)
     if start >= flags.num_iters:
@@ -1135,8 +1141,6 @@ def train(flags, dataset, checkpoint, used, interrupts):
     bar = tqdm(total=flags.num_iters, initial=start, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     log = open_log(folder / f"{name}.csv", start, start in dict(record["scores"]))
     batch_tokens = batches.batch_size * flags.context_size
-    lead(interrupts, record["flags"], model, optimizer, teacher)
-    run.step = make_step(model, optimizer, flags, streams, teacher)
     steps_per_save = flags.steps_per_save or flags.steps_per_eval
     losses, seconds, trained = [], 0.0, 0.0  # since the last report; `trained`: in all, but for a first compiling step
     for iteration in range(start, flags.num_iters + 1):
@@ -1172,7 +1176,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
             tqdm.write(f"Stopped: no better score in {misses} evaluations (--patience); best: {record['best']['id']}")
             break
         if finished or timeout or (interrupts.received and (save or iteration == start)):
-            break  # for a signal that came too late for this save: after the next step
+            break  # but a signal that came after the save waits for the next step
 
         began = time.perf_counter()
         tokens, targets = batches.next()
@@ -1238,7 +1242,7 @@ def open_log(path, iteration, scored):
 
 
 def print_start(flags, dataset, run, last):
-    """One screen that says what is trained, on what, and where its files go. last: the record that is gone on from."""
+    """One screen that says what is trained, on what, and where its files go. last: the record that is continued."""
     record, config, tokenizer, folder = run.record, run.model.config, dataset.tokenizer, flags.save_dir
     several = f", {ranks().size()} ranks" * (ranks().size() > 1)
     size = sum(array.nbytes for _, array in tree_flatten([run.model.trainable_parameters(), run.optimizer.state]))
@@ -1259,7 +1263,7 @@ def print_start(flags, dataset, run, last):
         f"files    {folder.absolute()}, {size / 2**20:,.0f} MiB a checkpoint, {free / 2**20:,.0f} MiB free"
     )
     if flags.batch_size % ranks().size():
-        tqdm.write(f"--batch_size {flags.batch_size} does not divide evenly by {ranks().size()} ranks: some wait for others.")
+        tqdm.write(f"--batch_size {flags.batch_size} does not divide evenly by {ranks().size()} ranks: some wait.")
     if windows < rows:
         tqdm.write("The text has fewer windows than a step's batch: they repeat within it.")
     if flags.dtype == "bfloat16" and not flags.gpu:
@@ -1355,7 +1359,7 @@ class Decoder:
     def draw(self, flags, seeds, count=1):
         """Ids [B, count] drawn of what follows each text's last `count` tokens: functions of a row's seed and of their
         place in its text, not of other rows."""
-        logits = self.logits(count).flatten(0, 1)
+        logits = self.logits(count).flatten(0, 1)  # [B * count, V]
         rows = zip(self.texts, self.starts, seeds)
         places = [(text, start, seed, len(text) - i) for text, start, seed in rows for i in reversed(range(count))]
         logits = shape_logits(logits, flags, [text[start:end] for text, start, _, end in places])
@@ -1418,8 +1422,8 @@ class Conversation:
         """Tokens a second of the last reply, and how often the draft was right."""
         line = f"{self.speed:,.1f} tokens/s"
         for draft in self.decoders[1:]:
-            share = draft.accepted / max(1, draft.proposed)
-            line += f", {share:.0%} of the draft's {draft.proposed:,} proposals accepted"
+            rate = draft.accepted / max(1, draft.proposed)
+            line += f", {rate:.0%} of the draft's {draft.proposed:,} proposals accepted"
         return line
 
 
@@ -1502,7 +1506,7 @@ def converse(tokenizer, models, flags):
 
 def answer_file(tokenizer, model, id, flags, batch_size=16):
     """Continues each line of --prompts_file --num_samples times, many together, each time a line of JSON in --output or
-    on stdout. An --output that was begun is gone on with. Raises UsageError."""
+    on stdout. An --output that was begun is continued. Raises UsageError."""
     with explained(f"--prompts_file {flags.prompts_file} must be UTF-8, --output writable", OSError, ValueError):
         prompts = Path(flags.prompts_file).read_text("utf-8").removesuffix("\n").split("\n")
         prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
@@ -1521,9 +1525,8 @@ def answer_file(tokenizer, model, id, flags, batch_size=16):
 
 
 def quantize(model, bits, packed):
-    """Rounds every matrix to `bits` in groups of 64, or 32 where 64 does not divide its rows; returns which. packed:
-    whether they get small in memory, too; on a CPU, where products with packed ones are slow, they are better spread
-    out again. Raises UsageError."""
+    """Rounds every matrix to `bits` in groups of 64, or of 32 where 64 does not divide its rows; returns which. Unless
+    `packed`, they are spread out again: on a CPU products with packed ones are slow. Raises UsageError."""
     matrices = {name: weight for name, weight in tree_flatten(model.parameters()) if weight.ndim == 2}
     group = 32 if any(matrix.shape[1] % 64 for matrix in matrices.values()) else 64
     with explained(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"):
@@ -1538,7 +1541,7 @@ def quantize(model, bits, packed):
     return group
 
 
-# ---- Tools: each one function ---------------------------------------------------------------------------------------
+# ---- Tools ----------------------------------------------------------------------------------------------------------
 def list_runs(folder):
     """Prints the runs in `folder`, the one saved last first: the flags that tell them apart, then their checkpoints."""
     records = list_checkpoints(folder, warn=True)
@@ -1605,8 +1608,8 @@ def run_benchmark(flags, config, batches):
         "decoded_per_second": 32 / timeit.timeit(lambda: list(steps), lambda: next(steps), number=1),
     }  # fmt: skip
     for name, value in result.items():
-        parts = value if isinstance(value, dict) else {"": value}
-        print(f"{name:<22}", ", ".join(f"{part} {round(number, 2):,}".strip() for part, number in parts.items()))
+        numbers = value if isinstance(value, dict) else {"": value}
+        print(f"{name:<22}", ", ".join(f"{part} {round(number, 2):,}".strip() for part, number in numbers.items()))
     print(json.dumps(result))
 
 
@@ -1636,7 +1639,7 @@ def plot_runs(folder, names, path):
 def save_figure(figure, path):
     """Writes a matplotlib figure in the format that the path's ending names. Raises UsageError."""
     with explained(f"cannot write {path}: name another file"):
-        figure.savefig(os.path.expanduser(path), dpi=min(150, 2**14 / max(figure.get_size_inches())))  # 2^14 pixels
+        figure.savefig(os.path.expanduser(path), dpi=min(150, 2**14 / max(figure.get_size_inches())))  # at most 2^14
     print(f"The picture is in {path}", file=sys.stderr)
 
 
@@ -1667,15 +1670,16 @@ def attention_weights(model, tokens):
         return plain(queries, keys, values, scale, *rest)
 
     globals()["attend"] = watched
-    model(mx.array([tokens]))
-    globals()["attend"] = plain
+    try:
+        model(mx.array([tokens]))
+    finally:
+        globals()["attend"] = plain
     return np.array(mx.concatenate(seen))
 
 
 def run_cases(folder, records, flags, top_k):
-    """--cases: how likely the checkpoints find the expected continuations of prompts in a YAML file; a table, and with
-    --output a file of JSON. Passed is a case of which each expected token is among the `top_k` likeliest. Raises
-    UsageError."""
+    """--cases: how likely checkpoints find the expected continuations in a YAML file; a table, JSON with --output. A
+    case is passed if each expected token is among the `top_k` likeliest. Raises UsageError."""
     import yaml
 
     needed = "is no YAML list of prompt and expected, like - {prompt: a, expected: b}, or --output no file to write"
@@ -1701,8 +1705,7 @@ def run_cases(folder, records, flags, top_k):
             results.append(result | {"probability": chance, "top": best, "passed": result["rank"] <= top_k})
             line = f"  {'pass' if results[-1]['passed'] else 'FAIL'} rank {result['rank']:>6,} {chance:>9.2e}  "
             print(f"{line}{prompt[-24:]!r} {expected[:16]!r}: {' '.join(map(repr, best))}"[:100])
-        passed = sum(result["passed"] for result in results[-len(cases) :])
-        print(f"  {passed} of {len(cases)} within the {top_k} likeliest")
+        print(f"  {sum(r['passed'] for r in results[-len(cases) :])} of {len(cases)} within the {top_k} likeliest")
     if flags.output:
         Path(flags.output).write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
@@ -1713,7 +1716,7 @@ def export_model(model, tokenizer, folder, bits):
     if not (name := COUNTERPARTS.get((config.mlp, config.qk_norm))):
         shape = f"--mlp {config.mlp}" + " --qk_norm" * config.qk_norm
         raise UsageError(f"--export: Hugging Face has no model with {shape}: train one with --mlp swiglu")
-    theirs = {name: getattr(config, ours) for ours, name in THEIR_NAMES.items()} | {
+    theirs = {their: getattr(config, our) for our, their in THEIR_NAMES.items()} | {
         "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(), "tie_word_embeddings": not config.untie,
         "hidden_act": "relu2" if config.mlp == "relu2" else "silu", "attention_bias": False, "mlp_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "dtype": "float32",
@@ -1818,7 +1821,7 @@ def make_parser():
     sampling("--inference", **switch, help="talk to a checkpoint")
     sampling("--prompt", metavar="TEXT", help="print what follows it")
     sampling("--prompts_file", metavar="FILE", help="continue each of its lines, many together; answers in JSON Lines")
-    sampling("--output", metavar="FILE", help="file for answers, gone on with if it was begun (default: stdout)")
+    sampling("--output", metavar="FILE", help="file for answers, continued if it was begun (default: stdout)")
     sampling("--max_tokens", type=size, default=200, help="length of a continuation")
     sampling("--num_samples", type=size, default=1, help="continuations of each prompt; each has the next seed")
     sampling("--temperature", type=number(float, 0, 100), default=0.5, help="0: always the likeliest token")
@@ -1864,7 +1867,6 @@ EXCLUSIVE = [("dataset", "text"), ("identifier", "new_model"), *itertools.combin
 PARTNERS = {  # without one of which a flag would have no effect
     "valid_text": "text identifier", "test_text": "text identifier", "output": "prompts_file cases",
     "draft": "prompt inference", "attention": "prompt", "quantize": "prompt prompts_file inference evaluate export",
-    "lora_rank": "init_from identifier", "lora_alpha": "lora_rank identifier",
 }  # fmt: skip
 
 
@@ -1904,10 +1906,9 @@ def read_config(path, typed):
 
 
 def choose_checkpoint(folder, flags, typed, using):
-    """The record of the checkpoint that this command line goes on from, or is `using` without training it, its files
-    verified; None for a new run. Without --identifier that is the one saved last among those that agree with every
-    shaping flag typed (but --seed if only `using`: it is the samples' own) and, in training, with the dataset; a
-    damaged one is passed over for the next older one of its run. Raises UsageError, RunError."""
+    """The record of the checkpoint to go on from or, if `using`, to use, its files verified; None for a new run.
+    Without --identifier it is the one saved last that agrees with each shaping flag typed (not --seed if `using`: that
+    is the samples') and, in training, the dataset; if damaged, an older one of its run. Raises UsageError, RunError."""
     records = [] if flags.new_model else list_checkpoints(folder, warn=True)
     records = [record | {"flags": DEFAULTS | record["flags"]} for record in records]  # a flag may be younger
     wanted = {name: getattr(flags, name) for name in SHAPING if name in typed and not (using and name == "seed")}
@@ -1916,7 +1917,7 @@ def choose_checkpoint(folder, flags, typed, using):
         for name in wanted:
             if checkpoint["flags"][name] != wanted[name]:
                 problem = f"--{name} {wanted[name]} contradicts --identifier, which has {checkpoint['flags'][name]}"
-                raise UsageError(f"{problem}: leave --{name} away, or begin a new run with --new_model")
+                raise UsageError(f"{problem}: leave --{name} out, or begin a new run with --new_model")
         return checkpoint
     wanted |= {} if using else {"dataset": flags.dataset}
     candidates = [record for record in records if wanted.items() <= record["flags"].items()]
@@ -1949,7 +1950,7 @@ def open_origins(folder, flags, typed, checkpoint):
     for name in sorted(decided.keys() & set(SHAPING) - {"vocab_size"}):
         if name in typed and name != "context_size" and typed[name] != decided[name]:
             contradiction = f"--{name} {typed[name]} contradicts --{first}, which has {decided[name]}"
-            raise UsageError(f"{contradiction}: leave --{name} away")
+            raise UsageError(f"{contradiction}: leave --{name} out")
         setattr(flags, name, typed.get(name, decided[name]))
     return used, {"tokenizer": tokenizer.to_dict()}
 
@@ -1967,7 +1968,7 @@ def read_line(argv):
     asked = {name for name, value in typed.items() if value is not False}
     for pair in EXCLUSIVE:
         if asked.issuperset(pair):
-            raise UsageError(f"--{pair[0]} and --{pair[1]} exclude each other: leave one away")
+            raise UsageError(f"--{pair[0]} and --{pair[1]} exclude each other: leave one out")
     for name, partners in PARTNERS.items():
         if name in asked and not asked.intersection(partners.split()):
             raise UsageError(f"--{name} goes with --{partners.replace(' ', ' or --')}: give that, too, or neither")
@@ -1984,7 +1985,7 @@ def execute(argv):
         typed |= {"identifier": names[0]} if names else {}
         flags = resolve(argparse.Namespace(**DEFAULTS | typed))
         if flags.gpu and not mx.is_available(mx.gpu):
-            raise UsageError("--gpu: MLX sees no GPU; leave it away, or install MLX for yours: pip install mlx[cuda13]")
+            raise UsageError("--gpu: MLX sees no GPU; leave it out, or install MLX for yours: pip install mlx[cuda13]")
         use_device(flags.gpu)
         talking = flags.inference or flags.prompt is not None or flags.prompts_file
         using = talking or flags.evaluate or flags.export  # a checkpoint, whatever its corpus
@@ -2018,6 +2019,9 @@ def execute(argv):
             flags = resolve(argparse.Namespace(**DEFAULTS | old | typed))
         if (least := flags.min_lr or 0) > flags.learning_rate:
             raise UsageError(f"--min_lr {least} is above --learning_rate {flags.learning_rate}: give a lower one")
+        for name, partner in {"lora_rank": "init_from", "lora_alpha": "lora_rank"}.items():
+            if getattr(flags, name) and not getattr(flags, partner):
+                raise UsageError(f"--{name} goes with --{partner}: give that, too, or neither")
         flags.save_dir = folder
         used, vocabulary = open_origins(folder, flags, typed, checkpoint)
         data = {name: getattr(flags, name) for name in DATA if name != "dataset"} | vocabulary
@@ -2055,7 +2059,8 @@ def main(argv=None):
     """The program; returns the exit status. Of several ranks the first does what the line says, the others follow."""
     try:
         if ranks().rank() > 0:
-            use_device("--gpu" in sys.argv)
+            with contextlib.suppress(UsageError):  # which rank 0 reports
+                use_device(read_line(argv).get("gpu"))
             return follow()
         status = execute(argv)
         share(Interrupts(), order="end")

@@ -157,14 +157,14 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--dataset python --min_lr 0.1", "--min_lr 0.1 is above --learning_rate 0.0003", "give a lower one"),
     ("--text text.txt --lora_rank 4", "--lora_rank goes with --init_from", "give that, too"),
     ("--text text.txt --lora_alpha 4", "--lora_alpha goes with --lora_rank", "give that, too"),
-    ("--dataset python --text text.txt", "--dataset and --text exclude each other", "leave one away"),
-    ("--identifier latest --new_model", "--identifier and --new_model exclude each other", "leave one away"),
-    ("--inference --new_model", "--inference and --new_model exclude each other", "leave one away"),
-    ("--inference --prompt a", "--inference and --prompt exclude each other", "leave one away"),
-    ("--prompt a --evaluate valid", "--prompt and --evaluate exclude each other", "leave one away"),
-    ("--prompts_file a --list", "--prompts_file and --list exclude each other", "leave one away"),
-    ("--plot a.png --cases b", "--cases and --plot exclude each other", "leave one away"),
-    ("--prompt a --export b", "--prompt and --export exclude each other", "leave one away"),
+    ("--dataset python --text text.txt", "--dataset and --text exclude each other", "leave one out"),
+    ("--identifier latest --new_model", "--identifier and --new_model exclude each other", "leave one out"),
+    ("--inference --new_model", "--inference and --new_model exclude each other", "leave one out"),
+    ("--inference --prompt a", "--inference and --prompt exclude each other", "leave one out"),
+    ("--prompt a --evaluate valid", "--prompt and --evaluate exclude each other", "leave one out"),
+    ("--prompts_file a --list", "--prompts_file and --list exclude each other", "leave one out"),
+    ("--plot a.png --cases b", "--cases and --plot exclude each other", "leave one out"),
+    ("--prompt a --export b", "--prompt and --export exclude each other", "leave one out"),
     ("--prompt a --output b", "--output", "goes with --prompts_file"),
     ("--prompts_file a --draft b", "--draft", "with --prompt or --inference"),
     ("--attention x.png", "--attention goes with --prompt", "give that, too"),
@@ -210,12 +210,12 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--identifier unknown --inference", "--identifier 'unknown' matches no checkpoint", "iteration 18)"),
     ("--identifier lm/BYTE.safetensors --prompt a", "matches no checkpoint", "name one of: "),
     ("--identifier TWICE --prompt a", "matches several checkpoints", "name one of: "),
-    ("--identifier latest --dim 32", "--dim 32 contradicts", "leave --dim away, or begin a new run with --new_model"),
-    ("--identifier latest --mlp swiglu", "--mlp swiglu contradicts", "has gelu: leave --mlp away"),
-    ("--identifier latest --seed 1", "--seed 1 contradicts", "has 42: leave --seed away"),
-    ("--identifier latest --preset tiny", "--context_size 128 contradicts", "has 8: leave --context_size away"),
-    ("--identifier latest --dataset python", "--dataset python contradicts", "has text: leave --dataset away"),
-    ("--identifier latest --tokenizer word", "--tokenizer word contradicts", "has byte: leave --tokenizer away"),
+    ("--identifier latest --dim 32", "--dim 32 contradicts", "leave --dim out, or begin a new run with --new_model"),
+    ("--identifier latest --mlp swiglu", "--mlp swiglu contradicts", "has gelu: leave --mlp out"),
+    ("--identifier latest --seed 1", "--seed 1 contradicts", "has 42: leave --seed out"),
+    ("--identifier latest --preset tiny", "--context_size 128 contradicts", "has 8: leave --context_size out"),
+    ("--identifier latest --dataset python", "--dataset python contradicts", "has text: leave --dataset out"),
+    ("--identifier latest --tokenizer word", "--tokenizer word contradicts", "has byte: leave --tokenizer out"),
     ("--identifier latest --save_dir damaged", "is damaged (its .safetensors", "name another of --list", 1),
     ("--prompt a --identifier latest --save_dir damaged", "of --identifier is damaged", "name another of --list", 1),
     ("--text text.txt --init_from latest --save_dir damaged", "of --init_from is damaged", "name another of --list", 1),
@@ -233,7 +233,7 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--config true.yaml", "--dim", "YAML file of flags"),
     ("--config two.yaml", "32", "YAML file of flags"),
     ("--config yes.yaml", "--new_model", "YAML file of flags"),
-    ("--config both.yaml", "--inference and --new_model exclude each other", "leave one away"),
+    ("--config both.yaml", "--inference and --new_model exclude each other", "leave one out"),
     *((f"--config {name}", name, "YAML file of flags (dim: 8)") for name in (
         "deep.yaml list.yaml cut.yaml empty.yaml number.yaml zero.yaml text.txt picture.png"
     ).split()),
@@ -252,9 +252,9 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--text text.txt --new_model --init_from empty", "empty holds no Llama, Qwen3 or Arcee model", "see --list"),
     ("--text text.txt --new_model --init_from lm", "lm holds no Llama, Qwen3 or Arcee model", "see --list"),
     ("--text text.txt --new_model --init_from hf", "model_type gpt2", "see --list"),
-    ("--text text.txt --new_model --init_from BYTE --dim 32", "--dim 32 contradicts --init_from", "leave --dim away"),
+    ("--text text.txt --new_model --init_from BYTE --dim 32", "--dim 32 contradicts --init_from", "leave --dim out"),
     ("--text text.txt --new_model --init_from BYTE --teacher WORD", "has another tokenizer", "name one with the same"),
-    ("--text text.txt --new_model --teacher BYTE --tokenizer char", "--tokenizer char", "leave --tokenizer away"),
+    ("--text text.txt --new_model --teacher BYTE --tokenizer char", "--tokenizer char", "leave --tokenizer out"),
     ("--text text.txt --new_model --teacher nonsense", "--teacher 'nonsense' matches no checkpoint", "name one of: "),
     ("--export text.txt --identifier WORD", "cannot write to --export text.txt", "name a folder"),
     ("--export text.txt/hf --identifier WORD", "cannot write to --export text.txt/hf", "name a folder"),
@@ -311,7 +311,7 @@ def test_files_of_others_are_passed_over(world, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(main.mx.is_available(main.mx.gpu), reason="there is a GPU")
 def test_gpu_where_there_is_none(capsys):
-    fails(capsys, ["--gpu"], "--gpu: MLX sees no GPU", "leave it away, or install")
+    fails(capsys, ["--gpu"], "--gpu: MLX sees no GPU", "leave it out, or install")
 
 
 def test_refused_download(world, tmp_path, monkeypatch, capsys):

@@ -265,11 +265,12 @@ def test_gradient_checkpointing_changes_memory_alone():
         model = main.LanguageModel(main.Config(11, 64, 8, 32, 2, 2, "swiglu", 128))
         tokens = mx.array(np.random.default_rng(0).integers(11, size=(64, 64)))
         step = main.make_step(model, main.make_optimizer(model, given), given, STREAMS[:1])
-        for _ in range(2):
+        peaks.append([])
+        for _ in range(6):  # other programs' load moves a single peak
             mx.reset_peak_memory()
             mx.eval(step(tokens, tokens), model.state)
-        peaks.append(mx.get_peak_memory())
-    assert peaks[1] < 0.6 * peaks[0]
+            peaks[-1].append(mx.get_peak_memory())
+    assert sorted(peaks[1])[3] < 0.6 * sorted(peaks[0])[3]
 
 
 def test_twenty_steps_stay_with_the_plain_ones():
