@@ -218,7 +218,7 @@ def softmax_gradient(scores, gradient, weights):  # from the weights, so that no
 
 def attend(queries, keys, values, scale, mask="causal", cached=False):
     """Attention of queries [B, H, L, d], at the last L of S positions or as `mask` says, to keys and values
-    [B, K, S, d]: [B, H, L, d]. MLX's own, but for whole texts on a CPU, where this makes small steps 10 % quicker."""
+    [B, K, S, d]: [B, H, L, d]. MLX's own, but for whole texts on a CPU, where this makes steps 3 to 16 % quicker."""
     if mx.default_device() == mx.gpu or cached:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     B, H, L, d = queries.shape
@@ -570,7 +570,7 @@ def evaluate(model, tokens, batch_size, interrupts=None, stride=None):
     L, count, group = model.config.context_size, len(tokens) - 1, ranks()  # who share the batches: see Ranks
     interrupts, stride = interrupts or Interrupts(), stride or L
     if group.rank() == 0:
-        share(interrupts, {"tokens": tokens}, "evaluate", batch_size=batch_size, stride=stride)
+        broadcast(interrupts, {"tokens": tokens}, "evaluate", batch_size=batch_size, stride=stride)
     starts = np.arange(0, max(count - L, 0) + stride, stride)
     starts = np.append(starts, np.full(-len(starts) % batch_size, count))  # fills up the last batch
     streams, loss = make_streams(batch_size, L), partial(loss_sum, model, training=False)
@@ -589,7 +589,7 @@ def evaluate(model, tokens, batch_size, interrupts=None, stride=None):
         total, received = totals.sum(), int(signals.max())
         interrupts.received = interrupts.received or received or None
         if group.rank() == 0:
-            share(interrupts)
+            broadcast(interrupts)
     return None if received else total / count
 
 
@@ -909,7 +909,7 @@ class Lasting:
 
 # ---- Ranks: the processes that `mlx.launch` starts, on one machine or several, to train one model --------------------
 # Rank 0 does all that a single process does. The others hold the same model and optimizer, take a share of the rows of
-# each step and of the windows of each evaluation, and learn all they need, tokens too, from what rank 0 shares.
+# each step and of the windows of each evaluation, and learn all they need, tokens too, from what rank 0 broadcasts.
 LAUNCHED = "MLX_RANK" in os.environ or any(os.environ.get(n, "1") != "1" for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
 LOST = "a rank failed or is gone ({}): the same line goes on from the last checkpoint"
 LAUNCHER = os.getppid()  # another one later on means that it is gone
@@ -941,7 +941,7 @@ def watch_ring(sockets):
     os._exit(1)
 
 
-def share(interrupts, arrays=None, order="check", **texts):
+def broadcast(interrupts, arrays=None, order="check", **texts):
     """Rank 0's order, arrays and texts, by name, on every rank; a signal that came to any of them is then known to all.
     Raises RuntimeError once a rank is gone: MLX may notice that one message late, so what the ranks have computed
     together counts only after the next one, and before each save comes a "check"."""
@@ -967,8 +967,8 @@ def lead(interrupts, flags, model, optimizer=None, teacher=None):
     trees = {"model": model.parameters(), "optimizer": optimizer.state if optimizer else {}}
     trees |= {"teacher": teacher.parameters()} if teacher else {}
     for name, array in tree_flatten(trees):  # one by one, or all would be in memory thrice
-        share(interrupts, {name: array}, "keep")
-    share(interrupts, {}, "begin", flags=flags, configs=[vars(each.config) for each in (model, teacher) if each])
+        broadcast(interrupts, {name: array}, "keep")
+    broadcast(interrupts, {}, "begin", flags=flags, configs=[vars(each.config) for each in (model, teacher) if each])
 
 
 def follow():
@@ -976,7 +976,7 @@ def follow():
     kept, run = {}, SimpleNamespace()
     with Interrupts() as interrupts:
         while True:
-            match share(interrupts):
+            match broadcast(interrupts):
                 case "keep", arrays, _:
                     kept |= arrays
                 case "begin", _, texts:
@@ -1152,7 +1152,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
         # Save, then evaluate, then add the score, then sample: what goes wrong in one costs none of those before it.
         save = iteration > start and (finished or stopping or due or iteration % steps_per_save == 0)
         if save:
-            share(interrupts)  # no rank was lost in the last step
+            broadcast(interrupts)  # no rank was lost in the last step
             save_checkpoint(folder, run)
             clean_folder(folder, run, flags.keep)
             tqdm.write(f"saved {record['id']} at iteration {iteration:,}")
@@ -1180,7 +1180,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
 
         began = time.perf_counter()
         tokens, targets = batches.next()
-        share(interrupts, {"tokens": tokens, "targets": targets}, "step", iteration=iteration)
+        broadcast(interrupts, {"tokens": tokens, "targets": targets}, "step", iteration=iteration)
         loss, norm = take_step(run, flags, iteration, tokens, targets)
         losses.append(loss)
         taken = time.perf_counter() - began
@@ -1189,7 +1189,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
             trained, record["seconds"] = trained + taken, record["seconds"] + taken
 
         if not math.isfinite(loss + norm):
-            share(interrupts)  # it is not a lost rank's
+            broadcast(interrupts)  # it is not a lost rank's
             problem = f"the loss or gradient of iteration {iteration + 1:,} is not finite, and nothing of it is saved"
             good = f"the last good checkpoint is {record['id'] or 'none yet'}"
             raise RunError(f"{problem}; {good}: go on with a lower --learning_rate or --grad_clip")
@@ -2063,7 +2063,7 @@ def main(argv=None):
                 use_device(read_line(argv).get("gpu"))
             return follow()
         status = execute(argv)
-        share(Interrupts(), order="end")
+        broadcast(Interrupts(), order="end")
         return status or 0
     except RuntimeError as error:
         if not LAUNCHED:
