@@ -1129,6 +1129,8 @@ def train(flags, dataset, checkpoint, used, interrupts):
     name = checkpoint["run"] if same else f"{dataset.name}-{os.urandom(3).hex()}"
     if not (lock := lock_run(folder, name)):
         raise UsageError(f"{name} is being trained by another process: wait for it, or begin another with --new_model")
+    if checkpoint and not (folder / f"{checkpoint['id']}.safetensors").exists():  # who held the lock has pruned it
+        raise RunError(f"{name} went on while this line was waiting: type it again")
     clean_folder(folder)
     run = begin_run(flags, dataset, checkpoint, used, name)
     record, model, batches = run.record, run.model, run.batches

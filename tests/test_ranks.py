@@ -152,7 +152,7 @@ def test_saved_by_two_resumed_by_one_and_back(tmp_path, text):
 
 def test_evaluation_is_split_and_exact(tmp_path, text):
     run("--text", text, *TINY, "--num_iters", 3, "--save_dir", tmp_path / "lm")
-    for options in (["--batch_size", 7], ["--eval_stride", 3], ["--quantize", 8]):
+    for options in (["--batch_size", 7, "--eval_stride", 3], ["--quantize", 8]):
         options = ["--evaluate", "valid", *options, "--save_dir", tmp_path / "lm"]
         if "--quantize" in options:  # whose groups need dimensions that 32 divides
             run("--text", text, *TINY, "--dim", 32, "--num_iters", 1, "--save_dir", tmp_path / "lm", "--new_model")

@@ -302,3 +302,18 @@ def test_interrupted_variants_equal_undisturbed(tmp_path, text, options):
         assert process.returncode == 130, err
     run(*line, "--save_dir", tmp_path / "parts")
     assert ids(tmp_path / "parts")[0] == ids(tmp_path / "whole")[0]
+
+
+def test_checkpoint_that_another_process_pruned_while_this_one_waited(tmp_path, text, monkeypatch, capsys):
+    line = ["--text", str(text), *TINY, "--save_dir", str(tmp_path), "--num_iters"]
+    assert main.main([*line, "2"]) == 0
+    lock_run = main.lock_run
+
+    def late(folder, name):
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+        return lock_run(folder, name)
+
+    monkeypatch.setattr(main, "lock_run", late)
+    assert main.main([*line, "4"]) == 1
+    assert "went on while this line was waiting: type it again\n" in capsys.readouterr().err
