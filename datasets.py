@@ -161,13 +161,9 @@ def tokenizer_json(tokenizer):
     return made.to_str(), about | end
 
 
-def tokenizer_from_dict(data):
-    """The tokenizer that gave `data` by its `to_dict()`. Raises KeyError for a kind this version does not know."""
-    return TOKENIZERS[data["kind"]](data.get("vocabulary"))
-
-
-def token_dtype(vocab_size):
-    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+# The tokenizer that gave `data` by its `to_dict()`; a KeyError for a kind that this version does not know.
+tokenizer_from_dict = lambda data: TOKENIZERS[data["kind"]](data.get("vocabulary"))
+token_dtype = lambda vocab_size: np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def utf8(text):
@@ -586,12 +582,12 @@ def main():
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists all flags)\n")
     flags = parser.parse_args()
     teaching = [flags.distill_from, flags.teacher_model, flags.teacher_prompts, flags.output]
+    if any(teaching) and None in teaching:
+        parser.error("--distill_from, --teacher_model, --teacher_prompts and --output go together: give all")
     try:
-        if None not in teaching:
+        if flags.distill_from:
             prompts = Path(flags.teacher_prompts).read_text("utf-8").removesuffix("\n").split("\n")
             return distill(flags.distill_from, flags.teacher_model, prompts, Path(flags.output), flags.max_requests)
-        if any(teaching):
-            raise UsageError("--distill_from, --teacher_model, --teacher_prompts and --output go together: give all")
         name, folder = "text" if flags.text else flags.dataset, open_folder(flags.save_dir, writing=True)
         given = flags.text, flags.tokenizer, flags.valid_fraction, flags.mirror
         dataset = load_dataset(name, folder, *given, vocab_size=flags.vocab_size)
