@@ -683,6 +683,11 @@ def list_checkpoints(folder, warn=False):
     return sorted(records, key=lambda record: (record["saved"], record["iteration"]), reverse=True)
 
 
+def describe(record):
+    """The words by which a line names a checkpoint."""
+    return f"{record['run']}, iteration {record['iteration']:,}, checkpoint {record['id'][:12]}"
+
+
 def named_checkpoint(folder, records, identifier, flag="--identifier"):
     """The one of `records`, the newest first, that the flag means: by an id, its beginning, a run's name (its newest),
     "latest", or "best" (of the run saved last). Raises UsageError if none or several, RunError if it is damaged."""
@@ -691,9 +696,9 @@ def named_checkpoint(folder, records, identifier, flag="--identifier"):
     found = (names | {"latest": records[:1], "best": best}).get(identifier)
     found = found or [record for record in records if record["id"].startswith(identifier)]
     if len(found) != 1:
-        known = ", ".join(f"{r['id'][:12]} ({r['run']}, iteration {r['iteration']:,})" for r in found or records)
+        known = "; ".join(map(describe, (found or records)[:9])) or "none, train first"
         matches = "several checkpoints" if found else "no checkpoint"
-        raise UsageError(f"{flag} {identifier!r} matches {matches}; name one of: {known or 'none, train first'}")
+        raise UsageError(f"{flag} {identifier!r} matches {matches}; name one (--list shows all): {known}")
     if damage := find_damage(folder, found[0]["id"]):
         raise RunError(f"checkpoint {found[0]['id'][:12]} of {flag} is damaged ({damage}): name another of --list")
     return found[0]
@@ -1458,7 +1463,7 @@ def talk(folder, checkpoint, flags):
         if its.to_dict() != tokenizer.to_dict():
             raise UsageError(f"--draft {flags.draft} has another tokenizer than {id[:12]}: name one of equal data")
         models.append(draft)
-    print(f"{checkpoint['run']}, iteration {checkpoint['iteration']:,}, checkpoint {id[:12]}", file=sys.stderr)
+    print(describe(checkpoint), file=sys.stderr)
     if flags.inference:
         converse(tokenizer, models, flags)
     elif not (flags.attention or flags.prompts_file):  # so many continuations of --prompt, and nothing else, on stdout
@@ -1695,7 +1700,7 @@ def run_cases(folder, records, flags, top_k):
             print(f"Passing over {record['id'][:12]} (iteration {record['iteration']:,}): {damage}", file=sys.stderr)
             continue
         model, tokenizer = load_model(folder, record)
-        print(f"{record['run']}, iteration {record['iteration']:,}, checkpoint {record['id'][:12]}")
+        print(describe(record))
         for prompt, expected in cases:
             wanted = first_ids(tokenizer, expected)[-model.config.context_size :]
             text = (first_ids(tokenizer, prompt) + wanted)[-model.config.context_size - 1 :]
@@ -1704,7 +1709,8 @@ def run_cases(folder, records, flags, top_k):
             chance = math.exp(-nn.losses.cross_entropy(logits, wanted, reduction="sum").item())
             best = [tokenizer.decode([token]) for token in mx.argsort(-logits[0])[:top_k].tolist()]
             result = {"checkpoint": record["id"], "prompt": prompt, "expected": expected, "rank": worst}
-            results.append(result | {"probability": chance, "top": best, "passed": result["rank"] <= top_k})
+            known = not tokenizer.unknown(expected)  # <unk> may be likely, but is not what was expected
+            results.append(result | {"probability": chance, "top": best, "passed": worst <= top_k and known})
             line = f"  {'pass' if results[-1]['passed'] else 'FAIL'} rank {result['rank']:>6,} {chance:>9.2e}  "
             print(f"{line}{prompt[-24:]!r} {expected[:16]!r}: {' '.join(map(repr, best))}"[:100])
         print(f"  {sum(r['passed'] for r in results[-len(cases) :])} of {len(cases)} within the {top_k} likeliest")
@@ -1894,7 +1900,7 @@ def read_config(path, typed):
     import yaml
 
     settings, arguments = {}, []
-    with explained(f"--config {path} is no YAML file of flags (dim: 8)"):
+    with explained(f"--config {path} is no YAML file of flags like dim: 8"):
         for name, value in yaml.safe_load(Path(path).expanduser().read_text("utf-8")).items():
             settings |= value if name in GROUPS and isinstance(value, dict) else {name: value}
         if unknown := sorted(settings.keys() - DEFAULTS.keys() | settings.keys() & {"config"}):
@@ -1931,8 +1937,8 @@ def choose_checkpoint(folder, flags, typed, using):
     if candidates:
         raise RunError(f"no intact checkpoint of {candidates[0]['run']} is left: --new_model begins a new run")
     if records and not using:
-        others = ", ".join(sorted({record["run"] for record in records}))
-        tqdm.write(f"A new run; other runs in {folder}: {others} (--identifier NAME goes on with one)")
+        others = ", ".join(list(dict.fromkeys(record["run"] for record in records))[:5])
+        tqdm.write(f"A new run; in {folder} are {others} (--list shows all, --identifier NAME goes on with one)")
 
 
 def open_origins(folder, flags, typed, checkpoint):
@@ -2007,7 +2013,8 @@ def execute(argv):
         if using and not checkpoint:
             raise UsageError(f"no such checkpoint in {folder}: {remedy}")
         if flags.export:
-            return export_model(*load_model(folder, checkpoint), flags.export, flags.quantize)
+            export_model(*load_model(folder, checkpoint), flags.export, flags.quantize)
+            return print(describe(checkpoint), file=sys.stderr)
         if talking:
             return talk(folder, checkpoint, flags)
 
@@ -2036,6 +2043,7 @@ def execute(argv):
             model, _ = load_model(folder, checkpoint)
             if (flags.eval_stride or 0) > (most := model.config.context_size):
                 raise UsageError(f"--eval_stride {flags.eval_stride} would leave tokens out: at most {most}")
+            print(describe(checkpoint), file=sys.stderr)
             for bits in filter(None, (32, flags.quantize)):
                 if bits < 32:
                     quantize(model, bits, packed=flags.gpu and not LAUNCHED)

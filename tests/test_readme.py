@@ -45,7 +45,7 @@ def test_command(command, tmp_path, text):
         if {"--identifier", "--inference", "--prompt", "--plot", "--cases", "--prompts_file", "--list", "--evaluate", "--init_from", "--teacher", "--export"} & set(arguments):
             run("--text", text, *SMALL, "--dim", 32, "--mlp", "swiglu", "--save_dir", tmp_path)
             (tmp_path / "prompts.txt").write_text("the company\nline 5\n")
-            named = dict.fromkeys(["ptb-3fa2c1", "ptb-0a1b2c"], main.list_checkpoints(tmp_path)[0]["run"])
+            named = dict.fromkeys(["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX"], main.list_checkpoints(tmp_path)[0]["run"])
             named |= {name: tmp_path / name for name in ("prompts.txt", "answers.jsonl", "hf", "losses.png", "heads.png", "cases.json")}
             named["tests/cases.yaml"] = ROOT / "tests" / "cases.yaml"
             if "--eval_stride" in arguments:

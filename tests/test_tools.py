@@ -244,3 +244,12 @@ def test_benchmark(shape, text, tmp_path):
     assert all(result[name] > 0 for name in ("tokens_per_second", "matrix_flops", "share_of_matrix_speed", "decoded_per_second"))
     assert max(map(len, out.splitlines()[-7:-1])) <= 100
     assert not ids(tmp_path), "nothing is saved"
+
+
+def test_a_case_of_words_that_the_model_cannot_know(text, tmp_path):
+    (tmp_path / "cases.yaml").write_text("- {prompt: line, expected: zyzzyva}\n- {prompt: the, expected: quick}\n")
+    line = ["--text", text, "--tokenizer", "word", *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
+    run(*line)
+    run("--cases", "cases.yaml", "--top_k", 100000, "--output", "out.json", "--save_dir", tmp_path / "lm", cwd=tmp_path)
+    unknown, known = json.loads((tmp_path / "out.json").read_text())
+    assert not unknown["passed"] and known["passed"], "<unk> is not the word that was expected"
