@@ -1639,7 +1639,7 @@ def plot_runs(folder, names, path):
                 axis.plot(places, losses, color=f"C{i}", alpha=alpha, marker=marker, label=f"{log.stem} {split}")
     by_iteration.set(xlabel="iteration", ylabel="loss (nats a token)")
     by_minute.set(xlabel="minutes of training")
-    by_minute.legend(fontsize="small")
+    figure.legend(*by_minute.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     save_figure(figure, path)
 
 
