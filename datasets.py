@@ -210,6 +210,7 @@ def find_fault(file, path):
 
 
 def sha256_of(path):
+    """SHA256 of a file's bytes, which may be more than memory holds."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while data := file.read(1 << 20):

@@ -211,7 +211,8 @@ def softmax(scores):
 
 
 @softmax.vjp
-def softmax_gradient(scores, gradient, weights):  # from the weights, so that no exp is computed again
+def softmax_gradient(scores, gradient, weights):
+    """From the weights, so that no exp is computed again."""
     product = gradient * weights
     return product - weights * product.sum(axis=-1, keepdims=True)
 
@@ -934,7 +935,7 @@ def ranks():
 
 def watch_ring(sockets):
     """Ends a rank some seconds after its neighbour's end. MLX's ring raises an error then, but of four ranks one may
-    wait forever (0.32.4: in 3 of 44 tries)."""
+    wait forever (0.32.4: after 3 of 44 kills among two to four)."""
     poll = select.poll()
     for number in sockets:
         poll.register(number, getattr(select, "POLLRDHUP", 0))  # a hang-up and an error are always reported
@@ -973,7 +974,8 @@ def lead(interrupts, flags, model, optimizer=None, teacher=None):
     trees |= {"teacher": teacher.parameters()} if teacher else {}
     for name, array in tree_flatten(trees):  # one by one, or all would be in memory thrice
         broadcast(interrupts, {name: array}, "keep")
-    broadcast(interrupts, {}, "begin", flags=flags, configs=[vars(each.config) for each in (model, teacher) if each])
+    configs = [vars(each.config) for each in (model, teacher) if each]
+    broadcast(interrupts, {}, "begin", flags=flags, configs=configs, gpu=mx.default_device() == mx.gpu)
 
 
 def follow():
@@ -985,6 +987,7 @@ def follow():
                 case "keep", arrays, _:
                     kept |= arrays
                 case "begin", _, texts:
+                    use_device(texts["gpu"])
                     tree, kept, flags = tree_unflatten(kept), {}, argparse.Namespace(**DEFAULTS | texts["flags"])
                     run.model, *teacher = [LanguageModel(Config(**config)) for config in texts["configs"]]
                     if flags.lora_rank:
@@ -1454,19 +1457,19 @@ def talk(folder, checkpoint, flags):
     models = [model]
     if flags.quantize:
         quantize(model, flags.quantize, packed=flags.gpu)
-    if flags.attention:
-        plot_attention(model, tokenizer, flags.prompt, flags.attention)
-    elif flags.prompts_file:
-        answer_file(tokenizer, model, id, flags)
-    elif flags.draft:
+    if flags.draft:
         draft, its, _ = open_model(folder, flags.draft, "--draft")
         if its.to_dict() != tokenizer.to_dict():
             raise UsageError(f"--draft {flags.draft} has another tokenizer than {id[:12]}: name one of equal data")
         models.append(draft)
-    print(describe(checkpoint), file=sys.stderr)
     if flags.inference:
-        converse(tokenizer, models, flags)
-    elif not (flags.attention or flags.prompts_file):  # so many continuations of --prompt, and nothing else, on stdout
+        print(describe(checkpoint), file=sys.stderr)
+        return converse(tokenizer, models, flags)
+    if flags.attention:
+        plot_attention(model, tokenizer, flags.prompt, flags.attention)
+    elif flags.prompts_file:
+        answer_file(tokenizer, model, id, flags)
+    else:  # so many continuations of --prompt, and nothing else, on stdout
         for i in range(flags.num_samples):
             conversation = Conversation(tokenizer, *models)
             print(end="-" * 15 + "\n" if i else "")  # as nanoGPT does
@@ -1474,6 +1477,7 @@ def talk(folder, checkpoint, flags):
                 print(piece, end="", flush=True)
             print(flush=True)
         print(conversation.describe_speed(), file=sys.stderr)
+    print(describe(checkpoint), file=sys.stderr)
 
 
 def converse(tokenizer, models, flags):
@@ -1697,7 +1701,7 @@ def run_cases(folder, records, flags, top_k):
     results = []
     for record in records:
         if damage := find_damage(folder, record["id"]):
-            print(f"Passing over {record['id'][:12]} (iteration {record['iteration']:,}): {damage}", file=sys.stderr)
+            print(f"Passing over {describe(record)}: {damage}", file=sys.stderr)
             continue
         model, tokenizer = load_model(folder, record)
         print(describe(record))
@@ -1762,7 +1766,9 @@ def number(kind, least, most=math.inf):
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse would print its whole usage
+    """One that ends with a line instead of its whole usage, and names the flag that was perhaps meant."""
+
+    def error(self, message):
         near = difflib.get_close_matches(message.split(" ")[2], self._option_string_actions, 1, 0.75)
         near += ["after a flag, in quotes"] * ("--" not in message)
         raise UsageError(f"{message} ({'? '.join([*near, '--help lists all flags'])})")
@@ -1933,7 +1939,7 @@ def choose_checkpoint(folder, flags, typed, using):
         if record["run"] == candidates[0]["run"]:
             if not (damage := find_damage(folder, record["id"])):
                 return record
-            print(f"Passing over {record['id'][:12]} (iteration {record['iteration']:,}): {damage}", file=sys.stderr)
+            print(f"Passing over {describe(record)}: {damage}", file=sys.stderr)
     if candidates:
         raise RunError(f"no intact checkpoint of {candidates[0]['run']} is left: --new_model begins a new run")
     if records and not using:
@@ -2069,8 +2075,7 @@ def main(argv=None):
     """The program; returns the exit status. Of several ranks the first does what the line says, the others follow."""
     try:
         if ranks().rank() > 0:
-            with contextlib.suppress(UsageError):  # which rank 0 reports
-                use_device(read_line(argv).get("gpu"))
+            use_device("--gpu" in sys.argv)  # rank 0, which alone may have read a --config, says it again
             return follow()
         status = execute(argv)
         broadcast(Interrupts(), order="end")
