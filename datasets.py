@@ -65,10 +65,10 @@ File = namedtuple("File", "name size sha256 addresses")
 def byte_tokenizer(vocabulary=None, texts=(), vocab_size=None):
     """The 256 byte values and `<eos>`. Lossless on any text."""
     return SimpleNamespace(
-        kind="byte", vocab_size=257, num_special=1, eos=256, unk=None, unknown=lambda text: [],
+        kind="byte", vocab_size=257, num_special=1, eos=256, unk=None, unknown=lambda text: [],  # no text is unknown
         encode=lambda text: np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.uint16),
         decode=lambda ids: bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace"),
-        to_dict=lambda: {"kind": "byte"},
+        to_dict=lambda: {"kind": "byte"},  # nothing else to remember
     )  # fmt: skip
 
 
@@ -76,12 +76,12 @@ def char_tokenizer(vocabulary=None, texts=(), vocab_size=None):
     """The characters of the training text in sorted order, then `<unk>`. Lossless on the characters it knows."""
     if vocabulary is None:
         vocabulary = "".join(sorted(set(itertools.chain.from_iterable(map(utf8, texts)))))
-    unk = len(vocabulary)
+    unk = len(vocabulary)  # the id after the last character
     table = np.full(0x110000, unk, token_dtype(unk + 1))  # [code point] -> id
-    table[list(map(ord, vocabulary))] = np.arange(unk)
+    table[list(map(ord, vocabulary))] = np.arange(unk)  # of all others `unk`
     return SimpleNamespace(
-        kind="char", vocabulary=vocabulary, vocab_size=unk + 1, num_special=1, eos=None, unk=unk,
-        encode=lambda text: table[np.frombuffer(utf8(text).encode("utf-32-le"), np.uint32)],
+        kind="char", vocabulary=vocabulary, vocab_size=unk + 1, num_special=1, eos=None, unk=unk,  # no end
+        encode=lambda text: table[np.frombuffer(utf8(text).encode("utf-32-le"), np.uint32)],  # looked up all at once
         decode=lambda ids: "".join(vocabulary[i] if i < unk else "\ufffd" for i in map(int, ids)),
         unknown=lambda text: sorted(set(text) - set(vocabulary)),
         to_dict=lambda: {"kind": "char", "vocabulary": vocabulary},
@@ -94,7 +94,7 @@ def word_tokenizer(vocabulary=None, texts=(), vocab_size=None):
     if vocabulary is None:
         counts = Counter({"<eos>": 0, "<unk>": 0})  # both exist even where the text has none
         counts.update(itertools.chain.from_iterable(map(split, texts)))
-        vocabulary = sorted(counts, key=lambda word: (-counts[word], word))
+        vocabulary = sorted(counts, key=lambda word: (-counts[word], word))  # no tie is left
     known = {word: i for i, word in enumerate(vocabulary)}
     eos, unk, dtype = known["<eos>"], known["<unk>"], token_dtype(len(known))
     return SimpleNamespace(
@@ -111,10 +111,10 @@ def bpe_tokenizer(vocabulary=None, texts=(), vocab_size=32000, kind="bpe"):
     with explained("the tokenizers gpt2 and bpe need a package: pip install tokenizers", ImportError):
         from tokenizers import ByteLevelBPETokenizer, Tokenizer
     if vocabulary is None:
-        untrained, shown = ByteLevelBPETokenizer(), sys.stderr.isatty()
+        untrained, shown = ByteLevelBPETokenizer(), sys.stderr.isatty()  # bars are for terminals
         untrained.train_from_iterator(map(utf8, texts), vocab_size, 0, special_tokens=[END], show_progress=shown)
         vocabulary = untrained.to_str()
-    bpe = Tokenizer.from_str(vocabulary)
+    bpe = Tokenizer.from_str(vocabulary)  # trained now, or what from_dict or a download gave
     size, dtype = bpe.get_vocab_size(), token_dtype(bpe.get_vocab_size())
     ends = map(bpe.token_to_id, (END, "<eos>", "</s>", "<|end_of_text|>"))  # ours, and those of imported models
     eos = next((id for id in ends if id is not None), None)
@@ -124,41 +124,13 @@ def bpe_tokenizer(vocabulary=None, texts=(), vocab_size=32000, kind="bpe"):
         encode_batch=lambda texts: [  # in parallel threads
             np.array(each.ids, dtype) for each in bpe.encode_batch_fast([*map(utf8, texts)], add_special_tokens=False)
         ],
-        decode=lambda ids: bpe.decode(list(map(int, ids)), skip_special_tokens=False),
+        decode=lambda ids: bpe.decode(list(map(int, ids)), skip_special_tokens=False),  # else END would vanish
         unknown=lambda text: [], to_dict=lambda: {"kind": kind, "vocabulary": vocabulary},
     )  # fmt: skip
 
 
 TOKENIZERS = {"byte": byte_tokenizer, "char": char_tokenizer, "word": word_tokenizer, "bpe": bpe_tokenizer}
 TOKENIZERS["gpt2"] = lambda *arguments: bpe_tokenizer(*arguments, kind="gpt2")
-
-
-def tokenizer_json(tokenizer):
-    """The text of a `tokenizer.json` that gives the same ids, and what `tokenizer_config.json` says beside it."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    if tokenizer.kind in ("bpe", "gpt2"):
-        made = tokenizer.package
-    elif tokenizer.kind == "byte":  # GPT-2 writes each byte as a character; those that cannot be seen come last
-        seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        order = [*seen, *sorted(set(range(256)) - set(seen))]
-        signs = {chr(byte if i < len(seen) else 256 + i - len(seen)): byte for i, byte in enumerate(order)}
-        made = Tokenizer(models.BPE(signs | {"<eos>": 256}, []))
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        made.decoder = decoders.ByteLevel()
-    else:
-        known = {text: i for i, text in enumerate(tokenizer.vocabulary)} | {"<unk>": tokenizer.unk}
-        made = Tokenizer(models.WordLevel(known, "<unk>"))
-    if tokenizer.kind == "char":
-        made.pre_tokenizer, made.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
-    if tokenizer.kind == "word":
-        lines, spaces = normalizers.Replace("\n", " <eos> "), normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
-        made.normalizer, made.pre_tokenizer = normalizers.Sequence([lines, spaces]), pre_tokenizers.WhitespaceSplit()
-        joined = [decoders.WordPiece("\0", cleanup=False), decoders.Fuse(), decoders.Replace(Regex(" ?<eos> ?"), "\n")]
-        made.decoder = decoders.Sequence(joined)
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    end = {} if tokenizer.eos is None else {"eos_token": made.id_to_token(tokenizer.eos)}
-    return made.to_str(), about | end
 
 
 # The tokenizer that gave `data` by its `to_dict()`; a KeyError for a kind that this version does not know.
@@ -183,7 +155,7 @@ def fetch(file, folder, mirror=None, say=print):
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one fetches, and the other finds the file
         if path.exists():
             if not (fault := find_fault(file, path)):
-                return path
+                return path  # and it was verified just now
             say(f"{path} is not the file it should be ({fault}); it is fetched anew.")
         while addresses:
             resumed = part.exists()
@@ -192,7 +164,7 @@ def fetch(file, folder, mirror=None, say=print):
                 if not (fault := find_fault(file, part)):
                     say(f"Fetched {addresses[0]} ({file.size:,} bytes, verified) to {path}")
                     return part.replace(path)
-                part.unlink()
+                part.unlink()  # a wrong file is not gone on with
                 if not resumed:  # else the fault may lie in what was there before: once more, from the start
                     raise OSError(fault)
             except (OSError, ValueError) as error:  # requests' own are OSErrors; a malformed redirect is a ValueError
@@ -224,17 +196,17 @@ def download(address, part, size):
         return shutil.copyfile(os.path.expanduser(address), part)
     import requests  # not at each start: that takes a fifth of a second
     failures, told, reason, have = 0, None, "the connection was cut", part.stat().st_size if part.exists() else 0
-    while failures < 6:
-        had = have = have if have < size else 0
+    while failures < 6:  # which counts only tries without a byte
+        had = have = have if have < size else 0  # too long a part is begun anew
         headers = {"User-Agent": "transformer-lm (a language-model trainer)", "Accept-Encoding": "identity"}
-        headers |= {"Range": f"bytes={have}-"} if have else {}
+        headers |= {"Range": f"bytes={have}-"} if have else {}  # the rest only
         try:
             with requests.get(address, headers=headers, stream=True, timeout=30) as response:
                 status, told = response.status_code, response.headers
                 if status == 429 or status >= 500:
                     raise requests.HTTPError(f"HTTP status {status}")  # worth another try
                 have = have if status == 206 else 0  # a server may send the whole whatever it is asked for
-                stated = int(told.get("Content-Length", size - have)) + have
+                stated = int(told.get("Content-Length", size - have)) + have  # bytes, of the whole file
                 if status not in (200, 206) or stated != size or "html" in told.get("Content-Type", ""):
                     raise OSError(f"HTTP status {status}, {told.get('Content-Type')}, {stated:,} of {size:,} bytes")
                 bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None)
@@ -242,7 +214,7 @@ def download(address, part, size):
                     for chunk in response.iter_content(1 << 16):  # the last, unfinished one is lost in a cut
                         bar.update(out.write(chunk))
                         if out.tell() > size:
-                            raise OSError(f"more than {size:,} bytes")
+                            raise OSError(f"more than {size:,} bytes")  # a lying server must not fill the disk
         except requests.RequestException as error:  # whose text wraps the cause in three layers of urllib3's
             reason = re.search(r"([^:'\"(]+)['\")]*$", str(error))[1].strip()
             if told is None:  # a dead host is not worth the wait
@@ -250,9 +222,9 @@ def download(address, part, size):
         have = part.stat().st_size if part.exists() else 0
         if have == size:
             return None
-        failures = failures + 1 if have <= had else 0
+        failures = failures + 1 if have <= had else 0  # one that crawls may go on
         pause = told.get("Retry-After", "")
-        time.sleep(min(int(pause), 60) if pause.isdigit() else 2**failures // 2)
+        time.sleep(min(int(pause), 60) if pause.isdigit() else 2**failures // 2)  # seconds
     raise OSError(reason)
 
 
@@ -311,8 +283,7 @@ def corpus_spans(name, folder, mirror, say):
         modules = [Span(p, 0, os.path.getsize(p)) for p in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
         valid, test = modules[9::10], modules[10::10]
         return {"train": [span for span in modules if span not in valid + test], "valid": valid, "test": test}
-    _, addresses, texts, *marker = CORPORA[name]
-    spans = []
+    (_, addresses, texts, *marker), spans = CORPORA[name], []
     for place, percents in texts.items():
         file, _, member = place.partition("/")
         path = folder / os.path.basename(place)
@@ -326,7 +297,7 @@ def corpus_spans(name, folder, mirror, say):
 
 def own_text(given, valid_fraction, say, save_dir):
     """{split: [Span, ...]} of the user's files, each a document. Unless `given`, "valid" is a part of "train"."""
-    files = {split: text_files(paths, say, save_dir) for split, paths in given.items()}
+    files = {split: text_files(paths, say, save_dir) for split, paths in given.items()}  # each once, in order
     splits = {split: [Span(path, 0, os.path.getsize(path), None, "strict") for path in files[split]] for split in files}
     documents, every = [span for span in splits["train"] if span.stop], round(1 / valid_fraction)
     if not documents:
@@ -334,14 +305,14 @@ def own_text(given, valid_fraction, say, save_dir):
     if "valid" in given:
         return splits | {"train": documents}
     if len(documents) >= every:  # of many documents some, of few the end of the text
-        valid = documents[every - 1 :: every]
+        valid = documents[every - 1 :: every]  # every tenth by default
         return splits | {"train": [span for i, span in enumerate(documents, 1) if i % every], "valid": valid}
     left, train, valid = round(sum(span.stop for span in documents) * (1 - valid_fraction)), [], []
     for span in documents:
         cut = find_cut(span.path, left, "\n")
-        train += [span._replace(stop=cut)] if cut else []
+        train += [span._replace(stop=cut)] if cut else []  # `cut` is 0 once `left` is used up
         valid += [span._replace(start=cut)] if cut < span.stop else []
-        left -= span.stop
+        left -= span.stop  # bytes that are still to be trained on
     return splits | {"train": train, "valid": valid}
 
 
@@ -369,10 +340,10 @@ def text_files(paths, say, save_dir):
             below = [file for file in below if file.is_file() and save_dir.resolve() not in file.resolve().parents]
             begins = (file.open(encoding="utf-8", errors="surrogateescape").read(1 << 16) for file in below)
             texts = [file for file, begin in zip(below, begins) if not re.search("[\0\udc80-\udcff]", begin)]
-            found += texts if match.is_dir() else [match]
+            found += texts if match.is_dir() else [match]  # a file that is named is taken whatever it holds
             if len(texts) < len(below):
                 say(f"{match}: {len(below) - len(texts):,} of {len(below):,} files are not UTF-8 text and left out")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found))  # each once
 
 
 # ---- Encoding, as a stream
@@ -389,43 +360,42 @@ def read_documents(spans, size=1 << 17):
         with open(span.path, "rb") as file:
             file.seek(span.start)
             while data := file.read(min(size, span.stop - file.tell())):
-                final = file.tell() == span.stop
+                final = file.tell() == span.stop  # what is left is yielded whole
                 try:
                     rest += decoder.decode(data, final)
                 except UnicodeDecodeError as error:
-                    at = file.tell() - len(error.object) + error.start
+                    at = file.tell() - len(error.object) + error.start  # bytes from the start of the file
                     raise UsageError(f"{span.path} is not UTF-8 at byte {at:,}: convert it (iconv -t UTF-8)") from None
-                long = final or len(rest) > 16 * size
+                long = final or len(rest) > 16 * size  # do not wait for a better place to cut
                 if span.marker:
-                    *documents, rest = [*rest.split(span.marker), *[""] * final]
+                    *documents, rest = [*rest.split(span.marker), *[""] * final]  # the last may go on in the next block
                     yield from ((text.strip("\n"), True) for text in documents if text.strip())
                 elif (place := LINE.match(rest) or long and BLANK.match(rest)) or long:
                     cut = place.end() if place and not final else len(rest)
                     yield rest[:cut], begins
-                    rest, begins = rest[cut:], False
+                    rest, begins = rest[cut:], False  # the rest belongs to the same document
 
 
 def write_tokens(spans, tokenizer, path):
     """Encodes `spans` into a file, with one `eos` between documents (by words, behind each). Returns what it counts."""
-    count, digest, last = np.zeros(4, int), hashlib.sha256(), None
+    count, digest, last = np.zeros(4, int), hashlib.sha256(), None  # [tokens, bytes, words, <unk>]
     encode_all = getattr(tokenizer, "encode_batch", lambda texts: map(tokenizer.encode, texts))
     blocks = itertools.chain(read_documents(spans), [("", True)] if tokenizer.kind == "word" else [])
     bar = tqdm(total=sum(s.stop - s.start for s in spans), unit="B", unit_scale=True, desc=path.name, disable=None)
     path.unlink(missing_ok=True)  # whoever trains on the old tokens keeps them
     with bar, path.open("wb") as out, ThreadPoolExecutor(1) as hasher:
-        while batch := list(itertools.islice(blocks, 64)):
+        while batch := list(itertools.islice(blocks, 64)):  # blocks, 8 MB
             for (text, begins), ids in zip(batch, encode_all([text for text, _ in batch])):
                 if begins and last not in (None, tokenizer.eos) and tokenizer.eos is not None:
                     ids = np.append(np.array(tokenizer.eos, ids.dtype), ids)
-                last = ids[-1] if len(ids) else last
+                last = ids[-1] if len(ids) else last  # a block of white space may have none
                 num_unk = 0 if tokenizer.unk is None else np.count_nonzero(ids == tokenizer.unk)
-                raw = text.encode("utf-8", "surrogateescape")
-                data = np.frombuffer(raw, np.uint8)
+                data = np.frombuffer(raw := text.encode("utf-8", "surrogateescape"), np.uint8)
                 space = (data == 32) | (data - np.uint8(9) <= 4) | (data - np.uint8(28) <= 3)  # what split() cuts at
-                words = np.count_nonzero(space[:-1] > space[1:]) + (not space[:1].all())
-                words = words if text.isascii() else len(text.split())
+                words = np.count_nonzero(space[:-1] > space[1:]) + (not space[:1].all())  # 26 times as fast as split()
+                words = words if text.isascii() else len(text.split())  # Unicode has other blanks, too
                 count += len(ids), len(raw), words + text.count("\n"), num_unk
-                hasher.submit(digest.update, raw)
+                hasher.submit(digest.update, raw)  # beside the encoding: hashlib lets other threads run
                 out.write(ids)
                 bar.update(len(raw))
     known = dict(zip(("num_tokens", *Split._fields[1:]), count.tolist()))
@@ -433,23 +403,50 @@ def write_tokens(spans, tokenizer, path):
 
 
 # ---- Datasets
+def usual_folder():
+    """The folder where nobody names one: on a RAM disk if there is one (on Linux with 4 GiB free), else CACHE."""
+    roomy = os.path.isdir("/dev/shm") and (shm := os.statvfs("/dev/shm")).f_bavail * shm.f_frsize >= 4 << 30
+    disks = ["/Volumes/RAMDisk"] * os.path.ismount("/Volumes/RAMDisk") + ["/dev/shm"] * roomy
+    return Path(disks[0], "transformer-lm") if disks else CACHE  # RAM is where a checkpoint is written fastest
+
+
 def open_folder(save_dir, writing):
     """The folder of checkpoints and corpora as a Path, made if need be. Raises UsageError if it cannot be used."""
-    folder = Path(CACHE if save_dir is None else save_dir).expanduser()
-    if save_dir is None:
-        roomy = os.path.isdir("/dev/shm") and (shm := os.statvfs("/dev/shm")).f_bavail * shm.f_frsize >= 4 << 30
-        disks = ["/Volumes/RAMDisk"] * os.path.ismount("/Volumes/RAMDisk") + ["/dev/shm"] * roomy
-        folder = Path(disks[0], "transformer-lm") if disks else folder
-        if writing:
-            lost = ", a RAM disk: it does not survive a reboot" if disks else ""
-            tqdm.write(f"Checkpoints and corpora go to {folder}{lost} (--save_dir names another folder)")
+    folder = usual_folder() if save_dir is None else Path(save_dir).expanduser()
+    if save_dir is None and writing:
+        lost = ", a RAM disk: it does not survive a reboot" * (folder != CACHE)
+        tqdm.write(f"Checkpoints and corpora go to {folder}{lost} (--save_dir names another folder)")
     if not (writing or folder.is_dir()):
         raise UsageError(f"there is no folder {folder}: name the one that a run was saved in with --save_dir")
     if writing:
         with explained(f"cannot write to --save_dir {folder}: name a folder of yours", OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            tempfile.TemporaryFile(dir=folder).close()  # a folder can exist and yet be closed to us
     return folder
+
+
+def stamp(path):
+    """Size (bytes) and time of change (ns) of a file, or None: while they stay, so does its text."""
+    with contextlib.suppress(OSError):
+        return [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+
+
+def read_about(cache, spans):
+    """What about.json says of the tokens in `cache`, {} unless they are whole, and whether their text is as it was."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # it is damaged
+        about = json.loads((cache / "about.json").read_text())
+        if all(stamp(cache / f"{split}.tokens")[0] == had["size"] for split, had in about["splits"].items()):
+            same = not spans or about["text"][0] == repr(spans)
+            return about, same and all(stamp(path) == known for path, known in about["stamps"].items())
+    return {}, False
+
+
+def write_splits(spans, tokenizer, cache):
+    """Encodes all splits into `cache`; returns the counts, the tokenizer, and the SHA256 of both for training."""
+    (cache / "about.json").unlink(missing_ok=True)  # from here until it is written anew no tokens count
+    splits = {split: write_tokens(spans[split], tokenizer, cache / f"{split}.tokens") for split in spans}
+    sha256 = hashlib.sha256(json.dumps([splits["train"], tokenizer.to_dict()]).encode()).hexdigest()
+    return {"splits": splits, "tokenizer": tokenizer.to_dict(), "sha256": sha256}
 
 
 def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, mirror=None, say=print,
@@ -458,7 +455,6 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
     tokenizer: a kind, whose vocabulary is then that of the whole training split (of which the first `train_tokens` are
     used), or a ready one's `to_dict()`. Raises UsageError for a file of the user's that cannot be used and RunError for
     a failed download."""
-    stamp = lambda path: [os.stat(path).st_size, os.stat(path).st_mtime_ns]  # while it stays, so does the text
     save_dir, ready = Path(save_dir), tokenizer if isinstance(tokenizer, dict) else None
     kind = ready["kind"] if ready else CORPORA[name][0] if tokenizer == "auto" else tokenizer
     if not 0.001 <= valid_fraction <= 0.5 or kind == "bpe" and vocab_size < 257:
@@ -466,39 +462,31 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
     given = {"train": text, "valid": valid_text, "test": test_text}
     given = {split: [os.path.abspath(os.path.expanduser(p)) for p in paths] for split, paths in given.items() if paths}
     source = {"text": [given, valid_fraction], "python": sysconfig.get_path("stdlib")}.get(name)
+    # By all that decides the tokens but the text, which is compared below.
     key = json.dumps([source, ready or (vocab_size if kind == "bpe" else None)])
     cache = save_dir / name / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
     spans = own_text(given, valid_fraction, say, save_dir) if name == "text" else None  # the others stay what they are
     with open(cache / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one encodes
-        intact = fresh = False
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            about = json.loads((cache / "about.json").read_text())
-            intact = all(stamp(cache / f"{split}.tokens")[0] == had["size"] for split, had in about["splits"].items())
-            same = not spans or about["text"][0] == repr(spans)
-            fresh = same and all(stamp(path) == known for path, known in about["stamps"].items())
-        if not intact or not fresh:
+        about, fresh = read_about(cache, spans)  # a warm start reads nothing else
+        if not fresh:
             spans = spans or corpus_spans(name, save_dir / name, mirror, say)
             before = {str(span.path): stamp(span.path) for split in spans.values() for span in split}
             content = [repr(spans), list(map(sha256_of, before))]
-            if not intact or about.get("text") != content:
-                (cache / "about.json").unlink(missing_ok=True)  # from here to the end no tokens count
+            if about.get("text") != content:
                 vocabulary = ready and ready.get("vocabulary")
                 if kind == "gpt2" and not ready:
                     file = File("tokenizer.json", *FILES["tokenizer.json"], GPT2)
                     vocabulary = fetch(file, save_dir / "gpt2", mirror, say).read_text()
                 texts = (text for text, _ in read_documents(spans["train"]))
-                trained = TOKENIZERS[kind](vocabulary, texts, vocab_size)
-                splits = {split: write_tokens(spans[split], trained, cache / f"{split}.tokens") for split in spans}
-                about = {"text": content, "splits": splits, "tokenizer": trained.to_dict()}
-                about["sha256"] = hashlib.sha256(json.dumps([splits["train"], trained.to_dict()]).encode()).hexdigest()
+                about = write_splits(spans, TOKENIZERS[kind](vocabulary, texts, vocab_size), cache) | {"text": content}
             about["stamps"] = before  # a text that has changed while it was encoded is not the one that was
             (cache / "about.new").write_text(json.dumps(about))
             (cache / "about.new").replace(cache / "about.json")
     trained, splits = tokenizer_from_dict(about["tokenizer"]), dict.fromkeys(SPLITS)
     for split, known in about["splits"].items():
-        if known["num_tokens"] > 1:
+        if known["num_tokens"] > 1:  # a single one has no next one to predict
             tokens = np.memmap(cache / f"{split}.tokens", token_dtype(trained.vocab_size), "r")
             tokens = tokens[:train_tokens] if split == "train" else tokens
             splits[split] = Split(tokens, *(known[count] for count in Split._fields[1:]))
@@ -513,7 +501,7 @@ def append_lines(path, heads):
     heads = [json.dumps(head, ensure_ascii=False).encode()[:-1] for head in heads]
     out = open(path, "a+b")
     out.seek(0)
-    *lines, cut = out.read().split(b"\n")
+    *lines, cut = out.read().split(b"\n")  # `cut`: what stands behind the last line end
     ours = len(lines) <= len(heads) and all(map(bytes.startswith, lines, heads))
     if not ours or cut[: len(head := [*heads, b"\n"][len(lines)])] != head[: len(cut)]:
         raise UsageError(f"{path} holds other things than this model's answers to these prompts: name another --output")
@@ -549,7 +537,7 @@ def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
                         pause = None  # it will not do another time
                 except (requests.RequestException, ValueError, LookupError, TypeError) as error:
                     reason = f"{type(error).__name__}: {error}"
-                reason = " ".join(reason.replace(key or "\0", "***").split())
+                reason = " ".join(reason.replace(key or "\0", "***").split())  # the key goes into no message
                 if pause is None:
                     raise RunError(f"{url} does not answer ({reason}); {len(lines):,} answers are kept: start it again")
                 say(f"{reason}; once more in a moment")
@@ -557,14 +545,14 @@ def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
             line = {"prompt": prompt, "model": model, "completion": text}
             lines.append(json.dumps(line, ensure_ascii=False).encode())
             out.write(lines[-1] + b"\n")
-            out.flush()
+            out.flush()  # an answer that was paid for is not lost
     corpus = "".join("{prompt}\n{completion}\n".format(**json.loads(line)) for line in lines)
     (folder / "corpus.txt").write_text(corpus, "utf-8")
     say(f"{len(lines):,} answers are in {path}; train on them with --text {folder / 'corpus.txt'}")
 
 
-def main():
-    """Prepares a corpus ahead of training and says what it is, or collects one from a teacher."""
+def make_parser():
+    """The flags of this file as a program; those of a corpus mean what they mean to main.py."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", choices=[name for name in CORPORA if name != "text"], default="ptb")
@@ -581,6 +569,12 @@ def main():
     add("--output", metavar="DIR", help="for answers.jsonl and corpus.txt")
     add("--max_requests", metavar="N", type=int, default=1000, help="limit of one start (default: %(default)s)")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists all flags)\n")
+    return parser
+
+
+def main():
+    """Prepares a corpus ahead of training and says what it is, or collects one from a teacher."""
+    parser = make_parser()
     flags = parser.parse_args()
     teaching = [flags.distill_from, flags.teacher_model, flags.teacher_prompts, flags.output]
     if any(teaching) and None in teaching:
@@ -589,9 +583,8 @@ def main():
         if flags.distill_from:
             prompts = Path(flags.teacher_prompts).read_text("utf-8").removesuffix("\n").split("\n")
             return distill(flags.distill_from, flags.teacher_model, prompts, Path(flags.output), flags.max_requests)
-        name, folder = "text" if flags.text else flags.dataset, open_folder(flags.save_dir, writing=True)
-        given = flags.text, flags.tokenizer, flags.valid_fraction, flags.mirror
-        dataset = load_dataset(name, folder, *given, vocab_size=flags.vocab_size)
+        given = {name: getattr(flags, name) for name in ("text", "tokenizer", "vocab_size", "valid_fraction", "mirror")}
+        dataset = load_dataset("text" if flags.text else flags.dataset, open_folder(flags.save_dir, True), **given)
     except (UsageError, RunError, OSError, UnicodeError) as error:  # the last: of --teacher_prompts
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, (UsageError, UnicodeError)) else 1

@@ -5,7 +5,8 @@
     python main.py --inference                                       talk to the checkpoint saved last
     python main.py --help                                            every flag
 
-The whole program is in this file, from the model to the command line; text becomes token ids in datasets.py.
+This file is a run, in this order: batches, evaluation, checkpoints, interrupts, ranks, the training loop, sampling,
+prompts, tools, and the command line. The model is in model.py; text becomes token ids in datasets.py.
 Shapes are written in these letters: B rows of a batch, L positions, D model dimension, H query heads, K key and value
 heads, d dimension of a head (D / H), V vocabulary, N any number.
 """
@@ -18,7 +19,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import contextlib
 import csv
-import ctypes
 import dataclasses
 import difflib
 import errno
@@ -32,7 +32,6 @@ import os
 import re
 import select
 import shutil
-import subprocess
 import sys
 import textwrap
 import threading
@@ -45,522 +44,64 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from datasets import CACHE, CORPORA, TOKENIZERS, RunError, UsageError
-from datasets import append_lines, explained, load_dataset, open_folder, tokenizer_from_dict, tokenizer_json
+from datasets import CORPORA, TOKENIZERS, RunError, UsageError
+from datasets import append_lines, explained, load_dataset, open_folder, tokenizer_from_dict
+from model import ACTIVATIONS, BLAS, Cache, Config, LanguageModel, add_lora, attention_weights, export_model
+from model import import_model, init_weights, loss_sum, make_optimizer, quantize, set_blas_threads, set_learning_rate
 
-SOURCES = {n: hashlib.sha1(Path(__file__).with_name(n).read_bytes()).hexdigest() for n in ("main.py", "datasets.py")}
-FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
-
-
-# ---- A fast BLAS: on Linux it has to be loaded before MLX. The program itself begins with Configuration -------------
-BLAS_FORWARDER = """
-void (*gemm)(int, int, int, long, long, long, float, const float*, long, const float*, long, float, float*, long);
-void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float* a, int lda,
-                 const float* b, int ldb, float beta, float* c, int ldc) {
-  if (m > 8 || ta != 111 || tb != 112 || beta != 0)
-    return gemm(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-  #pragma omp parallel for if ((long) n * k > 100000)
-  for (long column = 0; column < n; column++)
-    for (long row = 0; row < m; row++) {
-      float sum = 0;
-      for (long i = 0; i < k; i++) sum += a[row * lda + i] * b[column * ldb + i];
-      c[row * ldc + column] = alpha * sum;
-    }
-}
-"""
-
-
-def use_fast_blas():
-    """Makes a fast BLAS visible to MLX and returns its name; call it before mlx is imported. MLX's Linux wheel carries
-    the reference BLAS (8 GFLOP/s where OpenBLAS reaches 240), but whichever library with global symbols is loaded first
-    wins: here a forwarder to the system's BLAS or to the one inside NumPy's wheel, whose names and integers differ (all
-    get long integers, which a BLAS of ints reads as well). It computes one thing itself, a few rows times a matrix,
-    which is what decoding does: as fast as memory is read, where OpenBLAS takes 3 times as long."""
-    if sys.platform != "linux":
-        return "Accelerate"
-    # Threads that spin while they wait lose their core to other programs just when work comes (7 times slower).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # glibc returns large arrays to the kernel at once, and each new one is faulted in page by page (7x on a sum)
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
-        ctypes.CDLL("libc.so.6").mallopt(option, value)
-    numpys = [str(path) for path in Path(np.__path__[0]).parent.glob("numpy.libs/libscipy_openblas64_*.so")]
-    mkls = "libmkl_rt.so.2", "libmkl_rt.so", f"{sys.prefix}/lib/libmkl_rt.so.2"
-    for path in ("libopenblas.so.0", "libblis.so.4", *mkls, *numpys):
-        with contextlib.suppress(OSError, AttributeError):
-            gemm = (blas := ctypes.CDLL(path))["scipy_cblas_sgemm64_" if path in numpys else "cblas_sgemm"]
-            if forwarder := compile_forwarder():
-                ctypes.c_void_p.in_dll(forwarder, "gemm").value = ctypes.cast(gemm, ctypes.c_void_p).value
-            elif path in numpys:
-                break
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-            name = "NumPy's OpenBLAS" if path in numpys else os.path.basename(path)
-            with contextlib.suppress(AttributeError):  # OpenBLAS has other kernels, and roundings, for each kind of CPU
-                core = blas["scipy_openblas_get_corename64_" if path in numpys else "openblas_get_corename"]
-                core.restype = ctypes.c_char_p
-                name += f" ({core().decode()})"
-            return name
-    return "reference BLAS"
-
-
-def compile_forwarder():
-    """BLAS_FORWARDER as a library, compiled once for a CPU by the C compiler that MLX needs anyway, or None."""
-    cpu = re.search("^(flags|Features).*", Path("/proc/cpuinfo").read_text(), re.M)
-    path = CACHE / f"blas-{hashlib.sha1(f'{BLAS_FORWARDER}{cpu and cpu[0]}'.encode()).hexdigest()[:12]}.so"
-    vectors = ["-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
-    for options in ([*vectors, "-fopenmp"], vectors, []):  # what one compiler knows another may not
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            if not path.exists():
-                CACHE.mkdir(parents=True, exist_ok=True)
-                command = ["cc", "-shared", "-fPIC", "-O3", *options, "-x", "c", "-", "-o", f"{path}.{os.getpid()}"]
-                subprocess.run(command, input=BLAS_FORWARDER.encode(), check=True, stderr=subprocess.DEVNULL)
-                os.replace(command[-1], path)
-            return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-
-
-def set_blas_threads(count):
-    """Sets the number of threads of a matrix product."""
-    openblas = "openblas_set_num_threads", "scipy_openblas_set_num_threads64_"
-    for name in (*openblas, "MKL_Set_Num_Threads", "bli_thread_set_num_threads"):
-        with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None)[name](count)
-
-
-BLAS = use_fast_blas()
-
-import mlx.core as mx
+import mlx.core as mx  # after model.py, which makes a fast BLAS visible to it
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
-cpu_stream = lru_cache(None)(lambda i: mx.new_stream(mx.cpu))  # made once: a stream lives as long as the process
-
-
-# ---- Configuration --------------------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What shapes the weights and what they compute. Raises UsageError where the numbers do not fit each other."""
-
-    vocab_size: int
-    context_size: int
-    num_blocks: int
-    dim: int
-    num_heads: int
-    num_kv_heads: int
-    mlp: str
-    mlp_dim: int
-    qk_norm: bool = False
-    untie: bool = False
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    head_dim: int = None
-
-    def __post_init__(self):
-        if self.head_dim:  # of imported models, some of which have other sums of heads than dim
-            return
-        D, H, K = self.dim, self.num_heads, self.num_kv_heads
-        if D % (2 * H):  # RoPE rotates pairs, so a head's dimension is even
-            fit = 2 * H * max(1, round(D / (2 * H)))
-            raise UsageError(f"--dim {D} is no multiple of 2 * --num_heads {H}: try --dim {fit}")
-        if H % K:
-            raise UsageError(f"--num_kv_heads {K} does not divide --num_heads {H}: try {math.gcd(H, K)}")
-        object.__setattr__(self, "head_dim", D // H)
-
-
-def make_config(flags, vocab_size, base=None):
-    """The Config of a new model: where no flag decides, that of `base`, whose weights it begins with."""
-    shape = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if field.name in flags}
-    return Config(**(vars(base.config) if base else {}) | shape | {"vocab_size": vocab_size})  # not what a BPE aims at
-
-
-PRESETS = {  # --dim, --num_heads, --num_blocks, --context_size
-    "tiny": (128, 4, 4, 128), "small": (256, 8, 6, 256), "medium": (512, 8, 12, 512), "large": (768, 12, 24, 1024),
-    "gpt2": (768, 12, 12, 1024), "350m": (768, 12, 16, 2048),
-}  # fmt: skip
-
-
-# ---- Model: decoder-only, pre-norm, with RMSNorm, RoPE and grouped-query attention; named as in Hugging Face's Llama
-def dropout(hidden, noise, site):
-    """Zeroes elements of hidden [B, L, D] at random. noise: the rows' rates [B] and keys [B, 2] uint32, or () for none;
-    `site` tells the model's dropouts apart. Masks depend on a row's own key alone, so a batch can be split freely."""
-    if not noise:
-        return hidden
-    rates, keys = noise
-    draw = mx.vmap(lambda rate, key: mx.random.bernoulli(1 - rate, hidden.shape[1:], key=key))
-    kept = draw(rates, keys + mx.array(site, mx.uint32))  # [B, L, D] of bool
-    return mx.where(kept, hidden / (1 - rates[:, None, None]), 0).astype(hidden.dtype)
-
-
-def exp(x):
-    """e to the x, for x <= 0, to 2e-6 absolutely. On a CPU MLX's own takes 12 ns, being scalar there; products and sums
-    use the vector units, and so does (Taylor's polynomial of x / 32) to the 32: 1.2 ns. Below -30 it stays at 1e-13."""
-    if mx.default_device() == mx.gpu:
-        return mx.exp(x)
-    x, power = mx.maximum(x, -30), 0
-    for k in reversed(range(7)):
-        power = power * x + 1 / (32**k * math.factorial(k))
-    for _ in range(5):
-        power = power * power
-    return power
-
-
-@mx.custom_function
-def softmax(scores):
-    """Over the last axis, by `exp` and with a gradient of its own."""
-    weights = exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
-
-
-@softmax.vjp
-def softmax_gradient(scores, gradient, weights):
-    """From the weights, so that no exp is computed again."""
-    product = gradient * weights
-    return product - weights * product.sum(axis=-1, keepdims=True)
-
-
-def attend(queries, keys, values, scale, mask="causal", cached=False):
-    """Attention of queries [B, H, L, d], at the last L of S positions or as `mask` says, to keys and values
-    [B, K, S, d]: [B, H, L, d]. MLX's own, but for whole texts on a CPU, where this makes steps 3 to 16 % quicker."""
-    if mx.default_device() == mx.gpu or cached:
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
-    B, H, L, d = queries.shape
-    queries = (queries * scale).reshape(B, keys.shape[1], -1, L, d)  # [B, K, H/K, L, d]
-    scores = queries @ keys[:, :, None].swapaxes(-1, -2)  # [B, K, H/K, L, L]
-    weights = softmax(mx.where(mx.array(np.tri(L, dtype=bool)), scores, -1e9))
-    return (weights @ values[:, :, None]).reshape(B, H, L, d)
-
-
-class Attention(nn.Module):
-    """Causal self-attention, K key/value heads shared by H query heads (Ainslie et al. 2023)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.rope = nn.RoPE(config.head_dim, base=config.rope_theta)
-        self.q_proj = nn.Linear(config.dim, config.num_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
-        if config.qk_norm:  # keeps the scores in range at high learning rates (Henry et al. 2020; Qwen3)
-            self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, config.norm_eps) for _ in range(2))
-
-    def __call__(self, hidden, cache=None):
-        B, L, _ = hidden.shape
-        heads = lambda layer: layer(hidden).reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3)  # [B, H or K, L, d]
-        queries, keys, values = heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
-        if "q_norm" in self:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        offset, mask = cache.place(L) if cache else (0, "causal")
-        # Both in one call, of whose many small operations on a CPU a small model's decoding has a tenth less.
-        both = self.rope(mx.concatenate([queries, keys], axis=1), offset=offset)
-        queries, keys = both[:, : self.num_heads], both[:, self.num_heads :]
-        if cache:
-            keys, values = cache.append(keys, values)
-        attended = attend(queries, keys, values, queries.shape[-1] ** -0.5, mask, cache is not None)  # [B, H, L, d]
-        return self.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, -1))
-
-
-class Cache:
-    """The keys and values that one Attention has seen of B texts, so that reading a token costs one token. lengths: the
-    texts' tokens read so far, [B] of NumPy, which whoever runs the model moves on for all blocks at once."""
-
-    def __init__(self, config, lengths):
-        self.lengths = lengths
-        shape = (len(lengths), config.num_kv_heads, config.context_size, config.head_dim)
-        self.keys, self.values = mx.zeros(shape), mx.zeros(shape)
-
-    def place(self, L):
-        """Where the next L tokens stand in their texts, and attention's mask for them."""
-        if (self.lengths == self.lengths[0]).all():
-            return int(self.lengths[0]), "causal" if L > 1 else None
-        last = self.lengths[:, None] + np.arange(L)  # [B, L], what each may see
-        return mx.array(self.lengths), mx.array(np.arange(self.lengths.max() + L) <= last[:, None, :, None])
-
-    def append(self, keys, values):
-        """Takes in the next L tokens' keys and values [B, K, L, d]; returns those of all tokens so far."""
-        first, longest = int(self.lengths.min()), int(self.lengths.max()) + keys.shape[2]
-        if first + keys.shape[2] == longest:
-            self.keys[:, :, first:longest], self.values[:, :, first:longest] = keys, values
-        else:  # a scatter, which takes longer
-            rows, places = mx.arange(len(keys))[:, None], mx.array(self.lengths[:, None] + np.arange(keys.shape[2]))
-            self.keys[rows, :, places], self.values[rows, :, places] = keys.swapaxes(1, 2), values.swapaxes(1, 2)
-        return self.keys[:, :, :longest], self.values[:, :, :longest]
-
-
-# relu(x)² (So et al. 2021) trains as well as the others (PTB, dim 256, 250 steps: 5.64 nats; swiglu 5.68, gelu 5.78)
-# and is nearly free on a CPU, where MLX's exp and erf are scalar (both passes of [1536, 4096] 8 ms; silu 165, gelu 320)
-ACTIVATIONS = {"relu2": lambda x: mx.square(nn.relu(x)), "gelu": nn.gelu, "swiglu": nn.silu}
-
-
-class MLP(nn.Module):
-    """The feed-forward layer, [B, L, D] to [B, L, D]; swiglu (Shazeer 2020) has a gate."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.activation = ACTIVATIONS[config.mlp]
-        if config.mlp == "swiglu":
-            self.gate_proj = nn.Linear(config.dim, config.mlp_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.mlp_dim, bias=False)
-        self.down_proj = nn.Linear(config.mlp_dim, config.dim, bias=False)
-
-    def __call__(self, hidden):
-        up, act = self.up_proj(hidden), self.activation
-        return self.down_proj(act(self.gate_proj(hidden)) * up if "gate_proj" in self else act(up))
-
-
-class Block(nn.Module):
-    """Attention, then MLP, each normalized before and added to hidden [B, L, D]."""
-
-    def __init__(self, config, index):
-        super().__init__()
-        self.index = index
-        self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.mlp = MLP(config)
-
-    def __call__(self, hidden, cache=None, noise=()):
-        hidden = hidden + dropout(self.self_attn(self.input_layernorm(hidden), cache), noise, 2 * self.index + 1)
-        return hidden + dropout(self.mlp(self.post_attention_layernorm(hidden)), noise, 2 * self.index + 2)
-
-
-class Transformer(nn.Module):
-    """Token ids [B, L] to final hidden states [B, L, D]; put any head on it."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.checkpoint = False  # True: gradients keep each block's input alone and compute the rest again
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = [Block(config, i) for i in range(config.num_blocks)]
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-
-    def __call__(self, tokens, caches=None, noise=()):
-        hidden = dropout(self.embed_tokens(tokens).astype(self.norm.weight.dtype), noise, 0)
-        for i, block in enumerate(self.layers):
-            run = partial(block, cache=caches[i] if caches else None, noise=noise)
-            hidden = (nn.utils.checkpoint(block, run) if self.checkpoint else run)(hidden)
-        return self.norm(hidden)
-
-
-class LanguageModel(nn.Module):
-    """Token ids [B, L] to logits [B, L, V] of the token that follows each position."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.model = Transformer(config)
-        if config.untie:
-            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-
-    def __call__(self, tokens, caches=None, noise=(), last=0):
-        """caches: a Cache for each block, which the tokens continue; noise: see `dropout`; last: positions (0: all)."""
-        hidden = self.model(tokens, caches, noise)[:, -last:]
-        return self.lm_head(hidden) if self.config.untie else self.model.embed_tokens.as_linear(hidden)
-
-    @property
-    def head(self):
-        """The output layer's matrix [V, D]: the embeddings, unless --untie gives it one of its own."""
-        layer = self.lm_head if self.config.untie else self.model.embed_tokens
-        if "scales" in layer:  # quantized
-            return mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
-        return layer.weight
-
-
-class LoRALinear(nn.Module):
-    """A linear layer that stays as it is, and an update of low rank to train (Hu et al. 2021): [..., I] to [..., O]."""
-
-    def __init__(self, weight, rank, alpha):
-        super().__init__()
-        self.weight, self.scale = weight, alpha / rank  # [O, I]
-        self.lora_a, self.lora_b = mx.zeros((rank, weight.shape[1])), mx.zeros((weight.shape[0], rank))
-
-    def __call__(self, hidden):
-        return hidden @ self.weight.T + (hidden @ self.lora_a.T) @ self.lora_b.T * self.scale
-
-
-def add_lora(model, rank, alpha):
-    """Puts a LoRALinear in the place of each linear layer of the blocks; nothing else is trained from then on."""
-    replace = lambda layer: LoRALinear(layer.weight, rank, alpha) if isinstance(layer, nn.Linear) else layer
-    for block in model.model.layers:
-        block.update_modules(tree_map(replace, block.leaf_modules(), is_leaf=nn.Module.is_module))
-    model.freeze()
-    model.unfreeze(keys=["lora_a", "lora_b"], strict=False)
-
-
-def init_weights(model, seed):
-    """Gives every trained parameter its first value: norms 1; matrices normal with deviation 1 / sqrt(inputs); 0 for
-    an untied output layer, a LoRA update's second factor and what writes into the residual stream, so that each block
-    begins as the identity. Embeddings are the output layer too: with the deviation 5 / dim the logit of the token just
-    read begins near 5, all others near 0, so the first loss is near ln V. On PTB (dim 256, AdamW 3e-3) validation after
-    250 steps was 5.64 nats with it, 5.57 with twice as much, 5.91 with a fifth, 5.76 with GPT-2's initialisation."""
-    parameters = tree_flatten(model.trainable_parameters())
-    for (name, parameter), key in zip(parameters, mx.random.split(mx.random.key(seed), len(parameters))):
-        normal = mx.random.normal(parameter.shape, key=key)
-        if name.endswith("norm.weight"):
-            value = mx.ones_like(parameter)
-        elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight", "lora_b")):
-            value = mx.zeros_like(parameter)
-        elif name.endswith("embed_tokens.weight"):
-            value = normal * 5 / model.config.dim
-        else:
-            value = normal * parameter.shape[1] ** -0.5
-        model.load_weights([(name, value)], strict=False)
-    mx.eval(model.parameters())
-
-
-# ---- Optimizer ------------------------------------------------------------------------------------------------------
-# Muon's learning rate over AdamW's. On PTB (dim 256, batch 32, AdamW's at 3e-3) validation after 120 steps was 5.56
-# nats, with AdamW alone 5.65; on characters (dim 128) ratios of 8 and 10 did as well.
-MUON_RATE = 5
-
-
-def make_optimizer(model, flags, streams=(mx.cpu,)):
-    """AdamW (Loshchilov & Hutter 2019) in two groups, matrices with weight decay and norms without, its work dealt out
-    over `streams`; with --optimizer muon the blocks' matrices go to Muon (Jordan et al. 2024), with the same decay."""
-    adamw = partial(optim.AdamW, flags.learning_rate, betas=[0.9, 0.99], bias_correction=True)
-    groups = [adamw(weight_decay=flags.weight_decay), adamw(weight_decay=0.0)]
-    filters = [lambda name, weight: weight.ndim >= 2]
-    if flags.optimizer == "muon":
-        groups.insert(0, optim.Muon(flags.learning_rate, weight_decay=0.0))
-        filters.insert(0, lambda name, weight: name.startswith("model.layers.") and weight.ndim >= 2)
-    optimizer = optim.MultiOptimizer(groups, filters)
-    optimizer.init(model.trainable_parameters())
-    moments = [name for group in groups for name, _ in tree_flatten(group.state) if name.endswith(".v")]
-    assert sorted(moments) == sorted(f"{name}.v" for name, _ in tree_flatten(model.trainable_parameters()))
-
-    load = [0] * len(streams)
-
-    def dealt(group, update, gradient, parameter, state):
-        if isinstance(group, optim.Muon):  # MLX's adds the decay to the gradient
-            parameter = parameter * (1 - group.learning_rate * flags.weight_decay / MUON_RATE)
-        least = load.index(min(load))
-        load[least] += parameter.size
-        with mx.stream(streams[least]):
-            return update(gradient, parameter, state)
-
-    for group in groups:
-        group.apply_single = partial(dealt, group, group.apply_single)
-    return optimizer
-
-
-def set_learning_rate(optimizer, rate):
-    """Sets the rate of AdamW's groups; Muon's is MUON_RATE times that."""
-    for group in optimizer.optimizers:
-        group.learning_rate = rate * MUON_RATE if isinstance(group, optim.Muon) else rate
-
-
-def learning_rate_at(iteration, flags):
-    """The rate of step `iteration` (from 0): a linear warm-up over `lr_warmup` steps, then constant, or down to
-    `min_lr` at `num_iters` by a half cosine or a line; 0 only where 0 is asked for."""
-    least = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
-    done = max(0, iteration - flags.lr_warmup) / max(1, flags.num_iters - flags.lr_warmup)
-    left = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[flags.lr_schedule]
-    rate = flags.learning_rate - (flags.learning_rate - least) * (1 - left)
-    return rate * min(1, (iteration + 1) / max(1, flags.lr_warmup))
+SOURCES = {
+    name: hashlib.sha1(Path(__file__).with_name(name).read_bytes()).hexdigest()
+    for name in ("main.py", "model.py", "datasets.py")
+}
+FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
 class Batches:
     """Windows of a token array in a permuted order; endless, and a function of (seed, epoch, s) alone. Each epoch cuts
     the text into windows at another offset, so that no token is left out for good, and draws an order `perm` of them;
-    `s` is the position in it. Raises UsageError for a text shorter than one window."""
+    `s` is the position in it. Raises UsageError for a text shorter than one window. tokens: [N]; batch_size: rows of a
+    whole step, those of all ranks and of all --grad_accumulation parts together."""
 
     def __init__(self, tokens, context_size, batch_size, seed):
-        if len(tokens) <= context_size:
+        if len(tokens) <= context_size:  # a window is L inputs and one more token, its last target
             problem = f"the training text has {len(tokens):,} tokens, fewer than --context_size {context_size} needs"
             raise UsageError(f"{problem}: use a longer text or --context_size {max(1, len(tokens) - 1)}")
         self.tokens, self.context_size, self.batch_size, self.seed = tokens, context_size, batch_size, seed
         self.begin_epoch(0)
 
     def begin_epoch(self, epoch):
+        """Draws the offset and the order of epoch number `epoch` (from 0), and goes to its beginning."""
         random = np.random.default_rng([self.seed, epoch])
         self.epoch, self.s = epoch, 0
         self.offset = int(random.integers(min(self.context_size, len(self.tokens) - self.context_size)))
         windows = (len(self.tokens) - 1 - self.offset) // self.context_size
-        self.perm = random.permutation(windows).astype(np.int32)
+        self.perm = random.permutation(windows).astype(np.int32)  # [windows]; 4 bytes each in every checkpoint
 
     def next(self):
         """Inputs and targets, [B, L] int32. An epoch's last, incomplete batch is dropped; too few windows repeat."""
-        if self.s + self.batch_size > len(self.perm) and self.s > 0:
+        if self.s + self.batch_size > len(self.perm) and self.s > 0:  # s = 0: fewer windows than B
             self.begin_epoch(self.epoch + 1)
         order = self.perm.take(range(self.s, self.s + self.batch_size), mode="wrap").astype(np.int64)
-        starts = self.offset + order * self.context_size
+        starts = self.offset + order * self.context_size  # [B]; int64, as a text may have more than 2^31 tokens
         self.s += self.batch_size
         rows = np.stack([self.tokens[start : start + self.context_size + 1] for start in starts])  # [B, L + 1]
         return mx.array(rows[:, :-1], mx.int32), mx.array(rows[:, 1:], mx.int32)
 
 
-# ---- Loss and evaluation --------------------------------------------------------------------------------------------
-def head_loss(hidden, head, targets, weights, *teacher, training=True):
-    """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed with it, so that of
-    the logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head:
-    [V, D]; targets, weights: [N]; training: False where no gradients are asked for, so that MLX never computes them and
-    no chunk waits for them. teacher: its hidden states [N, D'], head [V', D'] and [share, T]; so much of the loss is T²
-    times the Kullback-Leibler divergence to what it predicts, both softened by temperature T (Hinton et al. 2015)."""
-    answer_weights = weights * (1 - teacher[2][0]) if teacher else weights
-    # Chunks of 2^23 logits cost nothing; with fewer than 128 rows the products of a large vocabulary become slow.
-    chunks = -(-len(hidden) // max(128, 2**23 // len(head)))
-    rows = -(-len(hidden) // chunks)
-    loss, hidden_gradient, head_gradient = mx.array(0.0), [], None
-    for start in range(0, len(hidden), rows):
-        inputs, answers = hidden[start : start + rows], targets[start : start + rows]
-        weight = answer_weights[start : start + rows, None]
-        if start > 0:
-            # On a CPU MLX dispatches operations far ahead of their computation and allocates their results then; idle
-            # ones hold the next chunk back until this one is done (267,735 words: 2.5 chunks of memory, not 11).
-            idle, *_ = mx.depends([mx.zeros(2)], [loss, hidden_gradient[-1], head_gradient] if training else [loss])
-            for _ in range(0 if mx.default_device() == mx.gpu else 64):
-                idle = mx.cumsum(idle)
-            inputs, *_ = mx.depends([inputs], [idle])
-        logits = (inputs @ head.T).astype(mx.float32)  # [rows, V]
-        below = logits - logits.max(axis=-1, keepdims=True)
-        powers, answer = exp(below), head[answers]
-        total = powers.sum(axis=-1, keepdims=True)
-        loss = loss + ((mx.log(total) - mx.take_along_axis(below, answers[:, None], axis=-1)) * weight).sum()
-        # The gradient by the logits is (powers / total - one-hot answers) * weight, never written out.
-        factor = weight / total  # [rows, 1]
-        if teacher:
-            states, their_head, (mixed, T) = teacher
-            theirs = (states[start : start + rows] @ their_head.T)[:, : len(head)].astype(mx.float32)  # [rows, V]
-            below = (scores - scores.max(axis=-1, keepdims=True) for scores in (theirs / T, logits / T))
-            log_wanted, log_given = (scores - mx.log(exp(scores).sum(axis=-1, keepdims=True)) for scores in below)
-            wanted, given = exp(log_wanted), exp(log_given)
-            pull = mixed * T * weights[start : start + rows, None]  # [rows, 1]
-            loss = loss + T * (pull * wanted * (log_wanted - log_given)).sum()
-            powers, factor = powers * factor + pull * (given - wanted), mx.ones_like(factor)
-        powers, factor = powers.astype(head.dtype), factor.astype(head.dtype)  # [rows, V], [rows, 1]
-        hidden_gradient.append((powers @ head) * factor - answer * weight.astype(head.dtype))  # [rows, D]
-        inputs = inputs * factor
-        head_gradient = mx.addmm(head_gradient, powers.T, inputs) if start > 0 else powers.T @ inputs  # [V, D]
-    states = hidden.astype(mx.float32) * answer_weights[:, None]  # [N, D]
-    return loss, mx.concatenate(hidden_gradient), head_gradient.astype(mx.float32).at[targets].subtract(states)
-
-
-trained_head_loss = mx.custom_function(head_loss)
-
-
-@trained_head_loss.vjp
-def head_loss_gradient(inputs, gradients, outputs):
-    """The gradients that head_loss has computed already, times that of its loss."""
-    _, head, *others = inputs
-    scale = gradients[0].astype(head.dtype)
-    return outputs[1] * scale, (outputs[2] * scale).astype(head.dtype), *map(mx.zeros_like, others)
-
-
-def loss_sum(model, tokens, targets, weights=1.0, noise=(), training=True, teacher=None, mixture=None):
-    """Cross-entropy in nats, summed over positions, or mixed with a teacher's. tokens, targets, weights: [B, L]."""
-    hidden = model.model(tokens, noise=noise).flatten(0, 1)  # [B * L, D]
-    weights = mx.broadcast_to(mx.array(weights), targets.shape).flatten()
-    loss = trained_head_loss if training else partial(head_loss, training=False)
-    theirs = (teacher.model(tokens).flatten(0, 1), teacher.head, mixture) if teacher else ()
-    return loss(hidden, model.head.astype(hidden.dtype), targets.flatten(), weights, *theirs)[0]
-
-
+# ---- Evaluation -----------------------------------------------------------------------------------------------------
 def over_streams(streams, function, *arrays):
-    """[function(*rows), ...] for a share of the rows of `arrays` on each stream: a stream of a CPU is a thread."""
+    """[function(*rows), ...] for a share of the rows of `arrays` on each stream: a stream of a CPU is a thread. What is
+    built here is only MLX's graph: evaluated, it runs on all streams side by side. Each needs at least one row."""
     results = []
     for i, stream in enumerate(streams):
         rows = slice(len(arrays[0]) * i // len(streams), len(arrays[0]) * (i + 1) // len(streams))
-        with mx.stream(stream):
+        with mx.stream(stream):  # operations belong to the stream under which they are built
             results.append(function(*(array[rows] for array in arrays)))
     return results
 
@@ -570,34 +111,37 @@ def evaluate(model, tokens, batch_size, interrupts=None, stride=None):
     short. Windows begin `stride` tokens apart, by default side by side; of an overlap only the new end counts."""
     L, count, group = model.config.context_size, len(tokens) - 1, ranks()  # who share the batches: see Ranks
     interrupts, stride = interrupts or Interrupts(), stride or L
-    if group.rank() == 0:
+    if group.rank() == 0:  # the others were called by follow() upon this very order
         broadcast(interrupts, {"tokens": tokens}, "evaluate", batch_size=batch_size, stride=stride)
-    starts = np.arange(0, max(count - L, 0) + stride, stride)
-    starts = np.append(starts, np.full(-len(starts) % batch_size, count))  # fills up the last batch
+    starts = np.arange(0, max(count - L, 0) + stride, stride)  # [windows]; the last one reaches the text's end
+    starts = np.append(starts, np.full(-len(starts) % batch_size, count))  # windows of weight 0 fill the last batch
     streams, loss = make_streams(batch_size, L), partial(loss_sum, model, training=False)
+    # Traced once, as all batches have one shape. Without `inputs` the weights of now would be constants in it.
     score = mx.compile(lambda *batch: sum(over_streams(streams, loss, *batch)), inputs=[model.state])
-    total, received = 0.0, None
-    for batch in starts.reshape(-1, batch_size, 1)[group.rank() :: group.size()]:
+    total, received = 0.0, None  # nats, in Python's 64 bits
+    for batch in starts.reshape(-1, batch_size, 1)[group.rank() :: group.size()]:  # [B, 1], this rank's share
         if received := interrupts.received:
-            break
+            break  # on to all_gather, in which the other ranks wait
         places = batch + np.arange(L)  # [B, L]
+        # Of each window the last `stride` positions count, of the first one all; what is beyond the end never does.
         weights = (places < count) & ((places - batch >= L - stride) | (batch == 0))
-        places = np.minimum(places, count - 1)
+        places = np.minimum(places, count - 1)  # beyond the end any token will do: it weighs 0
         total += score(*(mx.array(each, mx.int32) for each in (tokens[places], tokens[places + 1], weights))).item()
-    if group.size() > 1:  # float64, as bytes
-        mine = mx.array(np.frombuffer(np.array([total, received or 0]), np.uint8))
-        totals, signals = np.array(mx.distributed.all_gather(mine)).view(np.float64).reshape(-1, 2).T
-        total, received = totals.sum(), int(signals.max())
+    if group.size() > 1:  # as bytes: MLX would take float64 for float32
+        mine = mx.array(np.frombuffer(np.array([total, received or 0]), np.uint8))  # [16] bytes; 0: no signal
+        totals, signals = np.array(mx.distributed.all_gather(mine)).view(np.float64).reshape(-1, 2).T  # [ranks] each
+        total, received = totals.sum(), int(signals.max())  # a signal to one rank voids the score on all
         interrupts.received = interrupts.received or received or None
         if group.rank() == 0:
-            broadcast(interrupts)
+            broadcast(interrupts)  # a rank lost in all_gather may show only here, before the score counts
     return None if received else total / count
 
 
 def score_split(name, model, dataset, flags, interrupts=None, most=0):
     """Prints the score of a split, or of its first `most` tokens; returns the nats a token, None if interrupted."""
     split, began = getattr(dataset, name), time.perf_counter()
-    tokens = split.tokens[: most + 1] if most else split.tokens
+    tokens = split.tokens[: most + 1] if most else split.tokens  # + 1: the first token is only context
+    # Windows overlap for --evaluate alone: in training they always stand side by side.
     nats = evaluate(model, tokens, flags.batch_size, interrupts, flags.evaluate and flags.eval_stride)
     if nats is not None:
         speed = f"{len(tokens) / (time.perf_counter() - began):,.0f} tokens/s"
@@ -607,10 +151,10 @@ def score_split(name, model, dataset, flags, interrupts=None, most=0):
 
 def describe_score(name, nats, split, tokenizer):
     """One line with a split's score: per token, and in two units that do not depend on the tokenizer."""
-    total = nats * len(split.tokens)
+    total = nats * len(split.tokens)  # of the whole split, extrapolated where `nats` is of its first tokens
     a_token, a_word = (math.exp(min(mean, 99)) for mean in (nats, total / max(1, split.num_words)))
     line = f"{name} {nats:.4f} nats, perplexity {a_token:.2f} a token, {a_word:.2f} a word, "
-    line += f"{total / math.log(2) / split.num_bytes:.4f} bits per byte"
+    line += f"{total / math.log(2) / split.num_bytes:.4f} bits per byte"  # nats / ln 2 = bits
     return line if tokenizer.unk is None else f"{line}, {split.num_unk / len(split.tokens):.2%} <unk>"
 
 
@@ -618,31 +162,32 @@ def describe_score(name, nats, split, tokenizer):
 # `<sha1>.safetensors` holds the parameters and is named by the SHA1 of its bytes; `<sha1>.metadata` (the same format)
 # holds all else that a run is: optimizer state and `perm` as arrays, the tokenizer, and `record`, a JSON object with
 # the flags, counters and scores. The header of the metadata names the SHA1 of its own bytes, taken with BLANK in place.
-BLANK = "0" * 40
+BLANK = "0" * 40  # as long as the SHA1 that takes its place, so that nothing else moves
 
 
 def write_safetensors(path, tree, metadata):
     """Writes and syncs a tree of arrays; returns the SHA1 of the file's bytes, which BLANK in the metadata becomes."""
-    arrays, digest = dict(sorted(tree_flatten(tree))), hashlib.sha1()
+    arrays, digest = dict(sorted(tree_flatten(tree))), hashlib.sha1()  # sorted: equal arrays give equal bytes
+    # MLX wants a file's four attributes but calls `write` alone, which has to return the bytes it took.
     hasher = SimpleNamespace(write=lambda data: digest.update(data) or len(data), seek=None, tell=None, closed=False)
-    mx.save_safetensors(hasher, arrays, metadata)
+    mx.save_safetensors(hasher, arrays, metadata)  # first for the SHA1 alone, without a copy of the file in memory
     sha1 = digest.hexdigest()
     with open(path, "wb") as file:
         mx.save_safetensors(file, arrays, {name: sha1 if text == BLANK else text for name, text in metadata.items()})
-        file.flush()
-        os.fsync(file.fileno())
+        file.flush()  # out of Python's buffer
+        os.fsync(file.fileno())  # and out of the system's, or after a power cut a name could stand for missing bytes
     return sha1
 
 
 def read_header(path):
     """The JSON header of a safetensors file, as bytes; of a damaged file, whatever stands there."""
-    with open(path, "rb") as file:
-        return file.read(min(int.from_bytes(file.read(8), "little"), os.path.getsize(path)))
+    with open(path, "rb") as file:  # of safetensors: the header's length in 8 bytes, the header, the arrays
+        return file.read(min(int.from_bytes(file.read(8), "little"), os.path.getsize(path)))  # the length may be junk
 
 
 def read_texts(path):
-    """The record and the texts of a `.metadata` file, whose header alone is read. Of a damaged one any error comes."""
-    texts = json.loads(read_header(path))["__metadata__"]
+    """The record and the texts of a `.metadata` file, from its header. A damaged one raises what find_damage lists."""
+    texts = json.loads(read_header(path))["__metadata__"]  # where safetensors keeps strings, by name
     if hashlib.sha1(texts["record"].encode()).hexdigest() != texts["record_sha1"]:
         raise ValueError("damaged header")
     return json.loads(texts["record"]), texts
@@ -651,8 +196,8 @@ def read_texts(path):
 def sha1_of(path, stated=BLANK):
     """SHA1 of a safetensors file's bytes, with BLANK in the place of the SHA1 that its header states."""
     with open(path, "rb") as file:
-        header = file.read(8 + len(read_header(path)))
-        digest = hashlib.sha1(header.replace(stated.encode(), BLANK.encode(), 1))
+        header = file.read(8 + len(read_header(path)))  # with its length in front
+        digest = hashlib.sha1(header.replace(stated.encode(), BLANK.encode(), 1))  # by default the plain SHA1
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -662,9 +207,9 @@ def find_damage(folder, id):
     """What is wrong with the files of checkpoint `id`, or None; their content is used after this. Raises RunError."""
     try:
         record, texts = read_texts(folder / f"{id}.metadata")
-        if record["format_version"] != FORMAT_VERSION:
+        if record["format_version"] != FORMAT_VERSION:  # not damage: no older checkpoint is to take its place
             raise RunError(f"checkpoint {id[:12]} is of another version of this program: use that one, or --new_model")
-        for kind, sha1 in {"safetensors": id, "metadata": texts["sha1"]}.items():
+        for kind, sha1 in {"safetensors": id, "metadata": texts["sha1"]}.items():  # stated by name; by header
             if sha1_of(folder / f"{id}.{kind}", sha1) != sha1:
                 return f"its .{kind} does not have the SHA1 {sha1[:12]}"
         return None if record["id"] == id else f"its .metadata belongs to {record['id'][:12]}"
@@ -675,10 +220,10 @@ def find_damage(folder, id):
 def list_checkpoints(folder, warn=False):
     """The records of the checkpoints in `folder`, the one saved last first; files of other programs are passed over."""
     records = []
-    for path in Path(folder).glob("*.safetensors"):
+    for path in Path(folder).glob("*.safetensors"):  # metadata alone is no checkpoint
         try:
             records.append(read_texts(path.with_suffix(".metadata"))[0] | {"id": path.stem})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what reading junk can raise
             if warn and len(path.stem) == 40:
                 print(f"Passing over {path.stem[:12]}: its .metadata cannot be read ({error})", file=sys.stderr)
     return sorted(records, key=lambda record: (record["saved"], record["iteration"]), reverse=True)
@@ -710,9 +255,9 @@ def locked(folder):
     """Holds the lock that every change in `folder` needs; makes renames in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits; a holder that is killed frees it, too
         yield
-        os.fsync(descriptor)
+        os.fsync(descriptor)  # of a folder: the names in it
     finally:
         os.close(descriptor)
 
@@ -721,8 +266,8 @@ def lock_run(folder, name):
     """An open file that says this process trains run `name`, or None if another does; the lock dies with its holder."""
     file = open(folder / f".{name}.lock", "a")
     with contextlib.suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # NB: raises BlockingIOError instead of waiting
+        return file  # once nothing refers to it, Python closes it and the lock is free
 
 
 def save_checkpoint(folder, run, id=None):
@@ -735,7 +280,7 @@ def save_checkpoint(folder, run, id=None):
             with locked(folder):
                 return write_checkpoint(folder, run, id)
         except OSError as error:
-            clean_folder(folder)
+            clean_folder(folder)  # frees the room of what was begun
             tqdm.write(f"Saving to {folder} failed ({error}); next try in {pause} s. Ctrl+C twice gives the work up.")
             time.sleep(pause)
 
@@ -748,7 +293,7 @@ def write_checkpoint(folder, run, id):
     if id is None:
         id = write_safetensors(new["safetensors"], run.model.trainable_parameters(), {"format": "mlx"})
         equal = next((record["run"] for record in records if record["id"] == id), name)
-        if equal != name and not lock_run(folder, equal):
+        if equal != name and not lock_run(folder, equal):  # a probe; a finished run's checkpoint may change hands
             new["safetensors"].unlink()
             raise RunError(f"this run equals {equal}, which is being trained in {folder}: stop one of them")
     run.record |= {name: getattr(run.batches, name) for name in ("epoch", "offset", "s")}
@@ -758,7 +303,7 @@ def write_checkpoint(folder, run, id):
     texts["record_sha1"] = hashlib.sha1(texts["record"].encode()).hexdigest()  # so that listing need not read it all
     write_safetensors(new["metadata"], {"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}, texts)
     for kind in new:
-        os.replace(new[kind], folder / f"{id}.{kind}")
+        os.replace(new[kind], folder / f"{id}.{kind}")  # atomic: no reader sees half a file
     return id
 
 
@@ -768,7 +313,7 @@ def clean_folder(folder, run=None, keep=0):
     with contextlib.suppress(OSError), locked(folder):
         records = list_checkpoints(folder)
         own = [record["id"] for record in records if run and record["run"] == run.record["run"]]
-        needed = {id for record in records for _, id in record.get("uses", {}).values()}
+        needed = {id for record in records for _, id in record.get("uses", {}).values()}  # LoRA bases, teachers
         for id in own[keep:]:
             if id not in needed | {(run.record["best"] or {}).get("id")}:
                 (folder / f"{id}.safetensors").unlink(missing_ok=True)  # so that its metadata counts no more
@@ -782,71 +327,39 @@ def load_model(folder, record):
     """The model, a LoRA run's merged into its base, and the tokenizer of a checkpoint. Raises RunError without base."""
     _, texts = read_texts(folder / f"{record['id']}.metadata")
     model, weights = LanguageModel(Config(**record["config"])), mx.load(str(folder / f"{record['id']}.safetensors"))
-    if rank := record["flags"].get("lora_rank"):
+    if rank := record["flags"].get("lora_rank"):  # the file holds its adapters alone
         adapters, weights = weights, dict(tree_flatten(open_used(folder, record, "init_from")[0].parameters()))
         for layer in [name.removesuffix(".lora_a") for name in adapters if name.endswith(".lora_a")]:
-            update = adapters[f"{layer}.lora_b"] @ adapters[f"{layer}.lora_a"]
+            update = adapters[f"{layer}.lora_b"] @ adapters[f"{layer}.lora_a"]  # [O, rank] @ [rank, I] = [O, I]
             weights[f"{layer}.weight"] += update * (record["flags"]["lora_alpha"] / rank)
     model.load_weights(list(weights.items()))
-    mx.eval(model.parameters())
+    mx.eval(model.parameters())  # MLX loads lazily: only this reads the arrays
     return model, tokenizer_from_dict(json.loads(texts["tokenizer"]))
 
 
 def open_model(folder, name, flag):
     """The model, tokenizer and id of the checkpoint or Hugging Face folder `name`. Raises UsageError, RunError."""
-    if os.path.isdir(name):
-        return import_model(Path(name))
+    if os.path.isdir(name):  # Hugging Face's; else an id or its beginning, a run's name, latest or best
+        model, tokenizer, files = import_model(Path(name))
+        ids = list(map(sha1_of, files))
+        return model, tokenizer, ids[0] if len(ids) == 1 else hashlib.sha1("".join(ids).encode()).hexdigest()
     record = named_checkpoint(folder, list_checkpoints(folder), name, flag)
     return *load_model(folder, record), record["id"]
 
 
 def open_used(folder, record, flag):
     """The same for a model that the run of `record` was begun with. Raises RunError if it is not that one."""
-    name, id = record["uses"][flag]
+    name, id = record["uses"][flag]  # name: a folder's path or the id once more
     needed = f"{record['run']} needs the model it was begun with, --{flag} {name} as it was, {id[:12]}"
-    with explained(needed, UsageError, kind=RunError):
+    with explained(needed, UsageError, kind=RunError):  # the line typed now is not at fault
         found = open_model(folder, name, f"--{flag}")
-        if found[2] != id:
+        if found[2] != id:  # a folder's files may have been replaced
             raise UsageError(f"it is {found[2][:12]} now")
         return found
 
 
-# What these models are called at Hugging Face, by `mlp` and `qk_norm`, and what their config.json calls our Config.
-COUNTERPARTS = {("swiglu", False): "Llama", ("swiglu", True): "Qwen3", ("relu2", False): "Arcee"}
-THEIR_NAMES = {
-    "vocab_size": "vocab_size", "context_size": "max_position_embeddings", "num_blocks": "num_hidden_layers",
-    "dim": "hidden_size", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim", "mlp_dim": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-}  # fmt: skip
-
-
-def import_model(path):
-    """A Hugging Face folder's model and tokenizer, and its weights' SHA1 (or the SHA1s' own). Raises UsageError."""
-    with explained(f"{path} holds no Llama, Qwen3 or Arcee model: name one, or see --list"):
-        theirs = json.loads((path / "config.json").read_text())
-        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-        kind = {name.lower(): kind for kind, name in COUNTERPARTS.items()}.get(theirs["model_type"])
-        odd = [*filter(theirs.get, ("attention_bias", "mlp_bias", "use_sliding_window", "quantization"))]
-        scaling = rope.get("rope_type", rope.get("type", "default"))
-        odd += [f"model_type {theirs['model_type']}"] * (not kind) + [f"rope {scaling}"] * (scaling != "default")
-        if odd:
-            raise UsageError(f"this program has no {', '.join(odd)}")
-        files = sorted(path.glob("*.safetensors"))
-        weights = {name: weight.astype(mx.float32) for file in files for name, weight in mx.load(str(file)).items()}
-        if theirs.get("tie_word_embeddings"):
-            weights.pop("lm_head.weight", None)
-        usual = {"num_key_value_heads": theirs["num_attention_heads"], "rms_norm_eps": 1e-6, "rope_theta": 1e4}
-        fields = {ours: (usual | rope | theirs).get(name) for ours, name in THEIR_NAMES.items()}
-        model = LanguageModel(Config(mlp=kind[0], qk_norm=kind[1], untie="lm_head.weight" in weights, **fields))
-        model.load_weights(list(weights.items()))
-        mx.eval(model.parameters())
-        tokenizer = TOKENIZERS["bpe"]((path / "tokenizer.json").read_text())
-        ids = [sha1_of(file) for file in files]
-        return model, tokenizer, ids[0] if len(ids) == 1 else hashlib.sha1("".join(ids).encode()).hexdigest()
-
-
 def load_run(folder, record, run):
-    """Brings `run` to where the checkpoint of `record` was saved."""
+    """Brings `run` to where the checkpoint of `record` was saved: weights, optimizer, and the place in the text."""
     run.record |= record
     run.model.load_weights(str(folder / f"{record['id']}.safetensors"), strict=not record["flags"].get("lora_rank"))
     state = tree_unflatten(mx.load(str(folder / f"{record['id']}.metadata"), format="safetensors"))
@@ -866,8 +379,8 @@ class Interrupts:
     def __enter__(self):
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        # One that the parent ignores (nohup, background jobs of scripts) stays ignored.
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # a signal writes one byte, its number
+        # What the parent ignores (nohup, jobs of scripts) stays ignored. A signal without a handler writes no byte.
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         self.handlers = {n: signal.signal(n, lambda *_: None) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
         threading.Thread(target=self.watch, args=[reader], daemon=True).start()
@@ -879,18 +392,19 @@ class Interrupts:
             signal.signal(number, handler)
         # Ctrl+C in a terminal also ends the compiler of a first step, evaluation or sample: nothing is unsaved then.
         if self.received and isinstance(error, RuntimeError) and not LAUNCHED:
-            raise SystemExit(128 + self.received)
+            raise SystemExit(128 + self.received)  # the status by which shells tell a signal
 
     def watch(self, reader):
+        """The thread: the first signal becomes `received`, a later one ends the process in the middle of anything."""
         first = None  # when the first of this process came; another rank's may have been before
-        while byte := os.read(reader, 1):
+        while byte := os.read(reader, 1):  # b"" once __exit__ has closed the other end
             number = byte[0]
             if first is None:
                 self.received, first = self.received or number, time.monotonic()
                 print("\nStopping after this step, then saving. Once more leaves without saving.", file=sys.stderr)
             elif time.monotonic() - first > 0.5:  # launchers pass on a signal that the terminal has sent already
                 print("\nLeft without saving.", file=sys.stderr)
-                os._exit(128 + number)
+                os._exit(128 + number)  # at once; sys.exit would end this thread alone
         os.close(reader)
 
 
@@ -898,13 +412,14 @@ class Lasting:
     """An output stream whose reader may leave (`| head`, a closed terminal) without stopping anything, least a save."""
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
+        self.stream = stream or open(os.devnull, "w")  # None: closed from the start
         self.stream.reconfigure(errors="replace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
+        """Raises no OSError: a line that cannot be written is not worth the run."""
         try:
             self.stream.write(text)
             self.stream.flush()
@@ -921,13 +436,13 @@ LOST = "a rank failed or is gone ({}): the same line goes on from the last check
 LAUNCHER = os.getppid()  # another one later on means that it is gone
 
 
-@lru_cache(None)
+@lru_cache(None)  # the engine starts at the first call, and once
 def ranks():
     """MLX's group of all ranks; of one process, which needs no engine, what is asked of such a group."""
     if not LAUNCHED:
         return SimpleNamespace(rank=lambda: 0, size=lambda: 1)
     opened = lambda: {int(fd) for fd in os.listdir("/dev/fd") if os.path.exists(f"/dev/fd/{fd}")}  # not listdir's own
-    before, group = opened(), mx.distributed.init(strict=True)
+    before, group = opened(), mx.distributed.init(strict=True)  # strict: an error rather than a group of one
     if "MLX_HOSTFILE" in os.environ:  # a ring, whose sockets are the new files
         threading.Thread(target=watch_ring, args=[opened() - before], daemon=True).start()
     return group
@@ -941,10 +456,10 @@ def watch_ring(sockets):
         poll.register(number, getattr(select, "POLLRDHUP", 0))  # a hang-up and an error are always reported
     for number, _ in poll.poll(0):  # a socket that MLX keeps of an attempt to connect that came too early
         poll.unregister(number)
-    poll.poll()
-    time.sleep(10)
+    poll.poll()  # returns when a neighbour closes its end: arriving data are no event
+    time.sleep(10)  # seconds, in which an orderly end or MLX's own error comes first
     print(f"{PARSER.prog}: {LOST.format('it closed its connection')}", file=sys.stderr)
-    os._exit(1)
+    os._exit(1)  # the main thread may be stuck inside MLX
 
 
 def broadcast(interrupts, arrays=None, order="check", **texts):
@@ -957,7 +472,8 @@ def broadcast(interrupts, arrays=None, order="check", **texts):
     if group.rank() == 0:
         arrays = {name: mx.array(array) for name, array in (arrays or {}).items()}
         mx.save_safetensors(file, arrays, {"order": order, "texts": json.dumps(texts)})
-    received = interrupts.received or (signal.SIGHUP if os.getppid() != LAUNCHER else 0)
+    received = interrupts.received or (signal.SIGHUP if os.getppid() != LAUNCHER else 0)  # an orphan stops, too
+    # First how long rank 0's message is, and the largest signal number on any rank; then the message itself.
     size, received = mx.distributed.all_max(mx.array([file.tell(), received], mx.int64)).tolist()
     if not size:
         raise RuntimeError("rank 0 said nothing")
@@ -981,7 +497,7 @@ def lead(interrupts, flags, model, optimizer=None, teacher=None):
 def follow():
     """What the other ranks do: each order of rank 0 ("check" is none) up to its "end". Returns the exit status."""
     kept, run = {}, SimpleNamespace()
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts:  # a signal here reaches all ranks with the next broadcast
         while True:
             match broadcast(interrupts):
                 case "keep", arrays, _:
@@ -990,7 +506,7 @@ def follow():
                     use_device(texts["gpu"])
                     tree, kept, flags = tree_unflatten(kept), {}, argparse.Namespace(**DEFAULTS | texts["flags"])
                     run.model, *teacher = [LanguageModel(Config(**config)) for config in texts["configs"]]
-                    if flags.lora_rank:
+                    if flags.lora_rank:  # before the weights, among which are then the adapters'
                         add_lora(run.model, flags.lora_rank, flags.lora_alpha)
                     for model, name in zip((run.model, *teacher), ("model", "teacher")):
                         model.update(tree[name])
@@ -1004,15 +520,28 @@ def follow():
                 case "evaluate", arrays, texts:
                     evaluate(run.model, np.array(arrays["tokens"]), texts["batch_size"], interrupts, texts["stride"])
                 case "end", *_:
-                    return 0
+                    return 0  # also after a user's mistake, which rank 0 alone reports
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
+def learning_rate_at(iteration, flags):
+    """The rate of step `iteration` (from 0): a linear warm-up over `lr_warmup` steps, then constant, or down to
+    `min_lr` at `num_iters` by a half cosine or a line; 0 only where 0 is asked for."""
+    least = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
+    done = max(0, iteration - flags.lr_warmup) / max(1, flags.num_iters - flags.lr_warmup)
+    left = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[flags.lr_schedule]
+    rate = flags.learning_rate - (flags.learning_rate - least) * (1 - left)
+    return rate * min(1, (iteration + 1) / max(1, flags.lr_warmup))  # + 1: a rate of 0 would waste the first step
+
+
 def use_device(gpu):
     """Makes the GPU or the CPU the default device; call it before anything is computed."""
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
     if not gpu:  # graphs are computed breadth first, their streams side by side; else one stream waits for the other
         os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
+
+
+cpu_stream = lru_cache(None)(lambda i: mx.new_stream(mx.cpu))  # made once: a stream lives as long as the process
 
 
 def make_streams(batch_size, context_size):
@@ -1021,9 +550,9 @@ def make_streams(batch_size, context_size):
     small; one stream alone has all cores for them. A GPU has one; so has macOS, whose BLAS brings its own threads."""
     if mx.default_device() == mx.gpu or BLAS == "Accelerate":
         return [mx.default_stream(mx.default_device())]
-    cores, rows = len(os.sched_getaffinity(0)), -(-batch_size // ranks().size())
+    cores, rows = len(os.sched_getaffinity(0)), batch_size // ranks().size()  # ours; a rank's smallest share
     count = max(1, min(cores, rows, rows * context_size // 256))
-    set_blas_threads(cores if count == 1 else 1)
+    set_blas_threads(cores if count == 1 else 1)  # or every stream's products would start a thread for each core
     return [cpu_stream(i) for i in range(count)]
 
 
@@ -1031,89 +560,98 @@ def make_step(model, optimizer, flags, streams, teacher=None):
     """The training step: tokens [N, L], targets [N, L] and, for dropout, rates [N] and keys [N, 2] -> mean loss and
     gradient norm. The N = batch_size * grad_accumulation rows are taken batch_size at a time, those shared out over
     ranks and `streams`. With bfloat16 all but the loss is computed in it; weights and optimizer state stay float32."""
-    model.model.checkpoint = flags.checkpoint
-    state, group = [model.state, optimizer.state], ranks()
-    mixture = mx.array([flags.teacher_weight, flags.teacher_temperature])
+    model.model.checkpoint = flags.checkpoint  # gradient checkpointing, see Transformer; not the saved files
+    state, group = [model.state, optimizer.state], ranks()  # trees of arrays that each step reads and replaces
+    mixture = mx.array([flags.teacher_weight, flags.teacher_temperature])  # the teacher's [share, T], see head_loss
     dtype = mx.bfloat16 if flags.dtype == "bfloat16" and mx.default_device() == mx.gpu else mx.float32
 
     def loss(weights, scale, tokens, targets, *noise):  # scale: of the sum over positions, to a mean
         # The embeddings stay in float32, or the many small gradients of a frequent token would be lost in its sum.
         cast = lambda name, weight: weight if "embed_tokens" in name else weight.astype(dtype)
-        model.update(tree_map_with_path(cast, weights))
+        model.update(tree_map_with_path(cast, weights))  # gradients are by the argument: the model must be made of it
         return loss_sum(model, tokens, targets, scale, noise, True, teacher, mixture)
 
+    # Compiled once for its shapes, then replayed. Arrays that are no arguments must be named as inputs, or their values
+    # of the first call would be constants of the graph; those it changes as outputs, or the change would be lost.
     @partial(mx.compile, inputs=[model.state])
     def losses_and_gradients(scale, *batch):
-        weights = model.trainable_parameters()
+        weights = model.trainable_parameters()  # of LoRA the adapters alone
         results = over_streams(streams, partial(mx.value_and_grad(loss), weights, scale), *batch)
-        model.update(weights)
-        return results  # of each stream
+        model.update(weights)  # `loss` has left its tracers in the model
+        return results  # [(loss, gradients), ...], a pair of each stream
 
     @partial(mx.compile, inputs=state, outputs=state)
     def update(results):
-        turn = itertools.cycle(streams)
+        turn = itertools.cycle(streams)  # each leaf's sum is computed on the next stream
         add = lambda *terms: reduce(partial(mx.add, stream=next(turn)), terms)
         loss, gradients = tree_map(add, *results)
         if group.size() > 1:  # in one message, so that no two ranks can differ in the order of several
             loss, gradients = nn.average_gradients((loss, gradients), group, all_reduce_size=2**62)
-        gradients, norm = optim.clip_grad_norm(gradients, flags.grad_clip or math.inf)
+        gradients, norm = optim.clip_grad_norm(gradients, flags.grad_clip or math.inf)  # norm: that before clipping
         optimizer.update(model, gradients)
         return loss, norm
 
-    def step(*batch):
+    def step(*batch):  # tokens, targets and, for dropout, rates, keys
         total = None
         for start in range(0, len(batch[0]), flags.batch_size):
             first, last = (start + flags.batch_size * rank // group.size() for rank in (group.rank(), group.rank() + 1))
             part = (array[first:last] for array in batch)
+            # Each sum becomes its part of the mean over N * L positions, times the ranks: `update` averages over them.
             results = losses_and_gradients(group.size() / batch[1].size, *part)
             total = tree_map(mx.add, total, results) if total else results
             if len(batch[0]) > flags.batch_size:  # or all parts would be in memory at once
                 mx.eval(total)
-        return update(total)
+        return update(total)  # ranks exchange gradients here alone, once a step
 
     return step
 
 
 def make_noise(iteration, rows, flags):
-    """Dropout's rates [B] and keys [B, 2] for step `iteration`, or () without dropout. Row r's key is a function of
+    """Dropout's rates [N] and keys [N, 2] for step `iteration`, or () without dropout. Row r's key is a function of
     (seed, iteration, r) alone; the rate moves by a line from --dropout to --dropout_final at `num_iters`."""
     final = flags.dropout if flags.dropout_final is None else flags.dropout_final
     if not (flags.dropout or final):
         return ()
-    random = np.random.default_rng([flags.seed, iteration, 1])
+    random = np.random.default_rng([flags.seed, iteration, 1])  # 1: with 0 or nothing these would be Batches' draws
     rate = flags.dropout + (final - flags.dropout) * iteration / flags.num_iters
     return mx.full(rows, rate), mx.array(random.integers(0, 2**32, (rows, 2), np.uint32))
 
 
 def take_step(run, flags, iteration, tokens, targets):
-    """Step `iteration` of a run; returns the mean loss and the gradient norm."""
-    set_learning_rate(run.optimizer, learning_rate_at(iteration, flags))
-    loss, norm = run.step(tokens, targets, *make_noise(iteration, len(tokens), flags))
-    mx.eval(loss, norm, run.model.state, run.optimizer.state)
+    """Step `iteration`, on every rank; returns the mean loss (nats a token) and the gradient norm, as floats."""
+    set_learning_rate(run.optimizer, learning_rate_at(iteration, flags))  # an array in the state: nothing compiles anew
+    loss, norm = run.step(tokens, targets, *make_noise(iteration, len(tokens), flags))  # nothing is computed yet
+    mx.eval(loss, norm, run.model.state, run.optimizer.state)  # or the update would wait in the next step's graph
     return loss.item(), norm.item()
+
+
+def make_config(flags, vocab_size, base=None):
+    """The Config of a new model: where no flag decides, that of `base`, whose weights it begins with."""
+    shape = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if field.name in flags}
+    return Config(**(vars(base.config) if base else {}) | shape | {"vocab_size": vocab_size})
 
 
 def begin_run(flags, dataset, checkpoint, used, name):
     """A run where the record `checkpoint` was saved, or at its start: what is trained, on what, and its record so far.
-    used: the models that --init_from and --teacher name, as `open_model` gives them."""
+    used: the models that --init_from and --teacher name, as `open_model` gives them. Raises UsageError."""
     base, teacher = (used[flag][0] if flag in used else None for flag in ("init_from", "teacher"))
     config = Config(**checkpoint["config"]) if checkpoint else make_config(flags, dataset.tokenizer.vocab_size, base)
     model = base or LanguageModel(config)
-    model.config = config  # the context may be another one
+    model.config = config  # a base's, but for the context size, which may be another one
     if flags.lora_rank:
-        add_lora(model, flags.lora_rank, flags.lora_alpha)
+        add_lora(model, flags.lora_rank, flags.lora_alpha)  # before the optimizer, which takes what is trained
     streams = make_streams(flags.batch_size, flags.context_size)
     optimizer = make_optimizer(model, flags, streams)
     batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size * flags.grad_accumulation, flags.seed)
-    record = {"iteration": 0, "id": None, "scores": [], "best": None, "seconds": 0.0}
+    record = {"iteration": 0, "id": None, "scores": [], "best": None, "seconds": 0.0}  # scores: [[iteration, nats]]
     run = SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=dataset.tokenizer)
     if checkpoint:
         load_run(flags.save_dir, checkpoint, run)
     elif not base or flags.lora_rank:
-        init_weights(model, flags.seed)
+        init_weights(model, flags.seed)  # with LoRA the adapters alone: the base is frozen
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {os.cpu_count()} cores"
-    needs = {flag: id for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank}  # of every leg
-    record |= {
+    needs = {flag: id for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank}  # of each resume
+    record |= {  # in the place of a loaded record's: flags and machine may be others
         "run": name, "flags": {flag: getattr(flags, flag) for flag in INHERITED}, "tokens_sha256": dataset.sha256,
         "uses": {flag: [path if os.path.isdir(path := getattr(flags, flag)) else id, id] for flag, id in needs.items()},
         "config": dataclasses.asdict(config), "parameters": sum(w.size for _, w in tree_flatten(model.parameters())),
@@ -1122,27 +660,29 @@ def begin_run(flags, dataset, checkpoint, used, name):
         "versions": dict(MLX=mx.__version__, NumPy=np.__version__, BLAS=BLAS, device=device, streams=len(streams),
                          ranks=ranks().size()),
     }  # fmt: skip
+    # After load_run, which gives the optimizer other dicts of state: the compiled step holds on to those it is given.
     run.teacher, run.step = teacher, make_step(model, optimizer, flags, streams, teacher)
     return run
 
 
 def train(flags, dataset, checkpoint, used, interrupts):
-    """One run from its start, or from the record `checkpoint`, to `num_iters` or a signal; returns the exit status."""
+    """A run from its start, or from the record `checkpoint`, to `num_iters` or a signal; returns the exit status: 0, or
+    128 + the signal. used: see begin_run. Raises UsageError and, where it cannot go on, RunError: its line says why."""
     folder, tokenizer = flags.save_dir, dataset.tokenizer
     if flags.batch_size < (size := ranks().size()):
         raise UsageError(f"--batch_size {flags.batch_size} leaves some of the {size} ranks without a row: give more")
     # A checkpoint that --identifier names, and after which its run went on, is where another run branches off.
     newer = [r["run"] for r in list_checkpoints(folder) if flags.identifier and r["saved"] > checkpoint["saved"]]
-    same = checkpoint and checkpoint["run"] not in newer
-    name = checkpoint["run"] if same else f"{dataset.name}-{os.urandom(3).hex()}"
-    if not (lock := lock_run(folder, name)):
+    same = checkpoint and checkpoint["run"] not in newer  # the run goes on; else a new one or a branch begins
+    name = checkpoint["run"] if same else f"{dataset.name}-{os.urandom(3).hex()}"  # 6 hex digits: see clean_folder
+    if not (lock := lock_run(folder, name)):  # kept open: a closed file's lock is gone
         raise UsageError(f"{name} is being trained by another process: wait for it, or begin another with --new_model")
     if checkpoint and not (folder / f"{checkpoint['id']}.safetensors").exists():  # who held the lock has pruned it
         raise RunError(f"{name} went on while this line was waiting: type it again")
     clean_folder(folder)
     run = begin_run(flags, dataset, checkpoint, used, name)
     record, model, batches = run.record, run.model, run.batches
-    lead(interrupts, record["flags"], model, run.optimizer, run.teacher)
+    lead(interrupts, record["flags"], model, run.optimizer, run.teacher)  # model and optimizer to the other ranks
     start = record["iteration"]
     print_start(flags, dataset, run, checkpoint or record)
     if start >= flags.num_iters:
@@ -1153,7 +693,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
     batch_tokens = batches.batch_size * flags.context_size
     steps_per_save = flags.steps_per_save or flags.steps_per_eval
     losses, seconds, trained = [], 0.0, 0.0  # since the last report; `trained`: in all, but for a first compiling step
-    for iteration in range(start, flags.num_iters + 1):
+    for iteration in range(start, flags.num_iters + 1):  # steps done so far; the last turn takes none
         record["iteration"] = iteration
         timeout = flags.max_minutes is not None and trained >= 60 * flags.max_minutes
         finished, stopping = iteration == flags.num_iters, interrupts.received or timeout
@@ -1162,22 +702,23 @@ def train(flags, dataset, checkpoint, used, interrupts):
         # Save, then evaluate, then add the score, then sample: what goes wrong in one costs none of those before it.
         save = iteration > start and (finished or stopping or due or iteration % steps_per_save == 0)
         if save:
-            broadcast(interrupts)  # no rank was lost in the last step
+            broadcast(interrupts)  # raises if a rank was lost in the last step, which is then worth nothing
             save_checkpoint(folder, run)
             clean_folder(folder, run, flags.keep)
             tqdm.write(f"saved {record['id']} at iteration {iteration:,}")
-        if (due or timeout) and iteration not in [scored for scored, _ in record["scores"]]:
+        if (due or timeout) and iteration not in [scored for scored, _ in record["scores"]]:  # not by an earlier leg
             nats = score_split("valid", model, dataset, flags, interrupts, flags.eval_tokens)
             if due and nats is not None:  # best and --patience must not depend on where --max_minutes ends a leg
                 bits = nats / math.log(2) * len(dataset.valid.tokens) / dataset.valid.num_bytes
                 log(iteration, "valid", nats, bits, "", "", iteration * batch_tokens, "", "", record["seconds"])
                 record["scores"].append([iteration, nats])
                 if record["best"] is None or nats < record["best"]["nats"]:
-                    record["best"] = {"id": record["id"], "iteration": iteration, "nats": nats}
+                    record["best"] = {"id": record["id"], "iteration": iteration, "nats": nats}  # clean_folder keeps it
                 if save or name == checkpoint["run"]:  # a branch leaves the checkpoint that it began from as it is
-                    save_checkpoint(folder, run, record["id"])
-        later = [scored for scored, _ in record["scores"] if record["best"]["iteration"] < scored]
-        misses = sum(scored % flags.steps_per_eval == 0 for scored in later)  # an earlier leg's end does not count
+                    save_checkpoint(folder, run, record["id"])  # the same weights; their metadata hold the score now
+        # For --patience the score at an earlier leg's end does not count: a run in legs stops where it would whole.
+        scores = [(nats, scored) for scored, nats in record["scores"] if scored % flags.steps_per_eval == 0]
+        misses = sum(scored > min(scores)[1] for _, scored in scores)
         if save and not interrupts.received:
             tqdm.write("".join(Conversation(tokenizer, model).reply("", flags, flags.seed, interrupts)))
         if timeout:
@@ -1186,7 +727,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
             tqdm.write(f"Stopped: no better score in {misses} evaluations (--patience); best: {record['best']['id']}")
             break
         if finished or timeout or (interrupts.received and (save or iteration == start)):
-            break  # but a signal that came after the save waits for the next step
+            break  # but a signal that came after `stopping` was read waits for one more step, and its save
 
         began = time.perf_counter()
         tokens, targets = batches.next()
@@ -1195,39 +736,42 @@ def train(flags, dataset, checkpoint, used, interrupts):
         losses.append(loss)
         taken = time.perf_counter() - began
         seconds += taken
-        if iteration > start:
-            trained, record["seconds"] = trained + taken, record["seconds"] + taken
+        if iteration > start:  # not the one that compiles
+            trained, record["seconds"] = trained + taken, record["seconds"] + taken  # of this leg; of the run
 
         if not math.isfinite(loss + norm):
-            broadcast(interrupts)  # it is not a lost rank's
+            broadcast(interrupts)  # raises if a lost rank is the cause: another error, another remedy
             problem = f"the loss or gradient of iteration {iteration + 1:,} is not finite, and nothing of it is saved"
             good = f"the last good checkpoint is {record['id'] or 'none yet'}"
             raise RunError(f"{problem}; {good}: go on with a lower --learning_rate or --grad_clip")
         if (iteration + 1) % flags.steps_per_report == 0:
             mean, rate = sum(losses) / len(losses), len(losses) / seconds  # steps a second
-            report = f"loss {mean:.4f}  perplexity {math.exp(min(mean, 99)):.2f}  "
+            report = f"loss {mean:.4f}  perplexity {math.exp(min(mean, 99)):.2f}  "  # exp(710) overflows
             report += f"lr {learning_rate_at(iteration, flags):.2e}  grad {norm:.2f}  "
             report += f"{rate * batch_tokens:,.0f} tokens/s  peak {mx.get_peak_memory() / 2**20:,.0f} MiB"
             bar.set_postfix_str(report)
             if bar.disable:
                 left = tqdm.format_interval((flags.num_iters - iteration - 1) / rate)
                 tqdm.write(f"{iteration + 1:,}/{flags.num_iters:,}  {report}  left {left}")
+            # Only of the whole text: num_bytes is that of all of it, wherever --train_tokens ends.
             bits = "" if flags.train_tokens else mean / math.log(2) * len(batches.tokens) / dataset.train.num_bytes
             values = learning_rate_at(iteration, flags), norm, (iteration + 1) * batch_tokens, rate * batch_tokens
             log(iteration + 1, "train", mean, bits, *values, mx.get_peak_memory() / 2**20, record["seconds"])
             losses, seconds = [], 0.0
         bar.update()
     bar.close()
-    lock.close()
+    lock.close()  # another process may train the run now
     if flags.eval_test and not interrupts.received:
         score_split("test", model, dataset, flags, interrupts)
     if interrupts.received:
         there = f"--identifier {name} goes on from there" if record["id"] else "nothing was saved yet"
         tqdm.write(f"Stopped at iteration {record['iteration']:,}; {there}.")
-        return 128 + interrupts.received
+        return 128 + interrupts.received  # as shells report the end by a signal
     return 0
 
 
+# Columns of <run>.csv, empty where a line has no such value. loss: nats a token; tokens: trained on since the start;
+# peak_mib: MLX's peak of this process; seconds: of training, all legs together, without each one's first step.
 LOG = "iteration split loss bits_per_byte learning_rate gradient_norm tokens tokens_per_second peak_mib seconds".split()
 
 
@@ -1236,7 +780,7 @@ def open_log(path, iteration, scored):
     later than this one goes: they come again; so does a score of `iteration` itself, if it was not `scored`."""
     lines = [",".join(LOG)]
     with contextlib.suppress(OSError):
-        rows = [line.split(",") for line in path.read_text().splitlines()]
+        rows = [line.split(",") for line in path.read_text(errors="replace").splitlines()]
         rows = [row for row in rows if len(row) == len(LOG) and row[0].isdigit()]  # the last may be cut off
         lines += [",".join(row) for row in rows if int(row[0]) < iteration + (scored or row[1] == "train")]
 
@@ -1247,7 +791,7 @@ def open_log(path, iteration, scored):
 
     with contextlib.suppress(OSError):
         path.with_suffix(".csv.new").write_text("\n".join(lines) + "\n")
-        path.with_suffix(".csv.new").replace(path)
+        path.with_suffix(".csv.new").replace(path)  # a kill leaves the old file or the new one, whole
     return append
 
 
@@ -1255,10 +799,11 @@ def print_start(flags, dataset, run, last):
     """One screen that says what is trained, on what, and where its files go. last: the record that is continued."""
     record, config, tokenizer, folder = run.record, run.model.config, dataset.tokenizer, flags.save_dir
     several = f", {ranks().size()} ranks" * (ranks().size() > 1)
+    # Bytes: of a checkpoint, free on the disk, and of --keep checkpoints with the best and the one being written.
     size = sum(array.nbytes for _, array in tree_flatten([run.model.trainable_parameters(), run.optimizer.state]))
     free, room, old, new = shutil.disk_usage(folder).free, size * (flags.keep + 2), last["versions"], record["versions"]
     splits = " / ".join(f"{len(split.tokens):,}" for split in (dataset.train, dataset.valid, dataset.test) if split)
-    windows, rows = len(run.batches.perm), run.batches.batch_size
+    windows, rows = len(run.batches.perm), run.batches.batch_size  # windows of this epoch; rows of a step
     trained = sum(weight.size for _, weight in tree_flatten(run.model.trainable_parameters()))
     few = f", of them {trained:,} trained" if trained < record["parameters"] else ""
     tqdm.write(
@@ -1291,7 +836,7 @@ def penalize(logits, texts, penalty):
     """Divides logits above 0 of the ids in the rows' texts by `penalty`, multiplies others (Keskar et al. 2019)."""
     if penalty == 1:
         return logits
-    seen = np.zeros(logits.shape, bool)
+    seen = np.zeros(logits.shape, bool)  # [B, V]: which ids a row's text has
     for row, text in enumerate(texts):
         seen[row, text] = True
     return mx.where(mx.array(seen), mx.where(logits > 0, logits / penalty, logits * penalty), logits)
@@ -1301,7 +846,7 @@ def keep_top_k(logits, k):
     """All but the `k` largest at -inf; ties with the k-th stay. 0 keeps all."""
     if not 0 < k < logits.shape[-1]:
         return logits
-    kth = mx.min(mx.topk(logits, k, axis=-1), axis=-1, keepdims=True)
+    kth = mx.min(mx.topk(logits, k, axis=-1), axis=-1, keepdims=True)  # [B, 1]; topk gives no order
     return mx.where(logits < kth, -math.inf, logits)
 
 
@@ -1311,8 +856,8 @@ def keep_top_p(logits, p):
         return logits
     ascending = mx.sort(logits, axis=-1)
     before = 1 - mx.cumsum(mx.softmax(ascending, axis=-1), axis=-1)  # the probability of all larger ones
-    least = mx.min(mx.where(before < p, ascending, math.inf), axis=-1, keepdims=True)
-    return mx.where(logits < mx.minimum(least, ascending[..., -1:]), -math.inf, logits)
+    least = mx.min(mx.where(before < p, ascending, math.inf), axis=-1, keepdims=True)  # [B, 1], the least kept
+    return mx.where(logits < mx.minimum(least, ascending[..., -1:]), -math.inf, logits)  # p = 0: the largest
 
 
 def keep_min_p(logits, p):
@@ -1337,33 +882,36 @@ class Decoder:
     def __init__(self, model, texts):
         self.model, self.texts = model, texts
         self.starts, self.lengths = np.zeros((2, len(texts)), np.int32)  # of the windows; of what is read of them
-        self.caches = [Cache(model.config, self.lengths) for _ in model.model.layers]
+        self.caches = [Cache(model.config, self.lengths) for _ in model.model.layers]  # all hold this very array
         self.proposed = self.accepted = 0  # tokens, as a draft
 
     def shorten(self, length):
         """Takes back what stands in the texts beyond `length`."""
         for text in self.texts:
-            del text[length:]
-        self.lengths[:] = np.minimum(self.lengths, length - self.starts)
+            del text[length:]  # in place: a draft's decoder has the same list
+        self.lengths[:] = np.minimum(self.lengths, length - self.starts)  # in place: the caches hold this array
 
     def logits(self, count=1):
         """Logits [B, count, V] of what follows each text's last `count` tokens."""
         context_size = self.model.config.context_size
+        # A text that has outgrown its window, or has less than `count` tokens left of it, gets a new one, all unread.
+        # The last `count` tokens are always read, if need be again: what is asked for are their logits.
         for row, text in enumerate(self.texts):
             if not count <= len(text) - self.starts[row] <= context_size:
                 self.lengths[row], self.starts[row] = 0, max(0, len(text) - max(count, context_size // 2))
             self.lengths[row] = min(self.lengths[row], len(text) - self.starts[row] - count)
         windows = [text[start:] for text, start in zip(self.texts, self.starts)]
-        fresh = np.array([len(window) for window in windows]) - self.lengths
+        fresh = np.array([len(window) for window in windows]) - self.lengths  # [B]: tokens not read yet
+        # One pass reads equally many tokens of each row. Where rows differ, those with more are read alone at first:
         for row in np.flatnonzero((fresh > count) & (fresh.min() < fresh.max())):  # each but its end, then the ends
             alone = Decoder(self.model, [windows[row][:-count]])
             alone.logits()
             for cache, other in zip(self.caches, alone.caches):
-                cache.keys[row], cache.values[row] = other.keys[0], other.values[0]
+                cache.keys[row], cache.values[row] = other.keys[0], other.values[0]  # [K, context, d]
             self.lengths[row] = len(windows[row]) - count
-        tokens = mx.array([window[length:] for window, length in zip(windows, self.lengths)])
-        logits = self.model(tokens, self.caches, last=count)
-        self.lengths += tokens.shape[1]
+        tokens = mx.array([window[length:] for window, length in zip(windows, self.lengths)])  # [B, fresh]
+        logits = self.model(tokens, self.caches, last=count)  # [B, count, V]; the caches take the tokens in
+        self.lengths += tokens.shape[1]  # in place, for all caches at once
         return logits
 
     def draw(self, flags, seeds, count=1):
@@ -1373,7 +921,7 @@ class Decoder:
         rows = zip(self.texts, self.starts, seeds)
         places = [(text, start, seed, len(text) - i) for text, start, seed in rows for i in reversed(range(count))]
         logits = shape_logits(logits, flags, [text[start:end] for text, start, _, end in places])
-        keys = mx.array([[seed, end] for *_, seed, end in places], mx.uint32)
+        keys = mx.array([[seed, end] for *_, seed, end in places], mx.uint32)  # [B * count, 2], as MLX's are
         return np.array(mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(logits, keys)).reshape(-1, count)
 
 
@@ -1387,31 +935,32 @@ def generate(decoder, max_tokens, flags, seeds, draft=None, length=4):
         if draft:
             room = decoder.model.config.context_size - (known - decoder.starts[0])  # or its window would move
             proposals = [id for [id] in generate(draft, min(length, room, end - known - 1), flags, seeds)]
+        # Drawn by the same random numbers as the proposals, which are accepted up to the first it draws otherwise.
         ids = decoder.draw(flags, seeds, len(proposals) + 1)  # [B, 1 + proposals]
         accepted = next((i for i, id in enumerate(proposals) if id != ids[0, i]), len(proposals))
         if draft:
             draft.proposed, draft.accepted = draft.proposed + len(proposals), draft.accepted + accepted
             for each in (decoder, draft):
-                each.shorten(known + accepted)
+                each.shorten(known + accepted)  # takes rejected proposals back, and what is read of them
         for text, id in zip(decoder.texts, ids[:, accepted].tolist()):
-            text.append(id)
-        yield from ids[:, : accepted + 1].T.tolist()
+            text.append(id)  # the decoder's own, after the last accepted one
+        yield from ids[:, : accepted + 1].T.tolist()  # the accepted, which it drew too, and its own
 
 
 class Conversation:
-    """A text that a model, and perhaps a draft, continues with what is added to it between."""
+    """A growing text: what a user adds to it, and what a model, perhaps sped up by a draft, continues it with."""
 
     def __init__(self, tokenizer, model, draft=None):
         self.tokenizer, self.text, self.speed = tokenizer, [], 0.0  # tokens a second of the last reply
-        self.decoders = [Decoder(each, [self.text]) for each in (model, draft) if each]
+        self.decoders = [Decoder(each, [self.text]) for each in (model, draft) if each]  # on one list of ids
 
     def reply(self, prompt, flags, seed, interrupts=None):
-        """Adds a line of its own and yields what follows piece by piece, each once no later token can change it."""
+        """Adds `prompt` as a line of its own; yields what follows in pieces, each once no later token can change it."""
         if unknown := self.tokenizer.unknown(prompt):
             print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
         self.text += self.tokenizer.encode("\n" + prompt).tolist() if self.text else first_ids(self.tokenizer, prompt)
-        decode, ids, known, times = self.tokenizer.decode, self.text[:], len(self.text), []
-        shown, (first, *draft) = len(decode(ids)), self.decoders
+        decode, ids, known, times = self.tokenizer.decode, self.text[:], len(self.text), []  # times: when tokens came
+        shown, (first, *draft) = len(decode(ids)), self.decoders  # shown: characters of decode(ids) already out
         try:
             for [token] in generate(first, flags.max_tokens, flags, [seed], *draft):
                 times.append(time.perf_counter())
@@ -1422,11 +971,11 @@ class Conversation:
                     shown = len(decode(ids))
                 if interrupts and interrupts.received:
                     return
-            yield decode(ids)[shown:]
+            yield decode(ids)[shown:]  # a character's bytes that were never completed, if any
         finally:
             for decoder in self.decoders:
                 decoder.shorten(known + len(times))  # without what was proposed when the reader left
-            self.speed = (len(times) - 1) / (time.perf_counter() - times[0]) if times else 0.0
+            self.speed = (len(times) - 1) / (time.perf_counter() - times[0]) if times else 0.0  # without the prompt
 
     def describe_speed(self):
         """Tokens a second of the last reply, and how often the draft was right."""
@@ -1446,20 +995,21 @@ COMMANDS = """/set NAME VALUE   changes a sampling flag: /set temperature 0.8
 
 
 def first_ids(tokenizer, prompt):
-    """A prompt's ids; where it has none, the end of the text before or, without such a token, of the line before."""
+    """The ids of a prompt, at least one for a model to continue: "" is the end token or, without one, a line end."""
     ids = tokenizer.encode(prompt).tolist()
     return ids or ([tokenizer.eos] if tokenizer.eos is not None else tokenizer.encode("\n").tolist())
 
 
 def talk(folder, checkpoint, flags):
-    """--inference, --prompt or --prompts_file with this checkpoint, and with that of --draft. Raises UsageError."""
+    """--inference, --prompt or --prompts_file with this checkpoint, and with that of --draft. The model's text goes to
+    stdout, what is said about it to stderr. Raises UsageError."""
     id, (model, tokenizer) = checkpoint["id"], load_model(folder, checkpoint)
     models = [model]
     if flags.quantize:
-        quantize(model, flags.quantize, packed=flags.gpu)
+        quantize(model, flags.quantize, packed=flags.gpu)  # on a CPU rounded, then spread out again
     if flags.draft:
         draft, its, _ = open_model(folder, flags.draft, "--draft")
-        if its.to_dict() != tokenizer.to_dict():
+        if its.to_dict() != tokenizer.to_dict():  # it proposes ids, which have to mean the same text
             raise UsageError(f"--draft {flags.draft} has another tokenizer than {id[:12]}: name one of equal data")
         models.append(draft)
     if flags.inference:
@@ -1471,12 +1021,12 @@ def talk(folder, checkpoint, flags):
         answer_file(tokenizer, model, id, flags)
     else:  # so many continuations of --prompt, and nothing else, on stdout
         for i in range(flags.num_samples):
-            conversation = Conversation(tokenizer, *models)
+            conversation = Conversation(tokenizer, *models)  # a new one, so that no sample reads another
             print(end="-" * 15 + "\n" if i else "")  # as nanoGPT does
-            for piece in conversation.reply(flags.prompt, flags, flags.seed + i):
+            for piece in conversation.reply(flags.prompt, flags, flags.seed + i):  # sample i is that of --seed S + i
                 print(piece, end="", flush=True)
             print(flush=True)
-        print(conversation.describe_speed(), file=sys.stderr)
+        print(conversation.describe_speed(), file=sys.stderr)  # of the last sample
     print(describe(checkpoint), file=sys.stderr)
 
 
@@ -1484,102 +1034,86 @@ def converse(tokenizer, models, flags):
     """Answers each line of stdin with its continuation, in the light of all lines and answers before. Lines that begin
     with / are COMMANDS. Ctrl+C ends a reply; at the prompt it, or Ctrl+D, the session."""
     for model in models:  # compiles what MLX compiles, before Ctrl+C means the end of a reply
-        mx.eval(Decoder(model, [[0]]).logits())
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdin.reconfigure(errors="surrogateescape")
+        mx.eval(Decoder(model, [[0]]).logits())  # any id will do: 0 is in each vocabulary
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # raises KeyboardInterrupt: the top of this file undone
+    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are no error
     stats, conversation = False, Conversation(tokenizer, *models)
-    if question := "> " * sys.stdin.isatty():
+    if question := "> " * sys.stdin.isatty():  # none in a pipe
         import readline  # noqa: F401 (gives input() line editing and history)
     try:
         while (line := input(question)) != "/quit":
-            match line.split() if line.startswith("/") else []:
+            match line.split() if line.startswith("/") else []:  # []: text to continue
                 case ["/set", name, value] if name in SETTABLE:
                     try:
-                        PARSER.parse_args([f"--{name}={value}"], flags)
+                        PARSER.parse_args([f"--{name}={value}"], flags)  # checked like a typed flag, set in `flags`
                     except UsageError as error:
                         print(error, file=sys.stderr)
                 case ["/reset"]:
                     conversation = Conversation(tokenizer, *models)
                 case ["/stats"]:
                     stats = not stats
-                case [_, *_]:
+                case [_, *_]:  # any other, or a /set that names no such flag
                     print(COMMANDS, file=sys.stderr)
                 case []:
-                    with contextlib.suppress(KeyboardInterrupt):
-                        for piece in conversation.reply(line, flags, flags.seed):
+                    with contextlib.suppress(KeyboardInterrupt):  # Ctrl+C: what was shown stays in the conversation
+                        for piece in conversation.reply(line, flags, flags.seed):  # one seed for all: see Decoder.draw
                             print(piece, end="", flush=True)
                     print(flush=True)
                     if stats:
                         print(conversation.describe_speed(), file=sys.stderr)
-    except (EOFError, KeyboardInterrupt):
-        print(end="\n" if question else "")
+    except (EOFError, KeyboardInterrupt):  # Ctrl+D or the pipe's end; Ctrl+C at the prompt
+        print(end="\n" if question else "")  # the shell's prompt gets a line of its own
 
 
 def answer_file(tokenizer, model, id, flags, batch_size=16):
-    """Continues each line of --prompts_file --num_samples times, many together, each time a line of JSON in --output or
-    on stdout. An --output that was begun is continued. Raises UsageError."""
+    """Continues each line of --prompts_file --num_samples times, `batch_size` together, each time a line of JSON
+    (prompt, seed, checkpoint, completion, tokens) in --output or on stdout. An --output that holds the first of these
+    lines is continued. Raises UsageError, also for an --output that holds anything else."""
     with explained(f"--prompts_file {flags.prompts_file} must be UTF-8, --output writable", OSError, ValueError):
-        prompts = Path(flags.prompts_file).read_text("utf-8").removesuffix("\n").split("\n")
+        prompts = Path(flags.prompts_file).read_text("utf-8").removesuffix("\n").split("\n")  # splitlines cuts at \f
         prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
         jobs = [{"prompt": prompt, "seed": flags.seed + i, "checkpoint": id} for i, prompt in enumerate(prompts)]
         out, begun = append_lines(flags.output, jobs) if flags.output else (os.fdopen(os.dup(1), "wb"), [])
-    with out:
-        for start in range(len(begun), len(jobs), batch_size):
+    with out:  # stdout itself stays open: `out` has a copy of its descriptor
+        for start in range(len(begun), len(jobs), batch_size):  # those of `begun` are answered
             batch = jobs[start : start + batch_size]
-            texts = [first_ids(tokenizer, job["prompt"]) for job in batch]
-            shown = [len(tokenizer.decode(text)) for text in texts]
+            texts = [first_ids(tokenizer, job["prompt"]) for job in batch]  # which generate lengthens
+            shown = [len(tokenizer.decode(text)) for text in texts]  # characters of the prompts
             steps = list(generate(Decoder(model, texts), flags.max_tokens, flags, [job["seed"] for job in batch]))
-            for job, text, known, tokens in zip(batch, texts, shown, zip(*steps)):
+            for job, text, known, tokens in zip(batch, texts, shown, zip(*steps)):  # steps: [max_tokens][B]
                 line = job | {"completion": tokenizer.decode(text)[known:], "tokens": tokens}
                 out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                out.flush()
-
-
-def quantize(model, bits, packed):
-    """Rounds every matrix to `bits` in groups of 64, or of 32 where 64 does not divide its rows; returns which. Unless
-    `packed`, they are spread out again: on a CPU products with packed ones are slow. Raises UsageError."""
-    matrices = {name: weight for name, weight in tree_flatten(model.parameters()) if weight.ndim == 2}
-    group = 32 if any(matrix.shape[1] % 64 for matrix in matrices.values()) else 64
-    with explained(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"):
-        parts = {name: mx.quantize(matrix, group, bits) for name, matrix in matrices.items()}
-    before, after = (sum(array.nbytes for _, array in tree_flatten(each)) / 2**20 for each in (matrices, parts))
-    print(f"Quantized to {bits} bits: the matrices' {before:,.1f} MiB would be {after:,.1f}", file=sys.stderr)
-    if packed:
-        nn.quantize(model, group, bits)
-    else:
-        model.update(tree_unflatten([(name, mx.dequantize(*part, group, bits)) for name, part in parts.items()]))
-    mx.eval(model.parameters())
-    return group
+                out.flush()  # a kill costs the batch that is computed, no more
 
 
 # ---- Tools ----------------------------------------------------------------------------------------------------------
 def list_runs(folder):
     """Prints the runs in `folder`, the one saved last first: the flags that tell them apart, then their checkpoints."""
-    records = list_checkpoints(folder, warn=True)
+    records = list_checkpoints(folder, warn=True)  # the newest first
     print(f"{len(records)} checkpoints in {folder}")
-    for name in dict.fromkeys(record["run"] for record in records):
+    for name in dict.fromkeys(record["run"] for record in records):  # each run once, in that order
         own = [record for record in records if record["run"] == name]
-        flags, best = own[0]["flags"], (own[0]["best"] or {}).get("id")
+        flags, best = own[0]["flags"], (own[0]["best"] or {}).get("id")  # best: None before a score
         differing = [flag for flag in flags if any(record["flags"].get(flag) != flags[flag] for record in records)]
         line = f"{name}: {own[0]['parameters']:,} parameters, iteration {own[0]['iteration']:,} of "
         line += " ".join([f"{flags['num_iters']:,}", *(f"--{flag} {flags[flag]}" for flag in differing)])
         print(textwrap.fill(line, 100, subsequent_indent="    "))
         for record in own:
             score = {i: f"{nats:.4f}" for i, nats in record["scores"]}.get(record["iteration"], "not scored")
-            marks = ", latest" * (record is records[0]) + ", best" * (record["id"] == best)
+            marks = ", latest" * (record is records[0]) + ", best" * (record["id"] == best)  # of the folder; of the run
             line = f"    {record['id'][:12]}  iteration {record['iteration']:>9,}  {score:>10}"
             print(f"{line}  {tqdm.format_interval(time.time() - record['saved']):>8} old{marks}")
 
 
 def predict_memory(config, flags, parameters, streams):
-    """Bytes at the peak of a training step's two halves on a CPU: of activations, kept from forward for backward, and
-    of gradients, each stream's with their sum and the clipped one. The factors, in floats for each position, were fit
-    to 25 models (dim 128 to 512, context 48 to 256, 257 to 50,257 tokens, two streams), within 7 %."""
+    """(activations, gradients): bytes at the peak of a training step's two halves on a CPU. Activations are kept from
+    forward for backward; gradients are each stream's, their sum and the clipped ones. The factors, in floats for each
+    position, were fit to 25 models (dim 128 to 512, context 48 to 256, 257 to 50,257 tokens, 2 streams), within 7 %."""
     B, L, D, V = flags.batch_size, config.context_size, config.dim, config.vocab_size
-    a_block = (14.3 if config.qk_norm else 9.9) * D + 2.2 * config.num_kv_heads * config.head_dim
+    a_block = (14.3 if config.qk_norm else 9.9) * D + 2.2 * config.num_kv_heads * config.head_dim  # floats a position
     a_block += {"relu2": 3.6, "swiglu": 5.3, "gelu": 4.7}[config.mlp] * config.mlp_dim + 1.55 * config.num_heads * L
     chunk = min(-(-B * L // streams), max(128, 2**23 // V))  # rows of logits in memory at once, see head_loss
-    activations = B * L * config.num_blocks * a_block + streams * V * (2.8 * chunk + 1.1 * D)
+    activations = B * L * config.num_blocks * a_block + streams * V * (2.8 * chunk + 1.1 * D)  # floats
     return round(4 * activations), 4 * parameters * max(4, streams + 2)
 
 
@@ -1594,28 +1128,30 @@ def run_benchmark(flags, config, batches):
     modules = {part: sum(w.size for name, w in weights if re.search(names, name)) for part, names in parts.items()}
     # A multiplication and an addition for each weight of a matrix, and for each element of queries, keys and values
     # with each position of the window; backward twice as many, for the gradients by inputs and by weights.
-    matrices = modules["attention"] + modules["mlp"] + config.vocab_size * config.dim
+    matrices = modules["attention"] + modules["mlp"] + config.vocab_size * config.dim  # output, tied or not
     forward = 2 * matrices + 4 * config.num_blocks * config.num_heads * config.head_dim * config.context_size
     activations, gradients = predict_memory(config, flags, sum(modules.values()), len(streams))
     moments = sum(array.nbytes for _, array in tree_flatten(optimizer.state))
     lasting = {"weights": 4 * sum(modules.values()), "optimizer": moments}
     step, (tokens, targets) = make_step(model, optimizer, flags, streams), batches.next()
-    noise = make_noise(0, len(tokens), flags)
-    train_once = lambda: mx.eval(step(tokens, targets, *noise), model.state, optimizer.state)
+    noise = make_noise(0, len(tokens), flags)  # () without dropout
+    train_once = lambda: mx.eval(step(tokens, targets, *noise), model.state, optimizer.state)  # lazy until mx.eval
     train_once()  # compiles
-    mx.reset_peak_memory()
+    mx.reset_peak_memory()  # what came before does not count
+    # The fastest of several repetitions: other programs can slow one down, never speed it up.
     speed, peak = tokens.size / min(timeit.repeat(train_once, number=1, repeat=5)), mx.get_peak_memory()
+    # What the speed of training is measured against: a product of large square matrices, on the same streams.
     square = mx.random.normal((2048, 2048))
     product = lambda: mx.eval(over_streams(streams, lambda rows: rows @ square, square))
-    flops = 2 * 2048**3 / min(timeit.repeat(product, number=1, repeat=6))
+    flops = 2 * 2048**3 / min(timeit.repeat(product, number=1, repeat=6))  # a second; 2: multiply, add
     make_streams(1, 1)  # decoding has all cores
-    steps = generate(Decoder(model, [[0]]), 33, flags, [flags.seed])
+    steps = generate(Decoder(model, [[0]]), 33, flags, [flags.seed])  # the first, which compiles, is not timed
     result = {
         "parameters": modules, "flops_per_token": {"forward": forward, "backward": 2 * forward},
         "memory": lasting | {"activations": activations, "gradients": gradients},
         "predicted_peak": sum(lasting.values()) + max(activations, gradients),  # the one goes as the other comes
         "measured_peak": peak, "tokens_per_second": speed, "matrix_flops": flops,
-        "share_of_matrix_speed": 3 * forward * speed / flops,
+        "share_of_matrix_speed": 3 * forward * speed / flops,  # 3: backward costs two forwards
         "decoded_per_second": 32 / timeit.timeit(lambda: list(steps), lambda: next(steps), number=1),
     }  # fmt: skip
     for name, value in result.items():
@@ -1626,7 +1162,7 @@ def run_benchmark(flags, config, batches):
 
 def plot_runs(folder, names, path):
     """--plot: losses of the runs in `folder` against iterations and against minutes of training. Raises UsageError."""
-    import matplotlib.figure
+    import matplotlib.figure  # only where a picture is asked for; not pyplot, as nothing is shown on a screen
 
     logs = [log for log in sorted(folder.glob("*.csv")) if log.stem in (names or [log.stem])]
     logs = [log for log in logs if log.open(errors="replace").readline().strip() == ",".join(LOG)]  # and no other's
@@ -1636,9 +1172,9 @@ def plot_runs(folder, names, path):
     by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
     for i, log in enumerate(logs):
         rows = list(csv.DictReader(log.open(errors="replace")))
-        for split, alpha, marker in (("train", 0.4, None), ("valid", 1, "o")):
+        for split, alpha, marker in (("train", 0.4, None), ("valid", 1, "o")):  # train: dense and noisy, so pale
             own = [(row["iteration"], row["seconds"], row["loss"]) for row in rows if row["split"] == split]
-            iterations, seconds, losses = np.array(own, float).reshape(-1, 3).T
+            iterations, seconds, losses = np.array(own, float).reshape(-1, 3).T  # (-1, 3): there may be none
             for axis, places in ((by_iteration, iterations), (by_minute, seconds / 60)):
                 axis.plot(places, losses, color=f"C{i}", alpha=alpha, marker=marker, label=f"{log.stem} {split}")
     by_iteration.set(xlabel="iteration", ylabel="loss (nats a token)")
@@ -1648,17 +1184,18 @@ def plot_runs(folder, names, path):
 
 
 def save_figure(figure, path):
-    """Writes a matplotlib figure in the format that the path's ending names. Raises UsageError."""
+    """Writes a matplotlib figure, at most 2^14 pixels a side, in the format of the path's ending. Raises UsageError."""
     with explained(f"cannot write {path}: name another file"):
-        figure.savefig(os.path.expanduser(path), dpi=min(150, 2**14 / max(figure.get_size_inches())))  # at most 2^14
+        figure.savefig(os.path.expanduser(path), dpi=min(150, 2**14 / max(figure.get_size_inches())))  # dots an inch
     print(f"The picture is in {path}", file=sys.stderr)
 
 
 def plot_attention(model, tokenizer, prompt, path):
-    """--attention: the weights of each block (rows) and head (columns) for the prompt's tokens. Raises UsageError."""
+    """--attention: a square for each block (down) and head (across): how much each token of the prompt (down) looks
+    at each (across), from 0 (white) to 1 (dark blue). Raises UsageError."""
     import matplotlib.figure
 
-    tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]
+    tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]  # its end, if it outgrows a window
     labels, size = [repr(tokenizer.decode([token]))[1:-1] for token in tokens], max(2.5, 0.22 * len(tokens))  # inches
     weights = attention_weights(model, tokens)  # [blocks, H, L, L]
     blocks, heads = weights.shape[:2]
@@ -1666,31 +1203,15 @@ def plot_attention(model, tokenizer, prompt, path):
     for (i, j), axis in np.ndenumerate(figure.subplots(blocks, heads, squeeze=False)):
         axis.imshow(weights[i, j], vmin=0, vmax=1, cmap="Blues")
         axis.set_title(f"block {i}, head {j}", fontsize="small")
-        axis.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=6, parse_math=False)
+        axis.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=6, parse_math=False)  # a $ is no formula
         axis.set_yticks(range(len(tokens)), labels, fontsize=6, parse_math=False)
     save_figure(figure, path)
 
 
-def attention_weights(model, tokens):
-    """[blocks, H, L, L] of NumPy: how much each position looks at each other."""
-    seen, plain = [], attend
-
-    def watched(queries, keys, values, scale, *rest):
-        places = mx.broadcast_to(mx.eye(len(tokens)), (*keys.shape[:3], len(tokens)))  # values that show the weights
-        seen.append(plain(queries, keys, places, scale, "causal", True))
-        return plain(queries, keys, values, scale, *rest)
-
-    globals()["attend"] = watched
-    try:
-        model(mx.array([tokens]))
-    finally:
-        globals()["attend"] = plain
-    return np.array(mx.concatenate(seen))
-
-
 def run_cases(folder, records, flags, top_k):
-    """--cases: how likely checkpoints find the expected continuations in a YAML file; a table, JSON with --output. A
-    case is passed if each expected token is among the `top_k` likeliest. Raises UsageError."""
+    """--cases: how likely checkpoints find the expected continuations in a YAML file; a table, JSON with --output.
+    rank: the worst of an expected token, 1 is the likeliest; probability: of the whole continuation; top: the likeliest
+    first tokens. A case is passed if its rank is at most `top_k` and all of it known. Raises UsageError."""
     import yaml
 
     needed = "is no YAML list of prompt and expected, like - {prompt: a, expected: b}, or --output no file to write"
@@ -1706,8 +1227,9 @@ def run_cases(folder, records, flags, top_k):
         model, tokenizer = load_model(folder, record)
         print(describe(record))
         for prompt, expected in cases:
+            # One pass scores all expected tokens, each behind the true ones before it, not behind the model's guesses.
             wanted = first_ids(tokenizer, expected)[-model.config.context_size :]
-            text = (first_ids(tokenizer, prompt) + wanted)[-model.config.context_size - 1 :]
+            text = (first_ids(tokenizer, prompt) + wanted)[-model.config.context_size - 1 :]  # the last one is no input
             logits, wanted = model(mx.array([text[:-1]]), last=len(wanted))[0], mx.array(wanted)  # [expected, V]
             worst = (logits > mx.take_along_axis(logits, wanted[:, None], axis=-1)).sum(axis=-1).max().item() + 1
             chance = math.exp(-nn.losses.cross_entropy(logits, wanted, reduction="sum").item())
@@ -1722,41 +1244,18 @@ def run_cases(folder, records, flags, top_k):
         Path(flags.output).write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
-def export_model(model, tokenizer, folder, bits):
-    """--export: a folder for transformers and mlx_lm (of Arcee's relu2, for transformers alone). Raises UsageError."""
-    config, folder = model.config, Path(os.path.expanduser(folder))
-    if not (name := COUNTERPARTS.get((config.mlp, config.qk_norm))):
-        shape = f"--mlp {config.mlp}" + " --qk_norm" * config.qk_norm
-        raise UsageError(f"--export: Hugging Face has no model with {shape}: train one with --mlp swiglu")
-    theirs = {their: getattr(config, our) for our, their in THEIR_NAMES.items()} | {
-        "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(), "tie_word_embeddings": not config.untie,
-        "hidden_act": "relu2" if config.mlp == "relu2" else "silu", "attention_bias": False, "mlp_bias": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "dtype": "float32",
-        "bos_token_id": None, "eos_token_id": tokenizer.eos,
-    }  # fmt: skip
-    if bits:
-        theirs["quantization"] = {"group_size": quantize(model, bits, packed=True), "bits": bits}
-    text, about = tokenizer_json(tokenizer)
-    chat = {"chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}
-    files = {
-        "config": theirs, "tokenizer_config": about | chat | {"model_max_length": config.context_size},
-        "generation_config": {"eos_token_id": tokenizer.eos, "do_sample": True, "temperature": 0.5, "top_k": 50},
-    }  # fmt: skip
-    with explained(f"cannot write to --export {folder}: name a folder of yours"):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "model.safetensors", model.parameters(), {"format": "mlx"})
-        for file, content in files.items():
-            (folder / f"{file}.json").write_text(json.dumps(content, indent=2))
-        (folder / "tokenizer.json").write_text(text, "utf-8")
-    print(f"{name}ForCausalLM and its tokenizer are in {folder}", file=sys.stderr)
-
-
 # ---- Command line ---------------------------------------------------------------------------------------------------
+PRESETS = {  # --dim, --num_heads, --num_blocks, --context_size
+    "tiny": (128, 4, 4, 128), "small": (256, 8, 6, 256), "medium": (512, 8, 12, 512), "large": (768, 12, 24, 1024),
+    "gpt2": (768, 12, 12, 1024), "350m": (768, 12, 16, 2048),
+}  # fmt: skip
+
+
 def number(kind, least, most=math.inf):
-    """An argparse type: an int or float from `least` to `most`."""
+    """An argparse type: an int or float from `least` to `most`, both included; neither infinity nor nan is one."""
 
     def convert(text):
-        if least <= (value := kind(text)) <= most and value < math.inf:
+        if least <= (value := kind(text)) <= most and value < math.inf:  # nan fails the first comparison
             return value
         limit = f" and at most {most}" if most < math.inf else ""
         raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, not {text}")
@@ -1769,6 +1268,7 @@ class Parser(argparse.ArgumentParser):
     """One that ends with a line instead of its whole usage, and names the flag that was perhaps meant."""
 
     def error(self, message):
+        """message: argparse's, whose third word may be a flag misspelt. Raises UsageError."""
         near = difflib.get_close_matches(message.split(" ")[2], self._option_string_actions, 1, 0.75)
         near += ["after a flag, in quotes"] * ("--" not in message)
         raise UsageError(f"{message} ({'? '.join([*near, '--help lists all flags'])})")
@@ -1777,10 +1277,10 @@ class Parser(argparse.ArgumentParser):
 def make_parser():
     """The parser. Every default is written here and nowhere else."""
     layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "usage": "python main.py [flags]"}
-    parser = Parser(**layout, description=__doc__.partition("\nThe whole")[0], allow_abbrev=False)
-    count, size, rate = number(int, 0, 2**31 - 1), number(int, 1, 2**31 - 1), number(float, 0)
-    switch = {"action": argparse.BooleanOptionalAction, "default": False}
-    run = parser.add_argument_group("run").add_argument
+    parser = Parser(**layout, description=__doc__.partition("\nThis file")[0], allow_abbrev=False)  # no short forms
+    count, size, rate = number(int, 0, 2**31 - 1), number(int, 1, 2**31 - 1), number(float, 0)  # int32, as MLX's
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}  # --name and --no-name
+    run = parser.add_argument_group("run").add_argument  # the title is a group in a --config file, too
     run("--dataset", default="ptb", choices=[name for name in CORPORA if name != "text"], help="corpus to train on")
     run("--text", nargs="+", metavar="PATH", help="train on your own UTF-8 files, folders and patterns instead")
     run("--valid_text", nargs="+", metavar="PATH", help="validate on these (default: a part of --text)")
@@ -1788,7 +1288,7 @@ def make_parser():
     run("--valid_fraction", type=number(float, 0.001, 0.5), default=0.1, help="share of --text for validation")
     run("--train_tokens", type=size, help="train on the first so many tokens (default: all)")
     run("--tokenizer", default="auto", choices=["auto", *TOKENIZERS], help="auto: what is usual for the corpus")
-    run("--vocab_size", type=number(int, 257, 2**31 - 1), default=32000, help="of --tokenizer bpe")
+    run("--vocab_size", type=number(int, 257, 2**31 - 1), default=32000, help="of --tokenizer bpe")  # 257: bytes + END
     run("--save_dir", help="folder for checkpoints and corpora (default: a RAM disk with room, else ~/.cache)")
     run("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>, instead of the usual hosts")
     run("--identifier", nargs="+", metavar="ID", help="checkpoint id or its beginning, run name, latest or best")
@@ -1865,13 +1365,14 @@ def make_parser():
 
 
 PARSER = make_parser()
+# {title: its flags}. The first two groups are argparse's own, of positional arguments and of --help.
 GROUPS = {group.title: [flag.dest for flag in group._group_actions] for group in PARSER._action_groups[2:]}
-DEFAULTS = vars(PARSER.parse_args([]))
+DEFAULTS = vars(PARSER.parse_args([]))  # {flag: value}; the flags themselves lose theirs below
 for flag in PARSER._actions[1:]:  # all but --help. From here on what PARSER returns is what was typed
     shown = f" (default: {flag.default})" if flag.default else ""
     flag.help = flag.help.removesuffix(" (default: %(default)s)") + shown  # which older BooleanOptionalActions append
     flag.default = argparse.SUPPRESS
-# What makes two command lines mean two different runs, and what a resumed run takes from its checkpoint.
+# DATA: what load_dataset takes. SHAPING: lines that differ in it mean two runs. INHERITED: what a resumed run keeps.
 DATA = ["dataset", "text", "valid_text", "test_text", "valid_fraction", "train_tokens", "tokenizer", "vocab_size"]
 SHAPING = [*DATA, "seed", "optimizer", *GROUPS["model"], "init_from", "lora_rank", "lora_alpha", "teacher"]
 INHERITED = [*SHAPING, "num_iters", *GROUPS["training"], *GROUPS["reports"], "teacher_weight", "teacher_temperature"]
@@ -1886,18 +1387,19 @@ PARTNERS = {  # without one of which a flag would have no effect
 
 def resolve(flags):
     """Replaces values that stand for others: `auto`, relative paths, and the defaults that depend on other flags."""
-    absolute = lambda path: os.path.abspath(os.path.expanduser(path))
+    absolute = lambda path: os.path.abspath(os.path.expanduser(path))  # a checkpoint keeps them, for any working folder
     for name in ("text", "valid_text", "test_text"):
         setattr(flags, name, getattr(flags, name) and list(map(absolute, getattr(flags, name))))
     for name in ("init_from", "teacher"):
-        if getattr(flags, name) and os.path.isdir(path := absolute(getattr(flags, name))):
+        if getattr(flags, name) and os.path.isdir(path := absolute(getattr(flags, name))):  # else a checkpoint's name
             setattr(flags, name, path)
     flags.dataset = "text" if flags.text else flags.dataset
     flags.tokenizer = CORPORA[flags.dataset][0] if flags.tokenizer == "auto" else flags.tokenizer
     flags.num_kv_heads = flags.num_kv_heads or flags.num_heads
+    # swiglu has three matrices where others have two: 8/3 dim, to a multiple of 64, keeps their size (Shazeer 2020).
     flags.mlp_dim = flags.mlp_dim or (-(-flags.dim * 8 // 192) * 64 if flags.mlp == "swiglu" else 4 * flags.dim)
     if flags.lora_rank and flags.lora_alpha is None:
-        flags.lora_alpha = 2 * flags.lora_rank
+        flags.lora_alpha = 2 * flags.lora_rank  # LoRA's scale, alpha / rank, is then 2
     return flags
 
 
@@ -1906,17 +1408,17 @@ def read_config(path, typed):
     import yaml
 
     settings, arguments = {}, []
-    with explained(f"--config {path} is no YAML file of flags like dim: 8"):
+    with explained(f"--config {path} must be a YAML file of flags, like dim: 8"):
         for name, value in yaml.safe_load(Path(path).expanduser().read_text("utf-8")).items():
             settings |= value if name in GROUPS and isinstance(value, dict) else {name: value}
-        if unknown := sorted(settings.keys() - DEFAULTS.keys() | settings.keys() & {"config"}):
+        if unknown := sorted(settings.keys() - DEFAULTS.keys() | settings.keys() & {"config"}):  # no file in a file
             raise UsageError(f"no flag is named {', '.join(unknown[:9])} (--help lists all)")
         for name, value in settings.items():
-            if isinstance(value, bool):
+            if isinstance(value, bool):  # a switch, which takes no value
                 name, value = name if value else f"no-{name}", []
             if value is not None and {"dataset": "text", "text": "dataset"}.get(name) not in typed:
                 arguments += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-        return vars(PARSER.parse_args(arguments))
+        return vars(PARSER.parse_args(arguments))  # with a typed flag's types, limits and choices
 
 
 def choose_checkpoint(folder, flags, typed, using):
@@ -1933,16 +1435,16 @@ def choose_checkpoint(folder, flags, typed, using):
                 problem = f"--{name} {wanted[name]} contradicts --identifier, which has {checkpoint['flags'][name]}"
                 raise UsageError(f"{problem}: leave --{name} out, or begin a new run with --new_model")
         return checkpoint
-    wanted |= {} if using else {"dataset": flags.dataset}
+    wanted |= {} if using else {"dataset": flags.dataset}  # even if not typed: its default decides
     candidates = [record for record in records if wanted.items() <= record["flags"].items()]
     for record in candidates:
-        if record["run"] == candidates[0]["run"]:
+        if record["run"] == candidates[0]["run"]:  # never silently go on with another run
             if not (damage := find_damage(folder, record["id"])):
                 return record
             print(f"Passing over {describe(record)}: {damage}", file=sys.stderr)
     if candidates:
         raise RunError(f"no intact checkpoint of {candidates[0]['run']} is left: --new_model begins a new run")
-    if records and not using:
+    if records and not using:  # the return is None: a new run
         others = ", ".join(list(dict.fromkeys(record["run"] for record in records))[:5])
         tqdm.write(f"A new run; in {folder} are {others} (--list shows all, --identifier NAME goes on with one)")
 
@@ -1953,19 +1455,20 @@ def open_origins(folder, flags, typed, checkpoint):
     wanted = {flag: getattr(flags, flag) for flag in ("init_from", "teacher") if getattr(flags, flag)}
     if not wanted:
         return {}, {}
-    if checkpoint:
+    if checkpoint:  # its record names them by id; --evaluate needs neither here
         used = {flag: open_used(folder, checkpoint, flag) for flag in checkpoint["uses"] if not flags.evaluate}
         return used, {"tokenizer": json.loads(read_texts(folder / f"{checkpoint['id']}.metadata")[1]["tokenizer"])}
-    used = {flag: open_model(folder, name, f"--{flag}") for flag, name in wanted.items()}
-    (first, (model, tokenizer, _)), *others = used.items()
+    used = {flag: open_model(folder, name, f"--{flag}") for flag, name in wanted.items()}  # (model, tokenizer, id) each
+    (first, (model, tokenizer, _)), *others = used.items()  # --init_from, where both are given
     if any(its.to_dict() != tokenizer.to_dict() for _, (_, its, _) in others):
         raise UsageError(f"--teacher {flags.teacher} has another tokenizer than --{first}: name one with the same")
+    # --init_from decides the whole shape, --teacher only the tokenizer: both models have to predict the same ids.
     decided = {"tokenizer": tokenizer.kind} | (vars(model.config) if first == "init_from" else {})
-    for name in sorted(decided.keys() & set(SHAPING) - {"vocab_size"}):
-        if name in typed and name != "context_size" and typed[name] != decided[name]:
+    for name in sorted(decided.keys() & set(SHAPING) - {"vocab_size"}):  # that is what a new BPE aims at
+        if name in typed and name != "context_size" and typed[name] != decided[name]:  # RoPE suits any
             contradiction = f"--{name} {typed[name]} contradicts --{first}, which has {decided[name]}"
             raise UsageError(f"{contradiction}: leave --{name} out")
-        setattr(flags, name, typed.get(name, decided[name]))
+        setattr(flags, name, typed.get(name, decided[name]))  # what is typed differs in context_size alone
     return used, {"tokenizer": tokenizer.to_dict()}
 
 
@@ -1974,12 +1477,12 @@ def read_line(argv):
     UsageError where two flags contradict or one has no effect."""
     typed = vars(PARSER.parse_args(argv))
     if "config" in typed:
-        typed = read_config(typed["config"], typed) | typed
-    if "preset" in typed:
+        typed = read_config(typed["config"], typed) | typed  # the line wins over the file
+    if "preset" in typed:  # weaker than the file and the line
         typed = dict(zip(("dim", "num_heads", "num_blocks", "context_size"), PRESETS[typed["preset"]])) | typed
     if typed.get("tokenizer") == "auto":
         del typed["tokenizer"]  # it asks for none
-    asked = {name for name, value in typed.items() if value is not False}
+    asked = {name for name, value in typed.items() if value is not False}  # --no-x asks for nothing
     for pair in EXCLUSIVE:
         if asked.issuperset(pair):
             raise UsageError(f"--{pair[0]} and --{pair[1]} exclude each other: leave one out")
@@ -1992,12 +1495,12 @@ def read_line(argv):
 
 
 def execute(argv):
-    """Does what the command line says; returns the exit status: 0 done, 1 failed, 2 usage, 128 + n after signal n."""
+    """Does what the command line says; returns the exit status: 0 or None done, 1 failed, 2 usage, 128 + signal."""
     try:
         typed, remedy = read_line(argv), "train a model first, or name its folder with --save_dir"
         names = typed.get("identifier", [])
-        typed |= {"identifier": names[0]} if names else {}
-        flags = resolve(argparse.Namespace(**DEFAULTS | typed))
+        typed |= {"identifier": names[0]} if names else {}  # --cases and --plot take all `names`
+        flags = resolve(argparse.Namespace(**DEFAULTS | typed))  # for a run that goes on, again below
         if flags.gpu and not mx.is_available(mx.gpu):
             raise UsageError("--gpu: MLX sees no GPU; leave it out, or install MLX for yours: pip install mlx[cuda13]")
         use_device(flags.gpu)
@@ -2010,7 +1513,7 @@ def execute(argv):
             named = [named_checkpoint(folder, records, name) for name in names]
             if flags.plot:
                 return plot_runs(folder, [record["run"] for record in named], flags.plot)
-            return run_cases(folder, named or records, flags, typed.get("top_k") or 5)
+            return run_cases(folder, named or records, flags, typed.get("top_k") or 5)  # 50 is for sampling
 
         if flags.list:
             with locked(folder):  # so that none goes while it is listed
@@ -2024,6 +1527,7 @@ def execute(argv):
         if talking:
             return talk(folder, checkpoint, flags)
 
+        # The rest needs the corpus: training, --evaluate, --benchmark. A checkpoint's flags stand in for the defaults.
         if checkpoint:
             old = checkpoint["flags"]
             for name in INHERITED:
@@ -2032,13 +1536,13 @@ def execute(argv):
                     if name == "num_iters" and (old["lr_schedule"] != "constant" or old["dropout_final"] is not None):
                         tqdm.write("         which stretches the schedules of learning rate and dropout")
             flags = resolve(argparse.Namespace(**DEFAULTS | old | typed))
-        if (least := flags.min_lr or 0) > flags.learning_rate:
+        if (least := flags.min_lr or 0) > flags.learning_rate:  # here, as either may come from the checkpoint
             raise UsageError(f"--min_lr {least} is above --learning_rate {flags.learning_rate}: give a lower one")
-        for name, partner in {"lora_rank": "init_from", "lora_alpha": "lora_rank"}.items():
+        for name, partner in {"lora_rank": "init_from", "lora_alpha": "lora_rank"}.items():  # PARTNERS sees typed flags
             if getattr(flags, name) and not getattr(flags, partner):
                 raise UsageError(f"--{name} goes with --{partner}: give that, too, or neither")
-        flags.save_dir = folder
-        used, vocabulary = open_origins(folder, flags, typed, checkpoint)
+        flags.save_dir = folder  # which open_folder may have chosen
+        used, vocabulary = open_origins(folder, flags, typed, checkpoint)  # {}: the text's own tokenizer
         data = {name: getattr(flags, name) for name in DATA if name != "dataset"} | vocabulary
         dataset = load_dataset(flags.dataset, folder, **data, mirror=flags.mirror, say=tqdm.write)
         if checkpoint and checkpoint["tokens_sha256"] != dataset.sha256:
@@ -2052,8 +1556,8 @@ def execute(argv):
             print(describe(checkpoint), file=sys.stderr)
             for bits in filter(None, (32, flags.quantize)):
                 if bits < 32:
-                    quantize(model, bits, packed=flags.gpu and not LAUNCHED)
-                lead(Interrupts(), {}, model)
+                    quantize(model, bits, packed=flags.gpu and not LAUNCHED)  # other ranks' models are plain
+                lead(Interrupts(), {}, model)  # to the other ranks; without `with` Ctrl+C ends it at once
                 score_split(flags.evaluate, model, dataset, flags)
             return 0
         if flags.benchmark:
@@ -2062,12 +1566,12 @@ def execute(argv):
             config = Config(**checkpoint["config"]) if checkpoint else make_config(flags, dataset.tokenizer.vocab_size)
             batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size, flags.seed)
             return run_benchmark(flags, config, batches)
-        with Interrupts() as interrupts:
+        with Interrupts() as interrupts:  # from here on there is something to save
             return train(flags, dataset, checkpoint, used, interrupts)
-    except (UsageError, RunError, OSError, ImportError) as error:
+    except (UsageError, RunError, OSError, ImportError) as error:  # RuntimeError: see main
         missing = isinstance(error, ImportError)  # a package that one function alone needs
         line = f"{error}{': pip install -r requirements.txt' * missing}"
-        print(f"{PARSER.prog}: {' '.join(line.splitlines())}", file=sys.stderr)
+        print(f"{PARSER.prog}: {' '.join(line.splitlines())}", file=sys.stderr)  # one line, however many the error has
         return 2 if missing or isinstance(error, UsageError) else 1
 
 
@@ -2078,16 +1582,16 @@ def main(argv=None):
             use_device("--gpu" in sys.argv)  # rank 0, which alone may have read a --config, says it again
             return follow()
         status = execute(argv)
-        broadcast(Interrupts(), order="end")
+        broadcast(Interrupts(), order="end")  # whatever the status, or the others wait on
         return status or 0
-    except RuntimeError as error:
+    except RuntimeError as error:  # MLX raises it when a rank is gone
         if not LAUNCHED:
-            raise
+            raise  # there is no rank to lose, so the traceback is wanted
         print(f"{PARSER.prog}: {LOST.format(error)}", file=sys.stderr)
         return 1
 
 
 if __name__ == "__main__":
     sys.stdin = sys.stdin or open(os.devnull)  # None where it was closed from the start
-    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)  # not in main(), which tests call with their own
     sys.exit(main())

@@ -167,6 +167,7 @@ def mlx_step(shape, gpu, weights, plain=False):
     import main
     import mlx.core as mx
     import mlx.nn as nn
+    import model as model_file
     from mlx.utils import tree_unflatten
 
     vocab_size, dim, heads, blocks, context, batch_size = shape[:6]
@@ -179,8 +180,8 @@ def mlx_step(shape, gpu, weights, plain=False):
     if plain:
         streams = [mx.default_stream(mx.default_device())]
         main.set_blas_threads(os.cpu_count())
-        main.attend = lambda q, k, v, scale, *_: mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
-        main.loss_sum = lambda model, tokens, targets, share, noise: (nn.losses.cross_entropy(model(tokens), targets) * share).sum()
+        model_file.attend = lambda q, k, v, scale, *_: mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+        main.loss_sum = lambda model, tokens, targets, share, *_: (nn.losses.cross_entropy(model(tokens), targets) * share).sum()
     optimizer = main.make_optimizer(model, flags, streams)
     compiled = main.make_step(model, optimizer, flags, streams)
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import main
 import numpy as np
 import pytest
-from conftest import Watched, flags, watch_files
+from conftest import ROOT, Watched, flags, watch_files
 from datasets import RunError, UsageError, word_tokenizer
 from main import mx
 
@@ -255,6 +255,8 @@ def test_damage_is_passed_over_for_the_next_older_one(tmp_path, capsys):
 
 def test_files_of_others_are_left_alone(tmp_path, capsys):
     foreign = {"model.safetensors": b"x", "notes.new": b"", "a.metadata": b"", f"{'0' * 40}.safetensors": b"other program"}
+    header = b'{"__metadata__": {"record": 5}}'  # of the right form, with other things in it
+    foreign |= {"b.safetensors": b"", "b.metadata": len(header).to_bytes(8, "little") + header}
     for name, content in foreign.items():
         (tmp_path / name).write_bytes(content)
     for name in ("ptb-0a1b2c.metadata.new", "ptb-0a1b2c.safetensors.new", f"{'1' * 40}.metadata"):
@@ -343,6 +345,6 @@ def test_equal_run_in_training_is_refused_and_a_finished_one_taken_over(tmp_path
 
 def test_no_pickle_no_eval():
     """Nothing in a file can make the program run it."""
-    source = (main.Path(main.__file__)).read_text() + (main.Path(main.__file__).parent / "datasets.py").read_text()
+    source = "".join((ROOT / name).read_text() for name in ("main.py", "model.py", "datasets.py"))
     for forbidden in ("pickle", "eval(", "exec(", "np.load", "marshal", "__import__"):
         assert forbidden not in source.replace("mx.eval(", "").replace("_exec(", ""), forbidden

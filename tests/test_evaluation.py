@@ -11,6 +11,7 @@ import pytest
 from conftest import whole
 from datasets import Split, byte_tokenizer, word_tokenizer, write_tokens
 from mlx.utils import tree_flatten, tree_unflatten
+from model import trained_head_loss
 
 
 def make_model(**values):
@@ -68,7 +69,7 @@ def test_the_loss_in_chunks_and_its_gradients(rows, vocab_size):
     targets, weights = random.integers(vocab_size, size=rows), random.uniform(0, 1, rows).astype(np.float32)
 
     def loss(hidden, head):
-        return 0.5 * main.trained_head_loss(hidden, head, mx.array(targets), mx.array(weights))[0]
+        return 0.5 * trained_head_loss(hidden, head, mx.array(targets), mx.array(weights))[0]
 
     value, gradients = mx.value_and_grad(loss, argnums=(0, 1))(mx.array(hidden), mx.array(head))
     expected = head_in_numpy(hidden, head, targets, weights)
@@ -84,7 +85,7 @@ def test_the_memory_of_a_large_vocabulary():
     head, hidden = mx.random.normal((vocab_size, dim)), mx.random.normal((rows, dim))
     targets, weights = mx.random.randint(0, vocab_size, (rows,)), mx.full(rows, 1 / rows)
     mx.eval(head, hidden, targets, weights)
-    step = mx.compile(mx.value_and_grad(lambda *arrays: main.trained_head_loss(*arrays, targets, weights)[0], argnums=(0, 1)))
+    step = mx.compile(mx.value_and_grad(lambda *arrays: trained_head_loss(*arrays, targets, weights)[0], argnums=(0, 1)))
     before = mx.get_active_memory() - head.nbytes
     mx.reset_peak_memory()
     mx.eval(step(hidden, head))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from datasets import UsageError
 from mlx.utils import tree_flatten, tree_unflatten
+from model import dropout, exp
 
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}  # key and value heads for 4 query heads
 
@@ -110,8 +111,8 @@ def test_normalized_queries_and_an_own_output_layer(heads, options):
 
 def test_exp_is_within_its_bounds():
     x = np.linspace(-200, 0, 100_001)
-    assert abs(np.array(main.exp(mx.array(x.astype(np.float32))), np.float64) - np.exp(x)).max() < 2e-6
-    assert main.exp(mx.array([0.0, -math.inf])).tolist() == pytest.approx([1, 1e-13], rel=1e-6, abs=1e-12)
+    assert abs(np.array(exp(mx.array(x.astype(np.float32))), np.float64) - np.exp(x)).max() < 2e-6
+    assert exp(mx.array([0.0, -math.inf])).tolist() == pytest.approx([1, 1e-13], rel=1e-6, abs=1e-12)
 
 
 def test_rope_base_and_norm_epsilon_come_from_the_configuration():
@@ -227,9 +228,9 @@ def noise(rate, rows=slice(8)):
 def test_dropout_masks_do_not_depend_on_how_the_batch_is_split():
     hidden = mx.array(np.random.default_rng(0).normal(size=(8, 12, 24)).astype(np.float32))
     for site in range(5):
-        whole = main.dropout(hidden, noise(0.4), site)
+        whole = dropout(hidden, noise(0.4), site)
         for size in (1, 3, 4):
-            parts = [main.dropout(hidden[i : i + size], noise(0.4, slice(i, i + size)), site) for i in range(0, 8, size)]
+            parts = [dropout(hidden[i : i + size], noise(0.4, slice(i, i + size)), site) for i in range(0, 8, size)]
             np.testing.assert_array_equal(np.array(mx.concatenate(parts)), np.array(whole))
     model = make_model()
     tokens = random_tokens(model, rows=8)
@@ -241,7 +242,7 @@ def test_dropout_masks_do_not_depend_on_how_the_batch_is_split():
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropout_has_the_right_share_and_expectation(rate):
     hidden = np.random.default_rng(0).uniform(1, 2, (8, 64, 512)).astype(np.float32)
-    dropped = np.array(main.dropout(mx.array(hidden), noise(rate), 1))
+    dropped = np.array(dropout(mx.array(hidden), noise(rate), 1))
     error = 5 * math.sqrt(rate * (1 - rate) / hidden.size)  # five standard deviations
     assert (dropped == 0).mean() == pytest.approx(rate, abs=error)
     for row in dropped:
@@ -252,7 +253,7 @@ def test_dropout_has_the_right_share_and_expectation(rate):
 
 
 def test_dropout_differs_between_sites_and_rows():
-    masks = np.stack([np.array(main.dropout(mx.ones((8, 12, 24)), noise(0.5), site)) != 0 for site in range(5)])
+    masks = np.stack([np.array(dropout(mx.ones((8, 12, 24)), noise(0.5), site)) != 0 for site in range(5)])
     masks = masks.reshape(40, -1)
     agreement = (masks[:, None] == masks[None]).mean(-1)[~np.eye(40, dtype=bool)]
     assert abs(agreement - 0.5).max() < 0.15  # half of 288 places, five deviations
@@ -264,13 +265,13 @@ def test_dropout_acts_on_embeddings_and_on_what_each_block_adds(mlp):
     tokens = random_tokens(model, rows=8)
 
     def drop(hidden, site):
-        return hidden * np.array(main.dropout(mx.ones(hidden.shape), noise(0.4), site), np.float64)
+        return hidden * np.array(dropout(mx.ones(hidden.shape), noise(0.4), site), np.float64)
 
     np.testing.assert_allclose(logits_of(model, tokens, noise=noise(0.4)), reference(model, tokens, drop), rtol=0, atol=1e-4)
 
 
 def test_each_row_has_its_own_rate():
-    dropped = np.array(main.dropout(mx.ones((8, 64, 64)), (mx.array(np.arange(8) / 10), KEYS), 1)) == 0
+    dropped = np.array(dropout(mx.ones((8, 64, 64)), (mx.array(np.arange(8) / 10), KEYS), 1)) == 0
     np.testing.assert_allclose(dropped.mean((1, 2)), np.arange(8) / 10, rtol=0, atol=0.04)
 
 

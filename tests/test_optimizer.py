@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import flags
 from mlx.utils import tree_flatten, tree_unflatten
+from model import MUON_RATE
 
 STREAMS = [mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)]
 
@@ -84,7 +85,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(untie):
             velocity[name] = 0.95 * velocity[name] + 0.05 * gradients[name]
             update = orthogonal(0.05 * gradients[name] + 0.95 * velocity[name])  # Nesterov
             update *= max(1, update.shape[0] / update.shape[1]) ** 0.5
-            weights[name] = weights[name] * (1 - rate * 0.1) - rate * main.MUON_RATE * update
+            weights[name] = weights[name] * (1 - rate * 0.1) - rate * MUON_RATE * update
     for name in hidden:
         np.testing.assert_allclose(arrays(model.parameters())[name], weights[name], rtol=0, atol=1e-4, err_msg=name)
     assert all(group.learning_rate.item() == pytest.approx(0.003) for group in optimizer.optimizers[1:])
@@ -112,7 +113,7 @@ def test_a_parameter_without_a_group_or_with_two_is_noticed(monkeypatch, change)
         rest = [leaf for leaf in leaves if not leaf[0].endswith("embed_tokens.weight.v")]
         return rest + (change(moments) if moments else [])
 
-    monkeypatch.setattr(main, "tree_flatten", groups_changed)
+    monkeypatch.setattr("model.tree_flatten", groups_changed)
     with pytest.raises(AssertionError):
         main.make_optimizer(make_model(), flags())
 

@@ -11,8 +11,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, flags, ids, run
-from datasets import UsageError, bpe_tokenizer, byte_tokenizer, char_tokenizer, tokenizer_json, word_tokenizer
+from datasets import UsageError, bpe_tokenizer, byte_tokenizer, char_tokenizer, word_tokenizer
 from mlx.utils import tree_flatten, tree_unflatten
+from model import head_loss, tokenizer_json, trained_head_loss
 
 TEXT = "the cat <unk> sat\non the  mat — né 😀\n\nx\x1cy\t\u3000z\r\n"
 TOKENIZERS = {
@@ -145,6 +146,8 @@ def change(folder, **values):
     (lambda folder: change(folder, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope yarn"),
     (lambda folder: change(folder, rope_parameters=None, rope_scaling={"type": "linear"}), "rope linear"),
     (lambda folder: change(folder, quantization={"bits": 4}), "quantization"),
+    (lambda folder: change(folder, quantization_config={"bits": 4}), "quantization_config"),
+    (lambda folder: change(folder, hidden_act="gelu"), "hidden_act gelu"),
     (lambda folder: change(folder, num_hidden_layers=3), "layers.2"),
     (lambda folder: change(folder, intermediate_size=96), "gate_proj"),
     (lambda folder: change(folder, hidden_size=None), "holds no"),
@@ -343,7 +346,7 @@ def test_distillation_by_hand(weight, temperature, expected):
     """Hidden states are 1, the student's logits log 3 and 0, the teacher's log 4 + 1, 1 and one of a padded vocabulary."""
     student, teacher = mx.array([[np.log(3.0)], [0.0]]), mx.array([[np.log(4.0) + 1], [1.0], [99.0]])
     states, mixture = mx.ones((2, 1)), mx.array([weight, temperature])
-    loss, *_ = main.head_loss(states, student, mx.array([1, 1]), mx.ones(2), states, teacher, mixture)
+    loss, *_ = head_loss(states, student, mx.array([1, 1]), mx.ones(2), states, teacher, mixture)
     assert abs(loss.item() - expected) < 1e-5
 
 
@@ -365,7 +368,7 @@ def test_gradients_of_distillation(rows, vocab_size):
         return (weights * ((1 - share) * nats + share * T * T * divergence)).sum()
 
     def ours(hidden, head):
-        return main.trained_head_loss(hidden, head, targets, weights, states, their_head, mx.array([0.3, 1.7]))[0]
+        return trained_head_loss(hidden, head, targets, weights, states, their_head, mx.array([0.3, 1.7]))[0]
 
     expected, gradients = mx.value_and_grad(plain, argnums=(0, 1))(hidden, head)
     loss, mine = mx.value_and_grad(ours, argnums=(0, 1))(hidden, head)

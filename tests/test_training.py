@@ -246,6 +246,15 @@ def test_patience_counts_over_interrupts(tmp_path, text):
     assert [iteration for iteration, _ in records(tmp_path / "odd")[0]["scores"]] == [2, 4, 5, 6, 8]
 
 
+def test_patience_does_not_depend_on_where_a_leg_ended(tmp_path, text):
+    """The best score is that at the first leg's end, 5, but a whole run has none there: its best is that at 6."""
+    line = ["--text", text, *TINY, "--steps_per_eval", 2, "--lr_warmup", 0, "--patience", 3, "--save_dir", tmp_path]
+    run(*line, "--learning_rate", 1e-3, "--num_iters", 5)
+    run(*line, "--learning_rate", 0, "--num_iters", 20)  # from here on nothing changes
+    iterations, scores = zip(*records(tmp_path)[0]["scores"])
+    assert iterations == (2, 4, 5, 6, 8, 10, 12) and scores[1] > scores[2] == scores[-1]
+
+
 def test_another_number_of_streams_is_named(tmp_path, text):
     line = ["--text", text, *TINY, "--save_dir", tmp_path, "--context_size", 64]
     run(*line, "--num_iters", 2, "--batch_size", 1)
