@@ -1408,7 +1408,7 @@ def read_config(path, typed):
     import yaml
 
     settings, arguments = {}, []
-    with explained(f"--config {path} must be a YAML file of flags, like dim: 8"):
+    with explained(f"--config {path} must be a YAML file of flags like dim: 8"):
         for name, value in yaml.safe_load(Path(path).expanduser().read_text("utf-8")).items():
             settings |= value if name in GROUPS and isinstance(value, dict) else {name: value}
         if unknown := sorted(settings.keys() - DEFAULTS.keys() | settings.keys() & {"config"}):  # no file in a file

@@ -521,7 +521,7 @@ def import_model(path):
         odd, act = [*filter(theirs.get, others)], THEIR_ACTIVATIONS[kind[0] if kind else "swiglu"]
         scaling = rope.get("rope_type", rope.get("type", "default"))
         odd += [f"model_type {theirs['model_type']}"] * (not kind) + [f"rope {scaling}"] * (scaling != "default")
-        odd += [f"hidden_act {theirs['hidden_act']}"] * (theirs.get("hidden_act", act) != act)
+        odd += [f"hidden_act {theirs.get('hidden_act')}"] * (theirs.get("hidden_act", act) != act)
         if odd:  # better none than one that computes something else
             raise UsageError(f"this program has no {', '.join(odd)}")
         files = sorted(path.glob("*.safetensors"))
