@@ -50,11 +50,11 @@ def explained(text, *errors, kind=UsageError):
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "transformer-lm"
 SPLITS, END = ("train", "valid", "test"), "<|endoftext|>"  # the end of a document, where a text spells it out
-# A corpus, encoded. `test` may be None. By `sha256`, of training text and vocabulary, a resumed run knows it again.
+# A corpus, encoded. `test` may be None. sha256: of training text and tokenizer; a resumed run knows the corpus by it.
 Dataset = namedtuple("Dataset", "name tokenizer train valid test sha256")
 # [N] uint16 or uint32, memory-mapped; the bytes, and the words and line ends, behind them; how many are <unk>.
 Split = namedtuple("Split", "tokens num_bytes num_words num_unk")
-# Bytes of a file: a document, or several with `marker` between them. UTF-8, unless `errors` keeps what is not.
+# Bytes of a file: a document, or several with `marker` between them. errors: "strict" refuses what is not UTF-8.
 Span = namedtuple("Span", "path start stop marker errors", defaults=(None, "surrogateescape"))
 # A download, which counts only with this size (bytes) and SHA256; addresses that end in / have the name put behind.
 File = namedtuple("File", "name size sha256 addresses")
@@ -107,7 +107,7 @@ def word_tokenizer(vocabulary=None, texts=(), vocab_size=None):
 
 
 def bpe_tokenizer(vocabulary=None, texts=(), vocab_size=32000, kind="bpe"):
-    """Byte-level BPE by the `tokenizers` package: GPT-2's own or trained. Lossless on any text; END is one token."""
+    """By the `tokenizers` package: GPT-2's or a trained byte-level BPE, lossless, END one token; or an imported one."""
     with explained("the tokenizers gpt2 and bpe need a package: pip install tokenizers", ImportError):
         from tokenizers import ByteLevelBPETokenizer, Tokenizer
     if vocabulary is None:
@@ -119,28 +119,25 @@ def bpe_tokenizer(vocabulary=None, texts=(), vocab_size=32000, kind="bpe"):
     ends = map(bpe.token_to_id, (END, "<eos>", "</s>", "<|end_of_text|>"))  # ours, and those of imported models
     eos = next((id for id in ends if id is not None), None)
     return SimpleNamespace(
-        kind=kind, vocabulary=vocabulary, package=bpe, vocab_size=size, num_special=eos is not None, eos=eos, unk=None,
+        kind=kind, vocabulary=vocabulary, package=bpe, vocab_size=size, num_special=int(eos is not None), eos=eos,
         encode=lambda text: np.array(bpe.encode(utf8(text), add_special_tokens=False).ids, dtype),
-        encode_batch=lambda texts: [  # in parallel threads
-            np.array(each.ids, dtype) for each in bpe.encode_batch_fast([*map(utf8, texts)], add_special_tokens=False)
-        ],
+        encode_batch=lambda texts: [np.array(each.ids, dtype) for each in bpe.encode_batch_fast(  # in parallel threads
+            [*map(utf8, texts)], add_special_tokens=False)],
         decode=lambda ids: bpe.decode(list(map(int, ids)), skip_special_tokens=False),  # else END would vanish
-        unknown=lambda text: [], to_dict=lambda: {"kind": kind, "vocabulary": vocabulary},
+        unk=None, unknown=lambda text: [], to_dict=lambda: {"kind": kind, "vocabulary": vocabulary},
     )  # fmt: skip
 
 
 TOKENIZERS = {"byte": byte_tokenizer, "char": char_tokenizer, "word": word_tokenizer, "bpe": bpe_tokenizer}
 TOKENIZERS["gpt2"] = lambda *arguments: bpe_tokenizer(*arguments, kind="gpt2")
-
-
 # The tokenizer that gave `data` by its `to_dict()`; a KeyError for a kind that this version does not know.
 tokenizer_from_dict = lambda data: TOKENIZERS[data["kind"]](data.get("vocabulary"))
 token_dtype = lambda vocab_size: np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def utf8(text):
-    """`text` with U+FFFD for what UTF-8 cannot hold: halves of characters, stray input."""
-    return text if text.isascii() else text.encode("utf-32-le", "surrogatepass").decode("utf-32-le", "replace")
+    """`text` with pairs of surrogates joined and U+FFFD for what UTF-8 cannot hold: halves of them, stray input."""
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 # ---- Downloads
@@ -158,9 +155,9 @@ def fetch(file, folder, mirror=None, say=print):
                 return path  # and it was verified just now
             say(f"{path} is not the file it should be ({fault}); it is fetched anew.")
         while addresses:
-            resumed = part.exists()
             try:
-                download(addresses[0], part, file.size)
+                if not (resumed := part.exists()) or part.stat().st_size != file.size:  # else a kill left it unverified
+                    download(addresses[0], part, file.size)
                 if not (fault := find_fault(file, part)):
                     say(f"Fetched {addresses[0]} ({file.size:,} bytes, verified) to {path}")
                     return part.replace(path)
@@ -216,7 +213,7 @@ def download(address, part, size):
                         if out.tell() > size:
                             raise OSError(f"more than {size:,} bytes")  # a lying server must not fill the disk
         except requests.RequestException as error:  # whose text wraps the cause in three layers of urllib3's
-            reason = re.search(r"([^:'\"(]+)['\")]*$", str(error))[1].strip()
+            reason = re.search(r"([^:'\"(]*)['\")]*$", str(error))[1].strip() or type(error).__name__
             if told is None:  # a dead host is not worth the wait
                 raise OSError(reason) from None
         have = part.stat().st_size if part.exists() else 0
@@ -277,12 +274,15 @@ CORPORA = {  # name -> usual tokenizer, addresses, texts, marker. A text is a fi
 }  # fmt: skip
 
 
+def python_spans():
+    """{split: [Span, ...]} of the running Python's top-level modules: every tenth to valid, the next one to test."""
+    modules = [Span(p, 0, os.path.getsize(p)) for p in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
+    valid, test = modules[9::10], modules[10::10]
+    return {"train": [span for span in modules if span not in valid + test], "valid": valid, "test": test}
+
+
 def corpus_spans(name, folder, mirror, say):
     """{split: [Span, ...]} of a corpus of the table, whose files are downloaded if they are missing."""
-    if name == "python":  # of the running Python's top-level modules every tenth to validation, the next to test
-        modules = [Span(p, 0, os.path.getsize(p)) for p in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
-        valid, test = modules[9::10], modules[10::10]
-        return {"train": [span for span in modules if span not in valid + test], "valid": valid, "test": test}
     (_, addresses, texts, *marker), spans = CORPORA[name], []
     for place, percents in texts.items():
         file, _, member = place.partition("/")
@@ -296,28 +296,32 @@ def corpus_spans(name, folder, mirror, say):
 
 
 def own_text(given, valid_fraction, say, save_dir):
-    """{split: [Span, ...]} of the user's files, each a document. Unless `given`, "valid" is a part of "train"."""
+    """{split: [Span, ...]} of the user's files, each a document. Without a given "valid" a part of "train" is it."""
     files = {split: text_files(paths, say, save_dir) for split, paths in given.items()}  # each once, in order
     splits = {split: [Span(path, 0, os.path.getsize(path), None, "strict") for path in files[split]] for split in files}
-    documents, every = [span for span in splits["train"] if span.stop], round(1 / valid_fraction)
+    documents = [span for span in splits["train"] if span.stop]  # not the empty ones
     if not documents:
         raise UsageError(f"there is no text in {', '.join(map(str, given['train']))}: give other files to --text")
-    if "valid" in given:
-        return splits | {"train": documents}
-    if len(documents) >= every:  # of many documents some, of few the end of the text
-        valid = documents[every - 1 :: every]  # every tenth by default
-        return splits | {"train": [span for i, span in enumerate(documents, 1) if i % every], "valid": valid}
+    return splits | ({"train": documents} if "valid" in given else divide(documents, valid_fraction))
+
+
+def divide(documents, valid_fraction):
+    """{"train": [Span, ...], "valid": ...}: by default of ten documents or more every tenth, of few the text's end."""
+    counts = [int(i * valid_fraction + 1e-9) for i in range(len(documents) + 1)]  # of the first i; rounding aside
+    if counts[-1]:
+        valid = dict.fromkeys(span for span, (a, b) in zip(documents, itertools.pairwise(counts)) if a < b)
+        return {"train": [span for span in documents if span not in valid], "valid": list(valid)}
     left, train, valid = round(sum(span.stop for span in documents) * (1 - valid_fraction)), [], []
     for span in documents:
         cut = find_cut(span.path, left, "\n")
         train += [span._replace(stop=cut)] if cut else []  # `cut` is 0 once `left` is used up
         valid += [span._replace(start=cut)] if cut < span.stop else []
         left -= span.stop  # bytes that are still to be trained on
-    return splits | {"train": train, "valid": valid}
+    return {"train": train, "valid": valid}
 
 
 def find_cut(path, at, marker=None):
-    """Where to cut a file: at byte `at` or, given a `marker`, behind one in the half of what follows or a character."""
+    """Where to cut a file: at byte `at` or, with a `marker`, behind the first in the next 32 KiB, else a character."""
     size = os.path.getsize(path)
     if not marker or not 0 < at < size:
         return max(0, min(at, size))
@@ -347,14 +351,14 @@ def text_files(paths, say, save_dir):
 
 
 # ---- Encoding, as a stream
-# The last place where a text can be cut so that its parts give the tokens of the whole: behind a line end that BPE does
-# not join to what follows (of white space, it keeps the last character apart) or, failing that for long, at a blank.
+# The last place where a text can be cut so that its parts give the tokens of the whole: behind a line end that GPT-2's
+# BPE (not all imported ones) parts from what follows (as it does a white space's last character), else at a blank.
 LINE = re.compile(r".*((?<=\S)\n(?=\S)|\n(?=[ \t\n][^\s<]))", re.DOTALL)
 BLANK = re.compile(r".*((?<=\S)(?=\s[^\s<])|(?<=\s)(?=<\|endoftext\|>))", re.DOTALL)
 
 
 def read_documents(spans, size=1 << 17):
-    """Yields (text, begins): blocks of about `size` characters, and whether each is the first of its document."""
+    """Yields (text, begins): blocks of about `size` bytes, or documents that a marker ends; does it begin one?"""
     for span in spans:
         decoder, rest, begins = codecs.getincrementaldecoder("utf-8")(span.errors), "", True
         with open(span.path, "rb") as file:
@@ -384,28 +388,28 @@ def write_tokens(spans, tokenizer, path):
     bar = tqdm(total=sum(s.stop - s.start for s in spans), unit="B", unit_scale=True, desc=path.name, disable=None)
     path.unlink(missing_ok=True)  # whoever trains on the old tokens keeps them
     with bar, path.open("wb") as out, ThreadPoolExecutor(1) as hasher:
-        while batch := list(itertools.islice(blocks, 64)):  # blocks, 8 MB
+        while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of own text
             for (text, begins), ids in zip(batch, encode_all([text for text, _ in batch])):
                 if begins and last not in (None, tokenizer.eos) and tokenizer.eos is not None:
                     ids = np.append(np.array(tokenizer.eos, ids.dtype), ids)
                 last = ids[-1] if len(ids) else last  # a block of white space may have none
-                num_unk = 0 if tokenizer.unk is None else np.count_nonzero(ids == tokenizer.unk)
                 data = np.frombuffer(raw := text.encode("utf-8", "surrogateescape"), np.uint8)
                 space = (data == 32) | (data - np.uint8(9) <= 4) | (data - np.uint8(28) <= 3)  # what split() cuts at
                 words = np.count_nonzero(space[:-1] > space[1:]) + (not space[:1].all())  # 26 times as fast as split()
                 words = words if text.isascii() else len(text.split())  # Unicode has other blanks, too
-                count += len(ids), len(raw), words + text.count("\n"), num_unk
+                count += len(ids), len(raw), words + text.count("\n"), np.count_nonzero(ids == tokenizer.unk)
                 hasher.submit(digest.update, raw)  # beside the encoding: hashlib lets other threads run
                 out.write(ids)
                 bar.update(len(raw))
-    known = dict(zip(("num_tokens", *Split._fields[1:]), count.tolist()))
-    return known | {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    counts = zip(("num_tokens", *Split._fields[1:]), count.tolist())
+    return dict(counts, size=path.stat().st_size, sha256=digest.hexdigest())
 
 
 # ---- Datasets
 def usual_folder():
     """The folder where nobody names one: on a RAM disk if there is one (on Linux with 4 GiB free), else CACHE."""
     roomy = os.path.isdir("/dev/shm") and (shm := os.statvfs("/dev/shm")).f_bavail * shm.f_frsize >= 4 << 30
+    roomy = roomy or os.path.isdir("/dev/shm/transformer-lm")  # in use: else a run that fills it is lost from sight
     disks = ["/Volumes/RAMDisk"] * os.path.ismount("/Volumes/RAMDisk") + ["/dev/shm"] * roomy
     return Path(disks[0], "transformer-lm") if disks else CACHE  # RAM is where a checkpoint is written fastest
 
@@ -425,10 +429,8 @@ def open_folder(save_dir, writing):
     return folder
 
 
-def stamp(path):
-    """Size (bytes) and time of change (ns) of a file, or None: while they stay, so does its text."""
-    with contextlib.suppress(OSError):
-        return [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+# Size (bytes) and time of change (ns) of a file, False if it is not there: while they stay, so does its text.
+stamp = lambda path: os.path.exists(path) and [os.stat(path).st_size, os.stat(path).st_mtime_ns]
 
 
 def read_about(cache, spans):
@@ -442,7 +444,7 @@ def read_about(cache, spans):
 
 
 def write_splits(spans, tokenizer, cache):
-    """Encodes all splits into `cache`; returns the counts, the tokenizer, and the SHA256 of both for training."""
+    """Encodes all splits into `cache`; returns their counts, the tokenizer, and the SHA256 of it and train's counts."""
     (cache / "about.json").unlink(missing_ok=True)  # from here until it is written anew no tokens count
     splits = {split: write_tokens(spans[split], tokenizer, cache / f"{split}.tokens") for split in spans}
     sha256 = hashlib.sha256(json.dumps([splits["train"], tokenizer.to_dict()]).encode()).hexdigest()
@@ -451,10 +453,9 @@ def write_splits(spans, tokenizer, cache):
 
 def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, mirror=None, say=print,
                  vocab_size=32000, valid_text=(), test_text=(), train_tokens=None):  # fmt: skip
-    """The corpus `name`, a key of CORPORA ("text": the user's files), as a Dataset. Files go to save_dir/name.
-    tokenizer: a kind, whose vocabulary is then that of the whole training split (of which the first `train_tokens` are
-    used), or a ready one's `to_dict()`. Raises UsageError for a file of the user's that cannot be used and RunError for
-    a failed download."""
+    """The corpus `name`, a key of CORPORA ("text": the user's files), as a Dataset; its files go below `save_dir`.
+    tokenizer: a kind, with the vocabulary of the whole training split, even if only `train_tokens` of it are used; or
+    a ready one's `to_dict()`. Raises UsageError if the user's files cannot be used, RunError for a failed download."""
     save_dir, ready = Path(save_dir), tokenizer if isinstance(tokenizer, dict) else None
     kind = ready["kind"] if ready else CORPORA[name][0] if tokenizer == "auto" else tokenizer
     if not 0.001 <= valid_fraction <= 0.5 or kind == "bpe" and vocab_size < 257:
@@ -462,16 +463,16 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
     given = {"train": text, "valid": valid_text, "test": test_text}
     given = {split: [os.path.abspath(os.path.expanduser(p)) for p in paths] for split, paths in given.items() if paths}
     source = {"text": [given, valid_fraction], "python": sysconfig.get_path("stdlib")}.get(name)
-    # By all that decides the tokens but the text, which is compared below.
+    # The cache's name: all that decides the tokens but the text, which is compared below.
     key = json.dumps([source, ready or (vocab_size if kind == "bpe" else None)])
     cache = save_dir / name / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
-    spans = own_text(given, valid_fraction, say, save_dir) if name == "text" else None  # the others stay what they are
+    spans = own_text(given, valid_fraction, say, save_dir) if name == "text" else None  # downloads do not change
     with open(cache / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one encodes
-        about, fresh = read_about(cache, spans)  # a warm start reads nothing else
+        about, fresh = read_about(cache, spans)  # a warm start encodes nothing
         if not fresh:
-            spans = spans or corpus_spans(name, save_dir / name, mirror, say)
+            spans = spans or (python_spans() if name == "python" else corpus_spans(name, save_dir / name, mirror, say))
             before = {str(span.path): stamp(span.path) for split in spans.values() for span in split}
             content = [repr(spans), list(map(sha256_of, before))]
             if about.get("text") != content:
@@ -481,23 +482,22 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
                     vocabulary = fetch(file, save_dir / "gpt2", mirror, say).read_text()
                 texts = (text for text, _ in read_documents(spans["train"]))
                 about = write_splits(spans, TOKENIZERS[kind](vocabulary, texts, vocab_size), cache) | {"text": content}
-            about["stamps"] = before  # a text that has changed while it was encoded is not the one that was
+            about["stamps"] = before  # of before it was read: a change since then shows at the next start
             (cache / "about.new").write_text(json.dumps(about))
             (cache / "about.new").replace(cache / "about.json")
     trained, splits = tokenizer_from_dict(about["tokenizer"]), dict.fromkeys(SPLITS)
     for split, known in about["splits"].items():
         if known["num_tokens"] > 1:  # a single one has no next one to predict
-            tokens = np.memmap(cache / f"{split}.tokens", token_dtype(trained.vocab_size), "r")
-            tokens = tokens[:train_tokens] if split == "train" else tokens
-            splits[split] = Split(tokens, *(known[count] for count in Split._fields[1:]))
+            ids = np.memmap(cache / f"{split}.tokens", token_dtype(trained.vocab_size), "r")
+            splits[split] = Split(ids[: train_tokens if split == "train" else None], *map(known.get, Split._fields[1:]))
     if not splits["train"] or not splits["valid"]:
         raise UsageError("no text is left for training or validation: give more text or another --valid_fraction")
     return Dataset(name, trained, **splits, sha256=about["sha256"])
 
 
 def append_lines(path, heads):
-    """A file open to write on, and the lines of JSON that it holds: the first of those that begin as `heads` say,
-    without one that a kill cut off. Raises UsageError for a file that holds other things, which stays as it is."""
+    """Opens a file of JSON lines to go on with: the file and its whole lines, of which line i begins like heads[i]. A
+    last one that a kill cut off is deleted. Raises UsageError, and changes nothing, if the file holds other things."""
     heads = [json.dumps(head, ensure_ascii=False).encode()[:-1] for head in heads]
     out = open(path, "a+b")
     out.seek(0)
@@ -511,8 +511,8 @@ def append_lines(path, heads):
 
 def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
     """Collects what `model`, at a server that speaks OpenAI's chat completions, answers to `prompts`: a line of JSON
-    each in folder/answers.jsonl, and all of them, for --text, in folder/corpus.txt. At most so many requests; begun
-    again it goes on. The key is read from TEACHER_API_KEY and written nowhere. Raises UsageError, RunError."""
+    each in folder/answers.jsonl, and all of them, for --text, in folder/corpus.txt. At most `most` requests a start;
+    the next start goes on. The key, from TEACHER_API_KEY, is written nowhere. Raises UsageError, RunError."""
     import requests
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -523,27 +523,26 @@ def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
         for prompt in prompts[len(lines) :]:
             body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
             for pause in (1, 2, 4, 8, 16, 32, 60, None):  # seconds
-                if sent == most:
+                if sent >= most:
                     raise RunError(f"{most} requests are made (the limit), {len(lines)} prompts answered: start again")
                 sent, wait = sent + 1, ""
                 try:
                     answer = requests.post(address, json=body, headers=headers, timeout=timeout)
                     status, wait = answer.status_code, answer.headers.get("Retry-After", "")
                     if status == 200:
-                        text = answer.json()["choices"][0]["message"]["content"] or ""
+                        text = utf8(answer.json()["choices"][0]["message"]["content"] or "")  # it may hold half a pair
                         break
-                    reason = f"status {status}: {answer.text[:200]}"
+                    reason = f"status {status}: {answer.text}"
                     if status < 500 and status not in (408, 409, 425, 429):
                         pause = None  # it will not do another time
                 except (requests.RequestException, ValueError, LookupError, TypeError) as error:
                     reason = f"{type(error).__name__}: {error}"
-                reason = " ".join(reason.replace(key or "\0", "***").split())  # the key goes into no message
+                reason = " ".join(reason.replace(key or "\0", "***")[:240].split())  # no message shows the key
                 if pause is None:
                     raise RunError(f"{url} does not answer ({reason}); {len(lines):,} answers are kept: start it again")
                 say(f"{reason}; once more in a moment")
                 time.sleep(max(pause, min(int(wait), 600)) if wait.isdigit() else pause)
-            line = {"prompt": prompt, "model": model, "completion": text}
-            lines.append(json.dumps(line, ensure_ascii=False).encode())
+            lines += [json.dumps({"prompt": prompt, "model": model, "completion": text}, ensure_ascii=False).encode()]
             out.write(lines[-1] + b"\n")
             out.flush()  # an answer that was paid for is not lost
     corpus = "".join("{prompt}\n{completion}\n".format(**json.loads(line)) for line in lines)
@@ -581,13 +580,14 @@ def main():
         parser.error("--distill_from, --teacher_model, --teacher_prompts and --output go together: give all")
     try:
         if flags.distill_from:
-            prompts = Path(flags.teacher_prompts).read_text("utf-8").removesuffix("\n").split("\n")
+            with explained(f"--teacher_prompts {flags.teacher_prompts} must be a UTF-8 file", OSError, ValueError):
+                prompts = Path(flags.teacher_prompts).read_text("utf-8").removesuffix("\n").split("\n")
             return distill(flags.distill_from, flags.teacher_model, prompts, Path(flags.output), flags.max_requests)
         given = {name: getattr(flags, name) for name in ("text", "tokenizer", "vocab_size", "valid_fraction", "mirror")}
         dataset = load_dataset("text" if flags.text else flags.dataset, open_folder(flags.save_dir, True), **given)
-    except (UsageError, RunError, OSError, UnicodeError) as error:  # the last: of --teacher_prompts
+    except (UsageError, RunError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (UsageError, UnicodeError)) else 1
+        return 2 if isinstance(error, UsageError) else 1
     tokenizer = dataset.tokenizer
     print(f"{dataset.name} by {tokenizer.kind}: vocabulary {tokenizer.vocab_size:,}, special {tokenizer.num_special}")
     for split in filter(None, (dataset.train, dataset.valid, dataset.test)):

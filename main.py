@@ -45,7 +45,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets import CORPORA, TOKENIZERS, RunError, UsageError
-from datasets import append_lines, explained, load_dataset, open_folder, tokenizer_from_dict
+from datasets import append_lines, explained, load_dataset, open_folder, tokenizer_from_dict, utf8
 from model import ACTIVATIONS, BLAS, Cache, Config, LanguageModel, add_lora, attention_weights, export_model
 from model import import_model, init_weights, loss_sum, make_optimizer, quantize, set_blas_threads, set_learning_rate
 
@@ -54,19 +54,17 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
-SOURCES = {
-    name: hashlib.sha1(Path(__file__).with_name(name).read_bytes()).hexdigest()
-    for name in ("main.py", "model.py", "datasets.py")
-}
-FORMAT_VERSION = 2  # of the .metadata files; raise it when one program could misread the other's
+FILES = "main.py", "model.py", "datasets.py"  # whose SHA1s are kept in every record: which program trained it
+SOURCES = {name: hashlib.sha1(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in FILES}
+FORMAT_VERSION = 2  # of the .metadata files; raise it when an older or newer main.py could misread them
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
 class Batches:
-    """Windows of a token array in a permuted order; endless, and a function of (seed, epoch, s) alone. Each epoch cuts
-    the text into windows at another offset, so that no token is left out for good, and draws an order `perm` of them;
-    `s` is the position in it. Raises UsageError for a text shorter than one window. tokens: [N]; batch_size: rows of a
-    whole step, those of all ranks and of all --grad_accumulation parts together."""
+    """Windows of a token array in a permuted order; endless, a function of its arguments, epoch and s alone. Each epoch
+    cuts the text into windows at a random offset, so that no token is left out for good, and draws their order `perm`,
+    in which `s` is the position. Raises UsageError for a text shorter than one window. tokens: [N]; batch_size: rows of
+    a whole step, those of all ranks and of all --grad_accumulation parts together."""
 
     def __init__(self, tokens, context_size, batch_size, seed):
         if len(tokens) <= context_size:  # a window is L inputs and one more token, its last target
@@ -95,17 +93,6 @@ class Batches:
 
 
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
-def over_streams(streams, function, *arrays):
-    """[function(*rows), ...] for a share of the rows of `arrays` on each stream: a stream of a CPU is a thread. What is
-    built here is only MLX's graph: evaluated, it runs on all streams side by side. Each needs at least one row."""
-    results = []
-    for i, stream in enumerate(streams):
-        rows = slice(len(arrays[0]) * i // len(streams), len(arrays[0]) * (i + 1) // len(streams))
-        with mx.stream(stream):  # operations belong to the stream under which they are built
-            results.append(function(*(array[rows] for array in arrays)))
-    return results
-
-
 def evaluate(model, tokens, batch_size, interrupts=None, stride=None):
     """Mean nats a token over every token of `tokens` [N] but the first, each scored once; None if `interrupts` cut it
     short. Windows begin `stride` tokens apart, by default side by side; of an overlap only the new end counts."""
@@ -159,9 +146,9 @@ def describe_score(name, nats, split, tokenizer):
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
-# `<sha1>.safetensors` holds the parameters and is named by the SHA1 of its bytes; `<sha1>.metadata` (the same format)
-# holds all else that a run is: optimizer state and `perm` as arrays, the tokenizer, and `record`, a JSON object with
-# the flags, counters and scores. The header of the metadata names the SHA1 of its own bytes, taken with BLANK in place.
+# `<sha1>.safetensors` holds what is trained (of LoRA the adapters alone) and is named by the SHA1 of its bytes.
+# `<sha1>.metadata` (the same format) holds all else that a run is: optimizer state and `perm` as arrays, the tokenizer,
+# and `record`, JSON of the flags, counters and scores. Its header states the file's own SHA1, taken with BLANK there.
 BLANK = "0" * 40  # as long as the SHA1 that takes its place, so that nothing else moves
 
 
@@ -204,7 +191,7 @@ def sha1_of(path, stated=BLANK):
 
 
 def find_damage(folder, id):
-    """What is wrong with the files of checkpoint `id`, or None; their content is used after this. Raises RunError."""
+    """What is wrong with checkpoint `id`, or None; asked before its content is used. RunError: of another version."""
     try:
         record, texts = read_texts(folder / f"{id}.metadata")
         if record["format_version"] != FORMAT_VERSION:  # not damage: no older checkpoint is to take its place
@@ -252,7 +239,7 @@ def named_checkpoint(folder, records, identifier, flag="--identifier"):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Holds the lock that every change in `folder` needs; makes renames in it survive a power cut."""
+    """Holds the lock for changing checkpoints in `folder`; makes renames in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits; a holder that is killed frees it, too
@@ -308,14 +295,15 @@ def write_checkpoint(folder, run, id):
 
 
 def clean_folder(folder, run=None, keep=0):
-    """Deletes the checkpoints of `run` but the newest `keep`, the best and those that other runs build on, and what
+    """Deletes the checkpoints of `run` but the newest `keep`, the best and those that other runs need, and what
     killed saves left: under the lock, `.new` files and metadata alone are stale. What cannot go now goes next time."""
     with contextlib.suppress(OSError), locked(folder):
         records = list_checkpoints(folder)
         own = [record["id"] for record in records if run and record["run"] == run.record["run"]]
         needed = {id for record in records for _, id in record.get("uses", {}).values()}  # LoRA bases, teachers
+        needed |= {(each["best"] or {}).get("id") for each in records if each["id"] not in own[1:]}  # branches', too
         for id in own[keep:]:
-            if id not in needed | {(run.record["best"] or {}).get("id")}:
+            if id not in needed:
                 (folder / f"{id}.safetensors").unlink(missing_ok=True)  # so that its metadata counts no more
         for path in folder.iterdir():
             ours = re.fullmatch(r"\w+-[0-9a-f]{6}\.(safetensors|metadata|csv)\.new|[0-9a-f]{40}\.metadata", path.name)
@@ -371,10 +359,10 @@ def load_run(folder, record, run):
 # ---- Interrupts -----------------------------------------------------------------------------------------------------
 class Interrupts:
     """Turns SIGINT, SIGTERM and SIGHUP into a question the training loop asks: `if interrupts.received: save and stop`.
-    A second signal leaves at once, without saving. Python runs a handler only when the current `mx.eval` is over, so a
-    thread reads the bytes that the interpreter writes to a wake-up pipe the moment a signal comes."""
+    A second one, half a second later or more, leaves at once, without saving. Python runs a handler only when `mx.eval`
+    is over, so a thread reads the bytes that the interpreter writes to a wake-up pipe the moment a signal comes."""
 
-    received = None  # the signal's number; without `with`, as one signal ends the program, it stays None
+    received = None  # the number of the first signal, to this process or, told by broadcast(), to another rank
 
     def __enter__(self):
         reader, writer = os.pipe()
@@ -524,16 +512,6 @@ def follow():
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
-def learning_rate_at(iteration, flags):
-    """The rate of step `iteration` (from 0): a linear warm-up over `lr_warmup` steps, then constant, or down to
-    `min_lr` at `num_iters` by a half cosine or a line; 0 only where 0 is asked for."""
-    least = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
-    done = max(0, iteration - flags.lr_warmup) / max(1, flags.num_iters - flags.lr_warmup)
-    left = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[flags.lr_schedule]
-    rate = flags.learning_rate - (flags.learning_rate - least) * (1 - left)
-    return rate * min(1, (iteration + 1) / max(1, flags.lr_warmup))  # + 1: a rate of 0 would waste the first step
-
-
 def use_device(gpu):
     """Makes the GPU or the CPU the default device; call it before anything is computed."""
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
@@ -546,7 +524,7 @@ cpu_stream = lru_cache(None)(lambda i: mx.new_stream(mx.cpu))  # made once: a st
 
 def make_streams(batch_size, context_size):
     """The streams that share a rank's rows of a batch. On a CPU each is a thread on a core of its own, its products
-    too: two took 50 ms a step at dim 128 where one took 80. Shares have 256 positions at least, or products become
+    too: two took 50 ms a step at dim 128 where one took 80. Shares average 256 positions or more, or products become
     small; one stream alone has all cores for them. A GPU has one; so has macOS, whose BLAS brings its own threads."""
     if mx.default_device() == mx.gpu or BLAS == "Accelerate":
         return [mx.default_stream(mx.default_device())]
@@ -556,10 +534,21 @@ def make_streams(batch_size, context_size):
     return [cpu_stream(i) for i in range(count)]
 
 
+def over_streams(streams, function, *arrays):
+    """[function(*rows), ...] for a share of the rows of `arrays` on each stream: a stream of a CPU is a thread. What is
+    built here is only MLX's graph: evaluated, it runs on all streams side by side. Each needs at least one row."""
+    results = []
+    for i, stream in enumerate(streams):
+        rows = slice(len(arrays[0]) * i // len(streams), len(arrays[0]) * (i + 1) // len(streams))
+        with mx.stream(stream):  # operations belong to the stream under which they are built
+            results.append(function(*(array[rows] for array in arrays)))
+    return results
+
+
 def make_step(model, optimizer, flags, streams, teacher=None):
     """The training step: tokens [N, L], targets [N, L] and, for dropout, rates [N] and keys [N, 2] -> mean loss and
     gradient norm. The N = batch_size * grad_accumulation rows are taken batch_size at a time, those shared out over
-    ranks and `streams`. With bfloat16 all but the loss is computed in it; weights and optimizer state stay float32."""
+    ranks and `streams`. With bfloat16 the model computes in it; weights, optimizer state and loss are float32."""
     model.model.checkpoint = flags.checkpoint  # gradient checkpointing, see Transformer; not the saved files
     state, group = [model.state, optimizer.state], ranks()  # trees of arrays that each step reads and replaces
     mixture = mx.array([flags.teacher_weight, flags.teacher_temperature])  # the teacher's [share, T], see head_loss
@@ -568,7 +557,7 @@ def make_step(model, optimizer, flags, streams, teacher=None):
     def loss(weights, scale, tokens, targets, *noise):  # scale: of the sum over positions, to a mean
         # The embeddings stay in float32, or the many small gradients of a frequent token would be lost in its sum.
         cast = lambda name, weight: weight if "embed_tokens" in name else weight.astype(dtype)
-        model.update(tree_map_with_path(cast, weights))  # gradients are by the argument: the model must be made of it
+        model.update(tree_map_with_path(cast, weights))  # compute with the argument: gradients are taken by it
         return loss_sum(model, tokens, targets, scale, noise, True, teacher, mixture)
 
     # Compiled once for its shapes, then replayed. Arrays that are no arguments must be named as inputs, or their values
@@ -606,6 +595,16 @@ def make_step(model, optimizer, flags, streams, teacher=None):
     return step
 
 
+def learning_rate_at(iteration, flags):
+    """The rate of step `iteration` (from 0): a linear warm-up over `lr_warmup` steps, then constant, or down to
+    `min_lr` at `num_iters` by a half cosine or a line; 0 only where 0 is asked for."""
+    least = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
+    done = max(0, iteration - flags.lr_warmup) / max(1, flags.num_iters - flags.lr_warmup)
+    left = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[flags.lr_schedule]
+    rate = flags.learning_rate - (flags.learning_rate - least) * (1 - left)
+    return rate * min(1, (iteration + 1) / max(1, flags.lr_warmup))  # + 1: a rate of 0 would waste the first step
+
+
 def make_noise(iteration, rows, flags):
     """Dropout's rates [N] and keys [N, 2] for step `iteration`, or () without dropout. Row r's key is a function of
     (seed, iteration, r) alone; the rate moves by a line from --dropout to --dropout_final at `num_iters`."""
@@ -627,8 +626,8 @@ def take_step(run, flags, iteration, tokens, targets):
 
 def make_config(flags, vocab_size, base=None):
     """The Config of a new model: where no flag decides, that of `base`, whose weights it begins with."""
-    shape = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if field.name in flags}
-    return Config(**(vars(base.config) if base else {}) | shape | {"vocab_size": vocab_size})
+    shape = {f.name: getattr(flags, f.name) for f in dataclasses.fields(Config) if f.name in GROUPS["model"]}
+    return Config(**{"vocab_size": vocab_size} | (vars(base.config) if base else {}) | shape)  # some bases are padded
 
 
 def begin_run(flags, dataset, checkpoint, used, name):
@@ -643,14 +642,14 @@ def begin_run(flags, dataset, checkpoint, used, name):
     streams = make_streams(flags.batch_size, flags.context_size)
     optimizer = make_optimizer(model, flags, streams)
     batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size * flags.grad_accumulation, flags.seed)
-    record = {"iteration": 0, "id": None, "scores": [], "best": None, "seconds": 0.0}  # scores: [[iteration, nats]]
+    record = {"iteration": 0, "id": None, "scores": [], "best": None, "tokens": 0, "seconds": 0.0}
     run = SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=dataset.tokenizer)
     if checkpoint:
         load_run(flags.save_dir, checkpoint, run)
     elif not base or flags.lora_rank:
         init_weights(model, flags.seed)  # with LoRA the adapters alone: the base is frozen
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}, {os.cpu_count()} cores"
-    needs = {flag: id for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank}  # of each resume
+    needs = {flag: id for flag, (*_, id) in used.items() if flag == "teacher" or flags.lora_rank}  # to resume, too
     record |= {  # in the place of a loaded record's: flags and machine may be others
         "run": name, "flags": {flag: getattr(flags, flag) for flag in INHERITED}, "tokens_sha256": dataset.sha256,
         "uses": {flag: [path if os.path.isdir(path := getattr(flags, flag)) else id, id] for flag, id in needs.items()},
@@ -677,8 +676,8 @@ def train(flags, dataset, checkpoint, used, interrupts):
     name = checkpoint["run"] if same else f"{dataset.name}-{os.urandom(3).hex()}"  # 6 hex digits: see clean_folder
     if not (lock := lock_run(folder, name)):  # kept open: a closed file's lock is gone
         raise UsageError(f"{name} is being trained by another process: wait for it, or begin another with --new_model")
-    if checkpoint and not (folder / f"{checkpoint['id']}.safetensors").exists():  # who held the lock has pruned it
-        raise RunError(f"{name} went on while this line was waiting: type it again")
+    if checkpoint and not (folder / f"{checkpoint['id']}.safetensors").exists():  # another process trained and pruned
+        raise RunError(f"{name} went on while this line was starting: type it again")
     clean_folder(folder)
     run = begin_run(flags, dataset, checkpoint, used, name)
     record, model, batches = run.record, run.model, run.batches
@@ -692,7 +691,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
     log = open_log(folder / f"{name}.csv", start, start in dict(record["scores"]))
     batch_tokens = batches.batch_size * flags.context_size
     steps_per_save = flags.steps_per_save or flags.steps_per_eval
-    losses, seconds, trained = [], 0.0, 0.0  # since the last report; `trained`: in all, but for a first compiling step
+    losses, seconds, trained = [], 0.0, 0.0  # since the last report; `trained`: in this leg, but for its first step
     for iteration in range(start, flags.num_iters + 1):  # steps done so far; the last turn takes none
         record["iteration"] = iteration
         timeout = flags.max_minutes is not None and trained >= 60 * flags.max_minutes
@@ -710,15 +709,14 @@ def train(flags, dataset, checkpoint, used, interrupts):
             nats = score_split("valid", model, dataset, flags, interrupts, flags.eval_tokens)
             if due and nats is not None:  # best and --patience must not depend on where --max_minutes ends a leg
                 bits = nats / math.log(2) * len(dataset.valid.tokens) / dataset.valid.num_bytes
-                log(iteration, "valid", nats, bits, "", "", iteration * batch_tokens, "", "", record["seconds"])
+                log(iteration, "valid", nats, bits, "", "", record["tokens"], "", "", record["seconds"])
                 record["scores"].append([iteration, nats])
                 if record["best"] is None or nats < record["best"]["nats"]:
                     record["best"] = {"id": record["id"], "iteration": iteration, "nats": nats}  # clean_folder keeps it
                 if save or name == checkpoint["run"]:  # a branch leaves the checkpoint that it began from as it is
                     save_checkpoint(folder, run, record["id"])  # the same weights; their metadata hold the score now
-        # For --patience the score at an earlier leg's end does not count: a run in legs stops where it would whole.
         scores = [(nats, scored) for scored, nats in record["scores"] if scored % flags.steps_per_eval == 0]
-        misses = sum(scored > min(scores)[1] for _, scored in scores)
+        misses = sum(scored > min(scores)[1] for _, scored in scores)  # legs' ends aside: legs stop as a whole run does
         if save and not interrupts.received:
             tqdm.write("".join(Conversation(tokenizer, model).reply("", flags, flags.seed, interrupts)))
         if timeout:
@@ -727,13 +725,14 @@ def train(flags, dataset, checkpoint, used, interrupts):
             tqdm.write(f"Stopped: no better score in {misses} evaluations (--patience); best: {record['best']['id']}")
             break
         if finished or timeout or (interrupts.received and (save or iteration == start)):
-            break  # but a signal that came after `stopping` was read waits for one more step, and its save
+            break  # a signal since `stopping` was read, where nothing was saved, gets one more step and its save
 
         began = time.perf_counter()
         tokens, targets = batches.next()
         broadcast(interrupts, {"tokens": tokens, "targets": targets}, "step", iteration=iteration)
         loss, norm = take_step(run, flags, iteration, tokens, targets)
         losses.append(loss)
+        record["tokens"] += tokens.size
         taken = time.perf_counter() - began
         seconds += taken
         if iteration > start:  # not the one that compiles
@@ -755,7 +754,7 @@ def train(flags, dataset, checkpoint, used, interrupts):
                 tqdm.write(f"{iteration + 1:,}/{flags.num_iters:,}  {report}  left {left}")
             # Only of the whole text: num_bytes is that of all of it, wherever --train_tokens ends.
             bits = "" if flags.train_tokens else mean / math.log(2) * len(batches.tokens) / dataset.train.num_bytes
-            values = learning_rate_at(iteration, flags), norm, (iteration + 1) * batch_tokens, rate * batch_tokens
+            values = learning_rate_at(iteration, flags), norm, record["tokens"], rate * batch_tokens
             log(iteration + 1, "train", mean, bits, *values, mx.get_peak_memory() / 2**20, record["seconds"])
             losses, seconds = [], 0.0
         bar.update()
@@ -790,13 +789,14 @@ def open_log(path, iteration, scored):
                 print(*(f"{value:.6g}" if isinstance(value, float) else value for value in values), sep=",", file=file)
 
     with contextlib.suppress(OSError):
-        path.with_suffix(".csv.new").write_text("\n".join(lines) + "\n")
-        path.with_suffix(".csv.new").replace(path)  # a kill leaves the old file or the new one, whole
+        with locked(path.parent):  # or another process' clean_folder would take the new one for a killed save's
+            path.with_suffix(".csv.new").write_text("\n".join(lines) + "\n")
+            path.with_suffix(".csv.new").replace(path)  # a kill leaves the old file or the new one, whole
     return append
 
 
 def print_start(flags, dataset, run, last):
-    """One screen that says what is trained, on what, and where its files go. last: the record that is continued."""
+    """One screen that says what is trained, on what, and where its files go. last: the record continued, or its own."""
     record, config, tokenizer, folder = run.record, run.model.config, dataset.tokenizer, flags.save_dir
     several = f", {ranks().size()} ranks" * (ranks().size() > 1)
     # Bytes: of a checkpoint, free on the disk, and of --keep checkpoints with the best and the one being written.
@@ -805,10 +805,10 @@ def print_start(flags, dataset, run, last):
     splits = " / ".join(f"{len(split.tokens):,}" for split in (dataset.train, dataset.valid, dataset.test) if split)
     windows, rows = len(run.batches.perm), run.batches.batch_size  # windows of this epoch; rows of a step
     trained = sum(weight.size for _, weight in tree_flatten(run.model.trainable_parameters()))
-    few = f", of them {trained:,} trained" if trained < record["parameters"] else ""
+    note = f", of them {trained:,} trained" if trained < record["parameters"] else ""
     tqdm.write(
         f"run      {record['run']}, from iteration {record['iteration']:,} to {flags.num_iters:,}, seed {flags.seed}\n"
-        f"model    {record['parameters']:,} parameters{few}: {config.num_blocks} blocks, dim {config.dim}, "
+        f"model    {record['parameters']:,} parameters{note}: {config.num_blocks} blocks, dim {config.dim}, "
         f"{config.num_heads} heads ({config.num_kv_heads} for keys and values), {config.mlp} {config.mlp_dim}, "
         f"context {config.context_size}\n"
         f"data     {dataset.name}: {splits} tokens; vocabulary {tokenizer.vocab_size:,} by {tokenizer.kind} "
@@ -833,7 +833,7 @@ def print_start(flags, dataset, run, last):
 
 # ---- Sampling: functions of logits [B, V], then texts token by token ------------------------------------------------
 def penalize(logits, texts, penalty):
-    """Divides logits above 0 of the ids in the rows' texts by `penalty`, multiplies others (Keskar et al. 2019)."""
+    """Of the ids in a row's text, divides logits above 0 by `penalty` and multiplies the rest (Keskar et al. 2019)."""
     if penalty == 1:
         return logits
     seen = np.zeros(logits.shape, bool)  # [B, V]: which ids a row's text has
@@ -867,17 +867,17 @@ def keep_min_p(logits, p):
 
 def shape_logits(logits, flags, texts):
     """Logits [B, V] of what is sampled: the repetition penalty first, then temperature, top-k, top-p and min-p in this
-    order, as in Hugging Face's transformers. Temperature 0 leaves the largest alone."""
+    order, as in Hugging Face's transformers. Temperature 0 keeps only the largest."""
     logits = penalize(logits.astype(mx.float32), texts, flags.repetition_penalty)
-    if flags.temperature < 1e-6:  # 0, or so little that dividing by it overflows
+    if flags.temperature < 1e-6:  # 0, or as good as 0
         return mx.where(mx.arange(logits.shape[-1]) == logits.argmax(axis=-1, keepdims=True), 0, -math.inf)
     return keep_min_p(keep_top_p(keep_top_k(logits / flags.temperature, flags.top_k), flags.top_p), flags.min_p)
 
 
 class Decoder:
     """A model and the texts it reads, B lists of at least one token each, which may grow and be shortened. Keys and
-    values are kept. A text that outgrows the context is read on from the last half of it, passed again, so that logits
-    are always those of a fresh pass over the tokens from `starts` on."""
+    values are kept. A text that outgrows the context is read again from its last context_size // 2 tokens on, so that
+    logits are always those of a fresh pass over the tokens from `starts` on."""
 
     def __init__(self, model, texts):
         self.model, self.texts = model, texts
@@ -892,7 +892,7 @@ class Decoder:
         self.lengths[:] = np.minimum(self.lengths, length - self.starts)  # in place: the caches hold this array
 
     def logits(self, count=1):
-        """Logits [B, count, V] of what follows each text's last `count` tokens."""
+        """Logits [B, count, V] of what follows each of the last `count` tokens of every text."""
         context_size = self.model.config.context_size
         # A text that has outgrown its window, or has less than `count` tokens left of it, gets a new one, all unread.
         # The last `count` tokens are always read, if need be again: what is asked for are their logits.
@@ -915,8 +915,8 @@ class Decoder:
         return logits
 
     def draw(self, flags, seeds, count=1):
-        """Ids [B, count] drawn of what follows each text's last `count` tokens: functions of a row's seed and of their
-        place in its text, not of other rows."""
+        """Ids [B, count], one drawn for what follows each of the last `count` tokens of every text, by random numbers
+        that depend on the row's seed and the place in its text alone, not on other rows."""
         logits = self.logits(count).flatten(0, 1)  # [B * count, V]
         rows = zip(self.texts, self.starts, seeds)
         places = [(text, start, seed, len(text) - i) for text, start, seed in rows for i in reversed(range(count))]
@@ -928,8 +928,8 @@ class Decoder:
 def generate(decoder, max_tokens, flags, seeds, draft=None, length=4):
     """Yields `max_tokens` times the next ids of the decoder's texts, [B] ints, and appends them there. With one text
     `draft` can be another decoder of it, which proposes up to `length` tokens; `decoder` reads them in one pass and
-    keeps those that it draws itself. Both draw by the same random numbers, so that they agree as often as their
-    distributions allow, and the text is the same as without a draft (Daliri, Musco & Suresh 2024)."""
+    keeps those that it draws itself. Both draw by the same random numbers, so that they mostly agree where their
+    distributions are alike, and the text is the same as without a draft (Daliri, Musco & Suresh 2024)."""
     end, proposals = len(decoder.texts[0]) + max_tokens, []
     while (known := len(decoder.texts[0])) < end:
         if draft:
@@ -947,6 +947,12 @@ def generate(decoder, max_tokens, flags, seeds, draft=None, length=4):
         yield from ids[:, : accepted + 1].T.tolist()  # the accepted, which it drew too, and its own
 
 
+def first_ids(tokenizer, prompt):
+    """The ids of a prompt, at least one for a model to continue: "" is the end token or, without one, a line end."""
+    ids = tokenizer.encode(prompt).tolist()
+    return ids or ([tokenizer.eos] if tokenizer.eos is not None else tokenizer.encode("\n").tolist())
+
+
 class Conversation:
     """A growing text: what a user adds to it, and what a model, perhaps sped up by a draft, continues it with."""
 
@@ -955,7 +961,7 @@ class Conversation:
         self.decoders = [Decoder(each, [self.text]) for each in (model, draft) if each]  # on one list of ids
 
     def reply(self, prompt, flags, seed, interrupts=None):
-        """Adds `prompt` as a line of its own; yields what follows in pieces, each once no later token can change it."""
+        """Adds `prompt` on a new line; yields what follows in pieces, each once no later token can change it."""
         if unknown := self.tokenizer.unknown(prompt):
             print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
         self.text += self.tokenizer.encode("\n" + prompt).tolist() if self.text else first_ids(self.tokenizer, prompt)
@@ -992,12 +998,6 @@ COMMANDS = """/set NAME VALUE   changes a sampling flag: /set temperature 0.8
 /reset            forgets the conversation
 /stats            shows tokens/s after each reply, or no longer
 /quit             leaves, as Ctrl+D does; Ctrl+C ends a reply"""
-
-
-def first_ids(tokenizer, prompt):
-    """The ids of a prompt, at least one for a model to continue: "" is the end token or, without one, a line end."""
-    ids = tokenizer.encode(prompt).tolist()
-    return ids or ([tokenizer.eos] if tokenizer.eos is not None else tokenizer.encode("\n").tolist())
 
 
 def talk(folder, checkpoint, flags):
@@ -1126,15 +1126,15 @@ def run_benchmark(flags, config, batches):
     parts = {"embeddings": "embed", "attention": r"attn\.\w_proj", "mlp": "mlp", "norms": "norm", "output": "lm_head"}
     weights = tree_flatten(model.parameters())
     modules = {part: sum(w.size for name, w in weights if re.search(names, name)) for part, names in parts.items()}
-    # A multiplication and an addition for each weight of a matrix, and for each element of queries, keys and values
-    # with each position of the window; backward twice as many, for the gradients by inputs and by weights.
+    # A multiplication and an addition for each weight of a matrix and, with each position of the window, twice for each
+    # element of the queries (scores, weighted sum of values); backward twice as many, by inputs and by weights.
     matrices = modules["attention"] + modules["mlp"] + config.vocab_size * config.dim  # output, tied or not
     forward = 2 * matrices + 4 * config.num_blocks * config.num_heads * config.head_dim * config.context_size
     activations, gradients = predict_memory(config, flags, sum(modules.values()), len(streams))
     moments = sum(array.nbytes for _, array in tree_flatten(optimizer.state))
     lasting = {"weights": 4 * sum(modules.values()), "optimizer": moments}
     step, (tokens, targets) = make_step(model, optimizer, flags, streams), batches.next()
-    noise = make_noise(0, len(tokens), flags)  # () without dropout
+    noise = make_noise(0, len(tokens), flags)
     train_once = lambda: mx.eval(step(tokens, targets, *noise), model.state, optimizer.state)  # lazy until mx.eval
     train_once()  # compiles
     mx.reset_peak_memory()  # what came before does not count
@@ -1211,13 +1211,13 @@ def plot_attention(model, tokenizer, prompt, path):
 def run_cases(folder, records, flags, top_k):
     """--cases: how likely checkpoints find the expected continuations in a YAML file; a table, JSON with --output.
     rank: the worst of an expected token, 1 is the likeliest; probability: of the whole continuation; top: the likeliest
-    first tokens. A case is passed if its rank is at most `top_k` and all of it known. Raises UsageError."""
+    first tokens. A case is passed if its rank is at most `top_k` and all of it known. Raises UsageError, RunError."""
     import yaml
 
     needed = "is no YAML list of prompt and expected, like - {prompt: a, expected: b}, or --output no file to write"
     with explained(f"--cases {flags.cases} {needed}"):
         cases = yaml.load(Path(flags.cases).expanduser().read_text("utf-8"), yaml.BaseLoader)  # all scalars are text
-        cases = [(str(case["prompt"]), str(case["expected"])) for case in cases]
+        cases = [(utf8(str(case["prompt"])), utf8(str(case["expected"]))) for case in cases]  # \ud83d\ude00: one sign
         open(flags.output or os.devnull, "a").close()  # fails before the work, not after it
     results = []
     for record in records:
@@ -1275,7 +1275,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    """The parser. Every default is written here and nowhere else."""
+    """The parser. Every default is written here; where it is None, the help says what it follows from."""
     layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "usage": "python main.py [flags]"}
     parser = Parser(**layout, description=__doc__.partition("\nThis file")[0], allow_abbrev=False)  # no short forms
     count, size, rate = number(int, 0, 2**31 - 1), number(int, 1, 2**31 - 1), number(float, 0)  # int32, as MLX's
@@ -1294,7 +1294,7 @@ def make_parser():
     run("--identifier", nargs="+", metavar="ID", help="checkpoint id or its beginning, run name, latest or best")
     run("--new_model", **switch, help="begin a new run even if one could be resumed")
     run("--num_iters", type=size, default=100000, help="steps to train in all")
-    run("--max_minutes", type=number(float, 0), help="stop after so much training, without evaluations and saves")
+    run("--max_minutes", type=number(float, 0), help="stop after so much training; evaluations and saves do not count")
     run("--config", metavar="FILE", help="YAML file of flags, flat or in the groups of this help; typed flags win")
     run("--preset", choices=list(PRESETS), help="dim, heads, blocks and context of a usual size")
     run("--gpu", **switch, help="compute on the GPU")
@@ -1372,7 +1372,7 @@ for flag in PARSER._actions[1:]:  # all but --help. From here on what PARSER ret
     shown = f" (default: {flag.default})" if flag.default else ""
     flag.help = flag.help.removesuffix(" (default: %(default)s)") + shown  # which older BooleanOptionalActions append
     flag.default = argparse.SUPPRESS
-# DATA: what load_dataset takes. SHAPING: lines that differ in it mean two runs. INHERITED: what a resumed run keeps.
+# DATA: what load_dataset takes. SHAPING: typed otherwise, it means another run. INHERITED: what a resumed run keeps.
 DATA = ["dataset", "text", "valid_text", "test_text", "valid_fraction", "train_tokens", "tokenizer", "vocab_size"]
 SHAPING = [*DATA, "seed", "optimizer", *GROUPS["model"], "init_from", "lora_rank", "lora_alpha", "teacher"]
 INHERITED = [*SHAPING, "num_iters", *GROUPS["training"], *GROUPS["reports"], "teacher_weight", "teacher_temperature"]
@@ -1382,6 +1382,7 @@ EXCLUSIVE = [("dataset", "text"), ("identifier", "new_model"), *itertools.combin
 PARTNERS = {  # without one of which a flag would have no effect
     "valid_text": "text identifier", "test_text": "text identifier", "output": "prompts_file cases",
     "draft": "prompt inference", "attention": "prompt", "quantize": "prompt prompts_file inference evaluate export",
+    "eval_stride": "evaluate",
 }  # fmt: skip
 
 
@@ -1404,7 +1405,7 @@ def resolve(flags):
 
 
 def read_config(path, typed):
-    """The flags in a YAML file as if they were typed, without what a typed flag excludes. Raises UsageError."""
+    """The flags in a YAML file as if they were typed, but no corpus where another is typed. Raises UsageError."""
     import yaml
 
     settings, arguments = {}, []
@@ -1416,18 +1417,18 @@ def read_config(path, typed):
         for name, value in settings.items():
             if isinstance(value, bool):  # a switch, which takes no value
                 name, value = name if value else f"no-{name}", []
-            if value is not None and {"dataset": "text", "text": "dataset"}.get(name) not in typed:
+            if value is not None and {"dataset": "text"}.get(name, "dataset" * name.endswith("text")) not in typed:
                 arguments += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
         return vars(PARSER.parse_args(arguments))  # with a typed flag's types, limits and choices
 
 
-def choose_checkpoint(folder, flags, typed, using):
-    """The record of the checkpoint to go on from or, if `using`, to use, its files verified; None for a new run.
-    Without --identifier it is the one saved last that agrees with each shaping flag typed (not --seed if `using`: that
+def choose_checkpoint(folder, flags, typed, needed):
+    """The record of the checkpoint to go on from or, if `needed`, to use, its files verified; None for a new run.
+    Without --identifier it is the one saved last that agrees with each shaping flag typed (not --seed if `needed`: that
     is the samples') and, in training, the dataset; if damaged, an older one of its run. Raises UsageError, RunError."""
     records = [] if flags.new_model else list_checkpoints(folder, warn=True)
     records = [record | {"flags": DEFAULTS | record["flags"]} for record in records]  # a flag may be younger
-    wanted = {name: getattr(flags, name) for name in SHAPING if name in typed and not (using and name == "seed")}
+    wanted = {name: getattr(flags, name) for name in SHAPING if name in typed and not (needed and name == "seed")}
     if flags.identifier is not None:
         checkpoint = named_checkpoint(folder, records, flags.identifier)
         for name in wanted:
@@ -1435,7 +1436,7 @@ def choose_checkpoint(folder, flags, typed, using):
                 problem = f"--{name} {wanted[name]} contradicts --identifier, which has {checkpoint['flags'][name]}"
                 raise UsageError(f"{problem}: leave --{name} out, or begin a new run with --new_model")
         return checkpoint
-    wanted |= {} if using else {"dataset": flags.dataset}  # even if not typed: its default decides
+    wanted |= {} if needed else {"dataset": flags.dataset}  # even if not typed: its default decides
     candidates = [record for record in records if wanted.items() <= record["flags"].items()]
     for record in candidates:
         if record["run"] == candidates[0]["run"]:  # never silently go on with another run
@@ -1444,7 +1445,7 @@ def choose_checkpoint(folder, flags, typed, using):
             print(f"Passing over {describe(record)}: {damage}", file=sys.stderr)
     if candidates:
         raise RunError(f"no intact checkpoint of {candidates[0]['run']} is left: --new_model begins a new run")
-    if records and not using:  # the return is None: a new run
+    if records and not needed and not flags.benchmark:  # the return is None: a new run
         others = ", ".join(list(dict.fromkeys(record["run"] for record in records))[:5])
         tqdm.write(f"A new run; in {folder} are {others} (--list shows all, --identifier NAME goes on with one)")
 
@@ -1455,7 +1456,7 @@ def open_origins(folder, flags, typed, checkpoint):
     wanted = {flag: getattr(flags, flag) for flag in ("init_from", "teacher") if getattr(flags, flag)}
     if not wanted:
         return {}, {}
-    if checkpoint:  # its record names them by id; --evaluate needs neither here
+    if checkpoint:  # its record says which they were; --evaluate needs neither here
         used = {flag: open_used(folder, checkpoint, flag) for flag in checkpoint["uses"] if not flags.evaluate}
         return used, {"tokenizer": json.loads(read_texts(folder / f"{checkpoint['id']}.metadata")[1]["tokenizer"])}
     used = {flag: open_model(folder, name, f"--{flag}") for flag, name in wanted.items()}  # (model, tokenizer, id) each
@@ -1474,7 +1475,7 @@ def open_origins(folder, flags, typed, checkpoint):
 
 def read_line(argv):
     """What the command line asks for, {flag: value}: typed, in the file of --config, or meant by --preset. Raises
-    UsageError where two flags contradict or one has no effect."""
+    UsageError where two flags exclude each other or one of PARTNERS stands alone."""
     typed = vars(PARSER.parse_args(argv))
     if "config" in typed:
         typed = read_config(typed["config"], typed) | typed  # the line wins over the file
@@ -1505,8 +1506,8 @@ def execute(argv):
             raise UsageError("--gpu: MLX sees no GPU; leave it out, or install MLX for yours: pip install mlx[cuda13]")
         use_device(flags.gpu)
         talking = flags.inference or flags.prompt is not None or flags.prompts_file
-        using = talking or flags.evaluate or flags.export  # a checkpoint, whatever its corpus
-        folder = open_folder(flags.save_dir, writing=not (using or flags.list or flags.cases or flags.plot))
+        needed = talking or flags.evaluate or flags.export  # a checkpoint, whatever its corpus
+        folder = open_folder(flags.save_dir, writing=not (needed or flags.list or flags.cases or flags.plot))
         if flags.cases or flags.plot:
             if not (records := list_checkpoints(folder, warn=True)):
                 raise UsageError(f"no checkpoint is in {folder}: {remedy}")
@@ -1518,8 +1519,8 @@ def execute(argv):
         if flags.list:
             with locked(folder):  # so that none goes while it is listed
                 return list_runs(folder)
-        checkpoint = choose_checkpoint(folder, flags, typed, using)
-        if using and not checkpoint:
+        checkpoint = choose_checkpoint(folder, flags, typed, needed)
+        if needed and not checkpoint:
             raise UsageError(f"no such checkpoint in {folder}: {remedy}")
         if flags.export:
             export_model(*load_model(folder, checkpoint), flags.export, flags.quantize)
@@ -1546,20 +1547,21 @@ def execute(argv):
         data = {name: getattr(flags, name) for name in DATA if name != "dataset"} | vocabulary
         dataset = load_dataset(flags.dataset, folder, **data, mirror=flags.mirror, say=tqdm.write)
         if checkpoint and checkpoint["tokens_sha256"] != dataset.sha256:
-            raise UsageError(f"the training text of {checkpoint['run']} has changed: --new_model begins a run on it")
+            problem = f"the training text of {checkpoint['run']} has changed"
+            raise UsageError(f"{problem}: begin a run on it with --new_model, or name another --save_dir")
         if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
             raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
         if flags.evaluate:
-            model, _ = load_model(folder, checkpoint)
+            (model, _), interrupts = load_model(folder, checkpoint), Interrupts()
             if (flags.eval_stride or 0) > (most := model.config.context_size):
                 raise UsageError(f"--eval_stride {flags.eval_stride} would leave tokens out: at most {most}")
             print(describe(checkpoint), file=sys.stderr)
             for bits in filter(None, (32, flags.quantize)):
                 if bits < 32:
                     quantize(model, bits, packed=flags.gpu and not LAUNCHED)  # other ranks' models are plain
-                lead(Interrupts(), {}, model)  # to the other ranks; without `with` Ctrl+C ends it at once
-                score_split(flags.evaluate, model, dataset, flags)
-            return 0
+                lead(interrupts, {}, model)  # to the other ranks; without `with` Ctrl+C ends it at once
+                score_split(flags.evaluate, model, dataset, flags, interrupts)
+            return interrupts.received and 128 + interrupts.received  # a signal to another rank voids the score
         if flags.benchmark:
             if LAUNCHED:
                 raise UsageError("--benchmark measures one process: start it without mlx.launch")

@@ -96,7 +96,7 @@ def compile_forwarder():
 
 
 def set_blas_threads(count):
-    """Sets the number of threads of a matrix product: one where streams share the cores (main.py: make_streams)."""
+    """Lets a matrix product use `count` threads: 1 where several streams share the cores (main.py: make_streams)."""
     openblas = "openblas_set_num_threads", "scipy_openblas_set_num_threads64_"
     for name in (*openblas, "MKL_Set_Num_Threads", "bli_thread_set_num_threads"):
         with contextlib.suppress(AttributeError):
@@ -155,8 +155,8 @@ def dropout(hidden, noise, site):
 
 
 def exp(x):
-    """e to the x, for x <= 0, to 2e-6 absolutely. On a CPU MLX's own takes 12 ns, being scalar there; products and sums
-    use the vector units, and so does (Taylor's polynomial of x / 32) to the 32: 1.2 ns. Below -30 it stays at 1e-13."""
+    """e to the x, for x <= 0, within 2e-6; below -30 it stays at 1e-13. On a CPU MLX's own is scalar, 12 ns; this one,
+    Taylor's polynomial of x / 32, then to the 32nd power, is products and sums, which use the vector units: 1.2 ns."""
     if mx.default_device() == mx.gpu:
         return mx.exp(x)
     x, power = mx.maximum(x, -30), 0
@@ -181,11 +181,11 @@ def softmax_gradient(scores, gradient, weights):
     return product - weights * product.sum(axis=-1, keepdims=True)  # the product with softmax's Jacobian
 
 
-def attend(queries, keys, values, scale, mask="causal", cached=False):
+def attend(queries, keys, values, scale, mask="causal", by_mlx=False):
     """Attention of queries [B, H, L, d], which stand at the last L of S positions, to keys and values [B, K, S, d]:
-    [B, H, L, d]. mask: "causal" or, with `cached`, None (all is seen) or bool [B, 1, L, S] (True: seen). MLX's own, but
-    for whole texts on a CPU, where this makes steps 3 to 16 % quicker."""
-    if mx.default_device() == mx.gpu or cached:
+    [B, H, L, d]. mask: "causal" or, `by_mlx`, None (all is seen) or bool [B, 1, L, S] (True: seen). by_mlx: MLX's own
+    always, not only on a GPU; else whole texts (S = L) on a CPU are done here, which makes steps 3 to 16 % quicker."""
+    if mx.default_device() == mx.gpu or by_mlx:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     B, H, L, d = queries.shape  # L is S from here on, and all is causal
     queries = (queries * scale).reshape(B, keys.shape[1], -1, L, d)  # [B, K, H/K, L, d]
@@ -242,7 +242,7 @@ class Cache:
         return mx.array(self.lengths), mx.array(np.arange(self.lengths.max() + L) <= last[:, None, :, None])
 
     def append(self, keys, values):
-        """Takes in the next L tokens' keys and values [B, K, L, d]; returns those of all tokens so far."""
+        """Takes in the next L tokens' keys and values [B, K, L, d]; returns all S, junk where a text is shorter."""
         first, longest = int(self.lengths.min()), int(self.lengths.max()) + keys.shape[2]  # longest: S, after these L
         if first + keys.shape[2] == longest:
             self.keys[:, :, first:longest], self.values[:, :, first:longest] = keys, values
@@ -318,7 +318,7 @@ class LanguageModel(nn.Module):
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def __call__(self, tokens, caches=None, noise=(), last=0):
-        """caches: a Cache for each block, which the tokens continue; noise: see `dropout`; last: positions (0: all)."""
+        """caches: a Cache for each block; noise: see `dropout`; last: of so many last positions alone (0: of all)."""
         hidden = self.model(tokens, caches, noise)[:, -last:]  # [B, L or last, D]: decoding needs few logits
         return self.lm_head(hidden) if self.config.untie else self.model.embed_tokens.as_linear(hidden)
 
@@ -355,9 +355,9 @@ def add_lora(model, rank, alpha):
 def init_weights(model, seed):
     """Gives every trained parameter its first value: norms 1; matrices normal with deviation 1 / sqrt(inputs); 0 for
     an untied output layer, a LoRA update's second factor and what writes into the residual stream, so that each block
-    begins as the identity. Embeddings are the output layer too: with the deviation 5 / dim the logit of the token just
-    read begins near 5, all others near 0, so the first loss is near ln V. On PTB (dim 256, AdamW 3e-3) validation after
-    250 steps was 5.64 nats with it, 5.57 with twice as much, 5.91 with a fifth, 5.76 with GPT-2's initialisation."""
+    begins as the identity. Tied embeddings are the output layer, too: with the deviation 5 / dim the logit of the token
+    just read begins near 5, others near 0: the first loss is near ln(V + 147), or ln V if untied. On PTB (dim 256,
+    AdamW 3e-3) 250 steps gave 5.64 nats with it, 5.57 with twice as much, 5.91 with a fifth, 5.76 with GPT-2's."""
     parameters = tree_flatten(model.trainable_parameters())  # [(name, array), ...]; of a LoRA run its factors alone
     for (name, parameter), key in zip(parameters, mx.random.split(mx.random.key(seed), len(parameters))):
         normal = mx.random.normal(parameter.shape, key=key)
@@ -375,8 +375,8 @@ def init_weights(model, seed):
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 def head_loss(hidden, head, targets, weights, *teacher, training=True):
-    """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed with it, so that of
-    the logits [N, V] only a chunk exists at any time (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head:
+    """Weighted sum of cross-entropies in nats, and its gradients by `hidden` and `head`, computed chunk by chunk with
+    it, so that the logits [N, V] never exist as a whole (as in Liger Kernel, Hsu et al. 2024). hidden: [N, D]; head:
     [V, D]; targets, weights: [N]; training: False where no gradients are asked for, so that MLX never computes them and
     no chunk waits for them. teacher: its hidden states [N, D'], head [V', D'] and [share, T]; a share of the loss is T²
     times the Kullback-Leibler divergence to what it predicts, both softened by temperature T (Hinton et al. 2015)."""
@@ -404,7 +404,7 @@ def head_loss(hidden, head, targets, weights, *teacher, training=True):
         factor = weight / total  # [rows, 1]
         if teacher:
             # T² times the gradient of KL(softmax(theirs / T), softmax(logits / T)) by the logits is T (given - wanted).
-            # It joins the text's, less its answers, in `powers`, whose factor is therefore multiplied in here.
+            # `powers` becomes it plus powers * factor, the text's gradient but for the answers; `factor` becomes 1.
             states, their_head, (mixed, T) = teacher
             theirs = (states[start : start + rows] @ their_head.T)[:, : len(head)].astype(mx.float32)  # [rows, V]
             below = (scores - scores.max(axis=-1, keepdims=True) for scores in (theirs / T, logits / T))
@@ -465,8 +465,8 @@ def make_optimizer(model, flags, streams=(mx.cpu,)):  # streams: see make_stream
     load = [0] * len(streams)
 
     def dealt(group, update, gradient, parameter, state):  # in place of MLX's apply_single, for each weight
-        if isinstance(group, optim.Muon):  # as AdamW decays; MLX's adds it to the gradient, which it orthogonalizes
-            parameter = parameter * (1 - group.learning_rate * flags.weight_decay / MUON_RATE)  # its rate includes it
+        if isinstance(group, optim.Muon):  # like AdamW: MLX's own would orthogonalize the decay, too
+            parameter = parameter * (1 - group.learning_rate * flags.weight_decay / MUON_RATE)  # by AdamW's rate
         least = load.index(min(load))
         load[least] += parameter.size
         with mx.stream(streams[least]):
@@ -485,8 +485,8 @@ def set_learning_rate(optimizer, rate):
 
 # ---- Exchange: quantized weights, the folders of Hugging Face, and a look inside -------------------------------------
 def quantize(model, bits, packed):
-    """Rounds all matrices to `bits` in groups of 64 along rows, or 32 where 64 does not divide all; returns it. Unless
-    `packed`, they are float32 again afterwards: on a CPU products with packed ones are slow. Raises UsageError."""
+    """Rounds all matrices to `bits` in groups of 64 along rows, or 32 where 64 does not divide all; returns the size of
+    a group. Unless `packed` they are spread to float32 again: CPUs are slow with packed ones. Raises UsageError."""
     matrices = {name: weight for name, weight in tree_flatten(model.parameters()) if weight.ndim == 2}
     group = 32 if any(matrix.shape[1] % 64 for matrix in matrices.values()) else 64
     with explained(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"):
@@ -515,6 +515,7 @@ def import_model(path):
     """The model and tokenizer in a Hugging Face folder, and the files of its weights. Raises UsageError."""
     with explained(f"{path} holds no Llama, Qwen3 or Arcee model: name one, or see --list"):
         theirs = json.loads((path / "config.json").read_text())
+        theirs = {"head_dim": None} | {name: value for name, value in theirs.items() if value is not None}
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
         kind = {name.lower(): kind for kind, name in COUNTERPARTS.items()}.get(theirs["model_type"])
         others = "attention_bias", "mlp_bias", "use_sliding_window", "quantization", "quantization_config"
@@ -529,7 +530,7 @@ def import_model(path):
         if theirs.get("tie_word_embeddings"):
             weights.pop("lm_head.weight", None)
         usual = {"num_key_value_heads": theirs["num_attention_heads"], "rms_norm_eps": 1e-6, "rope_theta": 1e4}
-        fields = {ours: (usual | rope | theirs).get(name) for ours, name in THEIR_NAMES.items()}
+        fields = {ours: (usual | rope | theirs)[name] for ours, name in THEIR_NAMES.items()}
         model = LanguageModel(Config(mlp=kind[0], qk_norm=kind[1], untie="lm_head.weight" in weights, **fields))
         model.load_weights(list(weights.items()))  # strict: names and shapes have to agree
         mx.eval(model.parameters())
@@ -597,7 +598,7 @@ def export_model(model, tokenizer, folder, bits):
 
 
 def attention_weights(model, tokens):
-    """[blocks, H, L, L] of NumPy: how much each position of `tokens`, L ids, looks at each other."""
+    """[blocks, H, L, L] of NumPy: how much each position of `tokens`, L ids, looks at itself and each one before."""
     seen, plain = [], attend
 
     def watched(queries, keys, values, scale, *rest):

@@ -225,7 +225,7 @@ def test_swapped_metadata_is_found(tmp_path):
 
 def choose(folder, typed=None, **values):
     given = flags(**{"context_size": 8, "dataset": "ptb"} | values)
-    return main.choose_checkpoint(folder, given, typed or {}, using=False)
+    return main.choose_checkpoint(folder, given, typed or {}, needed=False)
 
 
 def test_damage_is_passed_over_for_the_next_older_one(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,9 @@ def test_config_file_flat_and_in_groups(flags_of, trained, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text("dataset: python\nlearning_rate: 0.5\n")
     assert flags_of("--config", other, "--text", trained / "text.txt")[0].learning_rate == 0.5
+    own = tmp_path / "own.yaml"
+    own.write_text("text: a.txt\nvalid_text: b.txt\ndim: 32\n")
+    assert main.read_line(["--config", str(own), "--dataset", "python"]) == {"config": str(own), "dataset": "python", "dim": 32}
     grouped = tmp_path / "grouped.yaml"
     grouped.write_text(
         f"run: {{text: [{trained / 'text.txt'}, {flat}], preset: tiny, new_model: true}}\n"
@@ -148,6 +152,12 @@ def test_config_file_flat_and_in_groups(flags_of, trained, tmp_path):
     assert checkpoint is None and len(values.text) == 2
     assert (values.dim, values.num_heads, values.num_blocks, values.context_size) == (128, 2, 4, 32)
     assert (values.learning_rate, values.batch_size, values.qk_norm, values.mlp_dim) == (0.5, 3, False, 512)
+
+
+def test_an_evaluation_that_another_rank_ended(trained, monkeypatch):
+    """A signal to another rank is known by broadcast; there is no score then, and the status says why."""
+    monkeypatch.setattr(main, "score_split", lambda *given: setattr(given[4], "received", signal.SIGTERM))
+    assert main.main(["--evaluate", "valid", "--save_dir", str(trained / "lm")]) == 128 + signal.SIGTERM
 
 
 def test_a_preset_is_part_of_what_a_run_is(flags_of, trained):
@@ -230,6 +240,13 @@ def test_default_folder(mounted, free, place, tmp_path, monkeypatch, capsys):
     assert ("does not survive a reboot" in out) == bool(place)
     monkeypatch.setattr(main.Path, "is_dir", lambda path: True)
     assert datasets.open_folder(None, writing=False) == expected and capsys.readouterr().out == ""
+
+
+def test_a_run_that_fills_the_default_folder_is_found_again(monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: False)
+    monkeypatch.setattr(os.path, "isdir", lambda path: str(path) in ("/dev/shm", "/dev/shm/transformer-lm"))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
+    assert datasets.usual_folder() == Path("/dev/shm/transformer-lm")
 
 
 def test_named_folder(tmp_path, monkeypatch, capsys):

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import requests
 from conftest import ROOT
 
 import datasets
@@ -124,6 +125,24 @@ def test_download(server, folder, behaviour):
     assert_fetched(datasets.fetch(file_at(address), folder, say=said.append), folder)
     assert len(said) == 1 and address in said[0] and str(folder) in said[0] and "\n" not in said[0]
     assert all(request.agent.startswith("transformer-lm") and not request.range for request in server.seen)
+
+
+def test_what_was_fetched_but_not_yet_verified(server, folder):
+    """A kill between the last byte and the name costs no second download; what is then found wrong does."""
+    file = file_at(f"{server.base}/good/corpus.txt")
+    (folder / "corpus.txt.part").write_bytes(CONTENT)
+    assert_fetched(datasets.fetch(file, folder, say=quiet), folder)
+    assert not server.seen
+    (folder / "corpus.txt").unlink()
+    (folder / "corpus.txt.part").write_bytes(CONTENT[::-1])
+    assert_fetched(datasets.fetch(file, folder, say=quiet), folder)
+    assert len(server.seen) == 1
+
+
+def test_an_error_without_words(folder, monkeypatch):
+    monkeypatch.setattr("requests.get", lambda *_, **__: (_ for _ in ()).throw(requests.ConnectionError()))
+    with pytest.raises(RunError, match="nowhere/corpus.txt: ConnectionError"):
+        datasets.fetch(file_at("http://nowhere/corpus.txt"), folder, say=quiet)
 
 
 def test_a_source_that_ends_in_a_slash(server, folder):

@@ -39,6 +39,10 @@ class Server:
                     data = b"<html>"
                 elif what == "no choice":
                     data = b'{"choices": []}'
+                elif what == "half":  # of an emoji, which the model's token limit has cut
+                    data = b'{"choices": [{"message": {"content": "smile \\ud83d"}}]}'
+                elif what == "key":  # so far on that a message cut too early would keep its beginning
+                    status, data = 400, b"x" * 190 + self.headers.get("Authorization").encode()
                 elif isinstance(what, tuple):
                     status, headers = what
                     data = f"no, {self.headers.get('Authorization')}".encode()
@@ -146,7 +150,22 @@ def test_other_files_are_left_alone(tmp_path, pauses, content):
     assert path.read_bytes() == content and not server.asked
 
 
+def test_half_a_character_is_an_answer(tmp_path, pauses):
+    with Server(["half"]) as server:
+        distill(server, tmp_path)
+    assert lines(tmp_path)[0]["completion"] == "smile \ufffd" and len(server.asked) == len(PROMPTS)
+
+
+def test_no_part_of_the_key_is_shown(tmp_path, pauses):
+    with Server(["key"]) as server, pytest.raises(RunError) as error:
+        distill(server, tmp_path)
+    assert KEY[:6] not in str(error.value) and "***" in str(error.value)
+
+
 def test_limit_of_requests(tmp_path, pauses):
+    with Server() as server, pytest.raises(RunError, match="-1 requests"):
+        distill(server, tmp_path, most=-1)
+    assert not server.asked
     with Server([(500, {})]) as server:
         with pytest.raises(RunError, match="2 requests are made .*, 1 prompts answered"):
             distill(server, tmp_path, most=2)
@@ -170,10 +189,10 @@ def test_from_the_command_line(tmp_path):
     for path in (tmp_path / "out").iterdir():
         assert KEY not in path.read_text()
     assert KEY not in process.stdout + process.stderr
+    process = program(tmp_path, *line[:4], "--teacher_prompts", "none.txt", "--output", "out")
+    assert process.returncode == 2 and "--teacher_prompts none.txt must be" in process.stderr
     for left_out in ("--teacher_model", "--teacher_prompts", "--output"):
         shorter = [*line]
         del shorter[shorter.index(left_out) : shorter.index(left_out) + 2]
         process = program(tmp_path, *shorter)
         assert process.returncode == 2 and left_out in process.stderr and process.stderr.count("\n") == 1
-    missing = program(tmp_path, *line[:4], "--teacher_prompts", "none.txt", "--output", "out")
-    assert missing.returncode == 1 and "none.txt" in missing.stderr

@@ -1,8 +1,10 @@
 """Tools against independent computations: sliding evaluation, logs, pictures, cases."""
 
 import csv
+import fcntl
 import hashlib
 import json
+import os
 import random
 import re
 import signal
@@ -64,6 +66,30 @@ def test_log(trained):
             assert float(row["bits_per_byte"]) == pytest.approx(float(row["loss"]) / np.log(2), rel=0.01)  # bytes, some <eos>
         seconds = [float(row["seconds"]) for row in rows]
         assert seconds == sorted(seconds) and seconds[-1] == pytest.approx(record["seconds"], rel=1e-5)
+
+
+def test_log_counts_the_tokens_of_batches_as_they_were(tmp_path, text):
+    line = ["--text", text, *TINY, "--steps_per_report", 2, "--save_dir", tmp_path]
+    run(*line, "--num_iters", 2)
+    run(*line, "--num_iters", 4, "--batch_size", 2)
+    assert [int(row["tokens"]) for row in rows_of(next(tmp_path.glob("*.csv")))] == [2 * 4 * 8, 2 * 4 * 8 + 2 * 2 * 8]
+
+
+def test_a_log_is_written_anew_under_the_lock(tmp_path, monkeypatch):
+    """Else another process that cleans the folder would take it for what a killed save has left."""
+    write, tries = main.Path.write_text, []
+
+    def watched(path, text):
+        descriptor = os.open(tmp_path, os.O_RDONLY)  # as a second process would
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        tries.append(path)
+        return write(path, text)
+
+    monkeypatch.setattr(main.Path, "write_text", watched)
+    main.open_log(tmp_path / "run.csv", 0, False)
+    assert tries and (tmp_path / "run.csv").read_text().strip() == ",".join(main.LOG)
 
 
 def test_log_of_a_run_that_is_killed(tmp_path, text):
@@ -163,7 +189,7 @@ def test_picture_of_attention(trained, tmp_path, monkeypatch):
 
 
 # ---- Cases ----------------------------------------------------------------------------------------------------------
-CASES = [("the quick", " brown"), ("", "t"), ("the lazy", "x"), ("o" * 50, "ver")]
+CASES = [("the quick", " brown"), ("", "t"), ("the lazy", "x"), ("o" * 50, "ver"), ("😀", "😀")]  # json.dumps halves them
 
 
 def test_cases(trained, tmp_path):
@@ -186,9 +212,9 @@ def test_cases(trained, tmp_path):
             text.append(token)
         assert result["rank"] == max(ranks) and result["passed"] == (max(ranks) <= 5)
         assert result["probability"] == pytest.approx(chance, rel=1e-3) and len(result["top"]) == 5
-    assert len(re.findall(r"^  (pass|FAIL) ", out, re.M)) == 8 and "of 4 within the 5 likeliest" in out
+    assert len(re.findall(r"^  (pass|FAIL) ", out, re.M)) == 10 and "of 5 within the 5 likeliest" in out
     every, _ = run("--cases", path, "--save_dir", trained, "--top_k", 257)
-    assert every.count("4 of 4 within the 257") == len(ids(trained))
+    assert every.count("5 of 5 within the 257") == len(ids(trained))
 
 
 @pytest.mark.parametrize("typed, words", [

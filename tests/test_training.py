@@ -96,6 +96,19 @@ def test_an_older_checkpoint_begins_a_branch(tmp_path, text):
     assert len({record["run"] for record in main.list_checkpoints(tmp_path)}) == 2
 
 
+def test_the_best_of_a_branch_stays_where_the_old_run_goes_on(tmp_path, text):
+    line = ["--text", text, *TINY, "--steps_per_eval", 2, "--lr_warmup", 0, "--keep", 1, "--save_dir", tmp_path]
+    run(*line, "--num_iters", 2)
+    [shared] = records(tmp_path)
+    run(*line, "--num_iters", 4, "--keep", 9)
+    run(*line, "--identifier", shared["id"], "--num_iters", 4, "--learning_rate", 50)  # which makes it worse
+    run(*line, "--identifier", shared["run"], "--num_iters", 8, "--learning_rate", 0.01)
+    left = {record["id"]: record["run"] for record in records(tmp_path)}
+    [branch] = [record for record in records(tmp_path) if record["run"] != shared["run"]]
+    assert branch["best"]["id"] == shared["id"] in left
+    assert 4 not in [record["iteration"] for record in records(tmp_path) if record["run"] == shared["run"]]
+
+
 def test_text_encoded_anew_under_a_running_process(tmp_path, text):
     """The tokens it trains on stay what they were, though another process has replaced them by shorter ones."""
     line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm"]
@@ -325,4 +338,4 @@ def test_checkpoint_that_another_process_pruned_while_this_one_waited(tmp_path, 
 
     monkeypatch.setattr(main, "lock_run", late)
     assert main.main([*line, "4"]) == 1
-    assert "went on while this line was waiting: type it again\n" in capsys.readouterr().err
+    assert "went on while this line was starting: type it again\n" in capsys.readouterr().err
