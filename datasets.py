@@ -311,12 +311,11 @@ def divide(documents, valid_fraction):
     if counts[-1]:
         valid = dict.fromkeys(span for span, (a, b) in zip(documents, itertools.pairwise(counts)) if a < b)
         return {"train": [span for span in documents if span not in valid], "valid": list(valid)}
-    left, train, valid = round(sum(span.stop for span in documents) * (1 - valid_fraction)), [], []
-    for span in documents:
-        cut = find_cut(span.path, left, "\n")
-        train += [span._replace(stop=cut)] if cut else []  # `cut` is 0 once `left` is used up
-        valid += [span._replace(start=cut)] if cut < span.stop else []
-        left -= span.stop  # bytes that are still to be trained on
+    size = round(sum(span.stop for span in documents) * (1 - valid_fraction))  # bytes to train on
+    before = itertools.accumulate((span.stop for span in documents), initial=0)
+    cuts = [find_cut(span.path, size - start, "\n") for span, start in zip(documents, before)]  # 0 beyond `size`
+    train = [span._replace(stop=cut) for span, cut in zip(documents, cuts) if cut]
+    valid = [span._replace(start=cut) for span, cut in zip(documents, cuts) if cut < span.stop]
     return {"train": train, "valid": valid}
 
 
