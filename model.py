@@ -50,7 +50,7 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, co
 
 def use_fast_blas():
     """Makes a fast BLAS visible to MLX and returns its name; call it before mlx is imported. MLX's Linux wheel carries
-    the reference BLAS (8 GFLOP/s where OpenBLAS reaches 240), but whichever library with global symbols is loaded first
+    the reference BLAS (6 GFLOP/s where OpenBLAS reaches 190), but whichever library with global symbols is loaded first
     wins: here a forwarder to the system's BLAS or to the one inside NumPy's wheel, whose names and integers differ (the
     forwarder passes long integers, which a BLAS of ints reads as well). It computes one thing itself, a few rows times
     a matrix, which is what decoding does: as fast as memory is read, where OpenBLAS takes 3 times as long."""
