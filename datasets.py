@@ -145,12 +145,12 @@ def fetch(file, folder, mirror=None, say=print):
     """Path of `file` in `folder`, fetched from its addresses in turn or from `mirror` (an address or a folder with
     <dataset>/<file name>). It gets its name only once it is verified. Raises RunError with all reasons and remedies."""
     path, part, reasons = folder / file.name, folder / f"{file.name}.part", []
-    addresses = [f"{mirror.rstrip('/')}/{folder.name}/"] if mirror else file.addresses
+    addresses = [f"{mirror.rstrip('/')}/{folder.name}/"] if mirror else file.addresses  # no other is asked then
     addresses = [address + file.name if address.endswith("/") else address for address in addresses]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f".{file.name}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one fetches, and the other finds the file
-        if path.exists():
+        if path.exists():  # fetched before
             if not (fault := find_fault(file, path)):
                 return path  # and it was verified just now
             say(f"{path} is not the file it should be ({fault}); it is fetched anew.")
@@ -199,7 +199,7 @@ def download(address, part, size):
         headers |= {"Range": f"bytes={have}-"} if have else {}  # the rest only
         try:
             with requests.get(address, headers=headers, stream=True, timeout=30) as response:
-                status, told = response.status_code, response.headers
+                status, told = response.status_code, response.headers  # told: None until a server has answered
                 if status == 429 or status >= 500:
                     raise requests.HTTPError(f"HTTP status {status}")  # worth another try
                 have = have if status == 206 else 0  # a server may send the whole whatever it is asked for
@@ -359,7 +359,7 @@ BLANK = re.compile(r".*((?<=\S)(?=\s[^\s<])|(?<=\s)(?=<\|endoftext\|>))", re.DOT
 def read_documents(spans, size=1 << 17):
     """Yields (text, begins): blocks of about `size` bytes, or documents that a marker ends; does it begin one?"""
     for span in spans:
-        decoder, rest, begins = codecs.getincrementaldecoder("utf-8")(span.errors), "", True
+        decoder, rest, begins = codecs.getincrementaldecoder("utf-8")(span.errors), "", True  # rest: not yet yielded
         with open(span.path, "rb") as file:
             file.seek(span.start)
             while data := file.read(min(size, span.stop - file.tell())):
@@ -390,7 +390,7 @@ def write_tokens(spans, tokenizer, path):
         while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of own text
             for (text, begins), ids in zip(batch, encode_all([text for text, _ in batch])):
                 if begins and last not in (None, tokenizer.eos) and tokenizer.eos is not None:
-                    ids = np.append(np.array(tokenizer.eos, ids.dtype), ids)
+                    ids = np.append(np.array(tokenizer.eos, ids.dtype), ids)  # which ends the document before
                 last = ids[-1] if len(ids) else last  # a block of white space may have none
                 data = np.frombuffer(raw := text.encode("utf-8", "surrogateescape"), np.uint8)
                 space = (data == 32) | (data - np.uint8(9) <= 4) | (data - np.uint8(28) <= 3)  # what split() cuts at
@@ -473,7 +473,7 @@ def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, 
         if not fresh:
             spans = spans or (python_spans() if name == "python" else corpus_spans(name, save_dir / name, mirror, say))
             before = {str(span.path): stamp(span.path) for split in spans.values() for span in split}
-            content = [repr(spans), list(map(sha256_of, before))]
+            content = [repr(spans), list(map(sha256_of, before))]  # by which a text is known again
             if about.get("text") != content:
                 vocabulary = ready and ready.get("vocabulary")
                 if kind == "gpt2" and not ready:
@@ -575,7 +575,7 @@ def main():
     parser = make_parser()
     flags = parser.parse_args()
     teaching = [flags.distill_from, flags.teacher_model, flags.teacher_prompts, flags.output]
-    if any(teaching) and None in teaching:
+    if any(teaching) and None in teaching:  # --max_requests alone has a default
         parser.error("--distill_from, --teacher_model, --teacher_prompts and --output go together: give all")
     try:
         if flags.distill_from:
