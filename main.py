@@ -706,10 +706,10 @@ def train(flags, dataset, checkpoint, used, interrupts):
             clean_folder(folder, run, flags.keep)
             tqdm.write(f"saved {record['id']} at iteration {iteration:,}")
         if (due or timeout) and iteration not in [scored for scored, _ in record["scores"]]:  # not by an earlier leg
-            nats = score_split("valid", model, dataset, flags, interrupts, flags.eval_tokens)
-            if due and nats is not None:  # best and --patience must not depend on where --max_minutes ends a leg
+            if (nats := score_split("valid", model, dataset, flags, interrupts, flags.eval_tokens)) is not None:
                 bits = nats / math.log(2) * len(dataset.valid.tokens) / dataset.valid.num_bytes
                 log(iteration, "valid", nats, bits, "", "", record["tokens"], "", "", record["seconds"])
+            if due and nats is not None:  # best and --patience must not depend on where --max_minutes ends a leg
                 record["scores"].append([iteration, nats])
                 if record["best"] is None or nats < record["best"]["nats"]:
                     record["best"] = {"id": record["id"], "iteration": iteration, "nats": nats}  # clean_folder keeps it
@@ -1111,7 +1111,7 @@ def predict_memory(config, flags, parameters, streams):
     position, were fit to 25 models (dim 128 to 512, context 48 to 256, 257 to 50,257 tokens, 2 streams), within 7 %."""
     B, L, D, V = flags.batch_size, config.context_size, config.dim, config.vocab_size
     a_block = (14.3 if config.qk_norm else 9.9) * D + 2.2 * config.num_kv_heads * config.head_dim  # floats a position
-    a_block += {"relu2": 3.6, "swiglu": 5.3, "gelu": 4.7}[config.mlp] * config.mlp_dim + 1.55 * config.num_heads * L
+    a_block += {"relu2": 3.6, "swiglu": 5.3}.get(config.mlp, 4.7) * config.mlp_dim + 1.55 * config.num_heads * L
     chunk = min(-(-B * L // streams), max(128, 2**23 // V))  # rows of logits in memory at once, see head_loss
     activations = B * L * config.num_blocks * a_block + streams * V * (2.8 * chunk + 1.1 * D)  # floats
     return round(4 * activations), 4 * parameters * max(4, streams + 2)

@@ -248,6 +248,11 @@ def test_the_example_file_of_cases(trained):
 
 
 # ---- What a model weighs and costs ----------------------------------------------------------------------------------
+def test_an_activation_of_ones_own_can_be_benchmarked():
+    gelu, own = (main.Config(257, 32, 2, 64, 4, 4, mlp, 256) for mlp in ("gelu", "silu"))
+    assert main.predict_memory(own, flags(), 1000, 2) == main.predict_memory(gelu, flags(), 1000, 2)
+
+
 @pytest.mark.parametrize("shape", [
     "--dim 64 --num_heads 4 --num_blocks 3 --context_size 32 --batch_size 16",
     "--dim 128 --num_heads 4 --num_kv_heads 2 --num_blocks 2 --context_size 64 --batch_size 8 --mlp swiglu --untie --qk_norm",

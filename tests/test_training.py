@@ -283,9 +283,12 @@ def test_max_minutes_ends_a_leg_and_changes_nothing(tmp_path, text):
     assert 0 < stopped["iteration"] < 100000 and stopped["scores"] == [] and stopped["flags"]["num_iters"] == 100000
     assert f"--max_minutes 0.005 are over at iteration {stopped['iteration']:,}." in out
     assert out.count("\nvalid ") == 1 and out.count("\ntest ") == 1
+    logged = lambda: [line.split(",")[0] for path in (tmp_path / "legs").glob("*.csv") for line in path.read_text().split() if ",valid," in line]
+    assert logged() == [str(stopped["iteration"])]
     more = ["--num_iters", stopped["iteration"] + 20, "--test_text", text]
     out, _ = run(*line, *more)
     assert f"from iteration {stopped['iteration']:,}" in out  # and the limit was that leg's own
+    assert logged() == [], "what a run without a break would not have"
     run(*line[:-4], "--save_dir", tmp_path / "whole", "--steps_per_eval", 100000, *more)
     assert ids(tmp_path / "legs")[0] == ids(tmp_path / "whole")[0]
 
