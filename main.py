@@ -54,8 +54,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
-FILES = "main.py", "model.py", "datasets.py"  # whose SHA1s are kept in every record: which program trained it
-SOURCES = {name: hashlib.sha1(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in FILES}
+PROGRAM = "main.py", "model.py", "datasets.py"  # whose SHA1s are kept in every record: which program trained it
+SOURCES = {name: hashlib.sha1(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in PROGRAM}
 FORMAT_VERSION = 2  # of the .metadata files; raise it when an older or newer main.py could misread them
 
 
@@ -715,8 +715,8 @@ def train(flags, dataset, checkpoint, used, interrupts):
                     record["best"] = {"id": record["id"], "iteration": iteration, "nats": nats}  # clean_folder keeps it
                 if save or name == checkpoint["run"]:  # a branch leaves the checkpoint that it began from as it is
                     save_checkpoint(folder, run, record["id"])  # the same weights; their metadata hold the score now
-        scores = [(nats, scored) for scored, nats in record["scores"] if scored % flags.steps_per_eval == 0]
-        misses = sum(scored > min(scores)[1] for _, scored in scores)  # legs' ends aside: legs stop as a whole run does
+        scores = [nats for scored, nats in record["scores"] if scored % flags.steps_per_eval == 0]  # not at legs' ends,
+        misses = len(scores) - 1 - scores.index(min(scores)) if scores else 0  # so that legs stop as a whole run does
         if save and not interrupts.received:
             tqdm.write("".join(Conversation(tokenizer, model).reply("", flags, flags.seed, interrupts)))
         if timeout:
