@@ -111,7 +111,9 @@ def test_signal_to_the_group_during_the_first_compile(tmp_path, text, number):
     out, err = process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGINT else -number) and "Traceback" not in err, err
     run(*line, env={"TMPDIR": str(tmp_path)})
-    assert len(ids(tmp_path / "lm")) == 1
+    assert len(ids(tmp_path / "lm")) == 1 + out.count("saved ")  # a signal just before the compiler starts spares it
+    run(*line[:-3], tmp_path / "whole", *line[-2:])
+    assert ids(tmp_path / "lm")[0] == ids(tmp_path / "whole")[0]
 
 
 def test_ctrl_c_before_training_is_silent(tmp_path):
