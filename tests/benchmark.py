@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -162,12 +163,28 @@ def torch_step(shape, gpu, weights):
     return step
 
 
+def import_plain_main():
+    """main.py as it is without extras/: its plain loss, attention and one stream, but on the same fast BLAS."""
+    from extras import fast  # loads that BLAS
+
+    fast.use_cpu()
+    fast.set_blas_threads(os.cpu_count())
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(ROOT / "main.py", folder)
+        sys.path.insert(0, folder)
+        import main
+
+    assert main.fast is None
+    return main
+
+
 def mlx_step(shape, gpu, weights, plain=False):
-    """main.py's own step, or with `plain` the same without its own loss, attention and streams."""
-    import main
+    """main.py's own step, or with `plain` that of import_plain_main."""
+    if plain:
+        main = import_plain_main()
+    else:
+        import main
     import mlx.core as mx
-    import mlx.nn as nn
-    import model as model_file
     from mlx.utils import tree_unflatten
 
     vocab_size, dim, heads, blocks, context, batch_size = shape[:6]
@@ -176,17 +193,11 @@ def mlx_step(shape, gpu, weights, plain=False):
     flags = main.resolve(argparse.Namespace(**main.DEFAULTS | values))
     model = main.LanguageModel(main.make_config(flags, vocab_size))
     model.update(tree_unflatten([(name, mx.array(weight)) for name, weight in weights.items()]))
-    streams = main.make_streams(batch_size, context)
-    if plain:
-        streams = [mx.default_stream(mx.default_device())]
-        main.set_blas_threads(os.cpu_count())
-        model_file.attend = lambda q, k, v, scale, *_: mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
-        main.loss_sum = lambda model, tokens, targets, share, *_: (nn.losses.cross_entropy(model(tokens), targets) * share).sum()
-    optimizer = main.make_optimizer(model, flags, streams)
-    compiled = main.make_step(model, optimizer, flags, streams)
+    optimizer = main.make_optimizer(model, flags)
+    train_step = main.make_step(model, optimizer, flags)
 
     def step(batch):
-        loss, norm = compiled(mx.array(batch[:, :-1]), mx.array(batch[:, 1:]))
+        loss, norm = train_step(mx.array(batch[:, :-1]), mx.array(batch[:, 1:]))
         mx.eval(loss, norm, model.state, optimizer.state)
         return loss.item()
 
@@ -276,8 +287,13 @@ def make(vocab_size=32000, **values):
 def speed(model, flags, rows, count):
     """Steps a second of `count`, after a prompt of three tokens and a warm-up."""
     import main
+    from extras.decode import BatchDecoder
 
-    steps = main.generate(main.Decoder(model, [[1, 2, 3] for _ in range(rows)]), count + 3, flags, range(rows))
+    if rows == 1:
+        steps = main.Decoder(model, [1, 2, 3]).generate(count + 3, flags, 0)
+    else:
+        texts = [[1, 2, 3] for _ in range(rows)]
+        steps = BatchDecoder(model, texts).generate(count + 3, flags, range(rows))
     for _ in range(3):
         next(steps)
     began = time.perf_counter()
@@ -300,14 +316,15 @@ for line in sys.stdin:
 def generate(gpu, rounds=5, count=100):
     """Sampling one text beside transformers' generate, the same weights, by turns."""
     import main
-    from datasets import byte_tokenizer
+    from datasets import ByteTokenizer
+    from extras.huggingface import export_model
 
     main.use_device(gpu)
     figures, shapes = {}, {"10M": dict(dim=256, num_blocks=8, num_heads=8), "110M": dict(dim=768, num_blocks=12, num_heads=12)}
     for name, shape in shapes.items():
         model, flags = make(10000 if name == "10M" else 32000, **shape, context_size=256, mlp="swiglu")
         with tempfile.TemporaryDirectory() as folder:
-            main.export_model(model, byte_tokenizer(), Path(folder), None)
+            export_model(model, ByteTokenizer(), folder, None)
             command = [sys.executable, "-c", THEIRS, folder, "cuda" if gpu else "cpu"]
             worker = subprocess.Popen(command, cwd=folder, stdin=-1, stdout=-1, text=True)
             results = []

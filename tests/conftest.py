@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,3 +98,30 @@ def flags(**values):
     import main
 
     return main.resolve(Namespace(**main.DEFAULTS | values))
+
+
+def nats_of(logits, targets):
+    """Cross-entropy of each position in float64: logits [..., V], targets [...]."""
+    logits = np.array(logits, np.float64)
+    largest = logits.max(-1, keepdims=True)
+    totals = np.log(np.exp(logits - largest).sum(-1)) + largest[..., 0]
+    return totals - np.take_along_axis(logits, np.asarray(targets, np.int64)[..., None], -1)[..., 0]
+
+
+def loss_of(model, tokens, targets, weights=1.0, noise=()):
+    """The weighted sum of a model's cross-entropies in nats, computed as the training step does."""
+    import main
+
+    hidden = model.model(tokens, noise=noise)  # [B, L, D]
+    return main.cross_entropy(hidden, model.head, targets, weights)
+
+
+@pytest.fixture
+def set_streams(monkeypatch):
+    """A function that sets how many streams share the rows of a batch, however small it is."""
+    from extras import fast
+
+    def set_streams(count):
+        monkeypatch.setattr(fast, "count_streams", lambda rows, context_size: min(rows, count))
+
+    return set_streams

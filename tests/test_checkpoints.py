@@ -8,37 +8,38 @@ import random
 import shutil
 import struct
 import time
-from types import SimpleNamespace
 
 import main
 import numpy as np
 import pytest
 from conftest import ROOT, Watched, flags, watch_files
-from datasets import RunError, UsageError, word_tokenizer
+from datasets import Dataset, RunError, UsageError, WordTokenizer
 from main import mx
 
 
 def make_run(name="test-000000", seed=1, **values):
-    """A small run that was never trained, and its flags."""
+    """A small run that was never trained."""
     given = flags(dim=16, num_heads=2, num_blocks=1, context_size=8, batch_size=2, **values)
-    tokenizer = word_tokenizer(None, ["a b c d\n" * 5])
+    tokenizer = WordTokenizer.train(["a b c d\n" * 5])
     config = main.Config(tokenizer.vocab_size, 8, 1, 16, 2, 2, "relu2", 64)
     model = main.LanguageModel(config)
     main.init_weights(model, seed)
     batches = main.Batches(np.arange(200, dtype=np.uint16) % 6, 8, 2, seed)
-    record = {
-        "format_version": main.FORMAT_VERSION, "run": name, "iteration": 0, "config": main.dataclasses.asdict(config),
-        "flags": {flag: getattr(given, flag) for flag in main.INHERITED}, "scores": [], "best": None,
-    }  # fmt: skip
+    about = {
+        "run": name,
+        "config": main.dataclasses.asdict(config),
+        "flags": {flag: getattr(given, flag) for flag in main.INHERITED},
+    }
+    dataset = Dataset("test", tokenizer, train=None, valid=None, test=None, sha256=None)
     optimizer = main.make_optimizer(model, given)
-    return SimpleNamespace(record=record, model=model, optimizer=optimizer, batches=batches, tokenizer=tokenizer)
+    return main.Run(name, given, dataset, model, optimizer, batches, about=about)
 
 
 def advance(run, steps=1):
-    step = main.make_step(run.model, run.optimizer, flags(), [mx.default_stream(mx.cpu)])
+    step = main.make_step(run.model, run.optimizer, flags())
     for _ in range(steps):
         mx.eval(step(*run.batches.next()), run.model.state, run.optimizer.state)
-        run.record["iteration"] += 1
+        run.iteration += 1
 
 
 def read_safetensors(path):
@@ -69,7 +70,7 @@ def test_name_is_the_sha1_of_the_bytes_and_content_is_whole(tmp_path):
     record = json.loads(metadata["record"])
     assert record["iteration"] == 3 and record["s"] == 6 and record["epoch"] == 0
     np.testing.assert_array_equal(state["perm"], run.batches.perm)
-    assert json.loads(metadata["tokenizer"]) == run.tokenizer.to_dict()
+    assert json.loads(metadata["tokenizer"]) == run.dataset.tokenizer.to_dict()
     assert sum(name.endswith(".m") for name in state) == len(main.tree_flatten(run.model.parameters()))
     data = (tmp_path / f"{id}.metadata").read_bytes()
     blanked = data.replace(metadata["sha1"].encode(), b"0" * 40)
@@ -85,7 +86,7 @@ def test_load_is_the_identity(tmp_path):
     advance(run, 40)  # past an epoch's end
     other = make_run()
     main.init_weights(other.model, 2)
-    main.load_run(tmp_path, main.list_checkpoints(tmp_path)[0], other)
+    other.restore(tmp_path, main.list_checkpoints(tmp_path)[0])
     advance(other, 40)
     mine, theirs = (dict(main.tree_flatten([r.model.state, r.optimizer.state])) for r in (run, other))
     assert all(mx.array_equal(mine.pop(name), value) for name, value in theirs.items()) and not mine
@@ -143,7 +144,7 @@ def test_killed_at_every_call_of_a_save(tmp_path):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             Faults(patch, at, Killed())
             main.save_checkpoint(folder, run)
-        main.clean_folder(folder)
+        main.remove_leftovers(folder)
         newest = main.list_checkpoints(folder)[0]["id"]
         assert main.find_damage(folder, newest) is None and newest in new | {old}
         assert len({path.stem for path in folder.iterdir()}) * 2 == len(list(folder.iterdir()))
@@ -162,7 +163,10 @@ def test_error_at_every_call_is_retried(tmp_path, monkeypatch, score_only, capsy
     for at in range(1, calls + 1):
         with pytest.MonkeyPatch.context() as patch:
             faults = Faults(patch, at, OSError(errno.ENOSPC, "No space left on device"))
-            assert main.save_checkpoint(tmp_path, run, id if score_only else None) == id
+            if score_only:
+                main.save_score(tmp_path, run)
+            else:
+                assert main.save_checkpoint(tmp_path, run) == id
         if faults.calls >= at:
             assert pauses.pop() == 1 and "No space left" in capsys.readouterr().out
         assert main.find_damage(tmp_path, id) is None
@@ -261,7 +265,7 @@ def test_files_of_others_are_left_alone(tmp_path, capsys):
         (tmp_path / name).write_bytes(content)
     for name in ("ptb-0a1b2c.metadata.new", "ptb-0a1b2c.safetensors.new", f"{'1' * 40}.metadata"):
         (tmp_path / name).write_bytes(b"left by a killed save")
-    main.clean_folder(tmp_path)
+    main.remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(foreign)
     assert main.list_checkpoints(tmp_path, warn=True) == []
     assert capsys.readouterr().err.count("Passing over") == 1
@@ -275,8 +279,8 @@ def test_prune_keeps_the_newest_the_best_and_other_runs(tmp_path):
         advance(run)
         saved.append(main.save_checkpoint(tmp_path, run))
         if i == 1:
-            run.record["best"] = {"id": saved[1], "iteration": 2, "nats": 1.0}
-    main.clean_folder(tmp_path, run, 2)
+            run.best = {"id": saved[1], "iteration": 2, "nats": 1.0}
+    main.prune(tmp_path, run.name, 2)
     assert {record["id"] for record in main.list_checkpoints(tmp_path)} == {saved[1], saved[4], saved[5], foreign}
     assert len(list(tmp_path.glob("*.metadata"))) == 4
 
@@ -287,13 +291,13 @@ def test_a_clock_set_back_does_not_hide_the_newest(tmp_path, monkeypatch):
         monkeypatch.setattr(time, "time", lambda clock=clock: clock)
         advance(run)
         saved.append(main.save_checkpoint(tmp_path, run))
-        main.clean_folder(tmp_path, run, 2)
+        main.prune(tmp_path, run.name, 2)
     assert [record["id"] for record in main.list_checkpoints(tmp_path)] == [saved[3], saved[2]]
 
 
 def test_a_flag_younger_than_the_checkpoint_has_its_default(tmp_path):
     run = make_run()
-    del run.record["flags"]["mlp"], run.record["flags"]["grad_clip"]
+    del run.about["flags"]["mlp"], run.about["flags"]["grad_clip"]
     id = main.save_checkpoint(tmp_path, run)
     assert choose(tmp_path, {"mlp": "relu2"})["id"] == id
     assert choose(tmp_path, {"mlp": "gelu"}, mlp="gelu") is None
@@ -307,8 +311,8 @@ def test_identifiers(tmp_path):
     for r in (run, other, run):
         advance(r)
         saved.append(main.save_checkpoint(tmp_path, r))
-    run.record["best"] = {"id": saved[0], "iteration": 1, "nats": 1.0}
-    main.save_checkpoint(tmp_path, run, saved[2])
+    run.best = {"id": saved[0], "iteration": 1, "nats": 1.0}
+    main.save_score(tmp_path, run)
     expected = {saved[1]: 1, saved[1][:6]: 1, "ptb-3d4e5f": 1, "ptb-0a1b2c": 2, "latest": 2, "best": 0}
     for identifier, i in expected.items():
         assert choose(tmp_path, identifier=identifier)["id"] == saved[i], identifier
@@ -345,6 +349,8 @@ def test_equal_run_in_training_is_refused_and_a_finished_one_taken_over(tmp_path
 
 def test_no_pickle_no_eval():
     """Nothing in a file can make the program run it."""
-    source = "".join((ROOT / name).read_text() for name in ("main.py", "model.py", "datasets.py"))
+    paths = [ROOT / "main.py", ROOT / "datasets.py", *sorted(ROOT.glob("extras/*.py"))]
+    assert len(paths) > 8
+    source = "".join(path.read_text() for path in paths)
     for forbidden in ("pickle", "eval(", "exec(", "np.load", "marshal", "__import__"):
         assert forbidden not in source.replace("mx.eval(", "").replace("_exec(", ""), forbidden

@@ -52,13 +52,13 @@ def test_defaults():
 
 
 def test_each_flag_is_its_attribute_and_in_one_group():
-    actions = [action for action in main.PARSER._actions if action.dest != "help"]
+    actions = [action for action in main.make_parser()._actions if action.dest != "help"]
     assert [action.option_strings[0] for action in actions] == [f"--{action.dest}" for action in actions]
-    grouped = [name for names in main.GROUPS.values() for name in names]
+    grouped = [name for names in main.FLAGS.values() for name in names]
     assert sorted(grouped) == sorted(DEFAULTS), "a flag is in no group or in two"
     assert all(action.help for action in actions)
     assert set(main.SHAPING) < set(main.INHERITED) < set(DEFAULTS)
-    assert not {"save_dir", "mirror", "gpu", *main.GROUPS["sampling"], *main.GROUPS["tools"]} & set(main.INHERITED)
+    assert not {"save_dir", "mirror", "gpu", *main.FLAGS["sampling"], *main.FLAGS["tools"]} & set(main.INHERITED)
 
 
 def test_help(tmp_path):
@@ -86,7 +86,7 @@ def flags_of(trained, monkeypatch, capsys):
     def call(*arguments):
         seen = []
         with monkeypatch.context() as patch:
-            patch.setattr(main, "train", lambda flags, dataset, checkpoint, *_: seen.append((flags, checkpoint)) or 0)
+            patch.setattr(main, "train_run", lambda flags, dataset, checkpoint, *_: seen.append((flags, checkpoint)) or 0)
             assert main.main([*map(str, arguments), "--save_dir", str(trained / "lm")]) == 0
         return *seen[0], capsys.readouterr().out
 
@@ -142,7 +142,7 @@ def test_config_file_flat_and_in_groups(flags_of, trained, tmp_path):
     assert flags_of("--config", other, "--text", trained / "text.txt")[0].learning_rate == 0.5
     own = tmp_path / "own.yaml"
     own.write_text("text: a.txt\nvalid_text: b.txt\ndim: 32\n")
-    assert main.read_line(["--config", str(own), "--dataset", "python"]) == {"config": str(own), "dataset": "python", "dim": 32}
+    assert main.read_command_line(["--config", str(own), "--dataset", "python"]) == {"config": str(own), "dataset": "python", "dim": 32}
     grouped = tmp_path / "grouped.yaml"
     grouped.write_text(
         f"run: {{text: [{trained / 'text.txt'}, {flat}], preset: tiny, new_model: true}}\n"

@@ -18,8 +18,8 @@ import pytest
 from conftest import ROOT, TINY, start, whole
 
 import datasets
-from datasets import UsageError, bpe_tokenizer, byte_tokenizer, char_tokenizer, read_documents, word_tokenizer
-from datasets import write_tokens
+from datasets import BPETokenizer, ByteTokenizer, CharTokenizer, UsageError, WordTokenizer
+from datasets import read_documents, write_tokens
 
 # Line 1 ends at its \n only: \x0c, \x85, \u2028 and CR separate words but end no line. Line 2 is blank.
 TEXT = "b a b\n\n a\x0cb \x85 é\u2028c\r\n<unk> x\n"
@@ -36,7 +36,7 @@ def random_text(generator, length):
 
 
 def test_word_ids():
-    tokenizer = word_tokenizer(None, [TEXT])
+    tokenizer = WordTokenizer.train([TEXT])
     # counts: <eos> 4, b 3, a 2, the others 1 each
     assert tokenizer.vocabulary == ["<eos>", "b", "a", "<unk>", "c", "x", "é"]
     assert (tokenizer.vocab_size, tokenizer.eos, tokenizer.unk) == (7, 0, 3)
@@ -52,7 +52,7 @@ def test_word_ids():
 )
 def test_word_prompts(text, tokens):
     """A prompt that does not end its line gets no <eos>, and a word out of vocabulary is <unk>."""
-    assert word_tokenizer(None, [TEXT]).encode(text).tolist() == tokens
+    assert WordTokenizer.train([TEXT]).encode(text).tolist() == tokens
 
 
 def test_word_agrees_with_a_line_reader():
@@ -60,7 +60,7 @@ def test_word_agrees_with_a_line_reader():
     pieces = ["aa", "b", "ü", "<unk>", " ", "\t", "\n", "\n", "\r", "\x0b", "\x0c", "\x1c", "\x85", "\xa0", "\u2028"]
     for _ in range(200):
         text = "".join(generator.choices(pieces, k=generator.randint(0, 40)))
-        tokenizer = word_tokenizer(None, [text])
+        tokenizer = WordTokenizer.train([text])
         words = []
         for line in io.StringIO(text, newline="\n"):  # splits at \n alone
             words += line.split() + ["<eos>"] * line.endswith("\n")
@@ -70,18 +70,18 @@ def test_word_agrees_with_a_line_reader():
 
 @pytest.mark.parametrize("documents", [[], [""], ["\n"], ["word"], ["<unk> <eos>\n"]])
 def test_word_specials_exist_once(documents):
-    words = word_tokenizer(None, documents).vocabulary
+    words = WordTokenizer.train(documents).vocabulary
     assert words.count("<eos>") == words.count("<unk>") == 1
 
 
 def test_word_unknown():
-    tokenizer = word_tokenizer(None, ["a b\n"])
+    tokenizer = WordTokenizer.train(["a b\n"])
     assert tokenizer.unknown("b nie a\nda <unk> \ud800") == ["nie", "da", "\ud800"]
     assert tokenizer.encode("\ud800 b").tolist() == [tokenizer.unk, tokenizer.vocabulary.index("b")]
 
 
 def test_char_ids():
-    tokenizer = char_tokenizer(None, ["bé\n", "ab"])
+    tokenizer = CharTokenizer.train(["bé\n", "ab"])
     assert tokenizer.vocabulary == "\nabé"
     assert (tokenizer.vocab_size, tokenizer.eos, tokenizer.unk) == (5, None, 4)
     assert tokenizer.encode("aéb\n").tolist() == [1, 3, 2, 0]
@@ -94,7 +94,7 @@ def test_char_ids():
 def test_char_round_trip():
     generator = random.Random(2)
     vocabulary = random_text(generator, 500)
-    tokenizer = char_tokenizer(None, [vocabulary[:200], vocabulary[200:]])
+    tokenizer = CharTokenizer.train([vocabulary[:200], vocabulary[200:]])
     for length in (0, 1, 10, 1000):
         text = "".join(generator.choices(vocabulary, k=length))
         tokens = tokenizer.encode(text)
@@ -105,12 +105,12 @@ def test_char_round_trip():
 @pytest.mark.parametrize("vocab_size, dtype", [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
 def test_ids_fit_their_type(vocab_size, dtype):
     characters = "".join(map(chr, range(0x10000, 0x10000 + vocab_size - 1)))
-    tokens = char_tokenizer(characters).encode(characters[-1] + "a")
+    tokens = CharTokenizer(characters).encode(characters[-1] + "a")
     assert tokens.dtype == dtype and tokens.tolist() == [vocab_size - 2, vocab_size - 1]
 
 
 def test_byte_round_trip():
-    generator, tokenizer = random.Random(3), byte_tokenizer(None, ["anything"])
+    generator, tokenizer = random.Random(3), ByteTokenizer.train(["anything"])
     assert (tokenizer.vocab_size, tokenizer.eos, tokenizer.unk) == (257, 256, None)
     for length in (0, 1, 10, 1000):
         text = random_text(generator, length)
@@ -124,7 +124,7 @@ def test_byte_round_trip():
 def test_byte_keeps_what_is_not_utf8():
     """The command line hands bytes that are not UTF-8 over as surrogates: they come out as the same bytes."""
     raw = bytes(range(256)) + random.Random(4).randbytes(1000)
-    assert bytes(byte_tokenizer().encode(raw.decode("utf-8", "surrogateescape")).tolist()) == raw
+    assert bytes(ByteTokenizer().encode(raw.decode("utf-8", "surrogateescape")).tolist()) == raw
 
 
 SAMPLES = [
@@ -142,7 +142,7 @@ SAMPLES = [
 
 @pytest.fixture(scope="module")
 def bpe():
-    return bpe_tokenizer(None, [TEXT * 3, "the quick brown fox — jümps over the lazy dogs 漢字\n" * 20], 320)
+    return BPETokenizer.train([TEXT * 3, "the quick brown fox — jümps over the lazy dogs 漢字\n" * 20], 320)
 
 
 def test_bpe_round_trip(bpe):
@@ -157,23 +157,30 @@ def test_bpe_round_trip(bpe):
     assert bpe.decode(bpe.encode("a\udcffb")) == "a\ufffdb"  # what UTF-8 cannot hold
 
 
-def test_bpe_of_a_batch(bpe):
-    batch = bpe.encode_batch(SAMPLES)
-    assert all(np.array_equal(ids, bpe.encode(text)) for ids, text in zip(batch, SAMPLES))
+@pytest.mark.parametrize("kind", ["byte", "char", "word", "bpe"])
+def test_a_batch_has_the_ids_of_its_texts(kind, bpe):
+    tokenizer = bpe if kind == "bpe" else datasets.TOKENIZERS[kind].train([TEXT])
+    batch = list(tokenizer.encode_batch(SAMPLES))
+    assert len(batch) == len(SAMPLES)
+    for ids, text in zip(batch, SAMPLES):
+        expected = tokenizer.encode(text)
+        assert np.array_equal(ids, expected) and ids.dtype == expected.dtype
 
 
 def test_bpe_has_all_bytes_and_at_most_the_size_asked_for():
-    tiny = bpe_tokenizer(None, ["ab ab"], 32000)
+    tiny = BPETokenizer.train(["ab ab"], 32000)
     assert 257 <= tiny.vocab_size < 270 and tiny.decode(tiny.encode("😀 ab")) == "😀 ab"
-    assert bpe_tokenizer(None, ["ab ab"], 257).vocab_size == 257
+    assert BPETokenizer.train(["ab ab"], 257).vocab_size == 257
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "word", "bpe", "gpt2"])
 def test_tokenizers_survive_json(kind, bpe):
     text = TEXT + random_text(random.Random(5), 300)
-    cls = datasets.TOKENIZERS[kind]
-    tokenizer = cls(bpe.vocabulary) if kind == "gpt2" else cls(None, [text], 300)
-    assert tokenizer.kind == kind
+    if kind == "gpt2":
+        tokenizer = BPETokenizer(bpe.vocabulary, kind)
+    else:
+        tokenizer = datasets.TOKENIZERS[kind].train([text], 300)
+    assert tokenizer.kind == kind and type(tokenizer) is datasets.TOKENIZERS[kind]
     loaded = datasets.tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
     assert type(loaded) is type(tokenizer)
     assert loaded.to_dict() == tokenizer.to_dict()
@@ -189,10 +196,10 @@ def test_tokenizers_survive_json(kind, bpe):
 def test_ids_do_not_depend_on_the_hash_seed():
     program = """
 import json
-from datasets import bpe_tokenizer, char_tokenizer, word_tokenizer
+from datasets import BPETokenizer, CharTokenizer, WordTokenizer
 text = "".join(f"w{i * 7919 % 1000}{chr(0x4E00 + i * 7919 % 1000)} " for i in range(1000)) + "\\n"
-bpe = bpe_tokenizer(None, [text[:3000], text[3000:]], 700)
-tokenizers = [word_tokenizer(None, [text]), char_tokenizer(None, [text]), bpe]
+bpe = BPETokenizer.train([text[:3000], text[3000:]], 700)
+tokenizers = [WordTokenizer.train([text]), CharTokenizer.train([text]), bpe]
 print(json.dumps([[t.to_dict(), t.encode(text).tolist()] for t in tokenizers]))
 """
     # All 1,000 words are equally frequent, so an order that a set or dict lent would show.
@@ -227,19 +234,62 @@ def test_training_does_not_hold_the_texts(kind):
             yield Text(f"text {i}\n")
             most.append(Text.alive)
 
-    datasets.TOKENIZERS[kind](None, texts())
+    datasets.TOKENIZERS[kind].train(texts())
     assert max(most) <= 3
 
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UsageError, match="pip install tokenizers"):
-        bpe_tokenizer(None, ["a"])
+        BPETokenizer.train(["a"])
 
 
 def test_mlx_is_not_imported():
     code = "import sys, datasets; datasets.load_dataset; sys.exit('mlx' in sys.modules or 'tokenizers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ---- Extras ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_extra_that_is_missing():
+    with pytest.raises(UsageError, match="^extras/nothing.py is missing: copy .*$"):
+        datasets.extra("nothing")
+
+
+@pytest.mark.parametrize("others", ["nothing", "a module", "a package", "a namespace"])
+def test_the_folder_of_extras_is_missing(tmp_path, others):
+    """Also where a package of that name from elsewhere is installed."""
+    (tmp_path / "alone").mkdir()
+    shutil.copy(ROOT / "datasets.py", tmp_path / "alone")
+    folder = tmp_path / "elsewhere" / "extras"
+    if others == "a module":
+        folder.parent.mkdir()
+        folder.with_suffix(".py").write_text("")
+    elif others != "nothing":
+        folder.mkdir(parents=True)
+        if others == "a package":
+            (folder / "__init__.py").write_text("")
+    code = "import datasets; datasets.extra('collect')"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "elsewhere")}
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "alone", env=environment, capture_output=True, text=True
+    )
+    assert "UsageError: extras/collect.py is missing: copy" in process.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("missing", ["nowhere", "extras_of_others"])
+def test_a_package_that_an_extra_lacks(tmp_path, missing, monkeypatch):
+    (tmp_path / "extras").mkdir()
+    (tmp_path / "extras" / "__init__.py").write_text("")
+    (tmp_path / "extras" / "needy.py").write_text(f"import {missing}\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "extras"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match=missing):
+        datasets.extra("needy")
+    for name in ("extras", "extras.needy"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 # ---- Streams of documents -------------------------------------------------------------------------------------------
@@ -263,7 +313,7 @@ def encoded(folder, documents, tokenizer):
 
 
 def test_byte_documents_are_separated(tmp_path):
-    tokens, known = encoded(tmp_path, ["hé\n", "", "a b"], byte_tokenizer())
+    tokens, known = encoded(tmp_path, ["hé\n", "", "a b"], ByteTokenizer())
     assert tokens == [104, 0xC3, 0xA9, 10, 256, 97, 32, 98]  # no document, no separator
     assert (known["num_bytes"], known["num_words"]) == (7, 4)  # words hé, a, b and one line end
 
@@ -275,7 +325,7 @@ def test_bpe_documents_are_separated(tmp_path, bpe):
 
 
 def test_word_documents_end_their_line(tmp_path):
-    tokenizer = word_tokenizer(None, ["a a b"])
+    tokenizer = WordTokenizer.train(["a a b"])
     assert tokenizer.vocabulary == ["a", "b", "<eos>", "<unk>"]
     tokens, known = encoded(tmp_path, ["a b", "b\n", "\na é"], tokenizer)
     assert tokens == [0, 1, 2, 1, 2, 2, 0, 3, 2]
@@ -283,11 +333,11 @@ def test_word_documents_end_their_line(tmp_path):
 
 
 def test_char_documents_follow_each_other(tmp_path):
-    tokens, known = encoded(tmp_path, ["ab", "ba"], char_tokenizer("ab"))
+    tokens, known = encoded(tmp_path, ["ab", "ba"], CharTokenizer("ab"))
     assert tokens == [0, 1, 1, 0] and (known["num_bytes"], known["num_words"]) == (4, 2)
 
 
-@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), char_tokenizer("ab"), word_tokenizer(None, ["a"])])
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer("ab"), WordTokenizer.train(["a"])])
 @pytest.mark.parametrize("documents", [[], [""], ["", ""]])
 def test_no_documents(tmp_path, tokenizer, documents):
     tokens, known = encoded(tmp_path, documents, tokenizer)
@@ -316,7 +366,7 @@ def awkward():
 
 
 def tokenizer_of(kind, texts):
-    return bpe_tokenizer(None, texts, 400) if kind == "bpe" else datasets.TOKENIZERS[kind](None, texts)
+    return datasets.TOKENIZERS[kind].train(texts, 400)
 
 
 def streamed(path, tokenizer, size):
@@ -379,7 +429,7 @@ def test_counts_of_words_and_bytes(tmp_path, kind, awkward, monkeypatch):
 
 def test_words_of_all_white_space_are_counted(tmp_path):
     text = "one\xa0two\u2028three\u3000four\x1cfive\x85six\n"
-    tokens, known = encoded(tmp_path, [text], word_tokenizer(None, [text]))
+    tokens, known = encoded(tmp_path, [text], WordTokenizer.train([text]))
     assert len(tokens) == known["num_words"] == len(text.split()) + 1
 
 

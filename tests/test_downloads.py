@@ -22,7 +22,7 @@ import requests
 from conftest import ROOT
 
 import datasets
-from datasets import File, RunError, bpe_tokenizer
+from datasets import BPETokenizer, File, RunError
 
 CONTENT = b"".join(b"line %d of the file\n" % i for i in range(2000))
 BIG = random.Random(0).randbytes(3 << 20)
@@ -442,9 +442,8 @@ def test_ptb_from_an_address(server, monkeypatch, tmp_path):
         name = f"ptb.{split}.txt"
         server.files[name] = content
         monkeypatch.setitem(datasets.FILES, name, file_at(name=name, content=content)[1:3])
-    tokenizer, _, *texts = datasets.CORPORA["ptb"]
     addresses = [f"{server.base}/moved/", f"{server.base}/good/"]
-    monkeypatch.setitem(datasets.CORPORA, "ptb", (tokenizer, addresses, *texts))
+    monkeypatch.setitem(datasets.CORPORA, "ptb", datasets.CORPORA["ptb"]._replace(addresses=addresses))
     assert len(datasets.load_dataset("ptb", tmp_path, say=quiet).train.tokens) == 12
     server.seen.clear()
     datasets.load_dataset("ptb", tmp_path / "other", tokenizer="byte", mirror=f"{server.base}/good", say=quiet)
@@ -509,7 +508,7 @@ STORIES = [f"Once upon a time, girl {i} saw a café.\n\nShe said “hi”.{' The
 @pytest.mark.parametrize("dataset, name", [("tinystories", "TinyStories"), ("tinystoriesv2", "TinyStoriesV2-GPT4")])
 @pytest.mark.parametrize("layout", ["{}\n" + MARKER + "\n", "{}\n\n" + MARKER + "\n", "\n{}\n" + MARKER])
 def test_tinystories(mirror, tmp_path, dataset, name, layout):
-    tokenizer = bpe_tokenizer(None, STORIES, 400)
+    tokenizer = BPETokenizer.train(STORIES, 400)
     base = mirror("gpt2", "tokenizer.json", tokenizer.vocabulary.encode())
     mirror(dataset, f"{name}-train.txt", "".join(map(layout.format, STORIES[:19])).encode())
     valid = [layout.format(story).encode() for story in STORIES[19:]]
@@ -562,10 +561,10 @@ def test_python_by_characters(modules, tmp_path):
 
 
 def test_real_files_are_described_in_full():
-    rows = [(addresses, texts) for _, addresses, texts, *_ in (row for row in datasets.CORPORA.values() if row[1:])]
-    needed = [place.partition("/")[0] for _, texts in rows for place in texts]
+    corpora = [corpus for name, corpus in datasets.CORPORA.items() if name not in ("python", "text")]
+    needed = [text.file for corpus in corpora for text in corpus.texts]
     assert {*needed, "tokenizer.json"} == set(datasets.FILES)
-    for addresses in [addresses for addresses, _ in rows] + [datasets.GPT2]:
+    for addresses in [corpus.addresses for corpus in corpora] + [datasets.GPT2]:
         assert len(addresses) >= 2 and all(address.startswith("https://") for address in addresses)
         assert any(address.endswith("/") for address in addresses)
     assert all(size > 0 and len(bytes.fromhex(sha256)) == 32 for size, sha256 in datasets.FILES.values())

@@ -8,10 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import whole
-from datasets import Split, byte_tokenizer, word_tokenizer, write_tokens
+from conftest import loss_of, nats_of, whole
+from datasets import ByteTokenizer, Split, WordTokenizer, write_tokens
 from mlx.utils import tree_flatten, tree_unflatten
-from model import trained_head_loss
 
 
 def make_model(**values):
@@ -32,64 +31,15 @@ def arrays(tree):
     return {name: np.array(weight, np.float64) for name, weight in tree_flatten(tree)}
 
 
-def nats_of(logits, targets):
-    """Cross-entropy of each position in float64: logits [..., V], targets [...]."""
-    logits = np.array(logits, np.float64)
-    largest = logits.max(-1, keepdims=True)
-    totals = np.log(np.exp(logits - largest).sum(-1)) + largest[..., 0]
-    return totals - np.take_along_axis(logits, np.asarray(targets, np.int64)[..., None], -1)[..., 0]
-
-
-def test_loss_sum_is_a_masked_sum():
+def test_cross_entropy_is_a_masked_sum():
     model, random = make_model(), np.random.default_rng(1)
     tokens, targets = random.integers(13, size=(2, 3, 8))
     mask = random.integers(2, size=(3, 8))
     nats = nats_of(model(mx.array(tokens)), targets)
     given = mx.array(tokens), mx.array(targets)
-    assert main.loss_sum(model, *given).item() == pytest.approx(nats.sum(), rel=1e-5)
-    assert main.loss_sum(model, *given, weights=mx.array(mask)).item() == pytest.approx((nats * mask).sum(), rel=1e-5)
-    assert main.loss_sum(model, *given, weights=1 / 24).item() == pytest.approx(nats.mean(), rel=1e-5)
-
-
-def head_in_numpy(hidden, head, targets, weights):
-    hidden, head, weights = (np.array(array, np.float64) for array in (hidden, head, weights))
-    logits = hidden @ head.T
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
-    gradient = powers / powers.sum(-1, keepdims=True)
-    gradient[np.arange(len(targets)), targets] -= 1
-    gradient *= weights[:, None]
-    return (nats_of(logits, targets) * weights).sum(), gradient @ head, gradient.T @ hidden
-
-
-@pytest.mark.parametrize("rows, vocab_size", [(50, 13), (129, 70_000), (300, 70_000)], ids=["one", "two", "three chunks"])
-def test_the_loss_in_chunks_and_its_gradients(rows, vocab_size):
-    random = np.random.default_rng(5)
-    hidden = random.normal(size=(rows, 6)).astype(np.float32)
-    head = random.normal(0, 3, (vocab_size, 6)).astype(np.float32)  # sharp distributions, answers far down
-    targets, weights = random.integers(vocab_size, size=rows), random.uniform(0, 1, rows).astype(np.float32)
-
-    def loss(hidden, head):
-        return 0.5 * trained_head_loss(hidden, head, mx.array(targets), mx.array(weights))[0]
-
-    value, gradients = mx.value_and_grad(loss, argnums=(0, 1))(mx.array(hidden), mx.array(head))
-    expected = head_in_numpy(hidden, head, targets, weights)
-    assert value.item() == pytest.approx(0.5 * expected[0], rel=1e-5)
-    for gradient, right in zip(gradients, expected[1:]):
-        np.testing.assert_allclose(np.array(gradient), 0.5 * right, rtol=1e-3, atol=3e-4)  # sums of 70,000
-
-
-def test_the_memory_of_a_large_vocabulary():
-    """WikiText-103's words at batch 32 x 48: weights, twice their gradient and four chunks of logits; all of the logits
-    are twelve chunks."""
-    rows, vocab_size, dim = 32 * 48, 267_735, 32
-    head, hidden = mx.random.normal((vocab_size, dim)), mx.random.normal((rows, dim))
-    targets, weights = mx.random.randint(0, vocab_size, (rows,)), mx.full(rows, 1 / rows)
-    mx.eval(head, hidden, targets, weights)
-    step = mx.compile(mx.value_and_grad(lambda *arrays: trained_head_loss(*arrays, targets, weights)[0], argnums=(0, 1)))
-    before = mx.get_active_memory() - head.nbytes
-    mx.reset_peak_memory()
-    mx.eval(step(hidden, head))
-    assert mx.get_peak_memory() - before < 3 * head.nbytes + 4 * 128 * vocab_size * 4
+    assert loss_of(model, *given).item() == pytest.approx(nats.sum(), rel=1e-5)
+    assert loss_of(model, *given, weights=mx.array(mask)).item() == pytest.approx((nats * mask).sum(), rel=1e-5)
+    assert loss_of(model, *given, weights=1 / 24).item() == pytest.approx(nats.mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("mlp, rate", [("relu2", 0.0), ("swiglu", 0.0), ("gelu", 0.0), ("swiglu", 0.3)])
@@ -99,7 +49,7 @@ def test_gradient_equals_finite_differences(mlp, rate):
     keys = mx.array(random.integers(0, 2**32, (2, 2), np.uint32))
     noise = (mx.full(2, rate), keys) if rate else ()
     mask = mx.array(random.uniform(0.1, 1, (2, 8)).astype(np.float32))
-    _, gradients = nn.value_and_grad(model, main.loss_sum)(model, tokens, targets, mask, noise)
+    _, gradients = nn.value_and_grad(model, loss_of)(model, tokens, targets, mask, noise)
     weights, gradients = arrays(model.parameters()), arrays(gradients)
     assert weights.keys() == gradients.keys()
 
@@ -163,21 +113,25 @@ class Later:
         self.questions -= 1
         return 2 if self.questions < 0 else None
 
+    @received.setter
+    def received(self, number):
+        """Other ranks' signals are noted here."""
+
 
 def test_an_interrupted_evaluation_has_no_score():
     model, tokens = make_model(), np.random.default_rng(4).integers(13, size=100)  # 13 windows
     score = main.evaluate(model, tokens, 2)
-    assert main.evaluate(model, tokens, 2, SimpleNamespace(received=2)) is None
-    assert main.evaluate(model, tokens, 2, Later(3)) is None
-    assert main.evaluate(model, tokens, 2, SimpleNamespace(received=None)) == score
-    assert main.evaluate(model, tokens, 2, Later(7)) == score
+    assert main.evaluate(model, tokens, 2, interrupts=SimpleNamespace(received=2)) is None
+    assert main.evaluate(model, tokens, 2, interrupts=Later(3)) is None
+    assert main.evaluate(model, tokens, 2, interrupts=SimpleNamespace(received=None)) == score
+    assert main.evaluate(model, tokens, 2, interrupts=Later(7)) == score
 
 
 # The line that tells a score
 
 
 def test_describe_score_by_hand():
-    tokenizer = word_tokenizer(["<eos>", "<unk>", "a", "b"])
+    tokenizer = WordTokenizer(["<eos>", "<unk>", "a", "b"])
     split = Split(np.array([2, 3, 1, 0, 2, 1, 3, 0], np.uint16), num_bytes=20, num_words=4, num_unk=2)
     # 8 tokens of ln 2 nats are 8 bits: 8 / 20 a byte, 8 / 4 a word; 2 tokens of 8 are <unk>
     assert main.describe_score("valid", math.log(2), split, tokenizer) == (
@@ -199,7 +153,7 @@ def split_of(text, tokenizer, folder):
 
 def test_describe_score_of_bytes(tmp_path):
     """Byte by byte, bits per byte is nats / ln 2, and there is no <unk>; words are counted in the text."""
-    tokenizer = byte_tokenizer()
+    tokenizer = ByteTokenizer()
     split = split_of("to be or\nnot é\n", tokenizer, tmp_path)  # 16 bytes; 5 words and 2 line ends
     assert main.describe_score("valid", 7 / 16 * math.log(8), split, tokenizer) == (
         "valid 0.9098 nats, perplexity 2.48 a token, 8.00 a word, 1.3125 bits per byte"
@@ -208,11 +162,11 @@ def test_describe_score_of_bytes(tmp_path):
 
 def test_describe_score_a_word_is_a_token_of_the_word_tokenizer(tmp_path):
     text = "to be or\nnot to be\n"
-    tokenizer = word_tokenizer(None, [text])
+    tokenizer = WordTokenizer.train([text])
     line = main.describe_score("valid", 1.0, split_of(text, tokenizer, tmp_path), tokenizer)
     assert "perplexity 2.72 a token, 2.72 a word" in line and line.endswith("0.00% <unk>")
 
 
 def test_describe_score_of_a_diverged_model_does_not_overflow():
     split = Split(np.zeros(8, np.uint16), num_bytes=8, num_words=1, num_unk=0)
-    assert main.describe_score("valid", 1e6, split, byte_tokenizer()).startswith("valid 1000000.0000 nats")
+    assert main.describe_score("valid", 1e6, split, ByteTokenizer()).startswith("valid 1000000.0000 nats")

@@ -145,8 +145,8 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--valid_fraction 0.9", "--valid_fraction", "at least 0.001 and at most 0.5"),
     ("--repetition_penalty 0", "--repetition_penalty", "at least 0.01"),
     ("--vocab_size 10 --tokenizer bpe", "--vocab_size", "at least 257"),
-    *((f"--{flag.dest} nonsense", f"--{flag.dest}", choice) for flag in main.PARSER._actions
-      for choice in flag.choices or [] if not flag.type),
+    *((f"--{name} nonsense", f"--{name}", choice) for rows in main.FLAGS.values() for name, (_, options) in rows.items()
+      for choice in options.get("choices", []) if "type" not in options),
     ("--dataset shakespeare", "'shakespeare'", "tinyshakespeare"),
     ("--quantize 3", "3", "8"),
     # Values that do not fit each other

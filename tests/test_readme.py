@@ -97,7 +97,7 @@ def test_configuration(block, tmp_path):
     path = tmp_path / "flags.yaml"
     path.write_text(block)
     arguments = main.read_config(str(path), {})
-    names = set(re.findall(r"(\w+): ", re.sub("#.*", "", block).replace("\n", " "))) - main.GROUPS.keys()
+    names = set(re.findall(r"(\w+): ", re.sub("#.*", "", block).replace("\n", " "))) - main.FLAGS.keys()
     assert arguments.keys() == names
     flags = main.resolve(argparse.Namespace(**main.DEFAULTS | arguments))
     assert main.make_config(flags, vocab_size=10000).dim == flags.dim
@@ -106,8 +106,8 @@ def test_configuration(block, tmp_path):
 def flag_table():
     """A table for each group of the parser: what --help says, without the defaults that stand for no value."""
     text = ""
-    actions = {action.dest: action for action in main.PARSER._actions}
-    for group, names in main.GROUPS.items():
+    actions = {action.dest: action for action in main.make_parser()._actions}
+    for group, names in main.FLAGS.items():
         text += f"\n| {group} | default | |\n|---|---|---|\n"
         for name in names:
             help, _, default = actions[name].help.partition(" (default: ")

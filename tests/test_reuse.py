@@ -1,35 +1,18 @@
-"""Weights that travel: export and import, LoRA, quantization, distillation, and a head of one's own."""
+"""Weights that travel: a run that begins with another's, LoRA, distillation."""
 
-import json
 import re
 import shutil
-import subprocess
-import sys
 
 import main
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, flags, ids, run
-from datasets import UsageError, bpe_tokenizer, byte_tokenizer, char_tokenizer, word_tokenizer
+from datasets import ByteTokenizer
 from mlx.utils import tree_flatten, tree_unflatten
-from model import head_loss, tokenizer_json, trained_head_loss
+from model import head_loss, trained_head_loss
 
-TEXT = "the cat <unk> sat\non the  mat — né 😀\n\nx\x1cy\t\u3000z\r\n"
-TOKENIZERS = {
-    "byte": byte_tokenizer(), "char": char_tokenizer(None, [TEXT]), "word": word_tokenizer(None, [TEXT]),
-    "bpe": bpe_tokenizer(None, [TEXT] * 20, 300),
-}  # fmt: skip
-SHAPES = {  # all pairs of swiglu with and without qk_norm, heads, tied or not, tokenizer
-    "llama-byte": dict(num_kv_heads=4, tokenizer="byte"),
-    "llama-gqa-untied-char": dict(num_kv_heads=2, untie=True, tokenizer="char"),
-    "qwen-gqa-byte": dict(num_kv_heads=2, qk_norm=True, tokenizer="byte"),
-    "qwen-untied-char": dict(num_kv_heads=4, qk_norm=True, untie=True, tokenizer="char"),
-    "llama-mqa-word": dict(num_kv_heads=1, tokenizer="word"),
-    "qwen-mqa-untied-word": dict(num_kv_heads=1, qk_norm=True, untie=True, tokenizer="word"),
-    "llama-untied-bpe": dict(num_kv_heads=4, untie=True, tokenizer="bpe"),
-    "qwen-gqa-bpe": dict(num_kv_heads=2, qk_norm=True, tokenizer="bpe"),
-}
+from extras.huggingface import export_model
 
 
 def make_model(vocab_size=257, seed=0, dim=64, **values):
@@ -43,133 +26,6 @@ def make_model(vocab_size=257, seed=0, dim=64, **values):
 
 def logits_of(model, tokens):
     return np.array(model(mx.array([list(tokens)]))[0])
-
-
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_tokenizer_json_gives_the_same_ids(kind):
-    from tokenizers import Tokenizer
-
-    tokenizer = TOKENIZERS[kind]
-    theirs = Tokenizer.from_str(tokenizer_json(tokenizer)[0])
-    assert theirs.get_vocab_size() == tokenizer.vocab_size
-    for text in (TEXT, "", "\n", "a", " a  zebra\n\n<eos> \x1d the<unk>cat ", "".join(map(chr, range(1, 0x250)))):
-        tokens = tokenizer.encode(text).tolist()
-        assert theirs.encode(text, add_special_tokens=False).ids == tokens
-        if kind in ("byte", "bpe"):
-            assert theirs.decode(tokens, skip_special_tokens=False) == text
-    if kind == "word":
-        assert theirs.decode(tokenizer.encode("the cat\nsat x").tolist(), skip_special_tokens=False) == "the cat\nsat x"
-
-
-LOAD = """
-import json, sys
-import mlx.core as mx, numpy as np
-from mlx_lm import load
-mx.set_default_device(mx.cpu)
-text, results = open(sys.argv[1], newline="").read(), {}
-for name in sys.argv[2:]:
-    model, tokenizer = load(name)
-    ids = tokenizer.encode(text)
-    logits = model(mx.array([ids[:32]])).astype(mx.float32)
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "the cat"}])
-    results[name] = [ids, np.array(logits)[0].tolist(), tokenizer.eos_token_id, tokenizer.decode(chat)]
-json.dump(results, open("results.json", "w"))
-"""
-
-
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory):
-    """Exported models by name, and what mlx_lm, in a process of its own, makes of their folders."""
-    folder, models = tmp_path_factory.mktemp("exported"), {}
-    for name, shape in SHAPES.items():
-        shape = dict(shape)
-        tokenizer = TOKENIZERS[shape.pop("tokenizer")]
-        models[name] = make_model(tokenizer.vocab_size, **shape), tokenizer
-        main.export_model(*models[name], folder / name, None)
-    model = make_model(dim=128, seed=3)
-    main.export_model(model, TOKENIZERS["byte"], folder / "quantized", 4)  # which packs it
-    models["quantized"] = model, TOKENIZERS["byte"]
-    (folder / "text.txt").write_text(TEXT, newline="")
-    (folder / "load.py").write_text(LOAD)
-    command = [sys.executable, "load.py", "text.txt", *models]
-    process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return folder, models, json.loads((folder / "results.json").read_text())
-
-
-@pytest.mark.parametrize("name", [*SHAPES, "quantized"])
-def test_mlx_lm_loads_what_is_exported(exported, name):
-    _, models, results = exported
-    model, tokenizer = models[name]
-    tokens, logits, eos, chat = results[name]
-    assert tokens == tokenizer.encode(TEXT).tolist() and eos == tokenizer.eos
-    np.testing.assert_allclose(logits, logits_of(model, tokens[:32]), rtol=0, atol=1e-4)
-    assert chat == "the cat"
-
-
-@pytest.mark.parametrize("name", [name for name in SHAPES if "char" not in name])
-def test_import_is_the_inverse_of_export(exported, name):
-    folder, models, _ = exported
-    model, tokenizer = models[name]
-    found, its, id = main.open_model(folder, str(folder / name), "--init_from")
-    assert found.config == model.config and id == main.sha1_of(folder / name / "model.safetensors")
-    assert its.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist() and its.eos == tokenizer.eos
-    tokens = [i % model.config.vocab_size for i in range(20)]
-    np.testing.assert_array_equal(logits_of(found, tokens), logits_of(model, tokens))
-
-
-def test_import_of_shards_in_bfloat16_with_heads_of_their_own(tmp_path):
-    """Qwen3's smaller models have heads whose dimensions do not sum to the model's."""
-    model = make_model(qk_norm=True, head_dim=32, norm_eps=1e-6, rope_theta=1e6)
-    main.export_model(model, TOKENIZERS["byte"], tmp_path, None)
-    weights = {name: weight.astype(mx.bfloat16) for name, weight in mx.load(str(tmp_path / "model.safetensors")).items()}
-    (tmp_path / "model.safetensors").unlink()
-    for i in range(2):
-        shard = {name: weight for j, (name, weight) in enumerate(sorted(weights.items())) if j % 2 == i}
-        mx.save_safetensors(str(tmp_path / f"model-{i + 1:05d}-of-00002.safetensors"), shard, {"format": "pt"})
-    found, _, _ = main.open_model(tmp_path, str(tmp_path), "--init_from")
-    assert found.config == model.config and found.config.head_dim == 32
-    for name, weight in tree_flatten(found.parameters()):
-        assert weight.dtype == mx.float32 and mx.array_equal(weight, weights[name].astype(mx.float32))
-
-
-def change(folder, **values):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-@pytest.mark.parametrize("damage, words", [
-    (lambda folder: (folder / "config.json").unlink(), "config.json"),
-    (lambda folder: (folder / "config.json").write_text("{"), "Expecting"),
-    (lambda folder: change(folder, model_type="gpt2"), "model_type gpt2"),
-    (lambda folder: change(folder, attention_bias=True), "attention_bias"),
-    (lambda folder: change(folder, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope yarn"),
-    (lambda folder: change(folder, rope_parameters=None, rope_scaling={"type": "linear"}), "rope linear"),
-    (lambda folder: change(folder, quantization={"bits": 4}), "quantization"),
-    (lambda folder: change(folder, quantization_config={"bits": 4}), "quantization_config"),
-    (lambda folder: change(folder, hidden_act="gelu"), "hidden_act gelu"),
-    (lambda folder: change(folder, max_position_embeddings=None), "max_position_embeddings"),
-    (lambda folder: change(folder, num_hidden_layers=3), "layers.2"),
-    (lambda folder: change(folder, intermediate_size=96), "gate_proj"),
-    (lambda folder: change(folder, hidden_size=None), "holds no"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "Missing"),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"damaged"), "holds no"),
-    (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
-    (lambda folder: (folder / "tokenizer.json").write_text("{}"), "holds no"),
-])  # fmt: skip
-def test_folders_that_cannot_be_imported(tmp_path, damage, words):
-    main.export_model(make_model(), TOKENIZERS["byte"], tmp_path, None)
-    damage(tmp_path)
-    with pytest.raises(UsageError) as error:
-        main.open_model(tmp_path, str(tmp_path), "--init_from")
-    assert words in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("shape, blame", [(dict(mlp="gelu"), "--mlp gelu"), (dict(mlp="relu2", qk_norm=True), "--qk_norm")])
-def test_no_counterpart(tmp_path, shape, blame):
-    with pytest.raises(UsageError, match=blame):
-        main.export_model(make_model(**shape), TOKENIZERS["byte"], tmp_path / "out", None)
-    assert not (tmp_path / "out").exists()
 
 
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
@@ -235,7 +91,7 @@ def test_lora_run(base, text, tmp_path):
 @pytest.mark.parametrize("options", [[], ["--lora_rank", 2]], ids=["all", "lora"])
 def test_a_base_with_more_rows_than_ids(tmp_path, text, options):
     """As Qwen3's, padded for speed: its shape stays, in every leg."""
-    main.export_model(make_model(257 + 24), TOKENIZERS["byte"], tmp_path / "hf", None)
+    export_model(make_model(257 + 24), ByteTokenizer(), tmp_path / "hf", None)
     line = ["--text", text, "--init_from", tmp_path / "hf", *options, "--max_tokens", 8, "--save_dir", tmp_path / "lm"]
     run(*line, "--num_iters", 2)
     out, _ = run(*line, "--num_iters", 4)
@@ -261,7 +117,7 @@ def test_a_base_that_is_missing_or_changed(base, text, tmp_path):
     resumed = ["--text", text, "--save_dir", folder, "--num_iters", 40]
     model, tokenizer, _ = main.open_model(folder, str(tmp_path / "hf"), "")
     model.update(tree_unflatten([("model.norm.weight", model.model.norm.weight * 2)]))
-    main.export_model(model, tokenizer, tmp_path / "hf", None)
+    export_model(model, tokenizer, tmp_path / "hf", None)
     for line in (resumed, ["--prompt", "line", "--save_dir", folder]):
         assert "as it was" in run(*line, status=1)[1].splitlines()[-1]
     shutil.rmtree(tmp_path / "hf")
@@ -295,56 +151,12 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     (["--lora_rank", 4], "--lora_rank goes with --init_from"),
     (["--lora_alpha", 4], "--lora_alpha goes with --lora_rank"),
     (["--teacher", "zzz"], "--teacher 'zzz' matches no checkpoint"),
-    (["--export", "/proc/none"], "cannot write to --export"),
-    (["--export", "/tmp/x", "--prompt", "x"], "exclude each other"),
-    (["--prompt", "x", "--quantize", 4], "--quantize 4 needs a model in which 32 divides"),
-    (["--prompt", "x", "--quantize", 3], "invalid choice: 3"),
-    (["--quantize", 4], "--quantize goes with --prompt"),
 ])  # fmt: skip
 def test_mistakes(base, text, typed, words):
     folder, _ = base
-    line = [*typed, "--save_dir", folder]
-    line += [] if {"--export", "--prompt"} & set(typed) else ["--text", text, "--num_iters", 1, "--new_model"]
+    line = [*typed, "--save_dir", folder, "--text", text, "--num_iters", 1, "--new_model"]
     err = run(*line, status=2)[1]
     assert words in err.splitlines()[-1] and "Traceback" not in err
-
-
-# ---- Quantization ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("dim, group", [(128, 64), (96, 32)])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_weights(dim, group, bits, capsys):
-    """In each group there are at most 2^bits values, evenly spaced, and each weight is at the next of them or nearly so."""
-    model, plain = make_model(dim=dim), make_model(dim=dim)
-    assert main.quantize(model, bits, packed=False) == group
-    for (name, weight), (_, before) in zip(tree_flatten(model.parameters()), tree_flatten(plain.parameters())):
-        weight, before = np.array(weight), np.array(before)
-        if weight.ndim == 1:
-            np.testing.assert_array_equal(weight, before)
-            continue
-        for mine, theirs in zip(weight.reshape(-1, group)[:50], before.reshape(-1, group)):
-            values = np.unique(mine)
-            step = np.ptp(theirs) / (2**bits - 1)
-            assert len(values) <= 2**bits and np.abs(mine - theirs).max() < 1.1 * step
-            if bits == 4:  # of 8 bits, neighbours may both be missing
-                np.testing.assert_allclose(np.diff(values) / np.diff(values).min() % 1 % 0.999, 0, atol=0.01)
-    packed = make_model(dim=dim)
-    main.quantize(packed, bits, packed=True)
-    tokens = list(range(20))
-    np.testing.assert_allclose(logits_of(packed, tokens), logits_of(model, tokens), rtol=0, atol=1e-4)
-    np.testing.assert_array_equal(np.array(packed.head), np.array(model.head))
-    size = float(re.search(r"would be ([\d.]+)", capsys.readouterr().err)[1]) * 2**20
-    assert abs(size - sum(w.nbytes for n, w in tree_flatten(packed.parameters()) if "norm" not in n)) < 2**20 * 0.06
-
-
-def test_quantized_from_the_command_line(tmp_path, text):
-    line = [*TINY, "--dim", 32, "--learning_rate", 0.01, "--lr_warmup", 5, "--num_iters", 40, "--save_dir", tmp_path]
-    run("--text", text, *line)
-    out, err = run("--evaluate", "valid", "--quantize", 4, "--save_dir", tmp_path)
-    before, after = (float(re.match(r"valid ([\d.]+) nats", line)[1]) for line in out.splitlines())
-    assert before != after and abs(before - after) < 0.1 and "Quantized to 4 bits" in err
-    assert out.count("tokens/s") == 2
-    prompt = ["--prompt", "line 5", "--temperature", 0, "--save_dir", tmp_path]
-    assert run(*prompt, "--quantize", 8)[0].strip()
 
 
 # ---- Distillation ---------------------------------------------------------------------------------------------------

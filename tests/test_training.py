@@ -242,8 +242,8 @@ def test_patience_counts_over_interrupts(tmp_path, text):
     run(*line, "--save_dir", tmp_path / "parts", "--num_iters", 4)
     arguments = [*map(str, line), "--save_dir", str(tmp_path / "parts"), "--num_iters", "100000"]
     dying = (
-        "import main\nsave = main.save_checkpoint\ndef killed(folder, run, id=None):\n    id = save(folder, run, id)\n"
-        "    if run.record['iteration'] == 6:\n        main.os.kill(main.os.getpid(), 9)\n    return id\n"
+        "import main\nsave = main.save_checkpoint\ndef killed(folder, run):\n    id = save(folder, run)\n"
+        "    if run.iteration == 6:\n        main.os.kill(main.os.getpid(), 9)\n    return id\n"
         f"main.save_checkpoint = killed\nmain.sys.exit(main.main({arguments!r}))"
     )
     assert subprocess.run([sys.executable, "-c", dying], cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL

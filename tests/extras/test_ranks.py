@@ -25,12 +25,12 @@ import hashlib, sys
 sys.path.insert(0, {root!r})
 import main
 from mlx.utils import tree_flatten
-plain = main.take_step
+plain = main.train
 def watched(run, *rest):
     global last
     last = run
     return plain(run, *rest)
-main.take_step = watched
+main.train = watched
 status = main.main(sys.argv[1:])
 state = tree_flatten([last.model.parameters(), last.optimizer.state])
 print("hash", hashlib.sha1(b"".join(bytes(array) for _, array in state)).hexdigest(), file=sys.stderr)
@@ -235,11 +235,11 @@ def test_ranks_whose_launcher_is_gone_stop_saved(tmp_path, text, number):
 def test_a_late_rank_is_waited_for(tmp_path):
     """The first has then tried to connect in vain, of which MLX keeps a socket that was never open."""
     code = (
-        f"import sys, threading; sys.path.insert(0, {str(ROOT)!r})\nimport main, os, stat\n"
-        "main.time.sleep = print\n"  # the end would come at once
-        "watched = []\nplain = main.watch_ring\n"
-        "main.watch_ring = lambda sockets: watched.extend(sockets) or plain(sockets)\n"
-        "main.ranks()\nthreading.Event().wait(2)\n"
+        f"import sys, threading; sys.path.insert(0, {str(ROOT)!r})\nimport main, os, stat\nfrom extras import ranks\n"
+        "ranks.time.sleep = print\n"  # the end would come at once
+        "watched = []\nplain = ranks.watch_ring\n"
+        "ranks.watch_ring = lambda sockets: watched.extend(sockets) or plain(sockets)\n"
+        "group = main.join_ranks()\nassert group.size == 2\nthreading.Event().wait(2)\n"
         "assert len(watched) >= 2 and all(stat.S_ISSOCK(os.fstat(each).st_mode) for each in watched)\n"
         "print('well', flush=True)\nthreading.Event().wait(2)"  # the first to leave ends the other
     )

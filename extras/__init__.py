@@ -1,0 +1,1 @@
+"""Everything beyond main.py and datasets.py, one file per capability."""

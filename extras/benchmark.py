@@ -1,0 +1,191 @@
+"""What a model weighs, costs and reaches on this machine, measured in real training steps.
+
+    python main.py --benchmark                          the model of the checkpoint saved last
+    python main.py --benchmark --dim 512 --mlp swiglu   another one
+
+Prints a table and, as its last line, the same numbers as JSON: parameters, floating-point
+operations (FLOPs) per token, memory in bytes, and speed in tokens per second. It saves nothing.
+"""
+
+import json
+import math
+import re
+import timeit
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from main import Decoder, LanguageModel, fast, init_weights, make_noise, make_optimizer
+from main import make_step, over_streams
+
+# The parts of a model, and what the names of their parameters contain.
+PARTS = {
+    "embeddings": "embed",
+    "attention": r"attn\.\w_proj",
+    "mlp": "mlp",
+    "norms": "norm",
+    "output": "lm_head",
+}
+# Floats that an MLP keeps for each hidden unit, by activation; 4.7 for any other, as for gelu.
+HIDDEN_UNIT_FLOATS = {"relu2": 3.6, "swiglu": 5.3}
+# Repetitions of which the fastest counts: other programs can slow one down, never speed it up.
+TRAINING_STEPS = 5
+MATRIX_PRODUCTS = 6
+MATRIX_SIZE = 2048  # rows and columns of the matrices whose product is the measure of speed
+DECODED_TOKENS = 32
+
+
+def run_benchmark(flags, config, batches):
+    """Measures the model that `config` describes, trained as `flags` say, and prints the result.
+
+    batches: where one batch of real tokens comes from.
+    """
+    model = LanguageModel(config)
+    init_weights(model, flags.seed)
+    optimizer = make_optimizer(model, flags)
+    parameters = count_parameters(model)
+    flops = count_flops(config, parameters)
+    total = sum(parameters.values())
+    lasting = measure_memory(model, optimizer)
+    passing = predict_memory(config, flags, total, count_streams(flags))
+    training_speed, measured_peak = measure_training(model, optimizer, flags, batches)
+    matrix_speed = measure_matrix_speed()
+    result = {
+        "parameters": parameters,
+        "flops_per_token": flops,
+        "memory": lasting | passing,
+        # Activations are freed as gradients are made, so the peak has the larger of the two.
+        "predicted_peak": sum(lasting.values()) + max(passing.values()),
+        "measured_peak": measured_peak,
+        "tokens_per_second": training_speed,
+        "matrix_flops": matrix_speed,
+        "share_of_matrix_speed": sum(flops.values()) * training_speed / matrix_speed,
+        "decoded_per_second": measure_decoding(model, flags),
+    }
+    print_table(result)
+    print(json.dumps(result))
+
+
+def print_table(result):
+    """Prints a line for each entry: its name, then its number or the numbers of its parts."""
+    for name, value in result.items():
+        if isinstance(value, dict):
+            numbers = ", ".join(f"{part} {number:,}" for part, number in value.items())
+        else:
+            numbers = f"{round(value, 2):,}"
+        print(f"{name:<22} {numbers}")
+
+
+# ---- Counts and predictions ---------------------------------------------------------------------
+def count_parameters(model):
+    """The number of weights in each of PARTS."""
+    counts = {}
+    for part, pattern in PARTS.items():
+        counts[part] = 0
+        for name, weight in tree_flatten(model.parameters()):
+            if re.search(pattern, name):
+                counts[part] += weight.size
+    return counts
+
+
+def count_flops(config, parameters):
+    """Floating-point operations per token of the forward and the backward pass.
+
+    Forward takes a multiplication and an addition for each weight of a matrix. Attention takes
+    them twice for each element of a query and each position of the window: for the scores, and for
+    the weighted sum of values. Backward takes twice as many as forward: the gradients with respect
+    to the inputs, and those with respect to the weights.
+    """
+    # The output layer is a product with a matrix, whether that is the embeddings or its own.
+    output = config.vocab_size * config.dim
+    matrices = parameters["attention"] + parameters["mlp"] + output
+    queries = config.num_blocks * config.num_heads * config.head_dim  # elements
+    forward = 2 * matrices + 4 * queries * config.context_size
+    return {"forward": forward, "backward": 2 * forward}
+
+
+def count_streams(flags):
+    """How many streams share the rows of a batch: one, unless a CPU is made fast."""
+    if fast is None:
+        return 1
+    return fast.count_streams(flags.batch_size, flags.context_size)
+
+
+def measure_memory(model, optimizer):
+    """Bytes that last from step to step: weights, and the moments that the optimizer keeps."""
+    return {"weights": count_bytes(model.parameters()), "optimizer": count_bytes(optimizer.state)}
+
+
+def count_bytes(tree):
+    """The size of a tree of arrays."""
+    return sum(array.nbytes for _, array in tree_flatten(tree))
+
+
+def predict_memory(config, flags, parameters, streams):
+    """Bytes at the peak of each half of a training step on a CPU.
+
+    It is a step as extras/fast.py computes it, without --checkpoint.
+    parameters: the number of all weights; streams: how many share a batch. Returns a dict of
+    activations, what the forward pass keeps for the backward pass, and gradients, those of each
+    stream, their sum and the clipped ones. The factors were fit to 25 models (dim 128 to 512,
+    context 48 to 256, vocabularies of 257 to 50,257 tokens, 2 streams), within 7 %.
+    """
+    positions = flags.batch_size * config.context_size
+    # Floats that a block keeps for each position.
+    hidden_states = 9.9 * config.dim  # queries among them
+    if config.qk_norm:
+        hidden_states = 14.3 * config.dim
+    keys_and_values = 2.2 * config.num_kv_heads * config.head_dim
+    hidden_units = HIDDEN_UNIT_FLOATS.get(config.mlp, 4.7) * config.mlp_dim
+    scores = 1.55 * config.num_heads * config.context_size
+    per_block = hidden_states + keys_and_values + hidden_units + scores
+    # The loss is computed in chunks (extras/fast.py), of which each stream holds one's logits.
+    rows = math.ceil(positions / streams)  # of a stream
+    chunk = min(rows, max(128, 2**23 // config.vocab_size))
+    loss = streams * config.vocab_size * (2.8 * chunk + 1.1 * config.dim)
+    floats = positions * config.num_blocks * per_block + loss
+    return {"activations": round(4 * floats), "gradients": 4 * parameters * max(4, streams + 2)}
+
+
+# ---- Measurements -------------------------------------------------------------------------------
+def measure_training(model, optimizer, flags, batches):
+    """Tokens per second of a training step, and the peak of MLX's memory in bytes."""
+    tokens, targets = batches.next()
+    train_step = make_step(model, optimizer, flags)
+    noise = make_noise(0, len(tokens), flags)
+
+    def train_once():
+        metrics = train_step(tokens, targets, *noise)
+        mx.eval(metrics, model.state, optimizer.state)
+
+    # The first step compiles. Neither its time nor its memory counts.
+    train_once()
+    mx.reset_peak_memory()
+    seconds = min(timeit.repeat(train_once, number=1, repeat=TRAINING_STEPS))
+    return tokens.size / seconds, mx.get_peak_memory()
+
+
+def measure_matrix_speed():
+    """FLOPs per second of a product of large square matrices: the most training could reach."""
+    matrix = mx.random.normal((MATRIX_SIZE, MATRIX_SIZE))
+
+    def multiply(rows):
+        return rows @ matrix
+
+    def multiply_once():
+        mx.eval(over_streams(multiply, matrix))
+
+    seconds = min(timeit.repeat(multiply_once, number=1, repeat=MATRIX_PRODUCTS))
+    return 2 * MATRIX_SIZE**3 / seconds  # 2: multiplication and addition
+
+
+def measure_decoding(model, flags):
+    """Tokens per second of sampling one text."""
+    if fast is not None:
+        # One row is not shared out over streams: it has all cores for its products.
+        fast.use_all_cores()
+    tokens = Decoder(model, [0]).generate(DECODED_TOKENS + 1, flags, flags.seed)
+    # The first one compiles.
+    next(tokens)
+    seconds = timeit.timeit(lambda: list(tokens), number=1)
+    return DECODED_TOKENS / seconds

@@ -1,0 +1,127 @@
+"""Probe cases: how probable checkpoints find the continuations that a user expects.
+
+    python main.py --cases tests/cases.yaml                         every checkpoint in the folder
+    python main.py --cases FILE.yaml --identifier best --top_k 10   one of them (or several)
+    python main.py --cases FILE.yaml --output results.json          the results as JSON, too
+
+The file is a YAML list like `- {prompt: "import ", expected: "os"}`.
+A case passes if each expected token is among the --top_k most likely ones at its place (5 unless
+another number is given).
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from datasets import explained, utf8
+from main import describe, find_damage, first_ids, load_model
+
+MAX_COLUMNS = 100  # of a printed line
+
+
+def run_cases(folder, records, flags, top_k):
+    """Prints a table for each checkpoint of `records`; with --output also writes them as JSON.
+
+    folder: the Path that holds the checkpoints; flags: cases and output are read. Damaged
+    checkpoints are skipped. Raises UsageError if a file cannot be used, RunError if a LoRA run's
+    base is gone.
+    """
+    cases = read_cases(flags)
+    results = []
+    for record in records:
+        damage = find_damage(folder, record["id"])
+        if damage:
+            print(f"Passing over {describe(record)}: {damage}", file=sys.stderr)
+            continue
+        results += score_checkpoint(folder, record, cases, top_k)
+    if flags.output:
+        text = json.dumps(results, ensure_ascii=False, indent=1)
+        Path(flags.output).write_text(text + "\n", "utf-8")
+
+
+def read_cases(flags):
+    """The cases in the file of --cases, [(prompt, expected), ...].
+
+    Raises UsageError if it holds anything else, or if --output cannot be written.
+    """
+    import yaml
+
+    needed = "is no YAML list of prompt and expected, like - {prompt: a, expected: b}"
+    with explained(f"--cases {flags.cases} {needed}, or --output no file to write"):
+        text = Path(flags.cases).expanduser().read_text("utf-8")
+        # BaseLoader leaves each scalar a text: `yes` is no truth value here, and 1.0 no number.
+        entries = yaml.load(text, yaml.BaseLoader)
+        cases = [(read_text(entry, "prompt"), read_text(entry, "expected")) for entry in entries]
+        if flags.output:
+            # Fails now rather than after the work.
+            open(flags.output, "a").close()
+    return cases
+
+
+def read_text(entry, key):
+    """The text of an entry under `key`. Raises KeyError or TypeError if there is none."""
+    # In a file written as JSON, which is YAML, an emoji may be two surrogates: "\ud83d\ude00".
+    return utf8(str(entry[key]))
+
+
+def score_checkpoint(folder, record, cases, top_k):
+    """The results of one checkpoint, printed as they come: a list of dicts, one per case."""
+    model, tokenizer = load_model(folder, record)
+    print(describe(record))
+    results = []
+    for prompt, expected in cases:
+        case = {"checkpoint": record["id"], "prompt": prompt, "expected": expected}
+        result = case | score_case(model, tokenizer, prompt, expected, top_k)
+        results.append(result)
+        print_result(result)
+    passed = sum(result["passed"] for result in results)
+    print(f"  {passed} of {len(cases)} within the {top_k} likeliest")
+    return results
+
+
+def score_case(model, tokenizer, prompt, expected, top_k):
+    """What a model makes of one case, a dict:
+
+    rank: the worst rank of an expected token, where 1 is the most likely token;
+    probability: that of the whole continuation;
+    top: the `top_k` most likely first tokens;
+    passed: whether the rank is at most `top_k` and the vocabulary has all of the continuation.
+
+    Both texts are cut at the left to what the context holds.
+    """
+    context_size = model.config.context_size
+    expected_ids = first_ids(tokenizer, expected)[-context_size:]
+    text = first_ids(tokenizer, prompt) + expected_ids
+    # The last token is no input: nothing is expected after it.
+    inputs = text[-context_size - 1 : -1]
+    # One pass scores all N expected tokens, each after the true ones before it (teacher forcing),
+    # not after the model's guesses.
+    logits = model(mx.array([inputs]), last=len(expected_ids))[0]  # [N, V]
+    targets = mx.array(expected_ids)  # [N]
+    target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1)  # [N, 1]
+    more_likely = (logits > target_logits).sum(axis=-1)  # [N], a count of tokens
+    rank = more_likely.max().item() + 1
+    nats = nn.losses.cross_entropy(logits, targets, reduction="sum").item()
+    best = mx.argsort(-logits[0])[:top_k].tolist()
+    # <unk> may be likely, but it is not what was expected.
+    known = not tokenizer.unknown(expected)
+    return {
+        "rank": rank,
+        "probability": math.exp(-nats),
+        "top": [tokenizer.decode([token]) for token in best],
+        "passed": rank <= top_k and known,
+    }
+
+
+def print_result(result):
+    """Prints a line of the table: pass or fail, rank, probability, case, most likely tokens."""
+    verdict = "pass" if result["passed"] else "FAIL"
+    numbers = f"{result['rank']:>6,} {result['probability']:>9.2e}"
+    case = f"{result['prompt'][-24:]!r} {result['expected'][:16]!r}"
+    top = " ".join(repr(text) for text in result["top"])
+    line = f"  {verdict} rank {numbers}  {case}: {top}"
+    print(line[:MAX_COLUMNS])

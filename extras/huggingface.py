@@ -1,0 +1,310 @@
+"""Exchange with Hugging Face: their folders in, and ours out, for transformers and mlx_lm.
+
+    python main.py --init_from DIR ...         fine-tunes a Llama, Qwen3 or Arcee model
+    python main.py --teacher DIR ...           distills from one
+    python main.py --export DIR                writes a checkpoint as such a folder
+    python main.py --export DIR --quantize 4   the same with packed weights, for mlx_lm
+
+Our weights have the names of their Llama's, so only configuration and tokenizer are translated.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from datasets import UsageError, explained, extra, tokenizer_from_dict
+from main import Config, LanguageModel, sha1_of
+
+# Their name for a model with our (mlp, qk_norm); no model of theirs is like ours with GELU.
+COUNTERPARTS = {
+    ("swiglu", False): "Llama",
+    ("swiglu", True): "Qwen3",
+    ("relu2", False): "Arcee",
+}
+# Their `hidden_act` for our `mlp`.
+THEIR_ACTIVATIONS = {"swiglu": "silu", "relu2": "relu2"}
+# What their config.json calls the fields of our Config.
+THEIR_NAMES = {
+    "vocab_size": "vocab_size",
+    "context_size": "max_position_embeddings",
+    "num_blocks": "num_hidden_layers",
+    "dim": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "mlp_dim": "intermediate_size",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+}
+# Entries of a config.json that, if set, make a model compute what ours cannot.
+UNSUPPORTED = [
+    "attention_bias",
+    "mlp_bias",
+    "use_sliding_window",
+    "quantization",
+    "quantization_config",
+]
+# Our models have learned no chat format: a chat is the texts of its messages, concatenated.
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+# ---- Import -------------------------------------------------------------------------------------
+def import_model(path):
+    """Reads a Hugging Face folder: config.json, tokenizer.json and the *.safetensors files.
+
+    Returns the model, in float32; its tokenizer; and its id, see `make_id`. Raises UsageError if
+    the folder holds no model that ours can be.
+    """
+    path = Path(path)
+    with explained(f"{path} holds no Llama, Qwen3 or Arcee model: name one, or see --list"):
+        settings = read_settings(path)
+        unsupported = find_unsupported(settings)
+        if unsupported:
+            # Better no model than one that computes something else.
+            raise UsageError(f"this program has no {', '.join(unsupported)}")
+        files = sorted(path.glob("*.safetensors"))  # large models come in several
+        weights = read_weights(files)
+        if settings.get("tie_word_embeddings"):
+            # Some folders hold an output layer all the same: the embeddings once more.
+            weights.pop("lm_head.weight", None)
+        model = LanguageModel(make_config(settings, untie="lm_head.weight" in weights))
+        # Raises ValueError unless names and shapes of all weights agree.
+        model.load_weights(list(weights.items()))
+        # MLX loads lazily: only this reads the arrays, and finds out that a file is damaged.
+        mx.eval(model.parameters())
+        vocabulary = (path / "tokenizer.json").read_text()
+        tokenizer = tokenizer_from_dict({"kind": "bpe", "vocabulary": vocabulary})
+    return model, tokenizer, make_id(files)
+
+
+def read_settings(path):
+    """The entries of config.json but for nulls, which mean the same as no entry."""
+    entries = json.loads((path / "config.json").read_text())
+    return {name: value for name, value in entries.items() if value is not None}
+
+
+def read_weights(files):
+    """All arrays of these safetensors files by name, as float32."""
+    weights = {}
+    for file in files:
+        for name, weight in mx.load(str(file)).items():
+            weights[name] = weight.astype(mx.float32)
+    return weights
+
+
+def find_kind(settings):
+    """Our (mlp, qk_norm) for their `model_type`, or None. Raises KeyError if it is missing."""
+    for kind, name in COUNTERPARTS.items():
+        if name.lower() == settings["model_type"]:
+            return kind
+    return None
+
+
+def find_rope(settings):
+    """What config.json says of RoPE, {} if nothing; older ones call it `rope_scaling`."""
+    return settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+
+
+def find_unsupported(settings):
+    """What a model with these settings does and ours cannot, as a list of phrases."""
+    found = [name for name in UNSUPPORTED if settings.get(name)]
+    kind = find_kind(settings)
+    if kind is None:
+        found.append(f"model_type {settings['model_type']}")
+    # Other types stretch the wavelengths for texts longer than those of the training.
+    rope = find_rope(settings)
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        found.append(f"rope {rope_type}")
+    mlp = "swiglu"  # of most models, where the type is unknown
+    if kind is not None:
+        mlp, _ = kind
+    activation = settings.get("hidden_act", THEIR_ACTIVATIONS[mlp])
+    if activation != THEIR_ACTIVATIONS[mlp]:
+        found.append(f"hidden_act {activation}")
+    return found
+
+
+def make_config(settings, untie):
+    """Our Config for their settings. Raises KeyError if one is missing that has no default."""
+    # What transformers assumes where a config.json does not say it.
+    defaults = {
+        "num_key_value_heads": settings["num_attention_heads"],
+        "head_dim": None,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+    }
+    # `rope_theta` is among the settings of RoPE or, in older folders, beside them.
+    settings = defaults | find_rope(settings) | settings
+    fields = {ours: settings[theirs] for ours, theirs in THEIR_NAMES.items()}
+    mlp, qk_norm = find_kind(settings)
+    return Config(mlp=mlp, qk_norm=qk_norm, untie=untie, **fields)
+
+
+def make_id(files):
+    """The id of a model in these files: the SHA1 of a single one, else the SHA1 of their SHA1s."""
+    sha1s = [sha1_of(file) for file in files]
+    if len(sha1s) == 1:
+        return sha1s[0]
+    return hashlib.sha1("".join(sha1s).encode()).hexdigest()
+
+
+# ---- Export -------------------------------------------------------------------------------------
+def export_model(model, tokenizer, folder, bits):
+    """Writes a folder that transformers and mlx_lm load (of Arcee's relu2, transformers alone).
+
+    bits: 4 or 8, which packs the model in place, or None for float32.
+    Raises UsageError if Hugging Face has no such model, or if the folder cannot be written.
+    """
+    folder = Path(os.path.expanduser(folder))
+    name = find_counterpart(model.config)
+    settings = make_settings(model.config, name, tokenizer)
+    if bits:
+        group_size = extra("quantize").quantize(model, bits, packed=True)
+        # The entry by which mlx_lm knows that the weights are packed.
+        settings["quantization"] = {"group_size": group_size, "bits": bits}
+    tokenizer_text, tokenizer_settings = tokenizer_json(tokenizer)
+    tokenizer_settings["chat_template"] = CHAT_TEMPLATE
+    tokenizer_settings["model_max_length"] = model.config.context_size
+    # The defaults of main.py, which `generate` of transformers follows then.
+    sampling = {
+        "eos_token_id": tokenizer.eos,
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_k": 50,
+    }
+    weights = dict(sorted(tree_flatten(model.parameters())))
+
+    with explained(f"cannot write to --export {folder}: name a folder of yours"):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Opened here, because MLX's own error for a path does not say why it failed.
+        with open(folder / "model.safetensors", "wb") as file:
+            mx.save_safetensors(file, weights, {"format": "mlx"})
+        write_json(folder / "config.json", settings)
+        write_json(folder / "tokenizer_config.json", tokenizer_settings)
+        write_json(folder / "generation_config.json", sampling)
+        (folder / "tokenizer.json").write_text(tokenizer_text, "utf-8")
+    print(f"{name}ForCausalLM and its tokenizer are in {folder}", file=sys.stderr)
+
+
+def find_counterpart(config):
+    """Their name for a model of this Config. Raises UsageError if there is none."""
+    name = COUNTERPARTS.get((config.mlp, config.qk_norm))
+    if name is None:
+        shape = f"--mlp {config.mlp}"
+        if config.qk_norm:
+            shape += " --qk_norm"
+        remedy = "train one with --mlp swiglu"
+        raise UsageError(f"--export: Hugging Face has no model with {shape}: {remedy}")
+    return name
+
+
+def make_settings(config, name, tokenizer):
+    """The content of config.json for our Config; name: that of their model."""
+    settings = {theirs: getattr(config, ours) for ours, theirs in THEIR_NAMES.items()}
+    settings["architectures"] = [f"{name}ForCausalLM"]
+    settings["model_type"] = name.lower()
+    settings["tie_word_embeddings"] = not config.untie
+    settings["hidden_act"] = THEIR_ACTIVATIONS[config.mlp]
+    settings["attention_bias"] = False
+    settings["mlp_bias"] = False
+    settings["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    settings["dtype"] = "float32"
+    # Our texts begin with no token of their own.
+    settings["bos_token_id"] = None
+    settings["eos_token_id"] = tokenizer.eos
+    return settings
+
+
+def write_json(path, content):
+    """Writes a dict as an indented JSON file."""
+    path.write_text(json.dumps(content, indent=2))
+
+
+# ---- Tokenizers ---------------------------------------------------------------------------------
+def tokenizer_json(tokenizer):
+    """A tokenizer for other programs, with the same ids.
+
+    Returns the text of tokenizer.json and a dict of what tokenizer_config.json says beside it.
+    """
+    if tokenizer.kind == "byte":
+        package = convert_bytes(tokenizer)
+    elif tokenizer.kind == "char":
+        package = convert_characters(tokenizer)
+    elif tokenizer.kind == "word":
+        package = convert_words(tokenizer)
+    else:
+        package = tokenizer.package
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    if tokenizer.eos is not None:
+        settings["eos_token"] = package.id_to_token(tokenizer.eos)
+    return package.to_str(), settings
+
+
+def convert_bytes(tokenizer):
+    """Bytes as a byte-level BPE without merges, so that each byte stays a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+    vocabulary["<eos>"] = tokenizer.eos
+    package = Tokenizer(models.BPE(vocabulary, []))
+    package.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    package.decoder = decoders.ByteLevel()
+    return package
+
+
+def byte_characters():
+    """The characters that stand for the 256 bytes in GPT-2's vocabulary, in order of the bytes.
+
+    A byte that is a visible character of Latin-1 stands for itself; the others take the characters
+    from 256 on, one after the other.
+    """
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}  # ! to ~, ¡ to ¬, ® to ÿ
+    characters = []
+    substitute = 256
+    for byte in range(256):
+        if byte in visible:
+            characters.append(chr(byte))
+        else:
+            characters.append(chr(substitute))
+            substitute += 1
+    return characters
+
+
+def convert_characters(tokenizer):
+    """Characters as words of one letter, joined without spaces."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {character: i for i, character in enumerate(tokenizer.vocabulary)}
+    vocabulary["<unk>"] = tokenizer.unk
+    package = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    any_character = Regex(r"[\s\S]")  # a dot would leave out line ends
+    package.pre_tokenizer = pre_tokenizers.Split(any_character, "isolated")
+    package.decoder = decoders.Fuse()
+    return package
+
+
+def convert_words(tokenizer):
+    """Words between white space, and <eos> for each line end."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    vocabulary = {word: i for i, word in enumerate(tokenizer.vocabulary)}
+    package = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    line_ends = normalizers.Replace("\n", " <eos> ")
+    # str.split, by which our words are cut, takes these for white space; WhitespaceSplit does not.
+    separators = normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
+    package.normalizer = normalizers.Sequence([line_ends, separators])
+    package.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # WordPiece puts a space before each word without its prefix, which here no word has.
+    spaces = decoders.WordPiece("\0", cleanup=False)
+    line_ends = decoders.Replace(Regex(" ?<eos> ?"), "\n")
+    package.decoder = decoders.Sequence([spaces, decoders.Fuse(), line_ends])
+    return package

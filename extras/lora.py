@@ -1,0 +1,63 @@
+"""LoRA: train small adapters on top of a model that stays as it is (Hu et al. 2021).
+
+    python main.py --init_from MODEL --lora_rank 8 --text mine.txt
+
+A LoRA run's checkpoints hold the adapters alone and name their base by its SHA1.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+
+class LoRALinear(nn.Module):
+    """A linear layer that stays as it is, and an update of low rank to train: [..., I] to [..., O]."""
+
+    def __init__(self, weight, rank, alpha):
+        super().__init__()
+        outputs, inputs = weight.shape
+        self.weight = weight  # [O, I], frozen
+        self.scale = alpha / rank
+        self.lora_a = mx.zeros((rank, inputs))
+        self.lora_b = mx.zeros((outputs, rank))
+
+    def __call__(self, hidden):
+        update = (hidden @ self.lora_a.T) @ self.lora_b.T  # [..., rank] in between
+        return hidden @ self.weight.T + update * self.scale
+
+
+def add_lora(model, rank, alpha):
+    """Puts a LoRALinear in the place of each linear layer of the blocks; nothing else is trained from then on."""
+
+    def replace(layer):
+        return LoRALinear(layer.weight, rank, alpha) if isinstance(layer, nn.Linear) else layer
+
+    for block in model.model.layers:
+        layers = block.leaf_modules()
+        block.update_modules(tree_map(replace, layers, is_leaf=nn.Module.is_module))
+    model.freeze()
+    model.unfreeze(keys=["lora_a", "lora_b"], strict=False)  # not strict: most layers have neither
+
+
+def init_lora(model, seed):
+    """Gives the adapters their first values: A normal with deviation 1 / sqrt(inputs), B 0, so that the update is 0."""
+    adapters = tree_flatten(model.trainable_parameters())  # [(name, array), ...]
+    keys = mx.random.split(mx.random.key(seed), len(adapters))
+    weights = []
+    for (name, adapter), key in zip(adapters, keys):
+        if name.endswith("lora_a"):
+            normal = mx.random.normal(adapter.shape, key=key)
+            weights.append((name, normal * adapter.shape[1] ** -0.5))
+    model.load_weights(weights, strict=False)
+    mx.eval(model.parameters())
+
+
+def merge(base, adapters, rank, alpha):
+    """The weights of the model `base`, {name: array}, with the adapters, {name: array}, added to them."""
+    weights = dict(tree_flatten(base.parameters()))
+    for name in adapters:
+        if name.endswith(".lora_a"):
+            layer = name.removesuffix(".lora_a")
+            update = adapters[f"{layer}.lora_b"] @ adapters[name]  # [O, rank] @ [rank, I] = [O, I]
+            weights[f"{layer}.weight"] += update * (alpha / rank)
+    return weights

@@ -1,0 +1,147 @@
+"""Plots of what a run learned and of what its attention heads look at.
+
+    python main.py --plot losses.png                       the losses of all runs in the folder
+    python main.py --plot losses.png --identifier NAME     the losses of this run (or of several)
+    python main.py --attention heads.png --prompt "TEXT"   what each head looks at in a prompt
+
+Both need matplotlib; the ending of the file's name decides its format (png, pdf, svg).
+Dimension letters are those of main.py: D model, H query heads, K key/value heads, L positions,
+d head.
+"""
+
+import csv
+import os
+import sys
+
+import mlx.core as mx
+import numpy as np
+
+from datasets import UsageError, explained
+from main import LOG, first_ids
+
+DPI = 150  # dots per inch, fewer where a side of the image would exceed MAX_PIXELS
+MAX_PIXELS = 2**14
+# Training losses are many and noisy, so they are pale; validation losses have markers.
+SPLIT_STYLES = {"train": {"alpha": 0.4}, "valid": {"alpha": 1, "marker": "o"}}
+
+
+# ---- Losses -------------------------------------------------------------------------------------
+def plot_runs(folder, names, path):
+    """Plots training and validation losses against iterations and against minutes of training.
+
+    folder: the Path that holds the runs' logs, `<run>.csv`; names: the runs to plot, [] for all.
+    Raises UsageError if there is no such log, or if `path` cannot be written.
+    """
+    logs = find_logs(folder, names)
+    if not logs:
+        raise UsageError(f"no log of such a run is in {folder}: name its folder with --save_dir")
+    figure = make_figure(12, 5)
+    by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
+    for i, log in enumerate(logs):
+        rows = read_log(log)
+        for split, style in SPLIT_STYLES.items():
+            iterations, seconds, losses = columns_of(rows, split)  # [N] each
+            label = f"{log.stem} {split}"
+            by_iteration.plot(iterations, losses, color=f"C{i}", label=label, **style)
+            by_minute.plot(seconds / 60, losses, color=f"C{i}", label=label, **style)
+    by_iteration.set(xlabel="iteration", ylabel="loss (nats a token)")
+    by_minute.set(xlabel="minutes of training")
+    # One legend serves both: their lines are the same.
+    lines, labels = by_minute.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside right upper", fontsize="small")
+    save_figure(figure, path)
+
+
+def find_logs(folder, names):
+    """The logs in `folder` of the runs `names`, [] for all: paths in alphabetical order."""
+    found = []
+    for path in sorted(folder.glob("*.csv")):
+        if names and path.stem not in names:
+            continue
+        # The folder may hold other files of this kind. A damaged byte is no reason to fail.
+        with path.open(errors="replace") as file:
+            columns = file.readline().strip().split(",")
+        # A log may have columns of the user's behind the usual ones.
+        if columns[: len(LOG)] == LOG:
+            found.append(path)
+    return found
+
+
+def read_log(path):
+    """The rows of a log, each a dict from the names of its columns to texts."""
+    with path.open(errors="replace", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def columns_of(rows, split):
+    """Iterations, seconds of training and losses (nats per token) of a split, as floats [3, N]."""
+    values = []
+    for row in rows:
+        # A killed process may have left an incomplete line, in which the seconds are missing.
+        if row["split"] == split and row["seconds"]:
+            values.append([row["iteration"], row["seconds"], row["loss"]])
+    # The shape of no values at all would be [0].
+    return np.array(values, float).reshape(-1, 3).T
+
+
+# ---- Attention ----------------------------------------------------------------------------------
+def plot_attention(model, tokenizer, prompt, path):
+    """Plots a matrix for each block (down) and each head (across).
+
+    Its element in row i and column j is how much token i of the prompt looks at token j, from 0
+    (white) to 1 (dark blue). Of a prompt longer than the context only the end is plotted.
+    Raises UsageError if `path` cannot be written.
+    """
+    tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]
+    weights = attention_weights(model, tokens)  # [blocks, H, L, L]
+    # Without the quotes of `repr`, but with its escapes: a label is to be a single line.
+    labels = [repr(tokenizer.decode([token]))[1:-1] for token in tokens]
+    ticks = range(len(tokens))
+    blocks, heads = weights.shape[:2]
+    side = max(2.5, 0.22 * len(tokens))  # inches of a matrix, room for each label
+    figure = make_figure(side * heads, side * blocks)
+    axes = figure.subplots(blocks, heads, squeeze=False)
+    for (i, j), axis in np.ndenumerate(axes):
+        axis.imshow(weights[i, j], vmin=0, vmax=1, cmap="Blues")
+        axis.set_title(f"block {i}, head {j}", fontsize="small")
+        # parse_math: a dollar sign in a text does not begin a formula.
+        axis.set_xticks(ticks, labels, rotation=90, fontsize=6, parse_math=False)
+        axis.set_yticks(ticks, labels, fontsize=6, parse_math=False)
+    save_figure(figure, path)
+
+
+def attention_weights(model, tokens):
+    """How much each position of a text looks at itself and at each position before it.
+
+    tokens: L ids. Returns a float32 NumPy array [blocks, H, L, L]; the last axis sums to 1.
+    """
+    seen = mx.array(np.tri(len(tokens), dtype=bool))  # [L, L]: no position looks ahead
+    hidden = model.model.embed_tokens(mx.array([tokens]))  # [1, L, D]
+    weights = []
+    for block in model.model.layers:
+        queries, keys, _ = block.self_attn.project(block.input_layernorm(hidden))
+        # H / K neighbouring query heads share each key head.
+        keys = mx.repeat(keys, queries.shape[1] // keys.shape[1], axis=1)  # [1, H, L, d]
+        scale = queries.shape[-1] ** -0.5
+        scores = (queries * scale) @ keys.swapaxes(-1, -2)  # [1, H, L, L]
+        scores = mx.where(seen, scores.astype(mx.float32), -mx.inf)
+        weights.append(mx.softmax(scores, axis=-1))
+        hidden = block(hidden)
+    return np.array(mx.concatenate(weights))
+
+
+# ---- Figures ------------------------------------------------------------------------------------
+def make_figure(width, height):
+    """An empty matplotlib figure; width and height are in inches."""
+    # Not pyplot: nothing is shown on a screen.
+    import matplotlib.figure
+
+    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, path):
+    """Writes a matplotlib figure to the file `path`. Raises UsageError if that fails."""
+    dpi = min(DPI, MAX_PIXELS / max(figure.get_size_inches()))
+    with explained(f"cannot write {path}: name another file"):
+        figure.savefig(os.path.expanduser(path), dpi=dpi)
+    print(f"The picture is in {path}", file=sys.stderr)

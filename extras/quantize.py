@@ -1,0 +1,59 @@
+"""Weights rounded to 4 or 8 bits, as MLX does it: with a scale and a bias for each group.
+
+    python main.py --prompt "TEXT" --quantize 4             samples with rounded weights
+    python main.py --evaluate valid --quantize 4            scores the model before and after
+    python main.py --export DIR --quantize 4                writes a smaller model for mlx_lm
+
+Only inference uses it: checkpoints always hold float32.
+"""
+
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from datasets import explained
+
+
+def quantize(model, bits, packed):
+    """Rounds all matrices of a model, in place, to `bits` per weight; returns the size of a group.
+
+    A group is 64 neighbours in a row, or 32 where 64 does not divide all rows.
+    packed: True for a GPU or an export, which leaves layers with packed weights in the model
+    (nn.QuantizedLinear, nn.QuantizedEmbedding); False for a CPU, on which MLX is slow with these,
+    so the rounded weights are float32 again. The logits are the same up to rounding.
+    Raises UsageError if 32 does not divide the length of every row.
+    """
+    matrices = {}
+    for name, weight in tree_flatten(model.parameters()):
+        if weight.ndim == 2:
+            matrices[name] = weight  # [O, I]
+    group_size = 64
+    if any(matrix.shape[1] % 64 for matrix in matrices.values()):
+        group_size = 32
+    quantized = {}
+    with explained(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"):
+        for name, matrix in matrices.items():
+            # Packed weights [O, I * bits / 32] and, per group, scales and biases [O, I / group].
+            quantized[name] = mx.quantize(matrix, group_size, bits)
+    before = mebibytes(matrices)
+    after = mebibytes(quantized)
+    sizes = f"the matrices' {before:,.1f} MiB would be {after:,.1f}"
+    print(f"Quantized to {bits} bits: {sizes}", file=sys.stderr)
+
+    if packed:
+        nn.quantize(model, group_size, bits)
+    else:
+        rounded = []
+        for name, parts in quantized.items():
+            rounded.append((name, mx.dequantize(*parts, group_size, bits)))
+        model.update(tree_unflatten(rounded))
+    # MLX is lazy: otherwise the first reply would have to wait for the rounding.
+    mx.eval(model.parameters())
+    return group_size
+
+
+def mebibytes(tree):
+    """The size of a tree of arrays."""
+    return sum(array.nbytes for _, array in tree_flatten(tree)) / 2**20

@@ -1,0 +1,281 @@
+"""Data parallelism: several processes, the ranks, train one model, on one machine or more.
+
+    mlx.launch -n 2 -- python main.py --dataset ptb
+
+Every rank runs the same `train` on its share of the rows. Rank 0 alone has the text and the
+checkpoints: it sends the others its run at the start and each batch, and gradients are averaged
+over all. So they hold the same weights after every step, and decide alike from what they agree on.
+"""
+
+import argparse
+import io
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+import main
+from datasets import Dataset, RunError, Split, UsageError, tokenizer_from_dict
+from extras.fast import share
+
+LOST = "a rank failed or is gone ({}): the same line goes on from the last checkpoint"
+LAUNCHER = os.getppid()  # another one later on means that it is gone
+
+
+class Ended(Exception):
+    """Rank 0 has nothing more to do, whatever the others wait for."""
+
+
+class Group:
+    """The ranks that `mlx.launch` has started; see SingleProcess in main.py for what a run asks of it."""
+
+    def __init__(self):
+        before = open_files()
+        self.group = mx.distributed.init(
+            strict=True
+        )  # strict: an error rather than a group of one
+        self.rank = self.group.rank()
+        self.size = self.group.size()
+        if "MLX_HOSTFILE" in os.environ:  # a ring, whose sockets are the new files
+            sockets = open_files() - before
+            threading.Thread(target=watch_ring, args=[sockets], daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, RuntimeError):  # MLX raises it when a rank is gone
+            raise RunError(LOST.format(error)) from None
+        if self.rank == 0:
+            try:
+                self.exchange(ended=True)  # whatever the status, or the others wait on
+            except RuntimeError as lost:
+                if error is None:
+                    raise RunError(LOST.format(lost)) from None
+
+    def exchange(self, size=0, received=None, timeout=False, ended=False):
+        """Gives all ranks the largest of each number: what every message begins with.
+
+        size: bytes that rank 0 has to say; received: a signal. Raises Ended, RuntimeError once a
+        rank is gone: MLX may notice that one message late, so what the ranks have computed
+        together counts only after the next one.
+        """
+        if os.getppid() != LAUNCHER:
+            received = received or signal.SIGHUP  # an orphan stops, too
+        mine = mx.array([size, received or 0, timeout, ended], mx.int64)
+        size, received, timeout, end = mx.distributed.all_max(mine, group=self.group).tolist()
+        if end and not ended:
+            raise Ended
+        return size, received, bool(timeout)
+
+    def agree(self, received, timeout):
+        """A signal that any rank has received, and whether rank 0's time is over."""
+        _, received, timeout = self.exchange(received=received, timeout=timeout and self.rank == 0)
+        return received, timeout
+
+    def rows(self, count):
+        """The slice of `count` rows that this rank computes."""
+        return share(count, self.rank, self.size)
+
+    def average(self, tree):
+        """The mean over all ranks of a tree of arrays; in one message, so that no two ranks can differ in an order."""
+        return nn.average_gradients(tree, self.group, all_reduce_size=2**62)
+
+    def sum(self, number, received):
+        """The sum of a Python float over all ranks, and a signal that any of them has received."""
+        self.exchange()
+        # As bytes: MLX would take float64 for float32.
+        mine = mx.array(np.frombuffer(np.array([number]), np.uint8))  # [8]
+        numbers = np.array(mx.distributed.all_gather(mine, group=self.group)).view(
+            np.float64
+        )  # [ranks]
+        _, received, _ = self.exchange(received=received)
+        return numbers.sum().item(), received
+
+    def share(self, arrays=None, texts=None):
+        """Rank 0's arrays, {name: array}, and texts, which JSON can hold, on every rank."""
+        file = io.BytesIO()
+        if self.rank == 0:
+            arrays = {name: mx.array(array) for name, array in (arrays or {}).items()}
+            mx.save_safetensors(file, arrays, {"texts": json.dumps(texts)})
+        size, _, _ = self.exchange(size=file.tell())
+        if not size:
+            raise RuntimeError("rank 0 said nothing")
+        padded = np.frombuffer(file.getvalue().ljust(size, b"\0"), np.uint8)
+        content = bytes(
+            mx.distributed.all_sum(mx.array(padded), group=self.group)
+        )  # with zeros, exact in bytes
+        arrays, metadata = mx.load(io.BytesIO(content), format="safetensors", return_metadata=True)
+        return arrays, json.loads(metadata["texts"])
+
+    def share_tree(self, tree):
+        """Rank 0's tree of arrays on every rank, one array after the other: all would be in memory thrice."""
+        leaves = tree_flatten(tree) if self.rank == 0 else []
+        _, names = self.share(texts=[name for name, _ in leaves])
+        shared = []
+        for i, name in enumerate(names):
+            arrays, _ = self.share({"array": leaves[i][1]} if self.rank == 0 else None)
+            shared.append((name, arrays["array"]))
+        return tree_unflatten(shared)
+
+    # What rank 0 calls, and `follow` answers on the others.
+
+    def share_run(self, run):
+        """Sends rank 0's run to the others; returns it with batches that reach them, too."""
+        progress = {name: getattr(run, name) for name in PROGRESS}
+        task = describe_task("train", run.model, run.dataset, run.flags) | {
+            "name": run.name,
+            "progress": progress,
+        }
+        if run.teacher:
+            task["teacher"] = vars(run.teacher.config)
+        self.share(texts=task)
+        self.share_tree(run.model.parameters())
+        self.share_tree(run.optimizer.state)
+        if run.teacher:
+            self.share_tree(run.teacher.parameters())
+        self.share(split_tokens(run.dataset))
+        run.batches = SharedBatches(self, run.batches)
+        return run
+
+    def share_scoring(self, model, dataset, flags):
+        """Makes the other ranks score along with rank 0."""
+        self.share(texts=describe_task("score", model, dataset, flags))
+        self.share_tree(model.parameters())
+        self.share(split_tokens(dataset))
+
+    def follow(self):
+        """What the ranks but the first do; returns the exit status."""
+        sys.stdout = open(os.devnull, "w")  # rank 0 alone prints
+        with (
+            main.Interrupts() as interrupts
+        ):  # a signal here reaches all ranks with the next message
+            try:
+                while True:
+                    _, task = self.share()
+                    main.use_device(task["gpu"])
+                    try:
+                        self.take_part(task, interrupts)
+                    except (UsageError, RunError):
+                        pass  # rank 0 has the same one, and reports it
+            except Ended:
+                return 0
+
+    def take_part(self, task, interrupts):
+        """Trains or scores along with rank 0."""
+        flags = argparse.Namespace(**main.DEFAULTS | task["flags"])
+        model = main.LanguageModel(main.Config(**task["config"]))
+        if (
+            flags.lora_rank and task["kind"] == "train"
+        ):  # before the weights, among which are the adapters'
+            main.extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
+        model.update(self.share_tree(None))
+        if task["kind"] == "score":
+            dataset = receive_dataset(self, task)
+            main.score_split(flags.evaluate, model, dataset, flags, interrupts, self)
+            return
+        optimizer = main.make_optimizer(model, flags)
+        optimizer.state = self.share_tree(None)
+        teacher = None
+        if "teacher" in task:
+            teacher = main.LanguageModel(main.Config(**task["teacher"]))
+            teacher.update(self.share_tree(None))
+        dataset = receive_dataset(self, task)
+        batches = SharedBatches(self)
+        run = main.Run(
+            task["name"], flags, dataset, model, optimizer, batches, teacher, **task["progress"]
+        )
+        main.train(run, interrupts, self)
+
+
+PROGRESS = ["iteration", "tokens", "seconds", "scores", "best", "checkpoint_id", "is_branch"]
+
+
+def describe_task(kind, model, dataset, flags):
+    """What the other ranks have to know, beside arrays, to train or score along."""
+    given = vars(flags) | {"save_dir": None}  # rank 0's alone
+    splits = {}
+    for name in ("valid", "test"):
+        split = getattr(dataset, name)
+        if split:
+            splits[name] = [split.num_bytes, split.num_words, split.num_unk]
+    return {
+        "kind": kind,
+        "flags": given,
+        "gpu": mx.default_device() == mx.gpu,
+        "config": vars(model.config),
+        "dataset": dataset.name,
+        "tokenizer": dataset.tokenizer.to_dict(),
+        "splits": splits,
+    }
+
+
+def split_tokens(dataset):
+    """The tokens that are scored, {split: array}."""
+    return {
+        name: getattr(dataset, name).tokens for name in ("valid", "test") if getattr(dataset, name)
+    }
+
+
+def receive_dataset(group, task):
+    """Rank 0's dataset, without the training text."""
+    arrays, _ = group.share()
+    splits = {"valid": None, "test": None}
+    for name, counts in task["splits"].items():
+        splits[name] = Split(np.array(arrays[name]), *counts)
+    tokenizer = tokenizer_from_dict(task["tokenizer"])
+    return Dataset(task["dataset"], tokenizer, train=None, **splits, sha256=None)
+
+
+class SharedBatches:
+    """Rank 0's batches on every rank."""
+
+    def __init__(self, group, batches=None):
+        self.group = group
+        self.batches = batches  # of rank 0
+
+    def __getattr__(self, name):
+        return getattr(self.batches, name)
+
+    def next(self):
+        """Inputs and targets, [B, L] int32, of all rows of a step."""
+        arrays = None
+        if self.group.rank == 0:
+            inputs, targets = self.batches.next()
+            arrays = {"inputs": inputs, "targets": targets}
+        arrays, _ = self.group.share(arrays)
+        return arrays["inputs"], arrays["targets"]
+
+
+def open_files():
+    """The numbers of the files that this process has open; not that of the list itself."""
+    return {int(number) for number in os.listdir("/dev/fd") if os.path.exists(f"/dev/fd/{number}")}
+
+
+def watch_ring(sockets):
+    """Ends a rank some seconds after its neighbour's end.
+
+    MLX's ring raises an error then, but of four ranks one may wait forever (0.32.4: after 3 of 44
+    kills among two to four).
+    """
+    poll = select.poll()
+    for number in sockets:
+        poll.register(
+            number, getattr(select, "POLLRDHUP", 0)
+        )  # a hang-up and an error are always reported
+    for number, _ in poll.poll(
+        0
+    ):  # a socket that MLX keeps of an attempt to connect that came too early
+        poll.unregister(number)
+    poll.poll()  # returns when a neighbour closes its end: arriving data are no event
+    time.sleep(10)  # seconds, in which an orderly end or MLX's own error comes first
+    print(f"main.py: {LOST.format('it closed its connection')}", file=sys.stderr)
+    os._exit(1)  # the main thread may be stuck inside MLX

@@ -1,0 +1,61 @@
+"""--benchmark: counts beside formulas by hand, predicted memory beside measured memory."""
+
+import json
+import re
+
+import main
+import pytest
+from conftest import flags, ids, run
+
+from extras.benchmark import predict_memory
+
+
+def test_an_activation_of_ones_own_can_be_benchmarked():
+    gelu = main.Config(257, 32, 2, 64, 4, 4, "gelu", 256)
+    own = main.Config(257, 32, 2, 64, 4, 4, "silu", 256)
+    assert predict_memory(own, flags(), 1000, 2) == predict_memory(gelu, flags(), 1000, 2)
+
+
+SHAPES = {
+    "plain": "--dim 64 --num_heads 4 --num_blocks 3 --context_size 32 --batch_size 16",
+    "all": "--dim 128 --num_heads 4 --num_kv_heads 2 --num_blocks 2 --context_size 64"
+    " --batch_size 8 --mlp swiglu --untie --qk_norm",
+    # Gradients outweigh activations.
+    "large": "--dim 256 --num_heads 4 --num_blocks 4 --context_size 16 --batch_size 4",
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_benchmark(shape, text, tmp_path):
+    out, _ = run("--benchmark", "--text", text, *shape.split(), "--save_dir", tmp_path)
+    result = json.loads(out.splitlines()[-1])
+    values = dict(re.findall(r"--(\w+) (\w+)", shape))
+    values = {name: int(text) if text.isdigit() else text for name, text in values.items()}
+    given = flags(**values)
+    D, L, blocks = given.dim, given.context_size, given.num_blocks
+    head_dim = D // given.num_heads
+    kv_dim = given.num_kv_heads * head_dim
+    norms = (2 * blocks + 1) * D
+    if "--qk_norm" in shape:
+        norms += blocks * 2 * head_dim
+    matrices = 3 if given.mlp == "swiglu" else 2
+    assert result["parameters"] == {
+        "embeddings": 257 * D,
+        "attention": blocks * (2 * D * D + 2 * D * kv_dim),
+        "mlp": blocks * D * given.mlp_dim * matrices,
+        "norms": norms,
+        "output": 257 * D if "--untie" in shape else 0,
+    }
+    products = result["parameters"]["attention"] + result["parameters"]["mlp"] + 257 * D
+    forward = 2 * products + blocks * 4 * D * L
+    assert result["flops_per_token"] == {"forward": forward, "backward": 2 * forward}
+    weights = 4 * sum(result["parameters"].values())
+    assert result["memory"]["weights"] == weights
+    assert result["memory"]["optimizer"] == pytest.approx(2 * weights, rel=0.01)
+    # The prediction was fitted to two streams, on an idle machine.
+    if main.fast and main.fast.count_streams(64, 64) == 2:
+        assert result["predicted_peak"] == pytest.approx(result["measured_peak"], rel=0.25)
+    speeds = "tokens_per_second", "matrix_flops", "share_of_matrix_speed", "decoded_per_second"
+    assert all(result[name] > 0 for name in speeds)
+    assert max(map(len, out.splitlines()[-7:-1])) <= 100
+    assert not ids(tmp_path), "nothing is saved"

@@ -1,0 +1,100 @@
+"""Probe cases: ranks and probabilities beside those of one pass per token."""
+
+import json
+import re
+
+import main
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, ids, run
+from test_pictures import trained  # noqa: F401 (a fixture)
+
+CASES = [
+    ("the quick", " brown"),
+    ("", "t"),
+    ("the lazy", "x"),
+    ("o" * 50, "ver"),
+    ("😀", "😀"),  # which json.dumps halves
+]
+
+
+def test_cases(trained, tmp_path):
+    path = tmp_path / "cases.yaml"
+    cases = [{"prompt": prompt, "expected": expected} for prompt, expected in CASES]
+    path.write_text(json.dumps(cases))  # which is YAML, too
+    line = ["--cases", path, "--save_dir", trained, "--output", tmp_path / "out.json"]
+    named = ids(trained)[:2]
+    out, _ = run(*line, "--identifier", *named)
+    assert max(map(len, out.splitlines())) <= 100
+    results = json.loads((tmp_path / "out.json").read_text())
+    wanted = [checkpoint_id for checkpoint_id in named for _ in CASES]
+    assert [result["checkpoint"] for result in results] == wanted
+    [record] = [record for record in main.list_checkpoints(trained) if record["id"] == named[0]]
+    model, tokenizer = main.load_model(trained, record)
+    for (prompt, expected), result in zip(CASES, results):
+        assert (result["prompt"], result["expected"]) == (prompt, expected)
+        text = tokenizer.encode(prompt).tolist() or [tokenizer.eos]
+        ranks, chance = [], 1.0
+        for token in tokenizer.encode(expected).tolist():
+            window = text[-(32 - len(expected) + 1 + len(ranks)) :]
+            logits = np.array(model(mx.array([window]))[0, -1], np.float64)
+            if not ranks:
+                best = set(np.argsort(-logits)[:5].tolist())
+                assert result["top"][0] == tokenizer.decode([int(logits.argmax())])
+                assert set(result["top"]) == {tokenizer.decode([other]) for other in best}
+            ranks.append(int((logits > logits[token]).sum()) + 1)
+            chance *= np.exp(logits[token]) / np.exp(logits).sum()
+            text.append(token)
+        assert result["rank"] == max(ranks) and result["passed"] == (max(ranks) <= 5)
+        assert result["probability"] == pytest.approx(chance, rel=1e-3)
+        assert len(result["top"]) == 5
+    assert len(re.findall(r"^  (pass|FAIL) ", out, re.M)) == 10
+    assert "of 5 within the 5 likeliest" in out
+    every, _ = run("--cases", path, "--save_dir", trained, "--top_k", 257)
+    assert every.count("5 of 5 within the 257") == len(ids(trained))
+
+
+def test_a_case_of_words_that_the_model_cannot_know(text, tmp_path):
+    cases = "- {prompt: line, expected: zyzzyva}\n- {prompt: the, expected: quick}\n"
+    (tmp_path / "cases.yaml").write_text(cases)
+    folder = ["--save_dir", tmp_path / "lm"]
+    run("--text", text, "--tokenizer", "word", *TINY, "--num_iters", 1, *folder)
+    line = ["--cases", "cases.yaml", "--top_k", 100000, "--output", "out.json"]
+    run(*line, *folder, cwd=tmp_path)
+    unknown, known = json.loads((tmp_path / "out.json").read_text())
+    assert not unknown["passed"] and known["passed"], "<unk> is not the word that was expected"
+
+
+def test_a_damaged_checkpoint_is_skipped(text, tmp_path):
+    line = ["--text", text, *TINY, "--steps_per_save", 1, "--num_iters", 2, "--save_dir", tmp_path]
+    run(*line)
+    newest, older = ids(tmp_path)
+    damaged = tmp_path / f"{newest}.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    cases = ROOT / "tests" / "cases.yaml"
+    out, err = run("--cases", cases, "--save_dir", tmp_path)
+    assert newest[:12] in err and newest[:12] not in out and older[:12] in out
+
+
+def test_the_example_file_of_cases(trained):
+    line = ["--cases", ROOT / "tests" / "cases.yaml", "--identifier", "latest"]
+    out, _ = run(*line, "--save_dir", trained)
+    assert "within the 5 likeliest" in out
+
+
+@pytest.mark.parametrize("typed, words", [
+    (["--cases", "none.yaml"], "none.yaml"),
+    (["--cases", "text.txt"], "is no YAML list of prompt and expected"),
+    (["--cases", "text.txt", "--identifier", "zzz", "latest"],
+     "--identifier 'zzz' matches no checkpoint"),
+])  # fmt: skip
+def test_mistakes(trained, typed, words):
+    err = run(*typed, "--save_dir", trained, status=2, cwd=trained.parent)[1]
+    assert words in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "c.yaml").write_text("[]")
+    err = run("--cases", "c.yaml", "--save_dir", tmp_path, status=2, cwd=tmp_path)[1]
+    assert str(tmp_path) in err.splitlines()[-1] and "train" in err

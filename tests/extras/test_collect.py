@@ -1,0 +1,271 @@
+"""python datasets.py --distill_from: a corpus from a server that speaks OpenAI's protocol.
+
+The server is a real one on the loopback address, and it fails, stalls and limits.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import ROOT
+
+import extras.collect
+from datasets import RunError, UsageError
+
+KEY = "sk-very-secret"
+PROMPTS = ["tell me", "ünd jetzt 😀", "", "the end"]
+sleep = time.sleep  # which a fixture replaces
+
+
+class Server:
+    """Answers each request by the next of `script`, then "ok", and keeps what it was asked."""
+
+    def __init__(self, script=()):
+        self.script = list(script)
+        self.asked = []  # (path, Authorization, body)
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                authorization = self.headers.get("Authorization")
+                server.asked.append((self.path, authorization, body))
+                what = server.script.pop(0) if server.script else "ok"
+                content = f"echo {body['messages'][0]['content']}"
+                message = {"role": "assistant", "content": content}
+                answer = {"choices": [{"message": message, "finish_reason": "stop"}]}
+                status = 200
+                data = json.dumps(answer).encode()
+                headers = {"Content-Length": str(len(data))}
+                if what == "stall":
+                    sleep(2)
+                elif what == "cut":
+                    headers["Content-Length"] = str(len(data) + 5)
+                elif what != "ok":
+                    if what == "nonsense":
+                        data = b"<html>"
+                    elif what == "no choice":
+                        data = b'{"choices": []}'
+                    elif what == "nothing":
+                        data = b'{"choices": [{"message": {"content": null}}]}'
+                    elif what == "half":  # of an emoji, which the model's token limit has cut
+                        data = b'{"choices": [{"message": {"content": "smile \\ud83d"}}]}'
+                    elif what == "key":  # where a message cut too early would keep its beginning
+                        status = 400
+                        data = b"x" * 190 + authorization.encode()
+                    else:
+                        status, more = what
+                        headers |= more
+                        data = f"no, {authorization}".encode()
+                    headers["Content-Length"] = str(len(data))
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        # Seconds between looks at whether to shut down.
+        threading.Thread(target=self.http.serve_forever, args=[0.01], daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The seconds the client would have slept; nobody waits for them."""
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setenv("TEACHER_API_KEY", KEY)
+    monkeypatch.setenv("no_proxy", "*")
+    return slept
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+
+
+def distill(server, folder, prompts=PROMPTS, **options):
+    said = []
+    extras.collect.distill(server.url, "gpt", prompts, folder, say=said.append, **options)
+    return said
+
+
+def test_answers_become_a_corpus(tmp_path, pauses):
+    with Server() as server:
+        said = distill(server, tmp_path)
+    expected = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    assert [body["messages"] for _, _, body in server.asked] == expected
+    assert {asked[:2] for asked in server.asked} == {("/v1/chat/completions", f"Bearer {KEY}")}
+    assert lines(tmp_path) == [
+        {"prompt": prompt, "model": "gpt", "completion": f"echo {prompt}"} for prompt in PROMPTS
+    ]
+    corpus = "".join(f"{prompt}\necho {prompt}\n" for prompt in PROMPTS)
+    assert (tmp_path / "corpus.txt").read_text() == corpus
+    assert pauses == [] and "--text" in said[-1]
+
+
+def test_without_a_key_none_is_sent(tmp_path, pauses, monkeypatch):
+    monkeypatch.delenv("TEACHER_API_KEY")
+    with Server() as server:
+        distill(server, tmp_path)
+    assert {authorization for _, authorization, _ in server.asked} == {None}
+
+
+def test_failures_are_tried_again(tmp_path, pauses):
+    script = [
+        (500, {}), "ok",
+        (429, {"Retry-After": "7"}), (429, {"Retry-After": "0.5"}), "cut", "ok",
+        "nonsense", "no choice",
+    ]  # fmt: skip
+    with Server(script) as server:
+        said = distill(server, tmp_path)
+    assert [line["prompt"] for line in lines(tmp_path)] == PROMPTS and len(server.asked) == 4 + 6
+    expected = [1, 7, 2, 4, 1, 2]
+    assert pauses == expected, "backing off for each prompt anew, and as long as the server asks"
+    assert "status 500" in said[0] and KEY not in " ".join(said), "even if the server repeats it"
+
+
+def test_a_server_that_stalls(tmp_path, pauses):
+    with Server(["stall"]) as server:
+        said = distill(server, tmp_path, PROMPTS[:1], timeout=0.3)
+    assert len(server.asked) == 2 and "Timeout" in said[0]
+
+
+@pytest.mark.parametrize("script, asked", [
+    ([(401, {})], 1), ([(400, {})], 1), ([(503, {})] * 8, 8),
+])  # fmt: skip
+def test_failures_that_end_it(tmp_path, pauses, script, asked):
+    with Server(["ok", *script]) as server:
+        with pytest.raises(RunError) as error:
+            distill(server, tmp_path)
+        assert len(server.asked) == 1 + asked
+        assert KEY not in str(error.value) and "start it again" in str(error.value)
+        distill(server, tmp_path)
+        assert len(server.asked) == 1 + asked + 3, "what was answered is not asked again"
+    assert [line["prompt"] for line in lines(tmp_path)] == PROMPTS
+
+
+@pytest.mark.parametrize("count", [
+    lambda size: size - 1, lambda size: size // 2, lambda size: 0, lambda size: 5,
+])  # fmt: skip
+def test_a_file_that_a_kill_cut_off(tmp_path, pauses, count):
+    path = tmp_path / "answers.jsonl"
+    with Server() as server:
+        distill(server, tmp_path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: count(len(whole))])
+        distill(server, tmp_path)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [
+    b"notes\n",
+    b"notes",
+    b'{"prompt": "other", "model": "gpt", "completion": ""}\n',
+    b"[]\n",
+    b"{}\n",
+])  # fmt: skip
+def test_other_files_are_left_alone(tmp_path, pauses, content):
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(content)
+    with Server() as server, pytest.raises(UsageError, match="name another --output"):
+        distill(server, tmp_path)
+    assert path.read_bytes() == content and not server.asked
+
+
+@pytest.mark.parametrize("more", [b"{", b'{"prompt": "one more"}\n', b"\n"])
+def test_a_file_with_more_than_these_prompts_is_left_alone(tmp_path, pauses, more):
+    path = tmp_path / "answers.jsonl"
+    with Server() as server:
+        distill(server, tmp_path)
+        content = path.read_bytes() + more
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match="name another --output"):
+            distill(server, tmp_path)
+    assert path.read_bytes() == content and len(server.asked) == len(PROMPTS)
+
+
+def test_no_answer_is_an_answer(tmp_path, pauses):
+    with Server(["nothing"]) as server:
+        distill(server, tmp_path)
+    assert lines(tmp_path)[0]["completion"] == "" and len(server.asked) == len(PROMPTS)
+
+
+def test_half_a_character_is_an_answer(tmp_path, pauses):
+    with Server(["half"]) as server:
+        distill(server, tmp_path)
+    assert lines(tmp_path)[0]["completion"] == "smile \ufffd" and len(server.asked) == len(PROMPTS)
+
+
+def test_no_part_of_the_key_is_shown(tmp_path, pauses):
+    with Server(["key"]) as server, pytest.raises(RunError) as error:
+        distill(server, tmp_path)
+    assert KEY[:6] not in str(error.value) and "***" in str(error.value)
+
+
+def test_limit_of_requests(tmp_path, pauses):
+    with Server() as server, pytest.raises(RunError, match="-1 requests"):
+        distill(server, tmp_path, most=-1)
+    assert not server.asked
+    with Server([(500, {})]) as server:
+        with pytest.raises(RunError, match="2 requests are made .*, 1 prompts answered"):
+            distill(server, tmp_path, most=2)
+        assert len(server.asked) == 2 and len(lines(tmp_path)) == 1
+
+
+def program(folder, *arguments, path=ROOT / "datasets.py", **env):
+    command = [sys.executable, str(path), *map(str, arguments)]
+    inherited = {name: value for name, value in os.environ.items() if name != "TEACHER_API_KEY"}
+    env = inherited | env | {"no_proxy": "*"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_from_the_command_line(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    with Server(["stall"]) as server:
+        line = ["--distill_from", server.url, "--teacher_model", "gpt"]
+        line += ["--teacher_prompts", "prompts.txt", "--output", "out"]
+        process = program(tmp_path, *line, TEACHER_API_KEY=KEY)
+        assert process.returncode == 0 and "4 answers" in process.stdout
+        # The errors of the extra are those that the program knows.
+        other = program(tmp_path, *line, "--teacher_model", "other")
+        assert other.returncode == 2 and other.stderr.count("\n") == 1
+        limited = program(tmp_path, *line, "--output", "new", "--max_requests", 1)
+        assert limited.returncode == 1 and limited.stderr.count("\n") == 1
+    assert len(server.asked) == 4 + 1 and server.asked[0][1] == f"Bearer {KEY}"
+    for path in (tmp_path / "out").iterdir():
+        assert KEY not in path.read_text()
+    assert KEY not in process.stdout + process.stderr
+    process = program(tmp_path, *line[:4], "--teacher_prompts", "none.txt", "--output", "out")
+    assert process.returncode == 2 and "--teacher_prompts none.txt must be" in process.stderr
+    for left_out in ("--teacher_model", "--teacher_prompts", "--output"):
+        shorter = [*line]
+        del shorter[shorter.index(left_out) : shorter.index(left_out) + 2]
+        process = program(tmp_path, *shorter)
+        assert process.returncode == 2 and left_out in process.stderr
+        assert process.stderr.count("\n") == 1
+
+
+def test_the_extra_is_missing(tmp_path):
+    shutil.copy(ROOT / "datasets.py", tmp_path)
+    line = ["--distill_from", "http://127.0.0.1:9/", "--teacher_model", "gpt"]
+    line += ["--teacher_prompts", "prompts.txt", "--output", "out"]
+    process = program(tmp_path, *line, path=tmp_path / "datasets.py")
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("datasets.py: extras/collect.py is missing: copy ")

@@ -1,0 +1,160 @@
+"""Pictures: what is plotted is compared with the log, and attention with a computation by hand."""
+
+import csv
+
+import main
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import TINY, run
+from datasets import ByteTokenizer
+from test_huggingface import make_model
+
+from extras import pictures
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with two runs of a byte model that has learnt a little."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    line = ["--text", folder / "text.txt", "--save_dir", folder / "lm", *TINY, "--num_iters", 60]
+    line += ["--context_size", 32, "--steps_per_eval", 20]
+    line += ["--learning_rate", 0.01, "--lr_warmup", 5]
+    for seed in (1, 2):
+        run(*line, "--seed", seed)
+    return folder / "lm"
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, in place of the files they would be written to."""
+    figures = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
+    return figures
+
+
+# ---- Losses -------------------------------------------------------------------------------------
+def test_a_file_of_losses(trained, tmp_path):
+    _, err = run("--plot", tmp_path / "all.png", "--save_dir", trained)
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG") and "all.png" in err
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_losses(trained, figures, count):
+    runs = sorted({record["run"] for record in main.list_checkpoints(trained)})
+    names = runs[-count:] if count else []
+    pictures.plot_runs(trained, names, "x.png")
+    by_iteration, by_minute = figures[0].axes
+    wanted = [(name, split) for name in names or runs for split in ("train", "valid")]
+    labels = [line.get_label() for line in by_iteration.lines]
+    assert labels == [f"{name} {split}" for name, split in wanted]
+    for axis, column, unit in ((by_iteration, "iteration", 1), (by_minute, "seconds", 60)):
+        for line, (name, split) in zip(axis.lines, wanted):
+            with (trained / f"{name}.csv").open() as file:
+                rows = [row for row in csv.DictReader(file) if row["split"] == split]
+            assert rows
+            points = [[float(row[column]) / unit, float(row["loss"])] for row in rows]
+            assert line.get_xydata().tolist() == points
+
+
+@pytest.mark.parametrize("cut", ["20,tr", "20,train", "20,train,0.5,", "20,train,0.5,,,,,,,"])
+def test_a_log_whose_last_line_was_cut_off(tmp_path, figures, cut):
+    header = ",".join(main.LOG)
+    (tmp_path / "run.csv").write_text(f"{header}\n10,train,1.5,,,,,,,60\n{cut}")
+    (tmp_path / "other.csv").write_text("iteration,loss\n10,1\n")
+    pictures.plot_runs(tmp_path, [], "x.png")
+    by_iteration, by_minute = figures[0].axes
+    assert [line.get_xydata().tolist() for line in by_iteration.lines] == [[[10, 1.5]], []]
+    assert [line.get_xydata().tolist() for line in by_minute.lines] == [[[1, 1.5]], []]
+
+
+def test_a_log_with_a_column_of_ones_own(tmp_path, figures):
+    header = ",".join([*main.LOG, "mine"])
+    (tmp_path / "run.csv").write_text(f"{header}\n10,train,1.5,,,,,,,60,7\n")
+    pictures.plot_runs(tmp_path, [], "x.png")
+    by_iteration, _ = figures[0].axes
+    assert by_iteration.lines[0].get_xydata().tolist() == [[10, 1.5]]
+
+
+# ---- Attention ----------------------------------------------------------------------------------
+def rotated(x, base=10000.0):
+    """RoPE of [H, L, d] by complex numbers, the first half of d real and the second imaginary."""
+    L, half = x.shape[1], x.shape[2] // 2
+    angles = np.outer(np.arange(L), base ** (-np.arange(half) / half))
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def normalized(x, norm):
+    """RMSNorm over the last axis."""
+    return x * np.array(norm.weight) / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_weights(kv_heads, qk_norm):
+    shape = dict(dim=16, num_heads=2, num_kv_heads=kv_heads, qk_norm=qk_norm)
+    model = make_model(vocab_size=13, **shape)
+    tokens = [1, 5, 3, 3, 12]
+    weights = pictures.attention_weights(model, tokens)
+    assert weights.shape == (2, 2, 5, 5)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+    assert (weights[..., ~np.tri(5, dtype=bool)] == 0).all()
+    hidden = np.array(model.model.embed_tokens.weight, np.float64)[tokens]
+    for i, block in enumerate(model.model.layers):
+        inputs = normalized(hidden, block.input_layernorm)
+        attention = block.self_attn
+
+        def heads_of(layer):
+            return (inputs @ np.array(layer.weight).T).reshape(5, -1, 8).transpose(1, 0, 2)
+
+        queries, keys = heads_of(attention.q_proj), heads_of(attention.k_proj)
+        if qk_norm:
+            queries = normalized(queries, attention.q_norm)
+            keys = normalized(keys, attention.k_norm)
+        queries, keys = rotated(queries), rotated(keys)
+        for head in range(2):
+            scores = queries[head] @ keys[head * kv_heads // 2].T / 8**0.5
+            powers = np.exp(scores) * np.tri(5)
+            expected = powers / powers.sum(-1, keepdims=True)
+            np.testing.assert_allclose(weights[i, head], expected, atol=1e-5)
+        hidden = np.array(block(mx.array(hidden[None].astype(np.float32)))[0], np.float64)
+
+
+def test_a_file_of_attention(trained, tmp_path):
+    prompt = ["--prompt", "the $fox\n"]
+    _, err = run("--attention", tmp_path / "a.png", *prompt, "--save_dir", trained)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and "a.png" in err
+
+
+def test_attention(figures):
+    model, tokenizer = make_model(num_heads=2, num_kv_heads=2), ByteTokenizer()
+    pictures.plot_attention(model, tokenizer, "a fox", "x.png")
+    axes = figures[0].axes
+    titles = [f"block {i}, head {j}" for i in range(2) for j in range(2)]
+    assert [axis.get_title() for axis in axes] == titles
+    assert [label.get_text() for label in axes[0].get_xticklabels()] == list("a fox")
+    weights = pictures.attention_weights(model, list(b"a fox"))
+    for axis, expected in zip(axes, weights.reshape(4, 5, 5)):
+        np.testing.assert_array_equal(axis.images[0].get_array(), expected)
+
+
+# ---- Mistakes -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("typed, words", [
+    (["--plot", "nowhere/x.png"], "cannot write nowhere/x.png"),
+    (["--plot", "x.nonsense"], "cannot write x.nonsense"),
+    (["--plot", "x.png", "--identifier", "zzz"], "--identifier 'zzz' matches no checkpoint"),
+    (["--plot", "x.png", "--cases", "y"], "exclude each other"),
+    (["--attention", "x.png"], "--attention goes with --prompt"),
+    (["--attention", "nowhere/x.png", "--prompt", "x"], "cannot write nowhere/x.png"),
+])  # fmt: skip
+def test_mistakes(trained, typed, words):
+    err = run(*typed, "--save_dir", trained, status=2, cwd=trained.parent)[1]
+    assert words in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.parametrize("typed", [["--plot", "x.png"], ["--attention", "x.png", "--prompt", "x"]])
+def test_an_empty_folder(tmp_path, typed):
+    err = run(*typed, "--save_dir", tmp_path, status=2, cwd=tmp_path)[1]
+    assert str(tmp_path) in err.splitlines()[-1] and "train" in err

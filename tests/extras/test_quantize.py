@@ -1,0 +1,72 @@
+"""Quantization: the values that are left, and the same logits packed or not."""
+
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import TINY, run
+from mlx.utils import tree_flatten
+from test_huggingface import base, logits_of, make_model  # noqa: F401 (a fixture)
+
+from extras.quantize import quantize
+
+
+@pytest.mark.parametrize("dim, group", [(128, 64), (96, 32)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights(dim, group, bits, capsys):
+    """A group has at most 2^bits values, evenly spaced, and each weight is nearly at the next."""
+    model, plain = make_model(dim=dim), make_model(dim=dim)
+    assert quantize(model, bits, packed=False) == group
+    before = dict(tree_flatten(plain.parameters()))
+    for name, weight in tree_flatten(model.parameters()):
+        weight, exact = np.array(weight), np.array(before[name])
+        if weight.ndim == 1:
+            np.testing.assert_array_equal(weight, exact)
+            continue
+        for mine, theirs in zip(weight.reshape(-1, group)[:50], exact.reshape(-1, group)):
+            values = np.unique(mine)
+            step = np.ptp(theirs) / (2**bits - 1)
+            assert len(values) <= 2**bits and np.abs(mine - theirs).max() < 1.1 * step
+            if bits == 4:  # of 8 bits, neighbours may both be missing
+                steps = np.diff(values) / np.diff(values).min()
+                np.testing.assert_allclose(steps % 1 % 0.999, 0, atol=0.01)
+    packed = make_model(dim=dim)
+    quantize(packed, bits, packed=True)
+    tokens = list(range(20))
+    unpacked = logits_of(model, tokens)
+    np.testing.assert_allclose(logits_of(packed, tokens), unpacked, rtol=0, atol=1e-4)
+    layer = packed.model.embed_tokens
+    parts = layer.weight, layer.scales, layer.biases
+    rows = mx.dequantize(*parts, layer.group_size, layer.bits)  # [V, D]
+    np.testing.assert_array_equal(np.array(rows), np.array(model.model.embed_tokens.weight))
+    size = float(re.search(r"would be ([\d.]+)", capsys.readouterr().err)[1]) * 2**20
+    parts = tree_flatten(packed.parameters())
+    expected = sum(part.nbytes for name, part in parts if "norm" not in name)
+    assert abs(size - expected) < 2**20 * 0.06
+
+
+def test_quantized_from_the_command_line(tmp_path, text):
+    training = ["--learning_rate", 0.01, "--lr_warmup", 5, "--num_iters", 40]
+    run("--text", text, *TINY, "--dim", 32, *training, "--save_dir", tmp_path)
+    out, err = run("--evaluate", "valid", "--quantize", 4, "--save_dir", tmp_path)
+    scores = [float(re.match(r"valid ([\d.]+) nats", line)[1]) for line in out.splitlines()]
+    before, after = scores
+    assert before != after and abs(before - after) < 0.1
+    assert "Quantized to 4 bits" in err
+    assert out.count("tokens/s") == 2
+    prompt = ["--prompt", "line 5", "--temperature", 0, "--save_dir", tmp_path]
+    assert run(*prompt, "--quantize", 8)[0].strip()
+
+
+@pytest.mark.parametrize("typed, words", [
+    (["--prompt", "x", "--quantize", 4], "--quantize 4 needs a model in which 32 divides"),
+    (["--prompt", "x", "--quantize", 3], "invalid choice: 3"),
+    (["--quantize", 4], "--quantize goes with --prompt"),
+])  # fmt: skip
+def test_mistakes(base, text, typed, words):
+    line = [*typed, "--save_dir", base]
+    if "--prompt" not in typed:
+        line += ["--text", text, "--num_iters", 1, "--new_model"]
+    err = run(*line, status=2)[1]
+    assert words in err.splitlines()[-1] and "Traceback" not in err

@@ -1,0 +1,189 @@
+"""main.py and datasets.py alone in a folder: they train, are stopped, resume exactly and sample, in plain MLX."""
+
+import csv
+import shutil
+import signal
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, ids, run, start
+from test_interrupts import wait_for
+
+# Refuses, as if they were not installed, all packages but the four that the core needs and those
+# that `requests` brings along.
+GUARD = """
+import sys
+
+CORE = {"main", "datasets", "mlx", "numpy", "requests", "tqdm"}
+OF_REQUESTS = {"urllib3", "idna", "certifi", "charset_normalizer", "chardet"}
+
+
+class Guard:
+    def find_spec(self, name, path=None, target=None):
+        package = name.partition(".")[0]
+        if package in sys.stdlib_module_names or package in CORE | OF_REQUESTS:
+            return None  # the usual finders go on
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Guard())
+"""
+BEYOND = ["yaml", "tokenizers", "matplotlib", "transformers", "mlx_lm", "extras"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """How `run` and `start` start the two files, copied into a folder of their own."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name in ("main.py", "datasets.py"):
+        shutil.copy(ROOT / name, folder)
+    return {"program": [folder / "main.py"], "cwd": folder, "env": {"PYTHONPATH": ""}}
+
+
+@pytest.fixture(scope="module")
+def guarded(alone, tmp_path_factory):
+    """The same with no other package than the core's."""
+    folder = tmp_path_factory.mktemp("guard")
+    (folder / "sitecustomize.py").write_text(GUARD)  # which Python imports before the program
+    return alone | {"env": {"PYTHONPATH": str(folder)}}
+
+
+@pytest.fixture(scope="module")
+def trained(alone, tmp_path_factory):
+    """A folder with `text.txt`, `prompts.txt`, a Hugging Face folder `hf` and, in `lm`, a run of the two files."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    (folder / "prompts.txt").write_text("the quick\n")
+    (folder / "cases.yaml").write_text("- {prompt: the quick, expected: brown}\n")
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text('{"model_type": "llama"}')
+    line = ["--text", folder / "text.txt", *TINY, "--dim", 32, "--num_iters", 5]
+    run(*line, "--save_dir", folder / "lm", **alone)
+    return folder
+
+
+def losses(folder):
+    """The columns `loss` and `gradient_norm` of the log of the one run in a folder: [steps, 2]."""
+    [log] = folder.glob("*.csv")
+    rows = list(csv.DictReader(log.open()))
+    return np.array([[float(row["loss"]), float(row["gradient_norm"])] for row in rows])
+
+
+@pytest.mark.parametrize("corpus", ["text", "python"])
+def test_stopped_twice_it_ends_as_the_run_never_stopped(corpus, alone, text, tmp_path):
+    given = ["--text", text] if corpus == "text" else ["--dataset", "python", "--eval_tokens", 1000]
+    line = [*given, *TINY, "--dropout", 0.1, "--num_iters", 60, "--steps_per_eval", 20, "--steps_per_report", 1]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    out, err = run(*line, "--save_dir", whole, **alone)
+    assert "matrix products by MLX's own BLAS" in out and out.count("\nvalid ") == 3 and not err
+    for stop in (7, 33):
+        process = start(*line, "--save_dir", parts, **alone)
+        wait_for(process, f"{stop}/60 ")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 130, err
+    run(*line, "--save_dir", parts, **alone)
+    assert ids(parts)[0] == ids(whole)[0]
+
+    # And both are the same model to talk to.
+    sample = ["--prompt", "line 5", "--max_tokens", 20, "--seed", 3, "--save_dir"]
+    out, _ = run(*sample, whole, **alone)
+    assert out.strip()
+    assert run(*sample, parts, **alone)[0] == out
+    answers, _ = run("--inference", "--max_tokens", 20, "--save_dir", parts, input="line 5\nline 6\n", **alone)
+    assert answers.strip()
+    assert ids(parts)[0][:12] in run("--list", "--save_dir", parts, **alone)[0]
+    assert run("--evaluate", "valid", "--save_dir", parts, **alone)[0].startswith("valid ")
+
+
+@pytest.mark.parametrize("options", [
+    ["--context_size", 64],
+    ["--context_size", 64, "--optimizer", "muon", "--dropout", 0.1, "--num_kv_heads", 1, "--grad_accumulation", 2],
+])  # fmt: skip
+def test_losses_are_those_of_the_fast_program(options, alone, text, tmp_path):
+    """To rounding, which 20 steps hardly multiply."""
+    line = ["--text", text, *TINY, "--batch_size", 8, *options, "--num_iters", 20, "--steps_per_report", 1]
+    line += ["--lr_warmup", 2, "--learning_rate", 3e-3]
+    run(*line, "--save_dir", tmp_path / "plain", **alone)
+    out, _ = run(*line, "--save_dir", tmp_path / "fast")
+    assert "MLX's own BLAS" not in out
+    assert len(losses(tmp_path / "fast")) == 20
+    np.testing.assert_allclose(losses(tmp_path / "plain"), losses(tmp_path / "fast"), rtol=1e-4)
+
+
+MISSING = [  # what is typed; the file that it needs
+    ("--text text.txt --new_model --teacher latest", "distil"),
+    ("--text text.txt --new_model --init_from latest --lora_rank 2", "lora"),
+    ("--prompt the --quantize 4", "quantize"),
+    ("--inference --quantize 8", "quantize"),
+    ("--evaluate valid --quantize 8", "quantize"),
+    ("--export out", "huggingface"),
+    ("--text text.txt --new_model --init_from hf", "huggingface"),
+    ("--text text.txt --new_model --teacher hf", "huggingface"),
+    ("--prompt the --draft hf", "huggingface"),
+    ("--prompt the --draft latest", "decode"),
+    ("--inference --draft latest", "decode"),
+    ("--prompts_file prompts.txt", "decode"),
+    ("--attention out.png --prompt the", "pictures"),
+    ("--plot out.png", "pictures"),
+    ("--cases cases.yaml", "cases"),
+    ("--benchmark --text text.txt", "benchmark"),
+]
+
+
+@pytest.mark.parametrize("line, name", MISSING)
+def test_a_flag_beyond_the_core_names_the_missing_file(line, name, trained, alone):
+    before = ids(trained / "lm")
+    options = alone | {"cwd": trained}
+    _, err = run(*line.split(), "--save_dir", "lm", status=2, **options)
+    last = err.splitlines()[-1]
+    assert last == f"main.py: extras/{name}.py is missing: copy the project's folder extras next to main.py"
+    assert err.count("main.py: ") == 1 and "Traceback" not in err
+    assert ids(trained / "lm") == before and not list(trained.glob("out*"))
+
+
+def test_several_ranks_name_the_missing_file(trained, alone):
+    options = alone | {"env": alone["env"] | {"MLX_RANK": "0"}}
+    _, err = run("--text", trained / "text.txt", *TINY, "--save_dir", trained / "lm", status=2, **options)
+    assert err == "main.py: extras/ranks.py is missing: copy the project's folder extras next to main.py\n"
+
+
+def test_collecting_a_corpus_names_the_missing_file(trained, alone):
+    options = alone | {"program": [alone["cwd"] / "datasets.py"]}
+    line = ["--distill_from", "http://127.0.0.1:9", "--teacher_model", "m", "--teacher_prompts"]
+    _, err = run(*line, trained / "prompts.txt", "--output", trained / "out", status=2, **options)
+    assert err == "datasets.py: extras/collect.py is missing: copy the project's folder extras next to main.py\n"
+    assert not (trained / "out").exists()
+
+
+def test_no_other_package_is_imported(guarded, text, tmp_path):
+    for package in BEYOND:  # the guard holds
+        out, err = run(program=["-c", f"import {package}"], status=1, cwd=tmp_path, env=guarded["env"])
+        assert f"No module named '{package}'" in err
+
+    line = ["--text", text, "--tokenizer", "word", *TINY, "--save_dir", tmp_path]
+    out, _ = run(*line, "--num_iters", 4, "--steps_per_eval", 2, **guarded)
+    assert "at iteration 4" in out
+    out, _ = run(*line, "--num_iters", 8, **guarded)
+    assert "from iteration 4 to 8" in out
+    saved = ["--save_dir", tmp_path]
+    for more in (["--list"], ["--evaluate", "valid"], ["--prompt", "line 5", "--max_tokens", 5]):
+        assert run(*more, *saved, **guarded)[0].strip()
+    out, _ = run("--inference", "--max_tokens", 5, *saved, input="line 5\n", **guarded)
+    assert out.strip()
+    assert "--learning_rate" in run("--help", **guarded)[0]
+
+
+@pytest.mark.parametrize("line, package", [("--config flags.yaml", "yaml"), ("--tokenizer bpe", "tokenizers")])
+def test_a_flag_that_needs_a_package_says_how_to_install_it(line, package, guarded, text, tmp_path):
+    (tmp_path / "flags.yaml").write_text("dim: 8\n")
+    options = guarded | {"cwd": tmp_path}
+    _, err = run("--text", text, *line.split(), "--save_dir", tmp_path / "lm", status=2, **options)
+    assert package in err and "pip install" in err and err.count("\n") == 1
+
+
+def test_the_folder_is_left_as_it_was(alone):
+    """Running writes nothing beside the two files but what Python caches."""
+    names = {path.name for path in alone["cwd"].iterdir()} - {"__pycache__"}
+    assert names == {"main.py", "datasets.py"}

@@ -1,0 +1,137 @@
+"""Reports against independent computations: sliding evaluation, logs, what a checkpoint says of its making."""
+
+import csv
+import fcntl
+import hashlib
+import os
+import random
+import signal
+import time
+
+import main
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, run, start
+from test_evaluation import make_model, nats_of
+from test_interrupts import wait_for
+
+
+@pytest.mark.parametrize("length", [2, 8, 9, 10, 33, 50])
+@pytest.mark.parametrize("stride", [1, 3, 7, 8])
+def test_sliding_evaluation(length, stride):
+    """Each token is scored once, alone, with the context of the first window that reaches it."""
+    model, L, total = make_model(), 8, 0.0
+    tokens = np.random.default_rng(length).integers(13, size=length).astype(np.uint16)
+    for place in range(length - 1):
+        begin = max(0, -(-(place + 1 - L) // stride)) * stride
+        logits = model(mx.array(tokens[begin : place + 1][None].astype(np.int32)))[0, -1:]
+        total += nats_of(logits, tokens[place + 1 : place + 2]).sum()
+    for batch_size in (1, 4):
+        score = main.evaluate(model, tokens, batch_size, stride=stride)
+        assert score == pytest.approx(total / (length - 1), rel=1e-5)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with two runs of a byte model that has learnt a little."""
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    for seed in (1, 2):
+        line = ["--text", folder / "text.txt", *TINY, "--context_size", 32, "--learning_rate", 0.01, "--lr_warmup", 5]
+        run(*line, "--num_iters", 60, "--steps_per_eval", 20, "--seed", seed, "--save_dir", folder / "lm")
+    return folder / "lm"
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.open()))
+
+
+# ---- Logs -----------------------------------------------------------------------------------------------------------
+def test_log(trained):
+    for record in main.list_checkpoints(trained)[:1]:
+        rows = rows_of(trained / f"{record['run']}.csv")
+        assert list(rows[0]) == main.LOG
+        assert [(row["split"], int(row["iteration"])) for row in rows] == [
+            (split, i) for i in range(10, 61, 10) for split in ("train", "valid") if split == "train" or i % 20 == 0
+        ]
+        scores = {int(row["iteration"]): float(row["loss"]) for row in rows if row["split"] == "valid"}
+        assert scores == pytest.approx(dict(record["scores"]), rel=1e-5)
+        for row in rows:
+            assert int(row["tokens"]) == int(row["iteration"]) * 4 * 32
+            assert float(row["bits_per_byte"]) == pytest.approx(float(row["loss"]) / np.log(2), rel=0.01)  # bytes, some <eos>
+        seconds = [float(row["seconds"]) for row in rows]
+        assert seconds == sorted(seconds) and seconds[-1] == pytest.approx(record["seconds"], rel=1e-5)
+
+
+def test_log_counts_the_tokens_of_batches_as_they_were(tmp_path, text):
+    line = ["--text", text, *TINY, "--steps_per_report", 2, "--save_dir", tmp_path]
+    run(*line, "--num_iters", 2)
+    run(*line, "--num_iters", 4, "--batch_size", 2)
+    assert [int(row["tokens"]) for row in rows_of(next(tmp_path.glob("*.csv")))] == [2 * 4 * 8, 2 * 4 * 8 + 2 * 2 * 8]
+
+
+def test_a_log_is_written_anew_under_the_lock(tmp_path, monkeypatch):
+    """Else another process that cleans the folder would take it for what a killed save has left."""
+    replace, tries = main.Path.replace, []
+
+    def watched(new, path):
+        descriptor = os.open(tmp_path, os.O_RDONLY)  # as a second process would
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        assert new.name == "run.csv.new"
+        tries.append(path)
+        return replace(new, path)
+
+    monkeypatch.setattr(main.Path, "replace", watched)
+    main.Log(tmp_path / "run.csv", 0, False)
+    assert tries and (tmp_path / "run.csv").read_text().strip() == ",".join(main.LOG)
+
+
+def test_log_of_a_run_that_is_killed(tmp_path, text):
+    """Whatever stops it, the log ends with the lines, and the losses, of the run never touched."""
+    line = ["--text", text, *TINY, "--context_size", 64, "--steps_per_report", 1, "--steps_per_eval", 12, "--steps_per_save", 3]
+    chance = random.Random(0)
+    for _ in range(6):
+        process = start(*line, "--save_dir", tmp_path / "killed")
+        wait_for(process, "  loss ")
+        time.sleep(chance.uniform(0, 0.3))
+        process.send_signal(chance.choice([signal.SIGKILL, signal.SIGINT]))
+        process.communicate(timeout=120)
+    num_iters = main.list_checkpoints(tmp_path / "killed")[0]["iteration"] + 15
+    logs = []
+    for name in ("killed", "whole"):
+        run(*line, "--save_dir", tmp_path / name, "--num_iters", num_iters)
+        [log] = (tmp_path / name).glob("*.csv")
+        logs.append([(row["iteration"], row["split"], row["loss"], row["gradient_norm"]) for row in rows_of(log)])
+    assert logs[0] == logs[1] and len(logs[0]) >= num_iters
+    assert not list((tmp_path / "killed").glob("*.new"))
+
+
+def test_a_score_that_was_not_saved_is_logged_once(tmp_path):
+    path = tmp_path / "run.csv"
+    for scored, expected in ((True, ["10", "10"]), (False, ["10"])):
+        path.write_text(",".join(main.LOG) + "\n" + "10,train,1,,,,,,,\n10,valid,1,,,,,,,\n20,train,1,,,,,,,\n20,va")
+        path.write_bytes(path.read_bytes() + b"\xff")  # damaged, which is no reason to stop a run
+        log = main.Log(path, 10, scored)
+        assert [row["iteration"] for row in rows_of(path)] == expected
+        log.append({"iteration": 11, "split": "train", "loss": 1 / 3, "tokens": 5, "seconds": 0.25})
+        assert path.read_text().splitlines()[-1] == "11,train,0.333333,,,,5,,,0.25"
+
+
+def test_what_a_checkpoint_was_made_by(trained):
+    record = main.list_checkpoints(trained)[0]
+    assert record["command"][1:3] == ["--text", str(trained.parent / "text.txt")] and "--seed" in record["command"]
+    for name in ("main.py", "datasets.py", "extras/fast.py", "extras/ranks.py"):
+        assert record["sources"][name] == hashlib.sha1((ROOT / name).read_bytes()).hexdigest()
+
+
+# ---- Mistakes -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("typed, words", [
+    (["--evaluate", "valid", "--eval_stride", 33], "at most 32"),
+    (["--prompt", "x", "--identifier", "latest", "best"], "--identifier takes one name"),
+])  # fmt: skip
+def test_mistakes(trained, typed, words):
+    err = run(*typed, "--save_dir", trained, status=2, cwd=trained.parent)[1]
+    assert words in err.splitlines()[-1] and "Traceback" not in err
