@@ -75,10 +75,12 @@ def extra(name):
     try:
         return importlib.import_module(f"extras.{name}")
     except ModuleNotFoundError as error:
-        if error.name not in ("extras", f"extras.{name}"):
+        package, _, needed = str(error.name).partition(".")
+        if package != "extras":
             raise
+        missing = needed or name  # an extra may need another one
     raise UsageError(
-        f"extras/{name}.py is missing: copy the project's folder extras next to main.py"
+        f"extras/{missing}.py is missing: copy the project's folder extras next to main.py"
     )
 
 

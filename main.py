@@ -1445,9 +1445,13 @@ class Log:
 
     def __init__(self, path, iteration, scored):
         self.path = path
+        before = self.read()
         self.columns = LOG
+        if before:
+            # A column that `append` has added stays.
+            self.columns = LOG + [name for name in before[0] if name and name not in LOG]
         rows = []
-        for row in self.read():
+        for row in before:
             is_present = int(row["iteration"]) == iteration
             if int(row["iteration"]) < iteration:
                 rows.append(row)
@@ -2363,6 +2367,8 @@ def check_values(flags):
     for name, partner in (("lora_rank", "init_from"), ("lora_alpha", "lora_rank")):
         if getattr(flags, name) and not getattr(flags, partner):
             raise UsageError(f"--{name} goes with --{partner}: give that, too, or neither")
+    if flags.teacher:
+        extra("distil")  # if its file is missing, that is said before a run is begun
 
 
 def open_origins(folder, flags, checkpoint):

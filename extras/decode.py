@@ -23,7 +23,7 @@ class BatchCache(Cache):
     """A Cache of texts of different lengths; `begin` is called before each pass."""
 
     def begin(self, lengths):
-        """Goes to where so many positions of each text, [B], are read; what stands behind them is overwritten."""
+        """Goes to where so many positions of each text, [B], are read; the rest is overwritten."""
         self.lengths = lengths
         if (lengths == lengths[0]).all():
             self.offset = int(lengths[0])
@@ -31,7 +31,7 @@ class BatchCache(Cache):
             self.offset = mx.array(lengths)  # [B], as RoPE takes it, too
 
     def attend(self, queries, keys, values):
-        """Attention of the next L positions to themselves and to all before; shapes as in main.py."""
+        """Reads L more positions of each text, as main.py's Cache does of texts of one length."""
         if isinstance(self.offset, int):
             return super().attend(queries, keys, values)
         L, scale = queries.shape[2], queries.shape[3] ** -0.5
@@ -53,7 +53,7 @@ class BatchCache(Cache):
 
 
 class BatchDecoder:
-    """A model that continues texts, B lists of at least one id each, which may grow and be cut between two passes.
+    """A model that continues B texts, lists of at least one id, which may also grow and be cut.
 
     As in main.py's Decoder, a text that outgrows the context is read again from its last
     context_size // 2 tokens on.
@@ -97,7 +97,7 @@ class BatchDecoder:
         return logits
 
     def place_window(self, row, count):
-        """Moves the window of a text that has outgrown it, or has less than `count` tokens left of it."""
+        """Moves the window of a text that has outgrown it, or has under `count` tokens in it."""
         context_size = self.model.config.context_size
         length = len(self.texts[row])
         if not count <= length - self.starts[row] <= context_size:
@@ -118,7 +118,7 @@ class BatchDecoder:
         self.lengths[row] = len(window)
 
     def draw(self, flags, seeds, count=1):
-        """Ids [B, count] of NumPy, one drawn for what follows each of the last `count` tokens of every text."""
+        """Ids [B, count], drawn for what follows each of the last `count` tokens of every text."""
         logits = self.logits(count).flatten(0, 1)  # [B * count, V]
         befores = []  # the window up to each of those tokens
         keys = []
@@ -135,7 +135,7 @@ class BatchDecoder:
         return np.array(ids).reshape(-1, count)
 
     def generate(self, max_tokens, flags, seeds):
-        """Yields `max_tokens` times the next ids of the texts, a list of B, and appends them there."""
+        """Draws `max_tokens` times the next ids of the texts, appends them and yields the list."""
         for _ in range(max_tokens):
             ids = self.draw(flags, seeds)[:, 0].tolist()
             for text, token in zip(self.texts, ids):

@@ -20,7 +20,7 @@ from extras.fast import (
 
 
 def make_loss(teacher, flags):
-    """A function like main.py's cross_entropy, with the input tokens [B, L] as one more argument, for the teacher."""
+    """A function like main.py's cross_entropy that takes the input tokens [B, L], too."""
     share = mx.array(flags.teacher_weight)
     temperature = mx.array(flags.teacher_temperature)
 
@@ -36,7 +36,7 @@ def make_loss(teacher, flags):
 def distilled_loss_and_gradients(
     hidden, head, targets, weights, states, their_head, share, temperature
 ):
-    """The loss and its gradients by hidden [N, D] and head [V, D]; MLX takes them by stored_gradients.
+    """The loss and its gradients by hidden [N, D] and head [V, D], see stored_gradients.
 
     targets, weights: [N]; states: the teacher's hidden states [N, D']; their_head: its matrix [V',
     D'], whose rows beyond V are padding.

@@ -1,4 +1,4 @@
-"""What makes MLX fast on a plain CPU: a fast BLAS, a quicker loss and attention, and a stream for each core.
+"""What makes MLX fast on a CPU: a fast BLAS, quicker attention and loss, a stream for each core.
 
 main.py imports this file before MLX and then uses, in place of its own plain functions of the same
 names,
@@ -31,7 +31,8 @@ import numpy as np
 
 from datasets import CACHE
 
-# ---- BLAS: the library of matrix products has to be loaded before MLX ------------------------------
+# ---- BLAS ---------------------------------------------------------------------------------------
+# The library of matrix products, which has to be loaded before MLX.
 
 REFERENCE_BLAS = "reference BLAS"  # what MLX's Linux wheel brings along
 
@@ -39,9 +40,11 @@ REFERENCE_BLAS = "reference BLAS"  # what MLX's Linux wheel brings along
 # as in x @ weight.T. `gemm` is the fast BLAS's own function, set in load_blas. The loop is for at
 # most 8 rows times such a transposed matrix.
 BLAS_FORWARDER = """
-void (*gemm)(int, int, int, long, long, long, float, const float*, long, const float*, long, float, float*, long);
-void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float* a, int lda,
-                 const float* b, int ldb, float beta, float* c, int ldc) {
+void (*gemm)(int, int, int, long, long, long, float, const float*, long, const float*, long,
+             float, float*, long);
+void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha,
+                 const float* a, int lda, const float* b, int ldb, float beta,
+                 float* c, int ldc) {
   if (m > 8 || ta != 111 || tb != 112 || beta != 0)
     return gemm(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
   #pragma omp parallel for if ((long) n * k > 100000)
@@ -83,7 +86,10 @@ def use_fast_blas():
 
 
 def keep_freed_memory():
-    """Makes glibc keep the memory of freed arrays: else each new one is faulted in page by page (7x on a sum)."""
+    """Makes glibc keep the memory of freed arrays.
+
+    Otherwise each new array is faulted in page by page: 7 times the time of a sum.
+    """
     with contextlib.suppress(OSError, AttributeError):  # another C library, as on Alpine
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -92,7 +98,7 @@ def keep_freed_memory():
 
 
 def load_blas(path, product, needs_forwarder=False):
-    """Makes the library at `path`, whose matrix product has the name `product`, MLX's BLAS; False where that fails."""
+    """Makes the library at `path` MLX's BLAS; False if that fails. product: its cblas_sgemm."""
     try:
         gemm = ctypes.CDLL(path)[product]
     except (OSError, AttributeError):  # not installed; without that function
@@ -109,7 +115,7 @@ def load_blas(path, product, needs_forwarder=False):
 
 
 def compile_forwarder():
-    """BLAS_FORWARDER as a library, compiled once for each kind of CPU by the C compiler; None where that fails."""
+    """BLAS_FORWARDER as a library, compiled once for each kind of CPU; None if that fails."""
     cpu = re.search("^(flags|Features).*", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
     kind = f"{BLAS_FORWARDER}{cpu and cpu[0]}"  # a cache may serve several CPUs
     path = CACHE / f"blas-{hashlib.sha1(kind.encode()).hexdigest()[:12]}.so"
@@ -136,7 +142,7 @@ def compile_forwarder():
 
 
 def kernels_of(path, function):
-    """The kernels that an OpenBLAS has chosen, " (SkylakeX)", or "". They differ, and round, by the kind of CPU."""
+    """The kernels that an OpenBLAS has chosen, " (SkylakeX)", or "". Each rounds in its own way."""
     try:
         name = ctypes.CDLL(path)[function]
     except AttributeError:  # no OpenBLAS
@@ -164,7 +170,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 
-# ---- Attention -------------------------------------------------------------------------------------
+# ---- Attention ----------------------------------------------------------------------------------
 def on_gpu():
     """Whether MLX computes on a GPU, where its own functions are the fast ones."""
     return mx.default_device() == mx.gpu
@@ -198,7 +204,7 @@ def softmax(scores):
 
 @softmax.vjp
 def softmax_gradient(scores, gradient, weights):
-    """MLX gives the input, the gradient by the output and the output, so that no exp is computed again."""
+    """The gradient by the scores; MLX gives the output, too, so no exp is computed again."""
     product = gradient * weights
     return product - weights * product.sum(
         axis=-1, keepdims=True
@@ -224,7 +230,7 @@ def attend(queries, keys, values):
     return attended.reshape(B, H, L, d)
 
 
-# ---- Cross-entropy ---------------------------------------------------------------------------------
+# ---- Cross-entropy ------------------------------------------------------------------------------
 def cross_entropy(hidden, head, targets, weights, training=True):
     """Sum of the cross-entropies in nats, each times its weight: main.py's `cross_entropy`.
 
@@ -241,13 +247,13 @@ def cross_entropy(hidden, head, targets, weights, training=True):
 
 
 def flatten_positions(hidden, head, targets, weights):
-    """The arguments of cross_entropy as hidden [N, D], head [V, D] in its dtype, targets [N] and weights [N]."""
+    """The arguments of cross_entropy for N positions: hidden [N, D], head, targets, weights [N]."""
     weights = mx.broadcast_to(mx.array(weights), targets.shape)
     return hidden.flatten(0, 1), head.astype(hidden.dtype), targets.flatten(), weights.flatten()
 
 
 def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk, training=True):
-    """The loss and, if `training`, its gradients by hidden [N, D] and head [V, D]; targets, weights: [N].
+    """The loss and its gradients by hidden [N, D] and head [V, D], for targets and weights [N].
 
     loss_of_chunk(logits [n, V] float32, targets [n], weights [n, 1], rows) computes for a slice
     `rows` of the rows the loss and its gradient by the logits in two factors, `powers` [n, V] and
@@ -314,7 +320,7 @@ def cross_entropy_of_chunk(logits, targets, weights, rows):
 
 
 def stored_gradients(inputs, gradients, outputs):
-    """The vjp of a function whose outputs are a loss and its gradients by `hidden` and `head`, computed already.
+    """The vjp of a function that has computed a loss and its gradients by `hidden` and `head`.
 
     MLX gives the inputs, the gradients by the outputs, and the outputs. Nothing else among the
     inputs is trained.
@@ -327,20 +333,20 @@ def stored_gradients(inputs, gradients, outputs):
 
 @mx.custom_function
 def cross_entropy_and_gradients(hidden, head, targets, weights):
-    """The loss and its gradients by hidden [N, D] and head [V, D]; MLX takes them by stored_gradients."""
+    """The loss and its gradients by hidden [N, D] and head [V, D], see stored_gradients."""
     return sum_over_chunks(hidden, head, targets, weights, cross_entropy_of_chunk)
 
 
 cross_entropy_and_gradients.vjp(stored_gradients)
 
 
-# ---- Streams: a CPU stream of MLX is a thread ------------------------------------------------------
+# ---- Streams: a CPU stream of MLX is a thread ---------------------------------------------------
 # Half of the rows on each of two streams uses both cores for the elementwise work, too: at dim 128
 # a step took 50 ms where one stream took 80.
 
 
 def use_cpu():
-    """Lets MLX compute a graph breadth first, so that streams run side by side: else one waits for the other."""
+    """Lets MLX compute graphs breadth first: else one stream would wait for the other."""
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
 
 
@@ -365,7 +371,10 @@ streams_in_use = 1  # by the last call of use_streams
 
 
 def use_streams(rows, context_size):
-    """The streams for a batch of so many rows; each computes its products in one thread, a single one in all."""
+    """The streams for a batch of so many rows.
+
+    Each of several computes its matrix products in one thread, a single one in all.
+    """
     global streams_in_use
     if on_gpu() or BLAS == "Accelerate":
         return [mx.default_stream(mx.default_device())]
@@ -395,7 +404,7 @@ def share(count, part, parts):
 
 
 def over_streams(function, *arrays):
-    """[function(*rows), ...] for a share of the rows of `arrays` [B, L, ...] on each stream, in order.
+    """[function(*rows), ...] for shares of the rows of `arrays` [B, L, ...], each on a stream.
 
     What is built here is only MLX's graph: when it is evaluated, all streams run side by side.
     """
@@ -421,12 +430,12 @@ def add_up(trees):
 
 
 def spread(optimizer_class):
-    """A subclass of one of MLX's optimizers that updates each weight on the stream with the least work so far."""
+    """A subclass of an MLX optimizer that deals the parameters out over the streams."""
 
     class Spread(optimizer_class):
-        """See `spread`; `load`: elements dealt out to each stream."""
+        """Updates each parameter on the stream that has the fewest elements so far."""
 
-        load = None
+        load = None  # elements of each stream
 
         def apply_single(self, gradient, parameter, state):
             streams = current_streams()

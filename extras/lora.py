@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 
 
 class LoRALinear(nn.Module):
-    """A linear layer that stays as it is, and an update of low rank to train: [..., I] to [..., O]."""
+    """A frozen linear layer and a trained update of low rank: [..., I] to [..., O]."""
 
     def __init__(self, weight, rank, alpha):
         super().__init__()
@@ -27,7 +27,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model, rank, alpha):
-    """Puts a LoRALinear in the place of each linear layer of the blocks; nothing else is trained from then on."""
+    """Replaces each linear layer of the blocks by a LoRALinear; nothing else is trained then."""
 
     def replace(layer):
         return LoRALinear(layer.weight, rank, alpha) if isinstance(layer, nn.Linear) else layer
@@ -40,7 +40,10 @@ def add_lora(model, rank, alpha):
 
 
 def init_lora(model, seed):
-    """Gives the adapters their first values: A normal with deviation 1 / sqrt(inputs), B 0, so that the update is 0."""
+    """Gives the adapters their first values.
+
+    A is normal with standard deviation 1 / sqrt(inputs), B 0: so the update begins at 0.
+    """
     adapters = tree_flatten(model.trainable_parameters())  # [(name, array), ...]
     keys = mx.random.split(mx.random.key(seed), len(adapters))
     weights = []
@@ -53,7 +56,7 @@ def init_lora(model, seed):
 
 
 def merge(base, adapters, rank, alpha):
-    """The weights of the model `base`, {name: array}, with the adapters, {name: array}, added to them."""
+    """The weights of the model `base`, {name: array}, with the adapters' updates added."""
     weights = dict(tree_flatten(base.parameters()))
     for name in adapters:
         if name.endswith(".lora_a"):

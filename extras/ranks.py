@@ -35,13 +35,11 @@ class Ended(Exception):
 
 
 class Group:
-    """The ranks that `mlx.launch` has started; see SingleProcess in main.py for what a run asks of it."""
+    """The ranks that `mlx.launch` has started, with the methods of main.py's SingleProcess."""
 
     def __init__(self):
         before = open_files()
-        self.group = mx.distributed.init(
-            strict=True
-        )  # strict: an error rather than a group of one
+        self.group = mx.distributed.init(strict=True)  # strict: an error rather than a group of one
         self.rank = self.group.rank()
         self.size = self.group.size()
         if "MLX_HOSTFILE" in os.environ:  # a ring, whose sockets are the new files
@@ -62,11 +60,11 @@ class Group:
                     raise RunError(LOST.format(lost)) from None
 
     def exchange(self, size=0, received=None, timeout=False, ended=False):
-        """Gives all ranks the largest of each number: what every message begins with.
+        """Gives all ranks the largest of each number; every message begins with it.
 
-        size: bytes that rank 0 has to say; received: a signal. Raises Ended, RuntimeError once a
-        rank is gone: MLX may notice that one message late, so what the ranks have computed
-        together counts only after the next one.
+        size: bytes that rank 0 has to say; received: a signal. Raises Ended if rank 0 has, and
+        RuntimeError once a rank is gone. MLX may notice that one message late, so what the ranks
+        have computed together counts only after the next one.
         """
         if os.getppid() != LAUNCHER:
             received = received or signal.SIGHUP  # an orphan stops, too
@@ -86,19 +84,19 @@ class Group:
         return share(count, self.rank, self.size)
 
     def average(self, tree):
-        """The mean over all ranks of a tree of arrays; in one message, so that no two ranks can differ in an order."""
+        """The mean over all ranks of a tree of arrays."""
+        # In one message: of several, two ranks might send different ones first.
         return nn.average_gradients(tree, self.group, all_reduce_size=2**62)
 
     def sum(self, number, received):
         """The sum of a Python float over all ranks, and a signal that any of them has received."""
         self.exchange()
-        # As bytes: MLX would take float64 for float32.
+        # As bytes: MLX would turn float64 into float32.
         mine = mx.array(np.frombuffer(np.array([number]), np.uint8))  # [8]
-        numbers = np.array(mx.distributed.all_gather(mine, group=self.group)).view(
-            np.float64
-        )  # [ranks]
+        gathered = mx.distributed.all_gather(mine, group=self.group)  # [8 * ranks]
+        total = np.array(gathered).view(np.float64).sum()
         _, received, _ = self.exchange(received=received)
-        return numbers.sum().item(), received
+        return total.item(), received
 
     def share(self, arrays=None, texts=None):
         """Rank 0's arrays, {name: array}, and texts, which JSON can hold, on every rank."""
@@ -109,15 +107,14 @@ class Group:
         size, _, _ = self.exchange(size=file.tell())
         if not size:
             raise RuntimeError("rank 0 said nothing")
-        padded = np.frombuffer(file.getvalue().ljust(size, b"\0"), np.uint8)
-        content = bytes(
-            mx.distributed.all_sum(mx.array(padded), group=self.group)
-        )  # with zeros, exact in bytes
-        arrays, metadata = mx.load(io.BytesIO(content), format="safetensors", return_metadata=True)
+        mine = np.frombuffer(file.getvalue().ljust(size, b"\0"), np.uint8)
+        content = mx.distributed.all_sum(mx.array(mine), group=self.group)  # the others add zeros
+        file = io.BytesIO(bytes(content))
+        arrays, metadata = mx.load(file, format="safetensors", return_metadata=True)
         return arrays, json.loads(metadata["texts"])
 
-    def share_tree(self, tree):
-        """Rank 0's tree of arrays on every rank, one array after the other: all would be in memory thrice."""
+    def share_tree(self, tree=None):
+        """Rank 0's tree of arrays on every rank; one by one, as a message is in memory thrice."""
         leaves = tree_flatten(tree) if self.rank == 0 else []
         _, names = self.share(texts=[name for name, _ in leaves])
         shared = []
@@ -126,15 +123,13 @@ class Group:
             shared.append((name, arrays["array"]))
         return tree_unflatten(shared)
 
-    # What rank 0 calls, and `follow` answers on the others.
+    # Rank 0 calls the next two, and the others answer them in `follow`.
 
     def share_run(self, run):
         """Sends rank 0's run to the others; returns it with batches that reach them, too."""
         progress = {name: getattr(run, name) for name in PROGRESS}
-        task = describe_task("train", run.model, run.dataset, run.flags) | {
-            "name": run.name,
-            "progress": progress,
-        }
+        task = describe_task("train", run.model, run.dataset, run.flags)
+        task |= {"name": run.name, "progress": progress}
         if run.teacher:
             task["teacher"] = vars(run.teacher.config)
         self.share(texts=task)
@@ -155,9 +150,8 @@ class Group:
     def follow(self):
         """What the ranks but the first do; returns the exit status."""
         sys.stdout = open(os.devnull, "w")  # rank 0 alone prints
-        with (
-            main.Interrupts() as interrupts
-        ):  # a signal here reaches all ranks with the next message
+        main.use_device("--gpu" in sys.argv)  # a --config is known to rank 0, which tells it below
+        with main.Interrupts() as interrupts:  # a signal reaches all ranks with the next message
             try:
                 while True:
                     _, task = self.share()
@@ -171,45 +165,57 @@ class Group:
 
     def take_part(self, task, interrupts):
         """Trains or scores along with rank 0."""
-        flags = argparse.Namespace(**main.DEFAULTS | task["flags"])
+        flags = argparse.Namespace(**task["flags"])
         model = main.LanguageModel(main.Config(**task["config"]))
-        if (
-            flags.lora_rank and task["kind"] == "train"
-        ):  # before the weights, among which are the adapters'
-            main.extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
-        model.update(self.share_tree(None))
         if task["kind"] == "score":
-            dataset = receive_dataset(self, task)
+            model.update(self.share_tree())
+            dataset = self.receive_dataset(task)
             main.score_split(flags.evaluate, model, dataset, flags, interrupts, self)
             return
+        if flags.lora_rank:  # before the weights, among which are the adapters'
+            main.extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
+        model.update(self.share_tree())
         optimizer = main.make_optimizer(model, flags)
-        optimizer.state = self.share_tree(None)
+        optimizer.state = self.share_tree()
         teacher = None
         if "teacher" in task:
             teacher = main.LanguageModel(main.Config(**task["teacher"]))
-            teacher.update(self.share_tree(None))
-        dataset = receive_dataset(self, task)
-        batches = SharedBatches(self)
+            teacher.update(self.share_tree())
         run = main.Run(
-            task["name"], flags, dataset, model, optimizer, batches, teacher, **task["progress"]
+            name=task["name"],
+            flags=flags,
+            dataset=self.receive_dataset(task),
+            model=model,
+            optimizer=optimizer,
+            batches=SharedBatches(self),
+            teacher=teacher,
+            **task["progress"],
         )
         main.train(run, interrupts, self)
 
+    def receive_dataset(self, task):
+        """Rank 0's dataset, without the training text."""
+        arrays, _ = self.share()
+        splits = {"valid": None, "test": None}
+        for name, counts in task["splits"].items():
+            splits[name] = Split(np.array(arrays[name]), *counts)
+        tokenizer = tokenizer_from_dict(task["tokenizer"])
+        return Dataset(task["dataset"], tokenizer, train=None, **splits, sha256=None)
 
+
+# The fields of a Run that another rank cannot work out.
 PROGRESS = ["iteration", "tokens", "seconds", "scores", "best", "checkpoint_id", "is_branch"]
 
 
 def describe_task(kind, model, dataset, flags):
     """What the other ranks have to know, beside arrays, to train or score along."""
-    given = vars(flags) | {"save_dir": None}  # rank 0's alone
     splits = {}
-    for name in ("valid", "test"):
+    for name in split_tokens(dataset):
         split = getattr(dataset, name)
-        if split:
-            splits[name] = [split.num_bytes, split.num_words, split.num_unk]
+        splits[name] = [split.num_bytes, split.num_words, split.num_unk]
     return {
         "kind": kind,
-        "flags": given,
+        "flags": vars(flags) | {"save_dir": None},  # rank 0's alone
         "gpu": mx.default_device() == mx.gpu,
         "config": vars(model.config),
         "dataset": dataset.name,
@@ -220,19 +226,8 @@ def describe_task(kind, model, dataset, flags):
 
 def split_tokens(dataset):
     """The tokens that are scored, {split: array}."""
-    return {
-        name: getattr(dataset, name).tokens for name in ("valid", "test") if getattr(dataset, name)
-    }
-
-
-def receive_dataset(group, task):
-    """Rank 0's dataset, without the training text."""
-    arrays, _ = group.share()
-    splits = {"valid": None, "test": None}
-    for name, counts in task["splits"].items():
-        splits[name] = Split(np.array(arrays[name]), *counts)
-    tokenizer = tokenizer_from_dict(task["tokenizer"])
-    return Dataset(task["dataset"], tokenizer, train=None, **splits, sha256=None)
+    splits = {"valid": dataset.valid, "test": dataset.test}
+    return {name: split.tokens for name, split in splits.items() if split}
 
 
 class SharedBatches:

@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 from datasets import Span  # noqa: E402
 
 TINY = "--dim 16 --num_heads 2 --num_blocks 2 --context_size 8 --batch_size 4 --max_tokens 8".split()
+WORDS = "the quick brown fox of the company jumps over a lazy dog".split()
+TEXT = "".join(" ".join(WORDS[i % 5 :] + WORDS[: i % 7]) + " — señor\n" for i in range(400))
 
 
 def pytest_configure(config):
@@ -100,6 +102,23 @@ def flags(**values):
     return main.resolve(Namespace(**main.DEFAULTS | values))
 
 
+class Script:
+    """A model whose logits [V] depend on the last token alone: `rows`, a function of it."""
+
+    def __init__(self, rows, context_size=8):
+        self.rows = rows
+        self.config = Namespace(context_size=context_size, num_kv_heads=1, head_dim=2)
+        self.model = Namespace(layers=[None])  # one layer, as its Cache says what is read
+
+    def __call__(self, tokens, caches, last):
+        import mlx.core as mx
+
+        assert tokens.ndim == 2 and last <= tokens.shape[1] <= self.config.context_size
+        for cache in caches:
+            cache.offset = cache.offset + tokens.shape[1]
+        return mx.array([[self.rows(token) for token in row[-last:]] for row in tokens.tolist()])
+
+
 def nats_of(logits, targets):
     """Cross-entropy of each position in float64: logits [..., V], targets [...]."""
     logits = np.array(logits, np.float64)
@@ -125,3 +144,36 @@ def set_streams(monkeypatch):
         monkeypatch.setattr(fast, "count_streams", lambda rows, context_size: min(rows, count))
 
     return set_streams
+
+
+@pytest.fixture
+def base(tmp_path, text):
+    """A folder with one checkpoint, 20 steps old, and its id."""
+    line = [*TINY, "--mlp", "swiglu", "--learning_rate", 0.01, "--lr_warmup", 5, "--num_iters", 20]
+    run("--text", text, *line, "--save_dir", tmp_path / "lm")
+    return tmp_path / "lm", ids(tmp_path / "lm")[0]
+
+
+def train_small(folder, tokenizer):
+    """A folder with a small model and without the text it was trained on."""
+    path = folder / "text.txt"
+    path.write_text(TEXT)
+    line = [*TINY, "--tokenizer", tokenizer, "--learning_rate", 0.01, "--lr_warmup", 10, "--num_iters", 100]
+    run("--text", path, *line, "--save_dir", folder / "lm")
+    path.unlink()
+    return folder / "lm"
+
+
+@pytest.fixture(scope="session")
+def word_model(tmp_path_factory):
+    return train_small(tmp_path_factory.mktemp("word"), "word")
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory):
+    return train_small(tmp_path_factory.mktemp("byte"), "byte")
+
+
+@pytest.fixture(params=["word", "byte"])
+def model(request):
+    return request.getfixturevalue(f"{request.param}_model")

@@ -1,4 +1,4 @@
-"""main.py and datasets.py alone in a folder: they train, are stopped, resume exactly and sample, in plain MLX."""
+"""main.py and datasets.py alone in a folder: they train, are stopped, resume exactly and sample."""
 
 import csv
 import shutil
@@ -51,7 +51,7 @@ def guarded(alone, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(alone, tmp_path_factory):
-    """A folder with `text.txt`, `prompts.txt`, a Hugging Face folder `hf` and, in `lm`, a run of the two files."""
+    """A folder with texts, a Hugging Face folder `hf` and, in `lm`, a run of the two files."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     (folder / "prompts.txt").write_text("the quick\n")
@@ -72,8 +72,11 @@ def losses(folder):
 
 @pytest.mark.parametrize("corpus", ["text", "python"])
 def test_stopped_twice_it_ends_as_the_run_never_stopped(corpus, alone, text, tmp_path):
-    given = ["--text", text] if corpus == "text" else ["--dataset", "python", "--eval_tokens", 1000]
-    line = [*given, *TINY, "--dropout", 0.1, "--num_iters", 60, "--steps_per_eval", 20, "--steps_per_report", 1]
+    given = ["--text", text]
+    if corpus == "python":
+        given = ["--dataset", "python", "--eval_tokens", 1000]
+    line = [*given, *TINY, "--dropout", 0.1, "--num_iters", 60, "--steps_per_eval", 20]
+    line += ["--steps_per_report", 1]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     out, err = run(*line, "--save_dir", whole, **alone)
     assert "matrix products by MLX's own BLAS" in out and out.count("\nvalid ") == 3 and not err
@@ -91,7 +94,8 @@ def test_stopped_twice_it_ends_as_the_run_never_stopped(corpus, alone, text, tmp
     out, _ = run(*sample, whole, **alone)
     assert out.strip()
     assert run(*sample, parts, **alone)[0] == out
-    answers, _ = run("--inference", "--max_tokens", 20, "--save_dir", parts, input="line 5\nline 6\n", **alone)
+    session = ["--inference", "--max_tokens", 20, "--save_dir", parts]
+    answers, _ = run(*session, input="line 5\nline 6\n", **alone)
     assert answers.strip()
     assert ids(parts)[0][:12] in run("--list", "--save_dir", parts, **alone)[0]
     assert run("--evaluate", "valid", "--save_dir", parts, **alone)[0].startswith("valid ")
@@ -99,12 +103,12 @@ def test_stopped_twice_it_ends_as_the_run_never_stopped(corpus, alone, text, tmp
 
 @pytest.mark.parametrize("options", [
     ["--context_size", 64],
-    ["--context_size", 64, "--optimizer", "muon", "--dropout", 0.1, "--num_kv_heads", 1, "--grad_accumulation", 2],
+    "--context_size 64 --optimizer muon --dropout 0.1 --grad_accumulation 2 --qk_norm".split(),
 ])  # fmt: skip
 def test_losses_are_those_of_the_fast_program(options, alone, text, tmp_path):
     """To rounding, which 20 steps hardly multiply."""
-    line = ["--text", text, *TINY, "--batch_size", 8, *options, "--num_iters", 20, "--steps_per_report", 1]
-    line += ["--lr_warmup", 2, "--learning_rate", 3e-3]
+    line = ["--text", text, *TINY, "--batch_size", 8, *options, "--num_iters", 20]
+    line += ["--steps_per_report", 1, "--lr_warmup", 2, "--learning_rate", 3e-3]
     run(*line, "--save_dir", tmp_path / "plain", **alone)
     out, _ = run(*line, "--save_dir", tmp_path / "fast")
     assert "MLX's own BLAS" not in out
@@ -120,7 +124,7 @@ MISSING = [  # what is typed; the file that it needs
     ("--evaluate valid --quantize 8", "quantize"),
     ("--export out", "huggingface"),
     ("--text text.txt --new_model --init_from hf", "huggingface"),
-    ("--text text.txt --new_model --teacher hf", "huggingface"),
+    ("--text text.txt --new_model --teacher hf", "distil"),
     ("--prompt the --draft hf", "huggingface"),
     ("--prompt the --draft latest", "decode"),
     ("--inference --draft latest", "decode"),
@@ -132,34 +136,55 @@ MISSING = [  # what is typed; the file that it needs
 ]
 
 
+def missing(name):
+    """What is said where an extra is not there."""
+    return f"extras/{name}.py is missing: copy the project's folder extras next to main.py"
+
+
 @pytest.mark.parametrize("line, name", MISSING)
 def test_a_flag_beyond_the_core_names_the_missing_file(line, name, trained, alone):
     before = ids(trained / "lm")
     options = alone | {"cwd": trained}
     _, err = run(*line.split(), "--save_dir", "lm", status=2, **options)
-    last = err.splitlines()[-1]
-    assert last == f"main.py: extras/{name}.py is missing: copy the project's folder extras next to main.py"
+    assert err.splitlines()[-1] == f"main.py: {missing(name)}"
     assert err.count("main.py: ") == 1 and "Traceback" not in err
     assert ids(trained / "lm") == before and not list(trained.glob("out*"))
 
 
+@pytest.mark.parametrize("copied, name", [
+    (["distil"], "fast"),
+    (["distil", "fast"], "huggingface"),
+])  # fmt: skip
+def test_an_extra_names_the_next_one_that_it_needs(copied, name, trained, tmp_path):
+    (tmp_path / "extras").mkdir()
+    extras = [f"extras/{extra}.py" for extra in ["__init__", *copied]]
+    for path in ["main.py", "datasets.py", *extras]:
+        shutil.copy(ROOT / path, tmp_path / path)
+    options = {"program": [tmp_path / "main.py"], "cwd": trained, "env": {"PYTHONPATH": ""}}
+    line = ["--text", "text.txt", *TINY, "--num_iters", 2, "--new_model", "--save_dir", tmp_path]
+    _, err = run(*line, "--teacher", "hf", status=2, **options)
+    assert err == f"main.py: {missing(name)}\n"
+
+
 def test_several_ranks_name_the_missing_file(trained, alone):
     options = alone | {"env": alone["env"] | {"MLX_RANK": "0"}}
-    _, err = run("--text", trained / "text.txt", *TINY, "--save_dir", trained / "lm", status=2, **options)
-    assert err == "main.py: extras/ranks.py is missing: copy the project's folder extras next to main.py\n"
+    line = ["--text", trained / "text.txt", *TINY, "--save_dir", trained / "lm"]
+    _, err = run(*line, status=2, **options)
+    assert err == f"main.py: {missing('ranks')}\n"
 
 
 def test_collecting_a_corpus_names_the_missing_file(trained, alone):
     options = alone | {"program": [alone["cwd"] / "datasets.py"]}
     line = ["--distill_from", "http://127.0.0.1:9", "--teacher_model", "m", "--teacher_prompts"]
     _, err = run(*line, trained / "prompts.txt", "--output", trained / "out", status=2, **options)
-    assert err == "datasets.py: extras/collect.py is missing: copy the project's folder extras next to main.py\n"
+    assert err == f"datasets.py: {missing('collect')}\n"
     assert not (trained / "out").exists()
 
 
 def test_no_other_package_is_imported(guarded, text, tmp_path):
     for package in BEYOND:  # the guard holds
-        out, err = run(program=["-c", f"import {package}"], status=1, cwd=tmp_path, env=guarded["env"])
+        code = ["-c", f"import {package}"]
+        _, err = run(program=code, status=1, cwd=tmp_path, env=guarded["env"])
         assert f"No module named '{package}'" in err
 
     line = ["--text", text, "--tokenizer", "word", *TINY, "--save_dir", tmp_path]
@@ -175,8 +200,11 @@ def test_no_other_package_is_imported(guarded, text, tmp_path):
     assert "--learning_rate" in run("--help", **guarded)[0]
 
 
-@pytest.mark.parametrize("line, package", [("--config flags.yaml", "yaml"), ("--tokenizer bpe", "tokenizers")])
-def test_a_flag_that_needs_a_package_says_how_to_install_it(line, package, guarded, text, tmp_path):
+@pytest.mark.parametrize("line, package", [
+    ("--config flags.yaml", "yaml"),
+    ("--tokenizer bpe", "tokenizers"),
+])  # fmt: skip
+def test_a_missing_package_is_named(line, package, guarded, text, tmp_path):
     (tmp_path / "flags.yaml").write_text("dim: 8\n")
     options = guarded | {"cwd": tmp_path}
     _, err = run("--text", text, *line.split(), "--save_dir", tmp_path / "lm", status=2, **options)

@@ -6,11 +6,15 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import flags
+from conftest import flags, loss_of
+from main import MUON_RATE
 from mlx.utils import tree_flatten, tree_unflatten
-from model import MUON_RATE
 
-STREAMS = [mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)]
+
+@pytest.fixture(autouse=True)
+def two_streams(set_streams):
+    """Batches are shared out over two streams, however small they are."""
+    set_streams(2)
 
 
 def make_model(num_blocks=2, **values):
@@ -68,7 +72,7 @@ def orthogonal(matrix):
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(untie):
     model = make_model(untie=untie)
     given = flags(optimizer="muon", learning_rate=0.01, weight_decay=0.1)
-    optimizer = main.make_optimizer(model, given, STREAMS)
+    optimizer = main.make_optimizer(model, given)
     groups = [[n[:-2] for n, _ in tree_flatten(group.state) if n.endswith(".v")] for group in optimizer.optimizers]
     names = [name for name, _ in tree_flatten(model.parameters())]
     hidden = [name for name in names if "proj" in name]
@@ -103,19 +107,80 @@ def test_each_parameter_is_in_exactly_one_group():
     assert [group.weight_decay for group in optimizer.optimizers] == [0.1, 0.0]
 
 
-@pytest.mark.parametrize("change", [lambda names: names[1:], lambda names: names + names[:1]], ids=["none", "twice"])
-def test_a_parameter_without_a_group_or_with_two_is_noticed(monkeypatch, change):
-    flatten = main.tree_flatten
+def weights_of(model):
+    """The names and weights of a model's matrices, and those of its norms."""
+    weights = tree_flatten(model.trainable_parameters())
+    matrices = [(name, weight) for name, weight in weights if weight.ndim == 2]
+    norms = [(name, weight) for name, weight in weights if weight.ndim == 1]
+    return matrices, norms
 
-    def groups_changed(tree, *options):  # stands for an optimizer whose filters leave a gap or overlap
-        leaves = flatten(tree, *options)
-        moments = [leaf for leaf in leaves if leaf[0].endswith("embed_tokens.weight.v")]
-        rest = [leaf for leaf in leaves if not leaf[0].endswith("embed_tokens.weight.v")]
-        return rest + (change(moments) if moments else [])
 
-    monkeypatch.setattr("model.tree_flatten", groups_changed)
+def hold(group, weights):
+    """Makes an optimizer hold just these weights, [(name, array), ...]."""
+    group.state = {}
+    group.init(tree_unflatten(weights))
+
+
+def is_optimizer(each):
+    return isinstance(each, type) and issubclass(each, optim.Optimizer)
+
+
+OPTIMIZERS = [each for each in vars(optim).values() if is_optimizer(each)]
+OPTIMIZERS.remove(optim.Optimizer)
+OPTIMIZERS.remove(optim.MultiOptimizer)
+
+
+def test_all_optimizers_of_mlx_are_known():
+    names = {each.__name__ for each in OPTIMIZERS}
+    known = "AdamW Lion Adafactor SGD Adam AdaDelta Adagrad RMSprop Adamax Muon"
+    assert names >= set(known.split())
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_groups_of_any_optimizer_are_checked(optimizer_class):
+    model = make_model()
+    matrices, norms = weights_of(model)
+    groups = [optimizer_class(0.01), optimizer_class(0.01)]
+    optimizer = optim.MultiOptimizer(groups, [main.is_matrix])
+    optimizer.init(model.trainable_parameters())
+    main.assert_each_has_one_group(optimizer, model)
+    for wrong in (norms[1:], norms[:-1], norms + matrices[:1], norms + matrices):
+        hold(groups[1], wrong)
+        with pytest.raises(AssertionError):
+            main.assert_each_has_one_group(optimizer, model)
+    hold(groups[1], norms)
+    main.assert_each_has_one_group(optimizer, model)
+
+
+def test_what_is_frozen_has_no_group():
+    """As a LoRA run's base; but what is trained in its place has to have one."""
+    model = make_model()
+    model.model.embed_tokens.freeze()
+    optimizer = main.make_optimizer(model, flags())
+    main.assert_each_has_one_group(optimizer, model)
+    model.unfreeze()
     with pytest.raises(AssertionError):
-        main.make_optimizer(make_model(), flags())
+        main.assert_each_has_one_group(optimizer, model)
+
+
+@pytest.mark.parametrize("groups", [0, 2], ids=["none", "twice"])
+def test_a_parameter_without_a_group_or_with_two_is_noticed(monkeypatch, groups):
+    """make_optimizer itself checks; its filters are made to leave a gap, or to overlap."""
+    model = make_model()
+    (embeddings, *matrices), norms = weights_of(model)
+    assert embeddings[0] == "model.embed_tokens.weight"
+    init = optim.MultiOptimizer.init
+
+    def init_wrongly(optimizer, parameters):
+        init(optimizer, parameters)
+        if groups == 0:
+            hold(optimizer.optimizers[0], matrices)
+        else:
+            hold(optimizer.optimizers[1], [*norms, embeddings])
+
+    monkeypatch.setattr(optim.MultiOptimizer, "init", init_wrongly)
+    with pytest.raises(AssertionError):
+        main.make_optimizer(model, flags())
 
 
 def test_learning_rate_warms_up_and_stays():
@@ -184,12 +249,12 @@ def uncompiled():
 def test_gradients_are_clipped_by_their_common_norm(uncompiled, grad_clip):
     model = make_model()
     tokens, targets = batch()
-    total, gradients = nn.value_and_grad(model, main.loss_sum)(model, tokens, targets)
+    total, gradients = nn.value_and_grad(model, loss_of)(model, tokens, targets)
     gradients = {name: gradient / targets.size for name, gradient in arrays(gradients).items()}  # of the mean
     norm = np.sqrt(sum((gradient**2).sum() for gradient in gradients.values()))
     assert norm > 0.5  # or 0.25 would clip nothing
     before = arrays(model.parameters())
-    step = main.make_step(model, optim.SGD(1.0), flags(grad_clip=grad_clip), STREAMS)  # whose update at rate 1 is the gradient itself
+    step = main.make_step(model, optim.SGD(1.0), flags(grad_clip=grad_clip))  # whose update at rate 1 is the gradient itself
     loss, reported = step(tokens, targets)
     assert loss.item() == pytest.approx(total.item() / targets.size, rel=1e-5)
     assert reported.item() == pytest.approx(norm, rel=1e-5)  # before clipping
@@ -203,12 +268,12 @@ def test_a_step_is_value_gradient_and_update():
     given = flags(learning_rate=0.01, weight_decay=0.1, grad_clip=0.0)
     compiled, plain = make_model(num_blocks=0), make_model(num_blocks=0)  # a matrix and a norm: few kernels to compile
     optimizer, plain_optimizer = main.make_optimizer(compiled, given), main.make_optimizer(plain, given)
-    step = main.make_step(compiled, optimizer, given, STREAMS)
+    step = main.make_step(compiled, optimizer, given)
     tokens, targets = batch()
     for rate in (0.01, 0.05, 0.001):
         optimizer.learning_rate = plain_optimizer.learning_rate = rate
         step(tokens, targets)
-        _, gradients = nn.value_and_grad(plain, main.loss_sum)(plain, tokens, targets, 1 / targets.size)
+        _, gradients = nn.value_and_grad(plain, loss_of)(plain, tokens, targets, 1 / targets.size)
         plain_optimizer.update(plain, gradients)
     expected = arrays(plain.parameters())
     for name, weight in arrays(compiled.parameters()).items():
@@ -219,12 +284,12 @@ def test_a_step_is_value_gradient_and_update():
 # The step in its variants. All tokens are drawn from a small model's vocabulary of 11; dropout is on where rates are.
 
 
-def steps(count=6, noise=True, streams=STREAMS, plain=False, **values):
+def steps(count=6, noise=True, **values):
     """The losses of some training steps, and the weights after them."""
     given = flags(learning_rate=0.01, **values)
     model = make_model()
-    optimizer = main.make_optimizer(model, given, streams)
-    step = main.make_step(model, optimizer, given, streams)
+    optimizer = main.make_optimizer(model, given)
+    step = main.make_step(model, optimizer, given)
     rows, losses = given.batch_size * given.grad_accumulation, []
     for i in range(count):
         tokens = np.random.default_rng([7, i]).integers(11, size=(12, 7))[:rows]
@@ -245,27 +310,17 @@ def test_accumulation_is_the_big_batch():
     assert abs(steps(batch_size=4)[0] - expected).max() > 0.01  # or the comparison would prove nothing
 
 
-def test_streams_change_rounding_alone_and_are_exact_in_themselves():
-    expected, _ = steps(batch_size=12, streams=STREAMS[:1])
-    for streams in (STREAMS, [*STREAMS, mx.new_stream(mx.cpu)], [mx.new_stream(mx.cpu) for _ in range(5)]):
-        runs = [steps(batch_size=12, streams=streams) for _ in range(3)]
-        np.testing.assert_allclose(runs[0][0], expected, rtol=1e-4)
-        for losses, weights in runs[1:]:
-            np.testing.assert_array_equal(losses, runs[0][0])
-            for name in weights:
-                np.testing.assert_array_equal(weights[name], runs[0][1][name])
-
-
-def test_gradient_checkpointing_changes_memory_alone():
+def test_gradient_checkpointing_changes_memory_alone(set_streams):
     expected, weights = steps(batch_size=12)
     losses, reached = steps(batch_size=12, checkpoint=True)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     peaks = []
+    set_streams(1)
     for checkpoint in (False, True):
         given = flags(batch_size=64, checkpoint=checkpoint)
         model = main.LanguageModel(main.Config(11, 64, 8, 32, 2, 2, "swiglu", 128))
         tokens = mx.array(np.random.default_rng(0).integers(11, size=(64, 64)))
-        step = main.make_step(model, main.make_optimizer(model, given), given, STREAMS[:1])
+        step = main.make_step(model, main.make_optimizer(model, given), given)
         peaks.append([])
         for _ in range(6):  # other programs' load moves a single peak
             mx.reset_peak_memory()
@@ -281,7 +336,7 @@ def test_twenty_steps_stay_with_the_plain_ones():
     plain = optim.AdamW(0.01, betas=[0.9, 0.99], weight_decay=1e-5, bias_correction=True)
 
     def loss(model, tokens, targets):
-        caches = [main.Cache(model.config, np.zeros(12, int)) for _ in model.model.layers]  # with which attention is MLX's own
+        caches = [main.Cache(model.config, 12) for _ in model.model.layers]  # with which attention is MLX's own
         return nn.losses.cross_entropy(model(tokens, caches), targets, reduction="mean")
 
     losses = []
@@ -294,19 +349,31 @@ def test_twenty_steps_stay_with_the_plain_ones():
     np.testing.assert_allclose(steps(20, noise=False, batch_size=12)[0][:, 0], np.array(losses)[:, 0], rtol=0, atol=1e-4)
 
 
-def test_bfloat16_computes_in_it_and_keeps_float32(monkeypatch):
-    """What a GPU is given to do, done here by the CPU: the losses are near, no weight or moment is rounded."""
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A function after which the program believes in a GPU; the CPU computes what that is given to do."""
+    stream = mx.default_stream(mx.cpu)
+
+    def pretend():
+        monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+        monkeypatch.setattr(mx, "default_stream", lambda device: stream)
+
+    return pretend
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32(monkeypatch, pretended_gpu):
+    """What a GPU is given to do: the losses are near, no weight or moment is rounded."""
     expected, _ = steps(noise=False, batch_size=12)
     np.testing.assert_array_equal(steps(noise=False, batch_size=12, dtype="bfloat16")[0], expected)  # not on a CPU
     seen = []
-    loss_sum = main.loss_sum
+    call = main.Transformer.__call__
 
-    def spying(model, *arguments):
+    def spying(model, *arguments, **options):
         seen.extend((name, weight.dtype) for name, weight in tree_flatten(model.parameters()))
-        return loss_sum(model, *arguments)
+        return call(model, *arguments, **options)
 
-    monkeypatch.setattr(main, "loss_sum", spying)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(main.Transformer, "__call__", spying)
+    pretended_gpu()
     losses, weights = steps(noise=False, batch_size=12, dtype="bfloat16")
     assert {dtype for name, dtype in seen if "embed" not in name} == {mx.bfloat16}
     assert {dtype for name, dtype in seen if "embed" in name} == {mx.float32}
@@ -315,15 +382,16 @@ def test_bfloat16_computes_in_it_and_keeps_float32(monkeypatch):
     assert np.mean(np.concatenate([part.ravel() for part in rounded])) < 0.1
 
 
-def test_a_frequent_token_keeps_its_gradient_in_bfloat16(monkeypatch):
+def test_a_frequent_token_keeps_its_gradient_in_bfloat16(set_streams, pretended_gpu):
     """Thousands of small terms go into the sums of its embedding and of its row of the output layer."""
     tokens = mx.array(np.where(np.random.default_rng(0).random((64, 65)) < 0.5, 3, np.random.default_rng(1).integers(11, size=(64, 65))))
     gradients = []
+    set_streams(1)
     for dtype in ("float32", "bfloat16"):
         if dtype == "bfloat16":
-            monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+            pretended_gpu()
         model, before = make_model(), arrays(make_model().parameters())
-        step = main.make_step(model, optim.SGD(1.0), flags(batch_size=64, dtype=dtype, grad_clip=0.0), STREAMS[:1])
+        step = main.make_step(model, optim.SGD(1.0), flags(batch_size=64, dtype=dtype, grad_clip=0.0))
         mx.eval(step(tokens[:, :-1], tokens[:, 1:]), model.state)
         name = "model.embed_tokens.weight"
         gradients.append(before[name] - arrays(model.parameters())[name])

@@ -1,7 +1,6 @@
 """Talking to a checkpoint: from a pipe and in a terminal, with no corpus at hand, whatever is typed."""
 
 import fcntl
-import json
 import os
 import pty
 import re
@@ -15,35 +14,7 @@ import termios
 import time
 
 import pytest
-from conftest import ROOT, TINY, ids, run, start
-
-WORDS = "the quick brown fox of the company jumps over a lazy dog".split()
-TEXT = "".join(" ".join(WORDS[i % 5 :] + WORDS[: i % 7]) + " — señor\n" for i in range(400))
-
-
-def train(folder, tokenizer):
-    """A folder with a small model and without the text it was trained on."""
-    path = folder / "text.txt"
-    path.write_text(TEXT)
-    line = [*TINY, "--tokenizer", tokenizer, "--learning_rate", 0.01, "--lr_warmup", 10, "--num_iters", 100]
-    run("--text", path, *line, "--save_dir", folder / "lm")
-    path.unlink()
-    return folder / "lm"
-
-
-@pytest.fixture(scope="session")
-def word_model(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("word"), "word")
-
-
-@pytest.fixture(scope="session")
-def byte_model(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("byte"), "byte")
-
-
-@pytest.fixture(params=["word", "byte"])
-def model(request):
-    return request.getfixturevalue(f"{request.param}_model")
+from conftest import ROOT, WORDS, ids, run, start
 
 
 def talk(folder, prompts, *arguments):
@@ -175,7 +146,7 @@ def test_text_comes_before_the_reply_is_over(model):
     process.communicate()
 
 
-# ---- One prompt, and files of them ----------------------------------------------------------------------------------
+# ---- One prompt -----------------------------------------------------------------------------------------------------
 
 
 def test_prompt(model):
@@ -189,92 +160,6 @@ def test_samples_of_a_prompt(model):
     line = ["--prompt", "the company", "--save_dir", model, "--temperature", 3, "--max_tokens", 20]
     samples = run(*line, "--num_samples", 3, "--seed", 5)[0].split("-" * 15 + "\n")
     assert samples == [run(*line, "--seed", seed)[0] for seed in (5, 6, 7)] and len(set(samples)) == 3
-
-
-PROMPTS = ["the company", "", "fox", "a lazy dog jumps over the quick brown fox " * 4, "the company", "zebra — ü"]
-
-
-def answers(folder, path, *arguments):
-    """The lines of JSON that a file of PROMPTS gives in `path`."""
-    source = path.parent / "prompts.txt"
-    source.write_text("\n".join(PROMPTS) + "\n")
-    line = ["--prompts_file", source, "--output", path, "--save_dir", folder, "--max_tokens", 12, *arguments]
-    run(*line)
-    return [json.loads(line) for line in path.read_text().removesuffix("\n").split("\n")]
-
-
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_file_of_prompts(model, temperature, tmp_path):
-    lines = answers(model, tmp_path / "out.jsonl", "--temperature", temperature, "--num_samples", 2, "--seed", 3)
-    assert [line["prompt"] for line in lines] == [prompt for prompt in PROMPTS for _ in range(2)]
-    assert [line["seed"] for line in lines] == list(range(3, 3 + 12))
-    for line in lines[::3]:
-        alone = ["--prompt", line["prompt"], "--seed", line["seed"], "--temperature", temperature, "--max_tokens", 12]
-        assert run(*alone, "--save_dir", model)[0] == line["completion"] + "\n"
-        assert line["checkpoint"] == ids(model)[0] and len(line["tokens"]) == 12
-
-
-@pytest.mark.parametrize("damage", [
-    lambda data: data[: len(data) // 2], lambda data: data[:-1], lambda data: b"", lambda data: data[:3], lambda data: data
-], ids=["half", "last line end", "all", "first line", "nothing"])  # fmt: skip
-def test_file_of_prompts_is_gone_on_with(word_model, damage, tmp_path):
-    path = tmp_path / "out.jsonl"
-    whole, data = answers(word_model, path), path.read_bytes()
-    path.write_bytes(damage(data))
-    assert answers(word_model, path) == whole and path.read_bytes() == data
-
-
-def test_answers_to_other_prompts_are_left_alone(word_model, tmp_path):
-    path = tmp_path / "out.jsonl"
-    answers(word_model, path)
-    data, source = path.read_bytes(), tmp_path / "prompts.txt"
-    for prompts, seed in (("other\n", 42), ("the company\n", 42), ("\n".join(PROMPTS), 43)):
-        source.write_text(prompts)
-        line = ["--prompts_file", source, "--output", path, "--save_dir", word_model, "--max_tokens", 12, "--seed", seed]
-        assert "name another" in run(*line, status=2)[1]
-        assert path.read_bytes() == data
-
-
-def test_answers_to_stdout(word_model, tmp_path):
-    lines = answers(word_model, tmp_path / "out.jsonl")
-    line = ["--prompts_file", tmp_path / "prompts.txt", "--save_dir", word_model, "--max_tokens", 12]
-    assert [json.loads(line) for line in run(*line)[0].splitlines()] == lines
-
-
-# ---- Drafts ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def two_models(tmp_path_factory):
-    """A folder with two models of one text, the last of them smaller, and their ids."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "text.txt").write_text(TEXT)
-    for dim in (16, 8):
-        line = [*TINY, "--dim", dim, "--tokenizer", "word", "--learning_rate", 0.01, "--lr_warmup", 10, "--num_iters", 60]
-        run("--text", folder / "text.txt", *line, "--save_dir", folder / "lm")
-    small, large = ids(folder / "lm")
-    return folder / "lm", large, small
-
-
-def test_draft(two_models):
-    folder, large, small = two_models
-    line = ["--identifier", large, "--save_dir", folder, "--max_tokens", 40]
-    plain = run("--prompt", "the company", *line, "--temperature", 0)[0]
-    out, err = run("--prompt", "the company", *line, "--temperature", 0, "--draft", small[:8])
-    assert out == plain and re.search(r"[\d.]+ tokens/s, \d+% of the draft's \d+ proposals accepted", err)
-    hot = [*line, "--temperature", 1, "--draft", small]
-    assert run("--prompt", "the", *hot) and run("--prompt", "the", *hot)[0] == run("--prompt", "the", *hot)[0]
-    assert run("--inference", *line, "--temperature", 0, "--draft", small, input="the company\n")[0].startswith(plain)
-
-
-def test_draft_of_other_tokens(word_model, byte_model, tmp_path):
-    for folder in (word_model, byte_model):
-        for path in folder.glob("*.*"):
-            shutil.copy(path, tmp_path) if path.is_file() else None
-    line = ["--prompt", "the", "--save_dir", tmp_path, "--identifier", ids(word_model)[0], "--draft"]
-    err = run(*line, ids(byte_model)[0], status=2)[1]
-    assert "has another tokenizer" in err.splitlines()[-1]
-    assert "no checkpoint" in run(*line, "0" * 40, status=2)[1].splitlines()[-1]
 
 
 # ---- In a terminal --------------------------------------------------------------------------------------------------

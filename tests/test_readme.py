@@ -1,4 +1,4 @@
-"""The README's commands, as they stand there, in small form and without a network."""
+"""The commands of both READMEs, as they stand there, in small form and without a network."""
 
 import argparse
 import os
@@ -13,7 +13,8 @@ from conftest import ROOT, TINY, run
 import main
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+BOTH = README + (ROOT / "extras" / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", BOTH, re.S) for line in block.splitlines() if line]
 WRITTEN = {"--export": "hf/config.json", "--plot": "losses.png", "--attention": "heads.png", "--cases": "cases.json"}
 SMALL = [*TINY, "--num_iters", "3", "--steps_per_report", "1", "--eval_tokens", "500"]
 
@@ -125,14 +126,14 @@ def test_table_of_flags_is_the_parsers():
 
 
 def test_named_flags_exist():
-    """Whatever the README calls a flag is one."""
+    """Whatever a README calls a flag is one."""
     known = {f"--{name}" for name in main.DEFAULTS} | {"--help"}
     others = set(re.findall(r'"(--\w+)"', (ROOT / "datasets.py").read_text())) | set("--version --model --port --max --backend --hosts --bind --mca".split())  # of mlx
-    assert set(re.findall(r"(?<![\w-])--[a-z]\w*", README)) <= known | others
+    assert set(re.findall(r"(?<![\w-])--[a-z]\w*", BOTH)) <= known | others
 
 
 def test_defaults_in_the_readme_are_the_parsers():
-    for flag, default in re.findall(r"`--(\w+)` \(([\d.e-]+)\)", README):
+    for flag, default in re.findall(r"`--(\w+)` \(([\d.e-]+)\)", BOTH):
         assert float(default) == main.DEFAULTS[flag], flag
 
 

@@ -7,12 +7,13 @@ import os
 import random
 import signal
 import time
+from argparse import Namespace
 
 import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, run, start
+from conftest import ROOT, TINY, flags, run, start
 from test_evaluation import make_model, nats_of
 from test_interrupts import wait_for
 
@@ -118,6 +119,33 @@ def test_a_score_that_was_not_saved_is_logged_once(tmp_path):
         assert [row["iteration"] for row in rows_of(path)] == expected
         log.append({"iteration": 11, "split": "train", "loss": 1 / 3, "tokens": 5, "seconds": 0.25})
         assert path.read_text().splitlines()[-1] == "11,train,0.333333,,,,5,,,0.25"
+
+
+def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path, capsys):
+    """A name that neither LOG nor FORMATS knows; rows before it stay, and so does its column when a run resumes."""
+    given = flags(save_dir=tmp_path, num_iters=40, context_size=8)
+    trained = main.Run("text-0a1b2c", given, None, None, None, Namespace(batch_size=4))
+    metrics = {"loss": 2.0, "learning_rate": 0.1, "tokens_per_second": 64.0}
+    reporter = main.Reporter(trained)
+    reporter.report(10, metrics)
+    reporter.report(20, metrics | {"weight_norm": 12.3456})
+    reporter.report(30, metrics | {"weight_norm": 1 / 3})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("10/40  loss 2.0000  perplexity 7.39  lr 1.00e-01  64 tokens/s")
+    assert [line.partition("weight_norm ")[2].split()[:1] for line in lines] == [[], ["12.35"], ["0.3333"]]
+
+    path = tmp_path / "text-0a1b2c.csv"
+    rows = rows_of(path)
+    assert list(rows[0]) == [*main.LOG, "weight_norm"]
+    assert [row["weight_norm"] for row in rows] == ["", "12.3456", "0.333333"]
+    for row, iteration in zip(rows, (10, 20, 30)):
+        kept = {name: text for name, text in row.items() if text and name != "weight_norm"}
+        expected = {"iteration": str(iteration), "split": "train", "loss": "2", "learning_rate": "0.1"}
+        assert kept == expected | {"tokens_per_second": "64"}
+
+    trained.iteration = 20
+    main.Reporter(trained).report(30, metrics | {"weight_norm": 0.5})
+    assert rows_of(path) == [*rows[:2], rows[2] | {"weight_norm": "0.5"}]
 
 
 def test_what_a_checkpoint_was_made_by(trained):

@@ -1,0 +1,355 @@
+"""Many texts together, a draft that proposes, and files of prompts.
+
+The oracle is main.py's Decoder, which continues one text: all else has to give the same tokens.
+"""
+
+import json
+import math
+import re
+import shutil
+from types import SimpleNamespace
+
+import main
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import TEXT, TINY, Script, flags, ids, run
+from datasets import ByteTokenizer
+from mlx.utils import tree_flatten, tree_unflatten
+
+from extras.decode import BatchDecoder, SpeculativeDecoder
+
+
+def make_model(context_size=8, vocab_size=31, kv_heads=2, seed=0):
+    shape = dict(num_blocks=2, dim=16, num_heads=4, num_kv_heads=kv_heads, mlp="relu2", mlp_dim=32)
+    model = main.LanguageModel(main.Config(vocab_size, context_size, **shape))
+    random = np.random.default_rng(seed)
+    weights = []
+    for name, weight in tree_flatten(model.parameters()):
+        deviation = 1 if weight.ndim == 1 else 0.5
+        value = random.normal(0, deviation, weight.shape).astype(np.float32)
+        weights.append((name, mx.array(value)))
+    model.update(tree_unflatten(weights))
+    return model
+
+
+def tokens_of(model, prompt, count, seed=0, **values):
+    """`count` tokens that follow one prompt, by the plain Decoder."""
+    rules = flags(**dict(temperature=0, top_k=0) | values)
+    return list(main.Decoder(model, list(prompt)).generate(count, rules, seed))
+
+
+# ---- Many texts together ------------------------------------------------------------------------
+
+
+# Logits are logarithms of 4, 1, 3, 2, 1/2. At temperature 1/2 these numbers are squared,
+# at 2 their roots count.
+@pytest.mark.parametrize("rules, weights", [
+    (dict(), [4, 1, 3, 2, 0.5]),
+    (dict(temperature=0.5), [16, 1, 9, 4, 0.25]),
+    (dict(temperature=0.5, top_k=3), [16, 0, 9, 4, 0]),
+    (dict(temperature=2.0, top_k=2), [2, 0, 3**0.5, 0, 0]),
+    (dict(top_k=99), [4, 1, 3, 2, 0.5]),
+    (dict(top_p=0.8), [4, 0, 3, 2, 0]),
+    (dict(min_p=0.3), [4, 0, 3, 2, 0]),
+    (dict(repetition_penalty=2.0), [2, 1, 3, 2, 0.25]),  # of the first and the last
+    (dict(temperature=0.5, top_k=4, top_p=0.9, min_p=0.5), [16, 0, 9, 0, 0]),
+], ids=str)  # fmt: skip
+def test_what_is_drawn_has_the_right_distribution(rules, weights):
+    draws, logits = 100_000, [math.log(weight) for weight in (4, 1, 3, 2, 0.5)]
+    given = flags(**dict(temperature=1.0, top_k=0) | rules)
+    texts = [[4, 0] for _ in range(draws)]
+    decoder = BatchDecoder(Script(lambda token: logits), texts)
+    [drawn] = decoder.generate(1, given, range(draws))
+    assert [text[2] for text in texts] == drawn
+    expected = np.array(weights) / sum(weights) * draws
+    counts = np.bincount(drawn, minlength=5)
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    chi_squared = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    assert (
+        chi_squared < {1: 10.83, 2: 13.82, 4: 18.47}[possible.sum() - 1]
+    )  # a chance of 1 in 1,000
+
+
+@pytest.mark.parametrize("context_size", [1, 7, 16])
+@pytest.mark.parametrize(
+    "rules",
+    [dict(), dict(temperature=1.0), dict(temperature=0.7, repetition_penalty=1.5, top_p=0.9)],
+)
+def test_texts_together_are_continued_like_each_alone(context_size, rules):
+    model = make_model(context_size)
+    random = np.random.default_rng(1)
+    prompts = [random.integers(31, size=length).tolist() for length in (1, 3, 3, 7, 16, 40)]
+    texts = [list(prompt) for prompt in prompts]
+    given = flags(**dict(temperature=0, top_k=0) | rules)
+    together = list(BatchDecoder(model, texts).generate(40, given, range(6)))
+    for row, prompt in enumerate(prompts):
+        assert [ids[row] for ids in together] == tokens_of(model, prompt, 40, seed=row, **rules)
+
+
+def test_a_text_can_be_cut_and_go_on_otherwise():
+    model, text = make_model(context_size=16), [1, 2, 3, 4, 5, 6]
+    decoder = BatchDecoder(model, [text])
+    for keep, more in ((6, []), (3, [7, 8]), (4, [9]), (1, []), (1, [4] * 20), (2, [3])):
+        decoder.cut(keep)
+        text += more
+        fresh = np.array(model(mx.array([text[-8:] if len(text) > 16 else text]))[:, -1:])
+        np.testing.assert_allclose(np.array(decoder.logits()), fresh, rtol=0, atol=1e-4)
+
+
+# ---- Drafts -------------------------------------------------------------------------------------
+
+
+def speculated(model, draft, prompt, count, seed=0, **values):
+    text = list(prompt)
+    decoder = SpeculativeDecoder(model, draft, text)
+    rules = flags(**dict(temperature=0, top_k=0) | values)
+    given = list(decoder.generate(count, rules, seed))
+    assert text == [*prompt, *given] and len(given) == count
+    return given, decoder
+
+
+@pytest.mark.parametrize(
+    "context_size, draft_context", [(1, 8), (2, 2), (7, 4), (8, 1), (8, 16), (64, 64)]
+)
+@pytest.mark.parametrize("prompt_length", [1, 8, 20])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_speculation_changes_no_token(context_size, draft_context, prompt_length, temperature):
+    model = make_model(context_size)
+    prompt = np.random.default_rng(2).integers(31, size=prompt_length).tolist()
+    for seed, penalty in (
+        (0, 1.0),
+        (1, 1.3),
+    ):  # the first draft has the model's weights, the second has others
+        rules = dict(repetition_penalty=penalty, temperature=temperature)
+        draft = make_model(draft_context, seed=seed)
+        tokens, decoder = speculated(model, draft, prompt, 24, **rules)
+        assert tokens == tokens_of(model, prompt, 24, **rules)
+        if seed == 0 and context_size == draft_context == 64:
+            assert decoder.accepted == decoder.proposed > 0, (
+                "a draft that is the model is always right"
+            )
+
+
+WANTED = np.array(
+    [[0.5, 0.1, 0.4], [0.05, 0.9, 0.05], [0.3, 0.3, 0.4]]
+)  # of the next token after each
+DRAFTED = np.array([[0.2, 0.7, 0.1], [0.4, 0.2, 0.4], [0.3, 0.3, 0.4]])
+
+
+@pytest.mark.parametrize("rules, wanted", [
+    (dict(), WANTED),
+    (dict(temperature=0.5), WANTED**2),
+    (dict(top_k=2), WANTED * [[1, 0, 1], [1, 1, 1], [1, 1, 1]]),  # ties stay
+], ids=str)  # fmt: skip
+def test_speculation_leaves_the_distribution_as_it_is(rules, wanted):
+    """Pairs of successive tokens in 4,000, of a Markov chain whose transitions are known."""
+    model, draft = (
+        Script(lambda token, table=table: np.log(table[token]).tolist(), 64)
+        for table in (WANTED, DRAFTED)
+    )
+    tokens, decoder = speculated(model, draft, [0], 4_000, **dict(temperature=1.0) | rules)
+    assert 100 < decoder.accepted < 0.9 * decoder.proposed, "both ways were taken"
+    wanted = wanted / wanted.sum(-1, keepdims=True)
+    for state in range(3):
+        counts = np.bincount(
+            [after for before, after in zip(tokens, tokens[1:]) if before == state], minlength=3
+        )
+        expected = wanted[state] * counts.sum()
+        possible = expected > 0
+        assert counts[~possible].sum() == 0
+        chi_squared = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+        assert chi_squared < {1: 10.83, 2: 13.82}[possible.sum() - 1]  # a chance of 1 in 1,000
+
+
+def test_a_conversation_with_a_draft():
+    for context_size in (12, 64):
+        model, draft = (
+            make_model(context_size, vocab_size=257),
+            make_model(8, vocab_size=257, seed=1),
+        )
+        conversation = main.Conversation(ByteTokenizer(), model, draft)
+        list(conversation.reply("ab", flags(max_tokens=9, temperature=0), 3))
+        assert conversation.text == [97, 98, *tokens_of(model, [97, 98], 9, top_k=flags().top_k)]
+        line = conversation.describe_speed()
+        assert "tokens/s" in line and "accepted" in line
+
+
+def test_an_interrupt_ends_a_continuation_with_a_draft():
+    interrupts = SimpleNamespace(received=None)
+    model = make_model(context_size=64, vocab_size=257)
+    conversation = main.Conversation(ByteTokenizer(), model, model)
+    reply = conversation.reply("x", flags(max_tokens=60, temperature=0), 0, interrupts)
+    next(reply)
+    next(reply)
+    interrupts.received = 2
+    assert "".join(reply) == ""
+    assert len(conversation.text) <= 4, "what the reader has not seen was not said"
+
+
+@pytest.fixture(scope="session")
+def two_models(tmp_path_factory):
+    """A folder with two models of one text, the last of them smaller, and their ids."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "text.txt").write_text(TEXT)
+    for dim in (16, 8):
+        line = [
+            *TINY,
+            "--dim",
+            dim,
+            "--tokenizer",
+            "word",
+            "--learning_rate",
+            0.01,
+            "--lr_warmup",
+            10,
+            "--num_iters",
+            60,
+        ]
+        run("--text", folder / "text.txt", *line, "--save_dir", folder / "lm")
+    small, large = ids(folder / "lm")
+    return folder / "lm", large, small
+
+
+def test_draft(two_models):
+    folder, large, small = two_models
+    line = ["--identifier", large, "--save_dir", folder, "--max_tokens", 40]
+    plain = run("--prompt", "the company", *line, "--temperature", 0)[0]
+    out, err = run("--prompt", "the company", *line, "--temperature", 0, "--draft", small[:8])
+    assert out == plain and re.search(
+        r"[\d.]+ tokens/s, \d+% of the draft's \d+ proposals accepted", err
+    )
+    hot = [*line, "--temperature", 1, "--draft", small]
+    assert (
+        run("--prompt", "the", *hot)
+        and run("--prompt", "the", *hot)[0] == run("--prompt", "the", *hot)[0]
+    )
+    assert run("--inference", *line, "--temperature", 0, "--draft", small, input="the company\n")[
+        0
+    ].startswith(plain)
+
+
+def test_draft_of_other_tokens(word_model, byte_model, tmp_path):
+    for folder in (word_model, byte_model):
+        for path in folder.glob("*.*"):
+            shutil.copy(path, tmp_path) if path.is_file() else None
+    line = [
+        "--prompt",
+        "the",
+        "--save_dir",
+        tmp_path,
+        "--identifier",
+        ids(word_model)[0],
+        "--draft",
+    ]
+    err = run(*line, ids(byte_model)[0], status=2)[1]
+    assert "has another tokenizer" in err.splitlines()[-1]
+    assert "no checkpoint" in run(*line, "0" * 40, status=2)[1].splitlines()[-1]
+
+
+# ---- Files of prompts ---------------------------------------------------------------------------
+
+
+PROMPTS = [
+    "the company",
+    "",
+    "fox",
+    "a lazy dog jumps over the quick brown fox " * 4,
+    "the company",
+    "zebra — ü",
+]
+
+
+def answers(folder, path, *arguments):
+    """The lines of JSON that a file of PROMPTS gives in `path`."""
+    source = path.parent / "prompts.txt"
+    source.write_text("\n".join(PROMPTS) + "\n")
+    line = [
+        "--prompts_file",
+        source,
+        "--output",
+        path,
+        "--save_dir",
+        folder,
+        "--max_tokens",
+        12,
+        *arguments,
+    ]
+    run(*line)
+    return [json.loads(line) for line in path.read_text().removesuffix("\n").split("\n")]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_file_of_prompts(model, temperature, tmp_path):
+    lines = answers(
+        model,
+        tmp_path / "out.jsonl",
+        "--temperature",
+        temperature,
+        "--num_samples",
+        2,
+        "--seed",
+        3,
+    )
+    assert [line["prompt"] for line in lines] == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert [line["seed"] for line in lines] == list(range(3, 3 + 12))
+    for line in lines[::3]:
+        alone = [
+            "--prompt",
+            line["prompt"],
+            "--seed",
+            line["seed"],
+            "--temperature",
+            temperature,
+            "--max_tokens",
+            12,
+        ]
+        assert run(*alone, "--save_dir", model)[0] == line["completion"] + "\n"
+        assert line["checkpoint"] == ids(model)[0] and len(line["tokens"]) == 12
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[: len(data) // 2], lambda data: data[:-1], lambda data: b"",
+    lambda data: data[:3], lambda data: data,
+], ids=["half", "last line end", "all", "first line", "nothing"])  # fmt: skip
+def test_file_of_prompts_is_gone_on_with(word_model, damage, tmp_path):
+    path = tmp_path / "out.jsonl"
+    whole, data = answers(word_model, path), path.read_bytes()
+    path.write_bytes(damage(data))
+    assert answers(word_model, path) == whole and path.read_bytes() == data
+
+
+def test_answers_to_other_prompts_are_left_alone(word_model, tmp_path):
+    path = tmp_path / "out.jsonl"
+    answers(word_model, path)
+    data, source = path.read_bytes(), tmp_path / "prompts.txt"
+    for prompts, seed in (("other\n", 42), ("the company\n", 42), ("\n".join(PROMPTS), 43)):
+        source.write_text(prompts)
+        line = [
+            "--prompts_file",
+            source,
+            "--output",
+            path,
+            "--save_dir",
+            word_model,
+            "--max_tokens",
+            12,
+            "--seed",
+            seed,
+        ]
+        assert "name another" in run(*line, status=2)[1]
+        assert path.read_bytes() == data
+
+
+def test_answers_to_stdout(word_model, tmp_path):
+    lines = answers(word_model, tmp_path / "out.jsonl")
+    line = [
+        "--prompts_file",
+        tmp_path / "prompts.txt",
+        "--save_dir",
+        word_model,
+        "--max_tokens",
+        12,
+    ]
+    assert [json.loads(line) for line in run(*line)[0].splitlines()] == lines

@@ -1,0 +1,185 @@
+"""LoRA: adapters that begin as nothing and are trained alone, and the base that they need."""
+
+import re
+import shutil
+
+import main
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import flags, ids, run
+from datasets import ByteTokenizer
+from mlx.utils import tree_flatten, tree_unflatten
+
+from extras.huggingface import export_model
+from extras.lora import add_lora, init_lora, merge
+
+
+def make_model(vocab_size=257, seed=0, dim=64, **values):
+    shape = dict(
+        context_size=32,
+        num_blocks=2,
+        dim=dim,
+        num_heads=4,
+        num_kv_heads=4,
+        mlp="swiglu",
+        mlp_dim=2 * dim,
+    )
+    model = main.LanguageModel(main.Config(vocab_size, **shape | values))
+    random = np.random.default_rng(seed)
+    values = {
+        n: random.normal(1 if w.ndim == 1 else 0, 0.2, w.shape)
+        for n, w in tree_flatten(model.parameters())
+    }
+    model.update(
+        tree_unflatten(
+            [(name, mx.array(value.astype(np.float32))) for name, value in values.items()]
+        )
+    )
+    return model
+
+
+def logits_of(model, tokens):
+    return np.array(model(mx.array([list(tokens)]))[0])
+
+
+def test_adapters_begin_as_nothing_and_alone_are_trained():
+    model, base = make_model(mlp="relu2"), make_model(mlp="relu2")
+    add_lora(model, 4, 8)
+    given = flags(dim=64, batch_size=4, learning_rate=0.1, lr_warmup=0)
+    init_lora(model, 1)
+    tokens = np.random.default_rng(0).integers(257, size=20).tolist()
+    np.testing.assert_array_equal(logits_of(model, tokens), logits_of(base, tokens))
+    names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    assert len(names) == 2 * 2 * 6 and all(
+        re.search(r"layers\.\d\.\w+\.\w+_proj\.lora_[ab]$", name) for name in names
+    )
+    optimizer = main.make_optimizer(model, given)
+    step = main.make_step(model, optimizer, given)
+    batch = mx.array(np.random.default_rng(1).integers(257, size=(4, 9)))
+    for _ in range(3):
+        mx.eval(step(batch[:, :-1], batch[:, 1:]), model.state, optimizer.state)
+    trained, before = (dict(tree_flatten(each.parameters())) for each in (model, base))
+    assert all(mx.array_equal(trained[name], weight) for name, weight in before.items()), (
+        "the base stays as it was"
+    )
+    assert all(mx.any(trained[name] != 0) for name in names)
+    assert np.abs(logits_of(model, tokens) - logits_of(base, tokens)).max() > 0.01
+
+
+def test_merged_weights_by_hand():
+    """Of rank 1 and alpha 3 the update is three times the outer product of B and A."""
+    base, model = make_model(num_blocks=1), make_model(num_blocks=1)
+    add_lora(model, 1, 3)
+    adapters = {}
+    for name, adapter in tree_flatten(model.trainable_parameters()):
+        adapters[name] = mx.ones_like(adapter)
+    name = "model.layers.0.self_attn.q_proj"
+    random = np.random.default_rng(0)
+    adapters[f"{name}.lora_a"] = mx.array(random.normal(size=(1, 64)).astype(np.float32))
+    adapters[f"{name}.lora_b"] = mx.array(random.normal(size=(64, 1)).astype(np.float32))
+    before = {name: np.array(weight) for name, weight in tree_flatten(base.parameters())}
+    merged = merge(base, adapters, 1, 3)
+    assert merged.keys() == before.keys()
+    update = 3 * np.outer(
+        np.array(adapters[f"{name}.lora_b"]), np.array(adapters[f"{name}.lora_a"])
+    )
+    np.testing.assert_allclose(
+        np.array(merged[f"{name}.weight"]), before[f"{name}.weight"] + update, rtol=1e-5, atol=1e-5
+    )
+    for name, weight in before.items():
+        if "_proj" not in name:
+            np.testing.assert_array_equal(np.array(merged[name]), weight)
+        elif "q_proj" not in name:
+            np.testing.assert_allclose(np.array(merged[name]), weight + 3, rtol=1e-6)
+
+
+LORA = "--lora_rank 2 --num_iters 30 --dropout 0.1 --learning_rate 0.03 --lr_warmup 5".split()
+LORA += ["--max_tokens", 8]
+
+
+def test_lora_run(base, text, tmp_path):
+    """Its checkpoint holds adapters alone and names its base; sampling and export merge them.
+
+    Interrupted, it ends with the same checkpoint.
+    """
+    folder, id = base
+    line = ["--text", text, "--init_from", id[:10], *LORA, "--save_dir"]
+    shutil.copytree(folder, tmp_path / "other")
+    out, _ = run(*line, folder)
+    assert "trained" in out
+    [record] = [record for record in main.list_checkpoints(folder) if record["id"] != id]
+    assert record["uses"] == {"init_from": [id, id]} and record["flags"]["lora_alpha"] == 4
+    weights = mx.load(str(folder / f"{record['id']}.safetensors"))
+    assert len(weights) == 2 * 2 * 7 and all("lora_" in name for name in weights)
+
+    run(*line, tmp_path / "other", "--num_iters", 11)
+    run(*line, tmp_path / "other", "--num_iters", 30)
+    assert ids(tmp_path / "other")[0] == record["id"]
+    run(
+        "--text", text, "--save_dir", tmp_path / "other", "--num_iters", 31
+    )  # goes on without the base being named again
+
+    live, _ = main.load_model(
+        folder, next(r for r in main.list_checkpoints(folder) if r["id"] == id)
+    )
+    add_lora(live, 2, 4)
+    live.load_weights(list(weights.items()), strict=False)
+    merged, tokenizer = main.load_model(folder, record)
+    tokens = tokenizer.encode("line 5: the quick").tolist()
+    np.testing.assert_allclose(
+        logits_of(merged, tokens), logits_of(live, tokens), rtol=0, atol=1e-4
+    )
+    run("--export", tmp_path / "hf", "--save_dir", folder)
+    again, _, _ = main.open_model(folder, str(tmp_path / "hf"), "--init_from")
+    np.testing.assert_array_equal(logits_of(again, tokens), logits_of(merged, tokens))
+
+
+@pytest.mark.parametrize("options", [[], ["--lora_rank", 2]], ids=["all", "lora"])
+def test_a_base_with_more_rows_than_ids(tmp_path, text, options):
+    """As Qwen3's, padded for speed: its shape stays, in every leg."""
+    export_model(make_model(257 + 24), ByteTokenizer(), tmp_path / "hf", None)
+    line = [
+        "--text",
+        text,
+        "--init_from",
+        tmp_path / "hf",
+        *options,
+        "--max_tokens",
+        8,
+        "--save_dir",
+        tmp_path / "lm",
+    ]
+    run(*line, "--num_iters", 2)
+    out, _ = run(*line, "--num_iters", 4)
+    assert "from iteration 2 to 4" in out
+    assert main.list_checkpoints(tmp_path / "lm")[0]["config"]["vocab_size"] == 281
+    run("--prompt", "line", "--max_tokens", 8, "--save_dir", tmp_path / "lm")
+
+
+def test_a_base_that_is_needed_stays(base, text):
+    folder, id = base
+    run("--text", text, "--init_from", "latest", *LORA, "--save_dir", folder)
+    name = next(r["run"] for r in main.list_checkpoints(folder) if r["id"] == id)
+    for num_iters in (22, 24, 26):
+        run("--identifier", name, "--num_iters", num_iters, "--keep", 1, "--save_dir", folder)
+    left = [
+        record["iteration"] for record in main.list_checkpoints(folder) if record["run"] == name
+    ]
+    assert left == [26, 20]
+
+
+def test_a_base_that_is_missing_or_changed(base, text, tmp_path):
+    folder, id = base
+    run("--export", tmp_path / "hf", "--save_dir", folder)
+    run("--text", text, "--init_from", tmp_path / "hf", *LORA, "--save_dir", folder)
+    resumed = ["--text", text, "--save_dir", folder, "--num_iters", 40]
+    model, tokenizer, _ = main.open_model(folder, str(tmp_path / "hf"), "")
+    model.update(tree_unflatten([("model.norm.weight", model.model.norm.weight * 2)]))
+    export_model(model, tokenizer, tmp_path / "hf", None)
+    for line in (resumed, ["--prompt", "line", "--save_dir", folder]):
+        assert "as it was" in run(*line, status=1)[1].splitlines()[-1]
+    shutil.rmtree(tmp_path / "hf")
+    for line in (resumed, ["--prompt", "line", "--save_dir", folder]):
+        err = run(*line, status=1)[1].splitlines()[-1]
+        assert "needs the model it was begun with" in err and str(tmp_path / "hf") in err
