@@ -49,7 +49,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from datasets import CORPORA, TOKENIZERS, RunError, UsageError
+from datasets import CORPORA, TOKENIZERS, Dataset, RunError, UsageError
 from datasets import explained, extra, load_dataset, open_folder, tokenizer_from_dict
 
 HERE = Path(__file__).resolve().parent
@@ -68,6 +68,15 @@ BLAS = fast.BLAS if fast else "MLX's own BLAS"
 FORMAT_VERSION = 2
 
 
+def fast_version(plain):
+    """Decorator: replaces a function by that of the same name in extras/fast.py, if it is there.
+
+    That one computes the same, to rounding, and is quicker on a CPU. Whoever changes a function
+    deletes this line above it: then it is used as it stands.
+    """
+    return getattr(fast, plain.__name__) if fast else plain
+
+
 # ---- Model --------------------------------------------------------------------------------------
 # Decoder-only, pre-norm, with RMSNorm, RoPE and grouped-query attention. Layers are named as in
 # Hugging Face's Llama.
@@ -83,7 +92,7 @@ class Config:
     dim: int  # D
     num_heads: int  # H, of queries
     num_kv_heads: int  # K, of keys and values: H / K query heads share each
-    mlp: str  # a key of ACTIVATIONS
+    mlp: str  # a key of MLPS
     mlp_dim: int  # hidden units of an MLP; a gated one has as many gates
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
     untie: bool = False  # the output layer has a matrix of its own, not the embeddings
@@ -129,6 +138,7 @@ def dropout(hidden, noise, site):
     return mx.where(kept, scaled, 0).astype(hidden.dtype)
 
 
+@fast_version
 def attend(queries, keys, values):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, L, d] -> [B, H, L, d]."""
     scale = queries.shape[-1] ** -0.5
@@ -221,10 +231,13 @@ def relu2(x):
     return mx.square(nn.relu(x))
 
 
-# The choices of --mlp. Those in GATED have a gate: act(gate_proj(x)) * up_proj(x) in the place of
-# act(up_proj(x)) (Shazeer 2020).
-ACTIVATIONS = {"relu2": relu2, "gelu": nn.gelu, "swiglu": nn.silu}
-GATED = {"swiglu"}
+# The choices of --mlp: an activation, and whether it is that of a gate (Shazeer 2020), which makes
+# activation(gate_proj(x)) * up_proj(x) of activation(up_proj(x)).
+MLPS = {
+    "relu2": (relu2, False),
+    "gelu": (nn.gelu, False),  # the exact one, by erf
+    "swiglu": (nn.silu, True),
+}
 
 
 class MLP(nn.Module):
@@ -232,15 +245,15 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.activation = ACTIVATIONS[config.mlp]
-        if config.mlp in GATED:
+        self.activation, self.is_gated = MLPS[config.mlp]
+        if self.is_gated:
             self.gate_proj = nn.Linear(config.dim, config.mlp_dim, bias=False)
         self.up_proj = nn.Linear(config.dim, config.mlp_dim, bias=False)
         self.down_proj = nn.Linear(config.mlp_dim, config.dim, bias=False)
 
     def __call__(self, hidden):
         up = self.up_proj(hidden)  # [B, L, mlp_dim]
-        if "gate_proj" in self:
+        if self.is_gated:
             up = self.activation(self.gate_proj(hidden)) * up
         else:
             up = self.activation(up)
@@ -303,8 +316,8 @@ class LanguageModel(nn.Module):
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def __call__(self, tokens, caches=None, noise=(), last=0):
-        """Logits of all positions, or of the `last` ones alone: decoding needs few."""
-        hidden = self.model(tokens, caches, noise)[:, -last:]  # [B, L or last, D]
+        """Logits of the `last` positions alone, which is all that decoding needs; 0: of all."""
+        hidden = self.model(tokens, caches, noise)[:, -last:]  # [B, last or L, D]; -0 is all
         if self.config.untie:
             return self.lm_head(hidden)
         return self.model.embed_tokens.as_linear(hidden)
@@ -320,8 +333,9 @@ class LanguageModel(nn.Module):
 def init_weights(model, seed):
     """Gives every parameter its first value.
 
-    Norms are 1, matrices normal with standard deviation 1 / sqrt(inputs). What writes into the
-    residual stream is 0, so that each block begins as the identity; so is an untied output layer.
+    Norms are 1, matrices normal with standard deviation 1 / sqrt(inputs). The matrices that write
+    into the residual stream are 0, so that each block begins as the identity. An untied output
+    layer is 0, too.
 
     Tied embeddings are the output layer, too: with standard deviation 5 / dim the logit of the
     token just read begins near 5, others near 0, and the first loss is near ln(V + 147); ln V if
@@ -349,41 +363,35 @@ def init_weights(model, seed):
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
+@fast_version
 def cross_entropy(hidden, head, targets, weights, training=True):
     """Cross-entropy of hidden states [B, L, D], in nats: a weighted sum over all positions.
 
     head: the output layer's matrix [V, D]; targets: ids [B, L]; weights: [B, L] or a number (with
-    1 / positions the sum is a mean). training: whether a gradient will be taken; the version in
-    extras/fast.py computes it together with the loss.
+    1 / positions the sum is a mean). training: whether a gradient will be taken; the fast version
+    then computes it together with the loss.
     """
     logits = (hidden @ head.astype(hidden.dtype).T).astype(mx.float32)  # [B, L, V]
     losses = nn.losses.cross_entropy(logits, targets)  # [B, L]
     return (losses * weights).sum()
 
 
+@fast_version
 def over_streams(function, *arrays):
     """[function(*rows), ...] for shares of the rows of `arrays`; here one share is all."""
     return [function(*arrays)]
 
 
+@fast_version
 def add_up(trees):
     """The sum of several trees of arrays, leaf by leaf."""
     return tree_map(lambda *leaves: reduce(mx.add, leaves), *trees)
 
 
+@fast_version
 def spread(optimizer_class):
-    """An optimizer class whose work may be spread over the cores; here it is not."""
+    """Any optimizer class of MLX, or a subclass with equal results that uses all cores."""
     return optimizer_class
-
-
-# extras/fast.py has these five quicker for a CPU; they compute the same, to rounding. Whoever
-# changes one of the functions above deletes its line here, or the change would not be used.
-if fast:
-    attend = fast.attend
-    cross_entropy = fast.cross_entropy
-    over_streams = fast.over_streams
-    add_up = fast.add_up
-    spread = fast.spread
 
 
 # Muon's learning rate, as a multiple of AdamW's. On PTB (dim 256, batch 32, AdamW's at 3e-3) the
@@ -403,7 +411,8 @@ class Muon(optim.Muon):
         self.decay = weight_decay
 
     def apply_single(self, gradient, parameter, state):
-        decay = self.learning_rate * self.decay / MUON_RATE  # at AdamW's learning rate
+        # Its learning rate is MUON_RATE times AdamW's, by which the decay goes.
+        decay = self.learning_rate * self.decay / MUON_RATE
         parameter = parameter * (1 - decay)
         return super().apply_single(gradient, parameter, state)
 
@@ -413,14 +422,15 @@ def make_optimizer(model, flags):
 
     Matrices have weight decay, embeddings included; norms have none.
     """
-    adamw = partial(
-        spread(optim.AdamW), flags.learning_rate, betas=[0.9, 0.99], bias_correction=True
-    )
-    groups = [adamw(weight_decay=flags.weight_decay), adamw(weight_decay=0.0)]
-    filters = [is_matrix]  # of the first group; what no filter takes falls to the last group
+    rate = flags.learning_rate
+    decay = flags.weight_decay
+    adamw = partial(spread(optim.AdamW), betas=[0.9, 0.99], bias_correction=True)
+    groups = [adamw(rate, weight_decay=decay), adamw(rate, weight_decay=0.0)]
+    filters = [is_matrix]
     if flags.optimizer == "muon":
-        groups.insert(0, spread(Muon)(flags.learning_rate * MUON_RATE, flags.weight_decay))
-        filters.insert(0, is_matrix_of_block)
+        groups = [spread(Muon)(rate * MUON_RATE, decay), *groups]
+        filters = [is_matrix_of_block, *filters]
+    # filters[i] chooses the parameters of groups[i]; the last group takes what is left.
     optimizer = optim.MultiOptimizer(groups, filters)
     optimizer.init(model.trainable_parameters())
     assert_each_has_one_group(optimizer, model)
@@ -439,9 +449,10 @@ def assert_each_has_one_group(optimizer, model):
     """Asserts that each trained parameter has state in exactly one group of the optimizer."""
     held = []
     for group in optimizer.optimizers:
-        # Names are those of parameters with one more word: `model.norm.weight.m`, `….v`.
+        # The arrays have the parameters' names and a word more, as `model.norm.weight.m`; only
+        # those of the whole group, as `step`, have no dot.
         names = {name.rpartition(".")[0] for name, _ in tree_flatten(group.state)}
-        held += names - {""}  # of `step` and `learning_rate`
+        held += sorted(names - {""})
     trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
     assert sorted(held) == sorted(trained)
 
@@ -844,7 +855,7 @@ def save_checkpoint(folder, run):
 
 def save_score(folder, run):
     """Saves the run's record, which has a new score, in the metadata of its last checkpoint."""
-    keep_trying(write_score, folder, run)
+    keep_trying(write_metadata, folder, run)
 
 
 def keep_trying(write, folder, run):
@@ -888,11 +899,11 @@ def write_checkpoint(folder, run):
                 )
             probe.close()  # a finished run's checkpoint may change hands
     run.checkpoint_id = sha1
-    write_score(folder, run)
+    write_metadata(folder, run)
     os.replace(weights, folder / f"{sha1}.safetensors")
 
 
-def write_score(folder, run):
+def write_metadata(folder, run):
     """One try to write the metadata of the checkpoint that `run` was saved as."""
     # Later than all others, even if the clock was set back.
     saved = max([time.time(), *(record["saved"] + 1e-3 for record in list_checkpoints(folder))])
@@ -1105,7 +1116,7 @@ class Run:
 
     name: str  # <dataset>-<6 hexadecimal digits>
     flags: argparse.Namespace
-    dataset: tuple  # datasets.Dataset
+    dataset: Dataset
     model: LanguageModel
     optimizer: optim.Optimizer
     batches: Batches
@@ -1195,13 +1206,13 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     if teacher:
         distilled_cross_entropy = extra("distil").make_loss(teacher, flags)
 
-    def cast(name, weight):
+    def cast(name, parameter):
         # Embeddings stay in float32: the many small gradients of a frequent token would be lost
         # in a sum in bfloat16.
-        return weight if "embed_tokens" in name else weight.astype(dtype)
+        return parameter if "embed_tokens" in name else parameter.astype(dtype)
 
-    def loss(weights, scale, tokens, targets, *noise):
-        model.update(tree_map_with_path(cast, weights))  # gradients are taken by this argument
+    def loss(parameters, scale, tokens, targets, *noise):
+        model.update(tree_map_with_path(cast, parameters))  # gradients are taken by this argument
         hidden = model.model(tokens, noise=noise)  # [B, L, D]
         if teacher:
             return distilled_cross_entropy(hidden, model.head, targets, scale, tokens)
@@ -1212,13 +1223,15 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     # as outputs, or the change would be lost.
     @partial(mx.compile, inputs=[model.state])
     def losses_and_gradients(scale, *rows):
-        weights = model.trainable_parameters()  # of LoRA the adapters alone
-        loss_and_gradient = partial(mx.value_and_grad(loss), weights, scale)
+        parameters = model.trainable_parameters()  # of LoRA the adapters alone
+        loss_and_gradient = partial(mx.value_and_grad(loss), parameters, scale)
         results = over_streams(loss_and_gradient, *rows)
-        model.update(weights)  # `loss` has left its tracers in the model
+        model.update(parameters)  # `loss` has left its tracers in the model
         return results  # [(loss, gradients), ...], a pair for each stream
 
-    state = [model.state, optimizer.state]  # trees of arrays that each step reads and replaces
+    # Trees of arrays that each step reads and replaces. A restored run has others than a new one,
+    # so it is restored before this.
+    state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
     def update(results):
@@ -1250,7 +1263,7 @@ def train(run, interrupts, ranks):
     The status is 0, or 128 + the signal that ended it. Raises RunError if the run diverges.
     """
     flags, dataset, folder = run.flags, run.dataset, run.flags.save_dir
-    is_main = ranks.rank == 0  # the one that prints and saves
+    is_main = ranks.rank == 0  # who saves and reports; what the others print is not shown
     step = make_step(run.model, run.optimizer, flags, ranks, run.teacher)
     reporter = Reporter(run) if is_main else None
     steps_per_save = flags.steps_per_save or flags.steps_per_eval
@@ -1258,8 +1271,8 @@ def train(run, interrupts, ranks):
     end_time = math.inf  # in seconds of training
     if flags.max_minutes is not None:
         end_time = run.seconds + 60 * flags.max_minutes
-    losses = []  # since the last report
-    seconds = 0.0  # since the last report
+    recent_losses = []  # since the last report
+    recent_seconds = 0.0
     received = None  # a signal
 
     for iteration in range(start, flags.num_iters + 1):  # steps done; the last turn takes none
@@ -1280,12 +1293,14 @@ def train(run, interrupts, ranks):
         if (due or timeout) and not run.is_scored():
             most = flags.eval_tokens
             nats = score_split("valid", run.model, dataset, flags, interrupts, ranks, most)
-            if nats is not None and is_main:
-                reporter.log_score(run, nats)
-            if nats is not None and due:  # the best must not depend on where --max_minutes ends
-                run.add_score(nats)
-                if is_main and (save or not run.is_branch):  # what a branch left is not its own
-                    save_score(folder, run)
+            if nats is not None:
+                if is_main:
+                    reporter.report_score(run, nats)
+                if due:  # what --max_minutes cut off is scored for the user alone
+                    run.add_score(nats)
+                    # A branch leaves the checkpoint that it began from as it is.
+                    if is_main and (save or not run.is_branch):
+                        save_score(folder, run)
         if save and is_main and not interrupts.received:
             sample = Conversation(dataset.tokenizer, run.model)
             tqdm.write("".join(sample.reply("", flags, flags.seed, interrupts)))
@@ -1299,7 +1314,7 @@ def train(run, interrupts, ranks):
                 f"best: {run.best['id']}"
             )
             break
-        if save or iteration == start:  # nothing is unsaved: a signal since then ends it here
+        if save or iteration == start:  # a signal that came during the save needs no further step
             received, _ = ranks.agree(interrupts.received, timeout)
         if stopping or received:
             break
@@ -1308,16 +1323,17 @@ def train(run, interrupts, ranks):
         began = time.perf_counter()
         tokens, targets = run.batches.next()
         rate = learning_rate_at(iteration, flags)
-        set_learning_rate(run.optimizer, rate)
+        set_learning_rate(run.optimizer, rate)  # an array in its state: nothing is compiled anew
         noise = make_noise(iteration, len(tokens), flags)
-        loss, norm = step(tokens, targets, *noise)  # nothing is computed yet
-        # The new weights, too, or they would wait in the next step's graph.
+        # From here on the model has its new weights, but nothing is computed before mx.eval. They
+        # are named there, too, or they would wait in the next step's graph.
+        loss, norm = step(tokens, targets, *noise)
         mx.eval(loss, norm, run.model.state, run.optimizer.state)
         loss = loss.item()
         norm = norm.item()
         taken = time.perf_counter() - began
-        losses.append(loss)
-        seconds += taken
+        recent_losses.append(loss)
+        recent_seconds += taken
         run.tokens += tokens.size
         if iteration > start:  # the first step compiles
             run.seconds += taken
@@ -1331,19 +1347,19 @@ def train(run, interrupts, ranks):
             )
         if is_main and (iteration + 1) % flags.steps_per_report == 0:
             metrics = {
-                "loss": sum(losses) / len(losses),  # nats per token
-                "learning_rate": rate,
+                "loss": sum(recent_losses) / len(recent_losses),  # nats per token
+                "learning_rate": rate,  # this and the norm are the last step's
                 "gradient_norm": norm,
                 "tokens": run.tokens,
-                "tokens_per_second": len(losses) * tokens.size / seconds,
+                "tokens_per_second": len(recent_losses) * tokens.size / recent_seconds,
                 "peak_mib": mx.get_peak_memory() / 2**20,
                 "seconds": run.seconds,
             }
-            if not flags.train_tokens:  # else num_bytes is not that of the tokens
+            if not flags.train_tokens:  # with it num_bytes is that of the whole text all the same
                 metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], dataset.train)
-            reporter.report(iteration + 1, metrics)
-            losses = []
-            seconds = 0.0
+            reporter.report_steps(iteration + 1, metrics)
+            recent_losses = []
+            recent_seconds = 0.0
         if is_main:
             reporter.bar.update()
 
@@ -1361,10 +1377,10 @@ def train(run, interrupts, ranks):
     return 0
 
 
-# Columns of <run>.csv, empty where a row has no such value. loss: nats per token; tokens: trained
-# on since the start; peak_mib: MLX's peak of this process; seconds: of training since the start,
-# without the first step after each resume, which compiles.
-LOG = [
+# Columns of <run>.csv, empty where a row has no such value; other metrics follow them. loss: nats
+# per token; tokens: trained on since the start; peak_mib: MLX's peak of this process; seconds: of
+# training since the start, without the first step after each resume, which compiles.
+LOG_COLUMNS = [
     "iteration",
     "split",
     "loss",
@@ -1391,7 +1407,7 @@ FORMATS = {
 
 
 class Reporter:
-    """Where the metrics of a run go: its progress bar or lines on the screen, and <run>.csv."""
+    """Where the metrics of a run go: a progress bar or lines on the screen, and <run>.csv."""
 
     def __init__(self, run):
         self.num_iters = run.flags.num_iters
@@ -1403,9 +1419,10 @@ class Reporter:
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
-        self.log = Log(run.flags.save_dir / f"{run.name}.csv", run.iteration, run.is_scored())
+        path = run.flags.save_dir / f"{run.name}.csv"
+        self.table = LogTable(path, run.iteration, run.is_scored())
 
-    def report(self, iteration, metrics):
+    def report_steps(self, iteration, metrics):
         """Shows and logs the metrics of the steps up to `iteration`, {name: number}."""
         shown = []
         for name, value in metrics.items():
@@ -1420,10 +1437,10 @@ class Reporter:
             tokens_left = (self.num_iters - iteration) * self.step_tokens
             left = tqdm.format_interval(tokens_left / metrics["tokens_per_second"])
             tqdm.write(f"{iteration:,}/{self.num_iters:,}  {line}  left {left}")
-        self.log.append({"iteration": iteration, "split": "train"} | metrics)
+        self.log({"iteration": iteration, "split": "train"} | metrics)
 
-    def log_score(self, run, nats):
-        """Logs the score of the validation split."""
+    def report_score(self, run, nats):
+        """Logs the score of the validation split, which score_split has shown."""
         row = {
             "iteration": run.iteration,
             "split": "valid",
@@ -1432,10 +1449,14 @@ class Reporter:
             "tokens": run.tokens,
             "seconds": run.seconds,
         }
-        self.log.append(row)
+        self.log(row)
+
+    def log(self, row):
+        """Where all metrics pass, {name: value}: the place to send them elsewhere, too."""
+        self.table.append(row)
 
 
-class Log:
+class LogTable:
     """A run's file of comma-separated values.
 
     Rows of iterations after the present one, `iteration`, are dropped, since those will be
@@ -1445,27 +1466,27 @@ class Log:
 
     def __init__(self, path, iteration, scored):
         self.path = path
-        before = self.read()
-        self.columns = LOG
-        if before:
-            # A column that `append` has added stays.
-            self.columns = LOG + [name for name in before[0] if name and name not in LOG]
         rows = []
-        for row in before:
+        for row in self.read():
             is_present = int(row["iteration"]) == iteration
             if int(row["iteration"]) < iteration:
                 rows.append(row)
             elif is_present and (scored or row["split"] == "train"):
                 rows.append(row)
+        self.columns = list(LOG_COLUMNS)
+        if rows:  # a column that was added by `append` stays
+            self.columns += [name for name in rows[0] if name not in LOG_COLUMNS]
         self.rewrite(rows)
 
     def read(self):
         """The rows of the file, [{column: text}, ...], without a last one that was cut off."""
         rows = []
-        with contextlib.suppress(OSError), self.path.open(errors="replace", newline="") as file:
-            for row in csv.DictReader(file):
-                is_whole = None not in row.values()
-                if is_whole and row.get("iteration", "").isdigit():
+        with contextlib.suppress(OSError):
+            text = self.path.read_text("utf-8", errors="replace")
+            whole_lines = text.split("\n")[:-1]
+            for row in csv.DictReader(whole_lines):
+                complete = None not in row and None not in row.values()
+                if complete and row.get("iteration", "").isdigit():
                     rows.append(row)
         return rows
 
@@ -1474,25 +1495,26 @@ class Log:
         new = self.path.with_suffix(".csv.new")
         # The lock keeps other processes from deleting it as a leftover.
         with contextlib.suppress(OSError), locked(self.path.parent):
-            with new.open("w", newline="") as file:
-                self.writer(file).writeheader()
-                self.writer(file).writerows(rows)
+            with new.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(
+                    file, self.columns, extrasaction="ignore", lineterminator="\n"
+                )
+                writer.writeheader()
+                writer.writerows(rows)
             new.replace(self.path)
 
     def append(self, row):
         """Adds a row, {column: value}; a new column is added to all rows."""
-        unknown = [name for name in row if name not in self.columns]
-        if unknown:
-            self.columns = self.columns + unknown
+        added = [name for name in row if name not in self.columns]
+        if added or not self.path.exists():
+            self.columns += added
             self.rewrite(self.read())
+        texts = {}
         for name, value in row.items():
-            if isinstance(value, float):
-                row[name] = f"{value:.6g}"
-        with contextlib.suppress(OSError), self.path.open("a", newline="") as file:
-            self.writer(file).writerow(row)
-
-    def writer(self, file):
-        return csv.DictWriter(file, self.columns, extrasaction="ignore", lineterminator="\n")
+            texts[name] = f"{value:.6g}" if isinstance(value, float) else value
+        with contextlib.suppress(OSError):
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
 
 
 def print_start(run, versions_before, ranks):
@@ -1954,7 +1976,7 @@ FLAGS["model"] = {
     "dim": flag(1024, "model dimension", type=number(int, 1, 2**16)),
     "num_heads": flag(8, "query heads", type=SIZE),
     "num_kv_heads": flag(None, "key and value heads (default: num_heads)", type=SIZE),
-    "mlp": choice("relu2", ACTIVATIONS, "feed-forward layer"),
+    "mlp": choice("relu2", MLPS, "feed-forward layer"),
     "mlp_dim": flag(
         None,
         "its width (default: 4 dim; swiglu: 8/3 dim rounded up to 64)",
@@ -2081,7 +2103,7 @@ SHAPING = [
     "teacher",
 ]
 # The fields of a Config that are flags.
-SHAPE = [name for name in FLAGS["model"] if name != "dropout"]
+CONFIG_FLAGS = [name for name in FLAGS["model"] if name != "dropout"]
 # What a resumed run takes over from its checkpoint.
 INHERITED = [
     *SHAPING,
@@ -2235,10 +2257,11 @@ def resolve(flags):
         flags.num_kv_heads = flags.num_heads
     if flags.mlp_dim is None:
         flags.mlp_dim = 4 * flags.dim
-        if flags.mlp in GATED:
-            # It has three matrices instead of two: 8/3 dim, rounded up to a multiple of 64,
-            # keeps their size (Shazeer 2020).
-            flags.mlp_dim = 64 * math.ceil(flags.dim * 8 / 192)
+        _, is_gated = MLPS[flags.mlp]
+        if is_gated:
+            # Three matrices instead of two: 8/3 dim keeps their size (Shazeer 2020), here rounded
+            # up to a multiple of 64.
+            flags.mlp_dim = 64 * math.ceil(8 * flags.dim / (3 * 64))
     if flags.lora_rank and flags.lora_alpha is None:
         flags.lora_alpha = 2 * flags.lora_rank  # LoRA's scale, alpha / rank, is then 2
     return flags
@@ -2398,7 +2421,7 @@ def adopt_shape(flags, typed, origins):
             )
     decided = {"tokenizer": tokenizer.kind}
     if first == "init_from":
-        decided |= {name: getattr(model.config, name) for name in SHAPE}
+        decided |= {name: getattr(model.config, name) for name in CONFIG_FLAGS}
     for name, value in decided.items():
         if name == "context_size" and name in typed:
             continue  # RoPE suits any
@@ -2412,7 +2435,7 @@ def adopt_shape(flags, typed, origins):
 
 def make_config(flags, vocab_size):
     """The Config of a new model."""
-    return Config(vocab_size=vocab_size, **{name: getattr(flags, name) for name in SHAPE})
+    return Config(vocab_size=vocab_size, **{name: getattr(flags, name) for name in CONFIG_FLAGS})
 
 
 def make_model(flags, dataset, checkpoint, origins):

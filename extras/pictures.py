@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from datasets import UsageError, explained
-from main import LOG, first_ids
+from main import LOG_COLUMNS, first_ids
 
 DPI = 150  # dots per inch, fewer where a side of the image would exceed MAX_PIXELS
 MAX_PIXELS = 2**14
@@ -62,7 +62,7 @@ def find_logs(folder, names):
         with path.open(errors="replace") as file:
             columns = file.readline().strip().split(",")
         # A log may have columns of the user's behind the usual ones.
-        if columns[: len(LOG)] == LOG:
+        if columns[: len(LOG_COLUMNS)] == LOG_COLUMNS:
             found.append(path)
     return found
 

@@ -52,7 +52,7 @@ def rows_of(path):
 def test_log(trained):
     for record in main.list_checkpoints(trained)[:1]:
         rows = rows_of(trained / f"{record['run']}.csv")
-        assert list(rows[0]) == main.LOG
+        assert list(rows[0]) == main.LOG_COLUMNS
         assert [(row["split"], int(row["iteration"])) for row in rows] == [
             (split, i) for i in range(10, 61, 10) for split in ("train", "valid") if split == "train" or i % 20 == 0
         ]
@@ -86,8 +86,8 @@ def test_a_log_is_written_anew_under_the_lock(tmp_path, monkeypatch):
         return replace(new, path)
 
     monkeypatch.setattr(main.Path, "replace", watched)
-    main.Log(tmp_path / "run.csv", 0, False)
-    assert tries and (tmp_path / "run.csv").read_text().strip() == ",".join(main.LOG)
+    main.LogTable(tmp_path / "run.csv", 0, False)
+    assert tries and (tmp_path / "run.csv").read_text().strip() == ",".join(main.LOG_COLUMNS)
 
 
 def test_log_of_a_run_that_is_killed(tmp_path, text):
@@ -113,30 +113,30 @@ def test_log_of_a_run_that_is_killed(tmp_path, text):
 def test_a_score_that_was_not_saved_is_logged_once(tmp_path):
     path = tmp_path / "run.csv"
     for scored, expected in ((True, ["10", "10"]), (False, ["10"])):
-        path.write_text(",".join(main.LOG) + "\n" + "10,train,1,,,,,,,\n10,valid,1,,,,,,,\n20,train,1,,,,,,,\n20,va")
+        path.write_text(",".join(main.LOG_COLUMNS) + "\n" + "10,train,1,,,,,,,\n10,valid,1,,,,,,,\n20,train,1,,,,,,,\n20,va")
         path.write_bytes(path.read_bytes() + b"\xff")  # damaged, which is no reason to stop a run
-        log = main.Log(path, 10, scored)
+        log = main.LogTable(path, 10, scored)
         assert [row["iteration"] for row in rows_of(path)] == expected
         log.append({"iteration": 11, "split": "train", "loss": 1 / 3, "tokens": 5, "seconds": 0.25})
         assert path.read_text().splitlines()[-1] == "11,train,0.333333,,,,5,,,0.25"
 
 
 def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path, capsys):
-    """A name that neither LOG nor FORMATS knows; rows before it stay, and so does its column when a run resumes."""
+    """A name that neither LOG_COLUMNS nor FORMATS knows; rows before it stay, and so does its column when a run resumes."""
     given = flags(save_dir=tmp_path, num_iters=40, context_size=8)
     trained = main.Run("text-0a1b2c", given, None, None, None, Namespace(batch_size=4))
     metrics = {"loss": 2.0, "learning_rate": 0.1, "tokens_per_second": 64.0}
     reporter = main.Reporter(trained)
-    reporter.report(10, metrics)
-    reporter.report(20, metrics | {"weight_norm": 12.3456})
-    reporter.report(30, metrics | {"weight_norm": 1 / 3})
+    reporter.report_steps(10, metrics)
+    reporter.report_steps(20, metrics | {"weight_norm": 12.3456})
+    reporter.report_steps(30, metrics | {"weight_norm": 1 / 3})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("10/40  loss 2.0000  perplexity 7.39  lr 1.00e-01  64 tokens/s")
     assert [line.partition("weight_norm ")[2].split()[:1] for line in lines] == [[], ["12.35"], ["0.3333"]]
 
     path = tmp_path / "text-0a1b2c.csv"
     rows = rows_of(path)
-    assert list(rows[0]) == [*main.LOG, "weight_norm"]
+    assert list(rows[0]) == [*main.LOG_COLUMNS, "weight_norm"]
     assert [row["weight_norm"] for row in rows] == ["", "12.3456", "0.333333"]
     for row, iteration in zip(rows, (10, 20, 30)):
         kept = {name: text for name, text in row.items() if text and name != "weight_norm"}
@@ -144,7 +144,7 @@ def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path, capsys):
         assert kept == expected | {"tokens_per_second": "64"}
 
     trained.iteration = 20
-    main.Reporter(trained).report(30, metrics | {"weight_norm": 0.5})
+    main.Reporter(trained).report_steps(30, metrics | {"weight_norm": 0.5})
     assert rows_of(path) == [*rows[:2], rows[2] | {"weight_norm": "0.5"}]
 
 

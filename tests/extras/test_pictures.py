@@ -60,7 +60,7 @@ def test_losses(trained, figures, count):
 
 @pytest.mark.parametrize("cut", ["20,tr", "20,train", "20,train,0.5,", "20,train,0.5,,,,,,,"])
 def test_a_log_whose_last_line_was_cut_off(tmp_path, figures, cut):
-    header = ",".join(main.LOG)
+    header = ",".join(main.LOG_COLUMNS)
     (tmp_path / "run.csv").write_text(f"{header}\n10,train,1.5,,,,,,,60\n{cut}")
     (tmp_path / "other.csv").write_text("iteration,loss\n10,1\n")
     pictures.plot_runs(tmp_path, [], "x.png")
@@ -70,7 +70,7 @@ def test_a_log_whose_last_line_was_cut_off(tmp_path, figures, cut):
 
 
 def test_a_log_with_a_column_of_ones_own(tmp_path, figures):
-    header = ",".join([*main.LOG, "mine"])
+    header = ",".join([*main.LOG_COLUMNS, "mine"])
     (tmp_path / "run.csv").write_text(f"{header}\n10,train,1.5,,,,,,,60,7\n")
     pictures.plot_runs(tmp_path, [], "x.png")
     by_iteration, _ = figures[0].axes
