@@ -45,6 +45,7 @@ import threading
 import time
 from functools import partial, reduce
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -153,7 +154,7 @@ class Attention(nn.Module):
         D, d = config.dim, config.head_dim
         self.num_heads = config.num_heads
         self.head_dim = d
-        self.rope = nn.RoPE(d, base=config.rope_theta)  # rotates i with i + d/2, as Llama
+        self.rope = nn.RoPE(d, base=config.rope_theta)  # pairs dimensions i and i + d/2, as Llama
         self.q_proj = nn.Linear(D, config.num_heads * d, bias=False)
         self.k_proj = nn.Linear(D, config.num_kv_heads * d, bias=False)
         self.v_proj = nn.Linear(D, config.num_kv_heads * d, bias=False)
@@ -208,7 +209,10 @@ class Cache:
         self.offset = 0  # positions read so far
 
     def attend(self, queries, keys, values):
-        """Reads L more positions: what they attend to are all so far; shapes as in `attend`."""
+        """Appends L positions, and attends from them to all so far; shapes as in `attend`.
+
+        By MLX's own function: without mx.compile the fast version of `attend` is slower.
+        """
         L = queries.shape[2]
         scale = queries.shape[3] ** -0.5
         end = self.offset + L
@@ -225,8 +229,8 @@ def relu2(x):
     """Squared ReLU (So et al. 2021).
 
     It trains as well as the others (PTB, dim 256, 250 steps: 5.64 nats; swiglu 5.68, gelu 5.78)
-    and is nearly free on a CPU, where MLX's exp and erf are scalar: both passes of [1536, 4096]
-    take 8 ms, with silu 165, with gelu 320.
+    and is nearly free on a Linux CPU, where MLX's exp and erf are scalar: both passes of
+    [1536, 4096] take 8 ms on two AMD EPYC cores, with silu 165, with gelu 320.
     """
     return mx.square(nn.relu(x))
 
@@ -275,8 +279,8 @@ class Block(nn.Module):
         site = 2 * self.index + 1  # of dropout; site 0 is the embeddings'
         attended = self.self_attn(self.input_layernorm(hidden), cache)
         hidden = hidden + dropout(attended, noise, site)
-        update = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + dropout(update, noise, site + 1)
+        transformed = self.mlp(self.post_attention_layernorm(hidden))
+        return hidden + dropout(transformed, noise, site + 1)
 
 
 class Transformer(nn.Module):
@@ -403,7 +407,7 @@ MUON_RATE = 5
 class Muon(optim.Muon):
     """MLX's Muon (Jordan et al. 2024) with decoupled weight decay, as AdamW's.
 
-    MLX adds the decay to the gradient before that is orthogonalized.
+    MLX adds the decay to the gradient before orthogonalizing it.
     """
 
     def __init__(self, learning_rate, weight_decay):
@@ -437,12 +441,14 @@ def make_optimizer(model, flags):
     return optimizer
 
 
-def is_matrix(name, weight):
-    return weight.ndim >= 2
+def is_matrix(name, parameter):
+    """Whether a parameter is a matrix, for MultiOptimizer's filters."""
+    return parameter.ndim >= 2
 
 
-def is_matrix_of_block(name, weight):
-    return name.startswith("model.layers.") and weight.ndim >= 2
+def is_matrix_of_block(name, parameter):
+    """Whether it is a matrix of a block: neither the embeddings nor the output layer."""
+    return name.startswith("model.layers.") and is_matrix(name, parameter)
 
 
 def assert_each_has_one_group(optimizer, model):
@@ -515,7 +521,7 @@ class Batches:
         offsets = min(self.context_size, len(self.tokens) - self.context_size)
         self.offset = int(random.integers(offsets))
         windows = (len(self.tokens) - 1 - self.offset) // self.context_size
-        # [windows]; int32, as it goes into every checkpoint.
+        # [windows]; int32 keeps checkpoints small.
         self.perm = random.permutation(windows).astype(np.int32)
 
     def next(self):
@@ -556,7 +562,7 @@ def make_noise(iteration, rows, flags):
     final = flags.dropout if flags.dropout_final is None else flags.dropout_final
     if flags.dropout == 0 and final == 0:
         return ()
-    # 1: with 0 or nothing there these would be the random numbers of Batches.
+    # The 1 keeps these random numbers apart from those of Batches.
     random = np.random.default_rng([flags.seed, iteration, 1])
     rate = flags.dropout + (final - flags.dropout) * iteration / flags.num_iters
     keys = random.integers(0, 2**32, (rows, 2), np.uint32)
@@ -580,13 +586,14 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     def loss(inputs, targets, weights):
         return cross_entropy(model.model(inputs), model.head, targets, weights, training=False)
 
-    # Traced once, as all batches have one shape. Without `inputs` today's weights would be
-    # constants of the graph.
+    # Traced once, as all batches have one shape. Without `inputs` the weights of that moment would
+    # be constants of the graph.
     @partial(mx.compile, inputs=[model.state])
     def score(*windows):
         return sum(over_streams(loss, *windows))
 
-    # [windows]; the last one reaches the end of the text. Those of weight 0 fill the last batch.
+    # [windows]; the last one reaches the end of the text. Windows that begin behind it, whose
+    # tokens all weigh 0, fill the last batch.
     starts = np.arange(0, max(count - context_size, 0) + stride, stride)
     missing = -len(starts) % batch_size
     starts = np.append(starts, np.full(missing, count))
@@ -610,7 +617,7 @@ def scored_windows(tokens, starts, context_size, stride):
     """Inputs, targets and weights (1 or 0) of the windows at `starts` [B]: [B, L] int32 each."""
     count = len(tokens) - 1  # of targets
     places = starts[:, None] + np.arange(context_size)  # [B, L]
-    # Of an overlap only the end counts, which the window before did not reach.
+    # Where windows overlap, what the one before has scored does not count.
     is_new = places - starts[:, None] >= context_size - stride
     is_first = starts[:, None] == 0
     weights = (places < count) & (is_new | is_first)
@@ -618,19 +625,17 @@ def scored_windows(tokens, starts, context_size, stride):
     return [mx.array(array, mx.int32) for array in (tokens[places], tokens[places + 1], weights)]
 
 
-def score_split(name, model, dataset, flags, interrupts, ranks, most=0):
-    """Prints the score of a split, or of its first `most` tokens.
+def score_split(name, model, dataset, flags, interrupts, ranks, limit=0):
+    """Prints the score of a split, or of its first `limit` tokens.
 
     Returns the nats per token, or None if a signal came.
     """
     split = getattr(dataset, name)
     tokens = split.tokens
-    if most:
-        tokens = tokens[: most + 1]  # the first one is only context
-    # In training windows always stand side by side.
-    stride = flags.eval_stride if flags.evaluate else None
+    if limit:
+        tokens = tokens[: limit + 1]  # the first one is only context
     began = time.perf_counter()
-    nats = evaluate(model, tokens, flags.batch_size, stride, interrupts, ranks)
+    nats = evaluate(model, tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
     if nats is not None:
         speed = len(tokens) / (time.perf_counter() - began)
         line = describe_score(name, nats, split, dataset.tokenizer)
@@ -675,7 +680,8 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 class Hasher:
     """A file object that keeps only the SHA1 of what is written to it."""
 
-    closed = False  # MLX wants a file to have these three, and uses none
+    # MLX checks that a file has these three, but uses none of them.
+    closed = False
     seek = None
     tell = None
 
@@ -961,7 +967,7 @@ def load_model(folder, record):
     model = LanguageModel(Config(**record["config"]))
     weights = mx.load(str(folder / f"{record['id']}.safetensors"))
     if record["flags"].get("lora_rank"):  # the file holds the adapters alone
-        base, _, _ = open_origin(folder, record, "init_from")
+        base = open_origin(folder, record, "init_from").model
         rank = record["flags"]["lora_rank"]
         alpha = record["flags"]["lora_alpha"]
         weights = extra("lora").merge(base, weights, rank, alpha)
@@ -970,30 +976,39 @@ def load_model(folder, record):
     return model, tokenizer_from_dict(json.loads(texts["tokenizer"]))
 
 
+class Origin(NamedTuple):
+    """A model that a flag names: what a run begins with, learns from or samples by."""
+
+    model: LanguageModel
+    tokenizer: object
+    id: str  # of its checkpoint; of a Hugging Face folder, a SHA1 over its files
+
+
 def open_model(folder, name, flag):
-    """The model, tokenizer and id of a checkpoint or Hugging Face folder that a flag names.
+    """The Origin that a flag names: a checkpoint, or a Hugging Face folder.
 
     Raises UsageError if there is none, RunError if it is damaged.
     """
     if os.path.isdir(name):
-        return extra("huggingface").import_model(Path(name))
+        return Origin(*extra("huggingface").import_model(Path(name)))
     record = named_checkpoint(folder, list_checkpoints(folder), name, flag)
-    return *load_model(folder, record), record["id"]
+    model, tokenizer = load_model(folder, record)
+    return Origin(model, tokenizer, record["id"])
 
 
 def open_origin(folder, record, flag):
-    """The model, tokenizer and id that a run was begun with by --init_from or --teacher.
+    """The Origin of a run that is resumed, which --init_from or --teacher named at its start.
 
     Raises RunError if it is gone or is another one now.
     """
     name, origin_id = record["uses"][flag]  # name: a folder's path, or the id once more
-    needed = f"{record['run']} needs the model it was begun with, --{flag} {name} as it was, "
-    needed += origin_id[:12]
-    with explained(needed, UsageError, kind=RunError):  # today's command line is not at fault
-        model, tokenizer, found_id = open_model(folder, name, f"--{flag}")
-        if found_id != origin_id:  # a folder's files may have been replaced
-            raise UsageError(f"it is {found_id[:12]} now")
-    return model, tokenizer, found_id
+    fault = f"{record['run']} needs the model it was begun with, --{flag} {name} as it was, "
+    fault += origin_id[:12]
+    with explained(fault, UsageError, kind=RunError):  # today's command line is not at fault
+        origin = open_model(folder, name, f"--{flag}")
+        if origin.id != origin_id:  # a folder's files may have been replaced
+            raise UsageError(f"it is {origin.id[:12]} now")
+    return origin
 
 
 # ---- Interrupts ---------------------------------------------------------------------------------
@@ -1027,7 +1042,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
-        """Does nothing, but has to be: a signal without a handler writes no byte."""
+        """Does nothing: the thread acts. Without a handler Python writes no byte."""
 
     def watch(self, reader):
         """The thread: the first signal becomes `received`, a later one ends the process."""
@@ -1084,7 +1099,7 @@ class SingleProcess:
         return self
 
     def __exit__(self, *error):
-        """There is no other rank to tell that this one is done."""
+        """Does nothing: there is no other rank to tell that this one is done."""
 
     def share_run(self, run):
         """Rank 0's run, on every rank."""
@@ -1173,8 +1188,8 @@ class Run:
     def count_misses(self):
         """How many evaluations on schedule have followed the best one.
 
-        Those at the end of an earlier `num_iters` do not count, or --patience would stop a run
-        that was extended elsewhere than one that was not.
+        One at the end of an earlier `num_iters` does not count: with it --patience would stop an
+        extended run at another iteration than one that was as long from the start.
         """
         steps = self.flags.steps_per_eval
         scores = [nats for iteration, nats in self.scores if iteration % steps == 0]
@@ -1203,7 +1218,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     dtype = mx.float32
     if flags.dtype == "bfloat16" and mx.default_device() == mx.gpu:
         dtype = mx.bfloat16
-    if teacher:
+    if teacher is not None:
         distilled_cross_entropy = extra("distil").make_loss(teacher, flags)
 
     def cast(name, parameter):
@@ -1212,9 +1227,10 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         return parameter if "embed_tokens" in name else parameter.astype(dtype)
 
     def loss(parameters, scale, tokens, targets, *noise):
-        model.update(tree_map_with_path(cast, parameters))  # gradients are taken by this argument
+        # Gradients are taken by the first argument, so the model has to compute with it.
+        model.update(tree_map_with_path(cast, parameters))
         hidden = model.model(tokens, noise=noise)  # [B, L, D]
-        if teacher:
+        if teacher is not None:
             return distilled_cross_entropy(hidden, model.head, targets, scale, tokens)
         return cross_entropy(hidden, model.head, targets, scale)
 
@@ -1234,7 +1250,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def update(results):
+    def apply_gradients(results):
         loss, gradients = ranks.average(add_up(results))  # the ranks exchange gradients here alone
         gradients, norm = optim.clip_grad_norm(gradients, flags.grad_clip or math.inf)
         optimizer.update(model, gradients)
@@ -1243,16 +1259,16 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     def step(tokens, targets, *noise):
         # From sums over positions to means over all of them; `average` divides by the ranks.
         scale = ranks.size / targets.size
-        own = ranks.rows(flags.batch_size)
+        rank_rows = ranks.rows(flags.batch_size)
         total = None
         for start in range(0, len(tokens), flags.batch_size):
-            part = slice(start, start + flags.batch_size)
-            rows = [array[part][own] for array in (tokens, targets, *noise)]
+            batch_rows = slice(start, start + flags.batch_size)
+            rows = [array[batch_rows][rank_rows] for array in (tokens, targets, *noise)]
             results = losses_and_gradients(scale, *rows)
             total = tree_map(mx.add, total, results) if total else results
             if len(tokens) > flags.batch_size:  # or all parts would be in memory at once
                 mx.eval(total)
-        return update(total)
+        return apply_gradients(total)
 
     return step
 
@@ -1275,7 +1291,8 @@ def train(run, interrupts, ranks):
     recent_seconds = 0.0
     received = None  # a signal
 
-    for iteration in range(start, flags.num_iters + 1):  # steps done; the last turn takes none
+    # iteration: steps done. The last pass of the loop only saves and evaluates.
+    for iteration in range(start, flags.num_iters + 1):
         run.iteration = iteration
         finished = iteration == flags.num_iters
         received, timeout = ranks.agree(interrupts.received, run.seconds >= end_time)
@@ -1290,31 +1307,30 @@ def train(run, interrupts, ranks):
             save_checkpoint(folder, run)
             prune(folder, run.name, flags.keep)
             tqdm.write(f"saved {run.checkpoint_id} at iteration {iteration:,}")
+        nats = None
         if (due or timeout) and not run.is_scored():
-            most = flags.eval_tokens
-            nats = score_split("valid", run.model, dataset, flags, interrupts, ranks, most)
-            if nats is not None:
-                if is_main:
-                    reporter.report_score(run, nats)
-                if due:  # what --max_minutes cut off is scored for the user alone
-                    run.add_score(nats)
-                    # A branch leaves the checkpoint that it began from as it is.
-                    if is_main and (save or not run.is_branch):
-                        save_score(folder, run)
+            limit = flags.eval_tokens
+            nats = score_split("valid", run.model, dataset, flags, interrupts, ranks, limit)
+        if nats is not None and due:  # the score where --max_minutes ends is for the user alone
+            run.add_score(nats)
+        if nats is not None and is_main:
+            reporter.report_score(run, nats)
+            # The checkpoint from which a branch began belongs to another run.
+            if due and (save or not run.is_branch):
+                save_score(folder, run)
         if save and is_main and not interrupts.received:
             sample = Conversation(dataset.tokenizer, run.model)
             tqdm.write("".join(sample.reply("", flags, flags.seed, interrupts)))
 
         if timeout:
             tqdm.write(f"--max_minutes {flags.max_minutes:g} are over at iteration {iteration:,}.")
-        misses = run.count_misses()
-        if flags.patience and misses >= flags.patience:
+        if flags.patience and run.count_misses() >= flags.patience:
+            stopping = True
             tqdm.write(
-                f"Stopped: no better score in {misses} evaluations (--patience); "
+                f"Stopped: no better score in {run.count_misses()} evaluations (--patience); "
                 f"best: {run.best['id']}"
             )
-            break
-        if save or iteration == start:  # a signal that came during the save needs no further step
+        if save or iteration == start:  # all is saved, so a signal that came meanwhile stops it now
             received, _ = ranks.agree(interrupts.received, timeout)
         if stopping or received:
             break
@@ -1339,7 +1355,8 @@ def train(run, interrupts, ranks):
             run.seconds += taken
 
         if not math.isfinite(loss + norm):
-            ranks.agree(None, False)  # raises if a lost rank is the cause: another remedy
+            # A lost rank makes NaNs, too; this then raises an error of its own.
+            ranks.agree(None, False)
             raise RunError(
                 f"the loss or gradient of iteration {iteration + 1:,} is not finite, and nothing "
                 f"of it is saved; the last good checkpoint is {run.checkpoint_id or 'none yet'}: "
@@ -1367,7 +1384,7 @@ def train(run, interrupts, ranks):
         reporter.bar.close()
     if flags.eval_test and not received:
         score_split("test", run.model, dataset, flags, interrupts, ranks)
-        received, _ = ranks.agree(interrupts.received, False)
+    received, _ = ranks.agree(interrupts.received, False)
     if received:
         there = "nothing was saved yet"
         if run.checkpoint_id:
@@ -1481,19 +1498,19 @@ class LogTable:
     def read(self):
         """The rows of the file, [{column: text}, ...], without a last one that was cut off."""
         rows = []
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, csv.Error):
             text = self.path.read_text("utf-8", errors="replace")
             whole_lines = text.split("\n")[:-1]
             for row in csv.DictReader(whole_lines):
-                complete = None not in row and None not in row.values()
-                if complete and row.get("iteration", "").isdigit():
+                is_whole = None not in row and None not in row.values()
+                if is_whole and re.fullmatch("[0-9]+", row.get("iteration", "")):
                     rows.append(row)
         return rows
 
     def rewrite(self, rows):
         """Replaces the file; a kill leaves the old one or the new one, whole."""
         new = self.path.with_suffix(".csv.new")
-        # The lock keeps other processes from deleting it as a leftover.
+        # The lock keeps other processes from deleting the new file as a leftover.
         with contextlib.suppress(OSError), locked(self.path.parent):
             with new.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(
@@ -1529,8 +1546,8 @@ def print_start(run, versions_before, ranks):
     lengths = " / ".join(f"{len(split.tokens):,}" for split in splits)
     windows = len(run.batches.perm)  # of this epoch
     rows = run.batches.batch_size  # of a step
-    size = sum(array.nbytes for array in arrays_of(run.model.trainable_parameters()))
-    size += sum(array.nbytes for array in arrays_of(run.optimizer.state))  # bytes of a checkpoint
+    saved_arrays = arrays_of([run.model.trainable_parameters(), run.optimizer.state])
+    size = sum(array.nbytes for array in saved_arrays)  # bytes of a checkpoint
     free = shutil.disk_usage(flags.save_dir).free
     parameters = run.about["parameters"]
     trained = sum(array.size for array in arrays_of(run.model.trainable_parameters()))
@@ -1594,7 +1611,7 @@ def arrays_of(tree):
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
-# Functions of logits [B, V] first, then a text, token by token.
+# Functions of logits [B, V] come first, then what continues a text, token by token.
 
 
 def penalize(logits, texts, penalty):
@@ -1646,7 +1663,7 @@ def keep_min_p(logits, p):
 
 
 def shape_logits(logits, flags, texts):
-    """Logits [B, V] to sample from, for rows whose texts so far are `texts`.
+    """Logits [B, V] to sample from, for rows whose texts, in the model's window, are `texts`.
 
     The repetition penalty comes first, then temperature, top-k, top-p and min-p in this order, as
     in Hugging Face's transformers. Temperature 0 keeps only the largest.
@@ -1688,7 +1705,7 @@ class Decoder:
         if len(self.text) - self.start > context_size:
             self.begin_window(len(self.text) - max(1, context_size // 2))
         unread = self.text[self.start + self.caches[0].offset :]
-        return self.model(mx.array([unread]), self.caches, last=1)[:, -1]
+        return self.model(mx.array([unread]), self.caches, last=1).squeeze(1)
 
     def generate(self, max_tokens, flags, seed):
         """Draws `max_tokens` ids, appends each to the text and yields it.
@@ -1726,7 +1743,7 @@ class Conversation:
         self.tokenizer = tokenizer
         self.text = []  # ids
         self.speed = 0.0  # tokens per second of the last reply
-        if draft:
+        if draft is not None:
             self.decoder = extra("decode").SpeculativeDecoder(model, draft, self.text)
         else:
             self.decoder = Decoder(model, self.text)
@@ -1744,7 +1761,7 @@ class Conversation:
             self.text += tokenizer.encode("\n" + prompt).tolist()
         else:
             self.text += first_ids(tokenizer, prompt)
-        ids = self.text[:]  # whose text is shown up to character `shown`
+        ids = self.text[:]  # of which `shown` characters are out
         shown = len(tokenizer.decode(ids))
         times = []  # when tokens came
         try:
@@ -1787,8 +1804,9 @@ def sample_from(folder, checkpoint, flags):
         extra("quantize").quantize(model, flags.quantize, packed=flags.gpu)
     draft = None
     if flags.draft:
-        draft, draft_tokenizer, _ = open_model(folder, flags.draft, "--draft")
-        if draft_tokenizer.to_dict() != tokenizer.to_dict():  # its ids have to mean the same text
+        origin = open_model(folder, flags.draft, "--draft")
+        draft = origin.model
+        if origin.tokenizer.to_dict() != tokenizer.to_dict():  # its ids have to mean the same text
             raise UsageError(
                 f"--draft {flags.draft} has another tokenizer than {checkpoint['id'][:12]}: "
                 "name one of equal data"
@@ -1826,8 +1844,9 @@ def converse(tokenizer, model, draft, flags):
     """
     # What MLX compiles is compiled before Ctrl+C means the end of a reply.
     any_id = 0
-    for each in filter(None, (model, draft)):
-        mx.eval(Decoder(each, [any_id]).logits())
+    for each in (model, draft):
+        if each is not None:
+            mx.eval(Decoder(each, [any_id]).logits())
     # From here on Ctrl+C raises KeyboardInterrupt, which the top of this file has prevented.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are no error
@@ -1893,7 +1912,7 @@ def number(kind, least, most=math.inf):
     return convert
 
 
-LARGEST = 2**31 - 1  # int32, as MLX's
+LARGEST = 2**31 - 1  # of int32
 COUNT = number(int, 0, LARGEST)
 SIZE = number(int, 1, LARGEST)
 RATE = number(float, 0)
@@ -1923,8 +1942,8 @@ def choice(default, choices, help):
     return flag(default, help, choices=list(choices))
 
 
-# {group: {flag: row}}. Every default is written here; where it is None, the help says what it
-# follows from. The groups are those of --help and of a --config file.
+# {group: {flag: row}}, a statement for each group. Every default is written here; where it is None,
+# the help says what it follows from. The groups are those of --help and of a --config file.
 FLAGS = {}
 
 FLAGS["run"] = {
@@ -2114,6 +2133,8 @@ INHERITED = [
     "teacher_temperature",
 ]
 
+TRAIN_FIRST = "train a model first, or name its folder with --save_dir"
+
 # Of these a command can have only one.
 MODES = [
     "inference",
@@ -2187,7 +2208,7 @@ def read_command_line(argv):
     if "preset" in typed:
         typed = PRESETS[typed["preset"]] | typed  # weaker than the file and the line
     if typed.get("tokenizer") == "auto":
-        del typed["tokenizer"]  # it asks for none
+        del typed["tokenizer"]  # the same as not giving it
     asked = {name for name in typed if typed[name] is not False}  # --no-x asks for nothing
     for one, other in EXCLUSIVE:
         if one in asked and other in asked:
@@ -2199,7 +2220,7 @@ def read_command_line(argv):
     if "identifier" in typed and not asked & {"cases", "plot"}:
         if len(typed["identifier"]) > 1:
             raise UsageError("--identifier takes one name; several go with --cases and --plot")
-        [typed["identifier"]] = typed["identifier"]
+        typed["identifier"] = typed["identifier"][0]  # a list only for --cases and --plot
     return typed
 
 
@@ -2283,7 +2304,7 @@ def choose_checkpoint(folder, flags, typed, needed):
         return None
     records = list_checkpoints(folder, warn=True)
     for record in records:
-        record["flags"] = DEFAULTS | record["flags"]  # a flag may be younger than the checkpoint
+        record["flags"] = DEFAULTS | record["flags"]  # flags may have been added since it was saved
     wanted = {name: getattr(flags, name) for name in SHAPING if name in typed}
     if needed:
         wanted.pop("seed", None)  # it is the samples'
@@ -2365,19 +2386,16 @@ def show_runs(folder, flags, typed):
         extra("cases").run_cases(folder, named or records, flags, top_k)
 
 
-TRAIN_FIRST = "train a model first, or name its folder with --save_dir"
-
-
 def flags_of_resumed_run(checkpoint, flags, typed):
     """The flags of a resumed run: what is typed, then the checkpoint's. Prints what changed."""
     old = checkpoint["flags"]
     for name in INHERITED:
-        if name in typed and old.get(name) != getattr(flags, name):
-            tqdm.write(f"changed  --{name} from {old.get(name)} to {getattr(flags, name)}")
+        if name in typed and old[name] != getattr(flags, name):
+            tqdm.write(f"changed  --{name} from {old[name]} to {getattr(flags, name)}")
             scheduled = old["lr_schedule"] != "constant" or old["dropout_final"] is not None
             if name == "num_iters" and scheduled:
                 tqdm.write("         which stretches the schedules of learning rate and dropout")
-    return resolve(argparse.Namespace(**DEFAULTS | old | typed))
+    return resolve(argparse.Namespace(**old | typed))
 
 
 def check_values(flags):
@@ -2395,7 +2413,7 @@ def check_values(flags):
 
 
 def open_origins(folder, flags, checkpoint):
-    """The models of --init_from and --teacher, {flag: (model, tokenizer, id)}.
+    """What --init_from and --teacher name, {flag: Origin}.
 
     A resumed run needs its teacher and, with LoRA, its base. Raises UsageError, RunError.
     """
@@ -2412,16 +2430,17 @@ def adopt_shape(flags, typed, origins):
     the same ids. Raises UsageError if a typed flag contradicts, or the two do.
     """
     first, *others = origins
-    model, tokenizer, _ = origins[first]
+    tokenizer = origins[first].tokenizer
     for other in others:
-        if origins[other][1].to_dict() != tokenizer.to_dict():
+        if origins[other].tokenizer.to_dict() != tokenizer.to_dict():
             raise UsageError(
                 f"--{other} {getattr(flags, other)} has another tokenizer than --{first}: "
                 "name one with the same"
             )
     decided = {"tokenizer": tokenizer.kind}
     if first == "init_from":
-        decided |= {name: getattr(model.config, name) for name in CONFIG_FLAGS}
+        config = origins[first].model.config
+        decided |= {name: getattr(config, name) for name in CONFIG_FLAGS}
     for name, value in decided.items():
         if name == "context_size" and name in typed:
             continue  # RoPE suits any
@@ -2441,7 +2460,7 @@ def make_config(flags, vocab_size):
 def make_model(flags, dataset, checkpoint, origins):
     """The model of a run; that of a checkpoint gets its weights later."""
     if "init_from" in origins:
-        model, _, _ = origins["init_from"]
+        model = origins["init_from"].model
         # Its context may be another; what no flag says, as a padded vocabulary, stays.
         model.config = dataclasses.replace(model.config, context_size=flags.context_size)
         if flags.lora_rank:
@@ -2459,7 +2478,7 @@ def make_model(flags, dataset, checkpoint, origins):
 def make_run(name, flags, dataset, checkpoint, origins, ranks):
     """A run at its start, or where the checkpoint of the record `checkpoint` was saved."""
     model = make_model(flags, dataset, checkpoint, origins)
-    teacher = origins["teacher"][0] if "teacher" in origins else None
+    teacher = origins["teacher"].model if "teacher" in origins else None
     rows = flags.batch_size * flags.grad_accumulation
     run = Run(
         name=name,
@@ -2474,10 +2493,12 @@ def make_run(name, flags, dataset, checkpoint, origins, ranks):
         run.restore(flags.save_dir, checkpoint)
         run.is_branch = name != checkpoint["run"]
     uses = {}
-    for flag_name, (_, _, origin_id) in origins.items():
+    for flag_name, origin in origins.items():
         if flag_name == "teacher" or flags.lora_rank:  # else it is needed only at the start
-            path = getattr(flags, flag_name)
-            uses[flag_name] = [path if os.path.isdir(path) else origin_id, origin_id]
+            name_given = getattr(flags, flag_name)
+            # How to find it again: a folder by its path, a checkpoint by its id.
+            place = name_given if os.path.isdir(name_given) else origin.id
+            uses[flag_name] = [place, origin.id]
     run.about = {
         "run": name,
         "flags": {flag_name: getattr(flags, flag_name) for flag_name in INHERITED},
@@ -2487,7 +2508,7 @@ def make_run(name, flags, dataset, checkpoint, origins, ranks):
         "uses": uses,
         "command": sys.argv,
         "sources": hash_sources(),
-        "versions": versions(flags, ranks),
+        "versions": list_versions(flags, ranks),
     }
     return run
 
@@ -2502,7 +2523,7 @@ def hash_sources():
     return hashes
 
 
-def versions(flags, ranks):
+def list_versions(flags, ranks):
     """What the last bits of a result depend on: a run is exact as long as these stay the same."""
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
     streams = 1
@@ -2518,12 +2539,12 @@ def versions(flags, ranks):
     }
 
 
-def load_text(folder, flags, checkpoint, origins):
+def load_data(folder, flags, checkpoint, origins):
     """The dataset of a run, encoded with the tokenizer of its origins, if it has any."""
     arguments = {name: getattr(flags, name) for name in DATA if name != "dataset"}
     if origins:
         first = next(iter(origins))
-        arguments["tokenizer"] = origins[first][1].to_dict()
+        arguments["tokenizer"] = origins[first].tokenizer.to_dict()
     elif checkpoint and (flags.init_from or flags.teacher):
         _, texts = read_metadata(folder / f"{checkpoint['id']}.metadata")
         arguments["tokenizer"] = json.loads(texts["tokenizer"])
@@ -2618,7 +2639,7 @@ def execute(argv, ranks):
 
     # What only looks at the folder.
     samples = flags.inference or flags.prompt is not None or flags.prompts_file
-    needed = samples or flags.export or flags.evaluate  # a checkpoint, whatever its corpus
+    needed = samples or flags.export or flags.evaluate  # a checkpoint, of any corpus
     looks = flags.list or flags.plot or flags.cases
     folder = open_folder(flags.save_dir, writing=not (needed or looks))
     if flags.list:
@@ -2647,20 +2668,19 @@ def execute(argv, ranks):
         flags = flags_of_resumed_run(checkpoint, flags, typed)
     check_values(flags)
     flags.save_dir = folder  # which open_folder may have chosen
-    origins = {}
-    if not (checkpoint and flags.evaluate):
-        origins = open_origins(folder, flags, checkpoint)
+    origins = {} if flags.evaluate else open_origins(folder, flags, checkpoint)
     if origins and not checkpoint:
         adopt_shape(flags, typed, origins)
-    dataset = load_text(folder, flags, checkpoint, origins)
+    dataset = load_data(folder, flags, checkpoint, origins)
     if flags.evaluate:
         return score_checkpoint(folder, checkpoint, flags, dataset, ranks)
     if flags.benchmark:
         if ranks.size > 1:
             raise UsageError("--benchmark measures one process: start it without mlx.launch")
-        config = make_config(flags, dataset.tokenizer.vocab_size)
         if checkpoint:
             config = Config(**checkpoint["config"])
+        else:
+            config = make_config(flags, dataset.tokenizer.vocab_size)
         batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size, flags.seed)
         extra("benchmark").run_benchmark(flags, config, batches)
         return 0
