@@ -886,11 +886,11 @@ def keep_trying(write, folder, run):
 
 
 def write_checkpoint(folder, run):
-    """One try to save both files of a checkpoint, of which none is ever there by halves.
+    """One try to save both files of a checkpoint.
 
-    Both are complete on disk before one gets its name, the metadata gets its own first, and a
-    checkpoint counts only once its .safetensors exists. Raises RunError if an equal run, whose
-    checkpoint has the same id, is being trained in the same folder.
+    No half of one is ever there: a file is complete on disk before it gets its name, and a
+    checkpoint counts only once it has its .safetensors, which is named last. Raises RunError if an
+    equal run, whose checkpoint has the same id, is being trained in the same folder.
     """
     weights = folder / f"{run.name}.safetensors.new"
     sha1 = write_safetensors(weights, run.model.trainable_parameters(), {"format": "mlx"})
@@ -916,8 +916,7 @@ def write_metadata(folder, run):
     record = json.dumps(run.record() | {"saved": saved, "format_version": FORMAT_VERSION})
     texts = {
         "record": record,
-        # So that a list need not read it all.
-        "record_sha1": hashlib.sha1(record.encode()).hexdigest(),
+        "record_sha1": hashlib.sha1(record.encode()).hexdigest(),  # verified without the arrays
         "tokenizer": json.dumps(run.dataset.tokenizer.to_dict()),
         "sha1": BLANK,
     }
@@ -934,18 +933,18 @@ def prune(folder, name, keep):
     """
     with contextlib.suppress(OSError), locked(folder):
         records = list_checkpoints(folder)
-        own = [record["id"] for record in records if record["run"] == name]
-        needed = set()
+        own = [record["id"] for record in records if record["run"] == name]  # the newest first
+        in_use = set()
         for record in records:
-            # LoRA bases, teachers.
-            needed |= {origin_id for _, origin_id in record.get("uses", {}).values()}
-            # The best of each run, of this one by its newest checkpoint.
+            in_use |= {origin_id for _, origin_id in record.get("uses", {}).values()}
+            # The best that others know of, too: a branch's may be a checkpoint of this run. What
+            # this run's older checkpoints took for the best is the best no more.
             if record["id"] not in own[1:]:
-                needed.add(best_id(record))
+                in_use.add(best_id(record))
         for checkpoint_id in own[keep:]:
-            if checkpoint_id not in needed:
+            if checkpoint_id not in in_use:
                 (folder / f"{checkpoint_id}.safetensors").unlink(missing_ok=True)
-    remove_leftovers(folder)  # the metadata, which counts no more
+    remove_leftovers(folder)  # the metadata of what was deleted
 
 
 def remove_leftovers(folder):
@@ -1142,8 +1141,8 @@ class Run:
     checkpoint_id: str = None  # of what was saved last
     iteration: int = 0  # steps done
     tokens: int = 0  # trained on so far
-    seconds: float = 0.0  # of training, without each leg's first step, which compiles
-    scores: list = dataclasses.field(default_factory=list)  # [iteration, nats a token of valid]
+    seconds: float = 0.0  # of training, without the first step after each resume
+    scores: list = dataclasses.field(default_factory=list)  # [iteration, nats per token]
     best: dict = None  # "id", "iteration" and "nats" of the best score
 
     def record(self):
