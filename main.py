@@ -5,10 +5,10 @@
     python main.py --inference            talk to the checkpoint saved last
     python main.py --help                 every flag
 
-This file is the whole of it, in this order: model, loss and optimizer, batches, evaluation,
-checkpoints, interrupts, training, sampling, prompts, command line. Text becomes token ids in
-datasets.py. What goes beyond training, resuming and sampling is in extras/, one file for each
-capability; this file works without it, in plain MLX.
+This file holds, in this order: model, loss and optimizer, batches, evaluation, checkpoints,
+interrupts, training, sampling, prompts, command line. Text becomes token ids in datasets.py. What
+goes beyond training, resuming and sampling is in extras/, one file for each capability; this file
+works without it, in plain MLX.
 
 Shapes are written in these letters: B rows of a batch, L positions, D model dimension, H query
 heads, K key and value heads, d dimension of a head (D / H), V vocabulary, N any number. A linear
@@ -72,8 +72,8 @@ FORMAT_VERSION = 2
 def fast_version(plain):
     """Decorator: replaces a function by that of the same name in extras/fast.py, if it is there.
 
-    That one computes the same, to rounding, and is quicker on a CPU. Whoever changes a function
-    deletes this line above it: then it is used as it stands.
+    That one computes the same, to rounding, and is quicker on a CPU. Whoever changes such a
+    function deletes the `@fast_version` above it: then it is used as it stands.
     """
     return getattr(fast, plain.__name__) if fast else plain
 
@@ -219,7 +219,8 @@ class Cache:
         self.keys[:, :, self.offset : end] = keys
         self.values[:, :, self.offset : end] = values
         self.offset = end
-        mask = "causal" if L > 1 else None  # a single position sees all
+        # MLX aligns "causal" at the end, so a query sees all before it; a single one sees all.
+        mask = "causal" if L > 1 else None
         return mx.fast.scaled_dot_product_attention(
             queries, self.keys[:, :, :end], self.values[:, :, :end], scale=scale, mask=mask
         )
@@ -341,10 +342,10 @@ def init_weights(model, seed):
     into the residual stream are 0, so that each block begins as the identity. An untied output
     layer is 0, too.
 
-    Tied embeddings are the output layer, too: with standard deviation 5 / dim the logit of the
-    token just read begins near 5, others near 0, and the first loss is near ln(V + 147); ln V if
-    untied. On PTB (dim 256, AdamW 3e-3) 250 steps gave 5.64 nats with it, 5.57 with twice as
-    much, 5.91 with a fifth, 5.76 with GPT-2's.
+    Embeddings have the standard deviation 5 / dim. Tied ones are the output layer, too: the logit
+    of the token just read begins near 5, others near 0, and the first loss is near ln(V + e^5); it
+    is ln V if untied. On PTB (dim 256, AdamW 3e-3) 250 steps gave 5.64 nats with it, 5.91 with a
+    fifth of it and 5.76 with GPT-2's; twice as much was not worse there (5.57).
     """
     parameters = tree_flatten(model.parameters())  # [(name, array), ...]
     keys = mx.random.split(mx.random.key(seed), len(parameters))
@@ -382,7 +383,10 @@ def cross_entropy(hidden, head, targets, weights, training=True):
 
 @fast_version
 def over_streams(function, *arrays):
-    """[function(*rows), ...] for shares of the rows of `arrays`; here one share is all."""
+    """[function(*rows), ...], a result for each share of the rows of `arrays`.
+
+    The fast version computes the shares side by side, each on a CPU stream; here one share is all.
+    """
     return [function(*arrays)]
 
 
@@ -415,7 +419,7 @@ class Muon(optim.Muon):
         self.decay = weight_decay
 
     def apply_single(self, gradient, parameter, state):
-        # Its learning rate is MUON_RATE times AdamW's, by which the decay goes.
+        # AdamW decays by its learning rate times `decay`; so does this, by AdamW's rate.
         decay = self.learning_rate * self.decay / MUON_RATE
         parameter = parameter * (1 - decay)
         return super().apply_single(gradient, parameter, state)
@@ -483,6 +487,7 @@ def learning_rate_at(iteration, flags):
         left = 1 - done
     else:
         left = 1
+    # As this difference it is exactly the learning rate where all is left.
     rate = flags.learning_rate - (flags.learning_rate - least) * (1 - left)
     warmup = min(1, (iteration + 1) / max(1, flags.lr_warmup))  # + 1: at 0 nothing is learned
     return rate * warmup
@@ -496,8 +501,9 @@ class Batches:
 
     Each epoch cuts the text into windows at a random offset, so that no token is left out for
     good, and draws their order `perm`, in which `s` is the position. What comes next is a function
-    of the arguments, the epoch and `s` alone. batch_size: rows of a whole step. Raises UsageError
-    for a text that is shorter than one window.
+    of the arguments, the epoch and `s` alone; the order is saved all the same, as another NumPy
+    might draw another one. batch_size: rows of a whole step. Raises UsageError for a text that is
+    shorter than one window.
     """
 
     def __init__(self, tokens, context_size, batch_size, seed):
@@ -586,15 +592,16 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     def loss(inputs, targets, weights):
         return cross_entropy(model.model(inputs), model.head, targets, weights, training=False)
 
-    # Traced once, as all batches have one shape. Without `inputs` the weights of that moment would
-    # be constants of the graph.
+    # Traced once for all batches, which have one shape. The weights are named as inputs, or they
+    # would be constants, which the compiled function keeps.
     @partial(mx.compile, inputs=[model.state])
     def score(*windows):
         return sum(over_streams(loss, *windows))
 
-    # [windows]; the last one reaches the end of the text. Windows that begin behind it, whose
-    # tokens all weigh 0, fill the last batch.
-    starts = np.arange(0, max(count - context_size, 0) + stride, stride)
+    # [windows]; the first that begins at `last` or later reaches the end of the text.
+    last = max(count - context_size, 0)
+    starts = np.arange(0, last + stride, stride)
+    # Windows that begin at the end, whose tokens all weigh 0, fill the last batch.
     missing = -len(starts) % batch_size
     starts = np.append(starts, np.full(missing, count))
     batches = starts.reshape(-1, batch_size)
@@ -616,9 +623,10 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
 def scored_windows(tokens, starts, context_size, stride):
     """Inputs, targets and weights (1 or 0) of the windows at `starts` [B]: [B, L] int32 each."""
     count = len(tokens) - 1  # of targets
-    places = starts[:, None] + np.arange(context_size)  # [B, L]
+    columns = np.arange(context_size)  # [L]
+    places = starts[:, None] + columns  # [B, L]
     # Where windows overlap, what the one before has scored does not count.
-    is_new = places - starts[:, None] >= context_size - stride
+    is_new = columns >= context_size - stride
     is_first = starts[:, None] == 0
     weights = (places < count) & (is_new | is_first)
     places = np.minimum(places, count - 1)  # beyond the end any token will do: it weighs 0
@@ -766,6 +774,7 @@ def list_checkpoints(folder, warn=False):
     for path in Path(folder).glob("*.safetensors"):  # metadata alone is no checkpoint
         try:
             record, _ = read_metadata(path.with_suffix(".metadata"))
+            # The file's name decides; find_damage compares it with what the record says.
             records.append(record | {"id": path.stem})
         except UNREADABLE as error:
             if warn and len(path.stem) == 40:
@@ -935,11 +944,11 @@ def prune(folder, name, keep):
         records = list_checkpoints(folder)
         own = [record["id"] for record in records if record["run"] == name]  # the newest first
         in_use = set()
+        outdated = own[1:]  # what these take for the best may be the best no more
         for record in records:
             in_use |= {origin_id for _, origin_id in record.get("uses", {}).values()}
-            # The best that others know of, too: a branch's may be a checkpoint of this run. What
-            # this run's older checkpoints took for the best is the best no more.
-            if record["id"] not in own[1:]:
+            # Of other runs, too: the best of a branch may be a checkpoint of this run.
+            if record["id"] not in outdated:
                 in_use.add(best_id(record))
         for checkpoint_id in own[keep:]:
             if checkpoint_id not in in_use:
@@ -948,7 +957,7 @@ def prune(folder, name, keep):
 
 
 def remove_leftovers(folder):
-    """Deletes what killed saves left behind: `.new` files, and metadata without weights."""
+    """Deletes `.new` files, which killed saves left behind, and metadata without weights."""
     ours = re.compile(r"\w+-[0-9a-f]{6}\.(safetensors|metadata|csv)\.new|[0-9a-f]{40}\.metadata")
     with contextlib.suppress(OSError), locked(folder):
         for path in folder.iterdir():
@@ -1087,8 +1096,9 @@ class Lasting:
 class SingleProcess:
     """The processes that train a run together, its ranks: here there is one.
 
-    extras/ranks.py has the same methods for those that `mlx.launch` starts. All ranks run the same
-    `train`, each on a share of the rows; rank 0 alone prints and saves.
+    extras/ranks.py has the same methods for those that `mlx.launch` starts, and `follow` for all
+    but rank 0. All run the same `train`, each on a share of the rows; rank 0 alone saves and
+    reports, and what the others print is not shown.
     """
 
     rank = 0
@@ -1244,8 +1254,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         model.update(parameters)  # `loss` has left its tracers in the model
         return results  # [(loss, gradients), ...], a pair for each stream
 
-    # Trees of arrays that each step reads and replaces. A restored run has others than a new one,
-    # so it is restored before this.
+    # Trees of arrays that each step reads and replaces. Run.restore puts other trees in their
+    # place, so it has to come before this.
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
@@ -1278,7 +1288,7 @@ def train(run, interrupts, ranks):
     The status is 0, or 128 + the signal that ended it. Raises RunError if the run diverges.
     """
     flags, dataset, folder = run.flags, run.dataset, run.flags.save_dir
-    is_main = ranks.rank == 0  # who saves and reports; what the others print is not shown
+    is_main = ranks.rank == 0  # the one that saves and reports
     step = make_step(run.model, run.optimizer, flags, ranks, run.teacher)
     reporter = Reporter(run) if is_main else None
     steps_per_save = flags.steps_per_save or flags.steps_per_eval
@@ -1296,7 +1306,8 @@ def train(run, interrupts, ranks):
         finished = iteration == flags.num_iters
         received, timeout = ranks.agree(interrupts.received, run.seconds >= end_time)
         on_schedule = iteration % flags.steps_per_eval == 0
-        due = iteration >= flags.steps_per_eval and (on_schedule or finished)  # for evaluation
+        # For evaluation; a run of fewer than `steps_per_eval` steps gets none.
+        due = iteration >= flags.steps_per_eval and (on_schedule or finished)
         stopping = finished or received or timeout
         save = iteration > start and (due or stopping or iteration % steps_per_save == 0)
 
@@ -1310,7 +1321,7 @@ def train(run, interrupts, ranks):
         if (due or timeout) and not run.is_scored():
             limit = flags.eval_tokens
             nats = score_split("valid", run.model, dataset, flags, interrupts, ranks, limit)
-        if nats is not None and due:  # the score where --max_minutes ends is for the user alone
+        if nats is not None and due:  # where --max_minutes ends, a score is only shown and logged
             run.add_score(nats)
         if nats is not None and is_main:
             reporter.report_score(run, nats)
@@ -1340,8 +1351,8 @@ def train(run, interrupts, ranks):
         rate = learning_rate_at(iteration, flags)
         set_learning_rate(run.optimizer, rate)  # an array in its state: nothing is compiled anew
         noise = make_noise(iteration, len(tokens), flags)
-        # From here on the model has its new weights, but nothing is computed before mx.eval. They
-        # are named there, too, or they would wait in the next step's graph.
+        # `step` only builds the graph of the loss and of the new weights. mx.eval computes what is
+        # named: weights that are not would be left for the next step's graph.
         loss, norm = step(tokens, targets, *noise)
         mx.eval(loss, norm, run.model.state, run.optimizer.state)
         loss = loss.item()
@@ -1757,9 +1768,9 @@ class Conversation:
         if unknown:
             print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
         if self.text:
-            self.text += tokenizer.encode("\n" + prompt).tolist()
+            self.text.extend(tokenizer.encode("\n" + prompt).tolist())  # it is the decoder's, too
         else:
-            self.text += first_ids(tokenizer, prompt)
+            self.text.extend(first_ids(tokenizer, prompt))
         ids = self.text[:]  # of which `shown` characters are out
         shown = len(tokenizer.decode(ids))
         times = []  # when tokens came
@@ -2122,7 +2133,7 @@ SHAPING = [
 ]
 # The fields of a Config that are flags.
 CONFIG_FLAGS = [name for name in FLAGS["model"] if name != "dropout"]
-# What a resumed run takes over from its checkpoint.
+# What a checkpoint records, and so what a resumed run takes over.
 INHERITED = [
     *SHAPING,
     "num_iters",
@@ -2297,7 +2308,8 @@ def choose_checkpoint(folder, flags, typed, needed):
 
     It is the one that --identifier names; else the one saved last that agrees with each shaping
     flag typed and, in training, with the dataset. Its files are verified; if they are damaged, an
-    older one of its run is taken. Raises UsageError, RunError.
+    older one of its run is taken, but never in the place of one that was named. Its record's
+    "flags" are complete. Raises UsageError, RunError.
     """
     if flags.new_model:
         return None
@@ -2539,7 +2551,11 @@ def list_versions(flags, ranks):
 
 
 def load_data(folder, flags, checkpoint, origins):
-    """The dataset of a run, encoded with the tokenizer of its origins, if it has any."""
+    """The dataset of a run.
+
+    It is encoded with the tokenizer of the model that the run began with or learns from, if there
+    is one, which a resumed run's checkpoint has kept.
+    """
     arguments = {name: getattr(flags, name) for name in DATA if name != "dataset"}
     if origins:
         first = next(iter(origins))
@@ -2567,7 +2583,9 @@ def score_checkpoint(folder, checkpoint, flags, dataset, ranks):
             f"--eval_stride {flags.eval_stride} would leave tokens out: at most {context_size}"
         )
     print(describe(checkpoint), file=sys.stderr)
-    interrupts = Interrupts()  # never entered: there is nothing to save, so Ctrl+C ends it at once
+    # Never entered: there is nothing to save, so Ctrl+C ends this process at once. `evaluate` notes
+    # in it a signal that another rank has received.
+    interrupts = Interrupts()
     ranks.share_scoring(model, dataset, flags)
     score_split(flags.evaluate, model, dataset, flags, interrupts, ranks)
     if flags.quantize:
