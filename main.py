@@ -677,7 +677,8 @@ def bits_per_byte(nats, split):
 # `<sha1>.safetensors` holds what is trained (of LoRA the adapters alone) and is named by the SHA1
 # of its bytes. `<sha1>.metadata`, in the same format, holds all else that a run is: optimizer
 # state and `perm` as arrays, the tokenizer, and `record`, JSON of the flags, counters and scores.
-# Its header states the file's own SHA1, computed with BLANK in that place.
+# Its header states the file's own SHA1, computed with BLANK in that place. If several runs come to
+# the same weights, each has metadata of its own, the later ones as `<sha1>.<run>.metadata`.
 
 BLANK = "0" * 40  # as long as the SHA1 that replaces it, so that nothing else moves
 
@@ -719,70 +720,118 @@ def write_safetensors(path, tree, metadata):
     return sha1
 
 
-def read_header(path):
-    """The JSON header of a safetensors file, as bytes; of a damaged file whatever is there."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")  # then come the header and the arrays
-        return file.read(min(length, os.path.getsize(path)))  # the length may be junk
+def read_header(file):
+    """The JSON header of an open safetensors file, as bytes; of a damaged one whatever is there."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")  # then come the header and the arrays
+    size = os.fstat(file.fileno()).st_size
+    return file.read(min(length, size))  # the length may be junk
 
 
-def read_metadata(path):
-    """The record and the texts of a `.metadata` file. A damaged one raises one of UNREADABLE."""
-    texts = json.loads(read_header(path))["__metadata__"]  # {name: text}
+def read_metadata(file):
+    """The record and the texts of an open `.metadata` file.
+
+    A damaged one raises one of UNREADABLE.
+    """
+    texts = json.loads(read_header(file))["__metadata__"]  # {name: text}
     if hashlib.sha1(texts["record"].encode()).hexdigest() != texts["record_sha1"]:
         raise ValueError("damaged header")
     return json.loads(texts["record"]), texts
 
 
-def sha1_of(path, stated=BLANK):
-    """SHA1 of a safetensors file, with BLANK in the place of the SHA1 `stated` in its header."""
-    with open(path, "rb") as file:
-        header = file.read(8 + len(read_header(path)))  # with its length in front
-        digest = hashlib.sha1(header.replace(stated.encode(), BLANK.encode(), 1))
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+def sha1_of(file, stated=BLANK):
+    """SHA1 of an open safetensors file, with BLANK in the place of the SHA1 `stated` in it."""
+    length = 8 + len(read_header(file))  # of the header, and of its length in front
+    file.seek(0)
+    header = file.read(length)
+    digest = hashlib.sha1(header.replace(stated.encode(), BLANK.encode(), 1))
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
-def find_damage(folder, checkpoint_id):
+def files_of(folder, record):
+    """The files of a checkpoint, open for reading: its .safetensors and its .metadata.
+
+    They stay open in the record, so that what was verified is what is read, even if the run that
+    owns them is being trained and deletes them meanwhile.
+    """
+    if "files" not in record:
+        metadata = record.get("path", folder / f"{record['id']}.metadata")
+        weights = folder / f"{record['id']}.safetensors"
+        record["files"] = [open(weights, "rb"), open(metadata, "rb")]
+    return record["files"]
+
+
+def close_files(record):
+    """Closes what files_of has opened; until then, the room of what is deleted does not get free."""
+    for file in record.pop("files"):
+        file.close()
+
+
+def find_damage(folder, record):
     """What is wrong with a checkpoint, or None; asked before its content is used.
 
     Raises RunError if it is of another version of this program: that is no damage, and no older
     checkpoint is to take its place.
     """
+    checkpoint_id = record["id"]
     try:
-        record, texts = read_metadata(folder / f"{checkpoint_id}.metadata")
-        if record["format_version"] != FORMAT_VERSION:
+        weights, metadata = files_of(folder, record)
+        said, texts = read_metadata(metadata)
+        if said["format_version"] != FORMAT_VERSION:
             raise RunError(
                 f"checkpoint {checkpoint_id[:12]} is of another version of this program: "
                 "use that one, or --new_model"
             )
-        # The one file states its SHA1 by its name, the other in its header.
-        for kind, sha1 in (("safetensors", checkpoint_id), ("metadata", texts["sha1"])):
-            if sha1_of(folder / f"{checkpoint_id}.{kind}", sha1) != sha1:
-                return f"its .{kind} does not have the SHA1 {sha1[:12]}"
-        if record["id"] != checkpoint_id:
-            return f"its .metadata belongs to {record['id'][:12]}"
+        if sha1_of(weights) != checkpoint_id:
+            return f"its .safetensors does not have the SHA1 {checkpoint_id[:12]}"
+        # The other file is not named by its SHA1, but states it in its header.
+        if sha1_of(metadata, texts["sha1"]) != texts["sha1"]:
+            return f"its .metadata does not have the SHA1 {texts['sha1'][:12]}"
+        if said["id"] != checkpoint_id:
+            return f"its .metadata belongs to {said['id'][:12]}"
         return None
     except UNREADABLE as error:
         return f"it cannot be read ({error})"
 
 
 def list_checkpoints(folder, warn=False):
-    """The records of the checkpoints in `folder`, the one saved last first."""
+    """The records of the checkpoints in `folder`, the one saved last first.
+
+    A checkpoint to which several runs came has a record for each of them.
+    """
+    folder = Path(folder)
+    paths = {path.stem: [] for path in folder.glob("*.safetensors")}  # {id: [metadata, ...]}
+    for path in folder.glob("*.metadata"):
+        checkpoint_id = path.name.partition(".")[0]
+        if checkpoint_id in paths:  # metadata alone is no checkpoint
+            paths[checkpoint_id].append(path)
     records = []
-    for path in Path(folder).glob("*.safetensors"):  # metadata alone is no checkpoint
-        try:
-            record, _ = read_metadata(path.with_suffix(".metadata"))
-            # The file's name decides; find_damage compares it with what the record says.
-            records.append(record | {"id": path.stem})
-        except UNREADABLE as error:
-            if warn and len(path.stem) == 40:
-                print(
-                    f"Passing over {path.stem[:12]}: its .metadata cannot be read ({error})",
-                    file=sys.stderr,
-                )
-    return sorted(records, key=lambda record: (record["saved"], record["iteration"]), reverse=True)
+    for checkpoint_id, metadata in paths.items():
+        for path in metadata or [folder / f"{checkpoint_id}.metadata"]:
+            try:
+                with open(path, "rb") as file:
+                    record, _ = read_metadata(file)
+                # The file's name decides; find_damage compares it with what the record says.
+                record |= {"id": checkpoint_id, "path": path}
+                saved_order(record)
+                records.append(record)
+            except UNREADABLE as error:
+                weights = folder / f"{checkpoint_id}.safetensors"
+                # One that is gone was deleted just now, by the run that owns it.
+                if warn and len(checkpoint_id) == 40 and weights.exists():
+                    print(
+                        f"Passing over {checkpoint_id[:12]}: "
+                        f"its .metadata cannot be read ({error})",
+                        file=sys.stderr,
+                    )
+    return sorted(records, key=saved_order, reverse=True)
+
+
+def saved_order(record):
+    """By what checkpoints are sorted. Raises one of UNREADABLE if the record is none of ours."""
+    return float(record["saved"]), int(record["iteration"]), str(record["run"])
 
 
 def describe(record):
@@ -803,14 +852,22 @@ def matching_checkpoints(records, identifier):
     """
     if not records:
         return []
+    sound = [record for record in records if not record.get("diverged")]
     if identifier == "latest":
-        return records[:1]
+        return sound[:1]
     if identifier == "best":
-        return [record for record in records if record["id"] == best_id(records[0])]
-    of_run = [record for record in records if record["run"] == identifier]
+        best = [record for record in records if record["id"] == best_id(records[0])]
+        # The best of a branch may be a checkpoint of the run that it began from.
+        own = [record for record in best if record["run"] == records[0]["run"]]
+        return (own or best)[:1]
+    of_run = [record for record in sound if record["run"] == identifier]
     if of_run:
         return of_run[:1]
-    return [record for record in records if record["id"].startswith(identifier)]
+    found = {}
+    for record in records:
+        if record["id"].startswith(identifier):
+            found.setdefault(record["id"], record)  # if several runs have it, that saved last
+    return list(found.values())
 
 
 def named_checkpoint(folder, records, identifier, flag="--identifier"):
@@ -826,7 +883,7 @@ def named_checkpoint(folder, records, identifier, flag="--identifier"):
             f"{flag} {identifier!r} matches {matches}; name one (--list shows all): {known}"
         )
     [record] = found
-    damage = find_damage(folder, record["id"])
+    damage = find_damage(folder, record)
     if damage:
         raise RunError(
             f"checkpoint {record['id'][:12]} of {flag} is damaged ({damage}): "
@@ -852,7 +909,7 @@ def lock_run(folder, name):
 
     The lock dies with its holder, and when the file is closed.
     """
-    file = open(folder / f".{name}.lock", "a")
+    file = open(folder / f".{name}.lock", "ab")
     try:
         # NB: raises BlockingIOError instead of waiting.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -862,23 +919,29 @@ def lock_run(folder, name):
     return file
 
 
-def save_checkpoint(folder, run):
-    """Saves a run as it stands; returns the id. Raises RunError as write_checkpoint does."""
-    keep_trying(write_checkpoint, folder, run)
+def save_checkpoint(folder, run, interrupts=None):
+    """Saves a run as it stands; returns the id."""
+    keep_trying(write_checkpoint, folder, run, interrupts)
     return run.checkpoint_id
 
 
-def save_score(folder, run):
+def save_score(folder, run, interrupts=None):
     """Saves the run's record, which has a new score, in the metadata of its last checkpoint."""
-    keep_trying(write_metadata, folder, run)
+    keep_trying(write_metadata, folder, run, interrupts)
 
 
-def keep_trying(write, folder, run):
+GRACE = 5  # seconds for which a save is tried on after SIGTERM; launchers kill after 10 or more
+
+
+def keep_trying(write, folder, run, interrupts=None):
     """Calls write(folder, run) under the folder's lock until it succeeds.
 
     A full disk or a vanished folder is waited out: training state is in memory, and the last
-    checkpoint is untouched.
+    checkpoint is untouched. A launcher's SIGTERM or SIGHUP ends that after GRACE seconds and a
+    last try, by SystemExit with the status of the signal.
     """
+    interrupts = interrupts or Interrupts()
+    grace = GRACE
     for pause in itertools.chain((1, 2, 5, 10, 30), itertools.repeat(60)):  # seconds
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -888,31 +951,28 @@ def keep_trying(write, folder, run):
         except OSError as error:
             remove_leftovers(folder)  # frees the room of what was begun
             tqdm.write(
-                f"Saving to {folder} failed ({error}); next try in {pause} s. "
-                "Ctrl+C twice gives the work up."
+                f"Saving to {folder} failed ({error}); next try in {pause} s. Ctrl+C twice exits "
+                f"without saving, and so does SIGTERM after {GRACE} s."
             )
-            time.sleep(pause)
+        if grace == 0:
+            tqdm.write("Exits without saving: the checkpoint before stands.")
+            sys.exit(128 + interrupts.received)
+        for _ in range(pause):
+            time.sleep(1)
+            if interrupts.received in (signal.SIGTERM, signal.SIGHUP):
+                grace -= 1
+            if grace == 0:
+                break
 
 
 def write_checkpoint(folder, run):
     """One try to save both files of a checkpoint.
 
     No half of one is ever there: a file is complete on disk before it gets its name, and a
-    checkpoint counts only once it has its .safetensors, which is named last. Raises RunError if an
-    equal run, whose checkpoint has the same id, is being trained in the same folder.
+    checkpoint counts only once it has its .safetensors, which is named last.
     """
     weights = folder / f"{run.name}.safetensors.new"
     sha1 = write_safetensors(weights, run.model.trainable_parameters(), {"format": "mlx"})
-    for record in list_checkpoints(folder):
-        if record["id"] == sha1 and record["run"] != run.name:
-            probe = lock_run(folder, record["run"])
-            if not probe:
-                weights.unlink()
-                raise RunError(
-                    f"this run equals {record['run']}, which is being trained in {folder}: "
-                    "stop one of them"
-                )
-            probe.close()  # a finished run's checkpoint may change hands
     run.checkpoint_id = sha1
     write_metadata(folder, run)
     os.replace(weights, folder / f"{sha1}.safetensors")
@@ -922,17 +982,41 @@ def write_metadata(folder, run):
     """One try to write the metadata of the checkpoint that `run` was saved as."""
     # Later than all others, even if the clock was set back.
     saved = max([time.time(), *(record["saved"] + 1e-3 for record in list_checkpoints(folder))])
-    record = json.dumps(run.record() | {"saved": saved, "format_version": FORMAT_VERSION})
+    record = run.record() | {"saved": saved, "format_version": FORMAT_VERSION}
+    tokenizer = json.dumps(run.dataset.tokenizer.to_dict())
+    arrays = {"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}
+    replace_metadata(own_metadata(folder, run), record, tokenizer, arrays)
+
+
+def own_metadata(folder, run):
+    """Where the metadata of a run's last checkpoint is or goes: see the top of this section."""
+    first = folder / f"{run.checkpoint_id}.metadata"
+    later = folder / f"{run.checkpoint_id}.{run.name}.metadata"
+    if later.exists():
+        return later
+    try:
+        with open(first, "rb") as file:
+            owner = read_metadata(file)[0]["run"]
+    except UNREADABLE:  # most often it does not exist
+        owner = run.name
+    return first if owner == run.name else later
+
+
+def replace_metadata(path, record, tokenizer, arrays):
+    """Writes a metadata file; a reader sees the old one or the new one, never a half.
+
+    record: a dict; tokenizer: its `to_dict()` as JSON; arrays: a tree.
+    """
+    text = json.dumps(record)
     texts = {
-        "record": record,
-        "record_sha1": hashlib.sha1(record.encode()).hexdigest(),  # verified without the arrays
-        "tokenizer": json.dumps(run.dataset.tokenizer.to_dict()),
+        "record": text,
+        "record_sha1": hashlib.sha1(text.encode()).hexdigest(),  # verified without the arrays
+        "tokenizer": tokenizer,
         "sha1": BLANK,
     }
-    arrays = {"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}
-    new = folder / f"{run.name}.metadata.new"
+    new = path.parent / f"{record['run']}.metadata.new"
     write_safetensors(new, arrays, texts)
-    os.replace(new, folder / f"{run.checkpoint_id}.metadata")  # atomic: no reader sees half a file
+    os.replace(new, path)
 
 
 def prune(folder, name, keep):
@@ -942,28 +1026,62 @@ def prune(folder, name, keep):
     """
     with contextlib.suppress(OSError), locked(folder):
         records = list_checkpoints(folder)
-        own = [record["id"] for record in records if record["run"] == name]  # the newest first
-        in_use = set()
-        outdated = own[1:]  # what these take for the best may be the best no more
+        own = [record for record in records if record["run"] == name]  # the newest first
+        sound = [record["id"] for record in own if not record.get("diverged")]
+        kept = {*sound[:keep], *map(best_id, own[:1])}
+        in_use = set()  # by other runs: as their base, teacher or best
         for record in records:
             in_use |= {origin_id for _, origin_id in record.get("uses", {}).values()}
-            # Of other runs, too: the best of a branch may be a checkpoint of this run.
-            if record["id"] not in outdated:
+            if record["run"] != name:
                 in_use.add(best_id(record))
-        for checkpoint_id in own[keep:]:
-            if checkpoint_id not in in_use:
-                (folder / f"{checkpoint_id}.safetensors").unlink(missing_ok=True)
+        for record in own:
+            if record["id"] in kept:
+                continue
+            owners = [other for other in records if other["id"] == record["id"]]
+            if len(owners) > 1:
+                record["path"].unlink(missing_ok=True)  # the checkpoint stays for the others
+            elif record["id"] not in in_use:
+                (folder / f"{record['id']}.safetensors").unlink(missing_ok=True)
     remove_leftovers(folder)  # the metadata of what was deleted
 
 
 def remove_leftovers(folder):
     """Deletes `.new` files, which killed saves left behind, and metadata without weights."""
-    ours = re.compile(r"\w+-[0-9a-f]{6}\.(safetensors|metadata|csv)\.new|[0-9a-f]{40}\.metadata")
+    run = r"\w+-[0-9a-f]{6}"  # a run's name
+    unfinished = re.compile(rf"{run}\.(safetensors|metadata|csv)\.new")
+    metadata = re.compile(rf"([0-9a-f]{{40}})(\.{run})?\.metadata")
     with contextlib.suppress(OSError), locked(folder):
         for path in folder.iterdir():
-            # A .new file has no .safetensors beside it in any case.
-            if ours.fullmatch(path.name) and not path.with_suffix(".safetensors").exists():
+            found = metadata.fullmatch(path.name)
+            is_alone = found and not (folder / f"{found[1]}.safetensors").exists()
+            if is_alone or unfinished.fullmatch(path.name):
                 path.unlink()
+
+
+def newest_sound_id(folder, run):
+    """The id of the checkpoint to go back to if the step from `run.iteration` on diverged, or None.
+
+    If the run was saved there, that checkpoint is marked: the next step from it would diverge
+    again, whatever its learning rate. The file stays, but training passes it over.
+    """
+    if run.saved_iteration < run.iteration:
+        return run.checkpoint_id
+    own = [record for record in list_checkpoints(folder) if record["run"] == run.name]
+    sound = None
+    for record in reversed(own):  # the oldest first
+        if record["id"] == run.checkpoint_id:
+            keep_trying(mark_diverged, folder, record)
+        elif not record.get("diverged"):
+            sound = record["id"]
+    return sound
+
+
+def mark_diverged(folder, record):
+    """One try to note in the metadata of a checkpoint that no step can be taken from it."""
+    with open(record["path"], "rb") as file:
+        said, texts = read_metadata(file)
+        arrays = load_arrays(file)
+        replace_metadata(record["path"], said | {"diverged": True}, texts["tokenizer"], arrays)
 
 
 def load_model(folder, record):
@@ -971,9 +1089,8 @@ def load_model(folder, record):
 
     Raises RunError if that base is gone.
     """
-    _, texts = read_metadata(folder / f"{record['id']}.metadata")
-    model = LanguageModel(Config(**record["config"]))
-    weights = mx.load(str(folder / f"{record['id']}.safetensors"))
+    model = model_of(record)
+    weights = load_arrays(files_of(folder, record)[0])
     if record["flags"].get("lora_rank"):  # the file holds the adapters alone
         base = open_origin(folder, record, "init_from").model
         rank = record["flags"]["lora_rank"]
@@ -981,7 +1098,30 @@ def load_model(folder, record):
         weights = extra("lora").merge(base, weights, rank, alpha)
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())  # MLX loads lazily: only this reads the arrays
-    return model, tokenizer_from_dict(json.loads(texts["tokenizer"]))
+    return model, tokenizer_from_dict(load_tokenizer(folder, record))
+
+
+def load_arrays(file):
+    """The arrays of an open safetensors file, {name: array}; read when they are evaluated."""
+    file.seek(0)
+    return mx.load(file, format="safetensors")  # of a path, MLX would read only a UTF-8 name
+
+
+def load_tokenizer(folder, record):
+    """The tokenizer of a checkpoint, as its `to_dict()`."""
+    _, metadata = files_of(folder, record)
+    _, texts = read_metadata(metadata)
+    return json.loads(texts["tokenizer"])
+
+
+def model_of(record):
+    """A model of the shape that a checkpoint's record states, with weights of no use.
+
+    Raises RunError if this program has no such model.
+    """
+    fault = f"checkpoint {record['id'][:12]} is of another version of this program: use that one"
+    with explained(fault, TypeError, KeyError, kind=RunError):
+        return LanguageModel(Config(**record["config"]))
 
 
 class Origin(NamedTuple):
@@ -1073,8 +1213,10 @@ class Interrupts:
 class Lasting:
     """An output stream whose reader may leave (`| head`, a closed terminal) with no harm done."""
 
+    lost = None  # the OSError of text that could not be written, though there was a reader
+
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # None: closed from the start
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # None: closed at the start
         self.stream.reconfigure(errors="replace")
 
     def __getattr__(self, name):
@@ -1088,6 +1230,8 @@ class Lasting:
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EIO):  # a full disk may have room again later
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            else:
+                self.lost = error
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -1149,11 +1293,15 @@ class Run:
     is_branch: bool = False  # begun from a checkpoint that another run has left behind
 
     checkpoint_id: str = None  # of what was saved last
+    saved_iteration: int = 0  # when that was
     iteration: int = 0  # steps done
     tokens: int = 0  # trained on so far
     seconds: float = 0.0  # of training, without the first step after each resume
     scores: list = dataclasses.field(default_factory=list)  # [iteration, nats per token]
     best: dict = None  # "id", "iteration" and "nats" of the best score
+    recent_steps: int = 0  # since the last report
+    recent_loss: float = 0.0  # the sum of theirs
+    recent_seconds: float = 0.0  # that they took
 
     def record(self):
         """What a checkpoint's metadata says of the run, as JSON can hold it."""
@@ -1164,25 +1312,32 @@ class Run:
             "seconds": self.seconds,
             "scores": self.scores,
             "best": self.best,
+            "recent_steps": self.recent_steps,
+            "recent_loss": self.recent_loss,
+            "recent_seconds": self.recent_seconds,
         }
         return self.about | progress | self.batches.state()
 
     def restore(self, folder, record):
         """Brings the run to where the checkpoint of `record` was saved."""
-        weights = str(folder / f"{record['id']}.safetensors")
         holds_all = not self.flags.lora_rank  # else the adapters alone
-        self.model.load_weights(weights, strict=holds_all)
-        metadata = str(folder / f"{record['id']}.metadata")
-        state = tree_unflatten(mx.load(metadata, format="safetensors"))
+        weights, metadata = files_of(folder, record)
+        self.model.load_weights(list(load_arrays(weights).items()), strict=holds_all)
+        state = tree_unflatten(load_arrays(metadata))
         self.optimizer.state = state["optimizer"]
         self.batches.restore(record, state["perm"])
         mx.eval(self.model.parameters(), self.optimizer.state)
+        close_files(record)
         self.checkpoint_id = record["id"]
+        self.saved_iteration = record["iteration"]
         self.iteration = record["iteration"]
         self.tokens = record["tokens"]
         self.seconds = record["seconds"]
         self.scores = record["scores"]
         self.best = record["best"]
+        self.recent_steps = record.get("recent_steps", 0)  # older checkpoints have none
+        self.recent_loss = record.get("recent_loss", 0.0)
+        self.recent_seconds = record.get("recent_seconds", 0.0)
 
     def is_scored(self):
         """Whether the present iteration has a score, perhaps from before a resume."""
@@ -1296,8 +1451,6 @@ def train(run, interrupts, ranks):
     end_time = math.inf  # in seconds of training
     if flags.max_minutes is not None:
         end_time = run.seconds + 60 * flags.max_minutes
-    recent_losses = []  # since the last report
-    recent_seconds = 0.0
     received = None  # a signal
 
     # iteration: steps done. The last pass of the loop only saves and evaluates.
@@ -1314,20 +1467,22 @@ def train(run, interrupts, ranks):
         # Save, then evaluate, then add the score, then sample: an error in one costs none of those
         # before it. A checkpoint that was killed before its evaluation is evaluated when resumed.
         if save and is_main:
-            save_checkpoint(folder, run)
-            prune(folder, run.name, flags.keep)
+            save_checkpoint(folder, run, interrupts)
+            run.saved_iteration = iteration
             tqdm.write(f"saved {run.checkpoint_id} at iteration {iteration:,}")
         nats = None
         if (due or timeout) and not run.is_scored():
             limit = flags.eval_tokens
             nats = score_split("valid", run.model, dataset, flags, interrupts, ranks, limit)
+        if nats is not None and not math.isfinite(nats):
+            raise diverged(run, f"score of iteration {iteration:,}", ranks)
         if nats is not None and due:  # where --max_minutes ends, a score is only shown and logged
             run.add_score(nats)
         if nats is not None and is_main:
             reporter.report_score(run, nats)
             # The checkpoint from which a branch began belongs to another run.
             if due and (save or not run.is_branch):
-                save_score(folder, run)
+                save_score(folder, run, interrupts)
         if save and is_main and not interrupts.received:
             sample = Conversation(dataset.tokenizer, run.model)
             tqdm.write("".join(sample.reply("", flags, flags.seed, interrupts)))
@@ -1358,40 +1513,41 @@ def train(run, interrupts, ranks):
         loss = loss.item()
         norm = norm.item()
         taken = time.perf_counter() - began
-        recent_losses.append(loss)
-        recent_seconds += taken
+        if not math.isfinite(loss + norm):
+            raise diverged(run, f"loss or gradient of iteration {iteration + 1:,}", ranks)
+        # Only now that a step was taken from the newest checkpoint may older ones go.
+        if is_main and run.saved_iteration == iteration:
+            prune(folder, run.name, flags.keep)
         run.tokens += tokens.size
         if iteration > start:  # the first step compiles
             run.seconds += taken
+        run.recent_steps += 1
+        run.recent_loss += loss
+        run.recent_seconds += taken
 
-        if not math.isfinite(loss + norm):
-            # A lost rank makes NaNs, too; this then raises an error of its own.
-            ranks.agree(None, False)
-            raise RunError(
-                f"the loss or gradient of iteration {iteration + 1:,} is not finite, and nothing "
-                f"of it is saved; the last good checkpoint is {run.checkpoint_id or 'none yet'}: "
-                "go on with a lower --learning_rate or --grad_clip"
-            )
         if is_main and (iteration + 1) % flags.steps_per_report == 0:
             metrics = {
-                "loss": sum(recent_losses) / len(recent_losses),  # nats per token
+                "loss": run.recent_loss / run.recent_steps,  # nats per token
                 "learning_rate": rate,  # this and the norm are the last step's
                 "gradient_norm": norm,
                 "tokens": run.tokens,
-                "tokens_per_second": len(recent_losses) * tokens.size / recent_seconds,
+                "tokens_per_second": run.recent_steps * tokens.size / run.recent_seconds,
                 "peak_mib": mx.get_peak_memory() / 2**20,
                 "seconds": run.seconds,
             }
             if not flags.train_tokens:  # with it num_bytes is that of the whole text all the same
                 metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], dataset.train)
             reporter.report_steps(iteration + 1, metrics)
-            recent_losses = []
-            recent_seconds = 0.0
+            run.recent_steps = 0
+            run.recent_loss = 0.0
+            run.recent_seconds = 0.0
         if is_main:
             reporter.bar.update()
 
     if is_main:
         reporter.bar.close()
+        # No step was taken from the last checkpoint: unless it has a score, the one before stays.
+        prune(folder, run.name, flags.keep if run.is_scored() else max(2, flags.keep))
     if flags.eval_test and not received:
         score_split("test", run.model, dataset, flags, interrupts, ranks)
     received, _ = ranks.agree(interrupts.received, False)
@@ -1402,6 +1558,20 @@ def train(run, interrupts, ranks):
         tqdm.write(f"Stopped at iteration {run.iteration:,}; {there}.")
         return 128 + received  # as shells report the end by a signal
     return 0
+
+
+def diverged(run, what, ranks):
+    """The RunError of a run in which `what` is not finite; training went on to `run.iteration`."""
+    # A lost rank makes NaNs, too; this then raises an error of its own.
+    ranks.agree(None, False)
+    sound = newest_sound_id(run.flags.save_dir, run) if ranks.rank == 0 else None
+    where = "no good checkpoint is left: begin again"
+    if sound:
+        where = f"the last good checkpoint is {sound}: resume"
+    return RunError(
+        f"the {what} is not finite; {where} "
+        "with a lower --learning_rate, --grad_clip or --weight_decay"
+    )
 
 
 # Columns of <run>.csv, empty where a row has no such value; other metrics follow them. loss: nats
@@ -1764,9 +1934,6 @@ class Conversation:
         A piece is yielded once no later token can change it.
         """
         tokenizer = self.tokenizer
-        unknown = tokenizer.unknown(prompt)
-        if unknown:
-            print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
         if self.text:
             self.text.extend(tokenizer.encode("\n" + prompt).tolist())  # it is the decoder's, too
         else:
@@ -1836,6 +2003,7 @@ def sample_from(folder, checkpoint, flags):
 
 def print_samples(tokenizer, model, draft, flags):
     """Prints continuations of --prompt, and nothing else, on stdout; sample i has seed + i."""
+    name_unknown(tokenizer, flags.prompt)
     for i in range(flags.num_samples):
         if i > 0:
             print("-" * 15)  # as nanoGPT does
@@ -1844,6 +2012,13 @@ def print_samples(tokenizer, model, draft, flags):
             print(piece, end="", flush=True)
         print(flush=True)
     print(conversation.describe_speed(), file=sys.stderr)  # of the last sample
+
+
+def name_unknown(tokenizer, prompt):
+    """Prints what of a prompt the model reads as <unk>."""
+    unknown = tokenizer.unknown(prompt)
+    if unknown:
+        print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
 
 
 def converse(tokenizer, model, draft, flags):
@@ -1897,6 +2072,7 @@ def set_flag(flags, name, value):
 
 def print_reply(conversation, line, flags):
     """Prints the continuation of a line; Ctrl+C ends it, and what was shown stays."""
+    name_unknown(conversation.tokenizer, line)
     try:
         for piece in conversation.reply(line, flags, flags.seed):
             print(piece, end="", flush=True)
@@ -1972,7 +2148,7 @@ FLAGS["run"] = {
     "train_tokens": flag(None, "train on the first so many tokens (default: all)", type=SIZE),
     "tokenizer": choice("auto", ["auto", *TOKENIZERS], "auto: what is usual for the corpus"),
     # 257: bytes and end.
-    "vocab_size": flag(32000, "of --tokenizer bpe", type=number(int, 257, LARGEST)),
+    "vocab_size": flag(32000, "of --tokenizer bpe", type=number(int, 257, 2**20)),
     "save_dir": flag(
         None, "folder for checkpoints and corpora (default: a RAM disk with room, else ~/.cache)"
     ),
@@ -2055,7 +2231,9 @@ FLAGS["sampling"] = {
         None, "file for answers, continued if it was begun (default: stdout)", metavar="FILE"
     ),
     "max_tokens": flag(200, "length of a continuation", type=SIZE),
-    "num_samples": flag(1, "continuations of each prompt; each has the next seed", type=SIZE),
+    "num_samples": flag(
+        1, "continuations of each prompt; each has the next seed", type=number(int, 1, 10**6)
+    ),
     "temperature": flag(0.5, "0: always the likeliest token", type=number(float, 0, 100)),
     "top_k": flag(50, "draw from the k likeliest tokens; 0: all", type=COUNT),
     "top_p": flag(1.0, "draw from the likeliest with so much probability", type=SHARE),
@@ -2159,6 +2337,18 @@ MODES = [
     "new_model",
 ]
 EXCLUSIVE = [("dataset", "text"), ("identifier", "new_model"), *itertools.combinations(MODES, 2)]
+# Flags that name files to be read.
+READ = [
+    "config",
+    "cases",
+    "prompts_file",
+    "text",
+    "valid_text",
+    "test_text",
+    "init_from",
+    "teacher",
+    "draft",
+]
 # A flag on the left has an effect only with one of those on the right.
 PARTNERS = {
     "valid_text": ["text", "identifier"],
@@ -2182,7 +2372,7 @@ def make_parser():
     """An argparse parser of FLAGS that returns only what is typed, without defaults."""
     parser = Parser(
         usage="python main.py [flags]",
-        description=__doc__.partition("\nThis file")[0],
+        description=(__doc__ or "").partition("\nThis file")[0],  # python -OO drops it
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -2223,6 +2413,9 @@ def read_command_line(argv):
     for one, other in EXCLUSIVE:
         if one in asked and other in asked:
             raise UsageError(f"--{one} and --{other} exclude each other: leave one out")
+    for name in asked - {"prompt"}:  # of which an empty one begins a text
+        if "" in (typed[name], *(typed[name] if isinstance(typed[name], list) else [])):
+            raise UsageError(f"--{name} is empty: give it a value, or leave it out")
     for name, partners in PARTNERS.items():
         if name in asked and not asked.intersection(partners):
             several = " or --".join(partners)
@@ -2231,7 +2424,24 @@ def read_command_line(argv):
         if len(typed["identifier"]) > 1:
             raise UsageError("--identifier takes one name; several go with --cases and --plot")
         typed["identifier"] = typed["identifier"][0]  # a list only for --cases and --plot
+    check_outputs(typed)
     return typed
+
+
+def check_outputs(typed):
+    """Raises UsageError if a file or folder to be written is also one to be read."""
+    for output in ("output", "plot", "attention", "export"):
+        if output not in typed:
+            continue
+        written = os.path.realpath(absolute(typed[output]))
+        for name in READ:
+            paths = typed.get(name, [])
+            for path in [paths] if isinstance(paths, str) else paths:
+                if os.path.realpath(absolute(path)) == written:
+                    raise UsageError(
+                        f"--{output} {typed[output]} would overwrite what --{name} names: "
+                        f"give --{output} another name"
+                    )
 
 
 def read_config(path, typed):
@@ -2246,6 +2456,8 @@ def read_config(path, typed):
         for name, value in yaml.safe_load(Path(path).expanduser().read_text("utf-8")).items():
             if name in FLAGS and isinstance(value, dict):
                 settings |= value  # a group
+            elif name in FLAGS and value is None:
+                continue  # a group without flags, or only with comments
             else:
                 settings[name] = value
         known = DEFAULTS.keys() - {"config"}  # no file in a file
@@ -2276,7 +2488,7 @@ def resolve(flags):
         paths = getattr(flags, name)
         if paths:
             setattr(flags, name, [absolute(path) for path in paths])
-    for name in ("init_from", "teacher"):
+    for name in ("init_from", "teacher", "draft"):
         path = getattr(flags, name)
         if path and os.path.isdir(absolute(path)):  # else it is a checkpoint's name
             setattr(flags, name, absolute(path))
@@ -2307,15 +2519,17 @@ def choose_checkpoint(folder, flags, typed, needed):
     """The record of the checkpoint to resume or, if `needed`, to use; None means a new run.
 
     It is the one that --identifier names; else the one saved last that agrees with each shaping
-    flag typed and, in training, with the dataset. Its files are verified; if they are damaged, an
-    older one of its run is taken, but never in the place of one that was named. Its record's
-    "flags" are complete. Raises UsageError, RunError.
+    flag typed and, in training, with the dataset. Its files are verified; if they are damaged, or
+    no step can be taken from it, an older one of its run is taken, but never in the place of one
+    that was named. Its record's "flags" are complete, and "run_saved" is when its run was saved
+    last. Raises UsageError, RunError.
     """
     if flags.new_model:
         return None
     records = list_checkpoints(folder, warn=True)
     for record in records:
         record["flags"] = DEFAULTS | record["flags"]  # flags may have been added since it was saved
+        record["run_saved"] = last_saved(records, record["run"])
     wanted = {name: getattr(flags, name) for name in SHAPING if name in typed}
     if needed:
         wanted.pop("seed", None)  # it is the samples'
@@ -2329,6 +2543,8 @@ def choose_checkpoint(folder, flags, typed, needed):
                     f"--{name} {value} contradicts --identifier, which has {had}: "
                     f"leave --{name} out, or begin a new run with --new_model"
                 )
+        if checkpoint.get("diverged") and not needed:
+            raise RunError(f"{describe(checkpoint)}: {DIVERGED}; name an older one of --list")
         return checkpoint
 
     if not needed:
@@ -2337,13 +2553,18 @@ def choose_checkpoint(folder, flags, typed, needed):
     for record in candidates:
         if record["run"] != candidates[0]["run"]:
             continue  # never resume another run silently
-        damage = find_damage(folder, record["id"])
+        damage = find_damage(folder, record)
+        if not damage and record.get("diverged"):
+            damage = DIVERGED
         if not damage:
             return record
+        if not (folder / f"{record['id']}.safetensors").exists():
+            # Its run is being trained and has deleted it since: there is a newer one.
+            return choose_checkpoint(folder, flags, typed, needed)
         print(f"Passing over {describe(record)}: {damage}", file=sys.stderr)
     if candidates:
         raise RunError(
-            f"no intact checkpoint of {candidates[0]['run']} is left: --new_model begins a new run"
+            f"no good checkpoint of {candidates[0]['run']} is left: --new_model begins a new run"
         )
     if records and not needed and not flags.benchmark:
         names = list(dict.fromkeys(record["run"] for record in records))
@@ -2352,6 +2573,15 @@ def choose_checkpoint(folder, flags, typed, needed):
             "(--list shows all, --identifier NAME goes on with one)"
         )
     return None
+
+
+DIVERGED = "the loss of the next step from it is not finite"
+
+
+def last_saved(records, name):
+    """When run `name` was saved last, in seconds of the clock; 0 if it has no good checkpoint."""
+    own = [record for record in records if record["run"] == name and not record.get("diverged")]
+    return max((record["saved"] for record in own), default=0)
 
 
 def list_runs(folder):
@@ -2381,6 +2611,8 @@ def list_runs(folder):
                 line += ", latest"  # of the folder
             if record["id"] == best_id(newest):
                 line += ", best"  # of the run
+            if record.get("diverged"):
+                line += ", diverged"
             print(line)
 
 
@@ -2393,13 +2625,24 @@ def show_runs(folder, flags, typed):
     if flags.plot:
         extra("pictures").plot_runs(folder, [record["run"] for record in named], flags.plot)
     else:
-        top_k = typed.get("top_k") or 5  # the default, 50, is for sampling
+        top_k = typed.get("top_k", 5)  # the default, 50, is for sampling
+        if top_k == 0:
+            raise UsageError("--top_k 0 would let all --cases pass: give at least 1")
         extra("cases").run_cases(folder, named or records, flags, top_k)
 
 
 def flags_of_resumed_run(checkpoint, flags, typed):
     """The flags of a resumed run: what is typed, then the checkpoint's. Prints what changed."""
     old = checkpoint["flags"]
+    for rows in FLAGS.values():
+        for name in rows.keys() & {*INHERITED}:
+            _, options = rows[name]
+            known = [None, "text", *options.get("choices", [old[name]])]
+            if old[name] not in known:
+                raise RunError(
+                    f"{describe(checkpoint)} has --{name} {old[name]}, "
+                    "which this version of the program does not know: use that one"
+                )
     for name in INHERITED:
         if name in typed and old[name] != getattr(flags, name):
             tqdm.write(f"changed  --{name} from {old[name]} to {getattr(flags, name)}")
@@ -2469,26 +2712,60 @@ def make_config(flags, vocab_size):
 
 
 def make_model(flags, dataset, checkpoint, origins):
-    """The model of a run; that of a checkpoint gets its weights later."""
+    """The model of a run; that of a checkpoint gets its weights later. Raises UsageError."""
     if "init_from" in origins:
         model = origins["init_from"].model
         # Its context may be another; what no flag says, as a padded vocabulary, stays.
         model.config = dataclasses.replace(model.config, context_size=flags.context_size)
         if flags.lora_rank:
-            lora = extra("lora")
-            lora.add_lora(model, flags.lora_rank, flags.lora_alpha)
-            lora.init_lora(model, flags.seed)
-        return model
-    if checkpoint:
-        return LanguageModel(Config(**checkpoint["config"]))
-    model = LanguageModel(make_config(flags, dataset.tokenizer.vocab_size))
-    init_weights(model, flags.seed)
+            extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
+    elif checkpoint:
+        model = model_of(checkpoint)
+    else:
+        model = LanguageModel(make_config(flags, dataset.tokenizer.vocab_size))
+    check_memory(model, flags)  # MLX is lazy: no weight exists yet that is not given below
+    if flags.lora_rank:
+        extra("lora").init_lora(model, flags.seed)
+    elif not checkpoint and "init_from" not in origins:
+        init_weights(model, flags.seed)
     return model
+
+
+def check_memory(model, flags):
+    """Raises UsageError if the least that training this model takes is more than the memory.
+
+    What it really takes is more; `--benchmark` predicts and measures that.
+    """
+    config = model.config
+    weights = sum(array.size for array in arrays_of(model.parameters()))
+    trained = sum(array.size for array in arrays_of(model.trainable_parameters()))
+    moments = 1 if flags.optimizer == "muon" else 2
+    window = config.context_size
+    # Gradient checkpointing keeps the attention scores of one block, not of all.
+    blocks = 1 if flags.checkpoint else config.num_blocks
+    floats = {
+        "weights": weights,
+        "gradients and moments": trained * (1 + moments),
+        "hidden states": flags.batch_size * window * config.dim * config.num_blocks,
+        "attention scores": config.num_heads * window**2 * blocks,
+        "tokens": 2 * flags.batch_size * flags.grad_accumulation * window,
+    }
+    needed = 4 * sum(floats.values())  # bytes
+    if mx.default_device() == mx.gpu:
+        memory = mx.device_info()["memory_size"]
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        largest = max(floats, key=floats.get)
+        raise UsageError(
+            f"training needs at least {needed / 2**30:,.1f} GiB of memory, most of it for "
+            f"{largest}, and there are {memory / 2**30:,.1f}: give smaller numbers"
+        )
 
 
 def make_run(name, flags, dataset, checkpoint, origins, ranks):
     """A run at its start, or where the checkpoint of the record `checkpoint` was saved."""
-    model = make_model(flags, dataset, checkpoint, origins)
+    model = make_model(flags, dataset, checkpoint, origins)  # first: it may be too large
     teacher = origins["teacher"].model if "teacher" in origins else None
     rows = flags.batch_size * flags.grad_accumulation
     run = Run(
@@ -2561,8 +2838,7 @@ def load_data(folder, flags, checkpoint, origins):
         first = next(iter(origins))
         arguments["tokenizer"] = origins[first].tokenizer.to_dict()
     elif checkpoint and (flags.init_from or flags.teacher):
-        _, texts = read_metadata(folder / f"{checkpoint['id']}.metadata")
-        arguments["tokenizer"] = json.loads(texts["tokenizer"])
+        arguments["tokenizer"] = load_tokenizer(folder, checkpoint)
     dataset = load_dataset(flags.dataset, folder, **arguments, mirror=flags.mirror, say=tqdm.write)
     if checkpoint and checkpoint["tokens_sha256"] != dataset.sha256:
         raise UsageError(
@@ -2592,7 +2868,19 @@ def score_checkpoint(folder, checkpoint, flags, dataset, ranks):
         extra("quantize").quantize(model, flags.quantize, packed=False)
         ranks.share_scoring(model, dataset, flags)
         score_split(flags.evaluate, model, dataset, flags, interrupts, ranks)
-    return 128 + interrupts.received if interrupts.received else 0
+    return 128 + interrupts.received if interrupts.received else printed()
+
+
+def printed():
+    """The exit status of a command whose result is on stdout: 0.
+
+    Raises RunError if some of it could not be written. Of a training run, what is printed is only
+    its progress, which a full disk may swallow.
+    """
+    lost = getattr(sys.stdout, "lost", None)  # see Lasting
+    if lost:
+        raise RunError(f"the result could not be written to stdout ({lost}): it is not complete")
+    return 0
 
 
 def train_run(flags, dataset, checkpoint, origins, ranks):
@@ -2604,7 +2892,8 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
             "give more"
         )
     name = f"{dataset.name}-{os.urandom(3).hex()}"  # 6 hexadecimal digits: see remove_leftovers
-    if checkpoint and not begins_branch(folder, checkpoint, flags):
+    # --identifier may name a checkpoint that its run has left behind: then it is a new run, too.
+    if checkpoint and not (flags.identifier and checkpoint["saved"] < checkpoint["run_saved"]):
         name = checkpoint["run"]
     lock = lock_run(folder, name)
     if not lock:
@@ -2613,9 +2902,10 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
             "--new_model"
         )
     with lock, Interrupts() as interrupts:  # from here on there is something to save
-        # Another process may have trained the run, and pruned this checkpoint.
-        if checkpoint and not (folder / f"{checkpoint['id']}.safetensors").exists():
-            raise RunError(f"{name} went on while this line was starting: type it again")
+        # Another process may have trained the run until just now.
+        if checkpoint and name == checkpoint["run"]:
+            if last_saved(list_checkpoints(folder), name) != checkpoint["run_saved"]:
+                raise RunError(f"{name} was trained meanwhile: start the same command again")
         remove_leftovers(folder)
         run = make_run(name, flags, dataset, checkpoint, origins, ranks)
         print_start(run, checkpoint["versions"] if checkpoint else None, ranks)
@@ -2627,20 +2917,14 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
         run = ranks.share_run(run)
         try:
             return train(run, interrupts, ranks)
-        except RuntimeError:
+        except RuntimeError as error:
             # Ctrl+C in a terminal also ends the compiler of a first step, evaluation or sample.
             # Nothing is unsaved then.
             if interrupts.received and ranks.size == 1:
+                reason = " ".join(str(error).split())
+                tqdm.write(f"Stopped at iteration {run.iteration:,} ({reason[:200]}).")
                 return 128 + interrupts.received
             raise
-
-
-def begins_branch(folder, checkpoint, flags):
-    """Whether --identifier names a checkpoint that its run has left behind."""
-    if not flags.identifier:
-        return False
-    own = [record for record in list_checkpoints(folder) if record["run"] == checkpoint["run"]]
-    return any(record["saved"] > checkpoint["saved"] for record in own)
 
 
 def execute(argv, ranks):
@@ -2659,13 +2943,12 @@ def execute(argv, ranks):
     needed = samples or flags.export or flags.evaluate  # a checkpoint, of any corpus
     looks = flags.list or flags.plot or flags.cases
     folder = open_folder(flags.save_dir, writing=not (needed or looks))
-    if flags.list:
-        with locked(folder):  # so that none goes while it is listed
-            list_runs(folder)
-        return 0
     if looks:
-        show_runs(folder, flags, typed)
-        return 0
+        if flags.list:
+            list_runs(folder)
+        else:
+            show_runs(folder, flags, typed)
+        return printed()
 
     # What uses a checkpoint, but no corpus.
     checkpoint = choose_checkpoint(folder, flags, typed, needed)
@@ -2678,7 +2961,7 @@ def execute(argv, ranks):
         return 0
     if samples:
         sample_from(folder, checkpoint, flags)
-        return 0
+        return printed()
 
     # Training, scoring and measuring need the corpus, too.
     if checkpoint:
@@ -2695,12 +2978,12 @@ def execute(argv, ranks):
         if ranks.size > 1:
             raise UsageError("--benchmark measures one process: start it without mlx.launch")
         if checkpoint:
-            config = Config(**checkpoint["config"])
+            config = model_of(checkpoint).config
         else:
             config = make_config(flags, dataset.tokenizer.vocab_size)
         batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size, flags.seed)
         extra("benchmark").run_benchmark(flags, config, batches)
-        return 0
+        return printed()
     return train_run(flags, dataset, checkpoint, origins, ranks)
 
 
@@ -2723,8 +3006,10 @@ def main(argv=None):
             if ranks.rank > 0:
                 return ranks.follow()
             return execute(argv, ranks)
-    except (UsageError, RunError, OSError, ImportError) as error:
+    except (UsageError, RunError, OSError, ImportError, MemoryError) as error:
         line = " ".join(str(error).splitlines())  # one line, however many the error has
+        if isinstance(error, MemoryError):
+            line += ": give a smaller --batch_size or --context_size"
         if isinstance(error, ImportError):  # a package that one function alone needs
             line += ": pip install -r requirements.txt"
         print(f"main.py: {line}", file=sys.stderr)

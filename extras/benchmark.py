@@ -15,8 +15,8 @@ import timeit
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from main import Decoder, LanguageModel, fast, init_weights, make_noise, make_optimizer
-from main import make_step, over_streams
+from main import Decoder, LanguageModel, check_memory, fast, init_weights, make_noise
+from main import make_optimizer, make_step, over_streams
 
 # The parts of a model, and what the names of their parameters contain.
 PARTS = {
@@ -41,6 +41,7 @@ def run_benchmark(flags, config, batches):
     batches: where one batch of real tokens comes from.
     """
     model = LanguageModel(config)
+    check_memory(model, flags)
     init_weights(model, flags.seed)
     optimizer = make_optimizer(model, flags)
     parameters = count_parameters(model)

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from datasets import explained, utf8
-from main import describe, find_damage, first_ids, load_model
+from main import close_files, describe, find_damage, first_ids, load_model
 
 MAX_COLUMNS = 100  # of a printed line
 
@@ -33,11 +33,12 @@ def run_cases(folder, records, flags, top_k):
     cases = read_cases(flags)
     results = []
     for record in records:
-        damage = find_damage(folder, record["id"])
+        damage = find_damage(folder, record)
         if damage:
             print(f"Passing over {describe(record)}: {damage}", file=sys.stderr)
             continue
         results += score_checkpoint(folder, record, cases, top_k)
+        close_files(record)
     if flags.output:
         text = json.dumps(results, ensure_ascii=False, indent=1)
         Path(flags.output).write_text(text + "\n", "utf-8")

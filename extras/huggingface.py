@@ -148,7 +148,10 @@ def make_config(settings, untie):
 
 def make_id(files):
     """The id of a model in these files: the SHA1 of a single one, else the SHA1 of their SHA1s."""
-    sha1s = [sha1_of(file) for file in files]
+    sha1s = []
+    for path in files:
+        with open(path, "rb") as file:
+            sha1s.append(sha1_of(file))
     if len(sha1s) == 1:
         return sha1s[0]
     return hashlib.sha1("".join(sha1s).encode()).hexdigest()

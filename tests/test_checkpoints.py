@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import struct
 import time
 
@@ -75,7 +77,7 @@ def test_name_is_the_sha1_of_the_bytes_and_content_is_whole(tmp_path):
     data = (tmp_path / f"{id}.metadata").read_bytes()
     blanked = data.replace(metadata["sha1"].encode(), b"0" * 40)
     assert hashlib.sha1(blanked).hexdigest() == metadata["sha1"]
-    assert main.find_damage(tmp_path, id) is None
+    assert main.find_damage(tmp_path, {"id": id}) is None
     assert not list(tmp_path.glob("*.new"))
 
 
@@ -146,7 +148,7 @@ def test_killed_at_every_call_of_a_save(tmp_path):
             main.save_checkpoint(folder, run)
         main.remove_leftovers(folder)
         newest = main.list_checkpoints(folder)[0]["id"]
-        assert main.find_damage(folder, newest) is None and newest in new | {old}
+        assert main.find_damage(folder, {"id": newest}) is None and newest in new | {old}
         assert len({path.stem for path in folder.iterdir()}) * 2 == len(list(folder.iterdir()))
         outcomes.append(newest)
     assert outcomes[0] == old and outcomes[-1] in new, "faults were not spread over the whole save"
@@ -169,23 +171,43 @@ def test_error_at_every_call_is_retried(tmp_path, monkeypatch, score_only, capsy
                 assert main.save_checkpoint(tmp_path, run) == id
         if faults.calls >= at:
             assert pauses.pop() == 1 and "No space left" in capsys.readouterr().out
-        assert main.find_damage(tmp_path, id) is None
+        assert main.find_damage(tmp_path, {"id": id}) is None
         assert not list(tmp_path.glob("*.new"))
 
 
-def test_retries_pause_longer_and_longer(tmp_path, monkeypatch):
-    pauses = []
+def fail_to_save(folder, monkeypatch, capsys, received=None):
+    """Saves where it never works, up to 1,000 s; returns (pauses announced, seconds slept, the status of an exit or None)."""
+    seconds = 0
 
-    def sleep(seconds):
-        pauses.append(seconds)
-        if len(pauses) == 8:
+    def sleep(time):
+        nonlocal seconds
+        seconds += time
+        if seconds >= 1000:
             raise Killed
 
+    interrupts = main.Interrupts()
+    interrupts.received = received
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(main, "write_checkpoint", lambda *_: open("/nowhere/at/all"))
-    with pytest.raises(Killed):
-        main.save_checkpoint(tmp_path, make_run())
-    assert pauses == sorted(pauses) and pauses[-1] <= 60
+    with pytest.raises((SystemExit, Killed)) as end:
+        main.save_checkpoint(folder, make_run(), interrupts)
+    pauses = re.findall(r"next try in (\d+) s", capsys.readouterr().out)
+    return list(map(int, pauses)), seconds, getattr(end.value, "code", None)
+
+
+@pytest.mark.parametrize("received", [None, signal.SIGINT])
+def test_retries_pause_longer_and_longer(tmp_path, monkeypatch, capsys, received):
+    """Also after one Ctrl+C: who sits at the terminal can press it again."""
+    pauses, seconds, status = fail_to_save(tmp_path, monkeypatch, capsys, received)
+    assert pauses == sorted(pauses) and pauses[0] == 1 and pauses[-1] == 60
+    assert seconds == 1000 and status is None
+
+
+@pytest.mark.parametrize("received", [signal.SIGTERM, signal.SIGHUP])
+def test_a_launchers_signal_ends_the_retries(tmp_path, monkeypatch, capsys, received):
+    """After GRACE seconds and one more try; a launcher would send SIGKILL 10 s after it or later."""
+    pauses, seconds, status = fail_to_save(tmp_path, monkeypatch, capsys, received)
+    assert pauses == [1, 2, 5, 10] and seconds == main.GRACE and status == 128 + received
 
 
 def test_vanished_folder_is_made_again(tmp_path):
@@ -194,7 +216,7 @@ def test_vanished_folder_is_made_again(tmp_path):
     first = main.save_checkpoint(folder, run)
     shutil.rmtree(folder)
     assert main.save_checkpoint(folder, run) == first
-    assert main.find_damage(folder, first) is None
+    assert main.find_damage(folder, {"id": first}) is None
 
 
 def test_200_damages_are_all_found(tmp_path):
@@ -211,10 +233,10 @@ def test_200_damages_are_all_found(tmp_path):
             # Every other flip hits the header, where it does the most harm.
             at = chance.randrange(len(whole) if trial % 8 < 6 else 8 + int.from_bytes(whole[:8], "little"))
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :])
-        assert main.find_damage(tmp_path, id), f"trial {trial}"
+        assert main.find_damage(tmp_path, {"id": id}), f"trial {trial}"
         main.list_checkpoints(tmp_path)
         path.write_bytes(whole)
-    assert main.find_damage(tmp_path, id) is None
+    assert main.find_damage(tmp_path, {"id": id}) is None
 
 
 def test_swapped_metadata_is_found(tmp_path):
@@ -224,7 +246,7 @@ def test_swapped_metadata_is_found(tmp_path):
     advance(run)
     second = main.save_checkpoint(tmp_path, run)
     shutil.copy(tmp_path / f"{first}.metadata", tmp_path / f"{second}.metadata")
-    assert "belongs to" in main.find_damage(tmp_path, second)
+    assert "belongs to" in main.find_damage(tmp_path, {"id": second})
 
 
 def choose(folder, typed=None, **values):
@@ -334,17 +356,132 @@ def test_another_format_is_refused(tmp_path, monkeypatch, difference):
         choose(tmp_path)
 
 
-def test_equal_run_in_training_is_refused_and_a_finished_one_taken_over(tmp_path):
-    run, equal = make_run("test-aaaaaa"), make_run("test-bbbbbb")
+def test_an_equal_checkpoint_belongs_to_all_runs_that_reached_it(tmp_path):
+    """Each has metadata of its own, in training or not, and the last one that prunes it deletes the weights."""
+    first, second = make_run("test-aaaaaa"), make_run("test-bbbbbb")
+    first.scores, second.scores = [[0, 1.5]], [[0, 2.5]]
+    id = main.save_checkpoint(tmp_path, first)
+    assert main.save_checkpoint(tmp_path, second) == id
+    main.save_score(tmp_path, first)
+    main.save_score(tmp_path, second)
+    records = main.list_checkpoints(tmp_path)
+    assert [(record["run"], record["scores"]) for record in records] == [("test-bbbbbb", [[0, 2.5]]), ("test-aaaaaa", [[0, 1.5]])]
+    assert all(main.find_damage(tmp_path, record) is None for record in records)
+    assert main.named_checkpoint(tmp_path, records, id)["run"] == "test-bbbbbb", "that saved last"
+    assert main.named_checkpoint(tmp_path, records, "test-aaaaaa")["scores"] == [[0, 1.5]]
+    for run in (first, second):
+        advance(run)
+        run.model.update(main.tree_map(lambda array: array + len(run.scores), run.model.parameters()))
+        run.scores.append([1, 1.0])
+    for run in (first, second):
+        assert main.save_checkpoint(tmp_path, run) != id
+        main.prune(tmp_path, run.name, 1)
+        left = sorted(path.name for path in tmp_path.glob(f"{id}*"))
+        assert left == ([f"{id}.safetensors", f"{id}.test-bbbbbb.metadata"] if run is first else [])
+
+
+def test_weights_that_are_equal_by_chance_do_not_mix_their_runs(tmp_path):
+    """Two runs that learn nothing have the same weights, but each its own place in its own text."""
+    first, second = make_run("test-aaaaaa"), make_run("test-bbbbbb")
+    second.batches.begin_epoch(3)
+    id = main.save_checkpoint(tmp_path, first)
+    assert main.save_checkpoint(tmp_path, second) == id
+    for run in (first, second):
+        again = make_run(run.name)
+        again.restore(tmp_path, main.named_checkpoint(tmp_path, main.list_checkpoints(tmp_path), run.name))
+        assert again.batches.epoch == run.batches.epoch
+        np.testing.assert_array_equal(again.batches.perm, run.batches.perm)
+
+
+def test_a_branch_keeps_the_best_of_the_run_that_it_left(tmp_path):
+    old, branch = make_run("test-aaaaaa"), make_run("test-bbbbbb")
+    best = main.save_checkpoint(tmp_path, old)
+    branch.best = {"id": best, "iteration": 0, "nats": 1.0}
+    advance(branch)
+    main.save_checkpoint(tmp_path, branch)
+    for _ in range(2):
+        advance(old, 2)
+        main.save_checkpoint(tmp_path, old)
+    main.prune(tmp_path, old.name, 1)
+    records = main.list_checkpoints(tmp_path)
+    assert [record["id"] for record in records if record["run"] == old.name] == [old.checkpoint_id, best]
+
+
+def test_what_is_open_is_read_even_if_it_is_deleted(tmp_path):
+    """A reader beside a run that prunes: what was verified is what is read."""
+    run = make_run()
+    main.save_checkpoint(tmp_path, run)
+    wanted = dict(main.tree_flatten(run.model.parameters()))
+    wanted = {name: np.array(array) for name, array in wanted.items()}
+    record = choose(tmp_path)
+    advance(run)
+    main.save_checkpoint(tmp_path, run)
+    main.prune(tmp_path, run.name, 1)
+    assert not (tmp_path / f"{record['id']}.safetensors").exists()
+    model, tokenizer = main.load_model(tmp_path, record)
+    for name, array in main.tree_flatten(model.parameters()):
+        np.testing.assert_array_equal(np.array(array), wanted[name])
+    assert tokenizer.to_dict() == run.dataset.tokenizer.to_dict()
+
+
+def test_one_deleted_since_the_folder_was_listed_gives_way_to_a_newer_one(tmp_path, monkeypatch, capsys):
+    run = make_run()
+    main.save_checkpoint(tmp_path, run)
+    find_damage = main.find_damage
+
+    def find_damage_late(folder, record):
+        monkeypatch.setattr(main, "find_damage", find_damage)
+        advance(run)
+        main.save_checkpoint(tmp_path, run)
+        main.prune(tmp_path, run.name, 1)
+        return find_damage(folder, record)
+
+    monkeypatch.setattr(main, "find_damage", find_damage_late)
+    assert choose(tmp_path)["id"] == run.checkpoint_id
+    assert capsys.readouterr().err == "", "that is nothing to report"
+
+
+def test_a_diverged_checkpoint_is_marked_and_passed_over(tmp_path, capsys):
+    run = make_run()
+    sound = main.save_checkpoint(tmp_path, run)
+    advance(run)
+    assert main.newest_sound_id(tmp_path, run) == sound, "a step was taken from it"
+    main.save_checkpoint(tmp_path, run)
+    before = read_safetensors(tmp_path / f"{run.checkpoint_id}.metadata")[0]
+    run.saved_iteration = run.iteration
+    assert main.newest_sound_id(tmp_path, run) == sound
+    [record] = [record for record in main.list_checkpoints(tmp_path) if record.get("diverged")]
+    assert record["id"] == run.checkpoint_id and main.find_damage(tmp_path, record) is None
+    after = read_safetensors(tmp_path / f"{run.checkpoint_id}.metadata")[0]
+    assert before.keys() == after.keys() and all((before[name] == after[name]).all() for name in before)
+    assert choose(tmp_path)["id"] == sound and "not finite" in capsys.readouterr().err
+    for name in ("latest", run.name):
+        assert choose(tmp_path, identifier=name)["id"] == sound
+    with pytest.raises(RunError, match="not finite"):
+        choose(tmp_path, identifier=run.checkpoint_id)
+    main.prune(tmp_path, run.name, 1)
+    assert [record["id"] for record in main.list_checkpoints(tmp_path)] == [sound]
+
+
+def test_records_of_another_program_do_not_end_this_one(tmp_path, capsys):
+    """Of the right form and intact, but without what a record has, or with values that this version does not know."""
+    run = make_run()
     id = main.save_checkpoint(tmp_path, run)
-    lock = main.lock_run(tmp_path, "test-aaaaaa")
-    assert lock and main.lock_run(tmp_path, "test-aaaaaa") is None
-    with pytest.raises(RunError, match="test-aaaaaa"):
-        main.save_checkpoint(tmp_path, equal)
-    assert main.list_checkpoints(tmp_path)[0]["run"] == "test-aaaaaa" and not list(tmp_path.glob("*.new"))
-    lock.close()
-    assert main.save_checkpoint(tmp_path, equal) == id
-    assert [record["run"] for record in main.list_checkpoints(tmp_path)] == ["test-bbbbbb"]
+    [record] = main.list_checkpoints(tmp_path)
+    _, texts = main.read_metadata(open(record["path"], "rb"))
+    del record["path"]
+    path = tmp_path / f"{id}.metadata"
+    for name in ("saved", "iteration"):
+        less = {key: value for key, value in record.items() if key != name}
+        main.replace_metadata(path, less, texts["tokenizer"], {"perm": mx.zeros(1)})
+        assert main.list_checkpoints(tmp_path, warn=True) == []
+        assert id[:12] in capsys.readouterr().err
+    strange = record | {"flags": record["flags"] | {"optimizer": "lion"}}
+    with pytest.raises(RunError, match="--optimizer lion"):
+        main.flags_of_resumed_run(strange, flags(), {})
+    for config in (record["config"] | {"mlp": "geglu"}, record["config"] | {"experts": 8}):
+        with pytest.raises(RunError, match="another version"):
+            main.model_of(record | {"config": config})
 
 
 def test_no_pickle_no_eval():

@@ -6,11 +6,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY, flags, ids, run
+from conftest import ROOT, TINY, flags, ids, run, start
 
 import datasets
 import main
@@ -254,3 +255,97 @@ def test_named_folder(tmp_path, monkeypatch, capsys):
     assert datasets.open_folder("~/deep/lm", writing=True) == tmp_path / "deep" / "lm"
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("deep"), Path("deep/lm")]
     assert capsys.readouterr() == ("", "")
+
+
+# ---- Results and odd places -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("typed", ["--list", "--prompt a --max_tokens 2", "--evaluate valid", "--cases cases.yaml"])
+def test_a_result_that_could_not_be_written_is_a_failure(typed, trained):
+    (trained / "cases.yaml").write_text("- {prompt: line, expected: '5'}\n")
+    with open("/dev/full", "w") as full:
+        _, err = run(*typed.split(), "--save_dir", "lm", cwd=trained, stdout=full, status=1)
+    assert "could not be written to stdout" in err.splitlines()[-1] + err.splitlines()[0]
+    assert "No space left" in err and "Traceback" not in err and "Exception ignored" not in err
+
+
+def test_progress_may_be_lost_and_a_reader_may_leave(trained, tmp_path):
+    with open("/dev/full", "w") as full:
+        line = ["--text", trained / "text.txt", *TINY, "--num_iters", 3, "--save_dir", tmp_path / "lm"]
+        run(*line, stdout=full)
+    assert len(ids(tmp_path / "lm")) == 1
+    command = f"{sys.executable} {ROOT / 'main.py'} --list --save_dir {trained / 'lm'} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_without_docstrings(trained):
+    """`python -OO` drops them, and the help shows one."""
+    command = [sys.executable, "-OO", str(ROOT / "main.py")]
+    for typed in (["--list", "--save_dir", str(trained / "lm")], ["--help"]):
+        done = subprocess.run([*command, *typed], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout and not done.stderr
+
+
+def test_a_folder_whose_name_is_not_utf8(trained, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/s_\xff")
+    line = ["--text", trained / "text.txt", *TINY, "--save_dir", folder]
+    run(*line, "--num_iters", 3)
+    out, _ = run("--prompt", "a", "--save_dir", folder)
+    assert out
+    out, _ = run(*line, "--num_iters", 5)
+    assert "from iteration 3" in out
+    run(*line, "--new_model", "--num_iters", 5, "--init_from", "latest", "--lora_rank", 2)
+
+
+# ---- Several processes ----------------------------------------------------------------------------------------------
+
+
+def test_a_branch_leaves_the_old_run_its_checkpoints(trained, tmp_path):
+    """From an older checkpoint, with the same flags, it comes to the same weights; what it prunes is its own."""
+    line = ["--text", trained / "text.txt", *TINY, "--steps_per_eval", 10, "--save_dir", tmp_path]
+    run(*line, "--num_iters", 40, "--keep", 10)
+    old = main.list_checkpoints(tmp_path)
+    run("--identifier", old[-1]["id"], "--keep", 1, "--save_dir", tmp_path)
+    records = main.list_checkpoints(tmp_path)
+    branch = records[0]["run"]
+    assert branch != old[0]["run"]
+    assert [record["id"] for record in records if record["run"] == branch] == [old[0]["id"]]
+    left = [record for record in records if record["run"] != branch]
+    assert [(record["id"], record["saved"]) for record in left] == [(record["id"], record["saved"]) for record in old]
+    run("--identifier", old[0]["run"], "--num_iters", 50, "--keep", 1, "--save_dir", tmp_path)
+    records = main.list_checkpoints(tmp_path)
+    assert [record["iteration"] for record in records] == [50, 40] and records[1]["run"] == branch
+    assert main.find_damage(tmp_path, records[1]) is None
+
+
+def test_a_run_that_another_process_trained_meanwhile(trained, tmp_path, monkeypatch, capsys):
+    """Between the choice of a checkpoint and the run's lock another process may have come and gone."""
+    line = ["--text", str(trained / "text.txt"), *TINY, "--save_dir", str(tmp_path)]
+    assert main.main([*line, "--num_iters", "3"]) == 0
+    load_data = main.load_data
+
+    def load_slowly(*given):
+        run(*line, "--num_iters", 6)
+        return load_data(*given)
+
+    monkeypatch.setattr(main, "load_data", load_slowly)
+    assert main.main([*line, "--num_iters", "9"]) == 1
+    assert "was trained meanwhile: start the same command again" in capsys.readouterr().err
+    monkeypatch.setattr(main, "load_data", load_data)
+    assert main.main([*line, "--num_iters", "9"]) == 0
+    assert "from iteration 6 to 9" in capsys.readouterr().out
+
+
+def test_readers_beside_a_run_that_saves_and_prunes_each_step(trained, tmp_path):
+    line = ["--text", trained / "text.txt", *TINY, "--save_dir", tmp_path, "--steps_per_save", 1, "--keep", 1]
+    trainer = start(*line, "--max_tokens", 1, stdout=subprocess.DEVNULL)
+    while not ids(tmp_path):
+        assert trainer.poll() is None
+        time.sleep(0.01)
+    for _ in range(12):
+        for typed in (["--prompt", "a", "--max_tokens", "1"], ["--list"]):
+            assert main.main([*typed, "--save_dir", str(tmp_path)]) == 0
+    trainer.send_signal(signal.SIGINT)
+    _, err = trainer.communicate(timeout=60)
+    assert trainer.returncode == 130, err

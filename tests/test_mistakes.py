@@ -26,6 +26,7 @@ FILES = {
     "other.yaml": "config: other.yaml\n", "null.yaml": "dimm:\n", "deep.yaml": "[" * 3000, "list.yaml": "- dim\n",
     "cut.yaml": "dim: [1\n", "empty.yaml": "", "number.yaml": "7", "zero.yaml": "\0", "yes.yaml": "new_model: 'yes'\n",
     "two.yaml": "dim: [16, 32]\n", "both.yaml": "inference: true\nnew_model: true\n", "half.yaml": "num_iters: 1.5\n",
+    "comments.yaml": "dataset: python\ntraining:\n  # dim: 5\ndim: wide\n",
     "prompt.yaml": "- prompt: line\n", "cases.yaml": "- {prompt: line, expected: 5}\n", "words.yaml": "- line\n",
 }  # fmt: skip
 UNPRIVILEGED = pytest.mark.skipif(os.geteuid() == 0, reason="root may write and read everywhere")
@@ -145,6 +146,10 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--valid_fraction 0.9", "--valid_fraction", "at least 0.001 and at most 0.5"),
     ("--repetition_penalty 0", "--repetition_penalty", "at least 0.01"),
     ("--vocab_size 10 --tokenizer bpe", "--vocab_size", "at least 257"),
+    ("--vocab_size 2147483647 --tokenizer bpe", "--vocab_size", "at most 1048576"),
+    *((f"--{flag} ''", f"--{flag} is empty", "leave it out") for flag in (
+        "text valid_text save_dir mirror identifier prompts_file export plot attention cases init_from teacher"
+    ).split()),
     *((f"--{name} nonsense", f"--{name}", choice) for rows in main.FLAGS.values() for name, (_, options) in rows.items()
       for choice in options.get("choices", []) if "type" not in options),
     ("--dataset shakespeare", "'shakespeare'", "tinyshakespeare"),
@@ -171,6 +176,23 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--text text.txt --quantize 4", "--quantize", "goes with --prompt or --prompts_file or --inference or --evaluate or --export"),
     ("--valid_text text.txt", "--valid_text", "goes with --text or --identifier"),
     ("--prompt a --identifier latest best", "--identifier takes one name", "--cases and --plot"),
+    # Sizes that no machine has
+    *((f"--text text.txt --new_model {sizes}", "training needs at least", what) for sizes, what in (
+        ("--dim 65536", "gradients and moments"),
+        ("--num_blocks 4096 --dim 4096", "gradients and moments"),
+        ("--context_size 1000000 --valid_text text.txt", "attention scores"),
+        ("--batch_size 1048576 --context_size 4096", "hidden states"),
+        ("--grad_accumulation 2147483647", "tokens"),
+        ("--init_from BYTE --lora_rank 2147483647", "gradients and moments"),
+    )),
+    ("--text text.txt --benchmark --dim 65536", "training needs at least", "gradients and moments"),
+    # Files to be written that are to be read
+    ("--cases cases.yaml --output cases.yaml", "would overwrite what --cases names", "another name"),
+    ("--cases cases.yaml --output ./empty/../cases.yaml", "would overwrite what --cases names", "another name"),
+    ("--prompts_file prompts.txt --output prompts.txt", "would overwrite what --prompts_file names", "another name"),
+    ("--config number.yaml --plot number.yaml", "YAML file of flags", "like dim: 8"),
+    ("--prompt a --attention prompts.txt --draft prompts.txt", "would overwrite what --draft names", "another name"),
+    ("--cases cases.yaml --top_k 0", "--top_k 0 would let all --cases pass", "at least 1"),
     # Texts
     ("--text nowhere.txt", "nowhere.txt: no such file", "give a text's path"),
     ("--text *.md", "*.md: no such file, folder or pattern to read", "give a text's path"),
@@ -230,6 +252,7 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--config layers.yaml", "heads, layers", "--help lists all"),
     ("--config null.yaml", "no flag is named dimm", "--help lists all"),
     ("--config other.yaml", "no flag is named config", "--help lists all"),
+    ("--config comments.yaml", "--dim: invalid whole number value: 'wide'", "YAML file of flags"),
     ("--config wide.yaml", "--dim: invalid whole number value: 'wide'", "YAML file of flags"),
     ("--config half.yaml", "--num_iters: invalid whole number value: '1.5'", "YAML file of flags"),
     ("--config true.yaml", "--dim", "YAML file of flags"),

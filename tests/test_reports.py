@@ -92,7 +92,8 @@ def test_a_log_is_written_anew_under_the_lock(tmp_path, monkeypatch):
 
 def test_log_of_a_run_that_is_killed(tmp_path, text):
     """Whatever stops it, the log ends with the lines, and the losses, of the run never touched."""
-    line = ["--text", text, *TINY, "--context_size", 64, "--steps_per_report", 1, "--steps_per_eval", 12, "--steps_per_save", 3]
+    # Checkpoints fall between reports, whose losses are means over the steps before and after them.
+    line = ["--text", text, *TINY, "--context_size", 64, "--steps_per_report", 4, "--steps_per_eval", 12, "--steps_per_save", 3]
     chance = random.Random(0)
     for _ in range(6):
         process = start(*line, "--save_dir", tmp_path / "killed")
@@ -106,7 +107,7 @@ def test_log_of_a_run_that_is_killed(tmp_path, text):
         run(*line, "--save_dir", tmp_path / name, "--num_iters", num_iters)
         [log] = (tmp_path / name).glob("*.csv")
         logs.append([(row["iteration"], row["split"], row["loss"], row["gradient_norm"]) for row in rows_of(log)])
-    assert logs[0] == logs[1] and len(logs[0]) >= num_iters
+    assert logs[0] == logs[1] and len(logs[0]) >= num_iters // 4
     assert not list((tmp_path / "killed").glob("*.new"))
 
 

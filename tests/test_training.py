@@ -1,5 +1,6 @@
 """The loop as a user sees it: exact resume, which run is resumed, what is inherited, reports, divergence."""
 
+import math
 import os
 import random
 import re
@@ -91,8 +92,6 @@ def test_an_older_checkpoint_begins_a_branch(tmp_path, text):
     out, _ = run(*line, "--identifier", older, "--num_iters", 60, "--learning_rate", 0.01)
     assert "from iteration 10 to 60" in out
     assert {older, newer} < set(ids(tmp_path)) and len(ids(tmp_path)) == 4
-    import main
-
     assert len({record["run"] for record in main.list_checkpoints(tmp_path)}) == 2
 
 
@@ -210,10 +209,49 @@ def test_divergence_stops_before_anything_is_saved(tmp_path, text):
     last_good = re.search(r"checkpoint is ([0-9a-f]{40})", err).group(1)
     import main
 
-    assert main.find_damage(tmp_path, last_good) is None
+    assert main.find_damage(tmp_path, {"id": last_good}) is None
     weights = main.mx.load(str(tmp_path / f"{ids(tmp_path)[0]}.safetensors"))
     assert all(main.mx.isfinite(weight).all().item() for weight in weights.values())
     assert good
+
+
+@pytest.mark.parametrize("wrong", [["--learning_rate", 1e30, "--lr_warmup", 0], ["--weight_decay", 1e9]])
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_good_checkpoint_is_one_from_which_a_step_can_be_taken(tmp_path, text, wrong, keep):
+    """The loss of the step before a save may be finite, and the weights that it made be of no use."""
+    line = ["--text", text, *TINY, "--save_dir", tmp_path, "--keep", keep]
+    run(*line, "--num_iters", 3, "--steps_per_save", 1)
+    _, err = run(*line, "--num_iters", 30, "--steps_per_eval", 1, *wrong, status=1)
+    named = re.search(r"the last good checkpoint is ([0-9a-f]{40}): resume", err)[1]
+    records = main.list_checkpoints(tmp_path)
+    assert records[0]["diverged"] and records[0]["id"] != named, "the newest is the one that made the loss infinite"
+    out, err = run(*line, "--num_iters", 40, "--learning_rate", 1e-4, "--weight_decay", 0, "--max_tokens", 1)
+    [place] = [record["iteration"] for record in records if record["id"] == named]
+    assert f"from iteration {place} to 40" in out and "next step from it is not finite" in err
+    assert "at iteration 40" in out
+    assert not any("diverged" in record for record in main.list_checkpoints(tmp_path)), "it was pruned"
+
+
+def test_a_run_that_was_never_good_says_so(tmp_path, text):
+    line = ["--text", text, *TINY, "--save_dir", tmp_path, "--learning_rate", 1e30, "--lr_warmup", 0, "--steps_per_eval", 1]
+    _, err = run(*line, status=1)
+    assert "no good checkpoint is left: begin again" in err
+    _, err = run("--text", text, *TINY, "--save_dir", tmp_path, status=1)
+    assert "--new_model" in err.splitlines()[-1]
+    out, _ = run("--list", "--save_dir", tmp_path)
+    assert out.rstrip().endswith("diverged")
+
+
+def test_a_score_that_is_not_finite_ends_the_run(tmp_path, text, monkeypatch, capsys):
+    line = [*map(str, ["--text", text, *TINY, "--save_dir", tmp_path, "--steps_per_eval", 2])]
+    assert main.main([*line, "--num_iters", "2"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "evaluate", lambda *_: float("nan"))
+        assert main.main([*line, "--num_iters", "9"]) == 1
+    assert "score of iteration 4 is not finite" in capsys.readouterr().err
+    newest, older = main.list_checkpoints(tmp_path)
+    assert newest["diverged"] and newest["iteration"] == 4 and older["iteration"] == 2
+    assert all(math.isfinite(nats) for _, nats in newest["scores"])
 
 
 def test_losses_go_down_and_reports_are_whole(tmp_path, text):
@@ -242,7 +280,7 @@ def test_patience_counts_over_interrupts(tmp_path, text):
     run(*line, "--save_dir", tmp_path / "parts", "--num_iters", 4)
     arguments = [*map(str, line), "--save_dir", str(tmp_path / "parts"), "--num_iters", "100000"]
     dying = (
-        "import main\nsave = main.save_checkpoint\ndef killed(folder, run):\n    id = save(folder, run)\n"
+        "import main\nsave = main.save_checkpoint\ndef killed(folder, run, interrupts):\n    id = save(folder, run, interrupts)\n"
         "    if run.iteration == 6:\n        main.os.kill(main.os.getpid(), 9)\n    return id\n"
         f"main.save_checkpoint = killed\nmain.sys.exit(main.main({arguments!r}))"
     )
@@ -341,4 +379,4 @@ def test_checkpoint_that_another_process_pruned_while_this_one_waited(tmp_path, 
 
     monkeypatch.setattr(main, "lock_run", late)
     assert main.main([*line, "4"]) == 1
-    assert "went on while this line was starting: type it again\n" in capsys.readouterr().err
+    assert "was trained meanwhile: start the same command again\n" in capsys.readouterr().err
