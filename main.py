@@ -2731,25 +2731,27 @@ def make_model(flags, dataset, checkpoint, origins):
     return model
 
 
-def check_memory(model, flags):
-    """Raises UsageError if the least that training this model takes is more than the memory.
+def check_memory(model, flags, training=True):
+    """Raises UsageError if the least that a model needs to be trained or scored exceeds the memory.
 
-    What it really takes is more; `--benchmark` predicts and measures that.
+    What it really takes is more; `--benchmark` predicts and measures that. MLX itself would crash.
     """
     config = model.config
-    weights = sum(array.size for array in arrays_of(model.parameters()))
-    trained = sum(array.size for array in arrays_of(model.trainable_parameters()))
-    moments = 1 if flags.optimizer == "muon" else 2
     window = config.context_size
-    # Gradient checkpointing keeps the attention scores of one block, not of all.
-    blocks = 1 if flags.checkpoint else config.num_blocks
     floats = {
-        "weights": weights,
-        "gradients and moments": trained * (1 + moments),
-        "hidden states": flags.batch_size * window * config.dim * config.num_blocks,
-        "attention scores": config.num_heads * window**2 * blocks,
-        "tokens": 2 * flags.batch_size * flags.grad_accumulation * window,
+        "weights": sum(array.size for array in arrays_of(model.parameters())),
+        "hidden states": flags.batch_size * window * config.dim,
     }
+    if training or mx.default_device() == mx.cpu:  # a GPU scores a window without them
+        floats["attention scores"] = config.num_heads * window**2
+    if training:
+        trained = sum(array.size for array in arrays_of(model.trainable_parameters()))
+        moments = 1 if flags.optimizer == "muon" else 2
+        floats["gradients and moments"] = trained * (1 + moments)
+        floats["tokens"] = 2 * flags.batch_size * flags.grad_accumulation * window
+        floats["hidden states"] *= config.num_blocks
+        if not flags.checkpoint:  # gradient checkpointing keeps the scores of one block, not of all
+            floats["attention scores"] *= config.num_blocks
     needed = 4 * sum(floats.values())  # bytes
     if mx.default_device() == mx.gpu:
         memory = mx.device_info()["memory_size"]
@@ -2758,8 +2760,8 @@ def check_memory(model, flags):
     if needed > memory:
         largest = max(floats, key=floats.get)
         raise UsageError(
-            f"training needs at least {needed / 2**30:,.1f} GiB of memory, most of it for "
-            f"{largest}, and there are {memory / 2**30:,.1f}: give smaller numbers"
+            f"this needs at least {needed / 2**30:,.1f} GiB of memory, most of it for {largest}, "
+            f"and there are {memory / 2**30:,.1f}: give smaller numbers"
         )
 
 
@@ -2858,6 +2860,7 @@ def score_checkpoint(folder, checkpoint, flags, dataset, ranks):
         raise UsageError(
             f"--eval_stride {flags.eval_stride} would leave tokens out: at most {context_size}"
         )
+    check_memory(model, flags, training=False)
     print(describe(checkpoint), file=sys.stderr)
     # Never entered: there is nothing to save, so Ctrl+C ends this process at once. `evaluate` notes
     # in it a signal that another rank has received.

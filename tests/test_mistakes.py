@@ -51,6 +51,7 @@ def world(tmp_path_factory):
         patch.chdir(world)
         train("--text text.txt --tokenizer word --num_iters 1 --save_dir lm")
         train("--text text.txt --mlp gelu --num_iters 18 --steps_per_save 1 --keep 99 --save_dir lm")
+        train("--text text.txt --num_iters 1 --context_size 64 --dim 512 --save_dir wide")
         for name in ("damaged", "gone", "changed"):
             source = "changed.txt" if name == "changed" else "good.txt"
             train(f"--text {source} --num_iters 1 --save_dir {name}")
@@ -177,7 +178,7 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--valid_text text.txt", "--valid_text", "goes with --text or --identifier"),
     ("--prompt a --identifier latest best", "--identifier takes one name", "--cases and --plot"),
     # Sizes that no machine has
-    *((f"--text text.txt --new_model {sizes}", "training needs at least", what) for sizes, what in (
+    *((f"--text text.txt --new_model {sizes}", "this needs at least", what) for sizes, what in (
         ("--dim 65536", "gradients and moments"),
         ("--num_blocks 4096 --dim 4096", "gradients and moments"),
         ("--context_size 1000000 --valid_text text.txt", "attention scores"),
@@ -185,7 +186,8 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
         ("--grad_accumulation 2147483647", "tokens"),
         ("--init_from BYTE --lora_rank 2147483647", "gradients and moments"),
     )),
-    ("--text text.txt --benchmark --dim 65536", "training needs at least", "gradients and moments"),
+    ("--evaluate valid --batch_size 1048576 --save_dir wide", "this needs at least", "hidden states"),
+    ("--text text.txt --benchmark --dim 65536", "this needs at least", "gradients and moments"),
     # Files to be written that are to be read
     ("--cases cases.yaml --output cases.yaml", "would overwrite what --cases names", "another name"),
     ("--cases cases.yaml --output ./empty/../cases.yaml", "would overwrite what --cases names", "another name"),
