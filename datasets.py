@@ -34,7 +34,9 @@ import numpy as np
 from tqdm import tqdm
 
 # Where checkpoints and corpora go if no RAM disk is found (see usual_folder).
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "transformer-lm"
+CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "transformer-lm")
+if str(CACHE).startswith("~"):  # nobody's home: some containers have a user without one
+    CACHE = Path(".cache", "transformer-lm")
 SPLITS = ("train", "valid", "test")
 END = "<|endoftext|>"  # how a text spells out the end of a document
 
@@ -63,6 +65,20 @@ def explained(text, *errors, kind=UsageError):
     except expected as error:
         reason = " ".join(str(error).split())  # on one line
         raise kind(f"{text} ({reason})") from None
+
+
+def user_path(path):
+    """`path` with the home of a user in the place of a ~ or ~name that it begins with.
+
+    Raises UsageError if no home is known, unless there is a file of just that name.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        raise UsageError(
+            f"{path}: no such user, or one without a home; write the folder out "
+            "(./ goes before a name that begins with ~)"
+        )
+    return expanded
 
 
 def extra(name):
@@ -394,7 +410,7 @@ def fetch(file, folder, mirror=None, say=print):
     part = folder / f"{file.name}.part"
     reasons = []
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".{file.name}.lock", "a") as lock:
+    with open(folder / f".{file.name}.lock", "ab") as lock:
         # Of two processes one downloads, and the other finds the file.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
@@ -476,7 +492,7 @@ def download(address, part, size):
     another attempt would not help. `size` is that of the whole file in bytes.
     """
     if "://" not in address:  # a mirror may be a folder
-        shutil.copyfile(os.path.expanduser(address), part)
+        shutil.copyfile(user_path(address), part)
         return
     import requests  # here, since importing it takes a fifth of a second
 
@@ -1114,7 +1130,7 @@ def open_folder(save_dir, writing):
     Raises UsageError if it cannot be used.
     """
     if save_dir is not None:
-        folder = Path(save_dir).expanduser()
+        folder = Path(user_path(save_dir))
     else:
         folder = usual_folder()
         if writing:
@@ -1179,7 +1195,7 @@ def load_dataset(
     if name == "text":
         own = own_text(given, valid_fraction, say, save_dir)
 
-    with open(cache / ".lock", "a") as lock:
+    with open(cache / ".lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one encodes
         # A warm start ends here: it encodes nothing and reads no text.
         about, is_current = read_about(cache, own)
@@ -1213,7 +1229,7 @@ def absolute_paths(given):
     absolute = {}
     for split, paths in given.items():
         if paths:
-            absolute[split] = [os.path.abspath(os.path.expanduser(path)) for path in paths]
+            absolute[split] = [os.path.abspath(user_path(path)) for path in paths]
     return absolute
 
 
@@ -1248,7 +1264,7 @@ def make_tokenizer(kind, ready, spans, save_dir, vocab_size, mirror, say):
         size, sha256 = FILES["tokenizer.json"]
         file = File("tokenizer.json", size, sha256, GPT2)
         path = fetch(file, save_dir / "gpt2", mirror, say)
-        return BPETokenizer(path.read_text(), kind)
+        return BPETokenizer(path.read_text("utf-8"), kind)
     texts = (text for text, _ in read_documents(spans["train"]))
     return TOKENIZERS[kind].train(texts, vocab_size)
 

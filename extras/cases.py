@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from datasets import explained, utf8
+from datasets import explained, user_path, utf8
 from main import close_files, describe, find_damage, first_ids, load_model
 
 MAX_COLUMNS = 100  # of a printed line
@@ -53,13 +53,13 @@ def read_cases(flags):
 
     needed = "is no YAML list of prompt and expected, like - {prompt: a, expected: b}"
     with explained(f"--cases {flags.cases} {needed}, or --output no file to write"):
-        text = Path(flags.cases).expanduser().read_text("utf-8")
+        text = Path(user_path(flags.cases)).read_text("utf-8")
         # BaseLoader leaves each scalar a text: `yes` is no truth value here, and 1.0 no number.
         entries = yaml.load(text, yaml.BaseLoader)
         cases = [(read_text(entry, "prompt"), read_text(entry, "expected")) for entry in entries]
         if flags.output:
             # Fails now rather than after the work.
-            open(flags.output, "a").close()
+            open(flags.output, "ab").close()
     return cases
 
 

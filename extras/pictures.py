@@ -10,13 +10,12 @@ d head.
 """
 
 import csv
-import os
 import sys
 
 import mlx.core as mx
 import numpy as np
 
-from datasets import UsageError, explained
+from datasets import UsageError, explained, user_path
 from main import LOG_COLUMNS, first_ids
 
 DPI = 150  # dots per inch, fewer where a side of the image would exceed MAX_PIXELS
@@ -59,7 +58,7 @@ def find_logs(folder, names):
         if names and path.stem not in names:
             continue
         # The folder may hold other files of this kind. A damaged byte is no reason to fail.
-        with path.open(errors="replace") as file:
+        with path.open(encoding="utf-8", errors="replace") as file:
             columns = file.readline().strip().split(",")
         # A log may have columns of the user's behind the usual ones.
         if columns[: len(LOG_COLUMNS)] == LOG_COLUMNS:
@@ -69,7 +68,7 @@ def find_logs(folder, names):
 
 def read_log(path):
     """The rows of a log, each a dict from the names of its columns to texts."""
-    with path.open(errors="replace", newline="") as file:
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -143,5 +142,5 @@ def save_figure(figure, path):
     """Writes a matplotlib figure to the file `path`. Raises UsageError if that fails."""
     dpi = min(DPI, MAX_PIXELS / max(figure.get_size_inches()))
     with explained(f"cannot write {path}: name another file"):
-        figure.savefig(os.path.expanduser(path), dpi=dpi)
+        figure.savefig(user_path(path), dpi=dpi)
     print(f"The picture is in {path}", file=sys.stderr)

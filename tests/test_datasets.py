@@ -1,5 +1,6 @@
 """Tokenizers, streams of documents, splits of own text, and the cache of tokens on disk."""
 
+import ast
 import hashlib
 import io
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, start, whole
+from conftest import ROOT, TINY, ids, run, start, whole
 
 import datasets
 from datasets import BPETokenizer, ByteTokenizer, CharTokenizer, UsageError, WordTokenizer
@@ -847,6 +848,118 @@ def test_too_little_text(tmp_path):
     for text in ("a", "ab"):
         with pytest.raises(UsageError, match="validation"):
             datasets.load_dataset("text", tmp_path / "lm", text=write(tmp_path, [text]))
+
+
+# ---- Encodings and homes that are not the usual ones ----------------------------------------------------------------
+
+
+def lacks_encoding(call):
+    """Whether an ast.Call opens a text file in the encoding of the locale."""
+    is_method = isinstance(call.func, ast.Attribute)
+    name = call.func.attr if is_method else getattr(call.func, "id", "")
+    named = {keyword.arg: keyword.value for keyword in call.keywords}
+    if "encoding" in named:
+        return False
+    if name in ("read_text", "write_text") and is_method:
+        return len(call.args) < (1 if name == "read_text" else 2)
+    if name not in ("open", "fdopen") or ast.unparse(call.func) == "os.open":
+        return False
+    places = call.args[0:1] if is_method and name == "open" else call.args[1:2]  # of the mode
+    modes = [node.value for mode in [*places, *filter(None, [named.get("mode")])] for node in ast.walk(mode)
+             if isinstance(node, ast.Constant) and isinstance(node.value, str)]  # fmt: skip
+    return not modes or any("b" not in mode for mode in modes)
+
+
+SOURCES = [ROOT / "main.py", ROOT / "datasets.py", *sorted((ROOT / "extras").glob("*.py"))]
+
+
+def test_every_text_file_is_opened_with_an_encoding():
+    """A locale other than UTF-8 would change what is read, or fail at it."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and lacks_encoding(node):
+                found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    assert not found
+
+
+@pytest.mark.parametrize("line, lacks", [
+    ("open(p)", True), ("open(p, 'a')", True), ("open(p, mode='w')", True), ("os.fdopen(1, 'w')", True),
+    ("p.open()", True), ("p.open('r', errors='replace')", True), ("p.open('ab' if x else 'w')", True),
+    ("p.read_text()", True), ("p.write_text(t)", True), ("p.read_text(errors='replace')", True),
+    ("open(p, 'rb')", False), ("open(p, 'w', encoding='utf-8')", False), ("os.open(p, os.O_RDONLY)", False),
+    ("p.open('ab' if x else 'wb')", False), ("p.read_text('utf-8')", False), ("p.write_text(t, 'utf-8')", False),
+    ("read_text(entry, 'prompt')", False), ("webbrowser.new()", False),
+])  # fmt: skip
+def test_what_opens_a_text_file(line, lacks):
+    assert lacks_encoding(ast.parse(line).body[0].value) == lacks
+
+
+def test_a_locale_other_than_utf8_changes_nothing(tmp_path, bpe):
+    """Neither the tokens nor a tokenizer that is read from a file with other characters than ASCII."""
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "text.txt").write_text("naïve — 漢字 and words\n" * 400, "utf-8")
+    assert not bpe.vocabulary.isascii()
+    (tmp_path / "gpt2" / "tokenizer.json").write_text(bpe.vocabulary, "utf-8")
+    program = """
+import hashlib, json, sys
+from pathlib import Path
+import datasets
+path = Path("gpt2/tokenizer.json")
+datasets.FILES["tokenizer.json"] = (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+for kind in ("word", "gpt2", "word", "gpt2"):
+    dataset = datasets.load_dataset("text", sys.argv[1], ["text.txt"], kind, mirror=".", say=str)
+    print(dataset.sha256, json.dumps(dataset.tokenizer.to_dict()))
+"""
+    # The first is ASCII: Python 3.10 to 3.14 go by the locale where they are not told to read UTF-8.
+    locales = {"ascii": {"PYTHONUTF8": "0", "LC_ALL": "C"}, "utf-8": {"PYTHONUTF8": "1"}}
+    seen = []
+    for name, env in locales.items():
+        options = {"program": (), "env": {"PYTHONPATH": str(ROOT), **env}, "cwd": tmp_path}
+        seen.append(run("-c", program, name, **options)[0])
+    assert seen[0] == seen[1] and seen[0].count("\n") == 4
+
+
+def test_a_user_without_a_home(tmp_path):
+    """As in a container: HOME is not set, and the system knows no user of that number."""
+    program = """
+import os, pwd
+for name in ("HOME", "XDG_CACHE_HOME"):
+    os.environ.pop(name, None)
+def nobody(uid):
+    raise KeyError(uid)
+pwd.getpwuid = nobody
+import datasets
+print(datasets.CACHE)
+"""
+    out, err = run("-c", program, program=(), env={"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
+    assert (out, err) == (".cache/transformer-lm\n", "")
+
+
+def test_paths_of_users(tmp_path, monkeypatch):
+    uses = {path.name: path.read_text("utf-8").count("expanduser(") for path in SOURCES}
+    assert uses.pop("datasets.py") == 2 and not any(uses.values()), "beside user_path and CACHE, which must not fail"
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.chdir(tmp_path)
+    assert datasets.user_path("~/x") == "/home/somebody/x" and datasets.user_path("a/~b") == "a/~b"
+    with pytest.raises(UsageError, match="~no-such-user/x: no such user"):
+        datasets.user_path("~no-such-user/x")
+    (tmp_path / "~no-such-user").mkdir()
+    assert datasets.user_path("~no-such-user") == "~no-such-user", "the name of a file, which a shell leaves as it is"
+
+
+@pytest.mark.parametrize("line", [
+    "--save_dir ~no-such-user/lm", "--text ~no-such-user/a.txt", "--config ~no-such-user/a.yaml",
+    "--save_dir {0} --dataset ptb --mirror ~no-such-user/m", "--save_dir {0} --init_from ~no-such-user/m",
+])  # fmt: skip
+def test_folders_of_unknown_users(tmp_path, line, capsys, monkeypatch):
+    import main
+
+    monkeypatch.chdir(tmp_path)
+    line = line if "--save_dir" in line else line + " --save_dir {0}"
+    assert main.main(line.format(tmp_path / "lm").split()) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "~no-such-user" in err and not list(tmp_path.glob("~*")), err
 
 
 # ---- datasets.py and main.py as programs ----------------------------------------------------------------------------

@@ -219,7 +219,7 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--text text.txt --eval_stride 4", "--eval_stride goes with --evaluate", "give that, too, or neither"),
     ("--benchmark --save_dir changed --text changed.txt", "has changed", "name another --save_dir"),
     ("--mirror nowhere", "nowhere/ptb/ptb.train.txt", "Put it at", 1),
-    ("--mirror ~nobody-here", "~nobody-here/ptb/ptb.train.txt", "--mirror", 1),
+    ("--mirror ~nobody-here", "~nobody-here/ptb/ptb.train.txt: no such user", "write the folder out"),
     ("--text text.txt --tokenizer gpt2 --mirror empty", "empty/gpt2/tokenizer.json", "by hand", 1),
     # Folders and checkpoints
     ("--inference --save_dir empty", "no such checkpoint in empty", "or name its folder with --save_dir"),
