@@ -39,6 +39,7 @@ if str(CACHE).startswith("~"):  # nobody's home: some containers have a user wit
     CACHE = Path(".cache", "transformer-lm")
 SPLITS = ("train", "valid", "test")
 END = "<|endoftext|>"  # how a text spells out the end of a document
+ENDS = [END, "<eos>", "</s>", "<|end_of_text|>"]  # the same in imported tokenizers
 
 
 # ---- Errors -------------------------------------------------------------------------------------
@@ -308,13 +309,15 @@ class BPETokenizer:
 
     unk = None
 
-    def __init__(self, vocabulary, kind="bpe"):
+    def __init__(self, vocabulary, kind="bpe", eos=None):
+        """eos: the token that ends a text; where that is None, or no token, the first of ENDS."""
         self.kind = kind
         self.vocabulary = vocabulary
         self.package = tokenizers_package().Tokenizer.from_str(vocabulary)
         self.vocab_size = self.package.get_vocab_size()
         self.dtype = token_dtype(self.vocab_size)
-        self.eos = self.find_eos()
+        self.eos_token = eos
+        self.eos = self.find_eos([eos or END, *ENDS])
         self.num_special = 0 if self.eos is None else 1
 
     @classmethod
@@ -330,9 +333,9 @@ class BPETokenizer:
         )
         return cls(untrained.to_str())
 
-    def find_eos(self):
-        """The id of the end of a text: END here, other names in imported tokenizers."""
-        for name in (END, "<eos>", "</s>", "<|end_of_text|>"):
+    def find_eos(self, names):
+        """The id of the first of these tokens that the vocabulary has; None if it has none."""
+        for name in names:
             token = self.package.token_to_id(name)
             if token is not None:
                 return token
@@ -356,7 +359,11 @@ class BPETokenizer:
         return []
 
     def to_dict(self):
-        return {"kind": self.kind, "vocabulary": self.vocabulary}
+        data = {"kind": self.kind, "vocabulary": self.vocabulary}
+        # Left out where it says nothing new: checkpoints know their text by a hash of this, too.
+        if self.eos != self.find_eos(ENDS):
+            data["eos"] = self.eos_token
+        return data
 
 
 TOKENIZERS = {
@@ -371,8 +378,8 @@ TOKENIZERS = {
 def tokenizer_from_dict(data):
     """The tokenizer whose `to_dict()` is `data`. Raises KeyError for a kind it does not know."""
     kind = data["kind"]
-    if kind == "gpt2":
-        return BPETokenizer(data["vocabulary"], kind)
+    if TOKENIZERS[kind] is BPETokenizer:
+        return BPETokenizer(data["vocabulary"], kind, data.get("eos"))
     return TOKENIZERS[kind](data.get("vocabulary"))  # that of bytes has no vocabulary
 
 

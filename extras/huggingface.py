@@ -10,14 +10,13 @@ Our weights have the names of their Llama's, so only configuration and tokenizer
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from datasets import UsageError, explained, extra, tokenizer_from_dict
+from datasets import BPETokenizer, UsageError, explained, extra, user_path
 from main import Config, LanguageModel, sha1_of
 
 # Their name for a model with our (mlp, qk_norm); no model of theirs is like ours with GELU.
@@ -77,15 +76,27 @@ def import_model(path):
         model.load_weights(list(weights.items()))
         # MLX loads lazily: only this reads the arrays, and finds out that a file is damaged.
         mx.eval(model.parameters())
-        vocabulary = (path / "tokenizer.json").read_text()
-        tokenizer = tokenizer_from_dict({"kind": "bpe", "vocabulary": vocabulary})
+        vocabulary = (path / "tokenizer.json").read_text("utf-8")
+        tokenizer = BPETokenizer(vocabulary, eos=read_eos(path))
     return model, tokenizer, make_id(files)
 
 
 def read_settings(path):
     """The entries of config.json but for nulls, which mean the same as no entry."""
-    entries = json.loads((path / "config.json").read_text())
+    entries = json.loads((path / "config.json").read_text("utf-8"))
     return {name: value for name, value in entries.items() if value is not None}
+
+
+def read_eos(path):
+    """The token that ends a text, by tokenizer_config.json; None if that does not say it.
+
+    Not by the `eos_token_id` of config.json, which may be a default that nobody meant.
+    """
+    file = path / "tokenizer_config.json"
+    if not file.exists():
+        return None
+    token = json.loads(file.read_text("utf-8")).get("eos_token")
+    return token["content"] if isinstance(token, dict) else token
 
 
 def read_weights(files):
@@ -164,7 +175,7 @@ def export_model(model, tokenizer, folder, bits):
     bits: 4 or 8, which packs the model in place, or None for float32.
     Raises UsageError if Hugging Face has no such model, or if the folder cannot be written.
     """
-    folder = Path(os.path.expanduser(folder))
+    folder = Path(user_path(folder))
     name = find_counterpart(model.config)
     settings = make_settings(model.config, name, tokenizer)
     if bits:
@@ -226,7 +237,7 @@ def make_settings(config, name, tokenizer):
 
 def write_json(path, content):
     """Writes a dict as an indented JSON file."""
-    path.write_text(json.dumps(content, indent=2))
+    path.write_text(json.dumps(content, indent=2), "utf-8")
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------

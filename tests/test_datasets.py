@@ -194,6 +194,41 @@ def test_tokenizers_survive_json(kind, bpe):
         datasets.tokenizer_from_dict({"kind": "later"})
 
 
+def test_the_end_token_that_a_tokenizer_is_told():
+    package = datasets.tokenizers_package()
+    vocabulary = {"<|endoftext|>": 0, "</s>": 1, "<end>": 2, "<eos>": 3}
+    text = package.Tokenizer(package.models.WordLevel(vocabulary)).to_str()
+    plain = {"kind": "bpe", "vocabulary": text}
+    for told, eos in ((None, 0), ("<end>", 2), ("<|endoftext|>", 0), ("missing", 0), ("", 0)):
+        tokenizer = BPETokenizer(text, eos=told)
+        assert tokenizer.eos == eos and tokenizer.num_special == 1
+        data = json.loads(json.dumps(tokenizer.to_dict()))
+        # Nothing new in what earlier versions saved: a run knows its text by a hash of it, too.
+        assert data == (plain | {"eos": "<end>"} if told == "<end>" else plain)
+        assert datasets.tokenizer_from_dict(data).eos == eos
+
+
+def test_an_imported_tokenizer_has_the_end_token_of_its_model(tmp_path):
+    """Even where a text holds the word that is the end token of others."""
+    import main
+
+    from extras.huggingface import export_model, import_model
+
+    tokenizer = WordTokenizer.train(["a b <|endoftext|> </s>\n" * 9])
+    shape = dict(num_blocks=1, dim=16, num_heads=2, num_kv_heads=2, mlp="swiglu", mlp_dim=64)
+    model = main.LanguageModel(main.Config(tokenizer.vocab_size, 8, **shape))
+    export_model(model, tokenizer, tmp_path / "hf", bits=None)
+    for _ in range(2):  # what is exported again is the same
+        _, its, _ = import_model(tmp_path / "hf")
+        assert its.eos == tokenizer.eos and datasets.tokenizer_from_dict(its.to_dict()).eos == tokenizer.eos
+        export_model(model, its, tmp_path / "hf", bits=None)
+    settings = tmp_path / "hf" / "tokenizer_config.json"
+    settings.write_text(json.dumps({"eos_token": {"content": "</s>"}}))  # as older versions of transformers write it
+    assert import_model(tmp_path / "hf")[1].eos == tokenizer.ids["</s>"]
+    settings.unlink()
+    assert import_model(tmp_path / "hf")[1].eos == tokenizer.ids["<|endoftext|>"]
+
+
 def test_ids_do_not_depend_on_the_hash_seed():
     program = """
 import json
