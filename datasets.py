@@ -845,7 +845,10 @@ def own_text(given, valid_fraction, say, save_dir):
     documents = [span for span in splits["train"] if span.stop > 0]  # no empty ones
     if not documents:
         named = ", ".join(map(str, given["train"]))
-        raise UsageError(f"there is no text in {named}: give other files to --text")
+        raise UsageError(
+            f"there is no text in {named}: give other files to --text "
+            "(hidden ones, and those of this program in --save_dir, do not count)"
+        )
     if "valid" in given:
         return splits | {"train": documents}
     return splits | divide(documents, valid_fraction)
@@ -900,24 +903,57 @@ def text_files(paths, say, save_dir):
         for match in map(Path, matches):
             if match.is_dir():
                 found += text_files_below(match, say, save_dir)
-            else:
+            elif match.is_file():
                 found.append(match)  # a file that is named is taken whatever it holds
+            else:
+                # It could be read only once, and a resumed run needs its text again.
+                raise UsageError(
+                    f"{match} is a pipe, a device or a socket: "
+                    "write its text to a file, and name that"
+                )
     return list(dict.fromkeys(found))
 
 
+# What this program writes into a --save_dir, by the path there.
+DOWNLOADED = "|".join(["gpt2", *(name for name in CORPORA if CORPORA[name].addresses)])
+WRITTEN = re.compile(
+    rf"""
+    ( [0-9a-f]{{40}} | ({"|".join(CORPORA)})-[0-9a-f]{{6}} )  # a checkpoint, or the name of a run
+        \. (safetensors|metadata|csv) (\.new)?
+    | \w+ / ({"|".join(TOKENIZERS)})-[0-9a-f]{{12}} / .*  # caches of tokens
+    | ({DOWNLOADED}) / .*
+    """,
+    re.VERBOSE,
+)
+
+
 def text_files_below(folder, say, save_dir):
-    """The files below `folder` that are UTF-8 text, not hidden and not in `save_dir`."""
-    own = save_dir.resolve()  # checkpoints and tokens
+    """The files below `folder` that are UTF-8 text, not hidden and not of this program."""
+    top = folder.resolve()
+    own = save_dir.resolve()
     files = []
     for path in sorted(folder.rglob("*")):
         is_hidden = "/." in f"/{path.relative_to(folder)}"
-        if not is_hidden and path.is_file() and own not in path.resolve().parents:
+        if not is_hidden and path.is_file() and not is_own(path.resolve(), top, own):
             files.append(path)
     texts = [path for path in files if begins_as_text(path)]
     if len(texts) < len(files):
         left_out = len(files) - len(texts)
         say(f"{folder}: {left_out:,} of {len(files):,} files are not UTF-8 text and left out")
     return texts
+
+
+def is_own(path, folder, save_dir):
+    """Whether a file that was found below `folder` is one of this program; all are resolved.
+
+    All files of a `save_dir` somewhere below `folder` are. Where the user names `save_dir` itself,
+    or a folder in it, those are that this program writes there.
+    """
+    if save_dir not in path.parents:
+        return False
+    if folder in save_dir.parents:
+        return True
+    return WRITTEN.fullmatch(path.relative_to(save_dir).as_posix()) is not None
 
 
 def begins_as_text(path):

@@ -10,8 +10,11 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -603,6 +606,61 @@ def test_a_name_that_looks_like_a_pattern(tmp_path):
     path = tmp_path / "a[1].txt"
     path.write_text("text")
     assert datasets.text_files([str(path)], pytest.fail, tmp_path / "lm") == [path]
+
+
+def test_text_and_save_dir_in_one_folder(tmp_path):
+    """The user's files count there, those of the program do not."""
+    names = ["a.txt", "notes.csv", "text-2024.csv", "sub/b.txt", "text/c.txt", "python/d.py", "ptb.txt"]
+    sha1 = "0123456789" * 4
+    own = [f"{sha1}.metadata", f"{sha1}.safetensors", "text-ab12cd.csv", "text-ab12cd.csv.new", "python-000000.metadata.new"]
+    own += ["text/word-0123456789ab/about.json", "text/word-0123456789ab/valid.tokens", "ptb/byte-0123456789ab/about.new"]
+    own += ["ptb/ptb.train.txt", "wikitext2/wiki.train.tokens", "enwik8/enwik8.zip.part", "gpt2/tokenizer.json"]
+    for name in names + own:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+
+    def found(folder, save_dir):
+        paths = datasets.text_files([str(folder)], pytest.fail, save_dir)
+        return sorted(str(path.relative_to(tmp_path)) for path in paths)
+
+    assert found(tmp_path, tmp_path) == sorted(names)
+    assert found(tmp_path / "sub", tmp_path) == ["sub/b.txt"] and found(tmp_path / "text", tmp_path) == ["text/c.txt"]
+    assert found(tmp_path, tmp_path / "text") == sorted([*names[:4], *names[5:], *own[:5], *own[7:]]), "all of it is"
+    assert found(tmp_path, tmp_path / "elsewhere") == sorted(names + own)
+
+
+def test_a_run_beside_its_text(tmp_path, text):
+    import main
+
+    line = ["--text", text.parent, "--save_dir", text.parent, *TINY, "--lr_warmup", 5, "--steps_per_eval", 5]
+    other = [*line[:3], tmp_path.parent / f"{tmp_path.name}-other", *line[4:]]
+    for each, steps in ((other, [20]), (line, [10, 20])):
+        for num_iters in steps:
+            assert main.main([str(argument) for argument in [*each, "--num_iters", num_iters]]) == 0
+    assert ids(other[3])[0] in ids(text.parent)
+
+
+def test_what_is_no_regular_file(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for ever
+    with socket.socket(socket.AF_UNIX) as server:
+        os.chdir(tmp_path)  # a socket's path must be short
+        server.bind("socket")
+        os.chdir(ROOT)
+    assert datasets.text_files([str(tmp_path)], pytest.fail, tmp_path / "lm") == [tmp_path / "a.txt"]
+    for path in (tmp_path / "pipe", tmp_path / "socket", "/dev/null"):
+        with pytest.raises(UsageError, match="is a pipe, a device or a socket: write its text to a file"):
+            datasets.load_dataset("text", tmp_path / "lm", text=[path])
+
+
+def test_text_from_a_pipe(tmp_path):
+    read, write = os.pipe()
+    os.write(write, b"text\n")
+    os.close(write)
+    line = ["--text", f"/dev/fd/{read}", "--save_dir", tmp_path]
+    _, err = run(*line, program=(str(ROOT / "datasets.py"),), pass_fds=[read], status=2)
+    os.close(read)
+    assert err.count("\n") == 1 and "write its text to a file" in err
 
 
 def test_a_folder_without_text(tmp_path):
