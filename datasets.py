@@ -8,6 +8,13 @@ knows nothing of models. In order: errors, what is passed around, tokenizers, do
 the user's own text, encoding, datasets and their cache, the command line.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # All that is kept is kept at any time, so Ctrl+C may end this at once, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import codecs
 import contextlib
@@ -20,7 +27,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import sysconfig
 import tempfile
 import time
@@ -1444,10 +1450,24 @@ def main():
             extra("collect").collect(flags)
         else:
             prepare(flags)
-    except (UsageError, RunError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        sys.stdout.flush()  # a full disk shows here at the latest
+    except (UsageError, RunError, OSError, ImportError) as error:
+        if not isinstance(error, BrokenPipeError):  # whose reader has read enough
+            line = " ".join(str(error).splitlines())
+            if isinstance(error, ImportError):  # a package that one function alone needs
+                line += ": pip install -r requirements.txt"
+            print(f"{parser.prog}: {line}", file=sys.stderr)
+        drop_unwritten()
+        return 2 if isinstance(error, (UsageError, ImportError)) else 1
     return 0
+
+
+def drop_unwritten():
+    """Forgets what stdout cannot take: Python would try once more when it ends, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def prepare(flags):
@@ -1479,4 +1499,8 @@ def prepare(flags):
 if __name__ == "__main__":
     # `import datasets` inside an extra means this module, which runs, and not a second copy of it.
     sys.modules.setdefault("datasets", sys.modules[__name__])
+    # None where they were closed from the start.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    sys.stdout.reconfigure(errors="replace")  # for what the locale's encoding lacks
     sys.exit(main())

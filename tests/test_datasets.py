@@ -1095,6 +1095,89 @@ def test_what_is_prepared_is_used(tmp_path, text):
     assert len([path for path in (tmp_path / "lm" / "text").iterdir() if path.is_dir()]) == 1
 
 
+def test_streams_that_cannot_take_it_all(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("naïve — text\n" * 300, "utf-8")
+    line = ["--text", path, "--save_dir", tmp_path / "lm"]
+
+    def prepared(status, **options):
+        return run(*line, program=(str(ROOT / "datasets.py"),), status=status, **options)
+
+    out, err = prepared(0, env={"PYTHONIOENCODING": "ascii"})
+    assert "na?ve ? text" in out and err == ""
+    read, write = os.pipe()
+    os.close(read)  # a reader that has left
+    assert prepared(1, stdout=write)[1] == ""
+    os.close(write)
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as full:
+            _, err = prepared(1, stdout=full)
+        assert err.count("\n") == 1 and err.startswith("datasets.py: ") and "No space left" in err
+    command = " ".join(map(str, [sys.executable, ROOT / "datasets.py", *line, ">&-", "2>&-"]))
+    assert subprocess.run(["sh", "-c", command]).returncode == 0, "both are closed from the start"
+
+
+class Waiting(BaseHTTPRequestHandler):
+    """Answers one request for a completion; all others wait."""
+
+    def do_GET(self):
+        self.server.is_waited_for.set()
+        self.server.end.wait()
+
+    def do_POST(self):
+        if self.server.answers:
+            self.do_GET()
+            return
+        self.server.answers += 1
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def waiting_server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Waiting)
+    server.is_waited_for, server.end, server.answers = threading.Event(), threading.Event(), 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.end.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("task", ["prepare", "collect"])
+def test_ctrl_c_ends_it_without_a_traceback(tmp_path, waiting_server, task):
+    address = f"http://127.0.0.1:{waiting_server.server_port}"
+    line = ["--dataset", "ptb", "--mirror", address, "--save_dir", tmp_path / "lm"]
+    if task == "collect":
+        (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+        line = ["--distill_from", address, "--teacher_model", "m", "--teacher_prompts", tmp_path / "prompts.txt"]
+        line += ["--output", tmp_path / "out"]
+    process = start(*line, program=(str(ROOT / "datasets.py"),))
+    assert waiting_server.is_waited_for.wait(60)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130) and (out, err) == ("", "")
+    if task == "collect":
+        [line] = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
+        assert json.loads(line)["completion"] == "yes", "what was paid for is kept"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="MLX then compiles nothing")
+@pytest.mark.parametrize("place", ["missing", "text.txt"])
+def test_no_folder_for_temporary_files(tmp_path, text, place):
+    """MLX compiles there."""
+    line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
+    _, err = run(*line, env={"TMPDIR": str(tmp_path / place)}, status=1)
+    assert err.count("\n") == 1 and err.startswith("main.py: ") and "TMPDIR" in err, err
+
+
 KINDS = ["word", "char", "byte", "bpe"]
 SCORE = r"^{} ([\d.]+) nats, perplexity ([\d.]+) a token, ([\d.]+) a word, ([\d.]+) bits per byte"
 
