@@ -132,7 +132,11 @@ def compile_forwarder():
                 new = f"{path}.{os.getpid()}"
                 command = ["cc", "-shared", "-fPIC", "-O3", *options, "-x", "c", "-", "-o", new]
                 subprocess.run(
-                    command, input=BLAS_FORWARDER.encode(), check=True, stderr=subprocess.DEVNULL
+                    command,
+                    input=BLAS_FORWARDER.encode(),
+                    check=True,
+                    stderr=subprocess.DEVNULL,
+                    env={**os.environ, "TMPDIR": str(CACHE)},  # that of the user may be full
                 )
                 os.replace(new, path)  # never half a library, even if two processes compile
             return ctypes.CDLL(
