@@ -729,9 +729,9 @@ def paths(tmp_path):
     return write(tmp_path / "text", [ROWS, ROWS[:1000], ROWS[1000:3000]])
 
 
-def load(tmp_path, paths, kind="word", **options):
+def load(tmp_path, paths, kind="word", say=pytest.fail, **options):
     names = {"text": paths[:1], "valid_text": paths[1:2], "test_text": paths[2:]}
-    return datasets.load_dataset("text", tmp_path / "lm", **names, tokenizer=kind, say=pytest.fail, **options)
+    return datasets.load_dataset("text", tmp_path / "lm", **names, tokenizer=kind, say=say, **options)
 
 
 def forbid(monkeypatch, *names):
@@ -802,26 +802,127 @@ def test_a_run_keeps_the_tokens_that_it_has(tmp_path, paths):
     assert tokens_of(load(tmp_path, paths)) != before and tokens_of(first) == before
 
 
+def overwrite(path, byte):
+    path.write_bytes(bytes([byte]) * path.stat().st_size)
+
+
+def change_about(folder, change):
+    """Changes the dict in about.json and leaves its CRC-32 as it is."""
+    path = folder / "about.json"
+    about = json.loads(path.read_text())
+    change(about)
+    path.write_text(json.dumps(about))
+
+
 DAMAGE = {
     "truncated": lambda folder: os.truncate(folder / "valid.tokens", 10),
     "no tokens": lambda folder: (folder / "train.tokens").unlink(),
     **{
+        f"{split} {byte}": lambda folder, split=split, byte=byte: overwrite(folder / f"{split}.tokens", byte)
+        for split in ("train", "valid", "test")
+        for byte in (0, 255)  # the first word, and an id far beyond the last one
+    },
+    "a bit": lambda folder: os.pwrite(os.open(folder / "test.tokens", os.O_RDWR), b"\x01", 3),
+    **{
         f"about {content}": lambda folder, content=content: (folder / "about.json").write_text(content)
-        for content in (
-            "", "[]", "null", "7", "{}", '{"splits": {}}', '{"splits": 3}', '{"splits": {}, "stamps": {}}',
-            '{"splits": {}, "stamps": {}, "text": ["", []]}', '{"splits": {"train": 1}}',
-        )
+        for content in ("", "null", "7", '"check"', '{"check": 0}', '{"splits": {}, "check": 5}')
     },
     "half an about": lambda folder: os.truncate(folder / "about.json", 100),
     "binary": lambda folder: (folder / "about.json").write_bytes(b"\xff\0"),
+    "another word": lambda folder: change_about(folder, lambda about: about["tokenizer"]["vocabulary"].reverse()),
+    "another sha256": lambda folder: change_about(folder, lambda about: about.update(sha256="0" * 64)),
+    "other counts": lambda folder: change_about(folder, lambda about: about["splits"]["valid"].update(num_bytes=5)),
+    "other CRC-32s": lambda folder: change_about(folder, lambda about: about["crc32"].update(train=5)),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_tokens_are_made_anew(tmp_path, paths, damage):
-    expected = tokens_of(load(tmp_path, paths))
+    first = load(tmp_path, paths)
+    expected = tokens_of(first)
     DAMAGE[damage](cache_of(tmp_path))
+    said = []
+    second = load(tmp_path, paths, say=said.append)
+    assert tokens_of(second) == expected and second.sha256 == first.sha256
+    assert second.tokenizer.to_dict() == first.tokenizer.to_dict() and second.valid.num_bytes == first.valid.num_bytes
+    assert len(said) == 1 and f"{cache_of(tmp_path)} is damaged" in said[0]
     assert tokens_of(load(tmp_path, paths)) == expected
+
+
+def test_flipped_bits_of_about(tmp_path, paths):
+    """Wherever they are, and whether or not it stays JSON."""
+    first = load(tmp_path, paths)
+    expected = tokens_of(first)
+    path = cache_of(tmp_path) / "about.json"
+    content = path.read_bytes()
+    generator = random.Random(1)
+    for _ in range(20):
+        place = generator.randrange(len(content))
+        flipped = content[place] ^ 1 << generator.randrange(8)
+        path.write_bytes(content[:place] + bytes([flipped]) + content[place + 1 :])
+        second = load(tmp_path, paths, say=str)
+        assert tokens_of(second) == expected and second.sha256 == first.sha256
+        assert second.tokenizer.to_dict() == first.tokenizer.to_dict()
+
+
+def test_damaged_tokens_whose_text_is_gone(tmp_path, paths):
+    load(tmp_path, paths)
+    overwrite(cache_of(tmp_path) / "train.tokens", 0)
+    paths[0].unlink()
+    with pytest.raises(UsageError, match="no such file"):
+        load(tmp_path, paths, say=str)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"splits": {}, "stamps": {}}', "as it was written"])
+def test_tokens_of_an_older_version_are_made_anew_without_a_word(tmp_path, paths, content):
+    """It noted no CRC-32s. What checkpoints know of the text stays the same, or no run could be resumed."""
+    first = load(tmp_path, paths)
+    expected = tokens_of(first)
+    path = cache_of(tmp_path) / "about.json"
+    if content == "as it was written":
+        about = json.loads(path.read_text())
+        old = {name: about[name] for name in ("splits", "tokenizer", "sha256", "text")}
+        old["stamps"] = {path: known[:2] for path, known in about["stamps"].items()}
+        content = json.dumps(old)
+    path.write_text(content)
+    overwrite(cache_of(tmp_path) / "train.tokens", 0)
+    second = load(tmp_path, paths)
+    assert tokens_of(second) == expected and second.sha256 == first.sha256
+
+
+def test_large_tokens_are_verified_where_they_have_changed(tmp_path, paths, monkeypatch):
+    monkeypatch.setattr(datasets, "ALWAYS_VERIFIED", 0)
+    expected = tokens_of(load(tmp_path, paths))
+    path = cache_of(tmp_path) / "train.tokens"
+
+    def verify_nothing():
+        with monkeypatch.context() as patch:
+            forbid(patch, "crc32_of", "write_tokens")
+            assert tokens_of(load(tmp_path, paths)) == expected
+
+    verify_nothing()
+    os.utime(path, (1, 1))
+    assert tokens_of(load(tmp_path, paths)) == expected
+    verify_nothing()  # what was found is noted
+    known = path.stat()
+    other = path.with_name("other")
+    other.write_bytes(bytes(known.st_size))
+    os.utime(other, ns=(known.st_atime_ns, known.st_mtime_ns))
+    other.replace(path)  # of the same size and time
+    said = []
+    assert tokens_of(load(tmp_path, paths, say=said.append)) == expected and len(said) == 1
+    verify_nothing()
+
+
+def test_tokens_are_on_the_disk_before_they_count(tmp_path, paths, monkeypatch):
+    seen = []
+    sync = datasets.sync
+    replace = Path.replace
+    monkeypatch.setattr(datasets, "sync", lambda path: (seen.append(path.name), sync(path)))
+    monkeypatch.setattr(Path, "replace", lambda path, new: (seen.append(f"-> {new.name}"), replace(path, new))[1])
+    load(tmp_path, paths)
+    folder = cache_of(tmp_path).name
+    assert seen == ["train.tokens", "valid.tokens", "test.tokens", "about.new", "-> about.json", folder]
 
 
 PROGRAM = """

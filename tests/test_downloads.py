@@ -364,6 +364,14 @@ def test_only_the_named_members_are_extracted(tmp_path):
     assert sorted(written) == [folder / "c.zip", *paths]
 
 
+def test_a_member_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "c.zip").write_bytes(zipped({"deep/x.txt": b"x"}))
+    seen = []
+    monkeypatch.setattr(datasets, "sync", lambda path: seen.append((path.read_bytes(), (tmp_path / "x.txt").exists())))
+    datasets.extract(tmp_path / "c.zip", "deep/x.txt", tmp_path)
+    assert seen == [(b"x", False)]
+
+
 @pytest.mark.parametrize("content", [zipped({"x.txt": b"x", "../y.txt": b"y"}), b"PK no archive"])
 def test_archive_that_lacks_a_member(tmp_path, content):
     (tmp_path / "c.zip").write_bytes(content)
