@@ -51,7 +51,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets import CORPORA, TOKENIZERS, Dataset, RunError, UsageError
-from datasets import explained, extra, load_dataset, open_folder, tokenizer_from_dict
+from datasets import explained, extra, load_dataset, open_folder, tokenizer_from_dict, user_path
 
 HERE = Path(__file__).resolve().parent
 fast = None
@@ -1216,7 +1216,8 @@ class Lasting:
     lost = None  # the OSError of text that could not be written, though there was a reader
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # None: closed at the start
+        # None: closed from the start.
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
         self.stream.reconfigure(errors="replace")
 
     def __getattr__(self, name):
@@ -2453,7 +2454,7 @@ def read_config(path, typed):
 
     with explained(f"--config {path} must be a YAML file of flags like dim: 8"):
         settings = {}
-        for name, value in yaml.safe_load(Path(path).expanduser().read_text("utf-8")).items():
+        for name, value in yaml.safe_load(Path(user_path(path)).read_text("utf-8")).items():
             if name in FLAGS and isinstance(value, dict):
                 settings |= value  # a group
             elif name in FLAGS and value is None:
@@ -2512,7 +2513,7 @@ def resolve(flags):
 
 def absolute(path):
     """A path as a checkpoint keeps it: valid in any working folder."""
-    return os.path.abspath(os.path.expanduser(path))
+    return os.path.abspath(user_path(path))
 
 
 def choose_checkpoint(folder, flags, typed, needed):
@@ -3017,10 +3018,23 @@ def main(argv=None):
             line += ": pip install -r requirements.txt"
         print(f"main.py: {line}", file=sys.stderr)
         return 2 if isinstance(error, (UsageError, ImportError)) else 1
+    except RuntimeError as error:
+        # For a CPU, MLX compiles in the folder for temporary files.
+        if not re.match(r"\[Compile|filesystem error", str(error)):
+            raise  # a mistake in this program
+        _, _, output = str(error).rpartition("the output is: ")  # of the compiler, if it ran
+        reason = " ".join(output.splitlines()[-2:])
+        print(
+            "main.py: MLX cannot compile in the folder for temporary files: "
+            f"name one with room by TMPDIR=FOLDER ({reason})",
+            file=sys.stderr,
+        )
+        return 1
 
 
 if __name__ == "__main__":
-    sys.stdin = sys.stdin or open(os.devnull)  # None where it was closed from the start
+    # None where it was closed from the start.
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
     sys.stdout = Lasting(sys.stdout)  # not in main(), which tests call with their own
     sys.stderr = Lasting(sys.stderr)
     sys.exit(main())
