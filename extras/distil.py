@@ -39,15 +39,21 @@ def distilled_loss_and_gradients(
     """The loss and its gradients by hidden [N, D] and head [V, D], see stored_gradients.
 
     targets, weights: [N]; states: the teacher's hidden states [N, D']; their_head: its matrix [V',
-    D'], whose rows beyond V are padding.
+    D']. Where V and V' differ, the larger vocabulary is padded: rows of the teacher beyond V are
+    ignored, and to ids of the student beyond V' it gives no probability.
     """
+    padding = max(0, len(head) - len(their_head))
 
     def loss_of_chunk(logits, targets, text_weights, rows):
         loss, powers, scale = cross_entropy_of_chunk(logits, targets, text_weights, rows)
-        their_logits = (states[rows] @ their_head.T)[:, : len(head)].astype(mx.float32)  # [n, V]
+        their_logits = (states[rows] @ their_head.T)[:, : len(head)].astype(mx.float32)
         log_wanted = log_softmax(their_logits / temperature)
         log_given = log_softmax(logits / temperature)
         wanted = exp(log_wanted)
+        if padding:
+            wanted = mx.pad(wanted, [(0, 0), (0, padding)])
+            # Any finite number: it is multiplied by the probability, 0.
+            log_wanted = mx.pad(log_wanted, [(0, 0), (0, padding)])
         given = exp(log_given)
         pull = share * temperature * weights[rows, None]  # [n, 1]
         divergence = (pull * wanted * (log_wanted - log_given)).sum()

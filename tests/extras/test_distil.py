@@ -5,8 +5,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, flags, ids, run
+from datasets import ByteTokenizer
+from test_huggingface import make_model
 
 from extras.distil import distilled_loss_and_gradients, make_loss
+from extras.huggingface import export_model
 
 
 def logits_of(model, tokens):
@@ -73,6 +76,52 @@ def test_gradients_of_distillation(rows, vocab_size):
         np.testing.assert_allclose(
             np.array(a), np.array(b), rtol=0, atol=2e-4 * np.abs(np.array(b)).max()
         )
+
+
+@pytest.mark.parametrize("rows, theirs, ours", [(6, 31, 40), (300, 39990, 40000)])
+def test_a_student_with_a_padded_vocabulary(rows, theirs, ours):
+    """The teacher gives the padding no probability: the plain formula by automatic differentiation."""
+    random = np.random.default_rng(0)
+    shapes = (rows, 8), (ours, 8), (rows, 5), (theirs, 5)
+    arrays = [mx.array(random.normal(size=shape).astype(np.float32)) for shape in shapes]
+    hidden, head, states, their_head = arrays
+    targets = mx.array(random.integers(theirs, size=rows))
+    weights = mx.array(random.random(rows).astype(np.float32))
+
+    def plain(hidden, head, share=0.3, T=1.7):
+        log_p = mx.log(mx.softmax(states @ their_head.T / T, axis=-1))
+        logits = hidden @ head.T
+        log_q = logits / T - mx.logsumexp(logits / T, axis=-1, keepdims=True)
+        divergence = (mx.exp(log_p) * (log_p - log_q[:, :theirs])).sum(-1)
+        nats = -mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        nats = nats + mx.logsumexp(logits, axis=-1)
+        return (weights * ((1 - share) * nats + share * T * T * divergence)).sum()
+
+    def distilled(hidden, head):
+        teachers = states, their_head, mx.array(0.3), mx.array(1.7)
+        return distilled_loss_and_gradients(hidden, head, targets, weights, *teachers)[0]
+
+    expected, gradients = mx.value_and_grad(plain, argnums=(0, 1))(hidden, head)
+    loss, mine = mx.value_and_grad(distilled, argnums=(0, 1))(hidden, head)
+    assert abs(loss.item() / expected.item() - 1) < 1e-3  # sums of 40,000 in float32
+    for a, b in zip(mine, gradients):
+        largest = np.abs(np.array(b)).max()
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=0, atol=2e-4 * largest)
+    # The padding alone: there the gradient is that of the student's own probability.
+    a, b = np.array(mine[1])[theirs:], np.array(gradients[1])[theirs:]
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * np.abs(b).max())
+
+
+def test_a_padded_student_of_a_teacher_with_the_same_tokenizer(tmp_path, text):
+    """The student begins with a Hugging Face folder of 320 rows; the tokenizer has 257 ids."""
+    for name, vocab_size in (("student", 320), ("teacher", 257)):
+        model = make_model(vocab_size, seed=vocab_size)
+        export_model(model, ByteTokenizer(), tmp_path / name, None)
+    line = ["--init_from", tmp_path / "student", "--teacher", tmp_path / "teacher"]
+    line += ["--text", text, "--batch_size", 4, "--num_iters", 2, "--max_tokens", 2]
+    run(*line, "--save_dir", tmp_path / "lm")
+    [record] = main.list_checkpoints(tmp_path / "lm")
+    assert record["iteration"] == 2 and record["config"]["vocab_size"] == 320
 
 
 def test_a_student_ends_nearer_to_its_teacher(base, text):
