@@ -4,13 +4,15 @@
     python main.py --plot losses.png --identifier NAME     the losses of this run (or of several)
     python main.py --attention heads.png --prompt "TEXT"   what each head looks at in a prompt
 
-Both need matplotlib; the ending of the file's name decides its format (png, pdf, svg).
+Both need matplotlib; the ending of the file's name decides its format (png, pdf, svg), and
+png is appended to a name that has none.
 Dimension letters are those of main.py: D model, H query heads, K key/value heads, L positions,
 d head.
 """
 
-import csv
+import math
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -57,6 +59,8 @@ def find_logs(folder, names):
     for path in sorted(folder.glob("*.csv")):
         if names and path.stem not in names:
             continue
+        if not path.is_file():
+            continue
         # The folder may hold other files of this kind. A damaged byte is no reason to fail.
         with path.open(encoding="utf-8", errors="replace") as file:
             columns = file.readline().strip().split(",")
@@ -67,18 +71,36 @@ def find_logs(folder, names):
 
 
 def read_log(path):
-    """The rows of a log, each a dict from the names of its columns to texts."""
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        return list(csv.DictReader(file))
+    """The rows of a log, each a dict from LOG_COLUMNS to texts.
+
+    Not by the module csv, to which one stray quote makes a single row of all that follows. A row
+    that was cut off has no line end, or lacks columns.
+    """
+    rows = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        next(file)  # the header
+        for line in file:
+            texts = line.rstrip("\n").split(",")
+            if line.endswith("\n") and len(texts) >= len(LOG_COLUMNS):
+                rows.append(dict(zip(LOG_COLUMNS, texts)))
+    return rows
 
 
 def columns_of(rows, split):
-    """Iterations, seconds of training and losses (nats per token) of a split, as floats [3, N]."""
+    """Iterations, seconds of training and losses (nats per token) of a split, as floats [3, N].
+
+    Rows in which one of these is no finite number are skipped.
+    """
     values = []
     for row in rows:
-        # A killed process may have left an incomplete line, in which the seconds are missing.
-        if row["split"] == split and row["seconds"]:
-            values.append([row["iteration"], row["seconds"], row["loss"]])
+        if row["split"] != split:
+            continue
+        try:
+            numbers = [float(row[name]) for name in ("iteration", "seconds", "loss")]
+        except ValueError:  # a damaged row
+            continue
+        if all(map(math.isfinite, numbers)):
+            values.append(numbers)
     # The shape of no values at all would be [0].
     return np.array(values, float).reshape(-1, 3).T
 
@@ -139,8 +161,15 @@ def make_figure(width, height):
 
 
 def save_figure(figure, path):
-    """Writes a matplotlib figure to the file `path`. Raises UsageError if that fails."""
+    """Writes a matplotlib figure to the file `path`, or `path`.png if that has no ending.
+
+    Raises UsageError if that fails.
+    """
     dpi = min(DPI, MAX_PIXELS / max(figure.get_size_inches()))
     with explained(f"cannot write {path}: name another file"):
-        figure.savefig(user_path(path), dpi=dpi)
+        path = Path(user_path(path))
+        if not path.suffix:
+            # As matplotlib would do, which does not say so.
+            path = path.with_name(f"{path.name}.png")
+        figure.savefig(path, dpi=dpi)
     print(f"The picture is in {path}", file=sys.stderr)

@@ -58,7 +58,9 @@ def test_losses(trained, figures, count):
             assert line.get_xydata().tolist() == points
 
 
-@pytest.mark.parametrize("cut", ["20,tr", "20,train", "20,train,0.5,", "20,train,0.5,,,,,,,"])
+@pytest.mark.parametrize("cut", [
+    "20,tr", "20,train", "20,train,0.5,", "20,train,0.5,,,,,,,", "20,train,0.5,,,,,,,6",
+])  # fmt: skip
 def test_a_log_whose_last_line_was_cut_off(tmp_path, figures, cut):
     header = ",".join(main.LOG_COLUMNS)
     (tmp_path / "run.csv").write_text(f"{header}\n10,train,1.5,,,,,,,60\n{cut}")
@@ -67,6 +69,22 @@ def test_a_log_whose_last_line_was_cut_off(tmp_path, figures, cut):
     by_iteration, by_minute = figures[0].axes
     assert [line.get_xydata().tolist() for line in by_iteration.lines] == [[[10, 1.5]], []]
     assert [line.get_xydata().tolist() for line in by_minute.lines] == [[[1, 1.5]], []]
+
+
+@pytest.mark.parametrize("row", [
+    "20,train,,,,,,,,60", "twenty,train,1.5,,,,,,,60", "20,train,1.5,,,,,,,soon",
+    "20,train,nan,,,,,,,60", "20,train,inf,,,,,,,60", "20,train,-inf,,,,,,,60", "20,train,1.5,,,,,,,nan",
+    "20,train,", "20", "", '"20,train,1.5,,,,,,,60', "\0\0\0,,", "x" * 200_000,
+])  # fmt: skip
+def test_damaged_rows_are_skipped(tmp_path, row):
+    header = ",".join(main.LOG_COLUMNS)
+    path = tmp_path / "run.csv"
+    path.write_text(f"{header}\n10,train,1.5,,,,,,,60\n{row}\n30,train,1.25,,,,,,,180\n")
+    (tmp_path / "folder.csv").mkdir()
+    pictures.plot_runs(tmp_path, [], tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    columns = pictures.columns_of(pictures.read_log(path), "train")
+    assert columns.tolist() == [[10, 30], [60, 180], [1.5, 1.25]]
 
 
 def test_a_log_with_a_column_of_ones_own(tmp_path, figures):
@@ -138,6 +156,11 @@ def test_attention(figures):
     weights = pictures.attention_weights(model, list(b"a fox"))
     for axis, expected in zip(axes, weights.reshape(4, 5, 5)):
         np.testing.assert_array_equal(axis.images[0].get_array(), expected)
+
+
+def test_a_name_without_an_ending(trained, tmp_path):
+    _, err = run("--plot", tmp_path / "x", "--save_dir", trained)
+    assert f"is in {tmp_path / 'x.png'}\n" in err and (tmp_path / "x.png").exists()
 
 
 # ---- Mistakes -----------------------------------------------------------------------------------
