@@ -5,6 +5,7 @@ The answers to a list of prompts are kept as they come, so an interrupted collec
 it stopped, and no answer is paid for twice.
 """
 
+import fcntl
 import json
 import os
 import time
@@ -14,6 +15,9 @@ from typing import NamedTuple
 from datasets import RunError, UsageError, explained, utf8
 
 PAUSES = (1, 2, 4, 8, 16, 32, 60)  # seconds between the attempts for one prompt
+# The files of --output.
+ANSWERS = "answers.jsonl"
+CORPUS = "corpus.txt"
 # Statuses below 500 that another attempt may turn into an answer: timeouts, conflicts, limits.
 TEMPORARY = (408, 409, 425, 429)
 
@@ -25,6 +29,12 @@ def collect(flags):
         text = Path(flags.teacher_prompts).read_text("utf-8")
     prompts = text.removesuffix("\n").split("\n")  # splitlines would cut at \f, too
     folder = Path(flags.output)
+    for path in (folder / ANSWERS, folder / CORPUS):
+        if path.exists() and path.samefile(flags.teacher_prompts):
+            raise UsageError(
+                f"--teacher_prompts {flags.teacher_prompts} is a file that --output {folder} "
+                "writes: name another --output"
+            )
     distill(flags.distill_from, flags.teacher_model, prompts, folder, flags.max_requests)
 
 
@@ -36,11 +46,13 @@ def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
     are made; the next call resumes. The key is read from TEACHER_API_KEY and written nowhere.
     timeout: seconds without a byte from the server.
 
-    Raises UsageError if answers.jsonl holds other lines, RunError if the server does not answer.
+    Raises UsageError if the address or the key cannot be used, or answers.jsonl holds other lines
+    or is written by another process; RunError if one of its lines is damaged, or if the server
+    does not answer.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "answers.jsonl"
     teacher = Teacher(url, model, most, timeout, say)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ANSWERS
     heads = [{"prompt": prompt, "model": model} for prompt in prompts]
     out, lines = append_lines(path, heads)
     with out:
@@ -50,8 +62,8 @@ def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
             out.write(line + b"\n")
             out.flush()  # an answer that was paid for is not lost
             lines.append(line)
-    corpus = folder / "corpus.txt"
-    write_corpus(lines, corpus)
+        corpus = folder / CORPUS
+        write_corpus(lines, corpus)
     say(f"{len(lines):,} answers are in {path}; train on them with --text {corpus}")
 
 
@@ -61,29 +73,83 @@ def write_corpus(lines, path):
     for line in lines:
         answer = json.loads(line)
         texts.append(f"{answer['prompt']}\n{answer['completion']}\n")
-    path.write_text("".join(texts), "utf-8")
+    write_whole(path, utf8("".join(texts)))
+
+
+def write_whole(path, text):
+    """Writes a UTF-8 file; where a full disk or a kill prevents it, an old one stays as it was.
+
+    What is no regular file, like /dev/stdout or a pipe, is written directly. Raises RunError.
+    """
+    with explained(f"cannot write {path}", OSError, kind=RunError):
+        if os.path.exists(path) and not os.path.isfile(path):
+            Path(path).write_text(text, "utf-8")
+            return
+        target = os.path.realpath(path)  # a link stays one
+        new = Path(f"{target}.new")
+        try:
+            with open(new, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()  # out of Python's buffer
+                os.fsync(file.fileno())  # and out of the system's, before the old file is replaced
+            os.replace(new, target)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
 
 
 def append_lines(path, heads):
     """Opens a file of JSON lines to append to it: (file, the whole lines that it holds, as bytes).
 
     `heads` are the dicts that the lines have to begin with, in order, those still to be written
-    included. A last line that a kill cut off is removed. Raises UsageError, and leaves the file as
-    it is, if it holds anything else.
+    included; "completion" follows in each line. A last line that a kill cut off is removed. The
+    file is locked until it is closed, or its process ends.
+
+    Raises UsageError if it is no regular file, holds other lines or is locked by another process,
+    RunError if a line is damaged; the file stays as it is.
     """
     heads = [json.dumps(head, ensure_ascii=False).encode() for head in heads]
-    heads = [head.removesuffix(b"}") for head in heads]  # a line goes on after its head
+    # With the name that follows: `"max_tokens": 20` alone would be the beginning of 200, too.
+    heads = [head.removesuffix(b"}") + b', "completion": ' for head in heads]
     out = open(path, "a+b")
-    out.seek(0)
-    *lines, cut_off = out.read().split(b"\n")
-    if not are_ours(lines, cut_off, heads):
+    try:
+        if not os.path.isfile(path):  # reading a device might never end
+            raise UsageError(f"{path} is no regular file: name another --output")
+        lock_file(out, path)
+        out.seek(0)  # not before it is locked: what another process appends now would be missed
+        *lines, cut_off = out.read().split(b"\n")
+        if not are_ours(lines, cut_off, heads):
+            raise UsageError(
+                f"{path} holds other things than this command's answers (other prompts, another "
+                "model or other sampling flags): name another --output"
+            )
+        check_lines(path, lines)
+        out.truncate(out.tell() - len(cut_off))
+    except Exception:
         out.close()
-        raise UsageError(
-            f"{path} holds other things than this model's answers to these prompts: "
-            "name another --output"
-        )
-    out.truncate(out.tell() - len(cut_off))
+        raise
     return out, lines
+
+
+def lock_file(file, path):
+    """Locks an open file. Raises UsageError if another process has locked it."""
+    try:
+        # NB: raises BlockingIOError instead of waiting.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(
+            f"{path} is being written by another process: wait for it, or name another --output"
+        ) from None
+
+
+def check_lines(path, lines):
+    """Raises RunError if one of a file's lines is no JSON with a completion."""
+    for i, line in enumerate(lines, 1):
+        fault = f"line {i:,} of {path} is damaged: mend it, or delete it and all that follow"
+        with explained(fault, ValueError, RecursionError, kind=RunError):
+            answer = json.loads(line.decode())
+            if not isinstance(answer["completion"], str):
+                raise ValueError("its completion is no text")
 
 
 def are_ours(lines, cut_off, heads):
@@ -111,16 +177,39 @@ class Reply(NamedTuple):
 
 
 class Teacher:
-    """A model at a server, and how many requests it has been sent."""
+    """A model at a server, and how many requests it has been sent.
+
+    Raises UsageError if no request can be made of the address and the key.
+    """
 
     def __init__(self, url, model, most, timeout, say):
         self.url = url
+        self.address = f"{url.rstrip('/')}/chat/completions"
         self.model = model
         self.most = most
         self.timeout = timeout
         self.say = say
         self.sent = 0
         self.key = os.environ.get("TEACHER_API_KEY", "")
+        self.check()
+
+    def check(self):
+        """Raises UsageError if no request can be made of the address and the key."""
+        import requests
+
+        # requests takes `localhost:8000` for a scheme of its own.
+        if not self.url.lower().startswith(("http://", "https://")):
+            raise UsageError(
+                f"--distill_from {self.url}: give the address with http:// or https://"
+            )
+        with explained(f"--distill_from {self.url} is no address: check it", ValueError):
+            requests.Request("POST", self.address).prepare()
+        if not (self.key.isascii() and self.key.isprintable()):
+            # Without the key, which is written nowhere.
+            raise UsageError(
+                "TEACHER_API_KEY holds a line end or another character that no header can hold: "
+                "set it to the key alone"
+            )
 
     def answer(self, prompt, num_answered):
         """The answer to a prompt, in as many attempts as it takes and PAUSES allow.
@@ -150,22 +239,29 @@ class Teacher:
         """Sends a prompt once and returns the Reply."""
         import requests
 
-        address = f"{self.url.rstrip('/')}/chat/completions"
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
         headers = {}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
+        try:
+            response = requests.post(self.address, json=body, headers=headers, timeout=self.timeout)
+        except (requests.RequestException, ValueError) as error:
+            reason = self.masked(f"{type(error).__name__}: {error}")
+            # An address, here or of a redirect, or a header that is none stays what it is.
+            is_final = isinstance(error, (ValueError, requests.TooManyRedirects))
+            return Reply(None, reason, is_temporary=not is_final)
         wait = 0
         try:
-            response = requests.post(address, json=body, headers=headers, timeout=self.timeout)
             wait = seconds_asked_for(response)
             status = response.status_code
             if status == 200:
                 content = response.json()["choices"][0]["message"]["content"] or ""
+                if not isinstance(content, str):
+                    raise TypeError("its content is no text")
                 return Reply(utf8(content))  # a limit of tokens may have cut a character in two
             reason = self.masked(f"status {status}: {response.text}")
             return Reply(None, reason, status >= 500 or status in TEMPORARY, wait)
-        except (requests.RequestException, ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             reason = self.masked(f"{type(error).__name__}: {error}")
             return Reply(None, reason, wait=wait)
 

@@ -3,8 +3,10 @@
 The server is a real one on the loopback address, and it fails, stalls and limits.
 """
 
+import fcntl
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -54,6 +56,10 @@ class Server:
                         data = b'{"choices": []}'
                     elif what == "nothing":
                         data = b'{"choices": [{"message": {"content": null}}]}'
+                    elif what == "parts":  # of a content, as some servers divide it
+                        data = b'{"choices": [{"message": {"content": [{"text": "a"}]}}]}'
+                    elif what == "deep":
+                        data = b"[" * 100_000
                     elif what == "half":  # of an emoji, which the model's token limit has cut
                         data = b'{"choices": [{"message": {"content": "smile \\ud83d"}}]}'
                     elif what == "key":  # where a message cut too early would keep its beginning
@@ -131,12 +137,12 @@ def test_failures_are_tried_again(tmp_path, pauses):
     script = [
         (500, {}), "ok",
         (429, {"Retry-After": "7"}), (429, {"Retry-After": "0.5"}), "cut", "ok",
-        "nonsense", "no choice",
+        "nonsense", "no choice", "parts", "deep",
     ]  # fmt: skip
     with Server(script) as server:
         said = distill(server, tmp_path)
-    assert [line["prompt"] for line in lines(tmp_path)] == PROMPTS and len(server.asked) == 4 + 6
-    expected = [1, 7, 2, 4, 1, 2]
+    assert [line["prompt"] for line in lines(tmp_path)] == PROMPTS and len(server.asked) == 4 + 8
+    expected = [1, 7, 2, 4, 1, 2, 4, 8]
     assert pauses == expected, "backing off for each prompt anew, and as long as the server asks"
     assert "status 500" in said[0] and KEY not in " ".join(said), "even if the server repeats it"
 
@@ -149,6 +155,9 @@ def test_a_server_that_stalls(tmp_path, pauses):
 
 @pytest.mark.parametrize("script, asked", [
     ([(401, {})], 1), ([(400, {})], 1), ([(503, {})] * 8, 8),
+    ([(307, {"Location": "ftp://elsewhere"})], 1),
+    ([(307, {"Location": "http://localhost:99999/"})], 1),
+    ([(307, {"Location": "http://a..b/"})], 1),
 ])  # fmt: skip
 def test_failures_that_end_it(tmp_path, pauses, script, asked):
     with Server(["ok", *script]) as server:
@@ -159,6 +168,33 @@ def test_failures_that_end_it(tmp_path, pauses, script, asked):
         distill(server, tmp_path)
         assert len(server.asked) == 1 + asked + 3, "what was answered is not asked again"
     assert [line["prompt"] for line in lines(tmp_path)] == PROMPTS
+
+
+@pytest.mark.parametrize("url, words", [
+    ("localhost:8000/v1", "give the address with http:// or https://"),
+    ("127.0.0.1:8000/v1", "give the address with http:// or https://"),
+    ("ftp://localhost/v1", "give the address with http:// or https://"),
+    ("", "give the address with http:// or https://"),
+    ("http://", "is no address"),
+    ("http://localhost:port/v1", "is no address"),
+    ("http://local host/v1", "is no address"),
+])  # fmt: skip
+def test_what_is_no_address(tmp_path, pauses, url, words):
+    folder = tmp_path / "out"
+    with pytest.raises(UsageError, match=words):
+        extras.collect.distill(url, "gpt", PROMPTS, folder)
+    assert not pauses and not folder.exists()
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\r\nHost: x", f"{KEY}ü", f"{KEY}\x00"])
+def test_a_key_that_no_header_can_hold(tmp_path, pauses, monkeypatch, key):
+    if "\0" in key:  # which no environment can hold, either
+        monkeypatch.setattr(os, "environ", {"TEACHER_API_KEY": key})
+    else:
+        monkeypatch.setenv("TEACHER_API_KEY", key)
+    with Server() as server, pytest.raises(UsageError, match="TEACHER_API_KEY") as error:
+        distill(server, tmp_path)
+    assert KEY not in str(error.value) and not server.asked and not pauses
 
 
 @pytest.mark.parametrize("count", [
@@ -199,6 +235,116 @@ def test_a_file_with_more_than_these_prompts_is_left_alone(tmp_path, pauses, mor
         with pytest.raises(UsageError, match="name another --output"):
             distill(server, tmp_path)
     assert path.read_bytes() == content and len(server.asked) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda line: line[:-5],
+    lambda line: line + b"}",
+    lambda line: line.replace(b"echo", b"\xff\xfe"),
+    lambda line: line.replace(b"echo", b"\x00"),
+    lambda line: line.partition(b"echo")[0] + b"[" * 100_000,
+    lambda line: line.replace(b'"echo tell me"', b"5"),
+])  # fmt: skip
+def test_a_damaged_line(tmp_path, pauses, damage):
+    path = tmp_path / "answers.jsonl"
+    with Server() as server:
+        distill(server, tmp_path)
+        corpus = (tmp_path / "corpus.txt").read_bytes()
+        first, *others = path.read_bytes().split(b"\n")
+        content = b"\n".join([damage(first), *others[:1], b""])
+        path.write_bytes(content)
+        with pytest.raises(RunError, match=f"line 1 of {path} is damaged") as error:
+            distill(server, tmp_path)
+        assert "\n" not in str(error.value) and len(server.asked) == len(PROMPTS)
+    assert path.read_bytes() == content and (tmp_path / "corpus.txt").read_bytes() == corpus
+
+
+def test_half_a_character_in_the_file(tmp_path, pauses):
+    """Escaped, as another program may have written it: no UTF-8 file can hold it."""
+    head = json.dumps({"prompt": "a", "model": "gpt"}).removesuffix("}")
+    (tmp_path / "answers.jsonl").write_text(head + ', "completion": "\\ud83d"}\n')
+    with Server() as server:
+        distill(server, tmp_path, ["a"])
+    assert (tmp_path / "corpus.txt").read_text() == "a\n\ufffd\n"
+
+
+def test_another_process_is_collecting(tmp_path, pauses):
+    """The lock holds until the corpus is written, and ends with its holder."""
+    path = tmp_path / "answers.jsonl"
+    with Server() as server:
+        with open(path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with pytest.raises(UsageError, match=f"{path} is being written by another process"):
+                distill(server, tmp_path)
+            assert not server.asked
+        distill(server, tmp_path)
+    assert [line["prompt"] for line in lines(tmp_path)] == PROMPTS
+
+
+def test_the_lock_is_held_while_answers_come(tmp_path, pauses, monkeypatch):
+    write_corpus = extras.collect.write_corpus
+    refused = []
+
+    def collect_too(*arguments):
+        with pytest.raises(UsageError, match="another process") as error:
+            distill(server, tmp_path)
+        refused.append(error)
+        write_corpus(*arguments)
+
+    monkeypatch.setattr(extras.collect, "write_corpus", collect_too)
+    with Server() as server:
+        distill(server, tmp_path)
+    assert len(refused) == 1 and len(lines(tmp_path)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["corpus.txt", "answers.jsonl", "link"])
+def test_prompts_that_the_output_would_replace(tmp_path, name):
+    (tmp_path / "out").mkdir()
+    source = tmp_path / "out" / name
+    if name == "link":
+        (tmp_path / "out" / "corpus.txt").write_text("a\n")
+        source.symlink_to("corpus.txt")
+    else:
+        source.write_text("a\n")
+    with Server() as server:
+        line = ["--distill_from", server.url, "--teacher_model", "gpt", "--output", "out"]
+        process = program(tmp_path, *line, "--teacher_prompts", source)
+    assert process.returncode == 2 and "name another --output" in process.stderr
+    assert process.stderr.count("\n") == 1
+    assert source.read_text() == "a\n" and not server.asked
+
+
+@pytest.fixture
+def full_disk():
+    """A function after which no file grows beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield fill
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_old_corpus(tmp_path, full_disk):
+    path = tmp_path / "corpus.txt"
+    path.write_text("old")
+    full_disk(100)
+    with pytest.raises(RunError, match=f"cannot write {path}"):
+        extras.collect.write_whole(path, "new" * 100)
+    assert [file.name for file in tmp_path.iterdir()] == ["corpus.txt"]
+    assert path.read_text() == "old"
+
+
+def test_a_link_and_a_pipe_stay_what_they_are(tmp_path):
+    (tmp_path / "link").symlink_to("target")
+    extras.collect.write_whole(tmp_path / "link", "é")
+    assert (tmp_path / "target").read_text("utf-8") == "é" and (tmp_path / "link").is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    extras.collect.write_whole(tmp_path / "pipe", "é")
+    assert os.read(reader, 9).decode() == "é" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
 
 
 def test_no_answer_is_an_answer(tmp_path, pauses):
