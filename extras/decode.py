@@ -18,6 +18,17 @@ from datasets import explained
 from extras.collect import append_lines
 from main import Cache, Decoder, first_ids, shape_logits
 
+# The flags, beside the seed, that decide what follows a prompt.
+SAMPLING_FLAGS = [
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "quantize",
+]
+
 
 class BatchCache(Cache):
     """A Cache of texts of different lengths; `begin` is called before each pass."""
@@ -208,19 +219,23 @@ class SpeculativeDecoder:
 def answer_file(model, tokenizer, checkpoint_id, flags, batch_size=16):
     """Continues each line of --prompts_file --num_samples times, `batch_size` of them together.
 
-    Each continuation is a line of JSON (prompt, seed, checkpoint, completion, tokens) in --output
-    or on stdout. An --output that holds the first of these lines is continued. Raises UsageError,
-    also for one that holds other things.
+    Each continuation is a line of JSON in --output or on stdout: prompt, seed, checkpoint,
+    SAMPLING_FLAGS, completion and tokens. An --output that holds the first of these lines is
+    continued. Raises UsageError or RunError for one that cannot be, see append_lines.
     """
+    settings = {name: getattr(flags, name) for name in SAMPLING_FLAGS}
     problem = f"--prompts_file {flags.prompts_file} must be UTF-8, --output writable"
     with explained(problem, OSError, ValueError):
         text = Path(flags.prompts_file).read_text("utf-8")
         jobs = []
         for prompt in text.removesuffix("\n").split("\n"):  # splitlines would cut at \f, too
             for _ in range(flags.num_samples):
-                jobs.append(
-                    {"prompt": prompt, "seed": flags.seed + len(jobs), "checkpoint": checkpoint_id}
-                )
+                job = {
+                    "prompt": prompt,
+                    "seed": flags.seed + len(jobs),
+                    "checkpoint": checkpoint_id,
+                }
+                jobs.append(job | settings)
         if flags.output:
             out, answered = append_lines(flags.output, jobs)
         else:

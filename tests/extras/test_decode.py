@@ -3,6 +3,7 @@
 The oracle is main.py's Decoder, which continues one text: all else has to give the same tokens.
 """
 
+import fcntl
 import json
 import math
 import re
@@ -14,10 +15,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TEXT, TINY, Script, flags, ids, run
-from datasets import ByteTokenizer
+from datasets import ByteTokenizer, UsageError
 from mlx.utils import tree_flatten, tree_unflatten
 
-from extras.decode import BatchDecoder, SpeculativeDecoder
+from extras.collect import append_lines
+from extras.decode import SAMPLING_FLAGS, BatchDecoder, SpeculativeDecoder
 
 
 def make_model(context_size=8, vocab_size=31, kv_heads=2, seed=0):
@@ -340,6 +342,71 @@ def test_answers_to_other_prompts_are_left_alone(word_model, tmp_path):
         ]
         assert "name another" in run(*line, status=2)[1]
         assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("typed", [
+    ["--max_tokens", 1], ["--max_tokens", 120], ["--temperature", 0.25], ["--top_k", 5],
+    ["--top_p", 0.5], ["--min_p", 0.1], ["--repetition_penalty", 1.5], ["--quantize", 8],
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("lines", [1, len(PROMPTS)])
+def test_answers_by_other_flags_are_left_alone(byte_model, tmp_path, typed, lines, monkeypatch):
+    # The weights are not quantized: the model is too small, and it is the flag that counts.
+    monkeypatch.setattr("extras.quantize.quantize", lambda *_, **__: None)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    path = tmp_path / "out.jsonl"
+    line = ["--prompts_file", tmp_path / "prompts.txt", "--output", path, "--save_dir", byte_model]
+    line = [*map(str, line), "--max_tokens", "12"]
+    assert main.main(line) == 0
+    data = b"".join(path.read_bytes().splitlines(True)[:lines])
+    path.write_bytes(data)
+    assert main.main([*line, *map(str, typed)]) == 2
+    assert path.read_bytes() == data
+
+
+def test_lines_name_all_flags_that_shape_them(word_model, tmp_path):
+    [line, *_] = answers(word_model, tmp_path / "out.jsonl", "--top_p", 0.5)
+    assert (line["max_tokens"], line["top_p"], line["quantize"]) == (12, 0.5, None)
+    without = {"inference", "prompt", "prompts_file", "output", "num_samples", "draft"}
+    assert main.FLAGS["sampling"].keys() - without == set(SAMPLING_FLAGS) - {"quantize"}
+
+
+def test_a_damaged_line_of_answers(word_model, tmp_path):
+    path = tmp_path / "out.jsonl"
+    answers(word_model, path)
+    first, *others = path.read_bytes().splitlines(True)
+    data = b"".join([first[:-9] + b"\n", *others])
+    path.write_bytes(data)
+    line = ["--prompts_file", tmp_path / "prompts.txt", "--output", path, "--max_tokens", 12]
+    err = run(*line, "--save_dir", word_model, status=1)[1]
+    assert f"line 1 of {path} is damaged" in err.splitlines()[-1]
+    assert path.read_bytes() == data
+
+
+def test_two_processes_do_not_write_one_file(word_model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the company\n")
+    path = tmp_path / "out.jsonl"
+    line = ["--prompts_file", tmp_path / "prompts.txt", "--output", path, "--max_tokens", 12]
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        err = run(*line, "--save_dir", word_model, status=2)[1]
+        assert f"{path} is being written by another process" in err.splitlines()[-1]
+        assert not path.read_bytes()
+    run(*line, "--save_dir", word_model)
+    assert len(path.read_bytes().splitlines()) == 1
+
+
+def test_the_lock_is_held_while_answers_are_computed(tmp_path):
+    """By the open file that append_lines returns, which another process cannot open so."""
+    out, _ = append_lines(tmp_path / "out.jsonl", [{"prompt": "a"}])
+    with out, pytest.raises(UsageError, match="another process"):
+        append_lines(tmp_path / "out.jsonl", [{"prompt": "a"}])
+    append_lines(tmp_path / "out.jsonl", [{"prompt": "a"}])[0].close()
+
+
+def test_a_device_is_not_read():
+    """/dev/full, say, has no end."""
+    with pytest.raises(UsageError, match="/dev/null is no regular file"):
+        append_lines("/dev/null", [{"prompt": "a"}])
 
 
 def test_answers_to_stdout(word_model, tmp_path):
