@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from datasets import explained, user_path, utf8
+from extras.collect import write_whole
 from main import close_files, describe, find_damage, first_ids, load_model
 
 MAX_COLUMNS = 100  # of a printed line
@@ -28,7 +29,7 @@ def run_cases(folder, records, flags, top_k):
 
     folder: the Path that holds the checkpoints; flags: cases and output are read. Damaged
     checkpoints are skipped. Raises UsageError if a file cannot be used, RunError if a LoRA run's
-    base is gone.
+    base is gone or --output cannot be written.
     """
     cases = read_cases(flags)
     results = []
@@ -41,7 +42,7 @@ def run_cases(folder, records, flags, top_k):
         close_files(record)
     if flags.output:
         text = json.dumps(results, ensure_ascii=False, indent=1)
-        Path(flags.output).write_text(text + "\n", "utf-8")
+        write_whole(flags.output, text + "\n")
 
 
 def read_cases(flags):
@@ -65,8 +66,10 @@ def read_cases(flags):
 
 def read_text(entry, key):
     """The text of an entry under `key`. Raises KeyError or TypeError if there is none."""
+    if not isinstance(entry[key], str):
+        raise TypeError(f"the {key} {entry[key]} is no text")
     # In a file written as JSON, which is YAML, an emoji may be two surrogates: "\ud83d\ude00".
-    return utf8(str(entry[key]))
+    return utf8(entry[key])
 
 
 def score_checkpoint(folder, record, cases, top_k):

@@ -94,6 +94,32 @@ def test_mistakes(trained, typed, words):
     assert words in err.splitlines()[-1] and "Traceback" not in err
 
 
+@pytest.mark.parametrize("content", [
+    "", "3", "- 3", "- null", "- [prompt, expected]", "- {prompt: a}", "{prompt: a, expected: b}",
+    "- {prompt: [a], expected: b}", "- {prompt: a, expected: {b: c}}", "- {prompt: a, expected: [[]]}",
+    "- &a {prompt: a, expected: *a}", "[" * 5000, "\0", "- {prompt: a, expected: b",
+], ids=repr)  # fmt: skip
+def test_files_that_hold_no_cases(trained, tmp_path, content, capsys):
+    (tmp_path / "c.yaml").write_text(content)
+    (tmp_path / "out.json").write_text("old")
+    line = ["--cases", tmp_path / "c.yaml", "--output", tmp_path / "out.json"]
+    assert main.main([*map(str, line), "--save_dir", str(trained)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "is no YAML list of prompt and expected" in err
+    assert (tmp_path / "out.json").read_text() == "old"
+
+
+def test_a_full_disk_leaves_the_old_results(trained, tmp_path):
+    (tmp_path / "out.json").write_text("old")
+    line = ["--cases", ROOT / "tests" / "cases.yaml", "--output", tmp_path / "out.json"]
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
+    limited += "sys.path.insert(0, sys.argv[1]); sys.argv = sys.argv[2:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    program = ["-c", limited, str(ROOT), str(ROOT / "main.py")]
+    err = run(*line, "--save_dir", trained, program=program, status=1)[1]
+    assert f"cannot write {tmp_path / 'out.json'}" in err.splitlines()[-1]
+    assert (tmp_path / "out.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_an_empty_folder(tmp_path):
     (tmp_path / "c.yaml").write_text("[]")
     err = run("--cases", "c.yaml", "--save_dir", tmp_path, status=2, cwd=tmp_path)[1]
