@@ -48,8 +48,24 @@ UNSUPPORTED = [
     "quantization",
     "quantization_config",
 ]
+# What these numbers of a config.json may be: their types, the least and the most. The others are
+# sizes, and LARGEST_SIZE is far more than any model has.
+NUMBERS = {
+    "rope_theta": ((int, float), 1, 1e30),
+    "rms_norm_eps": ((int, float), 0, 1),
+}
+LARGEST_SIZE = 2**24
 # Our models have learned no chat format: a chat is the texts of its messages, concatenated.
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+# The files of an export.
+EXPORTED = [
+    "model.safetensors",
+    "config.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "tokenizer.json",
+]
 
 
 # ---- Import -------------------------------------------------------------------------------------
@@ -67,18 +83,32 @@ def import_model(path):
             # Better no model than one that computes something else.
             raise UsageError(f"this program has no {', '.join(unsupported)}")
         files = sorted(path.glob("*.safetensors"))  # large models come in several
+        if not files:
+            raise UsageError("it has no file *.safetensors")
         weights = read_weights(files)
         if settings.get("tie_word_embeddings"):
             # Some folders hold an output layer all the same: the embeddings once more.
             weights.pop("lm_head.weight", None)
-        model = LanguageModel(make_config(settings, untie="lm_head.weight" in weights))
+        config = make_config(settings, untie="lm_head.weight" in weights)
+        if config.num_blocks > len(weights):
+            # To build so many blocks first could take all memory.
+            raise UsageError(f"num_hidden_layers is {config.num_blocks:,}: its files hold fewer")
+        model = LanguageModel(config)
         # Raises ValueError unless names and shapes of all weights agree.
         model.load_weights(list(weights.items()))
         # MLX loads lazily: only this reads the arrays, and finds out that a file is damaged.
         mx.eval(model.parameters())
         vocabulary = (path / "tokenizer.json").read_text("utf-8")
         tokenizer = BPETokenizer(vocabulary, eos=read_eos(path))
-    return model, tokenizer, make_id(files)
+        largest = max(tokenizer.package.get_vocab().values())
+        if largest >= config.vocab_size:
+            # MLX does not check an index: it would read what lies behind the embeddings.
+            raise UsageError(f"its tokenizer has the id {largest}, vocab_size {config.vocab_size}")
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            if (path / name).exists():  # the last one is not needed
+                files.append(path / name)
+        model_id = make_id(files)
+    return model, tokenizer, model_id
 
 
 def read_settings(path):
@@ -142,7 +172,10 @@ def find_unsupported(settings):
 
 
 def make_config(settings, untie):
-    """Our Config for their settings. Raises KeyError if one is missing that has no default."""
+    """Our Config for their settings.
+
+    Raises KeyError if one is missing that has no default, UsageError if one cannot be used.
+    """
     # What transformers assumes where a config.json does not say it.
     defaults = {
         "num_key_value_heads": settings["num_attention_heads"],
@@ -153,18 +186,34 @@ def make_config(settings, untie):
     # `rope_theta` is among the settings of RoPE or, in older folders, beside them.
     settings = defaults | find_rope(settings) | settings
     fields = {ours: settings[theirs] for ours, theirs in THEIR_NAMES.items()}
+    for ours, theirs in THEIR_NAMES.items():
+        if theirs != "head_dim" or fields[ours] is not None:
+            check_number(theirs, fields[ours])
+    if fields["num_heads"] % fields["num_kv_heads"]:
+        raise UsageError("num_key_value_heads does not divide num_attention_heads")
+    if fields["head_dim"] is not None and fields["head_dim"] % 2:
+        raise UsageError("head_dim is odd")  # RoPE rotates pairs
     mlp, qk_norm = find_kind(settings)
     return Config(mlp=mlp, qk_norm=qk_norm, untie=untie, **fields)
 
 
+def check_number(name, value):
+    """Raises UsageError unless an entry of config.json is a number that it can be."""
+    types, least, most = NUMBERS.get(name, ((int,), 1, LARGEST_SIZE))
+    # By `type`, since a bool is an instance of int.
+    if type(value) not in types or not least <= value <= most:
+        raise UsageError(f"{name} is {value!r}")
+
+
 def make_id(files):
-    """The id of a model in these files: the SHA1 of a single one, else the SHA1 of their SHA1s."""
+    """The id of a model in these files, those of its configuration and its tokenizer included.
+
+    It is the SHA1 of their SHA1s: who edits one of them makes another model.
+    """
     sha1s = []
     for path in files:
         with open(path, "rb") as file:
             sha1s.append(sha1_of(file))
-    if len(sha1s) == 1:
-        return sha1s[0]
     return hashlib.sha1("".join(sha1s).encode()).hexdigest()
 
 
@@ -173,10 +222,12 @@ def export_model(model, tokenizer, folder, bits):
     """Writes a folder that transformers and mlx_lm load (of Arcee's relu2, transformers alone).
 
     bits: 4 or 8, which packs the model in place, or None for float32.
-    Raises UsageError if Hugging Face has no such model, or if the folder cannot be written.
+    Raises UsageError if Hugging Face has no such model, or if the folder cannot be written or holds
+    a model already: it might be one that a run needs as it is.
     """
     folder = Path(user_path(folder))
     name = find_counterpart(model.config)
+    check_vacant(folder)
     settings = make_settings(model.config, name, tokenizer)
     if bits:
         group_size = extra("quantize").quantize(model, bits, packed=True)
@@ -194,16 +245,37 @@ def export_model(model, tokenizer, folder, bits):
     }
     weights = dict(sorted(tree_flatten(model.parameters())))
 
+    texts = {
+        "config.json": json.dumps(settings, indent=2),
+        "tokenizer_config.json": json.dumps(tokenizer_settings, indent=2),
+        "generation_config.json": json.dumps(sampling, indent=2),
+        "tokenizer.json": tokenizer_text,
+    }
+
     with explained(f"cannot write to --export {folder}: name a folder of yours"):
         folder.mkdir(parents=True, exist_ok=True)
-        # Opened here, because MLX's own error for a path does not say why it failed.
-        with open(folder / "model.safetensors", "wb") as file:
-            mx.save_safetensors(file, weights, {"format": "mlx"})
-        write_json(folder / "config.json", settings)
-        write_json(folder / "tokenizer_config.json", tokenizer_settings)
-        write_json(folder / "generation_config.json", sampling)
-        (folder / "tokenizer.json").write_text(tokenizer_text, "utf-8")
+        try:
+            # Opened here, because MLX's own error for a path does not say why it failed.
+            with open(folder / "model.safetensors.new", "wb") as file:
+                mx.save_safetensors(file, weights, {"format": "mlx"})
+            for file_name, text in texts.items():
+                (folder / f"{file_name}.new").write_text(text, "utf-8")
+            # None gets its name before all are complete.
+            for file_name in EXPORTED:
+                os.replace(folder / f"{file_name}.new", folder / file_name)
+        finally:
+            for file_name in EXPORTED:
+                (folder / f"{file_name}.new").unlink(missing_ok=True)
     print(f"{name}ForCausalLM and its tokenizer are in {folder}", file=sys.stderr)
+
+
+def check_vacant(folder):
+    """Raises UsageError if a folder holds a model, or a file that an export would replace."""
+    taken = [folder / name for name in EXPORTED if (folder / name).exists()]
+    # Who reads the folder would take any other weights for parts of the exported model.
+    taken += sorted(folder.glob("*.safetensors"))
+    if taken:
+        raise UsageError(f"--export {folder} holds {taken[0].name} already: name a new folder")
 
 
 def find_counterpart(config):
@@ -233,11 +305,6 @@ def make_settings(config, name, tokenizer):
     settings["bos_token_id"] = None
     settings["eos_token_id"] = tokenizer.eos
     return settings
-
-
-def write_json(path, content):
-    """Writes a dict as an indented JSON file."""
-    path.write_text(json.dumps(content, indent=2), "utf-8")
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import resource
+import shutil
 import subprocess
 import sys
 
@@ -137,7 +140,10 @@ def test_import_is_the_inverse_of_export(exported, name):
     model, tokenizer = models[name]
     found, its, checkpoint_id = import_model(folder / name)
     assert found.config == model.config
-    assert checkpoint_id == hashlib.sha1((folder / name / "model.safetensors").read_bytes()).hexdigest()
+    sha1s = ""
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        sha1s += hashlib.sha1((folder / name / file).read_bytes()).hexdigest()
+    assert checkpoint_id == hashlib.sha1(sha1s.encode()).hexdigest()
     assert its.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
     assert its.eos == tokenizer.eos
     tokens = [i % model.config.vocab_size for i in range(20)]
@@ -168,9 +174,9 @@ def test_import_of_shards_in_bfloat16_with_heads_of_their_own(tmp_path):
     assert import_model(tmp_path)[2] != first_id
 
 
-def change(folder, **values):
-    """Puts these entries into config.json."""
-    path = folder / "config.json"
+def change(folder, file="config.json", **values):
+    """Puts these entries into config.json, or into another file."""
+    path = folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
@@ -187,6 +193,26 @@ def change(folder, **values):
     (dict(num_hidden_layers=3), "layers.2"),
     (dict(intermediate_size=96), "gate_proj"),
     (dict(hidden_size=None), "holds no"),
+    (dict(max_position_embeddings="64"), "max_position_embeddings is '64'"),
+    (dict(max_position_embeddings=0), "max_position_embeddings is 0"),
+    (dict(max_position_embeddings=2**31 - 1), "max_position_embeddings is 2147483647"),
+    (dict(max_position_embeddings=64.0), "max_position_embeddings is 64.0"),
+    (dict(num_hidden_layers=10**7), "num_hidden_layers is 10,000,000"),
+    (dict(num_hidden_layers=10**30), "num_hidden_layers is 1000"),
+    (dict(num_hidden_layers=True), "num_hidden_layers is True"),
+    (dict(num_attention_heads=-4), "num_attention_heads is -4"),
+    (dict(num_key_value_heads=3), "num_key_value_heads does not divide"),
+    (dict(head_dim=0), "head_dim is 0"),
+    (dict(head_dim=15), "head_dim is odd"),
+    (dict(hidden_size=0), "hidden_size is 0"),
+    (dict(hidden_size={"a": None}), "hidden_size is {'a': None}"),
+    (dict(rope_theta="1e4"), "rope_theta is '1e4'"),
+    (dict(rope_theta=0), "rope_theta is 0"),
+    (dict(rope_theta=float("nan")), "rope_theta is nan"),
+    (dict(rope_theta=None, rope_parameters={"rope_theta": [1e4]}), "rope_theta is [10000.0]"),
+    (dict(rms_norm_eps=float("inf")), "rms_norm_eps is inf"),
+    (dict(rms_norm_eps="x"), "rms_norm_eps is 'x'"),
+    (dict(rope_parameters="yarn"), "holds no"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_imported(tmp_path, changes, words):
     export_model(make_model(), TOKENIZERS["byte"], tmp_path, None)
@@ -199,7 +225,7 @@ def test_settings_that_cannot_be_imported(tmp_path, changes, words):
 @pytest.mark.parametrize("file, content, words", [
     ("config.json", None, "config.json"),
     ("config.json", b"{", "Expecting"),
-    ("model.safetensors", None, "Missing"),
+    ("model.safetensors", None, "no file *.safetensors"),
     ("model.safetensors", b"damaged", "holds no"),
     ("tokenizer.json", None, "tokenizer.json"),
     ("tokenizer.json", b"{}", "holds no"),
@@ -213,6 +239,30 @@ def test_folders_that_cannot_be_imported(tmp_path, file, content, words):
     with pytest.raises(UsageError) as error:
         import_model(tmp_path)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:-1], lambda data: data[: len(data) // 2], lambda data: data[:9],
+    lambda data: b"", lambda data: b"\xff" * 8 + data[8:],
+    lambda data: data.replace(b'"data_offsets":[0,', b'"data_offsets":[9,', 1),
+    lambda data: data.replace(b'"F32"', b'"I99"', 1),
+])  # fmt: skip
+def test_damaged_weights_cannot_be_imported(tmp_path, damage):
+    export_model(make_model(), TOKENIZERS["byte"], tmp_path, None)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UsageError, match="holds no") as error:
+        import_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_has(tmp_path):
+    """Ids without an embedding would be read from whatever lies behind the last one."""
+    export_model(make_model(256), TOKENIZERS["byte"], tmp_path / "few", None)
+    with pytest.raises(UsageError, match="tokenizer has the id 256, vocab_size 256"):
+        import_model(tmp_path / "few")
+    export_model(make_model(320), TOKENIZERS["byte"], tmp_path / "padded", None)
+    assert import_model(tmp_path / "padded")[0].config.vocab_size == 320
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -236,6 +286,71 @@ def test_a_checkpoint_comes_back_as_it_was(base, tmp_path):
     for name, weight in tree_flatten(model.parameters()):
         assert mx.array_equal(weight, theirs.pop(name))
     assert not theirs
+
+
+@pytest.mark.parametrize("flag", ["--teacher", "--init_from"])
+def test_a_run_needs_the_very_folder_it_was_begun_with(tmp_path, text, flag):
+    """Configuration and tokenizer belong to it, not the weights alone."""
+    source = tmp_path / "hf"
+    export_model(make_model(), TOKENIZERS["byte"], source, None)
+    shutil.copytree(source, tmp_path / "original")
+    line = ["--text", text, flag, source, "--batch_size", 4, "--max_tokens", 2]
+    line += ["--lora_rank", 2] if flag == "--init_from" else TINY
+    line += ["--save_dir", tmp_path / "lm"]
+    run(*line, "--num_iters", 1)
+    for file, values in (
+        ("config.json", dict(rope_theta=5e3)),
+        ("tokenizer.json", dict(normalizer={"type": "Lowercase"})),
+        ("tokenizer_config.json", dict(eos_token="a")),
+    ):
+        change(source, file, **values)
+        err = run(*line, "--num_iters", 2, status=1)[1]
+        assert f"needs the model it was begun with, {flag} {source}" in err.splitlines()[-1]
+        shutil.copy(tmp_path / "original" / file, source)
+    run(*line, "--num_iters", 2)
+    assert main.list_checkpoints(tmp_path / "lm")[0]["iteration"] == 2
+
+
+@pytest.mark.parametrize("name", ["hf", "link", "shards", "weights", "lm", "tokenizer"])
+def test_no_model_is_exported_over_another(tmp_path, name):
+    """It may be one that a run needs; other weights beside ours would be read as a part of them."""
+    model = make_model()
+    export_model(model, TOKENIZERS["byte"], tmp_path / "hf", None)
+    (tmp_path / "link").symlink_to("hf")
+    for folder, file in (
+        ("shards", "model-00001-of-00002.safetensors"),
+        ("weights", "model.safetensors"),
+        ("lm", "0123456789.safetensors"),
+        ("tokenizer", "tokenizer.json"),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=f"--export {tmp_path / name} holds .* already"):
+        export_model(make_model(seed=1), TOKENIZERS["byte"], tmp_path / name, None)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_export_into_a_folder_with_other_files(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    export_model(make_model(), TOKENIZERS["byte"], tmp_path, None)
+    assert import_model(tmp_path) and (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("size", [0, 1_000, 20_000, 396_000])
+def test_a_full_disk_leaves_no_half_of_an_export(tmp_path, size):
+    model = make_model()
+    mx.eval(model.parameters())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(UsageError, match="cannot write to --export") as error:
+            export_model(model, TOKENIZERS["byte"], tmp_path / "hf", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(error.value) and os.listdir(tmp_path / "hf") == []
+    export_model(model, TOKENIZERS["byte"], tmp_path / "hf", None)  # once there is room
+    assert import_model(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("typed, words", [
