@@ -10,6 +10,7 @@ Our weights have the names of their Llama's, so only configuration and tokenizer
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
