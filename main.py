@@ -1682,9 +1682,11 @@ class LogTable:
         with contextlib.suppress(OSError, csv.Error):
             text = self.path.read_text("utf-8", errors="replace")
             whole_lines = text.split("\n")[:-1]
-            for row in csv.DictReader(whole_lines):
+            # Without quoting: to it, one stray quote would make a single row of all that follows.
+            for row in csv.DictReader(whole_lines, quoting=csv.QUOTE_NONE):
                 is_whole = None not in row and None not in row.values()
-                if is_whole and re.fullmatch("[0-9]+", row.get("iteration", "")):
+                place = f"{row.get('iteration')},{row.get('split')}"
+                if is_whole and re.fullmatch("[0-9]+,[a-z]+", place):
                     rows.append(row)
         return rows
 
@@ -1984,7 +1986,9 @@ def sample_from(folder, checkpoint, flags):
     if flags.draft:
         origin = open_model(folder, flags.draft, "--draft")
         draft = origin.model
-        if origin.tokenizer.to_dict() != tokenizer.to_dict():  # its ids have to mean the same text
+        same_tokenizer = origin.tokenizer.to_dict() == tokenizer.to_dict()
+        same_rows = draft.config.vocab_size == model.config.vocab_size  # one may be padded
+        if not (same_tokenizer and same_rows):  # its ids have to mean the same text
             raise UsageError(
                 f"--draft {flags.draft} has another tokenizer than {checkpoint['id'][:12]}: "
                 "name one of equal data"

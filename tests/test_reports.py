@@ -122,6 +122,14 @@ def test_a_score_that_was_not_saved_is_logged_once(tmp_path):
         assert path.read_text().splitlines()[-1] == "11,train,0.333333,,,,5,,,0.25"
 
 
+@pytest.mark.parametrize("damage", ["²,train,", '15,"train,1,,,,,,,', "15,train", "15,train,1,,,,,,,,,,,", "", "\0,,,,,,,,,", "\x1c15,train,"])
+def test_a_damaged_row_costs_itself_alone(tmp_path, damage):
+    path = tmp_path / "run.csv"
+    path.write_text(",".join(main.LOG_COLUMNS) + f"\n10,train,1,,,,,,,\n{damage}\n20,train,1,,,,,,,\n30,train,1,,,,,,,\n")
+    main.LogTable(path, 20, False)
+    assert [row["iteration"] for row in rows_of(path)] == ["10", "20"]
+
+
 def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path, capsys):
     """A name that neither LOG_COLUMNS nor FORMATS knows; rows before it stay, and so does its column when a run resumes."""
     given = flags(save_dir=tmp_path, num_iters=40, context_size=8)
