@@ -176,6 +176,7 @@ def test_a_base_that_is_missing_or_changed(base, text, tmp_path):
     resumed = ["--text", text, "--save_dir", folder, "--num_iters", 40]
     model, tokenizer, _ = main.open_model(folder, str(tmp_path / "hf"), "")
     model.update(tree_unflatten([("model.norm.weight", model.model.norm.weight * 2)]))
+    shutil.rmtree(tmp_path / "hf")
     export_model(model, tokenizer, tmp_path / "hf", None)
     for line in (resumed, ["--prompt", "line", "--save_dir", folder]):
         assert "as it was" in run(*line, status=1)[1].splitlines()[-1]
