@@ -102,6 +102,8 @@ def import_model(path):
         vocabulary = (path / "tokenizer.json").read_text("utf-8")
         tokenizer = BPETokenizer(vocabulary, eos=read_eos(path))
         largest = max(tokenizer.package.get_vocab().values())
+        if largest >= tokenizer.vocab_size:
+            raise UsageError(f"its tokenizer has {tokenizer.vocab_size} ids, but one is {largest}")
         if largest >= config.vocab_size:
             # MLX does not check an index: it would read what lies behind the embeddings.
             raise UsageError(f"its tokenizer has the id {largest}, vocab_size {config.vocab_size}")

@@ -640,13 +640,12 @@ def test_a_run_beside_its_text(tmp_path, text):
     assert ids(other[3])[0] in ids(text.parent)
 
 
-def test_what_is_no_regular_file(tmp_path):
+def test_what_is_no_regular_file(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
     os.mkfifo(tmp_path / "pipe")  # to open it would wait for ever
     with socket.socket(socket.AF_UNIX) as server:
-        os.chdir(tmp_path)  # a socket's path must be short
+        monkeypatch.chdir(tmp_path)  # a socket's path must be short
         server.bind("socket")
-        os.chdir(ROOT)
     assert datasets.text_files([str(tmp_path)], pytest.fail, tmp_path / "lm") == [tmp_path / "a.txt"]
     for path in (tmp_path / "pipe", tmp_path / "socket", "/dev/null"):
         with pytest.raises(UsageError, match="is a pipe, a device or a socket: write its text to a file"):

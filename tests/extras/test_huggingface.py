@@ -263,6 +263,10 @@ def test_a_tokenizer_of_more_ids_than_the_model_has(tmp_path):
         import_model(tmp_path / "few")
     export_model(make_model(320), TOKENIZERS["byte"], tmp_path / "padded", None)
     assert import_model(tmp_path / "padded")[0].config.vocab_size == 320
+    path = tmp_path / "padded" / "tokenizer.json"
+    path.write_text(path.read_text("utf-8").replace('"<eos>": 256', '"<eos>": 300').replace('"<eos>":256', '"<eos>":300'), "utf-8")
+    with pytest.raises(UsageError, match="tokenizer has 257 ids, but one is 300"):
+        import_model(tmp_path / "padded")
 
 
 # ---- The command line ---------------------------------------------------------------------------
