@@ -2759,7 +2759,8 @@ def check_memory(model, flags, training=True):
             floats["attention scores"] *= config.num_blocks
     needed = 4 * sum(floats.values())  # bytes
     if mx.default_device() == mx.gpu:
-        memory = mx.device_info()["memory_size"]
+        info = mx.device_info()
+        memory = info.get("memory_size") or info.get("total_memory") or math.inf  # Metal, CUDA
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
