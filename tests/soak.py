@@ -1,0 +1,1298 @@
+"""The soak: runs disturbed by thousands of faults have to end as the run that was never touched.
+
+    python tests/soak.py --seed 7 --faults 300       repeats exactly what the seed 7 did
+    python tests/soak.py --seed 7 --scenario 12      one scenario of it; says every leg
+
+A *scenario* is a command line drawn from a table and a row of faults, both decided by the seed and
+the scenario's number. Its run is trained once undisturbed. Then the same command is started again
+and again, each *leg* with a fault, until the run is finished, and the two are compared: weights,
+optimizer state, place in the text, scores, best and log.
+
+A leg is a fork of this process, which has imported main.py and computed nothing: it costs 0.1 s
+where `python main.py` costs 0.5. In it the calls that main.py makes of the system are counted, by
+the *phase* they are made in, and a *strike* is due at one of them: a signal, a kill, an error.
+Counting makes a fault repeatable, where a clock would not. Faults named "wall clock" are the
+exception: they are sent to a real `python main.py` after a time.
+"""
+
+import argparse
+import builtins
+import csv
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import main  # noqa: E402  (before MLX)
+
+import mlx.core as mx  # noqa: E402  isort: skip
+import numpy.random  # noqa: E402, F401  (what each leg would import)
+
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+TIMEOUT = 100  # seconds until a leg counts as hung
+
+
+# ---- In the process of a leg --------------------------------------------------------------------
+
+
+class Leg:
+    """Counts the calls that main.py makes in each phase, and strikes at those that are due.
+
+    strikes: dicts, one after the other, of `phase`, `call` (counted since the one before) and
+    `action`; an error has `times`, too. Phases: start, cache (of tokens), step, save, log, eval,
+    sample; and pause, in which a save waits for its next try.
+    """
+
+    def __init__(self, folder, strikes, report):
+        self.folder = str(folder)
+        self.strikes = list(strikes)
+        self.report = report  # a file descriptor
+        self.phases = ["start"]  # the innermost last
+        self.counts = Counter()  # calls, by phase
+        self.since = Counter()  # those since the last strike
+        self.failing = None  # the strike whose error the next calls of its phase meet, too
+        self.interrupts = None  # of main.py, once it has some
+        self.skew = 0.0  # seconds by which the clocks were moved
+        self.write_report = os.write
+
+    def tell(self, **content):
+        """Adds a line to the leg's report."""
+        self.write_report(self.report, json.dumps(content).encode() + b"\n")
+
+    def meet(self, what, path="", begin=None):
+        """Counts a call, and strikes if one is due. begin: does half of what the call would do."""
+        phase = "pause" if what == "sleep" else self.phases[-1]
+        self.counts[phase] += 1
+        self.since[phase] += 1
+        if self.failing and self.failing["phase"] == phase and self.failing["times"] > 0:
+            self.failing["times"] -= 1
+            self.fail(self.failing["action"], what, begin)
+        if not self.strikes:
+            return
+        strike = self.strikes[0]
+        if strike["phase"] != phase or strike["call"] != self.since[phase]:
+            return
+        self.strikes.pop(0)
+        self.since.clear()
+        self.tell(**strike, what=what, path=str(path) if isinstance(path, (str, Path)) else "")
+        self.act(strike, what, begin)
+
+    def act(self, strike, what, begin):
+        action = strike["action"]
+        if action == "kill":
+            if begin:
+                begin()
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif action in STOPPING:
+            self.send(getattr(signal, action))
+        elif action == "pause":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif action == "clock set back":
+            self.move_clock(-1e6)
+        elif action == "limit":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        elif action == "lift":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        elif action == "fill":
+            free = shutil.disk_usage(self.folder).free
+            Path(self.folder, "ballast").write_bytes(bytes(max(0, free - 20_000)))
+        elif action == "free":
+            Path(self.folder, "ballast").unlink()
+        else:
+            self.failing = {"times": 0} | strike
+            self.failing["times"] -= 1
+            self.fail(action, what, begin)
+
+    def fail(self, name, what, begin):
+        """Raises the error that a call would: of the system, or MLX's own from its loader."""
+        if what == "load":
+            raise RuntimeError(f"[load] {name}")
+        if what not in CALLS:  # no call of the system, as a step
+            return
+        if begin and name == "ENOSPC":
+            begin()
+        number = getattr(errno, name)
+        raise OSError(number, os.strerror(number))
+
+    def send(self, number):
+        """Sends this process a signal, and waits until main.py knows of it."""
+        first = self.interrupts is None or self.interrupts.received is None
+        self.skew += 1  # a second one has to come later than half a second
+        os.kill(os.getpid(), number)
+        waited = 0
+        while self.interrupts is not None and waited < 1000:
+            if first and self.interrupts.received:
+                break
+            SLEEP(0.002)
+            waited += 1
+
+    def move_clock(self, seconds):
+        """Sets the clock of the day, by `seconds`; that of intervals goes on."""
+        plain = time.time
+        time.time = lambda: plain() + seconds
+
+    def sleep(self, seconds):
+        """In the place of time.sleep: a moment, after which the clocks say that it was all."""
+        if threading.current_thread() is not threading.main_thread():
+            SLEEP(seconds)  # a rank that waits for the end of others
+            return
+        SLEEP(0.002)
+        self.skew += seconds
+        self.meet("sleep")
+
+    def watch(self, function, what, is_ours=None):
+        """The function, whose calls are met."""
+
+        def call(*arguments, **options):
+            if is_ours is None or is_ours(arguments[0]):
+                self.meet(what, arguments[0])
+            return function(*arguments, **options)
+
+        return call
+
+    def enter(self, phase, function):
+        """The function, during which calls are those of `phase`."""
+
+        def call(*arguments, **options):
+            self.phases.append(phase)
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.phases.pop()
+
+        return call
+
+    def is_ours(self, path):
+        """Whether a path is in the folder of checkpoints."""
+        if isinstance(path, int):
+            return False
+        return os.fsdecode(path).startswith(self.folder)
+
+    def open(self, path, mode="r", *arguments, **options):
+        """In the place of open."""
+        if not self.is_ours(path):
+            return OPEN(path, mode, *arguments, **options)
+        self.meet("open", path)
+        return WatchedFile(OPEN(path, mode, *arguments, **options), path, self)
+
+    def install(self):
+        """Puts itself between main.py and the system, for the rest of this process."""
+        builtins.open = io.open = self.open
+        for name in ("replace", "unlink", "mkdir", "open", "scandir", "listdir"):
+            setattr(os, name, self.watch(getattr(os, name), name, self.is_ours))
+        os.fsync = self.watch(os.fsync, "fsync")
+        fcntl.flock = self.watch(fcntl.flock, "flock")
+        mx.load = self.watch(mx.load, "load")
+        plain_monotonic = time.monotonic
+        time.monotonic = lambda: plain_monotonic() + self.skew
+        time.sleep = self.sleep
+
+        main.load_dataset = self.enter("cache", main.load_dataset)
+        main.train = self.enter("step", main.train)
+        main.learning_rate_at = self.watch(main.learning_rate_at, "step")
+        for name in ("keep_trying", "prune", "remove_leftovers"):
+            setattr(main, name, self.enter("save", getattr(main, name)))
+        main.LogTable.__init__ = self.enter("log", main.LogTable.__init__)
+        main.LogTable.append = self.enter("log", main.LogTable.append)
+        main.scored_windows = self.enter("eval", self.watch(main.scored_windows, "batch"))
+        main.Decoder.logits = self.enter("sample", self.watch(main.Decoder.logits, "token"))
+        enter = main.Interrupts.__enter__
+        leave = main.Interrupts.__exit__
+
+        def noting_enter(interrupts):
+            enter(interrupts)
+            self.interrupts = interrupts
+            return interrupts
+
+        def noting_leave(interrupts, *error):
+            self.interrupts = None
+            leave(interrupts, *error)
+
+        main.Interrupts.__enter__ = noting_enter
+        main.Interrupts.__exit__ = noting_leave
+
+
+# The calls that can fail.
+CALLS = "open read write flush close replace unlink mkdir scandir listdir fsync flock".split()
+OPEN = io.open
+SLEEP = time.sleep
+
+
+class WatchedFile:
+    """An open file whose calls a Leg meets."""
+
+    def __init__(self, file, path, leg):
+        self.file = file
+        self.path = path
+        self.leg = leg
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def __iter__(self):
+        return iter(self.file)
+
+    def __del__(self):
+        self.file.close()
+
+    def close(self):
+        is_open = not self.file.closed
+        self.file.close()
+        if is_open:
+            self.leg.meet("close", self.path)
+
+    def read(self, *size):
+        self.leg.meet("read", self.path)
+        return self.file.read(*size)
+
+    def flush(self):
+        self.leg.meet("flush", self.path)
+        self.file.flush()
+
+    def write(self, data):
+        def begin():
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+
+        self.leg.meet("write", self.path, begin)
+        return self.file.write(data)
+
+
+def be_a_leg(arguments, folder, strikes, paths, environment):
+    """Turns this process into `python main.py arguments`, with strikes; never returns."""
+    status = 1
+    try:
+        signal.alarm(TIMEOUT)
+        for name in STOPPING:
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        os.environ.update(environment)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, path in ((1, paths["out"]), (2, paths["err"])):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
+        report = os.open(paths["report"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        sys.stdout = main.Lasting(OPEN(1, "w", closefd=False))
+        sys.stderr = main.Lasting(OPEN(2, "w", closefd=False))
+        sys.argv = ["main.py", *arguments]
+        leg = Leg(folder, strikes, report)
+        if "SOAK_STREAMS" in environment:
+            count = int(environment["SOAK_STREAMS"])
+            main.fast.count_streams = lambda rows, context_size: min(rows, count)
+        leg.install()
+        status = main.main()
+        leg.tell(counts=leg.counts)
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+# ---- Legs, as the soak sees them ----------------------------------------------------------------
+
+
+class Started:
+    """A leg that runs in another process."""
+
+    def __init__(self, pid, paths, strikes):
+        self.pid = pid
+        self.paths = paths
+        self.strikes = strikes
+
+    def wait(self):
+        """Waits for its end; sets what it left. status: as subprocess has it."""
+        _, status = os.waitpid(self.pid, 0)
+        self.status = os.waitstatus_to_exitcode(status)
+        self.read()
+        return self
+
+    def wait_for_pause(self):
+        """Waits until it has stopped itself; False if it has ended instead."""
+        _, status = os.waitpid(self.pid, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            return True
+        self.status = os.waitstatus_to_exitcode(status)
+        self.read()
+        return False
+
+    def read(self):
+        self.out = self.paths["out"].read_text()
+        self.err = self.paths["err"].read_text()
+        self.struck = []
+        self.counts = {}
+        if self.paths["report"].exists():
+            for line in self.paths["report"].read_text().splitlines():
+                content = json.loads(line)
+                if "counts" in content:
+                    self.counts = content["counts"]
+                else:
+                    self.struck.append(content)
+
+    def has_struck(self):
+        """Whether all its strikes came."""
+        return len(self.struck) == len(self.strikes)
+
+
+class Failure(Exception):
+    """The program did what it must not do."""
+
+
+def expect(condition, *words):
+    if not condition:
+        raise Failure(" ".join(map(str, words)))
+
+
+# ---- What a folder holds ------------------------------------------------------------------------
+# Read without main.py: it is an oracle.
+
+
+def read_metadata(path):
+    """The record of a .metadata file and the SHA1 of its arrays; ValueError or alike if damaged."""
+    data = path.read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    texts = json.loads(data[8:length])["__metadata__"]
+    stated = texts["sha1"].encode()
+    if len(stated) != 40 or hashlib.sha1(data.replace(stated, b"0" * 40, 1)).hexdigest().encode() != stated:
+        raise ValueError("damaged")
+    return json.loads(texts["record"]), hashlib.sha1(data[length:]).hexdigest()
+
+
+def intact_checkpoints(folder):
+    """[(record, SHA1 of the arrays in its metadata)], the furthest first."""
+    found = []
+    for weights in folder.glob("*.safetensors"):
+        if not weights.is_file() or hashlib.sha1(weights.read_bytes()).hexdigest() != weights.stem:
+            continue
+        for metadata in folder.glob(f"{weights.stem}*.metadata"):
+            try:
+                record, arrays = read_metadata(metadata)
+            except (ValueError, KeyError, TypeError, OSError, OverflowError):
+                continue
+            if record["id"] == weights.stem:
+                found.append((record, arrays))
+    return sorted(found, key=lambda pair: pair[0]["iteration"], reverse=True)
+
+
+def read_log(path):
+    """The rows of a log without what is a matter of time."""
+    rows = []
+    for row in csv.DictReader(path.read_text().splitlines()):
+        for name in ("seconds", "tokens_per_second", "peak_mib"):
+            row.pop(name, None)
+        rows.append(row)
+    return rows
+
+
+# What of a record depends on nothing but the steps.
+EXACT = ("id", "iteration", "tokens", "scores", "best", "epoch", "offset", "s")
+
+
+def outcome(folder, base):
+    """What a finished run is compared by, and its name."""
+    records = [pair for pair in intact_checkpoints(folder) if pair[0]["id"] != base]
+    expect(records, "no checkpoint is left")
+    record, arrays = records[0]
+    state = {name: record[name] for name in EXACT} | {"arrays": arrays}
+    return state, record["run"]
+
+
+# ---- Scenarios ----------------------------------------------------------------------------------
+
+SIZES = "--dim 16 --num_heads 2 --context_size 8".split()
+
+# What decides which kernels MLX compiles: few rows, as each new kernel takes the compiler a moment.
+SHAPES = [
+    "--num_blocks 1",
+    "--num_blocks 2 --dropout 0.1",
+    "--num_blocks 1 --mlp swiglu --qk_norm --num_kv_heads 1",
+    "--num_blocks 1 --optimizer muon --untie",
+    "--num_blocks 2 --grad_accumulation 2 --dropout 0.2 --dropout_final 0",
+    "--num_blocks 1 --mlp gelu --checkpoint",
+]
+
+# What does not: one of each row is drawn.
+CHOICES = [
+    ["--batch_size 2", "--batch_size 3", "--batch_size 4"],
+    [f"--num_iters {count}" for count in range(12, 31)],
+    ["--steps_per_save 3", "--steps_per_save 4", "--steps_per_save 5", ""],
+    ["--steps_per_eval 6", "--steps_per_eval 7", "--steps_per_eval 10"],
+    ["--steps_per_report 1", "--steps_per_report 2", "--steps_per_report 3"],
+    ["--eval_tokens 40", "--eval_tokens 100", "--eval_tokens 0"],
+    ["--max_tokens 1", "--max_tokens 3"],
+    ["--keep 1", "--keep 2", "--keep 3"],
+    ["--learning_rate 0.001", "--learning_rate 0.03"],
+    ["--lr_warmup 0", "--lr_warmup 5"],
+    ["--lr_schedule constant", "--lr_schedule constant", "--lr_schedule cosine --min_lr 0"],
+    ["--seed 1", "--seed 2", "--seed 3"],
+    ["", "", "--patience 2"],
+    ["", "", "--eval_test"],
+    ["", "", "", "--train_tokens 300"],
+]
+TOKENIZERS = ["", "", "--tokenizer char", "--tokenizer word", "--tokenizer bpe --vocab_size 270"]
+REUSES = ["", "", "", "", "--init_from", "--teacher", "--init_from --lora_rank 2"]
+
+
+def write_text(path, lines):
+    words = "the quick brown fox of the company jumps over a lazy dog".split()
+    text = ""
+    for i in range(lines):
+        text += " ".join(words[i % 5 :] + words[: i % 7]) + f" {i} — señor\n"
+    path.write_text(text)
+
+
+class Scenario:
+    """A command, where it runs, and what is known of its run.
+
+    place: "process", "ranks", or "small disk".
+    """
+
+    def __init__(self, work, chance, place="process"):
+        self.work = work
+        self.place = place
+        self.ranks = chance.choice((2, 2, 3)) if place == "ranks" else 1
+        self.folder = work / "lm"
+        self.folder.mkdir(parents=True)
+        self.text = work / "text.txt"
+        write_text(self.text, chance.randrange(14, 40))
+        write_text(work / "other.txt", 5)
+        self.legs = 0
+        self.faults = Counter()  # those that struck, by kind
+        self.journal = []  # what was done, for a failure's message
+        self.reached = 0  # the iteration of the newest intact checkpoint
+        self.is_finished = False
+        self.is_exact_log = True  # until a fault strikes the log itself
+        self.damaged = set()  # ids of checkpoints that were
+        self.base = None  # the id of the checkpoint that the run begins with or learns from
+        self.environment = {}
+        self.flags = []
+        if chance.random() < 0.2 and place == "process":
+            self.environment["SOAK_STREAMS"] = "2"
+        self.flags = self.draw_flags(chance)
+        if place == "small disk":
+            self.mount()
+        self.train_undisturbed()
+
+    def draw_flags(self, chance):
+        shape = chance.choice(SHAPES)
+        drawn = [chance.choice(choices) for choices in CHOICES]
+        reuse = chance.choice(REUSES) if self.place == "process" else ""
+        flags = ["--text", str(self.text), "--test_text", str(self.work / "other.txt")]
+        if reuse:
+            self.make_base()
+            name, *rest = reuse.split()
+            drawn.append(" ".join([name, self.base, *rest]))
+        else:
+            drawn.append(chance.choice(TOKENIZERS))
+        if not reuse.startswith("--init_from"):  # which has a shape already
+            flags += SIZES
+            drawn.append(shape)
+        for words in drawn:
+            flags += words.split()
+        if self.ranks > 1:
+            flags += ["--batch_size", "3"]
+        return flags
+
+    def make_base(self):
+        """A run to begin with or to learn from, in the same folder as the disturbed one."""
+        flags = ["--text", str(self.text), *SIZES, "--num_blocks", "1", "--num_iters", "1"]
+        flags += ["--batch_size", "2", "--max_tokens", "1"]
+        self.wait_well(self.start([], [*flags, "--seed", "9"]))
+        [(record, _)] = intact_checkpoints(self.folder)
+        self.base = record["id"]
+
+    def train_undisturbed(self):
+        """Trains the run at once, elsewhere, for `expected` and the log of it."""
+        plain = self.work / "undisturbed"
+        plain.mkdir()
+        if self.base:
+            for path in self.folder.glob(f"{self.base}.*"):
+                shutil.copy(path, plain)
+        [leg, *_] = self.start_all({}, self.flags, plain)
+        self.counts = Counter(leg.counts)
+        self.expected, run = outcome(plain, self.base)
+        self.expected_log = read_log(plain / f"{run}.csv")
+
+    def mount(self):
+        """A small disk in the place of the folder. Raises CannotMount."""
+        command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(self.folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            raise CannotMount
+
+    def leave(self):
+        """Removes the scenario's files."""
+        if self.place == "small disk":
+            subprocess.run(["umount", "-l", str(self.folder)])
+        shutil.rmtree(self.work)
+
+    # -- Legs
+
+    def start(self, strikes, arguments=None, folder=None, environment=None):
+        """Starts a leg, which is struck so."""
+        arguments = [*(self.flags if arguments is None else arguments)]
+        folder = folder or self.folder
+        arguments += ["--save_dir", str(folder)]
+        self.legs += 1
+        paths = {name: self.work / f"{self.legs}.{name}" for name in ("out", "err", "report")}
+        said = " ".join(arguments)
+        if folder == self.folder and self.flags:
+            said = said.replace(" ".join(self.flags), "...")
+        self.journal.append(f"leg {self.legs}: {said} {json.dumps(strikes)}")
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            be_a_leg(arguments, folder, strikes, paths, self.environment | (environment or {}))
+        return Started(pid, paths, strikes)
+
+    def start_all(self, strikes, arguments=None, folder=None):
+        """Runs a leg on all ranks to its end. strikes: {rank: strikes}."""
+        if self.ranks == 1:
+            return [self.start(strikes.get(0, []), arguments, folder).wait()]
+        hosts = self.work / f"hosts-{self.legs}.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(self.ranks)]))
+        legs = []
+        for rank in range(self.ranks):
+            environment = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+            legs.append(self.start(strikes.get(rank, []), arguments, folder, environment))
+        return [leg.wait() for leg in legs]
+
+    def wait_well(self, leg):
+        leg.wait()
+        self.look_at(leg, {0})
+
+    # -- What must hold after each leg
+
+    def check(self, leg, statuses, is_clean=True):
+        """Raises Failure unless a leg of training ended as it must.
+
+        is_clean: whether it may leave nothing behind but checkpoints, logs and the cache.
+        """
+        self.look_at(leg, statuses)
+        saved = [int(each.replace(",", "")) for each in re.findall(SAVED, leg.out)]
+        stopped = re.search(r"^Stopped at iteration ([\d,]+); --identifier", leg.out, re.M)
+        if stopped and leg.status > 128:
+            saved.append(int(stopped[1].replace(",", "")))
+        records = self.own_checkpoints()
+        reached = records[0]["iteration"] if records else 0
+        expect(
+            reached >= max([self.reached, *saved]),
+            f"iteration {max([self.reached, *saved])} was saved; left is {reached}",
+        )
+        self.reached = reached
+        for log in self.folder.glob("*.csv"):
+            if self.is_exact_log:
+                read_log(log)
+        if is_clean and leg.status >= 0:
+            self.expect_no_junk()
+
+    def look_at(self, leg, statuses):
+        """Raises Failure if a leg of any kind ended as none may."""
+        said = f"{leg.status}, struck {leg.struck}"
+        self.journal.append(f"    ended with {said}")
+        printed = f"\n{leg.out}\n{leg.err}"
+        expect("Traceback" not in leg.out + leg.err, "a traceback:", printed)
+        expect(leg.status in statuses, f"status {said}, not one of {statuses}:", printed)
+        if leg.status in (1, 2):
+            lines = [line for line in leg.err.splitlines() if line.startswith("main.py: ")]
+            expect(len(lines) == 1 and leg.err.endswith(lines[0] + "\n"), "not one line:", printed)
+
+    def own_checkpoints(self):
+        """The records of the run's intact checkpoints, the furthest first."""
+        return [each for each, _ in intact_checkpoints(self.folder) if each["id"] != self.base]
+
+    def expect_no_junk(self):
+        run = r"text-[0-9a-f]{6}"
+        known = rf"\.{run}\.lock|{run}\.csv|text|ballast|[0-9a-f]{{40}}\.safetensors"
+        for path in self.folder.iterdir():
+            metadata = re.fullmatch(rf"([0-9a-f]{{40}})(\.{run})?\.metadata", path.name)
+            if metadata:
+                has_weights = (self.folder / f"{metadata[1]}.safetensors").exists()
+                expect(has_weights, f"{path.name} was left without weights")
+            else:
+                expect(re.fullmatch(known, path.name), f"{path.name} was left behind")
+        for path in self.folder.glob("text/*/*"):
+            is_known = path.name in (".lock", "about.json") or path.suffix == ".tokens"
+            expect(is_known, f"{path.name} was left behind")
+
+    # -- The end
+
+    def finish(self):
+        """Lets the run end undisturbed, and compares it."""
+        if self.place == "small disk":
+            (self.folder / "ballast").unlink(missing_ok=True)
+        if not self.is_finished:
+            for leg in self.start_all({}):
+                self.check(leg, {0})
+        self.compare()
+
+    def compare(self):
+        state, run = outcome(self.folder, self.base)
+        for name, value in self.expected.items():
+            expect(state[name] == value, f"{name} is {state[name]}, undisturbed it is {value}")
+        if self.is_exact_log:
+            log = read_log(self.folder / f"{run}.csv")
+            for row, expected in zip(log, self.expected_log):
+                expect(row == expected, f"the log has {row}, undisturbed {expected}")
+            expect(len(log) == len(self.expected_log), "the log has another length")
+        intact = {record["id"] for record in self.own_checkpoints()}
+        for path in self.folder.glob("*.safetensors"):
+            is_well = path.stem in intact | self.damaged | {self.base}
+            expect(is_well, f"{path.name} is damaged, and not by the soak")
+        best = state["best"]
+        if best and best["id"] not in self.damaged:
+            expect(best["id"] in intact, "the best checkpoint is gone")
+
+    def extend(self, chance):
+        """Resumes the finished run for some steps more, where this is exact."""
+        words = " ".join(self.flags)
+        if "cosine" in words or "dropout_final" in words or "patience" in words:
+            return
+        num_iters = int(re.search(r"--num_iters (\d+)", words)[1])
+        steps_per_eval = int(re.search(r"--steps_per_eval (\d+)", words)[1])
+        if num_iters % steps_per_eval:  # the score at the old end would be one more
+            return
+        flags = [*self.flags, "--num_iters", str(num_iters + chance.randrange(1, 9))]
+        plain = self.work / "undisturbed"
+        for folder in (plain, self.folder):
+            for leg in self.start_all({}, flags, folder):
+                self.look_at(leg, {0})
+        self.expected, run = outcome(plain, self.base)
+        self.expected_log = read_log(plain / f"{run}.csv")
+        self.compare()
+
+
+class CannotMount(Exception):
+    """Only root can mount a small disk."""
+
+
+SAVED = r"^saved [0-9a-f]{40} at iteration ([\d,]+)$"
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+# ---- Faults -------------------------------------------------------------------------------------
+# Each is a function of (scenario, chance) that returns whether it struck.
+
+# The calls of a phase from which one is drawn: about as many as two saves, some steps ... have.
+SPANS = {"step": 6, "save": 130, "log": 15, "eval": 8, "sample": 8}
+
+
+def draw_call(scenario, chance, phase):
+    """The number of a call in a phase: mostly a near one, so that a run has many faults."""
+    last = max(1, scenario.counts[phase])
+    if chance.random() < 0.9:
+        last = min(last, SPANS.get(phase, last))
+    return chance.randint(1, last)
+
+
+def vary(scenario, chance):
+    """The scenario's command, sometimes with flags that may change from leg to leg."""
+    flags = [*scenario.flags]
+    if chance.random() < 0.2:
+        flags += ["--steps_per_save", str(chance.randint(1, 6))]
+    if chance.random() < 0.2:
+        flags += ["--keep", str(chance.randint(1, 4))]
+    return flags
+
+
+def run_struck(scenario, chance, strikes, statuses, is_clean=True):
+    """Runs a leg with these strikes; returns whether the first one came."""
+    leg = scenario.start(strikes, vary(scenario, chance)).wait()
+    for struck in leg.struck:
+        is_error = struck["action"].startswith("E")
+        if is_error and (struck["phase"] == "log" or ".csv" in struck["path"]):
+            scenario.is_exact_log = False
+    if not leg.has_struck():
+        statuses = statuses | {0}
+    scenario.check(leg, statuses, is_clean)
+    for phase, count in leg.counts.items():
+        scenario.counts[phase] = max(scenario.counts[phase], count)
+    if leg.status == 0 and not leg.has_struck():
+        scenario.is_finished = True
+    return len(leg.struck) > 0
+
+
+def lose_cache(scenario, chance, phase):
+    """Before a fault in the phase `cache`: most often there is something to encode."""
+    if phase == "cache" and chance.random() < 0.7:
+        shutil.rmtree(scenario.folder / "text", ignore_errors=True)
+
+
+def ended_by(name):
+    """The statuses of a process that a signal ends."""
+    number = getattr(signal, name)
+    return {128 + number, -number}
+
+
+def signalled(scenario, chance, phase):
+    lose_cache(scenario, chance, phase)
+    call = draw_call(scenario, chance, phase)
+    name = chance.choice(STOPPING)
+    strikes = [{"phase": phase, "call": call, "action": name}]
+    return run_struck(scenario, chance, strikes, ended_by(name))
+
+
+def signalled_twice(scenario, chance):
+    """The second one leaves at once."""
+    phase = chance.choice(("step", "save", "eval", "sample"))
+    call = draw_call(scenario, chance, phase)
+    names = chance.choices(STOPPING, k=2)
+    strikes = [
+        {"phase": phase, "call": call, "action": names[0]},
+        {"phase": "save", "call": chance.randint(1, 30), "action": names[1]},
+    ]
+    statuses = ended_by(names[0]) | ended_by(names[1])
+    return run_struck(scenario, chance, strikes, statuses, is_clean=False)
+
+
+def killed(scenario, chance, phase):
+    lose_cache(scenario, chance, phase)
+    call = draw_call(scenario, chance, phase)
+    strikes = [{"phase": phase, "call": call, "action": "kill"}]
+    return run_struck(scenario, chance, strikes, {-signal.SIGKILL})
+
+
+def draw_end(chance):
+    """Strikes that end a leg soon, with their statuses, so that the run has more faults."""
+    kind = chance.choice(("SIGTERM", "SIGINT", "kill", "none"))
+    if kind == "none":
+        return [], {0}
+    statuses = {-signal.SIGKILL} if kind == "kill" else ended_by(kind)
+    return [{"phase": "step", "call": chance.randint(1, 5), "action": kind}], statuses
+
+
+def failing(scenario, chance, phase):
+    """A call fails, once or several times; a save is then tried again."""
+    lose_cache(scenario, chance, phase)
+    call = draw_call(scenario, chance, phase)
+    action = chance.choice(("ENOSPC", "EIO", "EACCES"))
+    times = chance.choice((1, 1, 2, 5, 40))
+    strikes = [{"phase": phase, "call": call, "action": action, "times": times}]
+    end, statuses = draw_end(chance)
+    if phase in ("start", "cache"):
+        statuses = statuses | {1, 2}
+    return run_struck(scenario, chance, strikes + end, statuses | {0}, is_clean=False)
+
+
+def signalled_in_retry(scenario, chance):
+    """A signal comes, or a kill, while a save waits for its next try."""
+    strikes = [
+        {
+            "phase": "save",
+            "call": draw_call(scenario, chance, "save"),
+            "action": chance.choice(("ENOSPC", "EIO")),
+            "times": chance.choice((1, 3, 10)),
+        },
+        {
+            "phase": "pause",
+            "call": chance.randint(1, 3),
+            "action": chance.choice((*STOPPING, "kill")),
+        },
+    ]
+    action = strikes[1]["action"]
+    statuses = {-signal.SIGKILL} if action == "kill" else ended_by(action)
+    return run_struck(scenario, chance, strikes, statuses, is_clean=False)
+
+
+def clock_set_back(scenario, chance):
+    phase = chance.choice(("step", "save", "start"))
+    strikes = [
+        {"phase": phase, "call": draw_call(scenario, chance, phase), "action": "clock set back"}
+    ]
+    end, statuses = draw_end(chance)
+    return run_struck(scenario, chance, strikes + end, statuses)
+
+
+def file_size_limited(scenario, chance):
+    """A limit on the size of files, as a quota's: lifted while a save waits for its next try."""
+    strikes = [
+        {"phase": "step", "call": draw_call(scenario, chance, "step"), "action": "limit"},
+        {"phase": "pause", "call": chance.randint(1, 30), "action": "lift"},
+    ]
+    end, statuses = draw_end(chance)
+    return run_struck(scenario, chance, strikes + end, statuses)
+
+
+def disk_full(scenario, chance):
+    """The disk fills up, and has room again while a save waits for its next try."""
+    scenario.is_exact_log = False
+    strikes = [
+        {"phase": "step", "call": draw_call(scenario, chance, "step"), "action": "fill"},
+        {"phase": "pause", "call": chance.randint(1, 30), "action": "free"},
+    ]
+    end, statuses = draw_end(chance)
+    struck = run_struck(scenario, chance, strikes + end, statuses)
+    (scenario.folder / "ballast").unlink(missing_ok=True)
+    return struck
+
+
+# -- Damage between legs
+
+
+def spoil(path, chance):
+    """Damages a file in one of many ways, and says how."""
+    how = chance.choice(("cut", "flip", "zero", "empty", "delete"))
+    data = bytearray(path.read_bytes())
+    place = chance.randrange(len(data)) if data else 0
+    if how == "delete":
+        path.unlink()
+        return how
+    if how == "empty" or not data:
+        data = b""
+    elif how == "cut":
+        data = data[:place]
+    elif how == "flip":
+        data[place] ^= chance.randint(1, 255)
+    else:
+        end = min(len(data), place + chance.randint(1, 4096))
+        data[place:end] = bytes(end - place)
+    path.write_bytes(data)
+    return f"{how} at {place}"
+
+
+def checkpoint_damaged(scenario, chance, kind):
+    """A file of the newest or an older checkpoint, but never of the last intact one."""
+    records = scenario.own_checkpoints()
+    if len(records) < 2:
+        return False
+    record = records[0] if chance.random() < 0.6 else chance.choice(records)
+    paths = list(scenario.folder.glob(f"{record['id']}*.{kind}"))
+    for path in paths:
+        scenario.journal.append(f"{path.name}: {spoil(path, chance)}")
+    scenario.damaged.add(record["id"])
+    scenario.reached = scenario.own_checkpoints()[0]["iteration"]
+    scenario.is_finished = False
+    return True
+
+
+def log_damaged(scenario, chance):
+    """Rows may be lost, but not more."""
+    logs = sorted(scenario.folder.glob("*.csv"), key=lambda path: path.stat().st_mtime_ns)
+    if not logs:
+        return False
+    scenario.is_exact_log = False
+    if chance.random() < 0.1:
+        logs[-1].unlink()
+        logs[-1].mkdir()
+        return True
+    scenario.journal.append(f"{logs[-1].name}: {spoil(logs[-1], chance)}")
+    return True
+
+
+def cache_damaged(scenario, chance, pattern):
+    paths = sorted(scenario.folder.glob(f"text/*/{pattern}"))
+    if not paths:
+        return False
+    path = chance.choice(paths)
+    scenario.journal.append(f"{path.name}: {spoil(path, chance)}")
+    return True
+
+
+def leftovers_planted(scenario, chance):
+    """What a killed process, of this or an older version, may have left."""
+    run = f"text-{chance.randrange(16**6):06x}"
+    records = scenario.own_checkpoints()
+    if records and chance.random() < 0.5:
+        run = records[0]["run"]
+    name = chance.choice(
+        [
+            f"{run}.safetensors.new",
+            f"{run}.metadata.new",
+            f"{run}.csv.new",
+            f"{chance.randrange(16**40):040x}.metadata",
+        ]
+    )
+    junk = chance.randbytes(chance.randrange(2000))
+    (scenario.folder / name).write_bytes(junk)
+    scenario.journal.append(f"{name} planted")
+    for lock in scenario.folder.glob(".*.lock"):
+        if chance.random() < 0.3:
+            lock.write_bytes(junk) if chance.random() < 0.5 else lock.unlink()
+    return True
+
+
+def needed_file_gone(scenario, chance):
+    """Without its text or its base a run cannot be trained: one line, and nothing is lost."""
+    paths = [scenario.text]
+    if scenario.base:
+        paths += list(scenario.folder.glob(f"{scenario.base}.*"))
+    path = chance.choice(paths)
+    hidden = scenario.work / "hidden"
+    path.rename(hidden)
+    scenario.journal.append(f"{path.name} hidden")
+    leg = scenario.start([]).wait()
+    # The metadata of weights that are hidden would be removed as a leftover, if training began.
+    hidden.rename(path)
+    scenario.check(leg, {1, 2})
+    return True
+
+
+def text_touched(scenario, chance):
+    """A text of another age and equal content is the same text."""
+    os.utime(scenario.text, (1, chance.randrange(10**9)))
+    return True
+
+
+# -- Other processes
+
+
+def second_process(scenario, chance):
+    """The same command, while the first one trains: refused."""
+    if not scenario.own_checkpoints():
+        return False
+    end, statuses = draw_end(chance)
+    pause = {"phase": "step", "call": draw_call(scenario, chance, "step"), "action": "pause"}
+    first = scenario.start([pause, *end])
+    if not first.wait_for_pause():
+        scenario.check(first, {0})
+        scenario.is_finished = True
+        return False
+    second = scenario.start([]).wait()
+    os.kill(first.pid, signal.SIGCONT)
+    first.wait()
+    scenario.look_at(second, {2})
+    expect("another process" in second.err, "not refused for the right reason:", second.err)
+    scenario.check(first, statuses | {0})
+    scenario.is_finished = first.status == 0
+    return True
+
+
+def draw_reader(chance):
+    return chance.choice(
+        [
+            ["--list"],
+            ["--prompt", "a", "--max_tokens", "2"],
+            ["--prompt", "a", "--max_tokens", "2", "--identifier", "best"],
+            ["--evaluate", "valid"],
+        ]
+    )
+
+
+def readers_beside(scenario, chance):
+    """Commands that read, while a save or a deletion is under way."""
+    records = scenario.own_checkpoints()
+    if not records or not records[0]["best"]:
+        return False
+    end, statuses = draw_end(chance)
+    pause = {"phase": "save", "call": draw_call(scenario, chance, "save"), "action": "pause"}
+    first = scenario.start([pause, *end], [*scenario.flags, "--keep", "1"])
+    if not first.wait_for_pause():
+        scenario.check(first, {0})
+        scenario.is_finished = True
+        return False
+    readers = [scenario.start([], draw_reader(chance)) for _ in range(2)]
+    SLEEP(0.1)  # the folder's lock may keep them waiting
+    os.kill(first.pid, signal.SIGCONT)
+    first.wait()
+    for reader in readers:
+        scenario.wait_well(reader)
+    scenario.check(first, statuses | {0})
+    scenario.is_finished = first.status == 0
+    return True
+
+
+def slow_reader(scenario, chance):
+    """A command that reads, while all that it has listed is replaced."""
+    records = scenario.own_checkpoints()
+    if not records or not records[0]["best"]:
+        return False
+    pause = {"phase": "start", "call": chance.randint(1, 40), "action": "pause"}
+    reader = scenario.start([pause], draw_reader(chance))
+    if not reader.wait_for_pause():
+        scenario.look_at(reader, {0})
+        return False
+    stop = {"phase": "step", "call": 3, "action": "SIGTERM"}
+    flags = [*scenario.flags, "--keep", "1", "--steps_per_save", "1"]
+    trainer = scenario.start([stop], flags)
+    SLEEP(0.4)  # the reader may hold the folder's lock
+    os.kill(reader.pid, signal.SIGCONT)
+    scenario.wait_well(reader)
+    scenario.check(trainer.wait(), {143, 0})
+    scenario.is_finished = trainer.status == 0
+    return True
+
+
+def wall_clock(scenario, chance):
+    """A real `python main.py`, and a real signal at some moment."""
+    if scenario.environment:
+        return False  # which it would not have
+    name = chance.choice((*STOPPING, "SIGKILL"))
+    command = [sys.executable, str(ROOT / "main.py"), *scenario.flags]
+    command += ["--save_dir", str(scenario.folder)]
+    scenario.legs += 1
+    scenario.journal.append(f"{name} to {' '.join(command)}")
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_signals,
+    )
+    SLEEP(chance.uniform(0.1, 0.7))
+    process.send_signal(getattr(signal, name))
+    leg = Started(process.pid, {}, [])
+    leg.struck = []
+    leg.out, leg.err = process.communicate(timeout=TIMEOUT)
+    leg.status = process.returncode
+    scenario.check(leg, ended_by(name) | {0})
+    scenario.is_finished = leg.status == 0
+    return leg.status != 0
+
+
+def default_signals():
+    for name in STOPPING:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+def time_over(scenario, chance):
+    """--max_minutes ends a leg."""
+    leg = scenario.start([], [*scenario.flags, "--max_minutes", "1e-7"]).wait()
+    scenario.check(leg, {0})
+    is_over = "are over" in leg.out
+    scenario.is_finished = not is_over
+    return is_over
+
+
+# -- Ranks
+
+
+def rank_killed(scenario, chance):
+    victim = chance.randrange(scenario.ranks)
+    phase = chance.choice(("step", "step", "eval"))
+    call = draw_call(scenario, chance, phase)
+    legs = scenario.start_all({victim: [{"phase": phase, "call": call, "action": "kill"}]})
+    if legs[victim].status == 0:
+        for leg in legs:
+            scenario.check(leg, {0})
+        scenario.is_finished = True
+        return False
+    for rank, leg in enumerate(legs):
+        scenario.check(leg, {-signal.SIGKILL} if rank == victim else {1}, is_clean=False)
+        lost = "a rank failed or is gone" in leg.err
+        expect(lost or rank == victim, f"rank {rank} does not say what happened:", leg.err)
+    return True
+
+
+def rank_signalled(scenario, chance):
+    """Which stops all of them, saved."""
+    rank = chance.randrange(scenario.ranks)
+    phase = chance.choice(("step", "step", "eval", "save")) if rank == 0 else "step"
+    name = chance.choice(STOPPING)
+    call = draw_call(scenario, chance, phase)
+    legs = scenario.start_all({rank: [{"phase": phase, "call": call, "action": name}]})
+    has_struck = legs[rank].has_struck()
+    for leg in legs[1:]:
+        scenario.check(leg, {0})
+    scenario.check(legs[0], {128 + getattr(signal, name)} if has_struck else {0})
+    scenario.is_finished = not has_struck
+    return has_struck
+
+
+# The kinds of faults, by the place of a scenario.
+FAULTS = {
+    "process": {
+        "signal at a step": partial(signalled, phase="step"),
+        "signal in a save": partial(signalled, phase="save"),
+        "signal in an evaluation": partial(signalled, phase="eval"),
+        "signal in sampling": partial(signalled, phase="sample"),
+        "signal in the log": partial(signalled, phase="log"),
+        "signal at the start": partial(signalled, phase="start"),
+        "signal in the cache": partial(signalled, phase="cache"),
+        "signal in a retried save": signalled_in_retry,
+        "two signals": signalled_twice,
+        "kill at a step": partial(killed, phase="step"),
+        "kill in a save": partial(killed, phase="save"),
+        "kill in an evaluation": partial(killed, phase="eval"),
+        "kill in sampling": partial(killed, phase="sample"),
+        "kill in the log": partial(killed, phase="log"),
+        "kill at the start": partial(killed, phase="start"),
+        "kill in the cache": partial(killed, phase="cache"),
+        "failing call of a save": partial(failing, phase="save"),
+        "failing call of the start": partial(failing, phase="start"),
+        "failing call of the cache": partial(failing, phase="cache"),
+        "failing call of the log": partial(failing, phase="log"),
+        "file size limit": file_size_limited,
+        "clock set back": clock_set_back,
+        "damaged weights": partial(checkpoint_damaged, kind="safetensors"),
+        "damaged metadata": partial(checkpoint_damaged, kind="metadata"),
+        "damaged log": log_damaged,
+        "damaged tokens": partial(cache_damaged, pattern="*.tokens"),
+        "damaged about.json": partial(cache_damaged, pattern="about.json"),
+        "leftovers": leftovers_planted,
+        "needed file gone": needed_file_gone,
+        "touched text": text_touched,
+        "second process": second_process,
+        "readers beside a save": readers_beside,
+        "slow reader": slow_reader,
+        "wall clock": wall_clock,
+        "time over": time_over,
+    },
+    "ranks": {
+        "killed rank": rank_killed,
+        "signalled rank": rank_signalled,
+    },
+    "small disk": {
+        "full disk": disk_full,
+        "full disk, kill in a save": partial(killed, phase="save"),
+    },
+}
+
+
+# ---- The soak -----------------------------------------------------------------------------------
+
+
+def play(seed, number, work):
+    """Plays one scenario; returns it. Raises Failure."""
+    chance = random.Random(f"{seed}:{number}")
+    place = "process"
+    if number % 16 == 7:
+        place = "ranks"
+    elif number % 16 == 15:
+        place = "small disk"
+    try:
+        scenario = Scenario(work, chance, place)
+    except CannotMount:
+        shutil.rmtree(work)
+        return None
+    kinds = draw_kinds(seed, number, place)
+    try:
+        for kind in kinds:
+            if scenario.is_finished:
+                break
+            scenario.journal.append(kind)
+            if FAULTS[place][kind](scenario, chance):
+                scenario.faults[kind] += 1
+        scenario.finish()
+        if chance.random() < 0.2:
+            scenario.extend(chance)
+    except Exception as error:
+        journal = "\n".join(scenario.journal)
+        words = str(error) if isinstance(error, Failure) else traceback.format_exc()
+        raise Failure(f"{words}\n{journal}\nkept: {work}") from None
+    scenario.leave()
+    return scenario
+
+
+def draw_kinds(seed, number, place):
+    """The kinds of faults of a scenario. All have their turn before any comes again."""
+    known = list(FAULTS[place])
+    if place != "process":
+        return known * 3
+    size = 12
+    first = number * size
+    kinds = []
+    for place_in_deck in range(first, first + size):
+        deck, index = divmod(place_in_deck, len(known))
+        order = random.Random(f"{seed}:deck {deck}").sample(known, len(known))
+        kinds.append(order[index])
+    return kinds
+
+
+def work_off(seed, first, stride, faults, folder):
+    """Plays scenarios first, first + stride ... until so many faults struck; writes what it did."""
+    counts = Counter()
+    legs = 0
+    number = first
+    failures = []
+    while counts.total() < faults and len(failures) < 3:
+        try:
+            scenario = play(seed, number, folder / f"scenario-{number}")
+            if scenario:
+                counts += scenario.faults
+                legs += scenario.legs
+        except Failure as failure:
+            again = f"python tests/soak.py --seed {seed} --scenario {number}"
+            failures.append(f"{failure}\nagain: {again}")
+        number += stride
+    result = {"counts": counts, "legs": legs, "scenarios": number // stride, "failures": failures}
+    (folder / f"worker-{first}.json").write_text(json.dumps(result))
+
+
+def soak(seed, faults, folder, jobs=2):
+    """Strikes with so many faults; returns {"counts", "legs", "scenarios", "failures"}."""
+    workers = []
+    for first in range(jobs):
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work_off(seed, first, jobs, -(-faults // jobs), folder)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        workers.append(pid)
+    total = {"counts": Counter(), "legs": 0, "scenarios": 0, "failures": []}
+    for first, pid in enumerate(workers):
+        os.waitpid(pid, 0)
+        result = json.loads((folder / f"worker-{first}.json").read_text())
+        total["counts"] += Counter(result["counts"])
+        for name in ("legs", "scenarios", "failures"):
+            total[name] += result[name]
+    return total
+
+
+def describe(seed, result, seconds):
+    counts = dict(sorted(result["counts"].items()))
+    faults = sum(counts.values())
+    return (
+        f"seed {seed}, faults {faults}, scenarios {result['scenarios']}, legs {result['legs']}, "
+        f"{seconds:.0f} s, by kind {counts}"
+    )
+
+
+def command_line():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--faults", type=int, default=300)
+    parser.add_argument("--scenario", type=int, help="only this one")
+    parser.add_argument("--folder", type=Path, required=True, help="is made; kept on a failure")
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True)
+    print(f"seed {options.seed}", flush=True)
+    began = time.perf_counter()
+    if options.scenario is not None:
+        scenario = play(options.seed, options.scenario, options.folder / "scenario")
+        print("\n".join(scenario.journal))
+        return 0
+    result = soak(options.seed, options.faults, options.folder, options.jobs)
+    for failure in result["failures"]:
+        print(failure, end="\n\n")
+    print(describe(options.seed, result, time.perf_counter() - began))
+    return 1 if result["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())
