@@ -1,7 +1,8 @@
 """The soak: runs disturbed by thousands of faults have to end as the run that was never touched.
 
-    python tests/soak.py --seed 7 --faults 300       repeats exactly what the seed 7 did
+    python tests/soak.py --seed 7 --faults 300       repeats what the seed 7 did
     python tests/soak.py --seed 7 --scenario 12      one scenario of it; says every leg
+    python tests/soak.py --sweep                     a fault at every single call of a short run
 
 A *scenario* is a command line drawn from a table and a row of faults, both decided by the seed and
 the scenario's number. Its run is trained once undisturbed. Then the same command is started again
@@ -9,7 +10,7 @@ and again, each *leg* with a fault, until the run is finished, and the two are c
 optimizer state, place in the text, scores, best and log.
 
 A leg is a fork of this process, which has imported main.py and computed nothing: it costs 0.1 s
-where `python main.py` costs 0.5. In it the calls that main.py makes of the system are counted, by
+where `python main.py` costs 0.5 (where MLX does not survive a fork, a new process). In it the calls that main.py makes of the system are counted, by
 the *phase* they are made in, and a *strike* is due at one of them: a signal, a kill, an error.
 Counting makes a fault repeatable, where a clock would not. Faults named "wall clock" are the
 exception: they are sent to a real `python main.py` after a time.
@@ -22,6 +23,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -32,6 +34,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -42,13 +45,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import main  # noqa: E402  (before MLX)
+import main  # noqa: E402
 
-import mlx.core as mx  # noqa: E402  isort: skip
 import numpy.random  # noqa: E402, F401  (what each leg would import)
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 TIMEOUT = 100  # seconds until a leg counts as hung
+FORKS = sys.platform == "linux"  # on macOS neither Metal nor Accelerate works after a fork
 
 
 # ---- In the process of a leg --------------------------------------------------------------------
@@ -62,9 +65,10 @@ class Leg:
     sample; and pause, in which a save waits for its next try.
     """
 
-    def __init__(self, folder, strikes, report):
+    def __init__(self, folder, strikes, steps, report):
         self.folder = str(folder)
         self.strikes = list(strikes)
+        self.steps_left = steps  # until it is stopped, if no strike came; None: as many as it takes
         self.report = report  # a file descriptor
         self.phases = ["start"]  # the innermost last
         self.counts = Counter()  # calls, by phase
@@ -86,6 +90,11 @@ class Leg:
         if self.failing and self.failing["phase"] == phase and self.failing["times"] > 0:
             self.failing["times"] -= 1
             self.fail(self.failing["action"], what, begin)
+        if what == "step" and self.steps_left is not None:
+            self.steps_left -= 1
+            if self.steps_left == 0:
+                self.strikes = []
+                self.send(signal.SIGTERM)
         if not self.strikes:
             return
         strike = self.strikes[0]
@@ -93,6 +102,7 @@ class Leg:
             return
         self.strikes.pop(0)
         self.since.clear()
+        self.steps_left = None
         self.tell(**strike, what=what, path=str(path) if isinstance(path, (str, Path)) else "")
         self.act(strike, what, begin)
 
@@ -123,9 +133,7 @@ class Leg:
             self.fail(action, what, begin)
 
     def fail(self, name, what, begin):
-        """Raises the error that a call would: of the system, or MLX's own from its loader."""
-        if what == "load":
-            raise RuntimeError(f"[load] {name}")
+        """Raises the error that a call would."""
         if what not in CALLS:  # no call of the system, as a step
             return
         if begin and name == "ENOSPC":
@@ -201,7 +209,6 @@ class Leg:
             setattr(os, name, self.watch(getattr(os, name), name, self.is_ours))
         os.fsync = self.watch(os.fsync, "fsync")
         fcntl.flock = self.watch(fcntl.flock, "flock")
-        mx.load = self.watch(mx.load, "load")
         plain_monotonic = time.monotonic
         time.monotonic = lambda: plain_monotonic() + self.skew
         time.sleep = self.sleep
@@ -232,7 +239,7 @@ class Leg:
 
 
 # The calls that can fail.
-CALLS = "open read write flush close replace unlink mkdir scandir listdir fsync flock".split()
+CALLS = "open read readinto write flush close replace unlink mkdir scandir listdir fsync flock".split()
 OPEN = io.open
 SLEEP = time.sleep
 
@@ -270,6 +277,10 @@ class WatchedFile:
         self.leg.meet("read", self.path)
         return self.file.read(*size)
 
+    def readinto(self, buffer):
+        self.leg.meet("readinto", self.path)
+        return self.file.readinto(buffer)
+
     def flush(self):
         self.leg.meet("flush", self.path)
         self.file.flush()
@@ -283,7 +294,7 @@ class WatchedFile:
         return self.file.write(data)
 
 
-def be_a_leg(arguments, folder, strikes, paths, environment):
+def be_a_leg(arguments, folder, strikes, steps, paths, environment):
     """Turns this process into `python main.py arguments`, with strikes; never returns."""
     status = 1
     try:
@@ -298,7 +309,7 @@ def be_a_leg(arguments, folder, strikes, paths, environment):
         sys.stdout = main.Lasting(OPEN(1, "w", closefd=False))
         sys.stderr = main.Lasting(OPEN(2, "w", closefd=False))
         sys.argv = ["main.py", *arguments]
-        leg = Leg(folder, strikes, report)
+        leg = Leg(folder, strikes, steps, report)
         if "SOAK_STREAMS" in environment:
             count = int(environment["SOAK_STREAMS"])
             main.fast.count_streams = lambda rows, context_size: min(rows, count)
@@ -438,7 +449,7 @@ SHAPES = [
 # What does not: one of each row is drawn.
 CHOICES = [
     ["--batch_size 2", "--batch_size 3", "--batch_size 4"],
-    [f"--num_iters {count}" for count in range(12, 31)],
+    [f"--num_iters {count}" for count in range(15, 36)],
     ["--steps_per_save 3", "--steps_per_save 4", "--steps_per_save 5", ""],
     ["--steps_per_eval 6", "--steps_per_eval 7", "--steps_per_eval 10"],
     ["--steps_per_report 1", "--steps_per_report 2", "--steps_per_report 3"],
@@ -468,10 +479,10 @@ def write_text(path, lines):
 class Scenario:
     """A command, where it runs, and what is known of its run.
 
-    place: "process", "ranks", or "small disk".
+    place: "process", "ranks", or "small disk"; flags: drawn by chance if they are not given.
     """
 
-    def __init__(self, work, chance, place="process"):
+    def __init__(self, work, chance, place="process", flags=None):
         self.work = work
         self.place = place
         self.ranks = chance.choice((2, 2, 3)) if place == "ranks" else 1
@@ -492,7 +503,8 @@ class Scenario:
         self.flags = []
         if chance.random() < 0.2 and place == "process":
             self.environment["SOAK_STREAMS"] = "2"
-        self.flags = self.draw_flags(chance)
+        self.flags = ["--text", str(self.text), "--test_text", str(work / "other.txt")]
+        self.flags += flags or self.draw_flags(chance)
         if place == "small disk":
             self.mount()
         self.train_undisturbed()
@@ -501,7 +513,7 @@ class Scenario:
         shape = chance.choice(SHAPES)
         drawn = [chance.choice(choices) for choices in CHOICES]
         reuse = chance.choice(REUSES) if self.place == "process" else ""
-        flags = ["--text", str(self.text), "--test_text", str(self.work / "other.txt")]
+        flags = []
         if reuse:
             self.make_base()
             name, *rest = reuse.split()
@@ -551,8 +563,8 @@ class Scenario:
 
     # -- Legs
 
-    def start(self, strikes, arguments=None, folder=None, environment=None):
-        """Starts a leg, which is struck so."""
+    def start(self, strikes, arguments=None, folder=None, environment=None, steps=None):
+        """Starts a leg, which is struck so, or stopped by SIGTERM after so many steps."""
         arguments = [*(self.flags if arguments is None else arguments)]
         folder = folder or self.folder
         arguments += ["--save_dir", str(folder)]
@@ -565,7 +577,13 @@ class Scenario:
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
-            be_a_leg(arguments, folder, strikes, paths, self.environment | (environment or {}))
+            paths_given = {name: str(path) for name, path in paths.items()}
+            environment = self.environment | (environment or {})
+            task = [arguments, str(folder), strikes, steps, paths_given, environment]
+            if FORKS:
+                be_a_leg(*task)
+            command = [sys.executable, __file__, "--leg", json.dumps(task)]
+            os.execv(sys.executable, command)
         return Started(pid, paths, strikes)
 
     def start_all(self, strikes, arguments=None, folder=None):
@@ -606,7 +624,8 @@ class Scenario:
         for log in self.folder.glob("*.csv"):
             if self.is_exact_log:
                 read_log(log)
-        if is_clean and leg.status >= 0:
+        has_trained = leg.status == 0 or leg.status > 128
+        if is_clean and has_trained:
             self.expect_no_junk()
 
     def look_at(self, leg, statuses):
@@ -704,7 +723,7 @@ def free_ports(count):
 # Each is a function of (scenario, chance) that returns whether it struck.
 
 # The calls of a phase from which one is drawn: about as many as two saves, some steps ... have.
-SPANS = {"step": 6, "save": 130, "log": 15, "eval": 8, "sample": 8}
+SPANS = {"step": 6, "save": 250, "log": 15, "eval": 8, "sample": 8}
 
 
 def draw_call(scenario, chance, phase):
@@ -727,18 +746,18 @@ def vary(scenario, chance):
 
 def run_struck(scenario, chance, strikes, statuses, is_clean=True):
     """Runs a leg with these strikes; returns whether the first one came."""
-    leg = scenario.start(strikes, vary(scenario, chance)).wait()
+    steps = 10 if chance.random() < 0.9 else None  # in which a strike mostly comes
+    leg = scenario.start(strikes, vary(scenario, chance), steps=steps).wait()
     for struck in leg.struck:
         is_error = struck["action"].startswith("E")
         if is_error and (struck["phase"] == "log" or ".csv" in struck["path"]):
             scenario.is_exact_log = False
     if not leg.has_struck():
-        statuses = statuses | {0}
+        statuses = statuses | {0, 143}
     scenario.check(leg, statuses, is_clean)
     for phase, count in leg.counts.items():
         scenario.counts[phase] = max(scenario.counts[phase], count)
-    if leg.status == 0 and not leg.has_struck():
-        scenario.is_finished = True
+    scenario.is_finished = leg.status == 0
     return len(leg.struck) > 0
 
 
@@ -944,7 +963,7 @@ def leftovers_planted(scenario, chance):
 def needed_file_gone(scenario, chance):
     """Without its text or its base a run cannot be trained: one line, and nothing is lost."""
     paths = [scenario.text]
-    if scenario.base:
+    if "--lora_rank" in scenario.flags or "--teacher" in scenario.flags:
         paths += list(scenario.folder.glob(f"{scenario.base}.*"))
     path = chance.choice(paths)
     hidden = scenario.work / "hidden"
@@ -987,21 +1006,22 @@ def second_process(scenario, chance):
     return True
 
 
-def draw_reader(chance):
-    return chance.choice(
-        [
-            ["--list"],
-            ["--prompt", "a", "--max_tokens", "2"],
-            ["--prompt", "a", "--max_tokens", "2", "--identifier", "best"],
-            ["--evaluate", "valid"],
-        ]
-    )
+def draw_reader(scenario, chance):
+    """A command that reads, or None if there is nothing to read yet."""
+    records = scenario.own_checkpoints()
+    if not records:
+        return None
+    readers = [["--list"], ["--prompt", "a", "--max_tokens", "2"], ["--evaluate", "valid"]]
+    best = records[0]["best"]
+    if best and best["id"] not in scenario.damaged:
+        readers.append([*readers[1], "--identifier", "best"])
+    return chance.choice(readers)
 
 
 def readers_beside(scenario, chance):
     """Commands that read, while a save or a deletion is under way."""
-    records = scenario.own_checkpoints()
-    if not records or not records[0]["best"]:
+    commands = [draw_reader(scenario, chance) for _ in range(2)]
+    if None in commands:
         return False
     end, statuses = draw_end(chance)
     pause = {"phase": "save", "call": draw_call(scenario, chance, "save"), "action": "pause"}
@@ -1010,7 +1030,7 @@ def readers_beside(scenario, chance):
         scenario.check(first, {0})
         scenario.is_finished = True
         return False
-    readers = [scenario.start([], draw_reader(chance)) for _ in range(2)]
+    readers = [scenario.start([], command) for command in commands]
     SLEEP(0.1)  # the folder's lock may keep them waiting
     os.kill(first.pid, signal.SIGCONT)
     first.wait()
@@ -1023,11 +1043,11 @@ def readers_beside(scenario, chance):
 
 def slow_reader(scenario, chance):
     """A command that reads, while all that it has listed is replaced."""
-    records = scenario.own_checkpoints()
-    if not records or not records[0]["best"]:
+    command = draw_reader(scenario, chance)
+    if not command:
         return False
     pause = {"phase": "start", "call": chance.randint(1, 40), "action": "pause"}
-    reader = scenario.start([pause], draw_reader(chance))
+    reader = scenario.start([pause], command)
     if not reader.wait_for_pause():
         scenario.look_at(reader, {0})
         return False
@@ -1176,9 +1196,9 @@ def play(seed, number, work):
     """Plays one scenario; returns it. Raises Failure."""
     chance = random.Random(f"{seed}:{number}")
     place = "process"
-    if number % 16 == 7:
+    if number % 48 == 7:
         place = "ranks"
-    elif number % 16 == 15:
+    elif number % 24 == 15:
         place = "small disk"
     try:
         scenario = Scenario(work, chance, place)
@@ -1208,8 +1228,8 @@ def draw_kinds(seed, number, place):
     """The kinds of faults of a scenario. All have their turn before any comes again."""
     known = list(FAULTS[place])
     if place != "process":
-        return known * 3
-    size = 12
+        return known * 5
+    size = 14
     first = number * size
     kinds = []
     for place_in_deck in range(first, first + size):
@@ -1219,35 +1239,34 @@ def draw_kinds(seed, number, place):
     return kinds
 
 
-def work_off(seed, first, stride, faults, folder):
-    """Plays scenarios first, first + stride ... until so many faults struck; writes what it did."""
-    counts = Counter()
-    legs = 0
+def work_off(seed, faults, folder, first, stride):
+    """Plays scenarios first, first + stride ... until so many faults struck; returns a result."""
+    result = {"counts": Counter(), "legs": 0, "scenarios": 0, "failures": []}
     number = first
-    failures = []
-    while counts.total() < faults and len(failures) < 3:
+    while result["counts"].total() < faults and len(result["failures"]) < 3:
         try:
             scenario = play(seed, number, folder / f"scenario-{number}")
             if scenario:
-                counts += scenario.faults
-                legs += scenario.legs
+                result["counts"] += scenario.faults
+                result["legs"] += scenario.legs
+                result["scenarios"] += 1
         except Failure as failure:
             again = f"python tests/soak.py --seed {seed} --scenario {number}"
-            failures.append(f"{failure}\nagain: {again}")
+            result["failures"].append(f"{failure}\nagain: {again}")
         number += stride
-    result = {"counts": counts, "legs": legs, "scenarios": number // stride, "failures": failures}
-    (folder / f"worker-{first}.json").write_text(json.dumps(result))
+    return result
 
 
-def soak(seed, faults, folder, jobs=2):
-    """Strikes with so many faults; returns {"counts", "legs", "scenarios", "failures"}."""
+def share_out(work, jobs, folder):
+    """Does work(folder, first, stride) in so many processes; returns the sum of the results."""
     workers = []
     for first in range(jobs):
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
             try:
-                work_off(seed, first, jobs, -(-faults // jobs), folder)
+                result = work(folder, first, jobs)
+                (folder / f"worker-{first}.json").write_text(json.dumps(result))
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -1263,35 +1282,119 @@ def soak(seed, faults, folder, jobs=2):
     return total
 
 
+def sweep(folder, first=0, stride=1):
+    """Strikes at each single call of a short run that begins, and of one that is resumed.
+
+    Of all these faults only number `first`, first + stride ... are played. Returns a result.
+    """
+    result = {"counts": Counter(), "legs": 0, "scenarios": 1, "failures": []}
+    scenario = Scenario(folder / f"sweep-{first}", random.Random(1), flags=SWEPT)
+    template = scenario.work / "template"
+    number = 0
+    for kind in ("begun", "resumed"):
+        if kind == "resumed":
+            scenario.check(scenario.start([], steps=3).wait(), {143})
+        shutil.rmtree(template, ignore_errors=True)
+        shutil.copytree(scenario.folder, template)
+        counts = scenario.start([]).wait().counts
+        for phase, count in counts.items():
+            for call, action in itertools.product(range(1, count + 1), ACTIONS):
+                number += 1
+                if number % stride != first:
+                    continue
+                restore(scenario, template)
+                try:
+                    strike_at(scenario, phase, call, action)
+                    result["counts"][f"{kind}: {action} in {phase}"] += 1
+                except Failure as failure:
+                    journal = "\n".join(scenario.journal)
+                    result["failures"].append(f"{failure}\n{kind}\n{journal}")
+        restore(scenario, template)
+    result["legs"] = scenario.legs
+    return result
+
+
+SWEPT = [*SIZES, *"--num_blocks 1 --batch_size 2 --num_iters 7 --steps_per_save 2".split()]
+SWEPT += "--steps_per_eval 4 --steps_per_report 2 --eval_tokens 30 --keep 1 --max_tokens 1".split()
+# Of each sweep's calls. An error with `times` meets what cleans up after it, too.
+ACTIONS = ("kill", "SIGTERM", "EIO", "ENOSPC, twice", "EACCES, twice")
+
+
+def restore(scenario, template):
+    """Brings a scenario's folder back to what the template is."""
+    shutil.rmtree(scenario.folder)
+    shutil.copytree(template, scenario.folder)
+    scenario.journal.clear()
+    scenario.reached = 0
+    scenario.is_finished = False
+    scenario.is_exact_log = True
+
+
+def strike_at(scenario, phase, call, action):
+    """One leg with one strike, and one that finishes the run."""
+    name, _, times = action.partition(", ")
+    strike = {"phase": phase, "call": call, "action": name, "times": 2 if times else 1}
+    if action == "kill":
+        statuses = {-signal.SIGKILL}
+    elif action in STOPPING:
+        statuses = ended_by(action) | {0}  # after the last check for signals
+    else:
+        statuses = {0, 1, 2} if phase in ("start", "cache") else {0}
+    is_clean = action == "kill" or action in STOPPING
+    leg = scenario.start([strike]).wait()
+    if leg.has_struck() and not is_clean and phase == "log":
+        scenario.is_exact_log = False
+    scenario.check(leg, statuses if leg.has_struck() else {0}, is_clean)
+    scenario.finish()
+
+
 def describe(seed, result, seconds):
+    """A line for people, and the counts as JSON in another."""
     counts = dict(sorted(result["counts"].items()))
-    faults = sum(counts.values())
     return (
-        f"seed {seed}, faults {faults}, scenarios {result['scenarios']}, legs {result['legs']}, "
-        f"{seconds:.0f} s, by kind {counts}"
+        f"seed {seed}, faults {sum(counts.values())}, scenarios {result['scenarios']}, "
+        f"legs {result['legs']}, {seconds:.0f} s, by kind\n{json.dumps(counts)}"
     )
+
+
+def make_folder():
+    """A new folder, on a RAM disk if there is one with room: saves are synced there at once."""
+    parent = None
+    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 1 << 30:
+        parent = "/dev/shm"
+    return Path(tempfile.mkdtemp(prefix="soak-", dir=parent))
 
 
 def command_line():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--seed", default=str(random.randrange(10**6)))
     parser.add_argument("--faults", type=int, default=300)
     parser.add_argument("--scenario", type=int, help="only this one")
-    parser.add_argument("--folder", type=Path, required=True, help="is made; kept on a failure")
+    parser.add_argument("--sweep", action="store_true", help="a fault at every single call")
     parser.add_argument("--jobs", type=int, default=2, help="worker processes")
+    parser.add_argument("--leg", help=argparse.SUPPRESS)  # what a new process is to do
     options = parser.parse_args()
-    options.folder.mkdir(parents=True)
-    print(f"seed {options.seed}", flush=True)
+    if options.leg:
+        be_a_leg(*json.loads(options.leg))
+    folder = make_folder()
+    print(f"seed {options.seed}, in {folder}", flush=True)
     began = time.perf_counter()
     if options.scenario is not None:
-        scenario = play(options.seed, options.scenario, options.folder / "scenario")
+        scenario = play(options.seed, options.scenario, folder / "scenario")
         print("\n".join(scenario.journal))
         return 0
-    result = soak(options.seed, options.faults, options.folder, options.jobs)
+    if options.sweep:
+        result = share_out(sweep, options.jobs, folder)
+    else:
+        faults = -(-options.faults // options.jobs)
+        result = share_out(partial(work_off, options.seed, faults), options.jobs, folder)
     for failure in result["failures"]:
         print(failure, end="\n\n")
     print(describe(options.seed, result, time.perf_counter() - began))
-    return 1 if result["failures"] else 0
+    if result["failures"]:
+        return 1
+    shutil.rmtree(folder)
+    return 0
 
 
 if __name__ == "__main__":
