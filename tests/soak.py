@@ -455,7 +455,7 @@ CHOICES = [
     ["--steps_per_report 1", "--steps_per_report 2", "--steps_per_report 3"],
     ["--eval_tokens 40", "--eval_tokens 100", "--eval_tokens 0"],
     ["--max_tokens 1", "--max_tokens 3"],
-    ["--keep 1", "--keep 2", "--keep 3"],
+    ["--keep 1", "--keep 2", "--keep 3", "--keep 4"],
     ["--learning_rate 0.001", "--learning_rate 0.03"],
     ["--lr_warmup 0", "--lr_warmup 5"],
     ["--lr_schedule constant", "--lr_schedule constant", "--lr_schedule cosine --min_lr 0"],
@@ -525,8 +525,8 @@ class Scenario:
             drawn.append(shape)
         for words in drawn:
             flags += words.split()
-        if self.ranks > 1:
-            flags += ["--batch_size", "3"]
+        if self.place != "process":  # there are few of these scenarios: each has many faults
+            flags += ["--num_iters", "60", "--batch_size", "3"]
         return flags
 
     def make_base(self):
@@ -586,16 +586,18 @@ class Scenario:
             os.execv(sys.executable, command)
         return Started(pid, paths, strikes)
 
-    def start_all(self, strikes, arguments=None, folder=None):
-        """Runs a leg on all ranks to its end. strikes: {rank: strikes}."""
+    def start_all(self, strikes, arguments=None, folder=None, steps=None):
+        """Runs a leg on all ranks to its end. strikes: {rank: strikes}; steps: as in `start`."""
         if self.ranks == 1:
-            return [self.start(strikes.get(0, []), arguments, folder).wait()]
+            return [self.start(strikes.get(0, []), arguments, folder, steps=steps).wait()]
         hosts = self.work / f"hosts-{self.legs}.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(self.ranks)]))
         legs = []
         for rank in range(self.ranks):
             environment = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
-            legs.append(self.start(strikes.get(rank, []), arguments, folder, environment))
+            own = strikes.get(rank, [])
+            legs.append(self.start(own, arguments, folder, environment, steps))
+            steps = None  # rank 0 stops all
         return [leg.wait() for leg in legs]
 
     def wait_well(self, leg):
@@ -1107,15 +1109,24 @@ def time_over(scenario, chance):
 # -- Ranks
 
 
+def run_ranks_struck(scenario, chance, rank, phase, action):
+    """Runs a leg on all ranks with a strike at one of them; returns (legs, whether it came)."""
+    strike = {"phase": phase, "call": draw_call(scenario, chance, phase), "action": action}
+    legs = scenario.start_all({rank: [strike]}, steps=10)
+    has_struck = legs[rank].has_struck()
+    if not has_struck:
+        scenario.is_finished = legs[0].status == 0
+        for leg in legs:
+            scenario.check(leg, {0, 143})
+    return legs, has_struck
+
+
 def rank_killed(scenario, chance):
+    """The others end with one line."""
     victim = chance.randrange(scenario.ranks)
     phase = chance.choice(("step", "step", "eval"))
-    call = draw_call(scenario, chance, phase)
-    legs = scenario.start_all({victim: [{"phase": phase, "call": call, "action": "kill"}]})
-    if legs[victim].status == 0:
-        for leg in legs:
-            scenario.check(leg, {0})
-        scenario.is_finished = True
+    legs, has_struck = run_ranks_struck(scenario, chance, victim, phase, "kill")
+    if not has_struck:
         return False
     for rank, leg in enumerate(legs):
         scenario.check(leg, {-signal.SIGKILL} if rank == victim else {1}, is_clean=False)
@@ -1129,14 +1140,13 @@ def rank_signalled(scenario, chance):
     rank = chance.randrange(scenario.ranks)
     phase = chance.choice(("step", "step", "eval", "save")) if rank == 0 else "step"
     name = chance.choice(STOPPING)
-    call = draw_call(scenario, chance, phase)
-    legs = scenario.start_all({rank: [{"phase": phase, "call": call, "action": name}]})
-    has_struck = legs[rank].has_struck()
+    legs, has_struck = run_ranks_struck(scenario, chance, rank, phase, name)
+    if not has_struck:
+        return False
+    scenario.check(legs[0], {128 + getattr(signal, name)})
     for leg in legs[1:]:
         scenario.check(leg, {0})
-    scenario.check(legs[0], {128 + getattr(signal, name)} if has_struck else {0})
-    scenario.is_finished = not has_struck
-    return has_struck
+    return True
 
 
 # The kinds of faults, by the place of a scenario.

@@ -1,8 +1,11 @@
-"""The fault matrix on real processes: whatever interrupts a run, it ends with the SHA1 of the run never touched.
+"""Faults of all kinds on real processes: whatever disturbs a run, it ends as the run that was never touched.
 
-`pytest -m soak` runs the long version.
+`pytest -m soak` runs the long version: ten thousand faults, and one at every single call of a short run. tests/soak.py
+says what a fault is, and repeats one.
 """
 
+import json
+import os
 import random
 import re
 import resource
@@ -18,83 +21,41 @@ from test_interrupts import wait_for
 
 from datasets import load_dataset
 
-# Reports each step, saves every 10th, evaluates every 20th; an epoch has 140 or so steps, so some end on the way.
-LINE = [*TINY, "--batch_size", 8, "--context_size", 64, "--dropout", 0.1, "--steps_per_report", 1, "--steps_per_eval", 20, "--steps_per_save", 10]
 
-# A child that ends itself, with nothing said or flushed, at the n-th call of those that a save consists of.
-KILLED_AT = """
-import os, sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import main
-from conftest import Watched, watch_files
-left = int(sys.argv.pop(1))
-def deadly(function):
-    def call(*arguments):
-        global left
-        left -= 1
-        if left == 0:
-            if function is write:
-                arguments[0].file.write(bytes(arguments[1])[: len(arguments[1]) // 2])
-                arguments[0].file.flush()
-            os.kill(os.getpid(), 9)
-        return function(*arguments)
-    return call
-main.open, write = watch_files, Watched.write
-Watched.write = deadly(write)
-os.replace, os.fsync, os.unlink = map(deadly, (os.replace, os.fsync, os.unlink))
-sys.exit(main.main())
-"""
+def run_soak(*arguments):
+    """Runs tests/soak.py, whose failures are printed with how to repeat them; returns what it prints, and its counts by kind."""
+    command = [sys.executable, ROOT / "tests" / "soak.py", *arguments]
+    process = subprocess.run(list(map(str, command)), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.returncode == 0, process.stdout
+    return process.stdout, json.loads(process.stdout.splitlines()[-1])
 
 
-def start_killed_at(call, *arguments):
-    command = [sys.executable, "-c", KILLED_AT.format(root=str(ROOT)), str(call), *map(str, arguments)]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_faults_of_all_kinds():
+    import soak
 
-
-def interrupt(line, folder, chance, times):
-    """Starts `line` that often, each time interrupted in another way and at another moment; returns how often, by kind."""
-    counts = {"SIGINT": 0, "SIGTERM": 0, "SIGKILL": 0, "in a save": 0}
-    for _ in range(times):
-        kind = chance.choice(list(counts))
-        if kind == "in a save":
-            process = start_killed_at(chance.randrange(1, 150), *line, "--save_dir", folder)
-        else:
-            process = start(*line, "--save_dir", folder)
-            wait_for(process, "  loss ")
-            time.sleep(chance.uniform(0, 0.2))
-            process.send_signal(getattr(signal, kind))
-        _, err = process.communicate(timeout=120)
-        assert process.returncode in (130, 143, -9), err
-        counts[kind] += 1
-    return counts
-
-
-def fault_matrix(tmp_path, text, seed, times):
-    """Interrupts a run so many times, lets it go on for some steps, and compares it with one of as many steps at once."""
-    import main
-
-    line = ["--text", text, *LINE]
-    counts = interrupt(line, tmp_path / "disturbed", random.Random(seed), times)
-    num_iters = main.list_checkpoints(tmp_path / "disturbed")[0]["iteration"] + 15
-    for name in ("disturbed", "undisturbed"):
-        run(*line, "--save_dir", tmp_path / name, "--num_iters", num_iters)
-    mine, theirs = (main.list_checkpoints(tmp_path / name)[0] for name in ("disturbed", "undisturbed"))
-    assert mine["id"] == theirs["id"] and mine["scores"] == theirs["scores"] and mine["best"] == theirs["best"]
-    left = {path.name for path in (tmp_path / "disturbed").iterdir()}
-    left = [name for name in left if not re.fullmatch(r"[0-9a-f]{40}\.(safetensors|metadata)|\.text-[0-9a-f]{6}\.lock|text-[0-9a-f]{6}\.csv|text", name)]
-    assert not left, "something was left behind"
-    return counts | {"steps": num_iters}
-
-
-def test_fault_matrix(tmp_path, text):
-    counts = fault_matrix(tmp_path, text, seed=1, times=44)
-    assert min(counts.values()) >= 5, counts
+    out, counts = run_soak("--seed", 1, "--faults", 300)
+    expected = set(soak.FAULTS["process"]) | set(soak.FAULTS["ranks"])
+    if os.geteuid() == 0:
+        expected |= set(soak.FAULTS["small disk"])
+    rare = {kind: counts.get(kind, 0) for kind in expected if counts.get(kind, 0) < 5}
+    assert not rare, out
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(2, 8))
-def test_soak(tmp_path, text, seed):
-    print(fault_matrix(tmp_path, text, seed, times=200))
+@pytest.mark.parametrize("part", range(10))
+def test_soak(part, capsys):
+    """A thousand faults; SOAK_SEED repeats those of an earlier time."""
+    seed = os.environ.get("SOAK_SEED") or random.randrange(10**6)
+    out, _ = run_soak("--seed", f"{seed}-{part}", "--faults", 1000)
+    with capsys.disabled():
+        print(f"\nSOAK_SEED={seed}, part {part}: {out}")
+
+
+@pytest.mark.soak
+def test_every_call(capsys):
+    out, _ = run_soak("--sweep")
+    with capsys.disabled():
+        print(f"\n{out}")
 
 
 def test_file_size_limit_lifted_later(tmp_path, text):
