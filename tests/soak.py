@@ -10,10 +10,10 @@ and again, each *leg* with a fault, until the run is finished, and the two are c
 optimizer state, place in the text, scores, best and log.
 
 A leg is a fork of this process, which has imported main.py and computed nothing: it costs 0.1 s
-where `python main.py` costs 0.5 (where MLX does not survive a fork, a new process). In it the calls that main.py makes of the system are counted, by
-the *phase* they are made in, and a *strike* is due at one of them: a signal, a kill, an error.
-Counting makes a fault repeatable, where a clock would not. Faults named "wall clock" are the
-exception: they are sent to a real `python main.py` after a time.
+where `python main.py` costs 0.5. (Where MLX does not survive a fork it is a new process.) In it
+the calls that main.py makes of the system are counted, by the *phase* they are made in, and a
+*strike* is due at one of them: a signal, a kill, an error. Counting makes a fault repeatable, where
+a clock would not. "wall clock" is the exception: a signal to a real `python main.py` after a time.
 """
 
 import argparse
@@ -239,7 +239,8 @@ class Leg:
 
 
 # The calls that can fail.
-CALLS = "open read readinto write flush close replace unlink mkdir scandir listdir fsync flock".split()
+CALLS = "open read readinto write flush close".split()
+CALLS += "replace unlink mkdir scandir listdir fsync flock".split()
 OPEN = io.open
 SLEEP = time.sleep
 
@@ -388,7 +389,8 @@ def read_metadata(path):
     length = 8 + int.from_bytes(data[:8], "little")
     texts = json.loads(data[8:length])["__metadata__"]
     stated = texts["sha1"].encode()
-    if len(stated) != 40 or hashlib.sha1(data.replace(stated, b"0" * 40, 1)).hexdigest().encode() != stated:
+    blanked = data.replace(stated, b"0" * 40, 1)
+    if len(stated) != 40 or hashlib.sha1(blanked).hexdigest().encode() != stated:
         raise ValueError("damaged")
     return json.loads(texts["record"]), hashlib.sha1(data[length:]).hexdigest()
 
@@ -449,7 +451,7 @@ SHAPES = [
 # What does not: one of each row is drawn.
 CHOICES = [
     ["--batch_size 2", "--batch_size 3", "--batch_size 4"],
-    [f"--num_iters {count}" for count in range(15, 36)],
+    [f"--num_iters {count}" for count in range(24, 50)],
     ["--steps_per_save 3", "--steps_per_save 4", "--steps_per_save 5", ""],
     ["--steps_per_eval 6", "--steps_per_eval 7", "--steps_per_eval 10"],
     ["--steps_per_report 1", "--steps_per_report 2", "--steps_per_report 3"],
@@ -739,11 +741,24 @@ def draw_call(scenario, chance, phase):
 def vary(scenario, chance):
     """The scenario's command, sometimes with flags that may change from leg to leg."""
     flags = [*scenario.flags]
+    records = scenario.own_checkpoints()
+    if records and not scenario.damaged and chance.random() < 0.1:
+        flags = ["--identifier", records[0]["run"], "--max_tokens", "2"]  # the rest is inherited
     if chance.random() < 0.2:
         flags += ["--steps_per_save", str(chance.randint(1, 6))]
     if chance.random() < 0.2:
         flags += ["--keep", str(chance.randint(1, 4))]
     return flags
+
+
+def have_checkpoints(scenario, count):
+    """The run's checkpoints, the furthest first; if they are fewer, some steps are trained."""
+    records = scenario.own_checkpoints()
+    for _ in range(count - len(records)):
+        leg = scenario.start([], steps=3).wait()
+        scenario.check(leg, {0, 143})
+        scenario.is_finished = leg.status == 0
+    return scenario.own_checkpoints()
 
 
 def run_struck(scenario, chance, strikes, statuses, is_clean=True):
@@ -864,6 +879,16 @@ def file_size_limited(scenario, chance):
     return run_struck(scenario, chance, strikes + end, statuses)
 
 
+def saves_keep_failing(scenario, chance):
+    """A signal of a launcher ends even a save that never works; the last checkpoint stands."""
+    name = chance.choice(("SIGTERM", "SIGHUP"))
+    strikes = [
+        {"phase": "step", "call": draw_call(scenario, chance, "step"), "action": "limit"},
+        {"phase": "pause", "call": chance.randint(1, 30), "action": name},
+    ]
+    return run_struck(scenario, chance, strikes, ended_by(name))
+
+
 def disk_full(scenario, chance):
     """The disk fills up, and has room again while a save waits for its next try."""
     scenario.is_exact_log = False
@@ -903,10 +928,11 @@ def spoil(path, chance):
 
 def checkpoint_damaged(scenario, chance, kind):
     """A file of the newest or an older checkpoint, but never of the last intact one."""
-    records = scenario.own_checkpoints()
-    if len(records) < 2:
+    records = have_checkpoints(scenario, 2)
+    spare = [record for record in records if is_spare(record, records)]
+    if not spare:
         return False
-    record = records[0] if chance.random() < 0.6 else chance.choice(records)
+    record = spare[0] if chance.random() < 0.6 else chance.choice(spare)
     paths = list(scenario.folder.glob(f"{record['id']}*.{kind}"))
     for path in paths:
         scenario.journal.append(f"{path.name}: {spoil(path, chance)}")
@@ -914,6 +940,14 @@ def checkpoint_damaged(scenario, chance, kind):
     scenario.reached = scenario.own_checkpoints()[0]["iteration"]
     scenario.is_finished = False
     return True
+
+
+def is_spare(record, records):
+    """Whether each run that has this checkpoint has another one, too."""
+    runs = [each["run"] for each in records if each["id"] == record["id"]]
+    return all(
+        any(each["run"] == run and each["id"] != record["id"] for each in records) for run in runs
+    )
 
 
 def log_damaged(scenario, chance):
@@ -989,7 +1023,7 @@ def text_touched(scenario, chance):
 
 def second_process(scenario, chance):
     """The same command, while the first one trains: refused."""
-    if not scenario.own_checkpoints():
+    if not have_checkpoints(scenario, 1):
         return False
     end, statuses = draw_end(chance)
     pause = {"phase": "step", "call": draw_call(scenario, chance, "step"), "action": "pause"}
@@ -1008,9 +1042,28 @@ def second_process(scenario, chance):
     return True
 
 
+def equal_run(scenario, chance):
+    """The same command with --new_model, while the first one trains: both come to equal files."""
+    pause = {"phase": "step", "call": draw_call(scenario, chance, "step"), "action": "pause"}
+    end, statuses = draw_end(chance)
+    first = scenario.start([pause, *end])
+    if not first.wait_for_pause():
+        scenario.check(first, {0})
+        scenario.is_finished = True
+        return False
+    strikes, other_statuses = draw_end(chance)
+    second = scenario.start(strikes, [*scenario.flags, "--new_model"], steps=9).wait()
+    os.kill(first.pid, signal.SIGCONT)
+    first.wait()
+    scenario.check(second, other_statuses | {0, 143}, is_clean=False)
+    scenario.check(first, statuses | {0}, is_clean=False)
+    scenario.is_finished = False  # if one of them is, resuming it is quick
+    return True
+
+
 def draw_reader(scenario, chance):
     """A command that reads, or None if there is nothing to read yet."""
-    records = scenario.own_checkpoints()
+    records = have_checkpoints(scenario, 1)
     if not records:
         return None
     readers = [["--list"], ["--prompt", "a", "--max_tokens", "2"], ["--evaluate", "valid"]]
@@ -1173,6 +1226,7 @@ FAULTS = {
         "failing call of the cache": partial(failing, phase="cache"),
         "failing call of the log": partial(failing, phase="log"),
         "file size limit": file_size_limited,
+        "saves that keep failing": saves_keep_failing,
         "clock set back": clock_set_back,
         "damaged weights": partial(checkpoint_damaged, kind="safetensors"),
         "damaged metadata": partial(checkpoint_damaged, kind="metadata"),
@@ -1183,6 +1237,7 @@ FAULTS = {
         "needed file gone": needed_file_gone,
         "touched text": text_touched,
         "second process": second_process,
+        "equal run": equal_run,
         "readers beside a save": readers_beside,
         "slow reader": slow_reader,
         "wall clock": wall_clock,
