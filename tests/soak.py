@@ -557,10 +557,19 @@ class Scenario:
         if subprocess.run(command, capture_output=True).returncode:
             raise CannotMount
 
-    def leave(self):
-        """Removes the scenario's files."""
+    def unmount(self):
         if self.place == "small disk":
             subprocess.run(["umount", "-l", str(self.folder)])
+
+    def keep_disk(self):
+        """After a failure: the files of a small disk stay, but not the disk."""
+        if self.place == "small disk":
+            shutil.copytree(self.folder, self.work / "small disk")
+        self.unmount()
+
+    def leave(self):
+        """Removes the scenario's files."""
+        self.unmount()
         shutil.rmtree(self.work)
 
     # -- Legs
@@ -625,6 +634,11 @@ class Scenario:
             f"iteration {max([self.reached, *saved])} was saved; left is {reached}",
         )
         self.reached = reached
+        # The existence of the weights proves the checkpoint complete, even after a kill.
+        intact = {record["id"] for record in records}
+        for path in self.folder.glob("*.safetensors"):
+            is_well = path.stem in intact | self.damaged | {self.base}
+            expect(is_well, f"{path.name} is damaged, and not by the soak")
         for log in self.folder.glob("*.csv"):
             if self.is_exact_log:
                 read_log(log)
@@ -682,9 +696,6 @@ class Scenario:
                 expect(row == expected, f"the log has {row}, undisturbed {expected}")
             expect(len(log) == len(self.expected_log), "the log has another length")
         intact = {record["id"] for record in self.own_checkpoints()}
-        for path in self.folder.glob("*.safetensors"):
-            is_well = path.stem in intact | self.damaged | {self.base}
-            expect(is_well, f"{path.name} is damaged, and not by the soak")
         best = state["best"]
         if best and best["id"] not in self.damaged:
             expect(best["id"] in intact, "the best checkpoint is gone")
@@ -1140,6 +1151,8 @@ def wall_clock(scenario, chance):
     leg.struck = []
     leg.out, leg.err = process.communicate(timeout=TIMEOUT)
     leg.status = process.returncode
+    if leg.err.endswith("\nKeyboardInterrupt\n") and not leg.out:
+        leg.err = ""  # Python was starting, and had not read a line of main.py
     scenario.check(leg, ended_by(name) | {0})
     scenario.is_finished = leg.status == 0
     return leg.status != 0
@@ -1258,21 +1271,17 @@ FAULTS = {
 
 
 def play(seed, number, work):
-    """Plays one scenario; returns it. Raises Failure."""
+    """Plays one scenario; returns it, or None where it needs more rights. Raises Failure."""
     chance = random.Random(f"{seed}:{number}")
     place = "process"
     if number % 48 == 7:
         place = "ranks"
     elif number % 24 == 15:
         place = "small disk"
+    scenario = None
     try:
         scenario = Scenario(work, chance, place)
-    except CannotMount:
-        shutil.rmtree(work)
-        return None
-    kinds = draw_kinds(seed, number, place)
-    try:
-        for kind in kinds:
+        for kind in draw_kinds(seed, number, place):
             if scenario.is_finished:
                 break
             scenario.journal.append(kind)
@@ -1281,10 +1290,15 @@ def play(seed, number, work):
         scenario.finish()
         if chance.random() < 0.2:
             scenario.extend(chance)
+    except CannotMount:
+        shutil.rmtree(work)
+        return None
     except Exception as error:
-        journal = "\n".join(scenario.journal)
         words = str(error) if isinstance(error, Failure) else traceback.format_exc()
-        raise Failure(f"{words}\n{journal}\nkept: {work}") from None
+        if scenario:
+            words += "\n" + "\n".join(scenario.journal)
+            scenario.keep_disk()
+        raise Failure(f"{words}\nkept: {work}") from None
     scenario.leave()
     return scenario
 
