@@ -808,6 +808,7 @@ def list_checkpoints(folder, warn=False):
         if checkpoint_id in paths:  # metadata alone is no checkpoint
             paths[checkpoint_id].append(path)
     records = []
+    some_vanished = False
     for checkpoint_id, metadata in paths.items():
         for path in metadata or [folder / f"{checkpoint_id}.metadata"]:
             try:
@@ -818,14 +819,17 @@ def list_checkpoints(folder, warn=False):
                 saved_order(record)
                 records.append(record)
             except UNREADABLE as error:
-                weights = folder / f"{checkpoint_id}.safetensors"
                 # One that is gone was deleted just now, by the run that owns it.
-                if warn and len(checkpoint_id) == 40 and weights.exists():
+                vanished = not (folder / f"{checkpoint_id}.safetensors").exists()
+                some_vanished |= vanished
+                if warn and len(checkpoint_id) == 40 and not vanished:
                     print(
                         f"Passing over {checkpoint_id[:12]}: "
                         f"its .metadata cannot be read ({error})",
                         file=sys.stderr,
                     )
+    if some_vanished and not records:
+        return list_checkpoints(folder, warn)  # there are newer ones
     return sorted(records, key=saved_order, reverse=True)
 
 
@@ -1019,20 +1023,22 @@ def replace_metadata(path, record, tokenizer, arrays):
     os.replace(new, path)
 
 
-def prune(folder, name, keep):
-    """Deletes checkpoints of run `name`, except the newest `keep`, the best, and those in use.
+def prune(folder, run, keep):
+    """Deletes checkpoints of a run, except the newest `keep`, the best, and those in use.
 
     What cannot be deleted now is deleted next time.
     """
     with contextlib.suppress(OSError), locked(folder):
         records = list_checkpoints(folder)
-        own = [record for record in records if record["run"] == name]  # the newest first
+        own = [record for record in records if record["run"] == run.name]  # the newest first
         sound = [record["id"] for record in own if not record.get("diverged")]
-        kept = {*sound[:keep], *map(best_id, own[:1])}
+        # That which the run was saved as, or resumed from, may not be the newest: newer ones may be
+        # damaged, which only a reading of them would show.
+        kept = {run.checkpoint_id, *sound[:keep], *map(best_id, own[:1])}
         in_use = set()  # by other runs: as their base, teacher or best
         for record in records:
             in_use |= {origin_id for _, origin_id in record.get("uses", {}).values()}
-            if record["run"] != name:
+            if record["run"] != run.name:
                 in_use.add(best_id(record))
         for record in own:
             if record["id"] in kept:
@@ -1518,7 +1524,7 @@ def train(run, interrupts, ranks):
             raise diverged(run, f"loss or gradient of iteration {iteration + 1:,}", ranks)
         # Only now that a step was taken from the newest checkpoint may older ones go.
         if is_main and run.saved_iteration == iteration:
-            prune(folder, run.name, flags.keep)
+            prune(folder, run, flags.keep)
         run.tokens += tokens.size
         if iteration > start:  # the first step compiles
             run.seconds += taken
@@ -1548,7 +1554,7 @@ def train(run, interrupts, ranks):
     if is_main:
         reporter.bar.close()
         # No step was taken from the last checkpoint: unless it has a score, the one before stays.
-        prune(folder, run.name, flags.keep if run.is_scored() else max(2, flags.keep))
+        prune(folder, run, flags.keep if run.is_scored() else max(2, flags.keep))
     if flags.eval_test and not received:
         score_split("test", run.model, dataset, flags, interrupts, ranks)
     received, _ = ranks.agree(interrupts.received, False)

@@ -302,7 +302,7 @@ def test_prune_keeps_the_newest_the_best_and_other_runs(tmp_path):
         saved.append(main.save_checkpoint(tmp_path, run))
         if i == 1:
             run.best = {"id": saved[1], "iteration": 2, "nats": 1.0}
-    main.prune(tmp_path, run.name, 2)
+    main.prune(tmp_path, run, 2)
     assert {record["id"] for record in main.list_checkpoints(tmp_path)} == {saved[1], saved[4], saved[5], foreign}
     assert len(list(tmp_path.glob("*.metadata"))) == 4
 
@@ -313,7 +313,7 @@ def test_a_clock_set_back_does_not_hide_the_newest(tmp_path, monkeypatch):
         monkeypatch.setattr(time, "time", lambda clock=clock: clock)
         advance(run)
         saved.append(main.save_checkpoint(tmp_path, run))
-        main.prune(tmp_path, run.name, 2)
+        main.prune(tmp_path, run, 2)
     assert [record["id"] for record in main.list_checkpoints(tmp_path)] == [saved[3], saved[2]]
 
 
@@ -375,7 +375,7 @@ def test_an_equal_checkpoint_belongs_to_all_runs_that_reached_it(tmp_path):
         run.scores.append([1, 1.0])
     for run in (first, second):
         assert main.save_checkpoint(tmp_path, run) != id
-        main.prune(tmp_path, run.name, 1)
+        main.prune(tmp_path, run, 1)
         left = sorted(path.name for path in tmp_path.glob(f"{id}*"))
         assert left == ([f"{id}.safetensors", f"{id}.test-bbbbbb.metadata"] if run is first else [])
 
@@ -402,7 +402,7 @@ def test_a_branch_keeps_the_best_of_the_run_that_it_left(tmp_path):
     for _ in range(2):
         advance(old, 2)
         main.save_checkpoint(tmp_path, old)
-    main.prune(tmp_path, old.name, 1)
+    main.prune(tmp_path, old, 1)
     records = main.list_checkpoints(tmp_path)
     assert [record["id"] for record in records if record["run"] == old.name] == [old.checkpoint_id, best]
 
@@ -416,7 +416,7 @@ def test_what_is_open_is_read_even_if_it_is_deleted(tmp_path):
     record = choose(tmp_path)
     advance(run)
     main.save_checkpoint(tmp_path, run)
-    main.prune(tmp_path, run.name, 1)
+    main.prune(tmp_path, run, 1)
     assert not (tmp_path / f"{record['id']}.safetensors").exists()
     model, tokenizer = main.load_model(tmp_path, record)
     for name, array in main.tree_flatten(model.parameters()):
@@ -433,12 +433,42 @@ def test_one_deleted_since_the_folder_was_listed_gives_way_to_a_newer_one(tmp_pa
         monkeypatch.setattr(main, "find_damage", find_damage)
         advance(run)
         main.save_checkpoint(tmp_path, run)
-        main.prune(tmp_path, run.name, 1)
+        main.prune(tmp_path, run, 1)
         return find_damage(folder, record)
 
     monkeypatch.setattr(main, "find_damage", find_damage_late)
     assert choose(tmp_path)["id"] == run.checkpoint_id
     assert capsys.readouterr().err == "", "that is nothing to report"
+
+
+def test_all_that_were_listed_may_be_deleted_before_they_are_read(tmp_path, monkeypatch):
+    """A reader that was slow: it lists again, and finds what has replaced them."""
+    run = make_run()
+    main.save_checkpoint(tmp_path, run)
+    read_metadata = main.read_metadata
+
+    def read_late(file):
+        monkeypatch.setattr(main, "read_metadata", read_metadata)
+        advance(run)
+        main.save_checkpoint(tmp_path, run)
+        main.prune(tmp_path, run, 1)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(main, "read_metadata", read_late)
+    assert [record["id"] for record in main.list_checkpoints(tmp_path)] == [run.checkpoint_id]
+
+
+def test_prune_keeps_what_the_run_was_resumed_from(tmp_path):
+    """Newer ones may be damaged, which their names and records do not show."""
+    run = make_run()
+    saved = []
+    for _ in range(3):
+        advance(run)
+        saved.append(main.save_checkpoint(tmp_path, run))
+    (tmp_path / f"{saved[2]}.safetensors").write_bytes(b"")
+    run.checkpoint_id = saved[1]
+    main.prune(tmp_path, run, 1)
+    assert {path.stem for path in tmp_path.glob("*.safetensors")} == set(saved[1:])
 
 
 def test_a_diverged_checkpoint_is_marked_and_passed_over(tmp_path, capsys):
@@ -459,7 +489,8 @@ def test_a_diverged_checkpoint_is_marked_and_passed_over(tmp_path, capsys):
         assert choose(tmp_path, identifier=name)["id"] == sound
     with pytest.raises(RunError, match="not finite"):
         choose(tmp_path, identifier=run.checkpoint_id)
-    main.prune(tmp_path, run.name, 1)
+    run.restore(tmp_path, choose(tmp_path))
+    main.prune(tmp_path, run, 1)
     assert [record["id"] for record in main.list_checkpoints(tmp_path)] == [sound]
 
 
