@@ -528,7 +528,7 @@ class Scenario:
         for words in drawn:
             flags += words.split()
         if self.place != "process":  # there are few of these scenarios: each has many faults
-            flags += ["--num_iters", "60", "--batch_size", "3"]
+            flags += ["--num_iters", "120", "--batch_size", "3"]
         return flags
 
     def make_base(self):
@@ -906,9 +906,9 @@ def disk_full(scenario, chance):
     strikes = [
         {"phase": "step", "call": draw_call(scenario, chance, "step"), "action": "fill"},
         {"phase": "pause", "call": chance.randint(1, 30), "action": "free"},
+        {"phase": "step", "call": chance.randint(1, 5), "action": "SIGTERM"},
     ]
-    end, statuses = draw_end(chance)
-    struck = run_struck(scenario, chance, strikes + end, statuses)
+    struck = run_struck(scenario, chance, strikes, ended_by("SIGTERM"))
     (scenario.folder / "ballast").unlink(missing_ok=True)
     return struck
 
@@ -1177,7 +1177,8 @@ def time_over(scenario, chance):
 
 def run_ranks_struck(scenario, chance, rank, phase, action):
     """Runs a leg on all ranks with a strike at one of them; returns (legs, whether it came)."""
-    strike = {"phase": phase, "call": draw_call(scenario, chance, phase), "action": action}
+    call = 1 if phase == "eval" else draw_call(scenario, chance, phase)  # few batches a rank
+    strike = {"phase": phase, "call": call, "action": action}
     legs = scenario.start_all({rank: [strike]}, steps=10)
     has_struck = legs[rank].has_struck()
     if not has_struck:
