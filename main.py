@@ -1108,9 +1108,15 @@ def load_model(folder, record):
 
 
 def load_arrays(file):
-    """The arrays of an open safetensors file, {name: array}; read when they are evaluated."""
+    """The arrays of an open safetensors file, {name: array}. Raises RunError if it is unreadable."""
     file.seek(0)
-    return mx.load(file, format="safetensors")  # of a path, MLX would read only a UTF-8 name
+    try:
+        arrays = mx.load(file, format="safetensors")  # of a path, MLX would take only UTF-8
+        mx.eval(arrays)  # only this reads them
+    except (OSError, RuntimeError) as error:  # of the file, as it is or wrapped by MLX
+        reason = str(error).splitlines()[-1]  # before it is where in this program
+        raise RunError(f"{file.name} cannot be read ({reason})") from None
+    return arrays
 
 
 def load_tokenizer(folder, record):

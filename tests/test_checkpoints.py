@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import random
@@ -405,6 +406,23 @@ def test_a_branch_keeps_the_best_of_the_run_that_it_left(tmp_path):
     main.prune(tmp_path, old, 1)
     records = main.list_checkpoints(tmp_path)
     assert [record["id"] for record in records if record["run"] == old.name] == [old.checkpoint_id, best]
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_disk_that_fails_after_the_verification(tmp_path, kind, capfd):
+    """MLX reports what a file raises as a RuntimeError of many lines."""
+    run = make_run()
+    main.save_checkpoint(tmp_path, run)
+    record = choose(tmp_path)
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer):
+            raise OSError(errno.EIO, "Input/output error")
+
+    record["files"][kind] = Failing(record["files"][kind].name)
+    with pytest.raises(RunError, match="cannot be read") as error:
+        run.restore(tmp_path, record)
+    assert "Traceback" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_is_open_is_read_even_if_it_is_deleted(tmp_path):
