@@ -799,7 +799,9 @@ def find_damage(folder, record):
 def list_checkpoints(folder, warn=False):
     """The records of the checkpoints in `folder`, the one saved last first.
 
-    A checkpoint to which several runs came has a record for each of them.
+    A checkpoint to which several runs came has a record for each of them. Added to each are "id",
+    "path" (of the metadata), the defaults of missing "flags", and "run_saved": when its run was
+    saved last.
     """
     folder = Path(folder)
     paths = {path.stem: [] for path in folder.glob("*.safetensors")}  # {id: [metadata, ...]}
@@ -830,12 +832,22 @@ def list_checkpoints(folder, warn=False):
                     )
     if some_vanished and not records:
         return list_checkpoints(folder, warn)  # there are newer ones
-    return sorted(records, key=saved_order, reverse=True)
+    records.sort(key=saved_order, reverse=True)
+    for record in records:
+        record["flags"] = DEFAULTS | record["flags"]  # flags may have been added since it was saved
+        record["run_saved"] = last_saved(records, record["run"])
+    return records
 
 
 def saved_order(record):
     """By what checkpoints are sorted. Raises one of UNREADABLE if the record is none of ours."""
     return float(record["saved"]), int(record["iteration"]), str(record["run"])
+
+
+def last_saved(records, name):
+    """When run `name` was saved last, in seconds of the clock; 0 if it has no good checkpoint."""
+    own = [record for record in records if record["run"] == name and not record.get("diverged")]
+    return max((record["saved"] for record in own), default=0)
 
 
 def describe(record):
@@ -888,6 +900,9 @@ def named_checkpoint(folder, records, identifier, flag="--identifier"):
         )
     [record] = found
     damage = find_damage(folder, record)
+    if damage and not (folder / f"{record['id']}.safetensors").exists():
+        # Deleted since it was listed; what the identifier means may be another one by now.
+        return named_checkpoint(folder, list_checkpoints(folder), identifier, flag)
     if damage:
         raise RunError(
             f"checkpoint {record['id'][:12]} of {flag} is damaged ({damage}): "
@@ -2538,15 +2553,11 @@ def choose_checkpoint(folder, flags, typed, needed):
     It is the one that --identifier names; else the one saved last that agrees with each shaping
     flag typed and, in training, with the dataset. Its files are verified; if they are damaged, or
     no step can be taken from it, an older one of its run is taken, but never in the place of one
-    that was named. Its record's "flags" are complete, and "run_saved" is when its run was saved
-    last. Raises UsageError, RunError.
+    that was named. Raises UsageError, RunError.
     """
     if flags.new_model:
         return None
     records = list_checkpoints(folder, warn=True)
-    for record in records:
-        record["flags"] = DEFAULTS | record["flags"]  # flags may have been added since it was saved
-        record["run_saved"] = last_saved(records, record["run"])
     wanted = {name: getattr(flags, name) for name in SHAPING if name in typed}
     if needed:
         wanted.pop("seed", None)  # it is the samples'
@@ -2593,12 +2604,6 @@ def choose_checkpoint(folder, flags, typed, needed):
 
 
 DIVERGED = "the loss of the next step from it is not finite"
-
-
-def last_saved(records, name):
-    """When run `name` was saved last, in seconds of the clock; 0 if it has no good checkpoint."""
-    own = [record for record in records if record["run"] == name and not record.get("diverged")]
-    return max((record["saved"] for record in own), default=0)
 
 
 def list_runs(folder):

@@ -780,6 +780,11 @@ def run_struck(scenario, chance, strikes, statuses, is_clean=True):
         is_error = struck["action"].startswith("E")
         if is_error and (struck["phase"] == "log" or ".csv" in struck["path"]):
             scenario.is_exact_log = False
+        unread = re.search(r"([0-9a-f]{40})\S*\.(metadata|safetensors)$", struck["path"])
+        if is_error and struck["phase"] == "start" and unread:
+            # A checkpoint that could not be read was passed over, as a damaged one would be.
+            scenario.damaged.add(unread[1])
+            scenario.reached = 0
     if not leg.has_struck():
         statuses = statuses | {0, 143}
     scenario.check(leg, statuses, is_clean)

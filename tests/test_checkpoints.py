@@ -442,7 +442,8 @@ def test_what_is_open_is_read_even_if_it_is_deleted(tmp_path):
     assert tokenizer.to_dict() == run.dataset.tokenizer.to_dict()
 
 
-def test_one_deleted_since_the_folder_was_listed_gives_way_to_a_newer_one(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("identifier", [None, "latest", "test-000000"])
+def test_one_deleted_since_the_folder_was_listed_gives_way_to_a_newer_one(tmp_path, monkeypatch, capsys, identifier):
     run = make_run()
     main.save_checkpoint(tmp_path, run)
     find_damage = main.find_damage
@@ -455,7 +456,7 @@ def test_one_deleted_since_the_folder_was_listed_gives_way_to_a_newer_one(tmp_pa
         return find_damage(folder, record)
 
     monkeypatch.setattr(main, "find_damage", find_damage_late)
-    assert choose(tmp_path)["id"] == run.checkpoint_id
+    assert choose(tmp_path, identifier=identifier)["id"] == run.checkpoint_id
     assert capsys.readouterr().err == "", "that is nothing to report"
 
 
