@@ -1394,8 +1394,9 @@ def sweep(folder, first=0, stride=1):
                     strike_at(scenario, phase, call, action)
                     result["counts"][f"{kind}: {action} in {phase}"] += 1
                 except Failure as failure:
-                    journal = "\n".join(scenario.journal)
-                    result["failures"].append(f"{failure}\n{kind}\n{journal}")
+                    words = "\n".join([str(failure), kind, *scenario.journal])
+                    result["failures"].append(words)
+                    print(words, flush=True)  # at once: a sweep takes long
         restore(scenario, template)
     result["legs"] = scenario.legs
     return result
@@ -1411,6 +1412,8 @@ def restore(scenario, template):
     """Brings a scenario's folder back to what the template is."""
     shutil.rmtree(scenario.folder)
     shutil.copytree(template, scenario.folder)
+    for path in scenario.work.glob("[0-9]*.*"):  # what legs have printed
+        path.unlink()
     scenario.journal.clear()
     scenario.reached = 0
     scenario.is_finished = False
