@@ -1152,7 +1152,7 @@ def wall_clock(scenario, chance):
         text=True,
         preexec_fn=default_signals,
     )
-    SLEEP(chance.uniform(0.1, 0.7))
+    SLEEP(chance.uniform(0.05, 0.5))
     process.send_signal(getattr(signal, name))
     leg = Started(process.pid, {}, [])
     leg.struck = []
@@ -1326,11 +1326,20 @@ def draw_kinds(seed, number, place):
     return kinds
 
 
+LEAST = 3  # faults of a kind, in each worker process
+
+
 def work_off(seed, faults, folder, first, stride):
-    """Plays scenarios first, first + stride ... until so many faults struck; returns a result."""
+    """Plays scenarios first, first + stride ... until enough faults struck; returns a result.
+
+    These are `faults` in all, and of each kind that any scenario may have LEAST.
+    """
     result = {"counts": Counter(), "legs": 0, "scenarios": 0, "failures": []}
     number = first
-    while result["counts"].total() < faults and len(result["failures"]) < 3:
+    while len(result["failures"]) < 3:
+        rarest = min(result["counts"][kind] for kind in FAULTS["process"])
+        if result["counts"].total() >= faults and rarest >= min(LEAST, faults // 50):
+            break
         try:
             scenario = play(seed, number, folder / f"scenario-{number}")
             if scenario:
