@@ -803,7 +803,6 @@ def list_checkpoints(folder, warn=False):
     "path" (of the metadata), the defaults of missing "flags", and "run_saved": when its run was
     saved last.
     """
-    folder = Path(folder)
     paths = {path.stem: [] for path in folder.glob("*.safetensors")}  # {id: [metadata, ...]}
     for path in folder.glob("*.metadata"):
         checkpoint_id = path.name.partition(".")[0]
@@ -818,6 +817,7 @@ def list_checkpoints(folder, warn=False):
                     record, _ = read_metadata(file)
                 # The file's name decides; find_damage compares it with what the record says.
                 record |= {"id": checkpoint_id, "path": path}
+                record["flags"] = DEFAULTS | record["flags"]  # some may be newer than the record
                 saved_order(record)
                 records.append(record)
             except UNREADABLE as error:
@@ -834,7 +834,6 @@ def list_checkpoints(folder, warn=False):
         return list_checkpoints(folder, warn)  # there are newer ones
     records.sort(key=saved_order, reverse=True)
     for record in records:
-        record["flags"] = DEFAULTS | record["flags"]  # flags may have been added since it was saved
         record["run_saved"] = last_saved(records, record["run"])
     return records
 
@@ -1091,18 +1090,19 @@ def newest_sound_id(folder, run):
     sound = None
     for record in reversed(own):  # the oldest first
         if record["id"] == run.checkpoint_id:
-            keep_trying(mark_diverged, folder, record)
+            with contextlib.suppress(OSError), locked(folder):  # as on a full disk
+                mark_diverged(record["path"])
         elif not record.get("diverged"):
             sound = record["id"]
     return sound
 
 
-def mark_diverged(folder, record):
-    """One try to note in the metadata of a checkpoint that no step can be taken from it."""
-    with open(record["path"], "rb") as file:
-        said, texts = read_metadata(file)
+def mark_diverged(path):
+    """Notes in the metadata of a checkpoint that no step can be taken from it."""
+    with open(path, "rb") as file:
+        record, texts = read_metadata(file)
         arrays = load_arrays(file)
-        replace_metadata(record["path"], said | {"diverged": True}, texts["tokenizer"], arrays)
+    replace_metadata(path, record | {"diverged": True}, texts["tokenizer"], arrays)
 
 
 def load_model(folder, record):

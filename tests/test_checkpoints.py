@@ -521,7 +521,7 @@ def test_records_of_another_program_do_not_end_this_one(tmp_path, capsys):
     _, texts = main.read_metadata(open(record["path"], "rb"))
     del record["path"]
     path = tmp_path / f"{id}.metadata"
-    for name in ("saved", "iteration"):
+    for name in ("saved", "iteration", "flags"):
         less = {key: value for key, value in record.items() if key != name}
         main.replace_metadata(path, less, texts["tokenizer"], {"perm": mx.zeros(1)})
         assert main.list_checkpoints(tmp_path, warn=True) == []
