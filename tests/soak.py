@@ -1158,9 +1158,11 @@ def wall_clock(scenario, chance):
     leg.struck = []
     leg.out, leg.err = process.communicate(timeout=TIMEOUT)
     leg.status = process.returncode
-    if leg.err.endswith("\nKeyboardInterrupt\n") and not leg.out:
+    statuses = ended_by(name) | {0}
+    if leg.err.endswith("KeyboardInterrupt\n") and not leg.out and "main.py" not in leg.err:
         leg.err = ""  # Python was starting, and had not read a line of main.py
-    scenario.check(leg, ended_by(name) | {0})
+        statuses |= {1}
+    scenario.check(leg, statuses)
     scenario.is_finished = leg.status == 0
     return leg.status != 0
 
