@@ -1158,11 +1158,11 @@ def wall_clock(scenario, chance):
     leg.struck = []
     leg.out, leg.err = process.communicate(timeout=TIMEOUT)
     leg.status = process.returncode
-    statuses = ended_by(name) | {0}
     if leg.err.endswith("KeyboardInterrupt\n") and not leg.out and "main.py" not in leg.err:
-        leg.err = ""  # Python was starting, and had not read a line of main.py
-        statuses |= {1}
-    scenario.check(leg, statuses)
+        # Python was starting, and had not read a line of main.py: it ends with 1 or by the signal.
+        leg.err = ""
+        leg.status = -signal.SIGINT
+    scenario.check(leg, ended_by(name) | {0})
     scenario.is_finished = leg.status == 0
     return leg.status != 0
 
