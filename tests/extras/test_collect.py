@@ -4,6 +4,7 @@ The server is a real one on the loopback address, and it fails, stalls and limit
 """
 
 import fcntl
+import contextlib
 import json
 import os
 import resource
@@ -314,23 +315,21 @@ def test_prompts_that_the_output_would_replace(tmp_path, name):
     assert source.read_text() == "a\n" and not server.asked
 
 
-@pytest.fixture
-def full_disk():
-    """A function after which no file grows beyond so many bytes."""
+@contextlib.contextmanager
+def full_disk(size):
+    """In it, no file grows beyond so many bytes: also not one that pytest itself prints to."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def fill(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
 
-    yield fill
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_leaves_the_old_corpus(tmp_path, full_disk):
+def test_a_full_disk_leaves_the_old_corpus(tmp_path):
     path = tmp_path / "corpus.txt"
     path.write_text("old")
-    full_disk(100)
-    with pytest.raises(RunError, match=f"cannot write {path}"):
+    with full_disk(100), pytest.raises(RunError, match=f"cannot write {path}"):
         extras.collect.write_whole(path, "new" * 100)
     assert [file.name for file in tmp_path.iterdir()] == ["corpus.txt"]
     assert path.read_text() == "old"
