@@ -451,7 +451,7 @@ SHAPES = [
 # What does not: one of each row is drawn.
 CHOICES = [
     ["--batch_size 2", "--batch_size 3", "--batch_size 4"],
-    [f"--num_iters {count}" for count in range(24, 50)],
+    [f"--num_iters {count}" for count in range(40, 80)],
     ["--steps_per_save 3", "--steps_per_save 4", "--steps_per_save 5", ""],
     ["--steps_per_eval 6", "--steps_per_eval 7", "--steps_per_eval 10"],
     ["--steps_per_report 1", "--steps_per_report 2", "--steps_per_report 3"],
@@ -503,7 +503,7 @@ class Scenario:
         self.base = None  # the id of the checkpoint that the run begins with or learns from
         self.environment = {}
         self.flags = []
-        if chance.random() < 0.2 and place == "process":
+        if chance.random() < 0.1 and place == "process":
             self.environment["SOAK_STREAMS"] = "2"
         self.flags = ["--text", str(self.text), "--test_text", str(work / "other.txt")]
         self.flags += flags or self.draw_flags(chance)
@@ -740,7 +740,7 @@ def free_ports(count):
 # Each is a function of (scenario, chance) that returns whether it struck.
 
 # The calls of a phase from which one is drawn: about as many as two saves, some steps ... have.
-SPANS = {"step": 6, "save": 250, "log": 15, "eval": 8, "sample": 8}
+SPANS = {"step": 6, "save": 250, "log": 15, "eval": 3, "sample": 3}
 
 
 def draw_call(scenario, chance, phase):
@@ -1152,7 +1152,7 @@ def wall_clock(scenario, chance):
         text=True,
         preexec_fn=default_signals,
     )
-    SLEEP(chance.uniform(0.05, 0.5))
+    SLEEP(chance.uniform(0.02, 0.4))
     process.send_signal(getattr(signal, name))
     leg = Started(process.pid, {}, [])
     leg.struck = []
@@ -1314,16 +1314,20 @@ def play(seed, number, work):
 
 
 def draw_kinds(seed, number, place):
-    """The kinds of faults of a scenario. All have their turn before any comes again."""
+    """The kinds of faults of a scenario.
+
+    All have their turn before any comes again, among the even numbers and among the odd ones.
+    """
     known = list(FAULTS[place])
     if place != "process":
         return known * 5
     size = 14
-    first = number * size
+    half, parity = divmod(number, 2)  # of two worker processes each has one half
+    first = half * size
     kinds = []
     for place_in_deck in range(first, first + size):
         deck, index = divmod(place_in_deck, len(known))
-        order = random.Random(f"{seed}:deck {deck}").sample(known, len(known))
+        order = random.Random(f"{seed}:deck {deck}:{parity}").sample(known, len(known))
         kinds.append(order[index])
     return kinds
 
