@@ -1123,13 +1123,17 @@ def load_model(folder, record):
 
 
 def load_arrays(file):
-    """The arrays of an open safetensors file, {name: array}. Raises RunError if it is unreadable."""
-    file.seek(0)
+    """The arrays of an open safetensors file, {name: array}. Raises RunError if it is unreadable.
+
+    MLX opens it once more, by its number: by its name it may be gone, and MLX takes only UTF-8
+    names. It is not given the file itself, which a thread of MLX's would let go of when it likes:
+    at the end of the program Python would abort.
+    """
     try:
-        arrays = mx.load(file, format="safetensors")  # of a path, MLX would take only UTF-8
+        arrays = mx.load(f"/dev/fd/{file.fileno()}", format="safetensors")
         mx.eval(arrays)  # only this reads them
-    except (OSError, RuntimeError) as error:  # of the file, as it is or wrapped by MLX
-        reason = str(error).splitlines()[-1]  # before it is where in this program
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
         raise RunError(f"{file.name} cannot be read ({reason})") from None
     return arrays
 

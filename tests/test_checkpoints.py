@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import io
 import json
 import os
 import random
@@ -10,6 +9,8 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 
 import main
@@ -408,21 +409,26 @@ def test_a_branch_keeps_the_best_of_the_run_that_it_left(tmp_path):
     assert [record["id"] for record in records if record["run"] == old.name] == [old.checkpoint_id, best]
 
 
-@pytest.mark.parametrize("kind", [0, 1])
-def test_a_disk_that_fails_after_the_verification(tmp_path, kind, capfd):
-    """MLX reports what a file raises as a RuntimeError of many lines."""
+@pytest.mark.parametrize("kind", ["safetensors", "metadata"])
+def test_a_file_that_is_damaged_after_the_verification(tmp_path, kind):
+    """MLX raises a RuntimeError then."""
     run = make_run()
-    main.save_checkpoint(tmp_path, run)
+    id = main.save_checkpoint(tmp_path, run)
     record = choose(tmp_path)
-
-    class Failing(io.FileIO):
-        def readinto(self, buffer):
-            raise OSError(errno.EIO, "Input/output error")
-
-    record["files"][kind] = Failing(record["files"][kind].name)
-    with pytest.raises(RunError, match="cannot be read") as error:
+    os.truncate(tmp_path / f"{id}.{kind}", 100)
+    with pytest.raises(RunError, match=f"{id}.{kind} cannot be read") as error:
         run.restore(tmp_path, record)
-    assert "Traceback" not in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_process_that_ends_right_after_loading(tmp_path):
+    """No thread of MLX may still hold what is Python's."""
+    main.save_checkpoint(tmp_path, make_run())
+    program = f"import main, pathlib; folder = pathlib.Path({str(tmp_path)!r}); main.load_model(folder, main.list_checkpoints(folder)[0])"
+    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(12)]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and err == ""
 
 
 def test_what_is_open_is_read_even_if_it_is_deleted(tmp_path):
