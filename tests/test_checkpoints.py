@@ -9,8 +9,6 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import time
 
 import main
@@ -419,16 +417,6 @@ def test_a_file_that_is_damaged_after_the_verification(tmp_path, kind):
     with pytest.raises(RunError, match=f"{id}.{kind} cannot be read") as error:
         run.restore(tmp_path, record)
     assert "\n" not in str(error.value)
-
-
-def test_a_process_that_ends_right_after_loading(tmp_path):
-    """No thread of MLX may still hold what is Python's."""
-    main.save_checkpoint(tmp_path, make_run())
-    program = f"import main, pathlib; folder = pathlib.Path({str(tmp_path)!r}); main.load_model(folder, main.list_checkpoints(folder)[0])"
-    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(12)]
-    for process in processes:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0 and err == ""
 
 
 def test_what_is_open_is_read_even_if_it_is_deleted(tmp_path):

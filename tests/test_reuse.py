@@ -3,7 +3,7 @@
 import main
 import numpy as np
 import pytest
-from conftest import run
+from conftest import run, start
 from mlx.utils import tree_flatten
 
 
@@ -38,3 +38,12 @@ def test_mistakes(base, text, typed, words):
     line = [*typed, "--save_dir", folder, "--text", text, "--num_iters", 1, "--new_model"]
     err = run(*line, status=2)[1]
     assert words in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_process_that_ends_right_after_loading(base, text):
+    """No thread of MLX may still hold what is Python's: it would end the program by an abort. Side by side, they are slow enough."""
+    folder, _ = base
+    line = ["--text", text, "--new_model", "--init_from", "latest", "--tokenizer", "word", "--save_dir", folder]
+    processes = [start(*line) for _ in range(16)]
+    ends = [(process.communicate(timeout=120)[1].count("\n"), process.returncode) for process in processes]
+    assert ends == [(1, 2)] * 16
