@@ -796,12 +796,13 @@ def find_damage(folder, record):
         return f"it cannot be read ({error})"
 
 
-def list_checkpoints(folder, warn=False):
+def list_checkpoints(folder, warn=False, tries=10):
     """The records of the checkpoints in `folder`, the one saved last first.
 
     A checkpoint to which several runs came has a record for each of them. Added to each are "id",
     "path" (of the metadata), the defaults of missing "flags", and "run_saved": when its run was
-    saved last.
+    saved last. If a run that is being trained deletes some meanwhile, all is listed anew, up to
+    so many `tries`: "best" might be one that was deleted.
     """
     paths = {path.stem: [] for path in folder.glob("*.safetensors")}  # {id: [metadata, ...]}
     for path in folder.glob("*.metadata"):
@@ -830,8 +831,8 @@ def list_checkpoints(folder, warn=False):
                         f"its .metadata cannot be read ({error})",
                         file=sys.stderr,
                     )
-    if some_vanished and not records:
-        return list_checkpoints(folder, warn)  # there are newer ones
+    if some_vanished and (tries > 1 or not records):
+        return list_checkpoints(folder, warn, tries - 1)  # there are newer ones
     records.sort(key=saved_order, reverse=True)
     for record in records:
         record["run_saved"] = last_saved(records, record["run"])

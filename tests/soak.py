@@ -1158,7 +1158,8 @@ def wall_clock(scenario, chance):
     leg.struck = []
     leg.out, leg.err = process.communicate(timeout=TIMEOUT)
     leg.status = process.returncode
-    if leg.err.endswith("KeyboardInterrupt\n") and not leg.out and "main.py" not in leg.err:
+    is_starting = "main.py" not in leg.err or "line 0, in <module>" in leg.err
+    if leg.err.endswith("KeyboardInterrupt\n") and not leg.out and is_starting:
         # Python was starting, and had not read a line of main.py: it ends with 1 or by the signal.
         leg.err = ""
         leg.status = -signal.SIGINT
