@@ -764,7 +764,7 @@ def files_of(folder, record):
 
 
 def close_files(record):
-    """Closes what files_of has opened; until then, the room of what is deleted does not get free."""
+    """Closes what files_of has opened; until then a deleted file keeps its room on the disk."""
     for file in record.pop("files"):
         file.close()
 
@@ -1119,7 +1119,7 @@ def load_model(folder, record):
         alpha = record["flags"]["lora_alpha"]
         weights = extra("lora").merge(base, weights, rank, alpha)
     model.load_weights(list(weights.items()))
-    mx.eval(model.parameters())  # MLX loads lazily: only this reads the arrays
+    mx.eval(model.parameters())
     return model, tokenizer_from_dict(load_tokenizer(folder, record))
 
 
@@ -2451,8 +2451,11 @@ def read_command_line(argv):
         if one in asked and other in asked:
             raise UsageError(f"--{one} and --{other} exclude each other: leave one out")
     for name in asked - {"prompt"}:  # of which an empty one begins a text
-        if "" in (typed[name], *(typed[name] if isinstance(typed[name], list) else [])):
+        values = as_list(typed[name])
+        if "" in values:
             raise UsageError(f"--{name} is empty: give it a value, or leave it out")
+        if "\0" in "".join(map(str, values)):  # which only a --config file can hold
+            raise UsageError(f"--{name} holds a null character: leave it out")
     for name, partners in PARTNERS.items():
         if name in asked and not asked.intersection(partners):
             several = " or --".join(partners)
@@ -2465,6 +2468,11 @@ def read_command_line(argv):
     return typed
 
 
+def as_list(value):
+    """The values of a flag, which may be one or a list."""
+    return value if isinstance(value, list) else [value]
+
+
 def check_outputs(typed):
     """Raises UsageError if a file or folder to be written is also one to be read."""
     for output in ("output", "plot", "attention", "export"):
@@ -2472,8 +2480,7 @@ def check_outputs(typed):
             continue
         written = os.path.realpath(absolute(typed[output]))
         for name in READ:
-            paths = typed.get(name, [])
-            for path in [paths] if isinstance(paths, str) else paths:
+            for path in as_list(typed.get(name, [])):
                 if os.path.realpath(absolute(path)) == written:
                     raise UsageError(
                         f"--{output} {typed[output]} would overwrite what --{name} names: "
@@ -2552,6 +2559,9 @@ def absolute(path):
     return os.path.abspath(user_path(path))
 
 
+DIVERGED = "the loss of the next step from it is not finite"  # of a checkpoint so marked
+
+
 def choose_checkpoint(folder, flags, typed, needed):
     """The record of the checkpoint to resume or, if `needed`, to use; None means a new run.
 
@@ -2608,9 +2618,6 @@ def choose_checkpoint(folder, flags, typed, needed):
     return None
 
 
-DIVERGED = "the loss of the next step from it is not finite"
-
-
 def list_runs(folder):
     """Prints the runs in `folder` and their checkpoints, the one saved last first."""
     records = list_checkpoints(folder, warn=True)  # the newest first
@@ -2664,7 +2671,10 @@ def flags_of_resumed_run(checkpoint, flags, typed):
     for rows in FLAGS.values():
         for name in rows.keys() & {*INHERITED}:
             _, options = rows[name]
-            known = [None, "text", *options.get("choices", [old[name]])]
+            if "choices" not in options:
+                continue
+            # Beside the choices: a flag that was not given, and the corpus that --text means.
+            known = [*options["choices"], None, "text"]
             if old[name] not in known:
                 raise RunError(
                     f"{describe(checkpoint)} has --{name} {old[name]}, "

@@ -3,11 +3,12 @@
 main.py imports this file before MLX and then uses, in place of its own plain functions of the same
 names,
 
-    attend           causal attention, with a softmax that uses the vector units cross_entropy
-    loss and gradient in one pass over chunks of rows, so that the logits never exist as a whole
-    over_streams     a function of a batch, computed for a share of the rows on each core add_up
-    the sum of what the shares gave spread           an optimizer that deals its work out over the
-    cores
+    attend          causal attention, with a softmax that uses the vector units
+    cross_entropy   loss and gradient in one pass over chunks of rows, so that the logits never
+                    exist as a whole
+    over_streams    a function of a batch, computed for a share of the rows on each core
+    add_up          the sum of what the shares gave
+    spread          an optimizer that deals its work out over the cores
 
 Each computes what the plain one computes, to rounding; tests/extras/test_fast.py compares them. On
 a GPU they leave the work to MLX. Without this file main.py works in the same way, only slower.

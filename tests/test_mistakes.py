@@ -26,6 +26,7 @@ FILES = {
     "other.yaml": "config: other.yaml\n", "null.yaml": "dimm:\n", "deep.yaml": "[" * 3000, "list.yaml": "- dim\n",
     "cut.yaml": "dim: [1\n", "empty.yaml": "", "number.yaml": "7", "zero.yaml": "\0", "yes.yaml": "new_model: 'yes'\n",
     "two.yaml": "dim: [16, 32]\n", "both.yaml": "inference: true\nnew_model: true\n", "half.yaml": "num_iters: 1.5\n",
+    "null_output.yaml": 'cases: cases.yaml\noutput: "a\\0b"\n',
     "comments.yaml": "dataset: python\ntraining:\n  # dim: 5\ndim: wide\n",
     "prompt.yaml": "- prompt: line\n", "cases.yaml": "- {prompt: line, expected: 5}\n", "words.yaml": "- line\n",
 }  # fmt: skip
@@ -254,6 +255,7 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--config layers.yaml", "heads, layers", "--help lists all"),
     ("--config null.yaml", "no flag is named dimm", "--help lists all"),
     ("--config other.yaml", "no flag is named config", "--help lists all"),
+    ("--config null_output.yaml", "--output holds a null character", "leave it out"),
     ("--config comments.yaml", "--dim: invalid whole number value: 'wide'", "YAML file of flags"),
     ("--config wide.yaml", "--dim: invalid whole number value: 'wide'", "YAML file of flags"),
     ("--config half.yaml", "--num_iters: invalid whole number value: '1.5'", "YAML file of flags"),
