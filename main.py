@@ -801,8 +801,8 @@ def list_checkpoints(folder, warn=False, tries=10):
 
     A checkpoint to which several runs came has a record for each of them. Added to each are "id",
     "path" (of the metadata), the defaults of missing "flags", and "run_saved": when its run was
-    saved last. If a run that is being trained deletes some meanwhile, all is listed anew, up to
-    so many `tries`: "best" might be one that was deleted.
+    saved last, without what diverged. If a run that is being trained deletes some meanwhile, all
+    is listed anew, up to so many `tries`: "best" might be one that was deleted.
     """
     paths = {path.stem: [] for path in folder.glob("*.safetensors")}  # {id: [metadata, ...]}
     for path in folder.glob("*.metadata"):
@@ -834,20 +834,18 @@ def list_checkpoints(folder, warn=False, tries=10):
     if some_vanished and (tries > 1 or not records):
         return list_checkpoints(folder, warn, tries - 1)  # there are newer ones
     records.sort(key=saved_order, reverse=True)
+    run_saved = {}
+    for record in reversed(records):  # the oldest first, so that the newest of a run remains
+        if not record.get("diverged"):
+            run_saved[record["run"]] = record["saved"]
     for record in records:
-        record["run_saved"] = last_saved(records, record["run"])
+        record["run_saved"] = run_saved.get(record["run"], 0)
     return records
 
 
 def saved_order(record):
     """By what checkpoints are sorted. Raises one of UNREADABLE if the record is none of ours."""
     return float(record["saved"]), int(record["iteration"]), str(record["run"])
-
-
-def last_saved(records, name):
-    """When run `name` was saved last, in seconds of the clock; 0 if it has no good checkpoint."""
-    own = [record for record in records if record["run"] == name and not record.get("diverged")]
-    return max((record["saved"] for record in own), default=0)
 
 
 def describe(record):
@@ -2945,7 +2943,8 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
     with lock, Interrupts() as interrupts:  # from here on there is something to save
         # Another process may have trained the run until just now.
         if checkpoint and name == checkpoint["run"]:
-            if last_saved(list_checkpoints(folder), name) != checkpoint["run_saved"]:
+            own = [record for record in list_checkpoints(folder) if record["run"] == name]
+            if not own or own[0]["run_saved"] != checkpoint["run_saved"]:
                 raise RunError(f"{name} was trained meanwhile: start the same command again")
         remove_leftovers(folder)
         run = make_run(name, flags, dataset, checkpoint, origins, ranks)
