@@ -47,21 +47,20 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from tqdm import tqdm
-
-from datasets import CORPORA, TOKENIZERS, Dataset, RunError, UsageError
-from datasets import explained, extra, load_dataset, open_folder, tokenizer_from_dict, user_path
-
 HERE = Path(__file__).resolve().parent
 fast = None
 if (HERE / "extras" / "fast.py").exists():
-    from extras import fast  # before MLX, which then computes matrix products with a fast BLAS
+    from extras import fast  # before NumPy and MLX, which then compute matrix products faster
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+from tqdm import tqdm
+
+from datasets import CORPORA, TOKENIZERS, Dataset, RunError, UsageError
+from datasets import explained, extra, load_dataset, open_folder, tokenizer_from_dict, user_path
 
 # Kept in checkpoints: another BLAS rounds in another way.
 BLAS = fast.BLAS if fast else "MLX's own BLAS"
@@ -400,6 +399,17 @@ def add_up(trees):
 def spread(optimizer_class):
     """Any optimizer class of MLX, or a subclass with equal results that uses all cores."""
     return optimizer_class
+
+
+@fast_version
+def has_bfloat16():
+    """Whether `use_bfloat16` makes a CPU faster; MLX itself has no fast code for that."""
+    return False
+
+
+@fast_version
+def use_bfloat16(wanted):
+    """Lets the matrix products on a CPU round what they multiply to bfloat16, or no longer."""
 
 
 # Muon's learning rate, as a multiple of AdamW's. On PTB (dim 256, batch 32, AdamW's at 3e-3) the
@@ -1405,8 +1415,9 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 
     tokens, targets: [N, L]; noise: see make_noise; loss: the mean in nats; norm: that of the
     gradient before clipping. The N = batch_size * grad_accumulation rows are taken batch_size at a
-    time, and those shared out over ranks and streams. With bfloat16 the model computes in it;
-    weights, optimizer state and loss are float32.
+    time, and those shared out over ranks and streams. With bfloat16 a GPU computes the model in
+    it, a CPU only rounds what matrix products multiply; weights, optimizer state and loss are
+    float32.
     """
     ranks = ranks or SingleProcess()
     model.model.checkpoint = flags.checkpoint  # of gradients: nothing to do with saved files
@@ -1452,6 +1463,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         return loss, norm
 
     def step(tokens, targets, *noise):
+        use_bfloat16(flags.dtype == "bfloat16")
         # From sums over positions to means over all of them; `average` divides by the ranks.
         scale = ranks.size / targets.size
         rank_rows = ranks.rows(flags.batch_size)
@@ -1463,7 +1475,12 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
             total = tree_map(mx.add, total, results) if total else results
             if len(tokens) > flags.batch_size:  # or all parts would be in memory at once
                 mx.eval(total)
-        return apply_gradients(total)
+        loss, norm = apply_gradients(total)
+        # All of this only builds a graph, which is computed here: loss, norm and the new weights.
+        # What is not named would be left for the next step's graph.
+        mx.eval(loss, norm, model.state, optimizer.state)
+        use_bfloat16(False)  # scores and samples are computed in float32
+        return loss, norm
 
     return step
 
@@ -1537,10 +1554,7 @@ def train(run, interrupts, ranks):
         rate = learning_rate_at(iteration, flags)
         set_learning_rate(run.optimizer, rate)  # an array in its state: nothing is compiled anew
         noise = make_noise(iteration, len(tokens), flags)
-        # `step` only builds the graph of the loss and of the new weights. mx.eval computes what is
-        # named: weights that are not would be left for the next step's graph.
         loss, norm = step(tokens, targets, *noise)
-        mx.eval(loss, norm, run.model.state, run.optimizer.state)
         loss = loss.item()
         norm = norm.item()
         taken = time.perf_counter() - began
@@ -1789,10 +1803,10 @@ def print_start(run, versions_before, ranks):
         )
     if windows < rows:
         tqdm.write("The text has fewer windows than a step's batch: they repeat within it.")
-    if flags.dtype == "bfloat16" and not flags.gpu:
+    if flags.dtype != versions["dtype"]:
         tqdm.write(
-            "--dtype bfloat16 would be slower on a CPU, for which MLX has no fast code: "
-            "it computes in float32."
+            "--dtype bfloat16 would be slower here, without units for it in the processor or "
+            "without oneDNN (pip install onednn-cpu-gomp): it computes in float32."
         )
     room = size * (flags.keep + 2)  # with the best, and the one that is being written
     if room > free:
@@ -1802,13 +1816,12 @@ def print_start(run, versions_before, ranks):
         )
     if BLAS == "reference BLAS" and not flags.gpu:
         tqdm.write(
-            "Slow matrix products: install OpenBLAS (apt install libopenblas0) or a compiler "
-            "(apt install g++)."
+            "Slow matrix products: a fast library for them needs a C compiler (apt install g++)."
         )
     if versions_before:
         changed = []
         for name, version in versions.items():
-            before = versions_before.get(name)
+            before = versions_before.get(name, version)  # older checkpoints do not say all
             if before != version:
                 changed.append(f"{name} {before} -> {version}")
         if changed:
@@ -2240,7 +2253,11 @@ FLAGS["training"] = {
     "lr_schedule": choice("constant", ["constant", "cosine", "linear"], "after warm-up"),
     "grad_clip": flag(1.0, "largest gradient norm; 0: no limit", type=RATE),
     "dropout_final": flag(None, "--dropout moves by a line to this at the last step", type=DROPOUT),
-    "dtype": choice("float32", ["float32", "bfloat16"], "of the computation, on a GPU"),
+    "dtype": choice(
+        "float32",
+        ["float32", "bfloat16"],
+        "bfloat16: of the model on a GPU, of what matrix products multiply on a CPU",
+    ),
     "checkpoint": flag(False, "gradient checkpointing: less memory, more time"),
     "patience": flag(None, "stop after so many evaluations without a better one", type=SIZE),
 }
@@ -2855,10 +2872,12 @@ def list_versions(flags, ranks):
     streams = 1
     if fast:
         streams = fast.count_streams(flags.batch_size // ranks.size, flags.context_size)
+    dtype = flags.dtype if mx.default_device() == mx.gpu or has_bfloat16() else "float32"
     return {
         "MLX": mx.__version__,
         "NumPy": np.__version__,
         "BLAS": BLAS,
+        "dtype": dtype,
         "device": f"{device}, {os.cpu_count()} cores",
         "streams": streams,
         "ranks": ranks.size,

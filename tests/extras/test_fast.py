@@ -5,6 +5,7 @@ import inspect
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from extras import fast
 
-DROP_INS = ["attend", "cross_entropy", "over_streams", "add_up", "spread"]
+DROP_INS = ["attend", "cross_entropy", "over_streams", "add_up", "spread", "has_bfloat16", "use_bfloat16"]
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}  # key and value heads for 4 query heads
 
 
@@ -435,13 +436,19 @@ def test_how_many_streams_share_a_batch(monkeypatch):
 
 
 PRODUCT = """
+import os, sys
+if "NO_ONEDNN" in os.environ:
+    sys.prefix = "/nowhere"  # below which it would be
 import main
 import mlx.core as mx, numpy as np
 mx.set_default_device(mx.cpu)
 left, right = np.random.default_rng(0).normal(size=(2, 200, 200)).astype(np.float32)
-pairs = [(left, right), (left.T, right), (left[:7], right.T), (left[:9], right.T)]
-for a, b in [*pairs, (left[:1], right), (left[:1], right.T)]:
-    assert np.abs(np.array(mx.array(a) @ mx.array(b)) - a @ b).max() < 1e-3
+pairs = [(left, right), (left.T, right), (left.T, right.T), (left[:7], right.T), (left[:9], right.T)]
+for a, b in [*pairs, (left[:1], right), (left[:1], right.T), (left[:, :33], right[:33])]:
+    product = a.astype(np.float64) @ b
+    assert np.abs(np.array(mx.array(a) @ mx.array(b)) - product).max() < 1e-3
+    total = mx.addmm(mx.ones(product.shape), mx.array(a), mx.array(b), alpha=0.5)
+    assert np.abs(np.array(total) - 0.5 * product - 1).max() < 1e-3
 print(main.BLAS)
 """
 
@@ -459,9 +466,12 @@ def test_matrix_products_are_right(tmp_path):
     assert blas_of(XDG_CACHE_HOME=str(tmp_path)) == main.BLAS, "the forwarder is compiled anew"
 
 
-@pytest.mark.skipif(
-    not main.BLAS.startswith(("NumPy's", "reference")), reason="the system has a BLAS of its own"
-)
+@pytest.mark.skipif(not main.BLAS.startswith("oneDNN"), reason="oneDNN is for Linux on x86-64")
+def test_matrix_products_without_onednn():
+    assert blas_of(NO_ONEDNN="1").startswith("NumPy's OpenBLAS (")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has a fast BLAS")
 @pytest.mark.parametrize("trouble", ["no compiler", "broken compiler", "no cache folder"])
 def test_without_a_fast_blas(trouble, tmp_path):
     (tmp_path / "bin").mkdir()
@@ -473,3 +483,149 @@ def test_without_a_fast_blas(trouble, tmp_path):
         cache.write_text("a file")
     assert blas_of(PATH=str(tmp_path / "bin"), XDG_CACHE_HOME=str(cache)) == "reference BLAS"
     assert not list(cache.glob("*/*.so"))
+
+
+# ---- bfloat16 -----------------------------------------------------------------------------------
+
+
+def rounded(array):
+    """What NumPy, which has no bfloat16, makes of it by MLX: the nearest, ties to even."""
+    return np.array(mx.array(array).astype(mx.bfloat16).astype(mx.float32))
+
+
+@pytest.fixture
+def bfloat16():
+    if not fast.has_bfloat16():
+        pytest.skip("this processor has no units for bfloat16, or there is no oneDNN")
+    fast.use_bfloat16(True)
+    yield
+    fast.use_bfloat16(False)
+
+
+@pytest.mark.parametrize("rows, inner, columns", [(1, 64, 50), (9, 33, 17), (64, 48, 48), (300, 700, 500)])
+@pytest.mark.parametrize("left_turned", [False, True])
+@pytest.mark.parametrize("right_turned", [False, True])
+def test_products_round_what_they_multiply(rows, inner, columns, left_turned, right_turned, bfloat16):
+    """And nothing else: sums are those of float32."""
+    random = np.random.default_rng(0)
+    left = random.normal(size=(inner, rows) if left_turned else (rows, inner)).astype(np.float32)
+    right = random.normal(size=(columns, inner) if right_turned else (inner, columns)).astype(np.float32)
+    turned = [array.T if is_turned else array for array, is_turned in ((left, left_turned), (right, right_turned))]
+    exact = rounded(turned[0]).astype(np.float64) @ rounded(turned[1])
+    arrays = [mx.array(array).T if is_turned else mx.array(array) for array, is_turned in ((left, left_turned), (right, right_turned))]
+    with mx.stream(mx.cpu):
+        product = np.array(arrays[0] @ arrays[1])
+    assert np.abs(product - exact).max() <= 1e-5 * np.abs(exact).max()
+
+
+def test_rounding_of_ties_and_of_what_is_not_finite(bfloat16):
+    """Ties go to the even neighbour; what is above the largest number becomes infinite; NaN stays NaN."""
+    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 1], np.uint32)
+    numbers = bits.view(np.float32)
+    for number in numbers:
+        left = np.zeros((16, 16), np.float32)
+        left[:, 0] = number
+        with mx.stream(mx.cpu):
+            product = np.array(mx.array(left) @ mx.ones((16, 16)))
+        expected = rounded(np.array([number]))[0]
+        assert np.isnan(product).all() if np.isnan(expected) else (product == expected).all(), number
+
+
+def test_only_the_step_rounds(text, tmp_path):
+    """Scores and samples are float32's, and a step in bfloat16 is near that in float32."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        given = flags(dim=64, num_heads=2, num_blocks=2, context_size=16, batch_size=8, dtype=dtype)
+        model = main.LanguageModel(main.make_config(given, 257))
+        main.init_weights(model, 1)
+        tokens = mx.array(np.random.default_rng(0).integers(0, 257, (8, 17)), mx.int32)
+        before = main.evaluate(model, np.array(tokens).flatten(), 4)
+        step = main.make_step(model, main.make_optimizer(model, given), given)
+        losses[dtype] = [step(tokens[:, :-1], tokens[:, 1:])[0].item() for _ in range(5)]
+        losses[dtype].append(before)
+    assert losses["float32"][-1] == losses["bfloat16"][-1], "a score rounded"
+    assert losses["float32"] == pytest.approx(losses["bfloat16"], abs=2e-3)
+    assert (losses["float32"] != losses["bfloat16"]) == fast.has_bfloat16()
+
+
+# ---- Compiler -----------------------------------------------------------------------------------
+
+COMPILE = """
+import main
+import mlx.core as mx
+main.use_device(gpu=False)
+double = mx.compile(lambda x: mx.exp(x) * 2 + x)
+assert abs(double(mx.zeros(3)).sum().item() - 6) < 1e-6
+import os, shutil
+print(shutil.which("g++"))
+"""
+
+
+def compile_in(folder, **env):
+    """A cold start in a process: no kernels, no header; returns it."""
+    env = {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "XDG_CACHE_HOME": str(folder / "cache"), **env}
+    (folder / "cache").mkdir(exist_ok=True)
+    command = [sys.executable, "-c", COMPILE]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env}, start_new_session=True)
+
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="MLX compiles by g++ on Linux"
+)
+
+
+@needs_compiler
+def test_two_processes_share_a_header(tmp_path):
+    starts = [compile_in(tmp_path), compile_in(tmp_path)]
+    for process in starts:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and err == ""
+        found = out.strip()
+    [folder] = (tmp_path / "cache" / "transformer-lm").glob("compiler-*")
+    assert found == str(folder / "g++"), "this process's PATH has it first"
+    assert len(list(folder.rglob("*.gch"))) == 1
+    assert str(folder) not in os.environ["PATH"], "that of others does not"
+
+
+@needs_compiler
+def test_killed_at_any_moment_of_a_cold_start(tmp_path):
+    """Whatever it leaves, the next start finishes."""
+    for moment in np.random.default_rng(0).uniform(0.2, 3, 8):
+        process = compile_in(tmp_path)
+        try:
+            process.wait(timeout=moment)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if process.returncode == 0:  # all is compiled: begin anew
+            shutil.rmtree(tmp_path / "cache")
+            shutil.rmtree(tmp_path / "mlx", ignore_errors=True)
+    out, err = compile_in(tmp_path).communicate(timeout=120)
+    assert err == "" and out.strip().endswith("/g++")
+    assert not list((tmp_path / "cache" / "transformer-lm").glob("*.new"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("trouble", ["no g++", "no cache folder", "damaged header", "full of errors"])
+def test_starts_without_the_header(tmp_path, trouble):
+    env = {}
+    if trouble == "no g++":
+        (tmp_path / "bin").mkdir()
+        env["PATH"] = str(tmp_path / "bin")
+    if trouble == "full of errors":  # a compiler that compiles kernels, but no headers
+        (tmp_path / "bin").mkdir()
+        compiler = tmp_path / "bin" / "g++"
+        compiler.write_text(f'#!/bin/sh\ncase "$*" in *c++-header*) exit 1;; esac\nexec {shutil.which("g++")} "$@"\n')
+        compiler.chmod(0o755)
+        env["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    if trouble == "no cache folder":
+        (tmp_path / "file").write_text("")
+        env["XDG_CACHE_HOME"] = str(tmp_path / "file")
+    if trouble == "damaged header":
+        compile_in(tmp_path).communicate(timeout=120)
+        [header] = tmp_path.rglob("*.gch")
+        header.write_bytes(header.read_bytes()[: 1 << 20])
+        shutil.rmtree(tmp_path / "mlx")
+    process = compile_in(tmp_path, **env)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
