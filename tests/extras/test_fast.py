@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from extras import fast
 
-DROP_INS = ["attend", "cross_entropy", "over_streams", "add_up", "spread", "has_bfloat16", "use_bfloat16"]
+DROP_INS = ["attend", "relu2", "cross_entropy", "over_streams", "add_up", "clip_grad_norm", "spread", "has_bfloat16", "use_bfloat16"]
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}  # key and value heads for 4 query heads
 
 
@@ -84,6 +84,20 @@ def test_exp_is_within_its_bounds():
     assert abs(result - np.exp(x)).max() < 2e-6
     ends = fast.exp(mx.array([0.0, -math.inf])).tolist()
     assert ends == pytest.approx([1, 1e-13], rel=1e-6, abs=1e-12)
+
+
+def test_relu2_and_its_gradient(plain):
+    x, factors = normal(0, 50, 31), normal(1, 50, 31)
+    results = [mx.value_and_grad(lambda x, f=f: (f(x) * factors).sum())(x) for f in (fast.relu2, plain.relu2)]
+    assert_near(*results, 1e-6)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e9, math.inf])
+def test_clipping_to_a_norm(limit, plain, set_streams):
+    gradients = {"a": normal(0, 50, 31), "b": [normal(1, 7), normal(2, 300, 2)]}
+    for streams in (1, 2):
+        set_streams(streams)
+        assert_near(fast.clip_grad_norm(gradients, limit), plain.clip_grad_norm(gradients, limit), 2e-6)
 
 
 def test_softmax_and_its_gradient():
@@ -443,8 +457,10 @@ import main
 import mlx.core as mx, numpy as np
 mx.set_default_device(mx.cpu)
 left, right = np.random.default_rng(0).normal(size=(2, 200, 200)).astype(np.float32)
-pairs = [(left, right), (left.T, right), (left.T, right.T), (left[:7], right.T), (left[:9], right.T)]
-for a, b in [*pairs, (left[:1], right), (left[:1], right.T), (left[:, :33], right[:33])]:
+pairs = [(left, right), (left.T, right), (left.T, right.T), (left[:1], right), (left[:, :33], right[:33])]
+pairs += [(left[:rows], right[:columns].T) for rows in (1, 7, 9, 16, 20, 32, 33, 65) for columns in (1, 3, 8, 33, 200)]
+pairs += [(left, right[:, :1]), (left, right[:1].T), (left[:1], left[:1].T), (left.T, right[:, :1])]
+for a, b in pairs:
     product = a.astype(np.float64) @ b
     assert np.abs(np.array(mx.array(a) @ mx.array(b)) - product).max() < 1e-3
     total = mx.addmm(mx.ones(product.shape), mx.array(a), mx.array(b), alpha=0.5)
@@ -500,6 +516,17 @@ def bfloat16():
     fast.use_bfloat16(True)
     yield
     fast.use_bfloat16(False)
+
+
+def test_a_product_with_a_vector_does_not_round(bfloat16):
+    """Norms and sums of losses are such; a long sum loses no digits."""
+    random = np.random.default_rng(0)
+    vector = random.uniform(size=300_000).astype(np.float32)
+    exact = (vector.astype(np.float64) ** 2).sum()
+    with mx.stream(mx.cpu):
+        assert (mx.array(vector) @ mx.array(vector)).item() == pytest.approx(exact, rel=1e-6)
+        sums = fast.sum_of_rows(mx.array(vector.reshape(3, -1)))[:, 0].tolist()
+    assert sums == pytest.approx(vector.reshape(3, -1).sum(1, np.float64).tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize("rows, inner, columns", [(1, 64, 50), (9, 33, 17), (64, 48, 48), (300, 700, 500)])
