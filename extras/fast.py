@@ -140,7 +140,8 @@ static void multiply_rows(int m, long n, long k, float alpha, const float* a, lo
 void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha,
                  const float* a, int lda, const float* b, int ldb, float beta,
                  float* c, int ldc) {
-  if (n == 1 && ta == 111 && beta == 0 && (tb == 112 || ldb == 1)) {
+  int a_in_rows = ta == 111 || (m == 1 && lda == 1);
+  if (n == 1 && beta == 0 && a_in_rows && (tb == 112 || ldb == 1)) {
     for (long row = 0; row < m; row++) c[row * ldc] = alpha * dot(a + row * lda, b, k);
     return;
   }
