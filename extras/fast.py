@@ -32,6 +32,7 @@ import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 from functools import lru_cache, reduce
@@ -72,11 +73,6 @@ from datasets import CACHE
 FORWARDER = """
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-#define omp_set_num_threads(count)
-#endif
 typedef unsigned short bf16;
 void (*openblas)(int, int, int, long, long, long, float, const float*, long, const float*, long,
                  float, float*, long);
@@ -84,6 +80,7 @@ int (*onednn)(char, char, long, long, long, float, const float*, long, const flo
               float, float*, long);
 int (*onednn_bf16)(char, char, long, long, long, float, const bf16*, long, const bf16*, long,
                    float, float*, long);
+void (*set_threads_of_onednn)(int);  // of the calling thread alone, so before each product
 int threads = 1;
 int rounds_to_bf16 = 0;
 
@@ -164,8 +161,7 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha,
     return;
   }
   char ta_name = ta == 111 ? 'N' : 'T', tb_name = tb == 111 ? 'N' : 'T';
-  // Of this thread alone, so before each product.
-  omp_set_num_threads((long) m * n * k > 10000000 ? threads : 1);
+  set_threads_of_onednn((long) m * n * k > 10000000 ? threads : 1);
   if (!rounds_to_bf16) {
     onednn(ta_name, tb_name, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
     return;
@@ -234,13 +230,20 @@ def use_fast_blas():
 def find_blas():
     """Sets the functions of the forwarder; returns the name of the library, or None for none."""
     global openblas
-    with contextlib.suppress(OSError, AttributeError):  # not installed, or another version
-        onednn = ctypes.CDLL(f"{sys.prefix}/lib/libdnnl.so.3")
-        set_function("onednn", onednn.dnnl_sgemm)
-        number = onednn.dnnl_get_effective_cpu_isa()
-        if number & HAS_BF16:
-            set_function("onednn_bf16", onednn.dnnl_gemm_bf16bf16f32)
-        return f"oneDNN ({INSTRUCTIONS.get(number, hex(number))})"
+    # Where pip puts it, for an environment and for a user; or a package of the system.
+    for folder in (f"{sys.prefix}/lib/", f"{site.getuserbase()}/lib/", ""):
+        with contextlib.suppress(OSError, AttributeError):  # not there, or another version
+            onednn = ctypes.CDLL(f"{folder}libdnnl.so.3")
+            instructions = onednn.dnnl_get_effective_cpu_isa()
+            functions = {
+                "onednn": onednn.dnnl_sgemm,
+                "set_threads_of_onednn": onednn.omp_set_num_threads,  # of the OpenMP that it uses
+            }
+            if instructions & HAS_BF16:
+                functions["onednn_bf16"] = onednn.dnnl_gemm_bf16bf16f32
+            for name, function in functions.items():
+                set_function(name, function)
+            return f"oneDNN ({INSTRUCTIONS.get(instructions, hex(instructions))})"
     for path in Path(np.__path__[0]).parent.glob("numpy.libs/libscipy_openblas64_*.so"):
         openblas = ctypes.CDLL(str(path))
         set_function("openblas", openblas.scipy_cblas_sgemm64_)
@@ -273,6 +276,9 @@ def compile_forwarder():
     cpu = re.search("^(flags|Features).*", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
     kind = f"{FORWARDER}{cpu and cpu[0]}"  # a cache may serve several CPUs
     path = CACHE / f"blas-{hashlib.sha1(kind.encode()).hexdigest()[:12]}.so"
+    compiler = next(filter(shutil.which, ["cc", "gcc", "clang"]), None)
+    if compiler is None:
+        return None
     # Without the last three of them sums would stay scalar.
     vectors = ["-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
     # What one compiler knows another may not.
@@ -281,8 +287,8 @@ def compile_forwarder():
             if not path.exists():
                 CACHE.mkdir(parents=True, exist_ok=True)
                 new = f"{path}.{os.getpid()}"
-                command = ["cc", "-shared", "-fPIC", "-O3", *options, "-x", "c", "-", "-o", new]
-                run_quietly(command, FORWARDER.encode())
+                command = [compiler, "-shared", "-fPIC", "-O3", *options, "-x", "c", "-"]
+                run_quietly([*command, "-o", new], FORWARDER.encode())
                 os.replace(new, path)  # never half a library, even if two processes compile
             ctypes.CDLL(str(path))  # which is why another compiler's options may not do
             return str(path)
@@ -544,7 +550,12 @@ def use_precompiled_header():
 
     It is COMPILER_SCRIPT beside that header, in a folder of the cache for each MLX and compiler.
     """
-    compiler = shutil.which("g++")
+    # A process that this one was started by may have put such a folder there, too.
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    folders = [folder for folder in folders if not Path(folder, f"{PREAMBLE}.gch").exists()]
+    path = os.pathsep.join(folders)
+    # MLX asks for g++ alone.
+    compiler = shutil.which("g++", path=path) or shutil.which("clang++", path=path)
     if compiler is None or sys.platform != "linux":
         return
     status = os.stat(compiler)
@@ -555,7 +566,7 @@ def use_precompiled_header():
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # as on a full disk
         if not folder.exists():
             compile_header(compiler, folder)
-        os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
 
 
 def compile_header(compiler, folder):
@@ -581,8 +592,14 @@ def compile_header(compiler, folder):
         }
         script.write_text(COMPILER_SCRIPT.format(**words), "utf-8")
         script.chmod(0o755)
-        run_quietly([script, "--version"])  # some folders are mounted so that nothing in them runs
+        # Some folders are mounted so that nothing in them runs, and some compilers cannot link.
+        run_quietly([script, "-shared", "-x", "c++", "-", "-o", str(new / "empty.so")])
         new.rename(folder)
+        # Of other versions, 50 MB each, the two newest stay. Who uses one of the others meanwhile
+        # finds the real compiler instead.
+        folders = sorted(CACHE.glob("compiler-*"), key=lambda folder: folder.stat().st_mtime)
+        for old in folders[:-3]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 # ---- Streams: a CPU stream of MLX is a thread ---------------------------------------------------

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import main
 import mlx.core as mx
@@ -612,6 +613,40 @@ def test_two_processes_share_a_header(tmp_path):
     assert found == str(folder / "g++"), "this process's PATH has it first"
     assert len(list(folder.rglob("*.gch"))) == 1
     assert str(folder) not in os.environ["PATH"], "that of others does not"
+
+
+@needs_compiler
+def test_a_process_that_another_has_started_uses_the_same_compiler(tmp_path):
+    """Not a script that runs the script of the other one."""
+    main.use_device(gpu=False)  # as in a program whose children inherit its PATH
+    assert Path(shutil.which("g++")).parent.name.startswith("compiler-")
+    for _ in range(2):
+        out, err = compile_in(tmp_path).communicate(timeout=120)
+        assert err == "" and len(list(tmp_path.rglob("*.gch"))) == 1
+    assert "/compiler-" not in Path(out.strip()).read_text().partition(" -I ")[0]
+
+
+@needs_compiler
+def test_headers_of_older_versions_go(tmp_path):
+    folder = tmp_path / "cache" / "transformer-lm"
+    for i in range(5):
+        (folder / f"compiler-{i}").mkdir(parents=True)
+        os.utime(folder / f"compiler-{i}", (i, i))
+    compile_in(tmp_path).communicate(timeout=120)
+    left = {path.name for path in folder.glob("compiler-*")}
+    assert len(left) == 3 and left > {"compiler-3", "compiler-4"}
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang is not installed")
+def test_with_clang_alone(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for tool in ("clang", "clang++", "ld", "as", "sh"):
+        if shutil.which(tool):
+            (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    out, err = compile_in(tmp_path, PATH=str(tmp_path / "bin")).communicate(timeout=120)
+    assert err == "" and out.strip().endswith("/g++"), "MLX then compiles by clang"
+    assert list(tmp_path.glob("mlx/*/cpu/*.so"))
 
 
 @needs_compiler
