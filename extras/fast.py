@@ -552,7 +552,8 @@ def use_precompiled_header():
     """
     # A process that this one was started by may have put such a folder there, too.
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    folders = [folder for folder in folders if not Path(folder, f"{PREAMBLE}.gch").exists()]
+    own = re.compile(rf"/{CACHE.name}/compiler-\w+$")
+    folders = [folder for folder in folders if not own.search(folder)]
     path = os.pathsep.join(folders)
     # MLX asks for g++ alone.
     compiler = shutil.which("g++", path=path) or shutil.which("clang++", path=path)
