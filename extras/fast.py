@@ -204,9 +204,7 @@ def use_fast_blas():
 
     MLX's Linux wheel carries the reference BLAS (6 GFLOP/s where others reach 190 to 500), but the
     `cblas_sgemm` that is loaded first, with global symbols, wins: here a forwarder to oneDNN or,
-    where that is not installed, to the OpenBLAS in NumPy's wheel. It computes one thing itself, a
-    few rows times a matrix, which is what decoding does: as fast as memory is read, where OpenBLAS
-    takes 3 times as long.
+    where that is not installed, to the OpenBLAS in NumPy's wheel.
     """
     global forwarder
     if sys.platform != "linux":

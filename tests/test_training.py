@@ -339,12 +339,35 @@ def test_extending_a_schedule_says_that_it_stretches(tmp_path, text):
     assert "stretches the schedules" in out and re.findall(r"lr (\S+)", out)[0] == "5.00e-03"
 
 
-def test_a_line_for_bfloat16_on_a_cpu_and_the_same_result(tmp_path, text):
-    line = ["--text", text, *TINY, "--num_iters", 3]
-    out, _ = run(*line, "--dtype", "bfloat16", "--save_dir", tmp_path / "16")
-    assert "--dtype bfloat16 would be slower on a CPU" in out
-    run(*line, "--save_dir", tmp_path / "32")
-    assert ids(tmp_path / "16") == ids(tmp_path / "32")
+WITHOUT_ONEDNN = ("-c", """
+import runpy, sys
+sys.prefix = "/nowhere"  # below which it would be
+sys.path.insert(0, sys.argv[1])
+sys.argv = [sys.argv[1] + "/main.py", *sys.argv[2:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""", str(ROOT))
+
+
+def test_bfloat16_on_a_cpu(tmp_path, text):
+    """Another result where the processor has units for it, else a line and that of float32; a resume compares."""
+    line = ["--text", text, *TINY, "--dim", 32, "--optimizer", "muon", "--dropout", 0.1]
+    bfloat16 = [*line, "--dtype", "bfloat16"]
+    out, _ = run(*bfloat16, "--num_iters", 6, "--save_dir", tmp_path / "16")
+    run(*line, "--num_iters", 6, "--save_dir", tmp_path / "32")
+    assert (ids(tmp_path / "16") == ids(tmp_path / "32")) == ("--dtype bfloat16 would be slower here" in out)
+    for steps in (2, 4, 6):
+        run(*bfloat16, "--num_iters", steps, "--steps_per_save", 6, "--save_dir", tmp_path / "parts")
+    assert ids(tmp_path / "parts")[0] == ids(tmp_path / "16")[0], "interrupted, and yet the same"
+
+    outs = {}
+    for dtype in ("bfloat16", "float32"):
+        outs[dtype], _ = run(*line, "--dtype", dtype, "--num_iters", 6, "--save_dir", tmp_path / f"no{dtype}", program=WITHOUT_ONEDNN)
+    assert "--dtype bfloat16 would be slower here" in outs["bfloat16"] and "oneDNN" not in outs["float32"]
+    assert ids(tmp_path / "nobfloat16") == ids(tmp_path / "nofloat32")
+
+    if ids(tmp_path / "16") != ids(tmp_path / "32"):
+        out, _ = run(*line, "--dtype", "float32", "--num_iters", 8, "--save_dir", tmp_path / "16")
+        assert "dtype bfloat16 -> float32" in out
 
 
 VARIANTS = [
