@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from main import Decoder, LanguageModel, check_memory, fast, init_weights, make_noise
-from main import make_optimizer, make_step, over_streams
+from main import make_optimizer, make_step, over_streams, use_bfloat16
 
 # The parts of a model, and what the names of their parameters contain.
 PARTS = {
@@ -50,7 +50,7 @@ def run_benchmark(flags, config, batches):
     lasting = measure_memory(model, optimizer)
     passing = predict_memory(config, flags, total, count_streams(flags))
     training_speed, measured_peak = measure_training(model, optimizer, flags, batches)
-    matrix_speed = measure_matrix_speed()
+    matrix_speed = measure_matrix_speed(flags.dtype)
     result = {
         "parameters": parameters,
         "flops_per_token": flops,
@@ -166,9 +166,14 @@ def measure_training(model, optimizer, flags, batches):
     return tokens.size / seconds, mx.get_peak_memory()
 
 
-def measure_matrix_speed():
-    """FLOPs per second of a product of large square matrices: the most training could reach."""
+def measure_matrix_speed(dtype):
+    """FLOPs per second of a product of large square matrices: the most training could reach.
+
+    dtype: float32 or bfloat16, as --dtype.
+    """
     matrix = mx.random.normal((MATRIX_SIZE, MATRIX_SIZE))
+    if dtype == "bfloat16" and mx.default_device() == mx.gpu:
+        matrix = matrix.astype(mx.bfloat16)
 
     def multiply(rows):
         return rows @ matrix
@@ -176,7 +181,9 @@ def measure_matrix_speed():
     def multiply_once():
         mx.eval(over_streams(multiply, matrix))
 
+    use_bfloat16(dtype == "bfloat16")
     seconds = min(timeit.repeat(multiply_once, number=1, repeat=MATRIX_PRODUCTS))
+    use_bfloat16(False)
     return 2 * MATRIX_SIZE**3 / seconds  # 2: multiplication and addition
 
 
