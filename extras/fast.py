@@ -383,8 +383,8 @@ def attend(queries, keys, values):
         )
     queries = (queries * scale).reshape(B, keys.shape[1], -1, L, d)  # [B, K, H/K, L, d]
     scores = queries @ keys[:, :, None].swapaxes(-1, -2)  # [B, K, H/K, L, L]
-    # [L, L]: 0 for the past, and the future weighs 1e-13 at most. Sums use the vector units, choices
-    # by mx.where do not.
+    # [L, L]: 0 for the past, and the future weighs 1e-13 at most. Sums use the vector units, but
+    # choices by mx.where do not.
     mask = mx.array((np.tri(L, dtype=np.float32) - 1) * 1e9)
     weights = softmax(scores + mask)
     attended = weights @ values[:, :, None]  # [B, K, H/K, L, d]
@@ -697,7 +697,7 @@ def add_up(trees):
 
 
 def clip_grad_norm(gradients, limit):
-    """Scales a tree of gradients so that their norm is at most `limit`; returns them and the norm.
+    """Scales a tree of gradients to a norm of at most `limit`; returns them and their norm before.
 
     As MLX's, but on all streams; a sum of squares is a product of vectors, which reads them once.
     """
