@@ -425,7 +425,7 @@ def add_up(trees):
 
 @fast_version
 def clip_grad_norm(gradients, limit):
-    """Scales a tree of gradients to a norm of at most `limit`; returns them and their norm before."""
+    """Scales a tree of gradients to a norm of `limit` at most; returns it and its norm before."""
     return optim.clip_grad_norm(gradients, limit)
 
 

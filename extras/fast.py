@@ -697,7 +697,7 @@ def add_up(trees):
 
 
 def clip_grad_norm(gradients, limit):
-    """Scales a tree of gradients to a norm of at most `limit`; returns them and their norm before.
+    """Scales a tree of gradients to a norm of `limit` at most; returns it and its norm before.
 
     As MLX's, but on all streams; a sum of squares is a product of vectors, which reads them once.
     """
