@@ -556,6 +556,28 @@ def learning_rate_at(iteration, flags):
     return rate * warmup
 
 
+def average_weights(average, weights, iteration, share):
+    """The average of the weights over about the last `share` of the steps taken.
+
+    average: that before step `iteration`, counted from 0, a tree of arrays; None at its beginning.
+    weights: those after the step. The weight of a step falls with a power of its place in the run,
+    (place / steps) ^ (1 / share - 1) (Shamir & Zhang 2013; Karras et al. 2024): so the average
+    depends neither on where the run will end nor on where it was interrupted.
+    """
+    if average is None:
+        return weights
+    part = min(1, 1 / (share * (iteration + 1)))  # of the newest weights in the average
+    average = mix_weights(average, weights, mx.array(part))
+    mx.eval(average)  # or the graphs of all steps would pile up
+    return average
+
+
+@mx.compile
+def mix_weights(average, weights, part):
+    """A tree of arrays between two others, at `part` of the way."""
+    return tree_map(lambda old, new: old + part * (new - old), average, weights)
+
+
 # ---- Batches ------------------------------------------------------------------------------------
 
 
@@ -739,7 +761,8 @@ def bits_per_byte(nats, split):
 # ---- Checkpoints --------------------------------------------------------------------------------
 # `<sha1>.safetensors` holds what is trained (of LoRA the adapters alone) and is named by the SHA1
 # of its bytes. `<sha1>.metadata`, in the same format, holds all else that a run is: optimizer
-# state and `perm` as arrays, the tokenizer, and `record`, JSON of the flags, counters and scores.
+# state and `perm` as arrays, with --average also the weights before averaging, the tokenizer, and
+# `record`, JSON of the flags, counters and scores.
 # Its header states the file's own SHA1, computed with BLANK in that place. If several runs come to
 # the same weights, each has metadata of its own, the later ones as `<sha1>.<run>.metadata`.
 
@@ -1052,7 +1075,7 @@ def write_checkpoint(folder, run):
     checkpoint counts only once it has its .safetensors, which is named last.
     """
     weights = folder / f"{run.name}.safetensors.new"
-    sha1 = write_safetensors(weights, run.model.trainable_parameters(), {"format": "mlx"})
+    sha1 = write_safetensors(weights, run.result(), {"format": "mlx"})
     run.checkpoint_id = sha1
     write_metadata(folder, run)
     os.replace(weights, folder / f"{sha1}.safetensors")
@@ -1065,6 +1088,8 @@ def write_metadata(folder, run):
     record = run.record() | {"saved": saved, "format_version": FORMAT_VERSION}
     tokenizer = json.dumps(run.dataset.tokenizer.to_dict())
     arrays = {"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}
+    if run.average:  # the other file holds that alone
+        arrays["weights"] = run.model.trainable_parameters()
     replace_metadata(own_metadata(folder, run), record, tokenizer, arrays)
 
 
@@ -1383,6 +1408,7 @@ class Run:
     optimizer: optim.Optimizer
     batches: Batches
     teacher: LanguageModel = None
+    average: dict = None  # with --average: that of the trained weights, a tree; None at first
     about: dict = None  # what the record says beside the progress, see make_run
     is_branch: bool = False  # begun from a checkpoint that another run has left behind
 
@@ -1418,6 +1444,10 @@ class Run:
         weights, metadata = files_of(folder, record)
         self.model.load_weights(list(load_arrays(weights).items()), strict=holds_all)
         state = tree_unflatten(load_arrays(metadata))
+        if "weights" in state:
+            if self.flags.average:
+                self.average = self.model.trainable_parameters()
+            self.model.update(state["weights"])
         self.optimizer.state = state["optimizer"]
         self.batches.restore(record, state["perm"])
         mx.eval(self.model.parameters(), self.optimizer.state)
@@ -1432,6 +1462,23 @@ class Run:
         self.recent_steps = record.get("recent_steps", 0)  # older checkpoints have none
         self.recent_loss = record.get("recent_loss", 0.0)
         self.recent_seconds = record.get("recent_seconds", 0.0)
+
+    def result(self):
+        """The weights that are saved, scored and sampled from, a tree: the average if there is one.
+
+        Of a LoRA run they are the adapters' alone.
+        """
+        return self.average or self.model.trainable_parameters()
+
+    @contextlib.contextmanager
+    def with_result(self):
+        """Puts `result` into the model; afterwards it has the weights again that are trained."""
+        weights = self.model.trainable_parameters()
+        self.model.update(self.result())
+        try:
+            yield self.model
+        finally:
+            self.model.update(weights)
 
     def is_scored(self):
         """Whether the present iteration has a score, perhaps from before a resume."""
@@ -1573,7 +1620,8 @@ def train(run, interrupts, ranks):
         nats = None
         if (due or timeout) and not run.is_scored():
             limit = flags.eval_tokens
-            nats = score_split("valid", run.model, dataset, flags, interrupts, ranks, limit)
+            with run.with_result() as model:
+                nats = score_split("valid", model, dataset, flags, interrupts, ranks, limit)
         if nats is not None and not math.isfinite(nats):
             raise diverged(run, f"score of iteration {iteration:,}", ranks)
         if nats is not None and due:  # where --max_minutes ends, a score is only shown and logged
@@ -1584,8 +1632,9 @@ def train(run, interrupts, ranks):
             if due and (save or not run.is_branch):
                 save_score(folder, run, interrupts)
         if save and is_main and not interrupts.received:
-            sample = Conversation(dataset.tokenizer, run.model)
-            tqdm.write("".join(sample.reply("", flags, flags.seed, interrupts)))
+            with run.with_result() as model:
+                sample = Conversation(dataset.tokenizer, model)
+                tqdm.write("".join(sample.reply("", flags, flags.seed, interrupts)))
 
         if timeout:
             tqdm.write(f"--max_minutes {flags.max_minutes:g} are over at iteration {iteration:,}.")
@@ -1607,6 +1656,9 @@ def train(run, interrupts, ranks):
         set_learning_rate(run.optimizer, rate)  # an array in its state: nothing is compiled anew
         noise = make_noise(iteration, len(tokens), flags)
         loss, norm = step(tokens, targets, *noise)
+        if flags.average:
+            weights = run.model.trainable_parameters()
+            run.average = average_weights(run.average, weights, iteration, flags.average)
         loss = loss.item()
         norm = norm.item()
         taken = time.perf_counter() - began
@@ -1646,7 +1698,8 @@ def train(run, interrupts, ranks):
         # No step was taken from the last checkpoint: unless it has a score, the one before stays.
         prune(folder, run, flags.keep if run.is_scored() else max(2, flags.keep))
     if flags.eval_test and not received:
-        score_split("test", run.model, dataset, flags, interrupts, ranks)
+        with run.with_result() as model:
+            score_split("test", model, dataset, flags, interrupts, ranks)
     received, _ = ranks.agree(interrupts.received, False)
     if received:
         there = "nothing was saved yet"
@@ -1826,6 +1879,8 @@ def print_start(run, versions_before, ranks):
     windows = len(run.batches.perm)  # of this epoch
     rows = run.batches.batch_size  # of a step
     saved_arrays = arrays_of([run.model.trainable_parameters(), run.optimizer.state])
+    if flags.average:
+        saved_arrays += arrays_of(run.model.trainable_parameters())
     size = sum(array.nbytes for array in saved_arrays)  # bytes of a checkpoint
     free = shutil.disk_usage(flags.save_dir).free
     parameters = run.about["parameters"]
@@ -2311,6 +2366,11 @@ FLAGS["training"] = {
         "bfloat16: of the model on a GPU, of what matrix products multiply on a CPU",
     ),
     "checkpoint": flag(False, "gradient checkpointing: less memory, more time"),
+    "average": flag(
+        0.0,
+        "save, score and sample the average of the weights over about this last share of the steps",
+        type=SHARE,
+    ),
     "patience": flag(None, "stop after so many evaluations without a better one", type=SIZE),
 }
 
@@ -2852,6 +2912,8 @@ def check_memory(model, flags, training=True):
         trained = sum(array.size for array in arrays_of(model.trainable_parameters()))
         moments = 1 if flags.optimizer == "muon" else 2
         floats["gradients and moments"] = trained * (1 + moments)
+        if flags.average:
+            floats["average of the weights"] = trained
         floats["tokens"] = 2 * flags.batch_size * flags.grad_accumulation * window
         floats["hidden states"] *= config.num_blocks
         if not flags.checkpoint:  # gradient checkpointing keeps the scores of one block, not of all

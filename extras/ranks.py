@@ -135,6 +135,7 @@ class Group:
         self.share(texts=task)
         self.share_tree(run.model.parameters())
         self.share_tree(run.optimizer.state)
+        self.share_tree(run.average or {})
         if run.teacher:
             self.share_tree(run.teacher.parameters())
         self.share(split_tokens(run.dataset))
@@ -177,6 +178,7 @@ class Group:
         model.update(self.share_tree())
         optimizer = main.make_optimizer(model, flags)
         optimizer.state = self.share_tree()
+        average = self.share_tree() or None
         teacher = None
         if "teacher" in task:
             teacher = main.LanguageModel(main.Config(**task["teacher"]))
@@ -189,6 +191,7 @@ class Group:
             optimizer=optimizer,
             batches=SharedBatches(self),
             teacher=teacher,
+            average=average,
             **task["progress"],
         )
         main.train(run, interrupts, self)

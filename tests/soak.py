@@ -447,6 +447,7 @@ SHAPES = [
     "--num_blocks 2 --grad_accumulation 2 --dropout 0.2 --dropout_final 0",
     "--num_blocks 2 --dtype bfloat16 --dropout 0.1 --optimizer muon",
     "--num_blocks 1 --mlp gelu --checkpoint",
+    "--num_blocks 1 --average 0.2 --dropout 0.1",
 ]
 
 # What does not: one of each row is drawn.

@@ -220,6 +220,25 @@ def test_no_schedule_divides_by_zero_or_gives_a_zero_rate(schedule, lr_warmup, n
     assert all(0 < main.learning_rate_at(i, given) <= 0.5 for i in range(num_iters))
 
 
+@pytest.mark.parametrize("share, closed_form", [
+    (1.0, lambda place: 1),  # the plain mean
+    (0.5, lambda place: place - 1),
+    (0.25, lambda place: (place - 1) * (place - 2) * (place - 3)),
+])  # fmt: skip
+def test_average_weights_have_the_powers_of_their_places(share, closed_form):
+    """The recursion against sums written out: step `place` of N, counted from 1, has a weight known in closed form."""
+    steps = np.random.default_rng(0).normal(size=(20, 4, 3)).astype(np.float32)
+    average = None
+    for i, step in enumerate(steps):
+        average = main.average_weights(average, {"layer": [mx.array(step)]}, i, share)
+        if i + 1 >= 1 / share:  # before that it is the newest weights
+            parts = np.array([closed_form(place) for place in range(1, i + 2)], np.float64)
+            expected = np.tensordot(parts / parts.sum(), steps[: i + 1].astype(np.float64), 1)
+        else:
+            expected = step
+        np.testing.assert_allclose(np.array(average["layer"][0]), expected, rtol=0, atol=1e-5)
+
+
 def test_dropout_moves_by_a_line():
     given = flags(dropout=0.1, dropout_final=0.5, num_iters=4)
     rates, keys = zip(*(main.make_noise(i, 5, given) for i in range(4)))

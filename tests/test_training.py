@@ -373,6 +373,7 @@ def test_bfloat16_on_a_cpu(tmp_path, text):
 VARIANTS = [
     "--optimizer muon --dropout 0.1 --dropout_final 0.3 --qk_norm --untie --grad_accumulation 3",
     "--batch_size 16 --context_size 64 --lr_schedule cosine --checkpoint --num_kv_heads 1",  # several streams
+    "--average 0.3 --dropout 0.1 --grad_accumulation 2",
 ]
 
 
@@ -388,6 +389,54 @@ def test_interrupted_variants_equal_undisturbed(tmp_path, text, options):
         assert process.returncode == 130, err
     run(*line, "--save_dir", tmp_path / "parts")
     assert ids(tmp_path / "parts")[0] == ids(tmp_path / "whole")[0]
+
+
+AVERAGE = ["--learning_rate", 0.01, "--lr_warmup", 5, "--steps_per_eval", 10, "--eval_tokens", 0]
+
+
+def raw_weights(folder):
+    """The weights of the newest checkpoint as they were trained: with --average those in the other file."""
+    record = records(folder)[0]
+    weights, metadata = (main.load_arrays(file) for file in main.files_of(folder, record))
+    raw = {name.removeprefix("weights."): array for name, array in metadata.items() if name.startswith("weights.")}
+    return {name: main.np.array(array) for name, array in (raw or weights).items()}
+
+
+def test_average_is_what_is_scored_saved_and_sampled(tmp_path, text):
+    """Training is not touched by it: the weights before averaging are those of a run without it."""
+    line = ["--text", text, *TINY, *AVERAGE, "--num_iters", 20, "--steps_per_save", 1, "--keep", 99]
+    plain, _ = run(*line, "--save_dir", tmp_path / "plain")
+    out, _ = run(*line, "--average", 0.25, "--save_dir", tmp_path / "average")
+    steps = sorted(records(tmp_path / "plain"), key=lambda record: record["iteration"])
+    average = None
+    for i, record in enumerate(steps):
+        weights = main.load_arrays(main.files_of(tmp_path / "plain", record)[0])
+        average = main.average_weights(average, weights, i, 0.25)
+    newest = records(tmp_path / "average")[0]
+    model, tokenizer = main.load_model(tmp_path / "average", newest)
+    for name, weight in main.tree_flatten(model.parameters()):
+        main.np.testing.assert_allclose(main.np.array(weight), main.np.array(average[name]), rtol=0, atol=1e-6)
+    raw, expected = raw_weights(tmp_path / "average"), raw_weights(tmp_path / "plain")
+    assert raw.keys() == expected.keys()
+    for name in raw:
+        main.np.testing.assert_array_equal(raw[name], expected[name])
+    [_, nats] = newest["scores"][-1]
+    scored, _ = run("--evaluate", "valid", "--save_dir", tmp_path / "average")
+    assert f"valid {nats:.4f} nats" in scored and f"valid {nats:.4f} nats" in out and f"valid {nats:.4f} nats" not in plain
+    sample = main.Conversation(tokenizer, model).reply("", main.resolve(main.argparse.Namespace(**main.DEFAULTS | {"max_tokens": 8})), 42)
+    assert out.rstrip("\n").endswith("".join(sample).rstrip("\n"))
+
+
+def test_average_begins_and_ends_with_its_flag(tmp_path, text):
+    """A run goes on with it or without it; without it, it is the run that never had one."""
+    line = ["--text", text, *TINY, *AVERAGE]
+    run(*line, "--num_iters", 30, "--save_dir", tmp_path / "plain")
+    run(*line, "--num_iters", 10, "--save_dir", tmp_path / "legs")
+    run(*line, "--num_iters", 20, "--average", 0.5, "--save_dir", tmp_path / "legs")
+    [averaged] = [record for record in records(tmp_path / "legs") if record["iteration"] == 20]
+    out, _ = run(*line, "--num_iters", 30, "--average", 0, "--save_dir", tmp_path / "legs")
+    assert "changed  --average from 0.5 to 0" in out and averaged["flags"]["average"] == 0.5
+    assert ids(tmp_path / "legs")[0] == ids(tmp_path / "plain")[0]
 
 
 def test_checkpoint_that_another_process_pruned_while_this_one_waited(tmp_path, text, monkeypatch, capsys):

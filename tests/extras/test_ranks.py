@@ -101,13 +101,13 @@ def test_one_process_runs_no_distributed_code(tmp_path, text, monkeypatch):
     assert main.main(["--text", str(text), *TINY, "--num_iters", "2", "--save_dir", str(tmp_path / "lm")]) == 0
 
 
-@pytest.mark.parametrize("size, options", [
-    (2, ["--dropout", 0.2, "--grad_accumulation", 2]),
-    (2, ["--optimizer", "muon", "--untie", "--checkpoint", "--batch_size", 5]),
-    (2, ["--batch_size", 3, "--context_size", 256]),  # enough for a stream a core, but for one rank's single row
-    (3, ["--dropout", 0.2, "--grad_accumulation", 2, "--steps_per_eval", 10, "--eval_test", "--qk_norm"]),
+@pytest.mark.parametrize("size, num_scores, options", [
+    (2, 2, ["--dropout", 0.2, "--grad_accumulation", 2, "--average", 0.3, "--steps_per_eval", 10]),
+    (2, 0, ["--optimizer", "muon", "--untie", "--checkpoint", "--batch_size", 5]),
+    (2, 0, ["--batch_size", 3, "--context_size", 256]),  # enough for a stream a core, but for one rank's single row
+    (3, 3, ["--dropout", 0.2, "--grad_accumulation", 2, "--steps_per_eval", 10, "--eval_test", "--qk_norm"]),
 ])  # fmt: skip
-def test_twenty_steps_are_those_of_one_process(tmp_path, text, size, options):
+def test_twenty_steps_are_those_of_one_process(tmp_path, text, size, num_scores, options):
     given = ["--text", text, "--test_text", text, *STEPS, *options, "--save_dir", tmp_path / "lm"]
     lines, _ = run("--text", text, "--test_text", text, *STEPS, *options, "--save_dir", tmp_path / "one")
     code = HASHED.format(root=str(ROOT))
@@ -118,7 +118,7 @@ def test_twenty_steps_are_those_of_one_process(tmp_path, text, size, options):
     assert len(hashes) == 1, "the ranks hold different models"
     assert ("does not divide" in outputs[0][0]) == (size == 3 or "--batch_size" in options)
     scores = [re.findall(r"^(?:valid|test) [\d.]+ nats", out, re.M) for out in (lines, outputs[0][0])]
-    assert scores[0] == scores[1] and len(scores[0]) == (3 if size == 3 else 0)
+    assert scores[0] == scores[1] and len(scores[0]) == num_scores
     for rank in range(1, size):  # which are told all they need
         left = [path for path in (tmp_path / f"rank{rank}").rglob("*") if path.is_file()]
         assert not [path for path in left if "transformer-lm" not in path.parts], "what fast.py compiles stays"
@@ -140,7 +140,7 @@ def test_lora_with_a_teacher(tmp_path, text):
 
 
 def test_saved_by_two_resumed_by_one_and_back(tmp_path, text):
-    given = ["--text", text, *TINY, "--dropout", 0.1, "--steps_per_report", 1, "--learning_rate", 3e-3]
+    given = ["--text", text, *TINY, "--dropout", 0.1, "--average", 0.5, "--steps_per_report", 1, "--learning_rate", 3e-3]
     run(*given, "--num_iters", 30, "--save_dir", tmp_path / "one")
     folder = tmp_path / "mixed"
     run_ranks(2, tmp_path, *given, "--num_iters", 10, "--save_dir", folder)
