@@ -560,7 +560,7 @@ def average_weights(average, weights, iteration, share):
     """The average of the weights over about the last `share` of the steps taken.
 
     average: that before step `iteration`, counted from 0, a tree of arrays; None at its beginning.
-    weights: those after the step. The weight of a step falls with a power of its place in the run,
+    weights: those after the step. Each step counts by a power of its place in the run, as much as
     (place / steps) ^ (1 / share - 1) (Shamir & Zhang 2013; Karras et al. 2024): so the average
     depends neither on where the run will end nor on where it was interrupted.
     """
@@ -762,9 +762,9 @@ def bits_per_byte(nats, split):
 # `<sha1>.safetensors` holds what is trained (of LoRA the adapters alone) and is named by the SHA1
 # of its bytes. `<sha1>.metadata`, in the same format, holds all else that a run is: optimizer
 # state and `perm` as arrays, with --average also the weights before averaging, the tokenizer, and
-# `record`, JSON of the flags, counters and scores.
-# Its header states the file's own SHA1, computed with BLANK in that place. If several runs come to
-# the same weights, each has metadata of its own, the later ones as `<sha1>.<run>.metadata`.
+# `record`, JSON of the flags, counters and scores. Its header states the file's own SHA1, computed
+# with BLANK in that place. If several runs come to the same weights, each has metadata of its own,
+# the later ones as `<sha1>.<run>.metadata`.
 
 BLANK = "0" * 40  # as long as the SHA1 that replaces it, so that nothing else moves
 
@@ -1444,7 +1444,7 @@ class Run:
         weights, metadata = files_of(folder, record)
         self.model.load_weights(list(load_arrays(weights).items()), strict=holds_all)
         state = tree_unflatten(load_arrays(metadata))
-        if "weights" in state:
+        if "weights" in state:  # those that are trained: the other file has their average
             if self.flags.average:
                 self.average = self.model.trainable_parameters()
             self.model.update(state["weights"])

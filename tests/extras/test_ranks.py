@@ -10,12 +10,11 @@ import subprocess
 import sys
 import time
 
+import main  # first: MLX takes the BLAS that is loaded before it
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, ids, run, start
-
-import main
 
 STEPS = [*TINY, "--num_iters", 20, "--steps_per_report", 1, "--lr_warmup", 2, "--learning_rate", 3e-3]
 LAUNCH = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
