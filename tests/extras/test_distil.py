@@ -1,5 +1,7 @@
 """Distillation: its loss by hand and by automatic differentiation, and students of a teacher."""
 
+import shutil
+
 import main
 import mlx.core as mx
 import numpy as np
@@ -151,6 +153,18 @@ def test_a_student_ends_nearer_to_its_teacher(base, text):
         )
         distances.append((np.exp(wanted) * (wanted - given)).sum(-1).mean())
     assert distances[1] < 0.8 * distances[0]
+
+
+def test_a_student_with_an_average_ends_the_same_in_two_legs(base, text, tmp_path):
+    folder, id = base
+    line = [*TINY, "--text", text, "--teacher", id, "--average", 0.3, "--dropout", 0.1]
+    for name, legs in (("whole", [8]), ("legs", [3, 8])):
+        shutil.copytree(folder, tmp_path / name)
+        for steps, fresh in zip(legs, (["--new_model"], [])):
+            run(*line, *fresh, "--num_iters", steps, "--save_dir", tmp_path / name)
+    newest = main.list_checkpoints(tmp_path / "whole")[0]
+    assert newest["iteration"] == 8 and newest["uses"] == {"teacher": [id, id]}
+    assert ids(tmp_path / "legs")[0] == newest["id"]
 
 
 def test_a_teacher_of_other_tokens(base, text):
