@@ -491,16 +491,18 @@ class Muon(optim.Muon):
 def make_optimizer(model, flags):
     """AdamW; with --optimizer muon, Muon for the blocks' matrices.
 
-    Matrices have weight decay, embeddings included; norms have none.
+    The embeddings and the output layer have --embedding_decay, the blocks' matrices
+    --weight_decay, norms no decay.
     """
     rate = flags.learning_rate
-    decay = flags.weight_decay
-    adamw = partial(spread(AdamW), betas=[0.9, 0.99])
-    groups = [adamw(rate, weight_decay=decay), adamw(rate, weight_decay=0.0)]
-    filters = [is_matrix]
+    adamw = partial(spread(AdamW), learning_rate=rate, betas=[0.9, 0.99])
     if flags.optimizer == "muon":
-        groups = [spread(Muon)(rate * MUON_RATE, decay), *groups]
-        filters = [is_matrix_of_block, *filters]
+        blocks = spread(Muon)(rate * MUON_RATE, flags.weight_decay)
+    else:
+        blocks = adamw(weight_decay=flags.weight_decay)
+    decay = flags.weight_decay if flags.embedding_decay is None else flags.embedding_decay
+    groups = [blocks, adamw(weight_decay=decay), adamw(weight_decay=0.0)]
+    filters = [is_matrix_of_block, is_matrix]
     # filters[i] chooses the parameters of groups[i]; the last group takes what is left.
     optimizer = optim.MultiOptimizer(groups, filters)
     optimizer.init(model.trainable_parameters())
@@ -516,6 +518,17 @@ def is_matrix(name, parameter):
 def is_matrix_of_block(name, parameter):
     """Whether it is a matrix of a block: neither the embeddings nor the output layer."""
     return name.startswith("model.layers.") and is_matrix(name, parameter)
+
+
+def split_group(state):
+    """Divides the state of one optimizer for all matrices into the blocks' and the others'."""
+    arrays = tree_flatten(state)
+    blocks = [(name, array) for name, array in arrays if name.startswith("model.layers.")]
+    others = [
+        (name, array) for name, array in arrays if name.startswith(("model.embed", "lm_head"))
+    ]
+    shared = [(name, array) for name, array in arrays if "." not in name]  # as `step`
+    return tree_unflatten(blocks + shared), tree_unflatten(others + shared)
 
 
 def assert_each_has_one_group(optimizer, model):
@@ -1448,7 +1461,10 @@ class Run:
             if self.flags.average:
                 self.average = self.model.trainable_parameters()
             self.model.update(state["weights"])
-        self.optimizer.state = state["optimizer"]
+        states = state["optimizer"]["states"]
+        if len(states) == 2:  # older checkpoints had one group of matrices, with AdamW
+            states = [*split_group(states[0]), states[1]]
+        self.optimizer.state = {"states": states}
         self.batches.restore(record, state["perm"])
         mx.eval(self.model.parameters(), self.optimizer.state)
         close_files(record)
@@ -2355,6 +2371,9 @@ FLAGS["training"] = {
         None, "where the schedule ends (default: a tenth of the learning rate)", type=RATE
     ),
     "weight_decay": flag(1e-5, "on matrices", type=RATE),
+    "embedding_decay": flag(
+        None, "on the embeddings and the output layer (default: weight_decay)", type=RATE
+    ),
     "optimizer": choice("adamw", ["adamw", "muon"], "muon: Muon for the blocks' matrices"),
     "lr_warmup": flag(200, "steps to reach the learning rate", type=COUNT),
     "lr_schedule": choice("constant", ["constant", "cosine", "linear"], "after warm-up"),
@@ -2826,6 +2845,8 @@ def check_values(flags):
     for name, partner in (("lora_rank", "init_from"), ("lora_alpha", "lora_rank")):
         if getattr(flags, name) and not getattr(flags, partner):
             raise UsageError(f"--{name} goes with --{partner}: give that, too, or neither")
+    if flags.lora_rank and flags.embedding_decay is not None:
+        raise UsageError("--lora_rank trains no embeddings: leave out --embedding_decay")
     if flags.teacher:
         extra("distil")  # if its file is missing, that is said before a run is begun
 

@@ -136,11 +136,11 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
         "train_tokens"
     ).split()),
     *((f"--{flag} -1", f"--{flag}", "at least 0") for flag in (
-        "seed lr_warmup learning_rate weight_decay grad_clip eval_tokens top_k top_p min_p temperature dropout "
-        "dropout_final min_lr max_minutes average lora_alpha teacher_weight"
+        "seed lr_warmup learning_rate weight_decay embedding_decay grad_clip eval_tokens top_k top_p min_p "
+        "temperature dropout dropout_final min_lr max_minutes average lora_alpha teacher_weight"
     ).split()),
     *((f"--{flag} {value}", value, "at least") for value in ("inf", "nan") for flag in (
-        "learning_rate weight_decay grad_clip temperature dropout valid_fraction"
+        "learning_rate weight_decay embedding_decay grad_clip temperature dropout valid_fraction"
     ).split()),
     ("--dropout 1", "--dropout", "at least 0 and at most 0.9"),
     ("--top_p 1.1", "--top_p", "at least 0 and at most 1"),
@@ -164,6 +164,7 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--text text.txt --num_heads 8 --num_kv_heads 3 --new_model", "--num_kv_heads 3 does not divide", "try 1"),
     ("--dataset python --min_lr 0.1", "--min_lr 0.1 is above --learning_rate 0.0003", "give a lower one"),
     ("--text text.txt --lora_rank 4", "--lora_rank goes with --init_from", "give that, too"),
+    ("--text text.txt --lora_rank 4 --init_from x --embedding_decay 1", "--lora_rank", "leave out --embedding_decay"),
     ("--text text.txt --lora_alpha 4", "--lora_alpha goes with --lora_rank", "give that, too"),
     ("--dataset python --text text.txt", "--dataset and --text exclude each other", "leave one out"),
     ("--identifier latest --new_model", "--identifier and --new_model exclude each other", "leave one out"),

@@ -33,9 +33,13 @@ def arrays(tree):
     return {name: np.array(weight, np.float64) for name, weight in tree_flatten(tree)}
 
 
-def test_two_steps_equal_adamw_in_numpy():
-    model = make_model()
-    optimizer = main.make_optimizer(model, flags(learning_rate=0.01, weight_decay=0.1))
+@pytest.mark.parametrize("embedding_decay", [None, 0.0, 7.0])
+def test_two_steps_equal_adamw_in_numpy(embedding_decay):
+    model = make_model(untie=True)
+    given = flags(learning_rate=0.01, weight_decay=0.1, embedding_decay=embedding_decay)
+    optimizer = main.make_optimizer(model, given)
+    decays = {"proj": 0.1, "embed": 0.1 if embedding_decay is None else embedding_decay, "norm": 0.0}
+    decays["lm_head"] = decays["embed"]
     random = np.random.default_rng(1)
     weights = arrays(model.parameters())
     first = {name: np.zeros(weight.shape) for name, weight in weights.items()}
@@ -52,7 +56,7 @@ def test_two_steps_equal_adamw_in_numpy():
             first[name] = 0.9 * first[name] + 0.1 * gradient
             second[name] = 0.99 * second[name] + 0.01 * gradient**2
             mean, square = first[name] / (1 - 0.9**step), second[name] / (1 - 0.99**step)
-            decay = 0.1 if weights[name].ndim == 2 else 0.0
+            [decay] = {decay for part, decay in decays.items() if part in name}
             weights[name] = weights[name] * (1 - rate * decay) - rate * mean / (np.sqrt(square) + 1e-8)
         for name, weight in arrays(model.parameters()).items():
             np.testing.assert_allclose(weight, weights[name], rtol=0, atol=1e-6, err_msg=name)
@@ -95,16 +99,34 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(untie):
     assert all(group.learning_rate.item() == pytest.approx(0.003) for group in optimizer.optimizers[1:])
 
 
-def test_each_parameter_is_in_exactly_one_group():
-    model = make_model()
-    optimizer = main.make_optimizer(model, flags(weight_decay=0.1))
-    decayed, plain = (
+@pytest.mark.parametrize("untie", [False, True])
+def test_each_parameter_is_in_exactly_one_group(untie):
+    model = make_model(untie=untie)
+    optimizer = main.make_optimizer(model, flags(weight_decay=0.1, embedding_decay=3.0))
+    blocks, others, plain = (
         [name[:-2] for name, _ in tree_flatten(group.state) if name.endswith(".v")] for group in optimizer.optimizers
     )
     names = [name for name, _ in tree_flatten(model.parameters())]
-    assert sorted(decayed + plain) == sorted(names)
+    assert sorted(blocks + others + plain) == sorted(names)
+    assert sorted(others) == sorted(["model.embed_tokens.weight"] + ["lm_head.weight"] * untie)
     assert sorted(plain) == sorted(name for name in names if "norm" in name)
-    assert [group.weight_decay for group in optimizer.optimizers] == [0.1, 0.0]
+    assert [group.weight_decay for group in optimizer.optimizers] == [0.1, 3.0, 0.0]
+
+
+@pytest.mark.parametrize("untie", [False, True])
+def test_one_group_of_matrices_is_divided_in_two(untie):
+    """As an older checkpoint has it, with AdamW: blocks, embeddings and output layer together."""
+    model = make_model(untie=untie)
+    optimizer = main.make_optimizer(model, flags())
+    ones = main.tree_map(mx.ones_like, model.parameters())
+    optimizer.update(model, ones)
+    blocks, others, _ = optimizer.state["states"]
+    together = main.tree_unflatten(list({**dict(tree_flatten(blocks)), **dict(tree_flatten(others))}.items()))
+    for part, expected in zip(main.split_group(together), (blocks, others)):
+        part, expected = arrays(part), arrays(expected)
+        assert part.keys() == expected.keys() and len(part) > 3
+        for name in part:
+            np.testing.assert_array_equal(part[name], expected[name])
 
 
 def weights_of(model):
@@ -174,9 +196,9 @@ def test_a_parameter_without_a_group_or_with_two_is_noticed(monkeypatch, groups)
     def init_wrongly(optimizer, parameters):
         init(optimizer, parameters)
         if groups == 0:
-            hold(optimizer.optimizers[0], matrices)
+            hold(optimizer.optimizers[0], matrices[1:])
         else:
-            hold(optimizer.optimizers[1], [*norms, embeddings])
+            hold(optimizer.optimizers[2], [*norms, embeddings])
 
     monkeypatch.setattr(optim.MultiOptimizer, "init", init_wrongly)
     with pytest.raises(AssertionError):
