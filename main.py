@@ -552,11 +552,12 @@ def set_learning_rate(optimizer, rate):
 def learning_rate_at(iteration, flags):
     """The learning rate of step `iteration`, counted from 0.
 
-    A linear warm-up over `lr_warmup` steps, then constant, or a cosine or linear decay to `min_lr`
-    at `num_iters`.
+    A linear warm-up over `lr_warmup` steps, then constant; over the last `lr_cooldown` of the steps
+    after it a cosine or linear decay to `min_lr` at `num_iters`.
     """
     least = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
-    done = max(0, iteration - flags.lr_warmup) / max(1, flags.num_iters - flags.lr_warmup)
+    cooldown = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)  # in steps
+    done = max(0, iteration - (flags.num_iters - cooldown)) / max(1, cooldown)
     if flags.lr_schedule == "cosine":
         left = (1 + math.cos(math.pi * done)) / 2
     elif flags.lr_schedule == "linear":
@@ -2377,6 +2378,7 @@ FLAGS["training"] = {
     "optimizer": choice("adamw", ["adamw", "muon"], "muon: Muon for the blocks' matrices"),
     "lr_warmup": flag(200, "steps to reach the learning rate", type=COUNT),
     "lr_schedule": choice("constant", ["constant", "cosine", "linear"], "after warm-up"),
+    "lr_cooldown": flag(1.0, "the last share of the steps, in which it falls", type=SHARE),
     "grad_clip": flag(1.0, "largest gradient norm; 0: no limit", type=RATE),
     "dropout_final": flag(None, "--dropout moves by a line to this at the last step", type=DROPOUT),
     "dtype": choice(

@@ -23,7 +23,7 @@ DEFAULTS = dict(
     context_size=48, num_blocks=4, dim=1024, num_heads=8, num_kv_heads=None, mlp="relu2", mlp_dim=None,
     qk_norm=False, untie=False, dropout=0.0,
     batch_size=32, grad_accumulation=1, learning_rate=3e-4, min_lr=None, weight_decay=1e-5, embedding_decay=None, optimizer="adamw",
-    lr_warmup=200, lr_schedule="constant", grad_clip=1.0, dropout_final=None, dtype="float32", checkpoint=False, average=0.0,
+    lr_warmup=200, lr_schedule="constant", lr_cooldown=1.0, grad_clip=1.0, dropout_final=None, dtype="float32", checkpoint=False, average=0.0,
     patience=None,
     steps_per_report=10, steps_per_eval=1000, eval_tokens=100000, steps_per_save=None, eval_test=False, keep=3,
     inference=False, prompt=None, prompts_file=None, output=None, max_tokens=200, num_samples=1, temperature=0.5, top_k=50,

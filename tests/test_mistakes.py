@@ -137,7 +137,7 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ).split()),
     *((f"--{flag} -1", f"--{flag}", "at least 0") for flag in (
         "seed lr_warmup learning_rate weight_decay embedding_decay grad_clip eval_tokens top_k top_p min_p "
-        "temperature dropout dropout_final min_lr max_minutes average lora_alpha teacher_weight"
+        "temperature dropout dropout_final min_lr lr_cooldown max_minutes average lora_alpha teacher_weight"
     ).split()),
     *((f"--{flag} {value}", value, "at least") for value in ("inf", "nan") for flag in (
         "learning_rate weight_decay embedding_decay grad_clip temperature dropout valid_fraction"
@@ -145,6 +145,7 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--dropout 1", "--dropout", "at least 0 and at most 0.9"),
     ("--top_p 1.1", "--top_p", "at least 0 and at most 1"),
     ("--average 20", "--average", "at least 0 and at most 1"),
+    ("--lr_cooldown 200", "--lr_cooldown", "at least 0 and at most 1"),
     ("--valid_fraction 0", "--valid_fraction", "at least 0.001 and at most 0.5"),
     ("--valid_fraction 0.9", "--valid_fraction", "at least 0.001 and at most 0.5"),
     ("--repetition_penalty 0", "--repetition_penalty", "at least 0.01"),

@@ -235,10 +235,24 @@ def test_learning_rate_schedules(schedule, min_lr, expected):
     assert [main.learning_rate_at(i, given) for i in range(6)] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("schedule, lr_cooldown, expected", [
+    ("linear", 1.0, [0.4, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+    ("linear", 0.5, [0.4, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.6, 0.4, 0.2]),
+    ("linear", 0.3125, [0.4, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.64, 0.32]),  # begins between two steps
+    ("linear", 0.0, [0.4, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8]),
+    ("cosine", 0.5, [0.4, *[0.8] * 6, 0.4 + 0.4 * 0.5**0.5, 0.4, 0.4 - 0.4 * 0.5**0.5]),
+    ("constant", 0.5, [0.4, *[0.8] * 9]),
+])  # fmt: skip
+def test_learning_rate_falls_over_the_cooldown(schedule, lr_cooldown, expected):
+    given = flags(learning_rate=0.8, lr_warmup=2, num_iters=10, lr_schedule=schedule, lr_cooldown=lr_cooldown, min_lr=0)
+    assert [main.learning_rate_at(i, given) for i in range(10)] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 @pytest.mark.parametrize("lr_warmup, num_iters", [(0, 1), (0, 9), (5, 5), (200, 10)])
-def test_no_schedule_divides_by_zero_or_gives_a_zero_rate(schedule, lr_warmup, num_iters):
-    given = flags(learning_rate=0.5, lr_warmup=lr_warmup, num_iters=num_iters, lr_schedule=schedule)
+@pytest.mark.parametrize("lr_cooldown", [0.0, 0.01, 1.0])
+def test_no_schedule_divides_by_zero_or_gives_a_zero_rate(schedule, lr_warmup, num_iters, lr_cooldown):
+    given = flags(learning_rate=0.5, lr_warmup=lr_warmup, num_iters=num_iters, lr_schedule=schedule, lr_cooldown=lr_cooldown)
     assert all(0 < main.learning_rate_at(i, given) <= 0.5 for i in range(num_iters))
 
 

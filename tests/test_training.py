@@ -373,7 +373,8 @@ def test_bfloat16_on_a_cpu(tmp_path, text):
 VARIANTS = [
     "--optimizer muon --dropout 0.1 --dropout_final 0.3 --qk_norm --untie --grad_accumulation 3",
     "--batch_size 16 --context_size 64 --lr_schedule cosine --checkpoint --num_kv_heads 1",  # several streams
-    "--average 0.3 --dropout 0.1 --grad_accumulation 2 --weight_decay 0.1 --embedding_decay 2",
+    "--average 0.3 --dropout 0.1 --grad_accumulation 2 --weight_decay 0.1 --embedding_decay 2"
+    " --lr_schedule linear --lr_cooldown 0.5",
 ]
 
 
