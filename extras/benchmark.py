@@ -15,8 +15,8 @@ import timeit
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from main import Decoder, LanguageModel, check_memory, fast, init_weights, make_noise
-from main import make_optimizer, make_step, over_streams, use_bfloat16
+from main import Decoder, LanguageModel, average_weights, check_memory, fast, init_weights
+from main import make_noise, make_optimizer, make_step, over_streams, use_bfloat16
 
 # The parts of a model, and what the names of their parameters contain.
 PARTS = {
@@ -47,7 +47,7 @@ def run_benchmark(flags, config, batches):
     parameters = count_parameters(model)
     flops = count_flops(config, parameters)
     total = sum(parameters.values())
-    lasting = measure_memory(model, optimizer)
+    lasting = measure_memory(model, optimizer, flags)
     passing = predict_memory(config, flags, total, count_streams(flags))
     training_speed, measured_peak = measure_training(model, optimizer, flags, batches)
     matrix_speed = measure_matrix_speed(flags.dtype)
@@ -112,9 +112,13 @@ def count_streams(flags):
     return fast.count_streams(flags.batch_size, flags.context_size)
 
 
-def measure_memory(model, optimizer):
-    """Bytes that last from step to step: weights, and the moments that the optimizer keeps."""
-    return {"weights": count_bytes(model.parameters()), "optimizer": count_bytes(optimizer.state)}
+def measure_memory(model, optimizer, flags):
+    """Bytes that last from step to step: weights, the optimizer's moments, the --average."""
+    weights = count_bytes(model.parameters())
+    memory = {"weights": weights, "optimizer": count_bytes(optimizer.state)}
+    if flags.average:
+        memory["average"] = weights
+    return memory
 
 
 def count_bytes(tree):
@@ -154,9 +158,13 @@ def measure_training(model, optimizer, flags, batches):
     tokens, targets = batches.next()
     train_step = make_step(model, optimizer, flags)
     noise = make_noise(0, len(tokens), flags)
+    average = None
 
     def train_once():
+        nonlocal average
         train_step(tokens, targets, *noise)
+        if flags.average:
+            average = average_weights(average, model.trainable_parameters(), 1, flags.average)
 
     # The first step compiles. Neither its time nor its memory counts.
     train_once()

@@ -21,7 +21,7 @@ SHAPES = {
     "all": "--dim 128 --num_heads 4 --num_kv_heads 2 --num_blocks 2 --context_size 64"
     " --batch_size 8 --mlp swiglu --untie --qk_norm",
     # Gradients outweigh activations.
-    "large": "--dim 256 --num_heads 4 --num_blocks 4 --context_size 16 --batch_size 4",
+    "large": "--dim 256 --num_heads 4 --num_blocks 4 --context_size 16 --batch_size 4 --average 1",
 }
 
 
@@ -51,6 +51,7 @@ def test_benchmark(shape, text, tmp_path):
     assert result["flops_per_token"] == {"forward": forward, "backward": 2 * forward}
     weights = 4 * sum(result["parameters"].values())
     assert result["memory"]["weights"] == weights
+    assert result["memory"].get("average", 0) == (weights if "--average" in shape else 0)
     assert result["memory"]["optimizer"] == pytest.approx(2 * weights, rel=0.01)
     # The prediction was fitted to two streams, on an idle machine.
     if main.fast and main.fast.count_streams(64, 64) == 2:
