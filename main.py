@@ -1297,12 +1297,18 @@ def open_origin(folder, record, flag):
 class Interrupts:
     """Turns SIGINT, SIGTERM and SIGHUP into a question for the loop: has one been `received`?
 
-    A second one, half a second later or more, leaves at once, without saving. Python runs handlers
-    only when `mx.eval` is over; so a thread reads the bytes that the interpreter writes to a
-    wake-up pipe the moment a signal comes.
+    A second Ctrl+C leaves at once, without saving. A repeated SIGTERM or SIGHUP does so only half a
+    second after the first signal: `timeout` sends its signal to the process and then to its group,
+    which is one request. So does a launcher with Ctrl+C, too.
+
+    Python runs handlers only when `mx.eval` is over; so a thread reads the bytes that the
+    interpreter writes to a wake-up pipe the moment a signal comes.
     """
 
     received = None  # the number of the first signal
+
+    def __init__(self, launched=False):
+        self.launched = launched
 
     def __enter__(self):
         reader, writer = os.pipe()
@@ -1336,7 +1342,9 @@ class Interrupts:
                     "\nStopping after this step, then saving. Once more leaves without saving.",
                     file=sys.stderr,
                 )
-            elif time.monotonic() - first > 0.5:  # sooner it is a launcher's echo of the first
+                continue
+            may_be_echo = self.launched or number != signal.SIGINT
+            if not may_be_echo or time.monotonic() - first > 0.5:
                 print("\nLeft without saving.", file=sys.stderr)
                 os._exit(128 + number)  # at once; sys.exit would end this thread alone
         os.close(reader)
@@ -3096,7 +3104,10 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
             f"{name} is being trained by another process: wait for it, or begin another with "
             "--new_model"
         )
-    with lock, Interrupts() as interrupts:  # from here on there is something to save
+    with (
+        lock,
+        Interrupts(launched=ranks.size > 1) as interrupts,
+    ):  # from here on there is something to save
         # Another process may have trained the run until just now.
         if checkpoint and name == checkpoint["run"]:
             own = [record for record in list_checkpoints(folder) if record["run"] == name]

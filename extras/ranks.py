@@ -152,7 +152,9 @@ class Group:
         """What the ranks but the first do; returns the exit status."""
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 alone prints
         main.use_device("--gpu" in sys.argv)  # a --config is known to rank 0, which tells it below
-        with main.Interrupts() as interrupts:  # a signal reaches all ranks with the next message
+        with main.Interrupts(
+            launched=True
+        ) as interrupts:  # a signal reaches all ranks with the next message
             try:
                 while True:
                     _, task = self.share()

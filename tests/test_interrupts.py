@@ -1,4 +1,4 @@
-"""Signals, closed pipes and terminals: the work is always saved, and a second signal always leaves."""
+"""Signals, closed pipes and terminals: the work is always saved, and a second Ctrl+C always leaves."""
 
 import fcntl
 import os
@@ -38,27 +38,46 @@ def test_first_signal_saves(tmp_path, text, number):
     assert "Traceback" not in err
 
 
-def test_second_signal_leaves_inside_a_long_step(tmp_path, text):
+@pytest.mark.parametrize("number, pause", [(signal.SIGINT, 0), (signal.SIGTERM, 0.7)])
+def test_second_signal_leaves_inside_a_long_step(tmp_path, text, number, pause):
     process = start("--text", text, *SLOW, "--save_dir", tmp_path / "lm", "--steps_per_report", 1)
     wait_for(process, "files ")
     time.sleep(1)  # into the first step
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.7)
+    process.send_signal(number)
+    time.sleep(max(pause, 0.05))  # two at once can be one for the kernel
     assert process.poll() is None, "the first signal must wait for the step"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Left without saving" in err
     assert "1/" not in out and not ids(tmp_path / "lm"), "it waited for the step after all"
 
 
-def test_repeat_within_half_a_second_is_the_same_request(tmp_path, text):
-    process = start("--text", text, *TINY, "--save_dir", tmp_path / "lm")
+def test_timeout_that_sends_its_signal_twice_loses_nothing(tmp_path, text):
+    """GNU's `timeout` sends SIGTERM to the process and then to its whole group."""
+    process = start("--text", text, *TINY, "--save_dir", tmp_path / "lm", "--steps_per_report", 1)
     wait_for(process, "20/")
-    for _ in range(3):  # as launchers do that forward what the terminal has sent already
-        process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130 and len(ids(tmp_path / "lm")) == 1
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and len(ids(tmp_path / "lm")) == 1, err
+
+
+def test_ctrl_c_that_a_launcher_repeats_is_one_request(monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with main.Interrupts(launched=True) as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        while not interrupts.received:
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.1)
+        assert not left
+        time.sleep(0.5)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.1)
+        assert left == [130]
 
 
 def test_signal_that_the_parent_ignores_stays_ignored(tmp_path, text):
