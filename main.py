@@ -1891,10 +1891,10 @@ class LogTable:
                 csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
 
 
-def print_start(run, versions_before, ranks):
+def print_start(run, checkpoint, ranks):
     """Prints a screen that says what is trained, on what, and where its files go.
 
-    versions_before: those of the checkpoint that is resumed, or None.
+    checkpoint: the record of the one that is resumed, or None.
     """
     flags, config, dataset = run.flags, run.model.config, run.dataset
     tokenizer = dataset.tokenizer
@@ -1912,9 +1912,13 @@ def print_start(run, versions_before, ranks):
     trained = sum(array.size for array in arrays_of(run.model.trainable_parameters()))
     of_them = f", of them {trained:,} trained" if trained < parameters else ""
     several = f", {ranks.size} ranks" if ranks.size > 1 else ""
+    resumed = ""
+    if checkpoint:
+        resumed = describe_resume(argparse.Namespace(**checkpoint["flags"]), flags)
     tqdm.write(
         f"run      {run.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
         f"seed {flags.seed}\n"
+        f"{resumed}"
         f"model    {parameters:,} parameters{of_them}: {config.num_blocks} blocks, "
         f"dim {config.dim}, {config.num_heads} heads ({config.num_kv_heads} for keys and values), "
         f"{config.mlp} {config.mlp_dim}, context {config.context_size}\n"
@@ -1950,10 +1954,10 @@ def print_start(run, versions_before, ranks):
         tqdm.write(
             "Slow matrix products: a fast library for them needs a C compiler (apt install g++)."
         )
-    if versions_before:
+    if checkpoint:
         changed = []
         for name, version in versions.items():
-            before = versions_before.get(name, version)  # older checkpoints do not say all
+            before = checkpoint["versions"].get(name, version)  # older checkpoints do not say all
             if before != version:
                 changed.append(f"{name} {before} -> {version}")
         if changed:
@@ -1961,6 +1965,22 @@ def print_start(run, versions_before, ranks):
                 f"Not as the checkpoint was made ({'; '.join(changed)}): "
                 "exact resume holds in equal conditions."
             )
+
+
+def describe_resume(old, new):
+    """What has changed in the flags of a resumed run, for the start screen."""
+    changes = []
+    for name in INHERITED:
+        before, now = getattr(old, name), getattr(new, name)
+        if before != now:
+            changes.append(f"--{name} {before} -> {now}")
+    if not changes:
+        return "resumed  with the flags it had\n"
+    text = f"resumed  with {', '.join(changes)} (--new_model begins a new run instead)\n"
+    has_schedule = new.lr_schedule != "constant" or new.dropout_final is not None
+    if old.num_iters != new.num_iters and has_schedule:
+        text += "         The schedules of learning rate and dropout stretch to --num_iters.\n"
+    return text
 
 
 def arrays_of(tree):
@@ -2464,7 +2484,7 @@ FLAGS["tools"] = {
         type=SIZE,
     ),
     "benchmark": flag(
-        False, "what the model to be trained weighs, costs and reaches on this machine"
+        False, "what the model to be trained or resumed weighs, costs and reaches on this machine"
     ),
     "cases": flag(
         None,
@@ -2722,9 +2742,9 @@ def choose_checkpoint(folder, flags, typed, needed):
     """The record of the checkpoint to resume or, if `needed`, to use; None means a new run.
 
     It is the one that --identifier names; else the one saved last that agrees with each shaping
-    flag typed and, in training, with the dataset. Its files are verified; if they are damaged, or
-    no step can be taken from it, an older one of its run is taken, but never in the place of one
-    that was named. Raises UsageError, RunError.
+    flag typed. Its files are verified; if they are damaged, or no step can be taken from it, an
+    older one of its run is taken, but never in the place of one that was named. Raises UsageError,
+    RunError.
     """
     if flags.new_model:
         return None
@@ -2746,8 +2766,6 @@ def choose_checkpoint(folder, flags, typed, needed):
             raise RunError(f"{describe(checkpoint)}: {DIVERGED}; name an older one of --list")
         return checkpoint
 
-    if not needed:
-        wanted["dataset"] = flags.dataset  # even if it is not typed: its default decides
     candidates = [record for record in records if wanted.items() <= record["flags"].items()]
     for record in candidates:
         if record["run"] != candidates[0]["run"]:
@@ -2769,7 +2787,7 @@ def choose_checkpoint(folder, flags, typed, needed):
         names = list(dict.fromkeys(record["run"] for record in records))
         tqdm.write(
             f"A new run; in {folder} are {', '.join(names[:5])} "
-            "(--list shows all, --identifier NAME goes on with one)"
+            "(--list shows all, --identifier NAME resumes one)"
         )
     return None
 
@@ -2821,8 +2839,8 @@ def show_runs(folder, flags, typed):
         extra("cases").run_cases(folder, named or records, flags, top_k)
 
 
-def flags_of_resumed_run(checkpoint, flags, typed):
-    """The flags of a resumed run: what is typed, then the checkpoint's. Prints what changed."""
+def flags_of_resumed_run(checkpoint, typed):
+    """The flags of a resumed run: what is typed, then the checkpoint's. Raises RunError."""
     old = checkpoint["flags"]
     for rows in FLAGS.values():
         for name in rows.keys() & {*INHERITED}:
@@ -2836,12 +2854,6 @@ def flags_of_resumed_run(checkpoint, flags, typed):
                     f"{describe(checkpoint)} has --{name} {old[name]}, "
                     "which this version of the program does not know: use that one"
                 )
-    for name in INHERITED:
-        if name in typed and old[name] != getattr(flags, name):
-            tqdm.write(f"changed  --{name} from {old[name]} to {getattr(flags, name)}")
-            scheduled = old["lr_schedule"] != "constant" or old["dropout_final"] is not None
-            if name == "num_iters" and scheduled:
-                tqdm.write("         which stretches the schedules of learning rate and dropout")
     return resolve(argparse.Namespace(**old | typed))
 
 
@@ -3115,11 +3127,12 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
                 raise RunError(f"{name} was trained meanwhile: start the same command again")
         remove_leftovers(folder)
         run = make_run(name, flags, dataset, checkpoint, origins, ranks)
-        print_start(run, checkpoint["versions"] if checkpoint else None, ranks)
+        print_start(run, checkpoint, ranks)
         if run.iteration >= flags.num_iters:
             tqdm.write(
-                f"Iteration {run.iteration:,} of --num_iters {flags.num_iters:,} is reached: "
-                "a larger one extends the run."
+                f"This run is complete (iteration {run.iteration:,} of --num_iters "
+                f"{flags.num_iters:,}): a larger --num_iters trains it further, --new_model begins "
+                "a new run."
             )
         run = ranks.share_run(run)
         try:
@@ -3172,7 +3185,7 @@ def execute(argv, ranks):
 
     # Training, scoring and measuring need the corpus, too.
     if checkpoint:
-        flags = flags_of_resumed_run(checkpoint, flags, typed)
+        flags = flags_of_resumed_run(checkpoint, typed)
     check_values(flags)
     flags.save_dir = folder  # which open_folder may have chosen
     origins = {} if flags.evaluate else open_origins(folder, flags, checkpoint)
@@ -3184,12 +3197,8 @@ def execute(argv, ranks):
     if flags.benchmark:
         if ranks.size > 1:
             raise UsageError("--benchmark measures one process: start it without mlx.launch")
-        if checkpoint:
-            config = model_of(checkpoint).config
-        else:
-            config = make_config(flags, dataset.tokenizer.vocab_size)
-        batches = Batches(dataset.train.tokens, flags.context_size, flags.batch_size, flags.seed)
-        extra("benchmark").run_benchmark(flags, config, batches)
+        run = make_run("benchmark", flags, dataset, checkpoint, origins, ranks)
+        extra("benchmark").run_benchmark(run)
         return printed()
     return train_run(flags, dataset, checkpoint, origins, ranks)
 

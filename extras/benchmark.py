@@ -4,19 +4,20 @@
     python main.py --benchmark --dim 512 --mlp swiglu   another one
 
 Prints a table and, as its last line, the same numbers as JSON: parameters, floating-point
-operations (FLOPs) per token, memory in bytes, and speed in tokens per second. It saves nothing.
+operations (FLOPs) per token, memory in bytes, speed in tokens per second, and milliseconds to the
+first token of a continuation and to each later one. It saves nothing.
 """
 
 import json
 import math
 import re
+import textwrap
 import timeit
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from main import Decoder, LanguageModel, average_weights, check_memory, fast, init_weights
-from main import make_noise, make_optimizer, make_step, over_streams, use_bfloat16
+from main import Decoder, average_weights, fast, make_noise, make_step, over_streams, use_bfloat16
 
 # The parts of a model, and what the names of their parameters contain.
 PARTS = {
@@ -35,21 +36,15 @@ MATRIX_SIZE = 2048  # rows and columns of the matrices whose product is the meas
 DECODED_TOKENS = 32
 
 
-def run_benchmark(flags, config, batches):
-    """Measures the model that `config` describes, trained as `flags` say, and prints the result.
-
-    batches: where one batch of real tokens comes from.
-    """
-    model = LanguageModel(config)
-    check_memory(model, flags)
-    init_weights(model, flags.seed)
-    optimizer = make_optimizer(model, flags)
+def run_benchmark(run):
+    """Measures a step of a run, and decoding with its model, and prints the result."""
+    model, flags = run.model, run.flags
     parameters = count_parameters(model)
-    flops = count_flops(config, parameters)
-    total = sum(parameters.values())
-    lasting = measure_memory(model, optimizer, flags)
-    passing = predict_memory(config, flags, total, count_streams(flags))
-    training_speed, measured_peak = measure_training(model, optimizer, flags, batches)
+    flops = count_flops(model.config, parameters)
+    trained = sum(weight.size for _, weight in tree_flatten(model.trainable_parameters()))
+    lasting = measure_memory(run)
+    passing = predict_memory(model.config, flags, trained, count_streams(flags))
+    training_speed, measured_peak = measure_training(run)
     matrix_speed = measure_matrix_speed(flags.dtype)
     result = {
         "parameters": parameters,
@@ -61,8 +56,8 @@ def run_benchmark(flags, config, batches):
         "tokens_per_second": training_speed,
         "matrix_flops": matrix_speed,
         "share_of_matrix_speed": sum(flops.values()) * training_speed / matrix_speed,
-        "decoded_per_second": measure_decoding(model, flags),
     }
+    result |= measure_decoding(run)
     print_table(result)
     print(json.dumps(result))
 
@@ -74,7 +69,7 @@ def print_table(result):
             numbers = ", ".join(f"{part} {number:,}" for part, number in value.items())
         else:
             numbers = f"{round(value, 2):,}"
-        print(f"{name:<22} {numbers}")
+        print(textwrap.fill(f"{name:<22} {numbers}", 100, subsequent_indent=" " * 23))
 
 
 # ---- Counts and predictions ---------------------------------------------------------------------
@@ -112,12 +107,12 @@ def count_streams(flags):
     return fast.count_streams(flags.batch_size, flags.context_size)
 
 
-def measure_memory(model, optimizer, flags):
+def measure_memory(run):
     """Bytes that last from step to step: weights, the optimizer's moments, the --average."""
-    weights = count_bytes(model.parameters())
-    memory = {"weights": weights, "optimizer": count_bytes(optimizer.state)}
-    if flags.average:
-        memory["average"] = weights
+    weights = run.model.parameters()
+    memory = {"weights": count_bytes(weights), "optimizer": count_bytes(run.optimizer.state)}
+    if run.flags.average:
+        memory["average"] = count_bytes(run.model.trainable_parameters())
     return memory
 
 
@@ -130,7 +125,7 @@ def predict_memory(config, flags, parameters, streams):
     """Bytes at the peak of each half of a training step on a CPU.
 
     It is a step as extras/fast.py computes it, without --checkpoint.
-    parameters: the number of all weights; streams: how many share a batch. Returns a dict of
+    parameters: the number of trained weights; streams: how many share a batch. Returns a dict of
     activations, what the forward pass keeps for the backward pass, and gradients, those of each
     stream, their sum and the clipped ones. The factors were fit to 25 models (dim 128 to 512,
     context 48 to 256, vocabularies of 257 to 50,257 tokens, 2 streams), within 7 %.
@@ -153,10 +148,11 @@ def predict_memory(config, flags, parameters, streams):
 
 
 # ---- Measurements -------------------------------------------------------------------------------
-def measure_training(model, optimizer, flags, batches):
+def measure_training(run):
     """Tokens per second of a training step, and the peak of MLX's memory in bytes."""
-    tokens, targets = batches.next()
-    train_step = make_step(model, optimizer, flags)
+    flags = run.flags
+    tokens, targets = run.batches.next()
+    train_step = make_step(run.model, run.optimizer, flags, teacher=run.teacher)
     noise = make_noise(0, len(tokens), flags)
     average = None
 
@@ -164,7 +160,7 @@ def measure_training(model, optimizer, flags, batches):
         nonlocal average
         train_step(tokens, targets, *noise)
         if flags.average:
-            average = average_weights(average, model.trainable_parameters(), 1, flags.average)
+            average = average_weights(average, run.model.trainable_parameters(), 1, flags.average)
 
     # The first step compiles. Neither its time nor its memory counts.
     train_once()
@@ -194,13 +190,24 @@ def measure_matrix_speed(dtype):
     return 2 * MATRIX_SIZE**3 / seconds  # 2: multiplication and addition
 
 
-def measure_decoding(model, flags):
-    """Tokens per second of sampling one text."""
+def measure_decoding(run):
+    """How soon one text is continued, after a prompt of half a context, and how fast then."""
     if fast is not None:
         # One row is not shared out over streams: it has all cores for its products.
         fast.use_all_cores()
-    tokens = Decoder(model, [0]).generate(DECODED_TOKENS + 1, flags, flags.seed)
-    # The first one compiles.
-    next(tokens)
+    model, flags = run.model, run.flags
+    length = max(1, model.config.context_size // 2)
+    prompt = run.dataset.train.tokens[:length].tolist()
+
+    def generate():
+        return Decoder(model, list(prompt)).generate(DECODED_TOKENS + 1, flags, flags.seed)
+
+    list(generate())  # compiles
+    tokens = generate()
+    first_token = timeit.timeit(lambda: next(tokens), number=1)
     seconds = timeit.timeit(lambda: list(tokens), number=1)
-    return DECODED_TOKENS / seconds
+    return {
+        "first_token_ms": 1000 * first_token,
+        "token_ms": 1000 * seconds / DECODED_TOKENS,
+        "decoded_per_second": DECODED_TOKENS / seconds,
+    }

@@ -96,7 +96,7 @@ def flags_of(trained, monkeypatch, capsys):
 
 def test_values_of_a_resumed_run(flags_of, trained):
     values, checkpoint, out = flags_of("--text", trained / "text.txt")
-    assert checkpoint["iteration"] == 3 and "changed" not in out
+    assert checkpoint["iteration"] == 3
     assert (values.dim, values.mlp, values.mlp_dim, values.dropout) == (16, "gelu", 64, 0.1)
     assert (values.learning_rate, values.num_iters, values.keep) == (0.01, 3, 5)
     assert values.weight_decay == 1e-5 and values.max_tokens == 200, "never typed or not inherited"
@@ -109,8 +109,19 @@ def test_typed_values_win(flags_of, trained):
     )
     assert checkpoint and (values.learning_rate, values.num_iters, values.max_tokens) == (0.5, 9, 7)
     assert (values.dim, values.keep) == (16, 5)
-    changed = [line.split() for line in out.splitlines() if line.startswith("changed")]
-    assert changed == ["changed --num_iters from 3 to 9".split(), "changed --learning_rate from 0.01 to 0.5".split()]
+    changes = main.describe_resume(main.argparse.Namespace(**checkpoint["flags"]), values)
+    assert changes == (
+        "resumed  with --num_iters 3 -> 9, --learning_rate 0.01 -> 0.5 (--new_model begins a new run instead)\n"
+    )
+
+
+def test_a_bare_command_resumes_what_was_saved_last(flags_of, trained):
+    """Its corpus, too: the default of --dataset is for new runs."""
+    values, checkpoint, _ = flags_of()
+    assert checkpoint["id"] == ids(trained / "lm")[0]
+    assert (values.dataset, values.text) == ("text", [str(trained / "text.txt")])
+    assert flags_of("--dim", 16, "--num_iters", 5)[1]["id"] == checkpoint["id"]
+    assert flags_of("--dataset", "python", "--dim", 16)[1] is None
 
 
 @pytest.mark.parametrize("more", [["--mlp", "swiglu"], ["--new_model"], ["--mlp_dim", 48]], ids=str)

@@ -40,7 +40,7 @@ def test_extended_equals_at_once(tmp_path, text):
     line = ["--text", text, *TINY, *DROPOUT]
     for num_iters in (30, 70, 120):
         out, _ = run(*line, "--save_dir", tmp_path / "legs", "--num_iters", num_iters)
-    assert "changed  --num_iters from 70 to 120" in out
+    assert "resumed  with --num_iters 70 -> 120 (--new_model" in out
     run(*line, "--save_dir", tmp_path / "once", "--num_iters", 120)
     assert ids(tmp_path / "legs")[0] == ids(tmp_path / "once")[0]
 
@@ -51,7 +51,8 @@ def test_resume_needs_no_flags_but_the_dataset(tmp_path, text):
     assert "from iteration 20 to 40" in out and "dim 16" in out
     assert re.search(r"40/40 .* lr 2\.00e-04", out), "the learning rate comes from the checkpoint: 0.001 * 40 / 200"
     out, _ = run("--text", text, "--save_dir", tmp_path, "--num_iters", 40)
-    assert "Iteration 40 of --num_iters 40 is reached" in out
+    assert "This run is complete (iteration 40 of --num_iters 40): a larger --num_iters trains it further" in out
+    assert "--new_model begins a new run" in out and "resumed  with the flags it had" in out
 
 
 def test_each_line_continues_its_own_run(tmp_path, text):
@@ -336,7 +337,7 @@ def test_extending_a_schedule_says_that_it_stretches(tmp_path, text):
     out, _ = run(*line, "--lr_schedule", "linear", "--min_lr", 0, "--learning_rate", 0.01, "--num_iters", 4)
     assert re.findall(r"lr (\S+)", out) == ["1.00e-02", "7.50e-03", "5.00e-03", "2.50e-03"]
     out, _ = run(*line, "--num_iters", 8)
-    assert "stretches the schedules" in out and re.findall(r"lr (\S+)", out)[0] == "5.00e-03"
+    assert "The schedules of learning rate and dropout stretch" in out and re.findall(r"lr (\S+)", out)[0] == "5.00e-03"
 
 
 WITHOUT_ONEDNN = ("-c", """
@@ -436,7 +437,7 @@ def test_average_begins_and_ends_with_its_flag(tmp_path, text):
     run(*line, "--num_iters", 20, "--average", 0.5, "--save_dir", tmp_path / "legs")
     [averaged] = [record for record in records(tmp_path / "legs") if record["iteration"] == 20]
     out, _ = run(*line, "--num_iters", 30, "--average", 0, "--save_dir", tmp_path / "legs")
-    assert "changed  --average from 0.5 to 0" in out and averaged["flags"]["average"] == 0.5
+    assert "--average 0.5 -> 0" in out and averaged["flags"]["average"] == 0.5
     assert ids(tmp_path / "legs")[0] == ids(tmp_path / "plain")[0]
 
 

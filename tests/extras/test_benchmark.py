@@ -5,7 +5,7 @@ import re
 
 import main
 import pytest
-from conftest import flags, ids, run
+from conftest import TINY, flags, ids, run
 
 from extras.benchmark import predict_memory
 
@@ -57,6 +57,38 @@ def test_benchmark(shape, text, tmp_path):
     if main.fast and main.fast.count_streams(64, 64) == 2:
         assert result["predicted_peak"] == pytest.approx(result["measured_peak"], rel=0.25)
     speeds = "tokens_per_second", "matrix_flops", "share_of_matrix_speed", "decoded_per_second"
-    assert all(result[name] > 0 for name in speeds)
-    assert max(map(len, out.splitlines()[-7:-1])) <= 100
+    assert all(result[name] > 0 for name in [*speeds, "first_token_ms"])
+    assert result["token_ms"] * result["decoded_per_second"] == pytest.approx(1000)
+    assert max(map(len, out.splitlines()[-13:-1])) <= 100
     assert not ids(tmp_path), "nothing is saved"
+
+
+def test_a_checkpoint_is_measured_with_its_weights(tmp_path, text, monkeypatch):
+    """Without a flag that names it, as it would be resumed; one of another shape is new."""
+    run("--text", text, *TINY, "--num_iters", 3, "--save_dir", tmp_path)
+    seen = []
+    monkeypatch.setattr("extras.benchmark.run_benchmark", seen.append)
+    assert main.main(["--benchmark", "--save_dir", str(tmp_path)]) == 0
+    assert main.main(["--benchmark", "--text", str(text), "--dim", "32", "--save_dir", str(tmp_path)]) == 0
+    trained, new = seen
+    [record] = main.list_checkpoints(tmp_path)
+    weights = main.load_arrays(main.files_of(tmp_path, record)[0])
+    for name, weight in main.tree_flatten(trained.model.parameters()):
+        assert main.mx.array_equal(weight, weights[name])
+    assert trained.iteration == 3 and new.iteration == 0 and new.model.config.dim == 32
+
+
+@pytest.mark.parametrize("options", [
+    ["--init_from", "latest", "--lora_rank", 2, "--average", 0.5],
+    ["--teacher", "latest", "--dim", 24],
+])  # fmt: skip
+def test_what_else_a_step_may_do_is_measured_too(options, tmp_path, text):
+    line = ["--text", text, "--batch_size", 4, "--save_dir", tmp_path]
+    run(*line, *TINY, "--num_iters", 1)
+    if "--teacher" in options:
+        line += TINY
+    out, _ = run("--benchmark", *line, *options)
+    result = json.loads(out.splitlines()[-1])
+    assert result["tokens_per_second"] > 0 and len(ids(tmp_path)) == 1
+    if "--average" in options:
+        assert 0 < result["memory"]["average"] < result["memory"]["weights"] / 4, "the adapters alone"
