@@ -38,6 +38,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import textwrap
@@ -495,7 +496,7 @@ def make_optimizer(model, flags):
     --weight_decay, norms no decay.
     """
     rate = flags.learning_rate
-    adamw = partial(spread(AdamW), learning_rate=rate, betas=[0.9, 0.99])
+    adamw = partial(spread(AdamW), learning_rate=rate, betas=[flags.beta1, flags.beta2])
     if flags.optimizer == "muon":
         blocks = spread(Muon)(rate * MUON_RATE, flags.weight_decay)
     else:
@@ -744,19 +745,24 @@ def score_split(name, model, dataset, flags, interrupts, ranks, limit=0):
     began = time.perf_counter()
     nats = evaluate(model, tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
     if nats is not None:
-        speed = len(tokens) / (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
         line = describe_score(name, nats, split, dataset.tokenizer)
-        tqdm.write(f"{line}, {speed:,.0f} tokens/s")
+        line += f", {len(tokens) / seconds:,.0f} tokens/s"
+        if flags.evaluate:
+            line += f" ({seconds:.1f} s, {1000 * seconds / len(tokens):.4f} ms per token)"
+        tqdm.write(line)
     return nats
 
 
 def describe_score(name, nats, split, tokenizer):
-    """A split's score per token, and in two units that do not depend on the tokenizer."""
-    # Of the whole split, extrapolated where `nats` is of its first tokens.
-    total = nats * len(split.tokens)
-    line = f"{name} {nats:.4f} nats, perplexity {perplexity(nats):.2f} a token, "
-    line += f"{perplexity(total / max(1, split.num_words)):.2f} a word, "
-    line += f"{bits_per_byte(nats, split):.4f} bits per byte"
+    """A split's score per token, and in units that do not depend on the tokenizer."""
+    unit = "word" if tokenizer.kind == "word" else "token"
+    line = f"{name} {nats:.4f} nats, perplexity {perplexity(nats):.2f} per {unit}"
+    if tokenizer.kind not in ("word", "char", "byte"):
+        # Of the whole split, extrapolated where `nats` is of its first tokens.
+        total = nats * len(split.tokens)
+        line += f", {perplexity(total / max(1, split.num_words)):.2f} per word"
+    line += f", {bits_per_byte(nats, split):.4f} bits per byte"
     if tokenizer.unk is not None:
         line += f", {split.num_unk / len(split.tokens):.2%} <unk>"
     return line
@@ -1976,7 +1982,7 @@ def describe_resume(old, new):
             changes.append(f"--{name} {before} -> {now}")
     if not changes:
         return "resumed  with the flags it had\n"
-    text = f"resumed  with {', '.join(changes)} (--new_model begins a new run instead)\n"
+    text = f"resumed  with {', '.join(changes)} (start over with --new_model)\n"
     has_schedule = new.lr_schedule != "constant" or new.dropout_final is not None
     if old.num_iters != new.num_iters and has_schedule:
         text += "         The schedules of learning rate and dropout stretch to --num_iters.\n"
@@ -2104,6 +2110,23 @@ class Decoder:
         return ""
 
 
+def pieces_before(stop, pieces):
+    """The pieces of a text up to where it has `stop`; what may begin that is held back."""
+    held = ""
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            held += piece
+            before, found, _ = held.partition(stop)
+            if found:
+                yield before
+                return
+            possible = [n for n in range(1, len(stop)) if held.endswith(stop[:n])]
+            sure = len(held) - max(possible, default=0)
+            yield held[:sure]
+            held = held[sure:]
+    yield held
+
+
 def first_ids(tokenizer, prompt):
     """The ids of a prompt, at least one: "" is read as the end token or, without one, a newline."""
     ids = tokenizer.encode(prompt).tolist()
@@ -2129,8 +2152,13 @@ class Conversation:
     def reply(self, prompt, flags, seed, interrupts=None):
         """Adds `prompt` on a new line, and yields the model's continuation of the text in pieces.
 
-        A piece is yielded once no later token can change it.
+        A piece is yielded once no later token can change it. The last one ends before --stop.
         """
+        pieces = self.pieces(prompt, flags, seed, interrupts)
+        return pieces_before(flags.stop, pieces) if flags.stop else pieces
+
+    def pieces(self, prompt, flags, seed, interrupts):
+        """As `reply`, without --stop."""
         tokenizer = self.tokenizer
         if self.text:
             self.text.extend(tokenizer.encode("\n" + prompt).tolist())  # it is the decoder's, too
@@ -2162,7 +2190,16 @@ class Conversation:
 
 # ---- Prompts ------------------------------------------------------------------------------------
 
-SETTABLE = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed"]
+SETTABLE = [
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "max_tokens",
+    "stop",
+    "seed",
+]
 COMMANDS = """/set NAME VALUE   changes a sampling flag: /set temperature 0.8
 /reset            forgets the conversation
 /stats            shows tokens/s after each reply, or no longer
@@ -2304,6 +2341,7 @@ SIZE = number(int, 1, LARGEST)
 RATE = number(float, 0)
 SHARE = number(float, 0, 1)
 DROPOUT = number(float, 0, 0.9)
+BETA = number(float, 0, 0.99999)  # 1 would divide by zero
 
 PRESETS = {
     "tiny": {"dim": 128, "num_heads": 4, "num_blocks": 4, "context_size": 128},
@@ -2403,6 +2441,8 @@ FLAGS["training"] = {
     "embedding_decay": flag(
         None, "on the embeddings and the output layer (default: weight_decay)", type=RATE
     ),
+    "beta1": flag(0.9, "AdamW's decay of the average gradient", type=BETA),
+    "beta2": flag(0.99, "AdamW's decay of the average square", type=BETA),
     "optimizer": choice("adamw", ["adamw", "muon"], "muon: Muon for the blocks' matrices"),
     "lr_warmup": flag(200, "steps to reach the learning rate", type=COUNT),
     "lr_schedule": choice("constant", ["constant", "cosine", "linear"], "after warm-up"),
@@ -2454,6 +2494,7 @@ FLAGS["sampling"] = {
     "repetition_penalty": flag(
         1.0, "makes tokens of the text rarer", type=number(float, 0.01, 100)
     ),
+    "stop": flag(None, "end a continuation before this text", metavar="TEXT"),
     "draft": flag(None, "a smaller checkpoint that proposes tokens, for speed alone", metavar="ID"),
 }
 
@@ -2496,6 +2537,7 @@ FLAGS["tools"] = {
     ),
     "attention": flag(None, "picture of what each head looks at in --prompt", metavar="FILE"),
     "list": flag(False, "list the runs and checkpoints in the folder"),
+    "version": flag(False, "print the versions of this program, Python, MLX and NumPy"),
 }
 
 DEFAULTS = {name: row[0] for rows in FLAGS.values() for name, row in rows.items()}
@@ -2574,6 +2616,91 @@ PARTNERS = {
 }
 
 
+# What other programs call a flag: whoever types that, or has it in a file, is told its name here.
+OTHER_NAMES = {
+    "batch_size": "batch bsz device_batch_size micro_batch_size per_device_train_batch_size",
+    "beta1": "adam_beta1 b1",
+    "beta2": "adam_beta2 b2",
+    "checkpoint": "grad_checkpoint gradient_checkpointing activation_checkpointing",
+    "context_size": "block_size context context_length ctx max_length max_position_embeddings"
+    " max_seq_len max_seq_length n_ctx n_positions seq_len seq_length sequence_length",
+    "dataset": "corpus dataset_name",
+    "dim": "d_model emb_dim embed_dim embedding_dim hidden_dim hidden_size model_dim n_embd"
+    " n_embed",
+    "draft": "draft_model",
+    "dtype": "amp bf16 fp16 mixed_precision precision",
+    "eval_tokens": "eval_batches eval_iters val_batches",
+    "evaluate": "eval eval_only test",
+    "export": "export_gguf gguf_path hf_path",
+    "grad_accumulation": "accum_steps grad_accum grad_accum_steps gradient_accumulation"
+    " gradient_accumulation_steps",
+    "grad_clip": "clip clip_grad clip_grad_norm clip_norm gradient_clip max_grad_norm",
+    "identifier": "adapter_path checkpoint_path ckpt ckpt_path load resume_adapter_file"
+    " resume_from resume_from_checkpoint",
+    "inference": "chat generate interactive repl sample",
+    "init_from": "from_pretrained model model_name model_path pretrained",
+    "keep": "keep_last save_total_limit",
+    "learning_rate": "base_lr lr max_lr peak_lr",
+    "lora_alpha": "alpha",
+    "lora_rank": "lora lora_r rank",
+    "lr_cooldown": "cooldown cooldown_frac decay_frac warmdown warmdown_ratio",
+    "lr_schedule": "lr_scheduler lr_scheduler_type schedule scheduler",
+    "lr_warmup": "warmup warmup_iters warmup_steps num_warmup_steps",
+    "max_tokens": "gen_len length max_gen_len max_new_tokens n_predict num_tokens",
+    "min_lr": "final_lr lr_end lr_min min_learning_rate",
+    "mlp": "act activation activation_function hidden_act",
+    "mlp_dim": "d_ff dim_feedforward ff_dim ffn_dim ffn_hidden_size intermediate_size",
+    "num_blocks": "depth layers n_layer n_layers num_hidden_layers num_layers",
+    "num_heads": "attention_heads heads n_head n_heads num_attention_heads",
+    "num_iters": "iters lr_decay_iters lr_decay_steps max_iters max_steps num_iterations num_steps"
+    " num_train_steps steps total_steps train_steps",
+    "num_kv_heads": "kv_heads n_kv_head n_kv_heads num_key_value_heads",
+    "num_samples": "n_samples",
+    "optimizer": "optim",
+    "prompt": "start",
+    "quantize": "bits q_bits quant",
+    "repetition_penalty": "rep_penalty repeat_penalty",
+    "save_dir": "checkpoint_dir ckpt_dir log_dir out out_dir output_dir save_path",
+    "seed": "random_seed rng_seed",
+    "steps_per_eval": "eval_every eval_freq eval_interval eval_steps val_every",
+    "steps_per_report": "log_every log_interval logging_steps print_every report_every",
+    "steps_per_save": "checkpoint_every save_every save_freq save_interval save_steps",
+    "stop": "extra_eos_token reverse_prompt stop_sequence stop_sequences stop_words",
+    "teacher": "distill_from teacher_model teacher_path",
+    "temperature": "temp",
+    "text": "data data_dir data_file data_path input input_file text_file train_data train_file",
+    "top_k": "topk",
+    "top_p": "nucleus topp",
+    "weight_decay": "wd",
+}
+# Those that have no name here, and what to do instead.
+NOT_NEEDED = {
+    "bias": "no layer has one",
+    "compile": "every step is compiled",
+    "cpu": "without --gpu it is the CPU",
+    "cuda mps": "--gpu is for Apple's and NVIDIA's",
+    "device": "--gpu, or nothing for the CPU",
+    "epochs max_epochs n_epochs num_epochs num_train_epochs": "--num_iters counts steps",
+    "resume": "a run resumes by itself; --identifier names another, --new_model starts over",
+    "stream": "text is always printed as it is sampled",
+    "tie tie_embeddings tie_weights tie_word_embeddings weight_tying": "tied, unless --untie",
+    "train": "that is what is done without another flag",
+    "wandb wandb_log": "losses go to a .csv file beside the checkpoints; --plot draws them",
+}
+
+
+def explain_name(name):
+    """What to tell those who want a flag that does not exist: the text of a hint, or None."""
+    for ours, theirs in OTHER_NAMES.items():
+        if name in theirs.split():
+            return f"--{name} is --{ours} here"
+    for theirs, text in NOT_NEEDED.items():
+        if name in theirs.split():
+            return f"--{name}: {text}"
+    similar = difflib.get_close_matches(name, DEFAULTS, 1, 0.75)
+    return f"--{similar[0]}?" if similar else None
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are UsageErrors; argparse would print its whole usage."""
 
@@ -2600,14 +2727,31 @@ def make_parser():
 
 def parse(arguments):
     """What is typed, {flag: value}. Raises UsageError, which names the flag perhaps meant."""
-    values, unknown = make_parser().parse_known_args(arguments)
+    values, unknown = make_parser().parse_known_args([underscored(each) for each in arguments])
     if unknown:
-        hints = difflib.get_close_matches(unknown[0], [f"--{name}" for name in DEFAULTS], 1, 0.75)
-        if "--" not in " ".join(unknown):
-            hints.append("after a flag, in quotes")
-        hints.append("--help lists all flags")
-        raise UsageError(f"unrecognized arguments: {' '.join(unknown)} ({'? '.join(hints)})")
+        hints = []
+        for argument in unknown:
+            name, _, _ = argument.lstrip("-—").partition("=")
+            if argument.startswith(("-", "—")):
+                hints.append(explain_name(name.lower().replace("-", "_")))
+        if not hints:
+            hints = ["after a flag, in quotes?"]
+            if "checkpoint" in values:
+                hints.append("--checkpoint is gradient checkpointing, --identifier names a file")
+        hints = [*filter(None, hints), "--help lists all flags"]
+        raise UsageError(f"unrecognized arguments: {' '.join(unknown)} ({'; '.join(hints)})")
     return vars(values)
+
+
+def underscored(argument):
+    """An argument, with the underscores of a flag whose name was typed with hyphens."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    name = name.replace("-", "_")
+    if name.startswith("no_"):
+        name = name.replace("_", "-", 1)
+    return f"--{name}{equals}{value}"
 
 
 def read_command_line(argv):
@@ -2680,10 +2824,12 @@ def read_config(path, typed):
                 continue  # a group without flags, or only with comments
             else:
                 settings[name] = value
+        settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
         known = DEFAULTS.keys() - {"config"}  # no file in a file
         unknown = sorted(settings.keys() - known)
         if unknown:
-            raise UsageError(f"no flag is named {', '.join(unknown[:9])} (--help lists all)")
+            hints = [*filter(None, map(explain_name, unknown)), "--help lists all"]
+            raise UsageError(f"no flag is named {', '.join(unknown[:9])} ({'; '.join(hints)})")
         if "text" in typed:
             settings.pop("dataset", None)
         if "dataset" in typed:
@@ -2786,8 +2932,8 @@ def choose_checkpoint(folder, flags, typed, needed):
     if records and not needed and not flags.benchmark:
         names = list(dict.fromkeys(record["run"] for record in records))
         tqdm.write(
-            f"A new run; in {folder} are {', '.join(names[:5])} "
-            "(--list shows all, --identifier NAME resumes one)"
+            f"Starting a new run. Existing runs in {folder}: {', '.join(names[:5])} "
+            "(--list shows all); resume one with --identifier NAME."
         )
     return None
 
@@ -3130,9 +3276,8 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
         print_start(run, checkpoint, ranks)
         if run.iteration >= flags.num_iters:
             tqdm.write(
-                f"This run is complete (iteration {run.iteration:,} of --num_iters "
-                f"{flags.num_iters:,}): a larger --num_iters trains it further, --new_model begins "
-                "a new run."
+                f"Run complete ({run.iteration:,}/{flags.num_iters:,}): raise --num_iters to "
+                "continue, or start over with --new_model."
             )
         run = ranks.share_run(run)
         try:
@@ -3151,6 +3296,11 @@ def execute(argv, ranks):
     """Does what the command line says; returns the exit status."""
     typed = read_command_line(argv)
     flags = resolve(argparse.Namespace(**DEFAULTS | typed))
+    if flags.version:
+        own = hash_sources()["main.py"][:12]
+        python = platform.python_version()
+        print(f"main.py {own}, Python {python}, MLX {mx.__version__}, NumPy {np.__version__}")
+        return printed()
     if flags.gpu and not mx.is_available(mx.gpu):
         raise UsageError(
             "--gpu: MLX sees no GPU; leave it out, or install MLX for yours: "
@@ -3221,7 +3371,7 @@ def main(argv=None):
         with join_ranks() as ranks:
             if ranks.rank > 0:
                 return ranks.follow()
-            return execute(argv, ranks)
+            return execute(sys.argv[1:] if argv is None else argv, ranks)
     except (UsageError, RunError, OSError, ImportError, MemoryError) as error:
         line = " ".join(str(error).splitlines())  # one line, however many the error has
         if isinstance(error, MemoryError):

@@ -26,6 +26,7 @@ SAMPLING_FLAGS = [
     "top_p",
     "min_p",
     "repetition_penalty",
+    "stop",
     "quantize",
 ]
 
@@ -254,10 +255,20 @@ def answer_batch(model, tokenizer, jobs, flags):
     shown = [len(tokenizer.decode(text)) for text in texts]  # characters of the prompts
     read = [len(text) for text in texts]  # tokens of the prompts
     decoder = BatchDecoder(model, texts)
+    stopped = [None] * len(texts)  # how many tokens each text has where it has --stop
     for _ in decoder.generate(flags.max_tokens, flags, [job["seed"] for job in jobs]):
-        pass
+        if not flags.stop:
+            continue
+        for i, text in enumerate(texts):
+            if stopped[i] is None and flags.stop in tokenizer.decode(text)[shown[i] :]:
+                stopped[i] = len(text)
+        if None not in stopped:
+            break
     lines = []
     for i, job in enumerate(jobs):
-        completion = tokenizer.decode(texts[i])[shown[i] :]
-        lines.append(job | {"completion": completion, "tokens": texts[i][read[i] :]})
+        text = texts[i][: stopped[i]]
+        completion = tokenizer.decode(text)[shown[i] :]
+        if flags.stop:
+            completion, _, _ = completion.partition(flags.stop)
+        lines.append(job | {"completion": completion, "tokens": text[read[i] :]})
     return lines

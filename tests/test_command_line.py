@@ -1,5 +1,6 @@
 """The command line: where each value comes from, --help, --list, the default folder. Mistakes: test_mistakes.py."""
 
+import hashlib
 import io
 import os
 import re
@@ -22,15 +23,15 @@ DEFAULTS = dict(
     new_model=False, num_iters=100000, max_minutes=None, config=None, preset=None, gpu=False, seed=42,
     context_size=48, num_blocks=4, dim=1024, num_heads=8, num_kv_heads=None, mlp="relu2", mlp_dim=None,
     qk_norm=False, untie=False, dropout=0.0,
-    batch_size=32, grad_accumulation=1, learning_rate=3e-4, min_lr=None, weight_decay=1e-5, embedding_decay=None, optimizer="adamw",
+    batch_size=32, grad_accumulation=1, learning_rate=3e-4, min_lr=None, weight_decay=1e-5, embedding_decay=None, beta1=0.9, beta2=0.99, optimizer="adamw",
     lr_warmup=200, lr_schedule="constant", lr_cooldown=1.0, grad_clip=1.0, dropout_final=None, dtype="float32", checkpoint=False, average=0.0,
     patience=None,
     steps_per_report=10, steps_per_eval=1000, eval_tokens=100000, steps_per_save=None, eval_test=False, keep=3,
     inference=False, prompt=None, prompts_file=None, output=None, max_tokens=200, num_samples=1, temperature=0.5, top_k=50,
-    top_p=1.0, min_p=0.0, repetition_penalty=1.0, draft=None,
+    top_p=1.0, min_p=0.0, repetition_penalty=1.0, stop=None, draft=None,
     init_from=None, lora_rank=None, lora_alpha=None, teacher=None, teacher_weight=0.5, teacher_temperature=2.0,
     quantize=None, export=None,
-    evaluate=None, eval_stride=None, benchmark=False, cases=None, plot=None, attention=None, list=False,
+    evaluate=None, eval_stride=None, benchmark=False, cases=None, plot=None, attention=None, list=False, version=False,
 )  # fmt: skip
 LINE = "".join(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(200))
 
@@ -60,6 +61,33 @@ def test_each_flag_is_its_attribute_and_in_one_group():
     assert all(action.help for action in actions)
     assert set(main.SHAPING) < set(main.INHERITED) < set(DEFAULTS)
     assert not {"save_dir", "mirror", "gpu", *main.FLAGS["sampling"], *main.FLAGS["tools"]} & set(main.INHERITED)
+
+
+def test_names_of_other_programs():
+    """Each is told the one of a flag, and is not one itself."""
+    known = [name for theirs in [*main.OTHER_NAMES.values(), *main.NOT_NEEDED] for name in theirs.split()]
+    assert len(known) == len(set(known)) and not set(known) & set(DEFAULTS)
+    assert main.OTHER_NAMES.keys() <= set(DEFAULTS)
+    for name in known:
+        text = main.explain_name(name)
+        assert text.startswith(f"--{name}") and "?" not in text
+        named = set(re.findall(r"--(\w+)", text)) - {name}
+        assert named <= set(DEFAULTS)
+
+
+def test_hyphens_are_as_good_as_underscores(tmp_path):
+    path = tmp_path / "flags.yaml"
+    path.write_text("training:\n  lr-warmup: 3\nnum-iters: 4\n")
+    line = ["--max-tokens", "7", "--num-kv-heads=2", "--no-qk-norm", "--prompt=--a-b", "--config", str(path)]
+    expected = {"max_tokens": 7, "num_kv_heads": 2, "qk_norm": False, "prompt": "--a-b", "lr_warmup": 3, "num_iters": 4}
+    assert main.read_command_line(line) == expected | {"config": str(path)}
+
+
+def test_version(tmp_path):
+    out, _ = run("--version", cwd=tmp_path)
+    sha1 = hashlib.sha1((ROOT / "main.py").read_bytes()).hexdigest()
+    assert out.startswith(f"main.py {sha1[:12]}, Python 3.") and f", MLX {main.mx.__version__}, NumPy " in out
+    assert not list(tmp_path.iterdir())
 
 
 def test_help(tmp_path):
@@ -111,7 +139,7 @@ def test_typed_values_win(flags_of, trained):
     assert (values.dim, values.keep) == (16, 5)
     changes = main.describe_resume(main.argparse.Namespace(**checkpoint["flags"]), values)
     assert changes == (
-        "resumed  with --num_iters 3 -> 9, --learning_rate 0.01 -> 0.5 (--new_model begins a new run instead)\n"
+        "resumed  with --num_iters 3 -> 9, --learning_rate 0.01 -> 0.5 (start over with --new_model)\n"
     )
 
 

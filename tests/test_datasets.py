@@ -1280,7 +1280,7 @@ def test_no_folder_for_temporary_files(tmp_path, text, place):
 
 
 KINDS = ["word", "char", "byte", "bpe"]
-SCORE = r"^{} ([\d.]+) nats, perplexity ([\d.]+) a token, ([\d.]+) a word, ([\d.]+) bits per byte"
+SCORE = r"^{} ([\d.]+) nats, perplexity ([\d.]+) per (word|token)(?:, ([\d.]+) per word)?, ([\d.]+) bits per byte"
 
 
 def run_all(lines):
@@ -1324,7 +1324,9 @@ def test_evaluate_gives_the_number_of_training(trained):
         again = run_all(["--evaluate", name, "--save_dir", folder / kind] for kind in KINDS)
         for out, score in zip(outs, again):
             lines = [line for line in out.splitlines() if line.startswith(f"{name} ")]
-            assert [re.sub(r", [\d,]+ tokens/s", "", line) for line in lines] == [re.sub(r", [\d,]+ tokens/s\n", "", score)]
+            speed = r", [\d,]+ tokens/s"
+            latency = r" \([\d.]+ s, [\d.]+ ms per token\)\n"
+            assert [re.sub(f"{speed}$", "", line) for line in lines] == [re.sub(f"{speed}{latency}$", "", score)]
 
 
 def test_scores_are_in_the_same_unit(trained):
@@ -1333,12 +1335,19 @@ def test_scores_are_in_the_same_unit(trained):
         names = {"text": [folder / "000.txt"], "valid_text": [folder / "001.txt"], "test_text": [folder / "002.txt"]}
         dataset = datasets.load_dataset("text", folder / kind, **names, tokenizer=kind, vocab_size=300)
         for name, text in (("valid", ROWS[:4000]), ("test", ROWS[5000:8000])):
-            nats, perplexity, a_word, bits = map(float, re.search(SCORE.format(name), out, re.M).groups())
+            nats, perplexity, unit, per_word, bits = re.search(SCORE.format(name), out, re.M).groups()
+            nats, perplexity, bits = float(nats), float(perplexity), float(bits)
             total = nats * len(getattr(dataset, name).tokens)
             assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
             assert bits == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-3)
             words = len(text.split()) + text.count("\n")
-            assert a_word == pytest.approx(math.exp(min(99, total / words)), rel=0.01)
+            if kind == "word":
+                assert unit == "word" and per_word is None
+                assert len(getattr(dataset, name).tokens) - words in (0, 1), "an <eos> at the end, too"
+            elif kind == "bpe":
+                assert unit == "token" and float(per_word) == pytest.approx(math.exp(total / words), rel=0.01)
+            else:
+                assert unit == "token" and per_word is None, "no words, no perplexity of theirs"
 
 
 def test_evaluate_without_a_test_split(tmp_path, text, capsys):

@@ -133,13 +133,18 @@ def test_an_interrupted_evaluation_has_no_score():
 def test_describe_score_by_hand():
     tokenizer = WordTokenizer(["<eos>", "<unk>", "a", "b"])
     split = Split(np.array([2, 3, 1, 0, 2, 1, 3, 0], np.uint16), num_bytes=20, num_words=4, num_unk=2)
-    # 8 tokens of ln 2 nats are 8 bits: 8 / 20 a byte, 8 / 4 a word; 2 tokens of 8 are <unk>
+    # 8 tokens of ln 2 nats are 8 bits: 8 / 20 a byte; 2 tokens of 8 are <unk>
     assert main.describe_score("valid", math.log(2), split, tokenizer) == (
-        "valid 0.6931 nats, perplexity 2.00 a token, 4.00 a word, 0.4000 bits per byte, 25.00% <unk>"
+        "valid 0.6931 nats, perplexity 2.00 per word, 0.4000 bits per byte, 25.00% <unk>"
     )
-    # 8 tokens of 1.5 nats are 12 nats: exp(3) a word, 12 / ln 2 / 20 = 0.8656 bits a byte
+    # 8 tokens of 1.5 nats are 12 nats: 12 / ln 2 / 20 = 0.8656 bits a byte
     assert main.describe_score("test", 1.5, split, tokenizer) == (
-        "test 1.5000 nats, perplexity 4.48 a token, 20.09 a word, 0.8656 bits per byte, 25.00% <unk>"
+        "test 1.5000 nats, perplexity 4.48 per word, 0.8656 bits per byte, 25.00% <unk>"
+    )
+    # Of pieces of words there are 4 words' worth: exp(12 / 4) a word.
+    pieces = SimpleNamespace(kind="bpe", unk=None)
+    assert main.describe_score("test", 1.5, split, pieces) == (
+        "test 1.5000 nats, perplexity 4.48 per token, 20.09 per word, 0.8656 bits per byte"
     )
 
 
@@ -156,7 +161,7 @@ def test_describe_score_of_bytes(tmp_path):
     tokenizer = ByteTokenizer()
     split = split_of("to be or\nnot é\n", tokenizer, tmp_path)  # 16 bytes; 5 words and 2 line ends
     assert main.describe_score("valid", 7 / 16 * math.log(8), split, tokenizer) == (
-        "valid 0.9098 nats, perplexity 2.48 a token, 8.00 a word, 1.3125 bits per byte"
+        "valid 0.9098 nats, perplexity 2.48 per token, 1.3125 bits per byte"
     )
 
 
@@ -164,7 +169,7 @@ def test_describe_score_a_word_is_a_token_of_the_word_tokenizer(tmp_path):
     text = "to be or\nnot to be\n"
     tokenizer = WordTokenizer.train([text])
     line = main.describe_score("valid", 1.0, split_of(text, tokenizer, tmp_path), tokenizer)
-    assert "perplexity 2.72 a token, 2.72 a word" in line and line.endswith("0.00% <unk>")
+    assert "nats, perplexity 2.72 per word, " in line and line.endswith("0.00% <unk>")
 
 
 def test_describe_score_of_a_diverged_model_does_not_overflow():

@@ -143,4 +143,4 @@ def test_second_process_is_refused(tmp_path, text):
     first.kill()  # the lock dies with its holder
     first.communicate()
     out, _ = run(*line, "--num_iters", 2)
-    assert re.search(r"complete \(iteration \d[\d,]* of --num_iters 2\)", out)
+    assert re.search(r"Run complete \(\d[\d,]*/2\)", out)

@@ -23,6 +23,7 @@ FILES = {
     "prompts.txt": "line\n", "answers.txt": "my own notes\n", "latin.txt": "jümps\n".encode("latin-1"),
     "hf/config.json": '{"model_type": "gpt2"}', "hf/model.safetensors": b"",
     "layers.yaml": "dim: 128\nlayers: 4\nmodel: {heads: 2}\n", "wide.yaml": "dim: wide\n", "true.yaml": "dim: true\n",
+    "gpt.yaml": "model: {d_model: 8, n_layers: 2}\nmax_steps: 5\nwarmup-steps: 3\n",
     "other.yaml": "config: other.yaml\n", "null.yaml": "dimm:\n", "deep.yaml": "[" * 3000, "list.yaml": "- dim\n",
     "cut.yaml": "dim: [1\n", "empty.yaml": "", "number.yaml": "7", "zero.yaml": "\0", "yes.yaml": "new_model: 'yes'\n",
     "two.yaml": "dim: [16, 32]\n", "both.yaml": "inference: true\nnew_model: true\n", "half.yaml": "num_iters: 1.5\n",
@@ -97,10 +98,26 @@ def names_in(world, line):
 MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy that the line names; status, if not 2
     # Flags that do not exist
     ("--batchsize 4", "--batchsize", "--batch_size?"),
-    ("--num-iters 10", "--num-iters", "--num_iters?"),
-    ("--num_layers 3", "--num_layers", "--help"),
-    ("--lr 3e-4", "--lr", "--help lists all flags"),
-    ("--epochs 3", "--epochs", "--help lists all flags"),
+    ("--nun-iters 10", "--nun_iters", "--num_iters?"),
+    *((f"--{theirs}", f"unrecognized arguments: --{theirs}", f"--{theirs.split('=')[0].split()[0]} is --{ours} here")
+        for theirs, ours in (
+            ("lr 3e-4", "learning_rate"), ("lr=3e-4", "learning_rate"), ("max_iters 5", "num_iters"),
+            ("block_size 8", "context_size"), ("n_layer 2", "num_blocks"), ("num_layers 3", "num_blocks"),
+            ("n_embd 8", "dim"), ("n_head 2", "num_heads"), ("out_dir x", "save_dir"), ("interactive", "inference"),
+            ("ckpt abc", "identifier"), ("max_new_tokens 5", "max_tokens"), ("temp 0", "temperature"),
+            ("gradient_accumulation_steps 2", "grad_accumulation"), ("eval_interval 5", "steps_per_eval"),
+            ("log_interval 5", "steps_per_report"), ("warmup_iters 5", "lr_warmup"), ("max_grad_norm 1", "grad_clip"),
+            ("d_model 8", "dim"), ("d_ff 8", "mlp_dim"), ("start x", "prompt"), ("eval_iters 5", "eval_tokens"),
+        )),
+    ("--block-size 8", "--block_size", "--block_size is --context_size here"),
+    ("--n_layer 2 --lr 1", "--n_layer is --num_blocks here", "--lr is --learning_rate here"),
+    ("--resume", "a run resumes by itself", "--identifier names another"),
+    ("--device cpu", "--device cpu", "--gpu, or nothing for the CPU"),
+    ("--compile", "--compile", "every step is compiled"),
+    ("--compile=False", "--compile=False", "every step is compiled"),
+    ("--stream", "--stream", "always printed as it is sampled"),
+    ("--epochs 3", "--epochs", "--num_iters counts steps"),
+    ("--checkpoint abc", "abc", "--checkpoint is gradient checkpointing, --identifier names a file"),
     ("--dat ptb", "--dat", "--help"),
     ("--num_blo=3", "--num_blo", "--num_blocks?"),
     ("-inference", "-inference", "--inference?"),
@@ -137,7 +154,7 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ).split()),
     *((f"--{flag} -1", f"--{flag}", "at least 0") for flag in (
         "seed lr_warmup learning_rate weight_decay embedding_decay grad_clip eval_tokens top_k top_p min_p "
-        "temperature dropout dropout_final min_lr lr_cooldown max_minutes average lora_alpha teacher_weight"
+        "temperature dropout dropout_final min_lr lr_cooldown beta1 beta2 max_minutes average lora_alpha teacher_weight"
     ).split()),
     *((f"--{flag} {value}", value, "at least") for value in ("inf", "nan") for flag in (
         "learning_rate weight_decay embedding_decay grad_clip temperature dropout valid_fraction"
@@ -222,8 +239,8 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--evaluate test", "text has no test split", "--test_text"),
     ("--text text.txt --eval_stride 4", "--eval_stride goes with --evaluate", "give that, too, or neither"),
     ("--benchmark --save_dir changed --text changed.txt", "has changed", "name another --save_dir"),
-    ("--mirror nowhere", "nowhere/ptb/ptb.train.txt", "Put it at", 1),
-    ("--mirror ~nobody-here", "~nobody-here/ptb/ptb.train.txt: no such user", "write the folder out"),
+    ("--dataset ptb --mirror nowhere", "nowhere/ptb/ptb.train.txt", "Put it at", 1),
+    ("--dataset ptb --mirror ~nobody-here", "~nobody-here/ptb/ptb.train.txt: no such user", "write the folder out"),
     ("--text text.txt --tokenizer gpt2 --mirror empty", "empty/gpt2/tokenizer.json", "by hand", 1),
     # Folders and checkpoints
     ("--inference --save_dir empty", "no such checkpoint in empty", "or name its folder with --save_dir"),
@@ -257,6 +274,8 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--config ~nobody-here/flags.yaml", "~nobody-here/flags.yaml", "YAML file of flags"),
     ("--config layers.yaml", "heads, layers", "--help lists all"),
     ("--config null.yaml", "no flag is named dimm", "--help lists all"),
+    ("--config gpt.yaml", "--d_model is --dim here; --max_steps is --num_iters here", "--n_layers is --num_blocks here"),
+    ("--config gpt.yaml", "no flag is named d_model, max_steps, n_layers, warmup_steps", "--warmup_steps is --lr_warmup"),
     ("--config other.yaml", "no flag is named config", "--help lists all"),
     ("--config null_output.yaml", "--output holds a null character", "leave it out"),
     ("--config comments.yaml", "--dim: invalid whole number value: 'wide'", "YAML file of flags"),

@@ -216,15 +216,16 @@ def test_drawn_tokens_are_independent_of_those_before():
 # Text
 
 
-def pieces_of(tokenizer, prompt, ids, **options):
+def pieces_of(tokenizer, prompt, ids, stop=None, **options):
     """What a model that answers with these ids, whatever it is asked, adds to a prompt, piece by piece."""
     ids = [int(i) for i in ids]
     answers = iter(ids)
     model = Script(lambda token, V=tokenizer.vocab_size: (np.arange(V) == next(answers)).astype(float).tolist())
     conversation = main.Conversation(tokenizer, model)
-    given = flags(max_tokens=len(ids), temperature=0)
+    given = flags(max_tokens=len(ids), temperature=0, stop=stop)
     pieces = [piece for piece in conversation.reply(prompt, given, 0, **options) if piece]
-    assert conversation.text[len(conversation.text) - len(ids) :] == ids
+    if not stop:
+        assert conversation.text[len(conversation.text) - len(ids) :] == ids
     return pieces
 
 
@@ -270,6 +271,32 @@ def test_pieces_join_to_what_decoding_at_once_gives(tokenizer, prompt):
         shown = tokenizer.decode(begin)
         assert whole.startswith(shown)
         assert "".join(pieces_of(tokenizer, prompt, answer)) == whole[len(shown) :]
+
+
+def test_a_continuation_ends_before_the_stop():
+    """However the text is cut into pieces; of these each is shown as soon as it is no beginning of the stop."""
+    random = np.random.default_rng(0)
+    for _ in range(500):
+        text = "".join(random.choice(["a", "b"], 12))
+        stop = "".join(random.choice(["a", "b"], random.integers(1, 5)))
+        cuts = sorted(random.integers(0, 13, 4).tolist())
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 12])]
+        closed = []
+
+        def spoken():
+            try:
+                yield from pieces
+            finally:
+                closed.append(True)
+
+        assert "".join(main.pieces_before(stop, spoken())) == text.partition(stop)[0] and closed
+    shown = main.pieces_before("\n\n", iter_of(["a", "\n", "b\n", "\nc", "d"]))
+    assert [piece for piece in shown if piece] == ["a", "\nb"]
+    assert pieces_of(ByteTokenizer(), "", b"one. two. three", stop="two") == list("one. ")
+
+
+def iter_of(values):
+    yield from values
 
 
 def test_words_come_one_by_one_with_their_spaces():

@@ -40,7 +40,7 @@ def test_extended_equals_at_once(tmp_path, text):
     line = ["--text", text, *TINY, *DROPOUT]
     for num_iters in (30, 70, 120):
         out, _ = run(*line, "--save_dir", tmp_path / "legs", "--num_iters", num_iters)
-    assert "resumed  with --num_iters 70 -> 120 (--new_model" in out
+    assert "resumed  with --num_iters 70 -> 120 (start over with --new_model)" in out
     run(*line, "--save_dir", tmp_path / "once", "--num_iters", 120)
     assert ids(tmp_path / "legs")[0] == ids(tmp_path / "once")[0]
 
@@ -51,8 +51,8 @@ def test_resume_needs_no_flags_but_the_dataset(tmp_path, text):
     assert "from iteration 20 to 40" in out and "dim 16" in out
     assert re.search(r"40/40 .* lr 2\.00e-04", out), "the learning rate comes from the checkpoint: 0.001 * 40 / 200"
     out, _ = run("--text", text, "--save_dir", tmp_path, "--num_iters", 40)
-    assert "This run is complete (iteration 40 of --num_iters 40): a larger --num_iters trains it further" in out
-    assert "--new_model begins a new run" in out and "resumed  with the flags it had" in out
+    assert "Run complete (40/40): raise --num_iters to continue, or start over with --new_model." in out
+    assert "resumed  with the flags it had" in out
 
 
 def test_each_line_continues_its_own_run(tmp_path, text):

@@ -311,6 +311,21 @@ def test_file_of_prompts(model, temperature, tmp_path):
         assert line["checkpoint"] == ids(model)[0] and len(line["tokens"]) == 12
 
 
+@pytest.mark.parametrize("stop", ["o", "\n", "e o"])
+def test_prompts_end_before_the_stop(model, stop, tmp_path):
+    """Together as alone; their tokens are those of the full continuation up to where the stop was complete."""
+    full = answers(model, tmp_path / "full.jsonl", "--temperature", 1)
+    lines = answers(model, tmp_path / "out.jsonl", "--temperature", 1, "--stop", stop)
+    for line, other in zip(lines, full):
+        assert line["completion"] == other["completion"].partition(stop)[0] and line["stop"] == stop
+        assert line["tokens"] == other["tokens"][: len(line["tokens"])]
+        assert (len(line["tokens"]) < 12) <= (stop in other["completion"])
+        alone = ["--prompt", line["prompt"], "--seed", line["seed"], "--temperature", 1, "--max_tokens", 12]
+        out, _ = run(*alone, "--stop", stop, "--save_dir", model)
+        assert out == line["completion"] + "\n"
+    assert any(len(line["tokens"]) < 12 for line in lines) or stop == "e o"
+
+
 @pytest.mark.parametrize("damage", [
     lambda data: data[: len(data) // 2], lambda data: data[:-1], lambda data: b"",
     lambda data: data[:3], lambda data: data,
