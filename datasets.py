@@ -24,6 +24,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -311,10 +312,9 @@ class BPETokenizer:
 
     It is GPT-2's (of kind "gpt2"), one trained here, or one imported with a model. The first two
     are lossless, and END is a single token to them. `vocabulary` is the text of a tokenizer.json.
+    One of kind "file" need not work on bytes, nor by pairs: what the library encodes is taken.
     Raises UsageError if the package is not installed.
     """
-
-    unk = None
 
     def __init__(self, vocabulary, kind="bpe", eos=None):
         """eos: the token that ends a text; where that is None, or no token, the first of ENDS."""
@@ -325,7 +325,8 @@ class BPETokenizer:
         self.dtype = token_dtype(self.vocab_size)
         self.eos_token = eos
         self.eos = self.find_eos([eos or END, *ENDS])
-        self.num_special = 0 if self.eos is None else 1
+        self.unk = self.find_unk() if kind == "file" else None
+        self.num_special = len({self.eos, self.unk} - {None})
 
     @classmethod
     def train(cls, texts, vocab_size=32000):
@@ -348,6 +349,13 @@ class BPETokenizer:
                 return token
         return None
 
+    def find_unk(self):
+        """The id of what is not in the vocabulary; None if all text is."""
+        model = json.loads(self.vocabulary)["model"]
+        if model.get("unk_token") is not None:
+            return self.package.token_to_id(model["unk_token"])
+        return model.get("unk_id")
+
     def encode(self, text):
         encoding = self.package.encode(utf8(text), add_special_tokens=False)
         return np.array(encoding.ids, self.dtype)  # [N]
@@ -363,7 +371,10 @@ class BPETokenizer:
         return self.package.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def unknown(self, text):
-        return []
+        text = utf8(text)
+        encoding = self.package.encode(text, add_special_tokens=False)
+        pieces = zip(encoding.ids, encoding.offsets)
+        return [text[start:end] for token, (start, end) in pieces if token == self.unk]
 
     def to_dict(self):
         data = {"kind": self.kind, "vocabulary": self.vocabulary}
@@ -379,6 +390,7 @@ TOKENIZERS = {
     "word": WordTokenizer,
     "bpe": BPETokenizer,
     "gpt2": BPETokenizer,  # with the vocabulary that OpenAI published
+    "file": BPETokenizer,  # with that of a tokenizer.json, which need not be byte-level BPE
 }
 
 
@@ -388,6 +400,16 @@ def tokenizer_from_dict(data):
     if TOKENIZERS[kind] is BPETokenizer:
         return BPETokenizer(data["vocabulary"], kind, data.get("eos"))
     return TOKENIZERS[kind](data.get("vocabulary"))  # that of bytes has no vocabulary
+
+
+def read_tokenizer(path):
+    """The tokenizer in a tokenizer.json, as Hugging Face's models have one. Raises UsageError."""
+    with explained(f"--tokenizer {path} must be a Hugging Face tokenizer.json"):
+        tokenizer = BPETokenizer(Path(user_path(path)).read_text("utf-8"), "file")
+        largest = max(tokenizer.package.get_vocab().values())
+        if largest >= tokenizer.vocab_size:
+            raise ValueError(f"it has {tokenizer.vocab_size:,} tokens, but an id of {largest:,}")
+        return tokenizer
 
 
 def tokenizers_package():
@@ -1212,7 +1234,7 @@ def open_folder(save_dir, writing):
 
 def load_dataset(
     name,
-    save_dir,
+    save_dir=None,
     text=(),
     tokenizer="auto",
     valid_fraction=0.1,
@@ -1226,23 +1248,26 @@ def load_dataset(
     """The corpus `name`, a key of CORPORA, as a Dataset; it is downloaded and encoded only once.
 
     name: "text" stands for the user's files in `text`, `valid_text` and `test_text`.
-    save_dir: the folder below which all files of the corpus are.
+    save_dir: the folder below which all files of the corpus are; None for the usual one.
     tokenizer: a kind, trained on the whole training split even if only the first `train_tokens`
-        ids of it are used; or the `to_dict()` of a ready one.
+        ids of it are used; the path of a tokenizer.json; or the `to_dict()` of a ready one.
     valid_fraction: the part of `text` that is for validation where no `valid_text` is given.
     mirror: see fetch.
     vocab_size: of the tokenizer "bpe".
 
     Raises UsageError if the user's files cannot be used, RunError for a failed download.
     """
-    save_dir = Path(save_dir)
+    save_dir = open_folder(None, writing=True) if save_dir is None else Path(save_dir)
     ready = None
     kind = tokenizer
-    if isinstance(tokenizer, dict):
+    if tokenizer == "auto":
+        kind = CORPORA[name].tokenizer
+    elif isinstance(tokenizer, dict):
         ready = tokenizer
         kind = ready["kind"]
-    elif tokenizer == "auto":
-        kind = CORPORA[name].tokenizer
+    elif tokenizer not in TOKENIZERS:
+        ready = read_tokenizer(tokenizer).to_dict()
+        kind = ready["kind"]
     check_options(kind, valid_fraction, vocab_size)
 
     given = absolute_paths({"train": text, "valid": valid_text, "test": test_text})
@@ -1479,6 +1504,95 @@ def map_dataset(name, cache, about, train_tokens):
 # ---- The command line ---------------------------------------------------------------------------
 
 
+LARGEST = 2**31 - 1  # of int32
+
+
+def number(kind, least, most=math.inf):
+    """An argparse type: a finite int or float from `least` to `most`, both included."""
+
+    def convert(text):
+        value = kind(text)
+        if least <= value <= most and value < math.inf:  # nan fails the first comparison
+            return value
+        limit = f" and at most {most}" if most < math.inf else ""
+        raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, not {text}")
+
+    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's messages
+    return convert
+
+
+SIZE = number(int, 1, LARGEST)
+
+
+def tokenizer_name(text):
+    """An argparse type: a kind of tokenizer, or a file that has one."""
+    kinds = ["auto", *TOKENIZERS]
+    kinds.remove("file")
+    if text not in kinds and not os.path.isfile(user_path(text)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither {', '.join(kinds)} nor a tokenizer.json"
+        )
+    return text
+
+
+def flag(default, help, **options):
+    """A row of flags: the default and argparse's options. A default of False makes a switch."""
+    if default is False:
+        options["action"] = argparse.BooleanOptionalAction  # --name and --no-name
+    if default:
+        help += f" (default: {default})"
+    return default, options | {"help": help}
+
+
+def choice(default, choices, help):
+    return flag(default, help, choices=list(choices))
+
+
+# The flags that say what a corpus is and where, for main.py, too.
+DATA_FLAGS = {
+    "dataset": choice("ptb", [name for name in CORPORA if name != "text"], "corpus to train on"),
+    "text": flag(
+        None,
+        "train on your own UTF-8 files, folders and patterns instead",
+        nargs="+",
+        metavar="PATH",
+    ),
+    "valid_text": flag(
+        None, "validate on these (default: a part of --text)", nargs="+", metavar="PATH"
+    ),
+    "test_text": flag(None, "test on these", nargs="+", metavar="PATH"),
+    "valid_fraction": flag(0.1, "share of --text for validation", type=number(float, 0.001, 0.5)),
+    "train_tokens": flag(None, "train on the first so many tokens (default: all)", type=SIZE),
+    "tokenizer": flag(
+        "auto",
+        "byte, char, word, bpe, gpt2, a tokenizer.json, or auto: what is usual for the corpus",
+        type=tokenizer_name,
+        metavar="KIND",
+    ),
+    # 257: bytes and end.
+    "vocab_size": flag(32000, "of --tokenizer bpe", type=number(int, 257, 2**20)),
+    "save_dir": flag(
+        None, "folder for checkpoints and corpora (default: a RAM disk with room, else ~/.cache)"
+    ),
+    "mirror": flag(
+        None,
+        "address or folder that holds <dataset>/<file>, instead of the usual hosts",
+        metavar="BASE",
+    ),
+}
+
+
+def underscored(argument):
+    """An argument, with the underscores of a flag whose name was typed with hyphens."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    name = name.replace("-", "_")
+    if name.startswith("no_"):
+        name = name.replace("_", "-", 1)
+    return f"--{name}{equals}{value}"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
@@ -1487,17 +1601,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    """The flags of this file as a program; those of a corpus mean what they mean to main.py."""
+    """The flags of this file as a program."""
     parser = Parser(description=main.__doc__, allow_abbrev=False)
-    corpora = [name for name in CORPORA if name != "text"]
-    add = parser.add_argument
-    add("--dataset", choices=corpora, default="ptb")
-    add("--text", nargs="+", metavar="PATH", help="your own files, folders or patterns instead")
-    add("--tokenizer", choices=["auto", *TOKENIZERS], default="auto")
-    add("--vocab_size", type=int, default=32000, help="of --tokenizer bpe (default: %(default)s)")
-    add("--valid_fraction", type=float, default=0.1, help="of --text (default: %(default)s)")
-    add("--save_dir", help="the folder that main.py is given, too (default: as there)")
-    add("--mirror", metavar="BASE", help="address or folder that holds <dataset>/<file>")
+    for name, (default, options) in DATA_FLAGS.items():
+        parser.add_argument(f"--{name}", default=default, **options)
+    parser.add_argument(
+        "--save_tokenizer", metavar="FILE", help="write the tokenizer as a tokenizer.json"
+    )
 
     group = parser.add_argument_group("collecting a corpus (a key is read from TEACHER_API_KEY)")
     add = group.add_argument
@@ -1518,13 +1628,15 @@ def make_parser():
 def main():
     """Prepares a corpus ahead of training and says what it is, or collects one from a teacher."""
     parser = make_parser()
-    flags = parser.parse_args()
+    flags = parser.parse_args([underscored(argument) for argument in sys.argv[1:]])
     # --max_requests is not among them: it has a default.
     teaching = [flags.distill_from, flags.teacher_model, flags.teacher_prompts, flags.output]
     if any(teaching) and None in teaching:
         parser.error(
             "--distill_from, --teacher_model, --teacher_prompts and --output go together: give all"
         )
+    if (flags.valid_text or flags.test_text) and not flags.text:
+        parser.error("--valid_text and --test_text go with --text: give that, too, or neither")
     try:
         if flags.distill_from:
             extra("collect").collect(flags)
@@ -1552,16 +1664,15 @@ def drop_unwritten():
 
 def prepare(flags):
     """Loads the corpus that the flags name, which encodes it, and prints what it is."""
-    dataset = load_dataset(
-        "text" if flags.text else flags.dataset,
-        open_folder(flags.save_dir, writing=True),
-        text=flags.text,
-        tokenizer=flags.tokenizer,
-        vocab_size=flags.vocab_size,
-        valid_fraction=flags.valid_fraction,
-        mirror=flags.mirror,
-    )
+    names = ["text", "valid_text", "test_text", "valid_fraction", "train_tokens"]
+    names += ["tokenizer", "vocab_size", "save_dir", "mirror"]
+    arguments = {name: getattr(flags, name) for name in names}
+    dataset = load_dataset("text" if flags.text else flags.dataset, **arguments)
     tokenizer = dataset.tokenizer
+    if flags.save_tokenizer:
+        text, _ = extra("huggingface").tokenizer_json(tokenizer)
+        with explained(f"cannot write {flags.save_tokenizer}: name another file", OSError):
+            Path(user_path(flags.save_tokenizer)).write_text(text, "utf-8")
     print(
         f"{dataset.name} by {tokenizer.kind}: vocabulary {tokenizer.vocab_size:,}, "
         f"special {tokenizer.num_special}"

@@ -60,8 +60,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
-from datasets import CORPORA, TOKENIZERS, Dataset, RunError, UsageError
-from datasets import explained, extra, load_dataset, open_folder, tokenizer_from_dict, user_path
+from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, RunError, UsageError
+from datasets import choice, explained, extra, flag, load_dataset, number, open_folder
+from datasets import tokenizer_from_dict, underscored, user_path
 
 # Kept in checkpoints: another BLAS rounds in another way.
 BLAS = fast.BLAS if fast else "MLX's own BLAS"
@@ -2134,7 +2135,7 @@ def first_ids(tokenizer, prompt):
         return ids
     if tokenizer.eos is not None:
         return [tokenizer.eos]
-    return tokenizer.encode("\n").tolist()
+    return tokenizer.encode("\n").tolist() or [0]  # some read no line ends
 
 
 class Conversation:
@@ -2320,24 +2321,7 @@ def print_reply(conversation, line, flags):
 
 # ---- Command line -------------------------------------------------------------------------------
 
-
-def number(kind, least, most=math.inf):
-    """An argparse type: a finite int or float from `least` to `most`, both included."""
-
-    def convert(text):
-        value = kind(text)
-        if least <= value <= most and value < math.inf:  # nan fails the first comparison
-            return value
-        limit = f" and at most {most}" if most < math.inf else ""
-        raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, not {text}")
-
-    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's messages
-    return convert
-
-
-LARGEST = 2**31 - 1  # of int32
 COUNT = number(int, 0, LARGEST)
-SIZE = number(int, 1, LARGEST)
 RATE = number(float, 0)
 SHARE = number(float, 0, 1)
 DROPOUT = number(float, 0, 0.9)
@@ -2353,48 +2337,11 @@ PRESETS = {
 }
 
 
-def flag(default, help, **options):
-    """A row of FLAGS: the default and argparse's options. A default of False makes a switch."""
-    if default is False:
-        options["action"] = argparse.BooleanOptionalAction  # --name and --no-name
-    if default:
-        help += f" (default: {default})"
-    return default, options | {"help": help}
-
-
-def choice(default, choices, help):
-    return flag(default, help, choices=list(choices))
-
-
 # {group: {flag: row}}, a statement for each group. Every default is written here; where it is None,
 # the help says what it follows from. The groups are those of --help and of a --config file.
 FLAGS = {}
 
-FLAGS["run"] = {
-    "dataset": choice("ptb", [name for name in CORPORA if name != "text"], "corpus to train on"),
-    "text": flag(
-        None,
-        "train on your own UTF-8 files, folders and patterns instead",
-        nargs="+",
-        metavar="PATH",
-    ),
-    "valid_text": flag(
-        None, "validate on these (default: a part of --text)", nargs="+", metavar="PATH"
-    ),
-    "test_text": flag(None, "test on these", nargs="+", metavar="PATH"),
-    "valid_fraction": flag(0.1, "share of --text for validation", type=number(float, 0.001, 0.5)),
-    "train_tokens": flag(None, "train on the first so many tokens (default: all)", type=SIZE),
-    "tokenizer": choice("auto", ["auto", *TOKENIZERS], "auto: what is usual for the corpus"),
-    # 257: bytes and end.
-    "vocab_size": flag(32000, "of --tokenizer bpe", type=number(int, 257, 2**20)),
-    "save_dir": flag(
-        None, "folder for checkpoints and corpora (default: a RAM disk with room, else ~/.cache)"
-    ),
-    "mirror": flag(
-        None,
-        "address or folder that holds <dataset>/<file>, instead of the usual hosts",
-        metavar="BASE",
-    ),
+FLAGS["run"] = DATA_FLAGS | {
     "identifier": flag(
         None, "checkpoint id or its beginning, run name, latest or best", nargs="+", metavar="ID"
     ),
@@ -2743,17 +2690,6 @@ def parse(arguments):
     return vars(values)
 
 
-def underscored(argument):
-    """An argument, with the underscores of a flag whose name was typed with hyphens."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    name = name.replace("-", "_")
-    if name.startswith("no_"):
-        name = name.replace("_", "-", 1)
-    return f"--{name}{equals}{value}"
-
-
 def read_command_line(argv):
     """What the command line asks for, {flag: value}: typed, by --config or by --preset.
 
@@ -2862,6 +2798,8 @@ def resolve(flags):
         flags.dataset = "text"
     if flags.tokenizer == "auto":
         flags.tokenizer = CORPORA[flags.dataset].tokenizer
+    elif flags.tokenizer not in TOKENIZERS:
+        flags.tokenizer = absolute(flags.tokenizer)
     if flags.num_kv_heads is None:
         flags.num_kv_heads = flags.num_heads
     if flags.mlp_dim is None:
@@ -3187,11 +3125,11 @@ def list_versions(flags, ranks):
     }
 
 
-def load_data(folder, flags, checkpoint, origins):
+def load_data(folder, flags, typed, checkpoint, origins):
     """The dataset of a run.
 
-    It is encoded with the tokenizer of the model that the run began with or learns from, if there
-    is one, which a resumed run's checkpoint has kept.
+    It is encoded with the tokenizer of the model that the run began with or learns from, or with
+    that of a file; a resumed run's checkpoint has kept either.
     """
     arguments = {name: getattr(flags, name) for name in DATA if name != "dataset"}
     if origins:
@@ -3199,10 +3137,12 @@ def load_data(folder, flags, checkpoint, origins):
         arguments["tokenizer"] = origins[first].tokenizer.to_dict()
     elif checkpoint and (flags.init_from or flags.teacher):
         arguments["tokenizer"] = load_tokenizer(folder, checkpoint)
+    elif checkpoint and flags.tokenizer not in TOKENIZERS and "tokenizer" not in typed:
+        arguments["tokenizer"] = load_tokenizer(folder, checkpoint)  # the file may be gone
     dataset = load_dataset(flags.dataset, folder, **arguments, mirror=flags.mirror, say=tqdm.write)
     if checkpoint and checkpoint["tokens_sha256"] != dataset.sha256:
         raise UsageError(
-            f"the training text of {checkpoint['run']} has changed: "
+            f"the training text or tokenizer of {checkpoint['run']} has changed: "
             "begin a run on it with --new_model, or name another --save_dir"
         )
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
@@ -3341,7 +3281,7 @@ def execute(argv, ranks):
     origins = {} if flags.evaluate else open_origins(folder, flags, checkpoint)
     if origins and not checkpoint:
         adopt_shape(flags, typed, origins)
-    dataset = load_data(folder, flags, checkpoint, origins)
+    dataset = load_data(folder, flags, typed, checkpoint, origins)
     if flags.evaluate:
         return score_checkpoint(folder, checkpoint, flags, dataset, ranks)
     if flags.benchmark:

@@ -1180,10 +1180,101 @@ def test_preparing_a_corpus(tmp_path):
     ("--foo", "--foo"),
     ("--text {0} --valid_fraction 0", "--valid_fraction"), ("--text {0} --valid_fraction 2", "--valid_fraction"),
     ("--text {0} --tokenizer bpe --vocab_size 5", "--vocab_size"), ("--vocab_size many", "--vocab_size"),
+    ("--text {0} --tokenizer {0}", "must be a Hugging Face tokenizer.json"), ("--valid_text {0}", "go with --text"),
+    ("--text {0} --save_tokenizer /nowhere/x.json", "cannot write /nowhere/x.json"), ("--train-tokens 0", "at least 1"),
 ])  # fmt: skip
 def test_mistakes_in_preparing(tmp_path, text, line, word):
     out, err = prepare(*line.format(text).split(), "--save_dir", tmp_path / "lm", status=2)
     assert out == "" and err.count("\n") == 1 and err.startswith("datasets.py: ") and word in err, err
+
+
+@pytest.fixture(scope="module")
+def tokenizer_files(tmp_path_factory):
+    """Files of Hugging Face's library: {name: path}. Of these only the last is lossless."""
+    package = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("tokenizers")
+    options = dict(vocab_size=400, show_progress=False)
+    made = {
+        "sentencepiece": package.SentencePieceBPETokenizer(),
+        "unigram": package.SentencePieceUnigramTokenizer(),
+        "wordpiece": package.BertWordPieceTokenizer(),
+        "bytes": package.ByteLevelBPETokenizer(),
+    }
+    made["sentencepiece"].train_from_iterator(ROWS.split("\n"), special_tokens=["<unk>", "</s>"], **options)
+    made["unigram"].train_from_iterator(ROWS.split("\n"), special_tokens=["<unk>"], unk_token="<unk>", **options)
+    made["wordpiece"].train_from_iterator(ROWS.split("\n"), **options)
+    made["bytes"].train_from_iterator(ROWS.split("\n"), special_tokens=["<eos>"], **options)
+    for name, tokenizer in made.items():
+        tokenizer.save(str(folder / f"{name}.json"))
+    return {name: folder / f"{name}.json" for name in made}
+
+
+@pytest.mark.parametrize("name, eos, unk", [
+    ("sentencepiece", "</s>", "<unk>"), ("unigram", None, "<unk>"), ("wordpiece", None, "[UNK]"), ("bytes", "<eos>", None),
+])  # fmt: skip
+def test_tokenizer_of_a_file(tokenizer_files, name, eos, unk, tmp_path):
+    """Its ids are the library's own; what it does not know is named; a checkpoint holds all of it."""
+    from tokenizers import Tokenizer
+
+    path = tmp_path / "own.json"
+    shutil.copy(tokenizer_files[name], path)
+    theirs = Tokenizer.from_file(str(path))
+    [text] = write(tmp_path / "text", [ROWS])
+    dataset = datasets.load_dataset("text", tmp_path / "lm", text=[text], valid_text=[text], tokenizer=str(path))
+    tokenizer = dataset.tokenizer
+    ids_of_rows = theirs.encode(ROWS, add_special_tokens=False).ids
+    assert dataset.train.tokens.tolist() == ids_of_rows and tokenizer.encode("the fox").dtype == np.uint16
+    assert tokenizer.eos == (eos and theirs.token_to_id(eos)) and tokenizer.unk == (unk and theirs.token_to_id(unk))
+    assert tokenizer.num_special == (eos is not None) + (unk is not None)
+    assert tokenizer.unknown("the ☃ fox") == (["☃"] if unk else [])
+    if name == "bytes":
+        assert tokenizer.decode(tokenizer.encode("a ☃\r\n\té")) == "a ☃\r\n\té"
+    line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm"]
+    run(*line, "--tokenizer", path, "--num_iters", 2, "--max_tokens", 8)
+    path.unlink()
+    out, _ = run("--save_dir", tmp_path / "lm", "--num_iters", 4)
+    assert "at iteration 4" in out and "by file" in out
+    out, err = run("--prompt", "the ☃ fox", "--save_dir", tmp_path / "lm", "--max_tokens", 8)
+    assert len(out) > 1 and ("☃" in err) == (unk is not None)
+    shutil.copy(tokenizer_files["unigram" if name == "bytes" else "bytes"], path)
+    _, err = run(*line, "--tokenizer", path, "--num_iters", 6, status=2)
+    assert "text or tokenizer of" in err and "--new_model" in err
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "word", "bpe"])
+def test_saved_tokenizer_has_the_same_ids(kind, tmp_path):
+    [text] = write(tmp_path / "text", [ROWS])
+    line = ["--text", text, "--tokenizer", kind, "--vocab_size", 300, "--save_dir", tmp_path / "lm"]
+    out, _ = prepare(*line, "--train-tokens", 70, "--save_tokenizer", tmp_path / "own.json")
+    assert "            70 tokens" in out
+    again, _ = prepare(*line[:2], "--tokenizer", tmp_path / "own.json", "--save_dir", tmp_path / "lm")
+    counts = [re.findall(r"[\d,]+ tokens", out)[1:] for out in (out, again)]
+    assert counts[0] == counts[1]
+    one, other = (
+        datasets.load_dataset("text", tmp_path / "lm", text=[text], tokenizer=tokenizer, vocab_size=300)
+        for tokenizer in (kind, str(tmp_path / "own.json"))
+    )
+    for split in ("train", "valid"):
+        np.testing.assert_array_equal(getattr(one, split).tokens, getattr(other, split).tokens)
+    assert (one.tokenizer.eos, one.tokenizer.unk) == (other.tokenizer.eos, other.tokenizer.unk)
+    assert one.train.num_unk == other.train.num_unk
+
+
+def test_own_validation_and_test_text(tmp_path):
+    """The same counts as main.py's, which has the same flags."""
+    import main
+
+    paths = write(tmp_path / "text", [ROWS, ROWS[:3000], ROWS[4000:5000]])
+    out, _ = prepare("--text", paths[0], "--valid_text", paths[1], "--test_text", paths[2], "--save_dir", tmp_path / "lm")
+    assert [f"{len(part.encode()):,} tokens" in out for part in (ROWS, ROWS[:3000], ROWS[4000:5000])] == 3 * [True]
+    rows = {name: main.FLAGS["run"][name] for name in datasets.DATA_FLAGS}
+    assert rows == datasets.DATA_FLAGS and set(main.DATA) <= set(rows)
+
+
+def test_the_usual_folder(tmp_path, text, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "usual_folder", lambda: tmp_path / "usual")
+    dataset = datasets.load_dataset("text", text=[text])
+    assert len(dataset.train.tokens) and (tmp_path / "usual" / "text").is_dir()
 
 
 def test_what_is_prepared_is_used(tmp_path, text):
