@@ -33,6 +33,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -2343,7 +2344,11 @@ FLAGS = {}
 
 FLAGS["run"] = DATA_FLAGS | {
     "identifier": flag(
-        None, "checkpoint id or its beginning, run name, latest or best", nargs="+", metavar="ID"
+        None,
+        "checkpoint id or its beginning, run name, latest or best; with --plot or --cases several, "
+        "or patterns of run names",
+        nargs="+",
+        metavar="ID",
     ),
     "new_model": flag(False, "begin a new run even if one could be resumed"),
     "num_iters": flag(100000, "steps to train in all", type=SIZE),
@@ -2476,7 +2481,8 @@ FLAGS["tools"] = {
     ),
     "cases": flag(
         None,
-        "YAML list of prompt and expected: their ranks, by checkpoint (--identifier)",
+        "YAML lists of prompt and expected: their ranks, by checkpoint (--identifier)",
+        nargs="+",
         metavar="FILE",
     ),
     "plot": flag(
@@ -2913,7 +2919,12 @@ def show_runs(folder, flags, typed):
     records = list_checkpoints(folder, warn=True)
     if not records:
         raise UsageError(f"no checkpoint is in {folder}: {TRAIN_FIRST}")
-    named = [named_checkpoint(folder, records, name) for name in flags.identifier or []]
+    named = []
+    for identifier in flags.identifier or []:
+        # With a pattern, of each run that it matches the newest checkpoint.
+        runs = dict.fromkeys(record["run"] for record in records)
+        names = fnmatch.filter(runs, identifier) or [identifier]
+        named += [named_checkpoint(folder, records, name) for name in names]
     if flags.plot:
         extra("pictures").plot_runs(folder, [record["run"] for record in named], flags.plot)
     else:
@@ -3202,10 +3213,8 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
             f"{name} is being trained by another process: wait for it, or begin another with "
             "--new_model"
         )
-    with (
-        lock,
-        Interrupts(launched=ranks.size > 1) as interrupts,
-    ):  # from here on there is something to save
+    interrupts = Interrupts(launched=ranks.size > 1)
+    with lock, interrupts:  # from here on there is something to save
         # Another process may have trained the run until just now.
         if checkpoint and name == checkpoint["run"]:
             own = [record for record in list_checkpoints(folder) if record["run"] == name]

@@ -1,10 +1,11 @@
 """Probe cases: how probable checkpoints find the continuations that a user expects.
 
-    python main.py --cases tests/cases.yaml                         every checkpoint in the folder
+    python main.py --cases extras/cases/english.yaml                every checkpoint in the folder
     python main.py --cases FILE.yaml --identifier best --top_k 10   one of them (or several)
-    python main.py --cases FILE.yaml --output results.json          the results as JSON, too
+    python main.py --cases FILE.yaml --identifier "ptb-*"           the newest of each such run
+    python main.py --cases A.yaml B.yaml --output results.json      the results as JSON, too
 
-The file is a YAML list like `- {prompt: "import ", expected: "os"}`.
+A file is a YAML list like `- {prompt: "import ", expected: "os"}`; extras/cases/ has some.
 A case passes if each expected token is among the --top_k most likely ones at its place (5 unless
 another number is given).
 """
@@ -46,21 +47,23 @@ def run_cases(folder, records, flags, top_k):
 
 
 def read_cases(flags):
-    """The cases in the file of --cases, [(prompt, expected), ...].
+    """The cases in the files of --cases, [(prompt, expected), ...].
 
-    Raises UsageError if it holds anything else, or if --output cannot be written.
+    Raises UsageError if one holds anything else, or if --output cannot be written.
     """
     import yaml
 
     needed = "is no YAML list of prompt and expected, like - {prompt: a, expected: b}"
-    with explained(f"--cases {flags.cases} {needed}, or --output no file to write"):
-        text = Path(user_path(flags.cases)).read_text("utf-8")
-        # BaseLoader leaves each scalar a text: `yes` is no truth value here, and 1.0 no number.
-        entries = yaml.load(text, yaml.BaseLoader)
-        cases = [(read_text(entry, "prompt"), read_text(entry, "expected")) for entry in entries]
-        if flags.output:
-            # Fails now rather than after the work.
-            open(flags.output, "ab").close()
+    cases = []
+    for path in flags.cases:
+        with explained(f"--cases {path} {needed}"):
+            text = Path(user_path(path)).read_text("utf-8")
+            # BaseLoader leaves each scalar a text: `yes` is no truth value here, 1.0 no number.
+            for entry in yaml.load(text, yaml.BaseLoader):
+                cases.append((read_text(entry, "prompt"), read_text(entry, "expected")))
+    if flags.output:
+        with explained(f"--output {flags.output} is no file to write: name another", OSError):
+            open(flags.output, "ab").close()  # fails now rather than after the work
     return cases
 
 

@@ -325,7 +325,7 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     *((f"--cases {name}", name, "YAML list of prompt and expected, like - {prompt") for name in (
         "prompt.yaml words.yaml cut.yaml empty.yaml number.yaml deep.yaml text.txt picture.png"
     ).split()),
-    ("--cases cases.yaml --output nowhere/out.json", "nowhere/out.json", "--output no file to write"),
+    ("--cases cases.yaml --output nowhere/out.json", "nowhere/out.json", "is no file to write: name another"),
 ]  # fmt: skip
 
 

@@ -77,10 +77,41 @@ def test_a_damaged_checkpoint_is_skipped(text, tmp_path):
     assert newest[:12] in err and newest[:12] not in out and older[:12] in out
 
 
-def test_the_example_file_of_cases(trained):
-    line = ["--cases", ROOT / "tests" / "cases.yaml", "--identifier", "latest"]
+EXAMPLES = [ROOT / "tests" / "cases.yaml", *sorted((ROOT / "extras" / "cases").glob("*.yaml"))]
+
+
+def test_the_example_files_of_cases(trained, tmp_path):
+    assert len(EXAMPLES) == 3
+    line = ["--cases", *EXAMPLES, "--identifier", "latest", "--output", tmp_path / "out.json"]
     out, _ = run(*line, "--save_dir", trained)
-    assert "within the 5 likeliest" in out
+    cases = [re.findall(r"^- {prompt", path.read_text(), re.M) for path in EXAMPLES]
+    count = sum(map(len, cases))
+    assert f"of {count} within the 5 likeliest" in out and count > 40
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert len({(result["prompt"], result["expected"]) for result in results}) == count
+
+
+def test_patterns_of_runs(text, tmp_path):
+    """Of each run that matches, the newest checkpoint, once."""
+    line = ["--text", text, *TINY, "--save_dir", tmp_path, "--steps_per_save", 1, "--num_iters"]
+    run(*line, 2)
+    run(*line, 3, "--new_model")
+    (tmp_path / "cases.yaml").write_text("- {prompt: the, expected: e}\n")
+    records = main.list_checkpoints(tmp_path)
+    newest = {record["run"]: record["id"] for record in reversed(records)}
+    assert len(newest) == 2
+    line = ["--cases", "cases.yaml", "--output", "out.json", "--save_dir", tmp_path, "--identifier"]
+    for patterns, expected in (
+        (["text-*"], set(newest.values())),
+        (["*[0-9a-f]", "latest"], set(newest.values())),
+        ([f"*{records[0]['run'][-6:]}"], {records[0]["id"]}),
+    ):
+        run(*line, *patterns, cwd=tmp_path)
+        results = json.loads((tmp_path / "out.json").read_text())
+        assert {result["checkpoint"] for result in results} == expected
+    run("--plot", "losses.png", "--identifier", "text-*", "--save_dir", tmp_path, cwd=tmp_path)
+    err = run(*line, "python-*", cwd=tmp_path, status=2)[1]
+    assert "--identifier 'python-*' matches no checkpoint" in err
 
 
 @pytest.mark.parametrize("typed, words", [
