@@ -1609,11 +1609,18 @@ def make_parser():
         "--save_tokenizer", metavar="FILE", help="write the tokenizer as a tokenizer.json"
     )
 
-    group = parser.add_argument_group("collecting a corpus (a key is read from TEACHER_API_KEY)")
+    group = parser.add_argument_group(
+        "collecting a corpus (the key is read from TEACHER_API_KEY, or, of these hosts, from "
+        "OPENAI_API_KEY or GROQ_API_KEY)"
+    )
     add = group.add_argument
     add("--distill_from", metavar="URL", help="of a server that speaks OpenAI's chat completions")
     add("--teacher_model", metavar="NAME", help="the server's model")
-    add("--teacher_prompts", metavar="FILE", help="a prompt a line")
+    add(
+        "--teacher_prompts",
+        metavar="FILE",
+        help="a prompt a line, or the .jsonl that main.py --prompts_file wrote",
+    )
     add("--output", metavar="DIR", help="for answers.jsonl and corpus.txt")
     add(
         "--max_requests",

@@ -5,12 +5,14 @@ The answers to a list of prompts are kept as they come, so an interrupted collec
 it stopped, and no answer is paid for twice.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import time
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from datasets import RunError, UsageError, explained, utf8
 
@@ -24,18 +26,33 @@ TEMPORARY = (408, 409, 425, 429)
 
 def collect(flags):
     """Does what the flags of datasets.py ask for. Raises UsageError, RunError."""
-    fault = f"--teacher_prompts {flags.teacher_prompts} must be a UTF-8 file"
-    with explained(fault, OSError, ValueError):
-        text = Path(flags.teacher_prompts).read_text("utf-8")
-    prompts = text.removesuffix("\n").split("\n")  # splitlines would cut at \f, too
-    folder = Path(flags.output)
+    source, folder = Path(flags.teacher_prompts), Path(flags.output)
     for path in (folder / ANSWERS, folder / CORPUS):
-        if path.exists() and path.samefile(flags.teacher_prompts):
+        if path.exists() and source.exists() and path.samefile(source):
             raise UsageError(
                 f"--teacher_prompts {flags.teacher_prompts} is a file that --output {folder} "
                 "writes: name another --output"
             )
+    prompts = read_prompts(source)
     distill(flags.distill_from, flags.teacher_model, prompts, folder, flags.max_requests)
+
+
+def read_prompts(path):
+    """The lines of a file; of a .jsonl that main.py's --prompts_file wrote, what a model began.
+
+    That is each prompt with its completion: so the teacher goes on where a student's own
+    continuations lead. Raises UsageError.
+    """
+    is_jsonl = str(path).endswith(".jsonl")
+    content = "hold prompts and completions, as main.py --prompts_file writes them, or another name"
+    fault = f"--teacher_prompts {path} must {content if is_jsonl else 'be a UTF-8 file'}"
+    with explained(fault, OSError, ValueError, LookupError, TypeError):
+        text = Path(path).read_text("utf-8")
+        lines = text.removesuffix("\n").split("\n")  # splitlines would cut at \f, too
+        if not is_jsonl:
+            return lines
+        answers = [json.loads(line) for line in lines]
+        return [answer["prompt"] + answer["completion"] for answer in answers]
 
 
 def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
@@ -43,7 +60,7 @@ def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
 
     Each answer becomes a line of JSON (prompt, model, completion) in folder/answers.jsonl, and in
     the end all prompts and answers go to folder/corpus.txt, for --text. At most `most` requests
-    are made; the next call resumes. The key is read from TEACHER_API_KEY and written nowhere.
+    are made; the next call resumes. The key, see find_key, is written nowhere.
     timeout: seconds without a byte from the server.
 
     Raises UsageError if the address or the key cannot be used, or answers.jsonl holds other lines
@@ -176,6 +193,27 @@ class Reply(NamedTuple):
     wait: int = 0  # seconds until then that the server asks for
 
 
+# The environment variables that hold keys for these hosts, and for those below them.
+KEYS = {"openai.com": "OPENAI_API_KEY", "groq.com": "GROQ_API_KEY"}
+
+
+def find_key(url):
+    """The key for a server, and the environment variable that has it: (variable, key or "").
+
+    TEACHER_API_KEY is for any server, those of KEYS for none but their owners'.
+    """
+    key = os.environ.get("TEACHER_API_KEY")
+    if key:
+        return "TEACHER_API_KEY", key
+    host = ""
+    with contextlib.suppress(ValueError):  # `check` says what is wrong with the address
+        host = urlsplit(url).hostname or ""
+    for owner, variable in KEYS.items():
+        if f".{host}".endswith(f".{owner}"):
+            return variable, os.environ.get(variable, "")
+    return "TEACHER_API_KEY", ""
+
+
 class Teacher:
     """A model at a server, and how many requests it has been sent.
 
@@ -190,7 +228,7 @@ class Teacher:
         self.timeout = timeout
         self.say = say
         self.sent = 0
-        self.key = os.environ.get("TEACHER_API_KEY", "")
+        self.key_name, self.key = find_key(url)
         self.check()
 
     def check(self):
@@ -207,7 +245,7 @@ class Teacher:
         if not (self.key.isascii() and self.key.isprintable()):
             # Without the key, which is written nowhere.
             raise UsageError(
-                "TEACHER_API_KEY holds a line end or another character that no header can hold: "
+                f"{self.key_name} holds a line end or another character that no header can hold: "
                 "set it to the key alone"
             )
 

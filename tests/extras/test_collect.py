@@ -16,7 +16,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY, run
 
 import extras.collect
 from datasets import RunError, UsageError
@@ -132,6 +132,52 @@ def test_without_a_key_none_is_sent(tmp_path, pauses, monkeypatch):
     with Server() as server:
         distill(server, tmp_path)
     assert {authorization for _, authorization, _ in server.asked} == {None}
+
+
+@pytest.mark.parametrize("url, variable", [
+    ("https://api.openai.com/v1", "OPENAI_API_KEY"), ("https://API.Groq.com:443/openai/v1", "GROQ_API_KEY"),
+    ("http://localhost:8000/v1", None), ("https://api.openai.com.example.org/v1", None),
+    ("https://notopenai.com/v1", None), ("https://example.org/openai.com", None),
+    ("https://openai.com@example.org/v1", None), ("http://[", None),
+])  # fmt: skip
+def test_a_key_goes_to_its_owner_alone(monkeypatch, url, variable):
+    for name in ("OPENAI_API_KEY", "GROQ_API_KEY"):
+        monkeypatch.setenv(name, name.lower())
+    for none in ("", None):
+        monkeypatch.delenv("TEACHER_API_KEY", raising=False)
+        if none is not None:
+            monkeypatch.setenv("TEACHER_API_KEY", none)
+        assert extras.collect.find_key(url)[1] == (variable.lower() if variable else "")
+    monkeypatch.setenv("TEACHER_API_KEY", KEY)
+    assert extras.collect.find_key(url) == ("TEACHER_API_KEY", KEY)
+    monkeypatch.delenv("TEACHER_API_KEY")
+    if variable:
+        monkeypatch.setenv(variable, f"{KEY}\n")
+        with pytest.raises(UsageError, match=f"^{variable} holds a line end"):
+            extras.collect.Teacher(url, "gpt", 1, 1, print)
+
+
+def test_a_student_asks_for_what_it_began(tmp_path, text):
+    """Train, sample prompts, collect, fine-tune: the teacher gets the student's own continuations."""
+    folder = ["--save_dir", tmp_path / "lm", "--max_tokens", 12]
+    run("--text", text, *TINY, "--num_iters", 2, *folder)
+    (tmp_path / "begin.txt").write_text("the\na ☃\n")
+    line = ["--prompts_file", tmp_path / "begin.txt", "--num_samples", 2, "--output", tmp_path / "begun.jsonl"]
+    run(*line, *folder, "--temperature", 1)
+    begun = [json.loads(line) for line in (tmp_path / "begun.jsonl").read_text().removesuffix("\n").split("\n")]
+    with Server() as server:
+        line = ["--distill_from", server.url, "--teacher_model", "gpt"]
+        process = program(tmp_path, *line, "--teacher_prompts", "begun.jsonl", "--output", "out")
+        assert process.returncode == 0, process.stderr
+    asked = [body["messages"][0]["content"] for _, _, body in server.asked]
+    assert asked == [answer["prompt"] + answer["completion"] for answer in begun] and len(set(asked)) == 4
+    out, _ = run("--text", tmp_path / "out" / "corpus.txt", "--init_from", "latest", "--batch_size", 2, "--num_iters", 2, *folder)
+    assert "at iteration 2" in out
+    for content in ("no JSON", '{"prompt": "a"}', "[1]", '{"prompt": "a", "completion": 3}'):
+        (tmp_path / "bad.jsonl").write_text(content + "\n")
+        process = program(tmp_path, *line, "--teacher_prompts", "bad.jsonl", "--output", "bad")
+        assert process.returncode == 2 and process.stderr.count("\n") == 1
+        assert "bad.jsonl must hold prompts and completions" in process.stderr
 
 
 def test_failures_are_tried_again(tmp_path, pauses):
@@ -376,7 +422,7 @@ def test_limit_of_requests(tmp_path, pauses):
 
 def program(folder, *arguments, path=ROOT / "datasets.py", **env):
     command = [sys.executable, str(path), *map(str, arguments)]
-    inherited = {name: value for name, value in os.environ.items() if name != "TEACHER_API_KEY"}
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
     env = inherited | env | {"no_proxy": "*"}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
