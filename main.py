@@ -100,6 +100,7 @@ class Config:
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
     untie: bool = False  # the output layer has a matrix of its own, not the embeddings
     rope_theta: float = 10000.0  # RoPE's wavelengths: 2 pi to nearly 2 pi * theta positions
+    rope_scaling: tuple = None  # of Llama 3's RoPE, see Llama3RoPE; None: plain RoPE
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
     head_dim: int = None  # d; None: dim / num_heads
 
@@ -174,6 +175,28 @@ def attend(queries, keys, values):
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
 
 
+class Llama3RoPE(nn.Module):
+    """RoPE (Su et al. 2021) for texts longer than those of the first training, as in Llama 3.1.
+
+    Pairs of dimensions that turn `high` times or more within the original context stay as they
+    are, those that turn `low` times or less turn `factor` times slower, others in between.
+    """
+
+    def __init__(self, d, base, factor, low, high, original_context):
+        super().__init__()
+        self.d = d
+        speeds = base ** -(np.arange(0, d, 2) / d)  # [d / 2], radians per position
+        turns = original_context * speeds / (2 * np.pi)
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        speeds = kept * speeds + (1 - kept) * speeds / factor
+        self._periods = mx.array(1 / speeds, mx.float32)  # MLX trains nothing that begins with _
+
+    def __call__(self, x, offset=0):  # [..., L, d] -> [..., L, d]
+        return mx.fast.rope(
+            x, self.d, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
+        )
+
+
 class Attention(nn.Module):
     """Causal self-attention, K key/value heads shared by H query heads (Ainslie et al. 2023)."""
 
@@ -183,6 +206,8 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.head_dim = d
         self.rope = nn.RoPE(d, base=config.rope_theta)  # pairs dimensions i and i + d/2, as Llama
+        if config.rope_scaling:
+            self.rope = Llama3RoPE(d, config.rope_theta, *config.rope_scaling)
         self.q_proj = nn.Linear(D, config.num_heads * d, bias=False)
         self.k_proj = nn.Linear(D, config.num_kv_heads * d, bias=False)
         self.v_proj = nn.Linear(D, config.num_kv_heads * d, bias=False)

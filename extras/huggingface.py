@@ -41,6 +41,13 @@ THEIR_NAMES = {
     "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
 }
+# What its rope settings have beside the type: the values of our Config's rope_scaling, in order.
+THEIR_ROPE_SCALING = [
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+]
 # Entries of a config.json that, if set, make a model compute what ours cannot.
 UNSUPPORTED = [
     "attention_bias",
@@ -54,6 +61,9 @@ UNSUPPORTED = [
 NUMBERS = {
     "rope_theta": ((int, float), 1, 1e30),
     "rms_norm_eps": ((int, float), 0, 1),
+    "factor": ((int, float), 1, 1e6),
+    "low_freq_factor": ((int, float), 1e-6, 1e6),
+    "high_freq_factor": ((int, float), 1e-6, 1e6),
 }
 LARGEST_SIZE = 2**24
 # Our models have learned no chat format: a chat is the texts of its messages, concatenated.
@@ -154,16 +164,20 @@ def find_rope(settings):
     return settings.get("rope_parameters") or settings.get("rope_scaling") or {}
 
 
+def find_rope_type(settings):
+    """How it stretches RoPE's wavelengths for texts longer than those of the training."""
+    rope = find_rope(settings)
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
 def find_unsupported(settings):
     """What a model with these settings does and ours cannot, as a list of phrases."""
     found = [name for name in UNSUPPORTED if settings.get(name)]
     kind = find_kind(settings)
     if kind is None:
         found.append(f"model_type {settings['model_type']}")
-    # Other types stretch the wavelengths for texts longer than those of the training.
-    rope = find_rope(settings)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
+    rope_type = find_rope_type(settings)
+    if rope_type not in ("default", "llama3"):
         found.append(f"rope {rope_type}")
     mlp = "swiglu"  # of most models, where the type is unknown
     if kind is not None:
@@ -196,6 +210,12 @@ def make_config(settings, untie):
         raise UsageError("num_key_value_heads does not divide num_attention_heads")
     if fields["head_dim"] is not None and fields["head_dim"] % 2:
         raise UsageError("head_dim is odd")  # RoPE rotates pairs
+    if find_rope_type(settings) == "llama3":
+        for name in THEIR_ROPE_SCALING:
+            check_number(name, settings[name])
+        fields["rope_scaling"] = tuple(settings[name] for name in THEIR_ROPE_SCALING)
+        if settings["low_freq_factor"] >= settings["high_freq_factor"]:
+            raise UsageError("low_freq_factor is not below high_freq_factor")
     mlp, qk_norm = find_kind(settings)
     return Config(mlp=mlp, qk_norm=qk_norm, untie=untie, **fields)
 
@@ -302,7 +322,11 @@ def make_settings(config, name, tokenizer):
     settings["hidden_act"] = THEIR_ACTIVATIONS[config.mlp]
     settings["attention_bias"] = False
     settings["mlp_bias"] = False
-    settings["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling:
+        rope |= dict(zip(THEIR_ROPE_SCALING, config.rope_scaling)) | {"rope_type": "llama3"}
+        settings["rope_scaling"] = rope  # as mlx_lm and older versions of transformers call it
+    settings["rope_parameters"] = rope
     settings["dtype"] = "float32"
     # Our texts begin with no token of their own.
     settings["bos_token_id"] = None

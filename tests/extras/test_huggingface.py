@@ -12,7 +12,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, run
+from conftest import TINY, ids, run
 from datasets import BPETokenizer, ByteTokenizer, CharTokenizer, UsageError, WordTokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -35,6 +35,10 @@ SHAPES = {
     "qwen-mqa-untied-word": dict(num_kv_heads=1, qk_norm=True, untie=True, tokenizer="word"),
     "llama-untied-bpe": dict(num_kv_heads=4, untie=True, tokenizer="bpe"),
     "qwen-gqa-bpe": dict(num_kv_heads=2, qk_norm=True, tokenizer="bpe"),
+    # Pairs of dimensions that are kept, that are stretched, and one between.
+    "llama3-byte": dict(
+        num_kv_heads=2, rope_theta=500.0, rope_scaling=(8.0, 1.0, 2.5, 16), tokenizer="byte"
+    ),
 }
 
 
@@ -150,6 +154,51 @@ def test_import_is_the_inverse_of_export(exported, name):
     np.testing.assert_array_equal(logits_of(found, tokens), logits_of(model, tokens))
 
 
+def test_llama3_rope_by_its_formula():
+    """Angles of each pair by the case distinction of Llama 3's own code."""
+    d, base, factor, low, high, context = 16, 500.0, 8.0, 1.0, 2.5, 16
+    rope = main.Llama3RoPE(d, base, factor, low, high, context)
+    kinds, speeds = [], []
+    for i in range(0, d, 2):
+        speed = base ** (-i / d)
+        wavelength = 2 * np.pi / speed
+        if wavelength < context / high:
+            kinds.append("kept")
+        elif wavelength > context / low:
+            kinds.append("stretched")
+            speed /= factor
+        else:
+            kinds.append("between")
+            smooth = (context / wavelength - low) / (high - low)
+            speed = (1 - smooth) * speed / factor + smooth * speed
+        speeds.append(speed)
+    assert set(kinds) == {"kept", "stretched", "between"}
+    x = np.random.default_rng(0).normal(size=(1, 1, 9, d))
+    angles = (np.arange(9) + 5)[:, None] * np.array(speeds)
+    first, second = x[..., : d // 2], x[..., d // 2 :]
+    expected = [first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)]
+    found = np.array(rope(mx.array(x.astype(np.float32)), offset=5))
+    np.testing.assert_allclose(found, np.concatenate(expected, -1), rtol=0, atol=1e-5)
+
+
+def test_a_run_from_a_model_with_stretched_rope(tmp_path, text):
+    """It trains, resumes, samples, and is exported with what it came with; nothing of RoPE is trained."""
+    scaling = [8.0, 1.0, 2.5, 16]
+    model = make_model(rope_theta=500.0, rope_scaling=tuple(scaling))
+    export_model(model, TOKENIZERS["byte"], tmp_path / "hf", None)
+    line = ["--text", text, "--init_from", tmp_path / "hf", "--batch_size", 4, "--max_tokens", 4]
+    for steps in (2, 4):
+        run(*line, "--num_iters", steps, "--save_dir", tmp_path / "legs")
+    run(*line, "--num_iters", 4, "--save_dir", tmp_path / "whole")
+    assert ids(tmp_path / "legs")[0] == ids(tmp_path / "whole")[0]
+    [record] = main.list_checkpoints(tmp_path / "whole")
+    assert record["config"]["rope_scaling"] == scaling
+    assert not [name for name in main.load_arrays(main.files_of(tmp_path / "whole", record)[0]) if "rope" in name]
+    run("--export", tmp_path / "again", "--save_dir", tmp_path / "whole")
+    rope = json.loads((tmp_path / "again" / "config.json").read_text())["rope_parameters"]
+    assert rope["rope_type"] == "llama3" and rope["original_max_position_embeddings"] == 16
+
+
 def test_import_of_shards_in_bfloat16_with_heads_of_their_own(tmp_path):
     """Qwen3's smaller models have heads whose dimensions do not sum to the model's."""
     model = make_model(qk_norm=True, head_dim=32, norm_eps=1e-6, rope_theta=1e6)
@@ -186,6 +235,10 @@ def change(folder, file="config.json", **values):
     (dict(attention_bias=True), "attention_bias"),
     (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope yarn"),
     (dict(rope_parameters=None, rope_scaling={"type": "linear"}), "rope linear"),
+    (dict(rope_parameters={"rope_type": "llama3", "factor": 0.5}), "factor is 0.5"),
+    (dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor"),
+    (dict(rope_parameters={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16}), "low_freq_factor is not below"),
     (dict(quantization={"bits": 4}), "quantization"),
     (dict(quantization_config={"bits": 4}), "quantization_config"),
     (dict(hidden_act="gelu"), "hidden_act gelu"),
