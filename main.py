@@ -2489,9 +2489,11 @@ FLAGS["reuse"] = {
     "teacher_weight": flag(0.5, "share of the teacher in the loss", type=SHARE),
     "teacher_temperature": flag(2.0, "softens both predictions", type=number(float, 0.01, 100)),
     "quantize": flag(
-        None, "bits of a weight in sampling, --evaluate and --export", type=int, choices=[4, 8]
+        None, "bits of a weight in sampling, --evaluate and --export", type=int, choices=[4, 8, 16]
     ),
-    "export": flag(None, "write a checkpoint as a Hugging Face folder", metavar="DIR"),
+    "export": flag(
+        None, "write a checkpoint as a Hugging Face folder, or as FILE.gguf", metavar="DIR"
+    ),
 }
 
 FLAGS["tools"] = {
@@ -3300,7 +3302,10 @@ def execute(argv, ranks):
         raise UsageError(f"no such checkpoint in {folder}: {TRAIN_FIRST}")
     if flags.export:
         model, tokenizer = load_model(folder, checkpoint)
-        extra("huggingface").export_model(model, tokenizer, flags.export, flags.quantize)
+        if flags.export.endswith(".gguf"):
+            extra("gguf").export_gguf(model, tokenizer, flags.export, flags.quantize)
+        else:
+            extra("huggingface").export_model(model, tokenizer, flags.export, flags.quantize)
         print(describe(checkpoint), file=sys.stderr)
         return 0
     if samples:

@@ -244,7 +244,7 @@ def make_id(files):
 def export_model(model, tokenizer, folder, bits):
     """Writes a folder that transformers and mlx_lm load (of Arcee's relu2, transformers alone).
 
-    bits: 4 or 8, which packs the model in place, or None for float32.
+    bits: 4 or 8, which packs the model in place, 16 for float16, or None for float32.
     Raises UsageError if Hugging Face has no such model, or if the folder cannot be written or holds
     a model already: it might be one that a run needs as it is.
     """
@@ -252,7 +252,10 @@ def export_model(model, tokenizer, folder, bits):
     name = find_counterpart(model.config)
     check_vacant(folder)
     settings = make_settings(model.config, name, tokenizer)
-    if bits:
+    if bits == 16:
+        extra("quantize").quantize(model, bits, packed=True)
+        settings["dtype"] = "float16"
+    elif bits:
         group_size = extra("quantize").quantize(model, bits, packed=True)
         # The entry by which mlx_lm knows that the weights are packed.
         settings["quantization"] = {"group_size": group_size, "bits": bits}

@@ -4,6 +4,8 @@
     python main.py --evaluate valid --quantize 4            scores the model before and after
     python main.py --export DIR --quantize 4                writes a smaller model for mlx_lm
 
+16 bits are those of float16.
+
 Only inference uses it: checkpoints always hold float32.
 """
 
@@ -19,7 +21,8 @@ from datasets import explained
 def quantize(model, bits, packed):
     """Rounds all matrices of a model, in place, to `bits` per weight; returns the size of a group.
 
-    A group is 64 neighbours in a row, or 32 where 64 does not divide all rows.
+    A group is 64 neighbours in a row, or 32 where 64 does not divide all rows; with 16 bits there
+    are none, and it is None.
     packed: True for a GPU or an export, which leaves layers with packed weights in the model
     (nn.QuantizedLinear, nn.QuantizedEmbedding); False for a CPU, on which MLX is slow with these,
     so the rounded weights are float32 again. The logits are the same up to rounding.
@@ -29,6 +32,9 @@ def quantize(model, bits, packed):
     for name, weight in tree_flatten(model.parameters()):
         if weight.ndim == 2:
             matrices[name] = weight  # [O, I]
+    if bits == 16:
+        round_to_float16(model, matrices, packed)
+        return None
     group_size = 64
     if any(matrix.shape[1] % 64 for matrix in matrices.values()):
         group_size = 32
@@ -37,10 +43,7 @@ def quantize(model, bits, packed):
         for name, matrix in matrices.items():
             # Packed weights [O, I * bits / 32] and, per group, scales and biases [O, I / group].
             quantized[name] = mx.quantize(matrix, group_size, bits)
-    before = mebibytes(matrices)
-    after = mebibytes(quantized)
-    sizes = f"the matrices' {before:,.1f} MiB would be {after:,.1f}"
-    print(f"Quantized to {bits} bits: {sizes}", file=sys.stderr)
+    print_sizes(bits, matrices, quantized)
 
     if packed:
         nn.quantize(model, group_size, bits)
@@ -52,6 +55,22 @@ def quantize(model, bits, packed):
     # MLX is lazy: otherwise the first reply would have to wait for the rounding.
     mx.eval(model.parameters())
     return group_size
+
+
+def round_to_float16(model, matrices, packed):
+    """Rounds matrices of a model, {name: array}; unless packed, they are float32 again."""
+    rounded = {name: matrix.astype(mx.float16) for name, matrix in matrices.items()}
+    print_sizes(16, matrices, rounded)
+    if not packed:
+        rounded = {name: matrix.astype(mx.float32) for name, matrix in rounded.items()}
+    model.update(tree_unflatten(list(rounded.items())))
+    mx.eval(model.parameters())
+
+
+def print_sizes(bits, before, after):
+    """Prints how much smaller the matrices are that way."""
+    sizes = f"the matrices' {mebibytes(before):,.1f} MiB would be {mebibytes(after):,.1f}"
+    print(f"Quantized to {bits} bits: {sizes}", file=sys.stderr)
 
 
 def mebibytes(tree):

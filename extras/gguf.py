@@ -1,0 +1,189 @@
+"""A model as one GGUF file, which llama.cpp and the programs around it read (Ollama, LM Studio).
+
+    python main.py --export model.gguf                  float32
+    python main.py --export model.gguf --quantize 16    float16; 8: Q8_0, 4: Q4_0
+
+The `gguf` package of llama.cpp writes the file. Architectures are those of extras/huggingface.py:
+Llama, Qwen3, Arcee. Of tokenizers llama.cpp has GPT-2's, byte-level BPE; one of bytes is that
+without merges. It has none by words or by characters.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from mlx.utils import tree_flatten
+
+from datasets import UsageError, explained, user_path
+from extras.huggingface import CHAT_TEMPLATE, find_counterpart, tokenizer_json
+
+# What GGUF calls the parts of a model, and of a block.
+PARTS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+PARTS_OF_BLOCK = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def export_gguf(model, tokenizer, path, bits):
+    """Writes a file for llama.cpp; bits: 4, 8 or 16 for a matrix's weight, None for 32.
+
+    Raises UsageError if llama.cpp has no such model or tokenizer, if the package is missing, or if
+    the file exists or cannot be written.
+    """
+    path = Path(user_path(path))
+    name = find_counterpart(model.config)
+    vocabulary = make_vocabulary(tokenizer, model.config.vocab_size)
+    with explained("--export to GGUF needs a package: pip install gguf", ImportError):
+        import gguf
+    if path.exists():
+        raise UsageError(f"--export {path} exists: name another file, or delete it")
+    formats = gguf.GGMLQuantizationType
+    matrix_format = {None: formats.F32, 16: formats.F16, 8: formats.Q8_0, 4: formats.Q4_0}[bits]
+    new = path.with_name(f"{path.name}.new")
+    with explained(f"cannot write to --export {path}: name a file of yours", OSError):
+        try:
+            writer = gguf.GGUFWriter(new, name.lower())
+            add_settings(writer, model.config)
+            writer.add_name(path.stem)
+            writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{matrix_format.name}", 0))
+            add_vocabulary(writer, vocabulary)
+            for tensor, array in convert_weights(model, is_permuted=name == "Llama"):
+                wanted = matrix_format if array.ndim == 2 else formats.F32
+                with explained(f"--quantize {bits} needs rows that its blocks divide", ValueError):
+                    data = gguf.quantize(array, wanted)
+                writer.add_tensor(tensor, data, raw_dtype=wanted)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+    print(f"{name} in {matrix_format.name} and its tokenizer are in {path}", file=sys.stderr)
+
+
+def add_settings(writer, config):
+    """What llama.cpp has to know of the shape of a model."""
+    writer.add_context_length(config.context_size)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.num_blocks)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def convert_weights(model, is_permuted):
+    """The weights by their names in GGUF, [(name, array), ...].
+
+    is_permuted: whether RoPE pairs neighbouring dimensions there, as for Llama; here it pairs
+    dimensions i and i + d/2.
+    """
+    config = model.config
+    converted = []
+    for name, weight in tree_flatten(model.parameters()):
+        array = np.array(weight)
+        part = name.removesuffix(".weight")
+        if part in PARTS:
+            converted.append((f"{PARTS[part]}.weight", array))
+            continue
+        _, _, block, part = part.split(".", 3)  # model.layers.<number>.<part>
+        if is_permuted and part in ("self_attn.q_proj", "self_attn.k_proj"):
+            halves = array.reshape(-1, 2, config.head_dim // 2, config.dim)
+            array = halves.swapaxes(1, 2).reshape(array.shape)
+        converted.append((f"blk.{block}.{PARTS_OF_BLOCK[part]}.weight", array))
+    if config.rope_scaling:
+        # By how much each pair of dimensions turns slower than without scaling.
+        d = config.head_dim
+        plain = config.rope_theta ** (np.arange(0, d, 2) / d)
+        periods = np.array(model.model.layers[0].self_attn.rope._periods)
+        converted.append(("rope_freqs.weight", (periods / plain).astype(np.float32)))
+    return converted
+
+
+# ---- Tokenizers ---------------------------------------------------------------------------------
+def make_vocabulary(tokenizer, size):
+    """The tokens, in the order of their ids, up to `size` of them, the merges and the end's id.
+
+    Raises UsageError for a tokenizer that llama.cpp does not have.
+    """
+    if tokenizer.kind in ("word", "char"):
+        raise UsageError(
+            f"llama.cpp has no tokenizer by {tokenizer.kind}s: train with --tokenizer bpe or byte, "
+            "or --export a folder for transformers"
+        )
+    text, _ = tokenizer_json(tokenizer)
+    content = json.loads(text)
+    if not is_gpt2_like(content) and tokenizer.kind != "byte":
+        raise UsageError(
+            "llama.cpp would cut texts otherwise than this tokenizer: only GPT-2's way is "
+            "exported; llama.cpp's own convert_hf_to_gguf.py knows models of others"
+        )
+    tokens = {token: text for text, token in content["model"]["vocab"].items()}
+    special = set()
+    for added in content["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        special.add(added["id"])
+    merges = []
+    for merge in content["model"]["merges"]:
+        merges.append(merge if isinstance(merge, str) else " ".join(merge))
+    if not merges:
+        # llama.cpp wants one at least; this one never applies.
+        merges = ["<eos> <eos>"]
+    return {
+        "tokens": [tokens.get(i, f"<unused {i}>") for i in range(size)],
+        "known": set(tokens) - special,
+        "special": special,
+        "merges": merges,
+        "eos": tokenizer.eos,
+    }
+
+
+def is_gpt2_like(content):
+    """Whether a tokenizer.json works as GPT-2's does, but for its vocabulary."""
+    cut = content["pre_tokenizer"] or {}
+    wanted = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    is_cut_so = all(cut.get(name) == value for name, value in wanted.items())
+    return is_cut_so and content["model"]["type"] == "BPE" and not content["normalizer"]
+
+
+def add_vocabulary(writer, vocabulary):
+    """The tokenizer, by the fields that llama.cpp reads."""
+    import gguf
+
+    kinds = []
+    for i in range(len(vocabulary["tokens"])):
+        if i in vocabulary["special"]:
+            kinds.append(gguf.TokenType.CONTROL)
+        elif i in vocabulary["known"]:
+            kinds.append(gguf.TokenType.NORMAL)
+        else:
+            kinds.append(gguf.TokenType.UNUSED)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(vocabulary["tokens"])
+    writer.add_token_types(kinds)
+    writer.add_token_merges(vocabulary["merges"])
+    if vocabulary["eos"] is not None:
+        writer.add_eos_token_id(vocabulary["eos"])
+        writer.add_bos_token_id(vocabulary["eos"])  # llama.cpp asks for one; none is put in front
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
