@@ -51,6 +51,7 @@ def export_gguf(model, tokenizer, path, bits):
         raise UsageError(f"--export {path} exists: name another file, or delete it")
     formats = gguf.GGMLQuantizationType
     matrix_format = {None: formats.F32, 16: formats.F16, 8: formats.Q8_0, 4: formats.Q4_0}[bits]
+    needed = f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"
     new = path.with_name(f"{path.name}.new")
     with explained(f"cannot write to --export {path}: name a file of yours", OSError):
         try:
@@ -61,7 +62,7 @@ def export_gguf(model, tokenizer, path, bits):
             add_vocabulary(writer, vocabulary)
             for tensor, array in convert_weights(model, is_permuted=name == "Llama"):
                 wanted = matrix_format if array.ndim == 2 else formats.F32
-                with explained(f"--quantize {bits} needs rows that its blocks divide", ValueError):
+                with explained(needed, gguf.quants.QuantError):
                     data = gguf.quantize(array, wanted)
                 writer.add_tensor(tensor, data, raw_dtype=wanted)
             writer.write_header_to_file()
@@ -137,7 +138,7 @@ def make_vocabulary(tokenizer, size):
             "exported; llama.cpp's own convert_hf_to_gguf.py knows models of others"
         )
     tokens = {token: text for text, token in content["model"]["vocab"].items()}
-    special = set()
+    special = {tokenizer.eos}
     for added in content["added_tokens"]:
         tokens[added["id"]] = added["content"]
         special.add(added["id"])

@@ -9,7 +9,26 @@ from conftest import TINY, run
 from mlx.utils import tree_flatten
 from test_huggingface import base, logits_of, make_model  # noqa: F401 (a fixture)
 
+from datasets import ByteTokenizer
+from extras.huggingface import export_model, import_model
 from extras.quantize import quantize
+
+
+def test_sixteen_bits_are_float16(tmp_path, capsys):
+    """Of any size of model: unpacked to sample with, packed to export, which mlx_lm and imports read."""
+    model, plain, packed = (make_model(dim=40, seed=5) for _ in range(3))
+    assert quantize(model, 16, packed=False) is None and "16 bits: the matrices'" in capsys.readouterr().err
+    before = dict(tree_flatten(plain.parameters()))
+    for name, weight in tree_flatten(model.parameters()):
+        assert weight.dtype == mx.float32
+        exact = np.array(before[name])
+        expected = exact.astype(np.float16) if weight.ndim == 2 else exact
+        np.testing.assert_array_equal(np.array(weight), expected.astype(np.float32))
+    export_model(packed, ByteTokenizer(), tmp_path, 16)
+    files = mx.load(str(tmp_path / "model.safetensors"))
+    assert {array.dtype for array in files.values() if array.ndim == 2} == {mx.float16}
+    found, _, _ = import_model(tmp_path)
+    np.testing.assert_array_equal(logits_of(found, range(20)), logits_of(model, range(20)))
 
 
 @pytest.mark.parametrize("dim, group", [(128, 64), (96, 32)])

@@ -1,0 +1,146 @@
+"""--export FILE.gguf: what is written, read back by the reader of the package of llama.cpp."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import TINY, run
+from datasets import BPETokenizer, ByteTokenizer, CharTokenizer, UsageError, WordTokenizer
+from mlx.utils import tree_flatten
+from test_huggingface import make_model
+
+from extras.gguf import export_gguf
+from extras.huggingface import tokenizer_json
+
+gguf = pytest.importorskip("gguf")
+TEXT = "the cat <unk> sat\non the  mat — né 😀\n\nx\ty\u3000z\r\n1234\n"
+BPE = BPETokenizer.train([TEXT] * 20, 300)
+MODELS = {
+    "llama": dict(num_kv_heads=2),
+    "llama untied": dict(num_kv_heads=4, untie=True, head_dim=32),
+    "llama3": dict(num_kv_heads=1, rope_theta=500.0, rope_scaling=(8.0, 1.0, 2.5, 16)),
+    "qwen3": dict(num_kv_heads=2, qk_norm=True, untie=True),
+    "arcee": dict(mlp="relu2"),
+}
+# The names of llama.cpp, of the first block and outside of blocks, and ours.
+NAMES = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "blk.1.attn_norm": "model.layers.1.input_layernorm", "blk.1.ffn_norm": "model.layers.1.post_attention_layernorm",
+    "blk.1.attn_q": "model.layers.1.self_attn.q_proj", "blk.1.attn_k": "model.layers.1.self_attn.k_proj",
+    "blk.1.attn_v": "model.layers.1.self_attn.v_proj", "blk.1.attn_output": "model.layers.1.self_attn.o_proj",
+    "blk.1.attn_q_norm": "model.layers.1.self_attn.q_norm", "blk.1.attn_k_norm": "model.layers.1.self_attn.k_norm",
+    "blk.1.ffn_gate": "model.layers.1.mlp.gate_proj", "blk.1.ffn_up": "model.layers.1.mlp.up_proj",
+    "blk.1.ffn_down": "model.layers.1.mlp.down_proj",
+}  # fmt: skip
+
+
+def read(path):
+    """A file's fields and tensors, both by name; quantized tensors as numbers."""
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {each.name: gguf.dequantize(each.data, each.tensor_type) for each in reader.tensors}
+    kinds = {each.name: each.tensor_type.name for each in reader.tensors}
+    return fields, tensors, kinds
+
+
+@pytest.mark.parametrize("bits, matrix_kind, error", [(None, "F32", 0), (16, "F16", 1e-3), (8, "Q8_0", 0.01), (4, "Q4_0", 0.2)])
+@pytest.mark.parametrize("name", MODELS)
+def test_each_tensor(name, bits, matrix_kind, error, tmp_path):
+    model = make_model(BPE.vocab_size + 2, **MODELS[name])  # a padded vocabulary
+    export_gguf(model, BPE, tmp_path / "model.gguf", bits)
+    fields, tensors, kinds = read(tmp_path / "model.gguf")
+    weights = {name.removesuffix(".weight"): np.array(weight) for name, weight in tree_flatten(model.parameters())}
+    ours = {theirs: weights[name] for theirs, name in NAMES.items() if name in weights}
+    per_block = sum(name.startswith("blk.1.") for name in ours)
+    assert len(tensors) == len(weights) + ("llama3" in name) and 2 * per_block + len(ours) - per_block == len(weights)
+    d = model.config.head_dim
+    for theirs, weight in ours.items():
+        array = tensors[f"{theirs}.weight"]
+        assert array.shape == weight.shape
+        if "llama" in name and theirs in ("blk.1.attn_q", "blk.1.attn_k"):
+            # Its RoPE turns rows 2i and 2i + 1 of a head together, ours i and i + d/2.
+            rows = [head * d + row for head in range(len(array) // d) for row in [*range(0, d, 2), *range(1, d, 2)]]
+            array = array[rows]
+        np.testing.assert_allclose(array, weight, rtol=0, atol=error * (weight.ndim == 2) * np.abs(weight).max())
+        assert kinds[f"{theirs}.weight"] == (matrix_kind if weight.ndim == 2 else "F32")
+    kind = name.split()[0].removesuffix("3") if "llama" in name else name
+    assert fields["general.architecture"] == kind
+    config = model.config
+    expected = {
+        "context_length": config.context_size, "embedding_length": config.dim, "block_count": 2,
+        "feed_forward_length": config.mlp_dim, "attention.head_count": 4, "vocab_size": config.vocab_size,
+        "attention.head_count_kv": config.num_kv_heads, "attention.key_length": d, "attention.value_length": d,
+        "rope.dimension_count": d,
+    }  # fmt: skip
+    assert {field: fields[f"{kind}.{field}"] for field in expected} == expected
+    assert fields[f"{kind}.rope.freq_base"] == config.rope_theta
+    assert fields[f"{kind}.attention.layer_norm_rms_epsilon"] == pytest.approx(config.norm_eps)
+
+
+def test_factors_of_llama3_rope(tmp_path):
+    """llama.cpp divides the angle of each pair of dimensions by its factor."""
+    model = make_model(**MODELS["llama3"])
+    export_gguf(model, ByteTokenizer(), tmp_path / "model.gguf", None)
+    factors = read(tmp_path / "model.gguf")[1]["rope_freqs.weight"]
+    wavelengths = 2 * np.pi * 500.0 ** (np.arange(8) / 8)
+    smooth = (16 / wavelengths - 1.0) / (2.5 - 1.0)
+    expected = 1 / ((1 - smooth) / 8.0 + smooth)
+    expected[wavelengths < 16 / 2.5] = 1
+    expected[wavelengths > 16 / 1.0] = 8
+    np.testing.assert_allclose(factors, expected, rtol=1e-5)
+    assert len(set(expected.tolist())) >= 3, "kept, stretched and between"
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["byte", "bpe"])
+def test_the_tokenizer(tokenizer, tmp_path):
+    model = make_model(tokenizer.vocab_size + 2)
+    export_gguf(model, tokenizer, tmp_path / "model.gguf", None)
+    fields, _, _ = read(tmp_path / "model.gguf")
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert len(tokens) == len(set(tokens)) == len(kinds) == tokenizer.vocab_size + 2
+    content = json.loads(tokenizer_json(tokenizer)[0])
+    for token, i in content["model"]["vocab"].items():
+        assert tokens[i] == token
+    assert kinds[tokenizer.eos] == gguf.TokenType.CONTROL and kinds[-2:] == 2 * [gguf.TokenType.UNUSED]
+    assert kinds.count(gguf.TokenType.NORMAL) == tokenizer.vocab_size - 1
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos and not fields["tokenizer.ggml.add_bos_token"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    if tokenizer.kind == "byte":
+        assert len(merges) == 1 and merges[0][0] not in [token for token, kind in zip(tokens, kinds) if kind == 1]
+    else:
+        assert merges == [tuple(merge) for merge in content["model"]["merges"]]
+
+
+@pytest.mark.parametrize("tokenizer, words", [
+    (WordTokenizer.train([TEXT]), "llama.cpp has no tokenizer by words"),
+    (CharTokenizer.train([TEXT]), "train with --tokenizer bpe or byte"),
+])  # fmt: skip
+def test_tokenizers_that_llama_cpp_lacks(tokenizer, words, tmp_path):
+    with pytest.raises(UsageError, match=words):
+        export_gguf(make_model(tokenizer.vocab_size), tokenizer, tmp_path / "model.gguf", None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_cuts_otherwise(tmp_path):
+    content = json.loads(BPE.vocabulary)
+    for part in ({"pre_tokenizer": None}, {"normalizer": {"type": "Lowercase"}}):
+        other = BPETokenizer(json.dumps(content | part), "file")
+        with pytest.raises(UsageError, match="convert_hf_to_gguf.py"):
+            export_gguf(make_model(other.vocab_size), other, tmp_path / "model.gguf", None)
+
+
+def test_from_the_command_line(tmp_path, text):
+    folder = ["--save_dir", tmp_path / "lm"]
+    run("--text", text, *TINY, "--mlp", "swiglu", "--num_iters", 1, *folder)
+    path = tmp_path / "model.gguf"
+    _, err = run("--export", path, *folder)
+    assert f"Llama in F32 and its tokenizer are in {path}" in err
+    data = path.read_bytes()
+    _, err = run("--export", path, *folder, status=2)
+    assert f"--export {path} exists: name another file" in err and path.read_bytes() == data
+    _, err = run("--export", tmp_path / "small.gguf", "--quantize", 8, *folder, status=2)
+    assert "--quantize 8 needs a model in which 32 divides --dim" in err and err.count("\n") == 1
+    _, err = run("--export", tmp_path / "nowhere" / "model.gguf", *folder, status=2)
+    assert "cannot write to --export" in err and err.count("\n") == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["lm", "model.gguf", "text.txt"]
