@@ -16,6 +16,7 @@ from conftest import ROOT, TINY, flags, ids, run, start
 
 import datasets
 import main
+from extras import names
 
 DEFAULTS = dict(
     dataset="ptb", text=None, valid_text=None, test_text=None, valid_fraction=0.1, train_tokens=None, tokenizer="auto",
@@ -65,12 +66,12 @@ def test_each_flag_is_its_attribute_and_in_one_group():
 
 def test_names_of_other_programs():
     """Each is told the one of a flag, and is not one itself."""
-    known = [name for theirs in [*main.OTHER_NAMES.values(), *main.NOT_NEEDED] for name in theirs.split()]
+    known = [name for theirs in [*names.OTHER_NAMES.values(), *names.NOT_NEEDED] for name in theirs.split()]
     assert len(known) == len(set(known)) and not set(known) & set(DEFAULTS)
-    assert main.OTHER_NAMES.keys() <= set(DEFAULTS)
+    assert names.OTHER_NAMES.keys() <= set(DEFAULTS)
     for name in known:
         text = main.explain_name(name)
-        assert text.startswith(f"--{name}") and "?" not in text
+        assert text.startswith(f"--{name}") and "?" not in text and text == names.explain(name)
         named = set(re.findall(r"--(\w+)", text)) - {name}
         assert named <= set(DEFAULTS)
 

@@ -124,6 +124,7 @@ MISSING = [  # what is typed; the file that it needs
     ("--inference --quantize 8", "quantize"),
     ("--evaluate valid --quantize 8", "quantize"),
     ("--export out", "huggingface"),
+    ("--export out.gguf", "gguf"),
     ("--text text.txt --new_model --init_from hf", "huggingface"),
     ("--text text.txt --new_model --teacher hf", "distil"),
     ("--prompt the --draft hf", "huggingface"),
