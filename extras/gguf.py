@@ -60,7 +60,7 @@ def export_gguf(model, tokenizer, path, bits):
             writer.add_name(path.stem)
             writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{matrix_format.name}", 0))
             add_vocabulary(writer, vocabulary)
-            for tensor, array in convert_weights(model, is_permuted=name == "Llama"):
+            for tensor, array in convert_weights(model, is_permuted=name != "Qwen3"):
                 wanted = matrix_format if array.ndim == 2 else formats.F32
                 with explained(needed, gguf.quants.QuantError):
                     data = gguf.quantize(array, wanted)
@@ -94,8 +94,8 @@ def add_settings(writer, config):
 def convert_weights(model, is_permuted):
     """The weights by their names in GGUF, [(name, array), ...].
 
-    is_permuted: whether RoPE pairs neighbouring dimensions there, as for Llama; here it pairs
-    dimensions i and i + d/2.
+    is_permuted: whether RoPE pairs neighbouring dimensions there, as for all but Qwen3; here it
+    pairs dimensions i and i + d/2.
     """
     config = model.config
     converted = []

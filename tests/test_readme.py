@@ -47,14 +47,15 @@ def test_command(command, tmp_path, text):
             run("--text", text, *SMALL, "--dim", 32, "--mlp", "swiglu", "--save_dir", tmp_path)
             (tmp_path / "prompts.txt").write_text("the company\nline 5\n")
             named = dict.fromkeys(["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX"], main.list_checkpoints(tmp_path)[0]["run"])
-            named |= {name: tmp_path / name for name in ("prompts.txt", "answers.jsonl", "hf", "losses.png", "heads.png", "cases.json")}
+            named |= {name: tmp_path / name for name in ("prompts.txt", "answers.jsonl", "hf", "model.gguf", "losses.png", "heads.png", "cases.json")}
             named["tests/cases.yaml"] = ROOT / "tests" / "cases.yaml"
             if "--eval_stride" in arguments:
                 arguments[arguments.index("--eval_stride") + 1] = "4"
             arguments = [named.get(argument, argument) for argument in arguments]
         if written := [name for flag, name in WRITTEN.items() if flag in arguments]:
             run(*arguments, "--save_dir", tmp_path)
-            assert (tmp_path / written[0]).exists()
+            [written] = ["model.gguf"] if tmp_path / "model.gguf" in arguments else written
+            assert (tmp_path / written).exists()
         elif "--evaluate" in arguments:
             assert run(*arguments, "--save_dir", tmp_path)[0].startswith("valid ")
         elif "--prompts_file" in arguments:
