@@ -522,7 +522,7 @@ def test_records_of_another_program_do_not_end_this_one(tmp_path, capsys):
         assert id[:12] in capsys.readouterr().err
     strange = record | {"flags": record["flags"] | {"optimizer": "lion"}}
     with pytest.raises(RunError, match="--optimizer lion"):
-        main.flags_of_resumed_run(strange, flags(), {})
+        main.flags_of_resumed_run(strange, {})
     for config in (record["config"] | {"mlp": "geglu"}, record["config"] | {"experts": 8}):
         with pytest.raises(RunError, match="another version"):
             main.model_of(record | {"config": config})
