@@ -607,12 +607,7 @@ def compile_header(compiler, folder):
 
 
 def use_cpu():
-    """Prepares MLX for a CPU, before anything is computed.
-
-    Graphs are computed breadth first, or one stream would wait for the other; kernels compile
-    quickly.
-    """
-    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
+    """Prepares MLX for a CPU, before anything is compiled: kernels compile quickly."""
     use_precompiled_header()
     set_blas_threads(len(os.sched_getaffinity(0)))  # a share of a batch gets one, see use_streams
 
