@@ -371,6 +371,8 @@ class BPETokenizer:
         return self.package.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def unknown(self, text):
+        if self.unk is None:
+            return []
         text = utf8(text)
         encoding = self.package.encode(text, add_special_tokens=False)
         pieces = zip(encoding.ids, encoding.offsets)
@@ -1528,11 +1530,14 @@ def tokenizer_name(text):
     """An argparse type: a kind of tokenizer, or a file that has one."""
     kinds = ["auto", *TOKENIZERS]
     kinds.remove("file")
-    if text not in kinds and not os.path.isfile(user_path(text)):
+    if text in kinds:
+        return text
+    path = user_path(text)
+    if not os.path.isfile(path):
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither {', '.join(kinds)} nor a tokenizer.json"
         )
-    return text
+    return os.path.abspath(path)  # valid in any working folder
 
 
 def flag(default, help, **options):
@@ -1671,9 +1676,7 @@ def drop_unwritten():
 
 def prepare(flags):
     """Loads the corpus that the flags name, which encodes it, and prints what it is."""
-    names = ["text", "valid_text", "test_text", "valid_fraction", "train_tokens"]
-    names += ["tokenizer", "vocab_size", "save_dir", "mirror"]
-    arguments = {name: getattr(flags, name) for name in names}
+    arguments = {name: getattr(flags, name) for name in DATA_FLAGS if name != "dataset"}
     dataset = load_dataset("text" if flags.text else flags.dataset, **arguments)
     tokenizer = dataset.tokenizer
     if flags.save_tokenizer:

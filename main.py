@@ -549,7 +549,7 @@ def is_matrix_of_block(name, parameter):
 
 
 def split_group(state):
-    """Divides the state of one optimizer for all matrices into the blocks' and the others'."""
+    """Divides an older checkpoint's state of all matrices into the blocks' and the others'."""
     arrays = tree_flatten(state)
     blocks = [(name, array) for name, array in arrays if name.startswith("model.layers.")]
     others = [
@@ -1332,7 +1332,7 @@ class Interrupts:
 
     A second Ctrl+C leaves at once, without saving. A repeated SIGTERM or SIGHUP does so only half a
     second after the first signal: `timeout` sends its signal to the process and then to its group,
-    which is one request. So does a launcher with Ctrl+C, too.
+    which is one request. Launchers repeat Ctrl+C in the same way.
 
     Python runs handlers only when `mx.eval` is over; so a thread reads the bytes that the
     interpreter writes to a wake-up pipe the moment a signal comes.
@@ -2756,8 +2756,6 @@ def resolve(flags):
         flags.dataset = "text"
     if flags.tokenizer == "auto":
         flags.tokenizer = CORPORA[flags.dataset].tokenizer
-    elif flags.tokenizer not in TOKENIZERS:
-        flags.tokenizer = absolute(flags.tokenizer)
     if flags.num_kv_heads is None:
         flags.num_kv_heads = flags.num_heads
     if flags.mlp_dim is None:
@@ -2871,10 +2869,10 @@ def show_runs(folder, flags, typed):
     records = list_checkpoints(folder, warn=True)
     if not records:
         raise UsageError(f"no checkpoint is in {folder}: {TRAIN_FIRST}")
+    runs = dict.fromkeys(record["run"] for record in records)  # each once
     named = []
     for identifier in flags.identifier or []:
         # With a pattern, of each run that it matches the newest checkpoint.
-        runs = dict.fromkeys(record["run"] for record in records)
         names = fnmatch.filter(runs, identifier) or [identifier]
         named += [named_checkpoint(folder, records, name) for name in names]
     if flags.plot:
@@ -3098,10 +3096,11 @@ def load_data(folder, flags, typed, checkpoint, origins):
     if origins:
         first = next(iter(origins))
         arguments["tokenizer"] = origins[first].tokenizer.to_dict()
-    elif checkpoint and (flags.init_from or flags.teacher):
-        arguments["tokenizer"] = load_tokenizer(folder, checkpoint)
-    elif checkpoint and flags.tokenizer not in TOKENIZERS and "tokenizer" not in typed:
-        arguments["tokenizer"] = load_tokenizer(folder, checkpoint)  # the file may be gone
+    elif checkpoint:
+        # A file that is not typed again may be gone.
+        of_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in typed
+        if flags.init_from or flags.teacher or of_file:
+            arguments["tokenizer"] = load_tokenizer(folder, checkpoint)
     dataset = load_dataset(flags.dataset, folder, **arguments, mirror=flags.mirror, say=tqdm.write)
     if checkpoint and checkpoint["tokens_sha256"] != dataset.sha256:
         raise UsageError(

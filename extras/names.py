@@ -74,7 +74,7 @@ NOT_NEEDED = {
 
 
 def explain(name):
-    """The text of a hint for a name that is no flag here; None if no program is known to have it."""
+    """The text of a hint for a name that is no flag here; None if it is unknown."""
     for ours, theirs in OTHER_NAMES.items():
         if name in theirs.split():
             return f"--{name} is --{ours} here"

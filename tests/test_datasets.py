@@ -1241,6 +1241,16 @@ def test_tokenizer_of_a_file(tokenizer_files, name, eos, unk, tmp_path):
     assert "text or tokenizer of" in err and "--new_model" in err
 
 
+def test_a_tokenizer_file_of_any_name(tmp_path, monkeypatch):
+    """Also of that which its kind has in checkpoints; a kind of tokenizer comes before a file of its name."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(datasets.argparse.ArgumentTypeError, match="'file' is neither auto, byte"):
+        datasets.tokenizer_name("file")
+    for name, expected in (("file", str(tmp_path / "file")), ("byte", "byte")):
+        (tmp_path / name).touch()
+        assert datasets.tokenizer_name(name) == expected
+
+
 @pytest.mark.parametrize("kind", ["byte", "char", "word", "bpe"])
 def test_saved_tokenizer_has_the_same_ids(kind, tmp_path):
     [text] = write(tmp_path / "text", [ROWS])
