@@ -3,16 +3,16 @@
     dataset = load_dataset("ptb", "/tmp/lm")  # downloaded once, verified, encoded, memory-mapped
     dataset.tokenizer.decode(dataset.train.tokens[:20])
 
-Everything is streamed: memory does not grow with the corpus. This file does not import MLX and
-knows nothing of models. In order: errors, what is passed around, tokenizers, downloads, corpora,
-the user's own text, encoding, datasets and their cache, the command line.
+Everything is streamed, so memory use does not grow with the corpus. This file does not import MLX
+and knows nothing about models. Sections: errors, data types, tokenizers, downloads, corpora, the
+user's own text, encoding, datasets and their cache, the command line.
 """
 
 import signal
 import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # All that is kept is kept at any time, so Ctrl+C may end this at once, without a traceback.
+    # The files on disk are valid at any time, so Ctrl+C may exit at once, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -43,30 +43,30 @@ from tqdm import tqdm
 
 # Where checkpoints and corpora go if no RAM disk is found (see usual_folder).
 CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "transformer-lm")
-if str(CACHE).startswith("~"):  # nobody's home: some containers have a user without one
+if str(CACHE).startswith("~"):  # not expanded: in some containers the user has no home
     CACHE = Path(".cache", "transformer-lm")
 SPLITS = ("train", "valid", "test")
-END = "<|endoftext|>"  # how a text spells out the end of a document
-ENDS = [END, "<eos>", "</s>", "<|end_of_text|>"]  # the same in imported tokenizers
+END = "<|endoftext|>"  # marks the end of a document in a text
+ENDS = [END, "<eos>", "</s>", "<|end_of_text|>"]  # of imported tokenizers, tried in order
 
 
 # ---- Errors -------------------------------------------------------------------------------------
 
 
 class UsageError(Exception):
-    """The user asked for something impossible: one line with cause and remedy, exit status 2."""
+    """An impossible request: reported in one line with cause and remedy, exit status 2."""
 
 
 class RunError(Exception):
-    """Something failed while the program did as it was asked: one line, exit status 1."""
+    """A failure while carrying out a valid request: reported in one line, exit status 1."""
 
 
 @contextlib.contextmanager
 def explained(text, *errors, kind=UsageError):
-    """Turns exceptions of the types `errors` (default: any) into one line for the user.
+    """Turns exceptions of the types `errors` (default: any) into a one-line message for the user.
 
-    The line is `text`, which names the cause and the remedy, then what the exception itself says.
-    Raises `kind`.
+    The message is `text`, which names the cause and the remedy, followed by the exception's own
+    message. Raises `kind`.
     """
     expected = errors or (Exception,)
     try:
@@ -77,9 +77,9 @@ def explained(text, *errors, kind=UsageError):
 
 
 def user_path(path):
-    """`path` with the home of a user in the place of a ~ or ~name that it begins with.
+    """`path` with a leading ~ or ~name replaced by that user's home folder.
 
-    Raises UsageError if no home is known, unless there is a file of just that name.
+    Raises UsageError if the home is unknown, unless a file has literally that name.
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~") and not os.path.lexists(expanded):
@@ -91,11 +91,11 @@ def user_path(path):
 
 
 def extra(name):
-    """The module `extras.<name>`. Raises UsageError if that file has not been copied along.
+    """The module `extras.<name>`. Raises UsageError if its file is missing.
 
-    main.py and datasets.py work alone; everything beyond them is a file in extras/, imported only
-    when its flag is given. A package missing inside an extra is a different matter: that
-    ModuleNotFoundError is passed on.
+    main.py and datasets.py work on their own; everything else is a file in extras/, imported only
+    when needed. If an extra needs a package that is not installed, the ModuleNotFoundError
+    propagates.
     """
     try:
         return importlib.import_module(f"extras.{name}")
@@ -103,17 +103,17 @@ def extra(name):
         package, _, needed = str(error.name).partition(".")
         if package != "extras":
             raise
-        missing = needed or name  # an extra may need another one
+        missing = needed or name  # an extra may import another one
     raise UsageError(
         f"extras/{missing}.py is missing: copy the project's folder extras next to main.py"
     )
 
 
-# ---- What is passed around ----------------------------------------------------------------------
+# ---- Data types ---------------------------------------------------------------------------------
 
 
 class Split(NamedTuple):
-    """The tokens of a split, and what was counted in the text behind all of them."""
+    """The tokens of a split, and counts over its whole text."""
 
     tokens: np.ndarray  # [N] uint16 or uint32, memory-mapped
     num_bytes: int
@@ -129,20 +129,20 @@ class Dataset(NamedTuple):
     train: Split
     valid: Split
     test: Split | None
-    sha256: str  # of training text and tokenizer: a resumed run recognizes its corpus by it
+    sha256: str  # of training text and tokenizer: identifies the corpus when a run resumes
 
 
 class Span(NamedTuple):
-    """Bytes of a file: one document, or several with `marker` between them.
+    """A byte range of a file: one document, or several separated by `marker`.
 
-    The cache compares the repr of spans: a field renamed here makes it encode everything again.
+    The cache compares the repr of spans: renaming a field makes it encode everything again.
     """
 
     path: Path
     start: int  # byte
     stop: int  # byte, exclusive
     marker: str | None = None
-    errors: str = "surrogateescape"  # of decoding; "strict" refuses what is not UTF-8
+    errors: str = "surrogateescape"  # for decoding; "strict" rejects invalid UTF-8
 
 
 class File(NamedTuple):
@@ -160,17 +160,17 @@ class File(NamedTuple):
 #
 #     kind          key in TOKENIZERS
 #     vocab_size    number of ids
-#     num_special   how many of them stand for no text of their own
+#     num_special   number of ids that stand for no text of their own
 #     eos           id between documents, or None
-#     unk           id of what is not in the vocabulary, or None
-#     encode        text -> [N] array of ids, of the dtype that is stored on disk
+#     unk           id of anything outside the vocabulary, or None
+#     encode        text -> [N] array of ids, in the dtype stored on disk
 #     encode_batch  texts -> an iterable of such arrays
 #     decode        ids -> text
-#     unknown       text -> list of the pieces of it that become `unk`
-#     to_dict       plain data that makes an equal tokenizer; saved whole in every checkpoint
+#     unknown       text -> list of its pieces that become `unk`
+#     to_dict       plain data that recreates the tokenizer; saved in full in every checkpoint
 #     train         class method: texts, vocab_size -> tokenizer
 #
-# The constructor takes the vocabulary as plain data. Nothing is ordered by chance, so the ids do
+# The constructor takes the vocabulary as plain data. Every order is deterministic, so the ids do
 # not depend on Python's hash seed.
 
 
@@ -192,7 +192,7 @@ class ByteTokenizer:
         return cls()
 
     def encode(self, text):
-        # On the command line, bytes that are not UTF-8 arrive as surrogates: they are restored.
+        # Command-line bytes that are not UTF-8 arrive as surrogates: this restores them.
         data = text.encode("utf-8", "surrogateescape")
         return np.frombuffer(data, np.uint8).astype(np.uint16)  # [N]
 
@@ -201,7 +201,7 @@ class ByteTokenizer:
 
     def decode(self, ids):
         data = bytes(token for token in map(int, ids) if token < 256)  # <eos> prints nothing
-        # A model may sample bytes that are no character: U+FFFD stands for them.
+        # A model may sample invalid UTF-8, which is shown as U+FFFD.
         return data.decode("utf-8", "replace")
 
     def unknown(self, text):
@@ -226,7 +226,7 @@ class CharTokenizer:
         self.unk = len(vocabulary)  # the id after the last character
         self.vocab_size = self.unk + 1
         self.printed = vocabulary + "\ufffd"  # [id] -> character
-        # [code point] -> id: a whole text is looked up at once.
+        # [code point] -> id: looks up a whole text at once.
         self.table = np.full(0x110000, self.unk, token_dtype(self.vocab_size))
         self.table[[ord(character) for character in vocabulary]] = np.arange(self.unk)
 
@@ -272,21 +272,21 @@ class WordTokenizer:
         self.eos = self.ids["<eos>"]
         self.unk = self.ids["<unk>"]
         self.dtype = token_dtype(self.vocab_size)
-        self.printed = list(vocabulary)  # [id] -> what decode joins by spaces
+        self.printed = list(vocabulary)  # [id] -> what decode joins with spaces
         self.printed[self.eos] = "\n"
 
     @classmethod
     def train(cls, texts, vocab_size=None):
         """A tokenizer of all words in `texts`; `vocab_size` is ignored."""
-        counts = Counter({"<eos>": 0, "<unk>": 0})  # both exist even where the texts have none
+        counts = Counter({"<eos>": 0, "<unk>": 0})  # both exist even if the texts have neither
         for text in texts:
             counts.update(cls.split(text))
-        # The most frequent first, then by alphabet: no ties are left.
+        # Most frequent first, ties in alphabetical order.
         return cls(sorted(counts, key=lambda word: (-counts[word], word)))
 
     @staticmethod
     def split(text):
-        """The words of a text, line ends among them."""
+        """The words of a text, including line ends."""
         return utf8(text).replace("\n", " <eos> ").split()
 
     def encode(self, text):
@@ -308,16 +308,16 @@ class WordTokenizer:
 
 
 class BPETokenizer:
-    """Byte-level byte-pair encoding by the `tokenizers` package.
+    """Byte-level byte-pair encoding with the `tokenizers` package.
 
-    It is GPT-2's (of kind "gpt2"), one trained here, or one imported with a model. The first two
-    are lossless, and END is a single token to them. `vocabulary` is the text of a tokenizer.json.
-    One of kind "file" need not work on bytes, nor by pairs: what the library encodes is taken.
+    It is GPT-2's (kind "gpt2"), one trained here, or one imported with a model. The first two are
+    lossless and encode END as a single token. `vocabulary` is the text of a tokenizer.json. One
+    of kind "file" need not be byte-level or BPE: any tokenizer that the library supports will do.
     Raises UsageError if the package is not installed.
     """
 
     def __init__(self, vocabulary, kind="bpe", eos=None):
-        """eos: the token that ends a text; where that is None, or no token, the first of ENDS."""
+        """eos: the token that ends a text; if None or unknown, the first of ENDS that exists."""
         self.kind = kind
         self.vocabulary = vocabulary
         self.package = tokenizers_package().Tokenizer.from_str(vocabulary)
@@ -342,7 +342,7 @@ class BPETokenizer:
         return cls(untrained.to_str())
 
     def find_eos(self, names):
-        """The id of the first of these tokens that the vocabulary has; None if it has none."""
+        """The id of the first of these tokens that is in the vocabulary, or None."""
         for name in names:
             token = self.package.token_to_id(name)
             if token is not None:
@@ -350,7 +350,7 @@ class BPETokenizer:
         return None
 
     def find_unk(self):
-        """The id of what is not in the vocabulary; None if all text is."""
+        """The id of text outside the vocabulary; None if there is no such text."""
         model = json.loads(self.vocabulary)["model"]
         if model.get("unk_token") is not None:
             return self.package.token_to_id(model["unk_token"])
@@ -362,7 +362,7 @@ class BPETokenizer:
 
     def encode_batch(self, texts):
         texts = [utf8(text) for text in texts]
-        # In parallel threads; "fast" leaves the offsets of tokens out.
+        # Runs in parallel threads; "fast" skips the tokens' offsets.
         encodings = self.package.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
@@ -380,7 +380,7 @@ class BPETokenizer:
 
     def to_dict(self):
         data = {"kind": self.kind, "vocabulary": self.vocabulary}
-        # Left out where it says nothing new: checkpoints know their text by a hash of this, too.
+        # Omitted if it is the default: checkpoints identify their text by a hash that covers it.
         if self.eos != self.find_eos(ENDS):
             data["eos"] = self.eos_token
         return data
@@ -392,20 +392,20 @@ TOKENIZERS = {
     "word": WordTokenizer,
     "bpe": BPETokenizer,
     "gpt2": BPETokenizer,  # with the vocabulary that OpenAI published
-    "file": BPETokenizer,  # with that of a tokenizer.json, which need not be byte-level BPE
+    "file": BPETokenizer,  # with that of a tokenizer.json, not necessarily byte-level BPE
 }
 
 
 def tokenizer_from_dict(data):
-    """The tokenizer whose `to_dict()` is `data`. Raises KeyError for a kind it does not know."""
+    """The tokenizer whose `to_dict()` is `data`. Raises KeyError for an unknown kind."""
     kind = data["kind"]
     if TOKENIZERS[kind] is BPETokenizer:
         return BPETokenizer(data["vocabulary"], kind, data.get("eos"))
-    return TOKENIZERS[kind](data.get("vocabulary"))  # that of bytes has no vocabulary
+    return TOKENIZERS[kind](data.get("vocabulary"))  # the byte tokenizer has none
 
 
 def read_tokenizer(path):
-    """The tokenizer in a tokenizer.json, as Hugging Face's models have one. Raises UsageError."""
+    """The tokenizer in a Hugging Face tokenizer.json. Raises UsageError."""
     with explained(f"--tokenizer {path} must be a Hugging Face tokenizer.json"):
         tokenizer = BPETokenizer(Path(user_path(path)).read_text("utf-8"), "file")
         largest = max(tokenizer.package.get_vocab().values())
@@ -423,12 +423,12 @@ def tokenizers_package():
 
 
 def token_dtype(vocab_size):
-    """The smallest type that holds all ids, in memory and on disk."""
+    """The smallest dtype that holds all ids, in memory and on disk."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def utf8(text):
-    """`text` as UTF-8 can hold it: surrogate pairs joined, U+FFFD for what is left of them."""
+    """`text` made encodable as UTF-8: surrogate pairs joined, lone ones replaced by U+FFFD."""
     if text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -440,40 +440,40 @@ def utf8(text):
 def fetch(file, folder, mirror=None, say=print):
     """The path of `file` in `folder`, downloaded if it is not there yet.
 
-    Its addresses are tried in turn, or `mirror` alone: an address or a folder that holds
+    Its addresses are tried in turn, or only `mirror`: an address or a folder that holds
     <dataset>/<file name>. The file gets its name only once its size and SHA256 are verified.
-    Raises RunError with the reasons of all failures and what the user can do.
+    Raises RunError with the reason for each failure and what the user can do.
     """
     path = folder / file.name
     part = folder / f"{file.name}.part"
     reasons = []
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f".{file.name}.lock", "ab") as lock:
-        # Of two processes one downloads, and the other finds the file.
+        # If two processes race, one downloads and the other finds the file.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             fault = find_fault(file, path)
             if fault is None:
                 return path
-            say(f"{path} is not the file it should be ({fault}); it is fetched anew.")
+            say(f"{path} is not the expected file ({fault}): downloading it again.")
         for address in addresses_of(file, folder.name, mirror):
-            # The errors of requests are OSErrors; a malformed redirect is a ValueError.
+            # Errors raised by requests are OSErrors; a malformed redirect is a ValueError.
             try:
                 download_verified(address, part, file)
             except (OSError, ValueError) as error:
                 reasons.append(f"{address}: {error}")
                 continue
-            say(f"Fetched {address} ({file.size:,} bytes, verified) to {path}")
+            say(f"Downloaded {address} ({file.size:,} bytes, verified) to {path}")
             return part.replace(path)
     raise RunError(
-        f"{file.name} could not be fetched ({'; '.join(reasons)}). Put it at {path} by hand "
+        f"{file.name} could not be downloaded ({'; '.join(reasons)}). Put it at {path} by hand "
         f"({file.size:,} bytes, SHA256 {file.sha256}), or name another source with --mirror; "
         "--dataset python needs no network."
     )
 
 
 def addresses_of(file, dataset, mirror):
-    """Where to get `file` from: addresses, or paths in a mirror that is a folder."""
+    """Where to get `file` from: addresses, or a path if the mirror is a folder."""
     if mirror:
         return [f"{mirror.rstrip('/')}/{dataset}/{file.name}"]
     addresses = []
@@ -487,15 +487,15 @@ def addresses_of(file, dataset, mirror):
 def download_verified(address, part, file):
     """Downloads `address` to `part` and verifies it. Raises OSError or ValueError with the reason.
 
-    What an earlier start left in `part` is continued; it may even be whole, if a kill came just
-    before it was verified.
+    A partial download in `part` is resumed; it may even be complete, if the process was killed
+    just before verifying it.
     """
     if part.exists():
         if part.stat().st_size != file.size:
             download(address, part, file.size)
         if find_fault(file, part) is None:
             return
-        # The fault may lie in what was there before: once more, from the start.
+        # The earlier part may have been at fault: try once more, from the start.
         part.unlink()
     download(address, part, file.size)
     fault = find_fault(file, part)
@@ -515,7 +515,7 @@ def find_fault(file, path):
 
 
 def sha256_of(path):
-    """The SHA256 of a file's bytes, which may be more than memory holds."""
+    """The SHA256 of a file, which may be larger than memory."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while data := file.read(1 << 20):
@@ -526,21 +526,21 @@ def sha256_of(path):
 def download(address, part, size):
     """Downloads `address` to the file `part`, resuming where it was cut off.
 
-    Gives up with an OSError after six attempts in a row that brought no byte, or at once if
-    another attempt would not help. `size` is that of the whole file in bytes.
+    Raises OSError after six attempts in a row without a single byte, or at once if another
+    attempt would not help. `size` is that of the whole file in bytes.
     """
     if "://" not in address:  # a mirror may be a folder
         shutil.copyfile(user_path(address), part)
         return
-    import requests  # here, since importing it takes a fifth of a second
+    import requests  # here, because importing it takes a fifth of a second
 
-    headers = None  # of the last answer; None until the server has answered
+    headers = None  # of the last response; None until there is one
     reason = "the connection was cut"
     failures = 0
     while failures < 6:
         start = size_of(part)
         if start >= size:
-            start = 0  # a part that is too long is no part of the file
+            start = 0  # too long to be part of the file
         try:
             with request_from(address, start) as response:
                 headers = response.headers
@@ -552,7 +552,7 @@ def download(address, part, size):
         have = size_of(part)
         if have == size:
             return
-        # A slow or often interrupted connection may take as many attempts as it needs.
+        # A slow or flaky connection may take as many attempts as it needs.
         failures = 0 if have > start else failures + 1
         time.sleep(pause_before_retry(headers, failures))
     raise OSError(reason)
@@ -564,12 +564,12 @@ def size_of(path):
 
 
 def request_from(address, start):
-    """Requests a file from byte `start` on; the response's body is not read yet."""
+    """Requests a file from byte `start` on; the body of the response is not read yet."""
     import requests
 
     headers = {
         "User-Agent": "transformer-lm (a language-model trainer)",
-        "Accept-Encoding": "identity",  # sizes and ranges are those of the file itself
+        "Accept-Encoding": "identity",  # so that sizes and ranges refer to the file itself
     }
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -577,9 +577,9 @@ def request_from(address, start):
 
 
 def receive(response, part, start, size):
-    """Writes a response that was to begin at byte `start` to the file `part`.
+    """Writes to `part` a response that should start at byte `start` of the file.
 
-    Raises requests.RequestException where another attempt may help, OSError where it will not.
+    Raises requests.RequestException if another attempt may help, OSError if it will not.
     """
     import requests
 
@@ -588,20 +588,20 @@ def receive(response, part, start, size):
         raise requests.HTTPError(f"HTTP status {status}")
     if status != 206:
         start = 0  # a server may ignore the range and send the whole file
-    stated = int(response.headers.get("Content-Length", size - start)) + start  # bytes in all
+    stated = int(response.headers.get("Content-Length", size - start)) + start  # bytes in total
     kind = response.headers.get("Content-Type")
     if status not in (200, 206) or stated != size or "html" in (kind or ""):
         raise OSError(f"HTTP status {status}, {kind}, {stated:,} of {size:,} bytes")
     bar = tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None)
     with bar, part.open("ab" if start else "wb") as out:
-        for chunk in response.iter_content(1 << 16):  # a chunk cut short is lost
+        for chunk in response.iter_content(1 << 16):  # an incomplete chunk is lost
             bar.update(out.write(chunk))
-            if out.tell() > size:  # no server may fill the disk
+            if out.tell() > size:  # a server must not fill the disk
                 raise OSError(f"more than {size:,} bytes")
 
 
 def cause_of(error):
-    """The innermost reason in the text of an exception, in which requests and urllib3 wrap it."""
+    """The innermost reason in the text of an exception that requests and urllib3 have wrapped."""
     reason = re.search(r"([^:'\"(]*)['\")]*$", str(error))[1].strip()
     return reason or type(error).__name__
 
@@ -615,16 +615,16 @@ def pause_before_retry(headers, failures):
 
 
 def extract(archive, member, folder):
-    """The path of `member` of a zip file, unpacked into `folder` under its last name.
+    """The path of `member` of a zip file, unpacked into `folder` under its base name.
 
-    Names like ../x cannot write outside of `folder`. Raises RunError.
+    Names like ../x cannot write outside `folder`. Raises RunError.
     """
-    fault = f"{archive} does not hold {member}: delete it and start again"
+    fault = f"{archive} does not hold {member}: delete it and rerun the command"
     with explained(fault, KeyError, zipfile.BadZipFile, kind=RunError):
-        # In a folder of its own first, so that nothing half unpacked gets the name.
+        # Unpacked in a temporary folder first, so that no partial file gets the name.
         with tempfile.TemporaryDirectory(dir=folder) as new, zipfile.ZipFile(archive) as file:
             unpacked = Path(file.extract(member, new))
-            sync(unpacked)  # no later start verifies it
+            sync(unpacked)  # it is not verified again
             return unpacked.replace(folder / os.path.basename(member))
 
 
@@ -632,7 +632,7 @@ def extract(archive, member, folder):
 
 
 class Text(NamedTuple):
-    """A text of a corpus: a file, or a member of an archive, and where it is cut."""
+    """A text of a corpus: a file, or a member of an archive, and where to cut it."""
 
     file: str
     member: str | None = None
@@ -642,13 +642,13 @@ class Text(NamedTuple):
 class Corpus(NamedTuple):
     """A row of CORPORA.
 
-    The texts, each cut where it says, give the splits train, valid and test in this order.
+    The texts, each cut at its `cuts`, yield the splits train, valid and test, in this order.
     """
 
-    tokenizer: str  # the kind that `auto` means
-    addresses: tuple | list = ()  # folders on the web that all hold its files
+    tokenizer: str  # the kind that `auto` selects
+    addresses: tuple | list = ()  # base URLs, each with all of its files
     texts: tuple | list = ()
-    marker: str | None = None  # what stands between documents, if there are several
+    marker: str | None = None  # separates documents, if there are several
 
 
 PTB = [
@@ -683,13 +683,13 @@ GPT2 = [
 ]
 
 CORPORA = {
-    # Penn Treebank as Mikolov et al. (2010) prepared it: one sentence a line, 10,000 words.
+    # Penn Treebank as in Mikolov et al. (2010): one sentence per line, a 10,000-word vocabulary.
     "ptb": Corpus(
         tokenizer="word",
         addresses=PTB,
         texts=[Text("ptb.train.txt"), Text("ptb.valid.txt"), Text("ptb.test.txt")],
     ),
-    # WikiText (Merity et al. 2016): Wikipedia articles by words, 2 million of them.
+    # WikiText (Merity et al. 2016): Wikipedia articles split into words, 2 million of them.
     "wikitext2": Corpus(
         tokenizer="word",
         addresses=WIKITEXT,
@@ -715,21 +715,21 @@ CORPORA = {
         addresses=ENWIK8,
         texts=[Text("enwik8.zip", "enwik8", cuts=(90, 95))],
     ),
-    # Karpathy's 40,000 lines of Shakespeare: 90 % of the characters (all ASCII) to train on.
+    # Karpathy's 40,000 lines of Shakespeare: 90 % of the characters (all ASCII) for training.
     "tinyshakespeare": Corpus(
         tokenizer="char",
         addresses=SHAKESPEARE,
         texts=[Text("input.txt", cuts=(90,))],
     ),
-    # Stories by GPT-3.5 and GPT-4 (Eldan & Li 2023). They come without a test split: that is the
-    # second half of the validation file.
+    # Stories by GPT-3.5 and GPT-4 (Eldan & Li 2023). There is no test split, so the second half of
+    # the validation file serves as one.
     "tinystories": Corpus(
         tokenizer="gpt2",
         addresses=STORIES,
         texts=[Text("TinyStories-train.txt"), Text("TinyStories-valid.txt", cuts=(50,))],
         marker=END,
     ),
-    # The second version: by GPT-4 alone.
+    # The second version, by GPT-4 only.
     "tinystoriesv2": Corpus(
         tokenizer="gpt2",
         addresses=STORIES,
@@ -799,7 +799,7 @@ FILES = {
 
 
 def python_spans():
-    """{split: [Span, ...]} of the top-level modules of the Python that runs.
+    """{split: [Span, ...]} of the top-level modules of the running Python's standard library.
 
     Every tenth module is for validation, the one after it for testing.
     """
@@ -812,7 +812,7 @@ def python_spans():
 
 
 def corpus_spans(name, folder, mirror, say):
-    """{split: [Span, ...]} of a corpus in CORPORA; files that are missing are downloaded."""
+    """{split: [Span, ...]} of a corpus in CORPORA; missing files are downloaded."""
     corpus = CORPORA[name]
     spans = []
     for text in corpus.texts:
@@ -825,7 +825,7 @@ def corpus_spans(name, folder, mirror, say):
 
 
 def find_text(text, corpus, folder, mirror, say):
-    """The path of a text of a corpus, downloaded and unpacked where need be."""
+    """The path of a text of a corpus, downloaded and unpacked if needed."""
     if text.member:
         unpacked = folder / os.path.basename(text.member)
         if unpacked.exists():  # then the archive is no longer needed
@@ -840,18 +840,18 @@ def find_text(text, corpus, folder, mirror, say):
 def find_cut(path, at, marker=None):
     """The byte at which to cut a file in two.
 
-    That is `at`, or with a `marker` the end of the first marker in the next 32 KiB, or of the
-    first character if there is none.
+    That is `at` or, with a `marker`, the end of the first marker in the next 32 KiB (of the first
+    character if there is none).
     """
     size = os.path.getsize(path)
     if not marker or not 0 < at < size:
         return max(0, min(at, size))
-    begin = at - 1  # a marker that ends right at `at` counts
+    begin = at - 1  # a line end right before `at` counts
     with open(path, "rb") as file:
         file.seek(begin)
         near = file.read(1 << 16)
     marker = marker.encode()
-    # Near the end of the file, the second half of what is left stays behind the cut.
+    # Near the end of the file, the cut stays in the first half of what is left.
     found = near.find(marker, 0, len(near) // 2)
     if found >= 0:
         return begin + found + len(marker)
@@ -865,7 +865,7 @@ def find_cut(path, at, marker=None):
 def own_text(given, valid_fraction, say, save_dir):
     """{split: [Span, ...]} of the user's files, each a document.
 
-    `given` is {split: [path, ...]}. Without paths for "valid", that is a part of "train". Raises
+    `given` is {split: [path, ...]}. Without "valid" paths, part of "train" is held out. Raises
     UsageError.
     """
     splits = {}
@@ -887,14 +887,14 @@ def own_text(given, valid_fraction, say, save_dir):
 def divide(documents, valid_fraction):
     """{"train": [Span, ...], "valid": [Span, ...]} of `documents`.
 
-    If `valid_fraction` of them is one or more, whole documents at regular distances are for
-    validation (by default every tenth), else the end of the text is.
+    If `valid_fraction` of them is at least one, whole documents at regular intervals are held out
+    (by default every tenth), else the end of the text.
     """
     train = []
     valid = []
     if whole_part(len(documents) * valid_fraction) > 0:
         for i, document in enumerate(documents):
-            # As many of the first i + 1 as the fraction says.
+            # The fraction also holds for the first i + 1.
             if len(valid) < whole_part((i + 1) * valid_fraction):
                 valid.append(document)
             else:
@@ -904,7 +904,7 @@ def divide(documents, valid_fraction):
     total = sum(document.stop for document in documents)  # bytes
     left = round(total * (1 - valid_fraction))  # bytes to train on
     for document in documents:
-        cut = find_cut(document.path, left, "\n")  # 0 where nothing is left
+        cut = find_cut(document.path, left, "\n")  # 0 if nothing is left
         if cut > 0:
             train.append(document._replace(stop=cut))
         if cut < document.stop:
@@ -914,12 +914,12 @@ def divide(documents, valid_fraction):
 
 
 def whole_part(number):
-    """The integer part of a product that may lie a rounding error below an integer."""
+    """The integer part of a product that may be a rounding error below an integer."""
     return int(number + 1e-9)
 
 
 def text_files(paths, say, save_dir):
-    """The files that `paths` mean, each once: files, folders and patterns. Raises UsageError."""
+    """The files that `paths` (files, folders, globs) match, each once. Raises UsageError."""
     found = []
     for path in paths:
         matches = [path]
@@ -934,7 +934,7 @@ def text_files(paths, say, save_dir):
             if match.is_dir():
                 found += text_files_below(match, say, save_dir)
             elif match.is_file():
-                found.append(match)  # a file that is named is taken whatever it holds
+                found.append(match)  # a file given by name is used whatever it contains
             else:
                 # It could be read only once, and a resumed run needs its text again.
                 raise UsageError(
@@ -944,7 +944,7 @@ def text_files(paths, say, save_dir):
     return list(dict.fromkeys(found))
 
 
-# What this program writes into a --save_dir, by the path there.
+# What this program writes to a --save_dir, as relative paths.
 DOWNLOADED = "|".join(["gpt2", *(name for name in CORPORA if CORPORA[name].addresses)])
 WRITTEN = re.compile(
     rf"""
@@ -958,7 +958,7 @@ WRITTEN = re.compile(
 
 
 def text_files_below(folder, say, save_dir):
-    """The files below `folder` that are UTF-8 text, not hidden and not of this program."""
+    """The UTF-8 text files below `folder` that are not hidden and not written by this program."""
     top = folder.resolve()
     own = save_dir.resolve()
     files = []
@@ -969,15 +969,15 @@ def text_files_below(folder, say, save_dir):
     texts = [path for path in files if begins_as_text(path)]
     if len(texts) < len(files):
         left_out = len(files) - len(texts)
-        say(f"{folder}: {left_out:,} of {len(files):,} files are not UTF-8 text and left out")
+        say(f"{folder}: skipping {left_out:,} of {len(files):,} files that are not UTF-8 text")
     return texts
 
 
 def is_own(path, folder, save_dir):
-    """Whether a file that was found below `folder` is one of this program; all are resolved.
+    """Whether a file found below `folder` belongs to this program; all paths are resolved.
 
-    All files of a `save_dir` somewhere below `folder` are. Where the user names `save_dir` itself,
-    or a folder in it, those are that this program writes there.
+    If `save_dir` lies below `folder`, all of its files do. If `folder` is `save_dir` or lies in
+    it, only the files that this program writes there do.
     """
     if save_dir not in path.parents:
         return False
@@ -993,14 +993,14 @@ def begins_as_text(path):
     return re.search("[\0\udc80-\udcff]", begin) is None
 
 
-# ---- Encoding, as a stream ----------------------------------------------------------------------
+# ---- Streaming encoding -------------------------------------------------------------------------
 
-# Blocks of a text must give the tokens of the whole, so a text is cut only where all tokenizers
-# have a boundary. Bytes and characters have one everywhere, words at all white space. GPT-2's BPE
-# splits a text into words, each with the space before it, and what is left of the white space
-# between them; END is a piece by itself, and "<" may begin it. (Some imported BPEs differ.)
+# Blocks of a text must give the same tokens as the whole, so a text is cut only where all
+# tokenizers have a boundary. Bytes and characters have one everywhere, words at any white space.
+# GPT-2's BPE splits a text into words, each with the space before it, and the remaining white
+# space between them; END is a piece of its own, which "<" may start. (Some imported BPEs differ.)
 #
-# Both patterns match up to the last such place. The first one finds it behind a line end.
+# Both patterns match up to the last such place. The first one finds it after a line end.
 LINE_END = re.compile(
     r"""
     .*
@@ -1025,10 +1025,10 @@ SPACE = re.compile(
 
 
 def read_documents(spans, size=1 << 17):
-    """Yields (text, begins) of all that `spans` hold.
+    """Yields (text, begins) for everything in `spans`.
 
     The text is a whole document if a marker ends it, else a block of about `size` bytes. `begins`
-    says whether it is the beginning of a document. Raises UsageError where a file is not UTF-8.
+    says whether it starts a document. Raises UsageError if a file is not UTF-8.
     """
     for span in spans:
         if span.marker:
@@ -1043,7 +1043,7 @@ def read_documents(spans, size=1 << 17):
 
 
 def split_at_marker(span, size):
-    """Yields what stands between the markers in a span, read in pieces of `size` bytes."""
+    """Yields the text between the markers in a span, read in pieces of `size` bytes."""
     rest = ""
     for piece, _ in decode_span(span, size):
         # The last document may continue in the next piece.
@@ -1053,14 +1053,14 @@ def split_at_marker(span, size):
 
 
 def cut_into_blocks(span, size):
-    """Yields a span's text in blocks of about `size` bytes that are encoded like the whole."""
+    """Yields a span's text in blocks of about `size` bytes that give the tokens of the whole."""
     rest = ""  # not yet yielded
     for piece, is_last in decode_span(span, size):
         rest += piece
         if is_last:
             yield rest
             break
-        # Memory must not grow with a text that is a single line.
+        # Memory must stay bounded even if the text is a single line.
         cut = find_block_end(rest, must_end=len(rest) > 16 * size)
         if cut > 0:
             yield rest[:cut]
@@ -1070,7 +1070,7 @@ def cut_into_blocks(span, size):
 def find_block_end(text, must_end):
     """The character at which to end a block, or 0 to wait for more text.
 
-    If it `must_end`, it does so at the next best place, and else with the whole text.
+    If it `must_end`, it ends at the next best place, or else with the whole text.
     """
     place = LINE_END.match(text)
     if place is None and must_end:
@@ -1081,7 +1081,7 @@ def find_block_end(text, must_end):
 
 
 def decode_span(span, size):
-    """Yields (text, is_last) for each `size` bytes of a span. Raises UsageError."""
+    """Yields (text, is_last) for every `size` bytes of a span. Raises UsageError."""
     decoder = codecs.getincrementaldecoder("utf-8")(span.errors)
     with open(span.path, "rb") as file:
         file.seek(span.start)
@@ -1090,7 +1090,7 @@ def decode_span(span, size):
             try:
                 text = decoder.decode(data, is_last)
             except UnicodeDecodeError as error:
-                # error.object: the bytes of `data` and those kept from before it
+                # error.object: bytes kept from earlier reads, then `data`
                 at = file.tell() - len(error.object) + error.start
                 raise UsageError(
                     f"{span.path} is not UTF-8 at byte {at:,}: convert it (iconv -t UTF-8)"
@@ -1101,11 +1101,11 @@ def decode_span(span, size):
 def encode_documents(spans, tokenizer):
     """Yields (text, ids [N]) block by block, with one `eos` between documents.
 
-    Where the tokenizer goes by words, each document ends with one, as each line does.
+    The word tokenizer also ends every document with one, as it does every line.
     """
     blocks = read_documents(spans)
     if tokenizer.kind == "word":
-        blocks = itertools.chain(blocks, [("", True)])  # after it, the last document ends, too
+        blocks = itertools.chain(blocks, [("", True)])  # ends the last document, too
     last = None  # id
     while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of the user's own text
         texts = [text for text, _ in batch]
@@ -1120,18 +1120,18 @@ def encode_documents(spans, tokenizer):
 
 
 def write_tokens(spans, tokenizer, path):
-    """Encodes `spans` to the file `path`, ids one after the other, and counts.
+    """Encodes `spans` to the file `path`, a plain sequence of ids, and counts.
 
-    Returns num_tokens, num_bytes, num_words and num_unk as Split has them, the size of the file in
-    bytes, and the SHA256 of the text.
+    Returns a dict of num_tokens, num_bytes, num_words and num_unk (see Split), the size of the
+    file in bytes, and the SHA256 of the text.
     """
     num_tokens = num_bytes = num_words = num_unk = 0
     digest = hashlib.sha256()
     total = sum(span.stop - span.start for span in spans)  # bytes
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None)
-    # A new file: a run that has mapped the old one keeps its tokens.
+    # Make a new file, so that a run that has mapped the old one keeps its tokens.
     path.unlink(missing_ok=True)
-    # Hashing lets other threads run, so it costs no time beside the encoding.
+    # Hashing lets other threads run, so it costs no extra time during encoding.
     with bar, path.open("wb") as out, ThreadPoolExecutor(1) as hasher:
         for text, ids in encode_documents(spans, tokenizer):
             data = text.encode("utf-8", "surrogateescape")
@@ -1154,16 +1154,16 @@ def write_tokens(spans, tokenizer, path):
     }
 
 
-ASCII_SPACES = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "  # where str.split cuts
-IN_WORD = bytes(byte not in ASCII_SPACES for byte in range(256))  # [byte] -> 1, of spaces 0
+ASCII_SPACES = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "  # where str.split splits
+IN_WORD = bytes(byte not in ASCII_SPACES for byte in range(256))  # [byte] -> 1, or 0 for spaces
 
 
 def count_words(text, data):
-    """The number of words (`str.split`) and line ends of `text`, of which `data` are the bytes."""
+    """The number of words (`str.split`) and line ends in `text`, whose bytes are `data`."""
     num_lines = text.count("\n")
     if not text.isascii():  # Unicode has more kinds of spaces
         return len(text.split()) + num_lines
-    # A word begins where a 1 follows a 0. Counting that is 18 times as fast as split() is.
+    # A word starts where a 1 follows a 0. Counting these is 18 times as fast as split().
     in_word = np.frombuffer((b" " + data).translate(IN_WORD), np.uint8)
     num_words = np.count_nonzero(in_word[1:] > in_word[:-1])
     return int(num_words) + num_lines
@@ -1177,23 +1177,23 @@ def count_words(text, data):
 #     splits     {split: what write_tokens returned}
 #     tokenizer  its to_dict()
 #     sha256     that of the Dataset
-#     text       [repr of the spans, [SHA256 of each file]]; the text is the same if these are
-#     stamps     {path: its `stamp`}; as long as these are the same, no file of the text is read
+#     text       [repr of the spans, [SHA256 of each file]]; the text is unchanged if these are
+#     stamps     {path: its `stamp`}; while these are unchanged, no file of the text is read
 #     crc32      {split: CRC-32 of <split>.tokens}
-#     verified   {split: the `stamp` of <split>.tokens when it was last found to have its CRC-32}
+#     verified   {split: the `stamp` of <split>.tokens when its CRC-32 was last verified}
 #     check      CRC-32 of all of the above
 
-# Tokens of up to so many bytes are verified at every start, more of them only after a change. For
-# that CRC-32 takes 0.06 s at most on an AMD EPYC core (PTB's words 1 ms), SHA1 and SHA256 0.15 s.
-# What it is to find is damage, not forgery.
+# Up to this many bytes of tokens are verified at every start, more only after a change. CRC-32
+# takes at most 0.06 s for them on an AMD EPYC core (1 ms for PTB's words), SHA1 and SHA256 0.15 s.
+# The aim is to detect damage, not forgery.
 ALWAYS_VERIFIED = 256 << 20
 
 
 def usual_folder():
-    """The folder where the user names none: on a RAM disk, the fastest to save to, or CACHE.
+    """The default folder: on a RAM disk, which is the fastest to save to, or CACHE.
 
-    Linux's counts with 4 GiB free, or if it is in use: else a run that fills it would be lost
-    from sight.
+    Linux's RAM disk is used if it has 4 GiB free or already holds our folder; otherwise, a run
+    that fills it up would not be found again.
     """
     if os.path.ismount("/Volumes/RAMDisk"):
         return Path("/Volumes/RAMDisk/transformer-lm")
@@ -1226,11 +1226,9 @@ def open_folder(save_dir, writing):
     if writing:
         with explained(f"cannot write to --save_dir {folder}: name a folder of yours", OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()  # it may exist and yet be read-only
+            tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
     elif not folder.is_dir():
-        raise UsageError(
-            f"there is no folder {folder}: name the one that a run was saved in with --save_dir"
-        )
+        raise UsageError(f"{folder} is not an existing folder; check --save_dir")
     return folder
 
 
@@ -1250,10 +1248,10 @@ def load_dataset(
     """The corpus `name`, a key of CORPORA, as a Dataset; it is downloaded and encoded only once.
 
     name: "text" stands for the user's files in `text`, `valid_text` and `test_text`.
-    save_dir: the folder below which all files of the corpus are; None for the usual one.
+    save_dir: the folder for all files of the corpus; None for the default one.
     tokenizer: a kind, trained on the whole training split even if only the first `train_tokens`
-        ids of it are used; the path of a tokenizer.json; or the `to_dict()` of a ready one.
-    valid_fraction: the part of `text` that is for validation where no `valid_text` is given.
+        ids of it are used; the path of a tokenizer.json; or the `to_dict()` of a tokenizer.
+    valid_fraction: the share of `text` held out for validation if there is no `valid_text`.
     mirror: see fetch.
     vocab_size: of the tokenizer "bpe".
 
@@ -1275,13 +1273,13 @@ def load_dataset(
     given = absolute_paths({"train": text, "valid": valid_text, "test": test_text})
     cache = save_dir / name / cache_name(name, kind, ready, given, valid_fraction, vocab_size)
     cache.mkdir(parents=True, exist_ok=True)
-    # Which files the user's paths mean may change from start to start; downloads do not change.
+    # The user's paths may match different files at each start; downloads do not change.
     own = None
     if name == "text":
         own = own_text(given, valid_fraction, say, save_dir)
 
     with open(cache / ".lock", "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one encodes
+        fcntl.flock(lock, fcntl.LOCK_EX)  # only one process encodes
         # A warm start ends here: it encodes nothing and reads no text.
         about = read_about(cache, say)
         if not is_current(about, own):
@@ -1289,7 +1287,7 @@ def load_dataset(
             if spans is None:
                 spans = find_spans(name, save_dir, mirror, say)
             content, stamps = describe_text(spans)
-            # Files may have been touched, or copied, and yet hold the same text.
+            # Files may have been touched or copied without a change to the text.
             if about.get("text") != content:
                 made = make_tokenizer(kind, ready, spans, save_dir, vocab_size, mirror, say)
                 about = write_splits(spans, made, cache)
@@ -1300,7 +1298,7 @@ def load_dataset(
 
 
 def check_options(kind, valid_fraction, vocab_size):
-    """Raises UsageError for values outside of what the flags allow."""
+    """Raises UsageError for values outside the ranges of the flags."""
     is_too_small = kind == "bpe" and vocab_size < 257
     if is_too_small or not 0.001 <= valid_fraction <= 0.5:
         raise UsageError(
@@ -1310,7 +1308,7 @@ def check_options(kind, valid_fraction, vocab_size):
 
 
 def absolute_paths(given):
-    """{split: [path, ...]} with absolute paths, without splits that have none."""
+    """{split: [path, ...]} with absolute paths; splits without paths are omitted."""
     absolute = {}
     for split, paths in given.items():
         if paths:
@@ -1319,7 +1317,7 @@ def absolute_paths(given):
 
 
 def cache_name(name, kind, ready, given, valid_fraction, vocab_size):
-    """A folder name by all that decides the tokens, except for the text, which is compared."""
+    """A folder name based on all that determines the tokens; the text is compared separately."""
     source = None
     if name == "text":
         source = [given, valid_fraction]
@@ -1355,7 +1353,7 @@ def make_tokenizer(kind, ready, spans, save_dir, vocab_size, mirror, say):
 
 
 def stamp(path):
-    """[size in bytes, time of the last change in ns, inode] of a file, None if there is none."""
+    """[size in bytes, modification time in ns, inode] of a file; None if it does not exist."""
     if not os.path.exists(path):
         return None
     status = os.stat(path)
@@ -1363,7 +1361,7 @@ def stamp(path):
 
 
 def crc32_of(path):
-    """The CRC-32 of a file's bytes, which may be more than memory holds."""
+    """The CRC-32 of a file, which may be larger than memory."""
     crc = 0
     with open(path, "rb") as file:
         while data := file.read(1 << 20):
@@ -1372,7 +1370,7 @@ def crc32_of(path):
 
 
 def sync(path):
-    """Waits until a file, or the names in a folder, are on the disk and survive a power cut."""
+    """Waits until a file, or the names in a folder, are on disk and would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -1381,8 +1379,8 @@ def sync(path):
 
 
 def describe_text(spans):
-    """What about.json says of the files in `spans`: ("text", "stamps")."""
-    # The stamps are taken before the files are read: a change since then shows at the next start.
+    """The entries "text" and "stamps" of about.json for the files in `spans`."""
+    # The stamps are taken before the files are read, so a later change shows at the next start.
     stamps = {}
     for split in spans.values():
         for span in split:
@@ -1392,12 +1390,12 @@ def describe_text(spans):
 
 
 def read_about(cache, say):
-    """What about.json says; {} if there is none, or if it or the tokens are damaged, which is said.
+    """The content of about.json; {} if it is missing, or if it or the tokens are damaged.
 
-    {} also if an older version of this program wrote it, which has no CRC-32s.
+    Damage is reported. Also {} if an older version of this program, without CRC-32s, wrote it.
     """
     path = cache / "about.json"
-    if not path.exists():  # nothing is encoded yet, or a kill came meanwhile
+    if not path.exists():  # nothing encoded yet, or killed while encoding
         return {}
     try:
         about = json.loads(path.read_text("utf-8"))
@@ -1408,20 +1406,20 @@ def read_about(cache, say):
             verify_tokens(about, cache)
             return about
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        say(f"The encoded text in {cache} is damaged: it is encoded anew.")
+        say(f"The encoded text in {cache} is damaged: encoding it again.")
     return {}
 
 
 def verify_tokens(about, cache):
-    """Raises ValueError if the tokens in `cache` are not those written, OSError if they are gone.
+    """Raises ValueError if the tokens in `cache` have changed, OSError if they are missing.
 
-    See ALWAYS_VERIFIED for what is read. `about` is of a sound about.json.
+    See ALWAYS_VERIFIED for what is read. `about` is from an undamaged about.json.
     """
     total = sum(known["size"] for known in about["splits"].values())  # bytes
     stamps = {}
     for split, crc in about["crc32"].items():
         path = cache / f"{split}.tokens"
-        # Before it is read: a change since then shows at the next start.
+        # Taken before the file is read, so a later change shows at the next start.
         stamps[split] = stamp(path)
         is_changed = stamps[split] != about["verified"][split]
         if (is_changed or total <= ALWAYS_VERIFIED) and crc32_of(path) != crc:
@@ -1432,7 +1430,7 @@ def verify_tokens(about, cache):
 
 
 def is_current(about, spans):
-    """Whether the text that `about` was made of is that of today.
+    """Whether the text is still the one that `about` describes.
 
     `spans` are those of the user's text, None for other corpora.
     """
@@ -1444,8 +1442,8 @@ def is_current(about, spans):
 
 
 def write_splits(spans, tokenizer, cache):
-    """Encodes all splits into `cache`; returns what about.json says of them."""
-    # From here until it is written again, no tokens count.
+    """Encodes all splits into `cache`; returns the entries of about.json that describe them."""
+    # Until it is written again, no tokens are valid.
     (cache / "about.json").unlink(missing_ok=True)
     splits = {}
     crcs = {}
@@ -1456,7 +1454,7 @@ def write_splits(spans, tokenizer, cache):
         stamps[split] = stamp(path)
         crcs[split] = crc32_of(path)
     data = tokenizer.to_dict()
-    # Checkpoints keep this SHA256: nothing may be added to what it is of.
+    # Checkpoints store this SHA256: add nothing to what it is computed from.
     trained_on = json.dumps([splits["train"], data])
     sha256 = hashlib.sha256(trained_on.encode()).hexdigest()
     return {
@@ -1469,13 +1467,13 @@ def write_splits(spans, tokenizer, cache):
 
 
 def check_of(about):
-    """The CRC-32 that about.json states of itself; `about` is without it."""
+    """The entry "check" of about.json, a CRC-32 of the others, which are `about`."""
     return zlib.crc32(json.dumps(about).encode())
 
 
 def write_about(about, cache):
-    """Writes about.json, from which on the tokens in `cache` count."""
-    # A kill or a power cut leaves the old file or the new one, never a half.
+    """Writes about.json, which makes the tokens in `cache` valid."""
+    # A kill or a power cut leaves either the old file or the new one, never a partial one.
     new = cache / "about.new"
     new.write_text(json.dumps(about | {"check": check_of(about)}), "utf-8")
     sync(new)
@@ -1484,7 +1482,7 @@ def write_about(about, cache):
 
 
 def map_dataset(name, cache, about, train_tokens):
-    """The Dataset in a cache, its tokens memory-mapped. Raises UsageError if there are too few."""
+    """The Dataset in a cache, with mapped tokens. Raises UsageError if there are too few."""
     tokenizer = tokenizer_from_dict(about["tokenizer"])
     dtype = token_dtype(tokenizer.vocab_size)
     splits = dict.fromkeys(SPLITS)
@@ -1510,7 +1508,7 @@ LARGEST = 2**31 - 1  # of int32
 
 
 def number(kind, least, most=math.inf):
-    """An argparse type: a finite int or float from `least` to `most`, both included."""
+    """An argparse type: a finite int or float from `least` to `most`, inclusive."""
 
     def convert(text):
         value = kind(text)
@@ -1527,7 +1525,7 @@ SIZE = number(int, 1, LARGEST)
 
 
 def tokenizer_name(text):
-    """An argparse type: a kind of tokenizer, or a file that has one."""
+    """An argparse type: a kind of tokenizer, or the path of a tokenizer.json."""
     kinds = ["auto", *TOKENIZERS]
     kinds.remove("file")
     if text in kinds:
@@ -1537,13 +1535,16 @@ def tokenizer_name(text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither {', '.join(kinds)} nor a tokenizer.json"
         )
-    return os.path.abspath(path)  # valid in any working folder
+    return os.path.abspath(path)  # valid in any working directory
 
 
 def flag(default, help, **options):
-    """A row of flags: the default and argparse's options. A default of False makes a switch."""
+    """A flag: its default and argparse's options. A default of False makes it a switch."""
     if default is False:
-        options["action"] = argparse.BooleanOptionalAction  # --name and --no-name
+        options["action"] = "store_true"
+    convert = options.get("type")
+    if convert and "choices" not in options:
+        options.setdefault("metavar", "N" if convert.__name__ == "whole number" else "X")
     if default:
         help += f" (default: {default})"
     return default, options | {"help": help}
@@ -1553,42 +1554,46 @@ def choice(default, choices, help):
     return flag(default, help, choices=list(choices))
 
 
-# The flags that say what a corpus is and where, for main.py, too.
+# The flags that specify a corpus and its location, shared with main.py.
 DATA_FLAGS = {
-    "dataset": choice("ptb", [name for name in CORPORA if name != "text"], "corpus to train on"),
+    "dataset": choice("ptb", [name for name in CORPORA if name != "text"], "training corpus"),
     "text": flag(
         None,
-        "train on your own UTF-8 files, folders and patterns instead",
+        "train on your own UTF-8 files, folders or glob patterns instead",
         nargs="+",
         metavar="PATH",
     ),
     "valid_text": flag(
-        None, "validate on these (default: a part of --text)", nargs="+", metavar="PATH"
+        None, "validation files (default: a share of --text)", nargs="+", metavar="PATH"
     ),
-    "test_text": flag(None, "test on these", nargs="+", metavar="PATH"),
-    "valid_fraction": flag(0.1, "share of --text for validation", type=number(float, 0.001, 0.5)),
-    "train_tokens": flag(None, "train on the first so many tokens (default: all)", type=SIZE),
+    "test_text": flag(None, "test files", nargs="+", metavar="PATH"),
+    "valid_fraction": flag(
+        0.1, "share of --text held out for validation", type=number(float, 0.001, 0.5)
+    ),
+    "train_tokens": flag(None, "train on the first N tokens only (default: all)", type=SIZE),
     "tokenizer": flag(
         "auto",
-        "byte, char, word, bpe, gpt2, a tokenizer.json, or auto: what is usual for the corpus",
+        "byte, char, word, bpe, gpt2 or a tokenizer.json; auto: the usual one of the corpus",
         type=tokenizer_name,
         metavar="KIND",
     ),
-    # 257: bytes and end.
-    "vocab_size": flag(32000, "of --tokenizer bpe", type=number(int, 257, 2**20)),
+    # 257: the bytes and the end token.
+    "vocab_size": flag(32000, "vocabulary size of --tokenizer bpe", type=number(int, 257, 2**20)),
     "save_dir": flag(
-        None, "folder for checkpoints and corpora (default: a RAM disk with room, else ~/.cache)"
+        None,
+        "folder for checkpoints and corpora (default: a RAM disk with room, else ~/.cache)",
+        metavar="DIR",
     ),
     "mirror": flag(
         None,
-        "address or folder that holds <dataset>/<file>, instead of the usual hosts",
-        metavar="BASE",
+        "URL or folder of <dataset>/<file>, used instead of the usual hosts",
+        metavar="URL",
     ),
 }
 
 
 def underscored(argument):
-    """An argument, with the underscores of a flag whose name was typed with hyphens."""
+    """An argument; if it is a flag, hyphens in its name become underscores."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument[2:].partition("=")
@@ -1599,14 +1604,14 @@ def underscored(argument):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser that reports errors in one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
 
 
 def make_parser():
-    """The flags of this file as a program."""
+    """The command-line parser of this file."""
     parser = Parser(description=main.__doc__, allow_abbrev=False)
     for name, (default, options) in DATA_FLAGS.items():
         parser.add_argument(f"--{name}", default=default, **options)
@@ -1619,46 +1624,46 @@ def make_parser():
         "OPENAI_API_KEY or GROQ_API_KEY)"
     )
     add = group.add_argument
-    add("--distill_from", metavar="URL", help="of a server that speaks OpenAI's chat completions")
+    add("--distill_from", metavar="URL", help="server with OpenAI's chat completions API")
     add("--teacher_model", metavar="NAME", help="the server's model")
     add(
         "--teacher_prompts",
         metavar="FILE",
-        help="a prompt a line, or the .jsonl that main.py --prompts_file wrote",
+        help="one prompt per line, or the .jsonl that main.py --prompts_file wrote",
     )
-    add("--output", metavar="DIR", help="for answers.jsonl and corpus.txt")
+    add("--output", metavar="DIR", help="folder for answers.jsonl and corpus.txt")
     add(
         "--max_requests",
         metavar="N",
         type=int,
         default=1000,
-        help="limit of one start (default: %(default)s)",
+        help="limit of this session (default: %(default)s)",
     )
     return parser
 
 
 def main():
-    """Prepares a corpus ahead of training and says what it is, or collects one from a teacher."""
+    """Prepares and summarizes a corpus ahead of training, or collects one from a teacher."""
     parser = make_parser()
     flags = parser.parse_args([underscored(argument) for argument in sys.argv[1:]])
     # --max_requests is not among them: it has a default.
     teaching = [flags.distill_from, flags.teacher_model, flags.teacher_prompts, flags.output]
     if any(teaching) and None in teaching:
         parser.error(
-            "--distill_from, --teacher_model, --teacher_prompts and --output go together: give all"
+            "--distill_from, --teacher_model, --teacher_prompts and --output go together: give all four"
         )
     if (flags.valid_text or flags.test_text) and not flags.text:
-        parser.error("--valid_text and --test_text go with --text: give that, too, or neither")
+        parser.error("--valid_text and --test_text require --text")
     try:
         if flags.distill_from:
             extra("collect").collect(flags)
         else:
             prepare(flags)
-        sys.stdout.flush()  # a full disk shows here at the latest
+        sys.stdout.flush()  # a full disk is noticed here at the latest
     except (UsageError, RunError, OSError, ImportError) as error:
-        if not isinstance(error, BrokenPipeError):  # whose reader has read enough
+        if not isinstance(error, BrokenPipeError):  # the reader closed the pipe
             line = " ".join(str(error).splitlines())
-            if isinstance(error, ImportError):  # a package that one function alone needs
+            if isinstance(error, ImportError):  # a package that only one function needs
                 line += ": pip install -r requirements.txt"
             print(f"{parser.prog}: {line}", file=sys.stderr)
         drop_unwritten()
@@ -1667,7 +1672,7 @@ def main():
 
 
 def drop_unwritten():
-    """Forgets what stdout cannot take: Python would try once more when it ends, and complain."""
+    """Discards what stdout cannot take: Python would try again at exit, and complain."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -1675,7 +1680,7 @@ def drop_unwritten():
 
 
 def prepare(flags):
-    """Loads the corpus that the flags name, which encodes it, and prints what it is."""
+    """Loads (and encodes) the corpus that the flags specify, and prints a summary."""
     arguments = {name: getattr(flags, name) for name in DATA_FLAGS if name != "dataset"}
     dataset = load_dataset("text" if flags.text else flags.dataset, **arguments)
     tokenizer = dataset.tokenizer
@@ -1698,10 +1703,10 @@ def prepare(flags):
 
 
 if __name__ == "__main__":
-    # `import datasets` inside an extra means this module, which runs, and not a second copy of it.
+    # `import datasets` in an extra must give this running module, not a second copy of it.
     sys.modules.setdefault("datasets", sys.modules[__name__])
-    # None where they were closed from the start.
+    # They are None if they were closed at startup.
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
-    sys.stdout.reconfigure(errors="replace")  # for what the locale's encoding lacks
+    sys.stdout.reconfigure(errors="replace")  # for characters that the locale's encoding lacks
     sys.exit(main())

@@ -1,29 +1,29 @@
-"""Train a transformer language model with MLX, never lose a step of it, and talk to it.
+"""Train a transformer language model with MLX, resume it bit-exactly, and sample from it.
 
     python main.py --dataset python --dim 128 --context_size 128   train on Python's own library
-    python main.py --dataset ptb          train on Penn Treebank; Ctrl+C, same line: go on
-    python main.py --inference            talk to the checkpoint saved last
+    python main.py --dataset ptb          train on Penn Treebank; rerun after Ctrl+C to resume
+    python main.py --inference            sample interactively from the newest checkpoint
     python main.py --help                 every flag
 
-This file holds, in this order: model, loss and optimizer, batches, evaluation, checkpoints,
-interrupts, training, sampling, prompts, command line. Text becomes token ids in datasets.py. What
-goes beyond training, resuming and sampling is in extras/, one file for each capability; this file
+This file contains, in order: model, loss and optimizer, batches, evaluation, checkpoints,
+interrupts, training, sampling, prompts, command line. datasets.py turns text into token ids.
+Everything beyond training, resuming and sampling is in extras/, one file per feature; this file
 works without it, in plain MLX.
 
-Shapes are written in these letters: B rows of a batch, L positions, D model dimension, H query
-heads, K key and value heads, d dimension of a head (D / H), V vocabulary, N any number. A linear
-layer from I to O numbers has a matrix [O, I], as in PyTorch. MLX is lazy: operations build a
-graph, which mx.eval computes.
+Shapes use these letters: B rows of a batch, L positions, D model dimension, H query heads, K key
+and value heads, d dimension of a head (D / H), V vocabulary, N any number. A linear layer from I
+to O features has a matrix [O, I], as in PyTorch. MLX is lazy: operations build a graph, which
+mx.eval computes.
 """
 
 import signal
 import sys
 
 if __name__ == "__main__":
-    # `import main` in an extra has to mean this very module, not a second copy.
+    # `import main` in an extra must return this module, not a second copy.
     sys.modules["main"] = sys.modules["__main__"]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Before there is anything to save, Ctrl+C leaves without a traceback.
+        # Until there is something to save, Ctrl+C exits without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -52,7 +52,7 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 fast = None
 if (HERE / "extras" / "fast.py").exists():
-    from extras import fast  # before NumPy and MLX, which then compute matrix products faster
+    from extras import fast  # before NumPy and MLX, to speed up their matrix products
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -65,17 +65,17 @@ from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Ru
 from datasets import choice, explained, extra, flag, load_dataset, number, open_folder
 from datasets import tokenizer_from_dict, underscored, user_path
 
-# Kept in checkpoints: another BLAS rounds in another way.
+# Recorded in checkpoints: BLAS libraries round differently.
 BLAS = fast.BLAS if fast else "MLX's own BLAS"
-# Of the .metadata files; raise it when an older or newer main.py could misread them.
+# Version of the .metadata format; increment it when an older or newer main.py could misread it.
 FORMAT_VERSION = 2
 
 
 def fast_version(plain):
-    """Decorator: replaces a function by that of the same name in extras/fast.py, if it is there.
+    """Decorator: replaces a function with its namesake in extras/fast.py, if that file exists.
 
-    That one computes the same, to rounding, and is quicker on a CPU. Whoever changes such a
-    function deletes the `@fast_version` above it: then it is used as it stands.
+    The fast version is equivalent up to rounding and quicker on a CPU. To change such a function,
+    delete the `@fast_version` above it: the plain version is then used.
     """
     return getattr(fast, plain.__name__) if fast else plain
 
@@ -87,27 +87,27 @@ def fast_version(plain):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The shape of a model; saved in checkpoints. Raises UsageError if the values do not fit."""
+    """The shape of a model; saved in checkpoints. Raises UsageError if the values conflict."""
 
     vocab_size: int  # V
-    context_size: int  # positions of a training window, and the most that a Cache holds
+    context_size: int  # positions of a training window, and the capacity of a Cache
     num_blocks: int
     dim: int  # D
-    num_heads: int  # H, of queries
-    num_kv_heads: int  # K, of keys and values: H / K query heads share each
+    num_heads: int  # H, query heads
+    num_kv_heads: int  # K, key and value heads, each shared by H / K query heads
     mlp: str  # a key of MLPS
     mlp_dim: int  # hidden units of an MLP; a gated one has as many gates
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
-    untie: bool = False  # the output layer has a matrix of its own, not the embeddings
+    untie: bool = False  # the output layer has its own matrix instead of the embeddings
     rope_theta: float = 10000.0  # RoPE's wavelengths: 2 pi to nearly 2 pi * theta positions
-    rope_scaling: tuple = None  # of Llama 3's RoPE, see Llama3RoPE; None: plain RoPE
+    rope_scaling: tuple = None  # parameters of Llama3RoPE; None: plain RoPE
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
     head_dim: int = None  # d; None: dim / num_heads
 
     def __post_init__(self):
-        if self.head_dim:  # of a checkpoint, or of an imported model, where H * d need not be D
+        if self.head_dim:  # from a checkpoint or an imported model, where H * d may differ from D
             return
-        step = 2 * self.num_heads  # a head's dimension is even: RoPE rotates pairs
+        step = 2 * self.num_heads  # a head's dimension must be even: RoPE rotates pairs
         if self.dim % step:
             fit = step * max(1, round(self.dim / step))
             raise UsageError(
@@ -126,18 +126,18 @@ class Config:
 def mix(bits):
     """A hash of 32-bit numbers: each of its high bits depends on all bits of the argument.
 
-    The constants are those of "lowbias32" (Wellons 2018). Such operations use the vector units: a
-    mask takes a tenth of the time of MLX's generator.
+    The constants are from "lowbias32" (Wellons 2018). These operations are vectorized: a mask
+    takes a tenth of the time that MLX's generator needs.
     """
     bits = bits * mx.array(0x7FEB352D, mx.uint32)
     return (bits ^ (bits >> 15)) * mx.array(0x846CA68B, mx.uint32)
 
 
 def draw_noise(noise, shape, sites):
-    """What `dropout` takes for hidden states of a shape [B, L, D] at so many places of a model.
+    """The noise that `dropout` takes, for hidden states of a shape [B, L, D] and `sites` sites.
 
     noise: see make_noise. Returns the rate, random numbers [B, L, D] uint32, each a function of its
-    row's key and its place in the row, and a number for each site.
+    row's key and its place in the row, and a salt for each site.
     """
     if not noise:
         return ()
@@ -145,7 +145,7 @@ def draw_noise(noise, shape, sites):
     _, L, D = shape
     places = mx.arange(L * D, dtype=mx.uint32).reshape(1, L, D)
     bits = mix(places + keys[:, None, None, 0]) ^ keys[:, None, None, 1]
-    # Multiples of the golden ratio, in units of 2^32, are far from each other.
+    # Multiples of the golden ratio, in units of 2^32, lie far apart.
     salts = mx.arange(sites, dtype=mx.uint32) * mx.array(0x9E3779B9, mx.uint32)
     return rates[0], bits ^ (bits >> 16), salts
 
@@ -153,16 +153,15 @@ def draw_noise(noise, shape, sites):
 def dropout(hidden, noise, site):
     """Dropout (Srivastava et al. 2014) of hidden [B, L, D].
 
-    noise: see draw_noise; () for no dropout. site: a place in the model, counted from 0; masks
-    differ from one to the next. A row's mask depends on its own key alone: splitting a batch does
-    not change it.
+    noise: see draw_noise; () for no dropout. site: a place in the model, counted from 0; each has
+    its own mask. A row's mask depends only on its own key: splitting a batch does not change it.
     """
     if not noise:
         return hidden
     rate, bits, salts = noise
     bits = mix(bits ^ salts[site])
-    # The carry of a sum of 31 bits is 1 where `bits` is large enough. A comparison says the same,
-    # but compilers make no use of the vector units for it.
+    # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the same,
+    # but compilers do not vectorize it.
     share = ((1 - rate) * 2**31).astype(mx.uint32)
     kept = ((bits >> 1) + share) >> 31
     return hidden * (kept.astype(hidden.dtype) / (1 - rate).astype(hidden.dtype))
@@ -176,10 +175,11 @@ def attend(queries, keys, values):
 
 
 class Llama3RoPE(nn.Module):
-    """RoPE (Su et al. 2021) for texts longer than those of the first training, as in Llama 3.1.
+    """RoPE (Su et al. 2021) for texts longer than the original context, as in Llama 3.1.
 
-    Pairs of dimensions that turn `high` times or more within the original context stay as they
-    are, those that turn `low` times or less turn `factor` times slower, others in between.
+    Pairs of dimensions that turn at least `high` times within the original context keep their
+    speed, those that turn at most `low` times become `factor` times slower, and the speeds of the
+    others are interpolated.
     """
 
     def __init__(self, d, base, factor, low, high, original_context):
@@ -189,7 +189,7 @@ class Llama3RoPE(nn.Module):
         turns = original_context * speeds / (2 * np.pi)
         kept = np.clip((turns - low) / (high - low), 0, 1)
         speeds = kept * speeds + (1 - kept) * speeds / factor
-        self._periods = mx.array(1 / speeds, mx.float32)  # MLX trains nothing that begins with _
+        self._periods = mx.array(1 / speeds, mx.float32)  # the _ keeps MLX from training it
 
     def __call__(self, x, offset=0):  # [..., L, d] -> [..., L, d]
         return mx.fast.rope(
@@ -198,14 +198,14 @@ class Llama3RoPE(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, K key/value heads shared by H query heads (Ainslie et al. 2023)."""
+    """Causal self-attention; H query heads share K key/value heads (Ainslie et al. 2023)."""
 
     def __init__(self, config):
         super().__init__()
         D, d = config.dim, config.head_dim
         self.num_heads = config.num_heads
         self.head_dim = d
-        self.rope = nn.RoPE(d, base=config.rope_theta)  # pairs dimensions i and i + d/2, as Llama
+        self.rope = nn.RoPE(d, base=config.rope_theta)  # pairs dimensions i and i + d/2, like Llama
         if config.rope_scaling:
             self.rope = Llama3RoPE(d, config.rope_theta, *config.rope_scaling)
         self.q_proj = nn.Linear(D, config.num_heads * d, bias=False)
@@ -214,14 +214,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_heads * d, D, bias=False)
         if config.qk_norm:
             # Keeps the scores in range at high learning rates (Henry et al. 2020; Qwen3).
-            # One weight [d] for all heads.
+            # All heads share one weight [d].
             self.q_norm = nn.RMSNorm(d, config.norm_eps)
             self.k_norm = nn.RMSNorm(d, config.norm_eps)
 
     def project(self, hidden, offset=0):
         """Hidden [B, L, D] to queries [B, H, L, d], keys [B, K, L, d] and values [B, K, L, d].
 
-        offset: the place of the first position in its text, for RoPE.
+        offset: the index of the first position in its text, for RoPE.
         """
         queries = self.split_heads(self.q_proj(hidden))
         keys = self.split_heads(self.k_proj(hidden))
@@ -229,8 +229,8 @@ class Attention(nn.Module):
         if "q_norm" in self:  # a Module is a dict of its parts
             queries = self.q_norm(queries)
             keys = self.k_norm(keys)
-        # Rotated in one call: RoPE is many small operations on a CPU, and decoding with a small
-        # model takes a tenth longer with two.
+        # One call rotates both: RoPE is many small operations on a CPU, and with two calls,
+        # decoding with a small model takes a tenth longer.
         both = mx.concatenate([queries, keys], axis=1)  # [B, H + K, L, d]
         both = self.rope(both, offset=offset)
         return both[:, : self.num_heads], both[:, self.num_heads :], values
@@ -262,9 +262,9 @@ class Cache:
         self.offset = 0  # positions read so far
 
     def attend(self, queries, keys, values):
-        """Appends L positions, and attends from them to all so far; shapes as in `attend`.
+        """Appends L positions and attends from them to all so far; shapes as in `attend`.
 
-        By MLX's own function: without mx.compile the fast version of `attend` is slower.
+        Uses MLX's own function: without mx.compile, the fast version of `attend` is slower.
         """
         L = queries.shape[2]
         scale = queries.shape[3] ** -0.5
@@ -272,7 +272,8 @@ class Cache:
         self.keys[:, :, self.offset : end] = keys
         self.values[:, :, self.offset : end] = values
         self.offset = end
-        # MLX aligns "causal" at the end, so a query sees all before it; a single one sees all.
+        # MLX aligns "causal" at the end, so a query sees everything up to its own position; a
+        # single query sees everything without a mask.
         mask = "causal" if L > 1 else None
         return mx.fast.scaled_dot_product_attention(
             queries, self.keys[:, :, :end], self.values[:, :, :end], scale=scale, mask=mask
@@ -284,17 +285,18 @@ def relu2(x):
     """Squared ReLU (So et al. 2021).
 
     It trains as well as the others (PTB, dim 256, 250 steps: 5.64 nats; swiglu 5.68, gelu 5.78)
-    and is nearly free on a Linux CPU, where MLX's exp and erf are scalar: both passes of
-    [1536, 4096] take 8 ms on two AMD EPYC cores, with silu 165, with gelu 320.
+    and is nearly free on a Linux CPU, where MLX's exp and erf are scalar: on two AMD EPYC cores,
+    the forward and backward passes of [1536, 4096] take 8 ms, against 165 for silu and 320 for
+    gelu.
     """
     return mx.square(nn.relu(x))
 
 
-# The choices of --mlp: an activation, and whether it is that of a gate (Shazeer 2020), which makes
-# activation(gate_proj(x)) * up_proj(x) of activation(up_proj(x)).
+# The choices of --mlp: an activation, and whether it is applied to a gate (Shazeer 2020):
+# activation(gate_proj(x)) * up_proj(x) instead of activation(up_proj(x)).
 MLPS = {
     "relu2": (relu2, False),
-    "gelu": (nn.gelu, False),  # the exact one, by erf
+    "gelu": (nn.gelu, False),  # the exact one, with erf
     "swiglu": (nn.silu, True),
 }
 
@@ -320,7 +322,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each normalized before and added to hidden [B, L, D]."""
+    """Attention, then an MLP, each applied to normalized hidden [B, L, D] and added to it."""
 
     def __init__(self, config, index):
         super().__init__()
@@ -331,7 +333,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def __call__(self, hidden, cache=None, noise=()):
-        site = 2 * self.index + 1  # of dropout; site 0 is the embeddings'
+        site = 2 * self.index + 1  # of dropout; site 0 is the embeddings
         attended = self.self_attn(self.input_layernorm(hidden), cache)
         hidden = hidden + dropout(attended, noise, site)
         transformed = self.mlp(self.post_attention_layernorm(hidden))
@@ -339,11 +341,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids [B, L] to final hidden states [B, L, D]; put any head on it."""
+    """Token ids [B, L] to final hidden states [B, L, D]; any head can go on top."""
 
     def __init__(self, config):
         super().__init__()
-        # Gradient checkpointing: of each block only the input is kept for the backward pass.
+        # Gradient checkpointing: only the input of each block is kept for the backward pass.
         self.checkpoint = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = [Block(config, i) for i in range(config.num_blocks)]
@@ -376,7 +378,7 @@ class LanguageModel(nn.Module):
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def __call__(self, tokens, caches=None, noise=(), last=0):
-        """Logits of the `last` positions alone, which is all that decoding needs; 0: of all."""
+        """Logits of the `last` positions only, which is all that decoding needs; 0: of all."""
         hidden = self.model(tokens, caches, noise)[:, -last:]  # [B, last or L, D]; -0 is all
         if self.config.untie:
             return self.lm_head(hidden)
@@ -384,23 +386,23 @@ class LanguageModel(nn.Module):
 
     @property
     def head(self):
-        """The output layer's matrix [V, D]: the embeddings, unless it has one of its own."""
+        """The output layer's matrix [V, D]: the embeddings, unless it has its own."""
         if self.config.untie:
             return self.lm_head.weight
         return self.model.embed_tokens.weight
 
 
 def init_weights(model, seed):
-    """Gives every parameter its first value.
+    """Initializes every parameter.
 
     Norms are 1, matrices normal with standard deviation 1 / sqrt(inputs). The matrices that write
-    into the residual stream are 0, so that each block begins as the identity. An untied output
-    layer is 0, too.
+    into the residual stream are 0, so that each block starts as the identity. An untied output
+    layer is also 0.
 
-    Embeddings have the standard deviation 5 / dim. Tied ones are the output layer, too: the logit
-    of the token just read begins near 5, others near 0, and the first loss is near ln(V + e^5); it
-    is ln V if untied. On PTB (dim 256, AdamW 3e-3) 250 steps gave 5.64 nats with it, 5.91 with a
-    fifth of it and 5.76 with GPT-2's; twice as much was not worse there (5.57).
+    Embeddings have standard deviation 5 / dim. Tied, they are also the output layer: the logit of
+    the token just read starts near 5, the others near 0, and the first loss is near ln(V + e^5);
+    untied, it is ln V. On PTB (dim 256, AdamW 3e-3), 250 steps reached 5.64 nats with this value,
+    5.91 with a fifth of it and 5.76 with GPT-2's; doubling it was no worse there (5.57).
     """
     parameters = tree_flatten(model.parameters())  # [(name, array), ...]
     keys = mx.random.split(mx.random.key(seed), len(parameters))
@@ -427,9 +429,9 @@ def init_weights(model, seed):
 def cross_entropy(hidden, head, targets, weights, training=True):
     """Cross-entropy of hidden states [B, L, D], in nats: a weighted sum over all positions.
 
-    head: the output layer's matrix [V, D]; targets: ids [B, L]; weights: [B, L] or a number (with
-    1 / positions the sum is a mean). training: whether a gradient will be taken; the fast version
-    then computes it together with the loss.
+    head: the output layer's matrix [V, D]; targets: ids [B, L]; weights: [B, L] or a number
+    (1 / positions turns the sum into a mean). training: whether a gradient will be taken; if so,
+    the fast version computes it together with the loss.
     """
     logits = (hidden @ head.astype(hidden.dtype).T).astype(mx.float32)  # [B, L, V]
     losses = nn.losses.cross_entropy(logits, targets)  # [B, L]
@@ -438,9 +440,9 @@ def cross_entropy(hidden, head, targets, weights, training=True):
 
 @fast_version
 def over_streams(function, *arrays):
-    """[function(*rows), ...], a result for each share of the rows of `arrays`.
+    """[function(*rows), ...], one result per share of the rows of `arrays`.
 
-    The fast version computes the shares side by side, each on a CPU stream; here one share is all.
+    The fast version computes the shares in parallel, each on a CPU stream; here there is only one.
     """
     return [function(*arrays)]
 
@@ -453,32 +455,32 @@ def add_up(trees):
 
 @fast_version
 def clip_grad_norm(gradients, limit):
-    """Scales a tree of gradients to a norm of `limit` at most; returns it and its norm before."""
+    """Scales a tree of gradients to a norm of at most `limit`; returns it and its norm before."""
     return optim.clip_grad_norm(gradients, limit)
 
 
 @fast_version
 def spread(optimizer_class):
-    """Any optimizer class of MLX, or a subclass with equal results that uses all cores."""
+    """`optimizer_class`; the fast version: a subclass that uses all cores, with equal results."""
     return optimizer_class
 
 
 @fast_version
 def has_bfloat16():
-    """Whether `use_bfloat16` makes a CPU faster; MLX itself has no fast code for that."""
+    """Whether `use_bfloat16` makes a CPU faster; MLX itself has no fast bfloat16 code."""
     return False
 
 
 @fast_version
 def use_bfloat16(wanted):
-    """Lets the matrix products on a CPU round what they multiply to bfloat16, or no longer."""
+    """Sets whether matrix products on a CPU round their inputs to bfloat16; here a no-op."""
 
 
 class AdamW(optim.AdamW):
     """MLX's AdamW (Loshchilov & Hutter 2019), with bias correction at no cost.
 
-    mx.compile would compute the numbers that all elements share, powers of the betas, anew for
-    each element. It does not look behind mx.contiguous.
+    mx.compile would recompute the scalars that all elements share, powers of the betas, for every
+    element. It does not fuse across mx.contiguous.
     """
 
     def apply_single(self, gradient, parameter, state):
@@ -493,16 +495,16 @@ class AdamW(optim.AdamW):
         return decay * parameter - rate * m / (mx.sqrt(v) * correction + self.eps)
 
 
-# Muon's learning rate, as a multiple of AdamW's. On PTB (dim 256, batch 32, AdamW's at 3e-3) the
-# validation loss after 120 steps was 5.56 nats, with AdamW alone 5.65; on characters (dim 128)
-# multiples of 8 and 10 did as well.
+# Muon's learning rate, as a multiple of AdamW's. On PTB (dim 256, batch 32, AdamW's at 3e-3), the
+# validation loss after 120 steps was 5.56 nats, against 5.65 with AdamW alone; on characters (dim
+# 128), multiples of 8 and 10 did equally well.
 MUON_RATE = 5
 
 
 class Muon(optim.Muon):
-    """MLX's Muon (Jordan et al. 2024) with decoupled weight decay, as AdamW's.
+    """MLX's Muon (Jordan et al. 2024) with decoupled weight decay, like AdamW's.
 
-    MLX adds the decay to the gradient before orthogonalizing it.
+    MLX itself adds the decay to the gradient before orthogonalizing it.
     """
 
     def __init__(self, learning_rate, weight_decay):
@@ -510,7 +512,7 @@ class Muon(optim.Muon):
         self.decay = weight_decay
 
     def apply_single(self, gradient, parameter, state):
-        # AdamW decays by its learning rate times `decay`; so does this, by AdamW's rate.
+        # AdamW decays by its learning rate times `decay`; this does the same, with AdamW's rate.
         decay = self.learning_rate * self.decay / MUON_RATE
         parameter = parameter * (1 - decay)
         return super().apply_single(gradient, parameter, state)
@@ -519,8 +521,8 @@ class Muon(optim.Muon):
 def make_optimizer(model, flags):
     """AdamW; with --optimizer muon, Muon for the blocks' matrices.
 
-    The embeddings and the output layer have --embedding_decay, the blocks' matrices
-    --weight_decay, norms no decay.
+    Weight decay: --embedding_decay for the embeddings and the output layer, --weight_decay for
+    the blocks' matrices, none for norms.
     """
     rate = flags.learning_rate
     adamw = partial(spread(AdamW), learning_rate=rate, betas=[flags.beta1, flags.beta2])
@@ -531,7 +533,7 @@ def make_optimizer(model, flags):
     decay = flags.weight_decay if flags.embedding_decay is None else flags.embedding_decay
     groups = [blocks, adamw(weight_decay=decay), adamw(weight_decay=0.0)]
     filters = [is_matrix_of_block, is_matrix]
-    # filters[i] chooses the parameters of groups[i]; the last group takes what is left.
+    # filters[i] selects the parameters of groups[i]; the last group takes the rest.
     optimizer = optim.MultiOptimizer(groups, filters)
     optimizer.init(model.trainable_parameters())
     assert_each_has_one_group(optimizer, model)
@@ -544,18 +546,18 @@ def is_matrix(name, parameter):
 
 
 def is_matrix_of_block(name, parameter):
-    """Whether it is a matrix of a block: neither the embeddings nor the output layer."""
+    """Whether a parameter is a block's matrix, not the embeddings or the output layer."""
     return name.startswith("model.layers.") and is_matrix(name, parameter)
 
 
 def split_group(state):
-    """Divides an older checkpoint's state of all matrices into the blocks' and the others'."""
+    """Splits an older checkpoint's state of all matrices into the blocks' and the others'."""
     arrays = tree_flatten(state)
     blocks = [(name, array) for name, array in arrays if name.startswith("model.layers.")]
     others = [
         (name, array) for name, array in arrays if name.startswith(("model.embed", "lm_head"))
     ]
-    shared = [(name, array) for name, array in arrays if "." not in name]  # as `step`
+    shared = [(name, array) for name, array in arrays if "." not in name]  # such as `step`
     return tree_unflatten(blocks + shared), tree_unflatten(others + shared)
 
 
@@ -563,8 +565,8 @@ def assert_each_has_one_group(optimizer, model):
     """Asserts that each trained parameter has state in exactly one group of the optimizer."""
     held = []
     for group in optimizer.optimizers:
-        # The arrays have the parameters' names and a word more, as `model.norm.weight.m`; only
-        # those of the whole group, as `step`, have no dot.
+        # Arrays are named after their parameter plus a suffix, such as `model.norm.weight.m`; only
+        # those of the whole group, such as `step`, have no dot.
         names = {name.rpartition(".")[0] for name, _ in tree_flatten(group.state)}
         held += sorted(names - {""})
     trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
@@ -572,7 +574,7 @@ def assert_each_has_one_group(optimizer, model):
 
 
 def set_learning_rate(optimizer, rate):
-    """Sets the rate of all groups; Muon's is MUON_RATE times that of the others."""
+    """Sets the learning rate of all groups; Muon's is MUON_RATE times the others'."""
     for group in optimizer.optimizers:
         group.learning_rate = rate * MUON_RATE if isinstance(group, optim.Muon) else rate
 
@@ -580,8 +582,8 @@ def set_learning_rate(optimizer, rate):
 def learning_rate_at(iteration, flags):
     """The learning rate of step `iteration`, counted from 0.
 
-    A linear warm-up over `lr_warmup` steps, then constant; over the last `lr_cooldown` of the steps
-    after it a cosine or linear decay to `min_lr` at `num_iters`.
+    Linear warmup over `lr_warmup` steps, then constant; over the last share `lr_cooldown` of the
+    steps after warmup, cosine or linear decay to `min_lr` at `num_iters`.
     """
     least = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
     cooldown = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)  # in steps
@@ -592,23 +594,23 @@ def learning_rate_at(iteration, flags):
         left = 1 - done
     else:
         left = 1
-    # As this difference it is exactly the learning rate where all is left.
+    # Written as a difference, this is exactly the learning rate where `left` is 1.
     rate = flags.learning_rate - (flags.learning_rate - least) * (1 - left)
-    warmup = min(1, (iteration + 1) / max(1, flags.lr_warmup))  # + 1: at 0 nothing is learned
+    warmup = min(1, (iteration + 1) / max(1, flags.lr_warmup))  # + 1: a rate of 0 learns nothing
     return rate * warmup
 
 
 def average_weights(average, weights, iteration, share):
     """The average of the weights over about the last `share` of the steps taken.
 
-    average: that before step `iteration`, counted from 0, a tree of arrays; None at its beginning.
-    weights: those after the step. Each step counts by a power of its place in the run, as much as
-    (place / steps) ^ (1 / share - 1) (Shamir & Zhang 2013; Karras et al. 2024): so the average
-    depends neither on where the run will end nor on where it was interrupted.
+    average: the average before step `iteration`, counted from 0, a tree of arrays; None if it
+    starts here. weights: those after the step. Each step is weighted in proportion to a power of
+    its place in the run, (place / steps) ^ (1 / share - 1) (Shamir & Zhang 2013; Karras et al.
+    2024), so the average depends neither on where the run will end nor on where it was interrupted.
     """
     if average is None:
         return weights
-    part = min(1, 1 / (share * (iteration + 1)))  # of the newest weights in the average
+    part = min(1, 1 / (share * (iteration + 1)))  # the newest weights' share of the average
     average = mix_weights(average, weights, mx.array(part))
     mx.eval(average)  # or the graphs of all steps would pile up
     return average
@@ -616,7 +618,7 @@ def average_weights(average, weights, iteration, share):
 
 @mx.compile
 def mix_weights(average, weights, part):
-    """A tree of arrays between two others, at `part` of the way."""
+    """Interpolates between two trees of arrays: `part` 0 gives `average`, 1 gives `weights`."""
     return tree_map(lambda old, new: old + part * (new - old), average, weights)
 
 
@@ -624,17 +626,17 @@ def mix_weights(average, weights, part):
 
 
 class Batches:
-    """An endless stream of batches: windows of a token array [N] in a permuted order.
+    """An endless stream of batches: windows of a token array [N] in permuted order.
 
-    Each epoch cuts the text into windows at a random offset, so that no token is left out for
-    good, and draws their order `perm`, in which `s` is the position. What comes next is a function
-    of the arguments, the epoch and `s` alone; the order is saved all the same, as another NumPy
-    might draw another one. batch_size: rows of a whole step. Raises UsageError for a text that is
-    shorter than one window.
+    Each epoch cuts the text into windows at a random offset, so that no token is always left out,
+    and draws their order `perm`; `s` is the position in it. The next batch depends only on the
+    arguments, the epoch and `s`; the order is saved anyway, since another NumPy version might draw
+    a different one. batch_size: rows of a whole step. Raises UsageError if the text is shorter
+    than one window.
     """
 
     def __init__(self, tokens, context_size, batch_size, seed):
-        if len(tokens) <= context_size:  # a window is L inputs and one more token, its last target
+        if len(tokens) <= context_size:  # a window is L inputs plus one token, the last target
             raise UsageError(
                 f"the training text has {len(tokens):,} tokens, fewer than "
                 f"--context_size {context_size} needs: use a longer text or "
@@ -647,7 +649,7 @@ class Batches:
         self.begin_epoch(0)
 
     def begin_epoch(self, epoch):
-        """Draws the offset and the order of an epoch, counted from 0, and goes to its beginning."""
+        """Draws the offset and the order of an epoch, counted from 0, and moves to its start."""
         random = np.random.default_rng([self.seed, epoch])
         self.epoch = epoch
         self.s = 0
@@ -660,8 +662,8 @@ class Batches:
     def next(self):
         """Inputs and targets of the next step, [B, L] int32.
 
-        An epoch's last, incomplete batch is dropped. Where the text has fewer windows than a batch
-        has rows, they repeat.
+        An epoch's last, incomplete batch is dropped. If the text has fewer windows than a batch
+        has rows, the windows repeat.
         """
         complete = self.s + self.batch_size <= len(self.perm)
         if not complete and self.s > 0:
@@ -675,11 +677,11 @@ class Batches:
         return mx.array(rows[:, :-1], mx.int32), mx.array(rows[:, 1:], mx.int32)
 
     def state(self):
-        """Where the stream stands, as a checkpoint's record has it; `perm` is saved beside it."""
+        """The position in the stream, for a checkpoint's record; `perm` is saved separately."""
         return {"epoch": self.epoch, "offset": self.offset, "s": self.s}
 
     def restore(self, state, perm):
-        """Goes to where `state` was taken."""
+        """Moves to the position that `state` describes."""
         self.epoch = state["epoch"]
         self.offset = state["offset"]
         self.s = state["s"]
@@ -687,15 +689,15 @@ class Batches:
 
 
 def make_noise(iteration, rows, flags):
-    """Dropout's rates [N], which are equal, and keys [N, 2] uint32 for the rows of a step.
+    """Dropout rates [N], all equal, and keys [N, 2] uint32 for the rows of a step.
 
-    Without dropout it is (). The key of row r is a function of (seed, iteration, r) alone. The rate
-    goes linearly from --dropout to --dropout_final at `num_iters`.
+    Returns () without dropout. The key of row r depends only on (seed, iteration, r). The rate
+    changes linearly from --dropout to --dropout_final at `num_iters`.
     """
     final = flags.dropout if flags.dropout_final is None else flags.dropout_final
     if flags.dropout == 0 and final == 0:
         return ()
-    # The 1 keeps these random numbers apart from those of Batches.
+    # The 1 makes these random numbers differ from those of Batches.
     random = np.random.default_rng([flags.seed, iteration, 1])
     rate = flags.dropout + (final - flags.dropout) * iteration / flags.num_iters
     keys = random.integers(0, 2**32, (rows, 2), np.uint32)
@@ -706,33 +708,33 @@ def make_noise(iteration, rows, flags):
 
 
 def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
-    """Mean loss in nats per token over all of `tokens` [N] but the first, each scored once.
+    """Mean loss in nats/token over all of `tokens` [N] but the first, each scored once.
 
-    Windows begin `stride` tokens apart, by default side by side. Returns None if a signal came.
+    Windows start `stride` tokens apart, by default without overlap. Returns None on a signal.
     """
     ranks = ranks or SingleProcess()
     interrupts = interrupts or Interrupts()
     context_size = model.config.context_size
     stride = stride or context_size
-    count = len(tokens) - 1  # of targets
+    count = len(tokens) - 1  # number of targets
 
     def loss(inputs, targets, weights):
         return cross_entropy(model.model(inputs), model.head, targets, weights, training=False)
 
-    # Traced once for all batches, which have one shape. The weights are named as inputs, or they
-    # would be constants, which the compiled function keeps.
+    # Traced once, as all batches have the same shape. Without `inputs`, the compiled function
+    # would keep the weights as constants.
     @partial(mx.compile, inputs=[model.state])
     def score(*windows):
         return sum(over_streams(loss, *windows))
 
-    # [windows]; the first that begins at `last` or later reaches the end of the text.
+    # [windows]; the first one that starts at `last` or later reaches the end of the text.
     last = max(count - context_size, 0)
     starts = np.arange(0, last + stride, stride)
-    # Windows that begin at the end, whose tokens all weigh 0, fill the last batch.
+    # Windows that start at the end, where all weights are 0, pad the last batch.
     missing = -len(starts) % batch_size
     starts = np.append(starts, np.full(missing, count))
     batches = starts.reshape(-1, batch_size)
-    nats = 0.0  # summed in Python's 64 bits
+    nats = 0.0  # summed in 64 bits, as a Python float
     received = None
     for batch in batches[ranks.rank :: ranks.size]:
         received = interrupts.received
@@ -742,28 +744,28 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
         nats += score(inputs, targets, weights).item()
     nats, received = ranks.sum(nats, received)
     if received:
-        interrupts.received = received  # perhaps by another rank
+        interrupts.received = received  # perhaps on another rank
         return None
     return nats / count
 
 
 def scored_windows(tokens, starts, context_size, stride):
     """Inputs, targets and weights (1 or 0) of the windows at `starts` [B]: [B, L] int32 each."""
-    count = len(tokens) - 1  # of targets
+    count = len(tokens) - 1  # number of targets
     columns = np.arange(context_size)  # [L]
     places = starts[:, None] + columns  # [B, L]
-    # Where windows overlap, what the one before has scored does not count.
+    # Where windows overlap, tokens scored in the previous window do not count.
     is_new = columns >= context_size - stride
     is_first = starts[:, None] == 0
     weights = (places < count) & (is_new | is_first)
-    places = np.minimum(places, count - 1)  # beyond the end any token will do: it weighs 0
+    places = np.minimum(places, count - 1)  # beyond the end any token will do: its weight is 0
     return [mx.array(array, mx.int32) for array in (tokens[places], tokens[places + 1], weights)]
 
 
 def score_split(name, model, dataset, flags, interrupts, ranks, limit=0):
     """Prints the score of a split, or of its first `limit` tokens.
 
-    Returns the nats per token, or None if a signal came.
+    Returns the loss in nats/token, or None if a signal arrived.
     """
     split = getattr(dataset, name)
     tokens = split.tokens
@@ -782,11 +784,11 @@ def score_split(name, model, dataset, flags, interrupts, ranks, limit=0):
 
 
 def describe_score(name, nats, split, tokenizer):
-    """A split's score per token, and in units that do not depend on the tokenizer."""
+    """A split's score, per token and in units that do not depend on the tokenizer."""
     unit = "word" if tokenizer.kind == "word" else "token"
     line = f"{name} {nats:.4f} nats, perplexity {perplexity(nats):.2f} per {unit}"
     if tokenizer.kind not in ("word", "char", "byte"):
-        # Of the whole split, extrapolated where `nats` is of its first tokens.
+        # For the whole split, extrapolated if `nats` is the score of its first tokens only.
         total = nats * len(split.tokens)
         line += f", {perplexity(total / max(1, split.num_words)):.2f} per word"
     line += f", {bits_per_byte(nats, split):.4f} bits per byte"
@@ -801,28 +803,28 @@ def perplexity(nats):
 
 
 def bits_per_byte(nats, split):
-    """Bits per byte of the split's text, of a mean loss in nats per token."""
+    """Converts a mean loss in nats/token to bits per byte of the split's text."""
     return nats / math.log(2) * len(split.tokens) / split.num_bytes
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
-# `<sha1>.safetensors` holds what is trained (of LoRA the adapters alone) and is named by the SHA1
-# of its bytes. `<sha1>.metadata`, in the same format, holds all else that a run is: optimizer
-# state and `perm` as arrays, with --average also the weights before averaging, the tokenizer, and
-# `record`, JSON of the flags, counters and scores. Its header states the file's own SHA1, computed
-# with BLANK in that place. If several runs come to the same weights, each has metadata of its own,
-# the later ones as `<sha1>.<run>.metadata`.
+# `<sha1>.safetensors` holds the trained weights (for LoRA, only the adapters) and is named by the
+# SHA1 of its bytes. `<sha1>.metadata`, in the same format, holds the rest of the run's state: the
+# optimizer state and `perm` as arrays, with --average also the weights before averaging, the
+# tokenizer, and `record`, JSON of the flags, counters and scores. Its header contains the file's
+# own SHA1, computed with BLANK in its place. If several runs reach the same weights, each has its
+# own metadata; that of later runs is named `<sha1>.<run>.metadata`.
 
-BLANK = "0" * 40  # as long as the SHA1 that replaces it, so that nothing else moves
+BLANK = "0" * 40  # as long as the SHA1 that replaces it, so that no other byte moves
 
-# What reading a file of junk as a checkpoint can raise.
+# What reading a junk file as a checkpoint can raise.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 class Hasher:
     """A file object that keeps only the SHA1 of what is written to it."""
 
-    # MLX checks that a file has these three, but uses none of them.
+    # MLX checks that a file has these attributes but does not use them.
     closed = False
     seek = None
     tell = None
@@ -838,7 +840,7 @@ class Hasher:
 def write_safetensors(path, tree, metadata):
     """Writes and syncs a tree of arrays; returns the SHA1 of the file's bytes.
 
-    In the metadata, {name: text}, that SHA1 takes the place of BLANK.
+    metadata: {name: text}; a text that is BLANK is replaced by the SHA1 (of the bytes before that).
     """
     arrays = dict(sorted(tree_flatten(tree)))  # sorted: equal arrays give equal bytes
     hasher = Hasher()
@@ -848,15 +850,15 @@ def write_safetensors(path, tree, metadata):
     with open(path, "wb") as file:
         mx.save_safetensors(file, arrays, stated)
         file.flush()  # out of Python's buffer
-        # And out of the system's, or after a power cut a name could stand for missing bytes.
+        # Also out of the system's, or a power cut could leave a named file without its bytes.
         os.fsync(file.fileno())
     return sha1
 
 
 def read_header(file):
-    """The JSON header of an open safetensors file, as bytes; of a damaged one whatever is there."""
+    """The JSON header of an open safetensors file, as bytes; if damaged, whatever is there."""
     file.seek(0)
-    length = int.from_bytes(file.read(8), "little")  # then come the header and the arrays
+    length = int.from_bytes(file.read(8), "little")  # followed by the header and the arrays
     size = os.fstat(file.fileno()).st_size
     return file.read(min(length, size))  # the length may be junk
 
@@ -864,7 +866,7 @@ def read_header(file):
 def read_metadata(file):
     """The record and the texts of an open `.metadata` file.
 
-    A damaged one raises one of UNREADABLE.
+    Raises one of UNREADABLE if it is damaged.
     """
     texts = json.loads(read_header(file))["__metadata__"]  # {name: text}
     if hashlib.sha1(texts["record"].encode()).hexdigest() != texts["record_sha1"]:
@@ -873,8 +875,8 @@ def read_metadata(file):
 
 
 def sha1_of(file, stated=BLANK):
-    """SHA1 of an open safetensors file, with BLANK in the place of the SHA1 `stated` in it."""
-    length = 8 + len(read_header(file))  # of the header, and of its length in front
+    """SHA1 of an open safetensors file, with BLANK in place of the SHA1 `stated` in it."""
+    length = 8 + len(read_header(file))  # of the header and its length prefix
     file.seek(0)
     header = file.read(length)
     digest = hashlib.sha1(header.replace(stated.encode(), BLANK.encode(), 1))
@@ -886,8 +888,8 @@ def sha1_of(file, stated=BLANK):
 def files_of(folder, record):
     """The files of a checkpoint, open for reading: its .safetensors and its .metadata.
 
-    They stay open in the record, so that what was verified is what is read, even if the run that
-    owns them is being trained and deletes them meanwhile.
+    They stay open in the record, so that the verified bytes are the ones read later, even if the
+    run that owns them is still training and deletes them in between.
     """
     if "files" not in record:
         metadata = record.get("path", folder / f"{record['id']}.metadata")
@@ -897,16 +899,16 @@ def files_of(folder, record):
 
 
 def close_files(record):
-    """Closes what files_of has opened; until then a deleted file keeps its room on the disk."""
+    """Closes what files_of opened; until then, a deleted file still takes up disk space."""
     for file in record.pop("files"):
         file.close()
 
 
 def find_damage(folder, record):
-    """What is wrong with a checkpoint, or None; asked before its content is used.
+    """What is wrong with a checkpoint, or None; called before its content is used.
 
-    Raises RunError if it is of another version of this program: that is no damage, and no older
-    checkpoint is to take its place.
+    Raises RunError if another version of this program wrote it: that is not damage, and no older
+    checkpoint may be used instead.
     """
     checkpoint_id = record["id"]
     try:
@@ -914,12 +916,12 @@ def find_damage(folder, record):
         said, texts = read_metadata(metadata)
         if said["format_version"] != FORMAT_VERSION:
             raise RunError(
-                f"checkpoint {checkpoint_id[:12]} is of another version of this program: "
-                "use that one, or --new_model"
+                f"checkpoint {checkpoint_id[:12]} was written by another version of this program: "
+                "use that version, or --new_model"
             )
         if sha1_of(weights) != checkpoint_id:
             return f"its .safetensors does not have the SHA1 {checkpoint_id[:12]}"
-        # The other file is not named by its SHA1, but states it in its header.
+        # The .metadata file is not named by its SHA1, but contains it in its header.
         if sha1_of(metadata, texts["sha1"]) != texts["sha1"]:
             return f"its .metadata does not have the SHA1 {texts['sha1'][:12]}"
         if said["id"] != checkpoint_id:
@@ -930,17 +932,17 @@ def find_damage(folder, record):
 
 
 def list_checkpoints(folder, warn=False, tries=10):
-    """The records of the checkpoints in `folder`, the one saved last first.
+    """The records of the checkpoints in `folder`, most recently saved first.
 
-    A checkpoint to which several runs came has a record for each of them. Added to each are "id",
-    "path" (of the metadata), the defaults of missing "flags", and "run_saved": when its run was
-    saved last, without what diverged. If a run that is being trained deletes some meanwhile, all
-    is listed anew, up to so many `tries`: "best" might be one that was deleted.
+    A checkpoint that several runs reached has a record for each of them. Each record also gets
+    "id", "path" (of the metadata), defaults for missing "flags", and "run_saved": when its run
+    last saved a checkpoint not marked as diverged. If a run in training deletes checkpoints in the
+    meantime, the listing is repeated, up to `tries` times: "best" might be a deleted one.
     """
     paths = {path.stem: [] for path in folder.glob("*.safetensors")}  # {id: [metadata, ...]}
     for path in folder.glob("*.metadata"):
         checkpoint_id = path.name.partition(".")[0]
-        if checkpoint_id in paths:  # metadata alone is no checkpoint
+        if checkpoint_id in paths:  # metadata alone is not a checkpoint
             paths[checkpoint_id].append(path)
     records = []
     some_vanished = False
@@ -949,26 +951,25 @@ def list_checkpoints(folder, warn=False, tries=10):
             try:
                 with open(path, "rb") as file:
                     record, _ = read_metadata(file)
-                # The file's name decides; find_damage compares it with what the record says.
+                # The file name takes precedence; find_damage compares the record with it.
                 record |= {"id": checkpoint_id, "path": path}
-                record["flags"] = DEFAULTS | record["flags"]  # some may be newer than the record
+                record["flags"] = DEFAULTS | record["flags"]  # some flags are newer than the record
                 saved_order(record)
                 records.append(record)
             except UNREADABLE as error:
-                # One that is gone was deleted just now, by the run that owns it.
+                # A missing checkpoint was just deleted by the run that owns it.
                 vanished = not (folder / f"{checkpoint_id}.safetensors").exists()
                 some_vanished |= vanished
                 if warn and len(checkpoint_id) == 40 and not vanished:
                     print(
-                        f"Passing over {checkpoint_id[:12]}: "
-                        f"its .metadata cannot be read ({error})",
+                        f"Skipping {checkpoint_id[:12]}: unreadable .metadata ({error})",
                         file=sys.stderr,
                     )
     if some_vanished and (tries > 1 or not records):
         return list_checkpoints(folder, warn, tries - 1)  # there are newer ones
     records.sort(key=saved_order, reverse=True)
     run_saved = {}
-    for record in reversed(records):  # the oldest first, so that the newest of a run remains
+    for record in reversed(records):  # oldest first, so that the newest of a run remains
         if not record.get("diverged"):
             run_saved[record["run"]] = record["saved"]
     for record in records:
@@ -977,25 +978,25 @@ def list_checkpoints(folder, warn=False, tries=10):
 
 
 def saved_order(record):
-    """By what checkpoints are sorted. Raises one of UNREADABLE if the record is none of ours."""
+    """The sort key of checkpoints. Raises one of UNREADABLE if the record is not one of ours."""
     return float(record["saved"]), int(record["iteration"]), str(record["run"])
 
 
 def describe(record):
-    """The words by which a line names a checkpoint."""
+    """A checkpoint's name in messages."""
     return f"{record['run']}, iteration {record['iteration']:,}, checkpoint {record['id'][:12]}"
 
 
 def best_id(record):
-    """The id of the best checkpoint that the run of `record` had so far, or None."""
+    """The id of the best checkpoint so far of the run that `record` belongs to, or None."""
     return record["best"]["id"] if record["best"] else None
 
 
 def matching_checkpoints(records, identifier):
-    """Those of `records`, the newest first, that an identifier means.
+    """The records, newest first, that an identifier matches.
 
-    identifier: an id or its beginning, a run's name (its newest checkpoint), "latest", or "best"
-    (of the run saved last).
+    identifier: an id or a prefix of it, a run's name (its newest checkpoint), "latest", or "best"
+    (of the most recently saved run).
     """
     if not records:
         return []
@@ -1004,7 +1005,7 @@ def matching_checkpoints(records, identifier):
         return sound[:1]
     if identifier == "best":
         best = [record for record in records if record["id"] == best_id(records[0])]
-        # The best of a branch may be a checkpoint of the run that it began from.
+        # The best checkpoint of a branch may belong to the run that it started from.
         own = [record for record in best if record["run"] == records[0]["run"]]
         return (own or best)[:1]
     of_run = [record for record in sound if record["run"] == identifier]
@@ -1013,14 +1014,14 @@ def matching_checkpoints(records, identifier):
     found = {}
     for record in records:
         if record["id"].startswith(identifier):
-            found.setdefault(record["id"], record)  # if several runs have it, that saved last
+            found.setdefault(record["id"], record)  # if several runs have it, the last saved
     return list(found.values())
 
 
 def named_checkpoint(folder, records, identifier, flag="--identifier"):
-    """The one of `records` that the flag means, verified.
+    """The record that the flag names; its files are verified.
 
-    Raises UsageError if it is none or several, RunError if it is damaged.
+    Raises UsageError if none or several match, RunError if it is damaged.
     """
     found = matching_checkpoints(records, identifier)
     if len(found) != 1:
@@ -1032,12 +1033,12 @@ def named_checkpoint(folder, records, identifier, flag="--identifier"):
     [record] = found
     damage = find_damage(folder, record)
     if damage and not (folder / f"{record['id']}.safetensors").exists():
-        # Deleted since it was listed; what the identifier means may be another one by now.
+        # Deleted since it was listed; the identifier may match another checkpoint by now.
         return named_checkpoint(folder, list_checkpoints(folder), identifier, flag)
     if damage:
         raise RunError(
             f"checkpoint {record['id'][:12]} of {flag} is damaged ({damage}): "
-            "name another of --list"
+            "use another one from --list"
         )
     return record
 
@@ -1047,7 +1048,7 @@ def locked(folder):
     """Holds the lock for changing checkpoints in `folder`."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits; a holder that is killed frees it, too
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits; a killed holder releases it, too
         yield
         os.fsync(descriptor)  # renames in the folder survive a power cut from here on
     finally:
@@ -1055,13 +1056,13 @@ def locked(folder):
 
 
 def lock_run(folder, name):
-    """An open file that says this process trains run `name`, or None if another does.
+    """An open file, locked to claim run `name` for this process; None if another trains it.
 
-    The lock dies with its holder, and when the file is closed.
+    The lock is released when its holder dies or closes the file.
     """
     file = open(folder / f".{name}.lock", "ab")
     try:
-        # NB: raises BlockingIOError instead of waiting.
+        # Raises BlockingIOError instead of waiting.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
@@ -1070,25 +1071,25 @@ def lock_run(folder, name):
 
 
 def save_checkpoint(folder, run, interrupts=None):
-    """Saves a run as it stands; returns the id."""
+    """Saves a run in its current state; returns the checkpoint's id."""
     keep_trying(write_checkpoint, folder, run, interrupts)
     return run.checkpoint_id
 
 
 def save_score(folder, run, interrupts=None):
-    """Saves the run's record, which has a new score, in the metadata of its last checkpoint."""
+    """Saves the run's record, with its new score, in the metadata of its last checkpoint."""
     keep_trying(write_metadata, folder, run, interrupts)
 
 
-GRACE = 5  # seconds for which a save is tried on after SIGTERM; launchers kill after 10 or more
+GRACE = 5  # seconds of retrying a save after SIGTERM; launchers kill after 10 or more
 
 
 def keep_trying(write, folder, run, interrupts=None):
     """Calls write(folder, run) under the folder's lock until it succeeds.
 
-    A full disk or a vanished folder is waited out: training state is in memory, and the last
-    checkpoint is untouched. A launcher's SIGTERM or SIGHUP ends that after GRACE seconds and a
-    last try, by SystemExit with the status of the signal.
+    It waits out a full disk or a missing folder: training state is in memory, and the last
+    checkpoint is untouched. After a launcher's SIGTERM or SIGHUP, it retries for GRACE seconds and
+    then raises SystemExit with the signal's exit status.
     """
     interrupts = interrupts or Interrupts()
     grace = GRACE
@@ -1099,13 +1100,13 @@ def keep_trying(write, folder, run, interrupts=None):
                 write(folder, run)
             return
         except OSError as error:
-            remove_leftovers(folder)  # frees the room of what was begun
+            remove_leftovers(folder)  # frees the space of the partial save
             tqdm.write(
-                f"Saving to {folder} failed ({error}); next try in {pause} s. Ctrl+C twice exits "
-                f"without saving, and so does SIGTERM after {GRACE} s."
+                f"Saving to {folder} failed ({error}); retrying in {pause} s. Press Ctrl+C twice "
+                f"to exit without saving; SIGTERM exits after {GRACE} s."
             )
         if grace == 0:
-            tqdm.write("Exits without saving: the checkpoint before stands.")
+            tqdm.write("Exiting without saving; the previous checkpoint is intact.")
             sys.exit(128 + interrupts.received)
         for _ in range(pause):
             time.sleep(1)
@@ -1116,9 +1117,9 @@ def keep_trying(write, folder, run, interrupts=None):
 
 
 def write_checkpoint(folder, run):
-    """One try to save both files of a checkpoint.
+    """Tries once to save both files of a checkpoint.
 
-    No half of one is ever there: a file is complete on disk before it gets its name, and a
+    A checkpoint is never half-written: a file is complete on disk before it gets its name, and a
     checkpoint counts only once it has its .safetensors, which is named last.
     """
     weights = folder / f"{run.name}.safetensors.new"
@@ -1129,19 +1130,19 @@ def write_checkpoint(folder, run):
 
 
 def write_metadata(folder, run):
-    """One try to write the metadata of the checkpoint that `run` was saved as."""
+    """Tries once to write the metadata of the checkpoint `run.checkpoint_id`."""
     # Later than all others, even if the clock was set back.
     saved = max([time.time(), *(record["saved"] + 1e-3 for record in list_checkpoints(folder))])
     record = run.record() | {"saved": saved, "format_version": FORMAT_VERSION}
     tokenizer = json.dumps(run.dataset.tokenizer.to_dict())
     arrays = {"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}
-    if run.average:  # the other file holds that alone
+    if run.average:  # the .safetensors holds only the average
         arrays["weights"] = run.model.trainable_parameters()
     replace_metadata(own_metadata(folder, run), record, tokenizer, arrays)
 
 
 def own_metadata(folder, run):
-    """Where the metadata of a run's last checkpoint is or goes: see the top of this section."""
+    """The path of the metadata of a run's last checkpoint: see the top of this section."""
     first = folder / f"{run.checkpoint_id}.metadata"
     later = folder / f"{run.checkpoint_id}.{run.name}.metadata"
     if later.exists():
@@ -1149,20 +1150,20 @@ def own_metadata(folder, run):
     try:
         with open(first, "rb") as file:
             owner = read_metadata(file)[0]["run"]
-    except UNREADABLE:  # most often it does not exist
+    except UNREADABLE:  # usually it does not exist
         owner = run.name
     return first if owner == run.name else later
 
 
 def replace_metadata(path, record, tokenizer, arrays):
-    """Writes a metadata file; a reader sees the old one or the new one, never a half.
+    """Writes a metadata file; readers see either the old or the new one, never part of one.
 
     record: a dict; tokenizer: its `to_dict()` as JSON; arrays: a tree.
     """
     text = json.dumps(record)
     texts = {
         "record": text,
-        "record_sha1": hashlib.sha1(text.encode()).hexdigest(),  # verified without the arrays
+        "record_sha1": hashlib.sha1(text.encode()).hexdigest(),  # verifiable without the arrays
         "tokenizer": tokenizer,
         "sha1": BLANK,
     }
@@ -1178,10 +1179,10 @@ def prune(folder, run, keep):
     """
     with contextlib.suppress(OSError), locked(folder):
         records = list_checkpoints(folder)
-        own = [record for record in records if record["run"] == run.name]  # the newest first
+        own = [record for record in records if record["run"] == run.name]  # newest first
         sound = [record["id"] for record in own if not record.get("diverged")]
-        # That which the run was saved as, or resumed from, may not be the newest: newer ones may be
-        # damaged, which only a reading of them would show.
+        # The checkpoint that the run was saved as or resumed from may not be the newest: newer ones
+        # may be damaged, which only reading them would reveal.
         kept = {run.checkpoint_id, *sound[:keep], *map(best_id, own[:1])}
         in_use = set()  # by other runs: as their base, teacher or best
         for record in records:
@@ -1196,11 +1197,11 @@ def prune(folder, run, keep):
                 record["path"].unlink(missing_ok=True)  # the checkpoint stays for the others
             elif record["id"] not in in_use:
                 (folder / f"{record['id']}.safetensors").unlink(missing_ok=True)
-    remove_leftovers(folder)  # the metadata of what was deleted
+    remove_leftovers(folder)  # the metadata of deleted checkpoints
 
 
 def remove_leftovers(folder):
-    """Deletes `.new` files, which killed saves left behind, and metadata without weights."""
+    """Deletes `.new` files left behind by killed saves, and metadata without weights."""
     run = r"\w+-[0-9a-f]{6}"  # a run's name
     unfinished = re.compile(rf"{run}\.(safetensors|metadata|csv)\.new")
     metadata = re.compile(rf"([0-9a-f]{{40}})(\.{run})?\.metadata")
@@ -1213,18 +1214,18 @@ def remove_leftovers(folder):
 
 
 def newest_sound_id(folder, run):
-    """The id of the checkpoint to go back to if the step from `run.iteration` on diverged, or None.
+    """The id of the checkpoint to return to after the step from `run.iteration` diverged, or None.
 
-    If the run was saved there, that checkpoint is marked: the next step from it would diverge
-    again, whatever its learning rate. The file stays, but training passes it over.
+    If the run was saved at that iteration, that checkpoint is marked: the next step from it would
+    diverge again at any learning rate. The file stays, but training skips it.
     """
     if run.saved_iteration < run.iteration:
         return run.checkpoint_id
     own = [record for record in list_checkpoints(folder) if record["run"] == run.name]
     sound = None
-    for record in reversed(own):  # the oldest first
+    for record in reversed(own):  # oldest first
         if record["id"] == run.checkpoint_id:
-            with contextlib.suppress(OSError), locked(folder):  # as on a full disk
+            with contextlib.suppress(OSError), locked(folder):  # for example, a full disk
                 mark_diverged(record["path"])
         elif not record.get("diverged"):
             sound = record["id"]
@@ -1232,7 +1233,7 @@ def newest_sound_id(folder, run):
 
 
 def mark_diverged(path):
-    """Notes in the metadata of a checkpoint that no step can be taken from it."""
+    """Marks a checkpoint, in its metadata, as one from which no step can be taken."""
     with open(path, "rb") as file:
         record, texts = read_metadata(file)
         arrays = load_arrays(file)
@@ -1240,13 +1241,13 @@ def mark_diverged(path):
 
 
 def load_model(folder, record):
-    """The model and the tokenizer of a checkpoint, a LoRA run's adapters merged into its base.
+    """The model and tokenizer of a checkpoint, with a LoRA run's adapters merged into its base.
 
     Raises RunError if that base is gone.
     """
     model = model_of(record)
     weights = load_arrays(files_of(folder, record)[0])
-    if record["flags"].get("lora_rank"):  # the file holds the adapters alone
+    if record["flags"].get("lora_rank"):  # the file holds only the adapters
         base = open_origin(folder, record, "init_from").model
         rank = record["flags"]["lora_rank"]
         alpha = record["flags"]["lora_alpha"]
@@ -1259,13 +1260,13 @@ def load_model(folder, record):
 def load_arrays(file):
     """The arrays of an open safetensors file, {name: array}. Raises RunError if it is unreadable.
 
-    MLX opens it once more, by its number: by its name it may be gone, and MLX takes only UTF-8
-    names. It is not given the file itself, which a thread of MLX's would let go of when it likes:
-    at the end of the program Python would abort.
+    MLX reopens it by its descriptor: the name may be gone, and MLX accepts only UTF-8 names. The
+    file object itself is not passed: an MLX thread would release it at an arbitrary time, which
+    at exit would abort Python.
     """
     try:
         arrays = mx.load(f"/dev/fd/{file.fileno()}", format="safetensors")
-        mx.eval(arrays)  # only this reads them
+        mx.eval(arrays)  # reads them
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{file.name} cannot be read ({reason})") from None
@@ -1280,21 +1281,24 @@ def load_tokenizer(folder, record):
 
 
 def model_of(record):
-    """A model of the shape that a checkpoint's record states, with weights of no use.
+    """A model of the shape in a checkpoint's record, with meaningless weights.
 
     Raises RunError if this program has no such model.
     """
-    fault = f"checkpoint {record['id'][:12]} is of another version of this program: use that one"
+    fault = (
+        f"checkpoint {record['id'][:12]} was written by another version of this program: "
+        "use that version"
+    )
     with explained(fault, TypeError, KeyError, kind=RunError):
         return LanguageModel(Config(**record["config"]))
 
 
 class Origin(NamedTuple):
-    """A model that a flag names: what a run begins with, learns from or samples by."""
+    """A model that a flag names: a run's starting point, its teacher, or a draft."""
 
     model: LanguageModel
     tokenizer: object
-    id: str  # of its checkpoint; of a Hugging Face folder, a SHA1 over its files
+    id: str  # of its checkpoint; for a Hugging Face folder, a SHA1 over its files
 
 
 def open_model(folder, name, flag):
@@ -1310,14 +1314,16 @@ def open_model(folder, name, flag):
 
 
 def open_origin(folder, record, flag):
-    """The Origin of a run that is resumed, which --init_from or --teacher named at its start.
+    """The Origin that --init_from or --teacher named when the run of `record` was started.
 
-    Raises RunError if it is gone or is another one now.
+    Raises RunError if it is gone or has changed.
     """
-    name, origin_id = record["uses"][flag]  # name: a folder's path, or the id once more
-    fault = f"{record['run']} needs the model it was begun with, --{flag} {name} as it was, "
+    name, origin_id = record["uses"][flag]  # name: a folder's path, or the id again
+    fault = (
+        f"{record['run']} needs the model that it was started with, --{flag} {name}, unchanged: "
+    )
     fault += origin_id[:12]
-    with explained(fault, UsageError, kind=RunError):  # today's command line is not at fault
+    with explained(fault, UsageError, kind=RunError):  # not the fault of the current command
         origin = open_model(folder, name, f"--{flag}")
         if origin.id != origin_id:  # a folder's files may have been replaced
             raise UsageError(f"it is {origin.id[:12]} now")
@@ -1328,14 +1334,14 @@ def open_origin(folder, record, flag):
 
 
 class Interrupts:
-    """Turns SIGINT, SIGTERM and SIGHUP into a question for the loop: has one been `received`?
+    """Turns SIGINT, SIGTERM and SIGHUP into an attribute that loops check: `received`.
 
-    A second Ctrl+C leaves at once, without saving. A repeated SIGTERM or SIGHUP does so only half a
-    second after the first signal: `timeout` sends its signal to the process and then to its group,
-    which is one request. Launchers repeat Ctrl+C in the same way.
+    A second Ctrl+C exits at once, without saving. A repeated SIGTERM or SIGHUP does so only if more
+    than half a second has passed since the first signal: `timeout` signals the process and then
+    its group, which is a single request. Launchers repeat Ctrl+C in the same way.
 
-    Python runs handlers only when `mx.eval` is over; so a thread reads the bytes that the
-    interpreter writes to a wake-up pipe the moment a signal comes.
+    Python runs handlers only after `mx.eval` returns, so a thread reads the bytes that the
+    interpreter writes to a wakeup pipe as soon as a signal arrives.
     """
 
     received = None  # the number of the first signal
@@ -1348,48 +1354,49 @@ class Interrupts:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # a signal writes its number
         self.handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # What the parent ignores (nohup, jobs of scripts) stays ignored.
-            if signal.getsignal(number) != signal.SIG_IGN:
-                self.handlers[number] = signal.signal(number, self.handle)
+        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # Signals that the parent ignores (nohup, background jobs of scripts) stay ignored.
+            if signal.getsignal(signal_number) != signal.SIG_IGN:
+                self.handlers[signal_number] = signal.signal(signal_number, self.handle)
         threading.Thread(target=self.watch, args=[reader], daemon=True).start()
         return self
 
     def __exit__(self, *error):
-        os.close(signal.set_wakeup_fd(-1))  # which ends the thread
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        os.close(signal.set_wakeup_fd(-1))  # ends the thread
+        for signal_number, handler in self.handlers.items():
+            signal.signal(signal_number, handler)
 
-    def handle(self, number, frame):
-        """Does nothing: the thread acts. Without a handler Python writes no byte."""
+    def handle(self, signal_number, frame):
+        """Does nothing: the thread acts. Without a handler, Python would not write the byte."""
 
     def watch(self, reader):
-        """The thread: the first signal becomes `received`, a later one ends the process."""
-        first = None  # when it came
+        """Runs in the thread: the first signal sets `received`, a later one ends the process."""
+        first = None  # when it arrived
         while byte := os.read(reader, 1):  # b"" once __exit__ has closed the other end
             number = byte[0]
             if first is None:
                 first = time.monotonic()
                 self.received = number
                 print(
-                    "\nStopping after this step, then saving. Once more leaves without saving.",
+                    "\nStopping after this step, then saving. "
+                    "Press Ctrl+C again to exit without saving.",
                     file=sys.stderr,
                 )
                 continue
             may_be_echo = self.launched or number != signal.SIGINT
             if not may_be_echo or time.monotonic() - first > 0.5:
-                print("\nLeft without saving.", file=sys.stderr)
-                os._exit(128 + number)  # at once; sys.exit would end this thread alone
+                print("\nExited without saving.", file=sys.stderr)
+                os._exit(128 + number)  # at once; sys.exit would end only this thread
         os.close(reader)
 
 
 class Lasting:
-    """An output stream whose reader may leave (`| head`, a closed terminal) with no harm done."""
+    """An output stream that survives losing its reader (`| head`, a closed terminal)."""
 
-    lost = None  # the OSError of text that could not be written, though there was a reader
+    lost = None  # the OSError of a write that failed although there was a reader
 
     def __init__(self, stream):
-        # None: closed from the start.
+        # None if it was closed from the start.
         self.stream = stream or open(os.devnull, "w", encoding="utf-8")
         self.stream.reconfigure(errors="replace")
 
@@ -1397,12 +1404,12 @@ class Lasting:
         return getattr(self.stream, name)
 
     def write(self, text):
-        """Raises no OSError: a line that cannot be written is not worth the run."""
+        """Never raises OSError: a line that cannot be written must not end the run."""
         try:
             self.stream.write(text)
             self.stream.flush()
         except OSError as error:
-            if error.errno in (errno.EPIPE, errno.EIO):  # a full disk may have room again later
+            if error.errno in (errno.EPIPE, errno.EIO):  # no reader; a full disk may recover
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             else:
                 self.lost = error
@@ -1412,11 +1419,11 @@ class Lasting:
 
 
 class SingleProcess:
-    """The processes that train a run together, its ranks: here there is one.
+    """The processes (ranks) that train a run together: here, only one.
 
-    extras/ranks.py has the same methods for those that `mlx.launch` starts, and `follow` for all
-    but rank 0. All run the same `train`, each on a share of the rows; rank 0 alone saves and
-    reports, and what the others print is not shown.
+    extras/ranks.py has the same methods for processes started by `mlx.launch`, plus `follow` for
+    all but rank 0. All run the same `train`, each on a share of the rows; only rank 0 saves and
+    reports, and the output of the others is not shown.
     """
 
     rank = 0
@@ -1448,13 +1455,13 @@ class SingleProcess:
         return number, received
 
     def agree(self, received, timeout):
-        """A signal that any rank has received, and whether rank 0's time is over."""
+        """A signal that any rank has received, and whether rank 0's time is up."""
         return received, timeout
 
 
 @dataclasses.dataclass
 class Run:
-    """A run: what is trained, on what, and how far it has come."""
+    """A training run: its model, its data and its progress."""
 
     name: str  # <dataset>-<6 hexadecimal digits>
     flags: argparse.Namespace
@@ -1463,23 +1470,23 @@ class Run:
     optimizer: optim.Optimizer
     batches: Batches
     teacher: LanguageModel = None
-    average: dict = None  # with --average: that of the trained weights, a tree; None at first
-    about: dict = None  # what the record says beside the progress, see make_run
-    is_branch: bool = False  # begun from a checkpoint that another run has left behind
+    average: dict = None  # with --average: the averaged weights, a tree; None at first
+    about: dict = None  # what the record contains besides progress, see make_run
+    is_branch: bool = False  # started from an older checkpoint of another run
 
-    checkpoint_id: str = None  # of what was saved last
-    saved_iteration: int = 0  # when that was
+    checkpoint_id: str = None  # the last one saved
+    saved_iteration: int = 0  # the iteration of that checkpoint
     iteration: int = 0  # steps done
     tokens: int = 0  # trained on so far
-    seconds: float = 0.0  # of training, without the first step after each resume
-    scores: list = dataclasses.field(default_factory=list)  # [iteration, nats per token]
+    seconds: float = 0.0  # of training, excluding the first step of each session
+    scores: list = dataclasses.field(default_factory=list)  # [iteration, nats/token]
     best: dict = None  # "id", "iteration" and "nats" of the best score
     recent_steps: int = 0  # since the last report
-    recent_loss: float = 0.0  # the sum of theirs
-    recent_seconds: float = 0.0  # that they took
+    recent_loss: float = 0.0  # the sum of their losses
+    recent_seconds: float = 0.0  # the time they took
 
     def record(self):
-        """What a checkpoint's metadata says of the run, as JSON can hold it."""
+        """What a checkpoint's metadata says about the run, serializable as JSON."""
         progress = {
             "id": self.checkpoint_id,
             "iteration": self.iteration,
@@ -1494,17 +1501,17 @@ class Run:
         return self.about | progress | self.batches.state()
 
     def restore(self, folder, record):
-        """Brings the run to where the checkpoint of `record` was saved."""
-        holds_all = not self.flags.lora_rank  # else the adapters alone
+        """Restores the state that was saved in the checkpoint of `record`."""
+        holds_all = not self.flags.lora_rank  # else only the adapters
         weights, metadata = files_of(folder, record)
         self.model.load_weights(list(load_arrays(weights).items()), strict=holds_all)
         state = tree_unflatten(load_arrays(metadata))
-        if "weights" in state:  # those that are trained: the other file has their average
+        if "weights" in state:  # the trained ones; the .safetensors has their average
             if self.flags.average:
                 self.average = self.model.trainable_parameters()
             self.model.update(state["weights"])
         states = state["optimizer"]["states"]
-        if len(states) == 2:  # older checkpoints had one group of matrices, with AdamW
+        if len(states) == 2:  # older checkpoints have a single group of matrices, with AdamW
             states = [*split_group(states[0]), states[1]]
         self.optimizer.state = {"states": states}
         self.batches.restore(record, state["perm"])
@@ -1517,20 +1524,20 @@ class Run:
         self.seconds = record["seconds"]
         self.scores = record["scores"]
         self.best = record["best"]
-        self.recent_steps = record.get("recent_steps", 0)  # older checkpoints have none
+        self.recent_steps = record.get("recent_steps", 0)  # missing in older checkpoints
         self.recent_loss = record.get("recent_loss", 0.0)
         self.recent_seconds = record.get("recent_seconds", 0.0)
 
     def result(self):
-        """The weights that are saved, scored and sampled from, a tree: the average if there is one.
+        """The weights to save, score and sample from, a tree: the average if there is one.
 
-        Of a LoRA run they are the adapters' alone.
+        For a LoRA run, these are only the adapters.
         """
         return self.average or self.model.trainable_parameters()
 
     @contextlib.contextmanager
     def with_result(self):
-        """Puts `result` into the model; afterwards it has the weights again that are trained."""
+        """Puts `result` into the model, and restores the trained weights afterwards."""
         weights = self.model.trainable_parameters()
         self.model.update(self.result())
         try:
@@ -1539,20 +1546,20 @@ class Run:
             self.model.update(weights)
 
     def is_scored(self):
-        """Whether the present iteration has a score, perhaps from before a resume."""
+        """Whether the current iteration has a score, perhaps from before a resume."""
         return self.iteration in [iteration for iteration, _ in self.scores]
 
     def add_score(self, nats):
-        """Notes the score of the present iteration, nats per token of the validation split."""
+        """Records the score of the current iteration: validation loss in nats/token."""
         self.scores.append([self.iteration, nats])
         if self.best is None or nats < self.best["nats"]:
             self.best = {"id": self.checkpoint_id, "iteration": self.iteration, "nats": nats}
 
     def count_misses(self):
-        """How many evaluations on schedule have followed the best one.
+        """The number of scheduled evaluations since the best one.
 
-        One at the end of an earlier `num_iters` does not count: with it --patience would stop an
-        extended run at another iteration than one that was as long from the start.
+        One at the end of an earlier `num_iters` does not count: otherwise --patience would stop an
+        extended run at a different iteration than a run that had its length from the start.
         """
         steps = self.flags.steps_per_eval
         scores = [nats for iteration, nats in self.scores if iteration % steps == 0]
@@ -1571,14 +1578,13 @@ def use_device(gpu):
 def make_step(model, optimizer, flags, ranks=None, teacher=None):
     """A function that takes one training step: step(tokens, targets, *noise) -> loss, norm.
 
-    tokens, targets: [N, L]; noise: see make_noise; loss: the mean in nats; norm: that of the
-    gradient before clipping. The N = batch_size * grad_accumulation rows are taken batch_size at a
-    time, and those shared out over ranks and streams. With bfloat16 a GPU computes the model in
-    it, a CPU only rounds what matrix products multiply; weights, optimizer state and loss are
-    float32.
+    tokens, targets: [N, L]; noise: see make_noise; loss: the mean in nats; norm: the gradient norm
+    before clipping. The N = batch_size * grad_accumulation rows are processed batch_size at a time,
+    divided among ranks and streams. With bfloat16, a GPU runs the model in bfloat16, while a CPU
+    only rounds the inputs of matrix products; weights, optimizer state and loss are float32.
     """
     ranks = ranks or SingleProcess()
-    model.model.checkpoint = flags.checkpoint  # of gradients: nothing to do with saved files
+    model.model.checkpoint = flags.checkpoint  # gradient checkpointing, unrelated to saved files
     dtype = mx.float32
     if flags.dtype == "bfloat16" and mx.default_device() == mx.gpu:
         dtype = mx.bfloat16
@@ -1586,42 +1592,42 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         distilled_cross_entropy = extra("distil").make_loss(teacher, flags)
 
     def cast(name, parameter):
-        # Embeddings stay in float32: the many small gradients of a frequent token would be lost
-        # in a sum in bfloat16.
+        # Embeddings stay in float32: a bfloat16 sum would lose the many small gradients of a
+        # frequent token.
         return parameter if "embed_tokens" in name else parameter.astype(dtype)
 
     def loss(parameters, scale, tokens, targets, *noise):
-        # Gradients are taken by the first argument, so the model has to compute with it.
+        # Gradients are taken with respect to the first argument, so the model has to use it.
         model.update(tree_map_with_path(cast, parameters))
         hidden = model.model(tokens, noise=noise)  # [B, L, D]
         if teacher is not None:
             return distilled_cross_entropy(hidden, model.head, targets, scale, tokens)
         return cross_entropy(hidden, model.head, targets, scale)
 
-    # Compiled once for its shapes, then replayed. Arrays that are no arguments must be named as
-    # inputs, or their values of the first call would be constants of the graph; those that change
-    # as outputs, or the change would be lost.
+    # Compiled once for its shapes, then replayed. Arrays that are not arguments must be listed in
+    # `inputs`, or their values from the first call would be constants of the graph; those that
+    # change must be listed in `outputs`, or the change would be lost.
     @partial(mx.compile, inputs=[model.state])
     def loss_and_gradients(scale, *rows):
-        parameters = model.trainable_parameters()  # of LoRA the adapters alone
+        parameters = model.trainable_parameters()  # with LoRA, only the adapters
         result = mx.value_and_grad(loss)(parameters, scale, *rows)
         model.update(parameters)  # `loss` has left its tracers in the model
         return result
 
-    # Trees of arrays that each step reads and replaces. Run.restore puts other trees in their
-    # place, so it has to come before this.
+    # Trees of arrays that each step reads and replaces. Run.restore substitutes other trees, so it
+    # has to be called before this.
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
     def apply_gradients(results):
-        loss, gradients = ranks.average(add_up(results))  # the ranks exchange gradients here alone
+        loss, gradients = ranks.average(add_up(results))  # ranks exchange gradients only here
         gradients, norm = clip_grad_norm(gradients, flags.grad_clip or math.inf)
         optimizer.update(model, gradients)
         return loss, norm
 
     def step(tokens, targets, *noise):
         use_bfloat16(flags.dtype == "bfloat16")
-        # From sums over positions to means over all of them; `average` divides by the ranks.
+        # Turns sums over positions into means; `average` divides by the number of ranks.
         scale = ranks.size / targets.size
         rank_rows = ranks.rows(flags.batch_size)
         total = None
@@ -1633,8 +1639,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
             if len(tokens) > flags.batch_size:  # or all parts would be in memory at once
                 mx.eval(total)
         loss, norm = apply_gradients(total)
-        # All of this only builds a graph, which is computed here: loss, norm and the new weights.
-        # What is not named would be left for the next step's graph.
+        # The code above only builds a graph; it is computed here. Arrays not listed would be left
+        # for the next step's graph.
         mx.eval(loss, norm, model.state, optimizer.state)
         use_bfloat16(False)  # scores and samples are computed in float32
         return loss, norm
@@ -1643,9 +1649,10 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 
 
 def train(run, interrupts, ranks):
-    """Trains a run from where it stands to `num_iters` or an earlier end; returns the exit status.
+    """Trains a run from its current iteration to `num_iters` or an earlier end.
 
-    The status is 0, or 128 + the signal that ended it. Raises RunError if the run diverges.
+    Returns the exit status: 0, or 128 + the signal that ended it. Raises RunError if the run
+    diverges.
     """
     flags, dataset, folder = run.flags, run.dataset, run.flags.save_dir
     is_main = ranks.rank == 0  # the one that saves and reports
@@ -1664,13 +1671,13 @@ def train(run, interrupts, ranks):
         finished = iteration == flags.num_iters
         received, timeout = ranks.agree(interrupts.received, run.seconds >= end_time)
         on_schedule = iteration % flags.steps_per_eval == 0
-        # For evaluation; a run of fewer than `steps_per_eval` steps gets none.
+        # Whether an evaluation is due; a run of fewer than `steps_per_eval` steps gets none.
         due = iteration >= flags.steps_per_eval and (on_schedule or finished)
         stopping = finished or received or timeout
         save = iteration > start and (due or stopping or iteration % steps_per_save == 0)
 
-        # Save, then evaluate, then add the score, then sample: an error in one costs none of those
-        # before it. A checkpoint that was killed before its evaluation is evaluated when resumed.
+        # Save, then evaluate, then add the score, then sample: an error in one does not undo those
+        # before it. A run killed between saving and evaluating is evaluated on resume.
         if save and is_main:
             save_checkpoint(folder, run, interrupts)
             run.saved_iteration = iteration
@@ -1682,11 +1689,11 @@ def train(run, interrupts, ranks):
                 nats = score_split("valid", model, dataset, flags, interrupts, ranks, limit)
         if nats is not None and not math.isfinite(nats):
             raise diverged(run, f"score of iteration {iteration:,}", ranks)
-        if nats is not None and due:  # where --max_minutes ends, a score is only shown and logged
+        if nats is not None and due:  # a score due to --max_minutes is only shown and logged
             run.add_score(nats)
         if nats is not None and is_main:
             reporter.report_score(run, nats)
-            # The checkpoint from which a branch began belongs to another run.
+            # The checkpoint that a branch started from belongs to another run.
             if due and (save or not run.is_branch):
                 save_score(folder, run, interrupts)
         if save and is_main and not interrupts.received:
@@ -1695,14 +1702,14 @@ def train(run, interrupts, ranks):
                 tqdm.write("".join(sample.reply("", flags, flags.seed, interrupts)))
 
         if timeout:
-            tqdm.write(f"--max_minutes {flags.max_minutes:g} are over at iteration {iteration:,}.")
+            tqdm.write(f"--max_minutes {flags.max_minutes:g} reached at iteration {iteration:,}.")
         if flags.patience and run.count_misses() >= flags.patience:
             stopping = True
             tqdm.write(
-                f"Stopped: no better score in {run.count_misses()} evaluations (--patience); "
+                f"Stopped: no improvement in {run.count_misses()} evaluations (--patience); "
                 f"best: {run.best['id']}"
             )
-        if save or iteration == start:  # all is saved, so a signal that came meanwhile stops it now
+        if save or iteration == start:  # all is saved, so stop at any signal received by now
             received, _ = ranks.agree(interrupts.received, timeout)
         if stopping or received:
             break
@@ -1711,7 +1718,7 @@ def train(run, interrupts, ranks):
         began = time.perf_counter()
         tokens, targets = run.batches.next()
         rate = learning_rate_at(iteration, flags)
-        set_learning_rate(run.optimizer, rate)  # an array in its state: nothing is compiled anew
+        set_learning_rate(run.optimizer, rate)  # an array in its state: no recompilation
         noise = make_noise(iteration, len(tokens), flags)
         loss, norm = step(tokens, targets, *noise)
         if flags.average:
@@ -1722,7 +1729,7 @@ def train(run, interrupts, ranks):
         taken = time.perf_counter() - began
         if not math.isfinite(loss + norm):
             raise diverged(run, f"loss or gradient of iteration {iteration + 1:,}", ranks)
-        # Only now that a step was taken from the newest checkpoint may older ones go.
+        # Older checkpoints are deleted only once a step from the newest one has succeeded.
         if is_main and run.saved_iteration == iteration:
             prune(folder, run, flags.keep)
         run.tokens += tokens.size
@@ -1734,15 +1741,15 @@ def train(run, interrupts, ranks):
 
         if is_main and (iteration + 1) % flags.steps_per_report == 0:
             metrics = {
-                "loss": run.recent_loss / run.recent_steps,  # nats per token
-                "learning_rate": rate,  # this and the norm are the last step's
+                "loss": run.recent_loss / run.recent_steps,  # nats/token
+                "learning_rate": rate,  # this and the norm are from the last step
                 "gradient_norm": norm,
                 "tokens": run.tokens,
                 "tokens_per_second": run.recent_steps * tokens.size / run.recent_seconds,
                 "peak_mib": mx.get_peak_memory() / 2**20,
                 "seconds": run.seconds,
             }
-            if not flags.train_tokens:  # with it num_bytes is that of the whole text all the same
+            if not flags.train_tokens:  # with it, num_bytes is still that of the whole text
                 metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], dataset.train)
             reporter.report_steps(iteration + 1, metrics)
             run.recent_steps = 0
@@ -1753,7 +1760,7 @@ def train(run, interrupts, ranks):
 
     if is_main:
         reporter.bar.close()
-        # No step was taken from the last checkpoint: unless it has a score, the one before stays.
+        # No step was taken from the last checkpoint: unless it has a score, keep the one before.
         prune(folder, run, flags.keep if run.is_scored() else max(2, flags.keep))
     if flags.eval_test and not received:
         with run.with_result() as model:
@@ -1762,18 +1769,18 @@ def train(run, interrupts, ranks):
     if received:
         there = "nothing was saved yet"
         if run.checkpoint_id:
-            there = f"--identifier {run.name} goes on from there"
+            there = f"--identifier {run.name} resumes from there"
         tqdm.write(f"Stopped at iteration {run.iteration:,}; {there}.")
-        return 128 + received  # as shells report the end by a signal
+        return 128 + received  # how shells report termination by a signal
     return 0
 
 
 def diverged(run, what, ranks):
-    """The RunError of a run in which `what` is not finite; training went on to `run.iteration`."""
-    # A lost rank makes NaNs, too; this then raises an error of its own.
+    """The RunError of a run in which `what` is not finite; training reached `run.iteration`."""
+    # A lost rank causes NaNs, too; this call then raises its own error.
     ranks.agree(None, False)
     sound = newest_sound_id(run.flags.save_dir, run) if ranks.rank == 0 else None
-    where = "no good checkpoint is left: begin again"
+    where = "no good checkpoint is left: start over with --new_model"
     if sound:
         where = f"the last good checkpoint is {sound}: resume"
     return RunError(
@@ -1782,9 +1789,9 @@ def diverged(run, what, ranks):
     )
 
 
-# Columns of <run>.csv, empty where a row has no such value; other metrics follow them. loss: nats
-# per token; tokens: trained on since the start; peak_mib: MLX's peak of this process; seconds: of
-# training since the start, without the first step after each resume, which compiles.
+# Columns of <run>.csv, empty where a row has no such value; other metrics follow them. loss:
+# nats/token; tokens: trained on so far; peak_mib: MLX's peak memory in this process; seconds: of
+# training so far, excluding the first step of each session, which compiles.
 LOG_COLUMNS = [
     "iteration",
     "split",
@@ -1798,7 +1805,7 @@ LOG_COLUMNS = [
     "seconds",
 ]
 
-# How a metric is shown on the screen: "" hides it; one that is missing here is shown by its name.
+# How metrics are shown on the screen: "" hides one; those not listed here are shown by name.
 FORMATS = {
     "loss": "loss {:.4f}",
     "learning_rate": "lr {:.2e}",
@@ -1812,7 +1819,7 @@ FORMATS = {
 
 
 class Reporter:
-    """Where the metrics of a run go: a progress bar or lines on the screen, and <run>.csv."""
+    """Reports a run's metrics: in a progress bar or lines on the screen, and in <run>.csv."""
 
     def __init__(self, run):
         self.num_iters = run.flags.num_iters
@@ -1845,7 +1852,7 @@ class Reporter:
         self.log({"iteration": iteration, "split": "train"} | metrics)
 
     def report_score(self, run, nats):
-        """Logs the score of the validation split, which score_split has shown."""
+        """Logs the score of the validation split; score_split has already shown it."""
         row = {
             "iteration": run.iteration,
             "split": "valid",
@@ -1857,16 +1864,16 @@ class Reporter:
         self.log(row)
 
     def log(self, row):
-        """Where all metrics pass, {name: value}: the place to send them elsewhere, too."""
+        """Logs metrics, {name: value}; all of them pass through here, so add other loggers here."""
         self.table.append(row)
 
 
 class LogTable:
-    """A run's file of comma-separated values.
+    """A run's CSV file.
 
-    Rows of iterations after the present one, `iteration`, are dropped, since those will be
-    repeated; so is a score of `iteration` if it was not `scored`. An error in reading or writing
-    is ignored: the run is worth more than its log.
+    Rows after the current `iteration` are dropped, since those steps will be repeated; so is a
+    score of `iteration` itself unless it is `scored`. Read and write errors are ignored: the run
+    is worth more than its log.
     """
 
     def __init__(self, path, iteration, scored):
@@ -1884,12 +1891,12 @@ class LogTable:
         self.rewrite(rows)
 
     def read(self):
-        """The rows of the file, [{column: text}, ...], without a last one that was cut off."""
+        """The rows of the file, [{column: text}, ...], without a truncated last one."""
         rows = []
         with contextlib.suppress(OSError, csv.Error):
             text = self.path.read_text("utf-8", errors="replace")
             whole_lines = text.split("\n")[:-1]
-            # Without quoting: to it, one stray quote would make a single row of all that follows.
+            # Without quoting, since one stray quote would merge all following lines into one row.
             for row in csv.DictReader(whole_lines, quoting=csv.QUOTE_NONE):
                 is_whole = None not in row and None not in row.values()
                 place = f"{row.get('iteration')},{row.get('split')}"
@@ -1898,7 +1905,7 @@ class LogTable:
         return rows
 
     def rewrite(self, rows):
-        """Replaces the file; a kill leaves the old one or the new one, whole."""
+        """Replaces the file; a kill leaves either the old or the new one, complete."""
         new = self.path.with_suffix(".csv.new")
         # The lock keeps other processes from deleting the new file as a leftover.
         with contextlib.suppress(OSError), locked(self.path.parent):
@@ -1925,9 +1932,9 @@ class LogTable:
 
 
 def print_start(run, checkpoint, ranks):
-    """Prints a screen that says what is trained, on what, and where its files go.
+    """Prints the start screen: what is trained, on what data, and where its files go.
 
-    checkpoint: the record of the one that is resumed, or None.
+    checkpoint: the record of the checkpoint being resumed, or None.
     """
     flags, config, dataset = run.flags, run.model.config, run.dataset
     tokenizer = dataset.tokenizer
@@ -1943,7 +1950,7 @@ def print_start(run, checkpoint, ranks):
     free = shutil.disk_usage(flags.save_dir).free
     parameters = run.about["parameters"]
     trained = sum(array.size for array in arrays_of(run.model.trainable_parameters()))
-    of_them = f", of them {trained:,} trained" if trained < parameters else ""
+    of_them = f", {trained:,} trainable" if trained < parameters else ""
     several = f", {ranks.size} ranks" if ranks.size > 1 else ""
     resumed = ""
     if checkpoint:
@@ -1953,66 +1960,67 @@ def print_start(run, checkpoint, ranks):
         f"seed {flags.seed}\n"
         f"{resumed}"
         f"model    {parameters:,} parameters{of_them}: {config.num_blocks} blocks, "
-        f"dim {config.dim}, {config.num_heads} heads ({config.num_kv_heads} for keys and values), "
+        f"dim {config.dim}, {config.num_heads} heads ({config.num_kv_heads} key/value heads), "
         f"{config.mlp} {config.mlp_dim}, context {config.context_size}\n"
         f"data     {dataset.name}: {lengths} tokens; "
         f"vocabulary {tokenizer.vocab_size:,} by {tokenizer.kind} "
         f"({tokenizer.vocab_size - tokenizer.num_special:,} without special tokens)\n"
-        f"steps    {rows} x {config.context_size} tokens each, {windows // rows or 1:,} an epoch; "
+        f"steps    {rows} x {config.context_size} tokens, {windows // rows or 1:,} per epoch; "
         f"{flags.optimizer}\n"
         f"machine  {versions['device']}{several}; MLX {versions['MLX']}, "
         f"matrix products by {BLAS}\n"
-        f"files    {flags.save_dir.absolute()}, {size / 2**20:,.0f} MiB a checkpoint, "
+        f"files    {flags.save_dir.absolute()}, {size / 2**20:,.0f} MiB per checkpoint, "
         f"{free / 2**20:,.0f} MiB free"
     )
     if flags.batch_size % ranks.size:
         tqdm.write(
-            f"--batch_size {flags.batch_size} does not divide evenly by {ranks.size} ranks: "
-            "some wait."
+            f"--batch_size {flags.batch_size} is not a multiple of {ranks.size} ranks: "
+            "some will wait."
         )
     if windows < rows:
-        tqdm.write("The text has fewer windows than a step's batch: they repeat within it.")
+        tqdm.write("The text has fewer windows than a batch: they repeat within it.")
     if flags.dtype != versions["dtype"]:
         tqdm.write(
-            "--dtype bfloat16 would be slower here, without units for it in the processor or "
-            "without oneDNN (pip install onednn-cpu-gomp): it computes in float32."
+            "--dtype bfloat16 would be slower here: the processor has no bfloat16 units, or "
+            "oneDNN is missing (pip install onednn-cpu-gomp). Computing in float32."
         )
-    room = size * (flags.keep + 2)  # with the best, and the one that is being written
+    room = size * (flags.keep + 2)  # plus the best and the one being written
     if room > free:
         tqdm.write(
-            f"Low on space: --keep {flags.keep}, the best and the next one need "
+            f"Low on disk space: --keep {flags.keep}, the best and the next one need "
             f"{room / 2**20:,.0f} MiB."
         )
     if BLAS == "reference BLAS" and not flags.gpu:
         tqdm.write(
-            "Slow matrix products: a fast library for them needs a C compiler (apt install g++)."
+            "Matrix products are slow: the fast library for them needs a C compiler "
+            "(apt install g++)."
         )
     if checkpoint:
         changed = []
         for name, version in versions.items():
-            before = checkpoint["versions"].get(name, version)  # older checkpoints do not say all
+            before = checkpoint["versions"].get(name, version)  # older checkpoints lack some
             if before != version:
                 changed.append(f"{name} {before} -> {version}")
         if changed:
             tqdm.write(
-                f"Not as the checkpoint was made ({'; '.join(changed)}): "
-                "exact resume holds in equal conditions."
+                f"Environment changed since the checkpoint ({'; '.join(changed)}): "
+                "resume may not be bit-exact."
             )
 
 
 def describe_resume(old, new):
-    """What has changed in the flags of a resumed run, for the start screen."""
+    """The flags that have changed in a resumed run, for the start screen."""
     changes = []
     for name in INHERITED:
         before, now = getattr(old, name), getattr(new, name)
         if before != now:
             changes.append(f"--{name} {before} -> {now}")
     if not changes:
-        return "resumed  with the flags it had\n"
+        return "resumed  with unchanged flags\n"
     text = f"resumed  with {', '.join(changes)} (start over with --new_model)\n"
     has_schedule = new.lr_schedule != "constant" or new.dropout_final is not None
     if old.num_iters != new.num_iters and has_schedule:
-        text += "         The schedules of learning rate and dropout stretch to --num_iters.\n"
+        text += "         The learning rate and dropout schedules now stretch to --num_iters.\n"
     return text
 
 
@@ -2022,11 +2030,11 @@ def arrays_of(tree):
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
-# Functions of logits [B, V] come first, then what continues a text, token by token.
+# First functions of logits [B, V], then token-by-token decoding.
 
 
 def penalize(logits, texts, penalty):
-    """The repetition penalty (Keskar et al. 2019), on the ids that each row's text has.
+    """Applies the repetition penalty (Keskar et al. 2019) to the ids in each row's text.
 
     It divides logits above 0 and multiplies the others. 1 changes nothing.
     """
@@ -2040,32 +2048,32 @@ def penalize(logits, texts, penalty):
 
 
 def keep_top_k(logits, k):
-    """Logits with all but the `k` largest at -inf; ties with the k-th stay. 0 keeps all."""
+    """Logits with all but the `k` largest set to -inf; ties with the k-th stay. 0 keeps all."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
-    largest = mx.topk(logits, k, axis=-1)  # [B, k], in no order
+    largest = mx.topk(logits, k, axis=-1)  # [B, k], unordered
     least = largest.min(axis=-1, keepdims=True)  # [B, 1]
     return mx.where(logits < least, -math.inf, logits)
 
 
 def keep_top_p(logits, p):
-    """Nucleus sampling (Holtzman et al. 2020): logits with all but the most likely ones at -inf.
+    """Nucleus sampling (Holtzman et al. 2020): logits with all but the most likely set to -inf.
 
-    Kept are the fewest that together have probability `p`, at least one.
+    Keeps the fewest whose total probability reaches `p`, and at least one.
     """
     if p >= 1:
         return logits
     ascending = mx.sort(logits, axis=-1)
-    larger = 1 - mx.cumsum(mx.softmax(ascending, axis=-1), axis=-1)  # probability of larger ones
+    larger = 1 - mx.cumsum(mx.softmax(ascending, axis=-1), axis=-1)  # probability of larger logits
     least = mx.where(larger < p, ascending, math.inf).min(axis=-1, keepdims=True)  # [B, 1]
-    least = mx.minimum(least, ascending[..., -1:])  # where p is 0, the largest
+    least = mx.minimum(least, ascending[..., -1:])  # p = 0 keeps the largest
     return mx.where(logits < least, -math.inf, logits)
 
 
 def keep_min_p(logits, p):
-    """Logits with those at -inf that are less than `p` times as probable as the most likely.
+    """Min-p sampling (Nguyen et al. 2024): logits with the least likely set to -inf.
 
-    (Nguyen et al. 2024.) 0 keeps all.
+    Removes those less than `p` times as probable as the most likely one. 0 keeps all.
     """
     if p == 0:
         return logits
@@ -2074,13 +2082,13 @@ def keep_min_p(logits, p):
 
 
 def shape_logits(logits, flags, texts):
-    """Logits [B, V] to sample from, for rows whose texts, in the model's window, are `texts`.
+    """Logits [B, V] to sample from; texts: each row's ids in the model's window.
 
-    The repetition penalty comes first, then temperature, top-k, top-p and min-p in this order, as
-    in Hugging Face's transformers. Temperature 0 keeps only the largest.
+    Applies the repetition penalty, temperature, top-k, top-p and min-p, in this order, as in
+    Hugging Face's transformers. Temperature 0 keeps only the largest.
     """
     logits = penalize(logits.astype(mx.float32), texts, flags.repetition_penalty)
-    if flags.temperature < 1e-6:  # 0, or as good as 0
+    if flags.temperature < 1e-6:  # 0, or close to it
         ids = mx.arange(logits.shape[-1])
         return mx.where(ids == logits.argmax(axis=-1, keepdims=True), 0, -math.inf)
     logits = keep_top_k(logits / flags.temperature, flags.top_k)
@@ -2089,11 +2097,11 @@ def shape_logits(logits, flags, texts):
 
 
 class Decoder:
-    """A model that continues a text, a list of at least one id, to which others may append, too.
+    """A model that continues a text, a list of at least one id; callers may append to it, too.
 
-    Keys and values of what it has read are kept. A text that outgrows the context is read again
-    from its last context_size // 2 tokens on: logits are always those of a fresh pass over the
-    window of the text that begins at `start`.
+    The keys and values of what it has read are cached. When the text outgrows the context, its
+    last context_size // 2 tokens are read again: logits are always those of a fresh pass over the
+    window of the text that starts at `start`.
     """
 
     def __init__(self, model, text):
@@ -2102,16 +2110,16 @@ class Decoder:
         self.begin_window(0)
 
     def begin_window(self, start):
-        """Forgets what was read; the next pass reads from place `start` of the text on."""
+        """Forgets what was read; the next pass reads the text from index `start`."""
         self.start = start
         self.caches = [Cache(self.model.config) for _ in self.model.model.layers]
 
     def forget(self):
-        """Forgets what was read, as after a pass that was interrupted."""
+        """Forgets what was read, for use after an interrupted pass."""
         self.begin_window(self.start)
 
     def logits(self):
-        """Logits [1, V] of what follows the text."""
+        """Logits [1, V] of the token that follows the text."""
         context_size = self.model.config.context_size
         if len(self.text) - self.start > context_size:
             self.begin_window(len(self.text) - max(1, context_size // 2))
@@ -2119,26 +2127,26 @@ class Decoder:
         return self.model(mx.array([unread]), self.caches, last=1).squeeze(1)
 
     def generate(self, max_tokens, flags, seed):
-        """Draws `max_tokens` ids, appends each to the text and yields it.
+        """Samples `max_tokens` ids, appends each to the text and yields it.
 
-        The random numbers depend on the seed and the place in the text alone.
+        The random numbers depend only on the seed and the position in the text.
         """
         for _ in range(max_tokens):
             logits = self.logits()
             logits = shape_logits(logits, flags, [self.text[self.start :]])
             key = mx.array([seed, len(self.text)], mx.uint32)
-            # From [V]: a row of a batch (extras/decode.py) draws the same, [1, V] would not.
+            # [V], not [1, V], which would not draw the same as a row of a batch (extras/decode.py).
             token = mx.random.categorical(logits[0], key=key).item()
             self.text.append(token)
             yield token
 
     def describe_draft(self):
-        """What there is to say of a draft; here there is none, see extras/decode.py."""
+        """Statistics of the draft model; here there is none, see extras/decode.py."""
         return ""
 
 
 def pieces_before(stop, pieces):
-    """The pieces of a text up to where it has `stop`; what may begin that is held back."""
+    """The pieces of a text up to `stop`; holds back what may be the start of `stop`."""
     held = ""
     with contextlib.closing(pieces):
         for piece in pieces:
@@ -2161,11 +2169,11 @@ def first_ids(tokenizer, prompt):
         return ids
     if tokenizer.eos is not None:
         return [tokenizer.eos]
-    return tokenizer.encode("\n").tolist() or [0]  # some read no line ends
+    return tokenizer.encode("\n").tolist() or [0]  # some tokenizers ignore newlines
 
 
 class Conversation:
-    """A growing text: what a user adds to it, and what a model continues it with."""
+    """A growing text of a user's prompts and a model's continuations."""
 
     def __init__(self, tokenizer, model, draft=None):
         self.tokenizer = tokenizer
@@ -2185,21 +2193,21 @@ class Conversation:
         return pieces_before(flags.stop, pieces) if flags.stop else pieces
 
     def pieces(self, prompt, flags, seed, interrupts):
-        """As `reply`, without --stop."""
+        """Like `reply`, but without --stop."""
         tokenizer = self.tokenizer
         if self.text:
-            self.text.extend(tokenizer.encode("\n" + prompt).tolist())  # it is the decoder's, too
+            self.text.extend(tokenizer.encode("\n" + prompt).tolist())  # shared with the decoder
         else:
             self.text.extend(first_ids(tokenizer, prompt))
-        ids = self.text[:]  # of which `shown` characters are out
+        ids = self.text[:]  # `shown` characters of their text are already out
         shown = len(tokenizer.decode(ids))
-        times = []  # when tokens came
+        times = []  # when each token arrived
         try:
             for token in self.decoder.generate(flags.max_tokens, flags, seed):
                 times.append(time.perf_counter())
                 ids.append(token)
                 text = tokenizer.decode(ids)
-                if not text.endswith("\ufffd"):  # which may be the first bytes of a character
+                if not text.endswith("\ufffd"):  # perhaps the first bytes of a character
                     yield text[shown:]
                     ids = ids[-1:]  # all that the next token's text can depend on
                     shown = len(tokenizer.decode(ids))
@@ -2207,11 +2215,11 @@ class Conversation:
                     return
             yield tokenizer.decode(ids)[shown:]  # bytes of a character that was never completed
         finally:
-            if times:  # without the time that the prompt took
+            if times:  # excluding the time for the prompt
                 self.speed = (len(times) - 1) / (time.perf_counter() - times[0])
 
     def describe_speed(self):
-        """Tokens per second of the last reply, and how often a draft was right."""
+        """Tokens per second of the last reply, and how often a draft was accepted."""
         return f"{self.speed:,.1f} tokens/s{self.decoder.describe_draft()}"
 
 
@@ -2227,16 +2235,16 @@ SETTABLE = [
     "stop",
     "seed",
 ]
-COMMANDS = """/set NAME VALUE   changes a sampling flag: /set temperature 0.8
-/reset            forgets the conversation
-/stats            shows tokens/s after each reply, or no longer
-/quit             leaves, as Ctrl+D does; Ctrl+C ends a reply"""
+COMMANDS = """/set NAME VALUE   change a sampling flag: /set temperature 0.8
+/reset            forget the conversation
+/stats            turn tokens/s after each reply on or off
+/quit             exit, as Ctrl+D does; Ctrl+C stops a reply"""
 
 
 def sample_from(folder, checkpoint, flags):
-    """--inference, --prompt or --prompts_file with this checkpoint, and with that of --draft.
+    """Runs --inference, --prompt or --prompts_file with this checkpoint, and that of --draft.
 
-    The model's text goes to stdout, what is said about it to stderr. Raises UsageError.
+    The model's text goes to stdout, messages about it to stderr. Raises UsageError.
     """
     model, tokenizer = load_model(folder, checkpoint)
     if flags.quantize:
@@ -2247,10 +2255,10 @@ def sample_from(folder, checkpoint, flags):
         draft = origin.model
         same_tokenizer = origin.tokenizer.to_dict() == tokenizer.to_dict()
         same_rows = draft.config.vocab_size == model.config.vocab_size  # one may be padded
-        if not (same_tokenizer and same_rows):  # its ids have to mean the same text
+        if not (same_tokenizer and same_rows):  # ids must mean the same text
             raise UsageError(
-                f"--draft {flags.draft} has another tokenizer than {checkpoint['id'][:12]}: "
-                "name one of equal data"
+                f"--draft {flags.draft} has a different tokenizer than {checkpoint['id'][:12]}: "
+                "use one trained with the same tokenizer"
             )
     if flags.inference:
         print(describe(checkpoint), file=sys.stderr)
@@ -2266,12 +2274,12 @@ def sample_from(folder, checkpoint, flags):
 
 
 def print_samples(tokenizer, model, draft, flags):
-    """Prints continuations of --prompt, and nothing else, on stdout; sample i has seed + i."""
+    """Prints continuations of --prompt, and nothing else, on stdout; sample i uses seed + i."""
     name_unknown(tokenizer, flags.prompt)
     for i in range(flags.num_samples):
         if i > 0:
             print("-" * 15)  # as nanoGPT does
-        conversation = Conversation(tokenizer, model, draft)  # so that no sample reads another
+        conversation = Conversation(tokenizer, model, draft)  # a fresh one for each sample
         for piece in conversation.reply(flags.prompt, flags, flags.seed + i):
             print(piece, end="", flush=True)
         print(flush=True)
@@ -2279,7 +2287,7 @@ def print_samples(tokenizer, model, draft, flags):
 
 
 def name_unknown(tokenizer, prompt):
-    """Prints what of a prompt the model reads as <unk>."""
+    """Prints the parts of a prompt that the model reads as <unk>."""
     unknown = tokenizer.unknown(prompt)
     if unknown:
         print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
@@ -2291,15 +2299,15 @@ def converse(tokenizer, model, draft, flags):
     Lines that begin with / are COMMANDS. Ctrl+C ends a reply; at the prompt it ends the session,
     as Ctrl+D does.
     """
-    # What MLX compiles is compiled before Ctrl+C means the end of a reply.
+    # Makes MLX compile before Ctrl+C means the end of a reply.
     any_id = 0
     for each in (model, draft):
         if each is not None:
             mx.eval(Decoder(each, [any_id]).logits())
-    # From here on Ctrl+C raises KeyboardInterrupt, which the top of this file has prevented.
+    # From here on, Ctrl+C raises KeyboardInterrupt, which the top of this file had prevented.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are no error
-    question = ""  # in a pipe
+    sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is not an error
+    question = ""  # for a pipe
     if sys.stdin.isatty():
         import readline  # noqa: F401 (gives input() line editing and history)
 
@@ -2321,9 +2329,9 @@ def converse(tokenizer, model, draft, flags):
                 print_reply(conversation, line, flags)
                 if shows_speed:
                     print(conversation.describe_speed(), file=sys.stderr)
-    except (EOFError, KeyboardInterrupt):  # Ctrl+D or the pipe's end; Ctrl+C at the prompt
+    except (EOFError, KeyboardInterrupt):  # Ctrl+D or end of the pipe; Ctrl+C at the prompt
         if question:
-            print()  # the shell's prompt gets a line of its own
+            print()  # puts the shell's prompt on its own line
 
 
 def set_flag(flags, name, value):
@@ -2335,7 +2343,7 @@ def set_flag(flags, name, value):
 
 
 def print_reply(conversation, line, flags):
-    """Prints the continuation of a line; Ctrl+C ends it, and what was shown stays."""
+    """Prints the continuation of a line; Ctrl+C ends it and keeps what was shown."""
     name_unknown(conversation.tokenizer, line)
     try:
         for piece in conversation.reply(line, flags, flags.seed):
@@ -2363,166 +2371,180 @@ PRESETS = {
 }
 
 
-# {group: {flag: row}}, a statement for each group. Every default is written here; where it is None,
-# the help says what it follows from. The groups are those of --help and of a --config file.
+# {group: {flag: row}}, one statement per group. Every default is set in such a row; where a default of None
+# depends on other flags, the help says how. --help and --config files have the same groups.
 FLAGS = {}
 
 FLAGS["run"] = DATA_FLAGS | {
     "identifier": flag(
         None,
-        "checkpoint id or its beginning, run name, latest or best; with --plot or --cases several, "
-        "or patterns of run names",
+        "checkpoint to resume or sample: SHA1 prefix, run name, latest or best; --plot and --cases "
+        "take several, and patterns of run names",
         nargs="+",
         metavar="ID",
     ),
-    "new_model": flag(False, "begin a new run even if one could be resumed"),
-    "num_iters": flag(100000, "steps to train in all", type=SIZE),
-    "max_minutes": flag(
-        None, "stop after so much training; evaluations and saves do not count", type=RATE
-    ),
+    "new_model": flag(False, "start a new run even if one could be resumed"),
+    "num_iters": flag(100000, "total number of training steps", type=SIZE),
+    "max_minutes": flag(None, "stop after this much training time in this session", type=RATE),
     "config": flag(
         None,
-        "YAML file of flags, flat or in the groups of this help; typed flags win",
+        "YAML file of flags; the command line overrides it",
         metavar="FILE",
     ),
-    "preset": choice(None, PRESETS, "dim, heads, blocks and context of a usual size"),
-    "gpu": flag(False, "compute on the GPU"),
-    "seed": flag(42, "of weights, batches, dropout and samples", type=COUNT),
+    "preset": choice(
+        None, PRESETS, "standard sizes: sets dim, num_heads, num_blocks and context_size"
+    ),
+    "gpu": flag(False, "run on the GPU instead of the CPU"),
+    "seed": flag(42, "random seed of weights, batches, dropout and samples", type=COUNT),
 }
 
 FLAGS["model"] = {
-    "context_size": flag(48, "tokens a prediction can look back on", type=SIZE),
-    "num_blocks": flag(4, "transformer blocks", type=number(int, 1, 2**12)),
+    "context_size": flag(48, "context length in tokens", type=SIZE),
+    "num_blocks": flag(4, "number of transformer blocks", type=number(int, 1, 2**12)),
     "dim": flag(1024, "model dimension", type=number(int, 1, 2**16)),
-    "num_heads": flag(8, "query heads", type=SIZE),
-    "num_kv_heads": flag(None, "key and value heads (default: num_heads)", type=SIZE),
-    "mlp": choice("relu2", MLPS, "feed-forward layer"),
+    "num_heads": flag(8, "number of query heads", type=SIZE),
+    "num_kv_heads": flag(None, "number of key/value heads (default: num_heads)", type=SIZE),
+    "mlp": choice("relu2", MLPS, "activation of the feed-forward layers"),
     "mlp_dim": flag(
         None,
-        "its width (default: 4 dim; swiglu: 8/3 dim rounded up to 64)",
+        "width of the feed-forward layers (default: 4 dim; swiglu: 8/3 dim, rounded up to 64)",
         type=number(int, 1, 2**18),
     ),
-    "qk_norm": flag(False, "normalize queries and keys, with learned weights"),
-    "untie": flag(False, "an output layer of its own instead of the embeddings"),
-    "dropout": flag(0.0, "rate on embeddings and on what each block adds", type=DROPOUT),
+    "qk_norm": flag(False, "RMS-normalize queries and keys"),
+    "untie": flag(False, "separate output matrix instead of tied embeddings"),
+    "dropout": flag(0.0, "dropout rate of embeddings and residual branches", type=DROPOUT),
 }
 
 FLAGS["training"] = {
-    "batch_size": flag(32, "windows computed at once", type=number(int, 1, 2**20)),
-    "grad_accumulation": flag(1, "batches to a step", type=SIZE),
-    "learning_rate": flag(3e-4, "after warm-up", type=RATE),
+    "batch_size": flag(32, "sequences per batch", type=number(int, 1, 2**20)),
+    "grad_accumulation": flag(1, "batches per optimizer step", type=SIZE),
+    "learning_rate": flag(3e-4, "peak learning rate", type=RATE),
     "min_lr": flag(
-        None, "where the schedule ends (default: a tenth of the learning rate)", type=RATE
+        None, "final learning rate of the schedule (default: a tenth of the peak)", type=RATE
     ),
-    "weight_decay": flag(1e-5, "on matrices", type=RATE),
+    "weight_decay": flag(1e-5, "decoupled weight decay of the matrices", type=RATE),
     "embedding_decay": flag(
-        None, "on the embeddings and the output layer (default: weight_decay)", type=RATE
+        None, "weight decay of embeddings and output matrix (default: weight_decay)", type=RATE
     ),
-    "beta1": flag(0.9, "AdamW's decay of the average gradient", type=BETA),
-    "beta2": flag(0.99, "AdamW's decay of the average square", type=BETA),
-    "optimizer": choice("adamw", ["adamw", "muon"], "muon: Muon for the blocks' matrices"),
-    "lr_warmup": flag(200, "steps to reach the learning rate", type=COUNT),
-    "lr_schedule": choice("constant", ["constant", "cosine", "linear"], "after warm-up"),
-    "lr_cooldown": flag(1.0, "the last share of the steps, in which it falls", type=SHARE),
-    "grad_clip": flag(1.0, "largest gradient norm; 0: no limit", type=RATE),
-    "dropout_final": flag(None, "--dropout moves by a line to this at the last step", type=DROPOUT),
+    "beta1": flag(0.9, "AdamW's beta1, decay rate of the mean gradient", type=BETA),
+    "beta2": flag(0.99, "AdamW's beta2, decay rate of the mean squared gradient", type=BETA),
+    "optimizer": choice(
+        "adamw",
+        ["adamw", "muon"],
+        "muon: Muon for the blocks' matrices at 5 times the learning rate, AdamW for the rest",
+    ),
+    "lr_warmup": flag(200, "warmup steps", type=COUNT),
+    "lr_schedule": choice("constant", ["constant", "cosine", "linear"], "schedule after warmup"),
+    "lr_cooldown": flag(
+        1.0,
+        "last share of the steps, in which the rate decays; before, it stays at its peak",
+        type=SHARE,
+    ),
+    "grad_clip": flag(1.0, "maximum gradient norm; 0: no clipping", type=RATE),
+    "dropout_final": flag(None, "final dropout rate (linear schedule)", type=DROPOUT),
     "dtype": choice(
         "float32",
         ["float32", "bfloat16"],
-        "bfloat16: of the model on a GPU, of what matrix products multiply on a CPU",
+        "bfloat16: mixed precision with float32 weights",
     ),
-    "checkpoint": flag(False, "gradient checkpointing: less memory, more time"),
+    "checkpoint": flag(False, "gradient checkpointing: less memory, more compute"),
     "average": flag(
         0.0,
-        "save, score and sample the average of the weights over about this last share of the steps",
+        "average the weights over about this last share of training; the average is saved, "
+        "evaluated and sampled",
         type=SHARE,
     ),
-    "patience": flag(None, "stop after so many evaluations without a better one", type=SIZE),
+    "patience": flag(None, "stop after this many evaluations without improvement", type=SIZE),
 }
 
 FLAGS["reports"] = {
-    "steps_per_report": flag(10, "steps between two report lines", type=SIZE),
-    "steps_per_eval": flag(1000, "steps between two evaluations", type=SIZE),
-    "eval_tokens": flag(100000, "validation tokens scored in training; 0: all", type=COUNT),
+    "steps_per_report": flag(10, "report interval in steps", type=SIZE),
+    "steps_per_eval": flag(1000, "evaluation interval in steps", type=SIZE),
+    "eval_tokens": flag(100000, "validation tokens per evaluation; 0: all", type=COUNT),
     "steps_per_save": flag(
-        None, "steps between two checkpoints (default: steps_per_eval)", type=SIZE
+        None, "checkpoint interval in steps (default: steps_per_eval)", type=SIZE
     ),
-    "eval_test": flag(False, "score the whole test split at the end"),
-    "keep": flag(3, "newest checkpoints to keep, and the best", type=SIZE),
+    "eval_test": flag(False, "evaluate on the test split at the end"),
+    "keep": flag(3, "newest checkpoints to keep, besides the best", type=SIZE),
 }
 
 FLAGS["sampling"] = {
-    "inference": flag(False, "talk to a checkpoint"),
-    "prompt": flag(None, "print what follows it", metavar="TEXT"),
+    "inference": flag(False, "sample interactively"),
+    "prompt": flag(None, "text to continue", metavar="TEXT"),
     "prompts_file": flag(
-        None, "continue each of its lines, many together; answers in JSON Lines", metavar="FILE"
+        None, "continue each line of a file, in batches; writes JSON Lines", metavar="FILE"
     ),
     "output": flag(
-        None, "file for answers, continued if it was begun (default: stdout)", metavar="FILE"
+        None,
+        "output of --prompts_file (resumed if it exists) or --cases (default: stdout)",
+        metavar="FILE",
     ),
-    "max_tokens": flag(200, "length of a continuation", type=SIZE),
+    "max_tokens": flag(200, "maximum number of new tokens", type=SIZE),
     "num_samples": flag(
-        1, "continuations of each prompt; each has the next seed", type=number(int, 1, 10**6)
+        1, "samples per prompt, with consecutive seeds", type=number(int, 1, 10**6)
     ),
-    "temperature": flag(0.5, "0: always the likeliest token", type=number(float, 0, 100)),
-    "top_k": flag(50, "draw from the k likeliest tokens; 0: all", type=COUNT),
-    "top_p": flag(1.0, "draw from the likeliest with so much probability", type=SHARE),
-    "min_p": flag(0.0, "and not below this share of the likeliest's", type=SHARE),
+    "temperature": flag(0.5, "sampling temperature; 0: greedy", type=number(float, 0, 100)),
+    "top_k": flag(50, "sample from the k most likely tokens; 0: all", type=COUNT),
+    "top_p": flag(1.0, "nucleus sampling threshold", type=SHARE),
+    "min_p": flag(0.0, "minimum probability relative to the most likely token", type=SHARE),
     "repetition_penalty": flag(
-        1.0, "makes tokens of the text rarer", type=number(float, 0.01, 100)
+        1.0, "penalty on tokens that have occurred; 1: none", type=number(float, 0.01, 100)
     ),
-    "stop": flag(None, "end a continuation before this text", metavar="TEXT"),
-    "draft": flag(None, "a smaller checkpoint that proposes tokens, for speed alone", metavar="ID"),
+    "stop": flag(None, "stop before this text", metavar="TEXT"),
+    "draft": flag(None, "draft checkpoint for speculative decoding", metavar="ID"),
 }
 
 FLAGS["reuse"] = {
     "init_from": flag(
-        None, "begin with a checkpoint's weights or those of a Hugging Face folder", metavar="MODEL"
+        None, "initialize from a checkpoint or a Hugging Face folder", metavar="MODEL"
     ),
-    "lora_rank": flag(None, "train adapters of this rank only, with --init_from", type=SIZE),
-    "lora_alpha": flag(None, "their scale, times the rank (default: twice the rank)", type=RATE),
+    "lora_rank": flag(None, "train only LoRA adapters of this rank, on --init_from", type=SIZE),
+    "lora_alpha": flag(
+        None, "LoRA alpha: adapters are scaled by alpha / rank (default: twice the rank)", type=RATE
+    ),
     "teacher": flag(
         None,
-        "learn from its predictions, too: a checkpoint or a Hugging Face folder",
+        "distill from this model: a checkpoint or a Hugging Face folder",
         metavar="MODEL",
     ),
-    "teacher_weight": flag(0.5, "share of the teacher in the loss", type=SHARE),
-    "teacher_temperature": flag(2.0, "softens both predictions", type=number(float, 0.01, 100)),
+    "teacher_weight": flag(0.5, "weight of the distillation loss", type=SHARE),
+    "teacher_temperature": flag(2.0, "distillation temperature", type=number(float, 0.01, 100)),
     "quantize": flag(
-        None, "bits of a weight in sampling, --evaluate and --export", type=int, choices=[4, 8, 16]
+        None,
+        "quantize weights to this many bits for sampling, --evaluate and --export",
+        type=int,
+        choices=[4, 8, 16],
     ),
     "export": flag(
-        None, "write a checkpoint as a Hugging Face folder, or as FILE.gguf", metavar="DIR"
+        None, "export a checkpoint to a Hugging Face folder or to FILE.gguf", metavar="DIR"
     ),
 }
 
 FLAGS["tools"] = {
-    "evaluate": choice(None, ["valid", "test"], "score the whole split with a checkpoint"),
+    "evaluate": choice(None, ["valid", "test"], "evaluate a checkpoint on a whole split"),
     "eval_stride": flag(
         None,
-        "windows so many tokens apart, for a longer context (default: context_size)",
+        "sliding-window stride of --evaluate (default: context_size)",
         type=SIZE,
     ),
-    "benchmark": flag(
-        False, "what the model to be trained or resumed weighs, costs and reaches on this machine"
-    ),
+    "benchmark": flag(False, "report parameters, FLOPs, memory and speed, then exit"),
     "cases": flag(
         None,
-        "YAML lists of prompt and expected: their ranks, by checkpoint (--identifier)",
+        "rank expected continuations, listed as prompt and expected in YAML files",
         nargs="+",
         metavar="FILE",
     ),
     "plot": flag(
-        None, "picture of the losses of all runs in the folder, or of --identifier", metavar="FILE"
+        None, "plot the losses of all runs in the folder, or of --identifier", metavar="FILE"
     ),
-    "attention": flag(None, "picture of what each head looks at in --prompt", metavar="FILE"),
-    "list": flag(False, "list the runs and checkpoints in the folder"),
-    "version": flag(False, "print the versions of this program, Python, MLX and NumPy"),
+    "attention": flag(None, "plot the attention of each head over --prompt", metavar="FILE"),
+    "list": flag(False, "list runs and checkpoints"),
+    "version": flag(False, "print the versions of main.py, Python, MLX and NumPy"),
 }
 
 DEFAULTS = {name: row[0] for rows in FLAGS.values() for name, row in rows.items()}
 
-# What load_dataset takes.
+# The flags that load_dataset takes.
 DATA = [
     "dataset",
     "text",
@@ -2533,7 +2555,7 @@ DATA = [
     "tokenizer",
     "vocab_size",
 ]
-# What shapes a run: with another value it is another run.
+# The flags that shape a run: changing one of them makes it a different run.
 SHAPING = [
     *DATA,
     "seed",
@@ -2546,7 +2568,7 @@ SHAPING = [
 ]
 # The fields of a Config that are flags.
 CONFIG_FLAGS = [name for name in FLAGS["model"] if name != "dropout"]
-# What a checkpoint records, and so what a resumed run takes over.
+# The flags that a checkpoint records and a resumed run inherits.
 INHERITED = [
     *SHAPING,
     "num_iters",
@@ -2556,9 +2578,9 @@ INHERITED = [
     "teacher_temperature",
 ]
 
-TRAIN_FIRST = "train a model first, or name its folder with --save_dir"
+TRAIN_FIRST = "train a model first, or check --save_dir"
 
-# Of these a command can have only one.
+# A command can have only one of these.
 MODES = [
     "inference",
     "prompt",
@@ -2572,7 +2594,7 @@ MODES = [
     "new_model",
 ]
 EXCLUSIVE = [("dataset", "text"), ("identifier", "new_model"), *itertools.combinations(MODES, 2)]
-# Flags that name files to be read.
+# Flags that name input files.
 READ = [
     "config",
     "cases",
@@ -2584,7 +2606,7 @@ READ = [
     "teacher",
     "draft",
 ]
-# A flag on the left has an effect only with one of those on the right.
+# A flag on the left requires one of those on the right.
 PARTNERS = {
     "valid_text": ["text", "identifier"],
     "test_text": ["text", "identifier"],
@@ -2597,7 +2619,7 @@ PARTNERS = {
 
 
 def explain_name(name):
-    """What to tell those who want a flag that does not exist: the text of a hint, or None."""
+    """A hint for an unknown flag, or None."""
     with contextlib.suppress(UsageError):  # if its file is missing
         known = extra("names").explain(name)
         if known:
@@ -2614,7 +2636,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    """An argparse parser of FLAGS that returns only what is typed, without defaults."""
+    """An argparse parser of FLAGS that returns only the flags passed, without defaults."""
     parser = Parser(
         usage="python main.py [flags]",
         description=(__doc__ or "").partition("\nThis file")[0],  # python -OO drops it
@@ -2625,13 +2647,15 @@ def make_parser():
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, (_, options) in rows.items():
-            argument = group.add_argument(f"--{name}", **options)
-            argument.help = options["help"]  # Python 3.10 has appended a default to a switch's
+            group.add_argument(f"--{name}", **options)
+            if options.get("action") == "store_true":  # --no-NAME turns it off
+                negative = {"dest": name, "action": "store_false", "help": argparse.SUPPRESS}
+                group.add_argument(f"--no-{name}", **negative)
     return parser
 
 
 def parse(arguments):
-    """What is typed, {flag: value}. Raises UsageError, which names the flag perhaps meant."""
+    """The flags passed, {flag: value}. Raises UsageError, which suggests similar flags."""
     values, unknown = make_parser().parse_known_args([underscored(each) for each in arguments])
     if unknown:
         hints = []
@@ -2649,31 +2673,32 @@ def parse(arguments):
 
 
 def read_command_line(argv):
-    """What the command line asks for, {flag: value}: typed, by --config or by --preset.
+    """The flags set on the command line, by --config or by --preset, {flag: value}.
 
-    Raises UsageError if two flags exclude each other, or one has no effect without another.
+    Raises UsageError if two flags are mutually exclusive, or one requires another.
     """
     typed = parse(argv)
     if "config" in typed:
-        typed = read_config(typed["config"], typed) | typed  # the line wins over the file
+        typed = read_config(typed["config"], typed) | typed  # the command line overrides the file
     if "preset" in typed:
-        typed = PRESETS[typed["preset"]] | typed  # weaker than the file and the line
+        typed = PRESETS[typed["preset"]] | typed  # the file and the command line override it
     if typed.get("tokenizer") == "auto":
-        del typed["tokenizer"]  # the same as not giving it
-    asked = {name for name in typed if typed[name] is not False}  # --no-x asks for nothing
+        del typed["tokenizer"]  # the same as not passing it
+    asked = {name for name in typed if typed[name] is not False}  # --no-x does not count
     for one, other in EXCLUSIVE:
         if one in asked and other in asked:
-            raise UsageError(f"--{one} and --{other} exclude each other: leave one out")
-    for name in asked - {"prompt"}:  # of which an empty one begins a text
+            raise UsageError(f"--{one} and --{other} are mutually exclusive: use one of them")
+    for name in asked - {"prompt"}:  # an empty prompt starts a text
         values = as_list(typed[name])
         if "" in values:
             raise UsageError(f"--{name} is empty: give it a value, or leave it out")
-        if "\0" in "".join(map(str, values)):  # which only a --config file can hold
+        if "\0" in "".join(map(str, values)):  # only a --config file can hold one
             raise UsageError(f"--{name} holds a null character: leave it out")
     for name, partners in PARTNERS.items():
         if name in asked and not asked.intersection(partners):
-            several = " or --".join(partners)
-            raise UsageError(f"--{name} goes with --{several}: give that, too, or neither")
+            several = ", --".join(partners)
+            needed = f"one of --{several}" if len(partners) > 1 else f"--{several}"
+            raise UsageError(f"--{name} requires {needed}")
     if "identifier" in typed and not asked & {"cases", "plot"}:
         if len(typed["identifier"]) > 1:
             raise UsageError("--identifier takes one name; several go with --cases and --plot")
@@ -2683,12 +2708,12 @@ def read_command_line(argv):
 
 
 def as_list(value):
-    """The values of a flag, which may be one or a list."""
+    """The values of a flag, which may be one value or a list, as a list."""
     return value if isinstance(value, list) else [value]
 
 
 def check_outputs(typed):
-    """Raises UsageError if a file or folder to be written is also one to be read."""
+    """Raises UsageError if an output file or folder is also an input."""
     for output in ("output", "plot", "attention", "export"):
         if output not in typed:
             continue
@@ -2703,9 +2728,9 @@ def check_outputs(typed):
 
 
 def read_config(path, typed):
-    """The flags in a YAML file, as if they were typed. A corpus that is typed replaces its own.
+    """The flags in a YAML file, as if passed on the command line.
 
-    Raises UsageError.
+    A corpus passed on the command line replaces the file's. Raises UsageError.
     """
     import yaml
 
@@ -2719,7 +2744,7 @@ def read_config(path, typed):
             else:
                 settings[name] = value
         settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
-        known = DEFAULTS.keys() - {"config"}  # no file in a file
+        known = DEFAULTS.keys() - {"config"}  # a file cannot name another
         unknown = sorted(settings.keys() - known)
         if unknown:
             hints = [*filter(None, map(explain_name, unknown)), "--help lists all"]
@@ -2739,7 +2764,7 @@ def read_config(path, typed):
                 arguments += [f"--{name}", *map(str, value)]
             elif value is not None:
                 arguments.append(f"--{name}={value}")
-        return parse(arguments)  # with a typed flag's types, limits and choices
+        return parse(arguments)  # with the command line's types, limits and choices
 
 
 def resolve(flags):
@@ -2750,7 +2775,7 @@ def resolve(flags):
             setattr(flags, name, [absolute(path) for path in paths])
     for name in ("init_from", "teacher", "draft"):
         path = getattr(flags, name)
-        if path and os.path.isdir(absolute(path)):  # else it is a checkpoint's name
+        if path and os.path.isdir(absolute(path)):  # else it names a checkpoint
             setattr(flags, name, absolute(path))
     if flags.text:
         flags.dataset = "text"
@@ -2762,8 +2787,8 @@ def resolve(flags):
         flags.mlp_dim = 4 * flags.dim
         _, is_gated = MLPS[flags.mlp]
         if is_gated:
-            # Three matrices instead of two: 8/3 dim keeps their size (Shazeer 2020), here rounded
-            # up to a multiple of 64.
+            # Three matrices instead of two: 8/3 dim keeps their total size (Shazeer 2020), here
+            # rounded up to a multiple of 64.
             flags.mlp_dim = 64 * math.ceil(8 * flags.dim / (3 * 64))
     if flags.lora_rank and flags.lora_alpha is None:
         flags.lora_alpha = 2 * flags.lora_rank  # LoRA's scale, alpha / rank, is then 2
@@ -2771,27 +2796,27 @@ def resolve(flags):
 
 
 def absolute(path):
-    """A path as a checkpoint keeps it: valid in any working folder."""
+    """A path as stored in a checkpoint: valid from any working directory."""
     return os.path.abspath(user_path(path))
 
 
-DIVERGED = "the loss of the next step from it is not finite"  # of a checkpoint so marked
+DIVERGED = "the loss of the next step from it is not finite"  # see mark_diverged
 
 
 def choose_checkpoint(folder, flags, typed, needed):
     """The record of the checkpoint to resume or, if `needed`, to use; None means a new run.
 
-    It is the one that --identifier names; else the one saved last that agrees with each shaping
-    flag typed. Its files are verified; if they are damaged, or no step can be taken from it, an
-    older one of its run is taken, but never in the place of one that was named. Raises UsageError,
-    RunError.
+    It is the one that --identifier names, or else the most recently saved one that agrees with all
+    shaping flags passed. Its files are verified; if they are damaged, or no step can be taken from
+    it, an older one of its run is used instead, but never in place of one that was named. Raises
+    UsageError, RunError.
     """
     if flags.new_model:
         return None
     records = list_checkpoints(folder, warn=True)
     wanted = {name: getattr(flags, name) for name in SHAPING if name in typed}
     if needed:
-        wanted.pop("seed", None)  # it is the samples'
+        wanted.pop("seed", None)  # it is for the samples
 
     if flags.identifier is not None:
         checkpoint = named_checkpoint(folder, records, flags.identifier)
@@ -2800,10 +2825,10 @@ def choose_checkpoint(folder, flags, typed, needed):
             if had != value:
                 raise UsageError(
                     f"--{name} {value} contradicts --identifier, which has {had}: "
-                    f"leave --{name} out, or begin a new run with --new_model"
+                    f"leave --{name} out, or start a new run with --new_model"
                 )
         if checkpoint.get("diverged") and not needed:
-            raise RunError(f"{describe(checkpoint)}: {DIVERGED}; name an older one of --list")
+            raise RunError(f"{describe(checkpoint)}: {DIVERGED}; use an older one from --list")
         return checkpoint
 
     candidates = [record for record in records if wanted.items() <= record["flags"].items()]
@@ -2816,12 +2841,12 @@ def choose_checkpoint(folder, flags, typed, needed):
         if not damage:
             return record
         if not (folder / f"{record['id']}.safetensors").exists():
-            # Its run is being trained and has deleted it since: there is a newer one.
+            # Its run is still training and has deleted it since: there is a newer one.
             return choose_checkpoint(folder, flags, typed, needed)
-        print(f"Passing over {describe(record)}: {damage}", file=sys.stderr)
+        print(f"Skipping {describe(record)}: {damage}", file=sys.stderr)
     if candidates:
         raise RunError(
-            f"no good checkpoint of {candidates[0]['run']} is left: --new_model begins a new run"
+            f"no good checkpoint of {candidates[0]['run']} is left: --new_model starts a new run"
         )
     if records and not needed and not flags.benchmark:
         names = list(dict.fromkeys(record["run"] for record in records))
@@ -2833,10 +2858,10 @@ def choose_checkpoint(folder, flags, typed, needed):
 
 
 def list_runs(folder):
-    """Prints the runs in `folder` and their checkpoints, the one saved last first."""
-    records = list_checkpoints(folder, warn=True)  # the newest first
+    """Prints the runs in `folder` and their checkpoints, most recently saved first."""
+    records = list_checkpoints(folder, warn=True)  # newest first
     print(f"{len(records)} checkpoints in {folder}")
-    names = dict.fromkeys(record["run"] for record in records)  # each once, in that order
+    names = dict.fromkeys(record["run"] for record in records)  # unique, in that order
     for name in names:
         own = [record for record in records if record["run"] == name]
         newest = own[0]
@@ -2865,14 +2890,14 @@ def list_runs(folder):
 
 
 def show_runs(folder, flags, typed):
-    """--plot and --cases: of the runs or checkpoints that --identifier names, or of all."""
+    """Runs --plot or --cases on the runs or checkpoints that --identifier names, or on all."""
     records = list_checkpoints(folder, warn=True)
     if not records:
-        raise UsageError(f"no checkpoint is in {folder}: {TRAIN_FIRST}")
-    runs = dict.fromkeys(record["run"] for record in records)  # each once
+        raise UsageError(f"no checkpoint in {folder}: {TRAIN_FIRST}")
+    runs = dict.fromkeys(record["run"] for record in records)  # unique
     named = []
     for identifier in flags.identifier or []:
-        # With a pattern, of each run that it matches the newest checkpoint.
+        # A pattern names the newest checkpoint of each run that it matches.
         names = fnmatch.filter(runs, identifier) or [identifier]
         named += [named_checkpoint(folder, records, name) for name in names]
     if flags.plot:
@@ -2885,14 +2910,14 @@ def show_runs(folder, flags, typed):
 
 
 def flags_of_resumed_run(checkpoint, typed):
-    """The flags of a resumed run: what is typed, then the checkpoint's. Raises RunError."""
+    """The flags of a resumed run: those passed, then the checkpoint's. Raises RunError."""
     old = checkpoint["flags"]
     for rows in FLAGS.values():
         for name in rows.keys() & {*INHERITED}:
             _, options = rows[name]
             if "choices" not in options:
                 continue
-            # Beside the choices: a flag that was not given, and the corpus that --text means.
+            # Besides the choices: None for a flag not passed, and the corpus that --text implies.
             known = [*options["choices"], None, "text"]
             if old[name] not in known:
                 raise RunError(
@@ -2903,7 +2928,7 @@ def flags_of_resumed_run(checkpoint, typed):
 
 
 def check_values(flags):
-    """Raises UsageError for values, typed or a checkpoint's, that do not go together."""
+    """Raises UsageError for incompatible values, passed or from a checkpoint."""
     if flags.min_lr is not None and flags.min_lr > flags.learning_rate:
         raise UsageError(
             f"--min_lr {flags.min_lr} is above --learning_rate {flags.learning_rate}: "
@@ -2911,15 +2936,15 @@ def check_values(flags):
         )
     for name, partner in (("lora_rank", "init_from"), ("lora_alpha", "lora_rank")):
         if getattr(flags, name) and not getattr(flags, partner):
-            raise UsageError(f"--{name} goes with --{partner}: give that, too, or neither")
+            raise UsageError(f"--{name} requires --{partner}")
     if flags.lora_rank and flags.embedding_decay is not None:
         raise UsageError("--lora_rank trains no embeddings: leave out --embedding_decay")
     if flags.teacher:
-        extra("distil")  # if its file is missing, that is said before a run is begun
+        extra("distil")  # if its file is missing, fails before the run starts
 
 
 def open_origins(folder, flags, checkpoint):
-    """What --init_from and --teacher name, {flag: Origin}.
+    """The models that --init_from and --teacher name, {flag: Origin}.
 
     A resumed run needs its teacher and, with LoRA, its base. Raises UsageError, RunError.
     """
@@ -2930,18 +2955,19 @@ def open_origins(folder, flags, checkpoint):
 
 
 def adopt_shape(flags, typed, origins):
-    """Sets the flags of a new run that its origins decide, see open_origins.
+    """Sets the flags of a new run that its origins determine, see open_origins.
 
-    --init_from decides the whole shape, --teacher only the tokenizer: both models have to predict
-    the same ids. Raises UsageError if a typed flag contradicts, or the two do.
+    --init_from determines the whole shape, --teacher only the tokenizer: both models have to
+    predict the same ids. Raises UsageError if a flag passed contradicts an origin, or one origin
+    the other.
     """
     first, *others = origins
     tokenizer = origins[first].tokenizer
     for other in others:
         if origins[other].tokenizer.to_dict() != tokenizer.to_dict():
             raise UsageError(
-                f"--{other} {getattr(flags, other)} has another tokenizer than --{first}: "
-                "name one with the same"
+                f"--{other} {getattr(flags, other)} has a different tokenizer than --{first}: "
+                "use one with the same tokenizer"
             )
     decided = {"tokenizer": tokenizer.kind}
     if first == "init_from":
@@ -2949,7 +2975,7 @@ def adopt_shape(flags, typed, origins):
         decided |= {name: getattr(config, name) for name in CONFIG_FLAGS}
     for name, value in decided.items():
         if name == "context_size" and name in typed:
-            continue  # RoPE suits any
+            continue  # RoPE works with any
         if name in typed and typed[name] != value:
             raise UsageError(
                 f"--{name} {typed[name]} contradicts --{first}, which has {value}: "
@@ -2964,10 +2990,10 @@ def make_config(flags, vocab_size):
 
 
 def make_model(flags, dataset, checkpoint, origins):
-    """The model of a run; that of a checkpoint gets its weights later. Raises UsageError."""
+    """The model of a run; a checkpoint's weights are loaded later. Raises UsageError."""
     if "init_from" in origins:
         model = origins["init_from"].model
-        # Its context may be another; what no flag says, as a padded vocabulary, stays.
+        # Its context may change; what no flag sets, such as a padded vocabulary, stays.
         model.config = dataclasses.replace(model.config, context_size=flags.context_size)
         if flags.lora_rank:
             extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
@@ -2975,7 +3001,7 @@ def make_model(flags, dataset, checkpoint, origins):
         model = model_of(checkpoint)
     else:
         model = LanguageModel(make_config(flags, dataset.tokenizer.vocab_size))
-    check_memory(model, flags)  # MLX is lazy: no weight exists yet that is not given below
+    check_memory(model, flags)  # MLX is lazy: new weights do not exist yet
     if flags.lora_rank:
         extra("lora").init_lora(model, flags.seed)
     elif not checkpoint and "init_from" not in origins:
@@ -2984,9 +3010,9 @@ def make_model(flags, dataset, checkpoint, origins):
 
 
 def check_memory(model, flags, training=True):
-    """Raises UsageError if the least that a model needs to be trained or scored exceeds the memory.
+    """Raises UsageError if the minimum for training or scoring a model exceeds the memory.
 
-    What it really takes is more; `--benchmark` predicts and measures that. MLX itself would crash.
+    Actual use is higher; `--benchmark` predicts and measures it. MLX itself would crash.
     """
     config = model.config
     window = config.context_size
@@ -3016,12 +3042,12 @@ def check_memory(model, flags, training=True):
         largest = max(floats, key=floats.get)
         raise UsageError(
             f"this needs at least {needed / 2**30:,.1f} GiB of memory, most of it for {largest}, "
-            f"and there are {memory / 2**30:,.1f}: give smaller numbers"
+            f"but only {memory / 2**30:,.1f} are available: choose a smaller model or batch"
         )
 
 
 def make_run(name, flags, dataset, checkpoint, origins, ranks):
-    """A run at its start, or where the checkpoint of the record `checkpoint` was saved."""
+    """A new run, or the one saved in the checkpoint whose record is `checkpoint`."""
     model = make_model(flags, dataset, checkpoint, origins)  # first: it may be too large
     teacher = origins["teacher"].model if "teacher" in origins else None
     rows = flags.batch_size * flags.grad_accumulation
@@ -3059,7 +3085,7 @@ def make_run(name, flags, dataset, checkpoint, origins, ranks):
 
 
 def hash_sources():
-    """The SHA1s of this program's files, {name: SHA1}: they tell which version trained a run."""
+    """The SHA1s of this program's files, {name: SHA1}: they identify what trained a run."""
     paths = [HERE / "main.py", HERE / "datasets.py", *sorted(HERE.glob("extras/*.py"))]
     hashes = {}
     for path in paths:
@@ -3069,7 +3095,7 @@ def hash_sources():
 
 
 def list_versions(flags, ranks):
-    """What the last bits of a result depend on: a run is exact as long as these stay the same."""
+    """What the last bits of a result depend on: resume is bit-exact while these stay the same."""
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
     streams = 1
     if fast:
@@ -3089,15 +3115,15 @@ def list_versions(flags, ranks):
 def load_data(folder, flags, typed, checkpoint, origins):
     """The dataset of a run.
 
-    It is encoded with the tokenizer of the model that the run began with or learns from, or with
-    that of a file; a resumed run's checkpoint has kept either.
+    A run that starts or learns from a model uses that model's tokenizer. A resumed run's checkpoint
+    contains it, and any tokenizer that was read from a file.
     """
     arguments = {name: getattr(flags, name) for name in DATA if name != "dataset"}
     if origins:
         first = next(iter(origins))
         arguments["tokenizer"] = origins[first].tokenizer.to_dict()
     elif checkpoint:
-        # A file that is not typed again may be gone.
+        # A tokenizer file that is not passed again may be gone.
         of_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in typed
         if flags.init_from or flags.teacher or of_file:
             arguments["tokenizer"] = load_tokenizer(folder, checkpoint)
@@ -3105,7 +3131,7 @@ def load_data(folder, flags, typed, checkpoint, origins):
     if checkpoint and checkpoint["tokens_sha256"] != dataset.sha256:
         raise UsageError(
             f"the training text or tokenizer of {checkpoint['run']} has changed: "
-            "begin a run on it with --new_model, or name another --save_dir"
+            "start a new run with --new_model, or name another --save_dir"
         )
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
         raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
@@ -3113,7 +3139,7 @@ def load_data(folder, flags, typed, checkpoint, origins):
 
 
 def score_checkpoint(folder, checkpoint, flags, dataset, ranks):
-    """--evaluate: scores a split, with --quantize once more. Returns the exit status."""
+    """Runs --evaluate on a split, with --quantize once more. Returns the exit status."""
     model, _ = load_model(folder, checkpoint)
     context_size = model.config.context_size
     if flags.eval_stride and flags.eval_stride > context_size:
@@ -3122,8 +3148,8 @@ def score_checkpoint(folder, checkpoint, flags, dataset, ranks):
         )
     check_memory(model, flags, training=False)
     print(describe(checkpoint), file=sys.stderr)
-    # Never entered: there is nothing to save, so Ctrl+C ends this process at once. `evaluate` notes
-    # in it a signal that another rank has received.
+    # Never entered: there is nothing to save, so Ctrl+C ends this process at once. `evaluate` sets
+    # its `received` to a signal that another rank has received.
     interrupts = Interrupts()
     ranks.share_scoring(model, dataset, flags)
     score_split(flags.evaluate, model, dataset, flags, interrupts, ranks)
@@ -3137,8 +3163,8 @@ def score_checkpoint(folder, checkpoint, flags, dataset, ranks):
 def printed():
     """The exit status of a command whose result is on stdout: 0.
 
-    Raises RunError if some of it could not be written. Of a training run, what is printed is only
-    its progress, which a full disk may swallow.
+    Raises RunError if some of it could not be written. Training does not call this: it prints only
+    progress, which may be lost on a full disk.
     """
     lost = getattr(sys.stdout, "lost", None)  # see Lasting
     if lost:
@@ -3147,7 +3173,7 @@ def printed():
 
 
 def train_run(flags, dataset, checkpoint, origins, ranks):
-    """Begins a run or resumes that of `checkpoint`, and trains it. Returns the exit status."""
+    """Starts a run or resumes that of `checkpoint`, and trains it. Returns the exit status."""
     folder = flags.save_dir
     if flags.batch_size < ranks.size:
         raise UsageError(
@@ -3155,22 +3181,24 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
             "give more"
         )
     name = f"{dataset.name}-{os.urandom(3).hex()}"  # 6 hexadecimal digits: see remove_leftovers
-    # --identifier may name a checkpoint that its run has left behind: then it is a new run, too.
+    # --identifier may name an older checkpoint of its run: then this is a new run, too.
     if checkpoint and not (flags.identifier and checkpoint["saved"] < checkpoint["run_saved"]):
         name = checkpoint["run"]
     lock = lock_run(folder, name)
     if not lock:
         raise UsageError(
-            f"{name} is being trained by another process: wait for it, or begin another with "
+            f"{name} is being trained by another process: wait for it, or start another with "
             "--new_model"
         )
     interrupts = Interrupts(launched=ranks.size > 1)
     with lock, interrupts:  # from here on there is something to save
-        # Another process may have trained the run until just now.
+        # Another process may have been training the run until just now.
         if checkpoint and name == checkpoint["run"]:
             own = [record for record in list_checkpoints(folder) if record["run"] == name]
             if not own or own[0]["run_saved"] != checkpoint["run_saved"]:
-                raise RunError(f"{name} was trained meanwhile: start the same command again")
+                raise RunError(
+                    f"{name} advanced while this process was starting; rerun the command"
+                )
         remove_leftovers(folder)
         run = make_run(name, flags, dataset, checkpoint, origins, ranks)
         print_start(run, checkpoint, ranks)
@@ -3183,8 +3211,8 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
         try:
             return train(run, interrupts, ranks)
         except RuntimeError as error:
-            # Ctrl+C in a terminal also ends the compiler of a first step, evaluation or sample.
-            # Nothing is unsaved then.
+            # Ctrl+C in a terminal also kills the compiler in a first step, evaluation or sample.
+            # At that point, nothing is unsaved.
             if interrupts.received and ranks.size == 1:
                 reason = " ".join(str(error).split())
                 tqdm.write(f"Stopped at iteration {run.iteration:,} ({reason[:200]}).")
@@ -3193,7 +3221,7 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
 
 
 def execute(argv, ranks):
-    """Does what the command line says; returns the exit status."""
+    """Executes the command; returns the exit status."""
     typed = read_command_line(argv)
     flags = resolve(argparse.Namespace(**DEFAULTS | typed))
     if flags.version:
@@ -3208,9 +3236,9 @@ def execute(argv, ranks):
         )
     use_device(flags.gpu)
 
-    # What only looks at the folder.
+    # Commands that only look at the folder.
     samples = flags.inference or flags.prompt is not None or flags.prompts_file
-    needed = samples or flags.export or flags.evaluate  # a checkpoint, of any corpus
+    needed = samples or flags.export or flags.evaluate  # requires a checkpoint, of any corpus
     looks = flags.list or flags.plot or flags.cases
     folder = open_folder(flags.save_dir, writing=not (needed or looks))
     if looks:
@@ -3220,7 +3248,7 @@ def execute(argv, ranks):
             show_runs(folder, flags, typed)
         return printed()
 
-    # What uses a checkpoint, but no corpus.
+    # Commands that use a checkpoint, but no corpus.
     checkpoint = choose_checkpoint(folder, flags, typed, needed)
     if needed and not checkpoint:
         raise UsageError(f"no such checkpoint in {folder}: {TRAIN_FIRST}")
@@ -3236,11 +3264,11 @@ def execute(argv, ranks):
         sample_from(folder, checkpoint, flags)
         return printed()
 
-    # Training, scoring and measuring need the corpus, too.
+    # Training, evaluation and benchmarks need the corpus, too.
     if checkpoint:
         flags = flags_of_resumed_run(checkpoint, typed)
     check_values(flags)
-    flags.save_dir = folder  # which open_folder may have chosen
+    flags.save_dir = folder  # open_folder may have chosen it
     origins = {} if flags.evaluate else open_origins(folder, flags, checkpoint)
     if origins and not checkpoint:
         adopt_shape(flags, typed, origins)
@@ -3265,10 +3293,10 @@ def join_ranks():
 
 
 def main(argv=None):
-    """The program; returns the exit status.
+    """Runs the program; returns the exit status.
 
-    It is 0 for done, 1 for failed, 2 for a mistake of the user, 128 + the signal that ended it.
-    Of several ranks the first does what the command line says; the others train and score along.
+    It is 0 on success, 1 on failure, 2 on a usage error, or 128 + the signal that ended it. With
+    several ranks, the first one executes the command; the others train and score along.
     """
     try:
         with join_ranks() as ranks:
@@ -3279,27 +3307,27 @@ def main(argv=None):
         line = " ".join(str(error).splitlines())  # one line, however many the error has
         if isinstance(error, MemoryError):
             line += ": give a smaller --batch_size or --context_size"
-        if isinstance(error, ImportError):  # a package that one function alone needs
+        if isinstance(error, ImportError):  # a package that only one feature needs
             line += ": pip install -r requirements.txt"
         print(f"main.py: {line}", file=sys.stderr)
         return 2 if isinstance(error, (UsageError, ImportError)) else 1
     except RuntimeError as error:
-        # For a CPU, MLX compiles in the folder for temporary files.
+        # On a CPU, MLX compiles in the folder for temporary files.
         if not re.match(r"\[Compile|filesystem error", str(error)):
-            raise  # a mistake in this program
+            raise  # a bug in this program
         _, _, output = str(error).rpartition("the output is: ")  # of the compiler, if it ran
         reason = " ".join(output.splitlines()[-2:])
         print(
             "main.py: MLX cannot compile in the folder for temporary files: "
-            f"name one with room by TMPDIR=FOLDER ({reason})",
+            f"set TMPDIR to a folder with free space ({reason})",
             file=sys.stderr,
         )
         return 1
 
 
 if __name__ == "__main__":
-    # None where it was closed from the start.
+    # None if it was closed from the start.
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
-    sys.stdout = Lasting(sys.stdout)  # not in main(), which tests call with their own
+    sys.stdout = Lasting(sys.stdout)  # not in main(), which tests call with their own streams
     sys.stderr = Lasting(sys.stderr)
     sys.exit(main())

@@ -1,11 +1,11 @@
-"""What a model weighs, costs and reaches on this machine, measured in real training steps.
+"""A model's size, cost and speed on this machine, measured in real training steps.
 
-    python main.py --benchmark                          the model of the checkpoint saved last
+    python main.py --benchmark                          the model of the latest checkpoint
     python main.py --benchmark --dim 512 --mlp swiglu   another one
 
 Prints a table and, as its last line, the same numbers as JSON: parameters, floating-point
-operations (FLOPs) per token, memory in bytes, speed in tokens per second, and milliseconds to the
-first token of a continuation and to each later one. It saves nothing.
+operations (FLOPs) per token, memory in bytes, speed in tokens per second, and milliseconds for the
+first token of a continuation and for each later one. It saves nothing.
 """
 
 import json
@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from main import Decoder, average_weights, fast, make_noise, make_step, over_streams, use_bfloat16
 
-# The parts of a model, and what the names of their parameters contain.
+# The parts of a model, and a pattern in the names of their parameters.
 PARTS = {
     "embeddings": "embed",
     "attention": r"attn\.\w_proj",
@@ -27,17 +27,17 @@ PARTS = {
     "norms": "norm",
     "output": "lm_head",
 }
-# Floats that an MLP keeps for each hidden unit, by activation; 4.7 for any other, as for gelu.
+# Floats that an MLP keeps per hidden unit, by activation; 4.7 for all others, such as gelu.
 HIDDEN_UNIT_FLOATS = {"relu2": 3.6, "swiglu": 5.3}
-# Repetitions of which the fastest counts: other programs can slow one down, never speed it up.
+# Repetitions; the fastest counts, because other programs can only slow one down.
 TRAINING_STEPS = 5
 MATRIX_PRODUCTS = 6
-MATRIX_SIZE = 2048  # rows and columns of the matrices whose product is the measure of speed
+MATRIX_SIZE = 2048  # rows and columns of the matrices whose product is timed
 DECODED_TOKENS = 32
 
 
 def run_benchmark(run):
-    """Measures a step of a run, and decoding with its model, and prints the result."""
+    """Measures a training step of a run and decoding with its model, and prints the result."""
     model, flags = run.model, run.flags
     parameters = count_parameters(model)
     flops = count_flops(model.config, parameters)
@@ -50,7 +50,7 @@ def run_benchmark(run):
         "parameters": parameters,
         "flops_per_token": flops,
         "memory": lasting | passing,
-        # Activations are freed as gradients are made, so the peak has the larger of the two.
+        # Activations are freed as gradients are made, so the peak contains the larger of the two.
         "predicted_peak": sum(lasting.values()) + max(passing.values()),
         "measured_peak": measured_peak,
         "tokens_per_second": training_speed,
@@ -87,12 +87,12 @@ def count_parameters(model):
 def count_flops(config, parameters):
     """Floating-point operations per token of the forward and the backward pass.
 
-    Forward takes a multiplication and an addition for each weight of a matrix. Attention takes
-    them twice for each element of a query and each position of the window: for the scores, and for
-    the weighted sum of values. Backward takes twice as many as forward: the gradients with respect
-    to the inputs, and those with respect to the weights.
+    The forward pass takes a multiplication and an addition per weight of a matrix. Attention takes
+    them twice per element of a query and position of the window: for the scores and for the
+    weighted sum of values. The backward pass takes twice as many: for the gradients with respect
+    to the inputs and for those with respect to the weights.
     """
-    # The output layer is a product with a matrix, whether that is the embeddings or its own.
+    # The output layer multiplies by a matrix, either the embeddings or its own.
     output = config.vocab_size * config.dim
     matrices = parameters["attention"] + parameters["mlp"] + output
     queries = config.num_blocks * config.num_heads * config.head_dim  # elements
@@ -101,14 +101,14 @@ def count_flops(config, parameters):
 
 
 def count_streams(flags):
-    """How many streams share the rows of a batch: one, unless a CPU is made fast."""
+    """How many streams share the rows of a batch: one without extras/fast.py."""
     if fast is None:
         return 1
     return fast.count_streams(flags.batch_size, flags.context_size)
 
 
 def measure_memory(run):
-    """Bytes that last from step to step: weights, the optimizer's moments, the --average."""
+    """Bytes that persist between steps: weights, the optimizer's moments, the --average."""
     weights = run.model.parameters()
     memory = {"weights": count_bytes(weights), "optimizer": count_bytes(run.optimizer.state)}
     if run.flags.average:
@@ -124,22 +124,22 @@ def count_bytes(tree):
 def predict_memory(config, flags, parameters, streams):
     """Bytes at the peak of each half of a training step on a CPU.
 
-    It is a step as extras/fast.py computes it, without --checkpoint.
-    parameters: the number of trained weights; streams: how many share a batch. Returns a dict of
-    activations, what the forward pass keeps for the backward pass, and gradients, those of each
-    stream, their sum and the clipped ones. The factors were fit to 25 models (dim 128 to 512,
-    context 48 to 256, vocabularies of 257 to 50,257 tokens, 2 streams), within 7 %.
+    The step is computed as in extras/fast.py, without --checkpoint.
+    parameters: the number of trained weights; streams: how many share a batch. Returns a dict:
+    "activations" are what the forward pass keeps for the backward pass; "gradients" are those of
+    each stream, their sum and the clipped ones. The factors were fitted to 25 models (dim 128 to
+    512, context 48 to 256, vocabularies of 257 to 50,257 tokens, 2 streams), to within 7 %.
     """
     positions = flags.batch_size * config.context_size
-    # Floats that a block keeps for each position.
-    hidden_states = 9.9 * config.dim  # queries among them
+    # Floats that a block keeps per position.
+    hidden_states = 9.9 * config.dim  # including queries
     if config.qk_norm:
         hidden_states = 14.3 * config.dim
     keys_and_values = 2.2 * config.num_kv_heads * config.head_dim
     hidden_units = HIDDEN_UNIT_FLOATS.get(config.mlp, 4.7) * config.mlp_dim
     scores = 1.55 * config.num_heads * config.context_size
     per_block = hidden_states + keys_and_values + hidden_units + scores
-    # The loss is computed in chunks (extras/fast.py), of which each stream holds one's logits.
+    # The loss is computed in chunks (extras/fast.py); each stream holds the logits of one.
     rows = math.ceil(positions / streams)  # of a stream
     chunk = min(rows, max(128, 2**23 // config.vocab_size))
     loss = streams * config.vocab_size * (2.8 * chunk + 1.1 * config.dim)
@@ -162,7 +162,7 @@ def measure_training(run):
         if flags.average:
             average = average_weights(average, run.model.trainable_parameters(), 1, flags.average)
 
-    # The first step compiles. Neither its time nor its memory counts.
+    # The first step compiles, so neither its time nor its memory counts.
     train_once()
     mx.reset_peak_memory()
     seconds = min(timeit.repeat(train_once, number=1, repeat=TRAINING_STEPS))
@@ -170,9 +170,9 @@ def measure_training(run):
 
 
 def measure_matrix_speed(dtype):
-    """FLOPs per second of a product of large square matrices: the most training could reach.
+    """FLOPs per second of a product of large square matrices, the most that training can reach.
 
-    dtype: float32 or bfloat16, as --dtype.
+    dtype: float32 or bfloat16, as for --dtype.
     """
     matrix = mx.random.normal((MATRIX_SIZE, MATRIX_SIZE))
     if dtype == "bfloat16" and mx.default_device() == mx.gpu:
@@ -191,9 +191,9 @@ def measure_matrix_speed(dtype):
 
 
 def measure_decoding(run):
-    """How soon one text is continued, after a prompt of half a context, and how fast then."""
+    """Time to first token and decoding speed for one text, after a prompt of half a context."""
     if fast is not None:
-        # One row is not shared out over streams: it has all cores for its products.
+        # A single row is not split over streams: its products use all cores.
         fast.use_all_cores()
     model, flags = run.model, run.flags
     length = max(1, model.config.context_size // 2)

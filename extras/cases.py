@@ -1,13 +1,13 @@
-"""Probe cases: how probable checkpoints find the continuations that a user expects.
+"""Probe cases: how likely checkpoints consider the continuations that a user expects.
 
     python main.py --cases extras/cases/english.yaml                every checkpoint in the folder
     python main.py --cases FILE.yaml --identifier best --top_k 10   one of them (or several)
     python main.py --cases FILE.yaml --identifier "ptb-*"           the newest of each such run
-    python main.py --cases A.yaml B.yaml --output results.json      the results as JSON, too
+    python main.py --cases A.yaml B.yaml --output results.json      also saves the results as JSON
 
-A file is a YAML list like `- {prompt: "import ", expected: "os"}`; extras/cases/ has some.
-A case passes if each expected token is among the --top_k most likely ones at its place (5 unless
-another number is given).
+A file is a YAML list like `- {prompt: "import ", expected: "os"}`; extras/cases/ has examples.
+A case passes if each expected token is among the --top_k (by default 5) most likely ones at its
+position.
 """
 
 import json
@@ -28,7 +28,7 @@ MAX_COLUMNS = 100  # of a printed line
 def run_cases(folder, records, flags, top_k):
     """Prints a table for each checkpoint of `records`; with --output also writes them as JSON.
 
-    folder: the Path that holds the checkpoints; flags: cases and output are read. Damaged
+    folder: the Path that holds the checkpoints; flags: only cases and output are used. Damaged
     checkpoints are skipped. Raises UsageError if a file cannot be used, RunError if a LoRA run's
     base is gone or --output cannot be written.
     """
@@ -37,7 +37,7 @@ def run_cases(folder, records, flags, top_k):
     for record in records:
         damage = find_damage(folder, record)
         if damage:
-            print(f"Passing over {describe(record)}: {damage}", file=sys.stderr)
+            print(f"Skipping {describe(record)}: {damage}", file=sys.stderr)
             continue
         results += score_checkpoint(folder, record, cases, top_k)
         close_files(record)
@@ -58,7 +58,7 @@ def read_cases(flags):
     for path in flags.cases:
         with explained(f"--cases {path} {needed}"):
             text = Path(user_path(path)).read_text("utf-8")
-            # BaseLoader leaves each scalar a text: `yes` is no truth value here, 1.0 no number.
+            # BaseLoader keeps every scalar a string: `yes` does not become a bool, nor 1.0 a float.
             for entry in yaml.load(text, yaml.BaseLoader):
                 cases.append((read_text(entry, "prompt"), read_text(entry, "expected")))
     if flags.output:
@@ -71,7 +71,7 @@ def read_text(entry, key):
     """The text of an entry under `key`. Raises KeyError or TypeError if there is none."""
     if not isinstance(entry[key], str):
         raise TypeError(f"the {key} {entry[key]} is no text")
-    # In a file written as JSON, which is YAML, an emoji may be two surrogates: "\ud83d\ude00".
+    # In a JSON file, which is also YAML, an emoji may be two surrogates: "\ud83d\ude00".
     return utf8(entry[key])
 
 
@@ -86,24 +86,24 @@ def score_checkpoint(folder, record, cases, top_k):
         results.append(result)
         print_result(result)
     passed = sum(result["passed"] for result in results)
-    print(f"  {passed} of {len(cases)} within the {top_k} likeliest")
+    print(f"  {passed} of {len(cases)} in the top {top_k}")
     return results
 
 
 def score_case(model, tokenizer, prompt, expected, top_k):
-    """What a model makes of one case, a dict:
+    """How a model scores on one case, as a dict:
 
     rank: the worst rank of an expected token, where 1 is the most likely token;
     probability: that of the whole continuation;
     top: the `top_k` most likely first tokens;
-    passed: whether the rank is at most `top_k` and the vocabulary has all of the continuation.
+    passed: whether the rank is at most `top_k` and the vocabulary covers the whole continuation.
 
-    Both texts are cut at the left to what the context holds.
+    Both texts are truncated on the left to fit the context.
     """
     context_size = model.config.context_size
     expected_ids = first_ids(tokenizer, expected)[-context_size:]
     text = first_ids(tokenizer, prompt) + expected_ids
-    # The last token is no input: nothing is expected after it.
+    # The last token is not an input: nothing is expected after it.
     inputs = text[-context_size - 1 : -1]
     # One pass scores all N expected tokens, each after the true ones before it (teacher forcing),
     # not after the model's guesses.

@@ -1,8 +1,8 @@
 """A corpus from a teacher behind an API: `python datasets.py --distill_from URL ...`.
 
 Sequence-level distillation (Kim & Rush 2016): a small model is trained on what a large one writes.
-The answers to a list of prompts are kept as they come, so an interrupted collection resumes where
-it stopped, and no answer is paid for twice.
+The answers to a list of prompts are saved as they arrive, so an interrupted collection resumes
+where it stopped, and no answer is paid for twice.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ PAUSES = (1, 2, 4, 8, 16, 32, 60)  # seconds between the attempts for one prompt
 # The files of --output.
 ANSWERS = "answers.jsonl"
 CORPUS = "corpus.txt"
-# Statuses below 500 that another attempt may turn into an answer: timeouts, conflicts, limits.
+# Statuses below 500 that are worth another attempt: timeouts, conflicts, rate limits.
 TEMPORARY = (408, 409, 425, 429)
 
 
 def collect(flags):
-    """Does what the flags of datasets.py ask for. Raises UsageError, RunError."""
+    """Collects a corpus as the flags of datasets.py specify. Raises UsageError or RunError."""
     source, folder = Path(flags.teacher_prompts), Path(flags.output)
     for path in (folder / ANSWERS, folder / CORPUS):
         if path.exists() and source.exists() and path.samefile(source):
@@ -38,17 +38,17 @@ def collect(flags):
 
 
 def read_prompts(path):
-    """The lines of a file; of a .jsonl that main.py's --prompts_file wrote, what a model began.
+    """The prompts in a file: its lines or, for a .jsonl, the texts that a model has started.
 
-    That is each prompt with its completion: so the teacher goes on where a student's own
-    continuations lead. Raises UsageError.
+    A .jsonl is written by main.py --prompts_file. Each of its prompts is joined with the
+    completion, so the teacher continues what the student has written. Raises UsageError.
     """
     is_jsonl = str(path).endswith(".jsonl")
     content = "hold prompts and completions, as main.py --prompts_file writes them, or another name"
     fault = f"--teacher_prompts {path} must {content if is_jsonl else 'be a UTF-8 file'}"
     with explained(fault, OSError, ValueError, LookupError, TypeError):
         text = Path(path).read_text("utf-8")
-        lines = text.removesuffix("\n").split("\n")  # splitlines would cut at \f, too
+        lines = text.removesuffix("\n").split("\n")  # splitlines would also split at \f
         if not is_jsonl:
             return lines
         answers = [json.loads(line) for line in lines]
@@ -56,16 +56,16 @@ def read_prompts(path):
 
 
 def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
-    """Collects what `model`, at a server that speaks OpenAI's chat completions, answers.
+    """Collects answers of `model` from a server with OpenAI's chat completions API.
 
-    Each answer becomes a line of JSON (prompt, model, completion) in folder/answers.jsonl, and in
-    the end all prompts and answers go to folder/corpus.txt, for --text. At most `most` requests
-    are made; the next call resumes. The key, see find_key, is written nowhere.
+    Each answer becomes a line of JSON (prompt, model, completion) in folder/answers.jsonl; at the
+    end, all prompts and answers are written to folder/corpus.txt, for --text. At most `most`
+    requests are made; the next call resumes. The key (see find_key) is never written anywhere.
     timeout: seconds without a byte from the server.
 
-    Raises UsageError if the address or the key cannot be used, or answers.jsonl holds other lines
-    or is written by another process; RunError if one of its lines is damaged, or if the server
-    does not answer.
+    Raises UsageError if the address or the key cannot be used, or if answers.jsonl holds other
+    lines or is being written by another process; RunError if one of its lines is damaged, or if
+    the server does not answer.
     """
     teacher = Teacher(url, model, most, timeout, say)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
             completion = teacher.answer(head["prompt"], num_answered=len(lines))
             line = json.dumps(head | {"completion": completion}, ensure_ascii=False).encode()
             out.write(line + b"\n")
-            out.flush()  # an answer that was paid for is not lost
+            out.flush()  # so that no answer that was paid for is lost
             lines.append(line)
         corpus = folder / CORPUS
         write_corpus(lines, corpus)
@@ -94,15 +94,15 @@ def write_corpus(lines, path):
 
 
 def write_whole(path, text):
-    """Writes a UTF-8 file; where a full disk or a kill prevents it, an old one stays as it was.
+    """Writes a UTF-8 file; if a full disk or a kill prevents that, the old file stays intact.
 
-    What is no regular file, like /dev/stdout or a pipe, is written directly. Raises RunError.
+    Anything but a regular file, like /dev/stdout or a pipe, is written directly. Raises RunError.
     """
     with explained(f"cannot write {path}", OSError, kind=RunError):
         if os.path.exists(path) and not os.path.isfile(path):
             Path(path).write_text(text, "utf-8")
             return
-        target = os.path.realpath(path)  # a link stays one
+        target = os.path.realpath(path)  # a link stays a link
         new = Path(f"{target}.new")
         try:
             with open(new, "w", encoding="utf-8") as file:
@@ -116,24 +116,24 @@ def write_whole(path, text):
 
 
 def append_lines(path, heads):
-    """Opens a file of JSON lines to append to it: (file, the whole lines that it holds, as bytes).
+    """Opens a JSON Lines file for appending; returns it and its complete lines, as bytes.
 
-    `heads` are the dicts that the lines have to begin with, in order, those still to be written
-    included; "completion" follows in each line. A last line that a kill cut off is removed. The
-    file is locked until it is closed, or its process ends.
+    `heads` are the dicts that the lines must start with, in order, including those still to be
+    written; "completion" follows in each line. A last line cut off by a kill is removed. The file
+    is locked until it is closed or the process ends.
 
-    Raises UsageError if it is no regular file, holds other lines or is locked by another process,
-    RunError if a line is damaged; the file stays as it is.
+    Raises UsageError if it is not a regular file, holds other lines or is locked by another
+    process, RunError if a line is damaged; the file is then left unchanged.
     """
     heads = [json.dumps(head, ensure_ascii=False).encode() for head in heads]
-    # With the name that follows: `"max_tokens": 20` alone would be the beginning of 200, too.
+    # Include the key that follows: `"max_tokens": 20` alone would also be a prefix of 200.
     heads = [head.removesuffix(b"}") + b', "completion": ' for head in heads]
     out = open(path, "a+b")
     try:
         if not os.path.isfile(path):  # reading a device might never end
             raise UsageError(f"{path} is no regular file: name another --output")
         lock_file(out, path)
-        out.seek(0)  # not before it is locked: what another process appends now would be missed
+        out.seek(0)  # read only once locked, or another process's last lines could be missed
         *lines, cut_off = out.read().split(b"\n")
         if not are_ours(lines, cut_off, heads):
             raise UsageError(
@@ -151,7 +151,7 @@ def append_lines(path, heads):
 def lock_file(file, path):
     """Locks an open file. Raises UsageError if another process has locked it."""
     try:
-        # NB: raises BlockingIOError instead of waiting.
+        # LOCK_NB: raises BlockingIOError instead of waiting.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UsageError(
@@ -160,7 +160,7 @@ def lock_file(file, path):
 
 
 def check_lines(path, lines):
-    """Raises RunError if one of a file's lines is no JSON with a completion."""
+    """Raises RunError if one of a file's lines is not JSON with a completion."""
     for i, line in enumerate(lines, 1):
         fault = f"line {i:,} of {path} is damaged: mend it, or delete it and all that follow"
         with explained(fault, ValueError, RecursionError, kind=RunError):
@@ -170,7 +170,7 @@ def check_lines(path, lines):
 
 
 def are_ours(lines, cut_off, heads):
-    """Whether `lines`, and one that is `cut_off` (b"" if none is), begin with `heads`."""
+    """Whether `lines`, and the partial last one `cut_off` (b"" if none), start with `heads`."""
     if len(lines) > len(heads):
         return False
     for line, head in zip(lines, heads):
@@ -185,28 +185,28 @@ def are_ours(lines, cut_off, heads):
 
 
 class Reply(NamedTuple):
-    """What one request brought: the text of an answer, or a reason why there is none."""
+    """The outcome of one request: the text of an answer, or the reason why there is none."""
 
     text: str | None
     reason: str = ""
     is_temporary: bool = True  # whether another attempt may help
-    wait: int = 0  # seconds until then that the server asks for
+    wait: int = 0  # seconds until then, if the server asks for a delay
 
 
-# The environment variables that hold keys for these hosts, and for those below them.
+# The environment variables that hold the keys for these hosts and their subdomains.
 KEYS = {"openai.com": "OPENAI_API_KEY", "groq.com": "GROQ_API_KEY"}
 
 
 def find_key(url):
-    """The key for a server, and the environment variable that has it: (variable, key or "").
+    """The environment variable for a server's key, and the key: (variable, key or "").
 
-    TEACHER_API_KEY is for any server, those of KEYS for none but their owners'.
+    TEACHER_API_KEY is for any server, those in KEYS only for their owners' servers.
     """
     key = os.environ.get("TEACHER_API_KEY")
     if key:
         return "TEACHER_API_KEY", key
     host = ""
-    with contextlib.suppress(ValueError):  # `check` says what is wrong with the address
+    with contextlib.suppress(ValueError):  # `check` reports what is wrong with the address
         host = urlsplit(url).hostname or ""
     for owner, variable in KEYS.items():
         if f".{host}".endswith(f".{owner}"):
@@ -215,9 +215,9 @@ def find_key(url):
 
 
 class Teacher:
-    """A model at a server, and how many requests it has been sent.
+    """A model on a server, with a count of the requests sent to it.
 
-    Raises UsageError if no request can be made of the address and the key.
+    Raises UsageError if the address or the key cannot be used in a request.
     """
 
     def __init__(self, url, model, most, timeout, say):
@@ -232,10 +232,10 @@ class Teacher:
         self.check()
 
     def check(self):
-        """Raises UsageError if no request can be made of the address and the key."""
+        """Raises UsageError if the address or the key cannot be used in a request."""
         import requests
 
-        # requests takes `localhost:8000` for a scheme of its own.
+        # requests would take the `localhost` in `localhost:8000` for a scheme.
         if not self.url.lower().startswith(("http://", "https://")):
             raise UsageError(
                 f"--distill_from {self.url}: give the address with http:// or https://"
@@ -243,22 +243,22 @@ class Teacher:
         with explained(f"--distill_from {self.url} is no address: check it", ValueError):
             requests.Request("POST", self.address).prepare()
         if not (self.key.isascii() and self.key.isprintable()):
-            # Without the key, which is written nowhere.
+            # The message leaves out the key, which is never written anywhere.
             raise UsageError(
                 f"{self.key_name} holds a line end or another character that no header can hold: "
                 "set it to the key alone"
             )
 
     def answer(self, prompt, num_answered):
-        """The answer to a prompt, in as many attempts as it takes and PAUSES allow.
+        """The answer to a prompt, in as many attempts as it takes and PAUSES allows.
 
-        Raises RunError, which says that `num_answered` answers before this one are kept.
+        Raises RunError, which says that the `num_answered` answers so far are kept.
         """
         for pause in (*PAUSES, None):
             if self.sent >= self.most:
                 raise RunError(
-                    f"{self.most} requests are made (the limit), {num_answered} prompts answered: "
-                    "start again"
+                    f"{self.most} requests were made (the limit), {num_answered} prompts answered: "
+                    "rerun to continue"
                 )
             self.sent += 1
             reply = self.request(prompt)
@@ -266,11 +266,11 @@ class Teacher:
                 return reply.text
             if pause is None or not reply.is_temporary:
                 break
-            self.say(f"{reply.reason}; once more in a moment")
+            self.say(f"{reply.reason}; retrying shortly")
             time.sleep(max(pause, reply.wait))
         raise RunError(
             f"{self.url} does not answer ({reply.reason}); {num_answered:,} answers are kept: "
-            "start it again"
+            "rerun to continue"
         )
 
     def request(self, prompt):
@@ -285,7 +285,7 @@ class Teacher:
             response = requests.post(self.address, json=body, headers=headers, timeout=self.timeout)
         except (requests.RequestException, ValueError) as error:
             reason = self.masked(f"{type(error).__name__}: {error}")
-            # An address, here or of a redirect, or a header that is none stays what it is.
+            # Retrying does not help with an invalid header or address (ours or a redirect's).
             is_final = isinstance(error, (ValueError, requests.TooManyRedirects))
             return Reply(None, reason, is_temporary=not is_final)
         wait = 0
@@ -296,7 +296,7 @@ class Teacher:
                 content = response.json()["choices"][0]["message"]["content"] or ""
                 if not isinstance(content, str):
                     raise TypeError("its content is no text")
-                return Reply(utf8(content))  # a limit of tokens may have cut a character in two
+                return Reply(utf8(content))  # a token limit may have split a character
             reason = self.masked(f"status {status}: {response.text}")
             return Reply(None, reason, status >= 500 or status in TEMPORARY, wait)
         except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -305,13 +305,13 @@ class Teacher:
 
     def masked(self, reason):
         """`reason` on one line of at most 240 characters, without the key."""
-        # A server may repeat the key. It goes before the cut, which might leave a part of it.
+        # A server may echo the key. Mask it before truncating, which might leave a part of it.
         if self.key:
             reason = reason.replace(self.key, "***")
         return " ".join(reason[:240].split())
 
 
 def seconds_asked_for(response):
-    """What a response's Retry-After asks for, up to ten minutes; 0 if it names no seconds."""
+    """The seconds in a response's Retry-After, up to ten minutes; 0 if it has none."""
     asked = response.headers.get("Retry-After", "")
     return min(int(asked), 600) if asked.isdigit() else 0

@@ -1,10 +1,10 @@
-"""Decoding many texts at once, and one text faster with the help of a draft.
+"""Decoding many texts at once, and a single text faster with the help of a draft model.
 
-    python main.py --prompts_file prompts.txt --output answers.jsonl     sixteen prompts together
+    python main.py --prompts_file prompts.txt --output answers.jsonl     sixteen prompts at a time
     python main.py --prompt "The company" --draft ptb-0a1b2c             speculative decoding
 
-Both give, text by text, what main.py's Decoder gives for it alone: the random numbers depend on
-the seed and the place in the text only.
+Both give each text the continuation that main.py's Decoder would give it alone: the random numbers
+depend only on the seed and the position in the text.
 """
 
 import json
@@ -18,7 +18,7 @@ from datasets import explained
 from extras.collect import append_lines
 from main import Cache, Decoder, first_ids, shape_logits
 
-# The flags, beside the seed, that decide what follows a prompt.
+# The flags that, besides the seed, determine a completion.
 SAMPLING_FLAGS = [
     "max_tokens",
     "temperature",
@@ -32,29 +32,29 @@ SAMPLING_FLAGS = [
 
 
 class BatchCache(Cache):
-    """A Cache of texts of different lengths; `begin` is called before each pass."""
+    """A Cache for texts of different lengths; `begin` is called before each pass."""
 
     def begin(self, lengths):
-        """Goes to where so many positions of each text, [B], are read; the rest is overwritten."""
+        """Moves past the first `lengths` [B] positions of each text; the rest is overwritten."""
         self.lengths = lengths
         if (lengths == lengths[0]).all():
             self.offset = int(lengths[0])
         else:
-            self.offset = mx.array(lengths)  # [B], as RoPE takes it, too
+            self.offset = mx.array(lengths)  # [B], which RoPE also accepts
 
     def attend(self, queries, keys, values):
-        """Reads L more positions of each text, as main.py's Cache does of texts of one length."""
+        """Reads L more positions of each text, as main.py's Cache does for equally long texts."""
         if isinstance(self.offset, int):
             return super().attend(queries, keys, values)
         L, scale = queries.shape[2], queries.shape[3] ** -0.5
         places = self.lengths[:, None] + np.arange(L)  # [B, L]
         rows = mx.arange(len(places))[:, None]
-        self.keys[rows, :, mx.array(places)] = keys.swapaxes(1, 2)  # a scatter, which takes longer
+        self.keys[rows, :, mx.array(places)] = keys.swapaxes(1, 2)  # a scatter, which is slower
         self.values[rows, :, mx.array(places)] = values.swapaxes(1, 2)
         end = int(places.max()) + 1
         seen = (
             np.arange(end) <= places[:, None, :, None]
-        )  # [B, 1, L, end]; junk behind a shorter text is not
+        )  # [B, 1, L, end]; False for the junk after a shorter text
         return mx.fast.scaled_dot_product_attention(
             queries,
             self.keys[:, :, :end],
@@ -67,36 +67,36 @@ class BatchCache(Cache):
 class BatchDecoder:
     """A model that continues B texts, lists of at least one id, which may also grow and be cut.
 
-    As in main.py's Decoder, a text that outgrows the context is read again from its last
-    context_size // 2 tokens on.
+    As in main.py's Decoder, if a text outgrows the context, its last context_size // 2 tokens are
+    read again.
     """
 
     def __init__(self, model, texts):
         self.model = model
         self.texts = texts
         self.starts = np.zeros(len(texts), np.int32)  # of the windows
-        self.lengths = np.zeros(len(texts), np.int32)  # tokens that are read of each window
+        self.lengths = np.zeros(len(texts), np.int32)  # tokens already read of each window
         self.caches = [BatchCache(model.config, len(texts)) for _ in model.model.layers]
 
     def forget(self):
-        """Forgets what was read, as after a pass that was interrupted."""
+        """Forgets what was read, as after an interrupted pass."""
         self.lengths[:] = 0
 
     def cut(self, length):
-        """Takes back what stands in the texts beyond `length`."""
+        """Truncates the texts to `length`."""
         for text in self.texts:
             del text[length:]
         self.lengths = np.minimum(self.lengths, length - self.starts)
 
     def logits(self, count=1):
-        """Logits [B, count, V] of what follows each of the last `count` tokens of every text."""
+        """Next-token logits [B, count, V] after each of the last `count` tokens of every text."""
         for row in range(len(self.texts)):
             self.place_window(row, count)
         windows = [text[start:] for text, start in zip(self.texts, self.starts)]
         unread = np.array([len(window) for window in windows]) - self.lengths  # [B]
         if unread.min() < unread.max():
-            # One pass reads equally many tokens of each text: those with more are read alone up to
-            # their last ones.
+            # One pass reads the same number of tokens of each text, so those with more are first
+            # read alone, except for their last ones.
             for row in np.flatnonzero(unread > count):
                 self.read_alone(row, windows[row][:-count])
         tokens = mx.array(
@@ -109,14 +109,13 @@ class BatchDecoder:
         return logits
 
     def place_window(self, row, count):
-        """Moves the window of a text that has outgrown it, or has under `count` tokens in it."""
+        """Moves a text's window if the text has outgrown it or has under `count` tokens in it."""
         context_size = self.model.config.context_size
         length = len(self.texts[row])
         if not count <= length - self.starts[row] <= context_size:
             self.starts[row] = max(0, length - max(count, context_size // 2))
             self.lengths[row] = 0
-        # The last `count` tokens are always read, if need be again: what is asked for are their
-        # logits.
+        # The last `count` tokens are always read, again if necessary: their logits are needed.
         most = length - self.starts[row] - count
         self.lengths[row] = min(self.lengths[row], most)
 
@@ -130,7 +129,7 @@ class BatchDecoder:
         self.lengths[row] = len(window)
 
     def draw(self, flags, seeds, count=1):
-        """Ids [B, count], drawn for what follows each of the last `count` tokens of every text."""
+        """Ids [B, count], sampled after each of the last `count` tokens of every text."""
         logits = self.logits(count).flatten(0, 1)  # [B * count, V]
         befores = []  # the window up to each of those tokens
         keys = []
@@ -147,7 +146,7 @@ class BatchDecoder:
         return np.array(ids).reshape(-1, count)
 
     def generate(self, max_tokens, flags, seeds):
-        """Draws `max_tokens` times the next ids of the texts, appends them and yields the list."""
+        """Samples the texts' next ids `max_tokens` times; appends them and yields each list."""
         for _ in range(max_tokens):
             ids = self.draw(flags, seeds)[:, 0].tolist()
             for text, token in zip(self.texts, ids):
@@ -159,22 +158,22 @@ class SpeculativeDecoder:
     """A model that continues one text, a list of ids, with a smaller model as its draft.
 
     The draft proposes up to `length` tokens; the model reads them in one pass and keeps those that
-    it draws itself. Both draw by the same random numbers, so that they mostly agree where their
-    distributions are alike, and the text is the same as without a draft (Daliri, Musco & Suresh
-    2024).
+    it would have sampled. Both sample with the same random numbers, so they mostly agree where
+    their distributions are similar, and the text is the same as without a draft (Daliri, Musco &
+    Suresh 2024).
     """
 
     def __init__(self, model, draft, text, length=4):
         self.text = text
         self.length = length
         self.decoder = BatchDecoder(model, [text])
-        self.draft = BatchDecoder(draft, [text])  # of the very same list
+        self.draft = BatchDecoder(draft, [text])  # shares the same list
         self.proposed = 0
         self.accepted = 0
 
     def generate(self, max_tokens, flags, seed):
         """Yields `max_tokens` ids and appends them to the text."""
-        known = len(self.text)  # tokens that are there for good
+        known = len(self.text)  # tokens that are final
         end = known + max_tokens
         try:
             while known < end:
@@ -183,10 +182,10 @@ class SpeculativeDecoder:
                     known += 1
                     yield token
         finally:
-            self.cut(known)  # without what was drawn when the reader left
+            self.cut(known)  # drops what was sampled but not consumed
 
     def draw(self, most, flags, seed):
-        """Draws from one id to `most` of them, and appends them to the text."""
+        """Samples between one and `most` ids and appends them to the text."""
         known = len(self.text)
         room = self.decoder.model.config.context_size - (
             known - self.decoder.starts[0]
@@ -200,7 +199,7 @@ class SpeculativeDecoder:
         self.proposed += wanted
         self.accepted += accepted
         self.cut(known + accepted)
-        self.text.append(ids[accepted])  # the model's own, after the last that it accepted
+        self.text.append(ids[accepted])  # the model's own token, after the last accepted one
         return ids[: accepted + 1]
 
     def cut(self, length):
@@ -212,24 +211,24 @@ class SpeculativeDecoder:
         self.draft.forget()
 
     def describe_draft(self):
-        """How often the draft was right, to be put behind the speed."""
+        """The draft's acceptance rate, to be appended to the speed."""
         rate = self.accepted / max(1, self.proposed)
         return f", {rate:.0%} of the draft's {self.proposed:,} proposals accepted"
 
 
 def answer_file(model, tokenizer, checkpoint_id, flags, batch_size=16):
-    """Continues each line of --prompts_file --num_samples times, `batch_size` of them together.
+    """Continues each line of --prompts_file --num_samples times, `batch_size` of them at a time.
 
     Each continuation is a line of JSON in --output or on stdout: prompt, seed, checkpoint,
     SAMPLING_FLAGS, completion and tokens. An --output that holds the first of these lines is
-    continued. Raises UsageError or RunError for one that cannot be, see append_lines.
+    resumed. Raises UsageError or RunError if it cannot be resumed (see append_lines).
     """
     settings = {name: getattr(flags, name) for name in SAMPLING_FLAGS}
     problem = f"--prompts_file {flags.prompts_file} must be UTF-8, --output writable"
     with explained(problem, OSError, ValueError):
         text = Path(flags.prompts_file).read_text("utf-8")
         jobs = []
-        for prompt in text.removesuffix("\n").split("\n"):  # splitlines would cut at \f, too
+        for prompt in text.removesuffix("\n").split("\n"):  # splitlines would also split at \f
             for _ in range(flags.num_samples):
                 job = {
                     "prompt": prompt,
@@ -246,16 +245,16 @@ def answer_file(model, tokenizer, checkpoint_id, flags, batch_size=16):
             batch = jobs[start : start + batch_size]
             for line in answer_batch(model, tokenizer, batch, flags):
                 out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            out.flush()  # a kill costs the batch that is computed, no more
+            out.flush()  # a kill costs at most the current batch
 
 
 def answer_batch(model, tokenizer, jobs, flags):
     """The jobs, dicts of a prompt and a seed, with their completion and its tokens added."""
-    texts = [first_ids(tokenizer, job["prompt"]) for job in jobs]  # which the decoder lengthens
+    texts = [first_ids(tokenizer, job["prompt"]) for job in jobs]  # the decoder extends them
     shown = [len(tokenizer.decode(text)) for text in texts]  # characters of the prompts
     read = [len(text) for text in texts]  # tokens of the prompts
     decoder = BatchDecoder(model, texts)
-    stopped = [None] * len(texts)  # how many tokens each text has where it has --stop
+    stopped = [None] * len(texts)  # how many tokens each text had when --stop appeared
     for _ in decoder.generate(flags.max_tokens, flags, [job["seed"] for job in jobs]):
         if not flags.stop:
             continue

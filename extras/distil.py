@@ -1,11 +1,11 @@
-"""Distillation: learn from the predictions of a larger model, too (Hinton et al. 2015).
+"""Distillation: also learn from the predictions of a larger model (Hinton et al. 2015).
 
     python main.py --teacher MODEL --dim 256 --dataset ptb
 
 A share of the loss is T² times the Kullback-Leibler divergence from the teacher's distribution to
 the student's, both softened by the temperature T; the rest is the cross-entropy of the text. T²
-keeps the size of the gradients. Both are computed chunk by chunk, as in extras/fast.py, which is
-needed for it: the logits of two models never exist as a whole.
+preserves the scale of the gradients. Both are computed chunk by chunk, as in extras/fast.py, which
+is required: the logits of the two models never exist as a whole.
 """
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ from extras.fast import (
 
 
 def make_loss(teacher, flags):
-    """A function like main.py's cross_entropy that takes the input tokens [B, L], too."""
+    """A function like main.py's cross_entropy that also takes the input tokens [B, L]."""
     share = mx.array(flags.teacher_weight)
     temperature = mx.array(flags.teacher_temperature)
 
@@ -36,11 +36,11 @@ def make_loss(teacher, flags):
 def distilled_loss_and_gradients(
     hidden, head, targets, weights, states, their_head, share, temperature
 ):
-    """The loss and its gradients by hidden [N, D] and head [V, D], see stored_gradients.
+    """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; see stored_gradients.
 
     targets, weights: [N]; states: the teacher's hidden states [N, D']; their_head: its matrix [V',
-    D']. Where V and V' differ, the larger vocabulary is padded: rows of the teacher beyond V are
-    ignored, and to ids of the student beyond V' it gives no probability.
+    D']. If V and V' differ, the larger vocabulary has padding: the teacher's rows beyond V are
+    ignored, and it gives no probability to the student's ids beyond V'.
     """
     padding = max(0, len(head) - len(their_head))
 
@@ -52,13 +52,13 @@ def distilled_loss_and_gradients(
         wanted = exp(log_wanted)
         if padding:
             wanted = mx.pad(wanted, [(0, 0), (0, padding)])
-            # Any finite number: it is multiplied by the probability, 0.
+            # Any finite number will do: it is multiplied by the probability, 0.
             log_wanted = mx.pad(log_wanted, [(0, 0), (0, padding)])
         given = exp(log_given)
         pull = share * temperature * weights[rows, None]  # [n, 1]
         divergence = (pull * wanted * (log_wanted - log_given)).sum()
-        # T² times the gradient of the divergence by the logits is T (given - wanted); one T is in
-        # `pull`.
+        # T² times the gradient of the divergence w.r.t. the logits is T (given - wanted); this T
+        # is in `pull`.
         gradient = powers * scale + pull * (given - wanted)
         return loss + temperature * divergence, gradient, mx.ones_like(scale)
 
@@ -69,6 +69,6 @@ distilled_loss_and_gradients.vjp(stored_gradients)
 
 
 def log_softmax(logits):
-    """Logarithms of the probabilities, [n, V]."""
+    """Log probabilities [n, V]."""
     below = logits - logits.max(axis=-1, keepdims=True)
     return below - mx.log(exp(below).sum(axis=-1, keepdims=True))

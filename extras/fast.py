@@ -1,25 +1,24 @@
-"""What makes MLX fast on a CPU: a fast BLAS, quicker attention and loss, a stream for each core.
+"""Makes MLX fast on a CPU: a fast BLAS, faster attention and loss, one stream per core.
 
-main.py imports this file before MLX and then uses, in place of its own plain functions of the same
-names,
+main.py imports this file before MLX and then uses these functions in place of its own plain ones
+of the same names:
 
     attend          causal attention, with a softmax that uses the vector units
-    relu2           squared ReLU, with a gradient that does
+    relu2           squared ReLU, with a gradient that uses them
     cross_entropy   loss and gradient in one pass over chunks of rows, so that the logits never
                     exist as a whole
     over_streams    a function of a batch, computed for a share of the rows on each core
-    add_up          the sum of what the shares gave
-    clip_grad_norm  of gradients, on all cores
-    spread          an optimizer that deals its work out over the cores
+    add_up          the sum of the shares' results
+    clip_grad_norm  gradient clipping on all cores
+    spread          an optimizer that distributes its work over the cores
     has_bfloat16    whether matrix products are faster in bfloat16
-    use_bfloat16    lets them be computed so
+    use_bfloat16    turns bfloat16 products on or off
 
-The first ones compute what the plain ones compute, to rounding; tests/extras/test_fast.py compares
-them. On a GPU they leave the work to MLX. Without this file main.py works in the same way, only
-slower.
+All but the last two match the plain functions up to rounding; tests/extras/test_fast.py compares
+them. On a GPU, they leave the work to MLX. Without this file, main.py works the same, only slower.
 
 Shapes: B rows of a batch, L positions, D model dimension, H query heads, K key and value heads, d
-dimension of a head, V vocabulary, N any number.
+head dimension, V vocabulary, N any number.
 """
 
 import contextlib
@@ -39,18 +38,18 @@ from functools import lru_cache, reduce
 from pathlib import Path
 
 # ---- BLAS ---------------------------------------------------------------------------------------
-# The library of matrix products, which has to be loaded before MLX.
+# The library for matrix products, which must be loaded before MLX.
 
-REFERENCE_BLAS = "reference BLAS"  # what MLX's Linux wheel brings along
+REFERENCE_BLAS = "reference BLAS"  # bundled with MLX's Linux wheel
 
 
 def choose_openblas_kernels():
-    """Makes OpenBLAS use AVX-512 on AMD's processors, before NumPy loads it.
+    """Makes OpenBLAS use AVX-512 on AMD processors; to be called before NumPy loads it.
 
-    Its version 0.3.31 does not know all of them and takes kernels of half the speed (two Zen 5
+    Version 0.3.31 does not know all of them and selects kernels of half the speed (two Zen 5
     cores: 255 GFLOP/s instead of 484).
     """
-    with contextlib.suppress(OSError):  # no Linux
+    with contextlib.suppress(OSError):  # not Linux
         about = Path("/proc/cpuinfo").read_text("utf-8")
         if "AuthenticAMD" in about and "avx512vl" in about:
             os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
@@ -62,14 +61,14 @@ import numpy as np
 
 from datasets import CACHE
 
-# C. MLX calls cblas_sgemm by rows, with `order` 101; 111 is a matrix as it stands, 112 transposed,
-# as in x @ weight.T. One of the functions of the two libraries is set in use_fast_blas.
+# C source. MLX calls cblas_sgemm with row-major matrices (`order` 101); 111 means not transposed,
+# 112 transposed, as in x @ weight.T. find_blas sets the functions of one of the two libraries.
 #
 # Three kinds of products are computed here, about as fast as memory is read, and never rounded: a
 # matrix times a vector, and up to 8 or 32 rows times a transposed matrix, as in decoding.
 #
-# To round to bfloat16 is to add half of what is cut off and, for ties, the last bit that stays; a
-# NaN keeps a bit of its own. A thread that has to be woken costs as much as 10 million operations.
+# Rounding to bfloat16 adds 0x7fff, half of what is cut off, and for ties the last bit that is kept;
+# a NaN keeps a bit set. Waking a thread costs as much as 10 million operations.
 FORWARDER = """
 #include <stdlib.h>
 #include <string.h>
@@ -184,10 +183,10 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha,
 """
 
 
-forwarder = None  # the library of FORWARDER
+forwarder = None  # the compiled FORWARDER
 openblas = None  # NumPy's, if the forwarder uses it
 
-# What oneDNN calls the instructions that it uses, by its number for them.
+# The instruction sets that oneDNN uses, by its numbers for them.
 INSTRUCTIONS = {
     0x7: "AVX2",
     0x27: "AVX-512",
@@ -202,14 +201,14 @@ HAS_BF16 = 0x80  # a bit of that number
 def use_fast_blas():
     """Makes a fast BLAS visible to MLX, before MLX is imported, and returns its name.
 
-    MLX's Linux wheel carries the reference BLAS (6 GFLOP/s where others reach 190 to 500), but the
-    `cblas_sgemm` that is loaded first, with global symbols, wins: here a forwarder to oneDNN or,
-    where that is not installed, to the OpenBLAS in NumPy's wheel.
+    MLX's Linux wheel bundles the reference BLAS (6 GFLOP/s where others reach 190 to 500), but the
+    first `cblas_sgemm` to be loaded with global symbols wins: here a forwarder to oneDNN or, if
+    that is not installed, to the OpenBLAS in NumPy's wheel.
     """
     global forwarder
     if sys.platform != "linux":
         return "Accelerate"  # macOS's own, which MLX uses
-    # Threads that spin while they wait lose their core to other programs just when work comes: 7
+    # Threads that spin while waiting lose their core to other programs just when work arrives: 7
     # times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     keep_freed_memory()
@@ -226,9 +225,9 @@ def use_fast_blas():
 
 
 def find_blas():
-    """Sets the functions of the forwarder; returns the name of the library, or None for none."""
+    """Sets the forwarder's functions; returns the name of their library, or None."""
     global openblas
-    # Where pip puts it, for an environment and for a user; or a package of the system.
+    # Where pip installs it, in an environment or for a user, or a system package.
     for folder in (f"{sys.prefix}/lib/", f"{site.getuserbase()}/lib/", ""):
         with contextlib.suppress(OSError, AttributeError):  # not there, or another version
             onednn = ctypes.CDLL(f"{folder}libdnnl.so.3")
@@ -245,7 +244,7 @@ def find_blas():
     for path in Path(np.__path__[0]).parent.glob("numpy.libs/libscipy_openblas64_*.so"):
         openblas = ctypes.CDLL(str(path))
         set_function("openblas", openblas.scipy_cblas_sgemm64_)
-        # Each kind of kernels rounds in its own way.
+        # Each set of kernels rounds differently.
         openblas.scipy_openblas_get_corename64_.restype = ctypes.c_char_p
         return f"NumPy's OpenBLAS ({openblas.scipy_openblas_get_corename64_().decode()})"
     return None
@@ -254,7 +253,7 @@ def find_blas():
 def keep_freed_memory():
     """Makes glibc keep the memory of freed arrays.
 
-    Otherwise each new array is faulted in page by page: 7 times the time of a sum.
+    Otherwise each new array is faulted in page by page, which makes a sum take 7 times as long.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library, as on Alpine
         libc = ctypes.CDLL("libc.so.6")
@@ -270,16 +269,16 @@ def set_function(name, function):
 
 
 def compile_forwarder():
-    """The path of FORWARDER as a library, compiled once for each kind of CPU; None if it fails."""
+    """The path of FORWARDER's library, compiled once per kind of CPU; None if that fails."""
     cpu = re.search("^(flags|Features).*", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
     kind = f"{FORWARDER}{cpu and cpu[0]}"  # a cache may serve several CPUs
     path = CACHE / f"blas-{hashlib.sha1(kind.encode()).hexdigest()[:12]}.so"
     compiler = next(filter(shutil.which, ["cc", "gcc", "clang"]), None)
     if compiler is None:
         return None
-    # Without the last three of them sums would stay scalar.
+    # Without the last three, sums would stay scalar.
     vectors = ["-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
-    # What one compiler knows another may not.
+    # Not every compiler knows every option.
     for options in ([*vectors, "-fopenmp"], vectors, []):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             if not path.exists():
@@ -287,15 +286,15 @@ def compile_forwarder():
                 new = f"{path}.{os.getpid()}"
                 command = [compiler, "-shared", "-fPIC", "-O3", *options, "-x", "c", "-"]
                 run_quietly([*command, "-o", new], FORWARDER.encode())
-                os.replace(new, path)  # never half a library, even if two processes compile
-            ctypes.CDLL(str(path))  # which is why another compiler's options may not do
+                os.replace(new, path)  # never a partial library, even if two processes compile
+            ctypes.CDLL(str(path))  # it may compile and still fail to load
             return str(path)
     return None
 
 
 def run_quietly(command, text=b""):
     """Runs a compiler on `text`. Raises OSError, SubprocessError."""
-    environment = {**os.environ, "TMPDIR": str(CACHE)}  # that of the user may be full
+    environment = {**os.environ, "TMPDIR": str(CACHE)}  # the user's may be full
     output = subprocess.DEVNULL
     subprocess.run(command, input=text, check=True, stdout=output, stderr=output, env=environment)
 
@@ -309,19 +308,19 @@ def set_blas_threads(count):
 
 
 def has_bfloat16():
-    """Whether matrix products on this CPU are faster in bfloat16, as oneDNN computes them."""
+    """Whether matrix products on this CPU, computed by oneDNN, are faster in bfloat16."""
     if forwarder is None:
         return False
     return ctypes.c_void_p.in_dll(forwarder, "onednn_bf16").value is not None
 
 
 def use_bfloat16(wanted):
-    """Lets matrix products on a CPU round what they multiply to bfloat16; they sum in float32."""
+    """Sets whether matrix products on a CPU round their inputs to bfloat16; sums are float32."""
     if has_bfloat16():
         ctypes.c_int.in_dll(forwarder, "rounds_to_bf16").value = wanted
 
 
-BLAS = use_fast_blas()  # kept in checkpoints: another one rounds otherwise
+BLAS = use_fast_blas()  # recorded in checkpoints: another one rounds differently
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -330,40 +329,40 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 # ---- Attention ----------------------------------------------------------------------------------
 def on_gpu():
-    """Whether MLX computes on a GPU, where its own functions are the fast ones."""
+    """Whether MLX computes on a GPU, where its own functions are fast."""
     return mx.default_device() == mx.gpu
 
 
 def exp(x):
-    """e to the x, for x <= 0, within 2e-6; below -30 it stays at 1e-13.
+    """e to the x, for x <= 0, within 2e-6; constant at 1e-13 below -30.
 
-    On a CPU MLX's own is scalar and takes 12 ns. This one, Taylor's polynomial of x / 32, then to
-    the 32nd power, is products and sums alone, which use the vector units: 0.5 ns.
+    On a CPU, MLX's own is scalar and takes 12 ns. This one, a Taylor polynomial of x / 32 raised
+    to the 32nd power, needs only products and sums, which use the vector units: 0.5 ns.
     """
     if on_gpu():
         return mx.exp(x)
     x = mx.maximum(x, -30)
     c = [1 / (32**k * math.factorial(k)) for k in range(7)]
     square = x * x
-    # By Estrin's scheme, not Horner's: MLX compiles at most 11 operations in a row into one kernel.
+    # Estrin's scheme, not Horner's: MLX fuses at most 11 operations in a row into one kernel.
     first = (c[3] * x + c[2]) * square + (c[1] * x + c[0])
     rest = c[6] * square + (c[5] * x + c[4])
     power = rest * (square * square) + first
-    for _ in range(5):  # squared 5 times: to the 32nd
+    for _ in range(5):  # squared 5 times: the 32nd power
         power = power * power
     return power
 
 
 @mx.custom_function
 def softmax(scores):
-    """Softmax of scores [..., S] over the last axis, by `exp` and with a gradient of its own."""
+    """Softmax of scores [..., S] over the last axis, with `exp` and a gradient of its own."""
     weights = exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
 @softmax.vjp
 def softmax_gradient(scores, gradient, weights):
-    """The gradient by the scores; MLX gives the output, too, so no exp is computed again."""
+    """The gradient w.r.t. the scores; MLX also passes the output, so no exp is recomputed."""
     product = gradient * weights
     return product - weights * product.sum(
         axis=-1, keepdims=True
@@ -373,7 +372,7 @@ def softmax_gradient(scores, gradient, weights):
 def attend(queries, keys, values):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, L, d] -> [B, H, L, d].
 
-    As main.py's `attend`; on a CPU it makes training steps 3 to 16 % quicker.
+    Like main.py's `attend`; on a CPU, it makes training steps 3 to 16 % faster.
     """
     B, H, L, d = queries.shape
     scale = d**-0.5
@@ -383,8 +382,8 @@ def attend(queries, keys, values):
         )
     queries = (queries * scale).reshape(B, keys.shape[1], -1, L, d)  # [B, K, H/K, L, d]
     scores = queries @ keys[:, :, None].swapaxes(-1, -2)  # [B, K, H/K, L, L]
-    # [L, L]: 0 for the past, and the future weighs 1e-13 at most. Sums use the vector units, but
-    # choices by mx.where do not.
+    # [L, L]: 0 for the past, -1e9 for the future, which then weighs 1e-13 at most. Sums use the
+    # vector units, mx.where does not.
     mask = mx.array((np.tri(L, dtype=np.float32) - 1) * 1e9)
     weights = softmax(scores + mask)
     attended = weights @ values[:, :, None]  # [B, K, H/K, L, d]
@@ -392,7 +391,7 @@ def attend(queries, keys, values):
 
 
 def relu2(x):
-    """Squared ReLU: main.py's `relu2`, with a gradient 3 times as quick, as nothing is compared."""
+    """main.py's `relu2`, with a gradient 3 times as fast because it compares nothing."""
     return mx.square(mx.maximum(x, 0)) if on_gpu() else squared_relu(x)
 
 
@@ -408,13 +407,13 @@ def squared_relu_gradient(x, gradient, output):
 
 # ---- Cross-entropy ------------------------------------------------------------------------------
 def cross_entropy(hidden, head, targets, weights, training=True):
-    """Sum of the cross-entropies in nats, each times its weight: main.py's `cross_entropy`.
+    """The weighted sum of the cross-entropies in nats: main.py's `cross_entropy`.
 
     hidden: [B, L, D]; head: [V, D]; targets: [B, L]; weights: [B, L] or a number. training: False
-    where no gradient is asked for, so that none is computed. The gradients by `hidden` and `head`
-    are computed together with the loss, chunk of rows by chunk of rows (as in Liger Kernel, Hsu et
-    al. 2024): half the time of doing one after the other, and the logits [B * L, V] never exist as
-    a whole.
+    if no gradient will be taken, so that none is computed. The gradients w.r.t. `hidden` and `head`
+    are computed together with the loss, in chunks of rows (as in Liger Kernel, Hsu et al. 2024):
+    this takes half the time of computing one after the other, and the logits [B * L, V] never
+    exist as a whole.
     """
     inputs = flatten_positions(hidden, head, targets, weights)
     if training:
@@ -429,14 +428,14 @@ def flatten_positions(hidden, head, targets, weights):
 
 
 def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk, training=True):
-    """The loss and its gradients by hidden [N, D] and head [V, D], for targets and weights [N].
+    """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; targets, weights: [N].
 
-    loss_of_chunk(logits [n, V] float32, targets [n], weights [n, 1], rows) computes for a slice
-    `rows` of the rows the loss and its gradient by the logits in two factors, `powers` [n, V] and
-    `scale` [n, 1]: the gradient is powers * scale, less `weights` at each target. The last term is
-    never written out: it would be nearly all zeros.
+    loss_of_chunk(logits [n, V] float32, targets [n], weights [n, 1], rows) computes, for a slice
+    `rows` of the rows, the loss and two factors of its gradient w.r.t. the logits, `powers` [n, V]
+    and `scale` [n, 1]: the gradient is powers * scale, minus `weights` at each target. The last
+    term is never materialized: it would be nearly all zeros.
     """
-    # Chunks of 2^23 logits (32 MiB) cost nothing; with fewer than 128 rows the products of a large
+    # Chunks of 2^23 logits (32 MiB) cost no time; with fewer than 128 rows, the products of a large
     # vocabulary become slow.
     most = max(128, 2**23 // len(head))
     chunks = math.ceil(len(hidden) / most)
@@ -466,16 +465,16 @@ def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk, training=True
     states = hidden.astype(mx.float32) * weights[:, None]  # [N, D]
     head_gradient = (
         head_gradient.astype(mx.float32).at[targets].subtract(states)
-    )  # `at` adds up those of one target
+    )  # `at` adds up repeated targets
     return loss, mx.concatenate(hidden_gradients), head_gradient
 
 
 def wait_for(done, array):
-    """`array`, but not before the arrays `done` are computed, and some idle operations later.
+    """`array`, available only once the arrays `done` and then some idle operations are computed.
 
-    On a CPU MLX dispatches operations far ahead of their computation and allocates their results
-    then. Idle operations in between hold the next chunk back until this one is over: with 267,735
-    words a loss then takes the memory of 2.5 chunks instead of 11.
+    On a CPU, MLX dispatches operations far ahead of their computation and allocates their results
+    at dispatch. Idle operations in between hold the next chunk back until this one is done: with
+    267,735 words, a loss then takes the memory of 2.5 chunks instead of 11.
     """
     idle = mx.depends([mx.zeros(2)], done)[0]
     if not on_gpu():
@@ -485,9 +484,9 @@ def wait_for(done, array):
 
 
 def cross_entropy_of_chunk(logits, targets, weights, rows):
-    """What sum_over_chunks wants of a chunk; logits: [n, V], targets: [n], weights: [n, 1]."""
+    """The `loss_of_chunk` of cross_entropy; logits: [n, V], targets: [n], weights: [n, 1]."""
     largest = logits.max(axis=-1, keepdims=True)  # [n, 1]
-    powers = exp(logits - largest)  # 0 at most: no overflow, and `exp` needs it
+    powers = exp(logits - largest)  # exponents <= 0: no overflow, and `exp` requires it
     total = sum_of_rows(powers)  # [n, 1]; powers / total are the probabilities
     of_targets = mx.take_along_axis(logits, targets[:, None], axis=-1)  # [n, 1]
     nats = mx.log(total) - (of_targets - largest)
@@ -495,27 +494,27 @@ def cross_entropy_of_chunk(logits, targets, weights, rows):
 
 
 def sum_of_rows(array):
-    """The sums [n, 1] of an array [n, V]; on a CPU a product, which is twice as quick."""
+    """The row sums [n, 1] of an array [n, V]; on a CPU by a product, which is twice as fast."""
     if on_gpu():
         return array.sum(axis=-1, keepdims=True)
     return array @ mx.ones((array.shape[-1], 1))
 
 
 def stored_gradients(inputs, gradients, outputs):
-    """The vjp of a function that has computed a loss and its gradients by `hidden` and `head`.
+    """The vjp of a function that has computed a loss and its gradients w.r.t. `hidden` and `head`.
 
-    MLX gives the inputs, the gradients by the outputs, and the outputs. Nothing else among the
+    MLX passes the inputs, the gradients w.r.t. the outputs, and the outputs. None of the other
     inputs is trained.
     """
     head = inputs[1]
-    scale = gradients[0].astype(head.dtype)  # of the result by this loss: 1 unless it is scaled
+    scale = gradients[0].astype(head.dtype)  # of the result w.r.t. this loss: 1 unless it is scaled
     others = [mx.zeros_like(array) for array in inputs[2:]]
     return outputs[1] * scale, (outputs[2] * scale).astype(head.dtype), *others
 
 
 @mx.custom_function
 def cross_entropy_and_gradients(hidden, head, targets, weights):
-    """The loss and its gradients by hidden [N, D] and head [V, D], see stored_gradients."""
+    """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; see stored_gradients."""
     return sum_over_chunks(hidden, head, targets, weights, cross_entropy_of_chunk)
 
 
@@ -523,12 +522,12 @@ cross_entropy_and_gradients.vjp(stored_gradients)
 
 
 # ---- Compiler -----------------------------------------------------------------------------------
-# For a CPU, MLX writes its kernels in C++ and runs `g++` for each: 0.4 s, of which 0.3 go into one
-# header. A first start needs dozens of them.
+# On a CPU, MLX generates C++ kernels and runs `g++` for each: 0.4 s, 0.3 s of it for one header. A
+# first run needs dozens of kernels.
 
 PREAMBLE = "mlx/backend/cpu/compiled_preamble.h"  # what each kernel includes
-MLX_OPTIONS = ["-std=c++17", "-O3", "-Wall", "-fPIC"]  # a header is compiled like what includes it
-# With these, more kernels use the vector units: square roots, comparisons, and what has many
+MLX_OPTIONS = ["-std=c++17", "-O3", "-Wall", "-fPIC"]  # a precompiled header needs the same options
+# With these, more kernels use the vector units: square roots, comparisons, and those with many
 # arrays. They change no result.
 OWN_OPTIONS = [
     "-fno-math-errno",
@@ -536,24 +535,24 @@ OWN_OPTIONS = [
     "--param=vect-max-version-for-alias-checks=100",
 ]
 
-# The `g++` that MLX runs: the real one with the header in {folder}. Should that be damaged, or one
-# of the options be unknown to it, it compiles as MLX asked.
+# The `g++` that MLX runs: the real one with the header in {folder}. If that is damaged, or the
+# compiler does not know an option, it compiles as MLX asked.
 COMPILER_SCRIPT = """#!/bin/sh
 {compiler} -I {folder} {options} "$@" 2>/dev/null || exec {compiler} "$@"
 """
 
 
 def use_precompiled_header():
-    """Puts a `g++` first on the PATH of this process that has MLX's header already compiled.
+    """Puts a `g++` with MLX's header precompiled first on this process's PATH.
 
-    It is COMPILER_SCRIPT beside that header, in a folder of the cache for each MLX and compiler.
+    It is COMPILER_SCRIPT next to that header, in a cache folder for each MLX and compiler version.
     """
-    # A process that this one was started by may have put such a folder there, too.
+    # The parent process may have put such a folder there, too.
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     own = re.compile(rf"/{CACHE.name}/compiler-\w+$")
     folders = [folder for folder in folders if not own.search(folder)]
     path = os.pathsep.join(folders)
-    # MLX asks for g++ alone.
+    # MLX only calls g++.
     compiler = shutil.which("g++", path=path) or shutil.which("clang++", path=path)
     if compiler is None or sys.platform != "linux":
         return
@@ -572,10 +571,10 @@ def compile_header(compiler, folder):
     """Makes the folder of use_precompiled_header. Raises OSError, SubprocessError."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / ".compiler.lock", "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes one compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)  # only one process compiles
         if folder.exists():
             return
-        for left in CACHE.glob("compiler-*.new"):  # by one that was killed
+        for left in CACHE.glob("compiler-*.new"):  # by a killed process
             shutil.rmtree(left)
         new = Path(f"{folder}.new")
         header = new / f"{PREAMBLE}.gch"
@@ -591,23 +590,23 @@ def compile_header(compiler, folder):
         }
         script.write_text(COMPILER_SCRIPT.format(**words), "utf-8")
         script.chmod(0o755)
-        # Some folders are mounted so that nothing in them runs, and some compilers cannot link.
+        # Some folders are mounted noexec, and some compilers cannot link.
         run_quietly([script, "-shared", "-x", "c++", "-", "-o", str(new / "empty.so")])
         new.rename(folder)
-        # Of other versions, 50 MB each, the two newest stay. Who uses one of the others meanwhile
+        # Keep the two newest other versions, 50 MB each. A process that still uses a deleted one
         # finds the real compiler instead.
         folders = sorted(CACHE.glob("compiler-*"), key=lambda folder: folder.stat().st_mtime)
         for old in folders[:-3]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-# ---- Streams: a CPU stream of MLX is a thread ---------------------------------------------------
-# Half of the rows on each of two streams uses both cores for the elementwise work, too: at dim 128
-# a step took 50 ms where one stream took 80.
+# ---- Streams: each CPU stream of MLX is a thread ------------------------------------------------
+# With half of the rows on each of two streams, elementwise work uses both cores, too: at dim 128,
+# a step took 50 ms instead of the 80 ms of one stream.
 
 
 def use_cpu():
-    """Prepares MLX for a CPU, before anything is compiled: kernels compile quickly."""
+    """Prepares MLX for a CPU, before anything is compiled, so that kernels compile quickly."""
     use_precompiled_header()
     set_blas_threads(len(os.sched_getaffinity(0)))  # a share of a batch gets one, see use_streams
 
@@ -615,8 +614,8 @@ def use_cpu():
 def count_streams(rows, context_size):
     """How many streams share the rows of a batch.
 
-    A share has 256 positions on average or more, or its products become small. A GPU has one
-    stream; so has macOS, whose BLAS brings its own threads.
+    A share has at least 256 positions on average, or its products would be too small. A GPU has
+    one stream, and so does macOS, whose BLAS has its own threads.
     """
     if on_gpu() or BLAS == "Accelerate":
         return 1
@@ -629,13 +628,13 @@ def cpu_stream(index):
     return mx.new_stream(mx.cpu)
 
 
-streams_in_use = 1  # by the last call of use_streams
+streams_in_use = 1  # set by the last call of use_streams
 
 
 def use_streams(rows, context_size):
-    """The streams for a batch of so many rows.
+    """The streams for a batch of `rows` rows.
 
-    Each of several computes its matrix products in one thread, a single one in all.
+    Each of several streams uses one thread for its matrix products, a single stream uses all.
     """
     global streams_in_use
     if on_gpu() or BLAS == "Accelerate":
@@ -644,38 +643,38 @@ def use_streams(rows, context_size):
     cores = len(os.sched_getaffinity(0))
     set_blas_threads(
         cores if streams_in_use == 1 else 1
-    )  # or each stream's products would start a thread a core
+    )  # or each stream's products would start one thread per core
     return current_streams()
 
 
 def current_streams():
-    """The streams of the batch that is computed now."""
+    """The streams of the current batch."""
     if on_gpu() or BLAS == "Accelerate":
         return [mx.default_stream(mx.default_device())]
     return [cpu_stream(i) for i in range(streams_in_use)]
 
 
 def use_all_cores():
-    """Gives a matrix product all cores, as decoding wants it."""
+    """Lets matrix products use all cores, for decoding."""
     use_streams(1, 1)
 
 
 def share(count, part, parts):
-    """The slice of `count` rows that is part number `part` of `parts` nearly equal ones."""
+    """The slice of `count` rows for part number `part` of `parts` nearly equal ones."""
     return slice(count * part // parts, count * (part + 1) // parts)
 
 
 def over_streams(function, *arrays):
     """[function(*rows), ...] for shares of the rows of `arrays` [B, L, ...], each on a stream.
 
-    What is built here is only MLX's graph: when it is evaluated, all streams run side by side.
+    This only builds MLX's graph; when it is evaluated, all streams run in parallel.
     """
     rows, context_size = arrays[0].shape[:2]
     streams = use_streams(rows, context_size)
     results = []
     for i, stream in enumerate(streams):
         own = share(rows, i, len(streams))
-        with mx.stream(stream):  # operations belong to the stream under which they are built
+        with mx.stream(stream):  # operations run on the stream under which they are built
             results.append(function(*[array[own] for array in arrays]))
     return results
 
@@ -692,9 +691,9 @@ def add_up(trees):
 
 
 def clip_grad_norm(gradients, limit):
-    """Scales a tree of gradients to a norm of `limit` at most; returns it and its norm before.
+    """Scales a tree of gradients to a norm of at most `limit`; returns it and its norm before.
 
-    As MLX's, but on all streams; a sum of squares is a product of vectors, which reads them once.
+    Like MLX's, but on all streams; a sum of squares is a dot product, which reads a vector once.
     """
     if on_gpu():
         return optim.clip_grad_norm(gradients, limit)
@@ -702,7 +701,7 @@ def clip_grad_norm(gradients, limit):
     leaves = tree_flatten(gradients)
     squares = []
     for i, (_, gradient) in enumerate(leaves):
-        with mx.stream(streams[i % len(streams)]):  # that of its sum in add_up
+        with mx.stream(streams[i % len(streams)]):  # the stream of its sum in add_up
             squares.append(gradient.flatten() @ gradient.flatten())
     norm = mx.sqrt(sum(squares))
     scale = mx.minimum(limit / (norm + 1e-6), 1)
@@ -714,7 +713,7 @@ def clip_grad_norm(gradients, limit):
 
 
 def spread(optimizer_class):
-    """A subclass of an MLX optimizer that deals the parameters out over the streams."""
+    """A subclass of an MLX optimizer that distributes the parameters over the streams."""
 
     class Spread(optimizer_class):
         """Updates each parameter on the stream that has the fewest elements so far."""

@@ -1,11 +1,11 @@
-"""A model as one GGUF file, which llama.cpp and the programs around it read (Ollama, LM Studio).
+"""A model as one GGUF file, for llama.cpp and the programs built on it (Ollama, LM Studio).
 
     python main.py --export model.gguf                  float32
     python main.py --export model.gguf --quantize 16    float16; 8: Q8_0, 4: Q4_0
 
-The `gguf` package of llama.cpp writes the file. Architectures are those of extras/huggingface.py:
-Llama, Qwen3, Arcee. Of tokenizers llama.cpp has GPT-2's, byte-level BPE; one of bytes is that
-without merges. It has none by words or by characters.
+The `gguf` package of llama.cpp writes the file. The architectures are those of
+extras/huggingface.py: Llama, Qwen3, Arcee. llama.cpp supports GPT-2's tokenizer, a byte-level BPE;
+a byte tokenizer is one without merges. It has no word or character tokenizers.
 """
 
 import json
@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from datasets import UsageError, explained, user_path
 from extras.huggingface import CHAT_TEMPLATE, find_counterpart, tokenizer_json
 
-# What GGUF calls the parts of a model, and of a block.
+# GGUF's names for the parts of a model and of a block.
 PARTS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 PARTS_OF_BLOCK = {
     "input_layernorm": "attn_norm",
@@ -37,7 +37,7 @@ PARTS_OF_BLOCK = {
 
 
 def export_gguf(model, tokenizer, path, bits):
-    """Writes a file for llama.cpp; bits: 4, 8 or 16 for a matrix's weight, None for 32.
+    """Writes a file for llama.cpp; bits: per weight of a matrix, 4, 8 or 16, None for 32.
 
     Raises UsageError if llama.cpp has no such model or tokenizer, if the package is missing, or if
     the file exists or cannot be written.
@@ -76,7 +76,7 @@ def export_gguf(model, tokenizer, path, bits):
 
 
 def add_settings(writer, config):
-    """What llama.cpp has to know of the shape of a model."""
+    """Adds what llama.cpp needs to know about the shape of a model."""
     writer.add_context_length(config.context_size)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.num_blocks)
@@ -111,7 +111,7 @@ def convert_weights(model, is_permuted):
             array = halves.swapaxes(1, 2).reshape(array.shape)
         converted.append((f"blk.{block}.{PARTS_OF_BLOCK[part]}.weight", array))
     if config.rope_scaling:
-        # By how much each pair of dimensions turns slower than without scaling.
+        # How many times slower each pair of dimensions rotates than without scaling.
         d = config.head_dim
         plain = config.rope_theta ** (np.arange(0, d, 2) / d)
         periods = np.array(model.model.layers[0].self_attn.rope._periods)
@@ -121,9 +121,9 @@ def convert_weights(model, is_permuted):
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
 def make_vocabulary(tokenizer, size):
-    """The tokens, in the order of their ids, up to `size` of them, the merges and the end's id.
+    """The first `size` tokens in the order of their ids, the merges and the end token's id.
 
-    Raises UsageError for a tokenizer that llama.cpp does not have.
+    Raises UsageError for a tokenizer that llama.cpp does not support.
     """
     if tokenizer.kind in ("word", "char"):
         raise UsageError(
@@ -146,7 +146,7 @@ def make_vocabulary(tokenizer, size):
     for merge in content["model"]["merges"]:
         merges.append(merge if isinstance(merge, str) else " ".join(merge))
     if not merges:
-        # llama.cpp wants one at least; this one never applies.
+        # llama.cpp requires at least one; this one never applies.
         merges = ["<eos> <eos>"]
     return {
         "tokens": [tokens.get(i, f"<unused {i}>") for i in range(size)],
@@ -158,7 +158,7 @@ def make_vocabulary(tokenizer, size):
 
 
 def is_gpt2_like(content):
-    """Whether a tokenizer.json works as GPT-2's does, but for its vocabulary."""
+    """Whether a tokenizer.json works like GPT-2's, apart from its vocabulary."""
     cut = content["pre_tokenizer"] or {}
     wanted = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     is_cut_so = all(cut.get(name) == value for name, value in wanted.items())
@@ -166,7 +166,7 @@ def is_gpt2_like(content):
 
 
 def add_vocabulary(writer, vocabulary):
-    """The tokenizer, by the fields that llama.cpp reads."""
+    """Adds the tokenizer, in the fields that llama.cpp reads."""
     import gguf
 
     kinds = []
@@ -184,7 +184,7 @@ def add_vocabulary(writer, vocabulary):
     writer.add_token_merges(vocabulary["merges"])
     if vocabulary["eos"] is not None:
         writer.add_eos_token_id(vocabulary["eos"])
-        writer.add_bos_token_id(vocabulary["eos"])  # llama.cpp asks for one; none is put in front
+        writer.add_bos_token_id(vocabulary["eos"])  # llama.cpp requires one; it is not prepended
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)

@@ -1,11 +1,11 @@
-"""Exchange with Hugging Face: their folders in, and ours out, for transformers and mlx_lm.
+"""Import of Hugging Face folders, and export of our models to transformers and mlx_lm.
 
     python main.py --init_from DIR ...         fine-tunes a Llama, Qwen3 or Arcee model
     python main.py --teacher DIR ...           distills from one
     python main.py --export DIR                writes a checkpoint as such a folder
     python main.py --export DIR --quantize 4   the same with packed weights, for mlx_lm
 
-Our weights have the names of their Llama's, so only configuration and tokenizer are translated.
+Our weights have the same names as their Llama's, so only configuration and tokenizer are converted.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from datasets import BPETokenizer, UsageError, explained, extra, user_path
 from main import Config, LanguageModel, sha1_of
 
-# Their name for a model with our (mlp, qk_norm); no model of theirs is like ours with GELU.
+# Their name for a model with our (mlp, qk_norm); none of theirs matches ours with GELU.
 COUNTERPARTS = {
     ("swiglu", False): "Llama",
     ("swiglu", True): "Qwen3",
@@ -41,7 +41,7 @@ THEIR_NAMES = {
     "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
 }
-# What its rope settings have beside the type: the values of our Config's rope_scaling, in order.
+# Its RoPE settings other than the type: the values of our Config's rope_scaling, in order.
 THEIR_ROPE_SCALING = [
     "factor",
     "low_freq_factor",
@@ -56,8 +56,8 @@ UNSUPPORTED = [
     "quantization",
     "quantization_config",
 ]
-# What these numbers of a config.json may be: their types, the least and the most. The others are
-# sizes, and LARGEST_SIZE is far more than any model has.
+# Valid types, minimum and maximum of these numbers in a config.json. The others are sizes, and
+# LARGEST_SIZE is far more than any model has.
 NUMBERS = {
     "rope_theta": ((int, float), 1, 1e30),
     "rms_norm_eps": ((int, float), 0, 1),
@@ -66,7 +66,7 @@ NUMBERS = {
     "high_freq_factor": ((int, float), 1e-6, 1e6),
 }
 LARGEST_SIZE = 2**24
-# Our models have learned no chat format: a chat is the texts of its messages, concatenated.
+# Our models have not learned a chat format: a chat is the concatenated texts of its messages.
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 # The files of an export.
@@ -83,8 +83,8 @@ EXPORTED = [
 def import_model(path):
     """Reads a Hugging Face folder: config.json, tokenizer.json and the *.safetensors files.
 
-    Returns the model, in float32; its tokenizer; and its id, see `make_id`. Raises UsageError if
-    the folder holds no model that ours can be.
+    Returns the model in float32, its tokenizer, and its id (see `make_id`). Raises UsageError if
+    the folder holds no model that is supported.
     """
     path = Path(path)
     with explained(f"{path} holds no Llama, Qwen3 or Arcee model: name one, or see --list"):
@@ -98,16 +98,16 @@ def import_model(path):
             raise UsageError("it has no file *.safetensors")
         weights = read_weights(files)
         if settings.get("tie_word_embeddings"):
-            # Some folders hold an output layer all the same: the embeddings once more.
+            # Some folders hold an output layer anyway, a copy of the embeddings.
             weights.pop("lm_head.weight", None)
         config = make_config(settings, untie="lm_head.weight" in weights)
         if config.num_blocks > len(weights):
-            # To build so many blocks first could take all memory.
+            # Building that many blocks first could exhaust the memory.
             raise UsageError(f"num_hidden_layers is {config.num_blocks:,}: its files hold fewer")
         model = LanguageModel(config)
-        # Raises ValueError unless names and shapes of all weights agree.
+        # Raises ValueError unless the names and shapes of all weights match.
         model.load_weights(list(weights.items()))
-        # MLX loads lazily: only this reads the arrays, and finds out that a file is damaged.
+        # MLX loads lazily: only this reads the arrays and detects a damaged file.
         mx.eval(model.parameters())
         vocabulary = (path / "tokenizer.json").read_text("utf-8")
         tokenizer = BPETokenizer(vocabulary, eos=read_eos(path))
@@ -115,25 +115,25 @@ def import_model(path):
         if largest >= tokenizer.vocab_size:
             raise UsageError(f"its tokenizer has {tokenizer.vocab_size} ids, but one is {largest}")
         if largest >= config.vocab_size:
-            # MLX does not check an index: it would read what lies behind the embeddings.
+            # MLX does not check indices: it would read beyond the embeddings.
             raise UsageError(f"its tokenizer has the id {largest}, vocab_size {config.vocab_size}")
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-            if (path / name).exists():  # the last one is not needed
+            if (path / name).exists():  # the last one is optional
                 files.append(path / name)
         model_id = make_id(files)
     return model, tokenizer, model_id
 
 
 def read_settings(path):
-    """The entries of config.json but for nulls, which mean the same as no entry."""
+    """The entries of config.json without nulls, which mean the same as no entry."""
     entries = json.loads((path / "config.json").read_text("utf-8"))
     return {name: value for name, value in entries.items() if value is not None}
 
 
 def read_eos(path):
-    """The token that ends a text, by tokenizer_config.json; None if that does not say it.
+    """The token that ends a text, from tokenizer_config.json; None if that does not specify it.
 
-    Not by the `eos_token_id` of config.json, which may be a default that nobody meant.
+    The `eos_token_id` of config.json is not used: it may be an unintended default.
     """
     file = path / "tokenizer_config.json"
     if not file.exists():
@@ -160,18 +160,18 @@ def find_kind(settings):
 
 
 def find_rope(settings):
-    """What config.json says of RoPE, {} if nothing; older ones call it `rope_scaling`."""
+    """The RoPE settings in config.json, {} if none; older files call them `rope_scaling`."""
     return settings.get("rope_parameters") or settings.get("rope_scaling") or {}
 
 
 def find_rope_type(settings):
-    """How it stretches RoPE's wavelengths for texts longer than those of the training."""
+    """How config.json stretches RoPE's wavelengths for texts longer than those of training."""
     rope = find_rope(settings)
     return rope.get("rope_type", rope.get("type", "default"))
 
 
 def find_unsupported(settings):
-    """What a model with these settings does and ours cannot, as a list of phrases."""
+    """What a model with these settings does that ours cannot, as a list of phrases."""
     found = [name for name in UNSUPPORTED if settings.get(name)]
     kind = find_kind(settings)
     if kind is None:
@@ -179,7 +179,7 @@ def find_unsupported(settings):
     rope_type = find_rope_type(settings)
     if rope_type not in ("default", "llama3"):
         found.append(f"rope {rope_type}")
-    mlp = "swiglu"  # of most models, where the type is unknown
+    mlp = "swiglu"  # if the type is unknown: most models use it
     if kind is not None:
         mlp, _ = kind
     activation = settings.get("hidden_act", THEIR_ACTIVATIONS[mlp])
@@ -191,16 +191,16 @@ def find_unsupported(settings):
 def make_config(settings, untie):
     """Our Config for their settings.
 
-    Raises KeyError if one is missing that has no default, UsageError if one cannot be used.
+    Raises KeyError if one without a default is missing, UsageError if one cannot be used.
     """
-    # What transformers assumes where a config.json does not say it.
+    # What transformers assumes for entries that a config.json lacks.
     defaults = {
         "num_key_value_heads": settings["num_attention_heads"],
         "head_dim": None,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e4,
     }
-    # `rope_theta` is among the settings of RoPE or, in older folders, beside them.
+    # `rope_theta` is among the RoPE settings or, in older folders, next to them.
     settings = defaults | find_rope(settings) | settings
     fields = {ours: settings[theirs] for ours, theirs in THEIR_NAMES.items()}
     for ours, theirs in THEIR_NAMES.items():
@@ -221,7 +221,7 @@ def make_config(settings, untie):
 
 
 def check_number(name, value):
-    """Raises UsageError unless an entry of config.json is a number that it can be."""
+    """Raises UsageError unless an entry of config.json is a number in its valid range."""
     types, least, most = NUMBERS.get(name, ((int,), 1, LARGEST_SIZE))
     # By `type`, since a bool is an instance of int.
     if type(value) not in types or not least <= value <= most:
@@ -229,9 +229,9 @@ def check_number(name, value):
 
 
 def make_id(files):
-    """The id of a model in these files, those of its configuration and its tokenizer included.
+    """The id of a model in these files, which include its configuration and its tokenizer.
 
-    It is the SHA1 of their SHA1s: who edits one of them makes another model.
+    It is the SHA1 of their SHA1s, so editing one of them makes another model.
     """
     sha1s = []
     for path in files:
@@ -242,11 +242,11 @@ def make_id(files):
 
 # ---- Export -------------------------------------------------------------------------------------
 def export_model(model, tokenizer, folder, bits):
-    """Writes a folder that transformers and mlx_lm load (of Arcee's relu2, transformers alone).
+    """Writes a folder that transformers and mlx_lm load (only transformers for Arcee's relu2).
 
     bits: 4 or 8, which packs the model in place, 16 for float16, or None for float32.
-    Raises UsageError if Hugging Face has no such model, or if the folder cannot be written or holds
-    a model already: it might be one that a run needs as it is.
+    Raises UsageError if Hugging Face has no such model, or if the folder cannot be written or
+    already holds a model, which a run might need unchanged.
     """
     folder = Path(user_path(folder))
     name = find_counterpart(model.config)
@@ -257,12 +257,12 @@ def export_model(model, tokenizer, folder, bits):
         settings["dtype"] = "float16"
     elif bits:
         group_size = extra("quantize").quantize(model, bits, packed=True)
-        # The entry by which mlx_lm knows that the weights are packed.
+        # This entry tells mlx_lm that the weights are packed.
         settings["quantization"] = {"group_size": group_size, "bits": bits}
     tokenizer_text, tokenizer_settings = tokenizer_json(tokenizer)
     tokenizer_settings["chat_template"] = CHAT_TEMPLATE
     tokenizer_settings["model_max_length"] = model.config.context_size
-    # The defaults of main.py, which `generate` of transformers follows then.
+    # main.py's defaults, for `generate` of transformers to use.
     sampling = {
         "eos_token_id": tokenizer.eos,
         "do_sample": True,
@@ -286,7 +286,7 @@ def export_model(model, tokenizer, folder, bits):
                 mx.save_safetensors(file, weights, {"format": "mlx"})
             for file_name, text in texts.items():
                 (folder / f"{file_name}.new").write_text(text, "utf-8")
-            # None gets its name before all are complete.
+            # No file gets its name before all are complete.
             for file_name in EXPORTED:
                 os.replace(folder / f"{file_name}.new", folder / file_name)
         finally:
@@ -298,7 +298,7 @@ def export_model(model, tokenizer, folder, bits):
 def check_vacant(folder):
     """Raises UsageError if a folder holds a model, or a file that an export would replace."""
     taken = [folder / name for name in EXPORTED if (folder / name).exists()]
-    # Who reads the folder would take any other weights for parts of the exported model.
+    # A reader of the folder would take any other weights for parts of the exported model.
     taken += sorted(folder.glob("*.safetensors"))
     if taken:
         raise UsageError(f"--export {folder} holds {taken[0].name} already: name a new folder")
@@ -317,7 +317,7 @@ def find_counterpart(config):
 
 
 def make_settings(config, name, tokenizer):
-    """The content of config.json for our Config; name: that of their model."""
+    """The content of config.json for our Config; name: their name for the model."""
     settings = {theirs: getattr(config, ours) for ours, theirs in THEIR_NAMES.items()}
     settings["architectures"] = [f"{name}ForCausalLM"]
     settings["model_type"] = name.lower()
@@ -331,7 +331,7 @@ def make_settings(config, name, tokenizer):
         settings["rope_scaling"] = rope  # as mlx_lm and older versions of transformers call it
     settings["rope_parameters"] = rope
     settings["dtype"] = "float32"
-    # Our texts begin with no token of their own.
+    # Our texts have no start token.
     settings["bos_token_id"] = None
     settings["eos_token_id"] = tokenizer.eos
     return settings
@@ -341,7 +341,7 @@ def make_settings(config, name, tokenizer):
 def tokenizer_json(tokenizer):
     """A tokenizer for other programs, with the same ids.
 
-    Returns the text of tokenizer.json and a dict of what tokenizer_config.json says beside it.
+    Returns the text of tokenizer.json and the entries of tokenizer_config.json, a dict.
     """
     if tokenizer.kind == "byte":
         package = convert_bytes(tokenizer)
@@ -375,8 +375,8 @@ def convert_bytes(tokenizer):
 def byte_characters():
     """The characters that stand for the 256 bytes in GPT-2's vocabulary, in order of the bytes.
 
-    A byte that is a visible character of Latin-1 stands for itself; the others take the characters
-    from 256 on, one after the other.
+    A byte that is a visible Latin-1 character stands for itself; the others take the characters
+    from 256 on, in order.
     """
     visible = {*range(33, 127), *range(161, 173), *range(174, 256)}  # ! to ~, ¡ to ¬, ® to ÿ
     characters = []
@@ -391,7 +391,7 @@ def byte_characters():
 
 
 def convert_characters(tokenizer):
-    """Characters as words of one letter, joined without spaces."""
+    """Characters as one-character words, joined without spaces."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {character: i for i, character in enumerate(tokenizer.vocabulary)}
@@ -410,11 +410,11 @@ def convert_words(tokenizer):
     vocabulary = {word: i for i, word in enumerate(tokenizer.vocabulary)}
     package = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     line_ends = normalizers.Replace("\n", " <eos> ")
-    # str.split, by which our words are cut, takes these for white space; WhitespaceSplit does not.
+    # str.split, which yields our words, treats these as white space; WhitespaceSplit does not.
     separators = normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
     package.normalizer = normalizers.Sequence([line_ends, separators])
     package.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    # WordPiece puts a space before each word without its prefix, which here no word has.
+    # WordPiece puts a space before each word that lacks its prefix, and no word here has it.
     spaces = decoders.WordPiece("\0", cleanup=False)
     line_ends = decoders.Replace(Regex(" ?<eos> ?"), "\n")
     package.decoder = decoders.Sequence([spaces, decoders.Fuse(), line_ends])

@@ -1,8 +1,8 @@
-"""LoRA: train small adapters on top of a model that stays as it is (Hu et al. 2021).
+"""LoRA: train small adapters on top of a frozen model (Hu et al. 2021).
 
     python main.py --init_from MODEL --lora_rank 8 --text mine.txt
 
-A LoRA run's checkpoints hold the adapters alone and name their base by its SHA1.
+A LoRA run's checkpoints hold only the adapters and identify their base by its SHA1.
 """
 
 import mlx.core as mx
@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and a trained update of low rank: [..., I] to [..., O]."""
+    """A frozen linear layer plus a trained low-rank update: [..., I] to [..., O]."""
 
     def __init__(self, weight, rank, alpha):
         super().__init__()
@@ -27,7 +27,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model, rank, alpha):
-    """Replaces each linear layer of the blocks by a LoRALinear; nothing else is trained then."""
+    """Replaces each linear layer of the blocks with a LoRALinear; nothing else is trained then."""
 
     def replace(layer):
         return LoRALinear(layer.weight, rank, alpha) if isinstance(layer, nn.Linear) else layer
@@ -40,9 +40,9 @@ def add_lora(model, rank, alpha):
 
 
 def init_lora(model, seed):
-    """Gives the adapters their first values.
+    """Initializes the adapters.
 
-    A is normal with standard deviation 1 / sqrt(inputs), B 0: so the update begins at 0.
+    A is normal with standard deviation 1 / sqrt(inputs), B is 0, so the update starts at 0.
     """
     adapters = tree_flatten(model.trainable_parameters())  # [(name, array), ...]
     keys = mx.random.split(mx.random.key(seed), len(adapters))

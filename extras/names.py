@@ -1,6 +1,6 @@
-"""Flags as other programs call them: whoever types one, or has it in a file, is told ours."""
+"""Other programs' names for flags: anyone who uses one, also in a --config, is told ours."""
 
-# What other programs call a flag.
+# Our flags and their names in other programs.
 OTHER_NAMES = {
     "batch_size": "batch bsz device_batch_size micro_batch_size per_device_train_batch_size",
     "beta1": "adam_beta1 b1",
@@ -57,7 +57,7 @@ OTHER_NAMES = {
     "top_p": "nucleus topp",
     "weight_decay": "wd",
 }
-# Those that have no name here, and what to do instead.
+# Names without a counterpart here, and what to do instead.
 NOT_NEEDED = {
     "bias": "no layer has one",
     "compile": "every step is compiled",
@@ -74,7 +74,7 @@ NOT_NEEDED = {
 
 
 def explain(name):
-    """The text of a hint for a name that is no flag here; None if it is unknown."""
+    """A hint for a name that is not a flag here; None if the name is unknown."""
     for ours, theirs in OTHER_NAMES.items():
         if name in theirs.split():
             return f"--{name} is --{ours} here"

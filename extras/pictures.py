@@ -1,11 +1,11 @@
-"""Plots of what a run learned and of what its attention heads look at.
+"""Plots of the losses of runs and of what attention heads attend to.
 
     python main.py --plot losses.png                       the losses of all runs in the folder
     python main.py --plot losses.png --identifier NAME     the losses of this run (or of several)
-    python main.py --attention heads.png --prompt "TEXT"   what each head looks at in a prompt
+    python main.py --attention heads.png --prompt "TEXT"   what each head attends to in a prompt
 
-Both need matplotlib; the ending of the file's name decides its format (png, pdf, svg), and
-png is appended to a name that has none.
+Both need matplotlib; the file extension selects the format (png, pdf, svg), and .png is appended
+if there is none.
 Dimension letters are those of main.py: D model, H query heads, K key/value heads, L positions,
 d head.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from datasets import UsageError, explained, user_path
 from main import LOG_COLUMNS, first_ids
 
-DPI = 150  # dots per inch, fewer where a side of the image would exceed MAX_PIXELS
+DPI = 150  # dots per inch, fewer if a side of the image would exceed MAX_PIXELS
 MAX_PIXELS = 2**14
 # Training losses are many and noisy, so they are pale; validation losses have markers.
 SPLIT_STYLES = {"train": {"alpha": 0.4}, "valid": {"alpha": 1, "marker": "o"}}
@@ -35,7 +35,7 @@ def plot_runs(folder, names, path):
     """
     logs = find_logs(folder, names)
     if not logs:
-        raise UsageError(f"no log of such a run is in {folder}: name its folder with --save_dir")
+        raise UsageError(f"no log of such a run in {folder}: check --save_dir")
     figure = make_figure(12, 5)
     by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
     for i, log in enumerate(logs):
@@ -45,7 +45,7 @@ def plot_runs(folder, names, path):
             label = f"{log.stem} {split}"
             by_iteration.plot(iterations, losses, color=f"C{i}", label=label, **style)
             by_minute.plot(seconds / 60, losses, color=f"C{i}", label=label, **style)
-    by_iteration.set(xlabel="iteration", ylabel="loss (nats a token)")
+    by_iteration.set(xlabel="iteration", ylabel="loss (nats/token)")
     by_minute.set(xlabel="minutes of training")
     # One legend serves both: their lines are the same.
     lines, labels = by_minute.get_legend_handles_labels()
@@ -54,17 +54,17 @@ def plot_runs(folder, names, path):
 
 
 def find_logs(folder, names):
-    """The logs in `folder` of the runs `names`, [] for all: paths in alphabetical order."""
+    """The logs of the runs `names` ([] for all) in `folder`: paths in alphabetical order."""
     found = []
     for path in sorted(folder.glob("*.csv")):
         if names and path.stem not in names:
             continue
         if not path.is_file():
             continue
-        # The folder may hold other files of this kind. A damaged byte is no reason to fail.
+        # The folder may hold other CSV files. A damaged byte is no reason to fail.
         with path.open(encoding="utf-8", errors="replace") as file:
             columns = file.readline().strip().split(",")
-        # A log may have columns of the user's behind the usual ones.
+        # A log may have the user's own columns after the usual ones.
         if columns[: len(LOG_COLUMNS)] == LOG_COLUMNS:
             found.append(path)
     return found
@@ -73,8 +73,8 @@ def find_logs(folder, names):
 def read_log(path):
     """The rows of a log, each a dict from LOG_COLUMNS to texts.
 
-    Not by the module csv, to which one stray quote makes a single row of all that follows. A row
-    that was cut off has no line end, or lacks columns.
+    The csv module is not used: after a stray quote, it would read all that follows as one row.
+    A truncated row lacks its line end or columns.
     """
     rows = []
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -89,7 +89,7 @@ def read_log(path):
 def columns_of(rows, split):
     """Iterations, seconds of training and losses (nats per token) of a split, as floats [3, N].
 
-    Rows in which one of these is no finite number are skipped.
+    Rows in which one of these is not a finite number are skipped.
     """
     values = []
     for row in rows:
@@ -101,7 +101,7 @@ def columns_of(rows, split):
             continue
         if all(map(math.isfinite, numbers)):
             values.append(numbers)
-    # The shape of no values at all would be [0].
+    # Without any values, the shape would be [0].
     return np.array(values, float).reshape(-1, 3).T
 
 
@@ -109,30 +109,30 @@ def columns_of(rows, split):
 def plot_attention(model, tokenizer, prompt, path):
     """Plots a matrix for each block (down) and each head (across).
 
-    Its element in row i and column j is how much token i of the prompt looks at token j, from 0
-    (white) to 1 (dark blue). Of a prompt longer than the context only the end is plotted.
+    Its element in row i and column j is how much token i of the prompt attends to token j, from 0
+    (white) to 1 (dark blue). Only the end of a prompt longer than the context is plotted.
     Raises UsageError if `path` cannot be written.
     """
     tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]
     weights = attention_weights(model, tokens)  # [blocks, H, L, L]
-    # Without the quotes of `repr`, but with its escapes: a label is to be a single line.
+    # Without the quotes of `repr`, but with its escapes, so that a label is a single line.
     labels = [repr(tokenizer.decode([token]))[1:-1] for token in tokens]
     ticks = range(len(tokens))
     blocks, heads = weights.shape[:2]
-    side = max(2.5, 0.22 * len(tokens))  # inches of a matrix, room for each label
+    side = max(2.5, 0.22 * len(tokens))  # inches per matrix, with room for each label
     figure = make_figure(side * heads, side * blocks)
     axes = figure.subplots(blocks, heads, squeeze=False)
     for (i, j), axis in np.ndenumerate(axes):
         axis.imshow(weights[i, j], vmin=0, vmax=1, cmap="Blues")
         axis.set_title(f"block {i}, head {j}", fontsize="small")
-        # parse_math: a dollar sign in a text does not begin a formula.
+        # parse_math: a dollar sign in a text must not start a formula.
         axis.set_xticks(ticks, labels, rotation=90, fontsize=6, parse_math=False)
         axis.set_yticks(ticks, labels, fontsize=6, parse_math=False)
     save_figure(figure, path)
 
 
 def attention_weights(model, tokens):
-    """How much each position of a text looks at itself and at each position before it.
+    """How much each position of a text attends to itself and to each position before it.
 
     tokens: L ids. Returns a float32 NumPy array [blocks, H, L, L]; the last axis sums to 1.
     """
@@ -161,7 +161,7 @@ def make_figure(width, height):
 
 
 def save_figure(figure, path):
-    """Writes a matplotlib figure to the file `path`, or `path`.png if that has no ending.
+    """Writes a matplotlib figure to the file `path`, or `path`.png if that has no extension.
 
     Raises UsageError if that fails.
     """
@@ -169,7 +169,7 @@ def save_figure(figure, path):
     with explained(f"cannot write {path}: name another file"):
         path = Path(user_path(path))
         if not path.suffix:
-            # As matplotlib would do, which does not say so.
+            # matplotlib would append it, too, but without reporting it.
             path = path.with_name(f"{path.name}.png")
         figure.savefig(path, dpi=dpi)
-    print(f"The picture is in {path}", file=sys.stderr)
+    print(f"Plot saved to {path}", file=sys.stderr)

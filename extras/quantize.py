@@ -1,12 +1,12 @@
-"""Weights rounded to 4 or 8 bits, as MLX does it: with a scale and a bias for each group.
+"""Weights rounded to 4 or 8 bits as in MLX: with a scale and a bias per group.
 
     python main.py --prompt "TEXT" --quantize 4             samples with rounded weights
     python main.py --evaluate valid --quantize 4            scores the model before and after
     python main.py --export DIR --quantize 4                writes a smaller model for mlx_lm
 
-16 bits are those of float16.
+16 bits means float16.
 
-Only inference uses it: checkpoints always hold float32.
+Quantization is for inference only: checkpoints always hold float32.
 """
 
 import sys
@@ -21,11 +21,11 @@ from datasets import explained
 def quantize(model, bits, packed):
     """Rounds all matrices of a model, in place, to `bits` per weight; returns the size of a group.
 
-    A group is 64 neighbours in a row, or 32 where 64 does not divide all rows; with 16 bits there
-    are none, and it is None.
-    packed: True for a GPU or an export, which leaves layers with packed weights in the model
-    (nn.QuantizedLinear, nn.QuantizedEmbedding); False for a CPU, on which MLX is slow with these,
-    so the rounded weights are float32 again. The logits are the same up to rounding.
+    A group is 64 neighbours in a row, or 32 if 64 does not divide the length of every row; with 16
+    bits there are no groups, and the size is None.
+    packed: True, for a GPU or an export, leaves layers with packed weights in the model
+    (nn.QuantizedLinear, nn.QuantizedEmbedding); False, for a CPU, where MLX is slow with these,
+    converts the rounded weights back to float32. The logits are the same up to rounding.
     Raises UsageError if 32 does not divide the length of every row.
     """
     matrices = {}
@@ -52,13 +52,13 @@ def quantize(model, bits, packed):
         for name, parts in quantized.items():
             rounded.append((name, mx.dequantize(*parts, group_size, bits)))
         model.update(tree_unflatten(rounded))
-    # MLX is lazy: otherwise the first reply would have to wait for the rounding.
+    # MLX is lazy: without this, the first reply would have to wait for the rounding.
     mx.eval(model.parameters())
     return group_size
 
 
 def round_to_float16(model, matrices, packed):
-    """Rounds matrices of a model, {name: array}; unless packed, they are float32 again."""
+    """Rounds a model's matrices, {name: array}; unless `packed`, converts them back to float32."""
     rounded = {name: matrix.astype(mx.float16) for name, matrix in matrices.items()}
     print_sizes(16, matrices, rounded)
     if not packed:
@@ -68,11 +68,11 @@ def round_to_float16(model, matrices, packed):
 
 
 def print_sizes(bits, before, after):
-    """Prints how much smaller the matrices are that way."""
+    """Prints how much smaller this makes the matrices."""
     sizes = f"the matrices' {mebibytes(before):,.1f} MiB would be {mebibytes(after):,.1f}"
     print(f"Quantized to {bits} bits: {sizes}", file=sys.stderr)
 
 
 def mebibytes(tree):
-    """The size of a tree of arrays."""
+    """The size of a tree of arrays in MiB."""
     return sum(array.nbytes for _, array in tree_flatten(tree)) / 2**20

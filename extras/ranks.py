@@ -1,10 +1,10 @@
-"""Data parallelism: several processes, the ranks, train one model, on one machine or more.
+"""Data parallelism: several processes, the ranks, train one model on one or more machines.
 
     mlx.launch -n 2 -- python main.py --dataset ptb
 
-Every rank runs the same `train` on its share of the rows. Rank 0 alone has the text and the
-checkpoints: it sends the others its run at the start and each batch, and gradients are averaged
-over all. So they hold the same weights after every step, and decide alike from what they agree on.
+Every rank runs the same `train` on its share of the rows. Only rank 0 has the text and the
+checkpoints: it sends the others its run at the start, then each batch. Gradients are averaged over
+all ranks, so they hold the same weights after every step; all decisions follow from shared values.
 """
 
 import argparse
@@ -26,16 +26,16 @@ import main
 from datasets import Dataset, RunError, Split, UsageError, tokenizer_from_dict
 from extras.fast import share
 
-LOST = "a rank failed or is gone ({}): the same line goes on from the last checkpoint"
-LAUNCHER = os.getppid()  # another one later on means that it is gone
+LOST = "a rank failed or is gone ({}): rerun the command to resume from the last checkpoint"
+LAUNCHER = os.getppid()  # if the parent changes, the launcher is gone
 
 
 class Ended(Exception):
-    """Rank 0 has nothing more to do, whatever the others wait for."""
+    """Rank 0 has nothing more to do, whatever the others are waiting for."""
 
 
 class Group:
-    """The ranks that `mlx.launch` has started, with the methods of main.py's SingleProcess."""
+    """The ranks that `mlx.launch` started, with the methods of main.py's SingleProcess."""
 
     def __init__(self):
         before = open_files()
@@ -54,17 +54,17 @@ class Group:
             raise RunError(LOST.format(error)) from None
         if self.rank == 0:
             try:
-                self.exchange(ended=True)  # whatever the status, or the others wait on
+                self.exchange(ended=True)  # whatever the status, or the others keep waiting
             except RuntimeError as lost:
                 if error is None:
                     raise RunError(LOST.format(lost)) from None
 
     def exchange(self, size=0, received=None, timeout=False, ended=False):
-        """Gives all ranks the largest of each number; every message begins with it.
+        """Gives all ranks the maximum of each number; every message starts with this.
 
-        size: bytes that rank 0 has to say; received: a signal. Raises Ended if rank 0 has, and
-        RuntimeError once a rank is gone. MLX may notice that one message late, so what the ranks
-        have computed together counts only after the next one.
+        size: bytes that rank 0 has to send; received: a signal. Raises Ended if rank 0 has ended,
+        and RuntimeError once a rank is gone. MLX may notice that one message late, so what the
+        ranks have computed together is valid only after the next one.
         """
         if os.getppid() != LAUNCHER:
             received = received or signal.SIGHUP  # an orphan stops, too
@@ -75,7 +75,7 @@ class Group:
         return size, received, bool(timeout)
 
     def agree(self, received, timeout):
-        """A signal that any rank has received, and whether rank 0's time is over."""
+        """A signal that any rank has received, and whether rank 0's time is up."""
         _, received, timeout = self.exchange(received=received, timeout=timeout and self.rank == 0)
         return received, timeout
 
@@ -85,7 +85,7 @@ class Group:
 
     def average(self, tree):
         """The mean over all ranks of a tree of arrays."""
-        # In one message: of several, two ranks might send different ones first.
+        # In one message: with several, two ranks might send different ones first.
         return nn.average_gradients(tree, self.group, all_reduce_size=2**62)
 
     def sum(self, number, received):
@@ -99,7 +99,7 @@ class Group:
         return total.item(), received
 
     def share(self, arrays=None, texts=None):
-        """Rank 0's arrays, {name: array}, and texts, which JSON can hold, on every rank."""
+        """Rank 0's arrays, {name: array}, and texts, any JSON data, on every rank."""
         file = io.BytesIO()
         if self.rank == 0:
             arrays = {name: mx.array(array) for name, array in (arrays or {}).items()}
@@ -114,7 +114,7 @@ class Group:
         return arrays, json.loads(metadata["texts"])
 
     def share_tree(self, tree=None):
-        """Rank 0's tree of arrays on every rank; one by one, as a message is in memory thrice."""
+        """Rank 0's tree of arrays on every rank, one by one: memory holds a message three times."""
         leaves = tree_flatten(tree) if self.rank == 0 else []
         _, names = self.share(texts=[name for name, _ in leaves])
         shared = []
@@ -126,7 +126,7 @@ class Group:
     # Rank 0 calls the next two, and the others answer them in `follow`.
 
     def share_run(self, run):
-        """Sends rank 0's run to the others; returns it with batches that reach them, too."""
+        """Sends rank 0's run to the others; returns it with batches that are sent to them, too."""
         progress = {name: getattr(run, name) for name in PROGRESS}
         task = describe_task("train", run.model, run.dataset, run.flags)
         task |= {"name": run.name, "progress": progress}
@@ -149,9 +149,9 @@ class Group:
         self.share(split_tokens(dataset))
 
     def follow(self):
-        """What the ranks but the first do; returns the exit status."""
+        """What every rank but the first does; returns the exit status."""
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 alone prints
-        main.use_device("--gpu" in sys.argv)  # a --config is known to rank 0, which tells it below
+        main.use_device("--gpu" in sys.argv)  # only rank 0 reads a --config; it sends this below
         with main.Interrupts(
             launched=True
         ) as interrupts:  # a signal reaches all ranks with the next message
@@ -162,7 +162,7 @@ class Group:
                     try:
                         self.take_part(task, interrupts)
                     except (UsageError, RunError):
-                        pass  # rank 0 has the same one, and reports it
+                        pass  # rank 0 raises the same one and reports it
             except Ended:
                 return 0
 
@@ -175,7 +175,7 @@ class Group:
             dataset = self.receive_dataset(task)
             main.score_split(flags.evaluate, model, dataset, flags, interrupts, self)
             return
-        if flags.lora_rank:  # before the weights, among which are the adapters'
+        if flags.lora_rank:  # before the weights, which include the adapters'
             main.extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
         model.update(self.share_tree())
         optimizer = main.make_optimizer(model, flags)
@@ -213,14 +213,14 @@ PROGRESS = ["iteration", "tokens", "seconds", "scores", "best", "checkpoint_id",
 
 
 def describe_task(kind, model, dataset, flags):
-    """What the other ranks have to know, beside arrays, to train or score along."""
+    """What the other ranks need to know, besides arrays, to train or score along with rank 0."""
     splits = {}
     for name in split_tokens(dataset):
         split = getattr(dataset, name)
         splits[name] = [split.num_bytes, split.num_words, split.num_unk]
     return {
         "kind": kind,
-        "flags": vars(flags) | {"save_dir": None},  # rank 0's alone
+        "flags": vars(flags) | {"save_dir": None},  # only rank 0 has one
         "gpu": mx.default_device() == mx.gpu,
         "config": vars(model.config),
         "dataset": dataset.name,
@@ -256,14 +256,14 @@ class SharedBatches:
 
 
 def open_files():
-    """The numbers of the files that this process has open; not that of the list itself."""
+    """The open file descriptors of this process, without that of the listing itself."""
     return {int(number) for number in os.listdir("/dev/fd") if os.path.exists(f"/dev/fd/{number}")}
 
 
 def watch_ring(sockets):
-    """Ends a rank some seconds after its neighbour's end.
+    """Ends a rank a few seconds after its neighbour has ended.
 
-    MLX's ring raises an error then, but of four ranks one may wait forever (0.32.4: after 3 of 44
+    MLX's ring then raises an error, but one of four ranks may wait forever (0.32.4: after 3 of 44
     kills among two to four).
     """
     poll = select.poll()
@@ -273,9 +273,9 @@ def watch_ring(sockets):
         )  # a hang-up and an error are always reported
     for number, _ in poll.poll(
         0
-    ):  # a socket that MLX keeps of an attempt to connect that came too early
+    ):  # a socket that MLX keeps from an attempt to connect that came too early
         poll.unregister(number)
-    poll.poll()  # returns when a neighbour closes its end: arriving data are no event
-    time.sleep(10)  # seconds, in which an orderly end or MLX's own error comes first
+    poll.poll()  # returns when a neighbour closes its end; incoming data is not an event
+    time.sleep(10)  # seconds, so that an orderly end or MLX's own error comes first
     print(f"main.py: {LOST.format('it closed its connection')}", file=sys.stderr)
     os._exit(1)  # the main thread may be stuck inside MLX

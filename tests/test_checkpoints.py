@@ -191,7 +191,7 @@ def fail_to_save(folder, monkeypatch, capsys, received=None):
     monkeypatch.setattr(main, "write_checkpoint", lambda *_: open("/nowhere/at/all"))
     with pytest.raises((SystemExit, Killed)) as end:
         main.save_checkpoint(folder, make_run(), interrupts)
-    pauses = re.findall(r"next try in (\d+) s", capsys.readouterr().out)
+    pauses = re.findall(r"retrying in (\d+) s", capsys.readouterr().out)
     return list(map(int, pauses)), seconds, getattr(end.value, "code", None)
 
 
@@ -290,7 +290,7 @@ def test_files_of_others_are_left_alone(tmp_path, capsys):
     main.remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(foreign)
     assert main.list_checkpoints(tmp_path, warn=True) == []
-    assert capsys.readouterr().err.count("Passing over") == 1
+    assert capsys.readouterr().err.count("Skipping") == 1
 
 
 def test_prune_keeps_the_newest_the_best_and_other_runs(tmp_path):

@@ -1,5 +1,6 @@
 """The command line: where each value comes from, --help, --list, the default folder. Mistakes: test_mistakes.py."""
 
+import argparse
 import hashlib
 import io
 import os
@@ -55,7 +56,8 @@ def test_defaults():
 
 
 def test_each_flag_is_its_attribute_and_in_one_group():
-    actions = [action for action in main.make_parser()._actions if action.dest != "help"]
+    shown = [action for action in main.make_parser()._actions if action.help != argparse.SUPPRESS]
+    actions = [action for action in shown if action.dest != "help"]
     assert [action.option_strings[0] for action in actions] == [f"--{action.dest}" for action in actions]
     grouped = [name for names in main.FLAGS.values() for name in names]
     assert sorted(grouped) == sorted(DEFAULTS), "a flag is in no group or in two"
@@ -371,7 +373,7 @@ def test_a_run_that_another_process_trained_meanwhile(trained, tmp_path, monkeyp
 
     monkeypatch.setattr(main, "load_data", load_slowly)
     assert main.main([*line, "--num_iters", "9"]) == 1
-    assert "was trained meanwhile: start the same command again" in capsys.readouterr().err
+    assert "advanced while this process was starting; rerun the command" in capsys.readouterr().err
     monkeypatch.setattr(main, "load_data", load_data)
     assert main.main([*line, "--num_iters", "9"]) == 0
     assert "from iteration 6 to 9" in capsys.readouterr().out

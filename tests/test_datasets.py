@@ -1180,7 +1180,7 @@ def test_preparing_a_corpus(tmp_path):
     ("--foo", "--foo"),
     ("--text {0} --valid_fraction 0", "--valid_fraction"), ("--text {0} --valid_fraction 2", "--valid_fraction"),
     ("--text {0} --tokenizer bpe --vocab_size 5", "--vocab_size"), ("--vocab_size many", "--vocab_size"),
-    ("--text {0} --tokenizer {0}", "must be a Hugging Face tokenizer.json"), ("--valid_text {0}", "go with --text"),
+    ("--text {0} --tokenizer {0}", "must be a Hugging Face tokenizer.json"), ("--valid_text {0}", "require --text"),
     ("--text {0} --save_tokenizer /nowhere/x.json", "cannot write /nowhere/x.json"), ("--train-tokens 0", "at least 1"),
 ])  # fmt: skip
 def test_mistakes_in_preparing(tmp_path, text, line, word):

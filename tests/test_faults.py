@@ -65,7 +65,7 @@ def test_file_size_limit_lifted_later(tmp_path, text):
     load_dataset("text", tmp_path / "lm", [text], valid_text=None, test_text=None)  # tokens beyond the limit
     limited = ["bash", "-c", 'ulimit -S -f 8; exec "$0" "$@"', sys.executable, ROOT / "main.py", *line, "--save_dir", tmp_path / "lm"]
     process = subprocess.Popen(list(map(str, limited)), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert "next try in 1 s" in wait_for(process, "failed")
+    assert "retrying in 1 s" in wait_for(process, "failed")
     assert not ids(tmp_path / "lm") and not list((tmp_path / "lm").glob("*.new"))
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     out, err = process.communicate(timeout=60)
@@ -85,7 +85,7 @@ def test_full_disk_and_double_ctrl_c(tmp_path, text):
         good = ids(disk)
         (disk / "ballast").write_bytes(b"x" * (shutil.disk_usage(disk).free - 20_000))
         process = start(*line[:-3], 40, *line[-2:])
-        assert "Low on space" in wait_for(process, "Low on space")
+        assert "Low on disk space" in wait_for(process, "Low on disk space")
         assert "No space left" in wait_for(process, "failed")
         process.send_signal(signal.SIGINT)
         time.sleep(0.7)

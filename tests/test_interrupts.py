@@ -49,7 +49,7 @@ def test_second_signal_leaves_inside_a_long_step(tmp_path, text, number, pause):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert "Left without saving" in err
+    assert "Exited without saving" in err
     assert "1/" not in out and not ids(tmp_path / "lm"), "it waited for the step after all"
 
 

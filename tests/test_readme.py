@@ -86,7 +86,7 @@ def test_preparing_a_corpus(command, tmp_path):
 
 def test_classifier(tmp_path):
     """The snippet as it stands, which must be right far more often than by naming the largest class."""
-    [snippet] = re.findall(r"```python\n(.*?)```", README, re.S)
+    [snippet] = re.findall(r"```python\n(.*?)```", BOTH, re.S)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", snippet]
     out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
@@ -105,27 +105,6 @@ def test_configuration(block, tmp_path):
     assert main.make_config(flags, vocab_size=10000).dim == flags.dim
 
 
-def flag_table():
-    """A table for each group of the parser: what --help says, without the defaults that stand for no value."""
-    text = ""
-    actions = {action.dest: action for action in main.make_parser()._actions}
-    for group, names in main.FLAGS.items():
-        text += f"\n| {group} | default | |\n|---|---|---|\n"
-        for name in names:
-            help, _, default = actions[name].help.partition(" (default: ")
-            choices = [str(choice) for choice in actions[name].choices or []]
-            shown = f"`--{name}`" + f" {', '.join(choices)}" * bool(choices)
-            text += f"| {shown} | {default.removesuffix(')')} | {help.replace('|', chr(92) + '|').replace('<', '&lt;')} |\n"
-    return text + "\n"
-
-
-START, END = "<!-- flags: written by `python tests/test_readme.py` -->\n", "<!-- end of flags -->"
-
-
-def test_table_of_flags_is_the_parsers():
-    assert README.partition(START)[2].partition(END)[0] == flag_table()
-
-
 def test_named_flags_exist():
     """Whatever a README calls a flag is one."""
     known = {f"--{name}" for name in main.DEFAULTS} | {"--help"}
@@ -136,8 +115,3 @@ def test_named_flags_exist():
 def test_defaults_in_the_readme_are_the_parsers():
     for flag, default in re.findall(r"`--(\w+)` \(([\d.e-]+)\)", BOTH):
         assert float(default) == main.DEFAULTS[flag], flag
-
-
-if __name__ == "__main__":
-    before, _, rest = README.partition(START)
-    (ROOT / "README.md").write_text(before + START + flag_table() + END + rest.partition(END)[2])

@@ -29,8 +29,8 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     (["--init_from", "latest", "--dim", 32], "--dim 32 contradicts --init_from, which has 16"),
     (["--init_from", "latest", "--mlp", "gelu"], "--mlp gelu contradicts"),
     (["--init_from", "latest", "--tokenizer", "word"], "--tokenizer word contradicts"),
-    (["--lora_rank", 4], "--lora_rank goes with --init_from"),
-    (["--lora_alpha", 4], "--lora_alpha goes with --lora_rank"),
+    (["--lora_rank", 4], "--lora_rank requires --init_from"),
+    (["--lora_alpha", 4], "--lora_alpha requires --lora_rank"),
     (["--teacher", "zzz"], "--teacher 'zzz' matches no checkpoint"),
 ])  # fmt: skip
 def test_mistakes(base, text, typed, words):

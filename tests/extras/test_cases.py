@@ -50,9 +50,9 @@ def test_cases(trained, tmp_path):
         assert result["probability"] == pytest.approx(chance, rel=1e-3)
         assert len(result["top"]) == 5
     assert len(re.findall(r"^  (pass|FAIL) ", out, re.M)) == 10
-    assert "of 5 within the 5 likeliest" in out
+    assert "of 5 in the top 5" in out
     every, _ = run("--cases", path, "--save_dir", trained, "--top_k", 257)
-    assert every.count("5 of 5 within the 257") == len(ids(trained))
+    assert every.count("5 of 5 in the top 257") == len(ids(trained))
 
 
 def test_a_case_of_words_that_the_model_cannot_know(text, tmp_path):
@@ -86,7 +86,7 @@ def test_the_example_files_of_cases(trained, tmp_path):
     out, _ = run(*line, "--save_dir", trained)
     cases = [re.findall(r"^- {prompt", path.read_text(), re.M) for path in EXAMPLES]
     count = sum(map(len, cases))
-    assert f"of {count} within the 5 likeliest" in out and count > 40
+    assert f"of {count} in the top 5" in out and count > 40
     results = json.loads((tmp_path / "out.json").read_text())
     assert len({(result["prompt"], result["expected"]) for result in results}) == count
 

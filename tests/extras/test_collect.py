@@ -211,7 +211,7 @@ def test_failures_that_end_it(tmp_path, pauses, script, asked):
         with pytest.raises(RunError) as error:
             distill(server, tmp_path)
         assert len(server.asked) == 1 + asked
-        assert KEY not in str(error.value) and "start it again" in str(error.value)
+        assert KEY not in str(error.value) and "rerun to continue" in str(error.value)
         distill(server, tmp_path)
         assert len(server.asked) == 1 + asked + 3, "what was answered is not asked again"
     assert [line["prompt"] for line in lines(tmp_path)] == PROMPTS
@@ -415,7 +415,7 @@ def test_limit_of_requests(tmp_path, pauses):
         distill(server, tmp_path, most=-1)
     assert not server.asked
     with Server([(500, {})]) as server:
-        with pytest.raises(RunError, match="2 requests are made .*, 1 prompts answered"):
+        with pytest.raises(RunError, match="2 requests were made .*, 1 prompts answered"):
             distill(server, tmp_path, most=2)
         assert len(server.asked) == 2 and len(lines(tmp_path)) == 1
 

@@ -246,7 +246,7 @@ def test_draft_of_other_tokens(word_model, byte_model, tmp_path):
         "--draft",
     ]
     err = run(*line, ids(byte_model)[0], status=2)[1]
-    assert "has another tokenizer" in err.splitlines()[-1]
+    assert "has a different tokenizer" in err.splitlines()[-1]
     assert "no checkpoint" in run(*line, "0" * 40, status=2)[1].splitlines()[-1]
 
 

@@ -183,7 +183,7 @@ def test_a_teacher_of_other_tokens(base, text):
         folder,
         status=2,
     )[1]
-    assert f"--teacher {other} has another tokenizer" in err.splitlines()[-1]
+    assert f"--teacher {other} has a different tokenizer" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("weight, temperature", [(0.0, 2.0), (0.3, 1.0), (1.0, 1.7)])

@@ -362,7 +362,7 @@ def test_a_run_needs_the_very_folder_it_was_begun_with(tmp_path, text, flag):
     ):
         change(source, file, **values)
         err = run(*line, "--num_iters", 2, status=1)[1]
-        assert f"needs the model it was begun with, {flag} {source}" in err.splitlines()[-1]
+        assert f"needs the model that it was started with, {flag} {source}" in err.splitlines()[-1]
         shutil.copy(tmp_path / "original" / file, source)
     run(*line, "--num_iters", 2)
     assert main.list_checkpoints(tmp_path / "lm")[0]["iteration"] == 2
@@ -412,7 +412,7 @@ def test_a_full_disk_leaves_no_half_of_an_export(tmp_path, size):
 
 @pytest.mark.parametrize("typed, words", [
     (["--export", "/proc/none"], "cannot write to --export"),
-    (["--export", "/tmp/x", "--prompt", "x"], "exclude each other"),
+    (["--export", "/tmp/x", "--prompt", "x"], "are mutually exclusive"),
 ])  # fmt: skip
 def test_mistakes(base, typed, words):
     err = run(*typed, "--save_dir", base, status=2)[1]

@@ -108,7 +108,7 @@ def test_lora_run(base, text, tmp_path):
     line = ["--text", text, "--init_from", id[:10], *LORA, "--save_dir"]
     shutil.copytree(folder, tmp_path / "other")
     out, _ = run(*line, folder)
-    assert "trained" in out
+    assert "trainable" in out
     [record] = [record for record in main.list_checkpoints(folder) if record["id"] != id]
     assert record["uses"] == {"init_from": [id, id]} and record["flags"]["lora_alpha"] == 4
     weights = mx.load(str(folder / f"{record['id']}.safetensors"))
@@ -180,8 +180,8 @@ def test_a_base_that_is_missing_or_changed(base, text, tmp_path):
     shutil.rmtree(tmp_path / "hf")
     export_model(model, tokenizer, tmp_path / "hf", None)
     for line in (resumed, ["--prompt", "line", "--save_dir", folder]):
-        assert "as it was" in run(*line, status=1)[1].splitlines()[-1]
+        assert "unchanged" in run(*line, status=1)[1].splitlines()[-1]
     shutil.rmtree(tmp_path / "hf")
     for line in (resumed, ["--prompt", "line", "--save_dir", folder]):
         err = run(*line, status=1)[1].splitlines()[-1]
-        assert "needs the model it was begun with" in err and str(tmp_path / "hf") in err
+        assert "needs the model that it was started with" in err and str(tmp_path / "hf") in err

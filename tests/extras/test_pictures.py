@@ -160,7 +160,7 @@ def test_attention(figures):
 
 def test_a_name_without_an_ending(trained, tmp_path):
     _, err = run("--plot", tmp_path / "x", "--save_dir", trained)
-    assert f"is in {tmp_path / 'x.png'}\n" in err and (tmp_path / "x.png").exists()
+    assert f"Plot saved to {tmp_path / 'x.png'}\n" in err and (tmp_path / "x.png").exists()
 
 
 # ---- Mistakes -----------------------------------------------------------------------------------
@@ -168,8 +168,8 @@ def test_a_name_without_an_ending(trained, tmp_path):
     (["--plot", "nowhere/x.png"], "cannot write nowhere/x.png"),
     (["--plot", "x.nonsense"], "cannot write x.nonsense"),
     (["--plot", "x.png", "--identifier", "zzz"], "--identifier 'zzz' matches no checkpoint"),
-    (["--plot", "x.png", "--cases", "y"], "exclude each other"),
-    (["--attention", "x.png"], "--attention goes with --prompt"),
+    (["--plot", "x.png", "--cases", "y"], "are mutually exclusive"),
+    (["--attention", "x.png"], "--attention requires --prompt"),
     (["--attention", "nowhere/x.png", "--prompt", "x"], "cannot write nowhere/x.png"),
 ])  # fmt: skip
 def test_mistakes(trained, typed, words):

@@ -81,7 +81,7 @@ def test_quantized_from_the_command_line(tmp_path, text):
 @pytest.mark.parametrize("typed, words", [
     (["--prompt", "x", "--quantize", 4], "--quantize 4 needs a model in which 32 divides"),
     (["--prompt", "x", "--quantize", 3], "invalid choice: 3"),
-    (["--quantize", 4], "--quantize goes with --prompt"),
+    (["--quantize", 4], "--quantize requires one of --prompt"),
 ])  # fmt: skip
 def test_mistakes(base, text, typed, words):
     line = [*typed, "--save_dir", base]
