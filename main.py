@@ -2664,7 +2664,7 @@ def parse(arguments):
             if argument.startswith(("-", "—")):
                 hints.append(explain_name(name.lower().replace("-", "_")))
         if not hints:
-            hints = ["after a flag, in quotes?"]
+            hints = ["is a flag before it missing, or quotes around it?"]
             if "checkpoint" in values:
                 hints.append("--checkpoint is gradient checkpointing, --identifier names a file")
         hints = [*filter(None, hints), "--help lists all flags"]
