@@ -1518,6 +1518,7 @@ def number(kind, least, most=math.inf):
         raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, not {text}")
 
     convert.__name__ = "whole number" if kind is int else "number"  # for argparse's messages
+    convert.metavar = "N" if kind is int else "X"  # for --help
     return convert
 
 
@@ -1543,8 +1544,8 @@ def flag(default, help, **options):
     if default is False:
         options["action"] = "store_true"
     convert = options.get("type")
-    if convert and "choices" not in options:
-        options.setdefault("metavar", "N" if convert.__name__ == "whole number" else "X")
+    if hasattr(convert, "metavar"):
+        options["metavar"] = convert.metavar
     if default:
         help += f" (default: {default})"
     return default, options | {"help": help}
@@ -1650,7 +1651,8 @@ def main():
     teaching = [flags.distill_from, flags.teacher_model, flags.teacher_prompts, flags.output]
     if any(teaching) and None in teaching:
         parser.error(
-            "--distill_from, --teacher_model, --teacher_prompts and --output go together: give all four"
+            "--distill_from, --teacher_model, --teacher_prompts and --output go together: "
+            "give all four"
         )
     if (flags.valid_text or flags.test_text) and not flags.text:
         parser.error("--valid_text and --test_text require --text")

@@ -2371,8 +2371,9 @@ PRESETS = {
 }
 
 
-# {group: {flag: row}}, one statement per group. Every default is set in such a row; where a default of None
-# depends on other flags, the help says how. --help and --config files have the same groups.
+# {group: {flag: row}}, one statement per group. Every default is set in such a row; where a
+# default of None depends on other flags, the help says how. --help and --config files have the
+# same groups.
 FLAGS = {}
 
 FLAGS["run"] = DATA_FLAGS | {
