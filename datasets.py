@@ -41,7 +41,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-# Where checkpoints and corpora go if no RAM disk is found (see usual_folder).
+# Where compiled code goes, and checkpoints and corpora if no RAM disk is found (see usual_folder).
 CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "transformer-lm")
 if str(CACHE).startswith("~"):  # not expanded: in some containers the user has no home
     CACHE = Path(".cache", "transformer-lm")
@@ -554,7 +554,8 @@ def download(address, part, size):
             return
         # A slow or flaky connection may take as many attempts as it needs.
         failures = 0 if have > start else failures + 1
-        time.sleep(pause_before_retry(headers, failures))
+        if failures < 6:
+            time.sleep(pause_before_retry(headers, failures))
     raise OSError(reason)
 
 
@@ -689,7 +690,7 @@ CORPORA = {
         addresses=PTB,
         texts=[Text("ptb.train.txt"), Text("ptb.valid.txt"), Text("ptb.test.txt")],
     ),
-    # WikiText (Merity et al. 2016): Wikipedia articles split into words, 2 million of them.
+    # WikiText (Merity et al. 2016): 2 million words of Wikipedia articles.
     "wikitext2": Corpus(
         tokenizer="word",
         addresses=WIKITEXT,
@@ -1257,7 +1258,7 @@ def load_dataset(
 
     Raises UsageError if the user's files cannot be used, RunError for a failed download.
     """
-    save_dir = open_folder(None, writing=True) if save_dir is None else Path(save_dir)
+    save_dir = open_folder(save_dir, writing=True)
     ready = None
     kind = tokenizer
     if tokenizer == "auto":
@@ -1280,7 +1281,8 @@ def load_dataset(
 
     with open(cache / ".lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # only one process encodes
-        # A warm start ends here: it encodes nothing and reads no text.
+        # A warm start ends here: it encodes nothing, and reads no text beyond the first bytes of
+        # the user's files.
         about = read_about(cache, say)
         if not is_current(about, own):
             spans = own
@@ -1636,7 +1638,7 @@ def make_parser():
     add(
         "--max_requests",
         metavar="N",
-        type=int,
+        type=SIZE,
         default=1000,
         help="limit of this session (default: %(default)s)",
     )

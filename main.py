@@ -6,9 +6,9 @@
     python main.py --help                 every flag
 
 This file contains, in order: model, loss and optimizer, batches, evaluation, checkpoints,
-interrupts, training, sampling, prompts, command line. datasets.py turns text into token ids.
-Everything beyond training, resuming and sampling is in extras/, one file per feature; this file
-works without it, in plain MLX.
+interrupts, training, sampling, prompts, flags, setting up a run, commands. datasets.py turns text
+into token ids. Everything beyond training, resuming and sampling is in extras/, one file per
+feature; this file works without it, in plain MLX.
 
 Shapes use these letters: B rows of a batch, L positions, D model dimension, H query heads, K key
 and value heads, d dimension of a head (D / H), V vocabulary, N any number. A linear layer from I
@@ -111,7 +111,7 @@ class Config:
         if self.dim % step:
             fit = step * max(1, round(self.dim / step))
             raise UsageError(
-                f"--dim {self.dim} is no multiple of 2 * --num_heads {self.num_heads}: "
+                f"--dim {self.dim} is not a multiple of 2 * --num_heads {self.num_heads}: "
                 f"try --dim {fit}"
             )
         if self.num_heads % self.num_kv_heads:
@@ -162,8 +162,8 @@ def dropout(hidden, noise, site):
     bits = mix(bits ^ salts[site])
     # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the same,
     # but compilers do not vectorize it.
-    share = ((1 - rate) * 2**31).astype(mx.uint32)
-    kept = ((bits >> 1) + share) >> 31
+    threshold = ((1 - rate) * 2**31).astype(mx.uint32)
+    kept = ((bits >> 1) + threshold) >> 31
     return hidden * (kept.astype(hidden.dtype) / (1 - rate).astype(hidden.dtype))
 
 
@@ -205,7 +205,8 @@ class Attention(nn.Module):
         D, d = config.dim, config.head_dim
         self.num_heads = config.num_heads
         self.head_dim = d
-        self.rope = nn.RoPE(d, base=config.rope_theta)  # pairs dimensions i and i + d/2, like Llama
+        # Pairs dimensions i and i + d/2, as Hugging Face does.
+        self.rope = nn.RoPE(d, base=config.rope_theta)
         if config.rope_scaling:
             self.rope = Llama3RoPE(d, config.rope_theta, *config.rope_scaling)
         self.q_proj = nn.Linear(D, config.num_heads * d, bias=False)
@@ -346,7 +347,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         # Gradient checkpointing: only the input of each block is kept for the backward pass.
-        self.checkpoint = False
+        self.grad_checkpoint = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = [Block(config, i) for i in range(config.num_blocks)]
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -361,7 +362,7 @@ class Transformer(nn.Module):
             caches = [None] * len(self.layers)
         for block, cache in zip(self.layers, caches):
             run_block = partial(block, cache=cache, noise=noise)
-            if self.checkpoint:
+            if self.grad_checkpoint:
                 run_block = nn.utils.checkpoint(block, run_block)
             hidden = run_block(hidden)
         return self.norm(hidden)
@@ -467,7 +468,7 @@ def spread(optimizer_class):
 
 @fast_version
 def has_bfloat16():
-    """Whether `use_bfloat16` makes a CPU faster; MLX itself has no fast bfloat16 code."""
+    """Whether `use_bfloat16` makes a CPU faster; MLX itself has no fast bfloat16 for it."""
     return False
 
 
@@ -585,7 +586,7 @@ def learning_rate_at(iteration, flags):
     Linear warmup over `lr_warmup` steps, then constant; over the last share `lr_cooldown` of the
     steps after warmup, cosine or linear decay to `min_lr` at `num_iters`.
     """
-    least = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
+    min_lr = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
     cooldown = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)  # in steps
     done = max(0, iteration - (flags.num_iters - cooldown)) / max(1, cooldown)
     if flags.lr_schedule == "cosine":
@@ -595,7 +596,7 @@ def learning_rate_at(iteration, flags):
     else:
         left = 1
     # Written as a difference, this is exactly the learning rate where `left` is 1.
-    rate = flags.learning_rate - (flags.learning_rate - least) * (1 - left)
+    rate = flags.learning_rate - (flags.learning_rate - min_lr) * (1 - left)
     warmup = min(1, (iteration + 1) / max(1, flags.lr_warmup))  # + 1: a rate of 0 learns nothing
     return rate * warmup
 
@@ -650,14 +651,14 @@ class Batches:
 
     def begin_epoch(self, epoch):
         """Draws the offset and the order of an epoch, counted from 0, and moves to its start."""
-        random = np.random.default_rng([self.seed, epoch])
+        rng = np.random.default_rng([self.seed, epoch])
         self.epoch = epoch
         self.s = 0
         offsets = min(self.context_size, len(self.tokens) - self.context_size)
-        self.offset = int(random.integers(offsets))
+        self.offset = int(rng.integers(offsets))
         windows = (len(self.tokens) - 1 - self.offset) // self.context_size
         # [windows]; int32 keeps checkpoints small.
-        self.perm = random.permutation(windows).astype(np.int32)
+        self.perm = rng.permutation(windows).astype(np.int32)
 
     def next(self):
         """Inputs and targets of the next step, [B, L] int32.
@@ -698,9 +699,9 @@ def make_noise(iteration, rows, flags):
     if flags.dropout == 0 and final == 0:
         return ()
     # The 1 makes these random numbers differ from those of Batches.
-    random = np.random.default_rng([flags.seed, iteration, 1])
+    rng = np.random.default_rng([flags.seed, iteration, 1])
     rate = flags.dropout + (final - flags.dropout) * iteration / flags.num_iters
-    keys = random.integers(0, 2**32, (rows, 2), np.uint32)
+    keys = rng.integers(0, 2**32, (rows, 2), np.uint32)
     return mx.full(rows, rate), mx.array(keys)
 
 
@@ -1217,7 +1218,7 @@ def newest_sound_id(folder, run):
     """The id of the checkpoint to return to after the step from `run.iteration` diverged, or None.
 
     If the run was saved at that iteration, that checkpoint is marked: the next step from it would
-    diverge again at any learning rate. The file stays, but training skips it.
+    diverge again at any learning rate. Training skips it, until it is pruned.
     """
     if run.saved_iteration < run.iteration:
         return run.checkpoint_id
@@ -1281,7 +1282,7 @@ def load_tokenizer(folder, record):
 
 
 def model_of(record):
-    """A model of the shape in a checkpoint's record, with meaningless weights.
+    """A model of the shape in a checkpoint's record, with weights yet to be loaded.
 
     Raises RunError if this program has no such model.
     """
@@ -1435,11 +1436,11 @@ class SingleProcess:
     def __exit__(self, *error):
         """Does nothing: there is no other rank to tell that this one is done."""
 
-    def share_run(self, run):
+    def broadcast_run(self, run):
         """Rank 0's run, on every rank."""
         return run
 
-    def share_scoring(self, model, dataset, flags):
+    def broadcast_scoring(self, model, dataset, flags):
         """Makes the other ranks score along with rank 0."""
 
     def rows(self, count):
@@ -1457,6 +1458,19 @@ class SingleProcess:
     def agree(self, received, timeout):
         """A signal that any rank has received, and whether rank 0's time is up."""
         return received, timeout
+
+
+# The attributes of a Run that are saved in a checkpoint's record.
+PROGRESS = [
+    "iteration",
+    "tokens",
+    "seconds",
+    "scores",
+    "best",
+    "recent_steps",
+    "recent_loss",
+    "recent_seconds",
+]
 
 
 @dataclasses.dataclass
@@ -1487,18 +1501,8 @@ class Run:
 
     def record(self):
         """What a checkpoint's metadata says about the run, serializable as JSON."""
-        progress = {
-            "id": self.checkpoint_id,
-            "iteration": self.iteration,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "scores": self.scores,
-            "best": self.best,
-            "recent_steps": self.recent_steps,
-            "recent_loss": self.recent_loss,
-            "recent_seconds": self.recent_seconds,
-        }
-        return self.about | progress | self.batches.state()
+        progress = {name: getattr(self, name) for name in PROGRESS}
+        return self.about | {"id": self.checkpoint_id} | progress | self.batches.state()
 
     def restore(self, folder, record):
         """Restores the state that was saved in the checkpoint of `record`."""
@@ -1519,14 +1523,9 @@ class Run:
         close_files(record)
         self.checkpoint_id = record["id"]
         self.saved_iteration = record["iteration"]
-        self.iteration = record["iteration"]
-        self.tokens = record["tokens"]
-        self.seconds = record["seconds"]
-        self.scores = record["scores"]
-        self.best = record["best"]
-        self.recent_steps = record.get("recent_steps", 0)  # missing in older checkpoints
-        self.recent_loss = record.get("recent_loss", 0.0)
-        self.recent_seconds = record.get("recent_seconds", 0.0)
+        for name in PROGRESS:
+            if name in record:  # older checkpoints lack the last ones
+                setattr(self, name, record[name])
 
     def result(self):
         """The weights to save, score and sample from, a tree: the average if there is one.
@@ -1584,7 +1583,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     only rounds the inputs of matrix products; weights, optimizer state and loss are float32.
     """
     ranks = ranks or SingleProcess()
-    model.model.checkpoint = flags.checkpoint  # gradient checkpointing, unrelated to saved files
+    model.model.grad_checkpoint = flags.checkpoint
     dtype = mx.float32
     if flags.dtype == "bfloat16" and mx.default_device() == mx.gpu:
         dtype = mx.bfloat16
@@ -1688,7 +1687,7 @@ def train(run, interrupts, ranks):
             with run.with_result() as model:
                 nats = score_split("valid", model, dataset, flags, interrupts, ranks, limit)
         if nats is not None and not math.isfinite(nats):
-            raise diverged(run, f"score of iteration {iteration:,}", ranks)
+            raise divergence_error(run, f"score of iteration {iteration:,}", ranks)
         if nats is not None and due:  # a score due to --max_minutes is only shown and logged
             run.add_score(nats)
         if nats is not None and is_main:
@@ -1726,18 +1725,18 @@ def train(run, interrupts, ranks):
             run.average = average_weights(run.average, weights, iteration, flags.average)
         loss = loss.item()
         norm = norm.item()
-        taken = time.perf_counter() - began
+        elapsed = time.perf_counter() - began
         if not math.isfinite(loss + norm):
-            raise diverged(run, f"loss or gradient of iteration {iteration + 1:,}", ranks)
+            raise divergence_error(run, f"loss or gradient of iteration {iteration + 1:,}", ranks)
         # Older checkpoints are deleted only once a step from the newest one has succeeded.
         if is_main and run.saved_iteration == iteration:
             prune(folder, run, flags.keep)
         run.tokens += tokens.size
         if iteration > start:  # the first step compiles
-            run.seconds += taken
+            run.seconds += elapsed
         run.recent_steps += 1
         run.recent_loss += loss
-        run.recent_seconds += taken
+        run.recent_seconds += elapsed
 
         if is_main and (iteration + 1) % flags.steps_per_report == 0:
             metrics = {
@@ -1775,7 +1774,7 @@ def train(run, interrupts, ranks):
     return 0
 
 
-def diverged(run, what, ranks):
+def divergence_error(run, what, ranks):
     """The RunError of a run in which `what` is not finite; training reached `run.iteration`."""
     # A lost rank causes NaNs, too; this call then raises its own error.
     ranks.agree(None, False)
@@ -1880,10 +1879,9 @@ class LogTable:
         self.path = path
         rows = []
         for row in self.read():
+            is_earlier = int(row["iteration"]) < iteration
             is_present = int(row["iteration"]) == iteration
-            if int(row["iteration"]) < iteration:
-                rows.append(row)
-            elif is_present and (scored or row["split"] == "train"):
+            if is_earlier or (is_present and (scored or row["split"] == "train")):
                 rows.append(row)
         self.columns = list(LOG_COLUMNS)
         if rows:  # a column that was added by `append` stays
@@ -2315,9 +2313,12 @@ def converse(tokenizer, model, draft, flags):
     shows_speed = False
     conversation = Conversation(tokenizer, model, draft)
     try:
-        while (line := input(question)) != "/quit":
+        while True:
+            line = input(question)
             command = line.split() if line.startswith("/") else []
-            if command == ["/reset"]:
+            if command == ["/quit"]:
+                break
+            elif command == ["/reset"]:
                 conversation = Conversation(tokenizer, model, draft)
             elif command == ["/stats"]:
                 shows_speed = not shows_speed
@@ -2353,7 +2354,7 @@ def print_reply(conversation, line, flags):
     print(flush=True)
 
 
-# ---- Command line -------------------------------------------------------------------------------
+# ---- Flags --------------------------------------------------------------------------------------
 
 COUNT = number(int, 0, LARGEST)
 RATE = number(float, 0)
@@ -2408,7 +2409,8 @@ FLAGS["model"] = {
     "mlp": choice("relu2", MLPS, "activation of the feed-forward layers"),
     "mlp_dim": flag(
         None,
-        "width of the feed-forward layers (default: 4 dim; swiglu: 8/3 dim, rounded up to 64)",
+        "width of the feed-forward layers (default: 4 dim; swiglu: 8/3 dim, rounded up to a "
+        "multiple of 64)",
         type=number(int, 1, 2**18),
     ),
     "qk_norm": flag(False, "RMS-normalize queries and keys"),
@@ -2678,19 +2680,20 @@ def read_command_line(argv):
 
     Raises UsageError if two flags are mutually exclusive, or one requires another.
     """
-    typed = parse(argv)
-    if "config" in typed:
-        typed = read_config(typed["config"], typed) | typed  # the command line overrides the file
-    if "preset" in typed:
-        typed = PRESETS[typed["preset"]] | typed  # the file and the command line override it
-    if typed.get("tokenizer") == "auto":
-        del typed["tokenizer"]  # the same as not passing it
-    asked = {name for name in typed if typed[name] is not False}  # --no-x does not count
+    passed = parse(argv)
+    if "config" in passed:
+        # The command line overrides the file.
+        passed = read_config(passed["config"], passed) | passed
+    if "preset" in passed:
+        passed = PRESETS[passed["preset"]] | passed  # the file and the command line override it
+    if passed.get("tokenizer") == "auto":
+        del passed["tokenizer"]  # the same as not passing it
+    asked = {name for name in passed if passed[name] is not False}  # --no-x does not count
     for one, other in EXCLUSIVE:
         if one in asked and other in asked:
             raise UsageError(f"--{one} and --{other} are mutually exclusive: use one of them")
     for name in asked - {"prompt"}:  # an empty prompt starts a text
-        values = as_list(typed[name])
+        values = as_list(passed[name])
         if "" in values:
             raise UsageError(f"--{name} is empty: give it a value, or leave it out")
         if "\0" in "".join(map(str, values)):  # only a --config file can hold one
@@ -2700,12 +2703,12 @@ def read_command_line(argv):
             several = ", --".join(partners)
             needed = f"one of --{several}" if len(partners) > 1 else f"--{several}"
             raise UsageError(f"--{name} requires {needed}")
-    if "identifier" in typed and not asked & {"cases", "plot"}:
-        if len(typed["identifier"]) > 1:
+    if "identifier" in passed and not asked & {"cases", "plot"}:
+        if len(passed["identifier"]) > 1:
             raise UsageError("--identifier takes one name; several go with --cases and --plot")
-        typed["identifier"] = typed["identifier"][0]  # a list only for --cases and --plot
-    check_outputs(typed)
-    return typed
+        passed["identifier"] = passed["identifier"][0]  # a list only for --cases and --plot
+    check_outputs(passed)
+    return passed
 
 
 def as_list(value):
@@ -2713,22 +2716,22 @@ def as_list(value):
     return value if isinstance(value, list) else [value]
 
 
-def check_outputs(typed):
+def check_outputs(passed):
     """Raises UsageError if an output file or folder is also an input."""
     for output in ("output", "plot", "attention", "export"):
-        if output not in typed:
+        if output not in passed:
             continue
-        written = os.path.realpath(absolute(typed[output]))
+        written = os.path.realpath(absolute(passed[output]))
         for name in READ:
-            for path in as_list(typed.get(name, [])):
+            for path in as_list(passed.get(name, [])):
                 if os.path.realpath(absolute(path)) == written:
                     raise UsageError(
-                        f"--{output} {typed[output]} would overwrite what --{name} names: "
+                        f"--{output} {passed[output]} would overwrite what --{name} names: "
                         f"give --{output} another name"
                     )
 
 
-def read_config(path, typed):
+def read_config(path, passed):
     """The flags in a YAML file, as if passed on the command line.
 
     A corpus passed on the command line replaces the file's. Raises UsageError.
@@ -2750,9 +2753,9 @@ def read_config(path, typed):
         if unknown:
             hints = [*filter(None, map(explain_name, unknown)), "--help lists all"]
             raise UsageError(f"no flag is named {', '.join(unknown[:9])} ({'; '.join(hints)})")
-        if "text" in typed:
+        if "text" in passed:
             settings.pop("dataset", None)
-        if "dataset" in typed:
+        if "dataset" in passed:
             for name in ("text", "valid_text", "test_text"):
                 settings.pop(name, None)
         arguments = []
@@ -2801,10 +2804,12 @@ def absolute(path):
     return os.path.abspath(user_path(path))
 
 
+# ---- Setting up a run ---------------------------------------------------------------------------
+
 DIVERGED = "the loss of the next step from it is not finite"  # see mark_diverged
 
 
-def choose_checkpoint(folder, flags, typed, needed):
+def choose_checkpoint(folder, flags, passed, needed):
     """The record of the checkpoint to resume or, if `needed`, to use; None means a new run.
 
     It is the one that --identifier names, or else the most recently saved one that agrees with all
@@ -2815,9 +2820,11 @@ def choose_checkpoint(folder, flags, typed, needed):
     if flags.new_model:
         return None
     records = list_checkpoints(folder, warn=True)
-    wanted = {name: getattr(flags, name) for name in SHAPING if name in typed}
+    wanted = {name: getattr(flags, name) for name in SHAPING if name in passed}
     if needed:
         wanted.pop("seed", None)  # it is for the samples
+    if flags.evaluate:
+        wanted.pop("test_text", None)  # any text can be scored
 
     if flags.identifier is not None:
         checkpoint = named_checkpoint(folder, records, flags.identifier)
@@ -2843,7 +2850,7 @@ def choose_checkpoint(folder, flags, typed, needed):
             return record
         if not (folder / f"{record['id']}.safetensors").exists():
             # Its run is still training and has deleted it since: there is a newer one.
-            return choose_checkpoint(folder, flags, typed, needed)
+            return choose_checkpoint(folder, flags, passed, needed)
         print(f"Skipping {describe(record)}: {damage}", file=sys.stderr)
     if candidates:
         raise RunError(
@@ -2858,59 +2865,7 @@ def choose_checkpoint(folder, flags, typed, needed):
     return None
 
 
-def list_runs(folder):
-    """Prints the runs in `folder` and their checkpoints, most recently saved first."""
-    records = list_checkpoints(folder, warn=True)  # newest first
-    print(f"{len(records)} checkpoints in {folder}")
-    names = dict.fromkeys(record["run"] for record in records)  # unique, in that order
-    for name in names:
-        own = [record for record in records if record["run"] == name]
-        newest = own[0]
-        flags = newest["flags"]
-        line = f"{name}: {newest['parameters']:,} parameters, "
-        line += f"iteration {newest['iteration']:,} of {flags['num_iters']:,}"
-        for flag_name, value in flags.items():
-            if any(record["flags"].get(flag_name) != value for record in records):
-                line += f" --{flag_name} {value}"  # a flag that tells the runs apart
-        print(textwrap.fill(line, 100, subsequent_indent="    "))
-        for record in own:
-            scores = dict(record["scores"])
-            score = "not scored"
-            if record["iteration"] in scores:
-                score = f"{scores[record['iteration']]:.4f}"
-            age = tqdm.format_interval(time.time() - record["saved"])
-            line = f"    {record['id'][:12]}  iteration {record['iteration']:>9,}"
-            line += f"  {score:>10}  {age:>8} old"
-            if record is records[0]:
-                line += ", latest"  # of the folder
-            if record["id"] == best_id(newest):
-                line += ", best"  # of the run
-            if record.get("diverged"):
-                line += ", diverged"
-            print(line)
-
-
-def show_runs(folder, flags, typed):
-    """Runs --plot or --cases on the runs or checkpoints that --identifier names, or on all."""
-    records = list_checkpoints(folder, warn=True)
-    if not records:
-        raise UsageError(f"no checkpoint in {folder}: {TRAIN_FIRST}")
-    runs = dict.fromkeys(record["run"] for record in records)  # unique
-    named = []
-    for identifier in flags.identifier or []:
-        # A pattern names the newest checkpoint of each run that it matches.
-        names = fnmatch.filter(runs, identifier) or [identifier]
-        named += [named_checkpoint(folder, records, name) for name in names]
-    if flags.plot:
-        extra("pictures").plot_runs(folder, [record["run"] for record in named], flags.plot)
-    else:
-        top_k = typed.get("top_k", 5)  # the default, 50, is for sampling
-        if top_k == 0:
-            raise UsageError("--top_k 0 would let all --cases pass: give at least 1")
-        extra("cases").run_cases(folder, named or records, flags, top_k)
-
-
-def flags_of_resumed_run(checkpoint, typed):
+def flags_of_resumed_run(checkpoint, passed):
     """The flags of a resumed run: those passed, then the checkpoint's. Raises RunError."""
     old = checkpoint["flags"]
     for rows in FLAGS.values():
@@ -2925,7 +2880,7 @@ def flags_of_resumed_run(checkpoint, typed):
                     f"{describe(checkpoint)} has --{name} {old[name]}, "
                     "which this version of the program does not know: use that one"
                 )
-    return resolve(argparse.Namespace(**old | typed))
+    return resolve(argparse.Namespace(**old | passed))
 
 
 def check_values(flags):
@@ -2955,7 +2910,7 @@ def open_origins(folder, flags, checkpoint):
     return {name: open_model(folder, getattr(flags, name), f"--{name}") for name in names}
 
 
-def adopt_shape(flags, typed, origins):
+def adopt_shape(flags, passed, origins):
     """Sets the flags of a new run that its origins determine, see open_origins.
 
     --init_from determines the whole shape, --teacher only the tokenizer: both models have to
@@ -2975,11 +2930,11 @@ def adopt_shape(flags, typed, origins):
         config = origins[first].model.config
         decided |= {name: getattr(config, name) for name in CONFIG_FLAGS}
     for name, value in decided.items():
-        if name == "context_size" and name in typed:
+        if name == "context_size" and name in passed:
             continue  # RoPE works with any
-        if name in typed and typed[name] != value:
+        if name in passed and passed[name] != value:
             raise UsageError(
-                f"--{name} {typed[name]} contradicts --{first}, which has {value}: "
+                f"--{name} {passed[name]} contradicts --{first}, which has {value}: "
                 f"leave --{name} out"
             )
         setattr(flags, name, value)
@@ -3043,7 +2998,7 @@ def check_memory(model, flags, training=True):
         largest = max(floats, key=floats.get)
         raise UsageError(
             f"this needs at least {needed / 2**30:,.1f} GiB of memory, most of it for {largest}, "
-            f"but only {memory / 2**30:,.1f} are available: choose a smaller model or batch"
+            f"but this machine has {memory / 2**30:,.1f}: choose a smaller model or batch"
         )
 
 
@@ -3064,25 +3019,32 @@ def make_run(name, flags, dataset, checkpoint, origins, ranks):
     if checkpoint:
         run.restore(flags.save_dir, checkpoint)
         run.is_branch = name != checkpoint["run"]
-    uses = {}
-    for flag_name, origin in origins.items():
-        if flag_name == "teacher" or flags.lora_rank:  # else it is needed only at the start
-            name_given = getattr(flags, flag_name)
-            # How to find it again: a folder by its path, a checkpoint by its id.
-            place = name_given if os.path.isdir(name_given) else origin.id
-            uses[flag_name] = [place, origin.id]
     run.about = {
         "run": name,
         "flags": {flag_name: getattr(flags, flag_name) for flag_name in INHERITED},
         "config": dataclasses.asdict(model.config),
         "parameters": sum(weight.size for _, weight in tree_flatten(model.parameters())),
         "tokens_sha256": dataset.sha256,
-        "uses": uses,
+        "uses": checkpoint["uses"] if checkpoint else needed_origins(flags, origins),
         "command": sys.argv,
         "sources": hash_sources(),
         "versions": list_versions(flags, ranks),
     }
     return run
+
+
+def needed_origins(flags, origins):
+    """The origins that resuming a run needs, and how to find them: {flag: [place, id]}.
+
+    A folder is found by its path, a checkpoint by its id. Without LoRA, --init_from is needed only
+    at the start.
+    """
+    uses = {}
+    for flag_name, origin in origins.items():
+        if flag_name == "teacher" or flags.lora_rank:
+            name = getattr(flags, flag_name)
+            uses[flag_name] = [name if os.path.isdir(name) else origin.id, origin.id]
+    return uses
 
 
 def hash_sources():
@@ -3113,19 +3075,21 @@ def list_versions(flags, ranks):
     }
 
 
-def load_data(folder, flags, typed, checkpoint, origins):
+def load_data(folder, flags, passed, checkpoint, origins):
     """The dataset of a run.
 
     A run that starts or learns from a model uses that model's tokenizer. A resumed run's checkpoint
     contains it, and any tokenizer that was read from a file.
     """
+    if flags.test_text and not flags.text:
+        raise UsageError(f"--test_text goes with --text: {flags.dataset} has splits of its own")
     arguments = {name: getattr(flags, name) for name in DATA if name != "dataset"}
     if origins:
         first = next(iter(origins))
         arguments["tokenizer"] = origins[first].tokenizer.to_dict()
     elif checkpoint:
         # A tokenizer file that is not passed again may be gone.
-        of_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in typed
+        of_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in passed
         if flags.init_from or flags.teacher or of_file:
             arguments["tokenizer"] = load_tokenizer(folder, checkpoint)
     dataset = load_dataset(flags.dataset, folder, **arguments, mirror=flags.mirror, say=tqdm.write)
@@ -3137,6 +3101,61 @@ def load_data(folder, flags, typed, checkpoint, origins):
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
         raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
     return dataset
+
+
+# ---- Commands -----------------------------------------------------------------------------------
+
+
+def list_runs(folder):
+    """Prints the runs in `folder` and their checkpoints, most recently saved first."""
+    records = list_checkpoints(folder, warn=True)  # newest first
+    print(f"{len(records)} checkpoints in {folder}")
+    names = dict.fromkeys(record["run"] for record in records)  # unique, in that order
+    for name in names:
+        own = [record for record in records if record["run"] == name]
+        newest = own[0]
+        flags = newest["flags"]
+        line = f"{name}: {newest['parameters']:,} parameters, "
+        line += f"iteration {newest['iteration']:,} of {flags['num_iters']:,}"
+        for flag_name, value in flags.items():
+            if any(record["flags"].get(flag_name) != value for record in records):
+                line += f" --{flag_name} {value}"  # a flag that tells the runs apart
+        print(textwrap.fill(line, 100, subsequent_indent="    "))
+        for record in own:
+            scores = dict(record["scores"])
+            score = "not scored"
+            if record["iteration"] in scores:
+                score = f"{scores[record['iteration']]:.4f}"
+            age = tqdm.format_interval(time.time() - record["saved"])
+            line = f"    {record['id'][:12]}  iteration {record['iteration']:>9,}"
+            line += f"  {score:>10}  {age:>8} old"
+            if record is records[0]:
+                line += ", latest"  # of the folder
+            if record["id"] == best_id(newest):
+                line += ", best"  # of the run
+            if record.get("diverged"):
+                line += ", diverged"
+            print(line)
+
+
+def show_runs(folder, flags, passed):
+    """Runs --plot or --cases on the runs or checkpoints that --identifier names, or on all."""
+    records = list_checkpoints(folder, warn=True)
+    if not records:
+        raise UsageError(f"no checkpoint in {folder}: {TRAIN_FIRST}")
+    runs = dict.fromkeys(record["run"] for record in records)  # unique
+    named = []
+    for identifier in flags.identifier or []:
+        # A pattern names the newest checkpoint of each run that it matches.
+        names = fnmatch.filter(runs, identifier) or [identifier]
+        named += [named_checkpoint(folder, records, name) for name in names]
+    if flags.plot:
+        extra("pictures").plot_runs(folder, [record["run"] for record in named], flags.plot)
+    else:
+        top_k = passed.get("top_k", 5)  # the default, 50, is for sampling
+        if top_k == 0:
+            raise UsageError("--top_k 0 would let all --cases pass: give at least 1")
+        extra("cases").run_cases(folder, named or records, flags, top_k)
 
 
 def score_checkpoint(folder, checkpoint, flags, dataset, ranks):
@@ -3152,11 +3171,11 @@ def score_checkpoint(folder, checkpoint, flags, dataset, ranks):
     # Never entered: there is nothing to save, so Ctrl+C ends this process at once. `evaluate` sets
     # its `received` to a signal that another rank has received.
     interrupts = Interrupts()
-    ranks.share_scoring(model, dataset, flags)
+    ranks.broadcast_scoring(model, dataset, flags)
     score_split(flags.evaluate, model, dataset, flags, interrupts, ranks)
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=False)
-        ranks.share_scoring(model, dataset, flags)
+        ranks.broadcast_scoring(model, dataset, flags)
         score_split(flags.evaluate, model, dataset, flags, interrupts, ranks)
     return 128 + interrupts.received if interrupts.received else printed()
 
@@ -3208,7 +3227,7 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
                 f"Run complete ({run.iteration:,}/{flags.num_iters:,}): raise --num_iters to "
                 "continue, or start over with --new_model."
             )
-        run = ranks.share_run(run)
+        run = ranks.broadcast_run(run)
         try:
             return train(run, interrupts, ranks)
         except RuntimeError as error:
@@ -3223,8 +3242,8 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
 
 def execute(argv, ranks):
     """Executes the command; returns the exit status."""
-    typed = read_command_line(argv)
-    flags = resolve(argparse.Namespace(**DEFAULTS | typed))
+    passed = read_command_line(argv)
+    flags = resolve(argparse.Namespace(**DEFAULTS | passed))
     if flags.version:
         own = hash_sources()["main.py"][:12]
         python = platform.python_version()
@@ -3246,11 +3265,11 @@ def execute(argv, ranks):
         if flags.list:
             list_runs(folder)
         else:
-            show_runs(folder, flags, typed)
+            show_runs(folder, flags, passed)
         return printed()
 
     # Commands that use a checkpoint, but no corpus.
-    checkpoint = choose_checkpoint(folder, flags, typed, needed)
+    checkpoint = choose_checkpoint(folder, flags, passed, needed)
     if needed and not checkpoint:
         raise UsageError(f"no such checkpoint in {folder}: {TRAIN_FIRST}")
     if flags.export:
@@ -3267,13 +3286,13 @@ def execute(argv, ranks):
 
     # Training, evaluation and benchmarks need the corpus, too.
     if checkpoint:
-        flags = flags_of_resumed_run(checkpoint, typed)
+        flags = flags_of_resumed_run(checkpoint, passed)
     check_values(flags)
     flags.save_dir = folder  # open_folder may have chosen it
     origins = {} if flags.evaluate else open_origins(folder, flags, checkpoint)
     if origins and not checkpoint:
-        adopt_shape(flags, typed, origins)
-    dataset = load_data(folder, flags, typed, checkpoint, origins)
+        adopt_shape(flags, passed, origins)
+    dataset = load_data(folder, flags, passed, checkpoint, origins)
     if flags.evaluate:
         return score_checkpoint(folder, checkpoint, flags, dataset, ranks)
     if flags.benchmark:

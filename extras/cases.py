@@ -110,8 +110,9 @@ def score_case(model, tokenizer, prompt, expected, top_k):
     logits = model(mx.array([inputs]), last=len(expected_ids))[0]  # [N, V]
     targets = mx.array(expected_ids)  # [N]
     target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1)  # [N, 1]
-    more_likely = (logits > target_logits).sum(axis=-1)  # [N], a count of tokens
-    rank = more_likely.max().item() + 1
+    # Not `>`: the NaNs of a diverged model must not make its rank 1.
+    is_more_likely = mx.logical_not(logits <= target_logits)  # [N, V]
+    rank = is_more_likely.sum(axis=-1).max().item() + 1
     nats = nn.losses.cross_entropy(logits, targets, reduction="sum").item()
     best = mx.argsort(-logits[0])[:top_k].tolist()
     # <unk> may be likely, but it is not what was expected.

@@ -34,7 +34,7 @@ def collect(flags):
                 "writes: name another --output"
             )
     prompts = read_prompts(source)
-    distill(flags.distill_from, flags.teacher_model, prompts, folder, flags.max_requests)
+    collect_answers(flags.distill_from, flags.teacher_model, prompts, folder, flags.max_requests)
 
 
 def read_prompts(path):
@@ -44,7 +44,7 @@ def read_prompts(path):
     completion, so the teacher continues what the student has written. Raises UsageError.
     """
     is_jsonl = str(path).endswith(".jsonl")
-    content = "hold prompts and completions, as main.py --prompts_file writes them, or another name"
+    content = "hold what main.py --prompts_file writes, or not be named .jsonl"
     fault = f"--teacher_prompts {path} must {content if is_jsonl else 'be a UTF-8 file'}"
     with explained(fault, OSError, ValueError, LookupError, TypeError):
         text = Path(path).read_text("utf-8")
@@ -55,19 +55,20 @@ def read_prompts(path):
         return [answer["prompt"] + answer["completion"] for answer in answers]
 
 
-def distill(url, model, prompts, folder, most=1000, timeout=120, say=print):
+def collect_answers(url, model, prompts, folder, max_requests=1000, timeout=120, say=print):
     """Collects answers of `model` from a server with OpenAI's chat completions API.
 
     Each answer becomes a line of JSON (prompt, model, completion) in folder/answers.jsonl; at the
-    end, all prompts and answers are written to folder/corpus.txt, for --text. At most `most`
-    requests are made; the next call resumes. The key (see find_key) is never written anywhere.
+    end, all prompts and answers are written to folder/corpus.txt, for --text. At most
+    `max_requests` requests are made; the next call resumes. The key (see find_key) is never written
+    anywhere.
     timeout: seconds without a byte from the server.
 
     Raises UsageError if the address or the key cannot be used, or if answers.jsonl holds other
     lines or is being written by another process; RunError if one of its lines is damaged, or if
     the server does not answer.
     """
-    teacher = Teacher(url, model, most, timeout, say)
+    teacher = Teacher(url, model, max_requests, timeout, say)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ANSWERS
     heads = [{"prompt": prompt, "model": model} for prompt in prompts]
@@ -220,11 +221,11 @@ class Teacher:
     Raises UsageError if the address or the key cannot be used in a request.
     """
 
-    def __init__(self, url, model, most, timeout, say):
+    def __init__(self, url, model, max_requests, timeout, say):
         self.url = url
         self.address = f"{url.rstrip('/')}/chat/completions"
         self.model = model
-        self.most = most
+        self.max_requests = max_requests
         self.timeout = timeout
         self.say = say
         self.sent = 0
@@ -255,10 +256,10 @@ class Teacher:
         Raises RunError, which says that the `num_answered` answers so far are kept.
         """
         for pause in (*PAUSES, None):
-            if self.sent >= self.most:
+            if self.sent >= self.max_requests:
                 raise RunError(
-                    f"{self.most} requests were made (the limit), {num_answered} prompts answered: "
-                    "rerun to continue"
+                    f"{self.max_requests} requests were made (the limit), "
+                    f"{num_answered} prompts answered: rerun to continue"
                 )
             self.sent += 1
             reply = self.request(prompt)
@@ -266,8 +267,9 @@ class Teacher:
                 return reply.text
             if pause is None or not reply.is_temporary:
                 break
-            self.say(f"{reply.reason}; retrying shortly")
-            time.sleep(max(pause, reply.wait))
+            seconds = max(pause, reply.wait)
+            self.say(f"{reply.reason}; retrying in {seconds:g} s")
+            time.sleep(seconds)
         raise RunError(
             f"{self.url} does not answer ({reply.reason}); {num_answered:,} answers are kept: "
             "rerun to continue"

@@ -49,12 +49,12 @@ class BatchCache(Cache):
         L, scale = queries.shape[2], queries.shape[3] ** -0.5
         places = self.lengths[:, None] + np.arange(L)  # [B, L]
         rows = mx.arange(len(places))[:, None]
-        self.keys[rows, :, mx.array(places)] = keys.swapaxes(1, 2)  # a scatter, which is slower
+        # A scatter, which is slower than Cache's slice assignment.
+        self.keys[rows, :, mx.array(places)] = keys.swapaxes(1, 2)
         self.values[rows, :, mx.array(places)] = values.swapaxes(1, 2)
         end = int(places.max()) + 1
-        seen = (
-            np.arange(end) <= places[:, None, :, None]
-        )  # [B, 1, L, end]; False for the junk after a shorter text
+        # [B, 1, L, end]; False for the junk after a shorter text.
+        seen = np.arange(end) <= places[:, None, :, None]
         return mx.fast.scaled_dot_product_attention(
             queries,
             self.keys[:, :, :end],
@@ -99,9 +99,8 @@ class BatchDecoder:
             # read alone, except for their last ones.
             for row in np.flatnonzero(unread > count):
                 self.read_alone(row, windows[row][:-count])
-        tokens = mx.array(
-            [window[length:] for window, length in zip(windows, self.lengths)]
-        )  # [B, unread]
+        rows = [window[length:] for window, length in zip(windows, self.lengths)]
+        tokens = mx.array(rows)  # [B, unread]
         for cache in self.caches:
             cache.begin(self.lengths)
         logits = self.model(tokens, self.caches, last=count)
@@ -187,9 +186,8 @@ class SpeculativeDecoder:
     def draw(self, most, flags, seed):
         """Samples between one and `most` ids and appends them to the text."""
         known = len(self.text)
-        room = self.decoder.model.config.context_size - (
-            known - self.decoder.starts[0]
-        )  # or the window would move
+        # Beyond this, the window would move.
+        room = self.decoder.model.config.context_size - (known - self.decoder.starts[0])
         wanted = max(0, min(self.length, room, most - 1))
         proposals = [token for [token] in self.draft.generate(wanted, flags, [seed])]
         ids = self.decoder.draw(flags, [seed], wanted + 1)[0].tolist()

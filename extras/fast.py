@@ -15,7 +15,8 @@ of the same names:
     use_bfloat16    turns bfloat16 products on or off
 
 All but the last two match the plain functions up to rounding; tests/extras/test_fast.py compares
-them. On a GPU, they leave the work to MLX. Without this file, main.py works the same, only slower.
+them. On a GPU, all but cross_entropy leave the work to MLX. Without this file, main.py works the
+same, only slower.
 
 Shapes: B rows of a batch, L positions, D model dimension, H query heads, K key and value heads, d
 head dimension, V vocabulary, N any number.
@@ -49,10 +50,16 @@ def choose_openblas_kernels():
     Version 0.3.31 does not know all of them and selects kernels of half the speed (two Zen 5
     cores: 255 GFLOP/s instead of 484).
     """
-    with contextlib.suppress(OSError):  # not Linux
-        about = Path("/proc/cpuinfo").read_text("utf-8")
-        if "AuthenticAMD" in about and "avx512vl" in about:
-            os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
+    about = cpu_info()
+    if "AuthenticAMD" in about and "avx512vl" in about:
+        os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
+
+
+def cpu_info():
+    """What Linux says about the CPU; "" elsewhere."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/cpuinfo").read_text("utf-8")
+    return ""
 
 
 choose_openblas_kernels()
@@ -64,8 +71,8 @@ from datasets import CACHE
 # C source. MLX calls cblas_sgemm with row-major matrices (`order` 101); 111 means not transposed,
 # 112 transposed, as in x @ weight.T. find_blas sets the functions of one of the two libraries.
 #
-# Three kinds of products are computed here, about as fast as memory is read, and never rounded: a
-# matrix times a vector, and up to 8 or 32 rows times a transposed matrix, as in decoding.
+# Small products, as in decoding, are computed here, about as fast as memory is read, and never
+# rounded: a matrix times a vector (n == 1), and a few rows times a transposed matrix (m <= 32).
 #
 # Rounding to bfloat16 adds 0x7fff, half of what is cut off, and for ties the last bit that is kept;
 # a NaN keeps a bit set. Waking a thread costs as much as 10 million operations.
@@ -167,16 +174,16 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha,
   }
   long a_rows = ta == 111 ? m : k, a_columns = ta == 111 ? k : m;
   long b_rows = tb == 111 ? k : n, b_columns = tb == 111 ? n : k;
-  int is_square = a == b && lda == ldb && a_rows == b_rows && a_columns == b_columns;
-  long size = a_rows * a_columns + (is_square ? 0 : b_rows * b_columns);
+  int is_same = a == b && lda == ldb && a_rows == b_rows && a_columns == b_columns;
+  long size = a_rows * a_columns + (is_same ? 0 : b_rows * b_columns);
   if (size > room) {
     free(buffer);
     buffer = malloc(size * sizeof(bf16));
     room = size;
   }
-  bf16* b_rounded = is_square ? buffer : buffer + a_rows * a_columns;
+  bf16* b_rounded = is_same ? buffer : buffer + a_rows * a_columns;
   round_to_bf16(a, a_rows, a_columns, lda, buffer);
-  if (!is_square) round_to_bf16(b, b_rows, b_columns, ldb, b_rounded);
+  if (!is_same) round_to_bf16(b, b_rows, b_columns, ldb, b_rounded);
   onednn_bf16(ta_name, tb_name, m, n, k, alpha, buffer, a_columns, b_rounded, b_columns,
               beta, c, ldc);
 }
@@ -270,7 +277,7 @@ def set_function(name, function):
 
 def compile_forwarder():
     """The path of FORWARDER's library, compiled once per kind of CPU; None if that fails."""
-    cpu = re.search("^(flags|Features).*", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
+    cpu = re.search("^(flags|Features).*", cpu_info(), re.M)
     kind = f"{FORWARDER}{cpu and cpu[0]}"  # a cache may serve several CPUs
     path = CACHE / f"blas-{hashlib.sha1(kind.encode()).hexdigest()[:12]}.so"
     compiler = next(filter(shutil.which, ["cc", "gcc", "clang"]), None)
@@ -278,18 +285,29 @@ def compile_forwarder():
         return None
     # Without the last three, sums would stay scalar.
     vectors = ["-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
+    if path.exists() and can_be_loaded(path):
+        return str(path)
+    new = f"{path}.{os.getpid()}"
     # Not every compiler knows every option.
     for options in ([*vectors, "-fopenmp"], vectors, []):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            if not path.exists():
-                CACHE.mkdir(parents=True, exist_ok=True)
-                new = f"{path}.{os.getpid()}"
-                command = [compiler, "-shared", "-fPIC", "-O3", *options, "-x", "c", "-"]
-                run_quietly([*command, "-o", new], FORWARDER.encode())
+            CACHE.mkdir(parents=True, exist_ok=True)
+            command = [compiler, "-shared", "-fPIC", "-O3", *options, "-x", "c", "-"]
+            run_quietly([*command, "-o", new], FORWARDER.encode())
+            if can_be_loaded(new):
                 os.replace(new, path)  # never a partial library, even if two processes compile
-            ctypes.CDLL(str(path))  # it may compile and still fail to load
-            return str(path)
+                return str(path)
+            os.remove(new)
     return None
+
+
+def can_be_loaded(path):
+    """Whether a library can be loaded: it may need another one that is not installed."""
+    try:
+        ctypes.CDLL(str(path))
+    except OSError:
+        return False
+    return True
 
 
 def run_quietly(command, text=b""):
@@ -364,9 +382,8 @@ def softmax(scores):
 def softmax_gradient(scores, gradient, weights):
     """The gradient w.r.t. the scores; MLX also passes the output, so no exp is recomputed."""
     product = gradient * weights
-    return product - weights * product.sum(
-        axis=-1, keepdims=True
-    )  # the product with softmax's Jacobian
+    # The product of the gradient with softmax's Jacobian.
+    return product - weights * product.sum(axis=-1, keepdims=True)
 
 
 def attend(queries, keys, values):
@@ -433,7 +450,8 @@ def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk, training=True
     loss_of_chunk(logits [n, V] float32, targets [n], weights [n, 1], rows) computes, for a slice
     `rows` of the rows, the loss and two factors of its gradient w.r.t. the logits, `powers` [n, V]
     and `scale` [n, 1]: the gradient is powers * scale, minus `weights` at each target. The last
-    term is never materialized: it would be nearly all zeros.
+    term is never materialized: it would be nearly all zeros. training: False if only the loss is
+    needed.
     """
     # Chunks of 2^23 logits (32 MiB) cost no time; with fewer than 128 rows, the products of a large
     # vocabulary become slow.
@@ -463,9 +481,8 @@ def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk, training=True
         else:
             head_gradient = mx.addmm(head_gradient, powers.T, inputs)
     states = hidden.astype(mx.float32) * weights[:, None]  # [N, D]
-    head_gradient = (
-        head_gradient.astype(mx.float32).at[targets].subtract(states)
-    )  # `at` adds up repeated targets
+    # `at` adds up repeated targets.
+    head_gradient = head_gradient.astype(mx.float32).at[targets].subtract(states)
     return loss, mx.concatenate(hidden_gradients), head_gradient
 
 
@@ -488,8 +505,8 @@ def cross_entropy_of_chunk(logits, targets, weights, rows):
     largest = logits.max(axis=-1, keepdims=True)  # [n, 1]
     powers = exp(logits - largest)  # exponents <= 0: no overflow, and `exp` requires it
     total = sum_of_rows(powers)  # [n, 1]; powers / total are the probabilities
-    of_targets = mx.take_along_axis(logits, targets[:, None], axis=-1)  # [n, 1]
-    nats = mx.log(total) - (of_targets - largest)
+    target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1)  # [n, 1]
+    nats = mx.log(total) - (target_logits - largest)
     return (nats * weights).sum(), powers, weights / total
 
 
@@ -543,9 +560,9 @@ COMPILER_SCRIPT = """#!/bin/sh
 
 
 def use_precompiled_header():
-    """Puts a `g++` with MLX's header precompiled first on this process's PATH.
+    """Prepends to PATH a folder whose `g++` uses a precompiled copy of MLX's header.
 
-    It is COMPILER_SCRIPT next to that header, in a cache folder for each MLX and compiler version.
+    It is COMPILER_SCRIPT next to that copy, in a cache folder for each MLX and compiler version.
     """
     # The parent process may have put such a folder there, too.
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
@@ -608,7 +625,14 @@ def compile_header(compiler, folder):
 def use_cpu():
     """Prepares MLX for a CPU, before anything is compiled, so that kernels compile quickly."""
     use_precompiled_header()
-    set_blas_threads(len(os.sched_getaffinity(0)))  # a share of a batch gets one, see use_streams
+    set_blas_threads(count_cores())  # a share of a batch gets one, see use_streams
+
+
+def count_cores():
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def count_streams(rows, context_size):
@@ -619,8 +643,7 @@ def count_streams(rows, context_size):
     """
     if on_gpu() or BLAS == "Accelerate":
         return 1
-    cores = len(os.sched_getaffinity(0))
-    return max(1, min(cores, rows, rows * context_size // 256))
+    return max(1, min(count_cores(), rows, rows * context_size // 256))
 
 
 @lru_cache(None)  # made once: a stream lives as long as the process
@@ -640,10 +663,8 @@ def use_streams(rows, context_size):
     if on_gpu() or BLAS == "Accelerate":
         return [mx.default_stream(mx.default_device())]
     streams_in_use = count_streams(rows, context_size)
-    cores = len(os.sched_getaffinity(0))
-    set_blas_threads(
-        cores if streams_in_use == 1 else 1
-    )  # or each stream's products would start one thread per core
+    # Otherwise each stream's products would start one thread per core.
+    set_blas_threads(count_cores() if streams_in_use == 1 else 1)
     return current_streams()
 
 
@@ -659,7 +680,7 @@ def use_all_cores():
     use_streams(1, 1)
 
 
-def share(count, part, parts):
+def part_of(count, part, parts):
     """The slice of `count` rows for part number `part` of `parts` nearly equal ones."""
     return slice(count * part // parts, count * (part + 1) // parts)
 
@@ -673,7 +694,7 @@ def over_streams(function, *arrays):
     streams = use_streams(rows, context_size)
     results = []
     for i, stream in enumerate(streams):
-        own = share(rows, i, len(streams))
+        own = part_of(rows, i, len(streams))
         with mx.stream(stream):  # operations run on the stream under which they are built
             results.append(function(*[array[own] for array in arrays]))
     return results

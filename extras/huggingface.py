@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from datasets import BPETokenizer, UsageError, explained, extra, user_path
 from main import Config, LanguageModel, sha1_of
 
-# Their name for a model with our (mlp, qk_norm); none of theirs matches ours with GELU.
+# Their name for a model with our (mlp, qk_norm); the others have no counterpart.
 COUNTERPARTS = {
     ("swiglu", False): "Llama",
     ("swiglu", True): "Qwen3",
@@ -41,7 +41,7 @@ THEIR_NAMES = {
     "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
 }
-# Its RoPE settings other than the type: the values of our Config's rope_scaling, in order.
+# config.json's RoPE settings other than the type, in the order of our Config's rope_scaling.
 THEIR_ROPE_SCALING = [
     "factor",
     "low_freq_factor",

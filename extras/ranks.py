@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import main
 from datasets import Dataset, RunError, Split, UsageError, tokenizer_from_dict
-from extras.fast import share
+from extras.fast import part_of
 
 LOST = "a rank failed or is gone ({}): rerun the command to resume from the last checkpoint"
 LAUNCHER = os.getppid()  # if the parent changes, the launcher is gone
@@ -69,8 +69,8 @@ class Group:
         if os.getppid() != LAUNCHER:
             received = received or signal.SIGHUP  # an orphan stops, too
         mine = mx.array([size, received or 0, timeout, ended], mx.int64)
-        size, received, timeout, end = mx.distributed.all_max(mine, group=self.group).tolist()
-        if end and not ended:
+        size, received, timeout, any_ended = mx.distributed.all_max(mine, group=self.group).tolist()
+        if any_ended and not ended:
             raise Ended
         return size, received, bool(timeout)
 
@@ -81,7 +81,7 @@ class Group:
 
     def rows(self, count):
         """The slice of `count` rows that this rank computes."""
-        return share(count, self.rank, self.size)
+        return part_of(count, self.rank, self.size)
 
     def average(self, tree):
         """The mean over all ranks of a tree of arrays."""
@@ -98,7 +98,7 @@ class Group:
         _, received, _ = self.exchange(received=received)
         return total.item(), received
 
-    def share(self, arrays=None, texts=None):
+    def broadcast(self, arrays=None, texts=None):
         """Rank 0's arrays, {name: array}, and texts, any JSON data, on every rank."""
         file = io.BytesIO()
         if self.rank == 0:
@@ -113,51 +113,53 @@ class Group:
         arrays, metadata = mx.load(file, format="safetensors", return_metadata=True)
         return arrays, json.loads(metadata["texts"])
 
-    def share_tree(self, tree=None):
-        """Rank 0's tree of arrays on every rank, one by one: memory holds a message three times."""
+    def broadcast_tree(self, tree=None):
+        """Rank 0's tree of arrays on every rank.
+
+        One array at a time, because a message is in memory three times.
+        """
         leaves = tree_flatten(tree) if self.rank == 0 else []
-        _, names = self.share(texts=[name for name, _ in leaves])
+        _, names = self.broadcast(texts=[name for name, _ in leaves])
         shared = []
         for i, name in enumerate(names):
-            arrays, _ = self.share({"array": leaves[i][1]} if self.rank == 0 else None)
+            arrays, _ = self.broadcast({"array": leaves[i][1]} if self.rank == 0 else None)
             shared.append((name, arrays["array"]))
         return tree_unflatten(shared)
 
     # Rank 0 calls the next two, and the others answer them in `follow`.
 
-    def share_run(self, run):
+    def broadcast_run(self, run):
         """Sends rank 0's run to the others; returns it with batches that are sent to them, too."""
         progress = {name: getattr(run, name) for name in PROGRESS}
         task = describe_task("train", run.model, run.dataset, run.flags)
         task |= {"name": run.name, "progress": progress}
         if run.teacher:
             task["teacher"] = vars(run.teacher.config)
-        self.share(texts=task)
-        self.share_tree(run.model.parameters())
-        self.share_tree(run.optimizer.state)
-        self.share_tree(run.average or {})
+        self.broadcast(texts=task)
+        self.broadcast_tree(run.model.parameters())
+        self.broadcast_tree(run.optimizer.state)
+        self.broadcast_tree(run.average or {})
         if run.teacher:
-            self.share_tree(run.teacher.parameters())
-        self.share(split_tokens(run.dataset))
+            self.broadcast_tree(run.teacher.parameters())
+        self.broadcast(split_tokens(run.dataset))
         run.batches = SharedBatches(self, run.batches)
         return run
 
-    def share_scoring(self, model, dataset, flags):
+    def broadcast_scoring(self, model, dataset, flags):
         """Makes the other ranks score along with rank 0."""
-        self.share(texts=describe_task("score", model, dataset, flags))
-        self.share_tree(model.parameters())
-        self.share(split_tokens(dataset))
+        self.broadcast(texts=describe_task("score", model, dataset, flags))
+        self.broadcast_tree(model.parameters())
+        self.broadcast(split_tokens(dataset))
 
     def follow(self):
         """What every rank but the first does; returns the exit status."""
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 alone prints
         main.use_device("--gpu" in sys.argv)  # only rank 0 reads a --config; it sends this below
-        with main.Interrupts(
-            launched=True
-        ) as interrupts:  # a signal reaches all ranks with the next message
+        # A signal reaches all ranks with the next message.
+        with main.Interrupts(launched=True) as interrupts:
             try:
                 while True:
-                    _, task = self.share()
+                    _, task = self.broadcast()
                     main.use_device(task["gpu"])
                     try:
                         self.take_part(task, interrupts)
@@ -171,20 +173,20 @@ class Group:
         flags = argparse.Namespace(**task["flags"])
         model = main.LanguageModel(main.Config(**task["config"]))
         if task["kind"] == "score":
-            model.update(self.share_tree())
+            model.update(self.broadcast_tree())
             dataset = self.receive_dataset(task)
             main.score_split(flags.evaluate, model, dataset, flags, interrupts, self)
             return
         if flags.lora_rank:  # before the weights, which include the adapters'
             main.extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
-        model.update(self.share_tree())
+        model.update(self.broadcast_tree())
         optimizer = main.make_optimizer(model, flags)
-        optimizer.state = self.share_tree()
-        average = self.share_tree() or None
+        optimizer.state = self.broadcast_tree()
+        average = self.broadcast_tree() or None
         teacher = None
         if "teacher" in task:
             teacher = main.LanguageModel(main.Config(**task["teacher"]))
-            teacher.update(self.share_tree())
+            teacher.update(self.broadcast_tree())
         run = main.Run(
             name=task["name"],
             flags=flags,
@@ -200,7 +202,7 @@ class Group:
 
     def receive_dataset(self, task):
         """Rank 0's dataset, without the training text."""
-        arrays, _ = self.share()
+        arrays, _ = self.broadcast()
         splits = {"valid": None, "test": None}
         for name, counts in task["splits"].items():
             splits[name] = Split(np.array(arrays[name]), *counts)
@@ -209,7 +211,7 @@ class Group:
 
 
 # The fields of a Run that another rank cannot work out.
-PROGRESS = ["iteration", "tokens", "seconds", "scores", "best", "checkpoint_id", "is_branch"]
+PROGRESS = [*main.PROGRESS, "checkpoint_id", "is_branch"]
 
 
 def describe_task(kind, model, dataset, flags):
@@ -251,7 +253,7 @@ class SharedBatches:
         if self.group.rank == 0:
             inputs, targets = self.batches.next()
             arrays = {"inputs": inputs, "targets": targets}
-        arrays, _ = self.group.share(arrays)
+        arrays, _ = self.group.broadcast(arrays)
         return arrays["inputs"], arrays["targets"]
 
 
@@ -263,17 +265,15 @@ def open_files():
 def watch_ring(sockets):
     """Ends a rank a few seconds after its neighbour has ended.
 
-    MLX's ring then raises an error, but one of four ranks may wait forever (0.32.4: after 3 of 44
-    kills among two to four).
+    MLX's ring then raises an error, but one of four ranks may wait forever (MLX 0.32.4: after 3 of
+    44 kills among two to four).
     """
     poll = select.poll()
     for number in sockets:
-        poll.register(
-            number, getattr(select, "POLLRDHUP", 0)
-        )  # a hang-up and an error are always reported
-    for number, _ in poll.poll(
-        0
-    ):  # a socket that MLX keeps from an attempt to connect that came too early
+        # A hang-up and an error are always reported.
+        poll.register(number, getattr(select, "POLLRDHUP", 0))
+    for number, _ in poll.poll(0):
+        # MLX keeps it from an attempt to connect that came too early.
         poll.unregister(number)
     poll.poll()  # returns when a neighbour closes its end; incoming data is not an event
     time.sleep(10)  # seconds, so that an orderly end or MLX's own error comes first

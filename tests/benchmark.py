@@ -1,7 +1,7 @@
 """Measures, and asserts nothing; the last line is JSON.
 
     python tests/benchmark.py train                  training steps in float32 and in bfloat16, beside PyTorch's (pip install torch)
-                                                     in float32 and under bfloat16 autocast, and beside plain MLX's
+                                                     in float32 and under bfloat16 autocast, eager and compiled, and beside plain MLX's
     python tests/benchmark.py decode                 sampling: beside no cache, the memory's speed, and one text at a time
     python tests/benchmark.py generate               the same beside generate of transformers (pip install torch transformers)
     python tests/benchmark.py data --mirror DIR      text to tokens; DIR holds ptb/ptb.train.txt and the others
@@ -114,8 +114,11 @@ SHAPES = {  # vocabulary, dim, heads, blocks, context, batch, steps in a round
 }
 
 
-def torch_step(shape, gpu, dtype, weights):
-    """The same model in eager PyTorch, with bfloat16 under autocast. Returns a function from a batch [B, L + 1] to the loss."""
+def torch_step(kind, shape, gpu, dtype, weights):
+    """The same model in PyTorch, `eager` or `compiled`, with bfloat16 under autocast.
+
+    Returns a function from a batch [B, L + 1] to the loss.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -151,6 +154,9 @@ def torch_step(shape, gpu, dtype, weights):
             hidden = hidden + linear(F.relu(linear(x, "mlp.up_proj")).square(), "mlp.down_proj")
         hidden = F.rms_norm(hidden, (dim,), parameters["model.norm.weight"], 1e-5)
         return F.linear(hidden, parameters["model.embed_tokens.weight"])
+
+    if kind == "compiled":
+        model = torch.compile(model)
 
     def step(batch):
         batch = torch.from_numpy(batch).to(device)
@@ -208,7 +214,7 @@ def mlx_step(kind, shape, gpu, dtype, weights):
 def work(competitor, shape, gpu):
     """Reads numbers of steps from stdin; answers each with the seconds it took, the losses, and the peak memory in MiB."""
     kind, dtype = competitor.split()
-    if kind != "torch":
+    if kind in ("main", "plain"):
         import extras.fast  # before NumPy, for which it chooses kernels
     import numpy as np
 
@@ -222,10 +228,8 @@ def work(competitor, shape, gpu):
         shapes |= {layer + "mlp.up_proj": (4 * dim, dim), layer + "mlp.down_proj": (dim, 4 * dim)}
     weights = {f"{name}.weight": np.ones(s) if len(s) < 2 else random.normal(0, 0.02, s) for name, s in shapes.items()}
     weights = {name: weight.astype(np.float32) for name, weight in weights.items()}
-    if kind == "torch":
-        step = torch_step(shape, gpu, dtype, weights)
-    else:
-        step = mlx_step(kind, shape, gpu, dtype, weights)
+    make_step = mlx_step if kind in ("main", "plain") else torch_step
+    step = make_step(kind, shape, gpu, dtype, weights)
     for line in sys.stdin:
         batches = [random.integers(0, vocab_size, (batch_size, context + 1)) for _ in range(int(line))]
         began = time.perf_counter()
@@ -233,10 +237,13 @@ def work(competitor, shape, gpu):
         print(json.dumps([time.perf_counter() - began, losses, peak_mib()]), flush=True)
 
 
-COMPETITORS = ["main float32", "main bfloat16", "plain float32", "torch float32", "torch bfloat16"]
+COMPETITORS = ["main float32", "main bfloat16", "plain float32"]
+COMPETITORS += ["eager float32", "eager bfloat16", "compiled float32", "compiled bfloat16"]  # PyTorch's
 COMPARED = [  # whose speed is divided by whose
-    ("main float32", "torch float32"),
-    ("main bfloat16", "torch bfloat16"),
+    ("main float32", "eager float32"),
+    ("main float32", "compiled float32"),
+    ("main bfloat16", "eager bfloat16"),
+    ("main bfloat16", "compiled bfloat16"),
     ("main bfloat16", "main float32"),
     ("main float32", "plain float32"),
 ]

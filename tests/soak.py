@@ -31,7 +31,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -47,6 +46,7 @@ sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402
 
+from conftest import free_ports  # noqa: E402
 import numpy.random  # noqa: E402, F401  (what each leg would import)
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -728,14 +728,6 @@ class CannotMount(Exception):
 
 
 SAVED = r"^saved [0-9a-f]{40} at iteration ([\d,]+)$"
-
-
-def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 # ---- Faults -------------------------------------------------------------------------------------

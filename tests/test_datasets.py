@@ -1287,6 +1287,13 @@ def test_the_usual_folder(tmp_path, text, monkeypatch, capsys):
     assert len(dataset.train.tokens) and (tmp_path / "usual" / "text").is_dir()
 
 
+def test_a_tilde_in_save_dir(tmp_path, text):
+    """The shell leaves it alone behind an =."""
+    line = ["--text", text, "--save_dir=~/lm"]
+    run(*line, program=(str(ROOT / "datasets.py"),), env={"HOME": str(tmp_path)}, cwd=tmp_path)
+    assert (tmp_path / "lm" / "text").is_dir() and not (tmp_path / "~").exists()
+
+
 def test_what_is_prepared_is_used(tmp_path, text):
     """Whatever way the path is written."""
     prepare("--text", os.path.relpath(text), "--save_dir", tmp_path / "lm")

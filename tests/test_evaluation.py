@@ -1,6 +1,7 @@
 """The loss's gradient by finite differences, and the score of a split against one computed window by window."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import main
@@ -8,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import loss_of, nats_of, whole
+from conftest import TINY, loss_of, nats_of, run, whole
 from datasets import ByteTokenizer, Split, WordTokenizer, write_tokens
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -146,6 +147,21 @@ def test_describe_score_by_hand():
     assert main.describe_score("test", 1.5, split, pieces) == (
         "test 1.5000 nats, perplexity 4.48 per token, 20.09 per word, 0.8656 bits per byte"
     )
+
+
+def test_another_test_text(tmp_path, text):
+    """Any text can be scored; the oracle is a run that had it from the start."""
+    (tmp_path / "other.txt").write_text("the lazy dog jumps\n" * 90)
+    line = ["--text", text, *TINY, "--num_iters", 10]
+    other = ["--test_text", tmp_path / "other.txt"]
+    run(*line, "--save_dir", tmp_path / "lm")
+    scored, _ = run("--evaluate", "test", "--identifier", "latest", *other, "--save_dir", tmp_path / "lm")
+    expected, _ = run(*line, *other, "--eval_test", "--save_dir", tmp_path / "with")
+    [[nats], [expected_nats]] = (re.findall(r"^test ([\d.]+) nats", out, re.M) for out in (scored, expected))
+    assert nats == expected_nats
+    run("--dataset", "python", *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm")
+    _, err = run("--evaluate", "test", "--identifier", "latest", *other, "--save_dir", tmp_path / "lm", status=2)
+    assert err.count("\n") == 1 and "python has splits of its own" in err
 
 
 def split_of(text, tokenizer, folder):

@@ -19,7 +19,7 @@ from conftest import ROOT, WORDS, ids, run, start
 
 def talk(folder, prompts, *arguments):
     """stdout and stderr of a session in which `prompts` come from a pipe."""
-    return run("--inference", "--save_dir", folder, *arguments, input=prompts, errors="surrogateescape")
+    return run("--inference", "--save_dir", folder, *arguments, input=prompts)
 
 
 def count_tokens(folder, replies):
@@ -62,7 +62,7 @@ def test_commands(model):
     cold, hot = (talk(model, "the company\n", "--temperature", t, "--seed", 7)[0] for t in (0, 3))
     lines = ["/set temperature 0", "the company", "/reset", "/set temperature 3", "/set seed 7", "the company"]
     assert talk(model, "\n".join(lines))[0] == cold + hot
-    assert talk(model, "the company\n/quit\nthe company\n", "--temperature", 0)[0].rstrip("\n") == cold.rstrip("\n")
+    assert talk(model, "the company\n/quit \nthe company\n", "--temperature", 0)[0].rstrip("\n") == cold.rstrip("\n")
     out, err = talk(model, "/stats\nthe company\n/stats\n/reset\nthe company\n", "--temperature", 0)
     assert out == 2 * cold and len(re.findall(r"^[\d,.]+ tokens/s$", err, re.M)) == 1
 

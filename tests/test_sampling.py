@@ -114,7 +114,7 @@ def test_the_largest_alone(rules):
 
 
 # Logits are logarithms of 4, 1, 3, 2, 1/2. At temperature 1/2 these numbers are squared, at 2 their roots count.
-@pytest.mark.parametrize("rules, weights", [
+DISTRIBUTIONS = [  # sampling flags, and what each token is drawn in proportion to
     (dict(), [4, 1, 3, 2, 0.5]),
     (dict(temperature=0.5), [16, 1, 9, 4, 0.25]),
     (dict(temperature=0.5, top_k=3), [16, 0, 9, 4, 0]),
@@ -124,7 +124,10 @@ def test_the_largest_alone(rules):
     (dict(min_p=0.3), [4, 0, 3, 2, 0]),
     (dict(repetition_penalty=2.0), [2, 1, 3, 2, 0.25]),  # of the first and the last
     (dict(temperature=0.5, top_k=4, top_p=0.9, min_p=0.5), [16, 0, 9, 0, 0]),
-], ids=str)  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rules, weights", DISTRIBUTIONS, ids=str)
 def test_what_is_drawn_has_the_right_distribution(rules, weights):
     draws, logits = 5_000, [math.log(weight) for weight in (4, 1, 3, 2, 0.5)]
     given = flags(**dict(temperature=1.0, top_k=0) | rules)

@@ -8,7 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, ids, run
+from datasets import ByteTokenizer
 from test_pictures import trained  # noqa: F401 (a fixture)
+
+from extras.cases import score_case
 
 CASES = [
     ("the quick", " brown"),
@@ -53,6 +56,14 @@ def test_cases(trained, tmp_path):
     assert "of 5 in the top 5" in out
     every, _ = run("--cases", path, "--save_dir", trained, "--top_k", 257)
     assert every.count("5 of 5 in the top 257") == len(ids(trained))
+
+
+def test_a_diverged_model_passes_no_case():
+    model = main.LanguageModel(main.Config(260, 16, 1, 8, 2, 2, "relu2", 16))
+    main.init_weights(model, 0)
+    model.model.norm.weight = model.model.norm.weight * float("nan")
+    result = score_case(model, ByteTokenizer(), "the", " dog", top_k=5)
+    assert not result["passed"] and result["rank"] > 5
 
 
 def test_a_case_of_words_that_the_model_cannot_know(text, tmp_path):

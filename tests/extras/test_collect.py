@@ -109,7 +109,7 @@ def lines(folder):
 
 def distill(server, folder, prompts=PROMPTS, **options):
     said = []
-    extras.collect.distill(server.url, "gpt", prompts, folder, say=said.append, **options)
+    extras.collect.collect_answers(server.url, "gpt", prompts, folder, say=said.append, **options)
     return said
 
 
@@ -177,7 +177,7 @@ def test_a_student_asks_for_what_it_began(tmp_path, text):
         (tmp_path / "bad.jsonl").write_text(content + "\n")
         process = program(tmp_path, *line, "--teacher_prompts", "bad.jsonl", "--output", "bad")
         assert process.returncode == 2 and process.stderr.count("\n") == 1
-        assert "bad.jsonl must hold prompts and completions" in process.stderr
+        assert "bad.jsonl must hold what main.py --prompts_file writes" in process.stderr
 
 
 def test_failures_are_tried_again(tmp_path, pauses):
@@ -229,7 +229,7 @@ def test_failures_that_end_it(tmp_path, pauses, script, asked):
 def test_what_is_no_address(tmp_path, pauses, url, words):
     folder = tmp_path / "out"
     with pytest.raises(UsageError, match=words):
-        extras.collect.distill(url, "gpt", PROMPTS, folder)
+        extras.collect.collect_answers(url, "gpt", PROMPTS, folder)
     assert not pauses and not folder.exists()
 
 
@@ -412,11 +412,11 @@ def test_no_part_of_the_key_is_shown(tmp_path, pauses):
 
 def test_limit_of_requests(tmp_path, pauses):
     with Server() as server, pytest.raises(RunError, match="-1 requests"):
-        distill(server, tmp_path, most=-1)
+        distill(server, tmp_path, max_requests=-1)
     assert not server.asked
     with Server([(500, {})]) as server:
         with pytest.raises(RunError, match="2 requests were made .*, 1 prompts answered"):
-            distill(server, tmp_path, most=2)
+            distill(server, tmp_path, max_requests=2)
         assert len(server.asked) == 2 and len(lines(tmp_path)) == 1
 
 

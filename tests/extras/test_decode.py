@@ -17,6 +17,7 @@ import pytest
 from conftest import TEXT, TINY, Script, flags, ids, run
 from datasets import ByteTokenizer, UsageError
 from mlx.utils import tree_flatten, tree_unflatten
+from test_sampling import DISTRIBUTIONS
 
 from extras.collect import append_lines
 from extras.decode import SAMPLING_FLAGS, BatchDecoder, SpeculativeDecoder
@@ -44,19 +45,7 @@ def tokens_of(model, prompt, count, seed=0, **values):
 # ---- Many texts together ------------------------------------------------------------------------
 
 
-# Logits are logarithms of 4, 1, 3, 2, 1/2. At temperature 1/2 these numbers are squared,
-# at 2 their roots count.
-@pytest.mark.parametrize("rules, weights", [
-    (dict(), [4, 1, 3, 2, 0.5]),
-    (dict(temperature=0.5), [16, 1, 9, 4, 0.25]),
-    (dict(temperature=0.5, top_k=3), [16, 0, 9, 4, 0]),
-    (dict(temperature=2.0, top_k=2), [2, 0, 3**0.5, 0, 0]),
-    (dict(top_k=99), [4, 1, 3, 2, 0.5]),
-    (dict(top_p=0.8), [4, 0, 3, 2, 0]),
-    (dict(min_p=0.3), [4, 0, 3, 2, 0]),
-    (dict(repetition_penalty=2.0), [2, 1, 3, 2, 0.25]),  # of the first and the last
-    (dict(temperature=0.5, top_k=4, top_p=0.9, min_p=0.5), [16, 0, 9, 0, 0]),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("rules, weights", DISTRIBUTIONS, ids=str)
 def test_what_is_drawn_has_the_right_distribution(rules, weights):
     draws, logits = 100_000, [math.log(weight) for weight in (4, 1, 3, 2, 0.5)]
     given = flags(**dict(temperature=1.0, top_k=0) | rules)

@@ -1,5 +1,6 @@
 """What is quick on a CPU, against the plain functions of main.py and against NumPy in float64."""
 
+import csv
 import importlib.util
 import inspect
 import math
@@ -15,7 +16,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import ROOT, flags, nats_of
+from conftest import ROOT, TINY, flags, nats_of, run
 from mlx.utils import tree_flatten, tree_unflatten
 
 from extras import fast
@@ -500,6 +501,58 @@ def test_without_a_fast_blas(trouble, tmp_path):
         cache.write_text("a file")
     assert blas_of(PATH=str(tmp_path / "bin"), XDG_CACHE_HOME=str(cache)) == "reference BLAS"
     assert not list(cache.glob("*/*.so"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has a fast BLAS")
+def test_a_library_that_cannot_be_loaded(tmp_path):
+    """Of the cache it is compiled anew; if a compiler makes it so, the next options are tried."""
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "cc"
+    script.write_text(
+        f"""#!/bin/sh
+{shutil.which("cc")} "$@" || exit
+case "$*" in *-fopenmp*)
+    for last; do :; done
+    echo junk > "$last"
+esac
+"""
+    )
+    script.chmod(0o755)
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path)}
+    assert blas_of(**env) == main.BLAS
+    [library] = tmp_path.glob("*/blas-*")
+    library.write_bytes(b"junk")
+    assert blas_of(**env) == main.BLAS
+    assert list(tmp_path.glob("*/blas-*")) == [library] and library.stat().st_size > 1000
+
+
+# ---- macOS --------------------------------------------------------------------------------------
+
+AS_ON_MACOS = """
+import os, sys, sysconfig
+
+sysconfig.get_config_vars()  # while it can still be found
+sys.platform = "darwin"
+for name in ("sched_getaffinity", "sched_setaffinity", "posix_fadvise", "memfd_create", "copy_file_range", "eventfd"):
+    vars(os).pop(name, None)
+import main
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_what_macos_lacks_is_not_needed(tmp_path, text):
+    line = ["--text", text, *TINY, "--num_iters", 20, "--steps_per_report", 1, "--learning_rate", 3e-3]
+    options = {"program": ["-c", AS_ON_MACOS], "env": {"PYTHONPATH": str(ROOT)}}
+    run(*line, "--save_dir", tmp_path / "linux")
+    out, _ = run(*line, "--save_dir", tmp_path / "macos", **options)
+    assert "by Accelerate" in out
+    losses = []
+    for folder in ("linux", "macos"):
+        [log] = (tmp_path / folder).glob("*.csv")
+        losses.append([float(row["loss"]) for row in csv.DictReader(log.open())])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and len(losses[0]) == 20
+    for more in (["--evaluate", "valid"], ["--prompt", "the"], ["--benchmark", "--num_iters", 30]):
+        run(*more, "--save_dir", tmp_path / "macos", **options)
 
 
 # ---- bfloat16 -----------------------------------------------------------------------------------

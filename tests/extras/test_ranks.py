@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import main  # first: MLX takes the BLAS that is loaded before it
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ids, run, start
+from conftest import ROOT, TINY, free_ports, ids, run, start
 
 STEPS = [*TINY, "--num_iters", 20, "--steps_per_report", 1, "--lr_warmup", 2, "--learning_rate", 3e-3]
 LAUNCH = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
@@ -35,14 +34,6 @@ state = tree_flatten([last.model.parameters(), last.optimizer.state])
 print("hash", hashlib.sha1(b"".join(bytes(array) for _, array in state)).hexdigest(), file=sys.stderr)
 sys.exit(status)
 """
-
-
-def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def start_ranks(size, folder, *arguments, apart=0, **options):

@@ -1,0 +1,59 @@
+"""Runs main.py as often as it is asked to, each time in a fork of this process, which has imported what main.py imports.
+
+That takes most of the time of a short run. All else is as in `python main.py`: the fork runs the file as __main__, with
+arguments, working directory and standard streams of its own, and ends as Python ends. tests/conftest.py asks: one JSON
+line on stdin for each run, answered by its exit status on stdout.
+"""
+
+import json
+import os
+import signal
+import sys
+import types
+from pathlib import Path
+
+MAIN = Path(__file__).resolve().parent.parent / "main.py"
+TIMEOUT = 300  # seconds
+
+
+def open_streams(paths):
+    """Puts files in the place of stdin, stdout and stderr, opened as Python opens its own."""
+    for number, (name, path) in enumerate(zip(("stdin", "stdout", "stderr"), paths)):
+        is_input = name == "stdin"
+        file = os.open(path, os.O_RDONLY if is_input else os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, number)
+        os.close(file)
+        settings = {"encoding": getattr(sys, name).encoding, "errors": getattr(sys, name).errors}
+        buffering = 1 if name == "stderr" else -1
+        setattr(sys, name, open(number, "r" if is_input else "w", buffering, closefd=False, **settings))
+
+
+def serve():
+    """Answers until stdin ends; returns True in each fork, where main.py is to be run."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            signal.alarm(TIMEOUT)
+            os.chdir(request["cwd"])
+            open_streams(request["streams"])
+            sys.argv = [str(MAIN), *request["arguments"]]
+            return True
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+    return False
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(MAIN.parent)
+    import main  # noqa: F401
+
+    del sys.modules["main"]  # a fork has its own, which is __main__
+    code = compile(MAIN.read_bytes(), str(MAIN), "exec")
+    if serve():
+        module = sys.modules["__main__"] = types.ModuleType("__main__")
+        module.__file__ = str(MAIN)
+        exec(code, module.__dict__)
