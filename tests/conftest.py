@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -40,27 +41,30 @@ def start(*arguments, env=None, program=(str(ROOT / "main.py"),), **options):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
 
-    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    options = streams | {"text": True, "errors": "surrogateescape"} | options
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
-        text=True, errors="surrogateescape", env={**os.environ, **(env or {})}, preexec_fn=default_signals, **options,
+        env={**os.environ, **(env or {})}, preexec_fn=default_signals, **options,
     )  # fmt: skip
 
 
 def environment():
-    """This process's environment, but for what pytest changes with each test."""
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    """This process's environment, but for what pytest sets for each test, and extras/fast.py when it is used."""
+    passing = ("PYTEST_CURRENT_TEST", "OMP_WAIT_POLICY", "OPENBLAS_CORETYPE")
+    lasting = {name: value for name, value in os.environ.items() if name not in passing}
+    return lasting | {"PATH": re.sub(r"[^:]*/transformer-lm/compiler-\w+:", "", os.environ["PATH"])}
+
+
+USUAL_ENVIRONMENT = environment()
 
 
 class ForkServer:
     """tests/forkserver.py, in which a run begins 0.4 s earlier than in a Python of its own."""
 
-    environment = environment()
-
     def __init__(self):
         command = [sys.executable, str(ROOT / "tests" / "forkserver.py")]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, text=True, env=self.environment, **pipes)
+        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, arguments, input, cwd):
         """Runs `python main.py *arguments` to its end; returns its exit status, stdout and stderr."""
@@ -76,8 +80,7 @@ class ForkServer:
 
 @functools.cache
 def fork_server():
-    """The server of this process; None where MLX does not survive a fork."""
-    return ForkServer() if sys.platform == "linux" else None
+    return ForkServer()
 
 
 def run(*arguments, status=0, input=None, cwd=None, **options):
@@ -85,9 +88,9 @@ def run(*arguments, status=0, input=None, cwd=None, **options):
 
     options: those of `start`, which ask for a Python of its own.
     """
-    server = fork_server()
-    if server and not options and environment() == server.environment:
-        ended, out, err = server.run([*map(str, arguments)], input, cwd)
+    survives_a_fork = sys.platform == "linux"  # on macOS neither Metal nor Accelerate does
+    if survives_a_fork and not options and environment() == USUAL_ENVIRONMENT:
+        ended, out, err = fork_server().run([*map(str, arguments)], input, cwd)
     else:
         if input is not None:
             options["stdin"] = subprocess.PIPE

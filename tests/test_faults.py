@@ -36,9 +36,9 @@ def test_faults_of_all_kinds():
     if not soak.FORKS:  # where a fault costs ten times as much
         run_soak("--seed", 1, "--faults", 40)
         return
-    out, counts = run_soak("--seed", 1, "--faults", 300)
+    out, counts = run_soak("--seed", 1, "--faults", 120)
     places = ["process", "ranks"] + ["small disk"] * (os.geteuid() == 0)  # root alone can mount
-    rare = {kind for place in places for kind in soak.FAULTS[place] if counts.get(kind, 0) < 5}
+    rare = {kind for place in places for kind in soak.FAULTS[place] if counts.get(kind, 0) < 2}
     assert not rare, out
 
 

@@ -176,7 +176,7 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--dataset shakespeare", "'shakespeare'", "tinyshakespeare"),
     ("--quantize 3", "3", "8"),
     # Values that do not fit each other
-    ("--text text.txt --dim 100 --num_heads 8 --new_model", "no multiple of 2 * --num_heads 8", "try --dim 96"),
+    ("--text text.txt --dim 100 --num_heads 8 --new_model", "not a multiple of 2 * --num_heads 8", "try --dim 96"),
     ("--text text.txt --dim 24 --num_heads 8 --new_model", "--dim 24", "try --dim 32"),
     ("--text text.txt --dim 30 --num_heads 2 --new_model", "--dim 30", "try --dim 32"),
     ("--text text.txt --num_heads 8 --num_kv_heads 3 --new_model", "--num_kv_heads 3 does not divide", "try 1"),
