@@ -2368,6 +2368,7 @@ PRESETS = {
     "medium": {"dim": 512, "num_heads": 8, "num_blocks": 12, "context_size": 512},
     "large": {"dim": 768, "num_heads": 12, "num_blocks": 24, "context_size": 1024},
     "gpt2": {"dim": 768, "num_heads": 12, "num_blocks": 12, "context_size": 1024},
+    # Smaller than its name: 152M with GPT-2's vocabulary.
     "350m": {"dim": 768, "num_heads": 12, "num_blocks": 16, "context_size": 2048},
 }
 

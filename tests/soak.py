@@ -778,9 +778,12 @@ def run_struck(scenario, chance, strikes, statuses, is_clean=True):
             scenario.is_exact_log = False
         unread = re.search(r"([0-9a-f]{40})\S*\.(metadata|safetensors)$", struck["path"])
         if is_error and struck["phase"] == "start" and unread:
-            # A checkpoint that could not be read was passed over, as a damaged one would be.
+            # A checkpoint that could not be read was passed over, as a damaged one would be. The
+            # log was cut to the older one; the next leg may resume the newer one, rows of which
+            # are then missing.
             scenario.damaged.add(unread[1])
             scenario.reached = 0
+            scenario.is_exact_log = False
     if not leg.has_struck():
         statuses = statuses | {0, 143}
     scenario.check(leg, statuses, is_clean)
@@ -1079,7 +1082,7 @@ def draw_reader(scenario, chance):
     if not records:
         return None
     readers = [["--list"], ["--prompt", "a", "--max_tokens", "2"], ["--evaluate", "valid"]]
-    best = records[0]["best"]
+    best = main.list_checkpoints(scenario.folder)[0]["best"]  # of the run that was saved last
     if best and best["id"] not in scenario.damaged:
         readers.append([*readers[1], "--identifier", "best"])
     return chance.choice(readers)
@@ -1152,9 +1155,10 @@ def wall_clock(scenario, chance):
     leg.struck = []
     leg.out, leg.err = process.communicate(timeout=TIMEOUT)
     leg.status = process.returncode
-    is_starting = "main.py" not in leg.err or "line 0, in <module>" in leg.err
+    is_starting = re.search(r'main.py", line \d+, in <module>\n(    import signal\n|  File "<frozen)', leg.err)
+    is_starting = is_starting or "main.py" not in leg.err or "line 0, in <module>" in leg.err
     if leg.err.endswith("KeyboardInterrupt\n") and not leg.out and is_starting:
-        # Python was starting, and had not read a line of main.py: it ends with 1 or by the signal.
+        # Python was starting, up to main.py's `import signal`: it ends with 1 or by the signal.
         leg.err = ""
         leg.status = -signal.SIGINT
     scenario.check(leg, ended_by(name) | {0})
