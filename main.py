@@ -1823,12 +1823,16 @@ class Reporter:
     def __init__(self, run):
         self.num_iters = run.flags.num_iters
         self.step_tokens = run.batches.batch_size * run.flags.context_size
+        is_terminal = sys.stderr.isatty()
+        size = {"dynamic_ncols": True}
+        if is_terminal and not os.get_terminal_size(sys.stderr.fileno()).columns:
+            size = {"ncols": 100, "nrows": 24}  # unknown, as in some containers
         self.bar = tqdm(
             total=self.num_iters,
             initial=run.iteration,
-            unit="step",
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
+            disable=not is_terminal,
+            bar_format="{n_fmt}/{total_fmt} |{bar}| left {remaining}  {desc}",
+            **size,
         )
         path = run.flags.save_dir / f"{run.name}.csv"
         self.table = LogTable(path, run.iteration, run.is_scored())
@@ -1838,12 +1842,14 @@ class Reporter:
         shown = []
         for name, value in metrics.items():
             form = FORMATS.get(name, name + " {:.4g}")
+            if name == "peak_mib" and not self.bar.disable:
+                continue  # so that the bar fits 100 columns
             if form:
                 shown.append(form.format(value))
             if name == "loss":
                 shown.append(f"perplexity {perplexity(value):.2f}")
         line = "  ".join(shown)
-        self.bar.set_postfix_str(line)
+        self.bar.set_description_str(line)
         if self.bar.disable:
             tokens_left = (self.num_iters - iteration) * self.step_tokens
             left = tqdm.format_interval(tokens_left / metrics["tokens_per_second"])

@@ -292,7 +292,10 @@ def export_model(model, tokenizer, folder, bits):
         finally:
             for file_name in EXPORTED:
                 (folder / f"{file_name}.new").unlink(missing_ok=True)
-    print(f"{name}ForCausalLM and its tokenizer are in {folder}", file=sys.stderr)
+    message = f"{name}ForCausalLM and its tokenizer are in {folder}"
+    if name == "Arcee":
+        message += " for transformers (mlx-lm has no Arcee: for it, train with --mlp swiglu)"
+    print(message, file=sys.stderr)
 
 
 def check_vacant(folder):

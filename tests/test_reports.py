@@ -1,11 +1,16 @@
 """Reports against independent computations: sliding evaluation, logs, what a checkpoint says of its making."""
 
+import contextlib
 import csv
 import fcntl
 import hashlib
 import os
+import pty
 import random
+import re
 import signal
+import struct
+import termios
 import time
 from argparse import Namespace
 
@@ -155,6 +160,25 @@ def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path, capsys):
     trained.iteration = 20
     main.Reporter(trained).report_steps(30, metrics | {"weight_norm": 0.5})
     assert rows_of(path) == [*rows[:2], rows[2] | {"weight_norm": "0.5"}]
+
+
+@pytest.mark.parametrize("columns", [100, 0])
+def test_the_progress_bar_fits_100_columns(tmp_path, text, columns):
+    """Of a long run, too, and in a terminal that does not know its width."""
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
+    line = [*TINY, "--learning_rate", 0, "--num_iters", 100_000, "--max_minutes", 0.01]
+    process = start("--text", text, *line, "--save_dir", tmp_path, stdout=end, stderr=end)
+    os.close(end)
+    printed = b""
+    with contextlib.suppress(OSError):  # at its end
+        while part := os.read(terminal, 1 << 16):
+            printed += part
+    os.close(terminal)
+    assert process.wait(60) == 0
+    bars = [line for line in re.split(r"[\r\n]+", printed.decode()) if "/100000 |" in line]
+    report = r"left [\d:]+  loss [\d.]+  perplexity [\d.]+  lr \S+  grad [\d.]+  [\d,]+ tokens/s$"
+    assert max(map(len, bars)) <= 100 and re.search(report, bars[-1]), bars[-1]
 
 
 def test_what_a_checkpoint_was_made_by(trained):
