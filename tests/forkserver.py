@@ -5,6 +5,7 @@ arguments, working directory and standard streams of its own, and ends as Python
 line on stdin for each run, answered by its exit status on stdout.
 """
 
+import gc
 import json
 import os
 import signal
@@ -53,6 +54,7 @@ if __name__ == "__main__":
 
     del sys.modules["main"]  # a fork has its own, which is __main__
     code = compile(MAIN.read_bytes(), str(MAIN), "exec")
+    gc.freeze()  # else each fork's first collection copies what it shares with this process
     if serve():
         module = sys.modules["__main__"] = types.ModuleType("__main__")
         module.__file__ = str(MAIN)

@@ -21,6 +21,7 @@ import builtins
 import csv
 import errno
 import fcntl
+import gc
 import hashlib
 import io
 import itertools
@@ -1502,4 +1503,5 @@ def command_line():
 
 
 if __name__ == "__main__":
+    gc.freeze()  # else each leg's first collection copies what it shares with this process
     sys.exit(command_line())

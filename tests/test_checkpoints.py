@@ -493,6 +493,7 @@ def test_a_diverged_checkpoint_is_marked_and_passed_over(tmp_path, capsys):
     before = read_safetensors(tmp_path / f"{run.checkpoint_id}.metadata")[0]
     run.saved_iteration = run.iteration
     assert main.newest_sound_id(tmp_path, run) == sound
+    main.mark_diverged(tmp_path, run)
     [record] = [record for record in main.list_checkpoints(tmp_path) if record.get("diverged")]
     assert record["id"] == run.checkpoint_id and main.find_damage(tmp_path, record) is None
     after = read_safetensors(tmp_path / f"{run.checkpoint_id}.metadata")[0]
