@@ -537,7 +537,7 @@ def download(address, part, size):
     headers = None  # of the last response; None until there is one
     reason = "the connection was cut"
     failures = 0
-    while failures < 6:
+    while True:
         start = size_of(part)
         if start >= size:
             start = 0  # too long to be part of the file
@@ -554,9 +554,9 @@ def download(address, part, size):
             return
         # A slow or flaky connection may take as many attempts as it needs.
         failures = 0 if have > start else failures + 1
-        if failures < 6:
-            time.sleep(pause_before_retry(headers, failures))
-    raise OSError(reason)
+        if failures == 6:
+            raise OSError(reason)
+        time.sleep(pause_before_retry(headers, failures))
 
 
 def size_of(path):

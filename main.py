@@ -1217,28 +1217,28 @@ def remove_leftovers(folder):
 def newest_sound_id(folder, run):
     """The id of the checkpoint to return to after the step from `run.iteration` diverged, or None.
 
-    If the run was saved at that iteration, that checkpoint is marked: the next step from it would
-    diverge again at any learning rate. Training skips it, until it is pruned.
+    If the run was saved at that iteration, the next step from there would diverge again at any
+    learning rate.
     """
     if run.saved_iteration < run.iteration:
         return run.checkpoint_id
-    own = [record for record in list_checkpoints(folder) if record["run"] == run.name]
-    sound = None
-    for record in reversed(own):  # oldest first
-        if record["id"] == run.checkpoint_id:
+    for record in list_checkpoints(folder):
+        is_own = record["run"] == run.name and record["id"] != run.checkpoint_id
+        if is_own and not record.get("diverged"):
+            return record["id"]
+    return None
+
+
+def mark_diverged(folder, run):
+    """Marks the checkpoint that `run` saved last: training skips it, until it is pruned."""
+    for record in list_checkpoints(folder):
+        if record["run"] == run.name and record["id"] == run.checkpoint_id:
             with contextlib.suppress(OSError), locked(folder):  # for example, a full disk
-                mark_diverged(record["path"])
-        elif not record.get("diverged"):
-            sound = record["id"]
-    return sound
-
-
-def mark_diverged(path):
-    """Marks a checkpoint, in its metadata, as one from which no step can be taken."""
-    with open(path, "rb") as file:
-        record, texts = read_metadata(file)
-        arrays = load_arrays(file)
-    replace_metadata(path, record | {"diverged": True}, texts["tokenizer"], arrays)
+                with open(record["path"], "rb") as file:
+                    content, texts = read_metadata(file)
+                    arrays = load_arrays(file)
+                content["diverged"] = True
+                replace_metadata(record["path"], content, texts["tokenizer"], arrays)
 
 
 def load_model(folder, record):
@@ -1778,10 +1778,13 @@ def divergence_error(run, what, ranks):
     """The RunError of a run in which `what` is not finite; training reached `run.iteration`."""
     # A lost rank causes NaNs, too; this call then raises its own error.
     ranks.agree(None, False)
-    sound = newest_sound_id(run.flags.save_dir, run) if ranks.rank == 0 else None
     where = "no good checkpoint is left: start over with --new_model"
-    if sound:
-        where = f"the last good checkpoint is {sound}: resume"
+    if ranks.rank == 0:
+        if run.saved_iteration == run.iteration:
+            mark_diverged(run.flags.save_dir, run)
+        sound = newest_sound_id(run.flags.save_dir, run)
+        if sound:
+            where = f"the last good checkpoint is {sound}: resume"
     return RunError(
         f"the {what} is not finite; {where} "
         "with a lower --learning_rate, --grad_clip or --weight_decay"
