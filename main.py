@@ -2179,6 +2179,33 @@ def first_ids(tokenizer, prompt):
     return tokenizer.encode("\n").tolist() or [0]  # some tokenizers ignore newlines
 
 
+class Detokenizer:
+    """Turns token ids that follow one another into pieces of text that no later one can change.
+
+    ids: those of the text before them, which is not part of the pieces.
+    """
+
+    def __init__(self, tokenizer, ids):
+        self.tokenizer = tokenizer
+        self.ids = list(ids)
+        self.shown = len(tokenizer.decode(self.ids))  # characters of their text that are out
+
+    def add(self, token):
+        """The text that `token` completes; "" inside a character."""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if text.endswith("\ufffd"):  # perhaps the first bytes of a character
+            return ""
+        piece = text[self.shown :]
+        self.ids = [token]  # all that the next token's text can depend on
+        self.shown = len(self.tokenizer.decode(self.ids))
+        return piece
+
+    def rest(self):
+        """What there is of a character that was never completed."""
+        return self.tokenizer.decode(self.ids)[self.shown :]
+
+
 class Conversation:
     """A growing text of a user's prompts and a model's continuations."""
 
@@ -2206,21 +2233,15 @@ class Conversation:
             self.text.extend(tokenizer.encode("\n" + prompt).tolist())  # shared with the decoder
         else:
             self.text.extend(first_ids(tokenizer, prompt))
-        ids = self.text[:]  # `shown` characters of their text are already out
-        shown = len(tokenizer.decode(ids))
+        detokenizer = Detokenizer(tokenizer, self.text)
         times = []  # when each token arrived
         try:
             for token in self.decoder.generate(flags.max_tokens, flags, seed):
                 times.append(time.perf_counter())
-                ids.append(token)
-                text = tokenizer.decode(ids)
-                if not text.endswith("\ufffd"):  # perhaps the first bytes of a character
-                    yield text[shown:]
-                    ids = ids[-1:]  # all that the next token's text can depend on
-                    shown = len(tokenizer.decode(ids))
+                yield detokenizer.add(token)
                 if interrupts and interrupts.received:
                     return
-            yield tokenizer.decode(ids)[shown:]  # bytes of a character that was never completed
+            yield detokenizer.rest()
         finally:
             if times:  # excluding the time for the prompt
                 self.speed = (len(times) - 1) / (time.perf_counter() - times[0])

@@ -76,7 +76,7 @@ def collect_answers(url, model, prompts, folder, max_requests=1000, timeout=120,
     with out:
         for head in heads[len(lines) :]:
             completion = teacher.answer(head["prompt"], num_answered=len(lines))
-            line = json.dumps(head | {"completion": completion}, ensure_ascii=False).encode()
+            line = json_line(head | {"completion": completion})
             out.write(line + b"\n")
             out.flush()  # so that no answer that was paid for is lost
             lines.append(line)
@@ -116,6 +116,11 @@ def write_whole(path, text):
             raise
 
 
+def json_line(content):
+    """A dict as UTF-8 JSON, with escapes for characters that UTF-8 lacks (lone surrogates)."""
+    return json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace")
+
+
 def append_lines(path, heads):
     """Opens a JSON Lines file for appending; returns it and its complete lines, as bytes.
 
@@ -126,7 +131,7 @@ def append_lines(path, heads):
     Raises UsageError if it is not a regular file, holds other lines or is locked by another
     process, RunError if a line is damaged; the file is then left unchanged.
     """
-    heads = [json.dumps(head, ensure_ascii=False).encode() for head in heads]
+    heads = [json_line(head) for head in heads]
     # Include the key that follows: `"max_tokens": 20` alone would also be a prefix of 200.
     heads = [head.removesuffix(b"}") + b', "completion": ' for head in heads]
     out = open(path, "a+b")

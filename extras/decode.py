@@ -7,7 +7,6 @@ Both give each text the continuation that main.py's Decoder would give it alone:
 depend only on the seed and the position in the text.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from datasets import explained
-from extras.collect import append_lines
-from main import Cache, Decoder, first_ids, shape_logits
+from extras.collect import append_lines, json_line
+from main import Cache, Decoder, Detokenizer, first_ids, shape_logits
 
 # The flags that, besides the seed, determine a completion.
 SAMPLING_FLAGS = [
@@ -224,9 +223,9 @@ def answer_file(model, tokenizer, checkpoint_id, flags, batch_size=16):
     settings = {name: getattr(flags, name) for name in SAMPLING_FLAGS}
     problem = f"--prompts_file {flags.prompts_file} must be UTF-8, --output writable"
     with explained(problem, OSError, ValueError):
-        text = Path(flags.prompts_file).read_text("utf-8")
+        prompts = Path(flags.prompts_file).read_text("utf-8").removesuffix("\n")
         jobs = []
-        for prompt in text.removesuffix("\n").split("\n"):  # splitlines would also split at \f
+        for prompt in prompts.split("\n"):  # splitlines would also split at \f
             for _ in range(flags.num_samples):
                 job = {
                     "prompt": prompt,
@@ -242,7 +241,7 @@ def answer_file(model, tokenizer, checkpoint_id, flags, batch_size=16):
         for start in range(len(answered), len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             for line in answer_batch(model, tokenizer, batch, flags):
-                out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                out.write(json_line(line) + b"\n")
             out.flush()  # a kill costs at most the current batch
 
 
@@ -252,13 +251,16 @@ def answer_batch(model, tokenizer, jobs, flags):
     shown = [len(tokenizer.decode(text)) for text in texts]  # characters of the prompts
     read = [len(text) for text in texts]  # tokens of the prompts
     decoder = BatchDecoder(model, texts)
+    detokenizers = [Detokenizer(tokenizer, text) for text in texts]
+    written = [""] * len(texts)  # what each text was continued with, only for --stop
     stopped = [None] * len(texts)  # how many tokens each text had when --stop appeared
-    for _ in decoder.generate(flags.max_tokens, flags, [job["seed"] for job in jobs]):
+    for ids in decoder.generate(flags.max_tokens, flags, [job["seed"] for job in jobs]):
         if not flags.stop:
             continue
-        for i, text in enumerate(texts):
-            if stopped[i] is None and flags.stop in tokenizer.decode(text)[shown[i] :]:
-                stopped[i] = len(text)
+        for i, token in enumerate(ids):
+            written[i] += detokenizers[i].add(token)
+            if stopped[i] is None and flags.stop in written[i]:
+                stopped[i] = len(texts[i])
         if None not in stopped:
             break
     lines = []

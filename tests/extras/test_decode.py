@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from test_sampling import DISTRIBUTIONS
 
 from extras.collect import append_lines
-from extras.decode import SAMPLING_FLAGS, BatchDecoder, SpeculativeDecoder
+from extras.decode import SAMPLING_FLAGS, BatchDecoder, SpeculativeDecoder, answer_batch
 
 
 def make_model(context_size=8, vocab_size=31, kv_heads=2, seed=0):
@@ -313,6 +313,24 @@ def test_prompts_end_before_the_stop(model, stop, tmp_path):
         out, _ = run(*alone, "--stop", stop, "--save_dir", model)
         assert out == line["completion"] + "\n"
     assert any(len(line["tokens"]) < 12 for line in lines) or stop == "e o"
+
+
+def test_a_stop_that_is_not_utf8(byte_model, tmp_path):
+    """It never comes, and is a string of JSON all the same."""
+    for _ in range(2):  # the second one finds all prompts answered
+        lines = answers(byte_model, tmp_path / "out.jsonl", "--stop", "\udcff")
+        assert all(line["stop"] == "\udcff" and len(line["tokens"]) == 12 for line in lines)
+
+
+def test_the_search_for_the_stop_decodes_each_token_once(byte_model, monkeypatch):
+    """Or a few times, but not the whole text each time."""
+    model, tokenizer = main.load_model(byte_model, main.list_checkpoints(byte_model)[0])
+    decode, decoded = tokenizer.decode, []
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.extend(ids) or decode(ids))
+    jobs = [{"prompt": prompt, "seed": 1} for prompt in ("the company", "a lazy")]
+    lines = answer_batch(model, tokenizer, jobs, flags(max_tokens=300, stop="never", temperature=1))
+    count = sum(len(line["tokens"]) for line in lines)
+    assert count == 600 and len(decoded) < 5 * count
 
 
 @pytest.mark.parametrize("damage", [
