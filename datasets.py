@@ -321,11 +321,14 @@ class BPETokenizer:
         self.kind = kind
         self.vocabulary = vocabulary
         self.package = tokenizers_package().Tokenizer.from_str(vocabulary)
+        # A file may tell to cut texts, or to fill them up, for the model that it belongs to.
+        self.package.no_truncation()
+        self.package.no_padding()
         self.vocab_size = self.package.get_vocab_size()
         self.dtype = token_dtype(self.vocab_size)
         self.eos_token = eos
         self.eos = self.find_eos([eos or END, *ENDS])
-        self.unk = self.find_unk() if kind == "file" else None
+        self.unk = self.find_unk()
         self.num_special = len({self.eos, self.unk} - {None})
 
     @classmethod
@@ -1193,17 +1196,20 @@ ALWAYS_VERIFIED = 256 << 20
 def usual_folder():
     """The default folder: on a RAM disk, which is the fastest to save to, or CACHE.
 
-    Linux's RAM disk is used if it has 4 GiB free or already holds our folder; otherwise, a run
-    that fills it up would not be found again.
+    Linux's RAM disk is used if it has 4 GiB free, and whatever is free if it already holds our
+    folder; but not if CACHE holds checkpoints. So what was saved is found again.
     """
     if os.path.ismount("/Volumes/RAMDisk"):
         return Path("/Volumes/RAMDisk/transformer-lm")
-    if os.path.isdir("/dev/shm/transformer-lm"):
-        return Path("/dev/shm/transformer-lm")
-    if os.path.isdir("/dev/shm"):
+    folder = Path("/dev/shm/transformer-lm")
+    if os.path.isdir(folder) and not os.access(folder, os.W_OK):  # that of another user
+        folder = Path(f"/dev/shm/transformer-lm-{os.getuid()}")
+    if os.path.isdir(folder):
+        return folder
+    if os.path.isdir("/dev/shm") and not any(CACHE.glob("*.safetensors")):
         disk = os.statvfs("/dev/shm")
         if disk.f_bavail * disk.f_frsize >= 4 << 30:  # bytes
-            return Path("/dev/shm/transformer-lm")
+            return folder
     return CACHE
 
 
@@ -1287,7 +1293,8 @@ def load_dataset(
         if not is_current(about, own):
             spans = own
             if spans is None:
-                spans = find_spans(name, save_dir, mirror, say)
+                # Absolute, so that they hold in any working directory.
+                spans = find_spans(name, save_dir.absolute(), mirror, say)
             content, stamps = describe_text(spans)
             # Files may have been touched or copied without a change to the text.
             if about.get("text") != content:
@@ -1597,9 +1604,9 @@ DATA_FLAGS = {
 
 def underscored(argument):
     """An argument; if it is a flag, hyphens in its name become underscores."""
-    if not argument.startswith("--"):
-        return argument
     name, equals, value = argument[2:].partition("=")
+    if not argument.startswith("--") or " " in name:  # argparse, too, takes this for a value
+        return argument
     name = name.replace("-", "_")
     if name.startswith("no_"):
         name = name.replace("_", "-", 1)
@@ -1618,8 +1625,12 @@ def make_parser():
     parser = Parser(description=main.__doc__, allow_abbrev=False)
     for name, (default, options) in DATA_FLAGS.items():
         parser.add_argument(f"--{name}", default=default, **options)
+    parser.set_defaults(dataset=None)  # not given
     parser.add_argument(
-        "--save_tokenizer", metavar="FILE", help="write the tokenizer as a tokenizer.json"
+        "--save_tokenizer",
+        metavar="FILE",
+        type=user_path,
+        help="write the tokenizer as a tokenizer.json",
     )
 
     group = parser.add_argument_group(
@@ -1632,9 +1643,10 @@ def make_parser():
     add(
         "--teacher_prompts",
         metavar="FILE",
+        type=user_path,
         help="one prompt per line, or the .jsonl that main.py --prompts_file wrote",
     )
-    add("--output", metavar="DIR", help="folder for answers.jsonl and corpus.txt")
+    add("--output", metavar="DIR", type=user_path, help="folder for answers.jsonl and corpus.txt")
     add(
         "--max_requests",
         metavar="N",
@@ -1645,20 +1657,41 @@ def make_parser():
     return parser
 
 
-def main():
-    """Prepares and summarizes a corpus ahead of training, or collects one from a teacher."""
-    parser = make_parser()
-    flags = parser.parse_args([underscored(argument) for argument in sys.argv[1:]])
+def check_flags(flags):
+    """Raises UsageError if flags contradict each other or lack a value."""
+    read = [flags.tokenizer]  # paths among other things
+    for name, value in vars(flags).items():
+        values = value if isinstance(value, list) else [value]
+        if "" in values:
+            raise UsageError(f"--{name} is empty: give it a value, or leave it out")
+        if name in ("text", "valid_text", "test_text") and value:
+            read += values
     # --max_requests is not among them: it has a default.
     teaching = [flags.distill_from, flags.teacher_model, flags.teacher_prompts, flags.output]
     if any(teaching) and None in teaching:
-        parser.error(
+        raise UsageError(
             "--distill_from, --teacher_model, --teacher_prompts and --output go together: "
             "give all four"
         )
     if (flags.valid_text or flags.test_text) and not flags.text:
-        parser.error("--valid_text and --test_text require --text")
+        raise UsageError("--valid_text and --test_text require --text")
+    if flags.text and flags.dataset:
+        raise UsageError("--text and --dataset are mutually exclusive: use one of them")
+    if flags.save_tokenizer:
+        written = os.path.realpath(flags.save_tokenizer)
+        if written in [os.path.realpath(user_path(path)) for path in read]:
+            raise UsageError(
+                f"--save_tokenizer {flags.save_tokenizer} would overwrite what another flag "
+                "names: give another name"
+            )
+
+
+def main():
+    """Prepares and summarizes a corpus ahead of training, or collects one from a teacher."""
+    parser = make_parser()
     try:
+        flags = parser.parse_args([underscored(argument) for argument in sys.argv[1:]])
+        check_flags(flags)
         if flags.distill_from:
             extra("collect").collect(flags)
         else:
@@ -1686,12 +1719,13 @@ def drop_unwritten():
 def prepare(flags):
     """Loads (and encodes) the corpus that the flags specify, and prints a summary."""
     arguments = {name: getattr(flags, name) for name in DATA_FLAGS if name != "dataset"}
-    dataset = load_dataset("text" if flags.text else flags.dataset, **arguments)
+    default, _ = DATA_FLAGS["dataset"]
+    dataset = load_dataset("text" if flags.text else flags.dataset or default, **arguments)
     tokenizer = dataset.tokenizer
     if flags.save_tokenizer:
         text, _ = extra("huggingface").tokenizer_json(tokenizer)
         with explained(f"cannot write {flags.save_tokenizer}: name another file", OSError):
-            Path(user_path(flags.save_tokenizer)).write_text(text, "utf-8")
+            Path(flags.save_tokenizer).write_text(text, "utf-8")
     print(
         f"{dataset.name} by {tokenizer.kind}: vocabulary {tokenizer.vocab_size:,}, "
         f"special {tokenizer.num_special}"

@@ -63,7 +63,7 @@ from tqdm import tqdm
 
 from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, RunError, UsageError
 from datasets import choice, explained, extra, flag, load_dataset, number, open_folder
-from datasets import tokenizer_from_dict, underscored, user_path
+from datasets import tokenizer_from_dict, underscored, user_path, utf8
 
 # Recorded in checkpoints: BLAS libraries round differently.
 BLAS = fast.BLAS if fast else "MLX's own BLAS"
@@ -958,8 +958,7 @@ def list_checkpoints(folder, warn=False, tries=10):
                 saved_order(record)
                 records.append(record)
             except UNREADABLE as error:
-                # A missing checkpoint was just deleted by the run that owns it.
-                vanished = not (folder / f"{checkpoint_id}.safetensors").exists()
+                vanished = is_deleted(folder, checkpoint_id)
                 some_vanished |= vanished
                 if warn and len(checkpoint_id) == 40 and not vanished:
                     print(
@@ -976,6 +975,11 @@ def list_checkpoints(folder, warn=False, tries=10):
     for record in records:
         record["run_saved"] = run_saved.get(record["run"], 0)
     return records
+
+
+def is_deleted(folder, checkpoint_id):
+    """Whether a checkpoint that was listed is gone, deleted by the run that owns it."""
+    return not os.path.lexists(folder / f"{checkpoint_id}.safetensors")  # a dangling link is there
 
 
 def saved_order(record):
@@ -1033,8 +1037,8 @@ def named_checkpoint(folder, records, identifier, flag="--identifier"):
         )
     [record] = found
     damage = find_damage(folder, record)
-    if damage and not (folder / f"{record['id']}.safetensors").exists():
-        # Deleted since it was listed; the identifier may match another checkpoint by now.
+    if damage and is_deleted(folder, record["id"]):
+        # The identifier may match another checkpoint by now.
         return named_checkpoint(folder, list_checkpoints(folder), identifier, flag)
     if damage:
         raise RunError(
@@ -1082,7 +1086,7 @@ def save_score(folder, run, interrupts=None):
     keep_trying(write_metadata, folder, run, interrupts)
 
 
-GRACE = 5  # seconds of retrying a save after SIGTERM; launchers kill after 10 or more
+GRACE = 5  # seconds of retrying a save after SIGTERM; most launchers kill after 10 or more
 
 
 def keep_trying(write, folder, run, interrupts=None):
@@ -1101,7 +1105,7 @@ def keep_trying(write, folder, run, interrupts=None):
                 write(folder, run)
             return
         except OSError as error:
-            remove_leftovers(folder)  # frees the space of the partial save
+            remove_leftovers(folder, run.name)  # frees the space of the partial save
             tqdm.write(
                 f"Saving to {folder} failed ({error}); retrying in {pause} s. Press Ctrl+C twice "
                 f"to exit without saving; SIGTERM exits after {GRACE} s."
@@ -1148,12 +1152,16 @@ def own_metadata(folder, run):
     later = folder / f"{run.checkpoint_id}.{run.name}.metadata"
     if later.exists():
         return later
+    return first if owner_of(first) in (None, run.name) else later
+
+
+def owner_of(path):
+    """The name of the run that a metadata file belongs to; None if the file cannot be read."""
     try:
-        with open(first, "rb") as file:
-            owner = read_metadata(file)[0]["run"]
-    except UNREADABLE:  # usually it does not exist
-        owner = run.name
-    return first if owner == run.name else later
+        with open(path, "rb") as file:
+            return read_metadata(file)[0]["run"]
+    except UNREADABLE:  # perhaps it does not exist
+        return None
 
 
 def replace_metadata(path, record, tokenizer, arrays):
@@ -1198,11 +1206,15 @@ def prune(folder, run, keep):
                 record["path"].unlink(missing_ok=True)  # the checkpoint stays for the others
             elif record["id"] not in in_use:
                 (folder / f"{record['id']}.safetensors").unlink(missing_ok=True)
-    remove_leftovers(folder)  # the metadata of deleted checkpoints
+    remove_leftovers(folder, run.name)  # the metadata of deleted checkpoints
 
 
-def remove_leftovers(folder):
-    """Deletes `.new` files left behind by killed saves, and metadata without weights."""
+def remove_leftovers(folder, name):
+    """Deletes what killed saves have left: `.new` files, and metadata without weights.
+
+    Intact metadata of another run than `name` stays: a user may be copying a checkpoint here, and
+    its weights come second.
+    """
     run = r"\w+-[0-9a-f]{6}"  # a run's name
     unfinished = re.compile(rf"{run}\.(safetensors|metadata|csv)\.new")
     metadata = re.compile(rf"([0-9a-f]{{40}})(\.{run})?\.metadata")
@@ -1210,7 +1222,8 @@ def remove_leftovers(folder):
         for path in folder.iterdir():
             found = metadata.fullmatch(path.name)
             is_alone = found and not (folder / f"{found[1]}.safetensors").exists()
-            if is_alone or unfinished.fullmatch(path.name):
+            is_useless = is_alone and owner_of(path) in (None, name)
+            if is_useless or unfinished.fullmatch(path.name):
                 path.unlink()
 
 
@@ -1265,6 +1278,7 @@ def load_arrays(file):
     file object itself is not passed: an MLX thread would release it at an arbitrary time, which
     at exit would abort Python.
     """
+    file.seek(0)  # on macOS, the descriptor opened by its number shares this file's position
     try:
         arrays = mx.load(f"/dev/fd/{file.fileno()}", format="safetensors")
         mx.eval(arrays)  # reads them
@@ -1579,8 +1593,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 
     tokens, targets: [N, L]; noise: see make_noise; loss: the mean in nats; norm: the gradient norm
     before clipping. The N = batch_size * grad_accumulation rows are processed batch_size at a time,
-    divided among ranks and streams. With bfloat16, a GPU runs the model in bfloat16, while a CPU
-    only rounds the inputs of matrix products; weights, optimizer state and loss are float32.
+    divided among ranks and streams. With bfloat16, a GPU casts the trained matrices to it, while a
+    CPU only rounds the inputs of matrix products; weights, optimizer state and loss are float32.
     """
     ranks = ranks or SingleProcess()
     model.model.grad_checkpoint = flags.checkpoint
@@ -1663,6 +1677,9 @@ def train(run, interrupts, ranks):
     if flags.max_minutes is not None:
         end_time = run.seconds + 60 * flags.max_minutes
     received = None  # a signal
+    # A run that needs other checkpoints is saved at once: its record keeps them from being pruned.
+    if is_main and run.about["uses"] and not run.checkpoint_id:
+        save_checkpoint(folder, run, interrupts)
 
     # iteration: steps done. The last pass of the loop only saves and evaluates.
     for iteration in range(start, flags.num_iters + 1):
@@ -1748,7 +1765,9 @@ def train(run, interrupts, ranks):
                 "peak_mib": mx.get_peak_memory() / 2**20,
                 "seconds": run.seconds,
             }
-            if not flags.train_tokens:  # with it, num_bytes is still that of the whole text
+            # With --train_tokens, num_bytes is still that of the whole text; with --teacher, the
+            # loss is not that of the text alone.
+            if not flags.train_tokens and run.teacher is None:
                 metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], dataset.train)
             reporter.report_steps(iteration + 1, metrics)
             run.recent_steps = 0
@@ -1775,7 +1794,10 @@ def train(run, interrupts, ranks):
 
 
 def divergence_error(run, what, ranks):
-    """The RunError of a run in which `what` is not finite; training reached `run.iteration`."""
+    """The RunError of a run in which `what` is not finite; training reached `run.iteration`.
+
+    If the run was saved at that iteration, its checkpoint is marked.
+    """
     # A lost rank causes NaNs, too; this call then raises its own error.
     ranks.agree(None, False)
     where = "no good checkpoint is left: start over with --new_model"
@@ -1792,8 +1814,9 @@ def divergence_error(run, what, ranks):
 
 
 # Columns of <run>.csv, empty where a row has no such value; other metrics follow them. loss:
-# nats/token; tokens: trained on so far; peak_mib: MLX's peak memory in this process; seconds: of
-# training so far, excluding the first step of each session, which compiles.
+# nats/token, with --teacher mixed with the distillation loss; tokens: trained on so far; peak_mib:
+# MLX's peak memory in this process; seconds: of training so far, excluding the first step of each
+# session, which compiles.
 LOG_COLUMNS = [
     "iteration",
     "split",
@@ -1825,6 +1848,7 @@ class Reporter:
 
     def __init__(self, run):
         self.num_iters = run.flags.num_iters
+        self.distills = run.teacher is not None
         self.step_tokens = run.batches.batch_size * run.flags.context_size
         is_terminal = sys.stderr.isatty()
         size = {"dynamic_ncols": True}
@@ -1849,7 +1873,7 @@ class Reporter:
                 continue  # so that the bar fits 100 columns
             if form:
                 shown.append(form.format(value))
-            if name == "loss":
+            if name == "loss" and not self.distills:
                 shown.append(f"perplexity {perplexity(value):.2f}")
         line = "  ".join(shown)
         self.bar.set_description_str(line)
@@ -1997,10 +2021,15 @@ def print_start(run, checkpoint, ranks):
             f"Low on disk space: --keep {flags.keep}, the best and the next one need "
             f"{room / 2**20:,.0f} MiB."
         )
+    if run.is_branch:
+        tqdm.write(
+            f"A new branch: {checkpoint['run']} has newer checkpoints, which stay. To resume this "
+            f"run, name it: --identifier {run.name}."
+        )
     if BLAS == "reference BLAS" and not flags.gpu:
         tqdm.write(
-            "Matrix products are slow: the fast library for them needs a C compiler "
-            "(apt install g++)."
+            "Matrix products are slow: a fast library for them needs a C compiler "
+            "(apt install g++) and oneDNN (pip install onednn-cpu-gomp) or NumPy from PyPI."
         )
     if checkpoint:
         changed = []
@@ -2506,11 +2535,15 @@ FLAGS["sampling"] = {
     "inference": flag(False, "sample interactively"),
     "prompt": flag(None, "text to continue", metavar="TEXT"),
     "prompts_file": flag(
-        None, "continue each line of a file, in batches; writes JSON Lines", metavar="FILE"
+        None,
+        "continue each line of a file, in batches; writes JSON Lines",
+        type=user_path,
+        metavar="FILE",
     ),
     "output": flag(
         None,
-        "output of --prompts_file (resumed if it exists) or --cases (default: stdout)",
+        "JSON of --prompts_file (resumed if it exists; default: stdout) or of --cases",
+        type=user_path,
         metavar="FILE",
     ),
     "max_tokens": flag(200, "maximum number of new tokens", type=SIZE),
@@ -2796,9 +2829,9 @@ def read_config(path, passed):
             elif value is False:
                 arguments.append(f"--no-{name}")
             elif isinstance(value, list):
-                arguments += [f"--{name}", *map(str, value)]
+                arguments += [f"--{name}", *(utf8(str(each)) for each in value)]
             elif value is not None:
-                arguments.append(f"--{name}={value}")
+                arguments.append(f"--{name}={utf8(str(value))}")
         return parse(arguments)  # with the command line's types, limits and choices
 
 
@@ -2879,8 +2912,7 @@ def choose_checkpoint(folder, flags, passed, needed):
             damage = DIVERGED
         if not damage:
             return record
-        if not (folder / f"{record['id']}.safetensors").exists():
-            # Its run is still training and has deleted it since: there is a newer one.
+        if is_deleted(folder, record["id"]):  # its run is still training: there is a newer one
             return choose_checkpoint(folder, flags, passed, needed)
         print(f"Skipping {describe(record)}: {damage}", file=sys.stderr)
     if candidates:
@@ -3160,7 +3192,7 @@ def list_runs(folder):
             age = tqdm.format_interval(time.time() - record["saved"])
             line = f"    {record['id'][:12]}  iteration {record['iteration']:>9,}"
             line += f"  {score:>10}  {age:>8} old"
-            if record is records[0]:
+            if record in matching_checkpoints(records, "latest"):
                 line += ", latest"  # of the folder
             if record["id"] == best_id(newest):
                 line += ", best"  # of the run
@@ -3250,7 +3282,7 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
                 raise RunError(
                     f"{name} advanced while this process was starting; rerun the command"
                 )
-        remove_leftovers(folder)
+        remove_leftovers(folder, name)
         run = make_run(name, flags, dataset, checkpoint, origins, ranks)
         print_start(run, checkpoint, ranks)
         if run.iteration >= flags.num_iters:
@@ -3263,7 +3295,7 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
             return train(run, interrupts, ranks)
         except RuntimeError as error:
             # Ctrl+C in a terminal also kills the compiler in a first step, evaluation or sample.
-            # At that point, nothing is unsaved.
+            # Nothing is unsaved then but, with --average, the first step of a run.
             if interrupts.received and ranks.size == 1:
                 reason = " ".join(str(error).split())
                 tqdm.write(f"Stopped at iteration {run.iteration:,} ({reason[:200]}).")
@@ -3343,6 +3375,25 @@ def join_ranks():
     return SingleProcess()
 
 
+SMALLER = "give a smaller --batch_size or --context_size"
+
+
+def explain_mlx_error(error):
+    """A line for a RuntimeError of MLX that the user can mend; None for any other."""
+    text = str(error)
+    if re.search("allocate|out of memory", text, re.IGNORECASE):
+        return f"out of memory ({' '.join(text.split())[:200]}): {SMALLER}"
+    # On a CPU, MLX compiles in the folder for temporary files.
+    if re.match(r"\[Compile|filesystem error", text):
+        _, _, output = text.rpartition("the output is: ")  # of the compiler, if it ran
+        reason = " ".join(output.splitlines()[-2:])
+        return (
+            "MLX cannot compile in the folder for temporary files: "
+            f"set TMPDIR to a folder with free space ({reason})"
+        )
+    return None
+
+
 def main(argv=None):
     """Runs the program; returns the exit status.
 
@@ -3355,24 +3406,20 @@ def main(argv=None):
                 return ranks.follow()
             return execute(sys.argv[1:] if argv is None else argv, ranks)
     except (UsageError, RunError, OSError, ImportError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of stdout is gone, for example head
+            return 1
         line = " ".join(str(error).splitlines())  # one line, however many the error has
         if isinstance(error, MemoryError):
-            line += ": give a smaller --batch_size or --context_size"
+            line += f": {SMALLER}"
         if isinstance(error, ImportError):  # a package that only one feature needs
             line += ": pip install -r requirements.txt"
         print(f"main.py: {line}", file=sys.stderr)
         return 2 if isinstance(error, (UsageError, ImportError)) else 1
     except RuntimeError as error:
-        # On a CPU, MLX compiles in the folder for temporary files.
-        if not re.match(r"\[Compile|filesystem error", str(error)):
+        line = explain_mlx_error(error)
+        if not line:
             raise  # a bug in this program
-        _, _, output = str(error).rpartition("the output is: ")  # of the compiler, if it ran
-        reason = " ".join(output.splitlines()[-2:])
-        print(
-            "main.py: MLX cannot compile in the folder for temporary files: "
-            f"set TMPDIR to a folder with free space ({reason})",
-            file=sys.stderr,
-        )
+        print(f"main.py: {line}", file=sys.stderr)
         return 1
 
 

@@ -40,7 +40,7 @@ def run_benchmark(run):
     """Measures a training step of a run and decoding with its model, and prints the result."""
     model, flags = run.model, run.flags
     parameters = count_parameters(model)
-    flops = count_flops(model.config, parameters)
+    flops = count_flops(model.config, parameters, flags.lora_rank)
     trained = sum(weight.size for _, weight in tree_flatten(model.trainable_parameters()))
     lasting = measure_memory(run)
     passing = predict_memory(model.config, flags, trained, count_streams(flags))
@@ -84,20 +84,20 @@ def count_parameters(model):
     return counts
 
 
-def count_flops(config, parameters):
+def count_flops(config, parameters, lora_rank):
     """Floating-point operations per token of the forward and the backward pass.
 
     The forward pass takes a multiplication and an addition per weight of a matrix. Attention takes
     them twice per element of a query and position of the window: for the scores and for the
     weighted sum of values. The backward pass takes twice as many: for the gradients with respect
-    to the inputs and for those with respect to the weights.
+    to the inputs and for those with respect to the weights, which LoRA does without.
     """
     # The output layer multiplies by a matrix, either the embeddings or its own.
     output = config.vocab_size * config.dim
     matrices = parameters["attention"] + parameters["mlp"] + output
     queries = config.num_blocks * config.num_heads * config.head_dim  # elements
     forward = 2 * matrices + 4 * queries * config.context_size
-    return {"forward": forward, "backward": 2 * forward}
+    return {"forward": forward, "backward": forward if lora_rank else 2 * forward}
 
 
 def count_streams(flags):

@@ -275,9 +275,12 @@ class Teacher:
             seconds = max(pause, reply.wait)
             self.say(f"{reply.reason}; retrying in {seconds:g} s")
             time.sleep(seconds)
+        remedy = "rerun to continue"
+        if not reply.is_temporary:
+            remedy = f"check the address, key, --teacher_model and prompt, then {remedy}"
         raise RunError(
-            f"{self.url} does not answer ({reply.reason}); {num_answered:,} answers are kept: "
-            "rerun to continue"
+            f"{self.url} does not answer prompt {num_answered + 1:,} ({reply.reason}); "
+            f"{num_answered:,} answers are kept: {remedy}"
         )
 
     def request(self, prompt):

@@ -71,8 +71,9 @@ from datasets import CACHE
 # C source. MLX calls cblas_sgemm with row-major matrices (`order` 101); 111 means not transposed,
 # 112 transposed, as in x @ weight.T. find_blas sets the functions of one of the two libraries.
 #
-# Small products, as in decoding, are computed here, about as fast as memory is read, and never
-# rounded: a matrix times a vector (n == 1), and a few rows times a transposed matrix (m <= 32).
+# Small products, as in decoding, are computed here, about as fast as memory is read: a matrix times
+# a vector (n == 1), which is never rounded, and a few rows times a transposed matrix (m <= 32)
+# unless products are rounded to bfloat16.
 #
 # Rounding to bfloat16 adds 0x7fff, half of what is cut off, and for ties the last bit that is kept;
 # a NaN keeps a bit set. Waking a thread costs as much as 10 million operations.

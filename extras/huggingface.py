@@ -147,7 +147,8 @@ def read_weights(files):
     weights = {}
     for file in files:
         for name, weight in mx.load(str(file)).items():
-            weights[name] = weight.astype(mx.float32)
+            if not name.endswith("rotary_emb.inv_freq"):  # older folders hold RoPE's speeds, too
+                weights[name] = weight.astype(mx.float32)
     return weights
 
 
@@ -193,7 +194,7 @@ def make_config(settings, untie):
 
     Raises KeyError if one without a default is missing, UsageError if one cannot be used.
     """
-    # What transformers assumes for entries that a config.json lacks.
+    # What transformers assumes for entries that a config.json of Llama lacks.
     defaults = {
         "num_key_value_heads": settings["num_attention_heads"],
         "head_dim": None,

@@ -50,7 +50,8 @@ class Group:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, RuntimeError):  # MLX raises it when a rank is gone
+        # MLX raises a RuntimeError when a rank is gone.
+        if isinstance(error, RuntimeError) and not main.explain_mlx_error(error):
             raise RunError(LOST.format(error)) from None
         if self.rank == 0:
             try:
@@ -154,7 +155,8 @@ class Group:
     def follow(self):
         """What every rank but the first does; returns the exit status."""
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 alone prints
-        main.use_device("--gpu" in sys.argv)  # only rank 0 reads a --config; it sends this below
+        # Only rank 0 reads a --config, reports that there is no GPU, and sends this below.
+        main.use_device("--gpu" in sys.argv and mx.is_available(mx.gpu))
         # A signal reaches all ranks with the next message.
         with main.Interrupts(launched=True) as interrupts:
             try:

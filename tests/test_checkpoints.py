@@ -146,7 +146,7 @@ def test_killed_at_every_call_of_a_save(tmp_path):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             Faults(patch, at, Killed())
             main.save_checkpoint(folder, run)
-        main.remove_leftovers(folder)
+        main.remove_leftovers(folder, run.name)
         newest = main.list_checkpoints(folder)[0]["id"]
         assert main.find_damage(folder, {"id": newest}) is None and newest in new | {old}
         assert len({path.stem for path in folder.iterdir()}) * 2 == len(list(folder.iterdir()))
@@ -287,10 +287,49 @@ def test_files_of_others_are_left_alone(tmp_path, capsys):
         (tmp_path / name).write_bytes(content)
     for name in ("ptb-0a1b2c.metadata.new", "ptb-0a1b2c.safetensors.new", f"{'1' * 40}.metadata"):
         (tmp_path / name).write_bytes(b"left by a killed save")
-    main.remove_leftovers(tmp_path)
+    main.remove_leftovers(tmp_path, "ptb-0a1b2c")
     assert {path.name for path in tmp_path.iterdir()} == set(foreign)
     assert main.list_checkpoints(tmp_path, warn=True) == []
     assert capsys.readouterr().err.count("Skipping") == 1
+
+
+def test_metadata_that_comes_before_its_weights_stays(tmp_path):
+    """As when a checkpoint is moved into a folder in which another run trains; its own run would have left it."""
+    run = make_run()
+    id = main.save_checkpoint(tmp_path, run)
+    weights = tmp_path / f"{id}.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    main.remove_leftovers(tmp_path, "other-0a1b2c")
+    weights.write_bytes(content)
+    assert main.find_damage(tmp_path, {"id": id}) is None
+    weights.unlink()
+    main.remove_leftovers(tmp_path, run.name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_links_that_lead_nowhere(tmp_path, capsys):
+    """Checkpoints linked from a RAM disk are such after a reboot."""
+    (tmp_path / f"{'0' * 40}.safetensors").symlink_to("/nowhere/at/all")
+    assert main.list_checkpoints(tmp_path) == []
+    run = make_run()
+    older = main.save_checkpoint(tmp_path, run)
+    advance(run)
+    newer = main.save_checkpoint(tmp_path, run)
+    (tmp_path / f"{newer}.safetensors").unlink()
+    (tmp_path / f"{newer}.safetensors").symlink_to("/nowhere/at/all")
+    assert choose(tmp_path)["id"] == older and newer[:12] in capsys.readouterr().err
+    with pytest.raises(RunError, match="damaged"):
+        choose(tmp_path, identifier=newer)
+
+
+def test_arrays_are_read_from_the_start_of_a_file(tmp_path):
+    """However far it was read before: on macOS, what /dev/fd opens goes on from there."""
+    run = make_run()
+    id = main.save_checkpoint(tmp_path, run)
+    with open(tmp_path / f"{id}.safetensors", "rb") as file:
+        file.read()
+        assert main.load_arrays(file) and file.tell() == 0
 
 
 def test_prune_keeps_the_newest_the_best_and_other_runs(tmp_path):

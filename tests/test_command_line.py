@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import io
+import json
 import os
 import re
 import signal
@@ -84,6 +85,23 @@ def test_hyphens_are_as_good_as_underscores(tmp_path):
     line = ["--max-tokens", "7", "--num-kv-heads=2", "--no-qk-norm", "--prompt=--a-b", "--config", str(path)]
     expected = {"max_tokens": 7, "num_kv_heads": 2, "qk_norm": False, "prompt": "--a-b", "lr_warmup": 3, "num_iters": 4}
     assert main.read_command_line(line) == expected | {"config": str(path)}
+    values = ["--prompt", "-- a well-known query", "--stop", "--- end-of-x"]
+    assert main.read_command_line(values) == {"prompt": values[1], "stop": values[3]}
+
+
+def test_paths_in_a_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "flags.yaml"
+    path.write_text("prompts_file: ~/prompts.txt\n")
+    passed = main.read_command_line(["--config", "~/flags.yaml", "--output=~/out.jsonl"])
+    assert passed["prompts_file"] == str(tmp_path / "prompts.txt") and passed["output"] == str(tmp_path / "out.jsonl")
+
+
+def test_half_an_emoji_in_a_config(tmp_path):
+    """JSON, which is YAML, too, writes one as two surrogates."""
+    path = tmp_path / "flags.yaml"
+    path.write_text(json.dumps({"prompt": "😀 \ud83d"}))
+    assert main.read_command_line(["--config", str(path)])["prompt"] == "😀 \ufffd"
 
 
 def test_version(tmp_path):
@@ -270,6 +288,7 @@ def test_list_of_nothing(tmp_path, capsys):
 ])  # fmt: skip
 def test_default_folder(mounted, free, place, tmp_path, monkeypatch, capsys):
     """`free`: bytes in /dev/shm, None where there is none; `place`: None means the cache folder."""
+    (tmp_path / "cache").mkdir()
     monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(os.path, "ismount", lambda path: mounted and str(path) == "/Volumes/RAMDisk")
     monkeypatch.setattr(os.path, "isdir", lambda path: str(path) == "/dev/shm" and free is not None)
@@ -289,7 +308,26 @@ def test_a_run_that_fills_the_default_folder_is_found_again(monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: False)
     monkeypatch.setattr(os.path, "isdir", lambda path: str(path) in ("/dev/shm", "/dev/shm/transformer-lm"))
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
+    monkeypatch.setattr(os, "access", lambda path, mode: True)
     assert datasets.usual_folder() == Path("/dev/shm/transformer-lm")
+
+
+def test_the_default_folder_of_another_user_is_left_alone(monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: False)
+    monkeypatch.setattr(os.path, "isdir", lambda path: str(path) in ("/dev/shm", "/dev/shm/transformer-lm"))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1 << 40, f_frsize=4096))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert datasets.usual_folder() == Path(f"/dev/shm/transformer-lm-{os.getuid()}")
+
+
+def test_what_was_saved_before_the_ram_disk_had_room_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "CACHE", tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: False)
+    monkeypatch.setattr(os.path, "isdir", lambda path: str(path) == "/dev/shm")
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1 << 40, f_frsize=4096))
+    assert datasets.usual_folder() == Path("/dev/shm/transformer-lm")
+    (tmp_path / f"{'0' * 40}.safetensors").write_bytes(b"")
+    assert datasets.usual_folder() == tmp_path
 
 
 def test_named_folder(tmp_path, monkeypatch, capsys):

@@ -1182,10 +1182,15 @@ def test_preparing_a_corpus(tmp_path):
     ("--text {0} --tokenizer bpe --vocab_size 5", "--vocab_size"), ("--vocab_size many", "--vocab_size"),
     ("--text {0} --tokenizer {0}", "must be a Hugging Face tokenizer.json"), ("--valid_text {0}", "require --text"),
     ("--text {0} --save_tokenizer /nowhere/x.json", "cannot write /nowhere/x.json"), ("--train-tokens 0", "at least 1"),
+    ("--text {0} --save_tokenizer {0}", "would overwrite"), ("--text {0} --dataset ptb", "mutually exclusive"),
+    ("--text=", "--text is empty"), ("--distill_from= --teacher_model m --teacher_prompts {0} --output o", "--distill_from is empty"),
+    ("--text {0} --tokenizer ~nosuchuser/t.json", "no such user"),
 ])  # fmt: skip
 def test_mistakes_in_preparing(tmp_path, text, line, word):
+    content = text.read_bytes()
     out, err = prepare(*line.format(text).split(), "--save_dir", tmp_path / "lm", status=2)
     assert out == "" and err.count("\n") == 1 and err.startswith("datasets.py: ") and word in err, err
+    assert text.read_bytes() == content
 
 
 @pytest.fixture(scope="module")
@@ -1207,6 +1212,34 @@ def tokenizer_files(tmp_path_factory):
     for name, tokenizer in made.items():
         tokenizer.save(str(folder / f"{name}.json"))
     return {name: folder / f"{name}.json" for name in made}
+
+
+def test_a_tokenizer_that_cuts_and_fills_texts(tokenizer_files, tmp_path):
+    """As a file may say that was saved for the inputs of one model."""
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer.from_file(str(tokenizer_files["bytes"]))
+    ids = plain.encode(ROWS).ids
+    plain.enable_truncation(5)
+    plain.enable_padding(length=8)
+    plain.save(str(tmp_path / "own.json"))
+    tokenizer = datasets.read_tokenizer(tmp_path / "own.json")
+    assert tokenizer.encode(ROWS).tolist() == ids and len(ids) > 8
+    assert [tokens.tolist() for tokens in tokenizer.encode_batch([ROWS, "the"])] == [ids, plain.encode("the").ids[:1]]
+
+
+def test_a_corpus_is_found_from_any_working_directory(tmp_path, monkeypatch):
+    folder = tmp_path / "mirror" / "tinyshakespeare"
+    folder.mkdir(parents=True)
+    data = ROWS.encode()
+    (folder / "input.txt").write_bytes(data)
+    monkeypatch.setitem(datasets.FILES, "input.txt", (len(data), hashlib.sha256(data).hexdigest()))
+    monkeypatch.chdir(tmp_path)
+    made = datasets.load_dataset("tinyshakespeare", "lm", mirror=str(tmp_path / "mirror"), say=str)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(datasets, "write_splits", lambda *_: pytest.fail("encoded again"))
+    again = datasets.load_dataset("tinyshakespeare", tmp_path / "lm", say=str)
+    assert again.train.tokens.tolist() == made.train.tokens.tolist()
 
 
 @pytest.mark.parametrize("name, eos, unk", [

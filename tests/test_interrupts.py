@@ -101,6 +101,14 @@ def test_closed_pipe_costs_nothing(tmp_path, text):
     assert ids(tmp_path / "lm") == ids(undisturbed)
 
 
+def test_explained_errors_of_mlx():
+    """What MLX's allocators say, and a bug of this program, which has to show its traceback."""
+    for text in ("[metal::malloc] Attempting to allocate 9 bytes which is greater than", "CUDA error: out of memory"):
+        assert "give a smaller --batch_size" in main.explain_mlx_error(RuntimeError(text))
+    assert "TMPDIR" in main.explain_mlx_error(RuntimeError("[Compile::eval_cpu] Failed. the output is: no space"))
+    assert main.explain_mlx_error(RuntimeError("[matmul] shapes do not match")) is None
+
+
 def test_closed_terminal_saves(tmp_path, text):
     """A terminal that goes away sends SIGHUP and makes every later write fail."""
     pid, terminal = pty.fork()

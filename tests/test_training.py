@@ -93,6 +93,7 @@ def test_an_older_checkpoint_begins_a_branch(tmp_path, text):
     older, newer = sorted(ids(tmp_path), key=lambda id: (tmp_path / f"{id}.safetensors").stat().st_mtime_ns)
     out, _ = run(*line, "--identifier", older, "--num_iters", 60, "--learning_rate", 0.01)
     assert "from iteration 10 to 60" in out
+    assert re.search(r"A new branch: text-\w{6} has newer checkpoints, .* --identifier text-\w{6}", out)
     assert {older, newer} < set(ids(tmp_path)) and len(ids(tmp_path)) == 4
     assert len({record["run"] for record in main.list_checkpoints(tmp_path)}) == 2
 

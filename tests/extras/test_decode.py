@@ -14,7 +14,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TEXT, TINY, Script, flags, ids, run
+from conftest import TEXT, TINY, Script, flags, ids, run, start
 from datasets import ByteTokenizer, UsageError
 from mlx.utils import tree_flatten, tree_unflatten
 from test_sampling import DISTRIBUTIONS
@@ -331,6 +331,14 @@ def test_the_search_for_the_stop_decodes_each_token_once(byte_model, monkeypatch
     lines = answer_batch(model, tokenizer, jobs, flags(max_tokens=300, stop="never", temperature=1))
     count = sum(len(line["tokens"]) for line in lines)
     assert count == 600 and len(decoded) < 5 * count
+
+
+def test_a_reader_that_leaves(byte_model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the\n" * 100)
+    process = start("--prompts_file", tmp_path / "prompts.txt", "--max_tokens", 1, "--save_dir", byte_model)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 1 and "pipe" not in process.stderr.read()
 
 
 @pytest.mark.parametrize("damage", [

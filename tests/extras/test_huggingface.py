@@ -150,6 +150,7 @@ def test_import_is_the_inverse_of_export(exported, name):
     assert checkpoint_id == hashlib.sha1(sha1s.encode()).hexdigest()
     assert its.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
     assert its.eos == tokenizer.eos
+    assert its.unk == tokenizer.unk and its.unknown("the ☃") == tokenizer.unknown("the ☃")
     tokens = [i % model.config.vocab_size for i in range(20)]
     np.testing.assert_array_equal(logits_of(found, tokens), logits_of(model, tokens))
 
@@ -217,6 +218,10 @@ def test_import_of_shards_in_bfloat16_with_heads_of_their_own(tmp_path):
     for name, weight in tree_flatten(found.parameters()):
         assert weight.dtype == mx.float32
         assert mx.array_equal(weight, weights[name].astype(mx.float32))
+    # RoPE's speeds, which older folders hold as weights, are computed.
+    speeds = {"model.layers.0.self_attn.rotary_emb.inv_freq": mx.ones(16)}
+    mx.save_safetensors(str(path), shard | speeds, {"format": "pt"})
+    assert import_model(tmp_path)[0].config == model.config
     # The last shard decides the id, too.
     shard["model.norm.weight"] = weights["model.norm.weight"] * 2
     mx.save_safetensors(str(path), shard, {"format": "pt"})

@@ -109,7 +109,8 @@ def test_lora_run(base, text, tmp_path):
     shutil.copytree(folder, tmp_path / "other")
     out, _ = run(*line, folder)
     assert "trainable" in out
-    [record] = [record for record in main.list_checkpoints(folder) if record["id"] != id]
+    record, begun = [record for record in main.list_checkpoints(folder) if record["id"] != id]
+    assert begun["iteration"] == 0, "from the start on, its base is not pruned"
     assert record["uses"] == {"init_from": [id, id]} and record["flags"]["lora_alpha"] == 4
     weights = mx.load(str(folder / f"{record['id']}.safetensors"))
     assert len(weights) == 2 * 2 * 7 and all("lora_" in name for name in weights)
