@@ -624,12 +624,18 @@ def extract(archive, member, folder):
     Names like ../x cannot write outside `folder`. Raises RunError.
     """
     fault = f"{archive} does not hold {member}: delete it and rerun the command"
+    # Unpacked in a temporary folder first, so that no partial file gets the name.
+    new = folder / f"{archive.name}.unpacked"
     with explained(fault, KeyError, zipfile.BadZipFile, kind=RunError):
-        # Unpacked in a temporary folder first, so that no partial file gets the name.
-        with tempfile.TemporaryDirectory(dir=folder) as new, zipfile.ZipFile(archive) as file:
-            unpacked = Path(file.extract(member, new))
-            sync(unpacked)  # it is not verified again
-            return unpacked.replace(folder / os.path.basename(member))
+        with open(archive, "rb") as data, zipfile.ZipFile(data) as file:
+            fcntl.flock(data, fcntl.LOCK_EX)  # one process at a time
+            shutil.rmtree(new, ignore_errors=True)  # what a killed one has left
+            try:
+                unpacked = Path(file.extract(member, new))
+                sync(unpacked)  # it is not verified again
+                return unpacked.replace(folder / os.path.basename(member))
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
 
 
 # ---- Corpora ------------------------------------------------------------------------------------
