@@ -318,17 +318,19 @@ class BPETokenizer:
 
     def __init__(self, vocabulary, kind="bpe", eos=None):
         """eos: the token that ends a text; if None or unknown, the first of ENDS that exists."""
+        settings = json.loads(vocabulary)
+        if settings.get("truncation") or settings.get("padding"):
+            # For the inputs of some model; a text is to be encoded whole.
+            settings |= {"truncation": None, "padding": None}
+            vocabulary = json.dumps(settings)
         self.kind = kind
         self.vocabulary = vocabulary
         self.package = tokenizers_package().Tokenizer.from_str(vocabulary)
-        # A file may tell to cut texts, or to fill them up, for the model that it belongs to.
-        self.package.no_truncation()
-        self.package.no_padding()
         self.vocab_size = self.package.get_vocab_size()
         self.dtype = token_dtype(self.vocab_size)
         self.eos_token = eos
         self.eos = self.find_eos([eos or END, *ENDS])
-        self.unk = self.find_unk()
+        self.unk = self.find_unk(settings["model"])
         self.num_special = len({self.eos, self.unk} - {None})
 
     @classmethod
@@ -352,9 +354,8 @@ class BPETokenizer:
                 return token
         return None
 
-    def find_unk(self):
+    def find_unk(self, model):
         """The id of text outside the vocabulary; None if there is no such text."""
-        model = json.loads(self.vocabulary)["model"]
         if model.get("unk_token") is not None:
             return self.package.token_to_id(model["unk_token"])
         return model.get("unk_id")
@@ -1202,16 +1203,18 @@ ALWAYS_VERIFIED = 256 << 20
 def usual_folder():
     """The default folder: on a RAM disk, which is the fastest to save to, or CACHE.
 
-    Linux's RAM disk is used if it has 4 GiB free, and whatever is free if it already holds our
-    folder; but not if CACHE holds checkpoints. So what was saved is found again.
+    Linux's RAM disk is used if it already holds our folder, or else if it has 4 GiB free and CACHE
+    holds no checkpoints: what was saved is found again.
     """
     if os.path.ismount("/Volumes/RAMDisk"):
         return Path("/Volumes/RAMDisk/transformer-lm")
     folder = Path("/dev/shm/transformer-lm")
-    if os.path.isdir(folder) and not os.access(folder, os.W_OK):  # that of another user
-        folder = Path(f"/dev/shm/transformer-lm-{os.getuid()}")
+    own = Path(f"{folder}-{os.getuid()}")  # where another user has the other one
+    for path in (own, folder):
+        if os.path.isdir(path) and os.access(path, os.W_OK):
+            return path
     if os.path.isdir(folder):
-        return folder
+        folder = own
     if os.path.isdir("/dev/shm") and not any(CACHE.glob("*.safetensors")):
         disk = os.statvfs("/dev/shm")
         if disk.f_bavail * disk.f_frsize >= 4 << 30:  # bytes
@@ -1631,7 +1634,7 @@ def make_parser():
     parser = Parser(description=main.__doc__, allow_abbrev=False)
     for name, (default, options) in DATA_FLAGS.items():
         parser.add_argument(f"--{name}", default=default, **options)
-    parser.set_defaults(dataset=None)  # not given
+    parser.set_defaults(dataset=None)  # tells whether it was given
     parser.add_argument(
         "--save_tokenizer",
         metavar="FILE",
@@ -1665,13 +1668,13 @@ def make_parser():
 
 def check_flags(flags):
     """Raises UsageError if flags contradict each other or lack a value."""
-    read = [flags.tokenizer]  # paths among other things
+    read = []  # paths and patterns
     for name, value in vars(flags).items():
         values = value if isinstance(value, list) else [value]
         if "" in values:
             raise UsageError(f"--{name} is empty: give it a value, or leave it out")
-        if name in ("text", "valid_text", "test_text") and value:
-            read += values
+        if name in ("text", "valid_text", "test_text", "tokenizer") and value:
+            read += map(user_path, values)
     # --max_requests is not among them: it has a default.
     teaching = [flags.distill_from, flags.teacher_model, flags.teacher_prompts, flags.output]
     if any(teaching) and None in teaching:
@@ -1684,8 +1687,11 @@ def check_flags(flags):
     if flags.text and flags.dataset:
         raise UsageError("--text and --dataset are mutually exclusive: use one of them")
     if flags.save_tokenizer:
-        written = os.path.realpath(flags.save_tokenizer)
-        if written in [os.path.realpath(user_path(path)) for path in read]:
+        written = Path(flags.save_tokenizer).resolve()
+        found = itertools.chain.from_iterable(glob.glob(path, recursive=True) for path in read)
+        if written.exists() and any(
+            written.is_relative_to(Path(path).resolve()) for path in found
+        ):
             raise UsageError(
                 f"--save_tokenizer {flags.save_tokenizer} would overwrite what another flag "
                 "names: give another name"

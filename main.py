@@ -1152,6 +1152,8 @@ def own_metadata(folder, run):
     later = folder / f"{run.checkpoint_id}.{run.name}.metadata"
     if later.exists():
         return later
+    if is_deleted(folder, run.checkpoint_id):  # then `first` is what a killed save has left
+        return first
     return first if owner_of(first) in (None, run.name) else later
 
 
@@ -1212,8 +1214,8 @@ def prune(folder, run, keep):
 def remove_leftovers(folder, name):
     """Deletes what killed saves have left: `.new` files, and metadata without weights.
 
-    Intact metadata of another run than `name` stays: a user may be copying a checkpoint here, and
-    its weights come second.
+    Intact metadata of a run other than `name` stays for an hour: a user may be copying a checkpoint
+    here, and its weights come second.
     """
     run = r"\w+-[0-9a-f]{6}"  # a run's name
     unfinished = re.compile(rf"{run}\.(safetensors|metadata|csv)\.new")
@@ -1221,9 +1223,10 @@ def remove_leftovers(folder, name):
     with contextlib.suppress(OSError), locked(folder):
         for path in folder.iterdir():
             found = metadata.fullmatch(path.name)
-            is_alone = found and not (folder / f"{found[1]}.safetensors").exists()
-            is_useless = is_alone and owner_of(path) in (None, name)
-            if is_useless or unfinished.fullmatch(path.name):
+            is_alone = found and is_deleted(folder, found[1])
+            is_recent = time.time() - path.lstat().st_ctime < 3600  # seconds; copies keep st_mtime
+            is_being_copied = is_recent and owner_of(path) not in (None, name)
+            if (is_alone and not is_being_copied) or unfinished.fullmatch(path.name):
                 path.unlink()
 
 
@@ -1278,14 +1281,25 @@ def load_arrays(file):
     file object itself is not passed: an MLX thread would release it at an arbitrary time, which
     at exit would abort Python.
     """
-    file.seek(0)  # on macOS, the descriptor opened by its number shares this file's position
+    rewind(file)
     try:
         arrays = mx.load(f"/dev/fd/{file.fileno()}", format="safetensors")
         mx.eval(arrays)  # reads them
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{file.name} cannot be read ({reason})") from None
+    finally:
+        rewind(file)
     return arrays
+
+
+def rewind(file):
+    """Moves a file and its descriptor to the start.
+
+    On macOS, what MLX opens by the descriptor's number shares its position.
+    """
+    file.seek(0, os.SEEK_END)  # empties the buffer, in which the next line might only move
+    file.seek(0)
 
 
 def load_tokenizer(folder, record):
@@ -1678,8 +1692,10 @@ def train(run, interrupts, ranks):
         end_time = run.seconds + 60 * flags.max_minutes
     received = None  # a signal
     # A run that needs other checkpoints is saved at once: its record keeps them from being pruned.
-    if is_main and run.about["uses"] and not run.checkpoint_id:
-        save_checkpoint(folder, run, interrupts)
+    if is_main and not run.checkpoint_id:
+        uses = run.about["uses"].values()
+        if any(name == origin_id for name, origin_id in uses):  # else they name folders
+            save_checkpoint(folder, run, interrupts)
 
     # iteration: steps done. The last pass of the loop only saves and evaluates.
     for iteration in range(start, flags.num_iters + 1):
@@ -3173,6 +3189,7 @@ def list_runs(folder):
     """Prints the runs in `folder` and their checkpoints, most recently saved first."""
     records = list_checkpoints(folder, warn=True)  # newest first
     print(f"{len(records)} checkpoints in {folder}")
+    latest = next((record for record in records if not record.get("diverged")), None)
     names = dict.fromkeys(record["run"] for record in records)  # unique, in that order
     for name in names:
         own = [record for record in records if record["run"] == name]
@@ -3192,7 +3209,7 @@ def list_runs(folder):
             age = tqdm.format_interval(time.time() - record["saved"])
             line = f"    {record['id'][:12]}  iteration {record['iteration']:>9,}"
             line += f"  {score:>10}  {age:>8} old"
-            if record in matching_checkpoints(records, "latest"):
+            if record is latest:
                 line += ", latest"  # of the folder
             if record["id"] == best_id(newest):
                 line += ", best"  # of the run
@@ -3295,7 +3312,7 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
             return train(run, interrupts, ranks)
         except RuntimeError as error:
             # Ctrl+C in a terminal also kills the compiler in a first step, evaluation or sample.
-            # Nothing is unsaved then but, with --average, the first step of a run.
+            # All is saved then, except the first step of a run with --average.
             if interrupts.received and ranks.size == 1:
                 reason = " ".join(str(error).split())
                 tqdm.write(f"Stopped at iteration {run.iteration:,} ({reason[:200]}).")
@@ -3381,7 +3398,7 @@ SMALLER = "give a smaller --batch_size or --context_size"
 def explain_mlx_error(error):
     """A line for a RuntimeError of MLX that the user can mend; None for any other."""
     text = str(error)
-    if re.search("allocate|out of memory", text, re.IGNORECASE):
+    if re.search("malloc|out of memory", text, re.IGNORECASE):
         return f"out of memory ({' '.join(text.split())[:200]}): {SMALLER}"
     # On a CPU, MLX compiles in the folder for temporary files.
     if re.match(r"\[Compile|filesystem error", text):

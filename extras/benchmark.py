@@ -90,14 +90,17 @@ def count_flops(config, parameters, lora_rank):
     The forward pass takes a multiplication and an addition per weight of a matrix. Attention takes
     them twice per element of a query and position of the window: for the scores and for the
     weighted sum of values. The backward pass takes twice as many: for the gradients with respect
-    to the inputs and for those with respect to the weights, which LoRA does without.
+    to the inputs and for those with respect to the weights, which LoRA needs for none of these.
     """
     # The output layer multiplies by a matrix, either the embeddings or its own.
     output = config.vocab_size * config.dim
     matrices = parameters["attention"] + parameters["mlp"] + output
     queries = config.num_blocks * config.num_heads * config.head_dim  # elements
     forward = 2 * matrices + 4 * queries * config.context_size
-    return {"forward": forward, "backward": forward if lora_rank else 2 * forward}
+    backward = 2 * forward
+    if lora_rank:
+        backward -= 2 * matrices
+    return {"forward": forward, "backward": backward}
 
 
 def count_streams(flags):

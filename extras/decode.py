@@ -259,7 +259,7 @@ def answer_batch(model, tokenizer, jobs, flags):
             continue
         for i, token in enumerate(ids):
             written[i] += detokenizers[i].add(token)
-            if stopped[i] is None and flags.stop in written[i]:
+            if stopped[i] is None and flags.stop in written[i] + detokenizers[i].rest():
                 stopped[i] = len(texts[i])
         if None not in stopped:
             break

@@ -155,7 +155,7 @@ class Group:
     def follow(self):
         """What every rank but the first does; returns the exit status."""
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 alone prints
-        # Only rank 0 reads a --config, reports that there is no GPU, and sends this below.
+        # Only rank 0 reads a --config and reports a missing GPU; its choice of device comes below.
         main.use_device("--gpu" in sys.argv and mx.is_available(mx.gpu))
         # A signal reaches all ranks with the next message.
         with main.Interrupts(launched=True) as interrupts:

@@ -293,7 +293,7 @@ def test_files_of_others_are_left_alone(tmp_path, capsys):
     assert capsys.readouterr().err.count("Skipping") == 1
 
 
-def test_metadata_that_comes_before_its_weights_stays(tmp_path):
+def test_metadata_that_comes_before_its_weights_stays(tmp_path, monkeypatch):
     """As when a checkpoint is moved into a folder in which another run trains; its own run would have left it."""
     run = make_run()
     id = main.save_checkpoint(tmp_path, run)
@@ -304,12 +304,28 @@ def test_metadata_that_comes_before_its_weights_stays(tmp_path):
     weights.write_bytes(content)
     assert main.find_damage(tmp_path, {"id": id}) is None
     weights.unlink()
+    with monkeypatch.context() as patch:
+        now = time.time()
+        patch.setattr(time, "time", lambda: now + 4000)
+        main.remove_leftovers(tmp_path, "other-0a1b2c")
+    assert not list(tmp_path.iterdir()), "an hour later it is what a kill has left"
+    main.save_checkpoint(tmp_path, run)
+    weights.unlink()
     main.remove_leftovers(tmp_path, run.name)
     assert not list(tmp_path.iterdir())
 
 
+def test_metadata_of_a_killed_save_is_replaced_by_an_equal_run(tmp_path):
+    run = make_run()
+    id = main.save_checkpoint(tmp_path, run)
+    (tmp_path / f"{id}.safetensors").unlink()
+    again = make_run("test-222222")
+    assert main.save_checkpoint(tmp_path, again) == id
+    assert [record["run"] for record in main.list_checkpoints(tmp_path)] == ["test-222222"]
+
+
 def test_links_that_lead_nowhere(tmp_path, capsys):
-    """Checkpoints linked from a RAM disk are such after a reboot."""
+    """Links to a RAM disk dangle after a reboot."""
     (tmp_path / f"{'0' * 40}.safetensors").symlink_to("/nowhere/at/all")
     assert main.list_checkpoints(tmp_path) == []
     run = make_run()
@@ -323,13 +339,25 @@ def test_links_that_lead_nowhere(tmp_path, capsys):
         choose(tmp_path, identifier=newer)
 
 
-def test_arrays_are_read_from_the_start_of_a_file(tmp_path):
-    """However far it was read before: on macOS, what /dev/fd opens goes on from there."""
+def test_arrays_are_read_from_the_start_of_a_file(tmp_path, monkeypatch):
+    """On macOS, what /dev/fd opens begins where the file's descriptor is, and moves it."""
     run = make_run()
     id = main.save_checkpoint(tmp_path, run)
-    with open(tmp_path / f"{id}.safetensors", "rb") as file:
-        file.read()
-        assert main.load_arrays(file) and file.tell() == 0
+    load = main.mx.load
+
+    def load_as_on_macos(path, **options):
+        descriptor = int(path.rpartition("/")[2])
+        assert os.lseek(descriptor, 0, os.SEEK_CUR) == 0
+        arrays = load(path, **options)
+        main.mx.eval(arrays)
+        os.lseek(descriptor, 100, os.SEEK_SET)
+        return arrays
+
+    monkeypatch.setattr(main.mx, "load", load_as_on_macos)
+    with open(tmp_path / f"{id}.metadata", "rb") as file:
+        for read in (file.read, lambda: main.read_metadata(file), lambda: file.read(10)):
+            read()
+            assert main.load_arrays(file) and main.read_metadata(file)[0]["id"] == id
 
 
 def test_prune_keeps_the_newest_the_best_and_other_runs(tmp_path):

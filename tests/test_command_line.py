@@ -312,7 +312,8 @@ def test_a_run_that_fills_the_default_folder_is_found_again(monkeypatch):
     assert datasets.usual_folder() == Path("/dev/shm/transformer-lm")
 
 
-def test_the_default_folder_of_another_user_is_left_alone(monkeypatch):
+def test_the_default_folder_of_another_user_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "CACHE", tmp_path)
     monkeypatch.setattr(os.path, "ismount", lambda path: False)
     monkeypatch.setattr(os.path, "isdir", lambda path: str(path) in ("/dev/shm", "/dev/shm/transformer-lm"))
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1 << 40, f_frsize=4096))

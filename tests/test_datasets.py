@@ -1182,7 +1182,8 @@ def test_preparing_a_corpus(tmp_path):
     ("--text {0} --tokenizer bpe --vocab_size 5", "--vocab_size"), ("--vocab_size many", "--vocab_size"),
     ("--text {0} --tokenizer {0}", "must be a Hugging Face tokenizer.json"), ("--valid_text {0}", "require --text"),
     ("--text {0} --save_tokenizer /nowhere/x.json", "cannot write /nowhere/x.json"), ("--train-tokens 0", "at least 1"),
-    ("--text {0} --save_tokenizer {0}", "would overwrite"), ("--text {0} --dataset ptb", "mutually exclusive"),
+    ("--text {0} --save_tokenizer {0}", "would overwrite"),
+    ("--text {0}* --tokenizer bpe --save_tokenizer {0}", "would overwrite"), ("--text {0} --dataset ptb", "mutually exclusive"),
     ("--text=", "--text is empty"), ("--distill_from= --teacher_model m --teacher_prompts {0} --output o", "--distill_from is empty"),
     ("--text {0} --tokenizer ~nosuchuser/t.json", "no such user"),
 ])  # fmt: skip
@@ -1224,6 +1225,7 @@ def test_a_tokenizer_that_cuts_and_fills_texts(tokenizer_files, tmp_path):
     plain.enable_padding(length=8)
     plain.save(str(tmp_path / "own.json"))
     tokenizer = datasets.read_tokenizer(tmp_path / "own.json")
+    assert tokenizer.vocabulary != (tmp_path / "own.json").read_text(), "what was encoded before is not used"
     assert tokenizer.encode(ROWS).tolist() == ids and len(ids) > 8
     assert [tokens.tolist() for tokens in tokenizer.encode_batch([ROWS, "the"])] == [ids, plain.encode("the").ids[:1]]
 

@@ -90,5 +90,9 @@ def test_what_else_a_step_may_do_is_measured_too(options, tmp_path, text):
     out, _ = run("--benchmark", *line, *options)
     result = json.loads(out.splitlines()[-1])
     assert result["tokens_per_second"] > 0 and len(ids(tmp_path)) == 1
+    if "--lora_rank" in options:  # no gradients with respect to the matrices
+        parts, flops = result["parameters"], result["flops_per_token"]
+        matrices = parts["attention"] + parts["mlp"] + 257 * 16
+        assert flops["backward"] == 2 * flops["forward"] - 2 * matrices
     if "--average" in options:
         assert 0 < result["memory"]["average"] < result["memory"]["weights"] / 4, "the adapters alone"

@@ -322,19 +322,19 @@ def test_a_stop_that_is_not_utf8(byte_model, tmp_path):
         assert all(line["stop"] == "\udcff" and len(line["tokens"]) == 12 for line in lines)
 
 
-def test_the_search_for_the_stop_decodes_each_token_once(byte_model, monkeypatch):
-    """Or a few times, but not the whole text each time."""
+def test_the_search_for_the_stop_decodes_each_token_a_few_times(byte_model, monkeypatch):
+    """And not the whole text after each."""
     model, tokenizer = main.load_model(byte_model, main.list_checkpoints(byte_model)[0])
     decode, decoded = tokenizer.decode, []
     monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.extend(ids) or decode(ids))
     jobs = [{"prompt": prompt, "seed": 1} for prompt in ("the company", "a lazy")]
     lines = answer_batch(model, tokenizer, jobs, flags(max_tokens=300, stop="never", temperature=1))
     count = sum(len(line["tokens"]) for line in lines)
-    assert count == 600 and len(decoded) < 5 * count
+    assert count == 600 and len(decoded) < 10 * count
 
 
 def test_a_reader_that_leaves(byte_model, tmp_path):
-    (tmp_path / "prompts.txt").write_text("the\n" * 100)
+    (tmp_path / "prompts.txt").write_text("the\n" * 1000)  # more than a pipe takes
     process = start("--prompts_file", tmp_path / "prompts.txt", "--max_tokens", 1, "--save_dir", byte_model)
     process.stdout.readline()
     process.stdout.close()
