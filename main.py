@@ -1214,8 +1214,7 @@ def prune(folder, run, keep):
 def remove_leftovers(folder, name):
     """Deletes what killed saves have left: `.new` files, and metadata without weights.
 
-    Intact metadata of a run other than `name` stays for an hour: a user may be copying a checkpoint
-    here, and its weights come second.
+    name: the run that is being trained.
     """
     run = r"\w+-[0-9a-f]{6}"  # a run's name
     unfinished = re.compile(rf"{run}\.(safetensors|metadata|csv)\.new")
@@ -1224,10 +1223,17 @@ def remove_leftovers(folder, name):
         for path in folder.iterdir():
             found = metadata.fullmatch(path.name)
             is_alone = found and is_deleted(folder, found[1])
-            is_recent = time.time() - path.lstat().st_ctime < 3600  # seconds; copies keep st_mtime
-            is_being_copied = is_recent and owner_of(path) not in (None, name)
-            if (is_alone and not is_being_copied) or unfinished.fullmatch(path.name):
+            if unfinished.fullmatch(path.name) or (is_alone and not may_be_copied(path, name)):
                 path.unlink()
+
+
+def may_be_copied(path, name):
+    """Whether metadata without weights may be a checkpoint that a user is copying to the folder.
+
+    It is then new, intact and of a run other than `name`.
+    """
+    is_new = time.time() - path.lstat().st_ctime < 3600  # seconds; a copy may keep its st_mtime
+    return is_new and owner_of(path) not in (None, name)
 
 
 def newest_sound_id(folder, run):
