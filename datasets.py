@@ -1689,9 +1689,8 @@ def check_flags(flags):
     if flags.save_tokenizer:
         written = Path(flags.save_tokenizer).resolve()
         found = itertools.chain.from_iterable(glob.glob(path, recursive=True) for path in read)
-        if written.exists() and any(
-            written.is_relative_to(Path(path).resolve()) for path in found
-        ):
+        is_read = any(written.is_relative_to(Path(path).resolve()) for path in found)
+        if is_read and written.exists():
             raise UsageError(
                 f"--save_tokenizer {flags.save_tokenizer} would overwrite what another flag "
                 "names: give another name"

@@ -122,7 +122,7 @@ def test_a_padded_student_of_a_teacher_with_the_same_tokenizer(tmp_path, text):
     line = ["--init_from", tmp_path / "student", "--teacher", tmp_path / "teacher"]
     line += ["--text", text, "--batch_size", 4, "--num_iters", 2, "--max_tokens", 2]
     run(*line, "--save_dir", tmp_path / "lm")
-    record = main.list_checkpoints(tmp_path / "lm")[0]
+    [record] = main.list_checkpoints(tmp_path / "lm")
     assert record["iteration"] == 2 and record["config"]["vocab_size"] == 320
 
 

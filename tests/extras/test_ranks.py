@@ -176,7 +176,7 @@ def test_signal_to_any_rank_stops_all(tmp_path, text, number, signalled):
     assert "Traceback" not in err + other
 
 
-@pytest.mark.parametrize("size, victim", [(2, 0), (3, 1)])
+@pytest.mark.parametrize("size, victim", [(2, 1), (2, 0), (3, 1)])
 def test_killed_rank_ends_the_others(tmp_path, text, size, victim):
     folder = tmp_path / "lm"
     given = ["--text", text, *TINY, "--save_dir", folder, "--steps_per_save", 10]
