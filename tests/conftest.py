@@ -16,7 +16,11 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+MAIN, DATASETS = str(ROOT / "main.py"), str(ROOT / "datasets.py")
 sys.path.insert(0, str(ROOT))
+
+# Each process that loads NumPy would spend 0.05 s of a second core on OpenBLAS's threads waiting for their first product.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 from datasets import Span  # noqa: E402
 
@@ -34,7 +38,7 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
 
 
-def start(*arguments, env=None, program=(str(ROOT / "main.py"),), **options):
+def start(*arguments, env=None, program=(MAIN,), **options):
     """Starts `python main.py *arguments`, or another `program`; signals have their default action even where the tests run in the background."""
 
     def default_signals():
@@ -49,25 +53,23 @@ def start(*arguments, env=None, program=(str(ROOT / "main.py"),), **options):
     )  # fmt: skip
 
 
-def environment():
-    """This process's environment, but for what pytest sets for each test, and extras/fast.py when it is used."""
+def environment(env):
+    """This process's environment with `env` on top, but for what pytest sets for each test, and extras/fast.py when it is used."""
     passing = ("PYTEST_CURRENT_TEST", "OMP_WAIT_POLICY", "OPENBLAS_CORETYPE")
     lasting = {name: value for name, value in os.environ.items() if name not in passing}
-    return lasting | {"PATH": re.sub(r"[^:]*/transformer-lm/compiler-\w+:", "", os.environ["PATH"])}
-
-
-USUAL_ENVIRONMENT = environment()
+    path = re.sub(r"[^:]*/transformer-lm/compiler-\w+:", "", os.environ["PATH"])
+    return lasting | {"PATH": path} | env
 
 
 class ForkServer:
-    """tests/forkserver.py, in which a run begins 0.4 s earlier than in a Python of its own."""
+    """tests/forkserver.py for one program in one environment: a run begins 0.2 s earlier than in a Python of its own."""
 
-    def __init__(self):
-        command = [sys.executable, str(ROOT / "tests" / "forkserver.py")]
-        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def __init__(self, program, env):
+        command = [sys.executable, str(ROOT / "tests" / "forkserver.py"), program]
+        self.process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, arguments, input, cwd):
-        """Runs `python main.py *arguments` to its end; returns its exit status, stdout and stderr."""
+        """Runs `python program *arguments` to its end; returns its exit status, stdout and stderr."""
         with tempfile.TemporaryDirectory() as folder:
             streams = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
             for path, content in zip(streams, (input or "", "", "")):
@@ -79,22 +81,24 @@ class ForkServer:
 
 
 @functools.cache
-def fork_server():
-    return ForkServer()
+def fork_server(program, env):
+    return ForkServer(program, dict(env))
 
 
-def run(*arguments, status=0, input=None, cwd=None, **options):
+def run(*arguments, status=0, input=None, program=(MAIN,), cwd=None, env=None, **options):
     """Runs the program to its end and returns (stdout, stderr); its exit status must be `status`.
 
-    options: those of `start`, which ask for a Python of its own.
+    options: more of those of `start`, which ask for a Python of its own.
     """
+    is_file = len(program) == 1
     survives_a_fork = sys.platform == "linux"  # on macOS neither Metal nor Accelerate does
-    if survives_a_fork and not options and environment() == USUAL_ENVIRONMENT:
-        ended, out, err = fork_server().run([*map(str, arguments)], input, cwd)
+    if survives_a_fork and is_file and not options:
+        server = fork_server(str(program[0]), tuple(sorted(environment(env or {}).items())))
+        ended, out, err = server.run([*map(str, arguments)], input, cwd)
     else:
         if input is not None:
             options["stdin"] = subprocess.PIPE
-        process = start(*arguments, cwd=cwd, **options)
+        process = start(*arguments, program=program, cwd=cwd, env=env, **options)
         out, err = process.communicate(input, timeout=300)
         ended = process.returncode
     assert ended == status, f"status {ended}\n{out}\n{err}"

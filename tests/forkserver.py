@@ -1,19 +1,24 @@
-"""Runs main.py as often as it is asked to, each time in a fork of this process, which has imported what main.py imports.
+"""Runs a program as often as it is asked to, each time in a fork of this process, which has imported what the program imports.
 
-That takes most of the time of a short run. All else is as in `python main.py`: the fork runs the file as __main__, with
-arguments, working directory and standard streams of its own, and ends as Python ends. tests/conftest.py asks: one JSON
-line on stdin for each run, answered by its exit status on stdout.
+    python tests/forkserver.py PROGRAM
+
+That takes most of the time of a short run. All else is as in `python PROGRAM`: the fork runs the file as __main__, with
+arguments, working directory and standard streams of its own, and ends as Python ends, but for freeing the memory.
+tests/conftest.py asks: one JSON line on stdin for each run, answered by its exit status on stdout.
 """
 
+import atexit
 import gc
+import importlib
 import json
 import os
 import signal
 import sys
+import threading
 import types
 from pathlib import Path
 
-MAIN = Path(__file__).resolve().parent.parent / "main.py"
+PROGRAM = Path(sys.argv[1])
 TIMEOUT = 300  # seconds
 
 
@@ -30,7 +35,7 @@ def open_streams(paths):
 
 
 def serve():
-    """Answers until stdin ends; returns True in each fork, where main.py is to be run."""
+    """Answers until stdin ends; returns True in each fork, where the program is to be run."""
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()
@@ -41,21 +46,42 @@ def serve():
             signal.alarm(TIMEOUT)
             os.chdir(request["cwd"])
             open_streams(request["streams"])
-            sys.argv = [str(MAIN), *request["arguments"]]
+            sys.argv = [str(PROGRAM), *request["arguments"]]
             return True
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
     return False
 
 
-if __name__ == "__main__":
-    sys.path[0] = str(MAIN.parent)
-    import main  # noqa: F401
+def execute(code):
+    """Runs the program as __main__; returns its exit status if it ends by sys.exit(number)."""
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    module.__file__ = str(PROGRAM)
+    try:
+        exec(code, module.__dict__)
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        return end.code
+    return 0
 
-    del sys.modules["main"]  # a fork has its own, which is __main__
-    code = compile(MAIN.read_bytes(), str(MAIN), "exec")
+
+def leave(status):
+    """What Python does at the end, but for freeing the memory: in a fork that would copy all of it first."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(PROGRAM.parent)
+    importlib.import_module(PROGRAM.stem)
+    import numpy.random  # noqa: F401  (which the programs import when they need it)
+
+    del sys.modules[PROGRAM.stem]  # a fork has its own, which is __main__
+    code = compile(PROGRAM.read_bytes(), str(PROGRAM), "exec")
     gc.freeze()  # else each fork's first collection copies what it shares with this process
     if serve():
-        module = sys.modules["__main__"] = types.ModuleType("__main__")
-        module.__file__ = str(MAIN)
-        exec(code, module.__dict__)
+        leave(execute(code))

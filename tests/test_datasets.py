@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ids, run, start, whole
+from conftest import DATASETS, ROOT, TINY, ids, run, start, whole
 
 import datasets
 from datasets import BPETokenizer, ByteTokenizer, CharTokenizer, UsageError, WordTokenizer
@@ -658,7 +658,7 @@ def test_text_from_a_pipe(tmp_path):
     os.write(write, b"text\n")
     os.close(write)
     line = ["--text", f"/dev/fd/{read}", "--save_dir", tmp_path]
-    _, err = run(*line, program=(str(ROOT / "datasets.py"),), pass_fds=[read], status=2)
+    _, err = prepare(*line, pass_fds=[read], status=2)
     os.close(read)
     assert err.count("\n") == 1 and "write its text to a file" in err
 
@@ -1159,11 +1159,8 @@ def test_folders_of_unknown_users(tmp_path, line, capsys, monkeypatch):
 # ---- datasets.py and main.py as programs ----------------------------------------------------------------------------
 
 
-def prepare(*arguments, status=0):
-    command = [sys.executable, ROOT / "datasets.py", *arguments]
-    process = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert process.returncode == status, process.stderr
-    return process.stdout, process.stderr
+def prepare(*arguments, **options):
+    return run(*arguments, program=[DATASETS], **options)
 
 
 def test_preparing_a_corpus(tmp_path):
@@ -1325,7 +1322,7 @@ def test_the_usual_folder(tmp_path, text, monkeypatch, capsys):
 def test_a_tilde_in_save_dir(tmp_path, text):
     """The shell leaves it alone behind an =."""
     line = ["--text", text, "--save_dir=~/lm"]
-    run(*line, program=(str(ROOT / "datasets.py"),), env={"HOME": str(tmp_path)}, cwd=tmp_path)
+    prepare(*line, env={"HOME": str(tmp_path)}, cwd=tmp_path)
     assert (tmp_path / "lm" / "text").is_dir() and not (tmp_path / "~").exists()
 
 
@@ -1344,20 +1341,17 @@ def test_streams_that_cannot_take_it_all(tmp_path):
     path.write_text("naïve — text\n" * 300, "utf-8")
     line = ["--text", path, "--save_dir", tmp_path / "lm"]
 
-    def prepared(status, **options):
-        return run(*line, program=(str(ROOT / "datasets.py"),), status=status, **options)
-
-    out, err = prepared(0, env={"PYTHONIOENCODING": "ascii"})
+    out, err = prepare(*line, env={"PYTHONIOENCODING": "ascii"})
     assert "na?ve ? text" in out and err == ""
     read, write = os.pipe()
     os.close(read)  # a reader that has left
-    assert prepared(1, stdout=write)[1] == ""
+    assert prepare(*line, stdout=write, status=1)[1] == ""
     os.close(write)
     if os.path.exists("/dev/full"):
         with open("/dev/full", "wb") as full:
-            _, err = prepared(1, stdout=full)
+            _, err = prepare(*line, stdout=full, status=1)
         assert err.count("\n") == 1 and err.startswith("datasets.py: ") and "No space left" in err
-    command = " ".join(map(str, [sys.executable, ROOT / "datasets.py", *line, ">&-", "2>&-"]))
+    command = " ".join(map(str, [sys.executable, DATASETS, *line, ">&-", "2>&-"]))
     assert subprocess.run(["sh", "-c", command]).returncode == 0, "both are closed from the start"
 
 
@@ -1403,7 +1397,7 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path, waiting_server, task):
         (tmp_path / "prompts.txt").write_text("one\ntwo\n")
         line = ["--distill_from", address, "--teacher_model", "m", "--teacher_prompts", tmp_path / "prompts.txt"]
         line += ["--output", tmp_path / "out"]
-    process = start(*line, program=(str(ROOT / "datasets.py"),))
+    process = start(*line, program=[DATASETS])
     assert waiting_server.is_waited_for.wait(60)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -1426,14 +1420,6 @@ KINDS = ["word", "char", "byte", "bpe"]
 SCORE = r"^{} ([\d.]+) nats, perplexity ([\d.]+) per (word|token)(?:, ([\d.]+) per word)?, ([\d.]+) bits per byte"
 
 
-def run_all(lines):
-    """The outputs of these command lines, all at once."""
-    processes = [start(*line) for line in lines]
-    outs = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode == 0 for process in processes), outs
-    return [out for out, _ in outs]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with the text that tiny models were trained on, one by each tokenizer, in folders of that name; and what
@@ -1441,31 +1427,29 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     paths = write(folder, [ROWS, ROWS[:4000], ROWS[5000:8000]])
     texts = ["--text", paths[0], "--valid_text", paths[1], "--test_text", paths[2], "--vocab_size", 300]
-    ends = ["--num_iters", 20, "--steps_per_eval", 20, "--eval_tokens", 0, "--eval_test"]
-    return folder, run_all([*texts, *TINY, *ends, "--tokenizer", kind, "--save_dir", folder / kind] for kind in KINDS)
+    line = [*texts, *TINY, "--num_iters", 20, "--steps_per_eval", 20, "--eval_tokens", 0, "--eval_test"]
+    return folder, [run(*line, "--tokenizer", kind, "--save_dir", folder / kind)[0] for kind in KINDS]
 
 
 def test_checkpoint_answers_without_its_corpus(trained, tmp_path):
     folder, _ = trained
-    processes = []
     for kind in KINDS:
         (tmp_path / kind).mkdir()
         files = [path for path in (folder / kind).iterdir() if path.suffix in (".safetensors", ".metadata")]
         assert len(files) == 2
         for path in files:
             shutil.copy(path, tmp_path / kind)
-        processes.append(start("--inference", "--save_dir", tmp_path / kind, "--max_tokens", 20, stdin=subprocess.PIPE))
-    for kind, process in zip(KINDS, processes):
-        out, err = process.communicate("the quick ☃ fox\n", timeout=60)
-        assert process.returncode == 0 and len(out.strip()) > 3, (kind, out, err)
+        line = ["--inference", "--save_dir", tmp_path / kind, "--max_tokens", 20]
+        out, err = run(*line, input="the quick ☃ fox\n")
+        assert len(out.strip()) > 3, (kind, out, err)
         assert ("☃" in err) == (kind in ("word", "char")), "a note on what it does not know"
 
 
 def test_evaluate_gives_the_number_of_training(trained):
     folder, outs = trained
     for name in ("valid", "test"):
-        again = run_all(["--evaluate", name, "--save_dir", folder / kind] for kind in KINDS)
-        for out, score in zip(outs, again):
+        for kind, out in zip(KINDS, outs):
+            score, _ = run("--evaluate", name, "--save_dir", folder / kind)
             lines = [line for line in out.splitlines() if line.startswith(f"{name} ")]
             speed = r", [\d,]+ tokens/s"
             latency = r" \([\d.]+ s, [\d.]+ ms per token\)\n"

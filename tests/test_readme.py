@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, run
+from conftest import DATASETS, ROOT, TINY, run
 
 import main
 
@@ -80,7 +80,7 @@ def test_command(command, tmp_path, text):
 def test_preparing_a_corpus(command, tmp_path):
     arguments = shlex.split(command)[1:]
     arguments[arguments.index("--save_dir") + 1] = str(tmp_path)
-    out = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    out, _ = run(*arguments[1:], program=[DATASETS], cwd=ROOT)
     assert "vocabulary 257" in out and out.count("words and line ends") == 3
 
 
