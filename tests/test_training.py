@@ -25,7 +25,7 @@ def test_interrupted_equals_undisturbed(tmp_path, text, options):
     line = ["--text", text, *TINY, *options, "--num_iters", 600, "--steps_per_eval", 250]
     run(*line, "--save_dir", tmp_path / "whole", env={"PYTHONHASHSEED": "1"})
     chance = random.Random(len(options))
-    for leg in range(3):
+    for leg in range(4):
         process = start(*line, "--save_dir", tmp_path / "parts", env={"PYTHONHASHSEED": str(leg)})
         for _ in range(chance.randrange(1, 9)):
             wait_for(process, "  loss ")
