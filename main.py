@@ -1922,6 +1922,24 @@ class Reporter:
         self.table.append(row)
 
 
+def read_log(path):
+    """The rows of a run's log, [{column: text}, ...], without truncated or damaged ones.
+
+    The csv module is not used: after a stray quote, it would read all that follows as one row.
+    Raises OSError.
+    """
+    rows = []
+    columns, *lines = path.read_text("utf-8", errors="replace").split("\n")
+    columns = columns.split(",")
+    for line in lines[:-1]:  # what follows the last line end is truncated
+        values = line.split(",")
+        row = dict(zip(columns, values))
+        place = f"{row.get('iteration')},{row.get('split')}"
+        if len(values) == len(columns) and re.fullmatch("[0-9]+,[a-z]+", place):
+            rows.append(row)
+    return rows
+
+
 class LogTable:
     """A run's CSV file.
 
@@ -1944,18 +1962,9 @@ class LogTable:
         self.rewrite(rows)
 
     def read(self):
-        """The rows of the file, [{column: text}, ...], without a truncated last one."""
-        rows = []
-        with contextlib.suppress(OSError, csv.Error):
-            text = self.path.read_text("utf-8", errors="replace")
-            whole_lines = text.split("\n")[:-1]
-            # Without quoting, since one stray quote would merge all following lines into one row.
-            for row in csv.DictReader(whole_lines, quoting=csv.QUOTE_NONE):
-                is_whole = None not in row and None not in row.values()
-                place = f"{row.get('iteration')},{row.get('split')}"
-                if is_whole and re.fullmatch("[0-9]+,[a-z]+", place):
-                    rows.append(row)
-        return rows
+        with contextlib.suppress(OSError):
+            return read_log(self.path)
+        return []
 
     def rewrite(self, rows):
         """Replaces the file; a kill leaves either the old or the new one, complete."""

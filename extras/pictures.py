@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from datasets import UsageError, explained, user_path
-from main import LOG_COLUMNS, first_ids
+from main import LOG_COLUMNS, first_ids, read_log
 
 DPI = 150  # dots per inch, fewer if a side of the image would exceed MAX_PIXELS
 MAX_PIXELS = 2**14
@@ -68,22 +68,6 @@ def find_logs(folder, names):
         if columns[: len(LOG_COLUMNS)] == LOG_COLUMNS:
             found.append(path)
     return found
-
-
-def read_log(path):
-    """The rows of a log, each a dict from LOG_COLUMNS to texts.
-
-    The csv module is not used: after a stray quote, it would read all that follows as one row.
-    A truncated row lacks its line end or columns.
-    """
-    rows = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        next(file)  # the header
-        for line in file:
-            texts = line.rstrip("\n").split(",")
-            if line.endswith("\n") and len(texts) >= len(LOG_COLUMNS):
-                rows.append(dict(zip(LOG_COLUMNS, texts)))
-    return rows
 
 
 def columns_of(rows, split):

@@ -83,7 +83,7 @@ def test_damaged_rows_are_skipped(tmp_path, row):
     (tmp_path / "folder.csv").mkdir()
     pictures.plot_runs(tmp_path, [], tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    columns = pictures.columns_of(pictures.read_log(path), "train")
+    columns = pictures.columns_of(main.read_log(path), "train")
     assert columns.tolist() == [[10, 30], [60, 180], [1.5, 1.25]]
 
 
