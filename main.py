@@ -265,7 +265,8 @@ class Cache:
     def attend(self, queries, keys, values):
         """Appends L positions and attends from them to all so far; shapes as in `attend`.
 
-        Uses MLX's own function: without mx.compile, the fast version of `attend` is slower.
+        Uses MLX's own function: `attend` has a mask for equally many queries and keys, and its
+        fast version is slower without mx.compile.
         """
         L = queries.shape[2]
         scale = queries.shape[3] ** -0.5
@@ -401,9 +402,10 @@ def init_weights(model, seed):
     layer is also 0.
 
     Embeddings have standard deviation 5 / dim. Tied, they are also the output layer: the logit of
-    the token just read starts near 5, the others near 0, and the first loss is near ln(V + e^5);
-    untied, it is ln V. On PTB (dim 256, AdamW 3e-3), 250 steps reached 5.64 nats with this value,
-    5.91 with a fifth of it and 5.76 with GPT-2's; doubling it was no worse there (5.57).
+    the token just read starts near 5 (4.2 at dim 1024, where `norm_eps` is no longer small beside
+    their mean square), the others near 0, and the first loss is near ln(V + e^5); untied, it is
+    ln V. On PTB (dim 256, AdamW 3e-3), 250 steps reached 5.64 nats with this value, 5.57 with twice
+    and 5.91 with a fifth of it, and 5.76 with GPT-2's.
     """
     parameters = tree_flatten(model.parameters())  # [(name, array), ...]
     keys = mx.random.split(mx.random.key(seed), len(parameters))
@@ -478,10 +480,10 @@ def use_bfloat16(wanted):
 
 
 class AdamW(optim.AdamW):
-    """MLX's AdamW (Loshchilov & Hutter 2019), with bias correction at no cost.
+    """MLX's AdamW (Loshchilov & Hutter 2019), with a bias correction that costs nothing.
 
-    mx.compile would recompute the scalars that all elements share, powers of the betas, for every
-    element. It does not fuse across mx.contiguous.
+    Fused into a kernel by mx.compile, the scalars that all elements share, powers of the betas,
+    would be recomputed for every element. It does not fuse across mx.contiguous.
     """
 
     def apply_single(self, gradient, parameter, state):
@@ -583,8 +585,9 @@ def set_learning_rate(optimizer, rate):
 def learning_rate_at(iteration, flags):
     """The learning rate of step `iteration`, counted from 0.
 
-    Linear warmup over `lr_warmup` steps, then constant; over the last share `lr_cooldown` of the
-    steps after warmup, cosine or linear decay to `min_lr` at `num_iters`.
+    It rises linearly over `lr_warmup` steps and then stays, unless --lr_schedule is cosine or
+    linear: then it decays to `min_lr` at `num_iters`, over the last share `lr_cooldown` of the
+    steps after warmup.
     """
     min_lr = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
     cooldown = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)  # in steps
@@ -653,7 +656,7 @@ class Batches:
         """Draws the offset and the order of an epoch, counted from 0, and moves to its start."""
         rng = np.random.default_rng([self.seed, epoch])
         self.epoch = epoch
-        self.s = 0
+        self.place = 0
         offsets = min(self.context_size, len(self.tokens) - self.context_size)
         self.offset = int(rng.integers(offsets))
         windows = (len(self.tokens) - 1 - self.offset) // self.context_size
@@ -666,33 +669,34 @@ class Batches:
         An epoch's last, incomplete batch is dropped. If the text has fewer windows than a batch
         has rows, the windows repeat.
         """
-        complete = self.s + self.batch_size <= len(self.perm)
-        if not complete and self.s > 0:
+        complete = self.place + self.batch_size <= len(self.perm)
+        if not complete and self.place > 0:
             self.begin_epoch(self.epoch + 1)
-        places = range(self.s, self.s + self.batch_size)
+        places = range(self.place, self.place + self.batch_size)
         windows = self.perm.take(places, mode="wrap").astype(np.int64)  # texts may exceed 2^31
         starts = self.offset + windows * self.context_size  # [B]
-        self.s += self.batch_size
+        self.place += self.batch_size
         ends = starts + self.context_size + 1
         rows = np.stack([self.tokens[start:end] for start, end in zip(starts, ends)])  # [B, L + 1]
         return mx.array(rows[:, :-1], mx.int32), mx.array(rows[:, 1:], mx.int32)
 
     def state(self):
         """The position in the stream, for a checkpoint's record; `perm` is saved separately."""
-        return {"epoch": self.epoch, "offset": self.offset, "s": self.s}
+        return {"epoch": self.epoch, "offset": self.offset, "s": self.place}
 
     def restore(self, state, perm):
         """Moves to the position that `state` describes."""
         self.epoch = state["epoch"]
         self.offset = state["offset"]
-        self.s = state["s"]
+        self.place = state["s"]
         self.perm = np.array(perm)
 
 
 def make_noise(iteration, rows, flags):
-    """Dropout rates [N], all equal, and keys [N, 2] uint32 for the rows of a step.
+    """Dropout rates [N] and keys [N, 2] uint32 for the rows of a step.
 
-    Returns () without dropout. The key of row r depends only on (seed, iteration, r). The rate
+    The rates are all equal, in an array that can be divided as the rows are. Returns () without
+    dropout. The key of row r depends only on (seed, iteration, r). The rate
     changes linearly from --dropout to --dropout_final at `num_iters`.
     """
     final = flags.dropout if flags.dropout_final is None else flags.dropout_final
@@ -918,7 +922,7 @@ def find_damage(folder, record):
         if said["format_version"] != FORMAT_VERSION:
             raise RunError(
                 f"checkpoint {checkpoint_id[:12]} was written by another version of this program: "
-                "use that version, or --new_model"
+                "use the version that wrote it, or --new_model"
             )
         if sha1_of(weights) != checkpoint_id:
             return f"its .safetensors does not have the SHA1 {checkpoint_id[:12]}"
@@ -1029,9 +1033,11 @@ def named_checkpoint(folder, records, identifier, flag="--identifier"):
     Raises UsageError if none or several match, RunError if it is damaged.
     """
     found = matching_checkpoints(records, identifier)
+    if not records:
+        raise UsageError(f"{flag} {identifier!r}: no checkpoint in {folder}: {TRAIN_FIRST}")
     if len(found) != 1:
         matches = "several checkpoints" if found else "no checkpoint"
-        known = "; ".join(map(describe, (found or records)[:9])) or "none, train first"
+        known = "; ".join(map(describe, (found or records)[:9]))
         raise UsageError(
             f"{flag} {identifier!r} matches {matches}; name one (--list shows all): {known}"
         )
@@ -1194,7 +1200,9 @@ def prune(folder, run, keep):
         sound = [record["id"] for record in own if not record.get("diverged")]
         # The checkpoint that the run was saved as or resumed from may not be the newest: newer ones
         # may be damaged, which only reading them would reveal.
-        kept = {run.checkpoint_id, *sound[:keep], *map(best_id, own[:1])}
+        kept = {run.checkpoint_id, *sound[:keep]}
+        if own:
+            kept.add(best_id(own[0]))
         in_use = set()  # by other runs: as their base, teacher or best
         for record in records:
             in_use |= {origin_id for _, origin_id in record.get("uses", {}).values()}
@@ -1270,7 +1278,7 @@ def load_model(folder, record):
     """
     model = model_of(record)
     weights = load_arrays(files_of(folder, record)[0])
-    if record["flags"].get("lora_rank"):  # the file holds only the adapters
+    if record["flags"]["lora_rank"]:  # the file holds only the adapters
         base = open_origin(folder, record, "init_from").model
         rank = record["flags"]["lora_rank"]
         alpha = record["flags"]["lora_alpha"]
@@ -1322,7 +1330,7 @@ def model_of(record):
     """
     fault = (
         f"checkpoint {record['id'][:12]} was written by another version of this program: "
-        "use that version"
+        "use the version that wrote it"
     )
     with explained(fault, TypeError, KeyError, kind=RunError):
         return LanguageModel(Config(**record["config"]))
@@ -1355,9 +1363,9 @@ def open_origin(folder, record, flag):
     """
     name, origin_id = record["uses"][flag]  # name: a folder's path, or the id again
     fault = (
-        f"{record['run']} needs the model that it was started with, --{flag} {name}, unchanged: "
+        f"{record['run']} needs the model that it was started with, unchanged: --{flag} {name}, "
+        f"{origin_id[:12]}"
     )
-    fault += origin_id[:12]
     with explained(fault, UsageError, kind=RunError):  # not the fault of the current command
         origin = open_model(folder, name, f"--{flag}")
         if origin.id != origin_id:  # a folder's files may have been replaced
@@ -1412,9 +1420,10 @@ class Interrupts:
             if first is None:
                 first = time.monotonic()
                 self.received = number
+                again = "again " if number == signal.SIGINT else ""
                 print(
                     "\nStopping after this step, then saving. "
-                    "Press Ctrl+C again to exit without saving.",
+                    f"Press Ctrl+C {again}to exit without saving.",
                     file=sys.stderr,
                 )
                 continue
@@ -1434,6 +1443,7 @@ class Lasting:
         # None if it was closed from the start.
         self.stream = stream or open(os.devnull, "w", encoding="utf-8")
         self.stream.reconfigure(errors="replace")
+        self.is_terminal = self.stream.isatty()  # False once it is closed
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -1444,7 +1454,8 @@ class Lasting:
             self.stream.write(text)
             self.stream.flush()
         except OSError as error:
-            if error.errno in (errno.EPIPE, errno.EIO):  # no reader; a full disk may recover
+            is_closed = error.errno == errno.EIO and self.is_terminal
+            if is_closed or error.errno == errno.EPIPE:  # no reader; a full disk may recover
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             else:
                 self.lost = error
@@ -1456,9 +1467,9 @@ class Lasting:
 class SingleProcess:
     """The processes (ranks) that train a run together: here, only one.
 
-    extras/ranks.py has the same methods for processes started by `mlx.launch`, plus `follow` for
-    all but rank 0. All run the same `train`, each on a share of the rows; only rank 0 saves and
-    reports, and the output of the others is not shown.
+    Group in extras/ranks.py has the same methods for processes started by `mlx.launch`, plus
+    `follow` for all but rank 0. All run the same `train`, each on a share of the rows; only rank 0
+    saves and reports, and the output of the others is not shown.
     """
 
     rank = 0
@@ -1613,8 +1624,9 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 
     tokens, targets: [N, L]; noise: see make_noise; loss: the mean in nats; norm: the gradient norm
     before clipping. The N = batch_size * grad_accumulation rows are processed batch_size at a time,
-    divided among ranks and streams. With bfloat16, a GPU casts the trained matrices to it, while a
-    CPU only rounds the inputs of matrix products; weights, optimizer state and loss are float32.
+    divided among ranks and streams. With bfloat16, a GPU casts all weights but the embeddings to
+    it, while a CPU only rounds the inputs of matrix products; the weights that are updated, the
+    optimizer state and the loss are float32.
     """
     ranks = ranks or SingleProcess()
     model.model.grad_checkpoint = flags.checkpoint
@@ -1631,7 +1643,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 
     def loss(parameters, scale, tokens, targets, *noise):
         # Gradients are taken with respect to the first argument, so the model has to use it.
-        model.update(tree_map_with_path(cast, parameters))
+        model.update(parameters)
+        model.update(tree_map_with_path(cast, model.parameters()))  # LoRA's base, too
         hidden = model.model(tokens, noise=noise)  # [B, L, D]
         if teacher is not None:
             return distilled_cross_entropy(hidden, model.head, targets, scale, tokens)
@@ -1642,9 +1655,10 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     # change must be listed in `outputs`, or the change would be lost.
     @partial(mx.compile, inputs=[model.state])
     def loss_and_gradients(scale, *rows):
+        weights = model.parameters()
         parameters = model.trainable_parameters()  # with LoRA, only the adapters
         result = mx.value_and_grad(loss)(parameters, scale, *rows)
-        model.update(parameters)  # `loss` has left its tracers in the model
+        model.update(weights)  # `loss` has left its tracers in the model
         return result
 
     # Trees of arrays that each step reads and replaces. Run.restore substitutes other trees, so it
@@ -1727,7 +1741,9 @@ def train(run, interrupts, ranks):
                 nats = score_split("valid", model, dataset, flags, interrupts, ranks, limit)
         if nats is not None and not math.isfinite(nats):
             raise divergence_error(run, f"score of iteration {iteration:,}", ranks)
-        if nats is not None and due:  # a score due to --max_minutes is only shown and logged
+        # A score due to --max_minutes is only shown, and logged until the run is resumed: one
+        # without a break would not have it.
+        if nats is not None and due:
             run.add_score(nats)
         if nats is not None and is_main:
             reporter.report_score(run, nats)
@@ -1747,7 +1763,8 @@ def train(run, interrupts, ranks):
                 f"Stopped: no improvement in {run.count_misses()} evaluations (--patience); "
                 f"best: {run.best['id']}"
             )
-        if save or iteration == start:  # all is saved, so stop at any signal received by now
+        # Nothing is unsaved here, so a signal that arrived in the meantime costs no other step.
+        if save or iteration == start:
             received, _ = ranks.agree(interrupts.received, timeout)
         if stopping or received:
             break
@@ -1816,13 +1833,13 @@ def train(run, interrupts, ranks):
 
 
 def divergence_error(run, what, ranks):
-    """The RunError of a run in which `what` is not finite; training reached `run.iteration`.
+    """The RunError to raise in a run in which `what` is not finite.
 
-    If the run was saved at that iteration, its checkpoint is marked.
+    Training reached `run.iteration`; a checkpoint of that iteration is marked as diverged.
     """
     # A lost rank causes NaNs, too; this call then raises its own error.
     ranks.agree(None, False)
-    where = "no good checkpoint is left: start over with --new_model"
+    where = "no good checkpoint is left: start over (--new_model)"
     if ranks.rank == 0:
         if run.saved_iteration == run.iteration:
             mark_diverged(run.flags.save_dir, run)
@@ -1944,33 +1961,32 @@ class LogTable:
     """A run's CSV file.
 
     Rows after the current `iteration` are dropped, since those steps will be repeated; so is a
-    score of `iteration` itself unless it is `scored`. Read and write errors are ignored: the run
-    is worth more than its log.
+    score of `iteration` itself unless the run has it (`scored`). Read and write errors are ignored:
+    the run is worth more than its log.
     """
 
     def __init__(self, path, iteration, scored):
         self.path = path
-        rows = []
-        for row in self.read():
-            is_earlier = int(row["iteration"]) < iteration
-            is_present = int(row["iteration"]) == iteration
-            if is_earlier or (is_present and (scored or row["split"] == "train")):
-                rows.append(row)
         self.columns = list(LOG_COLUMNS)
-        if rows:  # a column that was added by `append` stays
-            self.columns += [name for name in rows[0] if name not in LOG_COLUMNS]
-        self.rewrite(rows)
+        with contextlib.suppress(OSError):
+            rows = []
+            for row in self.read():
+                is_earlier = int(row["iteration"]) < iteration
+                is_present = int(row["iteration"]) == iteration
+                if is_earlier or (is_present and (scored or row["split"] == "train")):
+                    rows.append(row)
+            if rows:  # a column that was added by `append` stays
+                self.columns += [name for name in rows[0] if name not in LOG_COLUMNS]
+            self.rewrite(rows)
 
     def read(self):
-        with contextlib.suppress(OSError):
-            return read_log(self.path)
-        return []
+        return read_log(self.path) if self.path.exists() else []
 
     def rewrite(self, rows):
         """Replaces the file; a kill leaves either the old or the new one, complete."""
         new = self.path.with_suffix(".csv.new")
         # The lock keeps other processes from deleting the new file as a leftover.
-        with contextlib.suppress(OSError), locked(self.path.parent):
+        with locked(self.path.parent):
             with new.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(
                     file, self.columns, extrasaction="ignore", lineterminator="\n"
@@ -1981,14 +1997,15 @@ class LogTable:
 
     def append(self, row):
         """Adds a row, {column: value}; a new column is added to all rows."""
-        added = [name for name in row if name not in self.columns]
-        if added or not self.path.exists():
-            self.columns += added
-            self.rewrite(self.read())
         texts = {}
         for name, value in row.items():
             texts[name] = f"{value:.6g}" if isinstance(value, float) else value
+        added = [name for name in row if name not in self.columns]
         with contextlib.suppress(OSError):
+            if added or not self.path.exists():
+                rows = self.read()
+                self.columns += added
+                self.rewrite(rows)
             with self.path.open("a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
 
@@ -2016,7 +2033,7 @@ def print_start(run, checkpoint, ranks):
     several = f", {ranks.size} ranks" if ranks.size > 1 else ""
     resumed = ""
     if checkpoint:
-        resumed = describe_resume(argparse.Namespace(**checkpoint["flags"]), flags)
+        resumed = describe_resume(checkpoint["flags"], vars(flags))
     tqdm.write(
         f"run      {run.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
         f"seed {flags.seed}\n"
@@ -2040,24 +2057,27 @@ def print_start(run, checkpoint, ranks):
             "some will wait."
         )
     if windows < rows:
-        tqdm.write("The text has fewer windows than a batch: they repeat within it.")
+        tqdm.write(
+            "The text has fewer windows than a batch has rows: some repeat within each batch."
+        )
     if flags.dtype != versions["dtype"]:
         tqdm.write(
-            "--dtype bfloat16 would be slower here: the processor has no bfloat16 units, or "
-            "oneDNN is missing (pip install onednn-cpu-gomp). Computing in float32."
+            "--dtype bfloat16 would be slower here: it needs AVX-512 BF16 or AMX, extras/fast.py "
+            "and oneDNN (pip install onednn-cpu-gomp). Computing in float32."
         )
-    room = size * (flags.keep + 2)  # plus the best and the one being written
-    if room > free:
+    saved = [record for record in list_checkpoints(flags.save_dir) if record["run"] == run.name]
+    missing = max(1, flags.keep + 2 - len(saved))  # the best and the one being written, too
+    if size * missing > free:
         tqdm.write(
-            f"Low on disk space: --keep {flags.keep}, the best and the next one need "
-            f"{room / 2**20:,.0f} MiB."
+            f"Low on disk space: the newest {flags.keep} checkpoints (--keep), the best and the "
+            f"one being written need another {size * missing / 2**20:,.0f} MiB."
         )
     if run.is_branch:
         tqdm.write(
-            f"A new branch: {checkpoint['run']} has newer checkpoints, which stay. To resume this "
-            f"run, name it: --identifier {run.name}."
+            f"A new branch: {checkpoint['run']} has newer checkpoints, which are kept. To resume "
+            f"this run, name it: --identifier {run.name}."
         )
-    if BLAS == "reference BLAS" and not flags.gpu:
+    if fast and BLAS == fast.REFERENCE_BLAS and not flags.gpu:
         tqdm.write(
             "Matrix products are slow: a fast library for them needs a C compiler "
             "(apt install g++) and oneDNN (pip install onednn-cpu-gomp) or NumPy from PyPI."
@@ -2076,17 +2096,16 @@ def print_start(run, checkpoint, ranks):
 
 
 def describe_resume(old, new):
-    """The flags that have changed in a resumed run, for the start screen."""
+    """The flags, {name: value}, that have changed in a resumed run, for the start screen."""
     changes = []
     for name in INHERITED:
-        before, now = getattr(old, name), getattr(new, name)
-        if before != now:
-            changes.append(f"--{name} {before} -> {now}")
+        if old[name] != new[name]:
+            changes.append(f"--{name} {old[name]} -> {new[name]}")
     if not changes:
         return "resumed  with unchanged flags\n"
-    text = f"resumed  with {', '.join(changes)} (start over with --new_model)\n"
-    has_schedule = new.lr_schedule != "constant" or new.dropout_final is not None
-    if old.num_iters != new.num_iters and has_schedule:
+    text = f"resumed  with {', '.join(changes)} (to start over instead: --new_model)\n"
+    has_schedule = new["lr_schedule"] != "constant" or new["dropout_final"] is not None
+    if old["num_iters"] != new["num_iters"] and has_schedule:
         text += "         The learning rate and dropout schedules now stretch to --num_iters.\n"
     return text
 
@@ -2230,7 +2249,7 @@ def pieces_before(stop, pieces):
 
 
 def first_ids(tokenizer, prompt):
-    """The ids of a prompt, at least one: "" is read as the end token or, without one, a newline."""
+    """The ids of a prompt; for "", the end token or, if there is none, a newline."""
     ids = tokenizer.encode(prompt).tolist()
     if ids:
         return ids
@@ -2279,9 +2298,10 @@ class Conversation:
             self.decoder = Decoder(model, self.text)
 
     def reply(self, prompt, flags, seed, interrupts=None):
-        """Adds `prompt` on a new line, and yields the model's continuation of the text in pieces.
+        """Adds `prompt` to the text, and yields the model's continuation in pieces.
 
-        A piece is yielded once no later token can change it. The last one ends before --stop.
+        But at the start, the prompt begins a new line. A piece is yielded once no later token can
+        change it. The last one ends before --stop.
         """
         pieces = self.pieces(prompt, flags, seed, interrupts)
         return pieces_before(flags.stop, pieces) if flags.stop else pieces
@@ -2362,7 +2382,7 @@ def sample_from(folder, checkpoint, flags):
 
 
 def print_samples(tokenizer, model, draft, flags):
-    """Prints continuations of --prompt, and nothing else, on stdout; sample i uses seed + i."""
+    """Prints continuations of --prompt on stdout, a line between them; sample i uses seed + i."""
     name_unknown(tokenizer, flags.prompt)
     for i in range(flags.num_samples):
         if i > 0:
@@ -2387,7 +2407,8 @@ def converse(tokenizer, model, draft, flags):
     Lines that begin with / are COMMANDS. Ctrl+C ends a reply; at the prompt it ends the session,
     as Ctrl+D does.
     """
-    # Makes MLX compile before Ctrl+C means the end of a reply.
+    # Compiles MLX's kernels now: Ctrl+C in a terminal would also kill the compiler, and from here
+    # on it is to end only a reply.
     any_id = 0
     for each in (model, draft):
         if each is not None:
@@ -2525,13 +2546,14 @@ FLAGS["training"] = {
     "optimizer": choice(
         "adamw",
         ["adamw", "muon"],
-        "muon: Muon for the blocks' matrices at 5 times the learning rate, AdamW for the rest",
+        f"muon: Muon for the blocks' matrices at {MUON_RATE} times the learning rate, "
+        "AdamW for the rest",
     ),
     "lr_warmup": flag(200, "warmup steps", type=COUNT),
     "lr_schedule": choice("constant", ["constant", "cosine", "linear"], "schedule after warmup"),
     "lr_cooldown": flag(
         1.0,
-        "last share of the steps, in which the rate decays; before, it stays at its peak",
+        "share of the steps after warmup, at the end, over which the rate decays",
         type=SHARE,
     ),
     "grad_clip": flag(1.0, "maximum gradient norm; 0: no clipping", type=RATE),
@@ -2573,7 +2595,8 @@ FLAGS["sampling"] = {
     ),
     "output": flag(
         None,
-        "JSON of --prompts_file (resumed if it exists; default: stdout) or of --cases",
+        "file for the results of --prompts_file (JSON Lines; resumed if it exists; default: "
+        "stdout) or --cases (JSON)",
         type=user_path,
         metavar="FILE",
     ),
@@ -2628,7 +2651,7 @@ FLAGS["tools"] = {
     "benchmark": flag(False, "report parameters, FLOPs, memory and speed, then exit"),
     "cases": flag(
         None,
-        "rank expected continuations, listed as prompt and expected in YAML files",
+        "rank the expected continuations of prompts, from YAML files",
         nargs="+",
         metavar="FILE",
     ),
@@ -2834,8 +2857,9 @@ def read_config(path, passed):
     import yaml
 
     with explained(f"--config {path} must be a YAML file of flags like dim: 8"):
+        content = yaml.safe_load(Path(user_path(path)).read_text("utf-8"))
         settings = {}
-        for name, value in yaml.safe_load(Path(user_path(path)).read_text("utf-8")).items():
+        for name, value in (content or {}).items():  # None: only comments
             if name in FLAGS and isinstance(value, dict):
                 settings |= value  # a group
             elif name in FLAGS and value is None:
@@ -2848,10 +2872,8 @@ def read_config(path, passed):
         if unknown:
             hints = [*filter(None, map(explain_name, unknown)), "--help lists all"]
             raise UsageError(f"no flag is named {', '.join(unknown[:9])} ({'; '.join(hints)})")
-        if "text" in passed:
-            settings.pop("dataset", None)
-        if "dataset" in passed:
-            for name in ("text", "valid_text", "test_text"):
+        if "text" in passed or "dataset" in passed:
+            for name in ("dataset", "text", "valid_text", "test_text"):
                 settings.pop(name, None)
         arguments = []
         for name, value in settings.items():
@@ -2972,7 +2994,7 @@ def flags_of_resumed_run(checkpoint, passed):
             if old[name] not in known:
                 raise RunError(
                     f"{describe(checkpoint)} has --{name} {old[name]}, "
-                    "which this version of the program does not know: use that one"
+                    "which this version of the program does not know: use the version that wrote it"
                 )
     return resolve(argparse.Namespace(**old | passed))
 
@@ -3032,6 +3054,13 @@ def adopt_shape(flags, passed, origins):
                 f"leave --{name} out"
             )
         setattr(flags, name, value)
+    if "teacher" in origins:
+        longest = origins["teacher"].model.config.context_size
+        if flags.context_size > longest:
+            raise UsageError(
+                f"--context_size {flags.context_size} is more than the teacher has read: give at "
+                f"most {longest}"
+            )
 
 
 def make_config(flags, vocab_size):
@@ -3152,10 +3181,14 @@ def hash_sources():
 
 
 def list_versions(flags, ranks):
-    """What the last bits of a result depend on: resume is bit-exact while these stay the same."""
+    """What the last bits of a result depend on: resume is bit-exact while these stay the same.
+
+    The C++ compiler is not among them; MLX and extras/fast.py cache what it has compiled.
+    """
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
-    streams = 1
+    cores, streams = os.cpu_count(), 1
     if fast:
+        cores = fast.count_cores()  # fewer under taskset
         streams = fast.count_streams(flags.batch_size // ranks.size, flags.context_size)
     dtype = flags.dtype if mx.default_device() == mx.gpu or has_bfloat16() else "float32"
     return {
@@ -3163,7 +3196,7 @@ def list_versions(flags, ranks):
         "NumPy": np.__version__,
         "BLAS": BLAS,
         "dtype": dtype,
-        "device": f"{device}, {os.cpu_count()} cores",
+        "device": f"{device}, {cores} cores",
         "streams": streams,
         "ranks": ranks.size,
     }
@@ -3203,7 +3236,7 @@ def load_data(folder, flags, passed, checkpoint, origins):
 def list_runs(folder):
     """Prints the runs in `folder` and their checkpoints, most recently saved first."""
     records = list_checkpoints(folder, warn=True)  # newest first
-    print(f"{len(records)} checkpoints in {folder}")
+    print(f"Checkpoints in {folder}: {len(records)}")
     latest = next((record for record in records if not record.get("diverged")), None)
     names = dict.fromkeys(record["run"] for record in records)  # unique, in that order
     for name in names:
@@ -3243,7 +3276,10 @@ def show_runs(folder, flags, passed):
     for identifier in flags.identifier or []:
         # A pattern names the newest checkpoint of each run that it matches.
         names = fnmatch.filter(runs, identifier) or [identifier]
-        named += [named_checkpoint(folder, records, name) for name in names]
+        for name in names:
+            record = named_checkpoint(folder, records, name)
+            if record not in named:
+                named.append(record)
     if flags.plot:
         extra("pictures").plot_runs(folder, [record["run"] for record in named], flags.plot)
     else:
@@ -3254,12 +3290,15 @@ def show_runs(folder, flags, passed):
 
 
 def score_checkpoint(folder, checkpoint, flags, dataset, ranks):
-    """Runs --evaluate on a split, with --quantize once more. Returns the exit status."""
+    """Scores a split for --evaluate; with --quantize, then also with quantized weights.
+
+    Returns the exit status.
+    """
     model, _ = load_model(folder, checkpoint)
     context_size = model.config.context_size
     if flags.eval_stride and flags.eval_stride > context_size:
         raise UsageError(
-            f"--eval_stride {flags.eval_stride} would leave tokens out: at most {context_size}"
+            f"--eval_stride {flags.eval_stride} would skip tokens: give at most {context_size}"
         )
     check_memory(model, flags, training=False)
     print(describe(checkpoint), file=sys.stderr)
@@ -3272,10 +3311,10 @@ def score_checkpoint(folder, checkpoint, flags, dataset, ranks):
         extra("quantize").quantize(model, flags.quantize, packed=False)
         ranks.broadcast_scoring(model, dataset, flags)
         score_split(flags.evaluate, model, dataset, flags, interrupts, ranks)
-    return 128 + interrupts.received if interrupts.received else printed()
+    return 128 + interrupts.received if interrupts.received else stdout_status()
 
 
-def printed():
+def stdout_status():
     """The exit status of a command whose result is on stdout: 0.
 
     Raises RunError if some of it could not be written. Training does not call this: it prints only
@@ -3293,7 +3332,7 @@ def train_run(flags, dataset, checkpoint, origins, ranks):
     if flags.batch_size < ranks.size:
         raise UsageError(
             f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a row: "
-            "give more"
+            "give a larger one"
         )
     name = f"{dataset.name}-{os.urandom(3).hex()}"  # 6 hexadecimal digits: see remove_leftovers
     # --identifier may name an older checkpoint of its run: then this is a new run, too.
@@ -3343,11 +3382,11 @@ def execute(argv, ranks):
         own = hash_sources()["main.py"][:12]
         python = platform.python_version()
         print(f"main.py {own}, Python {python}, MLX {mx.__version__}, NumPy {np.__version__}")
-        return printed()
+        return stdout_status()
     if flags.gpu and not mx.is_available(mx.gpu):
         raise UsageError(
             "--gpu: MLX sees no GPU; leave it out, or install MLX for yours: "
-            "pip install mlx[cuda13]"
+            "pip install 'mlx[cuda13]'"
         )
     use_device(flags.gpu)
 
@@ -3361,15 +3400,19 @@ def execute(argv, ranks):
             list_runs(folder)
         else:
             show_runs(folder, flags, passed)
-        return printed()
+        return stdout_status()
 
     # Commands that use a checkpoint, but no corpus.
     checkpoint = choose_checkpoint(folder, flags, passed, needed)
     if needed and not checkpoint:
-        raise UsageError(f"no such checkpoint in {folder}: {TRAIN_FIRST}")
+        if list_checkpoints(folder):
+            raise UsageError(
+                f"no checkpoint in {folder} has the flags given: leave them out, or see --list"
+            )
+        raise UsageError(f"no checkpoint in {folder}: {TRAIN_FIRST}")
     if flags.export:
         model, tokenizer = load_model(folder, checkpoint)
-        if flags.export.endswith(".gguf"):
+        if flags.export.lower().endswith(".gguf"):
             extra("gguf").export_gguf(model, tokenizer, flags.export, flags.quantize)
         else:
             extra("huggingface").export_model(model, tokenizer, flags.export, flags.quantize)
@@ -3377,7 +3420,7 @@ def execute(argv, ranks):
         return 0
     if samples:
         sample_from(folder, checkpoint, flags)
-        return printed()
+        return stdout_status()
 
     # Training, evaluation and benchmarks need the corpus, too.
     if checkpoint:
@@ -3395,7 +3438,7 @@ def execute(argv, ranks):
             raise UsageError("--benchmark measures one process: start it without mlx.launch")
         run = make_run("benchmark", flags, dataset, checkpoint, origins, ranks)
         extra("benchmark").run_benchmark(run)
-        return printed()
+        return stdout_status()
     return train_run(flags, dataset, checkpoint, origins, ranks)
 
 
@@ -3442,7 +3485,7 @@ def main(argv=None):
             return 1
         line = " ".join(str(error).splitlines())  # one line, however many the error has
         if isinstance(error, MemoryError):
-            line += f": {SMALLER}"
+            line = f"{line or 'out of memory'}: {SMALLER}"
         if isinstance(error, ImportError):  # a package that only one feature needs
             line += ": pip install -r requirements.txt"
         print(f"main.py: {line}", file=sys.stderr)

@@ -18,8 +18,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from datasets import explained, user_path, utf8
-from extras.collect import write_whole
+from datasets import RunError, explained, user_path, utf8
+from extras.results import write_whole
 from main import close_files, describe, find_damage, first_ids, load_model
 
 MAX_COLUMNS = 100  # of a printed line
@@ -28,18 +28,22 @@ MAX_COLUMNS = 100  # of a printed line
 def run_cases(folder, records, flags, top_k):
     """Prints a table for each checkpoint of `records`; with --output also writes them as JSON.
 
-    folder: the Path that holds the checkpoints; flags: only cases and output are used. Damaged
-    checkpoints are skipped. Raises UsageError if a file cannot be used, RunError if a LoRA run's
-    base is gone or --output cannot be written.
+    folder: the Path that holds the checkpoints; flags: only cases and output are used. Checkpoints
+    that are damaged or need a base that is gone are skipped. Raises UsageError if a file cannot be
+    used, RunError if --output cannot be written.
     """
     cases = read_cases(flags)
     results = []
     for record in records:
-        damage = find_damage(folder, record)
-        if damage:
-            print(f"Skipping {describe(record)}: {damage}", file=sys.stderr)
-            continue
-        results += score_checkpoint(folder, record, cases, top_k)
+        try:
+            damage = find_damage(folder, record)
+            if damage:
+                raise RunError(damage)
+            model, tokenizer = load_model(folder, record)
+        except RunError as error:
+            print(f"Skipping {describe(record)}: {error}", file=sys.stderr)
+        else:
+            results += score_checkpoint(model, tokenizer, record, cases, top_k)
         close_files(record)
     if flags.output:
         text = json.dumps(results, ensure_ascii=False, indent=1)
@@ -53,7 +57,7 @@ def read_cases(flags):
     """
     import yaml
 
-    needed = "is no YAML list of prompt and expected, like - {prompt: a, expected: b}"
+    needed = "is not a YAML list of entries like - {prompt: a, expected: b}"
     cases = []
     for path in flags.cases:
         with explained(f"--cases {path} {needed}"):
@@ -61,23 +65,25 @@ def read_cases(flags):
             # BaseLoader keeps every scalar a string: `yes` does not become a bool, nor 1.0 a float.
             for entry in yaml.load(text, yaml.BaseLoader):
                 cases.append((read_text(entry, "prompt"), read_text(entry, "expected")))
-    if flags.output:
-        with explained(f"--output {flags.output} is no file to write: name another", OSError):
-            open(flags.output, "ab").close()  # fails now rather than after the work
+    # Fails now rather than after the work; to a pipe, this would be the end of the text.
+    if flags.output and not Path(flags.output).is_fifo():
+        with explained(f"--output {flags.output} cannot be written: name another file", OSError):
+            open(flags.output, "ab").close()
     return cases
 
 
 def read_text(entry, key):
-    """The text of an entry under `key`. Raises KeyError or TypeError if there is none."""
+    """The text of an entry under `key`. Raises KeyError, TypeError or ValueError without one."""
     if not isinstance(entry[key], str):
-        raise TypeError(f"the {key} {entry[key]} is no text")
+        raise TypeError(f"the {key} {entry[key]} is not a string")
+    if key == "expected" and not entry[key]:
+        raise ValueError("an expected continuation is empty")
     # In a JSON file, which is also YAML, an emoji may be two surrogates: "\ud83d\ude00".
     return utf8(entry[key])
 
 
-def score_checkpoint(folder, record, cases, top_k):
+def score_checkpoint(model, tokenizer, record, cases, top_k):
     """The results of one checkpoint, printed as they come: a list of dicts, one per case."""
-    model, tokenizer = load_model(folder, record)
     print(describe(record))
     results = []
     for prompt, expected in cases:
@@ -94,7 +100,7 @@ def score_case(model, tokenizer, prompt, expected, top_k):
     """How a model scores on one case, as a dict:
 
     rank: the worst rank of an expected token, where 1 is the most likely token;
-    probability: that of the whole continuation;
+    probability: that of the whole continuation, None for a diverged model;
     top: the `top_k` most likely first tokens;
     passed: whether the rank is at most `top_k` and the vocabulary covers the whole continuation.
 
@@ -119,7 +125,7 @@ def score_case(model, tokenizer, prompt, expected, top_k):
     known = not tokenizer.unknown(expected)
     return {
         "rank": rank,
-        "probability": math.exp(-nats),
+        "probability": math.exp(-nats) if math.isfinite(nats) else None,
         "top": [tokenizer.decode([token]) for token in best],
         "passed": rank <= top_k and known,
     }
@@ -128,7 +134,8 @@ def score_case(model, tokenizer, prompt, expected, top_k):
 def print_result(result):
     """Prints a line of the table: pass or fail, rank, probability, case, most likely tokens."""
     verdict = "pass" if result["passed"] else "FAIL"
-    numbers = f"{result['rank']:>6,} {result['probability']:>9.2e}"
+    probability = "-" if result["probability"] is None else f"{result['probability']:.2e}"
+    numbers = f"{result['rank']:>6,} {probability:>9}"
     case = f"{result['prompt'][-24:]!r} {result['expected'][:16]!r}"
     top = " ".join(repr(text) for text in result["top"])
     line = f"  {verdict} rank {numbers}  {case}: {top}"

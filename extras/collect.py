@@ -2,11 +2,10 @@
 
 Sequence-level distillation (Kim & Rush 2016): a small model is trained on what a large one writes.
 The answers to a list of prompts are saved as they arrive, so an interrupted collection resumes
-where it stopped, and no answer is paid for twice.
+where it stopped and requests no saved answer again.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from datasets import RunError, UsageError, explained, utf8
+from extras.results import append_lines, json_line, write_whole
 
 PAUSES = (1, 2, 4, 8, 16, 32, 60)  # seconds between the attempts for one prompt
 # The files of --output.
@@ -48,6 +48,8 @@ def read_prompts(path):
     fault = f"--teacher_prompts {path} must {content if is_jsonl else 'be a UTF-8 file'}"
     with explained(fault, OSError, ValueError, LookupError, TypeError):
         text = Path(path).read_text("utf-8")
+        if not text:
+            raise ValueError("it is empty")
         lines = text.removesuffix("\n").split("\n")  # splitlines would also split at \f
         if not is_jsonl:
             return lines
@@ -61,8 +63,7 @@ def collect_answers(url, model, prompts, folder, max_requests=1000, timeout=120,
     Each answer becomes a line of JSON (prompt, model, completion) in folder/answers.jsonl; at the
     end, all prompts and answers are written to folder/corpus.txt, for --text. At most
     `max_requests` requests are made; the next call resumes. The key (see find_key) is never written
-    anywhere.
-    timeout: seconds without a byte from the server.
+    anywhere. timeout: seconds to wait for the server's next byte.
 
     Raises UsageError if the address or the key cannot be used, or if answers.jsonl holds other
     lines or is being written by another process; RunError if one of its lines is damaged, or if
@@ -92,102 +93,6 @@ def write_corpus(lines, path):
         answer = json.loads(line)
         texts.append(f"{answer['prompt']}\n{answer['completion']}\n")
     write_whole(path, utf8("".join(texts)))
-
-
-def write_whole(path, text):
-    """Writes a UTF-8 file; if a full disk or a kill prevents that, the old file stays intact.
-
-    Anything but a regular file, like /dev/stdout or a pipe, is written directly. Raises RunError.
-    """
-    with explained(f"cannot write {path}", OSError, kind=RunError):
-        if os.path.exists(path) and not os.path.isfile(path):
-            Path(path).write_text(text, "utf-8")
-            return
-        target = os.path.realpath(path)  # a link stays a link
-        new = Path(f"{target}.new")
-        try:
-            with open(new, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()  # out of Python's buffer
-                os.fsync(file.fileno())  # and out of the system's, before the old file is replaced
-            os.replace(new, target)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
-
-
-def json_line(content):
-    """A dict as UTF-8 JSON, with escapes for characters that UTF-8 lacks (lone surrogates)."""
-    return json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace")
-
-
-def append_lines(path, heads):
-    """Opens a JSON Lines file for appending; returns it and its complete lines, as bytes.
-
-    `heads` are the dicts that the lines must start with, in order, including those still to be
-    written; "completion" follows in each line. A last line cut off by a kill is removed. The file
-    is locked until it is closed or the process ends.
-
-    Raises UsageError if it is not a regular file, holds other lines or is locked by another
-    process, RunError if a line is damaged; the file is then left unchanged.
-    """
-    heads = [json_line(head) for head in heads]
-    # Include the key that follows: `"max_tokens": 20` alone would also be a prefix of 200.
-    heads = [head.removesuffix(b"}") + b', "completion": ' for head in heads]
-    out = open(path, "a+b")
-    try:
-        if not os.path.isfile(path):  # reading a device might never end
-            raise UsageError(f"{path} is no regular file: name another --output")
-        lock_file(out, path)
-        out.seek(0)  # read only once locked, or another process's last lines could be missed
-        *lines, cut_off = out.read().split(b"\n")
-        if not are_ours(lines, cut_off, heads):
-            raise UsageError(
-                f"{path} holds other things than this command's answers (other prompts, another "
-                "model or other sampling flags): name another --output"
-            )
-        check_lines(path, lines)
-        out.truncate(out.tell() - len(cut_off))
-    except Exception:
-        out.close()
-        raise
-    return out, lines
-
-
-def lock_file(file, path):
-    """Locks an open file. Raises UsageError if another process has locked it."""
-    try:
-        # LOCK_NB: raises BlockingIOError instead of waiting.
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(
-            f"{path} is being written by another process: wait for it, or name another --output"
-        ) from None
-
-
-def check_lines(path, lines):
-    """Raises RunError if one of a file's lines is not JSON with a completion."""
-    for i, line in enumerate(lines, 1):
-        fault = f"line {i:,} of {path} is damaged: mend it, or delete it and all that follow"
-        with explained(fault, ValueError, RecursionError, kind=RunError):
-            answer = json.loads(line.decode())
-            if not isinstance(answer["completion"], str):
-                raise ValueError("its completion is no text")
-
-
-def are_ours(lines, cut_off, heads):
-    """Whether `lines`, and the partial last one `cut_off` (b"" if none), start with `heads`."""
-    if len(lines) > len(heads):
-        return False
-    for line, head in zip(lines, heads):
-        if not line.startswith(head):
-            return False
-    if not cut_off:
-        return True
-    if len(lines) == len(heads):
-        return False  # nothing is left to be written
-    head = heads[len(lines)]
-    return cut_off.startswith(head) or head.startswith(cut_off)
 
 
 class Reply(NamedTuple):
@@ -246,7 +151,7 @@ class Teacher:
             raise UsageError(
                 f"--distill_from {self.url}: give the address with http:// or https://"
             )
-        with explained(f"--distill_from {self.url} is no address: check it", ValueError):
+        with explained(f"--distill_from {self.url} is not a valid address", ValueError):
             requests.Request("POST", self.address).prepare()
         if not (self.key.isascii() and self.key.isprintable()):
             # The message leaves out the key, which is never written anywhere.
@@ -263,7 +168,7 @@ class Teacher:
         for pause in (*PAUSES, None):
             if self.sent >= self.max_requests:
                 raise RunError(
-                    f"{self.max_requests} requests were made (the limit), "
+                    f"stopped after {self.max_requests} requests (--max_requests), "
                     f"{num_answered} prompts answered: rerun to continue"
                 )
             self.sent += 1
@@ -288,11 +193,10 @@ class Teacher:
         import requests
 
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
-        headers = {}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
         try:
-            response = requests.post(self.address, json=body, headers=headers, timeout=self.timeout)
+            response = requests.post(
+                self.address, json=body, auth=self.authorize, timeout=self.timeout
+            )
         except (requests.RequestException, ValueError) as error:
             reason = self.masked(f"{type(error).__name__}: {error}")
             # Retrying does not help with an invalid header or address (ours or a redirect's).
@@ -305,13 +209,19 @@ class Teacher:
             if status == 200:
                 content = response.json()["choices"][0]["message"]["content"] or ""
                 if not isinstance(content, str):
-                    raise TypeError("its content is no text")
+                    raise TypeError("its content is not a string")
                 return Reply(utf8(content))  # a token limit may have split a character
             reason = self.masked(f"status {status}: {response.text}")
             return Reply(None, reason, status >= 500 or status in TEMPORARY, wait)
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             reason = self.masked(f"{type(error).__name__}: {error}")
             return Reply(None, reason, wait=wait)
+
+    def authorize(self, request):
+        """Adds the key to a request. As a header of `post`, ~/.netrc would replace it."""
+        if self.key:
+            request.headers["Authorization"] = f"Bearer {self.key}"
+        return request
 
     def masked(self, reason):
         """`reason` on one line of at most 240 characters, without the key."""

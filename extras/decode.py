@@ -3,8 +3,8 @@
     python main.py --prompts_file prompts.txt --output answers.jsonl     sixteen prompts at a time
     python main.py --prompt "The company" --draft ptb-0a1b2c             speculative decoding
 
-Both give each text the continuation that main.py's Decoder would give it alone: the random numbers
-depend only on the seed and the position in the text.
+Both give each text the continuation that main.py's Decoder would give it alone, unless two tokens
+are tied up to rounding: the random numbers depend only on the seed and the position in the text.
 """
 
 import os
@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from datasets import explained
-from extras.collect import append_lines, json_line
+from extras.results import append_lines, json_line
 from main import Cache, Decoder, Detokenizer, first_ids, shape_logits
 
 # The flags that, besides the seed, determine a completion.
@@ -210,7 +210,7 @@ class SpeculativeDecoder:
     def describe_draft(self):
         """The draft's acceptance rate, to be appended to the speed."""
         rate = self.accepted / max(1, self.proposed)
-        return f", {rate:.0%} of the draft's {self.proposed:,} proposals accepted"
+        return f", {rate:.0%} of the draft's {self.proposed:,} proposals accepted so far"
 
 
 def answer_file(model, tokenizer, checkpoint_id, flags, batch_size=16):
@@ -221,9 +221,11 @@ def answer_file(model, tokenizer, checkpoint_id, flags, batch_size=16):
     resumed. Raises UsageError or RunError if it cannot be resumed (see append_lines).
     """
     settings = {name: getattr(flags, name) for name in SAMPLING_FLAGS}
-    problem = f"--prompts_file {flags.prompts_file} must be UTF-8, --output writable"
+    problem = f"--prompts_file {flags.prompts_file} must be a UTF-8 file, --output writable"
     with explained(problem, OSError, ValueError):
         prompts = Path(flags.prompts_file).read_text("utf-8").removesuffix("\n")
+        if not prompts:
+            raise ValueError("it is empty")
         jobs = []
         for prompt in prompts.split("\n"):  # splitlines would also split at \f
             for _ in range(flags.num_samples):

@@ -38,8 +38,8 @@ def distilled_loss_and_gradients(
 ):
     """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; see stored_gradients.
 
-    targets, weights: [N]; states: the teacher's hidden states [N, D']; their_head: its matrix [V',
-    D']. If V and V' differ, the larger vocabulary has padding: the teacher's rows beyond V are
+    targets, weights: [N]; states: the teacher's hidden states [N, D']; their_head: its matrix
+    [V', D']. If V and V' differ, the larger vocabulary has padding: the teacher's rows beyond V are
     ignored, and it gives no probability to the student's ids beyond V'.
     """
     padding = max(0, len(head) - len(their_head))

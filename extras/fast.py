@@ -16,7 +16,7 @@ of the same names:
 
 All but the last two match the plain functions up to rounding; tests/extras/test_fast.py compares
 them. On a GPU, all but cross_entropy leave the work to MLX. Without this file, main.py works the
-same, only slower.
+same, only slower, but for --teacher, several ranks and bfloat16 on a CPU, which need it.
 
 Shapes: B rows of a batch, L positions, D model dimension, H query heads, K key and value heads, d
 head dimension, V vocabulary, N any number.
@@ -68,15 +68,16 @@ import numpy as np
 
 from datasets import CACHE
 
-# C source. MLX calls cblas_sgemm with row-major matrices (`order` 101); 111 means not transposed,
-# 112 transposed, as in x @ weight.T. find_blas sets the functions of one of the two libraries.
+# C source. MLX calls cblas_sgemm with row-major matrices (`order` 101; other libraries may use 102,
+# by columns); 111 means not transposed, 112 transposed, as in x @ weight.T. find_blas sets the
+# functions of one of the two libraries.
 #
 # Small products, as in decoding, are computed here, about as fast as memory is read: a matrix times
 # a vector (n == 1), which is never rounded, and a few rows times a transposed matrix (m <= 32)
 # unless products are rounded to bfloat16.
 #
 # Rounding to bfloat16 adds 0x7fff, half of what is cut off, and for ties the last bit that is kept;
-# a NaN keeps a bit set. Waking a thread costs as much as 10 million operations.
+# a NaN keeps a bit set. Waking a thread of oneDNN costs as much as 10 million operations.
 FORWARDER = """
 #include <stdlib.h>
 #include <string.h>
@@ -144,6 +145,10 @@ static void multiply_rows(int m, long n, long k, float alpha, const float* a, lo
 void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha,
                  const float* a, int lda, const float* b, int ldb, float beta,
                  float* c, int ldc) {
+  if (order == 102) {  // the transposed product of the same memory read by rows
+    cblas_sgemm(101, tb, ta, n, m, k, alpha, b, ldb, a, lda, beta, c, ldc);
+    return;
+  }
   int a_in_rows = ta == 111 || (m == 1 && lda == 1);
   if (n == 1 && beta == 0 && a_in_rows && (tb == 112 || ldb == 1)) {
     for (long row = 0; row < m; row++) c[row * ldc] = alpha * dot(a + row * lda, b, k);
@@ -216,6 +221,8 @@ def use_fast_blas():
     global forwarder
     if sys.platform != "linux":
         return "Accelerate"  # macOS's own, which MLX uses
+    if "mlx.core" in sys.modules:
+        return REFERENCE_BLAS  # too late: import main before MLX
     # Threads that spin while waiting lose their core to other programs just when work arrives: 7
     # times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -281,13 +288,13 @@ def compile_forwarder():
     cpu = re.search("^(flags|Features).*", cpu_info(), re.M)
     kind = f"{FORWARDER}{cpu and cpu[0]}"  # a cache may serve several CPUs
     path = CACHE / f"blas-{hashlib.sha1(kind.encode()).hexdigest()[:12]}.so"
+    if path.exists() and can_be_loaded(path):
+        return str(path)
     compiler = next(filter(shutil.which, ["cc", "gcc", "clang"]), None)
     if compiler is None:
         return None
     # Without the last three, sums would stay scalar.
     vectors = ["-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
-    if path.exists() and can_be_loaded(path):
-        return str(path)
     new = f"{path}.{os.getpid()}"
     # Not every compiler knows every option.
     for options in ([*vectors, "-fopenmp"], vectors, []):
@@ -390,7 +397,7 @@ def softmax_gradient(scores, gradient, weights):
 def attend(queries, keys, values):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, L, d] -> [B, H, L, d].
 
-    Like main.py's `attend`; on a CPU, it makes training steps 3 to 16 % faster.
+    Like main.py's `attend`; on a CPU, it makes training steps 3 to 16% faster.
     """
     B, H, L, d = queries.shape
     scale = d**-0.5
@@ -661,8 +668,6 @@ def use_streams(rows, context_size):
     Each of several streams uses one thread for its matrix products, a single stream uses all.
     """
     global streams_in_use
-    if on_gpu() or BLAS == "Accelerate":
-        return [mx.default_stream(mx.default_device())]
     streams_in_use = count_streams(rows, context_size)
     # Otherwise each stream's products would start one thread per core.
     set_blas_threads(count_cores() if streams_in_use == 1 else 1)

@@ -127,21 +127,23 @@ def make_vocabulary(tokenizer, size):
     """
     if tokenizer.kind in ("word", "char"):
         raise UsageError(
-            f"llama.cpp has no tokenizer by {tokenizer.kind}s: train with --tokenizer bpe or byte, "
+            f"llama.cpp has no {tokenizer.kind} tokenizer: train with --tokenizer bpe or byte, "
             "or --export a folder for transformers"
         )
     text, _ = tokenizer_json(tokenizer)
     content = json.loads(text)
     if not is_gpt2_like(content) and tokenizer.kind != "byte":
         raise UsageError(
-            "llama.cpp would cut texts otherwise than this tokenizer: only GPT-2's way is "
-            "exported; llama.cpp's own convert_hf_to_gguf.py knows models of others"
+            "llama.cpp would split text differently from this tokenizer; only GPT-2's "
+            "pre-tokenization can be exported. For other models, use llama.cpp's "
+            "convert_hf_to_gguf.py"
         )
     tokens = {token: text for text, token in content["model"]["vocab"].items()}
-    special = {tokenizer.eos}
+    kinds = dict.fromkeys(tokens, "NORMAL")
     for added in content["added_tokens"]:
         tokens[added["id"]] = added["content"]
-        special.add(added["id"])
+        kinds[added["id"]] = "CONTROL" if added.get("special") else "USER_DEFINED"
+    kinds[tokenizer.eos] = "CONTROL"
     merges = []
     for merge in content["model"]["merges"]:
         merges.append(merge if isinstance(merge, str) else " ".join(merge))
@@ -150,8 +152,7 @@ def make_vocabulary(tokenizer, size):
         merges = ["<eos> <eos>"]
     return {
         "tokens": [tokens.get(i, f"<unused {i}>") for i in range(size)],
-        "known": set(tokens) - special,
-        "special": special,
+        "kinds": [kinds.get(i, "UNUSED") for i in range(size)],
         "merges": merges,
         "eos": tokenizer.eos,
     }
@@ -169,14 +170,7 @@ def add_vocabulary(writer, vocabulary):
     """Adds the tokenizer, in the fields that llama.cpp reads."""
     import gguf
 
-    kinds = []
-    for i in range(len(vocabulary["tokens"])):
-        if i in vocabulary["special"]:
-            kinds.append(gguf.TokenType.CONTROL)
-        elif i in vocabulary["known"]:
-            kinds.append(gguf.TokenType.NORMAL)
-        else:
-            kinds.append(gguf.TokenType.UNUSED)
+    kinds = [getattr(gguf.TokenType, kind) for kind in vocabulary["kinds"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(vocabulary["tokens"])

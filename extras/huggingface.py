@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from datasets import BPETokenizer, UsageError, explained, extra, user_path
-from main import Config, LanguageModel, sha1_of
+from main import DEFAULTS, Config, LanguageModel, sha1_of
 
 # Their name for a model with our (mlp, qk_norm); the others have no counterpart.
 COUNTERPARTS = {
@@ -194,15 +194,15 @@ def make_config(settings, untie):
 
     Raises KeyError if one without a default is missing, UsageError if one cannot be used.
     """
-    # What transformers assumes for entries that a config.json of Llama lacks.
+    # What transformers assumes for entries that a config.json lacks.
     defaults = {
         "num_key_value_heads": settings["num_attention_heads"],
         "head_dim": None,
-        "rms_norm_eps": 1e-6,
+        "rms_norm_eps": 1e-5 if settings["model_type"] == "arcee" else 1e-6,
         "rope_theta": 1e4,
     }
-    # `rope_theta` is among the RoPE settings or, in older folders, next to them.
-    settings = defaults | find_rope(settings) | settings
+    # `rope_theta` is among the RoPE settings, which come first, or, in older folders, next to them.
+    settings = defaults | settings | find_rope(settings)
     fields = {ours: settings[theirs] for ours, theirs in THEIR_NAMES.items()}
     for ours, theirs in THEIR_NAMES.items():
         if theirs != "head_dim" or fields[ours] is not None:
@@ -253,22 +253,22 @@ def export_model(model, tokenizer, folder, bits):
     name = find_counterpart(model.config)
     check_vacant(folder)
     settings = make_settings(model.config, name, tokenizer)
-    if bits == 16:
-        extra("quantize").quantize(model, bits, packed=True)
-        settings["dtype"] = "float16"
-    elif bits:
+    if bits:
         group_size = extra("quantize").quantize(model, bits, packed=True)
-        # This entry tells mlx_lm that the weights are packed.
-        settings["quantization"] = {"group_size": group_size, "bits": bits}
+        if group_size:
+            # This entry tells mlx_lm that the weights are packed.
+            settings["quantization"] = {"group_size": group_size, "bits": bits}
+        else:
+            settings["dtype"] = "float16"
     tokenizer_text, tokenizer_settings = tokenizer_json(tokenizer)
     tokenizer_settings["chat_template"] = CHAT_TEMPLATE
     tokenizer_settings["model_max_length"] = model.config.context_size
-    # main.py's defaults, for `generate` of transformers to use.
+    # For `generate` of transformers to use.
     sampling = {
         "eos_token_id": tokenizer.eos,
         "do_sample": True,
-        "temperature": 0.5,
-        "top_k": 50,
+        "temperature": DEFAULTS["temperature"],
+        "top_k": DEFAULTS["top_k"],
     }
     weights = dict(sorted(tree_flatten(model.parameters())))
 

@@ -1,4 +1,7 @@
-"""Other programs' names for flags: anyone who uses one, also in a --config, is told ours."""
+"""Other programs' names for flags.
+
+Whoever passes one, on the command line or in a --config file, is told ours.
+"""
 
 # Our flags and their names in other programs.
 OTHER_NAMES = {
@@ -13,7 +16,6 @@ OTHER_NAMES = {
     " n_embed",
     "draft": "draft_model",
     "dtype": "amp bf16 fp16 mixed_precision precision",
-    "eval_tokens": "eval_batches eval_iters val_batches",
     "evaluate": "eval eval_only test",
     "export": "export_gguf gguf_path hf_path",
     "grad_accumulation": "accum_steps grad_accum grad_accum_steps gradient_accumulation"
@@ -59,17 +61,18 @@ OTHER_NAMES = {
 }
 # Names without a counterpart here, and what to do instead.
 NOT_NEEDED = {
-    "bias": "no layer has one",
+    "bias": "no layer has a bias",
     "compile": "every step is compiled",
-    "cpu": "without --gpu it is the CPU",
-    "cuda mps": "--gpu is for Apple's and NVIDIA's",
+    "cpu": "the CPU is the default",
+    "cuda mps": "--gpu selects an Apple or NVIDIA GPU",
     "distill_from": "python datasets.py --distill_from collects a corpus",
     "device": "--gpu, or nothing for the CPU",
+    "eval_batches eval_iters val_batches": "--eval_tokens counts tokens, not batches",
     "epochs max_epochs n_epochs num_epochs num_train_epochs": "--num_iters counts steps",
     "resume": "a run resumes by itself; --identifier names another, --new_model starts over",
     "stream": "text is always printed as it is sampled",
     "tie tie_embeddings tie_weights tie_word_embeddings weight_tying": "tied, unless --untie",
-    "train": "that is what is done without another flag",
+    "train": "training is the default",
     "wandb wandb_log": "losses go to a .csv file beside the checkpoints; --plot draws them",
 }
 

@@ -21,7 +21,7 @@ from datasets import UsageError, explained, user_path
 from main import LOG_COLUMNS, first_ids, read_log
 
 DPI = 150  # dots per inch, fewer if a side of the image would exceed MAX_PIXELS
-MAX_PIXELS = 2**14
+MAX_PIXELS = 2**13
 # Training losses are many and noisy, so they are pale; validation losses have markers.
 SPLIT_STYLES = {"train": {"alpha": 0.4}, "valid": {"alpha": 1, "marker": "o"}}
 
@@ -35,7 +35,7 @@ def plot_runs(folder, names, path):
     """
     logs = find_logs(folder, names)
     if not logs:
-        raise UsageError(f"no log of such a run in {folder}: check --save_dir")
+        raise UsageError(f"no log of these runs in {folder}: check --save_dir")
     figure = make_figure(12, 5)
     by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
     for i, log in enumerate(logs):

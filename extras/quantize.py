@@ -21,12 +21,14 @@ from datasets import explained
 def quantize(model, bits, packed):
     """Rounds all matrices of a model, in place, to `bits` per weight; returns the size of a group.
 
-    A group is 64 neighbours in a row, or 32 if 64 does not divide the length of every row; with 16
+    A group is 64 neighbours in a row, or 32 unless 64 divides the length of every row; with 16
     bits there are no groups, and the size is None.
+
     packed: True, for a GPU or an export, leaves layers with packed weights in the model
     (nn.QuantizedLinear, nn.QuantizedEmbedding); False, for a CPU, where MLX is slow with these,
     converts the rounded weights back to float32. The logits are the same up to rounding.
-    Raises UsageError if 32 does not divide the length of every row.
+
+    Raises UsageError unless 32 divides the length of every row.
     """
     matrices = {}
     for name, weight in tree_flatten(model.parameters()):

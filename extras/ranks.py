@@ -23,7 +23,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 import main
-from datasets import Dataset, RunError, Split, UsageError, tokenizer_from_dict
+from datasets import Dataset, RunError, Split, UsageError, explained, tokenizer_from_dict
 from extras.fast import part_of
 
 LOST = "a rank failed or is gone ({}): rerun the command to resume from the last checkpoint"
@@ -39,7 +39,13 @@ class Group:
 
     def __init__(self):
         before = open_files()
-        self.group = mx.distributed.init(strict=True)  # strict: an error rather than a group of one
+        fault = (
+            "cannot join the other ranks: start all with mlx.launch or Open MPI's mpirun, or unset "
+            "MLX_RANK, OMPI_COMM_WORLD_SIZE and PMI_SIZE"
+        )
+        with explained(fault, RuntimeError, ValueError, kind=RunError):
+            # strict: an error rather than a group of one
+            self.group = mx.distributed.init(strict=True)
         self.rank = self.group.rank()
         self.size = self.group.size()
         if "MLX_HOSTFILE" in os.environ:  # a ring, whose sockets are the new files
@@ -61,7 +67,7 @@ class Group:
                     raise RunError(LOST.format(lost)) from None
 
     def exchange(self, size=0, received=None, timeout=False, ended=False):
-        """Gives all ranks the maximum of each number; every message starts with this.
+        """Gives all ranks the maximum of each number; every message but `average` starts with this.
 
         size: bytes that rank 0 has to send; received: a signal. Raises Ended if rank 0 has ended,
         and RuntimeError once a rank is gone. MLX may notice that one message late, so what the

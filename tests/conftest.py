@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 # Each process that loads NumPy would spend 0.05 s of a second core on OpenBLAS's threads waiting for their first product.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
+import main  # noqa: E402 (before any test imports MLX, which takes the BLAS that is loaded before it)
 from datasets import Span  # noqa: E402
 
 TINY = "--dim 16 --num_heads 2 --num_blocks 2 --context_size 8 --batch_size 4 --max_tokens 8".split()
@@ -158,8 +159,6 @@ def text(tmp_path):
 
 def flags(**values):
     """The flags of an empty command line, with these values instead of the defaults."""
-    import main
-
     return main.resolve(Namespace(**main.DEFAULTS | values))
 
 
@@ -190,8 +189,6 @@ def nats_of(logits, targets):
 
 def loss_of(model, tokens, targets, weights=1.0, noise=()):
     """The weighted sum of a model's cross-entropies in nats, computed as the training step does."""
-    import main
-
     hidden = model.model(tokens, noise=noise)  # [B, L, D]
     return main.cross_entropy(hidden, model.head, targets, weights)
 

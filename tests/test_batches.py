@@ -62,7 +62,7 @@ def test_steps_per_epoch_counts_whole_batches():
         take(batches)
     assert batches.epoch == 0
     take(batches)
-    assert batches.epoch == 1 and batches.s == 4
+    assert batches.epoch == 1 and batches.place == 4
 
 
 @pytest.mark.parametrize("length", [9, 10, 12, 16, 17, 100, 103])
@@ -165,4 +165,4 @@ def test_a_batch_larger_than_what_is_left_begins_an_epoch():
     assert batches.epoch == 1
     batches.batch_size = 2
     take(batches)
-    assert batches.epoch == 2 and batches.s == 2
+    assert batches.epoch == 2 and batches.place == 2

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,9 +159,9 @@ def test_typed_values_win(flags_of, trained):
     )
     assert checkpoint and (values.learning_rate, values.num_iters, values.max_tokens) == (0.5, 9, 7)
     assert (values.dim, values.keep) == (16, 5)
-    changes = main.describe_resume(main.argparse.Namespace(**checkpoint["flags"]), values)
+    changes = main.describe_resume(checkpoint["flags"], vars(values))
     assert changes == (
-        "resumed  with --num_iters 3 -> 9, --learning_rate 0.01 -> 0.5 (start over with --new_model)\n"
+        "resumed  with --num_iters 3 -> 9, --learning_rate 0.01 -> 0.5 (to start over instead: --new_model)\n"
     )
 
 
@@ -213,6 +214,51 @@ def test_config_file_flat_and_in_groups(flags_of, trained, tmp_path):
     assert checkpoint is None and len(values.text) == 2
     assert (values.dim, values.num_heads, values.num_blocks, values.context_size) == (128, 2, 4, 32)
     assert (values.learning_rate, values.batch_size, values.qk_norm, values.mlp_dim) == (0.5, 3, False, 512)
+
+
+def test_a_text_replaces_the_corpus_of_a_config(tmp_path):
+    """All of it: its validation text is of another language, perhaps."""
+    own = tmp_path / "own.yaml"
+    own.write_text("text: a.txt\nvalid_text: b.txt\ntest_text: c.txt\ndim: 32\n")
+    passed = main.read_command_line(["--config", str(own), "--text", "other.txt"])
+    assert passed == {"config": str(own), "text": ["other.txt"], "dim": 32}
+
+
+@pytest.mark.parametrize("content", ["", "# dim: 32\n"])
+def test_a_config_of_comments(tmp_path, content):
+    (tmp_path / "own.yaml").write_text(content)
+    assert main.read_command_line(["--config", str(tmp_path / "own.yaml")]) == {"config": str(tmp_path / "own.yaml")}
+
+
+@pytest.mark.parametrize("error, line", [
+    (MemoryError(), "main.py: out of memory: "), (MemoryError("Unable to allocate 9 TiB"), "main.py: Unable to allocate 9 TiB: "),
+])  # fmt: skip
+def test_out_of_memory(error, line, monkeypatch, capsys):
+    monkeypatch.setattr(main, "execute", lambda *_: (_ for _ in ()).throw(error))
+    assert main.main([]) == 1
+    assert capsys.readouterr().err.startswith(f"{line}give a smaller --batch_size")
+
+
+def test_the_cores_that_count(monkeypatch):
+    """Those that the process may use, by which products are divided, not those of the machine."""
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("macOS cannot restrict a process to some cores")
+    given = flags(batch_size=4, context_size=8)
+    assert f", {len(os.sched_getaffinity(0))} cores" in main.list_versions(given, main.SingleProcess())["device"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(77)))
+    assert main.list_versions(given, main.SingleProcess())["device"].endswith(", 77 cores")
+
+
+def test_low_on_disk_space(trained, tmp_path, monkeypatch, capsys):
+    """The checkpoint that a resumed run has already takes up its room."""
+    [record] = main.list_checkpoints(trained / "lm")
+    size = 3 * os.path.getsize(trained / "lm" / f"{record['id']}.safetensors")  # with the moments of Adam
+    for room, is_low in ((2.5 * size, False), (1.5 * size, True)):
+        folder = shutil.copytree(trained / "lm", tmp_path / f"{is_low}")
+        monkeypatch.setattr(main.shutil, "disk_usage", lambda _: argparse.Namespace(free=room))
+        line = ["--text", trained / "text.txt", "--num_iters", 4, "--keep", 1, "--save_dir", folder]
+        assert main.main([*map(str, line)]) == 0
+        assert ("Low on disk space" in capsys.readouterr().out) == is_low
 
 
 def test_an_evaluation_that_another_rank_ended(trained, monkeypatch):

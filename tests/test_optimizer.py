@@ -7,6 +7,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from conftest import flags, loss_of
+from extras import lora
 from main import MUON_RATE
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -435,6 +436,31 @@ def test_bfloat16_computes_in_it_and_keeps_float32(monkeypatch, pretended_gpu):
     assert 1e-5 < abs(losses[:, 0] - expected[:, 0]).max() < 0.1
     rounded = [np.array(mx.array(w.astype(np.float32)).astype(mx.bfloat16).astype(mx.float32)) == w for w in weights.values()]
     assert np.mean(np.concatenate([part.ravel() for part in rounded])) < 0.1
+
+
+def test_lora_computes_in_bfloat16(monkeypatch, pretended_gpu):
+    """With its frozen base, which stays in float32 between the steps."""
+    seen = set()
+    call = main.Transformer.__call__
+
+    def spying(model, *arguments, **options):
+        hidden = call(model, *arguments, **options)
+        seen.add(hidden.dtype)
+        return hidden
+
+    monkeypatch.setattr(main.Transformer, "__call__", spying)
+    pretended_gpu()
+    model = make_model()
+    base = arrays(model.parameters())
+    lora.add_lora(model, rank=2, alpha=4.0)
+    step = main.make_step(model, optim.SGD(1.0), flags(batch_size=12, dtype="bfloat16"))
+    tokens = mx.zeros((12, 6), mx.int32)
+    mx.eval(step(tokens, tokens), model.state)
+    assert seen == {mx.bfloat16}
+    weights = dict(tree_flatten(model.parameters()))
+    assert {weight.dtype for weight in weights.values()} == {mx.float32}
+    for name, weight in base.items():
+        np.testing.assert_array_equal(np.array(weights[name] if name in weights else weights[name.replace(".weight", ".linear.weight")]), weight)
 
 
 def test_a_frequent_token_keeps_its_gradient_in_bfloat16(set_streams, pretended_gpu):

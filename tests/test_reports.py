@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import os
@@ -114,6 +115,45 @@ def test_log_of_a_run_that_is_killed(tmp_path, text):
         logs.append([(row["iteration"], row["split"], row["loss"], row["gradient_norm"]) for row in rows_of(log)])
     assert logs[0] == logs[1] and len(logs[0]) >= num_iters // 4
     assert not list((tmp_path / "killed").glob("*.new"))
+
+
+def test_a_log_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
+    path = tmp_path / "run.csv"
+    content = ",".join(main.LOG_COLUMNS) + "\n10,train,1,,,,,,,\n"
+    path.write_text(content)
+
+    def failing(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "read_log", failing)
+        log = main.LogTable(path, 20, False)
+        log.append({"iteration": 20, "split": "train", "mine": 1})  # a new column, for which it would be rewritten
+        assert path.read_text() == content
+    log.append({"iteration": 30, "split": "train", "loss": 0.5})
+    assert path.read_text() == f"{content}30,train,0.5,,,,,,,\n"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_an_input_output_error_of_stdout(tmp_path, is_terminal):
+    """A closed terminal is nobody's loss; of a file the caller learns."""
+
+    class Failing:
+        def __init__(self):
+            self.file = open(tmp_path / "out", "w", encoding="utf-8")
+
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+        def isatty(self):
+            return is_terminal
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    stream = main.Lasting(Failing())
+    stream.write("text")
+    assert (stream.lost is None) == is_terminal
 
 
 def test_a_score_that_was_not_saved_is_logged_once(tmp_path):

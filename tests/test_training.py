@@ -41,7 +41,7 @@ def test_extended_equals_at_once(tmp_path, text):
     line = ["--text", text, *TINY, *DROPOUT]
     for num_iters in (30, 70, 120):
         out, _ = run(*line, "--save_dir", tmp_path / "legs", "--num_iters", num_iters)
-    assert "resumed  with --num_iters 70 -> 120 (start over with --new_model)" in out
+    assert "resumed  with --num_iters 70 -> 120 (to start over instead: --new_model)" in out
     run(*line, "--save_dir", tmp_path / "once", "--num_iters", 120)
     assert ids(tmp_path / "legs")[0] == ids(tmp_path / "once")[0]
 
@@ -238,7 +238,7 @@ def test_the_last_good_checkpoint_is_one_from_which_a_step_can_be_taken(tmp_path
 def test_a_run_that_was_never_good_says_so(tmp_path, text):
     line = ["--text", text, *TINY, "--save_dir", tmp_path, "--learning_rate", 1e30, "--lr_warmup", 0, "--steps_per_eval", 1]
     _, err = run(*line, status=1)
-    assert "no good checkpoint is left: start over with --new_model" in err
+    assert "no good checkpoint is left: start over (--new_model)" in err
     _, err = run("--text", text, *TINY, "--save_dir", tmp_path, status=1)
     assert "--new_model" in err.splitlines()[-1]
     out, _ = run("--list", "--save_dir", tmp_path)

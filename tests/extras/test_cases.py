@@ -1,16 +1,21 @@
 """Probe cases: ranks and probabilities beside those of one pass per token."""
 
 import json
+import math
+import os
 import re
+import shutil
+from argparse import Namespace
 
 import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ids, run
+from conftest import ROOT, TINY, ids, run, start
 from datasets import ByteTokenizer
 from test_pictures import trained  # noqa: F401 (a fixture)
 
+from extras import cases
 from extras.cases import score_case
 
 CASES = [
@@ -127,7 +132,7 @@ def test_patterns_of_runs(text, tmp_path):
 
 @pytest.mark.parametrize("typed, words", [
     (["--cases", "none.yaml"], "none.yaml"),
-    (["--cases", "text.txt"], "is no YAML list of prompt and expected"),
+    (["--cases", "text.txt"], "is not a YAML list of entries"),
     (["--cases", "text.txt", "--identifier", "zzz", "latest"],
      "--identifier 'zzz' matches no checkpoint"),
 ])  # fmt: skip
@@ -139,7 +144,7 @@ def test_mistakes(trained, typed, words):
 @pytest.mark.parametrize("content", [
     "", "3", "- 3", "- null", "- [prompt, expected]", "- {prompt: a}", "{prompt: a, expected: b}",
     "- {prompt: [a], expected: b}", "- {prompt: a, expected: {b: c}}", "- {prompt: a, expected: [[]]}",
-    "- &a {prompt: a, expected: *a}", "[" * 5000, "\0", "- {prompt: a, expected: b",
+    "- &a {prompt: a, expected: *a}", '- {prompt: a, expected: ""}', "[" * 5000, "\0", "- {prompt: a, expected: b",
 ], ids=repr)  # fmt: skip
 def test_files_that_hold_no_cases(trained, tmp_path, content, capsys):
     (tmp_path / "c.yaml").write_text(content)
@@ -147,8 +152,46 @@ def test_files_that_hold_no_cases(trained, tmp_path, content, capsys):
     line = ["--cases", tmp_path / "c.yaml", "--output", tmp_path / "out.json"]
     assert main.main([*map(str, line), "--save_dir", str(trained)]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "is no YAML list of prompt and expected" in err
+    assert err.count("\n") == 1 and "is not a YAML list of entries" in err
     assert (tmp_path / "out.json").read_text() == "old"
+
+
+def test_results_into_a_pipe(trained, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    line = ["--cases", ROOT / "tests" / "cases.yaml", "--identifier", "latest", "--output", tmp_path / "pipe"]
+    process = start(*line, "--save_dir", trained)
+    results = json.loads((tmp_path / "pipe").read_text())
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and results
+
+
+def test_a_run_whose_base_is_gone_is_skipped(trained, tmp_path, text):
+    """The others are scored, each once however often it is named."""
+    shutil.copytree(trained, tmp_path / "lm")
+    run("--export", tmp_path / "hf", "--identifier", "latest", "--save_dir", tmp_path / "lm")
+    line = ["--text", text, "--init_from", tmp_path / "hf", "--lora_rank", 2, "--num_iters", 1, "--max_tokens", 2]
+    run(*line, "--batch_size", 4, "--save_dir", tmp_path / "lm")
+    shutil.rmtree(tmp_path / "hf")
+    cases = ["--cases", ROOT / "tests" / "cases.yaml", "--save_dir", tmp_path / "lm"]
+    _, err = run(*cases, "--output", tmp_path / "out.json")
+    assert err.count("Skipping ") == 1 and "needs the model that it was started with" in err
+    scored = {case["checkpoint"] for case in json.loads((tmp_path / "out.json").read_text())}
+    assert scored == set(ids(trained))
+    out, _ = run(*cases, "--identifier", ids(trained)[0], ids(trained)[0])
+    assert out.count("in the top 5") == 1
+
+
+def test_a_diverged_model_is_valid_json():
+    class Diverged:
+        config = Namespace(context_size=8)
+
+        def __call__(self, tokens, last):
+            return mx.full((1, last, 300), math.nan)
+
+    case = cases.score_case(Diverged(), ByteTokenizer(), "a", "b", 5)
+    assert case["probability"] is None and not case["passed"]
+    cases.print_result(case | {"prompt": "a", "expected": "b"})
+    json.dumps(case, allow_nan=False)
 
 
 def test_a_full_disk_leaves_the_old_results(trained, tmp_path):

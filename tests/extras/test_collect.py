@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT, TINY, run
 
 import extras.collect
+import extras.results
 from datasets import RunError, UsageError
 
 KEY = "sk-very-secret"
@@ -127,6 +128,17 @@ def test_answers_become_a_corpus(tmp_path, pauses):
     assert pauses == [] and "--text" in said[-1]
 
 
+@pytest.mark.parametrize("key", [KEY, ""])
+def test_netrc_replaces_no_key(tmp_path, pauses, monkeypatch, key):
+    """Nor is what it holds for other programs sent to a teacher."""
+    (tmp_path / "netrc").write_text("default login somebody password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("TEACHER_API_KEY", key)
+    with Server() as server:
+        distill(server, tmp_path)
+    assert {authorization for _, authorization, _ in server.asked} == {f"Bearer {key}" if key else None}
+
+
 def test_without_a_key_none_is_sent(tmp_path, pauses, monkeypatch):
     monkeypatch.delenv("TEACHER_API_KEY")
     with Server() as server:
@@ -222,9 +234,9 @@ def test_failures_that_end_it(tmp_path, pauses, script, asked):
     ("127.0.0.1:8000/v1", "give the address with http:// or https://"),
     ("ftp://localhost/v1", "give the address with http:// or https://"),
     ("", "give the address with http:// or https://"),
-    ("http://", "is no address"),
-    ("http://localhost:port/v1", "is no address"),
-    ("http://local host/v1", "is no address"),
+    ("http://", "is not a valid address"),
+    ("http://localhost:port/v1", "is not a valid address"),
+    ("http://local host/v1", "is not a valid address"),
 ])  # fmt: skip
 def test_what_is_no_address(tmp_path, pauses, url, words):
     folder = tmp_path / "out"
@@ -376,18 +388,18 @@ def test_a_full_disk_leaves_the_old_corpus(tmp_path):
     path = tmp_path / "corpus.txt"
     path.write_text("old")
     with full_disk(100), pytest.raises(RunError, match=f"cannot write {path}"):
-        extras.collect.write_whole(path, "new" * 100)
+        extras.results.write_whole(path, "new" * 100)
     assert [file.name for file in tmp_path.iterdir()] == ["corpus.txt"]
     assert path.read_text() == "old"
 
 
 def test_a_link_and_a_pipe_stay_what_they_are(tmp_path):
     (tmp_path / "link").symlink_to("target")
-    extras.collect.write_whole(tmp_path / "link", "é")
+    extras.results.write_whole(tmp_path / "link", "é")
     assert (tmp_path / "target").read_text("utf-8") == "é" and (tmp_path / "link").is_symlink()
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    extras.collect.write_whole(tmp_path / "pipe", "é")
+    extras.results.write_whole(tmp_path / "pipe", "é")
     assert os.read(reader, 9).decode() == "é" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
 
@@ -415,7 +427,7 @@ def test_limit_of_requests(tmp_path, pauses):
         distill(server, tmp_path, max_requests=-1)
     assert not server.asked
     with Server([(500, {})]) as server:
-        with pytest.raises(RunError, match="2 requests were made .*, 1 prompts answered"):
+        with pytest.raises(RunError, match="stopped after 2 requests .*, 1 prompts answered"):
             distill(server, tmp_path, max_requests=2)
         assert len(server.asked) == 2 and len(lines(tmp_path)) == 1
 

@@ -19,7 +19,7 @@ from datasets import ByteTokenizer, UsageError
 from mlx.utils import tree_flatten, tree_unflatten
 from test_sampling import DISTRIBUTIONS
 
-from extras.collect import append_lines
+from extras.results import append_lines
 from extras.decode import SAMPLING_FLAGS, BatchDecoder, SpeculativeDecoder, answer_batch
 
 
@@ -435,7 +435,7 @@ def test_the_lock_is_held_while_answers_are_computed(tmp_path):
 
 def test_a_device_is_not_read():
     """/dev/full, say, has no end."""
-    with pytest.raises(UsageError, match="/dev/null is no regular file"):
+    with pytest.raises(UsageError, match="/dev/null is not a regular file"):
         append_lines("/dev/null", [{"prompt": "a"}])
 
 

@@ -1,8 +1,10 @@
 """What is quick on a CPU, against the plain functions of main.py and against NumPy in float64."""
 
 import csv
+import ctypes
 import importlib.util
 import inspect
+import itertools
 import math
 import os
 import shutil
@@ -482,6 +484,42 @@ def blas_of(**env):
 def test_matrix_products_are_right(tmp_path):
     assert blas_of() == main.BLAS != ""
     assert blas_of(XDG_CACHE_HOME=str(tmp_path)) == main.BLAS, "the forwarder is compiled anew"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has a fast BLAS")
+def test_after_mlx_it_is_too_late():
+    """And it is not said that the fast BLAS is used."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    code = "import mlx.core, main; print(main.BLAS, main.has_bfloat16())"
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert out == "reference BLAS False\n"
+
+
+@pytest.mark.skipif(main.fast.forwarder is None, reason="there is no forwarder")
+@pytest.mark.parametrize("m, n, k", [(3, 5, 7), (1, 9, 40), (40, 9, 1), (64, 70, 90)])
+@pytest.mark.parametrize("transposed", [*itertools.product([False, True], repeat=2)])
+def test_products_by_columns(m, n, k, transposed):
+    """As other libraries that find the same symbol may ask for."""
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(m, k)).astype(np.float32), random.normal(size=(k, n)).astype(np.float32)
+    product = np.zeros((n, m), np.float32)  # [m, n] by columns
+    given = []
+    for matrix, is_transposed in zip((a, b), transposed):
+        stored = np.ascontiguousarray(matrix if is_transposed else matrix.T)  # by columns: the transposed by rows
+        given.append((stored, stored.shape[1]))
+    (a_stored, lda), (b_stored, ldb) = given
+    pointer = lambda array: array.ctypes.data_as(ctypes.c_void_p)  # noqa: E731
+    names = [112 if is_transposed else 111 for is_transposed in transposed]
+    main.fast.forwarder.cblas_sgemm(
+        102, *names, m, n, k, ctypes.c_float(1), pointer(a_stored), lda, pointer(b_stored), ldb, ctypes.c_float(0), pointer(product), m
+    )
+    np.testing.assert_allclose(product.T, a @ b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has a fast BLAS")
+def test_what_is_compiled_needs_no_compiler(tmp_path):
+    (tmp_path / "bin").mkdir()
+    assert blas_of(XDG_CACHE_HOME=str(tmp_path)) == blas_of(XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path / "bin"))
 
 
 @pytest.mark.skipif(not main.BLAS.startswith("oneDNN"), reason="oneDNN is for Linux on x86-64")

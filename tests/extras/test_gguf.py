@@ -112,8 +112,20 @@ def test_the_tokenizer(tokenizer, tmp_path):
         assert merges == [tuple(merge) for merge in content["model"]["merges"]]
 
 
+def test_added_tokens_that_are_not_special(tmp_path):
+    """llama.cpp reads them in any text, as this tokenizer does; special ones only where it is told to."""
+    content = json.loads(BPE.vocabulary)
+    plain = {name: False for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+    size = BPE.vocab_size
+    content["added_tokens"] += [{"id": size, "content": "<think>", **plain}, {"id": size + 1, "content": "<im>", **plain, "special": True}]
+    other = BPETokenizer(json.dumps(content), "file")
+    export_gguf(make_model(size + 2), other, tmp_path / "model.gguf", None)
+    kinds = read(tmp_path / "model.gguf")[0]["tokenizer.ggml.token_type"]
+    assert kinds[-2:] == [gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL]
+
+
 @pytest.mark.parametrize("tokenizer, words", [
-    (WordTokenizer.train([TEXT]), "llama.cpp has no tokenizer by words"),
+    (WordTokenizer.train([TEXT]), "llama.cpp has no word tokenizer"),
     (CharTokenizer.train([TEXT]), "train with --tokenizer bpe or byte"),
 ])  # fmt: skip
 def test_tokenizers_that_llama_cpp_lacks(tokenizer, words, tmp_path):
@@ -133,7 +145,7 @@ def test_a_tokenizer_that_cuts_otherwise(tmp_path):
 def test_from_the_command_line(tmp_path, text):
     folder = ["--save_dir", tmp_path / "lm"]
     run("--text", text, *TINY, "--mlp", "swiglu", "--num_iters", 1, *folder)
-    path = tmp_path / "model.gguf"
+    path = tmp_path / "model.GGUF"
     _, err = run("--export", path, *folder)
     assert f"Llama in F32 and its tokenizer are in {path}" in err
     data = path.read_bytes()
@@ -143,4 +155,4 @@ def test_from_the_command_line(tmp_path, text):
     assert "--quantize 8 needs a model in which 32 divides --dim" in err and err.count("\n") == 1
     _, err = run("--export", tmp_path / "nowhere" / "model.gguf", *folder, status=2)
     assert "cannot write to --export" in err and err.count("\n") == 1
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["lm", "model.gguf", "text.txt"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["lm", "model.GGUF", "text.txt"]

@@ -16,6 +16,7 @@ from conftest import TINY, ids, run
 from datasets import BPETokenizer, ByteTokenizer, CharTokenizer, UsageError, WordTokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 
+from extras import huggingface
 from extras.huggingface import export_model, import_model, tokenizer_json
 
 TEXT = "the cat <unk> sat\non the  mat — né 😀\n\nx\x1cy\t\u3000z\r\n"
@@ -200,6 +201,17 @@ def test_a_run_from_a_model_with_stretched_rope(tmp_path, text):
     assert rope["rope_type"] == "llama3" and rope["original_max_position_embeddings"] == 16
 
 
+def test_settings_that_transformers_assumes():
+    """As its LlamaConfig and ArceeConfig do: the RoPE settings come before what stands beside them."""
+    settings = dict(
+        vocab_size=9, max_position_embeddings=8, num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8
+    )
+    config = huggingface.make_config({**settings, "model_type": "llama", "rope_theta": 5e5, "rope_parameters": {"rope_theta": 2e4}}, False)
+    assert (config.rope_theta, config.norm_eps) == (2e4, 1e-6)
+    config = huggingface.make_config({**settings, "model_type": "arcee", "rope_theta": 5e5}, False)
+    assert (config.rope_theta, config.norm_eps) == (5e5, 1e-5)
+
+
 def test_import_of_shards_in_bfloat16_with_heads_of_their_own(tmp_path):
     """Qwen3's smaller models have heads whose dimensions do not sum to the model's."""
     model = make_model(qk_norm=True, head_dim=32, norm_eps=1e-6, rope_theta=1e6)
@@ -264,9 +276,9 @@ def change(folder, file="config.json", **values):
     (dict(head_dim=15), "head_dim is odd"),
     (dict(hidden_size=0), "hidden_size is 0"),
     (dict(hidden_size={"a": None}), "hidden_size is {'a': None}"),
-    (dict(rope_theta="1e4"), "rope_theta is '1e4'"),
-    (dict(rope_theta=0), "rope_theta is 0"),
-    (dict(rope_theta=float("nan")), "rope_theta is nan"),
+    (dict(rope_theta="1e4", rope_parameters=None), "rope_theta is '1e4'"),
+    (dict(rope_theta=0, rope_parameters=None), "rope_theta is 0"),
+    (dict(rope_theta=float("nan"), rope_parameters=None), "rope_theta is nan"),
     (dict(rope_theta=None, rope_parameters={"rope_theta": [1e4]}), "rope_theta is [10000.0]"),
     (dict(rms_norm_eps=float("inf")), "rms_norm_eps is inf"),
     (dict(rms_norm_eps="x"), "rms_norm_eps is 'x'"),
@@ -367,7 +379,7 @@ def test_a_run_needs_the_very_folder_it_was_begun_with(tmp_path, text, flag):
     ):
         change(source, file, **values)
         err = run(*line, "--num_iters", 2, status=1)[1]
-        assert f"needs the model that it was started with, {flag} {source}" in err.splitlines()[-1]
+        assert f"needs the model that it was started with, unchanged: {flag} {source}" in err.splitlines()[-1]
         shutil.copy(tmp_path / "original" / file, source)
     run(*line, "--num_iters", 2)
     assert main.list_checkpoints(tmp_path / "lm")[0]["iteration"] == 2

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-import main  # first: MLX takes the BLAS that is loaded before it
+import main
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -95,6 +95,15 @@ def test_one_process_runs_no_distributed_code(tmp_path, text, monkeypatch):
     for name in ("init", "all_sum", "all_max", "all_gather"):
         monkeypatch.setattr(mx.distributed, name, lambda *_, **__: pytest.fail("a single process asked the engine"))
     assert main.main(["--text", str(text), *TINY, "--num_iters", "2", "--save_dir", str(tmp_path / "lm")]) == 0
+
+
+@pytest.mark.parametrize("env", [{"MLX_RANK": "0"}, {"PMI_SIZE": "2"}, {"MLX_RANK": "0", "MLX_HOSTFILE": "{folder}/hosts.json"}])
+def test_ranks_that_cannot_meet(tmp_path, env):
+    """What another launcher sets, or what an earlier one has left in the environment."""
+    (tmp_path / "hosts.json").write_text("no JSON")
+    env = {name: value.format(folder=tmp_path) for name, value in env.items()}
+    _, err = run("--list", "--save_dir", tmp_path, env=env, status=1)
+    assert err.count("\n") == 1 and "cannot join the other ranks" in err and "unset MLX_RANK" in err
 
 
 @pytest.mark.parametrize("size, num_scores, options", [
