@@ -90,7 +90,8 @@ def count_flops(config, parameters, lora_rank):
     The forward pass takes a multiplication and an addition per weight of a matrix. Attention takes
     them twice per element of a query and position of the window: for the scores and for the
     weighted sum of values. The backward pass takes twice as many: for the gradients with respect
-    to the inputs and for those with respect to the weights, which LoRA needs for none of these.
+    to the inputs and for those with respect to the weights, which LoRA needs for none of these
+    (extras/fast.py computes those of the output layer nevertheless).
     """
     # The output layer multiplies by a matrix, either the embeddings or its own.
     output = config.vocab_size * config.dim
