@@ -695,9 +695,9 @@ class Batches:
 def make_noise(iteration, rows, flags):
     """Dropout rates [N] and keys [N, 2] uint32 for the rows of a step.
 
-    The rates are all equal, in an array that can be divided as the rows are. Returns () without
-    dropout. The key of row r depends only on (seed, iteration, r). The rate
-    changes linearly from --dropout to --dropout_final at `num_iters`.
+    The rates are all equal, in an array that can be divided as the rows are. The key of row r
+    depends only on (seed, iteration, r). The rate changes linearly from --dropout to
+    --dropout_final at `num_iters`. Returns () without dropout.
     """
     final = flags.dropout if flags.dropout_final is None else flags.dropout_final
     if flags.dropout == 0 and final == 0:
@@ -905,7 +905,7 @@ def files_of(folder, record):
 
 def close_files(record):
     """Closes what files_of opened; until then, a deleted file still takes up disk space."""
-    for file in record.pop("files"):
+    for file in record.pop("files", ()):
         file.close()
 
 
@@ -1946,13 +1946,13 @@ def read_log(path):
     Raises OSError.
     """
     rows = []
-    columns, *lines = path.read_text("utf-8", errors="replace").split("\n")
-    columns = columns.split(",")
+    header, *lines = path.read_text("utf-8", errors="replace").split("\n")
+    columns = header.strip().split(",")
     for line in lines[:-1]:  # what follows the last line end is truncated
         values = line.split(",")
         row = dict(zip(columns, values))
         place = f"{row.get('iteration')},{row.get('split')}"
-        if len(values) == len(columns) and re.fullmatch("[0-9]+,[a-z]+", place):
+        if len(values) == len(columns) and re.fullmatch("[0-9]{1,18},[a-z]+", place):
             rows.append(row)
     return rows
 
@@ -1975,25 +1975,28 @@ class LogTable:
                 is_present = int(row["iteration"]) == iteration
                 if is_earlier or (is_present and (scored or row["split"] == "train")):
                     rows.append(row)
+            columns = list(LOG_COLUMNS)
             if rows:  # a column that was added by `append` stays
-                self.columns += [name for name in rows[0] if name not in LOG_COLUMNS]
-            self.rewrite(rows)
+                columns += [name for name in rows[0] if name not in LOG_COLUMNS]
+            self.rewrite(rows, columns)
 
     def read(self):
         return read_log(self.path) if self.path.exists() else []
 
-    def rewrite(self, rows):
-        """Replaces the file; a kill leaves either the old or the new one, complete."""
+    def rewrite(self, rows, columns):
+        """Replaces the file; a kill leaves either the old or the new one, complete.
+
+        Raises OSError; the old file then stays, and so do its columns.
+        """
         new = self.path.with_suffix(".csv.new")
         # The lock keeps other processes from deleting the new file as a leftover.
         with locked(self.path.parent):
             with new.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(
-                    file, self.columns, extrasaction="ignore", lineterminator="\n"
-                )
+                writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
             new.replace(self.path)
+        self.columns = columns
 
     def append(self, row):
         """Adds a row, {column: value}; a new column is added to all rows."""
@@ -2003,9 +2006,7 @@ class LogTable:
         added = [name for name in row if name not in self.columns]
         with contextlib.suppress(OSError):
             if added or not self.path.exists():
-                rows = self.read()
-                self.columns += added
-                self.rewrite(rows)
+                self.rewrite(self.read(), self.columns + added)
             with self.path.open("a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
 
@@ -2858,8 +2859,10 @@ def read_config(path, passed):
 
     with explained(f"--config {path} must be a YAML file of flags like dim: 8"):
         content = yaml.safe_load(Path(user_path(path)).read_text("utf-8"))
+        if content is None:  # only comments
+            content = {}
         settings = {}
-        for name, value in (content or {}).items():  # None: only comments
+        for name, value in content.items():
             if name in FLAGS and isinstance(value, dict):
                 settings |= value  # a group
             elif name in FLAGS and value is None:
@@ -3029,9 +3032,9 @@ def open_origins(folder, flags, checkpoint):
 def adopt_shape(flags, passed, origins):
     """Sets the flags of a new run that its origins determine, see open_origins.
 
-    --init_from determines the whole shape, --teacher only the tokenizer: both models have to
-    predict the same ids. Raises UsageError if a flag passed contradicts an origin, or one origin
-    the other.
+    --init_from determines the whole shape, --teacher only the tokenizer, as both models have to
+    predict the same ids, and the longest context: beyond its own, it knows nothing. Raises
+    UsageError if a flag passed contradicts an origin, or one origin the other.
     """
     first, *others = origins
     tokenizer = origins[first].tokenizer
@@ -3056,11 +3059,12 @@ def adopt_shape(flags, passed, origins):
         setattr(flags, name, value)
     if "teacher" in origins:
         longest = origins["teacher"].model.config.context_size
-        if flags.context_size > longest:
+        if "context_size" in passed and flags.context_size > longest:
             raise UsageError(
                 f"--context_size {flags.context_size} is more than the teacher has read: give at "
                 f"most {longest}"
             )
+        flags.context_size = min(flags.context_size, longest)
 
 
 def make_config(flags, vocab_size):
@@ -3187,7 +3191,7 @@ def list_versions(flags, ranks):
     """
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
     cores, streams = os.cpu_count(), 1
-    if fast:
+    if fast and not flags.gpu:
         cores = fast.count_cores()  # fewer under taskset
         streams = fast.count_streams(flags.batch_size // ranks.size, flags.context_size)
     dtype = flags.dtype if mx.default_device() == mx.gpu or has_bfloat16() else "float32"

@@ -28,9 +28,10 @@ MAX_COLUMNS = 100  # of a printed line
 def run_cases(folder, records, flags, top_k):
     """Prints a table for each checkpoint of `records`; with --output also writes them as JSON.
 
-    folder: the Path that holds the checkpoints; flags: only cases and output are used. Checkpoints
-    that are damaged or need a base that is gone are skipped. Raises UsageError if a file cannot be
-    used, RunError if --output cannot be written.
+    folder: the Path that holds the checkpoints; flags: only cases, identifier and output are used.
+    Checkpoints that are damaged or need a base that is gone are skipped, unless --identifier names
+    them. Raises UsageError if a file cannot be used, RunError if no checkpoint can be or --output
+    cannot be written.
     """
     cases = read_cases(flags)
     results = []
@@ -41,10 +42,14 @@ def run_cases(folder, records, flags, top_k):
                 raise RunError(damage)
             model, tokenizer = load_model(folder, record)
         except RunError as error:
+            if flags.identifier:
+                raise
             print(f"Skipping {describe(record)}: {error}", file=sys.stderr)
         else:
             results += score_checkpoint(model, tokenizer, record, cases, top_k)
         close_files(record)
+    if not results:
+        raise RunError(f"no checkpoint in {folder} can be used")
     if flags.output:
         text = json.dumps(results, ensure_ascii=False, indent=1)
         write_whole(flags.output, text + "\n")

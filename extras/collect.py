@@ -218,7 +218,7 @@ class Teacher:
             return Reply(None, reason, wait=wait)
 
     def authorize(self, request):
-        """Adds the key to a request. As a header of `post`, ~/.netrc would replace it."""
+        """Adds the key to a request; ~/.netrc would replace one among the headers of `post`."""
         if self.key:
             request.headers["Authorization"] = f"Bearer {self.key}"
         return request

@@ -166,11 +166,13 @@ class SpeculativeDecoder:
         self.length = length
         self.decoder = BatchDecoder(model, [text])
         self.draft = BatchDecoder(draft, [text])  # shares the same list
-        self.proposed = 0
+        self.proposed = 0  # tokens of the draft in the last reply
         self.accepted = 0
 
     def generate(self, max_tokens, flags, seed):
         """Yields `max_tokens` ids and appends them to the text."""
+        self.proposed = 0
+        self.accepted = 0
         known = len(self.text)  # tokens that are final
         end = known + max_tokens
         try:
@@ -210,7 +212,7 @@ class SpeculativeDecoder:
     def describe_draft(self):
         """The draft's acceptance rate, to be appended to the speed."""
         rate = self.accepted / max(1, self.proposed)
-        return f", {rate:.0%} of the draft's {self.proposed:,} proposals accepted so far"
+        return f", {rate:.0%} of the draft's {self.proposed:,} proposals accepted"
 
 
 def answer_file(model, tokenizer, checkpoint_id, flags, batch_size=16):
@@ -223,11 +225,11 @@ def answer_file(model, tokenizer, checkpoint_id, flags, batch_size=16):
     settings = {name: getattr(flags, name) for name in SAMPLING_FLAGS}
     problem = f"--prompts_file {flags.prompts_file} must be a UTF-8 file, --output writable"
     with explained(problem, OSError, ValueError):
-        prompts = Path(flags.prompts_file).read_text("utf-8").removesuffix("\n")
-        if not prompts:
+        text = Path(flags.prompts_file).read_text("utf-8")
+        if not text:
             raise ValueError("it is empty")
         jobs = []
-        for prompt in prompts.split("\n"):  # splitlines would also split at \f
+        for prompt in text.removesuffix("\n").split("\n"):  # splitlines would also split at \f
             for _ in range(flags.num_samples):
                 job = {
                     "prompt": prompt,

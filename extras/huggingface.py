@@ -194,7 +194,7 @@ def make_config(settings, untie):
 
     Raises KeyError if one without a default is missing, UsageError if one cannot be used.
     """
-    # What transformers assumes for entries that a config.json lacks.
+    # What transformers assumes for entries that a config.json of Llama or Arcee lacks.
     defaults = {
         "num_key_value_heads": settings["num_attention_heads"],
         "head_dim": None,

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAIN, DATASETS = str(ROOT / "main.py"), str(ROOT / "datasets.py")
 sys.path.insert(0, str(ROOT))
 
+INITIAL = dict(os.environ)  # extras/fast.py sets some variables for its own process
 # Each process that loads NumPy would spend 0.05 s of a second core on OpenBLAS's threads waiting for their first product.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
@@ -56,10 +57,9 @@ def start(*arguments, env=None, program=(MAIN,), **options):
 
 def environment(env):
     """This process's environment with `env` on top, but for what pytest sets for each test, and extras/fast.py when it is used."""
-    passing = ("PYTEST_CURRENT_TEST", "OMP_WAIT_POLICY", "OPENBLAS_CORETYPE")
-    lasting = {name: value for name, value in os.environ.items() if name not in passing}
-    path = re.sub(r"[^:]*/transformer-lm/compiler-\w+:", "", os.environ["PATH"])
-    return lasting | {"PATH": path} | env
+    own = ("PATH", "OMP_WAIT_POLICY", "OPENBLAS_CORETYPE")
+    lasting = {name: value for name, value in os.environ.items() if name not in (*own, "PYTEST_CURRENT_TEST")}
+    return lasting | {name: INITIAL[name] for name in own if name in INITIAL} | env
 
 
 class ForkServer:

@@ -394,7 +394,7 @@ def test_a_flag_younger_than_the_checkpoint_has_its_default(tmp_path):
 
 def test_identifiers(tmp_path):
     run, other = make_run("ptb-0a1b2c"), make_run("ptb-3d4e5f", seed=5)
-    with pytest.raises(UsageError, match="matches no checkpoint; name one .--list shows all.: none"):
+    with pytest.raises(UsageError, match="no checkpoint in .*: train a model first"):
         choose(tmp_path, identifier="latest")
     saved = []
     for r in (run, other, run):

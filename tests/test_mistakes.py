@@ -25,7 +25,7 @@ FILES = {
     "layers.yaml": "dim: 128\nlayers: 4\nmodel: {heads: 2}\n", "wide.yaml": "dim: wide\n", "true.yaml": "dim: true\n",
     "gpt.yaml": "model: {d_model: 8, n_layers: 2}\nmax_steps: 5\nwarmup-steps: 3\n",
     "other.yaml": "config: other.yaml\n", "null.yaml": "dimm:\n", "deep.yaml": "[" * 3000, "list.yaml": "- dim\n",
-    "cut.yaml": "dim: [1\n", "empty.yaml": "", "number.yaml": "7", "zero.yaml": "\0", "yes.yaml": "new_model: 'yes'\n",
+    "cut.yaml": "dim: [1\n", "empty.yaml": "", "none.yaml": "[]", "false.yaml": "false", "number.yaml": "7", "zero.yaml": "\0", "yes.yaml": "new_model: 'yes'\n",
     "two.yaml": "dim: [16, 32]\n", "both.yaml": "inference: true\nnew_model: true\n", "half.yaml": "num_iters: 1.5\n",
     "null_output.yaml": 'cases: cases.yaml\noutput: "a\\0b"\n',
     "comments.yaml": "dataset: python\ntraining:\n  # dim: 5\ndim: wide\n",
@@ -287,7 +287,7 @@ MISTAKES = [  # what is typed after `python main.py`; the cause and the remedy t
     ("--config yes.yaml", "--new_model", "YAML file of flags"),
     ("--config both.yaml", "--inference and --new_model are mutually exclusive", "use one of them"),
     *((f"--config {name}", name, "YAML file of flags like dim: 8") for name in (
-        "deep.yaml list.yaml cut.yaml number.yaml zero.yaml text.txt picture.png"
+        "deep.yaml list.yaml none.yaml false.yaml cut.yaml number.yaml zero.yaml text.txt picture.png"
     ).split()),
     # Prompts and answers
     ("--prompts_file nowhere.txt", "No such file or directory: 'nowhere.txt'", "UTF-8"),

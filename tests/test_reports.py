@@ -134,6 +134,19 @@ def test_a_log_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
     assert path.read_text() == f"{content}30,train,0.5,,,,,,,\n"
 
 
+def test_a_log_that_cannot_be_rewritten_keeps_its_columns(tmp_path, monkeypatch):
+    """What is written to it later can be read."""
+    path = tmp_path / "run.csv"
+    log = main.LogTable(path, 0, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(main.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        log.append({"iteration": 10, "split": "train", "mine": 1})
+    log.append({"iteration": 20, "split": "train", "loss": 0.5})
+    log.append({"iteration": 30, "split": "train", "mine": 1})
+    assert [row["iteration"] for row in main.read_log(path)] == ["20", "30"]
+    assert [row.get("mine") for row in main.read_log(path)] == ["", "1"]
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_an_input_output_error_of_stdout(tmp_path, is_terminal):
     """A closed terminal is nobody's loss; of a file the caller learns."""

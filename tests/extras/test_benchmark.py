@@ -13,7 +13,7 @@ from extras.benchmark import predict_memory
 def test_an_activation_of_ones_own_can_be_benchmarked():
     gelu = main.Config(257, 32, 2, 64, 4, 4, "gelu", 256)
     own = main.Config(257, 32, 2, 64, 4, 4, "silu", 256)
-    assert predict_memory(own, flags(), 1000, 2) == predict_memory(gelu, flags(), 1000, 2)
+    assert predict_memory(own, flags(), 1000, 8000, 2) == predict_memory(gelu, flags(), 1000, 8000, 2)
 
 
 SHAPES = {

@@ -11,7 +11,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ids, run, start
+from conftest import ROOT, TINY, ids, run
 from datasets import ByteTokenizer
 from test_pictures import trained  # noqa: F401 (a fixture)
 
@@ -159,10 +159,10 @@ def test_files_that_hold_no_cases(trained, tmp_path, content, capsys):
 def test_results_into_a_pipe(trained, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     line = ["--cases", ROOT / "tests" / "cases.yaml", "--identifier", "latest", "--output", tmp_path / "pipe"]
-    process = start(*line, "--save_dir", trained)
-    results = json.loads((tmp_path / "pipe").read_text())
-    process.communicate(timeout=60)
-    assert process.returncode == 0 and results
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    run(*line, "--save_dir", trained)
+    assert json.loads(os.read(reader, 1 << 20))
+    os.close(reader)
 
 
 def test_a_run_whose_base_is_gone_is_skipped(trained, tmp_path, text):
@@ -179,6 +179,21 @@ def test_a_run_whose_base_is_gone_is_skipped(trained, tmp_path, text):
     assert scored == set(ids(trained))
     out, _ = run(*cases, "--identifier", ids(trained)[0], ids(trained)[0])
     assert out.count("in the top 5") == 1
+    content = (tmp_path / "out.json").read_text()
+    _, err = run(*cases, "--output", tmp_path / "out.json", "--identifier", "latest", status=1)
+    assert "Skipping" not in err and (tmp_path / "out.json").read_text() == content
+
+
+def test_a_checkpoint_that_cannot_be_opened_is_skipped(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "lm")
+    cases = ["--cases", ROOT / "tests" / "cases.yaml", "--save_dir", tmp_path / "lm", "--output", tmp_path / "out.json"]
+    newest, *others = ids(trained)
+    for i, name in enumerate([newest, *others]):
+        (tmp_path / "lm" / f"{name}.safetensors").unlink()
+        (tmp_path / "lm" / f"{name}.safetensors").symlink_to("nowhere")
+        _, err = run(*cases, status=0 if i < len(others) else 1)
+        assert err.count("Skipping ") == i + 1
+    assert "can be used" in err and {case["checkpoint"] for case in json.loads((tmp_path / "out.json").read_text())} == {others[-1]}
 
 
 def test_a_diverged_model_is_valid_json():

@@ -130,7 +130,6 @@ def test_answers_become_a_corpus(tmp_path, pauses):
 
 @pytest.mark.parametrize("key", [KEY, ""])
 def test_netrc_replaces_no_key(tmp_path, pauses, monkeypatch, key):
-    """Nor is what it holds for other programs sent to a teacher."""
     (tmp_path / "netrc").write_text("default login somebody password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("TEACHER_API_KEY", key)
