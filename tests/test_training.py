@@ -115,7 +115,7 @@ def test_text_encoded_anew_under_a_running_process(tmp_path, text):
     """The tokens it trains on stay what they were, though another process has replaced them by shorter ones."""
     line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm"]
     first = start(*line)
-    wait_for(first, "20/")
+    wait_for(first, "20/100,000 ")
     text.write_text("short\n" * 50)
     run(*line, "--new_model", "--num_iters", 5)
     wait_for(first, "  loss ")

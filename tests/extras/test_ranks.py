@@ -175,7 +175,7 @@ def test_signal_to_any_rank_stops_all(tmp_path, text, number, signalled):
     folder = tmp_path / "lm"
     ranks = start_ranks(2, tmp_path, "--text", text, *TINY, "--save_dir", folder)
     for line in ranks[0].stdout:
-        if "20/" in line:
+        if line.startswith("20/"):
             break
     for rank in signalled:
         ranks[rank].send_signal(number)
@@ -225,7 +225,7 @@ def test_ranks_whose_launcher_is_gone_stop_saved(tmp_path, text, number):
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     launcher = subprocess.Popen(list(map(str, command)), text=True, **pipes)
     for line in launcher.stdout:
-        if "20/" in line:
+        if line.startswith("20/"):
             break
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True).stdout
     launcher.send_signal(number)
