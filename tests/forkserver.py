@@ -8,6 +8,7 @@ tests/conftest.py asks: one JSON line on stdin for each run, answered by its exi
 """
 
 import atexit
+import ctypes
 import gc
 import importlib
 import json
@@ -53,6 +54,22 @@ def serve():
     return False
 
 
+def generate_kernels():
+    """Makes oneDNN generate its kernels once for all forks, each of which would need 20 ms for them.
+
+    By one thread alone: a pool of threads would not survive a fork.
+    """
+    fast = sys.modules.get("extras.fast")
+    if fast is None or fast.forwarder is None:
+        return
+    matrix = numpy.ones((64, 64), numpy.float32)
+    result = numpy.ones((64, 64), numpy.float32)
+    given = [matrix.ctypes.data_as(ctypes.c_void_p), 64]
+    for names in ((111, 111), (111, 112), (112, 111), (112, 112)):  # of cblas: not transposed, transposed
+        sizes = (64, 64, 64, ctypes.c_float(1), *given, *given, ctypes.c_float(0))
+        fast.forwarder.cblas_sgemm(101, *names, *sizes, result.ctypes.data_as(ctypes.c_void_p), 64)
+
+
 def execute(code):
     """Runs the program as __main__; returns its exit status if it ends by sys.exit(number)."""
     module = sys.modules["__main__"] = types.ModuleType("__main__")
@@ -78,8 +95,9 @@ def leave(status):
 if __name__ == "__main__":
     sys.path[0] = str(PROGRAM.parent)
     importlib.import_module(PROGRAM.stem)
-    import numpy.random  # noqa: F401  (which the programs import when they need it)
+    import numpy.random  # which the programs import when they need it
 
+    generate_kernels()
     del sys.modules[PROGRAM.stem]  # a fork has its own, which is __main__
     code = compile(PROGRAM.read_bytes(), str(PROGRAM), "exec")
     gc.freeze()  # else each fork's first collection copies what it shares with this process
