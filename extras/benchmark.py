@@ -149,9 +149,10 @@ def predict_memory(config, flags, parameters, optimizer, streams):
     chunks = math.ceil(rows / max(128, 2**23 // config.vocab_size))
     loss = 2 * streams * config.vocab_size * math.ceil(rows / chunks)
     first_gradients = 0.8 * parameters
+    copies = streams + 2 if streams > 1 else 2  # of the gradients; one stream's are the sum
     return {
         "activations": round(4 * (positions * per_position + loss + first_gradients)),
-        "gradients": 4 * parameters * max(4, streams + 2) + optimizer,
+        "gradients": 4 * parameters * copies + optimizer,
     }
 
 
