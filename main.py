@@ -682,6 +682,7 @@ class Batches:
 
     def state(self):
         """The position in the stream, for a checkpoint's record; `perm` is saved separately."""
+        # "s" is what older checkpoints call it, too.
         return {"epoch": self.epoch, "offset": self.offset, "s": self.place}
 
     def restore(self, state, perm):

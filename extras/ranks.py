@@ -271,7 +271,7 @@ def open_files():
 
 
 def watch_ring(sockets):
-    """Ends a rank a few seconds after its neighbour has ended.
+    """Ends a rank ten seconds after its neighbour has ended.
 
     MLX's ring then raises an error, but one of four ranks may wait forever (MLX 0.32.4: after 3 of
     44 kills among two to four).

@@ -94,7 +94,7 @@ def leave(status):
 
 if __name__ == "__main__":
     sys.path[0] = str(PROGRAM.parent)
-    importlib.import_module(PROGRAM.stem)
+    importlib.import_module(PROGRAM.stem)  # first: it chooses the kernels of NumPy's OpenBLAS
     import numpy.random  # which the programs import when they need it
 
     generate_kernels()

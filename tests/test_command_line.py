@@ -234,7 +234,10 @@ def test_a_config_of_comments(tmp_path, content):
     (MemoryError(), "main.py: out of memory: "), (MemoryError("Unable to allocate 9 TiB"), "main.py: Unable to allocate 9 TiB: "),
 ])  # fmt: skip
 def test_out_of_memory(error, line, monkeypatch, capsys):
-    monkeypatch.setattr(main, "execute", lambda *_: (_ for _ in ()).throw(error))
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(main, "execute", failing)
     assert main.main([]) == 1
     assert capsys.readouterr().err.startswith(f"{line}give a smaller --batch_size")
 

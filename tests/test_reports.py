@@ -138,8 +138,12 @@ def test_a_log_that_cannot_be_rewritten_keeps_its_columns(tmp_path, monkeypatch)
     """What is written to it later can be read."""
     path = tmp_path / "run.csv"
     log = main.LogTable(path, 0, False)
+
+    def failing(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     with monkeypatch.context() as patch:
-        patch.setattr(main.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(main.Path, "replace", failing)
         log.append({"iteration": 10, "split": "train", "mine": 1})
     log.append({"iteration": 20, "split": "train", "loss": 0.5})
     log.append({"iteration": 30, "split": "train", "mine": 1})

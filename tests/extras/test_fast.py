@@ -508,7 +508,10 @@ def test_products_by_columns(m, n, k, transposed):
         stored = np.ascontiguousarray(matrix if is_transposed else matrix.T)  # by columns: the transposed by rows
         given.append((stored, stored.shape[1]))
     (a_stored, lda), (b_stored, ldb) = given
-    pointer = lambda array: array.ctypes.data_as(ctypes.c_void_p)  # noqa: E731
+
+    def pointer(array):
+        return array.ctypes.data_as(ctypes.c_void_p)
+
     names = [112 if is_transposed else 111 for is_transposed in transposed]
     main.fast.forwarder.cblas_sgemm(
         102, *names, m, n, k, ctypes.c_float(1), pointer(a_stored), lda, pointer(b_stored), ldb, ctypes.c_float(0), pointer(product), m
