@@ -5,10 +5,11 @@
     python main.py --inference            sample interactively from the newest checkpoint
     python main.py --help                 every flag
 
-This file contains, in order: model, loss and optimizer, batches, evaluation, checkpoints,
-interrupts, training, sampling, prompts, flags, setting up a run, commands. datasets.py turns text
-into token ids. Everything beyond training, resuming and sampling is in extras/, one file per
-feature; this file works without it, in plain MLX.
+The research comes first: model, loss and optimizer, batches, evaluation, training, sampling. Below
+the banner OPERATIONS is what keeps a run safe and usable: checkpoints, interrupts, reports,
+prompts, flags, setting up a run, commands. datasets.py turns text into token ids. Everything
+beyond training, resuming and sampling is in extras/, one file per feature; this file works without
+it, in plain MLX.
 
 Shapes use these letters: B rows of a batch, L positions, D model dimension, H query heads, K key
 and value heads, d dimension of a head (D / H), V vocabulary, N any number. A linear layer from I
@@ -28,30 +29,33 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import difflib
 import errno
 import fcntl
 import fnmatch
+import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import shutil
+import tempfile
 import textwrap
 import threading
 import time
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 fast = None
-if (HERE / "extras" / "fast.py").exists():
+if (HERE / "extras" / "fast.py").exists() and not os.environ.get("DISABLE_FAST"):
     from extras import fast  # before NumPy and MLX, to speed up their matrix products
 
 import mlx.core as mx
@@ -61,23 +65,27 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
-from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, RunError, UsageError
-from datasets import choice, explained, extra, flag, load_dataset, number, open_folder
+from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser, RunError
+from datasets import UsageError, choice, explained, extra, flag, load_dataset, no_follow, number
+from datasets import open_data_dir, repair_streams, replacing, run_command, sync
 from datasets import tokenizer_from_dict, underscored, user_path, utf8
 
-# Recorded in checkpoints: BLAS libraries round differently.
-BLAS = fast.BLAS if fast else "MLX's own BLAS"
-# Version of the .metadata format; increment it when an older or newer main.py could misread it.
-FORMAT_VERSION = 2
+EDITED = []  # names of the functions below that extras/fast.py does not know any more
 
 
 def fast_version(plain):
-    """Decorator: replaces a function with its namesake in extras/fast.py, if that file exists.
+    """Decorator: replaces a function with its quicker namesake in extras/fast.py, if that exists.
 
-    The fast version is equivalent up to rounding and quicker on a CPU. To change such a function,
-    delete the `@fast_version` above it: the plain version is then used.
+    Both give the same up to rounding. fast.py knows the plain function by the SHA1 of its source:
+    once you edit it, your version runs, and the start screen says so.
     """
-    return getattr(fast, plain.__name__) if fast else plain
+    if fast is None:
+        return plain
+    sha1 = hashlib.sha1(inspect.getsource(plain).encode()).hexdigest()
+    if fast.STANDS_FOR.get(plain.__name__) != sha1:
+        EDITED.append(plain.__name__)
+        return plain
+    return getattr(fast, plain.__name__)
 
 
 # ---- Model --------------------------------------------------------------------------------------
@@ -85,9 +93,9 @@ def fast_version(plain):
 # Hugging Face's Llama.
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Config:
-    """The shape of a model; saved in checkpoints. Raises UsageError if the values conflict."""
+    """The shape of a model; saved in checkpoints. Raises ValueError if the values conflict."""
 
     vocab_size: int  # V
     context_size: int  # positions of a training window, and the capacity of a Cache
@@ -100,9 +108,9 @@ class Config:
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
     untie: bool = False  # the output layer has its own matrix instead of the embeddings
     rope_theta: float = 10000.0  # RoPE's wavelengths: 2 pi to nearly 2 pi * theta positions
-    rope_scaling: tuple = None  # parameters of Llama3RoPE; None: plain RoPE
+    rope_scaling: list | None = None  # parameters of Llama3RoPE; None: plain RoPE
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
-    head_dim: int = None  # d; None: dim / num_heads
+    head_dim: int | None = None  # d; None: dim / num_heads
 
     def __post_init__(self):
         if self.head_dim:  # from a checkpoint or an imported model, where H * d may differ from D
@@ -110,17 +118,16 @@ class Config:
         step = 2 * self.num_heads  # a head's dimension must be even: RoPE rotates pairs
         if self.dim % step:
             fit = step * max(1, round(self.dim / step))
-            raise UsageError(
-                f"--dim {self.dim} is not a multiple of 2 * --num_heads {self.num_heads}: "
-                f"try --dim {fit}"
+            raise ValueError(
+                f"dim {self.dim} is not a multiple of 2 * num_heads {self.num_heads}: try {fit}"
             )
         if self.num_heads % self.num_kv_heads:
             fit = math.gcd(self.num_heads, self.num_kv_heads)
-            raise UsageError(
-                f"--num_kv_heads {self.num_kv_heads} does not divide "
-                f"--num_heads {self.num_heads}: try {fit}"
+            raise ValueError(
+                f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: "
+                f"try {fit}"
             )
-        object.__setattr__(self, "head_dim", self.dim // self.num_heads)  # the dataclass is frozen
+        self.head_dim = self.dim // self.num_heads
 
 
 def mix(bits):
@@ -133,38 +140,34 @@ def mix(bits):
     return (bits ^ (bits >> 15)) * mx.array(0x846CA68B, mx.uint32)
 
 
-def draw_noise(noise, shape, sites):
-    """The noise that `dropout` takes, for hidden states of a shape [B, L, D] and `sites` sites.
+class Noise:
+    """The random numbers of dropout (Srivastava et al. 2014) for the rows of one batch.
 
-    noise: see make_noise. Returns the rate, random numbers [B, L, D] uint32, each a function of its
-    row's key and its place in the row, and a salt for each site.
+    rate: [] float32; keys: [B, 2] uint32, see draw_dropout; L, D: the shape of a row's hidden
+    states. A row's masks depend only on its own key: splitting a batch does not change them.
     """
-    if not noise:
-        return ()
-    rates, keys = noise
-    _, L, D = shape
-    places = mx.arange(L * D, dtype=mx.uint32).reshape(1, L, D)
-    bits = mix(places + keys[:, None, None, 0]) ^ keys[:, None, None, 1]
-    # Multiples of the golden ratio, in units of 2^32, lie far apart.
-    salts = mx.arange(sites, dtype=mx.uint32) * mx.array(0x9E3779B9, mx.uint32)
-    return rates[0], bits ^ (bits >> 16), salts
+
+    def __init__(self, rate, keys, L, D):
+        self.rate = rate
+        places = mx.arange(L * D, dtype=mx.uint32).reshape(1, L, D)
+        bits = mix(places + keys[:, None, None, 0]) ^ keys[:, None, None, 1]
+        self.bits = bits ^ (bits >> 16)  # [B, L, D]
+
+    def drop(self, hidden, site):
+        """Dropout of hidden [B, L, D]; each site, a place in the model, has its own mask."""
+        # Multiples of the golden ratio, in units of 2^32, lie far apart.
+        salt = mx.array(site * 0x9E3779B9 % 2**32, mx.uint32)
+        bits = mix(self.bits ^ salt)
+        # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the
+        # same, but compilers do not vectorize it.
+        threshold = ((1 - self.rate) * 2**31).astype(mx.uint32)
+        kept = ((bits >> 1) + threshold) >> 31
+        return hidden * (kept.astype(hidden.dtype) / (1 - self.rate).astype(hidden.dtype))
 
 
 def dropout(hidden, noise, site):
-    """Dropout (Srivastava et al. 2014) of hidden [B, L, D].
-
-    noise: see draw_noise; () for no dropout. site: a place in the model, counted from 0; each has
-    its own mask. A row's mask depends only on its own key: splitting a batch does not change it.
-    """
-    if not noise:
-        return hidden
-    rate, bits, salts = noise
-    bits = mix(bits ^ salts[site])
-    # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the same,
-    # but compilers do not vectorize it.
-    threshold = ((1 - rate) * 2**31).astype(mx.uint32)
-    kept = ((bits >> 1) + threshold) >> 31
-    return hidden * (kept.astype(hidden.dtype) / (1 - rate).astype(hidden.dtype))
+    """Hidden states [B, L, D] after dropout by `noise`, or unchanged if that is None."""
+    return hidden if noise is None else noise.drop(hidden, site)
 
 
 @fast_version
@@ -286,10 +289,8 @@ class Cache:
 def relu2(x):
     """Squared ReLU (So et al. 2021).
 
-    It trains as well as the others (PTB, dim 256, 250 steps: 5.64 nats; swiglu 5.68, gelu 5.78)
-    and is nearly free on a Linux CPU, where MLX's exp and erf are scalar: on two AMD EPYC cores,
-    the forward and backward passes of [1536, 4096] take 8 ms, against 165 for silu and 320 for
-    gelu.
+    It trains as well as the others and is nearly free on a Linux CPU, where MLX's exp and erf,
+    which silu and gelu need, are slow.
     """
     return mx.square(nn.relu(x))
 
@@ -334,7 +335,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def __call__(self, hidden, cache=None, noise=()):
+    def __call__(self, hidden, cache=None, noise=None):
         site = 2 * self.index + 1  # of dropout; site 0 is the embeddings
         attended = self.self_attn(self.input_layernorm(hidden), cache)
         hidden = hidden + dropout(attended, noise, site)
@@ -353,12 +354,11 @@ class Transformer(nn.Module):
         self.layers = [Block(config, i) for i in range(config.num_blocks)]
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
 
-    def __call__(self, tokens, caches=None, noise=()):
-        """caches: a Cache for each block; noise: see make_noise, () for no dropout."""
+    def __call__(self, tokens, caches=None, noise=None):
+        """caches: a Cache for each block; noise: that of dropout, or None."""
         hidden = self.embed_tokens(tokens)
         hidden = hidden.astype(self.norm.weight.dtype)  # bfloat16 if the norms are, see make_step
-        noise = draw_noise(noise, hidden.shape, sites=2 * len(self.layers) + 1)
-        hidden = dropout(hidden, noise, 0)
+        hidden = dropout(hidden, noise, site=0)
         if caches is None:
             caches = [None] * len(self.layers)
         for block, cache in zip(self.layers, caches):
@@ -379,9 +379,11 @@ class LanguageModel(nn.Module):
         if config.untie:
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def __call__(self, tokens, caches=None, noise=(), last=0):
-        """Logits of the `last` positions only, which is all that decoding needs; 0: of all."""
-        hidden = self.model(tokens, caches, noise)[:, -last:]  # [B, last or L, D]; -0 is all
+    def __call__(self, tokens, caches=None, last=None):
+        """Logits of the `last` positions only, which is all that decoding needs; None: of all."""
+        hidden = self.model(tokens, caches)  # [B, L, D]
+        if last is not None:
+            hidden = hidden[:, -last:]
         if self.config.untie:
             return self.lm_head(hidden)
         return self.model.embed_tokens.as_linear(hidden)
@@ -402,10 +404,8 @@ def init_weights(model, seed):
     layer is also 0.
 
     Embeddings have standard deviation 5 / dim. Tied, they are also the output layer: the logit of
-    the token just read starts near 5 (4.2 at dim 1024, where `norm_eps` is no longer small beside
-    their mean square), the others near 0, and the first loss is near ln(V + e^5); untied, it is
-    ln V. On PTB (dim 256, AdamW 3e-3), 250 steps reached 5.64 nats with this value, 5.57 with twice
-    and 5.91 with a fifth of it, and 5.76 with GPT-2's.
+    the token just read starts near 5, the others near 0, and the first loss is near ln(V + e^5);
+    untied, it is ln V.
     """
     parameters = tree_flatten(model.parameters())  # [(name, array), ...]
     keys = mx.random.split(mx.random.key(seed), len(parameters))
@@ -443,17 +443,11 @@ def cross_entropy(hidden, head, targets, weights, training=True):
 
 @fast_version
 def over_streams(function, *arrays):
-    """[function(*rows), ...], one result per share of the rows of `arrays`.
+    """function(*arrays), a tree of arrays that is a sum over the rows of `arrays` [B, ...].
 
-    The fast version computes the shares in parallel, each on a CPU stream; here there is only one.
+    The fast version computes a share of the rows on each core and adds up the results.
     """
-    return [function(*arrays)]
-
-
-@fast_version
-def add_up(trees):
-    """The sum of several trees of arrays, leaf by leaf."""
-    return tree_map(lambda *leaves: reduce(mx.add, leaves), *trees)
+    return function(*arrays)
 
 
 @fast_version
@@ -463,44 +457,13 @@ def clip_grad_norm(gradients, limit):
 
 
 @fast_version
-def spread(optimizer_class):
-    """`optimizer_class`; the fast version: a subclass that uses all cores, with equal results."""
-    return optimizer_class
+def spread(optimizer):
+    """An MLX optimizer; the fast version distributes its work over the cores."""
+    return optimizer
 
 
-@fast_version
-def has_bfloat16():
-    """Whether `use_bfloat16` makes a CPU faster; MLX itself has no fast bfloat16 for it."""
-    return False
-
-
-@fast_version
-def use_bfloat16(wanted):
-    """Sets whether matrix products on a CPU round their inputs to bfloat16; here a no-op."""
-
-
-class AdamW(optim.AdamW):
-    """MLX's AdamW (Loshchilov & Hutter 2019), with a bias correction that costs nothing.
-
-    Fused into a kernel by mx.compile, the scalars that all elements share, powers of the betas,
-    would be recomputed for every element. It does not fuse across mx.contiguous.
-    """
-
-    def apply_single(self, gradient, parameter, state):
-        beta1, beta2 = self.betas
-        rate = mx.contiguous(self.learning_rate / (1 - beta1**self.step))
-        correction = mx.contiguous(mx.rsqrt(1 - beta2**self.step))
-        decay = mx.contiguous(1 - self.learning_rate * self.weight_decay)
-        m = beta1 * state["m"] + (1 - beta1) * gradient
-        v = beta2 * state["v"] + (1 - beta2) * mx.square(gradient)
-        state["m"] = m
-        state["v"] = v
-        return decay * parameter - rate * m / (mx.sqrt(v) * correction + self.eps)
-
-
-# Muon's learning rate, as a multiple of AdamW's. On PTB (dim 256, batch 32, AdamW's at 3e-3), the
-# validation loss after 120 steps was 5.56 nats, against 5.65 with AdamW alone; on characters (dim
-# 128), multiples of 8 and 10 did equally well.
+# Muon's learning rate, as a multiple of AdamW's: the best one for words; for characters, 8 and 10
+# do equally well.
 MUON_RATE = 5
 
 
@@ -528,16 +491,18 @@ def make_optimizer(model, flags):
     the blocks' matrices, none for norms.
     """
     rate = flags.learning_rate
-    adamw = partial(spread(AdamW), learning_rate=rate, betas=[flags.beta1, flags.beta2])
+    betas = [flags.beta1, flags.beta2]
+    embedding_decay = flags.weight_decay
+    if flags.embedding_decay is not None:
+        embedding_decay = flags.embedding_decay
+    adamw = partial(optim.AdamW, rate, betas=betas, bias_correction=True)
+    blocks = adamw(weight_decay=flags.weight_decay)
     if flags.optimizer == "muon":
-        blocks = spread(Muon)(rate * MUON_RATE, flags.weight_decay)
-    else:
-        blocks = adamw(weight_decay=flags.weight_decay)
-    decay = flags.weight_decay if flags.embedding_decay is None else flags.embedding_decay
-    groups = [blocks, adamw(weight_decay=decay), adamw(weight_decay=0.0)]
+        blocks = Muon(rate * MUON_RATE, flags.weight_decay)
+    groups = [blocks, adamw(weight_decay=embedding_decay), adamw(weight_decay=0.0)]
     filters = [is_matrix_of_block, is_matrix]
     # filters[i] selects the parameters of groups[i]; the last group takes the rest.
-    optimizer = optim.MultiOptimizer(groups, filters)
+    optimizer = optim.MultiOptimizer([spread(group) for group in groups], filters)
     optimizer.init(model.trainable_parameters())
     assert_each_has_one_group(optimizer, model)
     return optimizer
@@ -551,17 +516,6 @@ def is_matrix(name, parameter):
 def is_matrix_of_block(name, parameter):
     """Whether a parameter is a block's matrix, not the embeddings or the output layer."""
     return name.startswith("model.layers.") and is_matrix(name, parameter)
-
-
-def split_group(state):
-    """Splits an older checkpoint's state of all matrices into the blocks' and the others'."""
-    arrays = tree_flatten(state)
-    blocks = [(name, array) for name, array in arrays if name.startswith("model.layers.")]
-    others = [
-        (name, array) for name, array in arrays if name.startswith(("model.embed", "lm_head"))
-    ]
-    shared = [(name, array) for name, array in arrays if "." not in name]  # such as `step`
-    return tree_unflatten(blocks + shared), tree_unflatten(others + shared)
 
 
 def assert_each_has_one_group(optimizer, model):
@@ -630,23 +584,23 @@ def mix_weights(average, weights, part):
 
 
 class Batches:
-    """An endless stream of batches: windows of a token array [N] in permuted order.
+    """An endless stream of batches: windows of a text, token ids [N], in permuted order.
 
     Each epoch cuts the text into windows at a random offset, so that no token is always left out,
-    and draws their order `perm`; `s` is the position in it. The next batch depends only on the
-    arguments, the epoch and `s`; the order is saved anyway, since another NumPy version might draw
-    a different one. batch_size: rows of a whole step. Raises UsageError if the text is shorter
+    and draws their order `perm`; `place` is the position in it. The next batch depends only on the
+    arguments, the epoch and `place`; the order is saved anyway, since another NumPy version might
+    draw a different one. batch_size: rows of a whole step. Raises UsageError if the text is shorter
     than one window.
     """
 
-    def __init__(self, tokens, context_size, batch_size, seed):
-        if len(tokens) <= context_size:  # a window is L inputs plus one token, the last target
+    def __init__(self, text, context_size, batch_size, seed):
+        if len(text) <= context_size:  # a window is L inputs plus one token, the last target
             raise UsageError(
-                f"the training text has {len(tokens):,} tokens, fewer than "
+                f"the training text has {len(text):,} tokens, fewer than "
                 f"--context_size {context_size} needs: use a longer text or "
-                f"--context_size {max(1, len(tokens) - 1)}"
+                f"--context_size {max(1, len(text) - 1)}"
             )
-        self.tokens = tokens
+        self.text = text
         self.context_size = context_size
         self.batch_size = batch_size
         self.seed = seed
@@ -657,9 +611,9 @@ class Batches:
         rng = np.random.default_rng([self.seed, epoch])
         self.epoch = epoch
         self.place = 0
-        offsets = min(self.context_size, len(self.tokens) - self.context_size)
+        offsets = min(self.context_size, len(self.text) - self.context_size)
         self.offset = int(rng.integers(offsets))
-        windows = (len(self.tokens) - 1 - self.offset) // self.context_size
+        windows = (len(self.text) - 1 - self.offset) // self.context_size
         # [windows]; int32 keeps checkpoints small.
         self.perm = rng.permutation(windows).astype(np.int32)
 
@@ -677,37 +631,35 @@ class Batches:
         starts = self.offset + windows * self.context_size  # [B]
         self.place += self.batch_size
         ends = starts + self.context_size + 1
-        rows = np.stack([self.tokens[start:end] for start, end in zip(starts, ends)])  # [B, L + 1]
+        rows = np.stack([self.text[start:end] for start, end in zip(starts, ends)])  # [B, L + 1]
         return mx.array(rows[:, :-1], mx.int32), mx.array(rows[:, 1:], mx.int32)
 
-    def state(self):
-        """The position in the stream, for a checkpoint's record; `perm` is saved separately."""
-        # "s" is what older checkpoints call it, too.
-        return {"epoch": self.epoch, "offset": self.offset, "s": self.place}
+    def restore(self, epoch, offset, place, perm):
+        """Moves to a position that was saved. Raises ValueError if it is not one of this text."""
+        perm = np.array(perm)
+        windows = (len(self.text) - 1 - offset) // self.context_size
+        if perm.shape != (windows,) or perm.dtype != np.int32:
+            raise ValueError(f"the order of its windows is not that of {windows:,} windows")
+        if not np.array_equal(np.sort(perm), np.arange(windows)):
+            raise ValueError("the order of its windows is no permutation")
+        self.epoch = epoch
+        self.offset = offset
+        self.place = place
+        self.perm = perm
 
-    def restore(self, state, perm):
-        """Moves to the position that `state` describes."""
-        self.epoch = state["epoch"]
-        self.offset = state["offset"]
-        self.place = state["s"]
-        self.perm = np.array(perm)
 
+def draw_dropout(iteration, rows, flags):
+    """The dropout rate of a step, [] float32, and a key for each of its rows, [rows, 2] uint32.
 
-def make_noise(iteration, rows, flags):
-    """Dropout rates [N] and keys [N, 2] uint32 for the rows of a step.
-
-    The rates are all equal, in an array that can be divided as the rows are. The key of row r
-    depends only on (seed, iteration, r). The rate changes linearly from --dropout to
-    --dropout_final at `num_iters`. Returns () without dropout.
+    The key of row r depends only on (seed, iteration, r). The rate changes linearly from --dropout
+    to --dropout_final at `num_iters`.
     """
     final = flags.dropout if flags.dropout_final is None else flags.dropout_final
-    if flags.dropout == 0 and final == 0:
-        return ()
+    rate = flags.dropout + (final - flags.dropout) * iteration / flags.num_iters
     # The 1 makes these random numbers differ from those of Batches.
     rng = np.random.default_rng([flags.seed, iteration, 1])
-    rate = flags.dropout + (final - flags.dropout) * iteration / flags.num_iters
     keys = rng.integers(0, 2**32, (rows, 2), np.uint32)
-    return mx.full(rows, rate), mx.array(keys)
+    return mx.array(rate), mx.array(keys)
 
 
 # ---- Evaluation ---------------------------------------------------------------------------------
@@ -719,7 +671,6 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     Windows start `stride` tokens apart, by default without overlap. Returns None on a signal.
     """
     ranks = ranks or SingleProcess()
-    interrupts = interrupts or Interrupts()
     context_size = model.config.context_size
     stride = stride or context_size
     count = len(tokens) - 1  # number of targets
@@ -731,7 +682,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     # would keep the weights as constants.
     @partial(mx.compile, inputs=[model.state])
     def score(*windows):
-        return sum(over_streams(loss, *windows))
+        return over_streams(loss, *windows)
 
     # [windows]; the first one that starts at `last` or later reaches the end of the text.
     last = max(count - context_size, 0)
@@ -743,14 +694,14 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     nats = 0.0  # summed in 64 bits, as a Python float
     received = None
     for batch in batches[ranks.rank :: ranks.size]:
-        received = interrupts.received
+        received = interrupts and interrupts.received
         if received:
             break
         inputs, targets, weights = scored_windows(tokens, batch, context_size, stride)
         nats += score(inputs, targets, weights).item()
     nats, received = ranks.sum(nats, received)
     if received:
-        interrupts.received = received  # perhaps on another rank
+        interrupts.received = received  # perhaps by another rank
         return None
     return nats / count
 
@@ -813,792 +764,58 @@ def bits_per_byte(nats, split):
     return nats / math.log(2) * len(split.tokens) / split.num_bytes
 
 
-# ---- Checkpoints --------------------------------------------------------------------------------
-# `<sha1>.safetensors` holds the trained weights (for LoRA, only the adapters) and is named by the
-# SHA1 of its bytes. `<sha1>.metadata`, in the same format, holds the rest of the run's state: the
-# optimizer state and `perm` as arrays, with --average also the weights before averaging, the
-# tokenizer, and `record`, JSON of the flags, counters and scores. Its header contains the file's
-# own SHA1, computed with BLANK in its place. If several runs reach the same weights, each has its
-# own metadata; that of later runs is named `<sha1>.<run>.metadata`.
-
-BLANK = "0" * 40  # as long as the SHA1 that replaces it, so that no other byte moves
-
-# What reading a junk file as a checkpoint can raise.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
-
-
-class Hasher:
-    """A file object that keeps only the SHA1 of what is written to it."""
-
-    # MLX checks that a file has these attributes but does not use them.
-    closed = False
-    seek = None
-    tell = None
-
-    def __init__(self):
-        self.digest = hashlib.sha1()
-
-    def write(self, data):
-        self.digest.update(data)
-        return len(data)
-
-
-def write_safetensors(path, tree, metadata):
-    """Writes and syncs a tree of arrays; returns the SHA1 of the file's bytes.
-
-    metadata: {name: text}; a text that is BLANK is replaced by the SHA1 (of the bytes before that).
-    """
-    arrays = dict(sorted(tree_flatten(tree)))  # sorted: equal arrays give equal bytes
-    hasher = Hasher()
-    mx.save_safetensors(hasher, arrays, metadata)
-    sha1 = hasher.digest.hexdigest()
-    stated = {name: sha1 if text == BLANK else text for name, text in metadata.items()}
-    with open(path, "wb") as file:
-        mx.save_safetensors(file, arrays, stated)
-        file.flush()  # out of Python's buffer
-        # Also out of the system's, or a power cut could leave a named file without its bytes.
-        os.fsync(file.fileno())
-    return sha1
-
-
-def read_header(file):
-    """The JSON header of an open safetensors file, as bytes; if damaged, whatever is there."""
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")  # followed by the header and the arrays
-    size = os.fstat(file.fileno()).st_size
-    return file.read(min(length, size))  # the length may be junk
-
-
-def read_metadata(file):
-    """The record and the texts of an open `.metadata` file.
-
-    Raises one of UNREADABLE if it is damaged.
-    """
-    texts = json.loads(read_header(file))["__metadata__"]  # {name: text}
-    if hashlib.sha1(texts["record"].encode()).hexdigest() != texts["record_sha1"]:
-        raise ValueError("damaged header")
-    return json.loads(texts["record"]), texts
-
-
-def sha1_of(file, stated=BLANK):
-    """SHA1 of an open safetensors file, with BLANK in place of the SHA1 `stated` in it."""
-    length = 8 + len(read_header(file))  # of the header and its length prefix
-    file.seek(0)
-    header = file.read(length)
-    digest = hashlib.sha1(header.replace(stated.encode(), BLANK.encode(), 1))
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def files_of(folder, record):
-    """The files of a checkpoint, open for reading: its .safetensors and its .metadata.
-
-    They stay open in the record, so that the verified bytes are the ones read later, even if the
-    run that owns them is still training and deletes them in between.
-    """
-    if "files" not in record:
-        metadata = record.get("path", folder / f"{record['id']}.metadata")
-        weights = folder / f"{record['id']}.safetensors"
-        record["files"] = [open(weights, "rb"), open(metadata, "rb")]
-    return record["files"]
-
-
-def close_files(record):
-    """Closes what files_of opened; until then, a deleted file still takes up disk space."""
-    for file in record.pop("files", ()):
-        file.close()
-
-
-def find_damage(folder, record):
-    """What is wrong with a checkpoint, or None; called before its content is used.
-
-    Raises RunError if another version of this program wrote it: that is not damage, and no older
-    checkpoint may be used instead.
-    """
-    checkpoint_id = record["id"]
-    try:
-        weights, metadata = files_of(folder, record)
-        said, texts = read_metadata(metadata)
-        if said["format_version"] != FORMAT_VERSION:
-            raise RunError(
-                f"checkpoint {checkpoint_id[:12]} was written by another version of this program: "
-                "use the version that wrote it, or --new_model"
-            )
-        if sha1_of(weights) != checkpoint_id:
-            return f"its .safetensors does not have the SHA1 {checkpoint_id[:12]}"
-        # The .metadata file is not named by its SHA1, but contains it in its header.
-        if sha1_of(metadata, texts["sha1"]) != texts["sha1"]:
-            return f"its .metadata does not have the SHA1 {texts['sha1'][:12]}"
-        if said["id"] != checkpoint_id:
-            return f"its .metadata belongs to {said['id'][:12]}"
-        return None
-    except UNREADABLE as error:
-        return f"it cannot be read ({error})"
-
-
-def list_checkpoints(folder, warn=False, tries=10):
-    """The records of the checkpoints in `folder`, most recently saved first.
-
-    A checkpoint that several runs reached has a record for each of them. Each record also gets
-    "id", "path" (of the metadata), defaults for missing "flags", and "run_saved": when its run
-    last saved a checkpoint not marked as diverged. If a run in training deletes checkpoints in the
-    meantime, the listing is repeated, up to `tries` times: "best" might be a deleted one.
-    """
-    paths = {path.stem: [] for path in folder.glob("*.safetensors")}  # {id: [metadata, ...]}
-    for path in folder.glob("*.metadata"):
-        checkpoint_id = path.name.partition(".")[0]
-        if checkpoint_id in paths:  # metadata alone is not a checkpoint
-            paths[checkpoint_id].append(path)
-    records = []
-    some_vanished = False
-    for checkpoint_id, metadata in paths.items():
-        for path in metadata or [folder / f"{checkpoint_id}.metadata"]:
-            try:
-                with open(path, "rb") as file:
-                    record, _ = read_metadata(file)
-                # The file name takes precedence; find_damage compares the record with it.
-                record |= {"id": checkpoint_id, "path": path}
-                record["flags"] = DEFAULTS | record["flags"]  # some flags are newer than the record
-                saved_order(record)
-                records.append(record)
-            except UNREADABLE as error:
-                vanished = is_deleted(folder, checkpoint_id)
-                some_vanished |= vanished
-                if warn and len(checkpoint_id) == 40 and not vanished:
-                    print(
-                        f"Skipping {checkpoint_id[:12]}: unreadable .metadata ({error})",
-                        file=sys.stderr,
-                    )
-    if some_vanished and (tries > 1 or not records):
-        return list_checkpoints(folder, warn, tries - 1)  # there are newer ones
-    records.sort(key=saved_order, reverse=True)
-    run_saved = {}
-    for record in reversed(records):  # oldest first, so that the newest of a run remains
-        if not record.get("diverged"):
-            run_saved[record["run"]] = record["saved"]
-    for record in records:
-        record["run_saved"] = run_saved.get(record["run"], 0)
-    return records
-
-
-def is_deleted(folder, checkpoint_id):
-    """Whether a checkpoint that was listed is gone, deleted by the run that owns it."""
-    return not os.path.lexists(folder / f"{checkpoint_id}.safetensors")  # a dangling link is there
-
-
-def saved_order(record):
-    """The sort key of checkpoints. Raises one of UNREADABLE if the record is not one of ours."""
-    return float(record["saved"]), int(record["iteration"]), str(record["run"])
-
-
-def describe(record):
-    """A checkpoint's name in messages."""
-    return f"{record['run']}, iteration {record['iteration']:,}, checkpoint {record['id'][:12]}"
-
-
-def best_id(record):
-    """The id of the best checkpoint so far of the run that `record` belongs to, or None."""
-    return record["best"]["id"] if record["best"] else None
-
-
-def matching_checkpoints(records, identifier):
-    """The records, newest first, that an identifier matches.
-
-    identifier: an id or a prefix of it, a run's name (its newest checkpoint), "latest", or "best"
-    (of the most recently saved run).
-    """
-    if not records:
-        return []
-    sound = [record for record in records if not record.get("diverged")]
-    if identifier == "latest":
-        return sound[:1]
-    if identifier == "best":
-        best = [record for record in records if record["id"] == best_id(records[0])]
-        # The best checkpoint of a branch may belong to the run that it started from.
-        own = [record for record in best if record["run"] == records[0]["run"]]
-        return (own or best)[:1]
-    of_run = [record for record in sound if record["run"] == identifier]
-    if of_run:
-        return of_run[:1]
-    found = {}
-    for record in records:
-        if record["id"].startswith(identifier):
-            found.setdefault(record["id"], record)  # if several runs have it, the last saved
-    return list(found.values())
-
-
-def named_checkpoint(folder, records, identifier, flag="--identifier"):
-    """The record that the flag names; its files are verified.
-
-    Raises UsageError if none or several match, RunError if it is damaged.
-    """
-    found = matching_checkpoints(records, identifier)
-    if not records:
-        raise UsageError(f"{flag} {identifier!r}: no checkpoint in {folder}: {TRAIN_FIRST}")
-    if len(found) != 1:
-        matches = "several checkpoints" if found else "no checkpoint"
-        known = "; ".join(map(describe, (found or records)[:9]))
-        raise UsageError(
-            f"{flag} {identifier!r} matches {matches}; name one (--list shows all): {known}"
-        )
-    [record] = found
-    damage = find_damage(folder, record)
-    if damage and is_deleted(folder, record["id"]):
-        # The identifier may match another checkpoint by now.
-        return named_checkpoint(folder, list_checkpoints(folder), identifier, flag)
-    if damage:
-        raise RunError(
-            f"checkpoint {record['id'][:12]} of {flag} is damaged ({damage}): "
-            "use another one from --list"
-        )
-    return record
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Holds the lock for changing checkpoints in `folder`."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits; a killed holder releases it, too
-        yield
-        os.fsync(descriptor)  # renames in the folder survive a power cut from here on
-    finally:
-        os.close(descriptor)
-
-
-def lock_run(folder, name):
-    """An open file, locked to claim run `name` for this process; None if another trains it.
-
-    The lock is released when its holder dies or closes the file.
-    """
-    file = open(folder / f".{name}.lock", "ab")
-    try:
-        # Raises BlockingIOError instead of waiting.
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
-
-
-def save_checkpoint(folder, run, interrupts=None):
-    """Saves a run in its current state; returns the checkpoint's id."""
-    keep_trying(write_checkpoint, folder, run, interrupts)
-    return run.checkpoint_id
-
-
-def save_score(folder, run, interrupts=None):
-    """Saves the run's record, with its new score, in the metadata of its last checkpoint."""
-    keep_trying(write_metadata, folder, run, interrupts)
-
-
-GRACE = 5  # seconds of retrying a save after SIGTERM; most launchers kill after 10 or more
-
-
-def keep_trying(write, folder, run, interrupts=None):
-    """Calls write(folder, run) under the folder's lock until it succeeds.
-
-    It waits out a full disk or a missing folder: training state is in memory, and the last
-    checkpoint is untouched. After a launcher's SIGTERM or SIGHUP, it retries for GRACE seconds and
-    then raises SystemExit with the signal's exit status.
-    """
-    interrupts = interrupts or Interrupts()
-    grace = GRACE
-    for pause in itertools.chain((1, 2, 5, 10, 30), itertools.repeat(60)):  # seconds
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with locked(folder):
-                write(folder, run)
-            return
-        except OSError as error:
-            remove_leftovers(folder, run.name)  # frees the space of the partial save
-            tqdm.write(
-                f"Saving to {folder} failed ({error}); retrying in {pause} s. Press Ctrl+C twice "
-                f"to exit without saving; SIGTERM exits after {GRACE} s."
-            )
-        if grace == 0:
-            tqdm.write("Exiting without saving; the previous checkpoint is intact.")
-            sys.exit(128 + interrupts.received)
-        for _ in range(pause):
-            time.sleep(1)
-            if interrupts.received in (signal.SIGTERM, signal.SIGHUP):
-                grace -= 1
-            if grace == 0:
-                break
-
-
-def write_checkpoint(folder, run):
-    """Tries once to save both files of a checkpoint.
-
-    A checkpoint is never half-written: a file is complete on disk before it gets its name, and a
-    checkpoint counts only once it has its .safetensors, which is named last.
-    """
-    weights = folder / f"{run.name}.safetensors.new"
-    sha1 = write_safetensors(weights, run.result(), {"format": "mlx"})
-    run.checkpoint_id = sha1
-    write_metadata(folder, run)
-    os.replace(weights, folder / f"{sha1}.safetensors")
-
-
-def write_metadata(folder, run):
-    """Tries once to write the metadata of the checkpoint `run.checkpoint_id`."""
-    # Later than all others, even if the clock was set back.
-    saved = max([time.time(), *(record["saved"] + 1e-3 for record in list_checkpoints(folder))])
-    record = run.record() | {"saved": saved, "format_version": FORMAT_VERSION}
-    tokenizer = json.dumps(run.dataset.tokenizer.to_dict())
-    arrays = {"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}
-    if run.average:  # the .safetensors holds only the average
-        arrays["weights"] = run.model.trainable_parameters()
-    replace_metadata(own_metadata(folder, run), record, tokenizer, arrays)
-
-
-def own_metadata(folder, run):
-    """The path of the metadata of a run's last checkpoint: see the top of this section."""
-    first = folder / f"{run.checkpoint_id}.metadata"
-    later = folder / f"{run.checkpoint_id}.{run.name}.metadata"
-    if later.exists():
-        return later
-    if is_deleted(folder, run.checkpoint_id):  # then `first` is what a killed save has left
-        return first
-    return first if owner_of(first) in (None, run.name) else later
-
-
-def owner_of(path):
-    """The name of the run that a metadata file belongs to; None if the file cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return read_metadata(file)[0]["run"]
-    except UNREADABLE:  # perhaps it does not exist
-        return None
-
-
-def replace_metadata(path, record, tokenizer, arrays):
-    """Writes a metadata file; readers see either the old or the new one, never part of one.
-
-    record: a dict; tokenizer: its `to_dict()` as JSON; arrays: a tree.
-    """
-    text = json.dumps(record)
-    texts = {
-        "record": text,
-        "record_sha1": hashlib.sha1(text.encode()).hexdigest(),  # verifiable without the arrays
-        "tokenizer": tokenizer,
-        "sha1": BLANK,
-    }
-    new = path.parent / f"{record['run']}.metadata.new"
-    write_safetensors(new, arrays, texts)
-    os.replace(new, path)
-
-
-def prune(folder, run, keep):
-    """Deletes checkpoints of a run, except the newest `keep`, the best, and those in use.
-
-    What cannot be deleted now is deleted next time.
-    """
-    with contextlib.suppress(OSError), locked(folder):
-        records = list_checkpoints(folder)
-        own = [record for record in records if record["run"] == run.name]  # newest first
-        sound = [record["id"] for record in own if not record.get("diverged")]
-        # The checkpoint that the run was saved as or resumed from may not be the newest: newer ones
-        # may be damaged, which only reading them would reveal.
-        kept = {run.checkpoint_id, *sound[:keep]}
-        if own:
-            kept.add(best_id(own[0]))
-        in_use = set()  # by other runs: as their base, teacher or best
-        for record in records:
-            in_use |= {origin_id for _, origin_id in record.get("uses", {}).values()}
-            if record["run"] != run.name:
-                in_use.add(best_id(record))
-        for record in own:
-            if record["id"] in kept:
-                continue
-            owners = [other for other in records if other["id"] == record["id"]]
-            if len(owners) > 1:
-                record["path"].unlink(missing_ok=True)  # the checkpoint stays for the others
-            elif record["id"] not in in_use:
-                (folder / f"{record['id']}.safetensors").unlink(missing_ok=True)
-    remove_leftovers(folder, run.name)  # the metadata of deleted checkpoints
-
-
-def remove_leftovers(folder, name):
-    """Deletes what killed saves have left: `.new` files, and metadata without weights.
-
-    name: the run that is being trained.
-    """
-    run = r"\w+-[0-9a-f]{6}"  # a run's name
-    unfinished = re.compile(rf"{run}\.(safetensors|metadata|csv)\.new")
-    metadata = re.compile(rf"([0-9a-f]{{40}})(\.{run})?\.metadata")
-    with contextlib.suppress(OSError), locked(folder):
-        for path in folder.iterdir():
-            found = metadata.fullmatch(path.name)
-            is_alone = found and is_deleted(folder, found[1])
-            if unfinished.fullmatch(path.name) or (is_alone and not may_be_copied(path, name)):
-                path.unlink()
-
-
-def may_be_copied(path, name):
-    """Whether metadata without weights may be a checkpoint that a user is copying to the folder.
-
-    It is then new, intact and of a run other than `name`.
-    """
-    is_new = time.time() - path.lstat().st_ctime < 3600  # seconds; a copy may keep its st_mtime
-    return is_new and owner_of(path) not in (None, name)
-
-
-def newest_sound_id(folder, run):
-    """The id of the checkpoint to return to after the step from `run.iteration` diverged, or None.
-
-    If the run was saved at that iteration, the next step from there would diverge again at any
-    learning rate.
-    """
-    if run.saved_iteration < run.iteration:
-        return run.checkpoint_id
-    for record in list_checkpoints(folder):
-        is_own = record["run"] == run.name and record["id"] != run.checkpoint_id
-        if is_own and not record.get("diverged"):
-            return record["id"]
-    return None
-
-
-def mark_diverged(folder, run):
-    """Marks the checkpoint that `run` saved last: training skips it, until it is pruned."""
-    for record in list_checkpoints(folder):
-        if record["run"] == run.name and record["id"] == run.checkpoint_id:
-            with contextlib.suppress(OSError), locked(folder):  # for example, a full disk
-                with open(record["path"], "rb") as file:
-                    content, texts = read_metadata(file)
-                    arrays = load_arrays(file)
-                content["diverged"] = True
-                replace_metadata(record["path"], content, texts["tokenizer"], arrays)
-
-
-def load_model(folder, record):
-    """The model and tokenizer of a checkpoint, with a LoRA run's adapters merged into its base.
-
-    Raises RunError if that base is gone.
-    """
-    model = model_of(record)
-    weights = load_arrays(files_of(folder, record)[0])
-    if record["flags"]["lora_rank"]:  # the file holds only the adapters
-        base = open_origin(folder, record, "init_from").model
-        rank = record["flags"]["lora_rank"]
-        alpha = record["flags"]["lora_alpha"]
-        weights = extra("lora").merge(base, weights, rank, alpha)
-    model.load_weights(list(weights.items()))
-    mx.eval(model.parameters())
-    return model, tokenizer_from_dict(load_tokenizer(folder, record))
-
-
-def load_arrays(file):
-    """The arrays of an open safetensors file, {name: array}. Raises RunError if it is unreadable.
-
-    MLX reopens it by its descriptor: the name may be gone, and MLX accepts only UTF-8 names. The
-    file object itself is not passed: an MLX thread would release it at an arbitrary time, which
-    at exit would abort Python.
-    """
-    rewind(file)
-    try:
-        arrays = mx.load(f"/dev/fd/{file.fileno()}", format="safetensors")
-        mx.eval(arrays)  # reads them
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"{file.name} cannot be read ({reason})") from None
-    finally:
-        rewind(file)
-    return arrays
-
-
-def rewind(file):
-    """Moves a file and its descriptor to the start.
-
-    On macOS, what MLX opens by the descriptor's number shares its position.
-    """
-    file.seek(0, os.SEEK_END)  # empties the buffer, in which the next line might only move
-    file.seek(0)
-
-
-def load_tokenizer(folder, record):
-    """The tokenizer of a checkpoint, as its `to_dict()`."""
-    _, metadata = files_of(folder, record)
-    _, texts = read_metadata(metadata)
-    return json.loads(texts["tokenizer"])
-
-
-def model_of(record):
-    """A model of the shape in a checkpoint's record, with weights yet to be loaded.
-
-    Raises RunError if this program has no such model.
-    """
-    fault = (
-        f"checkpoint {record['id'][:12]} was written by another version of this program: "
-        "use the version that wrote it"
-    )
-    with explained(fault, TypeError, KeyError, kind=RunError):
-        return LanguageModel(Config(**record["config"]))
-
-
-class Origin(NamedTuple):
-    """A model that a flag names: a run's starting point, its teacher, or a draft."""
-
-    model: LanguageModel
-    tokenizer: object
-    id: str  # of its checkpoint; for a Hugging Face folder, a SHA1 over its files
-
-
-def open_model(folder, name, flag):
-    """The Origin that a flag names: a checkpoint, or a Hugging Face folder.
-
-    Raises UsageError if there is none, RunError if it is damaged.
-    """
-    if os.path.isdir(name):
-        return Origin(*extra("huggingface").import_model(Path(name)))
-    record = named_checkpoint(folder, list_checkpoints(folder), name, flag)
-    model, tokenizer = load_model(folder, record)
-    return Origin(model, tokenizer, record["id"])
-
-
-def open_origin(folder, record, flag):
-    """The Origin that --init_from or --teacher named when the run of `record` was started.
-
-    Raises RunError if it is gone or has changed.
-    """
-    name, origin_id = record["uses"][flag]  # name: a folder's path, or the id again
-    fault = (
-        f"{record['run']} needs the model that it was started with, unchanged: --{flag} {name}, "
-        f"{origin_id[:12]}"
-    )
-    with explained(fault, UsageError, kind=RunError):  # not the fault of the current command
-        origin = open_model(folder, name, f"--{flag}")
-        if origin.id != origin_id:  # a folder's files may have been replaced
-            raise UsageError(f"it is {origin.id[:12]} now")
-    return origin
-
-
-# ---- Interrupts ---------------------------------------------------------------------------------
-
-
-class Interrupts:
-    """Turns SIGINT, SIGTERM and SIGHUP into an attribute that loops check: `received`.
-
-    A second Ctrl+C exits at once, without saving. A repeated SIGTERM or SIGHUP does so only if more
-    than half a second has passed since the first signal: `timeout` signals the process and then
-    its group, which is a single request. Launchers repeat Ctrl+C in the same way.
-
-    Python runs handlers only after `mx.eval` returns, so a thread reads the bytes that the
-    interpreter writes to a wakeup pipe as soon as a signal arrives.
-    """
-
-    received = None  # the number of the first signal
-
-    def __init__(self, launched=False):
-        self.launched = launched
-
-    def __enter__(self):
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # a signal writes its number
-        self.handlers = {}
-        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # Signals that the parent ignores (nohup, background jobs of scripts) stay ignored.
-            if signal.getsignal(signal_number) != signal.SIG_IGN:
-                self.handlers[signal_number] = signal.signal(signal_number, self.handle)
-        threading.Thread(target=self.watch, args=[reader], daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        os.close(signal.set_wakeup_fd(-1))  # ends the thread
-        for signal_number, handler in self.handlers.items():
-            signal.signal(signal_number, handler)
-
-    def handle(self, signal_number, frame):
-        """Does nothing: the thread acts. Without a handler, Python would not write the byte."""
-
-    def watch(self, reader):
-        """Runs in the thread: the first signal sets `received`, a later one ends the process."""
-        first = None  # when it arrived
-        while byte := os.read(reader, 1):  # b"" once __exit__ has closed the other end
-            number = byte[0]
-            if first is None:
-                first = time.monotonic()
-                self.received = number
-                again = "again " if number == signal.SIGINT else ""
-                print(
-                    "\nStopping after this step, then saving. "
-                    f"Press Ctrl+C {again}to exit without saving.",
-                    file=sys.stderr,
-                )
-                continue
-            may_be_echo = self.launched or number != signal.SIGINT
-            if not may_be_echo or time.monotonic() - first > 0.5:
-                print("\nExited without saving.", file=sys.stderr)
-                os._exit(128 + number)  # at once; sys.exit would end only this thread
-        os.close(reader)
-
-
-class Lasting:
-    """An output stream that survives losing its reader (`| head`, a closed terminal)."""
-
-    lost = None  # the OSError of a write that failed although there was a reader
-
-    def __init__(self, stream):
-        # None if it was closed from the start.
-        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
-        self.stream.reconfigure(errors="replace")
-        self.is_terminal = self.stream.isatty()  # False once it is closed
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        """Never raises OSError: a line that cannot be written must not end the run."""
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError as error:
-            is_closed = error.errno == errno.EIO and self.is_terminal
-            if is_closed or error.errno == errno.EPIPE:  # no reader; a full disk may recover
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            else:
-                self.lost = error
-
-
 # ---- Training -----------------------------------------------------------------------------------
-
-
-class SingleProcess:
-    """The processes (ranks) that train a run together: here, only one.
-
-    Group in extras/ranks.py has the same methods for processes started by `mlx.launch`, plus
-    `follow` for all but rank 0. All run the same `train`, each on a share of the rows; only rank 0
-    saves and reports, and the output of the others is not shown.
-    """
-
-    rank = 0
-    size = 1
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        """Does nothing: there is no other rank to tell that this one is done."""
-
-    def broadcast_run(self, run):
-        """Rank 0's run, on every rank."""
-        return run
-
-    def broadcast_scoring(self, model, dataset, flags):
-        """Makes the other ranks score along with rank 0."""
-
-    def rows(self, count):
-        """The slice of `count` rows that this rank computes."""
-        return slice(0, count)
-
-    def average(self, tree):
-        """The mean over all ranks of a tree of arrays."""
-        return tree
-
-    def sum(self, number, received):
-        """The sum of a number over all ranks, and a signal that any of them has received."""
-        return number, received
-
-    def agree(self, received, timeout):
-        """A signal that any rank has received, and whether rank 0's time is up."""
-        return received, timeout
-
-
-# The attributes of a Run that are saved in a checkpoint's record.
-PROGRESS = [
-    "iteration",
-    "tokens",
-    "seconds",
-    "scores",
-    "best",
-    "recent_steps",
-    "recent_loss",
-    "recent_seconds",
-]
 
 
 @dataclasses.dataclass
 class Run:
     """A training run: its model, its data and its progress."""
 
-    name: str  # <dataset>-<6 hexadecimal digits>
+    name: str  # that of its folder: at first <dataset>-<6 hexadecimal digits>
+    folder: Path | None  # where it is saved; None on all ranks but the first
     flags: argparse.Namespace
     dataset: Dataset
     model: LanguageModel
     optimizer: optim.Optimizer
     batches: Batches
-    teacher: LanguageModel = None
-    average: dict = None  # with --average: the averaged weights, a tree; None at first
-    about: dict = None  # what the record contains besides progress, see make_run
-    is_branch: bool = False  # started from an older checkpoint of another run
+    teacher: LanguageModel | None = None
+    average: dict | None = None  # with --average: the averaged weights, a tree; None at first
+    # What it was made with, see Checkpoint.
+    uses: dict = dataclasses.field(default_factory=dict)
+    sources: dict = dataclasses.field(default_factory=dict)
+    versions: dict = dataclasses.field(default_factory=dict)
 
-    checkpoint_id: str = None  # the last one saved
-    saved_iteration: int = 0  # the iteration of that checkpoint
     iteration: int = 0  # steps done
-    tokens: int = 0  # trained on so far
+    tokens_seen: int = 0
     seconds: float = 0.0  # of training, excluding the first step of each session
     scores: list = dataclasses.field(default_factory=list)  # [iteration, nats/token]
-    best: dict = None  # "id", "iteration" and "nats" of the best score
     recent_steps: int = 0  # since the last report
     recent_loss: float = 0.0  # the sum of their losses
     recent_seconds: float = 0.0  # the time they took
 
-    def record(self):
-        """What a checkpoint's metadata says about the run, serializable as JSON."""
-        progress = {name: getattr(self, name) for name in PROGRESS}
-        return self.about | {"id": self.checkpoint_id} | progress | self.batches.state()
+    checkpoint_id: str | None = None  # of the last checkpoint
+    saved: float = 0.0  # when that was saved; the next one is later, whatever the clock says
+    saved_iteration: int = 0
+    is_saved: bool = True  # whether nothing has changed since; a new run has nothing to lose
 
-    def restore(self, folder, record):
-        """Restores the state that was saved in the checkpoint of `record`."""
-        holds_all = not self.flags.lora_rank  # else only the adapters
-        weights, metadata = files_of(folder, record)
-        self.model.load_weights(list(load_arrays(weights).items()), strict=holds_all)
-        state = tree_unflatten(load_arrays(metadata))
-        if "weights" in state:  # the trained ones; the .safetensors has their average
-            if self.flags.average:
-                self.average = self.model.trainable_parameters()
-            self.model.update(state["weights"])
-        states = state["optimizer"]["states"]
-        if len(states) == 2:  # older checkpoints have a single group of matrices, with AdamW
-            states = [*split_group(states[0]), states[1]]
-        self.optimizer.state = {"states": states}
-        self.batches.restore(record, state["perm"])
-        mx.eval(self.model.parameters(), self.optimizer.state)
-        close_files(record)
-        self.checkpoint_id = record["id"]
-        self.saved_iteration = record["iteration"]
-        for name in PROGRESS:
-            if name in record:  # older checkpoints lack the last ones
-                setattr(self, name, record[name])
-
-    def result(self):
-        """The weights to save, score and sample from, a tree: the average if there is one.
-
-        For a LoRA run, these are only the adapters.
-        """
-        return self.average or self.model.trainable_parameters()
-
-    @contextlib.contextmanager
-    def with_result(self):
-        """Puts `result` into the model, and restores the trained weights afterwards."""
-        weights = self.model.trainable_parameters()
-        self.model.update(self.result())
-        try:
-            yield self.model
-        finally:
-            self.model.update(weights)
-
+    @property
     def is_scored(self):
-        """Whether the current iteration has a score, perhaps from before a resume."""
-        return self.iteration in [iteration for iteration, _ in self.scores]
+        """Whether the current iteration has a score."""
+        return any(iteration == self.iteration for iteration, _ in self.scores)
 
-    def add_score(self, nats):
-        """Records the score of the current iteration: validation loss in nats/token."""
-        self.scores.append([self.iteration, nats])
-        if self.best is None or nats < self.best["nats"]:
-            self.best = {"id": self.checkpoint_id, "iteration": self.iteration, "nats": nats}
+    def is_score_due(self):
+        """Whether the current iteration is to be scored: regularly, and at the end.
+
+        A run of fewer than `steps_per_eval` steps gets no score.
+        """
+        steps = self.flags.steps_per_eval
+        is_last = self.iteration == self.flags.num_iters
+        return self.iteration >= steps and (self.iteration % steps == 0 or is_last)
+
+    def is_save_due(self):
+        """Whether the current iteration is to be saved even if nothing else happens."""
+        steps = self.flags.steps_per_save or self.flags.steps_per_eval
+        return self.iteration % steps == 0 or self.is_score_due()
 
     def count_misses(self):
         """The number of scheduled evaluations since the best one.
@@ -1612,85 +829,100 @@ class Run:
             return 0
         return len(scores) - 1 - scores.index(min(scores))
 
+    def is_out_of_patience(self):
+        """Whether --patience ends the run here."""
+        return bool(self.flags.patience) and self.count_misses() >= self.flags.patience
 
-def use_device(gpu):
-    """Makes the GPU or the CPU the default device; call it before anything is computed."""
-    mx.set_default_device(mx.gpu if gpu else mx.cpu)
-    if fast and not gpu:
-        fast.use_cpu()
+    def weights_to_save(self):
+        """The weights to save, score and sample from, a tree: the average if there is one.
+
+        For a LoRA run, these are only the adapters.
+        """
+        return self.average or self.model.trainable_parameters()
+
+    @contextlib.contextmanager
+    def using_average(self):
+        """Puts `weights_to_save` into the model, and the trained weights back afterwards."""
+        weights = self.model.trainable_parameters()
+        self.model.update(self.weights_to_save())
+        try:
+            yield self.model
+        finally:
+            self.model.update(weights)
 
 
 def make_step(model, optimizer, flags, ranks=None, teacher=None):
-    """A function that takes one training step: step(tokens, targets, *noise) -> loss, norm.
+    """A function that takes one training step: step(inputs, targets, dropout_rate, keys).
 
-    tokens, targets: [N, L]; noise: see make_noise; loss: the mean in nats; norm: the gradient norm
-    before clipping. The N = batch_size * grad_accumulation rows are processed batch_size at a time,
-    divided among ranks and streams. With bfloat16, a GPU casts all weights but the embeddings to
-    it, while a CPU only rounds the inputs of matrix products; the weights that are updated, the
-    optimizer state and the loss are float32.
+    inputs, targets: [N, L]; dropout_rate, keys: see draw_dropout. It returns the mean loss in nats
+    and the gradient norm before clipping. The N = batch_size * grad_accumulation rows are processed
+    batch_size at a time, divided among ranks and streams. With bfloat16, a GPU casts all weights
+    but the embeddings to it, while a CPU only rounds the inputs of matrix products; the weights
+    that are updated, the optimizer state and the loss are float32.
     """
     ranks = ranks or SingleProcess()
-    model.model.grad_checkpoint = flags.checkpoint
-    dtype = mx.float32
-    if flags.dtype == "bfloat16" and mx.default_device() == mx.gpu:
-        dtype = mx.bfloat16
+    model.model.grad_checkpoint = flags.grad_checkpoint
+    has_dropout = flags.dropout > 0 or bool(flags.dropout_final)
+    casts = flags.dtype == "bfloat16" and mx.default_device() == mx.gpu
     if teacher is not None:
         distilled_cross_entropy = extra("distil").make_loss(teacher, flags)
 
     def cast(name, parameter):
         # Embeddings stay in float32: a bfloat16 sum would lose the many small gradients of a
         # frequent token.
-        return parameter if "embed_tokens" in name else parameter.astype(dtype)
+        return parameter if "embed_tokens" in name else parameter.astype(mx.bfloat16)
 
-    def loss(parameters, scale, tokens, targets, *noise):
-        # Gradients are taken with respect to the first argument, so the model has to use it.
-        model.update(parameters)
-        model.update(tree_map_with_path(cast, model.parameters()))  # LoRA's base, too
-        hidden = model.model(tokens, noise=noise)  # [B, L, D]
+    def loss(scale, dropout_rate, inputs, targets, keys):
+        if casts:
+            model.update(tree_map_with_path(cast, model.parameters()))  # LoRA's base, too
+        noise = None
+        if has_dropout:
+            noise = Noise(dropout_rate, keys, inputs.shape[1], model.config.dim)
+        hidden = model.model(inputs, noise=noise)  # [B, L, D]
         if teacher is not None:
-            return distilled_cross_entropy(hidden, model.head, targets, scale, tokens)
+            return distilled_cross_entropy(hidden, model.head, targets, scale, inputs)
         return cross_entropy(hidden, model.head, targets, scale)
+
+    value_and_grad = nn.value_and_grad(model, loss)
 
     # Compiled once for its shapes, then replayed. Arrays that are not arguments must be listed in
     # `inputs`, or their values from the first call would be constants of the graph; those that
     # change must be listed in `outputs`, or the change would be lost.
     @partial(mx.compile, inputs=[model.state])
-    def loss_and_gradients(scale, *rows):
+    def loss_and_gradients(*arguments):
         weights = model.parameters()
-        parameters = model.trainable_parameters()  # with LoRA, only the adapters
-        result = mx.value_and_grad(loss)(parameters, scale, *rows)
-        model.update(weights)  # `loss` has left its tracers in the model
+        result = value_and_grad(*arguments)
+        model.update(weights)  # value_and_grad has left its tracers in the model
         return result
 
-    # Trees of arrays that each step reads and replaces. Run.restore substitutes other trees, so it
+    # Trees of arrays that each step reads and replaces. `restore` substitutes other trees, so it
     # has to be called before this.
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def apply_gradients(results):
-        loss, gradients = ranks.average(add_up(results))  # ranks exchange gradients only here
+    def apply_gradients(total):
+        loss, gradients = ranks.average(total)  # ranks exchange gradients only here
         gradients, norm = clip_grad_norm(gradients, flags.grad_clip or math.inf)
         optimizer.update(model, gradients)
         return loss, norm
 
-    def step(tokens, targets, *noise):
-        use_bfloat16(flags.dtype == "bfloat16")
+    def step(inputs, targets, dropout_rate, keys):
         # Turns sums over positions into means; `average` divides by the number of ranks.
         scale = ranks.size / targets.size
-        rank_rows = ranks.rows(flags.batch_size)
+        of_share = partial(loss_and_gradients, scale, dropout_rate)
         total = None
-        for start in range(0, len(tokens), flags.batch_size):
-            batch_rows = slice(start, start + flags.batch_size)
-            rows = [array[batch_rows][rank_rows] for array in (tokens, targets, *noise)]
-            results = over_streams(partial(loss_and_gradients, scale), *rows)
-            total = tree_map(mx.add, total, results) if total else results
-            if len(tokens) > flags.batch_size:  # or all parts would be in memory at once
-                mx.eval(total)
-        loss, norm = apply_gradients(total)
-        # The code above only builds a graph; it is computed here. Arrays not listed would be left
-        # for the next step's graph.
-        mx.eval(loss, norm, model.state, optimizer.state)
-        use_bfloat16(False)  # scores and samples are computed in float32
+        with bfloat16_products(flags.dtype == "bfloat16"):
+            for start in range(0, len(inputs), flags.batch_size):
+                batch = slice(start, start + flags.batch_size)
+                rows = [ranks.share(array[batch]) for array in (inputs, targets, keys)]
+                result = over_streams(of_share, *rows)
+                total = result if total is None else tree_map(mx.add, total, result)
+                if len(inputs) > flags.batch_size:  # or all parts would be in memory at once
+                    mx.eval(total)
+            loss, norm = apply_gradients(total)
+            # The code above only builds a graph; it is computed here. Arrays not listed would be
+            # left for the next step's graph.
+            mx.eval(loss, norm, model.state, optimizer.state)
         return loss, norm
 
     return step
@@ -1699,422 +931,107 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 def train(run, interrupts, ranks):
     """Trains a run from its current iteration to `num_iters` or an earlier end.
 
-    Returns the exit status: 0, or 128 + the signal that ended it. Raises RunError if the run
-    diverges.
+    Returns the signal that ended it, or None. Raises RunError if the run diverges.
     """
-    flags, dataset, folder = run.flags, run.dataset, run.flags.save_dir
-    is_main = ranks.rank == 0  # the one that saves and reports
+    flags = run.flags
     step = make_step(run.model, run.optimizer, flags, ranks, run.teacher)
-    reporter = Reporter(run) if is_main else None
-    steps_per_save = flags.steps_per_save or flags.steps_per_eval
-    start = run.iteration
+    first = run.iteration
     end_time = math.inf  # in seconds of training
     if flags.max_minutes is not None:
         end_time = run.seconds + 60 * flags.max_minutes
-    received = None  # a signal
-    # A run that needs other checkpoints is saved at once: its record keeps them from being pruned.
-    if is_main and not run.checkpoint_id:
-        uses = run.about["uses"].values()
-        if any(name == origin_id for name, origin_id in uses):  # else they name folders
-            save_checkpoint(folder, run, interrupts)
+    with Reporter(run) as reporter:
+        while True:
+            # Evaluate, save, then sample. What is saved has its score, unless a signal ended the
+            # evaluation; then it is scored when the run is resumed.
+            received, is_time_up = ranks.agree(interrupts.received, run.seconds >= end_time)
+            if (run.is_score_due() or is_time_up) and not run.is_scored:
+                score_run(run, interrupts, ranks, reporter)
+            is_ended = run.iteration >= flags.num_iters or run.is_out_of_patience()
+            if is_ended or received or is_time_up or run.is_save_due():
+                save_and_sample(run, interrupts)
+                # A signal that arrived in the meantime costs no other step.
+                received, _ = ranks.agree(interrupts.received, is_time_up)
+            if is_ended or received or is_time_up:
+                break
 
-    # iteration: steps done. The last pass of the loop only saves and evaluates.
-    for iteration in range(start, flags.num_iters + 1):
-        run.iteration = iteration
-        finished = iteration == flags.num_iters
-        received, timeout = ranks.agree(interrupts.received, run.seconds >= end_time)
-        on_schedule = iteration % flags.steps_per_eval == 0
-        # Whether an evaluation is due; a run of fewer than `steps_per_eval` steps gets none.
-        due = iteration >= flags.steps_per_eval and (on_schedule or finished)
-        stopping = finished or received or timeout
-        save = iteration > start and (due or stopping or iteration % steps_per_save == 0)
+            began = time.perf_counter()
+            rate = learning_rate_at(run.iteration, flags)
+            set_learning_rate(run.optimizer, rate)  # an array in its state: no recompilation
+            inputs, targets = run.batches.next()
+            dropout_rate, keys = draw_dropout(run.iteration, len(inputs), flags)
+            loss, norm = step(inputs, targets, dropout_rate, keys)
+            if flags.average:
+                weights = run.model.trainable_parameters()
+                run.average = average_weights(run.average, weights, run.iteration, flags.average)
+            seconds = time.perf_counter() - began
 
-        # Save, then evaluate, then add the score, then sample: an error in one does not undo those
-        # before it. A run killed between saving and evaluating is evaluated on resume.
-        if save and is_main:
-            save_checkpoint(folder, run, interrupts)
-            run.saved_iteration = iteration
-            tqdm.write(f"saved {run.checkpoint_id} at iteration {iteration:,}")
-        nats = None
-        if (due or timeout) and not run.is_scored():
-            limit = flags.eval_tokens
-            with run.with_result() as model:
-                nats = score_split("valid", model, dataset, flags, interrupts, ranks, limit)
-        if nats is not None and not math.isfinite(nats):
-            raise divergence_error(run, f"score of iteration {iteration:,}", ranks)
-        # A score due to --max_minutes is only shown, and logged until the run is resumed: one
-        # without a break would not have it.
-        if nats is not None and due:
-            run.add_score(nats)
-        if nats is not None and is_main:
-            reporter.report_score(run, nats)
-            # The checkpoint that a branch started from belongs to another run.
-            if due and (save or not run.is_branch):
-                save_score(folder, run, interrupts)
-        if save and is_main and not interrupts.received:
-            with run.with_result() as model:
-                sample = Conversation(dataset.tokenizer, model)
-                tqdm.write("".join(sample.reply("", flags, flags.seed, interrupts)))
-
-        if timeout:
-            tqdm.write(f"--max_minutes {flags.max_minutes:g} reached at iteration {iteration:,}.")
-        if flags.patience and run.count_misses() >= flags.patience:
-            stopping = True
-            tqdm.write(
-                f"Stopped: no improvement in {run.count_misses()} evaluations (--patience); "
-                f"best: {run.best['id']}"
-            )
-        # Nothing is unsaved here, so a signal that arrived in the meantime costs no other step.
-        if save or iteration == start:
-            received, _ = ranks.agree(interrupts.received, timeout)
-        if stopping or received:
-            break
-
-        # A training step.
-        began = time.perf_counter()
-        tokens, targets = run.batches.next()
-        rate = learning_rate_at(iteration, flags)
-        set_learning_rate(run.optimizer, rate)  # an array in its state: no recompilation
-        noise = make_noise(iteration, len(tokens), flags)
-        loss, norm = step(tokens, targets, *noise)
-        if flags.average:
-            weights = run.model.trainable_parameters()
-            run.average = average_weights(run.average, weights, iteration, flags.average)
-        loss = loss.item()
-        norm = norm.item()
-        elapsed = time.perf_counter() - began
-        if not math.isfinite(loss + norm):
-            raise divergence_error(run, f"loss or gradient of iteration {iteration + 1:,}", ranks)
-        # Older checkpoints are deleted only once a step from the newest one has succeeded.
-        if is_main and run.saved_iteration == iteration:
-            prune(folder, run, flags.keep)
-        run.tokens += tokens.size
-        if iteration > start:  # the first step compiles
-            run.seconds += elapsed
-        run.recent_steps += 1
-        run.recent_loss += loss
-        run.recent_seconds += elapsed
-
-        if is_main and (iteration + 1) % flags.steps_per_report == 0:
             metrics = {
-                "loss": run.recent_loss / run.recent_steps,  # nats/token
-                "learning_rate": rate,  # this and the norm are from the last step
-                "gradient_norm": norm,
-                "tokens": run.tokens,
-                "tokens_per_second": run.recent_steps * tokens.size / run.recent_seconds,
-                "peak_mib": mx.get_peak_memory() / 2**20,
-                "seconds": run.seconds,
+                "loss": loss.item(),  # nats/token
+                "learning_rate": rate,
+                "gradient_norm": norm.item(),
             }
-            # With --train_tokens, num_bytes is still that of the whole text; with --teacher, the
-            # loss is not that of the text alone.
-            if not flags.train_tokens and run.teacher is None:
-                metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], dataset.train)
-            reporter.report_steps(iteration + 1, metrics)
-            run.recent_steps = 0
-            run.recent_loss = 0.0
-            run.recent_seconds = 0.0
-        if is_main:
-            reporter.bar.update()
-
-    if is_main:
-        reporter.bar.close()
-        # No step was taken from the last checkpoint: unless it has a score, keep the one before.
-        prune(folder, run, flags.keep if run.is_scored() else max(2, flags.keep))
+            if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
+                what = f"loss or gradient of iteration {run.iteration + 1:,}"
+                raise divergence_error(run, what, ranks)
+            # Older checkpoints are deleted only once a step from the newest one has succeeded.
+            if run.saved_iteration == run.iteration:
+                prune(run)
+            count_step(run, metrics["loss"], inputs.size, seconds, is_first=run.iteration == first)
+            reporter.report_step(run, metrics)
+    if run.is_scored:  # finite, so a step from the newest checkpoint would succeed
+        prune(run)
+    if run.is_out_of_patience():
+        tqdm.write(f"Stopped: no improvement in {run.count_misses()} evaluations (--patience).")
+    if is_time_up:
+        tqdm.write(f"--max_minutes {flags.max_minutes:g} reached at iteration {run.iteration:,}.")
     if flags.eval_test and not received:
-        with run.with_result() as model:
-            score_split("test", model, dataset, flags, interrupts, ranks)
+        with run.using_average() as model:
+            score_split("test", model, run.dataset, flags, interrupts, ranks)
     received, _ = ranks.agree(interrupts.received, False)
-    if received:
-        there = "nothing was saved yet"
-        if run.checkpoint_id:
-            there = f"--identifier {run.name} resumes from there"
-        tqdm.write(f"Stopped at iteration {run.iteration:,}; {there}.")
-        return 128 + received  # how shells report termination by a signal
-    return 0
+    return received
 
 
-def divergence_error(run, what, ranks):
-    """The RunError to raise in a run in which `what` is not finite.
+def count_step(run, loss, num_tokens, seconds, is_first):
+    """Adds a step of `num_tokens` targets to a run's counters; the first of a session compiles."""
+    run.iteration += 1
+    run.is_saved = False
+    run.tokens_seen += num_tokens
+    if not is_first:
+        run.seconds += seconds
+    run.recent_steps += 1
+    run.recent_loss += loss
+    run.recent_seconds += seconds
 
-    Training reached `run.iteration`; a checkpoint of that iteration is marked as diverged.
+
+def score_run(run, interrupts, ranks, reporter):
+    """Scores the validation split, or its first --eval_tokens tokens, unless a signal arrives.
+
+    A score that is only due to --max_minutes is shown, and logged until the run is resumed: a run
+    without a break would not have it. Raises RunError if the score is not finite.
     """
-    # A lost rank causes NaNs, too; this call then raises its own error.
-    ranks.agree(None, False)
-    where = "no good checkpoint is left: start over (--new_model)"
-    if ranks.rank == 0:
-        if run.saved_iteration == run.iteration:
-            mark_diverged(run.flags.save_dir, run)
-        sound = newest_sound_id(run.flags.save_dir, run)
-        if sound:
-            where = f"the last good checkpoint is {sound}: resume"
-    return RunError(
-        f"the {what} is not finite; {where} "
-        "with a lower --learning_rate, --grad_clip or --weight_decay"
-    )
+    limit = run.flags.eval_tokens
+    with run.using_average() as model:
+        nats = score_split("valid", model, run.dataset, run.flags, interrupts, ranks, limit)
+    if nats is None:
+        return
+    if not math.isfinite(nats):
+        raise divergence_error(run, f"score of iteration {run.iteration:,}", ranks)
+    if run.is_score_due():
+        run.scores.append([run.iteration, nats])
+        run.is_saved = False
+    reporter.report_score(run, nats)
 
 
-# Columns of <run>.csv, empty where a row has no such value; other metrics follow them. loss:
-# nats/token, with --teacher mixed with the distillation loss; tokens: trained on so far; peak_mib:
-# MLX's peak memory in this process; seconds: of training so far, excluding the first step of each
-# session, which compiles.
-LOG_COLUMNS = [
-    "iteration",
-    "split",
-    "loss",
-    "bits_per_byte",
-    "learning_rate",
-    "gradient_norm",
-    "tokens",
-    "tokens_per_second",
-    "peak_mib",
-    "seconds",
-]
-
-# How metrics are shown on the screen: "" hides one; those not listed here are shown by name.
-FORMATS = {
-    "loss": "loss {:.4f}",
-    "learning_rate": "lr {:.2e}",
-    "gradient_norm": "grad {:.2f}",
-    "tokens_per_second": "{:,.0f} tokens/s",
-    "peak_mib": "peak {:,.0f} MiB",
-    "bits_per_byte": "",
-    "tokens": "",
-    "seconds": "",
-}
-
-
-class Reporter:
-    """Reports a run's metrics: in a progress bar or lines on the screen, and in <run>.csv."""
-
-    def __init__(self, run):
-        self.num_iters = run.flags.num_iters
-        self.distills = run.teacher is not None
-        self.step_tokens = run.batches.batch_size * run.flags.context_size
-        is_terminal = sys.stderr.isatty()
-        size = {"dynamic_ncols": True}
-        if is_terminal and not os.get_terminal_size(sys.stderr.fileno()).columns:
-            size = {"ncols": 100, "nrows": 24}  # unknown, as in some containers
-        self.bar = tqdm(
-            total=self.num_iters,
-            initial=run.iteration,
-            disable=not is_terminal,
-            bar_format="{n_fmt}/{total_fmt} |{bar}| left {remaining}  {desc}",
-            **size,
-        )
-        path = run.flags.save_dir / f"{run.name}.csv"
-        self.table = LogTable(path, run.iteration, run.is_scored())
-
-    def report_steps(self, iteration, metrics):
-        """Shows and logs the metrics of the steps up to `iteration`, {name: number}."""
-        shown = []
-        for name, value in metrics.items():
-            form = FORMATS.get(name, name + " {:.4g}")
-            if name == "peak_mib" and not self.bar.disable:
-                continue  # so that the bar fits 100 columns
-            if form:
-                shown.append(form.format(value))
-            if name == "loss" and not self.distills:
-                shown.append(f"perplexity {perplexity(value):.2f}")
-        line = "  ".join(shown)
-        self.bar.set_description_str(line)
-        if self.bar.disable:
-            tokens_left = (self.num_iters - iteration) * self.step_tokens
-            left = tqdm.format_interval(tokens_left / metrics["tokens_per_second"])
-            tqdm.write(f"{iteration:,}/{self.num_iters:,}  {line}  left {left}")
-        self.log({"iteration": iteration, "split": "train"} | metrics)
-
-    def report_score(self, run, nats):
-        """Logs the score of the validation split; score_split has already shown it."""
-        row = {
-            "iteration": run.iteration,
-            "split": "valid",
-            "loss": nats,
-            "bits_per_byte": bits_per_byte(nats, run.dataset.valid),
-            "tokens": run.tokens,
-            "seconds": run.seconds,
-        }
-        self.log(row)
-
-    def log(self, row):
-        """Logs metrics, {name: value}; all of them pass through here, so add other loggers here."""
-        self.table.append(row)
-
-
-def read_log(path):
-    """The rows of a run's log, [{column: text}, ...], without truncated or damaged ones.
-
-    The csv module is not used: after a stray quote, it would read all that follows as one row.
-    Raises OSError.
-    """
-    rows = []
-    header, *lines = path.read_text("utf-8", errors="replace").split("\n")
-    columns = header.strip().split(",")
-    for line in lines[:-1]:  # what follows the last line end is truncated
-        values = line.split(",")
-        row = dict(zip(columns, values))
-        place = f"{row.get('iteration')},{row.get('split')}"
-        if len(values) == len(columns) and re.fullmatch("[0-9]{1,18},[a-z]+", place):
-            rows.append(row)
-    return rows
-
-
-class LogTable:
-    """A run's CSV file.
-
-    Rows after the current `iteration` are dropped, since those steps will be repeated; so is a
-    score of `iteration` itself unless the run has it (`scored`). Read and write errors are ignored:
-    the run is worth more than its log.
-    """
-
-    def __init__(self, path, iteration, scored):
-        self.path = path
-        self.columns = list(LOG_COLUMNS)
-        with contextlib.suppress(OSError):
-            rows = []
-            for row in self.read():
-                is_earlier = int(row["iteration"]) < iteration
-                is_present = int(row["iteration"]) == iteration
-                if is_earlier or (is_present and (scored or row["split"] == "train")):
-                    rows.append(row)
-            columns = list(LOG_COLUMNS)
-            if rows:  # a column that was added by `append` stays
-                columns += [name for name in rows[0] if name not in LOG_COLUMNS]
-            self.rewrite(rows, columns)
-
-    def read(self):
-        return read_log(self.path) if self.path.exists() else []
-
-    def rewrite(self, rows, columns):
-        """Replaces the file; a kill leaves either the old or the new one, complete.
-
-        Raises OSError; the old file then stays, and so do its columns.
-        """
-        new = self.path.with_suffix(".csv.new")
-        # The lock keeps other processes from deleting the new file as a leftover.
-        with locked(self.path.parent):
-            with new.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-            new.replace(self.path)
-        self.columns = columns
-
-    def append(self, row):
-        """Adds a row, {column: value}; a new column is added to all rows."""
-        texts = {}
-        for name, value in row.items():
-            texts[name] = f"{value:.6g}" if isinstance(value, float) else value
-        added = [name for name in row if name not in self.columns]
-        with contextlib.suppress(OSError):
-            if added or not self.path.exists():
-                self.rewrite(self.read(), self.columns + added)
-            with self.path.open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
-
-
-def print_start(run, checkpoint, ranks):
-    """Prints the start screen: what is trained, on what data, and where its files go.
-
-    checkpoint: the record of the checkpoint being resumed, or None.
-    """
-    flags, config, dataset = run.flags, run.model.config, run.dataset
-    tokenizer = dataset.tokenizer
-    versions = run.about["versions"]
-    splits = [split for split in (dataset.train, dataset.valid, dataset.test) if split]
-    lengths = " / ".join(f"{len(split.tokens):,}" for split in splits)
-    windows = len(run.batches.perm)  # of this epoch
-    rows = run.batches.batch_size  # of a step
-    saved_arrays = arrays_of([run.model.trainable_parameters(), run.optimizer.state])
-    if flags.average:
-        saved_arrays += arrays_of(run.model.trainable_parameters())
-    size = sum(array.nbytes for array in saved_arrays)  # bytes of a checkpoint
-    free = shutil.disk_usage(flags.save_dir).free
-    parameters = run.about["parameters"]
-    trained = sum(array.size for array in arrays_of(run.model.trainable_parameters()))
-    of_them = f", {trained:,} trainable" if trained < parameters else ""
-    several = f", {ranks.size} ranks" if ranks.size > 1 else ""
-    resumed = ""
-    if checkpoint:
-        resumed = describe_resume(checkpoint["flags"], vars(flags))
-    tqdm.write(
-        f"run      {run.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
-        f"seed {flags.seed}\n"
-        f"{resumed}"
-        f"model    {parameters:,} parameters{of_them}: {config.num_blocks} blocks, "
-        f"dim {config.dim}, {config.num_heads} heads ({config.num_kv_heads} key/value heads), "
-        f"{config.mlp} {config.mlp_dim}, context {config.context_size}\n"
-        f"data     {dataset.name}: {lengths} tokens; "
-        f"vocabulary {tokenizer.vocab_size:,} by {tokenizer.kind} "
-        f"({tokenizer.vocab_size - tokenizer.num_special:,} without special tokens)\n"
-        f"steps    {rows} x {config.context_size} tokens, {windows // rows or 1:,} per epoch; "
-        f"{flags.optimizer}\n"
-        f"machine  {versions['device']}{several}; MLX {versions['MLX']}, "
-        f"matrix products by {BLAS}\n"
-        f"files    {flags.save_dir.absolute()}, {size / 2**20:,.0f} MiB per checkpoint, "
-        f"{free / 2**20:,.0f} MiB free"
-    )
-    if flags.batch_size % ranks.size:
-        tqdm.write(
-            f"--batch_size {flags.batch_size} is not a multiple of {ranks.size} ranks: "
-            "some will wait."
-        )
-    if windows < rows:
-        tqdm.write(
-            "The text has fewer windows than a batch has rows: some repeat within each batch."
-        )
-    if flags.dtype != versions["dtype"]:
-        tqdm.write(
-            "--dtype bfloat16 would be slower here: it needs AVX-512 BF16 or AMX, extras/fast.py "
-            "and oneDNN (pip install onednn-cpu-gomp). Computing in float32."
-        )
-    saved = [record for record in list_checkpoints(flags.save_dir) if record["run"] == run.name]
-    missing = max(1, flags.keep + 2 - len(saved))  # the best and the one being written, too
-    if size * missing > free:
-        tqdm.write(
-            f"Low on disk space: the newest {flags.keep} checkpoints (--keep), the best and the "
-            f"one being written need another {size * missing / 2**20:,.0f} MiB."
-        )
-    if run.is_branch:
-        tqdm.write(
-            f"A new branch: {checkpoint['run']} has newer checkpoints, which are kept. To resume "
-            f"this run, name it: --identifier {run.name}."
-        )
-    if fast and BLAS == fast.REFERENCE_BLAS and not flags.gpu:
-        tqdm.write(
-            "Matrix products are slow: a fast library for them needs a C compiler "
-            "(apt install g++) and oneDNN (pip install onednn-cpu-gomp) or NumPy from PyPI."
-        )
-    if checkpoint:
-        changed = []
-        for name, version in versions.items():
-            before = checkpoint["versions"].get(name, version)  # older checkpoints lack some
-            if before != version:
-                changed.append(f"{name} {before} -> {version}")
-        if changed:
-            tqdm.write(
-                f"Environment changed since the checkpoint ({'; '.join(changed)}): "
-                "resume may not be bit-exact."
-            )
-
-
-def describe_resume(old, new):
-    """The flags, {name: value}, that have changed in a resumed run, for the start screen."""
-    changes = []
-    for name in INHERITED:
-        if old[name] != new[name]:
-            changes.append(f"--{name} {old[name]} -> {new[name]}")
-    if not changes:
-        return "resumed  with unchanged flags\n"
-    text = f"resumed  with {', '.join(changes)} (to start over instead: --new_model)\n"
-    has_schedule = new["lr_schedule"] != "constant" or new["dropout_final"] is not None
-    if old["num_iters"] != new["num_iters"] and has_schedule:
-        text += "         The learning rate and dropout schedules now stretch to --num_iters.\n"
-    return text
-
-
-def arrays_of(tree):
-    """The arrays of a tree of arrays, without their names."""
-    return [array for _, array in tree_flatten(tree)]
+def save_and_sample(run, interrupts):
+    """Saves what has changed in a run, and prints a sample. On other ranks, it does nothing."""
+    if run.is_saved or run.folder is None:
+        return
+    save(run, interrupts)
+    tqdm.write(f"saved {run.checkpoint_id} at iteration {run.iteration:,}")
+    if not interrupts.received:
+        with run.using_average() as model:
+            sample = Conversation(run.dataset.tokenizer, model)
+            tqdm.write("".join(sample.reply("", run.flags, run.flags.seed, interrupts)))
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -2302,7 +1219,7 @@ class Conversation:
     def reply(self, prompt, flags, seed, interrupts=None):
         """Adds `prompt` to the text, and yields the model's continuation in pieces.
 
-        But at the start, the prompt begins a new line. A piece is yielded once no later token can
+        Except at the start, the prompt goes on a new line. A piece is yielded once no later token can
         change it. The last one ends before --stop.
         """
         pieces = self.pieces(prompt, flags, seed, interrupts)
@@ -2333,6 +1250,1104 @@ class Conversation:
         return f"{self.speed:,.1f} tokens/s{self.decoder.describe_draft()}"
 
 
+# =================================================================================================
+# OPERATIONS: what keeps a run safe, and the command line. To change the research, you need not read
+# on.
+# =================================================================================================
+
+
+# ---- Checkpoints --------------------------------------------------------------------------------
+# <save_dir>/<run>/ holds all of a run and nothing of another: its checkpoints and log.jsonl. Only
+# the process that holds the folder's lock writes there. Each checkpoint is two safetensors files:
+#
+#     <sha1>.safetensors  the weights (for LoRA, only the adapters), named by the SHA1 of its bytes
+#     <sha1>.metadata     the optimizer state, the order of the batches, the tokenizer and, with
+#                         --average, the weights before averaging; in its header a record (see
+#                         Checkpoint) and the SHA1 of the whole file, computed with BLANK in its
+#                         place
+#
+# Readers of --save_dir hold its lock shared, and pruning holds it exclusively, so nothing vanishes
+# while it is read. A checkpoint may come from a stranger: what is in it is checked before it is
+# used, and no link is followed.
+
+# Version of the .metadata format; increment it when another main.py could misread it.
+FORMAT_VERSION = 3
+BLANK = "0" * 40  # as long as the SHA1 that replaces it, so that no other byte moves
+SHA1 = re.compile("[0-9a-f]{40}")
+RUN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a run's folder
+
+
+@contextlib.contextmanager
+def lock(folder, mode):
+    """Holds the lock of a folder: fcntl.LOCK_SH, LOCK_EX, or either with LOCK_NB.
+
+    Raises BlockingIOError if LOCK_NB is set and another process holds it. The lock ends with the
+    process, however that ends.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, mode)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """What the record of a checkpoint says. Data from a stranger until `check` has passed."""
+
+    folder: Path  # of its run; not part of the record
+    id: str  # the SHA1 of its weights
+    saved: float  # when, in seconds since 1970; later than those before it in its run
+    flags: dict  # those in INHERITED that are not None
+    config: dict  # the fields of a Config
+    parameters: int  # of the whole model
+    tokens_sha256: str  # of training text and tokenizer
+    uses: dict  # the models that resuming needs: {"init_from" or "teacher": [place, id]}
+    command: list  # sys.argv
+    sources: dict  # {file of this program: SHA1}
+    versions: dict  # what the last bits depend on, see list_versions
+    # Progress: the fields of a Run and of its Batches with the same names.
+    iteration: int
+    tokens_seen: int
+    seconds: float
+    scores: list
+    recent_steps: int
+    recent_loss: float
+    recent_seconds: float
+    epoch: int
+    offset: int
+    place: int
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def run(self):
+        """The name of its run."""
+        return self.folder.name
+
+    @property
+    def score(self):
+        """The validation loss at its iteration in nats/token, or None."""
+        return dict(self.scores).get(self.iteration)
+
+    @property
+    def weights_path(self):
+        return self.folder / f"{self.id}.safetensors"
+
+    @property
+    def metadata_path(self):
+        return self.folder / f"{self.id}.metadata"
+
+    def __str__(self):
+        return f"{self.run}, iteration {self.iteration:,}, checkpoint {self.id[:12]}"
+
+    def record(self):
+        """The fields that are saved, serializable as JSON."""
+        fields = vars(self).copy()
+        del fields["folder"]
+        return fields
+
+    def check(self):
+        """Raises ValueError unless every field has its type and a possible value."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "folder":
+                continue
+            if type(value) is not field.type:
+                raise ValueError(f"{field.name} is no {field.type.__name__}")
+            if field.type in (int, float) and not 0 <= value < 1e11:
+                raise ValueError(f"{field.name} is out of range")
+        is_hash = SHA1.fullmatch(self.id) and re.fullmatch("[0-9a-f]{64}", self.tokens_sha256)
+        if not is_hash:
+            raise ValueError("its SHA1s are none")
+        for iteration, nats in self.scores:
+            if type(iteration) is not int or type(nats) is not float or not math.isfinite(nats):
+                raise ValueError("its scores are none")
+        for flag_name, (place, origin_id) in self.uses.items():
+            is_place = type(place) is str and place.isprintable()
+            if flag_name not in ORIGINS or not is_place or not SHA1.fullmatch(origin_id):
+                raise ValueError("it uses models that cannot be")
+        for name, version in self.versions.items():
+            if not name.isprintable() or not str(version).isprintable():
+                raise ValueError("its versions are none")
+        check_config(self.config)
+        check_flags(self.flags)
+
+    def make_model(self):
+        """A model of its shape, with weights yet to be loaded."""
+        return LanguageModel(Config(**self.config))
+
+    def open(self):
+        """Verifies both files and returns the Contents.
+
+        Raises Damaged if they are not what was saved. They are read once, here, under the lock of
+        the caller: what is read is what was verified.
+        """
+        try:
+            with open_unlinked(self.weights_path) as file:
+                if sha1_of(file) != self.id:
+                    raise ValueError("its .safetensors has another SHA1")
+                weights = load_arrays(file)
+            with open_unlinked(self.metadata_path) as file:
+                texts = read_texts(file)
+                if sha1_of(file, texts["sha1"]) != texts["sha1"]:
+                    raise ValueError("its .metadata has another SHA1")
+                if json.loads(texts["record"]) != self.record():
+                    raise ValueError("its .metadata has changed")
+                state = load_arrays(file)
+            tokenizer = tokenizer_from_dict(json.loads(bytes(state.pop("tokenizer"))))
+            if tokenizer.vocab_size > self.config["vocab_size"]:
+                # MLX does not check indices: it would read beyond the embeddings.
+                raise ValueError("its tokenizer has more ids than its model")
+            if self.config["num_blocks"] > len(weights):
+                # Building that many blocks first could exhaust the memory.
+                raise ValueError("its model has more blocks than arrays")
+            return Contents(self, tokenizer, weights, state)
+        except UNREADABLE as error:
+            raise Damaged(f"{self} is damaged: {one_line(error)}") from None
+
+    def delete(self):
+        """Deletes its files; without the weights, the metadata is no checkpoint."""
+        self.weights_path.unlink(missing_ok=True)
+        self.metadata_path.unlink(missing_ok=True)
+
+
+class Damaged(RunError):
+    """A checkpoint that is not what was saved."""
+
+
+class Contents(NamedTuple):
+    """The verified content of a checkpoint."""
+
+    checkpoint: Checkpoint
+    tokenizer: object
+    weights: dict  # {name: array} of its .safetensors
+    state: dict  # {name: array} of its .metadata, read when they are evaluated
+
+    def load_model(self):
+        """The model, with a LoRA run's adapters merged into its base.
+
+        Raises RunError if that base is gone, Damaged if the weights are not those of the model.
+        """
+        checkpoint = self.checkpoint
+        weights = self.weights
+        rank = checkpoint.flags.get("lora_rank")
+        if rank:  # the file holds only the adapters
+            save_dir = checkpoint.folder.parent
+            base = open_origin(save_dir, checkpoint, "init_from").model
+            with explained(f"{checkpoint} does not fit its base", *UNREADABLE, kind=Damaged):
+                alpha = checkpoint.flags["lora_alpha"]
+                weights = extra("lora").merge(base, weights, rank, alpha)
+        with explained(f"{checkpoint} does not fit its record", *UNREADABLE, kind=Damaged):
+            model = checkpoint.make_model()
+            check_arrays(weights, model.parameters())
+            model.load_weights(list(weights.items()))
+            mx.eval(model.parameters())
+        return model
+
+    def restore(self, run):
+        """Gives a run the state that was saved. Raises Damaged if it does not fit the run."""
+        checkpoint = self.checkpoint
+        with explained(f"{checkpoint} does not fit its record", *UNREADABLE, kind=Damaged):
+            check_arrays(self.weights, run.model.trainable_parameters())
+            run.model.load_weights(list(self.weights.items()), strict=False)
+            state = tree_unflatten(list(self.state.items()))
+            if "weights" in state:  # the trained ones; the .safetensors has their average
+                check_arrays(state["weights"], run.model.trainable_parameters())
+                if run.flags.average:
+                    run.average = run.model.trainable_parameters()
+                run.model.update(state["weights"])
+            check_arrays(state["optimizer"], run.optimizer.state)
+            run.optimizer.state = state["optimizer"]
+            run.batches.restore(
+                checkpoint.epoch, checkpoint.offset, checkpoint.place, state["perm"]
+            )
+            mx.eval(run.model.parameters(), run.optimizer.state)
+        for name in PROGRESS:
+            setattr(run, name, getattr(checkpoint, name))
+        run.saved_iteration = checkpoint.iteration
+        run.checkpoint_id = checkpoint.id
+
+
+def check_arrays(found, expected):
+    """Raises ValueError unless two trees hold arrays of the same names, shapes and types."""
+    kinds = []
+    for tree in (found, expected):
+        arrays = tree_flatten(tree)
+        kinds.append({name: (array.shape, array.dtype) for name, array in arrays})
+    if kinds[0] != kinds[1]:
+        raise ValueError("its arrays are those of another model")
+
+
+# The fields of a Run that are saved under the same names.
+PROGRESS = [
+    "iteration",
+    "tokens_seen",
+    "seconds",
+    "scores",
+    "recent_steps",
+    "recent_loss",
+    "recent_seconds",
+]
+
+# What reading a damaged or crafted checkpoint can raise.
+UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, TypeError, RecursionError)
+
+
+def check_config(config):
+    """Raises ValueError or TypeError unless `config`, {field: value}, is that of a model."""
+    made = Config(**config)
+    for field in dataclasses.fields(Config):
+        value = getattr(made, field.name)
+        if field.type is int or field.name == "head_dim":
+            is_right = type(value) is int and 1 <= value <= LARGEST
+        elif field.type is float:
+            is_right = type(value) in (int, float)
+        elif field.name == "rope_scaling":
+            is_right = value is None or all(type(number) in (int, float) for number in value)
+        else:
+            is_right = type(value) is field.type
+        if not is_right:
+            raise ValueError(f"{field.name} of its model is {value!r:.50}")
+    if made.mlp not in MLPS or made.num_heads % made.num_kv_heads:
+        raise ValueError("there is no such model")
+
+
+def check_flags(values):
+    """Raises ValueError unless `values` are flags that a command could have set."""
+    if not values.keys() <= {*INHERITED}:
+        raise ValueError("it has flags that no checkpoint has")
+    with explained("its flags are none", kind=ValueError):
+        if parse(arguments_of(values)) != values:
+            raise ValueError("some have another type")
+
+
+def open_unlinked(path):
+    """Opens a file for reading, unless it is a link; nothing is waited for at a pipe's end."""
+
+    def opener(path, mode):
+        return no_follow(path, mode | os.O_NONBLOCK)
+
+    return open(path, "rb", opener=opener)
+
+
+def one_line(error):
+    """What an exception says, on one line."""
+    return " ".join(str(error).split())[:200]
+
+
+class Hasher:
+    """A file object that keeps only the SHA1 of what is written to it."""
+
+    # MLX checks that a file has these attributes but does not use them.
+    closed = False
+    seek = None
+    tell = None
+
+    def __init__(self):
+        self.digest = hashlib.sha1()
+
+    def write(self, data):
+        self.digest.update(data)
+        return len(data)
+
+
+def hash_safetensors(arrays, texts):
+    """The SHA1 of the safetensors file that these arrays and texts, each by name, would make."""
+    hasher = Hasher()
+    mx.save_safetensors(hasher, arrays, texts)
+    return hasher.digest.hexdigest()
+
+
+def read_header(file):
+    """The JSON header of an open safetensors file, as bytes; if damaged, whatever is there."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")  # followed by the header and the arrays
+    # The length may be junk. MLX itself reads no header of 100 MB.
+    return file.read(min(length, 10**8))
+
+
+def read_texts(file):
+    """The texts in the header of an open `.metadata` file, {name: text}. Raises UNREADABLE."""
+    texts = json.loads(read_header(file))["__metadata__"]
+    if hashlib.sha1(texts["record"].encode()).hexdigest() != texts["record_sha1"]:
+        raise ValueError("damaged header")
+    return texts
+
+
+def sha1_of(file, stated=BLANK):
+    """SHA1 of an open safetensors file, with BLANK in place of the SHA1 `stated` in it."""
+    length = 8 + len(read_header(file))  # of the header and its length prefix
+    file.seek(0)
+    header = file.read(length)
+    digest = hashlib.sha1(header.replace(stated.encode(), BLANK.encode(), 1))
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_arrays(file):
+    """The arrays of an open safetensors file, {name: array}; MLX reads them when evaluated.
+
+    MLX reopens it by its descriptor: the name may be gone, and MLX accepts only UTF-8 names. The
+    file object itself is not passed: an MLX thread would release it at an arbitrary time, which
+    at exit would abort Python.
+    """
+    # On macOS, what MLX opens by the descriptor's number shares its position. The first line
+    # empties the buffer, in which the second one might only move.
+    file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return mx.load(f"/dev/fd/{file.fileno()}", format="safetensors")
+
+
+def read_checkpoint(metadata_path):
+    """The Checkpoint that a .metadata file describes. Raises UNREADABLE if it is not one."""
+    with open_unlinked(metadata_path) as file:
+        record = json.loads(read_texts(file)["record"])
+    if record["format_version"] != FORMAT_VERSION:
+        raise ValueError("another version of this program wrote it")
+    checkpoint = Checkpoint(folder=metadata_path.parent, **record)
+    checkpoint.check()
+    if checkpoint.id != metadata_path.stem:
+        raise ValueError(f"it belongs to {checkpoint.id[:12]}")
+    return checkpoint
+
+
+def list_checkpoints(save_dir, warn=False):
+    """The checkpoints of all runs in `save_dir`, most recently saved first.
+
+    What is none is skipped, with a line on stderr if `warn`.
+    """
+    checkpoints = []
+    for folder in save_dir.iterdir():
+        if RUN_NAME.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+            checkpoints += list_run(folder, warn)
+    return sorted(checkpoints, key=saved_order, reverse=True)
+
+
+def list_run(folder, warn=False):
+    """The checkpoints of one run, most recently saved first; see list_checkpoints."""
+    checkpoints = []
+    for weights in folder.glob("*.safetensors"):
+        if not SHA1.fullmatch(weights.stem):
+            continue
+        try:
+            checkpoints.append(read_checkpoint(weights.with_suffix(".metadata")))
+        except UNREADABLE as error:
+            if warn:
+                line = f"Skipping {folder.name}, {weights.stem[:12]}: {one_line(error)}"
+                print(line, file=sys.stderr)
+    return sorted(checkpoints, key=saved_order, reverse=True)
+
+
+def saved_order(checkpoint):
+    """The sort key of checkpoints."""
+    return checkpoint.saved, checkpoint.iteration, checkpoint.run
+
+
+def best_of(checkpoints, run):
+    """The checkpoint of a run with the lowest validation loss, or None."""
+    scored = [each for each in checkpoints if each.run == run and each.score is not None]
+    return min(scored, key=lambda each: each.score, default=None)
+
+
+def matching_checkpoints(checkpoints, identifier):
+    """The checkpoints, newest first, that an identifier matches.
+
+    identifier: an id or a prefix of it, a run's name (its newest checkpoint), "latest", or "best"
+    (of the most recently saved run).
+    """
+    if identifier == "latest" or not checkpoints:
+        return checkpoints[:1]
+    if identifier == "best":
+        best = best_of(checkpoints, checkpoints[0].run)
+        return [best] if best else []
+    of_run = [each for each in checkpoints if each.run == identifier]
+    if of_run:
+        return of_run[:1]
+    found = {}
+    for each in checkpoints:
+        if each.id.startswith(identifier):
+            found.setdefault(each.id, each)  # if several runs have it, the last saved
+    return list(found.values())
+
+
+def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
+    """The checkpoint that the flag names. Raises UsageError if none or several match."""
+    found = matching_checkpoints(checkpoints, identifier)
+    if not checkpoints:
+        raise UsageError(f"--{flag_name} {identifier!r}: no checkpoint in {save_dir}: {TRAIN_FIRST}")
+    if len(found) != 1:
+        matches = "several checkpoints" if found else "no checkpoint"
+        known = "; ".join(map(str, (found or checkpoints)[:9]))
+        raise UsageError(
+            f"--{flag_name} {identifier!r} matches {matches} in {save_dir}; name one, or check "
+            f"--save_dir (--list shows all): {known}"
+        )
+    return found[0]
+
+
+def save(run, interrupts):
+    """Saves a run in its current state, however often that has to be tried.
+
+    It waits out a full disk or a missing folder: training state is in memory, and the last
+    checkpoint is untouched.
+    """
+    for pause in itertools.chain((1, 2, 5, 10, 30), itertools.repeat(60)):  # seconds
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_checkpoint(run)
+            return
+        except OSError as error:
+            way_out = "Press Ctrl+C twice"
+            if interrupts.received:
+                way_out = "Press Ctrl+C or send SIGTERM again"
+            tqdm.write(
+                f"Saving to {run.folder} failed ({error}); retrying in {pause} s. "
+                f"{way_out} to exit without saving."
+            )
+            time.sleep(pause)
+
+
+def write_checkpoint(run):
+    """Tries once to save both files of a checkpoint.
+
+    A checkpoint is never half-written: a file is complete on disk before it gets its name, and a
+    checkpoint counts only once it has its .safetensors, which is named last.
+    """
+    # Sorted: equal arrays give equal bytes.
+    weights = dict(sorted(tree_flatten(run.weights_to_save())))
+    texts = {"format": "mlx"}
+    sha1 = hash_safetensors(weights, texts)
+    saved = max(time.time(), run.saved + 1e-3)  # even if the clock was set back
+    with replacing(run.folder / f"{sha1}.metadata") as file:
+        write_metadata(file, run, describe_run(run, sha1, saved))
+    with replacing(run.folder / f"{sha1}.safetensors") as file:
+        mx.save_safetensors(file, weights, texts)
+    sync(run.folder)
+    run.checkpoint_id = sha1
+    run.saved = saved
+    run.saved_iteration = run.iteration
+    run.is_saved = True
+
+
+def describe_run(run, checkpoint_id, saved):
+    """The Checkpoint of a run in its current state."""
+    flags = {name: getattr(run.flags, name) for name in INHERITED}
+    if flags["text"]:
+        del flags["dataset"]  # which it implies
+    return Checkpoint(
+        folder=run.folder,
+        id=checkpoint_id,
+        saved=saved,
+        flags={name: value for name, value in flags.items() if value is not None},
+        config=dataclasses.asdict(run.model.config),
+        parameters=sum(weight.size for _, weight in tree_flatten(run.model.parameters())),
+        tokens_sha256=run.dataset.sha256,
+        uses=run.uses,
+        command=sys.argv,
+        sources=run.sources,
+        versions=run.versions,
+        epoch=run.batches.epoch,
+        offset=run.batches.offset,
+        place=run.batches.place,
+        **{name: getattr(run, name) for name in PROGRESS},
+    )
+
+
+def write_metadata(file, run, checkpoint):
+    """Writes the .metadata of a checkpoint: see the top of this section."""
+    tree = {"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}
+    if run.average:  # the .safetensors holds only the average
+        tree["weights"] = run.model.trainable_parameters()
+    # As an array: safetensors files with long headers cannot be read.
+    tokenizer = json.dumps(run.dataset.tokenizer.to_dict()).encode()
+    tree["tokenizer"] = mx.array(np.frombuffer(tokenizer, np.uint8))
+    record = json.dumps(checkpoint.record())
+    texts = {
+        "record": record,
+        "record_sha1": hashlib.sha1(record.encode()).hexdigest(),  # checked without the arrays
+        "sha1": BLANK,
+    }
+    arrays = dict(sorted(tree_flatten(tree)))
+    texts["sha1"] = hash_safetensors(arrays, texts)
+    mx.save_safetensors(file, arrays, texts)
+
+
+def prune(run):
+    """Deletes checkpoints of a run, but for the newest --keep, the best, and those in use.
+
+    In use are what it was saved as or resumed from, and what other runs start or learn from. While
+    somebody reads the folder, all stays for the next time.
+    """
+    if run.folder is None:
+        return
+    with contextlib.suppress(OSError), lock(run.folder.parent, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        checkpoints = list_checkpoints(run.folder.parent)
+        own = [each for each in checkpoints if each.run == run.name]  # newest first
+        kept = {run.checkpoint_id, *(each.id for each in own[: run.flags.keep])}
+        best = best_of(checkpoints, run.name)
+        if best:
+            kept.add(best.id)
+        for each in checkpoints:
+            kept |= {origin_id for _, origin_id in each.uses.values()}
+        for each in own:
+            if each.id not in kept:
+                each.delete()
+        remove_leftovers(run.folder)
+
+
+def remove_leftovers(folder):
+    """Deletes what killed saves have left in a run's folder; the caller holds its lock."""
+    for path in folder.iterdir():
+        is_unfinished = re.fullmatch(r"\.[0-9a-f]{16}\.new", path.name)
+        is_alone = path.suffix == ".metadata" and SHA1.fullmatch(path.stem)
+        if is_alone:
+            is_alone = not os.path.lexists(path.with_suffix(".safetensors"))
+        if is_unfinished or is_alone:
+            path.unlink()
+
+
+def divergence_error(run, what, ranks):
+    """The RunError to raise in a run in which `what` is not finite.
+
+    It names the last checkpoint from which a step was taken, in a command that goes back to it.
+    """
+    # A lost rank causes NaNs, too; this call then raises its own error.
+    ranks.agree(None, False)
+    earlier = []
+    if run.folder is not None:
+        earlier = [each for each in list_run(run.folder) if each.iteration < run.iteration]
+    lower = f"--learning_rate {run.flags.learning_rate / 3:.1g}"
+    if earlier:
+        remedy = f"go back with {command(run.flags, '--identifier', earlier[0].id[:12])} {lower}"
+    else:
+        remedy = f"start over with --new_model {lower}"
+    return RunError(f"the {what} is not finite: {remedy} (or a lower --grad_clip)")
+
+
+class Origin(NamedTuple):
+    """A model that a flag names: a run's starting point, its teacher, or a draft."""
+
+    model: LanguageModel
+    tokenizer: object
+    id: str  # of its checkpoint; for a Hugging Face folder, a SHA1 over its files
+
+
+# The flags that name one, in the order in which their tokenizers count.
+ORIGINS = ("init_from", "teacher")
+
+
+def open_model(save_dir, name, flag_name):
+    """The Origin that a flag names: a checkpoint, or a Hugging Face folder.
+
+    Raises UsageError if there is none, RunError if it is damaged.
+    """
+    if os.path.isdir(name):
+        return Origin(*extra("huggingface").import_model(Path(name)))
+    checkpoint = named_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name)
+    contents = checkpoint.open()
+    return Origin(contents.load_model(), contents.tokenizer, checkpoint.id)
+
+
+def open_origin(save_dir, checkpoint, flag_name):
+    """The Origin that --init_from or --teacher named when the run of `checkpoint` was started.
+
+    Raises RunError if it is gone or has changed.
+    """
+    place, origin_id = checkpoint.uses[flag_name]  # place: a folder's path, or the id again
+    fault = (
+        f"{checkpoint.run} needs the model that it was started with, unchanged: "
+        f"--{flag_name} {place}, {origin_id[:12]}"
+    )
+    with explained(fault, UsageError, kind=RunError):  # not the fault of the current command
+        origin = open_model(save_dir, place, flag_name)
+        if origin.id != origin_id:  # a folder's files may have been replaced
+            raise UsageError(f"it is {origin.id[:12]} now")
+    return origin
+
+
+# ---- Interrupts ---------------------------------------------------------------------------------
+
+
+class Interrupts:
+    """Turns SIGINT, SIGTERM and SIGHUP into an attribute that loops check: `received`.
+
+    A second signal ends the process at once, without saving, unless it comes within half a second:
+    `timeout` signals the process and then its group, and launchers repeat Ctrl+C, which is a single
+    request.
+
+    Python runs handlers only after `mx.eval` returns, so a thread reads the bytes that the
+    interpreter writes to a wakeup pipe as soon as a signal arrives.
+    """
+
+    received = None  # the number of the first signal
+
+    def __enter__(self):
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # a signal writes its number
+        self.handlers = {}
+        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # Signals that the parent ignores (nohup, background jobs of scripts) stay ignored.
+            if signal.getsignal(signal_number) != signal.SIG_IGN:
+                self.handlers[signal_number] = signal.signal(signal_number, self.handle)
+        threading.Thread(target=self.watch, args=[reader], daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        os.close(signal.set_wakeup_fd(-1))  # ends the thread
+        for signal_number, handler in self.handlers.items():
+            signal.signal(signal_number, handler)
+
+    def handle(self, signal_number, frame):
+        """Does nothing: the thread acts. Without a handler, Python would not write the byte."""
+
+    def watch(self, reader):
+        """Runs in the thread: the first signal sets `received`, a later one ends the process."""
+        first = None  # when it arrived
+        while byte := os.read(reader, 1):  # b"" once __exit__ has closed the other end
+            number = byte[0]
+            if first is None:
+                first = time.monotonic()
+                self.received = number
+                again = "again " if number == signal.SIGINT else ""
+                print(
+                    "\nStopping after this step, then saving. "
+                    f"Press Ctrl+C {again}to exit without saving.",
+                    file=sys.stderr,
+                )
+            elif time.monotonic() - first > 0.5:
+                print("\nExited without saving.", file=sys.stderr)
+                os._exit(128 + number)  # at once; sys.exit would end only this thread
+        os.close(reader)
+
+
+class UnbreakableStream:
+    """An output stream whose failures do not end a run: `| head`, a closed terminal, a full disk."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.is_terminal = stream.isatty()  # False once it is closed
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Never raises OSError. What cannot be written is dropped."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError as error:
+            is_closed = error.errno == errno.EIO and self.is_terminal
+            if is_closed or error.errno == errno.EPIPE:  # no reader; a full disk may recover
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self):
+        """Does nothing: `write` has flushed."""
+
+
+@contextlib.contextmanager
+def unbreakable_streams():
+    """Makes stdout and stderr UnbreakableStreams in this block."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(UnbreakableStream(sys.stdout)))
+        stack.enter_context(contextlib.redirect_stderr(UnbreakableStream(sys.stderr)))
+        yield
+
+
+# ---- Processes and processors -------------------------------------------------------------------
+
+
+class SingleProcess:
+    """The processes (ranks) that train a run together: here, only one.
+
+    Group in extras/ranks.py has the same methods for processes started by `mlx.launch`, plus
+    `follow` for all but rank 0. All run the same `train`, each on a share of the rows; only rank 0
+    saves and reports, and the output of the others is not shown.
+    """
+
+    rank = 0
+    size = 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        """Does nothing: there is no other rank to tell that this one is done."""
+
+    def broadcast_run(self, run):
+        """Rank 0's run, on every rank."""
+        return run
+
+    def broadcast_scoring(self, model, dataset, flags):
+        """Makes the other ranks score along with rank 0."""
+
+    def share(self, rows):
+        """The rows of an array that this rank computes."""
+        return rows
+
+    def average(self, tree):
+        """The mean over all ranks of a tree of arrays."""
+        return tree
+
+    def sum(self, number, received):
+        """The sum of a number over all ranks, and a signal that any of them has received."""
+        return number, received
+
+    def agree(self, received, is_time_up):
+        """A signal that any rank has received, and whether rank 0's time is up."""
+        return received, is_time_up
+
+
+def join_ranks():
+    """The processes that train together: this one, or those that mlx.launch or MPI started."""
+    sizes = [os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
+    if "MLX_RANK" in os.environ or sizes != ["1", "1"]:
+        return extra("ranks").Group()
+    return SingleProcess()
+
+
+def part_of(rows, part, parts):
+    """The rows of an array that belong to number `part` of `parts` nearly equal parts."""
+    count = len(rows)
+    return rows[count * part // parts : count * (part + 1) // parts]
+
+
+def use_device(gpu):
+    """Makes the GPU or the CPU the default device; call it before anything is computed."""
+    mx.set_default_device(mx.gpu if gpu else mx.cpu)
+    if fast and not gpu:
+        fast.use_cpu()
+
+
+@contextlib.contextmanager
+def bfloat16_products(wanted):
+    """Makes matrix products on a CPU round their inputs to bfloat16 in this block, if it can."""
+    if not (wanted and fast):
+        yield
+        return
+    fast.use_bfloat16(True)
+    try:
+        yield
+    finally:
+        fast.use_bfloat16(False)
+
+
+def list_versions(flags, ranks):
+    """What the last bits of a result depend on: resume is bit-exact while these stay the same.
+
+    The C++ compiler is not among them; MLX and extras/fast.py cache what it has compiled.
+    """
+    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
+    blas = fast.BLAS if fast else "MLX's own BLAS"
+    kernels = "extras/fast.py" if fast else "main.py"
+    if EDITED:
+        kernels += f", but main.py's own, edited {', '.join(EDITED)}"
+    dtype = "float32"
+    if mx.default_device() == mx.gpu or (fast and fast.has_bfloat16()):
+        dtype = flags.dtype
+    cores = os.cpu_count()
+    streams = 1
+    if fast and not flags.gpu:
+        cores = fast.count_cores()  # fewer under taskset
+        streams = fast.count_streams(flags.batch_size // ranks.size, flags.context_size)
+    return {
+        "MLX": mx.__version__,
+        "NumPy": np.__version__,
+        "BLAS": blas,
+        "kernels": kernels,
+        "dtype": dtype,
+        "device": f"{device}, {cores} cores",
+        "streams": streams,
+        "ranks": ranks.size,
+    }
+
+
+def hash_sources():
+    """The SHA1s of this program's files, {name: SHA1}: they identify what trained a run."""
+    paths = [HERE / "main.py", HERE / "datasets.py", *sorted(HERE.glob("extras/*.py"))]
+    hashes = {}
+    for path in paths:
+        name = str(path.relative_to(HERE))
+        hashes[name] = hashlib.sha1(path.read_bytes()).hexdigest()
+    return hashes
+
+
+# ---- Reports ------------------------------------------------------------------------------------
+
+# How metrics of training are shown on the screen: "" hides one; a metric that is not listed here is
+# shown by its name. loss: nats/token, with --teacher mixed with the distillation loss; tokens_seen:
+# trained on so far; peak_mib: MLX's peak memory in this process; seconds: of training so far,
+# excluding the first step of each session, which compiles.
+FORMATS = {
+    "loss": "loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "gradient_norm": "grad {:.2f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "peak_mib": "peak {:,.0f} MiB",
+    "bits_per_byte": "",
+    "tokens_seen": "",
+    "seconds": "",
+}
+
+
+class Reporter:
+    """Reports a run's metrics: in a progress bar or lines on the screen, and in its log.jsonl."""
+
+    def __init__(self, run):
+        self.total = max(run.flags.num_iters, run.iteration)
+        is_terminal = sys.stderr.isatty()
+        size = {"dynamic_ncols": True}
+        if is_terminal and not os.get_terminal_size(sys.stderr.fileno()).columns:
+            size = {"ncols": 100, "nrows": 24}  # unknown, as in some containers
+        self.bar = tqdm(
+            total=self.total,
+            initial=run.iteration,
+            disable=not is_terminal or run.folder is None,  # other ranks report nothing
+            bar_format="{n_fmt}/{total_fmt} |{bar}| left {remaining}  {desc}",
+            **size,
+        )
+        self.log = Log(run)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def report_step(self, run, metrics):
+        """Counts a step; every --steps_per_report steps, shows and logs metrics, {name: number}.
+
+        `loss` is then the mean since the last report; the others are those of the last step.
+        """
+        if run.iteration % run.flags.steps_per_report == 0:
+            tokens = run.recent_steps * run.batches.batch_size * run.flags.context_size
+            metrics = metrics | {
+                "loss": run.recent_loss / run.recent_steps,
+                "tokens_seen": run.tokens_seen,
+                "tokens_per_second": tokens / run.recent_seconds,
+                "peak_mib": mx.get_peak_memory() / 2**20,
+                "seconds": run.seconds,
+            }
+            # With --train_tokens, num_bytes is still that of the whole text; with --teacher, the
+            # loss is not that of the text alone.
+            if not run.flags.train_tokens and run.teacher is None:
+                split = run.dataset.train
+                if split:  # only the first rank has it
+                    metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], split)
+            self.show(run, metrics)
+            self.log.append({"iteration": run.iteration, "split": "train"} | metrics)
+            run.recent_steps = 0
+            run.recent_loss = 0.0
+            run.recent_seconds = 0.0
+        self.bar.update()
+
+    def show(self, run, metrics):
+        """Shows the metrics of the steps up to the current iteration."""
+        shown = []
+        for name, value in metrics.items():
+            form = FORMATS.get(name, name + " {:.4g}")
+            if name == "peak_mib" and not self.bar.disable:
+                continue  # so that the bar fits 100 columns
+            if form:
+                shown.append(form.format(value))
+            if name == "loss" and run.teacher is None:
+                shown.append(f"perplexity {perplexity(value):.2f}")
+        line = "  ".join(shown)
+        self.bar.set_description_str(line)
+        if self.bar.disable:
+            steps_left = self.total - run.iteration
+            left = tqdm.format_interval(steps_left * run.recent_seconds / run.recent_steps)
+            tqdm.write(f"{run.iteration:,}/{self.total:,}  {line}  left {left}")
+
+    def report_score(self, run, nats):
+        """Logs the score of the validation split; score_split has already shown it."""
+        row = {
+            "iteration": run.iteration,
+            "split": "valid",
+            "loss": nats,
+            "bits_per_byte": bits_per_byte(nats, run.dataset.valid),
+            "tokens_seen": run.tokens_seen,
+            "seconds": run.seconds,
+        }
+        self.log.append(row)
+
+
+class Log:
+    """A run's log.jsonl: a line of JSON for each report and each score.
+
+    At the start, what follows the run's current iteration is cut off: those steps, and a score
+    that the run does not have, will be repeated. Errors are ignored: the run is worth more than its
+    log. Other loggers go into `append`.
+    """
+
+    def __init__(self, run):
+        self.path = run.folder and run.folder / "log.jsonl"  # None on all ranks but the first
+        self.size = math.inf  # bytes to keep: what follows them is overwritten
+        with contextlib.suppress(OSError):
+            if self.path and self.path.exists():
+                self.size = find_end(self.path, run)
+                self.write(b"")
+
+    def append(self, row):
+        """Adds a row, {name: value}."""
+        if self.path is None:
+            return
+        rounded = {}
+        for name, value in row.items():
+            rounded[name] = float(f"{value:.6g}") if isinstance(value, float) else value
+        with contextlib.suppress(OSError):
+            self.write(json.dumps(rounded).encode() + b"\n")
+
+    def write(self, line):
+        """Writes a line after what is to be kept. Raises OSError; the line is then not kept."""
+        with open(self.path, "ab", opener=no_follow) as file:
+            size = min(self.size, file.seek(0, os.SEEK_END))
+            file.truncate(size)
+            file.write(line)
+        self.size = size + len(line)
+
+
+def find_end(path, run):
+    """The size of the part of a run's log that is not to be repeated, in bytes. Raises OSError."""
+    for place, row in read_log(path):
+        is_repeated = row["iteration"] > run.iteration
+        if row["iteration"] == run.iteration and row["split"] == "valid":
+            is_repeated = not run.is_scored
+        if is_repeated:
+            return place
+    return path.read_bytes().rfind(b"\n") + 1  # what follows was cut off by a kill
+
+
+def read_log(path):
+    """The rows of a run's log and where they begin, [(byte, {name: value}), ...].
+
+    Damaged lines are left out. Raises OSError.
+    """
+    rows = []
+    place = 0
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            row = json.loads(line)
+            if type(row["iteration"]) is int and row["split"] in ("train", "valid"):
+                rows.append((place, row))
+        place += len(line) + 1
+    return rows
+
+
+def print_start(run, checkpoint, ranks):
+    """Prints the start screen: what is trained, on what data, and where its files go.
+
+    checkpoint: the one that is resumed, or None.
+    """
+    flags = run.flags
+    config = run.model.config
+    dataset = run.dataset
+    tokenizer = dataset.tokenizer
+    splits = [split for split in (dataset.train, dataset.valid, dataset.test) if split]
+    lengths = " / ".join(f"{len(split.tokens):,}" for split in splits)
+    rows = run.batches.batch_size  # of a step
+    steps = len(run.batches.perm) // rows or 1  # per epoch
+    parameters = count_parameters(run.model.parameters())
+    trained = count_parameters(run.model.trainable_parameters())
+    of_them = f", {trained:,} trainable" if trained < parameters else ""
+    several = f", {ranks.size} ranks" if ranks.size > 1 else ""
+    free = shutil.disk_usage(flags.save_dir).free
+    tqdm.write(
+        f"run      {run.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
+        f"seed {flags.seed}\n"
+        f"model    {parameters:,} parameters{of_them}: {config.num_blocks} blocks, "
+        f"dim {config.dim}, {config.num_heads} heads ({config.num_kv_heads} key/value heads), "
+        f"{config.mlp} {config.mlp_dim}, context {config.context_size}\n"
+        f"data     {dataset.name}: {lengths} tokens; {tokenizer.vocab_size:,}-{tokenizer.kind} "
+        f"vocabulary, {tokenizer.num_special} of them special; in {dataset.folder}\n"
+        f"steps    {rows} x {config.context_size} tokens, {steps:,} per epoch; {flags.optimizer}\n"
+        f"machine  {run.versions['device']}{several}; MLX {run.versions['MLX']}, "
+        f"matmuls: {run.versions['BLAS']}, kernels: {run.versions['kernels']}\n"
+        f"files    {run.folder.absolute()}, {checkpoint_size(run) / 2**20:,.0f} MiB per checkpoint, "
+        f"{free / 2**20:,.0f} MiB free"
+    )
+    if checkpoint:
+        tqdm.write(describe_resume(checkpoint, run))
+    for notice in start_notices(run, ranks):
+        tqdm.write(notice)
+
+
+def checkpoint_size(run):
+    """The size in bytes of the arrays of a checkpoint."""
+    weights = run.model.trainable_parameters()
+    copies = [weights, run.optimizer.state]
+    if run.flags.average:
+        copies.append(weights)
+    return sum(array.nbytes for tree in copies for _, array in tree_flatten(tree))
+
+
+def count_parameters(tree):
+    """The number of weights in a tree of arrays."""
+    return sum(array.size for _, array in tree_flatten(tree))
+
+
+def start_notices(run, ranks):
+    """Yields what may surprise the user of a run, a line each."""
+    flags = run.flags
+    windows = len(run.batches.perm)  # of this epoch
+    if flags.batch_size % ranks.size:
+        yield (
+            f"--batch_size {flags.batch_size} is not a multiple of {ranks.size} ranks: "
+            "some will wait."
+        )
+    if windows < run.batches.batch_size:
+        yield "The text has fewer windows than a batch has rows: some repeat within each batch."
+    if flags.lr_warmup >= flags.num_iters:
+        yield (
+            f"--lr_warmup {flags.lr_warmup} is not shorter than the run: the learning rate never "
+            "reaches its peak."
+        )
+    if flags.dtype != run.versions["dtype"]:
+        yield (
+            "--dtype bfloat16 would be slower here: it needs AVX-512 BF16 or AMX, extras/fast.py "
+            "and oneDNN (pip install onednn-cpu-gomp). Computing in float32."
+        )
+    if fast and fast.BLAS == fast.REFERENCE_BLAS and not flags.gpu:
+        yield (
+            "Matrix products are slow: a fast library for them needs a C compiler "
+            "(apt install g++) and oneDNN (pip install onednn-cpu-gomp) or NumPy from PyPI."
+        )
+
+
+def describe_resume(checkpoint, run):
+    """What has changed in a resumed run since its checkpoint, for the start screen."""
+    old = settle({}, checkpoint.flags)
+    new = run.flags
+    changes = []
+    for name in INHERITED:
+        before = getattr(old, name)
+        after = getattr(new, name)
+        if before != after:
+            changes.append(f"--{name} {before} -> {after}")
+    lines = [f"resumed  with {', '.join(changes) or 'unchanged flags'}"]
+    if checkpoint.run != run.name:
+        lines.append(f"A new branch: {checkpoint.run} has newer checkpoints, which are kept.")
+    has_schedule = new.lr_schedule != "constant" or new.dropout_final is not None
+    if old.num_iters != new.num_iters and has_schedule:
+        lines.append("The learning rate and dropout schedules now stretch to --num_iters.")
+    changes = []
+    for name, version in run.versions.items():
+        before = checkpoint.versions.get(name)
+        if before != version:
+            changes.append(f"{name} {before} -> {version}")
+    edited = [name for name in run.sources if checkpoint.sources.get(name) != run.sources[name]]
+    if edited:
+        changes.append(f"edited: {', '.join(edited)}")
+    if changes:
+        lines.append(
+            f"Environment changed since the checkpoint ({'; '.join(changes)}): "
+            "resume may not be bit-exact."
+        )
+    return "\n".join(lines)
+
+
 # ---- Prompts ------------------------------------------------------------------------------------
 
 SETTABLE = [
@@ -2351,36 +2366,34 @@ COMMANDS = """/set NAME VALUE   change a sampling flag: /set temperature 0.8
 /quit             exit, as Ctrl+D does; Ctrl+C stops a reply"""
 
 
-def sample_from(folder, checkpoint, flags):
-    """Runs --inference, --prompt or --prompts_file with this checkpoint, and that of --draft.
+def sample_from(contents, flags, draft):
+    """Runs --inference, --prompt or --prompts_file with a checkpoint, and with the Origin of
+    --draft or None.
 
     The model's text goes to stdout, messages about it to stderr. Raises UsageError.
     """
-    model, tokenizer = load_model(folder, checkpoint)
+    model = contents.load_model()
+    tokenizer = contents.tokenizer
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=flags.gpu)
-    draft = None
-    if flags.draft:
-        origin = open_model(folder, flags.draft, "--draft")
-        draft = origin.model
-        same_tokenizer = origin.tokenizer.to_dict() == tokenizer.to_dict()
-        same_rows = draft.config.vocab_size == model.config.vocab_size  # one may be padded
+    draft_model = None
+    if draft:
+        draft_model = draft.model
+        same_tokenizer = draft.tokenizer.to_dict() == tokenizer.to_dict()
+        same_rows = draft_model.config.vocab_size == model.config.vocab_size  # one may be padded
         if not (same_tokenizer and same_rows):  # ids must mean the same text
             raise UsageError(
-                f"--draft {flags.draft} has a different tokenizer than {checkpoint['id'][:12]}: "
-                "use one trained with the same tokenizer"
+                f"--draft {flags.draft} has a different tokenizer than "
+                f"{contents.checkpoint.id[:12]}: use one trained with the same tokenizer"
             )
     if flags.inference:
-        print(describe(checkpoint), file=sys.stderr)
-        converse(tokenizer, model, draft, flags)
-        return
-    if flags.attention:
+        converse(tokenizer, model, draft_model, flags)
+    elif flags.attention:
         extra("pictures").plot_attention(model, tokenizer, flags.prompt, flags.attention)
     elif flags.prompts_file:
-        extra("decode").answer_file(model, tokenizer, checkpoint["id"], flags)
+        extra("decode").answer_file(model, tokenizer, contents.checkpoint.id, flags)
     else:
-        print_samples(tokenizer, model, draft, flags)
-    print(describe(checkpoint), file=sys.stderr)
+        print_samples(tokenizer, model, draft_model, flags)
 
 
 def print_samples(tokenizer, model, draft, flags):
@@ -2410,12 +2423,12 @@ def converse(tokenizer, model, draft, flags):
     as Ctrl+D does.
     """
     # Compiles MLX's kernels now: Ctrl+C in a terminal would also kill the compiler, and from here
-    # on it is to end only a reply.
+    # on it should only end a reply.
     any_id = 0
     for each in (model, draft):
         if each is not None:
             mx.eval(Decoder(each, [any_id]).logits())
-    # From here on, Ctrl+C raises KeyboardInterrupt, which the top of this file had prevented.
+    # From here on, Ctrl+C raises KeyboardInterrupt (disabled at the top of this file).
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is not an error
     question = ""  # for a pipe
@@ -2436,7 +2449,7 @@ def converse(tokenizer, model, draft, flags):
             elif command == ["/stats"]:
                 shows_speed = not shows_speed
             elif len(command) == 3 and command[0] == "/set" and command[1] in SETTABLE:
-                set_flag(flags, command[1], command[2])
+                flags = with_flag(flags, command[1], command[2])
             elif command:
                 print(COMMANDS, file=sys.stderr)
             else:
@@ -2446,14 +2459,17 @@ def converse(tokenizer, model, draft, flags):
     except (EOFError, KeyboardInterrupt):  # Ctrl+D or end of the pipe; Ctrl+C at the prompt
         if question:
             print()  # puts the shell's prompt on its own line
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's end may be interrupted, too
 
 
-def set_flag(flags, name, value):
-    """Sets a flag to a value, checked as on the command line."""
+def with_flag(flags, name, value):
+    """The flags with another value of one of them, which is checked as on the command line."""
     try:
-        vars(flags).update(parse([f"--{name}={value}"]))
+        return settle(flags.given | parse([f"--{name}={value}"]))
     except UsageError as error:
         print(error, file=sys.stderr)
+        return flags
 
 
 def print_reply(conversation, line, flags):
@@ -2529,7 +2545,6 @@ FLAGS["model"] = {
     ),
     "qk_norm": flag(False, "RMS-normalize queries and keys"),
     "untie": flag(False, "separate output matrix instead of tied embeddings"),
-    "dropout": flag(0.0, "dropout rate of embeddings and residual branches", type=DROPOUT),
 }
 
 FLAGS["training"] = {
@@ -2559,13 +2574,14 @@ FLAGS["training"] = {
         type=SHARE,
     ),
     "grad_clip": flag(1.0, "maximum gradient norm; 0: no clipping", type=RATE),
+    "dropout": flag(0.0, "dropout rate of embeddings and residual branches", type=DROPOUT),
     "dropout_final": flag(None, "final dropout rate (linear schedule)", type=DROPOUT),
     "dtype": choice(
         "float32",
         ["float32", "bfloat16"],
         "bfloat16: mixed precision with float32 weights",
     ),
-    "checkpoint": flag(False, "gradient checkpointing: less memory, more compute"),
+    "grad_checkpoint": flag(False, "gradient checkpointing: less memory, more compute"),
     "average": flag(
         0.0,
         "average the weights over about this last share of training; the average is saved, "
@@ -2668,18 +2684,9 @@ FLAGS["tools"] = {
 DEFAULTS = {name: row[0] for rows in FLAGS.values() for name, row in rows.items()}
 
 # The flags that load_dataset takes.
-DATA = [
-    "dataset",
-    "text",
-    "valid_text",
-    "test_text",
-    "valid_fraction",
-    "train_tokens",
-    "tokenizer",
-    "vocab_size",
-]
-# The flags that shape a run: changing one of them makes it a different run.
-SHAPING = [
+DATA = [name for name in DATA_FLAGS if name not in ("save_dir", "data_dir", "mirror")]
+# What a run is, whatever it is trained with: its data, its model and what follows from them.
+FIXED = [
     *DATA,
     "seed",
     "optimizer",
@@ -2689,17 +2696,17 @@ SHAPING = [
     "lora_alpha",
     "teacher",
 ]
-# The fields of a Config that are flags.
-CONFIG_FLAGS = [name for name in FLAGS["model"] if name != "dropout"]
-# The flags that a checkpoint records and a resumed run inherits.
-INHERITED = [
-    *SHAPING,
-    "num_iters",
-    *FLAGS["training"],
-    *FLAGS["reports"],
+# What changes the weights: another value of one of these is another run.
+SHAPING = [
+    *FIXED,
+    *(name for name in FLAGS["training"] if name not in ("grad_checkpoint", "patience")),
     "teacher_weight",
     "teacher_temperature",
 ]
+# The flags that a checkpoint records and a resumed run inherits.
+INHERITED = list(
+    dict.fromkeys([*SHAPING, "num_iters", *FLAGS["training"], *FLAGS["reports"]])  # each once
+)
 
 TRAIN_FIRST = "train a model first, or check --save_dir"
 
@@ -2716,23 +2723,20 @@ MODES = [
     "benchmark",
     "new_model",
 ]
-EXCLUSIVE = [("dataset", "text"), ("identifier", "new_model"), *itertools.combinations(MODES, 2)]
-# Flags that name input files.
-READ = [
-    "config",
-    "cases",
-    "prompts_file",
-    "text",
-    "valid_text",
-    "test_text",
-    "init_from",
-    "teacher",
-    "draft",
+EXCLUDES = [
+    ("dataset", "text"),
+    ("identifier", "new_model"),
+    ("lora_rank", "embedding_decay"),  # LoRA trains no embeddings
+    *itertools.combinations(MODES, 2),
 ]
 # A flag on the left requires one of those on the right.
-PARTNERS = {
+REQUIRES = {
     "valid_text": ["text", "identifier"],
     "test_text": ["text", "identifier"],
+    "lora_rank": ["init_from", "identifier"],
+    "lora_alpha": ["lora_rank", "identifier"],
+    "teacher_weight": ["teacher", "identifier"],
+    "teacher_temperature": ["teacher", "identifier"],
     "output": ["prompts_file", "cases"],
     "draft": ["prompt", "inference"],
     "attention": ["prompt"],
@@ -2751,18 +2755,12 @@ def explain_name(name):
     return f"--{similar[0]}?" if similar else None
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are UsageErrors; argparse would print its whole usage."""
-
-    def error(self, message):
-        raise UsageError(f"{message} (--help lists all flags)")
-
-
+@functools.cache
 def make_parser():
     """An argparse parser of FLAGS that returns only the flags passed, without defaults."""
     parser = Parser(
         usage="python main.py [flags]",
-        description=(__doc__ or "").partition("\nThis file")[0],  # python -OO drops it
+        description=(__doc__ or "").partition("\nThe research")[0],  # python -OO drops it
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -2774,6 +2772,10 @@ def make_parser():
             if options.get("action") == "store_true":  # --no-NAME turns it off
                 negative = {"dest": name, "action": "store_false", "help": argparse.SUPPRESS}
                 group.add_argument(f"--no-{name}", **negative)
+    # An older name of --grad_checkpoint.
+    older = {"dest": "grad_checkpoint", "help": argparse.SUPPRESS}
+    parser.add_argument("--checkpoint", action="store_true", **older)
+    parser.add_argument("--no-checkpoint", action="store_false", **older)
     return parser
 
 
@@ -2788,70 +2790,83 @@ def parse(arguments):
                 hints.append(explain_name(name.lower().replace("-", "_")))
         if not hints:
             hints = ["is a flag before it missing, or quotes around it?"]
-            if "checkpoint" in values:
-                hints.append("--checkpoint is gradient checkpointing, --identifier names a file")
         hints = [*filter(None, hints), "--help lists all flags"]
         raise UsageError(f"unrecognized arguments: {' '.join(unknown)} ({'; '.join(hints)})")
     return vars(values)
 
 
+def arguments_of(values):
+    """{flag: value} as command-line arguments."""
+    arguments = []
+    for name, value in values.items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif value is False:
+            arguments.append(f"--no-{name}")
+        elif isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def explain_name(name):
+    """A hint for an unknown flag, or None."""
+    with contextlib.suppress(UsageError):  # if its file is missing
+        known = extra("names").explain(name)
+        if known:
+            return known
+    similar = difflib.get_close_matches(name, DEFAULTS, 1, 0.75)
+    return f"--{similar[0]}?" if similar else None
+
+
 def read_command_line(argv):
     """The flags set on the command line, by --config or by --preset, {flag: value}.
 
-    Raises UsageError if two flags are mutually exclusive, or one requires another.
+    Raises UsageError for flags that do not go together.
     """
-    passed = parse(argv)
-    if "config" in passed:
+    given = parse(argv)
+    if "config" in given:
         # The command line overrides the file.
-        passed = read_config(passed["config"], passed) | passed
-    if "preset" in passed:
-        passed = PRESETS[passed["preset"]] | passed  # the file and the command line override it
-    if passed.get("tokenizer") == "auto":
-        del passed["tokenizer"]  # the same as not passing it
-    asked = {name for name in passed if passed[name] is not False}  # --no-x does not count
-    for one, other in EXCLUSIVE:
+        given = read_config(given["config"], given) | given
+    if "preset" in given:
+        given = PRESETS[given["preset"]] | given  # the file and the command line override it
+    if given.get("tokenizer") == "auto":
+        del given["tokenizer"]  # the same as not passing it
+    check_rules(given)
+    return given
+
+
+def check_rules(given):
+    """Raises UsageError if flags exclude one another, or lack one that they require."""
+    asked = {name for name in given if given[name] is not False}  # --no-x does not count
+    for one, other in EXCLUDES:
         if one in asked and other in asked:
             raise UsageError(f"--{one} and --{other} are mutually exclusive: use one of them")
-    for name in asked - {"prompt"}:  # an empty prompt starts a text
-        values = as_list(passed[name])
-        if "" in values:
-            raise UsageError(f"--{name} is empty: give it a value, or leave it out")
-        if "\0" in "".join(map(str, values)):  # only a --config file can hold one
-            raise UsageError(f"--{name} holds a null character: leave it out")
-    for name, partners in PARTNERS.items():
+    for name, partners in REQUIRES.items():
         if name in asked and not asked.intersection(partners):
             several = ", --".join(partners)
             needed = f"one of --{several}" if len(partners) > 1 else f"--{several}"
             raise UsageError(f"--{name} requires {needed}")
-    if "identifier" in passed and not asked & {"cases", "plot"}:
-        if len(passed["identifier"]) > 1:
-            raise UsageError("--identifier takes one name; several go with --cases and --plot")
-        passed["identifier"] = passed["identifier"][0]  # a list only for --cases and --plot
-    check_outputs(passed)
-    return passed
+    for name in asked - {"prompt"}:  # an empty prompt starts a text
+        if given[name] == "" or given[name] == [""]:
+            raise UsageError(f"--{name} is empty: give it a value, or leave it out")
+    if len(given.get("identifier", [])) > 1 and not asked & {"cases", "plot"}:
+        raise UsageError("--identifier takes one name; several go with --cases and --plot")
 
 
-def as_list(value):
-    """The values of a flag, which may be one value or a list, as a list."""
-    return value if isinstance(value, list) else [value]
+def check_agreement(flags, fixed, holder):
+    """Raises UsageError if a flag that was given contradicts `fixed`, what `holder` has."""
+    for name, value in fixed.items():
+        given = getattr(flags, name)
+        if name in flags.given and given != value:
+            raise UsageError(
+                f"--{name} {given} contradicts {holder}, which has {value}: "
+                f"leave --{name} out, or start a new run with --new_model"
+            )
 
 
-def check_outputs(passed):
-    """Raises UsageError if an output file or folder is also an input."""
-    for output in ("output", "plot", "attention", "export"):
-        if output not in passed:
-            continue
-        written = os.path.realpath(absolute(passed[output]))
-        for name in READ:
-            for path in as_list(passed.get(name, [])):
-                if os.path.realpath(absolute(path)) == written:
-                    raise UsageError(
-                        f"--{output} {passed[output]} would overwrite what --{name} names: "
-                        f"give --{output} another name"
-                    )
-
-
-def read_config(path, passed):
+def read_config(path, given):
     """The flags in a YAML file, as if passed on the command line.
 
     A corpus passed on the command line replaces the file's. Raises UsageError.
@@ -2871,29 +2886,28 @@ def read_config(path, passed):
             else:
                 settings[name] = value
         settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
-        known = DEFAULTS.keys() - {"config"}  # a file cannot name another
+        known = {*DEFAULTS, "checkpoint"} - {"config"}  # a file cannot name another
         unknown = sorted(settings.keys() - known)
         if unknown:
             hints = [*filter(None, map(explain_name, unknown)), "--help lists all"]
             raise UsageError(f"no flag is named {', '.join(unknown[:9])} ({'; '.join(hints)})")
-        if "text" in passed or "dataset" in passed:
+        if "text" in given or "dataset" in given:
             for name in ("dataset", "text", "valid_text", "test_text"):
                 settings.pop(name, None)
-        arguments = []
-        for name, value in settings.items():
-            if value is True:
-                arguments.append(f"--{name}")
-            elif value is False:
-                arguments.append(f"--no-{name}")
-            elif isinstance(value, list):
-                arguments += [f"--{name}", *(utf8(str(each)) for each in value)]
-            elif value is not None:
-                arguments.append(f"--{name}={utf8(str(value))}")
-        return parse(arguments)  # with the command line's types, limits and choices
+        # With the command line's types, limits and choices.
+        return parse([utf8(argument) for argument in arguments_of(settings)])
 
 
-def resolve(flags):
-    """Fills in what depends on other flags: defaults of None, `auto`, relative paths."""
+def settle(given, saved=None, decided=None):
+    """The flags of a command or a run, as a Namespace. Only this function sets them.
+
+    given: those that the command sets, which stay in the attribute `given`; saved: those of the
+    checkpoint that it resumes; decided: those that its origins determine. What none of them sets
+    has its default; a default of None that depends on other flags is filled in.
+    """
+    flags = argparse.Namespace(**DEFAULTS | (saved or {}) | given | (decided or {}))
+    flags.given = given
+    flags.save_dir = Path(user_path(flags.save_dir or "runs"))
     for name in ("text", "valid_text", "test_text"):
         paths = getattr(flags, name)
         if paths:
@@ -2917,6 +2931,11 @@ def resolve(flags):
             flags.mlp_dim = 64 * math.ceil(8 * flags.dim / (3 * 64))
     if flags.lora_rank and flags.lora_alpha is None:
         flags.lora_alpha = 2 * flags.lora_rank  # LoRA's scale, alpha / rank, is then 2
+    if flags.min_lr is not None and flags.min_lr > flags.learning_rate:
+        raise UsageError(
+            f"--min_lr {flags.min_lr} is above --learning_rate {flags.learning_rate}: "
+            "give a lower one"
+        )
     return flags
 
 
@@ -2925,118 +2944,95 @@ def absolute(path):
     return os.path.abspath(user_path(path))
 
 
+def command(flags, *words):
+    """A command line with these words that works when pasted: with this one's folders."""
+    parts = ["python", "main.py", *words]
+    for name in ("save_dir", "data_dir"):
+        if name in flags.given:
+            parts += [f"--{name}", flags.given[name]]
+    if flags.gpu:
+        parts.append("--gpu")
+    return shlex.join(map(str, parts))
+
+
 # ---- Setting up a run ---------------------------------------------------------------------------
 
-DIVERGED = "the loss of the next step from it is not finite"  # see mark_diverged
 
+def find_candidates(checkpoints, flags, names):
+    """The checkpoints of the run that the flags select, newest first; [] if there is none.
 
-def choose_checkpoint(folder, flags, passed, needed):
-    """The record of the checkpoint to resume or, if `needed`, to use; None means a new run.
-
-    It is the one that --identifier names, or else the most recently saved one that agrees with all
-    shaping flags passed. Its files are verified; if they are damaged, or no step can be taken from
-    it, an older one of its run is used instead, but never in place of one that was named. Raises
-    UsageError, RunError.
+    It is the run of the newest of `checkpoints` that agrees with each of the flags `names` that was
+    given; if --identifier names a checkpoint, that one alone. Raises UsageError.
     """
     if flags.new_model:
-        return None
-    records = list_checkpoints(folder, warn=True)
-    wanted = {name: getattr(flags, name) for name in SHAPING if name in passed}
-    if needed:
-        wanted.pop("seed", None)  # it is for the samples
-    if flags.evaluate:
-        wanted.pop("test_text", None)  # any text can be scored
-
-    if flags.identifier is not None:
-        checkpoint = named_checkpoint(folder, records, flags.identifier)
-        for name, value in wanted.items():
-            had = checkpoint["flags"][name]
-            if had != value:
-                raise UsageError(
-                    f"--{name} {value} contradicts --identifier, which has {had}: "
-                    f"leave --{name} out, or start a new run with --new_model"
-                )
-        if checkpoint.get("diverged") and not needed:
-            raise RunError(f"{describe(checkpoint)}: {DIVERGED}; use an older one from --list")
-        return checkpoint
-
-    candidates = [record for record in records if wanted.items() <= record["flags"].items()]
-    for record in candidates:
-        if record["run"] != candidates[0]["run"]:
-            continue  # never resume another run silently
-        damage = find_damage(folder, record)
-        if not damage and record.get("diverged"):
-            damage = DIVERGED
-        if not damage:
-            return record
-        if is_deleted(folder, record["id"]):  # its run is still training: there is a newer one
-            return choose_checkpoint(folder, flags, passed, needed)
-        print(f"Skipping {describe(record)}: {damage}", file=sys.stderr)
-    if candidates:
-        raise RunError(
-            f"no good checkpoint of {candidates[0]['run']} is left: --new_model starts a new run"
-        )
-    if records and not needed and not flags.benchmark:
-        names = list(dict.fromkeys(record["run"] for record in records))
-        tqdm.write(
-            f"Starting a new run. Existing runs in {folder}: {', '.join(names[:5])} "
-            "(--list shows all); resume one with --identifier NAME."
-        )
-    return None
+        return []
+    wanted = {name: getattr(flags, name) for name in names if name in flags.given}
+    if flags.identifier:
+        named = named_checkpoint(flags.save_dir, checkpoints, flags.identifier[0])
+        held = vars(settle({}, named.flags))
+        fixed = {name: held[name] for name in wanted if name in FIXED}
+        check_agreement(flags, fixed, named.run)
+        return [named]
+    candidates = []
+    for each in checkpoints:
+        held = vars(settle({}, each.flags))
+        agrees = all(held[name] == value for name, value in wanted.items())
+        if agrees and each.run == (candidates or [each])[0].run:
+            candidates.append(each)
+    return candidates
 
 
-def flags_of_resumed_run(checkpoint, passed):
-    """The flags of a resumed run: those passed, then the checkpoint's. Raises RunError."""
-    old = checkpoint["flags"]
-    for rows in FLAGS.values():
-        for name in rows.keys() & {*INHERITED}:
-            _, options = rows[name]
-            if "choices" not in options:
-                continue
-            # Besides the choices: None for a flag not passed, and the corpus that --text implies.
-            known = [*options["choices"], None, "text"]
-            if old[name] not in known:
-                raise RunError(
-                    f"{describe(checkpoint)} has --{name} {old[name]}, "
-                    "which this version of the program does not know: use the version that wrote it"
-                )
-    return resolve(argparse.Namespace(**old | passed))
+def open_newest(candidates, flags):
+    """The Contents of the first intact checkpoint; one that was named is never replaced.
+
+    Raises RunError.
+    """
+    for candidate in candidates:
+        try:
+            return candidate.open()
+        except Damaged as error:
+            if flags.identifier:
+                raise RunError(f"{error}; use another one from --list") from None
+            print(f"Skipping {error}", file=sys.stderr)
+    run = candidates[0].run
+    raise RunError(f"no good checkpoint of {run} is left: --new_model starts a new run")
 
 
-def check_values(flags):
-    """Raises UsageError for incompatible values, passed or from a checkpoint."""
-    if flags.min_lr is not None and flags.min_lr > flags.learning_rate:
-        raise UsageError(
-            f"--min_lr {flags.min_lr} is above --learning_rate {flags.learning_rate}: "
-            "give a lower one"
-        )
-    for name, partner in (("lora_rank", "init_from"), ("lora_alpha", "lora_rank")):
-        if getattr(flags, name) and not getattr(flags, partner):
-            raise UsageError(f"--{name} requires --{partner}")
-    if flags.lora_rank and flags.embedding_decay is not None:
-        raise UsageError("--lora_rank trains no embeddings: leave out --embedding_decay")
-    if flags.teacher:
-        extra("distil")  # if its file is missing, fails before the run starts
+def describe_other(other, flags):
+    """Why the run of a checkpoint, saved last, is not resumed, and how it would be."""
+    held = vars(settle({}, other.flags))
+    differences = []
+    for name in SHAPING:
+        value = getattr(flags, name)
+        if name in flags.given and held[name] != value:
+            differences.append(f"--{name} {held[name]}, not {value}")
+    return (
+        f"A new run: {other.run}, saved last, has {', '.join(differences)}. "
+        f"It goes on with: {command(flags, '--identifier', other.run)}"
+    )
 
 
-def open_origins(folder, flags, checkpoint):
+def open_origins(flags, checkpoint):
     """The models that --init_from and --teacher name, {flag: Origin}.
 
     A resumed run needs its teacher and, with LoRA, its base. Raises UsageError, RunError.
     """
+    save_dir = flags.save_dir
     if checkpoint:
-        return {name: open_origin(folder, checkpoint, name) for name in checkpoint["uses"]}
-    names = [name for name in ("init_from", "teacher") if getattr(flags, name)]
-    return {name: open_model(folder, getattr(flags, name), f"--{name}") for name in names}
+        return {name: open_origin(save_dir, checkpoint, name) for name in checkpoint.uses}
+    named = [name for name in ORIGINS if getattr(flags, name)]
+    return {name: open_model(save_dir, getattr(flags, name), name) for name in named}
 
 
-def adopt_shape(flags, passed, origins):
-    """Sets the flags of a new run that its origins determine, see open_origins.
+def decided_by(origins, flags):
+    """The flags of a new run that its origins determine, {flag: value}.
 
-    --init_from determines the whole shape, --teacher only the tokenizer, as both models have to
-    predict the same ids, and the longest context: beyond its own, it knows nothing. Raises
-    UsageError if a flag passed contradicts an origin, or one origin the other.
+    --init_from determines the whole shape but the context, --teacher only the tokenizer, as both
+    models have to predict the same ids, and the longest context: beyond its own, it knows nothing.
+    Raises UsageError if a flag that was given contradicts an origin, or one origin the other.
     """
+    if not origins:
+        return {}
     first, *others = origins
     tokenizer = origins[first].tokenizer
     for other in others:
@@ -3046,49 +3042,51 @@ def adopt_shape(flags, passed, origins):
                 "use one with the same tokenizer"
             )
     decided = {"tokenizer": tokenizer.kind}
+    context_size = flags.context_size
     if first == "init_from":
         config = origins[first].model.config
-        decided |= {name: getattr(config, name) for name in CONFIG_FLAGS}
-    for name, value in decided.items():
-        if name == "context_size" and name in passed:
-            continue  # RoPE works with any
-        if name in passed and passed[name] != value:
-            raise UsageError(
-                f"--{name} {passed[name]} contradicts --{first}, which has {value}: "
-                f"leave --{name} out"
-            )
-        setattr(flags, name, value)
+        decided |= {name: getattr(config, name) for name in FLAGS["model"]}
+        own_context = decided.pop("context_size")
+        if "context_size" not in flags.given:  # RoPE works with any
+            context_size = own_context
+    check_agreement(flags, decided, f"--{first}")
     if "teacher" in origins:
         longest = origins["teacher"].model.config.context_size
-        if "context_size" in passed and flags.context_size > longest:
+        if "context_size" in flags.given and context_size > longest:
             raise UsageError(
-                f"--context_size {flags.context_size} is more than the teacher has read: give at "
+                f"--context_size {context_size} is more than the teacher has read: give at "
                 f"most {longest}"
             )
-        flags.context_size = min(flags.context_size, longest)
+        context_size = min(context_size, longest)
+    return decided | {"context_size": context_size}
 
 
 def make_config(flags, vocab_size):
-    """The Config of a new model."""
-    return Config(vocab_size=vocab_size, **{name: getattr(flags, name) for name in CONFIG_FLAGS})
+    """The Config of a new model. Raises UsageError."""
+    shape = {name: getattr(flags, name) for name in FLAGS["model"]}
+    try:
+        return Config(vocab_size=vocab_size, **shape)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
 
 
-def make_model(flags, dataset, checkpoint, origins):
-    """The model of a run; a checkpoint's weights are loaded later. Raises UsageError."""
+def make_model(flags, dataset, contents, origins):
+    """The model of a run; a checkpoint's weights are loaded later. Raises UsageError, Damaged."""
     if "init_from" in origins:
         model = origins["init_from"].model
         # Its context may change; what no flag sets, such as a padded vocabulary, stays.
         model.config = dataclasses.replace(model.config, context_size=flags.context_size)
         if flags.lora_rank:
             extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
-    elif checkpoint:
-        model = model_of(checkpoint)
+    elif contents:
+        with explained(f"{contents.checkpoint} has no model", *UNREADABLE, kind=Damaged):
+            model = contents.checkpoint.make_model()
     else:
         model = LanguageModel(make_config(flags, dataset.tokenizer.vocab_size))
     check_memory(model, flags)  # MLX is lazy: new weights do not exist yet
     if flags.lora_rank:
         extra("lora").init_lora(model, flags.seed)
-    elif not checkpoint and "init_from" not in origins:
+    elif not contents and "init_from" not in origins:
         init_weights(model, flags.seed)
     return model
 
@@ -3099,23 +3097,21 @@ def check_memory(model, flags, training=True):
     Actual use is higher; `--benchmark` predicts and measures it. MLX itself would crash.
     """
     config = model.config
-    window = config.context_size
+    rows = flags.batch_size * config.context_size
     floats = {
-        "weights": sum(array.size for array in arrays_of(model.parameters())),
-        "hidden states": flags.batch_size * window * config.dim,
+        "weights": count_parameters(model.parameters()),
+        "hidden states": rows * config.dim,
     }
-    if training or mx.default_device() == mx.cpu:  # a GPU scores a window without them
-        floats["attention scores"] = config.num_heads * window**2
     if training:
-        trained = sum(array.size for array in arrays_of(model.trainable_parameters()))
-        moments = 1 if flags.optimizer == "muon" else 2
-        floats["gradients and moments"] = trained * (1 + moments)
+        trained = count_parameters(model.trainable_parameters())
+        copies = 2 if flags.optimizer == "muon" else 3  # the gradient and its moments
         if flags.average:
-            floats["average of the weights"] = trained
-        floats["tokens"] = 2 * flags.batch_size * flags.grad_accumulation * window
+            copies += 1
+        floats["gradients and moments"] = copies * trained
         floats["hidden states"] *= config.num_blocks
-        if not flags.checkpoint:  # gradient checkpointing keeps the scores of one block, not of all
-            floats["attention scores"] *= config.num_blocks
+        floats["tokens"] = 2 * rows * flags.grad_accumulation
+    if training or mx.default_device() == mx.cpu:  # a GPU scores a window without them
+        floats["attention scores"] = config.num_heads * config.context_size**2  # of one row
     needed = 4 * sum(floats.values())  # bytes
     if mx.default_device() == mx.gpu:
         info = mx.device_info()
@@ -3130,34 +3126,54 @@ def check_memory(model, flags, training=True):
         )
 
 
-def make_run(name, flags, dataset, checkpoint, origins, ranks):
-    """A new run, or the one saved in the checkpoint whose record is `checkpoint`."""
-    model = make_model(flags, dataset, checkpoint, origins)  # first: it may be too large
-    teacher = origins["teacher"].model if "teacher" in origins else None
+def load_data(flags, contents, origins):
+    """The dataset of a run.
+
+    A run that starts or learns from a model uses that model's tokenizer. A resumed run's checkpoint
+    contains it, and any tokenizer that was read from a file.
+    """
+    if flags.test_text and not flags.text:
+        raise UsageError(f"--test_text goes with --text: {flags.dataset} has splits of its own")
+    arguments = {name: getattr(flags, name) for name in DATA if name != "dataset"}
+    if origins:
+        arguments["tokenizer"] = next(iter(origins.values())).tokenizer
+    elif contents:
+        # A tokenizer file that is not passed again may be gone.
+        of_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in flags.given
+        if flags.init_from or flags.teacher or of_file:
+            arguments["tokenizer"] = contents.tokenizer
+    data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
+    places = {"save_dir": flags.save_dir, "mirror": flags.mirror}
+    dataset = load_dataset(flags.dataset, data_dir, **arguments, **places, say=tqdm.write)
+    if contents and contents.checkpoint.tokens_sha256 != dataset.sha256:
+        raise UsageError(
+            f"the training text or tokenizer of {contents.checkpoint.run} has changed: "
+            "start a new run with --new_model, or name another --save_dir"
+        )
+    if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
+        raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
+    return dataset
+
+
+def make_run(folder, flags, dataset, contents, origins, ranks):
+    """A new run, or the one whose state is in `contents`. Raises UsageError, RunError."""
+    model = make_model(flags, dataset, contents, origins)  # first: it may be too large
     rows = flags.batch_size * flags.grad_accumulation
     run = Run(
-        name=name,
+        name=folder.name,
+        folder=folder,
         flags=flags,
         dataset=dataset,
         model=model,
         optimizer=make_optimizer(model, flags),
         batches=Batches(dataset.train.tokens, flags.context_size, rows, flags.seed),
-        teacher=teacher,
+        teacher=origins["teacher"].model if "teacher" in origins else None,
+        uses=contents.checkpoint.uses if contents else needed_origins(flags, origins),
+        sources=hash_sources(),
+        versions=list_versions(flags, ranks),
     )
-    if checkpoint:
-        run.restore(flags.save_dir, checkpoint)
-        run.is_branch = name != checkpoint["run"]
-    run.about = {
-        "run": name,
-        "flags": {flag_name: getattr(flags, flag_name) for flag_name in INHERITED},
-        "config": dataclasses.asdict(model.config),
-        "parameters": sum(weight.size for _, weight in tree_flatten(model.parameters())),
-        "tokens_sha256": dataset.sha256,
-        "uses": checkpoint["uses"] if checkpoint else needed_origins(flags, origins),
-        "command": sys.argv,
-        "sources": hash_sources(),
-        "versions": list_versions(flags, ranks),
-    }
+    if contents:
+        contents.restore(run)
     return run
 
 
@@ -3175,138 +3191,210 @@ def needed_origins(flags, origins):
     return uses
 
 
-def hash_sources():
-    """The SHA1s of this program's files, {name: SHA1}: they identify what trained a run."""
-    paths = [HERE / "main.py", HERE / "datasets.py", *sorted(HERE.glob("extras/*.py"))]
-    hashes = {}
-    for path in paths:
-        name = str(path.relative_to(HERE))
-        hashes[name] = hashlib.sha1(path.read_bytes()).hexdigest()
-    return hashes
+def open_save_dir(flags):
+    """Makes sure that --save_dir is a folder that can be written to. Raises UsageError."""
+    fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
+    with explained(fault, OSError):
+        flags.save_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=flags.save_dir).close()  # it may exist but be read-only
 
 
-def list_versions(flags, ranks):
-    """What the last bits of a result depend on: resume is bit-exact while these stay the same.
+def find_run(flags, held):
+    """The Contents to resume and the folder to train in; the first is None for a new run.
 
-    The C++ compiler is not among them; MLX and extras/fast.py cache what it has compiled.
+    The folder of a run that is resumed is locked until the ExitStack `held` is closed. Raises
+    UsageError if another process trains that run, RunError if no checkpoint of it is intact.
     """
-    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
-    cores, streams = os.cpu_count(), 1
-    if fast and not flags.gpu:
-        cores = fast.count_cores()  # fewer under taskset
-        streams = fast.count_streams(flags.batch_size // ranks.size, flags.context_size)
-    dtype = flags.dtype if mx.default_device() == mx.gpu or has_bfloat16() else "float32"
-    return {
-        "MLX": mx.__version__,
-        "NumPy": np.__version__,
-        "BLAS": BLAS,
-        "dtype": dtype,
-        "device": f"{device}, {cores} cores",
-        "streams": streams,
-        "ranks": ranks.size,
-    }
+    checkpoints = list_checkpoints(flags.save_dir, warn=True)
+    candidates = find_candidates(checkpoints, flags, SHAPING)
+    if not candidates:
+        return None, new_folder(flags)
+    newest = next(each for each in checkpoints if each.run == candidates[0].run)
+    if candidates[0] is not newest:  # an older one that --identifier names begins a branch
+        return open_newest(candidates, flags), new_folder(flags)
+    claim(newest.folder, held)
+    # Only now can no other process advance the run.
+    if [each.saved for each in list_run(newest.folder)[:1]] != [newest.saved]:
+        raise RunError(f"{newest.run} advanced while this process was starting; rerun")
+    return open_newest(candidates, flags), newest.folder
 
 
-def load_data(folder, flags, passed, checkpoint, origins):
-    """The dataset of a run.
+def new_folder(flags):
+    """The folder of a new run, not yet made."""
+    return flags.save_dir / f"{flags.dataset}-{os.urandom(3).hex()}"
 
-    A run that starts or learns from a model uses that model's tokenizer. A resumed run's checkpoint
-    contains it, and any tokenizer that was read from a file.
-    """
-    if flags.test_text and not flags.text:
-        raise UsageError(f"--test_text goes with --text: {flags.dataset} has splits of its own")
-    arguments = {name: getattr(flags, name) for name in DATA if name != "dataset"}
-    if origins:
-        first = next(iter(origins))
-        arguments["tokenizer"] = origins[first].tokenizer.to_dict()
-    elif checkpoint:
-        # A tokenizer file that is not passed again may be gone.
-        of_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in passed
-        if flags.init_from or flags.teacher or of_file:
-            arguments["tokenizer"] = load_tokenizer(folder, checkpoint)
-    dataset = load_dataset(flags.dataset, folder, **arguments, mirror=flags.mirror, say=tqdm.write)
-    if checkpoint and checkpoint["tokens_sha256"] != dataset.sha256:
+
+def claim(folder, held):
+    """Locks a run's folder until the ExitStack `held` is closed. Raises UsageError."""
+    try:
+        held.enter_context(lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
+    except BlockingIOError:
         raise UsageError(
-            f"the training text or tokenizer of {checkpoint['run']} has changed: "
-            "start a new run with --new_model, or name another --save_dir"
-        )
-    if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
-        raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
-    return dataset
+            f"{folder.name} is being trained by another process: wait for it, or start another "
+            "with --new_model"
+        ) from None
+
+
+def set_up(flags, ranks, interrupts, held):
+    """The run that a command trains, ready for `train`.
+
+    While it reads the folder, nobody deletes anything there. A run that needs other checkpoints is
+    saved at once: its record keeps them from being deleted from then on. So is a branch, which
+    then has all that it needs.
+    """
+    with lock(flags.save_dir, fcntl.LOCK_SH):
+        contents, folder = find_run(flags, held)
+        checkpoint = None
+        if contents:
+            checkpoint = contents.checkpoint
+            flags = settle(flags.given, checkpoint.flags)
+        if flags.batch_size < ranks.size:
+            raise UsageError(
+                f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
+                "row: give a larger one"
+            )
+        if flags.teacher:
+            extra("distil")  # if its file is missing, fails before the run starts
+        origins = open_origins(flags, checkpoint)
+        if not checkpoint:
+            flags = settle(flags.given, decided=decided_by(origins, flags))
+        dataset = load_data(flags, contents, origins)
+        held.enter_context(interrupts)  # from here on there is something to save
+        run = make_run(folder, flags, dataset, contents, origins, ranks)
+        others = list_checkpoints(flags.save_dir)
+        run.saved = max((each.saved for each in others), default=0.0)
+        if checkpoint and checkpoint.folder == folder:
+            remove_leftovers(folder)
+        else:
+            folder.mkdir()
+            claim(folder, held)
+            held.callback(remove_empty, folder)
+        print_start(run, checkpoint, ranks)
+        if not checkpoint and others and not flags.new_model:
+            tqdm.write(describe_other(others[0], flags))
+        is_branch = checkpoint and checkpoint.folder != folder
+        uses_checkpoints = any(place == origin_id for place, origin_id in run.uses.values())
+        if is_branch or (uses_checkpoints and not checkpoint):
+            save(run, interrupts)
+    return run
+
+
+def remove_empty(folder):
+    """Deletes a run's folder if nothing was saved there."""
+    with contextlib.suppress(OSError):
+        if not any(folder.glob("*.safetensors")):
+            (folder / "log.jsonl").unlink(missing_ok=True)
+            folder.rmdir()
 
 
 # ---- Commands -----------------------------------------------------------------------------------
 
 
-def list_runs(folder):
-    """Prints the runs in `folder` and their checkpoints, most recently saved first."""
-    records = list_checkpoints(folder, warn=True)  # newest first
-    print(f"Checkpoints in {folder}: {len(records)}")
-    latest = next((record for record in records if not record.get("diverged")), None)
-    names = dict.fromkeys(record["run"] for record in records)  # unique, in that order
-    for name in names:
-        own = [record for record in records if record["run"] == name]
+def list_runs(save_dir):
+    """Prints the runs in `save_dir` and their checkpoints, most recently saved first."""
+    checkpoints = list_checkpoints(save_dir, warn=True)  # newest first
+    print(f"Checkpoints in {save_dir}: {len(checkpoints)}")
+    settled = {id(each): vars(settle({}, each.flags)) for each in checkpoints}
+    for name in dict.fromkeys(each.run for each in checkpoints):  # unique, in that order
+        own = [each for each in checkpoints if each.run == name]
         newest = own[0]
-        flags = newest["flags"]
-        line = f"{name}: {newest['parameters']:,} parameters, "
-        line += f"iteration {newest['iteration']:,} of {flags['num_iters']:,}"
-        for flag_name, value in flags.items():
-            if any(record["flags"].get(flag_name) != value for record in records):
+        flags = settled[id(newest)]
+        line = f"{name}: {newest.parameters:,} parameters, "
+        line += f"iteration {newest.iteration:,} of {flags['num_iters']:,}"
+        for flag_name in INHERITED:
+            value = flags[flag_name]
+            if any(others[flag_name] != value for others in settled.values()):
                 line += f" --{flag_name} {value}"  # a flag that tells the runs apart
         print(textwrap.fill(line, 100, subsequent_indent="    "))
-        for record in own:
-            scores = dict(record["scores"])
-            score = "not scored"
-            if record["iteration"] in scores:
-                score = f"{scores[record['iteration']]:.4f}"
-            age = tqdm.format_interval(time.time() - record["saved"])
-            line = f"    {record['id'][:12]}  iteration {record['iteration']:>9,}"
+        best = best_of(own, name)
+        for each in own:
+            score = "not scored" if each.score is None else f"{each.score:.4f}"
+            age = tqdm.format_interval(max(0, time.time() - each.saved))
+            line = f"    {each.id[:12]}  iteration {each.iteration:>9,}"
             line += f"  {score:>10}  {age:>8} old"
-            if record is latest:
+            if each is checkpoints[0]:
                 line += ", latest"  # of the folder
-            if record["id"] == best_id(newest):
+            if each is best:
                 line += ", best"  # of the run
-            if record.get("diverged"):
-                line += ", diverged"
             print(line)
 
 
-def show_runs(folder, flags, passed):
+def show_runs(flags):
     """Runs --plot or --cases on the runs or checkpoints that --identifier names, or on all."""
-    records = list_checkpoints(folder, warn=True)
-    if not records:
-        raise UsageError(f"no checkpoint in {folder}: {TRAIN_FIRST}")
-    runs = dict.fromkeys(record["run"] for record in records)  # unique
+    save_dir = flags.save_dir
+    checkpoints = list_checkpoints(save_dir, warn=True)
+    if not checkpoints:
+        raise UsageError(f"no checkpoint in {save_dir}: {TRAIN_FIRST}")
+    runs = dict.fromkeys(each.run for each in checkpoints)  # unique
     named = []
     for identifier in flags.identifier or []:
         # A pattern names the newest checkpoint of each run that it matches.
         names = fnmatch.filter(runs, identifier) or [identifier]
         for name in names:
-            record = named_checkpoint(folder, records, name)
-            if record not in named:
-                named.append(record)
+            checkpoint = named_checkpoint(save_dir, checkpoints, name)
+            if checkpoint not in named:
+                named.append(checkpoint)
     if flags.plot:
-        extra("pictures").plot_runs(folder, [record["run"] for record in named], flags.plot)
+        folders = dict.fromkeys(each.folder for each in named or checkpoints)
+        extra("pictures").plot_runs([*folders], flags.plot)
     else:
-        top_k = passed.get("top_k", 5)  # the default, 50, is for sampling
+        top_k = flags.given.get("top_k", 5)  # the default, 50, is for sampling
         if top_k == 0:
             raise UsageError("--top_k 0 would let all --cases pass: give at least 1")
-        extra("cases").run_cases(folder, named or records, flags, top_k)
+        extra("cases").run_cases(named or checkpoints, flags, top_k)
 
 
-def score_checkpoint(folder, checkpoint, flags, dataset, ranks):
+def open_for_use(flags):
+    """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
+
+    Flags that were given for the data and the model select it, too. It is named on stderr. Raises
+    UsageError, RunError.
+    """
+    checkpoints = list_checkpoints(flags.save_dir, warn=True)
+    names = [name for name in FIXED if name != "seed"]  # which is for the samples
+    if flags.evaluate:
+        names.remove("test_text")  # any text can be scored
+    candidates = find_candidates(checkpoints, flags, names)
+    if not checkpoints:
+        raise UsageError(f"no checkpoint in {flags.save_dir}: {TRAIN_FIRST}")
+    if not candidates:
+        raise UsageError(
+            f"no checkpoint in {flags.save_dir} has the flags given: leave them out, or see --list"
+        )
+    contents = open_newest(candidates, flags)
+    print(f"{contents.checkpoint}, in {flags.save_dir}", file=sys.stderr)
+    return contents
+
+
+def use_checkpoint(flags, ranks):
+    """Samples from a checkpoint, scores it or exports it; returns the exit status."""
+    draft = None
+    with lock(flags.save_dir, fcntl.LOCK_SH):
+        contents = open_for_use(flags)
+        if flags.draft:
+            draft = open_model(flags.save_dir, flags.draft, "draft")
+        if flags.evaluate:
+            return score_checkpoint(flags, contents, ranks)
+        if flags.export:
+            return export_checkpoint(flags, contents)
+    sample_from(contents, flags, draft)
+    return 0
+
+
+def score_checkpoint(flags, contents, ranks):
     """Scores a split for --evaluate; with --quantize, then also with quantized weights.
 
     Returns the exit status.
     """
-    model, _ = load_model(folder, checkpoint)
+    model = contents.load_model()
+    flags = settle(flags.given, contents.checkpoint.flags)
+    dataset = load_data(flags, contents, {})
     context_size = model.config.context_size
     if flags.eval_stride and flags.eval_stride > context_size:
         raise UsageError(
             f"--eval_stride {flags.eval_stride} would skip tokens: give at most {context_size}"
         )
     check_memory(model, flags, training=False)
-    print(describe(checkpoint), file=sys.stderr)
     # Never entered: there is nothing to save, so Ctrl+C ends this process at once. `evaluate` sets
     # its `received` to a signal that another rank has received.
     interrupts = Interrupts()
@@ -3316,153 +3404,109 @@ def score_checkpoint(folder, checkpoint, flags, dataset, ranks):
         extra("quantize").quantize(model, flags.quantize, packed=False)
         ranks.broadcast_scoring(model, dataset, flags)
         score_split(flags.evaluate, model, dataset, flags, interrupts, ranks)
-    return 128 + interrupts.received if interrupts.received else stdout_status()
+    return 128 + interrupts.received if interrupts.received else 0
 
 
-def stdout_status():
-    """The exit status of a command whose result is on stdout: 0.
-
-    Raises RunError if some of it could not be written. Training does not call this: it prints only
-    progress, which may be lost on a full disk.
-    """
-    lost = getattr(sys.stdout, "lost", None)  # see Lasting
-    if lost:
-        raise RunError(f"the result could not be written to stdout ({lost}): it is not complete")
+def export_checkpoint(flags, contents):
+    """Writes a model for other programs; returns the exit status."""
+    model = contents.load_model()
+    if flags.export.lower().endswith(".gguf"):
+        extra("gguf").export_gguf(model, contents.tokenizer, flags.export, flags.quantize)
+    else:
+        extra("huggingface").export_model(model, contents.tokenizer, flags.export, flags.quantize)
     return 0
 
 
-def train_run(flags, dataset, checkpoint, origins, ranks):
-    """Starts a run or resumes that of `checkpoint`, and trains it. Returns the exit status."""
-    folder = flags.save_dir
-    if flags.batch_size < ranks.size:
-        raise UsageError(
-            f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a row: "
-            "give a larger one"
-        )
-    name = f"{dataset.name}-{os.urandom(3).hex()}"  # 6 hexadecimal digits: see remove_leftovers
-    # --identifier may name an older checkpoint of its run: then this is a new run, too.
-    if checkpoint and not (flags.identifier and checkpoint["saved"] < checkpoint["run_saved"]):
-        name = checkpoint["run"]
-    lock = lock_run(folder, name)
-    if not lock:
-        raise UsageError(
-            f"{name} is being trained by another process: wait for it, or start another with "
-            "--new_model"
-        )
-    interrupts = Interrupts(launched=ranks.size > 1)
-    with lock, interrupts:  # from here on there is something to save
-        # Another process may have been training the run until just now.
-        if checkpoint and name == checkpoint["run"]:
-            own = [record for record in list_checkpoints(folder) if record["run"] == name]
-            if not own or own[0]["run_saved"] != checkpoint["run_saved"]:
-                raise RunError(
-                    f"{name} advanced while this process was starting; rerun the command"
-                )
-        remove_leftovers(folder, name)
-        run = make_run(name, flags, dataset, checkpoint, origins, ranks)
-        print_start(run, checkpoint, ranks)
-        if run.iteration >= flags.num_iters:
-            tqdm.write(
-                f"Run complete ({run.iteration:,}/{flags.num_iters:,}): raise --num_iters to "
-                "continue, or start over with --new_model."
-            )
+def benchmark(flags, ranks):
+    """Measures the model that this command would train or resume; returns the exit status."""
+    if ranks.size > 1:
+        raise UsageError("--benchmark measures one process: start it without mlx.launch")
+    with lock(flags.save_dir, fcntl.LOCK_SH):
+        candidates = find_candidates(list_checkpoints(flags.save_dir), flags, SHAPING)
+        contents = open_newest(candidates, flags) if candidates else None
+        checkpoint = contents.checkpoint if contents else None
+        flags = settle(flags.given, checkpoint.flags if checkpoint else None)
+        origins = open_origins(flags, checkpoint)
+        if not checkpoint:
+            flags = settle(flags.given, decided=decided_by(origins, flags))
+        dataset = load_data(flags, contents, origins)
+        run = make_run(new_folder(flags), flags, dataset, contents, origins, ranks)
+    extra("benchmark").run_benchmark(run)
+    return 0
+
+
+def train_run(flags, ranks):
+    """Starts a run or resumes one, and trains it; returns the exit status."""
+    with contextlib.ExitStack() as held:
+        held.enter_context(unbreakable_streams())
+        interrupts = Interrupts()
+        run = set_up(flags, ranks, interrupts, held)
         run = ranks.broadcast_run(run)
         try:
-            return train(run, interrupts, ranks)
+            received = train(run, interrupts, ranks)
         except RuntimeError as error:
             # Ctrl+C in a terminal also kills the compiler in a first step, evaluation or sample.
             # All is saved then, except the first step of a run with --average.
-            if interrupts.received and ranks.size == 1:
-                reason = " ".join(str(error).split())
-                tqdm.write(f"Stopped at iteration {run.iteration:,} ({reason[:200]}).")
-                return 128 + interrupts.received
-            raise
+            if not interrupts.received or ranks.size > 1:
+                raise
+            tqdm.write(f"Interrupted in a compilation ({one_line(error)}).")
+            received = interrupts.received
+        tqdm.write(describe_end(run, received))
+        return 128 + received if received else 0  # how shells report termination by a signal
+
+
+def describe_end(run, received):
+    """The last line of a session: where the run is, and what to type next."""
+    if run.checkpoint_id is None:
+        return f"Stopped at iteration {run.iteration:,}; nothing was saved yet."
+    again = command(run.flags, "--identifier", run.name)
+    if received:
+        return f"Stopped at iteration {run.iteration:,}. Rerun the command to resume, or: {again}"
+    ended = f"Ended at iteration {run.iteration:,} of {run.flags.num_iters:,}"
+    if run.iteration >= run.flags.num_iters:
+        ended = f"Run complete ({run.iteration:,}/{run.flags.num_iters:,})"
+    more = 2 * run.flags.num_iters
+    return f"{ended}. To sample: {again} --inference\nTo train on: {again} --num_iters {more}"
 
 
 def execute(argv, ranks):
     """Executes the command; returns the exit status."""
-    passed = read_command_line(argv)
-    flags = resolve(argparse.Namespace(**DEFAULTS | passed))
+    flags = settle(read_command_line(argv))
     if flags.version:
         own = hash_sources()["main.py"][:12]
         python = platform.python_version()
         print(f"main.py {own}, Python {python}, MLX {mx.__version__}, NumPy {np.__version__}")
-        return stdout_status()
+        return 0
     if flags.gpu and not mx.is_available(mx.gpu):
         raise UsageError(
             "--gpu: MLX sees no GPU; leave it out, or install MLX for yours: "
             "pip install 'mlx[cuda13]'"
         )
     use_device(flags.gpu)
-
-    # Commands that only look at the folder.
     samples = flags.inference or flags.prompt is not None or flags.prompts_file
-    needed = samples or flags.export or flags.evaluate  # requires a checkpoint, of any corpus
+    uses = samples or flags.export or flags.evaluate
     looks = flags.list or flags.plot or flags.cases
-    folder = open_folder(flags.save_dir, writing=not (needed or looks))
-    if looks:
+    if not (uses or looks):
+        open_save_dir(flags)
+        return benchmark(flags, ranks) if flags.benchmark else train_run(flags, ranks)
+    if not flags.save_dir.is_dir():
+        raise UsageError(f"{flags.save_dir} is not an existing folder; check --save_dir")
+    if uses:
+        return use_checkpoint(flags, ranks)
+    with lock(flags.save_dir, fcntl.LOCK_SH):
         if flags.list:
-            list_runs(folder)
+            list_runs(flags.save_dir)
         else:
-            show_runs(folder, flags, passed)
-        return stdout_status()
-
-    # Commands that use a checkpoint, but no corpus.
-    checkpoint = choose_checkpoint(folder, flags, passed, needed)
-    if needed and not checkpoint:
-        if list_checkpoints(folder):
-            raise UsageError(
-                f"no checkpoint in {folder} has the flags given: leave them out, or see --list"
-            )
-        raise UsageError(f"no checkpoint in {folder}: {TRAIN_FIRST}")
-    if flags.export:
-        model, tokenizer = load_model(folder, checkpoint)
-        if flags.export.lower().endswith(".gguf"):
-            extra("gguf").export_gguf(model, tokenizer, flags.export, flags.quantize)
-        else:
-            extra("huggingface").export_model(model, tokenizer, flags.export, flags.quantize)
-        print(describe(checkpoint), file=sys.stderr)
-        return 0
-    if samples:
-        sample_from(folder, checkpoint, flags)
-        return stdout_status()
-
-    # Training, evaluation and benchmarks need the corpus, too.
-    if checkpoint:
-        flags = flags_of_resumed_run(checkpoint, passed)
-    check_values(flags)
-    flags.save_dir = folder  # open_folder may have chosen it
-    origins = {} if flags.evaluate else open_origins(folder, flags, checkpoint)
-    if origins and not checkpoint:
-        adopt_shape(flags, passed, origins)
-    dataset = load_data(folder, flags, passed, checkpoint, origins)
-    if flags.evaluate:
-        return score_checkpoint(folder, checkpoint, flags, dataset, ranks)
-    if flags.benchmark:
-        if ranks.size > 1:
-            raise UsageError("--benchmark measures one process: start it without mlx.launch")
-        run = make_run("benchmark", flags, dataset, checkpoint, origins, ranks)
-        extra("benchmark").run_benchmark(run)
-        return stdout_status()
-    return train_run(flags, dataset, checkpoint, origins, ranks)
-
-
-def join_ranks():
-    """The processes that train together: this one, or those that mlx.launch or MPI started."""
-    sizes = [os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
-    if "MLX_RANK" in os.environ or sizes != ["1", "1"]:
-        return extra("ranks").Group()
-    return SingleProcess()
-
-
-SMALLER = "give a smaller --batch_size or --context_size"
+            show_runs(flags)
+    return 0
 
 
 def explain_mlx_error(error):
-    """A line for a RuntimeError of MLX that the user can mend; None for any other."""
+    """A line for a RuntimeError of MLX that the user can fix; None for any other."""
     text = str(error)
     if re.search("malloc|out of memory", text, re.IGNORECASE):
-        return f"out of memory ({' '.join(text.split())[:200]}): {SMALLER}"
+        reason = one_line(error)
+        return f"out of memory ({reason}): give a smaller --batch_size or --context_size"
     # On a CPU, MLX compiles in the folder for temporary files.
     if re.match(r"\[Compile|filesystem error", text):
         _, _, output = text.rpartition("the output is: ")  # of the compiler, if it ran
@@ -3474,38 +3518,30 @@ def explain_mlx_error(error):
     return None
 
 
+def run_ranks(argv):
+    """Executes the command on the first rank; the others train and score along."""
+    with join_ranks() as ranks:
+        if ranks.rank > 0:
+            return ranks.follow()
+        try:
+            return execute(argv, ranks)
+        except RuntimeError as error:
+            line = explain_mlx_error(error)
+            if not line:
+                raise  # a bug in this program, or a lost rank
+            raise RunError(line) from None
+
+
 def main(argv=None):
     """Runs the program; returns the exit status.
 
-    It is 0 on success, 1 on failure, 2 on a usage error, or 128 + the signal that ended it. With
-    several ranks, the first one executes the command; the others train and score along.
+    It is 0 on success, 1 on failure, 2 on a usage error, or 128 + the signal that ended it.
     """
-    try:
-        with join_ranks() as ranks:
-            if ranks.rank > 0:
-                return ranks.follow()
-            return execute(sys.argv[1:] if argv is None else argv, ranks)
-    except (UsageError, RunError, OSError, ImportError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of stdout is gone, for example head
-            return 1
-        line = " ".join(str(error).splitlines())  # one line, however many the error has
-        if isinstance(error, MemoryError):
-            line = f"{line or 'out of memory'}: {SMALLER}"
-        if isinstance(error, ImportError):  # a package that only one feature needs
-            line += ": pip install -r requirements.txt"
-        print(f"main.py: {line}", file=sys.stderr)
-        return 2 if isinstance(error, (UsageError, ImportError)) else 1
-    except RuntimeError as error:
-        line = explain_mlx_error(error)
-        if not line:
-            raise  # a bug in this program
-        print(f"main.py: {line}", file=sys.stderr)
-        return 1
+    return run_command("main.py", run_ranks, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
+    repair_streams()  # not in main(), which tests call with their own streams
     # None if it was closed from the start.
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
-    sys.stdout = Lasting(sys.stdout)  # not in main(), which tests call with their own streams
-    sys.stderr = Lasting(sys.stderr)
     sys.exit(main())

@@ -17,7 +17,8 @@ import timeit
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from main import Decoder, average_weights, fast, make_noise, make_step, over_streams, use_bfloat16
+from main import Decoder, average_weights, bfloat16_products, draw_dropout, fast, make_step
+from main import over_streams
 
 # The parts of a model, and a pattern in the names of their parameters.
 PARTS = {
@@ -129,7 +130,7 @@ def count_bytes(tree):
 def predict_memory(config, flags, parameters, optimizer, streams):
     """Bytes at the peak of each half of a training step on a CPU.
 
-    The step is computed as in extras/fast.py, without --checkpoint.
+    The step is computed as in extras/fast.py, without --grad_checkpoint.
     parameters: the number of trained weights; optimizer: the bytes of its moments; streams: how
     many share a batch. Returns a dict: "activations" are what the forward pass keeps for the
     backward pass; "gradients" are those of each stream, their sum, the clipped ones, and the new
@@ -160,14 +161,14 @@ def predict_memory(config, flags, parameters, optimizer, streams):
 def measure_training(run):
     """Tokens per second of a training step, and the peak of MLX's memory in bytes."""
     flags = run.flags
-    tokens, targets = run.batches.next()
+    inputs, targets = run.batches.next()
     train_step = make_step(run.model, run.optimizer, flags, teacher=run.teacher)
-    noise = make_noise(0, len(tokens), flags)
+    dropout_rate, keys = draw_dropout(0, len(inputs), flags)
     average = None
 
     def train_once():
         nonlocal average
-        train_step(tokens, targets, *noise)
+        train_step(inputs, targets, dropout_rate, keys)
         if flags.average:
             average = average_weights(average, run.model.trainable_parameters(), 1, flags.average)
 
@@ -175,7 +176,7 @@ def measure_training(run):
     train_once()
     mx.reset_peak_memory()
     seconds = min(timeit.repeat(train_once, number=1, repeat=TRAINING_STEPS))
-    return tokens.size / seconds, mx.get_peak_memory()
+    return inputs.size / seconds, mx.get_peak_memory()
 
 
 def measure_matrix_speed(dtype):
@@ -188,14 +189,13 @@ def measure_matrix_speed(dtype):
         matrix = matrix.astype(mx.bfloat16)
 
     def multiply(rows):
-        return rows @ matrix
+        return (rows @ matrix).sum()
 
     def multiply_once():
         mx.eval(over_streams(multiply, matrix))
 
-    use_bfloat16(dtype == "bfloat16")
-    seconds = min(timeit.repeat(multiply_once, number=1, repeat=MATRIX_PRODUCTS))
-    use_bfloat16(False)
+    with bfloat16_products(dtype == "bfloat16"):
+        seconds = min(timeit.repeat(multiply_once, number=1, repeat=MATRIX_PRODUCTS))
     return 2 * MATRIX_SIZE**3 / seconds  # 2: multiplication and addition
 
 

@@ -12,44 +12,41 @@ position.
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from datasets import RunError, explained, user_path, utf8
+from datasets import RunError, UsageError, explained, user_path, utf8
 from extras.results import write_whole
-from main import close_files, describe, find_damage, first_ids, load_model
+from main import first_ids
 
 MAX_COLUMNS = 100  # of a printed line
 
 
-def run_cases(folder, records, flags, top_k):
-    """Prints a table for each checkpoint of `records`; with --output also writes them as JSON.
+def run_cases(checkpoints, flags, top_k):
+    """Prints a table for each checkpoint; with --output also writes them as JSON.
 
-    folder: the Path that holds the checkpoints; flags: only cases, identifier and output are used.
-    Checkpoints that are damaged or need a base that is gone are skipped, unless --identifier names
-    them. Raises UsageError if a file cannot be used, RunError if no checkpoint can be or --output
-    cannot be written.
+    flags: only cases, identifier, output and save_dir are used. Checkpoints that are damaged or
+    need a base that is gone are skipped, unless --identifier names them. Raises UsageError if a
+    file cannot be used, RunError if no checkpoint can be or --output cannot be written.
     """
     cases = read_cases(flags)
     results = []
-    for record in records:
+    for checkpoint in checkpoints:
         try:
-            damage = find_damage(folder, record)
-            if damage:
-                raise RunError(damage)
-            model, tokenizer = load_model(folder, record)
+            contents = checkpoint.open()
+            model = contents.load_model()
         except RunError as error:
             if flags.identifier:
                 raise
-            print(f"Skipping {describe(record)}: {error}", file=sys.stderr)
+            print(f"Skipping {checkpoint}: {error}", file=sys.stderr)
         else:
-            results += score_checkpoint(model, tokenizer, record, cases, top_k)
-        close_files(record)
+            results += score_checkpoint(model, contents.tokenizer, checkpoint, cases, top_k)
     if not results:
-        raise RunError(f"no checkpoint in {folder} can be used")
+        raise RunError(f"no checkpoint in {flags.save_dir} can be used")
     if flags.output:
         text = json.dumps(results, ensure_ascii=False, indent=1)
         write_whole(flags.output, text + "\n")
@@ -70,6 +67,8 @@ def read_cases(flags):
             # BaseLoader keeps every scalar a string: `yes` does not become a bool, nor 1.0 a float.
             for entry in yaml.load(text, yaml.BaseLoader):
                 cases.append((read_text(entry, "prompt"), read_text(entry, "expected")))
+        if flags.output and os.path.realpath(user_path(path)) == os.path.realpath(flags.output):
+            raise UsageError(f"--output {flags.output} would overwrite --cases {path}: name another")
     # Fails now rather than after the work; to a pipe, this would be the end of the text.
     if flags.output and not Path(flags.output).is_fifo():
         with explained(f"--output {flags.output} cannot be written: name another file", OSError):
@@ -87,12 +86,12 @@ def read_text(entry, key):
     return utf8(entry[key])
 
 
-def score_checkpoint(model, tokenizer, record, cases, top_k):
+def score_checkpoint(model, tokenizer, checkpoint, cases, top_k):
     """The results of one checkpoint, printed as they come: a list of dicts, one per case."""
-    print(describe(record))
+    print(checkpoint)
     results = []
     for prompt, expected in cases:
-        case = {"checkpoint": record["id"], "prompt": prompt, "expected": expected}
+        case = {"checkpoint": checkpoint.id, "prompt": prompt, "expected": expected}
         result = case | score_case(model, tokenizer, prompt, expected, top_k)
         results.append(result)
         print_result(result)

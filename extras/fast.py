@@ -7,16 +7,15 @@ of the same names:
     relu2           squared ReLU, with a gradient that uses them
     cross_entropy   loss and gradient in one pass over chunks of rows, so that the logits never
                     exist as a whole
-    over_streams    a function of a batch, computed for a share of the rows on each core
-    add_up          the sum of the shares' results
+    over_streams    a sum over the rows of a batch, of which each core computes a share
     clip_grad_norm  gradient clipping on all cores
     spread          an optimizer that distributes its work over the cores
-    has_bfloat16    whether matrix products are faster in bfloat16
-    use_bfloat16    turns bfloat16 products on or off
 
-All but the last two match the plain functions up to rounding; tests/extras/test_fast.py compares
-them. On a GPU, all but cross_entropy leave the work to MLX. Without this file, main.py works the
-same, only slower, but for --teacher, several ranks and bfloat16 on a CPU, which need it.
+They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each stands
+for the plain function with the SHA1 in STANDS_FOR: one that was edited is used itself. On a GPU,
+all but cross_entropy leave the work to MLX. Without this file, or with the environment variable
+DISABLE_FAST set, main.py works the same, only slower, but for --teacher, several ranks and
+bfloat16 on a CPU, which need it.
 
 Shapes: B rows of a batch, L positions, D model dimension, H query heads, K key and value heads, d
 head dimension, V vocabulary, N any number.
@@ -35,8 +34,19 @@ import shutil
 import site
 import subprocess
 import sys
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from pathlib import Path
+
+# The SHA1s of the source of main.py's functions that those below stand for. Where a test finds that
+# a plain function has changed, compare the two, then enter its new SHA1.
+STANDS_FOR = {
+    "attend": "",
+    "relu2": "",
+    "cross_entropy": "",
+    "over_streams": "",
+    "clip_grad_norm": "",
+    "spread": "",
+}
 
 # ---- BLAS ---------------------------------------------------------------------------------------
 # The library for matrix products, which must be loaded before MLX.
@@ -686,32 +696,24 @@ def use_all_cores():
     use_streams(1, 1)
 
 
-def part_of(count, part, parts):
-    """The slice of `count` rows for part number `part` of `parts` nearly equal ones."""
-    return slice(count * part // parts, count * (part + 1) // parts)
-
-
 def over_streams(function, *arrays):
-    """[function(*rows), ...] for shares of the rows of `arrays` [B, L, ...], each on a stream.
+    """function(*arrays), a tree of arrays that is a sum over the rows of `arrays` [B, L, ...].
 
-    This only builds MLX's graph; when it is evaluated, all streams run in parallel.
+    Each stream computes it for a share of the rows; the shares are added up leaf by leaf, each leaf
+    on the next stream in turn. This only builds MLX's graph; when it is evaluated, all streams run
+    in parallel.
     """
     rows, context_size = arrays[0].shape[:2]
     streams = use_streams(rows, context_size)
-    results = []
+    shares = []
     for i, stream in enumerate(streams):
-        own = part_of(rows, i, len(streams))
+        start = rows * i // len(streams)
+        end = rows * (i + 1) // len(streams)
         with mx.stream(stream):  # operations run on the stream under which they are built
-            results.append(function(*[array[own] for array in arrays]))
-    return results
-
-
-def add_up(trees):
-    """The sum of several trees of arrays, each leaf on the next stream in turn."""
-    streams = current_streams()
+            shares.append(function(*[array[start:end] for array in arrays]))
     total = []
-    for i, leaves in enumerate(zip(*map(tree_flatten, trees))):
-        name = leaves[0][0]
+    for i, leaves in enumerate(zip(*map(tree_flatten, shares))):
+        name, _ = leaves[0]
         with mx.stream(streams[i % len(streams)]):
             total.append((name, reduce(mx.add, [array for _, array in leaves])))
     return tree_unflatten(total)
@@ -728,7 +730,7 @@ def clip_grad_norm(gradients, limit):
     leaves = tree_flatten(gradients)
     squares = []
     for i, (_, gradient) in enumerate(leaves):
-        with mx.stream(streams[i % len(streams)]):  # the stream of its sum in add_up
+        with mx.stream(streams[i % len(streams)]):  # the stream of its sum in over_streams
             squares.append(gradient.flatten() @ gradient.flatten())
     norm = mx.sqrt(sum(squares))
     scale = mx.minimum(limit / (norm + 1e-6), 1)
@@ -739,21 +741,42 @@ def clip_grad_norm(gradients, limit):
     return tree_unflatten(clipped), norm
 
 
-def spread(optimizer_class):
-    """A subclass of an MLX optimizer that distributes the parameters over the streams."""
+def spread(optimizer):
+    """An MLX optimizer that distributes the parameters over the streams from now on.
 
-    class Spread(optimizer_class):
-        """Updates each parameter on the stream that has the fewest elements so far."""
+    Each parameter is updated on the stream that has the fewest elements so far. MLX's own AdamW
+    also gets a quicker update.
+    """
+    update = optimizer.apply_single
+    if type(optimizer) is optim.AdamW and optimizer.bias_correction:
+        update = partial(adamw_update, optimizer)
+    load = []  # elements of each stream
 
-        load = None  # elements of each stream
+    def apply_single(gradient, parameter, state):
+        streams = current_streams()
+        if len(load) != len(streams):
+            load[:] = [0] * len(streams)
+        least = load.index(min(load))
+        load[least] += parameter.size
+        with mx.stream(streams[least]):
+            return update(gradient, parameter, state)
 
-        def apply_single(self, gradient, parameter, state):
-            streams = current_streams()
-            if self.load is None or len(self.load) != len(streams):
-                self.load = [0] * len(streams)
-            least = self.load.index(min(self.load))
-            self.load[least] += parameter.size
-            with mx.stream(streams[least]):
-                return super().apply_single(gradient, parameter, state)
+    optimizer.apply_single = apply_single
+    return optimizer
 
-    return Spread
+
+def adamw_update(optimizer, gradient, parameter, state):
+    """What MLX's AdamW does with a parameter, with a bias correction that costs nothing.
+
+    Fused into a kernel by mx.compile, the scalars that all elements share, powers of the betas,
+    would be recomputed for every element. It does not fuse across mx.contiguous.
+    """
+    beta1, beta2 = optimizer.betas
+    rate = mx.contiguous(optimizer.learning_rate / (1 - beta1**optimizer.step))
+    correction = mx.contiguous(mx.rsqrt(1 - beta2**optimizer.step))
+    decay = mx.contiguous(1 - optimizer.learning_rate * optimizer.weight_decay)
+    m = beta1 * state["m"] + (1 - beta1) * gradient
+    v = beta2 * state["v"] + (1 - beta2) * mx.square(gradient)
+    state["m"] = m
+    state["v"] = v
+    return decay * parameter - rate * m / (mx.sqrt(v) * correction + optimizer.eps)

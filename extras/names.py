@@ -8,7 +8,6 @@ OTHER_NAMES = {
     "batch_size": "batch bsz device_batch_size micro_batch_size per_device_train_batch_size",
     "beta1": "adam_beta1 b1",
     "beta2": "adam_beta2 b2",
-    "checkpoint": "grad_checkpoint gradient_checkpointing activation_checkpointing",
     "context_size": "block_size context context_length ctx max_length max_position_embeddings"
     " max_seq_len max_seq_length n_ctx n_positions seq_len seq_length sequence_length",
     "dataset": "corpus dataset_name",
@@ -20,6 +19,7 @@ OTHER_NAMES = {
     "export": "export_gguf gguf_path hf_path",
     "grad_accumulation": "accum_steps grad_accum grad_accum_steps gradient_accumulation"
     " gradient_accumulation_steps",
+    "grad_checkpoint": "gradient_checkpointing activation_checkpointing",
     "grad_clip": "clip clip_grad clip_grad_norm clip_norm gradient_clip max_grad_norm",
     "identifier": "adapter_path checkpoint_path ckpt ckpt_path load resume_adapter_file"
     " resume_from resume_from_checkpoint",
@@ -66,14 +66,14 @@ NOT_NEEDED = {
     "cpu": "the CPU is the default",
     "cuda mps": "--gpu selects an Apple or NVIDIA GPU",
     "device": "--gpu, or nothing for the CPU",
-    "distill_from": "python datasets.py --distill_from collects a corpus",
+    "distill_from": "python -m extras.collect --distill_from collects a corpus",
     "epochs max_epochs n_epochs num_epochs num_train_epochs": "--num_iters counts steps",
     "eval_batches eval_iters val_batches": "--eval_tokens counts tokens, not batches",
     "resume": "a run resumes by itself; --identifier names another, --new_model starts over",
     "stream": "text is always printed as it is sampled",
     "tie tie_embeddings tie_weights tie_word_embeddings weight_tying": "tied, unless --untie",
     "train": "training is the default",
-    "wandb wandb_log": "losses go to a .csv file beside the checkpoints; --plot draws them",
+    "wandb wandb_log": "losses go to log.jsonl beside the checkpoints; --plot draws them",
 }
 
 

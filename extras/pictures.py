@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from datasets import UsageError, explained, user_path
-from main import LOG_COLUMNS, first_ids, read_log
+from main import first_ids, read_log
 
 DPI = 150  # dots per inch, fewer if a side of the image would exceed MAX_PIXELS
 MAX_PIXELS = 2**13
@@ -27,22 +27,23 @@ SPLIT_STYLES = {"train": {"alpha": 0.4}, "valid": {"alpha": 1, "marker": "o"}}
 
 
 # ---- Losses -------------------------------------------------------------------------------------
-def plot_runs(folder, names, path):
+def plot_runs(folders, path):
     """Plots training and validation losses against iterations and against minutes of training.
 
-    folder: the Path that holds the runs' logs, `<run>.csv`; names: the runs to plot, [] for all.
-    Raises UsageError if there is no such log, or if `path` cannot be written.
+    folders: the Paths of the runs, newest first. Raises UsageError if none has a log, or if `path`
+    cannot be written.
     """
-    logs = find_logs(folder, names)
+    logs = [folder / "log.jsonl" for folder in sorted(folders)]
+    logs = [log for log in logs if log.is_file()]
     if not logs:
-        raise UsageError(f"no log of these runs in {folder}: check --save_dir")
+        raise UsageError(f"no log of these runs in {folders[0].parent}: check --save_dir")
     figure = make_figure(12, 5)
     by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
     for i, log in enumerate(logs):
-        rows = read_log(log)
+        rows = [row for _, row in read_log(log)]
         for split, style in SPLIT_STYLES.items():
             iterations, seconds, losses = columns_of(rows, split)  # [N] each
-            label = f"{log.stem} {split}"
+            label = f"{log.parent.name} {split}"
             by_iteration.plot(iterations, losses, color=f"C{i}", label=label, **style)
             by_minute.plot(seconds / 60, losses, color=f"C{i}", label=label, **style)
     by_iteration.set(xlabel="iteration", ylabel="loss (nats/token)")
@@ -51,23 +52,6 @@ def plot_runs(folder, names, path):
     lines, labels = by_minute.get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside right upper", fontsize="small")
     save_figure(figure, path)
-
-
-def find_logs(folder, names):
-    """The logs of the runs `names` ([] for all) in `folder`: paths in alphabetical order."""
-    found = []
-    for path in sorted(folder.glob("*.csv")):
-        if names and path.stem not in names:
-            continue
-        if not path.is_file():
-            continue
-        # The folder may hold other CSV files. A damaged byte is no reason to fail.
-        with path.open(encoding="utf-8", errors="replace") as file:
-            columns = file.readline().strip().split(",")
-        # A log may have the user's own columns after the usual ones.
-        if columns[: len(LOG_COLUMNS)] == LOG_COLUMNS:
-            found.append(path)
-    return found
 
 
 def columns_of(rows, split):
@@ -81,7 +65,7 @@ def columns_of(rows, split):
             continue
         try:
             numbers = [float(row[name]) for name in ("iteration", "seconds", "loss")]
-        except ValueError:  # a damaged row
+        except (ValueError, LookupError, TypeError):  # a damaged row
             continue
         if all(map(math.isfinite, numbers)):
             values.append(numbers)

@@ -24,7 +24,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import main
 from datasets import Dataset, RunError, Split, UsageError, explained, tokenizer_from_dict
-from extras.fast import part_of
 
 LOST = "a rank failed or is gone ({}): rerun the command to resume from the last checkpoint"
 LAUNCHER = os.getppid()  # if the parent changes, the launcher is gone
@@ -66,7 +65,7 @@ class Group:
                 if error is None:
                     raise RunError(LOST.format(lost)) from None
 
-    def exchange(self, size=0, received=None, timeout=False, ended=False):
+    def exchange(self, size=0, received=None, is_time_up=False, ended=False):
         """Gives all ranks the maximum of each number; every message but `average` starts with this.
 
         size: bytes that rank 0 has to send; received: a signal. Raises Ended if rank 0 has ended,
@@ -75,20 +74,22 @@ class Group:
         """
         if os.getppid() != LAUNCHER:
             received = received or signal.SIGHUP  # an orphan stops, too
-        mine = mx.array([size, received or 0, timeout, ended], mx.int64)
-        size, received, timeout, any_ended = mx.distributed.all_max(mine, group=self.group).tolist()
+        mine = mx.array([size, received or 0, is_time_up, ended], mx.int64)
+        largest = mx.distributed.all_max(mine, group=self.group)
+        size, received, is_time_up, any_ended = largest.tolist()
         if any_ended and not ended:
             raise Ended
-        return size, received, bool(timeout)
+        return size, received, bool(is_time_up)
 
-    def agree(self, received, timeout):
+    def agree(self, received, is_time_up):
         """A signal that any rank has received, and whether rank 0's time is up."""
-        _, received, timeout = self.exchange(received=received, timeout=timeout and self.rank == 0)
-        return received, timeout
+        is_time_up = is_time_up and self.rank == 0
+        _, received, is_time_up = self.exchange(received=received, is_time_up=is_time_up)
+        return received, is_time_up
 
-    def rows(self, count):
-        """The slice of `count` rows that this rank computes."""
-        return part_of(count, self.rank, self.size)
+    def share(self, rows):
+        """The rows of an array that this rank computes."""
+        return main.part_of(rows, self.rank, self.size)
 
     def average(self, tree):
         """The mean over all ranks of a tree of arrays."""
@@ -137,7 +138,7 @@ class Group:
 
     def broadcast_run(self, run):
         """Sends rank 0's run to the others; returns it with batches that are sent to them, too."""
-        progress = {name: getattr(run, name) for name in PROGRESS}
+        progress = {name: getattr(run, name) for name in main.PROGRESS}
         task = describe_task("train", run.model, run.dataset, run.flags)
         task |= {"name": run.name, "progress": progress}
         if run.teacher:
@@ -164,7 +165,7 @@ class Group:
         # Only rank 0 reads a --config and reports a missing GPU; its choice of device comes below.
         main.use_device("--gpu" in sys.argv and mx.is_available(mx.gpu))
         # A signal reaches all ranks with the next message.
-        with main.Interrupts(launched=True) as interrupts:
+        with main.Interrupts() as interrupts:
             try:
                 while True:
                     _, task = self.broadcast()
@@ -197,6 +198,7 @@ class Group:
             teacher.update(self.broadcast_tree())
         run = main.Run(
             name=task["name"],
+            folder=None,
             flags=flags,
             dataset=self.receive_dataset(task),
             model=model,
@@ -218,10 +220,6 @@ class Group:
         return Dataset(task["dataset"], tokenizer, train=None, **splits, sha256=None)
 
 
-# The fields of a Run that another rank cannot work out.
-PROGRESS = [*main.PROGRESS, "checkpoint_id", "is_branch"]
-
-
 def describe_task(kind, model, dataset, flags):
     """What the other ranks need to know, besides arrays, to train or score along with rank 0."""
     splits = {}
@@ -230,7 +228,7 @@ def describe_task(kind, model, dataset, flags):
         splits[name] = [split.num_bytes, split.num_words, split.num_unk]
     return {
         "kind": kind,
-        "flags": vars(flags) | {"save_dir": None},  # only rank 0 has one
+        "flags": vars(flags) | {"save_dir": None, "given": {}},  # of rank 0 alone
         "gpu": mx.default_device() == mx.gpu,
         "config": vars(model.config),
         "dataset": dataset.name,
