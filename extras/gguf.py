@@ -9,14 +9,13 @@ a byte tokenizer is one without merges. It has no word or character tokenizers.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 from mlx.utils import tree_flatten
 
-from datasets import UsageError, explained, user_path
+from datasets import UsageError, explained, replacing, user_path
 from extras.huggingface import CHAT_TEMPLATE, find_counterpart, tokenizer_json
 
 # GGUF's names for the parts of a model and of a block.
@@ -52,10 +51,9 @@ def export_gguf(model, tokenizer, path, bits):
     formats = gguf.GGMLQuantizationType
     matrix_format = {None: formats.F32, 16: formats.F16, 8: formats.Q8_0, 4: formats.Q4_0}[bits]
     needed = f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"
-    new = path.with_name(f"{path.name}.new")
     with explained(f"cannot write to --export {path}: name a file of yours", OSError):
-        try:
-            writer = gguf.GGUFWriter(new, name.lower())
+        with replacing(path) as file:
+            writer = gguf.GGUFWriter(file.name, name.lower())
             add_settings(writer, model.config)
             writer.add_name(path.stem)
             writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{matrix_format.name}", 0))
@@ -69,9 +67,6 @@ def export_gguf(model, tokenizer, path, bits):
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
-            os.replace(new, path)
-        finally:
-            new.unlink(missing_ok=True)
     print(f"{name} in {matrix_format.name} and its tokenizer are in {path}", file=sys.stderr)
 
 

@@ -8,16 +8,16 @@
 Our weights have the same names as their Llama's, so only configuration and tokenizer are converted.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from datasets import BPETokenizer, UsageError, explained, extra, user_path
+from datasets import PackageTokenizer, UsageError, explained, extra, replacing, user_path
 from main import DEFAULTS, Config, LanguageModel, sha1_of
 
 # Their name for a model with our (mlp, qk_norm); the others have no counterpart.
@@ -110,7 +110,7 @@ def import_model(path):
         # MLX loads lazily: only this reads the arrays and detects a damaged file.
         mx.eval(model.parameters())
         vocabulary = (path / "tokenizer.json").read_text("utf-8")
-        tokenizer = BPETokenizer(vocabulary, eos=read_eos(path))
+        tokenizer = PackageTokenizer(vocabulary, eos=read_eos(path))
         largest = max(tokenizer.package.get_vocab().values())
         if largest >= tokenizer.vocab_size:
             raise UsageError(f"its tokenizer has {tokenizer.vocab_size} ids, but one is {largest}")
@@ -281,18 +281,15 @@ def export_model(model, tokenizer, folder, bits):
 
     with explained(f"cannot write to --export {folder}: name a folder of yours"):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
+        # No file gets its name before all are written.
+        with contextlib.ExitStack() as files:
             # Opened here, because MLX's own error for a path does not say why it failed.
-            with open(folder / "model.safetensors.new", "wb") as file:
-                mx.save_safetensors(file, weights, {"format": "mlx"})
+            file = files.enter_context(replacing(folder / "model.safetensors"))
+            mx.save_safetensors(file, weights, {"format": "mlx"})
             for file_name, text in texts.items():
-                (folder / f"{file_name}.new").write_text(text, "utf-8")
-            # No file gets its name before all are complete.
-            for file_name in EXPORTED:
-                os.replace(folder / f"{file_name}.new", folder / file_name)
-        finally:
-            for file_name in EXPORTED:
-                (folder / f"{file_name}.new").unlink(missing_ok=True)
+                file = files.enter_context(replacing(folder / file_name))
+                file.write(text.encode("utf-8"))
+                file.flush()
     message = f"{name}ForCausalLM and its tokenizer are in {folder}"
     if name == "Arcee":
         message += " for transformers (mlx-lm has no Arcee: for it, train with --mlp swiglu)"

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from datasets import RunError, UsageError, explained
+from datasets import RunError, UsageError, explained, replacing
 
 
 def write_whole(path, text):
@@ -17,17 +17,8 @@ def write_whole(path, text):
         if os.path.exists(path) and not os.path.isfile(path):
             Path(path).write_text(text, "utf-8")
             return
-        target = os.path.realpath(path)  # a link stays a link
-        new = Path(f"{target}.new")
-        try:
-            with open(new, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()  # out of Python's buffer
-                os.fsync(file.fileno())  # and out of the system's, before the old file is replaced
-            os.replace(new, target)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
+        with replacing(os.path.realpath(path)) as file:  # a link stays a link
+            file.write(text.encode("utf-8"))
 
 
 def json_line(content):
