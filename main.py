@@ -2498,30 +2498,28 @@ PRESETS = {
 }
 
 
+def string_flag(help, metavar="FILE", **options):
+    """A flag that takes a name, a path or a text, and has no default."""
+    return flag(None, help, metavar=metavar, **options)
+
+
 # {group: {flag: row}}, one statement per group. Every default is set in such a row; where a
 # default of None depends on other flags, the help says how. --help and --config files have the
 # same groups.
 FLAGS = {}
 
 FLAGS["run"] = DATA_FLAGS | {
-    "identifier": flag(
-        None,
+    "identifier": string_flag(
         "checkpoint to resume or sample: SHA1 prefix, run name, latest or best; --plot and --cases "
         "take several, and patterns of run names",
-        nargs="+",
         metavar="ID",
+        nargs="+",
     ),
     "new_model": flag(False, "start a new run even if one could be resumed"),
     "num_iters": flag(100000, "total number of training steps", type=SIZE),
     "max_minutes": flag(None, "stop after this much training time in this session", type=RATE),
-    "config": flag(
-        None,
-        "YAML file of flags; the command line overrides it",
-        metavar="FILE",
-    ),
-    "preset": choice(
-        None, PRESETS, "standard sizes: sets dim, num_heads, num_blocks and context_size"
-    ),
+    "config": string_flag("YAML file of flags; the command line overrides it"),
+    "preset": choice(None, PRESETS, "sets dim, num_heads, num_blocks and context_size"),
     "gpu": flag(False, "run on the GPU instead of the CPU"),
     "seed": flag(42, "random seed of weights, batches, dropout and samples", type=COUNT),
 }
@@ -2547,9 +2545,7 @@ FLAGS["training"] = {
     "batch_size": flag(32, "sequences per batch", type=number(int, 1, 2**20)),
     "grad_accumulation": flag(1, "batches per optimizer step", type=SIZE),
     "learning_rate": flag(3e-4, "peak learning rate", type=RATE),
-    "min_lr": flag(
-        None, "final learning rate of the schedule (default: a tenth of the peak)", type=RATE
-    ),
+    "min_lr": flag(None, "final learning rate (default: a tenth of the peak)", type=RATE),
     "weight_decay": flag(1e-5, "decoupled weight decay of the matrices", type=RATE),
     "embedding_decay": flag(
         None, "weight decay of embeddings and output matrix (default: weight_decay)", type=RATE
@@ -2559,31 +2555,17 @@ FLAGS["training"] = {
     "optimizer": choice(
         "adamw",
         ["adamw", "muon"],
-        f"muon: Muon for the blocks' matrices at {MUON_RATE} times the learning rate, "
-        "AdamW for the rest",
+        f"muon: for the blocks' matrices, at {MUON_RATE} times the learning rate",
     ),
     "lr_warmup": flag(200, "warmup steps", type=COUNT),
     "lr_schedule": choice("constant", ["constant", "cosine", "linear"], "schedule after warmup"),
-    "lr_cooldown": flag(
-        1.0,
-        "share of the steps after warmup, at the end, over which the rate decays",
-        type=SHARE,
-    ),
+    "lr_cooldown": flag(1.0, "share of the steps, at the end, of the rate's decay", type=SHARE),
     "grad_clip": flag(1.0, "maximum gradient norm; 0: no clipping", type=RATE),
     "dropout": flag(0.0, "dropout rate of embeddings and residual branches", type=DROPOUT),
     "dropout_final": flag(None, "final dropout rate (linear schedule)", type=DROPOUT),
-    "dtype": choice(
-        "float32",
-        ["float32", "bfloat16"],
-        "bfloat16: mixed precision with float32 weights",
-    ),
+    "dtype": choice("float32", ["float32", "bfloat16"], "bfloat16: with float32 weights"),
     "grad_checkpoint": flag(False, "gradient checkpointing: less memory, more compute"),
-    "average": flag(
-        0.0,
-        "average the weights over about this last share of training; the average is saved, "
-        "evaluated and sampled",
-        type=SHARE,
-    ),
+    "average": flag(0.0, "average the weights over about this last share of steps", type=SHARE),
     "patience": flag(None, "stop after this many evaluations without improvement", type=SIZE),
 }
 
@@ -2591,28 +2573,19 @@ FLAGS["reports"] = {
     "steps_per_report": flag(10, "report interval in steps", type=SIZE),
     "steps_per_eval": flag(1000, "evaluation interval in steps", type=SIZE),
     "eval_tokens": flag(100000, "validation tokens per evaluation; 0: all", type=COUNT),
-    "steps_per_save": flag(
-        None, "checkpoint interval in steps (default: steps_per_eval)", type=SIZE
-    ),
+    "steps_per_save": flag(None, "checkpoint interval (default: steps_per_eval)", type=SIZE),
     "eval_test": flag(False, "evaluate on the test split at the end"),
     "keep": flag(3, "newest checkpoints to keep, besides the best", type=SIZE),
 }
 
 FLAGS["sampling"] = {
     "inference": flag(False, "sample interactively"),
-    "prompt": flag(None, "text to continue", metavar="TEXT"),
-    "prompts_file": flag(
-        None,
-        "continue each line of a file, in batches; writes JSON Lines",
-        type=user_path,
-        metavar="FILE",
-    ),
-    "output": flag(
-        None,
+    "prompt": string_flag("text to continue", metavar="TEXT"),
+    "prompts_file": string_flag("continue each line of a file; writes JSON Lines", type=user_path),
+    "output": string_flag(
         "file for the results of --prompts_file (JSON Lines; resumed if it exists; default: "
         "stdout) or --cases (JSON)",
         type=user_path,
-        metavar="FILE",
     ),
     "max_tokens": flag(200, "maximum number of new tokens", type=SIZE),
     "num_samples": flag(
@@ -2625,23 +2598,15 @@ FLAGS["sampling"] = {
     "repetition_penalty": flag(
         1.0, "penalty on tokens that have occurred; 1: none", type=number(float, 0.01, 100)
     ),
-    "stop": flag(None, "stop before this text", metavar="TEXT"),
-    "draft": flag(None, "draft checkpoint for speculative decoding", metavar="ID"),
+    "stop": string_flag("stop before this text", metavar="TEXT"),
+    "draft": string_flag("draft checkpoint for speculative decoding", metavar="ID"),
 }
 
 FLAGS["reuse"] = {
-    "init_from": flag(
-        None, "initialize from a checkpoint or a Hugging Face folder", metavar="MODEL"
-    ),
+    "init_from": string_flag("initialize from a checkpoint or a Hugging Face folder", "MODEL"),
     "lora_rank": flag(None, "train only LoRA adapters of this rank, on --init_from", type=SIZE),
-    "lora_alpha": flag(
-        None, "LoRA alpha: adapters are scaled by alpha / rank (default: twice the rank)", type=RATE
-    ),
-    "teacher": flag(
-        None,
-        "distill from this model: a checkpoint or a Hugging Face folder",
-        metavar="MODEL",
-    ),
+    "lora_alpha": flag(None, "adapters are scaled by alpha / rank (default: 2 rank)", type=RATE),
+    "teacher": string_flag("distill from this model, named as for --init_from", "MODEL"),
     "teacher_weight": flag(0.5, "weight of the distillation loss", type=SHARE),
     "teacher_temperature": flag(2.0, "distillation temperature", type=number(float, 0.01, 100)),
     "quantize": flag(
@@ -2650,29 +2615,16 @@ FLAGS["reuse"] = {
         type=int,
         choices=[4, 8, 16],
     ),
-    "export": flag(
-        None, "export a checkpoint to a Hugging Face folder or to FILE.gguf", metavar="DIR"
-    ),
+    "export": string_flag("export a checkpoint to a Hugging Face folder or to FILE.gguf", "DIR"),
 }
 
 FLAGS["tools"] = {
     "evaluate": choice(None, ["valid", "test"], "evaluate a checkpoint on a whole split"),
-    "eval_stride": flag(
-        None,
-        "sliding-window stride of --evaluate (default: context_size)",
-        type=SIZE,
-    ),
+    "eval_stride": flag(None, "stride of --evaluate's window (default: context_size)", type=SIZE),
     "benchmark": flag(False, "report parameters, FLOPs, memory and speed, then exit"),
-    "cases": flag(
-        None,
-        "rank the expected continuations of prompts, from YAML files",
-        nargs="+",
-        metavar="FILE",
-    ),
-    "plot": flag(
-        None, "plot the losses of all runs in the folder, or of --identifier", metavar="FILE"
-    ),
-    "attention": flag(None, "plot the attention of each head over --prompt", metavar="FILE"),
+    "cases": string_flag("rank the expected continuations of prompts in YAML files", nargs="+"),
+    "plot": string_flag("plot the losses of all runs in the folder, or of --identifier"),
+    "attention": string_flag("plot the attention of each head over --prompt"),
     "list": flag(False, "list runs and checkpoints"),
     "version": flag(False, "print the versions of main.py, Python, MLX and NumPy"),
 }
