@@ -1,19 +1,43 @@
-"""A corpus from a teacher behind an API: `python datasets.py --distill_from URL ...`.
+"""A corpus from a teacher behind an API.
+
+    python -m extras.collect --distill_from URL --teacher_model NAME --teacher_prompts FILE \\
+        --output DIR [--max_requests N]
 
 Sequence-level distillation (Kim & Rush 2016): a small model is trained on what a large one writes.
 The answers to a list of prompts are saved as they arrive, so an interrupted collection resumes
 where it stopped and requests no saved answer again.
 """
 
-import contextlib
+import signal
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # All answers so far are on disk, so Ctrl+C may exit at once, without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # `python extras/collect.py` looks for modules in extras/ instead of the folder above.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import json
 import os
 import time
-from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from datasets import RunError, UsageError, explained, utf8
+from datasets import (
+    SIZE,
+    Parser,
+    RunError,
+    UsageError,
+    explained,
+    refuse_empty,
+    repair_streams,
+    run_command,
+    underscored,
+    user_path,
+    utf8,
+)
 from extras.results import append_lines, json_line, write_whole
 
 PAUSES = (1, 2, 4, 8, 16, 32, 60)  # seconds between the attempts for one prompt
@@ -24,9 +48,54 @@ CORPUS = "corpus.txt"
 TEMPORARY = (408, 409, 425, 429)
 
 
-def collect(flags):
-    """Collects a corpus as the flags of datasets.py specify. Raises UsageError or RunError."""
-    source, folder = Path(flags.teacher_prompts), Path(flags.output)
+def make_parser():
+    """The command-line parser of this file."""
+    parser = Parser(
+        prog="extras.collect",
+        description="Collects a corpus from a teacher behind an API.",
+        epilog="The key is read from TEACHER_API_KEY, or, of these hosts, from OPENAI_API_KEY or "
+        "GROQ_API_KEY.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--distill_from",
+        metavar="URL",
+        required=True,
+        help="server with OpenAI's chat completions API",
+    )
+    add("--teacher_model", metavar="NAME", required=True, help="the server's model")
+    add(
+        "--teacher_prompts",
+        metavar="FILE",
+        required=True,
+        type=user_path,
+        help="one prompt per line, or the .jsonl that main.py --prompts_file wrote",
+    )
+    add(
+        "--output",
+        metavar="DIR",
+        required=True,
+        type=user_path,
+        help="folder for answers.jsonl and corpus.txt",
+    )
+    add(
+        "--max_requests",
+        metavar="N",
+        type=SIZE,
+        default=1000,
+        help="limit of this session (default: %(default)s)",
+    )
+    return parser
+
+
+def main(arguments):
+    """Collects a corpus as these arguments specify. Raises UsageError or RunError."""
+    flags = make_parser().parse_args([underscored(argument) for argument in arguments])
+    for name, value in vars(flags).items():
+        refuse_empty(name, value)
+    source = Path(flags.teacher_prompts)
+    folder = Path(flags.output)
     for path in (folder / ANSWERS, folder / CORPUS):
         if path.exists() and source.exists() and path.samefile(source):
             raise UsageError(
@@ -46,15 +115,27 @@ def read_prompts(path):
     is_jsonl = str(path).endswith(".jsonl")
     content = "hold what main.py --prompts_file writes, or not be named .jsonl"
     fault = f"--teacher_prompts {path} must {content if is_jsonl else 'be a UTF-8 file'}"
-    with explained(fault, OSError, ValueError, LookupError, TypeError):
+    with explained(fault, OSError, ValueError, LookupError, TypeError, RecursionError):
         text = Path(path).read_text("utf-8")
         if not text:
             raise ValueError("it is empty")
         lines = text.removesuffix("\n").split("\n")  # splitlines would also split at \f
         if not is_jsonl:
             return lines
-        answers = [json.loads(line) for line in lines]
-        return [answer["prompt"] + answer["completion"] for answer in answers]
+        return [read_prompt(line) for line in lines]
+
+
+def read_prompt(line):
+    """The prompt and the completion in a line of JSON, joined.
+
+    Raises ValueError, LookupError, TypeError or RecursionError if there are none.
+    """
+    answer = json.loads(line)
+    parts = [answer["prompt"], answer["completion"]]
+    for part in parts:
+        if not isinstance(part, str):
+            raise TypeError("a prompt or completion is not a string")
+    return "".join(parts)
 
 
 def collect_answers(url, model, prompts, folder, max_requests=1000, timeout=120, say=print):
@@ -65,13 +146,17 @@ def collect_answers(url, model, prompts, folder, max_requests=1000, timeout=120,
     `max_requests` requests are made; the next call resumes. The key (see find_key) is never written
     anywhere. timeout: seconds to wait for the server's next byte.
 
-    Raises UsageError if the address or the key cannot be used, or if answers.jsonl holds other
-    lines or is being written by another process; RunError if one of its lines is damaged, or if
-    the server does not answer.
+    Raises UsageError if the address, the key or the folder cannot be used, or if answers.jsonl
+    holds other lines or is being written by another process; RunError if one of its lines is
+    damaged, or if the server does not answer.
     """
     teacher = Teacher(url, model, max_requests, timeout, say)
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained(f"cannot write to --output {folder}: name a folder of yours", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
     path = folder / ANSWERS
+    corpus = folder / CORPUS
+    if corpus.is_dir():
+        raise UsageError(f"{corpus} is a folder: name another --output")
     heads = [{"prompt": prompt, "model": model} for prompt in prompts]
     out, lines = append_lines(path, heads)
     with out:
@@ -81,7 +166,6 @@ def collect_answers(url, model, prompts, folder, max_requests=1000, timeout=120,
             out.write(line + b"\n")
             out.flush()  # so that no answer that was paid for is lost
             lines.append(line)
-        corpus = folder / CORPUS
         write_corpus(lines, corpus)
     say(f"{len(lines):,} answers are in {path}; train on them with --text {corpus}")
 
@@ -108,21 +192,47 @@ class Reply(NamedTuple):
 KEYS = {"openai.com": "OPENAI_API_KEY", "groq.com": "GROQ_API_KEY"}
 
 
-def find_key(url):
+def find_key(address):
     """The environment variable for a server's key, and the key: (variable, key or "").
 
-    TEACHER_API_KEY is for any server, those in KEYS only for their owners' servers.
+    address: as `check_address` returns it. TEACHER_API_KEY is for any server, those in KEYS only
+    for their owners' servers.
     """
     key = os.environ.get("TEACHER_API_KEY")
     if key:
         return "TEACHER_API_KEY", key
-    host = ""
-    with contextlib.suppress(ValueError):  # `check` reports what is wrong with the address
-        host = urlsplit(url).hostname or ""
+    host = urlsplit(address).hostname
     for owner, variable in KEYS.items():
         if f".{host}".endswith(f".{owner}"):
             return variable, os.environ.get(variable, "")
     return "TEACHER_API_KEY", ""
+
+
+def check_address(url):
+    """The address for requests to the server `url`, exactly as it is sent.
+
+    Raises UsageError unless everyone reads it alike: a key must reach no other host.
+    """
+    import requests
+
+    # requests would take the `localhost` in `localhost:8000` for a scheme.
+    if not url.lower().startswith(("http://", "https://")):
+        raise UsageError(f"--distill_from {url}: give the address with http:// or https://")
+    # Some parsers end the host at a backslash, and drop line ends and tabs.
+    if "\\" in url or not url.isprintable():
+        raise UsageError(
+            f"--distill_from {url!a} holds a backslash or a control character: "
+            "give the address without it"
+        )
+    with explained(f"--distill_from {url} is not a valid address", ValueError):
+        address = requests.Request("POST", f"{url.rstrip('/')}/chat/completions").prepare().url
+        parts = urlsplit(address)
+    if "@" in parts.netloc:
+        raise UsageError(
+            "--distill_from takes no name or password in the address: "
+            "set TEACHER_API_KEY to the key"
+        )
+    return address
 
 
 class Teacher:
@@ -133,31 +243,29 @@ class Teacher:
 
     def __init__(self, url, model, max_requests, timeout, say):
         self.url = url
-        self.address = f"{url.rstrip('/')}/chat/completions"
+        self.address = check_address(url)
         self.model = model
         self.max_requests = max_requests
         self.timeout = timeout
         self.say = say
         self.sent = 0
-        self.key_name, self.key = find_key(url)
-        self.check()
+        self.key_name, self.key = find_key(self.address)
+        self.check_key()
 
-    def check(self):
-        """Raises UsageError if the address or the key cannot be used in a request."""
-        import requests
-
-        # requests would take the `localhost` in `localhost:8000` for a scheme.
-        if not self.url.lower().startswith(("http://", "https://")):
-            raise UsageError(
-                f"--distill_from {self.url}: give the address with http:// or https://"
-            )
-        with explained(f"--distill_from {self.url} is not a valid address", ValueError):
-            requests.Request("POST", self.address).prepare()
+    def check_key(self):
+        """Raises UsageError if the key cannot be sent, or would be sent in clear text."""
         if not (self.key.isascii() and self.key.isprintable()):
             # The message leaves out the key, which is never written anywhere.
             raise UsageError(
                 f"{self.key_name} holds a line end or another character that no header can hold: "
                 "set it to the key alone"
+            )
+        # A TEACHER_API_KEY may be for a server in one's own network.
+        is_owners = self.key_name in KEYS.values()
+        if self.key and is_owners and not self.address.startswith("https:"):
+            raise UsageError(
+                f"--distill_from {self.url} would send {self.key_name} in clear text: "
+                "give the address with https://"
             )
 
     def answer(self, prompt, num_answered):
@@ -207,7 +315,9 @@ class Teacher:
             wait = seconds_asked_for(response)
             status = response.status_code
             if status == 200:
-                content = response.json()["choices"][0]["message"]["content"] or ""
+                content = response.json()["choices"][0]["message"]["content"]
+                if content is None:  # the model has said nothing
+                    content = ""
                 if not isinstance(content, str):
                     raise TypeError("its content is not a string")
                 return Reply(utf8(content))  # a token limit may have split a character
@@ -235,3 +345,8 @@ def seconds_asked_for(response):
     """The seconds in a response's Retry-After, up to ten minutes; 0 if it has none."""
     asked = response.headers.get("Retry-After", "")
     return min(int(asked), 600) if asked.isdigit() else 0
+
+
+if __name__ == "__main__":
+    repair_streams()
+    sys.exit(run_command("extras.collect", main, sys.argv[1:]))
