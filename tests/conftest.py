@@ -1,4 +1,4 @@
-"""What the tests share: the program as a subprocess, the way a user starts it, and small models and texts."""
+"""What the tests share: the program, run the way a user starts it, and small models and texts."""
 
 import functools
 import json
@@ -16,23 +16,38 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MAIN, DATASETS = str(ROOT / "main.py"), str(ROOT / "datasets.py")
+MAIN = str(ROOT / "main.py")
+DATASETS = str(ROOT / "datasets.py")
 sys.path.insert(0, str(ROOT))
 
 INITIAL = dict(os.environ)  # extras/fast.py sets some variables for its own process
-# Each process that loads NumPy would spend 0.05 s of a second core on OpenBLAS's threads waiting for their first product.
+# Each process that loads NumPy would spend 0.05 s of a second core on OpenBLAS's threads, which
+# wait for their first product.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
-import main  # noqa: E402 (before any test imports MLX, which takes the BLAS that is loaded before it)
+# Before any test imports MLX, which takes the BLAS that is loaded before it.
+import main  # noqa: E402
 from datasets import Span  # noqa: E402
 
-TINY = "--dim 16 --num_heads 2 --num_blocks 2 --context_size 8 --batch_size 4 --max_tokens 8".split()
+TINY = (
+    "--dim 16 --num_heads 2 --num_blocks 2 "
+    "--context_size 8 --batch_size 4 --max_tokens 8"
+).split()
 WORDS = "the quick brown fox of the company jumps over a lazy dog".split()
-TEXT = "".join(" ".join(WORDS[i % 5 :] + WORDS[: i % 7]) + " — señor\n" for i in range(400))
+
+
+def line_of_words(i):
+    """Line i of TEXT: the words from one of them on, and then the first few."""
+    words = WORDS[i % 5 :] + WORDS[: i % 7]
+    return " ".join(words) + " — señor\n"
+
+
+TEXT = "".join(map(line_of_words, range(400)))
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "soak: long runs of the fault matrix, only with pytest -m soak")
+    marker = "soak: long runs of the fault matrix, only with pytest -m soak"
+    config.addinivalue_line("markers", marker)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,44 +56,80 @@ def pytest_collection_modifyitems(config, items):
 
 
 def start(*arguments, env=None, program=(MAIN,), **options):
-    """Starts `python main.py *arguments`, or another `program`; signals have their default action even where the tests run in the background."""
+    """Starts `python main.py *arguments`, or another `program`.
+
+    Signals have their default action even where the tests run in the background.
+    """
 
     def default_signals():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
 
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    options = streams | {"text": True, "errors": "surrogateescape"} | options
+    defaults = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "errors": "surrogateescape",
+    }
+    command = [sys.executable, *program, *map(str, arguments)]
     return subprocess.Popen(
-        [sys.executable, *program, *map(str, arguments)],
-        env={**os.environ, **(env or {})}, preexec_fn=default_signals, **options,
-    )  # fmt: skip
+        command,
+        env={**os.environ, **(env or {})},
+        preexec_fn=default_signals,
+        **defaults | options,
+    )
 
 
 def environment(env):
-    """This process's environment with `env` on top, but for what pytest sets for each test, and extras/fast.py when it is used."""
-    own = ("PATH", "OMP_WAIT_POLICY", "OPENBLAS_CORETYPE")
-    lasting = {name: value for name, value in os.environ.items() if name not in (*own, "PYTEST_CURRENT_TEST")}
-    return lasting | {name: INITIAL[name] for name in own if name in INITIAL} | env
+    """This process's environment with `env` on top.
+
+    But for what pytest sets for each test, and extras/fast.py when it is used.
+    """
+    result = dict(os.environ)
+    result.pop("PYTEST_CURRENT_TEST", None)
+    for name in ("PATH", "OMP_WAIT_POLICY", "OPENBLAS_CORETYPE"):
+        result.pop(name, None)
+        if name in INITIAL:
+            result[name] = INITIAL[name]
+    return result | env
 
 
 class ForkServer:
-    """tests/forkserver.py for one program in one environment: a run begins 0.2 s earlier than in a Python of its own."""
+    """tests/forkserver.py for one program in one environment.
+
+    A run begins 0.2 s earlier than in a Python of its own.
+    """
 
     def __init__(self, program, env):
         command = [sys.executable, str(ROOT / "tests" / "forkserver.py"), program]
-        self.process = subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            command,
+            env=env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def run(self, arguments, input, cwd):
-        """Runs `python program *arguments` to its end; returns its exit status, stdout and stderr."""
+        """Runs `python program *arguments` to its end: its exit status, stdout and stderr."""
         with tempfile.TemporaryDirectory() as folder:
-            streams = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
-            for path, content in zip(streams, (input or "", "", "")):
-                path.write_text(content, errors="surrogateescape")
-            request = {"arguments": arguments, "cwd": cwd or os.getcwd(), "streams": streams}
+            stdin = Path(folder, "stdin")
+            stdout = Path(folder, "stdout")
+            stderr = Path(folder, "stderr")
+            stdin.write_text(input or "", errors="surrogateescape")
+            stdout.touch()
+            stderr.touch()
+            request = {
+                "arguments": arguments,
+                "cwd": cwd or os.getcwd(),
+                "streams": [stdin, stdout, stderr],
+            }
             print(json.dumps(request, default=str), file=self.process.stdin, flush=True)
             status = int(self.process.stdout.readline())
-            return status, *(path.read_text(errors="surrogateescape") for path in streams[1:])
+            out = stdout.read_text(errors="surrogateescape")
+            err = stderr.read_text(errors="surrogateescape")
+            return status, out, err
 
 
 @functools.cache
@@ -94,7 +145,8 @@ def run(*arguments, status=0, input=None, program=(MAIN,), cwd=None, env=None, *
     is_file = len(program) == 1
     survives_a_fork = sys.platform == "linux"  # on macOS neither Metal nor Accelerate does
     if survives_a_fork and is_file and not options:
-        server = fork_server(str(program[0]), tuple(sorted(environment(env or {}).items())))
+        variables = environment(env or {})
+        server = fork_server(str(program[0]), tuple(sorted(variables.items())))
         ended, out, err = server.run([*map(str, arguments)], input, cwd)
     else:
         if input is not None:
@@ -116,7 +168,10 @@ def free_ports(count):
 
 
 class Watched:
-    """A file that a save writes, with a `write` that tests can make fail; `watch_files` puts it in the place of open."""
+    """A file that a save writes, with a `write` that tests can make fail.
+
+    `watch_files` puts it in the place of open.
+    """
 
     def __init__(self, path):
         self.file = open(path, "wb")
@@ -135,7 +190,9 @@ class Watched:
 
 
 def watch_files(path, mode="r", **options):
-    return Watched(path) if mode == "wb" else open(path, mode, **options)
+    if mode == "wb":
+        return Watched(path)
+    return open(path, mode, **options)
 
 
 def whole(path, **options):
@@ -145,15 +202,21 @@ def whole(path, **options):
 
 def ids(folder):
     """The ids of the checkpoints in a folder, the one written last first."""
-    paths = sorted(Path(folder).glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return [path.stem for path in paths]
+
+    def written(path):
+        return path.stat().st_mtime_ns
+
+    paths = Path(folder).glob("*.safetensors")
+    return [path.stem for path in sorted(paths, key=written, reverse=True)]
 
 
 @pytest.fixture
 def text(tmp_path):
     """A UTF-8 file of 600 lines to train on."""
     path = tmp_path / "text.txt"
-    path.write_text("".join(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(600)))
+    with path.open("w") as file:
+        for i in range(600):
+            file.write(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n")
     return path
 
 
@@ -176,7 +239,10 @@ class Script:
         assert tokens.ndim == 2 and last <= tokens.shape[1] <= self.config.context_size
         for cache in caches:
             cache.offset = cache.offset + tokens.shape[1]
-        return mx.array([[self.rows(token) for token in row[-last:]] for row in tokens.tolist()])
+        logits = []
+        for row in tokens.tolist():
+            logits.append([self.rows(token) for token in row[-last:]])
+        return mx.array(logits)
 
 
 def nats_of(logits, targets):
@@ -184,7 +250,9 @@ def nats_of(logits, targets):
     logits = np.array(logits, np.float64)
     largest = logits.max(-1, keepdims=True)
     totals = np.log(np.exp(logits - largest).sum(-1)) + largest[..., 0]
-    return totals - np.take_along_axis(logits, np.asarray(targets, np.int64)[..., None], -1)[..., 0]
+    indices = np.asarray(targets, np.int64)[..., None]
+    chosen = np.take_along_axis(logits, indices, -1)[..., 0]
+    return totals - chosen
 
 
 def loss_of(model, tokens, targets, weights=1.0, noise=()):
@@ -199,7 +267,10 @@ def set_streams(monkeypatch):
     from extras import fast
 
     def set_streams(count):
-        monkeypatch.setattr(fast, "count_streams", lambda rows, context_size: min(rows, count))
+        def count_streams(rows, context_size):
+            return min(rows, count)
+
+        monkeypatch.setattr(fast, "count_streams", count_streams)
 
     return set_streams
 
@@ -207,17 +278,18 @@ def set_streams(monkeypatch):
 @pytest.fixture
 def base(tmp_path, text):
     """A folder with one checkpoint, 20 steps old, and its id."""
-    line = [*TINY, "--mlp", "swiglu", "--learning_rate", 0.01, "--lr_warmup", 5, "--num_iters", 20]
-    run("--text", text, *line, "--save_dir", tmp_path / "lm")
-    return tmp_path / "lm", ids(tmp_path / "lm")[0]
+    folder = tmp_path / "lm"
+    schedule = ["--learning_rate", 0.01, "--lr_warmup", 5, "--num_iters", 20]
+    run("--text", text, *TINY, "--mlp", "swiglu", *schedule, "--save_dir", folder)
+    return folder, ids(folder)[0]
 
 
 def train_small(folder, tokenizer):
     """A folder with a small model and without the text it was trained on."""
     path = folder / "text.txt"
     path.write_text(TEXT)
-    line = [*TINY, "--tokenizer", tokenizer, "--learning_rate", 0.01, "--lr_warmup", 10, "--num_iters", 100]
-    run("--text", path, *line, "--save_dir", folder / "lm")
+    schedule = ["--learning_rate", 0.01, "--lr_warmup", 10, "--num_iters", 100]
+    run("--text", path, *TINY, "--tokenizer", tokenizer, *schedule, "--save_dir", folder / "lm")
     path.unlink()
     return folder / "lm"
 
