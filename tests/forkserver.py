@@ -1,9 +1,10 @@
-"""Runs a program as often as it is asked to, each time in a fork of this process, which has imported what the program imports.
+"""Runs a program as often as it is asked to, each time in a fork of this process.
 
     python tests/forkserver.py PROGRAM
 
-That takes most of the time of a short run. All else is as in `python PROGRAM`: the fork runs the file as __main__, with
-arguments, working directory and standard streams of its own, and ends as Python ends, but for freeing the memory.
+This process has imported what the program imports, which takes most of the time of a short run.
+All else is as in `python PROGRAM`: the fork runs the file as __main__, with arguments, working
+directory and standard streams of its own, and ends as Python ends, but for freeing the memory.
 tests/conftest.py asks: one JSON line on stdin for each run, answered by its exit status on stdout.
 """
 
@@ -11,6 +12,7 @@ import atexit
 import ctypes
 import gc
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -25,14 +27,41 @@ TIMEOUT = 300  # seconds
 
 def open_streams(paths):
     """Puts files in the place of stdin, stdout and stderr, opened as Python opens its own."""
-    for number, (name, path) in enumerate(zip(("stdin", "stdout", "stderr"), paths)):
-        is_input = name == "stdin"
-        file = os.open(path, os.O_RDONLY if is_input else os.O_WRONLY | os.O_TRUNC)
+    for number, path in enumerate(paths):
+        name = ("stdin", "stdout", "stderr")[number]
+        if name == "stdin":
+            mode = "r"
+            access = os.O_RDONLY
+        else:
+            mode = "w"
+            access = os.O_WRONLY | os.O_TRUNC
+        file = os.open(path, access)
         os.dup2(file, number)
         os.close(file)
-        settings = {"encoding": getattr(sys, name).encoding, "errors": getattr(sys, name).errors}
-        buffering = 1 if name == "stderr" else -1
-        setattr(sys, name, open(number, "r" if is_input else "w", buffering, closefd=False, **settings))
+        buffering = -1
+        if name == "stderr":
+            buffering = 1  # by the line
+        old = getattr(sys, name)
+        new = open(
+            number,
+            mode,
+            buffering,
+            encoding=old.encoding,
+            errors=old.errors,
+            closefd=False,
+        )
+        setattr(sys, name, new)
+
+
+def prepare(request):
+    """Makes a fork's signals, folder, streams and arguments those of the run that is asked for."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.alarm(TIMEOUT)
+    os.chdir(request["cwd"])
+    open_streams(request["streams"])
+    sys.argv = [str(PROGRAM), *request["arguments"]]
 
 
 def serve():
@@ -41,33 +70,42 @@ def serve():
         request = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
-            signal.alarm(TIMEOUT)
-            os.chdir(request["cwd"])
-            open_streams(request["streams"])
-            sys.argv = [str(PROGRAM), *request["arguments"]]
+            prepare(request)
             return True
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
     return False
 
 
-def generate_kernels():
-    """Makes oneDNN generate its kernels once for all forks, each of which would need 20 ms for them.
+def address_of(matrix):
+    return matrix.ctypes.data_as(ctypes.c_void_p)
 
-    By one thread alone: a pool of threads would not survive a fork.
+
+def generate_kernels():
+    """Makes oneDNN generate its kernels once for all forks.
+
+    Each of them would need 20 ms for that. By one thread alone: a pool would not survive a fork.
     """
     fast = sys.modules.get("extras.fast")
     if fast is None or fast.forwarder is None:
         return
-    matrix = numpy.ones((64, 64), numpy.float32)
-    result = numpy.ones((64, 64), numpy.float32)
-    given = [matrix.ctypes.data_as(ctypes.c_void_p), 64]
-    for names in ((111, 111), (111, 112), (112, 111), (112, 112)):  # of cblas: not transposed, transposed
-        sizes = (64, 64, 64, ctypes.c_float(1), *given, *given, ctypes.c_float(0))
-        fast.forwarder.cblas_sgemm(101, *names, *sizes, result.ctypes.data_as(ctypes.c_void_p), 64)
+    size = 64
+    matrix = numpy.ones((size, size), numpy.float32)
+    result = numpy.ones((size, size), numpy.float32)
+    # The names that cblas.h gives these numbers: CblasRowMajor, CblasNoTrans, CblasTrans.
+    row_major = 101
+    plain = 111
+    transposed = 112
+    for left, right in itertools.product((plain, transposed), repeat=2):
+        fast.forwarder.cblas_sgemm(
+            *(row_major, left, right),
+            *(size, size, size),
+            ctypes.c_float(1),
+            *(address_of(matrix), size),
+            *(address_of(matrix), size),
+            ctypes.c_float(0),
+            *(address_of(result), size),
+        )
 
 
 def execute(code):
@@ -84,7 +122,10 @@ def execute(code):
 
 
 def leave(status):
-    """What Python does at the end, but for freeing the memory: in a fork that would copy all of it first."""
+    """What Python does at the end, but for freeing the memory.
+
+    In a fork that would copy all of it first.
+    """
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
