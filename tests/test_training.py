@@ -30,6 +30,10 @@ def records(folder):
     return main.list_checkpoints(folder)
 
 
+def newest_record(folder):
+    return records(folder)[0]
+
+
 def scored_iterations(record):
     return [iteration for iteration, _ in record["scores"]]
 
@@ -165,7 +169,8 @@ def test_an_older_checkpoint_begins_a_branch(tmp_path, text):
     assert re.search(told, out)
     assert {older, newer} < set(ids(tmp_path))
     assert len(ids(tmp_path)) == 4
-    assert len({record["run"] for record in records(tmp_path)}) == 2
+    runs = {record["run"] for record in records(tmp_path)}
+    assert len(runs) == 2
 
 
 def test_the_best_of_a_branch_stays_where_the_old_run_goes_on(tmp_path, text):
@@ -236,16 +241,17 @@ def test_evaluation_lines_and_late_score(tmp_path, text):
     scores = re.findall(r"^valid (\d+\.\d{4}) nats, perplexity .* bits per byte", out, re.M)
     assert len(scores) == 3
 
-    record = records(whole)[0]
+    record = newest_record(whole)
     assert scored_iterations(record) == [20, 40, 60]
-    assert record["best"]["nats"] == min(nats for _, nats in record["scores"])
+    lowest = min(nats for _, nats in record["scores"])
+    assert record["best"]["nats"] == lowest
 
     process = start_code(KILLED_AT_ITS_SECOND_EVALUATION, *line, "--save_dir", killed)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
     out, _ = run(*line, "--save_dir", killed)
     assert re.findall(r"^valid (\d+\.\d{4}) nats", out, re.M) == scores[1:]
-    again = records(killed)[0]
+    again = newest_record(killed)
     assert again["scores"] == record["scores"]
     assert again["best"] == record["best"]
     assert again["id"] == record["id"]
@@ -278,7 +284,7 @@ def test_eval_tokens(tmp_path, text):
     scored = {0: valid, 100: valid[:101]}
     for eval_tokens, tokens in scored.items():
         out, _ = run(*line, "--eval_tokens", eval_tokens)
-        model, _ = main.load_model(tmp_path, records(tmp_path)[0])
+        model, _ = main.load_model(tmp_path, newest_record(tmp_path))
         nats = main.evaluate(model, tokens, 3)
         assert f"valid {nats:.4f} nats" in out
 
@@ -386,7 +392,8 @@ def test_losses_go_down_and_reports_are_whole(tmp_path, text):
     anything_more = "  (?:.*  )?"
     pattern = anything_more.join([r"^([\d,]+)/200", *REPORTED])
     reports = re.findall(pattern, out, re.M)
-    assert [int(iteration) for iteration, _ in reports] == list(range(10, 201, 10))
+    iterations = [int(iteration) for iteration, _ in reports]
+    assert iterations == list(range(10, 201, 10))
     first_loss = float(reports[0][1])
     last_loss = float(reports[-1][1])
     assert first_loss > 5 > 3 > last_loss
@@ -419,7 +426,7 @@ def test_patience_counts_over_interrupts(tmp_path, text):
     line = ["--text", text, *TINY, *schedule, "--patience", 3]
     out, _ = run(*line, "--save_dir", whole)
     assert "Stopped: no improvement in 3 evaluations (--patience)" in out
-    assert scored_iterations(records(whole)[0]) == [2, 4, 6, 8]
+    assert scored_iterations(newest_record(whole)) == [2, 4, 6, 8]
 
     line_of_parts = [*line, "--save_dir", parts]
     run(*line_of_parts, "--num_iters", 4)
@@ -428,17 +435,17 @@ def test_patience_counts_over_interrupts(tmp_path, text):
     assert process.returncode == -signal.SIGKILL
     run(*line_of_parts)
     assert ids(parts)[0] == ids(whole)[0]
-    assert records(parts)[0]["scores"] == records(whole)[0]["scores"]
+    assert newest_record(parts)["scores"] == newest_record(whole)["scores"]
     out, _ = run(*line_of_parts)  # once more: it has nothing to do
     assert "in 3 evaluations (--patience)" in out
-    assert records(parts)[0]["iteration"] == 8
+    assert newest_record(parts)["iteration"] == 8
     run(*line_of_parts, "--patience", 4)
-    assert records(parts)[0]["iteration"] == 10
+    assert newest_record(parts)["iteration"] == 10
 
     # An end off the schedule is scored, but no miss.
     run(*line, "--save_dir", odd, "--num_iters", 5)
     run(*line, "--save_dir", odd, "--num_iters", 20)
-    assert scored_iterations(records(odd)[0]) == [2, 4, 5, 6, 8]
+    assert scored_iterations(newest_record(odd)) == [2, 4, 5, 6, 8]
 
 
 def test_patience_does_not_depend_on_where_a_leg_ended(tmp_path, text):
@@ -450,7 +457,7 @@ def test_patience_does_not_depend_on_where_a_leg_ended(tmp_path, text):
     line = ["--text", text, *TINY, *schedule, "--save_dir", tmp_path]
     run(*line, "--learning_rate", 1e-3, "--num_iters", 5)
     run(*line, "--learning_rate", 0, "--num_iters", 20)  # from here on nothing changes
-    iterations, scores = zip(*records(tmp_path)[0]["scores"])
+    iterations, scores = zip(*newest_record(tmp_path)["scores"])
     assert iterations == (2, 4, 5, 6, 8, 10, 12)
     assert scores[1] > scores[2] == scores[-1]
 
@@ -479,7 +486,7 @@ def test_max_minutes_ends_a_leg_and_changes_nothing(tmp_path, text):
     line = ["--text", text, *TINY, *DROPOUT, "--steps_per_eval", 100000]
     limited = ["--max_minutes", 0.005, "--eval_test", "--test_text", text]
     out, _ = run(*line, "--save_dir", legs, *limited)
-    stopped = records(legs)[0]
+    stopped = newest_record(legs)
     iteration = stopped["iteration"]
     assert 0 < iteration < 100000
     assert stopped["scores"] == []
@@ -585,22 +592,24 @@ def raw_weights(folder):
 
     With --average those in the other file.
     """
-    weights_file, metadata_file = main.files_of(folder, records(folder)[0])
+    weights_file, metadata_file = main.files_of(folder, newest_record(folder))
     raw = {}
     for name, array in main.load_arrays(metadata_file).items():
         if name.startswith("weights."):
-            raw[name.removeprefix("weights.")] = np.array(array)
-    if raw:
-        return raw
-    weights = main.load_arrays(weights_file)
-    return {name: np.array(array) for name, array in weights.items()}
+            raw[name.removeprefix("weights.")] = array
+    if not raw:
+        raw = main.load_arrays(weights_file)
+    return {name: np.array(array) for name, array in raw.items()}
 
 
 def averaged_weights(folder, share):
     """The average of the weights of all of a run's checkpoints, oldest first."""
-    steps = sorted(records(folder), key=lambda record: record["iteration"])
+
+    def iteration(record):
+        return record["iteration"]
+
     average = None
-    for i, record in enumerate(steps):
+    for i, record in enumerate(sorted(records(folder), key=iteration)):
         weights_file, _ = main.files_of(folder, record)
         weights = main.load_arrays(weights_file)
         average = main.average_weights(average, weights, i, share)
@@ -615,7 +624,7 @@ def test_average_is_what_is_scored_saved_and_sampled(tmp_path, text):
     out, _ = run(*line, "--average", 0.25, "--save_dir", tmp_path / "average")
 
     average = averaged_weights(tmp_path / "plain", 0.25)
-    newest = records(tmp_path / "average")[0]
+    newest = newest_record(tmp_path / "average")
     model, tokenizer = main.load_model(tmp_path / "average", newest)
     for name, weight in tree_flatten(model.parameters()):
         expected = np.array(average[name])
