@@ -9,38 +9,62 @@ from datasets import UsageError
 
 
 def make_batches(length=103, context_size=8, batch_size=4, seed=1):
-    return main.Batches(np.arange(length).astype(np.uint16), context_size, batch_size, seed)
+    tokens = np.arange(length).astype(np.uint16)
+    return main.Batches(tokens, context_size, batch_size, seed)
+
+
+def steps_per_epoch(batches):
+    """The whole batches of an epoch; windows that are too few for one are repeated."""
+    windows = len(batches.perm)
+    return max(1, windows // batches.batch_size)
 
 
 def take(batches):
-    """The next batch as NumPy arrays, checked: on tokens that count up, each target is its input plus one."""
-    inputs, targets = (np.array(array) for array in batches.next())
-    assert inputs.shape == targets.shape == (batches.batch_size, batches.context_size)
+    """The next batch as NumPy arrays, checked.
+
+    On tokens that count up, each target is its input plus one.
+    """
+    inputs, targets = map(np.array, batches.next())
+    shape = (batches.batch_size, batches.context_size)
+    assert inputs.shape == targets.shape == shape
     assert inputs.dtype == targets.dtype == np.int32
-    np.testing.assert_array_equal(inputs, inputs[:, :1] + np.arange(batches.context_size))
+    starts = inputs[:, :1]
+    np.testing.assert_array_equal(inputs, starts + np.arange(batches.context_size))
     np.testing.assert_array_equal(targets, inputs + 1)
     return inputs, targets
 
 
+def take_starts(batches):
+    """The first tokens of the next batch's windows."""
+    inputs, _ = take(batches)
+    return inputs[:, 0]
+
+
 def take_epoch(batches):
     """The first tokens of the windows of one epoch, and its offset."""
-    starts = [take(batches)[0][:, 0]]
-    epoch, offset = batches.epoch, batches.offset
-    for _ in range(max(1, len(batches.perm) // batches.batch_size) - 1):
-        starts.append(take(batches)[0][:, 0])
+    starts = [take_starts(batches)]
+    epoch = batches.epoch
+    offset = batches.offset
+    for _ in range(steps_per_epoch(batches) - 1):
+        starts.append(take_starts(batches))
         assert batches.epoch == epoch
     return np.concatenate(starts), offset
 
 
 @pytest.mark.parametrize("length, context_size, batch_size", [
-    (103, 8, 1), (103, 8, 4), (1000, 7, 5), (50, 1, 3), (9, 8, 1),
+    (103, 8, 1),
+    (103, 8, 4),
+    (1000, 7, 5),
+    (50, 1, 3),
+    (9, 8, 1),
 ])  # fmt: skip
 def test_an_epoch_has_each_window_at_most_once(length, context_size, batch_size):
     batches = make_batches(length, context_size, batch_size)
     for _ in range(5):
         starts, offset = take_epoch(batches)
         possible = np.arange(offset, length - context_size, context_size)
-        assert len(set(starts)) == len(starts) == len(possible) // batch_size * batch_size  # a rest is dropped
+        in_whole_batches = len(possible) // batch_size * batch_size  # a rest is dropped
+        assert len(set(starts)) == len(starts) == in_whole_batches
         assert set(starts) <= set(possible)
         assert len(possible) - len(starts) < batch_size
     before = batches.epoch
@@ -57,23 +81,26 @@ def test_an_epoch_of_whole_batches_has_every_window():
 
 def test_steps_per_epoch_counts_whole_batches():
     batches = make_batches(length=8 * 11 + 8 + 1)  # 11 or 12 windows, by the offset
-    assert max(1, len(batches.perm) // batches.batch_size) == len(batches.perm) // 4
-    for _ in range(max(1, len(batches.perm) // batches.batch_size)):
+    assert steps_per_epoch(batches) == len(batches.perm) // 4
+    for _ in range(steps_per_epoch(batches)):
         take(batches)
     assert batches.epoch == 0
     take(batches)
-    assert batches.epoch == 1 and batches.place == 4
+    assert batches.epoch == 1
+    assert batches.place == 4
 
 
 @pytest.mark.parametrize("length", [9, 10, 12, 16, 17, 100, 103])
 def test_offsets_change_and_leave_no_token_out(length):
     batches = make_batches(length, batch_size=1)
-    offsets, targets = set(), set()
-    for _ in range(60 * max(1, len(batches.perm) // batches.batch_size)):
-        targets.update(take(batches)[1].ravel().tolist())
-        offsets.add(batches.offset)
-    assert targets == set(range(1, length))  # all but the first, which nothing can predict
-    assert offsets == set(range(min(8, length - 8)))  # all that leave room for a window
+    all_offsets = set()
+    all_targets = set()
+    for _ in range(60 * steps_per_epoch(batches)):
+        _, targets = take(batches)
+        all_targets.update(targets.ravel().tolist())
+        all_offsets.add(batches.offset)
+    assert all_targets == set(range(1, length))  # all but the first, which nothing can predict
+    assert all_offsets == set(range(min(8, length - 8)))  # all that leave room for a window
 
 
 def test_orders_change_between_epochs():
@@ -87,23 +114,26 @@ def test_orders_change_between_epochs():
 
 def test_a_rest_is_dropped_and_other_windows_get_their_turn():
     batches = make_batches(length=8 * 7 + 1, batch_size=4)  # 6 or 7 windows
-    assert max(1, len(batches.perm) // batches.batch_size) == 1
-    seen = []
+    assert steps_per_epoch(batches) == 1
+    seen = set()
     for epoch in range(8):
-        inputs, _ = take(batches)
-        assert batches.epoch == epoch and len(set(inputs[:, 0])) == 4
-        seen.append(tuple(inputs[:, 0]))
-    assert len(set(seen)) > 1
+        starts = take_starts(batches)
+        assert batches.epoch == epoch
+        assert len(set(starts)) == 4
+        seen.add(tuple(starts))
+    assert len(seen) > 1
 
 
 def test_fewer_windows_than_the_batch_repeat():
     batches = make_batches(length=8 * 4 + 1, batch_size=11)  # 3 or 4 windows
     for epoch in range(10):
-        inputs, _ = take(batches)
-        assert batches.epoch == epoch and max(1, len(batches.perm) // batches.batch_size) == 1
+        starts = take_starts(batches)
+        assert batches.epoch == epoch
+        assert steps_per_epoch(batches) == 1
         windows = (32 - batches.offset) // 8
-        counts = np.unique(inputs[:, 0], return_counts=True)[1]
-        assert len(counts) == windows and counts.max() - counts.min() <= 1  # each as often as any other, but for one
+        _, counts = np.unique(starts, return_counts=True)
+        assert len(counts) == windows
+        assert counts.max() - counts.min() <= 1  # each as often as any other, but for one
 
 
 def test_shortest_text():
@@ -130,29 +160,42 @@ def test_a_state_goes_on_in_fresh_batches(steps, length, batch_size):
     for _ in range(steps):
         batches.next()
     fresh = make_batches(length, batch_size=batch_size)
-    fresh.restore(json.loads(json.dumps(batches.state())), batches.perm.copy())  # as a checkpoint does
+    state = json.loads(json.dumps(batches.state()))  # as a checkpoint does
+    fresh.restore(state, batches.perm.copy())
     for _ in range(20):  # into the next epochs
-        np.testing.assert_array_equal(take(batches)[0], take(fresh)[0])
+        expected, _ = take(batches)
+        inputs, _ = take(fresh)
+        np.testing.assert_array_equal(expected, inputs)
 
 
 def test_the_seed_decides():
-    first, same, other = make_batches(), make_batches(), make_batches(seed=2)
-    pairs = [(take(first)[0], take(same)[0], take(other)[0]) for _ in range(20)]
-    assert all((a == b).all() for a, b, _ in pairs)
-    assert sum((a == c).all() for a, _, c in pairs) == 0
+    first = make_batches()
+    same = make_batches()
+    other = make_batches(seed=2)
+    for _ in range(20):
+        inputs, _ = take(first)
+        same_inputs, _ = take(same)
+        other_inputs, _ = take(other)
+        assert (inputs == same_inputs).all()
+        assert not (inputs == other_inputs).all()
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_another_batch_size_goes_on_in_the_same_epoch(size):
     batches = make_batches(length=8 * 20 + 1)
-    seen = [take(batches)[0][:, 0] for _ in range(2)]
-    perm, offset = batches.perm.copy(), batches.offset
+    seen = [take_starts(batches), take_starts(batches)]
+    perm = batches.perm.copy()
+    offset = batches.offset
     batches.batch_size = size
     for i in range((len(perm) - 8) // size):
-        start = 8 + i * size
-        seen.append(take(batches)[0][:, 0])
-        np.testing.assert_array_equal(seen[-1], offset + perm[start : start + size] * 8)
-    assert batches.epoch == 0 and len(set(np.concatenate(seen))) == sum(map(len, seen))
+        place = 8 + i * size
+        windows = perm[place : place + size]
+        starts = take_starts(batches)
+        np.testing.assert_array_equal(starts, offset + windows * 8)
+        seen.append(starts)
+    assert batches.epoch == 0
+    all_starts = np.concatenate(seen)
+    assert len(set(all_starts)) == len(all_starts)
     take(batches)
     assert batches.epoch == 1
 
@@ -165,4 +208,5 @@ def test_a_batch_larger_than_what_is_left_begins_an_epoch():
     assert batches.epoch == 1
     batches.batch_size = 2
     take(batches)
-    assert batches.epoch == 2 and batches.place == 2
+    assert batches.epoch == 2
+    assert batches.place == 2
