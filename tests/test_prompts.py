@@ -1,4 +1,7 @@
-"""Talking to a checkpoint: from a pipe and in a terminal, with no corpus at hand, whatever is typed."""
+"""Talking to a checkpoint: from a pipe and in a terminal.
+
+With no corpus at hand, whatever is typed.
+"""
 
 import fcntl
 import os
@@ -22,49 +25,79 @@ def talk(folder, prompts, *arguments):
     return run("--inference", "--save_dir", folder, *arguments, input=prompts)
 
 
+def replies_of(folder, prompts, *arguments):
+    """What such a session says on stdout."""
+    out, _ = talk(folder, prompts, *arguments)
+    return out
+
+
 def count_tokens(folder, replies):
-    """Tokens of a word model's replies: words and line ends, the one included that closes each reply."""
-    replies = replies.removesuffix(talk(folder, "")[0])  # what ends a session
+    """Tokens of a word model's replies: words and line ends.
+
+    The line end that closes each reply included.
+    """
+    end = replies_of(folder, "")  # what ends a session
+    replies = replies.removesuffix(end)
     return len(replies.split()) + replies.count("\n")
 
 
-# ---- From a pipe ----------------------------------------------------------------------------------------------------
+# From a pipe
 
 
 def test_reply(model):
     out, err = talk(model, "the company\n")
-    assert len(out) > 20 and out.endswith("\n") and "the company" not in out[:11], "the continuation, not the prompt"
-    assert re.fullmatch(rf"text-[0-9a-f]{{6}}, iteration 100, checkpoint {ids(model)[0][:12]}\n", err)
-    assert len(set(re.findall(r"\w+", out)) & set(WORDS)) >= 2, "it has learnt a little"
+    assert len(out) > 20
+    assert out.endswith("\n")
+    assert "the company" not in out[:11], "the continuation, not the prompt"
+    prefix = ids(model)[0][:12]
+    assert re.fullmatch(rf"text-[0-9a-f]{{6}}, iteration 100, checkpoint {prefix}\n", err)
+    known = set(re.findall(r"\w+", out)) & set(WORDS)
+    assert len(known) >= 2, "it has learnt a little"
 
 
 def test_nothing_asked(model):
     out, err = talk(model, "")
-    assert out.strip() == "" and err.count("\n") == 1
+    assert out.strip() == ""
+    assert err.count("\n") == 1
 
 
 def test_each_line_gets_a_reply(word_model):
     prompts = ["the company", "", "a lazy", "  fox  ", "the company"]
     out, err = talk(word_model, "\n".join(prompts), "--max_tokens", 5)  # the last line has no end
-    assert count_tokens(word_model, out) == len(prompts) * (5 + 1) and "<unk>" not in err
-    assert out.startswith(talk(word_model, prompts[0], "--max_tokens", 5)[0])
+    assert count_tokens(word_model, out) == len(prompts) * (5 + 1)
+    assert "<unk>" not in err
+    first = replies_of(word_model, prompts[0], "--max_tokens", 5)
+    assert out.startswith(first)
 
 
 def test_the_conversation_counts_until_it_is_reset(byte_model):
-    """Greedy replies to the same line differ after other lines, and are the first one's after /reset."""
+    """Greedy replies to one line differ after other lines, and are the first one's after /reset."""
     hot = ["--temperature", 3, "--max_tokens", 30]
-    first = talk(byte_model, "the company\n", *hot)[0]
-    assert talk(byte_model, "the company\nthe company\n", *hot)[0] != 2 * first
-    assert talk(byte_model, "the company\n/reset\nthe company\n", *hot)[0] == 2 * first
+    first = replies_of(byte_model, "the company\n", *hot)
+    continued = replies_of(byte_model, "the company\nthe company\n", *hot)
+    reset = replies_of(byte_model, "the company\n/reset\nthe company\n", *hot)
+    assert continued != 2 * first
+    assert reset == 2 * first
 
 
 def test_commands(model):
-    cold, hot = (talk(model, "the company\n", "--temperature", t, "--seed", 7)[0] for t in (0, 3))
-    lines = ["/set temperature 0", "the company", "/reset", "/set temperature 3", "/set seed 7", "the company"]
-    assert talk(model, "\n".join(lines))[0] == cold + hot
-    assert talk(model, "the company\n/quit \nthe company\n", "--temperature", 0)[0].rstrip("\n") == cold.rstrip("\n")
-    out, err = talk(model, "/stats\nthe company\n/stats\n/reset\nthe company\n", "--temperature", 0)
-    assert out == 2 * cold and len(re.findall(r"^[\d,.]+ tokens/s$", err, re.M)) == 1
+    cold = replies_of(model, "the company\n", "--temperature", 0, "--seed", 7)
+    hot = replies_of(model, "the company\n", "--temperature", 3, "--seed", 7)
+    lines = [
+        "/set temperature 0",
+        "the company",
+        "/reset",
+        "/set temperature 3",
+        "/set seed 7",
+        "the company",
+    ]
+    assert replies_of(model, "\n".join(lines)) == cold + hot
+    left = replies_of(model, "the company\n/quit \nthe company\n", "--temperature", 0)
+    assert left.rstrip("\n") == cold.rstrip("\n")
+    lines = "/stats\nthe company\n/stats\n/reset\nthe company\n"
+    out, err = talk(model, lines, "--temperature", 0)
+    assert out == 2 * cold
+    assert len(re.findall(r"^[\d,.]+ tokens/s$", err, re.M)) == 1
 
 
 @pytest.mark.parametrize("line, words", [
@@ -79,45 +112,65 @@ def test_commands(model):
 ])  # fmt: skip
 def test_commands_that_are_none(word_model, line, words):
     out, err = talk(word_model, f"{line}\nthe company\n")
-    assert all(word in err for word in words) and "Traceback" not in err
-    assert out == talk(word_model, "the company\n")[0], "nothing else happened"
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err
+    assert out == replies_of(word_model, "the company\n"), "nothing else happened"
 
 
 def test_words_never_seen(word_model):
     out, err = talk(word_model, "the zebra of Zürich\n")
     assert err.splitlines()[1] == "Not in the vocabulary, read as <unk>: zebra Zürich"
     assert out.strip()
-    assert talk(word_model, "the ape of Ulm\n")[0] == out, "both are <unk>"
+    assert replies_of(word_model, "the ape of Ulm\n") == out, "both are <unk>"
 
 
 def test_only_words_never_seen(word_model):
-    assert talk(word_model, "zebra\n")[0].strip()
+    assert replies_of(word_model, "zebra\n").strip()
 
 
-@pytest.mark.parametrize("prompt", ["the company of the fox " * 500, "x" * 20000], ids=["words", "letters"])
+LONG_PROMPTS = {
+    "words": "the company of the fox " * 500,
+    "letters": "x" * 20000,
+}
+
+
+@pytest.mark.parametrize("prompt", LONG_PROMPTS.values(), ids=LONG_PROMPTS)
 def test_prompt_beyond_the_context(model, prompt):
-    assert talk(model, prompt + "\n")[0].strip()
+    assert replies_of(model, prompt + "\n").strip()
 
 
-@pytest.mark.parametrize(
-    "prompt", ["\udcff\udcfe", "the \udcff company\udce2\udc82", "\0\x1b[31m\x0c\x85 fox", "\ufeffthe"], ids=ascii
-)
+ODD_PROMPTS = [
+    "\udcff\udcfe",
+    "the \udcff company\udce2\udc82",
+    "\0\x1b[31m\x0c\x85 fox",
+    "\ufeffthe",
+]
+
+
+@pytest.mark.parametrize("prompt", ODD_PROMPTS, ids=ascii)
 def test_odd_bytes(model, prompt):
     out, err = talk(model, f"{prompt}\n/reset\nthe company\n")
-    assert out.endswith(talk(model, "the company\n")[0]) and "Traceback" not in err
+    assert out.endswith(replies_of(model, "the company\n"))
+    assert "Traceback" not in err
 
 
 def test_two_files_are_enough(model, tmp_path):
+    stem = ids(model)[0]
     for kind in ("safetensors", "metadata"):
-        shutil.copy(model / f"{ids(model)[0]}.{kind}", tmp_path)
+        shutil.copy(model / f"{stem}.{kind}", tmp_path)
     assert talk(tmp_path, "the company\n") == talk(model, "the company\n")
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".metadata", ".safetensors"], "nothing is left there"
+    left = sorted(path.suffix for path in tmp_path.iterdir())
+    assert left == [".metadata", ".safetensors"], "nothing is left there"
 
 
 def test_identifier(word_model):
-    name = talk(word_model, "")[1].split(",")[0]
-    for identifier in (name, "latest", ids(word_model)[0][:7]):
-        assert talk(word_model, "the\n", "--identifier", identifier) == talk(word_model, "the\n")
+    _, err = talk(word_model, "")
+    name = err.split(",")[0]
+    prefix = ids(word_model)[0][:7]
+    for identifier in (name, "latest", prefix):
+        named = talk(word_model, "the\n", "--identifier", identifier)
+        assert named == talk(word_model, "the\n")
 
 
 def test_seed_and_temperature(model):
@@ -125,48 +178,68 @@ def test_seed_and_temperature(model):
     first = talk(model, "the company\n", *hot)
     assert talk(model, "the company\n", *hot) == first, "the same seed gives the same text"
     assert talk(model, "the company\n", *hot, "--seed", 1) != first
-    cold = [talk(model, "the company\n", "--temperature", 0, "--seed", seed)[0] for seed in (1, 2)]
-    assert cold[0] == cold[1] == talk(model, "the company\n", "--top_k", 1)[0]
+    cold = replies_of(model, "the company\n", "--temperature", 0, "--seed", 1)
+    again = replies_of(model, "the company\n", "--temperature", 0, "--seed", 2)
+    likeliest = replies_of(model, "the company\n", "--top_k", 1)
+    assert cold == again == likeliest
 
 
 @pytest.mark.parametrize("count", [1, 7, 30])
 def test_max_tokens(word_model, count):
-    assert count_tokens(word_model, talk(word_model, "the company\n", "--max_tokens", count)[0]) == count + 1
+    replies = replies_of(word_model, "the company\n", "--max_tokens", count)
+    assert count_tokens(word_model, replies) == count + 1
 
 
 def test_text_comes_before_the_reply_is_over(model):
+    arguments = ["--inference", "--save_dir", model, "--max_tokens", 1000000]
     process = start(
-        "--inference", "--save_dir", model, "--max_tokens", 1000000,
-        stdin=subprocess.PIPE, errors="replace", env={"PYTHONUNBUFFERED": ""},
-    )  # fmt: skip
+        *arguments,
+        stdin=subprocess.PIPE,
+        errors="replace",
+        env={"PYTHONUNBUFFERED": ""},
+    )
     process.stdin.write("the company\n")
     process.stdin.flush()
-    assert process.stdout.read(20).strip() and process.poll() is None
+    assert process.stdout.read(20).strip()
+    assert process.poll() is None
     process.kill()
     process.communicate()
 
 
-# ---- One prompt -----------------------------------------------------------------------------------------------------
+# One prompt
 
 
 def test_prompt(model):
     out, err = run("--prompt", "the company", "--save_dir", model)
-    assert out.rstrip("\n") == talk(model, "the company\n")[0].rstrip("\n") != ""
-    assert ids(model)[0][:12] in err and "tokens/s" in err
-    assert run("--prompt", "", "--save_dir", model)[0].strip()
+    from_a_pipe = replies_of(model, "the company\n")
+    assert out.rstrip("\n") == from_a_pipe.rstrip("\n") != ""
+    assert ids(model)[0][:12] in err
+    assert "tokens/s" in err
+    out, _ = run("--prompt", "", "--save_dir", model)
+    assert out.strip()
 
 
 def test_samples_of_a_prompt(model):
-    line = ["--prompt", "the company", "--save_dir", model, "--temperature", 3, "--max_tokens", 20]
-    samples = run(*line, "--num_samples", 3, "--seed", 5)[0].split("-" * 15 + "\n")
-    assert samples == [run(*line, "--seed", seed)[0] for seed in (5, 6, 7)] and len(set(samples)) == 3
+    hot = ["--temperature", 3, "--max_tokens", 20]
+    line = ["--prompt", "the company", "--save_dir", model, *hot]
+    out, _ = run(*line, "--num_samples", 3, "--seed", 5)
+    samples = out.split("-" * 15 + "\n")
+    one_by_one = []
+    for seed in (5, 6, 7):
+        out, _ = run(*line, "--seed", seed)
+        one_by_one.append(out)
+    assert samples == one_by_one
+    assert len(set(samples)) == 3
 
 
-# ---- In a terminal --------------------------------------------------------------------------------------------------
+# In a terminal
 
 
 class Terminal:
-    """The program in a terminal of its own; what it shows is kept, without escape sequences and carriage returns."""
+    """The program in a terminal of its own.
+
+    What it shows is kept, without escape sequences and carriage returns.
+    """
 
     def __init__(self, *arguments):
         self.seen = ""
@@ -175,24 +248,33 @@ class Terminal:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             os.environ["TERM"] = "xterm"
-            os.execv(sys.executable, [sys.executable, str(ROOT / "main.py"), *map(str, arguments)])
-        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+            command = [sys.executable, str(ROOT / "main.py"), *map(str, arguments)]
+            os.execv(sys.executable, command)
+        size = struct.pack("4H", 24, 100, 0, 0)
+        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, size)
+
+    def has_more(self, seconds):
+        """Whether something comes, or the end, within so many seconds."""
+        ready, _, _ = select.select([self.terminal], [], [], seconds)
+        return bool(ready)
 
     def read(self):
         """Collects what comes next; False once the program has closed the terminal."""
-        assert select.select([self.terminal], [], [], 60)[0], f"nothing more came: {self.seen!r}"
+        assert self.has_more(60), f"nothing more came: {self.seen!r}"
         try:
             data = os.read(self.terminal, 4096)
         except OSError:  # how Linux says that the other end is closed
             data = b""
-        self.seen = re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "", self.seen + data.decode("utf-8", "replace"))
+        seen = self.seen + data.decode("utf-8", "replace")
+        self.seen = re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "", seen)
         return data != b""
 
     def wait_for(self, pattern):
         """What is shown up to where `pattern` matches; it is forgotten afterwards."""
         while not re.search(pattern, self.seen):
             assert self.read(), f"{pattern!r} never came: {self.seen!r}"
-        seen, self.seen = self.seen, ""
+        seen = self.seen
+        self.seen = ""
         assert "Traceback" not in seen, seen
         return seen
 
@@ -200,20 +282,26 @@ class Terminal:
         os.write(self.terminal, keys.encode())
 
     def leave(self, key):
-        """Types `key` at the prompt until the program leaves; returns its exit status. Python's input() overlooks a
-        Ctrl+C in the instant between showing something and waiting for a key, which no person is quick enough for."""
+        """Types `key` at the prompt until the program leaves; returns its exit status.
+
+        Python's input() overlooks a Ctrl+C in the instant between showing something and waiting
+        for a key, which no person is quick enough for.
+        """
         time.sleep(0.3)
         self.type(key)
         while self.is_open(10):
             self.type(key)
-        assert "Traceback" not in self.seen and "Error" not in self.seen, self.seen
+        assert "Traceback" not in self.seen, self.seen
+        assert "Error" not in self.seen, self.seen
         os.close(self.terminal)
-        self.pid, pid = 0, self.pid
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        pid = self.pid
+        self.pid = 0
+        _, status = os.waitpid(pid, 0)
+        return os.waitstatus_to_exitcode(status)
 
     def is_open(self, seconds):
         """Collects what comes until nothing does for so long, or until the program has left."""
-        while select.select([self.terminal], [], [], seconds)[0]:
+        while self.has_more(seconds):
             if not self.read():
                 return False
         return True
@@ -237,9 +325,12 @@ def test_session_in_a_terminal(word_model, key):
         assert "iteration 100, " in terminal.wait_for(PROMPT)
         for prompt in ("the company", "", "the zebra"):
             terminal.type(prompt + "\n")
-            echo, reply = re.split(r"\n", terminal.wait_for(PROMPT), maxsplit=1)
-            assert echo == prompt and reply.removesuffix("> ").strip()
-            assert ("Not in the vocabulary" in reply) == ("zebra" in prompt)
+            shown = terminal.wait_for(PROMPT)
+            echo, reply = shown.split("\n", maxsplit=1)
+            assert echo == prompt
+            assert reply.removesuffix("> ").strip()
+            is_warned = "Not in the vocabulary" in reply
+            assert is_warned == ("zebra" in prompt)
         assert terminal.leave(LEAVE[key]) == 0
 
 
