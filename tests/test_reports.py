@@ -1,10 +1,14 @@
-"""Reports against independent computations: sliding evaluation, logs, what a checkpoint says of its making."""
+"""Reports against independent computations.
+
+Sliding evaluation, logs, what a checkpoint says of its making.
+"""
 
 import contextlib
 import csv
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import pty
 import random
@@ -28,12 +32,16 @@ from test_interrupts import wait_for
 @pytest.mark.parametrize("stride", [1, 3, 7, 8])
 def test_sliding_evaluation(length, stride):
     """Each token is scored once, alone, with the context of the first window that reaches it."""
-    model, L, total = make_model(), 8, 0.0
+    model = make_model()
+    context_size = 8
     tokens = np.random.default_rng(length).integers(13, size=length).astype(np.uint16)
-    for place in range(length - 1):
-        begin = max(0, -(-(place + 1 - L) // stride)) * stride
-        logits = model(mx.array(tokens[begin : place + 1][None].astype(np.int32)))[0, -1:]
-        total += nats_of(logits, tokens[place + 1 : place + 2]).sum()
+    total = 0.0
+    for answer in range(1, length):
+        windows_before = math.ceil((answer - context_size) / stride)
+        begin = max(0, windows_before) * stride
+        context = tokens[begin:answer].astype(np.int32)
+        logits = model(mx.array(context[None]))[0, -1:]
+        total += nats_of(logits, tokens[answer : answer + 1]).sum()
     for batch_size in (1, 4):
         score = main.evaluate(model, tokens, batch_size, stride=stride)
         assert score == pytest.approx(total / (length - 1), rel=1e-5)
@@ -44,9 +52,10 @@ def trained(tmp_path_factory):
     """A folder with two runs of a byte model that has learnt a little."""
     folder = tmp_path_factory.mktemp("tools")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    line = ["--text", folder / "text.txt", *TINY, "--context_size", 32, "--save_dir", folder / "lm"]
+    line += ["--learning_rate", 0.01, "--lr_warmup", 5, "--num_iters", 60, "--steps_per_eval", 20]
     for seed in (1, 2):
-        line = ["--text", folder / "text.txt", *TINY, "--context_size", 32, "--learning_rate", 0.01, "--lr_warmup", 5]
-        run(*line, "--num_iters", 60, "--steps_per_eval", 20, "--seed", seed, "--save_dir", folder / "lm")
+        run(*line, "--seed", seed)
     return folder / "lm"
 
 
@@ -54,33 +63,55 @@ def rows_of(path):
     return list(csv.DictReader(path.open()))
 
 
-# ---- Logs -----------------------------------------------------------------------------------------------------------
+def written(**values):
+    """The line of a log that has these values and no others."""
+    return ",".join(str(values.get(name, "")) for name in main.LOG_COLUMNS)
+
+
+def train_row(iteration, loss=1):
+    return written(iteration=iteration, split="train", loss=loss)
+
+
+HEADER = ",".join(main.LOG_COLUMNS)
+
+
+# ---- Logs ---------------------------------------------------------------------------------------
 def test_log(trained):
-    for record in main.list_checkpoints(trained)[:1]:
-        rows = rows_of(trained / f"{record['run']}.csv")
-        assert list(rows[0]) == main.LOG_COLUMNS
-        assert [(row["split"], int(row["iteration"])) for row in rows] == [
-            (split, i) for i in range(10, 61, 10) for split in ("train", "valid") if split == "train" or i % 20 == 0
-        ]
-        scores = {int(row["iteration"]): float(row["loss"]) for row in rows if row["split"] == "valid"}
-        assert scores == pytest.approx(dict(record["scores"]), rel=1e-5)
-        for row in rows:
-            assert int(row["tokens"]) == int(row["iteration"]) * 4 * 32
-            assert float(row["bits_per_byte"]) == pytest.approx(float(row["loss"]) / np.log(2), rel=0.01)  # bytes, some <eos>
-        seconds = [float(row["seconds"]) for row in rows]
-        assert seconds == sorted(seconds) and seconds[-1] == pytest.approx(record["seconds"], rel=1e-5)
+    record = main.list_checkpoints(trained)[0]
+    rows = rows_of(trained / f"{record['run']}.csv")
+    assert list(rows[0])[: len(main.LOG_COLUMNS)] == main.LOG_COLUMNS
+    expected = []
+    for iteration in range(10, 61, 10):
+        expected.append(("train", iteration))
+        if iteration % 20 == 0:
+            expected.append(("valid", iteration))
+    assert [(row["split"], int(row["iteration"])) for row in rows] == expected
+    scores = {}
+    for row in rows:
+        if row["split"] == "valid":
+            scores[int(row["iteration"])] = float(row["loss"])
+    assert scores == pytest.approx(dict(record["scores"]), rel=1e-5)
+    for row in rows:
+        assert int(row["tokens"]) == int(row["iteration"]) * 4 * 32
+        bits = float(row["loss"]) / np.log(2)
+        assert float(row["bits_per_byte"]) == pytest.approx(bits, rel=0.01)  # some are <eos>
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] == pytest.approx(record["seconds"], rel=1e-5)
 
 
 def test_log_counts_the_tokens_of_batches_as_they_were(tmp_path, text):
     line = ["--text", text, *TINY, "--steps_per_report", 2, "--save_dir", tmp_path]
     run(*line, "--num_iters", 2)
     run(*line, "--num_iters", 4, "--batch_size", 2)
-    assert [int(row["tokens"]) for row in rows_of(next(tmp_path.glob("*.csv")))] == [2 * 4 * 8, 2 * 4 * 8 + 2 * 2 * 8]
+    rows = rows_of(next(tmp_path.glob("*.csv")))
+    assert [int(row["tokens"]) for row in rows] == [2 * 4 * 8, 2 * 4 * 8 + 2 * 2 * 8]
 
 
 def test_a_log_is_written_anew_under_the_lock(tmp_path, monkeypatch):
-    """Else another process that cleans the folder would take it for what a killed save has left."""
-    replace, tries = main.Path.replace, []
+    """Else another process that cleans the folder would take it for what a killed save left."""
+    replace = main.Path.replace
+    tries = []
 
     def watched(new, path):
         descriptor = os.open(tmp_path, os.O_RDONLY)  # as a second process would
@@ -93,13 +124,15 @@ def test_a_log_is_written_anew_under_the_lock(tmp_path, monkeypatch):
 
     monkeypatch.setattr(main.Path, "replace", watched)
     main.LogTable(tmp_path / "run.csv", 0, False)
-    assert tries and (tmp_path / "run.csv").read_text().strip() == ",".join(main.LOG_COLUMNS)
+    assert tries
+    assert (tmp_path / "run.csv").read_text().strip() == HEADER
 
 
 def test_log_of_a_run_that_is_killed(tmp_path, text):
     """Whatever stops it, the log ends with the lines, and the losses, of the run never touched."""
     # Checkpoints fall between reports, whose losses are means over the steps before and after them.
-    line = ["--text", text, *TINY, "--context_size", 64, "--steps_per_report", 4, "--steps_per_eval", 12, "--steps_per_save", 3]
+    line = ["--text", text, *TINY, "--context_size", 64]
+    line += ["--steps_per_report", 4, "--steps_per_eval", 12, "--steps_per_save", 3]
     chance = random.Random(0)
     for _ in range(6):
         process = start(*line, "--save_dir", tmp_path / "killed")
@@ -112,14 +145,17 @@ def test_log_of_a_run_that_is_killed(tmp_path, text):
     for name in ("killed", "whole"):
         run(*line, "--save_dir", tmp_path / name, "--num_iters", num_iters)
         [log] = (tmp_path / name).glob("*.csv")
-        logs.append([(row["iteration"], row["split"], row["loss"], row["gradient_norm"]) for row in rows_of(log)])
-    assert logs[0] == logs[1] and len(logs[0]) >= num_iters // 4
+        logs.append([])
+        for row in rows_of(log):
+            logs[-1].append((row["iteration"], row["split"], row["loss"], row["gradient_norm"]))
+    assert logs[0] == logs[1]
+    assert len(logs[0]) >= num_iters // 4
     assert not list((tmp_path / "killed").glob("*.new"))
 
 
 def test_a_log_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
     path = tmp_path / "run.csv"
-    content = ",".join(main.LOG_COLUMNS) + "\n10,train,1,,,,,,,\n"
+    content = HEADER + "\n" + train_row(10) + "\n"
     path.write_text(content)
 
     def failing(path):
@@ -128,10 +164,11 @@ def test_a_log_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(main, "read_log", failing)
         log = main.LogTable(path, 20, False)
-        log.append({"iteration": 20, "split": "train", "mine": 1})  # a new column, for which it would be rewritten
+        # Of a new column, for which it would be rewritten.
+        log.append({"iteration": 20, "split": "train", "mine": 1})
         assert path.read_text() == content
     log.append({"iteration": 30, "split": "train", "loss": 0.5})
-    assert path.read_text() == f"{content}30,train,0.5,,,,,,,\n"
+    assert path.read_text() == content + train_row(30, 0.5) + "\n"
 
 
 def test_a_log_that_cannot_be_rewritten_keeps_its_columns(tmp_path, monkeypatch):
@@ -176,76 +213,114 @@ def test_an_input_output_error_of_stdout(tmp_path, is_terminal):
 def test_a_score_that_was_not_saved_is_logged_once(tmp_path):
     path = tmp_path / "run.csv"
     for scored, expected in ((True, ["10", "10"]), (False, ["10"])):
-        path.write_text(",".join(main.LOG_COLUMNS) + "\n" + "10,train,1,,,,,,,\n10,valid,1,,,,,,,\n20,train,1,,,,,,,\n20,va")
-        path.write_bytes(path.read_bytes() + b"\xff")  # damaged, which is no reason to stop a run
+        lines = [
+            HEADER,
+            train_row(10),
+            written(iteration=10, split="valid", loss=1),
+            train_row(20),
+            "20,va",
+        ]
+        # Damaged at its end, which is no reason to stop a run.
+        path.write_bytes("\n".join(lines).encode() + b"\xff")
         log = main.LogTable(path, 10, scored)
         assert [row["iteration"] for row in rows_of(path)] == expected
-        log.append({"iteration": 11, "split": "train", "loss": 1 / 3, "tokens": 5, "seconds": 0.25})
-        assert path.read_text().splitlines()[-1] == "11,train,0.333333,,,,5,,,0.25"
+        given = {"iteration": 11, "split": "train", "tokens": 5, "seconds": 0.25}
+        log.append(given | {"loss": 1 / 3})
+        assert path.read_text().splitlines()[-1] == written(**given, loss="0.333333")
 
 
-@pytest.mark.parametrize("damage", ["²,train,", '15,"train,1,,,,,,,', "15,train", "15,train,1,,,,,,,,,,,", "", "\0,,,,,,,,,", "\x1c15,train,"])
+@pytest.mark.parametrize("damage", [
+    "²,train,",
+    '15,"train,1,,,,,,,',
+    "15,train",
+    train_row(15) + ",,,,",  # more than the columns
+    "",
+    "\0,,,,,,,,,",
+    "\x1c15,train,",
+])  # fmt: skip
 def test_a_damaged_row_costs_itself_alone(tmp_path, damage):
     path = tmp_path / "run.csv"
-    path.write_text(",".join(main.LOG_COLUMNS) + f"\n10,train,1,,,,,,,\n{damage}\n20,train,1,,,,,,,\n30,train,1,,,,,,,\n")
+    lines = [
+        HEADER,
+        train_row(10),
+        damage,
+        train_row(20),
+        train_row(30),
+    ]
+    path.write_text("\n".join(lines) + "\n")
     main.LogTable(path, 20, False)
     assert [row["iteration"] for row in rows_of(path)] == ["10", "20"]
 
 
 def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path, capsys):
-    """A name that neither LOG_COLUMNS nor FORMATS knows; rows before it stay, and so does its column when a run resumes."""
+    """Its name is one that neither LOG_COLUMNS nor FORMATS knows.
+
+    Rows before it stay, and so does its column when a run resumes.
+    """
     given = flags(save_dir=tmp_path, num_iters=40, context_size=8)
     trained = main.Run("text-0a1b2c", given, None, None, None, Namespace(batch_size=4))
     metrics = {"loss": 2.0, "learning_rate": 0.1, "tokens_per_second": 64.0}
     reporter = main.Reporter(trained)
     reporter.report_steps(10, metrics)
-    reporter.report_steps(20, metrics | {"weight_norm": 12.3456})
-    reporter.report_steps(30, metrics | {"weight_norm": 1 / 3})
+    reporter.report_steps(20, metrics | {"my_metric": 12.3456})
+    reporter.report_steps(30, metrics | {"my_metric": 1 / 3})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("10/40  loss 2.0000  perplexity 7.39  lr 1.00e-01  64 tokens/s")
-    assert [line.partition("weight_norm ")[2].split()[:1] for line in lines] == [[], ["12.35"], ["0.3333"]]
+    shown = [re.findall(r"my_metric (\S+)", line) for line in lines]
+    assert shown == [[], ["12.35"], ["0.3333"]]
 
     path = tmp_path / "text-0a1b2c.csv"
     rows = rows_of(path)
-    assert list(rows[0]) == [*main.LOG_COLUMNS, "weight_norm"]
-    assert [row["weight_norm"] for row in rows] == ["", "12.3456", "0.333333"]
-    for row, iteration in zip(rows, (10, 20, 30)):
-        kept = {name: text for name, text in row.items() if text and name != "weight_norm"}
-        expected = {"iteration": str(iteration), "split": "train", "loss": "2", "learning_rate": "0.1"}
-        assert kept == expected | {"tokens_per_second": "64"}
+    columns = list(rows[0])
+    assert columns[: len(main.LOG_COLUMNS)] == main.LOG_COLUMNS
+    assert "my_metric" in columns[len(main.LOG_COLUMNS) :]
+    assert [row["my_metric"] for row in rows] == ["", "12.3456", "0.333333"]
+    assert [row["iteration"] for row in rows] == ["10", "20", "30"]
+    for row in rows:
+        assert row["split"] == "train"
+        assert row["loss"] == "2"
+        assert row["learning_rate"] == "0.1"
+        assert row["tokens_per_second"] == "64"
+        for name in ("bits_per_byte", "gradient_norm", "tokens", "seconds"):
+            assert row[name] == "", "it was not given"
 
     trained.iteration = 20
-    main.Reporter(trained).report_steps(30, metrics | {"weight_norm": 0.5})
-    assert rows_of(path) == [*rows[:2], rows[2] | {"weight_norm": "0.5"}]
+    main.Reporter(trained).report_steps(30, metrics | {"my_metric": 0.5})
+    assert rows_of(path) == [*rows[:2], rows[2] | {"my_metric": "0.5"}]
 
 
 @pytest.mark.parametrize("columns", [100, 0])
 def test_the_progress_bar_fits_100_columns(tmp_path, text, columns):
     """Of a long run, too, and in a terminal that does not know its width."""
     terminal, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
+    lines = 24 if columns else 0
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
     line = [*TINY, "--learning_rate", 0, "--num_iters", 100_000, "--max_minutes", 0.01]
     process = start("--text", text, *line, "--save_dir", tmp_path, stdout=end, stderr=end)
     os.close(end)
     printed = b""
+    part = None
     with contextlib.suppress(OSError):  # at its end
-        while part := os.read(terminal, 1 << 16):
+        while part != b"":
+            part = os.read(terminal, 1 << 16)
             printed += part
     os.close(terminal)
     assert process.wait(60) == 0
     bars = [line for line in re.split(r"[\r\n]+", printed.decode()) if "/100000 |" in line]
-    report = r"left [\d:]+  loss [\d.]+  perplexity [\d.]+  lr \S+  grad [\d.]+  [\d,]+ tokens/s$"
-    assert max(map(len, bars)) <= 100 and re.search(report, bars[-1]), bars[-1]
+    assert max(map(len, bars)) <= 100
+    report = r"left [\d:]+  loss [\d.]+  perplexity [\d.]+  lr \S+  grad [\d.]+  .*[\d,]+ tokens/s"
+    assert re.search(report, bars[-1]), bars[-1]
 
 
 def test_what_a_checkpoint_was_made_by(trained):
     record = main.list_checkpoints(trained)[0]
-    assert record["command"][1:3] == ["--text", str(trained.parent / "text.txt")] and "--seed" in record["command"]
+    assert record["command"][1:3] == ["--text", str(trained.parent / "text.txt")]
+    assert "--seed" in record["command"]
     for name in ("main.py", "datasets.py", "extras/fast.py", "extras/ranks.py"):
         assert record["sources"][name] == hashlib.sha1((ROOT / name).read_bytes()).hexdigest()
 
 
-# ---- Mistakes -------------------------------------------------------------------------------------------------------
+# ---- Mistakes -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("typed, words", [
     (["--evaluate", "valid", "--eval_stride", 33], "at most 32"),
     (["--prompt", "x", "--identifier", "latest", "best"], "--identifier takes one name"),
