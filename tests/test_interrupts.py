@@ -1,4 +1,7 @@
-"""Signals, closed pipes and terminals: the work is always saved, and a second Ctrl+C always leaves."""
+"""Signals, closed pipes and terminals.
+
+The work is always saved, and a second Ctrl+C always leaves.
+"""
 
 import fcntl
 import os
@@ -16,7 +19,8 @@ from conftest import ROOT, TINY, ids, run, start
 
 import main
 
-SLOW = "--dim 1024 --num_heads 8 --num_blocks 4 --context_size 256 --batch_size 64".split()  # minutes a step
+# Takes minutes a step.
+SLOW = "--dim 1024 --num_heads 8 --num_blocks 4 --context_size 256 --batch_size 64".split()
 
 
 def wait_for(process, words, seconds=120):
@@ -50,15 +54,16 @@ def test_second_signal_leaves_inside_a_long_step(tmp_path, text, number, pause):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Exited without saving" in err
-    assert "  loss " not in out and not ids(tmp_path / "lm"), "it waited for the step after all"
+    assert "  loss " not in out, "it waited for the step after all"
+    assert not ids(tmp_path / "lm")
 
 
 def test_timeout_that_sends_its_signal_twice_loses_nothing(tmp_path, text):
     """GNU's `timeout` sends SIGTERM to the process and then to its whole group."""
     process = start("--text", text, *TINY, "--save_dir", tmp_path / "lm", "--steps_per_report", 1)
     wait_for(process, "20/100,000 ")
-    for _ in range(2):
-        process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143 and len(ids(tmp_path / "lm")) == 1, err
 
@@ -80,10 +85,10 @@ def test_ctrl_c_that_a_launcher_repeats_is_one_request(monkeypatch):
 
 
 def test_signal_that_the_parent_ignores_stays_ignored(tmp_path, text):
-    command = f"trap '' HUP; exec {sys.executable} main.py --text {text} {' '.join(TINY)} --num_iters 300"
-    process = subprocess.Popen(
-        ["bash", "-c", f"{command} --save_dir {tmp_path / 'lm'}"], text=True, stdout=subprocess.PIPE, cwd=ROOT
-    )  # fmt: skip
+    folder = tmp_path / "lm"
+    options = f"--text {text} {' '.join(TINY)} --num_iters 300 --save_dir {folder}"
+    command = ["bash", "-c", f"trap '' HUP; exec {sys.executable} main.py {options}"]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, cwd=ROOT)
     wait_for(process, "20/300 ")
     process.send_signal(signal.SIGHUP)
     out, _ = process.communicate(timeout=60)
@@ -103,10 +108,13 @@ def test_closed_pipe_costs_nothing(tmp_path, text):
 
 def test_explained_errors_of_mlx():
     """What MLX's allocators say, and a bug of this program, which has to show its traceback."""
-    for text in ("[metal::malloc] Attempting to allocate 9 bytes which is greater than", "CUDA error: out of memory"):
-        assert "give a smaller --batch_size" in main.explain_mlx_error(RuntimeError(text))
-    assert "TMPDIR" in main.explain_mlx_error(RuntimeError("[Compile::eval_cpu] Failed. the output is: no space"))
-    assert main.explain_mlx_error(RuntimeError("[matmul] shapes do not match")) is None
+    explain = main.explain_mlx_error
+    too_large = "[metal::malloc] Attempting to allocate 9 bytes which is greater than"
+    for words in (too_large, "CUDA error: out of memory"):
+        assert "give a smaller --batch_size" in explain(RuntimeError(words))
+    no_space = "[Compile::eval_cpu] Failed. the output is: no space"
+    assert "TMPDIR" in explain(RuntimeError(no_space))
+    assert explain(RuntimeError("[matmul] shapes do not match")) is None
 
 
 def test_closed_terminal_saves(tmp_path, text):
@@ -117,32 +125,44 @@ def test_closed_terminal_saves(tmp_path, text):
             signal.signal(number, signal.SIG_DFL)
         arguments = ["--text", str(text), *TINY, "--save_dir", str(tmp_path / "lm")]
         os.execv(sys.executable, [sys.executable, str(ROOT / "main.py"), *arguments])
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # or there is no room for a bar
+    size = struct.pack("4H", 24, 100, 0, 0)  # or there is no room for a bar
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
     seen = b""
     while b"loss" not in seen:  # the bar's first report
         seen += os.read(terminal, 4096)
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 129 and len(ids(tmp_path / "lm")) == 1
+    assert os.waitstatus_to_exitcode(status) == 129
+    assert len(ids(tmp_path / "lm")) == 1
 
 
 def test_signal_to_the_group_during_the_first_compile(tmp_path, text):
-    """Ctrl+C in a terminal reaches the compiler too. Whatever it or a kill leaves behind, the next start must work."""
-    line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm", "--num_iters", 3]
+    """Ctrl+C in a terminal reaches the compiler too.
+
+    Whatever it or a kill leaves behind, the next start must work.
+    """
+    line = ["--text", text, *TINY, "--num_iters", 3]
+    folder = ["--save_dir", tmp_path / "lm"]
+    env = {"TMPDIR": str(tmp_path)}
+
+    def sources():
+        return set(tmp_path.glob("mlx/*/cpu/tmp_*.cpp"))
+
     saved = 0
-    for number in (signal.SIGKILL, signal.SIGINT):
-        left = set(tmp_path.glob("mlx/*/cpu/tmp_*.cpp"))  # by the one before
-        process = start(*line, env={"TMPDIR": str(tmp_path)}, start_new_session=True)
-        while not set(tmp_path.glob("mlx/*/cpu/tmp_*.cpp")) - left:
+    for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        left = sources()  # by the one before
+        process = start(*line, *folder, env=env, start_new_session=True)
+        while not sources() - left:
             assert process.poll() is None, "nothing was left to compile"
             time.sleep(0.01)
         os.killpg(process.pid, number)
         out, err = process.communicate(timeout=120)
-        assert process.returncode == (130 if number == signal.SIGINT else -number) and "Traceback" not in err, err
+        assert process.returncode == status, err
+        assert "Traceback" not in err, err
         saved += out.count("saved ")  # a signal just before the compiler starts spares it
-    run(*line, env={"TMPDIR": str(tmp_path)})
+    run(*line, *folder, env=env)
     assert len(ids(tmp_path / "lm")) == 1 + saved
-    run(*line[:-3], tmp_path / "whole", *line[-2:])
+    run(*line, "--save_dir", tmp_path / "whole")
     assert ids(tmp_path / "lm")[0] == ids(tmp_path / "whole")[0]
 
 
@@ -152,17 +172,22 @@ def test_ctrl_c_before_training_is_silent(tmp_path):
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in err
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert "Traceback" not in err
 
 
 def test_nothing_of_it_stays(tmp_path):
     """In a notebook, where main() is one call of many."""
-    before, handler = (len(os.listdir("/dev/fd")), threading.active_count()), signal.getsignal(signal.SIGINT)
+    descriptors = len(os.listdir("/dev/fd"))
+    threads = threading.active_count()
+    handler = signal.getsignal(signal.SIGINT)
     for _ in range(3):
         with main.Interrupts() as interrupts:
             signal.raise_signal(signal.SIGTERM)
             while not interrupts.received:
                 time.sleep(0.01)
     time.sleep(0.5)
-    assert (len(os.listdir("/dev/fd")), threading.active_count()) == before
-    assert signal.getsignal(signal.SIGINT) == handler and interrupts.received == signal.SIGTERM
+    assert len(os.listdir("/dev/fd")) == descriptors
+    assert threading.active_count() == threads
+    assert signal.getsignal(signal.SIGINT) == handler
+    assert interrupts.received == signal.SIGTERM
