@@ -379,9 +379,9 @@ class LanguageModel(nn.Module):
         if config.untie:
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def __call__(self, tokens, caches=None, last=None):
+    def __call__(self, tokens, caches=None, noise=None, last=None):
         """Logits of the `last` positions only, which is all that decoding needs; None: of all."""
-        hidden = self.model(tokens, caches)  # [B, L, D]
+        hidden = self.model(tokens, caches, noise)  # [B, L, D]
         if last is not None:
             hidden = hidden[:, -last:]
         if self.config.untie:
@@ -2382,6 +2382,7 @@ def sample_from(contents, flags, draft):
                 f"--draft {flags.draft} has a different tokenizer than "
                 f"{contents.checkpoint.id[:12]}: use one trained with the same tokenizer"
             )
+    announce(contents.checkpoint)
     if flags.inference:
         converse(tokenizer, model, draft_model, flags)
     elif flags.attention:
@@ -3296,8 +3297,7 @@ def show_runs(flags):
 def open_for_use(flags):
     """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
 
-    Flags that were given for the data and the model select it, too. It is named on stderr. Raises
-    UsageError, RunError.
+    Flags that were given for the data and the model select it, too. Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     names = [name for name in FIXED if name != "seed"]  # which is for the samples
@@ -3310,9 +3310,12 @@ def open_for_use(flags):
         raise UsageError(
             f"no checkpoint in {flags.save_dir} has the flags given: leave them out, or see --list"
         )
-    contents = open_newest(candidates, flags)
-    print(f"{contents.checkpoint}, in {flags.save_dir}", file=sys.stderr)
-    return contents
+    return open_newest(candidates, flags)
+
+
+def announce(checkpoint):
+    """Says which checkpoint a command uses, and from which folder."""
+    print(f"{checkpoint}, in {checkpoint.folder.parent}", file=sys.stderr)
 
 
 def use_checkpoint(flags, ranks):
@@ -3344,6 +3347,7 @@ def score_checkpoint(flags, contents, ranks):
             f"--eval_stride {flags.eval_stride} would skip tokens: give at most {context_size}"
         )
     check_memory(model, flags, training=False)
+    announce(contents.checkpoint)
     # Never entered: there is nothing to save, so Ctrl+C ends this process at once. `evaluate` sets
     # its `received` to a signal that another rank has received.
     interrupts = Interrupts()
@@ -3363,6 +3367,7 @@ def export_checkpoint(flags, contents):
         extra("gguf").export_gguf(model, contents.tokenizer, flags.export, flags.quantize)
     else:
         extra("huggingface").export_model(model, contents.tokenizer, flags.export, flags.quantize)
+    announce(contents.checkpoint)
     return 0
 
 

@@ -200,14 +200,32 @@ def whole(path, **options):
     return Span(Path(path), 0, os.path.getsize(path), **options)
 
 
-def ids(folder):
-    """The ids of the checkpoints in a folder, the one written last first."""
+def ids(save_dir):
+    """The ids of the checkpoints of all runs in a folder, the one written last first."""
 
     def written(path):
         return path.stat().st_mtime_ns
 
-    paths = Path(folder).glob("*.safetensors")
+    paths = Path(save_dir).glob("*/*.safetensors")
     return [path.stem for path in sorted(paths, key=written, reverse=True)]
+
+
+def run_folders(save_dir):
+    """The folders of the runs in a folder, by name."""
+    return sorted({path.parent for path in Path(save_dir).glob("*/*.safetensors")})
+
+
+def run_folder(save_dir):
+    """The folder of the only run in a folder."""
+    [folder] = run_folders(save_dir)
+    return folder
+
+
+def log_rows(save_dir, split=None):
+    """The rows in the log of the only run in a folder, or those of one split, as dicts."""
+    lines = (run_folder(save_dir) / "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if split in (None, row["split"])]
 
 
 @pytest.fixture
@@ -222,7 +240,7 @@ def text(tmp_path):
 
 def flags(**values):
     """The flags of an empty command line, with these values instead of the defaults."""
-    return main.resolve(Namespace(**main.DEFAULTS | values))
+    return main.settle(values)
 
 
 class Script:
@@ -255,7 +273,7 @@ def nats_of(logits, targets):
     return totals - chosen
 
 
-def loss_of(model, tokens, targets, weights=1.0, noise=()):
+def loss_of(model, tokens, targets, weights=1.0, noise=None):
     """The weighted sum of a model's cross-entropies in nats, computed as the training step does."""
     hidden = model.model(tokens, noise=noise)  # [B, L, D]
     return main.cross_entropy(hidden, model.head, targets, weights)

@@ -80,9 +80,9 @@ def test_gradient_equals_finite_differences(mlp, rate):
     random = np.random.default_rng(3)
     tokens, targets = map(mx.array, random.integers(13, size=(2, 2, 8)))
     keys = mx.array(random.integers(0, 2**32, (2, 2), np.uint32))
-    noise = ()
+    noise = None
     if rate:
-        noise = (mx.full(2, rate), keys)
+        noise = main.Noise(mx.array(rate), keys, 8, model.config.dim)
     mask = mx.array(random.uniform(0.1, 1, (2, 8)).astype(np.float32))
     value_and_grad = nn.value_and_grad(model, loss_of)
     _, gradients = value_and_grad(model, tokens, targets, mask, noise)
