@@ -1,6 +1,5 @@
 """The commands of both READMEs, as they stand there, in small form and without a network."""
 
-import argparse
 import os
 import re
 import shlex
@@ -8,89 +7,185 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DATASETS, ROOT, TINY, run
+from conftest import DATASETS, ROOT, TINY, flags, run
 
 import main
 
 README = (ROOT / "README.md").read_text()
 BOTH = README + (ROOT / "extras" / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", BOTH, re.S) for line in block.splitlines() if line]
-WRITTEN = {"--export": "hf/config.json", "--plot": "losses.png", "--attention": "heads.png", "--cases": "cases.json"}
+
+
+def read_commands():
+    """The lines of the shell blocks of both READMEs."""
+    lines = []
+    for block in re.findall(r"```bash\n(.*?)```", BOTH, re.S):
+        lines += block.splitlines()
+    return [line for line in lines if line]
+
+
+COMMANDS = read_commands()
+OF_MAIN = [line for line in COMMANDS if "main.py" in line]
+OF_DATASETS = [line for line in COMMANDS if "datasets.py" in line]
 SMALL = [*TINY, "--num_iters", "3", "--steps_per_report", "1", "--eval_tokens", "500"]
+NEED_A_MODEL = {
+    "--identifier",
+    "--inference",
+    "--prompt",
+    "--plot",
+    "--cases",
+    "--prompts_file",
+    "--list",
+    "--evaluate",
+    "--init_from",
+    "--teacher",
+    "--export",
+}
+WRITTEN = {
+    "--export": "hf/config.json",
+    "--plot": "losses.png",
+    "--attention": "heads.png",
+    "--cases": "cases.json",
+}
+NAMES_OF_RUNS = ["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX"]
+NAMES_OF_FILES = [
+    "prompts.txt",
+    "answers.jsonl",
+    "hf",
+    "model.gguf",
+    "losses.png",
+    "heads.png",
+    "cases.json",
+]
 
 
 def program_lines(command):
     """The arguments of each call of main.py in a line of shell."""
-    parts = re.split(r"&&|\||;", command)
-    return [shlex.split(part.partition("main.py")[2], comments=True) for part in parts if "python main.py" in part]
+    lines = []
+    for part in re.split(r"&&|\||;", command):
+        _, program, arguments = part.partition("python main.py")
+        if program:
+            lines.append(shlex.split(arguments, comments=True))
+    return lines
+
+
+def set_value(arguments, flag, value):
+    """Replaces what follows a flag."""
+    place = arguments.index(flag)
+    arguments[place + 1] = value
+
+
+def use_text_at_hand(arguments, text):
+    """Puts a text in the place of a corpus that would be downloaded, and of other texts."""
+    if "--dataset" in arguments:
+        place = arguments.index("--dataset")
+        if arguments[place + 1] == "ptb":
+            arguments[place : place + 2] = ["--text", str(text), "--tokenizer", "word"]
+    if "--text" in arguments:
+        set_value(arguments, "--text", str(text))
+
+
+def use_model_at_hand(arguments, text, folder):
+    """Trains a small model, and names it and the files of a folder as the arguments."""
+    shape = [*SMALL, "--dim", 32, "--mlp", "swiglu"]
+    run("--text", text, *shape, "--save_dir", folder)
+    (folder / "prompts.txt").write_text("the company\nline 5\n")
+    name = main.list_checkpoints(folder)[0]["run"]
+    renamed = dict.fromkeys(NAMES_OF_RUNS, name)
+    renamed["tests/cases.yaml"] = ROOT / "tests" / "cases.yaml"
+    for file in NAMES_OF_FILES:
+        renamed[file] = folder / file
+    if "--eval_stride" in arguments:
+        set_value(arguments, "--eval_stride", "4")
+    return [renamed.get(argument, argument) for argument in arguments]
+
+
+def check(arguments, folder):
+    """Types one command, and expects of it what its flags promise."""
+    given = set(arguments)
+    saved = ["--save_dir", folder]
+    if "--help" in given:
+        run(*arguments)
+        return
+    written = [name for flag, name in WRITTEN.items() if flag in given]
+    if written:
+        run(*arguments, *saved)
+        if folder / "model.gguf" in given:
+            written = ["model.gguf"]
+        [name] = written
+        assert (folder / name).exists()
+    elif "--evaluate" in given:
+        out, _ = run(*arguments, *saved)
+        assert out.startswith("valid ")
+    elif "--prompts_file" in given:
+        run(*arguments, *saved)
+        answers = (folder / "answers.jsonl").read_text()
+        assert len(answers.splitlines()) == 2
+    elif given & {"--inference", "--prompt"}:
+        out, _ = run(*arguments, *saved, input="line 5")
+        assert out.strip()
+    elif "--benchmark" in given:
+        out, _ = run(*arguments, *SMALL, *saved)
+        assert out.splitlines()[-1].startswith("{")
+    elif "--list" in given:
+        run(*arguments, *saved)
+    else:
+        has_shape = given & {"--identifier", "--init_from"}
+        small = ["--max_tokens", 8] if has_shape else SMALL
+        if "--teacher" in given:
+            set_value(arguments, "--tokenizer", "byte")
+        out, _ = run(*arguments, *small, "--num_iters", 5, *saved)
+        assert "at iteration 5" in out
 
 
 def test_both_first_commands_set_everything_up():
     first, second = [line for line in COMMANDS if line.startswith("python3 -m venv")]
     assert "pip install -q -r requirements.txt" in first and "--dataset python" in first
     assert "-r tests/requirements.txt" in second and "pytest" in second
-    assert "README.md" in (ROOT / ".ci" / "run").read_text(), "CI calls the very command of the README"
+    of_ci = (ROOT / ".ci" / "run").read_text()
+    assert "README.md" in of_ci, "CI calls the very command of the README"
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if "main.py" in line])
+@pytest.mark.parametrize("command", OF_MAIN)
 def test_command(command, tmp_path, text):
-    """Each is typed with smaller numbers behind it (the last flag counts), and a text at hand instead of a download."""
+    """Each is typed with smaller numbers behind it (the last flag counts).
+
+    And with a text at hand instead of a download.
+    """
     calls = program_lines(command)
     assert calls
     for arguments in calls:
-        if "--dataset" in arguments and arguments[arguments.index("--dataset") + 1] == "ptb":
-            at = arguments.index("--dataset")
-            arguments[at : at + 2] = ["--text", str(text), "--tokenizer", "word"]
-        if "--text" in arguments:
-            arguments[arguments.index("--text") + 1] = str(text)
-        if {"--identifier", "--inference", "--prompt", "--plot", "--cases", "--prompts_file", "--list", "--evaluate", "--init_from", "--teacher", "--export"} & set(arguments):
-            run("--text", text, *SMALL, "--dim", 32, "--mlp", "swiglu", "--save_dir", tmp_path)
-            (tmp_path / "prompts.txt").write_text("the company\nline 5\n")
-            named = dict.fromkeys(["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX"], main.list_checkpoints(tmp_path)[0]["run"])
-            named |= {name: tmp_path / name for name in ("prompts.txt", "answers.jsonl", "hf", "model.gguf", "losses.png", "heads.png", "cases.json")}
-            named["tests/cases.yaml"] = ROOT / "tests" / "cases.yaml"
-            if "--eval_stride" in arguments:
-                arguments[arguments.index("--eval_stride") + 1] = "4"
-            arguments = [named.get(argument, argument) for argument in arguments]
-        if written := [name for flag, name in WRITTEN.items() if flag in arguments]:
-            run(*arguments, "--save_dir", tmp_path)
-            [written] = ["model.gguf"] if tmp_path / "model.gguf" in arguments else written
-            assert (tmp_path / written).exists()
-        elif "--evaluate" in arguments:
-            assert run(*arguments, "--save_dir", tmp_path)[0].startswith("valid ")
-        elif "--prompts_file" in arguments:
-            run(*arguments, "--save_dir", tmp_path)
-            assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
-        elif {"--inference", "--prompt"} & set(arguments):
-            out, _ = run(*arguments, "--save_dir", tmp_path, input="line 5")
-            assert out.strip()
-        elif "--benchmark" in arguments:
-            assert run(*arguments, *SMALL, "--save_dir", tmp_path)[0].splitlines()[-1].startswith("{")
-        elif {"--help", "--list", "--evaluate"} & set(arguments):
-            run(*arguments, *([] if "--help" in arguments else ["--save_dir", tmp_path]))
-        else:
-            shape = ["--max_tokens", 8] if {"--identifier", "--init_from"} & set(arguments) else SMALL
-            if "--teacher" in arguments:
-                arguments[arguments.index("--tokenizer") + 1] = "byte"
-            out, _ = run(*arguments, *shape, "--num_iters", 5, "--save_dir", tmp_path)
-            assert "at iteration 5" in out
+        use_text_at_hand(arguments, text)
+        if NEED_A_MODEL & set(arguments):
+            arguments = use_model_at_hand(arguments, text, tmp_path)
+        check(arguments, tmp_path)
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if "datasets.py" in line])
+@pytest.mark.parametrize("command", OF_DATASETS)
 def test_preparing_a_corpus(command, tmp_path):
-    arguments = shlex.split(command)[1:]
-    arguments[arguments.index("--save_dir") + 1] = str(tmp_path)
-    out, _ = run(*arguments[1:], program=[DATASETS], cwd=ROOT)
-    assert "vocabulary 257" in out and out.count("words and line ends") == 3
+    _, _, *arguments = shlex.split(command)
+    set_value(arguments, "--save_dir", str(tmp_path))
+    out, _ = run(*arguments, program=[DATASETS], cwd=ROOT)
+    assert "vocabulary 257" in out
+    assert out.count("words and line ends") == 3
 
 
 def test_classifier(tmp_path):
-    """The snippet as it stands, which must be right far more often than by naming the largest class."""
+    """The snippet as it stands.
+
+    It must be right far more often than by naming the largest class.
+    """
     [snippet] = re.findall(r"```python\n(.*?)```", BOTH, re.S)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", snippet]
-    out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
-    assert float(out.split()[-1]) > 0.8
+    process = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    share = process.stdout.split()[-1]
+    assert float(share) > 0.8
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.S))
@@ -99,17 +194,26 @@ def test_configuration(block, tmp_path):
     path = tmp_path / "flags.yaml"
     path.write_text(block)
     arguments = main.read_config(str(path), {})
-    names = set(re.findall(r"(\w+): ", re.sub("#.*", "", block).replace("\n", " "))) - main.FLAGS.keys()
-    assert arguments.keys() == names
-    flags = main.resolve(argparse.Namespace(**main.DEFAULTS | arguments))
-    assert main.make_config(flags, vocab_size=10000).dim == flags.dim
+    without_comments = re.sub("#.*", "", block)
+    names = re.findall(r"(\w+): ", without_comments.replace("\n", " "))
+    assert arguments.keys() == set(names) - main.FLAGS.keys()
+    given = flags(**arguments)
+    config = main.make_config(given, vocab_size=10000)
+    assert config.dim == given.dim
+
+
+OF_MLX = "--version --model --port --max --backend --hosts --bind --mca".split()
 
 
 def test_named_flags_exist():
     """Whatever a README calls a flag is one."""
-    known = {f"--{name}" for name in main.DEFAULTS} | {"--help"}
-    others = set(re.findall(r'"(--\w+)"', (ROOT / "datasets.py").read_text())) | set("--version --model --port --max --backend --hosts --bind --mca".split())  # of mlx
-    assert set(re.findall(r"(?<![\w-])--[a-z]\w*", BOTH)) <= known | others
+    known = {"--help", *OF_MLX}
+    for name in main.DEFAULTS:
+        known.add(f"--{name}")
+    of_datasets = re.findall(r'"(--\w+)"', (ROOT / "datasets.py").read_text())
+    known.update(of_datasets)
+    named = re.findall(r"(?<![\w-])--[a-z]\w*", BOTH)
+    assert set(named) <= known
 
 
 def test_defaults_in_the_readme_are_the_parsers():
