@@ -18,100 +18,99 @@ def logits_of(model, tokens):
     return np.array(model(mx.array([list(tokens)]))[0])
 
 
+def normal(random, *shape):
+    return mx.array(random.normal(size=shape).astype(np.float32))
+
+
+def log_softmax(logits):
+    logits = np.array(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def divergence(wanted, given):
+    """Of two probabilities of the first of two tokens."""
+    first = wanted * np.log(wanted / given)
+    second = (1 - wanted) * np.log((1 - wanted) / (1 - given))
+    return first + second
+
+
 @pytest.mark.parametrize("weight, temperature, expected", [
     # Two positions, whose answer has a quarter of the student's probability.
     (0.0, 2.0, 2 * -np.log(0.25)),
-    (1.0, 1.0, 2 * (0.8 * np.log(0.8 / 0.75) + 0.2 * np.log(0.2 / 0.25))),
+    (1.0, 1.0, 2 * divergence(0.8, 0.75)),
     # The square roots of 4:1 and 3:1 as odds, times 4.
-    (1.0, 2.0, 2 * 4 * (2 / 3 * np.log(2 / 3 / 0.6339746) + 1 / 3 * np.log(1 / 3 / 0.3660254))),
-    (0.25, 1.0, 2 * -0.75 * np.log(0.25)
-        + 0.25 * 2 * (0.8 * np.log(0.8 / 0.75) + 0.2 * np.log(0.2 / 0.25))),
+    (1.0, 2.0, 2 * 4 * divergence(2 / 3, 0.6339746)),
+    (0.25, 1.0, 2 * (0.75 * -np.log(0.25) + 0.25 * divergence(0.8, 0.75))),
 ])  # fmt: skip
 def test_distillation_by_hand(weight, temperature, expected):
     """Hidden states are 1, the student's logits log 3 and 0, the teacher's log 4 + 1 and 1.
 
     The teacher has one more, of a padded vocabulary.
     """
-    student, teacher = (
-        mx.array([[np.log(3.0)], [0.0]]),
-        mx.array([[np.log(4.0) + 1], [1.0], [99.0]]),
-    )
-    states, share, T = mx.ones((2, 1)), mx.array(weight), mx.array(temperature)
-    loss, *_ = distilled_loss_and_gradients(
-        states, student, mx.array([1, 1]), mx.ones(2), states, teacher, share, T
-    )
+    student = mx.array([[np.log(3.0)], [0.0]])
+    teacher = mx.array([[np.log(4.0) + 1], [1.0], [99.0]])
+    states = mx.ones((2, 1))
+    targets = mx.array([1, 1])
+    teachers = (states, teacher, mx.array(weight), mx.array(temperature))
+    loss, *_ = distilled_loss_and_gradients(states, student, targets, mx.ones(2), *teachers)
     assert abs(loss.item() - expected) < 1e-5
 
 
-@pytest.mark.parametrize("rows, vocab_size", [(6, 31), (300, 40000)])
-def test_gradients_of_distillation(rows, vocab_size):
-    """Those of the plain formula by automatic differentiation, in one chunk and in several."""
+def assert_like_the_formula(rows, ours, theirs):
+    """Loss and gradients are the plain formula's, by automatic differentiation.
+
+    The vocabularies have `ours` and `theirs` ids, and what both have counts for the teacher.
+    Returns the two gradients of the head, as computed and by the formula.
+    """
+    shared = min(ours, theirs)
     random = np.random.default_rng(0)
-    hidden, head, states, their_head = (
-        mx.array(random.normal(size=shape).astype(np.float32))
-        for shape in ((rows, 8), (vocab_size, 8), (rows, 5), (vocab_size + 3, 5))
-    )
-    targets, weights = (
-        mx.array(random.integers(vocab_size, size=rows)),
-        mx.array(random.random(rows).astype(np.float32)),
-    )
-
-    def plain(hidden, head, share=0.3, T=1.7):
-        log_p = mx.log(mx.softmax((states @ their_head.T)[:, :vocab_size] / T, axis=-1))
-        logits = hidden @ head.T
-        log_q = logits / T - mx.logsumexp(logits / T, axis=-1, keepdims=True)
-        divergence = (mx.exp(log_p) * (log_p - log_q)).sum(-1)
-        nats = (
-            mx.logsumexp(logits, axis=-1)
-            - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        )
-        return (weights * ((1 - share) * nats + share * T * T * divergence)).sum()
-
-    def ours(hidden, head):
-        teachers = states, their_head, mx.array(0.3), mx.array(1.7)
-        return distilled_loss_and_gradients(hidden, head, targets, weights, *teachers)[0]
-
-    expected, gradients = mx.value_and_grad(plain, argnums=(0, 1))(hidden, head)
-    loss, mine = mx.value_and_grad(ours, argnums=(0, 1))(hidden, head)
-    assert abs(loss.item() / expected.item() - 1) < 1e-3  # sums of 40,000 in float32
-    for a, b in zip(mine, gradients):
-        np.testing.assert_allclose(
-            np.array(a), np.array(b), rtol=0, atol=2e-4 * np.abs(np.array(b)).max()
-        )
-
-
-@pytest.mark.parametrize("rows, theirs, ours", [(6, 31, 40), (300, 39990, 40000)])
-def test_a_student_with_a_padded_vocabulary(rows, theirs, ours):
-    """The teacher gives the padding no probability: the plain formula by automatic differentiation."""
-    random = np.random.default_rng(0)
-    shapes = (rows, 8), (ours, 8), (rows, 5), (theirs, 5)
-    arrays = [mx.array(random.normal(size=shape).astype(np.float32)) for shape in shapes]
-    hidden, head, states, their_head = arrays
-    targets = mx.array(random.integers(theirs, size=rows))
+    hidden = normal(random, rows, 8)
+    head = normal(random, ours, 8)
+    states = normal(random, rows, 5)
+    their_head = normal(random, theirs, 5)
+    targets = mx.array(random.integers(shared, size=rows))
     weights = mx.array(random.random(rows).astype(np.float32))
 
     def plain(hidden, head, share=0.3, T=1.7):
-        log_p = mx.log(mx.softmax(states @ their_head.T / T, axis=-1))
+        their_logits = (states @ their_head.T)[:, :shared]
+        log_p = mx.log(mx.softmax(their_logits / T, axis=-1))
         logits = hidden @ head.T
         log_q = logits / T - mx.logsumexp(logits / T, axis=-1, keepdims=True)
-        divergence = (mx.exp(log_p) * (log_p - log_q[:, :theirs])).sum(-1)
-        nats = -mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        nats = nats + mx.logsumexp(logits, axis=-1)
-        return (weights * ((1 - share) * nats + share * T * T * divergence)).sum()
+        differences = log_p - log_q[:, :shared]
+        divergence = (mx.exp(log_p) * differences).sum(-1)
+        answers = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        nats = mx.logsumexp(logits, axis=-1) - answers
+        losses = (1 - share) * nats + share * T * T * divergence
+        return (weights * losses).sum()
 
     def distilled(hidden, head):
         teachers = states, their_head, mx.array(0.3), mx.array(1.7)
         return distilled_loss_and_gradients(hidden, head, targets, weights, *teachers)[0]
 
     expected, gradients = mx.value_and_grad(plain, argnums=(0, 1))(hidden, head)
-    loss, mine = mx.value_and_grad(distilled, argnums=(0, 1))(hidden, head)
+    loss, found = mx.value_and_grad(distilled, argnums=(0, 1))(hidden, head)
     assert abs(loss.item() / expected.item() - 1) < 1e-3  # sums of 40,000 in float32
-    for a, b in zip(mine, gradients):
-        largest = np.abs(np.array(b)).max()
-        np.testing.assert_allclose(np.array(a), np.array(b), rtol=0, atol=2e-4 * largest)
+    for mine, wanted in zip(found, gradients):
+        tolerance = 2e-4 * np.abs(np.array(wanted)).max()
+        np.testing.assert_allclose(np.array(mine), np.array(wanted), rtol=0, atol=tolerance)
+    return np.array(found[1]), np.array(gradients[1])
+
+
+@pytest.mark.parametrize("rows, vocab_size", [(6, 31), (300, 40000)])
+def test_gradients_of_distillation(rows, vocab_size):
+    """In one chunk and in several."""
+    assert_like_the_formula(rows, vocab_size, vocab_size + 3)
+
+
+@pytest.mark.parametrize("rows, theirs, ours", [(6, 31, 40), (300, 39990, 40000)])
+def test_a_student_with_a_padded_vocabulary(rows, theirs, ours):
+    """The teacher gives the padding no probability."""
+    found, expected = assert_like_the_formula(rows, ours, theirs)
     # The padding alone: there the gradient is that of the student's own probability.
-    a, b = np.array(mine[1])[theirs:], np.array(gradients[1])[theirs:]
-    np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * np.abs(b).max())
+    found = found[theirs:]
+    expected = expected[theirs:]
+    tolerance = 2e-3 * np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
 def test_a_padded_student_of_a_teacher_with_the_same_tokenizer(tmp_path, text):
@@ -128,41 +127,32 @@ def test_a_padded_student_of_a_teacher_with_the_same_tokenizer(tmp_path, text):
 
 def test_a_student_ends_nearer_to_its_teacher(base, text):
     folder, id = base
-    distances, tokens = [], None
-    teacher = main.load_model(folder, main.list_checkpoints(folder)[0])[0]
+    distances = []
+    teacher, _ = main.load_model(folder, main.list_checkpoints(folder)[0])
+    line = [*TINY, "--text", text, "--teacher", id, "--learning_rate", 0.01, "--lr_warmup", 5]
+    line += ["--num_iters", 40, "--new_model", "--save_dir", folder]
     for weight in (0.0, 1.0):
-        line = [
-            *TINY,
-            "--text",
-            text,
-            "--teacher",
-            id,
-            "--teacher_weight",
-            weight,
-            "--learning_rate",
-            0.01,
-        ]
-        out, _ = run(*line, "--lr_warmup", 5, "--num_iters", 40, "--new_model", "--save_dir", folder)
-        assert "40/40  loss " in out and "perplexity" not in out, "of a loss that is not the text's alone"
+        out, _ = run(*line, "--teacher_weight", weight)
+        assert "40/40  loss " in out
+        assert "perplexity" not in out, "of a loss that is not the text's alone"
         record = main.list_checkpoints(folder)[0]
         assert record["uses"] == {"teacher": [id, id]}
         student, tokenizer = main.load_model(folder, record)
         tokens = tokenizer.encode(text.read_text()[:400]).tolist()
-        wanted, given = (
-            x - np.log(np.exp(x).sum(-1, keepdims=True))
-            for x in (logits_of(teacher, tokens), logits_of(student, tokens))
-        )
-        distances.append((np.exp(wanted) * (wanted - given)).sum(-1).mean())
+        wanted = log_softmax(logits_of(teacher, tokens))
+        found = log_softmax(logits_of(student, tokens))
+        distances.append((np.exp(wanted) * (wanted - found)).sum(-1).mean())
     assert distances[1] < 0.8 * distances[0]
 
 
 def test_a_student_with_an_average_ends_the_same_in_two_legs(base, text, tmp_path):
     folder, id = base
     line = [*TINY, "--text", text, "--teacher", id, "--average", 0.3, "--dropout", 0.1]
-    for name, legs in (("whole", [8]), ("legs", [3, 8])):
-        shutil.copytree(folder, tmp_path / name)
-        for steps, fresh in zip(legs, (["--new_model"], [])):
-            run(*line, *fresh, "--num_iters", steps, "--save_dir", tmp_path / name)
+    shutil.copytree(folder, tmp_path / "whole")
+    run(*line, "--new_model", "--num_iters", 8, "--save_dir", tmp_path / "whole")
+    shutil.copytree(folder, tmp_path / "legs")
+    run(*line, "--new_model", "--num_iters", 3, "--save_dir", tmp_path / "legs")
+    run(*line, "--num_iters", 8, "--save_dir", tmp_path / "legs")
     newest = main.list_checkpoints(tmp_path / "whole")[0]
     assert newest["iteration"] == 8 and newest["uses"] == {"teacher": [id, id]}
     assert ids(tmp_path / "legs")[0] == newest["id"]
@@ -172,18 +162,8 @@ def test_a_teacher_of_other_tokens(base, text):
     folder, id = base
     run("--text", text, *TINY, "--tokenizer", "word", "--num_iters", 1, "--save_dir", folder)
     other = ids(folder)[0]
-    err = run(
-        "--text",
-        text,
-        "--init_from",
-        id,
-        "--teacher",
-        other,
-        "--new_model",
-        "--save_dir",
-        folder,
-        status=2,
-    )[1]
+    line = ["--text", text, "--init_from", id, "--teacher", other, "--new_model"]
+    _, err = run(*line, "--save_dir", folder, status=2)
     assert f"--teacher {other} has a different tokenizer" in err.splitlines()[-1]
 
 
@@ -206,10 +186,6 @@ def test_the_loss_of_a_step(weight, temperature):
     head = random.normal(size=(11, 8)).astype(np.float32)
     loss = make_loss(teacher, flags(teacher_weight=weight, teacher_temperature=temperature))
     given = loss(mx.array(hidden), mx.array(head), mx.array(targets), 1 / 18, mx.array(tokens))
-
-    def log_softmax(logits):
-        logits = np.array(logits, np.float64)
-        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
     logits = hidden @ head.T
     nats = -np.take_along_axis(log_softmax(logits), targets[..., None], -1)[..., 0]
