@@ -15,40 +15,54 @@ from extras.quantize import quantize
 
 
 def test_sixteen_bits_are_float16(tmp_path, capsys):
-    """Of any size of model: unpacked to sample with, packed to export, which mlx_lm and imports read."""
-    model, plain, packed = (make_model(dim=40, seed=5) for _ in range(3))
-    assert quantize(model, 16, packed=False) is None and "16 bits: the matrices'" in capsys.readouterr().err
+    """Of any size of model.
+
+    Unpacked to sample with, packed to export, which mlx_lm and imports read.
+    """
+    model = make_model(dim=40, seed=5)
+    plain = make_model(dim=40, seed=5)
+    packed = make_model(dim=40, seed=5)
+    assert quantize(model, 16, packed=False) is None
+    assert "16 bits: the matrices'" in capsys.readouterr().err
     before = dict(tree_flatten(plain.parameters()))
     for name, weight in tree_flatten(model.parameters()):
         assert weight.dtype == mx.float32
-        exact = np.array(before[name])
-        expected = exact.astype(np.float16) if weight.ndim == 2 else exact
+        expected = np.array(before[name])
+        if weight.ndim == 2:
+            expected = expected.astype(np.float16)
         np.testing.assert_array_equal(np.array(weight), expected.astype(np.float32))
     export_model(packed, ByteTokenizer(), tmp_path, 16)
     files = mx.load(str(tmp_path / "model.safetensors"))
-    assert {array.dtype for array in files.values() if array.ndim == 2} == {mx.float16}
+    matrices = [array for array in files.values() if array.ndim == 2]
+    assert {matrix.dtype for matrix in matrices} == {mx.float16}
     found, _, _ = import_model(tmp_path)
-    np.testing.assert_array_equal(logits_of(found, range(20)), logits_of(model, range(20)))
+    tokens = range(20)
+    np.testing.assert_array_equal(logits_of(found, tokens), logits_of(model, tokens))
 
 
 @pytest.mark.parametrize("dim, group", [(128, 64), (96, 32)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_weights(dim, group, bits, capsys):
     """A group has at most 2^bits values, evenly spaced, and each weight is nearly at the next."""
-    model, plain = make_model(dim=dim), make_model(dim=dim)
+    model = make_model(dim=dim)
+    plain = make_model(dim=dim)
     assert quantize(model, bits, packed=False) == group
     before = dict(tree_flatten(plain.parameters()))
     for name, weight in tree_flatten(model.parameters()):
-        weight, exact = np.array(weight), np.array(before[name])
+        weight = np.array(weight)
+        exact = np.array(before[name])
         if weight.ndim == 1:
             np.testing.assert_array_equal(weight, exact)
             continue
-        for mine, theirs in zip(weight.reshape(-1, group)[:50], exact.reshape(-1, group)):
+        groups = weight.reshape(-1, group)[:50]
+        for mine, theirs in zip(groups, exact.reshape(-1, group)):
             values = np.unique(mine)
+            assert len(values) <= 2**bits
             step = np.ptp(theirs) / (2**bits - 1)
-            assert len(values) <= 2**bits and np.abs(mine - theirs).max() < 1.1 * step
+            assert np.abs(mine - theirs).max() < 1.1 * step
             if bits == 4:  # of 8 bits, neighbours may both be missing
-                steps = np.diff(values) / np.diff(values).min()
+                differences = np.diff(values)
+                steps = differences / differences.min()
                 np.testing.assert_allclose(steps % 1 % 0.999, 0, atol=0.01)
     packed = make_model(dim=dim)
     quantize(packed, bits, packed=True)
@@ -59,9 +73,12 @@ def test_quantized_weights(dim, group, bits, capsys):
     parts = layer.weight, layer.scales, layer.biases
     rows = mx.dequantize(*parts, layer.group_size, layer.bits)  # [V, D]
     np.testing.assert_array_equal(np.array(rows), np.array(model.model.embed_tokens.weight))
-    size = float(re.search(r"would be ([\d.]+)", capsys.readouterr().err)[1]) * 2**20
-    parts = tree_flatten(packed.parameters())
-    expected = sum(part.nbytes for name, part in parts if "norm" not in name)
+    err = capsys.readouterr().err
+    size = float(re.search(r"would be ([\d.]+)", err)[1]) * 2**20
+    expected = 0
+    for name, part in tree_flatten(packed.parameters()):
+        if "norm" not in name:
+            expected += part.nbytes
     assert abs(size - expected) < 2**20 * 0.06
 
 
@@ -69,13 +86,16 @@ def test_quantized_from_the_command_line(tmp_path, text):
     training = ["--learning_rate", 0.01, "--lr_warmup", 5, "--num_iters", 40]
     run("--text", text, *TINY, "--dim", 32, *training, "--save_dir", tmp_path)
     out, err = run("--evaluate", "valid", "--quantize", 4, "--save_dir", tmp_path)
-    scores = [float(re.match(r"valid ([\d.]+) nats", line)[1]) for line in out.splitlines()]
-    before, after = scores
-    assert before != after and abs(before - after) < 0.1
+    scores = re.findall(r"^valid ([\d.]+) nats", out, re.M)
+    before, after = [float(score) for score in scores]
+    assert len(out.splitlines()) == 2
+    assert before != after
+    assert abs(before - after) < 0.1
     assert "Quantized to 4 bits" in err
     assert out.count("tokens/s") == 2
     prompt = ["--prompt", "line 5", "--temperature", 0, "--save_dir", tmp_path]
-    assert run(*prompt, "--quantize", 8)[0].strip()
+    out, _ = run(*prompt, "--quantize", 8)
+    assert out.strip()
 
 
 @pytest.mark.parametrize("typed, words", [
@@ -87,5 +107,6 @@ def test_mistakes(base, text, typed, words):
     line = [*typed, "--save_dir", base]
     if "--prompt" not in typed:
         line += ["--text", text, "--num_iters", 1, "--new_model"]
-    err = run(*line, status=2)[1]
-    assert words in err.splitlines()[-1] and "Traceback" not in err
+    _, err = run(*line, status=2)
+    assert words in err.splitlines()[-1]
+    assert "Traceback" not in err
