@@ -27,7 +27,7 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def divergence(wanted, given):
+def divergence_of_two(wanted, given):
     """Of two probabilities of the first of two tokens."""
     first = wanted * np.log(wanted / given)
     second = (1 - wanted) * np.log((1 - wanted) / (1 - given))
@@ -37,10 +37,10 @@ def divergence(wanted, given):
 @pytest.mark.parametrize("weight, temperature, expected", [
     # Two positions, whose answer has a quarter of the student's probability.
     (0.0, 2.0, 2 * -np.log(0.25)),
-    (1.0, 1.0, 2 * divergence(0.8, 0.75)),
+    (1.0, 1.0, 2 * divergence_of_two(0.8, 0.75)),
     # The square roots of 4:1 and 3:1 as odds, times 4.
-    (1.0, 2.0, 2 * 4 * divergence(2 / 3, 0.6339746)),
-    (0.25, 1.0, 2 * (0.75 * -np.log(0.25) + 0.25 * divergence(0.8, 0.75))),
+    (1.0, 2.0, 2 * 4 * divergence_of_two(2 / 3, 0.6339746)),
+    (0.25, 1.0, 2 * (0.75 * -np.log(0.25) + 0.25 * divergence_of_two(0.8, 0.75))),
 ])  # fmt: skip
 def test_distillation_by_hand(weight, temperature, expected):
     """Hidden states are 1, the student's logits log 3 and 0, the teacher's log 4 + 1 and 1.
