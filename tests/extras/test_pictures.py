@@ -1,6 +1,7 @@
 """Pictures: what is plotted is compared with the log, and attention with a computation by hand."""
 
 import csv
+import itertools
 
 import main
 import mlx.core as mx
@@ -30,14 +31,32 @@ def trained(tmp_path_factory):
 def figures(monkeypatch):
     """The figures that are drawn, in place of the files they would be written to."""
     figures = []
-    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
+
+    def save_figure(figure, path):
+        figures.append(figure)
+
+    monkeypatch.setattr(pictures, "save_figure", save_figure)
     return figures
+
+
+HEADER = ",".join(main.LOG_COLUMNS)
+
+
+def written(iteration, loss, seconds=""):
+    """The line of a log that has these values of a step and no others."""
+    values = {"iteration": iteration, "split": "train", "loss": loss, "seconds": seconds}
+    return ",".join(str(values.get(name, "")) for name in main.LOG_COLUMNS)
+
+
+def points_of(axis):
+    return [line.get_xydata().tolist() for line in axis.lines]
 
 
 # ---- Losses -------------------------------------------------------------------------------------
 def test_a_file_of_losses(trained, tmp_path):
     _, err = run("--plot", tmp_path / "all.png", "--save_dir", trained)
-    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG") and "all.png" in err
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+    assert "all.png" in err
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -46,40 +65,55 @@ def test_losses(trained, figures, count):
     names = runs[-count:] if count else []
     pictures.plot_runs(trained, names, "x.png")
     by_iteration, by_minute = figures[0].axes
-    wanted = [(name, split) for name in names or runs for split in ("train", "valid")]
+    wanted = list(itertools.product(names or runs, ["train", "valid"]))
     labels = [line.get_label() for line in by_iteration.lines]
     assert labels == [f"{name} {split}" for name, split in wanted]
     for axis, column, unit in ((by_iteration, "iteration", 1), (by_minute, "seconds", 60)):
         for line, (name, split) in zip(axis.lines, wanted):
+            points = []
             with (trained / f"{name}.csv").open() as file:
-                rows = [row for row in csv.DictReader(file) if row["split"] == split]
-            assert rows
-            points = [[float(row[column]) / unit, float(row["loss"])] for row in rows]
+                for row in csv.DictReader(file):
+                    if row["split"] == split:
+                        points.append([float(row[column]) / unit, float(row["loss"])])
+            assert points
             assert line.get_xydata().tolist() == points
 
 
 @pytest.mark.parametrize("cut", [
-    "20,tr", "20,train", "20,train,0.5,", "20,train,0.5,,,,,,,", "20,train,0.5,,,,,,,6",
+    "20,tr",
+    "20,train",
+    "20,train,0.5,",
+    written(20, 0.5),
+    written(20, 0.5, 6),
 ])  # fmt: skip
 def test_a_log_whose_last_line_was_cut_off(tmp_path, figures, cut):
-    header = ",".join(main.LOG_COLUMNS)
-    (tmp_path / "run.csv").write_text(f"{header}\n10,train,1.5,,,,,,,60\n{cut}")
+    (tmp_path / "run.csv").write_text(f"{HEADER}\n{written(10, 1.5, 60)}\n{cut}")
     (tmp_path / "other.csv").write_text("iteration,loss\n10,1\n")
     pictures.plot_runs(tmp_path, [], "x.png")
     by_iteration, by_minute = figures[0].axes
-    assert [line.get_xydata().tolist() for line in by_iteration.lines] == [[[10, 1.5]], []]
-    assert [line.get_xydata().tolist() for line in by_minute.lines] == [[[1, 1.5]], []]
+    assert points_of(by_iteration) == [[[10, 1.5]], []]
+    assert points_of(by_minute) == [[[1, 1.5]], []]
 
 
 @pytest.mark.parametrize("row", [
-    "20,train,,,,,,,,60", "twenty,train,1.5,,,,,,,60", "20,train,1.5,,,,,,,soon",
-    "20,train,nan,,,,,,,60", "20,train,inf,,,,,,,60", "20,train,-inf,,,,,,,60", "20,train,1.5,,,,,,,nan",
-    "20,train,", "20", "", '"20,train,1.5,,,,,,,60', "\0\0\0,,", "x" * 200_000,
+    written(20, "", 60),
+    written("twenty", 1.5, 60),
+    written(20, 1.5, "soon"),
+    written(20, "nan", 60),
+    written(20, "inf", 60),
+    written(20, "-inf", 60),
+    written(20, 1.5, "nan"),
+    "20,train,",
+    "20",
+    "",
+    '"' + written(20, 1.5, 60),
+    "\0\0\0,,",
+    "x" * 200_000,
 ])  # fmt: skip
 def test_damaged_rows_are_skipped(tmp_path, row):
-    header = ",".join(main.LOG_COLUMNS)
     path = tmp_path / "run.csv"
-    path.write_text(f"{header}\n10,train,1.5,,,,,,,60\n{row}\n30,train,1.25,,,,,,,180\n")
+    lines = [HEADER, written(10, 1.5, 60), row, written(30, 1.25, 180)]
+    path.write_text("\n".join(lines) + "\n")
     (tmp_path / "folder.csv").mkdir()
     pictures.plot_runs(tmp_path, [], tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
@@ -88,25 +122,28 @@ def test_damaged_rows_are_skipped(tmp_path, row):
 
 
 def test_a_log_with_a_column_of_ones_own(tmp_path, figures):
-    header = ",".join([*main.LOG_COLUMNS, "mine"])
-    (tmp_path / "run.csv").write_text(f"{header}\n10,train,1.5,,,,,,,60,7\n")
+    (tmp_path / "run.csv").write_text(f"{HEADER},mine\n{written(10, 1.5, 60)},7\n")
     pictures.plot_runs(tmp_path, [], "x.png")
     by_iteration, _ = figures[0].axes
-    assert by_iteration.lines[0].get_xydata().tolist() == [[10, 1.5]]
+    assert points_of(by_iteration)[0] == [[10, 1.5]]
 
 
 # ---- Attention ----------------------------------------------------------------------------------
 def rotated(x, base=10000.0):
     """RoPE of [H, L, d] by complex numbers, the first half of d real and the second imaginary."""
-    L, half = x.shape[1], x.shape[2] // 2
-    angles = np.outer(np.arange(L), base ** (-np.arange(half) / half))
-    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    _, L, d = x.shape
+    half = d // 2
+    speeds = base ** (-np.arange(half) / half)
+    angles = np.outer(np.arange(L), speeds)
+    z = x[..., :half] + 1j * x[..., half:]
+    z = z * np.exp(1j * angles)
     return np.concatenate([z.real, z.imag], -1)
 
 
 def normalized(x, norm):
     """RMSNorm over the last axis."""
-    return x * np.array(norm.weight) / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    mean_square = (x**2).mean(-1, keepdims=True)
+    return x * np.array(norm.weight) / np.sqrt(mean_square + 1e-5)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -118,41 +155,49 @@ def test_attention_weights(kv_heads, qk_norm):
     weights = pictures.attention_weights(model, tokens)
     assert weights.shape == (2, 2, 5, 5)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
-    assert (weights[..., ~np.tri(5, dtype=bool)] == 0).all()
+    is_later = ~np.tri(5, dtype=bool)
+    assert (weights[..., is_later] == 0).all()
     hidden = np.array(model.model.embed_tokens.weight, np.float64)[tokens]
     for i, block in enumerate(model.model.layers):
         inputs = normalized(hidden, block.input_layernorm)
         attention = block.self_attn
 
         def heads_of(layer):
-            return (inputs @ np.array(layer.weight).T).reshape(5, -1, 8).transpose(1, 0, 2)
+            outputs = inputs @ np.array(layer.weight).T
+            return outputs.reshape(5, -1, 8).transpose(1, 0, 2)
 
-        queries, keys = heads_of(attention.q_proj), heads_of(attention.k_proj)
+        queries = heads_of(attention.q_proj)
+        keys = heads_of(attention.k_proj)
         if qk_norm:
             queries = normalized(queries, attention.q_norm)
             keys = normalized(keys, attention.k_norm)
-        queries, keys = rotated(queries), rotated(keys)
+        queries = rotated(queries)
+        keys = rotated(keys)
         for head in range(2):
-            scores = queries[head] @ keys[head * kv_heads // 2].T / 8**0.5
+            own_keys = keys[head * kv_heads // 2]
+            scores = queries[head] @ own_keys.T / 8**0.5
             powers = np.exp(scores) * np.tri(5)
             expected = powers / powers.sum(-1, keepdims=True)
             np.testing.assert_allclose(weights[i, head], expected, atol=1e-5)
-        hidden = np.array(block(mx.array(hidden[None].astype(np.float32)))[0], np.float64)
+        outputs = block(mx.array(hidden[None].astype(np.float32)))
+        hidden = np.array(outputs[0], np.float64)
 
 
 def test_a_file_of_attention(trained, tmp_path):
     prompt = ["--prompt", "the $fox\n"]
     _, err = run("--attention", tmp_path / "a.png", *prompt, "--save_dir", trained)
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and "a.png" in err
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "a.png" in err
 
 
 def test_attention(figures):
-    model, tokenizer = make_model(num_heads=2, num_kv_heads=2), ByteTokenizer()
-    pictures.plot_attention(model, tokenizer, "a fox", "x.png")
+    model = make_model(num_heads=2, num_kv_heads=2)
+    pictures.plot_attention(model, ByteTokenizer(), "a fox", "x.png")
     axes = figures[0].axes
-    titles = [f"block {i}, head {j}" for i in range(2) for j in range(2)]
-    assert [axis.get_title() for axis in axes] == titles
-    assert [label.get_text() for label in axes[0].get_xticklabels()] == list("a fox")
+    titles = [axis.get_title() for axis in axes]
+    assert titles == ["block 0, head 0", "block 0, head 1", "block 1, head 0", "block 1, head 1"]
+    labels = [label.get_text() for label in axes[0].get_xticklabels()]
+    assert labels == list("a fox")
     weights = pictures.attention_weights(model, list(b"a fox"))
     for axis, expected in zip(axes, weights.reshape(4, 5, 5)):
         np.testing.assert_array_equal(axis.images[0].get_array(), expected)
@@ -160,7 +205,8 @@ def test_attention(figures):
 
 def test_a_name_without_an_ending(trained, tmp_path):
     _, err = run("--plot", tmp_path / "x", "--save_dir", trained)
-    assert f"Plot saved to {tmp_path / 'x.png'}\n" in err and (tmp_path / "x.png").exists()
+    assert f"Plot saved to {tmp_path / 'x.png'}\n" in err
+    assert (tmp_path / "x.png").exists()
 
 
 # ---- Mistakes -----------------------------------------------------------------------------------
@@ -173,11 +219,13 @@ def test_a_name_without_an_ending(trained, tmp_path):
     (["--attention", "nowhere/x.png", "--prompt", "x"], "cannot write nowhere/x.png"),
 ])  # fmt: skip
 def test_mistakes(trained, typed, words):
-    err = run(*typed, "--save_dir", trained, status=2, cwd=trained.parent)[1]
-    assert words in err.splitlines()[-1] and "Traceback" not in err
+    _, err = run(*typed, "--save_dir", trained, status=2, cwd=trained.parent)
+    assert words in err.splitlines()[-1]
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("typed", [["--plot", "x.png"], ["--attention", "x.png", "--prompt", "x"]])
 def test_an_empty_folder(tmp_path, typed):
-    err = run(*typed, "--save_dir", tmp_path, status=2, cwd=tmp_path)[1]
-    assert str(tmp_path) in err.splitlines()[-1] and "train" in err
+    _, err = run(*typed, "--save_dir", tmp_path, status=2, cwd=tmp_path)
+    assert str(tmp_path) in err.splitlines()[-1]
+    assert "train" in err
