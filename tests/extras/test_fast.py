@@ -23,7 +23,17 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from extras import fast
 
-DROP_INS = ["attend", "relu2", "cross_entropy", "over_streams", "add_up", "clip_grad_norm", "spread", "has_bfloat16", "use_bfloat16"]
+DROP_INS = [
+    "attend",
+    "relu2",
+    "cross_entropy",
+    "over_streams",
+    "add_up",
+    "clip_grad_norm",
+    "spread",
+    "has_bfloat16",
+    "use_bfloat16",
+]
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}  # key and value heads for 4 query heads
 
 
@@ -45,23 +55,33 @@ def normal(seed, *shape, deviation=1.0):
 
 
 def compiled_if(wanted, function):
-    return mx.compile(function) if wanted else function
+    if wanted:
+        function = mx.compile(function)
+    return function
+
+
+def in_float32(array):
+    return np.array(array.astype(mx.float32))
 
 
 def assert_near(found, expected, tolerance):
     """Both trees have the same leaves, which differ by `tolerance` of the largest element."""
-    found, expected = tree_flatten(found), tree_flatten(expected)
+    found = tree_flatten(found)
+    expected = tree_flatten(expected)
     assert [name for name, _ in found] == [name for name, _ in expected]
     for (name, ours), (_, theirs) in zip(found, expected):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), name
-        ours, theirs = np.array(ours.astype(mx.float32)), np.array(theirs.astype(mx.float32))
+        ours = in_float32(ours)
+        theirs = in_float32(theirs)
         assert abs(ours - theirs).max() <= tolerance * abs(theirs).max(), name
 
 
 @pytest.mark.parametrize("name", DROP_INS)
 def test_the_program_uses_it_and_it_takes_the_same_arguments(name, plain):
-    quick, slow = getattr(fast, name), getattr(plain, name)
-    assert getattr(main, name) is quick and slow.__module__ == "plain_main"
+    quick = getattr(fast, name)
+    slow = getattr(plain, name)
+    assert getattr(main, name) is quick
+    assert slow.__module__ == "plain_main"
     assert str(inspect.signature(quick)) == str(inspect.signature(slow))
 
 
@@ -79,7 +99,8 @@ def test_the_blas_does_not_need_the_folder_for_temporary_files(tmp_path, monkeyp
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
     monkeypatch.setattr(fast, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(fast.subprocess, "run", compile_nothing)
-    assert fast.compile_forwarder() is None and set(folders) == {str(tmp_path / "cache")}
+    assert fast.compile_forwarder() is None
+    assert set(folders) == {str(tmp_path / "cache")}
 
 
 def test_exp_is_within_its_bounds():
@@ -91,8 +112,15 @@ def test_exp_is_within_its_bounds():
 
 
 def test_relu2_and_its_gradient(plain):
-    x, factors = normal(0, 50, 31), normal(1, 50, 31)
-    results = [mx.value_and_grad(lambda x, f=f: (f(x) * factors).sum())(x) for f in (fast.relu2, plain.relu2)]
+    x = normal(0, 50, 31)
+    factors = normal(1, 50, 31)
+    results = []
+    for program in (fast, plain):
+
+        def weighted(x):
+            return (program.relu2(x) * factors).sum()
+
+        results.append(mx.value_and_grad(weighted)(x))
     assert_near(*results, 1e-6)
 
 
@@ -101,11 +129,13 @@ def test_clipping_to_a_norm(limit, plain, set_streams):
     gradients = {"a": normal(0, 50, 31), "b": [normal(1, 7), normal(2, 300, 2)]}
     for streams in (1, 2):
         set_streams(streams)
-        assert_near(fast.clip_grad_norm(gradients, limit), plain.clip_grad_norm(gradients, limit), 2e-6)
+        expected = plain.clip_grad_norm(gradients, limit)
+        assert_near(fast.clip_grad_norm(gradients, limit), expected, 2e-6)
 
 
 def test_softmax_and_its_gradient():
-    scores, factors = normal(0, 50, 31, deviation=5), normal(1, 50, 31)
+    scores = normal(0, 50, 31, deviation=5)
+    factors = normal(1, 50, 31)
 
     def weighted(softmax, scores):
         return (softmax(scores, axis=-1) * factors).sum()
@@ -120,15 +150,23 @@ def test_softmax_and_its_gradient():
 
 
 @pytest.mark.parametrize("heads, length, deviation, compiled", [
-    ("MHA", 1, 1, False), ("GQA", 1, 1, False),
-    ("MHA", 13, 1, False), ("GQA", 13, 1, False), ("MQA", 13, 1, False),
-    ("GQA", 64, 1, False), ("GQA", 64, 6, False), ("GQA", 13, 1, True),
+    ("MHA", 1, 1, False),
+    ("GQA", 1, 1, False),
+    ("MHA", 13, 1, False),
+    ("GQA", 13, 1, False),
+    ("MQA", 13, 1, False),
+    ("GQA", 64, 1, False),
+    ("GQA", 64, 6, False),
+    ("GQA", 13, 1, True),
 ])  # fmt: skip
 def test_attention_and_its_gradients(heads, length, deviation, compiled, plain):
     """A deviation of 6 makes distributions sharp: nearly all weight is on one position."""
-    shapes = [(3, 4, length, 6), (3, HEADS[heads], length, 6), (3, HEADS[heads], length, 6)]
-    inputs = [normal(i, *shape, deviation=deviation) for i, shape in enumerate(shapes)]
-    factors = normal(3, *shapes[0])
+    inputs = [
+        normal(0, 3, 4, length, 6, deviation=deviation),
+        normal(1, 3, HEADS[heads], length, 6, deviation=deviation),
+        normal(2, 3, HEADS[heads], length, 6, deviation=deviation),
+    ]
+    factors = normal(3, 3, 4, length, 6)
     results = []
     for program in (main, plain):
 
@@ -162,10 +200,14 @@ def loss_inputs(size, weights):
 
 
 @pytest.mark.parametrize("size, weights, compiled", [
-    ("one chunk", "array", False), ("one chunk", 1 / 50, False), ("one chunk", 1, False),
+    ("one chunk", "array", False),
+    ("one chunk", 1 / 50, False),
+    ("one chunk", 1, False),
     ("one chunk", "array", True),
-    ("two chunks", "array", False), ("two chunks", 1 / 129, False),
-    ("three chunks", "array", False), ("three chunks", 1 / 300, True),
+    ("two chunks", "array", False),
+    ("two chunks", 1 / 129, False),
+    ("three chunks", "array", False),
+    ("three chunks", 1 / 300, True),
 ])  # fmt: skip
 def test_cross_entropy_and_its_gradients(size, weights, compiled, plain):
     hidden, head, targets, weights = loss_inputs(size, weights)
@@ -177,18 +219,23 @@ def test_cross_entropy_and_its_gradients(size, weights, compiled, plain):
 
         gradients_of = mx.value_and_grad(loss, argnums=(0, 1))
         results.append(compiled_if(compiled, gradients_of)(hidden, head))
-    assert_near(*results, 1.5e-4)  # the plain one adds up 70,000 powers in float32, which loses digits
+    # The plain one adds up 70,000 powers in float32, which loses digits.
+    assert_near(*results, 1.5e-4)
 
 
 @pytest.mark.parametrize("size, weights", [
-    ("one chunk", "array"), ("one chunk", 1), ("one chunk", 0.01),
-    ("two chunks", "array"), ("three chunks", "array"), ("three chunks", 0.01),
+    ("one chunk", "array"),
+    ("one chunk", 1),
+    ("one chunk", 0.01),
+    ("two chunks", "array"),
+    ("three chunks", "array"),
+    ("three chunks", 0.01),
 ])  # fmt: skip
 def test_cross_entropy_without_gradients(size, weights, plain):
     inputs = loss_inputs(size, weights)
     expected = plain.cross_entropy(*inputs, training=False).item()
-    assert main.cross_entropy(*inputs, training=False).item() == pytest.approx(expected, rel=1e-5)
-    assert main.cross_entropy(*inputs).item() == pytest.approx(expected, rel=1e-5)
+    for found in (main.cross_entropy(*inputs, training=False), main.cross_entropy(*inputs)):
+        assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_cross_entropy_in_bfloat16(plain):
@@ -207,13 +254,16 @@ def test_cross_entropy_in_bfloat16(plain):
 
 def gradients_in_numpy(hidden, head, targets, weights):
     """The loss and its gradients by hidden [N, D] and head [V, D] in float64."""
-    hidden, head, weights = (np.array(array, np.float64) for array in (hidden, head, weights))
+    hidden = np.array(hidden, np.float64)
+    head = np.array(head, np.float64)
+    weights = np.array(weights, np.float64)
     logits = hidden @ head.T
     powers = np.exp(logits - logits.max(-1, keepdims=True))
     gradient = powers / powers.sum(-1, keepdims=True)
     gradient[np.arange(len(targets)), targets] -= 1
     gradient *= weights[:, None]
-    return (nats_of(logits, targets) * weights).sum(), gradient @ head, gradient.T @ hidden
+    loss = (nats_of(logits, targets) * weights).sum()
+    return loss, gradient @ head, gradient.T @ hidden
 
 
 @pytest.mark.parametrize(
@@ -224,29 +274,21 @@ def gradients_in_numpy(hidden, head, targets, weights):
 def test_the_loss_in_chunks_and_its_gradients(rows, vocab_size):
     random = np.random.default_rng(5)
     hidden = random.normal(size=(rows, 6)).astype(np.float32)
-    head = random.normal(0, 3, (vocab_size, 6)).astype(
-        np.float32
-    )  # sharp distributions, answers far down
-    targets, weights = (
-        random.integers(vocab_size, size=rows),
-        random.uniform(0, 1, rows).astype(np.float32),
-    )
+    # Sharp distributions, answers far down.
+    head = random.normal(0, 3, (vocab_size, 6)).astype(np.float32)
+    targets = random.integers(vocab_size, size=rows)
+    weights = random.uniform(0, 1, rows).astype(np.float32)
 
     def loss(hidden, head):
-        return (
-            0.5
-            * fast.cross_entropy_and_gradients(hidden, head, mx.array(targets), mx.array(weights))[
-                0
-            ]
-        )
+        given = hidden, head, mx.array(targets), mx.array(weights)
+        nats, *_ = fast.cross_entropy_and_gradients(*given)
+        return 0.5 * nats
 
     value, gradients = mx.value_and_grad(loss, argnums=(0, 1))(mx.array(hidden), mx.array(head))
-    expected = gradients_in_numpy(hidden, head, targets, weights)
-    assert value.item() == pytest.approx(0.5 * expected[0], rel=1e-5)
-    for gradient, right in zip(gradients, expected[1:]):
-        np.testing.assert_allclose(
-            np.array(gradient), 0.5 * right, rtol=1e-3, atol=3e-4
-        )  # sums of 70,000
+    nats, *expected = gradients_in_numpy(hidden, head, targets, weights)
+    assert value.item() == pytest.approx(0.5 * nats, rel=1e-5)
+    for gradient, right in zip(gradients, expected):  # sums of 70,000
+        np.testing.assert_allclose(np.array(gradient), 0.5 * right, rtol=1e-3, atol=3e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 256, 257, 300])
@@ -254,12 +296,15 @@ def test_chunks_have_each_row_once(rows):
     seen = []
 
     def loss_of_chunk(logits, targets, weights, chunk):
-        seen.append(np.arange(rows)[chunk])
-        assert len(logits) == len(targets) == len(weights) == len(seen[-1]) <= 128
+        own = np.arange(rows)[chunk]
+        seen.append(own)
+        assert len(logits) == len(targets) == len(weights) == len(own) <= 128
         return fast.cross_entropy_of_chunk(logits, targets, weights, chunk)
 
-    hidden, head = normal(0, rows, 2), normal(1, 70_000, 2)
-    fast.sum_over_chunks(hidden, head, mx.zeros(rows, mx.int32), mx.ones(rows), loss_of_chunk)
+    hidden = normal(0, rows, 2)
+    head = normal(1, 70_000, 2)
+    targets = mx.zeros(rows, mx.int32)
+    fast.sum_over_chunks(hidden, head, targets, mx.ones(rows), loss_of_chunk)
     np.testing.assert_array_equal(np.concatenate(seen), np.arange(rows))
     assert len(seen) == math.ceil(rows / 128)
 
@@ -270,8 +315,10 @@ def test_the_memory_of_a_large_vocabulary():
     All of the logits are twelve chunks.
     """
     rows, vocab_size, dim = 32 * 48, 267_735, 32
-    head, hidden = mx.random.normal((vocab_size, dim)), mx.random.normal((rows, dim))
-    targets, weights = mx.random.randint(0, vocab_size, (rows,)), mx.full(rows, 1 / rows)
+    head = mx.random.normal((vocab_size, dim))
+    hidden = mx.random.normal((rows, dim))
+    targets = mx.random.randint(0, vocab_size, (rows,))
+    weights = mx.full(rows, 1 / rows)
     mx.eval(head, hidden, targets, weights)
 
     def loss(hidden, head):
@@ -281,7 +328,8 @@ def test_the_memory_of_a_large_vocabulary():
     before = mx.get_active_memory() - head.nbytes
     mx.reset_peak_memory()
     mx.eval(step(hidden, head))
-    assert mx.get_peak_memory() - before < 3 * head.nbytes + 4 * 128 * vocab_size * 4
+    chunk = 128 * vocab_size * 4
+    assert mx.get_peak_memory() - before < 3 * head.nbytes + 4 * chunk
 
 
 # ---- Streams ------------------------------------------------------------------------------------
@@ -302,13 +350,18 @@ def test_each_row_is_in_one_share(rows, streams, set_streams):
         assert max(lengths) - min(lengths) <= 1
 
 
-@pytest.mark.parametrize(
-    "streams, compiled", [(1, False), (2, False), (3, False), (5, False), (2, True)]
-)
+@pytest.mark.parametrize("streams, compiled", [
+    (1, False),
+    (2, False),
+    (3, False),
+    (5, False),
+    (2, True),
+])  # fmt: skip
 def test_the_sum_of_all_shares(streams, compiled, set_streams, plain):
     """Of a tree, as loss and gradients are; sums of whole numbers have no rounding."""
     set_streams(streams)
-    numbers = mx.array(np.random.default_rng(0).integers(-9, 9, (12, 7, 3)).astype(np.float32))
+    integers = np.random.default_rng(0).integers(-9, 9, (12, 7, 3))
+    numbers = mx.array(integers.astype(np.float32))
     weights = {"a": mx.array([1.0, 2, 3]), "layers": [{"b": mx.array(4.0)}, {"b": mx.array(5.0)}]}
 
     def loss(weights, rows):
@@ -329,8 +382,12 @@ def test_the_sum_of_all_shares(streams, compiled, set_streams, plain):
 
 
 def small_weights():
-    shapes = {"a": (8, 16), "b": (16, 8), "c": (3, 3), "d": (40, 5)}
-    return {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    return {
+        "a": normal(0, 8, 16),
+        "b": normal(1, 16, 8),
+        "c": normal(2, 3, 3),
+        "d": normal(3, 40, 5),
+    }
 
 
 OPTIMIZERS = {
@@ -344,8 +401,14 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name, streams, compiled", [
-    ("AdamW", 1, False), ("AdamW", 2, False), ("AdamW", 3, False), ("AdamW", 2, True),
-    ("Muon", 1, False), ("Muon", 2, False), ("Muon", 3, False), ("Muon", 2, True),
+    ("AdamW", 1, False),
+    ("AdamW", 2, False),
+    ("AdamW", 3, False),
+    ("AdamW", 2, True),
+    ("Muon", 1, False),
+    ("Muon", 2, False),
+    ("Muon", 3, False),
+    ("Muon", 2, True),
     ("Lion", 2, False),
 ])  # fmt: skip
 def test_two_steps_of_a_spread_optimizer_equal_the_plain_one_to_the_bit(
@@ -370,12 +433,15 @@ def test_two_steps_of_a_spread_optimizer_equal_the_plain_one_to_the_bit(
             step = mx.compile(step, inputs=state, outputs=state)
         for i, rate in enumerate((0.01, 0.003)):  # the training loop sets the rate of every step
             optimizer.learning_rate = rate
-            gradients = {name: normal(10 + i, *weight.shape) for name, weight in weights.items()}
+            gradients = {}
+            for parameter, weight in weights.items():
+                gradients[parameter] = normal(10 + i, *weight.shape)
             weights = step(gradients, weights)
             mx.eval(weights, optimizer.state)
         results.append([weights, optimizer.state])
     assert_near(*results, 0)
-    assert not mx.array_equal(results[0][0]["a"], small_weights()["a"])
+    weights_after, _ = results[0]
+    assert not mx.array_equal(weights_after["a"], small_weights()["a"])
 
 
 def test_the_work_of_an_optimizer_is_spread(set_streams):
@@ -384,10 +450,9 @@ def test_the_work_of_an_optimizer_is_spread(set_streams):
     weights = small_weights()
     optimizer = main.spread(optim.SGD)(0.1)
     optimizer.apply_gradients(weights, weights)
-    assert sum(optimizer.load) == sum(weight.size for weight in weights.values())
-    assert max(optimizer.load) - min(optimizer.load) <= max(
-        weight.size for weight in weights.values()
-    )
+    sizes = [weight.size for weight in weights.values()]
+    assert sum(optimizer.load) == sum(sizes)
+    assert max(optimizer.load) - min(optimizer.load) <= max(sizes)
 
 
 # ---- Training steps -----------------------------------------------------------------------------
@@ -413,8 +478,8 @@ def steps(program, count=6, **values):
         loss, norm = step(mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), *noise)
         mx.eval(loss, norm, model.state, optimizer.state)
         losses.append([loss.item(), norm.item()])
-    weights = {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
-    return np.array(losses), weights
+    after = {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
+    return np.array(losses), after
 
 
 def test_streams_change_rounding_alone_and_are_exact_in_themselves(set_streams):
@@ -422,12 +487,13 @@ def test_streams_change_rounding_alone_and_are_exact_in_themselves(set_streams):
     expected, _ = steps(main)
     for streams in (2, 3, 5):
         set_streams(streams)
-        runs = [steps(main) for _ in range(3)]
-        np.testing.assert_allclose(runs[0][0], expected, rtol=1e-4)
-        for losses, weights in runs[1:]:
-            np.testing.assert_array_equal(losses, runs[0][0])
+        first_losses, first_weights = steps(main)
+        np.testing.assert_allclose(first_losses, expected, rtol=1e-4)
+        for _ in range(2):
+            losses, weights = steps(main)
+            np.testing.assert_array_equal(losses, first_losses)
             for name in weights:
-                np.testing.assert_array_equal(weights[name], runs[0][1][name])
+                np.testing.assert_array_equal(weights[name], first_weights[name])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -441,11 +507,12 @@ def test_steps_stay_with_those_of_the_plain_program(optimizer, set_streams, plai
 def test_how_many_streams_share_a_batch(monkeypatch):
     monkeypatch.setattr(fast, "BLAS", "a fast one")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(4), raising=False)
-    counts = [
-        fast.count_streams(*size)
-        for size in ((32, 48), (16, 48), (8, 48), (1, 4096), (2, 4096), (64, 64))
-    ]
-    assert counts == [4, 3, 1, 1, 2, 4]
+    assert fast.count_streams(32, 48) == 4
+    assert fast.count_streams(16, 48) == 3
+    assert fast.count_streams(8, 48) == 1
+    assert fast.count_streams(1, 4096) == 1
+    assert fast.count_streams(2, 4096) == 2
+    assert fast.count_streams(64, 64) == 4
     monkeypatch.setattr(fast, "BLAS", "Accelerate")
     assert fast.count_streams(32, 48) == 1
 
@@ -461,14 +528,27 @@ import main
 import mlx.core as mx, numpy as np
 mx.set_default_device(mx.cpu)
 left, right = np.random.default_rng(0).normal(size=(2, 200, 200)).astype(np.float32)
-pairs = [(left, right), (left.T, right), (left.T, right.T), (left[:1], right), (left[:, :33], right[:33])]
-pairs += [(left[:rows], right[:columns].T) for rows in (1, 7, 9, 16, 20, 32, 33, 65) for columns in (1, 3, 8, 33, 200)]
-pairs += [(left, right[:, :1]), (left, right[:1].T), (left[:1], left[:1].T), (left.T, right[:, :1])]
+pairs = [
+    (left, right),
+    (left.T, right),
+    (left.T, right.T),
+    (left[:1], right),
+    (left[:, :33], right[:33]),
+    (left, right[:, :1]),
+    (left, right[:1].T),
+    (left[:1], left[:1].T),
+    (left.T, right[:, :1]),
+]
+for rows in (1, 7, 9, 16, 20, 32, 33, 65):
+    for columns in (1, 3, 8, 33, 200):
+        pairs.append((left[:rows], right[:columns].T))
 for a, b in pairs:
-    product = a.astype(np.float64) @ b
-    assert np.abs(np.array(mx.array(a) @ mx.array(b)) - product).max() < 1e-3
-    total = mx.addmm(mx.ones(product.shape), mx.array(a), mx.array(b), alpha=0.5)
-    assert np.abs(np.array(total) - 0.5 * product - 1).max() < 1e-3
+    expected = a.astype(np.float64) @ b
+    a, b = mx.array(a), mx.array(b)
+    product = np.array(a @ b)
+    assert np.abs(product - expected).max() < 1e-3
+    total = np.array(mx.addmm(mx.ones(product.shape), a, b, alpha=0.5))
+    assert np.abs(total - 0.5 * expected - 1).max() < 1e-3
 print(main.BLAS)
 """
 
@@ -491,8 +571,9 @@ def test_after_mlx_it_is_too_late():
     """And it is not said that the fast BLAS is used."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     code = "import mlx.core, main; print(main.BLAS, main.has_bfloat16())"
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-    assert out == "reference BLAS False\n"
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert process.stdout == "reference BLAS False\n"
 
 
 @pytest.mark.skipif(main.fast.forwarder is None, reason="there is no forwarder")
@@ -501,20 +582,37 @@ def test_after_mlx_it_is_too_late():
 def test_products_by_columns(m, n, k, transposed):
     """As other libraries that find the same symbol may ask for."""
     random = np.random.default_rng(0)
-    a, b = random.normal(size=(m, k)).astype(np.float32), random.normal(size=(k, n)).astype(np.float32)
-    product = np.zeros((n, m), np.float32)  # [m, n] by columns
-    given = []
-    for matrix, is_transposed in zip((a, b), transposed):
-        stored = np.ascontiguousarray(matrix if is_transposed else matrix.T)  # by columns: the transposed by rows
-        given.append((stored, stored.shape[1]))
-    (a_stored, lda), (b_stored, ldb) = given
+    a = random.normal(size=(m, k)).astype(np.float32)
+    b = random.normal(size=(k, n)).astype(np.float32)
+
+    def stored(matrix, is_transposed):
+        """Its name, its elements by columns, which are those of the transposed by rows."""
+        if is_transposed:
+            return 112, np.ascontiguousarray(matrix)
+        return 111, np.ascontiguousarray(matrix.T)
 
     def pointer(array):
         return array.ctypes.data_as(ctypes.c_void_p)
 
-    names = [112 if is_transposed else 111 for is_transposed in transposed]
+    a_name, a_stored = stored(a, transposed[0])
+    b_name, b_stored = stored(b, transposed[1])
+    product = np.zeros((n, m), np.float32)  # [m, n] by columns
+    by_columns = 102
     main.fast.forwarder.cblas_sgemm(
-        102, *names, m, n, k, ctypes.c_float(1), pointer(a_stored), lda, pointer(b_stored), ldb, ctypes.c_float(0), pointer(product), m
+        by_columns,
+        a_name,
+        b_name,
+        m,
+        n,
+        k,
+        ctypes.c_float(1),
+        pointer(a_stored),
+        a_stored.shape[1],
+        pointer(b_stored),
+        b_stored.shape[1],
+        ctypes.c_float(0),
+        pointer(product),
+        m,
     )
     np.testing.assert_allclose(product.T, a @ b, rtol=1e-4, atol=1e-5)
 
@@ -560,12 +658,14 @@ esac
 """
     )
     script.chmod(0o755)
-    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path)}
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    env = {"PATH": path, "XDG_CACHE_HOME": str(tmp_path)}
     assert blas_of(**env) == main.BLAS
     [library] = tmp_path.glob("*/blas-*")
     library.write_bytes(b"junk")
     assert blas_of(**env) == main.BLAS
-    assert list(tmp_path.glob("*/blas-*")) == [library] and library.stat().st_size > 1000
+    assert list(tmp_path.glob("*/blas-*")) == [library]
+    assert library.stat().st_size > 1000
 
 
 # ---- macOS --------------------------------------------------------------------------------------
@@ -575,7 +675,15 @@ import os, sys, sysconfig
 
 sysconfig.get_config_vars()  # while it can still be found
 sys.platform = "darwin"
-for name in ("sched_getaffinity", "sched_setaffinity", "posix_fadvise", "memfd_create", "copy_file_range", "eventfd"):
+missing = (
+    "sched_getaffinity",
+    "sched_setaffinity",
+    "posix_fadvise",
+    "memfd_create",
+    "copy_file_range",
+    "eventfd",
+)
+for name in missing:
     vars(os).pop(name, None)
 import main
 sys.exit(main.main(sys.argv[1:]))
@@ -583,7 +691,8 @@ sys.exit(main.main(sys.argv[1:]))
 
 
 def test_what_macos_lacks_is_not_needed(tmp_path, text):
-    line = ["--text", text, *TINY, "--num_iters", 20, "--steps_per_report", 1, "--learning_rate", 3e-3]
+    line = ["--text", text, *TINY, "--num_iters", 20, "--steps_per_report", 1]
+    line += ["--learning_rate", 3e-3]
     options = {"program": ["-c", AS_ON_MACOS], "env": {"PYTHONPATH": str(ROOT)}}
     run(*line, "--save_dir", tmp_path / "linux")
     out, _ = run(*line, "--save_dir", tmp_path / "macos", **options)
@@ -592,7 +701,8 @@ def test_what_macos_lacks_is_not_needed(tmp_path, text):
     for folder in ("linux", "macos"):
         [log] = (tmp_path / folder).glob("*.csv")
         losses.append([float(row["loss"]) for row in csv.DictReader(log.open())])
-    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and len(losses[0]) == 20
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert len(losses[0]) == 20
     for more in (["--evaluate", "valid"], ["--prompt", "the"]):
         run(*more, "--save_dir", tmp_path / "macos", **options)
 
@@ -618,53 +728,83 @@ def test_a_product_with_a_vector_does_not_round(bfloat16):
     """Norms and sums of losses are such; a long sum loses no digits."""
     random = np.random.default_rng(0)
     vector = random.uniform(size=300_000).astype(np.float32)
-    exact = (vector.astype(np.float64) ** 2).sum()
+    rows = vector.reshape(3, -1)
     with mx.stream(mx.cpu):
-        assert (mx.array(vector) @ mx.array(vector)).item() == pytest.approx(exact, rel=1e-6)
-        sums = fast.sum_of_rows(mx.array(vector.reshape(3, -1)))[:, 0].tolist()
-    assert sums == pytest.approx(vector.reshape(3, -1).sum(1, np.float64).tolist(), rel=1e-6)
+        square = (mx.array(vector) @ mx.array(vector)).item()
+        sums = fast.sum_of_rows(mx.array(rows))[:, 0].tolist()
+    exact = (vector.astype(np.float64) ** 2).sum()
+    assert square == pytest.approx(exact, rel=1e-6)
+    assert sums == pytest.approx(rows.sum(1, np.float64).tolist(), rel=1e-6)
 
 
-@pytest.mark.parametrize("rows, inner, columns", [(1, 64, 50), (9, 33, 17), (64, 48, 48), (300, 700, 500)])
+@pytest.mark.parametrize("rows, inner, columns", [
+    (1, 64, 50),
+    (9, 33, 17),
+    (64, 48, 48),
+    (300, 700, 500),
+])  # fmt: skip
 @pytest.mark.parametrize("left_turned", [False, True])
 @pytest.mark.parametrize("right_turned", [False, True])
-def test_products_round_what_they_multiply(rows, inner, columns, left_turned, right_turned, bfloat16):
+def test_products_round_what_they_multiply(
+    rows, inner, columns, left_turned, right_turned, bfloat16
+):
     """And nothing else: sums are those of float32."""
     random = np.random.default_rng(0)
-    left = random.normal(size=(inner, rows) if left_turned else (rows, inner)).astype(np.float32)
-    right = random.normal(size=(columns, inner) if right_turned else (inner, columns)).astype(np.float32)
-    turned = [array.T if is_turned else array for array, is_turned in ((left, left_turned), (right, right_turned))]
-    exact = rounded(turned[0]).astype(np.float64) @ rounded(turned[1])
-    arrays = [mx.array(array).T if is_turned else mx.array(array) for array, is_turned in ((left, left_turned), (right, right_turned))]
+    left = random.normal(size=(rows, inner)).astype(np.float32)
+    right = random.normal(size=(inner, columns)).astype(np.float32)
+    exact = rounded(left).astype(np.float64) @ rounded(right)
+
+    def array_of(matrix, is_turned):
+        """It, in memory by columns if it is turned."""
+        if is_turned:
+            return mx.array(np.ascontiguousarray(matrix.T)).T
+        return mx.array(matrix)
+
     with mx.stream(mx.cpu):
-        product = np.array(arrays[0] @ arrays[1])
+        product = np.array(array_of(left, left_turned) @ array_of(right, right_turned))
     assert np.abs(product - exact).max() <= 1e-5 * np.abs(exact).max()
 
 
 def test_rounding_of_ties_and_of_what_is_not_finite(bfloat16):
-    """Ties go to the even neighbour; what is above the largest number becomes infinite; NaN stays NaN."""
-    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 1], np.uint32)
-    numbers = bits.view(np.float32)
+    """Ties go to the even neighbour; above the largest number is infinity; NaN stays NaN."""
+    bits = [
+        0x3F808000,
+        0x3F818000,
+        0x3F808001,
+        0x3F807FFF,
+        0x7F7FFFFF,
+        0x7F800000,
+        0xFF800000,
+        0x7F800001,
+        0xFFFFFFFF,
+        1,
+    ]
+    numbers = np.array(bits, np.uint32).view(np.float32)
     for number in numbers:
         left = np.zeros((16, 16), np.float32)
         left[:, 0] = number
         with mx.stream(mx.cpu):
             product = np.array(mx.array(left) @ mx.ones((16, 16)))
-        expected = rounded(np.array([number]))[0]
-        assert np.isnan(product).all() if np.isnan(expected) else (product == expected).all(), number
+        expected = np.full_like(product, rounded(np.array([number]))[0])
+        np.testing.assert_array_equal(product, expected, err_msg=str(number))
 
 
 def test_only_the_step_rounds(text, tmp_path):
     """Scores and samples are float32's, and a step in bfloat16 is near that in float32."""
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        given = flags(dim=64, num_heads=2, num_blocks=2, context_size=16, batch_size=8, dtype=dtype)
+        shape = dict(dim=64, num_heads=2, num_blocks=2, context_size=16)
+        given = flags(batch_size=8, dtype=dtype, **shape)
         model = main.LanguageModel(main.make_config(given, 257))
         main.init_weights(model, 1)
-        tokens = mx.array(np.random.default_rng(0).integers(0, 257, (8, 17)), mx.int32)
+        texts = np.random.default_rng(0).integers(0, 257, (8, 17))
+        tokens = mx.array(texts, mx.int32)
         before = main.evaluate(model, np.array(tokens).flatten(), 4)
         step = main.make_step(model, main.make_optimizer(model, given), given)
-        losses[dtype] = [step(tokens[:, :-1], tokens[:, 1:])[0].item() for _ in range(5)]
+        losses[dtype] = []
+        for _ in range(5):
+            loss, _ = step(tokens[:, :-1], tokens[:, 1:])
+            losses[dtype].append(loss.item())
         losses[dtype].append(before)
     assert losses["float32"][-1] == losses["bfloat16"][-1], "a score rounded"
     assert losses["float32"] == pytest.approx(losses["bfloat16"], abs=2e-3)
@@ -686,10 +826,23 @@ print(shutil.which("g++"))
 
 def compile_in(folder, **env):
     """A cold start in a process: no kernels, no header; returns it."""
-    env = {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "XDG_CACHE_HOME": str(folder / "cache"), **env}
     (folder / "cache").mkdir(exist_ok=True)
+    given = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(folder),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        **env,
+    }
     command = [sys.executable, "-c", COMPILE]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env}, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=given,
+        start_new_session=True,
+    )
 
 
 needs_compiler = pytest.mark.skipif(
@@ -763,7 +916,12 @@ def test_killed_at_any_moment_of_a_cold_start(tmp_path):
 
 
 @needs_compiler
-@pytest.mark.parametrize("trouble", ["no g++", "no cache folder", "damaged header", "full of errors"])
+@pytest.mark.parametrize("trouble", [
+    "no g++",
+    "no cache folder",
+    "damaged header",
+    "full of errors",
+])  # fmt: skip
 def test_starts_without_the_header(tmp_path, trouble):
     env = {}
     if trouble == "no g++":
@@ -772,7 +930,11 @@ def test_starts_without_the_header(tmp_path, trouble):
     if trouble == "full of errors":  # a compiler that compiles kernels, but no headers
         (tmp_path / "bin").mkdir()
         compiler = tmp_path / "bin" / "g++"
-        compiler.write_text(f'#!/bin/sh\ncase "$*" in *c++-header*) exit 1;; esac\nexec {shutil.which("g++")} "$@"\n')
+        compiler.write_text(
+            "#!/bin/sh\n"
+            'case "$*" in *c++-header*) exit 1;; esac\n'
+            f'exec {shutil.which("g++")} "$@"\n'
+        )
         compiler.chmod(0o755)
         env["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     if trouble == "no cache folder":
