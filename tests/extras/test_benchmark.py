@@ -13,13 +13,16 @@ from extras.benchmark import predict_memory
 def test_an_activation_of_ones_own_can_be_benchmarked():
     gelu = main.Config(257, 32, 2, 64, 4, 4, "gelu", 256)
     own = main.Config(257, 32, 2, 64, 4, 4, "silu", 256)
-    assert predict_memory(own, flags(), 1000, 8000, 2) == predict_memory(gelu, flags(), 1000, 8000, 2)
+    sizes = flags(), 1000, 8000, 2
+    assert predict_memory(own, *sizes) == predict_memory(gelu, *sizes)
 
 
 SHAPES = {
     "plain": "--dim 64 --num_heads 4 --num_blocks 3 --context_size 32 --batch_size 16",
-    "all": "--dim 128 --num_heads 4 --num_kv_heads 2 --num_blocks 2 --context_size 64"
-    " --batch_size 8 --mlp swiglu --untie --qk_norm",
+    "all": (
+        "--dim 128 --num_heads 4 --num_kv_heads 2 --num_blocks 2 --context_size 64 --batch_size 8"
+        " --mlp swiglu --untie --qk_norm"
+    ),
     # Gradients outweigh activations.
     "large": "--dim 256 --num_heads 4 --num_blocks 4 --context_size 16 --batch_size 4 --average 1",
 }
@@ -29,35 +32,47 @@ SHAPES = {
 def test_benchmark(shape, text, tmp_path):
     out, _ = run("--benchmark", "--text", text, *shape.split(), "--save_dir", tmp_path)
     result = json.loads(out.splitlines()[-1])
-    values = dict(re.findall(r"--(\w+) (\w+)", shape))
-    values = {name: int(text) if text.isdigit() else text for name, text in values.items()}
+    values = {}
+    for name, value in re.findall(r"--(\w+) (\w+)", shape):
+        values[name] = int(value) if value.isdigit() else value
     given = flags(**values)
-    D, L, blocks = given.dim, given.context_size, given.num_blocks
+    D = given.dim
+    L = given.context_size
+    blocks = given.num_blocks
     head_dim = D // given.num_heads
     kv_dim = given.num_kv_heads * head_dim
     norms = (2 * blocks + 1) * D
     if "--qk_norm" in shape:
         norms += blocks * 2 * head_dim
     matrices = 3 if given.mlp == "swiglu" else 2
+    output = 257 * D if "--untie" in shape else 0
     assert result["parameters"] == {
         "embeddings": 257 * D,
         "attention": blocks * (2 * D * D + 2 * D * kv_dim),
         "mlp": blocks * D * given.mlp_dim * matrices,
         "norms": norms,
-        "output": 257 * D if "--untie" in shape else 0,
+        "output": output,
     }
     products = result["parameters"]["attention"] + result["parameters"]["mlp"] + 257 * D
     forward = 2 * products + blocks * 4 * D * L
     assert result["flops_per_token"] == {"forward": forward, "backward": 2 * forward}
     weights = 4 * sum(result["parameters"].values())
     assert result["memory"]["weights"] == weights
-    assert result["memory"].get("average", 0) == (weights if "--average" in shape else 0)
+    average = weights if "--average" in shape else 0
+    assert result["memory"].get("average", 0) == average
     assert result["memory"]["optimizer"] == pytest.approx(2 * weights, rel=0.01)
     # The prediction was fitted to two streams, on an idle machine.
     if main.fast and main.fast.count_streams(64, 64) == 2:
         assert result["predicted_peak"] == pytest.approx(result["measured_peak"], rel=0.25)
-    speeds = "tokens_per_second", "matrix_flops", "share_of_matrix_speed", "decoded_per_second"
-    assert all(result[name] > 0 for name in [*speeds, "first_token_ms"])
+    positive = [
+        "tokens_per_second",
+        "matrix_flops",
+        "share_of_matrix_speed",
+        "decoded_per_second",
+        "first_token_ms",
+    ]
+    for name in positive:
+        assert result[name] > 0, name
     assert result["token_ms"] * result["decoded_per_second"] == pytest.approx(1000)
     assert max(map(len, out.splitlines()[-13:-1])) <= 100
     assert not ids(tmp_path), "nothing is saved"
@@ -68,14 +83,17 @@ def test_a_checkpoint_is_measured_with_its_weights(tmp_path, text, monkeypatch):
     run("--text", text, *TINY, "--num_iters", 3, "--save_dir", tmp_path)
     seen = []
     monkeypatch.setattr("extras.benchmark.run_benchmark", seen.append)
-    assert main.main(["--benchmark", "--save_dir", str(tmp_path)]) == 0
-    assert main.main(["--benchmark", "--text", str(text), "--dim", "32", "--save_dir", str(tmp_path)]) == 0
+    line = ["--benchmark", "--save_dir", str(tmp_path)]
+    assert main.main(line) == 0
+    assert main.main([*line, "--text", str(text), "--dim", "32"]) == 0
     trained, new = seen
     [record] = main.list_checkpoints(tmp_path)
     weights = main.load_arrays(main.files_of(tmp_path, record)[0])
     for name, weight in main.tree_flatten(trained.model.parameters()):
         assert main.mx.array_equal(weight, weights[name])
-    assert trained.iteration == 3 and new.iteration == 0 and new.model.config.dim == 32
+    assert trained.iteration == 3
+    assert new.iteration == 0
+    assert new.model.config.dim == 32
 
 
 @pytest.mark.parametrize("options", [
@@ -89,10 +107,13 @@ def test_what_else_a_step_may_do_is_measured_too(options, tmp_path, text):
         line += TINY
     out, _ = run("--benchmark", *line, *options)
     result = json.loads(out.splitlines()[-1])
-    assert result["tokens_per_second"] > 0 and len(ids(tmp_path)) == 1
+    assert result["tokens_per_second"] > 0
+    assert len(ids(tmp_path)) == 1
     if "--lora_rank" in options:  # no gradients with respect to the matrices
-        parts, flops = result["parameters"], result["flops_per_token"]
+        parts = result["parameters"]
+        flops = result["flops_per_token"]
         matrices = parts["attention"] + parts["mlp"] + 257 * 16
         assert flops["backward"] == 2 * flops["forward"] - 2 * matrices
     if "--average" in options:
-        assert 0 < result["memory"]["average"] < result["memory"]["weights"] / 4, "the adapters alone"
+        memory = result["memory"]
+        assert 0 < memory["average"] < memory["weights"] / 4, "the adapters alone"
