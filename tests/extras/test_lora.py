@@ -16,26 +16,17 @@ from extras.lora import add_lora, init_lora, merge
 
 
 def make_model(vocab_size=257, seed=0, dim=64, **values):
-    shape = dict(
-        context_size=32,
-        num_blocks=2,
-        dim=dim,
-        num_heads=4,
-        num_kv_heads=4,
-        mlp="swiglu",
-        mlp_dim=2 * dim,
-    )
+    """A model with random weights, none of them 0 or 1."""
+    shape = dict(context_size=32, num_blocks=2, dim=dim, num_heads=4, num_kv_heads=4)
+    shape |= dict(mlp="swiglu", mlp_dim=2 * dim)
     model = main.LanguageModel(main.Config(vocab_size, **shape | values))
     random = np.random.default_rng(seed)
-    values = {
-        n: random.normal(1 if w.ndim == 1 else 0, 0.2, w.shape)
-        for n, w in tree_flatten(model.parameters())
-    }
-    model.update(
-        tree_unflatten(
-            [(name, mx.array(value.astype(np.float32))) for name, value in values.items()]
-        )
-    )
+    weights = []
+    for name, weight in tree_flatten(model.parameters()):
+        mean = 1 if weight.ndim == 1 else 0
+        value = random.normal(mean, 0.2, weight.shape)
+        weights.append((name, mx.array(value.astype(np.float32))))
+    model.update(tree_unflatten(weights))
     return model
 
 
@@ -44,49 +35,50 @@ def logits_of(model, tokens):
 
 
 def test_adapters_begin_as_nothing_and_alone_are_trained():
-    model, base = make_model(mlp="relu2"), make_model(mlp="relu2")
+    model = make_model(mlp="relu2")
+    base = make_model(mlp="relu2")
     add_lora(model, 4, 8)
     given = flags(dim=64, batch_size=4, learning_rate=0.1, lr_warmup=0)
     init_lora(model, 1)
     tokens = np.random.default_rng(0).integers(257, size=20).tolist()
     np.testing.assert_array_equal(logits_of(model, tokens), logits_of(base, tokens))
     names = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    assert len(names) == 2 * 2 * 6 and all(
-        re.search(r"layers\.\d\.\w+\.\w+_proj\.lora_[ab]$", name) for name in names
-    )
+    assert len(names) == 2 * 2 * 6
+    for name in names:
+        assert re.search(r"layers\.\d\.\w+\.\w+_proj\.lora_[ab]$", name)
     optimizer = main.make_optimizer(model, given)
     step = main.make_step(model, optimizer, given)
     batch = mx.array(np.random.default_rng(1).integers(257, size=(4, 9)))
     for _ in range(3):
         mx.eval(step(batch[:, :-1], batch[:, 1:]), model.state, optimizer.state)
-    trained, before = (dict(tree_flatten(each.parameters())) for each in (model, base))
-    assert all(mx.array_equal(trained[name], weight) for name, weight in before.items()), (
-        "the base stays as it was"
-    )
-    assert all(mx.any(trained[name] != 0) for name in names)
+    trained = dict(tree_flatten(model.parameters()))
+    for name, weight in tree_flatten(base.parameters()):
+        assert mx.array_equal(trained[name], weight), "the base stays as it was"
+    for name in names:
+        assert mx.any(trained[name] != 0)
     assert np.abs(logits_of(model, tokens) - logits_of(base, tokens)).max() > 0.01
 
 
 def test_merged_weights_by_hand():
     """Of rank 1 and alpha 3 the update is three times the outer product of B and A."""
-    base, model = make_model(num_blocks=1), make_model(num_blocks=1)
+    base = make_model(num_blocks=1)
+    model = make_model(num_blocks=1)
     add_lora(model, 1, 3)
     adapters = {}
     for name, adapter in tree_flatten(model.trainable_parameters()):
         adapters[name] = mx.ones_like(adapter)
     name = "model.layers.0.self_attn.q_proj"
     random = np.random.default_rng(0)
-    adapters[f"{name}.lora_a"] = mx.array(random.normal(size=(1, 64)).astype(np.float32))
-    adapters[f"{name}.lora_b"] = mx.array(random.normal(size=(64, 1)).astype(np.float32))
+    a = random.normal(size=(1, 64)).astype(np.float32)
+    b = random.normal(size=(64, 1)).astype(np.float32)
+    adapters[f"{name}.lora_a"] = mx.array(a)
+    adapters[f"{name}.lora_b"] = mx.array(b)
     before = {name: np.array(weight) for name, weight in tree_flatten(base.parameters())}
     merged = merge(base, adapters, 1, 3)
     assert merged.keys() == before.keys()
-    update = 3 * np.outer(
-        np.array(adapters[f"{name}.lora_b"]), np.array(adapters[f"{name}.lora_a"])
-    )
-    np.testing.assert_allclose(
-        np.array(merged[f"{name}.weight"]), before[f"{name}.weight"] + update, rtol=1e-5, atol=1e-5
-    )
+    expected = before[f"{name}.weight"] + 3 * np.outer(b, a)
+    found = np.array(merged[f"{name}.weight"])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     for name, weight in before.items():
         if "_proj" not in name:
             np.testing.assert_array_equal(np.array(merged[name]), weight)
@@ -97,6 +89,11 @@ def test_merged_weights_by_hand():
 LORA = "--lora_rank 2 --num_iters 30 --dropout 0.1 --average 0.3".split()
 LORA += "--learning_rate 0.03 --lr_warmup 5".split()
 LORA += ["--max_tokens", 8]
+
+
+def record_of(folder, id):
+    [record] = [record for record in main.list_checkpoints(folder) if record["id"] == id]
+    return record
 
 
 def test_lora_run(base, text, tmp_path):
@@ -111,27 +108,25 @@ def test_lora_run(base, text, tmp_path):
     assert "trainable" in out
     record, begun = [record for record in main.list_checkpoints(folder) if record["id"] != id]
     assert begun["iteration"] == 0, "from the start on, its base is not pruned"
-    assert record["uses"] == {"init_from": [id, id]} and record["flags"]["lora_alpha"] == 4
+    assert record["uses"] == {"init_from": [id, id]}
+    assert record["flags"]["lora_alpha"] == 4
     weights = mx.load(str(folder / f"{record['id']}.safetensors"))
-    assert len(weights) == 2 * 2 * 7 and all("lora_" in name for name in weights)
+    assert len(weights) == 2 * 2 * 7
+    assert all("lora_" in name for name in weights)
 
     run(*line, tmp_path / "other", "--num_iters", 11)
     run(*line, tmp_path / "other", "--num_iters", 30)
     assert ids(tmp_path / "other")[0] == record["id"]
-    run(
-        "--text", text, "--save_dir", tmp_path / "other", "--num_iters", 31
-    )  # goes on without the base being named again
+    # It goes on without the base being named again.
+    run("--text", text, "--save_dir", tmp_path / "other", "--num_iters", 31)
 
-    live, _ = main.load_model(
-        folder, next(r for r in main.list_checkpoints(folder) if r["id"] == id)
-    )
+    live, _ = main.load_model(folder, record_of(folder, id))
     add_lora(live, 2, 4)
     live.load_weights(list(weights.items()), strict=False)
     merged, tokenizer = main.load_model(folder, record)
     tokens = tokenizer.encode("line 5: the quick").tolist()
-    np.testing.assert_allclose(
-        logits_of(merged, tokens), logits_of(live, tokens), rtol=0, atol=1e-4
-    )
+    expected = logits_of(live, tokens)
+    np.testing.assert_allclose(logits_of(merged, tokens), expected, rtol=0, atol=1e-4)
     run("--export", tmp_path / "hf", "--save_dir", folder)
     again, _, _ = main.open_model(folder, str(tmp_path / "hf"), "--init_from")
     np.testing.assert_array_equal(logits_of(again, tokens), logits_of(merged, tokens))
@@ -141,17 +136,8 @@ def test_lora_run(base, text, tmp_path):
 def test_a_base_with_more_rows_than_ids(tmp_path, text, options):
     """As Qwen3's, padded for speed: its shape stays, in every leg."""
     export_model(make_model(257 + 24), ByteTokenizer(), tmp_path / "hf", None)
-    line = [
-        "--text",
-        text,
-        "--init_from",
-        tmp_path / "hf",
-        *options,
-        "--max_tokens",
-        8,
-        "--save_dir",
-        tmp_path / "lm",
-    ]
+    line = ["--text", text, "--init_from", tmp_path / "hf", *options, "--max_tokens", 8]
+    line += ["--save_dir", tmp_path / "lm"]
     run(*line, "--num_iters", 2)
     out, _ = run(*line, "--num_iters", 4)
     assert "from iteration 2 to 4" in out
@@ -162,13 +148,12 @@ def test_a_base_with_more_rows_than_ids(tmp_path, text, options):
 def test_a_base_that_is_needed_stays(base, text):
     folder, id = base
     run("--text", text, "--init_from", "latest", *LORA, "--save_dir", folder)
-    name = next(r["run"] for r in main.list_checkpoints(folder) if r["id"] == id)
+    name = record_of(folder, id)["run"]
     for num_iters in (22, 24, 26):
         run("--identifier", name, "--num_iters", num_iters, "--keep", 1, "--save_dir", folder)
-    left = [
-        record["iteration"] for record in main.list_checkpoints(folder) if record["run"] == name
-    ]
-    assert left == [26, 24, 20], "24 stays until a step was taken from 26, which has no score"
+    left = [record for record in main.list_checkpoints(folder) if record["run"] == name]
+    iterations = [record["iteration"] for record in left]
+    assert iterations == [26, 24, 20], "24 stays until a step was taken from 26, which has no score"
 
 
 def test_a_base_that_is_missing_or_changed(base, text, tmp_path):
@@ -180,9 +165,13 @@ def test_a_base_that_is_missing_or_changed(base, text, tmp_path):
     model.update(tree_unflatten([("model.norm.weight", model.model.norm.weight * 2)]))
     shutil.rmtree(tmp_path / "hf")
     export_model(model, tokenizer, tmp_path / "hf", None)
-    for line in (resumed, ["--prompt", "line", "--save_dir", folder]):
-        assert "unchanged" in run(*line, status=1)[1].splitlines()[-1]
+    sampled = ["--prompt", "line", "--save_dir", folder]
+    for line in (resumed, sampled):
+        _, err = run(*line, status=1)
+        assert "unchanged" in err.splitlines()[-1]
     shutil.rmtree(tmp_path / "hf")
-    for line in (resumed, ["--prompt", "line", "--save_dir", folder]):
-        err = run(*line, status=1)[1].splitlines()[-1]
-        assert "needs the model that it was started with" in err and str(tmp_path / "hf") in err
+    for line in (resumed, sampled):
+        _, err = run(*line, status=1)
+        last = err.splitlines()[-1]
+        assert "needs the model that it was started with" in last
+        assert str(tmp_path / "hf") in last
