@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -38,7 +39,10 @@ SHAPES = {
     "qwen-gqa-bpe": dict(num_kv_heads=2, qk_norm=True, tokenizer="bpe"),
     # Pairs of dimensions that are kept, that are stretched, and one between.
     "llama3-byte": dict(
-        num_kv_heads=2, rope_theta=500.0, rope_scaling=(8.0, 1.0, 2.5, 16), tokenizer="byte"
+        num_kv_heads=2,
+        rope_theta=500.0,
+        rope_scaling=(8.0, 1.0, 2.5, 16),
+        tokenizer="byte",
     ),
 }
 
@@ -52,7 +56,8 @@ def make_model(vocab_size=257, seed=0, dim=64, **values):
     weights = []
     for name, weight in tree_flatten(model.parameters()):
         mean = 1 if weight.ndim == 1 else 0
-        weights.append((name, mx.array(random.normal(mean, 0.2, weight.shape).astype(np.float32))))
+        value = random.normal(mean, 0.2, weight.shape)
+        weights.append((name, mx.array(value.astype(np.float32))))
     model.update(tree_unflatten(weights))
     return model
 
@@ -86,7 +91,8 @@ import json, sys
 import mlx.core as mx, numpy as np
 from mlx_lm import load
 mx.set_default_device(mx.cpu)
-text, results = open(sys.argv[1], newline="").read(), {}
+text = open(sys.argv[1], newline="").read()
+results = {}
 for name in sys.argv[2:]:
     model, tokenizer = load(name)
     ids = tokenizer.encode(text)
@@ -101,7 +107,8 @@ json.dump(results, open("results.json", "w"))
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """Exported models by name, and what mlx_lm makes of their folders in a process of its own."""
-    folder, models = tmp_path_factory.mktemp("exported"), {}
+    folder = tmp_path_factory.mktemp("exported")
+    models = {}
     for name, shape in SHAPES.items():
         shape = dict(shape)
         tokenizer = TOKENIZERS[shape.pop("tokenizer")]
@@ -123,7 +130,8 @@ def test_mlx_lm_loads_what_is_exported(exported, name):
     _, models, results = exported
     model, tokenizer = models[name]
     tokens, logits, eos, chat = results[name]
-    assert tokens == tokenizer.encode(TEXT).tolist() and eos == tokenizer.eos
+    assert tokens == tokenizer.encode(TEXT).tolist()
+    assert eos == tokenizer.eos
     np.testing.assert_allclose(logits, logits_of(model, tokens[:32]), rtol=0, atol=1e-4)
     assert chat == "the cat"
 
@@ -151,16 +159,22 @@ def test_import_is_the_inverse_of_export(exported, name):
     assert checkpoint_id == hashlib.sha1(sha1s.encode()).hexdigest()
     assert its.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
     assert its.eos == tokenizer.eos
-    assert its.unk == tokenizer.unk and its.unknown("the ☃") == tokenizer.unknown("the ☃")
+    assert its.unk == tokenizer.unk
+    assert its.unknown("the ☃") == tokenizer.unknown("the ☃")
     tokens = [i % model.config.vocab_size for i in range(20)]
     np.testing.assert_array_equal(logits_of(found, tokens), logits_of(model, tokens))
 
 
 def test_llama3_rope_by_its_formula():
     """Angles of each pair by the case distinction of Llama 3's own code."""
-    d, base, factor, low, high, context = 16, 500.0, 8.0, 1.0, 2.5, 16
+    d = context = 16
+    base = 500.0
+    factor = 8.0
+    low = 1.0
+    high = 2.5
     rope = main.Llama3RoPE(d, base, factor, low, high, context)
-    kinds, speeds = [], []
+    kinds = []
+    speeds = []
     for i in range(0, d, 2):
         speed = base ** (-i / d)
         wavelength = 2 * np.pi / speed
@@ -177,14 +191,19 @@ def test_llama3_rope_by_its_formula():
     assert set(kinds) == {"kept", "stretched", "between"}
     x = np.random.default_rng(0).normal(size=(1, 1, 9, d))
     angles = (np.arange(9) + 5)[:, None] * np.array(speeds)
-    first, second = x[..., : d // 2], x[..., d // 2 :]
-    expected = [first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)]
+    cos = np.cos(angles)
+    sin = np.sin(angles)
+    first, second = np.split(x, 2, axis=-1)
+    expected = np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
     found = np.array(rope(mx.array(x.astype(np.float32)), offset=5))
-    np.testing.assert_allclose(found, np.concatenate(expected, -1), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_a_run_from_a_model_with_stretched_rope(tmp_path, text):
-    """It trains, resumes, samples, and is exported with what it came with; nothing of RoPE is trained."""
+    """It trains, resumes, samples, and is exported with what it came with.
+
+    Nothing of RoPE is trained.
+    """
     scaling = [8.0, 1.0, 2.5, 16]
     model = make_model(rope_theta=500.0, rope_scaling=tuple(scaling))
     export_model(model, TOKENIZERS["byte"], tmp_path / "hf", None)
@@ -195,21 +214,36 @@ def test_a_run_from_a_model_with_stretched_rope(tmp_path, text):
     assert ids(tmp_path / "legs")[0] == ids(tmp_path / "whole")[0]
     [record] = main.list_checkpoints(tmp_path / "whole")
     assert record["config"]["rope_scaling"] == scaling
-    assert not [name for name in main.load_arrays(main.files_of(tmp_path / "whole", record)[0]) if "rope" in name]
+    weights = main.load_arrays(main.files_of(tmp_path / "whole", record)[0])
+    assert not [name for name in weights if "rope" in name]
     run("--export", tmp_path / "again", "--save_dir", tmp_path / "whole")
-    rope = json.loads((tmp_path / "again" / "config.json").read_text())["rope_parameters"]
-    assert rope["rope_type"] == "llama3" and rope["original_max_position_embeddings"] == 16
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    rope = config["rope_parameters"]
+    assert rope["rope_type"] == "llama3"
+    assert rope["original_max_position_embeddings"] == 16
 
 
 def test_settings_that_transformers_assumes():
-    """As its LlamaConfig and ArceeConfig do: the RoPE settings come before what stands beside them."""
+    """As its LlamaConfig and ArceeConfig do.
+
+    The RoPE settings come before what stands beside them.
+    """
     settings = dict(
-        vocab_size=9, max_position_embeddings=8, num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8
+        vocab_size=9,
+        max_position_embeddings=8,
+        num_hidden_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        intermediate_size=8,
+        rope_theta=5e5,
     )
-    config = huggingface.make_config({**settings, "model_type": "llama", "rope_theta": 5e5, "rope_parameters": {"rope_theta": 2e4}}, False)
-    assert (config.rope_theta, config.norm_eps) == (2e4, 1e-6)
-    config = huggingface.make_config({**settings, "model_type": "arcee", "rope_theta": 5e5}, False)
-    assert (config.rope_theta, config.norm_eps) == (5e5, 1e-5)
+    llama = settings | {"model_type": "llama", "rope_parameters": {"rope_theta": 2e4}}
+    config = huggingface.make_config(llama, False)
+    assert config.rope_theta == 2e4
+    assert config.norm_eps == 1e-6
+    config = huggingface.make_config(settings | {"model_type": "arcee"}, False)
+    assert config.rope_theta == 5e5
+    assert config.norm_eps == 1e-5
 
 
 def test_import_of_shards_in_bfloat16_with_heads_of_their_own(tmp_path):
@@ -226,24 +260,38 @@ def test_import_of_shards_in_bfloat16_with_heads_of_their_own(tmp_path):
         path = tmp_path / f"model-{i + 1:05d}-of-00002.safetensors"
         mx.save_safetensors(str(path), shard, {"format": "pt"})
     found, _, first_id = import_model(tmp_path)
-    assert found.config == model.config and found.config.head_dim == 32
+    assert found.config == model.config
+    assert found.config.head_dim == 32
     for name, weight in tree_flatten(found.parameters()):
         assert weight.dtype == mx.float32
         assert mx.array_equal(weight, weights[name].astype(mx.float32))
     # RoPE's speeds, which older folders hold as weights, are computed.
     speeds = {"model.layers.0.self_attn.rotary_emb.inv_freq": mx.ones(16)}
     mx.save_safetensors(str(path), shard | speeds, {"format": "pt"})
-    assert import_model(tmp_path)[0].config == model.config
+    found, _, _ = import_model(tmp_path)
+    assert found.config == model.config
     # The last shard decides the id, too.
     shard["model.norm.weight"] = weights["model.norm.weight"] * 2
     mx.save_safetensors(str(path), shard, {"format": "pt"})
-    assert import_model(tmp_path)[2] != first_id
+    _, _, other_id = import_model(tmp_path)
+    assert other_id != first_id
 
 
 def change(folder, file="config.json", **values):
     """Puts these entries into config.json, or into another file."""
     path = folder / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    content = json.loads(path.read_text()) | values
+    path.write_text(json.dumps(content))
+
+
+# RoPE of Llama 3 without room between the two factors.
+EQUAL_FACTORS = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 4.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -254,8 +302,7 @@ def change(folder, file="config.json", **values):
     (dict(rope_parameters=None, rope_scaling={"type": "linear"}), "rope linear"),
     (dict(rope_parameters={"rope_type": "llama3", "factor": 0.5}), "factor is 0.5"),
     (dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor"),
-    (dict(rope_parameters={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16}), "low_freq_factor is not below"),
+    (dict(rope_parameters=EQUAL_FACTORS), "low_freq_factor is not below"),
     (dict(quantization={"bits": 4}), "quantization"),
     (dict(quantization_config={"bits": 4}), "quantization_config"),
     (dict(hidden_act="gelu"), "hidden_act gelu"),
@@ -289,7 +336,8 @@ def test_settings_that_cannot_be_imported(tmp_path, changes, words):
     change(tmp_path, **changes)
     with pytest.raises(UsageError) as error:
         import_model(tmp_path)
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("file, content, words", [
@@ -308,12 +356,16 @@ def test_folders_that_cannot_be_imported(tmp_path, file, content, words):
         (tmp_path / file).write_bytes(content)
     with pytest.raises(UsageError) as error:
         import_model(tmp_path)
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("damage", [
-    lambda data: data[:-1], lambda data: data[: len(data) // 2], lambda data: data[:9],
-    lambda data: b"", lambda data: b"\xff" * 8 + data[8:],
+    lambda data: data[:-1],
+    lambda data: data[: len(data) // 2],
+    lambda data: data[:9],
+    lambda data: b"",
+    lambda data: b"\xff" * 8 + data[8:],
     lambda data: data.replace(b'"data_offsets":[0,', b'"data_offsets":[9,', 1),
     lambda data: data.replace(b'"F32"', b'"I99"', 1),
 ])  # fmt: skip
@@ -332,9 +384,11 @@ def test_a_tokenizer_of_more_ids_than_the_model_has(tmp_path):
     with pytest.raises(UsageError, match="tokenizer has the id 256, vocab_size 256"):
         import_model(tmp_path / "few")
     export_model(make_model(320), TOKENIZERS["byte"], tmp_path / "padded", None)
-    assert import_model(tmp_path / "padded")[0].config.vocab_size == 320
+    padded, _, _ = import_model(tmp_path / "padded")
+    assert padded.config.vocab_size == 320
     path = tmp_path / "padded" / "tokenizer.json"
-    path.write_text(path.read_text("utf-8").replace('"<eos>": 256', '"<eos>": 300').replace('"<eos>":256', '"<eos>":300'), "utf-8")
+    content = path.read_text("utf-8")
+    path.write_text(re.sub('("<eos>": ?)256', r"\g<1>300", content), "utf-8")
     with pytest.raises(UsageError, match="tokenizer has 257 ids, but one is 300"):
         import_model(tmp_path / "padded")
 
@@ -369,7 +423,10 @@ def test_a_run_needs_the_very_folder_it_was_begun_with(tmp_path, text, flag):
     export_model(make_model(), TOKENIZERS["byte"], source, None)
     shutil.copytree(source, tmp_path / "original")
     line = ["--text", text, flag, source, "--batch_size", 4, "--max_tokens", 2]
-    line += ["--lora_rank", 2] if flag == "--init_from" else TINY
+    if flag == "--init_from":
+        line += ["--lora_rank", 2]
+    else:
+        line += TINY
     line += ["--save_dir", tmp_path / "lm"]
     run(*line, "--num_iters", 1)
     for file, values in (
@@ -378,11 +435,17 @@ def test_a_run_needs_the_very_folder_it_was_begun_with(tmp_path, text, flag):
         ("tokenizer_config.json", dict(eos_token="a")),
     ):
         change(source, file, **values)
-        err = run(*line, "--num_iters", 2, status=1)[1]
-        assert f"needs the model that it was started with, unchanged: {flag} {source}" in err.splitlines()[-1]
+        _, err = run(*line, "--num_iters", 2, status=1)
+        needed = f"needs the model that it was started with, unchanged: {flag} {source}"
+        assert needed in err.splitlines()[-1]
         shutil.copy(tmp_path / "original" / file, source)
     run(*line, "--num_iters", 2)
     assert main.list_checkpoints(tmp_path / "lm")[0]["iteration"] == 2
+
+
+def content_of(folder):
+    """The bytes of all files in it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("name", ["hf", "link", "shards", "weights", "lm", "tokenizer"])
@@ -399,16 +462,17 @@ def test_no_model_is_exported_over_another(tmp_path, name):
     ):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file).write_text("")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = content_of(tmp_path)
     with pytest.raises(UsageError, match=f"--export {tmp_path / name} holds .* already"):
         export_model(make_model(seed=1), TOKENIZERS["byte"], tmp_path / name, None)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert content_of(tmp_path) == before
 
 
 def test_an_export_into_a_folder_with_other_files(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     export_model(make_model(), TOKENIZERS["byte"], tmp_path, None)
-    assert import_model(tmp_path) and (tmp_path / "README.md").read_text() == "mine"
+    assert import_model(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize("size", [0, 1_000, 20_000, 396_000])
@@ -422,7 +486,8 @@ def test_a_full_disk_leaves_no_half_of_an_export(tmp_path, size):
             export_model(model, TOKENIZERS["byte"], tmp_path / "hf", None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "\n" not in str(error.value) and os.listdir(tmp_path / "hf") == []
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path / "hf") == []
     export_model(model, TOKENIZERS["byte"], tmp_path / "hf", None)  # once there is room
     assert import_model(tmp_path / "hf")
 
@@ -432,5 +497,6 @@ def test_a_full_disk_leaves_no_half_of_an_export(tmp_path, size):
     (["--export", "/tmp/x", "--prompt", "x"], "are mutually exclusive"),
 ])  # fmt: skip
 def test_mistakes(base, typed, words):
-    err = run(*typed, "--save_dir", base, status=2)[1]
-    assert words in err.splitlines()[-1] and "Traceback" not in err
+    _, err = run(*typed, "--save_dir", base, status=2)
+    assert words in err.splitlines()[-1]
+    assert "Traceback" not in err
