@@ -22,7 +22,7 @@ import pytest
 from conftest import DATASETS, ROOT, TINY, ids, run, start, whole
 
 import datasets
-from datasets import BPETokenizer, ByteTokenizer, CharTokenizer, UsageError, WordTokenizer
+from datasets import PackageTokenizer, ByteTokenizer, CharTokenizer, UsageError, WordTokenizer
 from datasets import read_documents, write_tokens
 
 # Line 1 ends at its \n only: \x0c, \x85, \u2028 and CR separate words but end no line. Line 2 is blank.
@@ -36,7 +36,7 @@ def random_text(generator, length):
     return "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)
 
 
-# ---- Tokenizers -----------------------------------------------------------------------------------------------------
+# ---- Tokenizers ---------------------------------------------------------------------------------
 
 
 def test_word_ids():
@@ -52,7 +52,15 @@ def test_word_ids():
 
 @pytest.mark.parametrize(
     "text, tokens",
-    [("", []), ("a", [2]), ("a\n", [2, 0]), ("a\nb", [2, 0, 1]), ("\n\n", [0, 0]), ("  ", []), ("nie a", [3, 2])],
+    [
+        ("", []),
+        ("a", [2]),
+        ("a\n", [2, 0]),
+        ("a\nb", [2, 0, 1]),
+        ("\n\n", [0, 0]),
+        ("  ", []),
+        ("nie a", [3, 2]),
+    ],
 )
 def test_word_prompts(text, tokens):
     """A prompt that does not end its line gets no <eos>, and a word out of vocabulary is <unk>."""
@@ -61,7 +69,23 @@ def test_word_prompts(text, tokens):
 
 def test_word_agrees_with_a_line_reader():
     generator = random.Random(1)
-    pieces = ["aa", "b", "ü", "<unk>", " ", "\t", "\n", "\n", "\r", "\x0b", "\x0c", "\x1c", "\x85", "\xa0", "\u2028"]
+    pieces = [
+        "aa",
+        "b",
+        "ü",
+        "<unk>",
+        " ",
+        "\t",
+        "\n",
+        "\n",
+        "\r",
+        "\x0b",
+        "\x0c",
+        "\x1c",
+        "\x85",
+        "\xa0",
+        "\u2028",
+    ]
     for _ in range(200):
         text = "".join(generator.choices(pieces, k=generator.randint(0, 40)))
         tokenizer = WordTokenizer.train([text])
@@ -110,19 +134,24 @@ def test_char_round_trip():
 def test_ids_fit_their_type(vocab_size, dtype):
     characters = "".join(map(chr, range(0x10000, 0x10000 + vocab_size - 1)))
     tokens = CharTokenizer(characters).encode(characters[-1] + "a")
-    assert tokens.dtype == dtype and tokens.tolist() == [vocab_size - 2, vocab_size - 1]
+    assert tokens.dtype == dtype
+    assert tokens.tolist() == [vocab_size - 2, vocab_size - 1]
 
 
 def test_byte_round_trip():
-    generator, tokenizer = random.Random(3), ByteTokenizer.train(["anything"])
+    generator = random.Random(3)
+    tokenizer = ByteTokenizer.train(["anything"])
     assert (tokenizer.vocab_size, tokenizer.eos, tokenizer.unk) == (257, 256, None)
     for length in (0, 1, 10, 1000):
         text = random_text(generator, length)
         tokens = tokenizer.encode(text)
-        assert tokens.dtype == np.uint16 and tokens.tolist() == list(text.encode("utf-8"))
+        assert tokens.dtype == np.uint16
+        assert tokens.tolist() == list(text.encode("utf-8"))
         assert tokenizer.decode(tokens) == text
         assert tokenizer.unknown(text) == []
-    assert tokenizer.decode([104, 256, 105, 0xFF]) == "hi\ufffd"  # <eos> prints nothing, half a character one mark
+    assert (
+        tokenizer.decode([104, 256, 105, 0xFF]) == "hi\ufffd"
+    )  # <eos> prints nothing, half a character one mark
 
 
 def test_byte_keeps_what_is_not_utf8():
@@ -146,15 +175,22 @@ SAMPLES = [
 
 @pytest.fixture(scope="module")
 def bpe():
-    return BPETokenizer.train([TEXT * 3, "the quick brown fox — jümps over the lazy dogs 漢字\n" * 20], 320)
+    return PackageTokenizer.train(
+        [TEXT * 3, "the quick brown fox — jümps over the lazy dogs 漢字\n" * 20], 320
+    )
 
 
 def test_bpe_round_trip(bpe):
     generator = random.Random(7)
-    assert 257 < bpe.vocab_size <= 320 and bpe.unk is None and bpe.num_special is not True and bpe.num_special == 1
+    assert 257 < bpe.vocab_size <= 320
+    assert bpe.unk is None
+    assert bpe.num_special is not True
+    assert bpe.num_special == 1
     for text in [*SAMPLES, *(random_text(generator, length) for length in (1, 2, 10, 100, 1000))]:
         tokens = bpe.encode(text)
-        assert tokens.dtype == np.uint16 and bpe.decode(tokens) == text and bpe.unknown(text) == []
+        assert tokens.dtype == np.uint16
+        assert bpe.decode(tokens) == text
+        assert bpe.unknown(text) == []
     assert bpe.encode("a<|endoftext|>b").tolist().count(bpe.eos) == 1
     assert bpe.decode(bpe.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
     assert len(bpe.encode("the quick brown fox")) < 10, "merges are learned"
@@ -168,23 +204,26 @@ def test_a_batch_has_the_ids_of_its_texts(kind, bpe):
     assert len(batch) == len(SAMPLES)
     for ids, text in zip(batch, SAMPLES):
         expected = tokenizer.encode(text)
-        assert np.array_equal(ids, expected) and ids.dtype == expected.dtype
+        assert np.array_equal(ids, expected)
+        assert ids.dtype == expected.dtype
 
 
 def test_bpe_has_all_bytes_and_at_most_the_size_asked_for():
-    tiny = BPETokenizer.train(["ab ab"], 32000)
-    assert 257 <= tiny.vocab_size < 270 and tiny.decode(tiny.encode("😀 ab")) == "😀 ab"
-    assert BPETokenizer.train(["ab ab"], 257).vocab_size == 257
+    tiny = PackageTokenizer.train(["ab ab"], 32000)
+    assert 257 <= tiny.vocab_size < 270
+    assert tiny.decode(tiny.encode("😀 ab")) == "😀 ab"
+    assert PackageTokenizer.train(["ab ab"], 257).vocab_size == 257
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "word", "bpe", "gpt2"])
 def test_tokenizers_survive_json(kind, bpe):
     text = TEXT + random_text(random.Random(5), 300)
     if kind == "gpt2":
-        tokenizer = BPETokenizer(bpe.vocabulary, kind)
+        tokenizer = PackageTokenizer(bpe.vocabulary, kind)
     else:
         tokenizer = datasets.TOKENIZERS[kind].train([text], 300)
-    assert tokenizer.kind == kind and type(tokenizer) is datasets.TOKENIZERS[kind]
+    assert tokenizer.kind == kind
+    assert type(tokenizer) is datasets.TOKENIZERS[kind]
     loaded = datasets.tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
     assert type(loaded) is type(tokenizer)
     assert loaded.to_dict() == tokenizer.to_dict()
@@ -203,8 +242,9 @@ def test_the_end_token_that_a_tokenizer_is_told():
     text = package.Tokenizer(package.models.WordLevel(vocabulary)).to_str()
     plain = {"kind": "bpe", "vocabulary": text}
     for told, eos in ((None, 0), ("<end>", 2), ("<|endoftext|>", 0), ("missing", 0), ("", 0)):
-        tokenizer = BPETokenizer(text, eos=told)
-        assert tokenizer.eos == eos and tokenizer.num_special == 1
+        tokenizer = PackageTokenizer(text, eos=told)
+        assert tokenizer.eos == eos
+        assert tokenizer.num_special == 1
         data = json.loads(json.dumps(tokenizer.to_dict()))
         # Nothing new in what earlier versions saved: a run knows its text by a hash of it, too.
         assert data == (plain | {"eos": "<end>"} if told == "<end>" else plain)
@@ -223,11 +263,14 @@ def test_an_imported_tokenizer_has_the_end_token_of_its_model(tmp_path):
     export_model(model, tokenizer, tmp_path / "hf", bits=None)
     for folder in ("hf", "again"):  # what is exported again is the same
         _, its, _ = import_model(tmp_path / folder)
-        assert its.eos == tokenizer.eos and datasets.tokenizer_from_dict(its.to_dict()).eos == tokenizer.eos
+        assert its.eos == tokenizer.eos
+        assert datasets.tokenizer_from_dict(its.to_dict()).eos == tokenizer.eos
         if folder == "hf":
             export_model(model, its, tmp_path / "again", bits=None)
     settings = tmp_path / "hf" / "tokenizer_config.json"
-    settings.write_text(json.dumps({"eos_token": {"content": "</s>"}}))  # as older versions of transformers write it
+    settings.write_text(
+        json.dumps({"eos_token": {"content": "</s>"}})
+    )  # as older versions of transformers write it
     assert import_model(tmp_path / "hf")[1].eos == tokenizer.ids["</s>"]
     settings.unlink()
     assert import_model(tmp_path / "hf")[1].eos == tokenizer.ids["<|endoftext|>"]
@@ -236,21 +279,25 @@ def test_an_imported_tokenizer_has_the_end_token_of_its_model(tmp_path):
 def test_ids_do_not_depend_on_the_hash_seed():
     program = """
 import json
-from datasets import BPETokenizer, CharTokenizer, WordTokenizer
+from datasets import PackageTokenizer, CharTokenizer, WordTokenizer
 text = "".join(f"w{i * 7919 % 1000}{chr(0x4E00 + i * 7919 % 1000)} " for i in range(1000)) + "\\n"
-bpe = BPETokenizer.train([text[:3000], text[3000:]], 700)
+bpe = PackageTokenizer.train([text[:3000], text[3000:]], 700)
 tokenizers = [WordTokenizer.train([text]), CharTokenizer.train([text]), bpe]
 print(json.dumps([[t.to_dict(), t.encode(text).tolist()] for t in tokenizers]))
 """
     # All 1,000 words are equally frequent, so an order that a set or dict lent would show.
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, env=os.environ | {"PYTHONHASHSEED": seed}
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONHASHSEED": seed},
         )
         for seed in ("1", "2")
     ]
     first, second = (process.communicate(timeout=60)[0] for process in processes)
-    assert first == second and len(json.loads(first)[0][1]) == 1001
+    assert first == second
+    assert len(json.loads(first)[0][1]) == 1001
 
 
 class Text(str):
@@ -281,7 +328,7 @@ def test_training_does_not_hold_the_texts(kind):
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UsageError, match="pip install tokenizers"):
-        BPETokenizer.train(["a"])
+        PackageTokenizer.train(["a"])
 
 
 def test_mlx_is_not_imported():
@@ -289,7 +336,7 @@ def test_mlx_is_not_imported():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-# ---- Extras ---------------------------------------------------------------------------------------------------------
+# ---- Extras -------------------------------------------------------------------------------------
 
 
 def test_an_extra_that_is_missing():
@@ -313,7 +360,11 @@ def test_the_folder_of_extras_is_missing(tmp_path, others):
     code = "import datasets; datasets.extra('collect')"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "elsewhere")}
     process = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "alone", env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "alone",
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert "UsageError: extras/collect.py is missing: copy" in process.stderr.splitlines()[-1]
 
@@ -332,7 +383,7 @@ def test_a_package_that_an_extra_lacks(tmp_path, missing, monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-# ---- Streams of documents -------------------------------------------------------------------------------------------
+# ---- Streams of documents -----------------------------------------------------------------------
 
 
 def write(folder, documents, encoding="utf-8"):
@@ -345,7 +396,9 @@ def write(folder, documents, encoding="utf-8"):
 
 def encoded(folder, documents, tokenizer):
     """The tokens of these documents, written as a corpus's are, and what is counted."""
-    known = write_tokens([whole(path) for path in write(folder, documents)], tokenizer, folder / "x.tokens")
+    known = write_tokens(
+        [whole(path) for path in write(folder, documents)], tokenizer, folder / "x.tokens"
+    )
     tokens = np.fromfile(folder / "x.tokens", datasets.token_dtype(tokenizer.vocab_size))
     assert known["num_tokens"] == len(tokens)
     assert known["num_unk"] == (0 if tokenizer.unk is None else np.sum(tokens == tokenizer.unk))
@@ -369,19 +422,27 @@ def test_word_documents_end_their_line(tmp_path):
     assert tokenizer.vocabulary == ["a", "b", "<eos>", "<unk>"]
     tokens, known = encoded(tmp_path, ["a b", "b\n", "\na é"], tokenizer)
     assert tokens == [0, 1, 2, 1, 2, 2, 0, 3, 2]
-    assert (known["num_bytes"], known["num_words"], known["num_unk"]) == (10, 7, 1)  # 5 words, 2 line ends
+    assert (known["num_bytes"], known["num_words"], known["num_unk"]) == (
+        10,
+        7,
+        1,
+    )  # 5 words, 2 line ends
 
 
 def test_char_documents_follow_each_other(tmp_path):
     tokens, known = encoded(tmp_path, ["ab", "ba"], CharTokenizer("ab"))
-    assert tokens == [0, 1, 1, 0] and (known["num_bytes"], known["num_words"]) == (4, 2)
+    assert tokens == [0, 1, 1, 0]
+    assert (known["num_bytes"], known["num_words"]) == (4, 2)
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer("ab"), WordTokenizer.train(["a"])])
+@pytest.mark.parametrize(
+    "tokenizer", [ByteTokenizer(), CharTokenizer("ab"), WordTokenizer.train(["a"])]
+)
 @pytest.mark.parametrize("documents", [[], [""], ["", ""]])
 def test_no_documents(tmp_path, tokenizer, documents):
     tokens, known = encoded(tmp_path, documents, tokenizer)
-    assert tokens == [] and (known["num_bytes"], known["num_words"]) == (0, 0)
+    assert tokens == []
+    assert (known["num_bytes"], known["num_words"]) == (0, 0)
 
 
 def test_separated_documents_in_one_file(tmp_path):
@@ -392,17 +453,47 @@ def test_separated_documents_in_one_file(tmp_path):
 
 
 PIECES = [
-    "a", "bc", "it's", "12", "!?", "漢字", "かな", "😀", "é", "<|endoftext|>", "<unk>", " ", "  ", "\t", "\tq\t\tr",
-    "\n", "\n\n", "\n\n  x", " \n y", "\r\n", "\n \t\n", "\n\xa0x", "\n\x1cx", "\x0b", "\x1c", "\x1f\n",
-    "\x85", "\xa0", "\u2028", "\u3000",
-]  # fmt: skip
+    "a",
+    "bc",
+    "it's",
+    "12",
+    "!?",
+    "漢字",
+    "かな",
+    "😀",
+    "é",
+    "<|endoftext|>",
+    "<unk>",
+    " ",
+    "  ",
+    "\t",
+    "\tq\t\tr",
+    "\n",
+    "\n\n",
+    "\n\n  x",
+    " \n y",
+    "\r\n",
+    "\n \t\n",
+    "\n\xa0x",
+    "\n\x1cx",
+    "\x0b",
+    "\x1c",
+    "\x1f\n",
+    "\x85",
+    "\xa0",
+    "\u2028",
+    "\u3000",
+]
 
 
 @pytest.fixture(scope="module")
 def awkward():
     """Texts of awkward white space, with a line end now and then."""
     generator = random.Random(8)
-    return ["".join(generator.choices(PIECES, k=generator.randint(0, 60))) + "\n" * (i % 2) for i in range(60)]
+    return [
+        "".join(generator.choices(PIECES, k=generator.randint(0, 60))) + "\n" * (i % 2)
+        for i in range(60)
+    ]
 
 
 def tokenizer_of(kind, texts):
@@ -419,50 +510,85 @@ def test_blocks_have_the_ids_of_the_whole(tmp_path, kind, awkward):
     tokenizer = tokenizer_of(kind, awkward)
     for path, text in zip(write(tmp_path, awkward), awkward):
         for size in (16, 17, 40, 1000):
-            assert streamed(path, tokenizer, size) == (text, tokenizer.encode(text).tolist()), (size, text)
+            assert streamed(path, tokenizer, size) == (text, tokenizer.encode(text).tolist()), (
+                size,
+                text,
+            )
 
 
-@pytest.mark.parametrize("text", ["a\n\n<|endoftext|>b", "a\n\t<|endoftext|>", "<|endoftext|>\n\n\nb\n c"])
+@pytest.mark.parametrize(
+    "text", ["a\n\n<|endoftext|>b", "a\n\t<|endoftext|>", "<|endoftext|>\n\n\nb\n c"]
+)
 def test_blocks_around_the_end_token(tmp_path, bpe, text):
     for size in (1, 2, 3):
-        assert streamed(*write(tmp_path, [text]), bpe, size) == (text, bpe.encode(text).tolist()), size
+        assert streamed(*write(tmp_path, [text]), bpe, size) == (text, bpe.encode(text).tolist()), (
+            size
+        )
 
 
 @pytest.mark.parametrize("kind", ["word", "char", "byte", "bpe"])
 @pytest.mark.parametrize(
     "text",
-    ["one two 3 漢字 " * 200, "a  the é\tq " * 200, "a\n\n\n b\n \n" * 100, "\n  x y" * 200, "a <|endoftext|>" * 200],
+    [
+        "one two 3 漢字 " * 200,
+        "a  the é\tq " * 200,
+        "a\n\n\n b\n \n" * 100,
+        "\n  x y" * 200,
+        "a <|endoftext|>" * 200,
+    ],
     ids=range(5),
-)  # fmt: skip
+)
 def test_long_stretches_without_a_place_to_cut(tmp_path, kind, text):
     """Blanks are such a place when nothing else is."""
     tokenizer = tokenizer_of(kind, [text])
     for size in (4, 7, 64):  # it looks for one in 16 times as much
-        assert streamed(*write(tmp_path, [text]), tokenizer, size) == (text, tokenizer.encode(text).tolist()), size
+        assert streamed(*write(tmp_path, [text]), tokenizer, size) == (
+            text,
+            tokenizer.encode(text).tolist(),
+        ), size
 
 
 @pytest.mark.parametrize("kind", ["char", "byte"])
-@pytest.mark.parametrize("text", ["漢字" * 900, "\t".join(["x" * 9] * 200), "é" * 1000, "\n" * 500 + "x"], ids=range(4))
+@pytest.mark.parametrize(
+    "text", ["漢字" * 900, "\t".join(["x" * 9] * 200), "é" * 1000, "\n" * 500 + "x"], ids=range(4)
+)
 def test_text_without_line_ends_or_blanks(tmp_path, kind, text):
     tokenizer = tokenizer_of(kind, [text])
-    assert streamed(*write(tmp_path, [text]), tokenizer, 5) == (text, tokenizer.encode(text).tolist())
+    assert streamed(*write(tmp_path, [text]), tokenizer, 5) == (
+        text,
+        tokenizer.encode(text).tolist(),
+    )
 
 
 def test_blocks_are_small(tmp_path):
     """Memory does not grow with the text."""
-    for text in ("line of words\n" * 5000, "words " * 10000, "x" * 60000, "\n" * 60000, " " * 60000):
-        assert max(len(block) for block, _ in read_documents([whole(*write(tmp_path, [text]))], 256)) <= 17 * 256 + 2000
+    for text in (
+        "line of words\n" * 5000,
+        "words " * 10000,
+        "x" * 60000,
+        "\n" * 60000,
+        " " * 60000,
+    ):
+        assert (
+            max(len(block) for block, _ in read_documents([whole(*write(tmp_path, [text]))], 256))
+            <= 17 * 256 + 2000
+        )
 
 
 @pytest.mark.parametrize("kind", ["word", "char", "byte", "bpe"])
 def test_counts_of_words_and_bytes(tmp_path, kind, awkward, monkeypatch):
     """Whatever the blocks. Words are those of ASCII's white space where the text has no other."""
     texts = ["".join(re.sub(r"[\x1c-\x1f\x85\xa0\u2028\u3000]", "", text)) for text in awkward]
-    expected = sum(len(text.split()) + text.count("\n") for text in texts), sum(len(text.encode()) for text in texts)
+    expected = (
+        sum(len(text.split()) + text.count("\n") for text in texts),
+        sum(len(text.encode()) for text in texts),
+    )
     for size in (16, 100, None):
         with monkeypatch.context() as patch:
             if size:
-                patch.setattr(datasets, "read_documents", lambda spans, *_: read_documents(spans, size))
+                patch.setattr(
+                    datasets, "read_documents", lambda spans, *_: read_documents(spans, size)
+                )
             known = encoded(tmp_path, texts, tokenizer_of(kind, texts))[1]
         assert (known["num_words"], known["num_bytes"]) == expected
 
@@ -473,12 +599,14 @@ def test_words_of_all_white_space_are_counted(tmp_path):
     assert len(tokens) == known["num_words"] == len(text.split()) + 1
 
 
-# ---- Own text -------------------------------------------------------------------------------------------------------
+# ---- Own text -----------------------------------------------------------------------------------
 
 
 def own_text(paths, fraction=0.1, valid=(), test=(), say=pytest.fail, save_dir=Path("/nowhere")):
     """The texts of each split."""
-    given = {name: paths for name, paths in (("train", paths), ("valid", valid), ("test", test)) if paths}
+    given = {
+        name: paths for name, paths in (("train", paths), ("valid", valid), ("test", test)) if paths
+    }
     splits = datasets.own_text(given, fraction, say, save_dir)
 
     def text_of(span):
@@ -488,10 +616,13 @@ def own_text(paths, fraction=0.1, valid=(), test=(), say=pytest.fail, save_dir=P
 
 
 @pytest.mark.parametrize(
-    "count, fraction, valid", [(10, 0.1, [9]), (25, 0.1, [9, 19]), (5, 0.25, [3]), (4, 0.5, [1, 3]), (10, 0.4, [2, 4, 7, 9])]
+    "count, fraction, valid",
+    [(10, 0.1, [9]), (25, 0.1, [9, 19]), (5, 0.25, [3]), (4, 0.5, [1, 3]), (10, 0.4, [2, 4, 7, 9])],
 )
 def test_many_files_are_split_whole(tmp_path, count, fraction, valid):
-    documents = [f"document {i}\n" * (i + 1) + "end" for i in range(count)]  # unequal: a cut by position would differ
+    documents = [
+        f"document {i}\n" * (i + 1) + "end" for i in range(count)
+    ]  # unequal: a cut by position would differ
     splits = own_text(write(tmp_path, documents), fraction)
     assert splits["valid"] == [documents[i] for i in valid]
     assert splits["train"] == [text for i, text in enumerate(documents) if i not in valid]
@@ -518,7 +649,9 @@ def test_one_file_is_cut_behind_a_line(tmp_path, text, fraction, cut):
 
 
 def test_few_files_are_cut_by_position(tmp_path):
-    first, second, third = LINES[:20], LINES[:70].replace("0", "A"), LINES[:10]
+    first = LINES[:20]
+    second = LINES[:70].replace("0", "A")
+    third = LINES[:10]
     splits = own_text(write(tmp_path, [first, second, third]), 0.25)  # 75 of 100 characters
     assert splits == {"train": [first, second[:60]], "valid": [second[60:], third]}
 
@@ -528,25 +661,30 @@ def test_own_text_loses_nothing(tmp_path):
     for _ in range(100):
         pieces = ["é", "word ", "\n", "\r\n", "x" * 30]
         documents = [
-            "".join(generator.choices(pieces, k=generator.randint(0, 300))) for _ in range(generator.randint(1, 7))
+            "".join(generator.choices(pieces, k=generator.randint(0, 300)))
+            for _ in range(generator.randint(1, 7))
         ]
         if not any(documents):
             continue
         splits = own_text(write(tmp_path, documents), 0.125)  # 8 files would be split whole
         assert "".join(splits["train"] + splits["valid"]) == "".join(documents)
-        assert all(splits["train"]) and all(splits["valid"])  # no empty document, which would add a separator
+        # no empty document, which would add a separator
+        assert all(splits["train"])
+        assert all(splits["valid"])
 
 
 @pytest.mark.parametrize("text", ["x" * 4000 + "\n", ("word " * 150 + "\n") * 6])
 def test_validation_gets_text_where_the_last_line_is_long(tmp_path, text):
     splits = own_text(write(tmp_path, [text]), 0.1)
     assert "".join(splits["train"] + splits["valid"]) == text
-    assert splits["train"] and splits["valid"]
+    assert splits["train"]
+    assert splits["valid"]
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5])
 @pytest.mark.parametrize(
-    "text", ["😀" * 1000, "a" + "😀" * 1000, "aa" + "😀" * 1000, "aaa" + "😀" * 1000, "😀", "é😀", "héllo"]
+    "text",
+    ["😀" * 1000, "a" + "😀" * 1000, "aa" + "😀" * 1000, "aaa" + "😀" * 1000, "😀", "é😀", "héllo"],
 )
 def test_no_character_is_cut(tmp_path, text, fraction):
     splits = own_text(write(tmp_path, [text]), fraction)  # which decodes both sides
@@ -565,23 +703,41 @@ def test_short_texts(tmp_path, length):
 def test_given_valid_and_test_text(tmp_path):
     paths = write(tmp_path, ["train\n" * 100, "more\n", "valid\n", "test\n", "test 2\n"])
     splits = own_text(paths[:2], valid=paths[2:3], test=paths[3:])
-    assert splits == {"train": ["train\n" * 100, "more\n"], "valid": ["valid\n"], "test": ["test\n", "test 2\n"]}
+    assert splits == {
+        "train": ["train\n" * 100, "more\n"],
+        "valid": ["valid\n"],
+        "test": ["test\n", "test 2\n"],
+    }
     splits = own_text(paths[:2], test=paths[3:4])
-    assert splits["test"] == ["test\n"] and "".join(splits["train"] + splits["valid"]) == "train\n" * 100 + "more\n"
-    dataset = datasets.load_dataset("text", tmp_path / "lm", text=paths[:2], valid_text=paths[2:3], test_text=paths[3:])
-    assert bytes(dataset.test.tokens[:5].tolist()) == b"test\n" and dataset.test.tokens.tolist().count(256) == 1
+    assert splits["test"] == ["test\n"]
+    assert "".join(splits["train"] + splits["valid"]) == "train\n" * 100 + "more\n"
+    dataset = datasets.load_dataset(
+        "text", tmp_path / "lm", text=paths[:2], valid_text=paths[2:3], test_text=paths[3:]
+    )
+    assert bytes(dataset.test.tokens[:5].tolist()) == b"test\n"
+    assert dataset.test.tokens.tolist().count(256) == 1
     assert bytes(dataset.valid.tokens.tolist()) == b"valid\n"
     for missing in ("text", "valid_text", "test_text"):
         with pytest.raises(UsageError, match="missing.txt"):
-            datasets.load_dataset("text", tmp_path / "lm", **{"text": paths[:1], missing: [tmp_path / "missing.txt"]})
+            datasets.load_dataset(
+                "text", tmp_path / "lm", **{"text": paths[:1], missing: [tmp_path / "missing.txt"]}
+            )
 
 
 def test_folders_and_patterns(tmp_path):
     files = {
-        "a.txt": b"a", "b.md": b"b", "sub/c.py": b"c", "sub/deep/d": "é".encode(), "lm/ids": b"own",
-        ".hidden": b"no", ".git/config": b"no", "sub/.x/y.txt": b"no",
-        "image.png": b"\x89PNG\r\n\0", "latin.txt": b"na\xefve", "nul.bin": b"a\0b",
-    }  # fmt: skip
+        "a.txt": b"a",
+        "b.md": b"b",
+        "sub/c.py": b"c",
+        "sub/deep/d": "é".encode(),
+        "lm/ids": b"own",
+        ".hidden": b"no",
+        ".git/config": b"no",
+        "sub/.x/y.txt": b"no",
+        "image.png": b"\x89PNG\r\n\0",
+        "latin.txt": b"na\xefve",
+        "nul.bin": b"a\0b",
+    }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -589,15 +745,31 @@ def test_folders_and_patterns(tmp_path):
 
     def found(*patterns):
         said.clear()
-        paths = datasets.text_files([str(tmp_path / pattern) for pattern in patterns], said.append, tmp_path / "lm")
+        paths = datasets.text_files(
+            [str(tmp_path / pattern) for pattern in patterns], said.append, tmp_path / "lm"
+        )
         return [str(path.relative_to(tmp_path)) for path in paths]
 
-    assert found("") == ["a.txt", "b.md", "sub/c.py", "sub/deep/d"]  # in order, and nothing of the program's own
-    assert len(said) == 1 and str(tmp_path) in said[0] and "3 of 7" in said[0]
-    assert found("sub") == ["sub/c.py", "sub/deep/d"] and said == []
+    assert found("") == [
+        "a.txt",
+        "b.md",
+        "sub/c.py",
+        "sub/deep/d",
+    ]  # in order, and nothing of the program's own
+    assert len(said) == 1
+    assert str(tmp_path) in said[0]
+    assert "3 of 7" in said[0]
+    assert found("sub") == ["sub/c.py", "sub/deep/d"]
+    assert said == []
     assert found("sub/.x") == ["sub/.x/y.txt"], "named by the user"
-    assert found("*.txt") == ["a.txt", "latin.txt"] and found("**/*.py") == ["sub/c.py"]
-    assert found("b.md", "a.txt", "*.md", "", "sub") == ["b.md", "a.txt", "sub/c.py", "sub/deep/d"], "each once"
+    assert found("*.txt") == ["a.txt", "latin.txt"]
+    assert found("**/*.py") == ["sub/c.py"]
+    assert found("b.md", "a.txt", "*.md", "", "sub") == [
+        "b.md",
+        "a.txt",
+        "sub/c.py",
+        "sub/deep/d",
+    ], "each once"
     for nothing in ("*.html", "missing"):
         with pytest.raises(UsageError, match="no such file"):
             found(nothing)
@@ -611,11 +783,34 @@ def test_a_name_that_looks_like_a_pattern(tmp_path):
 
 def test_text_and_save_dir_in_one_folder(tmp_path):
     """The user's files count there, those of the program do not."""
-    names = ["a.txt", "notes.csv", "text-2024.csv", "sub/b.txt", "text/c.txt", "python/d.py", "ptb.txt"]
+    names = [
+        "a.txt",
+        "notes.csv",
+        "text-2024.csv",
+        "sub/b.txt",
+        "text/c.txt",
+        "python/d.py",
+        "ptb.txt",
+    ]
     sha1 = "0123456789" * 4
-    own = [f"{sha1}.metadata", f"{sha1}.safetensors", "text-ab12cd.csv", "text-ab12cd.csv.new", "python-000000.metadata.new"]
-    own += ["text/word-0123456789ab/about.json", "text/word-0123456789ab/valid.tokens", "ptb/byte-0123456789ab/about.new"]
-    own += ["ptb/ptb.train.txt", "wikitext2/wiki.train.tokens", "enwik8/enwik8.zip.part", "gpt2/tokenizer.json"]
+    own = [
+        f"{sha1}.metadata",
+        f"{sha1}.safetensors",
+        "text-ab12cd.csv",
+        "text-ab12cd.csv.new",
+        "python-000000.metadata.new",
+    ]
+    own += [
+        "text/word-0123456789ab/about.json",
+        "text/word-0123456789ab/valid.tokens",
+        "ptb/byte-0123456789ab/about.new",
+    ]
+    own += [
+        "ptb/ptb.train.txt",
+        "wikitext2/wiki.train.tokens",
+        "enwik8/enwik8.zip.part",
+        "gpt2/tokenizer.json",
+    ]
     for name in names + own:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text")
@@ -625,15 +820,28 @@ def test_text_and_save_dir_in_one_folder(tmp_path):
         return sorted(str(path.relative_to(tmp_path)) for path in paths)
 
     assert found(tmp_path, tmp_path) == sorted(names)
-    assert found(tmp_path / "sub", tmp_path) == ["sub/b.txt"] and found(tmp_path / "text", tmp_path) == ["text/c.txt"]
-    assert found(tmp_path, tmp_path / "text") == sorted([*names[:4], *names[5:], *own[:5], *own[7:]]), "all of it is"
+    assert found(tmp_path / "sub", tmp_path) == ["sub/b.txt"]
+    assert found(tmp_path / "text", tmp_path) == ["text/c.txt"]
+    assert found(tmp_path, tmp_path / "text") == sorted(
+        [*names[:4], *names[5:], *own[:5], *own[7:]]
+    ), "all of it is"
     assert found(tmp_path, tmp_path / "elsewhere") == sorted(names + own)
 
 
 def test_a_run_beside_its_text(tmp_path, text):
     import main
 
-    line = ["--text", text.parent, "--save_dir", text.parent, *TINY, "--lr_warmup", 5, "--steps_per_eval", 5]
+    line = [
+        "--text",
+        text.parent,
+        "--save_dir",
+        text.parent,
+        *TINY,
+        "--lr_warmup",
+        5,
+        "--steps_per_eval",
+        5,
+    ]
     other = [*line[:3], tmp_path.parent / f"{tmp_path.name}-other", *line[4:]]
     for each, steps in ((other, [20]), (line, [10, 20])):
         for num_iters in steps:
@@ -647,9 +855,13 @@ def test_what_is_no_regular_file(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX) as server:
         monkeypatch.chdir(tmp_path)  # a socket's path must be short
         server.bind("socket")
-    assert datasets.text_files([str(tmp_path)], pytest.fail, tmp_path / "lm") == [tmp_path / "a.txt"]
+    assert datasets.text_files([str(tmp_path)], pytest.fail, tmp_path / "lm") == [
+        tmp_path / "a.txt"
+    ]
     for path in (tmp_path / "pipe", tmp_path / "socket", "/dev/null"):
-        with pytest.raises(UsageError, match="is a pipe, a device or a socket: write its text to a file"):
+        with pytest.raises(
+            UsageError, match="is a pipe, a device or a socket: write its text to a file"
+        ):
             datasets.load_dataset("text", tmp_path / "lm", text=[path])
 
 
@@ -660,7 +872,8 @@ def test_text_from_a_pipe(tmp_path):
     line = ["--text", f"/dev/fd/{read}", "--save_dir", tmp_path]
     _, err = prepare(*line, pass_fds=[read], status=2)
     os.close(read)
-    assert err.count("\n") == 1 and "write its text to a file" in err
+    assert err.count("\n") == 1
+    assert "write its text to a file" in err
 
 
 def test_a_folder_without_text(tmp_path):
@@ -672,7 +885,10 @@ def test_a_folder_without_text(tmp_path):
 BAD = {
     "latin": ("naïve\n".encode("latin-1"), 2),
     "beyond the first block": ("é".encode() * 400000 + b"\xff" + b"a" * 100000, 800000),
-    "at the edge of a block": (b"a" * ((1 << 18) - 1) + b"\xe2\x28\xa1" + b"a" * 100000, (1 << 18) - 1),
+    "at the edge of a block": (
+        b"a" * ((1 << 18) - 1) + b"\xe2\x28\xa1" + b"a" * 100000,
+        (1 << 18) - 1,
+    ),
     "cut off at the end": (b"a\n" * 100 + "é".encode()[:1], 200),
     "no text at all": (b"\x80" * 5000, 0),
     "in validation": (b"abcdefgh\n" * 1000 + b"\xfe" + b"\n", 9000),
@@ -682,11 +898,14 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("kind", ["byte", "word", "bpe"])
 def test_files_that_are_not_utf8(tmp_path, name, kind):
-    path, (content, offset) = tmp_path / "latin.txt", BAD[name]
+    path = tmp_path / "latin.txt"
+    (content, offset) = BAD[name]
     path.write_bytes(content)
     with pytest.raises(UsageError) as error:
         datasets.load_dataset("text", tmp_path / "lm", text=[path], tokenizer=kind, vocab_size=300)
-    assert str(path) in str(error.value) and f" byte {offset:,}:" in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert f" byte {offset:,}:" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_bytes_of_own_text_are_untouched(tmp_path):
@@ -695,7 +914,8 @@ def test_bytes_of_own_text_are_untouched(tmp_path):
     tokens = np.concatenate([dataset.train.tokens, dataset.valid.tokens])
     assert bytes(tokens.tolist()) == text.encode()
     assert dataset.train.num_bytes + dataset.valid.num_bytes == len(text.encode())
-    assert dataset.tokenizer.kind == "byte" and dataset.test is None
+    assert dataset.tokenizer.kind == "byte"
+    assert dataset.test is None
 
 
 @pytest.mark.parametrize("kind, words", [("char", "\nab"), ("word", ["<eos>", "ab", "<unk>"])])
@@ -714,13 +934,16 @@ def test_bpe_is_trained_on_training_text_alone(tmp_path):
     options = {"valid_text": paths[1:], "tokenizer": "bpe", "vocab_size": 300}
     dataset = datasets.load_dataset("text", tmp_path, text=paths[:1], **options)
     vocabulary = json.loads(dataset.tokenizer.vocabulary)["model"]["vocab"]
-    assert "ab" in vocabulary and "zz" not in vocabulary
+    assert "ab" in vocabulary
+    assert "zz" not in vocabulary
 
 
-# ---- The cache ------------------------------------------------------------------------------------------------------
+# ---- The cache ----------------------------------------------------------------------------------
 
 
-ROWS = "".join(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(300))
+ROWS = "".join(
+    f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(300)
+)
 
 
 @pytest.fixture
@@ -731,12 +954,16 @@ def paths(tmp_path):
 
 def load(tmp_path, paths, kind="word", say=pytest.fail, **options):
     names = {"text": paths[:1], "valid_text": paths[1:2], "test_text": paths[2:]}
-    return datasets.load_dataset("text", tmp_path / "lm", **names, tokenizer=kind, say=say, **options)
+    return datasets.load_dataset(
+        "text", tmp_path / "lm", **names, tokenizer=kind, say=say, **options
+    )
 
 
 def forbid(monkeypatch, *names):
     for name in names:
-        monkeypatch.setattr(datasets, name, lambda *_, name=name, **__: pytest.fail(f"{name} is called"))
+        monkeypatch.setattr(
+            datasets, name, lambda *_, name=name, **__: pytest.fail(f"{name} is called")
+        )
 
 
 def tokens_of(dataset):
@@ -751,16 +978,20 @@ def cache_of(tmp_path):
 @pytest.mark.parametrize("kind", ["word", "char", "byte", "bpe"])
 def test_second_load_reads_no_text(tmp_path, paths, kind, monkeypatch):
     first = load(tmp_path, paths, kind, vocab_size=300)
-    opened, on = [], [True]
+    opened = []
+    on = [True]
     sys.addaudithook(lambda event, args: on and event == "open" and opened.append(str(args[0])))
     forbid(monkeypatch, "read_documents", "sha256_of", "write_tokens")
     second = load(tmp_path, paths, kind, vocab_size=300)
     on.clear()
-    assert any("tokens" in path for path in opened) and not set(map(str, paths)) & set(opened)
-    assert tokens_of(second) == tokens_of(first) and second.sha256 == first.sha256
+    assert any("tokens" in path for path in opened)
+    assert not set(map(str, paths)) & set(opened)
+    assert tokens_of(second) == tokens_of(first)
+    assert second.sha256 == first.sha256
     assert second.tokenizer.to_dict() == first.tokenizer.to_dict()
     assert all(
-        getattr(first, split).num_bytes == getattr(second, split).num_bytes for split in ("train", "valid", "test")
+        getattr(first, split).num_bytes == getattr(second, split).num_bytes
+        for split in ("train", "valid", "test")
     )
 
 
@@ -783,14 +1014,18 @@ def test_changed_times_keep_the_tokens(tmp_path, paths, monkeypatch):
 @pytest.mark.parametrize("split", range(3))
 @pytest.mark.parametrize("change", ["same size", "longer", "shorter"])
 def test_changed_text_is_encoded_anew(tmp_path, paths, split, change):
-    first, text = load(tmp_path, paths), paths[split].read_text()
+    first = load(tmp_path, paths)
+    text = paths[split].read_text()
     before = tokens_of(first)
-    changed = {"same size": text.replace("quick", "aaaaa"), "longer": text + "one more line\n", "shorter": text[:-200]}[
-        change
-    ]
+    changed = {
+        "same size": text.replace("quick", "aaaaa"),
+        "longer": text + "one more line\n",
+        "shorter": text[:-200],
+    }[change]
     paths[split].write_text(changed)
     second = load(tmp_path, paths)
-    assert tokens_of(second) != before and tokens_of(second) == tokens_of(load(tmp_path / "fresh", paths))
+    assert tokens_of(second) != before
+    assert tokens_of(second) == tokens_of(load(tmp_path / "fresh", paths))
     assert (second.sha256 != first.sha256) == (split == 0)
 
 
@@ -798,8 +1033,11 @@ def test_a_run_keeps_the_tokens_that_it_has(tmp_path, paths):
     """While another one encodes a changed text."""
     first = load(tmp_path, paths)
     before = tokens_of(first)
-    paths[0].write_text(ROWS.replace("quick", "aaaaa"))  # of the same size: it would die if its file were shortened
-    assert tokens_of(load(tmp_path, paths)) != before and tokens_of(first) == before
+    paths[0].write_text(
+        ROWS.replace("quick", "aaaaa")
+    )  # of the same size: it would die if its file were shortened
+    assert tokens_of(load(tmp_path, paths)) != before
+    assert tokens_of(first) == before
 
 
 def overwrite(path, byte):
@@ -818,21 +1056,33 @@ DAMAGE = {
     "truncated": lambda folder: os.truncate(folder / "valid.tokens", 10),
     "no tokens": lambda folder: (folder / "train.tokens").unlink(),
     **{
-        f"{split} {byte}": lambda folder, split=split, byte=byte: overwrite(folder / f"{split}.tokens", byte)
+        f"{split} {byte}": lambda folder, split=split, byte=byte: overwrite(
+            folder / f"{split}.tokens", byte
+        )
         for split in ("train", "valid", "test")
         for byte in (0, 255)  # the first word, and an id far beyond the last one
     },
     "a bit": lambda folder: os.pwrite(os.open(folder / "test.tokens", os.O_RDWR), b"\x01", 3),
     **{
-        f"about {content}": lambda folder, content=content: (folder / "about.json").write_text(content)
+        f"about {content}": lambda folder, content=content: (folder / "about.json").write_text(
+            content
+        )
         for content in ("", "null", "7", '"check"', '{"check": 0}', '{"splits": {}, "check": 5}')
     },
     "half an about": lambda folder: os.truncate(folder / "about.json", 100),
     "binary": lambda folder: (folder / "about.json").write_bytes(b"\xff\0"),
-    "another word": lambda folder: change_about(folder, lambda about: about["tokenizer"]["vocabulary"].reverse()),
-    "another sha256": lambda folder: change_about(folder, lambda about: about.update(sha256="0" * 64)),
-    "other counts": lambda folder: change_about(folder, lambda about: about["splits"]["valid"].update(num_bytes=5)),
-    "other CRC-32s": lambda folder: change_about(folder, lambda about: about["crc32"].update(train=5)),
+    "another word": lambda folder: change_about(
+        folder, lambda about: about["tokenizer"]["vocabulary"].reverse()
+    ),
+    "another sha256": lambda folder: change_about(
+        folder, lambda about: about.update(sha256="0" * 64)
+    ),
+    "other counts": lambda folder: change_about(
+        folder, lambda about: about["splits"]["valid"].update(num_bytes=5)
+    ),
+    "other CRC-32s": lambda folder: change_about(
+        folder, lambda about: about["crc32"].update(train=5)
+    ),
 }
 
 
@@ -843,9 +1093,12 @@ def test_damaged_tokens_are_made_anew(tmp_path, paths, damage):
     DAMAGE[damage](cache_of(tmp_path))
     said = []
     second = load(tmp_path, paths, say=said.append)
-    assert tokens_of(second) == expected and second.sha256 == first.sha256
-    assert second.tokenizer.to_dict() == first.tokenizer.to_dict() and second.valid.num_bytes == first.valid.num_bytes
-    assert len(said) == 1 and f"{cache_of(tmp_path)} is damaged" in said[0]
+    assert tokens_of(second) == expected
+    assert second.sha256 == first.sha256
+    assert second.tokenizer.to_dict() == first.tokenizer.to_dict()
+    assert second.valid.num_bytes == first.valid.num_bytes
+    assert len(said) == 1
+    assert f"{cache_of(tmp_path)} is damaged" in said[0]
     assert tokens_of(load(tmp_path, paths)) == expected
 
 
@@ -861,7 +1114,8 @@ def test_flipped_bits_of_about(tmp_path, paths):
         flipped = content[place] ^ 1 << generator.randrange(8)
         path.write_bytes(content[:place] + bytes([flipped]) + content[place + 1 :])
         second = load(tmp_path, paths, say=str)
-        assert tokens_of(second) == expected and second.sha256 == first.sha256
+        assert tokens_of(second) == expected
+        assert second.sha256 == first.sha256
         assert second.tokenizer.to_dict() == first.tokenizer.to_dict()
 
 
@@ -873,7 +1127,9 @@ def test_damaged_tokens_whose_text_is_gone(tmp_path, paths):
         load(tmp_path, paths, say=str)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"splits": {}, "stamps": {}}', "as it was written"])
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"splits": {}, "stamps": {}}', "as it was written"]
+)
 def test_tokens_of_an_older_version_are_made_anew_without_a_word(tmp_path, paths, content):
     """It noted no CRC-32s. What checkpoints know of the text stays the same, or no run could be resumed."""
     first = load(tmp_path, paths)
@@ -887,7 +1143,8 @@ def test_tokens_of_an_older_version_are_made_anew_without_a_word(tmp_path, paths
     path.write_text(content)
     overwrite(cache_of(tmp_path) / "train.tokens", 0)
     second = load(tmp_path, paths)
-    assert tokens_of(second) == expected and second.sha256 == first.sha256
+    assert tokens_of(second) == expected
+    assert second.sha256 == first.sha256
 
 
 def test_large_tokens_are_verified_where_they_have_changed(tmp_path, paths, monkeypatch):
@@ -910,7 +1167,8 @@ def test_large_tokens_are_verified_where_they_have_changed(tmp_path, paths, monk
     os.utime(other, ns=(known.st_atime_ns, known.st_mtime_ns))
     other.replace(path)  # of the same size and time
     said = []
-    assert tokens_of(load(tmp_path, paths, say=said.append)) == expected and len(said) == 1
+    assert tokens_of(load(tmp_path, paths, say=said.append)) == expected
+    assert len(said) == 1
     verify_nothing()
 
 
@@ -919,10 +1177,19 @@ def test_tokens_are_on_the_disk_before_they_count(tmp_path, paths, monkeypatch):
     sync = datasets.sync
     replace = Path.replace
     monkeypatch.setattr(datasets, "sync", lambda path: (seen.append(path.name), sync(path)))
-    monkeypatch.setattr(Path, "replace", lambda path, new: (seen.append(f"-> {new.name}"), replace(path, new))[1])
+    monkeypatch.setattr(
+        Path, "replace", lambda path, new: (seen.append(f"-> {new.name}"), replace(path, new))[1]
+    )
     load(tmp_path, paths)
     folder = cache_of(tmp_path).name
-    assert seen == ["train.tokens", "valid.tokens", "test.tokens", "about.new", "-> about.json", folder]
+    assert seen == [
+        "train.tokens",
+        "valid.tokens",
+        "test.tokens",
+        "about.new",
+        "-> about.json",
+        folder,
+    ]
 
 
 PROGRAM = """
@@ -946,7 +1213,13 @@ print(dataset.sha256, dataset.test.tokens.tolist())
 
 
 def encode_elsewhere(tmp_path, paths, left=9, pause=0):
-    command = [sys.executable, "-c", PROGRAM.format(left=left, pause=pause), tmp_path / "lm", *paths]
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM.format(left=left, pause=pause),
+        tmp_path / "lm",
+        *paths,
+    ]
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
@@ -966,13 +1239,15 @@ def test_killed_while_encoding(tmp_path, paths, left, before):
 def test_two_processes_encode_once(tmp_path, paths):
     processes = [encode_elsewhere(tmp_path, paths, pause=0.1) for _ in range(2)]
     outs = [process.communicate(timeout=30)[0].splitlines() for process in processes]
-    assert outs[0][-1] == outs[1][-1] and sorted(map(len, outs)) == [1, 4]
+    assert outs[0][-1] == outs[1][-1]
+    assert sorted(map(len, outs)) == [1, 4]
     assert json.loads(outs[0][-1].partition(" ")[2]) == load(tmp_path, paths).test.tokens.tolist()
 
 
 def test_text_that_changes_while_it_is_encoded(tmp_path, paths, monkeypatch):
     """The next start sees it."""
-    write, times = datasets.write_tokens, [0]
+    write = datasets.write_tokens
+    times = [0]
 
     def late(*arguments):
         known = write(*arguments)
@@ -1000,9 +1275,12 @@ def test_train_tokens(tmp_path, paths, monkeypatch):
 def test_ids_on_disk_fit_the_vocabulary(tmp_path, distinct, dtype):
     text = "".join(map(chr, range(0x10000, 0x10000 + distinct)))
     dataset = load(tmp_path, write(tmp_path, [text, "a" + text[-9:], ""]), "char")
-    assert dataset.tokenizer.vocab_size == distinct + 1 and dataset.train.tokens.dtype == dtype
+    assert dataset.tokenizer.vocab_size == distinct + 1
+    assert dataset.train.tokens.dtype == dtype
     assert dataset.valid.tokens.tolist() == [distinct, *range(distinct - 9, distinct)]
-    assert (cache_of(tmp_path) / "train.tokens").stat().st_size == distinct * np.dtype(dtype).itemsize
+    assert (cache_of(tmp_path) / "train.tokens").stat().st_size == distinct * np.dtype(
+        dtype
+    ).itemsize
     assert dataset.test is None, "an empty split is none"
 
 
@@ -1013,7 +1291,9 @@ def test_another_python_has_other_modules(tmp_path, monkeypatch):
         library.mkdir()
         for i in range(12):
             (library / f"m{i:02}.py").write_text(f"# module {i} of {version}\n")
-        monkeypatch.setattr(datasets.sysconfig, "get_path", lambda name, library=library: str(library))
+        monkeypatch.setattr(
+            datasets.sysconfig, "get_path", lambda name, library=library: str(library)
+        )
         dataset = datasets.load_dataset("python", tmp_path / "lm")
         assert f"of {version}" in dataset.tokenizer.decode(dataset.train.tokens[:30])
 
@@ -1023,7 +1303,9 @@ def test_tokenizers_have_their_own_cache(tmp_path, paths, monkeypatch):
     first = [tokens_of(load(tmp_path, paths, kind, vocab_size=size)) for kind, size in variants]
     forbid(monkeypatch, "write_tokens")
     load(tmp_path, paths, "word", vocab_size=77)  # which means nothing to it
-    assert [tokens_of(load(tmp_path, paths, kind, vocab_size=size)) for kind, size in variants] == first
+    assert [
+        tokens_of(load(tmp_path, paths, kind, vocab_size=size)) for kind, size in variants
+    ] == first
     assert first[3] != first[4]
 
 
@@ -1034,8 +1316,11 @@ def test_dataset_knows_its_training_tokens(tmp_path):
     first = sha256("one\n", "two\n")
     known = {"num_tokens": 4, "num_bytes": 4, "num_words": 2, "num_unk": 0, "size": 8}
     known = json.dumps([known | {"sha256": hashlib.sha256(b"one\n").hexdigest()}, {"kind": "byte"}])
-    assert first == hashlib.sha256(known.encode()).hexdigest(), "of the text, what it is in tokens, and the vocabulary"
-    assert first == sha256("one\n", "other\n") and len({first, sha256("one", "two\n"), sha256("eno\n", "two\n")}) == 3
+    assert first == hashlib.sha256(known.encode()).hexdigest(), (
+        "of the text, what it is in tokens, and the vocabulary"
+    )
+    assert first == sha256("one\n", "other\n")
+    assert len({first, sha256("one", "two\n"), sha256("eno\n", "two\n")}) == 3
 
 
 def test_too_little_text(tmp_path):
@@ -1044,7 +1329,7 @@ def test_too_little_text(tmp_path):
             datasets.load_dataset("text", tmp_path / "lm", text=write(tmp_path, [text]))
 
 
-# ---- Encodings and homes that are not the usual ones ----------------------------------------------------------------
+# ---- Encodings and homes that are not the usual ones --------------------------------------------
 
 
 def lacks_encoding(call):
@@ -1059,8 +1344,12 @@ def lacks_encoding(call):
     if name not in ("open", "fdopen") or ast.unparse(call.func) == "os.open":
         return False
     places = call.args[0:1] if is_method and name == "open" else call.args[1:2]  # of the mode
-    modes = [node.value for mode in [*places, *filter(None, [named.get("mode")])] for node in ast.walk(mode)
-             if isinstance(node, ast.Constant) and isinstance(node.value, str)]  # fmt: skip
+    modes = [
+        node.value
+        for mode in [*places, *filter(None, [named.get("mode")])]
+        for node in ast.walk(mode)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
     return not modes or any("b" not in mode for mode in modes)
 
 
@@ -1077,14 +1366,29 @@ def test_every_text_file_is_opened_with_an_encoding():
     assert not found
 
 
-@pytest.mark.parametrize("line, lacks", [
-    ("open(p)", True), ("open(p, 'a')", True), ("open(p, mode='w')", True), ("os.fdopen(1, 'w')", True),
-    ("p.open()", True), ("p.open('r', errors='replace')", True), ("p.open('ab' if x else 'w')", True),
-    ("p.read_text()", True), ("p.write_text(t)", True), ("p.read_text(errors='replace')", True),
-    ("open(p, 'rb')", False), ("open(p, 'w', encoding='utf-8')", False), ("os.open(p, os.O_RDONLY)", False),
-    ("p.open('ab' if x else 'wb')", False), ("p.read_text('utf-8')", False), ("p.write_text(t, 'utf-8')", False),
-    ("read_text(entry, 'prompt')", False), ("webbrowser.new()", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, lacks",
+    [
+        ("open(p)", True),
+        ("open(p, 'a')", True),
+        ("open(p, mode='w')", True),
+        ("os.fdopen(1, 'w')", True),
+        ("p.open()", True),
+        ("p.open('r', errors='replace')", True),
+        ("p.open('ab' if x else 'w')", True),
+        ("p.read_text()", True),
+        ("p.write_text(t)", True),
+        ("p.read_text(errors='replace')", True),
+        ("open(p, 'rb')", False),
+        ("open(p, 'w', encoding='utf-8')", False),
+        ("os.open(p, os.O_RDONLY)", False),
+        ("p.open('ab' if x else 'wb')", False),
+        ("p.read_text('utf-8')", False),
+        ("p.write_text(t, 'utf-8')", False),
+        ("read_text(entry, 'prompt')", False),
+        ("webbrowser.new()", False),
+    ],
+)
 def test_what_opens_a_text_file(line, lacks):
     assert lacks_encoding(ast.parse(line).body[0].value) == lacks
 
@@ -1111,7 +1415,8 @@ for kind in ("word", "gpt2", "word", "gpt2"):
     for name, env in locales.items():
         options = {"program": (), "env": {"PYTHONPATH": str(ROOT), **env}, "cwd": tmp_path}
         seen.append(run("-c", program, name, **options)[0])
-    assert seen[0] == seen[1] and seen[0].count("\n") == 4
+    assert seen[0] == seen[1]
+    assert seen[0].count("\n") == 4
 
 
 def test_a_user_without_a_home(tmp_path):
@@ -1132,20 +1437,30 @@ print(datasets.CACHE)
 
 def test_paths_of_users(tmp_path, monkeypatch):
     uses = {path.name: path.read_text("utf-8").count("expanduser(") for path in SOURCES}
-    assert uses.pop("datasets.py") == 2 and not any(uses.values()), "beside user_path and CACHE, which must not fail"
+    assert uses.pop("datasets.py") == 2
+    assert not any(uses.values()), "beside user_path and CACHE, which must not fail"
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.chdir(tmp_path)
-    assert datasets.user_path("~/x") == "/home/somebody/x" and datasets.user_path("a/~b") == "a/~b"
+    assert datasets.user_path("~/x") == "/home/somebody/x"
+    assert datasets.user_path("a/~b") == "a/~b"
     with pytest.raises(UsageError, match="~no-such-user/x: no such user"):
         datasets.user_path("~no-such-user/x")
     (tmp_path / "~no-such-user").mkdir()
-    assert datasets.user_path("~no-such-user") == "~no-such-user", "the name of a file, which a shell leaves as it is"
+    assert datasets.user_path("~no-such-user") == "~no-such-user", (
+        "the name of a file, which a shell leaves as it is"
+    )
 
 
-@pytest.mark.parametrize("line", [
-    "--save_dir ~no-such-user/lm", "--text ~no-such-user/a.txt", "--config ~no-such-user/a.yaml",
-    "--save_dir {0} --dataset ptb --mirror ~no-such-user/m", "--save_dir {0} --init_from ~no-such-user/m",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--save_dir ~no-such-user/lm",
+        "--text ~no-such-user/a.txt",
+        "--config ~no-such-user/a.yaml",
+        "--save_dir {0} --dataset ptb --mirror ~no-such-user/m",
+        "--save_dir {0} --init_from ~no-such-user/m",
+    ],
+)
 def test_folders_of_unknown_users(tmp_path, line, capsys, monkeypatch):
     import main
 
@@ -1153,10 +1468,12 @@ def test_folders_of_unknown_users(tmp_path, line, capsys, monkeypatch):
     line = line if "--save_dir" in line else line + " --save_dir {0}"
     assert main.main(line.format(tmp_path / "lm").split()) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "~no-such-user" in err and not list(tmp_path.glob("~*")), err
+    assert err.count("\n") == 1
+    assert "~no-such-user" in err
+    assert not list(tmp_path.glob("~*")), err
 
 
-# ---- datasets.py and main.py as programs ----------------------------------------------------------------------------
+# ---- datasets.py and main.py as programs --------------------------------------------------------
 
 
 def prepare(*arguments, **options):
@@ -1166,28 +1483,51 @@ def prepare(*arguments, **options):
 def test_preparing_a_corpus(tmp_path):
     out, err = prepare("--dataset", "python", "--save_dir", tmp_path)
     dataset = datasets.load_dataset("python", tmp_path, say=pytest.fail)
-    assert err == "" and "257" in out and dataset.tokenizer.decode(dataset.train.tokens[:100]) in out
+    assert err == ""
+    assert "257" in out
+    assert dataset.tokenizer.decode(dataset.train.tokens[:100]) in out
     for split in (dataset.train, dataset.valid, dataset.test):
-        for count in (f"{len(split.tokens):,} tokens", f"{split.num_bytes:,} bytes", f"{split.num_words:,}"):
+        for count in (
+            f"{len(split.tokens):,} tokens",
+            f"{split.num_bytes:,} bytes",
+            f"{split.num_words:,}",
+        ):
             assert count in out
 
 
-@pytest.mark.parametrize("line, word", [
-    ("--dataset ptbb", "ptbb"), ("--tokenizer words", "words"), ("--text missing.txt", "missing.txt"),
-    ("--foo", "--foo"),
-    ("--text {0} --valid_fraction 0", "--valid_fraction"), ("--text {0} --valid_fraction 2", "--valid_fraction"),
-    ("--text {0} --tokenizer bpe --vocab_size 5", "--vocab_size"), ("--vocab_size many", "--vocab_size"),
-    ("--text {0} --tokenizer {0}", "must be a Hugging Face tokenizer.json"), ("--valid_text {0}", "require --text"),
-    ("--text {0} --save_tokenizer /nowhere/x.json", "cannot write /nowhere/x.json"), ("--train-tokens 0", "at least 1"),
-    ("--text {0} --save_tokenizer {0}", "would overwrite"),
-    ("--text {0}* --tokenizer bpe --save_tokenizer {0}", "would overwrite"), ("--text {0} --dataset ptb", "mutually exclusive"),
-    ("--text=", "--text is empty"), ("--distill_from= --teacher_model m --teacher_prompts {0} --output o", "--distill_from is empty"),
-    ("--text {0} --tokenizer ~nosuchuser/t.json", "no such user"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        ("--dataset ptbb", "ptbb"),
+        ("--tokenizer words", "words"),
+        ("--text missing.txt", "missing.txt"),
+        ("--foo", "--foo"),
+        ("--text {0} --valid_fraction 0", "--valid_fraction"),
+        ("--text {0} --valid_fraction 2", "--valid_fraction"),
+        ("--text {0} --tokenizer bpe --vocab_size 5", "--vocab_size"),
+        ("--vocab_size many", "--vocab_size"),
+        ("--text {0} --tokenizer {0}", "must be a Hugging Face tokenizer.json"),
+        ("--valid_text {0}", "require --text"),
+        ("--text {0} --save_tokenizer /nowhere/x.json", "cannot write /nowhere/x.json"),
+        ("--train-tokens 0", "at least 1"),
+        ("--text {0} --save_tokenizer {0}", "would overwrite"),
+        ("--text {0}* --tokenizer bpe --save_tokenizer {0}", "would overwrite"),
+        ("--text {0} --dataset ptb", "mutually exclusive"),
+        ("--text=", "--text is empty"),
+        (
+            "--distill_from= --teacher_model m --teacher_prompts {0} --output o",
+            "--distill_from is empty",
+        ),
+        ("--text {0} --tokenizer ~nosuchuser/t.json", "no such user"),
+    ],
+)
 def test_mistakes_in_preparing(tmp_path, text, line, word):
     content = text.read_bytes()
     out, err = prepare(*line.format(text).split(), "--save_dir", tmp_path / "lm", status=2)
-    assert out == "" and err.count("\n") == 1 and err.startswith("datasets.py: ") and word in err, err
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("datasets.py: ")
+    assert word in err, err
     assert text.read_bytes() == content
 
 
@@ -1203,8 +1543,12 @@ def tokenizer_files(tmp_path_factory):
         "wordpiece": package.BertWordPieceTokenizer(),
         "bytes": package.ByteLevelBPETokenizer(),
     }
-    made["sentencepiece"].train_from_iterator(ROWS.split("\n"), special_tokens=["<unk>", "</s>"], **options)
-    made["unigram"].train_from_iterator(ROWS.split("\n"), special_tokens=["<unk>"], unk_token="<unk>", **options)
+    made["sentencepiece"].train_from_iterator(
+        ROWS.split("\n"), special_tokens=["<unk>", "</s>"], **options
+    )
+    made["unigram"].train_from_iterator(
+        ROWS.split("\n"), special_tokens=["<unk>"], unk_token="<unk>", **options
+    )
     made["wordpiece"].train_from_iterator(ROWS.split("\n"), **options)
     made["bytes"].train_from_iterator(ROWS.split("\n"), special_tokens=["<eos>"], **options)
     for name, tokenizer in made.items():
@@ -1222,9 +1566,15 @@ def test_a_tokenizer_that_cuts_and_fills_texts(tokenizer_files, tmp_path):
     plain.enable_padding(length=8)
     plain.save(str(tmp_path / "own.json"))
     tokenizer = datasets.read_tokenizer(tmp_path / "own.json")
-    assert tokenizer.vocabulary != (tmp_path / "own.json").read_text(), "what was encoded before is not used"
-    assert tokenizer.encode(ROWS).tolist() == ids and len(ids) > 8
-    assert [tokens.tolist() for tokens in tokenizer.encode_batch([ROWS, "the"])] == [ids, plain.encode("the").ids[:1]]
+    assert tokenizer.vocabulary != (tmp_path / "own.json").read_text(), (
+        "what was encoded before is not used"
+    )
+    assert tokenizer.encode(ROWS).tolist() == ids
+    assert len(ids) > 8
+    assert [tokens.tolist() for tokens in tokenizer.encode_batch([ROWS, "the"])] == [
+        ids,
+        plain.encode("the").ids[:1],
+    ]
 
 
 def test_a_corpus_is_found_from_any_working_directory(tmp_path, monkeypatch):
@@ -1241,9 +1591,15 @@ def test_a_corpus_is_found_from_any_working_directory(tmp_path, monkeypatch):
     assert again.train.tokens.tolist() == made.train.tokens.tolist()
 
 
-@pytest.mark.parametrize("name, eos, unk", [
-    ("sentencepiece", "</s>", "<unk>"), ("unigram", None, "<unk>"), ("wordpiece", None, "[UNK]"), ("bytes", "<eos>", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, eos, unk",
+    [
+        ("sentencepiece", "</s>", "<unk>"),
+        ("unigram", None, "<unk>"),
+        ("wordpiece", None, "[UNK]"),
+        ("bytes", "<eos>", None),
+    ],
+)
 def test_tokenizer_of_a_file(tokenizer_files, name, eos, unk, tmp_path):
     """Its ids are the library's own; what it does not know is named; a checkpoint holds all of it."""
     from tokenizers import Tokenizer
@@ -1252,11 +1608,15 @@ def test_tokenizer_of_a_file(tokenizer_files, name, eos, unk, tmp_path):
     shutil.copy(tokenizer_files[name], path)
     theirs = Tokenizer.from_file(str(path))
     [text] = write(tmp_path / "text", [ROWS])
-    dataset = datasets.load_dataset("text", tmp_path / "lm", text=[text], valid_text=[text], tokenizer=str(path))
+    dataset = datasets.load_dataset(
+        "text", tmp_path / "lm", text=[text], valid_text=[text], tokenizer=str(path)
+    )
     tokenizer = dataset.tokenizer
     ids_of_rows = theirs.encode(ROWS, add_special_tokens=False).ids
-    assert dataset.train.tokens.tolist() == ids_of_rows and tokenizer.encode("the fox").dtype == np.uint16
-    assert tokenizer.eos == (eos and theirs.token_to_id(eos)) and tokenizer.unk == (unk and theirs.token_to_id(unk))
+    assert dataset.train.tokens.tolist() == ids_of_rows
+    assert tokenizer.encode("the fox").dtype == np.uint16
+    assert tokenizer.eos == (eos and theirs.token_to_id(eos))
+    assert tokenizer.unk == (unk and theirs.token_to_id(unk))
     assert tokenizer.num_special == (eos is not None) + (unk is not None)
     assert tokenizer.unknown("the ☃ fox") == (["☃"] if unk else [])
     if name == "bytes":
@@ -1265,12 +1625,15 @@ def test_tokenizer_of_a_file(tokenizer_files, name, eos, unk, tmp_path):
     run(*line, "--tokenizer", path, "--num_iters", 2, "--max_tokens", 8)
     path.unlink()
     out, _ = run("--save_dir", tmp_path / "lm", "--num_iters", 4)
-    assert "at iteration 4" in out and "by file" in out
+    assert "at iteration 4" in out
+    assert "by file" in out
     out, err = run("--prompt", "the ☃ fox", "--save_dir", tmp_path / "lm", "--max_tokens", 8)
-    assert len(out) > 1 and ("☃" in err) == (unk is not None)
+    assert len(out) > 1
+    assert ("☃" in err) == (unk is not None)
     shutil.copy(tokenizer_files["unigram" if name == "bytes" else "bytes"], path)
     _, err = run(*line, "--tokenizer", path, "--num_iters", 6, status=2)
-    assert "text or tokenizer of" in err and "--new_model" in err
+    assert "text or tokenizer of" in err
+    assert "--new_model" in err
 
 
 def test_a_tokenizer_file_of_any_name(tmp_path, monkeypatch):
@@ -1289,11 +1652,15 @@ def test_saved_tokenizer_has_the_same_ids(kind, tmp_path):
     line = ["--text", text, "--tokenizer", kind, "--vocab_size", 300, "--save_dir", tmp_path / "lm"]
     out, _ = prepare(*line, "--train-tokens", 70, "--save_tokenizer", tmp_path / "own.json")
     assert "            70 tokens" in out
-    again, _ = prepare(*line[:2], "--tokenizer", tmp_path / "own.json", "--save_dir", tmp_path / "lm")
+    again, _ = prepare(
+        *line[:2], "--tokenizer", tmp_path / "own.json", "--save_dir", tmp_path / "lm"
+    )
     counts = [re.findall(r"[\d,]+ tokens", out)[1:] for out in (out, again)]
     assert counts[0] == counts[1]
     one, other = (
-        datasets.load_dataset("text", tmp_path / "lm", text=[text], tokenizer=tokenizer, vocab_size=300)
+        datasets.load_dataset(
+            "text", tmp_path / "lm", text=[text], tokenizer=tokenizer, vocab_size=300
+        )
         for tokenizer in (kind, str(tmp_path / "own.json"))
     )
     for split in ("train", "valid"):
@@ -1307,23 +1674,37 @@ def test_own_validation_and_test_text(tmp_path):
     import main
 
     paths = write(tmp_path / "text", [ROWS, ROWS[:3000], ROWS[4000:5000]])
-    out, _ = prepare("--text", paths[0], "--valid_text", paths[1], "--test_text", paths[2], "--save_dir", tmp_path / "lm")
-    assert [f"{len(part.encode()):,} tokens" in out for part in (ROWS, ROWS[:3000], ROWS[4000:5000])] == 3 * [True]
+    out, _ = prepare(
+        "--text",
+        paths[0],
+        "--valid_text",
+        paths[1],
+        "--test_text",
+        paths[2],
+        "--save_dir",
+        tmp_path / "lm",
+    )
+    assert [
+        f"{len(part.encode()):,} tokens" in out for part in (ROWS, ROWS[:3000], ROWS[4000:5000])
+    ] == 3 * [True]
     rows = {name: main.FLAGS["run"][name] for name in datasets.DATA_FLAGS}
-    assert rows == datasets.DATA_FLAGS and set(main.DATA) <= set(rows)
+    assert rows == datasets.DATA_FLAGS
+    assert set(main.DATA) <= set(rows)
 
 
 def test_the_usual_folder(tmp_path, text, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "usual_folder", lambda: tmp_path / "usual")
     dataset = datasets.load_dataset("text", text=[text])
-    assert len(dataset.train.tokens) and (tmp_path / "usual" / "text").is_dir()
+    assert len(dataset.train.tokens)
+    assert (tmp_path / "usual" / "text").is_dir()
 
 
 def test_a_tilde_in_save_dir(tmp_path, text):
     """The shell leaves it alone behind an =."""
     line = ["--text", text, "--save_dir=~/lm"]
     prepare(*line, env={"HOME": str(tmp_path)}, cwd=tmp_path)
-    assert (tmp_path / "lm" / "text").is_dir() and not (tmp_path / "~").exists()
+    assert (tmp_path / "lm" / "text").is_dir()
+    assert not (tmp_path / "~").exists()
 
 
 def test_what_is_prepared_is_used(tmp_path, text):
@@ -1342,7 +1723,8 @@ def test_streams_that_cannot_take_it_all(tmp_path):
     line = ["--text", path, "--save_dir", tmp_path / "lm"]
 
     out, err = prepare(*line, env={"PYTHONIOENCODING": "ascii"})
-    assert "na?ve ? text" in out and err == ""
+    assert "na?ve ? text" in out
+    assert err == ""
     read, write = os.pipe()
     os.close(read)  # a reader that has left
     assert prepare(*line, stdout=write, status=1)[1] == ""
@@ -1350,7 +1732,9 @@ def test_streams_that_cannot_take_it_all(tmp_path):
     if os.path.exists("/dev/full"):
         with open("/dev/full", "wb") as full:
             _, err = prepare(*line, stdout=full, status=1)
-        assert err.count("\n") == 1 and err.startswith("datasets.py: ") and "No space left" in err
+        assert err.count("\n") == 1
+        assert err.startswith("datasets.py: ")
+        assert "No space left" in err
     command = " ".join(map(str, [sys.executable, DATASETS, *line, ">&-", "2>&-"]))
     assert subprocess.run(["sh", "-c", command]).returncode == 0, "both are closed from the start"
 
@@ -1381,7 +1765,9 @@ class Waiting(BaseHTTPRequestHandler):
 @pytest.fixture
 def waiting_server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Waiting)
-    server.is_waited_for, server.end, server.answers = threading.Event(), threading.Event(), 0
+    server.is_waited_for = threading.Event()
+    server.end = threading.Event()
+    server.answers = 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.end.set()
@@ -1395,13 +1781,21 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path, waiting_server, task):
     line = ["--dataset", "ptb", "--mirror", address, "--save_dir", tmp_path / "lm"]
     if task == "collect":
         (tmp_path / "prompts.txt").write_text("one\ntwo\n")
-        line = ["--distill_from", address, "--teacher_model", "m", "--teacher_prompts", tmp_path / "prompts.txt"]
+        line = [
+            "--distill_from",
+            address,
+            "--teacher_model",
+            "m",
+            "--teacher_prompts",
+            tmp_path / "prompts.txt",
+        ]
         line += ["--output", tmp_path / "out"]
     process = start(*line, program=[DATASETS])
     assert waiting_server.is_waited_for.wait(60)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode in (-signal.SIGINT, 130) and (out, err) == ("", "")
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert (out, err) == ("", "")
     if task == "collect":
         [line] = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
         assert json.loads(line)["completion"] == "yes", "what was paid for is kept"
@@ -1413,7 +1807,9 @@ def test_no_folder_for_temporary_files(tmp_path, text, place):
     """MLX compiles there."""
     line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
     _, err = run(*line, env={"TMPDIR": str(tmp_path / place)}, status=1)
-    assert err.count("\n") == 1 and err.startswith("main.py: ") and "TMPDIR" in err, err
+    assert err.count("\n") == 1
+    assert err.startswith("main.py: ")
+    assert "TMPDIR" in err, err
 
 
 KINDS = ["word", "char", "byte", "bpe"]
@@ -1426,16 +1822,41 @@ def trained(tmp_path_factory):
     the trainings printed."""
     folder = tmp_path_factory.mktemp("trained")
     paths = write(folder, [ROWS, ROWS[:4000], ROWS[5000:8000]])
-    texts = ["--text", paths[0], "--valid_text", paths[1], "--test_text", paths[2], "--vocab_size", 300]
-    line = [*texts, *TINY, "--num_iters", 20, "--steps_per_eval", 20, "--eval_tokens", 0, "--eval_test"]
-    return folder, [run(*line, "--tokenizer", kind, "--save_dir", folder / kind)[0] for kind in KINDS]
+    texts = [
+        "--text",
+        paths[0],
+        "--valid_text",
+        paths[1],
+        "--test_text",
+        paths[2],
+        "--vocab_size",
+        300,
+    ]
+    line = [
+        *texts,
+        *TINY,
+        "--num_iters",
+        20,
+        "--steps_per_eval",
+        20,
+        "--eval_tokens",
+        0,
+        "--eval_test",
+    ]
+    return folder, [
+        run(*line, "--tokenizer", kind, "--save_dir", folder / kind)[0] for kind in KINDS
+    ]
 
 
 def test_checkpoint_answers_without_its_corpus(trained, tmp_path):
     folder, _ = trained
     for kind in KINDS:
         (tmp_path / kind).mkdir()
-        files = [path for path in (folder / kind).iterdir() if path.suffix in (".safetensors", ".metadata")]
+        files = [
+            path
+            for path in (folder / kind).iterdir()
+            if path.suffix in (".safetensors", ".metadata")
+        ]
         assert len(files) == 2
         for path in files:
             shutil.copy(path, tmp_path / kind)
@@ -1453,28 +1874,43 @@ def test_evaluate_gives_the_number_of_training(trained):
             lines = [line for line in out.splitlines() if line.startswith(f"{name} ")]
             speed = r", [\d,]+ tokens/s"
             latency = r" \([\d.]+ s, [\d.]+ ms per token\)\n"
-            assert [re.sub(f"{speed}$", "", line) for line in lines] == [re.sub(f"{speed}{latency}$", "", score)]
+            assert [re.sub(f"{speed}$", "", line) for line in lines] == [
+                re.sub(f"{speed}{latency}$", "", score)
+            ]
 
 
 def test_scores_are_in_the_same_unit(trained):
     folder, outs = trained
     for kind, out in zip(KINDS, outs):
-        names = {"text": [folder / "000.txt"], "valid_text": [folder / "001.txt"], "test_text": [folder / "002.txt"]}
-        dataset = datasets.load_dataset("text", folder / kind, **names, tokenizer=kind, vocab_size=300)
+        names = {
+            "text": [folder / "000.txt"],
+            "valid_text": [folder / "001.txt"],
+            "test_text": [folder / "002.txt"],
+        }
+        dataset = datasets.load_dataset(
+            "text", folder / kind, **names, tokenizer=kind, vocab_size=300
+        )
         for name, text in (("valid", ROWS[:4000]), ("test", ROWS[5000:8000])):
-            nats, perplexity, unit, per_word, bits = re.search(SCORE.format(name), out, re.M).groups()
+            nats, perplexity, unit, per_word, bits = re.search(
+                SCORE.format(name), out, re.M
+            ).groups()
             nats, perplexity, bits = float(nats), float(perplexity), float(bits)
             total = nats * len(getattr(dataset, name).tokens)
             assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
             assert bits == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-3)
             words = len(text.split()) + text.count("\n")
             if kind == "word":
-                assert unit == "word" and per_word is None
-                assert len(getattr(dataset, name).tokens) - words in (0, 1), "an <eos> at the end, too"
+                assert unit == "word"
+                assert per_word is None
+                assert len(getattr(dataset, name).tokens) - words in (0, 1), (
+                    "an <eos> at the end, too"
+                )
             elif kind == "bpe":
-                assert unit == "token" and float(per_word) == pytest.approx(math.exp(total / words), rel=0.01)
+                assert unit == "token"
+                assert float(per_word) == pytest.approx(math.exp(total / words), rel=0.01)
             else:
-                assert unit == "token" and per_word is None, "no words, no perplexity of theirs"
+                assert unit == "token"
+                assert per_word is None, "no words, no perplexity of theirs"
 
 
 def test_evaluate_without_a_test_split(tmp_path, text, capsys):
@@ -1485,7 +1921,9 @@ def test_evaluate_without_a_test_split(tmp_path, text, capsys):
     capsys.readouterr()
     assert main.main(["--evaluate", "test", "--save_dir", str(tmp_path / "lm")]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "--test_text" in err
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "--test_text" in err
 
 
 def test_an_empty_test_text(tmp_path, text, capsys):

@@ -1,4 +1,4 @@
-"""python datasets.py --distill_from: a corpus from a server that speaks OpenAI's protocol.
+"""python -m extras.collect: a corpus from a server that speaks OpenAI's protocol.
 
 The server is a real one on the loopback address, and it fails, stalls and limits.
 """
@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import threading
@@ -25,6 +24,23 @@ from datasets import RunError, UsageError
 KEY = "sk-very-secret"
 PROMPTS = ["tell me", "ünd jetzt 😀", "", "the end"]
 sleep = time.sleep  # which a fixture replaces
+
+
+def reply(content):
+    """The body of a server's reply, in which `content` is JSON."""
+    return f'{{"choices": [{{"message": {{"content": {content}}}}}]}}'.encode()
+
+
+REPLIES = {
+    "nonsense": b"<html>",
+    "no choice": b'{"choices": []}',
+    "nothing": reply("null"),
+    "parts": reply('[{"text": "a"}]'),  # of a content, as some servers divide it
+    "false": reply("false"),
+    "empty list": reply("[]"),
+    "deep": b"[" * 100_000,
+    "half": reply('"smile \\ud83d"'),  # of an emoji, which the model's token limit has cut
+}
 
 
 class Server:
@@ -51,26 +67,17 @@ class Server:
                     sleep(2)
                 elif what == "cut":
                     headers["Content-Length"] = str(len(data) + 5)
+                elif what == "key":  # where a message cut too early would keep its beginning
+                    status = 400
+                    data = b"x" * 190 + authorization.encode()
+                    headers["Content-Length"] = str(len(data))
+                elif isinstance(what, tuple):
+                    status, more = what
+                    data = f"no, {authorization}".encode()
+                    headers["Content-Length"] = str(len(data))
+                    headers |= more
                 elif what != "ok":
-                    if what == "nonsense":
-                        data = b"<html>"
-                    elif what == "no choice":
-                        data = b'{"choices": []}'
-                    elif what == "nothing":
-                        data = b'{"choices": [{"message": {"content": null}}]}'
-                    elif what == "parts":  # of a content, as some servers divide it
-                        data = b'{"choices": [{"message": {"content": [{"text": "a"}]}}]}'
-                    elif what == "deep":
-                        data = b"[" * 100_000
-                    elif what == "half":  # of an emoji, which the model's token limit has cut
-                        data = b'{"choices": [{"message": {"content": "smile \\ud83d"}}]}'
-                    elif what == "key":  # where a message cut too early would keep its beginning
-                        status = 400
-                        data = b"x" * 190 + authorization.encode()
-                    else:
-                        status, more = what
-                        headers |= more
-                        data = f"no, {authorization}".encode()
+                    data = REPLIES[what]
                     headers["Content-Length"] = str(len(data))
                 self.send_response(status)
                 for name, value in headers.items():
@@ -104,8 +111,13 @@ def pauses(monkeypatch):
     return slept
 
 
+def read_lines(path):
+    text = path.read_text().removesuffix("\n")
+    return [json.loads(line) for line in text.split("\n")]
+
+
 def lines(folder):
-    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    return read_lines(folder / "answers.jsonl")
 
 
 def distill(server, folder, prompts=PROMPTS, **options):
@@ -125,7 +137,8 @@ def test_answers_become_a_corpus(tmp_path, pauses):
     ]
     corpus = "".join(f"{prompt}\necho {prompt}\n" for prompt in PROMPTS)
     assert (tmp_path / "corpus.txt").read_text() == corpus
-    assert pauses == [] and "--text" in said[-1]
+    assert pauses == []
+    assert "--text" in said[-1]
 
 
 @pytest.mark.parametrize("key", [KEY, ""])
@@ -135,7 +148,8 @@ def test_netrc_replaces_no_key(tmp_path, pauses, monkeypatch, key):
     monkeypatch.setenv("TEACHER_API_KEY", key)
     with Server() as server:
         distill(server, tmp_path)
-    assert {authorization for _, authorization, _ in server.asked} == {f"Bearer {key}" if key else None}
+    sent = {authorization for _, authorization, _ in server.asked}
+    assert sent == {f"Bearer {key}" if key else None}
 
 
 def test_without_a_key_none_is_sent(tmp_path, pauses, monkeypatch):
@@ -145,103 +159,199 @@ def test_without_a_key_none_is_sent(tmp_path, pauses, monkeypatch):
     assert {authorization for _, authorization, _ in server.asked} == {None}
 
 
-@pytest.mark.parametrize("url, variable", [
-    ("https://api.openai.com/v1", "OPENAI_API_KEY"), ("https://API.Groq.com:443/openai/v1", "GROQ_API_KEY"),
-    ("http://localhost:8000/v1", None), ("https://api.openai.com.example.org/v1", None),
-    ("https://notopenai.com/v1", None), ("https://example.org/openai.com", None),
-    ("https://openai.com@example.org/v1", None), ("http://[", None),
-])  # fmt: skip
-def test_a_key_goes_to_its_owner_alone(monkeypatch, url, variable):
+def key_for(url):
+    """The variable of the key that is sent to a server, and the key."""
+    teacher = extras.collect.Teacher(url, "gpt", 1, 1, print)
+    return teacher.key_name, teacher.key
+
+
+@pytest.fixture
+def owners_keys(monkeypatch):
+    """OpenAI's and Groq's keys are set, each to its variable's name, and no other key."""
     for name in ("OPENAI_API_KEY", "GROQ_API_KEY"):
         monkeypatch.setenv(name, name.lower())
-    for none in ("", None):
-        monkeypatch.delenv("TEACHER_API_KEY", raising=False)
-        if none is not None:
-            monkeypatch.setenv("TEACHER_API_KEY", none)
-        assert extras.collect.find_key(url)[1] == (variable.lower() if variable else "")
+    monkeypatch.delenv("TEACHER_API_KEY", raising=False)
+
+
+@pytest.mark.parametrize(
+    "url, variable",
+    [
+        ("https://api.openai.com/v1", "OPENAI_API_KEY"),
+        ("https://API.Groq.com:443/openai/v1", "GROQ_API_KEY"),
+        ("HTTPS://api.openai.com/v1", "OPENAI_API_KEY"),
+        ("http://localhost:8000/v1", None),
+        ("https://api.openai.com.example.org/v1", None),
+        ("https://notopenai.com/v1", None),
+        ("https://example.org/openai.com", None),
+        ("https://example.org/@openai.com", None),
+        ("https://example.org?@openai.com", None),
+        ("https://example.org#@openai.com", None),
+    ],
+)
+def test_a_key_goes_to_its_owner_alone(monkeypatch, owners_keys, url, variable):
+    expected = ("TEACHER_API_KEY", "")
+    if variable:
+        expected = (variable, variable.lower())
+    assert key_for(url) == expected
+    monkeypatch.setenv("TEACHER_API_KEY", "")
+    assert key_for(url) == expected
     monkeypatch.setenv("TEACHER_API_KEY", KEY)
-    assert extras.collect.find_key(url) == ("TEACHER_API_KEY", KEY)
+    assert key_for(url) == ("TEACHER_API_KEY", KEY)
     monkeypatch.delenv("TEACHER_API_KEY")
     if variable:
         monkeypatch.setenv(variable, f"{KEY}\n")
         with pytest.raises(UsageError, match=f"^{variable} holds a line end"):
-            extras.collect.Teacher(url, "gpt", 1, 1, print)
+            key_for(url)
+
+
+@pytest.mark.parametrize(
+    "before, after, words",
+    [
+        ("", "\\@api.openai.com/v1", "holds a backslash"),
+        ("", "\\@openai.com", "holds a backslash"),
+        ("", "\t@openai.com/v1", "control character"),
+        ("", "\n@openai.com/v1", "control character"),
+        ("openai.com@", "/v1", "takes no name or password"),
+        ("api.openai.com:x@", "", "takes no name or password"),
+    ],
+)
+def test_an_address_that_only_seems_to_be_the_owners(
+    tmp_path, pauses, owners_keys, before, after, words
+):
+    """Parsers disagree about the host of such an address."""
+    with Server() as server:
+        host = server.url.removeprefix("http://").removesuffix("/v1")
+        url = f"http://{before}{host}{after}"
+        with pytest.raises(UsageError, match=words) as error:
+            extras.collect.collect_answers(url, "gpt", PROMPTS, tmp_path / "out")
+    assert not server.asked
+    assert "\n" not in str(error.value)
+
+
+def test_an_owners_key_is_not_sent_in_clear_text(monkeypatch, owners_keys):
+    url = "http://api.openai.com/v1"
+    with pytest.raises(UsageError, match="OPENAI_API_KEY in clear text: give .* https://"):
+        key_for(url)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert key_for(url) == ("OPENAI_API_KEY", ""), "there is none to be sent"
 
 
 def test_a_student_asks_for_what_it_began(tmp_path, text):
-    """Train, sample prompts, collect, fine-tune: the teacher gets the student's own continuations."""
+    """Train, sample prompts, collect, fine-tune: the teacher gets the student's continuations."""
     folder = ["--save_dir", tmp_path / "lm", "--max_tokens", 12]
     run("--text", text, *TINY, "--num_iters", 2, *folder)
     (tmp_path / "begin.txt").write_text("the\na ☃\n")
-    line = ["--prompts_file", tmp_path / "begin.txt", "--num_samples", 2, "--output", tmp_path / "begun.jsonl"]
-    run(*line, *folder, "--temperature", 1)
-    begun = [json.loads(line) for line in (tmp_path / "begun.jsonl").read_text().removesuffix("\n").split("\n")]
+    line = ["--prompts_file", tmp_path / "begin.txt", "--num_samples", 2, "--temperature", 1]
+    run(*line, "--output", tmp_path / "begun.jsonl", *folder)
+    begun = read_lines(tmp_path / "begun.jsonl")
     with Server() as server:
         line = ["--distill_from", server.url, "--teacher_model", "gpt"]
         process = program(tmp_path, *line, "--teacher_prompts", "begun.jsonl", "--output", "out")
         assert process.returncode == 0, process.stderr
     asked = [body["messages"][0]["content"] for _, _, body in server.asked]
-    assert asked == [answer["prompt"] + answer["completion"] for answer in begun] and len(set(asked)) == 4
-    out, _ = run("--text", tmp_path / "out" / "corpus.txt", "--init_from", "latest", "--batch_size", 2, "--num_iters", 2, *folder)
+    assert asked == [answer["prompt"] + answer["completion"] for answer in begun]
+    assert len(set(asked)) == 4
+    line = ["--text", tmp_path / "out" / "corpus.txt", "--init_from", "latest"]
+    out, _ = run(*line, "--batch_size", 2, "--num_iters", 2, *folder)
     assert "at iteration 2" in out
-    for content in ("no JSON", '{"prompt": "a"}', "[1]", '{"prompt": "a", "completion": 3}'):
-        (tmp_path / "bad.jsonl").write_text(content + "\n")
-        process = program(tmp_path, *line, "--teacher_prompts", "bad.jsonl", "--output", "bad")
-        assert process.returncode == 2 and process.stderr.count("\n") == 1
-        assert "bad.jsonl must hold what main.py --prompts_file writes" in process.stderr
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "no JSON",
+        '{"prompt": "a"}',
+        "[1]",
+        '{"prompt": "a", "completion": 3}',
+        '{"prompt": 1, "completion": 2}',
+        '{"prompt": [1], "completion": [2]}',
+        '{"prompt": NaN, "completion": 1}',
+        "[" * 100_000,
+    ],
+    ids=range(8),
+)
+def test_prompts_that_no_model_has_written(tmp_path, content):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content + "\n")
+    with pytest.raises(UsageError) as error:
+        extras.collect.read_prompts(path)
+    assert f"{path} must hold what main.py --prompts_file writes" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_failures_are_tried_again(tmp_path, pauses):
     script = [
-        (500, {}), "ok",
-        (429, {"Retry-After": "7"}), (429, {"Retry-After": "0.5"}), "cut", "ok",
-        "nonsense", "no choice", "parts", "deep",
-    ]  # fmt: skip
+        (500, {}),
+        "ok",
+        (429, {"Retry-After": "7"}),
+        (429, {"Retry-After": "0.5"}),
+        "cut",
+        "ok",
+        "nonsense",
+        "no choice",
+        "parts",
+        "deep",
+        "false",
+        "empty list",
+    ]
     with Server(script) as server:
         said = distill(server, tmp_path)
-    assert [line["prompt"] for line in lines(tmp_path)] == PROMPTS and len(server.asked) == 4 + 8
-    expected = [1, 7, 2, 4, 1, 2, 4, 8]
+    assert [line["prompt"] for line in lines(tmp_path)] == PROMPTS
+    assert len(server.asked) == 4 + 10
+    expected = [1, 7, 2, 4, 1, 2, 4, 8, 16, 32]
     assert pauses == expected, "backing off for each prompt anew, and as long as the server asks"
-    assert "status 500" in said[0] and KEY not in " ".join(said), "even if the server repeats it"
+    assert "status 500" in said[0]
+    assert KEY not in " ".join(said), "even if the server repeats it"
 
 
 def test_a_server_that_stalls(tmp_path, pauses):
     with Server(["stall"]) as server:
         said = distill(server, tmp_path, PROMPTS[:1], timeout=0.3)
-    assert len(server.asked) == 2 and "Timeout" in said[0]
+    assert len(server.asked) == 2
+    assert "Timeout" in said[0]
 
 
-@pytest.mark.parametrize("script, asked", [
-    ([(401, {})], 1), ([(400, {})], 1), ([(503, {})] * 8, 8),
-    ([(307, {"Location": "ftp://elsewhere"})], 1),
-    ([(307, {"Location": "http://localhost:99999/"})], 1),
-    ([(307, {"Location": "http://a..b/"})], 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, asked",
+    [
+        ([(401, {})], 1),
+        ([(400, {})], 1),
+        ([(503, {})] * 8, 8),
+        ([(307, {"Location": "ftp://elsewhere"})], 1),
+        ([(307, {"Location": "http://localhost:99999/"})], 1),
+        ([(307, {"Location": "http://a..b/"})], 1),
+    ],
+)
 def test_failures_that_end_it(tmp_path, pauses, script, asked):
     with Server(["ok", *script]) as server:
         with pytest.raises(RunError) as error:
             distill(server, tmp_path)
         assert len(server.asked) == 1 + asked
-        assert KEY not in str(error.value) and "rerun to continue" in str(error.value)
+        assert KEY not in str(error.value)
+        assert "rerun to continue" in str(error.value)
         distill(server, tmp_path)
         assert len(server.asked) == 1 + asked + 3, "what was answered is not asked again"
     assert [line["prompt"] for line in lines(tmp_path)] == PROMPTS
 
 
-@pytest.mark.parametrize("url, words", [
-    ("localhost:8000/v1", "give the address with http:// or https://"),
-    ("127.0.0.1:8000/v1", "give the address with http:// or https://"),
-    ("ftp://localhost/v1", "give the address with http:// or https://"),
-    ("", "give the address with http:// or https://"),
-    ("http://", "is not a valid address"),
-    ("http://localhost:port/v1", "is not a valid address"),
-    ("http://local host/v1", "is not a valid address"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        ("localhost:8000/v1", "give the address with http:// or https://"),
+        ("127.0.0.1:8000/v1", "give the address with http:// or https://"),
+        ("ftp://localhost/v1", "give the address with http:// or https://"),
+        ("", "give the address with http:// or https://"),
+        ("http://", "is not a valid address"),
+        ("http://localhost:port/v1", "is not a valid address"),
+        ("http://local host/v1", "is not a valid address"),
+    ],
+)
 def test_what_is_no_address(tmp_path, pauses, url, words):
     folder = tmp_path / "out"
     with pytest.raises(UsageError, match=words):
         extras.collect.collect_answers(url, "gpt", PROMPTS, folder)
-    assert not pauses and not folder.exists()
+    assert not pauses
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\r\nHost: x", f"{KEY}ü", f"{KEY}\x00"])
@@ -252,12 +362,20 @@ def test_a_key_that_no_header_can_hold(tmp_path, pauses, monkeypatch, key):
         monkeypatch.setenv("TEACHER_API_KEY", key)
     with Server() as server, pytest.raises(UsageError, match="TEACHER_API_KEY") as error:
         distill(server, tmp_path)
-    assert KEY not in str(error.value) and not server.asked and not pauses
+    assert KEY not in str(error.value)
+    assert not server.asked
+    assert not pauses
 
 
-@pytest.mark.parametrize("count", [
-    lambda size: size - 1, lambda size: size // 2, lambda size: 0, lambda size: 5,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda size: size - 1,
+        lambda size: size // 2,
+        lambda size: 0,
+        lambda size: 5,
+    ],
+)
 def test_a_file_that_a_kill_cut_off(tmp_path, pauses, count):
     path = tmp_path / "answers.jsonl"
     with Server() as server:
@@ -268,19 +386,23 @@ def test_a_file_that_a_kill_cut_off(tmp_path, pauses, count):
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("content", [
-    b"notes\n",
-    b"notes",
-    b'{"prompt": "other", "model": "gpt", "completion": ""}\n',
-    b"[]\n",
-    b"{}\n",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"notes\n",
+        b"notes",
+        b'{"prompt": "other", "model": "gpt", "completion": ""}\n',
+        b"[]\n",
+        b"{}\n",
+    ],
+)
 def test_other_files_are_left_alone(tmp_path, pauses, content):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(content)
     with Server() as server, pytest.raises(UsageError, match="name another --output"):
         distill(server, tmp_path)
-    assert path.read_bytes() == content and not server.asked
+    assert path.read_bytes() == content
+    assert not server.asked
 
 
 @pytest.mark.parametrize("more", [b"{", b'{"prompt": "one more"}\n', b"\n"])
@@ -292,17 +414,21 @@ def test_a_file_with_more_than_these_prompts_is_left_alone(tmp_path, pauses, mor
         path.write_bytes(content)
         with pytest.raises(UsageError, match="name another --output"):
             distill(server, tmp_path)
-    assert path.read_bytes() == content and len(server.asked) == len(PROMPTS)
+    assert path.read_bytes() == content
+    assert len(server.asked) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda line: line[:-5],
-    lambda line: line + b"}",
-    lambda line: line.replace(b"echo", b"\xff\xfe"),
-    lambda line: line.replace(b"echo", b"\x00"),
-    lambda line: line.partition(b"echo")[0] + b"[" * 100_000,
-    lambda line: line.replace(b'"echo tell me"', b"5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line[:-5],
+        lambda line: line + b"}",
+        lambda line: line.replace(b"echo", b"\xff\xfe"),
+        lambda line: line.replace(b"echo", b"\x00"),
+        lambda line: line.partition(b"echo")[0] + b"[" * 100_000,
+        lambda line: line.replace(b'"echo tell me"', b"5"),
+    ],
+)
 def test_a_damaged_line(tmp_path, pauses, damage):
     path = tmp_path / "answers.jsonl"
     with Server() as server:
@@ -313,8 +439,10 @@ def test_a_damaged_line(tmp_path, pauses, damage):
         path.write_bytes(content)
         with pytest.raises(RunError, match=f"line 1 of {path} is damaged") as error:
             distill(server, tmp_path)
-        assert "\n" not in str(error.value) and len(server.asked) == len(PROMPTS)
-    assert path.read_bytes() == content and (tmp_path / "corpus.txt").read_bytes() == corpus
+        assert "\n" not in str(error.value)
+        assert len(server.asked) == len(PROMPTS)
+    assert path.read_bytes() == content
+    assert (tmp_path / "corpus.txt").read_bytes() == corpus
 
 
 def test_half_a_character_in_the_file(tmp_path, pauses):
@@ -352,7 +480,8 @@ def test_the_lock_is_held_while_answers_come(tmp_path, pauses, monkeypatch):
     monkeypatch.setattr(extras.collect, "write_corpus", collect_too)
     with Server() as server:
         distill(server, tmp_path)
-    assert len(refused) == 1 and len(lines(tmp_path)) == len(PROMPTS)
+    assert len(refused) == 1
+    assert len(lines(tmp_path)) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("name", ["corpus.txt", "answers.jsonl", "link"])
@@ -367,9 +496,11 @@ def test_prompts_that_the_output_would_replace(tmp_path, name):
     with Server() as server:
         line = ["--distill_from", server.url, "--teacher_model", "gpt", "--output", "out"]
         process = program(tmp_path, *line, "--teacher_prompts", source)
-    assert process.returncode == 2 and "name another --output" in process.stderr
+    assert process.returncode == 2
+    assert "name another --output" in process.stderr
     assert process.stderr.count("\n") == 1
-    assert source.read_text() == "a\n" and not server.asked
+    assert source.read_text() == "a\n"
+    assert not server.asked
 
 
 @contextlib.contextmanager
@@ -395,30 +526,35 @@ def test_a_full_disk_leaves_the_old_corpus(tmp_path):
 def test_a_link_and_a_pipe_stay_what_they_are(tmp_path):
     (tmp_path / "link").symlink_to("target")
     extras.results.write_whole(tmp_path / "link", "é")
-    assert (tmp_path / "target").read_text("utf-8") == "é" and (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text("utf-8") == "é"
+    assert (tmp_path / "link").is_symlink()
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     extras.results.write_whole(tmp_path / "pipe", "é")
-    assert os.read(reader, 9).decode() == "é" and (tmp_path / "pipe").is_fifo()
+    assert os.read(reader, 9).decode() == "é"
+    assert (tmp_path / "pipe").is_fifo()
     os.close(reader)
 
 
 def test_no_answer_is_an_answer(tmp_path, pauses):
     with Server(["nothing"]) as server:
         distill(server, tmp_path)
-    assert lines(tmp_path)[0]["completion"] == "" and len(server.asked) == len(PROMPTS)
+    assert lines(tmp_path)[0]["completion"] == ""
+    assert len(server.asked) == len(PROMPTS)
 
 
 def test_half_a_character_is_an_answer(tmp_path, pauses):
     with Server(["half"]) as server:
         distill(server, tmp_path)
-    assert lines(tmp_path)[0]["completion"] == "smile \ufffd" and len(server.asked) == len(PROMPTS)
+    assert lines(tmp_path)[0]["completion"] == "smile \ufffd"
+    assert len(server.asked) == len(PROMPTS)
 
 
 def test_no_part_of_the_key_is_shown(tmp_path, pauses):
     with Server(["key"]) as server, pytest.raises(RunError) as error:
         distill(server, tmp_path)
-    assert KEY[:6] not in str(error.value) and "***" in str(error.value)
+    assert KEY[:6] not in str(error.value)
+    assert "***" in str(error.value)
 
 
 def test_limit_of_requests(tmp_path, pauses):
@@ -428,46 +564,108 @@ def test_limit_of_requests(tmp_path, pauses):
     with Server([(500, {})]) as server:
         with pytest.raises(RunError, match="stopped after 2 requests .*, 1 prompts answered"):
             distill(server, tmp_path, max_requests=2)
-        assert len(server.asked) == 2 and len(lines(tmp_path)) == 1
+        assert len(server.asked) == 2
+        assert len(lines(tmp_path)) == 1
 
 
-def program(folder, *arguments, path=ROOT / "datasets.py", **env):
+@pytest.mark.parametrize("place", ["file", "file/sub", "folder"])
+def test_an_output_that_cannot_be_written(tmp_path, pauses, place):
+    """That is noticed before any request."""
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "folder" / "corpus.txt").mkdir(parents=True)
+    with Server() as server, pytest.raises(UsageError, match="name (a folder|another)"):
+        distill(server, tmp_path / place)
+    assert not server.asked
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_the_corpus_keeps_its_mode(tmp_path, pauses):
+    path = tmp_path / "corpus.txt"
+    path.write_text("old")
+    path.chmod(0o600)
+    (tmp_path / "corpus.txt.new").write_text("precious")
+    with Server() as server:
+        distill(server, tmp_path)
+    assert path.read_text() != "old"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "corpus.txt.new").read_text() == "precious"
+
+
+# ---- The command --------------------------------------------------------------------------------
+
+
+def program(folder, *arguments, path=ROOT / "extras" / "collect.py", **env):
     command = [sys.executable, str(path), *map(str, arguments)]
     inherited = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
     env = inherited | env | {"no_proxy": "*"}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
+def assert_refused(process, words):
+    """It ended with status 2 and one line on stderr that contains `words`."""
+    assert process.returncode == 2
+    assert process.stderr.startswith("extras.collect: ")
+    assert process.stderr.count("\n") == 1
+    assert words in process.stderr
+
+
 def test_from_the_command_line(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     with Server(["stall"]) as server:
-        line = ["--distill_from", server.url, "--teacher_model", "gpt"]
+        line = ["--distill_from", server.url, "--teacher-model", "gpt"]
         line += ["--teacher_prompts", "prompts.txt", "--output", "out"]
         process = program(tmp_path, *line, TEACHER_API_KEY=KEY)
-        assert process.returncode == 0 and "4 answers" in process.stdout
+        assert process.returncode == 0
+        assert "4 answers" in process.stdout
         # The errors of the extra are those that the program knows.
-        other = program(tmp_path, *line, "--teacher_model", "other")
-        assert other.returncode == 2 and other.stderr.count("\n") == 1
+        assert_refused(program(tmp_path, *line, "--teacher_model", "other"), "another --output")
         limited = program(tmp_path, *line, "--output", "new", "--max_requests", 1)
-        assert limited.returncode == 1 and limited.stderr.count("\n") == 1
-    assert len(server.asked) == 4 + 1 and server.asked[0][1] == f"Bearer {KEY}"
+        assert limited.returncode == 1
+        assert limited.stderr.count("\n") == 1
+    assert len(server.asked) == 4 + 1
+    assert server.asked[0][1] == f"Bearer {KEY}"
     for path in (tmp_path / "out").iterdir():
         assert KEY not in path.read_text()
     assert KEY not in process.stdout + process.stderr
-    process = program(tmp_path, *line[:4], "--teacher_prompts", "none.txt", "--output", "out")
-    assert process.returncode == 2 and "--teacher_prompts none.txt must be" in process.stderr
-    for left_out in ("--teacher_model", "--teacher_prompts", "--output"):
-        shorter = [*line]
-        del shorter[shorter.index(left_out) : shorter.index(left_out) + 2]
-        process = program(tmp_path, *shorter)
-        assert process.returncode == 2 and left_out in process.stderr
-        assert process.stderr.count("\n") == 1
 
 
-def test_the_extra_is_missing(tmp_path):
-    shutil.copy(ROOT / "datasets.py", tmp_path)
-    line = ["--distill_from", "http://127.0.0.1:9/", "--teacher_model", "gpt"]
-    line += ["--teacher_prompts", "prompts.txt", "--output", "out"]
-    process = program(tmp_path, *line, path=tmp_path / "datasets.py")
-    assert process.returncode == 2 and process.stderr.count("\n") == 1
-    assert process.stderr.startswith("datasets.py: extras/collect.py is missing: copy ")
+def test_mistakes_on_the_command_line(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\n")
+    line = {
+        "--distill_from": "http://127.0.0.1:9/",
+        "--teacher_model": "gpt",
+        "--teacher_prompts": "prompts.txt",
+        "--output": "out",
+    }
+    for name in line:
+        shorter = []
+        empty = []
+        for other, value in line.items():
+            if other != name:
+                shorter += [other, value]
+                empty += [other, value]
+        assert_refused(program(tmp_path, *shorter), name)
+        assert_refused(program(tmp_path, *empty, f"{name}="), f"{name} is empty")
+    words = list(sum(line.items(), ()))
+    missing = program(tmp_path, *words, "--teacher_prompts", "none.txt")
+    assert_refused(missing, "--teacher_prompts none.txt must be")
+    assert_refused(program(tmp_path, *words, "--max_requests", 0), "at least 1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_a_module():
+    command = [sys.executable, "-m", "extras.collect", "--output", "x"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert_refused(process, "--distill_from, --teacher_model, --teacher_prompts")
+
+
+@pytest.mark.parametrize("flag", ["--distill_from", "--distill-from", "--distill_from=http://x"])
+def test_datasets_names_the_command(tmp_path, flag):
+    """Which it once was itself."""
+    line = [flag, "http://127.0.0.1:9/", "--teacher_model", "gpt", "--output", "out"]
+    process = program(tmp_path, *line, path=ROOT / "datasets.py")
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
+    assert "python -m extras.collect --distill_from URL --teacher_model" in process.stderr
+    assert process.stdout == ""
+    assert not (tmp_path / "out").exists()
