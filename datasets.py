@@ -881,8 +881,7 @@ def receive(response, part, start, size):
     if status not in (200, 206) or total != size or "html" in (kind or ""):
         raise OSError(f"HTTP status {status}, {kind}, {total:,} of {size:,} bytes")
     bar = tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None)
-    mode = "ab" if start else "wb"
-    with bar, open(part, mode, opener=no_follow) as out:
+    with bar, open(part, "ab" if start else "wb", opener=no_follow) as out:
         for chunk in response.iter_content(1 << 16):  # an incomplete chunk is lost
             bar.update(out.write(chunk))
             if out.tell() > size:  # a server must not fill the disk
@@ -904,7 +903,7 @@ def extract(archive, member, folder):
     path = folder / os.path.basename(member)
     fault = f"{archive} does not hold {member}: delete it and rerun the command"
     with explained(fault, KeyError, zipfile.BadZipFile, zlib.error, kind=RunError):
-        with zipfile.ZipFile(archive) as file, file.open(member) as data:
+        with zipfile.ZipFile(archive) as members, members.open(member) as data:
             with replacing(path) as out:
                 shutil.copyfileobj(data, out)
     return path
