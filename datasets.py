@@ -565,7 +565,7 @@ class PackageTokenizer:
         self.num_special = len({self.eos, self.unk} - {None})
         largest = max(self.package.get_vocab().values())
         if largest >= self.vocab_size:  # it would lie beyond a model's embeddings
-            raise ValueError(f"it has {self.vocab_size:,} tokens, but an id of {largest:,}")
+            raise ValueError(f"the tokenizer has {self.vocab_size} ids, but one is {largest}")
 
     @classmethod
     def train(cls, texts, vocab_size=32000):

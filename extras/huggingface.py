@@ -112,8 +112,6 @@ def import_model(path):
         vocabulary = (path / "tokenizer.json").read_text("utf-8")
         tokenizer = PackageTokenizer(vocabulary, eos=read_eos(path))
         largest = max(tokenizer.package.get_vocab().values())
-        if largest >= tokenizer.vocab_size:
-            raise UsageError(f"its tokenizer has {tokenizer.vocab_size} ids, but one is {largest}")
         if largest >= config.vocab_size:
             # MLX does not check indices: it would read beyond the embeddings.
             raise UsageError(f"its tokenizer has the id {largest}, vocab_size {config.vocab_size}")
@@ -286,6 +284,7 @@ def export_model(model, tokenizer, folder, bits):
             # Opened here, because MLX's own error for a path does not say why it failed.
             file = files.enter_context(replacing(folder / "model.safetensors"))
             mx.save_safetensors(file, weights, {"format": "mlx"})
+            file.flush()
             for file_name, text in texts.items():
                 file = files.enter_context(replacing(folder / file_name))
                 file.write(text.encode("utf-8"))
