@@ -1274,6 +1274,7 @@ class Conversation:
 FORMAT_VERSION = 3
 BLANK = "0" * 40  # as long as the SHA1 that replaces it, so that no other byte moves
 SHA1 = re.compile("[0-9a-f]{40}")
+SHA256 = re.compile("[0-9a-f]{64}")
 RUN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a run's folder
 
 
@@ -1354,22 +1355,21 @@ class Checkpoint:
             if field.name == "folder":
                 continue
             if type(value) is not field.type:
-                raise ValueError(f"{field.name} is no {field.type.__name__}")
+                raise ValueError(f"its {field.name} is not of type {field.type.__name__}")
             if field.type in (int, float) and not 0 <= value < 1e11:
-                raise ValueError(f"{field.name} is out of range")
-        is_hash = SHA1.fullmatch(self.id) and re.fullmatch("[0-9a-f]{64}", self.tokens_sha256)
-        if not is_hash:
-            raise ValueError("its SHA1s are none")
+                raise ValueError(f"its {field.name} is out of range")
+        if not SHA1.fullmatch(self.id) or not SHA256.fullmatch(self.tokens_sha256):
+            raise ValueError("a hash is malformed")
         for iteration, nats in self.scores:
             if type(iteration) is not int or type(nats) is not float or not math.isfinite(nats):
-                raise ValueError("its scores are none")
+                raise ValueError("its scores are malformed")
         for flag_name, (place, origin_id) in self.uses.items():
             is_place = type(place) is str and place.isprintable()
             if flag_name not in ORIGINS or not is_place or not SHA1.fullmatch(origin_id):
-                raise ValueError("it uses models that cannot be")
+                raise ValueError("the models that it uses are malformed")
         for name, version in self.versions.items():
             if not name.isprintable() or not str(version).isprintable():
-                raise ValueError("its versions are none")
+                raise ValueError("its versions are malformed")
         check_config(self.config)
         check_flags(self.flags)
 
@@ -1516,10 +1516,10 @@ def check_config(config):
 def check_flags(values):
     """Raises ValueError unless `values` are flags that a command could have set."""
     if not values.keys() <= {*INHERITED}:
-        raise ValueError("it has flags that no checkpoint has")
-    with explained("its flags are none", kind=ValueError):
+        raise ValueError("its flags are unknown")
+    with explained("its flags are invalid", kind=ValueError):
         if parse(arguments_of(values)) != values:
-            raise ValueError("some have another type")
+            raise ValueError("some are of another type")
 
 
 def open_unlinked(path):
