@@ -18,7 +18,6 @@ a clock would not. "wall clock" is the exception: a signal to a real `python mai
 
 import argparse
 import builtins
-import csv
 import errno
 import fcntl
 import gc
@@ -26,10 +25,12 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -63,7 +64,7 @@ class Leg:
 
     strikes: dicts, one after the other, of `phase`, `call` (counted since the one before) and
     `action`; an error has `times`, too. Phases: start, cache (of tokens), step, save, log, eval,
-    sample; and pause, in which a save waits for its next try.
+    sample, end; and pause, in which a save waits for its next try.
     """
 
     def __init__(self, folder, strikes, steps, report):
@@ -206,7 +207,7 @@ class Leg:
     def install(self):
         """Puts itself between main.py and the system, for the rest of this process."""
         builtins.open = io.open = self.open
-        for name in ("replace", "unlink", "mkdir", "open", "scandir", "listdir"):
+        for name in ("replace", "unlink", "mkdir", "rmdir", "open", "scandir", "listdir"):
             setattr(os, name, self.watch(getattr(os, name), name, self.is_ours))
         os.fsync = self.watch(os.fsync, "fsync")
         fcntl.flock = self.watch(fcntl.flock, "flock")
@@ -217,10 +218,11 @@ class Leg:
         main.load_dataset = self.enter("cache", main.load_dataset)
         main.train = self.enter("step", main.train)
         main.learning_rate_at = self.watch(main.learning_rate_at, "step")
-        for name in ("keep_trying", "prune", "remove_leftovers"):
+        for name in ("save", "prune"):
             setattr(main, name, self.enter("save", getattr(main, name)))
-        main.LogTable.__init__ = self.enter("log", main.LogTable.__init__)
-        main.LogTable.append = self.enter("log", main.LogTable.append)
+        for name in ("__init__", "append"):
+            setattr(main.Log, name, self.enter("log", getattr(main.Log, name)))
+        main.describe_end = self.enter("end", self.watch(main.describe_end, "end"))
         main.scored_windows = self.enter("eval", self.watch(main.scored_windows, "batch"))
         main.Decoder.logits = self.enter("sample", self.watch(main.Decoder.logits, "token"))
         enter = main.Interrupts.__enter__
@@ -232,8 +234,11 @@ class Leg:
             return interrupts
 
         def noting_leave(interrupts, *error):
+            self.phases.append("end")
+            self.meet("leave")
             self.interrupts = None
             leave(interrupts, *error)
+            self.meet("left")
 
         main.Interrupts.__enter__ = noting_enter
         main.Interrupts.__exit__ = noting_leave
@@ -241,7 +246,7 @@ class Leg:
 
 # The calls that can fail.
 CALLS = "open read readinto write flush close".split()
-CALLS += "replace unlink mkdir scandir listdir fsync flock".split()
+CALLS += "replace unlink mkdir rmdir scandir listdir fsync flock".split()
 OPEN = io.open
 SLEEP = time.sleep
 
@@ -308,8 +313,8 @@ def be_a_leg(arguments, folder, strikes, steps, paths, environment):
         for number, path in ((1, paths["out"]), (2, paths["err"])):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
         report = os.open(paths["report"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        sys.stdout = main.Lasting(OPEN(1, "w", closefd=False))
-        sys.stderr = main.Lasting(OPEN(2, "w", closefd=False))
+        sys.stdout = OPEN(1, "w", buffering=1, closefd=False)
+        sys.stderr = OPEN(2, "w", buffering=1, closefd=False)
         sys.argv = ["main.py", *arguments]
         leg = Leg(folder, strikes, steps, report)
         if "SOAK_STREAMS" in environment:
@@ -323,6 +328,7 @@ def be_a_leg(arguments, folder, strikes, steps, paths, environment):
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         os._exit(status)
 
 
@@ -383,39 +389,69 @@ def expect(condition, *words):
 # ---- What a folder holds ------------------------------------------------------------------------
 # Read without main.py: it is an oracle.
 
+RUN_NAME = r"text-[0-9a-f]{6}"
+# A command that names a run or a checkpoint, as it is printed to be pasted.
+PASTED = re.compile(r"python main\.py (--identifier .*?)(?= --learning_rate|\n| \(or|$)")
+
+
+def split_safetensors(data):
+    """The header of a safetensors file, as bytes with their length, and the rest."""
+    length = 8 + int.from_bytes(data[:8], "little")
+    return data[:length], data[length:]
+
 
 def read_metadata(path):
     """The record of a .metadata file and the SHA1 of its arrays; ValueError or alike if damaged."""
     data = path.read_bytes()
-    length = 8 + int.from_bytes(data[:8], "little")
-    texts = json.loads(data[8:length])["__metadata__"]
+    header, arrays = split_safetensors(data)
+    texts = json.loads(header[8:])["__metadata__"]
     stated = texts["sha1"].encode()
     blanked = data.replace(stated, b"0" * 40, 1)
     if len(stated) != 40 or hashlib.sha1(blanked).hexdigest().encode() != stated:
         raise ValueError("damaged")
-    return json.loads(texts["record"]), hashlib.sha1(data[length:]).hexdigest()
+    return json.loads(texts["record"]), hashlib.sha1(arrays).hexdigest()
+
+
+def write_metadata(path, record, arrays, header):
+    """Writes a .metadata file whose SHA1s are right, whatever the record says.
+
+    record: its text; arrays, header: those of another file.
+    """
+    entries = json.loads(header[8:])
+    texts = {"record": record, "record_sha1": hashlib.sha1(record.encode()).hexdigest()}
+    entries["__metadata__"] = texts | {"sha1": "0" * 40}
+    blank = json.dumps(entries).encode()
+    data = len(blank).to_bytes(8, "little") + blank + arrays
+    sha1 = hashlib.sha1(data).hexdigest().encode()
+    place = data.index(b'"sha1": "') + len(b'"sha1": "')
+    path.write_bytes(data[:place] + sha1 + data[place + 40 :])
 
 
 def intact_checkpoints(folder):
-    """[(record, SHA1 of the arrays in its metadata)], the furthest first."""
+    """[(record, SHA1 of the arrays in its metadata)] of all runs in a folder, the furthest first.
+
+    A record then has its run's name, too.
+    """
     found = []
-    for weights in folder.glob("*.safetensors"):
+    for weights in folder.glob("*/*.safetensors"):
         if not weights.is_file() or hashlib.sha1(weights.read_bytes()).hexdigest() != weights.stem:
             continue
-        for metadata in folder.glob(f"{weights.stem}*.metadata"):
-            try:
-                record, arrays = read_metadata(metadata)
-            except (ValueError, KeyError, TypeError, OSError, OverflowError):
-                continue
-            if record["id"] == weights.stem:
-                found.append((record, arrays))
-    return sorted(found, key=lambda pair: pair[0]["iteration"], reverse=True)
+        try:
+            record, arrays = read_metadata(weights.with_suffix(".metadata"))
+        except (ValueError, KeyError, TypeError, OSError, OverflowError):
+            continue
+        if record["id"] == weights.stem and record["format_version"] == 3:
+            found.append((record | {"run": weights.parent.name}, arrays))
+    order = [(record["iteration"], record["saved"]) for record, _ in found]
+    places = sorted(range(len(found)), key=order.__getitem__, reverse=True)
+    return [found[place] for place in places]
 
 
 def read_log(path):
     """The rows of a log without what is a matter of time."""
     rows = []
-    for row in csv.DictReader(path.read_text().splitlines()):
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
         for name in ("seconds", "tokens_per_second", "peak_mib"):
             row.pop(name, None)
         rows.append(row)
@@ -423,12 +459,12 @@ def read_log(path):
 
 
 # What of a record depends on nothing but the steps.
-EXACT = ("id", "iteration", "tokens", "scores", "best", "epoch", "offset", "s")
+EXACT = "id iteration tokens_seen scores recent_steps recent_loss epoch offset place".split()
 
 
-def outcome(folder, base):
+def outcome(folder, base_run):
     """What a finished run is compared by, and its name."""
-    records = [pair for pair in intact_checkpoints(folder) if pair[0]["id"] != base]
+    records = [pair for pair in intact_checkpoints(folder) if pair[0]["run"] != base_run]
     expect(records, "no checkpoint is left")
     record, arrays = records[0]
     state = {name: record[name] for name in EXACT} | {"arrays": arrays}
@@ -502,8 +538,10 @@ class Scenario:
         self.reached = 0  # the iteration of the newest intact checkpoint
         self.is_finished = False
         self.is_exact_log = True  # until a fault strikes the log itself
-        self.damaged = set()  # ids of checkpoints that were
+        self.damaged = {}  # {id: iteration} of checkpoints that were
+        self.branches = set()  # runs that began in the middle of another one
         self.base = None  # the id of the checkpoint that the run begins with or learns from
+        self.base_run = None  # and the run of that
         self.environment = {}
         self.flags = []
         if chance.random() < 0.1 and place == "process":
@@ -541,18 +579,18 @@ class Scenario:
         self.wait_well(self.start([], [*flags, "--seed", "9"]))
         [(record, _)] = intact_checkpoints(self.folder)
         self.base = record["id"]
+        self.base_run = record["run"]
 
     def train_undisturbed(self):
         """Trains the run at once, elsewhere, for `expected` and the log of it."""
         plain = self.work / "undisturbed"
         plain.mkdir()
         if self.base:
-            for path in self.folder.glob(f"{self.base}.*"):
-                shutil.copy(path, plain)
+            shutil.copytree(self.folder / self.base_run, plain / self.base_run)
         [leg, *_] = self.start_all({}, self.flags, plain)
         self.counts = Counter(leg.counts)
-        self.expected, run = outcome(plain, self.base)
-        self.expected_log = read_log(plain / f"{run}.csv")
+        self.expected, run = outcome(plain, self.base_run)
+        self.expected_log = read_log(plain / run / "log.jsonl")
 
     def mount(self):
         """A small disk in the place of the folder. Raises CannotMount."""
@@ -572,6 +610,9 @@ class Scenario:
 
     def leave(self):
         """Removes the scenario's files."""
+        victim = self.work / "victim.txt"
+        if victim.exists():
+            expect(victim.read_text() == "precious", "a file outside was written to")
         self.unmount()
         shutil.rmtree(self.work)
 
@@ -627,7 +668,7 @@ class Scenario:
         """
         self.look_at(leg, statuses)
         saved = [int(each.replace(",", "")) for each in re.findall(SAVED, leg.out)]
-        stopped = re.search(r"^Stopped at iteration ([\d,]+); --identifier", leg.out, re.M)
+        stopped = re.search(r"^Stopped at iteration ([\d,]+)\. Rerun", leg.out, re.M)
         if stopped and leg.status > 128:
             saved.append(int(stopped[1].replace(",", "")))
         records = self.own_checkpoints()
@@ -638,16 +679,13 @@ class Scenario:
         )
         self.reached = reached
         # The existence of the weights proves the checkpoint complete, even after a kill.
-        intact = {record["id"] for record in records}
-        for path in self.folder.glob("*.safetensors"):
-            is_well = path.stem in intact | self.damaged | {self.base}
-            expect(is_well, f"{path.name} is damaged, and not by the soak")
-        for log in self.folder.glob("*.csv"):
-            if self.is_exact_log:
-                read_log(log)
+        intact = {record["id"] for record in records} | {*self.damaged, self.base}
+        for path in self.folder.glob("*/*.safetensors"):
+            expect(path.stem in intact, f"{path.name} is damaged, and not by the soak")
         has_trained = leg.status == 0 or leg.status > 128
-        if is_clean and has_trained:
-            self.expect_no_junk()
+        trained = re.search(r"^run +(\S+), from", leg.out, re.M)
+        if is_clean and has_trained and trained:
+            self.expect_no_junk(self.folder / trained[1])
 
     def look_at(self, leg, statuses):
         """Raises Failure if a leg of any kind ended as none may."""
@@ -664,20 +702,36 @@ class Scenario:
 
     def own_checkpoints(self):
         """The records of the run's intact checkpoints, the furthest first."""
-        return [each for each, _ in intact_checkpoints(self.folder) if each["id"] != self.base]
+        records = [record for record, _ in intact_checkpoints(self.folder)]
+        return [record for record in records if record["run"] != self.base_run]
 
-    def expect_no_junk(self):
-        run = r"text-[0-9a-f]{6}"
-        known = rf"\.{run}\.lock|{run}\.csv|text|ballast|[0-9a-f]{{40}}\.safetensors"
+    def note_damage(self, checkpoint_id):
+        """Remembers that a checkpoint may be damaged or gone, and which iteration it was of."""
+        for record in self.own_checkpoints():
+            if record["id"] == checkpoint_id:
+                self.damaged[checkpoint_id] = record["iteration"]
+        self.damaged.setdefault(checkpoint_id, None)
+
+    def expect_no_junk(self, trained):
+        """Raises Failure unless the folder of the run that was trained holds what it must.
+
+        That of another run may have what killed saves have left, until that run is resumed.
+        """
         for path in self.folder.iterdir():
-            metadata = re.fullmatch(rf"([0-9a-f]{{40}})(\.{run})?\.metadata", path.name)
-            if metadata:
-                has_weights = (self.folder / f"{metadata[1]}.safetensors").exists()
-                expect(has_weights, f"{path.name} was left without weights")
-            else:
-                expect(re.fullmatch(known, path.name), f"{path.name} was left behind")
+            is_known = re.fullmatch(RUN_NAME, path.name) or path.name in ("text", "ballast")
+            expect(is_known, f"{path.name} was left behind")
+        if trained.exists():  # a new run that saved nothing leaves nothing
+            self.expect_whole(trained)
         for path in self.folder.glob("text/*/*"):
             is_known = path.name in (".lock", "about.json") or path.suffix == ".tokens"
+            expect(is_known, f"{path.name} was left behind")
+
+    def expect_whole(self, run):
+        """Raises Failure unless a run's folder has pairs of files and a log alone."""
+        for path in run.iterdir():
+            is_known = re.fullmatch(r"[0-9a-f]{40}\.safetensors|log\.jsonl", path.name)
+            if re.fullmatch(r"[0-9a-f]{40}\.metadata", path.name):
+                is_known = path.with_suffix(".safetensors").exists()
             expect(is_known, f"{path.name} was left behind")
 
     # -- The end
@@ -692,18 +746,29 @@ class Scenario:
         self.compare()
 
     def compare(self):
-        state, run = outcome(self.folder, self.base)
+        """Raises Failure unless the run has ended as the undisturbed one."""
+        state, run = outcome(self.folder, self.base_run)
         for name, value in self.expected.items():
             expect(state[name] == value, f"{name} is {state[name]}, undisturbed it is {value}")
         if self.is_exact_log:
-            log = read_log(self.folder / f"{run}.csv")
-            for row, expected in zip(log, self.expected_log):
-                expect(row == expected, f"the log has {row}, undisturbed {expected}")
-            expect(len(log) == len(self.expected_log), "the log has another length")
-        intact = {record["id"] for record in self.own_checkpoints()}
-        best = state["best"]
-        if best and best["id"] not in self.damaged:
-            expect(best["id"] in intact, "the best checkpoint is gone")
+            self.compare_log(run)
+        if state["scores"] and run not in self.branches:
+            iteration, nats = min(state["scores"], key=lambda score: score[1])
+            own = [record for record in self.own_checkpoints() if record["run"] == run]
+            has_best = any([iteration, nats] in record["scores"] for record in own)
+            has_best &= any(nats == dict(each["scores"]).get(each["iteration"]) for each in own)
+            is_lost = iteration in self.damaged.values()
+            expect(has_best or is_lost, "the best checkpoint is gone")
+
+    def compare_log(self, run):
+        """Raises Failure unless a run's log is that of the undisturbed one, to the row."""
+        log = read_log(self.folder / run / "log.jsonl")
+        expected_log = self.expected_log
+        if run in self.branches:  # whose log begins where they do
+            expected_log = expected_log[len(expected_log) - len(log) :]
+        for row, expected in zip(log, expected_log):
+            expect(row == expected, f"the log has {row}, undisturbed {expected}")
+        expect(len(log) == len(expected_log), "the log has another length")
 
     def extend(self, chance):
         """Resumes the finished run for some steps more, where this is exact."""
@@ -719,8 +784,8 @@ class Scenario:
         for folder in (plain, self.folder):
             for leg in self.start_all({}, flags, folder):
                 self.look_at(leg, {0})
-        self.expected, run = outcome(plain, self.base)
-        self.expected_log = read_log(plain / f"{run}.csv")
+        self.expected, run = outcome(plain, self.base_run)
+        self.expected_log = read_log(plain / run / "log.jsonl")
         self.compare()
 
 
@@ -775,14 +840,14 @@ def run_struck(scenario, chance, strikes, statuses, is_clean=True):
     leg = scenario.start(strikes, vary(scenario, chance), steps=steps).wait()
     for struck in leg.struck:
         is_error = struck["action"].startswith("E")
-        if is_error and (struck["phase"] == "log" or ".csv" in struck["path"]):
+        if is_error and (struck["phase"] == "log" or "log.jsonl" in struck["path"]):
             scenario.is_exact_log = False
-        unread = re.search(r"([0-9a-f]{40})\S*\.(metadata|safetensors)$", struck["path"])
+        unread = re.search(r"([0-9a-f]{40})\.(metadata|safetensors)$", struck["path"])
         if is_error and struck["phase"] == "start" and unread:
             # A checkpoint that could not be read was passed over, as a damaged one would be. The
             # log was cut to the older one; the next leg may resume the newer one, rows of which
             # are then missing.
-            scenario.damaged.add(unread[1])
+            scenario.note_damage(unread[1])
             scenario.reached = 0
             scenario.is_exact_log = False
     if not leg.has_struck():
@@ -896,13 +961,14 @@ def file_size_limited(scenario, chance):
 
 
 def saves_keep_failing(scenario, chance):
-    """A signal of a launcher ends even a save that never works; the last checkpoint stands."""
-    name = chance.choice(("SIGTERM", "SIGHUP"))
+    """A second signal ends even a save that never works; the last checkpoint stands."""
+    name = chance.choice(STOPPING)
     strikes = [
         {"phase": "step", "call": draw_call(scenario, chance, "step"), "action": "limit"},
         {"phase": "pause", "call": chance.randint(1, 30), "action": name},
+        {"phase": "pause", "call": chance.randint(1, 3), "action": name},
     ]
-    return run_struck(scenario, chance, strikes, ended_by(name))
+    return run_struck(scenario, chance, strikes, ended_by(name), is_clean=False)
 
 
 def disk_full(scenario, chance):
@@ -942,6 +1008,15 @@ def spoil(path, chance):
     return f"{how} at {place}"
 
 
+def damage(scenario, chance, record, kind):
+    """Damages a file of a checkpoint. kind: safetensors or metadata."""
+    path = scenario.folder / record["run"] / f"{record['id']}.{kind}"
+    scenario.note_damage(record["id"])
+    scenario.journal.append(f"{path.name}: {spoil(path, chance)}")
+    scenario.reached = scenario.own_checkpoints()[0]["iteration"]
+    scenario.is_finished = False
+
+
 def checkpoint_damaged(scenario, chance, kind):
     """A file of the newest or an older checkpoint, but never of the last intact one."""
     records = have_checkpoints(scenario, 2)
@@ -949,35 +1024,58 @@ def checkpoint_damaged(scenario, chance, kind):
     if not spare:
         return False
     record = spare[0] if chance.random() < 0.6 else chance.choice(spare)
-    paths = list(scenario.folder.glob(f"{record['id']}*.{kind}"))
-    for path in paths:
-        scenario.journal.append(f"{path.name}: {spoil(path, chance)}")
-    scenario.damaged.add(record["id"])
-    scenario.reached = scenario.own_checkpoints()[0]["iteration"]
-    scenario.is_finished = False
+    damage(scenario, chance, record, kind)
+    return True
+
+
+def best_and_newest_damaged(scenario, chance):
+    """Both of one run, which then resumes from what is left."""
+    records = have_checkpoints(scenario, 3)
+    if not records:
+        return False
+    own = [record for record in records if record["run"] == records[0]["run"]]
+    scored = [record for record in own if record["iteration"] in dict(record["scores"])]
+    if len(own) < 3 or not scored:
+        return False
+    best = min(scored, key=lambda record: dict(record["scores"])[record["iteration"]])
+    for record in (own[0], best):
+        if record["id"] not in scenario.damaged:  # they may be one
+            damage(scenario, chance, record, chance.choice(("safetensors", "metadata")))
     return True
 
 
 def is_spare(record, records):
-    """Whether each run that has this checkpoint has another one, too."""
-    runs = [each["run"] for each in records if each["id"] == record["id"]]
-    return all(
-        any(each["run"] == run and each["id"] != record["id"] for each in records) for run in runs
-    )
+    """Whether the run of a checkpoint has another one, too."""
+    run = [each for each in records if each["run"] == record["run"]]
+    return len(run) > 1
 
 
 def log_damaged(scenario, chance):
     """Rows may be lost, but not more."""
-    logs = sorted(scenario.folder.glob("*.csv"), key=lambda path: path.stat().st_mtime_ns)
+    logs = sorted(scenario.folder.glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     if not logs:
         return False
     scenario.is_exact_log = False
-    if chance.random() < 0.1:
+    how = chance.random()
+    if how < 0.1:
         logs[-1].unlink()
         logs[-1].mkdir()
-        return True
-    scenario.journal.append(f"{logs[-1].name}: {spoil(logs[-1], chance)}")
+    elif how < 0.2:
+        logs[-1].unlink()
+        logs[-1].symlink_to(make_victim(scenario))
+    elif how < 0.3:
+        logs[-1].unlink()
+        os.mkfifo(logs[-1])
+    else:
+        scenario.journal.append(f"{logs[-1].name}: {spoil(logs[-1], chance)}")
     return True
+
+
+def make_victim(scenario):
+    """A file of the user's outside the folder, which must stay as it is."""
+    path = scenario.work / "victim.txt"
+    path.write_text("precious")
+    return path
 
 
 def cache_damaged(scenario, chance, pattern):
@@ -990,25 +1088,139 @@ def cache_damaged(scenario, chance, pattern):
 
 
 def leftovers_planted(scenario, chance):
-    """What a killed process, of this or an older version, may have left."""
-    run = f"text-{chance.randrange(16**6):06x}"
+    """What a killed process may have left, and links among it."""
     records = scenario.own_checkpoints()
-    if records and chance.random() < 0.5:
-        run = records[0]["run"]
-    name = chance.choice(
-        [
-            f"{run}.safetensors.new",
-            f"{run}.metadata.new",
-            f"{run}.csv.new",
-            f"{chance.randrange(16**40):040x}.metadata",
-        ]
-    )
+    run = scenario.folder / f"text-{chance.randrange(16**6):06x}"
+    if records and chance.random() < 0.8:
+        run = scenario.folder / records[0]["run"]
+    run.mkdir(exist_ok=True)
+    name = chance.choice([f".{chance.randrange(16**16):016x}.new", f"{chance.randrange(16**40):040x}.metadata"])
     junk = chance.randbytes(chance.randrange(2000))
-    (scenario.folder / name).write_bytes(junk)
-    scenario.journal.append(f"{name} planted")
-    for lock in scenario.folder.glob(".*.lock"):
-        if chance.random() < 0.3:
-            lock.write_bytes(junk) if chance.random() < 0.5 else lock.unlink()
+    if chance.random() < 0.3:
+        (run / name).symlink_to(make_victim(scenario))
+    else:
+        (run / name).write_bytes(junk)
+    scenario.journal.append(f"{run.name}/{name} planted")
+    return True
+
+
+# An odd value of a field, from a stranger whose SHA1s are right. None of them is of a run that any
+# command here resumes: its seed is another one.
+ODD = [
+    ("run", []),
+    ("saved", "123"),
+    ("saved", math.inf),
+    ("saved", math.nan),
+    ("saved", 1e300),
+    ("saved", 99999999999.9999),
+    ("saved", -1.0),
+    ("saved", 10**400),
+    ("iteration", math.inf),
+    ("iteration", "5"),
+    ("iteration", -1),
+    ("iteration", 10**10),
+    ("iteration", True),
+    ("tokens_seen", 10**30),
+    ("recent_loss", math.nan),
+    ("scores", "12"),
+    ("scores", [[6, None]]),
+    ("scores", [[6, math.inf]]),
+    ("scores", [5]),
+    ("uses", []),
+    ("uses", {"teacher": "x"}),
+    ("uses", {"teacher": ["a", 5]}),
+    ("uses", {"export": ["a", "0" * 40]}),
+    ("versions", {"\x1b]0;owned": "x"}),
+    ("flags", {"learning_rate": "x"}),
+    ("flags", {"min_lr": 1.0, "learning_rate": 0.1}),
+    ("flags", {"benchmark": True}),
+    ("flags", {"text": "here", "seed": 77}),
+    ("flags", {"dataset": "nowhere"}),
+    ("flags", []),
+    ("config", {}),
+    ("config", "x"),
+    ("config.num_heads", 0),
+    ("config.num_kv_heads", 0),
+    ("config.dim", -16),
+    ("config.num_blocks", 10**9),
+    ("config.rope_theta", 10**400),
+    ("config.rope_scaling", "x"),
+    ("config.mlp", "nothing"),
+    ("config.experts", 8),
+    ("id", "../../victim"),
+    ("id", 5),
+    ("folder", "/"),
+    ("epoch", 10**12),
+    ("place", 1.5),
+    ("format_version", 2),
+    ("format_version", "3"),
+    ("deep", None),
+    ("a list", None),
+    ("not JSON", None),
+    ("no texts", None),
+]
+
+
+def plant_odd(scenario, chance, source, folder):
+    """Copies a checkpoint to a folder, with an odd record of correct SHA1s."""
+    folder.mkdir(exist_ok=True)
+    name, value = chance.choice(ODD)
+    record, _ = read_metadata(source)
+    data = source.read_bytes()
+    header, arrays = split_safetensors(data)
+    checkpoint_id = f"{chance.randrange(16**40):040x}"
+    record |= {"id": checkpoint_id, "flags": record["flags"] | {"seed": 77}}
+    outer, _, inner = name.partition(".")
+    if inner:
+        record[outer] = record[outer] | {inner: value}
+    else:
+        record[name] = value
+    text = json.dumps(record)
+    if name == "deep":
+        text = "[" * 200_000
+    elif name == "a list":
+        text = "[1, 2]"
+    elif name == "not JSON":
+        text = "{"
+    path = folder / f"{checkpoint_id}.metadata"
+    write_metadata(path, text, arrays, header)
+    if name == "no texts":
+        content = b'{"__metadata__": {"record": 5}}'
+        path.write_bytes(len(content).to_bytes(8, "little") + content)
+    shutil.copy(source.with_suffix(".safetensors"), path.with_suffix(".safetensors"))
+    scenario.journal.append(f"an odd {name}: {value!r:.50}")
+
+
+def odd_record(scenario, chance):
+    """An odd record comes into the folder while a run trains, which it must not end."""
+    records = have_checkpoints(scenario, 1)
+    if not records:
+        return False
+    source = scenario.folder / records[0]["run"] / f"{records[0]['id']}.metadata"
+    copied = scenario.work / "source.metadata"
+    for suffix in (".metadata", ".safetensors"):
+        shutil.copy(source.with_suffix(suffix), copied.with_suffix(suffix))
+    end, statuses = draw_end(chance)
+    phase = chance.choice(("start", "step", "save"))
+    pause = {"phase": phase, "call": draw_call(scenario, chance, phase), "action": "pause"}
+    first = scenario.start([pause, *end], steps=10)
+    if not first.wait_for_pause():
+        scenario.check(first, {0, 143})
+        scenario.is_finished = first.status == 0
+        return False
+    odd = scenario.folder / "odd"
+    for _ in range(3):
+        plant_odd(scenario, chance, copied, odd)
+    os.kill(first.pid, signal.SIGCONT)
+    first.wait()
+    listing = scenario.start([], ["--list"]).wait()
+    scenario.look_at(listing, {0})
+    again = scenario.start([], steps=3).wait()
+    # Whose files the oracle does not know.
+    shutil.rmtree(odd)
+    scenario.check(first, statuses | {0, 143})
+    scenario.check(again, {0, 143})
+    scenario.is_finished = again.status == 0
     return True
 
 
@@ -1016,13 +1228,12 @@ def needed_file_gone(scenario, chance):
     """Without its text or its base a run cannot be trained: one line, and nothing is lost."""
     paths = [scenario.text]
     if "--lora_rank" in scenario.flags or "--teacher" in scenario.flags:
-        paths += list(scenario.folder.glob(f"{scenario.base}.*"))
+        paths += list(scenario.folder.glob(f"{scenario.base_run}/{scenario.base}.*"))
     path = chance.choice(paths)
     hidden = scenario.work / "hidden"
     path.rename(hidden)
     scenario.journal.append(f"{path.name} hidden")
     leg = scenario.start([]).wait()
-    # The metadata of weights that are hidden would be removed as a leftover, if training began.
     hidden.rename(path)
     scenario.check(leg, {1, 2})
     return True
@@ -1083,8 +1294,10 @@ def draw_reader(scenario, chance):
     if not records:
         return None
     readers = [["--list"], ["--prompt", "a", "--max_tokens", "2"], ["--evaluate", "valid"]]
-    best = main.list_checkpoints(scenario.folder)[0]["best"]  # of the run that was saved last
-    if best and best["id"] not in scenario.damaged:
+    newest = max(records, key=lambda record: record["saved"])  # "best" is that of its run
+    own = [record for record in records if record["run"] == newest["run"]]
+    is_scored = any(record["iteration"] in dict(record["scores"]) for record in own)
+    if is_scored and not scenario.damaged:
         readers.append([*readers[1], "--identifier", "best"])
     return chance.choice(readers)
 
@@ -1131,6 +1344,100 @@ def slow_reader(scenario, chance):
     scenario.check(trainer.wait(), {143, 0})
     scenario.is_finished = trainer.status == 0
     return True
+
+
+def branch_stopped(scenario, chance):
+    """A branch that is stopped before its first save exists, and what it prints works."""
+    records = have_checkpoints(scenario, 2)
+    own = [record for record in records if record["run"] == records[0]["run"]]
+    older = [record for record in own if record["saved"] < own[0]["saved"]]
+    ids = [record["id"] for record in records]
+    older = [record for record in older if ids.count(record["id"]) == 1]
+    if not older:
+        return False
+    record = chance.choice(older)
+    phase = chance.choice(("start", "save", "step"))
+    call = 1 if phase == "step" else draw_call(scenario, chance, phase)
+    action = chance.choice((*STOPPING, "kill"))
+    strikes = [{"phase": phase, "call": call, "action": action}]
+    before = {path.name for path in scenario.folder.iterdir()}
+    leg = scenario.start(strikes, ["--identifier", record["id"]], steps=5).wait()
+    statuses = {-signal.SIGKILL} if action == "kill" else ended_by(action)
+    after = {path.name for path in scenario.folder.iterdir() if path.name != "text"}
+    scenario.branches |= after - before
+    scenario.check(leg, statuses if leg.has_struck() else {0, 143})
+    scenario.is_finished = False
+    pasted = PASTED.search(leg.out)
+    if pasted:
+        scenario.journal.append(f"pasted: {pasted[1]}")
+        words = shlex.split(pasted[1])
+        names = words[: words.index("--save_dir")]
+        scenario.check(scenario.start([], names, steps=2).wait(), {0, 143})
+    return leg.has_struck()
+
+
+def base_pruned(scenario, chance):
+    """The run of a LoRA run's base prunes while that starts: it is refused, or keeps its base."""
+    folder = scenario.work / "origins"
+    shape = ["--text", str(scenario.text), "--max_tokens", "1"]
+    base = [*shape, *SIZES, "--num_blocks", "1", "--batch_size", "2", "--steps_per_save", "1"]
+    base += ["--keep", "1"]
+    scenario.start([], base, folder, steps=2).wait()
+    origin, _ = chance.choice(intact_checkpoints(folder))  # the newest, or the one before it
+    pause = {"phase": "start", "call": chance.randint(1, 80), "action": "pause"}
+    if chance.random() < 0.3:
+        pause = {"phase": "save", "call": chance.randint(1, 30), "action": "pause"}
+    tuned = ["--init_from", origin["id"], "--lora_rank", "2", "--num_iters", "2"]
+    leg = scenario.start([pause], [*shape, *tuned, "--batch_size", "2"], folder)
+    is_paused = leg.wait_for_pause()
+    other = scenario.start([], base, folder, steps=3)
+    if is_paused:
+        SLEEP(0.3)  # the other one may wait for what this one holds
+        os.kill(leg.pid, signal.SIGCONT)
+        leg.wait()
+    scenario.look_at(other.wait(), {0, 143})
+    scenario.look_at(leg, {0, 2})
+    runs = {record["run"] for record, _ in intact_checkpoints(folder)} - {origin["run"]}
+    expect(len(runs) == (leg.status == 0), f"it left {len(runs)} runs")
+    for run in runs:
+        again = ["--identifier", run, "--prompt", "a", "--max_tokens", "1"]
+        scenario.look_at(scenario.start([], again, folder).wait(), {0})
+        more = ["--identifier", run, "--num_iters", "3", "--max_tokens", "1"]
+        scenario.look_at(scenario.start([], more, folder).wait(), {0})
+    shutil.rmtree(folder)
+    return is_paused
+
+
+def diverged(scenario, chance):
+    """One line, which names a checkpoint that is there; nothing is lost and nothing marked."""
+    records = have_checkpoints(scenario, 2)
+    if not records:
+        return False
+    newest = max(records, key=lambda record: record["saved"])
+    flags = ["--identifier", newest["run"], "--learning_rate", "1e38", "--lr_warmup", "0"]
+    flags += ["--grad_clip", "0", "--lr_schedule", "constant", "--steps_per_save", "1000"]
+    leg = scenario.start([], flags).wait()
+    if leg.status == 0:  # it was at its end
+        return False
+    scenario.check(leg, {1})
+    expect("is not finite" in leg.err, "another error:", leg.err)
+    pasted = PASTED.search(leg.err)
+    if pasted:
+        prefix = shlex.split(pasted[1])[1]
+        known = {record["id"][:12] for record in scenario.own_checkpoints()}
+        expect(prefix in known, f"it names {prefix}, which is not there")
+    return True
+
+
+def second_signal_at_the_end(scenario, chance):
+    """A second Ctrl+C while a stopped session leaves: all is saved already."""
+    names = chance.choices(STOPPING, k=2)
+    strikes = [
+        {"phase": "step", "call": draw_call(scenario, chance, "step"), "action": names[0]},
+        {"phase": "end", "call": chance.randint(1, 3), "action": names[1]},
+    ]
+    statuses = ended_by(names[0]) | ended_by(names[1])
+    return run_struck(scenario, chance, strikes, statuses)
 
 
 def wall_clock(scenario, chance):
@@ -1253,6 +1560,7 @@ FAULTS = {
         "clock set back": clock_set_back,
         "damaged weights": partial(checkpoint_damaged, kind="safetensors"),
         "damaged metadata": partial(checkpoint_damaged, kind="metadata"),
+        "best and newest damaged": best_and_newest_damaged,
         "damaged log": log_damaged,
         "damaged tokens": partial(cache_damaged, pattern="*.tokens"),
         "damaged about.json": partial(cache_damaged, pattern="about.json"),
@@ -1261,6 +1569,11 @@ FAULTS = {
         "touched text": text_touched,
         "second process": second_process,
         "equal run": equal_run,
+        "odd record": odd_record,
+        "stopped branch": branch_stopped,
+        "pruned base": base_pruned,
+        "divergence": diverged,
+        "second signal at the end": second_signal_at_the_end,
         "readers beside a save": readers_beside,
         "slow reader": slow_reader,
         "wall clock": wall_clock,
