@@ -1491,7 +1491,15 @@ PROGRESS = [
 ]
 
 # What reading a damaged or crafted checkpoint can raise.
-UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, TypeError, RecursionError)
+UNREADABLE = (
+    OSError,
+    RuntimeError,  # RecursionError, too
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+)
 
 
 def check_config(config):
