@@ -1528,6 +1528,7 @@ def check_flags(values):
     with explained("its flags are invalid", kind=ValueError):
         if parse(arguments_of(values)) != values:
             raise ValueError("some are of another type")
+        settle({}, values)  # which listing does, too
 
 
 def open_unlinked(path):
