@@ -1356,7 +1356,9 @@ class Checkpoint:
                 continue
             if type(value) is not field.type:
                 raise ValueError(f"its {field.name} is not of type {field.type.__name__}")
-            if field.type in (int, float) and not 0 <= value < 1e11:
+            least = -1e15 if field.name == "recent_loss" else 0  # may be negative by rounding
+            most = 1e11 if field.name == "saved" else 1e15  # beyond, times are not told apart
+            if field.type in (int, float) and not least <= value < most:
                 raise ValueError(f"its {field.name} is out of range")
         if not SHA1.fullmatch(self.id) or not SHA256.fullmatch(self.tokens_sha256):
             raise ValueError("a hash is malformed")
