@@ -1519,7 +1519,8 @@ def check_config(config):
             is_right = type(value) is field.type
         if not is_right:
             raise ValueError(f"{field.name} of its model is {value!r:.50}")
-    if made.mlp not in MLPS or made.num_heads % made.num_kv_heads:
+    cached = made.context_size * made.num_kv_heads * made.head_dim  # numbers in a Cache
+    if made.mlp not in MLPS or made.num_heads % made.num_kv_heads or cached > LARGEST:
         raise ValueError("there is no such model")
 
 
