@@ -1369,6 +1369,8 @@ class Checkpoint:
             is_place = type(place) is str and place.isprintable()
             if flag_name not in ORIGINS or not is_place or not SHA1.fullmatch(origin_id):
                 raise ValueError("the models that it uses are malformed")
+        if self.flags.get("lora_rank") and "init_from" not in self.uses:
+            raise ValueError("its adapters belong to no model")
         for name, version in self.versions.items():
             if not name.isprintable() or not str(version).isprintable():
                 raise ValueError("its versions are malformed")
