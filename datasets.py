@@ -474,7 +474,8 @@ class CharTokenizer:
         return map(self.encode, texts)
 
     def decode(self, ids):
-        return "".join(self.printed[token] for token in map(int, ids))
+        known = (token for token in map(int, ids) if token < self.vocab_size)  # others are padding
+        return "".join(self.printed[token] for token in known)
 
     def unknown(self, text):
         return sorted(set(text) - set(self.vocabulary))
@@ -525,7 +526,8 @@ class WordTokenizer:
         return map(self.encode, texts)
 
     def decode(self, ids):
-        text = " ".join(self.printed[token] for token in map(int, ids))
+        known = (token for token in map(int, ids) if token < self.vocab_size)  # others are padding
+        text = " ".join(self.printed[token] for token in known)
         return re.sub(" ?\n ?", "\n", text)  # no spaces around a line end
 
     def unknown(self, text):
