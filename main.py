@@ -1815,7 +1815,8 @@ def remove_leftovers(folder):
         if is_alone:
             is_alone = not os.path.lexists(path.with_suffix(".safetensors"))
         if is_unfinished or is_alone:
-            path.unlink()
+            with contextlib.suppress(OSError):  # a folder, or one of another user: it does no harm
+                path.unlink()
 
 
 def divergence_error(run, what, ranks):
