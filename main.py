@@ -1796,9 +1796,11 @@ def prune(run):
         checkpoints = list_checkpoints(run.folder.parent)
         own = [each for each in checkpoints if each.run == run.name]  # newest first
         kept = {run.checkpoint_id, *(each.id for each in own[: run.flags.keep])}
-        best = best_of(checkpoints, run.name)
-        if best:
-            kept.add(best.id)
+        # If it goes on from before its newest, a damaged one, that may say that it is the best.
+        known = [each for each in own if [each.iteration, each.score] in run.scores]
+        for best in (best_of(own, run.name), best_of(known, run.name)):
+            if best:
+                kept.add(best.id)
         for each in checkpoints:
             kept |= {origin_id for _, origin_id in each.uses.values()}
         for each in own:
