@@ -234,8 +234,11 @@ def is_private(folder):
 
 
 def no_follow(path, flags):
-    """An `opener` for open(): raises OSError if `path` is a link, which might lead anywhere."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    """An `opener` for open(): raises OSError if `path` is a link, which might lead anywhere.
+
+    Nothing is waited for at a pipe's end.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 @contextlib.contextmanager
