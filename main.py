@@ -1538,11 +1538,7 @@ def check_flags(values):
 
 def open_unlinked(path):
     """Opens a file for reading, unless it is a link; nothing is waited for at a pipe's end."""
-
-    def opener(path, mode):
-        return no_follow(path, mode | os.O_NONBLOCK)
-
-    return open(path, "rb", opener=opener)
+    return open(path, "rb", opener=no_follow)
 
 
 class Hasher:
@@ -2230,7 +2226,8 @@ def find_end(path, run):
             is_repeated = not run.is_scored
         if is_repeated:
             return place
-    return path.read_bytes().rfind(b"\n") + 1  # what follows was cut off by a kill
+    with open_unlinked(path) as file:
+        return file.read().rfind(b"\n") + 1  # what follows was cut off by a kill
 
 
 def read_log(path):
@@ -2240,7 +2237,9 @@ def read_log(path):
     """
     rows = []
     place = 0
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    with open_unlinked(path) as file:
+        lines = file.read().split(b"\n")[:-1]
+    for line in lines:
         with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             row = json.loads(line)
             if type(row["iteration"]) is int and row["split"] in ("train", "valid"):
