@@ -1514,9 +1514,9 @@ def check_config(config):
         if field.type is int or field.name == "head_dim":
             is_right = type(value) is int and 1 <= value <= LARGEST
         elif field.type is float:
-            is_right = type(value) in (int, float)
+            is_right = is_number(value)
         elif field.name == "rope_scaling":
-            is_right = value is None or all(type(number) in (int, float) for number in value)
+            is_right = value is None or all(map(is_number, value))
         else:
             is_right = type(value) is field.type
         if not is_right:
@@ -1524,6 +1524,11 @@ def check_config(config):
     cached = made.context_size * made.num_kv_heads * made.head_dim  # numbers in a Cache
     if made.mlp not in MLPS or made.num_heads % made.num_kv_heads or cached > LARGEST:
         raise ValueError("there is no such model")
+
+
+def is_number(value):
+    """Whether a value is a number that MLX takes."""
+    return type(value) in (int, float) and 0 <= value < 1e30
 
 
 def check_flags(values):
