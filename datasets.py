@@ -600,24 +600,30 @@ class PackageTokenizer:
         return model.get("unk_id")
 
     def encode(self, text):
-        encoding = self.package.encode(utf8(text), add_special_tokens=False)
-        return np.array(encoding.ids, self.dtype)  # [N]
+        return np.array(self.encoding_of(utf8(text)).ids, self.dtype)  # [N]
+
+    def encoding_of(self, text):
+        """The package's Encoding of a text. Raises UsageError if the tokenizer cannot cope."""
+        with package_errors(CANNOT_ENCODE, UsageError):
+            return self.package.encode(text, add_special_tokens=False)
 
     def encode_batch(self, texts):
         texts = [utf8(text) for text in texts]
-        # Runs in parallel threads; "fast" skips the tokens' offsets.
-        encodings = self.package.encode_batch_fast(texts, add_special_tokens=False)
+        with package_errors(CANNOT_ENCODE, UsageError):
+            # Runs in parallel threads; "fast" skips the tokens' offsets.
+            encodings = self.package.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def decode(self, ids):
-        # With skip_special_tokens, END would vanish from the text.
-        return self.package.decode(list(map(int, ids)), skip_special_tokens=False)
+        with package_errors(CANNOT_DECODE, UsageError):
+            # With skip_special_tokens, END would vanish from the text.
+            return self.package.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def unknown(self, text):
         if self.unk is None:
             return []
         text = utf8(text)
-        encoding = self.package.encode(text, add_special_tokens=False)
+        encoding = self.encoding_of(text)
         pieces = zip(encoding.ids, encoding.offsets)
         return [text[start:end] for token, (start, end) in pieces if token == self.unk]
 
@@ -703,17 +709,28 @@ def tokenizers_package():
 
 
 def read_package_tokenizer(text):
-    """The package's Tokenizer in the text of a tokenizer.json. Raises ValueError.
-
-    Some malformed files make the package panic; that exception is no Exception.
-    """
+    """The package's Tokenizer in the text of a tokenizer.json. Raises ValueError."""
     package = tokenizers_package()
-    try:
+    with package_errors("the package tokenizers cannot read it", ValueError):
         return package.Tokenizer.from_str(text)
-    except (KeyboardInterrupt, SystemExit):
+
+
+CANNOT_ENCODE = "this tokenizer cannot encode the text: train with another --tokenizer"
+CANNOT_DECODE = "this tokenizer cannot decode its ids: train with another --tokenizer"
+
+
+@contextlib.contextmanager
+def package_errors(text, kind):
+    """Turns exceptions of the package into one of this kind, with the message `text` before theirs.
+
+    They are plain Exceptions or, if it panics on what a malformed file says, no Exceptions at all.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        raise ValueError(one_line(error)) from None
+        raise kind(f"{text} ({one_line(error)})") from None
 
 
 def token_dtype(vocab_size):
@@ -1518,17 +1535,8 @@ def load_dataset(
     if save_dir is not None:
         own_folders.append(Path(user_path(save_dir)).resolve())
 
-    ready = None  # a tokenizer that need not be trained
-    if tokenizer == "auto":
-        kind = CORPORA[name].tokenizer
-    elif tokenizer in KINDS:
-        kind = tokenizer
-    else:
-        is_path = isinstance(tokenizer, (str, Path))
-        ready = read_tokenizer(tokenizer) if is_path else tokenizer
-        kind = ready.kind
+    kind, ready = choose_tokenizer(name, tokenizer)
     check_options(kind, valid_fraction, vocab_size)
-
     given = absolute_paths({"train": text, "valid": valid_text, "test": test_text})
     cache = data_dir / name / cache_name(name, kind, ready, given, valid_fraction, vocab_size)
     cache.mkdir(parents=True, exist_ok=True)
@@ -1557,6 +1565,20 @@ def load_dataset(
             write_about(about, cache)
         # Still under the lock: another process might begin to encode a changed text.
         return map_dataset(name, cache, about, train_tokens)
+
+
+def choose_tokenizer(name, tokenizer):
+    """The kind of tokenizer for the corpus `name`, and the tokenizer if it need not be trained.
+
+    tokenizer: see load_dataset. Raises UsageError.
+    """
+    if tokenizer == "auto":
+        return CORPORA[name].tokenizer, None
+    if tokenizer in KINDS:
+        return tokenizer, None
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = read_tokenizer(tokenizer)
+    return tokenizer.kind, tokenizer
 
 
 def check_options(kind, valid_fraction, vocab_size):

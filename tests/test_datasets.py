@@ -297,6 +297,24 @@ def test_what_is_no_tokenizer(case):
     assert "\n" not in str(error.value)
 
 
+def package_tokenizer(model, **parts):
+    """A tokenizer of the package with this model, and these parts of a tokenizer.json."""
+    return PackageTokenizer(json.dumps({"model": model, **parts}), "file")
+
+
+def test_a_tokenizer_that_cannot_cope_with_a_text():
+    """As a file may be: its unknown token is none of its tokens, or its decoder panics."""
+    without_unk = package_tokenizer({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"})
+    assert without_unk.encode("a").tolist() == [0]
+    for encode in (without_unk.encode, lambda text: without_unk.encode_batch([text])):
+        with pytest.raises(UsageError, match="^this tokenizer cannot encode the text: train with"):
+            encode("b")
+    strip = {"type": "Strip", "content": "a", "start": 1, "stop": 1}
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    with pytest.raises(UsageError, match="^this tokenizer cannot decode its ids: train with"):
+        package_tokenizer(model, decoder=strip).decode([0])
+
+
 def test_the_end_token_that_a_tokenizer_is_told():
     package = datasets.tokenizers_package()
     vocabulary = {"<|endoftext|>": 0, "</s>": 1, "<end>": 2, "<eos>": 3}
