@@ -264,6 +264,13 @@ def replacing(path):
             raise
 
 
+def remove_leftovers(folder):
+    """Deletes what killed processes left of `replacing` in a folder that no other one writes to."""
+    for path in folder.glob(".*.new"):
+        if re.fullmatch(r"\.[0-9a-f]{16}\.new", path.name):
+            path.unlink(missing_ok=True)
+
+
 def sync(path):
     """Waits until a file, or the names in a folder, are on disk and would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -1547,6 +1554,7 @@ def load_dataset(
 
     with open(cache / ".lock", "ab", opener=no_follow) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # only one process encodes
+        remove_leftovers(cache)
         # A warm start encodes nothing, and reads no text beyond the first bytes of the user's
         # files.
         about = read_about(cache, say)

@@ -51,7 +51,7 @@ TEMPORARY = (408, 409, 425, 429)
 def make_parser():
     """The command-line parser of this file."""
     parser = Parser(
-        prog="extras.collect",
+        prog="python -m extras.collect",
         description="Collects a corpus from a teacher behind an API.",
         epilog="The key is read from TEACHER_API_KEY, or, of these hosts, from OPENAI_API_KEY or "
         "GROQ_API_KEY.",

@@ -1496,6 +1496,23 @@ def test_killed_while_encoding(tmp_path, paths, left, before):
     assert tokens_of(load(tmp_path, paths)) == tokens_of(load(tmp_path / "fresh", paths))
 
 
+def test_killed_while_writing_about(tmp_path, paths):
+    """What is left then is deleted at the next start, and nothing else."""
+    program = PROGRAM.replace(
+        "datasets.write_tokens = watched",
+        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
+    )
+    command = [sys.executable, "-c", program.format(left=9, pause=0), tmp_path / "lm", *paths]
+    process = subprocess.run(list(map(str, command)), cwd=ROOT)
+    assert process.returncode == -signal.SIGKILL
+    cache = cache_of(tmp_path)
+    [left] = cache.glob(".*.new")
+    (cache / ".notes.new").write_text("precious")
+    assert tokens_of(load(tmp_path, paths)) == tokens_of(load(tmp_path / "fresh", paths))
+    assert not left.exists()
+    assert (cache / ".notes.new").exists()
+
+
 def test_two_processes_encode_once(tmp_path, paths):
     processes = [encode_elsewhere(tmp_path, paths, pause=0.1) for _ in range(2)]
     outs = [process.communicate(timeout=30)[0].splitlines() for process in processes]
