@@ -7,9 +7,9 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import loss_of
+from conftest import flags, loss_of
 from datasets import UsageError
-from main import dropout, draw_noise
+from main import Noise, dropout
 from mlx.utils import tree_flatten, tree_unflatten
 
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}  # key and value heads for 4 query heads
@@ -81,7 +81,7 @@ def reference(model, tokens, drop=drop_nothing):
     for name, weight in tree_flatten(model.parameters()):
         weights[name] = np.array(weight, np.float64)
     B, L = tokens.shape
-    d = config.dim // config.num_heads
+    d = config.head_dim or config.dim // config.num_heads
 
     def norm(hidden, name):
         return normalize(hidden, config.norm_eps) * weights[name + ".weight"]
@@ -108,7 +108,7 @@ def reference(model, tokens, drop=drop_nothing):
         keys = linear(hidden, name + ".k_proj")
         values = linear(hidden, name + ".v_proj")
         is_later = np.arange(L)[:, None] < np.arange(L)
-        attended = np.zeros((B, L, config.dim))
+        attended = np.zeros((B, L, config.num_heads * d))
         for head in range(config.num_heads):
             shared = head // (config.num_heads // config.num_kv_heads)
             own = slice(head * d, head * d + d)
@@ -300,14 +300,25 @@ def test_blocks_begin_as_the_identity_and_the_loss_near_equal_chances(mlp):
 KEYS = np.random.default_rng(2).integers(0, 2**32, (8, 2), np.uint32)
 
 
-def noise(rate, rows=slice(8)):
-    return mx.full(8, rate)[rows], mx.array(KEYS[rows])
+def make_noise(hidden_shape, rate, rows=slice(8)):
+    """The Noise of some rows of a batch of eight."""
+    _, L, D = hidden_shape
+    return Noise(mx.array(rate), mx.array(KEYS[rows]), L, D)
+
+
+def noise_for(model, tokens, rate, rows=slice(8)):
+    return make_noise((*tokens.shape, model.config.dim), rate, rows)
 
 
 def drop(hidden, rate, site, rows=slice(8)):
     hidden = mx.array(hidden)
-    drawn = draw_noise(noise(rate, rows), hidden.shape, 5)
-    return dropout(hidden, drawn, site)
+    return dropout(hidden, make_noise(hidden.shape, rate, rows), site)
+
+
+def test_without_noise_nothing_is_dropped():
+    hidden = mx.array(np.random.default_rng(0).normal(size=(2, 3, 4)))
+    assert dropout(hidden, None, 1) is hidden
+    np.testing.assert_array_equal(np.array(drop(mx.ones((8, 3, 4)), 0.0, 1)), 1)
 
 
 def test_dropout_masks_do_not_depend_on_how_the_batch_is_split():
@@ -326,10 +337,12 @@ def test_dropout_masks_do_not_depend_on_how_the_batch_is_split():
     tokens = random_tokens(model, rows=8)
     halves = []
     for half in (slice(4), slice(4, 8)):
-        halves.append(logits_of(model, tokens[half], noise=noise(0.4, half)))
+        noise = noise_for(model, tokens, 0.4, half)
+        halves.append(logits_of(model, tokens[half], noise=noise))
     # Matrix products of another size may round differently; one element dropped otherwise is
     # visible by far.
-    assert_close(np.concatenate(halves), logits_of(model, tokens, noise=noise(0.4)))
+    noise = noise_for(model, tokens, 0.4)
+    assert_close(np.concatenate(halves), logits_of(model, tokens, noise=noise))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -377,7 +390,8 @@ def test_dropout_acts_on_embeddings_and_on_what_each_block_adds(mlp):
         return hidden * scale
 
     expected = reference(model, tokens, drop_again)
-    assert_close(logits_of(model, tokens, noise=noise(0.4)), expected)
+    noise = noise_for(model, tokens, 0.4)
+    assert_close(logits_of(model, tokens, noise=noise), expected)
 
 
 def assert_standard_normal(statistic):
@@ -420,17 +434,41 @@ def test_masks_are_independent():
 # Configuration
 
 
-@pytest.mark.parametrize("values, named", [
-    # no multiple of the heads
-    (dict(dim=22), ["--dim 22", "--num_heads 4", "--dim 24"]),
-    # heads of 5 cannot be rotated in pairs
-    (dict(dim=20), ["--dim 20", "--num_heads 4", "--dim 16"]),
-    (dict(dim=2), ["--dim 2", "--num_heads 4", "--dim 8"]),
-    (dict(kv_heads=3), ["--num_kv_heads 3", "--num_heads 4"]),
-    (dict(kv_heads=8), ["--num_kv_heads 8", "--num_heads 4"]),
-])  # fmt: skip
-def test_numbers_that_do_not_fit_are_refused(values, named):
-    with pytest.raises(UsageError) as caught:
+# What does not fit: heads of dimension 22 / 4, heads of 5, which cannot be rotated in pairs, and key
+# and value heads that cannot be shared equally; the number that is proposed fits.
+MISFITS = [
+    (dict(dim=22), ["dim 22", "num_heads 4"], dict(dim=24)),
+    (dict(dim=20), ["dim 20", "num_heads 4"], dict(dim=16)),
+    (dict(dim=2), ["dim 2", "num_heads 4"], dict(dim=8)),
+    (dict(num_kv_heads=3), ["num_kv_heads 3", "num_heads 4"], dict(num_kv_heads=1)),
+    (dict(num_kv_heads=8), ["num_kv_heads 8", "num_heads 4"], dict(num_kv_heads=4)),
+]
+
+
+@pytest.mark.parametrize("values, named, proposed", MISFITS)
+def test_numbers_that_do_not_fit_are_refused(values, named, proposed):
+    with pytest.raises(ValueError) as caught:
         make_model(**values)
+    message = str(caught.value)
     for part in named:
-        assert part in str(caught.value)
+        assert part in message
+    [number] = proposed.values()
+    assert message.endswith(f"try {number}")
+    make_model(**proposed)
+
+
+def test_a_flag_that_does_not_fit_is_named_as_one():
+    given = flags(dim=22, num_heads=4)
+    with pytest.raises(UsageError, match="^--dim 22 is not a multiple of .* try 24$"):
+        main.make_config(given, vocab_size=31)
+
+
+def test_a_head_dimension_of_its_own():
+    """As imported models have: the heads together are not as wide as the model."""
+    model = make_model(dim=22, head_dim=6)
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.weight.shape == (4 * 6, 22)
+    assert attention.k_proj.weight.shape == (2 * 6, 22)
+    assert attention.o_proj.weight.shape == (22, 4 * 6)
+    tokens = random_tokens(model)
+    assert_close(logits_of(model, tokens), reference(model, tokens))
