@@ -92,7 +92,7 @@ def test_two_steps_equal_adamw_in_numpy(embedding_decay):
             sizes = 10.0 ** random.integers(-9, 1, weight.shape)
             sizes *= random.random(weight.shape) > 0.1
             gradients[name] = random.normal(size=weight.shape) * sizes
-        optimizer.learning_rate = rate
+        main.set_learning_rate(optimizer, rate)
         optimizer.update(model, tree_of(gradients))
         for name, gradient in gradients.items():
             first[name] = 0.9 * first[name] + 0.1 * gradient
@@ -166,25 +166,6 @@ def test_each_parameter_is_in_exactly_one_group(untie):
     assert sorted(plain) == sorted(norms)
     decays = [group.weight_decay for group in optimizer.optimizers]
     assert decays == [0.1, 3.0, 0.0]
-
-
-@pytest.mark.parametrize("untie", [False, True])
-def test_one_group_of_matrices_is_divided_in_two(untie):
-    """As an older checkpoint has it, with AdamW: blocks, embeddings and output layer together."""
-    model = make_model(untie=untie)
-    optimizer = main.make_optimizer(model, flags())
-    ones = main.tree_map(mx.ones_like, model.parameters())
-    optimizer.update(model, ones)
-    blocks, others, _ = optimizer.state["states"]
-    together = dict(tree_flatten(blocks)) | dict(tree_flatten(others))
-    parts = main.split_group(tree_unflatten(list(together.items())))
-    for part, expected in zip(parts, (blocks, others)):
-        part = arrays(part)
-        expected = arrays(expected)
-        assert part.keys() == expected.keys()
-        assert len(part) > 3
-        for name in part:
-            np.testing.assert_array_equal(part[name], expected[name])
 
 
 def weights_of(model):
@@ -391,20 +372,29 @@ def test_dropout_moves_by_a_line():
     given = flags(dropout=0.1, dropout_final=0.5, num_iters=4)
     keys = []
     for i, expected in enumerate([0.1, 0.2, 0.3, 0.4]):
-        rates, keys_of_rows = main.make_noise(i, 5, given)
-        np.testing.assert_allclose(np.array(rates), [expected] * 5, rtol=1e-6)
+        rate, keys_of_rows = main.draw_dropout(i, 5, given)
+        assert rate.item() == pytest.approx(expected)
         keys.append(np.array(keys_of_rows))
     assert len(np.unique(np.concatenate(keys), axis=0)) == 20
-    _, keys_of_three_rows = main.make_noise(2, 3, given)
+    _, keys_of_three_rows = main.draw_dropout(2, 3, given)
     np.testing.assert_array_equal(keys[2][:3], np.array(keys_of_three_rows))
-    _, keys_of_another_seed = main.make_noise(2, 5, flags(dropout=0.1, seed=1))
+    _, keys_of_another_seed = main.draw_dropout(2, 5, flags(dropout=0.1, seed=1))
     assert (keys[2] != np.array(keys_of_another_seed)).any()
 
-    [rate], _ = main.make_noise(3, 1, flags(dropout=0.1, num_iters=4))
+    rate, _ = main.draw_dropout(3, 1, flags(dropout=0.1, num_iters=4))
     assert rate.item() == pytest.approx(0.1)
-    [rate], _ = main.make_noise(1, 1, flags(dropout_final=0.4, num_iters=4))
+    rate, _ = main.draw_dropout(1, 1, flags(dropout_final=0.4, num_iters=4))
     assert rate.item() == pytest.approx(0.1)
-    assert main.make_noise(3, 1, flags()) == ()
+    rate, _ = main.draw_dropout(3, 1, flags())
+    assert rate.item() == 0
+
+
+NO_DROPOUT = flags()
+
+
+def take(step, tokens, targets):
+    """A step without dropout: its loss and gradient norm."""
+    return step(tokens, targets, *main.draw_dropout(0, len(tokens), NO_DROPOUT))
 
 
 def draw_tokens(seed, size):
@@ -445,7 +435,7 @@ def test_gradients_are_clipped_by_their_common_norm(uncompiled, grad_clip):
     before = arrays(model.parameters())
     optimizer = optim.SGD(1.0)  # whose update at rate 1 is the gradient itself
     step = main.make_step(model, optimizer, flags(grad_clip=grad_clip))
-    loss, reported = step(tokens, targets)
+    loss, reported = take(step, tokens, targets)
     assert loss.item() == pytest.approx(total.item() / targets.size, rel=1e-5)
     assert reported.item() == pytest.approx(norm, rel=1e-5)  # before clipping
     factor = 0.25 / norm if grad_clip == 0.25 else 1.0
@@ -471,9 +461,9 @@ def test_a_step_is_value_gradient_and_update():
     value_and_grad = nn.value_and_grad(plain, loss_of)
     tokens, targets = batch()
     for rate in (0.01, 0.05, 0.001):
-        optimizer.learning_rate = rate
-        step(tokens, targets)
-        plain_optimizer.learning_rate = rate
+        main.set_learning_rate(optimizer, rate)
+        take(step, tokens, targets)
+        main.set_learning_rate(plain_optimizer, rate)
         _, gradients = value_and_grad(plain, tokens, targets, 1 / targets.size)
         plain_optimizer.update(plain, gradients)
     expected = arrays(plain.parameters())
@@ -482,13 +472,12 @@ def test_a_step_is_value_gradient_and_update():
     assert_close(arrays(compiled.parameters()), expected, rtol=0, atol=2e-4)
 
 
-# The step in its variants. All tokens are drawn from a small model's vocabulary of 11; dropout is
-# on where rates are.
+# The step in its variants. All tokens are drawn from a small model's vocabulary of 11.
 
 
-def steps(count=6, noise=True, **values):
-    """The losses of some training steps, and the weights after them."""
-    given = flags(learning_rate=0.01, **values)
+def steps(count=6, dropout=0.2, **values):
+    """The losses and gradient norms of some training steps, and the weights after them."""
+    given = flags(learning_rate=0.01, dropout=dropout, **values)
     model = make_model()
     optimizer = main.make_optimizer(model, given)
     step = main.make_step(model, optimizer, given)
@@ -496,11 +485,8 @@ def steps(count=6, noise=True, **values):
     losses = []
     for i in range(count):
         tokens = draw_tokens([7, i], (12, 7))[:rows]
-        rates_and_keys = ()
-        if noise:
-            rates_and_keys = main.make_noise(i, rows, flags(dropout=0.2))
-        loss, norm = step(*inputs_and_targets(tokens), *rates_and_keys)
-        mx.eval(loss, norm, model.state, optimizer.state)
+        rate, keys = main.draw_dropout(i, rows, given)
+        loss, norm = step(*inputs_and_targets(tokens), rate, keys)
         losses.append([loss.item(), norm.item()])
     return np.array(losses), arrays(model.parameters())
 
@@ -515,7 +501,7 @@ def test_accumulation_is_the_big_batch():
     assert abs(others - expected).max() > 0.01  # or the comparison would prove nothing
 
 
-def peak_of_a_step(checkpoint):
+def peak_of_a_step(grad_checkpoint):
     """The median memory, in bytes, that a step of a larger model needs at most."""
     config = main.Config(
         vocab_size=11,
@@ -527,7 +513,7 @@ def peak_of_a_step(checkpoint):
         mlp="swiglu",
         mlp_dim=128,
     )
-    given = flags(batch_size=64, checkpoint=checkpoint)
+    given = flags(batch_size=64, grad_checkpoint=grad_checkpoint)
     model = main.LanguageModel(config)
     tokens = mx.array(draw_tokens(0, (64, 64)))
     step = main.make_step(model, main.make_optimizer(model, given), given)
@@ -535,18 +521,18 @@ def peak_of_a_step(checkpoint):
     for _ in range(6):  # other programs' load moves a single peak
         mx.reset_peak_memory()
         before = mx.get_active_memory()  # of other tests, too
-        mx.eval(step(tokens, tokens), model.state)
+        take(step, tokens, tokens)
         peaks.append(mx.get_peak_memory() - before)
     return sorted(peaks)[3]
 
 
 def test_gradient_checkpointing_changes_memory_alone(set_streams):
     expected, weights = steps(batch_size=12)
-    losses, reached = steps(batch_size=12, checkpoint=True)
+    losses, reached = steps(batch_size=12, grad_checkpoint=True)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     set_streams(1)
-    plain = peak_of_a_step(checkpoint=False)
-    checkpointed = peak_of_a_step(checkpoint=True)
+    plain = peak_of_a_step(grad_checkpoint=False)
+    checkpointed = peak_of_a_step(grad_checkpoint=True)
     assert checkpointed < 0.6 * plain
 
 
@@ -573,7 +559,7 @@ def test_twenty_steps_stay_with_the_plain_ones():
         gradients, _ = optim.clip_grad_norm(gradients, given.grad_clip)
         plain.update(model, gradients)
         expected.append(value.item())
-    losses_and_norms, _ = steps(20, noise=False, batch_size=12)
+    losses_and_norms, _ = steps(20, dropout=0.0, batch_size=12)
     np.testing.assert_allclose(losses_and_norms[:, 0], expected, rtol=0, atol=1e-4)
 
 
@@ -594,7 +580,7 @@ def pretended_gpu(monkeypatch):
 
 def test_bfloat16_computes_in_it_and_keeps_float32(monkeypatch, pretended_gpu):
     """What a GPU is given to do: the losses are near, no weight or moment is rounded."""
-    expected, _ = steps(noise=False, batch_size=12)
+    expected, _ = steps(dropout=0.0, batch_size=12)
     seen_of_embeddings = set()
     seen_of_others = set()
     call = main.Transformer.__call__
@@ -607,7 +593,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32(monkeypatch, pretended_gpu):
 
     monkeypatch.setattr(main.Transformer, "__call__", spying)
     pretended_gpu()
-    losses, weights = steps(noise=False, batch_size=12, dtype="bfloat16")
+    losses, weights = steps(dropout=0.0, batch_size=12, dtype="bfloat16")
     assert seen_of_others == {mx.bfloat16}
     assert seen_of_embeddings == {mx.float32}
     assert 1e-5 < abs(losses[:, 0] - expected[:, 0]).max() < 0.1
@@ -637,7 +623,7 @@ def test_lora_computes_in_bfloat16(monkeypatch, pretended_gpu):
     given = flags(batch_size=12, dtype="bfloat16")
     step = main.make_step(model, optim.SGD(1.0), given)
     tokens = mx.zeros((12, 6), mx.int32)
-    mx.eval(step(tokens, tokens), model.state)
+    take(step, tokens, tokens)
     assert seen == {mx.bfloat16}
     weights = dict(tree_flatten(model.parameters()))
     dtypes = {weight.dtype for weight in weights.values()}
@@ -664,7 +650,7 @@ def test_a_frequent_token_keeps_its_gradient_in_bfloat16(set_streams, pretended_
         before = arrays(model.parameters())[name]
         given = flags(batch_size=64, dtype=dtype, grad_clip=0.0)
         step = main.make_step(model, optim.SGD(1.0), given)
-        mx.eval(step(*inputs_and_targets(tokens)), model.state)
+        take(step, *inputs_and_targets(tokens))
         after = arrays(model.parameters())[name]
         return before - after
 
