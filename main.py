@@ -2203,6 +2203,8 @@ class Log:
             if self.path and self.path.exists():
                 self.size = find_end(self.path, run)
                 self.write(b"")
+            else:
+                self.size = 0
 
     def append(self, row):
         """Adds a row, {name: value}."""
