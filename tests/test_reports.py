@@ -4,15 +4,16 @@ Sliding evaluation, logs, what a checkpoint says of its making.
 """
 
 import contextlib
-import csv
 import errno
 import fcntl
 import hashlib
+import json
 import math
 import os
 import pty
 import random
 import re
+import shlex
 import signal
 import struct
 import termios
@@ -23,7 +24,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, flags, run, start
+from conftest import ROOT, TINY, flags, log_rows, run, run_folder, start
 from test_evaluation import make_model, nats_of
 from test_interrupts import wait_for
 
@@ -60,72 +61,74 @@ def trained(tmp_path_factory):
 
 
 def rows_of(path):
-    return list(csv.DictReader(path.open()))
+    """The rows of a log, as dicts."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def written(**values):
-    """The line of a log that has these values and no others."""
-    return ",".join(str(values.get(name, "")) for name in main.LOG_COLUMNS)
+def iterations_of(path):
+    return [row["iteration"] for _, row in main.read_log(path)]
 
 
-def train_row(iteration, loss=1):
-    return written(iteration=iteration, split="train", loss=loss)
+def row_of(iteration, split="train", **values):
+    """The line of a log."""
+    return json.dumps({"iteration": iteration, "split": split} | values)
 
 
-HEADER = ",".join(main.LOG_COLUMNS)
+def run_at(folder, iteration, scores=(), **values):
+    """A run without a model, which has come to an iteration."""
+    given = flags(save_dir=folder.parent, context_size=8, **values)
+    batches = Namespace(batch_size=4)
+    dataset = Namespace(train=None, valid=Namespace(tokens=range(20), num_bytes=40))
+    trained = main.Run(folder.name, folder, given, dataset, None, None, batches)
+    trained.iteration = iteration
+    trained.scores = [*scores]
+    return trained
 
 
 # ---- Logs ---------------------------------------------------------------------------------------
+
+
 def test_log(trained):
-    record = main.list_checkpoints(trained)[0]
-    rows = rows_of(trained / f"{record['run']}.csv")
-    assert list(rows[0])[: len(main.LOG_COLUMNS)] == main.LOG_COLUMNS
+    checkpoint = main.list_checkpoints(trained)[0]
+    rows = rows_of(checkpoint.folder / "log.jsonl")
     expected = []
     for iteration in range(10, 61, 10):
         expected.append(("train", iteration))
         if iteration % 20 == 0:
             expected.append(("valid", iteration))
-    assert [(row["split"], int(row["iteration"])) for row in rows] == expected
+    assert [(row["split"], row["iteration"]) for row in rows] == expected
     scores = {}
     for row in rows:
         if row["split"] == "valid":
-            scores[int(row["iteration"])] = float(row["loss"])
-    assert scores == pytest.approx(dict(record["scores"]), rel=1e-5)
+            scores[row["iteration"]] = row["loss"]
+    assert scores == pytest.approx(dict(checkpoint.scores), rel=1e-5)
     for row in rows:
-        assert int(row["tokens"]) == int(row["iteration"]) * 4 * 32
-        bits = float(row["loss"]) / np.log(2)
-        assert float(row["bits_per_byte"]) == pytest.approx(bits, rel=0.01)  # some are <eos>
-    seconds = [float(row["seconds"]) for row in rows]
+        assert row["tokens_seen"] == row["iteration"] * 4 * 32
+        bits = row["loss"] / np.log(2)
+        assert row["bits_per_byte"] == pytest.approx(bits, rel=0.01)  # some are <eos>
+    seconds = [row["seconds"] for row in rows]
     assert seconds == sorted(seconds)
-    assert seconds[-1] == pytest.approx(record["seconds"], rel=1e-5)
+    assert seconds[-1] == pytest.approx(checkpoint.seconds, rel=1e-5)
+
+
+def test_log_says_how_a_step_went(trained):
+    checkpoint = main.list_checkpoints(trained)[0]
+    for row in rows_of(checkpoint.folder / "log.jsonl"):
+        if row["split"] == "train":
+            rate = main.learning_rate_at(row["iteration"] - 1, main.settle({}, checkpoint.flags))
+            assert row["learning_rate"] == pytest.approx(rate)
+            assert row["gradient_norm"] > 0
+            assert row["tokens_per_second"] > 0
+            assert row["peak_mib"] > 0
 
 
 def test_log_counts_the_tokens_of_batches_as_they_were(tmp_path, text):
     line = ["--text", text, *TINY, "--steps_per_report", 2, "--save_dir", tmp_path]
     run(*line, "--num_iters", 2)
-    run(*line, "--num_iters", 4, "--batch_size", 2)
-    rows = rows_of(next(tmp_path.glob("*.csv")))
-    assert [int(row["tokens"]) for row in rows] == [2 * 4 * 8, 2 * 4 * 8 + 2 * 2 * 8]
-
-
-def test_a_log_is_written_anew_under_the_lock(tmp_path, monkeypatch):
-    """Else another process that cleans the folder would take it for what a killed save left."""
-    replace = main.Path.replace
-    tries = []
-
-    def watched(new, path):
-        descriptor = os.open(tmp_path, os.O_RDONLY)  # as a second process would
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(descriptor)
-        assert new.name == "run.csv.new"
-        tries.append(path)
-        return replace(new, path)
-
-    monkeypatch.setattr(main.Path, "replace", watched)
-    main.LogTable(tmp_path / "run.csv", 0, False)
-    assert tries
-    assert (tmp_path / "run.csv").read_text().strip() == HEADER
+    changed = ["--identifier", "latest", "--batch_size", 2, "--num_iters", 4]
+    run(*changed, "--save_dir", tmp_path)
+    counts = [row["tokens_seen"] for row in log_rows(tmp_path)]
+    assert counts == [2 * 4 * 8, 2 * 4 * 8 + 2 * 2 * 8]
 
 
 def test_log_of_a_run_that_is_killed(tmp_path, text):
@@ -140,22 +143,22 @@ def test_log_of_a_run_that_is_killed(tmp_path, text):
         time.sleep(chance.uniform(0, 0.3))
         process.send_signal(chance.choice([signal.SIGKILL, signal.SIGINT]))
         process.communicate(timeout=120)
-    num_iters = main.list_checkpoints(tmp_path / "killed")[0]["iteration"] + 15
+    num_iters = main.list_checkpoints(tmp_path / "killed")[0].iteration + 15
     logs = []
     for name in ("killed", "whole"):
         run(*line, "--save_dir", tmp_path / name, "--num_iters", num_iters)
-        [log] = (tmp_path / name).glob("*.csv")
-        logs.append([])
-        for row in rows_of(log):
-            logs[-1].append((row["iteration"], row["split"], row["loss"], row["gradient_norm"]))
+        rows = []
+        for row in log_rows(tmp_path / name):
+            rows.append((row["iteration"], row["split"], row["loss"], row.get("gradient_norm")))
+        logs.append(rows)
     assert logs[0] == logs[1]
     assert len(logs[0]) >= num_iters // 4
-    assert not list((tmp_path / "killed").glob("*.new"))
+    assert not list((tmp_path / "killed").glob("**/.*.new"))
 
 
 def test_a_log_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
-    path = tmp_path / "run.csv"
-    content = HEADER + "\n" + train_row(10) + "\n"
+    path = tmp_path / "log.jsonl"
+    content = row_of(10) + "\n"
     path.write_text(content)
 
     def failing(path):
@@ -163,41 +166,69 @@ def test_a_log_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(main, "read_log", failing)
-        log = main.LogTable(path, 20, False)
-        # Of a new column, for which it would be rewritten.
-        log.append({"iteration": 20, "split": "train", "mine": 1})
-        assert path.read_text() == content
+        log = main.Log(run_at(tmp_path, 0))
+    assert path.read_text() == content
     log.append({"iteration": 30, "split": "train", "loss": 0.5})
-    assert path.read_text() == content + train_row(30, 0.5) + "\n"
+    assert path.read_text() == content + row_of(30, loss=0.5) + "\n"
 
 
-def test_a_log_that_cannot_be_rewritten_keeps_its_columns(tmp_path, monkeypatch):
-    """What is written to it later can be read."""
-    path = tmp_path / "run.csv"
-    log = main.LogTable(path, 0, False)
+@pytest.mark.parametrize("before", ["", row_of(10) + "\n"], ids=["new", "resumed"])
+def test_a_row_that_cannot_be_written_costs_itself_alone(before, tmp_path, monkeypatch):
+    """Of the one for which the disk has no room left, a part may be in the file."""
+    path = tmp_path / "log.jsonl"
+    if before:
+        path.write_text(before)
+    log = main.Log(run_at(tmp_path, 10))
 
-    def failing(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class Full:
+        """A file on a disk that has room for three bytes."""
+
+        def __init__(self, *arguments, **options):
+            self.file = open(*arguments, **options)
+
+        def write(self, line):
+            self.file.write(line[:3])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
 
     with monkeypatch.context() as patch:
-        patch.setattr(main.Path, "replace", failing)
-        log.append({"iteration": 10, "split": "train", "mine": 1})
-    log.append({"iteration": 20, "split": "train", "loss": 0.5})
-    log.append({"iteration": 30, "split": "train", "mine": 1})
-    assert [row["iteration"] for row in main.read_log(path)] == ["20", "30"]
-    assert [row.get("mine") for row in main.read_log(path)] == ["", "1"]
+        patch.setattr(main, "open", Full, raising=False)
+        log.append({"iteration": 20, "split": "train"})
+    log.append({"iteration": 30, "split": "train"})
+    assert path.read_text() == before + row_of(30) + "\n"
 
 
+def test_a_log_that_is_a_link_is_not_followed(tmp_path):
+    """A folder from a stranger could name any file of the user's."""
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine\n")
+    folder = tmp_path / "text-0a1b2c"
+    folder.mkdir()
+    (folder / "log.jsonl").symlink_to(precious)
+    log = main.Log(run_at(folder, 10))
+    log.append({"iteration": 20, "split": "train"})
+    assert precious.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("error_number", [errno.EIO, errno.EPIPE, errno.ENOSPC])
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_an_input_output_error_of_stdout(tmp_path, is_terminal):
-    """A closed terminal is nobody's loss; of a file the caller learns."""
+def test_an_error_of_stdout_ends_no_run(tmp_path, is_terminal, error_number):
+    """Nothing is written to a closed terminal or pipe again; a full disk may recover."""
 
     class Failing:
         def __init__(self):
             self.file = open(tmp_path / "out", "w", encoding="utf-8")
 
         def write(self, text):
-            raise OSError(errno.EIO, "Input/output error")
+            raise OSError(error_number, os.strerror(error_number))
 
         def isatty(self):
             return is_terminal
@@ -205,88 +236,109 @@ def test_an_input_output_error_of_stdout(tmp_path, is_terminal):
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    stream = main.Lasting(Failing())
+    failing = Failing()
+    stream = main.UnbreakableStream(failing)
     stream.write("text")
-    assert (stream.lost is None) == is_terminal
+    stream.flush()
+    is_null = os.path.samestat(os.fstat(failing.file.fileno()), os.stat(os.devnull))
+    is_closed = error_number == errno.EPIPE or (is_terminal and error_number == errno.EIO)
+    assert is_null == is_closed
 
 
 def test_a_score_that_was_not_saved_is_logged_once(tmp_path):
-    path = tmp_path / "run.csv"
-    for scored, expected in ((True, ["10", "10"]), (False, ["10"])):
-        lines = [
-            HEADER,
-            train_row(10),
-            written(iteration=10, split="valid", loss=1),
-            train_row(20),
-            "20,va",
-        ]
-        # Damaged at its end, which is no reason to stop a run.
-        path.write_bytes("\n".join(lines).encode() + b"\xff")
-        log = main.LogTable(path, 10, scored)
-        assert [row["iteration"] for row in rows_of(path)] == expected
-        given = {"iteration": 11, "split": "train", "tokens": 5, "seconds": 0.25}
+    path = tmp_path / "log.jsonl"
+    lines = [row_of(10), row_of(10, "valid", loss=1.0), row_of(20), '{"iteration": 20, "sp']
+    content = "\n".join(lines).encode() + b"\xff"  # damaged at its end: no reason to stop a run
+    for scores, kept in (([[10, 1.0]], lines[:2]), ([], lines[:1])):
+        path.write_bytes(content)
+        log = main.Log(run_at(tmp_path, 10, scores))
+        assert path.read_text().splitlines() == kept
+        given = {"iteration": 11, "split": "train", "tokens_seen": 5, "seconds": 0.25}
         log.append(given | {"loss": 1 / 3})
-        assert path.read_text().splitlines()[-1] == written(**given, loss="0.333333")
+        assert rows_of(path)[-1] == given | {"loss": 0.333333}
+
+
+def test_what_a_kill_has_cut_off_is_not_continued(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(row_of(10) + "\n" + row_of(20)[:12])
+    log = main.Log(run_at(tmp_path, 20))
+    log.append({"iteration": 20, "split": "train"})
+    assert path.read_text() == row_of(10) + "\n" + row_of(20) + "\n"
 
 
 @pytest.mark.parametrize("damage", [
-    "²,train,",
-    '15,"train,1,,,,,,,',
-    "15,train",
-    train_row(15) + ",,,,",  # more than the columns
-    "",
-    "\0,,,,,,,,,",
-    "\x1c15,train,",
-])  # fmt: skip
+    b"",
+    b"\0",
+    b"\xff",
+    b'{"iteration": 15, "spl',
+    b'{"iteration": 15}',
+    b'{"iteration": 15, "split": "other"}',
+    b'{"iteration": "15", "split": "train"}',
+    b'{"iteration": 1e3, "split": "train"}',
+    b'{"iteration": true, "split": "train"}',
+    b'[15, "train"]',
+    b"15",
+    b"null",
+    b"[" * 100_000,
+    b'{"iteration": 15, "split": "train"}\x1c{',
+], ids=range(14))  # fmt: skip
 def test_a_damaged_row_costs_itself_alone(tmp_path, damage):
-    path = tmp_path / "run.csv"
-    lines = [
-        HEADER,
-        train_row(10),
-        damage,
-        train_row(20),
-        train_row(30),
-    ]
-    path.write_text("\n".join(lines) + "\n")
-    main.LogTable(path, 20, False)
-    assert [row["iteration"] for row in rows_of(path)] == ["10", "20"]
+    path = tmp_path / "log.jsonl"
+    lines = [row_of(10).encode(), damage, row_of(20).encode(), row_of(30).encode()]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    assert iterations_of(path) == [10, 20, 30]
+    main.Log(run_at(tmp_path, 20))
+    assert iterations_of(path) == [10, 20]
 
 
 def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path, capsys):
-    """Its name is one that neither LOG_COLUMNS nor FORMATS knows.
-
-    Rows before it stay, and so does its column when a run resumes.
-    """
-    given = flags(save_dir=tmp_path, num_iters=40, context_size=8)
-    trained = main.Run("text-0a1b2c", given, None, None, None, Namespace(batch_size=4))
-    metrics = {"loss": 2.0, "learning_rate": 0.1, "tokens_per_second": 64.0}
+    """Its name is one that FORMATS does not know."""
+    trained = run_at(tmp_path, 0, num_iters=40, steps_per_report=10)
+    metrics = {"loss": 2.0, "learning_rate": 0.1}
     reporter = main.Reporter(trained)
-    reporter.report_steps(10, metrics)
-    reporter.report_steps(20, metrics | {"my_metric": 12.3456})
-    reporter.report_steps(30, metrics | {"my_metric": 1 / 3})
+
+    def take_steps(**more):
+        for _ in range(10):
+            main.count_step(trained, 2.0, 32, 0.5, is_first=False)
+            reporter.report_step(trained, metrics | more)
+
+    take_steps()
+    take_steps(my_metric=12.3456)
+    take_steps(my_metric=1 / 3)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("10/40  loss 2.0000  perplexity 7.39  lr 1.00e-01  64 tokens/s")
+    assert lines[0].startswith("10/40  loss 2.0000  perplexity 7.39  lr 1.00e-01")
+    assert "  64 tokens/s" in lines[0]
+    assert lines[0].endswith("  left 00:15")
     shown = [re.findall(r"my_metric (\S+)", line) for line in lines]
     assert shown == [[], ["12.35"], ["0.3333"]]
 
-    path = tmp_path / "text-0a1b2c.csv"
-    rows = rows_of(path)
-    columns = list(rows[0])
-    assert columns[: len(main.LOG_COLUMNS)] == main.LOG_COLUMNS
-    assert "my_metric" in columns[len(main.LOG_COLUMNS) :]
-    assert [row["my_metric"] for row in rows] == ["", "12.3456", "0.333333"]
-    assert [row["iteration"] for row in rows] == ["10", "20", "30"]
+    rows = rows_of(tmp_path / "log.jsonl")
+    assert [row.get("my_metric") for row in rows] == [None, 12.3456, 0.333333]
+    assert [row["iteration"] for row in rows] == [10, 20, 30]
+    assert [row["tokens_seen"] for row in rows] == [320, 640, 960]
     for row in rows:
         assert row["split"] == "train"
-        assert row["loss"] == "2"
-        assert row["learning_rate"] == "0.1"
-        assert row["tokens_per_second"] == "64"
-        for name in ("bits_per_byte", "gradient_norm", "tokens", "seconds"):
-            assert row[name] == "", "it was not given"
+        assert row["loss"] == 2
+        assert row["learning_rate"] == 0.1
+        assert row["tokens_per_second"] == 64
+        assert "bits_per_byte" not in row, "it was not given"
 
-    trained.iteration = 20
-    main.Reporter(trained).report_steps(30, metrics | {"my_metric": 0.5})
-    assert rows_of(path) == [*rows[:2], rows[2] | {"my_metric": "0.5"}]
+
+def test_a_report_is_the_mean_since_the_last_one(tmp_path):
+    trained = run_at(tmp_path, 0, num_iters=40, steps_per_report=2)
+    reporter = main.Reporter(trained)
+    for loss in (1.0, 2.0, 3.0, 5.0):
+        main.count_step(trained, loss, 32, 0.5, is_first=False)
+        reporter.report_step(trained, {"loss": loss})
+    assert [row["loss"] for row in rows_of(tmp_path / "log.jsonl")] == [1.5, 4]
+
+
+def test_the_first_step_of_a_session_is_not_timed(tmp_path):
+    """It compiles; what it reports as tokens per second counts it nevertheless."""
+    trained = run_at(tmp_path, 0, num_iters=40)
+    main.count_step(trained, 1.0, 32, 60.0, is_first=True)
+    main.count_step(trained, 1.0, 32, 0.5, is_first=False)
+    assert (trained.seconds, trained.recent_seconds) == (0.5, 60.5)
 
 
 @pytest.mark.parametrize("columns", [100, 0])
@@ -313,18 +365,85 @@ def test_the_progress_bar_fits_100_columns(tmp_path, text, columns):
 
 
 def test_what_a_checkpoint_was_made_by(trained):
-    record = main.list_checkpoints(trained)[0]
-    assert record["command"][1:3] == ["--text", str(trained.parent / "text.txt")]
-    assert "--seed" in record["command"]
+    checkpoint = main.list_checkpoints(trained)[0]
+    assert checkpoint.command[1:3] == ["--text", str(trained.parent / "text.txt")]
+    assert "--seed" in checkpoint.command
     for name in ("main.py", "datasets.py", "extras/fast.py", "extras/ranks.py"):
-        assert record["sources"][name] == hashlib.sha1((ROOT / name).read_bytes()).hexdigest()
+        sha1 = hashlib.sha1((ROOT / name).read_bytes()).hexdigest()
+        assert checkpoint.sources[name] == sha1
+
+
+# ---- The screen ---------------------------------------------------------------------------------
+
+
+def pasted(out, wanted):
+    """The arguments of the command that a line of the output names after `wanted`."""
+    [line] = [line for line in out.splitlines() if wanted in line]
+    _, _, typed = line.partition(wanted)
+    program, script, *arguments = shlex.split(typed)
+    assert (program, script) == ("python", "main.py")
+    return arguments
+
+
+def test_start_screen(tmp_path, text):
+    out, _ = run("--text", text, *TINY, "--num_iters", 2, "--save_dir", tmp_path / "lm")
+    folder = run_folder(tmp_path / "lm")
+    lines = out.splitlines()
+    assert lines[0] == f"run      {folder.name}, from iteration 0 to 2, seed 42"
+    assert lines[1].endswith("2 blocks, dim 16, 2 heads (2 key/value heads), relu2 64, context 8")
+    assert "257-byte vocabulary" in lines[2]
+    assert lines[3].startswith("steps    4 x 8 tokens, ")
+    assert lines[4].startswith("machine  cpu, ")
+    assert f"MLX {mx.__version__}, matmuls: " in lines[4]
+    assert lines[5].startswith(f"files    {folder}, ")
+
+
+def test_what_the_screen_names_works_when_pasted(tmp_path, text):
+    save_dir = tmp_path / "my friend's runs"
+    line = ["--text", text, *TINY, "--num_iters", 4, "--save_dir", save_dir]
+    out, _ = run(*line)
+    name = run_folder(save_dir).name
+    assert "Run complete (4/4)." in out
+    sampling = pasted(out, "To sample: ")
+    assert sampling == ["--identifier", name, "--save_dir", str(save_dir), "--inference"]
+    reply, _ = run(*sampling, input="line\n")
+    assert reply.strip()
+    extending = pasted(out, "To train on: ")
+    out, _ = run(*extending)
+    assert "resumed  with --num_iters 4 -> 8" in out
+    assert "Run complete (8/8)." in out
+
+    out, _ = run(*line, "--learning_rate", 0.5)
+    [notice] = [line for line in out.splitlines() if line.startswith("A new run: ")]
+    assert f"{name}, saved last, has --learning_rate 0.0003, not 0.5" in notice
+    out, _ = run(*pasted(out, "It goes on with: "))
+    assert f"{name}, from iteration 8 to 8" in out
+
+
+def test_a_run_that_diverges_names_the_checkpoint_before(tmp_path, text):
+    line = ["--text", text, *TINY, "--steps_per_save", 2, "--save_dir", tmp_path]
+    run(*line, "--num_iters", 6, "--keep", 9)
+    newest = main.list_checkpoints(tmp_path)[0].id
+    raised = ["--identifier", "latest", "--num_iters", 40, "--learning_rate", 1e30]
+    raised += ["--grad_clip", 0, "--lr_warmup", 0, "--save_dir", tmp_path]
+    _, err = run(*raised, status=1)
+    assert err.count("\n") == 1
+    _, _, typed = err.partition("go back with python main.py ")
+    arguments = shlex.split(typed.partition(" (or")[0])
+    assert arguments[:2] == ["--identifier", newest[:12]]
+    lower = [*arguments[:-1], "0.001"]  # a third of 1e30 is no better
+    out, _ = run(*lower, "--num_iters", 7)
+    assert "from iteration 6 to 7" in out
 
 
 # ---- Mistakes -----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("typed, words", [
     (["--evaluate", "valid", "--eval_stride", 33], "at most 32"),
     (["--prompt", "x", "--identifier", "latest", "best"], "--identifier takes one name"),
 ])  # fmt: skip
 def test_mistakes(trained, typed, words):
-    err = run(*typed, "--save_dir", trained, status=2, cwd=trained.parent)[1]
-    assert words in err.splitlines()[-1] and "Traceback" not in err
+    _, err = run(*typed, "--save_dir", trained, status=2, cwd=trained.parent)
+    [line] = err.splitlines()
+    assert words in line
