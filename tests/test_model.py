@@ -434,7 +434,7 @@ def test_masks_are_independent():
 # Configuration
 
 
-# What does not fit: heads of dimension 22 / 4, heads of 5, which cannot be rotated in pairs, and key
+# What does not fit: heads of dimension 22 / 4, heads of 5, which cannot be rotated in pairs, and
 # and value heads that cannot be shared equally; the number that is proposed fits.
 MISFITS = [
     (dict(dim=22), ["dim 22", "num_heads 4"], dict(dim=24)),
