@@ -1,16 +1,19 @@
 """What is quick on a CPU, against the plain functions of main.py and against NumPy in float64."""
 
-import csv
+import ast
 import ctypes
+import hashlib
 import importlib.util
 import inspect
 import itertools
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import main
@@ -18,22 +21,11 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, flags, nats_of, run
+from conftest import DATASETS, MAIN, ROOT, TINY, flags, ids, log_rows, nats_of, run
 from mlx.utils import tree_flatten, tree_unflatten
 
 from extras import fast
 
-DROP_INS = [
-    "attend",
-    "relu2",
-    "cross_entropy",
-    "over_streams",
-    "add_up",
-    "clip_grad_norm",
-    "spread",
-    "has_bfloat16",
-    "use_bfloat16",
-]
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}  # key and value heads for 4 query heads
 
 
@@ -76,13 +68,156 @@ def assert_near(found, expected, tolerance):
         assert abs(ours - theirs).max() <= tolerance * abs(theirs).max(), name
 
 
-@pytest.mark.parametrize("name", DROP_INS)
+# ---- Which of two functions runs ----------------------------------------------------------------
+
+
+def decorated_functions():
+    """The names of the functions in main.py that have @fast_version."""
+    names = []
+    for node in ast.parse(Path(MAIN).read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            decorators = [ast.unparse(each) for each in node.decorator_list]
+            if "fast_version" in decorators:
+                names.append(node.name)
+    return names
+
+
+@pytest.mark.parametrize("name", decorated_functions())
+def test_it_stands_for_the_plain_function_as_it_is_now(name, plain):
+    source = inspect.getsource(getattr(plain, name))
+    sha1 = hashlib.sha1(source.encode()).hexdigest()
+    assert fast.STANDS_FOR.get(name) == sha1, (
+        f"{name} in main.py has changed, so that main.py no longer uses the quick one: compare it "
+        f"with {name} in extras/fast.py, change that accordingly, and then enter "
+        f'"{name}": "{sha1}" in STANDS_FOR'
+    )
+
+
+def test_it_stands_for_nothing_else():
+    assert sorted(fast.STANDS_FOR) == sorted(decorated_functions())
+    assert main.EDITED == []
+
+
+@pytest.mark.parametrize("name", fast.STANDS_FOR)
 def test_the_program_uses_it_and_it_takes_the_same_arguments(name, plain):
     quick = getattr(fast, name)
     slow = getattr(plain, name)
     assert getattr(main, name) is quick
     assert slow.__module__ == "plain_main"
     assert str(inspect.signature(quick)) == str(inspect.signature(slow))
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A folder with a copy of the program, to edit."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    shutil.copy(MAIN, folder)
+    shutil.copy(DATASETS, folder)
+    shutil.copytree(ROOT / "extras", folder / "extras")
+    return folder
+
+
+def edit(folder, old, new):
+    """Replaces the only `old` in the copy of main.py."""
+    path = folder / "main.py"
+    source = path.read_text()
+    assert source.count(old) == 1, old
+    path.write_text(source.replace(old, new))
+
+
+def train_copy(folder, text, save_dir, *more, **env):
+    """The start screen of some steps of the program in a folder, and their rows in the log."""
+    line = ["--text", text, *TINY, "--num_iters", 3, "--steps_per_report", 1]
+    line += ["--lr_warmup", 0, "--learning_rate", 0.01, "--save_dir", save_dir, *more]
+    # With an option it is a Python of its own: a server would not read the file again.
+    out, _ = run(*line, program=["-B", folder / "main.py"], env=env)
+    return out, log_rows(save_dir, "train")
+
+
+def kernels(out):
+    """What the start screen says about kernels."""
+    [line] = re.findall("^machine .*$", out, re.MULTILINE)
+    _, _, named = line.partition("kernels: ")
+    return named
+
+
+# {function: (the last line of its source, another one)}
+EDITS = {
+    "attend": (
+        "    return mx.fast.scaled_dot_product_attention("
+        'queries, keys, values, scale=scale, mask="causal")\n',
+        "    return mx.zeros_like(queries)\n",
+    ),
+    "relu2": ("    return mx.square(nn.relu(x))\n", "    return mx.zeros_like(x)\n"),
+    "cross_entropy": (
+        "    return (losses * weights).sum()\n",
+        "    return 2 * (losses * weights).sum()\n",
+    ),
+    "clip_grad_norm": (
+        "    return optim.clip_grad_norm(gradients, limit)\n",
+        "    return optim.clip_grad_norm(gradients, limit / 1000)[0], mx.array(7.0)\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_function_takes_effect_at_once(name, copy, text, tmp_path):
+    out, before = train_copy(copy, text, tmp_path / "before")
+    assert kernels(out) == "extras/fast.py"
+    edit(copy, *EDITS[name])
+    out, after = train_copy(copy, text, tmp_path / "after")
+    assert kernels(out) == f"extras/fast.py, but main.py's own, edited {name}"
+    # The matrices that write into the residual stream are 0 at first: the first loss is that of
+    # the embeddings alone, whatever attention and activation are.
+    doubled = 2 if name == "cross_entropy" else 1
+    assert after[0]["loss"] == pytest.approx(doubled * before[0]["loss"], rel=1e-5)
+    norms_before = [row["gradient_norm"] for row in before]
+    norms_after = [row["gradient_norm"] for row in after]
+    assert norms_after != pytest.approx(norms_before, rel=1e-4)
+    if name == "clip_grad_norm":
+        assert norms_after == [7, 7, 7]
+
+
+def test_two_edited_functions_are_both_named(copy, text, tmp_path):
+    edit(copy, *EDITS["relu2"])
+    edit(copy, *EDITS["attend"])
+    out, _ = train_copy(copy, text, tmp_path / "lm")
+    assert kernels(out) == "extras/fast.py, but main.py's own, edited attend, relu2"
+
+
+def test_an_edit_of_anything_else_changes_nothing(copy, text, tmp_path):
+    _, before = train_copy(copy, text, tmp_path / "before")
+    edit(copy, "# ---- Model ---", "# A remark\n# of two lines.\n\n# ---- Model ---")
+    edit(copy, "# ---- Loss and optimizer ---", "# Another one.\n\n# ---- Loss and optimizer ---")
+    edit(copy, "    return nats / count\n", "    # The mean.\n    return nats / count\n")
+    out, after = train_copy(copy, text, tmp_path / "after")
+    assert kernels(out) == "extras/fast.py"
+    assert [row["loss"] for row in after] == [row["loss"] for row in before]
+    code = "import main; print(main.EDITED)"
+    assert run(program=["-c", code], cwd=copy)[0] == "[]\n"
+
+
+def test_a_resumed_run_says_that_a_function_was_edited(copy, text, tmp_path):
+    train_copy(copy, text, tmp_path / "lm")
+    edit(copy, *EDITS["relu2"])
+    out, _ = train_copy(copy, text, tmp_path / "lm", "--num_iters", 4)
+    assert "edited: main.py" in out
+    assert "kernels extras/fast.py -> extras/fast.py, but main.py's own, edited relu2" in out
+
+
+def test_disable_fast(copy, text, tmp_path):
+    """The plain program, to the bit, although extras/fast.py is there."""
+    out, disabled = train_copy(copy, text, tmp_path / "disabled", DISABLE_FAST="1")
+    assert kernels(out) == "main.py"
+    assert "matmuls: MLX's own BLAS" in out
+    (copy / "extras" / "fast.py").unlink()
+    out, without = train_copy(copy, text, tmp_path / "without")
+    assert kernels(out) == "main.py"
+    assert [row["loss"] for row in disabled] == [row["loss"] for row in without]
+    ids_disabled = ids(tmp_path / "disabled")
+    assert len(ids_disabled) == 1
+    assert ids_disabled == ids(tmp_path / "without")
 
 
 # ---- Attention ----------------------------------------------------------------------------------
@@ -341,7 +476,14 @@ def test_each_row_is_in_one_share(rows, streams, set_streams):
     set_streams(streams)
     tokens = mx.arange(rows * 7).reshape(rows, 7)
     keys = mx.arange(rows * 2).reshape(rows, 2)
-    shares = main.over_streams(lambda *arrays: arrays, tokens, keys)
+    shares = []
+
+    def sums(*arrays):
+        shares.append(arrays)
+        return [array.sum() for array in arrays]
+
+    totals = main.over_streams(sums, tokens, keys)
+    assert [total.item() for total in totals] == [tokens.sum().item(), keys.sum().item()]
     assert len(shares) == min(rows, streams)
     for i, array in enumerate((tokens, keys)):
         parts = [share[i] for share in shares]
@@ -375,7 +517,7 @@ def test_the_sum_of_all_shares(streams, compiled, set_streams, plain):
             def loss_and_gradients(rows):
                 return mx.value_and_grad(loss)(weights, rows)
 
-            return program.add_up(program.over_streams(loss_and_gradients, numbers))
+            return program.over_streams(loss_and_gradients, numbers)
 
         results.append(compiled_if(compiled, summed)(weights, numbers))
     assert_near(*results, 0)
@@ -417,11 +559,10 @@ def test_two_steps_of_a_spread_optimizer_equal_the_plain_one_to_the_bit(
     set_streams(streams)
     fast.use_streams(12, 8)
     optimizer_class, options = OPTIMIZERS[name]
-    assert plain.spread(optimizer_class) is optimizer_class
     results = []
     for program in (main, plain):
-        optimizer = program.spread(optimizer_class)(**options)
-        assert isinstance(optimizer, optimizer_class)
+        optimizer = optimizer_class(**options)
+        assert program.spread(optimizer) is optimizer
         weights = small_weights()
         optimizer.init(weights)
         state = [optimizer.state]
@@ -448,11 +589,19 @@ def test_the_work_of_an_optimizer_is_spread(set_streams):
     set_streams(2)
     fast.use_streams(12, 8)
     weights = small_weights()
-    optimizer = main.spread(optim.SGD)(0.1)
+    load = Counter()  # elements of each stream
+
+    class Recorder(optim.SGD):
+        def apply_single(self, gradient, parameter, state):
+            load[str(mx.default_stream(mx.cpu))] += parameter.size
+            return super().apply_single(gradient, parameter, state)
+
+    optimizer = main.spread(Recorder(0.1))
     optimizer.apply_gradients(weights, weights)
     sizes = [weight.size for weight in weights.values()]
-    assert sum(optimizer.load) == sum(sizes)
-    assert max(optimizer.load) - min(optimizer.load) <= max(sizes)
+    assert len(load) == 2
+    assert sum(load.values()) == sum(sizes)
+    assert max(load.values()) - min(load.values()) <= max(sizes)
 
 
 # ---- Training steps -----------------------------------------------------------------------------
@@ -460,7 +609,7 @@ def test_the_work_of_an_optimizer_is_spread(set_streams):
 
 def steps(program, count=6, **values):
     """The losses and gradient norms of some training steps, and the weights after them."""
-    given = flags(learning_rate=0.01, batch_size=12, **values)
+    given = flags(learning_rate=0.01, batch_size=12, dropout=0.2, **values)
     shape = dict(vocab_size=11, context_size=6, dim=8, num_heads=2, num_kv_heads=1, mlp_dim=12)
     model = program.LanguageModel(program.Config(num_blocks=2, mlp="swiglu", **shape))
     random = np.random.default_rng(0)
@@ -474,8 +623,8 @@ def steps(program, count=6, **values):
     losses = []
     for i in range(count):
         tokens = np.random.default_rng([7, i]).integers(11, size=(12, 7))
-        noise = program.make_noise(i, 12, flags(dropout=0.2))
-        loss, norm = step(mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), *noise)
+        dropout = program.draw_dropout(i, 12, given)
+        loss, norm = step(mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), *dropout)
         mx.eval(loss, norm, model.state, optimizer.state)
         losses.append([loss.item(), norm.item()])
     after = {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
@@ -549,7 +698,7 @@ for a, b in pairs:
     assert np.abs(product - expected).max() < 1e-3
     total = np.array(mx.addmm(mx.ones(product.shape), a, b, alpha=0.5))
     assert np.abs(total - 0.5 * expected - 1).max() < 1e-3
-print(main.BLAS)
+print(main.fast.BLAS)
 """
 
 
@@ -562,21 +711,21 @@ def blas_of(**env):
 
 
 def test_matrix_products_are_right(tmp_path):
-    assert blas_of() == main.BLAS != ""
-    assert blas_of(XDG_CACHE_HOME=str(tmp_path)) == main.BLAS, "the forwarder is compiled anew"
+    assert blas_of() == fast.BLAS != ""
+    assert blas_of(XDG_CACHE_HOME=str(tmp_path)) == fast.BLAS, "the forwarder is compiled anew"
 
 
-@pytest.mark.skipif(main.fast.forwarder is None, reason="there is no forwarder")
+@pytest.mark.skipif(fast.forwarder is None, reason="there is no forwarder")
 def test_after_mlx_it_is_too_late():
     """And it is not said that the fast BLAS is used."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    code = "import mlx.core, main; print(main.BLAS, main.has_bfloat16())"
+    code = "import mlx.core, main; print(main.fast.BLAS, main.fast.has_bfloat16())"
     command = [sys.executable, "-c", code]
     process = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert process.stdout == "reference BLAS False\n"
 
 
-@pytest.mark.skipif(main.fast.forwarder is None, reason="there is no forwarder")
+@pytest.mark.skipif(fast.forwarder is None, reason="there is no forwarder")
 @pytest.mark.parametrize("m, n, k", [(3, 5, 7), (1, 9, 40), (40, 9, 1), (64, 70, 90)])
 @pytest.mark.parametrize("transposed", [*itertools.product([False, True], repeat=2)])
 def test_products_by_columns(m, n, k, transposed):
@@ -598,7 +747,7 @@ def test_products_by_columns(m, n, k, transposed):
     b_name, b_stored = stored(b, transposed[1])
     product = np.zeros((n, m), np.float32)  # [m, n] by columns
     by_columns = 102
-    main.fast.forwarder.cblas_sgemm(
+    fast.forwarder.cblas_sgemm(
         by_columns,
         a_name,
         b_name,
@@ -617,14 +766,14 @@ def test_products_by_columns(m, n, k, transposed):
     np.testing.assert_allclose(product.T, a @ b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(main.fast.forwarder is None, reason="there is no forwarder")
+@pytest.mark.skipif(fast.forwarder is None, reason="there is no forwarder")
 def test_what_is_compiled_needs_no_compiler(tmp_path):
     (tmp_path / "bin").mkdir()
     for env in ({}, {"PATH": str(tmp_path / "bin")}):
-        assert blas_of(XDG_CACHE_HOME=str(tmp_path), **env) == main.BLAS
+        assert blas_of(XDG_CACHE_HOME=str(tmp_path), **env) == fast.BLAS
 
 
-@pytest.mark.skipif(not main.BLAS.startswith("oneDNN"), reason="oneDNN is for Linux on x86-64")
+@pytest.mark.skipif(not fast.BLAS.startswith("oneDNN"), reason="oneDNN is for Linux on x86-64")
 def test_matrix_products_without_onednn():
     assert blas_of(NO_ONEDNN="1").startswith("NumPy's OpenBLAS (")
 
@@ -660,10 +809,10 @@ esac
     script.chmod(0o755)
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     env = {"PATH": path, "XDG_CACHE_HOME": str(tmp_path)}
-    assert blas_of(**env) == main.BLAS
+    assert blas_of(**env) == fast.BLAS
     [library] = tmp_path.glob("*/blas-*")
     library.write_bytes(b"junk")
-    assert blas_of(**env) == main.BLAS
+    assert blas_of(**env) == fast.BLAS
     assert list(tmp_path.glob("*/blas-*")) == [library]
     assert library.stat().st_size > 1000
 
@@ -696,11 +845,10 @@ def test_what_macos_lacks_is_not_needed(tmp_path, text):
     options = {"program": ["-c", AS_ON_MACOS], "env": {"PYTHONPATH": str(ROOT)}}
     run(*line, "--save_dir", tmp_path / "linux")
     out, _ = run(*line, "--save_dir", tmp_path / "macos", **options)
-    assert "by Accelerate" in out
+    assert "matmuls: Accelerate" in out
     losses = []
     for folder in ("linux", "macos"):
-        [log] = (tmp_path / folder).glob("*.csv")
-        losses.append([float(row["loss"]) for row in csv.DictReader(log.open())])
+        losses.append([row["loss"] for row in log_rows(tmp_path / folder)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     assert len(losses[0]) == 20
     for more in (["--evaluate", "valid"], ["--prompt", "the"]):
@@ -802,8 +950,9 @@ def test_only_the_step_rounds(text, tmp_path):
         before = main.evaluate(model, np.array(tokens).flatten(), 4)
         step = main.make_step(model, main.make_optimizer(model, given), given)
         losses[dtype] = []
+        dropout = main.draw_dropout(0, 8, given)
         for _ in range(5):
-            loss, _ = step(tokens[:, :-1], tokens[:, 1:])
+            loss, _ = step(tokens[:, :-1], tokens[:, 1:], *dropout)
             losses[dtype].append(loss.item())
         losses[dtype].append(before)
     assert losses["float32"][-1] == losses["bfloat16"][-1], "a score rounded"
