@@ -48,9 +48,10 @@ def test_adapters_begin_as_nothing_and_alone_are_trained():
         assert re.search(r"layers\.\d\.\w+\.\w+_proj\.lora_[ab]$", name)
     optimizer = main.make_optimizer(model, given)
     step = main.make_step(model, optimizer, given)
+    dropout = main.draw_dropout(0, 4, given)
     batch = mx.array(np.random.default_rng(1).integers(257, size=(4, 9)))
     for _ in range(3):
-        mx.eval(step(batch[:, :-1], batch[:, 1:]), model.state, optimizer.state)
+        step(batch[:, :-1], batch[:, 1:], *dropout)
     trained = dict(tree_flatten(model.parameters()))
     for name, weight in tree_flatten(base.parameters()):
         assert mx.array_equal(trained[name], weight), "the base stays as it was"
@@ -91,9 +92,9 @@ LORA += "--learning_rate 0.03 --lr_warmup 5".split()
 LORA += ["--max_tokens", 8]
 
 
-def record_of(folder, id):
-    [record] = [record for record in main.list_checkpoints(folder) if record["id"] == id]
-    return record
+def checkpoint_of(folder, checkpoint_id):
+    [found] = [each for each in main.list_checkpoints(folder) if each.id == checkpoint_id]
+    return found
 
 
 def test_lora_run(base, text, tmp_path):
@@ -106,30 +107,34 @@ def test_lora_run(base, text, tmp_path):
     shutil.copytree(folder, tmp_path / "other")
     out, _ = run(*line, folder)
     assert "trainable" in out
-    record, begun = [record for record in main.list_checkpoints(folder) if record["id"] != id]
-    assert begun["iteration"] == 0, "from the start on, its base is not pruned"
-    assert record["uses"] == {"init_from": [id, id]}
-    assert record["flags"]["lora_alpha"] == 4
-    weights = mx.load(str(folder / f"{record['id']}.safetensors"))
+    last, begun = [each for each in main.list_checkpoints(folder) if each.id != id]
+    assert begun.iteration == 0, "from the start on, its base is not pruned"
+    assert begun.uses == {"init_from": [id, id]}
+    assert last.uses == {"init_from": [id, id]}
+    assert last.flags["lora_alpha"] == 4
+    assert last.run == begun.run != checkpoint_of(folder, id).run
+    weights = mx.load(str(last.weights_path))
     assert len(weights) == 2 * 2 * 7
     assert all("lora_" in name for name in weights)
 
     run(*line, tmp_path / "other", "--num_iters", 11)
     run(*line, tmp_path / "other", "--num_iters", 30)
-    assert ids(tmp_path / "other")[0] == record["id"]
+    assert ids(tmp_path / "other")[0] == last.id
     # It goes on without the base being named again.
-    run("--text", text, "--save_dir", tmp_path / "other", "--num_iters", 31)
+    out, _ = run("--text", text, "--save_dir", tmp_path / "other", "--num_iters", 31)
+    assert "from iteration 30 to 31" in out
 
-    live, _ = main.load_model(folder, record_of(folder, id))
+    live = checkpoint_of(folder, id).open().load_model()
     add_lora(live, 2, 4)
     live.load_weights(list(weights.items()), strict=False)
-    merged, tokenizer = main.load_model(folder, record)
-    tokens = tokenizer.encode("line 5: the quick").tolist()
+    contents = last.open()
+    merged = contents.load_model()
+    tokens = contents.tokenizer.encode("line 5: the quick").tolist()
     expected = logits_of(live, tokens)
     np.testing.assert_allclose(logits_of(merged, tokens), expected, rtol=0, atol=1e-4)
     run("--export", tmp_path / "hf", "--save_dir", folder)
-    again, _, _ = main.open_model(folder, str(tmp_path / "hf"), "--init_from")
-    np.testing.assert_array_equal(logits_of(again, tokens), logits_of(merged, tokens))
+    again = main.open_model(folder, str(tmp_path / "hf"), "init_from")
+    np.testing.assert_array_equal(logits_of(again.model, tokens), logits_of(merged, tokens))
 
 
 @pytest.mark.parametrize("options", [[], ["--lora_rank", 2]], ids=["all", "lora"])
@@ -141,18 +146,18 @@ def test_a_base_with_more_rows_than_ids(tmp_path, text, options):
     run(*line, "--num_iters", 2)
     out, _ = run(*line, "--num_iters", 4)
     assert "from iteration 2 to 4" in out
-    assert main.list_checkpoints(tmp_path / "lm")[0]["config"]["vocab_size"] == 281
+    assert main.list_checkpoints(tmp_path / "lm")[0].config["vocab_size"] == 281
     run("--prompt", "line", "--max_tokens", 8, "--save_dir", tmp_path / "lm")
 
 
 def test_a_base_that_is_needed_stays(base, text):
     folder, id = base
     run("--text", text, "--init_from", "latest", *LORA, "--save_dir", folder)
-    name = record_of(folder, id)["run"]
+    name = checkpoint_of(folder, id).run
     for num_iters in (22, 24, 26):
         run("--identifier", name, "--num_iters", num_iters, "--keep", 1, "--save_dir", folder)
-    left = [record for record in main.list_checkpoints(folder) if record["run"] == name]
-    iterations = [record["iteration"] for record in left]
+    left = [each for each in main.list_checkpoints(folder) if each.run == name]
+    iterations = [each.iteration for each in left]
     assert iterations == [26, 24, 20], "24 stays until a step was taken from 26, which has no score"
 
 
@@ -161,7 +166,7 @@ def test_a_base_that_is_missing_or_changed(base, text, tmp_path):
     run("--export", tmp_path / "hf", "--save_dir", folder)
     run("--text", text, "--init_from", tmp_path / "hf", *LORA, "--save_dir", folder)
     resumed = ["--text", text, "--save_dir", folder, "--num_iters", 40]
-    model, tokenizer, _ = main.open_model(folder, str(tmp_path / "hf"), "")
+    model, tokenizer, _ = main.open_model(folder, str(tmp_path / "hf"), "init_from")
     model.update(tree_unflatten([("model.norm.weight", model.model.norm.weight * 2)]))
     shutil.rmtree(tmp_path / "hf")
     export_model(model, tokenizer, tmp_path / "hf", None)
