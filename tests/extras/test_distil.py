@@ -121,24 +121,26 @@ def test_a_padded_student_of_a_teacher_with_the_same_tokenizer(tmp_path, text):
     line = ["--init_from", tmp_path / "student", "--teacher", tmp_path / "teacher"]
     line += ["--text", text, "--batch_size", 4, "--num_iters", 2, "--max_tokens", 2]
     run(*line, "--save_dir", tmp_path / "lm")
-    [record] = main.list_checkpoints(tmp_path / "lm")
-    assert record["iteration"] == 2 and record["config"]["vocab_size"] == 320
+    [checkpoint] = main.list_checkpoints(tmp_path / "lm")
+    assert checkpoint.iteration == 2
+    assert checkpoint.config["vocab_size"] == 320
 
 
 def test_a_student_ends_nearer_to_its_teacher(base, text):
     folder, id = base
     distances = []
-    teacher, _ = main.load_model(folder, main.list_checkpoints(folder)[0])
+    teacher = main.list_checkpoints(folder)[0].open().load_model()
     line = [*TINY, "--text", text, "--teacher", id, "--learning_rate", 0.01, "--lr_warmup", 5]
     line += ["--num_iters", 40, "--new_model", "--save_dir", folder]
     for weight in (0.0, 1.0):
         out, _ = run(*line, "--teacher_weight", weight)
         assert "40/40  loss " in out
         assert "perplexity" not in out, "of a loss that is not the text's alone"
-        record = main.list_checkpoints(folder)[0]
-        assert record["uses"] == {"teacher": [id, id]}
-        student, tokenizer = main.load_model(folder, record)
-        tokens = tokenizer.encode(text.read_text()[:400]).tolist()
+        newest = main.list_checkpoints(folder)[0]
+        assert newest.uses == {"teacher": [id, id]}
+        contents = newest.open()
+        student = contents.load_model()
+        tokens = contents.tokenizer.encode(text.read_text()[:400]).tolist()
         wanted = log_softmax(logits_of(teacher, tokens))
         found = log_softmax(logits_of(student, tokens))
         distances.append((np.exp(wanted) * (wanted - found)).sum(-1).mean())
@@ -154,8 +156,9 @@ def test_a_student_with_an_average_ends_the_same_in_two_legs(base, text, tmp_pat
     run(*line, "--new_model", "--num_iters", 3, "--save_dir", tmp_path / "legs")
     run(*line, "--num_iters", 8, "--save_dir", tmp_path / "legs")
     newest = main.list_checkpoints(tmp_path / "whole")[0]
-    assert newest["iteration"] == 8 and newest["uses"] == {"teacher": [id, id]}
-    assert ids(tmp_path / "legs")[0] == newest["id"]
+    assert newest.iteration == 8
+    assert newest.uses == {"teacher": [id, id]}
+    assert ids(tmp_path / "legs")[0] == newest.id
 
 
 def test_a_teacher_of_other_tokens(base, text):
@@ -185,11 +188,11 @@ def test_the_loss_of_a_step(weight, temperature):
     hidden = random.normal(size=(3, 6, 8)).astype(np.float32)
     head = random.normal(size=(11, 8)).astype(np.float32)
     loss = make_loss(teacher, flags(teacher_weight=weight, teacher_temperature=temperature))
-    given = loss(mx.array(hidden), mx.array(head), mx.array(targets), 1 / 18, mx.array(tokens))
+    found = loss(mx.array(hidden), mx.array(head), mx.array(targets), 1 / 18, mx.array(tokens))
 
     logits = hidden @ head.T
     nats = -np.take_along_axis(log_softmax(logits), targets[..., None], -1)[..., 0]
     log_wanted = log_softmax(np.array(teacher(mx.array(tokens))) / temperature)
     divergence = (np.exp(log_wanted) * (log_wanted - log_softmax(logits / temperature))).sum(-1)
     expected = (1 - weight) * nats + weight * temperature**2 * divergence
-    assert given.item() == pytest.approx(expected.mean(), rel=1e-4)
+    assert found.item() == pytest.approx(expected.mean(), rel=1e-4)
