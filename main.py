@@ -2932,8 +2932,8 @@ def command(flags, *words):
 def find_candidates(checkpoints, flags, names):
     """The checkpoints of the run that the flags select, newest first; [] if there is none.
 
-    It is the run of the newest of `checkpoints` that agrees with each of the flags `names` that was
-    given; if --identifier names a checkpoint, that one alone. Raises UsageError.
+    It is the run saved last of those whose newest checkpoint agrees with each of the flags `names`
+    that was given. If --identifier names a checkpoint, it is that one alone. Raises UsageError.
     """
     if flags.new_model:
         return []
@@ -2944,13 +2944,14 @@ def find_candidates(checkpoints, flags, names):
         fixed = {name: held[name] for name in wanted if name in FIXED}
         check_agreement(flags, fixed, named.run)
         return [named]
-    candidates = []
+    newest = {}  # of each run
     for each in checkpoints:
-        held = vars(settle({}, each.flags))
-        agrees = all(held[name] == value for name, value in wanted.items())
-        if agrees and each.run == (candidates or [each])[0].run:
-            candidates.append(each)
-    return candidates
+        newest.setdefault(each.run, each)
+    for run, checkpoint in newest.items():
+        held = vars(settle({}, checkpoint.flags))
+        if all(held[name] == value for name, value in wanted.items()):
+            return [each for each in checkpoints if each.run == run]
+    return []
 
 
 def open_newest(candidates, flags):
@@ -3126,10 +3127,28 @@ def load_data(flags, contents, origins):
     return dataset
 
 
-def make_run(folder, flags, dataset, contents, origins, ranks):
-    """A new run, or the one whose state is in `contents`. Raises UsageError, RunError."""
-    model = make_model(flags, dataset, contents, origins)  # first: it may be too large
-    rows = flags.batch_size * flags.grad_accumulation
+def make_run(folder, flags, contents, ranks):
+    """The run whose state is in `contents`, or a new one if that is None.
+
+    folder: where it goes on; None for a new folder, which is not made yet. Raises UsageError,
+    RunError.
+    """
+    checkpoint = contents.checkpoint if contents else None
+    if checkpoint:
+        flags = settle(flags.given, checkpoint.flags)
+    if flags.batch_size < ranks.size:
+        raise UsageError(
+            f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
+            "row: give a larger one"
+        )
+    if flags.teacher:
+        extra("distil")  # if its file is missing, fails before the run starts
+    origins = open_origins(flags, checkpoint)
+    if not checkpoint:
+        flags = settle(flags.given, decided=decided_by(origins, flags))
+    dataset = load_data(flags, contents, origins)
+    model = make_model(flags, dataset, contents, origins)  # before the rest: it may be too large
+    folder = folder or flags.save_dir / f"{flags.dataset}-{os.urandom(3).hex()}"
     run = Run(
         name=folder.name,
         folder=folder,
@@ -3137,9 +3156,14 @@ def make_run(folder, flags, dataset, contents, origins, ranks):
         dataset=dataset,
         model=model,
         optimizer=make_optimizer(model, flags),
-        batches=Batches(dataset.train.tokens, flags.context_size, rows, flags.seed),
+        batches=Batches(
+            dataset.train.tokens,
+            flags.context_size,
+            flags.batch_size * flags.grad_accumulation,
+            flags.seed,
+        ),
         teacher=origins["teacher"].model if "teacher" in origins else None,
-        uses=contents.checkpoint.uses if contents else needed_origins(flags, origins),
+        uses=checkpoint.uses if checkpoint else needed_origins(flags, origins),
         sources=hash_sources(),
         versions=list_versions(flags, ranks),
     )
@@ -3191,11 +3215,6 @@ def find_run(flags, checkpoints, held):
     return open_newest(candidates, flags), newest.folder
 
 
-def new_folder(flags):
-    """The folder of a new run, not yet made."""
-    return flags.save_dir / f"{flags.dataset}-{os.urandom(3).hex()}"
-
-
 def claim(folder, held):
     """Locks a run's folder until the ExitStack `held` is closed. Raises UsageError."""
     try:
@@ -3217,37 +3236,21 @@ def set_up(flags, ranks, interrupts, held):
     with lock(flags.save_dir, fcntl.LOCK_SH):
         others = list_checkpoints(flags.save_dir, warn=True)
         contents, folder = find_run(flags, others, held)
-        checkpoint = None
-        if contents:
-            checkpoint = contents.checkpoint
-            flags = settle(flags.given, checkpoint.flags)
-        if flags.batch_size < ranks.size:
-            raise UsageError(
-                f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
-                "row: give a larger one"
-            )
-        if flags.teacher:
-            extra("distil")  # if its file is missing, fails before the run starts
-        origins = open_origins(flags, checkpoint)
-        if not checkpoint:
-            flags = settle(flags.given, decided=decided_by(origins, flags))
-        dataset = load_data(flags, contents, origins)
+        run = make_run(folder, flags, contents, ranks)
+        run.saved = max((each.saved for each in others), default=0.0)
         held.enter_context(interrupts)  # from here on there is something to save
         is_new = folder is None
-        folder = folder or new_folder(flags)
-        run = make_run(folder, flags, dataset, contents, origins, ranks)
-        run.saved = max((each.saved for each in others), default=0.0)
         if is_new:
-            folder.mkdir()
-            claim(folder, held)
-            held.callback(remove_empty, folder)
+            run.folder.mkdir()
+            claim(run.folder, held)
+            held.callback(remove_empty, run.folder)
         else:
-            remove_leftovers(folder)
-        print_start(run, checkpoint, ranks)
-        if not checkpoint and others and not flags.new_model:
+            remove_leftovers(run.folder)
+        print_start(run, contents and contents.checkpoint, ranks)
+        if not contents and others and not flags.new_model:
             tqdm.write(describe_other(others[0], flags))
         uses_checkpoints = any(place == origin_id for place, origin_id in run.uses.values())
-        if is_new and (checkpoint or uses_checkpoints):
+        if is_new and (contents or uses_checkpoints):
             save(run, interrupts)
     return run
 
@@ -3399,13 +3402,7 @@ def benchmark(flags, ranks):
     with lock(flags.save_dir, fcntl.LOCK_SH):
         candidates = find_candidates(list_checkpoints(flags.save_dir), flags, SHAPING)
         contents = open_newest(candidates, flags) if candidates else None
-        checkpoint = contents.checkpoint if contents else None
-        flags = settle(flags.given, checkpoint.flags if checkpoint else None)
-        origins = open_origins(flags, checkpoint)
-        if not checkpoint:
-            flags = settle(flags.given, decided=decided_by(origins, flags))
-        dataset = load_data(flags, contents, origins)
-        run = make_run(new_folder(flags), flags, dataset, contents, origins, ranks)
+        run = make_run(None, flags, contents, ranks)
     extra("benchmark").run_benchmark(run)
     return 0
 
