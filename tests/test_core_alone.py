@@ -3,7 +3,6 @@
 import csv
 import shutil
 import signal
-import sys
 
 import numpy as np
 import pytest
