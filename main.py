@@ -2136,7 +2136,8 @@ class Reporter:
         `loss` is then the mean since the last report; the others are those of the last step.
         """
         if run.iteration % run.flags.steps_per_report == 0:
-            tokens = run.recent_steps * run.batches.batch_size * run.flags.context_size
+            rows = run.flags.batch_size * run.flags.grad_accumulation  # other ranks have no Batches
+            tokens = run.recent_steps * rows * run.flags.context_size
             metrics = metrics | {
                 "loss": run.recent_loss / run.recent_steps,
                 "tokens_seen": run.tokens_seen,

@@ -102,7 +102,8 @@ def lines_of(capsys):
 FIELDS = [each.name for each in dataclasses.fields(main.Checkpoint) if each.name != "folder"]
 WRONG = [None, "x", "", -1, -1.0, True, [], {}, [[]], {"a": {}}, math.inf, math.nan, 10**400]
 WRONG += [{"": None}, [[1, 2, 3]], [["a", "b"]], {"teacher": []}, {"text": [5]}, "[" * 9999]
-HARMLESS = ("command", "flags", "sources", "scores", "uses", "versions")  # of which some are possible
+# Of which some are possible.
+HARMLESS = ("command", "flags", "recent_loss", "sources", "scores", "uses", "versions")
 
 
 @pytest.mark.parametrize("name", FIELDS)
