@@ -952,6 +952,7 @@ def clock_set_back(scenario, chance):
 
 def file_size_limited(scenario, chance):
     """A limit on the size of files, as a quota's: lifted while a save waits for its next try."""
+    scenario.is_exact_log = False
     strikes = [
         {"phase": "step", "call": draw_call(scenario, chance, "step"), "action": "limit"},
         {"phase": "pause", "call": chance.randint(1, 30), "action": "lift"},
@@ -962,6 +963,7 @@ def file_size_limited(scenario, chance):
 
 def saves_keep_failing(scenario, chance):
     """A second signal ends even a save that never works; the last checkpoint stands."""
+    scenario.is_exact_log = False
     name = chance.choice(STOPPING)
     strikes = [
         {"phase": "step", "call": draw_call(scenario, chance, "step"), "action": "limit"},
@@ -1411,7 +1413,7 @@ def base_pruned(scenario, chance):
 def diverged(scenario, chance):
     """One line, which names a checkpoint that is there; nothing is lost and nothing marked."""
     records = have_checkpoints(scenario, 2)
-    if not records:
+    if not records or scenario.damaged:  # what is named must not be damaged
         return False
     newest = max(records, key=lambda record: record["saved"])
     flags = ["--identifier", newest["run"], "--learning_rate", "1e38", "--lr_warmup", "0"]
