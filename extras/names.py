@@ -54,7 +54,7 @@ OTHER_NAMES = {
     "stop": "extra_eos_token reverse_prompt stop_sequence stop_sequences stop_words",
     "teacher": "teacher_model teacher_path",
     "temperature": "temp",
-    "text": "data data_dir data_file data_path input input_file text_file train_data train_file",
+    "text": "data data_file data_path input input_file text_file train_data train_file",
     "top_k": "topk",
     "top_p": "nucleus topp",
     "weight_decay": "wd",
