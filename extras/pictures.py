@@ -30,13 +30,16 @@ SPLIT_STYLES = {"train": {"alpha": 0.4}, "valid": {"alpha": 1, "marker": "o"}}
 def plot_runs(folders, path):
     """Plots training and validation losses against iterations and against minutes of training.
 
-    folders: the Paths of the runs, newest first. Raises UsageError if none has a log, or if `path`
-    cannot be written.
+    folders: the Paths of the runs, newest first. Raises UsageError if none has a log, which
+    begins with the first report, or if `path` cannot be written.
     """
     logs = [folder / "log.jsonl" for folder in sorted(folders)]
     logs = [log for log in logs if log.is_file()]
     if not logs:
-        raise UsageError(f"no log of these runs in {folders[0].parent}: check --save_dir")
+        raise UsageError(
+            f"the runs in {folders[0].parent} have reported nothing yet (see --steps_per_report): "
+            "train them on, or check --save_dir"
+        )
     figure = make_figure(12, 5)
     by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
     for i, log in enumerate(logs):
@@ -65,7 +68,7 @@ def columns_of(rows, split):
             continue
         try:
             numbers = [float(row[name]) for name in ("iteration", "seconds", "loss")]
-        except (ValueError, LookupError, TypeError):  # a damaged row
+        except (ValueError, LookupError, TypeError, OverflowError):  # a damaged row
             continue
         if all(map(math.isfinite, numbers)):
             values.append(numbers)
