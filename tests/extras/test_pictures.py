@@ -1,13 +1,14 @@
 """Pictures: what is plotted is compared with the log, and attention with a computation by hand."""
 
-import csv
 import itertools
+import json
+import math
 
 import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, run
+from conftest import TINY, run, run_folders
 from datasets import ByteTokenizer
 from test_huggingface import make_model
 
@@ -39,13 +40,20 @@ def figures(monkeypatch):
     return figures
 
 
-HEADER = ",".join(main.LOG_COLUMNS)
-
-
-def written(iteration, loss, seconds=""):
+def written(iteration, loss, seconds=None, **more):
     """The line of a log that has these values of a step and no others."""
-    values = {"iteration": iteration, "split": "train", "loss": loss, "seconds": seconds}
-    return ",".join(str(values.get(name, "")) for name in main.LOG_COLUMNS)
+    row = {"iteration": iteration, "split": "train", "loss": loss} | more
+    if seconds is not None:
+        row["seconds"] = seconds
+    return json.dumps(row)
+
+
+def make_log(folder, *lines):
+    """Writes these lines into the log of the run in a folder, to be made; returns its path."""
+    folder.mkdir()
+    path = folder / "log.jsonl"
+    path.write_text("\n".join(lines))
+    return path
 
 
 def points_of(axis):
@@ -59,37 +67,42 @@ def test_a_file_of_losses(trained, tmp_path):
     assert "all.png" in err
 
 
-@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("count", [0, 1, 2])
 def test_losses(trained, figures, count):
-    runs = sorted({record["run"] for record in main.list_checkpoints(trained)})
-    names = runs[-count:] if count else []
-    pictures.plot_runs(trained, names, "x.png")
+    folders = run_folders(trained)
+    assert len(folders) == 2
+    if count:
+        folders = folders[-count:]
+    line = ["--plot", "x.png", "--save_dir", str(trained)]
+    if count:
+        line += ["--identifier", *[folder.name for folder in folders]]
+    assert main.main(line) == 0
     by_iteration, by_minute = figures[0].axes
-    wanted = list(itertools.product(names or runs, ["train", "valid"]))
+    wanted = list(itertools.product(folders, ["train", "valid"]))
     labels = [line.get_label() for line in by_iteration.lines]
-    assert labels == [f"{name} {split}" for name, split in wanted]
+    assert labels == [f"{folder.name} {split}" for folder, split in wanted]
     for axis, column, unit in ((by_iteration, "iteration", 1), (by_minute, "seconds", 60)):
-        for line, (name, split) in zip(axis.lines, wanted):
+        for line, (folder, split) in zip(axis.lines, wanted):
             points = []
-            with (trained / f"{name}.csv").open() as file:
-                for row in csv.DictReader(file):
-                    if row["split"] == split:
-                        points.append([float(row[column]) / unit, float(row["loss"])])
+            for text in (folder / "log.jsonl").read_text().splitlines():
+                row = json.loads(text)
+                if row["split"] == split:
+                    points.append([row[column] / unit, row["loss"]])
             assert points
             assert line.get_xydata().tolist() == points
 
 
 @pytest.mark.parametrize("cut", [
-    "20,tr",
-    "20,train",
-    "20,train,0.5,",
+    "{",
+    '{"iteration": 20',
+    '{"iteration": 20, "split": "train", "loss": 0.5',
     written(20, 0.5),
     written(20, 0.5, 6),
 ])  # fmt: skip
 def test_a_log_whose_last_line_was_cut_off(tmp_path, figures, cut):
-    (tmp_path / "run.csv").write_text(f"{HEADER}\n{written(10, 1.5, 60)}\n{cut}")
-    (tmp_path / "other.csv").write_text("iteration,loss\n10,1\n")
-    pictures.plot_runs(tmp_path, [], "x.png")
+    make_log(tmp_path / "run", written(10, 1.5, 60), cut)
+    (tmp_path / "no log").mkdir()
+    pictures.plot_runs([tmp_path / "run", tmp_path / "no log"], "x.png")
     by_iteration, by_minute = figures[0].axes
     assert points_of(by_iteration) == [[[10, 1.5]], []]
     assert points_of(by_minute) == [[[1, 1.5]], []]
@@ -98,34 +111,49 @@ def test_a_log_whose_last_line_was_cut_off(tmp_path, figures, cut):
 @pytest.mark.parametrize("row", [
     written(20, "", 60),
     written("twenty", 1.5, 60),
+    written(20, None, 60),
+    written(20, [1.5], 60),
+    written(20, {}, 60),
     written(20, 1.5, "soon"),
-    written(20, "nan", 60),
-    written(20, "inf", 60),
-    written(20, "-inf", 60),
-    written(20, 1.5, "nan"),
-    "20,train,",
+    written(20, math.nan, 60),
+    written(20, math.inf, 60),
+    written(20, -math.inf, 60),
+    written(20, 1.5, math.nan),
+    written(20, 1.5),
+    written(20, 10**400, 60),
     "20",
+    "null",
+    "[]",
     "",
-    '"' + written(20, 1.5, 60),
+    written(20, 1.5, 60)[1:],
     "\0\0\0,,",
+    "[" * 10_000,
     "x" * 200_000,
 ])  # fmt: skip
 def test_damaged_rows_are_skipped(tmp_path, row):
-    path = tmp_path / "run.csv"
-    lines = [HEADER, written(10, 1.5, 60), row, written(30, 1.25, 180)]
-    path.write_text("\n".join(lines) + "\n")
-    (tmp_path / "folder.csv").mkdir()
-    pictures.plot_runs(tmp_path, [], tmp_path / "x.png")
+    path = make_log(tmp_path / "run", written(10, 1.5, 60), row, written(30, 1.25, 180), "")
+    (tmp_path / "folder" / "log.jsonl").mkdir(parents=True)
+    pictures.plot_runs([tmp_path / "run", tmp_path / "folder"], tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    columns = pictures.columns_of(main.read_log(path), "train")
+    rows = [row for _, row in main.read_log(path)]
+    columns = pictures.columns_of(rows, "train")
     assert columns.tolist() == [[10, 30], [60, 180], [1.5, 1.25]]
 
 
-def test_a_log_with_a_column_of_ones_own(tmp_path, figures):
-    (tmp_path / "run.csv").write_text(f"{HEADER},mine\n{written(10, 1.5, 60)},7\n")
-    pictures.plot_runs(tmp_path, [], "x.png")
+def test_a_log_with_a_metric_of_ones_own(tmp_path, figures):
+    make_log(tmp_path / "run", written(10, 1.5, 60, mine=7), "")
+    pictures.plot_runs([tmp_path / "run"], "x.png")
     by_iteration, _ = figures[0].axes
     assert points_of(by_iteration)[0] == [[10, 1.5]]
+
+
+def test_a_run_that_has_not_reported_yet(tmp_path, text):
+    folder = ["--save_dir", tmp_path / "lm"]
+    run("--text", text, *TINY, "--num_iters", 9, *folder)
+    _, err = run("--plot", "x.png", *folder, status=2, cwd=tmp_path)
+    assert f"the runs in {tmp_path / 'lm'} have reported nothing yet" in err.splitlines()[-1]
+    run("--num_iters", 10, *folder)
+    run("--plot", "x.png", *folder, cwd=tmp_path)
 
 
 # ---- Attention ----------------------------------------------------------------------------------
