@@ -11,7 +11,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ids, run
+from conftest import ROOT, TINY, ids, run, run_folder
 from datasets import ByteTokenizer
 from test_pictures import trained  # noqa: F401 (a fixture)
 
@@ -45,8 +45,10 @@ def test_cases(trained, tmp_path):
     results = json.loads((tmp_path / "out.json").read_text())
     wanted = [checkpoint_id for checkpoint_id in named for _ in CASES]
     assert [result["checkpoint"] for result in results] == wanted
-    [record] = [record for record in main.list_checkpoints(trained) if record["id"] == named[0]]
-    model, tokenizer = main.load_model(trained, record)
+    [checkpoint] = [each for each in main.list_checkpoints(trained) if each.id == named[0]]
+    contents = checkpoint.open()
+    model = contents.load_model()
+    tokenizer = contents.tokenizer
     for (prompt, expected), result in zip(CASES, results):
         assert (result["prompt"], result["expected"]) == (prompt, expected)
         text = tokenizer.encode(prompt).tolist() or [tokenizer.eos]
@@ -98,7 +100,7 @@ def test_a_damaged_checkpoint_is_skipped(text, tmp_path):
     line = ["--text", text, *TINY, "--steps_per_save", 1, "--num_iters", 2, "--save_dir", tmp_path]
     run(*line)
     newest, older = ids(tmp_path)
-    damaged = tmp_path / f"{newest}.safetensors"
+    damaged = run_folder(tmp_path) / f"{newest}.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     out, err = run("--cases", EXAMPLE, "--save_dir", tmp_path)
     assert newest[:12] in err
@@ -124,18 +126,19 @@ def test_the_example_files_of_cases(trained, tmp_path):
 
 def test_patterns_of_runs(text, tmp_path):
     """Of each run that matches, the newest checkpoint, once."""
-    line = ["--text", text, *TINY, "--save_dir", tmp_path, "--steps_per_save", 1, "--num_iters"]
+    line = ["--text", text, *TINY, "--save_dir", tmp_path, "--steps_per_save", 1]
+    line += ["--steps_per_report", 1, "--num_iters"]
     run(*line, 2)
     run(*line, 3, "--new_model")
     (tmp_path / "cases.yaml").write_text("- {prompt: the, expected: e}\n")
-    records = main.list_checkpoints(tmp_path)
-    newest = {record["run"]: record["id"] for record in reversed(records)}
+    checkpoints = main.list_checkpoints(tmp_path)
+    newest = {each.run: each.id for each in reversed(checkpoints)}
     assert len(newest) == 2
     line = ["--cases", "cases.yaml", "--output", "out.json", "--save_dir", tmp_path, "--identifier"]
     for patterns, expected in (
         (["text-*"], set(newest.values())),
         (["*[0-9a-f]", "latest"], set(newest.values())),
-        ([f"*{records[0]['run'][-6:]}"], {records[0]["id"]}),
+        ([f"*{checkpoints[0].run[-6:]}"], {checkpoints[0].id}),
     ):
         run(*line, *patterns, cwd=tmp_path)
         assert checkpoints_in(tmp_path / "out.json") == expected
@@ -222,16 +225,15 @@ def test_a_checkpoint_that_cannot_be_opened_is_skipped(trained, tmp_path):
     results = tmp_path / "out.json"
     shutil.copytree(trained, folder)
     cases = ["--cases", EXAMPLE, "--save_dir", folder, "--output", results]
-    names = ids(trained)
-    for i, name in enumerate(names, 1):
-        path = folder / f"{name}.safetensors"
-        path.unlink()
-        path.symlink_to("nowhere")
-        status = 1 if i == len(names) else 0
+    checkpoints = main.list_checkpoints(folder)
+    for i, checkpoint in enumerate(checkpoints, 1):
+        checkpoint.weights_path.unlink()
+        checkpoint.weights_path.symlink_to("nowhere")
+        status = 1 if i == len(checkpoints) else 0
         _, err = run(*cases, status=status)
         assert err.count("Skipping ") == i
     assert "can be used" in err
-    assert checkpoints_in(results) == {names[-1]}, "of the last that could be opened"
+    assert checkpoints_in(results) == {checkpoints[-1].id}, "of the last that could be opened"
 
 
 def test_a_diverged_model_is_valid_json():
