@@ -268,7 +268,8 @@ def remove_leftovers(folder):
     """Deletes what killed processes left of `replacing` in a folder that no other one writes to."""
     for path in folder.glob(".*.new"):
         if re.fullmatch(r"\.[0-9a-f]{16}\.new", path.name):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder, or another user's: it does no harm
+                path.unlink()
 
 
 def sync(path):

@@ -67,8 +67,8 @@ from tqdm import tqdm
 
 from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser, RunError
 from datasets import UsageError, choice, explained, extra, flag, load_dataset, no_follow, number
-from datasets import one_line, open_data_dir, refuse_empty, repair_streams, replacing, run_command
-from datasets import sync, tokenizer_from_dict, underscored, user_path, utf8
+from datasets import one_line, open_data_dir, refuse_empty, remove_leftovers, repair_streams
+from datasets import replacing, run_command, sync, tokenizer_from_dict, underscored, user_path, utf8
 
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
 
@@ -1357,8 +1357,7 @@ class Checkpoint:
             if type(value) is not field.type:
                 raise ValueError(f"its {field.name} is not of type {field.type.__name__}")
             least = -1e15 if field.name == "recent_loss" else 0  # may be negative by rounding
-            most = 1e11 if field.name == "saved" else 1e15  # beyond, times are not told apart
-            if field.type in (int, float) and not least <= value < most:
+            if field.type in (int, float) and not least <= value < 1e15:
                 raise ValueError(f"its {field.name} is out of range")
         if not SHA1.fullmatch(self.id) or not SHA256.fullmatch(self.tokens_sha256):
             raise ValueError("a hash is malformed")
@@ -1807,18 +1806,15 @@ def prune(run):
         for each in own:
             if each.id not in kept:
                 each.delete()
-        remove_leftovers(run.folder)
+        remove_unfinished(run.folder)
 
 
-def remove_leftovers(folder):
+def remove_unfinished(folder):
     """Deletes what killed saves have left in a run's folder; the caller holds its lock."""
-    for path in folder.iterdir():
-        is_unfinished = re.fullmatch(r"\.[0-9a-f]{16}\.new", path.name)
-        is_alone = path.suffix == ".metadata" and SHA1.fullmatch(path.stem)
-        if is_alone:
-            is_alone = not os.path.lexists(path.with_suffix(".safetensors"))
-        if is_unfinished or is_alone:
-            with contextlib.suppress(OSError):  # a folder, or one of another user: it does no harm
+    remove_leftovers(folder)
+    for path in folder.glob("*.metadata"):
+        if SHA1.fullmatch(path.stem) and not os.path.lexists(path.with_suffix(".safetensors")):
+            with contextlib.suppress(OSError):  # a folder, or another user's: it does no harm
                 path.unlink()
 
 
@@ -3246,7 +3242,7 @@ def set_up(flags, ranks, interrupts, held):
             claim(run.folder, held)
             held.callback(remove_empty, run.folder)
         else:
-            remove_leftovers(run.folder)
+            remove_unfinished(run.folder)
         print_start(run, contents and contents.checkpoint, ranks)
         if not contents and others and not flags.new_model:
             tqdm.write(describe_other(others[0], flags))

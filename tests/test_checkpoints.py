@@ -298,7 +298,7 @@ def test_killed_at_every_call_of_a_save(tmp_path):
             patch.setattr(main.Path, "unlink", lambda *_, **__: None)  # nor does it clean up
             Faults(patch, at, Killed())
             main.write_checkpoint(run)
-        main.remove_leftovers(run.folder)
+        main.remove_unfinished(run.folder)
         [newest, *_] = listed(tmp_path / "lm")
         assert newest in (old, new)
         assert is_intact(tmp_path / "lm", newest)
@@ -369,7 +369,7 @@ def test_leftovers_of_a_killed_save(tmp_path):
     foreign = {"notes.new", "a.metadata", ".short.new", "model.safetensors", ".hidden"}
     for name in foreign:
         (run.folder / name).write_bytes(b"")
-    main.remove_leftovers(run.folder)
+    main.remove_unfinished(run.folder)
     assert {path.name for path in run.folder.iterdir()} == own | foreign
     assert len(list(other.folder.iterdir())) == 4
 
@@ -380,7 +380,7 @@ def test_a_leftover_that_cannot_be_deleted_ends_nothing(tmp_path):
     (run.folder / ".0123456789abcdef.new").mkdir()
     leftover = run.folder / ".ffffffffffffffff.new"
     leftover.write_bytes(b"")
-    main.remove_leftovers(run.folder)
+    main.remove_unfinished(run.folder)
     assert not leftover.exists()
 
 
@@ -757,15 +757,19 @@ def test_a_branch_that_is_stopped_before_its_first_step(tmp_path, text, monkeypa
     assert len(list(save_dir.glob("text-*"))) == 2
 
 
-def test_nothing_is_left_of_a_run_that_saved_nothing(tmp_path, text, monkeypatch):
+@pytest.mark.parametrize("has_reported", [False, True])
+def test_what_is_left_of_a_run_that_saved_nothing(tmp_path, text, monkeypatch, has_reported):
+    """Only its log, if there is one."""
+
     def stopped(run, interrupts, ranks):
-        (run.folder / "log.jsonl").write_text("{}\n")
+        if has_reported:
+            (run.folder / "log.jsonl").write_text("{}\n")
         return 2
 
     monkeypatch.setattr(main, "train", stopped)
     line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm"]
     assert main.main([*map(str, line)]) == 130
-    assert not list((tmp_path / "lm").glob("text-*"))
+    assert len(list((tmp_path / "lm").glob("text-*"))) == has_reported
 
 
 def test_the_base_of_a_lora_run_cannot_be_pruned_while_that_starts(tmp_path, text, monkeypatch):
