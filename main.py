@@ -1357,6 +1357,7 @@ class Checkpoint:
             if type(value) is not field.type:
                 raise ValueError(f"its {field.name} is not of type {field.type.__name__}")
             least = -1e15 if field.name == "recent_loss" else 0  # may be negative by rounding
+            # The latest `saved` + 1e-3 is the same number: what is saved after it is in range, too.
             if field.type in (int, float) and not least <= value < 1e15:
                 raise ValueError(f"its {field.name} is out of range")
         if not SHA1.fullmatch(self.id) or not SHA256.fullmatch(self.tokens_sha256):
