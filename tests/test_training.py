@@ -3,10 +3,11 @@
 Exact resume, which run is resumed, what is inherited, reports, divergence.
 """
 
-import math
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, flags, ids, run, start
+from conftest import ROOT, TINY, flags, ids, log_rows, run, run_folders, start
 from datasets import load_dataset
 from mlx.utils import tree_flatten
 from test_interrupts import wait_for
@@ -25,17 +26,13 @@ import main
 DROPOUT = ["--dropout", "0.1"]
 
 
-def records(folder):
-    """The flags and counters of the checkpoints in a folder, the newest first."""
-    return main.list_checkpoints(folder)
+def newest(folder):
+    """The checkpoint that was saved last in a folder."""
+    return main.list_checkpoints(folder)[0]
 
 
-def newest_record(folder):
-    return records(folder)[0]
-
-
-def scored_iterations(record):
-    return [iteration for iteration, _ in record["scores"]]
+def scored_iterations(checkpoint):
+    return [iteration for iteration, _ in checkpoint.scores]
 
 
 def interrupt(process):
@@ -94,7 +91,7 @@ def test_extended_equals_at_once(tmp_path, text):
     line = ["--text", text, *TINY, *DROPOUT]
     for num_iters in (30, 70, 120):
         out, _ = run(*line, "--save_dir", legs, "--num_iters", num_iters)
-    assert "resumed  with --num_iters 70 -> 120 (to start over instead: --new_model)" in out
+    assert "resumed  with --num_iters 70 -> 120\n" in out
     run(*line, "--save_dir", once, "--num_iters", 120)
     assert ids(legs)[0] == ids(once)[0]
 
@@ -108,9 +105,8 @@ def test_resume_needs_no_flags_but_the_dataset(tmp_path, text):
     inherited = "the learning rate comes from the checkpoint: 0.001 * 40 / 200"
     assert re.search(r"40/40 .* lr 2\.00e-04", out), inherited
     out, _ = run(*line, "--num_iters", 40)
-    advice = "raise --num_iters to continue, or start over with --new_model."
-    assert f"Run complete (40/40): {advice}" in out
-    assert "resumed  with unchanged flags" in out
+    assert "Run complete (40/40). " in out
+    assert "resumed  with unchanged flags\n" in out
 
 
 BEGINNING = r"run +(\S+), from iteration (\d+)"
@@ -140,18 +136,20 @@ def test_each_line_continues_its_own_run(tmp_path, text):
     assert len(set(begun)) == 4
 
 
-def test_new_model_twice_takes_the_pair_over(tmp_path, text):
+def test_new_model_twice_makes_two_runs(tmp_path, text):
+    """With equal weights, and each with both files of its own."""
     line = ["--text", text, *TINY, "--save_dir", tmp_path, "--num_iters", 10]
     out, _ = run(*line, "--new_model")
-    first = re.search(r"run +(\S+),", out).group(1)
-    before = ids(tmp_path)
+    first = re.search(BEGINNING, out).group(1)
     out, _ = run(*line, "--new_model")
-    second = re.search(r"run +(\S+),", out).group(1)
+    second = re.search(BEGINNING, out).group(1)
     assert first != second
-    assert ids(tmp_path) == before
-    assert len(before) == 1
+    names = sorted(folder.name for folder in run_folders(tmp_path))
+    assert names == sorted([first, second])
+    one, other = ids(tmp_path)
+    assert one == other
     out, _ = run(*line)
-    assert second in out
+    assert re.search(BEGINNING, out).groups() == (second, "10")
 
 
 def test_an_older_checkpoint_begins_a_branch(tmp_path, text):
@@ -162,33 +160,66 @@ def test_an_older_checkpoint_begins_a_branch(tmp_path, text):
     line = ["--text", text, *TINY, "--steps_per_save", 10, "--keep", 2, "--save_dir", tmp_path]
     run(*line, "--num_iters", 20)
     newer, older = ids(tmp_path)
+    [trunk] = run_folders(tmp_path)
     branching = ["--identifier", older, "--num_iters", 60, "--learning_rate", 0.01]
     out, _ = run(*line, *branching)
-    assert "from iteration 10 to 60" in out
-    told = r"A new branch: text-\w{6} has newer checkpoints, .* --identifier text-\w{6}"
-    assert re.search(told, out)
-    assert {older, newer} < set(ids(tmp_path))
-    assert len(ids(tmp_path)) == 4
-    runs = {record["run"] for record in records(tmp_path)}
-    assert len(runs) == 2
+    name, iteration = re.search(BEGINNING, out).groups()
+    assert iteration == "10"
+    assert name != trunk.name
+    assert f"A new branch: {trunk.name} has newer checkpoints, which are kept.\n" in out
+    assert "--learning_rate 0.0003 -> 0.01" in out
+    kept = {path.stem for path in trunk.glob("*.safetensors")}
+    assert kept == {older, newer}
+    branch = main.list_run(tmp_path / name)
+    assert [checkpoint.iteration for checkpoint in branch[:2]] == [60, 50]
+
+
+KILLED_IN_ITS_FIRST_STEP = """
+import main
+
+def dying(*arguments):
+    main.os.kill(main.os.getpid(), 9)
+
+main.draw_dropout = dying
+main.sys.exit(main.main())
+"""
+
+
+def test_a_branch_is_saved_at_once(tmp_path, text):
+    """It can be rerun without its trunk, however early it was killed."""
+    line = ["--text", text, *TINY, "--save_dir", tmp_path]
+    run(*line, "--num_iters", 20, "--steps_per_save", 10)
+    [trunk] = run_folders(tmp_path)
+    newer, older = ids(tmp_path)
+    branching = ["--identifier", older, "--learning_rate", 0.01]
+    process = start_code(KILLED_IN_ITS_FIRST_STEP, *line, *branching)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    branch = newest(tmp_path)
+    assert branch.run != trunk.name
+    assert branch.id == older
+    assert branch.flags["learning_rate"] == 0.01
+    shutil.rmtree(trunk)
+    out, _ = run(*line, "--learning_rate", 0.01, "--num_iters", 20)
+    assert re.search(BEGINNING, out).groups() == (branch.run, "10")
+    assert ids(tmp_path)[0] != newer
 
 
 def test_the_best_of_a_branch_stays_where_the_old_run_goes_on(tmp_path, text):
     schedule = ["--steps_per_eval", 2, "--lr_warmup", 0]
     line = ["--text", text, *TINY, *schedule, "--keep", 1, "--save_dir", tmp_path]
     run(*line, "--num_iters", 2)
-    [shared] = records(tmp_path)
+    [shared] = main.list_checkpoints(tmp_path)
     run(*line, "--num_iters", 4, "--keep", 9)
     worsening = ["--num_iters", 4, "--learning_rate", 50]
-    run(*line, "--identifier", shared["id"], *worsening)
+    out, _ = run(*line, "--identifier", shared.id, *worsening)
+    branch = re.search(BEGINNING, out).group(1)
     improving = ["--num_iters", 8, "--learning_rate", 0.01]
-    run(*line, "--identifier", shared["run"], *improving)
-    left = records(tmp_path)
-    of_the_old_run = [record for record in left if record["run"] == shared["run"]]
-    [branch] = [record for record in left if record["run"] != shared["run"]]
-    assert branch["best"]["id"] == shared["id"]
-    assert shared["id"] in {record["id"] for record in left}
-    assert 4 not in {record["iteration"] for record in of_the_old_run}
+    run(*line, "--identifier", shared.run, *improving)
+    left = main.list_checkpoints(tmp_path)
+    assert main.best_of(left, branch).id == shared.id
+    of_the_old_run = [each.iteration for each in left if each.run == shared.run]
+    assert of_the_old_run == [8]
 
 
 def test_text_encoded_anew_under_a_running_process(tmp_path, text):
@@ -213,53 +244,84 @@ def test_changed_text_is_refused(tmp_path, text):
     assert "--new_model" in err
 
 
-KILLED_AT_ITS_SECOND_EVALUATION = """
+AT_ITS_SECOND_EVALUATION = """
+import time
 import main
 evaluate = main.evaluate
 calls = []
 
-def dying(*arguments):
+def disturbed(*arguments):
     calls.append(1)
     if len(calls) == 2:
-        main.os.kill(main.os.getpid(), 9)
+        main.os.kill(main.os.getpid(), main.signal.SIGNAL)
+        time.sleep(0.3)
     return evaluate(*arguments)
 
-main.evaluate = dying
+main.evaluate = disturbed
 main.sys.exit(main.main())
 """
 
 
-def test_evaluation_lines_and_late_score(tmp_path, text):
-    """A checkpoint killed between save and evaluation is scored when it is resumed.
+@pytest.mark.parametrize("name, iteration", [("SIGINT", 40), ("SIGKILL", 20)])
+def test_evaluation_lines_and_late_score(tmp_path, text, name, iteration):
+    """A run stopped in an evaluation is scored when it is resumed, with the same best.
 
-    With the same best.
+    A signal lets it save what it has, without a score.
     """
     whole = tmp_path / "whole"
-    killed = tmp_path / "killed"
+    parts = tmp_path / "parts"
     line = ["--text", text, *TINY, "--num_iters", 60, "--steps_per_eval", 20]
     out, _ = run(*line, "--save_dir", whole)
     scores = re.findall(r"^valid (\d+\.\d{4}) nats, perplexity .* bits per byte", out, re.M)
     assert len(scores) == 3
+    undisturbed = newest(whole)
+    assert scored_iterations(undisturbed) == [20, 40, 60]
 
-    record = newest_record(whole)
-    assert scored_iterations(record) == [20, 40, 60]
-    lowest = min(nats for _, nats in record["scores"])
-    assert record["best"]["nats"] == lowest
-
-    process = start_code(KILLED_AT_ITS_SECOND_EVALUATION, *line, "--save_dir", killed)
+    code = AT_ITS_SECOND_EVALUATION.replace("SIGNAL", name)
+    process = start_code(code, *line, "--save_dir", parts)
     process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
-    out, _ = run(*line, "--save_dir", killed)
+    assert process.returncode in (130, -signal.SIGKILL)
+    stopped = newest(parts)
+    assert stopped.iteration == iteration
+    assert scored_iterations(stopped) == [20]
+    out, _ = run(*line, "--save_dir", parts)
     assert re.findall(r"^valid (\d+\.\d{4}) nats", out, re.M) == scores[1:]
-    again = newest_record(killed)
-    assert again["scores"] == record["scores"]
-    assert again["best"] == record["best"]
-    assert again["id"] == record["id"]
+    again = newest(parts)
+    assert again.scores == undisturbed.scores
+    assert again.id == undisturbed.id
+    best = main.best_of(main.list_checkpoints(parts), again.run)
+    expected = main.best_of(main.list_checkpoints(whole), undisturbed.run)
+    assert best.id == expected.id
+    assert logged_scores(parts) == logged_scores(whole) == [20, 40, 60]
+
+
+def test_a_score_is_shown_before_it_is_saved(tmp_path, text):
+    """Evaluate, save once with the score, then sample."""
+    schedule = ["--num_iters", 20, "--steps_per_eval", 10, "--steps_per_save", 5]
+    out, _ = run("--text", text, *TINY, *schedule, "--save_dir", tmp_path)
+    events = re.findall(r"^(valid|saved) .*?(?: iteration (\d+))?$", out, re.M)
+    one_by_one = [
+        ("saved", "5"),
+        ("valid", ""),
+        ("saved", "10"),
+        ("saved", "15"),
+        ("valid", ""),
+        ("saved", "20"),
+    ]
+    assert events == one_by_one
+    newest_two = [checkpoint.score for checkpoint in main.list_checkpoints(tmp_path)][:2]
+    assert newest_two[0] is not None
+    assert newest_two[1] is None
 
 
 WITH_ANOTHER_BLAS = """
 import main
-main.BLAS = 'another BLAS'
+list_versions = main.list_versions
+
+def list_other_versions(*arguments):
+    return list_versions(*arguments) | {"BLAS": "another BLAS"}
+
+main.list_versions = list_other_versions
 main.sys.exit(main.main())
 """
 
@@ -271,8 +333,29 @@ def test_another_machine_is_named(tmp_path, text):
     assert "bit-exact" not in out
     process = start_code(WITH_ANOTHER_BLAS, *line, "--num_iters", 10)
     out, err = process.communicate(timeout=60)
-    assert "-> another BLAS" in out, err
-    assert "resume may not be bit-exact" in out, err
+    told = r"Environment changed since the checkpoint \(BLAS .* -> another BLAS\): "
+    assert re.search(told + "resume may not be bit-exact", out), err
+    assert "at iteration 10" in out, err
+
+
+EDITED_SOURCE = """
+import main
+hash_sources = main.hash_sources
+
+def hash_edited_sources():
+    return hash_sources() | {"main.py": "0" * 40}
+
+main.hash_sources = hash_edited_sources
+main.sys.exit(main.main())
+"""
+
+
+def test_edited_source_is_named(tmp_path, text):
+    line = ["--text", text, *TINY, "--save_dir", tmp_path]
+    run(*line, "--num_iters", 5)
+    process = start_code(EDITED_SOURCE, *line, "--num_iters", 10)
+    out, err = process.communicate(timeout=60)
+    assert "Environment changed since the checkpoint (edited: main.py): " in out, err
     assert "at iteration 10" in out, err
 
 
@@ -284,39 +367,41 @@ def test_eval_tokens(tmp_path, text):
     scored = {0: valid, 100: valid[:101]}
     for eval_tokens, tokens in scored.items():
         out, _ = run(*line, "--eval_tokens", eval_tokens)
-        model, _ = main.load_model(tmp_path, newest_record(tmp_path))
+        model = newest(tmp_path).open().load_model()
         nats = main.evaluate(model, tokens, 3)
         assert f"valid {nats:.4f} nats" in out
 
 
 def test_keep_and_best(tmp_path, text):
-    schedule = ["--num_iters", 120, "--steps_per_eval", 10]
-    line = ["--text", text, *TINY, *schedule, "--save_dir", tmp_path]
-    overheating = ["--learning_rate", 0.05, "--lr_warmup", 60]  # so that the best is not the last
-    run(*line, "--keep", 2, *overheating)
-    newest, older = records(tmp_path)[:2]
-    assert newest["iteration"] == 120
-    assert older["iteration"] == 110
-    kept = {record["id"] for record in records(tmp_path)}
-    assert kept == {newest["id"], older["id"], newest["best"]["id"]}
+    """The best is in the first half: then the learning rate becomes far too high."""
+    line = ["--text", text, *TINY, "--steps_per_eval", 10, "--save_dir", tmp_path, "--keep", 2]
+    run(*line, "--num_iters", 60, "--learning_rate", 0.01, "--lr_warmup", 20)
+    overheating = ["--identifier", "latest", "--learning_rate", 1]
+    run(*line, "--num_iters", 120, *overheating)
+    left = main.list_checkpoints(tmp_path)
+    assert [checkpoint.iteration for checkpoint in left[:2]] == [120, 110]
+    best = main.best_of(left, left[0].run)
+    assert best.iteration <= 60
+    assert left[2:] == [best]
+
+
+BACK = r"go back with (python main\.py --identifier ([0-9a-f]{12}) .*) \(or a lower --grad_clip\)"
 
 
 def test_divergence_stops_before_anything_is_saved(tmp_path, text):
     schedule = ["--grad_clip", 0, "--lr_warmup", 0, "--steps_per_save", 1]
     line = ["--text", text, *TINY, "--save_dir", tmp_path, *schedule]
     run(*line, "--num_iters", 3)
-    good = ids(tmp_path)[0]
-    _, err = run(*line, "--num_iters", 1000, "--learning_rate", 1e30, status=1)
+    hot = ["--learning_rate", 1e30, "--identifier", "latest"]
+    _, err = run(*line, "--num_iters", 1000, *hot, status=1)
     assert "not finite" in err
-    assert "--learning_rate" in err
     assert err.count("\n") == 1
-    last_good = re.search(r"checkpoint is ([0-9a-f]{40})", err).group(1)
-    assert main.find_damage(tmp_path, {"id": last_good}) is None
-    newest = ids(tmp_path)[0]
-    weights = mx.load(str(tmp_path / f"{newest}.safetensors"))
-    for name, weight in weights.items():
-        assert mx.isfinite(weight).all().item(), name
-    assert good
+    for checkpoint in main.list_checkpoints(tmp_path):
+        contents = checkpoint.open()
+        for name, weight in contents.weights.items():
+            assert mx.isfinite(weight).all().item(), name
+    typed = re.search(BACK, err).group(1)
+    assert typed.endswith("--learning_rate 3e+29")
 
 
 @pytest.mark.parametrize(
@@ -330,49 +415,46 @@ def test_divergence_stops_before_anything_is_saved(tmp_path, text):
 def test_the_last_good_checkpoint_is_one_from_which_a_step_can_be_taken(
     tmp_path, text, wrong, keep
 ):
-    """The loss of the step before a save may be finite, and the weights it made be of no use."""
+    """The loss of the step before a save may be finite, and the weights it made be of no use.
+
+    The message names the one before; with other flags, the command in it goes on from there.
+    """
     line = ["--text", text, *TINY, "--save_dir", tmp_path, "--keep", keep]
     run(*line, "--num_iters", 3, "--steps_per_save", 1)
-    schedule = ["--num_iters", 30, "--steps_per_eval", 1, "--eval_tokens", 200]
-    _, err = run(*line, *schedule, *wrong, status=1)
-    named = re.search(r"the last good checkpoint is ([0-9a-f]{40}): resume", err)[1]
-    found = records(tmp_path)
-    assert found[0]["diverged"]
-    assert found[0]["id"] != named, "the newest is the one that made the loss infinite"
-    cured = ["--learning_rate", 1e-4, "--weight_decay", 0]
-    out, err = run(*line, "--num_iters", 40, *cured, "--max_tokens", 1)
-    [place] = [record["iteration"] for record in found if record["id"] == named]
-    assert f"from iteration {place} to 40" in out
-    assert "next step from it is not finite" in err
+    schedule = ["--num_iters", 30, "--steps_per_save", 1]
+    _, err = run(*line, *schedule, *wrong, "--identifier", "latest", status=1)
+    typed, prefix = re.search(BACK, err).groups()
+    found = main.list_checkpoints(tmp_path)
+    assert not found[0].id.startswith(prefix), "the newest made the loss infinite"
+    [good] = [checkpoint for checkpoint in found if checkpoint.id.startswith(prefix)]
+
+    _, _, *arguments = shlex.split(typed)
+    cured = ["--learning_rate", 1e-4, "--weight_decay", 0, "--max_tokens", 1]
+    out, _ = run(*arguments, *cured, "--num_iters", 40)
+    assert f"from iteration {good.iteration} to 40" in out
     assert "at iteration 40" in out
-    for record in records(tmp_path):
-        assert "diverged" not in record, "it was pruned"
 
 
 def test_a_run_that_was_never_good_says_so(tmp_path, text):
     line = ["--text", text, *TINY, "--save_dir", tmp_path]
-    diverging = ["--learning_rate", 1e30, "--lr_warmup", 0, "--steps_per_eval", 1]
+    diverging = ["--learning_rate", 1e30, "--lr_warmup", 0, "--steps_per_save", 1]
     _, err = run(*line, *diverging, status=1)
-    assert "no good checkpoint is left: start over (--new_model)" in err
-    _, err = run(*line, status=1)
-    assert "--new_model" in err.splitlines()[-1]
-    out, _ = run("--list", "--save_dir", tmp_path)
-    assert out.rstrip().endswith("diverged")
+    assert "is not finite: start over with --new_model --learning_rate 3e+29" in err
+    assert err.count("\n") == 1
 
 
 def test_a_score_that_is_not_finite_ends_the_run(tmp_path, text, monkeypatch, capsys):
     line = ["--text", str(text), *TINY, "--save_dir", str(tmp_path), "--steps_per_eval", "2"]
     assert main.main([*line, "--num_iters", "2"]) == 0
+    [good] = main.list_checkpoints(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(main, "evaluate", lambda *_: float("nan"))
         assert main.main([*line, "--num_iters", "9"]) == 1
-    assert "score of iteration 4 is not finite" in capsys.readouterr().err
-    newest, older = records(tmp_path)
-    assert newest["diverged"]
-    assert newest["iteration"] == 4
-    assert older["iteration"] == 2
-    for _, nats in newest["scores"]:
-        assert math.isfinite(nats)
+    err = capsys.readouterr().err
+    assert "score of iteration 4 is not finite" in err
+    assert re.search(BACK, err).group(2) == good.id[:12]
+    [left] = main.list_checkpoints(tmp_path)
+    assert left.id == good.id, "what has no score is not saved"
 
 
 REPORTED = [
@@ -404,15 +486,14 @@ def test_losses_go_down_and_reports_are_whole(tmp_path, text):
 
 KILLED_AFTER_ITERATION_6 = """
 import main
-save = main.save_checkpoint
+save = main.save
 
-def killed(folder, run, interrupts):
-    id = save(folder, run, interrupts)
+def killed(run, interrupts):
+    save(run, interrupts)
     if run.iteration == 6:
         main.os.kill(main.os.getpid(), 9)
-    return id
 
-main.save_checkpoint = killed
+main.save = killed
 main.sys.exit(main.main())
 """
 
@@ -426,7 +507,7 @@ def test_patience_counts_over_interrupts(tmp_path, text):
     line = ["--text", text, *TINY, *schedule, "--patience", 3]
     out, _ = run(*line, "--save_dir", whole)
     assert "Stopped: no improvement in 3 evaluations (--patience)" in out
-    assert scored_iterations(newest_record(whole)) == [2, 4, 6, 8]
+    assert scored_iterations(newest(whole)) == [2, 4, 6, 8]
 
     line_of_parts = [*line, "--save_dir", parts]
     run(*line_of_parts, "--num_iters", 4)
@@ -435,17 +516,17 @@ def test_patience_counts_over_interrupts(tmp_path, text):
     assert process.returncode == -signal.SIGKILL
     run(*line_of_parts)
     assert ids(parts)[0] == ids(whole)[0]
-    assert newest_record(parts)["scores"] == newest_record(whole)["scores"]
+    assert newest(parts).scores == newest(whole).scores
     out, _ = run(*line_of_parts)  # once more: it has nothing to do
     assert "in 3 evaluations (--patience)" in out
-    assert newest_record(parts)["iteration"] == 8
+    assert newest(parts).iteration == 8
     run(*line_of_parts, "--patience", 4)
-    assert newest_record(parts)["iteration"] == 10
+    assert newest(parts).iteration == 10
 
     # An end off the schedule is scored, but no miss.
     run(*line, "--save_dir", odd, "--num_iters", 5)
     run(*line, "--save_dir", odd, "--num_iters", 20)
-    assert scored_iterations(newest_record(odd)) == [2, 4, 5, 6, 8]
+    assert scored_iterations(newest(odd)) == [2, 4, 5, 6, 8]
 
 
 def test_patience_does_not_depend_on_where_a_leg_ended(tmp_path, text):
@@ -456,28 +537,26 @@ def test_patience_does_not_depend_on_where_a_leg_ended(tmp_path, text):
     schedule = ["--steps_per_eval", 2, "--lr_warmup", 0, "--patience", 3]
     line = ["--text", text, *TINY, *schedule, "--save_dir", tmp_path]
     run(*line, "--learning_rate", 1e-3, "--num_iters", 5)
-    run(*line, "--learning_rate", 0, "--num_iters", 20)  # from here on nothing changes
-    iterations, scores = zip(*newest_record(tmp_path)["scores"])
-    assert iterations == (2, 4, 5, 6, 8, 10, 12)
-    assert scores[1] > scores[2] == scores[-1]
+    # From here on nothing changes.
+    run(*line, "--identifier", "latest", "--learning_rate", 0, "--num_iters", 20)
+    assert scored_iterations(newest(tmp_path)) == [2, 4, 5, 6, 8, 10, 12]
+    scores = dict(newest(tmp_path).scores)
+    assert scores[4] > scores[5]
+    assert scores[5] == scores[12]
 
 
 def test_another_number_of_streams_is_named(tmp_path, text):
     line = ["--text", text, *TINY, "--save_dir", tmp_path, "--context_size", 64]
     run(*line, "--num_iters", 2, "--batch_size", 1)
-    out, _ = run(*line, "--num_iters", 4, "--batch_size", 64)
+    larger = ["--identifier", "latest", "--batch_size", 64]
+    out, _ = run(*line, "--num_iters", 4, *larger)
     if os.cpu_count() > 1:
         assert re.search(r"Environment changed since the checkpoint \(streams 1 -> \d+\)", out)
 
 
 def logged_scores(folder):
-    """The iterations of the scores of the validation split in a folder's logs."""
-    iterations = []
-    for path in folder.glob("*.csv"):
-        for row in path.read_text().split():
-            if ",valid," in row:
-                iterations.append(row.split(",")[0])
-    return iterations
+    """The iterations of the scores of the validation split in the log of a folder's only run."""
+    return [row["iteration"] for row in log_rows(folder, "valid")]
 
 
 def test_max_minutes_ends_a_leg_and_changes_nothing(tmp_path, text):
@@ -486,15 +565,15 @@ def test_max_minutes_ends_a_leg_and_changes_nothing(tmp_path, text):
     line = ["--text", text, *TINY, *DROPOUT, "--steps_per_eval", 100000]
     limited = ["--max_minutes", 0.005, "--eval_test", "--test_text", text]
     out, _ = run(*line, "--save_dir", legs, *limited)
-    stopped = newest_record(legs)
-    iteration = stopped["iteration"]
+    stopped = newest(legs)
+    iteration = stopped.iteration
     assert 0 < iteration < 100000
-    assert stopped["scores"] == []
-    assert stopped["flags"]["num_iters"] == 100000
+    assert stopped.scores == []
+    assert stopped.flags["num_iters"] == 100000
     assert f"--max_minutes 0.005 reached at iteration {iteration:,}." in out
     assert out.count("\nvalid ") == 1
     assert out.count("\ntest ") == 1
-    assert logged_scores(legs) == [str(iteration)]
+    assert logged_scores(legs) == [iteration]
 
     more = ["--num_iters", iteration + 20, "--test_text", text]
     out, _ = run(*line, "--save_dir", legs, *more)
@@ -555,7 +634,7 @@ def test_bfloat16_on_a_cpu(tmp_path, text):
     assert ids(tmp_path / "nobfloat16") == ids(tmp_path / "nofloat32")
 
     if not is_float32:
-        other = ["--dtype", "float32", "--num_iters", 8]
+        other = ["--identifier", "latest", "--dtype", "float32", "--num_iters", 8]
         out, _ = run(*line, *other, "--save_dir", tmp_path / "16")
         assert "dtype bfloat16 -> float32" in out
 
@@ -563,7 +642,7 @@ def test_bfloat16_on_a_cpu(tmp_path, text):
 VARIANTS = [
     "--optimizer muon --dropout 0.1 --dropout_final 0.3 --qk_norm --untie --grad_accumulation 3",
     # several streams
-    "--batch_size 16 --context_size 64 --lr_schedule cosine --checkpoint --num_kv_heads 1",
+    "--batch_size 16 --context_size 64 --lr_schedule cosine --grad_checkpoint --num_kv_heads 1",
     "--average 0.3 --dropout 0.1 --grad_accumulation 2 --weight_decay 0.1 --embedding_decay 2"
     " --lr_schedule linear --lr_cooldown 0.5",
 ]
@@ -592,26 +671,21 @@ def raw_weights(folder):
 
     With --average those in the other file.
     """
-    weights_file, metadata_file = main.files_of(folder, newest_record(folder))
+    contents = newest(folder).open()
     raw = {}
-    for name, array in main.load_arrays(metadata_file).items():
+    for name, array in contents.state.items():
         if name.startswith("weights."):
             raw[name.removeprefix("weights.")] = array
-    if not raw:
-        raw = main.load_arrays(weights_file)
+    raw = raw or contents.weights
     return {name: np.array(array) for name, array in raw.items()}
 
 
 def averaged_weights(folder, share):
     """The average of the weights of all of a run's checkpoints, oldest first."""
-
-    def iteration(record):
-        return record["iteration"]
-
     average = None
-    for i, record in enumerate(sorted(records(folder), key=iteration)):
-        weights_file, _ = main.files_of(folder, record)
-        weights = main.load_arrays(weights_file)
+    oldest_first = reversed(main.list_checkpoints(folder))
+    for i, checkpoint in enumerate(oldest_first):
+        weights = checkpoint.open().weights
         average = main.average_weights(average, weights, i, share)
     return average
 
@@ -624,8 +698,9 @@ def test_average_is_what_is_scored_saved_and_sampled(tmp_path, text):
     out, _ = run(*line, "--average", 0.25, "--save_dir", tmp_path / "average")
 
     average = averaged_weights(tmp_path / "plain", 0.25)
-    newest = newest_record(tmp_path / "average")
-    model, tokenizer = main.load_model(tmp_path / "average", newest)
+    averaged = newest(tmp_path / "average")
+    contents = averaged.open()
+    model = contents.load_model()
     for name, weight in tree_flatten(model.parameters()):
         expected = np.array(average[name])
         np.testing.assert_allclose(np.array(weight), expected, rtol=0, atol=1e-6)
@@ -636,16 +711,16 @@ def test_average_is_what_is_scored_saved_and_sampled(tmp_path, text):
     for name in raw:
         np.testing.assert_array_equal(raw[name], expected[name])
 
-    [_, nats] = newest["scores"][-1]
-    score = f"valid {nats:.4f} nats"
+    score = f"valid {averaged.score:.4f} nats"
     scored, _ = run("--evaluate", "valid", "--save_dir", tmp_path / "average")
     assert score in scored
     assert score in out
     assert score not in plain
 
-    conversation = main.Conversation(tokenizer, model)
+    conversation = main.Conversation(contents.tokenizer, model)
     sample = "".join(conversation.reply("", flags(max_tokens=8), 42))
-    assert out.rstrip("\n").endswith(sample.rstrip("\n"))
+    _, _, after = out.rpartition("saved ")
+    assert sample in after
 
 
 def test_average_begins_and_ends_with_its_flag(tmp_path, text):
@@ -655,11 +730,11 @@ def test_average_begins_and_ends_with_its_flag(tmp_path, text):
     line = ["--text", text, *TINY, *AVERAGE]
     run(*line, "--num_iters", 30, "--save_dir", plain)
     run(*line, "--num_iters", 10, "--save_dir", legs)
+    line += ["--identifier", "latest"]
     run(*line, "--num_iters", 20, "--average", 0.5, "--save_dir", legs)
-    [averaged] = [record for record in records(legs) if record["iteration"] == 20]
+    assert newest(legs).flags["average"] == 0.5
     out, _ = run(*line, "--num_iters", 30, "--average", 0, "--save_dir", legs)
     assert "--average 0.5 -> 0" in out
-    assert averaged["flags"]["average"] == 0.5
     assert ids(legs)[0] == ids(plain)[0]
 
 
@@ -668,14 +743,14 @@ def test_checkpoint_that_another_process_pruned_while_this_one_waited(
 ):
     line = ["--text", str(text), *TINY, "--save_dir", str(tmp_path)]
     assert main.main([*line, "--num_iters", "2"]) == 0
-    lock_run = main.lock_run
+    claim = main.claim
 
-    def late(folder, name):
+    def claim_too_late(folder, held):
         for path in folder.glob("*.safetensors"):
             path.unlink()
-        return lock_run(folder, name)
+        claim(folder, held)
 
-    monkeypatch.setattr(main, "lock_run", late)
+    monkeypatch.setattr(main, "claim", claim_too_late)
     assert main.main([*line, "--num_iters", "4"]) == 1
     err = capsys.readouterr().err
-    assert "advanced while this process was starting; rerun the command\n" in err
+    assert "advanced while this process was starting; rerun\n" in err
