@@ -14,7 +14,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TEXT, TINY, Script, flags, ids, run, start
+from conftest import TEXT, TINY, Script, flags, ids, run, run_folder, start
 from datasets import ByteTokenizer, UsageError
 from mlx.utils import tree_flatten, tree_unflatten
 from test_sampling import DISTRIBUTIONS
@@ -224,10 +224,9 @@ def test_draft(two_models):
 
 
 def test_draft_of_other_tokens(word_model, byte_model, tmp_path):
-    for folder in (word_model, byte_model):
-        for path in folder.glob("*.*"):
-            if path.is_file():
-                shutil.copy(path, tmp_path)
+    for save_dir in (word_model, byte_model):
+        folder = run_folder(save_dir)
+        shutil.copytree(folder, tmp_path / folder.name)
     line = ["--prompt", "the", "--save_dir", tmp_path, "--identifier", ids(word_model)[0]]
     _, err = run(*line, "--draft", ids(byte_model)[0], status=2)
     assert "has a different tokenizer" in err.splitlines()[-1]
@@ -307,7 +306,9 @@ def test_a_stop_that_is_not_utf8(byte_model, tmp_path):
 
 def test_the_search_for_the_stop_decodes_each_token_a_few_times(byte_model, monkeypatch):
     """And not the whole text after each."""
-    model, tokenizer = main.load_model(byte_model, main.list_checkpoints(byte_model)[0])
+    contents = main.list_checkpoints(byte_model)[0].open()
+    model = contents.load_model()
+    tokenizer = contents.tokenizer
     decode = tokenizer.decode
     decoded = []
 
