@@ -2715,16 +2715,6 @@ REQUIRES = {
 }
 
 
-def explain_name(name):
-    """A hint for an unknown flag, or None."""
-    with contextlib.suppress(UsageError):  # if its file is missing
-        known = extra("names").explain(name)
-        if known:
-            return known
-    similar = difflib.get_close_matches(name, DEFAULTS, 1, 0.75)
-    return f"--{similar[0]}?" if similar else None
-
-
 @functools.cache
 def make_parser():
     """An argparse parser of FLAGS that returns only the flags passed, without defaults."""

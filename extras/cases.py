@@ -68,7 +68,7 @@ def read_cases(flags):
             for entry in yaml.load(text, yaml.BaseLoader):
                 cases.append((read_text(entry, "prompt"), read_text(entry, "expected")))
         if flags.output and os.path.realpath(user_path(path)) == os.path.realpath(flags.output):
-            raise UsageError(f"--output {flags.output} would overwrite --cases {path}: name another")
+            raise UsageError(f"--output {flags.output} would overwrite --cases {path}: rename it")
     # Fails now rather than after the work; to a pipe, this would be the end of the text.
     if flags.output and not Path(flags.output).is_fifo():
         with explained(f"--output {flags.output} cannot be written: name another file", OSError):
