@@ -412,8 +412,8 @@ def init_weights(model, seed):
     weights = []
     for (name, parameter), key in zip(parameters, keys):
         normal = mx.random.normal(parameter.shape, key=key)
-        if name.endswith("norm.weight"):
-            value = mx.ones_like(parameter)
+        if parameter.ndim == 1:
+            value = mx.ones_like(parameter)  # of a norm
         elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
             value = mx.zeros_like(parameter)
         elif name.endswith("embed_tokens.weight"):
@@ -422,7 +422,6 @@ def init_weights(model, seed):
             value = normal * parameter.shape[1] ** -0.5  # [O, I]: outputs vary as much as inputs
         weights.append((name, value))
     model.load_weights(weights)
-    mx.eval(model.parameters())
 
 
 # ---- Loss and optimizer -------------------------------------------------------------------------
@@ -484,27 +483,43 @@ class Muon(optim.Muon):
         return super().apply_single(gradient, parameter, state)
 
 
+def adamw(flags, weight_decay):
+    """MLX's AdamW (Loshchilov & Hutter 2019)."""
+    betas = [flags.beta1, flags.beta2]
+    return optim.AdamW(flags.learning_rate, betas, bias_correction=True, weight_decay=weight_decay)
+
+
+def muon(flags, weight_decay):
+    """Our Muon."""
+    return Muon(flags.learning_rate * MUON_RATE, weight_decay)
+
+
+# The choices of --optimizer: what makes it for the blocks' matrices, and for all other parameters.
+OPTIMIZERS = {
+    "adamw": (adamw, adamw),
+    "muon": (muon, adamw),
+}
+
+
 def make_optimizer(model, flags):
-    """AdamW; with --optimizer muon, Muon for the blocks' matrices.
+    """The optimizer of all trained parameters.
 
     Weight decay: --embedding_decay for the embeddings and the output layer, --weight_decay for
     the blocks' matrices, none for norms.
     """
-    rate = flags.learning_rate
-    betas = [flags.beta1, flags.beta2]
+    of_blocks, of_others = OPTIMIZERS[flags.optimizer]
     embedding_decay = flags.weight_decay
     if flags.embedding_decay is not None:
         embedding_decay = flags.embedding_decay
-    adamw = partial(optim.AdamW, rate, betas=betas, bias_correction=True)
-    blocks = adamw(weight_decay=flags.weight_decay)
-    if flags.optimizer == "muon":
-        blocks = Muon(rate * MUON_RATE, flags.weight_decay)
-    groups = [blocks, adamw(weight_decay=embedding_decay), adamw(weight_decay=0.0)]
-    filters = [is_matrix_of_block, is_matrix]
+    groups = [
+        of_blocks(flags, flags.weight_decay),
+        of_others(flags, embedding_decay),
+        of_others(flags, 0.0),
+    ]
     # filters[i] selects the parameters of groups[i]; the last group takes the rest.
+    filters = [is_matrix_of_block, is_matrix]
     optimizer = optim.MultiOptimizer([spread(group) for group in groups], filters)
     optimizer.init(model.trainable_parameters())
-    assert_each_has_one_group(optimizer, model)
     return optimizer
 
 
@@ -518,40 +533,39 @@ def is_matrix_of_block(name, parameter):
     return name.startswith("model.layers.") and is_matrix(name, parameter)
 
 
-def assert_each_has_one_group(optimizer, model):
-    """Asserts that each trained parameter has state in exactly one group of the optimizer."""
-    held = []
-    for group in optimizer.optimizers:
-        # Arrays are named after their parameter plus a suffix, such as `model.norm.weight.m`; only
-        # those of the whole group, such as `step`, have no dot.
-        names = {name.rpartition(".")[0] for name, _ in tree_flatten(group.state)}
-        held += sorted(names - {""})
-    trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    assert sorted(held) == sorted(trained)
-
-
 def set_learning_rate(optimizer, rate):
     """Sets the learning rate of all groups; Muon's is MUON_RATE times the others'."""
     for group in optimizer.optimizers:
         group.learning_rate = rate * MUON_RATE if isinstance(group, optim.Muon) else rate
 
 
+def constant(done, flags):
+    return 1
+
+
+def cosine(done, flags):
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+def linear(done, flags):
+    return 1 - done
+
+
+# The choices of --lr_schedule: how much is left of the way from `learning_rate` down to `min_lr`
+# once a share `done` of the cooldown is done; both are from 0 to 1.
+SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
+
+
 def learning_rate_at(iteration, flags):
     """The learning rate of step `iteration`, counted from 0.
 
-    It rises linearly over `lr_warmup` steps and then stays, unless --lr_schedule is cosine or
-    linear: then it decays to `min_lr` at `num_iters`, over the last share `lr_cooldown` of the
-    steps after warmup.
+    It rises linearly over `lr_warmup` steps and then follows the schedule, which reaches `min_lr`
+    at `num_iters`, over the last share `lr_cooldown` of the steps after warmup.
     """
     min_lr = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
     cooldown = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)  # in steps
     done = max(0, iteration - (flags.num_iters - cooldown)) / max(1, cooldown)
-    if flags.lr_schedule == "cosine":
-        left = (1 + math.cos(math.pi * done)) / 2
-    elif flags.lr_schedule == "linear":
-        left = 1 - done
-    else:
-        left = 1
+    left = SCHEDULES[flags.lr_schedule](done, flags)
     # Written as a difference, this is exactly the learning rate where `left` is 1.
     rate = flags.learning_rate - (flags.learning_rate - min_lr) * (1 - left)
     warmup = min(1, (iteration + 1) / max(1, flags.lr_warmup))  # + 1: a rate of 0 learns nothing
@@ -793,6 +807,7 @@ class Run:
     recent_loss: float = 0.0  # the sum of their losses
     recent_seconds: float = 0.0  # the time they took
 
+    session_steps: int = 0  # taken by this process
     checkpoint_id: str | None = None  # of the last checkpoint
     saved: float = 0.0  # when that was saved; the next one is later, whatever the clock says
     saved_iteration: int = 0
@@ -854,9 +869,9 @@ class Run:
 def make_step(model, optimizer, flags, ranks=None, teacher=None):
     """A function that takes one training step: step(inputs, targets, dropout_rate, keys).
 
-    inputs, targets: [N, L]; dropout_rate, keys: see draw_dropout. It returns the mean loss in nats
-    and the gradient norm before clipping. The N = batch_size * grad_accumulation rows are processed
-    batch_size at a time, divided among ranks and streams. With bfloat16, a GPU casts all weights
+    inputs, targets: [N, L]; dropout_rate, keys: see draw_dropout. It returns metrics, {name: []
+    array}: `loss`, the mean in nats, and `gradient_norm`, before clipping. The N = batch_size *
+    grad_accumulation rows are processed batch_size at a time, divided among ranks and streams. With bfloat16, a GPU casts all weights
     but the embeddings to it, while a CPU only rounds the inputs of matrix products; the weights
     that are updated, the optimizer state and the loss are float32.
     """
@@ -904,7 +919,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         loss, gradients = ranks.average(total)  # ranks exchange gradients only here
         gradients, norm = clip_grad_norm(gradients, flags.grad_clip or math.inf)
         optimizer.update(model, gradients)
-        return loss, norm
+        return {"loss": loss, "gradient_norm": norm}
 
     def step(inputs, targets, dropout_rate, keys):
         # Turns sums over positions into means; `average` divides by the number of ranks.
@@ -919,11 +934,11 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
                 total = result if total is None else tree_map(mx.add, total, result)
                 if len(inputs) > flags.batch_size:  # or all parts would be in memory at once
                     mx.eval(total)
-            loss, norm = apply_gradients(total)
+            metrics = apply_gradients(total)
             # The code above only builds a graph; it is computed here. Arrays not listed would be
             # left for the next step's graph.
-            mx.eval(loss, norm, model.state, optimizer.state)
-        return loss, norm
+            mx.eval(metrics, model.state, optimizer.state)
+        return metrics
 
     return step
 
@@ -935,7 +950,6 @@ def train(run, interrupts, ranks):
     """
     flags = run.flags
     step = make_step(run.model, run.optimizer, flags, ranks, run.teacher)
-    first = run.iteration
     end_time = math.inf  # in seconds of training
     if flags.max_minutes is not None:
         end_time = run.seconds + 60 * flags.max_minutes
@@ -954,29 +968,13 @@ def train(run, interrupts, ranks):
             if is_ended or received or is_time_up:
                 break
 
-            began = time.perf_counter()
-            rate = learning_rate_at(run.iteration, flags)
-            set_learning_rate(run.optimizer, rate)  # an array in its state: no recompilation
-            inputs, targets = run.batches.next()
-            dropout_rate, keys = draw_dropout(run.iteration, len(inputs), flags)
-            loss, norm = step(inputs, targets, dropout_rate, keys)
-            if flags.average:
-                weights = run.model.trainable_parameters()
-                run.average = average_weights(run.average, weights, run.iteration, flags.average)
-            seconds = time.perf_counter() - began
-
-            metrics = {
-                "loss": loss.item(),  # nats/token
-                "learning_rate": rate,
-                "gradient_norm": norm.item(),
-            }
+            metrics = train_step(run, step)
             if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
-                what = f"loss or gradient of iteration {run.iteration + 1:,}"
-                raise divergence_error(run, what, ranks)
+                what = f"loss or gradient of iteration {run.iteration:,}"
+                raise divergence_error(run, what, run.iteration - 1, ranks)
             # Older checkpoints are deleted only once a step from the newest one has succeeded.
-            if run.saved_iteration == run.iteration:
+            if run.saved_iteration == run.iteration - 1:
                 prune(run)
-            count_step(run, metrics["loss"], inputs.size, seconds, is_first=run.iteration == first)
             reporter.report_step(run, metrics)
     if run.is_scored:  # finite, so a step from the newest checkpoint would succeed
         prune(run)
@@ -991,16 +989,31 @@ def train(run, interrupts, ranks):
     return received
 
 
-def count_step(run, loss, num_tokens, seconds, is_first):
-    """Adds a step of `num_tokens` targets to a run's counters; the first of a session compiles."""
+def train_step(run, step):
+    """Takes the next step of a run; returns its metrics, {name: number}."""
+    flags = run.flags
+    began = time.perf_counter()
+    rate = learning_rate_at(run.iteration, flags)
+    set_learning_rate(run.optimizer, rate)  # an array in its state: no recompilation
+    inputs, targets = run.batches.next()
+    dropout_rate, keys = draw_dropout(run.iteration, len(inputs), flags)
+    metrics = step(inputs, targets, dropout_rate, keys)
+    if flags.average:
+        weights = run.model.trainable_parameters()
+        run.average = average_weights(run.average, weights, run.iteration, flags.average)
+    metrics = {name: array.item() for name, array in metrics.items()}
+    seconds = time.perf_counter() - began
+
     run.iteration += 1
     run.is_saved = False
-    run.tokens_seen += num_tokens
-    if not is_first:
+    run.tokens_seen += inputs.size
+    run.session_steps += 1
+    if run.session_steps > 1:  # the first one compiles
         run.seconds += seconds
     run.recent_steps += 1
-    run.recent_loss += loss
+    run.recent_loss += metrics["loss"]
     run.recent_seconds += seconds
+    return metrics | {"learning_rate": rate}
 
 
 def score_run(run, interrupts, ranks, reporter):
@@ -1015,7 +1028,8 @@ def score_run(run, interrupts, ranks, reporter):
     if nats is None:
         return
     if not math.isfinite(nats):
-        raise divergence_error(run, f"score of iteration {run.iteration:,}", ranks)
+        what = f"score of iteration {run.iteration:,}"
+        raise divergence_error(run, what, run.iteration, ranks)
     if run.is_score_due():
         run.scores.append([run.iteration, nats])
         run.is_saved = False
@@ -1533,8 +1547,9 @@ def is_number(value):
 
 def check_flags(values):
     """Raises ValueError unless `values` are flags that a command could have set."""
-    if not values.keys() <= {*INHERITED}:
-        raise ValueError("its flags are unknown")
+    for name in values:
+        if name not in INHERITED:
+            raise ValueError(f"this program has no flag {name!r}")
     with explained("its flags are invalid", kind=ValueError):
         if parse(arguments_of(values)) != values:
             raise ValueError("some are of another type")
@@ -1638,15 +1653,17 @@ def list_checkpoints(save_dir, warn=False):
 def list_run(folder, warn=False):
     """The checkpoints of one run, most recently saved first; see list_checkpoints."""
     checkpoints = []
+    skipped = {}  # {reason: [id, ...]}
     for weights in folder.glob("*.safetensors"):
         if not SHA1.fullmatch(weights.stem):
             continue
         try:
             checkpoints.append(read_checkpoint(weights.with_suffix(".metadata")))
         except UNREADABLE as error:
-            if warn:
-                line = f"Skipping {folder.name}, {weights.stem[:12]}: {one_line(error)}"
-                print(line, file=sys.stderr)
+            skipped.setdefault(one_line(error), []).append(weights.stem[:12])
+    if warn:
+        for reason, ids in skipped.items():
+            print(f"Skipping {folder.name}, {', '.join(ids)}: {reason}", file=sys.stderr)
     return sorted(checkpoints, key=saved_order, reverse=True)
 
 
@@ -1686,8 +1703,7 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     """The checkpoint that the flag names. Raises UsageError if none or several match."""
     found = matching_checkpoints(checkpoints, identifier)
     if not checkpoints:
-        fault = f"--{flag_name} {identifier!r}: no checkpoint in {save_dir}"
-        raise UsageError(f"{fault}: {TRAIN_FIRST}")
+        raise UsageError(f"--{flag_name} {identifier!r}: {explain_emptiness(save_dir)}")
     if len(found) != 1:
         matches = "several checkpoints" if found else "no checkpoint"
         known = "; ".join(map(str, (found or checkpoints)[:9]))
@@ -1696,6 +1712,13 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
             f"--save_dir (--list shows all): {known}"
         )
     return found[0]
+
+
+def explain_emptiness(save_dir):
+    """Why there is no checkpoint in `save_dir`, and what to do."""
+    if any(save_dir.glob("*/*.safetensors")):
+        return f"no checkpoint in {save_dir} can be used: see --list"
+    return f"no checkpoint in {save_dir}: train a model first, or check --save_dir"
 
 
 def save(run, interrupts):
@@ -1819,8 +1842,8 @@ def remove_unfinished(folder):
                 path.unlink()
 
 
-def divergence_error(run, what, ranks):
-    """The RunError to raise in a run in which `what` is not finite.
+def divergence_error(run, what, iteration, ranks):
+    """The RunError to raise in a run in which `what` is not finite, on the step from `iteration`.
 
     It names the last checkpoint from which a step was taken, in a command that goes back to it.
     """
@@ -1828,7 +1851,7 @@ def divergence_error(run, what, ranks):
     ranks.agree(None, False)
     earlier = []
     if run.folder is not None:
-        earlier = [each for each in list_run(run.folder) if each.iteration < run.iteration]
+        earlier = [each for each in list_run(run.folder) if each.iteration < iteration]
     lower = f"--learning_rate {run.flags.learning_rate / 3:.1g}"
     if earlier:
         remedy = f"go back with {command(run.flags, '--identifier', earlier[0].id[:12])} {lower}"
@@ -2158,7 +2181,9 @@ class Reporter:
     def show(self, run, metrics):
         """Shows the metrics of the steps up to the current iteration."""
         shown = []
-        for name, value in metrics.items():
+        others = [name for name in metrics if name not in FORMATS]
+        for name in [*filter(metrics.__contains__, FORMATS), *others]:
+            value = metrics[name]
             form = FORMATS.get(name, name + " {:.4g}")
             if name == "peak_mib" and not self.bar.disable:
                 continue  # so that the bar fits 100 columns
@@ -2576,11 +2601,11 @@ FLAGS["training"] = {
     "beta2": flag(0.99, "AdamW's beta2, decay rate of the mean squared gradient", type=BETA),
     "optimizer": choice(
         "adamw",
-        ["adamw", "muon"],
+        OPTIMIZERS,
         f"muon: for the blocks' matrices, at {MUON_RATE} times the learning rate",
     ),
     "lr_warmup": flag(200, "warmup steps", type=COUNT),
-    "lr_schedule": choice("constant", ["constant", "cosine", "linear"], "schedule after warmup"),
+    "lr_schedule": choice("constant", SCHEDULES, "schedule after warmup"),
     "lr_cooldown": flag(1.0, "share of the steps, at the end, of the rate's decay", type=SHARE),
     "grad_clip": flag(1.0, "maximum gradient norm; 0: no clipping", type=RATE),
     "dropout": flag(0.0, "dropout rate of embeddings and residual branches", type=DROPOUT),
@@ -2677,8 +2702,6 @@ SHAPING = [
 INHERITED = list(
     dict.fromkeys([*SHAPING, "num_iters", *FLAGS["training"], *FLAGS["reports"]])  # each once
 )
-
-TRAIN_FIRST = "train a model first, or check --save_dir"
 
 # A command can have only one of these.
 MODES = [
@@ -3043,7 +3066,6 @@ def make_model(flags, dataset, contents, origins):
             model = contents.checkpoint.make_model()
     else:
         model = LanguageModel(make_config(flags, dataset.tokenizer.vocab_size))
-    check_memory(model, flags)  # MLX is lazy: new weights do not exist yet
     if flags.lora_rank:
         extra("lora").init_lora(model, flags.seed)
     elif not contents and "init_from" not in origins:
@@ -3051,10 +3073,11 @@ def make_model(flags, dataset, contents, origins):
     return model
 
 
-def check_memory(model, flags, training=True):
+def check_memory(model, flags, optimizer=None):
     """Raises UsageError if the minimum for training or scoring a model exceeds the memory.
 
-    Actual use is higher; `--benchmark` predicts and measures it. MLX itself would crash.
+    optimizer: that of training, None for scoring. Actual use is higher; `--benchmark` predicts and
+    measures it. MLX itself would crash: it is lazy, so nothing of this needs to exist yet.
     """
     config = model.config
     rows = flags.batch_size * config.context_size
@@ -3062,15 +3085,14 @@ def check_memory(model, flags, training=True):
         "weights": count_parameters(model.parameters()),
         "hidden states": rows * config.dim,
     }
-    if training:
+    if optimizer:
         trained = count_parameters(model.trainable_parameters())
-        copies = 2 if flags.optimizer == "muon" else 3  # the gradient and its moments
+        floats["gradients and moments"] = trained + count_parameters(optimizer.state)
         if flags.average:
-            copies += 1
-        floats["gradients and moments"] = copies * trained
+            floats["average of the weights"] = trained
         floats["hidden states"] *= config.num_blocks
         floats["tokens"] = 2 * rows * flags.grad_accumulation
-    if training or mx.default_device() == mx.cpu:  # a GPU scores a window without them
+    if optimizer or mx.default_device() == mx.cpu:  # a GPU scores a window without them
         floats["attention scores"] = config.num_heads * config.context_size**2  # of one row
     needed = 4 * sum(floats.values())  # bytes
     if mx.default_device() == mx.gpu:
@@ -3135,7 +3157,9 @@ def make_run(folder, flags, contents, ranks):
     if not checkpoint:
         flags = settle(flags.given, decided=decided_by(origins, flags))
     dataset = load_data(flags, contents, origins)
-    model = make_model(flags, dataset, contents, origins)  # before the rest: it may be too large
+    model = make_model(flags, dataset, contents, origins)
+    optimizer = make_optimizer(model, flags)
+    check_memory(model, flags, optimizer)
     folder = folder or flags.save_dir / f"{flags.dataset}-{os.urandom(3).hex()}"
     run = Run(
         name=folder.name,
@@ -3143,7 +3167,7 @@ def make_run(folder, flags, contents, ranks):
         flags=flags,
         dataset=dataset,
         model=model,
-        optimizer=make_optimizer(model, flags),
+        optimizer=optimizer,
         batches=Batches(
             dataset.train.tokens,
             flags.context_size,
@@ -3157,6 +3181,7 @@ def make_run(folder, flags, contents, ranks):
     )
     if contents:
         contents.restore(run)
+    mx.eval(model.parameters(), optimizer.state)
     return run
 
 
@@ -3286,7 +3311,7 @@ def show_runs(flags):
     save_dir = flags.save_dir
     checkpoints = list_checkpoints(save_dir, warn=True)
     if not checkpoints:
-        raise UsageError(f"no checkpoint in {save_dir}: {TRAIN_FIRST}")
+        raise UsageError(explain_emptiness(save_dir))
     runs = dict.fromkeys(each.run for each in checkpoints)  # unique
     named = []
     for identifier in flags.identifier or []:
@@ -3317,7 +3342,7 @@ def open_for_use(flags):
         names.remove("test_text")  # any text can be scored
     candidates = find_candidates(checkpoints, flags, names)
     if not checkpoints:
-        raise UsageError(f"no checkpoint in {flags.save_dir}: {TRAIN_FIRST}")
+        raise UsageError(explain_emptiness(flags.save_dir))
     if not candidates:
         raise UsageError(
             f"no checkpoint in {flags.save_dir} has the flags given: leave them out, or see --list"
@@ -3358,7 +3383,7 @@ def score_checkpoint(flags, contents, ranks):
         raise UsageError(
             f"--eval_stride {flags.eval_stride} would skip tokens: give at most {context_size}"
         )
-    check_memory(model, flags, training=False)
+    check_memory(model, flags)
     announce(contents.checkpoint)
     # Never entered: there is nothing to save, so Ctrl+C ends this process at once. `evaluate` sets
     # its `received` to a signal that another rank has received.

@@ -52,7 +52,6 @@ def init_lora(model, seed):
             normal = mx.random.normal(adapter.shape, key=key)
             weights.append((name, normal * adapter.shape[1] ** -0.5))
     model.load_weights(weights, strict=False)
-    mx.eval(model.parameters())
 
 
 def merge(base, adapters, rank, alpha):
