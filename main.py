@@ -172,7 +172,10 @@ def dropout(hidden, noise, site):
 
 @fast_version
 def attend(queries, keys, values):
-    """Causal attention: queries [B, H, L, d], keys and values [B, K, L, d] -> [B, H, L, d]."""
+    """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
+
+    The queries are those of the last L of N positions: in training L is N, in decoding mostly 1.
+    """
     scale = queries.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
 
@@ -266,23 +269,12 @@ class Cache:
         self.offset = 0  # positions read so far
 
     def attend(self, queries, keys, values):
-        """Appends L positions and attends from them to all so far; shapes as in `attend`.
-
-        Uses MLX's own function: `attend` has a mask for equally many queries and keys, and its
-        fast version is slower without mx.compile.
-        """
-        L = queries.shape[2]
-        scale = queries.shape[3] ** -0.5
-        end = self.offset + L
+        """Appends L positions and attends from them to all so far; shapes as in `attend`."""
+        end = self.offset + queries.shape[2]
         self.keys[:, :, self.offset : end] = keys
         self.values[:, :, self.offset : end] = values
         self.offset = end
-        # MLX aligns "causal" at the end, so a query sees everything up to its own position; a
-        # single query sees everything without a mask.
-        mask = "causal" if L > 1 else None
-        return mx.fast.scaled_dot_product_attention(
-            queries, self.keys[:, :, :end], self.values[:, :, :end], scale=scale, mask=mask
-        )
+        return attend(queries, self.keys[:, :, :end], self.values[:, :, :end])
 
 
 @fast_version
@@ -802,7 +794,7 @@ class Run:
     iteration: int = 0  # steps done
     tokens_seen: int = 0
     seconds: float = 0.0  # of training, excluding the first step of each session
-    scores: list = dataclasses.field(default_factory=list)  # [iteration, nats/token]
+    scores: list = dataclasses.field(default_factory=list)  # of validation, [iteration, nats/token]
     recent_steps: int = 0  # since the last report
     recent_loss: float = 0.0  # the sum of their losses
     recent_seconds: float = 0.0  # the time they took
@@ -2075,9 +2067,6 @@ def list_versions(flags, ranks):
     """
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
     blas = fast.BLAS if fast else "MLX's own BLAS"
-    kernels = "extras/fast.py" if fast else "main.py"
-    if EDITED:
-        kernels += f", but main.py's own, edited {', '.join(EDITED)}"
     dtype = "float32"
     if mx.default_device() == mx.gpu or (fast and fast.has_bfloat16()):
         dtype = flags.dtype
@@ -2090,7 +2079,8 @@ def list_versions(flags, ranks):
         "MLX": mx.__version__,
         "NumPy": np.__version__,
         "BLAS": blas,
-        "kernels": kernels,
+        "kernels": "extras/fast.py" if fast else "main.py",
+        "edited": ", ".join(EDITED),
         "dtype": dtype,
         "device": f"{device}, {cores} cores",
         "streams": streams,
@@ -2252,7 +2242,7 @@ def find_end(path, run):
     """The size of the part of a run's log that is not to be repeated, in bytes. Raises OSError."""
     for place, row in read_log(path):
         is_repeated = row["iteration"] > run.iteration
-        if row["iteration"] == run.iteration and row["split"] == "valid":
+        if row["iteration"] == run.iteration and row["split"] != "train":
             is_repeated = not run.is_scored
         if is_repeated:
             return place
@@ -2272,7 +2262,7 @@ def read_log(path):
     for line in lines:
         with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             row = json.loads(line)
-            if type(row["iteration"]) is int and row["split"] in ("train", "valid"):
+            if type(row["iteration"]) is int and type(row["split"]) is str:
                 rows.append((place, row))
         place += len(line) + 1
     return rows
@@ -2339,6 +2329,8 @@ def start_notices(run, ranks):
             f"--batch_size {flags.batch_size} is not a multiple of {ranks.size} ranks: "
             "some will wait."
         )
+    if EDITED:
+        yield f"edited   {', '.join(EDITED)}: main.py's own runs, not that of extras/fast.py"
     if windows < run.batches.batch_size:
         yield "The text has fewer windows than a batch has rows: some repeat within each batch."
     if flags.lr_warmup >= flags.num_iters:
@@ -2381,7 +2373,7 @@ def describe_resume(checkpoint, run):
             changes.append(f"{name} {before} -> {version}")
     edited = [name for name in run.sources if checkpoint.sources.get(name) != run.sources[name]]
     if edited:
-        changes.append(f"edited: {', '.join(edited)}")
+        lines.append(f"Edited since the checkpoint: {', '.join(edited)}.")
     if changes:
         lines.append(
             f"Environment changed since the checkpoint ({'; '.join(changes)}): "
@@ -2552,7 +2544,8 @@ def string_flag(help, metavar="FILE", **options):
 
 # {group: {flag: row}}, one statement per group. Every default is set in such a row; where a
 # default of None depends on other flags, the help says how. --help and --config files have the
-# same groups.
+# same groups. A new flag needs one row: in the group "training", another value is another run
+# (SHAPING); in "model", it is a field of Config, too.
 FLAGS = {}
 
 FLAGS["run"] = DATA_FLAGS | {
@@ -2680,7 +2673,8 @@ DEFAULTS = {name: row[0] for rows in FLAGS.values() for name, row in rows.items(
 
 # The flags that load_dataset takes.
 DATA = [name for name in DATA_FLAGS if name not in ("save_dir", "data_dir", "mirror")]
-# What a run is, whatever it is trained with: its data, its model and what follows from them.
+# What stays as it is during a run, even if --identifier names that: its data, its model and what
+# the optimizer's state depends on.
 FIXED = [
     *DATA,
     "seed",
@@ -2982,16 +2976,16 @@ def open_newest(candidates, flags):
 
 
 def describe_other(other, flags):
-    """Why the run of a checkpoint, saved last, is not resumed, and how it would be."""
+    """Says why the run saved last is not resumed, and with which command it would be."""
     held = vars(settle({}, other.flags))
     differences = []
     for name in SHAPING:
         value = getattr(flags, name)
         if name in flags.given and held[name] != value:
-            differences.append(f"--{name} {held[name]}, not {value}")
+            differences.append(f"--{name} {held[name]} instead of {value}")
     return (
-        f"A new run: {other.run}, saved last, has {', '.join(differences)}. "
-        f"It goes on with: {command(flags, '--identifier', other.run)}"
+        f"Starting a new run: the last one, {other.run}, has {', '.join(differences)}. "
+        f"To resume that one: {command(flags, '--identifier', other.run)}"
     )
 
 
@@ -3208,12 +3202,12 @@ def open_save_dir(flags):
 
 
 def find_run(flags, checkpoints, held):
-    """The Contents to resume, and the folder of its run if that goes on there; else None.
+    """What a command trains: the Contents to begin with, and the folder to go on in.
 
-    Neither is there for a new run; an older checkpoint that --identifier names begins a branch, in
-    a folder of its own. The folder of a run that goes on is locked until the ExitStack `held` is
-    closed. Raises UsageError if another process trains that run, RunError if no checkpoint of it is
-    intact.
+    (contents, folder) for a run that goes on; its folder is locked until the ExitStack `held` is
+    closed. (contents, None) for a branch: --identifier names an older checkpoint. (None, None) for
+    a new run. Raises UsageError if another process trains that run, RunError if no checkpoint of it
+    is intact.
     """
     candidates = find_candidates(checkpoints, flags, SHAPING)
     if not candidates:
@@ -3351,8 +3345,11 @@ def open_for_use(flags):
 
 
 def announce(checkpoint):
-    """Says which checkpoint a command uses, and from which folder."""
-    print(f"{checkpoint}, in {checkpoint.folder.parent}", file=sys.stderr)
+    """Says which checkpoint a command uses, from which folder, and whether main.py has changed."""
+    line = f"{checkpoint}, in {checkpoint.folder.parent}"
+    if checkpoint.sources.get("main.py") != hash_sources()["main.py"]:
+        line += ", saved by another version of main.py"
+    print(line, file=sys.stderr)
 
 
 def use_checkpoint(flags, ranks):
