@@ -863,9 +863,10 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 
     inputs, targets: [N, L]; dropout_rate, keys: see draw_dropout. It returns metrics, {name: []
     array}: `loss`, the mean in nats, and `gradient_norm`, before clipping. The N = batch_size *
-    grad_accumulation rows are processed batch_size at a time, divided among ranks and streams. With bfloat16, a GPU casts all weights
-    but the embeddings to it, while a CPU only rounds the inputs of matrix products; the weights
-    that are updated, the optimizer state and the loss are float32.
+    grad_accumulation rows are processed batch_size at a time, divided among ranks and streams.
+    With bfloat16, a GPU casts all weights but the embeddings to it, while a CPU only rounds the
+    inputs of matrix products; the weights that are updated, the optimizer state and the loss are
+    float32.
     """
     ranks = ranks or SingleProcess()
     model.model.grad_checkpoint = flags.grad_checkpoint

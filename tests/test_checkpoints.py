@@ -757,34 +757,21 @@ def test_a_branch_that_is_stopped_before_its_first_step(tmp_path, text, monkeypa
     assert len(list(save_dir.glob("text-*"))) == 2
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("has_reported", [False, True])
-def test_what_is_left_of_a_run_that_saved_nothing(tmp_path, text, monkeypatch, has_reported):
-    """Only its log, if there is one."""
-
-    def stopped(run, interrupts, ranks):
-        if has_reported:
-=======
 @pytest.mark.parametrize("has_log", [False, True])
 def test_a_run_that_saved_nothing(tmp_path, text, monkeypatch, has_log):
     """Nothing is left of it but its log, if it has one."""
 
     def stopped(run, interrupts, ranks):
         if has_log:
->>>>>>> 9d0861e (tests/test_strangers.py: fewer commands; a run that saved nothing keeps its log)
             (run.folder / "log.jsonl").write_text("{}\n")
         return 2
 
     monkeypatch.setattr(main, "train", stopped)
     line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm"]
     assert main.main([*map(str, line)]) == 130
-<<<<<<< HEAD
-    assert len(list((tmp_path / "lm").glob("text-*"))) == has_reported
-=======
     left = [path.name for path in (tmp_path / "lm").glob("text-*/*")]
     assert left == ["log.jsonl"] * has_log
     assert len(list((tmp_path / "lm").glob("text-*"))) == has_log
->>>>>>> 9d0861e (tests/test_strangers.py: fewer commands; a run that saved nothing keeps its log)
 
 
 def test_the_base_of_a_lora_run_cannot_be_pruned_while_that_starts(tmp_path, text, monkeypatch):

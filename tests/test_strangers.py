@@ -102,10 +102,6 @@ def lines_of(capsys):
 FIELDS = [each.name for each in dataclasses.fields(main.Checkpoint) if each.name != "folder"]
 WRONG = [None, "x", "", -1, -1.0, True, [], {}, [[]], {"a": {}}, math.inf, math.nan, 10**400]
 WRONG += [{"": None}, [[1, 2, 3]], [["a", "b"]], {"teacher": []}, {"text": [5]}, "[" * 9999]
-<<<<<<< HEAD
-# Of which some are possible.
-=======
->>>>>>> 9d0861e (tests/test_strangers.py: fewer commands; a run that saved nothing keeps its log)
 HARMLESS = ("command", "flags", "recent_loss", "sources", "scores", "uses", "versions")
 
 
