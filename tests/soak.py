@@ -965,6 +965,7 @@ def saves_keep_failing(scenario, chance):
     """A second signal ends even a save that never works; the last checkpoint stands."""
     scenario.is_exact_log = False
     name = chance.choice(STOPPING)
+    scenario.is_exact_log = False
     strikes = [
         {"phase": "step", "call": draw_call(scenario, chance, "step"), "action": "limit"},
         {"phase": "pause", "call": chance.randint(1, 30), "action": name},
@@ -1096,7 +1097,8 @@ def leftovers_planted(scenario, chance):
     if records and chance.random() < 0.8:
         run = scenario.folder / records[0]["run"]
     run.mkdir(exist_ok=True)
-    name = chance.choice([f".{chance.randrange(16**16):016x}.new", f"{chance.randrange(16**40):040x}.metadata"])
+    unfinished = f".{chance.randrange(16**16):016x}.new"
+    name = chance.choice([unfinished, f"{chance.randrange(16**40):040x}.metadata"])
     junk = chance.randbytes(chance.randrange(2000))
     if chance.random() < 0.3:
         (run / name).symlink_to(make_victim(scenario))
@@ -1465,7 +1467,8 @@ def wall_clock(scenario, chance):
     leg.struck = []
     leg.out, leg.err = process.communicate(timeout=TIMEOUT)
     leg.status = process.returncode
-    is_starting = re.search(r'main.py", line \d+, in <module>\n(    import signal\n|  File "<frozen)', leg.err)
+    first_line = r'main.py", line \d+, in <module>\n(    import signal\n|  File "<frozen)'
+    is_starting = re.search(first_line, leg.err)
     is_starting = is_starting or "main.py" not in leg.err or "line 0, in <module>" in leg.err
     if leg.err.endswith("KeyboardInterrupt\n") and not leg.out and is_starting:
         # Python was starting, up to main.py's `import signal`: it ends with 1 or by the signal.
