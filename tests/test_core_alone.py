@@ -1,12 +1,11 @@
 """main.py and datasets.py alone in a folder: they train, are stopped, resume exactly and sample."""
 
-import csv
 import shutil
 import signal
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ids, run, start
+from conftest import ROOT, TINY, ids, log_rows, run, start
 from test_interrupts import wait_for
 
 # Refuses, as if they were not installed, all packages but the four that the core needs and those
@@ -63,11 +62,8 @@ def trained(alone, tmp_path_factory):
 
 
 def losses(folder):
-    """The columns `loss` and `gradient_norm` of the log of the one run in a folder: [steps, 2]."""
-    [log] = folder.glob("*.csv")
-    steps = []
-    for row in csv.DictReader(log.open()):
-        steps.append([float(row["loss"]), float(row["gradient_norm"])])
+    """The loss and the gradient norm of each step of the one run in a folder: [steps, 2]."""
+    steps = [[row["loss"], row["gradient_norm"]] for row in log_rows(folder, "train")]
     return np.array(steps)
 
 
@@ -81,7 +77,7 @@ def test_stopped_twice_it_ends_as_the_run_never_stopped(corpus, alone, text, tmp
     whole = tmp_path / "whole"
     parts = tmp_path / "parts"
     out, err = run(*line, "--save_dir", whole, **alone)
-    assert "matrix products by MLX's own BLAS" in out
+    assert "matmuls: MLX's own BLAS, kernels: main.py\n" in out
     assert out.count("\nvalid ") == 3
     assert not err
     for stop in (7, 33):
@@ -185,12 +181,26 @@ def test_several_ranks_name_the_missing_file(trained, alone):
     assert err == f"main.py: {missing('ranks')}\n"
 
 
-def test_collecting_a_corpus_names_the_missing_file(trained, alone):
-    options = alone | {"program": [alone["cwd"] / "datasets.py"]}
-    line = ["--distill_from", "http://127.0.0.1:9", "--teacher_model", "m", "--teacher_prompts"]
-    _, err = run(*line, trained / "prompts.txt", "--output", trained / "out", status=2, **options)
-    assert err == f"datasets.py: {missing('collect')}\n"
-    assert not (trained / "out").exists()
+def test_without_its_kernels_the_program_is_the_core(alone, text, tmp_path):
+    """DISABLE_FAST=1 beside extras/ gives the bits of the two files without it."""
+    line = ["--text", text, *TINY, "--context_size", 64, "--num_iters", 5, "--dropout", 0.1]
+    run(*line, "--save_dir", tmp_path / "alone", **alone)
+    out, _ = run(*line, "--save_dir", tmp_path / "whole", env={"DISABLE_FAST": "1"})
+    assert "matmuls: MLX's own BLAS, kernels: main.py\n" in out
+    assert ids(tmp_path / "alone") == ids(tmp_path / "whole")
+
+
+def test_a_run_moves_between_the_core_and_the_whole(alone, text, tmp_path):
+    """A checkpoint of one goes on with the other, which says that the last bits may differ."""
+    line = ["--text", text, *TINY, "--save_dir", tmp_path]
+    run(*line, "--num_iters", 3, **alone)
+    out, _ = run(*line, "--num_iters", 6)
+    assert "kernels main.py -> extras/fast.py" in out
+    assert "resume may not be bit-exact" in out
+    assert "from iteration 3 to 6" in out
+    out, _ = run(*line, "--num_iters", 9, **alone)
+    assert "kernels extras/fast.py -> main.py" in out
+    assert "from iteration 6 to 9" in out
 
 
 def test_no_other_package_is_imported(guarded, text, tmp_path):

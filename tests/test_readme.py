@@ -89,7 +89,7 @@ def use_model_at_hand(arguments, text, folder):
     shape = [*SMALL, "--dim", 32, "--mlp", "swiglu"]
     run("--text", text, *shape, "--save_dir", folder)
     (folder / "prompts.txt").write_text("the company\nline 5\n")
-    name = main.list_checkpoints(folder)[0]["run"]
+    name = main.list_checkpoints(folder)[0].run
     renamed = dict.fromkeys(NAMES_OF_RUNS, name)
     renamed["tests/cases.yaml"] = ROOT / "tests" / "cases.yaml"
     for file in NAMES_OF_FILES:

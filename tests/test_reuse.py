@@ -3,11 +3,14 @@
 What it takes over, and mistakes in naming what to reuse.
 """
 
-import main
+import shutil
+
 import numpy as np
 import pytest
 from conftest import run, start
 from mlx.utils import tree_flatten
+
+import main
 
 
 def test_all_weights_from_another_model(base, text, tmp_path):
@@ -20,10 +23,10 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     line = ["--text", tmp_path / "more.txt", "--init_from", id, "--save_dir", folder]
     line += ["--learning_rate", 1e-9]
     run(*line, "--num_iters", 1, "--context_size", 16, "--max_tokens", 5)
-    new_record, old_record = main.list_checkpoints(folder)
-    assert new_record["uses"] == {}
-    new, tokenizer = main.load_model(folder, new_record)
-    old, _ = main.load_model(folder, old_record)
+    new_checkpoint, old_checkpoint = main.list_checkpoints(folder)
+    assert new_checkpoint.uses == {}
+    new = new_checkpoint.open().load_model()
+    old = old_checkpoint.open().load_model()
     assert new.config.context_size == 16
     assert new.config.mlp == "swiglu"
     mine = dict(tree_flatten(new.parameters()))
@@ -32,10 +35,24 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     for name in mine:
         wanted = np.array(theirs[name])
         np.testing.assert_allclose(np.array(mine[name]), wanted, atol=1e-6, err_msg=name)
-    for path in folder.glob(f"{id}.*"):
-        path.unlink()
+    shutil.rmtree(old_checkpoint.folder)
     run(*line, "--num_iters", 2)
-    assert main.list_checkpoints(folder)[0]["iteration"] == 2
+    [extended] = main.list_run(new_checkpoint.folder)[:1]
+    assert extended.iteration == 2
+
+
+def test_the_same_command_with_another_base_is_another_run(base, text):
+    """--init_from shapes a run: with another base, or none, it is another one."""
+    folder, id = base
+    line = ["--text", text, "--save_dir", folder, "--learning_rate", 1e-3, "--max_tokens", 1]
+    run(*line, "--init_from", id, "--num_iters", 1)
+    [fine_tuned, _] = main.list_checkpoints(folder)
+    run(*line, "--init_from", fine_tuned.run, "--num_iters", 2)
+    [twice, *_] = main.list_checkpoints(folder)
+    assert twice.run != fine_tuned.run
+    run(*line, "--init_from", id, "--num_iters", 3)
+    [resumed, *_] = main.list_checkpoints(folder)
+    assert (resumed.run, resumed.iteration) == (fine_tuned.run, 3)
 
 
 @pytest.mark.parametrize("typed, words", [
@@ -43,8 +60,8 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     (["--init_from", "latest", "--dim", 32], "--dim 32 contradicts --init_from, which has 16"),
     (["--init_from", "latest", "--mlp", "gelu"], "--mlp gelu contradicts"),
     (["--init_from", "latest", "--tokenizer", "word"], "--tokenizer word contradicts"),
-    (["--lora_rank", 4], "--lora_rank requires --init_from"),
-    (["--lora_alpha", 4], "--lora_alpha requires --lora_rank"),
+    (["--lora_rank", 4], "--lora_rank requires one of --init_from, --identifier"),
+    (["--lora_alpha", 4], "--lora_alpha requires one of --lora_rank, --identifier"),
     (["--teacher", "zzz"], "--teacher 'zzz' matches no checkpoint"),
 ])  # fmt: skip
 def test_mistakes(base, text, typed, words):
