@@ -181,6 +181,16 @@ def test_several_ranks_name_the_missing_file(trained, alone):
     assert err == f"main.py: {missing('ranks')}\n"
 
 
+def test_collecting_a_corpus_is_another_command(trained, alone):
+    options = alone | {"program": [alone["cwd"] / "datasets.py"]}
+    line = ["--distill_from", "http://127.0.0.1:9", "--teacher_model", "m", "--teacher_prompts"]
+    _, err = run(*line, trained / "prompts.txt", "--output", trained / "out", status=2, **options)
+    assert err.startswith("datasets.py: --distill_from is a flag of another command: ")
+    assert "python -m extras.collect --distill_from URL" in err
+    assert err.count("\n") == 1
+    assert not (trained / "out").exists()
+
+
 def test_without_its_kernels_the_program_is_the_core(alone, text, tmp_path):
     """DISABLE_FAST=1 beside extras/ gives the bits of the two files without it."""
     line = ["--text", text, *TINY, "--context_size", 64, "--num_iters", 5, "--dropout", 0.1]
@@ -232,7 +242,8 @@ def test_a_missing_package_is_named(line, package, guarded, text, tmp_path):
     (tmp_path / "flags.yaml").write_text("dim: 8\n")
     options = guarded | {"cwd": tmp_path}
     _, err = run("--text", text, *line.split(), "--save_dir", tmp_path / "lm", status=2, **options)
-    assert package in err and "pip install" in err
+    assert package in err
+    assert "pip install" in err
     assert err.count("\n") == 1
 
 

@@ -58,10 +58,22 @@ NAMES_OF_FILES = [
 ]
 
 
+LOOP = r"for (\w+) in (.*?); do (.*); done"
+
+
+def unroll(command):
+    """A line of shell without its loop, if it is one."""
+    loop = re.fullmatch(LOOP, command)
+    if not loop:
+        return command
+    name, values, body = loop.groups()
+    return "; ".join(body.replace(f"${name}", value) for value in values.split())
+
+
 def program_lines(command):
     """The arguments of each call of main.py in a line of shell."""
     lines = []
-    for part in re.split(r"&&|\||;", command):
+    for part in re.split(r"&&|\||;", unroll(command)):
         _, program, arguments = part.partition("python main.py")
         if program:
             lines.append(shlex.split(arguments, comments=True))
@@ -139,8 +151,10 @@ def check(arguments, folder):
 
 def test_both_first_commands_set_everything_up():
     first, second = [line for line in COMMANDS if line.startswith("python3 -m venv")]
-    assert "pip install -q -r requirements.txt" in first and "--dataset python" in first
-    assert "-r tests/requirements.txt" in second and "pytest" in second
+    assert "pip install -q -r requirements.txt" in first
+    assert "--dataset python" in first
+    assert "-r tests/requirements.txt" in second
+    assert "pytest" in second
     of_ci = (ROOT / ".ci" / "run").read_text()
     assert "README.md" in of_ci, "CI calls the very command of the README"
 
@@ -207,11 +221,11 @@ OF_MLX = "--version --model --port --max --backend --hosts --bind --mca".split()
 
 def test_named_flags_exist():
     """Whatever a README calls a flag is one."""
-    known = {"--help", *OF_MLX}
+    known = {"--help", "--checkpoint", *OF_MLX}  # --checkpoint: an older name
     for name in main.DEFAULTS:
         known.add(f"--{name}")
-    of_datasets = re.findall(r'"(--\w+)"', (ROOT / "datasets.py").read_text())
-    known.update(of_datasets)
+    for program in ("datasets.py", "extras/collect.py"):
+        known.update(re.findall(r'"(--\w+)"', (ROOT / program).read_text()))
     named = re.findall(r"(?<![\w-])--[a-z]\w*", BOTH)
     assert set(named) <= known
 
