@@ -2768,6 +2768,8 @@ def parse(arguments):
                 hints.append(explain_name(name.lower().replace("-", "_")))
         if not hints:
             hints = ["is a flag before it missing, or quotes around it?"]
+            if "grad_checkpoint" in values:
+                hints.append("--checkpoint is gradient checkpointing, --identifier names a file")
         hints = [*filter(None, hints), "--help lists all flags"]
         raise UsageError(f"unrecognized arguments: {' '.join(unknown)} ({'; '.join(hints)})")
     return vars(values)
