@@ -345,10 +345,12 @@ def underscored(argument):
 
 
 def refuse_empty(name, value):
-    """Raises UsageError if the value of a flag, or one of a list of values, is an empty string."""
+    """Raises UsageError if a flag's value, or one of a list, is empty or has a null character."""
     values = value if isinstance(value, list) else [value]
     if "" in values:
         raise UsageError(f"--{name} is empty: give it a value, or leave it out")
+    if "\0" in "".join(map(str, values)):  # only a --config file can hold one
+        raise UsageError(f"--{name} holds a null character: leave it out")
 
 
 # ---- Data types ---------------------------------------------------------------------------------
