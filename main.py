@@ -2421,14 +2421,17 @@ def sample_from(contents, flags, draft):
                 f"--draft {flags.draft} has a different tokenizer than "
                 f"{contents.checkpoint.id[:12]}: use one trained with the same tokenizer"
             )
-    announce(contents.checkpoint)
-    if flags.inference:
-        converse(tokenizer, model, draft_model, flags)
+    # Announced only where nothing can be the user's mistake any more: that is one line on stderr.
+    if flags.prompts_file:
+        extra("decode").answer_file(model, tokenizer, contents.checkpoint, flags)
     elif flags.attention:
         extra("pictures").plot_attention(model, tokenizer, flags.prompt, flags.attention)
-    elif flags.prompts_file:
-        extra("decode").answer_file(model, tokenizer, contents.checkpoint.id, flags)
+        announce(contents.checkpoint)
+    elif flags.inference:
+        announce(contents.checkpoint)
+        converse(tokenizer, model, draft_model, flags)
     else:
+        announce(contents.checkpoint)
         print_samples(tokenizer, model, draft_model, flags)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from datasets import explained
 from extras.results import append_lines, json_line
-from main import Cache, Decoder, Detokenizer, first_ids, shape_logits
+from main import Cache, Decoder, Detokenizer, announce, first_ids, shape_logits
 
 # The flags that, besides the seed, determine a completion.
 SAMPLING_FLAGS = [
@@ -215,7 +215,7 @@ class SpeculativeDecoder:
         return f", {rate:.0%} of the draft's {self.proposed:,} proposals accepted"
 
 
-def answer_file(model, tokenizer, checkpoint_id, flags, batch_size=16):
+def answer_file(model, tokenizer, checkpoint, flags, batch_size=16):
     """Continues each line of --prompts_file --num_samples times, `batch_size` of them at a time.
 
     Each continuation is a line of JSON in --output or on stdout: prompt, seed, checkpoint,
@@ -234,7 +234,7 @@ def answer_file(model, tokenizer, checkpoint_id, flags, batch_size=16):
                 job = {
                     "prompt": prompt,
                     "seed": flags.seed + len(jobs),
-                    "checkpoint": checkpoint_id,
+                    "checkpoint": checkpoint.id,
                 }
                 jobs.append(job | settings)
         if flags.output:
@@ -242,6 +242,7 @@ def answer_file(model, tokenizer, checkpoint_id, flags, batch_size=16):
         else:
             out, answered = os.fdopen(os.dup(1), "wb"), []  # stdout itself stays open
     with out:
+        announce(checkpoint)
         for start in range(len(answered), len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             for line in answer_batch(model, tokenizer, batch, flags):
