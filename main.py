@@ -1887,7 +1887,8 @@ def open_origin(save_dir, checkpoint, flag_name):
         f"{checkpoint.run} needs the model that it was started with, unchanged: "
         f"--{flag_name} {place}, {origin_id[:12]}"
     )
-    with explained(fault, UsageError, kind=RunError):  # not the fault of the current command
+    # None of them is the fault of the current command.
+    with explained(fault, UsageError, Damaged, kind=RunError):
         origin = open_model(save_dir, place, flag_name)
         if origin.id != origin_id:  # a folder's files may have been replaced
             raise UsageError(f"it is {origin.id[:12]} now")
@@ -2993,8 +2994,12 @@ def open_origins(flags, checkpoint):
     save_dir = flags.save_dir
     if checkpoint:
         return {name: open_origin(save_dir, checkpoint, name) for name in checkpoint.uses}
-    named = [name for name in ORIGINS if getattr(flags, name)]
-    return {name: open_model(save_dir, getattr(flags, name), name) for name in named}
+    origins = {}
+    for name in ORIGINS:
+        if getattr(flags, name):
+            with explained(f"--{name} cannot be used: name another", Damaged, kind=RunError):
+                origins[name] = open_model(save_dir, getattr(flags, name), name)
+    return origins
 
 
 def decided_by(origins, flags):
@@ -3354,7 +3359,8 @@ def use_checkpoint(flags, ranks):
     with lock(flags.save_dir, fcntl.LOCK_SH):
         contents = open_for_use(flags)
         if flags.draft:
-            draft = open_model(flags.save_dir, flags.draft, "draft")
+            with explained("--draft cannot be used: name another", Damaged, kind=RunError):
+                draft = open_model(flags.save_dir, flags.draft, "draft")
         if flags.evaluate:
             return score_checkpoint(flags, contents, ranks)
         if flags.export:
