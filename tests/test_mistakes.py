@@ -3,6 +3,7 @@
 Each mistake ends with one line.
 """
 
+import fcntl
 import os
 import re
 import shlex
@@ -94,7 +95,7 @@ def world(tmp_path_factory):
         train("--text good.txt --num_iters 1 --save_dir damaged")
         train("--text good.txt --num_iters 1 --save_dir gone")
         train("--text changed.txt --num_iters 1 --save_dir changed")
-        for path in Path("damaged").glob("*.safetensors"):
+        for path in Path("damaged").glob("*/*.safetensors"):
             path.write_bytes(path.read_bytes()[:-100])
         Path("changed.txt").write_text("One more line\n" + LINE)
         Path("good.txt").unlink()
@@ -104,14 +105,17 @@ def world(tmp_path_factory):
 def content(world):
     """The bytes of all files but those that may come and go.
 
-    They are locks, logs of what happened, and caches of encoded text.
+    They are caches of encoded text. Of a folder, its name is content: no run's may be left empty.
     """
-    passing = re.compile(r"(^|/)(text|ptb|python|gpt2)/|\.lock$|\.csv$")
+    passing = re.compile(r"(^|/)(text|ptb|python|gpt2)(/|$)")
     data = {}
     for path in world.rglob("*"):
         name = str(path.relative_to(world))
-        is_readable = path.is_file() and os.access(path, os.R_OK)
-        if is_readable and not passing.search(name):
+        if passing.search(name):
+            continue
+        if path.is_dir():
+            data[name] = None
+        elif os.access(path, os.R_OK):
             data[name] = path.read_bytes()
     return data
 
@@ -133,6 +137,9 @@ def fails(capsys, arguments, *words, status=2):
     out, err = capsys.readouterr()
     assert code == status, f"status {code}\n{out}\n{err}"
     one_line(err, *words)
+    if status == 2:  # nothing was begun
+        assert "A new run" not in out
+        assert "from iteration" not in out
     return err
 
 
@@ -141,10 +148,10 @@ def names_in(world, line):
 
     BYTE is a checkpoint by bytes, WORD one by words, and TWICE the letter that two ids begin with.
     """
-    records = main.list_checkpoints(world / "lm")
-    first_letters = [record["id"][0] for record in records]
-    line = line.replace("BYTE", records[3]["id"])
-    line = line.replace("WORD", records[-1]["id"])
+    checkpoints = main.list_checkpoints(world / "lm")
+    first_letters = [checkpoint.id[0] for checkpoint in checkpoints]
+    line = line.replace("BYTE", checkpoints[3].id)
+    line = line.replace("WORD", checkpoints[-1].id)
     return line.replace("TWICE", max(first_letters, key=first_letters.count))
 
 
@@ -185,8 +192,7 @@ FINITE = """
     learning_rate weight_decay embedding_decay grad_clip temperature dropout valid_fraction
 """.split()
 NOT_EMPTY = """
-    text valid_text save_dir mirror identifier prompts_file export plot attention cases init_from
-    teacher
+    text save_dir data_dir mirror identifier prompts_file export plot cases init_from teacher
 """.split()
 TOO_LARGE = {  # sizes that no machine has room for, and what needs it
     "--dim 65536": "gradients and moments",
@@ -285,17 +291,19 @@ MISTAKES = [
     ("--vocab_size 10 --tokenizer bpe", "--vocab_size", "at least 257"),
     ("--vocab_size 2147483647 --tokenizer bpe", "--vocab_size", "at most 1048576"),
     *[(f"--{flag} ''", f"--{flag} is empty", "leave it out") for flag in NOT_EMPTY],
+    ("--text text.txt --valid_text ''", "--valid_text is empty", "leave it out"),
+    ("--prompt a --attention ''", "--attention is empty", "leave it out"),
     *unknown_choices(),
     ("--dataset shakespeare", "'shakespeare'", "tinyshakespeare"),
     ("--quantize 3", "3", "8"),
     # Values that do not fit each other
     (
         "--text text.txt --dim 100 --num_heads 8 --new_model",
-        "not a multiple of 2 * --num_heads 8",
-        "try --dim 96",
+        "--dim 100 is not a multiple of 2 * num_heads 8",
+        "try 96",
     ),
-    ("--text text.txt --dim 24 --num_heads 8 --new_model", "--dim 24", "try --dim 32"),
-    ("--text text.txt --dim 30 --num_heads 2 --new_model", "--dim 30", "try --dim 32"),
+    ("--text text.txt --dim 24 --num_heads 8 --new_model", "--dim 24", "try 32"),
+    ("--text text.txt --dim 30 --num_heads 2 --new_model", "--dim 30", "try 32"),
     (
         "--text text.txt --num_heads 8 --num_kv_heads 3 --new_model",
         "--num_kv_heads 3 does not divide",
@@ -306,13 +314,18 @@ MISTAKES = [
         "--min_lr 0.1 is above --learning_rate 0.0003",
         "give a lower one",
     ),
-    ("--text text.txt --lora_rank 4", "--lora_rank", "requires --init_from"),
+    (
+        "--text text.txt --learning_rate 0.5 --dim 30 --num_heads 2",
+        "--dim 30",
+        "try 32",
+    ),
+    ("--text text.txt --lora_rank 4", "--lora_rank", "requires one of --init_from, --identifier"),
     (
         "--text text.txt --lora_rank 4 --init_from x --embedding_decay 1",
-        "--lora_rank",
-        "leave out --embedding_decay",
+        "--lora_rank and --embedding_decay are mutually exclusive",
+        "use one of them",
     ),
-    ("--text text.txt --lora_alpha 4", "--lora_alpha", "requires --lora_rank"),
+    ("--text text.txt --lora_alpha 4", "--lora_alpha", "requires one of --lora_rank"),
     (
         "--dataset python --text text.txt",
         "--dataset and --text are mutually exclusive",
@@ -369,25 +382,20 @@ MISTAKES = [
     # Files to be written that are to be read
     (
         "--cases cases.yaml --output cases.yaml",
-        "would overwrite what --cases names",
-        "another name",
+        "would overwrite --cases cases.yaml",
+        "name another",
     ),
     (
         "--cases cases.yaml --output ./empty/../cases.yaml",
-        "would overwrite what --cases names",
-        "another name",
+        "would overwrite --cases cases.yaml",
+        "name another",
     ),
     (
         "--prompts_file prompts.txt --output prompts.txt",
-        "would overwrite what --prompts_file names",
-        "another name",
+        "prompts.txt holds something other",
+        "name another --output",
     ),
     ("--config number.yaml --plot number.yaml", "YAML file of flags", "like dim: 8"),
-    (
-        "--prompt a --attention prompts.txt --draft prompts.txt",
-        "would overwrite what --draft names",
-        "another name",
-    ),
     ("--cases cases.yaml --top_k 0", "--top_k 0 would let all --cases pass", "at least 1"),
     # Texts
     ("--text nowhere.txt", "nowhere.txt: no such file", "give a text's path"),
@@ -438,6 +446,11 @@ MISTAKES = [
     ),
     ("--text text.txt --tokenizer gpt2 --mirror empty", "empty/gpt2/tokenizer.json", "by hand", 1),
     # Folders and checkpoints
+    (
+        "--dataset python --data_dir text.txt",
+        "cannot write to --data_dir text.txt",
+        "name a folder of yours",
+    ),
     ("--inference --save_dir empty", "no checkpoint in empty", "or check --save_dir"),
     ("--inference --save_dir nowhere", "nowhere is not an existing folder", "check --save_dir"),
     ("--list --save_dir nowhere", "nowhere is not an existing folder", "check --save_dir"),
@@ -461,7 +474,7 @@ MISTAKES = [
     (
         "--identifier unknown",
         "--identifier 'unknown' matches no checkpoint",
-        "name one (--list shows all): ",
+        "name one, or check --save_dir (--list shows all): ",
     ),
     (
         "--identifier unknown --inference",
@@ -471,12 +484,12 @@ MISTAKES = [
     (
         "--identifier lm/BYTE.safetensors --prompt a",
         "matches no checkpoint",
-        "name one (--list shows all): ",
+        "name one, or check --save_dir (--list shows all): ",
     ),
     (
         "--identifier TWICE --prompt a",
         "matches several checkpoints",
-        "name one (--list shows all): ",
+        "name one, or check --save_dir (--list shows all): ",
     ),
     (
         "--identifier latest --dim 32",
@@ -496,33 +509,43 @@ MISTAKES = [
         "has text: leave --dataset out",
     ),
     (
+        "--identifier latest --text tiny.txt",
+        "tiny.txt'] contradicts",
+        "leave --text out, or start a new run with --new_model",
+    ),
+    (
+        "--prompt a --identifier latest --num_blocks 3",
+        "--num_blocks 3 contradicts",
+        "has 1: leave --num_blocks out",
+    ),
+    (
         "--identifier latest --tokenizer word",
         "--tokenizer word contradicts",
         "has byte: leave --tokenizer out",
     ),
     (
         "--identifier latest --save_dir damaged",
-        "is damaged (its .safetensors",
+        "is damaged: its .safetensors",
         "use another one from --list",
         1,
     ),
     (
         "--prompt a --identifier latest --save_dir damaged",
-        "of --identifier is damaged",
+        "is damaged: its .safetensors",
         "use another one from --list",
         1,
     ),
     (
         "--text text.txt --init_from latest --save_dir damaged",
-        "of --init_from is damaged",
-        "use another one from --list",
+        "is damaged: its .safetensors",
+        "--init_from cannot be used: name another",
         1,
     ),
     # A run that blows up
     (
         "--text text.txt --learning_rate 1e30 --num_iters 30 --steps_per_save 99",
         "not finite",
-        "a lower --learning",
+        "start over with --new_model --learning_rate 3e+29",
         1,
     ),
     # YAML files of flags
@@ -573,7 +596,7 @@ MISTAKES = [
     (
         "--prompt a --draft nonsense",
         "--draft 'nonsense' matches no checkpoint",
-        "name one (--list shows all): ",
+        "name one, or check --save_dir (--list shows all): ",
     ),
     (
         "--prompt a --draft WORD",
@@ -585,7 +608,7 @@ MISTAKES = [
     (
         "--text text.txt --init_from nonsense",
         "--init_from 'nonsense' matches no checkpoint",
-        "name one (--list shows all): ",
+        "name one, or check --save_dir (--list shows all): ",
     ),
     (
         "--text text.txt --init_from nonsense --save_dir empty",
@@ -626,7 +649,7 @@ MISTAKES = [
     (
         "--text text.txt --new_model --teacher nonsense",
         "--teacher 'nonsense' matches no checkpoint",
-        "name one (--list shows all): ",
+        "name one, or check --save_dir (--list shows all): ",
     ),
     ("--export text.txt --identifier WORD", "cannot write to --export text.txt", "name a folder"),
     (
@@ -647,7 +670,7 @@ MISTAKES = [
     (
         "--plot x.png --identifier nonsense",
         "'nonsense' matches no checkpoint",
-        "name one (--list shows all): ",
+        "name one, or check --save_dir (--list shows all): ",
     ),
     ("--attention nowhere/x.png --prompt a", "cannot write nowhere/x.png", "name another file"),
     ("--evaluate valid --eval_stride 33", "--eval_stride 33 would skip tokens", "at most 8"),
@@ -691,16 +714,38 @@ def test_the_context_size_it_proposes_works(world, tmp_path, monkeypatch, capsys
     assert main.main([*line, "--context_size", proposed]) == 0
 
 
+def test_a_run_that_another_process_trains(world, tmp_path, capsys):
+    """Only the lock of the run's folder is taken: other runs, and readers, go on."""
+    save_dir = shutil.copytree(world / "lm", tmp_path / "lm")
+    newest = main.list_checkpoints(save_dir)[0]
+    with main.lock(newest.folder, fcntl.LOCK_EX):
+        line = ["--num_iters", "19", "--save_dir", save_dir]
+        before = content(tmp_path)
+        fails(capsys, line, f"{newest.run} is being trained by another process", "--new_model")
+        assert content(tmp_path) == before
+        line = ["--prompt", "a", "--max_tokens", "1", "--save_dir", str(save_dir)]
+        assert main.main(line) == 0
+
+
 def test_files_of_others_are_passed_over(world, tmp_path, monkeypatch, capsys):
-    """A picture of the runs does not take another program's table, in any encoding, for a log."""
+    """Beside the runs, and in the folder of one; what is listed is the same, without a word."""
     pytest.importorskip("matplotlib")
     shutil.copytree(world / "lm", tmp_path / "lm")
-    (tmp_path / "lm" / "results.csv").write_bytes("größe,split\n1,2\n".encode("latin-1"))
-    shutil.copy(world / "foreign" / "model.safetensors", tmp_path / "lm")
     folder = ["--save_dir", str(tmp_path / "lm")]
-    assert main.main(["--plot", str(tmp_path / "x.png"), *folder]) == 0
     assert main.main(["--list", *folder]) == 0
-    assert "results" not in capsys.readouterr().out
+    expected = re.sub(r"[\d:]+ old", "", capsys.readouterr().out)
+    own = main.list_checkpoints(tmp_path / "lm")[0].folder
+    for place in (tmp_path / "lm", own, tmp_path / "lm" / "theirs"):
+        place.mkdir(exist_ok=True)
+        (place / "results.csv").write_bytes("größe,split\n1,2\n".encode("latin-1"))
+        (place / "results.jsonl").write_bytes(b"\xff\0")
+        shutil.copy(world / "foreign" / "model.safetensors", place)
+    assert main.main(["--plot", str(tmp_path / "x.png"), *folder]) == 0
+    capsys.readouterr()
+    assert main.main(["--list", *folder]) == 0
+    out, err = capsys.readouterr()
+    assert re.sub(r"[\d:]+ old", "", out) == expected
+    assert err == ""
 
 
 @pytest.mark.skipif(main.mx.is_available(main.mx.gpu), reason="there is a GPU")
@@ -736,4 +781,7 @@ def test_typed_in_a_shell(line, place, words, world):
     process = subprocess.run(command, cwd=world / place, capture_output=True, text=True)
     assert process.returncode == 2, process.stderr
     one_line(process.stderr, "main.py: ", *words)
+    if place == "empty":  # the folder that was named is made, with nothing but caches in it
+        shutil.rmtree(world / "empty" / "lm" / "text")
+        (world / "empty" / "lm").rmdir()
     assert content(world) == before
