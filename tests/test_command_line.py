@@ -307,12 +307,12 @@ def flags_of(trained, monkeypatch):
     It returns the flags of the run, and the checkpoint that is resumed or None.
     """
 
-    def make_run(folder, flags, dataset, contents, origins, ranks):
+    def make_model(flags, dataset, contents, origins):
         raise Found(flags, contents and contents.checkpoint)
 
     def call(*arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(main, "make_run", make_run)
+            patch.setattr(main, "make_model", make_model)
             patch.setattr(main, "load_data", lambda *_: None)
             with pytest.raises(Found) as found:
                 main.main([*map(str, arguments), "--save_dir", str(trained / "lm")])

@@ -76,10 +76,9 @@ def row_of(iteration, split="train", **values):
 
 def run_at(folder, iteration, scores=(), **values):
     """A run without a model, which has come to an iteration."""
-    given = flags(save_dir=folder.parent, context_size=8, **values)
-    batches = Namespace(batch_size=4)
+    given = flags(save_dir=folder.parent, context_size=8, batch_size=4, **values)
     dataset = Namespace(train=None, valid=Namespace(tokens=range(20), num_bytes=40))
-    trained = main.Run(folder.name, folder, given, dataset, None, None, batches)
+    trained = main.Run(folder.name, folder, given, dataset, None, None, None)
     trained.iteration = iteration
     trained.scores = [*scores]
     return trained
