@@ -150,7 +150,7 @@ class Group:
         if run.teacher:
             self.broadcast_tree(run.teacher.parameters())
         self.broadcast(split_tokens(run.dataset))
-        run.batches = SharedBatches(self, run.batches)
+        run.batches = SharedBatches(self, run.batches.batch_size, run.batches)
         return run
 
     def broadcast_scoring(self, model, dataset, flags):
@@ -203,7 +203,7 @@ class Group:
             dataset=self.receive_dataset(task),
             model=model,
             optimizer=optimizer,
-            batches=SharedBatches(self),
+            batches=SharedBatches(self, flags.batch_size * flags.grad_accumulation),
             teacher=teacher,
             average=average,
             **task["progress"],
@@ -246,8 +246,9 @@ def split_tokens(dataset):
 class SharedBatches:
     """Rank 0's batches on every rank."""
 
-    def __init__(self, group, batches=None):
+    def __init__(self, group, batch_size, batches=None):
         self.group = group
+        self.batch_size = batch_size  # rows of a step, on all ranks
         self.batches = batches  # of rank 0
 
     def __getattr__(self, name):
