@@ -3,10 +3,10 @@
 None is left behind when one of them goes.
 """
 
-import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,14 +120,19 @@ def wait_for(process, words):
             break
 
 
-def losses(folder):
-    [log] = folder.glob("*.csv")
-    rows = csv.DictReader(log.open())
-    return np.array([float(row["loss"]) for row in rows])
+def newest_in(save_dir):
+    """The checkpoint saved last."""
+    return main.list_checkpoints(save_dir)[0]
 
 
-def weights(folder):
-    return mx.load(str(folder / f"{ids(folder)[0]}.safetensors"))
+def losses(save_dir):
+    """The losses in the log of the run saved last."""
+    rows = main.read_log(newest_in(save_dir).folder / "log.jsonl")
+    return np.array([row["loss"] for _, row in rows])
+
+
+def weights(save_dir):
+    return mx.load(str(newest_in(save_dir).weights_path))
 
 
 def assert_equal_weights(folder, other):
@@ -150,6 +155,16 @@ def test_one_process_runs_no_distributed_code(tmp_path, text, monkeypatch):
     assert main.main(line) == 0
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_each_row_belongs_to_one_part(size, parts):
+    rows = mx.arange(2 * size).reshape(size, 2)
+    found = [main.part_of(rows, part, parts) for part in range(parts)]
+    assert mx.array_equal(mx.concatenate(found), rows), "in their order"
+    lengths = [len(each) for each in found]
+    assert max(lengths) - min(lengths) <= 1
+
+
 @pytest.mark.parametrize("env", [
     {"MLX_RANK": "0"},
     {"PMI_SIZE": "2"},
@@ -169,7 +184,7 @@ DROPOUT = ["--dropout", 0.2, "--grad_accumulation", 2, "--steps_per_eval", 10]
 
 @pytest.mark.parametrize("size, num_scores, options", [
     (2, 2, [*DROPOUT, "--average", 0.3]),
-    (2, 0, ["--optimizer", "muon", "--untie", "--checkpoint", "--batch_size", 5]),
+    (2, 0, ["--optimizer", "muon", "--untie", "--grad_checkpoint", "--batch_size", 5]),
     # Enough for a stream a core, but for one rank's single row.
     (2, 0, ["--batch_size", 3, "--context_size", 256]),
     (3, 3, [*DROPOUT, "--eval_test", "--qk_norm"]),
@@ -201,11 +216,11 @@ def test_lora_with_a_teacher(tmp_path, text):
     base = ids(folder)[0]
     given = ["--text", text, *STEPS, "--init_from", base, "--teacher", base, "--lora_rank", 2]
     for place in ("one", "two"):
-        (tmp_path / place).mkdir()
-        for path in [*folder.glob("*.safetensors"), *folder.glob("*.metadata")]:
-            (tmp_path / place / path.name).write_bytes(path.read_bytes())
+        shutil.copytree(folder, tmp_path / place)
     run(*given, "--save_dir", tmp_path / "one", "--new_model")
     run_ranks(2, tmp_path, *given, "--save_dir", tmp_path / "two", "--new_model")
+    assert newest_in(tmp_path / "two").uses == {"init_from": [base, base], "teacher": [base, base]}
+    assert len(losses(tmp_path / "one")) == 20
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-5)
     assert set(weights(tmp_path / "two")) == set(weights(tmp_path / "one"))
     assert all("lora" in name for name in weights(tmp_path / "two"))
@@ -313,10 +328,10 @@ def test_ranks_whose_launcher_is_gone_stop_saved(tmp_path, text, number):
     while any(os.path.exists(f"/proc/{pid}") for pid in children):
         assert time.monotonic() < deadline, "ranks were left alone in the world"
         time.sleep(0.1)
-    [record] = main.list_checkpoints(folder)
+    [checkpoint] = main.list_checkpoints(folder)
     assert len(ids(folder)) == 1
-    assert record["versions"]["ranks"] == 2
-    assert record["iteration"] >= 20
+    assert checkpoint.versions["ranks"] == 2
+    assert checkpoint.iteration >= 20
 
 
 def test_a_late_rank_is_waited_for(tmp_path):
