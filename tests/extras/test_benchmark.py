@@ -87,8 +87,8 @@ def test_a_checkpoint_is_measured_with_its_weights(tmp_path, text, monkeypatch):
     assert main.main(line) == 0
     assert main.main([*line, "--text", str(text), "--dim", "32"]) == 0
     trained, new = seen
-    [record] = main.list_checkpoints(tmp_path)
-    weights = main.load_arrays(main.files_of(tmp_path, record)[0])
+    [checkpoint] = main.list_checkpoints(tmp_path)
+    weights = checkpoint.open().weights
     for name, weight in main.tree_flatten(trained.model.parameters()):
         assert main.mx.array_equal(weight, weights[name])
     assert trained.iteration == 3
