@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import TINY, run
-from datasets import BPETokenizer, ByteTokenizer, CharTokenizer, UsageError, WordTokenizer
+from datasets import ByteTokenizer, CharTokenizer, PackageTokenizer, UsageError, WordTokenizer
 from mlx.utils import tree_flatten
 from test_huggingface import make_model
 
@@ -14,7 +14,7 @@ from extras.huggingface import tokenizer_json
 
 gguf = pytest.importorskip("gguf")
 TEXT = "the cat <unk> sat\non the  mat — né 😀\n\nx\ty\u3000z\r\n1234\n"
-BPE = BPETokenizer.train([TEXT] * 20, 300)
+BPE = PackageTokenizer.train([TEXT] * 20, 300)
 MODELS = {
     "llama": dict(num_kv_heads=2),
     "llama untied": dict(num_kv_heads=4, untie=True, head_dim=32),
@@ -180,7 +180,7 @@ def test_added_tokens_that_are_not_special(tmp_path):
     think = plain | {"id": size, "content": "<think>"}
     im = plain | {"id": size + 1, "content": "<im>", "special": True}
     content["added_tokens"] += [think, im]
-    other = BPETokenizer(json.dumps(content), "file")
+    other = PackageTokenizer(json.dumps(content), "file")
     export_gguf(make_model(size + 2), other, tmp_path / "model.gguf", None)
     fields, _, _ = read(tmp_path / "model.gguf")
     kinds = fields["tokenizer.ggml.token_type"]
@@ -200,7 +200,7 @@ def test_tokenizers_that_llama_cpp_lacks(tokenizer, words, tmp_path):
 def test_a_tokenizer_that_cuts_otherwise(tmp_path):
     content = json.loads(BPE.vocabulary)
     for part in ({"pre_tokenizer": None}, {"normalizer": {"type": "Lowercase"}}):
-        other = BPETokenizer(json.dumps(content | part), "file")
+        other = PackageTokenizer(json.dumps(content | part), "file")
         with pytest.raises(UsageError, match="convert_hf_to_gguf.py"):
             export_gguf(make_model(other.vocab_size), other, tmp_path / "model.gguf", None)
 
