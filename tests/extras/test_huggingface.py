@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, ids, run
-from datasets import BPETokenizer, ByteTokenizer, CharTokenizer, UsageError, WordTokenizer
+from datasets import ByteTokenizer, CharTokenizer, PackageTokenizer, UsageError, WordTokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 
 from extras import huggingface
@@ -25,7 +25,7 @@ TOKENIZERS = {
     "byte": ByteTokenizer(),
     "char": CharTokenizer.train([TEXT]),
     "word": WordTokenizer.train([TEXT]),
-    "bpe": BPETokenizer.train([TEXT] * 20, 300),
+    "bpe": PackageTokenizer.train([TEXT] * 20, 300),
 }
 # All pairs of swiglu with and without qk_norm, heads, tied or not, tokenizer.
 SHAPES = {
@@ -212,10 +212,9 @@ def test_a_run_from_a_model_with_stretched_rope(tmp_path, text):
         run(*line, "--num_iters", steps, "--save_dir", tmp_path / "legs")
     run(*line, "--num_iters", 4, "--save_dir", tmp_path / "whole")
     assert ids(tmp_path / "legs")[0] == ids(tmp_path / "whole")[0]
-    [record] = main.list_checkpoints(tmp_path / "whole")
-    assert record["config"]["rope_scaling"] == scaling
-    weights = main.load_arrays(main.files_of(tmp_path / "whole", record)[0])
-    assert not [name for name in weights if "rope" in name]
+    [checkpoint] = main.list_checkpoints(tmp_path / "whole")
+    assert checkpoint.config["rope_scaling"] == scaling
+    assert not [name for name in checkpoint.open().weights if "rope" in name]
     run("--export", tmp_path / "again", "--save_dir", tmp_path / "whole")
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     rope = config["rope_parameters"]
@@ -406,10 +405,11 @@ def base(tmp_path, text):
 def test_a_checkpoint_comes_back_as_it_was(base, tmp_path):
     _, err = run("--export", tmp_path / "hf", "--save_dir", base)
     assert f"LlamaForCausalLM and its tokenizer are in {tmp_path / 'hf'}" in err
-    [record] = main.list_checkpoints(base)
-    model, tokenizer = main.load_model(base, record)
+    [checkpoint] = main.list_checkpoints(base)
+    contents = checkpoint.open()
+    model = contents.load_model()
     found, its, _ = import_model(tmp_path / "hf")
-    assert its.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+    assert its.encode(TEXT).tolist() == contents.tokenizer.encode(TEXT).tolist()
     theirs = dict(tree_flatten(found.parameters()))
     for name, weight in tree_flatten(model.parameters()):
         assert mx.array_equal(weight, theirs.pop(name))
@@ -440,7 +440,7 @@ def test_a_run_needs_the_very_folder_it_was_begun_with(tmp_path, text, flag):
         assert needed in err.splitlines()[-1]
         shutil.copy(tmp_path / "original" / file, source)
     run(*line, "--num_iters", 2)
-    assert main.list_checkpoints(tmp_path / "lm")[0]["iteration"] == 2
+    assert main.list_checkpoints(tmp_path / "lm")[0].iteration == 2
 
 
 def content_of(folder):
