@@ -995,18 +995,21 @@ def train_step(run, step):
         weights = run.model.trainable_parameters()
         run.average = average_weights(run.average, weights, run.iteration, flags.average)
     metrics = {name: array.item() for name, array in metrics.items()}
-    seconds = time.perf_counter() - began
+    count_step(run, metrics["loss"], inputs.size, time.perf_counter() - began)
+    return metrics | {"learning_rate": rate}
 
+
+def count_step(run, loss, num_tokens, seconds):
+    """Adds a step of `num_tokens` targets to a run's counters."""
     run.iteration += 1
     run.is_saved = False
-    run.tokens_seen += inputs.size
+    run.tokens_seen += num_tokens
     run.session_steps += 1
     if run.session_steps > 1:  # the first one compiles
         run.seconds += seconds
     run.recent_steps += 1
-    run.recent_loss += metrics["loss"]
+    run.recent_loss += loss
     run.recent_seconds += seconds
-    return metrics | {"learning_rate": rate}
 
 
 def score_run(run, interrupts, ranks, reporter):
@@ -2777,6 +2780,16 @@ def parse(arguments):
         hints = [*filter(None, hints), "--help lists all flags"]
         raise UsageError(f"unrecognized arguments: {' '.join(unknown)} ({'; '.join(hints)})")
     return vars(values)
+
+
+def explain_name(name):
+    """A hint for an unknown flag, or None."""
+    with contextlib.suppress(UsageError):  # if its file is missing
+        known = extra("names").explain(name)
+        if known:
+            return known
+    similar = difflib.get_close_matches(name, DEFAULTS, 1, 0.75)
+    return f"--{similar[0]}?" if similar else None
 
 
 def arguments_of(values):

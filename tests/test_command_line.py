@@ -376,10 +376,11 @@ def test_what_has_changed_around_a_resumed_run(flags_of):
         versions=checkpoint.versions | {"MLX": "99"},
         sources=checkpoint.sources | {"main.py": "0" * 40},
     )
-    _, line = main.describe_resume(checkpoint, resumed).splitlines()
+    _, edited, line = main.describe_resume(checkpoint, resumed).splitlines()
+    assert edited == "Edited since the checkpoint: main.py."
     before = checkpoint.versions["MLX"]
     assert line == (
-        f"Environment changed since the checkpoint (MLX {before} -> 99; edited: main.py): "
+        f"Environment changed since the checkpoint (MLX {before} -> 99): "
         "resume may not be bit-exact."
     )
 
@@ -516,16 +517,16 @@ def test_a_sweep_trains_a_run_for_each_value_and_resumes_each(trained, tmp_path)
         return outputs
 
     first, second = sweep(2)
-    assert "A new run" not in first, "there is no other"
+    assert "Starting a new run" not in first, "there is no other"
     [one] = [each for each in main.list_checkpoints(tmp_path) if each.run in first]
-    [notice] = [line for line in second.splitlines() if line.startswith("A new run")]
+    [notice] = [line for line in second.splitlines() if line.startswith("Starting a new run")]
     assert notice == (
-        f"A new run: {one.run}, saved last, has --learning_rate 0.001, not 0.003. "
-        f"It goes on with: python main.py --identifier {one.run} --save_dir {tmp_path}"
+        f"Starting a new run: the last one, {one.run}, has --learning_rate 0.001 instead of 0.003. "
+        f"To resume that one: python main.py --identifier {one.run} --save_dir {tmp_path}"
     )
     for out in sweep(4):
         assert "from iteration 2 to 4" in out
-        assert "A new run" not in out
+        assert "Starting a new run" not in out
     checkpoints = main.list_checkpoints(tmp_path)
     assert len(run_folders(tmp_path)) == 2
     reached = {each.run: each.iteration for each in reversed(checkpoints)}

@@ -271,7 +271,7 @@ def test_what_a_kill_has_cut_off_is_not_continued(tmp_path):
     b"\xff",
     b'{"iteration": 15, "spl',
     b'{"iteration": 15}',
-    b'{"iteration": 15, "split": "other"}',
+    b'{"iteration": 15, "split": 1}',
     b'{"iteration": "15", "split": "train"}',
     b'{"iteration": 1e3, "split": "train"}',
     b'{"iteration": true, "split": "train"}',
@@ -298,7 +298,7 @@ def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path, capsys):
 
     def take_steps(**more):
         for _ in range(10):
-            main.count_step(trained, 2.0, 32, 0.5, is_first=False)
+            main.count_step(trained, 2.0, 32, 0.5)
             reporter.report_step(trained, metrics | more)
 
     take_steps()
@@ -327,7 +327,7 @@ def test_a_report_is_the_mean_since_the_last_one(tmp_path):
     trained = run_at(tmp_path, 0, num_iters=40, steps_per_report=2)
     reporter = main.Reporter(trained)
     for loss in (1.0, 2.0, 3.0, 5.0):
-        main.count_step(trained, loss, 32, 0.5, is_first=False)
+        main.count_step(trained, loss, 32, 0.5)
         reporter.report_step(trained, {"loss": loss})
     assert [row["loss"] for row in rows_of(tmp_path / "log.jsonl")] == [1.5, 4]
 
@@ -335,8 +335,8 @@ def test_a_report_is_the_mean_since_the_last_one(tmp_path):
 def test_the_first_step_of_a_session_is_not_timed(tmp_path):
     """It compiles; what it reports as tokens per second counts it nevertheless."""
     trained = run_at(tmp_path, 0, num_iters=40)
-    main.count_step(trained, 1.0, 32, 60.0, is_first=True)
-    main.count_step(trained, 1.0, 32, 0.5, is_first=False)
+    main.count_step(trained, 1.0, 32, 60.0)
+    main.count_step(trained, 1.0, 32, 0.5)
     assert (trained.seconds, trained.recent_seconds) == (0.5, 60.5)
 
 
@@ -413,9 +413,9 @@ def test_what_the_screen_names_works_when_pasted(tmp_path, text):
     assert "Run complete (8/8)." in out
 
     out, _ = run(*line, "--learning_rate", 0.5)
-    [notice] = [line for line in out.splitlines() if line.startswith("A new run: ")]
-    assert f"{name}, saved last, has --learning_rate 0.0003, not 0.5" in notice
-    out, _ = run(*pasted(out, "It goes on with: "))
+    [notice] = [line for line in out.splitlines() if line.startswith("Starting a new run: ")]
+    assert f"{name}, has --learning_rate 0.0003 instead of 0.5" in notice
+    out, _ = run(*pasted(out, "To resume that one: "))
     assert f"{name}, from iteration 8 to 8" in out
 
 

@@ -355,7 +355,7 @@ def test_edited_source_is_named(tmp_path, text):
     run(*line, "--num_iters", 5)
     process = start_code(EDITED_SOURCE, *line, "--num_iters", 10)
     out, err = process.communicate(timeout=60)
-    assert "Environment changed since the checkpoint (edited: main.py): " in out, err
+    assert "Edited since the checkpoint: main.py." in out, err
     assert "at iteration 10" in out, err
 
 
