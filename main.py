@@ -1641,8 +1641,13 @@ def list_checkpoints(save_dir, warn=False):
     """
     checkpoints = []
     for folder in save_dir.iterdir():
-        if RUN_NAME.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+        if not folder.is_dir() or folder.is_symlink():
+            continue
+        if RUN_NAME.fullmatch(folder.name):
             checkpoints += list_run(folder, warn)
+        elif warn and any(folder.glob("*.safetensors")):
+            line = f"Skipping {folder.name!a}: rename it to letters, digits, and _ . - between them"
+            print(line, file=sys.stderr)
     return sorted(checkpoints, key=saved_order, reverse=True)
 
 

@@ -428,4 +428,15 @@ def test_odd_logs_end_nothing(crafted, content):
 def test_names_that_are_no_runs_are_not_shown(crafted, name, capsys):
     crafted.folder.rename(crafted.save_dir / name)
     assert crafted.commands("list") == {"list": 0}
-    assert name not in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert name not in out
+    assert "Skipping" in err
+    assert err.count("\n") == 1
+    assert err.strip().isprintable()
+
+
+def test_a_copy_whose_name_has_a_space_is_not_passed_over_silently(crafted, capsys):
+    """File managers make such names."""
+    shutil.copytree(crafted.folder, crafted.save_dir / "a copy")
+    assert crafted.commands("list") == {"list": 0}
+    assert "Skipping 'a copy': rename it" in capsys.readouterr().err
