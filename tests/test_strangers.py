@@ -100,8 +100,28 @@ def lines_of(capsys):
 # ---- Records ------------------------------------------------------------------------------------
 
 FIELDS = [each.name for each in dataclasses.fields(main.Checkpoint) if each.name != "folder"]
-WRONG = [None, "x", "", -1, -1.0, True, [], {}, [[]], {"a": {}}, math.inf, math.nan, 10**400]
-WRONG += [{"": None}, [[1, 2, 3]], [["a", "b"]], {"teacher": []}, {"text": [5]}, "[" * 9999]
+WRONG = [
+    None,
+    "x",
+    "",
+    -1,
+    -1.0,
+    True,
+    [],
+    {},
+    [[]],
+    {"a": {}},
+    {"": None},
+    {"teacher": []},
+    {"text": [5]},
+    [[1, 2, 3]],
+    [["a", "b"]],
+    math.inf,
+    math.nan,
+    10**400,
+    "[" * 9999,
+]
+# Of which some are possible.
 HARMLESS = ("command", "flags", "recent_loss", "sources", "scores", "uses", "versions")
 
 
@@ -141,8 +161,19 @@ def test_odd_values_end_no_command_with_a_traceback(crafted, field, value):
     assert statuses["list"] == 0
 
 
-TEXTS = ["", "{", "5", "null", "[1]", '"x"', "[" * 200_000, '{"format_version": 3}', "NaN"]
-TEXTS += ['{"a":' * 100_000, '{"format_version": ' + "9" * 5000 + "}"]
+TEXTS = [
+    "",
+    "{",
+    "5",
+    "null",
+    "[1]",
+    '"x"',
+    "NaN",
+    "[" * 200_000,
+    '{"a":' * 100_000,
+    '{"format_version": 3}',
+    '{"format_version": ' + "9" * 5000 + "}",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -151,9 +182,19 @@ def test_records_that_are_none(crafted, text):
     assert crafted.commands("list", "prompt") == {"list": 0, "prompt": 2}
 
 
-HEADERS = [b"", b"{", b"[]", b"5", b'{"__metadata__": 5}', b'{"__metadata__": {"record": 5}}']
-HEADERS += [b'{"__metadata__": {"record": "{}", "record_sha1": 5, "sha1": 5}}', b"[" * 10**5]
-HEADERS += [b'{"__metadata__": null}', b"\xff", b'{"__metadata__": {"record": "\\ud800"}}']
+HEADERS = [
+    b"",
+    b"{",
+    b"[]",
+    b"5",
+    b"\xff",
+    b"[" * 10**5,
+    b'{"__metadata__": 5}',
+    b'{"__metadata__": null}',
+    b'{"__metadata__": {"record": 5}}',
+    b'{"__metadata__": {"record": "\\ud800"}}',
+    b'{"__metadata__": {"record": "{}", "record_sha1": 5, "sha1": 5}}',
+]
 
 
 @pytest.mark.parametrize("header", HEADERS)
@@ -408,8 +449,17 @@ def test_a_folder_in_the_place_of_a_file(crafted):
     assert crafted.commands("list", "prompt", "new") == {"list": 0, "prompt": 2, "new": 0}
 
 
-LOGS = ["[]\n", "5\n", '{"iteration": "x"}\n', "[" * 10**5 + "\n", '{"iteration": 1}\n', "\xff\n"]
-LOGS += ['{"iteration": 1, "split": []}\n', '{"iteration": 1e999, "split": "train"}\n', "\0" * 99]
+LOGS = [
+    "[]\n",
+    "5\n",
+    "\xff\n",
+    "\0" * 99,
+    "[" * 10**5 + "\n",
+    '{"iteration": "x"}\n',
+    '{"iteration": 1}\n',
+    '{"iteration": 1, "split": []}\n',
+    '{"iteration": 1e999, "split": "train"}\n',
+]
 
 
 @pytest.mark.parametrize("content", LOGS, ids=lambda content: content[:20])
