@@ -2701,7 +2701,7 @@ FIXED = [
 # What changes the weights: another value of one of these is another run.
 SHAPING = [
     *FIXED,
-    *(name for name in FLAGS["training"] if name not in ("grad_checkpoint", "patience")),
+    *(name for name in FLAGS["training"] if name not in (*FIXED, "grad_checkpoint", "patience")),
     "teacher_weight",
     "teacher_temperature",
 ]
