@@ -3461,14 +3461,21 @@ def describe_end(run, received):
     """The last line of a session: where the run is, and what to type next."""
     if run.checkpoint_id is None:
         return f"Stopped at iteration {run.iteration:,}; nothing was saved yet."
-    again = command(run.flags, "--identifier", run.name)
+    flags = run.flags
+    again = command(flags, "--identifier", run.name)
     if received:
-        return f"Stopped at iteration {run.iteration:,}. Rerun the command to resume, or: {again}"
-    ended = f"Ended at iteration {run.iteration:,} of {run.flags.num_iters:,}"
-    if run.iteration >= run.flags.num_iters:
-        ended = f"Run complete ({run.iteration:,}/{run.flags.num_iters:,})"
-    more = 2 * run.flags.num_iters
-    return f"{ended}. To sample: {again} --inference\nTo train on: {again} --num_iters {more}"
+        resume = f"Rerun the command to resume, or: {again}"
+        if flags.new_model or flags.identifier:  # rerunning could begin yet another run
+            resume = f"To resume: {again}"
+        return f"Stopped at iteration {run.iteration:,}. {resume}"
+    ended = f"Ended at iteration {run.iteration:,} of {flags.num_iters:,}"
+    more = ""
+    if run.iteration >= flags.num_iters:
+        ended = f"Run complete ({run.iteration:,}/{flags.num_iters:,})"
+        more = f" --num_iters {2 * run.iteration}"
+    if run.is_out_of_patience():
+        more += f" --patience {run.count_misses() + flags.patience}"
+    return f"{ended}. To sample: {again} --inference\nTo train on: {again}{more}"
 
 
 def execute(argv, ranks):
