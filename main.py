@@ -1853,7 +1853,10 @@ def divergence_error(run, what, iteration, ranks):
     earlier = []
     if run.folder is not None:
         earlier = [each for each in list_run(run.folder) if each.iteration < iteration]
-    lower = f"--learning_rate {run.flags.learning_rate / 3:.1g}"
+    rate = f"{run.flags.learning_rate / 3:.1g}"
+    lower = f"--learning_rate {rate}"
+    if run.flags.min_lr is not None and run.flags.min_lr > float(rate):
+        lower += f" --min_lr {rate}"
     if earlier:
         remedy = f"go back with {command(run.flags, '--identifier', earlier[0].id[:12])} {lower}"
     else:
