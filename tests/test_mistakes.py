@@ -138,7 +138,7 @@ def fails(capsys, arguments, *words, status=2):
     assert code == status, f"status {code}\n{out}\n{err}"
     one_line(err, *words)
     if status == 2:  # nothing was begun
-        assert "A new run" not in out
+        assert "new run" not in out
         assert "from iteration" not in out
     return err
 
@@ -383,12 +383,12 @@ MISTAKES = [
     (
         "--cases cases.yaml --output cases.yaml",
         "would overwrite --cases cases.yaml",
-        "name another",
+        "rename it",
     ),
     (
         "--cases cases.yaml --output ./empty/../cases.yaml",
         "would overwrite --cases cases.yaml",
-        "name another",
+        "rename it",
     ),
     (
         "--prompts_file prompts.txt --output prompts.txt",
