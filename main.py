@@ -2815,16 +2815,6 @@ def arguments_of(values):
     return arguments
 
 
-def explain_name(name):
-    """A hint for an unknown flag, or None."""
-    with contextlib.suppress(UsageError):  # if its file is missing
-        known = extra("names").explain(name)
-        if known:
-            return known
-    similar = difflib.get_close_matches(name, DEFAULTS, 1, 0.75)
-    return f"--{similar[0]}?" if similar else None
-
-
 def read_command_line(argv):
     """The flags set on the command line, by --config or by --preset, {flag: value}.
 
