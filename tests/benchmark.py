@@ -1,14 +1,13 @@
 """Measures, and asserts nothing; the last line is JSON.
 
-    python tests/benchmark.py train
-        training steps in float32 and in bfloat16, beside PyTorch's (pip install torch) in float32
-        and under bfloat16 autocast, eager and compiled, and beside plain MLX's
-    python tests/benchmark.py decode
-        sampling: beside no cache, the memory's speed, and one text at a time
-    python tests/benchmark.py generate
-        the same beside generate of transformers (pip install torch transformers)
-    python tests/benchmark.py data --mirror DIR
-        text to tokens; DIR holds ptb/ptb.train.txt and the others
+    python tests/benchmark.py train               training steps in float32 and in bfloat16
+    python tests/benchmark.py decode              sampling of one text and of sixteen
+    python tests/benchmark.py generate            sampling, beside transformers' generate
+    python tests/benchmark.py data --mirror DIR   text to tokens; DIR holds ptb/ptb.train.txt etc.
+
+train: beside PyTorch's steps (pip install torch), in float32 and under bfloat16 autocast, eager and
+compiled, and beside plain MLX's. decode: beside no cache, the memory's speed, and one text at a
+time. generate needs torch and transformers.
 
 Each figure is measured in a process of its own, so that peak memory is that of the one thing.
 """
@@ -31,29 +30,40 @@ sys.path.insert(0, str(ROOT))
 
 
 def in_own_process(function, *arguments):
-    """What `function(*arguments)` returns, computed in a fresh Python."""
+    """What `function(*arguments)`, of this file, returns in a fresh Python."""
     code = f"import benchmark, json; print(json.dumps(benchmark.{function}(*{arguments!r})))"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stderr)
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def peak_mib():
-    """The most resident memory that this process has had, in MiB."""
+    """The peak resident memory of this process."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def load(name, save_dir, options):
+def summary(ratios):
+    return {"median": statistics.median(ratios), "rounds": sorted(ratios)}
+
+
+def settled(**values):
+    """The flags of an empty command line, with these values instead of the defaults."""
+    import main
+
+    return main.settle(values)
+
+
+# ---- Data ---------------------------------------------------------------------------------------
+
+
+def load(name, data_dir, options):
     import datasets
 
     began = time.perf_counter()
-    dataset = datasets.load_dataset(name, save_dir, say=lambda line: None, **options)
+    dataset = datasets.load_dataset(name, data_dir, say=lambda line: None, **options)
     seconds = time.perf_counter() - began
     return {
         "seconds": round(seconds, 3),
@@ -62,89 +72,89 @@ def load(name, save_dir, options):
     }
 
 
-def bpe_speed(path, save_dir):
-    """MB/s of encoding by write_tokens and by the package's own encode_batch.
-
-    On the same lines, alternately.
-    """
+def bpe_speed(path, data_dir):
+    """MB/s of encoding by write_tokens and by the package's own encode_batch, alternately."""
     import datasets
 
-    tokenizer = datasets.load_dataset("ptb", save_dir, tokenizer="bpe", vocab_size=8000).tokenizer
+    options = {"tokenizer": "bpe", "vocab_size": 8000}
+    tokenizer = datasets.load_dataset("ptb", data_dir, **options).tokenizer
     texts = Path(path).read_text().splitlines(keepends=True)
     size = os.path.getsize(path)
-    span = datasets.Span(path, 0, size)
+    whole = datasets.Span(path, 0, size)
     ratios = []
-    package_speeds = []
+    speeds = []  # of the package, in MB/s
     for _ in range(5):
         began = time.perf_counter()
         tokenizer.package.encode_batch(texts, add_special_tokens=False)
         package_seconds = time.perf_counter() - began
         began = time.perf_counter()
-        datasets.write_tokens([span], tokenizer, Path(save_dir) / "bpe.tokens")
-        own_seconds = time.perf_counter() - began
-        ratios.append(round(package_seconds / own_seconds, 2))
-        package_speeds.append(size / 1e6 / package_seconds)
+        datasets.write_tokens([whole], tokenizer, Path(data_dir) / "bpe.tokens")
+        ratios.append(round(package_seconds / (time.perf_counter() - began), 2))
+        speeds.append(size / 1e6 / package_seconds)
     return {
         "speed_over_package": sorted(ratios),
-        "package_mb_s": round(statistics.median(package_speeds), 1),
+        "package_mb_s": round(statistics.median(speeds), 1),
     }
 
 
 def anonymous_mib(arguments):
-    """The most anonymous memory (RssAnon) of a training run, in MiB.
-
-    Pages of a memory map do not count.
-    """
+    """The most anonymous memory (RssAnon) of a training run: pages of a memory map do not count."""
     command = [sys.executable, str(ROOT / "main.py"), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     most = 0
     while process.poll() is None:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()
-            _, _, rest = status.partition("RssAnon:")
-            most = max(most, int(rest.split()[0]))
+            most = max(most, int(status.partition("RssAnon:")[2].split()[0]))
         except (OSError, IndexError, ValueError):
-            pass
+            pass  # it has just begun or ended
         time.sleep(0.02)
+    if process.returncode:
+        sys.exit(f"status {process.returncode}: {' '.join(command)}")
     return round(most / 1024)
 
 
-SMALL_RUN = (
-    "--dim 64 --num_heads 2 --num_blocks 2 --num_iters 30 --max_tokens 5 "
-    "--tokenizer word --new_model"
-).split()
+SMALL = "--dim 64 --num_heads 2 --num_blocks 2 --num_iters 30 --max_tokens 5 --tokenizer word"
 
 
-def data(mirror):
-    """Speed and memory of datasets.py, from raw text to tokens."""
+def data(mirror, copies):
+    """Speed and memory of datasets.py, from raw text to tokens.
+
+    copies: of Penn Treebank in a large text; 111 have the size of WikiText-103.
+    """
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
+        data_dir = os.path.join(folder, "data")
         ptb = {"mirror": mirror}
-        in_own_process("load", "ptb", folder, ptb | {"tokenizer": "byte"})  # brings the files
-        figures["ptb words"] = in_own_process("load", "ptb", folder, ptb)
-        train = Path(folder) / "ptb" / "ptb.train.txt"
-        large = Path(folder) / "large.txt"
-        with large.open("wb") as out:  # WikiText-103's size
-            for _ in range(111):
+        in_own_process("load", "ptb", data_dir, ptb | {"tokenizer": "byte"})  # brings the files
+        figures["ptb words"] = in_own_process("load", "ptb", data_dir, ptb)
+        train = Path(folder, "train.txt")
+        shutil.copy(Path(data_dir, "ptb", "ptb.train.txt"), train)
+        large = Path(folder, "large.txt")
+        with large.open("wb") as out:
+            for _ in range(copies):
                 out.write(train.read_bytes())
         size = large.stat().st_size / 1e6
-        for tokenizer in ("word", "byte"):
-            own = {"text": [str(large)], "valid_text": [str(train)], "tokenizer": tokenizer}
-            name = f"{size:.0f} MB by {tokenizer}"
-            cold = in_own_process("load", "text", folder, own)
+        for kind in ("word", "byte"):
+            own = {"text": [str(large)], "valid_text": [str(train)], "tokenizer": kind}
+            name = f"{size:.0f} MB by {kind}"
+            cold = in_own_process("load", "text", data_dir, own)
             cold["mb_s"] = round(size / cold["seconds"], 1)
             figures[name] = cold
-            figures[f"{name}, warm"] = in_own_process("load", "text", folder, own)
-        figures["bpe"] = in_own_process("bpe_speed", str(train), folder)
-        lines = {
+            figures[f"{name}, warm"] = in_own_process("load", "text", data_dir, own)
+        figures["bpe"] = in_own_process("bpe_speed", str(train), data_dir)
+        texts = {
             "ptb": ["--dataset", "ptb", "--mirror", mirror],
             "large": ["--text", str(large), "--valid_text", str(train)],
         }
-        for name, line in lines.items():
-            arguments = [*line, *SMALL_RUN, "--save_dir", folder]
-            figures[f"training on {name}: RssAnon MiB"] = anonymous_mib(arguments)
+        folders = ["--save_dir", os.path.join(folder, "runs"), "--data_dir", data_dir]
+        for name, text in texts.items():
+            line = [*text, *SMALL.split(), "--new_model", *folders]
+            figures[f"training on {name}: RssAnon MiB"] = anonymous_mib(line)
     return figures
 
+
+# ---- Training -----------------------------------------------------------------------------------
 
 SHAPES = {  # vocabulary, dim, heads, blocks, context, batch, steps in a round
     "default": (10000, 1024, 8, 4, 48, 32, 2),
@@ -162,64 +172,60 @@ def torch_step(kind, shape, gpu, dtype, weights):
     import torch
     import torch.nn.functional as F
 
-    _, dim, heads, blocks, context, _, _ = shape
+    vocab_size, dim, heads, blocks, context = shape[:5]
+    d = dim // heads
     device = "cuda" if gpu else "cpu"
     parameters = {}
-    matrices = []
-    vectors = []
     for name, weight in weights.items():
-        parameter = torch.nn.Parameter(torch.tensor(weight, device=device))
-        parameters[name] = parameter
-        group = matrices if parameter.ndim > 1 else vectors
-        group.append(parameter)
+        parameters[name] = torch.nn.Parameter(torch.tensor(weight, device=device))
+    speeds = 10000 ** (-torch.arange(0, d, 2) / d)
+    angles = torch.outer(torch.arange(context), speeds)
+    cos = torch.cat([angles.cos(), angles.cos()], -1).to(device)  # [L, d]
+    sin = torch.cat([angles.sin(), angles.sin()], -1).to(device)
+    matrices = [each for each in parameters.values() if each.ndim > 1]
+    vectors = [each for each in parameters.values() if each.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": 1e-5},
         {"params": vectors, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.99), fused=True)
-    head_dim = dim // heads
-    frequencies = 10000 ** (-torch.arange(0, head_dim, 2) / head_dim)
-    angles = torch.outer(torch.arange(context), frequencies)
-    angles = torch.cat((angles, angles), -1)
-    cos = torch.cos(angles).to(device)
-    sin = torch.sin(angles).to(device)
 
     def rotate(x):
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat((-second, first), -1) * sin
 
-    def linear(x, name):
-        return F.linear(x, parameters[f"{name}.weight"])
+    def weight_of(name):
+        return parameters[f"{name}.weight"]
 
-    def norm(x, name):
-        return F.rms_norm(x, (dim,), parameters[f"{name}.weight"], 1e-5)
+    def normalize(x, name):
+        return F.rms_norm(x, (dim,), weight_of(name), 1e-5)
 
-    def split_heads(x):
-        B, L, _ = x.shape
-        return x.view(B, L, heads, -1).transpose(1, 2)
-
-    def attention(x, name):
-        queries = split_heads(linear(x, f"{name}.q_proj"))
-        keys = split_heads(linear(x, f"{name}.k_proj"))
-        values = split_heads(linear(x, f"{name}.v_proj"))
+    def attend(x, layer):
+        B, L, D = x.shape
+        queries, keys, values = [
+            F.linear(x, weight_of(f"{layer}.{name}_proj")).view(B, L, heads, d).transpose(1, 2)
+            for name in "qkv"
+        ]
         attended = F.scaled_dot_product_attention(
             rotate(queries), rotate(keys), values, is_causal=True
         )
-        return linear(attended.transpose(1, 2).reshape(x.shape), f"{name}.o_proj")
+        joined = attended.transpose(1, 2).reshape(B, L, D)
+        return F.linear(joined, weight_of(f"{layer}.o_proj"))
 
-    def mlp(x, name):
-        up = linear(x, f"{name}.up_proj")
-        return linear(F.relu(up).square(), f"{name}.down_proj")
+    def transform(x, layer):
+        up = F.linear(x, weight_of(f"{layer}.up_proj"))
+        return F.linear(F.relu(up).square(), weight_of(f"{layer}.down_proj"))
 
     def model(tokens):
-        hidden = F.embedding(tokens, parameters["model.embed_tokens.weight"])
+        hidden = F.embedding(tokens, weight_of("model.embed_tokens"))
         for i in range(blocks):
-            block = f"model.layers.{i}"
-            x = norm(hidden, f"{block}.input_layernorm")
-            hidden = hidden + attention(x, f"{block}.self_attn")
-            x = norm(hidden, f"{block}.post_attention_layernorm")
-            hidden = hidden + mlp(x, f"{block}.mlp")
-        return linear(norm(hidden, "model.norm"), "model.embed_tokens")
+            layer = f"model.layers.{i}"
+            x = normalize(hidden, f"{layer}.input_layernorm")
+            hidden = hidden + attend(x, f"{layer}.self_attn")
+            x = normalize(hidden, f"{layer}.post_attention_layernorm")
+            hidden = hidden + transform(x, f"{layer}.mlp")
+        hidden = normalize(hidden, "model.norm")
+        return F.linear(hidden, weight_of("model.embed_tokens"))
 
     if kind == "compiled":
         model = torch.compile(model)
@@ -239,10 +245,7 @@ def torch_step(kind, shape, gpu, dtype, weights):
 
 
 def import_plain_main():
-    """main.py as it is without extras/: its plain loss, attention and one stream.
-
-    But on the same fast BLAS.
-    """
+    """main.py as it is without extras/: its plain functions and one stream, on the fast BLAS."""
     from extras import fast  # loads that BLAS
 
     fast.use_cpu()
@@ -265,53 +268,60 @@ def mlx_step(kind, shape, gpu, dtype, weights):
     import mlx.core as mx
     from mlx.utils import tree_unflatten
 
-    vocab_size, dim, heads, blocks, context, batch_size, _ = shape
+    vocab_size, dim, heads, blocks, context, batch_size = shape[:6]
     main.use_device(gpu)
-    values = dict(
-        dim=dim,
-        num_heads=heads,
-        num_blocks=blocks,
-        context_size=context,
-        batch_size=batch_size,
-        dtype=dtype,
+    flags = main.settle(
+        dict(
+            dim=dim,
+            num_heads=heads,
+            num_blocks=blocks,
+            context_size=context,
+            batch_size=batch_size,
+            dtype=dtype,
+        )
     )
-    flags = main.resolve(argparse.Namespace(**main.DEFAULTS | values))
     model = main.LanguageModel(main.make_config(flags, vocab_size))
-    named = [(name, mx.array(weight)) for name, weight in weights.items()]
-    model.update(tree_unflatten(named))
+    arrays = [(name, mx.array(weight)) for name, weight in weights.items()]
+    model.update(tree_unflatten(arrays))
     optimizer = main.make_optimizer(model, flags)
     train_step = main.make_step(model, optimizer, flags)
+    dropout = main.draw_dropout(0, batch_size, flags)  # its rate is 0
 
     def step(batch):
-        loss, _ = train_step(mx.array(batch[:, :-1]), mx.array(batch[:, 1:]))
+        loss, _ = train_step(mx.array(batch[:, :-1]), mx.array(batch[:, 1:]), *dropout)
         return loss.item()
 
     return step
 
 
-def shapes_of_weights(shape):
-    """The shapes of a model's weights by their names, which lack ".weight"."""
-    vocab_size, dim, _, blocks, _, _, _ = shape
+def draw_weights(shape, random):
+    """Weights of a model of this shape, {name: array}."""
+    import numpy as np
+
+    vocab_size, dim, _, blocks = shape[:4]
     shapes = {"model.embed_tokens": (vocab_size, dim), "model.norm": (dim,)}
     for i in range(blocks):
         layer = f"model.layers.{i}"
-        shapes |= {
-            f"{layer}.input_layernorm": (dim,),
-            f"{layer}.post_attention_layernorm": (dim,),
-            f"{layer}.self_attn.q_proj": (dim, dim),
-            f"{layer}.self_attn.k_proj": (dim, dim),
-            f"{layer}.self_attn.v_proj": (dim, dim),
-            f"{layer}.self_attn.o_proj": (dim, dim),
-            f"{layer}.mlp.up_proj": (4 * dim, dim),
-            f"{layer}.mlp.down_proj": (dim, 4 * dim),
-        }
-    return shapes
+        shapes[f"{layer}.input_layernorm"] = (dim,)
+        shapes[f"{layer}.post_attention_layernorm"] = (dim,)
+        for name in "qkvo":
+            shapes[f"{layer}.self_attn.{name}_proj"] = (dim, dim)
+        shapes[f"{layer}.mlp.up_proj"] = (4 * dim, dim)
+        shapes[f"{layer}.mlp.down_proj"] = (dim, 4 * dim)
+    weights = {}
+    for name, size in shapes.items():
+        if len(size) == 1:
+            weight = np.ones(size)
+        else:
+            weight = random.normal(0, 0.02, size)
+        weights[f"{name}.weight"] = weight.astype(np.float32)
+    return weights
 
 
 def work(competitor, shape, gpu):
-    """Reads numbers of steps from stdin.
+    """Reads numbers of steps from stdin; answers each with a line of JSON.
 
-    Answers each with the seconds it took, the losses, and the peak memory in MiB.
+    It holds the seconds they took, their losses, and the peak memory in MiB.
     """
     kind, dtype = competitor.split()
     if kind in ("main", "plain"):
@@ -319,13 +329,8 @@ def work(competitor, shape, gpu):
     import numpy as np
 
     random = np.random.default_rng(0)
-    vocab_size, _, _, _, context, batch_size, _ = shape
-    weights = {}
-    for name, sizes in shapes_of_weights(shape).items():
-        weight = np.ones(sizes)
-        if weight.ndim > 1:
-            weight = random.normal(0, 0.02, sizes)
-        weights[f"{name}.weight"] = weight.astype(np.float32)
+    weights = draw_weights(shape, random)
+    vocab_size, _, _, _, context, batch_size = shape[:6]
     make_step = mlx_step if kind in ("main", "plain") else torch_step
     step = make_step(kind, shape, gpu, dtype, weights)
     for line in sys.stdin:
@@ -338,9 +343,8 @@ def work(competitor, shape, gpu):
         print(json.dumps([seconds, losses, peak_mib()]), flush=True)
 
 
-OF_MLX = ["main float32", "main bfloat16", "plain float32"]
-OF_TORCH = ["eager float32", "eager bfloat16", "compiled float32", "compiled bfloat16"]
-COMPETITORS = OF_MLX + OF_TORCH
+OURS = ["main float32", "main bfloat16", "plain float32"]
+PYTORCH = ["eager float32", "eager bfloat16", "compiled float32", "compiled bfloat16"]
 COMPARED = [  # whose speed is divided by whose
     ("main float32", "eager float32"),
     ("main float32", "compiled float32"),
@@ -352,92 +356,72 @@ COMPARED = [  # whose speed is divided by whose
 
 
 class Worker:
-    """A process that runs `work` for one competitor."""
+    """A competitor in a process of its own, see `work`."""
 
-    def __init__(self, shape_name, competitor, gpu):
-        command = [sys.executable, __file__, "work"]
-        command += ["--shape", shape_name, "--competitor", competitor]
+    def __init__(self, competitor, shape, gpu):
+        command = [sys.executable, __file__, "work", "--shape", shape, "--competitor", competitor]
         if gpu:
             command.append("--gpu")
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, text=True, **pipes)
 
     def run(self, steps):
-        """Takes some steps; returns the seconds, the losses, and the peak memory in MiB."""
-        print(steps, file=self.process.stdin, flush=True)
+        """The seconds that these steps took, their losses, and the peak memory in MiB."""
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def stop(self):
+    def end(self):
         self.process.stdin.close()
         self.process.wait()
 
 
-def is_installed(package):
-    command = [sys.executable, "-c", f"import {package}"]
-    return subprocess.run(command, capture_output=True).returncode == 0
+def train(names, gpu, rounds=5):
+    """Blocks of training steps by each competitor in turn.
+
+    All train the same model from the same weights on the same batches.
+    """
+    competitors = OURS + PYTORCH
+    command = [sys.executable, "-c", "import torch"]
+    if subprocess.run(command, capture_output=True).returncode:
+        print("PyTorch is not installed (pip install torch): only plain MLX is compared with.")
+        competitors = OURS
+    figures = {}
+    for name in names:
+        workers = {each: Worker(each, name, gpu) for each in competitors}
+        figures[name] = compare(workers, SHAPES[name][-1], rounds)
+        print(name)
+        for key, value in figures[name].items():
+            print(f"    {key:<56} {value}", flush=True)
+    return figures
 
 
-def compare(name, competitors, gpu, rounds):
-    """The figures of one shape."""
-    workers = {}
-    for competitor in competitors:
-        workers[competitor] = Worker(name, competitor, gpu)
-    first_losses = {}
-    for competitor, worker in workers.items():  # compiles, warms up
-        _, first_losses[competitor], _ = worker.run(20)
-    steps = SHAPES[name][-1]
-    seconds = {competitor: [] for competitor in competitors}
+def compare(workers, steps, rounds):
+    """The figures of these workers, {competitor: Worker}, which end."""
+    firsts = {}  # losses
+    for competitor, worker in workers.items():
+        _, firsts[competitor], _ = worker.run(20)  # compiles, warms up
+    seconds = {competitor: [] for competitor in workers}  # per step
     peaks = {}
     for _ in range(rounds):
         for competitor, worker in workers.items():
             taken, _, peaks[competitor] = worker.run(steps)
             seconds[competitor].append(taken / steps)
     for worker in workers.values():
-        worker.stop()
-
-    medians = {}
-    for competitor, taken in seconds.items():
-        medians[competitor] = round(statistics.median(taken), 4)
-    figures = {"peak_mib": peaks, "seconds a step": medians}
+        worker.end()
+    medians = {each: round(statistics.median(taken), 4) for each, taken in seconds.items()}
+    figure = {"peak_mib": peaks, "seconds a step": medians}
     for ours, theirs in COMPARED:
-        if theirs not in competitors:
+        if theirs not in workers:
             continue
-        ratios = []
-        for our_seconds, their_seconds in zip(seconds[ours], seconds[theirs]):
-            ratios.append(round(their_seconds / our_seconds, 2))
-        differences = []
-        for our_loss, their_loss in zip(first_losses[ours], first_losses[theirs]):
-            differences.append(abs(our_loss - their_loss))
-        figures[f"{ours}: times the speed of {theirs}"] = summary(ratios)
-        figures[f"{ours}: losses off those of {theirs}"] = max(differences)
-    return figures
+        ratios = [round(b / a, 2) for a, b in zip(seconds[ours], seconds[theirs])]
+        figure[f"{ours}: times the speed of {theirs}"] = summary(ratios)
+        differences = [abs(a - b) for a, b in zip(firsts[ours], firsts[theirs])]
+        figure[f"{ours}: losses off those of {theirs}"] = max(differences)
+    return figure
 
 
-def summary(ratios):
-    return {"median": statistics.median(ratios), "rounds": sorted(ratios)}
-
-
-def train(names, gpu, rounds=5):
-    """Blocks of training steps by each competitor in turn.
-
-    The same model from the same weights on the same batches.
-    """
-    competitors = COMPETITORS
-    if not is_installed("torch"):
-        print("PyTorch is not installed (pip install torch): only plain MLX is compared with.")
-        competitors = OF_MLX
-    figures = {}
-    for name in names:
-        figures[name] = compare(name, competitors, gpu, rounds)
-        print(name)
-        for key, value in figures[name].items():
-            print(f"    {key:<56} {value}", flush=True)
-    return figures
+# ---- Sampling -----------------------------------------------------------------------------------
 
 
 def read_speed():
@@ -458,7 +442,7 @@ def make(vocab_size=32000, **values):
     """A fresh model and its flags."""
     import main
 
-    flags = main.resolve(argparse.Namespace(**main.DEFAULTS | values))
+    flags = settled(**values)
     model = main.LanguageModel(main.make_config(flags, vocab_size))
     main.init_weights(model, 0)
     return model, flags
@@ -481,145 +465,130 @@ def speed(model, flags, rows, count):
     return count / (time.perf_counter() - began)
 
 
-THEIRS = """
-import sys, time, torch
-from transformers import AutoModelForCausalLM
-device = sys.argv[2]
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).to(device)
-prompt = torch.tensor([[1, 2, 3]]).to(device)
-options = dict(do_sample=True, temperature=0.5, top_k=50, pad_token_id=0, eos_token_id=None)
-for line in sys.stdin:
-    count = int(line)
-    began = time.perf_counter()
-    model.generate(prompt, min_new_tokens=count, max_new_tokens=count, **options)
-    print(time.perf_counter() - began, flush=True)
-"""
-
-
-def generate(gpu, rounds=5, count=100):
-    """Sampling one text beside transformers' generate, the same weights, by turns."""
-    import main
-    from datasets import ByteTokenizer
-    from extras.huggingface import export_model
-
-    main.use_device(gpu)
-    shapes = {
-        "10M": dict(vocab_size=10000, dim=256, num_blocks=8, num_heads=8),
-        "110M": dict(vocab_size=32000, dim=768, num_blocks=12, num_heads=12),
-    }
-    figures = {}
-    for name, shape in shapes.items():
-        model, flags = make(**shape, context_size=256, mlp="swiglu")
-        with tempfile.TemporaryDirectory() as folder:
-            export_model(model, ByteTokenizer(), folder, None)
-            worker = subprocess.Popen(
-                [sys.executable, "-c", THEIRS, folder, "cuda" if gpu else "cpu"],
-                cwd=folder,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            our_speeds = []
-            their_speeds = []
-            for _ in range(rounds + 1):
-                print(count, file=worker.stdin, flush=True)
-                their_seconds = float(worker.stdout.readline())
-                their_speeds.append(count / their_seconds)
-                our_speeds.append(speed(model, flags, 1, count))
-            worker.communicate()
-        del our_speeds[0], their_speeds[0]  # of warming up
-        ratios = []
-        for ours, theirs in zip(our_speeds, their_speeds):
-            ratios.append(round(ours / theirs, 2))
-        medians = [statistics.median(our_speeds), statistics.median(their_speeds)]
-        figures[name] = {
-            "times transformers' speed": summary(ratios),
-            "tokens/s": [round(median, 1) for median in medians],
-        }
-    return figures
-
-
 def uncached_speed(model, count):
-    """Tokens a second, each by a pass over all of the text."""
+    """Tokens a second if each pass reads the whole text again."""
     import mlx.core as mx
 
     text = [1, 2, 3]
     began = time.perf_counter()
     for _ in range(count):
-        logits = model(mx.array([text]))
-        text.append(logits[0, -1].argmax().item())
+        text.append(model(mx.array([text]))[0, -1].argmax().item())
     return count / (time.perf_counter() - began)
+
+
+THEIRS = """
+import sys, time, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).to(sys.argv[2])
+options = dict(do_sample=True, temperature=0.5, top_k=50, pad_token_id=0, eos_token_id=None)
+for line in sys.stdin:
+    count = int(line)
+    prompt = torch.tensor([[1, 2, 3]]).to(sys.argv[2])
+    began = time.perf_counter()
+    model.generate(prompt, min_new_tokens=count, max_new_tokens=count, **options)
+    print(time.perf_counter() - began, flush=True)
+"""
+GENERATED = {
+    "10M": dict(vocab_size=10000, dim=256, num_blocks=8, num_heads=8),
+    "110M": dict(vocab_size=32000, dim=768, num_blocks=12, num_heads=12),
+}
+
+
+def generate(gpu, rounds=5, count=100):
+    """Sampling one text beside transformers' generate, with the same weights, by turns."""
+    import main
+    from datasets import ByteTokenizer
+    from extras.huggingface import export_model
+
+    main.use_device(gpu)
+    figures = {}
+    for name, shape in GENERATED.items():
+        model, flags = make(**shape, context_size=256, mlp="swiglu")
+        results = []
+        with tempfile.TemporaryDirectory() as folder:
+            export_model(model, ByteTokenizer(), folder, None)
+            command = [sys.executable, "-c", THEIRS, folder, "cuda" if gpu else "cpu"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            worker = subprocess.Popen(command, cwd=folder, text=True, **pipes)
+            for _ in range(rounds + 1):
+                worker.stdin.write(f"{count}\n")
+                worker.stdin.flush()
+                theirs = count / float(worker.stdout.readline())
+                results.append((speed(model, flags, 1, count), theirs))
+            worker.communicate()
+        del results[0]  # warms up
+        ratios = [round(ours / theirs, 2) for ours, theirs in results]
+        medians = [round(statistics.median(column), 1) for column in zip(*results)]
+        figures[name] = {"times transformers' speed": summary(ratios), "tokens/s": medians}
+    return figures
 
 
 def decode(gpu, rounds=5):
     """Tokens a second of sampling, each figure beside what it is to be compared with, in turn."""
     import main
-    from mlx.utils import tree_flatten
 
     main.use_device(gpu)
     small = make(dim=512, num_blocks=8, context_size=1024)
     large = make(dim=768, num_heads=12, num_blocks=12, context_size=1024)
-    small_model, _ = small
     large_model, _ = large
-    parameters = sum(weight.size for _, weight in tree_flatten(large_model.parameters()))
-    speed(*small, 1, 8)
-    speed(*large, 1, 8)
-    speed(*large, 16, 8)
-
-    over_uncached = []
+    size = 4 * main.count_parameters(large_model.parameters()) / 1e9  # GB
+    for model, rows in ((small, 1), (large, 1), (large, 16)):
+        speed(*model, rows, 8)  # compiles
+    cached = []
     for _ in range(min(rounds, 3)):
-        cached = speed(*small, 1, 512)
-        over_uncached.append(round(cached / uncached_speed(small_model, 512), 1))
-    shares_of_reading = []
-    gains_of_many = []
-    speeds = []
+        small_model, _ = small
+        ratio = speed(*small, 1, 512) / uncached_speed(small_model, 512)
+        cached.append(round(ratio, 1))
+    shares = []
+    gains = []
+    rows = []
     for _ in range(rounds):
-        read = read_speed()  # GB/s
+        read = read_speed()
         one = speed(*large, 1, 64)
-        many = 16 * speed(*large, 16, 32)
-        shares_of_reading.append(round(one * parameters * 4e-9 / read, 2))
-        gains_of_many.append(round(many / one, 1))
-        speeds.append([round(read, 1), round(one, 1), round(many, 1)])
+        sixteen = 16 * speed(*large, 16, 32)
+        shares.append(round(one * size / read, 2))
+        gains.append(round(sixteen / one, 1))
+        rows.append([round(read, 1), round(one, 1), round(sixteen, 1)])
     return {
-        "512 tokens, 8 blocks of dim 512: times the speed without a cache": summary(over_uncached),
-        f"{parameters:,} parameters: share of the memory's read speed": summary(shares_of_reading),
-        "16 texts: times the tokens of one": summary(gains_of_many),
-        "GB/s read by NumPy, tokens/s of one text, of 16": speeds,
+        "512 tokens, 8 blocks of dim 512: times the speed without a cache": summary(cached),
+        f"weights of {size:.2f} GB: share of the memory's read speed": summary(shares),
+        "16 texts: times the tokens of one": summary(gains),
+        "GB/s read by NumPy, tokens/s of one text, of 16": rows,
     }
 
 
-def measure(flags):
-    """The figures of the part of this program that the flags name."""
-    if flags.part == "data":
-        return data(os.path.abspath(flags.mirror))
-    if flags.part == "decode":
-        return decode(flags.gpu)
-    if flags.part == "generate":
-        return generate(flags.gpu)
-    names = [flags.shape] if flags.shape else SHAPES
-    return train(names, flags.gpu)
-
-
-if __name__ == "__main__":
+def main_of_benchmark():
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=["train", "decode", "generate", "data", "work"])
-    parser.add_argument(
-        "--mirror",
-        help="address or folder that holds ptb/ptb.train.txt and the others",
-    )
+    parser.add_argument("--mirror", help="address or folder that holds ptb/ptb.train.txt etc.")
+    parser.add_argument("--copies", type=int, default=111, help="of ptb in the large text of data")
     parser.add_argument("--shape", choices=list(SHAPES), help="one of the models (default: all)")
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--competitor", choices=COMPETITORS, help=argparse.SUPPRESS)
+    parser.add_argument("--competitor", choices=OURS + PYTORCH, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.part == "work":
-        sys.exit(work(flags.competitor, SHAPES[flags.shape], flags.gpu))
+        work(flags.competitor, SHAPES[flags.shape], flags.gpu)
+        return
     if flags.part == "data" and not flags.mirror:
         parser.error("data needs --mirror")
-    figures = measure(flags)
-    if flags.part != "train":  # which has printed them one by one
+    if flags.part == "train":
+        figures = train([flags.shape] if flags.shape else SHAPES, flags.gpu)
+    else:
+        if flags.part == "data":
+            mirror = flags.mirror
+            if os.path.isdir(mirror):  # else an address
+                mirror = os.path.abspath(mirror)
+            figures = data(mirror, flags.copies)
+        elif flags.part == "decode":
+            figures = decode(flags.gpu)
+        else:
+            figures = generate(flags.gpu)
         for name, figure in figures.items():
             print(f"{name:<36} {figure}")
     print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main_of_benchmark()
