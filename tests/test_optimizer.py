@@ -275,7 +275,7 @@ def test_a_schedule_of_ones_own(monkeypatch):
 
 
 def test_an_optimizer_of_ones_own(uncompiled, monkeypatch):
-    """Lion for the matrices of the blocks: a step is the learning rate, with the gradient's sign."""
+    """Lion for the matrices of the blocks: a step is the learning rate times a sign."""
 
     def lion(flags, weight_decay):
         return optim.Lion(flags.learning_rate, weight_decay=weight_decay)
