@@ -750,7 +750,7 @@ def test_a_branch_that_is_stopped_before_its_first_step(tmp_path, text, monkeypa
     monkeypatch.setattr(main, "train", stopped)
     status = main.main(["--identifier", older.id, "--save_dir", str(save_dir)])
     assert status == 143
-    pasted = shlex.split(capsys.readouterr().out.rpartition("or: ")[2])
+    pasted = shlex.split(capsys.readouterr().out.rpartition("To resume: ")[2])
     assert pasted[:2] == ["python", "main.py"]
     out, _ = run(*pasted[2:])
     assert "from iteration 2 to 4" in out
@@ -818,10 +818,10 @@ def test_divergence_names_a_command_that_works(tmp_path, text):
 def test_divergence_right_after_a_save_names_the_checkpoint_before(tmp_path):
     run = make_run(tmp_path)
     saved = train_and_save(run, 2)
-    error = main.divergence_error(run, "loss", main.SingleProcess())
+    error = main.divergence_error(run, "loss", run.iteration, main.SingleProcess())
     assert saved[0][:12] in str(error)
     shutil.rmtree(run.folder)
-    error = main.divergence_error(run, "loss", main.SingleProcess())
+    error = main.divergence_error(run, "loss", run.iteration, main.SingleProcess())
     assert "start over with --new_model" in str(error)
 
 

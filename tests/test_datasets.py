@@ -1980,7 +1980,7 @@ def test_a_checkpoint_holds_all_of_its_tokenizer(tokenizer_files, name, tmp_path
     path.unlink()
     out, _ = run("--save_dir", tmp_path / "lm", "--num_iters", 4)
     assert "at iteration 4" in out
-    assert "by file" in out
+    assert "file tokenizer" in out
     out, err = run("--prompt", "the ☃ fox", "--save_dir", tmp_path / "lm", "--max_tokens", 8)
     assert len(out) > 1
     assert ("☃" in err) == (name != "bytes")

@@ -64,14 +64,14 @@ def test_second_signal_leaves_inside_a_long_step(tmp_path, text, number):
 SIGNALLED_BEFORE_ITS_FIRST_STEP = """
 import time
 import main
-make_run = main.make_run
+print_start = main.print_start
 
 def disturbed(*arguments):
     main.signal.raise_signal(main.signal.SIGTERM)
     time.sleep(0.3)
-    return make_run(*arguments)
+    print_start(*arguments)
 
-main.make_run = disturbed
+main.print_start = disturbed
 main.sys.exit(main.main())
 """
 

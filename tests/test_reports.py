@@ -412,7 +412,7 @@ def test_start_screen(tmp_path, text):
     lines = out.splitlines()
     assert lines[0] == f"run      {folder.name}, from iteration 0 to 2, seed 42"
     assert lines[1].endswith("2 blocks, dim 16, 2 heads (2 key/value heads), relu2 64, context 8")
-    assert "257-byte vocabulary" in lines[2]
+    assert "byte tokenizer, vocabulary of 257 (1 special)" in lines[2]
     assert lines[3].startswith("steps    4 x 8 tokens, ")
     assert lines[4].startswith("machine  cpu, ")
     assert f"MLX {mx.__version__}, matmuls: " in lines[4]

@@ -46,7 +46,7 @@ def test_a_sweep_trains_a_run_for_each_value(tmp_path, text, flag):
     for value in SWEEPS[flag]:
         name, iteration, out = begin(*line, f"--{flag}", value, "--num_iters", 10)
         assert iteration == 0
-        assert ("\nA new run: " in out) == bool(begun)
+        assert ("\nStarting a new run: " in out) == bool(begun)
         begun[value] = name
     assert len(set(begun.values())) == len(SWEEPS[flag])
     for value in SWEEPS[flag]:
@@ -204,7 +204,7 @@ def test_each_flag_that_changes_weights_makes_another_run(half_way, name):
     assert found == []
     value = getattr(flags(**given), name)
     told = main.describe_other(checkpoints[0], flags(**given))
-    assert f" has --{name} {held}, not {value}. It goes on with: " in told
+    assert f" has --{name} {held} instead of {value}. To resume that one: " in told
 
     named = flags(**given, identifier=[checkpoints[0].run])
     if name in main.FIXED:
@@ -321,9 +321,9 @@ def test_command_of_the_run_that_is_not_resumed(line):
     name, _, _ = begin(*line, "--num_iters", 10)
     other, _, out = begin(*line, "--num_iters", 10, "--learning_rate", 0.01, "--dropout", 0.1)
     assert other != name
-    told = f"A new run: {name}, saved last, has --learning_rate 0.0003, not 0.01, "
-    assert told + "--dropout 0.0, not 0.1. It goes on with: " in out
-    arguments = typed("It goes on with: ", out)
+    told = f"Starting a new run: the last one, {name}, has --learning_rate 0.0003 instead of 0.01, "
+    assert told + "--dropout 0.0 instead of 0.1. To resume that one: " in out
+    arguments = typed("To resume that one: ", out)
     resumed, iteration, out = begin(*arguments, "--num_iters", 20)
     assert (resumed, iteration) == (name, 10)
     assert "resumed  with --num_iters 10 -> 20\n" in out
