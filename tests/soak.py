@@ -1417,6 +1417,9 @@ def diverged(scenario, chance):
     if not records or scenario.damaged:  # what is named must not be damaged
         return False
     newest = max(records, key=lambda record: record["saved"])
+    place = newest["iteration"] % newest["flags"]["steps_per_eval"]
+    if place == 0 and newest["iteration"] not in dict(newest["scores"]):
+        return False  # it would be scored first, and saved with these flags
     flags = ["--identifier", newest["run"], "--learning_rate", "1e38", "--lr_warmup", "0"]
     flags += ["--grad_clip", "0", "--lr_schedule", "constant", "--steps_per_save", "1000"]
     leg = scenario.start([], flags).wait()
