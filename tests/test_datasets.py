@@ -1652,7 +1652,8 @@ def lacks_encoding(call):
         return len(call.args) < (1 if name == "read_text" else 2)
     if name not in ("open", "fdopen"):
         return False
-    if ast.unparse(call.func) in ("os.open", "members.open"):  # the latter, of a zip file
+    others = ("os.open", "members.open", "checkpoint.open", "candidate.open")  # members: of a zip
+    if ast.unparse(call.func) in others:
         return False
     place = 0 if is_method and name == "open" else 1  # of the mode
     modes = call.args[place : place + 1]
