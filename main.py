@@ -2413,13 +2413,12 @@ COMMANDS = """/set NAME VALUE   change a sampling flag: /set temperature 0.8
 /quit             exit, as Ctrl+D does; Ctrl+C stops a reply"""
 
 
-def sample_from(contents, flags, draft):
-    """Runs --inference, --prompt or --prompts_file with a checkpoint, and with the Origin of
-    --draft or None.
+def sample_from(model, contents, flags, draft):
+    """Runs --inference, --prompt or --prompts_file with a checkpoint's model.
 
-    The model's text goes to stdout, messages about it to stderr. Raises UsageError.
+    draft: the Origin of --draft, or None. The model's text goes to stdout, messages about it to
+    stderr. Raises UsageError.
     """
-    model = contents.load_model()
     tokenizer = contents.tokenizer
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=flags.gpu)
@@ -3379,23 +3378,24 @@ def use_checkpoint(flags, ranks):
     draft = None
     with lock(flags.save_dir, fcntl.LOCK_SH):
         contents = open_for_use(flags)
+        model = contents.load_model()
         if flags.draft:
             with explained("--draft cannot be used: name another", Damaged, kind=RunError):
                 draft = open_model(flags.save_dir, flags.draft, "draft")
-        if flags.evaluate:
-            return score_checkpoint(flags, contents, ranks)
-        if flags.export:
-            return export_checkpoint(flags, contents)
-    sample_from(contents, flags, draft)
+    if flags.evaluate:
+        return score_checkpoint(model, contents, flags, ranks)
+    if flags.export:
+        export_checkpoint(model, contents, flags)
+    else:
+        sample_from(model, contents, flags, draft)
     return 0
 
 
-def score_checkpoint(flags, contents, ranks):
+def score_checkpoint(model, contents, flags, ranks):
     """Scores a split for --evaluate; with --quantize, then also with quantized weights.
 
     Returns the exit status.
     """
-    model = contents.load_model()
     flags = settle(flags.given, contents.checkpoint.flags)
     dataset = load_data(flags, contents, {})
     context_size = model.config.context_size
@@ -3417,15 +3417,13 @@ def score_checkpoint(flags, contents, ranks):
     return 128 + interrupts.received if interrupts.received else 0
 
 
-def export_checkpoint(flags, contents):
-    """Writes a model for other programs; returns the exit status."""
-    model = contents.load_model()
+def export_checkpoint(model, contents, flags):
+    """Writes a model for other programs."""
     if flags.export.lower().endswith(".gguf"):
         extra("gguf").export_gguf(model, contents.tokenizer, flags.export, flags.quantize)
     else:
         extra("huggingface").export_model(model, contents.tokenizer, flags.export, flags.quantize)
     announce(contents.checkpoint)
-    return 0
 
 
 def benchmark(flags, ranks):

@@ -799,7 +799,7 @@ SAVED = r"^saved [0-9a-f]{40} at iteration ([\d,]+)$"
 # Each is a function of (scenario, chance) that returns whether it struck.
 
 # The calls of a phase from which one is drawn: about as many as two saves, some steps ... have.
-SPANS = {"step": 6, "save": 250, "log": 15, "eval": 3, "sample": 3}
+SPANS = {"step": 6, "save": 140, "log": 15, "eval": 3, "sample": 3}
 
 
 def draw_call(scenario, chance, phase):
@@ -962,7 +962,6 @@ def file_size_limited(scenario, chance):
 
 def saves_keep_failing(scenario, chance):
     """A second signal ends even a save that never works; the last checkpoint stands."""
-    scenario.is_exact_log = False
     name = chance.choice(STOPPING)
     scenario.is_exact_log = False
     strikes = [

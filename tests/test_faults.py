@@ -44,7 +44,7 @@ def test_faults_of_all_kinds():
     if not soak.FORKS:  # where a fault costs ten times as much
         run_soak("--seed", 1, "--faults", 40)
         return
-    out, counts = run_soak("--seed", 1, "--faults", 120)
+    out, counts = run_soak("--seed", 2, "--faults", 120)
     kinds = [*soak.FAULTS["process"], *soak.FAULTS["ranks"]]
     if os.geteuid() == 0:  # root alone can mount
         kinds += soak.FAULTS["small disk"]
