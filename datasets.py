@@ -67,9 +67,13 @@ def explained(text, *errors, kind=UsageError):
         raise kind(f"{text} ({one_line(error)})") from None
 
 
+# Characters that a terminal acts on: all controls but tabs and line ends.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
 def one_line(error):
-    """The message of an exception on one line."""
-    return " ".join(str(error).split())
+    """The message of an exception on one line; it may quote a stranger's file or server."""
+    return CONTROLS.sub("\ufffd", " ".join(str(error).split()))
 
 
 def run_command(name, function, *arguments):
@@ -313,6 +317,8 @@ def flag(default, help, **options):
     """A flag: its default and argparse's options. A default of False makes it a switch."""
     if default is False:
         options["action"] = "store_true"
+    if options.get("nargs") == "+":
+        options["action"] = "extend"  # `--text a --text b` names both
     convert = options.get("type")
     if hasattr(convert, "metavar"):
         options["metavar"] = convert.metavar
@@ -1332,6 +1338,7 @@ LINE_END = re.compile(
     .*
     (
         (?<=\S) \n (?=\S)            # which alone separates two words
+        | (?<=\S) \r (?= \n [^\s<] )  # or of which the second half does
         | \n (?= [ \t\n] [^\s<] )    # or ends white space but for its last character
     )
     """,

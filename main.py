@@ -65,10 +65,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
-from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser, RunError
-from datasets import UsageError, choice, explained, extra, flag, load_dataset, no_follow, number
-from datasets import one_line, open_data_dir, refuse_empty, remove_leftovers, repair_streams
-from datasets import replacing, run_command, sync, tokenizer_from_dict, underscored, user_path, utf8
+from datasets import CONTROLS, CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser
+from datasets import RunError, UsageError, choice, explained, extra, flag, load_dataset, no_follow
+from datasets import number, one_line, open_data_dir, refuse_empty, remove_leftovers, replacing
+from datasets import repair_streams, run_command, sync, tokenizer_from_dict, underscored, user_path
+from datasets import utf8
 
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
 
@@ -1041,7 +1042,8 @@ def save_and_sample(run, interrupts):
     if not interrupts.received:
         with run.using_average() as model:
             sample = Conversation(run.dataset.tokenizer, model)
-            tqdm.write("".join(sample.reply("", run.flags, run.flags.seed, interrupts)))
+            text = "".join(sample.reply("", run.flags, run.flags.seed, interrupts))
+            tqdm.write(for_terminal(text))
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -2454,9 +2456,14 @@ def print_samples(tokenizer, model, draft, flags):
             print("-" * 15)  # as nanoGPT does
         conversation = Conversation(tokenizer, model, draft)  # a fresh one for each sample
         for piece in conversation.reply(flags.prompt, flags, flags.seed + i):
-            print(piece, end="", flush=True)
+            print(for_terminal(piece), end="", flush=True)
         print(flush=True)
     print(conversation.describe_speed(), file=sys.stderr)  # of the last sample
+
+
+def for_terminal(text):
+    """A model's text to print: a terminal would act on control characters, a file may have them."""
+    return CONTROLS.sub("\ufffd", text) if sys.stdout.isatty() else text
 
 
 def name_unknown(tokenizer, prompt):
@@ -2527,7 +2534,7 @@ def print_reply(conversation, line, flags):
     name_unknown(conversation.tokenizer, line)
     try:
         for piece in conversation.reply(line, flags, flags.seed):
-            print(piece, end="", flush=True)
+            print(for_terminal(piece), end="", flush=True)
     except KeyboardInterrupt:
         conversation.decoder.forget()  # it may have been in the middle of a pass
     print(flush=True)
@@ -2728,6 +2735,7 @@ MODES = [
 EXCLUDES = [
     ("dataset", "text"),
     ("identifier", "new_model"),
+    ("identifier", "list"),
     ("lora_rank", "embedding_decay"),  # LoRA trains no embeddings
     *itertools.combinations(MODES, 2),
 ]
@@ -2887,6 +2895,10 @@ def read_config(path, given):
         if "text" in given or "dataset" in given:
             for name in ("dataset", "text", "valid_text", "test_text"):
                 settings.pop(name, None)
+        for name, value in settings.items():
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, (list, dict)):  # by its aliases, it might fill the memory
+                    raise ValueError(f"{name} holds a list or a mapping")
         # With the command line's types, limits and choices.
         return parse([utf8(argument) for argument in arguments_of(settings)])
 
@@ -3499,8 +3511,9 @@ def execute(argv, ranks):
     if not (uses or looks):
         open_save_dir(flags)
         return benchmark(flags, ranks) if flags.benchmark else train_run(flags, ranks)
-    if not flags.save_dir.is_dir():
-        raise UsageError(f"{flags.save_dir} is not an existing folder; check --save_dir")
+    with explained("--save_dir cannot be used", OSError):  # for example, too long a name
+        if not flags.save_dir.is_dir():
+            raise UsageError(f"{flags.save_dir} is not an existing folder; check --save_dir")
     if uses:
         return use_checkpoint(flags, ranks)
     with lock(flags.save_dir, fcntl.LOCK_SH):

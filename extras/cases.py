@@ -65,7 +65,10 @@ def read_cases(flags):
         with explained(f"--cases {path} {needed}"):
             text = Path(user_path(path)).read_text("utf-8")
             # BaseLoader keeps every scalar a string: `yes` does not become a bool, nor 1.0 a float.
-            for entry in yaml.load(text, yaml.BaseLoader):
+            entries = yaml.load(text, yaml.BaseLoader)
+            if not entries:
+                raise ValueError("it has no case")
+            for entry in entries:
                 cases.append((read_text(entry, "prompt"), read_text(entry, "expected")))
         if flags.output and os.path.realpath(user_path(path)) == os.path.realpath(flags.output):
             raise UsageError(f"--output {flags.output} would overwrite --cases {path}: rename it")
@@ -79,7 +82,7 @@ def read_cases(flags):
 def read_text(entry, key):
     """The text of an entry under `key`. Raises KeyError, TypeError or ValueError without one."""
     if not isinstance(entry[key], str):
-        raise TypeError(f"the {key} {entry[key]} is not a string")
+        raise TypeError(f"a {key} is not a string")  # it may be a list that fills the memory
     if key == "expected" and not entry[key]:
         raise ValueError("an expected continuation is empty")
     # In a JSON file, which is also YAML, an emoji may be two surrogates: "\ud83d\ude00".

@@ -225,7 +225,8 @@ def answer_file(model, tokenizer, checkpoint, flags, batch_size=16):
     settings = {name: getattr(flags, name) for name in SAMPLING_FLAGS}
     problem = f"--prompts_file {flags.prompts_file} must be a UTF-8 file, --output writable"
     with explained(problem, OSError, ValueError):
-        text = Path(flags.prompts_file).read_text("utf-8")
+        # Only \n ends a prompt, or \r\n; read_text would take a lone \r for a line end, too.
+        text = Path(flags.prompts_file).read_bytes().decode().replace("\r\n", "\n")
         if not text:
             raise ValueError("it is empty")
         jobs = []

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from mlx.utils import tree_flatten
 
-from datasets import UsageError, explained, replacing, user_path
+from datasets import UsageError, explained, replacing, user_path, utf8
 from extras.huggingface import CHAT_TEMPLATE, find_counterpart, tokenizer_json
 
 # GGUF's names for the parts of a model and of a block.
@@ -55,7 +55,7 @@ def export_gguf(model, tokenizer, path, bits):
         with replacing(path) as file:
             writer = gguf.GGUFWriter(file.name, name.lower())
             add_settings(writer, model.config)
-            writer.add_name(path.stem)
+            writer.add_name(utf8(path.stem))
             writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{matrix_format.name}", 0))
             add_vocabulary(writer, vocabulary)
             for tensor, array in convert_weights(model, is_permuted=name != "Qwen3"):

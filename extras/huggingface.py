@@ -145,8 +145,12 @@ def read_weights(files):
     weights = {}
     for file in files:
         for name, weight in mx.load(str(file)).items():
-            if not name.endswith("rotary_emb.inv_freq"):  # older folders hold RoPE's speeds, too
-                weights[name] = weight.astype(mx.float32)
+            if name.endswith("rotary_emb.inv_freq"):  # older folders hold RoPE's speeds, too
+                continue
+            if weight.dtype not in (mx.float32, mx.float16, mx.bfloat16):
+                # MLX reads FP8, for one, as the integers of its bits.
+                raise UsageError(f"{name} is neither float32, float16 nor bfloat16")
+            weights[name] = weight.astype(mx.float32)
     return weights
 
 

@@ -843,6 +843,19 @@ def test_text_without_line_ends_or_blanks(tmp_path, kind, text):
     assert_streamed(path, text, tokenizer_of(kind, [text]), [5])
 
 
+@pytest.mark.parametrize("kind", ["word", "char", "byte", "bpe"])
+def test_windows_line_ends_are_cut_as_others(tmp_path, kind):
+    """In blocks that are no larger, and to the ids of the whole."""
+    lines = ["a word\r\n", "<|endoftext|>\r\n", "\r\n", " then\r\n", "x\r", "<\r\n", "y\n"]
+    text = "".join(random.Random(1).choices(lines, k=400))
+    [path] = write(tmp_path, [text])
+    assert_streamed(path, text, tokenizer_of(kind, [text]), [5, 16, 100])
+    plain = "a word of two\r\n" * 1000
+    [path] = write(tmp_path, [plain])
+    longest = max(len(block) for block, _ in read_documents([whole(path)], 256))
+    assert longest < 600
+
+
 def test_blocks_are_small(tmp_path):
     """Memory does not grow with the text."""
     texts = ["line of words\n" * 5000, "words " * 10000, "x" * 60000, "\n" * 60000, " " * 60000]

@@ -20,6 +20,16 @@ import main
 
 LINES = [f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(200)]
 LINE = "".join(LINES)
+
+
+def billion_laughs():
+    """Lists of lists in YAML: a billion words, if its aliases were spelled out."""
+    lines = ["text:", "- &a0 [" + ", ".join(["x"] * 10) + "]"]
+    for i in range(1, 9):
+        lines.append(f"- &a{i} [" + ", ".join([f"*a{i - 1}"] * 10) + "]")
+    return "\n".join(lines) + "\n"
+
+
 FILES = {
     "text.txt": LINE,
     "changed.txt": LINE,
@@ -45,6 +55,7 @@ FILES = {
     "other.yaml": "config: other.yaml\n",
     "null.yaml": "dimm:\n",
     "deep.yaml": "[" * 3000,
+    "laughs.yaml": billion_laughs(),
     "list.yaml": "- dim\n",
     "cut.yaml": "dim: [1\n",
     "empty.yaml": "",
@@ -331,6 +342,8 @@ MISTAKES = [
         "--dataset and --text are mutually exclusive",
         "use one of them",
     ),
+    ("--config laughs.yaml", "--config", "text holds a list or a mapping"),
+    ("--list --identifier latest", "--identifier and --list are mutually exclusive", "use one"),
     (
         "--identifier latest --new_model",
         "--identifier and --new_model are mutually exclusive",

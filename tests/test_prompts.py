@@ -15,7 +15,9 @@ import subprocess
 import sys
 import termios
 import time
+from types import SimpleNamespace
 
+import main
 import pytest
 from conftest import ROOT, WORDS, ids, run, run_folder, start
 
@@ -169,6 +171,14 @@ def test_two_files_are_enough(model, tmp_path):
     assert err == f"from-a-friend, iteration 100, checkpoint {stem[:12]}, in {tmp_path}\n"
     left = sorted(path.suffix for path in copy.iterdir())
     assert left == [".metadata", ".safetensors"], "nothing is left there"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_control_characters_do_not_reach_a_terminal(monkeypatch, is_terminal):
+    monkeypatch.setattr(main.sys, "stdout", SimpleNamespace(isatty=lambda: is_terminal))
+    text = "a\tb\n\x1b]0;owned\x07\x9b2J\r"
+    shown = "a\tb\n\ufffd]0;owned\ufffd\ufffd2J\ufffd"
+    assert main.for_terminal(text) == (shown if is_terminal else text)
 
 
 def test_identifier(word_model):

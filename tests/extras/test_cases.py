@@ -174,6 +174,8 @@ def test_mistakes(trained, typed, words):
     "- {prompt: a, expected: [[]]}",
     "- &a {prompt: a, expected: *a}",
     '- {prompt: a, expected: ""}',
+    "[]",
+    "{}",
     "[" * 5000,
     "\0",
     "- {prompt: a, expected: b",

@@ -205,6 +205,12 @@ def test_a_tokenizer_that_cuts_otherwise(tmp_path):
             export_gguf(make_model(other.vocab_size), other, tmp_path / "model.gguf", None)
 
 
+def test_a_name_that_is_not_utf8(tmp_path):
+    path = tmp_path / "x\udcff.gguf"
+    export_gguf(make_model(257), ByteTokenizer(), path, None)
+    assert path.exists()
+
+
 def test_from_the_command_line(tmp_path, text):
     folder = ["--save_dir", tmp_path / "lm"]
     run("--text", text, *TINY, "--mlp", "swiglu", "--num_iters", 1, *folder)

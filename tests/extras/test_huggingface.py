@@ -245,6 +245,19 @@ def test_settings_that_transformers_assumes():
     assert config.norm_eps == 1e-5
 
 
+@pytest.mark.parametrize("dtype", [mx.uint8, mx.int32, mx.bool_, mx.complex64])
+def test_weights_that_are_no_numbers_of_ours_are_refused(tmp_path, dtype):
+    """MLX reads FP8 as uint8: 1.0 would become 56."""
+    export_model(make_model(), TOKENIZERS["byte"], tmp_path, None)
+    path = tmp_path / "model.safetensors"
+    weights = dict(mx.load(str(path)))
+    mx.eval(weights)
+    weights["model.norm.weight"] = weights["model.norm.weight"].astype(dtype)
+    mx.save_safetensors(str(path), weights, {"format": "pt"})
+    with pytest.raises(UsageError, match="model.norm.weight is neither float32"):
+        import_model(tmp_path)
+
+
 def test_import_of_shards_in_bfloat16_with_heads_of_their_own(tmp_path):
     """Qwen3's smaller models have heads whose dimensions do not sum to the model's."""
     model = make_model(qk_norm=True, head_dim=32, norm_eps=1e-6, rope_theta=1e6)
