@@ -2376,6 +2376,15 @@ def describe_resume(checkpoint, run):
         if before != after:
             changes.append(f"--{name} {before} -> {after}")
     lines = [f"resumed  with {', '.join(changes) or 'unchanged flags'}"]
+    kept = []
+    if not new.identifier and any(name in new.given for name in SHAPING):
+        alone = settle(new.given)  # what the command would begin
+        for name in SHAPING:
+            value = getattr(new, name)
+            if value != getattr(alone, name):
+                kept.append(f"--{name} {value}")
+    if kept:
+        lines.append(f"kept     from that run, not the defaults: {', '.join(kept)}")
     if checkpoint.run != run.name:
         lines.append(f"A new branch: {checkpoint.run} has newer checkpoints, which are kept.")
     has_schedule = new.lr_schedule != "constant" or new.dropout_final is not None
@@ -2963,11 +2972,13 @@ def command(flags, *words):
 # ---- Setting up a run ---------------------------------------------------------------------------
 
 
-def find_candidates(checkpoints, flags, names):
+def find_candidates(checkpoints, flags, names, same_first=False):
     """The checkpoints of the run that the flags select, newest first; [] if there is none.
 
     It is the run saved last of those whose newest checkpoint agrees with each of the flags `names`
-    that was given. If --identifier names a checkpoint, it is that one alone. Raises UsageError.
+    that was given; with `same_first`, one that agrees with the others, too, goes before it: the
+    same command has begun it. If --identifier names a checkpoint, it is that one alone. Raises
+    UsageError.
     """
     if flags.new_model:
         return []
@@ -2981,11 +2992,16 @@ def find_candidates(checkpoints, flags, names):
     newest = {}  # of each run
     for each in checkpoints:
         newest.setdefault(each.run, each)
+    agreeing = []  # names of runs, saved last first
     for run, checkpoint in newest.items():
         held = vars(settle({}, checkpoint.flags))
         if all(held[name] == value for name, value in wanted.items()):
-            return [each for each in checkpoints if each.run == run]
-    return []
+            is_same = all(held[name] == getattr(flags, name) for name in names)
+            if same_first and wanted and is_same:
+                agreeing = [run]
+                break
+            agreeing.append(run)
+    return [each for each in checkpoints if each.run in agreeing[:1]]
 
 
 def open_newest(candidates, flags):
@@ -3242,7 +3258,7 @@ def find_run(flags, checkpoints, held):
     a new run. Raises UsageError if another process trains that run, RunError if no checkpoint of it
     is intact.
     """
-    candidates = find_candidates(checkpoints, flags, SHAPING)
+    candidates = find_candidates(checkpoints, flags, SHAPING, same_first=True)
     if not candidates:
         return None, None
     newest = next(each for each in checkpoints if each.run == candidates[0].run)
@@ -3443,7 +3459,8 @@ def benchmark(flags, ranks):
     if ranks.size > 1:
         raise UsageError("--benchmark measures one process: start it without mlx.launch")
     with lock(flags.save_dir, fcntl.LOCK_SH):
-        candidates = find_candidates(list_checkpoints(flags.save_dir), flags, SHAPING)
+        checkpoints = list_checkpoints(flags.save_dir)
+        candidates = find_candidates(checkpoints, flags, SHAPING, same_first=True)
         contents = open_newest(candidates, flags) if candidates else None
         run = make_run(None, flags, contents, ranks)
     extra("benchmark").run_benchmark(run)

@@ -415,3 +415,28 @@ def test_a_command_of_one_run_leaves_the_others_alone(half_way, tmp_path):
     after = {path: path.read_bytes() for path in original.folder.iterdir()}
     assert after == before
     assert original.id not in {checkpoint.id for checkpoint in main.list_run(copy)}
+
+
+def test_the_same_command_resumes_its_own_run(tmp_path, text):
+    """Also where a run that was begun with more flags agrees with it and was saved later."""
+    line = ["--text", text, *TINY, "--save_dir", tmp_path]
+    plain, _, _ = begin(*line, "--num_iters", 5)
+    other, _, _ = begin(*line, "--dropout", 0.1, "--num_iters", 5)
+    again, iteration, out = begin(*line, "--num_iters", 10)
+    assert again == plain != other
+    assert iteration == 5
+    assert "\nkept " not in out
+    again, iteration, _ = begin(*line, "--dropout", 0.1, "--num_iters", 10)
+    assert (again, iteration) == (other, 5)
+    run("--prompt", "the", "--text", text, "--save_dir", tmp_path, "--max_tokens", 1)
+
+
+def test_flags_that_a_command_leaves_out_are_named(tmp_path, text):
+    line = ["--text", text, *TINY, "--save_dir", tmp_path]
+    name, _, _ = begin(*line, "--dropout", 0.1, "--optimizer", "muon", "--num_iters", 5)
+    again, iteration, out = begin(*line, "--num_iters", 10)
+    assert (again, iteration) == (name, 5)
+    [kept] = re.findall("^kept +from that run, not the defaults: (.*)$", out, re.MULTILINE)
+    assert kept == "--optimizer muon, --dropout 0.1"
+    _, _, out = begin("--save_dir", tmp_path)
+    assert "\nkept " not in out

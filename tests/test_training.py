@@ -588,11 +588,11 @@ def test_extending_a_schedule_says_that_it_stretches(tmp_path, text):
     line = [*line, "--steps_per_report", 1]
     schedule = ["--lr_schedule", "linear", "--min_lr", 0, "--learning_rate", 0.01]
     out, _ = run(*line, *schedule, "--num_iters", 4)
-    rates = re.findall(r"lr (\S+)", out)
+    rates = re.findall(r"  lr (\S+)", out)
     assert rates == ["1.00e-02", "7.50e-03", "5.00e-03", "2.50e-03"]
     out, _ = run(*line, "--num_iters", 8)
     assert "The learning rate and dropout schedules now stretch" in out
-    rates = re.findall(r"lr (\S+)", out)
+    rates = re.findall(r"  lr (\S+)", out)
     assert rates[0] == "5.00e-03"
 
 
