@@ -1419,6 +1419,9 @@ def diverged(scenario, chance):
     place = newest["iteration"] % newest["flags"]["steps_per_eval"]
     if place == 0 and newest["iteration"] not in dict(newest["scores"]):
         return False  # it would be scored first, and saved with these flags
+    after = newest["iteration"] + 1  # the first step's loss is finite, the second one's is not
+    if after % newest["flags"]["steps_per_eval"] == 0 or after >= newest["flags"]["num_iters"]:
+        return False  # nor may it be scored and saved between the two
     flags = ["--identifier", newest["run"], "--learning_rate", "1e38", "--lr_warmup", "0"]
     flags += ["--grad_clip", "0", "--lr_schedule", "constant", "--steps_per_save", "1000"]
     leg = scenario.start([], flags).wait()

@@ -108,8 +108,18 @@ SIGNALS = [
 ]
 
 
+@pytest.fixture
+def default_signals():
+    """Those that are ignored where the tests run in the background would stay so."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("first, second", SIGNALS)
-def test_a_signal_repeated_at_once_is_one_request(first, second, monkeypatch):
+def test_a_signal_repeated_at_once_is_one_request(first, second, monkeypatch, default_signals):
     """Half a second later it is a second one, whichever it is."""
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
