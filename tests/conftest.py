@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -165,34 +164,6 @@ def free_ports(count):
     for each in sockets:
         each.close()
     return ports
-
-
-class Watched:
-    """A file that a save writes, with a `write` that tests can make fail.
-
-    `watch_files` puts it in the place of open.
-    """
-
-    def __init__(self, path):
-        self.file = open(path, "wb")
-
-    def write(self, data):
-        return self.file.write(data)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-
-def watch_files(path, mode="r", **options):
-    if mode == "wb":
-        return Watched(path)
-    return open(path, mode, **options)
 
 
 def whole(path, **options):

@@ -179,6 +179,22 @@ def test_what_is_frozen_has_no_group():
     assert held == names
 
 
+@pytest.mark.parametrize("name", main.OPTIMIZERS)
+def test_each_choice_of_optimizer_moves_every_parameter(name):
+    model = make_model()
+    before = arrays(model.parameters())
+    optimizer = main.make_optimizer(model, flags(optimizer=name))
+    optimizer.update(model, tree_map(mx.ones_like, model.trainable_parameters()))
+    for parameter, weight in arrays(model.parameters()).items():
+        assert (weight != before[parameter]).any(), parameter
+
+
+@pytest.mark.parametrize("name", main.SCHEDULES)
+def test_each_schedule_begins_at_the_peak(name):
+    given = flags(learning_rate=0.8, min_lr=0.0, lr_warmup=0, lr_schedule=name, num_iters=10)
+    assert main.learning_rate_at(0, given) == 0.8
+
+
 def rates_of(count, given):
     """The learning rates of a run's first iterations."""
     return [main.learning_rate_at(i, given) for i in range(count)]
