@@ -2000,7 +2000,7 @@ def unbreakable_streams():
 # ---- Processes and processors -------------------------------------------------------------------
 
 
-class SingleProcess:
+class SingleProcess(contextlib.AbstractContextManager):
     """The processes (ranks) that train a run together: here, only one.
 
     Group in extras/ranks.py has the same methods for processes started by `mlx.launch`, plus
@@ -2010,9 +2010,6 @@ class SingleProcess:
 
     rank = 0
     size = 1
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         """Does nothing: there is no other rank to tell that this one is done."""
@@ -3242,14 +3239,6 @@ def needed_origins(flags, origins):
     return uses
 
 
-def open_save_dir(flags):
-    """Makes sure that --save_dir is a folder that can be written to. Raises UsageError."""
-    fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
-    with explained(fault, OSError):
-        flags.save_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=flags.save_dir).close()  # it may exist but be read-only
-
-
 def find_run(flags, checkpoints, held):
     """What a command trains: the Contents to begin with, and the folder to go on in.
 
@@ -3526,7 +3515,10 @@ def execute(argv, ranks):
     uses = samples or flags.export or flags.evaluate
     looks = flags.list or flags.plot or flags.cases
     if not (uses or looks):
-        open_save_dir(flags)
+        fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
+        with explained(fault, OSError):
+            flags.save_dir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=flags.save_dir).close()  # it may exist but be read-only
         return benchmark(flags, ranks) if flags.benchmark else train_run(flags, ranks)
     with explained("--save_dir cannot be used", OSError):  # for example, too long a name
         if not flags.save_dir.is_dir():
