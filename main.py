@@ -172,6 +172,22 @@ def dropout(hidden, noise, site):
 
 
 @fast_version
+def linear_product(x, weight):
+    """x [..., I] times the transpose of weight [O, I], [..., O]."""
+    return x @ weight.T
+
+
+class Linear(nn.Linear):
+    """MLX's linear layer, without a bias."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def __call__(self, x):
+        return linear_product(x, self.weight)
+
+
+@fast_version
 def attend(queries, keys, values):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
@@ -216,10 +232,10 @@ class Attention(nn.Module):
         self.rope = nn.RoPE(d, base=config.rope_theta)
         if config.rope_scaling:
             self.rope = Llama3RoPE(d, config.rope_theta, *config.rope_scaling)
-        self.q_proj = nn.Linear(D, config.num_heads * d, bias=False)
-        self.k_proj = nn.Linear(D, config.num_kv_heads * d, bias=False)
-        self.v_proj = nn.Linear(D, config.num_kv_heads * d, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * d, D, bias=False)
+        self.q_proj = Linear(D, config.num_heads * d)
+        self.k_proj = Linear(D, config.num_kv_heads * d)
+        self.v_proj = Linear(D, config.num_kv_heads * d)
+        self.o_proj = Linear(config.num_heads * d, D)
         if config.qk_norm:
             # Keeps the scores in range at high learning rates (Henry et al. 2020; Qwen3).
             # All heads share one weight [d].
@@ -304,9 +320,9 @@ class MLP(nn.Module):
         super().__init__()
         self.activation, self.is_gated = MLPS[config.mlp]
         if self.is_gated:
-            self.gate_proj = nn.Linear(config.dim, config.mlp_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.mlp_dim, bias=False)
-        self.down_proj = nn.Linear(config.mlp_dim, config.dim, bias=False)
+            self.gate_proj = Linear(config.dim, config.mlp_dim)
+        self.up_proj = Linear(config.dim, config.mlp_dim)
+        self.down_proj = Linear(config.mlp_dim, config.dim)
 
     def __call__(self, hidden):
         up = self.up_proj(hidden)  # [B, L, mlp_dim]
@@ -370,7 +386,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.model = Transformer(config)
         if config.untie:
-            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.dim, config.vocab_size)
 
     def __call__(self, tokens, caches=None, noise=None, last=None):
         """Logits of the `last` positions only, which is all that decoding needs; None: of all."""

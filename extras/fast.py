@@ -3,6 +3,7 @@
 main.py imports this file before MLX and then uses these functions in place of its own plain ones
 of the same names:
 
+    linear_product  products with a layer's matrix, whose gradient is stored like the matrix itself
     attend          causal attention, with a softmax that uses the vector units
     relu2           squared ReLU, with a gradient that uses them
     cross_entropy   loss and gradient in one pass over chunks of rows, so that the logits never
@@ -40,6 +41,7 @@ from pathlib import Path
 # The SHA1s of the source of main.py's functions that those below stand for. Where a test finds that
 # a plain function has changed, compare the two, then enter its new SHA1.
 STANDS_FOR = {
+    "linear_product": "997da33ef142cd753ef6ff0c5f32e24f2ce568b2",
     "attend": "5dd30ff5abbc51bcb5e08be640e285983abfc75c",
     "relu2": "b3851965273904aea0b3fbf473404d2ef54e09f6",
     "cross_entropy": "b3eba783ebd68677717bbbcccd83e69cf7bf7bdf",
@@ -87,7 +89,9 @@ from datasets import CACHE, replacing
 # unless products are rounded to bfloat16.
 #
 # Rounding to bfloat16 adds 0x7fff, half of what is cut off, and for ties the last bit that is kept;
-# a NaN keeps a bit set. Waking a thread of oneDNN costs as much as 10 million operations.
+# a NaN keeps a bit set. Products of fewer than 500,000 multiplications, as in attention, are not
+# rounded: it would take as long as it saves. Waking a thread of oneDNN costs as much as 10 million
+# operations.
 FORWARDER = """
 #include <stdlib.h>
 #include <string.h>
@@ -105,15 +109,23 @@ int rounds_to_bf16 = 0;
 static __thread bf16* buffer = 0;
 static __thread long room = 0;
 
+static void round_row(const float* restrict from, long columns, bf16* restrict to) {
+  for (long i = 0; i < columns; i++) {
+    unsigned bits;
+    memcpy(&bits, from + i, 4);
+    unsigned rounded = bits + 0x7fff + (bits >> 16 & 1);
+    to[i] = ((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded) >> 16;
+  }
+}
+
 static void round_to_bf16(const float* from, long rows, long columns, long stride, bf16* to) {
+  if (threads == 1 && stride == columns) {  // without entering OpenMP
+    round_row(from, rows * columns, to);
+    return;
+  }
   #pragma omp parallel for num_threads(threads) if (rows * columns > 200000 && threads > 1)
   for (long row = 0; row < rows; row++)
-    for (long i = 0; i < columns; i++) {
-      unsigned bits;
-      memcpy(&bits, from + row * stride + i, 4);
-      unsigned rounded = bits + 0x7fff + (bits >> 16 & 1);
-      to[row * columns + i] = ((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded) >> 16;
-    }
+    round_row(from + row * stride, columns, to + row * columns);
 }
 
 static float dot(const float* a, const float* b, long k) {
@@ -184,7 +196,7 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha,
   }
   char ta_name = ta == 111 ? 'N' : 'T', tb_name = tb == 111 ? 'N' : 'T';
   set_threads_of_onednn((long) m * n * k > 10000000 ? threads : 1);
-  if (!rounds_to_bf16) {
+  if (!rounds_to_bf16 || (long) m * n * k < 500000) {
     onednn(ta_name, tb_name, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
     return;
   }
@@ -363,12 +375,36 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 
-# ---- Attention ----------------------------------------------------------------------------------
+# ---- Linear layers ------------------------------------------------------------------------------
 def on_gpu():
     """Whether MLX computes on a GPU, where its own functions are fast."""
     return mx.default_device() == mx.gpu
 
 
+def linear_product(x, weight):
+    """main.py's `linear_product`, with a gradient w.r.t. `weight` [O, I] that is stored by rows.
+
+    MLX's own is a transposed view, which clip_grad_norm copies element by element and AdamW reads
+    with a stride: at dim 1024, they took a fifth of a step. In decoding, MLX's own costs less.
+    """
+    if on_gpu() or x.shape[-2] == 1:
+        return x @ weight.T
+    positions = x.flatten(0, -2)  # [N, I]
+    return product_of_positions(positions, weight).reshape(*x.shape[:-1], len(weight))
+
+
+@mx.custom_function
+def product_of_positions(x, weight):
+    return x @ weight.T
+
+
+@product_of_positions.vjp
+def product_gradients(inputs, gradient, output):
+    x, weight = inputs
+    return gradient @ weight, gradient.T @ x
+
+
+# ---- Attention ----------------------------------------------------------------------------------
 def exp(x):
     """e to the x, for x <= 0, within 2e-6; constant at 1e-13 below -30.
 

@@ -259,6 +259,34 @@ def test_relu2_and_its_gradient(plain):
     assert_near(*results, 1e-6)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_linear_products_and_their_gradients(compiled, plain):
+    inputs = [normal(0, 3, 50, 31), normal(1, 40, 31)]  # x [B, L, I], weight [O, I]
+    factors = normal(2, 3, 50, 40)
+    results = []
+    for program in (fast, plain):
+
+        def weighted(x, weight):
+            product = program.linear_product(x, weight)
+            return (product * factors).sum(), product
+
+        gradients_of = mx.value_and_grad(weighted, argnums=(0, 1))
+        (_, product), gradients = compiled_if(compiled, gradients_of)(*inputs)
+        results.append([product, *gradients])
+    assert_near(*results, 1e-6)
+
+
+def test_the_gradient_of_a_linear_layer_is_stored_like_its_weight():
+    """By rows: strides in bytes say so."""
+
+    def total(weight):
+        return fast.linear_product(normal(0, 3, 50, 31), weight).sum()
+
+    gradient = mx.grad(total)(normal(1, 40, 31))
+    mx.eval(gradient)
+    assert memoryview(gradient).strides == (31 * 4, 4)
+
+
 @pytest.mark.parametrize("limit", [0.5, 1e9, math.inf])
 def test_clipping_to_a_norm(limit, plain, set_streams):
     gradients = {"a": normal(0, 50, 31), "b": [normal(1, 7), normal(2, 300, 2)]}
@@ -884,22 +912,26 @@ def test_a_product_with_a_vector_does_not_round(bfloat16):
     assert sums == pytest.approx(rows.sum(1, np.float64).tolist(), rel=1e-6)
 
 
-@pytest.mark.parametrize("rows, inner, columns", [
-    (1, 64, 50),
-    (9, 33, 17),
-    (64, 48, 48),
-    (300, 700, 500),
+@pytest.mark.parametrize("rows, inner, columns, rounds", [
+    (1, 900, 700, True),
+    (83, 77, 79, True),
+    (300, 700, 500, True),
+    (9, 33, 17, False),
+    (64, 48, 48, False),
 ])  # fmt: skip
 @pytest.mark.parametrize("left_turned", [False, True])
 @pytest.mark.parametrize("right_turned", [False, True])
 def test_products_round_what_they_multiply(
-    rows, inner, columns, left_turned, right_turned, bfloat16
+    rows, inner, columns, rounds, left_turned, right_turned, bfloat16
 ):
-    """And nothing else: sums are those of float32."""
+    """And nothing else: sums are those of float32, and small products do not round."""
     random = np.random.default_rng(0)
     left = random.normal(size=(rows, inner)).astype(np.float32)
     right = random.normal(size=(inner, columns)).astype(np.float32)
-    exact = rounded(left).astype(np.float64) @ rounded(right)
+    if rounds:
+        exact = rounded(left).astype(np.float64) @ rounded(right)
+    else:
+        exact = left.astype(np.float64) @ right
 
     def array_of(matrix, is_turned):
         """It, in memory by columns if it is turned."""
@@ -928,10 +960,10 @@ def test_rounding_of_ties_and_of_what_is_not_finite(bfloat16):
     ]
     numbers = np.array(bits, np.uint32).view(np.float32)
     for number in numbers:
-        left = np.zeros((16, 16), np.float32)
+        left = np.zeros((80, 80), np.float32)  # smaller products do not round
         left[:, 0] = number
         with mx.stream(mx.cpu):
-            product = np.array(mx.array(left) @ mx.ones((16, 16)))
+            product = np.array(mx.array(left) @ mx.ones((80, 80)))
         expected = np.full_like(product, rounded(np.array([number]))[0])
         np.testing.assert_array_equal(product, expected, err_msg=str(number))
 
