@@ -109,7 +109,7 @@ class Config:
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
     untie: bool = False  # the output layer has its own matrix instead of the embeddings
     rope_theta: float = 10000.0  # RoPE's wavelengths: 2 pi to nearly 2 pi * theta positions
-    rope_scaling: list | None = None  # parameters of Llama3RoPE; None: plain RoPE
+    rope_scaling: list | None = None  # see rope_periods; None: plain RoPE
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
     head_dim: int | None = None  # d; None: dim / num_heads
 
@@ -188,6 +188,19 @@ class Linear(nn.Linear):
 
 
 @fast_version
+def rms_norm(x, weight, eps):
+    """RMSNorm (Zhang & Sennrich 2019) of x [..., D]; weight: [D]."""
+    return mx.fast.rms_norm(x, weight, eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """MLX's RMSNorm."""
+
+    def __call__(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+@fast_version
 def attend(queries, keys, values):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
@@ -197,27 +210,33 @@ def attend(queries, keys, values):
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
 
 
-class Llama3RoPE(nn.Module):
-    """RoPE (Su et al. 2021) for texts longer than the original context, as in Llama 3.1.
+@fast_version
+def rotate(x, periods, offset):
+    """RoPE (Su et al. 2021) of x [B, H, L, d], whose first position is `offset`.
 
-    Pairs of dimensions that turn at least `high` times within the original context keep their
-    speed, those that turn at most `low` times become `factor` times slower, and the speeds of the
-    others are interpolated.
+    periods: [d / 2], a NumPy array; the dimensions i and i + d / 2 turn by one radian in periods[i]
+    positions. Hugging Face pairs them in this way, too.
     """
+    d = x.shape[-1]
+    freqs = mx.array(periods)  # MLX's name for them
+    return mx.fast.rope(x, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
 
-    def __init__(self, d, base, factor, low, high, original_context):
-        super().__init__()
-        self.d = d
-        speeds = base ** -(np.arange(0, d, 2) / d)  # [d / 2], radians per position
+
+def rope_periods(d, base, scaling=None):
+    """The periods of `rotate`, [d / 2] float32.
+
+    scaling: None, or factor, low, high and original context of Llama 3.1, for texts longer than
+    that context. Pairs of dimensions that turn at least `high` times within it keep their speed,
+    those that turn at most `low` times become `factor` times slower, and the speeds of the others
+    are interpolated.
+    """
+    speeds = base ** -(np.arange(0, d, 2) / d)  # radians per position
+    if scaling:
+        factor, low, high, original_context = scaling
         turns = original_context * speeds / (2 * np.pi)
         kept = np.clip((turns - low) / (high - low), 0, 1)
         speeds = kept * speeds + (1 - kept) * speeds / factor
-        self._periods = mx.array(1 / speeds, mx.float32)  # the _ keeps MLX from training it
-
-    def __call__(self, x, offset=0):  # [..., L, d] -> [..., L, d]
-        return mx.fast.rope(
-            x, self.d, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
-        )
+    return (1 / speeds).astype(np.float32)
 
 
 class Attention(nn.Module):
@@ -228,10 +247,7 @@ class Attention(nn.Module):
         D, d = config.dim, config.head_dim
         self.num_heads = config.num_heads
         self.head_dim = d
-        # Pairs dimensions i and i + d/2, as Hugging Face does.
-        self.rope = nn.RoPE(d, base=config.rope_theta)
-        if config.rope_scaling:
-            self.rope = Llama3RoPE(d, config.rope_theta, *config.rope_scaling)
+        self.periods = rope_periods(d, config.rope_theta, config.rope_scaling)
         self.q_proj = Linear(D, config.num_heads * d)
         self.k_proj = Linear(D, config.num_kv_heads * d)
         self.v_proj = Linear(D, config.num_kv_heads * d)
@@ -239,8 +255,8 @@ class Attention(nn.Module):
         if config.qk_norm:
             # Keeps the scores in range at high learning rates (Henry et al. 2020; Qwen3).
             # All heads share one weight [d].
-            self.q_norm = nn.RMSNorm(d, config.norm_eps)
-            self.k_norm = nn.RMSNorm(d, config.norm_eps)
+            self.q_norm = RMSNorm(d, config.norm_eps)
+            self.k_norm = RMSNorm(d, config.norm_eps)
 
     def project(self, hidden, offset=0):
         """Hidden [B, L, D] to queries [B, H, L, d], keys [B, K, L, d] and values [B, K, L, d].
@@ -256,7 +272,7 @@ class Attention(nn.Module):
         # One call rotates both: RoPE is many small operations on a CPU, and with two calls,
         # decoding with a small model takes a tenth longer.
         both = mx.concatenate([queries, keys], axis=1)  # [B, H + K, L, d]
-        both = self.rope(both, offset=offset)
+        both = rotate(both, self.periods, offset)
         return both[:, : self.num_heads], both[:, self.num_heads :], values
 
     def split_heads(self, projected):
@@ -339,9 +355,9 @@ class Block(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         self.index = index
-        self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)  # Llama's name for it
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)  # Llama's name for it
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
     def __call__(self, hidden, cache=None, noise=None):
@@ -361,7 +377,7 @@ class Transformer(nn.Module):
         self.grad_checkpoint = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = [Block(config, i) for i in range(config.num_blocks)]
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def __call__(self, tokens, caches=None, noise=None):
         """caches: a Cache for each block; noise: that of dropout, or None."""
@@ -1552,6 +1568,8 @@ def check_config(config):
     cached = made.context_size * made.num_kv_heads * made.head_dim  # numbers in a Cache
     if made.mlp not in MLPS or made.num_heads % made.num_kv_heads or cached > LARGEST:
         raise ValueError("there is no such model")
+    if made.head_dim % 2:
+        raise ValueError("RoPE rotates pairs, but its head_dim is odd")
 
 
 def is_number(value):

@@ -4,6 +4,8 @@ main.py imports this file before MLX and then uses these functions in place of i
 of the same names:
 
     linear_product  products with a layer's matrix, whose gradient is stored like the matrix itself
+    rms_norm        RMSNorm, and
+    rotate          RoPE, in fewer operations
     attend          causal attention, with a softmax that uses the vector units
     relu2           squared ReLU, with a gradient that uses them
     cross_entropy   loss and gradient in one pass over chunks of rows, so that the logits never
@@ -42,6 +44,8 @@ from pathlib import Path
 # a plain function has changed, compare the two, then enter its new SHA1.
 STANDS_FOR = {
     "linear_product": "997da33ef142cd753ef6ff0c5f32e24f2ce568b2",
+    "rms_norm": "de1d2afb9d535081016e20a1e1bd08ef0d648f3f",
+    "rotate": "be981b0b2bc22f165e2c59330b822dc3c453cd46",
     "attend": "5dd30ff5abbc51bcb5e08be640e285983abfc75c",
     "relu2": "b3851965273904aea0b3fbf473404d2ef54e09f6",
     "cross_entropy": "b3eba783ebd68677717bbbcccd83e69cf7bf7bdf",
@@ -85,8 +89,8 @@ from datasets import CACHE, replacing
 # functions of one of the two libraries.
 #
 # Small products, as in decoding, are computed here, about as fast as memory is read: a matrix times
-# a vector (n == 1), which is never rounded, and a few rows times a transposed matrix (m <= 32)
-# unless products are rounded to bfloat16.
+# a vector (n == 1), and a few rows times a transposed matrix (m <= 32) unless products are rounded
+# to bfloat16. A product with a vector is a sum, as in a norm, and never rounded.
 #
 # Rounding to bfloat16 adds 0x7fff, half of what is cut off, and for ties the last bit that is kept;
 # a NaN keeps a bit set. Products of fewer than 500,000 multiplications, as in attention, are not
@@ -196,7 +200,7 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha,
   }
   char ta_name = ta == 111 ? 'N' : 'T', tb_name = tb == 111 ? 'N' : 'T';
   set_threads_of_onednn((long) m * n * k > 10000000 ? threads : 1);
-  if (!rounds_to_bf16 || (long) m * n * k < 500000) {
+  if (!rounds_to_bf16 || n == 1 || (long) m * n * k < 500000) {
     onednn(ta_name, tb_name, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
     return;
   }
@@ -404,6 +408,51 @@ def product_gradients(inputs, gradient, output):
     return gradient @ weight, gradient.T @ x
 
 
+# ---- RMSNorm and RoPE ---------------------------------------------------------------------------
+def rms_norm(x, weight, eps):
+    """main.py's `rms_norm`, with a gradient of few operations."""
+    if on_gpu() or x.shape[-2] == 1:
+        return mx.fast.rms_norm(x, weight, eps)
+    normed, _ = normalize(x.flatten(0, -2), weight, mx.array(eps))
+    return normed.reshape(x.shape)
+
+
+@mx.custom_function
+def normalize(x, weight, eps):
+    """RMSNorm of x [N, D], and the factors [N, 1] that normalize the rows."""
+    squares = sum_of_rows(x * x)
+    factor = mx.rsqrt(squares / x.shape[-1] + eps)
+    return x * factor * weight, factor
+
+
+@normalize.vjp
+def normalize_gradients(inputs, gradients, outputs):
+    x, weight, eps = inputs
+    gradient = gradients[0]
+    factor = outputs[1]
+    weighted = gradient * weight
+    along = sum_of_rows(weighted * x) * mx.square(factor) / x.shape[-1]  # [N, 1]
+    of_x = (weighted - x * along) * factor
+    of_weight = ((gradient * x).T @ factor).flatten()
+    return of_x, of_weight, mx.zeros_like(eps)
+
+
+def rotate(x, periods, offset):
+    """main.py's `rotate`; the sines and cosines are constants of a compiled graph."""
+    B, H, L, d = x.shape
+    if on_gpu() or L == 1:
+        freqs = mx.array(periods)
+        return mx.fast.rope(
+            x, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs
+        )
+    angles = np.arange(offset, offset + L)[:, None] / periods  # [L, d / 2]
+    cosines = mx.array(np.cos(angles)[:, None].astype(np.float32))  # [L, 1, d / 2]
+    sines = np.sin(angles).astype(np.float32)
+    sines = mx.array(np.stack([-sines, sines], axis=1))  # [L, 2, d / 2]
+    pairs = x.reshape(B, H, L, 2, d // 2)
+    return (pairs * cosines + pairs[..., ::-1, :] * sines).reshape(B, H, L, d)
+
+
 # ---- Attention ----------------------------------------------------------------------------------
 def exp(x):
     """e to the x, for x <= 0, within 2e-6; constant at 1e-13 below -30.
@@ -425,41 +474,51 @@ def exp(x):
     return power
 
 
-@mx.custom_function
-def softmax(scores):
-    """Softmax of scores [..., S] over the last axis, with `exp` and a gradient of its own."""
-    weights = exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
-
-
-@softmax.vjp
-def softmax_gradient(scores, gradient, weights):
-    """The gradient w.r.t. the scores; MLX also passes the output, so no exp is recomputed."""
-    product = gradient * weights
-    # The product of the gradient with softmax's Jacobian.
-    return product - weights * product.sum(axis=-1, keepdims=True)
-
-
 def attend(queries, keys, values):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
-    Like main.py's `attend`; on a CPU, it makes training steps 3 to 16% faster. In decoding, where
-    nothing is compiled, it is slower, so there MLX's own is used.
+    Like main.py's `attend`, with a softmax that uses the vector units and a gradient of few
+    operations. In decoding, where nothing is compiled, it is slower, so there MLX's own is used.
     """
     B, H, L, d = queries.shape
-    scale = d**-0.5
+    K = keys.shape[1]
     if on_gpu() or keys.shape[2] > L:
         return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=scale, mask="causal"
+            queries, keys, values, scale=d**-0.5, mask="causal"
         )
-    queries = (queries * scale).reshape(B, keys.shape[1], -1, L, d)  # [B, K, H/K, L, d]
-    scores = queries @ keys[:, :, None].swapaxes(-1, -2)  # [B, K, H/K, L, L]
-    # [L, L]: 0 for the past, -1e9 for the future, which then weighs 1e-13 at most. Sums use the
-    # vector units, mx.where does not.
-    mask = mx.array((np.tri(L, dtype=np.float32) - 1) * 1e9)
-    weights = softmax(scores + mask)
-    attended = weights @ values[:, :, None]  # [B, K, H/K, L, d]
+    queries = queries.reshape(B, K, -1, d)  # [B, K, H / K * L, d]
+    # [H / K * L, L]: 0 for the past, -1e9 for the future, which then weighs 1e-13 at most. Sums use
+    # the vector units, mx.where does not.
+    mask = np.tile((np.tri(L, dtype=np.float32) - 1) * 1e9, (H // K, 1))
+    attended, _ = attend_masked(queries, keys, values, mx.array(mask))
     return attended.reshape(B, H, L, d)
+
+
+@mx.custom_function
+def attend_masked(queries, keys, values, mask):
+    """Attention of queries [B, K, N, d] to keys and values [B, K, L, d], and its weights.
+
+    mask: [N, L], is added to the scores.
+    """
+    scores = (queries @ keys.swapaxes(-1, -2)) * queries.shape[-1] ** -0.5 + mask
+    powers = exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = powers / powers.sum(axis=-1, keepdims=True)  # [B, K, N, L]
+    return weights @ values, weights
+
+
+@attend_masked.vjp
+def attend_gradients(inputs, gradients, outputs):
+    queries, keys, values, mask = inputs
+    gradient = gradients[0]
+    weights = outputs[1]
+    of_values = weights.swapaxes(-1, -2) @ gradient
+    # The gradient w.r.t. the weights, times softmax's Jacobian.
+    product = (gradient @ values.swapaxes(-1, -2)) * weights
+    of_scores = product - weights * product.sum(axis=-1, keepdims=True)
+    of_scores = of_scores * queries.shape[-1] ** -0.5
+    of_queries = of_scores @ keys
+    of_keys = of_scores.swapaxes(-1, -2) @ queries
+    return of_queries, of_keys, of_values, mx.zeros_like(mask)
 
 
 def relu2(x):

@@ -109,7 +109,7 @@ def convert_weights(model, is_permuted):
         # How many times slower each pair of dimensions rotates than without scaling.
         d = config.head_dim
         plain = config.rope_theta ** (np.arange(0, d, 2) / d)
-        periods = np.array(model.model.layers[0].self_attn.rope._periods)
+        periods = model.model.layers[0].self_attn.periods
         converted.append(("rope_freqs.weight", (periods / plain).astype(np.float32)))
     return converted
 

@@ -296,20 +296,41 @@ def test_clipping_to_a_norm(limit, plain, set_streams):
         assert_near(fast.clip_grad_norm(gradients, limit), expected, 2e-6)
 
 
-def test_softmax_and_its_gradient():
-    scores = normal(0, 50, 31, deviation=5)
-    factors = normal(1, 50, 31)
+@pytest.mark.parametrize("length", [1, 13])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rms_norm_and_its_gradients(length, compiled, plain):
+    inputs = [normal(0, 3, length, 40, deviation=3), normal(1, 40)]  # x, weight
+    factors = normal(2, 3, length, 40)
+    results = []
+    for program in (main, plain):
 
-    def weighted(softmax, scores):
-        return (softmax(scores, axis=-1) * factors).sum()
+        def weighted(x, weight):
+            normed = program.rms_norm(x, weight, 0.1)
+            return (normed * factors).sum(), normed
 
-    def ours(scores, axis):
-        return fast.softmax(scores)
+        gradients_of = mx.value_and_grad(weighted, argnums=(0, 1))
+        (_, normed), gradients = compiled_if(compiled, gradients_of)(*inputs)
+        results.append([normed, *gradients])
+    assert_near(*results, 2e-6)
 
-    found = mx.value_and_grad(weighted, argnums=1)(ours, scores)
-    expected = mx.value_and_grad(weighted, argnums=1)(mx.softmax, scores)
-    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-4)
-    assert_near(found[1], expected[1], 1e-5)
+
+@pytest.mark.parametrize("length, offset", [(1, 0), (1, 7), (13, 0), (13, 7)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rope_and_its_gradient(length, offset, compiled, plain):
+    x = normal(0, 3, 4, length, 6)
+    factors = normal(1, 3, 4, length, 6)
+    periods = main.rope_periods(6, 100)
+    results = []
+    for program in (main, plain):
+
+        def weighted(x):
+            turned = program.rotate(x, periods, offset)
+            return (turned * factors).sum(), turned
+
+        gradient_of = compiled_if(compiled, mx.value_and_grad(weighted))
+        (_, turned), gradient = gradient_of(x)
+        results.append([turned, gradient])
+    assert_near(*results, 2e-6)
 
 
 @pytest.mark.parametrize("heads, length, deviation, compiled", [
@@ -907,9 +928,11 @@ def test_a_product_with_a_vector_does_not_round(bfloat16):
     with mx.stream(mx.cpu):
         square = (mx.array(vector) @ mx.array(vector)).item()
         sums = fast.sum_of_rows(mx.array(rows))[:, 0].tolist()
+        columns = (mx.array(rows.T.copy()).T @ mx.ones((100_000, 1)))[:, 0].tolist()
     exact = (vector.astype(np.float64) ** 2).sum()
     assert square == pytest.approx(exact, rel=1e-6)
     assert sums == pytest.approx(rows.sum(1, np.float64).tolist(), rel=1e-6)
+    assert columns == pytest.approx(sums, rel=1e-5)
 
 
 @pytest.mark.parametrize("rows, inner, columns, rounds", [
