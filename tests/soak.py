@@ -3,6 +3,7 @@
     python tests/soak.py --seed 7 --faults 300       repeats what the seed 7 did
     python tests/soak.py --seed 7 --scenario 12      one scenario of it; says every leg
     python tests/soak.py --sweep                     a fault at every single call of a short run
+    python tests/soak.py --sweep kill                only this one of ACTIONS
 
 A *scenario* is a command line drawn from a table and a row of faults, both decided by the seed and
 the scenario's number. Its run is trained once undisturbed. Then the same command is started again
@@ -1706,10 +1707,10 @@ def share_out(work, jobs, folder):
     return total
 
 
-def sweep(folder, first=0, stride=1):
+def sweep(actions, folder, first=0, stride=1):
     """Strikes at each single call of a short run that begins, and of one that is resumed.
 
-    Of all these faults only number `first`, first + stride ... are played. Returns a result.
+    actions: some of ACTIONS. Of all these faults only number `first`, first + stride ... are played. Returns a result.
     """
     result = {"counts": Counter(), "legs": 0, "scenarios": 1, "failures": []}
     scenario = Scenario(folder / f"sweep-{first}", random.Random(1), flags=SWEPT)
@@ -1722,7 +1723,7 @@ def sweep(folder, first=0, stride=1):
         shutil.copytree(scenario.folder, template)
         counts = scenario.start([]).wait().counts
         for phase, count in counts.items():
-            for call, action in itertools.product(range(1, count + 1), ACTIONS):
+            for call, action in itertools.product(range(1, count + 1), actions):
                 number += 1
                 if number % stride != first:
                     continue
@@ -1797,7 +1798,9 @@ def command_line():
     parser.add_argument("--seed", default=str(random.randrange(10**6)))
     parser.add_argument("--faults", type=int, default=300)
     parser.add_argument("--scenario", type=int, help="only this one")
-    parser.add_argument("--sweep", action="store_true", help="a fault at every single call")
+    parser.add_argument(
+        "--sweep", nargs="*", choices=ACTIONS, metavar="ACTION", help="a fault at every single call"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="worker processes")
     parser.add_argument("--leg", help=argparse.SUPPRESS)  # what a new process is to do
     options = parser.parse_args()
@@ -1810,8 +1813,9 @@ def command_line():
         scenario = play(options.seed, options.scenario, folder / "scenario")
         print("\n".join(scenario.journal))
         return 0
-    if options.sweep:
-        result = share_out(sweep, options.jobs, folder)
+    if options.sweep is not None:
+        actions = options.sweep or ACTIONS
+        result = share_out(partial(sweep, actions), options.jobs, folder)
     else:
         faults = -(-options.faults // options.jobs)
         result = share_out(partial(work_off, options.seed, faults), options.jobs, folder)
