@@ -1710,7 +1710,8 @@ def share_out(work, jobs, folder):
 def sweep(actions, folder, first=0, stride=1):
     """Strikes at each single call of a short run that begins, and of one that is resumed.
 
-    actions: some of ACTIONS. Of all these faults only number `first`, first + stride ... are played. Returns a result.
+    actions: some of ACTIONS. Of all these faults only number `first`, first + stride ... are
+    played. Returns a result.
     """
     result = {"counts": Counter(), "legs": 0, "scenarios": 1, "failures": []}
     scenario = Scenario(folder / f"sweep-{first}", random.Random(1), flags=SWEPT)
