@@ -898,7 +898,14 @@ def request_from(address, start):
     }
     if start:
         headers["Range"] = f"bytes={start}-"
-    return requests.get(address, headers=headers, stream=True, timeout=30)  # seconds
+    hooks = {"response": close_redirect}
+    return requests.get(address, headers=headers, stream=True, timeout=30, hooks=hooks)  # seconds
+
+
+def close_redirect(response, **_):
+    """A hook for requests: drops the body of a redirect, which it would read however long it is."""
+    if response.is_redirect:
+        response.close()
 
 
 def receive(response, part, start, size):
