@@ -76,6 +76,11 @@ def one_line(error):
     return CONTROLS.sub("\ufffd", " ".join(str(error).split()))
 
 
+def without_passwords(text):
+    """`text` without the names and passwords in the addresses that it holds."""
+    return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
+
+
 def run_command(name, function, *arguments):
     """Calls `function(*arguments)` and returns the exit status of the program `name`.
 
@@ -802,9 +807,9 @@ def fetch(file, addresses, folder, mirror=None, say=print):
                     done = "Copied"
                     copy(user_path(source), part, file)
             except (OSError, ValueError) as error:
-                reasons.append(f"{source}: {error}")
+                reasons.append(without_passwords(f"{source}: {error}"))
                 continue
-            say(f"{done} {source} ({file.size:,} bytes, verified) to {path}")
+            say(f"{done} {without_passwords(source)} ({file.size:,} bytes, verified) to {path}")
             return part.replace(path)
     raise RunError(
         f"{file.name} could not be downloaded ({'; '.join(reasons)}). Put it at {path} by hand "

@@ -69,7 +69,7 @@ from datasets import CONTROLS, CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, D
 from datasets import RunError, UsageError, choice, explained, extra, flag, load_dataset, no_follow
 from datasets import number, one_line, open_data_dir, refuse_empty, remove_leftovers, replacing
 from datasets import repair_streams, run_command, sync, tokenizer_from_dict, underscored, user_path
-from datasets import utf8
+from datasets import utf8, without_passwords
 
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
 
@@ -1317,7 +1317,7 @@ class Checkpoint:
     parameters: int  # of the whole model
     tokens_sha256: str  # of training text and tokenizer
     uses: dict  # the models that resuming needs: {"init_from" or "teacher": [place, id]}
-    command: list  # sys.argv
+    command: list  # sys.argv, without passwords
     sources: dict  # {file of this program: SHA1}
     versions: dict  # what the last bits depend on, see list_versions
     # Progress: the fields of a Run and of its Batches with the same names.
@@ -1782,7 +1782,7 @@ def describe_run(run, checkpoint_id, saved):
         parameters=sum(weight.size for _, weight in tree_flatten(run.model.parameters())),
         tokens_sha256=run.dataset.sha256,
         uses=run.uses,
-        command=sys.argv,
+        command=[without_passwords(argument) for argument in sys.argv],
         sources=run.sources,
         versions=run.versions,
         epoch=run.batches.epoch,
