@@ -38,7 +38,6 @@ from datasets import (
     refuse_empty,
     repair_streams,
     run_command,
-    underscored,
     user_path,
     utf8,
 )
@@ -97,7 +96,7 @@ def make_parser():
 
 def main(arguments):
     """Collects a corpus as these arguments specify. Raises UsageError or RunError."""
-    flags = make_parser().parse_args([underscored(argument) for argument in arguments])
+    flags = make_parser().parse_args(arguments)
     for name, value in vars(flags).items():
         refuse_empty(name, value)
     source = Path(flags.teacher_prompts)

@@ -186,6 +186,8 @@ def test_hyphens_are_as_good_as_underscores(tmp_path):
     assert main.read_command_line([*line, "--config", str(path)]) == expected
     values = ["--prompt", "-- a well-known query", "--stop", "--- end-of-x"]
     assert main.read_command_line(values) == {"prompt": values[1], "stop": values[3]}
+    values = ["--prompt", "--foo-bar=1 x", "--stop", "--foo-bar x"]
+    assert main.read_command_line(values) == {"prompt": values[1], "stop": values[3]}
 
 
 def test_paths_in_a_home(tmp_path, monkeypatch):
