@@ -16,6 +16,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import base64
 import codecs
 import contextlib
 import fcntl
@@ -584,6 +585,7 @@ class PackageTokenizer:
         self.kind = kind
         self.vocabulary = vocabulary
         self.package = read_package_tokenizer(vocabulary)
+        check_growth(settings)
         self.vocab_size = self.package.get_vocab_size()
         self.dtype = token_dtype(self.vocab_size)
         self.eos_token = eos
@@ -735,6 +737,41 @@ def read_package_tokenizer(text):
     package = tokenizers_package()
     with package_errors("the package tokenizers cannot read it", ValueError):
         return package.Tokenizer.from_str(text)
+
+
+MOST_GROWTH = 64  # more than in any tokenizer that is in use
+
+
+def check_growth(settings):
+    """Raises ValueError if a tokenizer.json could make a text so long that it fills the memory."""
+    cut = growth_of([settings.get("normalizer"), settings.get("pre_tokenizer")])
+    joined = growth_of(settings.get("decoder"))
+    if max(cut, joined) > MOST_GROWTH:
+        raise ValueError(f"it could make a text more than {MOST_GROWTH} times as long")
+
+
+def growth_of(part):
+    """How many times as long a text may become in this part of a tokenizer.json, at most."""
+    if isinstance(part, list):
+        return math.prod(map(growth_of, part))
+    if not isinstance(part, dict):
+        return 1
+    kind = part.get("type")
+    growth = 1
+    if kind == "Replace":
+        shortest = len(part["pattern"].get("String", " "))  # of what is replaced
+        growth = max(1, math.ceil(len(part["content"]) / max(1, shortest)))
+    elif kind == "Prepend":
+        growth = 1 + len(part["prepend"])
+    elif kind in ("Metaspace", "WordPiece"):  # a space, or what stands for one
+        growth = 2
+    elif kind == "ByteLevel":  # the bytes of a character
+        growth = 4
+    elif kind == "Precompiled":  # SentencePiece's table: a trie after its size, then texts
+        table = base64.b64decode(part["precompiled_charsmap"])
+        texts = table[4 + int.from_bytes(table[:4], "little") :].decode(errors="replace")
+        growth = max(map(len, texts.split("\0")))
+    return growth * growth_of(list(part.values()))  # a Sequence holds others
 
 
 CANNOT_ENCODE = "this tokenizer cannot encode the text: train with another --tokenizer"

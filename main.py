@@ -2777,6 +2777,9 @@ NEEDS = {
 }
 
 
+LARGEST_YAML = 1 << 20  # characters of a --config, or of a file of --cases
+
+
 @functools.cache
 def make_parser():
     """An argparse parser of FLAGS that returns only the flags passed, without defaults."""
@@ -2889,6 +2892,23 @@ def check_agreement(flags, fixed, holder):
             )
 
 
+def read_yaml(path, loader):
+    """The content of a YAML file, by the class `loader` of PyYAML.
+
+    It may be a stranger's: it fills no memory. Raises exceptions of several types.
+    """
+    import yaml
+
+    with open(user_path(path), encoding="utf-8") as file:
+        text = file.read(LARGEST_YAML + 1)
+    if len(text) > LARGEST_YAML:
+        raise ValueError(f"it is longer than {LARGEST_YAML:,} characters")
+    for event in yaml.parse(text, loader):
+        if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for millions
+            raise ValueError("it has an alias, like *a: write out what it stands for")
+    return yaml.load(text, loader)
+
+
 def read_config(path, given):
     """The flags in a YAML file, as if passed on the command line.
 
@@ -2897,7 +2917,7 @@ def read_config(path, given):
     import yaml
 
     with explained(f"--config {path} must be a YAML file of flags like dim: 8"):
-        content = yaml.safe_load(Path(user_path(path)).read_text("utf-8"))
+        content = read_yaml(path, yaml.SafeLoader)
         if content is None:  # only comments
             content = {}
         settings = {}
@@ -2919,7 +2939,7 @@ def read_config(path, given):
                 settings.pop(name, None)
         for name, value in settings.items():
             for each in value if isinstance(value, list) else [value]:
-                if isinstance(each, (list, dict)):  # by its aliases, it might fill the memory
+                if isinstance(each, (list, dict)):
                     raise ValueError(f"{name} holds a list or a mapping")
         # With the command line's types, limits and choices.
         return parse([utf8(argument) for argument in arguments_of(settings)])

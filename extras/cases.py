@@ -21,7 +21,7 @@ import mlx.nn as nn
 
 from datasets import RunError, UsageError, explained, user_path, utf8
 from extras.results import write_whole
-from main import first_ids
+from main import first_ids, read_yaml
 
 MAX_COLUMNS = 100  # of a printed line
 
@@ -63,9 +63,8 @@ def read_cases(flags):
     cases = []
     for path in flags.cases:
         with explained(f"--cases {path} {needed}"):
-            text = Path(user_path(path)).read_text("utf-8")
             # BaseLoader keeps every scalar a string: `yes` does not become a bool, nor 1.0 a float.
-            entries = yaml.load(text, yaml.BaseLoader)
+            entries = read_yaml(path, yaml.BaseLoader)
             if not entries:
                 raise ValueError("it has no case")
             for entry in entries:
@@ -82,7 +81,7 @@ def read_cases(flags):
 def read_text(entry, key):
     """The text of an entry under `key`. Raises KeyError, TypeError or ValueError without one."""
     if not isinstance(entry[key], str):
-        raise TypeError(f"a {key} is not a string")  # it may be a list that fills the memory
+        raise TypeError(f"a {key} is not a string")
     if key == "expected" and not entry[key]:
         raise ValueError("an expected continuation is empty")
     # In a JSON file, which is also YAML, an emoji may be two surrogates: "\ud83d\ude00".

@@ -1,6 +1,7 @@
 """Tokenizers, streams of documents, splits of own text, and the cache of tokens on disk."""
 
 import ast
+import base64
 import fcntl
 import hashlib
 import io
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import unicodedata
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -313,6 +315,58 @@ def test_a_tokenizer_that_cannot_cope_with_a_text():
     model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
     with pytest.raises(UsageError, match="^this tokenizer cannot decode its ids: train with"):
         package_tokenizer(model, decoder=strip).decode([0])
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def in_sequence(name, *parts):
+    return {"type": "Sequence", name: list(parts)}
+
+
+DOUBLE = replace({"String": "a"}, "aa")
+LONG_TABLE = {
+    "type": "Precompiled",
+    "precompiled_charsmap": base64.b64encode(bytes(4) + b"a\0" + b"b" * 99 + b"\0").decode(),
+}
+GROWING = [
+    {"normalizer": in_sequence("normalizers", *[DOUBLE] * 30)},
+    {"normalizer": in_sequence("normalizers", *[in_sequence("normalizers", DOUBLE, DOUBLE)] * 4)},
+    {"normalizer": replace({"String": "a"}, "b" * 10**6)},
+    {"normalizer": replace({"Regex": "."}, "bc" * 50)},
+    {"normalizer": {"type": "Prepend", "prepend": "b" * 99}},
+    {"normalizer": LONG_TABLE},
+    {"pre_tokenizer": in_sequence("pretokenizers", *[{"type": "ByteLevel"}] * 9)},
+    {"decoder": in_sequence("decoders", *[DOUBLE] * 30)},
+]
+
+
+@pytest.mark.parametrize("part", GROWING, ids=range(len(GROWING)))
+def test_a_tokenizer_that_would_fill_the_memory(part):
+    """Thirty of its steps would make a billion characters of one."""
+    with pytest.raises(ValueError, match="more than 64 times as long"):
+        datasets.check_growth(part)
+
+
+def test_a_tokenizer_that_would_fill_the_memory_is_refused():
+    vocabulary = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    with pytest.raises(ValueError, match="more than 64 times as long"):
+        package_tokenizer(vocabulary, **GROWING[0])
+
+
+def test_what_tokenizers_in_use_do_to_a_text():
+    """T5's parts, Llama's and GPT-2's."""
+    table = "\ufdfa".encode() + b"\0" + unicodedata.normalize("NFKC", "\ufdfa").encode() + b"\0"
+    table = base64.b64encode(bytes(4) + table).decode()
+    t5 = [{"type": "Precompiled", "precompiled_charsmap": table}, replace({"Regex": " {2,}"}, "▁")]
+    metaspace = {"type": "Metaspace", "replacement": "▁"}
+    llama = [{"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁")]
+    datasets.check_growth(
+        {"normalizer": in_sequence("normalizers", *t5), "pre_tokenizer": metaspace}
+    )
+    datasets.check_growth({"normalizer": in_sequence("normalizers", *llama), "decoder": metaspace})
+    datasets.check_growth({"normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}})
 
 
 def test_the_end_token_that_a_tokenizer_is_told():
