@@ -72,9 +72,19 @@ def explained(text, *errors, kind=UsageError):
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+def printable(text):
+    """A stranger's text, without the control characters on which a terminal would act."""
+    return CONTROLS.sub("\ufffd", text)
+
+
+def for_terminal(text):
+    """A model's or a stranger's text to print: as it is, but for a terminal `printable`."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
 def one_line(error):
     """The message of an exception on one line; it may quote a stranger's file or server."""
-    return CONTROLS.sub("\ufffd", " ".join(str(error).split()))
+    return printable(" ".join(str(error).split()))
 
 
 def without_passwords(text):
@@ -825,6 +835,7 @@ def fetch(file, addresses, folder, mirror=None, say=print):
     if mirror:
         addresses = [f"{mirror.rstrip('/')}/{folder.name}/"]
     reasons = []
+    refuse_links(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f".{file.name}.lock", "ab", opener=no_follow) as lock:
         # If two processes race, one downloads and the other finds the file.
@@ -1213,7 +1224,7 @@ def find_texts(file, addresses, folder, mirror, say):
     paths = []
     for member in file.members:
         path = folder / os.path.basename(member)
-        if not path.exists():  # else the archive is no longer needed
+        if path.is_symlink() or not path.is_file():  # else the archive is no longer needed
             archive = fetch(file, addresses, folder, mirror, say)
             path = extract(archive, member, folder)
         paths.append(path)
@@ -1606,6 +1617,7 @@ def load_dataset(
     check_options(kind, valid_fraction, vocab_size)
     given = absolute_paths({"train": text, "valid": valid_text, "test": test_text})
     cache = data_dir / name / cache_name(name, kind, ready, given, valid_fraction, vocab_size)
+    refuse_links(data_dir / name, cache)
     cache.mkdir(parents=True, exist_ok=True)
     # The user's paths may match different files at each start; downloads do not change.
     own = None
@@ -1633,6 +1645,13 @@ def load_dataset(
             write_about(about, cache)
         # Still under the lock: another process might begin to encode a changed text.
         return map_dataset(name, cache, about, train_tokens)
+
+
+def refuse_links(*folders):
+    """Raises UsageError if a folder in --data_dir is a link, which might lead anywhere."""
+    for folder in folders:
+        if folder.is_symlink():
+            raise UsageError(f"{folder} is a link: delete it, or name another --data_dir")
 
 
 def choose_tokenizer(name, tokenizer):
@@ -1733,13 +1752,41 @@ def read_about(cache, say):
         about = json.loads(path.read_text("utf-8"))
         if about.pop("check") != check_of(about):
             raise ValueError("about.json is not what was written")
-        for split, crc in about["crc32"].items():
-            if crc32_of(cache / f"{split}.tokens") != crc:
-                raise ValueError("tokens are not what was written")
+        check_about(about, cache)
         return about
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         say(f"The encoded text in {cache} is damaged: encoding it again.")
         return {}
+
+
+def check_about(about, cache):
+    """Raises exceptions of several types unless these are entries that write_splits has made.
+
+    The folder may be a stranger's, whose checks are right. An id that the tokenizer does not have
+    would be read from beyond a model's embeddings: MLX does not check.
+    """
+    tokenizer = tokenizer_from_dict(about["tokenizer"])
+    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+    splits = about["splits"]
+    if {*about["crc32"]} != {*splits} or not {"train", "valid"} <= {*splits} <= {*SPLITS}:
+        raise ValueError("there are no such splits")
+    for split, known in splits.items():
+        for name in ("num_tokens", "num_bytes", "num_words", "num_unk"):
+            if type(known[name]) is not int or known[name] < 0:
+                raise ValueError(f"{name} is no count")
+        if known["num_tokens"] > 1 and known["num_bytes"] == 0:
+            raise ValueError("there are tokens without a text")
+        path = cache / f"{split}.tokens"
+        if path.is_symlink() or path.stat().st_size != known["num_tokens"] * dtype.itemsize:
+            raise ValueError("a file of tokens has another size")
+        if crc32_of(path) != about["crc32"][split]:
+            raise ValueError("tokens are not what was written")
+        if known["num_tokens"] and np.memmap(path, dtype, "r").max() >= tokenizer.vocab_size:
+            raise ValueError("the tokenizer has no such token")
+    if type(about["stamps"]) is not dict or type(about["sha256"]) is not str:
+        raise ValueError("an entry has another type")
+    if type(about["text"][0]) is not str:
+        raise ValueError("the text is not described")
 
 
 def is_current(about, spans):
@@ -1940,7 +1987,7 @@ def print_summary(dataset):
                 f"{split.num_words:>14,} words and line ends"
             )
     print(f"in {dataset.folder}")
-    print(tokenizer.decode(dataset.train.tokens[:100]))
+    print(for_terminal(tokenizer.decode(dataset.train.tokens[:100])))
 
 
 if __name__ == "__main__":

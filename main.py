@@ -65,9 +65,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
-from datasets import CONTROLS, CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser
-from datasets import RunError, UsageError, choice, explained, extra, flag, load_dataset, no_follow
-from datasets import number, one_line, open_data_dir, refuse_empty, remove_leftovers, replacing
+from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser
+from datasets import RunError, UsageError, choice, explained, extra, flag, for_terminal
+from datasets import load_dataset, no_follow, number, one_line, open_data_dir, printable
+from datasets import refuse_empty, remove_leftovers, replacing
 from datasets import repair_streams, run_command, sync, tokenizer_from_dict, user_path
 from datasets import utf8, without_passwords
 
@@ -2318,7 +2319,7 @@ def print_start(run, checkpoint, ranks):
         f"files    {run.folder.absolute()}, {size:,.0f} MiB per checkpoint, {free:,.0f} MiB free"
     )
     if checkpoint:
-        tqdm.write(describe_resume(checkpoint, run))
+        tqdm.write(printable(describe_resume(checkpoint, run)))
     for notice in start_notices(run, ranks):
         tqdm.write(notice)
 
@@ -2475,16 +2476,12 @@ def print_samples(tokenizer, model, draft, flags):
     print(conversation.describe_speed(), file=sys.stderr)  # of the last sample
 
 
-def for_terminal(text):
-    """A model's text to print: a terminal would act on control characters, a file may have them."""
-    return CONTROLS.sub("\ufffd", text) if sys.stdout.isatty() else text
-
-
 def name_unknown(tokenizer, prompt):
     """Prints the parts of a prompt that the model reads as <unk>."""
     unknown = tokenizer.unknown(prompt)
     if unknown:
-        print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
+        line = f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"
+        print(printable(line), file=sys.stderr)
 
 
 def converse(tokenizer, model, draft, flags):
@@ -3171,17 +3168,34 @@ def check_memory(model, flags, optimizer=None):
     if optimizer or mx.default_device() == mx.cpu:  # a GPU scores a window without them
         floats["attention scores"] = config.num_heads * config.context_size**2  # of one row
     needed = 4 * sum(floats.values())  # bytes
-    if mx.default_device() == mx.gpu:
-        info = mx.device_info()
-        memory = info.get("memory_size") or info.get("total_memory") or math.inf  # Metal, CUDA
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = memory_size()
     if needed > memory:
         largest = max(floats, key=floats.get)
         raise UsageError(
             f"this needs at least {needed / 2**30:,.1f} GiB of memory, most of it for {largest}, "
             f"but this machine has {memory / 2**30:,.1f}: choose a smaller model or batch"
         )
+
+
+def check_cache(model):
+    """Raises UsageError if the keys and values of a whole context exceed the memory; see Cache."""
+    config = model.config
+    numbers = 2 * config.num_blocks * config.context_size * config.num_kv_heads * config.head_dim
+    needed = 4 * numbers  # bytes
+    if needed > memory_size():
+        raise UsageError(
+            f"sampling in a context of {config.context_size:,} tokens needs "
+            f"{needed / 2**30:,.1f} GiB of memory, but this machine has "
+            f"{memory_size() / 2**30:,.1f}: train with a smaller --context_size"
+        )
+
+
+def memory_size():
+    """The bytes of memory of the device in use."""
+    if mx.default_device() == mx.gpu:
+        info = mx.device_info()
+        return info.get("memory_size") or info.get("total_memory") or math.inf  # Metal, CUDA
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def load_data(flags, contents, origins):
@@ -3208,6 +3222,9 @@ def load_data(flags, contents, origins):
             f"the training text or tokenizer of {contents.checkpoint.run} has changed: "
             "start a new run with --new_model, or name another --save_dir"
         )
+    if contents and contents.checkpoint.config["vocab_size"] < dataset.tokenizer.vocab_size:
+        # MLX does not check indices: it would read and write beyond the embeddings.
+        raise Damaged(f"{contents.checkpoint} has fewer embeddings than the text has tokens")
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
         raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
     return dataset
@@ -3329,7 +3346,7 @@ def set_up(flags, ranks, interrupts, held):
             remove_unfinished(run.folder)
         print_start(run, contents and contents.checkpoint, ranks)
         if not contents and others and not flags.new_model:
-            tqdm.write(describe_other(others[0], flags))
+            tqdm.write(printable(describe_other(others[0], flags)))
         uses_checkpoints = any(place == origin_id for place, origin_id in run.uses.values())
         if is_new and (contents or uses_checkpoints):
             save(run, interrupts)
@@ -3360,7 +3377,7 @@ def list_runs(save_dir):
             value = flags[flag_name]
             if any(others[flag_name] != value for others in settled.values()):
                 line += f" --{flag_name} {value}"  # a flag that tells the runs apart
-        print(textwrap.fill(line, 100, subsequent_indent="    "))
+        print(textwrap.fill(printable(line), 100, subsequent_indent="    "))
         best = best_of(own, name)
         for each in own:
             score = "not scored" if each.score is None else f"{each.score:.4f}"
@@ -3440,6 +3457,8 @@ def use_checkpoint(flags, ranks):
     if flags.export:
         export_checkpoint(model, contents, flags)
     else:
+        for each in filter(None, (model, draft and draft.model)):
+            check_cache(each)
         sample_from(model, contents, flags, draft)
     return 0
 

@@ -1449,6 +1449,78 @@ DAMAGE = {
 }
 
 
+def forge(folder, change):
+    """Changes the dict in about.json, and then all checks to what is right."""
+    path = folder / "about.json"
+    about = json.loads(path.read_text())
+    del about["check"]
+    change(about)
+    for split in about["crc32"]:
+        if (folder / f"{split}.tokens").is_file():
+            about["crc32"][split] = datasets.crc32_of(folder / f"{split}.tokens")
+    path.write_text(json.dumps(about | {"check": datasets.check_of(about)}))
+
+
+def forge_entry(entry, name, value):
+    """A function that changes a dict in about.json, with the right checks."""
+
+    def change(about):
+        about[entry][name] = value
+
+    return lambda folder: forge(folder, change)
+
+
+def forge_tokens(folder):
+    """Writes an id that the tokenizer does not have."""
+    overwrite(folder / "train.tokens", 255)
+    forge(folder, lambda about: None)
+
+
+def add_token(folder):
+    with open(folder / "valid.tokens", "ab") as file:
+        file.write(b"\0")
+    forge(folder, lambda about: None)
+
+
+FORGED = {
+    "tokens": forge_tokens,
+    "half a token": add_token,
+    "fewer ids": forge_entry("tokenizer", "vocabulary", ["<eos>", "<unk>"]),
+    "no tokenizer": forge_entry("tokenizer", "kind", "x"),
+    "no bytes": forge_entry("splits", "valid", dict.fromkeys(["num_tokens"], 5)),
+    "a string": lambda folder: forge(folder, lambda about: about.update(splits="x")),
+    "no split": lambda folder: forge(folder, lambda about: about["splits"].pop("train")),
+    "a path": forge_entry("crc32", "../../../../x", 0),
+    "no stamps": lambda folder: forge(folder, lambda about: about.update(stamps=[])),
+    "no text": lambda folder: forge(folder, lambda about: about.update(text=[])),
+    "no sha256": lambda folder: forge(folder, lambda about: about.update(sha256=5)),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_forged_tokens_are_made_anew(tmp_path, paths, case):
+    """A stranger's folder may hold them: MLX would read ids that do not exist from anywhere."""
+    expected = tokens_of(load(tmp_path, paths))
+    FORGED[case](cache_of(tmp_path))
+    said = []
+    assert tokens_of(load(tmp_path, paths, say=said.append)) == expected
+    assert f"{cache_of(tmp_path)} is damaged" in said[0]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_folder_of_tokens_that_is_a_link(tmp_path, paths, depth):
+    """Files of the same names may lie where it leads."""
+    load(tmp_path, paths)
+    folder = [cache_of(tmp_path).parent, cache_of(tmp_path)][depth]
+    victim = tmp_path / "victim"
+    folder.rename(victim)
+    folder.symlink_to(victim)
+    before = whole(victim)
+    with pytest.raises(UsageError, match="is a link: delete it, or name another --data_dir"):
+        load(tmp_path, paths)
+    assert whole(victim) == before
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_tokens_are_made_anew(tmp_path, paths, damage):
     first = load(tmp_path, paths)

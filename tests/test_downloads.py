@@ -507,6 +507,29 @@ def test_unpacking_follows_no_link(tmp_path):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.parametrize("plant", [lambda path: path.symlink_to("notes"), os.mkfifo])
+def test_a_text_that_is_a_link_or_a_pipe_is_unpacked_again(tmp_path, plant):
+    (tmp_path / "notes").write_text("secret")
+    content = zipped({"x.txt": b"x"})
+    file = file_of("c.zip", content, members=["x.txt"])
+    (tmp_path / "c.zip").write_bytes(content)
+    plant(tmp_path / "x.txt")
+    [path] = datasets.find_texts(file, [], tmp_path, None, quiet)
+    assert not path.is_symlink()
+    assert path.read_bytes() == b"x"
+
+
+def test_a_folder_of_downloads_that_is_a_link(folder, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "corpus.txt").write_text("precious")
+    folder.rmdir()
+    folder.symlink_to(victim)
+    with pytest.raises(datasets.UsageError, match="is a link"):
+        datasets.fetch(CORPUS, [], folder, str(tmp_path), quiet)
+    assert [path.name for path in victim.iterdir()] == ["corpus.txt"]
+
+
 @pytest.mark.parametrize("content", [zipped({"x.txt": b"x", "../y.txt": b"y"}), b"PK no archive"])
 def test_archive_that_lacks_a_member(tmp_path, content):
     archive = tmp_path / "c.zip"

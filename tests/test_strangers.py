@@ -330,6 +330,37 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(crafted, capsys):
     assert "more ids than its model" in capsys.readouterr().err
 
 
+def test_a_text_of_more_tokens_than_the_model_has(crafted, capsys):
+    """Its own tokenizer has few, but its flags name another, by which the text is read."""
+    crafted.record["config"] = crafted.record["config"] | {"vocab_size": 8}
+    crafted.set_tokenizer(CharTokenizer("ab").to_dict())
+    assert crafted.commands("resume", "evaluate") == {"resume": 1, "evaluate": 1}
+    assert "fewer embeddings than the text has tokens" in capsys.readouterr().err
+
+
+def test_a_context_that_does_not_fit_into_memory(crafted, capsys):
+    """MLX would be killed: sampling keeps keys and values for the whole context."""
+    crafted.set_record(
+        crafted.record | {"config": crafted.record["config"] | {"context_size": 2**25}}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "memory_size", lambda: 2**30)
+        assert crafted.commands("prompt") == {"prompt": 2}
+    assert "needs 8.0 GiB of memory, but" in capsys.readouterr().err
+
+
+def test_flags_of_strangers_do_nothing_to_the_terminal(crafted, capsys):
+    """They are listed where they tell runs apart, and when a run is resumed."""
+    assert crafted.commands("new") == {"new": 0}
+    escape = "\x1b]0;owned\x07"
+    crafted.set_record(crafted.record | {"flags": crafted.record["flags"] | {"teacher": escape}})
+    capsys.readouterr()
+    assert crafted.commands("list", "resume", "rerun")["list"] == 0
+    out, err = capsys.readouterr()
+    assert "owned" in out
+    assert "\x1b" not in out + err
+
+
 ARRAYS = [
     {"tokenizer": None},
     {"tokenizer": mx.array(5.0)},
