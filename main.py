@@ -603,10 +603,12 @@ class Batches:
 
     def __init__(self, text, context_size, batch_size, seed):
         if len(text) <= context_size:  # a window is L inputs plus one token, the last target
+            remedy = "use a longer text"
+            if len(text) > 1:
+                remedy += f" or --context_size {len(text) - 1}"
             raise UsageError(
                 f"the training text has {len(text):,} tokens, fewer than "
-                f"--context_size {context_size} needs: use a longer text or "
-                f"--context_size {max(1, len(text) - 1)}"
+                f"--context_size {context_size} needs: {remedy}"
             )
         self.text = text
         self.context_size = context_size
@@ -2264,26 +2266,37 @@ def find_end(path, run):
             is_repeated = not run.is_scored
         if is_repeated:
             return place
-    with open_unlinked(path) as file:
-        return file.read().rfind(b"\n") + 1  # what follows was cut off by a kill
+    end = 0
+    for place, line in read_lines(path):
+        if line.endswith(b"\n"):  # what follows the last one was cut off by a kill
+            end = place + len(line)
+    return end
 
 
 def read_log(path):
-    """The rows of a run's log and where they begin, [(byte, {name: value}), ...].
+    """Yields the rows of a run's log and where they begin, (byte, {name: value}).
 
     Damaged lines are left out. Raises OSError.
     """
-    rows = []
+    for place, line in read_lines(path):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            row = json.loads(line)
+            is_row = type(row["iteration"]) is int and type(row["split"]) is str
+        except (ValueError, LookupError, TypeError, RecursionError):
+            continue
+        if is_row:
+            yield place, row
+
+
+def read_lines(path):
+    """Yields the lines of a file and where they begin, (byte, line); too long ones in parts."""
     place = 0
     with open_unlinked(path) as file:
-        lines = file.read().split(b"\n")[:-1]
-    for line in lines:
-        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-            row = json.loads(line)
-            if type(row["iteration"]) is int and type(row["split"]) is str:
-                rows.append((place, row))
-        place += len(line) + 1
-    return rows
+        while line := file.readline(1 << 16):
+            yield place, line
+            place += len(line)
 
 
 def print_start(run, checkpoint, ranks):

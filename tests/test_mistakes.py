@@ -740,6 +740,13 @@ def test_the_context_size_it_proposes_works(world, tmp_path, monkeypatch, capsys
     assert main.main([*line, "--context_size", proposed]) == 0
 
 
+def test_no_context_size_is_proposed_for_a_single_token(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    line = ["--text", "short.txt", *TINY, "--num_iters", "1", "--save_dir", str(tmp_path / "lm")]
+    err = fails(capsys, [*line, "--train_tokens", "1", "--context_size", "1"])
+    assert err.endswith(": use a longer text\n")
+
+
 def test_a_run_that_another_process_trains(world, tmp_path, capsys):
     """Only the lock of the run's folder is taken: other runs, and readers, go on."""
     save_dir = shutil.copytree(world / "lm", tmp_path / "lm")

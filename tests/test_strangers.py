@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import signal
+import tracemalloc
 from types import SimpleNamespace
 
 import main
@@ -512,6 +513,20 @@ def test_odd_logs_end_nothing(crafted, content):
     assert main.main([*crafted.line, *line]) == 0
     rows = (crafted.folder / "log.jsonl").read_text("latin-1").splitlines()[-2:]
     assert [json.loads(row)["iteration"] for row in rows] == [3, 4]
+
+
+def test_a_log_without_line_ends_is_not_read_whole(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"iteration": 1, "split": "train"}\n')
+        file.truncate(1 << 27)
+    tracemalloc.start()
+    try:
+        assert [row["iteration"] for _, row in main.read_log(path)] == [1]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 # ---- Names --------------------------------------------------------------------------------------
