@@ -41,7 +41,7 @@ from datasets import (
     user_path,
     utf8,
 )
-from extras.results import append_lines, json_line, write_whole
+from extras.results import append_lines, json_line, read_prompt_lines, write_whole
 
 PAUSES = (1, 2, 4, 8, 16, 32, 60)  # seconds between the attempts for one prompt
 LONGEST_WAIT = 900  # seconds for a whole answer, from a server that never quite stalls
@@ -121,10 +121,7 @@ def read_prompts(path):
     content = "hold what main.py --prompts_file writes, or not be named .jsonl"
     fault = f"--teacher_prompts {path} must {content if is_jsonl else 'be a UTF-8 file'}"
     with explained(fault, OSError, ValueError, LookupError, TypeError, RecursionError):
-        text = Path(path).read_text("utf-8")
-        if not text:
-            raise ValueError("it is empty")
-        lines = text.removesuffix("\n").split("\n")  # splitlines would also split at \f
+        lines = read_prompt_lines(path)
         if not is_jsonl:
             return lines
         return [read_prompt(line) for line in lines]

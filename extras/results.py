@@ -7,6 +7,8 @@ from pathlib import Path
 
 from datasets import RunError, UsageError, explained, replacing
 
+MOST_PROMPTS = 10**6  # of a command: each takes about a KiB of memory until it is answered
+
 
 def write_whole(path, text):
     """Writes a UTF-8 file; if a full disk or a kill prevents that, the old file stays intact.
@@ -19,6 +21,20 @@ def write_whole(path, text):
             return
         with replacing(os.path.realpath(path)) as file:  # a link stays a link
             file.write(text.encode("utf-8"))
+
+
+def read_prompt_lines(path):
+    """The prompts in a UTF-8 file, one per line. Raises OSError, ValueError.
+
+    Only \\n ends a line, or \\r\\n: others, like \\f, may be part of a prompt.
+    """
+    text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    if not text:
+        raise ValueError("it is empty")
+    text = text.removesuffix("\n")
+    if text.count("\n") >= MOST_PROMPTS:
+        raise ValueError(f"it has more than {MOST_PROMPTS:,} lines")
+    return text.split("\n")
 
 
 def json_line(content):

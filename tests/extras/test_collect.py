@@ -282,6 +282,24 @@ def test_a_student_asks_for_what_it_began(tmp_path, text):
     assert "at iteration 2" in out
 
 
+def test_lines_of_prompts(tmp_path):
+    """As for main.py --prompts_file: a lone \\r, a \\f and so on are part of a prompt."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa\rb\r\n\nc\x0cd\u2028e\n".encode())
+    assert extras.collect.read_prompts(path) == ["a\rb", "", "c\x0cd\u2028e"]
+    path.write_bytes(b"\n")
+    assert extras.collect.read_prompts(path) == [""]
+
+
+def test_more_prompts_than_memory_should_hold(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\n" * (10**6 + 1))
+    with pytest.raises(UsageError, match="more than 1,000,000 lines"):
+        extras.collect.read_prompts(path)
+    path.write_bytes(b"\n" * 10**6)
+    assert len(extras.collect.read_prompts(path)) == 10**6
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -390,6 +390,15 @@ def test_damaged_weights_cannot_be_imported(tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "x.safetensors"])
+def test_a_pipe_is_not_waited_at(tmp_path, name):
+    export_model(make_model(), TOKENIZERS["byte"], tmp_path, None)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UsageError, match=f"{name} is not a regular file"):
+        import_model(tmp_path)
+
+
 def test_a_tokenizer_of_more_ids_than_the_model_has(tmp_path):
     """Ids without an embedding would be read from whatever lies behind the last one."""
     export_model(make_model(256), TOKENIZERS["byte"], tmp_path / "few", None)

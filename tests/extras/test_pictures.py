@@ -143,7 +143,6 @@ def test_damaged_rows_are_skipped(tmp_path, row):
     (tmp_path / "folder" / "log.jsonl").mkdir(parents=True)
     pictures.plot_runs([tmp_path / "run", tmp_path / "folder"], tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    rows = [row for _, row in main.read_log(path)]
     columns = pictures.columns_of(path, "train")
     assert columns.tolist() == [[10, 30], [60, 180], [1.5, 1.25]]
 
