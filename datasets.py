@@ -19,6 +19,7 @@ import argparse
 import base64
 import codecs
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -297,6 +298,10 @@ def sync(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems sync no folder: what can be done is done.
+        if error.errno != errno.EINVAL or not os.path.isdir(path):
+            raise
     finally:
         os.close(descriptor)
 

@@ -346,7 +346,7 @@ class Teacher:
                 text = ""
             if not isinstance(text, str):
                 raise TypeError("its content is not a string")
-            return Reply(utf8(text))  # a token limit may have split a character
+            return Reply(utf8(self.without_key(text)))  # a limit may have split a character
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             reason = self.masked(f"{type(error).__name__}: {error}")
             return Reply(None, reason, wait=wait)
@@ -372,10 +372,12 @@ class Teacher:
 
     def masked(self, reason):
         """`reason` on one line of at most 240 characters, without the key."""
-        # A server may echo the key. Mask it before truncating, which might leave a part of it.
-        if self.key:
-            reason = reason.replace(self.key, "***")
-        return one_line(reason[:240])
+        # Mask the key before truncating, which might leave a part of it.
+        return one_line(self.without_key(reason)[:240])
+
+    def without_key(self, text):
+        """What a server says, which may echo the key, with *** in its place."""
+        return text.replace(self.key, "***") if self.key else text
 
 
 def read_answer(response):

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from datasets import RunError, UsageError, explained, replacing
+from datasets import CONTROLS, RunError, UsageError, explained, replacing
 
 MOST_PROMPTS = 10**6  # of a command: each takes about a KiB of memory until it is answered
 
@@ -38,8 +38,11 @@ def read_prompt_lines(path):
 
 
 def json_line(content):
-    """A dict as UTF-8 JSON, with escapes for characters that UTF-8 lacks (lone surrogates)."""
-    return json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace")
+    """A dict as UTF-8 JSON, with escapes for all control characters and for lone surrogates."""
+    text = json.dumps(content, ensure_ascii=False)
+    # It may go to a terminal, and JSON itself escapes only some of them.
+    text = CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return text.encode(errors="backslashreplace")
 
 
 def append_lines(path, heads):

@@ -43,6 +43,7 @@ REPLIES = {
     "deep": b"[" * 100_000,
     "bomb": gzip.compress(bytes(1 << 26)),
     "escapes": reply("\x1b]0;owned\x07"),
+    "echo": reply(f'"your key is {KEY}"'),
     "half": reply('"smile \\ud83d"'),  # of an emoji, which the model's token limit has cut
 }
 
@@ -659,6 +660,12 @@ def test_no_part_of_the_key_is_shown(tmp_path, pauses):
         distill(server, tmp_path)
     assert KEY[:6] not in str(error.value)
     assert "***" in str(error.value)
+
+
+def test_a_key_that_the_server_repeats_is_not_saved(tmp_path, pauses):
+    with Server(["echo"]) as server:
+        distill(server, tmp_path, PROMPTS[:1])
+    assert lines(tmp_path)[0]["completion"] == "your key is ***"
 
 
 def test_limit_of_requests(tmp_path, pauses):

@@ -19,7 +19,7 @@ from datasets import ByteTokenizer, UsageError
 from mlx.utils import tree_flatten, tree_unflatten
 from test_sampling import DISTRIBUTIONS
 
-from extras.results import append_lines
+from extras.results import append_lines, json_line
 from extras.decode import SAMPLING_FLAGS, BatchDecoder, SpeculativeDecoder, answer_batch
 
 
@@ -293,6 +293,14 @@ def test_prompts_end_before_the_stop(model, stop, tmp_path):
         out, _ = run(*alone, "--max_tokens", 12, "--stop", stop, "--save_dir", model)
         assert out == line["completion"] + "\n"
     assert any(len(line["tokens"]) < 12 for line in lines) or stop == "e o"
+
+
+def test_no_control_character_is_written_raw():
+    """The lines may go to a terminal."""
+    content = {"prompt": "a\tb\x1b]0;x\x07\x7f\x9b2Jé\ud800"}
+    line = json_line(content)
+    assert line.decode().isprintable()
+    assert json.loads(line) == content
 
 
 def test_a_stop_that_is_not_utf8(byte_model, tmp_path):
