@@ -16,8 +16,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import base64
 import codecs
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -71,9 +73,24 @@ def explained(text, *errors, kind=UsageError):
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+def printable(text):
+    """A stranger's text, without the control characters on which a terminal would act."""
+    return CONTROLS.sub("\ufffd", text)
+
+
+def for_terminal(text):
+    """A model's or a stranger's text to print: as it is, but for a terminal `printable`."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
 def one_line(error):
     """The message of an exception on one line; it may quote a stranger's file or server."""
-    return CONTROLS.sub("\ufffd", " ".join(str(error).split()))
+    return printable(" ".join(str(error).split()))
+
+
+def without_passwords(text):
+    """`text` without the names and passwords in the addresses that it holds."""
+    return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
 
 
 def run_command(name, function, *arguments):
@@ -281,6 +298,10 @@ def sync(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems sync no folder: what can be done is done.
+        if error.errno != errno.EINVAL or not os.path.isdir(path):
+            raise
     finally:
         os.close(descriptor)
 
@@ -338,16 +359,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UsageError(f"{message} (--help lists all flags)")
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Takes --num-iters for --num_iters, too."""
+        return super().parse_known_args([self.underscored(each) for each in args], namespace)
 
-def underscored(argument):
-    """An argument; if it is a flag, hyphens in its name become underscores."""
-    name, equals, value = argument[2:].partition("=")
-    if not argument.startswith("--") or " " in name:  # argparse, too, takes this for a value
-        return argument
-    name = name.replace("-", "_")
-    if name.startswith("no_"):
-        name = name.replace("_", "-", 1)
-    return f"--{name}{equals}{value}"
+    def underscored(self, argument):
+        """An argument; if it is a flag of this parser written with hyphens, it gets underscores."""
+        name, equals, value = argument.partition("=")
+        name = "--" + name[2:].replace("-", "_")
+        name = name.replace("--no_", "--no-")
+        is_flag = argument.startswith("--") and name in self._option_string_actions
+        return f"{name}{equals}{value}" if is_flag else argument
 
 
 def refuse_empty(name, value):
@@ -578,6 +600,7 @@ class PackageTokenizer:
         self.kind = kind
         self.vocabulary = vocabulary
         self.package = read_package_tokenizer(vocabulary)
+        check_growth(settings)
         self.vocab_size = self.package.get_vocab_size()
         self.dtype = token_dtype(self.vocab_size)
         self.eos_token = eos
@@ -731,6 +754,41 @@ def read_package_tokenizer(text):
         return package.Tokenizer.from_str(text)
 
 
+MOST_GROWTH = 64  # more than in any tokenizer that is in use
+
+
+def check_growth(settings):
+    """Raises ValueError if a tokenizer.json could make a text so long that it fills the memory."""
+    cut = growth_of([settings.get("normalizer"), settings.get("pre_tokenizer")])
+    joined = growth_of(settings.get("decoder"))
+    if max(cut, joined) > MOST_GROWTH:
+        raise ValueError(f"it could make a text more than {MOST_GROWTH} times as long")
+
+
+def growth_of(part):
+    """How many times as long a text may become in this part of a tokenizer.json, at most."""
+    if isinstance(part, list):
+        return math.prod(map(growth_of, part))
+    if not isinstance(part, dict):
+        return 1
+    kind = part.get("type")
+    growth = 1
+    if kind == "Replace":
+        shortest = len(part["pattern"].get("String", " "))  # of what is replaced
+        growth = max(1, math.ceil(len(part["content"]) / max(1, shortest)))
+    elif kind == "Prepend":
+        growth = 1 + len(part["prepend"])
+    elif kind in ("Metaspace", "WordPiece"):  # a space, or what stands for one
+        growth = 2
+    elif kind == "ByteLevel":  # the bytes of a character
+        growth = 4
+    elif kind == "Precompiled":  # SentencePiece's table: a trie after its size, then texts
+        table = base64.b64decode(part["precompiled_charsmap"])
+        texts = table[4 + int.from_bytes(table[:4], "little") :].decode(errors="replace")
+        growth = max(map(len, texts.split("\0")))
+    return growth * growth_of(list(part.values()))  # a Sequence holds others
+
+
 CANNOT_ENCODE = "this tokenizer cannot encode the text: train with another --tokenizer"
 CANNOT_DECODE = "this tokenizer cannot decode its ids: train with another --tokenizer"
 
@@ -782,6 +840,7 @@ def fetch(file, addresses, folder, mirror=None, say=print):
     if mirror:
         addresses = [f"{mirror.rstrip('/')}/{folder.name}/"]
     reasons = []
+    refuse_links(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f".{file.name}.lock", "ab", opener=no_follow) as lock:
         # If two processes race, one downloads and the other finds the file.
@@ -802,9 +861,9 @@ def fetch(file, addresses, folder, mirror=None, say=print):
                     done = "Copied"
                     copy(user_path(source), part, file)
             except (OSError, ValueError) as error:
-                reasons.append(f"{source}: {error}")
+                reasons.append(without_passwords(f"{source}: {error}"))
                 continue
-            say(f"{done} {source} ({file.size:,} bytes, verified) to {path}")
+            say(f"{done} {without_passwords(source)} ({file.size:,} bytes, verified) to {path}")
             return part.replace(path)
     raise RunError(
         f"{file.name} could not be downloaded ({'; '.join(reasons)}). Put it at {path} by hand "
@@ -898,7 +957,14 @@ def request_from(address, start):
     }
     if start:
         headers["Range"] = f"bytes={start}-"
-    return requests.get(address, headers=headers, stream=True, timeout=30)  # seconds
+    hooks = {"response": close_redirect}
+    return requests.get(address, headers=headers, stream=True, timeout=30, hooks=hooks)  # seconds
+
+
+def close_redirect(response, **_):
+    """A hook for requests: drops the body of a redirect, which it would read however long it is."""
+    if response.is_redirect:
+        response.close()
 
 
 def receive(response, part, start, size):
@@ -1163,7 +1229,7 @@ def find_texts(file, addresses, folder, mirror, say):
     paths = []
     for member in file.members:
         path = folder / os.path.basename(member)
-        if not path.exists():  # else the archive is no longer needed
+        if path.is_symlink() or not path.is_file():  # else the archive is no longer needed
             archive = fetch(file, addresses, folder, mirror, say)
             path = extract(archive, member, folder)
         paths.append(path)
@@ -1556,6 +1622,7 @@ def load_dataset(
     check_options(kind, valid_fraction, vocab_size)
     given = absolute_paths({"train": text, "valid": valid_text, "test": test_text})
     cache = data_dir / name / cache_name(name, kind, ready, given, valid_fraction, vocab_size)
+    refuse_links(data_dir / name, cache)
     cache.mkdir(parents=True, exist_ok=True)
     # The user's paths may match different files at each start; downloads do not change.
     own = None
@@ -1583,6 +1650,13 @@ def load_dataset(
             write_about(about, cache)
         # Still under the lock: another process might begin to encode a changed text.
         return map_dataset(name, cache, about, train_tokens)
+
+
+def refuse_links(*folders):
+    """Raises UsageError if a folder in --data_dir is a link, which might lead anywhere."""
+    for folder in folders:
+        if folder.is_symlink():
+            raise UsageError(f"{folder} is a link: delete it, or name another --data_dir")
 
 
 def choose_tokenizer(name, tokenizer):
@@ -1683,13 +1757,41 @@ def read_about(cache, say):
         about = json.loads(path.read_text("utf-8"))
         if about.pop("check") != check_of(about):
             raise ValueError("about.json is not what was written")
-        for split, crc in about["crc32"].items():
-            if crc32_of(cache / f"{split}.tokens") != crc:
-                raise ValueError("tokens are not what was written")
+        check_about(about, cache)
         return about
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         say(f"The encoded text in {cache} is damaged: encoding it again.")
         return {}
+
+
+def check_about(about, cache):
+    """Raises exceptions of several types unless these are entries that write_splits has made.
+
+    The folder may be a stranger's, whose checks are right. An id that the tokenizer does not have
+    would be read from beyond a model's embeddings: MLX does not check.
+    """
+    tokenizer = tokenizer_from_dict(about["tokenizer"])
+    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+    splits = about["splits"]
+    if {*about["crc32"]} != {*splits} or not {"train", "valid"} <= {*splits} <= {*SPLITS}:
+        raise ValueError("there are no such splits")
+    for split, known in splits.items():
+        for name in ("num_tokens", "num_bytes", "num_words", "num_unk"):
+            if type(known[name]) is not int or known[name] < 0:
+                raise ValueError(f"{name} is no count")
+        if known["num_tokens"] > 1 and known["num_bytes"] == 0:
+            raise ValueError("there are tokens without a text")
+        path = cache / f"{split}.tokens"
+        if path.is_symlink() or path.stat().st_size != known["num_tokens"] * dtype.itemsize:
+            raise ValueError("a file of tokens has another size")
+        if crc32_of(path) != about["crc32"][split]:
+            raise ValueError("tokens are not what was written")
+        if known["num_tokens"] and np.memmap(path, dtype, "r").max() >= tokenizer.vocab_size:
+            raise ValueError("the tokenizer has no such token")
+    if type(about["stamps"]) is not dict or type(about["sha256"]) is not str:
+        raise ValueError("an entry has another type")
+    if type(about["text"][0]) is not str:
+        raise ValueError("the text is not described")
 
 
 def is_current(about, spans):
@@ -1817,8 +1919,8 @@ def parse(arguments):
         type=user_path,
         help="write the tokenizer as a tokenizer.json",
     )
-    arguments = [underscored(argument) for argument in arguments]
-    if any(argument.partition("=")[0] == "--distill_from" for argument in arguments):
+    names = [argument.partition("=")[0].replace("-", "_") for argument in arguments]
+    if "__distill_from" in names:
         raise UsageError(
             "--distill_from is a flag of another command: python -m extras.collect "
             "--distill_from URL --teacher_model NAME --teacher_prompts FILE --output DIR"
@@ -1890,7 +1992,7 @@ def print_summary(dataset):
                 f"{split.num_words:>14,} words and line ends"
             )
     print(f"in {dataset.folder}")
-    print(tokenizer.decode(dataset.train.tokens[:100]))
+    print(for_terminal(tokenizer.decode(dataset.train.tokens[:100])))
 
 
 if __name__ == "__main__":

@@ -65,11 +65,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
-from datasets import CONTROLS, CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser
-from datasets import RunError, UsageError, choice, explained, extra, flag, load_dataset, no_follow
-from datasets import number, one_line, open_data_dir, refuse_empty, remove_leftovers, replacing
-from datasets import repair_streams, run_command, sync, tokenizer_from_dict, underscored, user_path
-from datasets import utf8
+from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser
+from datasets import RunError, UsageError, choice, explained, extra, flag, for_terminal
+from datasets import load_dataset, no_follow, number, one_line, open_data_dir, printable
+from datasets import refuse_empty, remove_leftovers, replacing
+from datasets import repair_streams, run_command, sync, tokenizer_from_dict, user_path
+from datasets import utf8, without_passwords
 
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
 
@@ -634,10 +635,12 @@ class Batches:
 
     def __init__(self, text, context_size, batch_size, seed):
         if len(text) <= context_size:  # a window is L inputs plus one token, the last target
+            remedy = "use a longer text"
+            if len(text) > 1:
+                remedy += f" or --context_size {len(text) - 1}"
             raise UsageError(
                 f"the training text has {len(text):,} tokens, fewer than "
-                f"--context_size {context_size} needs: use a longer text or "
-                f"--context_size {max(1, len(text) - 1)}"
+                f"--context_size {context_size} needs: {remedy}"
             )
         self.text = text
         self.context_size = context_size
@@ -1349,7 +1352,7 @@ class Checkpoint:
     parameters: int  # of the whole model
     tokens_sha256: str  # of training text and tokenizer
     uses: dict  # the models that resuming needs: {"init_from" or "teacher": [place, id]}
-    command: list  # sys.argv
+    command: list  # sys.argv, without passwords
     sources: dict  # {file of this program: SHA1}
     versions: dict  # what the last bits depend on, see list_versions
     # Progress: the fields of a Run and of its Batches with the same names.
@@ -1646,15 +1649,20 @@ def sha1_of(file, stated=BLANK):
 def load_arrays(file):
     """The arrays of an open safetensors file, {name: array}; MLX reads them when evaluated.
 
+    Raises UNREADABLE.
+
     MLX reopens it by its descriptor: the name may be gone, and MLX accepts only UTF-8 names. The
     file object itself is not passed: an MLX thread would release it at an arbitrary time, which
     at exit would abort Python.
     """
     # On macOS, what MLX opens by the descriptor's number shares its position. The first line
     # empties the buffer, in which the second one might only move.
-    file.seek(0, os.SEEK_END)
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    return mx.load(f"/dev/fd/{file.fileno()}", format="safetensors")
+    arrays = mx.load(f"/dev/fd/{file.fileno()}", format="safetensors")
+    if sum(array.nbytes for array in arrays.values()) > size:
+        raise ValueError("its arrays overlap")  # a small file could fill the memory
+    return arrays
 
 
 def read_checkpoint(metadata_path):
@@ -1816,7 +1824,7 @@ def describe_run(run, checkpoint_id, saved):
         parameters=sum(weight.size for _, weight in tree_flatten(run.model.parameters())),
         tokens_sha256=run.dataset.sha256,
         uses=run.uses,
-        command=sys.argv,
+        command=[without_passwords(argument) for argument in sys.argv],
         sources=run.sources,
         versions=run.versions,
         epoch=run.batches.epoch,
@@ -2292,26 +2300,37 @@ def find_end(path, run):
             is_repeated = not run.is_scored
         if is_repeated:
             return place
-    with open_unlinked(path) as file:
-        return file.read().rfind(b"\n") + 1  # what follows was cut off by a kill
+    end = 0
+    for place, line in read_lines(path):
+        if line.endswith(b"\n"):  # what follows the last one was cut off by a kill
+            end = place + len(line)
+    return end
 
 
 def read_log(path):
-    """The rows of a run's log and where they begin, [(byte, {name: value}), ...].
+    """Yields the rows of a run's log and where they begin, (byte, {name: value}).
 
     Damaged lines are left out. Raises OSError.
     """
-    rows = []
+    for place, line in read_lines(path):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            row = json.loads(line)
+            is_row = type(row["iteration"]) is int and type(row["split"]) is str
+        except (ValueError, LookupError, TypeError, RecursionError):
+            continue
+        if is_row:
+            yield place, row
+
+
+def read_lines(path):
+    """Yields the lines of a file and where they begin, (byte, line); too long ones in parts."""
     place = 0
     with open_unlinked(path) as file:
-        lines = file.read().split(b"\n")[:-1]
-    for line in lines:
-        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-            row = json.loads(line)
-            if type(row["iteration"]) is int and type(row["split"]) is str:
-                rows.append((place, row))
-        place += len(line) + 1
-    return rows
+        while line := file.readline(1 << 16):
+            yield place, line
+            place += len(line)
 
 
 def print_start(run, checkpoint, ranks):
@@ -2347,7 +2366,7 @@ def print_start(run, checkpoint, ranks):
         f"files    {run.folder.absolute()}, {size:,.0f} MiB per checkpoint, {free:,.0f} MiB free"
     )
     if checkpoint:
-        tqdm.write(describe_resume(checkpoint, run))
+        tqdm.write(printable(describe_resume(checkpoint, run)))
     for notice in start_notices(run, ranks):
         tqdm.write(notice)
 
@@ -2384,6 +2403,9 @@ def start_notices(run, ranks):
             f"--lr_warmup {flags.lr_warmup} is not shorter than the run: the learning rate never "
             "reaches its peak."
         )
+    for name, (other, values) in NEEDS.items():
+        if name in flags.given and getattr(flags, other) not in values:
+            yield f"--{name} has no effect with --{other} {getattr(flags, other)}."
     if flags.dtype != run.versions["dtype"]:
         yield (
             "--dtype bfloat16 would be slower here: it needs AVX-512 BF16 or AMX, extras/fast.py "
@@ -2501,16 +2523,12 @@ def print_samples(tokenizer, model, draft, flags):
     print(conversation.describe_speed(), file=sys.stderr)  # of the last sample
 
 
-def for_terminal(text):
-    """A model's text to print: a terminal would act on control characters, a file may have them."""
-    return CONTROLS.sub("\ufffd", text) if sys.stdout.isatty() else text
-
-
 def name_unknown(tokenizer, prompt):
     """Prints the parts of a prompt that the model reads as <unk>."""
     unknown = tokenizer.unknown(prompt)
     if unknown:
-        print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
+        line = f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"
+        print(printable(line), file=sys.stderr)
 
 
 def converse(tokenizer, model, draft, flags):
@@ -2794,6 +2812,17 @@ REQUIRES = {
     "eval_stride": ["evaluate"],
 }
 
+DECAYING = [name for name in SCHEDULES if name != "constant"]
+# A flag on the left has an effect only if the other one has one of these values.
+NEEDS = {
+    "min_lr": ("lr_schedule", DECAYING),
+    "lr_cooldown": ("lr_schedule", DECAYING),
+    "vocab_size": ("tokenizer", ["bpe"]),
+}
+
+
+LARGEST_YAML = 1 << 20  # characters of a --config, or of a file of --cases
+
 
 @functools.cache
 def make_parser():
@@ -2821,7 +2850,7 @@ def make_parser():
 
 def parse(arguments):
     """The flags passed, {flag: value}. Raises UsageError, which suggests similar flags."""
-    values, unknown = make_parser().parse_known_args([underscored(each) for each in arguments])
+    values, unknown = make_parser().parse_known_args(arguments)
     if unknown:
         hints = []
         for argument in unknown:
@@ -2907,6 +2936,23 @@ def check_agreement(flags, fixed, holder):
             )
 
 
+def read_yaml(path, loader):
+    """The content of a YAML file, by the class `loader` of PyYAML.
+
+    It may be a stranger's: it fills no memory. Raises exceptions of several types.
+    """
+    import yaml
+
+    with open(user_path(path), encoding="utf-8") as file:
+        text = file.read(LARGEST_YAML + 1)
+    if len(text) > LARGEST_YAML:
+        raise ValueError(f"it is longer than {LARGEST_YAML:,} characters")
+    for event in yaml.parse(text, loader):
+        if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for millions
+            raise ValueError("it has an alias, like *a: write out what it stands for")
+    return yaml.load(text, loader)
+
+
 def read_config(path, given):
     """The flags in a YAML file, as if passed on the command line.
 
@@ -2915,7 +2961,7 @@ def read_config(path, given):
     import yaml
 
     with explained(f"--config {path} must be a YAML file of flags like dim: 8"):
-        content = yaml.safe_load(Path(user_path(path)).read_text("utf-8"))
+        content = read_yaml(path, yaml.SafeLoader)
         if content is None:  # only comments
             content = {}
         settings = {}
@@ -2937,7 +2983,7 @@ def read_config(path, given):
                 settings.pop(name, None)
         for name, value in settings.items():
             for each in value if isinstance(value, list) else [value]:
-                if isinstance(each, (list, dict)):  # by its aliases, it might fill the memory
+                if isinstance(each, (list, dict)):
                     raise ValueError(f"{name} holds a list or a mapping")
         # With the command line's types, limits and choices.
         return parse([utf8(argument) for argument in arguments_of(settings)])
@@ -3169,17 +3215,34 @@ def check_memory(model, flags, optimizer=None):
     if optimizer or mx.default_device() == mx.cpu:  # a GPU scores a window without them
         floats["attention scores"] = config.num_heads * config.context_size**2  # of one row
     needed = 4 * sum(floats.values())  # bytes
-    if mx.default_device() == mx.gpu:
-        info = mx.device_info()
-        memory = info.get("memory_size") or info.get("total_memory") or math.inf  # Metal, CUDA
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = memory_size()
     if needed > memory:
         largest = max(floats, key=floats.get)
         raise UsageError(
             f"this needs at least {needed / 2**30:,.1f} GiB of memory, most of it for {largest}, "
             f"but this machine has {memory / 2**30:,.1f}: choose a smaller model or batch"
         )
+
+
+def check_cache(model):
+    """Raises UsageError if the keys and values of a whole context exceed the memory; see Cache."""
+    config = model.config
+    numbers = 2 * config.num_blocks * config.context_size * config.num_kv_heads * config.head_dim
+    needed = 4 * numbers  # bytes
+    if needed > memory_size():
+        raise UsageError(
+            f"sampling in a context of {config.context_size:,} tokens needs "
+            f"{needed / 2**30:,.1f} GiB of memory, but this machine has "
+            f"{memory_size() / 2**30:,.1f}: train with a smaller --context_size"
+        )
+
+
+def memory_size():
+    """The bytes of memory of the device in use."""
+    if mx.default_device() == mx.gpu:
+        info = mx.device_info()
+        return info.get("memory_size") or info.get("total_memory") or math.inf  # Metal, CUDA
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def load_data(flags, contents, origins):
@@ -3206,6 +3269,9 @@ def load_data(flags, contents, origins):
             f"the training text or tokenizer of {contents.checkpoint.run} has changed: "
             "start a new run with --new_model, or name another --save_dir"
         )
+    if contents and contents.checkpoint.config["vocab_size"] < dataset.tokenizer.vocab_size:
+        # MLX does not check indices: it would read and write beyond the embeddings.
+        raise Damaged(f"{contents.checkpoint} has fewer embeddings than the text has tokens")
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
         raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
     return dataset
@@ -3327,7 +3393,7 @@ def set_up(flags, ranks, interrupts, held):
             remove_unfinished(run.folder)
         print_start(run, contents and contents.checkpoint, ranks)
         if not contents and others and not flags.new_model:
-            tqdm.write(describe_other(others[0], flags))
+            tqdm.write(printable(describe_other(others[0], flags)))
         uses_checkpoints = any(place == origin_id for place, origin_id in run.uses.values())
         if is_new and (contents or uses_checkpoints):
             save(run, interrupts)
@@ -3358,7 +3424,7 @@ def list_runs(save_dir):
             value = flags[flag_name]
             if any(others[flag_name] != value for others in settled.values()):
                 line += f" --{flag_name} {value}"  # a flag that tells the runs apart
-        print(textwrap.fill(line, 100, subsequent_indent="    "))
+        print(textwrap.fill(printable(line), 100, subsequent_indent="    "))
         best = best_of(own, name)
         for each in own:
             score = "not scored" if each.score is None else f"{each.score:.4f}"
@@ -3438,6 +3504,8 @@ def use_checkpoint(flags, ranks):
     if flags.export:
         export_checkpoint(model, contents, flags)
     else:
+        for each in filter(None, (model, draft and draft.model)):
+            check_cache(each)
         sample_from(model, contents, flags, draft)
     return 0
 

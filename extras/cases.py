@@ -21,7 +21,7 @@ import mlx.nn as nn
 
 from datasets import RunError, UsageError, explained, user_path, utf8
 from extras.results import write_whole
-from main import first_ids
+from main import first_ids, read_yaml
 
 MAX_COLUMNS = 100  # of a printed line
 
@@ -63,9 +63,8 @@ def read_cases(flags):
     cases = []
     for path in flags.cases:
         with explained(f"--cases {path} {needed}"):
-            text = Path(user_path(path)).read_text("utf-8")
             # BaseLoader keeps every scalar a string: `yes` does not become a bool, nor 1.0 a float.
-            entries = yaml.load(text, yaml.BaseLoader)
+            entries = read_yaml(path, yaml.BaseLoader)
             if not entries:
                 raise ValueError("it has no case")
             for entry in entries:
@@ -82,7 +81,7 @@ def read_cases(flags):
 def read_text(entry, key):
     """The text of an entry under `key`. Raises KeyError, TypeError or ValueError without one."""
     if not isinstance(entry[key], str):
-        raise TypeError(f"a {key} is not a string")  # it may be a list that fills the memory
+        raise TypeError(f"a {key} is not a string")
     if key == "expected" and not entry[key]:
         raise ValueError("an expected continuation is empty")
     # In a JSON file, which is also YAML, an emoji may be two surrogates: "\ud83d\ude00".
@@ -111,10 +110,12 @@ def score_case(model, tokenizer, prompt, expected, top_k):
     top: the `top_k` most likely first tokens;
     passed: whether the rank is at most `top_k` and the vocabulary covers the whole continuation.
 
-    Both texts are truncated on the left to fit the context.
+    rank and probability are None if the continuation has no token, like a space among words. Both texts are truncated on the left to fit the context.
     """
     context_size = model.config.context_size
-    expected_ids = first_ids(tokenizer, expected)[-context_size:]
+    expected_ids = tokenizer.encode(expected).tolist()[-context_size:]
+    if not expected_ids:
+        return {"rank": None, "probability": None, "top": [], "passed": False}
     text = first_ids(tokenizer, prompt) + expected_ids
     # The last token is not an input: nothing is expected after it.
     inputs = text[-context_size - 1 : -1]
@@ -142,7 +143,8 @@ def print_result(result):
     """Prints a line of the table: pass or fail, rank, probability, case, most likely tokens."""
     verdict = "pass" if result["passed"] else "FAIL"
     probability = "-" if result["probability"] is None else f"{result['probability']:.2e}"
-    numbers = f"{result['rank']:>6,} {probability:>9}"
+    rank = "-" if result["rank"] is None else f"{result['rank']:,}"
+    numbers = f"{rank:>6} {probability:>9}"
     case = f"{result['prompt'][-24:]!r} {result['expected'][:16]!r}"
     top = " ".join(repr(text) for text in result["top"])
     line = f"  {verdict} rank {numbers}  {case}: {top}"

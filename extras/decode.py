@@ -8,13 +8,12 @@ are tied up to rounding: the random numbers depend only on the seed and the posi
 """
 
 import os
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from datasets import explained
-from extras.results import append_lines, json_line
+from extras.results import MOST_PROMPTS, append_lines, json_line, read_prompt_lines
 from main import Cache, Decoder, Detokenizer, announce, first_ids, shape_logits
 
 # The flags that, besides the seed, determine a completion.
@@ -225,12 +224,11 @@ def answer_file(model, tokenizer, checkpoint, flags, batch_size=16):
     settings = {name: getattr(flags, name) for name in SAMPLING_FLAGS}
     problem = f"--prompts_file {flags.prompts_file} must be a UTF-8 file, --output writable"
     with explained(problem, OSError, ValueError):
-        # Only \n ends a prompt, or \r\n; read_text would take a lone \r for a line end, too.
-        text = Path(flags.prompts_file).read_bytes().decode().replace("\r\n", "\n")
-        if not text:
-            raise ValueError("it is empty")
+        prompts = read_prompt_lines(flags.prompts_file)
+        if len(prompts) * flags.num_samples > MOST_PROMPTS:
+            raise ValueError(f"--num_samples makes more than {MOST_PROMPTS:,} of its lines")
         jobs = []
-        for prompt in text.removesuffix("\n").split("\n"):  # splitlines would also split at \f
+        for prompt in prompts:
             for _ in range(flags.num_samples):
                 job = {
                     "prompt": prompt,
@@ -264,8 +262,9 @@ def answer_batch(model, tokenizer, jobs, flags):
         if not flags.stop:
             continue
         for i, token in enumerate(ids):
+            # What stands for an incomplete character, U+FFFD, may be a --stop, but is no text yet.
             written[i] += detokenizers[i].add(token)
-            if stopped[i] is None and flags.stop in written[i] + detokenizers[i].rest():
+            if stopped[i] is None and flags.stop in written[i]:
                 stopped[i] = len(texts[i])
         if None not in stopped:
             break

@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from datasets import PackageTokenizer, UsageError, explained, extra, replacing, user_path
-from main import DEFAULTS, Config, LanguageModel, sha1_of
+from main import DEFAULTS, Config, LanguageModel, load_arrays, sha1_of
 
 # Their name for a model with our (mlp, qk_norm); the others have no counterpart.
 COUNTERPARTS = {
@@ -96,6 +96,8 @@ def import_model(path):
         files = sorted(path.glob("*.safetensors"))  # large models come in several
         if not files:
             raise UsageError("it has no file *.safetensors")
+        for file in [path / "tokenizer.json", path / "tokenizer_config.json", *files]:
+            check_file(file)
         weights = read_weights(files)
         if settings.get("tie_word_embeddings"):
             # Some folders hold an output layer anyway, a copy of the embeddings.
@@ -122,8 +124,15 @@ def import_model(path):
     return model, tokenizer, model_id
 
 
+def check_file(path):
+    """Raises UsageError if this is a pipe or a device, which might never end."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path.name} is not a regular file")
+
+
 def read_settings(path):
     """The entries of config.json without nulls, which mean the same as no entry."""
+    check_file(path / "config.json")
     entries = json.loads((path / "config.json").read_text("utf-8"))
     return {name: value for name, value in entries.items() if value is not None}
 
@@ -144,7 +153,9 @@ def read_weights(files):
     """All arrays of these safetensors files by name, as float32."""
     weights = {}
     for file in files:
-        for name, weight in mx.load(str(file)).items():
+        with open(file, "rb") as opened:
+            arrays = load_arrays(opened)
+        for name, weight in arrays.items():
             if name.endswith("rotary_emb.inv_freq"):  # older folders hold RoPE's speeds, too
                 continue
             if weight.dtype not in (mx.float32, mx.float16, mx.bfloat16):

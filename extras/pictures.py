@@ -43,10 +43,10 @@ def plot_runs(folders, path):
     figure = make_figure(12, 5)
     by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
     for i, log in enumerate(logs):
-        rows = [row for _, row in read_log(log)]
         for split, style in SPLIT_STYLES.items():
-            iterations, seconds, losses = columns_of(rows, split)  # [N] each
-            label = f"{log.parent.name} {split}"
+            iterations, seconds, losses = columns_of(log, split)  # [N] each
+            # Not the name first: labels that begin with _ are left out of legends.
+            label = f"{split} {log.parent.name}"
             by_iteration.plot(iterations, losses, color=f"C{i}", label=label, **style)
             by_minute.plot(seconds / 60, losses, color=f"C{i}", label=label, **style)
     by_iteration.set(xlabel="iteration", ylabel="loss (nats/token)")
@@ -57,13 +57,13 @@ def plot_runs(folders, path):
     save_figure(figure, path)
 
 
-def columns_of(rows, split):
+def columns_of(log, split):
     """Iterations, seconds of training and losses (nats per token) of a split, as floats [3, N].
 
-    Rows in which one of these is not a finite number are skipped.
+    log: the path. Rows in which one of these is not a finite number are skipped.
     """
     values = []
-    for row in rows:
+    for _, row in read_log(log):
         if row["split"] != split:
             continue
         try:

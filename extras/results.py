@@ -5,7 +5,9 @@ import json
 import os
 from pathlib import Path
 
-from datasets import RunError, UsageError, explained, replacing
+from datasets import CONTROLS, RunError, UsageError, explained, replacing
+
+MOST_PROMPTS = 10**6  # of a command: each takes about a KiB of memory until it is answered
 
 
 def write_whole(path, text):
@@ -21,9 +23,26 @@ def write_whole(path, text):
             file.write(text.encode("utf-8"))
 
 
+def read_prompt_lines(path):
+    """The prompts in a UTF-8 file, one per line. Raises OSError, ValueError.
+
+    Only \\n ends a line, or \\r\\n: others, like \\f, may be part of a prompt.
+    """
+    text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    if not text:
+        raise ValueError("it is empty")
+    text = text.removesuffix("\n")
+    if text.count("\n") >= MOST_PROMPTS:
+        raise ValueError(f"it has more than {MOST_PROMPTS:,} lines")
+    return text.split("\n")
+
+
 def json_line(content):
-    """A dict as UTF-8 JSON, with escapes for characters that UTF-8 lacks (lone surrogates)."""
-    return json.dumps(content, ensure_ascii=False).encode(errors="backslashreplace")
+    """A dict as UTF-8 JSON, with escapes for all control characters and for lone surrogates."""
+    text = json.dumps(content, ensure_ascii=False)
+    # It may go to a terminal, and JSON itself escapes only some of them.
+    text = CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return text.encode(errors="backslashreplace")
 
 
 def append_lines(path, heads):

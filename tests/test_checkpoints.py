@@ -13,6 +13,7 @@ import random
 import re
 import shlex
 import shutil
+import stat
 import struct
 import sys
 import time
@@ -174,6 +175,16 @@ def test_load_is_the_identity(tmp_path):
     for name, value in mine.items():
         assert mx.array_equal(value, theirs[name]), name
     assert save(run) == save(other) != checkpoint_id
+
+
+def test_no_password_is_saved(tmp_path, monkeypatch):
+    """A checkpoint names the command that made it, and may be given away."""
+    monkeypatch.setattr("sys.argv", ["main.py", "--mirror=https://me:passw0rd@example.org/x"])
+    run = make_run(tmp_path)
+    save(run)
+    [checkpoint] = main.list_checkpoints(tmp_path)
+    assert checkpoint.command == ["main.py", "--mirror=https://example.org/x"]
+    assert b"passw0rd" not in checkpoint.metadata_path.read_bytes()
 
 
 def test_a_tokenizer_above_the_limit_of_a_header(tmp_path):
@@ -347,6 +358,22 @@ def test_retries_pause_longer_and_longer(tmp_path, monkeypatch, capsys):
     assert slept[-1] == 60
     announced = re.findall(r"retrying in (\d+) s. Press Ctrl\+C twice", capsys.readouterr().out)
     assert [*map(int, announced)] == slept
+
+
+def test_a_file_system_that_syncs_no_folder(tmp_path, monkeypatch):
+    """All is saved that can be: it must not be tried for ever."""
+    fsync = os.fsync
+
+    def no_folder(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", no_folder)
+    monkeypatch.setattr(time, "sleep", pytest.fail)
+    run = make_run(tmp_path)
+    save(run)
+    assert listed(tmp_path) == [run.checkpoint_id]
 
 
 def test_vanished_folder_is_made_again(tmp_path):

@@ -1,6 +1,7 @@
 """Tokenizers, streams of documents, splits of own text, and the cache of tokens on disk."""
 
 import ast
+import base64
 import fcntl
 import hashlib
 import io
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import unicodedata
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -313,6 +315,58 @@ def test_a_tokenizer_that_cannot_cope_with_a_text():
     model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
     with pytest.raises(UsageError, match="^this tokenizer cannot decode its ids: train with"):
         package_tokenizer(model, decoder=strip).decode([0])
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def in_sequence(name, *parts):
+    return {"type": "Sequence", name: list(parts)}
+
+
+DOUBLE = replace({"String": "a"}, "aa")
+LONG_TABLE = {
+    "type": "Precompiled",
+    "precompiled_charsmap": base64.b64encode(bytes(4) + b"a\0" + b"b" * 99 + b"\0").decode(),
+}
+GROWING = [
+    {"normalizer": in_sequence("normalizers", *[DOUBLE] * 30)},
+    {"normalizer": in_sequence("normalizers", *[in_sequence("normalizers", DOUBLE, DOUBLE)] * 4)},
+    {"normalizer": replace({"String": "a"}, "b" * 10**6)},
+    {"normalizer": replace({"Regex": "."}, "bc" * 50)},
+    {"normalizer": {"type": "Prepend", "prepend": "b" * 99}},
+    {"normalizer": LONG_TABLE},
+    {"pre_tokenizer": in_sequence("pretokenizers", *[{"type": "ByteLevel"}] * 9)},
+    {"decoder": in_sequence("decoders", *[DOUBLE] * 30)},
+]
+
+
+@pytest.mark.parametrize("part", GROWING, ids=range(len(GROWING)))
+def test_a_tokenizer_that_would_fill_the_memory(part):
+    """Thirty of its steps would make a billion characters of one."""
+    with pytest.raises(ValueError, match="more than 64 times as long"):
+        datasets.check_growth(part)
+
+
+def test_a_tokenizer_that_would_fill_the_memory_is_refused():
+    vocabulary = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    with pytest.raises(ValueError, match="more than 64 times as long"):
+        package_tokenizer(vocabulary, **GROWING[0])
+
+
+def test_what_tokenizers_in_use_do_to_a_text():
+    """T5's parts, Llama's and GPT-2's."""
+    table = "\ufdfa".encode() + b"\0" + unicodedata.normalize("NFKC", "\ufdfa").encode() + b"\0"
+    table = base64.b64encode(bytes(4) + table).decode()
+    t5 = [{"type": "Precompiled", "precompiled_charsmap": table}, replace({"Regex": " {2,}"}, "▁")]
+    metaspace = {"type": "Metaspace", "replacement": "▁"}
+    llama = [{"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁")]
+    datasets.check_growth(
+        {"normalizer": in_sequence("normalizers", *t5), "pre_tokenizer": metaspace}
+    )
+    datasets.check_growth({"normalizer": in_sequence("normalizers", *llama), "decoder": metaspace})
+    datasets.check_growth({"normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}})
 
 
 def test_the_end_token_that_a_tokenizer_is_told():
@@ -1393,6 +1447,78 @@ DAMAGE = {
     "other counts": change_entry("splits", "valid", {"num_bytes": 5}),
     "other CRC-32s": change_entry("crc32", "train", 5),
 }
+
+
+def forge(folder, change):
+    """Changes the dict in about.json, and then all checks to what is right."""
+    path = folder / "about.json"
+    about = json.loads(path.read_text())
+    del about["check"]
+    change(about)
+    for split in about["crc32"]:
+        if (folder / f"{split}.tokens").is_file():
+            about["crc32"][split] = datasets.crc32_of(folder / f"{split}.tokens")
+    path.write_text(json.dumps(about | {"check": datasets.check_of(about)}))
+
+
+def forge_entry(entry, name, value):
+    """A function that changes a dict in about.json, with the right checks."""
+
+    def change(about):
+        about[entry][name] = value
+
+    return lambda folder: forge(folder, change)
+
+
+def forge_tokens(folder):
+    """Writes an id that the tokenizer does not have."""
+    overwrite(folder / "train.tokens", 255)
+    forge(folder, lambda about: None)
+
+
+def add_token(folder):
+    with open(folder / "valid.tokens", "ab") as file:
+        file.write(b"\0")
+    forge(folder, lambda about: None)
+
+
+FORGED = {
+    "tokens": forge_tokens,
+    "half a token": add_token,
+    "fewer ids": forge_entry("tokenizer", "vocabulary", ["<eos>", "<unk>"]),
+    "no tokenizer": forge_entry("tokenizer", "kind", "x"),
+    "no bytes": forge_entry("splits", "valid", dict.fromkeys(["num_tokens"], 5)),
+    "a string": lambda folder: forge(folder, lambda about: about.update(splits="x")),
+    "no split": lambda folder: forge(folder, lambda about: about["splits"].pop("train")),
+    "a path": forge_entry("crc32", "../../../../x", 0),
+    "no stamps": lambda folder: forge(folder, lambda about: about.update(stamps=[])),
+    "no text": lambda folder: forge(folder, lambda about: about.update(text=[])),
+    "no sha256": lambda folder: forge(folder, lambda about: about.update(sha256=5)),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_forged_tokens_are_made_anew(tmp_path, paths, case):
+    """A stranger's folder may hold them: MLX would read ids that do not exist from anywhere."""
+    expected = tokens_of(load(tmp_path, paths))
+    FORGED[case](cache_of(tmp_path))
+    said = []
+    assert tokens_of(load(tmp_path, paths, say=said.append)) == expected
+    assert f"{cache_of(tmp_path)} is damaged" in said[0]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_folder_of_tokens_that_is_a_link(tmp_path, paths, depth):
+    """Files of the same names may lie where it leads."""
+    load(tmp_path, paths)
+    folder = [cache_of(tmp_path).parent, cache_of(tmp_path)][depth]
+    victim = tmp_path / "victim"
+    folder.rename(victim)
+    folder.symlink_to(victim)
+    before = whole(victim)
+    with pytest.raises(UsageError, match="is a link: delete it, or name another --data_dir"):
+        load(tmp_path, paths)
+    assert whole(victim) == before
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

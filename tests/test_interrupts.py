@@ -61,6 +61,37 @@ def test_second_signal_leaves_inside_a_long_step(tmp_path, text, number):
     assert not ids(tmp_path / "lm")
 
 
+SAVES_THAT_FAIL = """
+import errno
+import main
+
+def fail(run):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+main.write_checkpoint = fail
+main.sys.exit(main.main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_leaves_a_save_that_fails(tmp_path, text, number):
+    """A full disk is waited out for ever, but for that."""
+    line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm", "--data_dir", tmp_path / "data"]
+    process = start(*line, program=["-c", SAVES_THAT_FAIL], cwd=ROOT)
+    wait_for(process, "20/100,000 ")
+    process.send_signal(number)
+    assert "Press Ctrl+C or send SIGTERM again to exit" in wait_for(process, "No space left")
+    time.sleep(0.7)  # within half a second it would be the same request
+    assert process.poll() is None, "the first signal must not give the work up"
+    began = time.monotonic()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert time.monotonic() - began < 20, "it waited for the next try"
+    assert "Exited without saving" in err
+    assert not ids(tmp_path / "lm")
+
+
 SIGNALLED_BEFORE_ITS_FIRST_STEP = """
 import time
 import main

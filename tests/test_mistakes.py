@@ -22,6 +22,14 @@ LINES = [f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" fo
 LINE = "".join(LINES)
 
 
+def billion_laughs_merged():
+    """The same in mappings, which contain the one before."""
+    lines = ["a0: &a0 {dim: 8}"]
+    for i in range(1, 9):
+        lines.append(f"a{i}: &a{i} " + "{<<: [" + ", ".join([f"*a{i - 1}"] * 10) + "]}")
+    return "\n".join(lines) + "\n"
+
+
 def billion_laughs():
     """Lists of lists in YAML: a billion words, if its aliases were spelled out."""
     lines = ["text:", "- &a0 [" + ", ".join(["x"] * 10) + "]"]
@@ -56,6 +64,8 @@ FILES = {
     "null.yaml": "dimm:\n",
     "deep.yaml": "[" * 3000,
     "laughs.yaml": billion_laughs(),
+    "merged.yaml": billion_laughs_merged(),
+    "long.yaml": "dim: 8  #" + "x" * (1 << 20),
     "list.yaml": "- dim\n",
     "cut.yaml": "dim: [1\n",
     "empty.yaml": "",
@@ -243,7 +253,7 @@ def unknown_choices():
 MISTAKES = [
     # Flags that do not exist
     ("--batchsize 4", "--batchsize", "--batch_size?"),
-    ("--nun-iters 10", "--nun_iters", "--num_iters?"),
+    ("--nun-iters 10", "--nun-iters", "--num_iters?"),
     *names_of_others(),
     ("--block-size 8", "--block_size", "--block_size is --context_size here"),
     ("--n_layer 2 --lr 1", "--n_layer is --num_blocks here", "--lr is --learning_rate here"),
@@ -342,7 +352,10 @@ MISTAKES = [
         "--dataset and --text are mutually exclusive",
         "use one of them",
     ),
-    ("--config laughs.yaml", "--config", "text holds a list or a mapping"),
+    ("--config laughs.yaml", "--config", "it has an alias, like *a"),
+    ("--config merged.yaml", "--config", "it has an alias, like *a"),
+    ("--config long.yaml", "--config", "longer than 1,048,576 characters"),
+    ("--save_dir lm --cases laughs.yaml", "--cases", "it has an alias, like *a"),
     ("--list --identifier latest", "--identifier and --list are mutually exclusive", "use one"),
     (
         "--identifier latest --new_model",
@@ -725,6 +738,13 @@ def test_the_context_size_it_proposes_works(world, tmp_path, monkeypatch, capsys
     proposed = re.search(r"or --context_size (\d+)", err)[1]
     fails(capsys, [*line, "--context_size", int(proposed) + 1])
     assert main.main([*line, "--context_size", proposed]) == 0
+
+
+def test_no_context_size_is_proposed_for_a_single_token(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    line = ["--text", "short.txt", *TINY, "--num_iters", "1", "--save_dir", str(tmp_path / "lm")]
+    err = fails(capsys, [*line, "--train_tokens", "1", "--context_size", "1"])
+    assert err.endswith(": use a longer text\n")
 
 
 def test_a_run_that_another_process_trains(world, tmp_path, capsys):

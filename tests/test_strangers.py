@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import signal
+import tracemalloc
 from types import SimpleNamespace
 
 import main
@@ -330,6 +331,37 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(crafted, capsys):
     assert "more ids than its model" in capsys.readouterr().err
 
 
+def test_a_text_of_more_tokens_than_the_model_has(crafted, capsys):
+    """Its own tokenizer has few, but its flags name another, by which the text is read."""
+    crafted.record["config"] = crafted.record["config"] | {"vocab_size": 8}
+    crafted.set_tokenizer(CharTokenizer("ab").to_dict())
+    assert crafted.commands("resume", "evaluate") == {"resume": 1, "evaluate": 1}
+    assert "fewer embeddings than the text has tokens" in capsys.readouterr().err
+
+
+def test_a_context_that_does_not_fit_into_memory(crafted, capsys):
+    """MLX would be killed: sampling keeps keys and values for the whole context."""
+    crafted.set_record(
+        crafted.record | {"config": crafted.record["config"] | {"context_size": 2**25}}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "memory_size", lambda: 2**30)
+        assert crafted.commands("prompt") == {"prompt": 2}
+    assert "needs 8.0 GiB of memory, but" in capsys.readouterr().err
+
+
+def test_flags_of_strangers_do_nothing_to_the_terminal(crafted, capsys):
+    """They are listed where they tell runs apart, and when a run is resumed."""
+    assert crafted.commands("new") == {"new": 0}
+    escape = "\x1b]0;owned\x07"
+    crafted.set_record(crafted.record | {"flags": crafted.record["flags"] | {"teacher": escape}})
+    capsys.readouterr()
+    assert crafted.commands("list", "resume", "rerun")["list"] == 0
+    out, err = capsys.readouterr()
+    assert "owned" in out
+    assert "\x1b" not in out + err
+
+
 ARRAYS = [
     {"tokenizer": None},
     {"tokenizer": mx.array(5.0)},
@@ -357,6 +389,18 @@ ARRAYS = [
 def test_arrays_that_cannot_be(crafted, change):
     crafted.set_arrays(**change)
     crafted.commands("list", "prompt", "resume")
+
+
+def test_arrays_that_share_their_bytes(tmp_path):
+    """A small file could fill the memory."""
+    header = {}
+    for i in range(1000):
+        header[str(i)] = {"dtype": "U8", "shape": [1000], "data_offsets": [0, 1000]}
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(1000))
+    with open(path, "rb") as file, pytest.raises(main.UNREADABLE):
+        main.load_arrays(file)
 
 
 @pytest.mark.parametrize("flag_name", ["teacher", "init_from"])
@@ -469,6 +513,20 @@ def test_odd_logs_end_nothing(crafted, content):
     assert main.main([*crafted.line, *line]) == 0
     rows = (crafted.folder / "log.jsonl").read_text("latin-1").splitlines()[-2:]
     assert [json.loads(row)["iteration"] for row in rows] == [3, 4]
+
+
+def test_a_log_without_line_ends_is_not_read_whole(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"iteration": 1, "split": "train"}\n')
+        file.truncate(1 << 27)
+    tracemalloc.start()
+    try:
+        assert [row["iteration"] for _, row in main.read_log(path)] == [1]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 # ---- Names --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ The server is a real one on the loopback address, and it fails, stalls and limit
 
 import fcntl
 import contextlib
+import gzip
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -39,6 +41,9 @@ REPLIES = {
     "false": reply("false"),
     "empty list": reply("[]"),
     "deep": b"[" * 100_000,
+    "bomb": gzip.compress(bytes(1 << 26)),
+    "escapes": reply("\x1b]0;owned\x07"),
+    "echo": reply(f'"your key is {KEY}"'),
     "half": reply('"smile \\ud83d"'),  # of an emoji, which the model's token limit has cut
 }
 
@@ -49,6 +54,7 @@ class Server:
     def __init__(self, script=()):
         self.script = list(script)
         self.asked = []  # (path, Authorization, body)
+        self.sent = 0  # bytes of endless answers
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -65,6 +71,11 @@ class Server:
                 headers = {"Content-Length": str(len(data))}
                 if what == "stall":
                     sleep(2)
+                elif what == "endless":
+                    headers = {}
+                elif what == "endless redirect":
+                    status = 307
+                    headers = {"Location": f"{server.url}/chat/completions"}
                 elif what == "cut":
                     headers["Content-Length"] = str(len(data) + 5)
                 elif what == "key":  # where a message cut too early would keep its beginning
@@ -73,17 +84,33 @@ class Server:
                     headers["Content-Length"] = str(len(data))
                 elif isinstance(what, tuple):
                     status, more = what
-                    data = f"no, {authorization}".encode()
+                    what = "failure"
+                    data = f"no, {authorization}\x1b]0;owned\x07".encode()
                     headers["Content-Length"] = str(len(data))
                     headers |= more
-                elif what != "ok":
+                elif what not in ("ok", "trickle"):
                     data = REPLIES[what]
                     headers["Content-Length"] = str(len(data))
+                    if what == "bomb":
+                        headers["Content-Encoding"] = "gzip"
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(data)
+                with contextlib.suppress(OSError):  # the client may have had enough
+                    self.send_body(what, data)
+
+            def send_body(self, what, data):
+                if what.startswith("endless"):
+                    for _ in range(64):  # MiB
+                        self.wfile.write(bytes(1 << 20))
+                        server.sent += 1 << 20
+                elif what == "trickle":
+                    for byte in data:
+                        self.wfile.write(bytes([byte]))
+                        sleep(0.03)
+                else:
+                    self.wfile.write(data)
 
             def log_message(self, *_):
                 pass
@@ -256,6 +283,24 @@ def test_a_student_asks_for_what_it_began(tmp_path, text):
     assert "at iteration 2" in out
 
 
+def test_lines_of_prompts(tmp_path):
+    """As for main.py --prompts_file: a lone \\r, a \\f and so on are part of a prompt."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa\rb\r\n\nc\x0cd\u2028e\n".encode())
+    assert extras.collect.read_prompts(path) == ["a\rb", "", "c\x0cd\u2028e"]
+    path.write_bytes(b"\n")
+    assert extras.collect.read_prompts(path) == [""]
+
+
+def test_more_prompts_than_memory_should_hold(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\n" * (10**6 + 1))
+    with pytest.raises(UsageError, match="more than 1,000,000 lines"):
+        extras.collect.read_prompts(path)
+    path.write_bytes(b"\n" * 10**6)
+    assert len(extras.collect.read_prompts(path)) == 10**6
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -311,6 +356,49 @@ def test_a_server_that_stalls(tmp_path, pauses):
     assert "Timeout" in said[0]
 
 
+def test_a_server_that_trickles(tmp_path, pauses, monkeypatch):
+    """It never stalls, and would hold the client for days."""
+    monkeypatch.setattr(extras.collect, "LONGEST_WAIT", 0.5, raising=False)
+    with Server(["trickle"]) as server:
+        said = distill(server, tmp_path, PROMPTS[:1])
+    assert len(server.asked) == 2
+    assert len(said) == 2, "one failure, and the end"
+
+
+@pytest.mark.parametrize("what", ["endless", "endless redirect"])
+def test_an_endless_answer_is_not_read(tmp_path, pauses, what):
+    with Server([what]) as server:
+        said = distill(server, tmp_path, PROMPTS[:1])
+    assert len(server.asked) == 2
+    assert server.sent < 32 << 20  # sockets buffer some
+    if what == "endless":
+        assert "larger than 4,194,304 bytes" in said[0]
+    assert lines(tmp_path)[0]["completion"] == "echo tell me"
+
+
+def test_a_compressed_answer_is_not_unpacked_in_full(tmp_path, pauses):
+    """64 MiB in 64 KiB."""
+    assert len(REPLIES["bomb"]) < 1 << 17
+    tracemalloc.start()
+    try:
+        with Server(["bomb"]) as server:
+            said = distill(server, tmp_path, PROMPTS[:1])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(server.asked) == 2
+    assert "larger than" in said[0]
+    assert peak < 32 << 20
+
+
+def test_a_server_does_nothing_to_the_terminal(tmp_path, pauses):
+    retry = {"Retry-After": "\xb2"}  # a digit, for Python's isdigit
+    with Server(["escapes", (500, {"X": "y"}), (503, retry)]) as server:
+        said = distill(server, tmp_path, PROMPTS[:1])
+    assert len(server.asked) == 4
+    assert all(line.isprintable() for line in said)
+
+
 @pytest.mark.parametrize(
     "script, asked",
     [
@@ -352,6 +440,23 @@ def test_what_is_no_address(tmp_path, pauses, url, words):
         extras.collect.collect_answers(url, "gpt", PROMPTS, folder)
     assert not pauses
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "user:passw0rd@localhost/v1",
+        "http://user:passw0rd@localhost/v1",
+        "http://user:passw0rd@localhost:port/v1",
+        "http://user:passw0rd\\@localhost/v1",
+        "http://user:passw0rd@local host/v1",
+        "http://user:passw0rd/x@localhost/v1",
+    ],
+)
+def test_a_password_in_an_address_is_not_shown(tmp_path, pauses, url):
+    with pytest.raises(UsageError) as error:
+        extras.collect.collect_answers(url, "gpt", PROMPTS, tmp_path / "out")
+    assert "passw0rd" not in str(error.value)
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\r\nHost: x", f"{KEY}ü", f"{KEY}\x00"])
@@ -555,6 +660,12 @@ def test_no_part_of_the_key_is_shown(tmp_path, pauses):
         distill(server, tmp_path)
     assert KEY[:6] not in str(error.value)
     assert "***" in str(error.value)
+
+
+def test_a_key_that_the_server_repeats_is_not_saved(tmp_path, pauses):
+    with Server(["echo"]) as server:
+        distill(server, tmp_path, PROMPTS[:1])
+    assert lines(tmp_path)[0]["completion"] == "your key is ***"
 
 
 def test_limit_of_requests(tmp_path, pauses):

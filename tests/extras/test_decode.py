@@ -19,7 +19,7 @@ from datasets import ByteTokenizer, UsageError
 from mlx.utils import tree_flatten, tree_unflatten
 from test_sampling import DISTRIBUTIONS
 
-from extras.results import append_lines
+from extras.results import append_lines, json_line
 from extras.decode import SAMPLING_FLAGS, BatchDecoder, SpeculativeDecoder, answer_batch
 
 
@@ -295,6 +295,14 @@ def test_prompts_end_before_the_stop(model, stop, tmp_path):
     assert any(len(line["tokens"]) < 12 for line in lines) or stop == "e o"
 
 
+def test_no_control_character_is_written_raw():
+    """The lines may go to a terminal."""
+    content = {"prompt": "a\tb\x1b]0;x\x07\x7f\x9b2Jé\ud800"}
+    line = json_line(content)
+    assert line.decode().isprintable()
+    assert json.loads(line) == content
+
+
 def test_a_stop_that_is_not_utf8(byte_model, tmp_path):
     """It never comes, and is a string of JSON all the same."""
     for _ in range(2):  # the second one finds all prompts answered
@@ -302,6 +310,22 @@ def test_a_stop_that_is_not_utf8(byte_model, tmp_path):
         for line in lines:
             assert line["stop"] == "\udcff"
             assert len(line["tokens"]) == 12
+
+
+@pytest.mark.parametrize("stop", ["\ufffd", "ü", "\ufffdx"])
+@pytest.mark.parametrize("data", ["für".encode(), b"f\xc3x", b"f\xff", b"f\xc3"])
+def test_a_stop_that_stands_for_half_a_character(stop, data):
+    """Together and alone alike: the first half of a character is not yet one that is invalid."""
+
+    def rows(token):  # of logits: after each byte of the data, the next one
+        rest = data[data.find(token) + 1 :]
+        return [float(i == (rest[0] if rest else ord("."))) for i in range(257)]
+
+    tokenizer = ByteTokenizer()
+    values = flags(max_tokens=len(data) - 1, stop=stop, temperature=0, top_k=0)
+    [line] = answer_batch(Script(rows), tokenizer, [{"prompt": "f", "seed": 1}], values)
+    alone = main.Conversation(tokenizer, Script(rows)).reply("f", values, 1)
+    assert line["completion"] == "".join(alone)
 
 
 def test_the_search_for_the_stop_decodes_each_token_a_few_times(byte_model, monkeypatch):

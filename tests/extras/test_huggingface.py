@@ -390,6 +390,15 @@ def test_damaged_weights_cannot_be_imported(tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "x.safetensors"])
+def test_a_pipe_is_not_waited_at(tmp_path, name):
+    export_model(make_model(), TOKENIZERS["byte"], tmp_path, None)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UsageError, match=f"{name} is not a regular file"):
+        import_model(tmp_path)
+
+
 def test_a_tokenizer_of_more_ids_than_the_model_has(tmp_path):
     """Ids without an embedding would be read from whatever lies behind the last one."""
     export_model(make_model(256), TOKENIZERS["byte"], tmp_path / "few", None)
@@ -427,6 +436,17 @@ def test_a_checkpoint_comes_back_as_it_was(base, tmp_path):
     for name, weight in tree_flatten(model.parameters()):
         assert mx.array_equal(weight, theirs.pop(name))
     assert not theirs
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="has no such names")
+def test_a_folder_whose_name_is_not_utf8(tmp_path):
+    """MLX would not find it."""
+    folder = tmp_path / os.fsdecode(b"hf\xff")
+    model = make_model()
+    export_model(model, TOKENIZERS["byte"], folder, None)
+    found, _, _ = import_model(folder)
+    ours = logits_of(model, range(20))
+    np.testing.assert_allclose(logits_of(found, range(20)), ours, atol=1e-6)
 
 
 @pytest.mark.parametrize("flag", ["--teacher", "--init_from"])

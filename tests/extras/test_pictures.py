@@ -80,7 +80,7 @@ def test_losses(trained, figures, count):
     by_iteration, by_minute = figures[0].axes
     wanted = list(itertools.product(folders, ["train", "valid"]))
     labels = [line.get_label() for line in by_iteration.lines]
-    assert labels == [f"{folder.name} {split}" for folder, split in wanted]
+    assert labels == [f"{split} {folder.name}" for folder, split in wanted]
     for axis, column, unit in ((by_iteration, "iteration", 1), (by_minute, "seconds", 60)):
         for line, (folder, split) in zip(axis.lines, wanted):
             points = []
@@ -90,6 +90,14 @@ def test_losses(trained, figures, count):
                     points.append([row[column] / unit, row["loss"]])
             assert points
             assert line.get_xydata().tolist() == points
+
+
+def test_a_run_whose_name_begins_with_an_underscore(tmp_path, figures):
+    """Whoever renames it so wants to see it in the legend, too."""
+    make_log(tmp_path / "_x", written(10, 1.5, 60), "")
+    pictures.plot_runs([tmp_path / "_x"], "x.png")
+    [legend] = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["train _x", "valid _x"]
 
 
 @pytest.mark.parametrize("cut", [
@@ -135,8 +143,7 @@ def test_damaged_rows_are_skipped(tmp_path, row):
     (tmp_path / "folder" / "log.jsonl").mkdir(parents=True)
     pictures.plot_runs([tmp_path / "run", tmp_path / "folder"], tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    rows = [row for _, row in main.read_log(path)]
-    columns = pictures.columns_of(rows, "train")
+    columns = pictures.columns_of(path, "train")
     assert columns.tolist() == [[10, 30], [60, 180], [1.5, 1.25]]
 
 
