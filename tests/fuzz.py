@@ -23,7 +23,6 @@ import argparse
 import base64
 import copy
 import gc
-import gzip
 import hashlib
 import importlib
 import inspect
@@ -43,6 +42,7 @@ import textwrap
 import threading
 import time
 import traceback
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -322,8 +322,7 @@ class Templates:
         for name, flags in RUNS.items():
             flags = [str(tokenizer) if each == "TOKENIZER" else each for each in flags]
             before = set(save.glob("*")) if save.exists() else set()
-            origin = [] if name in ("lora", "taught") else TINY
-            command = [*origin, *flags, "--text", text, "--num_iters", 2, "--save_dir", save]
+            command = [*TINY, *flags, "--text", text, "--num_iters", 2, "--save_dir", save]
             in_a_fork(main.main, [*map(str, command), "--new_model"])
             [made] = set(save.glob("text-*")) - before
             self.runs[name] = read_run(made)
@@ -333,7 +332,15 @@ class Templates:
         in_a_fork(main.main, [*map(str, export)])
         self.hf = {path.name: path.read_bytes() for path in sorted((folder / "hf").iterdir())}
         self.log = (save / "good" / "log.jsonl").read_bytes()
-        self.bomb = gzip.compress(bytes(400 << 20), 1)
+        self.bomb = make_bomb(400 << 20)
+
+
+def make_bomb(size):
+    """Gzip of so many zeros, made in pieces: this process stays small."""
+    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+    piece = bytes(1 << 20)
+    pieces = [packer.compress(piece) for _ in range(size >> 20)]
+    return b"".join([*pieces, packer.flush()])
 
 
 def in_a_fork(function, *arguments):
@@ -1262,6 +1269,11 @@ def skip_pauses():
     time.sleep = sleep
 
 
+def memory_in_use():
+    """Bytes of memory of this process, which a fork begins with."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def limit_itself():
     """Sets limits on this process beyond what the one before it needs."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -1392,7 +1404,7 @@ def play(name, folder, templates, plant=None):
     case.family = family.__name__
     before = snapshot(folder)
     sys.stdout.flush()
-    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    baseline = memory_in_use()
     pid = os.fork()
     if pid == 0:
         be_a_case(case, plant)
