@@ -453,7 +453,8 @@ def use_checkpoint(case, *names, name="stranger"):
     folders = ["--save_dir", "save", "--data_dir", "data"]
     one = ["--identifier", chance.choice((name, name, name, "latest", "best"))]
     mine = ["save/NEW", f"save/{name}"]
-    begin = ["--text", "text.txt", "--num_iters", "1", "--new_model"]
+    briefly = ["--max_tokens", "4", "--num_iters"]
+    begin = ["--text", "text.txt", *briefly, "1", "--new_model"]
     text = chance.choice(PROMPTS)
     sampling = ["--max_tokens", "5", *chance.choice(SAMPLING).split()]
     (case.work / "cases.yaml").write_text("- {prompt: the, expected: fox}\n")
@@ -464,8 +465,8 @@ def use_checkpoint(case, *names, name="stranger"):
         "prompt": ([*one, f"--prompt={text}", *sampling], [], None),
         "latest": ([f"--prompt={text}", *sampling], [], None),
         "evaluate": ([*one, "--evaluate", "valid"], [], None),
-        "resume": ([*one, "--num_iters", "3"], [*mine, "save/good"], None),
-        "rerun": (["--num_iters", "3"], [*mine, "save/good"], None),
+        "resume": ([*one, *briefly, "3"], [*mine, "save/good"], None),
+        "rerun": ([*briefly, "3"], [*mine, "save/good"], None),
         "export": ([*one, "--export", chance.choice(("out", "out.gguf"))], ["out"], None),
         "init_from": (["--init_from", name, *begin], ["save/NEW"], None),
         "lora": (["--init_from", name, "--lora_rank", "2", *begin], ["save/NEW"], None),
@@ -475,7 +476,7 @@ def use_checkpoint(case, *names, name="stranger"):
         "prompts": ([*one, "--prompts_file", "prompts.txt", "--output", "out", *sampling], ["out"], None),
         "plot": (["--plot", "out.svg"], ["out.svg"], None),
         # A good run goes on, or a new one begins, whatever lies beside.
-        "good": (["--identifier", "good", "--num_iters", "3"], ["save/good"], good),
+        "good": (["--identifier", "good", *briefly, "3"], ["save/good"], good),
         "new": ([*TINY, *begin, "--tokenizer", "byte"], ["save/NEW"], good),
     }
     weights = {"plot": 0.2, "list": 2, "prompt": 4, "resume": 3, "good": 0.6, "new": 0.6}
@@ -647,7 +648,10 @@ def odd_names(case):
     path = case.plant("stranger", case.record("good") | {"saved": 1.8e9})
     name = case.chance.choice(NAMES)
     os.rename(path.parent, os.path.join(case.save, name))
+    case.writes.append(f"work/save/{name}")
     use_checkpoint(case, "list", "list", "latest", "rerun", "cases", "plot", "new", "prompt")
+    if "--num_iters" not in case.arguments or "--new_model" in case.arguments:
+        case.writes.remove(f"work/save/{name}")
 
 
 def odd_links(case):
@@ -671,8 +675,6 @@ def odd_links(case):
             os.mkfifo(victim)
         elif action == 1:
             victim.mkdir()
-        elif action == 2:
-            os.link(case.folder / "beside/secret.txt", victim)
         else:
             victim.symlink_to(chance.choice(targets))
     if chance.random() < 0.2:
@@ -845,6 +847,7 @@ def hf_folders(case):
             (folder / name).symlink_to(case.folder / "beside/secret.txt")
     flag_name = chance.choice(("--init_from", "--init_from", "--teacher"))
     arguments = [flag_name, "hf", "--text", "text.txt", "--num_iters", "1", "--batch_size", "2"]
+    arguments += ["--max_tokens", "4"]
     if flag_name == "--teacher":
         arguments += TINY
     elif chance.random() < 0.3:
@@ -1429,6 +1432,7 @@ def warm_up():
         importlib.import_module(name)
     importlib.import_module("matplotlib.backends.backend_svg")
     main.make_parser()
+    main.mx.disable_compile()  # for steps as small as here, loading what is compiled takes longer
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         os.environ.pop(name, None)
         os.environ.pop(name.upper(), None)
