@@ -76,6 +76,11 @@ def one_line(error):
     return CONTROLS.sub("\ufffd", " ".join(str(error).split()))
 
 
+def without_passwords(text):
+    """`text` without the names and passwords in the addresses that it holds."""
+    return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
+
+
 def run_command(name, function, *arguments):
     """Calls `function(*arguments)` and returns the exit status of the program `name`.
 
@@ -338,16 +343,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UsageError(f"{message} (--help lists all flags)")
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Takes --num-iters for --num_iters, too."""
+        return super().parse_known_args([self.underscored(each) for each in args], namespace)
 
-def underscored(argument):
-    """An argument; if it is a flag, hyphens in its name become underscores."""
-    name, equals, value = argument[2:].partition("=")
-    if not argument.startswith("--") or " " in name:  # argparse, too, takes this for a value
-        return argument
-    name = name.replace("-", "_")
-    if name.startswith("no_"):
-        name = name.replace("_", "-", 1)
-    return f"--{name}{equals}{value}"
+    def underscored(self, argument):
+        """An argument; if it is a flag of this parser written with hyphens, it gets underscores."""
+        name, equals, value = argument.partition("=")
+        name = "--" + name[2:].replace("-", "_")
+        name = name.replace("--no_", "--no-")
+        is_flag = argument.startswith("--") and name in self._option_string_actions
+        return f"{name}{equals}{value}" if is_flag else argument
 
 
 def refuse_empty(name, value):
@@ -802,9 +808,9 @@ def fetch(file, addresses, folder, mirror=None, say=print):
                     done = "Copied"
                     copy(user_path(source), part, file)
             except (OSError, ValueError) as error:
-                reasons.append(f"{source}: {error}")
+                reasons.append(without_passwords(f"{source}: {error}"))
                 continue
-            say(f"{done} {source} ({file.size:,} bytes, verified) to {path}")
+            say(f"{done} {without_passwords(source)} ({file.size:,} bytes, verified) to {path}")
             return part.replace(path)
     raise RunError(
         f"{file.name} could not be downloaded ({'; '.join(reasons)}). Put it at {path} by hand "
@@ -898,7 +904,14 @@ def request_from(address, start):
     }
     if start:
         headers["Range"] = f"bytes={start}-"
-    return requests.get(address, headers=headers, stream=True, timeout=30)  # seconds
+    hooks = {"response": close_redirect}
+    return requests.get(address, headers=headers, stream=True, timeout=30, hooks=hooks)  # seconds
+
+
+def close_redirect(response, **_):
+    """A hook for requests: drops the body of a redirect, which it would read however long it is."""
+    if response.is_redirect:
+        response.close()
 
 
 def receive(response, part, start, size):
@@ -1817,8 +1830,8 @@ def parse(arguments):
         type=user_path,
         help="write the tokenizer as a tokenizer.json",
     )
-    arguments = [underscored(argument) for argument in arguments]
-    if any(argument.partition("=")[0] == "--distill_from" for argument in arguments):
+    names = [argument.partition("=")[0].replace("-", "_") for argument in arguments]
+    if "__distill_from" in names:
         raise UsageError(
             "--distill_from is a flag of another command: python -m extras.collect "
             "--distill_from URL --teacher_model NAME --teacher_prompts FILE --output DIR"

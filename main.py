@@ -68,8 +68,8 @@ from tqdm import tqdm
 from datasets import CONTROLS, CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser
 from datasets import RunError, UsageError, choice, explained, extra, flag, load_dataset, no_follow
 from datasets import number, one_line, open_data_dir, refuse_empty, remove_leftovers, replacing
-from datasets import repair_streams, run_command, sync, tokenizer_from_dict, underscored, user_path
-from datasets import utf8
+from datasets import repair_streams, run_command, sync, tokenizer_from_dict, user_path
+from datasets import utf8, without_passwords
 
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
 
@@ -1317,7 +1317,7 @@ class Checkpoint:
     parameters: int  # of the whole model
     tokens_sha256: str  # of training text and tokenizer
     uses: dict  # the models that resuming needs: {"init_from" or "teacher": [place, id]}
-    command: list  # sys.argv
+    command: list  # sys.argv, without passwords
     sources: dict  # {file of this program: SHA1}
     versions: dict  # what the last bits depend on, see list_versions
     # Progress: the fields of a Run and of its Batches with the same names.
@@ -1612,15 +1612,20 @@ def sha1_of(file, stated=BLANK):
 def load_arrays(file):
     """The arrays of an open safetensors file, {name: array}; MLX reads them when evaluated.
 
+    Raises UNREADABLE.
+
     MLX reopens it by its descriptor: the name may be gone, and MLX accepts only UTF-8 names. The
     file object itself is not passed: an MLX thread would release it at an arbitrary time, which
     at exit would abort Python.
     """
     # On macOS, what MLX opens by the descriptor's number shares its position. The first line
     # empties the buffer, in which the second one might only move.
-    file.seek(0, os.SEEK_END)
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    return mx.load(f"/dev/fd/{file.fileno()}", format="safetensors")
+    arrays = mx.load(f"/dev/fd/{file.fileno()}", format="safetensors")
+    if sum(array.nbytes for array in arrays.values()) > size:
+        raise ValueError("its arrays overlap")  # a small file could fill the memory
+    return arrays
 
 
 def read_checkpoint(metadata_path):
@@ -1782,7 +1787,7 @@ def describe_run(run, checkpoint_id, saved):
         parameters=sum(weight.size for _, weight in tree_flatten(run.model.parameters())),
         tokens_sha256=run.dataset.sha256,
         uses=run.uses,
-        command=sys.argv,
+        command=[without_passwords(argument) for argument in sys.argv],
         sources=run.sources,
         versions=run.versions,
         epoch=run.batches.epoch,
@@ -2350,6 +2355,9 @@ def start_notices(run, ranks):
             f"--lr_warmup {flags.lr_warmup} is not shorter than the run: the learning rate never "
             "reaches its peak."
         )
+    for name, (other, values) in NEEDS.items():
+        if name in flags.given and getattr(flags, other) not in values:
+            yield f"--{name} has no effect with --{other} {getattr(flags, other)}."
     if flags.dtype != run.versions["dtype"]:
         yield (
             "--dtype bfloat16 would be slower here: it needs AVX-512 BF16 or AMX, extras/fast.py "
@@ -2760,6 +2768,14 @@ REQUIRES = {
     "eval_stride": ["evaluate"],
 }
 
+DECAYING = [name for name in SCHEDULES if name != "constant"]
+# A flag on the left has an effect only if the other one has one of these values.
+NEEDS = {
+    "min_lr": ("lr_schedule", DECAYING),
+    "lr_cooldown": ("lr_schedule", DECAYING),
+    "vocab_size": ("tokenizer", ["bpe"]),
+}
+
 
 @functools.cache
 def make_parser():
@@ -2787,7 +2803,7 @@ def make_parser():
 
 def parse(arguments):
     """The flags passed, {flag: value}. Raises UsageError, which suggests similar flags."""
-    values, unknown = make_parser().parse_known_args([underscored(each) for each in arguments])
+    values, unknown = make_parser().parse_known_args(arguments)
     if unknown:
         hints = []
         for argument in unknown:

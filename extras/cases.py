@@ -111,10 +111,12 @@ def score_case(model, tokenizer, prompt, expected, top_k):
     top: the `top_k` most likely first tokens;
     passed: whether the rank is at most `top_k` and the vocabulary covers the whole continuation.
 
-    Both texts are truncated on the left to fit the context.
+    rank and probability are None if the continuation has no token, like a space among words. Both texts are truncated on the left to fit the context.
     """
     context_size = model.config.context_size
-    expected_ids = first_ids(tokenizer, expected)[-context_size:]
+    expected_ids = tokenizer.encode(expected).tolist()[-context_size:]
+    if not expected_ids:
+        return {"rank": None, "probability": None, "top": [], "passed": False}
     text = first_ids(tokenizer, prompt) + expected_ids
     # The last token is not an input: nothing is expected after it.
     inputs = text[-context_size - 1 : -1]
@@ -142,7 +144,8 @@ def print_result(result):
     """Prints a line of the table: pass or fail, rank, probability, case, most likely tokens."""
     verdict = "pass" if result["passed"] else "FAIL"
     probability = "-" if result["probability"] is None else f"{result['probability']:.2e}"
-    numbers = f"{result['rank']:>6,} {probability:>9}"
+    rank = "-" if result["rank"] is None else f"{result['rank']:,}"
+    numbers = f"{rank:>6} {probability:>9}"
     case = f"{result['prompt'][-24:]!r} {result['expected'][:16]!r}"
     top = " ".join(repr(text) for text in result["top"])
     line = f"  {verdict} rank {numbers}  {case}: {top}"

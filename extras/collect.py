@@ -19,8 +19,10 @@ if __name__ == "__main__":
     # `python extras/collect.py` looks for modules in extras/ instead of the folder above.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import contextlib
 import json
 import os
+import re
 import time
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -30,17 +32,20 @@ from datasets import (
     Parser,
     RunError,
     UsageError,
+    close_redirect,
     explained,
+    one_line,
     refuse_empty,
     repair_streams,
     run_command,
-    underscored,
     user_path,
     utf8,
 )
 from extras.results import append_lines, json_line, write_whole
 
 PAUSES = (1, 2, 4, 8, 16, 32, 60)  # seconds between the attempts for one prompt
+LONGEST_WAIT = 900  # seconds for a whole answer, from a server that never quite stalls
+LARGEST_ANSWER = 4 << 20  # bytes: a million tokens
 # The files of --output.
 ANSWERS = "answers.jsonl"
 CORPUS = "corpus.txt"
@@ -91,7 +96,7 @@ def make_parser():
 
 def main(arguments):
     """Collects a corpus as these arguments specify. Raises UsageError or RunError."""
-    flags = make_parser().parse_args([underscored(argument) for argument in arguments])
+    flags = make_parser().parse_args(arguments)
     for name, value in vars(flags).items():
         refuse_empty(name, value)
     source = Path(flags.teacher_prompts)
@@ -138,13 +143,29 @@ def read_prompt(line):
     return "".join(parts)
 
 
+@contextlib.contextmanager
+def seconds_at_most(seconds):
+    """Raises TimeoutError if the block takes longer. For the main thread, which gets the alarm."""
+
+    def stop(*_):
+        raise TimeoutError(f"no whole answer in {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def collect_answers(url, model, prompts, folder, max_requests=1000, timeout=120, say=print):
     """Collects answers of `model` from a server with OpenAI's chat completions API.
 
     Each answer becomes a line of JSON (prompt, model, completion) in folder/answers.jsonl; at the
     end, all prompts and answers are written to folder/corpus.txt, for --text. At most
     `max_requests` requests are made; the next call resumes. The key (see find_key) is never written
-    anywhere. timeout: seconds to wait for the server's next byte.
+    anywhere. timeout: seconds to wait for the server's next byte. For the main thread alone.
 
     Raises UsageError if the address, the key or the folder cannot be used, or if answers.jsonl
     holds other lines or is being written by another process; RunError if one of its lines is
@@ -215,22 +236,28 @@ def check_address(url):
     """
     import requests
 
+    # No message shows the address: a password in it would be shown, too.
     # requests would take the `localhost` in `localhost:8000` for a scheme.
     if not url.lower().startswith(("http://", "https://")):
-        raise UsageError(f"--distill_from {url}: give the address with http:// or https://")
+        raise UsageError("--distill_from: give the address with http:// or https://")
     # Some parsers end the host at a backslash, and drop line ends and tabs.
     if "\\" in url or not url.isprintable():
         raise UsageError(
-            f"--distill_from {url!a} holds a backslash or a control character: "
-            "give the address without it"
+            "--distill_from holds a backslash or a control character: give the address without it"
         )
-    with explained(f"--distill_from {url} is not a valid address", ValueError):
-        address = requests.Request("POST", f"{url.rstrip('/')}/chat/completions").prepare().url
-        parts = urlsplit(address)
-    if "@" in parts.netloc:
+    if re.match("[^/]*//[^/?#]*@", url):
         raise UsageError(
             "--distill_from takes no name or password in the address: "
             "set TEACHER_API_KEY to the key"
+        )
+    try:
+        address = requests.Request("POST", f"{url.rstrip('/')}/chat/completions").prepare().url
+        parts = urlsplit(address)
+    except ValueError:
+        parts = None
+    if parts is None or "@" in parts.netloc:
+        raise UsageError(
+            "--distill_from is not a valid address: give one like http://localhost:8000/v1"
         )
     return address
 
@@ -302,30 +329,43 @@ class Teacher:
 
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
         try:
-            response = requests.post(
-                self.address, json=body, auth=self.authorize, timeout=self.timeout
-            )
-        except (requests.RequestException, ValueError) as error:
+            with seconds_at_most(LONGEST_WAIT), self.post(body) as response:
+                content = read_answer(response)
+        except (requests.RequestException, ValueError, OSError) as error:
             reason = self.masked(f"{type(error).__name__}: {error}")
             # Retrying does not help with an invalid header or address (ours or a redirect's).
             is_final = isinstance(error, (ValueError, requests.TooManyRedirects))
             return Reply(None, reason, is_temporary=not is_final)
-        wait = 0
-        try:
-            wait = seconds_asked_for(response)
-            status = response.status_code
-            if status == 200:
-                content = response.json()["choices"][0]["message"]["content"]
-                if content is None:  # the model has said nothing
-                    content = ""
-                if not isinstance(content, str):
-                    raise TypeError("its content is not a string")
-                return Reply(utf8(content))  # a token limit may have split a character
-            reason = self.masked(f"status {status}: {response.text}")
+        wait = seconds_asked_for(response)
+        status = response.status_code
+        if status != 200:
+            reason = self.masked(f"status {status}: {content.decode(errors='replace')}")
             return Reply(None, reason, status >= 500 or status in TEMPORARY, wait)
+        try:
+            if len(content) > LARGEST_ANSWER:
+                raise ValueError(f"it is larger than {LARGEST_ANSWER:,} bytes")
+            text = json.loads(content)["choices"][0]["message"]["content"]
+            if text is None:  # the model has said nothing
+                text = ""
+            if not isinstance(text, str):
+                raise TypeError("its content is not a string")
+            return Reply(utf8(text))  # a token limit may have split a character
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             reason = self.masked(f"{type(error).__name__}: {error}")
             return Reply(None, reason, wait=wait)
+
+    def post(self, body):
+        """The response to a request, whose body is not read yet."""
+        import requests
+
+        return requests.post(
+            self.address,
+            json=body,
+            auth=self.authorize,
+            timeout=self.timeout,
+            hooks={"response": close_redirect},
+            stream=True,
+        )
 
     def authorize(self, request):
         """Adds the key to a request; ~/.netrc would replace one among the headers of `post`."""
@@ -338,13 +378,23 @@ class Teacher:
         # A server may echo the key. Mask it before truncating, which might leave a part of it.
         if self.key:
             reason = reason.replace(self.key, "***")
-        return " ".join(reason[:240].split())
+        return one_line(reason[:240])
+
+
+def read_answer(response):
+    """The body of a response, unpacked, of which a little more than LARGEST_ANSWER is read."""
+    content = bytearray()
+    for chunk in response.iter_content(1 << 16):
+        content += chunk
+        if len(content) > LARGEST_ANSWER:
+            break
+    return bytes(content)
 
 
 def seconds_asked_for(response):
     """The seconds in a response's Retry-After, up to ten minutes; 0 if it has none."""
     asked = response.headers.get("Retry-After", "")
-    return min(int(asked), 600) if asked.isdigit() else 0
+    return min(int(asked), 600) if re.fullmatch("[0-9]{1,9}", asked) else 0
 
 
 if __name__ == "__main__":

@@ -264,8 +264,9 @@ def answer_batch(model, tokenizer, jobs, flags):
         if not flags.stop:
             continue
         for i, token in enumerate(ids):
+            # What stands for an incomplete character, U+FFFD, may be a --stop, but is no text yet.
             written[i] += detokenizers[i].add(token)
-            if stopped[i] is None and flags.stop in written[i] + detokenizers[i].rest():
+            if stopped[i] is None and flags.stop in written[i]:
                 stopped[i] = len(texts[i])
         if None not in stopped:
             break

@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from datasets import PackageTokenizer, UsageError, explained, extra, replacing, user_path
-from main import DEFAULTS, Config, LanguageModel, sha1_of
+from main import DEFAULTS, Config, LanguageModel, load_arrays, sha1_of
 
 # Their name for a model with our (mlp, qk_norm); the others have no counterpart.
 COUNTERPARTS = {
@@ -144,7 +144,9 @@ def read_weights(files):
     """All arrays of these safetensors files by name, as float32."""
     weights = {}
     for file in files:
-        for name, weight in mx.load(str(file)).items():
+        with open(file, "rb") as opened:
+            arrays = load_arrays(opened)
+        for name, weight in arrays.items():
             if name.endswith("rotary_emb.inv_freq"):  # older folders hold RoPE's speeds, too
                 continue
             if weight.dtype not in (mx.float32, mx.float16, mx.bfloat16):

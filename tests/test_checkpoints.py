@@ -176,6 +176,16 @@ def test_load_is_the_identity(tmp_path):
     assert save(run) == save(other) != checkpoint_id
 
 
+def test_no_password_is_saved(tmp_path, monkeypatch):
+    """A checkpoint names the command that made it, and may be given away."""
+    monkeypatch.setattr("sys.argv", ["main.py", "--mirror=https://me:passw0rd@example.org/x"])
+    run = make_run(tmp_path)
+    save(run)
+    [checkpoint] = main.list_checkpoints(tmp_path)
+    assert checkpoint.command == ["main.py", "--mirror=https://example.org/x"]
+    assert b"passw0rd" not in checkpoint.metadata_path.read_bytes()
+
+
 def test_a_tokenizer_above_the_limit_of_a_header(tmp_path):
     """MLX reads no header of 100 MB, so the tokenizer must not be in it."""
     words = [f"{i:010000}" for i in range(10_100)]

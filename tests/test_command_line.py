@@ -186,6 +186,24 @@ def test_hyphens_are_as_good_as_underscores(tmp_path):
     assert main.read_command_line([*line, "--config", str(path)]) == expected
     values = ["--prompt", "-- a well-known query", "--stop", "--- end-of-x"]
     assert main.read_command_line(values) == {"prompt": values[1], "stop": values[3]}
+    values = ["--prompt", "--foo-bar=1 x", "--stop", "--foo-bar x"]
+    assert main.read_command_line(values) == {"prompt": values[1], "stop": values[3]}
+
+
+IDLE = [
+    ("--min_lr 1e-5", "--min_lr has no effect with --lr_schedule constant."),
+    ("--lr_cooldown 0.5", "--lr_cooldown has no effect with --lr_schedule constant."),
+    ("--vocab_size 300", "--vocab_size has no effect with --tokenizer byte."),
+    ("--min_lr 1e-5 --lr_cooldown 0.5 --lr_schedule linear", None),
+    ("--vocab_size 300 --tokenizer bpe", None),
+]
+
+
+@pytest.mark.parametrize("line, notice", IDLE)
+def test_a_flag_without_an_effect_is_named(line, notice, text, tmp_path):
+    out, _ = run("--text", text, *TINY, "--num_iters", 1, *line.split(), "--save_dir", tmp_path)
+    found = [each for each in out.splitlines() if "has no effect" in each]
+    assert found == ([notice] if notice else [])
 
 
 def test_paths_in_a_home(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ BIG = random.Random(0).randbytes(3 << 20)
 PAGE = b"<!doctype html><p>This domain is for sale.</p>"
 
 # The status of a request by the behaviour of the server; 200 or 206 for the others.
-STATUSES = {"absent": 404, "busy": 503, "moved": 301, "redirect": 302, "astray": 302}
+STATUSES = {"absent": 404, "busy": 503, "moved": 301, "redirect": 302, "astray": 302, "endless-redirect": 302}
 FIRST_STATUSES = {"slow": 429, "trouble": 503}  # of the first request alone
 
 
@@ -66,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_body(request, body[: max(0, stop)])
             if behaviour == "wait" and not tries:
                 server.go_on.wait(20)
-            if behaviour == "endless":
+            if behaviour.startswith("endless"):
                 for _ in range(64):  # MiB, far more than sockets buffer
                     self.wfile.write(bytes(1 << 20))
         except OSError:
@@ -80,13 +80,13 @@ class Handler(BaseHTTPRequestHandler):
         return STATUSES.get(behaviour, 200)
 
     def send_headers(self, behaviour, name, status, first, length, total):
-        if behaviour != "endless":
+        if not behaviour.startswith("endless"):
             self.send_header("Content-Length", str(length))
         if status == 206:
             self.send_header("Content-Range", f"bytes {first}-{total - 1}/{total}")
         if behaviour == "html":
             self.send_header("Content-Type", "text/html; charset=utf-8")
-        if behaviour == "redirect":
+        if behaviour in ("redirect", "endless-redirect"):
             self.send_header("Location", f"/good/{name}")
         if behaviour == "astray":
             self.send_header("Location", "http://[::1/")
@@ -249,6 +249,32 @@ def test_endless_answer_is_cut_off(server, folder):
     fail_to_fetch(folder, endless, match=f"/endless/corpus.txt: more than {len(CONTENT):,} bytes")
     assert server.hung_up.wait(10)
     fetch(folder, endless, f"{server.base}/good/")
+
+
+def test_endless_redirect_is_not_read(server, folder):
+    fetch(folder, f"{server.base}/endless-redirect/")
+    assert server.hung_up.wait(20), "its body was received to the end"
+
+
+@pytest.mark.parametrize("behaviour", ["good", "absent", "astray"])
+def test_a_password_in_an_address_is_not_shown(server, folder, behaviour):
+    said = []
+    address = server.base.replace("://", "://user:passw0rd@")
+    mirror = f"{address}/{behaviour}"
+    if behaviour == "good":
+        datasets.fetch(CORPUS, [], folder, mirror, said.append)
+    else:
+        with pytest.raises(RunError) as error:
+            datasets.fetch(CORPUS, [], folder, mirror, said.append)
+        said.append(str(error.value))
+    assert server.base.removeprefix("http://") in said[0]
+    assert "passw0rd" not in said[0]
+
+
+def test_a_password_that_cannot_be_parsed_is_not_shown(folder):
+    message = fail_to_fetch(folder, mirror="http://user:passw0rd@host:port/")
+    assert "host:port" in message
+    assert "passw0rd" not in message
 
 
 @pytest.mark.parametrize("behaviour", ["slow", "trouble"])

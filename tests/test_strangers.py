@@ -359,6 +359,18 @@ def test_arrays_that_cannot_be(crafted, change):
     crafted.commands("list", "prompt", "resume")
 
 
+def test_arrays_that_share_their_bytes(tmp_path):
+    """A small file could fill the memory."""
+    header = {}
+    for i in range(1000):
+        header[str(i)] = {"dtype": "U8", "shape": [1000], "data_offsets": [0, 1000]}
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(1000))
+    with open(path, "rb") as file, pytest.raises(main.UNREADABLE):
+        main.load_arrays(file)
+
+
 @pytest.mark.parametrize("flag_name", ["teacher", "init_from"])
 @pytest.mark.parametrize("place", ["/nowhere", "0" * 40, "", "../..", "a\0b", "x" * 9999])
 def test_models_that_it_says_it_needs(crafted, flag_name, place):

@@ -96,6 +96,20 @@ def test_a_case_of_words_that_the_model_cannot_know(text, tmp_path):
     assert known["passed"]
 
 
+def test_a_case_without_a_token(text, tmp_path):
+    """A space is none to a model of words, which is not asked for the end of the text instead."""
+    cases = '- {prompt: the, expected: " "}\n- {prompt: the, expected: "\\n"}\n'
+    (tmp_path / "cases.yaml").write_text(cases)
+    folder = ["--save_dir", tmp_path / "lm"]
+    run("--text", text, "--tokenizer", "word", *TINY, "--num_iters", 1, *folder)
+    line = ["--cases", "cases.yaml", "--top_k", 100000, "--output", "out.json"]
+    out, _ = run(*line, *folder, cwd=tmp_path)
+    space, line_end = json.loads((tmp_path / "out.json").read_text())
+    assert (space["rank"], space["probability"], space["passed"]) == (None, None, False)
+    assert line_end["passed"]
+    assert "FAIL rank      -         -" in out
+
+
 def test_a_damaged_checkpoint_is_skipped(text, tmp_path):
     line = ["--text", text, *TINY, "--steps_per_save", 1, "--num_iters", 2, "--save_dir", tmp_path]
     run(*line)

@@ -5,6 +5,7 @@ The server is a real one on the loopback address, and it fails, stalls and limit
 
 import fcntl
 import contextlib
+import gzip
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -39,6 +41,8 @@ REPLIES = {
     "false": reply("false"),
     "empty list": reply("[]"),
     "deep": b"[" * 100_000,
+    "bomb": gzip.compress(bytes(1 << 26)),
+    "escapes": reply("\x1b]0;owned\x07"),
     "half": reply('"smile \\ud83d"'),  # of an emoji, which the model's token limit has cut
 }
 
@@ -49,6 +53,7 @@ class Server:
     def __init__(self, script=()):
         self.script = list(script)
         self.asked = []  # (path, Authorization, body)
+        self.sent = 0  # bytes of endless answers
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -65,6 +70,11 @@ class Server:
                 headers = {"Content-Length": str(len(data))}
                 if what == "stall":
                     sleep(2)
+                elif what == "endless":
+                    headers = {}
+                elif what == "endless redirect":
+                    status = 307
+                    headers = {"Location": f"{server.url}/chat/completions"}
                 elif what == "cut":
                     headers["Content-Length"] = str(len(data) + 5)
                 elif what == "key":  # where a message cut too early would keep its beginning
@@ -73,17 +83,33 @@ class Server:
                     headers["Content-Length"] = str(len(data))
                 elif isinstance(what, tuple):
                     status, more = what
-                    data = f"no, {authorization}".encode()
+                    what = "failure"
+                    data = f"no, {authorization}\x1b]0;owned\x07".encode()
                     headers["Content-Length"] = str(len(data))
                     headers |= more
-                elif what != "ok":
+                elif what not in ("ok", "trickle"):
                     data = REPLIES[what]
                     headers["Content-Length"] = str(len(data))
+                    if what == "bomb":
+                        headers["Content-Encoding"] = "gzip"
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(data)
+                with contextlib.suppress(OSError):  # the client may have had enough
+                    self.send_body(what, data)
+
+            def send_body(self, what, data):
+                if what.startswith("endless"):
+                    for _ in range(64):  # MiB
+                        self.wfile.write(bytes(1 << 20))
+                        server.sent += 1 << 20
+                elif what == "trickle":
+                    for byte in data:
+                        self.wfile.write(bytes([byte]))
+                        sleep(0.03)
+                else:
+                    self.wfile.write(data)
 
             def log_message(self, *_):
                 pass
@@ -311,6 +337,49 @@ def test_a_server_that_stalls(tmp_path, pauses):
     assert "Timeout" in said[0]
 
 
+def test_a_server_that_trickles(tmp_path, pauses, monkeypatch):
+    """It never stalls, and would hold the client for days."""
+    monkeypatch.setattr(extras.collect, "LONGEST_WAIT", 0.5, raising=False)
+    with Server(["trickle"]) as server:
+        said = distill(server, tmp_path, PROMPTS[:1])
+    assert len(server.asked) == 2
+    assert len(said) == 2, "one failure, and the end"
+
+
+@pytest.mark.parametrize("what", ["endless", "endless redirect"])
+def test_an_endless_answer_is_not_read(tmp_path, pauses, what):
+    with Server([what]) as server:
+        said = distill(server, tmp_path, PROMPTS[:1])
+    assert len(server.asked) == 2
+    assert server.sent < 32 << 20  # sockets buffer some
+    if what == "endless":
+        assert "larger than 4,194,304 bytes" in said[0]
+    assert lines(tmp_path)[0]["completion"] == "echo tell me"
+
+
+def test_a_compressed_answer_is_not_unpacked_in_full(tmp_path, pauses):
+    """64 MiB in 64 KiB."""
+    assert len(REPLIES["bomb"]) < 1 << 17
+    tracemalloc.start()
+    try:
+        with Server(["bomb"]) as server:
+            said = distill(server, tmp_path, PROMPTS[:1])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(server.asked) == 2
+    assert "larger than" in said[0]
+    assert peak < 32 << 20
+
+
+def test_a_server_does_nothing_to_the_terminal(tmp_path, pauses):
+    retry = {"Retry-After": "\xb2"}  # a digit, for Python's isdigit
+    with Server(["escapes", (500, {"X": "y"}), (503, retry)]) as server:
+        said = distill(server, tmp_path, PROMPTS[:1])
+    assert len(server.asked) == 4
+    assert all(line.isprintable() for line in said)
+
+
 @pytest.mark.parametrize(
     "script, asked",
     [
@@ -352,6 +421,23 @@ def test_what_is_no_address(tmp_path, pauses, url, words):
         extras.collect.collect_answers(url, "gpt", PROMPTS, folder)
     assert not pauses
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "user:passw0rd@localhost/v1",
+        "http://user:passw0rd@localhost/v1",
+        "http://user:passw0rd@localhost:port/v1",
+        "http://user:passw0rd\\@localhost/v1",
+        "http://user:passw0rd@local host/v1",
+        "http://user:passw0rd/x@localhost/v1",
+    ],
+)
+def test_a_password_in_an_address_is_not_shown(tmp_path, pauses, url):
+    with pytest.raises(UsageError) as error:
+        extras.collect.collect_answers(url, "gpt", PROMPTS, tmp_path / "out")
+    assert "passw0rd" not in str(error.value)
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\r\nHost: x", f"{KEY}ü", f"{KEY}\x00"])

@@ -304,6 +304,22 @@ def test_a_stop_that_is_not_utf8(byte_model, tmp_path):
             assert len(line["tokens"]) == 12
 
 
+@pytest.mark.parametrize("stop", ["\ufffd", "ü", "\ufffdx"])
+@pytest.mark.parametrize("data", ["für".encode(), b"f\xc3x", b"f\xff", b"f\xc3"])
+def test_a_stop_that_stands_for_half_a_character(stop, data):
+    """Together and alone alike: the first half of a character is not yet one that is invalid."""
+
+    def rows(token):  # of logits: after each byte of the data, the next one
+        rest = data[data.find(token) + 1 :]
+        return [float(i == (rest[0] if rest else ord("."))) for i in range(257)]
+
+    tokenizer = ByteTokenizer()
+    values = flags(max_tokens=len(data) - 1, stop=stop, temperature=0, top_k=0)
+    [line] = answer_batch(Script(rows), tokenizer, [{"prompt": "f", "seed": 1}], values)
+    alone = main.Conversation(tokenizer, Script(rows)).reply("f", values, 1)
+    assert line["completion"] == "".join(alone)
+
+
 def test_the_search_for_the_stop_decodes_each_token_a_few_times(byte_model, monkeypatch):
     """And not the whole text after each."""
     contents = main.list_checkpoints(byte_model)[0].open()
