@@ -719,7 +719,17 @@ def read_tokenizer(path):
     kinds = ", ".join(KINDS)
     fault = f"--tokenizer {path} must be a Hugging Face tokenizer.json, or one of {kinds}"
     with explained(fault):
-        return PackageTokenizer(Path(user_path(path)).read_text("utf-8"), "file")
+        return PackageTokenizer(read_whole(Path(user_path(path))), "file")
+
+
+def read_whole(path):
+    """The text of a UTF-8 file. Raises OSError, or ValueError for a pipe, a device, or no UTF-8.
+
+    A pipe may never begin, a device never end; a link to a file is one.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name} is no file")
+    return path.read_text("utf-8")
 
 
 def tokenizers_package():
@@ -1903,7 +1913,8 @@ def print_summary(dataset):
                 f"{split.num_words:>14,} words and line ends"
             )
     print(f"in {dataset.folder}")
-    print(tokenizer.decode(dataset.train.tokens[:100]))
+    # The text, or what a tokenizer.json makes of it, may be a stranger's.
+    print(CONTROLS.sub("\ufffd", tokenizer.decode(dataset.train.tokens[:100])))
 
 
 if __name__ == "__main__":

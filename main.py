@@ -2484,7 +2484,8 @@ def name_unknown(tokenizer, prompt):
     """Prints the parts of a prompt that the model reads as <unk>."""
     unknown = tokenizer.unknown(prompt)
     if unknown:
-        print(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}", file=sys.stderr)
+        line = f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"
+        print(CONTROLS.sub("\ufffd", line), file=sys.stderr)
 
 
 def converse(tokenizer, model, draft, flags):

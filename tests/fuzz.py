@@ -842,9 +842,10 @@ def hf_folders(case):
         if action == 0:
             (folder / name).mkdir()
         elif action == 1:
-            (folder / name).symlink_to("/nowhere")
-        else:
-            (folder / name).symlink_to(case.folder / "beside/secret.txt")
+            os.mkfifo(folder / name)
+        else:  # links are usual there: the hub's cache is made of them
+            targets = ["/nowhere", "/dev/zero", case.folder / "beside/secret.txt", name]
+            (folder / name).symlink_to(chance.choice(targets))
     flag_name = chance.choice(("--init_from", "--init_from", "--teacher"))
     arguments = [flag_name, "hf", "--text", "text.txt", "--num_iters", "1", "--batch_size", "2"]
     arguments += ["--max_tokens", "4"]

@@ -9,8 +9,11 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
 import signal
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import main
@@ -21,6 +24,7 @@ from main import mx
 from soak import ODD, split_safetensors, write_metadata
 from test_checkpoints import choose, listed, make_run, save, train_and_save
 
+import datasets
 from datasets import CharTokenizer
 
 
@@ -502,3 +506,75 @@ def test_a_copy_whose_name_has_a_space_is_not_passed_over_silently(crafted, caps
     shutil.copytree(crafted.folder, crafted.save_dir / "a copy")
     assert crafted.commands("list") == {"list": 0}
     assert "Skipping 'a copy': rename it" in capsys.readouterr().err
+
+
+# ---- Tokenizers and Hugging Face folders --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    """A Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    line = [*trained.line, "--mlp", "swiglu", "--save_dir", folder.parent / "lm"]
+    assert main.main([*map(str, line)]) == 0
+    line = ["--export", folder, "--save_dir", folder.parent / "lm"]
+    assert main.main([*map(str, line)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("target", ["a pipe", "/dev/zero"])
+def test_folders_with_other_than_files(trained, exported, tmp_path, name, target, capsys):
+    """Such a device has no end."""
+    folder = tmp_path / "hf"
+    shutil.copytree(exported, folder)
+    (folder / name).unlink()
+    if target == "a pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to(target)
+    line = ["--init_from", folder, *trained.line[:2], "--num_iters", 1, "--save_dir", tmp_path]
+    with seconds_at_most(20), limited_memory():
+        assert main.main([*map(str, line)]) == 2
+    assert f"{name} is no file" in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def limited_memory():
+    """Lets no more than 4 GiB be read, where a process can limit itself."""
+    if sys.platform != "linux":
+        yield
+        return
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (4 << 30), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_a_tokenizer_that_never_ends(trained, tmp_path, capsys):
+    line = [*trained.line, "--tokenizer", "/dev/zero", "--save_dir", str(tmp_path)]
+    with seconds_at_most(20), limited_memory():
+        assert main.main(line) == 2
+    assert "zero is no file" in capsys.readouterr().err
+
+
+# ---- The screen ---------------------------------------------------------------------------------
+
+ESCAPE = "\x1b]0;owned\x07"
+
+
+def test_a_prepared_text_moves_no_cursor(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(f"{ESCAPE} the fox\n" * 99)
+    datasets.main(["--text", str(text), "--save_dir", str(tmp_path / "lm")])
+    out = capsys.readouterr().out
+    assert "]0;owned" in out
+    assert not datasets.CONTROLS.search(out)
+
+
+def test_unknown_characters_move_no_cursor(capsys):
+    main.name_unknown(CharTokenizer("a"), ESCAPE)
+    assert not datasets.CONTROLS.search(capsys.readouterr().err)
