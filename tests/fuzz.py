@@ -50,7 +50,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402
-import numpy as np  # noqa: E402
 
 import datasets  # noqa: E402
 from datasets import CONTROLS  # noqa: E402
@@ -98,8 +97,9 @@ def near(chance, value):
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int):
+        powers = [10 ** chance.randrange(1, 12) for _ in range(3)]
         changed = [value + 1, value - 1, 2 * value, -value, value // 2, float(value), 1]
-        return chance.choice([*changed, 10**chance.randrange(1, 12)])
+        return chance.choice([*changed, *powers])
     if isinstance(value, float):
         return chance.choice([-value, 2 * value, value * 1e6, value / 1e6, 1.0])
     if isinstance(value, str):
@@ -223,7 +223,8 @@ def change_array(chance, tensors):
     if action == 0:
         del tensors.arrays[name]
     elif action == 1:
-        tensors.arrays[chance.choice(["", "..", "x", f"{name}.x", "weights.x"])] = tensors.arrays[name]
+        other = chance.choice(["", "..", "x", f"{name}.x", "weights.x"])
+        tensors.arrays[other] = tensors.arrays[name]
     elif action == 2:
         tensors.arrays[name] = [dtype, [*shape, 1], content]
     elif action == 3:
@@ -459,6 +460,7 @@ def use_checkpoint(case, *names, name="stranger"):
     sampling = ["--max_tokens", "5", *chance.choice(SAMPLING).split()]
     (case.work / "cases.yaml").write_text("- {prompt: the, expected: fox}\n")
     (case.work / "prompts.txt").write_text("the fox\n\nquick\n")
+    from_file = ["--prompts_file", "prompts.txt", "--output", "out"]
     good = {0}
     known = {
         "list": (["--list"], [], good),
@@ -473,7 +475,7 @@ def use_checkpoint(case, *names, name="stranger"):
         "teacher": (["--teacher", name, *TINY, *begin], ["save/NEW"], None),
         "draft": (["--identifier", "good", "--draft", name, "--prompt", "a"], [], None),
         "cases": (["--cases", "cases.yaml", "--output", "out.json"], ["out.json"], None),
-        "prompts": ([*one, "--prompts_file", "prompts.txt", "--output", "out", *sampling], ["out"], None),
+        "prompts": ([*one, *from_file, *sampling], ["out"], None),
         "plot": (["--plot", "out.svg"], ["out.svg"], None),
         # A good run goes on, or a new one begins, whatever lies beside.
         "good": (["--identifier", "good", *briefly, "3"], ["save/good"], good),
@@ -491,6 +493,10 @@ def draw_kind(case):
     return case.chance.choice(["good", "good", *RUNS])
 
 
+# What a model's arrays do not tell.
+NOT_IN_ARRAYS = ("context_size", "rope_theta", "rope_scaling", "norm_eps", "num_heads", "head_dim")
+
+
 def odd_records(case):
     """A checkpoint with right hashes whose record says something else."""
     chance = case.chance
@@ -500,7 +506,10 @@ def odd_records(case):
     record["saved"] += 5
     for _ in range(chance.choice((1, 1, 2, 3))):
         part = chance.random()
-        if part < 0.3:
+        if part < 0.15:
+            name = chance.choice(NOT_IN_ARRAYS)
+            record["config"][name] = mutated(chance, record["config"].get(name))
+        elif part < 0.3:
             record["config"] = mutated(chance, record["config"])
         elif part < 0.5:
             record["flags"] = mutated(chance, record["flags"])
@@ -621,6 +630,10 @@ def odd_tokenizers(case):
     metadata = seal(tensors, case.placed(dumps(record)))
     case.plant("stranger", record, kind, metadata=metadata)
     use_checkpoint(case, "prompt", "prompt", "evaluate", "resume", "export", "cases", "teacher")
+    size = len(data["vocabulary"]) if action == 1 else 0
+    if size > record["config"]["vocab_size"] and "--cases" not in case.arguments:
+        # What lies beyond the model's arrays in memory would be read, often without a sign.
+        case.statuses = {1, 2}
 
 
 def draw_tokenizer(chance):
@@ -939,8 +952,8 @@ def cases_files(case):
 def odd_text(chance):
     """The bytes of a text file."""
     pieces = [b"the quick\n", b"\xef\xbb\xbf", b"\0", b"\xff", b"\r", b"\r\n", b"\n", b" ", b"\t"]
-    pieces += ["é—\u2028\x85\U0001f600e\u0301".encode(), b"\xed\xa0\x80", b"\xe2\x82", b"\x1b[2J"]
-    pieces += [b"<|endoftext|>", b"<eos>", b"<unk>", b"\xf0\x9f", b"a" * 999, b"1" * 99]
+    pieces += ["é—\u2028\x85\U0001f600e\u0301".encode(), b"\xed\xa0\x80", b"\xe2\x82"]
+    pieces += [b"\x1b[2J", b"<|endoftext|>", b"<eos>", b"<unk>", b"\xf0\x9f", b"a" * 999, b"1" * 99]
     drawn = chance.choices(pieces, k=chance.choice((0, 1, 2, 5, 30)))
     content = b"".join(drawn)
     if chance.random() < 0.5:
@@ -1038,43 +1051,56 @@ def reply(body, status=200, length=None, headers=()):
     return head.encode("latin-1", "replace") + body
 
 
-def odd_replies(chance, body, bomb):
-    """Answers of a server that should have sent `body`; the last one is repeated."""
-    answers = []
-    for _ in range(chance.choice((1, 1, 2, 4))):
-        status = chance.choice((200, 200, 206, 204, 301, 404, 416, 429, 500, 503, 99, 999))
+PLACES = ["http://127.0.0.1:OTHER/", "http://localhost:OTHER/v1", "//127.0.0.1:OTHER", "/again"]
+PLACES += ["file:///BESIDE/secret.txt", "ftp://x/", "http://[", "http://\x1b[2J/", "http://x\0y/"]
+ESCAPE = "\x1b]0;owned\x07"
+
+
+def odd_reply(chance, body, bomb):
+    """One answer of a server that should have sent `body`."""
+    action = chance.randrange(9)
+    if action == 0:
         length = chance.choice((0, 1, -1, "x", 10**20, len(body) + 1, max(0, len(body) - 1), ""))
-        places = ["http://127.0.0.1:OTHER/", "http://localhost:OTHER/v1", "//127.0.0.1:OTHER"]
-        places += ["/again", "file:///BESIDE/secret.txt", "ftp://x/", "http://[", "http://\x1b[2J/"]
-        place = chance.choice(places)
-        esc = "\x1b]0;owned\x07"
-        drawn = chance.choice(
+        return reply(body, 200, length)
+    if action == 1:
+        status = chance.choice((200, 206, 204, 301, 404, 416, 429, 500, 503, 99, 999))
+        return reply(chance.choice((body, f"{ESCAPE} {KEY}".encode())), status)
+    if action in (2, 3):
+        status = chance.choice((301, 302, 303, 307, 308))
+        return reply(b"", status, 0, [f"Location: {chance.choice(PLACES)}"])
+    if action == 4:  # more or less than it should be, or other bytes
+        content = (body[: len(body) // 2], body + b"x" * 99, body * 2000, damaged(chance, body))
+        return reply(chance.choice(content), 200, chance.choice((None, "", len(body))))
+    if action == 5:
+        return reply(chance.choice((body, bomb)), 200, None, ["Content-Encoding: gzip"])
+    if action == 6:
+        header = chance.choice(
             [
-                lambda: reply(body),
-                lambda: reply(body, status),
-                lambda: reply(body, 200, length),
-                lambda: reply(body[: len(body) // 2], 200, len(body)),
-                lambda: reply(body + b"x" * 99, 200, ""),
-                lambda: reply(body * 2000, 200, ""),
-                lambda: reply(damaged(chance, body)),
-                lambda: reply(b"", chance.choice((301, 302, 307, 308)), 0, [f"Location: {place}"]),
-                lambda: reply(b"", 307, 0, [f"Location: {place}"]),
-                lambda: reply(bomb, 200, None, ["Content-Encoding: gzip"]),
-                lambda: reply(body, 200, None, ["Content-Encoding: gzip"]),
-                lambda: reply(f"{esc} {KEY}".encode(), status),
-                lambda: reply(body, 200, None, [f"Content-Type: text/html{esc}"]),
-                lambda: reply(body, 206, None, ["Content-Range: bytes 5-9/3"]),
-                lambda: reply(b"zz\r\n" + body, 200, "", ["Transfer-Encoding: chunked"]),
-                lambda: reply(body, 429, None, [f"Retry-After: {chance.choice(('9' * 30, '-1', '²'))}"]),
-                lambda: b"",
-                lambda: chance.randbytes(50),
-                lambda: f"HTTP/1.1 200 {esc}{KEY}\r\n{esc}: x\r\n\r\n".encode(),
-                lambda: b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n",
-                lambda: b"HTTP/1.1 200 OK\r\nA: " + b"x" * 70_000,
+                f"Content-Type: text/html{ESCAPE}",
+                "Content-Range: bytes 5-9/3",
+                "Transfer-Encoding: chunked",
+                f"Retry-After: {'9' * 30}",
+                "Retry-After: ²",
+                f"{ESCAPE}: x",
             ]
         )
-        answers.append(drawn())
-    return answers
+        return reply(body, chance.choice((200, 206, 429)), "", [header])
+    if action == 7:
+        return chance.choice(
+            [
+                b"",
+                chance.randbytes(50),
+                f"HTTP/1.1 200 {ESCAPE}{KEY}\r\n\r\n".encode(),
+                b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n",
+                b"HTTP/1.1 200 OK\r\nA: " + b"x" * 70_000,
+            ]
+        )
+    return reply(body)
+
+
+def odd_replies(chance, body, bomb):
+    """What a server sends, one after the other; the last one is repeated."""
+    return [odd_reply(chance, body, bomb) for _ in range(chance.choice((1, 1, 2, 4)))]
 
 
 def downloads(case):
@@ -1143,8 +1169,7 @@ FAMILIES = {
 class Server(threading.Thread):
     """Answers on a port of the loopback address, and on another one to which it redirects.
 
-    `leaked`: whether a key came to the other one. `taken`: bytes of the largest answer that was
-    taken from it.
+    `leaked`: whether a key came to the other one.
     """
 
     def __init__(self, answers):
@@ -1285,7 +1310,7 @@ def limit_itself():
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30,) * 2)
-    signal.alarm(3 * SECONDS)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 # ---- The verdict --------------------------------------------------------------------------------
@@ -1336,7 +1361,9 @@ def find_faults(case, status, usage, before, baseline):
     err = (case.folder / "stream2").read_bytes()
     shown = (out + err).decode("utf-8", "replace")
     words = err.decode("utf-8", "replace")
-    if status < 0:
+    if case.is_hung:
+        faults.append("hung")
+    elif status < 0:
         faults.append(f"died by {signal.Signals(-status).name}")
     if "Traceback (most recent call last)" in words:
         last = [line for line in words.splitlines() if line and line[0] not in " \t"][-1]
@@ -1402,8 +1429,7 @@ def judge_files(case, before):
 def play(name, folder, templates, plant=None):
     """Plays the case of this name in a new folder; returns it and its faults."""
     case = Case(name, folder, templates)
-    families = list(FAMILIES)
-    family = case.chance.choices(families, FAMILIES.values())[0]
+    family = draw_family(case.chance)
     family(case)
     case.family = family.__name__
     before = snapshot(folder)
@@ -1412,9 +1438,22 @@ def play(name, folder, templates, plant=None):
     pid = os.fork()
     if pid == 0:
         be_a_case(case, plant)
+    case.is_hung = False
+
+    def end(*_):
+        case.is_hung = True
+        os.kill(pid, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, end)
+    signal.alarm(3 * SECONDS)
     _, status, usage = os.wait4(pid, 0)
+    signal.alarm(0)
     case.status = os.waitstatus_to_exitcode(status)
     return case, find_faults(case, case.status, usage, before, baseline)
+
+
+def draw_family(chance):
+    return chance.choices([*FAMILIES], [*FAMILIES.values()])[0]
 
 
 def describe(case, faults):
@@ -1459,18 +1498,14 @@ def make_templates(folder):
     return Templates(folder / "templates")
 
 
-def work_off(seed, numbers, folder, templates, report, plant=None, most=None):
-    """Plays cases; calls report(case, faults) for each. Ends after `most` with faults."""
-    found = 0
+def work_off(seed, numbers, folder, templates, report):
+    """Plays cases; calls report(case, faults) for each."""
     for number in numbers:
         place = folder / f"case-{number}"
         place.mkdir()
-        case, faults = play(f"{seed}-{number}", place, templates, plant)
+        case, faults = play(f"{seed}-{number}", place, templates)
         report(case, faults)
         remove(place)
-        found += bool(faults)
-        if found == most:
-            return
 
 
 def fuzz(seed, count, jobs, folder):
@@ -1485,11 +1520,11 @@ def fuzz(seed, count, jobs, folder):
             work_as_one(seed, range(first, count, jobs), folder, templates, first == 0)
         workers.append(pid)
     total = Counter()
-    for first, pid in enumerate(workers):
+    for pid in workers:
         os.waitpid(pid, 0)
-        for number in range(jobs):
-            path = folder / f"worker-{pid}.json"
-        total += Counter(json.loads(path.read_text()))
+        result = folder / f"worker-{pid}.json"
+        if result.exists():
+            total += Counter(json.loads(result.read_text()))
     seconds = time.perf_counter() - began
     played = total.pop("cases", 0)
     found = total.pop("found", 0)
@@ -1547,47 +1582,109 @@ def edited(place, old, new):
         source = f"from __future__ import annotations\n{source.replace(old, new)}"
         exec(compile(source, f"<{place}>", "exec"), module.__dict__, code)
         setattr(owner, name, code[name])
-        for other in (main, datasets):  # where it was imported, too
-            if outer == [] and hasattr(other, name):
+        for other_name, other in list(sys.modules.items()):  # where it was imported, too
+            is_ours = other_name.partition(".")[0] in ("main", "datasets", "extras")
+            if is_ours and not outer and hasattr(other, name):
                 setattr(other, name, code[name])
 
     return plant
 
 
-def no_redirect_check():
-    import requests
-
+def follow_with_key():
+    requests = sys.modules["requests"]
     requests.Session.should_strip_auth = lambda *_: False
 
 
+CHECKPOINTS = (odd_records, odd_headers, odd_arrays, odd_tokenizers)
+# {name: (the families that meet it, what plants it)}
 PLANTED = {
-    "a record is not checked": edited("main:Checkpoint.check", "for field in", "return\n    for field in"),
-    "its model is not": edited("main:check_config", "if not is_right", "if False"),
-    "its flags are not": edited("main:check_flags", "for name in", "return\n    for name in"),
-    "its arrays are not": edited("main:check_arrays", "if kinds[0] != kinds[1]", "if False"),
-    "ids beyond the model": edited("main:Checkpoint.open", "if tokenizer.vocab_size >", "if 0 >"),
-    "links are followed": edited("datasets:no_follow", "os.O_NOFOLLOW | os.O_NONBLOCK", "0"),
-    "any name of a run": lambda: setattr(main, "RUN_NAME", re.compile(".*", re.DOTALL)),
-    "headers of any length": edited("main:read_header", "min(length, 10**8)", "length"),
-    "controls are printed": lambda: setattr(datasets, "CONTROLS", re.compile("(?!)")),
-    "the package may panic": edited("datasets:package_errors", "except BaseException", "except OSError"),
-    "YAML's lists unfold": edited("main:read_config", "isinstance(each, (list, dict))", "False"),
-    "cases' lists unfold": edited("extras.cases:read_text", "a {key} is not a string", "{entry[key]}"),
-    "keys go everywhere": no_redirect_check,
-    "keys are shown": edited("extras.collect:Teacher.masked", "if self.key:", "if False:"),
-    "pruning of other runs": edited("main:prune", "if each.run == run.name", "if True"),
-    "config.json's numbers": edited("extras.huggingface:check_number", "if type", "if False and type"),
-    "deep JSON": lambda: setattr(main, "UNREADABLE", (OSError, ValueError, LookupError, TypeError)),
+    "a record is unchecked": (
+        CHECKPOINTS,
+        edited("main:Checkpoint.check", "for field in", "return\n    for field in"),
+    ),
+    "its model is unchecked": (
+        CHECKPOINTS,
+        edited("main:check_config", "made = Config(**config)", "return"),
+    ),
+    "its flags are unchecked": (
+        CHECKPOINTS,
+        edited("main:check_flags", "for name in", "return\n    for name in"),
+    ),
+    "its arrays are unchecked": (
+        CHECKPOINTS,
+        edited("main:check_arrays", "if kinds[0] != kinds[1]", "if False"),
+    ),
+    "ids beyond the model": (
+        CHECKPOINTS,
+        edited("main:Checkpoint.open", "if tokenizer.vocab_size >", "if 0 >"),
+    ),
+    "headers of any length": (
+        CHECKPOINTS,
+        edited("main:read_header", "min(length, 10**8)", "length"),
+    ),
+    "less is unreadable": (
+        CHECKPOINTS,
+        lambda: setattr(main, "UNREADABLE", (OSError, ValueError, LookupError, TypeError)),
+    ),
+    "links are followed": (
+        (odd_links,),
+        edited("datasets:no_follow", "os.O_NOFOLLOW | os.O_NONBLOCK", "0"),
+    ),
+    "a run has any name": (
+        (odd_names,),
+        lambda: setattr(main, "RUN_NAME", re.compile(".*", re.DOTALL)),
+    ),
+    "other runs are pruned": (
+        (*CHECKPOINTS, odd_links, odd_logs),
+        edited("main:prune", "if each.run == run.name", "if True"),
+    ),
+    "controls are printed": (
+        (*CHECKPOINTS, hf_folders),
+        edited("datasets:one_line", 'CONTROLS.sub("\\ufffd", ', "("),
+    ),
+    "the package may panic": (
+        (odd_tokenizers, tokenizer_files, hf_folders),
+        edited("datasets:package_errors", "except BaseException", "except OSError"),
+    ),
+    "pipes are waited for": (
+        (hf_folders, configs),
+        edited("datasets:read_whole", "if path.exists()", "if False"),
+    ),
+    "config.json has any number": (
+        (hf_folders,),
+        edited("extras.huggingface:check_number", "if type", "if False and type"),
+    ),
+    "YAML's lists unfold": (
+        (configs,),
+        edited("main:read_config", "isinstance(each, (list, dict))", "False"),
+    ),
+    "the lists of cases unfold": (
+        (cases_files,),
+        edited("extras.cases:read_text", 'f"a {key} is', 'f"{entry[key]} is'),
+    ),
+    "keys go to other servers": ((collections, collected_files), follow_with_key),
+    "keys are shown": (
+        (collections,),
+        edited("extras.collect:Teacher.masked", "if self.key:", "if False:"),
+    ),
+    "answers of any size": (
+        (collections,),
+        edited("extras.collect:read_answer", "if len(content) >", "if 0 >"),
+    ),
+    "nothing": ((), None),
 }
 
 
-def try_planted(seed, count, folder):
-    """Prints after how many cases each planted bug is found."""
+def try_planted(names, seed, count, folder):
+    """Prints after how many cases each planted bug is found; returns 0 if all are, else 1."""
     templates = make_templates(folder)
     found = 0
-    for name, plant in PLANTED.items():
+    for name in names:
+        families, plant = PLANTED[name]
         line = f"not in {count}"
         for number in range(count):
+            if draw_family(random.Random(f"{seed}-{number}")) not in families:
+                continue
             place = folder / "case"
             place.mkdir()
             case, faults = play(f"{seed}-{number}", place, templates, plant)
@@ -1602,8 +1699,8 @@ def try_planted(seed, count, folder):
                 line = f"{number + 1:>5}  {case.name} {case.family}: {faults[0]}"
                 break
         print(f"{name:<26}{line}", flush=True)
-    print(f"{found} of {len(PLANTED)} found")
-    return 0
+    print(f"{found} of {len(names)} found")
+    return 0 if found == len(names) else 1
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -1617,7 +1714,8 @@ def play_again(name, folder):
     case, faults = play(name, place, templates)
     print(describe(case, faults))
     for number in (1, 2):
-        print((place / f"stream{number}").read_bytes().decode("utf-8", "replace").encode("ascii", "backslashreplace").decode())
+        shown = (place / f"stream{number}").read_bytes().decode("utf-8", "replace")
+        print(CONTROLS.sub(lambda found: ascii(found[0])[1:-1], shown))
     print(f"status {case.status}, kept: {place}")
     return 1 if faults else 0
 
@@ -1628,7 +1726,13 @@ def command_line():
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=1, help="worker processes")
     parser.add_argument("--only", metavar="SEED", help="this case alone, which keeps its folder")
-    parser.add_argument("--planted", action="store_true", help="how soon planted bugs are found")
+    parser.add_argument(
+        "--planted",
+        nargs="*",
+        choices=[*PLANTED, []],
+        metavar="NAME",
+        help="how soon planted bugs are found: these, or all",
+    )
     options = parser.parse_args()
     warm_up()
     folder = make_folder()
@@ -1636,8 +1740,9 @@ def command_line():
         return play_again(options.only, folder)
     print(f"seed {options.seed}, in {folder}", flush=True)
     try:
-        if options.planted:
-            return try_planted(options.seed, options.cases, folder)
+        if options.planted is not None:
+            names = options.planted or [*PLANTED][:-1]
+            return try_planted(names, options.seed, options.cases, folder)
         return fuzz(options.seed, options.cases, options.jobs, folder)
     finally:
         remove(folder)
