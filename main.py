@@ -2448,6 +2448,9 @@ def sample_from(model, contents, flags, draft):
                 f"--draft {flags.draft} has a different tokenizer than "
                 f"{contents.checkpoint.id[:12]}: use one trained with the same tokenizer"
             )
+    check_cache(model)
+    if draft_model:
+        check_cache(draft_model)
     # Announced only where nothing can be the user's mistake any more: that is one line on stderr.
     if flags.prompts_file:
         extra("decode").answer_file(model, tokenizer, contents.checkpoint, flags)
@@ -3151,6 +3154,22 @@ def check_memory(model, flags, optimizer=None):
         floats["tokens"] = 2 * rows * flags.grad_accumulation
     if optimizer or mx.default_device() == mx.cpu:  # a GPU scores a window without them
         floats["attention scores"] = config.num_heads * config.context_size**2  # of one row
+    refuse_beyond_memory(floats)
+
+
+def check_cache(model):
+    """Raises UsageError if the keys and values of one text exceed the memory.
+
+    They exist for the whole context from the start, and a checkpoint may say any.
+    """
+    config = model.config
+    numbers = config.num_blocks * config.context_size * config.num_kv_heads * config.head_dim
+    weights = count_parameters(model.parameters())
+    refuse_beyond_memory({"weights": weights, "keys and values": 2 * numbers})
+
+
+def refuse_beyond_memory(floats):
+    """Raises UsageError if so many numbers, by what they are for, exceed this machine's memory."""
     needed = 4 * sum(floats.values())  # bytes
     if mx.default_device() == mx.gpu:
         info = mx.device_info()
