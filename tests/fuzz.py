@@ -571,6 +571,12 @@ def unsealed_records(case):
     use_checkpoint(case)
 
 
+def with_length(chance, data):
+    """A safetensors file that says another length of its header."""
+    size = chance.choice((0, 1, 2**27, 2**33, 2**40, 2**62, 2**63, 2**64 - 1, len(data)))
+    return size.to_bytes(8, "little") + data[8:]
+
+
 def odd_headers(case):
     """Headers of safetensors files with right hashes that say something else of the arrays."""
     chance = case.chance
@@ -584,15 +590,16 @@ def odd_headers(case):
         weights = tensors.packed(changed_header(chance, tensors))
         if chance.random() < 0.3:
             weights = damaged(chance, weights)
+    if chance.random() < 0.2:
+        weights = with_length(chance, weights)
     record["id"] = hashlib.sha1(weights).hexdigest()
     tensors = Tensors(metadata)
     entries = None
     if chance.random() < 0.5:
         entries = changed_header(chance, tensors)
     metadata = seal(tensors, case.placed(dumps(record)), entries)
-    if chance.random() < 0.15:
-        size = chance.choice((0, 1, 2**27, 2**40, 2**62, 2**63, 2**64 - 1, len(metadata)))
-        metadata = size.to_bytes(8, "little") + metadata[8:]
+    if chance.random() < 0.2:
+        metadata = with_length(chance, metadata)
     case.plant("stranger", record, kind, weights, metadata)
     use_checkpoint(case)
 
