@@ -736,7 +736,17 @@ def read_tokenizer(path):
     kinds = ", ".join(KINDS)
     fault = f"--tokenizer {path} must be a Hugging Face tokenizer.json, or one of {kinds}"
     with explained(fault):
-        return PackageTokenizer(Path(user_path(path)).read_text("utf-8"), "file")
+        return PackageTokenizer(read_whole(Path(user_path(path))), "file")
+
+
+def read_whole(path):
+    """The text of a UTF-8 file. Raises OSError, or ValueError for a pipe, a device, or no UTF-8.
+
+    A pipe may never begin, a device never end; a link to a file is one.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name} is not a regular file")
+    return path.read_text("utf-8")
 
 
 def tokenizers_package():

@@ -2496,6 +2496,8 @@ def sample_from(model, contents, flags, draft):
                 f"--draft {flags.draft} has a different tokenizer than "
                 f"{contents.checkpoint.id[:12]}: use one trained with the same tokenizer"
             )
+        check_cache(draft_model)
+    check_cache(model)
     # Announced only where nothing can be the user's mistake any more: that is one line on stderr.
     if flags.prompts_file:
         extra("decode").answer_file(model, tokenizer, contents.checkpoint, flags)
@@ -3214,6 +3216,22 @@ def check_memory(model, flags, optimizer=None):
         floats["tokens"] = 2 * rows * flags.grad_accumulation
     if optimizer or mx.default_device() == mx.cpu:  # a GPU scores a window without them
         floats["attention scores"] = config.num_heads * config.context_size**2  # of one row
+    refuse_beyond_memory(floats)
+
+
+def check_cache(model):
+    """Raises UsageError if the keys and values of one text exceed the memory.
+
+    They exist for the whole context from the start, and a stranger's checkpoint may have any.
+    """
+    config = model.config
+    numbers = config.num_blocks * config.context_size * config.num_kv_heads * config.head_dim
+    weights = count_parameters(model.parameters())
+    refuse_beyond_memory({"weights": weights, "keys and values": 2 * numbers})
+
+
+def refuse_beyond_memory(floats):
+    """Raises UsageError if so many numbers, by what they are for, exceed this machine's memory."""
     needed = 4 * sum(floats.values())  # bytes
     memory = memory_size()
     if needed > memory:
@@ -3221,19 +3239,6 @@ def check_memory(model, flags, optimizer=None):
         raise UsageError(
             f"this needs at least {needed / 2**30:,.1f} GiB of memory, most of it for {largest}, "
             f"but this machine has {memory / 2**30:,.1f}: choose a smaller model or batch"
-        )
-
-
-def check_cache(model):
-    """Raises UsageError if the keys and values of a whole context exceed the memory; see Cache."""
-    config = model.config
-    numbers = 2 * config.num_blocks * config.context_size * config.num_kv_heads * config.head_dim
-    needed = 4 * numbers  # bytes
-    if needed > memory_size():
-        raise UsageError(
-            f"sampling in a context of {config.context_size:,} tokens needs "
-            f"{needed / 2**30:,.1f} GiB of memory, but this machine has "
-            f"{memory_size() / 2**30:,.1f}: train with a smaller --context_size"
         )
 
 
@@ -3504,8 +3509,6 @@ def use_checkpoint(flags, ranks):
     if flags.export:
         export_checkpoint(model, contents, flags)
     else:
-        for each in filter(None, (model, draft and draft.model)):
-            check_cache(each)
         sample_from(model, contents, flags, draft)
     return 0
 

@@ -110,7 +110,8 @@ def score_case(model, tokenizer, prompt, expected, top_k):
     top: the `top_k` most likely first tokens;
     passed: whether the rank is at most `top_k` and the vocabulary covers the whole continuation.
 
-    rank and probability are None if the continuation has no token, like a space among words. Both texts are truncated on the left to fit the context.
+    rank and probability are None if the continuation has no token, like a space among words. Both
+    texts are truncated on the left to fit the context.
     """
     context_size = model.config.context_size
     expected_ids = tokenizer.encode(expected).tolist()[-context_size:]

@@ -17,7 +17,8 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from datasets import PackageTokenizer, UsageError, explained, extra, replacing, user_path
+from datasets import PackageTokenizer, UsageError, explained, extra, read_whole, replacing
+from datasets import user_path
 from main import DEFAULTS, Config, LanguageModel, load_arrays, sha1_of
 
 # Their name for a model with our (mlp, qk_norm); the others have no counterpart.
@@ -96,8 +97,6 @@ def import_model(path):
         files = sorted(path.glob("*.safetensors"))  # large models come in several
         if not files:
             raise UsageError("it has no file *.safetensors")
-        for file in [path / "tokenizer.json", path / "tokenizer_config.json", *files]:
-            check_file(file)
         weights = read_weights(files)
         if settings.get("tie_word_embeddings"):
             # Some folders hold an output layer anyway, a copy of the embeddings.
@@ -111,7 +110,7 @@ def import_model(path):
         model.load_weights(list(weights.items()))
         # MLX loads lazily: only this reads the arrays and detects a damaged file.
         mx.eval(model.parameters())
-        vocabulary = (path / "tokenizer.json").read_text("utf-8")
+        vocabulary = read_whole(path / "tokenizer.json")
         tokenizer = PackageTokenizer(vocabulary, eos=read_eos(path))
         largest = max(tokenizer.package.get_vocab().values())
         if largest >= config.vocab_size:
@@ -124,16 +123,9 @@ def import_model(path):
     return model, tokenizer, model_id
 
 
-def check_file(path):
-    """Raises UsageError if this is a pipe or a device, which might never end."""
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path.name} is not a regular file")
-
-
 def read_settings(path):
     """The entries of config.json without nulls, which mean the same as no entry."""
-    check_file(path / "config.json")
-    entries = json.loads((path / "config.json").read_text("utf-8"))
+    entries = json.loads(read_whole(path / "config.json"))
     return {name: value for name, value in entries.items() if value is not None}
 
 
@@ -145,7 +137,7 @@ def read_eos(path):
     file = path / "tokenizer_config.json"
     if not file.exists():
         return None
-    token = json.loads(file.read_text("utf-8")).get("eos_token")
+    token = json.loads(read_whole(file)).get("eos_token")
     return token["content"] if isinstance(token, dict) else token
 
 
@@ -153,6 +145,8 @@ def read_weights(files):
     """All arrays of these safetensors files by name, as float32."""
     weights = {}
     for file in files:
+        if not file.is_file():  # a pipe might never begin
+            raise UsageError(f"{file.name} is not a regular file")
         with open(file, "rb") as opened:
             arrays = load_arrays(opened)
         for name, weight in arrays.items():

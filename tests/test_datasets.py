@@ -359,7 +359,10 @@ def test_what_tokenizers_in_use_do_to_a_text():
     """T5's parts, Llama's and GPT-2's."""
     table = "\ufdfa".encode() + b"\0" + unicodedata.normalize("NFKC", "\ufdfa").encode() + b"\0"
     table = base64.b64encode(bytes(4) + table).decode()
-    t5 = [{"type": "Precompiled", "precompiled_charsmap": table}, replace({"Regex": " {2,}"}, "▁")]
+    t5 = [
+        {"type": "Precompiled", "precompiled_charsmap": table},
+        replace({"Regex": " {2,}"}, "▁"),
+    ]
     metaspace = {"type": "Metaspace", "replacement": "▁"}
     llama = [{"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁")]
     datasets.check_growth(

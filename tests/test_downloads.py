@@ -29,7 +29,14 @@ BIG = random.Random(0).randbytes(3 << 20)
 PAGE = b"<!doctype html><p>This domain is for sale.</p>"
 
 # The status of a request by the behaviour of the server; 200 or 206 for the others.
-STATUSES = {"absent": 404, "busy": 503, "moved": 301, "redirect": 302, "astray": 302, "endless-redirect": 302}
+STATUSES = {
+    "absent": 404,
+    "busy": 503,
+    "moved": 301,
+    "redirect": 302,
+    "astray": 302,
+    "endless-redirect": 302,
+}
 FIRST_STATUSES = {"slow": 429, "trouble": 503}  # of the first request alone
 
 

@@ -9,9 +9,12 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
 import signal
+import sys
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import main
@@ -22,6 +25,7 @@ from main import mx
 from soak import ODD, split_safetensors, write_metadata
 from test_checkpoints import choose, listed, make_run, save, train_and_save
 
+import datasets
 from datasets import CharTokenizer
 
 
@@ -298,6 +302,21 @@ def test_models_that_cannot_be(crafted, change):
     assert statuses["list"] == 0
 
 
+@pytest.mark.parametrize("words", [["--prompt", "a"], ["--inference"], ["--prompts_file", "FILE"]])
+def test_a_context_beyond_the_memory_is_refused(crafted, words, capsys, monkeypatch):
+    """Its keys and values would exist before the first token is read."""
+    context_size = 2**28 // 16  # 2 GiB for one text
+    config = crafted.record["config"] | {"context_size": context_size}
+    crafted.set_record(crafted.record | {"config": config})
+    sizes = {"SC_PHYS_PAGES": 2**30 // 4096, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", sizes.get)
+    prompts = crafted.folder / "prompts.txt"
+    prompts.write_text("a\n")
+    words = [str(prompts) if word == "FILE" else word for word in words]
+    assert main.main([*words, "--save_dir", str(crafted.save_dir)]) == 2
+    assert "most of it for keys and values" in capsys.readouterr().err
+
+
 TOKENIZER_DATA = [
     {},
     [],
@@ -337,17 +356,6 @@ def test_a_text_of_more_tokens_than_the_model_has(crafted, capsys):
     crafted.set_tokenizer(CharTokenizer("ab").to_dict())
     assert crafted.commands("resume", "evaluate") == {"resume": 1, "evaluate": 1}
     assert "fewer embeddings than the text has tokens" in capsys.readouterr().err
-
-
-def test_a_context_that_does_not_fit_into_memory(crafted, capsys):
-    """MLX would be killed: sampling keeps keys and values for the whole context."""
-    crafted.set_record(
-        crafted.record | {"config": crafted.record["config"] | {"context_size": 2**25}}
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "memory_size", lambda: 2**30)
-        assert crafted.commands("prompt") == {"prompt": 2}
-    assert "needs 8.0 GiB of memory, but" in capsys.readouterr().err
 
 
 def test_flags_of_strangers_do_nothing_to_the_terminal(crafted, capsys):
@@ -548,3 +556,75 @@ def test_a_copy_whose_name_has_a_space_is_not_passed_over_silently(crafted, caps
     shutil.copytree(crafted.folder, crafted.save_dir / "a copy")
     assert crafted.commands("list") == {"list": 0}
     assert "Skipping 'a copy': rename it" in capsys.readouterr().err
+
+
+# ---- Tokenizers and Hugging Face folders --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    """A Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    line = [*trained.line, "--mlp", "swiglu", "--save_dir", folder.parent / "lm"]
+    assert main.main([*map(str, line)]) == 0
+    line = ["--export", folder, "--save_dir", folder.parent / "lm"]
+    assert main.main([*map(str, line)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("target", ["a pipe", "/dev/zero"])
+def test_folders_with_other_than_files(trained, exported, tmp_path, name, target, capsys):
+    """Such a device has no end."""
+    folder = tmp_path / "hf"
+    shutil.copytree(exported, folder)
+    (folder / name).unlink()
+    if target == "a pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to(target)
+    line = ["--init_from", folder, *trained.line[:2], "--num_iters", 1, "--save_dir", tmp_path]
+    with seconds_at_most(20), limited_memory():
+        assert main.main([*map(str, line)]) == 2
+    assert f"{name} is not a regular file" in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def limited_memory():
+    """Lets no more than 4 GiB be read, where a process can limit itself."""
+    if sys.platform != "linux":
+        yield
+        return
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (4 << 30), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_a_tokenizer_that_never_ends(trained, tmp_path, capsys):
+    line = [*trained.line, "--tokenizer", "/dev/zero", "--save_dir", str(tmp_path)]
+    with seconds_at_most(20), limited_memory():
+        assert main.main(line) == 2
+    assert "zero is not a regular file" in capsys.readouterr().err
+
+
+# ---- The screen ---------------------------------------------------------------------------------
+
+ESCAPE = "\x1b]0;owned\x07"
+
+
+def test_a_prepared_text_moves_no_cursor(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(f"{ESCAPE} the fox\n" * 99)
+    datasets.main(["--text", str(text), "--save_dir", str(tmp_path / "lm")])
+    out = capsys.readouterr().out
+    assert "]0;owned" in out
+    assert not datasets.CONTROLS.search(out)
+
+
+def test_unknown_characters_move_no_cursor(capsys):
+    main.name_unknown(CharTokenizer("a"), ESCAPE)
+    assert not datasets.CONTROLS.search(capsys.readouterr().err)
