@@ -78,11 +78,6 @@ def printable(text):
     return CONTROLS.sub("\ufffd", text)
 
 
-def for_terminal(text):
-    """A model's or a stranger's text to print: as it is, but for a terminal `printable`."""
-    return printable(text) if sys.stdout.isatty() else text
-
-
 def one_line(error):
     """The message of an exception on one line; it may quote a stranger's file or server."""
     return printable(" ".join(str(error).split()))
@@ -2002,7 +1997,7 @@ def print_summary(dataset):
                 f"{split.num_words:>14,} words and line ends"
             )
     print(f"in {dataset.folder}")
-    print(for_terminal(tokenizer.decode(dataset.train.tokens[:100])))
+    print(printable(tokenizer.decode(dataset.train.tokens[:100])))
 
 
 if __name__ == "__main__":

@@ -65,11 +65,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
-from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser
-from datasets import RunError, UsageError, choice, explained, extra, flag, for_terminal
-from datasets import load_dataset, no_follow, number, one_line, open_data_dir, printable
-from datasets import refuse_empty, remove_leftovers, replacing
-from datasets import repair_streams, run_command, sync, tokenizer_from_dict, user_path
+from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser, RunError
+from datasets import UsageError, choice, explained, extra, flag, load_dataset, no_follow, number
+from datasets import one_line, open_data_dir, printable, refuse_empty, remove_leftovers
+from datasets import repair_streams, replacing, run_command, sync, tokenizer_from_dict, user_path
 from datasets import utf8, without_passwords
 
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
@@ -2523,6 +2522,11 @@ def print_samples(tokenizer, model, draft, flags):
             print(for_terminal(piece), end="", flush=True)
         print(flush=True)
     print(conversation.describe_speed(), file=sys.stderr)  # of the last sample
+
+
+def for_terminal(text):
+    """A model's or a stranger's text to print: as it is, but for a terminal `printable`."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def name_unknown(tokenizer, prompt):
