@@ -1661,13 +1661,14 @@ LEAST = 3  # faults of a kind, in each worker process
 def work_off(seed, faults, folder, first, stride):
     """Plays scenarios first, first + stride ... until enough faults struck; returns a result.
 
-    These are `faults` in all, and of each kind that any scenario may have LEAST.
+    These are `faults` in all and, if that is not too few, LEAST of each kind that any scenario may
+    have.
     """
     result = {"counts": Counter(), "legs": 0, "scenarios": 0, "failures": []}
     number = first
     while len(result["failures"]) < 3:
         rarest = min(result["counts"][kind] for kind in FAULTS["process"])
-        if result["counts"].total() >= faults and rarest >= min(LEAST, faults // 50):
+        if result["counts"].total() >= faults and rarest >= min(LEAST, faults // 100):
             break
         try:
             scenario = play(seed, number, folder / f"scenario-{number}")

