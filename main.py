@@ -2945,7 +2945,8 @@ def check_agreement(flags, fixed, holder):
 def read_yaml(path, loader):
     """The content of a YAML file, by the class `loader` of PyYAML.
 
-    It may be a stranger's: it fills no memory. Raises exceptions of several types.
+    It may be a stranger's: it fills no memory, and takes no hours. Raises exceptions of several
+    types.
     """
     import yaml
 
@@ -2953,9 +2954,16 @@ def read_yaml(path, loader):
         text = file.read(LARGEST_YAML + 1)
     if len(text) > LARGEST_YAML:
         raise ValueError(f"it is longer than {LARGEST_YAML:,} characters")
+    depth = 0
     for event in yaml.parse(text, loader):
         if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for millions
             raise ValueError("it has an alias, like *a: write out what it stands for")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        if isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > 20:  # PyYAML's time grows with the square of the depth
+            raise ValueError("its lists or mappings are nested too deeply")
     return yaml.load(text, loader)
 
 

@@ -62,7 +62,7 @@ FILES = {
     "gpt.yaml": "model: {d_model: 8, n_layers: 2}\nmax_steps: 5\nwarmup-steps: 3\n",
     "other.yaml": "config: other.yaml\n",
     "null.yaml": "dimm:\n",
-    "deep.yaml": "[" * 3000,
+    "deep.yaml": "[" * 500_000,
     "laughs.yaml": billion_laughs(),
     "merged.yaml": billion_laughs_merged(),
     "long.yaml": "dim: 8  #" + "x" * (1 << 20),
