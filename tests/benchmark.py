@@ -288,8 +288,8 @@ def mlx_step(kind, shape, gpu, dtype, weights):
     dropout = main.draw_dropout(0, batch_size, flags)  # its rate is 0
 
     def step(batch):
-        loss, _ = train_step(mx.array(batch[:, :-1]), mx.array(batch[:, 1:]), *dropout)
-        return loss.item()
+        metrics = train_step(mx.array(batch[:, :-1]), mx.array(batch[:, 1:]), *dropout)
+        return metrics["loss"].item()
 
     return step
 
