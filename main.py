@@ -6,10 +6,10 @@
     python main.py --help                 every flag
 
 The research comes first: model, loss and optimizer, batches, evaluation, training, sampling. Below
-the banner OPERATIONS is what keeps a run safe and usable: checkpoints, interrupts, reports,
-prompts, flags, setting up a run, commands. datasets.py turns text into token ids. Everything
-beyond training, resuming and sampling is in extras/, one file per feature; this file works without
-it, in plain MLX.
+the banner OPERATIONS is what keeps a run safe and usable: checkpoints, interrupts, processes,
+reports, prompts, flags, setting up a run, commands. datasets.py turns text into token ids.
+Everything beyond training, resuming and sampling is in extras/, one file per feature; this file
+works without it, in plain MLX.
 
 Shapes use these letters: B rows of a batch, L positions, D model dimension, H query heads, K key
 and value heads, d dimension of a head (D / H), V vocabulary, N any number. A linear layer from I
@@ -109,26 +109,27 @@ class Config:
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
     untie: bool = False  # the output layer has its own matrix instead of the embeddings
     rope_theta: float = 10000.0  # RoPE's wavelengths: 2 pi to nearly 2 pi * theta positions
-    rope_scaling: list | None = None  # see rope_periods; None: plain RoPE
+    rope_scaling: list | None = None  # see rope_frequencies; None: plain RoPE
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
     head_dim: int | None = None  # d; None: dim / num_heads
 
     def __post_init__(self):
-        if self.head_dim:  # from a checkpoint or an imported model, where H * d may differ from D
-            return
-        step = 2 * self.num_heads  # a head's dimension must be even: RoPE rotates pairs
-        if self.dim % step:
-            fit = step * max(1, round(self.dim / step))
-            raise ValueError(
-                f"dim {self.dim} is not a multiple of 2 * num_heads {self.num_heads}: try {fit}"
-            )
+        if self.head_dim is None:  # an imported model has its own, and H * d may differ from D
+            step = 2 * self.num_heads  # a head's dimension must be even: RoPE rotates pairs
+            if self.dim % step:
+                fit = step * max(1, round(self.dim / step))
+                raise ValueError(
+                    f"dim {self.dim} is not a multiple of 2 * num_heads {self.num_heads}: try {fit}"
+                )
+            self.head_dim = self.dim // self.num_heads
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd, but RoPE rotates pairs")
         if self.num_heads % self.num_kv_heads:
             fit = math.gcd(self.num_heads, self.num_kv_heads)
             raise ValueError(
                 f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: "
                 f"try {fit}"
             )
-        self.head_dim = self.dim // self.num_heads
 
 
 def mix(bits):
@@ -211,32 +212,32 @@ def attend(queries, keys, values):
 
 
 @fast_version
-def rotate(x, periods, offset):
+def rotate(x, frequencies, offset):
     """RoPE (Su et al. 2021) of x [B, H, L, d], whose first position is `offset`.
 
-    periods: [d / 2], a NumPy array; the dimensions i and i + d / 2 turn by one radian in periods[i]
-    positions. Hugging Face pairs them in this way, too.
+    frequencies: [d / 2], a NumPy array, in radians per position: those of the pairs of dimensions
+    i and i + d / 2, as in Hugging Face's models.
     """
     d = x.shape[-1]
-    freqs = mx.array(periods)  # MLX's name for them
+    freqs = mx.array(1 / frequencies)  # as MLX wants them
     return mx.fast.rope(x, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
 
 
-def rope_periods(d, base, scaling=None):
-    """The periods of `rotate`, [d / 2] float32.
+def rope_frequencies(d, base, scaling=None):
+    """The frequencies of `rotate`, [d / 2], in radians per position.
 
     scaling: None, or factor, low, high and original context of Llama 3.1, for texts longer than
-    that context. Pairs of dimensions that turn at least `high` times within it keep their speed,
-    those that turn at most `low` times become `factor` times slower, and the speeds of the others
-    are interpolated.
+    that context. Pairs of dimensions that turn at least `high` times within it keep their
+    frequency, those that turn at most `low` times become `factor` times slower, and the
+    frequencies of the others are interpolated.
     """
-    speeds = base ** -(np.arange(0, d, 2) / d)  # radians per position
-    if scaling:
-        factor, low, high, original_context = scaling
-        turns = original_context * speeds / (2 * np.pi)
-        kept = np.clip((turns - low) / (high - low), 0, 1)
-        speeds = kept * speeds + (1 - kept) * speeds / factor
-    return (1 / speeds).astype(np.float32)
+    frequencies = base ** -(np.arange(0, d, 2) / d)
+    if not scaling:
+        return frequencies
+    factor, low, high, original_context = scaling
+    turns = original_context * frequencies / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / factor
 
 
 class Attention(nn.Module):
@@ -247,7 +248,7 @@ class Attention(nn.Module):
         D, d = config.dim, config.head_dim
         self.num_heads = config.num_heads
         self.head_dim = d
-        self.periods = rope_periods(d, config.rope_theta, config.rope_scaling)
+        self.frequencies = rope_frequencies(d, config.rope_theta, config.rope_scaling)
         self.q_proj = Linear(D, config.num_heads * d)
         self.k_proj = Linear(D, config.num_kv_heads * d)
         self.v_proj = Linear(D, config.num_kv_heads * d)
@@ -272,7 +273,7 @@ class Attention(nn.Module):
         # One call rotates both: RoPE is many small operations on a CPU, and with two calls,
         # decoding with a small model takes a tenth longer.
         both = mx.concatenate([queries, keys], axis=1)  # [B, H + K, L, d]
-        both = rotate(both, self.periods, offset)
+        both = rotate(both, self.frequencies, offset)
         return both[:, : self.num_heads], both[:, self.num_heads :], values
 
     def split_heads(self, projected):
@@ -516,7 +517,7 @@ def adamw(flags, weight_decay):
 
 def muon(flags, weight_decay):
     """Our Muon."""
-    return Muon(flags.learning_rate * MUON_RATE, weight_decay)
+    return Muon(flags.learning_rate, weight_decay)
 
 
 # The choices of --optimizer: what makes it for the blocks' matrices, and for all other parameters.
@@ -527,7 +528,7 @@ OPTIMIZERS = {
 
 
 def make_optimizer(model, flags):
-    """The optimizer of all trained parameters.
+    """The optimizer of all trained parameters; set_learning_rate comes before each step.
 
     Weight decay: --embedding_decay for the embeddings and the output layer, --weight_decay for
     the blocks' matrices, none for norms.
@@ -836,7 +837,9 @@ class Run:
 
     session_steps: int = 0  # taken by this process
     checkpoint_id: str | None = None  # of the last checkpoint
-    saved: float = 0.0  # when that was saved; the next one is later, whatever the clock says
+    # When the last checkpoint in --save_dir was saved; the next one is later, whatever the clock
+    # says.
+    saved: float = 0.0
     saved_iteration: int = 0
     is_saved: bool = True  # whether nothing has changed since; a new run has nothing to lose
 
@@ -848,7 +851,7 @@ class Run:
     def is_score_due(self):
         """Whether the current iteration is to be scored: regularly, and at the end.
 
-        A run of fewer than `steps_per_eval` steps gets no score.
+        A run of fewer than `steps_per_eval` steps gets no score, unless --max_minutes ends it.
         """
         steps = self.flags.steps_per_eval
         is_last = self.iteration == self.flags.num_iters
@@ -991,7 +994,7 @@ def train(run, interrupts, ranks):
             is_ended = run.iteration >= flags.num_iters or run.is_out_of_patience()
             if is_ended or received or is_time_up or run.is_save_due():
                 save_and_sample(run, interrupts)
-                # A signal that arrived in the meantime costs no other step.
+                # No other step is taken if a signal arrived in the meantime.
                 received, _ = ranks.agree(interrupts.received, is_time_up)
             if is_ended or received or is_time_up:
                 break
@@ -1030,21 +1033,18 @@ def train_step(run, step):
         weights = run.model.trainable_parameters()
         run.average = average_weights(run.average, weights, run.iteration, flags.average)
     metrics = {name: array.item() for name, array in metrics.items()}
-    count_step(run, metrics["loss"], inputs.size, time.perf_counter() - began)
-    return metrics | {"learning_rate": rate}
+    seconds = time.perf_counter() - began
 
-
-def count_step(run, loss, num_tokens, seconds):
-    """Adds a step of `num_tokens` targets to a run's counters."""
     run.iteration += 1
     run.is_saved = False
-    run.tokens_seen += num_tokens
+    run.tokens_seen += inputs.size
     run.session_steps += 1
     if run.session_steps > 1:  # the first one compiles
         run.seconds += seconds
     run.recent_steps += 1
-    run.recent_loss += loss
+    run.recent_loss += metrics["loss"]
     run.recent_seconds += seconds
+    return metrics | {"learning_rate": rate}
 
 
 def score_run(run, interrupts, ranks, reporter):
@@ -1403,7 +1403,8 @@ class Checkpoint:
             if type(value) is not field.type:
                 raise ValueError(f"its {field.name} is not of type {field.type.__name__}")
             least = -1e15 if field.name == "recent_loss" else 0  # may be negative by rounding
-            # The latest `saved` + 1e-3 is the same number: what is saved after it is in range, too.
+            # At the end of the range, adding 1e-3 (see write_checkpoint) changes nothing: what is
+            # saved after such a checkpoint is in range, too.
             if field.type in (int, float) and not least <= value < 1e15:
                 raise ValueError(f"its {field.name} is out of range")
         if not SHA1.fullmatch(self.id) or not SHA256.fullmatch(self.tokens_sha256):
@@ -1423,10 +1424,6 @@ class Checkpoint:
         check_config(self.config)
         check_flags(self.flags)
 
-    def make_model(self):
-        """A model of its shape, with weights yet to be loaded."""
-        return LanguageModel(Config(**self.config))
-
     def open(self):
         """Verifies both files and returns the Contents.
 
@@ -1434,11 +1431,11 @@ class Checkpoint:
         the caller: what is read is what was verified.
         """
         try:
-            with open_unlinked(self.weights_path) as file:
+            with open_no_link(self.weights_path) as file:
                 if sha1_of(file) != self.id:
                     raise ValueError("its .safetensors has another SHA1")
                 weights = load_arrays(file)
-            with open_unlinked(self.metadata_path) as file:
+            with open_no_link(self.metadata_path) as file:
                 texts = read_texts(file)
                 if sha1_of(file, texts["sha1"]) != texts["sha1"]:
                     raise ValueError("its .metadata has another SHA1")
@@ -1489,7 +1486,7 @@ class Contents(NamedTuple):
                 alpha = checkpoint.flags["lora_alpha"]
                 weights = extra("lora").merge(base, weights, rank, alpha)
         with explained(f"{checkpoint} does not fit its record", *UNREADABLE, kind=Damaged):
-            model = checkpoint.make_model()
+            model = LanguageModel(Config(**checkpoint.config))
             check_arrays(weights, model.parameters())
             model.load_weights(list(weights.items()))
             mx.eval(model.parameters())
@@ -1553,7 +1550,7 @@ UNREADABLE = (
 
 
 def check_config(config):
-    """Raises ValueError or TypeError unless `config`, {field: value}, is that of a model."""
+    """Raises UNREADABLE unless `config`, {field: value}, is that of a model."""
     made = Config(**config)
     for field in dataclasses.fields(Config):
         value = getattr(made, field.name)
@@ -1568,10 +1565,8 @@ def check_config(config):
         if not is_right:
             raise ValueError(f"{field.name} of its model is {value!r:.50}")
     cached = made.context_size * made.num_kv_heads * made.head_dim  # numbers in a Cache
-    if made.mlp not in MLPS or made.num_heads % made.num_kv_heads or cached > LARGEST:
+    if made.mlp not in MLPS or cached > LARGEST:
         raise ValueError("there is no such model")
-    if made.head_dim % 2:
-        raise ValueError("RoPE rotates pairs, but its head_dim is odd")
 
 
 def is_number(value):
@@ -1590,7 +1585,7 @@ def check_flags(values):
         settle({}, values)  # which listing does, too
 
 
-def open_unlinked(path):
+def open_no_link(path):
     """Opens a file for reading, unless it is a link; nothing is waited for at a pipe's end."""
     return open(path, "rb", opener=no_follow)
 
@@ -1654,8 +1649,8 @@ def load_arrays(file):
     file object itself is not passed: an MLX thread would release it at an arbitrary time, which
     at exit would abort Python.
     """
-    # On macOS, what MLX opens by the descriptor's number shares its position. The first line
-    # empties the buffer, in which the second one might only move.
+    # On macOS, what MLX opens by the descriptor's number shares the file's position. The first
+    # line empties Python's buffer; the second one alone might only move within that.
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     arrays = mx.load(f"/dev/fd/{file.fileno()}", format="safetensors")
@@ -1666,7 +1661,7 @@ def load_arrays(file):
 
 def read_checkpoint(metadata_path):
     """The Checkpoint that a .metadata file describes. Raises UNREADABLE if it is not one."""
-    with open_unlinked(metadata_path) as file:
+    with open_no_link(metadata_path) as file:
         record = json.loads(read_texts(file)["record"])
     if record["format_version"] != FORMAT_VERSION:
         raise ValueError("another version of this program wrote it")
@@ -1680,7 +1675,7 @@ def read_checkpoint(metadata_path):
 def list_checkpoints(save_dir, warn=False):
     """The checkpoints of all runs in `save_dir`, most recently saved first.
 
-    What is none is skipped, with a line on stderr if `warn`.
+    What cannot be read is skipped, with a line on stderr if `warn`.
     """
     checkpoints = []
     for folder in save_dir.iterdir():
@@ -1864,7 +1859,8 @@ def prune(run):
         checkpoints = list_checkpoints(run.folder.parent)
         own = [each for each in checkpoints if each.run == run.name]  # newest first
         kept = {run.checkpoint_id, *(each.id for each in own[: run.flags.keep])}
-        # If it goes on from before its newest, a damaged one, that may say that it is the best.
+        # A damaged checkpoint that the run went back from may say that it is the best; then the
+        # best of this run's own past is kept, too.
         known = [each for each in own if [each.iteration, each.score] in run.scores]
         for best in (best_of(own, run.name), best_of(known, run.name)):
             if best:
@@ -2029,15 +2025,6 @@ class UnbreakableStream:
         """Does nothing: `write` has flushed."""
 
 
-@contextlib.contextmanager
-def unbreakable_streams():
-    """Makes stdout and stderr UnbreakableStreams in this block."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(UnbreakableStream(sys.stdout)))
-        stack.enter_context(contextlib.redirect_stderr(UnbreakableStream(sys.stderr)))
-        yield
-
-
 # ---- Processes and processors -------------------------------------------------------------------
 
 
@@ -2199,8 +2186,7 @@ class Reporter:
         `loss` is then the mean since the last report; the others are those of the last step.
         """
         if run.iteration % run.flags.steps_per_report == 0:
-            rows = run.flags.batch_size * run.flags.grad_accumulation  # other ranks have no Batches
-            tokens = run.recent_steps * rows * run.flags.context_size
+            tokens = run.recent_steps * run.batches.batch_size * run.flags.context_size
             metrics = metrics | {
                 "loss": run.recent_loss / run.recent_steps,
                 "tokens_seen": run.tokens_seen,
@@ -2326,7 +2312,7 @@ def read_log(path):
 def read_lines(path):
     """Yields the lines of a file and where they begin, (byte, line); too long ones in parts."""
     place = 0
-    with open_unlinked(path) as file:
+    with open_no_link(path) as file:
         while line := file.readline(1 << 16):
             yield place, line
             place += len(line)
@@ -2497,7 +2483,8 @@ def sample_from(model, contents, flags, draft):
             )
         check_cache(draft_model)
     check_cache(model)
-    # Announced only where nothing can be the user's mistake any more: that is one line on stderr.
+    # The checkpoint is announced once no mistake of the user can be left to report: a mistake is
+    # the only line on stderr.
     if flags.prompts_file:
         extra("decode").answer_file(model, tokenizer, contents.checkpoint, flags)
     elif flags.attention:
@@ -2628,10 +2615,10 @@ def string_flag(help, metavar="FILE", **options):
     return flag(None, help, metavar=metavar, **options)
 
 
-# {group: {flag: row}}, one statement per group. Every default is set in such a row; where a
-# default of None depends on other flags, the help says how. --help and --config files have the
-# same groups. A new flag needs one row: in the group "training", another value is another run
-# (SHAPING); in "model", it is a field of Config, too.
+# {group: {flag: row}}, one statement per group. Defaults are set here; where a default of None
+# depends on other flags, the help says how, and `settle` fills it in. --help and --config files
+# have the same groups. A new flag needs one row: in the group "training", another value is another
+# run (see SHAPING for the exceptions); in "model", it is a field of Config, too.
 FLAGS = {}
 
 FLAGS["run"] = DATA_FLAGS | {
@@ -3067,32 +3054,33 @@ def find_candidates(checkpoints, flags, names, same_first=False):
     """The checkpoints of the run that the flags select, newest first; [] if there is none.
 
     It is the run saved last of those whose newest checkpoint agrees with each of the flags `names`
-    that was given; with `same_first`, one that agrees with the others, too, goes before it: the
-    same command has begun it. If --identifier names a checkpoint, it is that one alone. Raises
-    UsageError.
+    that was given. With `same_first`, a run that the same command would begin comes before it: one
+    that agrees with the defaults of the others, too. If --identifier names a checkpoint, it is that
+    one alone. Raises UsageError.
     """
     if flags.new_model:
         return []
     wanted = {name: getattr(flags, name) for name in names if name in flags.given}
     if flags.identifier:
         named = named_checkpoint(flags.save_dir, checkpoints, flags.identifier[0])
-        held = vars(settle({}, named.flags))
-        fixed = {name: held[name] for name in wanted if name in FIXED}
+        its_flags = vars(settle({}, named.flags))
+        fixed = {name: its_flags[name] for name in wanted if name in FIXED}
         check_agreement(flags, fixed, named.run)
         return [named]
     newest = {}  # of each run
     for each in checkpoints:
         newest.setdefault(each.run, each)
-    agreeing = []  # names of runs, saved last first
-    for run, checkpoint in newest.items():
-        held = vars(settle({}, checkpoint.flags))
-        if all(held[name] == value for name, value in wanted.items()):
-            is_same = all(held[name] == getattr(flags, name) for name in names)
-            if same_first and wanted and is_same:
-                agreeing = [run]
-                break
-            agreeing.append(run)
-    return [each for each in checkpoints if each.run in agreeing[:1]]
+    chosen = None  # a run's name
+    for run, checkpoint in newest.items():  # saved last first
+        its_flags = vars(settle({}, checkpoint.flags))
+        if any(its_flags[name] != value for name, value in wanted.items()):
+            continue
+        chosen = chosen or run
+        is_same = all(its_flags[name] == getattr(flags, name) for name in names)
+        if same_first and wanted and is_same:
+            chosen = run
+            break
+    return [each for each in checkpoints if each.run == chosen]
 
 
 def open_newest(candidates, flags):
@@ -3113,12 +3101,12 @@ def open_newest(candidates, flags):
 
 def describe_other(other, flags):
     """Says why the run saved last is not resumed, and with which command it would be."""
-    held = vars(settle({}, other.flags))
+    its_flags = vars(settle({}, other.flags))
     differences = []
     for name in SHAPING:
         value = getattr(flags, name)
-        if name in flags.given and held[name] != value:
-            differences.append(f"--{name} {held[name]} instead of {value}")
+        if name in flags.given and its_flags[name] != value:
+            differences.append(f"--{name} {its_flags[name]} instead of {value}")
     return (
         f"Starting a new run: the last one, {other.run}, has {', '.join(differences)}. "
         f"To resume that one: {command(flags, '--identifier', other.run)}"
@@ -3197,7 +3185,7 @@ def make_model(flags, dataset, contents, origins):
             extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
     elif contents:
         with explained(f"{contents.checkpoint} has no model", *UNREADABLE, kind=Damaged):
-            model = contents.checkpoint.make_model()
+            model = LanguageModel(Config(**contents.checkpoint.config))
     else:
         model = LanguageModel(make_config(flags, dataset.tokenizer.vocab_size))
     if flags.lora_rank:
@@ -3250,7 +3238,7 @@ def refuse_beyond_memory(floats):
         largest = max(floats, key=floats.get)
         raise UsageError(
             f"this needs at least {needed / 2**30:,.1f} GiB of memory, most of it for {largest}, "
-            f"but this machine has {memory / 2**30:,.1f}: choose a smaller model or batch"
+            f"but this machine has {memory / 2**30:,.1f}: choose a smaller model, batch or context"
         )
 
 
@@ -3356,10 +3344,10 @@ def needed_origins(flags, origins):
     return uses
 
 
-def find_run(flags, checkpoints, held):
+def find_run(flags, checkpoints, stack):
     """What a command trains: the Contents to begin with, and the folder to go on in.
 
-    (contents, folder) for a run that goes on; its folder is locked until the ExitStack `held` is
+    (contents, folder) for a run that goes on; its folder is locked until the ExitStack `stack` is
     closed. (contents, None) for a branch: --identifier names an older checkpoint. (None, None) for
     a new run. Raises UsageError if another process trains that run, RunError if no checkpoint of it
     is intact.
@@ -3370,17 +3358,17 @@ def find_run(flags, checkpoints, held):
     newest = next(each for each in checkpoints if each.run == candidates[0].run)
     if candidates[0] is not newest:
         return open_newest(candidates, flags), None
-    claim(newest.folder, held)
+    claim(newest.folder, stack)
     # Only now can no other process advance the run.
     if [each.saved for each in list_run(newest.folder)[:1]] != [newest.saved]:
         raise RunError(f"{newest.run} advanced while this process was starting; rerun")
     return open_newest(candidates, flags), newest.folder
 
 
-def claim(folder, held):
-    """Locks a run's folder until the ExitStack `held` is closed. Raises UsageError."""
+def claim(folder, stack):
+    """Locks a run's folder until the ExitStack `stack` is closed. Raises UsageError."""
     try:
-        held.enter_context(lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        stack.enter_context(lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except BlockingIOError:
         raise UsageError(
             f"{folder.name} is being trained by another process: wait for it, or start another "
@@ -3388,29 +3376,29 @@ def claim(folder, held):
         ) from None
 
 
-def set_up(flags, ranks, interrupts, held):
-    """The run that a command trains, ready for `train`.
+def set_up(flags, ranks, interrupts, stack):
+    """The run that a command trains, ready for `train`; its locks and `interrupts` go on `stack`.
 
     While it reads the folder, nobody deletes anything there. A run that needs other checkpoints is
     saved at once: its record keeps them from being deleted from then on. So is a branch, which
     then has all that it needs.
     """
     with lock(flags.save_dir, fcntl.LOCK_SH):
-        others = list_checkpoints(flags.save_dir, warn=True)
-        contents, folder = find_run(flags, others, held)
+        checkpoints = list_checkpoints(flags.save_dir, warn=True)
+        contents, folder = find_run(flags, checkpoints, stack)
         run = make_run(folder, flags, contents, ranks)
-        run.saved = max((each.saved for each in others), default=0.0)
-        held.enter_context(interrupts)  # from here on there is something to save
+        run.saved = max((each.saved for each in checkpoints), default=0.0)
+        stack.enter_context(interrupts)  # from here on there is something to save
         is_new = folder is None
         if is_new:
             run.folder.mkdir()
-            claim(run.folder, held)
-            held.callback(remove_empty, run.folder)
+            claim(run.folder, stack)
+            stack.callback(remove_empty, run.folder)
         else:
             remove_unfinished(run.folder)
         print_start(run, contents and contents.checkpoint, ranks)
-        if not contents and others and not flags.new_model:
-            tqdm.write(printable(describe_other(others[0], flags)))
+        if not contents and checkpoints and not flags.new_model:
+            tqdm.write(printable(describe_other(checkpoints[0], flags)))
         uses_checkpoints = any(place == origin_id for place, origin_id in run.uses.values())
         if is_new and (contents or uses_checkpoints):
             save(run, interrupts)
@@ -3483,7 +3471,7 @@ def show_runs(flags):
 def open_for_use(flags):
     """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
 
-    Flags that were given for the data and the model select it, too. Raises UsageError, RunError.
+    Flags that were given and are FIXED during a run select it, too. Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     names = [name for name in FIXED if name != "seed"]  # which is for the samples
@@ -3575,10 +3563,11 @@ def benchmark(flags, ranks):
 
 def train_run(flags, ranks):
     """Starts a run or resumes one, and trains it; returns the exit status."""
-    with contextlib.ExitStack() as held:
-        held.enter_context(unbreakable_streams())
-        interrupts = Interrupts()
-        run = set_up(flags, ranks, interrupts, held)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(UnbreakableStream(sys.stdout)))
+        stack.enter_context(contextlib.redirect_stderr(UnbreakableStream(sys.stderr)))
+        interrupts = Interrupts()  # which set_up enters
+        run = set_up(flags, ranks, interrupts, stack)
         run = ranks.broadcast_run(run)
         try:
             received = train(run, interrupts, ranks)

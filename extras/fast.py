@@ -45,7 +45,7 @@ from pathlib import Path
 STANDS_FOR = {
     "linear_product": "997da33ef142cd753ef6ff0c5f32e24f2ce568b2",
     "rms_norm": "de1d2afb9d535081016e20a1e1bd08ef0d648f3f",
-    "rotate": "be981b0b2bc22f165e2c59330b822dc3c453cd46",
+    "rotate": "8a9a7653cdedf3059874321968b05cfebce2e05f",
     "attend": "5dd30ff5abbc51bcb5e08be640e285983abfc75c",
     "relu2": "b3851965273904aea0b3fbf473404d2ef54e09f6",
     "cross_entropy": "b3eba783ebd68677717bbbcccd83e69cf7bf7bdf",
@@ -437,15 +437,15 @@ def normalize_gradients(inputs, gradients, outputs):
     return of_x, of_weight, mx.zeros_like(eps)
 
 
-def rotate(x, periods, offset):
+def rotate(x, frequencies, offset):
     """main.py's `rotate`; the sines and cosines are constants of a compiled graph."""
     B, H, L, d = x.shape
     if on_gpu() or L == 1:
-        freqs = mx.array(periods)
+        freqs = mx.array(1 / frequencies)
         return mx.fast.rope(
             x, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs
         )
-    angles = np.arange(offset, offset + L)[:, None] / periods  # [L, d / 2]
+    angles = np.arange(offset, offset + L)[:, None] * frequencies  # [L, d / 2]
     cosines = mx.array(np.cos(angles)[:, None].astype(np.float32))  # [L, 1, d / 2]
     sines = np.sin(angles).astype(np.float32)
     sines = mx.array(np.stack([-sines, sines], axis=1))  # [L, 2, d / 2]

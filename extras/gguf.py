@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from datasets import UsageError, explained, replacing, user_path, utf8
 from extras.huggingface import CHAT_TEMPLATE, find_counterpart, tokenizer_json
+from main import rope_frequencies
 
 # GGUF's names for the parts of a model and of a block.
 PARTS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -107,10 +108,9 @@ def convert_weights(model, is_permuted):
         converted.append((f"blk.{block}.{PARTS_OF_BLOCK[part]}.weight", array))
     if config.rope_scaling:
         # How many times slower each pair of dimensions rotates than without scaling.
-        d = config.head_dim
-        plain = config.rope_theta ** (np.arange(0, d, 2) / d)
-        periods = model.model.layers[0].self_attn.periods
-        converted.append(("rope_freqs.weight", (periods / plain).astype(np.float32)))
+        plain = rope_frequencies(config.head_dim, config.rope_theta)
+        scaled = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        converted.append(("rope_freqs.weight", (plain / scaled).astype(np.float32)))
     return converted
 
 

@@ -101,7 +101,8 @@ def near(chance, value):
         return not value
     if isinstance(value, int):
         powers = [10 ** chance.randrange(1, 12) for _ in range(3)]
-        changed = [value + 1, value - 1, 2 * value, -value, value // 2, float(value), 1]
+        near_float = float(max(-(10**300), min(value, 10**300)))
+        changed = [value + 1, value - 1, 2 * value, -value, value // 2, near_float, 1]
         return chance.choice([*changed, *powers])
     if isinstance(value, float):
         return chance.choice([-value, 2 * value, value * 1e6, value / 1e6, 1.0])

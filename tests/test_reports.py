@@ -78,6 +78,7 @@ class Endless:
     """Batches of zeros."""
 
     def __init__(self, flags):
+        self.batch_size = flags.batch_size
         self.batch = mx.zeros((flags.batch_size, flags.context_size), mx.int32)
 
     def next(self):

@@ -319,12 +319,12 @@ def test_rms_norm_and_its_gradients(length, compiled, plain):
 def test_rope_and_its_gradient(length, offset, compiled, plain):
     x = normal(0, 3, 4, length, 6)
     factors = normal(1, 3, 4, length, 6)
-    periods = main.rope_periods(6, 100)
+    frequencies = main.rope_frequencies(6, 100)
     results = []
     for program in (main, plain):
 
         def weighted(x):
-            turned = program.rotate(x, periods, offset)
+            turned = program.rotate(x, frequencies, offset)
             return (turned * factors).sum(), turned
 
         gradient_of = compiled_if(compiled, mx.value_and_grad(weighted))

@@ -172,7 +172,7 @@ def test_llama3_rope_by_its_formula():
     factor = 8.0
     low = 1.0
     high = 2.5
-    periods = main.rope_periods(d, base, [factor, low, high, context])
+    frequencies = main.rope_frequencies(d, base, [factor, low, high, context])
     kinds = []
     speeds = []
     for i in range(0, d, 2):
@@ -195,7 +195,7 @@ def test_llama3_rope_by_its_formula():
     sin = np.sin(angles)
     first, second = np.split(x, 2, axis=-1)
     expected = np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-    found = np.array(main.rotate(mx.array(x.astype(np.float32)), periods, offset=5))
+    found = np.array(main.rotate(mx.array(x.astype(np.float32)), frequencies, offset=5))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
