@@ -8,6 +8,7 @@ all ranks, so they hold the same weights after every step; all decisions follow 
 """
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -50,6 +51,24 @@ class Group:
         if "MLX_HOSTFILE" in os.environ:  # a ring, whose sockets are the new files
             sockets = open_files() - before
             threading.Thread(target=watch_ring, args=[sockets], daemon=True).start()
+        with explained(fault, RuntimeError, kind=RunError):
+            self.check_programs()
+
+    def check_programs(self):
+        """Raises RunError unless all ranks run the same program.
+
+        A stale copy on one machine would train something else without an error.
+        """
+        program = main.hash_sources() | {"MLX": mx.__version__}
+        mine = hashlib.sha256(json.dumps(program).encode()).digest()
+        gathered = mx.distributed.all_gather(mx.array(list(mine), mx.uint8), group=self.group)
+        digests = np.array(gathered).reshape(self.size, -1)
+        others = [rank for rank in range(self.size) if (digests[rank] != digests[0]).any()]
+        if others:
+            raise RunError(
+                f"rank {others[0]} has another MLX or other files than rank 0: "
+                "copy this folder to all machines, and install the same version of MLX"
+            )
 
     def __enter__(self):
         return self

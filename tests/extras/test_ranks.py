@@ -16,7 +16,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, free_ports, ids, run, start
+from conftest import MAIN, ROOT, TINY, free_ports, ids, run, start
 
 from datasets import CACHE
 
@@ -68,10 +68,10 @@ threading.Event().wait(1)  # the first to leave ends the other
 """
 
 
-def start_ranks(size, folder, *arguments, apart=0, **options):
+def start_ranks(size, folder, *arguments, apart=0, programs=None, **options):
     """The processes that `mlx.launch -n size` would start, with MLX's ring between them.
 
-    Each is in a folder of its own. They share what fast.py has compiled, which would otherwise
+    programs: that of each rank, if they differ. Each is in a folder of its own. They share what fast.py has compiled, which would otherwise
     take each of them two seconds.
     """
     hosts = folder / f"hosts-{os.urandom(3).hex()}.json"
@@ -89,6 +89,8 @@ def start_ranks(size, folder, *arguments, apart=0, **options):
         }
         if processes:
             time.sleep(apart)
+        if programs:
+            options["program"] = programs[rank]
         processes[rank] = start(*arguments, env=env, cwd=home, **options)
     return [processes[rank] for rank in range(size)]
 
@@ -339,3 +341,21 @@ def test_a_late_rank_is_waited_for(tmp_path):
     code = LATE.format(root=str(ROOT))
     outputs, _ = finish(start_ranks(2, tmp_path, program=["-c", code], apart=2))
     assert all(out.startswith("well\n") for out, _ in outputs), outputs
+
+
+@pytest.mark.parametrize("file", ["main.py", "extras/lora.py"])
+def test_a_rank_with_other_files_is_noticed(file, tmp_path, text):
+    stale = tmp_path / "stale"
+    stale.mkdir()
+    for name in ("main.py", "datasets.py"):
+        shutil.copy(ROOT / name, stale)
+    shutil.copytree(ROOT / "extras", stale / "extras")
+    with open(stale / file, "a") as other:
+        other.write("# other\n")
+    programs = [[MAIN], [stale / "main.py"]]
+    line = ["--text", text, *STEPS, "--save_dir", tmp_path / "lm"]
+    outputs, statuses = finish(start_ranks(2, tmp_path, *line, programs=programs))
+    assert statuses == [1, 1]
+    for _, err in outputs:
+        assert "rank 1 has another MLX or other files than rank 0" in err
+    assert not list((tmp_path / "lm").glob("*/*.safetensors"))
