@@ -14,6 +14,7 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ import main
 from datasets import Dataset, RunError, Split, UsageError, explained, tokenizer_from_dict
 
 LOST = "a rank failed or is gone ({}): rerun the command to resume from the last checkpoint"
+SILENCE = 60  # seconds, in which a switch may restart
 LAUNCHER = os.getppid()  # if the parent changes, the launcher is gone
 
 
@@ -289,10 +291,10 @@ def open_files():
 
 
 def watch_ring(sockets):
-    """Ends a rank ten seconds after its neighbour has ended.
+    """Ends a rank whose neighbour has ended or is silent; sockets: the ring's file descriptors.
 
-    MLX's ring then raises an error, but one of four ranks may wait forever (MLX 0.32.4: after 3 of
-    44 kills among two to four).
+    When a neighbour ends, MLX's ring raises an error, but one of four ranks may wait forever (MLX
+    0.32.4: after 3 of 44 kills among two to four). When a machine vanishes, it always waits.
     """
     poll = select.poll()
     for number in sockets:
@@ -301,7 +303,41 @@ def watch_ring(sockets):
     for number, _ in poll.poll(0):
         # MLX keeps it from an attempt to connect that came too early.
         poll.unregister(number)
-    poll.poll()  # returns when a neighbour closes its end; incoming data is not an event
+        sockets = sockets - {number}
+    connections = [socket.socket(fileno=os.dup(number)) for number in sockets]
+    for connection in connections:
+        keep_alive(connection)
+    while not poll.poll(5000):  # milliseconds; incoming data is not an event
+        if any(map(is_silent, connections)):
+            end_lost(f"its machine has been silent for {SILENCE} s")
     time.sleep(10)  # seconds, so that an orderly end or MLX's own error comes first
-    print(f"main.py: {LOST.format('it closed its connection')}", file=sys.stderr)
-    os._exit(1)  # the main thread may be stuck inside MLX
+    end_lost("its connection is closed or silent")
+
+
+def keep_alive(connection):
+    """Makes the system probe a connection while it is idle, and close it after SILENCE."""
+    idle = getattr(socket, "TCP_KEEPIDLE", None) or socket.TCP_KEEPALIVE  # macOS's name
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, idle, SILENCE // 4)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE // 4)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+
+def is_silent(connection):
+    """Whether nothing was acknowledged for SILENCE although data was sent again and again.
+
+    Connections with data under way are not probed by keep_alive. TCP_USER_TIMEOUT would end those
+    to a rank that is too busy to read, too; its system, though, answers. Only Linux tells.
+    """
+    if sys.platform != "linux":
+        return False
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)  # struct tcp_info
+    sent_again = max(info[2:4])  # since the last answer: tcpi_retransmits, tcpi_probes
+    since_answer = int.from_bytes(info[56:], sys.byteorder)  # tcpi_last_ack_recv, in ms
+    return sent_again > 1 and since_answer > 1000 * SILENCE
+
+
+def end_lost(reason):
+    """Ends this process, whose main thread may be stuck inside MLX."""
+    print(f"main.py: {LOST.format(reason)}", file=sys.stderr)
+    os._exit(1)
