@@ -38,12 +38,11 @@ def run_soak(*arguments):
     return process.stdout, json.loads(process.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("seed", [2, 3])
-def test_faults_of_many_kinds(seed):
+def test_faults_of_many_kinds():
     import soak
 
     faults = 60 if soak.FORKS else 20  # elsewhere one costs ten times as much
-    out, counts = run_soak("--seed", seed, "--faults", faults, "--jobs", 1)
+    out, counts = run_soak("--seed", 2, "--faults", faults, "--jobs", 1)
     assert sum(counts.values()) >= faults
     assert len(counts) >= faults / 3, out
 

@@ -111,7 +111,7 @@ def test_a_machine_that_pauses_is_waited_for(hosts, tmp_path, text):
     ranks = hosts.start(tmp_path, *line)
     wait_for(ranks[0], "at iteration 20")
     ranks[1].send_signal(signal.SIGSTOP)
-    time.sleep(3 * SILENCE)
+    time.sleep(2 * SILENCE)
     ranks[1].send_signal(signal.SIGCONT)
     wait_for(ranks[0], "saved ")
     ranks[0].send_signal(signal.SIGTERM)
