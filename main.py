@@ -2279,12 +2279,15 @@ class Log:
 
 def find_end(path, run):
     """The size of the part of a run's log that is not to be repeated, in bytes. Raises OSError."""
-    for place, row in read_log(path):
+    repeated = []  # where such rows begin
+    for place, row in read_log(path):  # to its end, which closes the file
         is_repeated = row["iteration"] > run.iteration
         if row["iteration"] == run.iteration and row["split"] != "train":
             is_repeated = not run.is_scored
         if is_repeated:
-            return place
+            repeated.append(place)
+    if repeated:
+        return repeated[0]
     end = 0
     for place, line in read_lines(path):
         if line.endswith(b"\n"):  # what follows the last one was cut off by a kill

@@ -537,6 +537,7 @@ class Scenario:
         self.faults = Counter()  # those that struck, by kind
         self.journal = []  # what was done, for a failure's message
         self.reached = 0  # the iteration of the newest intact checkpoint
+        self.skipped = set()  # beginnings of ids that the program once could not read
         self.is_finished = False
         self.is_exact_log = True  # until a fault strikes the log itself
         self.damaged = {}  # {id: iteration} of checkpoints that were
@@ -673,7 +674,14 @@ class Scenario:
         if stopped and leg.status > 128:
             saved.append(int(stopped[1].replace(",", "")))
         records = self.own_checkpoints()
-        reached = records[0]["iteration"] if records else 0
+        # From before one that it could not read, perhaps only this time, the run goes on as if that
+        # did not exist, unless it is saved again.
+        self.skipped |= {*re.findall(r"^Skipping .*checkpoint (\w+) is damaged", leg.err, re.M)}
+        self.skipped -= {*re.findall(r"^saved (\w{12})", leg.out, re.M)}
+        left = [each["iteration"] for each in records if each["id"][:12] not in self.skipped]
+        if self.skipped:
+            self.reached = min(self.reached, max(left, default=0))
+        reached = max(left, default=0)
         expect(
             reached >= max([self.reached, *saved]),
             f"iteration {max([self.reached, *saved])} was saved; left is {reached}",
