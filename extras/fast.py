@@ -413,7 +413,7 @@ def rms_norm(x, weight, eps):
     """main.py's `rms_norm`, with a gradient of few operations."""
     if on_gpu() or x.shape[-2] == 1:
         return mx.fast.rms_norm(x, weight, eps)
-    normed, _ = normalize(x.flatten(0, -2), weight, mx.array(eps))
+    normed, _ = normalize(x.flatten(0, -2), weight, mx.array(float(eps)))
     return normed.reshape(x.shape)
 
 

@@ -314,6 +314,13 @@ def test_rms_norm_and_its_gradients(length, compiled, plain):
     assert_near(*results, 2e-6)
 
 
+def test_an_integer_may_be_added_to_the_mean_square(plain):
+    """A checkpoint may hold one that is larger than MLX's."""
+    x = normal(0, 3, 13, 40)
+    results = [program.rms_norm(x, mx.ones(40), 10**25) for program in (main, plain)]
+    assert_near(*results, 2e-6)
+
+
 @pytest.mark.parametrize("length, offset", [(1, 0), (1, 7), (13, 0), (13, 7)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_rope_and_its_gradient(length, offset, compiled, plain):
