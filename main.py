@@ -124,6 +124,8 @@ class Config:
             self.head_dim = self.dim // self.num_heads
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd, but RoPE rotates pairs")
+        if self.head_dim > 2**16:  # as far as --dim goes; rope_frequencies could fill the memory
+            raise ValueError(f"head_dim {self.head_dim} is above {2**16}")
         if self.num_heads % self.num_kv_heads:
             fit = math.gcd(self.num_heads, self.num_kv_heads)
             raise ValueError(

@@ -472,3 +472,9 @@ def test_a_head_dimension_of_its_own():
     assert attention.o_proj.weight.shape == (22, 4 * 6)
     tokens = random_tokens(model)
     assert_close(logits_of(model, tokens), reference(model, tokens))
+
+
+def test_a_head_that_would_fill_the_memory_is_refused():
+    """A checkpoint or an imported model may name any."""
+    with pytest.raises(ValueError, match="head_dim 100000000 is above 65536"):
+        main.Config(257, 8, 1, 8, 2, 2, "relu2", 32, head_dim=10**8)

@@ -71,8 +71,8 @@ threading.Event().wait(1)  # the first to leave ends the other
 def start_ranks(size, folder, *arguments, apart=0, programs=None, **options):
     """The processes that `mlx.launch -n size` would start, with MLX's ring between them.
 
-    programs: that of each rank, if they differ. Each is in a folder of its own. They share what fast.py has compiled, which would otherwise
-    take each of them two seconds.
+    programs: that of each rank, if they differ. Each is in a folder of its own. They share what
+    fast.py has compiled, which would otherwise take each of them two seconds.
     """
     hosts = folder / f"hosts-{os.urandom(3).hex()}.json"
     addresses = [[f"127.0.0.1:{port}"] for port in free_ports(size)]
