@@ -731,6 +731,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     # [windows]; the first one that starts at `last` or later reaches the end of the text.
     last = max(count - context_size, 0)
     starts = np.arange(0, last + stride, stride)
+    batch_size = min(batch_size, len(starts))
     # Windows that start at the end, where all weights are 0, pad the last batch.
     missing = -len(starts) % batch_size
     starts = np.append(starts, np.full(missing, count))
@@ -811,8 +812,21 @@ def bits_per_byte(nats, split):
 # ---- Training -----------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(kw_only=True)
+class Progress:
+    """How far a run is: what every checkpoint records, and a resumed run goes on from."""
+
+    iteration: int = 0  # steps done
+    tokens_seen: int = 0
+    seconds: float = 0.0  # of training, excluding the first step of each session
+    scores: list = dataclasses.field(default_factory=list)  # of validation, [iteration, nats/token]
+    recent_steps: int = 0  # since the last report
+    recent_loss: float = 0.0  # the sum of their losses
+    recent_seconds: float = 0.0  # the time they took
+
+
 @dataclasses.dataclass
-class Run:
+class Run(Progress):
     """A training run: its model, its data and its progress."""
 
     name: str  # that of its folder: at first <dataset>-<6 hexadecimal digits>
@@ -828,14 +842,6 @@ class Run:
     uses: dict = dataclasses.field(default_factory=dict)
     sources: dict = dataclasses.field(default_factory=dict)
     versions: dict = dataclasses.field(default_factory=dict)
-
-    iteration: int = 0  # steps done
-    tokens_seen: int = 0
-    seconds: float = 0.0  # of training, excluding the first step of each session
-    scores: list = dataclasses.field(default_factory=list)  # of validation, [iteration, nats/token]
-    recent_steps: int = 0  # since the last report
-    recent_loss: float = 0.0  # the sum of their losses
-    recent_seconds: float = 0.0  # the time they took
 
     session_steps: int = 0  # taken by this process
     checkpoint_id: str | None = None  # of the last checkpoint
@@ -1167,10 +1173,6 @@ class Decoder:
         self.start = start
         self.caches = [Cache(self.model.config) for _ in self.model.model.layers]
 
-    def forget(self):
-        """Forgets what was read, for use after an interrupted pass."""
-        self.begin_window(self.start)
-
     def logits(self):
         """Logits [1, V] of the token that follows the text."""
         context_size = self.model.config.context_size
@@ -1342,7 +1344,7 @@ def lock(folder, mode):
 
 
 @dataclasses.dataclass
-class Checkpoint:
+class Checkpoint(Progress):
     """What the record of a checkpoint says. Data from a stranger until `check` has passed."""
 
     folder: Path  # of its run; not part of the record
@@ -1356,14 +1358,7 @@ class Checkpoint:
     command: list  # sys.argv, without passwords
     sources: dict  # {file of this program: SHA1}
     versions: dict  # what the last bits depend on, see list_versions
-    # Progress: the fields of a Run and of its Batches with the same names.
-    iteration: int
-    tokens_seen: int
-    seconds: float
-    scores: list
-    recent_steps: int
-    recent_loss: float
-    recent_seconds: float
+    # The fields of its Batches with the same names.
     epoch: int
     offset: int
     place: int
@@ -1512,10 +1507,15 @@ class Contents(NamedTuple):
                 checkpoint.epoch, checkpoint.offset, checkpoint.place, state["perm"]
             )
             mx.eval(run.model.parameters(), run.optimizer.state)
-        for name in PROGRESS:
-            setattr(run, name, getattr(checkpoint, name))
+        for name, value in progress_of(checkpoint).items():
+            setattr(run, name, value)
         run.saved_iteration = checkpoint.iteration
         run.checkpoint_id = checkpoint.id
+
+
+def progress_of(progress):
+    """The fields of a Progress, {name: value}, of a Run or a Checkpoint."""
+    return {field.name: getattr(progress, field.name) for field in dataclasses.fields(Progress)}
 
 
 def check_arrays(found, expected):
@@ -1527,17 +1527,6 @@ def check_arrays(found, expected):
     if kinds[0] != kinds[1]:
         raise ValueError("its arrays are those of another model")
 
-
-# The fields of a Run that are saved under the same names.
-PROGRESS = [
-    "iteration",
-    "tokens_seen",
-    "seconds",
-    "scores",
-    "recent_steps",
-    "recent_loss",
-    "recent_seconds",
-]
 
 # What reading a damaged or crafted checkpoint can raise.
 UNREADABLE = (
@@ -1826,7 +1815,7 @@ def describe_run(run, checkpoint_id, saved):
         epoch=run.batches.epoch,
         offset=run.batches.offset,
         place=run.batches.place,
-        **{name: getattr(run, name) for name in PROGRESS},
+        **progress_of(run),
     )
 
 
@@ -2541,7 +2530,7 @@ def converse(tokenizer, model, draft, flags):
     for each in (model, draft):
         if each is not None:
             mx.eval(Decoder(each, [any_id]).logits())
-    # From here on, Ctrl+C raises KeyboardInterrupt (disabled at the top of this file).
+    # At the prompt, Ctrl+C raises KeyboardInterrupt (disabled at the top of this file).
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is not an error
     question = ""  # for a pipe
@@ -2588,11 +2577,16 @@ def with_flag(flags, name, value):
 def print_reply(conversation, line, flags):
     """Prints the continuation of a line; Ctrl+C ends it and keeps what was shown."""
     name_unknown(conversation.tokenizer, line)
-    try:
-        for piece in conversation.reply(line, flags, flags.seed):
-            print(for_terminal(piece), end="", flush=True)
-    except KeyboardInterrupt:
-        conversation.decoder.forget()  # it may have been in the middle of a pass
+    request = argparse.Namespace(received=None)
+
+    # Not by a KeyboardInterrupt: raised inside of MLX, it can be lost.
+    def note(signal_number, frame):
+        request.received = signal_number
+
+    handler = signal.signal(signal.SIGINT, note)
+    for piece in conversation.reply(line, flags, flags.seed, request):
+        print(for_terminal(piece), end="", flush=True)
+    signal.signal(signal.SIGINT, handler)
     print(flush=True)
 
 

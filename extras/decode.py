@@ -76,10 +76,6 @@ class BatchDecoder:
         self.lengths = np.zeros(len(texts), np.int32)  # tokens already read of each window
         self.caches = [BatchCache(model.config, len(texts)) for _ in model.model.layers]
 
-    def forget(self):
-        """Forgets what was read, as after an interrupted pass."""
-        self.lengths[:] = 0
-
     def cut(self, length):
         """Truncates the texts to `length`."""
         for text in self.texts:
@@ -203,10 +199,6 @@ class SpeculativeDecoder:
     def cut(self, length):
         self.decoder.cut(length)
         self.draft.cut(length)
-
-    def forget(self):
-        self.decoder.forget()
-        self.draft.forget()
 
     def describe_draft(self):
         """The draft's acceptance rate, to be appended to the speed."""

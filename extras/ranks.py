@@ -159,7 +159,7 @@ class Group:
 
     def broadcast_run(self, run):
         """Sends rank 0's run to the others; returns it with batches that are sent to them, too."""
-        progress = {name: getattr(run, name) for name in main.PROGRESS}
+        progress = main.progress_of(run)
         task = describe_task("train", run.model, run.dataset, run.flags)
         task |= {"name": run.name, "progress": progress}
         if run.teacher:
