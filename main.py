@@ -1657,6 +1657,8 @@ def read_checkpoint(metadata_path):
     if record["format_version"] != FORMAT_VERSION:
         raise ValueError("another version of this program wrote it")
     checkpoint = Checkpoint(folder=metadata_path.parent, **record)
+    if checkpoint.record().keys() != record.keys():
+        raise ValueError("its record lacks a field")
     checkpoint.check()
     if checkpoint.id != metadata_path.stem:
         raise ValueError(f"it belongs to {checkpoint.id[:12]}")

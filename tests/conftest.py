@@ -24,6 +24,14 @@ INITIAL = dict(os.environ)  # extras/fast.py sets some variables for its own pro
 # wait for their first product.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
+# No test reaches the network: nobody listens at this port. Where there is none, a name that
+# cannot be resolved would cost 5 s.
+os.environ |= {
+    "http_proxy": "http://127.0.0.1:9",
+    "https_proxy": "http://127.0.0.1:9",
+    "no_proxy": "127.0.0.1,localhost",
+}
+
 # Before any test imports MLX, which takes the BLAS that is loaded before it.
 import main  # noqa: E402
 from datasets import Span  # noqa: E402

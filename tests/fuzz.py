@@ -1505,9 +1505,9 @@ def warm_up():
     importlib.import_module("matplotlib.backends.backend_svg")
     main.make_parser()
     main.mx.disable_compile()  # for steps as small as here, loading what is compiled takes longer
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        os.environ.pop(name, None)
-        os.environ.pop(name.upper(), None)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):  # no case reaches the network
+        os.environ[name] = os.environ[name.upper()] = "http://127.0.0.1:9"
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()
 

@@ -41,7 +41,7 @@ def run_soak(*arguments):
 def test_faults_of_many_kinds():
     import soak
 
-    faults = 60 if soak.FORKS else 20  # elsewhere one costs ten times as much
+    faults = 40 if soak.FORKS else 20  # elsewhere one costs ten times as much
     out, counts = run_soak("--seed", 2, "--faults", faults, "--jobs", 1)
     assert sum(counts.values()) >= faults
     assert len(counts) >= faults / 3, out

