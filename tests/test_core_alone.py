@@ -67,11 +67,8 @@ def losses(folder):
     return np.array(steps)
 
 
-@pytest.mark.parametrize("corpus", ["text", "python"])
-def test_stopped_twice_it_ends_as_the_run_never_stopped(corpus, alone, text, tmp_path):
-    given = ["--text", text]
-    if corpus == "python":
-        given = ["--dataset", "python", "--eval_tokens", 1000]
+def test_stopped_twice_it_ends_as_the_run_never_stopped(alone, tmp_path):
+    given = ["--dataset", "python", "--eval_tokens", 1000]
     line = [*given, *TINY, "--dropout", 0.1, "--num_iters", 60, "--steps_per_eval", 20]
     line += ["--steps_per_report", 1]
     whole = tmp_path / "whole"

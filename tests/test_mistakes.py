@@ -217,7 +217,7 @@ NOT_EMPTY = """
 """.split()
 TOO_LARGE = {  # sizes that no machine has room for, and what needs it
     "--dim 65536": "gradients and moments",
-    "--num_blocks 4096 --dim 4096": "gradients and moments",
+    "--num_blocks 512 --dim 8192": "gradients and moments",
     "--context_size 1000000 --valid_text text.txt": "attention scores",
     "--batch_size 1048576 --context_size 4096": "hidden states",
     "--grad_accumulation 2147483647": "tokens",
@@ -569,7 +569,7 @@ MISTAKES = [
     ),
     # A run that blows up
     (
-        "--text text.txt --learning_rate 1e30 --num_iters 30 --steps_per_save 99",
+        "--text text.txt --dim 16 --learning_rate 1e30 --num_iters 30 --steps_per_save 99",
         "not finite",
         "start over with --new_model --learning_rate 3e+29",
         1,
