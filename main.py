@@ -248,7 +248,6 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, d = config.dim, config.head_dim
-        self.num_heads = config.num_heads
         self.head_dim = d
         self.frequencies = rope_frequencies(d, config.rope_theta, config.rope_scaling)
         self.q_proj = Linear(D, config.num_heads * d)
@@ -272,11 +271,9 @@ class Attention(nn.Module):
         if "q_norm" in self:  # a Module is a dict of its parts
             queries = self.q_norm(queries)
             keys = self.k_norm(keys)
-        # One call rotates both: RoPE is many small operations on a CPU, and with two calls,
-        # decoding with a small model takes a tenth longer.
-        both = mx.concatenate([queries, keys], axis=1)  # [B, H + K, L, d]
-        both = rotate(both, self.frequencies, offset)
-        return both[:, : self.num_heads], both[:, self.num_heads :], values
+        queries = rotate(queries, self.frequencies, offset)
+        keys = rotate(keys, self.frequencies, offset)
+        return queries, keys, values
 
     def split_heads(self, projected):
         """[B, L, heads * d] to [B, heads, L, d]."""

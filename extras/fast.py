@@ -411,10 +411,18 @@ def product_gradients(inputs, gradient, output):
 # ---- RMSNorm and RoPE ---------------------------------------------------------------------------
 def rms_norm(x, weight, eps):
     """main.py's `rms_norm`, with a gradient of few operations."""
-    if on_gpu() or x.shape[-2] == 1:
+    if on_gpu():
         return mx.fast.rms_norm(x, weight, eps)
+    if x.shape[-2] == 1:
+        return norm_of_one(x, weight, eps)
     normed, _ = normalize(x.flatten(0, -2), weight, mx.array(float(eps)))
     return normed.reshape(x.shape)
+
+
+@mx.compile
+def norm_of_one(x, weight, eps):
+    """RMSNorm of one position, as in decoding: three operations instead of eleven."""
+    return mx.fast.rms_norm(x, weight, eps)
 
 
 @mx.custom_function
