@@ -32,7 +32,9 @@ def reading(path):
         raise
     except Exception as error:  # each of them has types of its own
         reason = one_line(error) or type(error).__name__
-        raise UsageError(f"{path} cannot be read: is it whole, and what its name says? ({reason})")
+        raise UsageError(
+            f"{path} cannot be read: is it whole, and of the kind that its name says? ({reason})"
+        ) from None
 
 
 # ---- Rows ---------------------------------------------------------------------------------------
@@ -100,8 +102,9 @@ def read_parquet(path, field):
     with explained(f"{path} needs a package: pip install pyarrow", ImportError):
         import pyarrow
         from pyarrow import compute, parquet
-    # Buffered, as a file may be a single group of rows.
-    with reading(path), parquet.ParquetFile(path, buffer_size=1 << 20) as file:
+    # A buffer, as a file may be a single group of rows; pre_buffer would keep all that was read.
+    options = {"buffer_size": 1 << 20, "pre_buffer": False}
+    with reading(path), parquet.ParquetFile(path, **options) as file:
         schema = file.schema_arrow
         if field not in schema.names:
             raise no_such_field(path, 1, field, schema.names)

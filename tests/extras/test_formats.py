@@ -268,6 +268,20 @@ def test_a_small_file_of_a_large_row_fills_no_memory(name, tmp_path):
     assert peak < 3 * formats.MOST_BYTES
 
 
+def test_a_large_parquet_file_is_streamed(tmp_path):
+    """Of its groups of rows, and of the pages of each, no more is kept than what is read."""
+    texts = pyarrow.table({"text": ["x" * 20_000] * 200})  # 4 MB
+    options = {"use_dictionary": False, "compression": "none"}
+    with parquet.ParquetWriter(tmp_path / "a.parquet", texts.schema, **options) as writer:
+        for _ in range(8):
+            writer.write_table(texts)
+    most = 0
+    before = pyarrow.total_allocated_bytes()
+    for _ in formats.read_rows(Rows(tmp_path / "a.parquet", "text", "")):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert most < 12e6  # bytes, of 32 MB
+
+
 @pytest.mark.parametrize("name, package, remedy", [
     ("a.parquet", "pyarrow", "pip install pyarrow"),
     ("a.jsonl.zst", "backports", "pip install backports.zstd"),
@@ -291,12 +305,9 @@ def test_other_compressed_files_are_named(tmp_path):
 # ---- Token ids ----------------------------------------------------------------------------------
 
 
-def gpt2_like(folder):
-    """A small vocabulary in place of GPT-2's, of the same kind; and a folder to download it from.
-
-    Its end token is the last one, as in GPT-2's.
-    """
-    trained = PackageTokenizer.train(["the quick brown fox\njumped — señor 😀 " * 50], 290)
+def gpt2_like():
+    """A small tokenizer in place of GPT-2's; most words and some characters take several ids."""
+    trained = PackageTokenizer.train(["the quick brown fox\njumped — señor 😀 " * 50], 264)
     return PackageTokenizer(trained.vocabulary, "gpt2")
 
 
@@ -310,7 +321,7 @@ def encoded(tokenizer, texts):
 
 def test_files_of_token_ids(tmp_path, monkeypatch):
     """The ids stay as they are; bytes and words are those of their texts."""
-    tokenizer = gpt2_like(tmp_path)
+    tokenizer = gpt2_like()
     chance = random.Random(0)
     texts = []
     for _ in range(50):
@@ -333,7 +344,7 @@ def test_files_of_token_ids(tmp_path, monkeypatch):
 
 
 def test_token_ids_that_cannot_be_used(tmp_path):
-    tokenizer = gpt2_like(tmp_path)
+    tokenizer = gpt2_like()
     path = tmp_path / "train.bin"
     encoded(tokenizer, ["the fox"]).tofile(path)
     with pytest.raises(UsageError, match="train.bin would be read as GPT-2's .* --tokenizer gpt2"):
@@ -343,7 +354,7 @@ def test_token_ids_that_cannot_be_used(tmp_path):
     (tmp_path / "notes.txt").write_text("notes")
     with pytest.raises(UsageError, match="two kinds"):
         load(tmp_path / "data", path, tmp_path / "notes.txt", tokenizer=tokenizer)
-    for data, words in ((b"abc", "it has 3 bytes"), (b"\xff\xff", "it has 65,535, .* end at 28")):
+    for data, words in ((b"abc", "it has 3 bytes"), (b"\xff\xff", "it has 65,535, .* end at 26")):
         path.write_bytes(data)
         with pytest.raises(UsageError, match=words):
             load(tmp_path / "data", path, valid_text=[path], tokenizer=tokenizer)
