@@ -1331,7 +1331,9 @@ def own_text(given, valid_fraction, say, own_folders, text_field="text", line_en
     if "valid" in given:
         return splits | {"train": documents}
     if type(documents[0]) is Ids:
-        raise UsageError(f"{documents[0].path} holds token ids: add --valid_text val.bin")
+        raise UsageError(
+            f"{documents[0].path} holds token ids: add --valid_text val.bin and --tokenizer gpt2"
+        )
     divided = divide([each for each in documents if type(each) is Span], valid_fraction)
     for each in documents:
         if type(each) is Rows:
