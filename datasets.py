@@ -330,15 +330,15 @@ SIZE = number(int, 1, LARGEST)
 
 
 def flag(default, help, **options):
-    """A flag: its default and argparse's options. A default of False makes it a switch."""
-    if default is False:
+    """A flag: its default and argparse's options. A default of True or False makes it a switch."""
+    if isinstance(default, bool):
         options["action"] = "store_true"
     if options.get("nargs") == "+":
         options["action"] = "extend"  # `--text a --text b` names both
     convert = options.get("type")
     if hasattr(convert, "metavar"):
         options["metavar"] = convert.metavar
-    if default:
+    if default and default is not True:
         help += f" (default: {default})"
     return default, options | {"help": help}
 
@@ -416,6 +416,22 @@ class Span(NamedTuple):
     stop: int  # byte, exclusive
     marker: str | None = None
     errors: str = "surrogateescape"  # for decoding; "strict" rejects invalid UTF-8
+
+
+class Rows(NamedTuple):
+    """A file with a document in each row, see extras/formats.py. Compared as a Span is."""
+
+    path: Path
+    field: str  # that holds the text
+    line_end: str  # of a row, where no end token comes between rows; else ""
+    valid_fraction: float = 0.0  # the share of all rows that is held out
+    is_valid: bool = False  # whether these are the rows held out, or the others
+
+
+class Ids(NamedTuple):
+    """A file of token ids, see extras/formats.py. Compared as a Span is."""
+
+    path: Path
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
@@ -679,6 +695,17 @@ TOKENIZERS = {
 }
 # What --tokenizer takes; anything else is the path of a tokenizer.json.
 KINDS = ["auto", "byte", "char", "word", "bpe", "gpt2"]
+
+
+def end_of_text(tokenizer):
+    """The id that ends a text, or None.
+
+    That is the end token, unless a line end is read as one, too: it then ends but a line, as in the
+    Penn Treebank.
+    """
+    if tokenizer.eos is None or tokenizer.eos in tokenizer.encode("\n"):
+        return None
+    return tokenizer.eos
 
 
 def tokenizer_from_dict(data):
@@ -1265,29 +1292,37 @@ def find_cut(path, at, marker=None):
 
 # ---- The user's own text ------------------------------------------------------------------------
 
+# The names of files with a document in each row.
+ROWS = re.compile(r".*\.(parquet|(jsonl|ndjson)(\.gz|\.zst)?)", re.DOTALL | re.IGNORECASE)
 
-def own_text(given, valid_fraction, say, own_folders):
-    """{split: [Span, ...]} of the user's files, each a document.
+
+def own_text(given, valid_fraction, say, own_folders, text_field="text", line_end=""):
+    """{split: [Span, Rows or Ids, ...]} of the user's files.
 
     `given` is {split: [path, ...]}. Without "valid" paths, part of "train" is held out. Files for
-    validation or testing are left out of the training text. own_folders: see text_files. Raises
-    UsageError.
+    validation or testing are left out of the training text. own_folders: see text_files;
+    text_field, line_end: see Rows. Raises UsageError.
     """
     splits = {}
     for split, paths in given.items():
-        files = text_files(paths, say, own_folders)
-        splits[split] = [Span(file, 0, os.path.getsize(file), None, "strict") for file in files]
+        splits[split] = []
+        for file in text_files(paths, say, own_folders):
+            splits[split].append(describe_file(file, text_field, line_end))
+        if len({type(each) is Ids for each in splits[split]}) > 1:
+            raise UsageError(
+                f"the files for {split} are of two kinds, token ids (.bin) and others: name one"
+            )
     held_out = set()
     for split in ("valid", "test"):
-        held_out.update(span.path.resolve() for span in splits.get(split, []))
-    documents = [span for span in splits["train"] if span.stop > 0]  # no empty ones
+        held_out.update(each.path.resolve() for each in splits.get(split, []))
+    documents = [each for each in splits["train"] if os.path.getsize(each.path) > 0]
     if not documents:
         named = ", ".join(map(str, given["train"]))
         raise UsageError(
             f"there is no text in {named}: give other files to --text "
             "(hidden ones, and those in --save_dir and --data_dir, do not count)"
         )
-    others = [span for span in documents if span.path.resolve() not in held_out]
+    others = [each for each in documents if each.path.resolve() not in held_out]
     # Whoever names the same files for both wants to train on them.
     if others and len(others) < len(documents):
         left_out = len(documents) - len(others)
@@ -1295,11 +1330,39 @@ def own_text(given, valid_fraction, say, own_folders):
         documents = others
     if "valid" in given:
         return splits | {"train": documents}
-    return splits | divide(documents, valid_fraction)
+    if type(documents[0]) is Ids:
+        raise UsageError(
+            f"{documents[0].path} holds token ids: add --valid_text val.bin and --tokenizer gpt2"
+        )
+    divided = divide([each for each in documents if type(each) is Span], valid_fraction)
+    for each in documents:
+        if type(each) is Rows:
+            each = each._replace(valid_fraction=valid_fraction)
+            divided["train"].append(each)
+            divided["valid"].append(each._replace(is_valid=True))
+    return splits | divided
+
+
+def describe_file(path, text_field, line_end):
+    """The Rows, Ids or Span of a file that --text names. Raises UsageError."""
+    if ROWS.fullmatch(path.name):
+        return Rows(path, text_field, line_end)
+    if path.suffix == ".bin":
+        return Ids(path)
+    if path.suffix in (".gz", ".zst"):
+        raise UsageError(
+            f"{path}: decompress it; of compressed files, --text takes .jsonl.gz and .jsonl.zst"
+        )
+    return Span(path, 0, os.path.getsize(path), None, "strict")
+
+
+def is_held_out(index, valid_fraction):
+    """Whether the document of this index is one of those held out at regular intervals."""
+    return whole_part((index + 1) * valid_fraction) > whole_part(index * valid_fraction)
 
 
 def divide(documents, valid_fraction):
-    """{"train": [Span, ...], "valid": [Span, ...]} of `documents`.
+    """{"train": [Span, ...], "valid": [Span, ...]} of `documents`, Spans of whole files.
 
     If `valid_fraction` of them is at least one, whole documents at regular intervals are held out
     (by default every tenth), else the end of the text.
@@ -1308,8 +1371,7 @@ def divide(documents, valid_fraction):
     valid = []
     if whole_part(len(documents) * valid_fraction) > 0:
         for i, document in enumerate(documents):
-            # The fraction also holds for the first i + 1.
-            if len(valid) < whole_part((i + 1) * valid_fraction):
+            if is_held_out(i, valid_fraction):
                 valid.append(document)
             else:
                 train.append(document)
@@ -1382,7 +1444,12 @@ def text_files_below(folder, say, own_folders):
         is_hidden = "/." in f"/{path.relative_to(folder)}"
         if not is_hidden and path.is_file() and not lies_in(path, own_folders):
             files.append(path)
-    texts = [path for path in files if begins_as_text(path)]
+    texts = []
+    for path in files:
+        # Token ids may look like text; they have to be named outright.
+        is_text = path.suffix != ".bin" and begins_as_text(path)
+        if is_text or ROWS.fullmatch(path.name):
+            texts.append(path)
     if len(texts) < len(files):
         left_out = len(files) - len(texts)
         say(f"{folder}: skipping {left_out:,} of {len(files):,} files that are not UTF-8 text")
@@ -1429,21 +1496,38 @@ SPACE = re.compile(
 
 
 def read_documents(spans, size=1 << 17):
-    """Yields (text, begins) for everything in `spans`.
+    """Yields (text, begins) for everything in `spans`, Spans and Rows.
 
     The text is a whole document if a marker ends it, else a block of about `size` bytes. `begins`
-    says whether it starts a document. Raises UsageError if a file is not UTF-8.
+    says whether it starts a document. Raises UsageError if a file cannot be read.
     """
+    num_rows = 0  # of all files so far
     for span in spans:
-        if span.marker:
+        if type(span) is Rows:
+            for text in extra("formats").read_rows(span):
+                if is_held_out(num_rows, span.valid_fraction) == span.is_valid:
+                    yield from begin_document(cut_into_blocks(slices(text, size), size))
+                num_rows += 1
+        elif span.marker:
             for document in split_at_marker(span, size):
                 if document.strip():
                     yield document.strip("\n"), True
         else:
-            begins = True
-            for block in cut_into_blocks(span, size):
-                yield block, begins
-                begins = False
+            yield from begin_document(cut_into_blocks(decode_span(span, size), size))
+
+
+def begin_document(blocks):
+    """Yields (block, begins): the first block begins a document."""
+    begins = True
+    for block in blocks:
+        yield block, begins
+        begins = False
+
+
+def slices(text, size):
+    """Yields (part, is_last) for every `size` characters of a text; nothing for an empty one."""
+    for start in range(0, len(text), size):
+        yield text[start : start + size], start + size >= len(text)
 
 
 def split_at_marker(span, size):
@@ -1456,10 +1540,13 @@ def split_at_marker(span, size):
     yield rest
 
 
-def cut_into_blocks(span, size):
-    """Yields a span's text in blocks of about `size` bytes that give the tokens of the whole."""
+def cut_into_blocks(pieces, size):
+    """Yields a text in blocks of about `size` bytes that give the tokens of the whole.
+
+    pieces: the text as (piece, is_last), each of at most `size` bytes or characters.
+    """
     rest = ""  # not yet yielded
-    for piece, is_last in decode_span(span, size):
+    for piece, is_last in pieces:
         rest += piece
         if is_last:
             yield rest
@@ -1505,8 +1592,12 @@ def decode_span(span, size):
 def encode_documents(spans, tokenizer):
     """Yields (text, ids [N]) block by block, with one `eos` between documents.
 
-    The word tokenizer also ends every document with one, as it does every line.
+    The word tokenizer also ends every document with one, as it does every line. Ids stay as they
+    are.
     """
+    if spans and type(spans[0]) is Ids:
+        yield from extra("formats").read_ids(spans, tokenizer)
+        return
     blocks = read_documents(spans)
     if tokenizer.kind == "word":
         blocks = itertools.chain(blocks, [("", True)])  # ends the last document, too
@@ -1534,7 +1625,9 @@ def write_tokens(spans, tokenizer, path):
     num_words = 0
     num_unk = 0
     digest = hashlib.sha256()
-    total = sum(span.stop - span.start for span in spans)  # bytes
+    total = None  # bytes, where the files alone tell
+    if all(type(span) is Span for span in spans):
+        total = sum(span.stop - span.start for span in spans)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None)
     # Make a new file, so that a run that has mapped the old one keeps its tokens.
     path.unlink(missing_ok=True)
@@ -1604,6 +1697,7 @@ def load_dataset(
     test_text=(),
     train_tokens=None,
     save_dir=None,
+    text_field="text",
 ):
     """The corpus `name`, a key of CORPORA, as a Dataset; it is downloaded and encoded only once.
 
@@ -1615,6 +1709,7 @@ def load_dataset(
     mirror: see fetch.
     vocab_size: of the tokenizer "bpe".
     save_dir: the folder of checkpoints, if there is one: its files are no text.
+    text_field: the field of JSON Lines and Parquet that holds the text.
 
     Raises UsageError if the user's files cannot be used, RunError for a failed download.
     """
@@ -1626,13 +1721,22 @@ def load_dataset(
     kind, ready = choose_tokenizer(name, tokenizer)
     check_options(kind, valid_fraction, vocab_size)
     given = absolute_paths({"train": text, "valid": valid_text, "test": test_text})
-    cache = data_dir / name / cache_name(name, kind, ready, given, valid_fraction, vocab_size)
+    source = None
+    if name == "text":
+        source = [given, valid_fraction]
+        if text_field != "text":
+            source.append(text_field)
+    elif name == "python":
+        source = sysconfig.get_path("stdlib")
+    cache = data_dir / name / cache_name(source, kind, ready, vocab_size)
     refuse_links(data_dir / name, cache)
     cache.mkdir(parents=True, exist_ok=True)
     # The user's paths may match different files at each start; downloads do not change.
     own = None
     if name == "text":
-        own = own_text(given, valid_fraction, say, own_folders)
+        line_end = "" if has_end(kind, ready) else "\n"
+        own = own_text(given, valid_fraction, say, own_folders, text_field, line_end)
+        check_ids(own, kind)
 
     with open(cache / ".lock", "ab", opener=no_follow) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # only one process encodes
@@ -1678,6 +1782,21 @@ def choose_tokenizer(name, tokenizer):
     return tokenizer.kind, tokenizer
 
 
+def has_end(kind, ready):
+    """Whether a tokenizer has an end token; see choose_tokenizer for the arguments."""
+    return kind != "char" if ready is None else ready.eos is not None
+
+
+def check_ids(splits, kind):
+    """Raises UsageError if files of token ids are not for this kind of tokenizer."""
+    for each in itertools.chain(*splits.values()):
+        if type(each) is Ids and kind != "gpt2":
+            raise UsageError(
+                f"{each.path} would be read as GPT-2's token ids: add --tokenizer gpt2, or, if it "
+                "is a text, rename it"
+            )
+
+
 def check_options(kind, valid_fraction, vocab_size):
     """Raises UsageError for values outside the ranges of the flags."""
     is_too_small = kind == "bpe" and vocab_size < 257
@@ -1697,13 +1816,11 @@ def absolute_paths(given):
     return absolute
 
 
-def cache_name(name, kind, ready, given, valid_fraction, vocab_size):
-    """A folder name based on all that determines the tokens; the text is compared separately."""
-    source = None
-    if name == "text":
-        source = [given, valid_fraction]
-    elif name == "python":
-        source = sysconfig.get_path("stdlib")
+def cache_name(source, kind, ready, vocab_size):
+    """A folder name based on all that determines the tokens; the text is compared separately.
+
+    source: what determines the text, as data for JSON.
+    """
     vocabulary = None
     if ready:
         vocabulary = ready.to_dict()
@@ -1875,7 +1992,8 @@ DATA_FLAGS = {
     "dataset": choice("ptb", [name for name in CORPORA if name != "text"], "training corpus"),
     "text": flag(
         None,
-        "train on your own UTF-8 files, folders or glob patterns instead",
+        "train on your own files, folders or glob patterns instead: UTF-8 text, .jsonl (or "
+        ".jsonl.gz, .jsonl.zst) or .parquet, or nanoGPT's .bin with --tokenizer gpt2",
         nargs="+",
         metavar="PATH",
     ),
@@ -1886,7 +2004,13 @@ DATA_FLAGS = {
     "valid_fraction": flag(
         0.1, "share of --text held out for validation", type=number(float, 0.001, 0.5)
     ),
-    "train_tokens": flag(None, "train on the first N tokens only (default: all)", type=SIZE),
+    "text_field": flag("text", "field of .jsonl and .parquet that holds the text", metavar="NAME"),
+    "train_tokens": flag(
+        None,
+        "train on the first N tokens only (default: all); the rest is encoded, too, as SHA256s "
+        "cover the whole text",
+        type=SIZE,
+    ),
     "tokenizer": flag(
         "auto",
         "byte, char, word, bpe, gpt2 or a tokenizer.json; auto: the usual one of the corpus",

@@ -66,10 +66,10 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
 from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser, RunError
-from datasets import UsageError, choice, explained, extra, flag, load_dataset, no_follow, number
-from datasets import one_line, open_data_dir, printable, refuse_empty, remove_leftovers
-from datasets import repair_streams, replacing, run_command, sync, tokenizer_from_dict, user_path
-from datasets import utf8, without_passwords
+from datasets import UsageError, choice, end_of_text, explained, extra, flag, load_dataset
+from datasets import no_follow, number, one_line, open_data_dir, printable, refuse_empty
+from datasets import remove_leftovers, repair_streams, replacing, run_command, sync
+from datasets import tokenizer_from_dict, user_path, utf8, without_passwords
 
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
 
@@ -998,7 +998,7 @@ def train(run, interrupts, ranks):
                 score_run(run, interrupts, ranks, reporter)
             is_ended = run.iteration >= flags.num_iters or run.is_out_of_patience()
             if is_ended or received or is_time_up or run.is_save_due():
-                save_and_sample(run, interrupts)
+                save_and_sample(run, interrupts, reporter)
                 # No other step is taken if a signal arrived in the meantime.
                 received, _ = ranks.agree(interrupts.received, is_time_up)
             if is_ended or received or is_time_up:
@@ -1072,17 +1072,23 @@ def score_run(run, interrupts, ranks, reporter):
     reporter.report_score(run, nats)
 
 
-def save_and_sample(run, interrupts):
-    """Saves what has changed in a run, and prints a sample. On other ranks, it does nothing."""
+def save_and_sample(run, interrupts, reporter):
+    """Saves what has changed in a run, then samples from it. On other ranks, it does nothing."""
     if run.is_saved or run.folder is None:
         return
     save(run, interrupts)
     tqdm.write(f"saved {run.checkpoint_id} at iteration {run.iteration:,}")
-    if not interrupts.received:
+    flags = argparse.Namespace(**vars(run.flags))
+    if flags.sample_tokens is not None:
+        flags.max_tokens = flags.sample_tokens
+    for prompt in flags.sample_prompt or [""]:
+        if interrupts.received or flags.max_tokens == 0:
+            break
         with run.using_average() as model:
             sample = Conversation(run.dataset.tokenizer, model)
-            text = "".join(sample.reply("", run.flags, run.flags.seed, interrupts))
-            tqdm.write(for_terminal(text))
+            text = "".join(sample.reply(prompt, flags, flags.seed, interrupts))
+        if not interrupts.received:  # else it is cut short
+            reporter.report_sample(run, prompt, text)
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -1266,8 +1272,8 @@ class Conversation:
     def reply(self, prompt, flags, seed, interrupts=None):
         """Adds `prompt` to the text, and yields the model's continuation in pieces.
 
-        Except at the start, the prompt goes on a new line. A piece is yielded once no later token
-        can change it. The last one ends before --stop.
+        Except at the start of a text, the prompt goes on a new line. A piece is yielded once no
+        later token can change it. The last one ends before --stop, or at the end of the text.
         """
         pieces = self.pieces(prompt, flags, seed, interrupts)
         return pieces_before(flags.stop, pieces) if flags.stop else pieces
@@ -1275,15 +1281,20 @@ class Conversation:
     def pieces(self, prompt, flags, seed, interrupts):
         """Like `reply`, but without --stop."""
         tokenizer = self.tokenizer
-        if self.text:
-            self.text.extend(tokenizer.encode("\n" + prompt).tolist())  # shared with the decoder
+        end = end_of_text(tokenizer) if flags.stop_at_end else None
+        if not self.text:
+            self.text.extend(first_ids(tokenizer, prompt))  # shared with the decoder
+        elif self.text[-1] == end:  # the prompt begins the next text
+            self.text.extend(tokenizer.encode(prompt).tolist())
         else:
-            self.text.extend(first_ids(tokenizer, prompt))
+            self.text.extend(tokenizer.encode("\n" + prompt).tolist())
         detokenizer = Detokenizer(tokenizer, self.text)
         times = []  # when each token arrived
         try:
             for token in self.decoder.generate(flags.max_tokens, flags, seed):
                 times.append(time.perf_counter())
+                if token == end:
+                    break
                 yield detokenizer.add(token)
                 if interrupts and interrupts.received:
                     return
@@ -2163,6 +2174,7 @@ class Reporter:
             **size,
         )
         self.log = Log(run)
+        self.samples = Log(run, "samples.jsonl")
 
     def __enter__(self):
         return self
@@ -2229,17 +2241,23 @@ class Reporter:
         }
         self.log.append(row)
 
+    def report_sample(self, run, prompt, text):
+        """Shows a sample, and adds it to the run's samples.jsonl."""
+        tqdm.write(for_terminal(prompt + text))
+        row = {"iteration": run.iteration, "split": "sample", "prompt": prompt, "text": text}
+        self.samples.append(row)
+
 
 class Log:
-    """A run's log.jsonl: a line of JSON for each report and each score.
+    """A run's log.jsonl, a line of JSON for each report and each score, or its samples.jsonl.
 
     At the start, what follows the run's current iteration is cut off: those steps, and a score
     that the run does not have, will be repeated. Errors are ignored: the run is worth more than its
     log. Other loggers go into `append`.
     """
 
-    def __init__(self, run):
-        self.path = run.folder and run.folder / "log.jsonl"  # None on all ranks but the first
+    def __init__(self, run, name="log.jsonl"):
+        self.path = run.folder and run.folder / name  # None on all ranks but the first
         self.size = math.inf  # bytes to keep: what follows them is overwritten
         with contextlib.suppress(OSError):
             if self.path and self.path.exists():
@@ -2272,7 +2290,7 @@ def find_end(path, run):
     repeated = []  # where such rows begin
     for place, row in read_log(path):  # to its end, which closes the file
         is_repeated = row["iteration"] > run.iteration
-        if row["iteration"] == run.iteration and row["split"] != "train":
+        if row["iteration"] == run.iteration and row["split"] == "valid":
             is_repeated = not run.is_scored
         if is_repeated:
             repeated.append(place)
@@ -2687,6 +2705,12 @@ FLAGS["reports"] = {
     "steps_per_save": flag(None, "checkpoint interval (default: steps_per_eval)", type=SIZE),
     "eval_test": flag(False, "evaluate on the test split at the end"),
     "keep": flag(3, "newest checkpoints to keep, besides the best", type=SIZE),
+    "sample_prompt": string_flag(
+        "what to continue after each save (default: the start of a text)", "TEXT", nargs="+"
+    ),
+    "sample_tokens": flag(
+        None, "tokens of each of these samples; 0: no samples (default: max_tokens)", type=COUNT
+    ),
 }
 
 FLAGS["sampling"] = {
@@ -2710,6 +2734,9 @@ FLAGS["sampling"] = {
         1.0, "penalty on tokens that have occurred; 1: none", type=number(float, 0.01, 100)
     ),
     "stop": string_flag("stop before this text", metavar="TEXT"),
+    "stop_at_end": flag(
+        True, "end a sample at the end token, where texts end with one; --no-stop_at_end: go on"
+    ),
     "draft": string_flag("draft checkpoint for speculative decoding", metavar="ID"),
 }
 
@@ -2792,6 +2819,7 @@ EXCLUDES = [
 REQUIRES = {
     "valid_text": ["text", "identifier"],
     "test_text": ["text", "identifier"],
+    "text_field": ["text", "identifier"],
     "lora_rank": ["init_from", "identifier"],
     "lora_alpha": ["lora_rank", "identifier"],
     "teacher_weight": ["teacher", "identifier"],
@@ -2876,7 +2904,8 @@ def arguments_of(values):
         elif value is False:
             arguments.append(f"--no-{name}")
         elif isinstance(value, list):
-            arguments += [f"--{name}", *map(str, value)]
+            # Not "--name value": a value may look like a flag.
+            arguments += [f"--{name}={each}" for each in value] or [f"--{name}"]
         elif value is not None:
             arguments.append(f"--{name}={value}")
     return arguments

@@ -12,7 +12,7 @@ import os
 import mlx.core as mx
 import numpy as np
 
-from datasets import explained
+from datasets import end_of_text, explained
 from extras.results import MOST_PROMPTS, append_lines, json_line, read_prompt_lines
 from main import Cache, Decoder, Detokenizer, announce, first_ids, shape_logits
 
@@ -25,6 +25,7 @@ SAMPLING_FLAGS = [
     "min_p",
     "repetition_penalty",
     "stop",
+    "stop_at_end",
     "quantize",
 ]
 
@@ -242,29 +243,39 @@ def answer_file(model, tokenizer, checkpoint, flags, batch_size=16):
 
 
 def answer_batch(model, tokenizer, jobs, flags):
-    """The jobs, dicts of a prompt and a seed, with their completion and its tokens added."""
+    """The jobs, dicts of a prompt and a seed, with their completion and its tokens added.
+
+    The tokens include the end token that ended a text; the completion does not.
+    """
     texts = [first_ids(tokenizer, job["prompt"]) for job in jobs]  # the decoder extends them
     shown = [len(tokenizer.decode(text)) for text in texts]  # characters of the prompts
     read = [len(text) for text in texts]  # tokens of the prompts
     decoder = BatchDecoder(model, texts)
     detokenizers = [Detokenizer(tokenizer, text) for text in texts]
+    end = end_of_text(tokenizer) if flags.stop_at_end else None
     written = [""] * len(texts)  # what each text was continued with, only for --stop
-    stopped = [None] * len(texts)  # how many tokens each text had when --stop appeared
+    stopped = [None] * len(texts)  # how many tokens each text had at its end, or when --stop came
     for ids in decoder.generate(flags.max_tokens, flags, [job["seed"] for job in jobs]):
-        if not flags.stop:
-            continue
         for i, token in enumerate(ids):
-            # What stands for an incomplete character, U+FFFD, may be a --stop, but is no text yet.
-            written[i] += detokenizers[i].add(token)
-            if stopped[i] is None and flags.stop in written[i]:
+            if stopped[i] is not None:
+                continue
+            if flags.stop:
+                # What stands for an incomplete character, U+FFFD, may be a --stop, but is no text
+                # yet.
+                written[i] += detokenizers[i].add(token)
+            has_stop = flags.stop and flags.stop in written[i]
+            if has_stop or token == end:
                 stopped[i] = len(texts[i])
         if None not in stopped:
             break
     lines = []
     for i, job in enumerate(jobs):
+        tokens = texts[i][read[i] : stopped[i]]
         text = texts[i][: stopped[i]]
+        if text[-1] == end:
+            text.pop()
         completion = tokenizer.decode(text)[shown[i] :]
         if flags.stop:
             completion, _, _ = completion.partition(flags.stop)
-        lines.append(job | {"completion": completion, "tokens": text[read[i] :]})
+        lines.append(job | {"completion": completion, "tokens": tokens})
     return lines

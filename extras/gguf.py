@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from mlx.utils import tree_flatten
 
-from datasets import UsageError, explained, replacing, user_path, utf8
+from datasets import UsageError, end_of_text, explained, replacing, user_path, utf8
 from extras.huggingface import CHAT_TEMPLATE, find_counterpart, tokenizer_json
 from main import rope_frequencies
 
@@ -149,7 +149,7 @@ def make_vocabulary(tokenizer, size):
         "tokens": [tokens.get(i, f"<unused {i}>") for i in range(size)],
         "kinds": [kinds.get(i, "UNUSED") for i in range(size)],
         "merges": merges,
-        "eos": tokenizer.eos,
+        "eos": end_of_text(tokenizer),
     }
 
 

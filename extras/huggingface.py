@@ -17,8 +17,8 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from datasets import PackageTokenizer, UsageError, explained, extra, read_whole, replacing
-from datasets import user_path
+from datasets import PackageTokenizer, UsageError, end_of_text, explained, extra, read_whole
+from datasets import replacing, user_path
 from main import DEFAULTS, Config, LanguageModel, load_arrays, sha1_of
 
 # Their name for a model with our (mlp, qk_norm); the others have no counterpart.
@@ -272,7 +272,7 @@ def export_model(model, tokenizer, folder, bits):
     tokenizer_settings["model_max_length"] = model.config.context_size
     # For `generate` of transformers to use.
     sampling = {
-        "eos_token_id": tokenizer.eos,
+        "eos_token_id": end_of_text(tokenizer),
         "do_sample": True,
         "temperature": DEFAULTS["temperature"],
         "top_k": DEFAULTS["top_k"],
@@ -342,7 +342,7 @@ def make_settings(config, name, tokenizer):
     settings["dtype"] = "float32"
     # Our texts have no start token.
     settings["bos_token_id"] = None
-    settings["eos_token_id"] = tokenizer.eos
+    settings["eos_token_id"] = end_of_text(tokenizer)
     return settings
 
 
@@ -364,8 +364,9 @@ def tokenizer_json(tokenizer):
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }
-    if tokenizer.eos is not None:
-        settings["eos_token"] = package.id_to_token(tokenizer.eos)
+    end = end_of_text(tokenizer)  # where sampling stops: no line end
+    if end is not None:
+        settings["eos_token"] = package.id_to_token(end)
     return package.to_str(), settings
 
 

@@ -30,6 +30,7 @@ DEFAULTS = dict(
     valid_text=None,
     test_text=None,
     valid_fraction=0.1,
+    text_field="text",
     train_tokens=None,
     tokenizer="auto",
     vocab_size=32000,
@@ -78,6 +79,8 @@ DEFAULTS = dict(
     steps_per_save=None,
     eval_test=False,
     keep=3,
+    sample_prompt=None,
+    sample_tokens=None,
     inference=False,
     prompt=None,
     prompts_file=None,
@@ -90,6 +93,7 @@ DEFAULTS = dict(
     min_p=0.0,
     repetition_penalty=1.0,
     stop=None,
+    stop_at_end=True,
     draft=None,
     init_from=None,
     lora_rank=None,
@@ -166,7 +170,7 @@ def test_names_of_other_programs():
         text = main.explain_name(name)
         assert text.startswith(f"--{name}") and "?" not in text
         assert text == names.explain(name)
-        named = set(re.findall(r"--(\w+)", text)) - {name}
+        named = set(re.findall(r"--(?:no-)?(\w+)", text)) - {name}
         assert named <= ours
 
 

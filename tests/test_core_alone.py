@@ -52,6 +52,7 @@ def trained(alone, tmp_path_factory):
     """A folder with texts, a Hugging Face folder `hf` and, in `lm`, a run of the two files."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    (folder / "rows.jsonl").write_text('{"text": "the quick"}\n')
     (folder / "prompts.txt").write_text("the quick\n")
     (folder / "cases.yaml").write_text("- {prompt: the quick, expected: brown}\n")
     (folder / "hf").mkdir()
@@ -134,6 +135,7 @@ MISSING = [  # what is typed; the file that it needs
     ("--plot out.png", "pictures"),
     ("--cases cases.yaml", "cases"),
     ("--benchmark --text text.txt", "benchmark"),
+    ("--text rows.jsonl --new_model", "formats"),
 ]
 
 

@@ -24,7 +24,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, flags, log_rows, run, run_folder, start
+from conftest import ROOT, TINY, flags, ids, log_rows, run, run_folder, start
 from test_evaluation import make_model, nats_of
 from test_interrupts import wait_for
 
@@ -300,6 +300,39 @@ def test_a_damaged_row_costs_itself_alone(tmp_path, damage):
     assert iterations_of(path) == [10, 20, 30]
     main.Log(run_at(tmp_path, 20))
     assert iterations_of(path) == [10, 20]
+
+
+def test_samples_of_a_run(tmp_path, text):
+    """Each is what --prompt gives, and none changes the weights."""
+    line = ["--text", text, *TINY, "--num_iters", 20, "--steps_per_eval", 10, "--keep", 9]
+    asked = ["--sample_prompt", "line", "--sample_prompt=-x", "--sample_tokens", 5]
+    run(*line, *asked, "--save_dir", tmp_path / "asked")
+    path = run_folder(tmp_path / "asked") / "samples.jsonl"
+    rows = rows_of(path)
+    places = [(row["iteration"], row["split"], row["prompt"]) for row in rows]
+    prompts = ["line", "-x"]
+    assert places == [(i, "sample", prompt) for i in (10, 20) for prompt in prompts]
+    for row in rows:
+        checkpoints = main.list_checkpoints(tmp_path / "asked")
+        [named] = [each.id for each in checkpoints if each.iteration == row["iteration"]]
+        alone = ["--identifier", named, f"--prompt={row['prompt']}", "--max_tokens", 5]
+        out, _ = run(*alone, "--save_dir", tmp_path / "asked")
+        assert out == row["text"] + "\n"
+    run(*line, "--sample_tokens", 0, "--save_dir", tmp_path / "none")
+    assert ids(tmp_path / "none") == ids(tmp_path / "asked")
+    assert not list((tmp_path / "none").glob("*/samples.jsonl"))
+
+    # A resumed run inherits the prompts, and takes back no sample that it will not repeat.
+    run("--num_iters", 30, "--save_dir", tmp_path / "asked")
+    assert [row["iteration"] for row in rows_of(path)] == [10, 10, 20, 20, 30, 30]
+
+
+def test_samples_that_will_be_repeated_are_cut_off(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    lines = [row_of(10, "sample"), row_of(20, "sample"), row_of(30, "sample")]
+    path.write_text("\n".join(lines) + "\n")
+    main.Log(run_at(tmp_path, 20), "samples.jsonl")
+    assert path.read_text().splitlines() == lines[:2]
 
 
 def step_that_gives(**metrics):

@@ -13,8 +13,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import Script, flags
-from datasets import ByteTokenizer, CharTokenizer, WordTokenizer
+from datasets import ByteTokenizer, CharTokenizer, PackageTokenizer, WordTokenizer, end_of_text
 from mlx.utils import tree_flatten, tree_unflatten
+
+from extras import huggingface
 
 INF = math.inf
 
@@ -331,7 +333,7 @@ def pieces_of(tokenizer, prompt, ids, stop=None, **options):
         return is_next.astype(float).tolist()
 
     conversation = main.Conversation(tokenizer, Script(next_of_ids))
-    given = flags(max_tokens=len(ids), temperature=0, stop=stop)
+    given = flags(max_tokens=len(ids), temperature=0, stop=stop, stop_at_end=False)
     pieces = [piece for piece in conversation.reply(prompt, given, 0, **options) if piece]
     if not stop:
         answered = len(conversation.text) - len(ids)
@@ -434,6 +436,43 @@ def test_a_continuation_ends_before_the_stop():
     assert [piece for piece in shown if piece] == ["a", "\nb"]
     shown = pieces_of(ByteTokenizer(), "", b"one. two. three", stop="two")
     assert shown == list("one. ")
+
+
+def test_a_text_ends_at_its_end_token():
+    """And what is said then begins another, without a line end before it."""
+    tokenizer = ByteTokenizer()
+    eos = tokenizer.eos
+    successors = {ord("q"): ord("s"), ord("s"): ord("o"), ord("o"): eos, eos: ord("n")}
+
+    def rows(token):
+        is_next = np.arange(257) == successors.get(token, ord("."))
+        return is_next.astype(float).tolist()
+
+    given = flags(max_tokens=6, temperature=0)
+    conversation = main.Conversation(tokenizer, Script(rows, 64))
+    assert "".join(conversation.reply("q", given, 0)) == "so"
+    assert "".join(conversation.reply("s", given, 0)) == "o"
+    assert "".join(conversation.reply("", given, 0)) == "n....."
+    assert "".join(conversation.reply("q", given, 0)) == "so"
+    assert conversation.text == [*b"qso", eos, *b"so", eos, *b"n.....\nqso", eos]
+    conversation = main.Conversation(tokenizer, Script(rows, 64))
+    on = flags(max_tokens=6, temperature=0, stop_at_end=False)
+    assert "".join(conversation.reply("q", on, 0)) == "son.."  # the end token has no text
+    assert conversation.text == [*b"qso", eos, *b"n.."]
+
+
+def test_what_ends_a_text():
+    """The end token, but not where it ends a line; nor in a copy of such a tokenizer."""
+    word = WordTokenizer.train(["a b\n"])
+    assert end_of_text(word) is None
+    text, _ = huggingface.tokenizer_json(word)
+    copy = PackageTokenizer(text, "file")
+    assert copy.eos == word.eos
+    assert end_of_text(copy) is None
+    assert end_of_text(CharTokenizer("ab")) is None
+    assert end_of_text(ByteTokenizer()) == 256
+    bpe = PackageTokenizer.train(["a b\n"], 257)
+    assert end_of_text(bpe) == bpe.eos == 0
 
 
 class Spoken:

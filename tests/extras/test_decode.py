@@ -4,6 +4,7 @@ The oracle is main.py's Decoder, which continues one text: all else has to give 
 """
 
 import fcntl
+import itertools
 import json
 import math
 import re
@@ -295,6 +296,35 @@ def test_prompts_end_before_the_stop(model, stop, tmp_path):
     assert any(len(line["tokens"]) < 12 for line in lines) or stop == "e o"
 
 
+def test_texts_end_together_as_alone_and_with_a_draft():
+    """At their end token, which is one of their tokens but no part of the completion."""
+    tokenizer = ByteTokenizer()
+    random = np.random.default_rng(0)
+    scripts = []
+    for _ in range(2):  # a model and its draft
+        logits = random.normal(0, 3, (257, 257))
+        logits[:, tokenizer.eos] += 9
+        scripts.append(Script(logits.__getitem__, 64))
+    model, draft = scripts
+    jobs = [{"prompt": "abcdefgh"[i % 8], "seed": i} for i in range(24)]
+    given = flags(max_tokens=6, temperature=1.0, top_k=0)
+    lines = answer_batch(model, tokenizer, jobs, given)
+    on = answer_batch(model, tokenizer, jobs, flags(**given.given, stop_at_end=False))
+    for line, longer in zip(lines, on):
+        assert len(longer["tokens"]) == 6
+        before = itertools.takewhile(lambda token: token != tokenizer.eos, longer["tokens"])
+        kept = list(before)
+        assert line["completion"] == tokenizer.decode(kept)
+        assert line["tokens"] == longer["tokens"][: len(kept) + 1]
+        for other in (None, draft):
+            conversation = main.Conversation(tokenizer, model, other)
+            pieces = conversation.reply(line["prompt"], given, line["seed"])
+            assert "".join(pieces) == line["completion"]
+            assert conversation.text == [ord(line["prompt"]), *line["tokens"]]
+    ended = [len(line["tokens"]) < 6 for line in lines]
+    assert any(ended) and not all(ended)
+
+
 def test_no_control_character_is_written_raw():
     """The lines may go to a terminal."""
     content = {"prompt": "a\tb\x1b]0;x\x07\x7f\x9b2Jé\ud800"}
@@ -396,6 +426,7 @@ def test_answers_to_other_prompts_are_left_alone(word_model, tmp_path):
     ["--min_p", 0.1],
     ["--repetition_penalty", 1.5],
     ["--quantize", 8],
+    ["--no-stop_at_end"],
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("lines", [1, len(PROMPTS)])
 def test_answers_by_other_flags_are_left_alone(byte_model, tmp_path, typed, lines, monkeypatch):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import TINY, ids, run
 from datasets import ByteTokenizer, CharTokenizer, PackageTokenizer, UsageError, WordTokenizer
+from datasets import end_of_text
 from mlx.utils import tree_flatten, tree_unflatten
 
 from extras import huggingface
@@ -127,11 +128,14 @@ def exported(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [*SHAPES, "quantized"])
 def test_mlx_lm_loads_what_is_exported(exported, name):
-    _, models, results = exported
+    folder, models, results = exported
     model, tokenizer = models[name]
     tokens, logits, eos, chat = results[name]
     assert tokens == tokenizer.encode(TEXT).tolist()
-    assert eos == tokenizer.eos
+    assert eos == end_of_text(tokenizer)
+    for file in ("config.json", "generation_config.json"):
+        settings = json.loads((folder / name / file).read_text())
+        assert settings["eos_token_id"] == eos  # what generation stops at
     np.testing.assert_allclose(logits, logits_of(model, tokens[:32]), rtol=0, atol=1e-4)
     assert chat == "the cat"
 
