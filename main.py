@@ -65,11 +65,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
-from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser, RunError
-from datasets import UsageError, choice, explained, extra, flag, load_dataset, no_follow, number
-from datasets import one_line, open_data_dir, printable, refuse_empty, remove_leftovers
-from datasets import repair_streams, replacing, run_command, sync, tokenizer_from_dict, user_path
-from datasets import utf8, without_passwords
+from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, SPLITS, TOKENIZERS, Dataset, Parser
+from datasets import RunError, UsageError, choice, describe_tokenizer, explained, extra, flag
+from datasets import load_dataset, no_follow, number, one_line, open_data_dir, printable
+from datasets import refuse_empty, remove_leftovers, repair_streams, replacing, run_command, sync
+from datasets import tokenizer_from_dict, user_path, utf8, without_passwords
 
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
 
@@ -764,31 +764,28 @@ def scored_windows(tokens, starts, context_size, stride):
     return [mx.array(array, mx.int32) for array in (tokens[places], tokens[places + 1], weights)]
 
 
-def score_split(name, model, dataset, flags, interrupts, ranks, limit=0):
-    """Prints the score of a split, or of its first `limit` tokens.
-
-    Returns the loss in nats/token, or None if a signal arrived.
-    """
+def score_split(name, model, dataset, flags, interrupts, ranks):
+    """Prints the score of a whole split, unless a signal arrives."""
     split = getattr(dataset, name)
-    tokens = split.tokens
-    if limit:
-        tokens = tokens[: limit + 1]  # the first one is only context
+    count = len(split.tokens)
     began = time.perf_counter()
-    nats = evaluate(model, tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
+    nats = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
     if nats is not None:
         seconds = time.perf_counter() - began
         line = describe_score(name, nats, split, dataset.tokenizer)
-        line += f", {len(tokens) / seconds:,.0f} tokens/s"
+        line += f", {count / seconds:,.0f} tokens/s"
         if flags.evaluate:
-            line += f" ({seconds:.1f} s, {1000 * seconds / len(tokens):.4f} ms per token)"
+            line += f" ({seconds:.1f} s, {1000 * seconds / count:.4f} ms per token)"
         tqdm.write(line)
-    return nats
 
 
-def describe_score(name, nats, split, tokenizer):
-    """A split's score, per token and in units that do not depend on the tokenizer."""
+def describe_score(name, nats, split, tokenizer, mark=""):
+    """A split's score, per token and in units that do not depend on the tokenizer.
+
+    mark: what is said of the loss, such as " (best)".
+    """
     unit = "word" if tokenizer.kind == "word" else "token"
-    line = f"{name} {nats:.4f} nats, perplexity {perplexity(nats):.2f} per {unit}"
+    line = f"{name} {nats:.4f} nats{mark}, perplexity {perplexity(nats):.2f} per {unit}"
     if tokenizer.kind not in ("word", "char", "byte"):
         # For the whole split, extrapolated if `nats` is the score of its first tokens only.
         total = nats * len(split.tokens)
@@ -1061,18 +1058,24 @@ def score_run(run, interrupts, ranks, reporter):
     A score that is only due to --max_minutes is shown, and logged until the run is resumed: a run
     without a break would not have it. Raises RunError if the score is not finite.
     """
-    limit = run.flags.eval_tokens
+    flags = run.flags
+    tokens = run.dataset.valid.tokens
+    if flags.eval_tokens:
+        tokens = tokens[: flags.eval_tokens + 1]  # the first one is only context
+    began = time.perf_counter()
     with run.using_average() as model:
-        nats = score_split("valid", model, run.dataset, run.flags, interrupts, ranks, limit)
+        nats = evaluate(model, tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
     if nats is None:
         return
+    seconds = time.perf_counter() - began
     if not math.isfinite(nats):
         what = f"score of iteration {run.iteration:,}"
         raise divergence_error(run, what, run.iteration, ranks)
+    is_best = nats <= min((score for _, score in run.scores), default=nats)
     if run.is_score_due():
         run.scores.append([run.iteration, nats])
         run.is_saved = False
-    reporter.report_score(run, nats)
+    reporter.report_score(run, nats, is_best, seconds)
 
 
 def save_and_sample(run, interrupts):
@@ -1085,7 +1088,7 @@ def save_and_sample(run, interrupts):
         with run.using_average() as model:
             sample = Conversation(run.dataset.tokenizer, model)
             text = "".join(sample.reply("", run.flags, run.flags.seed, interrupts))
-            tqdm.write(for_terminal(text))
+            tqdm.write(f"sample: {for_terminal(text)}")
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -2133,15 +2136,19 @@ def hash_sources():
 
 # ---- Reports ------------------------------------------------------------------------------------
 
-# How metrics of training are shown on the screen: "" hides one; a metric that is not listed here is
-# shown by its name. loss: nats/token, with --teacher mixed with the distillation loss; tokens_seen:
-# trained on so far; peak_mib: MLX's peak memory in this process; seconds: of training so far,
+# How metrics of training are shown on the screen, the most important ones first; "" hides one. A
+# metric that is not listed here is shown by its name. loss: nats/token, with --teacher mixed with
+# the distillation loss; perplexity: of that loss; peak_mib: MLX's peak memory in this process;
+# epoch: how often the text was read; tokens_seen: trained on so far; seconds: of training so far,
 # excluding the first step of each session, which compiles.
 FORMATS = {
     "loss": "loss {:.4f}",
+    "ms_per_step": "{:,.1f} ms/step",
     "learning_rate": "lr {:.2e}",
     "gradient_norm": "grad {:.2f}",
     "tokens_per_second": "{:,.0f} tokens/s",
+    "perplexity": "perplexity {:.2f}",
+    "epoch": "epoch {:.2f}",
     "peak_mib": "peak {:,.0f} MiB",
     "bits_per_byte": "",
     "tokens_seen": "",
@@ -2154,15 +2161,19 @@ class Reporter:
 
     def __init__(self, run):
         self.total = max(run.flags.num_iters, run.iteration)
+        self.train_loss = None  # of the last report
+        self.widths = {}  # {metric: the most characters that it took in the bar}
         is_terminal = sys.stderr.isatty()
         size = {"dynamic_ncols": True}
         if is_terminal and not os.get_terminal_size(sys.stderr.fileno()).columns:
-            size = {"ncols": 100, "nrows": 24}  # unknown, as in some containers
+            size = {"ncols": 80, "nrows": 24}  # unknown, as in some containers
+        count = f"{{n:{len(f'{self.total:,}')},}}/{{total:,}}"  # as wide from the first step on
         self.bar = tqdm(
             total=self.total,
             initial=run.iteration,
             disable=not is_terminal or run.folder is None,  # other ranks report nothing
-            bar_format="{n_fmt}/{total_fmt} |{bar}| left {remaining}  {desc}",
+            bar_format=f"{count} |{{bar}}| {{elapsed}}<{{remaining}}  {{desc}}",
+            smoothing=0,  # the time left, by the mean speed of this session: it does not jump
             **size,
         )
         self.log = Log(run)
@@ -2178,23 +2189,29 @@ class Reporter:
 
         `loss` is then the mean since the last report; the others are those of the last step.
         """
+        if run.session_steps == 1:
+            self.bar.unpause()  # restarts its clock: the first step compiles
+            self.bar.initial = run.iteration
         if run.iteration % run.flags.steps_per_report == 0:
             tokens = run.recent_steps * run.batches.batch_size * run.flags.context_size
             metrics = metrics | {
                 "loss": run.recent_loss / run.recent_steps,
                 "tokens_seen": run.tokens_seen,
                 "tokens_per_second": tokens / run.recent_seconds,
+                "ms_per_step": 1000 * run.recent_seconds / run.recent_steps,
                 "peak_mib": mx.get_peak_memory() / 2**20,
                 "seconds": run.seconds,
             }
-            # With --train_tokens, num_bytes is still that of the whole text; with --teacher, the
-            # loss is not that of the text alone.
-            if not run.flags.train_tokens and run.teacher is None:
-                split = run.dataset.train
-                if split:  # only the first rank has it
+            split = run.dataset.train
+            if split:  # only the first rank has it
+                metrics["epoch"] = run.tokens_seen / len(split.tokens)
+                # With --train_tokens, num_bytes is still that of the whole text; with --teacher,
+                # the loss is not that of the text alone.
+                if not run.flags.train_tokens and run.teacher is None:
                     metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], split)
             self.show(run, metrics)
             self.log.append({"iteration": run.iteration, "split": "train"} | metrics)
+            self.train_loss = metrics["loss"]
             run.recent_steps = 0
             run.recent_loss = 0.0
             run.recent_seconds = 0.0
@@ -2202,26 +2219,53 @@ class Reporter:
 
     def show(self, run, metrics):
         """Shows the metrics of the steps up to the current iteration."""
-        shown = []
+        if run.teacher is None:
+            metrics = metrics | {"perplexity": perplexity(metrics["loss"])}
         others = [name for name in metrics if name not in FORMATS]
-        for name in [*filter(metrics.__contains__, FORMATS), *others]:
-            value = metrics[name]
+        shown = {}  # {metric: text}
+        for name in ["loss", *others, *FORMATS]:  # metrics of one's own come early
             form = FORMATS.get(name, name + " {:.4g}")
-            if name == "peak_mib" and not self.bar.disable:
-                continue  # so that the bar fits 100 columns
-            if form:
-                shown.append(form.format(value))
-            if name == "loss" and run.teacher is None:
-                shown.append(f"perplexity {perplexity(value):.2f}")
-        line = "  ".join(shown)
-        self.bar.set_description_str(line)
+            if form and name in metrics:
+                shown[name] = form.format(metrics[name])
         if self.bar.disable:
             steps_left = self.total - run.iteration
             left = tqdm.format_interval(steps_left * run.recent_seconds / run.recent_steps)
-            tqdm.write(f"{run.iteration:,}/{self.total:,}  {line}  left {left}")
+            line = "  ".join(shown.values())
+            elapsed = tqdm.format_interval(run.seconds)
+            tqdm.write(f"{run.iteration:,}/{self.total:,}  {line}  time {elapsed}  left {left}")
+        else:
+            self.bar.set_description_str(self.fit(shown))
 
-    def report_score(self, run, nats):
-        """Logs the score of the validation split; score_split has already shown it."""
+    def fit(self, shown):
+        """The first of these texts, {metric: text}, that leave room for the bar in the terminal.
+
+        Each is padded to its largest width so far, so that the bar does not jump.
+        """
+        columns = self.bar.ncols or 80
+        with contextlib.suppress(OSError):  # it was closed
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
+        # The bar has at least eight cells, and there are hours left to show.
+        room = columns - 2 * len(f"{self.total:,}") - len("/ |12345678| 59:59<9:59:59")
+        texts = []
+        for name, text in shown.items():
+            self.widths[name] = max(self.widths.get(name, 0), len(text))
+            room -= 2 + self.widths[name]
+            if room < 0:
+                break
+            texts.append(text.ljust(self.widths[name]))
+        return "  ".join(texts)
+
+    def report_score(self, run, nats, is_best, seconds):
+        """Shows and logs a score of the validation split, which took so many seconds."""
+        train = ""
+        if self.train_loss is not None and run.teacher is None:
+            train = f"train {self.train_loss:.4f}, "
+        mark = " (best)" if is_best else ""
+        score = describe_score("valid", nats, run.dataset.valid, run.dataset.tokenizer, mark)
+        elapsed = tqdm.format_interval(run.seconds)
+        tqdm.write(
+            f"iteration {run.iteration:,}: {train}{score}; time {elapsed}, scored in {seconds:.1f} s"
+        )
         row = {
             "iteration": run.iteration,
             "split": "valid",
@@ -2323,8 +2367,11 @@ def print_start(run, checkpoint, ranks):
     config = run.model.config
     dataset = run.dataset
     tokenizer = dataset.tokenizer
-    splits = [split for split in (dataset.train, dataset.valid, dataset.test) if split]
-    lengths = " / ".join(f"{len(split.tokens):,}" for split in splits)
+    lengths = []
+    for name in SPLITS:
+        split = getattr(dataset, name)
+        if split:
+            lengths.append(f"{len(split.tokens):,} {name}")
     rows = run.batches.batch_size  # of a step
     steps = len(run.batches.perm) // rows or 1  # per epoch
     parameters = count_parameters(run.model.parameters())
@@ -2336,12 +2383,15 @@ def print_start(run, checkpoint, ranks):
     tqdm.write(
         f"run      {run.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
         f"seed {flags.seed}\n"
-        f"model    {parameters:,} parameters{of_them}: {config.num_blocks} blocks, "
-        f"dim {config.dim}, {config.num_heads} heads ({config.num_kv_heads} key/value heads), "
-        f"{config.mlp} {config.mlp_dim}, context {config.context_size}\n"
-        f"data     {dataset.name}: {lengths} tokens; {tokenizer.kind} tokenizer, vocabulary of "
-        f"{tokenizer.vocab_size:,} ({tokenizer.num_special} special); in {dataset.folder}\n"
-        f"steps    {rows} x {config.context_size} tokens, {steps:,} per epoch; {flags.optimizer}\n"
+        f"model    {parameters:,} parameters{of_them}: {plural(config.num_blocks, 'block')}, "
+        f"dim {config.dim}, {plural(config.num_heads, 'head')} "
+        f"({plural(config.num_kv_heads, 'key/value head')}), {config.mlp} {config.mlp_dim}, "
+        f"context {config.context_size}\n"
+        f"data     {dataset.name}: {' / '.join(lengths)} tokens; "
+        f"{describe_tokenizer(tokenizer)}; in {dataset.folder}\n"
+        f"steps    {rows} x {config.context_size} tokens, {steps:,} per epoch, "
+        f"{flags.num_iters / steps:,.2f} epochs in all; {flags.optimizer}, {run.versions['dtype']}\n"
+        f"rate     {describe_schedule(flags)}\n"
         f"machine  {run.versions['device']}{several}; MLX {run.versions['MLX']}, "
         f"matmuls: {run.versions['BLAS']}, kernels: {run.versions['kernels']}\n"
         f"files    {run.folder.absolute()}, {size:,.0f} MiB per checkpoint, {free:,.0f} MiB free"
@@ -2350,6 +2400,26 @@ def print_start(run, checkpoint, ranks):
         tqdm.write(printable(describe_resume(checkpoint, run)))
     for notice in start_notices(run, ranks):
         tqdm.write(notice)
+
+
+def plural(number, noun):
+    """A number of things: "1 block", "2 blocks"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def describe_schedule(flags):
+    """The learning rate over a run, for the start screen."""
+    line = f"{flags.learning_rate:g}"
+    if flags.lr_warmup:
+        line += f" after {plural(flags.lr_warmup, 'warmup step')}"
+    if flags.lr_schedule == "constant":
+        return f"{line}, constant"
+    last = learning_rate_at(flags.num_iters, flags)
+    when = ""
+    if flags.lr_cooldown < 1:
+        line += ", constant"
+        when = f" over the last {flags.lr_cooldown:.0%}"
+    return f"{line}, then {flags.lr_schedule} to {last:g}{when}"
 
 
 def checkpoint_size(run):
@@ -2484,7 +2554,8 @@ def sample_from(model, contents, flags, draft):
     if flags.prompts_file:
         extra("decode").answer_file(model, tokenizer, contents.checkpoint, flags)
     elif flags.attention:
-        extra("pictures").plot_attention(model, tokenizer, flags.prompt, flags.attention)
+        title = str(contents.checkpoint)
+        extra("pictures").plot_attention(model, tokenizer, flags.prompt, title, flags.attention)
         announce(contents.checkpoint)
     elif flags.inference:
         announce(contents.checkpoint)
@@ -3418,30 +3489,56 @@ def remove_empty(folder):
 def list_runs(save_dir):
     """Prints the runs in `save_dir` and their checkpoints, most recently saved first."""
     checkpoints = list_checkpoints(save_dir, warn=True)  # newest first
+    if not checkpoints:
+        print(explain_emptiness(save_dir))
+        return
     print(f"Checkpoints in {save_dir}: {len(checkpoints)}")
-    settled = {id(each): vars(settle({}, each.flags)) for each in checkpoints}
-    for name in dict.fromkeys(each.run for each in checkpoints):  # unique, in that order
+    print("    checkpoint     iteration  valid nats  perplexity  saved")
+    for name, differences in flags_apart(checkpoints).items():
         own = [each for each in checkpoints if each.run == name]
         newest = own[0]
-        flags = settled[id(newest)]
+        num_iters = settle({}, newest.flags).num_iters
         line = f"{name}: {newest.parameters:,} parameters, "
-        line += f"iteration {newest.iteration:,} of {flags['num_iters']:,}"
-        for flag_name in INHERITED:
-            value = flags[flag_name]
-            if any(others[flag_name] != value for others in settled.values()):
-                line += f" --{flag_name} {value}"  # a flag that tells the runs apart
+        line += f"iteration {newest.iteration:,} of {num_iters:,}"
+        if differences:
+            line += f", {differences}"
         print(textwrap.fill(printable(line), 100, subsequent_indent="    "))
         best = best_of(own, name)
         for each in own:
-            score = "not scored" if each.score is None else f"{each.score:.4f}"
-            age = tqdm.format_interval(max(0, time.time() - each.saved))
-            line = f"    {each.id[:12]}  iteration {each.iteration:>9,}"
-            line += f"  {score:>10}  {age:>8} old"
+            line = f"    {each.id[:12]}  {each.iteration:>12,}"
+            if each.score is None:
+                line += "           -           -"
+            else:
+                line += f"  {each.score:>10.4f}  {perplexity(each.score):>10.2f}"
+            line += time.strftime("  %Y-%m-%d %H:%M", time.localtime(each.saved))
             if each is checkpoints[0]:
-                line += ", latest"  # of the folder
+                line += "  latest"  # of the folder
             if each is best:
-                line += ", best"  # of the run
+                line += "  best"  # of the run
             print(line)
+
+
+def flags_apart(checkpoints):
+    """The flags that tell the runs of these checkpoints apart, {run: "--dim 32 --seed 1"}.
+
+    Of each run, those of its first checkpoint here count.
+    """
+    flags = {}
+    for each in checkpoints:
+        if each.run not in flags:
+            flags[each.run] = vars(settle({}, each.flags))
+    differing = []
+    for name in INHERITED:
+        if len({str(of_run[name]) for of_run in flags.values()}) > 1:
+            differing.append(name)
+    texts = {}
+    for run, of_run in flags.items():
+        words = []
+        for name in differing:
+            value = of_run[name]
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        texts[run] = " ".join(words)
+    return texts
 
 
 def show_runs(flags):
@@ -3460,8 +3557,7 @@ def show_runs(flags):
             if checkpoint not in named:
                 named.append(checkpoint)
     if flags.plot:
-        folders = dict.fromkeys(each.folder for each in named or checkpoints)
-        extra("pictures").plot_runs([*folders], flags.plot)
+        extra("pictures").plot_runs(named or checkpoints, flags.plot)
     else:
         top_k = flags.given.get("top_k", 5)  # the default, 50, is for sampling
         if top_k == 0:
@@ -3570,6 +3666,7 @@ def train_run(flags, ranks):
         interrupts = Interrupts()  # which set_up enters
         run = set_up(flags, ranks, interrupts, stack)
         run = ranks.broadcast_run(run)
+        tqdm.write("")
         try:
             received = train(run, interrupts, ranks)
         except RuntimeError as error:
@@ -3584,16 +3681,20 @@ def train_run(flags, ranks):
 
 
 def describe_end(run, received):
-    """The last line of a session: where the run is, and what to type next."""
+    """The last lines of a session: where the run is, and what to type next."""
     if run.checkpoint_id is None:
         return f"Stopped at iteration {run.iteration:,}; nothing was saved yet."
     flags = run.flags
     again = command(flags, "--identifier", run.name)
+    trained = f"{plural(run.iteration, 'iteration')} in {tqdm.format_interval(run.seconds)}"
+    if run.scores:
+        iteration, nats = min(run.scores, key=lambda score: score[1])
+        trained += f", best: valid {nats:.4f} nats at iteration {iteration:,}"
     if received:
         resume = f"Rerun the command to resume, or: {again}"
         if flags.new_model or flags.identifier:  # rerunning could begin yet another run
             resume = f"To resume: {again}"
-        return f"Stopped at iteration {run.iteration:,}. {resume}"
+        return f"{trained}\nStopped at iteration {run.iteration:,}. {resume}"
     ended = f"Ended at iteration {run.iteration:,} of {flags.num_iters:,}"
     more = ""
     if run.iteration >= flags.num_iters:
@@ -3601,7 +3702,7 @@ def describe_end(run, received):
         more = f" --num_iters {2 * run.iteration}"
     if run.is_out_of_patience():
         more += f" --patience {run.count_misses() + flags.patience}"
-    return f"{ended}. To sample: {again} --inference\nTo train on: {again}{more}"
+    return f"{trained}\n{ended}. To sample: {again} --inference\nTo train on: {again}{more}"
 
 
 def execute(argv, ranks):

@@ -179,7 +179,7 @@ def test_preparing_a_corpus(command, tmp_path):
     _, _, *arguments = shlex.split(command)
     set_value(arguments, "--save_dir", str(tmp_path))
     out, _ = run(*arguments, program=[DATASETS], cwd=ROOT)
-    assert "vocabulary 257" in out
+    assert "byte tokenizer, 257-token vocabulary" in out
     assert out.count("words and line ends") == 3
 
 
