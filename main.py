@@ -112,6 +112,7 @@ class Config:
     rope_scaling: list | None = None  # see rope_frequencies; None: plain RoPE
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
     head_dim: int | None = None  # d; None: dim / num_heads
+    qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
 
     def __post_init__(self):
         if self.head_dim is None:  # an imported model has its own, and H * d may differ from D
@@ -181,13 +182,16 @@ def linear_product(x, weight):
 
 
 class Linear(nn.Linear):
-    """MLX's linear layer, without a bias."""
+    """MLX's linear layer, mostly without a bias."""
 
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs, outputs, bias=False):
+        super().__init__(inputs, outputs, bias)
 
     def __call__(self, x):
-        return linear_product(x, self.weight)
+        product = linear_product(x, self.weight)
+        if "bias" in self:  # a Module is a dict of its parts
+            product = product + self.bias
+        return product
 
 
 @fast_version
@@ -251,9 +255,9 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.head_dim = d
         self.frequencies = rope_frequencies(d, config.rope_theta, config.rope_scaling)
-        self.q_proj = Linear(D, config.num_heads * d)
-        self.k_proj = Linear(D, config.num_kv_heads * d)
-        self.v_proj = Linear(D, config.num_kv_heads * d)
+        self.q_proj = Linear(D, config.num_heads * d, config.qkv_bias)
+        self.k_proj = Linear(D, config.num_kv_heads * d, config.qkv_bias)
+        self.v_proj = Linear(D, config.num_kv_heads * d, config.qkv_bias)
         self.o_proj = Linear(config.num_heads * d, D)
         if config.qk_norm:
             # Keeps the scores in range at high learning rates (Henry et al. 2020; Qwen3).
@@ -269,7 +273,7 @@ class Attention(nn.Module):
         queries = self.split_heads(self.q_proj(hidden))
         keys = self.split_heads(self.k_proj(hidden))
         values = self.split_heads(self.v_proj(hidden))
-        if "q_norm" in self:  # a Module is a dict of its parts
+        if "q_norm" in self:
             queries = self.q_norm(queries)
             keys = self.k_norm(keys)
         # One call rotates both: RoPE is many small operations on a CPU, and with two calls,
@@ -1904,7 +1908,8 @@ class Origin(NamedTuple):
 
     model: LanguageModel
     tokenizer: object
-    id: str  # of its checkpoint; for a Hugging Face folder, a SHA1 over its files
+    id: str  # of its checkpoint; for a Hugging Face model, a SHA1 over its files
+    place: str  # where it is found again: a folder, ORG/NAME@COMMIT on the hub, or the id
 
 
 # The flags that name one, in the order in which their tokenizers count.
@@ -1912,15 +1917,15 @@ ORIGINS = ("init_from", "teacher")
 
 
 def open_model(save_dir, name, flag_name):
-    """The Origin that a flag names: a checkpoint, or a Hugging Face folder.
+    """The Origin that a flag names: a checkpoint, or a Hugging Face folder or model.
 
     Raises UsageError if there is none, RunError if it is damaged.
     """
-    if os.path.isdir(name):
-        return Origin(*extra("huggingface").import_model(Path(name)))
+    if os.path.isdir(name) or "/" in name:  # which no checkpoint's name contains
+        return Origin(*extra("huggingface").open_by_name(name))
     checkpoint = named_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name)
     contents = checkpoint.open()
-    return Origin(contents.load_model(), contents.tokenizer, checkpoint.id)
+    return Origin(contents.load_model(), contents.tokenizer, checkpoint.id, checkpoint.id)
 
 
 def open_origin(save_dir, checkpoint, flag_name):
@@ -2183,6 +2188,8 @@ class Reporter:
 
     def __exit__(self, *error):
         self.bar.close()
+        if self.log.dashboards:
+            self.log.dashboards.close()
 
     def report_step(self, run, metrics):
         """Counts a step; every --steps_per_report steps, shows and logs metrics, {name: number}.
@@ -2263,9 +2270,8 @@ class Reporter:
         mark = " (best)" if is_best else ""
         score = describe_score("valid", nats, run.dataset.valid, run.dataset.tokenizer, mark)
         elapsed = tqdm.format_interval(run.seconds)
-        tqdm.write(
-            f"iteration {run.iteration:,}: {train}{score}; time {elapsed}, scored in {seconds:.1f} s"
-        )
+        times = f"time {elapsed}, scored in {seconds:.1f} s"
+        tqdm.write(f"iteration {run.iteration:,}: {train}{score}; {times}")
         row = {
             "iteration": run.iteration,
             "split": "valid",
@@ -2282,10 +2288,13 @@ class Log:
 
     At the start, what follows the run's current iteration is cut off: those steps, and a score
     that the run does not have, will be repeated. Errors are ignored: the run is worth more than its
-    log. Other loggers go into `append`.
+    log. Other loggers go into `append`, as those of --report_to do.
     """
 
     def __init__(self, run):
+        self.dashboards = None
+        if run.folder and run.flags.report_to:
+            self.dashboards = extra("report").Dashboards(run)
         self.path = run.folder and run.folder / "log.jsonl"  # None on all ranks but the first
         self.size = math.inf  # bytes to keep: what follows them is overwritten
         with contextlib.suppress(OSError):
@@ -2302,6 +2311,8 @@ class Log:
         rounded = {}
         for name, value in row.items():
             rounded[name] = float(f"{value:.6g}") if isinstance(value, float) else value
+        if self.dashboards:
+            self.dashboards.append(rounded)
         with contextlib.suppress(OSError):
             self.write(json.dumps(rounded).encode() + b"\n")
 
@@ -2390,7 +2401,8 @@ def print_start(run, checkpoint, ranks):
         f"data     {dataset.name}: {' / '.join(lengths)} tokens; "
         f"{describe_tokenizer(tokenizer)}; in {dataset.folder}\n"
         f"steps    {rows} x {config.context_size} tokens, {steps:,} per epoch, "
-        f"{flags.num_iters / steps:,.2f} epochs in all; {flags.optimizer}, {run.versions['dtype']}\n"
+        f"{flags.num_iters / steps:,.2f} epochs in all; {flags.optimizer}, "
+        f"{run.versions['dtype']}\n"
         f"rate     {describe_schedule(flags)}\n"
         f"machine  {run.versions['device']}{several}; MLX {run.versions['MLX']}, "
         f"matmuls: {run.versions['BLAS']}, kernels: {run.versions['kernels']}\n"
@@ -2687,6 +2699,17 @@ def string_flag(help, metavar="FILE", **options):
     return flag(None, help, metavar=metavar, **options)
 
 
+DASHBOARDS = ["tensorboard", "wandb", "trackio"]
+
+
+def dashboards(text):
+    """An argparse type: names of DASHBOARDS with commas between them, or none."""
+    if not {*text.split(",")} <= {*DASHBOARDS, "none"}:
+        known = ", ".join(DASHBOARDS)
+        raise argparse.ArgumentTypeError(f"must be none, or some of {known}, not {text}")
+    return text
+
+
 # {group: {flag: row}}, one statement per group. Defaults are set here; where a default of None
 # depends on other flags, the help says how, and `settle` fills it in. --help and --config files
 # have the same groups. A new flag needs one row: in the group "training", another value is another
@@ -2760,6 +2783,12 @@ FLAGS["reports"] = {
     "eval_tokens": flag(100000, "validation tokens per evaluation; 0: all", type=COUNT),
     "steps_per_save": flag(None, "checkpoint interval (default: steps_per_eval)", type=SIZE),
     "eval_test": flag(False, "evaluate on the test split at the end"),
+    "report_to": string_flag(
+        "dashboards for the metrics: tensorboard, wandb and trackio, with commas between them, or "
+        "none",
+        "NAMES",
+        type=dashboards,
+    ),
     "keep": flag(3, "newest checkpoints to keep, besides the best", type=SIZE),
 }
 
@@ -2788,7 +2817,9 @@ FLAGS["sampling"] = {
 }
 
 FLAGS["reuse"] = {
-    "init_from": string_flag("initialize from a checkpoint or a Hugging Face folder", "MODEL"),
+    "init_from": string_flag(
+        "initialize from a checkpoint, a Hugging Face folder, or ORG/NAME on its hub", "MODEL"
+    ),
     "lora_rank": flag(None, "train only LoRA adapters of this rank, on --init_from", type=SIZE),
     "lora_alpha": flag(None, "adapters are scaled by alpha / rank (default: 2 rank)", type=RATE),
     "teacher": string_flag("distill from this model, named as for --init_from", "MODEL"),
@@ -2804,7 +2835,7 @@ FLAGS["reuse"] = {
 }
 
 FLAGS["tools"] = {
-    "evaluate": choice(None, ["valid", "test"], "evaluate a checkpoint on a whole split"),
+    "evaluate": choice(None, SPLITS, "evaluate a checkpoint on a whole split"),
     "eval_stride": flag(None, "stride of --evaluate's window (default: context_size)", type=SIZE),
     "benchmark": flag(False, "report parameters, FLOPs, memory and speed, then exit"),
     "cases": string_flag("rank the expected continuations of prompts in YAML files", nargs="+"),
@@ -3201,6 +3232,9 @@ def open_origins(flags, checkpoint):
     return origins
 
 
+IMPORTED_CONTEXT = 1024  # at most, of a run from a Hugging Face model without --context_size
+
+
 def decided_by(origins, flags):
     """The flags of a new run that its origins determine, {flag: value}.
 
@@ -3226,6 +3260,8 @@ def decided_by(origins, flags):
         own_context = decided.pop("context_size")
         if "context_size" not in flags.given:  # RoPE works with any
             context_size = own_context
+            if origins[first].place != origins[first].id:  # of others: it may be 131,072
+                context_size = min(own_context, IMPORTED_CONTEXT)
     check_agreement(flags, decided, f"--{first}")
     if "teacher" in origins:
         longest = origins["teacher"].model.config.context_size
@@ -3373,6 +3409,13 @@ def make_run(folder, flags, contents, ranks):
     origins = open_origins(flags, checkpoint)
     if not checkpoint:
         flags = settle(flags.given, decided=decided_by(origins, flags))
+        if "init_from" in origins and "context_size" not in flags.given:
+            own_context = origins["init_from"].model.config.context_size
+            if flags.context_size < own_context:
+                tqdm.write(
+                    f"--init_from {flags.init_from} has a context of {own_context:,} tokens; this "
+                    f"run trains with {flags.context_size:,} (--context_size gives another)"
+                )
     dataset = load_data(flags, contents, origins)
     model = make_model(flags, dataset, contents, origins)
     optimizer = make_optimizer(model, flags)
@@ -3405,14 +3448,12 @@ def make_run(folder, flags, contents, ranks):
 def needed_origins(flags, origins):
     """The origins that resuming a run needs, and how to find them: {flag: [place, id]}.
 
-    A folder is found by its path, a checkpoint by its id. Without LoRA, --init_from is needed only
-    at the start.
+    Without LoRA, --init_from is needed only at the start.
     """
     uses = {}
     for flag_name, origin in origins.items():
         if flag_name == "teacher" or flags.lora_rank:
-            name = getattr(flags, flag_name)
-            uses[flag_name] = [name if os.path.isdir(name) else origin.id, origin.id]
+            uses[flag_name] = [origin.place, origin.id]
     return uses
 
 
@@ -3459,6 +3500,8 @@ def set_up(flags, ranks, interrupts, stack):
         checkpoints = list_checkpoints(flags.save_dir, warn=True)
         contents, folder = find_run(flags, checkpoints, stack)
         run = make_run(folder, flags, contents, ranks)
+        if run.flags.report_to:
+            extra("report").check(run.flags.report_to)
         run.saved = max((each.saved for each in checkpoints), default=0.0)
         stack.enter_context(interrupts)  # from here on there is something to save
         is_new = folder is None

@@ -60,6 +60,18 @@ def test_adapters_begin_as_nothing_and_alone_are_trained():
     assert np.abs(logits_of(model, tokens) - logits_of(base, tokens)).max() > 0.01
 
 
+def test_adapters_keep_a_bias():
+    """Of queries, keys and values, as Qwen2 has it: it stays, frozen."""
+    model = make_model(qkv_bias=True)
+    tokens = mx.array([[1, 5, 3, 2]])
+    expected = np.array(model(tokens))
+    biases = [name for name, _ in tree_flatten(model.parameters()) if name.endswith(".bias")]
+    assert len(biases) == 3 * len(model.model.layers)
+    add_lora(model, 2, 4.0)
+    np.testing.assert_array_equal(np.array(model(tokens)), expected)
+    assert not [name for name, _ in tree_flatten(model.trainable_parameters()) if "bias" in name]
+
+
 def test_merged_weights_by_hand():
     """Of rank 1 and alpha 3 the update is three times the outer product of B and A."""
     base = make_model(num_blocks=1)
