@@ -776,6 +776,8 @@ def score_split(name, model, dataset, flags, interrupts, ranks):
     nats = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
     if nats is not None:
         seconds = time.perf_counter() - began
+        if name == "train" and flags.train_tokens:
+            split = None
         line = describe_score(name, nats, split, dataset.tokenizer)
         line += f", {count / seconds:,.0f} tokens/s"
         if flags.evaluate:
@@ -786,10 +788,13 @@ def score_split(name, model, dataset, flags, interrupts, ranks):
 def describe_score(name, nats, split, tokenizer, mark=""):
     """A split's score, per token and in units that do not depend on the tokenizer.
 
-    mark: what is said of the loss, such as " (best)".
+    split: None if its text is longer than its tokens, as with --train_tokens. mark: what is said of
+    the loss, such as " (best)".
     """
     unit = "word" if tokenizer.kind == "word" else "token"
     line = f"{name} {nats:.4f} nats{mark}, perplexity {perplexity(nats):.2f} per {unit}"
+    if split is None:
+        return line
     if tokenizer.kind not in ("word", "char", "byte"):
         # For the whole split, extrapolated if `nats` is the score of its first tokens only.
         total = nats * len(split.tokens)
@@ -856,6 +861,12 @@ class Run(Progress):
     def is_scored(self):
         """Whether the current iteration has a score."""
         return any(iteration == self.iteration for iteration, _ in self.scores)
+
+    @property
+    def epochs(self):
+        """How often the training text was read; 0 on all ranks but the first, which lack it."""
+        split = self.dataset.train
+        return self.tokens_seen / len(split.tokens) if split else 0.0
 
     def is_score_due(self):
         """Whether the current iteration is to be scored: regularly, and at the end.
@@ -2208,13 +2219,13 @@ class Reporter:
                 "ms_per_step": 1000 * run.recent_seconds / run.recent_steps,
                 "peak_mib": mx.get_peak_memory() / 2**20,
                 "seconds": run.seconds,
+                "epoch": run.epochs,
             }
-            split = run.dataset.train
-            if split:  # only the first rank has it
-                metrics["epoch"] = run.tokens_seen / len(split.tokens)
-                # With --train_tokens, num_bytes is still that of the whole text; with --teacher,
-                # the loss is not that of the text alone.
-                if not run.flags.train_tokens and run.teacher is None:
+            # With --train_tokens, num_bytes is still that of the whole text; with --teacher, the
+            # loss is not that of the text alone.
+            if not run.flags.train_tokens and run.teacher is None:
+                split = run.dataset.train
+                if split:  # only the first rank has it
                     metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], split)
             self.show(run, metrics)
             self.log.append({"iteration": run.iteration, "split": "train"} | metrics)
@@ -2270,7 +2281,7 @@ class Reporter:
         mark = " (best)" if is_best else ""
         score = describe_score("valid", nats, run.dataset.valid, run.dataset.tokenizer, mark)
         elapsed = tqdm.format_interval(run.seconds)
-        times = f"time {elapsed}, scored in {seconds:.1f} s"
+        times = f"epoch {run.epochs:.2f}, time {elapsed}, scored in {seconds:.1f} s"
         tqdm.write(f"iteration {run.iteration:,}: {train}{score}; {times}")
         row = {
             "iteration": run.iteration,

@@ -412,7 +412,7 @@ def test_the_progress_bar_fits_the_terminal(tmp_path, columns, monkeypatch):
     if columns >= 100:
         report += r" +lr \S+ +grad [\d.]+"
     if columns >= 200:
-        report += r" +[\d,]+ tokens/s +perplexity [\d.]+ +peak \d+ MiB"
+        report += r" +[\d,]+ tokens/s +perplexity [\d.]+ +epoch [\d.]+ +peak \d+ MiB"
     assert re.search(report + " *$", bars[-1]), bars[-1]
 
 
@@ -425,6 +425,8 @@ def test_a_line_of_history(tmp_path, capsys, scores, mark):
     """What is known of an evaluation; the training loss is that of the last report."""
     trained = run_at(tmp_path, 30, scores, num_iters=40, steps_per_report=2)
     trained.seconds = 3723.4
+    trained.dataset.train = Namespace(tokens=range(400), num_bytes=800)
+    trained.tokens_seen = 500
     reporter = main.Reporter(trained)
     reporter.report_score(trained, 1.375, bool(mark), 2.25)
     for loss in (1.0, 2.0, 4.0):
@@ -433,8 +435,8 @@ def test_a_line_of_history(tmp_path, capsys, scores, mark):
     first, *_, last = capsys.readouterr().out.splitlines()
     bits = 1.375 / math.log(2) * 20 / 40
     score = f"valid 1.3750 nats{mark}, perplexity 3.96 per token, {bits:.4f} bits per byte"
-    assert first == f"iteration 30: {score}; time 1:02:03, scored in 2.2 s"
-    assert last.startswith(f"iteration 33: train 1.5000, {score}; time 1:02:")
+    assert first == f"iteration 30: {score}; epoch 1.25, time 1:02:03, scored in 2.2 s"
+    assert last.startswith(f"iteration 33: train 1.5000, {score}; epoch 1.49, time 1:02:")
 
 
 def test_what_a_checkpoint_was_made_by(trained):

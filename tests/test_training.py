@@ -5,6 +5,7 @@ Exact resume, which run is resumed, what is inherited, reports, divergence.
 
 import os
 import random
+import math
 import re
 import shlex
 import shutil
@@ -264,7 +265,7 @@ main.sys.exit(main.main())
 
 SCORED = (
     r"^iteration ([\d,]+): (?:train ([\d.]+), )?valid ([\d.]+) nats( \(best\))?, perplexity "
-    r"[\d.]+ per token, [\d.]+ bits per byte; time [\d:]+, scored in [\d.]+ s$"
+    r"[\d.]+ per token, [\d.]+ bits per byte; epoch [\d.]+, time [\d:]+, scored in [\d.]+ s$"
 )
 
 
@@ -382,6 +383,18 @@ def test_eval_tokens(tmp_path, text):
         model = newest(tmp_path).open().load_model()
         nats = main.evaluate(model, tokens, 3)
         assert f"valid {nats:.4f} nats" in out
+
+
+def test_evaluate_train(tmp_path, text):
+    """All that a run is trained on; of a part of the text, the number of bytes is not known."""
+    line = ["--text", text, *TINY, "--num_iters", 3, "--save_dir", tmp_path, "--new_model"]
+    tokens = load_dataset("text", tmp_path, [text]).train.tokens
+    for given, count in (([], len(tokens)), (["--train_tokens", 500], 500)):
+        run(*line, *given)
+        out, _ = run("--evaluate", "train", "--save_dir", tmp_path)
+        nats = main.evaluate(newest(tmp_path).open().load_model(), tokens[:count], 3)
+        assert out.startswith(f"train {nats:.4f} nats, perplexity {math.exp(nats):.2f} per token, ")
+        assert ("bits per byte" in out) == (not given)
 
 
 def test_keep_and_best(tmp_path, text):
