@@ -79,7 +79,7 @@ def hub(tmp_path):
         server.seen = []
         address = f"http://127.0.0.1:{server.server_port}"
         server.env = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
         yield server
         server.shutdown()
 
@@ -122,7 +122,10 @@ def here(hub, tmp_path, monkeypatch):
     """The same server for this process, in which the library has read its variables already."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "ENDPOINT", hub.env["HF_ENDPOINT"])
+    address = hub.env["HF_ENDPOINT"]
+    files = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.chdir(tmp_path)

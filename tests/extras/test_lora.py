@@ -178,7 +178,7 @@ def test_a_base_that_is_missing_or_changed(base, text, tmp_path):
     run("--export", tmp_path / "hf", "--save_dir", folder)
     run("--text", text, "--init_from", tmp_path / "hf", *LORA, "--save_dir", folder)
     resumed = ["--text", text, "--save_dir", folder, "--num_iters", 40]
-    model, tokenizer, _ = main.open_model(folder, str(tmp_path / "hf"), "init_from")
+    model, tokenizer, *_ = main.open_model(folder, str(tmp_path / "hf"), "init_from")
     model.update(tree_unflatten([("model.norm.weight", model.model.norm.weight * 2)]))
     shutil.rmtree(tmp_path / "hf")
     export_model(model, tokenizer, tmp_path / "hf", None)
