@@ -771,6 +771,13 @@ def read_whole(path):
     return path.read_text("utf-8")
 
 
+def describe_tokenizer(tokenizer):
+    """A tokenizer for the screen: "word tokenizer, 10,000-word vocabulary (2 special)"."""
+    unit = {"word": "word", "char": "character"}.get(tokenizer.kind, "token")
+    size = f"{tokenizer.vocab_size:,}-{unit}"
+    return f"{tokenizer.kind} tokenizer, {size} vocabulary ({tokenizer.num_special} special)"
+
+
 def tokenizers_package():
     """The package `tokenizers`. Raises UsageError if it is not installed."""
     remedy = "the tokenizers gpt2 and bpe need a package: pip install tokenizers"
@@ -2109,14 +2116,12 @@ def save_tokenizer(tokenizer, path):
 def print_summary(dataset):
     """Prints the sizes of a Dataset, where its tokens are, and how its text begins."""
     tokenizer = dataset.tokenizer
-    print(
-        f"{dataset.name} by {tokenizer.kind}: vocabulary {tokenizer.vocab_size:,}, "
-        f"special {tokenizer.num_special}"
-    )
-    for split in (dataset.train, dataset.valid, dataset.test):
+    print(f"{dataset.name}: {describe_tokenizer(tokenizer)}")
+    for name in SPLITS:
+        split = getattr(dataset, name)
         if split is not None:
             print(
-                f"{len(split.tokens):>14,} tokens"
+                f"{name:<5}{len(split.tokens):>14,} tokens"
                 f"{split.num_bytes:>15,} bytes"
                 f"{split.num_words:>14,} words and line ends"
             )

@@ -65,10 +65,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
-from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, TOKENIZERS, Dataset, Parser, RunError
-from datasets import UsageError, choice, end_of_text, explained, extra, flag, load_dataset
-from datasets import no_follow, number, one_line, open_data_dir, printable, refuse_empty
-from datasets import remove_leftovers, repair_streams, replacing, run_command, sync
+from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, SPLITS, TOKENIZERS, Dataset, Parser
+from datasets import RunError, UsageError, choice, describe_tokenizer, end_of_text, explained, extra
+from datasets import flag, load_dataset, no_follow, number, one_line, open_data_dir, printable
+from datasets import refuse_empty, remove_leftovers, repair_streams, replacing, run_command, sync
 from datasets import tokenizer_from_dict, user_path, utf8, without_passwords
 
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
@@ -112,6 +112,7 @@ class Config:
     rope_scaling: list | None = None  # see rope_frequencies; None: plain RoPE
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
     head_dim: int | None = None  # d; None: dim / num_heads
+    qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
 
     def __post_init__(self):
         if self.head_dim is None:  # an imported model has its own, and H * d may differ from D
@@ -181,13 +182,16 @@ def linear_product(x, weight):
 
 
 class Linear(nn.Linear):
-    """MLX's linear layer, without a bias."""
+    """MLX's linear layer, mostly without a bias."""
 
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs, outputs, bias=False):
+        super().__init__(inputs, outputs, bias)
 
     def __call__(self, x):
-        return linear_product(x, self.weight)
+        product = linear_product(x, self.weight)
+        if "bias" in self:  # a Module is a dict of its parts
+            product = product + self.bias
+        return product
 
 
 @fast_version
@@ -250,9 +254,9 @@ class Attention(nn.Module):
         D, d = config.dim, config.head_dim
         self.head_dim = d
         self.frequencies = rope_frequencies(d, config.rope_theta, config.rope_scaling)
-        self.q_proj = Linear(D, config.num_heads * d)
-        self.k_proj = Linear(D, config.num_kv_heads * d)
-        self.v_proj = Linear(D, config.num_kv_heads * d)
+        self.q_proj = Linear(D, config.num_heads * d, config.qkv_bias)
+        self.k_proj = Linear(D, config.num_kv_heads * d, config.qkv_bias)
+        self.v_proj = Linear(D, config.num_kv_heads * d, config.qkv_bias)
         self.o_proj = Linear(config.num_heads * d, D)
         if config.qk_norm:
             # Keeps the scores in range at high learning rates (Henry et al. 2020; Qwen3).
@@ -268,7 +272,7 @@ class Attention(nn.Module):
         queries = self.split_heads(self.q_proj(hidden))
         keys = self.split_heads(self.k_proj(hidden))
         values = self.split_heads(self.v_proj(hidden))
-        if "q_norm" in self:  # a Module is a dict of its parts
+        if "q_norm" in self:
             queries = self.q_norm(queries)
             keys = self.k_norm(keys)
         queries = rotate(queries, self.frequencies, offset)
@@ -761,31 +765,33 @@ def scored_windows(tokens, starts, context_size, stride):
     return [mx.array(array, mx.int32) for array in (tokens[places], tokens[places + 1], weights)]
 
 
-def score_split(name, model, dataset, flags, interrupts, ranks, limit=0):
-    """Prints the score of a split, or of its first `limit` tokens.
-
-    Returns the loss in nats/token, or None if a signal arrived.
-    """
+def score_split(name, model, dataset, flags, interrupts, ranks):
+    """Prints the score of a whole split, unless a signal arrives."""
     split = getattr(dataset, name)
-    tokens = split.tokens
-    if limit:
-        tokens = tokens[: limit + 1]  # the first one is only context
+    count = len(split.tokens)
     began = time.perf_counter()
-    nats = evaluate(model, tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
+    nats = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
     if nats is not None:
         seconds = time.perf_counter() - began
+        if name == "train" and flags.train_tokens:
+            split = None
         line = describe_score(name, nats, split, dataset.tokenizer)
-        line += f", {len(tokens) / seconds:,.0f} tokens/s"
+        line += f", {count / seconds:,.0f} tokens/s"
         if flags.evaluate:
-            line += f" ({seconds:.1f} s, {1000 * seconds / len(tokens):.4f} ms per token)"
+            line += f" ({seconds:.1f} s, {1000 * seconds / count:.4f} ms per token)"
         tqdm.write(line)
-    return nats
 
 
-def describe_score(name, nats, split, tokenizer):
-    """A split's score, per token and in units that do not depend on the tokenizer."""
+def describe_score(name, nats, split, tokenizer, mark=""):
+    """A split's score, per token and in units that do not depend on the tokenizer.
+
+    split: None if its text is longer than its tokens, as with --train_tokens. mark: what is said of
+    the loss, such as " (best)".
+    """
     unit = "word" if tokenizer.kind == "word" else "token"
-    line = f"{name} {nats:.4f} nats, perplexity {perplexity(nats):.2f} per {unit}"
+    line = f"{name} {nats:.4f} nats{mark}, perplexity {perplexity(nats):.2f} per {unit}"
+    if split is None:
+        return line
     if tokenizer.kind not in ("word", "char", "byte"):
         # For the whole split, extrapolated if `nats` is the score of its first tokens only.
         total = nats * len(split.tokens)
@@ -852,6 +858,12 @@ class Run(Progress):
     def is_scored(self):
         """Whether the current iteration has a score."""
         return any(iteration == self.iteration for iteration, _ in self.scores)
+
+    @property
+    def epochs(self):
+        """How often the training text was read; 0 on all ranks but the first, which lack it."""
+        split = self.dataset.train
+        return self.tokens_seen / len(split.tokens) if split else 0.0
 
     def is_score_due(self):
         """Whether the current iteration is to be scored: regularly, and at the end.
@@ -1058,18 +1070,24 @@ def score_run(run, interrupts, ranks, reporter):
     A score that is only due to --max_minutes is shown, and logged until the run is resumed: a run
     without a break would not have it. Raises RunError if the score is not finite.
     """
-    limit = run.flags.eval_tokens
+    flags = run.flags
+    tokens = run.dataset.valid.tokens
+    if flags.eval_tokens:
+        tokens = tokens[: flags.eval_tokens + 1]  # the first one is only context
+    began = time.perf_counter()
     with run.using_average() as model:
-        nats = score_split("valid", model, run.dataset, run.flags, interrupts, ranks, limit)
+        nats = evaluate(model, tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
     if nats is None:
         return
+    seconds = time.perf_counter() - began
     if not math.isfinite(nats):
         what = f"score of iteration {run.iteration:,}"
         raise divergence_error(run, what, run.iteration, ranks)
+    is_best = nats <= min((score for _, score in run.scores), default=nats)
     if run.is_score_due():
         run.scores.append([run.iteration, nats])
         run.is_saved = False
-    reporter.report_score(run, nats)
+    reporter.report_score(run, nats, is_best, seconds)
 
 
 def save_and_sample(run, interrupts, reporter):
@@ -1909,7 +1927,8 @@ class Origin(NamedTuple):
 
     model: LanguageModel
     tokenizer: object
-    id: str  # of its checkpoint; for a Hugging Face folder, a SHA1 over its files
+    id: str  # of its checkpoint; for a Hugging Face model, a SHA1 over its files
+    place: str  # where it is found again: a folder, ORG/NAME@COMMIT on the hub, or the id
 
 
 # The flags that name one, in the order in which their tokenizers count.
@@ -1917,15 +1936,15 @@ ORIGINS = ("init_from", "teacher")
 
 
 def open_model(save_dir, name, flag_name):
-    """The Origin that a flag names: a checkpoint, or a Hugging Face folder.
+    """The Origin that a flag names: a checkpoint, or a Hugging Face folder or model.
 
     Raises UsageError if there is none, RunError if it is damaged.
     """
-    if os.path.isdir(name):
-        return Origin(*extra("huggingface").import_model(Path(name)))
+    if os.path.isdir(name) or "/" in name:  # which no checkpoint's name contains
+        return Origin(*extra("huggingface").open_by_name(name))
     checkpoint = named_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name)
     contents = checkpoint.open()
-    return Origin(contents.load_model(), contents.tokenizer, checkpoint.id)
+    return Origin(contents.load_model(), contents.tokenizer, checkpoint.id, checkpoint.id)
 
 
 def open_origin(save_dir, checkpoint, flag_name):
@@ -2141,15 +2160,19 @@ def hash_sources():
 
 # ---- Reports ------------------------------------------------------------------------------------
 
-# How metrics of training are shown on the screen: "" hides one; a metric that is not listed here is
-# shown by its name. loss: nats/token, with --teacher mixed with the distillation loss; tokens_seen:
-# trained on so far; peak_mib: MLX's peak memory in this process; seconds: of training so far,
+# How metrics of training are shown on the screen, the most important ones first; "" hides one. A
+# metric that is not listed here is shown by its name. loss: nats/token, with --teacher mixed with
+# the distillation loss; perplexity: of that loss; peak_mib: MLX's peak memory in this process;
+# epoch: how often the text was read; tokens_seen: trained on so far; seconds: of training so far,
 # excluding the first step of each session, which compiles.
 FORMATS = {
     "loss": "loss {:.4f}",
+    "ms_per_step": "{:,.1f} ms/step",
     "learning_rate": "lr {:.2e}",
     "gradient_norm": "grad {:.2f}",
     "tokens_per_second": "{:,.0f} tokens/s",
+    "perplexity": "perplexity {:.2f}",
+    "epoch": "epoch {:.2f}",
     "peak_mib": "peak {:,.0f} MiB",
     "bits_per_byte": "",
     "tokens_seen": "",
@@ -2162,18 +2185,25 @@ class Reporter:
 
     def __init__(self, run):
         self.total = max(run.flags.num_iters, run.iteration)
+        self.train_loss = None  # of the last report
+        self.widths = {}  # {metric: the most characters that it took in the bar}
         is_terminal = sys.stderr.isatty()
         size = {"dynamic_ncols": True}
         if is_terminal and not os.get_terminal_size(sys.stderr.fileno()).columns:
-            size = {"ncols": 100, "nrows": 24}  # unknown, as in some containers
+            size = {"ncols": 80, "nrows": 24}  # unknown, as in some containers
+        count = f"{{n:{len(f'{self.total:,}')},}}/{{total:,}}"  # as wide from the first step on
         self.bar = tqdm(
             total=self.total,
             initial=run.iteration,
             disable=not is_terminal or run.folder is None,  # other ranks report nothing
-            bar_format="{n_fmt}/{total_fmt} |{bar}| left {remaining}  {desc}",
+            bar_format=f"{count} |{{bar}}| {{elapsed}}<{{remaining}}  {{desc}}",
+            smoothing=0,  # the time left, by the mean speed of this session: it does not jump
             **size,
         )
-        self.log = Log(run)
+        self.dashboards = None
+        if run.folder and run.flags.report_to:
+            self.dashboards = extra("report").Dashboards(run)
+        self.log = Log(run, "log.jsonl", self.dashboards)
         self.samples = Log(run, "samples.jsonl")
 
     def __enter__(self):
@@ -2181,20 +2211,27 @@ class Reporter:
 
     def __exit__(self, *error):
         self.bar.close()
+        if self.dashboards:
+            self.dashboards.close()
 
     def report_step(self, run, metrics):
         """Counts a step; every --steps_per_report steps, shows and logs metrics, {name: number}.
 
         `loss` is then the mean since the last report; the others are those of the last step.
         """
+        if run.session_steps == 1:
+            self.bar.unpause()  # restarts its clock: the first step compiles
+            self.bar.initial = run.iteration
         if run.iteration % run.flags.steps_per_report == 0:
             tokens = run.recent_steps * run.batches.batch_size * run.flags.context_size
             metrics = metrics | {
                 "loss": run.recent_loss / run.recent_steps,
                 "tokens_seen": run.tokens_seen,
                 "tokens_per_second": tokens / run.recent_seconds,
+                "ms_per_step": 1000 * run.recent_seconds / run.recent_steps,
                 "peak_mib": mx.get_peak_memory() / 2**20,
                 "seconds": run.seconds,
+                "epoch": run.epochs,
             }
             # With --train_tokens, num_bytes is still that of the whole text; with --teacher, the
             # loss is not that of the text alone.
@@ -2204,6 +2241,7 @@ class Reporter:
                     metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], split)
             self.show(run, metrics)
             self.log.append({"iteration": run.iteration, "split": "train"} | metrics)
+            self.train_loss = metrics["loss"]
             run.recent_steps = 0
             run.recent_loss = 0.0
             run.recent_seconds = 0.0
@@ -2211,26 +2249,52 @@ class Reporter:
 
     def show(self, run, metrics):
         """Shows the metrics of the steps up to the current iteration."""
-        shown = []
+        if run.teacher is None:
+            metrics = metrics | {"perplexity": perplexity(metrics["loss"])}
         others = [name for name in metrics if name not in FORMATS]
-        for name in [*filter(metrics.__contains__, FORMATS), *others]:
-            value = metrics[name]
+        shown = {}  # {metric: text}
+        for name in ["loss", *others, *FORMATS]:  # metrics of one's own come early
             form = FORMATS.get(name, name + " {:.4g}")
-            if name == "peak_mib" and not self.bar.disable:
-                continue  # so that the bar fits 100 columns
-            if form:
-                shown.append(form.format(value))
-            if name == "loss" and run.teacher is None:
-                shown.append(f"perplexity {perplexity(value):.2f}")
-        line = "  ".join(shown)
-        self.bar.set_description_str(line)
+            if form and name in metrics:
+                shown[name] = form.format(metrics[name])
         if self.bar.disable:
             steps_left = self.total - run.iteration
             left = tqdm.format_interval(steps_left * run.recent_seconds / run.recent_steps)
-            tqdm.write(f"{run.iteration:,}/{self.total:,}  {line}  left {left}")
+            line = "  ".join(shown.values())
+            elapsed = tqdm.format_interval(run.seconds)
+            tqdm.write(f"{run.iteration:,}/{self.total:,}  {line}  time {elapsed}  left {left}")
+        else:
+            self.bar.set_description_str(self.fit(shown))
 
-    def report_score(self, run, nats):
-        """Logs the score of the validation split; score_split has already shown it."""
+    def fit(self, shown):
+        """The first of these texts, {metric: text}, that leave room for the bar in the terminal.
+
+        Each is padded to its largest width so far, so that the bar does not jump.
+        """
+        columns = self.bar.ncols or 80
+        with contextlib.suppress(OSError):  # it was closed
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
+        # The bar has at least eight cells, and there are hours left to show.
+        room = columns - 2 * len(f"{self.total:,}") - len("/ |12345678| 59:59<9:59:59")
+        texts = []
+        for name, text in shown.items():
+            self.widths[name] = max(self.widths.get(name, 0), len(text))
+            room -= 2 + self.widths[name]
+            if room < 0:
+                break
+            texts.append(text.ljust(self.widths[name]))
+        return "  ".join(texts)
+
+    def report_score(self, run, nats, is_best, seconds):
+        """Shows and logs a score of the validation split, which took so many seconds."""
+        train = ""
+        if self.train_loss is not None and run.teacher is None:
+            train = f"train {self.train_loss:.4f}, "
+        mark = " (best)" if is_best else ""
+        score = describe_score("valid", nats, run.dataset.valid, run.dataset.tokenizer, mark)
+        elapsed = tqdm.format_interval(run.seconds)
+        times = f"epoch {run.epochs:.2f}, time {elapsed}, scored in {seconds:.1f} s"
+        tqdm.write(f"iteration {run.iteration:,}: {train}{score}; {times}")
         row = {
             "iteration": run.iteration,
             "split": "valid",
@@ -2243,7 +2307,7 @@ class Reporter:
 
     def report_sample(self, run, prompt, text):
         """Shows a sample, and adds it to the run's samples.jsonl."""
-        tqdm.write(for_terminal(prompt + text))
+        tqdm.write(f"sample: {for_terminal(prompt + text)}")
         row = {"iteration": run.iteration, "split": "sample", "prompt": prompt, "text": text}
         self.samples.append(row)
 
@@ -2253,10 +2317,11 @@ class Log:
 
     At the start, what follows the run's current iteration is cut off: those steps, and a score
     that the run does not have, will be repeated. Errors are ignored: the run is worth more than its
-    log. Other loggers go into `append`.
+    log. Other loggers go into `append`, as those of --report_to do.
     """
 
-    def __init__(self, run, name="log.jsonl"):
+    def __init__(self, run, name="log.jsonl", dashboards=None):
+        self.dashboards = dashboards
         self.path = run.folder and run.folder / name  # None on all ranks but the first
         self.size = math.inf  # bytes to keep: what follows them is overwritten
         with contextlib.suppress(OSError):
@@ -2273,6 +2338,8 @@ class Log:
         rounded = {}
         for name, value in row.items():
             rounded[name] = float(f"{value:.6g}") if isinstance(value, float) else value
+        if self.dashboards:
+            self.dashboards.append(rounded)
         with contextlib.suppress(OSError):
             self.write(json.dumps(rounded).encode() + b"\n")
 
@@ -2338,8 +2405,11 @@ def print_start(run, checkpoint, ranks):
     config = run.model.config
     dataset = run.dataset
     tokenizer = dataset.tokenizer
-    splits = [split for split in (dataset.train, dataset.valid, dataset.test) if split]
-    lengths = " / ".join(f"{len(split.tokens):,}" for split in splits)
+    lengths = []
+    for name in SPLITS:
+        split = getattr(dataset, name)
+        if split:
+            lengths.append(f"{len(split.tokens):,} {name}")
     rows = run.batches.batch_size  # of a step
     steps = len(run.batches.perm) // rows or 1  # per epoch
     parameters = count_parameters(run.model.parameters())
@@ -2351,12 +2421,16 @@ def print_start(run, checkpoint, ranks):
     tqdm.write(
         f"run      {run.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
         f"seed {flags.seed}\n"
-        f"model    {parameters:,} parameters{of_them}: {config.num_blocks} blocks, "
-        f"dim {config.dim}, {config.num_heads} heads ({config.num_kv_heads} key/value heads), "
-        f"{config.mlp} {config.mlp_dim}, context {config.context_size}\n"
-        f"data     {dataset.name}: {lengths} tokens; {tokenizer.kind} tokenizer, vocabulary of "
-        f"{tokenizer.vocab_size:,} ({tokenizer.num_special} special); in {dataset.folder}\n"
-        f"steps    {rows} x {config.context_size} tokens, {steps:,} per epoch; {flags.optimizer}\n"
+        f"model    {parameters:,} parameters{of_them}: {plural(config.num_blocks, 'block')}, "
+        f"dim {config.dim}, {plural(config.num_heads, 'head')} "
+        f"({plural(config.num_kv_heads, 'key/value head')}), {config.mlp} {config.mlp_dim}, "
+        f"context {config.context_size}\n"
+        f"data     {dataset.name}: {' / '.join(lengths)} tokens; "
+        f"{describe_tokenizer(tokenizer)}; in {dataset.folder}\n"
+        f"steps    {rows} x {config.context_size} tokens, {steps:,} per epoch, "
+        f"{flags.num_iters / steps:,.2f} epochs in all; {flags.optimizer}, "
+        f"{run.versions['dtype']}\n"
+        f"rate     {describe_schedule(flags)}\n"
         f"machine  {run.versions['device']}{several}; MLX {run.versions['MLX']}, "
         f"matmuls: {run.versions['BLAS']}, kernels: {run.versions['kernels']}\n"
         f"files    {run.folder.absolute()}, {size:,.0f} MiB per checkpoint, {free:,.0f} MiB free"
@@ -2365,6 +2439,26 @@ def print_start(run, checkpoint, ranks):
         tqdm.write(printable(describe_resume(checkpoint, run)))
     for notice in start_notices(run, ranks):
         tqdm.write(notice)
+
+
+def plural(number, noun):
+    """A number of things: "1 block", "2 blocks"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def describe_schedule(flags):
+    """The learning rate over a run, for the start screen."""
+    line = f"{flags.learning_rate:g}"
+    if flags.lr_warmup:
+        line += f" after {plural(flags.lr_warmup, 'warmup step')}"
+    if flags.lr_schedule == "constant":
+        return f"{line}, constant"
+    last = learning_rate_at(flags.num_iters, flags)
+    when = ""
+    if flags.lr_cooldown < 1:
+        line += ", constant"
+        when = f" over the last {flags.lr_cooldown:.0%}"
+    return f"{line}, then {flags.lr_schedule} to {last:g}{when}"
 
 
 def checkpoint_size(run):
@@ -2499,7 +2593,8 @@ def sample_from(model, contents, flags, draft):
     if flags.prompts_file:
         extra("decode").answer_file(model, tokenizer, contents.checkpoint, flags)
     elif flags.attention:
-        extra("pictures").plot_attention(model, tokenizer, flags.prompt, flags.attention)
+        title = str(contents.checkpoint)
+        extra("pictures").plot_attention(model, tokenizer, flags.prompt, title, flags.attention)
         announce(contents.checkpoint)
     elif flags.inference:
         announce(contents.checkpoint)
@@ -2631,6 +2726,17 @@ def string_flag(help, metavar="FILE", **options):
     return flag(None, help, metavar=metavar, **options)
 
 
+DASHBOARDS = ["tensorboard", "wandb", "trackio"]
+
+
+def dashboards(text):
+    """An argparse type: names of DASHBOARDS with commas between them, or none."""
+    if not {*text.split(",")} <= {*DASHBOARDS, "none"}:
+        known = ", ".join(DASHBOARDS)
+        raise argparse.ArgumentTypeError(f"must be none, or some of {known}, not {text}")
+    return text
+
+
 # {group: {flag: row}}, one statement per group. Defaults are set here; where a default of None
 # depends on other flags, the help says how, and `settle` fills it in. --help and --config files
 # have the same groups. A new flag needs one row: in the group "training", another value is another
@@ -2704,6 +2810,12 @@ FLAGS["reports"] = {
     "eval_tokens": flag(100000, "validation tokens per evaluation; 0: all", type=COUNT),
     "steps_per_save": flag(None, "checkpoint interval (default: steps_per_eval)", type=SIZE),
     "eval_test": flag(False, "evaluate on the test split at the end"),
+    "report_to": string_flag(
+        "dashboards for the metrics: tensorboard, wandb and trackio, with commas between them, or "
+        "none",
+        "NAMES",
+        type=dashboards,
+    ),
     "keep": flag(3, "newest checkpoints to keep, besides the best", type=SIZE),
     "sample_prompt": string_flag(
         "what to continue after each save (default: the start of a text)", "TEXT", nargs="+"
@@ -2741,7 +2853,9 @@ FLAGS["sampling"] = {
 }
 
 FLAGS["reuse"] = {
-    "init_from": string_flag("initialize from a checkpoint or a Hugging Face folder", "MODEL"),
+    "init_from": string_flag(
+        "initialize from a checkpoint, a Hugging Face folder, or ORG/NAME on its hub", "MODEL"
+    ),
     "lora_rank": flag(None, "train only LoRA adapters of this rank, on --init_from", type=SIZE),
     "lora_alpha": flag(None, "adapters are scaled by alpha / rank (default: 2 rank)", type=RATE),
     "teacher": string_flag("distill from this model, named as for --init_from", "MODEL"),
@@ -2757,7 +2871,7 @@ FLAGS["reuse"] = {
 }
 
 FLAGS["tools"] = {
-    "evaluate": choice(None, ["valid", "test"], "evaluate a checkpoint on a whole split"),
+    "evaluate": choice(None, SPLITS, "evaluate a checkpoint on a whole split"),
     "eval_stride": flag(None, "stride of --evaluate's window (default: context_size)", type=SIZE),
     "benchmark": flag(False, "report parameters, FLOPs, memory and speed, then exit"),
     "cases": string_flag("rank the expected continuations of prompts in YAML files", nargs="+"),
@@ -3156,6 +3270,9 @@ def open_origins(flags, checkpoint):
     return origins
 
 
+IMPORTED_CONTEXT = 1024  # at most, of a run from a Hugging Face model without --context_size
+
+
 def decided_by(origins, flags):
     """The flags of a new run that its origins determine, {flag: value}.
 
@@ -3181,6 +3298,8 @@ def decided_by(origins, flags):
         own_context = decided.pop("context_size")
         if "context_size" not in flags.given:  # RoPE works with any
             context_size = own_context
+            if origins[first].place != origins[first].id:  # of others: it may be 131,072
+                context_size = min(own_context, IMPORTED_CONTEXT)
     check_agreement(flags, decided, f"--{first}")
     if "teacher" in origins:
         longest = origins["teacher"].model.config.context_size
@@ -3328,6 +3447,12 @@ def make_run(folder, flags, contents, ranks):
     origins = open_origins(flags, checkpoint)
     if not checkpoint:
         flags = settle(flags.given, decided=decided_by(origins, flags))
+        if "init_from" in origins and "context_size" not in flags.given:
+            own_context = origins["init_from"].model.config.context_size
+            if flags.context_size < own_context:
+                line = f"--init_from {flags.init_from} has a context of {own_context:,} tokens; "
+                line += f"this run has {flags.context_size:,} (--context_size gives another)"
+                tqdm.write(printable(line))
     dataset = load_data(flags, contents, origins)
     model = make_model(flags, dataset, contents, origins)
     optimizer = make_optimizer(model, flags)
@@ -3360,14 +3485,12 @@ def make_run(folder, flags, contents, ranks):
 def needed_origins(flags, origins):
     """The origins that resuming a run needs, and how to find them: {flag: [place, id]}.
 
-    A folder is found by its path, a checkpoint by its id. Without LoRA, --init_from is needed only
-    at the start.
+    Without LoRA, --init_from is needed only at the start.
     """
     uses = {}
     for flag_name, origin in origins.items():
         if flag_name == "teacher" or flags.lora_rank:
-            name = getattr(flags, flag_name)
-            uses[flag_name] = [name if os.path.isdir(name) else origin.id, origin.id]
+            uses[flag_name] = [origin.place, origin.id]
     return uses
 
 
@@ -3414,6 +3537,8 @@ def set_up(flags, ranks, interrupts, stack):
         checkpoints = list_checkpoints(flags.save_dir, warn=True)
         contents, folder = find_run(flags, checkpoints, stack)
         run = make_run(folder, flags, contents, ranks)
+        if run.flags.report_to:
+            extra("report").check(run.flags.report_to)
         run.saved = max((each.saved for each in checkpoints), default=0.0)
         stack.enter_context(interrupts)  # from here on there is something to save
         is_new = folder is None
@@ -3444,30 +3569,56 @@ def remove_empty(folder):
 def list_runs(save_dir):
     """Prints the runs in `save_dir` and their checkpoints, most recently saved first."""
     checkpoints = list_checkpoints(save_dir, warn=True)  # newest first
+    if not checkpoints:
+        print(explain_emptiness(save_dir))
+        return
     print(f"Checkpoints in {save_dir}: {len(checkpoints)}")
-    settled = {id(each): vars(settle({}, each.flags)) for each in checkpoints}
-    for name in dict.fromkeys(each.run for each in checkpoints):  # unique, in that order
+    print("    checkpoint     iteration  valid nats  perplexity  saved")
+    for name, differences in flags_apart(checkpoints).items():
         own = [each for each in checkpoints if each.run == name]
         newest = own[0]
-        flags = settled[id(newest)]
+        num_iters = settle({}, newest.flags).num_iters
         line = f"{name}: {newest.parameters:,} parameters, "
-        line += f"iteration {newest.iteration:,} of {flags['num_iters']:,}"
-        for flag_name in INHERITED:
-            value = flags[flag_name]
-            if any(others[flag_name] != value for others in settled.values()):
-                line += f" --{flag_name} {value}"  # a flag that tells the runs apart
+        line += f"iteration {newest.iteration:,} of {num_iters:,}"
+        if differences:
+            line += f", {differences}"
         print(textwrap.fill(printable(line), 100, subsequent_indent="    "))
         best = best_of(own, name)
         for each in own:
-            score = "not scored" if each.score is None else f"{each.score:.4f}"
-            age = tqdm.format_interval(max(0, time.time() - each.saved))
-            line = f"    {each.id[:12]}  iteration {each.iteration:>9,}"
-            line += f"  {score:>10}  {age:>8} old"
+            line = f"    {each.id[:12]}  {each.iteration:>12,}"
+            if each.score is None:
+                line += "           -           -"
+            else:
+                line += f"  {each.score:>10.4f}  {perplexity(each.score):>10.2f}"
+            line += time.strftime("  %Y-%m-%d %H:%M", time.localtime(each.saved))
             if each is checkpoints[0]:
-                line += ", latest"  # of the folder
+                line += "  latest"  # of the folder
             if each is best:
-                line += ", best"  # of the run
+                line += "  best"  # of the run
             print(line)
+
+
+def flags_apart(checkpoints):
+    """The flags that tell the runs of these checkpoints apart, {run: "--dim 32 --seed 1"}.
+
+    Of each run, those of its first checkpoint here count.
+    """
+    flags = {}
+    for each in checkpoints:
+        if each.run not in flags:
+            flags[each.run] = vars(settle({}, each.flags))
+    differing = []
+    for name in INHERITED:
+        if len({str(of_run[name]) for of_run in flags.values()}) > 1:
+            differing.append(name)
+    texts = {}
+    for run, of_run in flags.items():
+        words = []
+        for name in differing:
+            value = of_run[name]
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        texts[run] = " ".join(words)
+    return texts
 
 
 def show_runs(flags):
@@ -3486,8 +3637,7 @@ def show_runs(flags):
             if checkpoint not in named:
                 named.append(checkpoint)
     if flags.plot:
-        folders = dict.fromkeys(each.folder for each in named or checkpoints)
-        extra("pictures").plot_runs([*folders], flags.plot)
+        extra("pictures").plot_runs(named or checkpoints, flags.plot)
     else:
         top_k = flags.given.get("top_k", 5)  # the default, 50, is for sampling
         if top_k == 0:
@@ -3596,6 +3746,7 @@ def train_run(flags, ranks):
         interrupts = Interrupts()  # which set_up enters
         run = set_up(flags, ranks, interrupts, stack)
         run = ranks.broadcast_run(run)
+        tqdm.write("")
         try:
             received = train(run, interrupts, ranks)
         except RuntimeError as error:
@@ -3610,16 +3761,20 @@ def train_run(flags, ranks):
 
 
 def describe_end(run, received):
-    """The last line of a session: where the run is, and what to type next."""
+    """The last lines of a session: where the run is, and what to type next."""
     if run.checkpoint_id is None:
         return f"Stopped at iteration {run.iteration:,}; nothing was saved yet."
     flags = run.flags
     again = command(flags, "--identifier", run.name)
+    trained = f"{plural(run.iteration, 'iteration')} in {tqdm.format_interval(run.seconds)}"
+    if run.scores:
+        iteration, nats = min(run.scores, key=lambda score: score[1])
+        trained += f", best: valid {nats:.4f} nats at iteration {iteration:,}"
     if received:
         resume = f"Rerun the command to resume, or: {again}"
         if flags.new_model or flags.identifier:  # rerunning could begin yet another run
             resume = f"To resume: {again}"
-        return f"Stopped at iteration {run.iteration:,}. {resume}"
+        return f"{trained}\nStopped at iteration {run.iteration:,}. {resume}"
     ended = f"Ended at iteration {run.iteration:,} of {flags.num_iters:,}"
     more = ""
     if run.iteration >= flags.num_iters:
@@ -3627,7 +3782,7 @@ def describe_end(run, received):
         more = f" --num_iters {2 * run.iteration}"
     if run.is_out_of_patience():
         more += f" --patience {run.count_misses() + flags.patience}"
-    return f"{ended}. To sample: {again} --inference\nTo train on: {again}{more}"
+    return f"{trained}\n{ended}. To sample: {again} --inference\nTo train on: {again}{more}"
 
 
 def execute(argv, ranks):

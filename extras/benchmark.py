@@ -3,9 +3,9 @@
     python main.py --benchmark                          the model of the latest checkpoint
     python main.py --benchmark --dim 512 --mlp swiglu   another one
 
-Prints a table and, as its last line, the same numbers as JSON: parameters, floating-point
-operations (FLOPs) per token, memory in bytes, speed in tokens per second, and milliseconds for the
-first token of a continuation and for each later one. It saves nothing.
+Prints what it found in words and, as its last line, the same numbers as JSON: parameters,
+floating-point operations (FLOPs) per token, memory in bytes, speed in tokens per second, and
+milliseconds for the first token of a continuation and for each later one. It saves nothing.
 """
 
 import json
@@ -60,18 +60,47 @@ def run_benchmark(run):
         "share_of_matrix_speed": sum(flops.values()) * training_speed / matrix_speed,
     }
     result |= measure_decoding(run)
-    print_table(result)
+    print_result(result, run.batches.batch_size * flags.context_size)
     print(json.dumps(result))
 
 
-def print_table(result):
-    """Prints a line for each entry: its name, then its number or the numbers of its parts."""
-    for name, value in result.items():
-        if isinstance(value, dict):
-            numbers = ", ".join(f"{part} {number:,}" for part, number in value.items())
-        else:
-            numbers = f"{round(value, 2):,}"
-        print(textwrap.fill(f"{name:<22} {numbers}", 100, subsequent_indent=" " * 23))
+def print_result(result, tokens):
+    """Prints the result in words; tokens: of a training step."""
+    counts = result["parameters"]
+    parts = [f"{count:,} {part}" for part, count in counts.items() if count]
+    print_row("parameters", f"{sum(counts.values()):,}: {', '.join(parts)}")
+    flops = result["flops_per_token"]
+    print_row(
+        "compute",
+        f"{flops['forward'] / 1e6:,.2f} MFLOP per token forward, {flops['backward'] / 1e6:,.2f} "
+        "backward",
+    )
+    memory = {part: f"{size / 2**20:,.1f} MiB" for part, size in result["memory"].items()}
+    passing = f"activations ({memory.pop('activations')}) or gradients ({memory.pop('gradients')})"
+    lasting = ", ".join(f"{part} ({size})" for part, size in memory.items())
+    print_row(
+        "memory",
+        f"{result['measured_peak'] / 2**20:,.1f} MiB at the peak of a training step, predicted "
+        f"{result['predicted_peak'] / 2**20:,.1f}: {lasting}, and {passing}, whichever is larger",
+    )
+    speed = result["tokens_per_second"]
+    print_row(
+        "training",
+        f"{speed:,.0f} tokens/s, {1000 * tokens / speed:,.1f} ms per step of {tokens:,} tokens; "
+        f"that is {sum(flops.values()) * speed / 1e9:,.1f} GFLOP/s, "
+        f"{result['share_of_matrix_speed']:.0%} of the {result['matrix_flops'] / 1e9:,.1f} that "
+        "products of large matrices reach here",
+    )
+    print_row(
+        "sampling",
+        f"first token after {result['first_token_ms']:,.1f} ms, then one every "
+        f"{result['token_ms']:,.1f} ms ({result['decoded_per_second']:,.1f} tokens/s)",
+    )
+
+
+def print_row(name, text):
+    """Prints a text beside its name, in lines of at most 100 columns."""
+    print(textwrap.fill(f"{name:<11} {text}", 100, subsequent_indent=" " * 12))
 
 
 # ---- Counts and predictions ---------------------------------------------------------------------

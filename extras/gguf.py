@@ -59,7 +59,7 @@ def export_gguf(model, tokenizer, path, bits):
             writer.add_name(utf8(path.stem))
             writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{matrix_format.name}", 0))
             add_vocabulary(writer, vocabulary)
-            for tensor, array in convert_weights(model, is_permuted=name != "Qwen3"):
+            for tensor, array in convert_weights(model, is_permuted="Qwen" not in name):
                 wanted = matrix_format if array.ndim == 2 else formats.F32
                 with explained(needed, gguf.quants.QuantError):
                     data = gguf.quantize(array, wanted)
@@ -90,14 +90,14 @@ def add_settings(writer, config):
 def convert_weights(model, is_permuted):
     """The weights by their names in GGUF, [(name, array), ...].
 
-    is_permuted: whether RoPE pairs neighbouring dimensions there, as for all but Qwen3; here it
-    pairs dimensions i and i + d/2.
+    is_permuted: whether RoPE pairs neighbouring dimensions there, as for all but Qwen2 and Qwen3;
+    here it pairs dimensions i and i + d/2.
     """
     config = model.config
     converted = []
     for name, weight in tree_flatten(model.parameters()):
         array = np.array(weight)
-        part = name.removesuffix(".weight")
+        part, _, kind = name.rpartition(".")  # kind: weight or bias
         if part in PARTS:
             converted.append((f"{PARTS[part]}.weight", array))
             continue
@@ -105,7 +105,7 @@ def convert_weights(model, is_permuted):
         if is_permuted and part in ("self_attn.q_proj", "self_attn.k_proj"):
             halves = array.reshape(-1, 2, config.head_dim // 2, config.dim)
             array = halves.swapaxes(1, 2).reshape(array.shape)
-        converted.append((f"blk.{block}.{PARTS_OF_BLOCK[part]}.weight", array))
+        converted.append((f"blk.{block}.{PARTS_OF_BLOCK[part]}.{kind}", array))
     if config.rope_scaling:
         # How many times slower each pair of dimensions rotates than without scaling.
         plain = rope_frequencies(config.head_dim, config.rope_theta)

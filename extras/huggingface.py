@@ -1,6 +1,7 @@
-"""Import of Hugging Face folders, and export of our models to transformers and mlx_lm.
+"""Import of Hugging Face models, and export of ours to transformers and mlx_lm.
 
-    python main.py --init_from DIR ...         fine-tunes a Llama, Qwen3 or Arcee model
+    python main.py --init_from DIR ...         fine-tunes a Llama, Mistral, Qwen2, Qwen3, Arcee
+    python main.py --init_from ORG/NAME ...    the same, downloaded from Hugging Face's hub
     python main.py --teacher DIR ...           distills from one
     python main.py --export DIR                writes a checkpoint as such a folder
     python main.py --export DIR --quantize 4   the same with packed weights, for mlx_lm
@@ -11,22 +12,42 @@ Our weights have the same names as their Llama's, so only configuration and toke
 import contextlib
 import hashlib
 import json
+import os
+import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from datasets import PackageTokenizer, UsageError, end_of_text, explained, extra, read_whole
-from datasets import replacing, user_path
-from main import DEFAULTS, Config, LanguageModel, load_arrays, sha1_of
+from datasets import PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
+from datasets import read_whole, replacing, user_path
+from main import DEFAULTS, Config, LanguageModel, load_arrays, refuse_beyond_memory, sha1_of
 
-# Their name for a model with our (mlp, qk_norm); the others have no counterpart.
-COUNTERPARTS = {
-    ("swiglu", False): "Llama",
-    ("swiglu", True): "Qwen3",
-    ("relu2", False): "Arcee",
+# Their names, and our (mlp, qk_norm, qkv_bias) for each. An export has the first one that fits.
+KINDS = {
+    "Llama": ("swiglu", False, False),
+    "Mistral": ("swiglu", False, False),
+    "Qwen2": ("swiglu", False, True),
+    "Qwen3": ("swiglu", True, False),
+    "Arcee": ("relu2", False, False),
 }
+THEIR_KINDS = "Llama, Mistral, Qwen2, Qwen3 or Arcee"
+# What the hub calls a model: ORG/NAME, perhaps with a branch or a commit.
+HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?", re.ASCII)
+# What to do about some errors of huggingface_hub.
+HUB_ERRORS = {
+    "RepositoryNotFoundError": "it has no such model, or a private one: check the name, or set "
+    "HF_TOKEN",
+    "GatedRepoError": "accept the terms on its page there, and set HF_TOKEN",
+    "RevisionNotFoundError": "the model has no such branch or commit",
+    "LocalEntryNotFoundError": "no connection, and it was not downloaded before: check the "
+    "network, HF_ENDPOINT and HF_HUB_OFFLINE",
+}
+# The files of a model on the hub that are read. Others hold the same weights in other formats.
+TEXTS = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+WEIGHTS = "model*.safetensors"
 # Their `hidden_act` for our `mlp`.
 THEIR_ACTIVATIONS = {"swiglu": "silu", "relu2": "relu2"}
 # What their config.json calls the fields of our Config.
@@ -81,6 +102,70 @@ EXPORTED = [
 
 
 # ---- Import -------------------------------------------------------------------------------------
+def open_by_name(name):
+    """The model of a folder or, if there is none of that name, on the hub.
+
+    Returns what `import_model` does, and the place where that very model is found again. Raises
+    UsageError.
+    """
+    if os.path.isdir(name):
+        return *import_model(name), name
+    found = HUB_NAME.fullmatch(name)
+    if not found:
+        remedy = "name one, a checkpoint, or a model of the Hugging Face hub (ORG/NAME)"
+        raise UsageError(f"{name} is no folder here: {remedy}")
+    repository, revision = found.groups()
+    folder = download_model(repository, revision)
+    return *import_model(folder), f"{repository}@{folder.name}"
+
+
+def download_model(repository, revision=None):
+    """The folder of a model on the hub, named by its commit; only what is missing is downloaded.
+
+    Address, key and cache are those of huggingface_hub: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and
+    its other variables hold here, too. Raises UsageError.
+    """
+    fault = f"{repository} is no folder here, and cannot be had from the Hugging Face hub"
+    with explained(f"{fault}: pip install huggingface_hub", ImportError):
+        import huggingface_hub
+        from huggingface_hub.utils import disable_progress_bars
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    download = partial(huggingface_hub.snapshot_download, repository)
+    try:
+        folder = Path(download(revision=revision, allow_patterns=TEXTS))
+        check_size(read_config(folder))  # before gigabytes are downloaded in vain
+        return Path(download(revision=folder.name, allow_patterns=[*TEXTS, WEIGHTS]))
+    except UsageError as error:
+        raise UsageError(f"{repository}: {error}") from None
+    except Exception as error:  # of many kinds, with messages of many lines
+        kind = type(error).__name__
+        reason = HUB_ERRORS.get(kind, f"{kind}: {one_line(error)[:200]}")
+        raise UsageError(f"{fault}: {reason}") from None
+
+
+def check_size(config):
+    """Raises UsageError if the weights of a model exceed the memory."""
+    heads = config.num_heads + config.num_kv_heads
+    block = 2 * heads * config.head_dim * config.dim + 2 * config.mlp_dim * config.dim
+    embeddings = config.vocab_size * config.dim
+    refuse_beyond_memory({"weights": config.num_blocks * block + embeddings})
+
+
+def read_config(path):
+    """Our Config for the config.json in a folder, tied or not as that says.
+
+    Raises UsageError if this program has no such model, and exceptions of several types if it is
+    malformed.
+    """
+    settings = read_settings(path)
+    unsupported = find_unsupported(settings)
+    if unsupported:
+        # Better no model than one that computes something else.
+        raise UsageError(f"this program has no {', '.join(unsupported)}")
+    return make_config(settings, untie=not settings.get("tie_word_embeddings"))
+
+
 def import_model(path):
     """Reads a Hugging Face folder: config.json, tokenizer.json and the *.safetensors files.
 
@@ -88,20 +173,17 @@ def import_model(path):
     the folder holds no model that is supported.
     """
     path = Path(path)
-    with explained(f"{path} holds no Llama, Qwen3 or Arcee model: name one, or see --list"):
-        settings = read_settings(path)
-        unsupported = find_unsupported(settings)
-        if unsupported:
-            # Better no model than one that computes something else.
-            raise UsageError(f"this program has no {', '.join(unsupported)}")
+    with explained(f"{path} holds no {THEIR_KINDS} model: name one, or see --list"):
+        config = read_config(path)
         files = sorted(path.glob("*.safetensors"))  # large models come in several
         if not files:
             raise UsageError("it has no file *.safetensors")
         weights = read_weights(files)
-        if settings.get("tie_word_embeddings"):
+        if not config.untie:
             # Some folders hold an output layer anyway, a copy of the embeddings.
             weights.pop("lm_head.weight", None)
-        config = make_config(settings, untie="lm_head.weight" in weights)
+        # Some hold none although config.json does not say so.
+        config.untie = "lm_head.weight" in weights
         if config.num_blocks > len(weights):
             # Building that many blocks first could exhaust the memory.
             raise UsageError(f"num_hidden_layers is {config.num_blocks:,}: its files hold fewer")
@@ -116,7 +198,7 @@ def import_model(path):
         if largest >= config.vocab_size:
             # MLX does not check indices: it would read beyond the embeddings.
             raise UsageError(f"its tokenizer has the id {largest}, vocab_size {config.vocab_size}")
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        for name in TEXTS:
             if (path / name).exists():  # the last one is optional
                 files.append(path / name)
         model_id = make_id(files)
@@ -160,8 +242,11 @@ def read_weights(files):
 
 
 def find_kind(settings):
-    """Our (mlp, qk_norm) for their `model_type`, or None. Raises KeyError if it is missing."""
-    for kind, name in COUNTERPARTS.items():
+    """Our (mlp, qk_norm, qkv_bias) for their `model_type`, or None.
+
+    Raises KeyError if that is missing.
+    """
+    for name, kind in KINDS.items():
         if name.lower() == settings["model_type"]:
             return kind
     return None
@@ -189,7 +274,7 @@ def find_unsupported(settings):
         found.append(f"rope {rope_type}")
     mlp = "swiglu"  # if the type is unknown: most models use it
     if kind is not None:
-        mlp, _ = kind
+        mlp, _, _ = kind
     activation = settings.get("hidden_act", THEIR_ACTIVATIONS[mlp])
     if activation != THEIR_ACTIVATIONS[mlp]:
         found.append(f"hidden_act {activation}")
@@ -224,8 +309,12 @@ def make_config(settings, untie):
         fields["rope_scaling"] = tuple(settings[name] for name in THEIR_ROPE_SCALING)
         if settings["low_freq_factor"] >= settings["high_freq_factor"]:
             raise UsageError("low_freq_factor is not below high_freq_factor")
-    mlp, qk_norm = find_kind(settings)
-    return Config(mlp=mlp, qk_norm=qk_norm, untie=untie, **fields)
+    mlp, qk_norm, qkv_bias = find_kind(settings)
+    if settings["model_type"] == "mistral" and settings.get("sliding_window"):
+        # Within the window, it computes what a Llama does.
+        check_number("sliding_window", settings["sliding_window"])
+        fields["context_size"] = min(fields["context_size"], settings["sliding_window"])
+    return Config(mlp=mlp, qk_norm=qk_norm, qkv_bias=qkv_bias, untie=untie, **fields)
 
 
 def check_number(name, value):
@@ -315,7 +404,8 @@ def check_vacant(folder):
 
 def find_counterpart(config):
     """Their name for a model of this Config. Raises UsageError if there is none."""
-    name = COUNTERPARTS.get((config.mlp, config.qk_norm))
+    kind = (config.mlp, config.qk_norm, config.qkv_bias)
+    name = next((name for name in KINDS if KINDS[name] == kind), None)
     if name is None:
         shape = f"--mlp {config.mlp}"
         if config.qk_norm:

@@ -13,24 +13,29 @@ from mlx.utils import tree_flatten, tree_map
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trained low-rank update: [..., I] to [..., O]."""
 
-    def __init__(self, weight, rank, alpha):
+    def __init__(self, layer, rank, alpha):
         super().__init__()
-        outputs, inputs = weight.shape
-        self.weight = weight  # [O, I], frozen
+        outputs, inputs = layer.weight.shape
+        self.weight = layer.weight  # [O, I], frozen
+        if "bias" in layer:
+            self.bias = layer.bias  # [O], frozen
         self.scale = alpha / rank
         self.lora_a = mx.zeros((rank, inputs))
         self.lora_b = mx.zeros((outputs, rank))
 
     def __call__(self, hidden):
         update = (hidden @ self.lora_a.T) @ self.lora_b.T  # [..., rank] in between
-        return hidden @ self.weight.T + update * self.scale
+        product = hidden @ self.weight.T + update * self.scale
+        if "bias" in self:
+            product = product + self.bias
+        return product
 
 
 def add_lora(model, rank, alpha):
     """Replaces each linear layer of the blocks with a LoRALinear; nothing else is trained then."""
 
     def replace(layer):
-        return LoRALinear(layer.weight, rank, alpha) if isinstance(layer, nn.Linear) else layer
+        return LoRALinear(layer, rank, alpha) if isinstance(layer, nn.Linear) else layer
 
     for block in model.model.layers:
         layers = block.leaf_modules()

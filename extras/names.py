@@ -76,7 +76,7 @@ NOT_NEEDED = {
     "stream": "text is always printed as it is sampled",
     "tie tie_embeddings tie_weights tie_word_embeddings weight_tying": "tied, unless --untie",
     "train": "training is the default",
-    "wandb wandb_log": "losses go to log.jsonl beside the checkpoints; --plot draws them",
+    "tensorboard trackio wandb wandb_log": "--report_to wandb, or tensorboard, trackio",
 }
 
 

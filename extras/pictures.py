@@ -12,62 +12,100 @@ d head.
 
 import math
 import sys
+import textwrap
+import warnings
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from datasets import UsageError, explained, user_path
-from main import first_ids, read_log
+from datasets import UsageError, explained, printable, user_path, utf8
+from main import first_ids, flags_apart, read_log
 
 DPI = 150  # dots per inch, fewer if a side of the image would exceed MAX_PIXELS
 MAX_PIXELS = 2**13
 # Training losses are many and noisy, so they are pale; validation losses have markers.
-SPLIT_STYLES = {"train": {"alpha": 0.4}, "valid": {"alpha": 1, "marker": "o"}}
+SPLIT_STYLES = {"train": {"alpha": 0.4}, "valid": {"alpha": 1, "marker": "o", "markersize": 4}}
+# Tokenizers that are the same in all runs; the others are made from a run's own text.
+FIXED_TOKENIZERS = ["byte", "gpt2"]
+# The first losses of a run are so high that they would take most of the y axis: it shows those
+# after this share of its iterations.
+START = 0.05
 
 
 # ---- Losses -------------------------------------------------------------------------------------
-def plot_runs(folders, path):
+def plot_runs(checkpoints, path):
     """Plots training and validation losses against iterations and against minutes of training.
 
-    folders: the Paths of the runs, newest first. Raises UsageError if none has a log, which
-    begins with the first report, or if `path` cannot be written.
+    checkpoints: some of each run, newest first. The legend names the flags in which the runs
+    differ, and each run's best validation loss, which has a star. Losses are in nats/token, or, if
+    the runs have different tokenizers, in bits per byte. Raises UsageError if no run has a log,
+    which begins with the first report, or if `path` cannot be written.
     """
-    logs = [folder / "log.jsonl" for folder in sorted(folders)]
-    logs = [log for log in logs if log.is_file()]
-    if not logs:
+    apart = flags_apart(checkpoints)
+    folders = {each.folder.name: each.folder for each in checkpoints}
+    names = [name for name in sorted(folders) if (folders[name] / "log.jsonl").is_file()]
+    if not names:
         raise UsageError(
-            f"the runs in {folders[0].parent} have reported nothing yet (see --steps_per_report): "
-            "train them on, or check --save_dir"
+            f"the runs in {checkpoints[0].folder.parent} have reported nothing yet (see "
+            "--steps_per_report): train them on, or check --save_dir"
         )
+    column = "loss"
+    unit = "loss (nats/token)"
+    if len({tokenizer_of(each) for each in checkpoints}) > 1:
+        column = "bits_per_byte"
+        unit = "loss (bits per byte)"
     figure = make_figure(12, 5)
+    figure.suptitle("Training (pale) and validation losses")
     by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
-    for i, log in enumerate(logs):
+    shown = []  # losses that the y axis has room for
+    for i, name in enumerate(names):
+        color = f"C{i}"
         for split, style in SPLIT_STYLES.items():
-            iterations, seconds, losses = columns_of(log, split)  # [N] each
+            iterations, seconds, losses = columns_of(folders[name] / "log.jsonl", split, column)
+            shown += losses[iterations >= START * iterations.max(initial=0)].tolist()
+            best = losses.argmin() if split == "valid" and len(losses) else None
             # Not the name first: labels that begin with _ are left out of legends.
-            label = f"{split} {log.parent.name}"
-            by_iteration.plot(iterations, losses, color=f"C{i}", label=label, **style)
-            by_minute.plot(seconds / 60, losses, color=f"C{i}", label=label, **style)
-    by_iteration.set(xlabel="iteration", ylabel="loss (nats/token)")
+            label = f"{split} {name}"
+            if best is not None:
+                label += f": best {losses[best]:.4f} at {iterations[best]:,.0f}"
+            if split == "valid" and apart[name]:
+                label += "\n" + textwrap.fill(printable(utf8(apart[name])), 50)
+            for axis, x in ((by_iteration, iterations), (by_minute, seconds / 60)):
+                axis.plot(x, losses, color=color, label=label, **style)
+                if best is not None:
+                    axis.plot(x[best], losses[best], "*", color=color, markersize=14)
+    by_iteration.set(xlabel="iteration", ylabel=unit)
     by_minute.set(xlabel="minutes of training")
+    if shown:
+        margin = 0.05 * (max(shown) - min(shown)) or 0.1
+        by_iteration.set_ylim(min(shown) - margin, max(shown) + margin)
     # One legend serves both: their lines are the same.
     lines, labels = by_minute.get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside right upper", fontsize="small")
+    legend = figure.legend(lines, labels, loc="outside right upper", fontsize="small")
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a dollar sign in a flag must not start a formula
     save_figure(figure, path)
 
 
-def columns_of(log, split):
-    """Iterations, seconds of training and losses (nats per token) of a split, as floats [3, N].
+def tokenizer_of(checkpoint):
+    """What two runs with the same tokenizer have in common."""
+    kind = checkpoint.flags["tokenizer"]
+    return kind if kind in FIXED_TOKENIZERS else checkpoint.tokens_sha256
 
-    log: the path. Rows in which one of these is not a finite number are skipped.
+
+def columns_of(log, split, column="loss"):
+    """Iterations, seconds of training and losses of a split, as floats [3, N].
+
+    log: the path; column: the name of the losses. Rows in which one of these is not a finite
+    number are skipped.
     """
     values = []
     for _, row in read_log(log):
         if row["split"] != split:
             continue
         try:
-            numbers = [float(row[name]) for name in ("iteration", "seconds", "loss")]
+            numbers = [float(row[name]) for name in ("iteration", "seconds", column)]
         except (ValueError, LookupError, TypeError, OverflowError):  # a damaged row
             continue
         if all(map(math.isfinite, numbers)):
@@ -77,7 +115,7 @@ def columns_of(log, split):
 
 
 # ---- Attention ----------------------------------------------------------------------------------
-def plot_attention(model, tokenizer, prompt, path):
+def plot_attention(model, tokenizer, prompt, title, path):
     """Plots a matrix for each block (down) and each head (across).
 
     Its element in row i and column j is how much token i of the prompt attends to token j, from 0
@@ -86,20 +124,31 @@ def plot_attention(model, tokenizer, prompt, path):
     """
     tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]
     weights = attention_weights(model, tokens)  # [blocks, H, L, L]
-    # Without the quotes of `repr`, but with its escapes, so that a label is a single line.
-    labels = [repr(tokenizer.decode([token]))[1:-1] for token in tokens]
+    labels = [label_of(tokenizer.decode([token])) for token in tokens]
     ticks = range(len(tokens))
+    turned = 90 if max(map(len, labels)) > 2 else 0  # degrees; short ones stand upright
     blocks, heads = weights.shape[:2]
     side = max(2.5, 0.22 * len(tokens))  # inches per matrix, with room for each label
-    figure = make_figure(side * heads, side * blocks)
+    figure = make_figure(side * heads + 1, side * blocks + 0.5)
+    figure.suptitle(f"{title}: how much each token attends to those before it")
     axes = figure.subplots(blocks, heads, squeeze=False)
     for (i, j), axis in np.ndenumerate(axes):
-        axis.imshow(weights[i, j], vmin=0, vmax=1, cmap="Blues")
+        image = axis.imshow(weights[i, j], vmin=0, vmax=1, cmap="Blues")
         axis.set_title(f"block {i}, head {j}", fontsize="small")
         # parse_math: a dollar sign in a text must not start a formula.
-        axis.set_xticks(ticks, labels, rotation=90, fontsize=6, parse_math=False)
-        axis.set_yticks(ticks, labels, fontsize=6, parse_math=False)
+        axis.set_xticks(ticks, labels, rotation=turned, fontsize=8, parse_math=False)
+        axis.set_yticks(ticks, labels, fontsize=8, parse_math=False)
+        if i == blocks - 1:
+            axis.set_xlabel("attended token (key)")
+        if j == 0:
+            axis.set_ylabel("token (query)")
+    figure.colorbar(image, ax=axes, label="attention", shrink=0.8)
     save_figure(figure, path)
+
+
+def label_of(piece):
+    """The text of a token as one line, in which spaces can be seen."""
+    return repr(piece)[1:-1].replace(" ", "\N{OPEN BOX}")
 
 
 def attention_weights(model, tokens):
@@ -142,5 +191,7 @@ def save_figure(figure, path):
         if not path.suffix:
             # matplotlib would append it, too, but without reporting it.
             path = path.with_name(f"{path.name}.png")
-        figure.savefig(path, dpi=dpi)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of characters that the font lacks: a box is drawn
+            figure.savefig(path, dpi=dpi)
     print(f"Plot saved to {path}", file=sys.stderr)

@@ -25,7 +25,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 import main
-from datasets import Dataset, RunError, Split, UsageError, explained, tokenizer_from_dict
+from datasets import SPLITS, Dataset, RunError, Split, UsageError, explained
+from datasets import tokenizer_from_dict
 
 LOST = "a rank failed or is gone ({}): rerun the command to resume from the last checkpoint"
 SILENCE = 60  # seconds, in which a switch may restart
@@ -170,7 +171,7 @@ class Group:
         self.broadcast_tree(run.average or {})
         if run.teacher:
             self.broadcast_tree(run.teacher.parameters())
-        self.broadcast(split_tokens(run.dataset))
+        self.broadcast(split_tokens(run.dataset, run.flags))
         run.batches = SharedBatches(self, run.batches.batch_size, run.batches)
         return run
 
@@ -178,7 +179,7 @@ class Group:
         """Makes the other ranks score along with rank 0."""
         self.broadcast(texts=describe_task("score", model, dataset, flags))
         self.broadcast_tree(model.parameters())
-        self.broadcast(split_tokens(dataset))
+        self.broadcast(split_tokens(dataset, flags))
 
     def follow(self):
         """What every rank but the first does; returns the exit status."""
@@ -232,19 +233,19 @@ class Group:
         main.train(run, interrupts, self)
 
     def receive_dataset(self, task):
-        """Rank 0's dataset, without the training text."""
+        """Rank 0's dataset; of the training text only what is scored."""
         arrays, _ = self.broadcast()
-        splits = {"valid": None, "test": None}
+        splits = dict.fromkeys(SPLITS)
         for name, counts in task["splits"].items():
             splits[name] = Split(np.array(arrays[name]), *counts)
         tokenizer = tokenizer_from_dict(task["tokenizer"])
-        return Dataset(task["dataset"], tokenizer, train=None, **splits, sha256=None)
+        return Dataset(task["dataset"], tokenizer, **splits, sha256=None)
 
 
 def describe_task(kind, model, dataset, flags):
     """What the other ranks need to know, besides arrays, to train or score along with rank 0."""
     splits = {}
-    for name in split_tokens(dataset):
+    for name in split_tokens(dataset, flags):
         split = getattr(dataset, name)
         splits[name] = [split.num_bytes, split.num_words, split.num_unk]
     return {
@@ -258,9 +259,11 @@ def describe_task(kind, model, dataset, flags):
     }
 
 
-def split_tokens(dataset):
-    """The tokens that are scored, {split: array}."""
+def split_tokens(dataset, flags):
+    """The tokens that may be scored, {split: array}."""
     splits = {"valid": dataset.valid, "test": dataset.test}
+    if flags.evaluate == "train":
+        splits = {"train": dataset.train}
     return {name: split.tokens for name, split in splits.items() if split}
 
 

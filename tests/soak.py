@@ -453,7 +453,7 @@ def read_log(path):
     rows = []
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        for name in ("seconds", "tokens_per_second", "peak_mib"):
+        for name in ("seconds", "tokens_per_second", "ms_per_step", "peak_mib"):
             row.pop(name, None)
         rows.append(row)
     return rows

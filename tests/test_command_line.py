@@ -6,6 +6,7 @@ Mistakes: test_mistakes.py.
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -740,9 +742,11 @@ def test_list(tmp_path, capsys):
     assert main.main(["--list", "--save_dir", str(folder)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    header, *lines = out.splitlines()
+    header, columns, *lines = out.splitlines()
     checkpoints = main.list_checkpoints(folder)
     assert header == f"Checkpoints in {folder}: {len(checkpoints)}"
+    names_of_columns = ["checkpoint", "iteration", "valid nats", "perplexity", "saved"]
+    assert re.split("  +", columns.strip()) == names_of_columns
     assert all(len(line) <= 100 for line in lines), out
     blocks = re.split(r"^(?=text-)", out, flags=re.M)[1:]
     names.reverse()
@@ -750,9 +754,13 @@ def test_list(tmp_path, capsys):
     assert re.findall(r"iteration (\d+) of", out) == ["8", "6", "4"]
     for block, name in zip(blocks, names):
         own = [checkpoint for checkpoint in checkpoints if checkpoint.run == name]
-        rows = [line.split() for line in block.splitlines() if " old" in line]
+        rows = [line.split() for line in block.splitlines() if re.match(" +[0-9a-f]{12} ", line)]
         for row, checkpoint in zip(rows, own, strict=True):
-            assert row[:3] == [checkpoint.id[:12], "iteration", str(checkpoint.iteration)]
+            score = f"{checkpoint.score:.4f}"
+            perplexity = f"{math.exp(checkpoint.score):.2f}"
+            assert row[:4] == [checkpoint.id[:12], str(checkpoint.iteration), score, perplexity]
+            saved = datetime.fromisoformat(f"{row[4]} {row[5]}").timestamp()
+            assert 0 <= checkpoint.saved - saved < 60
         best = [row[0] for row in rows if row[-1] == "best"]
         assert best == [main.best_of(own, name).id[:12]]
         assert "--num_iters" in block, "the flags in which they differ"
@@ -765,7 +773,7 @@ def test_list(tmp_path, capsys):
 def test_list_of_nothing(tmp_path, capsys):
     assert main.main(["--list", "--save_dir", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
-    assert out == f"Checkpoints in {tmp_path}: 0\n"
+    assert out == f"no checkpoint in {tmp_path}: train a model first, or check --save_dir\n"
     assert err == ""
 
 

@@ -46,7 +46,7 @@ WRITTEN = {
     "--attention": "heads.png",
     "--cases": "cases.json",
 }
-NAMES_OF_RUNS = ["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX"]
+NAMES_OF_MODELS = ["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX", "Qwen/Qwen2.5-0.5B"]
 NAMES_OF_FILES = [
     "prompts.txt",
     "answers.jsonl",
@@ -102,7 +102,7 @@ def use_model_at_hand(arguments, text, folder):
     run("--text", text, *shape, "--save_dir", folder)
     (folder / "prompts.txt").write_text("the company\nline 5\n")
     name = main.list_checkpoints(folder)[0].run
-    renamed = dict.fromkeys(NAMES_OF_RUNS, name)
+    renamed = dict.fromkeys(NAMES_OF_MODELS, name)
     renamed["tests/cases.yaml"] = ROOT / "tests" / "cases.yaml"
     for file in NAMES_OF_FILES:
         renamed[file] = folder / file
@@ -179,7 +179,7 @@ def test_preparing_a_corpus(command, tmp_path):
     _, _, *arguments = shlex.split(command)
     set_value(arguments, "--save_dir", str(tmp_path))
     out, _ = run(*arguments, program=[DATASETS], cwd=ROOT)
-    assert "vocabulary 257" in out
+    assert "byte tokenizer, 257-token vocabulary" in out
     assert out.count("words and line ends") == 3
 
 
@@ -216,12 +216,12 @@ def test_configuration(block, tmp_path):
     assert config.dim == given.dim
 
 
-OF_MLX = "--version --model --port --max --backend --hosts --bind --mca".split()
+OF_OTHERS = "--version --model --port --max --backend --hosts --bind --mca --logdir".split()
 
 
 def test_named_flags_exist():
     """Whatever a README calls a flag is one."""
-    known = {"--help", "--checkpoint", *OF_MLX}  # --checkpoint: an older name
+    known = {"--help", "--checkpoint", *OF_OTHERS}  # --checkpoint: an older name
     for name in main.DEFAULTS:
         known.add(f"--{name}")
     for program in ("datasets.py", "extras/collect.py"):

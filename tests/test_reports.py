@@ -3,10 +3,10 @@
 Sliding evaluation, logs, what a checkpoint says of its making.
 """
 
-import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -25,6 +25,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, flags, ids, log_rows, run, run_folder, start
+from datasets import ByteTokenizer
 from test_evaluation import make_model, nats_of
 from test_interrupts import wait_for
 
@@ -89,7 +90,8 @@ def run_at(folder, iteration, scores=(), **values):
     """A run without a model, which has come to an iteration."""
     given = flags(save_dir=folder.parent, context_size=8, batch_size=4, **values)
     optimizer = Namespace(optimizers=[])
-    dataset = Namespace(train=None, valid=Namespace(tokens=range(20), num_bytes=40))
+    valid = Namespace(tokens=range(20), num_bytes=40)
+    dataset = Namespace(train=None, valid=valid, tokenizer=ByteTokenizer())
     trained = main.Run(folder.name, folder, given, dataset, None, optimizer, Endless(given))
     trained.iteration = iteration
     trained.scores = [*scores]
@@ -359,8 +361,8 @@ def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path, capsys):
     take_steps(my_metric=12.3456)
     take_steps(my_metric=1 / 3)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("10/40  loss 2.0000  perplexity 7.39  lr 1.00e-01")
-    assert re.search(r"  [\d,]+ tokens/s", lines[0])
+    report = r"10/40  loss 2.0000  [\d,.]+ ms/step  lr 1.00e-01  [\d,]+ tokens/s  perplexity 7.39  "
+    assert re.match(report, lines[0])
     assert re.search(r"  left [\d:]+$", lines[0])
     shown = [re.findall(r"my_metric (\S+)", line) for line in lines]
     assert shown == [[], ["12.35"], ["0.3333"]]
@@ -373,7 +375,9 @@ def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path, capsys):
         assert row["split"] == "train"
         assert row["loss"] == 2
         assert row["learning_rate"] == 0.1
-        assert row["tokens_per_second"] > 0
+        milliseconds = 1000 * 4 * 8 / row["tokens_per_second"]
+        assert row["ms_per_step"] == pytest.approx(milliseconds, rel=1e-4)
+        assert "perplexity" not in row, "the loss says it"
         assert "bits_per_byte" not in row, "there is no text to count the bytes of"
 
 
@@ -396,27 +400,76 @@ def test_the_first_step_of_a_session_is_not_timed(tmp_path, monkeypatch):
     assert (trained.seconds, trained.recent_seconds) == (0.5, 60.5)
 
 
-@pytest.mark.parametrize("columns", [100, 0])
-def test_the_progress_bar_fits_100_columns(tmp_path, text, columns):
-    """Of a long run, too, and in a terminal that does not know its width."""
-    terminal, end = pty.openpty()
-    lines = 24 if columns else 0
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-    line = [*TINY, "--learning_rate", 0, "--num_iters", 100_000, "--max_minutes", 0.01]
-    process = start("--text", text, *line, "--save_dir", tmp_path, stdout=end, stderr=end)
-    os.close(end)
-    printed = b""
-    part = None
-    with contextlib.suppress(OSError):  # at its end
-        while part != b"":
-            part = os.read(terminal, 1 << 16)
-            printed += part
-    os.close(terminal)
-    assert process.wait(60) == 0
-    bars = [line for line in re.split(r"[\r\n]+", printed.decode()) if "/100000 |" in line]
-    assert max(map(len, bars)) <= 100
-    report = r"left [\d:]+  loss [\d.]+  perplexity [\d.]+  lr \S+  grad [\d.]+  .*[\d,]+ tokens/s"
-    assert re.search(report, bars[-1]), bars[-1]
+class Terminal(io.StringIO):
+    """A terminal of this width, 0 if it does not know it, that remembers what is written."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.ends = pty.openpty()
+        lines = 24 if columns else 0
+        fcntl.ioctl(self.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def fileno(self):
+        return self.ends[1]
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200, 0])
+def test_the_progress_bar_fits_the_terminal(tmp_path, columns, monkeypatch):
+    """Of a long run, too, and in a terminal that does not know its width.
+
+    It does not jump: when numbers get shorter, the bar stays where it is.
+    """
+    terminal = Terminal(columns)
+    monkeypatch.setattr(main.sys, "stderr", terminal)
+    trained = run_at(tmp_path, 0, num_iters=100_000)
+    with main.Reporter(trained) as reporter:
+        reporter.bar.mininterval = 0  # each step is shown
+        for i in range(80):
+            values = {"loss": 9.0 + i % 40 / 20, "gradient_norm": 0.5 * (i % 40)}
+            metrics = main.train_step(trained, step_that_gives(**values))
+            trained.recent_seconds = 0.1 * (40 - i % 40)
+            reporter.report_step(trained, metrics)
+    for end in terminal.ends:
+        os.close(end)
+    printed = terminal.getvalue()
+    bars = [line for line in re.split(r"[\r\n]+", printed) if "/100,000 |" in line]
+    assert len(bars) > 50
+    assert max(map(len, bars)) <= (columns or 80)
+    ends = [bar.rindex("|") for bar in bars if "loss" in bar]
+    assert ends == sorted(ends, reverse=True)
+    assert len({*ends[-35:]}) == 1, "of losses above and below 10"
+    report = r" {5}80/100,000 \|.{8,}\| [\d:]+<[\d:]+  loss 10\.\d+  [\d,.]+ ms/step"
+    if columns >= 100:
+        report += r" +lr \S+ +grad [\d.]+"
+    if columns >= 200:
+        report += r" +[\d,]+ tokens/s +perplexity [\d.]+ +epoch [\d.]+ +peak \d+ MiB"
+    assert re.search(report + " *$", bars[-1]), bars[-1]
+
+
+@pytest.mark.parametrize("scores, mark", [
+    ([], " (best)"),
+    ([[10, 1.5]], " (best)"),
+    ([[10, 1.25], [20, 1.5]], ""),
+])  # fmt: skip
+def test_a_line_of_history(tmp_path, capsys, scores, mark):
+    """What is known of an evaluation; the training loss is that of the last report."""
+    trained = run_at(tmp_path, 30, scores, num_iters=40, steps_per_report=2)
+    trained.seconds = 3723.4
+    trained.dataset.train = Namespace(tokens=range(400), num_bytes=800)
+    trained.tokens_seen = 500
+    reporter = main.Reporter(trained)
+    reporter.report_score(trained, 1.375, bool(mark), 2.25)
+    for loss in (1.0, 2.0, 4.0):
+        reporter.report_step(trained, main.train_step(trained, step_that_gives(loss=loss)))
+    reporter.report_score(trained, 1.375, bool(mark), 2.25)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    bits = 1.375 / math.log(2) * 20 / 40
+    score = f"valid 1.3750 nats{mark}, perplexity 3.96 per token, {bits:.4f} bits per byte"
+    assert first == f"iteration 30: {score}; epoch 1.25, time 1:02:03, scored in 2.2 s"
+    assert last.startswith(f"iteration 33: train 1.5000, {score}; epoch 1.49, time 1:02:")
 
 
 def test_what_a_checkpoint_was_made_by(trained):
@@ -446,11 +499,28 @@ def test_start_screen(tmp_path, text):
     lines = out.splitlines()
     assert lines[0] == f"run      {folder.name}, from iteration 0 to 2, seed 42"
     assert lines[1].endswith("2 blocks, dim 16, 2 heads (2 key/value heads), relu2 64, context 8")
-    assert "byte tokenizer, vocabulary of 257 (1 special)" in lines[2]
-    assert lines[3].startswith("steps    4 x 8 tokens, ")
-    assert lines[4].startswith("machine  cpu, ")
-    assert f"MLX {mx.__version__}, matmuls: " in lines[4]
-    assert lines[5].startswith(f"files    {folder}, ")
+    splits = r"data     text: [\d,]+ train / [\d,]+ valid tokens; "
+    assert re.match(splits + r"byte tokenizer, 257-token vocabulary \(1 special\); in ", lines[2])
+    steps = r"steps    4 x 8 tokens, ([\d,]+) per epoch, ([\d.]+) epochs in all; adamw, float32"
+    per_epoch, epochs = re.fullmatch(steps, lines[3]).groups()
+    assert float(epochs) == pytest.approx(2 / int(per_epoch.replace(",", "")), abs=0.005)
+    assert lines[4] == "rate     0.0003 after 200 warmup steps, constant"
+    assert lines[5].startswith("machine  cpu, ")
+    assert f"MLX {mx.__version__}, matmuls: " in lines[5]
+    assert lines[6].startswith(f"files    {folder}, ")
+
+
+@pytest.mark.parametrize("given, words", [
+    (dict(lr_warmup=0), "0.0003, constant"),
+    (dict(lr_warmup=1), "0.0003 after 1 warmup step, constant"),
+    (
+        dict(learning_rate=5e-3, lr_warmup=20, lr_schedule="linear", min_lr=0, lr_cooldown=0.5),
+        "0.005 after 20 warmup steps, constant, then linear to 0 over the last 50%",
+    ),
+    (dict(lr_schedule="cosine"), "0.0003 after 200 warmup steps, then cosine to 3e-05"),
+])  # fmt: skip
+def test_the_schedule_in_words(given, words):
+    assert main.describe_schedule(flags(**given)) == words
 
 
 def test_what_the_screen_names_works_when_pasted(tmp_path, text):
@@ -458,7 +528,7 @@ def test_what_the_screen_names_works_when_pasted(tmp_path, text):
     line = ["--text", text, *TINY, "--num_iters", 4, "--save_dir", save_dir]
     out, _ = run(*line)
     name = run_folder(save_dir).name
-    assert "Run complete (4/4)." in out
+    assert re.search(r"^4 iterations in 00:\d\d\nRun complete \(4/4\)\.", out, re.M)
     sampling = pasted(out, "To sample: ")
     assert sampling == ["--identifier", name, "--save_dir", str(save_dir), "--inference"]
     reply, _ = run(*sampling, input="line\n")

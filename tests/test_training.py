@@ -5,6 +5,7 @@ Exact resume, which run is resumed, what is inherited, reports, divergence.
 
 import os
 import random
+import math
 import re
 import shlex
 import shutil
@@ -262,6 +263,12 @@ main.sys.exit(main.main())
 """
 
 
+SCORED = (
+    r"^iteration ([\d,]+): (?:train ([\d.]+), )?valid ([\d.]+) nats( \(best\))?, perplexity "
+    r"[\d.]+ per token, [\d.]+ bits per byte; epoch [\d.]+, time [\d:]+, scored in [\d.]+ s$"
+)
+
+
 @pytest.mark.parametrize("name, iteration", [("SIGINT", 40), ("SIGKILL", 20)])
 def test_evaluation_lines_and_late_score(tmp_path, text, name, iteration):
     """A run stopped in an evaluation is scored when it is resumed, with the same best.
@@ -272,8 +279,13 @@ def test_evaluation_lines_and_late_score(tmp_path, text, name, iteration):
     parts = tmp_path / "parts"
     line = ["--text", text, *TINY, "--num_iters", 60, "--steps_per_eval", 20]
     out, _ = run(*line, "--save_dir", whole)
-    scores = re.findall(r"^valid (\d+\.\d{4}) nats, perplexity .* bits per byte", out, re.M)
-    assert len(scores) == 3
+    scores = re.findall(SCORED, out, re.M)
+    assert [int(iteration) for iteration, *_ in scores] == [20, 40, 60]
+    reported = [f"{row['loss']:.4f}" for row in log_rows(whole, "train")]
+    assert [train for _, train, _, _ in scores] == reported[1::2], "of the report before"
+    losses = [float(valid) for _, _, valid, _ in scores]
+    is_best = [valid == min(losses[: i + 1]) for i, valid in enumerate(losses)]
+    assert [mark == " (best)" for *_, mark in scores] == is_best
     undisturbed = newest(whole)
     assert scored_iterations(undisturbed) == [20, 40, 60]
 
@@ -285,7 +297,8 @@ def test_evaluation_lines_and_late_score(tmp_path, text, name, iteration):
     assert stopped.iteration == iteration
     assert scored_iterations(stopped) == [20]
     out, _ = run(*line, "--save_dir", parts)
-    assert re.findall(r"^valid (\d+\.\d{4}) nats", out, re.M) == scores[1:]
+    late = re.findall(SCORED, out, re.M)
+    assert [score[2:] for score in late] == [score[2:] for score in scores[1:]]
     again = newest(parts)
     assert again.scores == undisturbed.scores
     assert again.id == undisturbed.id
@@ -370,6 +383,18 @@ def test_eval_tokens(tmp_path, text):
         model = newest(tmp_path).open().load_model()
         nats = main.evaluate(model, tokens, 3)
         assert f"valid {nats:.4f} nats" in out
+
+
+def test_evaluate_train(tmp_path, text):
+    """All that a run is trained on; of a part of the text, the number of bytes is not known."""
+    line = ["--text", text, *TINY, "--num_iters", 3, "--save_dir", tmp_path, "--new_model"]
+    tokens = load_dataset("text", tmp_path, [text]).train.tokens
+    for given, count in (([], len(tokens)), (["--train_tokens", 500], 500)):
+        run(*line, *given)
+        out, _ = run("--evaluate", "train", "--save_dir", tmp_path)
+        nats = main.evaluate(newest(tmp_path).open().load_model(), tokens[:count], 3)
+        assert out.startswith(f"train {nats:.4f} nats, perplexity {math.exp(nats):.2f} per token, ")
+        assert ("bits per byte" in out) == (not given)
 
 
 def test_keep_and_best(tmp_path, text):
@@ -459,11 +484,14 @@ def test_a_score_that_is_not_finite_ends_the_run(tmp_path, text, monkeypatch, ca
 
 REPORTED = [
     r"loss ([\d.]+)",
-    r"perplexity [\d.,]+",
+    r"[\d,.]+ ms/step",
     r"lr \S+",
     r"grad [\d.]+",
     r"[\d,]+ tokens/s",
+    r"perplexity [\d.,]+",
+    r"epoch [\d.]+",
     r"peak [\d,]+ MiB",
+    r"time [\d:]+",
     r"left \S+",
 ]
 
@@ -571,7 +599,7 @@ def test_max_minutes_ends_a_leg_and_changes_nothing(tmp_path, text):
     assert stopped.scores == []
     assert stopped.flags["num_iters"] == 100000
     assert f"--max_minutes 0.005 reached at iteration {iteration:,}." in out
-    assert out.count("\nvalid ") == 1
+    assert len(re.findall(SCORED, out, re.M)) == 1
     assert out.count("\ntest ") == 1
     assert logged_scores(legs) == [iteration]
 

@@ -74,7 +74,18 @@ def test_benchmark(shape, text, tmp_path):
     for name in positive:
         assert result[name] > 0, name
     assert result["token_ms"] * result["decoded_per_second"] == pytest.approx(1000)
-    assert max(map(len, out.splitlines()[-13:-1])) <= 100
+    *lines, _ = out.splitlines()
+    assert max(map(len, lines)) <= 100
+    table = " ".join(map(str.strip, lines))
+    shown = re.search(r"parameters +([\d,]+): ([\d,]+) embeddings", table)
+    total = sum(result["parameters"].values())
+    assert shown.groups() == (f"{total:,}", f"{257 * D:,}")
+    peak = result["measured_peak"] / 2**20
+    assert f" {peak:,.1f} MiB at the peak of a training step" in table
+    speed = result["tokens_per_second"]
+    milliseconds = 1000 * given.batch_size * L / speed
+    assert f"{speed:,.0f} tokens/s, {milliseconds:,.1f} ms per step" in table
+    assert f"first token after {result['first_token_ms']:,.1f} ms" in table
     assert not ids(tmp_path), "nothing is saved"
 
 

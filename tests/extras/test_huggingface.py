@@ -38,6 +38,7 @@ SHAPES = {
     "qwen-mqa-untied-word": dict(num_kv_heads=1, qk_norm=True, untie=True, tokenizer="word"),
     "llama-untied-bpe": dict(num_kv_heads=4, untie=True, tokenizer="bpe"),
     "qwen-gqa-bpe": dict(num_kv_heads=2, qk_norm=True, tokenizer="bpe"),
+    "qwen2-gqa-byte": dict(num_kv_heads=2, qkv_bias=True, tokenizer="byte"),
     # Pairs of dimensions that are kept, that are stretched, and one between.
     "llama3-byte": dict(
         num_kv_heads=2,
@@ -167,6 +168,21 @@ def test_import_is_the_inverse_of_export(exported, name):
     assert its.unknown("the ☃") == tokenizer.unknown("the ☃")
     tokens = [i % model.config.vocab_size for i in range(20)]
     np.testing.assert_array_equal(logits_of(found, tokens), logits_of(model, tokens))
+
+
+def test_mistral_is_a_llama_within_its_window(tmp_path):
+    model = make_model(num_kv_heads=2, untie=True)
+    export_model(model, TOKENIZERS["byte"], tmp_path, None)
+    change(tmp_path, model_type="mistral", sliding_window=None)
+    found, _, _ = import_model(tmp_path)
+    assert found.config == model.config
+    change(tmp_path, sliding_window=20)
+    found, _, _ = import_model(tmp_path)
+    assert found.config.context_size == 20
+    np.testing.assert_array_equal(logits_of(found, range(20)), logits_of(model, range(20)))
+    change(tmp_path, sliding_window="20")
+    with pytest.raises(UsageError, match="sliding_window is '20'"):
+        import_model(tmp_path)
 
 
 def test_llama3_rope_by_its_formula():

@@ -60,6 +60,18 @@ def test_adapters_begin_as_nothing_and_alone_are_trained():
     assert np.abs(logits_of(model, tokens) - logits_of(base, tokens)).max() > 0.01
 
 
+def test_adapters_keep_a_bias():
+    """Of queries, keys and values, as Qwen2 has it: it stays, frozen."""
+    model = make_model(qkv_bias=True)
+    tokens = mx.array([[1, 5, 3, 2]])
+    expected = np.array(model(tokens))
+    biases = [name for name, _ in tree_flatten(model.parameters()) if name.endswith(".bias")]
+    assert len(biases) == 3 * len(model.model.layers)
+    add_lora(model, 2, 4.0)
+    np.testing.assert_array_equal(np.array(model(tokens)), expected)
+    assert not [name for name, _ in tree_flatten(model.trainable_parameters()) if "bias" in name]
+
+
 def test_merged_weights_by_hand():
     """Of rank 1 and alpha 3 the update is three times the outer product of B and A."""
     base = make_model(num_blocks=1)
@@ -166,7 +178,7 @@ def test_a_base_that_is_missing_or_changed(base, text, tmp_path):
     run("--export", tmp_path / "hf", "--save_dir", folder)
     run("--text", text, "--init_from", tmp_path / "hf", *LORA, "--save_dir", folder)
     resumed = ["--text", text, "--save_dir", folder, "--num_iters", 40]
-    model, tokenizer, _ = main.open_model(folder, str(tmp_path / "hf"), "init_from")
+    model, tokenizer, *_ = main.open_model(folder, str(tmp_path / "hf"), "init_from")
     model.update(tree_unflatten([("model.norm.weight", model.model.norm.weight * 2)]))
     shutil.rmtree(tmp_path / "hf")
     export_model(model, tokenizer, tmp_path / "hf", None)

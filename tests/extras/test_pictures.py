@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from argparse import Namespace
 
 import main
 import mlx.core as mx
@@ -79,10 +80,24 @@ def test_losses(trained, figures, count):
     assert main.main(line) == 0
     by_iteration, by_minute = figures[0].axes
     wanted = list(itertools.product(folders, ["train", "valid"]))
-    labels = [line.get_label() for line in by_iteration.lines]
-    assert labels == [f"{split} {folder.name}" for folder, split in wanted]
+    curves = [line for line in by_iteration.lines if line.get_marker() != "*"]
+    labels = []
+    for folder, split in wanted:
+        label = f"{split} {folder.name}"
+        if split == "valid":
+            iteration, loss = min(scores_of(folder), key=lambda score: score[1])
+            label += f": best {loss:.4f} at {iteration}"
+            if len(folders) == 2:
+                label += f"\n--seed {seed_of(folder)}"
+        labels.append(label)
+    assert [line.get_label() for line in curves] == labels
     for axis, column, unit in ((by_iteration, "iteration", 1), (by_minute, "seconds", 60)):
-        for line, (folder, split) in zip(axis.lines, wanted):
+        curves = [line for line in axis.lines if line.get_marker() != "*"]
+        stars = [line for line in axis.lines if line.get_marker() == "*"]
+        for star, folder in zip(stars, folders, strict=True):
+            _, loss = min(scores_of(folder), key=lambda score: score[1])
+            assert star.get_ydata() == [loss]
+        for line, (folder, split) in zip(curves, wanted, strict=True):
             points = []
             for text in (folder / "log.jsonl").read_text().splitlines():
                 row = json.loads(text)
@@ -92,10 +107,27 @@ def test_losses(trained, figures, count):
             assert line.get_xydata().tolist() == points
 
 
+def scores_of(folder):
+    """The iteration and loss of each row of validation in a run's log."""
+    rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [(row["iteration"], row["loss"]) for row in rows if row["split"] == "valid"]
+
+
+def seed_of(folder):
+    [seed] = {each.flags["seed"] for each in main.list_run(folder)}
+    return seed
+
+
+def made_by(folder, sha256="0" * 64, **flags):
+    """What plot_runs reads of a run's checkpoint."""
+    flags = {"tokenizer": "byte"} | flags
+    return Namespace(folder=folder, run=folder.name, flags=flags, tokens_sha256=sha256)
+
+
 def test_a_run_whose_name_begins_with_an_underscore(tmp_path, figures):
     """Whoever renames it so wants to see it in the legend, too."""
     make_log(tmp_path / "_x", written(10, 1.5, 60), "")
-    pictures.plot_runs([tmp_path / "_x"], "x.png")
+    pictures.plot_runs([made_by(tmp_path / "_x")], "x.png")
     [legend] = figures[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["train _x", "valid _x"]
 
@@ -110,7 +142,7 @@ def test_a_run_whose_name_begins_with_an_underscore(tmp_path, figures):
 def test_a_log_whose_last_line_was_cut_off(tmp_path, figures, cut):
     make_log(tmp_path / "run", written(10, 1.5, 60), cut)
     (tmp_path / "no log").mkdir()
-    pictures.plot_runs([tmp_path / "run", tmp_path / "no log"], "x.png")
+    pictures.plot_runs([made_by(tmp_path / "run"), made_by(tmp_path / "no log")], "x.png")
     by_iteration, by_minute = figures[0].axes
     assert points_of(by_iteration) == [[[10, 1.5]], []]
     assert points_of(by_minute) == [[[1, 1.5]], []]
@@ -141,7 +173,8 @@ def test_a_log_whose_last_line_was_cut_off(tmp_path, figures, cut):
 def test_damaged_rows_are_skipped(tmp_path, row):
     path = make_log(tmp_path / "run", written(10, 1.5, 60), row, written(30, 1.25, 180), "")
     (tmp_path / "folder" / "log.jsonl").mkdir(parents=True)
-    pictures.plot_runs([tmp_path / "run", tmp_path / "folder"], tmp_path / "x.png")
+    runs = [made_by(tmp_path / "run"), made_by(tmp_path / "folder")]
+    pictures.plot_runs(runs, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     columns = pictures.columns_of(path, "train")
     assert columns.tolist() == [[10, 30], [60, 180], [1.5, 1.25]]
@@ -149,9 +182,47 @@ def test_damaged_rows_are_skipped(tmp_path, row):
 
 def test_a_log_with_a_metric_of_ones_own(tmp_path, figures):
     make_log(tmp_path / "run", written(10, 1.5, 60, mine=7), "")
-    pictures.plot_runs([tmp_path / "run"], "x.png")
+    pictures.plot_runs([made_by(tmp_path / "run")], "x.png")
     by_iteration, _ = figures[0].axes
     assert points_of(by_iteration)[0] == [[10, 1.5]]
+
+
+SHA256S = ["1" * 64, "2" * 64]
+
+
+@pytest.mark.parametrize("kinds, sha256s, column", [
+    (["byte", "byte"], SHA256S, "loss"),
+    (["word", "word"], ["1" * 64] * 2, "loss"),
+    (["word", "word"], SHA256S, "bits_per_byte"),  # words of two texts
+    (["byte", "char"], SHA256S, "bits_per_byte"),
+])  # fmt: skip
+def test_losses_of_different_tokenizers_are_in_bits_per_byte(
+    tmp_path, figures, kinds, sha256s, column
+):
+    runs = []
+    for i, (kind, sha256) in enumerate(zip(kinds, sha256s)):
+        folder = tmp_path / f"run-{i}"
+        make_log(folder, written(10, 1.5, 60, bits_per_byte=2.5), written(20, 1.25, 120), "")
+        runs.append(made_by(folder, sha256, tokenizer=kind))
+    pictures.plot_runs(runs, "x.png")
+    points = [[10, 1.5], [20, 1.25]] if column == "loss" else [[10, 2.5]]
+    by_iteration, _ = figures[0].axes
+    assert points_of(by_iteration) == [points, [], points, []]
+    assert ("bits per byte" in by_iteration.get_ylabel()) == (column != "loss")
+
+
+def test_the_first_steps_do_not_take_the_y_axis(tmp_path, figures):
+    """Also of runs of different lengths, and however the flags are spelled in the legend."""
+    runs = []
+    for name, length in (("long", 1000), ("short", 100)):
+        rows = [written(i, 1.0 + 8.0 * (i <= 0.04 * length), i) for i in range(1, length + 1)]
+        make_log(tmp_path / name, *rows, "")
+        runs.append(made_by(tmp_path / name, text=[f"/{name}/$x^$/\x1b[1m\udc80"]))
+    pictures.plot_runs(runs, tmp_path / "x.png")
+    bottom, top = figures[0].axes[0].get_ylim()
+    assert 0.5 < bottom < 1 < top < 1.5
+    figures[0].savefig(tmp_path / "x.svg")
+    assert "\x1b" not in (tmp_path / "x.svg").read_text()
 
 
 def test_a_run_that_has_not_reported_yet(tmp_path, text):
@@ -227,12 +298,17 @@ def test_a_file_of_attention(trained, tmp_path):
 
 def test_attention(figures):
     model = make_model(num_heads=2, num_kv_heads=2)
-    pictures.plot_attention(model, ByteTokenizer(), "a fox", "x.png")
-    axes = figures[0].axes
+    pictures.plot_attention(model, ByteTokenizer(), "a fox", "ptb-1", "x.png")
+    *axes, colors = figures[0].axes
+    assert colors.get_ylabel() == "attention"
+    assert figures[0].get_suptitle().startswith("ptb-1: ")
     titles = [axis.get_title() for axis in axes]
     assert titles == ["block 0, head 0", "block 0, head 1", "block 1, head 0", "block 1, head 1"]
     labels = [label.get_text() for label in axes[0].get_xticklabels()]
-    assert labels == list("a fox")
+    assert labels == ["a", "␣", "f", "o", "x"]
+    assert {label.get_rotation() for label in axes[0].get_xticklabels()} == {0}
+    assert [axis.get_xlabel() for axis in axes] == ["", ""] + ["attended token (key)"] * 2
+    assert [axis.get_ylabel() for axis in axes] == ["token (query)", ""] * 2
     weights = pictures.attention_weights(model, list(b"a fox"))
     for axis, expected in zip(axes, weights.reshape(4, 5, 5)):
         np.testing.assert_array_equal(axis.images[0].get_array(), expected)

@@ -244,12 +244,14 @@ def test_saved_by_two_resumed_by_one_and_back(tmp_path, text):
 
 def test_evaluation_is_split_and_exact(tmp_path, text):
     folder = ["--save_dir", tmp_path / "lm"]
-    score = re.compile(r"valid (.*), [\d,]+ tokens/s")
+    score = re.compile(r"(?:valid|train) (.*), [\d,]+ tokens/s")
     run("--text", text, *TINY, "--num_iters", 3, *folder)
-    for options in (["--batch_size", 7, "--eval_stride", 3], ["--quantize", 8]):
+    for options in (["--batch_size", 7, "--eval_stride", 3], ["--quantize", 8], ["train"]):
         if "--quantize" in options:  # whose groups need dimensions that 32 divides
             run("--text", text, *TINY, "--dim", 32, "--num_iters", 1, *folder, "--new_model")
         line = ["--evaluate", "valid", *options, *folder]
+        if options == ["train"]:
+            line = ["--evaluate", "train", *folder]
         alone, _ = run(*line)
         [(together, _), _] = run_ranks(2, tmp_path, *line)
         assert score.findall(alone)
