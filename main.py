@@ -3423,8 +3423,8 @@ def make_run(folder, flags, contents, ranks):
         if "init_from" in origins and "context_size" not in flags.given:
             own_context = origins["init_from"].model.config.context_size
             if flags.context_size < own_context:
-                line = f"--init_from {flags.init_from} has a context of {own_context:,} tokens; this "
-                line += f"run trains with {flags.context_size:,} (--context_size gives another)"
+                line = f"--init_from {flags.init_from} has a context of {own_context:,} tokens; "
+                line += f"this run trains with {flags.context_size:,} (--context_size: another)"
                 tqdm.write(printable(line))
     dataset = load_data(flags, contents, origins)
     model = make_model(flags, dataset, contents, origins)

@@ -191,5 +191,5 @@ def test_a_long_context_is_not_trained_unasked(context, given, expected, line, t
     out, _ = run(*line, "--save_dir", tmp_path / "lm")
     [checkpoint] = main.list_checkpoints(tmp_path / "lm")
     assert checkpoint.config["context_size"] == expected
-    told = "a context of 2,000 tokens; this run trains with 1,024 (--context_size gives another)"
+    told = "a context of 2,000 tokens; this run trains with 1,024 (--context_size: another)"
     assert (told in out) == (expected == 1024)
