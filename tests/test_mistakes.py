@@ -643,12 +643,12 @@ MISTAKES = [
     ),
     (
         "--text text.txt --new_model --init_from empty",
-        "empty holds no Llama, Qwen3 or Arcee model",
+        "empty holds no Llama, Mistral, Qwen2, Qwen3 or Arcee model",
         "see --list",
     ),
     (
         "--text text.txt --new_model --init_from lm",
-        "lm holds no Llama, Qwen3 or Arcee model",
+        "lm holds no Llama, Mistral, Qwen2, Qwen3 or Arcee model",
         "see --list",
     ),
     ("--text text.txt --new_model --init_from hf", "model_type gpt2", "see --list"),
