@@ -8,12 +8,37 @@ and knows nothing about models. Sections: what main.py shares, data types, token
 corpora, the user's own text, encoding, datasets and their cache, the command line.
 """
 
+# For `uv run datasets.py`, the requirements.txt again (PEP 723):
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "mlx[cpu]>=0.32.4; sys_platform == 'linux'",
+#     "mlx>=0.32.4; sys_platform != 'linux'",
+#     "numpy",
+#     "onednn-cpu-gomp; sys_platform == 'linux' and platform_machine == 'x86_64'",
+#     "requests>=2.32.4",
+#     "urllib3>=2.7",
+#     "tokenizers",
+#     "tqdm>=4.66.3",
+#     "PyYAML>=5.4",
+#     "matplotlib",
+# ]
+# ///
+
+import importlib.util
 import signal
 import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # The files on disk are valid at any time, so Ctrl+C may exit at once, without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    if importlib.util.find_spec("fcntl") is None:
+        sys.exit("datasets.py: native Windows is not supported: use WSL, where it runs as on Linux")
+    missing = [name for name in ("numpy", "tqdm") if not importlib.util.find_spec(name)]
+    if missing:
+        remedy = "pip install -r requirements.txt (in the environment of this Python), or uv run"
+        sys.exit(f"datasets.py: no {', '.join(missing)} here: {remedy} datasets.py")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # The files on disk are valid at any time, so Ctrl+C may exit at once, without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import base64

@@ -17,10 +17,34 @@ to O features has a matrix [O, I], as in PyTorch. MLX is lazy: operations build 
 mx.eval computes.
 """
 
+# For `uv run main.py`, the requirements.txt again (PEP 723):
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "mlx[cpu]>=0.32.4; sys_platform == 'linux'",
+#     "mlx>=0.32.4; sys_platform != 'linux'",
+#     "numpy",
+#     "onednn-cpu-gomp; sys_platform == 'linux' and platform_machine == 'x86_64'",
+#     "requests>=2.32.4",
+#     "urllib3>=2.7",
+#     "tokenizers",
+#     "tqdm>=4.66.3",
+#     "PyYAML>=5.4",
+#     "matplotlib",
+# ]
+# ///
+
+import importlib.util
 import signal
 import sys
 
 if __name__ == "__main__":
+    if importlib.util.find_spec("fcntl") is None:
+        sys.exit("main.py: native Windows is not supported: use WSL, where this runs as on Linux")
+    missing = [name for name in ("mlx", "numpy", "tqdm") if not importlib.util.find_spec(name)]
+    if missing:
+        remedy = "pip install -r requirements.txt (in the environment of this Python), or uv run"
+        sys.exit(f"main.py: no {', '.join(missing)} here: {remedy} main.py")
     # `import main` in an extra must return this module, not a second copy.
     sys.modules["main"] = sys.modules["__main__"]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
