@@ -2656,7 +2656,10 @@ FLAGS["run"] = DATA_FLAGS | {
     "new_model": flag(False, "start a new run even if one could be resumed"),
     "num_iters": flag(100000, "total number of training steps", type=SIZE),
     "max_minutes": flag(None, "stop after this much training time in this session", type=RATE),
-    "config": string_flag("YAML file of flags; the command line overrides it"),
+    "config": string_flag(
+        "YAML file of flags, or the name of one in extras/recipes (a file of that name comes "
+        "first); the command line overrides it"
+    ),
     "preset": choice(None, PRESETS, "sets dim, num_heads, num_blocks and context_size"),
     "gpu": flag(False, "run on the GPU instead of the CPU"),
     "seed": flag(42, "random seed of weights, batches, dropout and samples", type=COUNT),
@@ -2840,6 +2843,7 @@ NEEDS = {
 
 
 LARGEST_YAML = 1 << 20  # characters of a --config, or of a file of --cases
+RECIPES = HERE / "extras" / "recipes"  # the files that --config finds by name
 
 
 @functools.cache
@@ -2967,27 +2971,45 @@ def read_yaml(path, loader):
     if len(text) > LARGEST_YAML:
         raise ValueError(f"it is longer than {LARGEST_YAML:,} characters")
     depth = 0
-    for event in yaml.parse(text, loader):
-        if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for millions
-            raise ValueError("it has an alias, like *a: write out what it stands for")
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        if isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > 20:  # PyYAML's time grows with the square of the depth
-            raise ValueError("its lists or mappings are nested too deeply")
-    return yaml.load(text, loader)
+    try:
+        for event in yaml.parse(text, loader):
+            if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for millions
+                raise ValueError("it has an alias, like *a: write out what it stands for")
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            if isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            if depth > 20:  # PyYAML's time grows with the square of the depth
+                raise ValueError("its lists or mappings are nested too deeply")
+        return yaml.load(text, loader)
+    except yaml.MarkedYAMLError as error:
+        place = error.problem_mark
+        line = f"line {place.line + 1}, column {place.column + 1}"
+        raise ValueError(f"{line}: {error.problem}") from None
+
+
+def find_config(name):
+    """The path that --config names: a file or, if there is none, a recipe. Raises UsageError."""
+    path = user_path(name)
+    if os.path.exists(path) and not os.path.isdir(path):
+        return path
+    recipes = {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.yaml"))}
+    if name in recipes:
+        return recipes[name]
+    known = ", ".join(recipes) or "(extras/recipes is missing)"
+    raise UsageError(f"--config {name}: no such file, and none of the recipes {known}")
 
 
 def read_config(path, given):
-    """The flags in a YAML file, as if passed on the command line.
+    """The flags in a YAML file or a recipe, as if passed on the command line.
 
     A corpus passed on the command line replaces the file's. Raises UsageError.
     """
     import yaml
 
+    file = find_config(path)
     with explained(f"--config {path} must be a YAML file of flags like dim: 8"):
-        content = read_yaml(path, yaml.SafeLoader)
+        content = read_yaml(file, yaml.SafeLoader)
         if content is None:  # only comments
             content = {}
         settings = {}
