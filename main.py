@@ -54,7 +54,6 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import errno
 import fcntl
 import fnmatch
@@ -1758,14 +1757,16 @@ def matching_checkpoints(checkpoints, identifier):
 def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     """The checkpoint that the flag names. Raises UsageError if none or several match."""
     found = matching_checkpoints(checkpoints, identifier)
+    hint = make_parser().hint_for_value(flag_name, identifier)
+    hint = f" ({hint})" if hint else ""
     if not checkpoints:
-        raise UsageError(f"--{flag_name} {identifier!r}: {explain_emptiness(save_dir)}")
+        raise UsageError(f"--{flag_name} {identifier!r}: {explain_emptiness(save_dir)}{hint}")
     if len(found) != 1:
         matches = "several checkpoints" if found else "no checkpoint"
         known = "; ".join(map(str, (found or checkpoints)[:9]))
         raise UsageError(
-            f"--{flag_name} {identifier!r} matches {matches} in {save_dir}; name one, or check "
-            f"--save_dir (--list shows all): {known}"
+            f"--{flag_name} {identifier!r} matches {matches} in {save_dir}{hint}; name one, or "
+            f"check --save_dir (--list shows all): {known}"
         )
     return found[0]
 
@@ -2190,6 +2191,7 @@ class Reporter:
             **size,
         )
         self.log = Log(run)
+        self.zero_gradients = 0  # in the last reports
 
     def __enter__(self):
         return self
@@ -2218,6 +2220,7 @@ class Reporter:
                 if split:  # only the first rank has it
                     metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], split)
             self.show(run, metrics)
+            self.check_gradient(metrics)
             self.log.append({"iteration": run.iteration, "split": "train"} | metrics)
             run.recent_steps = 0
             run.recent_loss = 0.0
@@ -2243,6 +2246,16 @@ class Reporter:
             steps_left = self.total - run.iteration
             left = tqdm.format_interval(steps_left * run.recent_seconds / run.recent_steps)
             tqdm.write(f"{run.iteration:,}/{self.total:,}  {line}  left {left}")
+
+    def check_gradient(self, metrics):
+        """Says that a model has stopped learning: its gradient is 0 in two reports in a row."""
+        is_zero = metrics.get("gradient_norm") == 0
+        self.zero_gradients = self.zero_gradients + 1 if is_zero else 0
+        if self.zero_gradients == 2:
+            tqdm.write(
+                "The gradient stays 0: this model learns no more. Stop it, and start over with "
+                "--new_model and a lower --learning_rate."
+            )
 
     def report_score(self, run, nats):
         """Logs the score of the validation split; score_split has already shown it."""
@@ -2411,6 +2424,9 @@ def start_notices(run, ranks):
     for name, (other, values) in NEEDS.items():
         if name in flags.given and getattr(flags, other) not in values:
             yield f"--{name} has no effect with --{other} {getattr(flags, other)}."
+    for name in ORIGINS:
+        if getattr(flags, name) and "vocab_size" in flags.given and flags.tokenizer == "bpe":
+            yield f"--vocab_size has no effect with --{name}, whose tokenizer is used."
     if flags.dtype != run.versions["dtype"]:
         yield (
             "--dtype bfloat16 would be slower here: it needs AVX-512 BF16 or AMX, extras/fast.py "
@@ -2578,7 +2594,10 @@ def converse(tokenizer, model, draft, flags):
                 shows_speed = not shows_speed
             elif len(command) == 3 and command[0] == "/set" and command[1] in SETTABLE:
                 flags = with_flag(flags, command[1], command[2])
+                print(f"{command[1]} {getattr(flags, command[1])}", file=sys.stderr)
             elif command:
+                if command != ["/help"]:
+                    print(f"Not understood: {printable(line)}", file=sys.stderr)
                 print(COMMANDS, file=sys.stderr)
             else:
                 print_reply(conversation, line, flags)
@@ -2838,6 +2857,7 @@ DECAYING = [name for name in SCHEDULES if name != "constant"]
 NEEDS = {
     "min_lr": ("lr_schedule", DECAYING),
     "lr_cooldown": ("lr_schedule", DECAYING),
+    "valid_fraction": ("dataset", ["text"]),
     "vocab_size": ("tokenizer", ["bpe"]),
 }
 
@@ -2872,30 +2892,7 @@ def make_parser():
 
 def parse(arguments):
     """The flags passed, {flag: value}. Raises UsageError, which suggests similar flags."""
-    values, unknown = make_parser().parse_known_args(arguments)
-    if unknown:
-        hints = []
-        for argument in unknown:
-            name, _, _ = argument.lstrip("-—").partition("=")
-            if argument.startswith(("-", "—")):
-                hints.append(explain_name(name.lower().replace("-", "_")))
-        if not hints:
-            hints = ["is a flag before it missing, or quotes around it?"]
-            if "grad_checkpoint" in values:
-                hints.append("--checkpoint is gradient checkpointing, --identifier names a file")
-        hints = [*filter(None, hints), "--help lists all flags"]
-        raise UsageError(f"unrecognized arguments: {' '.join(unknown)} ({'; '.join(hints)})")
-    return vars(values)
-
-
-def explain_name(name):
-    """A hint for an unknown flag, or None."""
-    with contextlib.suppress(UsageError):  # if its file is missing
-        known = extra("names").explain(name)
-        if known:
-            return known
-    similar = difflib.get_close_matches(name, DEFAULTS, 1, 0.75)
-    return f"--{similar[0]}?" if similar else None
+    return vars(make_parser().parse_args(arguments))
 
 
 def arguments_of(values):
@@ -3014,8 +3011,8 @@ def read_config(path, given):
             content = {}
         settings = {}
         for name, value in content.items():
-            if name in FLAGS and isinstance(value, dict):
-                settings |= value  # a group
+            if isinstance(value, dict) and name not in DEFAULTS:
+                settings |= value  # a section, whatever its name
             elif name in FLAGS and value is None:
                 continue  # a group without flags, or only with comments
             else:
@@ -3024,7 +3021,7 @@ def read_config(path, given):
         known = {*DEFAULTS, "checkpoint"} - {"config"}  # a file cannot name another
         unknown = sorted(settings.keys() - known)
         if unknown:
-            hints = [*filter(None, map(explain_name, unknown)), "--help lists all"]
+            hints = [*filter(None, map(make_parser().hint, unknown)), "--help lists all"]
             raise UsageError(f"no flag is named {', '.join(unknown[:9])} ({'; '.join(hints)})")
         if "text" in given or "dataset" in given:
             for name in ("dataset", "text", "valid_text", "test_text"):
@@ -3574,6 +3571,9 @@ def score_checkpoint(model, contents, flags, ranks):
         )
     check_memory(model, flags)
     announce(contents.checkpoint)
+    if flags.given.get("eval_tokens"):
+        line = "--eval_tokens has no effect with --evaluate, which scores the whole split."
+        print(line, file=sys.stderr)
     # Never entered: there is nothing to save, so Ctrl+C ends this process at once. `evaluate` sets
     # its `received` to a signal that another rank has received.
     interrupts = Interrupts()
