@@ -8,17 +8,43 @@ and knows nothing about models. Sections: what main.py shares, data types, token
 corpora, the user's own text, encoding, datasets and their cache, the command line.
 """
 
+# For `uv run datasets.py`, the requirements.txt again (PEP 723):
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "mlx[cpu]>=0.32.4; sys_platform == 'linux'",
+#     "mlx>=0.32.4; sys_platform != 'linux'",
+#     "numpy",
+#     "onednn-cpu-gomp; sys_platform == 'linux' and platform_machine == 'x86_64'",
+#     "requests>=2.32.4",
+#     "urllib3>=2.7",
+#     "tokenizers",
+#     "tqdm>=4.66.3",
+#     "PyYAML>=5.4",
+#     "matplotlib",
+# ]
+# ///
+
+import importlib.util
 import signal
 import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # The files on disk are valid at any time, so Ctrl+C may exit at once, without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    if importlib.util.find_spec("fcntl") is None:
+        sys.exit("datasets.py: native Windows is not supported: use WSL, where it runs as on Linux")
+    missing = [name for name in ("numpy", "tqdm") if not importlib.util.find_spec(name)]
+    if missing:
+        remedy = "pip install -r requirements.txt (in the environment of this Python), or uv run"
+        sys.exit(f"datasets.py: no {', '.join(missing)} here: {remedy} datasets.py")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # The files on disk are valid at any time, so Ctrl+C may exit at once, without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import base64
 import codecs
 import contextlib
+import difflib
 import errno
 import fcntl
 import glob
@@ -349,14 +375,40 @@ def choice(default, choices, help):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are UsageErrors; argparse would print its whole usage."""
+    """A parser whose errors are UsageErrors with hints; argparse would print its whole usage."""
+
+    last_hint = "--help lists all flags"  # of every message
+    arguments = ()  # the command line
 
     def error(self, message):
-        raise UsageError(f"{message} (--help lists all flags)")
+        hints = []
+        match = re.match(r"argument --(\w+): (.*)", message, re.DOTALL)
+        if match:
+            hints.append(self.hint_for_fault(*match.groups()))
+        # argparse stops at the first fault; other programs' names may follow it.
+        for argument in self.arguments:
+            name, _, _ = argument.partition("=")
+            if name.startswith("--") and name not in self._option_string_actions:
+                hints.append(self.hint_for_argument(argument))
+        raise UsageError(f"{message} ({self.join(hints)})")
+
+    def join(self, hints):
+        """All hints on one line; None stands for a hint that is not known."""
+        known = [*filter(None, hints), self.last_hint]
+        return "; ".join(dict.fromkeys(known))  # each once
+
+    def parse_args(self, args=None, namespace=None):
+        """The flags of a command line. Raises UsageError, with hints for the unknown ones."""
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            hints = self.join(map(self.hint_for_argument, unknown))
+            raise UsageError(f"unrecognized arguments: {' '.join(unknown)} ({hints})")
+        return values
 
     def parse_known_args(self, args=None, namespace=None):
         """Takes --num-iters for --num_iters, too."""
-        return super().parse_known_args([self.underscored(each) for each in args], namespace)
+        self.arguments = [self.underscored(each) for each in args]
+        return super().parse_known_args(self.arguments, namespace)
 
     def underscored(self, argument):
         """An argument; if it is a flag of this parser written with hyphens, it gets underscores."""
@@ -365,6 +417,64 @@ class Parser(argparse.ArgumentParser):
         name = name.replace("--no_", "--no-")
         is_flag = argument.startswith("--") and name in self._option_string_actions
         return f"{name}{equals}{value}" if is_flag else argument
+
+    def hint_for_argument(self, argument):
+        """A hint for an unknown argument of the command line, or None."""
+        if argument.startswith(("-", "—")):
+            name, _, _ = argument.lstrip("-—").partition("=")
+            return self.hint(name.lower().replace("-", "_"))
+        before = ["", *self.arguments][self.arguments.index(argument)]
+        return self.hint_for_word(argument, before)
+
+    def hint(self, name):
+        """A hint for the name of an unknown flag, or None."""
+        flags = [action.dest for action in self._actions]
+        with contextlib.suppress(UsageError):  # if its file is missing
+            known = extra("names").explain(name, flags)
+            if known:
+                return known
+        similar = difflib.get_close_matches(name, flags, 1, 0.75)
+        return f"--{similar[0]}?" if similar else None
+
+    def hint_for_word(self, word, before):
+        """A hint for an argument that belongs to no flag, or None; `before`: that before it."""
+        action = self._option_string_actions.get(before)
+        is_switch = action is not None and action.nargs == 0
+        if not is_switch and before.startswith(("-", "—")) and "=" not in before:
+            return None  # the value of an unknown flag
+        known = None
+        flags = [action.dest for action in self._actions]
+        with contextlib.suppress(UsageError):
+            names = extra("names")
+            if is_switch:
+                known = names.explain(before.lstrip("-"), flags)
+            else:
+                known = names.explain_word(word, flags)
+        if is_switch:
+            return known or f"{before} takes no value: --no-{action.dest} turns it off"
+        return known or "is a flag before it missing, or quotes around it?"
+
+    def hint_for_value(self, name, value):
+        """A hint for a value that a flag does not take, or None."""
+        with contextlib.suppress(UsageError):
+            known = extra("names").explain_value(name, value)
+            if known:
+                return known
+        choices = self._option_string_actions[f"--{name}"].choices or []
+        similar = difflib.get_close_matches(value, map(str, choices), 1)
+        return f"{similar[0]}?" if similar else None
+
+    def hint_for_fault(self, name, fault):
+        """A hint for what argparse finds wrong with a flag of this parser, or None."""
+        action = self._option_string_actions[f"--{name}"]
+        if fault.startswith("expected"):  # an argument
+            value = action.metavar or " or ".join(map(str, action.choices or ["VALUE"]))
+            return f"--{name} {value}: {action.help}"
+        if fault.startswith("ignored explicit argument"):
+            return f"--{name} takes no value: --no-{name} turns it off"
+        if fault.startswith("invalid choice"):
+            return self.hint_for_value(name, re.search("'(.*?)'|$", fault, re.DOTALL)[1] or "")
+        return None
 
 
 def refuse_empty(name, value):
@@ -1416,7 +1526,7 @@ def text_files(paths, say, own_folders):
         if not matches or not all(os.access(match, os.R_OK) for match in matches):
             raise UsageError(
                 f"{path}: no such file, folder or pattern to read; "
-                "give a text's path, or put it back"
+                "give a text's path (if a run needs this one, put it back)"
             )
         for match in map(Path, matches):
             is_own = lies_in(match, own_folders)
@@ -1591,7 +1701,8 @@ def decode_span(span, size):
                 # error.object: bytes kept from earlier reads, then `data`
                 at = file.tell() - len(error.object) + error.start
                 raise UsageError(
-                    f"{span.path} is not UTF-8 at byte {at:,}: convert it (iconv -t UTF-8)"
+                    f"{span.path} is not UTF-8 at byte {at:,}: convert it (iconv -f LATIN1 -t "
+                    "UTF-8, if that is its encoding), or leave it out if it is no text"
                 ) from None
             yield text, is_last
 
@@ -2046,9 +2157,10 @@ DATA_FLAGS = {
 def parse(arguments):
     """The flags in these arguments, as a Namespace. Raises UsageError."""
     parser = Parser(prog="datasets.py", description=main.__doc__, allow_abbrev=False)
+    parser.last_hint += "; main.py trains"
     for name, (default, options) in DATA_FLAGS.items():
         parser.add_argument(f"--{name}", default=default, **options)
-    parser.set_defaults(dataset=None)  # tells whether it was given
+    parser.set_defaults(dataset=None, vocab_size=None)  # tells whether they were given
     parser.add_argument(
         "--save_tokenizer",
         metavar="FILE",
@@ -2098,6 +2210,11 @@ def main(arguments):
     options = {name: getattr(flags, name) for name in DATA_FLAGS if name != "dataset"}
     options["data_dir"] = open_data_dir(flags.data_dir, flags.save_dir)
     options["save_dir"] = flags.save_dir or "runs"  # main.py's default: no text, either
+    if flags.vocab_size is None:
+        options["vocab_size"], _ = DATA_FLAGS["vocab_size"]
+    elif flags.tokenizer != "bpe":
+        line = f"--vocab_size has no effect with --tokenizer {flags.tokenizer}."
+        print(line, file=sys.stderr)
     default, _ = DATA_FLAGS["dataset"]
     dataset = load_dataset("text" if flags.text else flags.dataset or default, **options)
     if flags.save_tokenizer:

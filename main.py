@@ -17,10 +17,34 @@ to O features has a matrix [O, I], as in PyTorch. MLX is lazy: operations build 
 mx.eval computes.
 """
 
+# For `uv run main.py`, the requirements.txt again (PEP 723):
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "mlx[cpu]>=0.32.4; sys_platform == 'linux'",
+#     "mlx>=0.32.4; sys_platform != 'linux'",
+#     "numpy",
+#     "onednn-cpu-gomp; sys_platform == 'linux' and platform_machine == 'x86_64'",
+#     "requests>=2.32.4",
+#     "urllib3>=2.7",
+#     "tokenizers",
+#     "tqdm>=4.66.3",
+#     "PyYAML>=5.4",
+#     "matplotlib",
+# ]
+# ///
+
+import importlib.util
 import signal
 import sys
 
 if __name__ == "__main__":
+    if importlib.util.find_spec("fcntl") is None:
+        sys.exit("main.py: native Windows is not supported: use WSL, where this runs as on Linux")
+    missing = [name for name in ("mlx", "numpy", "tqdm") if not importlib.util.find_spec(name)]
+    if missing:
+        remedy = "pip install -r requirements.txt (in the environment of this Python), or uv run"
+        sys.exit(f"main.py: no {', '.join(missing)} here: {remedy} main.py")
     # `import main` in an extra must return this module, not a second copy.
     sys.modules["main"] = sys.modules["__main__"]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -30,7 +54,6 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import errno
 import fcntl
 import fnmatch
@@ -1760,14 +1783,16 @@ def matching_checkpoints(checkpoints, identifier):
 def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     """The checkpoint that the flag names. Raises UsageError if none or several match."""
     found = matching_checkpoints(checkpoints, identifier)
+    hint = make_parser().hint_for_value(flag_name, identifier)
+    hint = f" ({hint})" if hint else ""
     if not checkpoints:
-        raise UsageError(f"--{flag_name} {identifier!r}: {explain_emptiness(save_dir)}")
+        raise UsageError(f"--{flag_name} {identifier!r}: {explain_emptiness(save_dir)}{hint}")
     if len(found) != 1:
         matches = "several checkpoints" if found else "no checkpoint"
         known = "; ".join(map(str, (found or checkpoints)[:9]))
         raise UsageError(
-            f"--{flag_name} {identifier!r} matches {matches} in {save_dir}; name one, or check "
-            f"--save_dir (--list shows all): {known}"
+            f"--{flag_name} {identifier!r} matches {matches} in {save_dir}{hint}; name one, or "
+            f"check --save_dir (--list shows all): {known}"
         )
     return found[0]
 
@@ -2205,6 +2230,7 @@ class Reporter:
             self.dashboards = extra("report").Dashboards(run)
         self.log = Log(run, "log.jsonl", self.dashboards)
         self.samples = Log(run, "samples.jsonl")
+        self.zero_gradients = 0  # in the last reports
 
     def __enter__(self):
         return self
@@ -2240,6 +2266,7 @@ class Reporter:
                 if split:  # only the first rank has it
                     metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], split)
             self.show(run, metrics)
+            self.check_gradient(metrics)
             self.log.append({"iteration": run.iteration, "split": "train"} | metrics)
             self.train_loss = metrics["loss"]
             run.recent_steps = 0
@@ -2284,6 +2311,16 @@ class Reporter:
                 break
             texts.append(text.ljust(self.widths[name]))
         return "  ".join(texts)
+
+    def check_gradient(self, metrics):
+        """Says that a model has stopped learning: its gradient is 0 in two reports in a row."""
+        is_zero = metrics.get("gradient_norm") == 0
+        self.zero_gradients = self.zero_gradients + 1 if is_zero else 0
+        if self.zero_gradients == 2:
+            tqdm.write(
+                "The gradient stays 0: this model learns no more. Stop it, and start over with "
+                "--new_model and a lower --learning_rate."
+            )
 
     def report_score(self, run, nats, is_best, seconds):
         """Shows and logs a score of the validation split, which took so many seconds."""
@@ -2496,6 +2533,9 @@ def start_notices(run, ranks):
     for name, (other, values) in NEEDS.items():
         if name in flags.given and getattr(flags, other) not in values:
             yield f"--{name} has no effect with --{other} {getattr(flags, other)}."
+    for name in ORIGINS:
+        if getattr(flags, name) and "vocab_size" in flags.given and flags.tokenizer == "bpe":
+            yield f"--vocab_size has no effect with --{name}, whose tokenizer is used."
     if flags.dtype != run.versions["dtype"]:
         yield (
             "--dtype bfloat16 would be slower here: it needs AVX-512 BF16 or AMX, extras/fast.py "
@@ -2664,7 +2704,10 @@ def converse(tokenizer, model, draft, flags):
                 shows_speed = not shows_speed
             elif len(command) == 3 and command[0] == "/set" and command[1] in SETTABLE:
                 flags = with_flag(flags, command[1], command[2])
+                print(f"{command[1]} {getattr(flags, command[1])}", file=sys.stderr)
             elif command:
+                if command != ["/help"]:
+                    print(f"Not understood: {printable(line)}", file=sys.stderr)
                 print(COMMANDS, file=sys.stderr)
             else:
                 print_reply(conversation, line, flags)
@@ -2753,7 +2796,10 @@ FLAGS["run"] = DATA_FLAGS | {
     "new_model": flag(False, "start a new run even if one could be resumed"),
     "num_iters": flag(100000, "total number of training steps", type=SIZE),
     "max_minutes": flag(None, "stop after this much training time in this session", type=RATE),
-    "config": string_flag("YAML file of flags; the command line overrides it"),
+    "config": string_flag(
+        "YAML file of flags, or the name of one in extras/recipes (a file of that name comes "
+        "first); the command line overrides it"
+    ),
     "preset": choice(None, PRESETS, "sets dim, num_heads, num_blocks and context_size"),
     "gpu": flag(False, "run on the GPU instead of the CPU"),
     "seed": flag(42, "random seed of weights, batches, dropout and samples", type=COUNT),
@@ -2950,11 +2996,13 @@ DECAYING = [name for name in SCHEDULES if name != "constant"]
 NEEDS = {
     "min_lr": ("lr_schedule", DECAYING),
     "lr_cooldown": ("lr_schedule", DECAYING),
+    "valid_fraction": ("dataset", ["text"]),
     "vocab_size": ("tokenizer", ["bpe"]),
 }
 
 
 LARGEST_YAML = 1 << 20  # characters of a --config, or of a file of --cases
+RECIPES = HERE / "extras" / "recipes"  # the files that --config finds by name
 
 
 @functools.cache
@@ -2983,30 +3031,7 @@ def make_parser():
 
 def parse(arguments):
     """The flags passed, {flag: value}. Raises UsageError, which suggests similar flags."""
-    values, unknown = make_parser().parse_known_args(arguments)
-    if unknown:
-        hints = []
-        for argument in unknown:
-            name, _, _ = argument.lstrip("-—").partition("=")
-            if argument.startswith(("-", "—")):
-                hints.append(explain_name(name.lower().replace("-", "_")))
-        if not hints:
-            hints = ["is a flag before it missing, or quotes around it?"]
-            if "grad_checkpoint" in values:
-                hints.append("--checkpoint is gradient checkpointing, --identifier names a file")
-        hints = [*filter(None, hints), "--help lists all flags"]
-        raise UsageError(f"unrecognized arguments: {' '.join(unknown)} ({'; '.join(hints)})")
-    return vars(values)
-
-
-def explain_name(name):
-    """A hint for an unknown flag, or None."""
-    with contextlib.suppress(UsageError):  # if its file is missing
-        known = extra("names").explain(name)
-        if known:
-            return known
-    similar = difflib.get_close_matches(name, DEFAULTS, 1, 0.75)
-    return f"--{similar[0]}?" if similar else None
+    return vars(make_parser().parse_args(arguments))
 
 
 def arguments_of(values):
@@ -3083,33 +3108,51 @@ def read_yaml(path, loader):
     if len(text) > LARGEST_YAML:
         raise ValueError(f"it is longer than {LARGEST_YAML:,} characters")
     depth = 0
-    for event in yaml.parse(text, loader):
-        if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for millions
-            raise ValueError("it has an alias, like *a: write out what it stands for")
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        if isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > 20:  # PyYAML's time grows with the square of the depth
-            raise ValueError("its lists or mappings are nested too deeply")
-    return yaml.load(text, loader)
+    try:
+        for event in yaml.parse(text, loader):
+            if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for millions
+                raise ValueError("it has an alias, like *a: write out what it stands for")
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            if isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            if depth > 20:  # PyYAML's time grows with the square of the depth
+                raise ValueError("its lists or mappings are nested too deeply")
+        return yaml.load(text, loader)
+    except yaml.MarkedYAMLError as error:
+        place = error.problem_mark
+        line = f"line {place.line + 1}, column {place.column + 1}"
+        raise ValueError(f"{line}: {error.problem}") from None
+
+
+def find_config(name):
+    """The path that --config names: a file or, if there is none, a recipe. Raises UsageError."""
+    path = user_path(name)
+    if os.path.exists(path) and not os.path.isdir(path):
+        return path
+    recipes = {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.yaml"))}
+    if name in recipes:
+        return recipes[name]
+    known = ", ".join(recipes) or "(extras/recipes is missing)"
+    raise UsageError(f"--config {name}: no such file, and none of the recipes {known}")
 
 
 def read_config(path, given):
-    """The flags in a YAML file, as if passed on the command line.
+    """The flags in a YAML file or a recipe, as if passed on the command line.
 
     A corpus passed on the command line replaces the file's. Raises UsageError.
     """
     import yaml
 
+    file = find_config(path)
     with explained(f"--config {path} must be a YAML file of flags like dim: 8"):
-        content = read_yaml(path, yaml.SafeLoader)
+        content = read_yaml(file, yaml.SafeLoader)
         if content is None:  # only comments
             content = {}
         settings = {}
         for name, value in content.items():
-            if name in FLAGS and isinstance(value, dict):
-                settings |= value  # a group
+            if isinstance(value, dict) and name not in DEFAULTS:
+                settings |= value  # a section, whatever its name
             elif name in FLAGS and value is None:
                 continue  # a group without flags, or only with comments
             else:
@@ -3118,7 +3161,7 @@ def read_config(path, given):
         known = {*DEFAULTS, "checkpoint"} - {"config"}  # a file cannot name another
         unknown = sorted(settings.keys() - known)
         if unknown:
-            hints = [*filter(None, map(explain_name, unknown)), "--help lists all"]
+            hints = [*filter(None, map(make_parser().hint, unknown)), "--help lists all"]
             raise UsageError(f"no flag is named {', '.join(unknown[:9])} ({'; '.join(hints)})")
         if "text" in given or "dataset" in given:
             for name in ("dataset", "text", "valid_text", "test_text"):
@@ -3704,6 +3747,9 @@ def score_checkpoint(model, contents, flags, ranks):
         )
     check_memory(model, flags)
     announce(contents.checkpoint)
+    if flags.given.get("eval_tokens"):
+        line = "--eval_tokens has no effect with --evaluate, which scores the whole split."
+        print(line, file=sys.stderr)
     # Never entered: there is nothing to save, so Ctrl+C ends this process at once. `evaluate` sets
     # its `received` to a signal that another rank has received.
     interrupts = Interrupts()

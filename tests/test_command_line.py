@@ -169,11 +169,20 @@ def test_names_of_other_programs():
     assert not set(known) & ours
     assert names.OTHER_NAMES.keys() <= ours
     for name in known:
-        text = main.explain_name(name)
+        text = main.make_parser().hint(name)
         assert text.startswith(f"--{name}") and "?" not in text
-        assert text == names.explain(name)
+        assert text == names.explain(name, ours)
         named = set(re.findall(r"--(?:no-)?(\w+)", text)) - {name}
         assert named <= ours
+
+
+def test_values_of_other_programs():
+    """Each belongs to a flag, and none of them is one that it takes."""
+    for name, values in names.OTHER_VALUES.items():
+        action = main.make_parser()._option_string_actions[f"--{name}"]
+        for value in " ".join(values).split():
+            assert names.explain_value(name, value.upper())
+            assert value not in (action.choices or [])
 
 
 def test_hyphens_are_as_good_as_underscores(tmp_path):
@@ -202,6 +211,7 @@ IDLE = [
     ("--vocab_size 300", "--vocab_size has no effect with --tokenizer byte."),
     ("--min_lr 1e-5 --lr_cooldown 0.5 --lr_schedule linear", None),
     ("--vocab_size 300 --tokenizer bpe", None),
+    ("--valid_fraction 0.2", None),
 ]
 
 
@@ -210,6 +220,32 @@ def test_a_flag_without_an_effect_is_named(line, notice, text, tmp_path):
     out, _ = run("--text", text, *TINY, "--num_iters", 1, *line.split(), "--save_dir", tmp_path)
     found = [each for each in out.splitlines() if "has no effect" in each]
     assert found == ([notice] if notice else [])
+
+
+def test_more_flags_without_an_effect_are_named(trained, tmp_path):
+    """Where the text or the tokenizer comes from elsewhere."""
+    small = [*TINY, "--eval_tokens", 100, "--num_iters", 1]
+    lines = ["--dataset", "python", "--valid_fraction", 0.2]
+    out, _ = run(*lines, *small, "--save_dir", tmp_path / "lm")
+    assert "\n--valid_fraction has no effect with --dataset python.\n" in out
+    bpe = ["--text", trained / "text.txt", *small, "--save_dir", tmp_path / "bpe"]
+    run(*bpe, "--tokenizer", "bpe", "--vocab_size", 300)
+    for flag in ("init_from", "teacher"):
+        out, _ = run(*bpe, f"--{flag}", "latest", "--vocab_size", 400)
+        assert f"\n--vocab_size has no effect with --{flag}, whose tokenizer is used.\n" in out
+
+
+def test_a_flag_without_an_effect_on_an_evaluation_is_named(trained):
+    """A whole split is scored; 0 stands for that."""
+    line = ["--evaluate", "valid", "--save_dir", trained / "lm"]
+    whole, err = run(*line)
+    assert "--eval_tokens" not in err
+    limited, err = run(*line, "--eval_tokens", 20)
+    assert limited.split()[:8] == whole.split()[:8], "the same score"
+    notice = "--eval_tokens has no effect with --evaluate, which scores the whole split.\n"
+    assert err.endswith(notice)
+    _, err = run(*line, "--eval_tokens", 0)
+    assert "--eval_tokens" not in err
 
 
 def test_paths_in_a_home(tmp_path, monkeypatch):

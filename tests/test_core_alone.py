@@ -137,6 +137,23 @@ MISSING = [  # what is typed; the file that it needs
     ("--benchmark --text text.txt", "benchmark"),
     ("--text rows.jsonl --new_model", "formats"),
 ]
+# What is typed; what the line says without the hints of extras/names.py.
+WITHOUT_HINTS = [
+    ("--num_iter 5", "unrecognized arguments: --num_iter 5 (--num_iters?; --help lists all flags)"),
+    ("--lr 5", "unrecognized arguments: --lr 5 (--help lists all flags)"),
+    ("ptb", "unrecognized arguments: ptb (is a flag before it missing, or quotes around it?; "),
+    ("--qk_norm no", "--qk_norm takes no value: --no-qk_norm turns it off; --help"),
+    ("--dataset pbt", "(ptb?; --help lists all flags)"),
+    ("--init_from resume --text text.txt", "'resume' matches no checkpoint in lm; name one"),
+    ("--config first", "--config first: no such file, and none of the recipes (extras/recipes is"),
+]
+# Modules that are not there, and what the two programs say then.
+NOT_THERE = [
+    ("main.py", "fcntl", "native Windows is not supported: use WSL"),
+    ("datasets.py", "fcntl", "native Windows is not supported: use WSL"),
+    ("main.py", "mlx", "no mlx here: pip install -r requirements.txt"),
+    ("datasets.py", "numpy", "no numpy here: pip install -r requirements.txt"),
+]
 
 
 def missing(name):
@@ -154,6 +171,26 @@ def test_a_flag_beyond_the_core_names_the_missing_file(line, name, trained, alon
     assert "Traceback" not in err
     assert ids(trained / "lm") == before
     assert not list(trained.glob("out*"))
+
+
+@pytest.mark.parametrize("line, words", WITHOUT_HINTS)
+def test_a_mistake_is_one_line_without_the_hints(line, words, trained, alone):
+    options = alone | {"cwd": trained}
+    _, err = run(*line.split(), "--save_dir", "lm", status=2, **options)
+    assert err.startswith("main.py: ") and err.count("\n") == 1
+    assert words in err
+
+
+@pytest.mark.parametrize("program, module, words", NOT_THERE)
+def test_a_system_or_a_python_that_lacks_something(program, module, words, alone, tmp_path):
+    """One line, as a Python on Windows, or one without the requirements, would say."""
+    hide = f"import sys; sys.modules[{module!r}] = None\n"
+    (tmp_path / "sitecustomize.py").write_text(hide)
+    # -B asks for a Python of its own, which imports nothing before.
+    command = ["-B", alone["cwd"] / program]
+    _, err = run("--help", program=command, env={"PYTHONPATH": str(tmp_path)}, status=1)
+    assert err.startswith(f"{program}: {words}")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("copied, name", [

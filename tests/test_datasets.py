@@ -1987,6 +1987,13 @@ def test_preparing_a_corpus(tmp_path):
         ("--tokenizer words", "words must be a Hugging Face tokenizer.json, or one of auto, byte"),
         ("--text missing.txt", "missing.txt"),
         ("--foo", "--foo"),
+        ("--datset ptb", "(--dataset?; --help lists all flags; main.py trains)"),
+        ("--data notes.txt", "--data is --text here"),
+        ("--lr 3e-4", "(--help lists all flags; main.py trains)"),  # no flag of this program
+        ("--dataset shakespeare", "(tinyshakespeare, by characters"),
+        ("ptb", "is --dataset before ptb missing?"),
+        ("flags.yaml", "is a flag before it missing"),  # there is no --config
+        ("--tokenizer", "--tokenizer KIND: byte, char, word"),
         ("--text {0} --valid_fraction 0", "--valid_fraction"),
         ("--text {0} --valid_fraction 2", "--valid_fraction"),
         ("--text {0} --tokenizer bpe --vocab_size 5", "--vocab_size"),
@@ -2015,6 +2022,15 @@ def test_mistakes_in_preparing(tmp_path, text, line, words):
     assert err.startswith("datasets.py: ")
     assert words in err
     assert text.read_bytes() == content
+
+
+def test_a_vocabulary_size_without_an_effect_is_named(text, tmp_path):
+    line = ["--text", text, "--vocab_size", 300, "--save_dir", tmp_path]
+    out, err = prepare(*line, "--tokenizer", "word")
+    assert err == "--vocab_size has no effect with --tokenizer word.\n"
+    out, err = prepare(*line, "--tokenizer", "bpe")
+    assert "by bpe: vocabulary 300," in out
+    assert err == ""
 
 
 @pytest.fixture(scope="module")

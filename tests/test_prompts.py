@@ -96,6 +96,13 @@ def test_commands(model):
         "the company",
     ]
     assert replies_of(model, "\n".join(lines)) == cold + hot
+    _, err = talk(model, "/set temperature 2\n/set seed x\n/set seed 8\n/set stop .\n")
+    assert re.findall(r"^(?:temperature|seed|stop) .*", err, re.M) == [
+        "temperature 2.0",
+        "seed 42",  # as it was
+        "seed 8",
+        "stop .",
+    ]
     left = replies_of(model, "the company\n/quit \nthe company\n", "--temperature", 0)
     assert left.rstrip("\n") == cold.rstrip("\n")
     lines = "/stats\nthe company\n/stats\n/reset\nthe company\n"
@@ -106,8 +113,9 @@ def test_commands(model):
 
 @pytest.mark.parametrize("line, words", [
     ("/help", ["/set", "/reset", "/stats", "/quit"]),
-    ("/sett temperature 1", ["/set NAME VALUE"]),
-    ("/set", ["/set NAME VALUE"]),
+    ("/sett temperature 1", ["Not understood: /sett temperature 1\n", "/set NAME VALUE"]),
+    ("/fo\x1b[2Jo", ["Not understood: /fo\ufffd[2Jo\n"]),
+    ("/set", ["Not understood: /set\n", "/set NAME VALUE"]),
     ("/set temperature", ["/set NAME VALUE"]),
     ("/set dim 5", ["/set NAME VALUE"]),
     ("/set num_samples 2", ["/set NAME VALUE"]),

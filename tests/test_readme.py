@@ -88,6 +88,10 @@ def set_value(arguments, flag, value):
 
 def use_text_at_hand(arguments, text):
     """Puts a text in the place of a corpus that would be downloaded, and of other texts."""
+    if "--config" in arguments:
+        recipe = arguments[arguments.index("--config") + 1]
+        if recipe.startswith("ptb"):
+            arguments += ["--text", str(text)]
     if "--dataset" in arguments:
         place = arguments.index("--dataset")
         if arguments[place + 1] == "ptb":
@@ -152,7 +156,7 @@ def check(arguments, folder):
 def test_both_first_commands_set_everything_up():
     first, second = [line for line in COMMANDS if line.startswith("python3 -m venv")]
     assert "pip install -q -r requirements.txt" in first
-    assert "--dataset python" in first
+    assert "--config first" in first
     assert "-r tests/requirements.txt" in second
     assert "pytest" in second
     of_ci = (ROOT / ".ci" / "run").read_text()

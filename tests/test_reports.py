@@ -381,6 +381,18 @@ def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path, capsys):
         assert "bits_per_byte" not in row, "there is no text to count the bytes of"
 
 
+def test_a_gradient_that_stays_zero_is_said(tmp_path, capsys):
+    """Once, when it is that of two reports in a row."""
+    trained = run_at(tmp_path, 0, num_iters=40, steps_per_report=1)
+    reporter = main.Reporter(trained)
+    said = []
+    for norm in (1.0, 0.0, 1e-9, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0):
+        step = step_that_gives(loss=2.0, gradient_norm=norm)
+        reporter.report_step(trained, main.train_step(trained, step))
+        said.append("The gradient stays 0: " in capsys.readouterr().out)
+    assert [i for i, is_said in enumerate(said) if is_said] == [4, 8]
+
+
 def test_a_report_is_the_mean_since_the_last_one(tmp_path):
     trained = run_at(tmp_path, 0, num_iters=40, steps_per_report=2)
     reporter = main.Reporter(trained)
