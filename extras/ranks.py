@@ -33,6 +33,7 @@ from datasets import tokenizer_from_dict
 BELOW = " (a traceback that follows is MLX's launcher's, and harmless)"
 LOST = "a rank failed or is gone ({}): rerun the command to resume from the last checkpoint" + BELOW
 START = 120  # seconds in which all ranks must start: sshd waits as long for a login
+ATTEMPT = 5  # seconds to connect
 PATIENCE = 10  # seconds until a rank says which one it is waiting for
 SILENCE = 60  # seconds, in which a switch may restart
 CHECK = 5  # seconds between two looks at the connections
@@ -307,7 +308,7 @@ class Meeting:
         with open(hostfile, encoding="utf-8") as file:
             text = file.read()
         if not text.strip():
-            raise UsageError("mlx.launch has started a single rank: leave it out, or give more")
+            raise UsageError("mlx.launch has started a single rank: leave it out, or start more")
         self.addresses = []  # of the ranks, (host, port)
         for first, *_ in json.loads(text):
             host, port = first.rsplit(":", 1)
@@ -321,14 +322,15 @@ class Meeting:
         """Returns once all ranks are about to join MLX's ring; raises RunError if one is not."""
         following = (self.rank + 1) % len(self.addresses)
         previous = (self.rank - 1) % len(self.addresses)
-        fault = f"rank {self.rank} cannot listen at {describe(self.server_address)}"
+        fault = (
+            f"rank {self.rank} cannot listen at {describe(self.server_address)}: is it this "
+            "machine's address, and no other run's port (mlx.launch --starting-port)?"
+        )
         with contextlib.ExitStack() as stack:
-            fault += ": is it this machine's address, and no other run's port (--starting-port)?"
             with explained(fault, OSError, kind=RunError):
                 server = stack.enter_context(socket.create_server(self.server_address))
             to_following = stack.enter_context(self.connect(following))
-            fault = f"rank {self.rank} waited in vain for rank {previous}{BELOW}"
-            with explained(fault, OSError, kind=RunError):
+            try:
                 from_previous = stack.enter_context(self.accept(server))
                 # A byte goes round the ring twice: now all are connected, and now all have closed
                 # their servers, whose ports MLX needs.
@@ -338,6 +340,11 @@ class Meeting:
                 self.receive(from_previous)
                 server.close()
                 to_following.sendall(b"2")
+            except OSError as error:
+                reason = one_line(error)
+                raise RunError(
+                    f"rank {self.rank} waited in vain for rank {previous} ({reason}){BELOW}"
+                ) from None
         if following == 0:
             # In MLX's ring, the last rank connects first. It would try again after a second.
             time.sleep(0.1)
@@ -350,7 +357,7 @@ class Meeting:
         is_told = False
         while True:
             try:
-                connection = socket.create_connection(address, timeout=5)
+                connection = socket.create_connection(address, timeout=ATTEMPT)
                 connection.sendall(self.greeting)
                 return connection
             except OSError as error:
@@ -361,7 +368,8 @@ class Meeting:
                     f"firewall let this port through?{BELOW}"
                 )
             if time.monotonic() > began + PATIENCE and not is_told:
-                print(f"main.py: waiting for {place} ({reason})", file=sys.stderr)
+                line = f"waiting for {place} ({reason}): is it starting, is a firewall in the way?"
+                print(f"main.py: {line}", file=sys.stderr)
                 is_told = True
             time.sleep(0.1)
 
@@ -370,7 +378,7 @@ class Meeting:
         while True:
             server.settimeout(self.remaining())
             connection, _ = server.accept()
-            connection.settimeout(5)
+            connection.settimeout(ATTEMPT)
             with contextlib.suppress(OSError):
                 if connection.recv(len(self.greeting)) == self.greeting:
                     return connection
@@ -383,8 +391,11 @@ class Meeting:
             raise ConnectionError("it has ended")
 
     def remaining(self):
-        """The time until the deadline, in seconds."""
-        return max(0.1, self.deadline - time.monotonic())
+        """The time to wait for the previous rank, in seconds.
+
+        If that cannot connect, it shall be the first to end: it can say why.
+        """
+        return max(0.1, self.deadline + 2 * ATTEMPT - time.monotonic())
 
 
 def describe(address):

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 300  # seconds to wait for anything
 SSHD = "/usr/sbin/sshd"
 SSHD_CONFIG = """
 HostKey {folder}/host_key
@@ -33,7 +34,7 @@ ListenAddress {address}
 PermitRootLogin prohibit-password
 StrictModes no
 UsePAM no
-SetEnv XDG_CACHE_HOME={cache} PYTHONUNBUFFERED=1 {environment}
+SetEnv XDG_CACHE_HOME={cache}
 """
 SSH_CONFIG = """
 Host *
@@ -111,11 +112,10 @@ class Hosts:
 
     # -- ssh and MLX's launcher
 
-    def serve(self, folder, cache, mounts=None, **environment):
+    def serve(self, folder, cache, mounts=None):
         """Starts sshd on both hosts; its keys and files go to `folder`.
 
-        cache: XDG_CACHE_HOME of the ranks; mounts: {host: [what, over what]}, other files there;
-        environment: more of the ranks' variables.
+        cache: XDG_CACHE_HOME of the ranks; mounts: {host: [what, over what]}, other files there.
         """
         self.folder = folder
         for name in ("key", "host_key"):
@@ -130,11 +130,8 @@ class Hosts:
         wrapper.parent.mkdir()
         wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
         wrapper.chmod(0o755)
-        variables = " ".join(f"{name}={value}" for name, value in environment.items())
         for host, address in enumerate(self.addresses):
-            config = SSHD_CONFIG.format(
-                folder=folder, address=address, cache=cache, environment=variables
-            )
+            config = SSHD_CONFIG.format(folder=folder, address=address, cache=cache)
             (folder / f"sshd{host}").write_text(config)
             self.serve_host(host, (mounts or {}).get(host))
 
@@ -175,9 +172,9 @@ class Hosts:
         """What `launch` has shown so far; ssh gives the ranks terminals, whose lines end in \\r."""
         return (self.folder / "launch.log").read_text(errors="replace").replace("\r", "\n")
 
-    def wait_for(self, words, seconds=100):
+    def wait_for(self, words):
         """Waits until `words`, a regular expression, were shown."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + LIMIT
         while not re.search(words, self.output()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{words!r} is not in:\n{self.output()}")
@@ -256,7 +253,7 @@ class Hosts:
         for host, name in enumerate(self.names):
             for namespace, device in ((self.switch, f"p{host}"), (name, "e0")):
                 subprocess.run(
-                    ["tc", "-n", namespace, "qdisc", "add", "dev", device, *queue], check=True
+                    ["tc", "-n", namespace, "qdisc", "replace", "dev", device, *queue], check=True
                 )
 
     def lose(self, percent):
@@ -281,7 +278,6 @@ SIZES = {  # by the number of parameters
     "1M": ["--dim", 192, "--num_blocks", 2],
     "10M": ["--dim", 512, "--num_blocks", 3, "--steps_per_save", 4],
 }
-LIMIT = 300  # seconds to wait for anything
 SLOW_SAVE = """
 import sys, time
 sys.path.insert(0, {root!r})
@@ -493,7 +489,8 @@ def milliseconds(save_dir):
     return 1000 * 8 * 32 / float(speeds[-1])
 
 
-EXPERIMENTS = {each.__name__: each for each in (cut, power, pause, loss, save, launcher, loop, speed)}
+ALL = (cut, power, pause, loss, save, launcher, loop, speed)
+EXPERIMENTS = {each.__name__: each for each in ALL}
 
 
 def run_try(name, number, options, opened):

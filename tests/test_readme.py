@@ -216,7 +216,7 @@ def test_configuration(block, tmp_path):
     assert config.dim == given.dim
 
 
-OF_MLX = "--version --model --port --max --backend --hosts --bind --mca".split()
+OF_MLX = "--version --model --port --max --backend --hosts --bind --mca --starting".split()
 
 
 def test_named_flags_exist():

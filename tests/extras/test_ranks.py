@@ -231,6 +231,7 @@ def test_ranks_meet_once_the_last_has_started(order, tmp_path):
 
 def test_a_rank_that_does_not_come_is_named(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("extras.ranks.START", 0.5)
+    monkeypatch.setattr("extras.ranks.ATTEMPT", 0.1)
     monkeypatch.setattr("extras.ranks.PATIENCE", 0.2)
     meetings = Meetings(tmp_path, 3)
     for rank in (0, 1):
@@ -261,6 +262,13 @@ def test_a_port_in_use_is_one_line(tmp_path):
         error = meetings.finish()[0]
     assert f"rank 0 cannot listen at 127.0.0.1:{meetings.ports[0]}" in error
     assert "--starting-port" in error
+
+
+def test_a_single_rank_needs_no_launcher(tmp_path):
+    (tmp_path / "hosts.json").write_text("\n")  # as `mlx.launch -n 1` writes it
+    env = {"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
+    _, err = run("--list", "--save_dir", tmp_path, env=env, status=2)
+    assert err == "main.py: mlx.launch has started a single rank: leave it out, or start more\n"
 
 
 DROPOUT = ["--dropout", 0.2, "--grad_accumulation", 2, "--steps_per_eval", 10]
