@@ -8,6 +8,7 @@ all ranks, so they hold the same weights after every step; all decisions follow 
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -25,11 +26,17 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 import main
-from datasets import SPLITS, Dataset, RunError, Split, UsageError, explained
+from datasets import SPLITS, Dataset, RunError, Split, UsageError, explained, one_line
 from datasets import tokenizer_from_dict
 
-LOST = "a rank failed or is gone ({}): rerun the command to resume from the last checkpoint"
+# Over ssh, MLX's launcher (0.32.4) fails to end the other ranks, which end by themselves.
+BELOW = " (a traceback that follows is MLX's launcher's, and harmless)"
+LOST = "a rank failed or is gone ({}): rerun the command to resume from the last checkpoint" + BELOW
+START = 120  # seconds in which all ranks must start: sshd waits as long for a login
+ATTEMPT = 5  # seconds to connect
+PATIENCE = 10  # seconds until a rank says which one it is waiting for
 SILENCE = 60  # seconds, in which a switch may restart
+CHECK = 5  # seconds between two looks at the connections
 LAUNCHER = os.getppid()  # if the parent changes, the launcher is gone
 
 
@@ -41,11 +48,15 @@ class Group:
     """The ranks that `mlx.launch` started, with the methods of main.py's SingleProcess."""
 
     def __init__(self):
-        before = open_files()
         fault = (
             "cannot join the other ranks: start all with mlx.launch or Open MPI's mpirun, or unset "
             "MLX_RANK, OMPI_COMM_WORLD_SIZE and PMI_SIZE"
         )
+        if {"MLX_RANK", "MLX_HOSTFILE"} <= set(os.environ):  # a ring
+            with explained(fault, OSError, ValueError, TypeError, IndexError, kind=RunError):
+                meeting = Meeting(int(os.environ["MLX_RANK"]), os.environ["MLX_HOSTFILE"])
+            meeting.hold()
+        before = open_files()
         with explained(fault, RuntimeError, ValueError, kind=RunError):
             # strict: an error rather than a group of one
             self.group = mx.distributed.init(strict=True)
@@ -70,7 +81,7 @@ class Group:
         if others:
             raise RunError(
                 f"rank {others[0]} has another MLX or other files than rank 0: "
-                "copy this folder to all machines, and install the same version of MLX"
+                f"copy this folder to all machines, and install the same version of MLX{BELOW}"
             )
 
     def __enter__(self):
@@ -288,6 +299,113 @@ class SharedBatches:
         return arrays["inputs"], arrays["targets"]
 
 
+class Meeting:
+    """The ranks of a ring meet before MLX connects them, at the addresses that it will use.
+
+    MLX gives up after 15 seconds if a login takes longer, and waits for many minutes where a
+    firewall drops its packets.
+    """
+
+    def __init__(self, rank, hostfile):
+        with open(hostfile, encoding="utf-8") as file:
+            text = file.read()
+        if not text.strip():
+            raise UsageError("mlx.launch has started a single rank: leave it out, or start more")
+        self.addresses = []  # of the ranks, (host, port)
+        for first, *_ in json.loads(text):
+            host, port = first.rsplit(":", 1)
+            self.addresses.append((host, int(port)))
+        self.rank = rank
+        self.server_address = self.addresses[rank]
+        self.greeting = hashlib.sha256(text.encode()).digest()
+        self.deadline = time.monotonic() + START
+
+    def hold(self):
+        """Returns once all ranks are about to join MLX's ring; raises RunError if one is not."""
+        following = (self.rank + 1) % len(self.addresses)
+        previous = (self.rank - 1) % len(self.addresses)
+        fault = (
+            f"rank {self.rank} cannot listen at {describe(self.server_address)}: is it this "
+            "machine's address, and no other run's port (mlx.launch --starting-port)?"
+        )
+        with contextlib.ExitStack() as stack:
+            with explained(fault, OSError, kind=RunError):
+                server = stack.enter_context(socket.create_server(self.server_address))
+            to_following = stack.enter_context(self.connect(following))
+            try:
+                from_previous = stack.enter_context(self.accept(server))
+                # A byte goes round the ring twice: now all are connected, and now all have closed
+                # their servers, whose ports MLX needs.
+                if self.rank > 0:
+                    self.receive(from_previous)
+                to_following.sendall(b"1")
+                self.receive(from_previous)
+                server.close()
+                to_following.sendall(b"2")
+            except OSError as error:
+                reason = one_line(error)
+                raise RunError(
+                    f"rank {self.rank} waited in vain for rank {previous} ({reason}){BELOW}"
+                ) from None
+        if following == 0:
+            # In MLX's ring, the last rank connects first. It would try again after a second.
+            time.sleep(0.1)
+
+    def connect(self, rank):
+        """A connection to a rank, once it has started."""
+        address = self.addresses[rank]
+        place = f"rank {rank} at {describe(address)}"
+        began = time.monotonic()
+        is_told = False
+        while True:
+            try:
+                connection = socket.create_connection(address, timeout=ATTEMPT)
+                connection.sendall(self.greeting)
+                return connection
+            except OSError as error:
+                reason = one_line(error)
+            if time.monotonic() > self.deadline:
+                raise RunError(
+                    f"cannot reach {place} ({reason}): did the program start there, and does the "
+                    f"firewall let this port through?{BELOW}"
+                )
+            if time.monotonic() > began + PATIENCE and not is_told:
+                line = f"waiting for {place} ({reason}): is it starting, is a firewall in the way?"
+                print(f"main.py: {line}", file=sys.stderr)
+                is_told = True
+            time.sleep(0.1)
+
+    def accept(self, server):
+        """The connection of the previous rank; raises TimeoutError if there is none in time."""
+        while True:
+            server.settimeout(self.remaining())
+            connection, _ = server.accept()
+            connection.settimeout(ATTEMPT)
+            with contextlib.suppress(OSError):
+                if connection.recv(len(self.greeting)) == self.greeting:
+                    return connection
+            connection.close()  # a stranger's
+
+    def receive(self, connection):
+        """Waits for a byte; raises OSError if there is none in time."""
+        connection.settimeout(self.remaining())
+        if not connection.recv(1):
+            raise ConnectionError("it has ended")
+
+    def remaining(self):
+        """The time to wait for the previous rank, in seconds.
+
+        If that cannot connect, it shall be the first to end: it can say why.
+        """
+        return max(0.1, self.deadline + 2 * ATTEMPT - time.monotonic())
+
+
+def describe(address):
+    """host:port."""
+    host, port = address
+    return f"{host}:{port}"
+
+
 def open_files():
     """The open file descriptors of this process, without that of the listing itself."""
     return {int(number) for number in os.listdir("/dev/fd") if os.path.exists(f"/dev/fd/{number}")}
@@ -310,9 +428,14 @@ def watch_ring(sockets):
     connections = [socket.socket(fileno=os.dup(number)) for number in sockets]
     for connection in connections:
         keep_alive(connection)
-    while not poll.poll(5000):  # milliseconds; incoming data is not an event
+    unread = 0  # seconds
+    while not poll.poll(1000 * CHECK):  # milliseconds; incoming data is not an event
         if any(map(is_silent, connections)):
             end_lost(f"its machine has been silent for {SILENCE} s")
+        unread = unread + CHECK if is_output_blocked() else 0
+        if unread >= SILENCE:
+            hang_up()
+            unread = 0
     time.sleep(10)  # seconds, so that an orderly end or MLX's own error comes first
     end_lost("its connection is closed or silent")
 
@@ -338,6 +461,25 @@ def is_silent(connection):
     sent_again = max(info[2:4])  # since the last answer: tcpi_retransmits, tcpi_probes
     since_answer = int.from_bytes(info[56:], sys.byteorder)  # tcpi_last_ack_recv, in ms
     return sent_again > 1 and since_answer > 1000 * SILENCE
+
+
+def is_output_blocked():
+    """Whether this process's terminal takes no more output.
+
+    Over ssh, this is all that a rank notices of a launcher that was killed.
+    """
+    terminals = [number for number in (1, 2) if os.isatty(number)]
+    _, writable, _ = select.select([], terminals, [], 0)
+    return len(writable) < len(terminals)
+
+
+def hang_up():
+    """Stops and saves the run of a process whose main thread may wait for its terminal."""
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
+    # To the main thread, which then writes to the new file.
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGHUP)
 
 
 def end_lost(reason):

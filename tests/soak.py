@@ -163,8 +163,9 @@ class Leg:
 
     def sleep(self, seconds):
         """In the place of time.sleep: a moment, after which the clocks say that it was all."""
-        if threading.current_thread() is not threading.main_thread():
-            SLEEP(seconds)  # a rank that waits for the end of others
+        is_start = self.phases == ["start"]
+        if is_start or threading.current_thread() is not threading.main_thread():
+            SLEEP(seconds)  # a rank that waits for others
             return
         SLEEP(0.002)
         self.skew += seconds

@@ -220,7 +220,9 @@ def test_configuration(block, tmp_path):
     assert config.dim == given.dim
 
 
-OF_OTHERS = "--version --model --port --max --backend --hosts --bind --mca --logdir".split()
+OF_OTHERS = """
+    --version --model --port --max --backend --hosts --bind --mca --starting --logdir --no
+""".split()
 
 
 def test_named_flags_exist():

@@ -8,9 +8,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 
 import main
 import mlx.core as mx
@@ -18,7 +21,8 @@ import numpy as np
 import pytest
 from conftest import MAIN, ROOT, TINY, free_ports, ids, run, start
 
-from datasets import CACHE
+from datasets import CACHE, RunError
+from extras.ranks import Meeting
 
 STEPS = [*TINY, "--num_iters", 20, "--steps_per_report", 1]
 STEPS += ["--lr_warmup", 2, "--learning_rate", 3e-3]
@@ -51,6 +55,7 @@ import sys, threading
 sys.path.insert(0, {root!r})
 import main, os, stat
 from extras import ranks
+ranks.Meeting.hold = lambda self: None
 ranks.time.sleep = print  # the end would come at once
 watched = []
 plain = ranks.watch_ring
@@ -179,6 +184,91 @@ def test_ranks_that_cannot_meet(tmp_path, env):
     _, err = run("--list", "--save_dir", tmp_path, env=env, status=1)
     assert err.count("\n") == 1
     assert "cannot join the other ranks" in err and "unset MLX_RANK" in err
+
+
+class Meetings:
+    """Ranks that meet, each in a thread."""
+
+    def __init__(self, folder, size):
+        self.ports = free_ports(size)
+        self.hostfile = folder / "hosts.json"
+        self.hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in self.ports]))
+        self.ended = {}  # rank: None, or the error it has raised
+        self.threads = []
+
+    def start(self, rank):
+        def hold():
+            error = None
+            try:
+                Meeting(rank, self.hostfile).hold()
+            except RunError as raised:
+                error = str(raised)
+            self.ended[rank] = error
+
+        self.threads.append(threading.Thread(target=hold))
+        self.threads[-1].start()
+
+    def finish(self):
+        for thread in self.threads:
+            thread.join(30)
+        return self.ended
+
+
+@pytest.mark.parametrize("order", [[0], [1, 0], [0, 1], [2, 0, 1], [3, 2, 1, 0], [0, 1, 3, 2]])
+def test_ranks_meet_once_the_last_has_started(order, tmp_path):
+    meetings = Meetings(tmp_path, len(order))
+    *others, last = order
+    for rank in others:
+        meetings.start(rank)
+        time.sleep(0.1)
+    assert not meetings.ended
+    meetings.start(last)
+    assert meetings.finish() == dict.fromkeys(order)
+    for port in meetings.ports:  # which MLX needs now
+        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            pytest.fail("somebody still listens")
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("extras.ranks.START", 0.5)
+    monkeypatch.setattr("extras.ranks.ATTEMPT", 0.1)
+    monkeypatch.setattr("extras.ranks.PATIENCE", 0.2)
+    meetings = Meetings(tmp_path, 3)
+    for rank in (0, 1):
+        meetings.start(rank)
+    ended = meetings.finish()
+    assert ended[1].startswith(f"cannot reach rank 2 at 127.0.0.1:{meetings.ports[2]} (")
+    assert "firewall" in ended[1]
+    assert ended[0].startswith("rank 0 waited in vain for rank 2")
+    waiting = f"main.py: waiting for rank 2 at 127.0.0.1:{meetings.ports[2]} ("
+    assert capfd.readouterr().err.count(waiting) == 1
+
+
+def test_strangers_do_not_meet(tmp_path):
+    meetings = Meetings(tmp_path, 2)
+    meetings.start(0)
+    time.sleep(0.1)
+    for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"1" * 100):
+        with socket.create_connection(("127.0.0.1", meetings.ports[0])) as stranger:
+            stranger.sendall(said)
+    meetings.start(1)
+    assert meetings.finish() == {0: None, 1: None}
+
+
+def test_a_port_in_use_is_one_line(tmp_path):
+    meetings = Meetings(tmp_path, 2)
+    with socket.create_server(("127.0.0.1", meetings.ports[0])):
+        meetings.start(0)
+        error = meetings.finish()[0]
+    assert f"rank 0 cannot listen at 127.0.0.1:{meetings.ports[0]}" in error
+    assert "--starting-port" in error
+
+
+def test_a_single_rank_needs_no_launcher(tmp_path):
+    (tmp_path / "hosts.json").write_text("\n")  # as `mlx.launch -n 1` writes it
+    env = {"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
+    _, err = run("--list", "--save_dir", tmp_path, env=env, status=2)
+    assert err == "main.py: mlx.launch has started a single rank: leave it out, or start more\n"
 
 
 DROPOUT = ["--dropout", 0.2, "--grad_accumulation", 2, "--steps_per_eval", 10]
@@ -338,8 +428,8 @@ def test_ranks_whose_launcher_is_gone_stop_saved(tmp_path, text, number):
     assert checkpoint.iteration >= 20
 
 
-def test_a_late_rank_is_waited_for(tmp_path):
-    """The first has then tried to connect in vain, of which MLX keeps a socket never open."""
+def test_only_open_sockets_are_watched(tmp_path):
+    """Where MLX has tried to connect in vain before, it keeps a socket that was never open."""
     code = LATE.format(root=str(ROOT))
     outputs, _ = finish(start_ranks(2, tmp_path, program=["-c", code], apart=2))
     assert all(out.startswith("well\n") for out, _ in outputs), outputs
