@@ -2927,7 +2927,9 @@ FLAGS["tools"] = {
     "version": flag(False, "print the versions of main.py, Python, MLX and NumPy"),
 }
 
-DEFAULTS = {name: row[0] for rows in FLAGS.values() for name, row in rows.items()}
+ROWS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
+DEFAULTS = {name: default for name, (default, _) in ROWS.items()}
+SEVERAL = [name for name, (_, options) in ROWS.items() if "nargs" in options]  # take several values
 
 # The flags that load_dataset takes.
 DATA = [name for name in DATA_FLAGS if name not in ("save_dir", "data_dir", "mirror")]
@@ -3167,6 +3169,8 @@ def read_config(path, given):
             for name in ("dataset", "text", "valid_text", "test_text"):
                 settings.pop(name, None)
         for name, value in settings.items():
+            if isinstance(value, list) and name not in SEVERAL:
+                raise ValueError(f"{name} takes one value, not a list")
             for each in value if isinstance(value, list) else [value]:
                 if isinstance(each, (list, dict)):
                     raise ValueError(f"{name} holds a list or a mapping")

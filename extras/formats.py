@@ -86,14 +86,14 @@ def read_json_lines(path, field):
 def open_decompressed(path):
     """Opens a file for reading bytes, as they were before .gz or .zst. Raises UsageError."""
     if path.suffix.lower() == ".gz":
-        return gzip.open(path)
+        return gzip.open(path, mode="rb")
     if path.suffix.lower() == ".zst":
         with explained(f"{path} needs a package: pip install backports.zstd", ImportError):
             try:
                 from compression import zstd  # since Python 3.14
             except ImportError:
                 from backports import zstd
-        return zstd.open(path)
+        return zstd.open(path, mode="rb")
     return open(path, "rb")
 
 

@@ -454,9 +454,8 @@ def tokenizer_json(tokenizer):
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }
-    end = end_of_text(tokenizer)  # where sampling stops: no line end
-    if end is not None:
-        settings["eos_token"] = package.id_to_token(end)
+    if tokenizer.eos is not None:
+        settings["eos_token"] = package.id_to_token(tokenizer.eos)
     return package.to_str(), settings
 
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TEXT, TINY, Script, flags, ids, run, run_folder, start
-from datasets import ByteTokenizer, UsageError
+from datasets import ByteTokenizer, PackageTokenizer, UsageError
 from mlx.utils import tree_flatten, tree_unflatten
 from test_sampling import DISTRIBUTIONS
 
@@ -296,15 +296,18 @@ def test_prompts_end_before_the_stop(model, stop, tmp_path):
     assert any(len(line["tokens"]) < 12 for line in lines) or stop == "e o"
 
 
-def test_texts_end_together_as_alone_and_with_a_draft():
+END_TOKENS = [ByteTokenizer(), PackageTokenizer.train(["a"], 257)]  # without a text, and with one
+
+
+@pytest.mark.parametrize("tokenizer", END_TOKENS, ids=["byte", "bpe"])
+def test_texts_end_together_as_alone_and_with_a_draft(tokenizer):
     """At their end token, which is one of their tokens but no part of the completion."""
-    tokenizer = ByteTokenizer()
     random = np.random.default_rng(0)
     scripts = []
     for _ in range(2):  # a model and its draft
         logits = random.normal(0, 3, (257, 257))
-        logits[:, tokenizer.eos] += 9
-        scripts.append(Script(logits.__getitem__, 64))
+        logits[:, tokenizer.eos] += 6
+        scripts.append(Script(logits.tolist().__getitem__, 64))
     model, draft = scripts
     jobs = [{"prompt": "abcdefgh"[i % 8], "seed": i} for i in range(24)]
     given = flags(max_tokens=6, temperature=1.0, top_k=0)
@@ -320,7 +323,7 @@ def test_texts_end_together_as_alone_and_with_a_draft():
             conversation = main.Conversation(tokenizer, model, other)
             pieces = conversation.reply(line["prompt"], given, line["seed"])
             assert "".join(pieces) == line["completion"]
-            assert conversation.text == [ord(line["prompt"]), *line["tokens"]]
+            assert conversation.text == [*tokenizer.encode(line["prompt"]), *line["tokens"]]
     ended = [len(line["tokens"]) < 6 for line in lines]
     assert any(ended) and not all(ended)
 

@@ -374,7 +374,7 @@ def stories(tmp_path_factory):
     line = ["--text", folder / "stories.jsonl.zst", *TINY, "--context_size", 16, "--dim", 32]
     line += ["--learning_rate", 0.01, "--lr_warmup", 5, "--save_dir", folder / "lm"]
     out, _ = run(*line, "--num_iters", 120, "--mlp", "swiglu")
-    assert "data     text: 4,859 / 539 tokens" in out  # 17 bytes and an end token between each two
+    assert "data     text: 4,859 train / 539 valid tokens" in out  # 17 bytes and an end token between each two
     run(*line, "--num_iters", 60, "--new_model")
     return folder / "lm"
 
