@@ -4,8 +4,8 @@
     python main.py --export model.gguf --quantize 16    float16; 8: Q8_0, 4: Q4_0
 
 The `gguf` package of llama.cpp writes the file. The architectures are those of
-extras/huggingface.py: Llama, Qwen2, Qwen3, Arcee. llama.cpp supports GPT-2's tokenizer, a byte-level BPE;
-a byte tokenizer is one without merges. It has no word or character tokenizers.
+extras/huggingface.py: Llama, Qwen2, Qwen3, Arcee. llama.cpp supports GPT-2's tokenizer, a
+byte-level BPE; a byte tokenizer is one without merges. It has no word or character tokenizers.
 """
 
 import json
