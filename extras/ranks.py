@@ -475,9 +475,9 @@ def is_output_blocked():
 
 def hang_up():
     """Stops and saves the run of a process whose main thread may wait for its terminal."""
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 1)
-        os.dup2(null.fileno(), 2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
     # To the main thread, which then writes to the new file.
     signal.pthread_kill(threading.main_thread().ident, signal.SIGHUP)
 

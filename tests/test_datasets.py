@@ -2029,7 +2029,7 @@ def test_a_vocabulary_size_without_an_effect_is_named(text, tmp_path):
     out, err = prepare(*line, "--tokenizer", "word")
     assert err == "--vocab_size has no effect with --tokenizer word.\n"
     out, err = prepare(*line, "--tokenizer", "bpe")
-    assert "by bpe: vocabulary 300," in out
+    assert "bpe tokenizer, 300-token vocabulary" in out
     assert err == ""
 
 
