@@ -47,6 +47,7 @@ GlobalKnownHostsFile none
 LOOP = """
 for try in {{1..999}}; do
     {command} | tee -a {log} | grep "Run complete" && break
+    pkill -f "^[^ ]*ssh .*{save_dir}"
     sleep 2
 done
 """
@@ -220,6 +221,14 @@ class Hosts:
             time.sleep(0.2)
         return time.monotonic() - began
 
+    def wait_until_empty(self):
+        """Waits until no process is left on any host; raises TimeoutError if one is."""
+        deadline = time.monotonic() + LIMIT
+        while left := self.processes(0) | self.processes(1):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{left} are left, after:\n{self.output()}")
+            time.sleep(0.2)
+
     # -- Faults
 
     def cut(self, host):
@@ -343,10 +352,9 @@ class Try:
         return int(saved[-1].replace(",", ""))
 
     def see_resume(self):
-        """Reruns the command, then stops it."""
+        """Reruns the command, once no process is left, then stops it."""
         before = self.iteration()
-        for host in range(2):
-            self.see(f"left on host {host}: {list(self.hosts.processes(host).values())}")
+        self.hosts.wait_until_empty()
         self.train()
         resumed = re.search("from iteration ([\\d,]+)", self.hosts.output())[1]
         self.see(f"saved at {before}, resumed at {resumed}")
@@ -355,6 +363,7 @@ class Try:
     def stop(self):
         self.hosts.kill("rank0", signal.SIGTERM)
         self.see_end("rank0", "rank1")
+        self.hosts.wait_until_empty()
 
 
 def cut(this):
@@ -423,7 +432,8 @@ def loop(this):
     hosts.limit_rate("100mbit")
     log = hosts.folder / "train.log"
     command = shlex.join(hosts.launch_command(this.flags))
-    shell = hosts.launch(["bash", "-c", LOOP.format(command=command, log=log)])
+    script = LOOP.format(command=command, log=log, save_dir=this.save_dir)
+    shell = hosts.launch(["bash", "-c", script])
     struck = []
     while len(struck) < this.options.faults and shell.poll() is None:
         saves = log.read_text(errors="replace").count("saved ") if log.exists() else 0
@@ -438,8 +448,7 @@ def loop(this):
     this.see(f"{len(struck)} faults: {[(each, struck.count(each)) for each in FAULTS]}")
     this.see(f"{text.count('from iteration')} legs, {text.count('Traceback')} tracebacks")
     this.see(f"undisturbed {undisturbed}, disturbed {newest_id(this.save_dir)}")
-    for host in range(2):
-        this.see(f"left on host {host}: {list(hosts.processes(host).values())}")
+    hosts.wait_until_empty()
 
 
 FAULTS = ["kill rank0", "kill rank1", "kill launcher", "stop rank0", "stop rank1"]

@@ -29,10 +29,11 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import main
 from extras import ranks
-ranks.START = ranks.SILENCE = {SILENCE}
-ranks.ATTEMPT = ranks.CHECK = 1
+ranks.SILENCE = {SILENCE}
+ranks.CHECK = 1
 sys.exit(main.main())
 """
+HASTY = PROGRAM.replace("ranks.CHECK =", "ranks.START = ranks.ATTEMPT =")
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def served(hosts, tmp_path):
     return hosts
 
 
-def start_on(hosts, folder, *arguments):
+def start_on(hosts, folder, *arguments, program=PROGRAM):
     """A rank on each host, without ssh."""
     file = folder / "hosts.json"
     ports = free_ports(2)
@@ -64,8 +65,8 @@ def start_on(hosts, folder, *arguments):
     processes = []
     for rank, name in enumerate(hosts.names):
         env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(file)}
-        program = ["-c", IN_NAMESPACE, name, "-c", PROGRAM]
-        processes.append(start(*arguments, env=env, program=program))
+        in_namespace = ["-c", IN_NAMESPACE, name, "-c", program]
+        processes.append(start(*arguments, env=env, program=in_namespace))
     return processes
 
 
@@ -89,7 +90,7 @@ def test_a_machine_that_pauses_is_waited_for(hosts, tmp_path, text):
     ranks = start_on(hosts, tmp_path, *line)
     wait_for(ranks[0], "at iteration 20")
     ranks[1].send_signal(signal.SIGSTOP)
-    time.sleep(1.5 * SILENCE)
+    time.sleep(1.2 * SILENCE)
     ranks[1].send_signal(signal.SIGCONT)
     wait_for(ranks[0], "saved ")
     ranks[0].send_signal(signal.SIGTERM)
@@ -101,17 +102,12 @@ def test_machines_that_cannot_meet(hosts, tmp_path, text):
     """A cable that is not plugged in, or a firewall that drops what arrives."""
     hosts.cut(1)
     line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm"]
-    outputs, statuses = finish(start_on(hosts, tmp_path, *line), 40)
+    outputs, statuses = finish(start_on(hosts, tmp_path, *line, program=HASTY), 40)
     assert statuses == [1, 1]
     for rank, (_, err) in enumerate(outputs):
         other = 1 - rank
         assert err.startswith(f"main.py: cannot reach rank {other} at {hosts.addresses[other]}:")
         assert err.count("\n") == 1
-
-
-def wait_until_gone(hosts, *ranks):
-    for rank in ranks:
-        assert hosts.wait_until_gone(rank, 60) is not None, hosts.output()
 
 
 def test_the_command_of_the_guide(served, tmp_path, text):
@@ -126,7 +122,7 @@ def test_the_command_of_the_guide(served, tmp_path, text):
     served.launch(served.launch_command([*line, 25, "--save_dir", folder])).wait(200)
     assert "from iteration 20 to 25" in served.output()
     assert newest_in(folder).versions["ranks"] == 3
-    assert not served.processes(0) and not served.processes(1)
+    served.wait_until_empty()
 
 
 def test_a_stale_copy_on_one_machine(hosts, tmp_path, text):
@@ -135,7 +131,7 @@ def test_a_stale_copy_on_one_machine(hosts, tmp_path, text):
     with (stale / "main.py").open("a") as file:
         file.write("# stale\n")
     hosts.serve(tmp_path, CACHE.parent, mounts={1: [stale, ROOT]})
-    line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm"]
+    line = ["--text", text, *TINY, "--num_iters", 5, "--save_dir", tmp_path / "lm"]
     hosts.launch(hosts.launch_command(line)).wait(200)
     assert "main.py: rank 1 has another MLX or other files than rank 0" in hosts.output()
     assert not ids(tmp_path / "lm")
@@ -161,7 +157,7 @@ def test_a_killed_process_ends_all(victim, served, tmp_path, text):
     served.kill(victim)
     if victim == "launcher":
         fill_terminal(served.pid("rank0"))  # that nobody reads any more
-    wait_until_gone(served, "rank0", "rank1", "launcher")
+    served.wait_until_empty()
     launcher.wait()
     out = served.output()
     assert out.count("a rank failed or is gone") <= 1, "that of a rank that the launcher waited for"
@@ -169,4 +165,3 @@ def test_a_killed_process_ends_all(victim, served, tmp_path, text):
     assert newest_in(folder).iteration >= max(saved)
     if victim == "launcher":
         assert newest_in(folder).iteration % 10, "not saved at the end"
-    assert not served.processes(0) and not served.processes(1)
