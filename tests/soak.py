@@ -737,9 +737,9 @@ class Scenario:
             expect(is_known, f"{path.name} was left behind")
 
     def expect_whole(self, run):
-        """Raises Failure unless a run's folder has pairs of files and a log alone."""
+        """Raises Failure unless a run's folder has pairs of files, a log and samples alone."""
         for path in run.iterdir():
-            is_known = re.fullmatch(r"[0-9a-f]{40}\.safetensors|log\.jsonl", path.name)
+            is_known = re.fullmatch(r"[0-9a-f]{40}\.safetensors|(log|samples)\.jsonl", path.name)
             if re.fullmatch(r"[0-9a-f]{40}\.metadata", path.name):
                 is_known = path.with_suffix(".safetensors").exists()
             expect(is_known, f"{path.name} was left behind")

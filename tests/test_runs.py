@@ -171,7 +171,7 @@ def test_without_flags_the_run_saved_last_goes_on(half_way, tmp_path):
     assert (name, iteration) == (first.name, 30)
 
 
-CANDIDATES = ["1", "2", "1000", "0.5", "0", "other"]
+CANDIDATES = ["1", "2", "1000", "0.5", "0", "other", "none"]
 
 
 def another_value(name, held):
