@@ -53,7 +53,7 @@ class Group:
             "MLX_RANK, OMPI_COMM_WORLD_SIZE and PMI_SIZE"
         )
         if {"MLX_RANK", "MLX_HOSTFILE"} <= set(os.environ):  # a ring
-            with explained(fault, OSError, ValueError, TypeError, IndexError, kind=RunError):
+            with explained(fault, OSError, ValueError, TypeError, kind=RunError):
                 meeting = Meeting(int(os.environ["MLX_RANK"]), os.environ["MLX_HOSTFILE"])
             meeting.hold()
         before = open_files()
@@ -311,12 +311,15 @@ class Meeting:
             text = file.read()
         if not text.strip():
             raise UsageError("mlx.launch has started a single rank: leave it out, or start more")
-        self.addresses = []  # of the ranks, (host, port)
+        self.places = []  # of the ranks, "host:port"
+        self.addresses = []  # the same, (host, port)
         for first, *_ in json.loads(text):
             host, port = first.rsplit(":", 1)
+            self.places.append(first)
             self.addresses.append((host, int(port)))
+        if rank not in range(len(self.places)):
+            raise ValueError(f"{hostfile} has no rank {rank}")
         self.rank = rank
-        self.server_address = self.addresses[rank]
         self.greeting = hashlib.sha256(text.encode()).digest()
         self.deadline = time.monotonic() + START
 
@@ -325,12 +328,12 @@ class Meeting:
         following = (self.rank + 1) % len(self.addresses)
         previous = (self.rank - 1) % len(self.addresses)
         fault = (
-            f"rank {self.rank} cannot listen at {describe(self.server_address)}: is it this "
-            "machine's address, and no other run's port (mlx.launch --starting-port)?"
+            f"rank {self.rank} cannot listen at {self.places[self.rank]}: is it this machine's "
+            "address, and no other run's port (mlx.launch --starting-port)?"
         )
         with contextlib.ExitStack() as stack:
             with explained(fault, OSError, kind=RunError):
-                server = stack.enter_context(socket.create_server(self.server_address))
+                server = stack.enter_context(socket.create_server(self.addresses[self.rank]))
             to_following = stack.enter_context(self.connect(following))
             try:
                 from_previous = stack.enter_context(self.accept(server))
@@ -353,13 +356,12 @@ class Meeting:
 
     def connect(self, rank):
         """A connection to a rank, once it has started."""
-        address = self.addresses[rank]
-        place = f"rank {rank} at {describe(address)}"
+        place = f"rank {rank} at {self.places[rank]}"
         began = time.monotonic()
         is_told = False
         while True:
             try:
-                connection = socket.create_connection(address, timeout=ATTEMPT)
+                connection = socket.create_connection(self.addresses[rank], ATTEMPT)
                 connection.sendall(self.greeting)
                 return connection
             except OSError as error:
@@ -398,12 +400,6 @@ class Meeting:
         If that cannot connect, it shall be the first to end: it can say why.
         """
         return max(0.1, self.deadline + 2 * ATTEMPT - time.monotonic())
-
-
-def describe(address):
-    """host:port."""
-    host, port = address
-    return f"{host}:{port}"
 
 
 def open_files():

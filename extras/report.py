@@ -120,8 +120,12 @@ def open_tensorboard(board):
     """Yields a function (iteration, metrics) that writes to event files in the run's folder."""
     import tensorboardX
 
-    # TensorBoard hides what earlier sessions wrote of steps that are now repeated.
-    writer = tensorboardX.SummaryWriter(str(board.folder), purge_step=board.iteration + 1)
+    # TensorBoard hides what earlier sessions wrote of steps that are now repeated. It reads a
+    # run's files by name: the iteration comes after the second in which each was begun.
+    suffix = f".{board.iteration:012d}"
+    writer = tensorboardX.SummaryWriter(
+        str(board.folder), purge_step=board.iteration + 1, filename_suffix=suffix
+    )
     if board.iteration == 0:
         lines = [f"    --{name} {value}" for name, value in board.flags.items()]
         writer.add_text("flags", "\n".join(lines), 0)

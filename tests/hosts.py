@@ -174,10 +174,13 @@ class Hosts:
         return (self.folder / "launch.log").read_text(errors="replace").replace("\r", "\n")
 
     def wait_for(self, words):
-        """Waits until `words`, a regular expression, were shown."""
+        """Waits until what was started last has shown `words`, a regular expression."""
         deadline = time.monotonic() + LIMIT
-        while not re.search(words, self.output()):
-            if time.monotonic() > deadline:
+        while True:
+            has_ended = self.started[-1].poll() is not None
+            if re.search(words, self.output()):
+                return
+            if has_ended or time.monotonic() > deadline:
                 raise TimeoutError(f"{words!r} is not in:\n{self.output()}")
             time.sleep(0.05)
 
@@ -424,7 +427,7 @@ def launcher(this):
 
 
 def loop(this):
-    """Random faults strike a run that a shell loop restarts; it ends as one without faults."""
+    """Random faults strike a run that a shell loop restarts; it ends as one without."""
     hosts = this.hosts
     hosts.launch(hosts.launch_command(this.flags)).wait()
     undisturbed = newest_id(this.save_dir)
