@@ -161,5 +161,3 @@ def test_a_killed_process_ends_all(victim, served, tmp_path, text):
     assert out.count("a rank failed or is gone") <= 1, "that of a rank that the launcher waited for"
     saved = [int(number) for number in re.findall(r"at iteration (\d+)", out)]
     assert newest_in(folder).iteration >= max(saved)
-    if victim == "launcher":
-        assert newest_in(folder).iteration % 10, "not saved at the end"
