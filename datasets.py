@@ -30,12 +30,16 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    if importlib.util.find_spec("fcntl") is None:
-        sys.exit("datasets.py: native Windows is not supported: use WSL, where it runs as on Linux")
+    fault = ""
     missing = [name for name in ("numpy", "tqdm") if not importlib.util.find_spec(name)]
     if missing:
-        remedy = "pip install -r requirements.txt (in the environment of this Python), or uv run"
-        sys.exit(f"datasets.py: no {', '.join(missing)} here: {remedy} datasets.py")
+        remedy = "pip install -r requirements.txt, or uv run datasets.py"
+        fault = f"no {', '.join(missing)} here: {remedy}"
+    if importlib.util.find_spec("fcntl") is None:
+        fault = "native Windows is not supported: use WSL, where it runs as on Linux"
+    if fault:
+        print(f"datasets.py: {fault}", file=sys.stderr)
+        sys.exit(2)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # The files on disk are valid at any time, so Ctrl+C may exit at once, without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -423,8 +427,11 @@ class Parser(argparse.ArgumentParser):
         if argument.startswith(("-", "—")):
             name, _, _ = argument.lstrip("-—").partition("=")
             return self.hint(name.lower().replace("-", "_"))
-        before = ["", *self.arguments][self.arguments.index(argument)]
-        return self.hint_for_word(argument, before)
+        for before, each in zip(["", *self.arguments], self.arguments):
+            hint = self.hint_for_word(argument, before) if each == argument else None
+            if hint:
+                return hint
+        return None
 
     def hint(self, name):
         """A hint for the name of an unknown flag, or None."""
@@ -442,17 +449,19 @@ class Parser(argparse.ArgumentParser):
         is_switch = action is not None and action.nargs == 0
         if not is_switch and before.startswith(("-", "—")) and "=" not in before:
             return None  # the value of an unknown flag
-        known = None
-        flags = [action.dest for action in self._actions]
+        flags = [each.dest for each in self._actions]
+        hint = "is a flag before it missing, or quotes around it?"
+        if is_switch:
+            hint = f"{before} takes no value"
+            if not before.startswith("--no-"):
+                hint += f": --no-{action.dest} turns it off"
         with contextlib.suppress(UsageError):
             names = extra("names")
             if is_switch:
-                known = names.explain(before.lstrip("-"), flags)
+                hint = names.explain(before.lstrip("-"), flags) or hint
             else:
-                known = names.explain_word(word, flags)
-        if is_switch:
-            return known or f"{before} takes no value: --no-{action.dest} turns it off"
-        return known or "is a flag before it missing, or quotes around it?"
+                hint = names.explain_word(word, flags) or hint
+        return hint
 
     def hint_for_value(self, name, value):
         """A hint for a value that a flag does not take, or None."""
@@ -473,7 +482,8 @@ class Parser(argparse.ArgumentParser):
         if fault.startswith("ignored explicit argument"):
             return f"--{name} takes no value: --no-{name} turns it off"
         if fault.startswith("invalid choice"):
-            return self.hint_for_value(name, re.search("'(.*?)'|$", fault, re.DOTALL)[1] or "")
+            quoted = re.search("'(.*?)'", fault, re.DOTALL)
+            return quoted and self.hint_for_value(name, quoted[1])
         return None
 
 
@@ -1410,7 +1420,7 @@ def find_cut(path, at, marker=None):
 # ---- The user's own text ------------------------------------------------------------------------
 
 # The names of files with a document in each row.
-ROWS = re.compile(r".*\.(parquet|(jsonl|ndjson)(\.gz|\.zst)?)", re.DOTALL | re.IGNORECASE)
+ROW_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson)(\.gz|\.zst)?)", re.DOTALL | re.IGNORECASE)
 
 
 def own_text(given, valid_fraction, say, own_folders, text_field="text", line_end=""):
@@ -1449,7 +1459,8 @@ def own_text(given, valid_fraction, say, own_folders, text_field="text", line_en
         return splits | {"train": documents}
     if type(documents[0]) is Ids:
         raise UsageError(
-            f"{documents[0].path} holds token ids: add --valid_text val.bin and --tokenizer gpt2"
+            f"{documents[0].path} is read as token ids: add --valid_text val.bin and --tokenizer "
+            "gpt2, or rename it if it is a text"
         )
     divided = divide([each for each in documents if type(each) is Span], valid_fraction)
     for each in documents:
@@ -1462,7 +1473,7 @@ def own_text(given, valid_fraction, say, own_folders, text_field="text", line_en
 
 def describe_file(path, text_field, line_end):
     """The Rows, Ids or Span of a file that --text names. Raises UsageError."""
-    if ROWS.fullmatch(path.name):
+    if ROW_FILES.fullmatch(path.name):
         return Rows(path, text_field, line_end)
     if path.suffix == ".bin":
         return Ids(path)
@@ -1563,9 +1574,9 @@ def text_files_below(folder, say, own_folders):
             files.append(path)
     texts = []
     for path in files:
+        is_rows = ROW_FILES.fullmatch(path.name)
         # Token ids may look like text; they have to be named outright.
-        is_text = path.suffix != ".bin" and begins_as_text(path)
-        if is_text or ROWS.fullmatch(path.name):
+        if is_rows or (path.suffix != ".bin" and begins_as_text(path)):
             texts.append(path)
     if len(texts) < len(files):
         left_out = len(files) - len(texts)
@@ -1841,9 +1852,7 @@ def load_dataset(
     given = absolute_paths({"train": text, "valid": valid_text, "test": test_text})
     source = None
     if name == "text":
-        source = [given, valid_fraction]
-        if text_field != "text":
-            source.append(text_field)
+        source = [given, valid_fraction, text_field]
     elif name == "python":
         source = sysconfig.get_path("stdlib")
     cache = data_dir / name / cache_name(source, kind, ready, vocab_size)
@@ -1902,7 +1911,9 @@ def choose_tokenizer(name, tokenizer):
 
 def has_end(kind, ready):
     """Whether a tokenizer has an end token; see choose_tokenizer for the arguments."""
-    return kind != "char" if ready is None else ready.eos is not None
+    if ready is None:
+        return kind != "char"
+    return ready.eos is not None
 
 
 def check_ids(splits, kind):
@@ -2090,7 +2101,7 @@ def map_dataset(name, cache, about, train_tokens):
     if splits["train"] is None or splits["valid"] is None:
         raise UsageError(
             "no text is left for training or validation: "
-            "give more text or another --valid_fraction"
+            "give more text, another --valid_fraction, or --valid_text"
         )
     return Dataset(name, tokenizer, **splits, sha256=about["sha256"], folder=cache)
 
@@ -2125,8 +2136,7 @@ DATA_FLAGS = {
     "text_field": flag("text", "field of .jsonl and .parquet that holds the text", metavar="NAME"),
     "train_tokens": flag(
         None,
-        "train on the first N tokens only (default: all); the rest is encoded, too, as SHA256s "
-        "cover the whole text",
+        "train on the first N tokens only (default: all); the whole text is encoded anyway",
         type=SIZE,
     ),
     "tokenizer": flag(

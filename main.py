@@ -17,7 +17,7 @@ to O features has a matrix [O, I], as in PyTorch. MLX is lazy: operations build 
 mx.eval computes.
 """
 
-# For `uv run main.py`, the requirements.txt again (PEP 723):
+# requirements.txt again, for `uv run main.py` (PEP 723):
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
@@ -39,12 +39,15 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    if importlib.util.find_spec("fcntl") is None:
-        sys.exit("main.py: native Windows is not supported: use WSL, where this runs as on Linux")
+    fault = ""
     missing = [name for name in ("mlx", "numpy", "tqdm") if not importlib.util.find_spec(name)]
     if missing:
-        remedy = "pip install -r requirements.txt (in the environment of this Python), or uv run"
-        sys.exit(f"main.py: no {', '.join(missing)} here: {remedy} main.py")
+        fault = f"no {', '.join(missing)} here: pip install -r requirements.txt, or uv run main.py"
+    if importlib.util.find_spec("fcntl") is None:
+        fault = "native Windows is not supported: use WSL, where this runs as on Linux"
+    if fault:
+        print(f"main.py: {fault}", file=sys.stderr)
+        sys.exit(2)
     # `import main` in an extra must return this module, not a second copy.
     sys.modules["main"] = sys.modules["__main__"]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -451,9 +454,9 @@ class LanguageModel(nn.Module):
 def init_weights(model, seed):
     """Initializes every parameter.
 
-    Norms are 1, matrices normal with standard deviation 1 / sqrt(inputs). The matrices that write
-    into the residual stream are 0, so that each block starts as the identity. An untied output
-    layer is also 0.
+    Norms are 1, biases 0, matrices normal with standard deviation 1 / sqrt(inputs). The matrices
+    that write into the residual stream are 0, so that each block starts as the identity. An untied
+    output layer is also 0.
 
     Embeddings have standard deviation 5 / dim. Tied, they are also the output layer: the logit of
     the token just read starts near 5, the others near 0, and the first loss is near ln(V + e^5);
@@ -464,7 +467,9 @@ def init_weights(model, seed):
     weights = []
     for (name, parameter), key in zip(parameters, keys):
         normal = mx.random.normal(parameter.shape, key=key)
-        if parameter.ndim == 1:
+        if name.endswith(".bias"):
+            value = mx.zeros_like(parameter)
+        elif parameter.ndim == 1:
             value = mx.ones_like(parameter)  # of a norm
         elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
             value = mx.zeros_like(parameter)
@@ -557,7 +562,7 @@ def make_optimizer(model, flags):
     """The optimizer of all trained parameters; set_learning_rate comes before each step.
 
     Weight decay: --embedding_decay for the embeddings and the output layer, --weight_decay for
-    the blocks' matrices, none for norms.
+    the blocks' matrices, none for norms and biases.
     """
     of_blocks, of_others = OPTIMIZERS[flags.optimizer]
     embedding_decay = flags.weight_decay
@@ -850,6 +855,10 @@ class Progress:
     recent_loss: float = 0.0  # the sum of their losses
     recent_seconds: float = 0.0  # the time they took
 
+    def progress(self):
+        """The fields above, {name: value}, also of a Run or a Checkpoint."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Progress)}
+
 
 @dataclasses.dataclass
 class Run(Progress):
@@ -1099,7 +1108,7 @@ def score_run(run, interrupts, ranks, reporter):
         tokens = tokens[: flags.eval_tokens + 1]  # the first one is only context
     began = time.perf_counter()
     with run.using_average() as model:
-        nats = evaluate(model, tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
+        nats = evaluate(model, tokens, flags.batch_size, interrupts=interrupts, ranks=ranks)
     if nats is None:
         return
     seconds = time.perf_counter() - began
@@ -1122,14 +1131,16 @@ def save_and_sample(run, interrupts, reporter):
     flags = argparse.Namespace(**vars(run.flags))
     if flags.sample_tokens is not None:
         flags.max_tokens = flags.sample_tokens
-    for prompt in flags.sample_prompt or [""]:
-        if interrupts.received or flags.max_tokens == 0:
-            break
-        with run.using_average() as model:
+    if flags.max_tokens == 0:
+        return
+    with run.using_average() as model:
+        for prompt in flags.sample_prompt or [""]:
+            if interrupts.received:
+                break
             sample = Conversation(run.dataset.tokenizer, model)
             text = "".join(sample.reply(prompt, flags, flags.seed, interrupts))
-        if not interrupts.received:  # else it is cut short
-            reporter.report_sample(run, prompt, text)
+            if not interrupts.received:  # else it is cut short
+                reporter.report_sample(run, prompt, text)
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -1356,8 +1367,9 @@ class Conversation:
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
-# <save_dir>/<run>/ holds all of a run and nothing of another: its checkpoints and log.jsonl. Only
-# the process that holds the folder's lock writes there. Each checkpoint is two safetensors files:
+# <save_dir>/<run>/ holds all of a run and nothing of another: its checkpoints, log.jsonl and
+# samples.jsonl. Only the process that holds the folder's lock writes there. Each checkpoint is two
+# safetensors files:
 #
 #     <sha1>.safetensors  the weights (for LoRA, only the adapters), named by the SHA1 of its bytes
 #     <sha1>.metadata     the optimizer state, the order of the batches, the tokenizer and, with
@@ -1556,15 +1568,10 @@ class Contents(NamedTuple):
                 checkpoint.epoch, checkpoint.offset, checkpoint.place, state["perm"]
             )
             mx.eval(run.model.parameters(), run.optimizer.state)
-        for name, value in progress_of(checkpoint).items():
+        for name, value in checkpoint.progress().items():
             setattr(run, name, value)
         run.saved_iteration = checkpoint.iteration
         run.checkpoint_id = checkpoint.id
-
-
-def progress_of(progress):
-    """The fields of a Progress, {name: value}, of a Run or a Checkpoint."""
-    return {field.name: getattr(progress, field.name) for field in dataclasses.fields(Progress)}
 
 
 def check_arrays(found, expected):
@@ -1783,18 +1790,18 @@ def matching_checkpoints(checkpoints, identifier):
 def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     """The checkpoint that the flag names. Raises UsageError if none or several match."""
     found = matching_checkpoints(checkpoints, identifier)
+    if len(found) == 1:
+        return found[0]
     hint = make_parser().hint_for_value(flag_name, identifier)
     hint = f" ({hint})" if hint else ""
     if not checkpoints:
         raise UsageError(f"--{flag_name} {identifier!r}: {explain_emptiness(save_dir)}{hint}")
-    if len(found) != 1:
-        matches = "several checkpoints" if found else "no checkpoint"
-        known = "; ".join(map(str, (found or checkpoints)[:9]))
-        raise UsageError(
-            f"--{flag_name} {identifier!r} matches {matches} in {save_dir}{hint}; name one, or "
-            f"check --save_dir (--list shows all): {known}"
-        )
-    return found[0]
+    matches = "several checkpoints" if found else "no checkpoint"
+    known = "; ".join(map(str, (found or checkpoints)[:9]))
+    raise UsageError(
+        f"--{flag_name} {identifier!r} matches {matches} in {save_dir}{hint}; name one, or "
+        f"check --save_dir (--list shows all): {known}"
+    )
 
 
 def explain_emptiness(save_dir):
@@ -1868,7 +1875,7 @@ def describe_run(run, checkpoint_id, saved):
         epoch=run.batches.epoch,
         offset=run.batches.offset,
         place=run.batches.place,
-        **progress_of(run),
+        **run.progress(),
     )
 
 
@@ -1955,6 +1962,11 @@ class Origin(NamedTuple):
     id: str  # of its checkpoint; for a Hugging Face model, a SHA1 over its files
     place: str  # where it is found again: a folder, ORG/NAME@COMMIT on the hub, or the id
 
+    @property
+    def is_checkpoint(self):
+        """Whether it is one of ours, not a Hugging Face model."""
+        return self.place == self.id
+
 
 # The flags that name one, in the order in which their tokenizers count.
 ORIGINS = ("init_from", "teacher")
@@ -1977,7 +1989,7 @@ def open_origin(save_dir, checkpoint, flag_name):
 
     Raises RunError if it is gone or has changed.
     """
-    place, origin_id = checkpoint.uses[flag_name]  # place: a folder's path, or the id again
+    place, origin_id = checkpoint.uses[flag_name]  # the place and id of an Origin
     fault = (
         f"{checkpoint.run} needs the model that it was started with, unchanged: "
         f"--{flag_name} {place}, {origin_id[:12]}"
@@ -2206,7 +2218,7 @@ FORMATS = {
 
 
 class Reporter:
-    """Reports a run's metrics: in a progress bar or lines on the screen, and in its log.jsonl."""
+    """Reports a run's metrics and samples: on the screen, in its logs, and to dashboards."""
 
     def __init__(self, run):
         self.total = max(run.flags.num_iters, run.iteration)
@@ -2216,7 +2228,8 @@ class Reporter:
         size = {"dynamic_ncols": True}
         if is_terminal and not os.get_terminal_size(sys.stderr.fileno()).columns:
             size = {"ncols": 80, "nrows": 24}  # unknown, as in some containers
-        count = f"{{n:{len(f'{self.total:,}')},}}/{{total:,}}"  # as wide from the first step on
+        width = len(f"{self.total:,}")
+        count = f"{{n:{width},}}/{{total:,}}"  # as wide from the first step on
         self.bar = tqdm(
             total=self.total,
             initial=run.iteration,
@@ -2298,9 +2311,7 @@ class Reporter:
 
         Each is padded to its largest width so far, so that the bar does not jump.
         """
-        columns = self.bar.ncols or 80
-        with contextlib.suppress(OSError):  # it was closed
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
+        columns = self.bar.format_dict["ncols"] or 80  # as of now
         # The bar has at least eight cells, and there are hours left to show.
         room = columns - 2 * len(f"{self.total:,}") - len("/ |12345678| 59:59<9:59:59")
         texts = []
@@ -2391,15 +2402,15 @@ class Log:
 
 def find_end(path, run):
     """The size of the part of a run's log that is not to be repeated, in bytes. Raises OSError."""
-    repeated = []  # where such rows begin
-    for place, row in read_log(path):  # to its end, which closes the file
+    end = None
+    for place, row in read_log(path):  # to the end, where what closing it raises is raised here
         is_repeated = row["iteration"] > run.iteration
         if row["iteration"] == run.iteration and row["split"] == "valid":
             is_repeated = not run.is_scored
-        if is_repeated:
-            repeated.append(place)
-    if repeated:
-        return repeated[0]
+        if is_repeated and end is None:
+            end = place
+    if end is not None:
+        return end
     end = 0
     for place, line in read_lines(path):
         if line.endswith(b"\n"):  # what follows the last one was cut off by a kill
@@ -2449,6 +2460,7 @@ def print_start(run, checkpoint, ranks):
             lengths.append(f"{len(split.tokens):,} {name}")
     rows = run.batches.batch_size  # of a step
     steps = len(run.batches.perm) // rows or 1  # per epoch
+    epochs = flags.num_iters * rows * config.context_size / len(dataset.train.tokens)
     parameters = count_parameters(run.model.parameters())
     trained = count_parameters(run.model.trainable_parameters())
     of_them = f", {trained:,} trainable" if trained < parameters else ""
@@ -2465,7 +2477,7 @@ def print_start(run, checkpoint, ranks):
         f"data     {dataset.name}: {' / '.join(lengths)} tokens; "
         f"{describe_tokenizer(tokenizer)}; in {dataset.folder}\n"
         f"steps    {rows} x {config.context_size} tokens, {steps:,} per epoch, "
-        f"{flags.num_iters / steps:,.2f} epochs in all; {flags.optimizer}, "
+        f"{epochs:,.2f} epochs in all; {flags.optimizer}, "
         f"{run.versions['dtype']}\n"
         f"rate     {describe_schedule(flags)}\n"
         f"machine  {run.versions['device']}{several}; MLX {run.versions['MLX']}, "
@@ -2488,7 +2500,8 @@ def describe_schedule(flags):
     line = f"{flags.learning_rate:g}"
     if flags.lr_warmup:
         line += f" after {plural(flags.lr_warmup, 'warmup step')}"
-    if flags.lr_schedule == "constant":
+    only_rises = flags.lr_warmup >= flags.num_iters
+    if flags.lr_schedule == "constant" or flags.lr_cooldown == 0 or only_rises:
         return f"{line}, constant"
     last = learning_rate_at(flags.num_iters, flags)
     when = ""
@@ -2732,14 +2745,14 @@ def with_flag(flags, name, value):
 def print_reply(conversation, line, flags):
     """Prints the continuation of a line; Ctrl+C ends it and keeps what was shown."""
     name_unknown(conversation.tokenizer, line)
-    request = argparse.Namespace(received=None)
+    interrupts = argparse.Namespace(received=None)
 
-    # Not by a KeyboardInterrupt: raised inside of MLX, it can be lost.
+    # No KeyboardInterrupt: an exception raised inside MLX can be lost.
     def note(signal_number, frame):
-        request.received = signal_number
+        interrupts.received = signal_number
 
     handler = signal.signal(signal.SIGINT, note)
-    for piece in conversation.reply(line, flags, flags.seed, request):
+    for piece in conversation.reply(line, flags, flags.seed, interrupts):
         print(for_terminal(piece), end="", flush=True)
     signal.signal(signal.SIGINT, handler)
     print(flush=True)
@@ -3139,16 +3152,16 @@ def find_config(name):
     raise UsageError(f"--config {name}: no such file, and none of the recipes {known}")
 
 
-def read_config(path, given):
+def read_config(config, given):
     """The flags in a YAML file or a recipe, as if passed on the command line.
 
     A corpus passed on the command line replaces the file's. Raises UsageError.
     """
     import yaml
 
-    file = find_config(path)
-    with explained(f"--config {path} must be a YAML file of flags like dim: 8"):
-        content = read_yaml(file, yaml.SafeLoader)
+    path = find_config(config)
+    with explained(f"--config {config} must be a YAML file of flags like dim: 8"):
+        content = read_yaml(path, yaml.SafeLoader)
         if content is None:  # only comments
             content = {}
         settings = {}
@@ -3194,7 +3207,7 @@ def settle(given, saved=None, decided=None):
             setattr(flags, name, [absolute(path) for path in paths])
     for name in ("init_from", "teacher", "draft"):
         path = getattr(flags, name)
-        if path and os.path.isdir(absolute(path)):  # else it names a checkpoint
+        if path and os.path.isdir(absolute(path)):  # else a checkpoint, or a model of the hub
             setattr(flags, name, absolute(path))
     if flags.text:
         flags.dataset = "text"
@@ -3345,8 +3358,11 @@ def decided_by(origins, flags):
         own_context = decided.pop("context_size")
         if "context_size" not in flags.given:  # RoPE works with any
             context_size = own_context
-            if origins[first].place != origins[first].id:  # of others: it may be 131,072
-                context_size = min(own_context, IMPORTED_CONTEXT)
+            if own_context > IMPORTED_CONTEXT and not origins[first].is_checkpoint:
+                context_size = IMPORTED_CONTEXT
+                line = f"--init_from {flags.init_from} has a context of {own_context:,} tokens; "
+                line += f"this run has at most {context_size:,} (--context_size gives another)"
+                tqdm.write(printable(line))
     check_agreement(flags, decided, f"--{first}")
     if "teacher" in origins:
         longest = origins["teacher"].model.config.context_size
@@ -3489,17 +3505,14 @@ def make_run(folder, flags, contents, ranks):
             f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
             "row: give a larger one"
         )
+    # What is missing is said before anything is downloaded.
     if flags.teacher:
-        extra("distil")  # if its file is missing, fails before the run starts
+        extra("distil")
+    if flags.report_to:
+        extra("report").check(flags.report_to)
     origins = open_origins(flags, checkpoint)
     if not checkpoint:
         flags = settle(flags.given, decided=decided_by(origins, flags))
-        if "init_from" in origins and "context_size" not in flags.given:
-            own_context = origins["init_from"].model.config.context_size
-            if flags.context_size < own_context:
-                line = f"--init_from {flags.init_from} has a context of {own_context:,} tokens; "
-                line += f"this run has {flags.context_size:,} (--context_size gives another)"
-                tqdm.write(printable(line))
     dataset = load_data(flags, contents, origins)
     model = make_model(flags, dataset, contents, origins)
     optimizer = make_optimizer(model, flags)
@@ -3584,8 +3597,6 @@ def set_up(flags, ranks, interrupts, stack):
         checkpoints = list_checkpoints(flags.save_dir, warn=True)
         contents, folder = find_run(flags, checkpoints, stack)
         run = make_run(folder, flags, contents, ranks)
-        if run.flags.report_to:
-            extra("report").check(run.flags.report_to)
         run.saved = max((each.saved for each in checkpoints), default=0.0)
         stack.enter_context(interrupts)  # from here on there is something to save
         is_new = folder is None
@@ -3605,7 +3616,7 @@ def set_up(flags, ranks, interrupts, stack):
 
 
 def remove_empty(folder):
-    """Deletes a run's folder if neither a checkpoint nor a row of the log is there."""
+    """Deletes a run's folder if nothing was written there."""
     with contextlib.suppress(OSError):  # it is not empty
         folder.rmdir()
 
@@ -3624,7 +3635,7 @@ def list_runs(save_dir):
     for name, differences in flags_apart(checkpoints).items():
         own = [each for each in checkpoints if each.run == name]
         newest = own[0]
-        num_iters = settle({}, newest.flags).num_iters
+        num_iters = (DEFAULTS | newest.flags)["num_iters"]
         line = f"{name}: {newest.parameters:,} parameters, "
         line += f"iteration {newest.iteration:,} of {num_iters:,}"
         if differences:
@@ -3648,7 +3659,7 @@ def list_runs(save_dir):
 def flags_apart(checkpoints):
     """The flags that tell the runs of these checkpoints apart, {run: "--dim 32 --seed 1"}.
 
-    Of each run, those of its first checkpoint here count.
+    Of each run, the newest checkpoint counts.
     """
     flags = {}
     for each in checkpoints:
@@ -3661,10 +3672,9 @@ def flags_apart(checkpoints):
     texts = {}
     for run, of_run in flags.items():
         words = []
-        for name in differing:
-            value = of_run[name]
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        texts[run] = " ".join(words)
+        for argument in arguments_of({name: of_run[name] for name in differing}):
+            words += argument.split("=", 1)
+        texts[run] = shlex.join(words)
     return texts
 
 

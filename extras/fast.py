@@ -82,7 +82,7 @@ choose_openblas_kernels()
 
 import numpy as np
 
-from datasets import CACHE, replacing
+from datasets import CACHE, remove_leftovers, replacing
 
 # C source. MLX calls cblas_sgemm with row-major matrices (`order` 101; other libraries may use 102,
 # by columns); 111 means not transposed, 112 transposed, as in x @ weight.T. find_blas sets the
@@ -326,13 +326,27 @@ def compile_forwarder():
     # Not every compiler knows every option.
     for options in ([*vectors, "-fopenmp"], vectors, []):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            CACHE.mkdir(parents=True, exist_ok=True)
             command = [compiler, "-shared", "-fPIC", "-O3", *options, "-x", "c", "-"]
-            with replacing(path) as file:  # never a partial library, even if two compile
+            with locked_cache(), replacing(path) as file:  # never a partial library
                 run_quietly([*command, "-o", file.name], FORWARDER.encode())
                 ctypes.CDLL(file.name)  # raises OSError if it cannot be loaded
             return str(path)
     return None
+
+
+@contextlib.contextmanager
+def locked_cache():
+    """Lets one process at a time compile into the cache; first deletes what killed ones left.
+
+    Raises OSError.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / ".compiler.lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_leftovers(CACHE)
+        for left in CACHE.glob("compiler-*.new"):
+            shutil.rmtree(left)
+        yield
 
 
 def can_be_loaded(path):
@@ -727,13 +741,9 @@ def use_precompiled_header():
 
 def compile_header(compiler, folder):
     """Makes the folder of use_precompiled_header. Raises OSError, SubprocessError."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / ".compiler.lock", "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # only one process compiles
+    with locked_cache():
         if folder.exists():
             return
-        for left in CACHE.glob("compiler-*.new"):  # by a killed process
-            shutil.rmtree(left)
         new = Path(f"{folder}.new")
         header = new / f"{PREAMBLE}.gch"
         header.parent.mkdir(parents=True)

@@ -4,8 +4,8 @@
     python main.py --text shards/ --text_field content               in a field of another name
     python main.py --text train.bin --valid_text val.bin --tokenizer gpt2
 
-datasets.py calls this file for what its ROWS match and for *.bin. All is streamed: a row has at
-most MOST_BYTES, and whatever is wrong with a stranger's file is one line.
+datasets.py calls this file for what its ROW_FILES match and for *.bin. Everything is streamed: a
+row has at most MOST_BYTES, and whatever is wrong with a stranger's file is one line.
 """
 
 import contextlib
@@ -144,7 +144,7 @@ def no_such_field(path, number, field, names):
 def no_text(path, number, field, kind):
     """The UsageError for a field of another type."""
     return UsageError(
-        f"the field {field} of {path} is no text but {kind:.40} in row {number:,}: name another "
+        f"the field {field} of {path} is not text but {kind:.40} in row {number:,}: name another "
         "one by --text_field"
     )
 
@@ -170,12 +170,12 @@ def read_ids(files, tokenizer):
             window = ids[start : start + WINDOW]
             if window.max() >= tokenizer.vocab_size:
                 raise UsageError(
-                    f"{file.path} is no file of GPT-2's ids, uint16 without a header: it has "
+                    f"{file.path} does not hold GPT-2's ids as uint16, without a header: it has "
                     f"{window.max():,}, and they end at {tokenizer.vocab_size - 1:,}"
                 )
-            cuts = np.flatnonzero(begins[window])
-            if start + WINDOW < len(ids) and cuts.any():
-                window = window[: cuts[-1]]
+            last_cut = np.flatnonzero(begins[window]).max(initial=0)
+            if start + WINDOW < len(ids) and last_cut > 0:
+                window = window[:last_cut]
             start += len(window)
             documents = np.split(window, np.flatnonzero(window == tokenizer.eos))
             rows = [document.tolist() for document in documents]
@@ -193,6 +193,6 @@ def map_ids(path):
         )
     size = os.path.getsize(path)
     if size % 2:
-        raise UsageError(f"{path} is no file of token ids of two bytes: it has {size:,} bytes")
+        raise UsageError(f"{path} is not a file of two-byte token ids: it has {size:,} bytes")
     with reading(path):
         return np.memmap(path, "<u2", "r") if size else np.zeros(0, np.uint16)

@@ -22,8 +22,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from datasets import PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
-from datasets import read_whole, replacing, user_path
-from main import DEFAULTS, Config, LanguageModel, load_arrays, refuse_beyond_memory, sha1_of
+from datasets import read_whole, replacing, user_path, without_passwords
+from main import DEFAULTS, MLPS, Config, LanguageModel, load_arrays, refuse_beyond_memory, sha1_of
 
 # Their names, and our (mlp, qk_norm, qkv_bias) for each. An export has the first one that fits.
 KINDS = {
@@ -125,7 +125,7 @@ def download_model(repository, revision=None):
     Address, key and cache are those of huggingface_hub: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and
     its other variables hold here, too. Raises UsageError.
     """
-    fault = f"{repository} is no folder here, and cannot be had from the Hugging Face hub"
+    fault = f"{repository} is no folder here, and cannot be downloaded from the Hugging Face hub"
     with explained(f"{fault}: pip install huggingface_hub", ImportError):
         import huggingface_hub
         from huggingface_hub.utils import disable_progress_bars
@@ -134,20 +134,28 @@ def download_model(repository, revision=None):
     download = partial(huggingface_hub.snapshot_download, repository)
     try:
         folder = Path(download(revision=revision, allow_patterns=TEXTS))
-        check_size(read_config(folder))  # before gigabytes are downloaded in vain
+        check_texts(folder)  # before gigabytes are downloaded in vain
         return Path(download(revision=folder.name, allow_patterns=[*TEXTS, WEIGHTS]))
     except UsageError as error:
         raise UsageError(f"{repository}: {error}") from None
     except Exception as error:  # of many kinds, with messages of many lines
         kind = type(error).__name__
-        reason = HUB_ERRORS.get(kind, f"{kind}: {one_line(error)[:200]}")
+        message = without_passwords(one_line(error))[:200]  # it may quote HF_ENDPOINT
+        reason = HUB_ERRORS.get(kind, f"{kind}: {message}")
         raise UsageError(f"{fault}: {reason}") from None
 
 
-def check_size(config):
-    """Raises UsageError if the weights of a model exceed the memory."""
+def check_texts(folder):
+    """Raises UsageError unless a folder's TEXTS are those of a model that can be loaded."""
+    malformed = (OSError, LookupError, ValueError, TypeError, AttributeError)
+    with explained(f"its config.json is not that of a {THEIR_KINDS} model", *malformed):
+        config = read_config(folder)
+    if not (folder / "tokenizer.json").exists():
+        raise UsageError("it has no tokenizer.json")
     heads = config.num_heads + config.num_kv_heads
-    block = 2 * heads * config.head_dim * config.dim + 2 * config.mlp_dim * config.dim
+    _, is_gated = MLPS[config.mlp]
+    matrices = 3 if is_gated else 2
+    block = 2 * heads * config.head_dim * config.dim + matrices * config.mlp_dim * config.dim
     embeddings = config.vocab_size * config.dim
     refuse_beyond_memory({"weights": config.num_blocks * block + embeddings})
 
@@ -175,7 +183,9 @@ def import_model(path):
     path = Path(path)
     with explained(f"{path} holds no {THEIR_KINDS} model: name one, or see --list"):
         config = read_config(path)
-        files = sorted(path.glob("*.safetensors"))  # large models come in several
+        # Large models come in several files. A folder of Mistral's holds the weights again, in
+        # consolidated.safetensors.
+        files = sorted(path.glob(WEIGHTS)) or sorted(path.glob("*.safetensors"))
         if not files:
             raise UsageError("it has no file *.safetensors")
         weights = read_weights(files)
@@ -206,7 +216,10 @@ def import_model(path):
 
 
 def read_settings(path):
-    """The entries of config.json without nulls, which mean the same as no entry."""
+    """The entries of config.json without nulls, which mean the same as no entry.
+
+    (But for Mistral's sliding_window, which all of its folders have.)
+    """
     entries = json.loads(read_whole(path / "config.json"))
     return {name: value for name, value in entries.items() if value is not None}
 
@@ -286,7 +299,7 @@ def make_config(settings, untie):
 
     Raises KeyError if one without a default is missing, UsageError if one cannot be used.
     """
-    # What transformers assumes for entries that a config.json of Llama or Arcee lacks.
+    # What transformers assumes for entries that a config.json lacks.
     defaults = {
         "num_key_value_heads": settings["num_attention_heads"],
         "head_dim": None,

@@ -70,14 +70,14 @@ OTHER_NAMES = {
     "text_field": "content_key dataset_text_field text_column text_key",
     "top_k": "topk",
     "top_p": "nucleus topp",
-    "valid_fraction": "split test_size train_split val_fraction val_size val_split valid_split",
+    "valid_fraction": "split test_size val_fraction val_size val_split valid_split",
     "weight_decay": "wd",
 }
 # Names without a counterpart here, and what to do instead.
 NOT_NEEDED = {
     "advanced hardware": "a section needs flags below it, such as `dim: 8`",
     "always_save_checkpoint": "each evaluation saves; --keep counts what is kept",
-    "bias": "no layer has a bias",
+    "bias": "new models have no biases",
     "checkpoint": "gradient checkpointing takes no value; --identifier names a checkpoint",
     "checkpoints": "--save_dir names their folder, --steps_per_save their interval, --keep how"
     " many stay",
@@ -94,6 +94,7 @@ NOT_NEEDED = {
     "stream": "text is always printed as it is sampled",
     "tie tie_embeddings tie_weights tie_word_embeddings weight_tying": "tied, unless --untie",
     "train": "training is the default",
+    "train_fraction train_split": "--valid_fraction is the share that is held out: 1 minus this",
     "tensorboard trackio wandb wandb_log": "--report_to wandb, or tensorboard, trackio",
 }
 # Flags, and values that they do not take, with what to do instead.
@@ -141,15 +142,15 @@ def explain_word(word, flags):
         return f"--{word}?"
     if word.endswith(".py") and "config" in flags:
         return "flags are typed, or come from a YAML file or a recipe: --config first"
-    is_recipe = os.path.exists(RECIPES / f"{word}.yaml")
-    kinds = {
-        "config": is_recipe or word.endswith((".yaml", ".yml")),
-        "dataset": word in CORPORA,
-        "text": os.path.exists(word),
-    }
-    for flag, is_meant in kinds.items():
-        if is_meant and flag in flags:
-            return f"is --{flag} before {word} missing?"
+    flag = None
+    if os.path.exists(word):
+        flag = "text"
+    if word in CORPORA and word != "text":
+        flag = "dataset"
+    if os.path.exists(RECIPES / f"{word}.yaml") or word.endswith((".yaml", ".yml")):
+        flag = "config"
+    if flag in flags:
+        return f"is --{flag} before {word} missing?"
     return None
 
 

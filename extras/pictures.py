@@ -10,7 +10,6 @@ Dimension letters are those of main.py: D model, H query heads, K key/value head
 d head.
 """
 
-import math
 import sys
 import textwrap
 import warnings
@@ -20,17 +19,18 @@ import mlx.core as mx
 import numpy as np
 
 from datasets import UsageError, explained, printable, user_path, utf8
-from main import first_ids, flags_apart, read_log
+from main import first_ids, flags_apart, read_log, settle
 
 DPI = 150  # dots per inch, fewer if a side of the image would exceed MAX_PIXELS
 MAX_PIXELS = 2**13
 # Training losses are many and noisy, so they are pale; validation losses have markers.
 SPLIT_STYLES = {"train": {"alpha": 0.4}, "valid": {"alpha": 1, "marker": "o", "markersize": 4}}
-# Tokenizers that are the same in all runs; the others are made from a run's own text.
+# Tokenizers that are the same in all runs; others count as the same only with the same text.
 FIXED_TOKENIZERS = ["byte", "gpt2"]
 # The first losses of a run are so high that they would take most of the y axis: it shows those
 # after this share of its iterations.
 START = 0.05
+LARGEST_NUMBER = 1e30  # in a plot: the axes of larger ones overflow
 
 
 # ---- Losses -------------------------------------------------------------------------------------
@@ -90,15 +90,15 @@ def plot_runs(checkpoints, path):
 
 def tokenizer_of(checkpoint):
     """What two runs with the same tokenizer have in common."""
-    kind = checkpoint.flags["tokenizer"]
+    kind = settle({}, checkpoint.flags).tokenizer
     return kind if kind in FIXED_TOKENIZERS else checkpoint.tokens_sha256
 
 
-def columns_of(log, split, column="loss"):
+def columns_of(log, split, column):
     """Iterations, seconds of training and losses of a split, as floats [3, N].
 
-    log: the path; column: the name of the losses. Rows in which one of these is not a finite
-    number are skipped.
+    log: the path; column: the name of the losses. Rows in which one of these is not a number
+    below LARGEST_NUMBER are skipped.
     """
     values = []
     for _, row in read_log(log):
@@ -108,7 +108,7 @@ def columns_of(log, split, column="loss"):
             numbers = [float(row[name]) for name in ("iteration", "seconds", column)]
         except (ValueError, LookupError, TypeError, OverflowError):  # a damaged row
             continue
-        if all(map(math.isfinite, numbers)):
+        if all(abs(number) < LARGEST_NUMBER for number in numbers):  # nan is not
             values.append(numbers)
     # Without any values, the shape would be [0].
     return np.array(values, float).reshape(-1, 3).T

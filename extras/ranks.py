@@ -171,7 +171,7 @@ class Group:
 
     def broadcast_run(self, run):
         """Sends rank 0's run to the others; returns it with batches that are sent to them, too."""
-        progress = main.progress_of(run)
+        progress = run.progress()
         task = describe_task("train", run.model, run.dataset, run.flags)
         task |= {"name": run.name, "progress": progress}
         if run.teacher:
@@ -337,8 +337,8 @@ class Meeting:
             to_following = stack.enter_context(self.connect(following))
             try:
                 from_previous = stack.enter_context(self.accept(server))
-                # A byte goes round the ring twice: now all are connected, and now all have closed
-                # their servers, whose ports MLX needs.
+                # A byte goes round the ring twice. The first time it says that all are connected;
+                # the second time, each rank that has it closes its server, whose port MLX needs.
                 if self.rank > 0:
                     self.receive(from_previous)
                 to_following.sendall(b"1")
@@ -397,7 +397,7 @@ class Meeting:
     def remaining(self):
         """The time to wait for the previous rank, in seconds.
 
-        If that cannot connect, it shall be the first to end: it can say why.
+        If that cannot connect, it should end first, because it can say why.
         """
         return max(0.1, self.deadline + 2 * ATTEMPT - time.monotonic())
 
@@ -480,5 +480,6 @@ def hang_up():
 
 def end_lost(reason):
     """Ends this process, whose main thread may be stuck inside MLX."""
-    print(f"main.py: {LOST.format(reason)}", file=sys.stderr)
+    if not is_output_blocked():  # else printing would never end
+        print(f"main.py: {LOST.format(reason)}", file=sys.stderr)
     os._exit(1)

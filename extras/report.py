@@ -18,11 +18,11 @@ import time
 
 from tqdm import tqdm
 
-from datasets import UsageError, explained, one_line
+from datasets import UsageError, explained, one_line, without_passwords
 from main import INHERITED
 
 PROJECT = "transformer-lm"  # unless the dashboard's own variables name another
-# What to install for each dashboard, which is also what it is imported by.
+# What to install for each dashboard; the package is imported by the same name.
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 MOST_ROWS = 10_000  # that wait for a dashboard; later ones are dropped
 LAST_SECONDS = 30  # to wait for the dashboards when the run ends
@@ -32,10 +32,12 @@ def check(names):
     """Raises UsageError unless each of these dashboards, "wandb,trackio", can be reported to."""
     for name in split_names(names):
         package = PACKAGES[name]
-        with explained(f"--report_to {name} needs a package: pip install {package}", ImportError):
+        # Of any type: a package that is older than what it needs raises some other error.
+        remedy = f"pip install --upgrade {package}, or --report_to none"
+        with explained(f"--report_to {name} needs a package: {remedy}"):
             module = importlib.import_module(package)
         if name == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
-            remedy = "wandb login, or set WANDB_MODE=offline, and wandb sync later"
+            remedy = "wandb login, WANDB_MODE=offline (and later wandb sync), or --report_to none"
             with explained(f"--report_to wandb cannot log in: {remedy}"):
                 # In a thread, nobody could answer its questions.
                 has_key = module.login(prompt=False, verify=False)
@@ -93,7 +95,7 @@ class Dashboard(threading.Thread):
                 self.flags[flag_name] = value
 
     def run(self):
-        """The thread: any error is told in a line and ends it, but not the training run."""
+        """The thread: an error is reported in one line and ends it, but not the training run."""
         try:
             with OPENERS[self.name](self) as write:
                 while True:
@@ -102,7 +104,7 @@ class Dashboard(threading.Thread):
                         return
                     write(row["iteration"], named_by_split(row))
         except Exception as error:
-            reason = one_line(error)[:300] or type(error).__name__
+            reason = without_passwords(one_line(error))[:300] or type(error).__name__
             tqdm.write(f"--report_to {self.name} failed, the run goes on: {reason}")
 
 
@@ -142,52 +144,53 @@ def open_tensorboard(board):
 
 
 @contextlib.contextmanager
-def open_wandb(board):
-    """The same for Weights & Biases; the run's name is its id there."""
-    import wandb
-
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", PROJECT),
-        id=board.run_name,
+def tracked(board, package, **options):
+    """Yields a run of wandb, or of a package that is used as wandb is, and ends it."""
+    run = importlib.import_module(package).init(
+        project=os.environ.get(f"{package.upper()}_PROJECT", PROJECT),
         name=board.run_name,
         resume="allow",
-        dir=os.environ.get("WANDB_DIR", board.folder.parent),
         config=board.flags,
-        allow_val_change=True,  # flags may change when a run is resumed
-        settings=wandb.Settings(
-            console="off",
-            silent=True,
-            init_timeout=LAST_SECONDS,
-            finish_timeout=LAST_SECONDS,
-        ),
+        **options,
     )
-    if not run.offline:
-        tqdm.write(f"wandb    {one_line(run.url)}")
-    # Not wandb's own steps: those of a resumed run could only go on after the last one.
-    run.define_metric("iteration")
-    run.define_metric("*", step_metric="iteration")
     try:
-        yield lambda iteration, metrics: run.log({"iteration": iteration} | metrics)
+        yield run
     finally:
         run.finish()
 
 
 @contextlib.contextmanager
+def open_wandb(board):
+    """The same for Weights & Biases; the run's name is its id there."""
+    import wandb
+
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        finish_timeout=LAST_SECONDS,
+        x_disable_meta=True,  # it would upload the command line, passwords in addresses included
+        disable_git=True,  # and edits that were not committed
+    )
+    options = {
+        "id": board.run_name,
+        "dir": os.environ.get("WANDB_DIR", board.folder.parent),
+        "allow_val_change": True,  # flags may change when a run is resumed
+        "settings": settings,
+    }
+    with tracked(board, "wandb", **options) as run:
+        if not (run.offline or run.disabled):
+            tqdm.write(f"wandb    {one_line(run.url)}")
+        # Not wandb's own steps: those of a resumed run could only go on after the last one.
+        run.define_metric("iteration")
+        run.define_metric("*", step_metric="iteration")
+        yield lambda iteration, metrics: run.log({"iteration": iteration} | metrics)
+
+
+@contextlib.contextmanager
 def open_trackio(board):
     """The same for Trackio."""
-    import trackio
-
-    run = trackio.init(
-        project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-        name=board.run_name,
-        resume="allow",
-        config=board.flags,
-        embed=False,
-    )
-    try:
+    with tracked(board, "trackio", embed=False) as run:
         yield lambda iteration, metrics: run.log(metrics, step=iteration)
-    finally:
-        run.finish()
 
 
 OPENERS = {"tensorboard": open_tensorboard, "wandb": open_wandb, "trackio": open_trackio}

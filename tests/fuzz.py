@@ -23,6 +23,7 @@ import argparse
 import base64
 import copy
 import gc
+import gzip
 import hashlib
 import importlib
 import inspect
@@ -36,6 +37,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -45,6 +47,13 @@ import traceback
 import zlib
 from collections import Counter
 from pathlib import Path
+
+import numpy as np
+
+try:
+    from backports import zstd
+except ImportError:
+    zstd = None  # .zst files are then something else
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -339,6 +348,8 @@ class Templates:
         rows = map(json.loads, (save / "good" / "log.jsonl").read_text().splitlines())
         self.log = b"".join(json.dumps(without_times(row)).encode() + b"\n" for row in rows)
         self.bomb = make_bomb(400 << 20)
+        self.parquets = make_parquets()  # none without pyarrow
+        self.gpt2 = self.hf["tokenizer.json"]  # what --tokenizer gpt2 is, with fewer ids
 
 
 def without_times(row):
@@ -1011,6 +1022,83 @@ def texts(case):
         case.run_main(*arguments, *TINY, "--num_iters", 1, writes=["work/save/NEW"])
 
 
+DOCUMENTS = [{"text": "the quick brown fox"}, {"text": "jumps over\n"}, {"text": None}]
+DOCUMENTS *= 12
+SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".parquet", ".bin")
+
+
+def make_parquets():
+    """Parquet files with rows of several types, as bytes. A process of its own imports pyarrow."""
+    code = """
+import io, json, sys
+import pyarrow as pa
+from pyarrow import parquet
+
+texts = [each["text"] for each in json.load(sys.stdin)]
+columns = [pa.array(texts), pa.array(texts, pa.large_string())]
+columns += [pa.array(texts).dictionary_encode(), pa.array([[each] for each in texts])]
+columns += [pa.array(texts, pa.binary()), pa.array(range(len(texts)))]
+for column in columns:
+    for compression in ("none", "snappy", "zstd"):
+        file = io.BytesIO()
+        table = pa.table({"text": column, "\x1b[2J": column})
+        parquet.write_table(table, file, compression=compression, row_group_size=10)
+        print(file.getvalue().hex())
+"""
+    options = {"input": json.dumps(DOCUMENTS), "text": True, "capture_output": True}
+    made = subprocess.run([sys.executable, "-c", code], **options)
+    return [bytes.fromhex(line) for line in made.stdout.split()]
+
+
+def draw_rows(case, suffix):
+    """The content of a file of rows, or of token ids."""
+    chance = case.chance
+    if suffix == ".bin":
+        ids = chance.choices((0, 1, 40, 200, 255, 256, 257, 299, 298, 65535), [99] * 9 + [2], k=99)
+        return np.array(ids, "<u2").tobytes() + chance.choice((b"", b"", b"\0"))
+    if suffix == ".parquet" and case.templates.parquets:
+        return chance.choice(case.templates.parquets)
+    rows = DOCUMENTS if chance.random() < 0.3 else often_mutated(chance, DOCUMENTS)
+    rows = rows if isinstance(rows, list) else [rows]
+    content = "\n".join(map(dumps, rows)).encode() + chance.choice((b"", b"\n", b"\n\n"))
+    if suffix.endswith((".gz", ".zst")):
+        pack = gzip.compress
+        if suffix.endswith(".zst") and zstd is not None:
+            pack = zstd.compress
+        return case.templates.bomb if chance.random() < 0.1 else pack(content)
+    return content
+
+
+def rows_files(case):
+    """Files with a document in each row, and of token ids."""
+    chance = case.chance
+    suffix = chance.choice(SUFFIXES)
+    tokenizers = ("byte", "char", "word", "bpe", "gpt2")
+    count = chance.choice((1, 1, 2))
+    if suffix == ".bin" and chance.random() < 0.8:
+        tokenizers = ("gpt2",)
+        count = 2
+    names = []
+    for name in ("train", "valid")[:count]:
+        content = draw_rows(case, suffix)
+        if chance.random() < 0.4:
+            content = damaged(chance, content)
+        if chance.random() < 0.1:
+            suffix = chance.choice(SUFFIXES)
+        names.append(name + suffix)
+        (case.work / names[-1]).write_bytes(content)
+    (case.work / "data/gpt2").mkdir()
+    (case.work / "data/gpt2" / datasets.GPT2.files[0].name).write_bytes(case.templates.gpt2)
+    arguments = ["--text", names[0]]
+    if len(names) > 1:
+        arguments += ["--valid_text", names[1]]
+    if chance.random() < 0.2:
+        arguments += ["--text_field", chance.choice(("\x1b[2J", "body", "[text]"))]
+    arguments += ["--tokenizer", chance.choice(tokenizers)]
+    arguments += ["--vocab_size", "300"]
+    case.run_main(*arguments, program="datasets.py")
+
+
 def prompts_files(case):
     """--prompts_file, and an --output to be gone on with."""
     chance = case.chance
@@ -1184,6 +1272,7 @@ FAMILIES = {
     configs: 5,
     cases_files: 4,
     texts: 5,
+    rows_files: 6,
     prompts_files: 4,
     collected_files: 4,
     downloads: 4,
@@ -1287,6 +1376,11 @@ def be_a_case(case, plant):
             names = ("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt")
             files = [datasets.File(name, size, sha256) for name in names]
             datasets.CORPORA["ptb"] = datasets.Corpus("word", (), files)
+        gpt2 = case.templates.gpt2
+        file = datasets.GPT2.files[0]._replace(
+            size=len(gpt2), sha256=hashlib.sha256(gpt2).hexdigest()
+        )
+        datasets.GPT2 = datasets.GPT2._replace(files=[file])
         server = None
         arguments = case.arguments
         if case.answers is not None:
@@ -1498,7 +1592,7 @@ def warm_up():
     """Imports what cases import, and computes nothing."""
     for name in ("collect", "huggingface", "gguf", "pictures", "cases", "decode", "quantize"):
         importlib.import_module(f"extras.{name}")
-    for name in ("lora", "distil", "names", "results"):
+    for name in ("lora", "distil", "names", "results", "formats"):
         importlib.import_module(f"extras.{name}")
     for name in ("tokenizers", "requests", "yaml", "matplotlib.figure", "gguf", "numpy.random"):
         importlib.import_module(name)

@@ -188,7 +188,7 @@ def test_a_system_or_a_python_that_lacks_something(program, module, words, alone
     (tmp_path / "sitecustomize.py").write_text(hide)
     # -B asks for a Python of its own, which imports nothing before.
     command = ["-B", alone["cwd"] / program]
-    _, err = run("--help", program=command, env={"PYTHONPATH": str(tmp_path)}, status=1)
+    _, err = run("--help", program=command, env={"PYTHONPATH": str(tmp_path)}, status=2)
     assert err.startswith(f"{program}: {words}")
     assert err.count("\n") == 1
 

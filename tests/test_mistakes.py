@@ -300,7 +300,7 @@ MISTAKES = [
     (f"--batch_size {10**9}", "--batch_size", "at most 1048576"),
     ("--dim", "expected one argument", "--dim N: model dimension"),
     ("--text", "expected at least one argument", "--text PATH: train on your own"),
-    ("--evaluate", "expected one argument", "--evaluate train or valid or test: evaluate a checkpoint"),
+    ("--evaluate", "expected one argument", "--evaluate train or valid or test: evaluate a"),
     ("--quantize", "expected one argument", "--quantize 4 or 8 or 16: quantize weights"),
     ("--dim=", "--dim", "whole number"),
     ("--dim wide", "'wide'", "whole number"),

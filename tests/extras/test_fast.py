@@ -1085,12 +1085,15 @@ def test_a_process_that_another_has_started_uses_the_same_compiler(tmp_path):
 
 
 @needs_compiler
-def test_headers_of_older_versions_go(tmp_path):
+def test_headers_of_older_versions_go_and_what_killed_compilations_left(tmp_path):
     folder = tmp_path / "cache" / "transformer-lm"
     for i in range(5):
         (folder / f"compiler-{i}").mkdir(parents=True)
         os.utime(folder / f"compiler-{i}", (i, i))
+    (folder / "compiler-5.new").mkdir()
+    (folder / ".0123456789abcdef.new").touch()
     compile_in(tmp_path).communicate(timeout=120)
+    assert not list(folder.glob("*.new"))
     left = {path.name for path in folder.glob("compiler-*")}
     assert len(left) == 3 and left > {"compiler-3", "compiler-4"}
 

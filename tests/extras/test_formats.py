@@ -164,8 +164,8 @@ BAD_LINES = [  # what follows a good line; words of the answer
     ("good\n", "row 2 of .* is not JSON"),
     ('{"text": "cut of', "row 2 of .* is not JSON"),
     ('["good"]\n', "row 2 of .* is not a JSON object"),
-    ('{"text": ["good"]}\n', "is no text but list in row 2: .* --text_field"),
-    ('{"text": 3}\n', "is no text but int in row 2"),
+    ('{"text": ["good"]}\n', "is not text but list in row 2: .* --text_field"),
+    ('{"text": 3}\n', "is not text but int in row 2"),
     ('{"body": "good", "title": 1}\n', r"no field text: .* --text_field \(it has body, title\)"),
     ("{}\n", r"no field text: .* \(it has none\)"),
     ('{"\x1b[31m\\u001b[2J": 1}\n', "row 2"),
@@ -204,10 +204,10 @@ def test_the_longest_row(tmp_path):
 
 
 @pytest.mark.parametrize("column, words", [
-    (pyarrow.array([["a"]]), "no text but list<.*> in row 1: name another"),
-    (pyarrow.array([1]), "no text but int64"),
-    (pyarrow.array([b"a"]), "no text but binary"),
-    (pyarrow.array([{"text": "a"}]), "no text but struct"),
+    (pyarrow.array([["a"]]), "not text but list<.*> in row 1: name another"),
+    (pyarrow.array([1]), "not text but int64"),
+    (pyarrow.array([b"a"]), "not text but binary"),
+    (pyarrow.array([{"text": "a"}]), "not text but struct"),
 ])  # fmt: skip
 def test_a_column_that_is_no_text(column, words, tmp_path):
     parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
@@ -349,7 +349,7 @@ def test_token_ids_that_cannot_be_used(tmp_path):
     encoded(tokenizer, ["the fox"]).tofile(path)
     with pytest.raises(UsageError, match="train.bin would be read as GPT-2's .* --tokenizer gpt2"):
         load(tmp_path / "data", path, valid_text=[path])
-    with pytest.raises(UsageError, match="train.bin holds token ids: add --valid_text"):
+    with pytest.raises(UsageError, match="train.bin is read as token ids: add --valid_text"):
         load(tmp_path / "data", path, tokenizer=tokenizer)
     (tmp_path / "notes.txt").write_text("notes")
     with pytest.raises(UsageError, match="two kinds"):
@@ -374,7 +374,8 @@ def stories(tmp_path_factory):
     line = ["--text", folder / "stories.jsonl.zst", *TINY, "--context_size", 16, "--dim", 32]
     line += ["--learning_rate", 0.01, "--lr_warmup", 5, "--save_dir", folder / "lm"]
     out, _ = run(*line, "--num_iters", 120, "--mlp", "swiglu")
-    assert "data     text: 4,859 train / 539 valid tokens" in out  # 17 bytes and an end token between each two
+    # 17 bytes, and an end token between each two
+    assert "data     text: 4,859 train / 539 valid tokens" in out
     run(*line, "--num_iters", 60, "--new_model")
     return folder / "lm"
 

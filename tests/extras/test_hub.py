@@ -166,12 +166,29 @@ def test_a_gated_model_names_its_key(hub, here):
 @pytest.mark.parametrize("changes, words", [
     (dict(model_type="gpt2"), "org/tiny: this program has no model_type gpt2"),
     (dict(num_hidden_layers=10**7), "org/tiny: this needs at least"),
+    (dict(hidden_size="large"), "org/tiny: hidden_size is 'large'"),
+    (dict(num_attention_heads=None), "org/tiny: its config.json is not that of a Llama, "),
 ])  # fmt: skip
 def test_nothing_large_is_downloaded_in_vain(changes, words, hub, here):
     change(hub.folder, **changes)
     with pytest.raises(UsageError, match=words):
         huggingface.open_by_name("org/tiny")
     assert "model.safetensors" not in fetched(hub)
+
+
+def test_no_weights_are_downloaded_without_a_tokenizer(hub, here):
+    (hub.folder / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match="org/tiny: it has no tokenizer.json"):
+        huggingface.open_by_name("org/tiny")
+    assert "model.safetensors" not in fetched(hub)
+
+
+def test_weights_that_another_program_has_downloaded_do_not_count(hub, here):
+    before = huggingface.open_by_name("org/tiny")
+    folder = huggingface.download_model("org/tiny")
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights in another form")
+    after = huggingface.open_by_name("org/tiny")
+    assert after[2:] == before[2:]
 
 
 def test_without_the_package(monkeypatch):
@@ -191,5 +208,5 @@ def test_a_long_context_is_not_trained_unasked(context, given, expected, line, t
     out, _ = run(*line, "--save_dir", tmp_path / "lm")
     [checkpoint] = main.list_checkpoints(tmp_path / "lm")
     assert checkpoint.config["context_size"] == expected
-    told = "a context of 2,000 tokens; this run has 1,024 (--context_size gives another)"
+    told = "a context of 2,000 tokens; this run has at most 1,024 (--context_size gives another)"
     assert (told in out) == (expected == 1024)

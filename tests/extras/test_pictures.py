@@ -161,6 +161,8 @@ def test_a_log_whose_last_line_was_cut_off(tmp_path, figures, cut):
     written(20, 1.5, math.nan),
     written(20, 1.5),
     written(20, 10**400, 60),
+    written(20, 1e308, 60),
+    written(20, -1e308, 60),
     "20",
     "null",
     "[]",
@@ -176,7 +178,7 @@ def test_damaged_rows_are_skipped(tmp_path, row):
     runs = [made_by(tmp_path / "run"), made_by(tmp_path / "folder")]
     pictures.plot_runs(runs, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    columns = pictures.columns_of(path, "train")
+    columns = pictures.columns_of(path, "train", "loss")
     assert columns.tolist() == [[10, 30], [60, 180], [1.5, 1.25]]
 
 

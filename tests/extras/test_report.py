@@ -77,8 +77,12 @@ def test_wandb_without_a_network(line, tmp_path):
     pytest.importorskip("wandb")
     folder = tmp_path / "lm"
     alone = {"env": {"WANDB_MODE": "offline"}, "start_new_session": True}
+    mirror = "https://user:password@example.com"  # not used by a text of one's own
+    typed = [*line, folder, "--report_to", "wandb", "--mirror", mirror]
     for num_iters in (10, 20):
-        run(*line, folder, "--num_iters", num_iters, "--report_to", "wandb", **alone)
+        run(*typed, "--num_iters", num_iters, **alone)
+    for path in folder.glob("wandb/**/*"):
+        assert path.is_dir() or b"password" not in path.read_bytes()
     paths = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     assert len(paths) == 2, "a file for each session"
     curves = {}
@@ -200,8 +204,8 @@ def test_only_the_first_rank_reports():
 @pytest.mark.parametrize("typed, words", [
     ("mlflow", "must be none, or some of tensorboard, wandb, trackio, not mlflow"),
     ("wandb,", "must be none"),
-    ("trackio", "--report_to trackio needs a package: pip install trackio"),
-    ("wandb", "--report_to wandb finds no key: wandb login, or set WANDB_MODE=offline"),
+    ("trackio", "--report_to trackio needs a package: pip install --upgrade trackio"),
+    ("wandb", "--report_to wandb finds no key: wandb login, WANDB_MODE=offline"),
 ])  # fmt: skip
 def test_mistakes(typed, words, line, tmp_path, monkeypatch, capsys):
     """Before anything is trained."""
