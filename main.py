@@ -1617,8 +1617,8 @@ def check_config(config):
 
 
 def is_number(value):
-    """Whether a value is a number that MLX takes."""
-    return type(value) in (int, float) and 0 <= value < 1e30
+    """Whether a value is a number that MLX takes: integers must be below 2^63."""
+    return type(value) in (int, float) and 0 <= value < 1e18
 
 
 def check_flags(values):

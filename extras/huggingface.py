@@ -81,7 +81,7 @@ UNSUPPORTED = [
 # Valid types, minimum and maximum of these numbers in a config.json. The others are sizes, and
 # LARGEST_SIZE is far more than any model has.
 NUMBERS = {
-    "rope_theta": ((int, float), 1, 1e30),
+    "rope_theta": ((int, float), 1, 1e17),
     "rms_norm_eps": ((int, float), 0, 1),
     "factor": ((int, float), 1, 1e6),
     "low_freq_factor": ((int, float), 1e-6, 1e6),
