@@ -15,7 +15,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TEXT, TINY, Script, flags, ids, run, run_folder, start
+from conftest import TEXT, TINY, Constant, Script, flags, ids, run, run_folder, start
 from datasets import ByteTokenizer, PackageTokenizer, UsageError
 from mlx.utils import tree_flatten, tree_unflatten
 from test_sampling import DISTRIBUTIONS
@@ -68,7 +68,7 @@ def test_what_is_drawn_has_the_right_distribution(rules, weights):
     logits = [math.log(weight) for weight in (4, 1, 3, 2, 0.5)]
     given = flags(**dict(temperature=1.0, top_k=0) | rules)
     texts = [[4, 0] for _ in range(draws)]
-    decoder = BatchDecoder(Script(lambda token: logits), texts)
+    decoder = BatchDecoder(Constant(logits), texts)
     [drawn] = decoder.generate(1, given, range(draws))
     assert [text[2] for text in texts] == drawn
     assert_distributed(np.bincount(drawn, minlength=5), weights)
