@@ -28,7 +28,8 @@ def wait_for(process, words, seconds=120):
     for line in process.stdout:
         if words in line:
             return line
-    raise AssertionError(f"{words!r} never came: {process.stderr.read()}")
+    said = process.stderr and process.stderr.read()
+    raise AssertionError(f"{words!r} never came: {said}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
