@@ -40,6 +40,11 @@ TINY = (
     "--dim 16 --num_heads 2 --num_blocks 2 "
     "--context_size 8 --batch_size 4 --max_tokens 8"
 ).split()
+# A line of history: iteration, training loss, score, whether it is the best.
+SCORED = (
+    r"^iteration ([\d,]+): (?:train ([\d.]+), )?valid ([\d.]+) nats( \(best\))?, perplexity "
+    r"[\d.]+ per token, [\d.]+ bits per byte; epoch [\d.]+, time [\d:]+, scored in [\d.]+ s$"
+)
 WORDS = "the quick brown fox of the company jumps over a lazy dog".split()
 
 
@@ -55,6 +60,18 @@ TEXT = "".join(map(line_of_words, range(400)))
 def pytest_configure(config):
     marker = "soak: long runs of the fault matrix, only with pytest -m soak"
     config.addinivalue_line("markers", marker)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers():
+    """The workers of `-n auto`: two more than cores, for tests that wait for a signal or a clock."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # pytest-xdist reads it
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return cores + 2
 
 
 def pytest_collection_modifyitems(config, items):
@@ -319,6 +336,18 @@ def word_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def byte_model(tmp_path_factory):
     return train_small(tmp_path_factory.mktemp("byte"), "byte")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with two runs of a byte model that has learnt a little."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    line = ["--text", folder / "text.txt", *TINY, "--context_size", 32, "--save_dir", folder / "lm"]
+    line += ["--learning_rate", 0.01, "--lr_warmup", 5, "--num_iters", 60, "--steps_per_eval", 20]
+    for seed in (1, 2):
+        run(*line, "--seed", seed)
+    return folder / "lm"
 
 
 @pytest.fixture(params=["word", "byte"])

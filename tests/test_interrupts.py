@@ -227,7 +227,7 @@ def test_signal_to_the_group_during_the_first_compile(tmp_path, text):
 
     Whatever it or a kill leaves behind, the next start must work.
     """
-    line = ["--text", text, *TINY, "--num_iters", 3]
+    line = ["--text", text, *TINY, "--num_blocks", 1, "--num_iters", 3, "--sample_tokens", 0]
     folder = ["--save_dir", tmp_path / "lm"]
     env = {"TMPDIR": str(tmp_path)}
 

@@ -16,19 +16,6 @@ from test_huggingface import make_model
 from extras import pictures
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A folder with two runs of a byte model that has learnt a little."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
-    line = ["--text", folder / "text.txt", "--save_dir", folder / "lm", *TINY, "--num_iters", 60]
-    line += ["--context_size", 32, "--steps_per_eval", 20]
-    line += ["--learning_rate", 0.01, "--lr_warmup", 5]
-    for seed in (1, 2):
-        run(*line, "--seed", seed)
-    return folder / "lm"
-
-
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn, in place of the files they would be written to."""
