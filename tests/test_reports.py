@@ -63,6 +63,9 @@ def row_of(iteration, split="train", **values):
     return json.dumps({"iteration": iteration, "split": split} | values)
 
 
+ANYTHING_MORE = " +(?:.*  )?"  # between two metrics: somebody else's
+
+
 class Endless:
     """Batches of zeros."""
 
@@ -349,8 +352,14 @@ def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path, capsys):
     take_steps(my_metric=12.3456)
     take_steps(my_metric=1 / 3)
     lines = capsys.readouterr().out.splitlines()
-    report = r"10/40  loss 2.0000  [\d,.]+ ms/step  lr 1.00e-01  [\d,]+ tokens/s  perplexity 7.39  "
-    assert re.match(report, lines[0])
+    reported = [
+        "10/40  loss 2.0000",
+        r"[\d,.]+ ms/step",
+        "lr 1.00e-01",
+        r"[\d,]+ tokens/s",
+        "perplexity 7.39  ",
+    ]
+    assert re.match(ANYTHING_MORE.join(reported), lines[0])
     assert re.search(r"  left [\d:]+$", lines[0])
     shown = [re.findall(r"my_metric (\S+)", line) for line in lines]
     assert shown == [[], ["12.35"], ["0.3333"]]
@@ -441,12 +450,17 @@ def test_the_progress_bar_fits_the_terminal(tmp_path, columns, monkeypatch):
     ends = [bar.rindex("|") for bar in bars if "loss" in bar]
     assert ends == sorted(ends, reverse=True)
     assert len({*ends[-35:]}) == 1, "of losses above and below 10"
-    report = r" {5}80/100,000 \|.{8,}\| [\d:]+<[\d:]+  loss 10\.\d+  [\d,.]+ ms/step"
+    reported = [r" {5}80/100,000 \|.{8,}\| [\d:]+<[\d:]+  loss 10\.\d+", r"[\d,.]+ ms/step"]
     if columns >= 100:
-        report += r" +lr \S+ +grad [\d.]+"
+        reported += [r"lr \S+", r"grad [\d.]+"]
     if columns >= 200:
-        report += r" +[\d,]+ tokens/s +perplexity [\d.]+ +epoch [\d.]+ +peak \d+ MiB"
-    assert re.search(report + " *$", bars[-1]), bars[-1]
+        reported += [
+            r"[\d,]+ tokens/s",
+            r"perplexity [\d.]+",
+            r"epoch [\d.]+",
+            r"peak \d+ MiB",
+        ]
+    assert re.search(ANYTHING_MORE.join(reported), bars[-1]), bars[-1]
 
 
 @pytest.mark.parametrize("scores, mark", [

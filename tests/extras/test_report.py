@@ -227,7 +227,17 @@ def test_mistakes(typed, words, line, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("lm/text-*"))
 
 
-def test_none_turns_off_what_a_run_was_begun_with():
+def test_none_turns_off_what_a_run_was_begun_with(line, tmp_path, monkeypatch):
+    recorder = Recorder()
+    use(monkeypatch, "wandb", recorder)
+    train(*line, tmp_path / "lm", "--num_iters", 10, "--report_to", "wandb")
+    train(*line, tmp_path / "lm", "--num_iters", 20, "--report_to", "none")
+    [(_, told)] = recorder.sessions
+    assert told[-1] == "finished"
+    assert main.list_checkpoints(tmp_path / "lm")[0].iteration == 20
+
+
+def test_names_of_dashboards():
     assert report.split_names("wandb,none,wandb,tensorboard") == ["wandb", "tensorboard"]
     report.check("none")
     assert main.parse(["--report_to", "none"]) == {"report_to": "none"}
