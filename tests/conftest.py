@@ -64,7 +64,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers():
-    """The workers of `-n auto`: two more than cores, for tests that wait for a signal or a clock."""
+    """The workers of `-n auto`: two more than cores, as many tests wait for processes."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None  # pytest-xdist reads it
     if hasattr(os, "sched_getaffinity"):  # not on macOS
@@ -215,6 +215,11 @@ def run_folder(save_dir):
     """The folder of the only run in a folder."""
     [folder] = run_folders(save_dir)
     return folder
+
+
+def newest(save_dir):
+    """The checkpoint that was saved last in a folder."""
+    return main.list_checkpoints(save_dir)[0]
 
 
 def log_rows(save_dir, split=None):

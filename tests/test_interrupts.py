@@ -203,15 +203,19 @@ def test_explained_errors_of_mlx():
     assert explain(RuntimeError("[matmul] shapes do not match")) is None
 
 
-def test_closed_terminal_saves(tmp_path, text):
-    """A terminal that goes away sends SIGHUP and makes every later write fail."""
+@pytest.mark.parametrize("columns", [100, 0])
+def test_closed_terminal_saves(tmp_path, text, columns):
+    """A terminal that goes away sends SIGHUP and makes every later write fail.
+
+    One that does not know its width shows a bar, too.
+    """
     pid, terminal = pty.fork()
     if pid == 0:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         arguments = ["--text", str(text), *TINY, "--save_dir", str(tmp_path / "lm")]
         os.execv(sys.executable, [sys.executable, str(ROOT / "main.py"), *arguments])
-    size = struct.pack("4H", 24, 100, 0, 0)  # or there is no room for a bar
+    size = struct.pack("4H", 24, columns, 0, 0)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
     seen = b""
     while b"loss" not in seen:  # the bar's first report

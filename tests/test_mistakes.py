@@ -129,7 +129,7 @@ def world(tmp_path_factory):
 
 @functools.lru_cache(64)
 def bytes_of(path, inode, size, mtime_ns, ctime_ns):
-    """The bytes of a file, read again once any of these has changed, as each write changes ctime."""
+    """The bytes of a file, read anew once one of these differs; each write changes ctime."""
     return path.read_bytes()
 
 

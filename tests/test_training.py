@@ -10,14 +10,12 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, SCORED, TINY, flags, ids, log_rows, run, run_folders, start
+from conftest import ROOT, SCORED, TINY, flags, ids, log_rows, newest, run, run_folders, start
 from datasets import load_dataset
 from mlx.utils import tree_flatten
 from test_interrupts import wait_for
@@ -25,11 +23,6 @@ from test_interrupts import wait_for
 import main
 
 DROPOUT = ["--dropout", "0.1"]
-
-
-def newest(folder):
-    """The checkpoint that was saved last in a folder."""
-    return main.list_checkpoints(folder)[0]
 
 
 def scored_iterations(checkpoint):
@@ -46,14 +39,7 @@ def interrupt(process):
 
 def start_code(code, *arguments):
     """Starts a Python program that imports main.py and changes something in it first."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    return start(*arguments, program=["-c", code], cwd=ROOT)
 
 
 INTERRUPTED = [

@@ -17,7 +17,10 @@ from datasets import PackageTokenizer, Rows, UsageError, read_documents
 
 from extras import formats
 
-zstd = pytest.importorskip("backports.zstd")
+try:
+    from compression import zstd  # since Python 3.14
+except ImportError:
+    zstd = pytest.importorskip("backports.zstd")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 

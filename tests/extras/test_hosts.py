@@ -10,10 +10,10 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT, TINY, free_ports, ids, start
+from conftest import ROOT, TINY, free_ports, ids, newest, start
 from hosts import Hosts, missing_tool
 from test_interrupts import wait_for
-from test_ranks import finish, newest_in, run_ranks
+from test_ranks import finish, run_ranks
 
 import main
 from datasets import CACHE
@@ -80,7 +80,7 @@ def test_a_machine_that_pauses_is_waited_for_and_one_that_vanishes_is_not(hosts,
     wait_for(ranks[0], "at iteration 20")
     ranks[1].send_signal(signal.SIGSTOP)
     time.sleep(SILENCE + CHECK + 1)
-    saved = newest_in(folder).iteration
+    saved = newest(folder).iteration
     ranks[1].send_signal(signal.SIGCONT)
     wait_for(ranks[0], f"at iteration {saved + 10:,}")
 
@@ -90,7 +90,7 @@ def test_a_machine_that_pauses_is_waited_for_and_one_that_vanishes_is_not(hosts,
     for _, err in outputs:
         assert err.count("a rank failed or is gone") == 1, err
         assert "Traceback" not in err
-    assert newest_in(folder).iteration >= saved + 10
+    assert newest(folder).iteration >= saved + 10
 
 
 def test_machines_that_cannot_meet(hosts, tmp_path, text):
@@ -116,7 +116,7 @@ def test_the_command_of_the_guide(served, tmp_path, text):
     served.addresses.append(served.addresses[1])
     served.launch(served.launch_command([*line, 8, "--save_dir", folder])).wait(200)
     assert "from iteration 6 to 8" in served.output()
-    assert newest_in(folder).versions["ranks"] == 3
+    assert newest(folder).versions["ranks"] == 3
     served.wait_until_empty()
 
 
@@ -168,4 +168,4 @@ def test_a_killed_process_ends_all(victim, served, tmp_path, text):
         assert checkpoint.iteration >= 10
     else:
         saved = [int(number) for number in re.findall(r"at iteration (\d+)", out)]
-        assert newest_in(folder).iteration >= max(saved)
+        assert newest(folder).iteration >= max(saved)

@@ -19,7 +19,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import MAIN, ROOT, TINY, free_ports, ids, run, start
+from conftest import MAIN, ROOT, TINY, free_ports, ids, newest, run, start
 from test_interrupts import wait_for
 
 from datasets import CACHE, RunError
@@ -121,19 +121,14 @@ def run_ranks(size, folder, *arguments, **options):
     return outputs
 
 
-def newest_in(save_dir):
-    """The checkpoint saved last."""
-    return main.list_checkpoints(save_dir)[0]
-
-
 def losses(save_dir):
     """The losses in the log of the run saved last."""
-    rows = main.read_log(newest_in(save_dir).folder / "log.jsonl")
+    rows = main.read_log(newest(save_dir).folder / "log.jsonl")
     return np.array([row["loss"] for _, row in rows])
 
 
 def weights(save_dir):
-    return mx.load(str(newest_in(save_dir).weights_path))
+    return mx.load(str(newest(save_dir).weights_path))
 
 
 def assert_equal_weights(folder, other):
@@ -315,7 +310,7 @@ def test_lora_with_a_teacher(tmp_path, text):
         shutil.copytree(folder, tmp_path / place)
     run(*given, "--save_dir", tmp_path / "one", "--new_model")
     run_ranks(2, tmp_path, *given, "--save_dir", tmp_path / "two", "--new_model")
-    assert newest_in(tmp_path / "two").uses == {"init_from": [base, base], "teacher": [base, base]}
+    assert newest(tmp_path / "two").uses == {"init_from": [base, base], "teacher": [base, base]}
     assert len(losses(tmp_path / "one")) == 8
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-5)
     assert set(weights(tmp_path / "two")) == set(weights(tmp_path / "one"))
@@ -384,7 +379,7 @@ def test_killed_rank_ends_the_others(tmp_path, text, size, victim):
         assert statuses[rank] == 1, outputs[rank]
         _, err = outputs[rank]
         assert "a rank failed or is gone" in err and "Traceback" not in err
-    saved = newest_in(folder).iteration
+    saved = newest(folder).iteration
     assert saved >= 4 and saved % 2 == 0
     out, _ = run(*given, "--num_iters", saved + 2)
     assert f"from iteration {saved:,} to {saved + 2:,}" in out
