@@ -40,6 +40,11 @@ TINY = (
     "--dim 16 --num_heads 2 --num_blocks 2 "
     "--context_size 8 --batch_size 4 --max_tokens 8"
 ).split()
+# A line of history: iteration, training loss, score, whether it is the best.
+SCORED = (
+    r"^iteration ([\d,]+): (?:train ([\d.]+), )?valid ([\d.]+) nats( \(best\))?, perplexity "
+    r"[\d.]+ per token, [\d.]+ bits per byte; epoch [\d.]+, time [\d:]+, scored in [\d.]+ s$"
+)
 WORDS = "the quick brown fox of the company jumps over a lazy dog".split()
 
 
@@ -55,6 +60,18 @@ TEXT = "".join(map(line_of_words, range(400)))
 def pytest_configure(config):
     marker = "soak: long runs of the fault matrix, only with pytest -m soak"
     config.addinivalue_line("markers", marker)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers():
+    """The workers of `-n auto`: two more than cores, as many tests wait for processes."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # pytest-xdist reads it
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return cores + 2
 
 
 def pytest_collection_modifyitems(config, items):
@@ -200,6 +217,11 @@ def run_folder(save_dir):
     return folder
 
 
+def newest(save_dir):
+    """The checkpoint that was saved last in a folder."""
+    return main.list_checkpoints(save_dir)[0]
+
+
 def log_rows(save_dir, split=None):
     """The rows in the log of the only run in a folder, or those of one split, as dicts."""
     lines = (run_folder(save_dir) / "log.jsonl").read_text().splitlines()
@@ -233,13 +255,33 @@ class Script:
     def __call__(self, tokens, caches, last):
         import mlx.core as mx
 
-        assert tokens.ndim == 2 and last <= tokens.shape[1] <= self.config.context_size
-        for cache in caches:
-            cache.offset = cache.offset + tokens.shape[1]
+        self.read(tokens, caches, last)
         logits = []
         for row in tokens.tolist():
             logits.append([self.rows(token) for token in row[-last:]])
         return mx.array(logits)
+
+    def read(self, tokens, caches, last):
+        """Puts tokens [B, L] into the caches; there is no more than a model can read."""
+        assert tokens.ndim == 2 and last <= tokens.shape[1] <= self.config.context_size
+        for cache in caches:
+            cache.offset = cache.offset + tokens.shape[1]
+
+
+class Constant(Script):
+    """A model whose logits [V] are always the same."""
+
+    def __init__(self, logits, context_size=8):
+        import mlx.core as mx
+
+        super().__init__(None, context_size)
+        self.logits = mx.array(logits, mx.float32)
+
+    def __call__(self, tokens, caches, last):
+        import mlx.core as mx
+
+        self.read(tokens, caches, last)
+        return mx.broadcast_to(self.logits, (len(tokens), last, self.logits.size))
 
 
 def nats_of(logits, targets):
@@ -299,6 +341,18 @@ def word_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def byte_model(tmp_path_factory):
     return train_small(tmp_path_factory.mktemp("byte"), "byte")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with two runs of a byte model that has learnt a little."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    line = ["--text", folder / "text.txt", *TINY, "--context_size", 32, "--save_dir", folder / "lm"]
+    line += ["--learning_rate", 0.01, "--lr_warmup", 5, "--num_iters", 60, "--steps_per_eval", 20]
+    for seed in (1, 2):
+        run(*line, "--seed", seed)
+    return folder / "lm"
 
 
 @pytest.fixture(params=["word", "byte"])

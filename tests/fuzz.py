@@ -1797,7 +1797,7 @@ PLANTED = {
         (collections,),
         edited("extras.collect:read_answer", "if len(content) >", "if 0 >"),
     ),
-    "nothing": ((), None),
+    "nothing": (CHECKPOINTS, None),
 }
 
 

@@ -181,8 +181,13 @@ def test_values_of_other_programs():
     for name, values in names.OTHER_VALUES.items():
         action = main.make_parser()._option_string_actions[f"--{name}"]
         for value in " ".join(values).split():
-            assert names.explain_value(name, value.upper())
+            explained = names.explain_value(name, value.upper())
+            assert explained
             assert value not in (action.choices or [])
+            flags_named = set(re.findall(r"--(\w+)", explained))
+            assert flags_named <= set(main.DEFAULTS)
+            if action.choices and not flags_named:  # then it names values alone
+                assert set(explained.split()) - {"or"} <= set(action.choices)
 
 
 def test_hyphens_are_as_good_as_underscores(tmp_path):

@@ -1,11 +1,12 @@
 """main.py and datasets.py alone in a folder: they train, are stopped, resume exactly and sample."""
 
+import re
 import shutil
 import signal
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ids, log_rows, run, start
+from conftest import ROOT, SCORED, TINY, ids, log_rows, run, start
 from test_interrupts import wait_for
 
 # Refuses, as if they were not installed, all packages but the four that the core needs and those
@@ -68,15 +69,23 @@ def losses(folder):
     return np.array(steps)
 
 
-def test_stopped_twice_it_ends_as_the_run_never_stopped(alone, tmp_path):
-    given = ["--dataset", "python", "--eval_tokens", 1000]
-    line = [*given, *TINY, "--dropout", 0.1, "--num_iters", 60, "--steps_per_eval", 20]
-    line += ["--steps_per_report", 1]
+def test_a_run_on_what_every_python_has(alone, tmp_path):
+    """The corpus of a command without flags."""
+    line = ["--dataset", "python", *TINY, "--num_iters", 2, "--eval_tokens", 1000]
+    out, err = run(*line, "--save_dir", tmp_path, **alone)
+    assert "at iteration 2\n" in out
+    assert not err
+
+
+def test_stopped_twice_it_ends_as_the_run_never_stopped(alone, text, tmp_path):
+    line = ["--text", text, *TINY, "--dropout", 0.1, "--num_iters", 60, "--steps_per_eval", 20]
+    line += ["--steps_per_report", 1, "--data_dir", tmp_path / "data"]
     whole = tmp_path / "whole"
     parts = tmp_path / "parts"
     out, err = run(*line, "--save_dir", whole, **alone)
     assert "matmuls: MLX's own BLAS, kernels: main.py\n" in out
-    assert out.count(" nats") == 4, "three evaluations, and the best of them"
+    scored = [int(iteration) for iteration, *_ in re.findall(SCORED, out, re.M)]
+    assert scored == [20, 40, 60]
     assert not err
     for stop in (7, 33):
         process = start(*line, "--save_dir", parts, **alone)
@@ -98,7 +107,8 @@ def test_stopped_twice_it_ends_as_the_run_never_stopped(alone, tmp_path):
     assert answers.strip()
     listed, _ = run("--list", "--save_dir", parts, **alone)
     assert ids(parts)[0][:12] in listed
-    out, _ = run("--evaluate", "valid", "--batch_size", 256, "--save_dir", parts, **alone)
+    evaluating = ["--evaluate", "valid", "--data_dir", tmp_path / "data", "--save_dir", parts]
+    out, _ = run(*evaluating, **alone)
     assert out.splitlines()[-1].startswith("valid ")
 
 

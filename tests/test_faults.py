@@ -44,7 +44,7 @@ def test_faults_of_many_kinds():
     faults = 40 if soak.FORKS else 20  # elsewhere one costs ten times as much
     out, counts = run_soak("--seed", 2, "--faults", faults, "--jobs", 1)
     assert sum(counts.values()) >= faults
-    assert len(counts) >= faults / 3, out
+    assert len(counts) >= 0.6 * faults, out  # the seed gives 32 kinds of 44
 
 
 @pytest.mark.soak

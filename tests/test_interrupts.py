@@ -28,7 +28,8 @@ def wait_for(process, words, seconds=120):
     for line in process.stdout:
         if words in line:
             return line
-    raise AssertionError(f"{words!r} never came: {process.stderr.read()}")
+    said = process.stderr and process.stderr.read()
+    raise AssertionError(f"{words!r} never came: {said}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -202,15 +203,19 @@ def test_explained_errors_of_mlx():
     assert explain(RuntimeError("[matmul] shapes do not match")) is None
 
 
-def test_closed_terminal_saves(tmp_path, text):
-    """A terminal that goes away sends SIGHUP and makes every later write fail."""
+@pytest.mark.parametrize("columns", [100, 0])
+def test_closed_terminal_saves(tmp_path, text, columns):
+    """A terminal that goes away sends SIGHUP and makes every later write fail.
+
+    One that does not know its width shows a bar, too.
+    """
     pid, terminal = pty.fork()
     if pid == 0:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         arguments = ["--text", str(text), *TINY, "--save_dir", str(tmp_path / "lm")]
         os.execv(sys.executable, [sys.executable, str(ROOT / "main.py"), *arguments])
-    size = struct.pack("4H", 24, 100, 0, 0)  # or there is no room for a bar
+    size = struct.pack("4H", 24, columns, 0, 0)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
     seen = b""
     while b"loss" not in seen:  # the bar's first report
@@ -226,7 +231,7 @@ def test_signal_to_the_group_during_the_first_compile(tmp_path, text):
 
     Whatever it or a kill leaves behind, the next start must work.
     """
-    line = ["--text", text, *TINY, "--num_iters", 3]
+    line = ["--text", text, *TINY, "--num_blocks", 1, "--num_iters", 3, "--sample_tokens", 0]
     folder = ["--save_dir", tmp_path / "lm"]
     env = {"TMPDIR": str(tmp_path)}
 

@@ -483,12 +483,12 @@ def peak_of_a_step(grad_checkpoint):
     tokens = mx.array(draw_tokens(0, (64, 64)))
     step = main.make_step(model, main.make_optimizer(model, given), given)
     peaks = []
-    for _ in range(6):  # other programs' load moves a single peak
+    for _ in range(3):  # other programs' load moves a single peak
         mx.reset_peak_memory()
         before = mx.get_active_memory()  # of other tests, too
         take(step, tokens, tokens)
         peaks.append(mx.get_peak_memory() - before)
-    return sorted(peaks)[3]
+    return sorted(peaks)[1]
 
 
 def test_gradient_checkpointing_changes_memory_alone(set_streams):

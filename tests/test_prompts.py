@@ -85,8 +85,9 @@ def test_the_conversation_counts_until_it_is_reset(byte_model):
 
 
 def test_commands(model):
-    cold = replies_of(model, "the company\n", "--temperature", 0, "--seed", 7)
-    hot = replies_of(model, "the company\n", "--temperature", 3, "--seed", 7)
+    short = ["--max_tokens", 20]
+    cold = replies_of(model, "the company\n", *short, "--temperature", 0, "--seed", 7)
+    hot = replies_of(model, "the company\n", *short, "--temperature", 3, "--seed", 7)
     lines = [
         "/set temperature 0",
         "the company",
@@ -95,7 +96,7 @@ def test_commands(model):
         "/set seed 7",
         "the company",
     ]
-    assert replies_of(model, "\n".join(lines)) == cold + hot
+    assert replies_of(model, "\n".join(lines), *short) == cold + hot
     _, err = talk(model, "/set temperature 2\n/set seed x\n/set seed 8\n/set stop .\n")
     assert re.findall(r"^(?:temperature|seed|stop) .*", err, re.M) == [
         "temperature 2.0",
@@ -103,10 +104,11 @@ def test_commands(model):
         "seed 8",
         "stop .",
     ]
-    left = replies_of(model, "the company\n/quit \nthe company\n", "--temperature", 0)
+    leaving = "the company\n/quit \nthe company\n"
+    left = replies_of(model, leaving, *short, "--temperature", 0)
     assert left.rstrip("\n") == cold.rstrip("\n")
     lines = "/stats\nthe company\n/stats\n/reset\nthe company\n"
-    out, err = talk(model, lines, "--temperature", 0)
+    out, err = talk(model, lines, *short, "--temperature", 0)
     assert out == 2 * cold
     assert len(re.findall(r"^[\d,.]+ tokens/s$", err, re.M)) == 1
 
@@ -195,9 +197,10 @@ def test_identifier(word_model):
     _, err = talk(word_model, "")
     name = err.split(",")[0]
     prefix = ids(word_model)[0][:7]
+    short = ["--max_tokens", 20]
+    expected = talk(word_model, "the\n", *short)
     for identifier in (name, "latest", prefix):
-        named = talk(word_model, "the\n", "--identifier", identifier)
-        assert named == talk(word_model, "the\n")
+        assert talk(word_model, "the\n", *short, "--identifier", identifier) == expected
 
 
 def test_seed_and_temperature(model):
@@ -205,9 +208,10 @@ def test_seed_and_temperature(model):
     first = talk(model, "the company\n", *hot)
     assert talk(model, "the company\n", *hot) == first, "the same seed gives the same text"
     assert talk(model, "the company\n", *hot, "--seed", 1) != first
-    cold = replies_of(model, "the company\n", "--temperature", 0, "--seed", 1)
-    again = replies_of(model, "the company\n", "--temperature", 0, "--seed", 2)
-    likeliest = replies_of(model, "the company\n", "--top_k", 1)
+    short = ["--max_tokens", 20]
+    cold = replies_of(model, "the company\n", *short, "--temperature", 0, "--seed", 1)
+    again = replies_of(model, "the company\n", *short, "--temperature", 0, "--seed", 2)
+    likeliest = replies_of(model, "the company\n", *short, "--top_k", 1)
     assert cold == again == likeliest
 
 

@@ -49,18 +49,6 @@ def test_sliding_evaluation(length, stride):
         assert score == pytest.approx(total / (length - 1), rel=1e-5)
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A folder with two runs of a byte model that has learnt a little."""
-    folder = tmp_path_factory.mktemp("tools")
-    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
-    line = ["--text", folder / "text.txt", *TINY, "--context_size", 32, "--save_dir", folder / "lm"]
-    line += ["--learning_rate", 0.01, "--lr_warmup", 5, "--num_iters", 60, "--steps_per_eval", 20]
-    for seed in (1, 2):
-        run(*line, "--seed", seed)
-    return folder / "lm"
-
-
 def rows_of(path):
     """The rows of a log, as dicts."""
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -73,6 +61,9 @@ def iterations_of(path):
 def row_of(iteration, split="train", **values):
     """The line of a log."""
     return json.dumps({"iteration": iteration, "split": split} | values)
+
+
+ANYTHING_MORE = " +(?:.*  )?"  # between two metrics: somebody else's
 
 
 class Endless:
@@ -361,8 +352,14 @@ def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path, capsys):
     take_steps(my_metric=12.3456)
     take_steps(my_metric=1 / 3)
     lines = capsys.readouterr().out.splitlines()
-    report = r"10/40  loss 2.0000  [\d,.]+ ms/step  lr 1.00e-01  [\d,]+ tokens/s  perplexity 7.39  "
-    assert re.match(report, lines[0])
+    reported = [
+        "10/40  loss 2.0000",
+        r"[\d,.]+ ms/step",
+        "lr 1.00e-01",
+        r"[\d,]+ tokens/s",
+        "perplexity 7.39  ",
+    ]
+    assert re.match(ANYTHING_MORE.join(reported), lines[0])
     assert re.search(r"  left [\d:]+$", lines[0])
     shown = [re.findall(r"my_metric (\S+)", line) for line in lines]
     assert shown == [[], ["12.35"], ["0.3333"]]
@@ -453,12 +450,18 @@ def test_the_progress_bar_fits_the_terminal(tmp_path, columns, monkeypatch):
     ends = [bar.rindex("|") for bar in bars if "loss" in bar]
     assert ends == sorted(ends, reverse=True)
     assert len({*ends[-35:]}) == 1, "of losses above and below 10"
-    report = r" {5}80/100,000 \|.{8,}\| [\d:]+<[\d:]+  loss 10\.\d+  [\d,.]+ ms/step"
+    reported = [r" {5}80/100,000 \|.{8,}\| [\d:]+<[\d:]+  loss 10\.\d+", r"[\d,.]+ ms/step"]
     if columns >= 100:
-        report += r" +lr \S+ +grad [\d.]+"
+        reported += [r"lr \S+", r"grad [\d.]+"]
     if columns >= 200:
-        report += r" +[\d,]+ tokens/s +perplexity [\d.]+ +epoch [\d.]+ +peak \d+ MiB"
-    assert re.search(report + " *$", bars[-1]), bars[-1]
+        reported += [
+            r"[\d,]+ tokens/s",
+            r"perplexity [\d.]+",
+            r"epoch [\d.]+",
+            r"peak \d+ MiB",
+        ]
+    pattern = ANYTHING_MORE.join(reported) + "(?: .*)?$"
+    assert re.search(pattern, bars[-1]), bars[-1]
 
 
 @pytest.mark.parametrize("scores, mark", [
@@ -506,7 +509,8 @@ def pasted(out, wanted):
 
 
 def test_start_screen(tmp_path, text):
-    out, _ = run("--text", text, *TINY, "--num_iters", 2, "--save_dir", tmp_path / "lm")
+    line = ["--text", text, *TINY, "--train_tokens", 100, "--num_iters", 2]
+    out, _ = run(*line, "--save_dir", tmp_path / "lm")
     folder = run_folder(tmp_path / "lm")
     lines = out.splitlines()
     assert lines[0] == f"run      {folder.name}, from iteration 0 to 2, seed 42"
@@ -514,8 +518,7 @@ def test_start_screen(tmp_path, text):
     splits = r"data     text: [\d,]+ train / [\d,]+ valid tokens; "
     assert re.match(splits + r"byte tokenizer, 257-token vocabulary \(1 special\); in ", lines[2])
     steps = r"steps    4 x 8 tokens, ([\d,]+) per epoch, ([\d.]+) epochs in all; adamw, float32"
-    per_epoch, epochs = re.fullmatch(steps, lines[3]).groups()
-    assert float(epochs) == pytest.approx(2 / int(per_epoch.replace(",", "")), abs=0.005)
+    assert re.fullmatch(steps, lines[3]).groups() == ("3", "0.64"), "100 / 32, and 64 / 100"
     assert lines[4] == "rate     0.0003 after 200 warmup steps, constant"
     assert lines[5].startswith("machine  cpu, ")
     assert f"MLX {mx.__version__}, matmuls: " in lines[5]

@@ -9,7 +9,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import TINY, flags, ids, run, run_folder, run_folders, start
+from conftest import TINY, flags, ids, newest, run, run_folder, run_folders, start
 from test_interrupts import wait_for
 
 import main
@@ -22,11 +22,6 @@ def begin(*line, **options):
     out, _ = run(*line, **options)
     name, iteration = re.search(RUN, out).groups()
     return name, int(iteration.replace(",", "")), out
-
-
-def newest(folder):
-    """The checkpoint that was saved last in a folder."""
-    return main.list_checkpoints(folder)[0]
 
 
 # Sweeps

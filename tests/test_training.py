@@ -10,14 +10,12 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, flags, ids, log_rows, run, run_folders, start
+from conftest import ROOT, SCORED, TINY, flags, ids, log_rows, newest, run, run_folders, start
 from datasets import load_dataset
 from mlx.utils import tree_flatten
 from test_interrupts import wait_for
@@ -25,11 +23,6 @@ from test_interrupts import wait_for
 import main
 
 DROPOUT = ["--dropout", "0.1"]
-
-
-def newest(folder):
-    """The checkpoint that was saved last in a folder."""
-    return main.list_checkpoints(folder)[0]
 
 
 def scored_iterations(checkpoint):
@@ -46,14 +39,7 @@ def interrupt(process):
 
 def start_code(code, *arguments):
     """Starts a Python program that imports main.py and changes something in it first."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    return start(*arguments, program=["-c", code], cwd=ROOT)
 
 
 INTERRUPTED = [
@@ -251,22 +237,16 @@ import main
 evaluate = main.evaluate
 calls = []
 
-def disturbed(*arguments):
+def disturbed(*arguments, **options):
     calls.append(1)
     if len(calls) == 2:
         main.os.kill(main.os.getpid(), main.signal.SIGNAL)
         time.sleep(0.3)
-    return evaluate(*arguments)
+    return evaluate(*arguments, **options)
 
 main.evaluate = disturbed
 main.sys.exit(main.main())
 """
-
-
-SCORED = (
-    r"^iteration ([\d,]+): (?:train ([\d.]+), )?valid ([\d.]+) nats( \(best\))?, perplexity "
-    r"[\d.]+ per token, [\d.]+ bits per byte; epoch [\d.]+, time [\d:]+, scored in [\d.]+ s$"
-)
 
 
 @pytest.mark.parametrize("name, iteration", [("SIGINT", 40), ("SIGKILL", 20)])
@@ -291,8 +271,8 @@ def test_evaluation_lines_and_late_score(tmp_path, text, name, iteration):
 
     code = AT_ITS_SECOND_EVALUATION.replace("SIGNAL", name)
     process = start_code(code, *line, "--save_dir", parts)
-    process.communicate(timeout=120)
-    assert process.returncode in (130, -signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode in (130, -signal.SIGKILL), err
     stopped = newest(parts)
     assert stopped.iteration == iteration
     assert scored_iterations(stopped) == [20]
@@ -474,7 +454,7 @@ def test_a_score_that_is_not_finite_ends_the_run(tmp_path, text, monkeypatch, ca
     assert main.main([*line, "--num_iters", "2"]) == 0
     [good] = main.list_checkpoints(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(main, "evaluate", lambda *_: float("nan"))
+        patch.setattr(main, "evaluate", lambda *_, **options: float("nan"))
         assert main.main([*line, "--num_iters", "9"]) == 1
     err = capsys.readouterr().err
     assert "score of iteration 4 is not finite" in err

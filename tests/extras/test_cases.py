@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, ids, run, run_folder
 from datasets import ByteTokenizer
-from test_pictures import trained  # noqa: F401 (a fixture)
 
 from extras import cases
 from extras.cases import score_case

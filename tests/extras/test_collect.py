@@ -740,7 +740,15 @@ def test_from_the_command_line(tmp_path):
     assert KEY not in process.stdout + process.stderr
 
 
-def test_mistakes_on_the_command_line(tmp_path):
+def test_mistakes_on_the_command_line(tmp_path, monkeypatch):
+    """Each in this process, but for the first."""
+    monkeypatch.chdir(tmp_path)
+
+    def assert_main_refuses(arguments, words):
+        with pytest.raises(UsageError) as refused:
+            extras.collect.main(list(map(str, arguments)))
+        assert words in str(refused.value)
+
     (tmp_path / "prompts.txt").write_text("a\n")
     line = {
         "--distill_from": "http://127.0.0.1:9/",
@@ -748,19 +756,18 @@ def test_mistakes_on_the_command_line(tmp_path):
         "--teacher_prompts": "prompts.txt",
         "--output": "out",
     }
+    assert_refused(program(tmp_path, "--output", "out"), "--distill_from")
     for name in line:
         shorter = []
-        empty = []
         for other, value in line.items():
             if other != name:
                 shorter += [other, value]
-                empty += [other, value]
-        assert_refused(program(tmp_path, *shorter), name)
-        assert_refused(program(tmp_path, *empty, f"{name}="), f"{name} is empty")
+        assert_main_refuses(shorter, name)
+        assert_main_refuses([*shorter, f"{name}="], f"{name} is empty")
     words = list(sum(line.items(), ()))
-    missing = program(tmp_path, *words, "--teacher_prompts", "none.txt")
-    assert_refused(missing, "--teacher_prompts none.txt must be")
-    assert_refused(program(tmp_path, *words, "--max_requests", 0), "at least 1")
+    missing = [*words, "--teacher_prompts", "none.txt"]
+    assert_main_refuses(missing, "--teacher_prompts none.txt must be")
+    assert_main_refuses([*words, "--max_requests", 0], "at least 1")
     assert not (tmp_path / "out").exists()
 
 

@@ -15,34 +15,12 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TEXT, TINY, Script, flags, ids, run, run_folder, start
+from conftest import TEXT, TINY, Constant, Script, flags, ids, run, run_folder, start
 from datasets import ByteTokenizer, PackageTokenizer, UsageError
-from mlx.utils import tree_flatten, tree_unflatten
-from test_sampling import DISTRIBUTIONS
+from test_sampling import DISTRIBUTIONS, make_model, tokens_of
 
 from extras.results import append_lines, json_line
 from extras.decode import SAMPLING_FLAGS, BatchDecoder, SpeculativeDecoder, answer_batch
-
-
-def make_model(context_size=8, vocab_size=31, kv_heads=2, seed=0):
-    shape = dict(num_blocks=2, dim=16, num_heads=4, num_kv_heads=kv_heads, mlp="relu2", mlp_dim=32)
-    model = main.LanguageModel(main.Config(vocab_size, context_size, **shape))
-    random = np.random.default_rng(seed)
-    weights = []
-    for name, weight in tree_flatten(model.parameters()):
-        deviation = 0.5
-        if weight.ndim == 1:
-            deviation = 1
-        value = random.normal(0, deviation, weight.shape).astype(np.float32)
-        weights.append((name, mx.array(value)))
-    model.update(tree_unflatten(weights))
-    return model
-
-
-def tokens_of(model, prompt, count, seed=0, **values):
-    """`count` tokens that follow one prompt, by the plain Decoder."""
-    rules = flags(**dict(temperature=0, top_k=0) | values)
-    return list(main.Decoder(model, list(prompt)).generate(count, rules, seed))
 
 
 CHI_SQUARED = {1: 10.83, 2: 13.82, 4: 18.47}  # by degrees of freedom: a chance of 1 in 1,000
@@ -68,7 +46,7 @@ def test_what_is_drawn_has_the_right_distribution(rules, weights):
     logits = [math.log(weight) for weight in (4, 1, 3, 2, 0.5)]
     given = flags(**dict(temperature=1.0, top_k=0) | rules)
     texts = [[4, 0] for _ in range(draws)]
-    decoder = BatchDecoder(Script(lambda token: logits), texts)
+    decoder = BatchDecoder(Constant(logits), texts)
     [drawn] = decoder.generate(1, given, range(draws))
     assert [text[2] for text in texts] == drawn
     assert_distributed(np.bincount(drawn, minlength=5), weights)

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -16,7 +17,10 @@ from datasets import PackageTokenizer, Rows, UsageError, read_documents
 
 from extras import formats
 
-zstd = pytest.importorskip("backports.zstd")
+try:
+    from compression import zstd  # since Python 3.14
+except ImportError:
+    zstd = pytest.importorskip("backports.zstd")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
@@ -233,20 +237,22 @@ def test_a_damaged_file_is_one_line(name, tmp_path):
     whole = path.read_bytes()
     damaged = [b"\0", b"PAR1", b"no file of this kind\n" * 99]
     damaged += [whole[: chance.randrange(1, len(whole))] for _ in range(20)]
+    no_such_files = len(damaged)
     for _ in range(60):
         data = bytearray(whole)
         for _ in range(chance.choice([1, 20])):
             data[chance.randrange(len(data))] = chance.randrange(256)
         damaged.append(bytes(data))
-    refused = 0
-    for data in damaged:
+    for number, data in enumerate(damaged):
         path.write_bytes(data)
+        is_refused = False
         try:
-            rows_of(path)  # Parquet and zstd may have no checksum: then other texts come
+            rows_of(path)
         except UsageError as error:
             assert str(path) in str(error)
-            refused += 1
-    assert refused >= 23
+            is_refused = True
+        # Parquet and zstd may have no checksum: then an altered file holds other texts.
+        assert is_refused or number >= no_such_files, data
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
@@ -279,7 +285,7 @@ def test_a_large_parquet_file_is_streamed(tmp_path):
     before = pyarrow.total_allocated_bytes()
     for _ in formats.read_rows(Rows(tmp_path / "a.parquet", "text", "")):
         most = max(most, pyarrow.total_allocated_bytes() - before)
-    assert most < 12e6  # bytes, of 32 MB
+    assert 20_000 < most < 12e6  # bytes: a row is kept, of 32 MB
 
 
 @pytest.mark.parametrize("name, package, remedy", [
@@ -406,5 +412,4 @@ def test_a_file_without_the_field(tmp_path):
         "(it has id, story)\n"
     )
     out, _ = run("--text", path, "--text_field", "story", program=(DATASETS,), cwd=tmp_path)
-    assert "18 tokens" not in out
-    assert "35 tokens" in out  # 18 of one byte, and 17 between them
+    assert re.search(r"\b35 tokens", out), out  # 18 of one byte, and 17 between them

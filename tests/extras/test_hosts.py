@@ -10,13 +10,16 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT, TINY, free_ports, ids, start
+from conftest import ROOT, TINY, free_ports, ids, newest, start
 from hosts import Hosts, missing_tool
-from test_ranks import finish, newest_in, run_ranks, wait_for
+from test_interrupts import wait_for
+from test_ranks import finish, run_ranks
 
+import main
 from datasets import CACHE
 
 SILENCE = 4  # seconds, instead of a minute
+CHECK = 1  # second between two looks, instead of five
 
 # Runs Python in a namespace.
 IN_NAMESPACE = """
@@ -30,7 +33,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import main
 from extras import ranks
 ranks.SILENCE = {SILENCE}
-ranks.CHECK = 1
+ranks.CHECK = {CHECK}
 sys.exit(main.main())
 """
 HASTY = PROGRAM.replace("ranks.CHECK =", "ranks.START = ranks.ATTEMPT =")
@@ -70,32 +73,24 @@ def start_on(hosts, folder, *arguments, program=PROGRAM):
     return processes
 
 
-def test_a_machine_that_vanishes_ends_the_run(hosts, tmp_path, text):
+def test_a_machine_that_pauses_is_waited_for_and_one_that_vanishes_is_not(hosts, tmp_path, text):
     folder = tmp_path / "lm"
     line = ["--text", text, *TINY, "--save_dir", folder, "--steps_per_save", 10]
     ranks = start_on(hosts, tmp_path, *line)
     wait_for(ranks[0], "at iteration 20")
+    ranks[1].send_signal(signal.SIGSTOP)
+    time.sleep(SILENCE + CHECK + 1)
+    saved = newest(folder).iteration
+    ranks[1].send_signal(signal.SIGCONT)
+    wait_for(ranks[0], f"at iteration {saved + 10:,}")
+
     hosts.cut(1)
     outputs, statuses = finish(ranks, SILENCE + 40)
     assert statuses == [1, 1], outputs
     for _, err in outputs:
         assert err.count("a rank failed or is gone") == 1, err
         assert "Traceback" not in err
-    assert newest_in(folder).iteration >= 20
-
-
-def test_a_machine_that_pauses_is_waited_for(hosts, tmp_path, text):
-    folder = tmp_path / "lm"
-    line = ["--text", text, *TINY, "--save_dir", folder, "--steps_per_save", 10]
-    ranks = start_on(hosts, tmp_path, *line)
-    wait_for(ranks[0], "at iteration 20")
-    ranks[1].send_signal(signal.SIGSTOP)
-    time.sleep(1.2 * SILENCE)
-    ranks[1].send_signal(signal.SIGCONT)
-    wait_for(ranks[0], "saved ")
-    ranks[0].send_signal(signal.SIGTERM)
-    outputs, statuses = finish(ranks, 40)
-    assert statuses == [143, 0], outputs
+    assert newest(folder).iteration >= saved + 10
 
 
 def test_machines_that_cannot_meet(hosts, tmp_path, text):
@@ -112,16 +107,16 @@ def test_machines_that_cannot_meet(hosts, tmp_path, text):
 
 def test_the_command_of_the_guide(served, tmp_path, text):
     """It ends with the weights of two ranks on one machine; three ranks resume it."""
-    line = ["--text", text, *TINY, "--dropout", 0.1, "--num_iters"]
-    run_ranks(2, tmp_path, *line, 20, "--save_dir", tmp_path / "one machine")
+    line = ["--text", text, *TINY, "--num_blocks", 1, "--dropout", 0.1, "--num_iters"]
+    run_ranks(2, tmp_path, *line, 6, "--save_dir", tmp_path / "one machine")
     folder = tmp_path / "two machines"
-    served.launch(served.launch_command([*line, 20, "--save_dir", folder])).wait(200)
-    assert "Run complete (20/20)" in served.output()
+    served.launch(served.launch_command([*line, 6, "--save_dir", folder])).wait(200)
+    assert "Run complete (6/6)" in served.output()
     assert ids(folder) == ids(tmp_path / "one machine") != []
     served.addresses.append(served.addresses[1])
-    served.launch(served.launch_command([*line, 25, "--save_dir", folder])).wait(200)
-    assert "from iteration 20 to 25" in served.output()
-    assert newest_in(folder).versions["ranks"] == 3
+    served.launch(served.launch_command([*line, 8, "--save_dir", folder])).wait(200)
+    assert "from iteration 6 to 8" in served.output()
+    assert newest(folder).versions["ranks"] == 3
     served.wait_until_empty()
 
 
@@ -148,16 +143,29 @@ def fill_terminal(pid):
 
 @pytest.mark.parametrize("victim", ["rank0", "rank1", "launcher"])
 def test_a_killed_process_ends_all(victim, served, tmp_path, text):
+    """Without its launcher a run is saved where it ends, which here nothing else does."""
     folder = tmp_path / "lm"
-    line = ["--text", text, *TINY, "--save_dir", folder, "--steps_per_save", 10]
-    launcher = served.launch(served.launch_command(line, ["-c", PROGRAM]))
-    served.wait_for("at iteration 20")
-    served.kill(victim)
+    line = ["--text", text, *TINY, "--num_blocks", 1, "--save_dir", folder]
+    begun = r"at iteration 4\b"
     if victim == "launcher":
-        fill_terminal(served.pid("rank0"))  # that nobody reads any more
+        line += ["--steps_per_save", 100_000, "--steps_per_eval", 100_000]
+        begun = r"[1-9]\d/100,000 \|"  # the bar that rank 0 shows over ssh
+    else:
+        line += ["--steps_per_save", 2]
+    launcher = served.launch(served.launch_command(line, ["-c", PROGRAM]))
+    served.wait_for(begun)
+    assert served.kill(victim)
+    if victim == "launcher":
+        rank0 = served.pid("rank0")
+        assert rank0 is not None
+        fill_terminal(rank0)  # that nobody reads any more
     served.wait_until_empty()
     launcher.wait()
     out = served.output()
     assert out.count("a rank failed or is gone") <= 1, "that of a rank that the launcher waited for"
-    saved = [int(number) for number in re.findall(r"at iteration (\d+)", out)]
-    assert newest_in(folder).iteration >= max(saved)
+    if victim == "launcher":
+        [checkpoint] = main.list_checkpoints(folder)
+        assert checkpoint.iteration >= 10
+    else:
+        saved = [int(number) for number in re.findall(r"at iteration (\d+)", out)]
+        assert newest(folder).iteration >= max(saved)

@@ -86,7 +86,8 @@ def hub(tmp_path):
 
 def fetched(hub):
     """The names of the files that were sent."""
-    return {path.rpartition("/")[2] for method, path in hub.seen if "/resolve/" in path}
+    paths = [path for method, path in hub.seen if method == "GET"]
+    return {path.rpartition("/")[2] for path in paths if "/resolve/" in path}
 
 
 @pytest.fixture

@@ -16,19 +16,6 @@ from test_huggingface import make_model
 from extras import pictures
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A folder with two runs of a byte model that has learnt a little."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
-    line = ["--text", folder / "text.txt", "--save_dir", folder / "lm", *TINY, "--num_iters", 60]
-    line += ["--context_size", 32, "--steps_per_eval", 20]
-    line += ["--learning_rate", 0.01, "--lr_warmup", 5]
-    for seed in (1, 2):
-        run(*line, "--seed", seed)
-    return folder / "lm"
-
-
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn, in place of the files they would be written to."""
@@ -85,8 +72,8 @@ def test_losses(trained, figures, count):
     for folder, split in wanted:
         label = f"{split} {folder.name}"
         if split == "valid":
-            iteration, loss = min(scores_of(folder), key=lambda score: score[1])
-            label += f": best {loss:.4f} at {iteration}"
+            best = min(rows_of(folder, "valid"), key=lambda row: row["loss"])
+            label += f": best {best['loss']:.4f} at {best['iteration']}"
             if len(folders) == 2:
                 label += f"\n--seed {seed_of(folder)}"
         labels.append(label)
@@ -95,22 +82,18 @@ def test_losses(trained, figures, count):
         curves = [line for line in axis.lines if line.get_marker() != "*"]
         stars = [line for line in axis.lines if line.get_marker() == "*"]
         for star, folder in zip(stars, folders, strict=True):
-            _, loss = min(scores_of(folder), key=lambda score: score[1])
-            assert star.get_ydata() == [loss]
+            best = min(rows_of(folder, "valid"), key=lambda row: row["loss"])
+            assert star.get_xydata().tolist() == [[best[column] / unit, best["loss"]]]
         for line, (folder, split) in zip(curves, wanted, strict=True):
-            points = []
-            for text in (folder / "log.jsonl").read_text().splitlines():
-                row = json.loads(text)
-                if row["split"] == split:
-                    points.append([row[column] / unit, row["loss"]])
+            points = [[row[column] / unit, row["loss"]] for row in rows_of(folder, split)]
             assert points
             assert line.get_xydata().tolist() == points
 
 
-def scores_of(folder):
-    """The iteration and loss of each row of validation in a run's log."""
+def rows_of(folder, split):
+    """The rows of a split in a run's log, as dicts."""
     rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [(row["iteration"], row["loss"]) for row in rows if row["split"] == "valid"]
+    return [row for row in rows if row["split"] == split]
 
 
 def seed_of(folder):
@@ -172,12 +155,14 @@ def test_a_log_whose_last_line_was_cut_off(tmp_path, figures, cut):
     "[" * 10_000,
     "x" * 200_000,
 ])  # fmt: skip
-def test_damaged_rows_are_skipped(tmp_path, row):
+def test_damaged_rows_are_skipped(tmp_path, row, figures):
     path = make_log(tmp_path / "run", written(10, 1.5, 60), row, written(30, 1.25, 180), "")
     (tmp_path / "folder" / "log.jsonl").mkdir(parents=True)
     runs = [made_by(tmp_path / "run"), made_by(tmp_path / "folder")]
-    pictures.plot_runs(runs, tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    pictures.plot_runs(runs, "x.png")
+    by_iteration, by_minute = figures[0].axes
+    assert points_of(by_iteration)[0] == [[10, 1.5], [30, 1.25]]
+    assert points_of(by_minute)[0] == [[1, 1.5], [3, 1.25]]
     columns = pictures.columns_of(path, "train", "loss")
     assert columns.tolist() == [[10, 30], [60, 180], [1.5, 1.25]]
 

@@ -19,7 +19,8 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import MAIN, ROOT, TINY, free_ports, ids, run, start
+from conftest import MAIN, ROOT, TINY, free_ports, ids, newest, run, start
+from test_interrupts import wait_for
 
 from datasets import CACHE, RunError
 from extras.ranks import Meeting
@@ -120,26 +121,14 @@ def run_ranks(size, folder, *arguments, **options):
     return outputs
 
 
-def wait_for(process, words):
-    """Reads the process's stdout up to a line that holds `words`, or to its end."""
-    for line in process.stdout:
-        if words in line:
-            break
-
-
-def newest_in(save_dir):
-    """The checkpoint saved last."""
-    return main.list_checkpoints(save_dir)[0]
-
-
 def losses(save_dir):
     """The losses in the log of the run saved last."""
-    rows = main.read_log(newest_in(save_dir).folder / "log.jsonl")
+    rows = main.read_log(newest(save_dir).folder / "log.jsonl")
     return np.array([row["loss"] for _, row in rows])
 
 
 def weights(save_dir):
-    return mx.load(str(newest_in(save_dir).weights_path))
+    return mx.load(str(newest(save_dir).weights_path))
 
 
 def assert_equal_weights(folder, other):
@@ -205,12 +194,21 @@ class Meetings:
                 error = str(raised)
             self.ended[rank] = error
 
-        self.threads.append(threading.Thread(target=hold))
+        self.threads.append(threading.Thread(target=hold, daemon=True))
         self.threads[-1].start()
+
+    def connect(self, rank):
+        """A connection to a rank, which may not listen yet."""
+        while True:
+            with suppress(ConnectionRefusedError):
+                return socket.create_connection(("127.0.0.1", self.ports[rank]))
+            assert self.threads[0].is_alive(), self.ended
+            time.sleep(0.01)
 
     def finish(self):
         for thread in self.threads:
             thread.join(30)
+            assert not thread.is_alive(), self.ended
         return self.ended
 
 
@@ -230,7 +228,7 @@ def test_ranks_meet_once_the_last_has_started(order, tmp_path):
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("extras.ranks.START", 0.5)
+    monkeypatch.setattr("extras.ranks.START", 3)
     monkeypatch.setattr("extras.ranks.ATTEMPT", 0.1)
     monkeypatch.setattr("extras.ranks.PATIENCE", 0.2)
     meetings = Meetings(tmp_path, 3)
@@ -247,9 +245,8 @@ def test_a_rank_that_does_not_come_is_named(tmp_path, monkeypatch, capfd):
 def test_strangers_do_not_meet(tmp_path):
     meetings = Meetings(tmp_path, 2)
     meetings.start(0)
-    time.sleep(0.1)
     for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"1" * 100):
-        with socket.create_connection(("127.0.0.1", meetings.ports[0])) as stranger:
+        with meetings.connect(0) as stranger:
             stranger.sendall(said)
     meetings.start(1)
     assert meetings.finish() == {0: None, 1: None}
@@ -272,6 +269,7 @@ def test_a_single_rank_needs_no_launcher(tmp_path):
 
 
 DROPOUT = ["--dropout", 0.2, "--grad_accumulation", 2, "--steps_per_eval", 10]
+TEN_STEPS = ["--num_iters", 10, "--steps_per_eval", 5]
 
 
 @pytest.mark.parametrize("size, num_scores, options", [
@@ -279,9 +277,9 @@ DROPOUT = ["--dropout", 0.2, "--grad_accumulation", 2, "--steps_per_eval", 10]
     (2, 0, ["--optimizer", "muon", "--untie", "--grad_checkpoint", "--batch_size", 5]),
     # Enough for a stream a core, but for one rank's single row.
     (2, 0, ["--batch_size", 3, "--context_size", 256]),
-    (3, 3, [*DROPOUT, "--eval_test", "--qk_norm"]),
+    (3, 3, [*DROPOUT, "--eval_test", "--qk_norm", "--num_blocks", 1, *TEN_STEPS]),
 ])  # fmt: skip
-def test_twenty_steps_are_those_of_one_process(tmp_path, text, size, num_scores, options):
+def test_the_steps_are_those_of_one_process(tmp_path, text, size, num_scores, options):
     test_text = tmp_path / "test.txt"
     test_text.write_text(text.read_text()[:2000])
     given = ["--text", text, "--test_text", test_text, *STEPS, *options]
@@ -304,15 +302,16 @@ def test_twenty_steps_are_those_of_one_process(tmp_path, text, size, num_scores,
 
 def test_lora_with_a_teacher(tmp_path, text):
     folder = tmp_path / "lm"
-    run("--text", text, *STEPS, "--save_dir", folder)
+    line = ["--text", text, *STEPS, "--num_blocks", 1, "--num_iters", 8]
+    run(*line, "--save_dir", folder)
     base = ids(folder)[0]
-    given = ["--text", text, *STEPS, "--init_from", base, "--teacher", base, "--lora_rank", 2]
+    given = [*line, "--init_from", base, "--teacher", base, "--lora_rank", 2]
     for place in ("one", "two"):
         shutil.copytree(folder, tmp_path / place)
     run(*given, "--save_dir", tmp_path / "one", "--new_model")
     run_ranks(2, tmp_path, *given, "--save_dir", tmp_path / "two", "--new_model")
-    assert newest_in(tmp_path / "two").uses == {"init_from": [base, base], "teacher": [base, base]}
-    assert len(losses(tmp_path / "one")) == 20
+    assert newest(tmp_path / "two").uses == {"init_from": [base, base], "teacher": [base, base]}
+    assert len(losses(tmp_path / "one")) == 8
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-5)
     assert set(weights(tmp_path / "two")) == set(weights(tmp_path / "one"))
     assert all("lora" in name for name in weights(tmp_path / "two"))
@@ -320,14 +319,14 @@ def test_lora_with_a_teacher(tmp_path, text):
 
 def test_saved_by_two_resumed_by_one_and_back(tmp_path, text):
     given = ["--text", text, *TINY, "--dropout", 0.1, "--average", 0.5]
-    given += ["--steps_per_report", 1, "--learning_rate", 3e-3]
-    run(*given, "--num_iters", 30, "--save_dir", tmp_path / "one")
+    given += ["--steps_per_report", 1, "--learning_rate", 3e-3, "--num_blocks", 1]
+    run(*given, "--num_iters", 12, "--save_dir", tmp_path / "one")
     folder = tmp_path / "mixed"
-    run_ranks(2, tmp_path, *given, "--num_iters", 10, "--save_dir", folder)
-    out, _ = run(*given, "--num_iters", 20, "--save_dir", folder)
-    assert "from iteration 10 to 20" in out and "ranks 2 -> 1" in out
-    [(out, _), _] = run_ranks(2, tmp_path, *given, "--num_iters", 30, "--save_dir", folder)
-    assert "from iteration 20 to 30" in out and "2 ranks;" in out
+    run_ranks(2, tmp_path, *given, "--num_iters", 4, "--save_dir", folder)
+    out, _ = run(*given, "--num_iters", 8, "--save_dir", folder)
+    assert "from iteration 4 to 8" in out and "ranks 2 -> 1" in out
+    [(out, _), _] = run_ranks(2, tmp_path, *given, "--num_iters", 12, "--save_dir", folder)
+    assert "from iteration 8 to 12" in out and "2 ranks;" in out
     np.testing.assert_allclose(losses(folder), losses(tmp_path / "one"), atol=1e-5)
     assert_equal_weights(folder, tmp_path / "one")
 
@@ -335,15 +334,16 @@ def test_saved_by_two_resumed_by_one_and_back(tmp_path, text):
 def test_evaluation_is_split_and_exact(tmp_path, text):
     folder = ["--save_dir", tmp_path / "lm"]
     score = re.compile(r"(?:valid|train) (.*), [\d,]+ tokens/s")
-    run("--text", text, *TINY, "--num_iters", 3, *folder)
-    for options in (["--batch_size", 7, "--eval_stride", 3], ["--quantize", 8], ["train"]):
-        if "--quantize" in options:  # whose groups need dimensions that 32 divides
-            run("--text", text, *TINY, "--dim", 32, "--num_iters", 1, *folder, "--new_model")
-        line = ["--evaluate", "valid", *options, *folder]
-        if options == ["train"]:
-            line = ["--evaluate", "train", *folder]
-        alone, _ = run(*line)
-        [(together, _), _] = run_ranks(2, tmp_path, *line)
+    # The groups of --quantize need dimensions that 32 divides.
+    run("--text", text, *TINY, "--num_blocks", 1, "--dim", 32, "--num_iters", 3, *folder)
+    lines = [
+        ["--evaluate", "valid", "--batch_size", 7, "--eval_stride", 3],
+        ["--evaluate", "valid", "--quantize", 8],
+        ["--evaluate", "train"],
+    ]
+    for line in lines:
+        alone, _ = run(*line, *folder)
+        [(together, _), _] = run_ranks(2, tmp_path, *line, *folder)
         assert score.findall(alone)
         assert score.findall(together) == score.findall(alone)
 
@@ -355,7 +355,7 @@ def test_evaluation_is_split_and_exact(tmp_path, text):
 ])  # fmt: skip
 def test_signal_to_any_rank_stops_all(tmp_path, text, number, signalled):
     folder = tmp_path / "lm"
-    ranks = start_ranks(2, tmp_path, "--text", text, *TINY, "--save_dir", folder)
+    ranks = start_ranks(2, tmp_path, "--text", text, *TINY, "--num_blocks", 1, "--save_dir", folder)
     wait_for(ranks[0], "20/100,000 ")
     for rank in signalled:
         ranks[rank].send_signal(number)
@@ -368,9 +368,9 @@ def test_signal_to_any_rank_stops_all(tmp_path, text, number, signalled):
 @pytest.mark.parametrize("size, victim", [(2, 1), (2, 0), (3, 1)])
 def test_killed_rank_ends_the_others(tmp_path, text, size, victim):
     folder = tmp_path / "lm"
-    given = ["--text", text, *TINY, "--save_dir", folder, "--steps_per_save", 10]
-    ranks = start_ranks(size, tmp_path, *given)
-    wait_for(ranks[0], "at iteration 20")
+    given = ["--text", text, *TINY, "--num_blocks", 1, "--save_dir", folder]
+    ranks = start_ranks(size, tmp_path, *given, "--steps_per_save", 2)
+    wait_for(ranks[0], "at iteration 4")
     ranks[victim].kill()
     began = time.monotonic()
     outputs, statuses = finish(ranks, 60)
@@ -379,12 +379,10 @@ def test_killed_rank_ends_the_others(tmp_path, text, size, victim):
         assert statuses[rank] == 1, outputs[rank]
         _, err = outputs[rank]
         assert "a rank failed or is gone" in err and "Traceback" not in err
-    reported = [20]
-    for out, _ in outputs:
-        reported += [int(iteration) for iteration in re.findall(r"(\d+)/", out)]
-    saved = max(reported) // 10 * 10
-    out, _ = run(*given, "--num_iters", saved + 20)
-    assert re.search(r"from iteration [1-9]\d*0 to", out)
+    saved = newest(folder).iteration
+    assert saved >= 4 and saved % 2 == 0
+    out, _ = run(*given, "--num_iters", saved + 2)
+    assert f"from iteration {saved:,} to {saved + 2:,}" in out
 
 
 def test_fewer_rows_than_ranks_is_one_line(tmp_path, text):
