@@ -679,6 +679,10 @@ class Scenario:
         # did not exist, unless it is saved again.
         self.skipped |= {*re.findall(r"^Skipping .*checkpoint (\w+) is damaged", leg.err, re.M)}
         self.skipped -= {*re.findall(r"^saved (\w{12})", leg.out, re.M)}
+        resumed = re.search(r"^run .*, from iteration ([\d,]+) to", leg.out, re.M)
+        if resumed:  # this time, it could read that one
+            begun = int(resumed[1].replace(",", ""))
+            self.skipped -= {each["id"][:12] for each in records if each["iteration"] == begun}
         left = [each["iteration"] for each in records if each["id"][:12] not in self.skipped]
         if self.skipped:
             self.reached = min(self.reached, max(left, default=0))

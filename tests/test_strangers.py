@@ -284,6 +284,7 @@ CONFIGS = [
     {"rope_theta": math.inf},
     {"rope_theta": 10**400},
     {"norm_eps": "x"},
+    {"norm_eps": 2**63},
     {"rope_scaling": []},
     {"rope_scaling": {}},
     {"rope_scaling": [1, 2, 3, 10**400]},
