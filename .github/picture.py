@@ -1,0 +1,201 @@
+"""Makes the picture of the README: runs what it shows, and draws it for light and dark pages.
+
+    python .github/picture.py make FOLDER --nanogpt CLONE    about 8 minutes on two cores
+    python .github/picture.py draw FOLDER
+
+CLONE is one of nanoGPT; it needs PyTorch in the environment. All that is drawn comes from the logs
+in FOLDER, of which each run's log.jsonl is as main.py has written it.
+"""
+
+import argparse
+import json
+import pickle
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import main  # noqa: E402
+
+from datasets import load_dataset  # noqa: E402
+
+EVERY = 200  # steps between nanoGPT's evaluations
+KILLED = "--dataset python --preset tiny --batch_size 8 --num_iters 300 --steps_per_eval 50"
+RECIPE = "--config characters --dataset ptb --steps_per_eval 94"
+# nanoGPT's own command for a CPU, with more batches for each estimate and more of these.
+NANOGPT = (
+    "config/train_shakespeare_char.py --device=cpu --compile=False --dataset=ptb_char "
+    f"--eval_iters=200 --eval_interval={EVERY} --log_interval=1 --block_size=64 --batch_size=12 "
+    "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+)
+KILLS = 5
+COLORS = {"light": ("#1f2328", "#0969da", "#bc4c00"), "dark": ("#e6edf3", "#4493f8", "#f0883e")}
+
+
+# ---- Runs ---------------------------------------------------------------------------------------
+
+
+def make(folder, nanogpt, mirror):
+    """Writes undisturbed/, killed/, kills.json, ours/ and nanogpt.txt."""
+    folder.mkdir()
+    subprocess.run(command(KILLED, folder / "undisturbed"), check=True)
+    kills = train_and_kill(folder / "killed")
+    (folder / "kills.json").write_text(json.dumps(kills))
+    data_dir = folder / "data"
+    place = ["--mirror", mirror] if mirror else []
+    prepare_characters(nanogpt / "data" / "ptb_char", data_dir, mirror)
+    ours = command(RECIPE, folder / "ours")
+    subprocess.run([*ours, "--data_dir", str(data_dir), *place], check=True)
+    with open(folder / "nanogpt.txt", "w") as log:
+        theirs = [sys.executable, "train.py", *NANOGPT.split()]
+        subprocess.run(theirs, cwd=nanogpt, stdout=log, check=True)
+
+
+def command(flags, save_dir):
+    """A command that trains, and reports each step at once."""
+    line = [sys.executable, "-u", str(ROOT / "main.py"), *flags.split()]
+    return [*line, "--steps_per_report", "1", "--save_dir", str(save_dir)]
+
+
+def train_and_kill(save_dir):
+    """Trains, and kills each process but the last at a random step; returns these steps."""
+    chance = random.Random(0)
+    kills = sorted(chance.sample(range(60, 300), KILLS))
+    for step in kills:
+        process = subprocess.Popen(command(KILLED, save_dir), stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith(f"{step}/"):
+                process.kill()
+        process.wait()
+    subprocess.run(command(KILLED, save_dir), check=True)
+    return kills
+
+
+def prepare_characters(folder, data_dir, mirror):
+    """Penn Treebank's characters, as nanoGPT's prepare.py would write them."""
+    folder.mkdir(exist_ok=True)
+    dataset = load_dataset("ptb", data_dir, tokenizer="char", mirror=mirror)
+    for name, split in (("train", dataset.train), ("val", dataset.valid)):
+        np.asarray(split.tokens, np.uint16).tofile(folder / f"{name}.bin")
+    with open(folder / "meta.pkl", "wb") as file:
+        pickle.dump({"vocab_size": dataset.tokenizer.vocab_size}, file)
+
+
+# ---- Drawing ------------------------------------------------------------------------------------
+
+
+def draw(folder):
+    """Writes proof-light.svg and proof-dark.svg beside this file."""
+    for mode, colors in COLORS.items():
+        text, blue, orange = colors
+        with matplotlib.rc_context(style_of(text)):
+            figure = Figure(figsize=(9, 3.6), layout="constrained")
+            left, right = figure.subplots(1, 2)
+            draw_proof(left, folder, text, blue, orange)
+            draw_comparison(right, folder, blue, orange)
+            path = Path(__file__).with_name(f"proof-{mode}.svg")
+            # Without the date, an unchanged picture is an unchanged file.
+            figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
+def style_of(text):
+    """matplotlib's settings: everything in the color of the page's text, on no background."""
+    style = {"font.size": 11, "svg.hashsalt": "proof"}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
+        style[name] = text
+    return style
+
+
+def draw_proof(axis, folder, text, blue, orange):
+    """The losses of a run that was killed again and again, on those of one never touched."""
+    undisturbed = training_losses(folder / "undisturbed")
+    killed = training_losses(folder / "killed")
+    steps = [step for step, _ in undisturbed]
+    difference = max(abs(a[1] - b[1]) for a, b in zip(undisturbed, killed, strict=True))
+    axis.plot(steps, [loss for _, loss in undisturbed], color=blue, lw=5, alpha=0.4)
+    axis.plot(steps, [loss for _, loss in killed], color=orange, lw=1)
+    kills = json.loads((folder / "kills.json").read_text())
+    losses = dict(killed)
+    axis.plot(kills, [losses[step] for step in kills], "x", color=text, ms=9, mew=2.5)
+    labels = [f"never touched: {newest(folder / 'undisturbed').id[:12]}"]
+    labels.append(f"killed {len(kills)} times (x): {newest(folder / 'killed').id[:12]}")
+    axis.legend(labels, title="SHA1 of the last weights", frameon=False)
+    axis.set(xlabel="step", ylabel="training loss (nats/byte)")
+    axis.set_title(f"kill -9, rerun: difference {difference:g}", loc="left", weight="bold")
+
+
+def draw_comparison(axis, folder, blue, orange):
+    """Validation losses against seconds of training."""
+    for points, color, label in (
+        (nanogpt_losses(folder / "nanogpt.txt"), blue, "nanoGPT"),
+        (our_losses(folder / "ours"), orange, "transformer-lm"),
+    ):
+        seconds, losses = zip(*points)
+        axis.plot(seconds, losses, "o-", color=color, lw=2, ms=5)
+        place = (seconds[-1], losses[-1])
+        shift = {"xytext": (0, 8), "textcoords": "offset points", "ha": "right"}
+        axis.annotate(f"{label} {losses[-1]:.2f}", place, color=color, weight="bold", **shift)
+    axis.set(xlabel="seconds of training, two CPU cores", ylabel="validation loss (nats/character)")
+    axis.set_title("Penn Treebank by characters", loc="left", weight="bold")
+
+
+def newest(save_dir):
+    """The checkpoint saved last in a folder of runs."""
+    return main.list_checkpoints(save_dir)[0]
+
+
+def rows_of(save_dir, split):
+    """The rows of a split in the log of the only run in a folder."""
+    rows = [row for _, row in main.read_log(newest(save_dir).folder / "log.jsonl")]
+    return [row for row in rows if row["split"] == split]
+
+
+def training_losses(save_dir):
+    return [(row["iteration"], row["loss"]) for row in rows_of(save_dir, "train")]
+
+
+def our_losses(save_dir):
+    """(seconds, loss) of each evaluation."""
+    return [(row["seconds"], row["loss"]) for row in rows_of(save_dir, "valid")]
+
+
+def nanogpt_losses(log):
+    """The same, from what nanoGPT prints; its first step, which warms up, does not count."""
+    points = []
+    seconds = 0.0
+    for line in log.read_text().splitlines():
+        step = re.match(r"iter (\d+): loss .*, time ([\d.]+)ms", line)
+        score = re.match(r"step (\d+): train loss .*, val loss ([\d.]+)", line)
+        # Its time of a step after an evaluation includes the evaluation.
+        if step and int(step[1]) % EVERY:
+            seconds += float(step[2]) / 1000
+        if score and int(score[1]):
+            points.append((seconds * EVERY / (EVERY - 1), float(score[2])))
+    return points
+
+
+def command_line():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=["make", "draw"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--nanogpt", type=Path, help="a clone of it")
+    parser.add_argument("--mirror", help="of Penn Treebank, as for main.py")
+    flags = parser.parse_args()
+    if flags.part == "make":
+        make(flags.folder.absolute(), flags.nanogpt, flags.mirror)
+    draw(flags.folder)
+
+
+if __name__ == "__main__":
+    command_line()
