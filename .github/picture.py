@@ -139,7 +139,7 @@ def draw_comparison(axis, folder, blue, orange):
     ours = our_losses(folder / "ours")
     # The labels lie where no curve is: above the end of the upper one, right of the lower one's.
     for points, color, label, shift, side in (
-        (theirs, blue, "nanoGPT", (0, 16), "right"),
+        (theirs, blue, "nanoGPT", (0, 24), "right"),
         (ours, orange, "transformer-lm", (8, -4), "left"),
     ):
         seconds, losses = zip(*points)
