@@ -8,7 +8,7 @@ and knows nothing about models. Sections: what main.py shares, data types, token
 corpora, the user's own text, encoding, datasets and their cache, the command line.
 """
 
-# For `uv run datasets.py`, the requirements.txt again (PEP 723):
+# requirements.txt again, for `uv run datasets.py` (PEP 723):
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [

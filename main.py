@@ -3806,7 +3806,7 @@ def train_run(flags, ranks):
         interrupts = Interrupts()  # which set_up enters
         run = set_up(flags, ranks, interrupts, stack)
         run = ranks.broadcast_run(run)
-        tqdm.write("")
+        tqdm.write("")  # the end of the start screen
         try:
             received = train(run, interrupts, ranks)
         except RuntimeError as error:
