@@ -326,14 +326,23 @@ class Cache:
     """The keys and values of one Attention for the tokens read so far."""
 
     def __init__(self, config, batch_size=1):
-        shape = (batch_size, config.num_kv_heads, config.context_size, config.head_dim)
+        shape = (batch_size, config.num_kv_heads, 0, config.head_dim)
         self.keys = mx.zeros(shape)
         self.values = mx.zeros(shape)
         self.offset = 0  # positions read so far
 
+    def reserve(self, end):
+        """Makes room for `end` positions, by multiples of 256: a context can be very long."""
+        B, K, room, d = self.keys.shape
+        if end > room:
+            more = mx.zeros((B, K, 256 * math.ceil(end / 256) - room, d))
+            self.keys = mx.concatenate([self.keys, more], axis=2)
+            self.values = mx.concatenate([self.values, more], axis=2)
+
     def attend(self, queries, keys, values):
         """Appends L positions and attends from them to all so far; shapes as in `attend`."""
         end = self.offset + queries.shape[2]
+        self.reserve(end)
         self.keys[:, :, self.offset : end] = keys
         self.values[:, :, self.offset : end] = values
         self.offset = end
@@ -2639,8 +2648,6 @@ def sample_from(model, contents, flags, draft):
                 f"--draft {flags.draft} has a different tokenizer than "
                 f"{contents.checkpoint.id[:12]}: use one trained with the same tokenizer"
             )
-        check_cache(draft_model)
-    check_cache(model)
     # The checkpoint is announced once no mistake of the user can be left to report: a mistake is
     # the only line on stderr.
     if flags.prompts_file:
@@ -3404,39 +3411,33 @@ def make_model(flags, dataset, contents, origins):
     return model
 
 
-def check_memory(model, flags, optimizer=None):
+def check_memory(model, flags, ranks, optimizer=None):
     """Raises UsageError if the minimum for training or scoring a model exceeds the memory.
 
     optimizer: that of training, None for scoring. Actual use is higher; `--benchmark` predicts and
     measures it. MLX itself would crash: it is lazy, so nothing of this needs to exist yet.
     """
     config = model.config
-    rows = flags.batch_size * config.context_size
+    rows = flags.batch_size // ranks.size
+    positions = rows * config.context_size
     floats = {
         "weights": count_parameters(model.parameters()),
-        "hidden states": rows * config.dim,
+        "hidden states": positions * config.dim,
     }
     if optimizer:
         trained = count_parameters(model.trainable_parameters())
         floats["gradients and moments"] = trained + count_parameters(optimizer.state)
         if flags.average:
             floats["average of the weights"] = trained
+        floats["tokens"] = 2 * positions * flags.grad_accumulation
         floats["hidden states"] *= config.num_blocks
-        floats["tokens"] = 2 * rows * flags.grad_accumulation
-    if optimizer or mx.default_device() == mx.cpu:  # a GPU scores a window without them
-        floats["attention scores"] = config.num_heads * config.context_size**2  # of one row
+        if not flags.grad_checkpoint:
+            floats["hidden units"] = positions * config.num_blocks * config.mlp_dim
+    on_cpu = mx.default_device() == mx.cpu
+    if optimizer or on_cpu:  # a GPU scores a window without them
+        together = rows if optimizer and on_cpu else 1
+        floats["attention scores"] = together * config.num_heads * config.context_size**2
     refuse_beyond_memory(floats)
-
-
-def check_cache(model):
-    """Raises UsageError if the keys and values of one text exceed the memory.
-
-    They exist for the whole context from the start, and a stranger's checkpoint may have any.
-    """
-    config = model.config
-    numbers = config.num_blocks * config.context_size * config.num_kv_heads * config.head_dim
-    weights = count_parameters(model.parameters())
-    refuse_beyond_memory({"weights": weights, "keys and values": 2 * numbers})
 
 
 def refuse_beyond_memory(floats):
@@ -3516,7 +3517,9 @@ def make_run(folder, flags, contents, ranks):
     dataset = load_data(flags, contents, origins)
     model = make_model(flags, dataset, contents, origins)
     optimizer = make_optimizer(model, flags)
-    check_memory(model, flags, optimizer)
+    rows = flags.batch_size * flags.grad_accumulation
+    batches = Batches(dataset.train.tokens, flags.context_size, rows, flags.seed)
+    check_memory(model, flags, ranks, optimizer)
     folder = folder or flags.save_dir / f"{flags.dataset}-{os.urandom(3).hex()}"
     run = Run(
         name=folder.name,
@@ -3525,12 +3528,7 @@ def make_run(folder, flags, contents, ranks):
         dataset=dataset,
         model=model,
         optimizer=optimizer,
-        batches=Batches(
-            dataset.train.tokens,
-            flags.context_size,
-            flags.batch_size * flags.grad_accumulation,
-            flags.seed,
-        ),
+        batches=batches,
         teacher=origins["teacher"].model if "teacher" in origins else None,
         uses=checkpoint.uses if checkpoint else needed_origins(flags, origins),
         sources=hash_sources(),
@@ -3759,7 +3757,7 @@ def score_checkpoint(model, contents, flags, ranks):
         raise UsageError(
             f"--eval_stride {flags.eval_stride} would skip tokens: give at most {context_size}"
         )
-    check_memory(model, flags)
+    check_memory(model, flags, ranks)
     announce(contents.checkpoint)
     if flags.given.get("eval_tokens"):
         line = "--eval_tokens has no effect with --evaluate, which scores the whole split."
@@ -3811,7 +3809,9 @@ def train_run(flags, ranks):
             received = train(run, interrupts, ranks)
         except RuntimeError as error:
             # Ctrl+C in a terminal also kills the compiler in a first step, evaluation or sample.
-            # All is saved then, except the first step of a run with --average.
+            # All is saved then, except the first step of a run with --average. The thread that
+            # sets `received` may need a moment.
+            time.sleep(0.5)
             if not interrupts.received or ranks.size > 1:
                 raise
             tqdm.write(f"Interrupted in a compilation ({one_line(error)[:200]}).")

@@ -47,11 +47,12 @@ class BatchCache(Cache):
             return super().attend(queries, keys, values)
         L, scale = queries.shape[2], queries.shape[3] ** -0.5
         places = self.lengths[:, None] + np.arange(L)  # [B, L]
+        end = int(places.max()) + 1
+        self.reserve(end)
         rows = mx.arange(len(places))[:, None]
         # A scatter, which is slower than Cache's slice assignment.
         self.keys[rows, :, mx.array(places)] = keys.swapaxes(1, 2)
         self.values[rows, :, mx.array(places)] = values.swapaxes(1, 2)
-        end = int(places.max()) + 1
         # [B, 1, L, end]; False for the junk after a shorter text.
         seen = np.arange(end) <= places[:, None, :, None]
         return mx.fast.scaled_dot_product_attention(
@@ -118,8 +119,9 @@ class BatchDecoder:
         alone = Decoder(self.model, window)
         alone.logits()
         for cache, other in zip(self.caches, alone.caches):
-            cache.keys[row] = other.keys[0]  # [K, context, d]
-            cache.values[row] = other.values[0]
+            cache.reserve(len(window))
+            cache.keys[row, :, : len(window)] = other.keys[0, :, : len(window)]  # [K, read, d]
+            cache.values[row, :, : len(window)] = other.values[0, :, : len(window)]
         self.lengths[row] = len(window)
 
     def draw(self, flags, seeds, count=1):

@@ -256,6 +256,19 @@ def test_signal_to_the_group_during_the_first_compile(tmp_path, text):
     assert ids(tmp_path / "lm")[0] == ids(tmp_path / "whole")[0]
 
 
+def test_a_compiler_that_ends_before_the_signal_is_seen(tmp_path, text, monkeypatch, capsys):
+    """The signal reaches both, but the compiler's failure may be noticed first."""
+
+    def interrupted(run, interrupts, ranks):
+        threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
+        raise RuntimeError("Could not load C++ shared library")
+
+    monkeypatch.setattr(main, "train", interrupted)
+    line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm"]
+    assert main.main([str(word) for word in line]) == 130
+    assert "Interrupted in a compilation" in capsys.readouterr().out
+
+
 def test_ctrl_c_before_training_is_silent(tmp_path):
     process = start("--dataset", "python", "--save_dir", tmp_path / "lm")
     while not (tmp_path / "lm").exists():  # imports and parsing are over, the corpus is being read

@@ -235,8 +235,8 @@ NOT_EMPTY = """
 TOO_LARGE = {  # sizes that no machine has room for, and what needs it
     "--dim 65536": "gradients and moments",
     "--num_blocks 512 --dim 8192": "gradients and moments",
-    "--context_size 1000000 --valid_text text.txt": "attention scores",
-    "--batch_size 1048576 --context_size 4096": "hidden states",
+    "--batch_size 1048576 --context_size 4096": "attention scores",
+    "--batch_size 1048576 --context_size 1 --num_blocks 64": "hidden units",
     "--grad_accumulation 2147483647": "tokens",
     "--init_from BYTE --lora_rank 2147483647": "gradients and moments",
 }
