@@ -1556,6 +1556,8 @@ def text_files(paths, say, own_folders):
                 )
             elif not (is_own and is_pattern):
                 found.append(match)  # whatever it contains
+                if match.suffix == ".json":
+                    say(f"{match} is read as plain text; in .jsonl files, each row is a document")
     return list(dict.fromkeys(found))
 
 

@@ -832,7 +832,8 @@ def describe_score(name, nats, split, tokenizer, mark=""):
     if tokenizer.kind not in ("word", "char", "byte"):
         # For the whole split, extrapolated if `nats` is the score of its first tokens only.
         total = nats * len(split.tokens)
-        line += f", {perplexity(total / max(1, split.num_words)):.2f} per word"
+        of_words = perplexity(total / max(1, split.num_words))
+        line += f", {of_words:.2f} per word" if of_words < 1e6 else f", {of_words:.1e} per word"
     line += f", {bits_per_byte(nats, split):.4f} bits per byte"
     if tokenizer.unk is not None:
         line += f", {split.num_unk / len(split.tokens):.2%} <unk>"
@@ -1806,10 +1807,10 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     if not checkpoints:
         raise UsageError(f"--{flag_name} {identifier!r}: {explain_emptiness(save_dir)}{hint}")
     matches = "several checkpoints" if found else "no checkpoint"
-    known = "; ".join(map(str, (found or checkpoints)[:9]))
+    known = [str(each) for each in found] or list(dict.fromkeys(each.run for each in checkpoints))
     raise UsageError(
         f"--{flag_name} {identifier!r} matches {matches} in {save_dir}{hint}; name one, or "
-        f"check --save_dir (--list shows all): {known}"
+        f"check --save_dir (--list shows all): {'; '.join(known[:5])}"
     )
 
 
@@ -2552,6 +2553,8 @@ def start_notices(run, ranks):
             f"--lr_warmup {flags.lr_warmup} is not shorter than the run: the learning rate never "
             "reaches its peak."
         )
+    if flags.steps_per_eval > flags.num_iters and not flags.max_minutes:
+        yield f"--steps_per_eval {flags.steps_per_eval} is longer than the run: it has no score."
     for name, (other, values) in NEEDS.items():
         if name in flags.given and getattr(flags, other) not in values:
             yield f"--{name} has no effect with --{other} {getattr(flags, other)}."

@@ -170,7 +170,7 @@ def read_config(path):
     unsupported = find_unsupported(settings)
     if unsupported:
         # Better no model than one that computes something else.
-        raise UsageError(f"this program has no {', '.join(unsupported)}")
+        raise UsageError(f"it has {', '.join(unsupported)}, which training does not know")
     return make_config(settings, untie=not settings.get("tie_word_embeddings"))
 
 
@@ -181,8 +181,11 @@ def import_model(path):
     the folder holds no model that is supported.
     """
     path = Path(path)
-    with explained(f"{path} holds no {THEIR_KINDS} model: name one, or see --list"):
+    fault = f"{path} holds no {THEIR_KINDS} model that can be loaded: name one, or see --list"
+    with explained(fault):
         config = read_config(path)
+        if not (path / "tokenizer.json").exists():
+            raise UsageError("it has no tokenizer.json")
         # Large models come in several files. A folder of Mistral's holds the weights again, in
         # consolidated.safetensors.
         files = sorted(path.glob(WEIGHTS)) or sorted(path.glob("*.safetensors"))

@@ -24,7 +24,7 @@ OTHER_NAMES = {
     " n_embed",
     "draft": "draft_model speculative speculative_decoding speculative_sampling",
     "dropout": "attention_dropout dropout_rate resid_dropout",
-    "dtype": "amp bf16 fp16 mixed_precision precision",
+    "dtype": "amp mixed_precision precision",
     "eval_test": "test_at_end",
     "evaluate": "eval eval_only test",
     "export": "export_gguf gguf_path hf_path",
@@ -32,10 +32,10 @@ OTHER_NAMES = {
     " gradient_accumulation_steps",
     "grad_checkpoint": "gradient_checkpointing activation_checkpointing",
     "grad_clip": "clip clip_grad clip_grad_norm clip_norm gradient_clip max_grad_norm",
-    "identifier": "adapter_path checkpoint_path ckpt ckpt_path load resume_adapter_file"
+    "identifier": "checkpoint_path ckpt ckpt_path load"
     " resume_from resume_from_checkpoint",
     "inference": "chat generate generation interactive repl sample",
-    "init_from": "from_pretrained model model_name model_path pretrained",
+    "init_from": "from_pretrained model model_name model_name_or_path model_path pretrained",
     "keep": "keep_last save_total_limit",
     "learning_rate": "base_lr lr max_lr peak_lr",
     "lora_alpha": "alpha",
@@ -75,8 +75,11 @@ OTHER_NAMES = {
 }
 # Names without a counterpart here, and what to do instead.
 NOT_NEEDED = {
+    "adapter_file adapter_path resume_adapter_file": "a LoRA run is a run like any other: --save_dir"
+    " is where it is saved, --identifier names it",
     "advanced hardware": "a section needs flags below it, such as `dim: 8`",
     "always_save_checkpoint": "each evaluation saves; --keep counts what is kept",
+    "bf16 fp16": "--dtype bfloat16 is for processors that are faster with it",
     "bias": "new models have no biases",
     "checkpoint": "gradient checkpointing takes no value; --identifier names a checkpoint",
     "checkpoints": "--save_dir names their folder, --steps_per_save their interval, --keep how"
@@ -86,9 +89,13 @@ NOT_NEEDED = {
     "cuda mps": "--gpu selects an Apple or NVIDIA GPU",
     "device": "--gpu, or nothing for the CPU",
     "distill_from": "python -m extras.collect --distill_from collects a corpus",
-    "epochs max_epochs n_epochs num_epochs num_train_epochs": "--num_iters counts steps",
+    "epochs max_epochs n_epochs num_epochs num_train_epochs": "--num_iters counts steps; the start"
+    " screen shows the steps per epoch",
     "eval_batches eval_iters test_batches val_batches": "--eval_tokens counts tokens, not batches",
+    "fine_tune_type peft train_type": "--lora_rank trains adapters, else all weights are trained",
     "ignore_eos": "--no-stop_at_end goes on after the end of a text",
+    "load_in_4bit load_in_8bit": "--quantize 4 or 8, for sampling, --evaluate and --export",
+    "mask_prompt": "the loss is that of all tokens",
     "resume": "a run resumes by itself; --identifier names another, --new_model starts over",
     "seeds": "one --seed for each run; a loop over values trains several",
     "stream": "text is always printed as it is sampled",

@@ -58,6 +58,7 @@ def plot_runs(checkpoints, path):
     figure = make_figure(12, 5)
     figure.suptitle("Training (pale) and validation losses")
     by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
+    legend_lines = 0
     shown = []  # losses that the y axis has room for
     for i, name in enumerate(names):
         color = f"C{i}"
@@ -71,6 +72,7 @@ def plot_runs(checkpoints, path):
                 label += f": best {losses[best]:.4f} at {iterations[best]:,.0f}"
             if split == "valid" and apart[name]:
                 label += "\n" + textwrap.fill(printable(utf8(apart[name])), 50)
+            legend_lines += 1 + label.count("\n")
             for axis, x in ((by_iteration, iterations), (by_minute, seconds / 60)):
                 axis.plot(x, losses, color=color, label=label, **style)
                 if best is not None:
@@ -85,6 +87,7 @@ def plot_runs(checkpoints, path):
     legend = figure.legend(lines, labels, loc="outside right upper", fontsize="small")
     for text in legend.get_texts():
         text.set_parse_math(False)  # a dollar sign in a flag must not start a formula
+    figure.set_figheight(max(5, 1 + 0.17 * legend_lines))  # inches
     save_figure(figure, path)
 
 

@@ -331,10 +331,11 @@ class Try:
         return launcher
 
     def see_end(self, *ranks):
-        """Waits for the end of these ranks, and of the launcher."""
+        """Waits for the end of these ranks, and for their last words."""
         for rank in ranks:
             seconds = self.hosts.wait_until_gone(rank, LIMIT)
             self.see(f"{rank} " + ("stays" if seconds is None else f"ended +{seconds:.1f} s"))
+        time.sleep(3)  # ssh and the launcher deliver them later
         lines = self.hosts.output().splitlines()
         own = [line for line in lines if line.startswith("main.py: ")]
         self.see(f"{len(own)} line(s), {own[:1]}")

@@ -536,7 +536,7 @@ MISTAKES = [
     (
         "--identifier unknown --inference",
         "--identifier 'unknown' matches no checkpoint",
-        "iteration 18,",
+        "(--list shows all): text",
     ),
     (
         "--identifier lm/BYTE.safetensors --prompt a",

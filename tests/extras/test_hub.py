@@ -165,7 +165,7 @@ def test_a_gated_model_names_its_key(hub, here):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(model_type="gpt2"), "org/tiny: this program has no model_type gpt2"),
+    (dict(model_type="gpt2"), "org/tiny: it has model_type gpt2"),
     (dict(num_hidden_layers=10**7), "org/tiny: this needs at least"),
     (dict(hidden_size="large"), "org/tiny: hidden_size is 'large'"),
     (dict(num_attention_heads=None), "org/tiny: its config.json is not that of a Llama, "),
