@@ -1923,8 +1923,8 @@ def check_ids(splits, kind):
     for each in itertools.chain(*splits.values()):
         if type(each) is Ids and kind != "gpt2":
             raise UsageError(
-                f"{each.path} would be read as GPT-2's token ids: add --tokenizer gpt2, or, if it "
-                "is a text, rename it"
+                f"{each.path} would be read as GPT-2's token ids: add --tokenizer gpt2 or, if it "
+                "holds other ids, name the text; if it is a text, rename it"
             )
 
 

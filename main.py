@@ -3176,12 +3176,14 @@ def read_config(config, given):
             content = {}
         settings = {}
         for name, value in content.items():
+            section = {name: value}
             if isinstance(value, dict) and name not in DEFAULTS:
-                settings |= value  # a section, whatever its name
+                section = value  # whatever its name
             elif name in FLAGS and value is None:
-                continue  # a group without flags, or only with comments
-            else:
-                settings[name] = value
+                section = {}  # or one with nothing but comments
+            for repeated in settings.keys() & section.keys():
+                raise ValueError(f"{repeated} stands in it twice")
+            settings |= section
         settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
         known = {*DEFAULTS, "checkpoint"} - {"config"}  # a file cannot name another
         unknown = sorted(settings.keys() - known)
