@@ -1802,6 +1802,11 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     found = matching_checkpoints(checkpoints, identifier)
     if len(found) == 1:
         return found[0]
+    if identifier == "best" and checkpoints:
+        raise UsageError(
+            f"--{flag_name} best: {checkpoints[0].run}, the run saved last, has no score yet; "
+            "name a checkpoint (--list shows all)"
+        )
     hint = make_parser().hint_for_value(flag_name, identifier)
     hint = f" ({hint})" if hint else ""
     if not checkpoints:
@@ -2551,7 +2556,7 @@ def start_notices(run, ranks):
     if flags.lr_warmup >= flags.num_iters:
         yield (
             f"--lr_warmup {flags.lr_warmup} is not shorter than the run: the learning rate never "
-            "reaches its peak."
+            f"reaches its peak; try --lr_warmup {flags.num_iters // 10}."
         )
     if flags.steps_per_eval > flags.num_iters and not flags.max_minutes:
         yield f"--steps_per_eval {flags.steps_per_eval} is longer than the run: it has no score."
@@ -3319,7 +3324,10 @@ def describe_other(other, flags):
     for name in SHAPING:
         value = getattr(flags, name)
         if name in flags.given and its_flags[name] != value:
-            differences.append(f"--{name} {its_flags[name]} instead of {value}")
+            its_value = f"--{name} {its_flags[name]}"
+            if its_flags[name] is None:
+                its_value = f"no --{name}"
+            differences.append(f"{its_value} instead of {value}")
     return (
         f"Starting a new run: the last one, {other.run}, has {', '.join(differences)}. "
         f"To resume that one: {command(flags, '--identifier', other.run)}"
@@ -3835,6 +3843,8 @@ def describe_end(run, received):
     if run.scores:
         iteration, nats = min(run.scores, key=lambda score: score[1])
         trained += f", best: valid {nats:.4f} nats at iteration {iteration:,}"
+        if iteration < run.iteration:
+            trained += " (--identifier best)"
     if received:
         resume = f"Rerun the command to resume, or: {again}"
         if flags.new_model or flags.identifier:  # rerunning could begin yet another run

@@ -75,8 +75,8 @@ OTHER_NAMES = {
 }
 # Names without a counterpart here, and what to do instead.
 NOT_NEEDED = {
-    "adapter_file adapter_path resume_adapter_file": "a LoRA run is a run like any other: --save_dir"
-    " is where it is saved, --identifier names it",
+    "adapter_file adapter_path resume_adapter_file": "a LoRA run is a run like any other:"
+    " --save_dir is where it is saved, --identifier names it",
     "advanced hardware": "a section needs flags below it, such as `dim: 8`",
     "always_save_checkpoint": "each evaluation saves; --keep counts what is kept",
     "bf16 fp16": "--dtype bfloat16 is for processors that are faster with it",

@@ -104,7 +104,8 @@ class Dashboard(threading.Thread):
                         return
                     write(row["iteration"], named_by_split(row))
         except Exception as error:
-            reason = without_passwords(one_line(error))[:300] or type(error).__name__  # wandb's, if it refuses a key, has no words
+            # wandb's, if it refuses a key, has no words.
+            reason = without_passwords(one_line(error))[:300] or type(error).__name__
             tqdm.write(f"--report_to {self.name} failed, the run goes on: {reason}")
 
 

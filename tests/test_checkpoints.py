@@ -512,6 +512,19 @@ def test_what_is_open_is_read_even_if_it_is_deleted(tmp_path):
 # ---- Choosing one -------------------------------------------------------------------------------
 
 
+def test_best_needs_a_score(tmp_path):
+    run = make_run(tmp_path)
+    train_and_save(run, 1)
+    with pytest.raises(UsageError, match=f"{run.name}, the run saved last, has no score yet"):
+        choose(tmp_path, identifier=["best"])
+    score(run, 2.5)
+    train_and_save(run, 1)
+    end = main.describe_end(run, None)
+    assert "best: valid 2.5000 nats at iteration 1 (--identifier best)" in end
+    run.scores[-1][0] = run.iteration
+    assert "(--identifier best)" not in main.describe_end(run, None)
+
+
 def test_identifiers(tmp_path):
     with pytest.raises(UsageError, match="no checkpoint in .*: train a model first"):
         choose(tmp_path, identifier=["latest"])

@@ -199,7 +199,8 @@ def test_each_flag_that_changes_weights_makes_another_run(half_way, name):
     assert found == []
     value = getattr(flags(**given), name)
     told = main.describe_other(checkpoints[0], flags(**given))
-    assert f" has --{name} {held} instead of {value}. To resume that one: " in told
+    its_value = f"no --{name}" if held is None else f"--{name} {held}"
+    assert f" has {its_value} instead of {value}. To resume that one: " in told
 
     named = flags(**given, identifier=[checkpoints[0].run])
     if name in main.FIXED:
