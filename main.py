@@ -1793,7 +1793,7 @@ def matching_checkpoints(checkpoints, identifier):
     found = {}
     for each in checkpoints:
         if each.id.startswith(identifier):
-            found.setdefault(each.id, each)  # if several runs have it, the last saved
+            found[each.id] = each  # if several runs have it, the first saved: a branch has a copy
     return list(found.values())
 
 

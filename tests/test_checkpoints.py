@@ -512,6 +512,14 @@ def test_what_is_open_is_read_even_if_it_is_deleted(tmp_path):
 # ---- Choosing one -------------------------------------------------------------------------------
 
 
+def test_an_id_of_two_runs_names_the_first(tmp_path):
+    """A branch begins with a copy, and has other flags."""
+    [saved] = train_and_save(make_run(tmp_path, name="ptb-0a1b2c"), 1)
+    assert train_and_save(make_run(tmp_path, name="ptb-3d4e5f"), 1) == [saved]
+    checkpoints = main.list_checkpoints(tmp_path)
+    assert main.named_checkpoint(tmp_path, checkpoints, saved[:12]).run == "ptb-0a1b2c"
+
+
 def test_best_needs_a_score(tmp_path):
     run = make_run(tmp_path)
     train_and_save(run, 1)
