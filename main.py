@@ -34,9 +34,14 @@ mx.eval computes.
 # ]
 # ///
 
-import importlib.util
 import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until there is something to save, Ctrl+C exits without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import importlib.util
 
 if __name__ == "__main__":
     fault = ""
@@ -50,9 +55,6 @@ if __name__ == "__main__":
         sys.exit(2)
     # `import main` in an extra must return this module, not a second copy.
     sys.modules["main"] = sys.modules["__main__"]
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Until there is something to save, Ctrl+C exits without a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import contextlib

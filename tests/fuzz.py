@@ -1778,7 +1778,7 @@ PLANTED = {
     ),
     "controls are printed": (
         (*CHECKPOINTS, hf_folders),
-        edited("datasets:one_line", 'CONTROLS.sub("\\ufffd", ', "("),
+        edited("datasets:printable", 'CONTROLS.sub("\\ufffd", text)', "text"),
     ),
     "the package may panic": (
         (odd_tokenizers, tokenizer_files, hf_folders),
@@ -1790,7 +1790,7 @@ PLANTED = {
     ),
     "an import may fail oddly": (
         (hf_folders,),
-        edited("extras.huggingface:import_model", 'see --list"', 'see --list", OSError'),
+        edited("extras.huggingface:import_model", "explained(fault)", "explained(fault, OSError)"),
     ),
     "YAML's lists unfold": (
         (configs,),
@@ -1803,7 +1803,7 @@ PLANTED = {
     "keys go to other servers": ((collections, collected_files), follow_with_key),
     "keys are shown": (
         (collections,),
-        edited("extras.collect:Teacher.masked", "if self.key:", "if False:"),
+        edited("extras.collect:Teacher.without_key", "if self.key", "if False"),
     ),
     "answers of any size": (
         (collections,),
@@ -1813,8 +1813,24 @@ PLANTED = {
 }
 
 
+def check_planted():
+    """Raises RuntimeError if a bug's place has changed, as its failure would count as found."""
+    for name, (_, plant) in PLANTED.items():
+        child = os.fork()
+        if not child:
+            try:
+                if plant:
+                    plant()
+            except Exception:
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            raise RuntimeError(f"cannot plant {name!r}")
+
+
 def try_planted(names, seed, count, folder):
     """Prints after how many cases each planted bug is found; returns 0 if all are, else 1."""
+    check_planted()
     templates = make_templates(folder)
     found = 0
     for name in names:
