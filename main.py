@@ -1211,15 +1211,26 @@ def shape_logits(logits, flags, texts):
     """Logits [B, V] to sample from; texts: each row's ids in the model's window.
 
     Applies the repetition penalty, temperature, top-k, top-p and min-p, in this order, as in
-    Hugging Face's transformers. Temperature 0 keeps only the largest.
+    Hugging Face's transformers. At temperature 0, only the penalty changes which is the largest.
     """
     logits = penalize(logits.astype(mx.float32), texts, flags.repetition_penalty)
-    if flags.temperature < 1e-6:  # 0, or close to it
-        ids = mx.arange(logits.shape[-1])
-        return mx.where(ids == logits.argmax(axis=-1, keepdims=True), 0, -math.inf)
+    if is_greedy(flags):
+        return logits
     logits = keep_top_k(logits / flags.temperature, flags.top_k)
     logits = keep_top_p(logits, flags.top_p)
     return keep_min_p(logits, flags.min_p)
+
+
+def draw(logits, flags, key):
+    """An id, [] uint32, sampled from the logits [V] that shape_logits returns; key: [2] uint32."""
+    if is_greedy(flags):
+        return logits.argmax()
+    return mx.random.categorical(logits, key=key)
+
+
+def is_greedy(flags):
+    """Whether the most probable token is taken: at a temperature of 0, or close to it."""
+    return flags.temperature < 1e-6
 
 
 class Decoder:
@@ -1258,7 +1269,7 @@ class Decoder:
             logits = shape_logits(logits, flags, [self.text[self.start :]])
             key = mx.array([seed, len(self.text)], mx.uint32)
             # [V], not [1, V], which would not draw the same as a row of a batch (extras/decode.py).
-            token = mx.random.categorical(logits[0], key=key).item()
+            token = draw(logits[0], flags, key).item()
             self.text.append(token)
             yield token
 

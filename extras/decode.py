@@ -14,7 +14,7 @@ import numpy as np
 
 from datasets import end_of_text, explained
 from extras.results import MOST_PROMPTS, append_lines, json_line, read_prompt_lines
-from main import Cache, Decoder, Detokenizer, announce, first_ids, shape_logits
+from main import Cache, Decoder, Detokenizer, announce, draw, first_ids, shape_logits
 
 # The flags that, besides the seed, determine a completion.
 SAMPLING_FLAGS = [
@@ -136,7 +136,7 @@ class BatchDecoder:
         logits = shape_logits(logits, flags, befores)
 
         def draw_one(row, key):
-            return mx.random.categorical(row, key=key)
+            return draw(row, flags, key)
 
         ids = mx.vmap(draw_one)(logits, mx.array(keys, mx.uint32))
         return np.array(ids).reshape(-1, count)

@@ -169,21 +169,24 @@ def test_the_rules_apply_in_order():
     assert kept(top_p=0.85, min_p=0.51) == [1]
 
 
-@pytest.mark.parametrize("rules", [
-    dict(temperature=0),
-    dict(temperature=1e-9),
-    dict(top_k=1),
-    dict(top_p=0),
-    dict(min_p=1),
-])  # fmt: skip
+@pytest.mark.parametrize("rules", [dict(top_k=1), dict(top_p=0), dict(min_p=1)])
 def test_the_largest_alone(rules):
     random = np.random.default_rng(0)
     logits = random.normal(size=(50, 31)).astype(np.float32)
     result = np.array(shaped(logits, **rules))
     np.testing.assert_array_equal(result.argmax(-1), logits.argmax(-1))
     assert (result > -INF).sum() == 50
-    [ties] = shaped([[1.0, 2, 2]], temperature=0)
-    assert places_kept(ties) == [1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-9])
+def test_temperature_zero_draws_the_largest(temperature):
+    given = flags(temperature=temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(50, 31)).astype(np.float32)
+    shape = main.shape_logits(mx.array(logits), given, [[]] * 50)
+    drawn = [main.draw(row, given, mx.random.key(7)).item() for row in shape]
+    assert drawn == logits.argmax(-1).tolist()
+    assert main.draw(mx.array([1.0, 2, 2]), given, mx.random.key(7)).item() == 1
 
 
 # Logits are logarithms of 4, 1, 3, 2, 1/2. At temperature 1/2 these numbers are squared, at 2 their
