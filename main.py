@@ -2528,8 +2528,9 @@ def describe_schedule(flags):
     line = f"{flags.learning_rate:g}"
     if flags.lr_warmup:
         line += f" after {plural(flags.lr_warmup, 'warmup step')}"
-    only_rises = flags.lr_warmup >= flags.num_iters
-    if flags.lr_schedule == "constant" or flags.lr_cooldown == 0 or only_rises:
+    if flags.lr_warmup >= flags.num_iters:
+        return f"{line}, which this run does not outlast"
+    if flags.lr_schedule == "constant" or flags.lr_cooldown == 0:
         return f"{line}, constant"
     last = learning_rate_at(flags.num_iters, flags)
     when = ""
@@ -3098,16 +3099,20 @@ def read_command_line(argv):
 
     Raises UsageError for flags that do not go together.
     """
-    given = parse(argv)
-    if "config" in given:
-        # The command line overrides the file.
-        given = read_config(given["config"], given) | given
-    if "preset" in given:
-        given = PRESETS[given["preset"]] | given  # the file and the command line override it
+    typed = parse(argv)
+    given = with_preset(typed)
+    if "config" in typed:
+        # The command line overrides the file, also by a preset.
+        given = with_preset(read_config(typed["config"], typed)) | given
     if given.get("tokenizer") == "auto":
         del given["tokenizer"]  # the same as not passing it
     check_rules(given)
     return given
+
+
+def with_preset(given):
+    """`given` and what its --preset sets, which the flags beside it override."""
+    return PRESETS[given["preset"]] | given if "preset" in given else given
 
 
 def check_rules(given):
@@ -3132,8 +3137,9 @@ def check_agreement(flags, fixed, holder):
     for name, value in fixed.items():
         given = getattr(flags, name)
         if name in flags.given and given != value:
+            has = "was made without it" if value is None else f"has {value}"
             raise UsageError(
-                f"--{name} {given} contradicts {holder}, which has {value}: "
+                f"--{name} {given} contradicts {holder}, which {has}: "
                 f"leave --{name} out, or start a new run with --new_model"
             )
 
@@ -3898,7 +3904,8 @@ def execute(argv, ranks):
         return benchmark(flags, ranks) if flags.benchmark else train_run(flags, ranks)
     with explained("--save_dir cannot be used", OSError):  # for example, too long a name
         if not flags.save_dir.is_dir():
-            raise UsageError(f"{flags.save_dir} is not an existing folder; check --save_dir")
+            remedy = "train a model first, or check --save_dir"
+            raise UsageError(f"{flags.save_dir} is not an existing folder: {remedy}")
     if uses:
         return use_checkpoint(flags, ranks)
     with lock(flags.save_dir, fcntl.LOCK_SH):

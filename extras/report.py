@@ -75,6 +75,7 @@ class Dashboards:
         for thread in self.threads:
             thread.join(max(0, end - time.monotonic()))
             if thread.is_alive():
+                thread.is_given_up = True
                 tqdm.write(f"--report_to {thread.name}: it has not taken all of this run yet")
 
 
@@ -84,6 +85,7 @@ class Dashboard(threading.Thread):
     def __init__(self, name, run):
         super().__init__(name=name, daemon=True)  # at exit, nobody waits for it
         self.rows = queue.Queue(MOST_ROWS)
+        self.is_given_up = False
         # Copies: the run goes on meanwhile.
         self.run_name = run.name
         self.folder = run.folder
@@ -104,6 +106,8 @@ class Dashboard(threading.Thread):
                         return
                     write(row["iteration"], named_by_split(row))
         except Exception as error:
+            if self.is_given_up:
+                return
             # wandb's, if it refuses a key, has no words.
             reason = without_passwords(one_line(error))[:300] or type(error).__name__
             tqdm.write(f"--report_to {self.name} failed, the run goes on: {reason}")

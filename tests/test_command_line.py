@@ -603,7 +603,8 @@ def test_a_sweep_trains_a_run_for_each_value_and_resumes_each(trained, tmp_path)
 
 
 def test_config_file_flat_and_in_groups(flags_of, trained, tmp_path):
-    """Where a value comes from, weakest first: default, checkpoint, preset, YAML, typed flag."""
+    """Where a value comes from, weakest first: default, checkpoint, YAML's preset, YAML,
+    typed preset, typed flag."""
     text = trained / "text.txt"
     flat = tmp_path / "flat.yaml"
     flat.write_text(
@@ -624,6 +625,11 @@ def test_config_file_flat_and_in_groups(flags_of, trained, tmp_path):
     own.write_text("text: a.txt\nvalid_text: b.txt\ndim: 32\n")
     passed = main.read_command_line(["--config", str(own), "--dataset", "python"])
     assert passed == {"config": str(own), "dataset": "python", "dim": 32}
+    # A preset that is typed wins over the file's sizes, and other flags win over it.
+    line = ["--config", str(own), "--preset", "small", "--num_blocks", "3"]
+    passed = main.read_command_line(line)
+    sizes = [passed[name] for name in ("dim", "num_heads", "num_blocks", "context_size")]
+    assert sizes == [256, 8, 3, 256]
     grouped = tmp_path / "grouped.yaml"
     grouped.write_text(
         f"run: {{text: [{text}, {flat}], preset: tiny, new_model: true}}\n"

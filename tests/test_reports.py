@@ -519,7 +519,7 @@ def test_start_screen(tmp_path, text):
     assert re.match(splits + r"byte tokenizer, 257-token vocabulary \(1 special\); in ", lines[2])
     steps = r"steps    4 x 8 tokens, ([\d,]+) per epoch, ([\d.]+) epochs in all; adamw, float32"
     assert re.fullmatch(steps, lines[3]).groups() == ("3", "0.64"), "100 / 32, and 64 / 100"
-    assert lines[4] == "rate     0.0003 after 200 warmup steps, constant"
+    assert lines[4] == "rate     0.0003 after 200 warmup steps, which this run does not outlast"
     assert lines[5].startswith("machine  cpu, ")
     assert f"MLX {mx.__version__}, matmuls: " in lines[5]
     assert lines[6].startswith(f"files    {folder}, ")
@@ -533,6 +533,10 @@ def test_start_screen(tmp_path, text):
         "0.005 after 20 warmup steps, constant, then linear to 0 over the last 50%",
     ),
     (dict(lr_schedule="cosine"), "0.0003 after 200 warmup steps, then cosine to 3e-05"),
+    (
+        dict(lr_schedule="cosine", num_iters=200),
+        "0.0003 after 200 warmup steps, which this run does not outlast",
+    ),
 ])  # fmt: skip
 def test_the_schedule_in_words(given, words):
     assert main.describe_schedule(flags(**given)) == words
