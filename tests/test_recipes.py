@@ -21,11 +21,15 @@ TUNE = """
     --text notes.txt --init_from latest --learning_rate 1e-3 --lr_warmup 20 --num_iters 500
     --steps_per_eval 250
 """
+FIRST = """
+    --dim 128 --num_heads 4 --context_size 128 --batch_size 8 --learning_rate 3e-3 --lr_warmup 50
+    --num_iters 800 --optimizer muon --lr_schedule cosine
+"""
 COMMANDS = {
-    "first": """
-        --dataset python --dim 128 --num_heads 4 --context_size 128 --batch_size 8
-        --learning_rate 3e-3 --lr_warmup 50 --num_iters 800 --steps_per_eval 400 --optimizer muon
-        --lr_schedule cosine
+    "first": FIRST + "--dataset python --steps_per_eval 400",
+    "own-text": FIRST
+    + """
+        --text notes.txt --weight_decay 8 --embedding_decay 1 --average 0.1 --steps_per_eval 200
     """,
     "characters": """
         --dataset python --tokenizer char --num_blocks 4 --dim 128 --num_heads 4
