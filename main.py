@@ -141,6 +141,8 @@ class Config:
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
     head_dim: int | None = None  # d; None: dim / num_heads
     qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
+    ngrams: int = 1  # n: n-grams of 2 to n tokens have embeddings, too
+    ngram_rows: int = 2**15  # R, embeddings for the n-grams of each length
 
     def __post_init__(self):
         if self.head_dim is None:  # an imported model has its own, and H * d may differ from D
@@ -160,6 +162,12 @@ class Config:
             raise ValueError(
                 f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: "
                 f"try {fit}"
+            )
+        lengths = self.ngrams - 1
+        if lengths and self.dim % lengths:
+            fit = lengths * max(1, round(self.dim / lengths))
+            raise ValueError(
+                f"dim {self.dim} is not a multiple of ngrams - 1 = {lengths}: try {fit}"
             )
 
 
@@ -409,6 +417,44 @@ class Block(nn.Module):
         return hidden + dropout(transformed, noise, site + 1)
 
 
+class NgramEmbedding(nn.Module):
+    """Embeddings of the 2 to n tokens that end at each position (Pagnoni et al. 2024).
+
+    Each length has D / (n - 1) of the dimensions and R rows; n-grams share a row by chance.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.lengths = config.ngrams - 1
+        self.rows = config.ngram_rows
+        self.weight = mx.zeros((self.lengths * self.rows, config.dim // self.lengths))
+
+    def __call__(self, tokens, before=None):
+        """tokens: ids [B, L]; before: the n - 1 ids before them, see ids_before. [B, L, D]."""
+        B, L = tokens.shape
+        if before is None:
+            before = mx.full((B, self.lengths), NO_ID)
+        ids = mx.concatenate([before, tokens], axis=1).astype(mx.uint32)  # [B, n - 1 + L]
+        hashes = mix(ids[:, self.lengths :])
+        places = []
+        for i in range(self.lengths):
+            start = self.lengths - 1 - i  # i + 1 tokens back
+            hashes = mix(hashes + ids[:, start : start + L])
+            row = (hashes >> 8) % self.rows  # mix's high bits are the good ones
+            places.append(row + i * self.rows)
+        return self.weight[mx.stack(places, axis=-1)].reshape(B, L, -1)
+
+
+NO_ID = -1  # where a text has not begun yet
+
+
+def ids_before(text, start, read, config):
+    """The n - 1 ids before index `read` of a text that begins at `start`: what n-grams need."""
+    count = config.ngrams - 1
+    known = text[max(start, read - count) : read]
+    return [NO_ID] * (count - len(known)) + known
+
+
 class Transformer(nn.Module):
     """Token ids [B, L] to final hidden states [B, L, D]; any head can go on top."""
 
@@ -417,14 +463,24 @@ class Transformer(nn.Module):
         # Gradient checkpointing: only the input of each block is kept for the backward pass.
         self.grad_checkpoint = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        if config.ngrams > 1:
+            self.embed_ngrams = NgramEmbedding(config)
         self.layers = [Block(config, i) for i in range(config.num_blocks)]
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def __call__(self, tokens, caches=None, noise=None):
-        """caches: a Cache for each block; noise: that of dropout, or None."""
+    def embed(self, tokens, before=None):
+        """The first hidden states [B, L, D]; arguments as in __call__."""
         hidden = self.embed_tokens(tokens)
-        hidden = hidden.astype(self.norm.weight.dtype)  # bfloat16 if the norms are, see make_step
-        hidden = dropout(hidden, noise, site=0)
+        if "embed_ngrams" in self:
+            hidden = hidden + self.embed_ngrams(tokens, before)
+        return hidden.astype(self.norm.weight.dtype)  # bfloat16 if the norms are, see make_step
+
+    def __call__(self, tokens, caches=None, noise=None, before=None):
+        """caches: a Cache for each block; noise: that of dropout, or None.
+
+        before: the ids before `tokens`, see ids_before; None: there are none.
+        """
+        hidden = dropout(self.embed(tokens, before), noise, site=0)
         if caches is None:
             caches = [None] * len(self.layers)
         for block, cache in zip(self.layers, caches):
@@ -445,9 +501,9 @@ class LanguageModel(nn.Module):
         if config.untie:
             self.lm_head = Linear(config.dim, config.vocab_size)
 
-    def __call__(self, tokens, caches=None, noise=None, last=None):
+    def __call__(self, tokens, caches=None, noise=None, before=None, last=None):
         """Logits of the `last` positions only, which is all that decoding needs; None: of all."""
-        hidden = self.model(tokens, caches, noise)  # [B, L, D]
+        hidden = self.model(tokens, caches, noise, before)  # [B, L, D]
         if last is not None:
             hidden = hidden[:, -last:]
         if self.config.untie:
@@ -462,12 +518,15 @@ class LanguageModel(nn.Module):
         return self.model.embed_tokens.weight
 
 
+ZERO_AT_FIRST = ("o_proj.weight", "down_proj.weight", "lm_head.weight", "embed_ngrams.weight")
+
+
 def init_weights(model, seed):
     """Initializes every parameter.
 
     Norms are 1, biases 0, matrices normal with standard deviation 1 / sqrt(inputs). The matrices
     that write into the residual stream are 0, so that each block starts as the identity. An untied
-    output layer is also 0.
+    output layer and the n-grams' embeddings are also 0.
 
     Embeddings have standard deviation 5 / dim. Tied, they are also the output layer: the logit of
     the token just read starts near 5, the others near 0, and the first loss is near ln(V + e^5);
@@ -482,7 +541,7 @@ def init_weights(model, seed):
             value = mx.zeros_like(parameter)
         elif parameter.ndim == 1:
             value = mx.ones_like(parameter)  # of a norm
-        elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+        elif name.endswith(ZERO_AT_FIRST):
             value = mx.zeros_like(parameter)
         elif name.endswith("embed_tokens.weight"):
             value = normal * 5 / model.config.dim
@@ -977,7 +1036,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     def cast(name, parameter):
         # Embeddings stay in float32: a bfloat16 sum would lose the many small gradients of a
         # frequent token.
-        return parameter if "embed_tokens" in name else parameter.astype(mx.bfloat16)
+        return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
 
     def loss(scale, dropout_rate, inputs, targets, keys):
         if casts:
@@ -1256,8 +1315,10 @@ class Decoder:
         context_size = self.model.config.context_size
         if len(self.text) - self.start > context_size:
             self.begin_window(len(self.text) - max(1, context_size // 2))
-        unread = self.text[self.start + self.caches[0].offset :]
-        return self.model(mx.array([unread]), self.caches, last=1).squeeze(1)
+        read = self.start + self.caches[0].offset
+        before = ids_before(self.text, self.start, read, self.model.config)
+        unread = mx.array([self.text[read:]])
+        return self.model(unread, self.caches, before=mx.array([before]), last=1).squeeze(1)
 
     def generate(self, max_tokens, flags, seed):
         """Samples `max_tokens` ids, appends each to the text and yields it.
@@ -1635,7 +1696,8 @@ def check_config(config):
         if not is_right:
             raise ValueError(f"{field.name} of its model is {value!r:.50}")
     cached = made.context_size * made.num_kv_heads * made.head_dim  # numbers in a Cache
-    if made.mlp not in MLPS or cached > LARGEST:
+    ngrams = made.ngrams * made.ngram_rows
+    if made.mlp not in MLPS or max(cached, ngrams) > LARGEST:
         raise ValueError("there is no such model")
 
 
@@ -2492,6 +2554,7 @@ def print_start(run, checkpoint, ranks):
     parameters = count_parameters(run.model.parameters())
     trained = count_parameters(run.model.trainable_parameters())
     of_them = f", {trained:,} trainable" if trained < parameters else ""
+    ngrams = f", {config.ngrams}-grams in {config.ngram_rows:,} rows" if config.ngrams > 1 else ""
     several = f", {ranks.size} ranks" if ranks.size > 1 else ""
     size = checkpoint_size(run) / 2**20  # MiB
     free = shutil.disk_usage(flags.save_dir).free / 2**20
@@ -2501,7 +2564,7 @@ def print_start(run, checkpoint, ranks):
         f"model    {parameters:,} parameters{of_them}: {plural(config.num_blocks, 'block')}, "
         f"dim {config.dim}, {plural(config.num_heads, 'head')} "
         f"({plural(config.num_kv_heads, 'key/value head')}), {config.mlp} {config.mlp_dim}, "
-        f"context {config.context_size}\n"
+        f"context {config.context_size}{ngrams}\n"
         f"data     {dataset.name}: {' / '.join(lengths)} tokens; "
         f"{describe_tokenizer(tokenizer)}; in {dataset.folder}\n"
         f"steps    {rows} x {config.context_size} tokens, {steps:,} per epoch, "
@@ -2862,6 +2925,14 @@ FLAGS["model"] = {
     ),
     "qk_norm": flag(False, "RMS-normalize queries and keys"),
     "untie": flag(False, "separate output matrix instead of tied embeddings"),
+    "ngrams": flag(
+        1,
+        "also embed the last 2 to this many tokens, hashed (for bytes and characters)",
+        type=number(int, 1, 64),
+    ),
+    "ngram_rows": flag(
+        2**15, "embeddings for the n-grams of each length", type=number(int, 1, 2**24)
+    ),
 }
 
 FLAGS["training"] = {

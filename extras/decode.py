@@ -14,7 +14,7 @@ import numpy as np
 
 from datasets import end_of_text, explained
 from extras.results import MOST_PROMPTS, append_lines, json_line, read_prompt_lines
-from main import Cache, Decoder, Detokenizer, announce, draw, first_ids, shape_logits
+from main import Cache, Decoder, Detokenizer, announce, draw, first_ids, ids_before, shape_logits
 
 # The flags that, besides the seed, determine a completion.
 SAMPLING_FLAGS = [
@@ -97,9 +97,13 @@ class BatchDecoder:
                 self.read_alone(row, windows[row][:-count])
         rows = [window[length:] for window, length in zip(windows, self.lengths)]
         tokens = mx.array(rows)  # [B, unread]
+        befores = [
+            ids_before(window, 0, length, self.model.config)
+            for window, length in zip(windows, self.lengths)
+        ]
         for cache in self.caches:
             cache.begin(self.lengths)
-        logits = self.model(tokens, self.caches, last=count)
+        logits = self.model(tokens, self.caches, before=mx.array(befores), last=count)
         self.lengths = self.lengths + tokens.shape[1]
         return logits
 

@@ -160,7 +160,7 @@ def attention_weights(model, tokens):
     tokens: L ids. Returns a float32 NumPy array [blocks, H, L, L]; the last axis sums to 1.
     """
     seen = mx.array(np.tri(len(tokens), dtype=bool))  # [L, L]: no position looks ahead
-    hidden = model.model.embed_tokens(mx.array([tokens]))  # [1, L, D]
+    hidden = model.model.embed(mx.array([tokens]))  # [1, L, D]
     weights = []
     for block in model.model.layers:
         queries, keys, _ = block.self_attn.project(block.input_layernorm(hidden))

@@ -249,10 +249,10 @@ class Script:
 
     def __init__(self, rows, context_size=8):
         self.rows = rows
-        self.config = Namespace(context_size=context_size, num_kv_heads=1, head_dim=2)
+        self.config = Namespace(context_size=context_size, num_kv_heads=1, head_dim=2, ngrams=1)
         self.model = Namespace(layers=[None])  # one layer, as its Cache says what is read
 
-    def __call__(self, tokens, caches, last):
+    def __call__(self, tokens, caches, last, before):
         import mlx.core as mx
 
         self.read(tokens, caches, last)
@@ -277,7 +277,7 @@ class Constant(Script):
         super().__init__(None, context_size)
         self.logits = mx.array(logits, mx.float32)
 
-    def __call__(self, tokens, caches, last):
+    def __call__(self, tokens, caches, last, before):
         import mlx.core as mx
 
         self.read(tokens, caches, last)

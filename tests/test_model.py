@@ -71,6 +71,27 @@ def normalize(hidden, epsilon):
     return hidden / np.sqrt(mean_square + epsilon)
 
 
+def ngram_places(tokens, config):
+    """The row of each n-gram of tokens [B, L], [B, L, n - 1]; one token at a time.
+
+    A hash begins with the last token and takes up the ones before it.
+    """
+
+    def mix(bits):
+        bits = bits * 0x7FEB352D % 2**32
+        return (bits ^ bits >> 15) * 0x846CA68B % 2**32
+
+    places = np.zeros((*tokens.shape, config.ngrams - 1), int)
+    for b, position in np.ndindex(tokens.shape):
+        hashed = mix(int(tokens[b, position]))
+        for back in range(1, config.ngrams):
+            token = int(tokens[b, position - back]) if back <= position else -1
+            hashed = mix((hashed + token) % 2**32)
+            row = (hashed >> 8) % config.ngram_rows
+            places[b, position, back - 1] = row + (back - 1) * config.ngram_rows
+    return places
+
+
 def reference(model, tokens, drop=drop_nothing):
     """Logits [B, L, V] in float64, one head at a time.
 
@@ -135,7 +156,11 @@ def reference(model, tokens, drop=drop_nothing):
             inner = np.maximum(up, 0) ** 2
         return linear(inner, name + ".down_proj")
 
-    hidden = drop(weights["model.embed_tokens.weight"][tokens], 0)
+    hidden = weights["model.embed_tokens.weight"][tokens]
+    if config.ngrams > 1:
+        rows = weights["model.embed_ngrams.weight"][ngram_places(tokens, config)]
+        hidden = hidden + rows.reshape(hidden.shape)
+    hidden = drop(hidden, 0)
     for i in range(config.num_blocks):
         block = f"model.layers.{i}"
         normed = norm(hidden, block + ".input_layernorm")
@@ -158,9 +183,11 @@ def test_logits_equal_an_independent_forward_pass(heads, mlp):
     dict(qk_norm=True),
     dict(untie=True),
     dict(qk_norm=True, untie=True, mlp="swiglu"),
+    dict(ngrams=2, ngram_rows=100),
+    dict(ngrams=5, ngram_rows=20, untie=True),
 ])  # fmt: skip
 @pytest.mark.parametrize("heads", HEADS)
-def test_normalized_queries_and_an_own_output_layer(heads, options):
+def test_normalized_queries_an_own_output_layer_and_ngrams(heads, options):
     model = make_model(HEADS[heads], **options)
     tokens = random_tokens(model)
     expected = reference(model, tokens)
@@ -253,13 +280,13 @@ def initial(seed, **values):
 
 
 def test_init_weights_sets_every_parameter():
-    _, weights = initial(3, vocab_size=500, dim=64, mlp_dim=256, mlp="swiglu")
+    _, weights = initial(3, vocab_size=500, dim=64, mlp_dim=256, mlp="swiglu", ngrams=5)
     seen = set()
     for name, weight in weights.items():
         assert np.isfinite(weight).all(), name
         if "norm" in name:
             assert (weight == 1).all()
-        elif "o_proj" in name or "down_proj" in name:  # a block begins as the identity
+        elif re.search("o_proj|down_proj|ngrams", name):  # a block begins as the identity
             assert (weight == 0).all()
         else:
             deviation = 5 / 64 if "embed" in name else 1 / math.sqrt(64)

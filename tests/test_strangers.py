@@ -292,6 +292,10 @@ CONFIGS = [
     {"mlp": "swiglu"},
     {"untie": True},
     {"qk_norm": True},
+    {"ngrams": 3},
+    {"ngrams": 0},
+    {"ngrams": 2**31 - 1, "ngram_rows": 2**31 - 1},
+    {"ngram_rows": 0},
 ]
 
 

@@ -144,6 +144,7 @@ def test_mlx_lm_loads_what_is_exported(exported, name):
 @pytest.mark.parametrize("shape, blame", [
     (dict(mlp="gelu"), "--mlp gelu"),
     (dict(mlp="relu2", qk_norm=True), "--qk_norm"),
+    (dict(mlp="swiglu", ngrams=3), "--ngrams 3: train .* without --ngrams"),
 ])  # fmt: skip
 def test_no_counterpart(tmp_path, shape, blame):
     with pytest.raises(UsageError, match=blame):
