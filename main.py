@@ -2645,8 +2645,8 @@ def start_notices(run, ranks):
             yield f"--vocab_size has no effect with --{name}, whose tokenizer is used."
     if flags.dtype != run.versions["dtype"]:
         yield (
-            "--dtype bfloat16 would be slower here: it needs AVX-512 BF16 or AMX, extras/fast.py "
-            "and oneDNN (pip install onednn-cpu-gomp). Computing in float32."
+            "--dtype bfloat16 would be slower here: it needs an x86-64 CPU with AVX-512 BF16 or "
+            "AMX, extras/fast.py and oneDNN (pip install onednn-cpu-gomp). Computing in float32."
         )
     if fast and fast.BLAS == fast.REFERENCE_BLAS and not flags.gpu:
         yield (
@@ -3990,7 +3990,7 @@ def execute(argv, ranks):
 def explain_mlx_error(error):
     """A line for a RuntimeError of MLX that the user can fix; None for any other."""
     text = str(error)
-    if re.search("malloc|out of memory", text, re.IGNORECASE):
+    if re.search("malloc|out of memory|insufficient memory", text, re.IGNORECASE):
         reason = one_line(error)[:200]
         return f"out of memory ({reason}): give a smaller --batch_size or --context_size"
     # On a CPU, MLX compiles in the folder for temporary files.

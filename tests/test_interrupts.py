@@ -196,7 +196,8 @@ def test_explained_errors_of_mlx():
     """What MLX's allocators say, and a bug of this program, which has to show its traceback."""
     explain = main.explain_mlx_error
     too_large = "[metal::malloc] Attempting to allocate 9 bytes which is greater than"
-    for words in (too_large, "CUDA error: out of memory"):
+    on_metal = "[METAL] Command buffer execution failed: Insufficient Memory (00000008)"
+    for words in (too_large, on_metal, "CUDA error: out of memory"):
         assert "give a smaller --batch_size" in explain(RuntimeError(words))
     no_space = "[Compile::eval_cpu] Failed. the output is: no space"
     assert "TMPDIR" in explain(RuntimeError(no_space))
