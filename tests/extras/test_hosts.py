@@ -51,13 +51,19 @@ def hosts():
 
 
 @pytest.fixture
-def served(hosts, tmp_path):
-    """Hosts with ssh."""
+def hosts_with_ssh(hosts):
+    """Hosts on which an sshd can be started."""
     missing = missing_tool()
     if missing:
         pytest.skip(f"hosts with ssh: {missing}")
-    hosts.serve(tmp_path, CACHE.parent)
     return hosts
+
+
+@pytest.fixture
+def served(hosts_with_ssh, tmp_path):
+    """Hosts on which an sshd runs."""
+    hosts_with_ssh.serve(tmp_path, CACHE.parent)
+    return hosts_with_ssh
 
 
 def start_on(hosts, folder, *arguments, program=PROGRAM):
@@ -120,7 +126,8 @@ def test_the_command_of_the_guide(served, tmp_path, text):
     served.wait_until_empty()
 
 
-def test_a_stale_copy_on_one_machine(hosts, tmp_path, text):
+def test_a_stale_copy_on_one_machine(hosts_with_ssh, tmp_path, text):
+    hosts = hosts_with_ssh
     stale = tmp_path / "main.py"
     stale.write_text((ROOT / "main.py").read_text() + "# stale\n")
     hosts.serve(tmp_path, CACHE.parent, mounts={1: [stale, ROOT / "main.py"]})
