@@ -38,6 +38,7 @@ PATIENCE = 10  # seconds until a rank says which one it is waiting for
 SILENCE = 60  # seconds, in which a switch may restart
 CHECK = 5  # seconds between two looks at the connections
 LAUNCHER = os.getppid()  # if the parent changes, the launcher is gone
+FIRST = threading.Lock()  # of the main thread and the watcher's, the first says that a rank is gone
 
 
 class Ended(Exception):
@@ -90,13 +91,13 @@ class Group:
     def __exit__(self, kind, error, traceback):
         # MLX raises a RuntimeError when a rank is gone.
         if isinstance(error, RuntimeError) and not main.explain_mlx_error(error):
-            raise RunError(LOST.format(error)) from None
+            raise lost(error) from None
         if self.rank == 0:
             try:
                 self.exchange(ended=True)  # whatever the status, or the others keep waiting
-            except RuntimeError as lost:
+            except RuntimeError as failure:
                 if error is None:
-                    raise RunError(LOST.format(lost)) from None
+                    raise lost(failure) from None
 
     def exchange(self, size=0, received=None, is_time_up=False, ended=False):
         """Gives all ranks the maximum of each number; every message but `average` starts with this.
@@ -478,8 +479,16 @@ def hang_up():
     signal.pthread_kill(threading.main_thread().ident, signal.SIGHUP)
 
 
+def lost(error):
+    """The RunError of MLX's error, unless the watcher is about to end this process."""
+    FIRST.acquire()
+    return RunError(LOST.format(error))
+
+
 def end_lost(reason):
     """Ends this process, whose main thread may be stuck inside MLX."""
-    if not is_output_blocked():  # else printing would never end
+    if not FIRST.acquire(blocking=False):
+        time.sleep(10)  # seconds, for the main thread to report MLX's own error
+    elif not is_output_blocked():  # else printing would never end
         print(f"main.py: {LOST.format(reason)}", file=sys.stderr)
     os._exit(1)
