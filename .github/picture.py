@@ -2,9 +2,11 @@
 
     python .github/picture.py make FOLDER --nanogpt CLONE    about 8 minutes on two cores
     python .github/picture.py draw FOLDER
+    python .github/picture.py compare FOLDER --nanogpt CLONE --dataset python
 
 CLONE is one of nanoGPT; it needs PyTorch in the environment. All that is drawn comes from the logs
-in FOLDER, of which each run's log.jsonl is as main.py has written it.
+in FOLDER, of which each run's log.jsonl is as main.py has written it. `compare` only trains the
+recipe `characters` and nanoGPT's demo on a dataset, and prints their validation losses.
 """
 
 import argparse
@@ -29,10 +31,10 @@ from datasets import load_dataset  # noqa: E402
 
 EVERY = 200  # steps between nanoGPT's evaluations
 KILLED = "--dataset python --preset tiny --batch_size 8 --num_iters 300 --steps_per_eval 50"
-RECIPE = "--config characters --dataset ptb --steps_per_eval 94"
+RECIPE = "--config characters --steps_per_eval 92"
 # nanoGPT's own command for a CPU, with more batches for each estimate and more of these.
 NANOGPT = (
-    "config/train_shakespeare_char.py --device=cpu --compile=False --dataset=ptb_char "
+    "config/train_shakespeare_char.py --device=cpu --compile=False "
     f"--eval_iters=200 --eval_interval={EVERY} --log_interval=1 --block_size=64 --batch_size=12 "
     "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 )
@@ -49,14 +51,30 @@ def make(folder, nanogpt, mirror):
     subprocess.run(command(KILLED, folder / "undisturbed"), check=True)
     kills = train_and_kill(folder / "killed")
     (folder / "kills.json").write_text(json.dumps(kills))
+    compare(folder, "ptb", nanogpt, mirror)
+
+
+def compare(folder, dataset, nanogpt, mirror):
+    """Writes ours/ and nanogpt.txt: both are trained on a dataset's characters, one by one."""
     data_dir = folder / "data"
     place = ["--mirror", mirror] if mirror else []
-    prepare_characters(nanogpt / "data" / "ptb_char", data_dir, mirror)
-    ours = command(RECIPE, folder / "ours")
+    prepare_characters(nanogpt / "data" / f"{dataset}_char", dataset, data_dir, mirror)
+    ours = command(f"{RECIPE} --dataset {dataset}", folder / "ours")
     subprocess.run([*ours, "--data_dir", str(data_dir), *place], check=True)
     with open(folder / "nanogpt.txt", "w") as log:
-        theirs = [sys.executable, "train.py", *NANOGPT.split()]
+        theirs = [sys.executable, "train.py", *NANOGPT.split(), f"--dataset={dataset}_char"]
         subprocess.run(theirs, cwd=nanogpt, stdout=log, check=True)
+    for name, points in results_of(folder).items():
+        seconds, loss = points[-1]
+        print(f"{name}: {loss:.4f} nats/character after {seconds:.1f} s of training")
+
+
+def results_of(folder):
+    """(seconds, loss) of each evaluation of both programs."""
+    return {
+        "nanoGPT": nanogpt_losses(folder / "nanogpt.txt"),
+        "transformer-lm": our_losses(folder / "ours"),
+    }
 
 
 def command(flags, save_dir):
@@ -79,10 +97,10 @@ def train_and_kill(save_dir):
     return kills
 
 
-def prepare_characters(folder, data_dir, mirror):
-    """Penn Treebank's characters, as nanoGPT's prepare.py would write them."""
+def prepare_characters(folder, dataset, data_dir, mirror):
+    """A dataset's characters, as nanoGPT's prepare.py would write them."""
     folder.mkdir(exist_ok=True)
-    dataset = load_dataset("ptb", data_dir, tokenizer="char", mirror=mirror)
+    dataset = load_dataset(dataset, data_dir, tokenizer="char", mirror=mirror)
     for name, split in (("train", dataset.train), ("val", dataset.valid)):
         np.asarray(split.tokens, np.uint16).tofile(folder / f"{name}.bin")
     with open(folder / "meta.pkl", "wb") as file:
@@ -135,14 +153,13 @@ def draw_proof(axis, folder, text, blue, orange):
 
 def draw_comparison(axis, folder, blue, orange):
     """Validation losses against seconds of training."""
-    theirs = nanogpt_losses(folder / "nanogpt.txt")
-    ours = our_losses(folder / "ours")
+    results = results_of(folder)
     # The labels lie where no curve is: above the end of the upper one, right of the lower one's.
-    for points, color, label, shift, side in (
-        (theirs, blue, "nanoGPT", (0, 24), "right"),
-        (ours, orange, "transformer-lm", (8, -4), "left"),
+    for label, color, shift, side in (
+        ("nanoGPT", blue, (0, 24), "right"),
+        ("transformer-lm", orange, (8, -4), "left"),
     ):
-        seconds, losses = zip(*points)
+        seconds, losses = zip(*results[label])
         axis.plot(seconds, losses, "o-", color=color, lw=2, ms=5)
         place = {"xytext": shift, "textcoords": "offset points", "ha": side}
         words = f"{label} {losses[-1]:.2f}"
@@ -190,14 +207,20 @@ def command_line():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["make", "draw"])
+    parser.add_argument("part", choices=["make", "draw", "compare"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nanogpt", type=Path, help="a clone of it")
+    parser.add_argument("--dataset", default="ptb", help="what `compare` trains on")
     parser.add_argument("--mirror", help="of Penn Treebank, as for main.py")
     flags = parser.parse_args()
+    folder = flags.folder.absolute()
+    if flags.part == "compare":
+        folder.mkdir()
+        compare(folder, flags.dataset, flags.nanogpt, flags.mirror)
+        return
     if flags.part == "make":
-        make(flags.folder.absolute(), flags.nanogpt, flags.mirror)
-    draw(flags.folder)
+        make(folder, flags.nanogpt, flags.mirror)
+    draw(folder)
 
 
 if __name__ == "__main__":
