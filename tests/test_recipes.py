@@ -33,12 +33,13 @@ COMMANDS = {
     """,
     "characters": """
         --dataset python --tokenizer char --num_blocks 4 --dim 128 --num_heads 4
-        --context_size 128 --batch_size 12 --qk_norm --untie --optimizer muon --learning_rate 5e-3
-        --lr_schedule linear --lr_cooldown 0.6 --min_lr 0 --lr_warmup 10 --dtype bfloat16
-        --num_iters 940 --steps_per_eval 940 --eval_tokens 0
+        --context_size 128 --batch_size 12 --qk_norm --untie --ngrams 5 --optimizer muon
+        --learning_rate 5e-3 --lr_schedule linear --lr_cooldown 0.6 --min_lr 0 --lr_warmup 10
+        --dtype bfloat16 --num_iters 920 --steps_per_eval 920 --eval_tokens 0
     """,
     "ptb-1-hour": PTB + "--embedding_decay 3 --num_iters 5900",
-    "ptb-15-minutes": PTB + "--embedding_decay 1 --num_iters 1380",
+    "ptb-15-minutes": PTB + "--embedding_decay 1 --num_iters 1170 --dropout 0.05",
+    "ptb-5-minutes": PTB + "--embedding_decay 1 --num_iters 830 --dim 128 --dropout 0",
     "finetune": TUNE,
     "lora": TUNE + "--lora_rank 8",
 }
