@@ -153,12 +153,17 @@ def check(arguments, folder):
         assert "at iteration 5" in out
 
 
-def test_both_first_commands_set_everything_up():
-    first, second = [line for line in COMMANDS if line.startswith("python3 -m venv")]
-    assert "pip install -q -r requirements.txt" in first
-    assert "--config first" in first
-    assert "-r tests/requirements.txt" in second
-    assert "pytest" in second
+def test_both_first_blocks_set_everything_up():
+    """One to train, in lines of their own, and one to test, in the line that CI calls."""
+    start = COMMANDS.index("python3 -m venv .venv")
+    assert COMMANDS[start + 1 : start + 4] == [
+        ". .venv/bin/activate",
+        "pip install -q -r requirements.txt",
+        "python main.py --config first",
+    ]
+    (of_tests,) = [line for line in COMMANDS if line.startswith("python3 -m venv .venv &&")]
+    assert "-r tests/requirements.txt" in of_tests
+    assert "pytest" in of_tests
     of_ci = (ROOT / ".ci" / "run").read_text()
     assert "README.md" in of_ci, "CI calls the very command of the README"
 
