@@ -97,12 +97,12 @@ def train_and_kill(save_dir):
     return kills
 
 
-def prepare_characters(folder, dataset, data_dir, mirror):
+def prepare_characters(folder, name, data_dir, mirror):
     """A dataset's characters, as nanoGPT's prepare.py would write them."""
     folder.mkdir(exist_ok=True)
-    dataset = load_dataset(dataset, data_dir, tokenizer="char", mirror=mirror)
-    for name, split in (("train", dataset.train), ("val", dataset.valid)):
-        np.asarray(split.tokens, np.uint16).tofile(folder / f"{name}.bin")
+    dataset = load_dataset(name, data_dir, tokenizer="char", mirror=mirror)
+    for part, split in (("train", dataset.train), ("val", dataset.valid)):
+        np.asarray(split.tokens, np.uint16).tofile(folder / f"{part}.bin")
     with open(folder / "meta.pkl", "wb") as file:
         pickle.dump({"vocab_size": dataset.tokenizer.vocab_size}, file)
 

@@ -38,7 +38,7 @@ PATIENCE = 10  # seconds until a rank says which one it is waiting for
 SILENCE = 60  # seconds, in which a switch may restart
 CHECK = 5  # seconds between two looks at the connections
 LAUNCHER = os.getppid()  # if the parent changes, the launcher is gone
-FIRST = threading.Lock()  # of the main thread and the watcher's, the first says that a rank is gone
+FIRST = threading.Lock()  # held by the thread that reports a lost rank, so that only one does
 
 
 class Ended(Exception):
