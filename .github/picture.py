@@ -154,10 +154,13 @@ def draw_proof(axis, folder, text, blue, orange):
 def draw_comparison(axis, folder, blue, orange):
     """Validation losses against seconds of training."""
     results = results_of(folder)
+    theirs = f"nanoGPT's CPU demo\n(untuned, {nanogpt_size(folder / 'nanogpt.txt')}):"
+    parameters = newest(folder / "ours").parameters
+    ours = f"our recipe\n(tuned, {parameters / 1e6:.1f}M):"
     # The labels lie where no curve is: above the end of the upper one, right of the lower one's.
     for name, label, color, shift, side in (
-        ("nanoGPT", "nanoGPT's CPU demo,\nuntuned:", blue, (0, 40), "right"),
-        ("transformer-lm", "our recipe,\ntuned:", orange, (8, -4), "left"),
+        ("nanoGPT", theirs, blue, (0, 52), "right"),
+        ("transformer-lm", ours, orange, (8, -4), "left"),
     ):
         seconds, losses = zip(*results[name])
         axis.plot(seconds, losses, "o-", color=color, lw=2, ms=5)
@@ -166,6 +169,12 @@ def draw_comparison(axis, folder, blue, orange):
         axis.annotate(words, (seconds[-1], losses[-1]), color=color, weight="bold", **place)
     axis.set(xlabel="seconds of training, two CPU cores", ylabel="validation loss (nats/character)")
     axis.set_title("Tiny Shakespeare by characters", loc="left", weight="bold")
+
+
+def nanogpt_size(log):
+    """Its number of parameters, in millions, as it prints them."""
+    [millions] = re.findall(r"number of parameters: ([\d.]+)M", log.read_text())
+    return f"{float(millions):.1f}M"
 
 
 def newest(save_dir):
