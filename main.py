@@ -3126,6 +3126,8 @@ def make_parser():
     parser = Parser(
         usage="python main.py [flags]",
         description=(__doc__ or "").partition("\nThe research")[0],  # python -OO drops it
+        epilog="Exit status: 0 done, 1 failed, 2 usage error; 130, 143 or 129 after Ctrl+C, SIGTERM\n"
+        "or SIGHUP.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
