@@ -37,7 +37,8 @@ COMMANDS = {
         --learning_rate 5e-3 --lr_schedule linear --lr_cooldown 0.6 --min_lr 0 --lr_warmup 10
         --dtype bfloat16 --num_iters 920 --steps_per_eval 920 --eval_tokens 0
     """,
-    "ptb-1-hour": PTB + "--embedding_decay 3 --num_iters 5900",
+    "ptb-1-hour": PTB
+    + "--dim 384 --num_heads 6 --embedding_decay 2 --num_iters 2300 --steps_per_eval 230",
     "ptb-15-minutes": PTB + "--embedding_decay 1 --num_iters 1170 --dropout 0.05",
     "ptb-5-minutes": PTB + "--embedding_decay 1 --num_iters 830 --dim 128 --dropout 0",
     "finetune": TUNE,
