@@ -103,7 +103,7 @@ def use_text_at_hand(arguments, text):
 def use_model_at_hand(arguments, text, folder):
     """Trains a small model, and names it and the files of a folder as the arguments."""
     shape = [*SMALL, "--dim", 32, "--mlp", "swiglu"]
-    run("--text", text, *shape, "--save_dir", folder)
+    run("--text", text, *shape, "--steps_per_eval", 1, "--save_dir", folder)  # scored: has a best
     (folder / "prompts.txt").write_text("the company\nline 5\n")
     name = main.list_checkpoints(folder)[0].run
     renamed = dict.fromkeys(NAMES_OF_MODELS, name)
