@@ -2645,8 +2645,9 @@ def start_notices(run, ranks):
             yield f"--vocab_size has no effect with --{name}, whose tokenizer is used."
     if flags.dtype != run.versions["dtype"]:
         yield (
-            "--dtype bfloat16 would be slower here: it needs an x86-64 CPU with AVX-512 BF16 or "
-            "AMX, extras/fast.py and oneDNN (pip install onednn-cpu-gomp). Computing in float32."
+            "--dtype bfloat16 would be slower here: it needs an AMD CPU with AVX-512 BF16 or an "
+            "Intel CPU with AMX, extras/fast.py and oneDNN (pip install onednn-cpu-gomp). "
+            "Computing in float32."
         )
     if fast and fast.BLAS == fast.REFERENCE_BLAS and not flags.gpu:
         yield (
