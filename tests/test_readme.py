@@ -226,7 +226,7 @@ def test_configuration(block, tmp_path):
 
 
 OF_OTHERS = """
-    --version --model --port --max --backend --hosts --bind --mca --starting --logdir
+    --version --model --port --max --backend --hosts --bind --mca --starting --logdir --install
 """.split()
 
 
