@@ -3,7 +3,6 @@
 Exact resume, which run is resumed, what is inherited, reports, divergence.
 """
 
-import os
 import random
 import math
 import re
