@@ -224,6 +224,7 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha,
 
 forwarder = None  # the compiled FORWARDER
 openblas = None  # NumPy's, if the forwarder uses it
+prefers_bfloat16 = False  # whether products are faster in bfloat16
 
 # The instruction sets that oneDNN uses, by its numbers for them.
 INSTRUCTIONS = {
@@ -279,7 +280,7 @@ def use_fast_blas():
 
 def find_blas():
     """Sets the forwarder's functions; returns the name of their library, or None."""
-    global openblas
+    global openblas, prefers_bfloat16
     # Where pip installs it, in an environment or for a user, or a system package.
     for folder in (f"{sys.prefix}/lib/", f"{site.getuserbase()}/lib/", ""):
         with contextlib.suppress(OSError, AttributeError):  # not there, or another version
@@ -289,7 +290,8 @@ def find_blas():
                 "onednn": onednn.dnnl_sgemm,
                 "set_threads_of_onednn": onednn.omp_set_num_threads,  # of the OpenMP that it uses
             }
-            if is_bfloat16_faster(instructions, cpu_info()):
+            prefers_bfloat16 = is_bfloat16_faster(instructions, cpu_info())
+            if instructions & HAS_AVX512_BF16:
                 functions["onednn_bf16"] = onednn.dnnl_gemm_bf16bf16f32
             for name, function in functions.items():
                 set_function(name, function)
@@ -387,9 +389,7 @@ def set_blas_threads(count):
 
 def has_bfloat16():
     """Whether matrix products on this CPU, computed by oneDNN, are faster in bfloat16."""
-    if forwarder is None:
-        return False
-    return ctypes.c_void_p.in_dll(forwarder, "onednn_bf16").value is not None
+    return forwarder is not None and prefers_bfloat16
 
 
 def use_bfloat16(wanted):
