@@ -290,11 +290,11 @@ def find_blas():
                 "onednn": onednn.dnnl_sgemm,
                 "set_threads_of_onednn": onednn.omp_set_num_threads,  # of the OpenMP that it uses
             }
-            prefers_bfloat16 = is_bfloat16_faster(instructions, cpu_info())
             if instructions & HAS_AVX512_BF16:
                 functions["onednn_bf16"] = onednn.dnnl_gemm_bf16bf16f32
             for name, function in functions.items():
                 set_function(name, function)
+            prefers_bfloat16 = is_bfloat16_faster(instructions, cpu_info())
             return f"oneDNN ({INSTRUCTIONS.get(instructions, hex(instructions))})"
     for path in Path(np.__path__[0]).parent.glob("numpy.libs/libscipy_openblas64_*.so"):
         openblas = ctypes.CDLL(str(path))

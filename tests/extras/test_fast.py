@@ -929,7 +929,7 @@ def rounded(array):
     ],
 )
 def test_where_bfloat16_is_faster(instructions, maker, is_faster):
-    """As measured; Intel's AVX-512 BF16 multiplies at half the speed of float32."""
+    """As measured, but for AMX; Intel's AVX-512 BF16 multiplies at half the speed of float32."""
     numbers = {name: number for number, name in fast.INSTRUCTIONS.items()}
     about = f"vendor_id\t: {maker}"
     assert fast.is_bfloat16_faster(numbers[instructions], about) == is_faster
