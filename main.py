@@ -143,6 +143,7 @@ class Config:
     qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
     ngrams: int = 1  # n: n-grams of 2 to n tokens have embeddings, too
     ngram_rows: int = 2**15  # R, embeddings for the n-grams of each length
+    conv_size: int = 1  # positions that the blocks' short convolutions span; 1: there are none
 
     def __post_init__(self):
         if self.head_dim is None:  # an imported model has its own, and H * d may differ from D
@@ -333,30 +334,78 @@ class Attention(nn.Module):
 
 
 class Cache:
-    """The keys and values of one Attention for the tokens read so far."""
+    """What one Block keeps of the tokens read so far."""
 
-    def __init__(self, config, batch_size=1):
-        shape = (batch_size, config.num_kv_heads, 0, config.head_dim)
-        self.keys = mx.zeros(shape)
-        self.values = mx.zeros(shape)
+    def __init__(self):
+        self.arrays = {}  # {name: [B, heads, room, d]}, in the order of the positions
         self.offset = 0  # positions read so far
 
-    def reserve(self, end):
-        """Makes room for `end` positions, by multiples of 256: a context can be very long."""
-        B, K, room, d = self.keys.shape
+    def append(self, name, new):
+        """Adds L positions, new [B, heads, L, d], to an array; returns all of its positions."""
+        B, heads, L, d = new.shape
+        end = self.offset + L
+        kept = self.reserve(name, (B, heads, d), end)
+        kept[:, :, self.offset : end] = new
+        return kept[:, :, :end]
+
+    def reserve(self, name, shape, end):
+        """The array of a name, with room for `end` positions; shape: (B, heads, d).
+
+        It grows by multiples of 256: a context can be very long.
+        """
+        B, heads, d = shape
+        kept = self.arrays.get(name, mx.zeros((B, heads, 0, d)))
+        room = kept.shape[2]
         if end > room:
-            more = mx.zeros((B, K, 256 * math.ceil(end / 256) - room, d))
-            self.keys = mx.concatenate([self.keys, more], axis=2)
-            self.values = mx.concatenate([self.values, more], axis=2)
+            more = mx.zeros((B, heads, 256 * math.ceil(end / 256) - room, d))
+            kept = mx.concatenate([kept, more], axis=2)
+        self.arrays[name] = kept
+        return kept
 
     def attend(self, queries, keys, values):
-        """Appends L positions and attends from them to all so far; shapes as in `attend`."""
-        end = self.offset + queries.shape[2]
-        self.reserve(end)
-        self.keys[:, :, self.offset : end] = keys
-        self.values[:, :, self.offset : end] = values
-        self.offset = end
-        return attend(queries, self.keys[:, :, :end], self.values[:, :, :end])
+        """Adds L positions and attends from them to all so far; shapes as in `attend`."""
+        return attend(queries, self.append("keys", keys), self.append("values", values))
+
+    def before(self, name, hidden, count):
+        """Adds hidden [B, L, D] to an array; returns the `count` positions before, [B, count, D].
+
+        Zeros stand for what precedes the text.
+        """
+        known = self.append(name, hidden[:, None])[:, 0, : self.offset]
+        known = known[:, -count:]
+        missing = count - known.shape[1]
+        return mx.pad(known, [(0, 0), (missing, 0), (0, 0)])
+
+
+@fast_version
+def short_conv(hidden, weight):
+    """Adds to each position a weighted sum of the n before it, dimension by dimension.
+
+    hidden: [B, n + L, D]; weight: [n, D], row i that of the position i + 1 back. Returns the last
+    L positions, [B, L, D].
+    """
+    n = len(weight)
+    L = hidden.shape[1] - n
+    mixed = hidden[:, n:]
+    for i in range(n):
+        start = n - 1 - i
+        mixed = mixed + weight[i] * hidden[:, start : start + L]
+    return mixed
+
+
+class ShortConv(nn.Module):
+    """A causal depthwise convolution with a residual connection (Allen-Zhu 2025: Canon layers)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = mx.zeros((config.conv_size - 1, config.dim))
+
+    def __call__(self, hidden, before=None):
+        """hidden: [B, L, D]; before: the conv_size - 1 positions before them; None: zeros."""
+        B, _, D = hidden.shape
+        if before is None:
+            before = mx.zeros((B, len(self.weight), D), hidden.dtype)
+        return short_conv(mx.concatenate([before, hidden], axis=1), self.weight)
 
 
 @fast_version
@@ -399,7 +448,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each applied to normalized hidden [B, L, D] and added to it."""
+    """Attention, then an MLP, each applied to normalized hidden [B, L, D] and added to it.
+
+    With --conv_size, a short convolution comes before each.
+    """
 
     def __init__(self, config, index):
         super().__init__()
@@ -408,12 +460,32 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
+        if config.conv_size > 1:
+            self.attention_conv = ShortConv(config)
+            self.mlp_conv = ShortConv(config)
+
+    def attention_input(self, hidden, cache=None):
+        """What attention reads of hidden [B, L, D]: it normalized and, with --conv_size, mixed."""
+        return self.convolve("attention_conv", self.input_layernorm(hidden), cache)
+
+    def convolve(self, name, hidden, cache):
+        """One of this block's short convolutions of hidden [B, L, D], if it has them."""
+        if name not in self:
+            return hidden
+        conv = self[name]
+        before = None
+        if cache is not None:
+            before = cache.before(name, hidden, len(conv.weight))
+        return conv(hidden, before)
 
     def __call__(self, hidden, cache=None, noise=None):
         site = 2 * self.index + 1  # of dropout; site 0 is the embeddings
-        attended = self.self_attn(self.input_layernorm(hidden), cache)
+        attended = self.self_attn(self.attention_input(hidden, cache), cache)
         hidden = hidden + dropout(attended, noise, site)
-        transformed = self.mlp(self.post_attention_layernorm(hidden))
+        normed = self.post_attention_layernorm(hidden)
+        transformed = self.mlp(self.convolve("mlp_conv", normed, cache))
+        if cache is not None:
+            cache.offset = cache.offset + hidden.shape[1]
         return hidden + dropout(transformed, noise, site + 1)
 
 
@@ -518,7 +590,13 @@ class LanguageModel(nn.Module):
         return self.model.embed_tokens.weight
 
 
-ZERO_AT_FIRST = ("o_proj.weight", "down_proj.weight", "lm_head.weight", "embed_ngrams.weight")
+ZERO_AT_FIRST = (
+    "o_proj.weight",
+    "down_proj.weight",
+    "lm_head.weight",
+    "embed_ngrams.weight",
+    "conv.weight",
+)
 
 
 def init_weights(model, seed):
@@ -526,7 +604,7 @@ def init_weights(model, seed):
 
     Norms are 1, biases 0, matrices normal with standard deviation 1 / sqrt(inputs). The matrices
     that write into the residual stream are 0, so that each block starts as the identity. An untied
-    output layer and the n-grams' embeddings are also 0.
+    output layer, the n-grams' embeddings and short convolutions are also 0.
 
     Embeddings have standard deviation 5 / dim. Tied, they are also the output layer: the logit of
     the token just read starts near 5, the others near 0, and the first loss is near ln(V + e^5);
@@ -651,8 +729,11 @@ def make_optimizer(model, flags):
 
 
 def is_matrix(name, parameter):
-    """Whether a parameter is a matrix, for MultiOptimizer's filters."""
-    return parameter.ndim >= 2
+    """Whether a parameter is a matrix, for MultiOptimizer's filters.
+
+    A short convolution's weights scale single dimensions, as a norm's do.
+    """
+    return parameter.ndim >= 2 and not name.endswith("conv.weight")
 
 
 def is_matrix_of_block(name, parameter):
@@ -1308,7 +1389,7 @@ class Decoder:
     def begin_window(self, start):
         """Forgets what was read; the next pass reads the text from index `start`."""
         self.start = start
-        self.caches = [Cache(self.model.config) for _ in self.model.model.layers]
+        self.caches = [Cache() for _ in self.model.model.layers]
 
     def logits(self):
         """Logits [1, V] of the token that follows the text."""
@@ -1697,7 +1778,8 @@ def check_config(config):
             raise ValueError(f"{field.name} of its model is {value!r:.50}")
     cached = made.context_size * made.num_kv_heads * made.head_dim  # numbers in a Cache
     ngrams = made.ngrams * made.ngram_rows
-    if made.mlp not in MLPS or max(cached, ngrams) > LARGEST:
+    convolved = made.context_size * made.dim if made.conv_size > 1 else 0
+    if made.mlp not in MLPS or max(cached, ngrams, convolved, made.conv_size) > LARGEST:
         raise ValueError("there is no such model")
 
 
@@ -2554,7 +2636,11 @@ def print_start(run, checkpoint, ranks):
     parameters = count_parameters(run.model.parameters())
     trained = count_parameters(run.model.trainable_parameters())
     of_them = f", {trained:,} trainable" if trained < parameters else ""
-    ngrams = f", {config.ngrams}-grams in {config.ngram_rows:,} rows" if config.ngrams > 1 else ""
+    context = f"context {config.context_size}"
+    if config.ngrams > 1:
+        context += f", {config.ngrams}-grams in {config.ngram_rows:,} rows"
+    if config.conv_size > 1:
+        context += f", convolutions over {config.conv_size}"
     several = f", {ranks.size} ranks" if ranks.size > 1 else ""
     size = checkpoint_size(run) / 2**20  # MiB
     free = shutil.disk_usage(flags.save_dir).free / 2**20
@@ -2564,7 +2650,7 @@ def print_start(run, checkpoint, ranks):
         f"model    {parameters:,} parameters{of_them}: {plural(config.num_blocks, 'block')}, "
         f"dim {config.dim}, {plural(config.num_heads, 'head')} "
         f"({plural(config.num_kv_heads, 'key/value head')}), {config.mlp} {config.mlp_dim}, "
-        f"context {config.context_size}{ngrams}\n"
+        f"{context}\n"
         f"data     {dataset.name}: {' / '.join(lengths)} tokens; "
         f"{describe_tokenizer(tokenizer)}; in {dataset.folder}\n"
         f"steps    {rows} x {config.context_size} tokens, {steps:,} per epoch, "
@@ -2933,6 +3019,11 @@ FLAGS["model"] = {
     ),
     "ngram_rows": flag(
         2**15, "embeddings for the n-grams of each length", type=number(int, 1, 2**24)
+    ),
+    "conv_size": flag(
+        1,
+        "convolve the inputs of attention and feed-forward layers over this many tokens",
+        type=number(int, 1, 64),
     ),
 }
 

@@ -41,27 +41,37 @@ class BatchCache(Cache):
         else:
             self.offset = mx.array(lengths)  # [B], which RoPE also accepts
 
+    def append(self, name, new):
+        """Adds L positions to each text, as main.py's Cache does for equally long texts."""
+        if isinstance(self.offset, int):
+            return super().append(name, new)
+        B, heads, L, d = new.shape
+        places = self.lengths[:, None] + np.arange(L)  # [B, L]
+        end = int(places.max()) + 1
+        kept = self.reserve(name, (B, heads, d), end)
+        # A scatter, which is slower than Cache's slice assignment.
+        kept[mx.arange(B)[:, None], :, mx.array(places)] = new.swapaxes(1, 2)
+        return kept[:, :, :end]
+
     def attend(self, queries, keys, values):
-        """Reads L more positions of each text, as main.py's Cache does for equally long texts."""
         if isinstance(self.offset, int):
             return super().attend(queries, keys, values)
         L, scale = queries.shape[2], queries.shape[3] ** -0.5
+        keys = self.append("keys", keys)
+        values = self.append("values", values)
         places = self.lengths[:, None] + np.arange(L)  # [B, L]
-        end = int(places.max()) + 1
-        self.reserve(end)
-        rows = mx.arange(len(places))[:, None]
-        # A scatter, which is slower than Cache's slice assignment.
-        self.keys[rows, :, mx.array(places)] = keys.swapaxes(1, 2)
-        self.values[rows, :, mx.array(places)] = values.swapaxes(1, 2)
         # [B, 1, L, end]; False for the junk after a shorter text.
-        seen = np.arange(end) <= places[:, None, :, None]
-        return mx.fast.scaled_dot_product_attention(
-            queries,
-            self.keys[:, :, :end],
-            self.values[:, :, :end],
-            scale=scale,
-            mask=mx.array(seen),
-        )
+        seen = mx.array(np.arange(keys.shape[2]) <= places[:, None, :, None])
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=seen)
+
+    def before(self, name, hidden, count):
+        if isinstance(self.offset, int):
+            return super().before(name, hidden, count)
+        known = self.append(name, hidden[:, None])[:, 0]  # [B, end, D]
+        places = self.lengths[:, None] + np.arange(-count, 0)  # [B, count]
+        rows = mx.arange(len(places))[:, None]
+        found = known[rows, mx.array(np.maximum(places, 0))]
+        return mx.where(mx.array(places >= 0)[..., None], found, 0)
 
 
 class BatchDecoder:
@@ -76,7 +86,7 @@ class BatchDecoder:
         self.texts = texts
         self.starts = np.zeros(len(texts), np.int32)  # of the windows
         self.lengths = np.zeros(len(texts), np.int32)  # tokens already read of each window
-        self.caches = [BatchCache(model.config, len(texts)) for _ in model.model.layers]
+        self.caches = [BatchCache() for _ in model.model.layers]
 
     def cut(self, length):
         """Truncates the texts to `length`."""
@@ -123,9 +133,10 @@ class BatchDecoder:
         alone = Decoder(self.model, window)
         alone.logits()
         for cache, other in zip(self.caches, alone.caches):
-            cache.reserve(len(window))
-            cache.keys[row, :, : len(window)] = other.keys[0, :, : len(window)]  # [K, read, d]
-            cache.values[row, :, : len(window)] = other.values[0, :, : len(window)]
+            for name, array in other.arrays.items():
+                _, heads, _, d = array.shape
+                kept = cache.reserve(name, (len(self.texts), heads, d), len(window))
+                kept[row, :, : len(window)] = array[0, :, : len(window)]
         self.lengths[row] = len(window)
 
     def draw(self, flags, seeds, count=1):

@@ -48,6 +48,7 @@ STANDS_FOR = {
     "rotate": "8a9a7653cdedf3059874321968b05cfebce2e05f",
     "attend": "5dd30ff5abbc51bcb5e08be640e285983abfc75c",
     "relu2": "b3851965273904aea0b3fbf473404d2ef54e09f6",
+    "short_conv": "32a9bdf7954dfb7173cddc58d223b35170035b8e",
     "cross_entropy": "b3eba783ebd68677717bbbcccd83e69cf7bf7bdf",
     "over_streams": "e14e64eed8b4037eb8a452cd6db198a6903d248c",
     "clip_grad_norm": "5e29ee7424cc93fcbc4fbee32e17a49c08d5a3cd",
@@ -568,6 +569,50 @@ def attend_gradients(inputs, gradients, outputs):
     of_queries = of_scores @ keys
     of_keys = of_scores.swapaxes(-1, -2) @ queries
     return of_queries, of_keys, of_values, mx.zeros_like(mask)
+
+
+# ---- Short convolutions -------------------------------------------------------------------------
+def short_conv(hidden, weight):
+    """main.py's `short_conv`, with the positions of all texts in a row, and a gradient like it.
+
+    Slices of each text are not contiguous: MLX would not use the vector units.
+    """
+    n = len(weight)
+    if on_gpu() or hidden.shape[1] == n + 1:
+        mixed = hidden[:, n:]
+        for i in range(n):
+            mixed = mixed + weight[i] * hidden[:, n - 1 - i : -1 - i]
+        return mixed
+    return convolve(hidden, weight)
+
+
+@mx.custom_function
+def convolve(hidden, weight):
+    B, N, D = hidden.shape
+    n = len(weight)
+    x = hidden.flatten(0, 1)  # [B * N, D]
+    mixed = x[n:]
+    for i in range(n):
+        mixed = mixed + weight[i] * x[n - 1 - i : -1 - i]
+    # Between two texts, n rows are junk.
+    return mx.as_strided(mixed, (B, N - n, D), (N * D, D, 1))
+
+
+@convolve.vjp
+def convolution_gradients(inputs, gradient, output):
+    hidden, weight = inputs
+    B, N, D = hidden.shape
+    n = len(weight)
+    x = hidden.flatten(0, 1)
+    gradient = mx.concatenate([mx.zeros((B, n, D)), gradient], axis=1).flatten(0, 1)  # [B * N, D]
+    padded = mx.concatenate([gradient, mx.zeros((n, D))])
+    ones = mx.ones((len(x) - n, 1))
+    of_x = gradient
+    of_weight = []
+    for i in range(n):
+        of_x = of_x + weight[i] * padded[i + 1 : i + 1 + len(x)]
+        of_weight.append((gradient[n:] * x[n - 1 - i : -1 - i]).T @ ones)  # sums over the rows
+    return of_x.reshape(B, N, D), mx.concatenate(of_weight, axis=1).T
 
 
 def relu2(x):

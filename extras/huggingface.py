@@ -422,14 +422,15 @@ def find_counterpart(config):
     """Their name for a model of this Config. Raises UsageError if there is none."""
     kind = (config.mlp, config.qk_norm, config.qkv_bias)
     name = next((name for name in KINDS if KINDS[name] == kind), None)
-    if name is None or config.ngrams > 1:
+    ours = [flag for flag in ("ngrams", "conv_size") if getattr(config, flag) > 1]
+    if name is None or ours:
         shape = f"--mlp {config.mlp}"
         if config.qk_norm:
             shape += " --qk_norm"
         remedy = "train one with --mlp swiglu"
-        if config.ngrams > 1:
-            shape += f" --ngrams {config.ngrams}"
-            remedy += " and without --ngrams"
+        for flag in ours:
+            shape += f" --{flag} {getattr(config, flag)}"
+            remedy += f" and without --{flag}"
         raise UsageError(f"--export: Hugging Face has no model with {shape}: {remedy}")
     return name
 

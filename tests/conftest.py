@@ -249,7 +249,7 @@ class Script:
 
     def __init__(self, rows, context_size=8):
         self.rows = rows
-        self.config = Namespace(context_size=context_size, num_kv_heads=1, head_dim=2, ngrams=1)
+        self.config = Namespace(context_size=context_size, ngrams=1)
         self.model = Namespace(layers=[None])  # one layer, as its Cache says what is read
 
     def __call__(self, tokens, caches, last, before):

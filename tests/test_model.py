@@ -53,8 +53,8 @@ def logits_of(model, tokens, **options):
     return np.array(model(mx.array(tokens), **options))
 
 
-def make_caches(model, tokens):
-    return [main.Cache(model.config, len(tokens)) for _ in model.model.layers]
+def make_caches(model):
+    return [main.Cache() for _ in model.model.layers]
 
 
 def assert_close(logits, expected, rtol=0, atol=1e-4):
@@ -144,6 +144,14 @@ def reference(model, tokens, drop=drop_nothing):
             attended[..., own] = softmax(scores) @ values[..., other]
         return linear(attended, name + ".o_proj")
 
+    def convolve(hidden, name):
+        mixed = hidden.copy()
+        for back in range(1, config.conv_size):
+            for position in range(back, hidden.shape[1]):
+                weight = weights[name + ".weight"][back - 1]
+                mixed[:, position] += weight * hidden[:, position - back]
+        return mixed
+
     def mlp(hidden, name):
         up = linear(hidden, name + ".up_proj")
         if config.mlp == "swiglu":
@@ -164,8 +172,10 @@ def reference(model, tokens, drop=drop_nothing):
     for i in range(config.num_blocks):
         block = f"model.layers.{i}"
         normed = norm(hidden, block + ".input_layernorm")
+        normed = convolve(normed, block + ".attention_conv")
         hidden = hidden + drop(attention(normed, block + ".self_attn"), 2 * i + 1)
         normed = norm(hidden, block + ".post_attention_layernorm")
+        normed = convolve(normed, block + ".mlp_conv")
         hidden = hidden + drop(mlp(normed, block + ".mlp"), 2 * i + 2)
     head = "lm_head" if config.untie else "model.embed_tokens"
     return linear(norm(hidden, "model.norm"), head)
@@ -185,15 +195,16 @@ def test_logits_equal_an_independent_forward_pass(heads, mlp):
     dict(qk_norm=True, untie=True, mlp="swiglu"),
     dict(ngrams=2, ngram_rows=100),
     dict(ngrams=5, ngram_rows=20, untie=True),
+    dict(conv_size=2),
+    dict(conv_size=20, qk_norm=True),  # longer than the text
 ])  # fmt: skip
 @pytest.mark.parametrize("heads", HEADS)
-def test_normalized_queries_an_own_output_layer_and_ngrams(heads, options):
+def test_other_layers_equal_an_independent_forward_pass(heads, options):
     model = make_model(HEADS[heads], **options)
     tokens = random_tokens(model)
     expected = reference(model, tokens)
     assert_close(logits_of(model, tokens), expected)
-    caches = make_caches(model, tokens)
-    assert_close(logits_of(model, tokens, caches=caches), expected)
+    assert_close(logits_of(model, tokens, caches=make_caches(model)), expected)
 
 
 def test_rope_base_and_norm_epsilon_come_from_the_configuration():
@@ -250,10 +261,11 @@ def test_no_position_sees_a_later_token(heads):
     [11, 1],
     [5, 1, 1, 3, 2],
 ], ids=str)  # fmt: skip
-def test_decoding_with_a_cache_equals_one_pass(heads, parts):
-    model = make_model(HEADS[heads])
+@pytest.mark.parametrize("conv_size", [1, 4])
+def test_decoding_with_a_cache_equals_one_pass(heads, parts, conv_size):
+    model = make_model(HEADS[heads], conv_size=conv_size)
     tokens = random_tokens(model)
-    caches = make_caches(model, tokens)
+    caches = make_caches(model)
     decoded = []
     cuts = np.cumsum(parts)[:-1]
     for piece in np.split(tokens, cuts, axis=1):
@@ -261,7 +273,7 @@ def test_decoding_with_a_cache_equals_one_pass(heads, parts):
     for cache in caches:
         assert cache.offset == 12, "all are read"
     decoded = np.concatenate(decoded, axis=1)
-    assert_close(decoded, logits_of(model, tokens), rtol=2e-6, atol=1e-5)
+    assert_close(decoded, logits_of(model, tokens), rtol=2e-6, atol=1e-5 * conv_size)
 
 
 # First weights
@@ -280,13 +292,14 @@ def initial(seed, **values):
 
 
 def test_init_weights_sets_every_parameter():
-    _, weights = initial(3, vocab_size=500, dim=64, mlp_dim=256, mlp="swiglu", ngrams=5)
+    shape = dict(vocab_size=500, dim=64, mlp_dim=256, mlp="swiglu", ngrams=5, conv_size=3)
+    _, weights = initial(3, **shape)
     seen = set()
     for name, weight in weights.items():
         assert np.isfinite(weight).all(), name
         if "norm" in name:
             assert (weight == 1).all()
-        elif re.search("o_proj|down_proj|ngrams", name):  # a block begins as the identity
+        elif re.search("o_proj|down_proj|ngrams|conv", name):  # a block begins as the identity
             assert (weight == 0).all()
         else:
             deviation = 5 / 64 if "embed" in name else 1 / math.sqrt(64)

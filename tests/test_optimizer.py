@@ -512,7 +512,7 @@ def test_twenty_steps_stay_with_the_plain_ones():
 
     def loss(model, tokens, targets):
         # With caches attention is MLX's own.
-        caches = [main.Cache(model.config, 12) for _ in model.model.layers]
+        caches = [main.Cache() for _ in model.model.layers]
         logits = model(tokens, caches)
         return nn.losses.cross_entropy(logits, targets, reduction="mean")
 

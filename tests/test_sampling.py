@@ -21,7 +21,7 @@ from extras import huggingface
 INF = math.inf
 
 
-def make_model(context_size=8, vocab_size=31, kv_heads=2, seed=0, ngrams=1):
+def make_model(context_size=8, vocab_size=31, kv_heads=2, seed=0, **options):
     config = main.Config(
         vocab_size=vocab_size,
         context_size=context_size,
@@ -31,8 +31,8 @@ def make_model(context_size=8, vocab_size=31, kv_heads=2, seed=0, ngrams=1):
         num_kv_heads=kv_heads,
         mlp="relu2",
         mlp_dim=32,
-        ngrams=ngrams,
         ngram_rows=50,
+        **options,
     )
     model = main.LanguageModel(config)
     random = np.random.default_rng(seed)
@@ -240,11 +240,17 @@ def tokens_of(model, prompt, count, seed=0, **values):
     return given
 
 
-@pytest.mark.parametrize("kv_heads, ngrams", [(1, 1), (2, 1), (4, 1), (2, 5)])
+@pytest.mark.parametrize("options", [
+    dict(kv_heads=1),
+    dict(kv_heads=2),
+    dict(kv_heads=4),
+    dict(ngrams=5),
+    dict(conv_size=3),
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("context_size", [1, 2, 7, 8])
 @pytest.mark.parametrize("prompt_length", [1, 5, 8, 9, 20])
-def test_each_greedy_token_is_that_of_a_fresh_pass(context_size, prompt_length, kv_heads, ngrams):
-    model = make_model(context_size, kv_heads=kv_heads, ngrams=ngrams)
+def test_each_greedy_token_is_that_of_a_fresh_pass(context_size, prompt_length, options):
+    model = make_model(context_size, **options)
     random = np.random.default_rng(prompt_length)
     prompt = random.integers(31, size=prompt_length).tolist()
     tokens = tokens_of(model, prompt, 30)
@@ -270,9 +276,9 @@ def test_each_greedy_token_is_that_of_a_fresh_pass(context_size, prompt_length, 
         assert len(set(tokens)) > 1
 
 
-@pytest.mark.parametrize("ngrams", [1, 5])
-def test_what_others_add_to_the_text_is_read(ngrams):
-    model = make_model(context_size=16, ngrams=ngrams)
+@pytest.mark.parametrize("options", [dict(), dict(ngrams=5), dict(conv_size=3)], ids=str)
+def test_what_others_add_to_the_text_is_read(options):
+    model = make_model(context_size=16, **options)
     text = [1, 2, 3]
     decoder = main.Decoder(model, text)
     added_and_windows = [

@@ -296,6 +296,8 @@ CONFIGS = [
     {"ngrams": 0},
     {"ngrams": 2**31 - 1, "ngram_rows": 2**31 - 1},
     {"ngram_rows": 0},
+    {"conv_size": 3},
+    {"conv_size": 2**31 - 1},
 ]
 
 

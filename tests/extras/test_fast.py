@@ -314,6 +314,25 @@ def test_rms_norm_and_its_gradients(length, compiled, plain):
     assert_near(*results, 2e-6)
 
 
+@pytest.mark.parametrize("length", [1, 13])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_short_convolutions_and_their_gradients(length, size, compiled, plain):
+    inputs = [normal(0, 3, size - 1 + length, 40), normal(1, size - 1, 40)]  # hidden, weight
+    factors = normal(2, 3, length, 40)
+    results = []
+    for program in (main, plain):
+
+        def weighted(hidden, weight):
+            mixed = program.short_conv(hidden, weight)
+            return (mixed * factors).sum(), mixed
+
+        gradients_of = mx.value_and_grad(weighted, argnums=(0, 1))
+        (_, mixed), gradients = compiled_if(compiled, gradients_of)(*inputs)
+        results.append([mixed, *gradients])
+    assert_near(*results, 2e-6)
+
+
 def test_an_integer_may_be_added_to_the_mean_square(plain):
     """A checkpoint may hold one that is larger than MLX's."""
     x = normal(0, 3, 13, 40)
@@ -667,7 +686,7 @@ def steps(program, count=6, **values):
     """The losses and gradient norms of some training steps, and the weights after them."""
     given = flags(learning_rate=0.01, batch_size=12, dropout=0.2, **values)
     shape = dict(vocab_size=11, context_size=6, dim=8, num_heads=2, num_kv_heads=1, mlp_dim=12)
-    shape |= dict(num_blocks=2, mlp="swiglu", ngrams=3, ngram_rows=20)
+    shape |= dict(num_blocks=2, mlp="swiglu", ngrams=3, ngram_rows=20, conv_size=3)
     model = program.LanguageModel(program.Config(**shape))
     random = np.random.default_rng(0)
     weights = []

@@ -145,6 +145,7 @@ def test_mlx_lm_loads_what_is_exported(exported, name):
     (dict(mlp="gelu"), "--mlp gelu"),
     (dict(mlp="relu2", qk_norm=True), "--qk_norm"),
     (dict(mlp="swiglu", ngrams=3), "--ngrams 3: train .* without --ngrams"),
+    (dict(mlp="swiglu", conv_size=3), "--conv_size 3: train .* without --conv_size"),
 ])  # fmt: skip
 def test_no_counterpart(tmp_path, shape, blame):
     with pytest.raises(UsageError, match=blame):

@@ -273,7 +273,7 @@ TEN_STEPS = ["--num_iters", 10, "--steps_per_eval", 5]
 
 
 @pytest.mark.parametrize("size, num_scores, options", [
-    (2, 2, [*DROPOUT, "--average", 0.3, "--ngrams", 5]),
+    (2, 2, [*DROPOUT, "--average", 0.3, "--ngrams", 5, "--conv_size", 3]),
     (2, 0, ["--optimizer", "muon", "--untie", "--grad_checkpoint", "--batch_size", 5]),
     # Enough for a stream a core, but for one rank's single row.
     (2, 0, ["--batch_size", 3, "--context_size", 256]),
