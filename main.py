@@ -527,6 +527,15 @@ def ids_before(text, start, read, config):
     return [NO_ID] * (count - len(known)) + known
 
 
+@fast_version
+def checkpoint(block, run_block):
+    """run_block, hidden [B, L, D] to the same, with gradient checkpointing (Chen et al. 2016).
+
+    Only its input is kept for the backward pass; `block` has its parameters.
+    """
+    return nn.utils.checkpoint(block, run_block)
+
+
 class Transformer(nn.Module):
     """Token ids [B, L] to final hidden states [B, L, D]; any head can go on top."""
 
@@ -558,7 +567,7 @@ class Transformer(nn.Module):
         for block, cache in zip(self.layers, caches):
             run_block = partial(block, cache=cache, noise=noise)
             if self.grad_checkpoint:
-                run_block = nn.utils.checkpoint(block, run_block)
+                run_block = checkpoint(block, run_block)
             hidden = run_block(hidden)
         return self.norm(hidden)
 
