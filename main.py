@@ -1772,8 +1772,12 @@ UNREADABLE = (
 
 def check_config(config):
     """Raises UNREADABLE unless `config`, {field: value}, is that of a model."""
+    fields = dataclasses.fields(Config)
+    for name in config:
+        if name not in [field.name for field in fields]:
+            raise ValueError(f"this program's models have no {name!r:.50}")
     made = Config(**config)
-    for field in dataclasses.fields(Config):
+    for field in fields:
         value = getattr(made, field.name)
         if field.type is int or field.name == "head_dim":
             is_right = type(value) is int and 1 <= value <= LARGEST

@@ -309,6 +309,13 @@ def test_models_that_cannot_be(crafted, change):
     assert statuses["list"] == 0
 
 
+def test_a_model_of_a_newer_program(crafted, capsys):
+    config = crafted.record["config"] | {"num_experts": 8}
+    crafted.set_record(crafted.record | {"config": config})
+    main.main(["--list", "--save_dir", str(crafted.save_dir)])
+    assert "this program's models have no 'num_experts'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--prompt", "a"], ["--prompts_file", "FILE"]])
 def test_a_huge_context_takes_no_memory(crafted, words):
     """Only what was read has keys and values."""
