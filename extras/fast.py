@@ -577,19 +577,22 @@ def attend_gradients(inputs, gradients, outputs):
 
 # ---- Gradient checkpointing ---------------------------------------------------------------------
 def checkpoint(block, run_block):
-    """main.py's `checkpoint`, finished with a block before the backward pass of the one before.
+    """main.py's `checkpoint`, with all gradients of a block before those of the block below it.
 
-    Else MLX, breadth first, would postpone the gradients of all matrices, and with them the end of
-    what was computed anew.
+    Breadth first, MLX would otherwise compute the gradients of all matrices at the end, and keep
+    the recomputed activations of all blocks until then.
     """
     run_block = nn.utils.checkpoint(block, run_block)
     if on_gpu():
         return run_block
 
     def run(hidden):
-        hidden, parameters = in_order(hidden, block.trainable_parameters())
+        parameters = block.trainable_parameters()
+        hidden, ordered = in_order(hidden, parameters)
+        block.update(ordered)
+        hidden = run_block(hidden)
         block.update(parameters)
-        return run_block(hidden)
+        return hidden
 
     return run
 
