@@ -377,35 +377,28 @@ class Cache:
         return mx.pad(known, [(0, 0), (missing, 0), (0, 0)])
 
 
-@fast_version
-def short_conv(hidden, weight):
-    """Adds to each position a weighted sum of the n before it, dimension by dimension.
-
-    hidden: [B, n + L, D]; weight: [n, D], row i that of the position i + 1 back. Returns the last
-    L positions, [B, L, D].
-    """
-    n = len(weight)
-    L = hidden.shape[1] - n
-    mixed = hidden[:, n:]
-    for i in range(n):
-        start = n - 1 - i
-        mixed = mixed + weight[i] * hidden[:, start : start + L]
-    return mixed
-
-
 class ShortConv(nn.Module):
-    """A causal depthwise convolution with a residual connection (Allen-Zhu 2025: Canon layers)."""
+    """A causal depthwise convolution with a residual connection (Allen-Zhu 2025: Canon layers).
+
+    It adds to each position a weighted sum of the n before it, dimension by dimension.
+    """
 
     def __init__(self, config):
         super().__init__()
+        # [n, D]; row i is the weight of the position i + 1 back.
         self.weight = mx.zeros((config.conv_size - 1, config.dim))
 
     def __call__(self, hidden, before=None):
-        """hidden: [B, L, D]; before: the conv_size - 1 positions before them; None: zeros."""
-        B, _, D = hidden.shape
+        """hidden: [B, L, D]; before: the n positions before them, [B, n, D]; None: zeros."""
+        B, L, D = hidden.shape
+        n = len(self.weight)
         if before is None:
-            before = mx.zeros((B, len(self.weight), D), hidden.dtype)
-        return short_conv(mx.concatenate([before, hidden], axis=1), self.weight)
+            before = mx.zeros((B, n, D), hidden.dtype)
+        row = mx.concatenate([before, hidden], axis=1)  # [B, n + L, D]
+        for i in range(n):
+            start = n - 1 - i
+            hidden = hidden + self.weight[i] * row[:, start : start + L]
+        return hidden
 
 
 @fast_version

@@ -314,25 +314,6 @@ def test_rms_norm_and_its_gradients(length, compiled, plain):
     assert_near(*results, 2e-6)
 
 
-@pytest.mark.parametrize("length", [1, 13])
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_short_convolutions_and_their_gradients(length, size, compiled, plain):
-    inputs = [normal(0, 3, size - 1 + length, 40), normal(1, size - 1, 40)]  # hidden, weight
-    factors = normal(2, 3, length, 40)
-    results = []
-    for program in (main, plain):
-
-        def weighted(hidden, weight):
-            mixed = program.short_conv(hidden, weight)
-            return (mixed * factors).sum(), mixed
-
-        gradients_of = mx.value_and_grad(weighted, argnums=(0, 1))
-        (_, mixed), gradients = compiled_if(compiled, gradients_of)(*inputs)
-        results.append([mixed, *gradients])
-    assert_near(*results, 2e-6)
-
-
 def test_an_integer_may_be_added_to_the_mean_square(plain):
     """A checkpoint may hold one that is larger than MLX's."""
     x = normal(0, 3, 13, 40)
