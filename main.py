@@ -1665,7 +1665,9 @@ class Checkpoint(Progress):
                 if sha1_of(file, texts["sha1"]) != texts["sha1"]:
                     raise ValueError("its .metadata has another SHA1")
                 if json.loads(texts["record"]) != self.record():
-                    raise ValueError("its .metadata has changed")
+                    # Another process has saved the same weights again since this was listed.
+                    checkpoint = read_checkpoint(self.metadata_path)
+                    return checkpoint.open()
                 state = load_arrays(file)
             tokenizer = tokenizer_from_dict(json.loads(bytes(state.pop("tokenizer"))))
             if tokenizer.vocab_size > self.config["vocab_size"]:

@@ -309,6 +309,13 @@ def test_models_that_cannot_be(crafted, change):
     assert statuses["list"] == 0
 
 
+def test_weights_that_were_saved_again_since_they_were_listed(crafted):
+    [listed_before] = main.list_checkpoints(crafted.save_dir)
+    saved = crafted.record["saved"] + 1
+    crafted.set_record(crafted.record | {"saved": saved})
+    assert listed_before.open().checkpoint.saved == saved
+
+
 def test_a_model_of_a_newer_program(crafted, capsys):
     config = crafted.record["config"] | {"num_experts": 8}
     crafted.set_record(crafted.record | {"config": config})
