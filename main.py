@@ -1664,19 +1664,17 @@ class Checkpoint(Progress):
                 texts = read_texts(file)
                 if sha1_of(file, texts["sha1"]) != texts["sha1"]:
                     raise ValueError("its .metadata has another SHA1")
-                if json.loads(texts["record"]) != self.record():
-                    # Another process has saved the same weights again since this was listed.
-                    checkpoint = read_checkpoint(self.metadata_path)
-                    return checkpoint.open()
+                # Another process may have saved the same weights again since this was listed.
+                checkpoint = checkpoint_of(texts, self.metadata_path)
                 state = load_arrays(file)
             tokenizer = tokenizer_from_dict(json.loads(bytes(state.pop("tokenizer"))))
-            if tokenizer.vocab_size > self.config["vocab_size"]:
+            if tokenizer.vocab_size > checkpoint.config["vocab_size"]:
                 # MLX does not check indices: it would read beyond the embeddings.
                 raise ValueError("its tokenizer has more ids than its model")
-            if self.config["num_blocks"] > len(weights):
+            if checkpoint.config["num_blocks"] > len(weights):
                 # Building that many blocks first could exhaust the memory.
                 raise ValueError("its model has more blocks than arrays")
-            return Contents(self, tokenizer, weights, state)
+            return Contents(checkpoint, tokenizer, weights, state)
         except UNREADABLE as error:
             raise Damaged(f"{self} is damaged: {one_line(error)}") from None
 
@@ -1768,8 +1766,9 @@ UNREADABLE = (
 def check_config(config):
     """Raises UNREADABLE unless `config`, {field: value}, is that of a model."""
     fields = dataclasses.fields(Config)
+    known = [field.name for field in fields]
     for name in config:
-        if name not in [field.name for field in fields]:
+        if name not in known:
             raise ValueError(f"this program's models have no {name!r:.50}")
     made = Config(**config)
     for field in fields:
@@ -1884,7 +1883,12 @@ def load_arrays(file):
 def read_checkpoint(metadata_path):
     """The Checkpoint that a .metadata file describes. Raises UNREADABLE if it is not one."""
     with open_no_link(metadata_path) as file:
-        record = json.loads(read_texts(file)["record"])
+        return checkpoint_of(read_texts(file), metadata_path)
+
+
+def checkpoint_of(texts, metadata_path):
+    """The Checkpoint of a .metadata file whose header holds these texts. Raises UNREADABLE."""
+    record = json.loads(texts["record"])
     if record["format_version"] != FORMAT_VERSION:
         raise ValueError("another version of this program wrote it")
     checkpoint = Checkpoint(folder=metadata_path.parent, **record)
