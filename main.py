@@ -144,6 +144,7 @@ class Config:
     ngrams: int = 1  # n: n-grams of 2 to n tokens have embeddings, too
     ngram_rows: int = 2**15  # R, embeddings for the n-grams of each length
     conv_size: int = 1  # positions that the blocks' short convolutions span; 1: there are none
+    embedding_scale: float = 1.0  # factor of the embeddings where they are the input
 
     def __post_init__(self):
         if self.head_dim is None:  # an imported model has its own, and H * d may differ from D
@@ -536,6 +537,7 @@ class Transformer(nn.Module):
         super().__init__()
         # Gradient checkpointing: only the input of each block is kept for the backward pass.
         self.grad_checkpoint = False
+        self.embedding_scale = config.embedding_scale
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         if config.ngrams > 1:
             self.embed_ngrams = NgramEmbedding(config)
@@ -547,6 +549,10 @@ class Transformer(nn.Module):
         hidden = self.embed_tokens(tokens)
         if "embed_ngrams" in self:
             hidden = hidden + self.embed_ngrams(tokens, before)
+        if self.embedding_scale != 1:
+            # Tied embeddings stay small, as the output layer needs them, and would be lost beside
+            # what the blocks add (Vaswani et al. 2017 multiply them by sqrt(D)).
+            hidden = hidden * self.embedding_scale
         return hidden.astype(self.norm.weight.dtype)  # bfloat16 if the norms are, see make_step
 
     def __call__(self, tokens, caches=None, noise=None, before=None):
@@ -2653,6 +2659,8 @@ def print_start(run, checkpoint, ranks):
         context += f", {config.ngrams}-grams in {config.ngram_rows:,} rows"
     if config.conv_size > 1:
         context += f", convolutions over {config.conv_size}"
+    if config.embedding_scale != 1:
+        context += f", embeddings times {config.embedding_scale:g}"
     several = f", {ranks.size} ranks" if ranks.size > 1 else ""
     size = checkpoint_size(run) / 2**20  # MiB
     free = shutil.disk_usage(flags.save_dir).free / 2**20
@@ -3036,6 +3044,11 @@ FLAGS["model"] = {
         1,
         "convolve the inputs of attention and feed-forward layers over this many tokens",
         type=number(int, 1, 64),
+    ),
+    "embedding_scale": flag(
+        1.0,
+        "multiply the input embeddings by this (try the square root of dim)",
+        type=number(float, 0.001, 1000),
     ),
 }
 

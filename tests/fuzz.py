@@ -293,7 +293,7 @@ TINY += "--steps_per_report 1 --steps_per_eval 2 --eval_tokens 20 --max_tokens 4
 RUNS = {
     "good": ["--tokenizer", "byte"],
     "char": ["--tokenizer", "char", "--average", "0.5", "--untie", "--qk_norm", "--ngrams", "3"],
-    "word": ["--tokenizer", "word", "--optimizer", "muon", "--conv_size", "3"],
+    "word": "--tokenizer word --optimizer muon --conv_size 3 --embedding_scale 4".split(),
     "bpe": ["--tokenizer", "bpe", "--vocab_size", "300", "--mlp", "swiglu", "--num_kv_heads", "1"],
     "file": ["--tokenizer", "TOKENIZER", "--mlp", "swiglu"],
     "lora": ["--init_from", "good", "--lora_rank", "2"],

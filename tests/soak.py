@@ -483,6 +483,7 @@ SHAPES = [
     "--num_blocks 2 --dropout 0.1",
     "--num_blocks 1 --mlp swiglu --qk_norm --num_kv_heads 1",
     "--num_blocks 1 --optimizer muon --untie --ngrams 3 --ngram_rows 100 --conv_size 3",
+    "--num_blocks 1 --optimizer muon --conv_size 2 --embedding_scale 8",
     "--num_blocks 2 --grad_accumulation 2 --dropout 0.2 --dropout_final 0",
     "--num_blocks 2 --dtype bfloat16 --dropout 0.1 --optimizer muon",
     "--num_blocks 1 --mlp gelu --checkpoint",

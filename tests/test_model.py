@@ -168,6 +168,7 @@ def reference(model, tokens, drop=drop_nothing):
     if config.ngrams > 1:
         rows = weights["model.embed_ngrams.weight"][ngram_places(tokens, config)]
         hidden = hidden + rows.reshape(hidden.shape)
+    hidden = hidden * config.embedding_scale
     hidden = drop(hidden, 0)
     for i in range(config.num_blocks):
         block = f"model.layers.{i}"
@@ -197,6 +198,8 @@ def test_logits_equal_an_independent_forward_pass(heads, mlp):
     dict(ngrams=5, ngram_rows=20, untie=True),
     dict(conv_size=2),
     dict(conv_size=20, qk_norm=True),  # longer than the text
+    dict(embedding_scale=3.7),
+    dict(embedding_scale=3.7, ngrams=2, ngram_rows=100, untie=True),
 ])  # fmt: skip
 @pytest.mark.parametrize("heads", HEADS)
 def test_other_layers_equal_an_independent_forward_pass(heads, options):

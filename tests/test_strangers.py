@@ -298,6 +298,8 @@ CONFIGS = [
     {"ngram_rows": 0},
     {"conv_size": 3},
     {"conv_size": 2**31 - 1},
+    {"embedding_scale": "x"},
+    {"embedding_scale": 10**400},
 ]
 
 
