@@ -522,7 +522,7 @@ def ids_before(text, start, read, config):
 
 
 @fast_version
-def checkpoint(block, run_block):
+def checkpoint_block(block, run_block):
     """run_block, hidden [B, L, D] to the same, with gradient checkpointing (Chen et al. 2016).
 
     Only its input is kept for the backward pass; `block` has its parameters.
@@ -566,7 +566,7 @@ class Transformer(nn.Module):
         for block, cache in zip(self.layers, caches):
             run_block = partial(block, cache=cache, noise=noise)
             if self.grad_checkpoint:
-                run_block = checkpoint(block, run_block)
+                run_block = checkpoint_block(block, run_block)
             hidden = run_block(hidden)
         return self.norm(hidden)
 
@@ -3243,8 +3243,8 @@ def make_parser():
     parser = Parser(
         usage="python main.py [flags]",
         description=(__doc__ or "").partition("\nThe research")[0],  # python -OO drops it
-        epilog="Exit status: 0 done, 1 failed, 2 usage error; 130, 143 or 129 after Ctrl+C, SIGTERM\n"
-        "or SIGHUP.",
+        epilog="Exit status: 0 done, 1 failed, 2 usage error; 130, 143 or 129 after Ctrl+C,\n"
+        "SIGTERM or SIGHUP.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -3,17 +3,17 @@
 main.py imports this file before MLX and then uses these functions in place of its own plain ones
 of the same names:
 
-    linear_product  products with a layer's matrix, whose gradient is stored like the matrix itself
-    rms_norm        RMSNorm, and
-    rotate          RoPE, in fewer operations
-    attend          causal attention, with a softmax that uses the vector units
-    relu2           squared ReLU, with a gradient that uses them
-    checkpoint      gradient checkpointing, block by block
-    cross_entropy   loss and gradient in one pass over chunks of rows, so that the logits never
-                    exist as a whole
-    over_streams    a sum over the rows of a batch, of which each core computes a share
-    clip_grad_norm  gradient clipping on all cores
-    spread          an optimizer that distributes its work over the cores
+    linear_product    products with a layer's matrix, whose gradient is stored like the matrix itself
+    rms_norm          RMSNorm, and
+    rotate            RoPE, in fewer operations
+    attend            causal attention, with a softmax that uses the vector units
+    relu2             squared ReLU, with a gradient that uses them
+    checkpoint_block  gradient checkpointing, block by block
+    cross_entropy     loss and gradient in one pass over chunks of rows, so that the logits never
+                      exist as a whole
+    over_streams      a sum over the rows of a batch, of which each core computes a share
+    clip_grad_norm    gradient clipping on all cores
+    spread            an optimizer that distributes its work over the cores
 
 They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each stands
 for the plain function with the SHA1 in STANDS_FOR: one that was edited is used itself. On a GPU,
@@ -49,7 +49,7 @@ STANDS_FOR = {
     "rotate": "8a9a7653cdedf3059874321968b05cfebce2e05f",
     "attend": "5dd30ff5abbc51bcb5e08be640e285983abfc75c",
     "relu2": "b3851965273904aea0b3fbf473404d2ef54e09f6",
-    "checkpoint": "0f76eacee4c91512ea0d1ab78714f0ff639cbf5b",
+    "checkpoint_block": "170d72bc6bf33a74c6593d37b6fbb8178dde9f12",
     "cross_entropy": "b3eba783ebd68677717bbbcccd83e69cf7bf7bdf",
     "over_streams": "e14e64eed8b4037eb8a452cd6db198a6903d248c",
     "clip_grad_norm": "5e29ee7424cc93fcbc4fbee32e17a49c08d5a3cd",
@@ -591,8 +591,8 @@ def squared_relu_gradient(x, gradient, output):
 
 
 # ---- Gradient checkpointing ---------------------------------------------------------------------
-def checkpoint(block, run_block):
-    """main.py's `checkpoint`, with all gradients of a block before those of the block below it.
+def checkpoint_block(block, run_block):
+    """main.py's `checkpoint_block`, with all gradients of a block before those of the block below.
 
     Breadth first, MLX would otherwise compute the gradients of all matrices at the end, and keep
     the recomputed activations of all blocks until then.
