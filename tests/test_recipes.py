@@ -39,9 +39,16 @@ COMMANDS = {
     """,
     "ptb-1-hour": PTB
     + "--dim 384 --num_heads 6 --embedding_decay 2 --num_iters 2300 --steps_per_eval 230",
-    "ptb-15-minutes": PTB + "--embedding_decay 1 --num_iters 1170 --dropout 0.05 "
-    "--mlp_dim 768 --conv_size 3 --steps_per_eval 390",
-    "ptb-5-minutes": PTB + "--embedding_decay 1 --num_iters 830 --dim 128 --dropout 0",
+    "ptb-15-minutes": PTB
+    + """
+        --embedding_decay 1.5 --num_iters 1170 --dropout 0.05 --mlp_dim 768 --conv_size 3
+        --embedding_scale 16 --steps_per_eval 390
+    """,
+    "ptb-5-minutes": PTB
+    + """
+        --embedding_decay 1 --num_iters 850 --dim 128 --dropout 0 --embedding_scale 16
+        --steps_per_eval 425
+    """,
     "finetune": TUNE,
     "lora": TUNE + "--lora_rank 8",
 }
