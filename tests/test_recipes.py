@@ -41,8 +41,8 @@ COMMANDS = {
     + "--dim 384 --num_heads 6 --embedding_decay 2 --num_iters 2300 --steps_per_eval 230",
     "ptb-15-minutes": PTB
     + """
-        --embedding_decay 1.5 --num_iters 1170 --dropout 0.05 --mlp_dim 768 --conv_size 3
-        --embedding_scale 16 --steps_per_eval 390
+        --embedding_decay 1.5 --num_iters 1240 --dropout 0.05 --mlp_dim 768 --conv_size 3
+        --embedding_scale 16
     """,
     "ptb-5-minutes": PTB
     + """
