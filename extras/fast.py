@@ -3,7 +3,7 @@
 main.py imports this file before MLX and then uses these functions in place of its own plain ones
 of the same names:
 
-    linear_product    products with a layer's matrix, whose gradient is stored like the matrix itself
+    linear_product    products with a layer's matrix, whose gradient is stored like the matrix
     rms_norm          RMSNorm, and
     rotate            RoPE, in fewer operations
     attend            causal attention, with a softmax that uses the vector units
