@@ -58,6 +58,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import errno
 import fcntl
@@ -1143,7 +1144,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     # Compiled once for its shapes, then replayed. Arrays that are not arguments must be listed in
     # `inputs`, or their values from the first call would be constants of the graph; those that
     # change must be listed in `outputs`, or the change would be lost.
-    @partial(mx.compile, inputs=[model.state])
+    @partial(mx.compile, inputs=[model.state, {} if teacher is None else teacher.state])
     def loss_and_gradients(*arguments):
         weights = model.parameters()
         result = value_and_grad(*arguments)
@@ -1237,6 +1238,8 @@ def train_step(run, step):
     set_learning_rate(run.optimizer, rate)  # an array in its state: no recompilation
     inputs, targets = run.batches.next()
     dropout_rate, keys = draw_dropout(run.iteration, len(inputs), flags)
+    if flags.teacher == AVERAGE:
+        run.teacher.update(run.weights_to_save())
     metrics = step(inputs, targets, dropout_rate, keys)
     if flags.average:
         weights = run.model.trainable_parameters()
@@ -2160,6 +2163,7 @@ class Origin(NamedTuple):
 
 # The flags that name one, in the order in which their tokenizers count.
 ORIGINS = ("init_from", "teacher")
+AVERAGE = "average"  # as --teacher: no Origin, but the run's own average
 
 
 def open_model(save_dir, name, flag_name):
@@ -3134,7 +3138,10 @@ FLAGS["reuse"] = {
     ),
     "lora_rank": flag(None, "train only LoRA adapters of this rank, on --init_from", type=SIZE),
     "lora_alpha": flag(None, "adapters are scaled by alpha / rank (default: 2 rank)", type=RATE),
-    "teacher": string_flag("distill from this model, named as for --init_from", "MODEL"),
+    "teacher": string_flag(
+        "distill from this model, named as for --init_from; average: from this run's --average",
+        "MODEL",
+    ),
     "teacher_weight": flag(0.5, "weight of the distillation loss", type=SHARE),
     "teacher_temperature": flag(2.0, "distillation temperature", type=number(float, 0.01, 100)),
     "quantize": flag(
@@ -3553,7 +3560,7 @@ def open_origins(flags, checkpoint):
         return {name: open_origin(save_dir, checkpoint, name) for name in checkpoint.uses}
     origins = {}
     for name in ORIGINS:
-        if getattr(flags, name):
+        if getattr(flags, name) and getattr(flags, name) != AVERAGE:
             with explained(f"--{name} cannot be used: name another", Damaged, kind=RunError):
                 origins[name] = open_model(save_dir, getattr(flags, name), name)
     return origins
@@ -3731,6 +3738,8 @@ def make_run(folder, flags, contents, ranks):
     # What is missing is said before anything is downloaded.
     if flags.teacher:
         extra("distil")
+    if flags.teacher == AVERAGE and not flags.average:
+        raise UsageError("--teacher average needs an average to learn from: give --average 0.3")
     if flags.report_to:
         extra("report").check(flags.report_to)
     origins = open_origins(flags, checkpoint)
@@ -3742,6 +3751,9 @@ def make_run(folder, flags, contents, ranks):
     rows = flags.batch_size * flags.grad_accumulation
     batches = Batches(dataset.train.tokens, flags.context_size, rows, flags.seed)
     check_memory(model, flags, ranks, optimizer)
+    teacher = origins["teacher"].model if "teacher" in origins else None
+    if flags.teacher == AVERAGE:
+        teacher = copy.deepcopy(model)  # train_step gives it the weights
     folder = folder or flags.save_dir / f"{flags.dataset}-{os.urandom(3).hex()}"
     run = Run(
         name=folder.name,
@@ -3751,7 +3763,7 @@ def make_run(folder, flags, contents, ranks):
         model=model,
         optimizer=optimizer,
         batches=batches,
-        teacher=origins["teacher"].model if "teacher" in origins else None,
+        teacher=teacher,
         uses=checkpoint.uses if checkpoint else needed_origins(flags, origins),
         sources=hash_sources(),
         versions=list_versions(flags, ranks),

@@ -14,7 +14,9 @@ from extras.fast import (
     cross_entropy_of_chunk,
     exp,
     flatten_positions,
+    max_of_rows,
     stored_gradients,
+    sum_of_rows,
     sum_over_chunks,
 )
 
@@ -47,20 +49,20 @@ def distilled_loss_and_gradients(
     def loss_of_chunk(logits, targets, text_weights, rows):
         loss, powers, scale = cross_entropy_of_chunk(logits, targets, text_weights, rows)
         their_logits = (states[rows] @ their_head.T)[:, : len(head)].astype(mx.float32)
-        log_wanted = log_softmax(their_logits / temperature)
-        log_given = log_softmax(logits / temperature)
-        wanted = exp(log_wanted)
+        theirs, their_powers, their_total = soften(their_logits, temperature)
+        ours, our_powers, our_total = soften(logits, temperature)
         if padding:
-            wanted = mx.pad(wanted, [(0, 0), (0, padding)])
-            # Any finite number will do: it is multiplied by the probability, 0.
-            log_wanted = mx.pad(log_wanted, [(0, 0), (0, padding)])
-        given = exp(log_given)
+            # Any finite logit will do: it is multiplied by the probability, 0.
+            theirs, their_powers = (
+                mx.pad(array, [(0, 0), (0, padding)]) for array in (theirs, their_powers)
+            )
+        differences = sum_of_rows(their_powers * (theirs - ours)) / their_total
+        divergences = differences + mx.log(our_total) - mx.log(their_total)  # [n, 1]
+        # T² times the gradient of a divergence w.r.t. the logits is T (our - their probabilities).
         pull = share * temperature * weights[rows, None]  # [n, 1]
-        divergence = (pull * wanted * (log_wanted - log_given)).sum()
-        # T² times the gradient of the divergence w.r.t. the logits is T (given - wanted); this T
-        # is in `pull`.
-        gradient = powers * scale + pull * (given - wanted)
-        return loss + temperature * divergence, gradient, mx.ones_like(scale)
+        gradient = powers * scale + our_powers * (pull / our_total)
+        gradient = gradient - their_powers * (pull / their_total)
+        return loss + temperature * (pull * divergences).sum(), gradient, mx.ones_like(scale)
 
     return sum_over_chunks(hidden, head, targets, weights * (1 - share), loss_of_chunk)
 
@@ -68,7 +70,8 @@ def distilled_loss_and_gradients(
 distilled_loss_and_gradients.vjp(stored_gradients)
 
 
-def log_softmax(logits):
-    """Log probabilities [n, V]."""
-    below = logits - logits.max(axis=-1, keepdims=True)
-    return below - mx.log(exp(below).sum(axis=-1, keepdims=True))
+def soften(logits, temperature):
+    """Logits [n, V] / temperature, less their maximum; e to the power of them; its sums [n, 1]."""
+    below = (logits - max_of_rows(logits)) / temperature
+    powers = exp(below)
+    return below, powers, sum_of_rows(powers)

@@ -488,6 +488,7 @@ SHAPES = [
     "--num_blocks 2 --dtype bfloat16 --dropout 0.1 --optimizer muon",
     "--num_blocks 1 --mlp gelu --checkpoint",
     "--num_blocks 1 --average 0.2 --dropout 0.1",
+    "--num_blocks 1 --average 0.4 --teacher average",
 ]
 
 # What does not: one of each row is drawn.
@@ -1246,7 +1247,8 @@ def odd_record(scenario, chance):
 def needed_file_gone(scenario, chance):
     """Without its text or its base a run cannot be trained: one line, and nothing is lost."""
     paths = [scenario.text]
-    if "--lora_rank" in scenario.flags or "--teacher" in scenario.flags:
+    learns = "--teacher" in scenario.flags and "average" not in scenario.flags
+    if "--lora_rank" in scenario.flags or learns:
         paths += list(scenario.folder.glob(f"{scenario.base_run}/{scenario.base}.*"))
     path = chance.choice(paths)
     hidden = scenario.work / "hidden"

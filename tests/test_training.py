@@ -656,6 +656,7 @@ VARIANTS = [
     " --lr_schedule linear --lr_cooldown 0.5",
     "--ngrams 3 --ngram_rows 100 --conv_size 3 --embedding_scale 4 --dropout 0.1 --optimizer muon"
     " --dtype bfloat16",
+    "--teacher average --average 0.4 --dropout 0.1 --optimizer muon --grad_accumulation 2",
 ]
 
 

@@ -274,7 +274,7 @@ MUON = ["--optimizer", "muon", "--conv_size", 3]
 
 
 @pytest.mark.parametrize("size, num_scores, options", [
-    (2, 2, [*DROPOUT, "--average", 0.3, "--ngrams", 5]),
+    (2, 2, [*DROPOUT, "--average", 0.3, "--teacher", "average", "--ngrams", 5]),
     (2, 0, [*MUON, "--untie", "--grad_checkpoint", "--batch_size", 5]),
     # Enough for a stream a core, but for one rank's single row.
     (2, 0, ["--batch_size", 3, "--context_size", 256]),
