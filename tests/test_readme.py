@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ from conftest import DATASETS, ROOT, TINY, flags, run
 import main
 
 README = (ROOT / "README.md").read_text()
-BOTH = README + (ROOT / "extras" / "README.md").read_text()
+OF_EXTRAS = (ROOT / "extras" / "README.md").read_text()
+BOTH = README + OF_EXTRAS
 
 
 def read_commands():
@@ -197,7 +199,7 @@ def test_classifier(tmp_path):
 
     It must be right far more often than by naming the largest class.
     """
-    [snippet] = re.findall(r"```python\n(.*?)```", BOTH, re.S)
+    [snippet] = re.findall(r"```python\n(.*?)```", OF_EXTRAS, re.S)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.run(
         [sys.executable, "-c", snippet],
@@ -209,6 +211,21 @@ def test_classifier(tmp_path):
     )
     share = process.stdout.split()[-1]
     assert float(share) > 0.8
+
+
+def test_an_edit(tmp_path, text):
+    """The snippet in place of the line that the README names: its schedule is used."""
+    [snippet] = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = (ROOT / "main.py").read_text()
+    code, count = re.subn(r"^SCHEDULES = .*\n", lambda match: snippet, code, flags=re.M)
+    assert count == 1
+    shutil.copytree(ROOT, tmp_path / "edited", ignore=shutil.ignore_patterns(".*", "runs"))
+    edited = tmp_path / "edited" / "main.py"
+    edited.write_text(code)
+    line = [*TINY, "--text", text, "--lr_schedule", "sqrt", "--lr_warmup", 0, "--min_lr", 0]
+    line += ["--learning_rate", 0.01, "--num_iters", 4, "--steps_per_report", 1]
+    out, _ = run(*line, "--save_dir", tmp_path / "lm", program=[edited])
+    assert re.findall(r" lr ([\d.e-]+)", out) == ["1.00e-02", "5.00e-03", "2.93e-03", "1.34e-03"]
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.S))
