@@ -1032,7 +1032,7 @@ class Run(Progress):
     model: LanguageModel
     optimizer: optim.Optimizer
     batches: Batches
-    teacher: LanguageModel | None = None
+    teacher: LanguageModel | None = None  # --teacher average: each step gives it the average
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
     # What it was made with, see Checkpoint.
     uses: dict = dataclasses.field(default_factory=dict)
@@ -1238,7 +1238,7 @@ def train_step(run, step):
     set_learning_rate(run.optimizer, rate)  # an array in its state: no recompilation
     inputs, targets = run.batches.next()
     dropout_rate, keys = draw_dropout(run.iteration, len(inputs), flags)
-    if flags.teacher == AVERAGE:
+    if flags.teacher == "average":
         run.teacher.update(run.weights_to_save())
     metrics = step(inputs, targets, dropout_rate, keys)
     if flags.average:
@@ -2163,7 +2163,6 @@ class Origin(NamedTuple):
 
 # The flags that name one, in the order in which their tokenizers count.
 ORIGINS = ("init_from", "teacher")
-AVERAGE = "average"  # as --teacher: no Origin, but the run's own average
 
 
 def open_model(save_dir, name, flag_name):
@@ -3559,10 +3558,14 @@ def open_origins(flags, checkpoint):
     if checkpoint:
         return {name: open_origin(save_dir, checkpoint, name) for name in checkpoint.uses}
     origins = {}
-    for name in ORIGINS:
-        if getattr(flags, name) and getattr(flags, name) != AVERAGE:
-            with explained(f"--{name} cannot be used: name another", Damaged, kind=RunError):
-                origins[name] = open_model(save_dir, getattr(flags, name), name)
+    for flag_name in ORIGINS:
+        name = getattr(flags, flag_name)
+        if name is None:
+            continue
+        if flag_name == "teacher" and name == "average":  # the run's own, no other model
+            continue
+        with explained(f"--{flag_name} cannot be used: name another", Damaged, kind=RunError):
+            origins[flag_name] = open_model(save_dir, name, flag_name)
     return origins
 
 
@@ -3738,7 +3741,7 @@ def make_run(folder, flags, contents, ranks):
     # What is missing is said before anything is downloaded.
     if flags.teacher:
         extra("distil")
-    if flags.teacher == AVERAGE and not flags.average:
+    if flags.teacher == "average" and not flags.average:
         raise UsageError("--teacher average needs an average to learn from: give --average 0.3")
     if flags.report_to:
         extra("report").check(flags.report_to)
@@ -3752,7 +3755,7 @@ def make_run(folder, flags, contents, ranks):
     batches = Batches(dataset.train.tokens, flags.context_size, rows, flags.seed)
     check_memory(model, flags, ranks, optimizer)
     teacher = origins["teacher"].model if "teacher" in origins else None
-    if flags.teacher == AVERAGE:
+    if flags.teacher == "average":
         teacher = copy.deepcopy(model)  # train_step gives it the weights
     folder = folder or flags.save_dir / f"{flags.dataset}-{os.urandom(3).hex()}"
     run = Run(

@@ -3,8 +3,8 @@
     python main.py --teacher MODEL --dim 256 --dataset ptb
     python main.py --teacher average --average 0.4 --dim 256 --dataset ptb
 
-The second learns from the average of its own weights (Tarvainen & Valpola 2017), as if of a model
-that has not memorized the newest batches.
+The second learns from the running average of its own weights, which has memorized less of the text
+(Tarvainen & Valpola 2017).
 
 A share of the loss is T² times the Kullback-Leibler divergence from the teacher's distribution to
 the student's, both softened by the temperature T; the rest is the cross-entropy of the text. T²
@@ -56,17 +56,17 @@ def distilled_loss_and_gradients(
         theirs, their_powers, their_total = soften(their_logits, temperature)
         ours, our_powers, our_total = soften(logits, temperature)
         if padding:
-            # Any finite logit will do: it is multiplied by the probability, 0.
-            theirs, their_powers = (
-                mx.pad(array, [(0, 0), (0, padding)]) for array in (theirs, their_powers)
-            )
+            columns = [(0, 0), (0, padding)]
+            their_powers = mx.pad(their_powers, columns)
+            theirs = mx.pad(theirs, columns)  # any finite logit will do: it is multiplied by 0
         differences = sum_of_rows(their_powers * (theirs - ours)) / their_total
         divergences = differences + mx.log(our_total) - mx.log(their_total)  # [n, 1]
         # T² times the gradient of a divergence w.r.t. the logits is T (our - their probabilities).
         pull = share * temperature * weights[rows, None]  # [n, 1]
-        gradient = powers * scale + our_powers * (pull / our_total)
-        gradient = gradient - their_powers * (pull / their_total)
-        return loss + temperature * (pull * divergences).sum(), gradient, mx.ones_like(scale)
+        of_divergence = our_powers * (pull / our_total) - their_powers * (pull / their_total)
+        gradient = powers * scale + of_divergence
+        loss = loss + temperature * (pull * divergences).sum()
+        return loss, gradient, mx.ones_like(scale)
 
     return sum_over_chunks(hidden, head, targets, weights * (1 - share), loss_of_chunk)
 

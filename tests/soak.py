@@ -1247,8 +1247,9 @@ def odd_record(scenario, chance):
 def needed_file_gone(scenario, chance):
     """Without its text or its base a run cannot be trained: one line, and nothing is lost."""
     paths = [scenario.text]
-    learns = "--teacher" in scenario.flags and "average" not in scenario.flags
-    if "--lora_rank" in scenario.flags or learns:
+    # A run's own average is no other checkpoint.
+    has_teacher = "--teacher" in scenario.flags and "average" not in scenario.flags
+    if "--lora_rank" in scenario.flags or has_teacher:
         paths += list(scenario.folder.glob(f"{scenario.base_run}/{scenario.base}.*"))
     path = chance.choice(paths)
     hidden = scenario.work / "hidden"

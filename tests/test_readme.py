@@ -219,9 +219,10 @@ def test_an_edit(tmp_path, text):
     code = (ROOT / "main.py").read_text()
     code, count = re.subn(r"^SCHEDULES = .*\n", lambda match: snippet, code, flags=re.M)
     assert count == 1
-    shutil.copytree(ROOT, tmp_path / "edited", ignore=shutil.ignore_patterns(".*", "runs"))
-    edited = tmp_path / "edited" / "main.py"
+    edited = tmp_path / "main.py"
     edited.write_text(code)
+    shutil.copy(DATASETS, tmp_path)
+    shutil.copytree(ROOT / "extras", tmp_path / "extras")
     line = [*TINY, "--text", text, "--lr_schedule", "sqrt", "--lr_warmup", 0, "--min_lr", 0]
     line += ["--learning_rate", 0.01, "--num_iters", 4, "--steps_per_report", 1]
     out, _ = run(*line, "--save_dir", tmp_path / "lm", program=[edited])

@@ -201,6 +201,12 @@ def test_a_run_needs_an_average_to_learn_from(tmp_path, text):
     assert ids(tmp_path / "lm") == []
 
 
+def test_only_a_teacher_can_be_the_average(tmp_path, text):
+    line = [*TINY, "--text", text, "--init_from", "average", "--average", 0.5]
+    _, err = run(*line, "--save_dir", tmp_path / "lm", status=2)
+    assert "--init_from 'average': no checkpoint in" in err
+
+
 def test_a_teacher_of_other_tokens(base, text):
     folder, id = base
     run("--text", text, *TINY, "--tokenizer", "word", "--num_iters", 1, "--save_dir", folder)
