@@ -2776,15 +2776,6 @@ def describe_resume(checkpoint, run):
         if before != after:
             changes.append(f"--{name} {before} -> {after}")
     lines = [f"resumed  with {', '.join(changes) or 'unchanged flags'}"]
-    kept = []
-    if not new.identifier and any(name in new.given for name in SHAPING):
-        alone = settle(new.given)  # what the command would begin
-        for name in SHAPING:
-            value = getattr(new, name)
-            if value != getattr(alone, name):
-                kept.append(f"--{name} {value}")
-    if kept:
-        lines.append(f"kept     from that run, not the defaults: {', '.join(kept)}")
     if checkpoint.run != run.name:
         lines.append(f"A new branch: {checkpoint.run} has newer checkpoints, which are kept.")
     has_schedule = new.lr_schedule != "constant" or new.dropout_final is not None
@@ -3483,37 +3474,42 @@ def command(flags, *words):
 # ---- Setting up a run ---------------------------------------------------------------------------
 
 
-def find_candidates(checkpoints, flags, names, same_first=False):
+def find_candidates(checkpoints, flags, names):
     """The checkpoints of the run that the flags select, newest first; [] if there is none.
 
-    It is the run saved last of those whose newest checkpoint agrees with each of the flags `names`
-    that was given. With `same_first`, a run that the same command would begin comes before it: one
-    that agrees with the defaults of the others, too. If --identifier names a checkpoint, it is that
-    one alone. Raises UsageError.
+    It is the run saved last of those whose newest checkpoint has the same values of the flags
+    `names`. If --identifier names a checkpoint, it is that one alone. Raises UsageError.
     """
     if flags.new_model:
         return []
-    wanted = {name: getattr(flags, name) for name in names if name in flags.given}
     if flags.identifier:
         named = named_checkpoint(flags.save_dir, checkpoints, flags.identifier[0])
         its_flags = vars(settle({}, named.flags))
-        fixed = {name: its_flags[name] for name in wanted if name in FIXED}
+        fixed = {name: its_flags[name] for name in names if name in FIXED}
         check_agreement(flags, fixed, named.run)
         return [named]
     newest = {}  # of each run
     for each in checkpoints:
         newest.setdefault(each.run, each)
-    chosen = None  # a run's name
     for run, checkpoint in newest.items():  # saved last first
         its_flags = vars(settle({}, checkpoint.flags))
-        if any(its_flags[name] != value for name, value in wanted.items()):
-            continue
-        chosen = chosen or run
-        is_same = all(its_flags[name] == getattr(flags, name) for name in names)
-        if same_first and wanted and is_same:
-            chosen = run
-            break
-    return [each for each in checkpoints if each.run == chosen]
+        if all(its_flags[name] == getattr(flags, name) for name in names):
+            return [each for each in checkpoints if each.run == run]
+    return []
+
+
+def identity(flags):
+    """The flags whose values a run must share to be resumed by a command that trains.
+
+    All that shape a run, or none if the command gives none of them: it resumes the run saved last.
+    What --init_from or --teacher decides counts only where it is given.
+    """
+    if not any(name in flags.given for name in SHAPING):
+        return []
+    decided = []
+    if flags.init_from or flags.teacher not in (None, "average"):
+        decided = ["tokenizer", *FLAGS["model"]]
+    return [name for name in SHAPING if name in flags.given or name not in decided]
 
 
 def open_newest(candidates, flags):
@@ -3532,19 +3528,25 @@ def open_newest(candidates, flags):
     raise RunError(f"no good checkpoint of {run} is left: --new_model starts a new run")
 
 
+MOST_DIFFERENCES = 5  # that are shown of two runs
+
+
 def describe_other(other, flags):
     """Says why the run saved last is not resumed, and with which command it would be."""
     its_flags = vars(settle({}, other.flags))
     differences = []
-    for name in SHAPING:
+    for name in identity(flags):
         value = getattr(flags, name)
-        if name in flags.given and its_flags[name] != value:
+        if its_flags[name] != value:
             its_value = f"--{name} {its_flags[name]}"
             if its_flags[name] is None:
                 its_value = f"no --{name}"
             differences.append(f"{its_value} instead of {value}")
+    shown = differences[:MOST_DIFFERENCES]
+    if differences != shown:
+        shown.append(f"{len(differences) - len(shown)} more differences")
     return (
-        f"Starting a new run: the last one, {other.run}, has {', '.join(differences)}. "
+        f"Starting a new run: the last one, {other.run}, has {', '.join(shown)}. "
         f"To resume that one: {command(flags, '--identifier', other.run)}"
     )
 
@@ -3797,7 +3799,7 @@ def find_run(flags, checkpoints, stack):
     a new run. Raises UsageError if another process trains that run, RunError if no checkpoint of it
     is intact.
     """
-    candidates = find_candidates(checkpoints, flags, SHAPING, same_first=True)
+    candidates = find_candidates(checkpoints, flags, identity(flags))
     if not candidates:
         return None, None
     newest = next(each for each in checkpoints if each.run == candidates[0].run)
@@ -3943,9 +3945,10 @@ def open_for_use(flags):
     Flags that were given and are FIXED during a run select it, too. Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
-    names = [name for name in FIXED if name != "seed"]  # which is for the samples
+    others = ["seed"]  # which is for the samples
     if flags.evaluate:
-        names.remove("test_text")  # any text can be scored
+        others.append("test_text")  # any text can be scored
+    names = [name for name in FIXED if name in flags.given and name not in others]
     candidates = find_candidates(checkpoints, flags, names)
     if not checkpoints:
         raise UsageError(explain_emptiness(flags.save_dir))
@@ -4026,7 +4029,7 @@ def benchmark(flags, ranks):
         raise UsageError("--benchmark measures one process: start it without mlx.launch")
     with lock(flags.save_dir, fcntl.LOCK_SH):
         checkpoints = list_checkpoints(flags.save_dir)
-        candidates = find_candidates(checkpoints, flags, SHAPING, same_first=True)
+        candidates = find_candidates(checkpoints, flags, identity(flags))
         contents = open_newest(candidates, flags) if candidates else None
         run = make_run(None, flags, contents, ranks)
     extra("benchmark").run_benchmark(run)

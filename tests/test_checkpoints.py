@@ -83,7 +83,7 @@ def choose(save_dir, **given):
     """The Contents that a command with these flags resumes, or None."""
     settled = flags(**given, save_dir=str(save_dir))
     checkpoints = main.list_checkpoints(save_dir)
-    candidates = main.find_candidates(checkpoints, settled, main.SHAPING)
+    candidates = main.find_candidates(checkpoints, settled, main.identity(settled))
     return main.open_newest(candidates, settled) if candidates else None
 
 
@@ -566,8 +566,9 @@ def test_a_flag_younger_than_the_checkpoint_has_its_default(tmp_path, monkeypatc
         known = [name for name in main.INHERITED if name not in ("mlp", "grad_clip")]
         older.setattr(main, "INHERITED", known)
         checkpoint_id = save(run)
-    assert chosen_id(tmp_path, mlp="relu2") == checkpoint_id
-    assert choose(tmp_path, mlp="gelu") is None
+    [checkpoint] = main.list_checkpoints(tmp_path)
+    assert chosen_id(tmp_path, **checkpoint.flags, mlp="relu2") == checkpoint_id
+    assert choose(tmp_path, **checkpoint.flags, mlp="gelu") is None
 
 
 @pytest.mark.parametrize("difference", [-1, 1])

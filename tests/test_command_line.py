@@ -122,6 +122,9 @@ LINES = [f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" fo
 LINE = "".join(LINES)
 
 
+SHAPE = "--mlp gelu --learning_rate 0.01 --dropout 0.1".split()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with `text.txt` and, in `lm`, a run of three iterations on it.
@@ -130,8 +133,8 @@ def trained(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text(LINE)
-    other = "--mlp gelu --learning_rate 0.01 --dropout 0.1 --num_iters 3 --keep 5".split()
-    run("--text", folder / "text.txt", *TINY, *other, "--save_dir", folder / "lm")
+    others = ["--num_iters", 3, "--keep", 5, "--save_dir", folder / "lm"]
+    run("--text", folder / "text.txt", *TINY, *SHAPE, *others)
     return folder
 
 
@@ -391,17 +394,17 @@ def flags_of(trained, monkeypatch):
 
 
 def test_values_of_a_resumed_run(flags_of, trained):
-    values, checkpoint = flags_of("--text", trained / "text.txt")
+    values, checkpoint = flags_of()
     assert checkpoint.iteration == 3
     assert (values.dim, values.mlp, values.mlp_dim, values.dropout) == (16, "gelu", 64, 0.1)
     assert (values.learning_rate, values.num_iters, values.keep) == (0.01, 3, 5)
     assert values.weight_decay == 1e-5 and values.max_tokens == 200, "never typed or not inherited"
     assert values.save_dir == trained / "lm"
-    assert values.given == {"text": [str(trained / "text.txt")], "save_dir": str(trained / "lm")}
+    assert values.given == {"save_dir": str(trained / "lm")}
 
 
 def test_what_does_not_shape_a_run_may_change(flags_of, trained):
-    line = ["--text", trained / "text.txt", "--learning_rate", 0.01, "--mlp", "gelu"]
+    line = ["--text", trained / "text.txt", *TINY, *SHAPE]
     more = ["--num_iters", 9, "--max_tokens", 7, "--steps_per_eval", 5, "--grad_checkpoint"]
     values, checkpoint = flags_of(*line, *more)
     assert checkpoint
@@ -459,10 +462,10 @@ def test_a_bare_command_resumes_what_was_saved_last(flags_of, trained):
     values, checkpoint = flags_of()
     assert checkpoint.id == ids(trained / "lm")[0]
     assert (values.dataset, values.text) == ("text", [str(trained / "text.txt")])
-    _, same = flags_of("--dim", 16, "--num_iters", 5)
+    _, same = flags_of("--num_iters", 5)
     assert same.id == checkpoint.id
-    _, other = flags_of("--dataset", "python", "--dim", 16)
-    assert other is None
+    _, other = flags_of("--dim", 16)
+    assert other is None, "one flag of a run does not name it"
 
 
 @pytest.mark.parametrize("more", [
@@ -537,14 +540,19 @@ def plain(trained):
     return replace(checkpoint, flags={"text": [str(trained / "text.txt")]})
 
 
+def resumed_by(checkpoints, **given):
+    """The checkpoints of the run that a command with these flags resumes."""
+    settled = main.settle(given)
+    return main.find_candidates(checkpoints, settled, main.identity(settled))
+
+
 @pytest.mark.parametrize("values", SHAPES, ids=str)
 def test_what_shapes_a_run_tells_runs_apart(values, plain):
     shaped = replace(plain, folder=plain.folder.with_name("shaped"), flags=plain.flags | values)
     both = [plain, shaped]
 
     def found(**given):
-        given |= {"text": plain.flags["text"]}
-        return main.find_candidates(both, main.settle(given), main.SHAPING)
+        return resumed_by(both, text=plain.flags["text"], **given)
 
     assert found() == [plain]
     assert found(**values) == [shaped]
@@ -553,18 +561,43 @@ def test_what_shapes_a_run_tells_runs_apart(values, plain):
     assert found(**values, new_model=True) == []
 
 
-def test_the_newest_run_that_agrees_is_resumed(plain):
-    """With all its checkpoints, and no other's."""
+def test_a_command_resumes_the_newest_run_of_its_flags(plain):
+    """With all its checkpoints, and no other's; not one that has a flag beyond them."""
+    again = replace(plain, folder=plain.folder.with_name("again"))
+    wider = replace(plain, folder=plain.folder.with_name("wider"), flags=plain.flags | {"dim": 32})
+    checkpoints = [wider, again, plain, replace(wider, iteration=1), replace(again, iteration=1)]
+    text = plain.flags["text"]
+
+    assert resumed_by(checkpoints, text=text) == [again, checkpoints[4]]
+    assert resumed_by(checkpoints, text=text, dim=1024) == [again, checkpoints[4]]
+    assert resumed_by(checkpoints, text=text, dim=32) == [wider, checkpoints[3]]
+    assert resumed_by([wider], text=text) == []
+    assert resumed_by(checkpoints, dim=32) == [], "of another text"
+
+
+def test_a_command_without_flags_resumes_the_run_saved_last(plain):
     newest = replace(plain, folder=plain.folder.with_name("newest"), flags={"dim": 32})
-    older = replace(plain, iteration=1)
-    checkpoints = [newest, plain, replace(newest, iteration=1), older]
+    assert resumed_by([newest, plain]) == [newest]
+    assert resumed_by([newest, plain], num_iters=7, steps_per_eval=3) == [newest]
 
-    def found(**given):
-        return main.find_candidates(checkpoints, main.settle(given), main.SHAPING)
 
-    assert found() == [newest, checkpoints[2]]
-    assert found(dim=1024) == [plain, older]
-    assert found(dataset="ptb") == [newest, checkpoints[2]]
+@pytest.mark.parametrize("origin", main.ORIGINS)
+def test_what_a_model_decides_need_not_be_given_again(origin, plain):
+    """The shape and the tokenizer of a run that begins from a model, or learns from one."""
+    of_origin = {origin: "ptb-0a1b2c", "dim": 32, "mlp_dim": 128, "tokenizer": "char"}
+    tuned = replace(plain, flags=plain.flags | of_origin)
+    given = {"text": plain.flags["text"], origin: "ptb-0a1b2c"}
+    assert resumed_by([tuned], **given) == [tuned]
+    assert resumed_by([tuned], **given, dim=32) == [tuned]
+    assert resumed_by([tuned], **given, dim=64) == []
+    assert resumed_by([tuned], **given, dropout=0.1) == []
+
+
+def test_a_run_that_learns_from_its_average_has_a_shape_of_its_own(plain):
+    learned = replace(plain, flags=plain.flags | {"teacher": "average", "average": 0.3, "dim": 32})
+    given = {"text": plain.flags["text"], "teacher": "average", "average": 0.3}
+    assert resumed_by([learned], **given, dim=32) == [learned]
+    assert resumed_by([learned], **given) == []
 
 
 @pytest.mark.parametrize("given", [
@@ -576,7 +609,7 @@ def test_the_newest_run_that_agrees_is_resumed(plain):
 ], ids=str)  # fmt: skip
 def test_a_value_that_it_has_by_default_is_its_own(given, plain):
     given |= {"text": plain.flags["text"]}
-    assert main.find_candidates([plain], main.settle(given), main.SHAPING) == [plain]
+    assert resumed_by([plain], **given) == [plain]
 
 
 NEW_RUN = "Starting a new run: "
@@ -617,7 +650,8 @@ def test_config_file_flat_and_in_groups(flags_of, trained, tmp_path):
     flat = tmp_path / "flat.yaml"
     flat.write_text(
         f"text: {text}\n"
-        "learning_rate: 1e-2\n"
+        "dim: 16\nnum_heads: 2\nnum_blocks: 2\ncontext_size: 8\nbatch_size: 4\n"
+        "mlp: gelu\ndropout: 0.1\nlearning_rate: 1e-2\n"
         "num_iters: 9\n"
         "keep: null\n"
         "eval_test: false\n"
