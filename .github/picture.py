@@ -1,12 +1,13 @@
 """Makes the picture of the README: runs what it shows, and draws it for light and dark pages.
 
-    python .github/picture.py make FOLDER --nanogpt CLONE    about 8 minutes on two cores
+    python .github/picture.py make FOLDER --nanogpt CLONE    about 10 minutes on two cores
     python .github/picture.py draw FOLDER
     python .github/picture.py compare FOLDER --nanogpt CLONE --dataset python
 
 CLONE is one of nanoGPT; it needs PyTorch in the environment. All that is drawn comes from the logs
 in FOLDER, of which each run's log.jsonl is as main.py has written it. `compare` only trains the
-recipe `characters` and nanoGPT's demo on a dataset, and prints their validation losses.
+recipe `characters`, with and without its n-gram embeddings, and nanoGPT's demo on a dataset, and
+prints their validation losses.
 """
 
 import argparse
@@ -32,6 +33,8 @@ from datasets import load_dataset  # noqa: E402
 EVERY = 200  # steps between nanoGPT's evaluations
 KILLED = "--dataset python --preset tiny --batch_size 8 --num_iters 300 --steps_per_eval 50"
 RECIPE = "--config characters --steps_per_eval 92"
+# The folders of our two models; without n-gram embeddings, it is as large as nanoGPT's.
+OURS = {"ours": RECIPE, "same-size": f"{RECIPE} --ngrams 1"}
 # nanoGPT's own command for a CPU, with more batches for each estimate and more of these.
 NANOGPT = (
     "config/train_shakespeare_char.py --device=cpu --compile=False "
@@ -55,12 +58,13 @@ def make(folder, nanogpt, mirror):
 
 
 def compare(folder, dataset, nanogpt, mirror):
-    """Writes ours/ and nanogpt.txt: both are trained on a dataset's characters, one by one."""
+    """Writes ours/, same-size/ and nanogpt.txt: all train on a dataset's characters, one by one."""
     data_dir = folder / "data"
     place = ["--mirror", mirror] if mirror else []
     prepare_characters(nanogpt / "data" / f"{dataset}_char", dataset, data_dir, mirror)
-    ours = command(f"{RECIPE} --dataset {dataset}", folder / "ours")
-    subprocess.run([*ours, "--data_dir", str(data_dir), *place], check=True)
+    for name, flags in OURS.items():
+        line = command(f"{flags} --dataset {dataset}", folder / name)
+        subprocess.run([*line, "--data_dir", str(data_dir), *place], check=True)
     with open(folder / "nanogpt.txt", "w") as log:
         theirs = [sys.executable, "train.py", *NANOGPT.split(), f"--dataset={dataset}_char"]
         subprocess.run(theirs, cwd=nanogpt, stdout=log, check=True)
@@ -70,11 +74,9 @@ def compare(folder, dataset, nanogpt, mirror):
 
 
 def results_of(folder):
-    """(seconds, loss) of each evaluation of both programs."""
-    return {
-        "nanoGPT": nanogpt_losses(folder / "nanogpt.txt"),
-        "transformer-lm": our_losses(folder / "ours"),
-    }
+    """(seconds, loss) of each evaluation of the three models."""
+    results = {name: our_losses(folder / name) for name in OURS}
+    return {"nanogpt": nanogpt_losses(folder / "nanogpt.txt"), **results}
 
 
 def command(flags, save_dir):
@@ -154,26 +156,28 @@ def draw_proof(axis, folder, text, blue, orange):
 def draw_comparison(axis, folder, blue, orange):
     """Validation losses against seconds of training."""
     results = results_of(folder)
-    theirs = f"nanoGPT's CPU demo\n(untuned, {nanogpt_size(folder / 'nanogpt.txt')}):"
-    parameters = newest(folder / "ours").parameters
-    ours = f"our recipe\n(tuned, {parameters / 1e6:.1f}M):"
-    # The labels lie where no curve is: above the end of the upper one, right of the lower one's.
-    for name, label, color, shift, side in (
-        ("nanoGPT", theirs, blue, (0, 52), "right"),
-        ("transformer-lm", ours, orange, (8, -4), "left"),
+    # The labels lie where no curve is: above nanoGPT's, right of the ends of ours.
+    for name, title, color, marker, shift, side in (
+        ("nanogpt", "nanoGPT's CPU demo\n(untuned, {}):", blue, "o-", (0, 52), "right"),
+        ("same-size", "our recipe (tuned, {}):", orange, "o--", (8, 8), "left"),
+        ("ours", "our recipe (tuned, {}):", orange, "o-", (8, -6), "left"),
     ):
         seconds, losses = zip(*results[name])
-        axis.plot(seconds, losses, "o-", color=color, lw=2, ms=5)
+        axis.plot(seconds, losses, marker, color=color, lw=2, ms=5)
         place = {"xytext": shift, "textcoords": "offset points", "ha": side}
-        words = f"{label} {losses[-1]:.2f}"
+        words = f"{title.format(size_of(folder, name))} {losses[-1]:.2f}"
         axis.annotate(words, (seconds[-1], losses[-1]), color=color, weight="bold", **place)
     axis.set(xlabel="seconds of training, two CPU cores", ylabel="validation loss (nats/character)")
+    axis.set_ylim(bottom=1.45)
     axis.set_title("Tiny Shakespeare by characters", loc="left", weight="bold")
 
 
-def nanogpt_size(log):
-    """Its number of parameters, in millions, as it prints them."""
-    [millions] = re.findall(r"number of parameters: ([\d.]+)M", log.read_text())
+def size_of(folder, name):
+    """A model's number of parameters, such as "0.8M"."""
+    if name != "nanogpt":
+        return f"{newest(folder / name).parameters / 1e6:.1f}M"
+    printed = (folder / "nanogpt.txt").read_text()
+    [millions] = re.findall(r"number of parameters: ([\d.]+)M", printed)
     return f"{float(millions):.1f}M"
 
 
