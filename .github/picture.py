@@ -1,7 +1,7 @@
 """Makes the picture of the README: runs what it shows, and draws it for light and dark pages.
 
     python .github/picture.py make FOLDER --nanogpt CLONE    about 10 minutes on two cores
-    python .github/picture.py draw FOLDER
+    python .github/picture.py draw FOLDER --processor NAME
     python .github/picture.py compare FOLDER --nanogpt CLONE --dataset python
 
 CLONE is one of nanoGPT; it needs PyTorch in the environment. All that is drawn comes from the logs
@@ -42,7 +42,11 @@ NANOGPT = (
     "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 )
 KILLS = 5
-COLORS = {"light": ("#1f2328", "#0969da", "#bc4c00"), "dark": ("#e6edf3", "#4493f8", "#f0883e")}
+# Of the text, of killed runs, of nanoGPT's, of ours: GitHub's.
+COLORS = {
+    "light": ("#1f2328", "#1a7f37", "#0969da", "#bc4c00"),
+    "dark": ("#e6edf3", "#3fb950", "#4493f8", "#f0883e"),
+}
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
@@ -112,15 +116,15 @@ def prepare_characters(folder, name, data_dir, mirror):
 # ---- Drawing ------------------------------------------------------------------------------------
 
 
-def draw(folder):
+def draw(folder, processor):
     """Writes proof-light.svg and proof-dark.svg beside this file."""
     for mode, colors in COLORS.items():
-        text, blue, orange = colors
+        text, green, blue, orange = colors
         with matplotlib.rc_context(style_of(text)):
             figure = Figure(figsize=(9, 3.6), layout="constrained")
             left, right = figure.subplots(1, 2)
-            draw_proof(left, folder, text, blue, orange)
-            draw_comparison(right, folder, blue, orange)
+            draw_proof(left, folder, text, green)
+            draw_comparison(right, folder, processor, blue, orange)
             path = Path(__file__).with_name(f"proof-{mode}.svg")
             # Without the date, an unchanged picture is an unchanged file.
             figure.savefig(path, transparent=True, metadata={"Date": None})
@@ -135,39 +139,41 @@ def style_of(text):
     return style
 
 
-def draw_proof(axis, folder, text, blue, orange):
+def draw_proof(axis, folder, text, green):
     """The losses of a run that was killed again and again, on those of one never touched."""
-    undisturbed = training_losses(folder / "undisturbed")
-    killed = training_losses(folder / "killed")
-    steps = [step for step, _ in undisturbed]
-    difference = max(abs(a[1] - b[1]) for a, b in zip(undisturbed, killed, strict=True))
-    axis.plot(steps, [loss for _, loss in undisturbed], color=blue, lw=5, alpha=0.4)
-    axis.plot(steps, [loss for _, loss in killed], color=orange, lw=1)
+    undisturbed = folder / "undisturbed"
+    killed = folder / "killed"
+    steps, losses = zip(*training_losses(undisturbed))
+    axis.plot(steps, losses, color=text, lw=5, alpha=0.3)
+    steps, losses = zip(*training_losses(killed))
+    axis.plot(steps, losses, color=green, lw=1)
     kills = json.loads((folder / "kills.json").read_text())
-    losses = dict(killed)
-    axis.plot(kills, [losses[step] for step in kills], "x", color=text, ms=9, mew=2.5)
-    labels = [f"never touched: {newest(folder / 'undisturbed').id[:12]}"]
-    labels.append(f"killed {len(kills)} times (x): {newest(folder / 'killed').id[:12]}")
+    at_kills = [dict(zip(steps, losses))[step] for step in kills]
+    axis.plot(kills, at_kills, "x", color=text, ms=9, mew=2.5)
+    labels = [f"never touched: {newest(undisturbed).id[:12]}"]
+    labels.append(f"killed {len(kills)} times (x): {newest(killed).id[:12]}")
     axis.legend(labels, title="SHA1 of the last weights", frameon=False)
     axis.set(xlabel="step", ylabel="training loss (nats/byte)")
-    axis.set_title(f"kill -9, rerun: difference {difference:g}", loc="left", weight="bold")
+    is_same = newest(undisturbed).id == newest(killed).id
+    verdict = "same weights" if is_same else "other weights"
+    axis.set_title(f"kill -9, rerun: {verdict}", loc="left", weight="bold")
 
 
-def draw_comparison(axis, folder, blue, orange):
-    """Validation losses against seconds of training."""
+def draw_comparison(axis, folder, processor, blue, orange):
+    """Validation losses against seconds of training, on two cores of a processor."""
     results = results_of(folder)
     # The labels lie where no curve is: above nanoGPT's, right of the ends of ours.
     for name, title, color, marker, shift, side in (
-        ("nanogpt", "nanoGPT's CPU demo\n(untuned, {}):", blue, "o-", (0, 52), "right"),
-        ("same-size", "our recipe (tuned, {}):", orange, "o--", (8, 8), "left"),
-        ("ours", "our recipe (tuned, {}):", orange, "o-", (8, -6), "left"),
+        ("nanogpt", "nanoGPT's CPU demo,\nuntuned, float32, {}:", blue, "o-", (72, 56), "right"),
+        ("same-size", "ours, tuned, bfloat16, {}:", orange, "o--", (8, 8), "left"),
+        ("ours", "ours, tuned, bfloat16, {}:", orange, "o-", (8, -6), "left"),
     ):
         seconds, losses = zip(*results[name])
         axis.plot(seconds, losses, marker, color=color, lw=2, ms=5)
         place = {"xytext": shift, "textcoords": "offset points", "ha": side}
         words = f"{title.format(size_of(folder, name))} {losses[-1]:.2f}"
         axis.annotate(words, (seconds[-1], losses[-1]), color=color, weight="bold", **place)
-    axis.set(xlabel="seconds of training, two CPU cores", ylabel="validation loss (nats/character)")
+    axis.set(xlabel=f"seconds of training, two {processor} cores", ylabel="validation loss (nats/character)")
     axis.set_ylim(bottom=1.45)
     axis.set_title("Tiny Shakespeare by characters", loc="left", weight="bold")
 
@@ -225,6 +231,7 @@ def command_line():
     parser.add_argument("--nanogpt", type=Path, help="a clone of it")
     parser.add_argument("--dataset", default="tinyshakespeare", help="what `compare` trains on")
     parser.add_argument("--mirror", help="of the dataset, as for main.py")
+    parser.add_argument("--processor", default="CPU", help="its name in the picture")
     flags = parser.parse_args()
     folder = flags.folder.absolute()
     if flags.part == "compare":
@@ -233,7 +240,7 @@ def command_line():
         return
     if flags.part == "make":
         make(folder, flags.nanogpt, flags.mirror)
-    draw(folder)
+    draw(folder, flags.processor)
 
 
 if __name__ == "__main__":
