@@ -39,6 +39,7 @@ def billion_laughs():
     return "\n".join(lines) + "\n"
 
 
+SMALL = " ".join([*TINY, "--num_blocks 1"])  # a small model
 FILES = {
     "text.txt": LINE,
     "changed.txt": LINE,
@@ -110,7 +111,7 @@ def world(tmp_path_factory):
     (world / "locked.txt").touch(0)
 
     def train(line):
-        assert main.main([*TINY, "--num_blocks", "1", *line.split()]) == 0
+        assert main.main([*SMALL.split(), *line.split()]) == 0
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world)
@@ -488,14 +489,15 @@ MISTAKES = [
     ("--text cut.txt", "cut.txt is not UTF-8 at byte 5:", "iconv"),
     ("--text windows.txt", "windows.txt is not UTF-8 at byte 0:", "iconv"),
     ("--text picture.png", "picture.png is not UTF-8", "convert it"),
-    ("--text changed.txt --save_dir changed", "has changed", "start a new run with --new_model"),
+    (f"{SMALL} --text changed.txt --save_dir changed", "has changed", "start a new run with --new"),
+    ("--save_dir changed", "has changed", "start a new run with --new_model"),
     ("--identifier latest --save_dir changed", "has changed", "start a new run with --new_model"),
     ("--identifier latest --save_dir gone", "good.txt: no such file", "put it back"),
     ("--evaluate valid --save_dir gone", "good.txt: no such file", "put it back"),
     ("--text text.txt --eval_test", "text has no test split", "--test_text"),
     ("--evaluate test", "text has no test split", "--test_text"),
     ("--text text.txt --eval_stride 4", "--eval_stride", "requires --evaluate"),
-    ("--benchmark --save_dir changed --text changed.txt", "has changed", "name another --save_dir"),
+    ("--benchmark --save_dir changed", "has changed", "name another --save_dir"),
     ("--dataset ptb --mirror nowhere", "nowhere/ptb/ptb.train.txt", "Put it at", 1),
     (
         "--dataset ptb --mirror ~nobody-here",

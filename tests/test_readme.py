@@ -98,8 +98,8 @@ def use_text_at_hand(arguments, text):
         place = arguments.index("--dataset")
         if arguments[place + 1] == "ptb":
             arguments[place : place + 2] = ["--text", str(text), "--tokenizer", "word"]
-    if "--text" in arguments:
-        set_value(arguments, "--text", str(text))
+    for flag in {"--text", "--test_text"} & set(arguments):
+        set_value(arguments, flag, str(text))
 
 
 def use_model_at_hand(arguments, text, folder):
@@ -133,7 +133,8 @@ def check(arguments, folder):
         assert (folder / name).exists()
     elif "--evaluate" in given:
         out, _ = run(*arguments, *saved)
-        assert out.startswith("valid ")
+        split = arguments[arguments.index("--evaluate") + 1]
+        assert out.startswith(f"{split} ")
     elif "--prompts_file" in given:
         run(*arguments, *saved)
         answers = (folder / "answers.jsonl").read_text()

@@ -458,7 +458,7 @@ def test_the_progress_bar_fits_the_terminal(tmp_path, columns, monkeypatch):
             r"[\d,]+ tokens/s",
             r"perplexity [\d.]+",
             r"epoch [\d.]+",
-            r"peak \d+ MiB",
+            r"peak [\d,]+ MiB",
         ]
     pattern = ANYTHING_MORE.join(reported) + "(?: .*)?$"
     assert re.search(pattern, bars[-1]), bars[-1]

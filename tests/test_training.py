@@ -82,9 +82,9 @@ def test_extended_equals_at_once(tmp_path, text):
     assert ids(legs)[0] == ids(once)[0]
 
 
-def test_resume_needs_no_flags_but_the_dataset(tmp_path, text):
-    line = ["--text", text, "--save_dir", tmp_path]
-    run(*line, *TINY, "--num_iters", 20, "--learning_rate", 0.001)
+def test_resuming_the_run_saved_last_needs_no_flags(tmp_path, text):
+    line = ["--save_dir", tmp_path]
+    run(*line, "--text", text, *TINY, "--num_iters", 20, "--learning_rate", 0.001)
     out, _ = run(*line, "--num_iters", 40)
     assert "from iteration 20 to 40" in out
     assert "dim 16" in out
@@ -598,7 +598,7 @@ def test_extending_a_schedule_says_that_it_stretches(tmp_path, text):
     out, _ = run(*line, *schedule, "--num_iters", 4)
     rates = re.findall(r"  lr (\S+)", out)
     assert rates == ["1.00e-02", "7.50e-03", "5.00e-03", "2.50e-03"]
-    out, _ = run(*line, "--num_iters", 8)
+    out, _ = run(*line, *schedule, "--num_iters", 8)
     assert "The learning rate and dropout schedules now stretch" in out
     rates = re.findall(r"  lr (\S+)", out)
     assert rates[0] == "5.00e-03"

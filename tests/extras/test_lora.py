@@ -133,7 +133,7 @@ def test_lora_run(base, text, tmp_path):
     run(*line, tmp_path / "other", "--num_iters", 30)
     assert ids(tmp_path / "other")[0] == last.id
     # It goes on without the base being named again.
-    out, _ = run("--text", text, "--save_dir", tmp_path / "other", "--num_iters", 31)
+    out, _ = run("--save_dir", tmp_path / "other", "--num_iters", 31)
     assert "from iteration 30 to 31" in out
 
     live = checkpoint_of(folder, id).open().load_model()
@@ -177,7 +177,7 @@ def test_a_base_that_is_missing_or_changed(base, text, tmp_path):
     folder, id = base
     run("--export", tmp_path / "hf", "--save_dir", folder)
     run("--text", text, "--init_from", tmp_path / "hf", *LORA, "--save_dir", folder)
-    resumed = ["--text", text, "--save_dir", folder, "--num_iters", 40]
+    resumed = ["--save_dir", folder, "--num_iters", 40]
     model, tokenizer, *_ = main.open_model(folder, str(tmp_path / "hf"), "init_from")
     model.update(tree_unflatten([("model.norm.weight", model.model.norm.weight * 2)]))
     shutil.rmtree(tmp_path / "hf")
