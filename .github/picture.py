@@ -33,7 +33,7 @@ from datasets import load_dataset  # noqa: E402
 EVERY = 200  # steps between nanoGPT's evaluations
 KILLED = "--dataset python --preset tiny --batch_size 8 --num_iters 300 --steps_per_eval 50"
 RECIPE = "--config characters --steps_per_eval 92"
-# The folders of our two models; without n-gram embeddings, it is as large as nanoGPT's.
+# Our two models, by folder; the one without n-gram embeddings is as large as nanoGPT's.
 OURS = {"ours": RECIPE, "same-size": f"{RECIPE} --ngrams 1"}
 # nanoGPT's own command for a CPU, with more batches for each estimate and more of these.
 NANOGPT = (
@@ -148,8 +148,8 @@ def draw_proof(axis, folder, text, green):
     steps, losses = zip(*training_losses(killed))
     axis.plot(steps, losses, color=green, lw=1)
     kills = json.loads((folder / "kills.json").read_text())
-    at_kills = [dict(zip(steps, losses))[step] for step in kills]
-    axis.plot(kills, at_kills, "x", color=text, ms=9, mew=2.5)
+    loss_at = dict(zip(steps, losses))
+    axis.plot(kills, [loss_at[step] for step in kills], "x", color=text, ms=9, mew=2.5)
     labels = [f"never touched: {newest(undisturbed).id[:12]}"]
     labels.append(f"killed {len(kills)} times (x): {newest(killed).id[:12]}")
     axis.legend(labels, title="SHA1 of the last weights", frameon=False)
@@ -173,7 +173,8 @@ def draw_comparison(axis, folder, processor, blue, orange):
         place = {"xytext": shift, "textcoords": "offset points", "ha": side}
         words = f"{title.format(size_of(folder, name))} {losses[-1]:.2f}"
         axis.annotate(words, (seconds[-1], losses[-1]), color=color, weight="bold", **place)
-    axis.set(xlabel=f"seconds of training, two {processor} cores", ylabel="validation loss (nats/character)")
+    axis.set_xlabel(f"seconds of training, two {processor} cores")
+    axis.set_ylabel("validation loss (nats/character)")
     axis.set_ylim(bottom=1.45)
     axis.set_title("Tiny Shakespeare by characters", loc="left", weight="bold")
 
