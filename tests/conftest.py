@@ -244,6 +244,12 @@ def flags(**values):
     return main.settle(values)
 
 
+def resumed_by(checkpoints, **given):
+    """The checkpoints of the run that a command with these flags resumes."""
+    settled = flags(**given)
+    return main.find_candidates(checkpoints, settled, main.identity(settled))
+
+
 class Script:
     """A model whose logits [V] depend on the last token alone: `rows`, a function of it."""
 

@@ -19,7 +19,7 @@ from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY, flags, ids, run, run_folder, run_folders, start
+from conftest import ROOT, TINY, flags, ids, resumed_by, run, run_folder, run_folders, start
 
 import main
 from datasets import UsageError
@@ -538,12 +538,6 @@ def plain(trained):
     """A checkpoint, as if its run had been started with the defaults."""
     [checkpoint] = main.list_checkpoints(trained / "lm")
     return replace(checkpoint, flags={"text": [str(trained / "text.txt")]})
-
-
-def resumed_by(checkpoints, **given):
-    """The checkpoints of the run that a command with these flags resumes."""
-    settled = main.settle(given)
-    return main.find_candidates(checkpoints, settled, main.identity(settled))
 
 
 @pytest.mark.parametrize("values", SHAPES, ids=str)

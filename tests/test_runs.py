@@ -9,7 +9,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import TINY, flags, ids, newest, run, run_folder, run_folders, start
+from conftest import TINY, flags, ids, newest, resumed_by, run, run_folder, run_folders, start
 from test_interrupts import wait_for
 
 import main
@@ -183,12 +183,6 @@ def another_value(name, held):
     raise AssertionError(f"no other value of {name} was found")
 
 
-def resumed_by(checkpoints, **given):
-    """The checkpoints of the run that a command with these flags resumes, and the flags."""
-    settled = flags(**given)
-    return main.find_candidates(checkpoints, settled, main.identity(settled)), settled
-
-
 @pytest.mark.parametrize("name", main.INHERITED)
 def test_each_flag_that_changes_weights_makes_another_run(half_way, name):
     """And no other flag does."""
@@ -199,11 +193,12 @@ def test_each_flag_that_changes_weights_makes_another_run(half_way, name):
     given = checkpoints[0].flags | changed
     if name == "dataset":
         del given["text"]  # it comes first
-    found, settled = resumed_by(checkpoints, **given)
+    found = resumed_by(checkpoints, **given)
     if name not in main.SHAPING:
         assert found == checkpoints
         return
     assert found == []
+    settled = flags(**given)
     value = getattr(settled, name)
     told = main.describe_other(checkpoints[0], settled)
     its_value = f"no --{name}" if held is None else f"--{name} {held}"
@@ -216,7 +211,7 @@ def test_each_flag_that_changes_weights_makes_another_run(half_way, name):
         has = "was made without it" if held is None else f"has {held}"
         assert f"which {has}" in str(error.value)
     else:
-        named, _ = resumed_by(checkpoints, **changed, identifier=[checkpoints[0].run])
+        named = resumed_by(checkpoints, **changed, identifier=[checkpoints[0].run])
         assert named == checkpoints
 
 
@@ -226,11 +221,13 @@ def test_a_flag_that_a_run_has_must_be_given_again(half_way, name):
     folder, _ = half_way
     checkpoints = main.list_checkpoints(folder)
     its_flags = checkpoints[0].flags
-    again, settled = resumed_by(checkpoints, **its_flags, save_dir=str(folder))
-    assert again == checkpoints
+    place = {"save_dir": str(folder)}
+    assert resumed_by(checkpoints, **its_flags, **place) == checkpoints
     given = {key: value for key, value in its_flags.items() if key != name}
-    without, fewer = resumed_by(checkpoints, **given, save_dir=str(folder))
-    assert (without == checkpoints) == (getattr(settled, name) == getattr(fewer, name))
+    held = getattr(flags(**its_flags, **place), name)
+    is_default = getattr(flags(**given, **place), name) == held
+    expected = checkpoints if is_default else []
+    assert resumed_by(checkpoints, **given, **place) == expected
 
 
 # What the program prints to be typed
