@@ -27,12 +27,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Taken before main.py changes how threads wait, which would slow other programs down.
+ENVIRONMENT = dict(os.environ)
 
 
 def in_own_process(function, *arguments):
     """What `function(*arguments)`, of this file, returns in a fresh Python."""
     code = f"import benchmark, json; print(json.dumps(benchmark.{function}(*{arguments!r})))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
@@ -518,7 +520,7 @@ def generate(gpu, rounds=5, count=100):
             export_model(model, ByteTokenizer(), folder, None)
             command = [sys.executable, "-c", THEIRS, folder, "cuda" if gpu else "cpu"]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            worker = subprocess.Popen(command, cwd=folder, text=True, **pipes)
+            worker = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, **pipes)
             for _ in range(rounds + 1):
                 worker.stdin.write(f"{count}\n")
                 worker.stdin.flush()
