@@ -1,6 +1,6 @@
 """Makes the picture of the README: runs what it shows, and draws it for light and dark pages.
 
-    python .github/picture.py make FOLDER --nanogpt CLONE    about 12 minutes on two cores
+    python .github/picture.py make FOLDER --nanogpt CLONE    about 10 minutes on two cores
     python .github/picture.py draw FOLDER --processor NAME
     python .github/picture.py compare FOLDER --nanogpt CLONE --dataset python
 
@@ -174,14 +174,14 @@ def draw_comparison(axis, folder, processor, blue, orange):
     """Validation losses against seconds of training, on two cores of a processor."""
     results = results_of(folder)
     # The labels lie right of the curves' ends, where no curve is.
-    for name, title, color, marker, shift in (
-        ("nanogpt", "nanoGPT's CPU demo, {}:", blue, "o-", (8, -4)),
-        ("nanogpt-tuned", "its learning rate tuned:", blue, "o--", (8, -4)),
-        ("same-size", "ours, tuned, {}:", orange, "o--", (8, 8)),
-        ("ours", "ours, tuned, {}:", orange, "o-", (8, -6)),
+    for name, title, color, shift in (
+        ("nanogpt", "nanoGPT's CPU demo, {}:", blue, (8, -4)),
+        ("nanogpt-tuned", "its learning rate tuned:", blue, (8, -4)),
+        ("same-size", "ours, tuned, {}:", orange, (8, 8)),
+        ("ours", "ours, tuned, {}:", orange, (8, -6)),
     ):
         seconds, losses = zip(*results[name])
-        axis.plot(seconds, losses, marker, color=color, lw=2, ms=5)
+        axis.plot(seconds, losses, "o-", color=color, lw=2, ms=5)
         place = {"xytext": shift, "textcoords": "offset points"}
         words = f"{title.format(size_of(folder, name))} {losses[-1]:.2f}"
         axis.annotate(words, (seconds[-1], losses[-1]), color=color, weight="bold", **place)

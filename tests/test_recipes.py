@@ -26,10 +26,11 @@ FIRST = """
     --num_iters 800 --optimizer muon --lr_schedule cosine
 """
 COMMANDS = {
-    "first": FIRST + "--dataset python --steps_per_eval 400",
+    "first": FIRST + "--dataset python --steps_per_eval 400 --sample_prompt 'def '",
     "own-text": FIRST
     + """
         --text notes.txt --weight_decay 8 --embedding_decay 1 --average 0.1 --steps_per_eval 200
+        --sample_prompt "The "
     """,
     "characters": """
         --dataset python --tokenizer char --num_blocks 4 --dim 128 --num_heads 4
