@@ -177,8 +177,8 @@ def draw_comparison(axis, folder, processor, blue, orange):
     for name, title, color, shift in (
         ("nanogpt", "nanoGPT's CPU demo, {}:", blue, (8, -4)),
         ("nanogpt-tuned", "its learning rate tuned:", blue, (8, -4)),
-        ("same-size", "ours, tuned, {}:", orange, (8, 8)),
-        ("ours", "ours, tuned, {}:", orange, (8, -6)),
+        ("same-size", "ours, tuned, {}:", orange, (8, 4)),
+        ("ours", "ours, tuned, {}:", orange, (8, -10)),
     ):
         seconds, losses = zip(*results[name])
         axis.plot(seconds, losses, "o-", color=color, lw=2, ms=5)
