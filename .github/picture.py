@@ -47,7 +47,7 @@ DEMO = (
 # What scored best on Tiny Shakespeare in eleven runs of about 90 s, with learning rates of 1e-3 to
 # 1e-2, contexts of 64 to 256, and batches of 6 to 18. On a CPU, compiled steps took as long.
 TUNED = "--learning_rate=6e-3 --min_lr=0.0"
-# By log.
+# nanoGPT's two runs, by the name of the log.
 NANOGPT = {"nanogpt": DEMO, "nanogpt-tuned": f"{DEMO} {TUNED}"}
 KILLS = 5
 # Of the text, of killed runs, of nanoGPT's, of ours: GitHub's.
