@@ -6,6 +6,7 @@ This process has imported what the program imports, which takes most of the time
 All else is as in `python PROGRAM`: the fork runs the file as __main__, with arguments, working
 directory and standard streams of its own, and ends as Python ends, but for freeing the memory.
 tests/conftest.py asks: one JSON line on stdin for each run, answered by its exit status on stdout.
+tests/crash.py and tests/strangers.py have a Program in their own process.
 """
 
 import atexit
@@ -18,11 +19,65 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import types
 from pathlib import Path
 
-PROGRAM = Path(sys.argv[1])
 TIMEOUT = 300  # seconds
+
+
+class Program:
+    """A Python program, ready to be run in forks of this process.
+
+    path: its file. Nothing may have been computed by MLX here: that does not survive a fork.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path).resolve()
+        sys.path[0] = str(self.path.parent)
+        importlib.import_module(self.path.stem)  # first: it chooses the kernels of OpenBLAS
+        import numpy.random  # noqa: F401 (which the programs import when they need it)
+
+        generate_kernels()
+        del sys.modules[self.path.stem]  # a fork has its own, which is __main__
+        self.code = compile(self.path.read_bytes(), str(self.path), "exec")
+        gc.freeze()  # else each fork's first collection copies what it shares with this process
+
+    def start(self, arguments, streams, cwd=".", prepare=None):
+        """Begins `python PROGRAM arguments` in a fork; returns its process id.
+
+        streams: the files in the place of stdin, stdout and stderr; prepare: what the fork calls
+        before the program begins.
+        """
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid:
+            return pid
+        status = 1
+        try:
+            self.be_one(arguments, streams, cwd)
+            if prepare:
+                prepare()
+            status = execute(self.code, self.path)
+        except BaseException:
+            traceback.print_exc()
+        leave(status)
+
+    def run(self, arguments, streams, cwd=".", prepare=None):
+        """Runs it to its end; returns its exit status, or minus the signal that killed it."""
+        _, status = os.waitpid(self.start(arguments, streams, cwd, prepare), 0)
+        return os.waitstatus_to_exitcode(status)
+
+    def be_one(self, arguments, streams, cwd):
+        """Makes a fork's signals, folder, streams and arguments those of a new process."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.alarm(TIMEOUT)
+        os.chdir(cwd)
+        open_streams(streams)
+        sys.argv = [str(self.path), *arguments]
 
 
 def open_streams(paths):
@@ -53,30 +108,6 @@ def open_streams(paths):
         setattr(sys, name, new)
 
 
-def prepare(request):
-    """Makes a fork's signals, folder, streams and arguments those of the run that is asked for."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    signal.alarm(TIMEOUT)
-    os.chdir(request["cwd"])
-    open_streams(request["streams"])
-    sys.argv = [str(PROGRAM), *request["arguments"]]
-
-
-def serve():
-    """Answers until stdin ends; returns True in each fork, where the program is to be run."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            prepare(request)
-            return True
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-    return False
-
-
 def address_of(matrix):
     return matrix.ctypes.data_as(ctypes.c_void_p)
 
@@ -86,6 +117,8 @@ def generate_kernels():
 
     Each of them would need 20 ms for that. By one thread alone: a pool would not survive a fork.
     """
+    import numpy
+
     fast = sys.modules.get("extras.fast")
     if fast is None or fast.forwarder is None:
         return
@@ -108,10 +141,10 @@ def generate_kernels():
         )
 
 
-def execute(code):
+def execute(code, path):
     """Runs the program as __main__; returns its exit status if it ends by sys.exit(number)."""
     module = sys.modules["__main__"] = types.ModuleType("__main__")
-    module.__file__ = str(PROGRAM)
+    module.__file__ = str(path)
     try:
         exec(code, module.__dict__)
     except SystemExit as end:
@@ -133,14 +166,13 @@ def leave(status):
     os._exit(status)
 
 
-if __name__ == "__main__":
-    sys.path[0] = str(PROGRAM.parent)
-    importlib.import_module(PROGRAM.stem)  # first: it chooses the kernels of NumPy's OpenBLAS
-    import numpy.random  # which the programs import when they need it
+def serve(program):
+    """Answers until stdin ends."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        status = program.run(request["arguments"], request["streams"], request["cwd"])
+        print(status, flush=True)
 
-    generate_kernels()
-    del sys.modules[PROGRAM.stem]  # a fork has its own, which is __main__
-    code = compile(PROGRAM.read_bytes(), str(PROGRAM), "exec")
-    gc.freeze()  # else each fork's first collection copies what it shares with this process
-    if serve():
-        leave(execute(code))
+
+if __name__ == "__main__":
+    serve(Program(sys.argv[1]))
