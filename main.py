@@ -2042,6 +2042,7 @@ def write_checkpoint(run):
     with replacing(run.folder / f"{sha1}.safetensors") as file:
         mx.save_safetensors(file, weights, texts)
     sync(run.folder)
+    sync(run.folder.parent)  # where the name of the folder itself is
     run.checkpoint_id = sha1
     run.saved = saved
     run.saved_iteration = run.iteration
