@@ -1,0 +1,1001 @@
+"""A fault at every call of the system that a run makes; then random ones. All from outside.
+
+    python tests/crash.py                           every call of four scenarios, every action
+    python tests/crash.py --every 40                one in forty of these cases
+    python tests/crash.py --random 5000 --seed 7    five thousand random faults
+    python tests/crash.py --only begin-57-power     one case again, or 7-12 of --random
+    python tests/crash.py --checkout DIR            the main.py of another folder
+
+A *leg* is main.py as it is, in a fork of this process, started as a user starts it. In it, each
+call that opens, reads, writes, names, syncs or deletes something in the folder of runs is counted,
+and a fault strikes at one of them, see ACTIONS. Seconds are a fiftieth as long in it, so that the
+pauses between the tries of a save take no time.
+
+Afterwards the same command, undisturbed, has to end as the run that was never touched: with the
+same checkpoints, scores and log. No leg may end in a traceback or an unworded status, leave a
+half-written checkpoint, lose more than the steps since the last save, or change another run.
+"""
+
+import argparse
+import atexit
+import builtins
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from forkserver import Program
+
+ROOT = Path(__file__).resolve().parent.parent
+FASTER = 50  # how many seconds of a leg pass in one
+SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}  # exit statuses, with the work saved
+
+# What can happen at a call of the system:
+ACTIONS = [
+    "kill",  # the process is killed; a write is half done; what it wrote stays
+    "power",  # the power fails: all that was not synced is lost, names and contents
+    "names",  # it fails after the system wrote the names, but no content that was not synced
+    "signal",  # SIGINT, SIGTERM or SIGHUP, by turns
+    "EIO",  # this call fails, once
+    "ENOSPC",  # from here on nothing can be written; two signals then end the process
+]
+# Calls of the module os whose first argument is a path or a descriptor.
+CALLS = ["open", "replace", "rename", "link", "unlink", "mkdir", "rmdir", "fsync"]
+CALLS += ["scandir", "listdir"]
+NAMING = ["replace", "rename", "link"]  # whose second argument is a path, too
+FILLING = ["replace", "rename", "link", "mkdir", "fsync", "write"]  # what a full disk refuses
+
+
+# ---- In the process of a leg --------------------------------------------------------------------
+
+
+class Disk:
+    """What of a folder would be there after the power has failed.
+
+    A file's content is what it was when the file was last synced, and the names in a folder are
+    those of when that was. Files are known by their inodes; each is held open, so that its number
+    is not given to another file.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.root = os.stat(folder).st_ino
+        self.names = {}  # {inode of a folder: {name: inode}}
+        self.contents = {}  # {inode of a file: bytes}
+        self.held = []
+        self.hold(folder)
+        self.sync(folder)
+        for place, folders, files in os.walk(folder):
+            for name in [*folders, *files]:
+                self.hold(os.path.join(place, name))
+                self.sync(os.path.join(place, name))
+
+    def hold(self, path):
+        """Notes a file or folder that is there, or is new."""
+        self.held.append(CALLED["open"](path, os.O_RDONLY | os.O_NONBLOCK))
+        if os.path.isdir(path):
+            self.names.setdefault(os.stat(path).st_ino, {})
+        else:
+            self.contents.setdefault(os.stat(path).st_ino, b"")
+
+    def sync(self, path):
+        """Notes what is in a file or folder: it is on disk now."""
+        inode = os.stat(path).st_ino
+        if os.path.isdir(path):
+            self.names[inode] = {each.name: each.inode() for each in CALLED["scandir"](path)}
+        else:
+            with OPEN(path, "rb") as file:
+                self.contents[inode] = file.read()
+
+    def lose(self, keeps_names):
+        """Leaves of the folder what is on disk; with `keeps_names`, also all names."""
+        if keeps_names:
+            for place, _, _ in os.walk(self.folder):
+                inode = os.stat(place).st_ino
+                self.names[inode] = {each.name: each.inode() for each in os.scandir(place)}
+        shutil.rmtree(self.folder)
+        self.write(self.root, self.folder)
+
+    def write(self, inode, path):
+        """Makes the file or folder of an inode, as it is on disk."""
+        if inode in self.names:
+            os.mkdir(path)
+            for name, other in self.names[inode].items():
+                self.write(other, os.path.join(path, name))
+        else:
+            with OPEN(path, "wb") as file:
+                file.write(self.contents.get(inode, b""))
+
+
+CALLED = {name: getattr(os, name) for name in CALLS}  # as they are
+OPEN = io.open
+SLEEP = time.sleep
+MONOTONIC = time.monotonic
+TIME = time.time
+
+
+def path_of(descriptor):
+    """What a descriptor is open for."""
+    return os.readlink(f"/proc/self/fd/{descriptor}")
+
+
+class Watch:
+    """Stands between a program and the system for the rest of this process.
+
+    folder: that of the runs; strikes: [(call, action), ...]; report: the file that says what was
+    struck and, at the end, how many calls there were.
+    """
+
+    def __init__(self, folder, strikes, report):
+        self.folder = str(folder)
+        self.strikes = dict(strikes)
+        self.report = report
+        self.count = 0
+        self.is_full = False  # the disk
+        self.disk = None
+        if not os.path.ismount(self.folder):  # it is small, and what is held open would fill it
+            self.disk = Disk(self.folder)
+        for name in CALLS:
+            setattr(os, name, self.watched(name))
+        builtins.open = io.open = self.open
+        time.sleep = self.sleep
+        time.monotonic = self.monotonic
+        atexit.register(self.tell, {})
+        self.tell({})  # the program begins
+
+    def sleep(self, seconds):
+        SLEEP(seconds / FASTER)
+
+    def monotonic(self):
+        return MONOTONIC() * FASTER
+
+    def tell(self, content):
+        with OPEN(self.report, "a") as file:
+            file.write(json.dumps(content | {"call": self.count}) + "\n")
+
+    def is_ours(self, path):
+        """Whether a path, or what a descriptor is open for, is in the folder."""
+        if isinstance(path, int):
+            path = path_of(path)
+        return os.path.abspath(os.fsdecode(path)).startswith(self.folder)
+
+    def watched(self, name):
+        """The function of the module os, whose calls are met."""
+        function = CALLED[name]
+
+        def call(path=".", *arguments, **options):
+            paths = [path]
+            if name in NAMING:
+                paths.append(arguments[0])
+            if not any(map(self.is_ours, paths)):
+                return function(path, *arguments, **options)
+            self.meet(name, path)
+            result = function(path, *arguments, **options)
+            if self.disk and name == "mkdir":
+                self.disk.hold(path)
+            if self.disk and name == "fsync":
+                self.disk.sync(path_of(path))
+            return result
+
+        return call
+
+    def open(
+        self,
+        path,
+        mode="r",
+        buffering=-1,
+        encoding=None,
+        errors=None,
+        newline=None,
+        closefd=True,
+        opener=None,
+    ):
+        """In the place of open: the same, but the calls of the file are met."""
+        texts = (encoding, errors, newline)
+        if isinstance(path, int) or not self.is_ours(path):
+            return OPEN(path, mode, buffering, *texts, closefd, opener)
+        self.meet("open", path)
+        raw = WatchedFile(path, mode, opener, self)
+        if self.disk and "r" not in mode:
+            self.disk.hold(path)
+        if buffering == 0:
+            return raw
+        if "+" in mode:
+            file = io.BufferedRandom(raw)
+        elif "r" in mode:
+            file = io.BufferedReader(raw)
+        else:
+            file = io.BufferedWriter(raw)
+        return file if "b" in mode else io.TextIOWrapper(file, *texts)
+
+    def meet(self, what, path, begin=None):
+        """Counts a call, and strikes if one is due. begin: does half of what the call would do."""
+        self.count += 1
+        action = self.strikes.get(self.count)
+        if action:
+            self.tell({"action": action, "what": what, "path": str(path)})
+            self.strike(action, begin)
+        if self.is_full and what in FILLING:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def strike(self, action, begin):
+        if action == "kill":
+            if begin:
+                begin()
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif action in ("power", "names"):
+            vars(os).update(CALLED)
+            self.disk.lose(keeps_names=action == "names")
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif action == "ENOSPC":
+            self.is_full = True
+            threading.Thread(target=self.give_up, daemon=True).start()
+        elif action == "ENOSPC for a while":
+            self.is_full = True
+            threading.Thread(target=self.make_room, daemon=True).start()
+        elif action == "clock set back":
+            time.time = the_time_of_long_ago
+        elif action in SIGNALS:
+            os.kill(os.getpid(), getattr(signal, action))
+            SLEEP(0.7 / FASTER)  # a next one within half a second would count as the same
+        else:
+            if begin:
+                begin()
+            raise OSError(getattr(errno, action), action)
+
+    def give_up(self):
+        """Does in a thread what a user does whose disk is full: presses Ctrl+C, then insists."""
+        SLEEP(0.05)  # for some tries
+        os.kill(os.getpid(), signal.SIGINT)
+        while True:
+            SLEEP(1.5 / FASTER)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def make_room(self):
+        SLEEP(0.05)
+        self.is_full = False
+
+
+def the_time_of_long_ago():
+    return TIME() - 1e6
+
+
+class WatchedFile(io.FileIO):
+    """An open file whose calls a Watch meets."""
+
+    def __init__(self, path, mode, opener, watch):
+        self.watch = watch
+        super().__init__(path, mode.replace("b", "").replace("t", ""), opener=opener)
+
+    def readinto(self, buffer):
+        self.watch.meet("read", self.name)
+        return super().readinto(buffer)
+
+    def readall(self):
+        self.watch.meet("read", self.name)
+        return super().readall()
+
+    def write(self, data):
+        def begin():
+            half = len(data) // 2
+            super(WatchedFile, self).write(bytes(data)[:half])
+
+        self.watch.meet("write", self.name, begin)
+        return super().write(data)
+
+
+# ---- What a folder holds ------------------------------------------------------------------------
+# Read without the program: it is an oracle.
+
+
+def run_folders(folder):
+    """The folders of all runs in a folder that have a checkpoint."""
+    return sorted({path.parent for path in folder.glob("*/*.safetensors")})
+
+
+def run_names(folder):
+    return [run.name for run in run_folders(folder)]
+
+
+def checkpoints(folder):
+    """The paths of all weights in a folder."""
+    return sorted(folder.glob("*/*.safetensors"))
+
+
+def sha1_of_arrays(path):
+    """The SHA1 of the arrays in a safetensors file: of all that follows its header."""
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    return hashlib.sha1(data[header:]).hexdigest()
+
+
+def read_log(run):
+    """The rows of a run's log, {(iteration, split): row}, without what is a matter of time."""
+    path = run / "log.jsonl"
+    if not path.exists():
+        return {}
+    rows = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        for name in ("seconds", "tokens_per_second", "ms_per_step", "peak_mib"):
+            row.pop(name, None)
+        key = (row["iteration"], row["split"])
+        expect(key not in rows, f"the log has {key} twice")
+        rows[key] = row
+    return rows
+
+
+def number(text):
+    return int(text.replace(",", ""))
+
+
+class Failure(Exception):
+    """The program did what it must not do."""
+
+
+def expect(condition, *words):
+    if not condition:
+        raise Failure(" ".join(map(str, words)))
+
+
+# ---- Legs ---------------------------------------------------------------------------------------
+
+
+class Leg:
+    """What a leg has done, as far as its streams and its Watch tell."""
+
+    def __init__(self, status, out, err, report):
+        self.status = status
+        self.out = out
+        self.err = err
+        self.struck = [row for row in report if "action" in row]
+        self.calls = max([row["call"] for row in report], default=0)
+        self.saved = {}  # {iteration: id}
+        for name, iteration in re.findall(r"^saved (\w{40}) at iteration ([\d,]+)$", out, re.M):
+            self.saved[number(iteration)] = name
+        self.run = None  # its name, if the leg came so far as to say it
+        self.begun = None  # and the iteration from which it went on
+        found = re.search(r"^run +(\S+), from iteration ([\d,]+) to", out, re.M)
+        if found:
+            self.run = found[1]
+            self.begun = number(found[2])
+        self.reached = max(self.saved, default=0)  # the iteration that it says is safe
+        found = re.search(r"^Stopped at iteration ([\d,]+)\. (?:Rerun|To resume)", out, re.M)
+        if found:
+            self.reached = number(found[1])
+
+    def may_lack_rows(self):
+        """Whether rows of the log may be gone: it is not synced, and what it cannot take is lost."""
+        for row in self.struck:
+            if row["action"] in ("power", "names", "ENOSPC", "ENOSPC for a while"):
+                return True
+            if row["action"] == "EIO" and row["path"].endswith(".jsonl"):
+                return True
+        return False
+
+
+class Work:
+    """A folder of runs, `lm` in a folder of its own, and the legs that were played in it."""
+
+    program = None  # the Program that all legs run
+
+    def __init__(self, place, template=None, disk=None):
+        self.place = place
+        self.folder = place / "lm"
+        self.disk = disk  # the size of a disk of its own
+        self.folder.mkdir(parents=True)
+        if disk:
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={disk}", "tmpfs", str(self.folder)]
+            subprocess.run(mount, check=True)
+        if template:
+            shutil.copytree(template, self.folder, dirs_exist_ok=True)
+        self.count = 0  # of legs
+        self.told = []  # what was done, for a failure's message
+        self.reached = {}  # {run: the iteration that can no longer be lost}
+        self.saved = {}  # {iteration: id}, by all legs
+        self.damaged = set()  # files that a fault has damaged
+        self.is_whole_log = True
+
+    def begin(self, arguments, strikes=()):
+        """Starts a leg; returns its process id and the paths of its streams and its report."""
+        self.count += 1
+        paths = {}
+        for name in ("stdout", "stderr", "report"):
+            paths[name] = self.place / f"{self.count}.{name}"
+            paths[name].touch()
+        self.told.append(f"leg {self.count}: {' '.join(arguments)} {[*strikes] or ''}")
+
+        def prepare():
+            signal.alarm(60)  # seconds until it counts as hung
+            Watch(self.folder, strikes, paths["report"])
+
+        line = [*arguments, "--save_dir", str(self.folder)]
+        streams = [os.devnull, paths["stdout"], paths["stderr"]]
+        return self.program.start(line, streams, self.place, prepare), paths
+
+    def wait(self, pid, paths):
+        """Waits for the end of a leg and returns it. Raises Failure if none may end so."""
+        _, status = os.waitpid(pid, 0)
+        out = paths["stdout"].read_text(errors="replace")
+        err = paths["stderr"].read_text(errors="replace")
+        report = [json.loads(line) for line in paths["report"].read_text().splitlines()]
+        leg = Leg(os.waitstatus_to_exitcode(status), out, err, report)
+        self.told.append(f"  status {leg.status}, {leg.calls} calls; struck: {leg.struck}")
+        expect("Traceback" not in out + err, "a traceback:", err[-2000:])
+        if leg.status in (1, 2):
+            last = err.splitlines()[-1:]
+            expect(last and last[0].startswith("main.py: "), "unworded:", err[-500:])
+        self.note(leg)
+        return leg
+
+    def note(self, leg):
+        """Checks what a leg has left, and that it lost nothing."""
+        for path in checkpoints(self.folder):
+            if hashlib.sha1(path.read_bytes()).hexdigest() != path.stem:
+                expect(path in self.damaged, f"{path.name} is half-written")
+            elif path not in self.damaged:
+                expect(path.with_suffix(".metadata").exists(), f"{path.name} has no metadata")
+        self.saved |= leg.saved
+        if leg.may_lack_rows():
+            self.is_whole_log = False
+        if leg.begun is None:
+            return
+        safe = self.reached.get(leg.run, 0)
+        if "Skipping" in leg.err and (leg.struck or self.damaged):  # it could not read the newest
+            safe = 0
+        lost = f"iteration {safe} of {leg.run} was safe, but a leg began from {leg.begun}"
+        expect(leg.begun >= safe, lost)
+        self.reached[leg.run] = max(safe, leg.reached)
+
+    @contextlib.contextmanager
+    def told_of(self):
+        """Adds to a Failure what was done before it."""
+        try:
+            yield
+        except Failure as failure:
+            raise Failure("\n".join([str(failure), *self.told])) from None
+        finally:
+            if self.disk:
+                subprocess.run(["umount", "-l", str(self.folder)], check=True)
+
+    def remove(self):
+        shutil.rmtree(self.place)
+
+    def leg(self, arguments, strikes=()):
+        return self.wait(*self.begin(arguments, strikes))
+
+    def outcome(self, run):
+        """What a finished run is compared by."""
+        folder = self.folder / run
+        states = {path.stem: sha1_of_arrays(path) for path in folder.glob("*.metadata")}
+        listed = set()  # iteration, score and perplexity of each checkpoint, and which is best
+        for line in self.leg(["--list"]).out.splitlines():
+            words = line.split()
+            if words[0] in {name[:12] for name in states}:
+                listed.add((*words[:4], "best" in words))
+        return {
+            "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")),
+            "states": states,
+            "list": listed,
+            "log": read_log(folder),
+        }
+
+
+# ---- The sweep: scenarios, and a fault at each of their calls -----------------------------------
+
+
+def write_text(path):
+    """A text of a few lines, which a run reads several times."""
+    words = "the quick brown fox of the company jumps over a lazy dog".split()
+    lines = []
+    for i in range(6):
+        lines.append(" ".join(words[i:] + words[: i % 4]) + " — señor\n")
+    path.write_text("".join(lines))
+
+
+SIZES = "--dim 16 --num_heads 2 --num_blocks 1 --context_size 8 --batch_size 4"
+PACE = "--num_iters 16 --lr_warmup 0 --steps_per_save 4 --steps_per_eval 8 --steps_per_report 3"
+PACE += " --eval_tokens 40 --max_tokens 2 --keep 1"
+# So high a rate that the last checkpoint is not the best.
+RATES = "--learning_rate 0.4 --lr_schedule linear --dropout 0.1 --average 0.3"
+
+
+class Scenario:
+    """A command, the folder that it begins with, and how it ends undisturbed.
+
+    make: a function of the scenario and the Work in which it makes that folder; it returns the
+    command's arguments.
+    """
+
+    def __init__(self, place, make):
+        self.place = place
+        self.text = place / "text.txt"
+        before = Work(place / "before")
+        write_text(self.text)
+        self.line = make(self, before)
+        self.template = before.folder
+        work = self.work("undisturbed")
+        leg = work.leg(self.line)
+        expect(leg.status == 0, "undisturbed:", leg.err)
+        self.calls = leg.calls
+        self.expected = work.outcome(leg.run)
+        for run in run_names(self.template):
+            line = ["--identifier", run, "--prompt", "a", "--max_tokens", "1"]
+            expect(work.leg(line).status == 0, f"{run} cannot be used any more")
+
+    def work(self, name, disk=None):
+        return Work(self.place / name, self.template, disk)
+
+    def again(self, work):
+        """The command that goes on after a fault."""
+        if "--identifier" in self.line:  # again, that would be another branch
+            before = {run.name for run in run_folders(self.template)}
+            for run in run_folders(work.folder):
+                if run.name not in before:
+                    return ["--identifier", run.name, *self.line[2:]]
+        return self.line
+
+    def finish(self, work, leg=None):
+        """Ends a run that was struck, undisturbed. Raises Failure if it does not end as it must.
+
+        leg: the one before.
+        """
+        last = work.leg(self.again(work))
+        expect(last.status == 0, f"undisturbed, it ended with {last.status}:", last.err)
+        if leg and leg.saved:
+            expect(last.run == leg.run, f"{last.run} began beside {leg.run}")
+        compare(self.expected, work.outcome(last.run), work)
+        for path in self.template.glob("*/*"):
+            is_own = path.parent.name in (last.run, "text")
+            if path.is_file() and not is_own:
+                name = path.relative_to(self.template)
+                same = (work.folder / name).read_bytes() == path.read_bytes()
+                expect(same, f"{name}, of another run, has changed")
+
+    def strike(self, call, action):
+        """Lets a fault strike at a call of the command. Raises Failure if anything goes wrong."""
+        work = self.work(f"{call}-{action}")
+        if action == "signal":
+            action = [*SIGNALS][call % 3]
+        with work.told_of():
+            leg = work.leg(self.line, [(call, action)])
+            judge_status(leg)
+            self.finish(work, leg)
+        work.remove()
+
+
+def compare(expected, found, work):
+    """Raises Failure unless a run has ended as the one that was never touched."""
+    for name, value in expected.items():
+        other = found[name]
+        if name == "log" and not work.is_whole_log:
+            value = {key: row for key, row in value.items() if key in other}
+        if work.damaged:
+            if name in ("files", "list"):
+                continue  # what is damaged is not deleted, and another one may be the best
+            if name == "states":
+                lost = {path.stem for path in work.damaged}
+                value = {key: state for key, state in value.items() if key not in lost}
+                other = {key: state for key, state in other.items() if key in value}
+        if other != value:
+            differing = {*items_of(value)} ^ {*items_of(other)}
+            raise Failure(f"other {name}: {sorted(differing)[:3]}")
+
+
+def items_of(collection):
+    """The items of a dict, list or set, as texts."""
+    items = collection.items() if isinstance(collection, dict) else collection
+    return [*map(str, items)]
+
+
+def judge_status(leg):
+    """Raises Failure unless a leg that was struck ended with a status that the strikes allow."""
+    allowed = {0}  # if none came: folders are listed in any order, and calls vary a little
+    for row in leg.struck:
+        action = row["action"]
+        if action in ("kill", "power", "names"):
+            allowed = {-signal.SIGKILL}
+        elif action in SIGNALS:
+            # Before there is anything to save, a signal has its default action.
+            allowed |= {SIGNALS[action], -getattr(signal, action)}
+            if leg.calls - row["call"] >= 3:  # it did not come when all was done
+                allowed.discard(0)
+        elif action in ("EIO", "ENOSPC", "ENOSPC for a while"):
+            allowed |= {1, 2, 130, 143, -signal.SIGINT, -signal.SIGTERM}
+    last = leg.struck[-1]["action"] if leg.struck else "no strike"
+    expect(leg.status in allowed, f"status {leg.status} after {last}:", leg.err[-500:])
+
+
+def begin(scenario, before):
+    return f"--text {scenario.text} {SIZES} {PACE} {RATES}".split()
+
+
+def resume(scenario, before):
+    line = begin(scenario, before)
+    calls = before.leg([*line, "--seed", "1"]).calls  # another run
+    before.leg(line, [(round(0.7 * calls), "SIGTERM")])
+    return line
+
+
+def branch(scenario, before):
+    leg = before.leg([*begin(scenario, before), "--keep", "3"])
+    left = {path.stem for path in checkpoints(before.folder)}
+    expect(left == {leg.saved[8], leg.saved[12], leg.saved[16]}, f"--keep 3 has kept {left}")
+    return ["--identifier", leg.saved[8][:12], "--keep", "1"]
+
+
+def adapt(scenario, before):
+    base = before.leg(f"--text {scenario.text} {SIZES} --num_iters 3 --max_tokens 1".split())
+    line = f"--text {scenario.text} --init_from {base.saved[3]} --lora_rank 2 --batch_size 4"
+    return f"{line} {PACE} {RATES}".split()
+
+
+def prune(scenario, before):
+    """A base goes on that another run still needs as it was."""
+    line = begin(scenario, before)
+    base = before.leg(line, [(100, "SIGTERM")])
+    newest = base.saved[max(base.saved)]
+    adapted = f"--text {scenario.text} --init_from {newest} --lora_rank 2 --batch_size 4"
+    before.leg(f"{adapted} --num_iters 2 --max_tokens 1".split())
+    return line
+
+
+SCENARIOS = {
+    "begin": begin,
+    "resume": resume,
+    "branch": branch,
+    "adapt": adapt,
+    "prune": prune,
+}
+
+
+def judge_kept(outcome):
+    """Raises Failure unless a run has kept its last checkpoint and its best, and few others."""
+    scores = {}
+    for (iteration, split), row in outcome["log"].items():
+        if split == "valid":
+            scores[iteration] = row["loss"]
+    best = min(scores, key=scores.get)
+    kept = {number(words[1]) for words in outcome["list"]}
+    expect({best, max(scores)} <= kept, f"only {kept} are left")
+    expect(len(kept) <= 3, f"{kept} are left")  # one may be in use
+
+
+# ---- Random faults ------------------------------------------------------------------------------
+
+FAULTS = 10  # of a scenario
+MORE_ACTIONS = ["ENOSPC for a while", "clock set back", *SIGNALS]
+SHAPES = [
+    "",
+    "--optimizer muon --untie",
+    "--mlp swiglu --qk_norm --num_kv_heads 1",
+    "--grad_accumulation 2 --dropout 0.2 --dropout_final 0",
+    "--average 0.2 --dropout 0.1",
+    "--checkpoint --lr_schedule cosine --min_lr 0",
+    "--tokenizer char",
+    "--tokenizer bpe --vocab_size 270",
+]
+REUSES = ["", "", "", "--init_from {}", "--teacher {}", "--init_from {} --lora_rank 2"]
+
+
+def drawn(chance):
+    """A function that makes a scenario of flags drawn by chance."""
+
+    def make(scenario, before):
+        line = f"--text {scenario.text} --num_iters 100 --lr_warmup 5 --learning_rate 0.01"
+        line += f" --steps_per_save {chance.randint(2, 6)} --steps_per_eval {chance.randint(5, 9)}"
+        line += f" --steps_per_report {chance.randint(1, 3)} --keep {chance.randint(1, 3)}"
+        line += f" --max_tokens 1 --seed {chance.randint(1, 9)}"
+        if chance.random() < 0.3:  # so long an evaluation that signals come in it
+            path = scenario.place / "valid.txt"
+            path.write_text(scenario.text.read_text() * 10)
+            line += f" --valid_text {path} --eval_tokens 0"
+        reuse = chance.choice(REUSES)
+        if reuse:
+            base = f"--text {scenario.text} {SIZES} --num_iters 2 --max_tokens 1"
+            line += " " + reuse.format(before.leg(base.split()).saved[2])
+        if "--init_from" in reuse:
+            line += " --batch_size 4"
+        elif reuse:
+            line += f" {SIZES}"
+        else:
+            line += f" {SIZES} {chance.choice(SHAPES)}"
+        return line.split()
+
+    return make
+
+
+def stopped(chance, *strikes):
+    """Strikes, and a signal some calls after the last one that ends the leg in any case."""
+    last = max([call for call, _ in strikes], default=0)
+    return [*strikes, (last + chance.randint(30, 200), "SIGTERM")]
+
+
+def struck(scenario, work, chance):
+    """A fault at a call."""
+    call = chance.randint(1, 200)
+    actions = [action for action in [*ACTIONS, *MORE_ACTIONS] if action != "signal"]
+    if work.disk:
+        actions = [action for action in actions if action not in ("power", "names")]
+    leg = work.leg(scenario.line, stopped(chance, (call, chance.choice(actions))))
+    judge_status(leg)
+
+
+def signalled_twice(scenario, work, chance):
+    call = chance.randint(1, 200)
+    numbers = [chance.choice([*SIGNALS]) for _ in range(2)]
+    strikes = [(call, numbers[0]), (call + chance.randint(1, 20), numbers[1])]
+    judge_status(work.leg(scenario.line, strikes))
+
+
+def ended_by_the_clock(scenario, work, chance):
+    """A signal at any moment, not just at a call."""
+    pid, paths = work.begin(scenario.line)
+    while not paths["report"].read_text():
+        SLEEP(0.001)
+    SLEEP(chance.uniform(0, 0.5))
+    name = chance.choice(["SIGKILL", *SIGNALS])
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, getattr(signal, name))
+    leg = work.wait(pid, paths)
+    allowed = {0, -getattr(signal, name), SIGNALS.get(name)}
+    expect(leg.status in allowed, f"status {leg.status} after {name}:", leg.err[-500:])
+
+
+def spoil(path, chance):
+    """Damages a file."""
+    data = bytearray(path.read_bytes())
+    way = chance.choice(["cut off", "a bit flipped", "emptied", "gone", "zeros at the end"])
+    place = chance.randrange(len(data)) if data else 0
+    if way == "gone":
+        path.unlink()
+        return
+    if way == "cut off":
+        del data[place:]
+    elif way == "emptied":
+        data.clear()
+    elif way == "zeros at the end":
+        data[place:] = bytes(len(data) - place)
+    elif data:
+        data[place] ^= 1 << chance.randrange(8)
+    path.write_bytes(data)
+
+
+def checkpoint_damaged(scenario, work, chance):
+    """A checkpoint is damaged; if that was the newest, the one before is gone on from."""
+    before = {*run_names(scenario.template)}
+    intact = []
+    for path in checkpoints(work.folder):
+        if path.parent.name not in before and path not in work.damaged:
+            intact.append(path)
+    if len(intact) < 2:
+        return struck(scenario, work, chance)
+    path = chance.choice(intact)
+    spoil(chance.choice([path, path.with_suffix(".metadata")]), chance)
+    work.told.append(f"  damaged: {path.name}")
+    work.damaged.add(path)
+    iterations = {name: iteration for iteration, name in work.saved.items()}
+    left = [iterations.get(each.stem, 0) for each in intact if each != path]
+    work.reached[path.parent.name] = max(left)
+    judge_status(work.leg(scenario.line, stopped(chance)))
+
+
+def cache_damaged(scenario, work, chance):
+    files = [path for path in sorted(work.folder.glob("text/*/*")) if path.is_file()]
+    if files:
+        spoil(chance.choice(files), chance)
+    judge_status(work.leg(scenario.line, stopped(chance)))
+
+
+def two_processes(scenario, work, chance):
+    """The same command a second time: it is refused."""
+    first, paths = work.begin(scenario.line)
+    holds = "saved " if not work.reached else "run  "  # before, two could begin a run each
+    while is_running(first) and holds not in paths["stdout"].read_text():
+        SLEEP(0.001)
+    second = work.begin(scenario.line, stopped(chance))
+    os.waitid(os.P_PID, second[0], os.WEXITED | os.WNOWAIT)
+    is_refused = is_running(first)
+    if is_refused:
+        os.kill(first, signal.SIGTERM)
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    # The folder is looked at once both have ended.
+    leg = work.wait(first, paths)
+    expect(leg.status in (0, 143), f"status {leg.status}:", leg.err[-500:])
+    leg = work.wait(*second)
+    if is_refused:
+        expect(leg.status == 2, f"status {leg.status} beside another process")
+
+
+def is_running(pid):
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
+
+
+def diverged(scenario, work, chance):
+    """A rate that is far too high: what is named to go back to is there. In a copy."""
+    if not work.reached:
+        return struck(scenario, work, chance)
+    copy = Work(work.place / f"copy-{work.count}", work.folder)
+    copy.damaged = {copy.folder / path.relative_to(work.folder) for path in work.damaged}
+    rate = "--learning_rate 1e30 --lr_warmup 0 --min_lr 0 --steps_per_save 1 --keep 1"
+    leg = copy.leg(["--identifier", [*work.reached][0], *rate.split()])
+    work.told += copy.told
+    expect(leg.status == 1 and "not finite" in leg.err, "it did not diverge:", leg.err[-500:])
+    named = re.search(r"--identifier (\w+)", leg.err)
+    if named:
+        expect([*copy.folder.glob(f"*/{named[1]}*.safetensors")], f"{named[1]} is gone")
+
+
+def disk_full(scenario, work, chance):
+    """A small disk has no room for a save, until somebody makes some."""
+    if not work.disk:
+        return struck(scenario, work, chance)
+    ballast = work.folder / "ballast"
+    free = shutil.disk_usage(work.folder).free
+    ballast.write_bytes(bytes(max(0, free - chance.choice([0, 3000, 20_000, 60_000]))))
+    pid, paths = work.begin(scenario.line, stopped(chance))
+    for _ in range(100):
+        if "failed" in paths["stdout"].read_text() or paths["stderr"].read_text():
+            break
+        SLEEP(0.02)
+    ballast.unlink()
+    leg = work.wait(pid, paths)
+    work.is_whole_log = False
+    expect(leg.status in {0, 1, 2, 143, -15}, f"status {leg.status}:", leg.err[-500:])
+
+
+KINDS = [struck] * 6
+KINDS += [signalled_twice, ended_by_the_clock, ended_by_the_clock, checkpoint_damaged]
+KINDS += [checkpoint_damaged, cache_damaged, two_processes, diverged, disk_full]
+
+
+def play_randomly(place, seed):
+    """Trains a run that is struck by FAULTS faults. Raises Failure if anything goes wrong."""
+    chance = random.Random(seed)
+    scenario = Scenario(place, drawn(chance))
+    disk = "2m" if os.getuid() == 0 and chance.random() < 0.1 else None
+    work = scenario.work("struck", disk)
+    with work.told_of():
+        for _ in range(FAULTS):
+            kind = chance.choice(KINDS)
+            if disk and chance.random() < 0.5:
+                kind = disk_full
+            work.told.append(kind.__name__)
+            kind(scenario, work, chance)
+        scenario.finish(work)
+    work.remove()
+
+
+# ---- The command line ---------------------------------------------------------------------------
+
+
+class Player:
+    """Plays cases in several processes, and prints what fails."""
+
+    def __init__(self, jobs, ends_at_first):
+        self.jobs = jobs
+        self.ends_at_first = ends_at_first
+
+    def play_all(self, play, cases):
+        """Calls play(case) for each case; returns the number of those that fail."""
+        sys.stdout.flush()
+        workers = []
+        for job in range(self.jobs):
+            pid = os.fork()
+            if not pid:
+                count = 99
+                try:
+                    count = min(self.play_share(play, cases[job :: self.jobs]), count)
+                except Exception:
+                    traceback.print_exc()
+                os._exit(count)
+            workers.append(pid)
+        failures = 0
+        for pid in workers:
+            _, status = os.waitpid(pid, 0)
+            failures += os.waitstatus_to_exitcode(status)
+        print(f"{len(cases)} cases, {failures} failures")
+        return failures
+
+    def play_share(self, play, cases):
+        """Plays cases one after the other; returns how many failed."""
+        failures = 0
+        for number, case in enumerate(cases):
+            try:
+                play(case)
+            except Failure as failure:
+                failures += 1
+                print(f"--only {'-'.join(map(str, case))}: {failure}", flush=True)
+                if self.ends_at_first:
+                    print(f"after {number + 1} cases", flush=True)
+                    break
+        return failures
+
+
+def sweep(folder, every, player):
+    """Strikes at every call, or one in so many; returns the number of failures."""
+    scenarios = {}
+    cases = []
+    for name, make in SCENARIOS.items():
+        scenarios[name] = Scenario(folder / name, make)
+        judge_kept(scenarios[name].expected)
+        calls = scenarios[name].calls
+        print(f"{name}: {calls} calls", flush=True)
+        for call in range(1, calls + 1):
+            cases += [(name, call, action) for action in ACTIONS]
+
+    def play(case):
+        name, call, action = case
+        scenarios[name].strike(call, action)
+
+    return player.play_all(play, cases[::every])
+
+
+def play_random_faults(folder, seed, faults, player):
+    """Plays so many random faults; returns the number of failures."""
+
+    def play(case):
+        place = folder / "-".join(map(str, case))
+        play_randomly(place, place.name)
+        shutil.rmtree(place)
+
+    cases = [(seed, number) for number in range(math.ceil(faults / FAULTS))]
+    return player.play_all(play, cases)
+
+
+def play_again(folder, case):
+    """Plays one case, whose folder stays. Raises Failure."""
+    first, second, *action = case.split("-")
+    if action:
+        Scenario(folder / first, SCENARIOS[first]).strike(int(second), action[0])
+    else:
+        play_randomly(folder / case, case)
+
+
+def command_line():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--every", type=int, default=1, metavar="N")
+    parser.add_argument("--random", type=int, metavar="FAULTS")
+    parser.add_argument("--seed", default="1")
+    parser.add_argument("--only", metavar="CASE")
+    parser.add_argument("--first", action="store_true", help="end at the first failure")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--checkout", type=Path, default=ROOT)
+    options = parser.parse_args()
+    Work.program = Program(options.checkout / "main.py")
+    player = Player(options.jobs, options.first)
+    folder = Path(tempfile.mkdtemp(prefix="crash-"))
+    failures = 0
+    try:
+        if options.only:
+            print(f"in {folder}")
+            play_again(folder, options.only)
+        elif options.random:
+            failures = play_random_faults(folder, options.seed, options.random, player)
+        else:
+            failures = sweep(folder, options.every, player)
+    except Failure as failure:
+        print(failure)
+        failures = 1
+    finally:
+        if not options.only:
+            shutil.rmtree(folder, ignore_errors=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())
