@@ -521,7 +521,7 @@ class Dataset(NamedTuple):
     train: Split
     valid: Split
     test: Split | None
-    sha256: str  # of training text and tokenizer: identifies the corpus when a run resumes
+    sha256: dict  # {split: SHA256 of its tokens and the tokenizer}: what a run recognizes it by
     folder: Path | None = None  # where the tokens lie; None if they come from another process
 
 
@@ -1748,8 +1748,8 @@ def encode_documents(spans, tokenizer):
 def write_tokens(spans, tokenizer, path):
     """Encodes `spans` to the file `path`, a plain sequence of ids, and counts.
 
-    Returns a dict of num_tokens, num_bytes, num_words and num_unk (see Split), the size of the
-    file in bytes, and the SHA256 of the text.
+    Returns a dict of num_tokens, num_bytes, num_words and num_unk (see Split), and the size and the
+    SHA256 of the file.
     """
     num_tokens = 0
     num_bytes = 0
@@ -1765,7 +1765,7 @@ def write_tokens(spans, tokenizer, path):
     with bar, open(path, "wb", opener=no_follow) as out:
         for text, ids in encode_documents(spans, tokenizer):
             data = text.encode("utf-8", "surrogateescape")
-            digest.update(data)
+            digest.update(ids)
             out.write(ids)
             num_tokens += len(ids)
             num_bytes += len(data)
@@ -1773,7 +1773,6 @@ def write_tokens(spans, tokenizer, path):
             if tokenizer.unk is not None:
                 num_unk += int(np.count_nonzero(ids == tokenizer.unk))
             bar.update(len(data))
-    sync(path)
     return {
         "num_tokens": num_tokens,
         "num_bytes": num_bytes,
@@ -2041,7 +2040,7 @@ def check_about(about, cache):
             raise ValueError("tokens are not what was written")
         if known["num_tokens"] and np.memmap(path, dtype, "r").max() >= tokenizer.vocab_size:
             raise ValueError("the tokenizer has no such token")
-    if type(about["stamps"]) is not dict or type(about["sha256"]) is not str:
+    if type(about["stamps"]) is not dict or {*about["sha256"]} != {*splits}:
         raise ValueError("an entry has another type")
     if type(about["text"][0]) is not str:
         raise ValueError("the text is not described")
@@ -2070,9 +2069,11 @@ def write_splits(spans, tokenizer, cache):
         splits[split] = write_tokens(spans[split], tokenizer, path)
         crcs[split] = crc32_of(path)
     data = tokenizer.to_dict()
-    # Checkpoints store this SHA256: add nothing to what it is computed from.
-    trained_on = json.dumps([splits["train"], data])
-    sha256 = hashlib.sha256(trained_on.encode()).hexdigest()
+    sha256 = {}
+    for split, known in splits.items():
+        # Checkpoints store these SHA256s: add nothing to what they are computed from.
+        identity = json.dumps([known["sha256"], data])
+        sha256[split] = hashlib.sha256(identity.encode()).hexdigest()
     return {"splits": splits, "tokenizer": data, "sha256": sha256, "crc32": crcs}
 
 
@@ -2085,7 +2086,6 @@ def write_about(about, cache):
     """Writes about.json, which makes the tokens in `cache` valid."""
     with replacing(cache / "about.json") as file:
         file.write(json.dumps(about | {"check": check_of(about)}).encode())
-    sync(cache)
 
 
 def map_dataset(name, cache, about, train_tokens):

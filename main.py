@@ -66,6 +66,7 @@ import fnmatch
 import functools
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -78,6 +79,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tokenize
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -599,6 +601,16 @@ class LanguageModel(nn.Module):
         return self.model.embed_tokens.weight
 
 
+def first_values(name, shape, seed):
+    """Random numbers for a parameter to start from, an array of the shape: standard normal.
+
+    They depend on nothing but the seed and the parameter's name: a model with a parameter more has
+    the same values for all the others. They are drawn on the CPU, whatever the device.
+    """
+    rng = np.random.default_rng([seed, *name.encode()])
+    return mx.array(rng.standard_normal(shape, np.float32))
+
+
 ZERO_AT_FIRST = (
     "o_proj.weight",
     "down_proj.weight",
@@ -619,11 +631,8 @@ def init_weights(model, seed):
     the token just read starts near 5, the others near 0, and the first loss is near ln(V + e^5);
     untied, it is ln V.
     """
-    parameters = tree_flatten(model.parameters())  # [(name, array), ...]
-    keys = mx.random.split(mx.random.key(seed), len(parameters))
     weights = []
-    for (name, parameter), key in zip(parameters, keys):
-        normal = mx.random.normal(parameter.shape, key=key)
+    for name, parameter in tree_flatten(model.parameters()):
         if name.endswith(".bias"):
             value = mx.zeros_like(parameter)
         elif parameter.ndim == 1:
@@ -631,9 +640,10 @@ def init_weights(model, seed):
         elif name.endswith(ZERO_AT_FIRST):
             value = mx.zeros_like(parameter)
         elif name.endswith("embed_tokens.weight"):
-            value = normal * 5 / model.config.dim
+            value = first_values(name, parameter.shape, seed) * 5 / model.config.dim
         else:
-            value = normal * parameter.shape[1] ** -0.5  # [O, I]: outputs vary as much as inputs
+            # [O, I]: outputs vary as much as inputs
+            value = first_values(name, parameter.shape, seed) * parameter.shape[1] ** -0.5
         weights.append((name, value))
     model.load_weights(weights)
 
@@ -1035,9 +1045,9 @@ class Run(Progress):
     teacher: LanguageModel | None = None  # --teacher average: each step gives it the average
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
     # What it was made with, see Checkpoint.
+    origins: dict = dataclasses.field(default_factory=dict)
     uses: dict = dataclasses.field(default_factory=dict)
-    sources: dict = dataclasses.field(default_factory=dict)
-    versions: dict = dataclasses.field(default_factory=dict)
+    stretches: list = dataclasses.field(default_factory=list)  # the last one is that of now
 
     session_steps: int = 0  # taken by this process
     checkpoint_id: str | None = None  # of the last checkpoint
@@ -1046,6 +1056,11 @@ class Run(Progress):
     saved: float = 0.0
     saved_iteration: int = 0
     is_saved: bool = True  # whether nothing has changed since; a new run has nothing to lose
+
+    @property
+    def versions(self):
+        """What the last bits depend on, see list_versions."""
+        return self.stretches[-1].versions
 
     @property
     def is_scored(self):
@@ -1558,7 +1573,7 @@ class Conversation:
 # used, and no link is followed.
 
 # Version of the .metadata format; increment it when another main.py could misread it.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 BLANK = "0" * 40  # as long as the SHA1 that replaces it, so that no other byte moves
 SHA1 = re.compile("[0-9a-f]{40}")
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -1587,14 +1602,14 @@ class Checkpoint(Progress):
     folder: Path  # of its run; not part of the record
     id: str  # the SHA1 of its weights
     saved: float  # when, in seconds since 1970; later than those before it in its run
-    flags: dict  # those in INHERITED that are not None
+    flags: dict  # those in INHERITED, as they were settled
     config: dict  # the fields of a Config
     parameters: int  # of the whole model
-    tokens_sha256: str  # of training text and tokenizer
-    uses: dict  # the models that resuming needs: {"init_from" or "teacher": [place, id]}
+    tokens_sha256: dict  # of the training and validation texts, see Dataset
+    origins: dict  # the models that it began with: {"init_from" or "teacher": id}
+    uses: dict  # those that resuming needs: {"init_from" or "teacher": [place, id]}
     command: list  # sys.argv, without passwords
-    sources: dict  # {file of this program: SHA1}
-    versions: dict  # what the last bits depend on, see list_versions
+    stretches: list  # each with the fields of a Stretch, the first one from iteration 0
     # The fields of its Batches with the same names.
     epoch: int
     offset: int
@@ -1610,6 +1625,11 @@ class Checkpoint(Progress):
     def score(self):
         """The validation loss at its iteration in nats/token, or None."""
         return dict(self.scores).get(self.iteration)
+
+    @property
+    def stretch(self):
+        """The last Stretch of its run."""
+        return Stretch(**self.stretches[-1])
 
     @property
     def weights_path(self):
@@ -1641,7 +1661,8 @@ class Checkpoint(Progress):
             # saved after such a checkpoint is in range, too.
             if field.type in (int, float) and not least <= value < 1e15:
                 raise ValueError(f"its {field.name} is out of range")
-        if not SHA1.fullmatch(self.id) or not SHA256.fullmatch(self.tokens_sha256):
+        hashes = [self.tokens_sha256[name] for name in ("train", "valid")]
+        if not SHA1.fullmatch(self.id) or not all(map(SHA256.fullmatch, hashes)):
             raise ValueError("a hash is malformed")
         for iteration, nats in self.scores:
             if type(iteration) is not int or type(nats) is not float or not math.isfinite(nats):
@@ -1652,9 +1673,13 @@ class Checkpoint(Progress):
                 raise ValueError("the models that it uses are malformed")
         if self.flags.get("lora_rank") and "init_from" not in self.uses:
             raise ValueError("its adapters belong to no model")
-        for name, version in self.versions.items():
-            if not name.isprintable() or not str(version).isprintable():
-                raise ValueError("its versions are malformed")
+        for flag_name, origin_id in self.origins.items():
+            if flag_name not in ORIGINS or not SHA1.fullmatch(origin_id):
+                raise ValueError("the models that it began with are malformed")
+        if not self.stretches:
+            raise ValueError("it has no stretches")
+        for values in self.stretches:
+            Stretch(**values).check()
         check_config(self.config)
         check_flags(self.flags)
 
@@ -1691,6 +1716,31 @@ class Checkpoint(Progress):
         """Deletes its files; without the weights, the metadata is no checkpoint."""
         self.weights_path.unlink(missing_ok=True)
         self.metadata_path.unlink(missing_ok=True)
+
+
+@dataclasses.dataclass
+class Stretch:
+    """A part of a run that was trained by the same code in the same environment."""
+
+    iteration: int  # at which it begins
+    num_iters: int  # to which schedules were stretched
+    code: str  # see hash_code
+    versions: dict  # what the last bits depend on, see list_versions
+
+    def includes(self, other):
+        """Whether a later one differs only in where it begins, and so is none of its own."""
+        return dataclasses.replace(other, iteration=self.iteration) == self
+
+    def check(self):
+        """Raises ValueError or another of UNREADABLE unless every field is well-formed."""
+        for number in (self.iteration, self.num_iters):
+            if type(number) is not int or not 0 <= number < 1e15:
+                raise ValueError("a stretch of it is out of range")
+        if not SHA1.fullmatch(self.code):
+            raise ValueError("a hash is malformed")
+        for name, version in self.versions.items():
+            if not name.isprintable() or not str(version).isprintable():
+                raise ValueError("its versions are malformed")
 
 
 class Damaged(RunError):
@@ -1806,11 +1856,16 @@ def is_number(value):
 
 def check_flags(values):
     """Raises ValueError unless `values` are flags that a command could have set."""
-    for name in values:
+    set_values = {}
+    for name, value in values.items():
         if name not in INHERITED:
             raise ValueError(f"this program has no flag {name!r}")
+        if value is not None:
+            set_values[name] = value
+        elif DEFAULTS[name] is not None:
+            raise ValueError(f"its flag {name} has no value")
     with explained("its flags are invalid", kind=ValueError):
-        if parse(arguments_of(values)) != values:
+        if parse(arguments_of(set_values)) != set_values:
             raise ValueError("some are of another type")
         settle({}, values)  # which listing does, too
 
@@ -2054,18 +2109,19 @@ def describe_run(run, checkpoint_id, saved):
     flags = {name: getattr(run.flags, name) for name in INHERITED}
     if flags["text"]:
         del flags["dataset"]  # which it implies
+    sha256 = run.dataset.sha256
     return Checkpoint(
         folder=run.folder,
         id=checkpoint_id,
         saved=saved,
-        flags={name: value for name, value in flags.items() if value is not None},
+        flags=flags,
         config=dataclasses.asdict(run.model.config),
         parameters=sum(weight.size for _, weight in tree_flatten(run.model.parameters())),
-        tokens_sha256=run.dataset.sha256,
+        tokens_sha256={name: sha256[name] for name in ("train", "valid")},
+        origins=run.origins,
         uses=run.uses,
         command=[without_passwords(argument) for argument in sys.argv],
-        sources=run.sources,
-        versions=run.versions,
+        stretches=[vars(stretch) for stretch in run.stretches],
         epoch=run.batches.epoch,
         offset=run.batches.offset,
         place=run.batches.place,
@@ -2379,8 +2435,41 @@ def list_versions(flags, ranks):
     }
 
 
+# The parts of this file that decide a run's weights, by the titles above them.
+SHAPING_PARTS = ["Model", "Loss and optimizer", "Batches", "Training"]
+
+
+def hash_code(flags):
+    """The SHA1 of the code that computes a run's weights; comments and docstrings do not count."""
+    source = (HERE / "main.py").read_text("utf-8")
+    _, *parts = re.split(r"^# ---- (.+?) -+$", source, flags=re.MULTILINE)
+    titles = parts[::2]
+    bodies = parts[1::2]
+    sources = [body for title, body in zip(titles, bodies) if title in SHAPING_PARTS]
+    for name, is_used in (("lora", flags.lora_rank), ("distil", flags.teacher)):
+        if is_used:
+            sources.append((HERE / "extras" / f"{name}.py").read_text("utf-8"))
+    code = "\n".join(map(without_comments, sources))
+    return hashlib.sha1(code.encode()).hexdigest()
+
+
+def without_comments(source):
+    """Python source without its comments, docstrings and empty lines."""
+    lines = source.split("\n")
+    spans = []
+    begins = True  # whether a statement begins here
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT or (begins and token.type == tokenize.STRING):
+            spans.append((token.start, token.end))
+        elif token.type != tokenize.NL:
+            begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for (row, column), (end_row, end_column) in reversed(spans):
+        lines[row - 1 : end_row] = [lines[row - 1][:column] + lines[end_row - 1][end_column:]]
+    return "\n".join(filter(None, map(str.rstrip, lines)))
+
+
 def hash_sources():
-    """The SHA1s of this program's files, {name: SHA1}: they identify what trained a run."""
+    """The SHA1s of this program's files, {name: SHA1}."""
     paths = [HERE / "main.py", HERE / "datasets.py", *sorted(HERE.glob("extras/*.py"))]
     hashes = {}
     for path in paths:
@@ -2782,14 +2871,14 @@ def describe_resume(checkpoint, run):
     has_schedule = new.lr_schedule != "constant" or new.dropout_final is not None
     if old.num_iters != new.num_iters and has_schedule:
         lines.append("The learning rate and dropout schedules now stretch to --num_iters.")
+    before = checkpoint.stretch
     changes = []
     for name, version in run.versions.items():
-        before = checkpoint.versions.get(name)
-        if before != version:
-            changes.append(f"{name} {before} -> {version}")
-    edited = [name for name in run.sources if checkpoint.sources.get(name) != run.sources[name]]
-    if edited:
-        lines.append(f"Edited since the checkpoint: {', '.join(edited)}.")
+        if before.versions.get(name) != version:
+            changes.append(f"{name} {before.versions.get(name)} -> {version}")
+    if before.code != run.stretches[-1].code:
+        parts = ", ".join(SHAPING_PARTS)
+        lines.append(f"The code that trains was edited since the checkpoint: main.py's {parts}.")
     if changes:
         lines.append(
             f"Environment changed since the checkpoint ({'; '.join(changes)}): "
@@ -3714,11 +3803,14 @@ def load_data(flags, contents, origins):
     data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
     places = {"save_dir": flags.save_dir, "mirror": flags.mirror}
     dataset = load_dataset(flags.dataset, data_dir, **arguments, **places, say=tqdm.write)
-    if contents and contents.checkpoint.tokens_sha256 != dataset.sha256:
-        raise UsageError(
-            f"the training text or tokenizer of {contents.checkpoint.run} has changed: "
-            "start a new run with --new_model, or name another --save_dir"
-        )
+    if contents:
+        known = contents.checkpoint.tokens_sha256
+        for name, what in (("train", "training"), ("valid", "validation")):
+            if dataset.sha256[name] != known[name]:
+                raise UsageError(
+                    f"the {what} text or tokenizer of {contents.checkpoint.run} has changed: "
+                    "start a new run with --new_model, or name another --save_dir"
+                )
     if contents and contents.checkpoint.config["vocab_size"] < dataset.tokenizer.vocab_size:
         # MLX does not check indices: it would read and write beyond the embeddings.
         raise Damaged(f"{contents.checkpoint} has fewer embeddings than the text has tokens")
@@ -3770,10 +3862,17 @@ def make_run(folder, flags, contents, ranks):
         optimizer=optimizer,
         batches=batches,
         teacher=teacher,
-        uses=checkpoint.uses if checkpoint else needed_origins(flags, origins),
-        sources=hash_sources(),
-        versions=list_versions(flags, ranks),
+        origins={name: origin.id for name, origin in origins.items()},
+        uses=needed_origins(flags, origins),
     )
+    stretch = Stretch(0, flags.num_iters, hash_code(flags), list_versions(flags, ranks))
+    if checkpoint:
+        run.origins = checkpoint.origins
+        run.uses = checkpoint.uses
+        run.stretches = [Stretch(**values) for values in checkpoint.stretches]
+        stretch.iteration = checkpoint.iteration
+    if not run.stretches or not run.stretches[-1].includes(stretch):
+        run.stretches.append(stretch)
     if contents:
         contents.restore(run)
     mx.eval(model.parameters(), optimizer.state)
@@ -3963,8 +4062,8 @@ def open_for_use(flags):
 def announce(checkpoint):
     """Says which checkpoint a command uses, from which folder, and whether main.py has changed."""
     line = f"{checkpoint}, in {checkpoint.folder.parent}"
-    if checkpoint.sources.get("main.py") != hash_sources()["main.py"]:
-        line += ", saved by another version of main.py"
+    if checkpoint.stretch.code != hash_code(settle({}, checkpoint.flags)):
+        line += ", trained by other code than that of main.py now"
     print(line, file=sys.stderr)
 
 

@@ -9,6 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from main import first_values
+
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trained low-rank update: [..., I] to [..., O]."""
@@ -49,12 +51,10 @@ def init_lora(model, seed):
 
     A is normal with standard deviation 1 / sqrt(inputs), B is 0, so the update starts at 0.
     """
-    adapters = tree_flatten(model.trainable_parameters())  # [(name, array), ...]
-    keys = mx.random.split(mx.random.key(seed), len(adapters))
     weights = []
-    for (name, adapter), key in zip(adapters, keys):
+    for name, adapter in tree_flatten(model.trainable_parameters()):
         if name.endswith("lora_a"):
-            normal = mx.random.normal(adapter.shape, key=key)
+            normal = first_values(name, adapter.shape, seed)
             weights.append((name, normal * adapter.shape[1] ** -0.5))
     model.load_weights(weights, strict=False)
 

@@ -94,7 +94,7 @@ def plot_runs(checkpoints, path):
 def tokenizer_of(checkpoint):
     """What two runs with the same tokenizer have in common."""
     kind = settle({}, checkpoint.flags).tokenizer
-    return kind if kind in FIXED_TOKENIZERS else checkpoint.tokens_sha256
+    return kind if kind in FIXED_TOKENIZERS else checkpoint.tokens_sha256["train"]
 
 
 def columns_of(log, split, column):

@@ -33,11 +33,13 @@ def make_run(save_dir, name="test-000000", seed=1, tokenizer=None, **values):
     tokenizer = tokenizer or WordTokenizer.train(["a b c d\n" * 5])
     model = main.LanguageModel(main.make_config(given, tokenizer.vocab_size))
     main.init_weights(model, seed)
+    sha256 = {"train": "0" * 64, "valid": "1" * 64}
     return main.Run(
         name=name,
         folder=save_dir / name,
         flags=given,
-        dataset=Dataset("ptb", tokenizer, train=None, valid=None, test=None, sha256="0" * 64),
+        dataset=Dataset("ptb", tokenizer, train=None, valid=None, test=None, sha256=sha256),
+        stretches=[main.Stretch(0, given.num_iters, "2" * 40, {"MLX": "1"})],
         model=model,
         optimizer=main.make_optimizer(model, given),
         batches=main.Batches(np.arange(200, dtype=np.uint16) % 6, 8, 2, seed),
@@ -145,7 +147,7 @@ def test_name_is_the_sha1_of_the_bytes_and_content_is_whole(tmp_path):
     path = path.with_suffix(".metadata")
     state, texts = read_safetensors(path)
     record = json.loads(texts["record"])
-    assert record["format_version"] == 3
+    assert record["format_version"] == 4
     assert record["iteration"] == 3
     assert record["place"] == 6
     assert record["epoch"] == 0

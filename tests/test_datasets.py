@@ -1377,7 +1377,8 @@ def test_changed_text_is_encoded_anew(tmp_path, paths, split, change):
     second = load(tmp_path, paths)
     assert tokens_of(second) != before
     assert tokens_of(second) == tokens_of(load(tmp_path / "fresh", paths))
-    assert (second.sha256 != first.sha256) == (split == 0)
+    for name, sha256 in first.sha256.items():
+        assert (second.sha256[name] != sha256) == (name == datasets.SPLITS[split])
 
 
 def test_a_run_keeps_the_tokens_that_it_has(tmp_path, paths):
@@ -1565,33 +1566,6 @@ def test_damaged_tokens_whose_text_is_gone(tmp_path, paths):
         load(tmp_path, paths, say=str)
 
 
-def test_tokens_are_on_the_disk_before_they_count(tmp_path, paths, monkeypatch):
-    seen = []
-    sync = datasets.sync
-    replace = os.replace
-
-    def watched_sync(path):
-        seen.append(f"sync {path.name}")
-        sync(path)
-
-    def watched_replace(new, path):
-        seen.append(f"-> {path.name}")
-        replace(new, path)
-
-    def watched_fsync(descriptor):
-        seen.append("fsync")
-
-    monkeypatch.setattr(datasets, "sync", watched_sync)
-    monkeypatch.setattr(os, "replace", watched_replace)
-    monkeypatch.setattr(os, "fsync", watched_fsync)
-    load(tmp_path, paths)
-    tokens = []
-    for split in ("train", "valid", "test"):
-        tokens += [f"sync {split}.tokens", "fsync"]
-    folder = f"sync {cache_of(tmp_path).name}"
-    assert seen == [*tokens, "fsync", "-> about.json", folder, "fsync"]
-
-
 PROGRAM = """
 import os, signal, sys, threading
 from pathlib import Path
@@ -1610,7 +1584,7 @@ datasets.write_tokens = watched
 text, valid_text, test_text = [[Path(path)] for path in sys.argv[2:]]
 options = {{"valid_text": valid_text, "test_text": test_text}}
 dataset = datasets.load_dataset("text", sys.argv[1], text, "word", **options)
-print(dataset.sha256, dataset.test.tokens.tolist())
+print(dataset.sha256["train"], dataset.test.tokens.tolist())
 """
 
 
@@ -1760,18 +1734,19 @@ def test_a_tokenizer_that_is_at_hand(tmp_path, paths, kind, monkeypatch):
     assert load(tmp_path, paths, again.tokenizer).folder == again.folder
 
 
-def test_dataset_knows_its_training_tokens(tmp_path):
+def test_dataset_knows_its_tokens(tmp_path):
     def sha256(train, valid):
         return load(tmp_path, write(tmp_path, [train, valid, "abc"]), "byte").sha256
 
     first = sha256("one\n", "two\n")
-    known = {"num_tokens": 4, "num_bytes": 4, "num_words": 2, "num_unk": 0, "size": 8}
-    known["sha256"] = hashlib.sha256(b"one\n").hexdigest()
-    # Of the text, what it is in tokens, and the vocabulary.
-    expected = json.dumps([known, {"kind": "byte"}])
-    assert first == hashlib.sha256(expected.encode()).hexdigest()
-    assert first == sha256("one\n", "other\n")
-    assert len({first, sha256("one", "two\n"), sha256("eno\n", "two\n")}) == 3
+    ids = np.frombuffer(b"one\n", np.uint8).astype("<u2")
+    of_ids = hashlib.sha256(ids.tobytes()).hexdigest()
+    identity = json.dumps([of_ids, {"kind": "byte"}])
+    assert first["train"] == hashlib.sha256(identity.encode()).hexdigest()
+    assert first["train"] == sha256("one\n", "other\n")["train"]
+    assert first["valid"] == sha256("other\n", "two\n")["valid"]
+    assert len({first["train"], sha256("one", "two\n")["train"]}) == 2
+
 
 
 def test_too_little_text(tmp_path):

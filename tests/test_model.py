@@ -323,6 +323,25 @@ def test_init_weights_is_a_function_of_the_seed():
             assert (weight != other[name]).mean() > 0.99, name
 
 
+def test_a_parameter_more_changes_no_other():
+    _, first = initial(3)
+    _, more = initial(3, qk_norm=True, untie=True, num_blocks=3, mlp="swiglu", ngrams=3)
+    names = {name for name in first if first[name].shape == more[name].shape}
+    assert len(first) - len(names) <= 2 * 2  # a gated MLP is less wide
+    for name in names:
+        np.testing.assert_array_equal(first[name], more[name])
+
+
+def test_first_weights_by_hand():
+    """They are those of NumPy's generator, seeded with the seed and the bytes of the name."""
+    model, weights = initial(3)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    generator = np.random.default_rng([3, *map(ord, name)])
+    drawn = generator.standard_normal(weights[name].shape, np.float32)
+    expected = drawn / math.sqrt(model.config.dim)
+    np.testing.assert_allclose(weights[name], expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("mlp", ["relu2", "swiglu", "gelu"])
 def test_blocks_begin_as_the_identity_and_the_loss_near_equal_chances(mlp):
     model, weights = initial(5, vocab_size=5000, dim=128, mlp=mlp)

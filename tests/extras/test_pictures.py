@@ -104,7 +104,7 @@ def seed_of(folder):
 def made_by(folder, sha256="0" * 64, **flags):
     """What plot_runs reads of a run's checkpoint."""
     flags = {"tokenizer": "byte"} | flags
-    return Namespace(folder=folder, run=folder.name, flags=flags, tokens_sha256=sha256)
+    return Namespace(folder=folder, run=folder.name, flags=flags, tokens_sha256={"train": sha256})
 
 
 def test_a_run_whose_name_begins_with_an_underscore(tmp_path, figures):
