@@ -250,12 +250,20 @@ class Watch:
         elif action == "clock set back":
             time.time = the_time_of_long_ago
         elif action in SIGNALS:
-            os.kill(os.getpid(), getattr(signal, action))
-            SLEEP(0.7 / FASTER)  # a next one within half a second would count as the same
+            self.send(getattr(signal, action))
         else:
             if begin:
                 begin()
             raise OSError(getattr(errno, action), action)
+
+    def send(self, number):
+        """Sends this process a signal, and waits until it says on stderr that it knows."""
+        said = os.fstat(2).st_size
+        os.kill(os.getpid(), number)
+        for _ in range(100):
+            SLEEP(0.7 / FASTER)  # a next one within half a second would count as the same
+            if os.fstat(2).st_size > said:
+                break
 
     def give_up(self):
         """Does in a thread what a user does whose disk is full: presses Ctrl+C, then insists."""

@@ -1,0 +1,417 @@
+"""Says whether a change of form has changed a bit: runs the same commands in two checkouts.
+
+    python tests/same.py OLD NEW                two folders that hold the program
+    python tests/same.py OLD NEW --only lora    one case
+    python tests/same.py OLD NEW --python P     with another Python, for both
+
+A line a case: "same  NAME"; "OTHER NAME: " and the first differences, with the iterations they are
+at; or "FAILS NAME (OLD or NEW): " and the last line that the program has printed. The exit status
+is 1 unless all are the same. It needs no network, and three minutes of processor time.
+
+Each training is run three times in each checkout: undisturbed; ended by SIGTERM some steps after
+its first checkpoint, then resumed by the same command; killed there, then resumed. All have to end
+with the same weights, log and samples. All checkpoints of the undisturbed runs have to have the
+same names.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple
+
+# Flags whose names have moved, {name in OLD: name in NEW}. The cases below have the old ones.
+MOVED = {}
+# Fields of the log that differ from run to run.
+MEASURED = {"seconds", "ms_per_step", "tokens_per_second", "peak_mib"}
+
+COMMON = (
+    "--dim 64 --num_blocks 2 --num_heads 4 --context_size 32 --batch_size 8 "
+    "--num_iters 30 --lr_warmup 5 --learning_rate 3e-3 "
+    "--steps_per_report 3 --steps_per_eval 10 --eval_tokens 2000 --keep 9 "
+    # Greedy: a change of how samples are drawn shows in the case "sampling" alone.
+    "--max_tokens 5 --temperature 0"
+)
+
+
+class Training(NamedTuple):
+    """A command that trains.
+
+    flags: what it has besides COMMON; start: the training in whose folder it begins, as that ended
+    undisturbed, and whose last checkpoint is {start} in the flags; ranks: processes that share it.
+    """
+
+    flags: str
+    start: str | None = None
+    ranks: int = 1
+
+
+TRAININGS = {
+    "plain": Training("--dataset python --batch_size 4"),
+    "streams": Training("--dataset python --batch_size 32 --dropout 0.1 --dropout_final 0.3"),
+    "muon": Training(
+        "--dataset python --batch_size 16 --optimizer muon --qk_norm --untie "
+        "--lr_schedule linear --min_lr 0 --weight_decay 0.1"
+    ),
+    "swiglu": Training(
+        "--dataset python --mlp swiglu --num_kv_heads 2 --lr_schedule cosine --grad_accumulation 3"
+    ),
+    "gelu": Training(
+        "--dataset python --tokenizer char --mlp gelu --num_kv_heads 1 --grad_checkpoint "
+        "--grad_clip 0"
+    ),
+    "words": Training(
+        "--dataset python --tokenizer word --dim 16 --optimizer muon --train_tokens 100000 "
+        "--eval_tokens 500"
+    ),
+    "own": Training("--text own.txt --test_text test.txt --tokenizer bpe --vocab_size 400"),
+    "longer": Training("--dataset python --batch_size 4 --num_iters 60", start="plain"),
+    "average": Training("--dataset python --average 0.5"),
+    "bfloat16": Training("--dataset python --dtype bfloat16"),
+    "cooldown": Training("--dataset python --lr_schedule linear --lr_cooldown 0.4"),
+    "decay": Training("--dataset python --weight_decay 0.1 --embedding_decay 1"),
+    "patience": Training(
+        "--text own.txt --train_tokens 1000 --learning_rate 3e-2 --patience 2 --num_iters 200"
+    ),
+    "short": Training(  # An epoch is three steps of 24 rows; the last 21 rows are too few.
+        "--text own.txt --test_text test.txt --train_tokens 3000 --grad_accumulation 3 "
+        "--dropout 0.1 --eval_test"
+    ),
+    "extras": Training(
+        "--dataset python --ngrams 3 --ngram_rows 100 --conv_size 3 --embedding_scale 8 "
+        "--beta1 0.8 --beta2 0.95 --seed 7"
+    ),
+    "init": Training(  # The text has fewer rows than a batch.
+        "--text own.txt --train_tokens 200 --init_from {start}", start="plain"
+    ),
+    "lora": Training("--text own.txt --init_from {start} --lora_rank 4", start="plain"),
+    "student": Training("--dataset python --dim 32 --teacher {start}", start="plain"),
+    "mean": Training("--dataset python --teacher average --average 0.4"),
+    "ranks": Training("--dataset python --dropout 0.1 --average 0.5", ranks=2),
+}
+
+
+class Use(NamedTuple):
+    """Commands that use a checkpoint of the training `start`; what they print is compared."""
+
+    start: str
+    commands: list
+
+
+USES = {
+    "evaluation": Use(
+        "own",
+        [
+            "--evaluate valid --eval_stride 8",
+            "--evaluate test",
+            "--evaluate valid --quantize 4",
+        ],
+    ),
+    "sampling": Use(
+        "plain",
+        [
+            "--prompt import --max_tokens 40 --num_samples 3 --temperature 1 --top_k 0",
+            "--prompt import --max_tokens 40 --seed 7 --temperature 0.8 --top_k 5",
+            "--prompt class --max_tokens 40 --seed 8 --temperature 1.2 --top_k 0 --top_p 0.9",
+            "--prompt class --max_tokens 40 --seed 9 --min_p 0.1 --repetition_penalty 1.3",
+            "--prompt import --max_tokens 40 --seed 10 --temperature 1 --draft best",
+            "--prompts_file prompts.txt --max_tokens 40 --num_samples 2 --temperature 1",
+        ],
+    ),
+}
+
+SAVED = re.compile(r"^saved (\w+) at iteration ([\d,]+)", re.MULTILINE)
+PROGRESS = re.compile(r"[\d,]+/[\d,]+ ")
+RESUMED = re.compile(r"from iteration ([\d,]+)")
+SCORED = re.compile(r"(train|valid|test) [\d.]+ nats")
+SPEED = re.compile(r", [\d,.]+ tokens/s.*")
+# A signal, and the exit status of what it ends.
+INTERRUPTIONS = {"SIGTERM": 128 + signal.SIGTERM, "SIGKILL": -signal.SIGKILL}
+TRIES = 5  # A signal may come too late: when the run is complete.
+
+
+class Failure(Exception):
+    """A command has not ended as it should; the message is its last line."""
+
+
+def write_texts(folder):
+    """Writes the texts of the cases."""
+    lines = [f"{i} times {i % 13} is {i * (i % 13)}, señor.\n" for i in range(2500)]
+    (folder / "own.txt").write_text("".join(lines[:2000]), encoding="utf-8")
+    (folder / "test.txt").write_text("".join(lines[2000:]), encoding="utf-8")
+    (folder / "prompts.txt").write_text("import\ndef \nclass\n", encoding="utf-8")
+
+
+def ring_of(size, path):
+    """Names free ports for a ring of processes in a file; returns their environments."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(size)]
+    addresses = [["{}:{}".format(*each.getsockname())] for each in sockets]
+    for each in sockets:
+        each.close()
+    path.write_text(json.dumps(addresses))
+    return [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(path)} for rank in range(size)]
+
+
+class Side:
+    """One of the checkouts, with a folder for its runs, its tokens and its caches."""
+
+    def __init__(self, name, checkout, python, folder):
+        self.name = name
+        self.program = [python, str(checkout / "main.py")]
+        self.folder = folder
+        folder.mkdir()
+        write_texts(folder)
+
+    def run(self, flags, ranks=1, number=None):
+        """Runs the program to its end; returns its exit status and what it prints.
+
+        number: a signal, sent to all ranks at the first line of progress after a checkpoint.
+        """
+        words = f"{flags} --data_dir data".split()
+        if self.name == "NEW":
+            words = [MOVED.get(word, word) for word in words]
+        environments = [{}]
+        if ranks > 1:
+            environments = ring_of(ranks, self.folder / "hosts.json")
+        processes = []
+        output = ""
+        with open(self.folder / "stderr.txt", "w") as stderr:
+            for environment in environments:
+                process = subprocess.Popen(
+                    [*self.program, *words],
+                    cwd=self.folder,
+                    env=os.environ | {"XDG_CACHE_HOME": str(self.folder)} | environment,
+                    stdin=subprocess.DEVNULL,
+                    # The first rank alone prints.
+                    stdout=subprocess.DEVNULL if processes else subprocess.PIPE,
+                    stderr=stderr,
+                    encoding="utf-8",
+                )
+                processes.append(process)
+            for line in processes[0].stdout:
+                output += line
+                if number and PROGRESS.match(line) and SAVED.search(output):
+                    for process in processes:
+                        process.send_signal(number)
+                    number = None
+            for process in processes:
+                process.wait()
+        return processes[0].returncode, output
+
+    def expect(self, expected, result):
+        """What a command has printed, if its exit status is the expected one; else a Failure."""
+        status, output = result
+        if status != expected:
+            said = (self.folder / "stderr.txt").read_text().splitlines() or output.splitlines()
+            raise Failure(f"status {status}: {said[-1] if said else 'nothing printed'}")
+        return output
+
+    def prepare(self, name, variant):
+        """A new folder for a training, relative to this side's, and the words of its command."""
+        training = TRAININGS[name]
+        save_dir = f"{name}-{variant}"
+        shutil.rmtree(self.folder / save_dir, ignore_errors=True)
+        flags = training.flags
+        if training.start:
+            shutil.copytree(self.folder / f"{training.start}-undisturbed", self.folder / save_dir)
+            flags = flags.format(start=self.last_checkpoint(training.start))
+        return save_dir, f"{COMMON} --save_dir {save_dir} {flags}"
+
+    @functools.cache
+    def undisturbed(self, name):
+        """What there is to compare of a training."""
+        start = TRAININGS[name].start
+        if start:
+            self.undisturbed(start)
+        save_dir, command = self.prepare(name, "undisturbed")
+        output = self.expect(0, self.run(command, TRAININGS[name].ranks))
+        return facts_of(self.folder / save_dir, output)
+
+    def last_checkpoint(self, name):
+        """The SHA1 of the last checkpoint of a training."""
+        return [id for (_, what), id in self.undisturbed(name).items() if what == "checkpoint"][-1]
+
+    def interrupted(self, name, signal_name):
+        """The place where a training was resumed, and what there is to compare of it."""
+        number = signal.Signals[signal_name]
+        ranks = TRAININGS[name].ranks
+        for _ in range(TRIES):
+            save_dir, command = self.prepare(name, signal_name)
+            result = self.run(command, ranks, number)
+            if result[0] != 0:
+                break
+        else:
+            raise Failure(f"complete before the signal came, {TRIES} times")
+        begun = self.expect(INTERRUPTIONS[signal_name], result)
+        ended = self.expect(0, self.run(command, ranks))
+        resumed = RESUMED.search(ended)
+        if not resumed:
+            raise Failure("no word of the iteration where the run was resumed")
+        return f"iteration {resumed[1]}", facts_of(self.folder / save_dir, begun + ended)
+
+    def use(self, name):
+        """What the commands of a Use print."""
+        use = USES[name]
+        self.undisturbed(use.start)
+        facts = {}
+        for command in use.commands:
+            flags = f"--save_dir {use.start}-undisturbed {command}"
+            output = SPEED.sub("", self.expect(0, self.run(flags)))
+            for number, line in enumerate(output.splitlines(), 1):
+                facts[command, f"line {number}"] = line
+        return facts
+
+    def results(self, name):
+        """What there is to compare of a case, and how its interrupted runs differ from that."""
+        if name in USES:
+            return self.use(name), []
+        whole = self.undisturbed(name)
+        differences = []
+        for signal_name in INTERRUPTIONS:
+            try:
+                place, facts = self.interrupted(name, signal_name)
+            except Failure as failure:
+                raise Failure(f"interrupted by {signal_name}: {failure}") from None
+            difference = first_difference(settled(whole, place), settled(facts, place))
+            if difference:
+                differences.append(
+                    f"{self.name}, {signal_name} and resumed at {place}, "
+                    f"against undisturbed: {difference}"
+                )
+        return whole, differences
+
+
+def facts_of(save_dir, output):
+    """What there is to compare of a training, {(place, what): value}, in the order of places.
+
+    output: of all its sessions.
+    """
+    saved = SAVED.findall(output)
+    if not saved:
+        raise Failure("no checkpoint was saved")
+    last, _ = saved[-1]
+    weights = next(save_dir.rglob(f"{last}.safetensors"), None)
+    if not weights:
+        raise Failure(f"there is no file of checkpoint {last}")
+    facts = []  # (iteration, what, value)
+    for path in sorted(weights.parent.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            iteration = row.pop("iteration")
+            split = row.pop("split")
+            for field, value in row.items():
+                if field not in MEASURED:
+                    facts.append((iteration, f"{split} {field}", value))
+    for checkpoint, iteration in saved:
+        facts.append((int(iteration.replace(",", "")), "checkpoint", checkpoint))
+    facts.sort(key=itemgetter(0))
+    result = {}
+    for iteration, what, value in facts:
+        key = f"iteration {iteration:,}", what
+        while key in result:  # a row that is there twice
+            key = key[0], f"{key[1]}, again"
+        result[key] = value
+    for line in output.splitlines():
+        if SCORED.match(line):
+            split, _, score = line.partition(" ")
+            result["end", f"{split} score"] = SPEED.sub("", score)
+    result["end", "SHA1 of the weights"] = hashlib.sha1(weights.read_bytes()).hexdigest()
+    for path in sorted(save_dir.rglob("*.safetensors")):
+        result["end", f"file {path.name}"] = "there"
+    return result
+
+
+def settled(facts, place):
+    """The facts that do not depend on the moment of an interruption, before this place.
+
+    A run that is ended before the sample after a checkpoint does not draw it later.
+    """
+    result = {}
+    for key, value in facts.items():
+        where, what = key
+        is_sample = what.startswith("sample") and where == place
+        if not (is_sample or what.startswith(("checkpoint", "file"))):
+            result[key] = value
+    return result
+
+
+def first_difference(ours, theirs):
+    """Where two collections of facts first differ, in words, or None."""
+    for place, what in [*ours, *theirs]:
+        our = str(ours.get((place, what), "nothing"))
+        their = str(theirs.get((place, what), "nothing"))
+        if our != their:
+            start = max(0, len(os.path.commonprefix([our, their])) - 20)
+            excerpts = [each[start : start + 60] for each in (our, their)]
+            return f"{place}, {what}: {excerpts[0]!r} became {excerpts[1]!r}"
+    return None
+
+
+def attempt(side, name):
+    """The results of a case, or the Failure to have any."""
+    try:
+        return side.results(name)
+    except Failure as failure:
+        return failure
+
+
+def judge(name, sides, results):
+    """Prints the line of a case; returns whether all is the same."""
+    for side, result in zip(sides, results):
+        if isinstance(result, Failure):
+            print(f"FAILS {name} ({side.name}): {result}", flush=True)
+            return False
+    (ours, own_differences), (theirs, their_differences) = results
+    differences = own_differences + their_differences
+    between = first_difference(ours, theirs)
+    if between:
+        differences.insert(0, between)
+    if differences:
+        print(f"OTHER {name}: {'; '.join(differences)}", flush=True)
+        return False
+    print(f"same  {name}", flush=True)
+    return True
+
+
+def main():
+    """Returns the exit status."""
+    cases = [*TRAININGS, *USES]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("old", type=Path, metavar="OLD")
+    parser.add_argument("new", type=Path, metavar="NEW")
+    parser.add_argument("--python", default=sys.executable, metavar="P")
+    parser.add_argument("--only", choices=cases, metavar="NAME", help=", ".join(cases))
+    options = parser.parse_args()
+    python = shutil.which(options.python)
+    if not python:
+        parser.error(f"there is no {options.python}")
+    checkouts = {"OLD": options.old.resolve(), "NEW": options.new.resolve()}
+    for checkout in checkouts.values():
+        if not (checkout / "main.py").is_file():
+            parser.error(f"there is no main.py in {checkout}")
+    if options.only:
+        cases = [options.only]
+    verdicts = []
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(2) as pool:
+        sides = []
+        for name, checkout in checkouts.items():
+            sides.append(Side(name, checkout, os.path.abspath(python), Path(scratch, name)))
+        for name in cases:
+            results = list(pool.map(attempt, sides, [name] * 2))
+            verdicts.append(judge(name, sides, results))
+    return 0 if all(verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
