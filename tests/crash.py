@@ -8,7 +8,7 @@
 
 A *leg* is main.py as it is, in a fork of this process, started as a user starts it. In it, each
 call that opens, reads, writes, names, syncs or deletes something in the folder of runs is counted,
-and a fault strikes at one of them, see ACTIONS. Seconds are a fiftieth as long in it, so that the
+and a fault strikes at one of them, see ACTIONS. Seconds are a thousandth as long in it, so that the
 pauses between the tries of a save take no time.
 
 Afterwards the same command, undisturbed, has to end as the run that was never touched: with the
@@ -41,7 +41,7 @@ from pathlib import Path
 from forkserver import Program
 
 ROOT = Path(__file__).resolve().parent.parent
-FASTER = 50  # how many seconds of a leg pass in one
+FASTER = 1000  # how many seconds of a leg pass in one
 SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}  # exit statuses, with the work saved
 
 # What can happen at a call of the system:
@@ -261,16 +261,16 @@ class Watch:
         said = os.fstat(2).st_size
         os.kill(os.getpid(), number)
         for _ in range(100):
-            SLEEP(0.7 / FASTER)  # a next one within half a second would count as the same
+            SLEEP(0.005)  # a next one within half a second of a leg would count as the same
             if os.fstat(2).st_size > said:
                 break
 
     def give_up(self):
         """Does in a thread what a user does whose disk is full: presses Ctrl+C, then insists."""
-        SLEEP(0.05)  # for some tries
+        SLEEP(0.15)  # for some tries: of a leg's time, minutes
         os.kill(os.getpid(), signal.SIGINT)
         while True:
-            SLEEP(1.5 / FASTER)
+            SLEEP(0.03)
             os.kill(os.getpid(), signal.SIGTERM)
 
     def make_room(self):
@@ -351,6 +351,11 @@ def number(text):
     return int(text.replace(",", ""))
 
 
+def iteration_of(listed):
+    """The iteration of a checkpoint in --list."""
+    return number(listed[1])
+
+
 class Failure(Exception):
     """The program did what it must not do."""
 
@@ -382,7 +387,8 @@ class Leg:
             self.run = found[1]
             self.begun = number(found[2])
         self.reached = max(self.saved, default=0)  # the iteration that it says is safe
-        found = re.search(r"^Stopped at iteration ([\d,]+)\. (?:Rerun|To resume)", out, re.M)
+        saved = r"^(?:Run complete \(|Stopped at iteration )([\d,]+)(?:/|\. Rerun|\. To resume)"
+        found = re.search(saved, out, re.M)
         if found:
             self.reached = number(found[1])
 
@@ -417,6 +423,7 @@ class Work:
         self.saved = {}  # {iteration: id}, by all legs
         self.damaged = set()  # files that a fault has damaged
         self.is_whole_log = True
+        self.is_exact = True  # whether the same checkpoints have to be left
 
     def begin(self, arguments, strikes=()):
         """Starts a leg; returns its process id and the paths of its streams and its report."""
@@ -495,7 +502,10 @@ class Work:
             words = line.split()
             if words[0] in {name[:12] for name in states}:
                 listed.add((*words[:4], "best" in words))
+        newest = max(listed, key=iteration_of)
         return {
+            "newest": newest,
+            "state": [sha1 for name, sha1 in states.items() if name.startswith(newest[0])],
             "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")),
             "states": states,
             "list": listed,
@@ -589,18 +599,12 @@ class Scenario:
 def compare(expected, found, work):
     """Raises Failure unless a run has ended as the one that was never touched."""
     for name, value in expected.items():
-        other = found[name]
+        if name in ("files", "states", "list") and not work.is_exact:
+            continue
         if name == "log" and not work.is_whole_log:
-            value = {key: row for key, row in value.items() if key in other}
-        if work.damaged:
-            if name in ("files", "list"):
-                continue  # what is damaged is not deleted, and another one may be the best
-            if name == "states":
-                lost = {path.stem for path in work.damaged}
-                value = {key: state for key, state in value.items() if key not in lost}
-                other = {key: state for key, state in other.items() if key in value}
-        if other != value:
-            differing = {*items_of(value)} ^ {*items_of(other)}
+            value = {key: row for key, row in value.items() if key in found[name]}
+        if found[name] != value:
+            differing = {*items_of(value)} ^ {*items_of(found[name])}
             raise Failure(f"other {name}: {sorted(differing)[:3]}")
 
 
@@ -622,8 +626,10 @@ def judge_status(leg):
             allowed |= {SIGNALS[action], -getattr(signal, action)}
             if leg.calls - row["call"] >= 3:  # it did not come when all was done
                 allowed.discard(0)
-        elif action in ("EIO", "ENOSPC", "ENOSPC for a while"):
-            allowed |= {1, 2, 130, 143, -signal.SIGINT, -signal.SIGTERM}
+        elif leg.begun is None:  # it could not begin
+            allowed |= {1, 2, -signal.SIGINT, -signal.SIGTERM}
+        elif action == "ENOSPC":
+            allowed |= {130, 143}
     last = leg.struck[-1]["action"] if leg.struck else "no strike"
     expect(leg.status in allowed, f"status {leg.status} after {last}:", leg.err[-500:])
 
@@ -678,7 +684,7 @@ def judge_kept(outcome):
         if split == "valid":
             scores[iteration] = row["loss"]
     best = min(scores, key=scores.get)
-    kept = {number(words[1]) for words in outcome["list"]}
+    kept = {*map(iteration_of, outcome["list"])}
     expect({best, max(scores)} <= kept, f"only {kept} are left")
     expect(len(kept) <= 3, f"{kept} are left")  # one may be in use
 
@@ -785,7 +791,7 @@ def spoil(path, chance):
 
 def checkpoint_damaged(scenario, work, chance):
     """A checkpoint is damaged; if that was the newest, the one before is gone on from."""
-    before = {*run_names(scenario.template)}
+    before = run_names(scenario.template)
     intact = []
     for path in checkpoints(work.folder):
         if path.parent.name not in before and path not in work.damaged:
@@ -796,6 +802,7 @@ def checkpoint_damaged(scenario, work, chance):
     spoil(chance.choice([path, path.with_suffix(".metadata")]), chance)
     work.told.append(f"  damaged: {path.name}")
     work.damaged.add(path)
+    work.is_exact = False  # it is not deleted, and another may be the best
     iterations = {name: iteration for iteration, name in work.saved.items()}
     left = [iterations.get(each.stem, 0) for each in intact if each != path]
     work.reached[path.parent.name] = max(left)
@@ -835,12 +842,14 @@ def is_running(pid):
 
 def diverged(scenario, work, chance):
     """A rate that is far too high: what is named to go back to is there. In a copy."""
-    if not work.reached:
+    own = [name for name in run_names(work.folder) if name not in run_names(scenario.template)]
+    if not own:
         return struck(scenario, work, chance)
     copy = Work(work.place / f"copy-{work.count}", work.folder)
     copy.damaged = {copy.folder / path.relative_to(work.folder) for path in work.damaged}
     rate = "--learning_rate 1e30 --lr_warmup 0 --min_lr 0 --steps_per_save 1 --keep 1"
-    leg = copy.leg(["--identifier", [*work.reached][0], *rate.split()])
+    rate += " --num_iters 200"
+    leg = copy.leg(["--identifier", own[0], *rate.split()])
     work.told += copy.told
     expect(leg.status == 1 and "not finite" in leg.err, "it did not diverge:", leg.err[-500:])
     named = re.search(r"--identifier (\w+)", leg.err)
@@ -877,6 +886,8 @@ def play_randomly(place, seed):
     scenario = Scenario(place, drawn(chance))
     disk = "2m" if os.getuid() == 0 and chance.random() < 0.1 else None
     work = scenario.work("struck", disk)
+    # Where a run was interrupted near its end, that checkpoint is one of the newest.
+    work.is_exact = "--keep 1" in " ".join(scenario.line)
     with work.told_of():
         for _ in range(FAULTS):
             kind = chance.choice(KINDS)
