@@ -186,6 +186,16 @@ def test_without_a_key_none_is_sent(tmp_path, pauses, monkeypatch):
     assert {authorization for _, authorization, _ in server.asked} == {None}
 
 
+def test_a_redirect_takes_no_key_along(tmp_path, pauses):
+    with Server() as other:
+        redirect = (307, {"Location": f"{other.url}/chat/completions"})
+        with Server([redirect] * 9) as server, contextlib.suppress(RunError):
+            distill(server, tmp_path, PROMPTS[:1])
+    assert server.asked[0][1] == f"Bearer {KEY}"
+    assert other.asked
+    assert {authorization for _, authorization, _ in other.asked} == {None}
+
+
 def key_for(url):
     """The variable of the key that is sent to a server, and the key."""
     teacher = extras.collect.Teacher(url, "gpt", 1, 1, print)
