@@ -57,11 +57,6 @@ def line_of_words(i):
 TEXT = "".join(map(line_of_words, range(400)))
 
 
-def pytest_configure(config):
-    marker = "soak: long runs of the fault matrix, only with pytest -m soak"
-    config.addinivalue_line("markers", marker)
-
-
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers():
     """The workers of `-n auto`: two more than cores, as many tests wait for processes."""
@@ -72,11 +67,6 @@ def pytest_xdist_auto_num_workers():
     else:
         cores = os.cpu_count() or 1
     return cores + 2
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.option.markexpr:
-        items[:] = [item for item in items if not item.get_closest_marker("soak")]
 
 
 def start(*arguments, env=None, program=(MAIN,), **options):

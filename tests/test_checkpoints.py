@@ -3,25 +3,21 @@
 What strangers may have put into a folder is in test_strangers.py.
 """
 
-import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import random
-import re
-import shlex
 import shutil
 import stat
 import struct
-import sys
 import time
 
 import main
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, flags, ids, run
+from conftest import ROOT, TINY, flags, ids, run, run_folder
 from datasets import Dataset, RunError, UsageError, WordTokenizer
 from main import mx
 
@@ -228,140 +224,6 @@ def test_arrays_are_read_from_the_start_of_a_file(tmp_path, monkeypatch):
 # ---- Saving -------------------------------------------------------------------------------------
 
 
-class Watched:
-    """A file that a save writes, with a `write` that tests can make fail."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def write(self, data):
-        return self.file.write(data)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-
-
-class Faults:
-    """Counts the calls of a save that reach the operating system and lets the n-th one fail."""
-
-    def __init__(self, patch, at, error):
-        self.calls = 0
-        self.at = at
-        self.error = error
-        datasets = sys.modules["datasets"]
-        patch.setattr(datasets, "open", self.open, raising=False)
-        for name in ("replace", "fsync", "open"):
-            patch.setattr(os, name, self.wrap(getattr(os, name)))
-        patch.setattr(Watched, "write", self.wrap(Watched.write, is_write=True))
-
-    def open(self, path, mode="r", **options):
-        """In the place of open."""
-        file = open(path, mode, **options)
-        return Watched(file) if mode == "xb" else file
-
-    def wrap(self, function, is_write=False):
-        """The function, which fails if it is the n-th call."""
-
-        def faulty(*arguments):
-            self.calls += 1
-            if self.calls == self.at:
-                if is_write:  # half of it gets to the disk
-                    watched, data = arguments
-                    watched.file.write(bytes(data)[: len(data) // 2])
-                    watched.file.flush()
-                raise self.error
-            return function(*arguments)
-
-        return faulty
-
-
-class Killed(BaseException):
-    """Stands for a `kill -9`: nothing in the program handles it."""
-
-
-def count_calls(run):
-    """The calls that a save makes of the system."""
-    with pytest.MonkeyPatch.context() as patch:
-        faults = Faults(patch, 0, None)
-        main.write_checkpoint(run)
-    return faults.calls
-
-
-def test_killed_at_every_call_of_a_save(tmp_path):
-    """After it, the checkpoint before or the new one is the newest, and is intact."""
-    run = make_run(tmp_path / "lm")
-    old = save(run)
-    shutil.copytree(tmp_path / "lm", tmp_path / "old")
-    advance(run)
-    calls = count_calls(run)
-    new = run.checkpoint_id
-    assert calls > 30
-    outcomes = []
-    for at in range(1, calls + 1):
-        shutil.rmtree(tmp_path / "lm")
-        shutil.copytree(tmp_path / "old", tmp_path / "lm")
-        run.checkpoint_id = old
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(main.Path, "unlink", lambda *_, **__: None)  # nor does it clean up
-            Faults(patch, at, Killed())
-            main.write_checkpoint(run)
-        main.remove_unfinished(run.folder)
-        [newest, *_] = listed(tmp_path / "lm")
-        assert newest in (old, new)
-        assert is_intact(tmp_path / "lm", newest)
-        names = [path.name for path in run.folder.iterdir()]
-        assert len({name.partition(".")[0] for name in names}) * 2 == len(names), "not in pairs"
-        outcomes.append(newest)
-    assert outcomes[0] == old
-    assert outcomes[-1] == new, "faults were not spread over the whole save"
-
-
-def test_error_at_every_call_is_retried(tmp_path, monkeypatch, capsys):
-    """A full disk or a broken one: nothing is lost, and nothing else is left in the end."""
-    pauses = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
-    run = make_run(tmp_path)
-    checkpoint_id = save(run)
-    for at in range(1, count_calls(run) + 1):
-        with pytest.MonkeyPatch.context() as patch:
-            Faults(patch, at, OSError(errno.ENOSPC, "No space left on device"))
-            assert save(run) == checkpoint_id
-        assert pauses == [1]
-        pauses.clear()
-        assert "No space left" in capsys.readouterr().out
-        assert is_intact(tmp_path, checkpoint_id)
-        assert len(list(run.folder.iterdir())) == 2
-
-
-def test_retries_pause_longer_and_longer(tmp_path, monkeypatch, capsys):
-    """Who sits at the terminal can press Ctrl+C, a launcher kills."""
-    slept = []
-
-    def sleep(seconds):
-        slept.append(seconds)
-        if sum(slept) > 1000:
-            raise Killed
-
-    def never_works(run):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr(main, "write_checkpoint", never_works)
-    with pytest.raises(Killed):
-        save(make_run(tmp_path))
-    assert slept == sorted(slept)
-    assert slept[0] == 1
-    assert slept[-1] == 60
-    announced = re.findall(r"retrying in (\d+) s. Press Ctrl\+C twice", capsys.readouterr().out)
-    assert [*map(int, announced)] == slept
-
-
 def test_a_file_system_that_syncs_no_folder(tmp_path, monkeypatch):
     """All is saved that can be: it must not be tried for ever."""
     fsync = os.fsync
@@ -401,25 +263,6 @@ def test_leftovers_of_a_killed_save(tmp_path):
     main.remove_unfinished(run.folder)
     assert {path.name for path in run.folder.iterdir()} == own | foreign
     assert len(list(other.folder.iterdir())) == 4
-
-
-def test_a_leftover_that_cannot_be_deleted_ends_nothing(tmp_path):
-    run = make_run(tmp_path)
-    save(run)
-    (run.folder / ".0123456789abcdef.new").mkdir()
-    leftover = run.folder / ".ffffffffffffffff.new"
-    leftover.write_bytes(b"")
-    main.remove_unfinished(run.folder)
-    assert not leftover.exists()
-
-
-def test_a_clock_set_back_does_not_hide_the_newest(tmp_path, monkeypatch):
-    run = make_run(tmp_path)
-    saved = []
-    for clock in (2000.0, 3000.0, 1000.0, 1001.0):
-        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
-        saved += train_and_save(run, 1)
-    assert listed(tmp_path) == saved[::-1]
 
 
 # ---- Damage -------------------------------------------------------------------------------------
@@ -471,16 +314,6 @@ def test_damage_is_passed_over_for_the_next_older_one(tmp_path, capsys):
     (run.folder / f"{saved[0]}.safetensors").write_bytes(b"")
     with pytest.raises(RunError, match="--new_model"):
         choose(tmp_path)
-
-
-def test_a_named_one_is_never_replaced(tmp_path):
-    run = make_run(tmp_path)
-    saved = train_and_save(run, 2)
-    spoil(run.folder / f"{saved[1]}.safetensors")
-    for identifier in (saved[1], run.name, "latest"):
-        with pytest.raises(RunError, match="damaged.*--list"):
-            choose(tmp_path, identifier=[identifier])
-    assert chosen_id(tmp_path, identifier=[saved[0]]) == saved[0]
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "metadata"])
@@ -573,22 +406,6 @@ def test_a_flag_younger_than_the_checkpoint_has_its_default(tmp_path, monkeypatc
     assert choose(tmp_path, **checkpoint.flags, mlp="gelu") is None
 
 
-@pytest.mark.parametrize("difference", [-1, 1])
-def test_another_format_is_refused(tmp_path, monkeypatch, capsys, difference):
-    run = make_run(tmp_path)
-    describe = main.describe_run
-
-    def describe_as_another(*arguments):
-        checkpoint = describe(*arguments)
-        checkpoint.format_version += difference
-        return checkpoint
-
-    monkeypatch.setattr(main, "describe_run", describe_as_another)
-    save(run)
-    assert main.list_checkpoints(tmp_path, warn=True) == []
-    assert "another version" in capsys.readouterr().err
-
-
 def test_equal_checkpoints_of_two_runs_are_independent(tmp_path):
     """Each has a folder, with its own progress and its own scores."""
     first = make_run(tmp_path, name="test-aaaaaa")
@@ -610,56 +427,7 @@ def test_equal_checkpoints_of_two_runs_are_independent(tmp_path):
     assert is_intact(tmp_path, checkpoint_id)
 
 
-def test_a_folder_is_a_run(tmp_path):
-    """Copying, renaming or deleting it does that to the run."""
-    run = make_run(tmp_path)
-    checkpoint_id = save(run)
-    shutil.copytree(run.folder, tmp_path / "a_copy")
-    run.folder.rename(tmp_path / "renamed")
-    assert {each.run for each in main.list_checkpoints(tmp_path)} == {"a_copy", "renamed"}
-    for name in ("a_copy", "renamed"):
-        assert chosen_id(tmp_path, identifier=[name]) == checkpoint_id
-    shutil.rmtree(tmp_path / "renamed")
-    assert [each.run for each in main.list_checkpoints(tmp_path)] == ["a_copy"]
-
-
-def test_copied_renamed_and_trained_on(tmp_path, text):
-    line = ["--text", text, *TINY, "--steps_per_save", 2, "--save_dir", tmp_path / "lm"]
-    run(*line, "--num_iters", 4)
-    [folder] = (tmp_path / "lm").glob("text-*")
-    before = ids(tmp_path / "lm")
-    folder.rename(tmp_path / "lm" / "renamed")
-    shutil.copytree(tmp_path / "lm" / "renamed", tmp_path / "lm" / "copy")
-    for name in ("renamed", "copy"):
-        out, _ = run(*line, "--num_iters", 6, "--identifier", name)
-        assert f"run      {name}, from iteration 4 to 6" in out
-        assert len(list((tmp_path / "lm" / name).glob("*.safetensors"))) == len(before) + 1
-
-
 # ---- Locks --------------------------------------------------------------------------------------
-
-
-def test_one_writer_for_each_run(tmp_path):
-    run = make_run(tmp_path)
-    save(run)
-    settled = flags(save_dir=str(tmp_path))
-    checkpoints = main.list_checkpoints(tmp_path)
-    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
-        _, folder = main.find_run(settled, checkpoints, first)
-        assert folder == run.folder
-        with pytest.raises(UsageError, match="another process.*--new_model"):
-            main.find_run(settled, checkpoints, second)
-    with contextlib.ExitStack() as third:
-        main.find_run(settled, checkpoints, third)
-
-
-def test_a_run_that_went_on_since_it_was_listed(tmp_path):
-    run = make_run(tmp_path)
-    save(run)
-    checkpoints = main.list_checkpoints(tmp_path)
-    train_and_save(run, 1)
-    with contextlib.ExitStack() as held, pytest.raises(RunError, match="advanced.*rerun"):
-        main.find_run(flags(save_dir=str(tmp_path)), checkpoints, held)
 
 
 def test_pruning_waits_for_readers(tmp_path):
@@ -692,20 +460,6 @@ def test_a_command_holds_the_lock_while_it_starts(tmp_path, text, monkeypatch):
 # ---- Pruning ------------------------------------------------------------------------------------
 
 
-def test_prune_keeps_the_newest_the_best_and_other_runs(tmp_path):
-    run = make_run(tmp_path, keep=2)
-    other = make_run(tmp_path, name="test-111111", seed=5)
-    foreign = save(other)
-    saved = []
-    for i in range(6):
-        advance(run)
-        score(run, abs(i - 1) + 1.0)
-        saved.append(save(run))
-    main.prune(run)
-    assert {*listed(tmp_path)} == {saved[1], saved[4], saved[5], foreign}
-    assert len(list(run.folder.iterdir())) == 6
-
-
 def test_prune_keeps_what_the_run_was_resumed_from(tmp_path):
     """Newer ones may be damaged, which their names and records do not show."""
     run = make_run(tmp_path, keep=1)
@@ -736,19 +490,6 @@ def test_prune_keeps_the_best_of_a_run_that_goes_on_from_before_its_newest(tmp_p
         save(again)
         main.prune(again)
     assert is_intact(tmp_path, saved[0])
-
-
-@pytest.mark.parametrize("flag_name", ["init_from", "teacher"])
-def test_prune_keeps_what_other_runs_need(tmp_path, flag_name):
-    run = make_run(tmp_path, keep=1)
-    saved = train_and_save(run, 1)
-    other = make_run(tmp_path, name="test-111111")
-    other.uses = {flag_name: [saved[0], saved[0]]}
-    save(other)
-    saved += train_and_save(run, 2)
-    main.prune(run)
-    assert listed(tmp_path / "..")[:0] == []
-    assert {each.id for each in main.list_run(run.folder)} == {saved[0], saved[2]}
 
 
 def test_pruning_waits_for_one_good_step(tmp_path, text):
@@ -786,44 +527,6 @@ def test_a_branch_has_its_own_folder(tmp_path, text):
         assert json.loads(row)["iteration"] > older.iteration
 
 
-def test_a_branch_that_is_stopped_before_its_first_step(tmp_path, text, monkeypatch, capsys):
-    """It exists, and the command that it prints works."""
-    save_dir = tmp_path / "my runs"
-    line = ["--text", text, *TINY, "--steps_per_save", 2, "--num_iters", 4]
-    line += ["--save_dir", save_dir]
-    run(*line)
-    older = main.list_checkpoints(save_dir)[1]
-
-    def stopped(run, interrupts, ranks):
-        return 15
-
-    monkeypatch.setattr(main, "train", stopped)
-    status = main.main(["--identifier", older.id, "--save_dir", str(save_dir)])
-    assert status == 143
-    pasted = shlex.split(capsys.readouterr().out.rpartition("To resume: ")[2])
-    assert pasted[:2] == ["python", "main.py"]
-    out, _ = run(*pasted[2:])
-    assert "from iteration 2 to 4" in out
-    assert len(list(save_dir.glob("text-*"))) == 2
-
-
-@pytest.mark.parametrize("has_log", [False, True])
-def test_a_run_that_saved_nothing(tmp_path, text, monkeypatch, has_log):
-    """Nothing is left of it but its log, if it has one."""
-
-    def stopped(run, interrupts, ranks):
-        if has_log:
-            (run.folder / "log.jsonl").write_text("{}\n")
-        return 2
-
-    monkeypatch.setattr(main, "train", stopped)
-    line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm"]
-    assert main.main([*map(str, line)]) == 130
-    left = [path.name for path in (tmp_path / "lm").glob("text-*/*")]
-    assert left == ["log.jsonl"] * has_log
-    assert len(list((tmp_path / "lm").glob("text-*"))) == has_log
-
-
 def test_the_base_of_a_lora_run_cannot_be_pruned_while_that_starts(tmp_path, text, monkeypatch):
     line = ["--text", text, *TINY, "--save_dir", tmp_path]
     run(*line, "--num_iters", 2)
@@ -846,35 +549,6 @@ def test_the_base_of_a_lora_run_cannot_be_pruned_while_that_starts(tmp_path, tex
     run("--identifier", newest.run, "--prompt", "a", "--save_dir", tmp_path)
 
 
-def test_divergence_names_a_command_that_works(tmp_path, text):
-    save_dir = tmp_path / "my runs"
-    line = ["--text", text, *TINY, "--lr_warmup", 0, "--save_dir", save_dir]
-    run(*line, "--num_iters", 4, "--steps_per_save", 2)
-    name = main.list_checkpoints(save_dir)[0].run
-    more = ["--identifier", name, "--learning_rate", 1e38, "--grad_clip", 0, "--num_iters", 9]
-    _, err = run(*more, "--save_dir", save_dir, status=1)
-    assert err.count("\n") == 1
-    assert "is not finite" in err
-    pasted, _, _ = err.partition("go back with ")[2].partition(" (or")
-    words = shlex.split(pasted)
-    assert words[:2] == ["python", "main.py"]
-    prefix = words[words.index("--identifier") + 1]
-    [named] = [each for each in main.list_checkpoints(save_dir) if each.id.startswith(prefix)]
-    assert named.iteration == 4, "a step was taken from it"
-    words[words.index("--learning_rate") + 1] = "0.001"  # a third of 1e38 diverges, too
-    run(*words[2:], "--grad_clip", 1)
-
-
-def test_divergence_right_after_a_save_names_the_checkpoint_before(tmp_path):
-    run = make_run(tmp_path)
-    saved = train_and_save(run, 2)
-    error = main.divergence_error(run, "loss", run.iteration, main.SingleProcess())
-    assert saved[0][:12] in str(error)
-    shutil.rmtree(run.folder)
-    error = main.divergence_error(run, "loss", run.iteration, main.SingleProcess())
-    assert "start over with --new_model" in str(error)
-
-
 def test_no_pickle_no_eval():
     """Nothing in a file can make the program run it."""
     paths = [ROOT / "main.py", ROOT / "datasets.py", *sorted(ROOT.glob("extras/*.py"))]
@@ -883,3 +557,24 @@ def test_no_pickle_no_eval():
     source = source.replace("mx.eval(", "").replace("_exec(", "")
     for forbidden in ("pickle", "eval(", "exec(", "np.load", "marshal", "__import__"):
         assert forbidden not in source, forbidden
+
+
+def test_damaged_newest_is_named_and_passed_over(tmp_path, text):
+    line = ["--text", text, *TINY, "--num_iters", 60, "--steps_per_save", 20]
+    line += ["--save_dir", tmp_path]
+    run(*line)
+    newest = ids(tmp_path)[0]
+    path = run_folder(tmp_path) / f"{newest}.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    named = ["--inference", "--identifier", newest, "--save_dir", tmp_path]
+    _, err = run(*named, status=1)
+    assert err.count("\n") == 1
+    assert "is damaged" in err
+    _, err = run("--inference", "--save_dir", tmp_path, input="line 5")
+    assert newest[:12] in err
+    assert "iteration 40" in err
+    out, err = run(*line)
+    assert newest[:12] in err
+    assert "from iteration 40" in out
+    assert ids(tmp_path)[0] == newest, "the same steps end in the same bytes"
+    main.list_checkpoints(tmp_path)[0].open()

@@ -19,7 +19,7 @@ from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY, flags, ids, resumed_by, run, run_folder, run_folders, start
+from conftest import ROOT, TINY, flags, ids, resumed_by, run, run_folder, start
 
 import main
 from datasets import UsageError
@@ -393,186 +393,11 @@ def flags_of(trained, monkeypatch):
     return call
 
 
-def test_values_of_a_resumed_run(flags_of, trained):
-    values, checkpoint = flags_of()
-    assert checkpoint.iteration == 3
-    assert (values.dim, values.mlp, values.mlp_dim, values.dropout) == (16, "gelu", 64, 0.1)
-    assert (values.learning_rate, values.num_iters, values.keep) == (0.01, 3, 5)
-    assert values.weight_decay == 1e-5 and values.max_tokens == 200, "never typed or not inherited"
-    assert values.save_dir == trained / "lm"
-    assert values.given == {"save_dir": str(trained / "lm")}
-
-
-def test_what_does_not_shape_a_run_may_change(flags_of, trained):
-    line = ["--text", trained / "text.txt", *TINY, *SHAPE]
-    more = ["--num_iters", 9, "--max_tokens", 7, "--steps_per_eval", 5, "--grad_checkpoint"]
-    values, checkpoint = flags_of(*line, *more)
-    assert checkpoint
-    assert (values.num_iters, values.max_tokens, values.steps_per_eval) == (9, 7, 5)
-    assert values.grad_checkpoint
-    assert (values.dim, values.keep) == (16, 5)
-
-
-def changes_of(checkpoint, values):
-    """What the start screen says of a resumed run."""
-    resumed = SimpleNamespace(name=checkpoint.run, flags=values, versions={}, sources={})
-    first, *others = main.describe_resume(checkpoint, resumed).splitlines()
-    head, _, changes = first.partition(" with ")
-    assert head == "resumed "
-    return sorted(changes.split(", ")), others
-
-
-def test_a_name_lets_training_flags_change(flags_of, trained):
-    name = main.list_checkpoints(trained / "lm")[0].run
-    line = ["--identifier", name, "--learning_rate", 0.5, "--num_iters", 9, "--dropout", 0.2]
-    values, checkpoint = flags_of(*line, "--mlp", "gelu")
-    assert checkpoint
-    assert (values.learning_rate, values.num_iters, values.dropout) == (0.5, 9, 0.2)
-    assert changes_of(checkpoint, values) == ([
-        "--dropout 0.1 -> 0.2",
-        "--learning_rate 0.01 -> 0.5",
-        "--num_iters 3 -> 9",
-    ], [])  # fmt: skip
-    values, checkpoint = flags_of("--identifier", name)
-    assert changes_of(checkpoint, values) == (["unchanged flags"], [])
-    values, checkpoint = flags_of("--identifier", name, "--num_iters", 9, "--lr_schedule", "cosine")
-    _, lines = changes_of(checkpoint, values)
-    assert lines == ["The learning rate and dropout schedules now stretch to --num_iters."]
-
-
-def test_what_has_changed_around_a_resumed_run(flags_of):
-    values, checkpoint = flags_of()
-    resumed = SimpleNamespace(
-        name=checkpoint.run,
-        flags=values,
-        versions=checkpoint.versions | {"MLX": "99"},
-        sources=checkpoint.sources | {"main.py": "0" * 40},
-    )
-    _, *lines = main.describe_resume(checkpoint, resumed).splitlines()
-    before = checkpoint.versions["MLX"]
-    assert sorted(lines) == [
-        "Edited since the checkpoint: main.py.",
-        f"Environment changed since the checkpoint (MLX {before} -> 99): "
-        "resume may not be bit-exact.",
-    ]
-
-
-def test_a_bare_command_resumes_what_was_saved_last(flags_of, trained):
-    """Its corpus, too: the default of --dataset is for new runs."""
-    values, checkpoint = flags_of()
-    assert checkpoint.id == ids(trained / "lm")[0]
-    assert (values.dataset, values.text) == ("text", [str(trained / "text.txt")])
-    _, same = flags_of("--num_iters", 5)
-    assert same.id == checkpoint.id
-    _, other = flags_of("--dim", 16)
-    assert other is None, "one flag of a run does not name it"
-
-
-@pytest.mark.parametrize("more", [
-    ["--mlp", "swiglu"],
-    ["--learning_rate", 0.5],
-    ["--new_model"],
-    ["--mlp_dim", 48],
-], ids=str)  # fmt: skip
-def test_a_new_run_takes_nothing_from_another(more, flags_of, trained):
-    values, checkpoint = flags_of("--text", trained / "text.txt", *more)
-    assert checkpoint is None
-    assert (values.dim, values.weight_decay) == (1024, 1e-5)
-    assert (values.num_iters, values.keep) == (100000, 3)
-
-
-def test_another_dataset_is_a_new_run(flags_of):
-    _, checkpoint = flags_of("--dataset", "python")
-    assert checkpoint is None
-
-
-def test_identifier_brings_its_text_along(flags_of, trained):
-    values, checkpoint = flags_of("--identifier", ids(trained / "lm")[0][:6], "--keep", 2)
-    assert checkpoint
-    assert values.text == [str(trained / "text.txt")] and values.dataset == "text"
-    assert (values.dim, values.keep) == (16, 2)
-
-
-# A value of flags that shape a run, none of them the default. Some need another.
-SHAPES = [
-    dict(tokenizer="char"),
-    dict(valid_fraction=0.2),
-    dict(train_tokens=900),
-    dict(seed=7),
-    dict(dim=32),
-    dict(mlp="swiglu"),
-    dict(mlp_dim=48),
-    dict(qk_norm=True),
-    dict(untie=True),
-    dict(ngrams=3),
-    dict(ngram_rows=99),
-    dict(conv_size=3),
-    dict(embedding_scale=4.0),
-    dict(num_kv_heads=1),
-    dict(batch_size=3),
-    dict(grad_accumulation=2),
-    dict(learning_rate=0.5),
-    dict(min_lr=0.0),
-    dict(weight_decay=0.1),
-    dict(embedding_decay=0.1),
-    dict(beta1=0.8),
-    dict(optimizer="muon"),
-    dict(lr_warmup=3),
-    dict(lr_schedule="linear"),
-    dict(lr_cooldown=0.5),
-    dict(grad_clip=0.5),
-    dict(dropout=0.3),
-    dict(dropout_final=0.3),
-    dict(dtype="bfloat16"),
-    dict(average=0.2),
-    dict(init_from="0" * 40, lora_rank=2),
-    dict(init_from="0" * 40, lora_rank=2, lora_alpha=9.0),
-    dict(teacher="0" * 40),
-    dict(teacher="0" * 40, teacher_weight=0.1),
-    dict(teacher="0" * 40, teacher_temperature=1.0),
-]
-
-
 @pytest.fixture
 def plain(trained):
     """A checkpoint, as if its run had been started with the defaults."""
     [checkpoint] = main.list_checkpoints(trained / "lm")
     return replace(checkpoint, flags={"text": [str(trained / "text.txt")]})
-
-
-@pytest.mark.parametrize("values", SHAPES, ids=str)
-def test_what_shapes_a_run_tells_runs_apart(values, plain):
-    shaped = replace(plain, folder=plain.folder.with_name("shaped"), flags=plain.flags | values)
-    both = [plain, shaped]
-
-    def found(**given):
-        return resumed_by(both, text=plain.flags["text"], **given)
-
-    assert found() == [plain]
-    assert found(**values) == [shaped]
-    assert found(**values, num_iters=7) == [shaped]
-    assert found(**values, num_blocks=3) == []
-    assert found(**values, new_model=True) == []
-
-
-def test_a_command_resumes_the_newest_run_of_its_flags(plain):
-    """With all its checkpoints, and no other's; not one that has a flag beyond them."""
-    again = replace(plain, folder=plain.folder.with_name("again"))
-    wider = replace(plain, folder=plain.folder.with_name("wider"), flags=plain.flags | {"dim": 32})
-    checkpoints = [wider, again, plain, replace(wider, iteration=1), replace(again, iteration=1)]
-    text = plain.flags["text"]
-
-    assert resumed_by(checkpoints, text=text) == [again, checkpoints[4]]
-    assert resumed_by(checkpoints, text=text, dim=1024) == [again, checkpoints[4]]
-    assert resumed_by(checkpoints, text=text, dim=32) == [wider, checkpoints[3]]
-    assert resumed_by([wider], text=text) == []
-    assert resumed_by(checkpoints, dim=32) == [], "of another text"
-
-
-def test_a_command_without_flags_resumes_the_run_saved_last(plain):
-    newest = replace(plain, folder=plain.folder.with_name("newest"), flags={"dim": 32})
-    assert resumed_by([newest, plain]) == [newest]
-    assert resumed_by([newest, plain], num_iters=7, steps_per_eval=3) == [newest]
 
 
 @pytest.mark.parametrize("origin", main.ORIGINS)
@@ -604,37 +429,6 @@ def test_a_run_that_learns_from_its_average_has_a_shape_of_its_own(plain):
 def test_a_value_that_it_has_by_default_is_its_own(given, plain):
     given |= {"text": plain.flags["text"]}
     assert resumed_by([plain], **given) == [plain]
-
-
-NEW_RUN = "Starting a new run: "
-
-
-def test_a_sweep_trains_a_run_for_each_value_and_resumes_each(trained, tmp_path):
-    line = ["--text", trained / "text.txt", *TINY, "--save_dir", tmp_path]
-
-    def sweep(num_iters):
-        outputs = []
-        for rate in (0.001, 0.003):
-            out, _ = run(*line, "--learning_rate", rate, "--num_iters", num_iters)
-            outputs.append(out)
-        return outputs
-
-    first, second = sweep(2)
-    assert NEW_RUN not in first, "there is no other"
-    [one] = [each for each in main.list_checkpoints(tmp_path) if each.run in first]
-    [notice] = [line for line in second.splitlines() if line.startswith(NEW_RUN)]
-    assert f"{one.run}, has --learning_rate 0.001 instead of 0.003. " in notice
-    assert notice.endswith(f": python main.py --identifier {one.run} --save_dir {tmp_path}")
-    for out in sweep(4):
-        assert "from iteration 2 to 4" in out
-        assert NEW_RUN not in out
-    checkpoints = main.list_checkpoints(tmp_path)
-    assert len(run_folders(tmp_path)) == 2
-    reached = {each.run: each.iteration for each in reversed(checkpoints)}
-    assert [*reached.values()] == [4, 4]
-    line = ["--identifier", one.run, "--learning_rate", 0.002, "--num_iters", 5]
-    out, _ = run(*line, "--save_dir", tmp_path)
-    assert "resumed  with --learning_rate 0.001 -> 0.002, --num_iters 4 -> 5" in out
 
 
 def test_config_file_flat_and_in_groups(flags_of, trained, tmp_path):
@@ -694,19 +488,6 @@ def test_a_config_of_comments(tmp_path, content):
     path = tmp_path / "own.yaml"
     path.write_text(content)
     assert main.read_command_line(["--config", str(path)]) == {"config": str(path)}
-
-
-@pytest.mark.parametrize("error, line", [
-    (MemoryError(), "main.py: out of memory: "),
-    (MemoryError("Unable to allocate 9 TiB"), "main.py: Unable to allocate 9 TiB: "),
-])  # fmt: skip
-def test_out_of_memory(error, line, monkeypatch, capsys):
-    def failing(*_):
-        raise error
-
-    monkeypatch.setattr(main, "execute", failing)
-    assert main.main([]) == 1
-    assert capsys.readouterr().err.startswith(f"{line}give a smaller --batch_size")
 
 
 def test_the_cores_that_count(monkeypatch):

@@ -238,67 +238,6 @@ def test_tokenizers_survive_json(kind, bpe):
     assert loaded.decode(loaded.encode(text)) == tokenizer.decode(tokenizer.encode(text))
 
 
-WORD_LEVEL = {"type": "WordLevel", "unk_token": "<unk>"}
-
-
-PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
-
-
-# What a stranger may send in the place of a tokenizer's `to_dict()`.
-MALFORMED = {
-    "nothing": None,
-    "a list": [],
-    "a string": "byte",
-    "no kind": {},
-    "another kind": {"kind": "later", "vocabulary": "ab"},
-    "a path as kind": {"kind": "../../x", "vocabulary": "ab"},
-    "a list as kind": {"kind": ["byte"], "vocabulary": "ab"},
-    "char without vocabulary": {"kind": "char"},
-    "char with a number": {"kind": "char", "vocabulary": 5},
-    "char with a list": {"kind": "char", "vocabulary": ["ab", "c"]},
-    "a repeated character": {"kind": "char", "vocabulary": "aba"},
-    "half a character": {"kind": "char", "vocabulary": "a\ud800"},
-    "word without vocabulary": {"kind": "word"},
-    "word with a string": {"kind": "word", "vocabulary": "<eos><unk>"},
-    "word with a dict": {"kind": "word", "vocabulary": {"<eos>": 0, "<unk>": 1}},
-    "word with numbers": {"kind": "word", "vocabulary": ["<eos>", "<unk>", 3]},
-    "word with lists": {"kind": "word", "vocabulary": ["<eos>", "<unk>", []]},
-    "a repeated word": {"kind": "word", "vocabulary": ["<eos>", "<unk>", "a", "a"]},
-    "no <eos>": {"kind": "word", "vocabulary": ["<unk>", "a"]},
-    "no <unk>": {"kind": "word", "vocabulary": ["<eos>", "a"]},
-    "package without vocabulary": {"kind": "bpe"},
-    "package with a number": {"kind": "bpe", "vocabulary": 7},
-    "package with a list": {"kind": "bpe", "vocabulary": []},
-    "package without JSON": {"kind": "bpe", "vocabulary": "x"},
-    "package with {}": {"kind": "file", "vocabulary": "{}"},
-    "package with []": {"kind": "gpt2", "vocabulary": "[]"},
-    "package with deep JSON": {"kind": "bpe", "vocabulary": "[" * 100_000},
-    "no words": {"kind": "file", "vocabulary": json.dumps({"model": WORD_LEVEL | {"vocab": {}}})},
-    "holes in the ids": {
-        "kind": "file",
-        "vocabulary": json.dumps({"model": WORD_LEVEL | {"vocab": {"<unk>": 0, "a": 9}}}),
-    },
-    "eos is a number": {
-        "kind": "file",
-        "vocabulary": json.dumps({"model": WORD_LEVEL | {"vocab": {"<unk>": 0}}}),
-        "eos": 5,
-    },
-    "a panic": {
-        "kind": "file",
-        "vocabulary": json.dumps(
-            {"model": WORD_LEVEL | {"vocab": {"<unk>": 0}}, "normalizer": PRECOMPILED}
-        ),
-    },
-}
-
-
-@pytest.mark.parametrize("case", MALFORMED)
-def test_what_is_no_tokenizer(case):
-    with pytest.raises(ValueError, match="^malformed tokenizer") as error:
-        datasets.tokenizer_from_dict(MALFORMED[case])
-    assert "\n" not in str(error.value)
-
-
 def package_tokenizer(model, **parts):
     """A tokenizer of the package with this model, and these parts of a tokenizer.json."""
     return PackageTokenizer(json.dumps({"model": model, **parts}), "file")
@@ -559,64 +498,6 @@ def test_an_error_of_the_command_line():
         UsageError, match=r"^unrecognized arguments: --x \(--help lists all flags\)$"
     ):
         datasets.Parser().parse_args(["--x"])
-
-
-def test_replacing_a_file(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    path.chmod(0o640)
-    own = tmp_path / "a.txt.new"
-    own.write_text("precious")
-    with datasets.replacing(path) as file:
-        file.write(b"new")
-        assert path.read_text() == "old"
-        assert Path(file.name).parent == tmp_path
-        assert re.fullmatch(r"\.[0-9a-f]{16}\.new", Path(file.name).name)
-    assert path.read_text() == "new"
-    assert path.stat().st_mode & 0o777 == 0o640
-    assert own.read_text() == "precious"
-    assert sorted(tmp_path.iterdir()) == [path, own]
-
-
-@pytest.mark.parametrize("error", [OSError, ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("old", ["old", None])
-def test_replacing_a_file_fails(tmp_path, error, old):
-    path = tmp_path / "a.txt"
-    if old:
-        path.write_text(old)
-    with pytest.raises(error):
-        with datasets.replacing(path) as file:
-            file.write(b"new")
-            raise error()
-    assert list(tmp_path.iterdir()) == ([path] if old else [])
-    if old:
-        assert path.read_text() == old
-
-
-def test_replacing_a_link(tmp_path):
-    """The link is replaced, and what it leads to stays as it is."""
-    (tmp_path / "notes").write_text("precious")
-    (tmp_path / "a.txt").symlink_to("notes")
-    with datasets.replacing(tmp_path / "a.txt") as file:
-        file.write(b"new")
-    assert (tmp_path / "notes").read_text() == "precious"
-    assert (tmp_path / "a.txt").read_text() == "new"
-    assert not (tmp_path / "a.txt").is_symlink()
-    with pytest.raises(OSError, match="No such file"):
-        with datasets.replacing(tmp_path / "nowhere" / "a.txt"):
-            pass
-
-
-def test_an_opener_that_follows_no_link(tmp_path):
-    path = tmp_path / "notes"
-    (tmp_path / "link").symlink_to("notes")
-    for mode in ("wb", "ab", "rb"):
-        with pytest.raises(OSError, match="symbolic link"):
-            open(tmp_path / "link", mode, opener=datasets.no_follow)
-    assert not path.exists()
-    with open(path, "wb", opener=datasets.no_follow) as file:
-        file.write(b"a")
-    assert path.read_text() == "a"
 
 
 @pytest.mark.parametrize("export", ["folder", "gguf"])
@@ -1541,23 +1422,6 @@ def test_damaged_tokens_are_made_anew(tmp_path, paths, damage):
     assert tokens_of(load(tmp_path, paths)) == expected
 
 
-def test_flipped_bits_of_about(tmp_path, paths):
-    """Wherever they are, and whether or not it stays JSON."""
-    first = load(tmp_path, paths)
-    expected = tokens_of(first)
-    path = cache_of(tmp_path) / "about.json"
-    content = path.read_bytes()
-    generator = random.Random(1)
-    for _ in range(20):
-        changed = bytearray(content)
-        changed[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
-        path.write_bytes(changed)
-        second = load(tmp_path, paths, say=str)
-        assert tokens_of(second) == expected
-        assert second.sha256 == first.sha256
-        assert second.tokenizer.to_dict() == first.tokenizer.to_dict()
-
-
 def test_damaged_tokens_whose_text_is_gone(tmp_path, paths):
     load(tmp_path, paths)
     overwrite(cache_of(tmp_path) / "train.tokens", 0)
@@ -1597,36 +1461,6 @@ def encode_elsewhere(tmp_path, paths, left=9, pause=0):
         *paths,
     ]
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-
-@pytest.mark.parametrize("left", range(3))
-@pytest.mark.parametrize("before", ["nothing", "other text"])
-def test_killed_while_encoding(tmp_path, paths, left, before):
-    if before == "other text":
-        paths[0].write_text(ROWS.replace("quick", "aaaaa"))
-        load(tmp_path, paths)
-        paths[0].write_text(ROWS)
-    process = encode_elsewhere(tmp_path, paths, left)
-    process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGKILL
-    assert tokens_of(load(tmp_path, paths)) == tokens_of(load(tmp_path / "fresh", paths))
-
-
-def test_killed_while_writing_about(tmp_path, paths):
-    """What is left then is deleted at the next start, and nothing else."""
-    program = PROGRAM.replace(
-        "datasets.write_tokens = watched",
-        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
-    )
-    command = [sys.executable, "-c", program.format(left=9, pause=0), tmp_path / "lm", *paths]
-    process = subprocess.run(list(map(str, command)), cwd=ROOT)
-    assert process.returncode == -signal.SIGKILL
-    cache = cache_of(tmp_path)
-    [left] = cache.glob(".*.new")
-    (cache / ".notes.new").write_text("precious")
-    assert tokens_of(load(tmp_path, paths)) == tokens_of(load(tmp_path / "fresh", paths))
-    assert not left.exists()
-    assert (cache / ".notes.new").exists()
 
 
 def test_two_processes_encode_once(tmp_path, paths):
@@ -1748,7 +1582,6 @@ def test_dataset_knows_its_tokens(tmp_path):
     assert len({first["train"], sha256("one", "two\n")["train"]}) == 2
 
 
-
 def test_too_little_text(tmp_path):
     for text in ("a", "ab"):
         with pytest.raises(UsageError, match="validation"):
@@ -1795,33 +1628,6 @@ def test_every_text_file_is_opened_with_an_encoding():
             if isinstance(node, ast.Call) and lacks_encoding(node):
                 found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
     assert not found
-
-
-@pytest.mark.parametrize(
-    "line, lacks",
-    [
-        ("open(p)", True),
-        ("open(p, 'a')", True),
-        ("open(p, mode='w')", True),
-        ("os.fdopen(1, 'w')", True),
-        ("p.open()", True),
-        ("p.open('r', errors='replace')", True),
-        ("p.open('ab' if x else 'w')", True),
-        ("p.read_text()", True),
-        ("p.write_text(t)", True),
-        ("p.read_text(errors='replace')", True),
-        ("open(p, 'rb')", False),
-        ("open(p, 'w', encoding='utf-8')", False),
-        ("os.open(p, os.O_RDONLY)", False),
-        ("p.open('ab' if x else 'wb')", False),
-        ("p.read_text('utf-8')", False),
-        ("p.write_text(t, 'utf-8')", False),
-        ("read_text(entry, 'prompt')", False),
-        ("webbrowser.new()", False),
-    ],
-)
-def test_what_opens_a_text_file(line, lacks):
-    assert lacks_encoding(ast.parse(line).body[0].value) == lacks
 
 
 def test_a_locale_other_than_utf8_changes_nothing(tmp_path, bpe):

@@ -298,17 +298,6 @@ def test_waits_longer_each_time_and_then_gives_up(server, folder):
     assert 8 <= max(server.slept) <= 60
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_cut_connection_is_resumed(server, folder, seed):
-    server.cuts = [random.Random(seed).randrange(2 << 20, len(BIG))]
-    fetch_big(folder, f"{server.base}/good/")
-    whole, rest = server.seen
-    first = int(rest.range.removeprefix("bytes=").removesuffix("-"))
-    assert whole.range is None
-    assert 0 < first <= whole.sent == server.cuts[0]
-    assert rest.sent == len(BIG) - first
-
-
 @pytest.mark.parametrize("behaviour", ["good", "whole"])
 @pytest.mark.parametrize("cuts", [[1], [20000], [len(CONTENT) - 1], [500, 30000, 30001]], ids=str)
 def test_cut_anywhere(server, folder, behaviour, cuts):

@@ -131,44 +131,6 @@ def test_timeout_that_sends_its_signal_twice_loses_nothing(tmp_path, text):
     assert len(ids(tmp_path / "lm")) == 1
 
 
-SIGNALS = [
-    # Ctrl+C, as a launcher repeats it
-    (signal.SIGINT, signal.SIGINT),
-    (signal.SIGTERM, signal.SIGTERM),
-    # a closed terminal, and then the job's manager
-    (signal.SIGHUP, signal.SIGTERM),
-]
-
-
-@pytest.fixture
-def default_signals():
-    """Those that are ignored where the tests run in the background would stay so."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before):
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("first, second", SIGNALS)
-def test_a_signal_repeated_at_once_is_one_request(first, second, monkeypatch, default_signals):
-    """Half a second later it is a second one, whichever it is."""
-    left = []
-    monkeypatch.setattr(os, "_exit", left.append)
-    with main.Interrupts() as interrupts:
-        signal.raise_signal(first)
-        while not interrupts.received:
-            time.sleep(0.01)
-        signal.raise_signal(second)
-        time.sleep(0.1)
-        assert not left
-        assert interrupts.received == first
-        time.sleep(0.5)
-        signal.raise_signal(second)
-        time.sleep(0.1)
-        assert left == [128 + second]
-
-
 def test_signal_that_the_parent_ignores_stays_ignored(tmp_path, text):
     folder = tmp_path / "lm"
     options = f"--text {text} {' '.join(TINY)} --num_iters 300 --save_dir {folder}"

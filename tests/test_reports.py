@@ -11,23 +11,19 @@ import json
 import math
 import os
 import pty
-import random
 import re
 import shlex
-import signal
 import struct
 import termios
-import time
 from argparse import Namespace
 
 import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, flags, ids, log_rows, run, run_folder, start
+from conftest import ROOT, TINY, flags, ids, log_rows, run, run_folder
 from datasets import ByteTokenizer
 from test_evaluation import make_model, nats_of
-from test_interrupts import wait_for
 
 
 @pytest.mark.parametrize("length", [2, 8, 9, 10, 33, 50])
@@ -135,31 +131,6 @@ def test_log_counts_the_tokens_of_batches_as_they_were(tmp_path, text):
     assert counts == [2 * 4 * 8, 2 * 4 * 8 + 2 * 2 * 8]
 
 
-def test_log_of_a_run_that_is_killed(tmp_path, text):
-    """Whatever stops it, the log ends with the lines, and the losses, of the run never touched."""
-    # Checkpoints fall between reports, whose losses are means over the steps before and after them.
-    line = ["--text", text, *TINY, "--context_size", 64]
-    line += ["--steps_per_report", 4, "--steps_per_eval", 12, "--steps_per_save", 3]
-    chance = random.Random(0)
-    for _ in range(6):
-        process = start(*line, "--save_dir", tmp_path / "killed")
-        wait_for(process, "  loss ")
-        time.sleep(chance.uniform(0, 0.3))
-        process.send_signal(chance.choice([signal.SIGKILL, signal.SIGINT]))
-        process.communicate(timeout=120)
-    num_iters = main.list_checkpoints(tmp_path / "killed")[0].iteration + 15
-    logs = []
-    for name in ("killed", "whole"):
-        run(*line, "--save_dir", tmp_path / name, "--num_iters", num_iters)
-        rows = []
-        for row in log_rows(tmp_path / name):
-            rows.append((row["iteration"], row["split"], row["loss"], row.get("gradient_norm")))
-        logs.append(rows)
-    assert logs[0] == logs[1]
-    assert len(logs[0]) >= num_iters // 4
-    assert not list((tmp_path / "killed").glob("**/.*.new"))
-
-
 def test_a_log_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
     path = tmp_path / "log.jsonl"
     content = row_of(10) + "\n"
@@ -174,100 +145,6 @@ def test_a_log_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
     assert path.read_text() == content
     log.append({"iteration": 30, "split": "train", "loss": 0.5})
     assert path.read_text() == content + row_of(30, loss=0.5) + "\n"
-
-
-@pytest.mark.parametrize("before", ["", row_of(10) + "\n"], ids=["new", "resumed"])
-def test_a_row_that_cannot_be_written_costs_itself_alone(before, tmp_path, monkeypatch):
-    """Of the one for which the disk has no room left, a part may be in the file."""
-    path = tmp_path / "log.jsonl"
-    if before:
-        path.write_text(before)
-    log = main.Log(run_at(tmp_path, 10))
-
-    class Full:
-        """A file on a disk that has room for three bytes."""
-
-        def __init__(self, *arguments, **options):
-            self.file = open(*arguments, **options)
-
-        def write(self, line):
-            self.file.write(line[:3])
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(main, "open", Full, raising=False)
-        log.append({"iteration": 20, "split": "train"})
-    log.append({"iteration": 30, "split": "train"})
-    assert path.read_text() == before + row_of(30) + "\n"
-
-
-def test_a_log_that_is_a_link_is_not_followed(tmp_path):
-    """A folder from a stranger could name any file of the user's."""
-    precious = tmp_path / "precious.txt"
-    precious.write_text("mine\n")
-    folder = tmp_path / "text-0a1b2c"
-    folder.mkdir()
-    (folder / "log.jsonl").symlink_to(precious)
-    log = main.Log(run_at(folder, 10))
-    log.append({"iteration": 20, "split": "train"})
-    assert precious.read_text() == "mine\n"
-
-
-@pytest.mark.parametrize("error_number", [errno.EIO, errno.EPIPE, errno.ENOSPC])
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_an_error_of_stdout_ends_no_run(tmp_path, is_terminal, error_number):
-    """Nothing is written to a closed terminal or pipe again; a full disk may recover."""
-
-    class Failing:
-        def __init__(self):
-            self.file = open(tmp_path / "out", "w", encoding="utf-8")
-
-        def write(self, text):
-            raise OSError(error_number, os.strerror(error_number))
-
-        def isatty(self):
-            return is_terminal
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    failing = Failing()
-    stream = main.UnbreakableStream(failing)
-    stream.write("text")
-    stream.flush()
-    is_null = os.path.samestat(os.fstat(failing.file.fileno()), os.stat(os.devnull))
-    is_closed = error_number == errno.EPIPE or (is_terminal and error_number == errno.EIO)
-    assert is_null == is_closed
-
-
-def test_a_score_that_was_not_saved_is_logged_once(tmp_path):
-    path = tmp_path / "log.jsonl"
-    lines = [row_of(10), row_of(10, "valid", loss=1.0), row_of(20), '{"iteration": 20, "sp']
-    content = "\n".join(lines).encode() + b"\xff"  # damaged at its end: no reason to stop a run
-    for scores, kept in (([[10, 1.0]], lines[:2]), ([], lines[:1])):
-        path.write_bytes(content)
-        log = main.Log(run_at(tmp_path, 10, scores))
-        assert path.read_text().splitlines() == kept
-        given = {"iteration": 11, "split": "train", "tokens_seen": 5, "seconds": 0.25}
-        log.append(given | {"loss": 1 / 3})
-        assert rows_of(path)[-1] == given | {"loss": 0.333333}
-
-
-def test_what_a_kill_has_cut_off_is_not_continued(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text(row_of(10) + "\n" + row_of(20)[:12])
-    log = main.Log(run_at(tmp_path, 20))
-    log.append({"iteration": 20, "split": "train"})
-    assert path.read_text() == row_of(10) + "\n" + row_of(20) + "\n"
 
 
 @pytest.mark.parametrize("damage", [
@@ -563,30 +440,6 @@ def test_what_the_screen_names_works_when_pasted(tmp_path, text):
     assert f"{name}, from iteration 8 to 8" in out
 
 
-def test_a_run_that_diverges_names_the_checkpoint_before(tmp_path, text):
-    line = ["--text", text, *TINY, "--steps_per_save", 2, "--save_dir", tmp_path]
-    run(*line, "--num_iters", 6, "--keep", 9)
-    newest = main.list_checkpoints(tmp_path)[0].id
-    raised = ["--identifier", "latest", "--num_iters", 40, "--learning_rate", 1e30]
-    raised += ["--grad_clip", 0, "--lr_warmup", 0, "--save_dir", tmp_path]
-    _, err = run(*raised, status=1)
-    assert err.count("\n") == 1
-    _, _, typed = err.partition("go back with python main.py ")
-    arguments = shlex.split(typed.partition(" (or")[0])
-    assert arguments[:2] == ["--identifier", newest[:12]]
-    lower = [*arguments[:-1], "0.001"]  # a third of 1e30 is no better
-    out, _ = run(*lower, "--num_iters", 7)
-    assert "from iteration 6 to 7" in out
-
-
 # ---- Mistakes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("typed, words", [
-    (["--evaluate", "valid", "--eval_stride", 33], "at most 32"),
-    (["--prompt", "x", "--identifier", "latest", "best"], "--identifier takes one name"),
-])  # fmt: skip
-def test_mistakes(trained, typed, words):
-    _, err = run(*typed, "--save_dir", trained, status=2, cwd=trained.parent)
-    [line] = err.splitlines()
-    assert words in line

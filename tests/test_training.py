@@ -7,7 +7,6 @@ import random
 import math
 import re
 import shlex
-import shutil
 import signal
 import time
 
@@ -136,59 +135,6 @@ def test_new_model_twice_makes_two_runs(tmp_path, text):
     assert one == other
     out, _ = run(*line)
     assert re.search(BEGINNING, out).groups() == (second, "10")
-
-
-def test_an_older_checkpoint_begins_a_branch(tmp_path, text):
-    """What follows a checkpoint that its run has left behind is a run of its own.
-
-    Nothing of the old one is deleted.
-    """
-    line = ["--text", text, *TINY, "--steps_per_save", 10, "--keep", 2, "--save_dir", tmp_path]
-    run(*line, "--num_iters", 20)
-    newer, older = ids(tmp_path)
-    [trunk] = run_folders(tmp_path)
-    branching = ["--identifier", older, "--num_iters", 60, "--learning_rate", 0.01]
-    out, _ = run(*line, *branching)
-    name, iteration = re.search(BEGINNING, out).groups()
-    assert iteration == "10"
-    assert name != trunk.name
-    assert f"A new branch: {trunk.name} has newer checkpoints, which are kept.\n" in out
-    assert "--learning_rate 0.0003 -> 0.01" in out
-    kept = {path.stem for path in trunk.glob("*.safetensors")}
-    assert kept == {older, newer}
-    branch = main.list_run(tmp_path / name)
-    assert [checkpoint.iteration for checkpoint in branch[:2]] == [60, 50]
-
-
-KILLED_IN_ITS_FIRST_STEP = """
-import main
-
-def dying(*arguments):
-    main.os.kill(main.os.getpid(), 9)
-
-main.draw_dropout = dying
-main.sys.exit(main.main())
-"""
-
-
-def test_a_branch_is_saved_at_once(tmp_path, text):
-    """It can be rerun without its trunk, however early it was killed."""
-    line = ["--text", text, *TINY, "--save_dir", tmp_path]
-    run(*line, "--num_iters", 20, "--steps_per_save", 10)
-    [trunk] = run_folders(tmp_path)
-    newer, older = ids(tmp_path)
-    branching = ["--identifier", older, "--learning_rate", 0.01]
-    process = start_code(KILLED_IN_ITS_FIRST_STEP, *line, *branching)
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
-    branch = newest(tmp_path)
-    assert branch.run != trunk.name
-    assert branch.id == older
-    assert branch.flags["learning_rate"] == 0.01
-    shutil.rmtree(trunk)
-    out, _ = run(*line, "--learning_rate", 0.01, "--num_iters", 20)
-    assert re.search(BEGINNING, out).groups() == (branch.run, "10")
-    assert ids(tmp_path)[0] != newer
 
 
 def test_the_best_of_a_branch_stays_where_the_old_run_goes_on(tmp_path, text):
@@ -331,27 +277,6 @@ def test_another_machine_is_named(tmp_path, text):
     assert "at iteration 10" in out, err
 
 
-EDITED_SOURCE = """
-import main
-hash_sources = main.hash_sources
-
-def hash_edited_sources():
-    return hash_sources() | {"main.py": "0" * 40}
-
-main.hash_sources = hash_edited_sources
-main.sys.exit(main.main())
-"""
-
-
-def test_edited_source_is_named(tmp_path, text):
-    line = ["--text", text, *TINY, "--save_dir", tmp_path]
-    run(*line, "--num_iters", 5)
-    process = start_code(EDITED_SOURCE, *line, "--num_iters", 10)
-    out, err = process.communicate(timeout=60)
-    assert "Edited since the checkpoint: main.py." in out, err
-    assert "at iteration 10" in out, err
-
-
 def test_eval_tokens(tmp_path, text):
     """0 scores the whole split, a number that many tokens from its start."""
     schedule = ["--num_iters", 5, "--steps_per_eval", 5]
@@ -438,14 +363,6 @@ def test_the_last_good_checkpoint_is_one_from_which_a_step_can_be_taken(
     out, _ = run(*arguments, *cured, "--num_iters", 40)
     assert f"from iteration {good.iteration} to 40" in out
     assert "at iteration 40" in out
-
-
-def test_a_run_that_was_never_good_says_so(tmp_path, text):
-    line = ["--text", text, *TINY, "--save_dir", tmp_path]
-    diverging = ["--learning_rate", 1e30, "--lr_warmup", 0, "--steps_per_save", 1]
-    _, err = run(*line, *diverging, status=1)
-    assert "is not finite: start over with --new_model --learning_rate 3e+29" in err
-    assert err.count("\n") == 1
 
 
 def test_a_score_that_is_not_finite_ends_the_run(tmp_path, text, monkeypatch, capsys):
@@ -750,19 +667,3 @@ def test_average_begins_and_ends_with_its_flag(tmp_path, text):
     assert ids(legs)[0] == ids(plain)[0]
 
 
-def test_checkpoint_that_another_process_pruned_while_this_one_waited(
-    tmp_path, text, monkeypatch, capsys
-):
-    line = ["--text", str(text), *TINY, "--save_dir", str(tmp_path)]
-    assert main.main([*line, "--num_iters", "2"]) == 0
-    claim = main.claim
-
-    def claim_too_late(folder, held):
-        for path in folder.glob("*.safetensors"):
-            path.unlink()
-        claim(folder, held)
-
-    monkeypatch.setattr(main, "claim", claim_too_late)
-    assert main.main([*line, "--num_iters", "4"]) == 1
-    err = capsys.readouterr().err
-    assert "advanced while this process was starting; rerun\n" in err

@@ -160,49 +160,6 @@ def test_patterns_of_runs(text, tmp_path):
     assert "--identifier 'python-*' matches no checkpoint" in err
 
 
-@pytest.mark.parametrize("typed, words", [
-    (["--cases", "none.yaml"], "none.yaml"),
-    (["--cases", "text.txt"], "is not a YAML list of entries"),
-    (
-        ["--cases", "text.txt", "--identifier", "zzz", "latest"],
-        "--identifier 'zzz' matches no checkpoint",
-    ),
-])  # fmt: skip
-def test_mistakes(trained, typed, words):
-    _, err = run(*typed, "--save_dir", trained, status=2, cwd=trained.parent)
-    assert words in err.splitlines()[-1]
-    assert "Traceback" not in err
-
-
-@pytest.mark.parametrize("content", [
-    "",
-    "3",
-    "- 3",
-    "- null",
-    "- [prompt, expected]",
-    "- {prompt: a}",
-    "{prompt: a, expected: b}",
-    "- {prompt: [a], expected: b}",
-    "- {prompt: a, expected: {b: c}}",
-    "- {prompt: a, expected: [[]]}",
-    "- &a {prompt: a, expected: *a}",
-    '- {prompt: a, expected: ""}',
-    "[]",
-    "{}",
-    "[" * 5000,
-    "\0",
-    "- {prompt: a, expected: b",
-], ids=repr)  # fmt: skip
-def test_files_that_hold_no_cases(trained, tmp_path, content, capsys):
-    (tmp_path / "c.yaml").write_text(content)
-    (tmp_path / "out.json").write_text("old")
-    line = ["--cases", tmp_path / "c.yaml", "--output", tmp_path / "out.json"]
-    assert main.main([*map(str, line), "--save_dir", str(trained)]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "is not a YAML list of entries" in err
-    assert (tmp_path / "out.json").read_text() == "old"
-
-
 def test_results_into_a_pipe(trained, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     line = ["--cases", EXAMPLE, "--identifier", "latest", "--output", tmp_path / "pipe"]
@@ -286,8 +243,3 @@ def test_a_full_disk_leaves_the_old_results(trained, tmp_path):
     assert list(tmp_path.iterdir()) == [results]
 
 
-def test_an_empty_folder(tmp_path):
-    (tmp_path / "c.yaml").write_text("[]")
-    _, err = run("--cases", "c.yaml", "--save_dir", tmp_path, status=2, cwd=tmp_path)
-    assert str(tmp_path) in err.splitlines()[-1]
-    assert "train" in err

@@ -582,23 +582,6 @@ def test_another_process_is_collecting(tmp_path, pauses):
     assert [line["prompt"] for line in lines(tmp_path)] == PROMPTS
 
 
-def test_the_lock_is_held_while_answers_come(tmp_path, pauses, monkeypatch):
-    write_corpus = extras.collect.write_corpus
-    refused = []
-
-    def collect_too(*arguments):
-        with pytest.raises(UsageError, match="another process") as error:
-            distill(server, tmp_path)
-        refused.append(error)
-        write_corpus(*arguments)
-
-    monkeypatch.setattr(extras.collect, "write_corpus", collect_too)
-    with Server() as server:
-        distill(server, tmp_path)
-    assert len(refused) == 1
-    assert len(lines(tmp_path)) == len(PROMPTS)
-
-
 @pytest.mark.parametrize("name", ["corpus.txt", "answers.jsonl", "link"])
 def test_prompts_that_the_output_would_replace(tmp_path, name):
     (tmp_path / "out").mkdir()

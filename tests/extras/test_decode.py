@@ -468,15 +468,6 @@ def test_two_processes_do_not_write_one_file(word_model, tmp_path):
     assert len(path.read_bytes().splitlines()) == 1
 
 
-def test_the_lock_is_held_while_answers_are_computed(tmp_path):
-    """By the open file that append_lines returns, which another process cannot open so."""
-    out, _ = append_lines(tmp_path / "out.jsonl", [{"prompt": "a"}])
-    with out, pytest.raises(UsageError, match="another process"):
-        append_lines(tmp_path / "out.jsonl", [{"prompt": "a"}])
-    out, _ = append_lines(tmp_path / "out.jsonl", [{"prompt": "a"}])
-    out.close()
-
-
 def test_a_device_is_not_read():
     """/dev/full, say, has no end."""
     with pytest.raises(UsageError, match="/dev/null is not a regular file"):

@@ -406,33 +406,6 @@ def test_folders_that_cannot_be_imported(tmp_path, file, content, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda data: data[:-1],
-    lambda data: data[: len(data) // 2],
-    lambda data: data[:9],
-    lambda data: b"",
-    lambda data: b"\xff" * 8 + data[8:],
-    lambda data: data.replace(b'"data_offsets":[0,', b'"data_offsets":[9,', 1),
-    lambda data: data.replace(b'"F32"', b'"I99"', 1),
-])  # fmt: skip
-def test_damaged_weights_cannot_be_imported(tmp_path, damage):
-    export_model(make_model(), TOKENIZERS["byte"], tmp_path, None)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UsageError, match="holds no") as error:
-        import_model(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model-2.safetensors"])
-def test_a_pipe_is_not_waited_at(tmp_path, name):
-    export_model(make_model(), TOKENIZERS["byte"], tmp_path, None)
-    (tmp_path / name).unlink(missing_ok=True)
-    os.mkfifo(tmp_path / name)
-    with pytest.raises(UsageError, match=f"{name} is not a regular file"):
-        import_model(tmp_path)
-
-
 def test_a_tokenizer_of_more_ids_than_the_model_has(tmp_path):
     """Ids without an embedding would be read from whatever lies behind the last one."""
     export_model(make_model(256), TOKENIZERS["byte"], tmp_path / "few", None)
@@ -559,11 +532,3 @@ def test_a_full_disk_leaves_no_half_of_an_export(tmp_path, size):
     assert import_model(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("typed, words", [
-    (["--export", "/proc/none"], "cannot write to --export"),
-    (["--export", "/tmp/x", "--prompt", "x"], "are mutually exclusive"),
-])  # fmt: skip
-def test_mistakes(base, typed, words):
-    _, err = run(*typed, "--save_dir", base, status=2)
-    assert words in err.splitlines()[-1]
-    assert "Traceback" not in err

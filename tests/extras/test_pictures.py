@@ -311,22 +311,5 @@ def test_a_name_without_an_ending(trained, tmp_path):
 
 
 # ---- Mistakes -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("typed, words", [
-    (["--plot", "nowhere/x.png"], "cannot write nowhere/x.png"),
-    (["--plot", "x.nonsense"], "cannot write x.nonsense"),
-    (["--plot", "x.png", "--identifier", "zzz"], "--identifier 'zzz' matches no checkpoint"),
-    (["--plot", "x.png", "--cases", "y"], "are mutually exclusive"),
-    (["--attention", "x.png"], "--attention requires --prompt"),
-    (["--attention", "nowhere/x.png", "--prompt", "x"], "cannot write nowhere/x.png"),
-])  # fmt: skip
-def test_mistakes(trained, typed, words):
-    _, err = run(*typed, "--save_dir", trained, status=2, cwd=trained.parent)
-    assert words in err.splitlines()[-1]
-    assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("typed", [["--plot", "x.png"], ["--attention", "x.png", "--prompt", "x"]])
-def test_an_empty_folder(tmp_path, typed):
-    _, err = run(*typed, "--save_dir", tmp_path, status=2, cwd=tmp_path)
-    assert str(tmp_path) in err.splitlines()[-1]
-    assert "train" in err

@@ -98,15 +98,3 @@ def test_quantized_from_the_command_line(tmp_path, text):
     assert out.strip()
 
 
-@pytest.mark.parametrize("typed, words", [
-    (["--prompt", "x", "--quantize", 4], "--quantize 4 needs a model in which 32 divides"),
-    (["--prompt", "x", "--quantize", 3], "invalid choice: 3"),
-    (["--quantize", 4], "--quantize requires one of --prompt"),
-])  # fmt: skip
-def test_mistakes(base, text, typed, words):
-    line = [*typed, "--save_dir", base]
-    if "--prompt" not in typed:
-        line += ["--text", text, "--num_iters", 1, "--new_model"]
-    _, err = run(*line, status=2)
-    assert words in err.splitlines()[-1]
-    assert "Traceback" not in err

@@ -1,0 +1,41 @@
+"""A part of the two programs that disturb main.py from outside; tests/README.md has the rest."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="MLX does not survive a fork")
+
+
+def play(name, *arguments):
+    """Runs one of the programs in one process; returns its exit status and what it printed."""
+    command = [sys.executable, ROOT / "tests" / name, "--jobs", 1, *arguments]
+    ended = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--every", 170), ("--random", 30, "--seed", 2)])
+def test_faults(arguments):
+    status, out = play("crash.py", *arguments)
+    assert " 0 failures" in out, out
+    assert status == 0
+
+
+def test_strangers():
+    status, out = play("strangers.py", "--cases", 100, "--seed", 1)
+    assert "100 cases, 0 findings" in out, out
+    assert status == 0
+
+
+def test_a_missing_fsync_is_found(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "extras", copy / "extras")
+    for name in ("main.py", "datasets.py"):
+        source = (ROOT / name).read_text().replace("os.fsync(", "os.fstat(")
+        (copy / name).write_text(source)
+    status, out = play("crash.py", "--every", 29, "--first", "--checkout", copy)
+    assert "1 failures" in out, out
+    assert status == 1
