@@ -122,6 +122,13 @@ PACKAGE = {
         "unk_token": "<unk>",
     },
 }
+# What a part of it becomes that chance would not find: a vocabulary larger than each model's, which
+# must not be used, and what makes the package panic, which is no Exception.
+BEYOND = {"<unk>": 0, "the": 1} | {f"beyond-{i}": i for i in range(2, 400)}
+TRAPS = [
+    ("model", PACKAGE["model"] | {"vocab": BEYOND}),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+]
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "U8": 1, "U64": 8, "BOOL": 1}
 
 
@@ -329,7 +336,11 @@ def size_of(value):
 def mutated_json(chance, text):
     """The same for a text or bytes that may hold JSON."""
     try:
-        value = dumps(mutated(chance, json.loads(text)))
+        value = json.loads(text)
+        if isinstance(value, dict) and "pre_tokenizer" in value and chance.random() < 0.2:
+            value = dumps(value | dict([chance.choice(TRAPS)]))
+        else:
+            value = dumps(mutated(chance, value))
     except (ValueError, RecursionError):  # several lines, or what was put there before
         return near(chance, text) if isinstance(text, str) else damaged(chance, text)
     return value.encode() if isinstance(text, bytes) else value
@@ -445,6 +456,10 @@ class Case:
             shared[chance.choice(TEXTS)] = shared.pop("stranger")
         shutil.copytree(templates.folder / "save" / "good", work / "save" / "good")
         write(work / ("save" if is_run else "hub"), shared)
+        self.is_trap = False  # whether ids have no embeddings, without which MLX reads beyond
+        for path in work.rglob("stranger/*"):
+            if path.is_file() and not path.is_symlink():
+                self.is_trap |= b"beyond-399" in path.read_bytes()
 
     def run(self, program):
         """Runs the command; returns its faults, as lines."""
@@ -490,6 +505,8 @@ class Case:
         last = [line for line in shown.splitlines() if line.strip()][-1:]
         if self.status < 0:
             yield f"died by {signal.Signals(-self.status).name}"
+        elif not self.status and self.is_trap and "stranger" in self.command.words:
+            yield "used ids that have no embeddings"
         elif self.status > 2 or (self.status and self.command.must_succeed):
             yield f"status {self.status}: {last}"
         elif self.status and not re.search(r"^main\.py: ", shown, re.MULTILINE):
