@@ -503,10 +503,11 @@ class Work:
             if words[0] in {name[:12] for name in states}:
                 listed.add((*words[:4], "best" in words))
         newest = max(listed, key=iteration_of)
+        files = {str(path.relative_to(folder)) for path in folder.rglob("*")}
         return {
             "newest": newest,
             "state": [sha1 for name, sha1 in states.items() if name.startswith(newest[0])],
-            "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")),
+            "files": files - {"samples.jsonl"},  # a kill between a save and its sample costs that
             "states": states,
             "list": listed,
             "log": read_log(folder, may_repeat=not self.is_whole_log),
@@ -517,16 +518,16 @@ class Work:
 
 
 def write_text(path):
-    """A text of a few lines, which a run reads several times."""
+    """A text of three lines, which a run reads several times."""
     words = "the quick brown fox of the company jumps over a lazy dog".split()
     lines = []
-    for i in range(6):
+    for i in range(3):
         lines.append(" ".join(words[i:] + words[: i % 4]) + " — señor\n")
     path.write_text("".join(lines))
 
 
 SIZES = "--dim 16 --num_heads 2 --num_blocks 1 --context_size 8 --batch_size 4"
-PACE = "--num_iters 16 --lr_warmup 0 --steps_per_save 4 --steps_per_eval 8 --steps_per_report 3"
+PACE = "--num_iters 12 --lr_warmup 0 --steps_per_save 4 --steps_per_eval 8 --steps_per_report 3"
 PACE += " --eval_tokens 40 --max_tokens 2 --keep 1"
 RATES = "--learning_rate 0.02 --lr_schedule linear --dropout 0.1 --average 0.3"
 
@@ -652,8 +653,7 @@ def resume(scenario, before):
 def branch(scenario, before):
     leg = before.leg([*begin(scenario, before), "--keep", "2"])
     left = {path.stem for path in checkpoints(before.folder)}
-    # The best and the newest two.
-    expect(left == {leg.saved[8], leg.saved[12], leg.saved[16]}, f"--keep 2 has kept {left}")
+    expect(left == {leg.saved[8], leg.saved[12]}, f"--keep 2 has kept {left}")
     return ["--identifier", leg.saved[8][:12], "--keep", "1"]
 
 
@@ -778,7 +778,7 @@ def ended_by_the_clock(scenario, work, chance):
 def spoil(path, chance):
     """Damages a file."""
     data = bytearray(path.read_bytes())
-    way = chance.choice(["cut off", "a bit flipped", "emptied", "gone", "zeros at the end"])
+    way = chance.choice(["a bit flipped"] * 3 + ["cut off", "emptied", "gone", "zeros at the end"])
     place = chance.randrange(len(data)) if data else 0
     if way == "gone":
         path.unlink()
@@ -858,8 +858,8 @@ def diverged(scenario, work, chance):
     work.told += copy.told
     expect(leg.status == 1 and "not finite" in leg.err, "it did not diverge:", leg.err[-500:])
     named = re.search(r"--identifier (\w+)", leg.err)
-    if named:
-        expect([*copy.folder.glob(f"*/{named[1]}*.safetensors")], f"{named[1]} is gone")
+    expect(named, "no checkpoint is left to go back to:", leg.err)
+    expect([*copy.folder.glob(f"*/{named[1]}*.safetensors")], f"{named[1]} is gone")
 
 
 def disk_full(scenario, work, chance):
