@@ -3716,7 +3716,7 @@ def make_config(flags, vocab_size):
 
 
 def make_model(flags, dataset, contents, origins):
-    """The model of a run; a checkpoint's weights are loaded later. Raises UsageError, Damaged."""
+    """The model of a run; its weights are drawn or loaded later. Raises UsageError, Damaged."""
     if "init_from" in origins:
         model = origins["init_from"].model
         # Its context may change; what no flag sets, such as a padded vocabulary, stays.
@@ -3728,10 +3728,6 @@ def make_model(flags, dataset, contents, origins):
             model = LanguageModel(Config(**contents.checkpoint.config))
     else:
         model = LanguageModel(make_config(flags, dataset.tokenizer.vocab_size))
-    if flags.lora_rank:
-        extra("lora").init_lora(model, flags.seed)
-    elif not contents and "init_from" not in origins:
-        init_weights(model, flags.seed)
     return model
 
 
@@ -3849,6 +3845,10 @@ def make_run(folder, flags, contents, ranks):
     rows = flags.batch_size * flags.grad_accumulation
     batches = Batches(dataset.train.tokens, flags.context_size, rows, flags.seed)
     check_memory(model, flags, ranks, optimizer)
+    if flags.lora_rank:
+        extra("lora").init_lora(model, flags.seed)
+    elif not contents and "init_from" not in origins:
+        init_weights(model, flags.seed)
     teacher = origins["teacher"].model if "teacher" in origins else None
     if flags.teacher == "average":
         teacher = copy.deepcopy(model)  # train_step gives it the weights

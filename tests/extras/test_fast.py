@@ -202,7 +202,7 @@ def test_a_resumed_run_says_that_a_function_was_edited(copy, text, tmp_path):
     train_copy(copy, text, tmp_path / "lm")
     edit(copy, *EDITS["relu2"])
     out, _ = train_copy(copy, text, tmp_path / "lm", "--num_iters", 4)
-    assert "Edited since the checkpoint: main.py." in out
+    assert "The code that trains was edited since the checkpoint" in out
     assert "(edited  -> relu2)" in out
 
 
