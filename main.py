@@ -2447,8 +2447,9 @@ def hash_code(flags):
     bodies = parts[1::2]
     sources = [body for title, body in zip(titles, bodies) if title in SHAPING_PARTS]
     for name, is_used in (("lora", flags.lora_rank), ("distil", flags.teacher)):
-        if is_used:
-            sources.append((HERE / "extras" / f"{name}.py").read_text("utf-8"))
+        path = HERE / "extras" / f"{name}.py"
+        if is_used and path.exists():  # a student can be sampled from without it
+            sources.append(path.read_text("utf-8"))
     code = "\n".join(map(without_comments, sources))
     return hashlib.sha1(code.encode()).hexdigest()
 
