@@ -627,10 +627,11 @@ def judge_status(leg):
         if action in ("kill", "power", "names"):
             allowed = {-signal.SIGKILL}
         elif action in SIGNALS:
-            # Before there is anything to save, a signal has its default action.
-            allowed |= {SIGNALS[action], -getattr(signal, action)}
+            allowed.add(SIGNALS[action])
             if leg.calls - row["call"] >= 3:  # it did not come when all was done
                 allowed.discard(0)
+            if leg.begun is None:  # nothing to save: a signal has its default action
+                allowed.add(-getattr(signal, action))
         elif leg.begun is None:  # it could not begin
             allowed |= {1, 2, -signal.SIGINT, -signal.SIGTERM}
         elif action == "ENOSPC":
