@@ -393,7 +393,7 @@ class Leg:
             self.reached = number(found[1])
 
     def may_lack_rows(self):
-        """Whether rows of the log may be gone: it is not synced, and what it cannot take is lost."""
+        """Whether rows of the log may be gone: what is not synced, or what it could not take."""
         for row in self.struck:
             if row["action"] in ("power", "names", "ENOSPC", "ENOSPC for a while"):
                 return True
