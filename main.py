@@ -1733,8 +1733,8 @@ class Stretch:
 
     def check(self):
         """Raises ValueError or another of UNREADABLE unless every field is well-formed."""
-        for number in (self.iteration, self.num_iters):
-            if type(number) is not int or not 0 <= number < 1e15:
+        for count in (self.iteration, self.num_iters):
+            if type(count) is not int or not 0 <= count < 1e15:
                 raise ValueError("a stretch of it is out of range")
         if not SHA1.fullmatch(self.code):
             raise ValueError("a hash is malformed")

@@ -1,6 +1,6 @@
 """A fault at every call of the system that a run makes; then random ones. All from outside.
 
-    python tests/crash.py                           every call of four scenarios, every action
+    python tests/crash.py                           every call of five scenarios, every action
     python tests/crash.py --every 40                one in forty of these cases
     python tests/crash.py --random 5000 --seed 7    five thousand random faults
     python tests/crash.py --only begin-57-power     one case again, or 7-12 of --random

@@ -1,6 +1,6 @@
-"""Checkpoints: their names prove the bytes, a save is all or nothing at every call, damage is seen.
+"""Checkpoints: their names prove the bytes, a save is all or nothing, damage is seen.
 
-What strangers may have put into a folder is in test_strangers.py.
+Faults at every call are in crash.py; what strangers may have put into a folder, in strangers.py.
 """
 
 import errno
