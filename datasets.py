@@ -288,30 +288,45 @@ def no_follow(path, flags):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Yields a new binary file that takes the place of `path` once the block ends well.
+def new_file(folder):
+    """Yields a new binary file in a folder, for `publish`; without that, it is deleted at the end.
 
-    It has a name of its own in the same folder until then. If the block, or writing to the disk,
-    raises anything, it is deleted and an old file at `path` is intact. Raises OSError.
+    Raises OSError.
     """
-    path = Path(path)
-    new = path.with_name(f".{os.urandom(8).hex()}.new")
+    path = Path(folder, f".{os.urandom(8).hex()}.new")
     # "x" follows no link and opens no file that exists.
-    with open(new, "xb") as file:
+    with open(path, "xb") as file:
         try:
             yield file
-            file.flush()  # out of Python's buffer
-            os.fsync(file.fileno())  # and out of the system's, before the old file is replaced
-            if path.is_file() and not path.is_symlink():
-                shutil.copymode(path, new)
-            os.replace(new, path)
         except BaseException:
-            new.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             raise
 
 
+def publish(file, path):
+    """Gives a `new_file` the name `path`, in the place of an old file, once it is on disk."""
+    file.flush()  # out of Python's buffer
+    os.fsync(file.fileno())  # and out of the system's, before the old file is replaced
+    if path.is_file() and not path.is_symlink():
+        shutil.copymode(path, file.name)
+    os.replace(file.name, path)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a new binary file that takes the place of `path` once the block ends well.
+
+    If the block, or writing to the disk, raises anything, an old file at `path` is intact. Raises
+    OSError.
+    """
+    path = Path(path)
+    with new_file(path.parent) as file:
+        yield file
+        publish(file, path)
+
+
 def remove_leftovers(folder):
-    """Deletes what killed processes left of `replacing` in a folder that no other one writes to."""
+    """Deletes what killed processes left of `new_file` in a folder that no other one writes to."""
     for path in folder.glob(".*.new"):
         if re.fullmatch(r"\.[0-9a-f]{16}\.new", path.name):
             with contextlib.suppress(OSError):  # a folder, or another user's: it does no harm
@@ -521,7 +536,8 @@ class Dataset(NamedTuple):
     train: Split
     valid: Split
     test: Split | None
-    sha256: dict  # {split: SHA256 of its tokens and the tokenizer}: what a run recognizes it by
+    # What a run recognizes it by: {"train" or "valid": SHA256 of its tokens and the tokenizer}.
+    sha256: dict
     folder: Path | None = None  # where the tokens lie; None if they come from another process
 
 
@@ -2105,7 +2121,8 @@ def map_dataset(name, cache, about, train_tokens):
             "no text is left for training or validation: "
             "give more text, another --valid_fraction, or --valid_text"
         )
-    return Dataset(name, tokenizer, **splits, sha256=about["sha256"], folder=cache)
+    sha256 = {split: about["sha256"][split] for split in ("train", "valid")}
+    return Dataset(name, tokenizer, **splits, sha256=sha256, folder=cache)
 
 
 # ---- The command line ---------------------------------------------------------------------------

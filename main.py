@@ -58,7 +58,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import errno
 import fcntl
@@ -98,9 +97,9 @@ from tqdm import tqdm
 
 from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, SPLITS, TOKENIZERS, Dataset, Parser
 from datasets import RunError, UsageError, choice, describe_tokenizer, end_of_text, explained, extra
-from datasets import flag, load_dataset, no_follow, number, one_line, open_data_dir, printable
-from datasets import refuse_empty, remove_leftovers, repair_streams, replacing, run_command, sync
-from datasets import tokenizer_from_dict, user_path, utf8, without_passwords
+from datasets import flag, load_dataset, new_file, no_follow, number, one_line, open_data_dir
+from datasets import printable, publish, refuse_empty, remove_leftovers, repair_streams, replacing
+from datasets import run_command, sync, tokenizer_from_dict, user_path, utf8
 
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
 
@@ -1046,7 +1045,6 @@ class Run(Progress):
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
     # What it was made with, see Checkpoint.
     origins: dict = dataclasses.field(default_factory=dict)
-    uses: dict = dataclasses.field(default_factory=dict)
     stretches: list = dataclasses.field(default_factory=list)  # the last one is that of now
 
     session_steps: int = 0  # taken by this process
@@ -1253,8 +1251,6 @@ def train_step(run, step):
     set_learning_rate(run.optimizer, rate)  # an array in its state: no recompilation
     inputs, targets = run.batches.next()
     dropout_rate, keys = draw_dropout(run.iteration, len(inputs), flags)
-    if flags.teacher == "average":
-        run.teacher.update(run.weights_to_save())
     metrics = step(inputs, targets, dropout_rate, keys)
     if flags.average:
         weights = run.model.trainable_parameters()
@@ -1559,62 +1555,43 @@ class Conversation:
 
 # ---- Checkpoints --------------------------------------------------------------------------------
 # <save_dir>/<run>/ holds all of a run and nothing of another: its checkpoints, log.jsonl and
-# samples.jsonl. Only the process that holds the folder's lock writes there. Each checkpoint is two
-# safetensors files:
+# samples.jsonl, and in init_from/ and teacher/ the models that it has to read again. Only the
+# process that holds the folder's lock writes there. Each checkpoint is two safetensors files:
 #
 #     <sha1>.safetensors  the weights (for LoRA, only the adapters), named by the SHA1 of its bytes
 #     <sha1>.metadata     the optimizer state, the order of the batches, the tokenizer and, with
 #                         --average, the weights before averaging; in its header a record (see
-#                         Checkpoint) and the SHA1 of the whole file, computed with BLANK in its
-#                         place
+#                         Checkpoint), which has the SHA1 of these arrays, and the record's own SHA1
 #
-# Readers of --save_dir hold its lock shared, and pruning holds it exclusively, so nothing vanishes
-# while it is read. A checkpoint may come from a stranger: what is in it is checked before it is
-# used, and no link is followed.
+# A checkpoint may come from a stranger: what is in it is checked before it is used, and no link is
+# followed.
 
 # Version of the .metadata format; increment it when another main.py could misread it.
 FORMAT_VERSION = 4
-BLANK = "0" * 40  # as long as the SHA1 that replaces it, so that no other byte moves
 SHA1 = re.compile("[0-9a-f]{40}")
-SHA256 = re.compile("[0-9a-f]{64}")
 RUN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a run's folder
-
-
-@contextlib.contextmanager
-def lock(folder, mode):
-    """Holds the lock of a folder: fcntl.LOCK_SH, LOCK_EX, or either with LOCK_NB.
-
-    Raises BlockingIOError if LOCK_NB is set and another process holds it. The lock ends with the
-    process, however that ends.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, mode)
-        yield
-    finally:
-        os.close(descriptor)
+NO_CHECKPOINT = "no checkpoint in {}: train a model first, or check --save_dir"
 
 
 @dataclasses.dataclass
 class Checkpoint(Progress):
-    """What the record of a checkpoint says. Data from a stranger until `check` has passed."""
+    """What the record of a checkpoint says."""
 
-    folder: Path  # of its run; not part of the record
+    folder: Path  # of its run
     id: str  # the SHA1 of its weights
+    state_sha1: str  # of the arrays in its .metadata, see sha1_of_arrays
     saved: float  # when, in seconds since 1970; later than those before it in its run
     flags: dict  # those in INHERITED, as they were settled
     config: dict  # the fields of a Config
     parameters: int  # of the whole model
     tokens_sha256: dict  # of the training and validation texts, see Dataset
-    origins: dict  # the models that it began with: {"init_from" or "teacher": id}
-    uses: dict  # those that resuming needs: {"init_from" or "teacher": [place, id]}
-    command: list  # sys.argv, without passwords
+    origins: dict  # the models that it began with: {"init_from", "teacher" or "identifier": id}
     stretches: list  # each with the fields of a Stretch, the first one from iteration 0
     # The fields of its Batches with the same names.
     epoch: int
     offset: int
     place: int
-    format_version: int = FORMAT_VERSION
+    format_version: int
 
     @property
     def run(self):
@@ -1642,75 +1619,26 @@ class Checkpoint(Progress):
     def __str__(self):
         return f"{self.run}, iteration {self.iteration:,}, checkpoint {self.id[:12]}"
 
-    def record(self):
-        """The fields that are saved, serializable as JSON."""
-        fields = vars(self).copy()
-        del fields["folder"]
-        return fields
-
-    def check(self):
-        """Raises ValueError unless every field has its type and a possible value."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "folder":
-                continue
-            if type(value) is not field.type:
-                raise ValueError(f"its {field.name} is not of type {field.type.__name__}")
-            least = -1e15 if field.name == "recent_loss" else 0  # may be negative by rounding
-            # At the end of the range, adding 1e-3 (see write_checkpoint) changes nothing: what is
-            # saved after such a checkpoint is in range, too.
-            if field.type in (int, float) and not least <= value < 1e15:
-                raise ValueError(f"its {field.name} is out of range")
-        hashes = [self.tokens_sha256[name] for name in ("train", "valid")]
-        if not SHA1.fullmatch(self.id) or not all(map(SHA256.fullmatch, hashes)):
-            raise ValueError("a hash is malformed")
-        for iteration, nats in self.scores:
-            if type(iteration) is not int or type(nats) is not float or not math.isfinite(nats):
-                raise ValueError("its scores are malformed")
-        for flag_name, (place, origin_id) in self.uses.items():
-            is_place = type(place) is str and place.isprintable()
-            if flag_name not in ORIGINS or not is_place or not SHA1.fullmatch(origin_id):
-                raise ValueError("the models that it uses are malformed")
-        if self.flags.get("lora_rank") and "init_from" not in self.uses:
-            raise ValueError("its adapters belong to no model")
-        for flag_name, origin_id in self.origins.items():
-            if flag_name not in ORIGINS or not SHA1.fullmatch(origin_id):
-                raise ValueError("the models that it began with are malformed")
-        if not self.stretches:
-            raise ValueError("it has no stretches")
-        for values in self.stretches:
-            Stretch(**values).check()
-        check_config(self.config)
-        check_flags(self.flags)
-
     def open(self):
         """Verifies both files and returns the Contents.
 
-        Raises Damaged if they are not what was saved. They are read once, here, under the lock of
-        the caller: what is read is what was verified.
+        Raises Damaged if they are not what was saved.
         """
-        try:
-            with open_no_link(self.weights_path) as file:
-                if sha1_of(file) != self.id:
-                    raise ValueError("its .safetensors has another SHA1")
-                weights = load_arrays(file)
-            with open_no_link(self.metadata_path) as file:
-                texts = read_texts(file)
-                if sha1_of(file, texts["sha1"]) != texts["sha1"]:
-                    raise ValueError("its .metadata has another SHA1")
-                # Another process may have saved the same weights again since this was listed.
-                checkpoint = checkpoint_of(texts, self.metadata_path)
-                state = load_arrays(file)
+        with explained(f"{self} is damaged", kind=Damaged):
+            if sha1_of_file(self.weights_path) != self.id:
+                raise ValueError("its .safetensors has another SHA1")
+            weights = load_arrays(self.weights_path)
+            state = load_arrays(self.metadata_path)
+            if sha1_of_arrays(state) != self.state_sha1:
+                raise ValueError("its .metadata has other arrays")
             tokenizer = tokenizer_from_dict(json.loads(bytes(state.pop("tokenizer"))))
-            if tokenizer.vocab_size > checkpoint.config["vocab_size"]:
+            if tokenizer.vocab_size > self.config["vocab_size"]:
                 # MLX does not check indices: it would read beyond the embeddings.
                 raise ValueError("its tokenizer has more ids than its model")
-            if checkpoint.config["num_blocks"] > len(weights):
+            if self.config["num_blocks"] > len(weights):
                 # Building that many blocks first could exhaust the memory.
                 raise ValueError("its model has more blocks than arrays")
-            return Contents(checkpoint, tokenizer, weights, state)
-        except UNREADABLE as error:
-            raise Damaged(f"{self} is damaged: {one_line(error)}") from None
+            return Contents(self, tokenizer, weights, state)
 
     def delete(self):
         """Deletes its files; without the weights, the metadata is no checkpoint."""
@@ -1731,17 +1659,6 @@ class Stretch:
         """Whether a later one differs only in where it begins, and so is none of its own."""
         return dataclasses.replace(other, iteration=self.iteration) == self
 
-    def check(self):
-        """Raises ValueError or another of UNREADABLE unless every field is well-formed."""
-        for count in (self.iteration, self.num_iters):
-            if type(count) is not int or not 0 <= count < 1e15:
-                raise ValueError("a stretch of it is out of range")
-        if not SHA1.fullmatch(self.code):
-            raise ValueError("a hash is malformed")
-        for name, version in self.versions.items():
-            if not name.isprintable() or not str(version).isprintable():
-                raise ValueError("its versions are malformed")
-
 
 class Damaged(RunError):
     """A checkpoint that is not what was saved."""
@@ -1753,23 +1670,22 @@ class Contents(NamedTuple):
     checkpoint: Checkpoint
     tokenizer: object
     weights: dict  # {name: array} of its .safetensors
-    state: dict  # {name: array} of its .metadata, read when they are evaluated
+    state: dict  # {name: array} of its .metadata
 
     def load_model(self):
         """The model, with a LoRA run's adapters merged into its base.
 
-        Raises RunError if that base is gone, Damaged if the weights are not those of the model.
+        Raises Damaged if the weights are not those of the model.
         """
         checkpoint = self.checkpoint
         weights = self.weights
         rank = checkpoint.flags.get("lora_rank")
         if rank:  # the file holds only the adapters
-            save_dir = checkpoint.folder.parent
-            base = open_origin(save_dir, checkpoint, "init_from").model
-            with explained(f"{checkpoint} does not fit its base", *UNREADABLE, kind=Damaged):
+            base = open_kept(checkpoint, "init_from").model
+            with explained(f"{checkpoint} does not fit its base", kind=Damaged):
                 alpha = checkpoint.flags["lora_alpha"]
                 weights = extra("lora").merge(base, weights, rank, alpha)
-        with explained(f"{checkpoint} does not fit its record", *UNREADABLE, kind=Damaged):
+        with explained(f"{checkpoint} does not fit its record", kind=Damaged):
             model = LanguageModel(Config(**checkpoint.config))
             check_arrays(weights, model.parameters())
             model.load_weights(list(weights.items()))
@@ -1779,7 +1695,7 @@ class Contents(NamedTuple):
     def restore(self, run):
         """Gives a run the state that was saved. Raises Damaged if it does not fit the run."""
         checkpoint = self.checkpoint
-        with explained(f"{checkpoint} does not fit its record", *UNREADABLE, kind=Damaged):
+        with explained(f"{checkpoint} does not fit its record", kind=Damaged):
             check_arrays(self.weights, run.model.trainable_parameters())
             run.model.load_weights(list(self.weights.items()), strict=False)
             state = tree_unflatten(list(self.state.items()))
@@ -1796,6 +1712,7 @@ class Contents(NamedTuple):
             mx.eval(run.model.parameters(), run.optimizer.state)
         for name, value in checkpoint.progress().items():
             setattr(run, name, value)
+        run.saved = checkpoint.saved
         run.saved_iteration = checkpoint.iteration
         run.checkpoint_id = checkpoint.id
 
@@ -1810,48 +1727,84 @@ def check_arrays(found, expected):
         raise ValueError("its arrays are those of another model")
 
 
-# What reading a damaged or crafted checkpoint can raise.
-UNREADABLE = (
-    OSError,
-    RuntimeError,  # RecursionError, too
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-)
+def sha1_of_file(path):
+    """The SHA1 of a file that is no link. Raises OSError."""
+    digest = hashlib.sha1()
+    with open(path, "rb", opener=no_follow) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-def check_config(config):
-    """Raises UNREADABLE unless `config`, {field: value}, is that of a model."""
-    fields = dataclasses.fields(Config)
-    known = [field.name for field in fields]
-    for name in config:
-        if name not in known:
-            raise ValueError(f"this program's models have no {name!r:.50}")
-    made = Config(**config)
-    for field in fields:
-        value = getattr(made, field.name)
-        if field.type is int or field.name == "head_dim":
-            is_right = type(value) is int and 1 <= value <= LARGEST
-        elif field.type is float:
-            is_right = is_number(value)
-        elif field.name == "rope_scaling":
-            is_right = value is None or all(map(is_number, value))
-        else:
-            is_right = type(value) is field.type
-        if not is_right:
-            raise ValueError(f"{field.name} of its model is {value!r:.50}")
-    cached = made.context_size * made.num_kv_heads * made.head_dim  # numbers in a Cache
-    ngrams = made.ngrams * made.ngram_rows
-    convolved = made.context_size * made.dim if made.conv_size > 1 else 0
-    if made.mlp not in MLPS or max(cached, ngrams, convolved, made.conv_size) > LARGEST:
-        raise ValueError("there is no such model")
+def sha1_of_arrays(arrays):
+    """The SHA1 of arrays, {name: array}: of their names, shapes, types and bytes."""
+    digest = hashlib.sha1()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        digest.update(memoryview(array))
+    return digest.hexdigest()
 
 
-def is_number(value):
-    """Whether a value is a number that MLX takes: integers must be below 2^63."""
-    return type(value) in (int, float) and 0 <= value < 1e18
+def load_arrays(path):
+    """The arrays of a safetensors file, {name: array}; MLX reads them when they are evaluated.
+
+    Raises exceptions of several types.
+    """
+    arrays = mx.load(str(path), format="safetensors")
+    if sum(array.nbytes for array in arrays.values()) > path.stat().st_size:
+        raise ValueError("its arrays overlap")  # a small file could fill the memory
+    return arrays
+
+
+def read_checkpoint(metadata_path):
+    """The Checkpoint that a .metadata file describes.
+
+    Raises exceptions of any type if it is none: the file may be a stranger's.
+    """
+    with open(metadata_path, "rb", opener=no_follow) as file:
+        length = int.from_bytes(file.read(8), "little")  # of the JSON header that follows
+        # The length may be junk. MLX itself reads no header of 100 MB.
+        texts = json.loads(file.read(min(length, 10**8)))["__metadata__"]
+    if hashlib.sha1(texts["record"].encode()).hexdigest() != texts["sha1"]:
+        raise ValueError("damaged header")
+    record = json.loads(texts["record"])
+    if record["format_version"] != FORMAT_VERSION:
+        raise ValueError("another version of this program wrote it")
+    checkpoint = checked(Checkpoint, record | {"folder": metadata_path.parent})
+    for iteration, nats in checkpoint.scores:
+        if type(iteration) is not int or type(nats) is not float or not math.isfinite(nats):
+            raise ValueError("its scores are malformed")
+    if not checkpoint.stretches or not all(map(SHA1.fullmatch, checkpoint.origins.values())):
+        raise ValueError("its history is malformed")
+    for values in checkpoint.stretches:
+        checked(Stretch, values)
+    checked(Config, checkpoint.config)
+    check_flags(checkpoint.flags)
+    if checkpoint.id != metadata_path.stem:
+        raise ValueError(f"it belongs to {checkpoint.id[:12]}")
+    return checkpoint
+
+
+def checked(kind, values):
+    """A dataclass made of {field: value}, which may be a stranger's.
+
+    Raises ValueError unless each field is there, of its type and in range.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    if values.keys() != types.keys():
+        odd = sorted(values.keys() ^ types.keys())
+        raise ValueError(f"it lacks {odd[0]!r:.50}, or should not have it")
+    for name, value in values.items():
+        wanted = types[name]
+        is_number = isinstance(value, (int, float))
+        if wanted is float and is_number:
+            wanted = (int, float)
+        # Python takes True for a number.
+        if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
+            raise ValueError(f"its {name} is not of type {types[name]}")
+        if is_number and not -1e15 < value < 1e15:
+            raise ValueError(f"its {name} is out of range")
+    return kind(**values)
 
 
 def check_flags(values):
@@ -1870,113 +1823,24 @@ def check_flags(values):
         settle({}, values)  # which listing does, too
 
 
-def open_no_link(path):
-    """Opens a file for reading, unless it is a link; nothing is waited for at a pipe's end."""
-    return open(path, "rb", opener=no_follow)
-
-
-class Hasher:
-    """A file object that keeps only the SHA1 of what is written to it."""
-
-    # MLX checks that a file has these attributes but does not use them.
-    closed = False
-    seek = None
-    tell = None
-
-    def __init__(self):
-        self.digest = hashlib.sha1()
-
-    def write(self, data):
-        self.digest.update(data)
-        return len(data)
-
-
-def hash_safetensors(arrays, texts):
-    """The SHA1 of the safetensors file that these arrays and texts, each by name, would make."""
-    hasher = Hasher()
-    mx.save_safetensors(hasher, arrays, texts)
-    return hasher.digest.hexdigest()
-
-
-def read_header(file):
-    """The JSON header of an open safetensors file, as bytes; if damaged, whatever is there."""
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")  # followed by the header and the arrays
-    # The length may be junk. MLX itself reads no header of 100 MB.
-    return file.read(min(length, 10**8))
-
-
-def read_texts(file):
-    """The texts in the header of an open `.metadata` file, {name: text}. Raises UNREADABLE."""
-    texts = json.loads(read_header(file))["__metadata__"]
-    if hashlib.sha1(texts["record"].encode()).hexdigest() != texts["record_sha1"]:
-        raise ValueError("damaged header")
-    return texts
-
-
-def sha1_of(file, stated=BLANK):
-    """SHA1 of an open safetensors file, with BLANK in place of the SHA1 `stated` in it."""
-    length = 8 + len(read_header(file))  # of the header and its length prefix
-    file.seek(0)
-    header = file.read(length)
-    digest = hashlib.sha1(header.replace(stated.encode(), BLANK.encode(), 1))
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def load_arrays(file):
-    """The arrays of an open safetensors file, {name: array}; MLX reads them when evaluated.
-
-    Raises UNREADABLE.
-
-    MLX reopens it by its descriptor: the name may be gone, and MLX accepts only UTF-8 names. The
-    file object itself is not passed: an MLX thread would release it at an arbitrary time, which
-    at exit would abort Python.
-    """
-    # On macOS, what MLX opens by the descriptor's number shares the file's position. The first
-    # line empties Python's buffer; the second one alone might only move within that.
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    arrays = mx.load(f"/dev/fd/{file.fileno()}", format="safetensors")
-    if sum(array.nbytes for array in arrays.values()) > size:
-        raise ValueError("its arrays overlap")  # a small file could fill the memory
-    return arrays
-
-
-def read_checkpoint(metadata_path):
-    """The Checkpoint that a .metadata file describes. Raises UNREADABLE if it is not one."""
-    with open_no_link(metadata_path) as file:
-        return checkpoint_of(read_texts(file), metadata_path)
-
-
-def checkpoint_of(texts, metadata_path):
-    """The Checkpoint of a .metadata file whose header holds these texts. Raises UNREADABLE."""
-    record = json.loads(texts["record"])
-    if record["format_version"] != FORMAT_VERSION:
-        raise ValueError("another version of this program wrote it")
-    checkpoint = Checkpoint(folder=metadata_path.parent, **record)
-    if checkpoint.record().keys() != record.keys():
-        raise ValueError("its record lacks a field")
-    checkpoint.check()
-    if checkpoint.id != metadata_path.stem:
-        raise ValueError(f"it belongs to {checkpoint.id[:12]}")
-    return checkpoint
-
-
 def list_checkpoints(save_dir, warn=False):
     """The checkpoints of all runs in `save_dir`, most recently saved first.
 
-    What cannot be read is skipped, with a line on stderr if `warn`.
+    What cannot be read is skipped, with a line on stderr if `warn`. Raises UsageError if `save_dir`
+    is a run's folder.
     """
     checkpoints = []
-    for folder in save_dir.iterdir():
-        if not folder.is_dir() or folder.is_symlink():
+    for path in save_dir.iterdir():
+        if path.suffix == ".metadata" and SHA1.fullmatch(path.stem):
+            raise UsageError(
+                f"--save_dir {save_dir} is the folder of a run: name the one that it lies in"
+            )
+        if not path.is_dir() or path.is_symlink():
             continue
-        if RUN_NAME.fullmatch(folder.name):
-            checkpoints += list_run(folder, warn)
-        elif warn and any(folder.glob("*.safetensors")):
-            line = f"Skipping {folder.name!a}: rename it to letters, digits, and _ . - between them"
+        if RUN_NAME.fullmatch(path.name):
+            checkpoints += list_run(path, warn)
+        elif warn and any(path.glob("*.safetensors")):
+            line = f"Skipping {path.name!a}: rename it to letters, digits, and _ . - between them"
             print(line, file=sys.stderr)
     return sorted(checkpoints, key=saved_order, reverse=True)
 
@@ -1990,7 +1854,7 @@ def list_run(folder, warn=False):
             continue
         try:
             checkpoints.append(read_checkpoint(weights.with_suffix(".metadata")))
-        except UNREADABLE as error:
+        except Exception as error:  # a stranger's file can raise any
             skipped.setdefault(one_line(error), []).append(weights.stem[:12])
     if warn:
         for reason, ids in skipped.items():
@@ -2003,60 +1867,61 @@ def saved_order(checkpoint):
     return checkpoint.saved, checkpoint.iteration, checkpoint.run
 
 
-def best_of(checkpoints, run):
-    """The checkpoint of a run with the lowest validation loss, or None."""
-    scored = [each for each in checkpoints if each.run == run and each.score is not None]
+def best_of(checkpoints):
+    """The one with the lowest validation loss, or None."""
+    scored = [each for each in checkpoints if each.score is not None]
     return min(scored, key=lambda each: each.score, default=None)
 
 
-def matching_checkpoints(checkpoints, identifier):
-    """The checkpoints, newest first, that an identifier matches.
-
-    identifier: an id or a prefix of it, a run's name (its newest checkpoint), "latest", or "best"
-    (of the most recently saved run).
-    """
-    if identifier == "latest" or not checkpoints:
-        return checkpoints[:1]
-    if identifier == "best":
-        best = best_of(checkpoints, checkpoints[0].run)
-        return [best] if best else []
-    of_run = [each for each in checkpoints if each.run == identifier]
-    if of_run:
-        return of_run[:1]
-    found = {}
+def newest_of_runs(checkpoints):
+    """The newest checkpoint of each run, {run: checkpoint}; checkpoints: newest first."""
+    newest = {}
     for each in checkpoints:
-        if each.id.startswith(identifier):
-            found[each.id] = each  # if several runs have it, the first saved: a branch has a copy
-    return list(found.values())
+        newest.setdefault(each.run, each)
+    return newest
 
 
 def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
-    """The checkpoint that the flag names. Raises UsageError if none or several match."""
-    found = matching_checkpoints(checkpoints, identifier)
+    """The checkpoint that the flag names; checkpoints: newest first.
+
+    identifier: an id or its beginning, a run's name (its newest checkpoint), "latest", or "best"
+    (of the run saved last). Raises UsageError if it names none or several.
+    """
+    newest = newest_of_runs(checkpoints)
+    if identifier == "latest":
+        found = checkpoints[:1]
+    elif identifier == "best" and checkpoints:
+        best = best_of([each for each in checkpoints if each.run == checkpoints[0].run])
+        found = [best] if best else []
+    elif identifier in newest:
+        found = [newest[identifier]]
+    else:
+        # If several runs have it, it is that of the first: a branch has a copy.
+        matching = [each for each in checkpoints if each.id.startswith(identifier)]
+        found = list({each.id: each for each in matching}.values())
     if len(found) == 1:
         return found[0]
-    if identifier == "best" and checkpoints:
-        raise UsageError(
-            f"--{flag_name} best: {checkpoints[0].run}, the run saved last, has no score yet; "
-            "name a checkpoint (--list shows all)"
-        )
-    hint = make_parser().hint_for_value(flag_name, identifier)
-    hint = f" ({hint})" if hint else ""
-    if not checkpoints:
-        raise UsageError(f"--{flag_name} {identifier!r}: {explain_emptiness(save_dir)}{hint}")
-    matches = "several checkpoints" if found else "no checkpoint"
-    known = [str(each) for each in found] or list(dict.fromkeys(each.run for each in checkpoints))
+    runs = ", ".join(list(newest)[:5]) or "none"
     raise UsageError(
-        f"--{flag_name} {identifier!r} matches {matches} in {save_dir}{hint}; name one, or "
-        f"check --save_dir (--list shows all): {'; '.join(known[:5])}"
+        f"--{flag_name} {identifier!r} matches {len(found) or 'no'} checkpoints in {save_dir}, "
+        f"which has these runs: {runs} (see --list)"
     )
 
 
-def explain_emptiness(save_dir):
-    """Why there is no checkpoint in `save_dir`, and what to do."""
-    if any(save_dir.glob("*/*.safetensors")):
-        return f"no checkpoint in {save_dir} can be used: see --list"
-    return f"no checkpoint in {save_dir}: train a model first, or check --save_dir"
+def open_newest(candidates, is_named=False):
+    """The Contents of the first intact checkpoint; one that was named is never replaced.
+
+    Raises RunError.
+    """
+    for candidate in candidates:
+        try:
+            return candidate.open()
+        except Damaged as error:
+            if is_named:
+                raise RunError(f"{error}; use another one from --list") from None
+            print(f"Skipping {error}", file=sys.stderr)
+    run = candidates[0].run
+    raise RunError(f"no good checkpoint of {run} is left: --new_model starts a new run")
 
 
 def save(run, interrupts):
@@ -2089,13 +1954,18 @@ def write_checkpoint(run):
     """
     # Sorted: equal arrays give equal bytes.
     weights = dict(sorted(tree_flatten(run.weights_to_save())))
-    texts = {"format": "mlx"}
-    sha1 = hash_safetensors(weights, texts)
-    saved = max(time.time(), run.saved + 1e-3)  # even if the clock was set back
-    with replacing(run.folder / f"{sha1}.metadata") as file:
-        write_metadata(file, run, describe_run(run, sha1, saved))
-    with replacing(run.folder / f"{sha1}.safetensors") as file:
-        mx.save_safetensors(file, weights, texts)
+    state = state_arrays(run)
+    with new_file(run.folder) as weights_file, new_file(run.folder) as metadata_file:
+        mx.save_safetensors(weights_file, weights, {"format": "mlx"})
+        weights_file.flush()
+        sha1 = sha1_of_file(weights_file.name)
+        saved = max(time.time(), run.saved + 1e-3)  # even if the clock was set back
+        identity = {"id": sha1, "state_sha1": sha1_of_arrays(state), "saved": saved}
+        record = json.dumps(describe_run(run) | identity)
+        texts = {"record": record, "sha1": hashlib.sha1(record.encode()).hexdigest()}
+        mx.save_safetensors(metadata_file, state, texts)
+        publish(metadata_file, run.folder / f"{sha1}.metadata")
+        publish(weights_file, run.folder / f"{sha1}.safetensors")
     sync(run.folder)
     sync(run.folder.parent)  # where the name of the folder itself is
     run.checkpoint_id = sha1
@@ -2104,72 +1974,47 @@ def write_checkpoint(run):
     run.is_saved = True
 
 
-def describe_run(run, checkpoint_id, saved):
-    """The Checkpoint of a run in its current state."""
-    flags = {name: getattr(run.flags, name) for name in INHERITED}
-    if flags["text"]:
-        del flags["dataset"]  # which it implies
-    sha256 = run.dataset.sha256
-    return Checkpoint(
-        folder=run.folder,
-        id=checkpoint_id,
-        saved=saved,
-        flags=flags,
-        config=dataclasses.asdict(run.model.config),
-        parameters=sum(weight.size for _, weight in tree_flatten(run.model.parameters())),
-        tokens_sha256={name: sha256[name] for name in ("train", "valid")},
-        origins=run.origins,
-        uses=run.uses,
-        command=[without_passwords(argument) for argument in sys.argv],
-        stretches=[vars(stretch) for stretch in run.stretches],
-        epoch=run.batches.epoch,
-        offset=run.batches.offset,
-        place=run.batches.place,
-        **run.progress(),
-    )
-
-
-def write_metadata(file, run, checkpoint):
-    """Writes the .metadata of a checkpoint: see the top of this section."""
+def state_arrays(run):
+    """The arrays of a .metadata file, {name: array}."""
     tree = {"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}
     if run.average:  # the .safetensors holds only the average
         tree["weights"] = run.model.trainable_parameters()
     # As an array: safetensors files with long headers cannot be read.
     tokenizer = json.dumps(run.dataset.tokenizer.to_dict()).encode()
     tree["tokenizer"] = mx.array(np.frombuffer(tokenizer, np.uint8))
-    record = json.dumps(checkpoint.record())
-    texts = {
-        "record": record,
-        "record_sha1": hashlib.sha1(record.encode()).hexdigest(),  # checked without the arrays
-        "sha1": BLANK,
+    return dict(sorted(tree_flatten(tree)))
+
+
+def describe_run(run):
+    """The fields of a Checkpoint of a run in its current state, but for the three of `save`."""
+    flags = {name: getattr(run.flags, name) for name in INHERITED}
+    if flags["text"]:
+        del flags["dataset"]  # which it implies
+    return run.progress() | {
+        "format_version": FORMAT_VERSION,
+        "flags": flags,
+        "config": dataclasses.asdict(run.model.config),
+        "parameters": count_parameters(run.model.parameters()),
+        "tokens_sha256": run.dataset.sha256,
+        "origins": run.origins,
+        "stretches": [vars(stretch) for stretch in run.stretches],
+        "epoch": run.batches.epoch,
+        "offset": run.batches.offset,
+        "place": run.batches.place,
     }
-    arrays = dict(sorted(tree_flatten(tree)))
-    texts["sha1"] = hash_safetensors(arrays, texts)
-    mx.save_safetensors(file, arrays, texts)
 
 
 def prune(run):
-    """Deletes checkpoints of a run, but for the newest --keep, the best, and those in use.
-
-    In use are what it was saved as or resumed from, and what other runs start or learn from. While
-    somebody reads the folder, all stays for the next time.
-    """
+    """Deletes checkpoints of a run, but for the newest --keep, the best, and the current one."""
     if run.folder is None:
         return
-    with contextlib.suppress(OSError), lock(run.folder.parent, fcntl.LOCK_EX | fcntl.LOCK_NB):
-        checkpoints = list_checkpoints(run.folder.parent)
-        own = [each for each in checkpoints if each.run == run.name]  # newest first
+    with contextlib.suppress(OSError):
+        own = list_run(run.folder)  # newest first
         kept = {run.checkpoint_id, *(each.id for each in own[: run.flags.keep])}
-        # A damaged checkpoint that the run went back from may say that it is the best; then the
-        # best of this run's own past is kept, too.
-        known = [each for each in own if [each.iteration, each.score] in run.scores]
-        for best in (best_of(own, run.name), best_of(known, run.name)):
-            if best:
-                kept.add(best.id)
-        for each in checkpoints:
-            kept |= {origin_id for _, origin_id in each.uses.values()}
+        # Of the run's own past: a damaged one that it went back from may say that it is better.
+        best = best_of([each for each in own if [each.iteration, each.score] in run.scores])
         for each in own:
-            if each.id not in kept:
+            if each.id not in kept and each is not best:
                 each.delete()
         remove_unfinished(run.folder)
 
@@ -2204,52 +2049,81 @@ def divergence_error(run, what, iteration, ranks):
     return RunError(f"the {what} is not finite: {remedy} (or a lower --grad_clip)")
 
 
-class Origin(NamedTuple):
-    """A model that a flag names: a run's starting point, its teacher, or a draft."""
-
-    model: LanguageModel
-    tokenizer: object
-    id: str  # of its checkpoint; for a Hugging Face model, a SHA1 over its files
-    place: str  # where it is found again: a folder, ORG/NAME@COMMIT on the hub, or the id
-
-    @property
-    def is_checkpoint(self):
-        """Whether it is one of ours, not a Hugging Face model."""
-        return self.place == self.id
-
+# ---- Models that a run begins with or learns from -----------------------------------------------
 
 # The flags that name one, in the order in which their tokenizers count.
 ORIGINS = ("init_from", "teacher")
 
 
+class Source(NamedTuple):
+    """A model that a flag names: a run's starting point, its teacher, or a draft."""
+
+    model: LanguageModel
+    tokenizer: object
+    id: str  # of its checkpoint; for a Hugging Face model, a SHA1 over its files
+    files: dict  # what has to be kept to open it again, {name in a folder of its own: path}
+
+
 def open_model(save_dir, name, flag_name):
-    """The Origin that a flag names: a checkpoint, or a Hugging Face folder or model.
+    """The Source that a flag names: a checkpoint, or a Hugging Face folder or model.
 
     Raises UsageError if there is none, RunError if it is damaged.
     """
-    if os.path.isdir(name) or "/" in name:  # which no checkpoint's name contains
-        return Origin(*extra("huggingface").open_by_name(name))
+    if is_foreign(name):
+        return Source(*extra("huggingface").open_by_name(name))
     checkpoint = named_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name)
+    return open_source(checkpoint)
+
+
+def is_foreign(name):
+    """Whether a model's name is that of a Hugging Face folder or model, not of a checkpoint."""
+    return os.path.isdir(name) or "/" in name  # which no checkpoint's name contains
+
+
+def open_source(checkpoint):
+    """The Source that is a checkpoint; with LoRA, also of its base. Raises RunError."""
     contents = checkpoint.open()
-    return Origin(contents.load_model(), contents.tokenizer, checkpoint.id, checkpoint.id)
+    files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
+    if checkpoint.flags.get("lora_rank"):
+        base = checkpoint.folder / "init_from"
+        for path in base.rglob("*"):
+            if path.is_file():
+                files[str(path.relative_to(checkpoint.folder))] = path
+    return Source(contents.load_model(), contents.tokenizer, checkpoint.id, files)
 
 
-def open_origin(save_dir, checkpoint, flag_name):
-    """The Origin that --init_from or --teacher named when the run of `checkpoint` was started.
+def keep_models(folder, models):
+    """Makes models, {flag: Source}, part of a new run's folder: nobody can take them away.
 
-    Raises RunError if it is gone or has changed.
+    Their files are linked, or copied to another file system.
     """
-    place, origin_id = checkpoint.uses[flag_name]  # the place and id of an Origin
-    fault = (
-        f"{checkpoint.run} needs the model that it was started with, unchanged: "
-        f"--{flag_name} {place}, {origin_id[:12]}"
-    )
-    # None of them is the fault of the current command.
-    with explained(fault, UsageError, Damaged, kind=RunError):
-        origin = open_model(save_dir, place, flag_name)
-        if origin.id != origin_id:  # a folder's files may have been replaced
-            raise UsageError(f"it is {origin.id[:12]} now")
-    return origin
+    for flag_name, source in models.items():
+        shutil.rmtree(folder / flag_name, ignore_errors=True)  # of a start that was killed
+        for name, path in source.files.items():
+            target = folder / flag_name / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(os.path.realpath(path), target)
+            except OSError:
+                with replacing(target) as file, open(path, "rb") as original:
+                    shutil.copyfileobj(original, file)
+            sync(target.parent)
+
+
+def open_kept(checkpoint, flag_name):
+    """The Source that the run of a checkpoint keeps in its folder. Raises Damaged if it is gone."""
+    folder = checkpoint.folder / flag_name
+    origin_id = checkpoint.origins.get(flag_name)
+    with explained(f"{checkpoint.run} lacks the model in its folder {flag_name}", kind=Damaged):
+        if folder.is_symlink():
+            raise OSError("it is a link")
+        if (folder / f"{origin_id}.metadata").exists():
+            source = open_source(read_checkpoint(folder / f"{origin_id}.metadata"))
+        else:
+            source = Source(*extra("huggingface").open_by_name(str(folder)))
+        if source.id != origin_id:
+            raise ValueError(f"it is {source.id[:12]} instead of {origin_id[:12]}")
+    return source
 
 
 # ---- Interrupts ---------------------------------------------------------------------------------
@@ -2722,7 +2596,7 @@ def read_log(path):
 def read_lines(path):
     """Yields the lines of a file and where they begin, (byte, line); too long ones in parts."""
     place = 0
-    with open_no_link(path) as file:
+    with open(path, "rb", opener=no_follow) as file:
         while line := file.readline(1 << 16):
             yield place, line
             place += len(line)
@@ -3254,7 +3128,7 @@ DATA = [name for name in DATA_FLAGS if name not in ("save_dir", "data_dir", "mir
 # What stays as it is during a run, even if --identifier names that: its data, its model and what
 # the optimizer's state depends on.
 FIXED = [
-    *DATA,
+    *(name for name in DATA if name != "test_text"),
     "seed",
     "optimizer",
     *FLAGS["model"],
@@ -3270,9 +3144,11 @@ SHAPING = [
     "teacher_weight",
     "teacher_temperature",
 ]
+# Those that say where something lies: what lies there counts.
+PATHS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
 # The flags that a checkpoint records and a resumed run inherits.
 INHERITED = list(
-    dict.fromkeys([*SHAPING, "num_iters", *FLAGS["training"], *FLAGS["reports"]])  # each once
+    dict.fromkeys([*DATA, *SHAPING, "num_iters", *FLAGS["training"], *FLAGS["reports"]])  # each once
 )
 
 # A command can have only one of these.
@@ -3563,121 +3439,208 @@ def command(flags, *words):
 
 
 # ---- Setting up a run ---------------------------------------------------------------------------
+# A run's name is a label: what a run is, its record says. A command goes on with the run of its name
+# (NAME, NAME.2, …) whose record agrees: with the flags that shape a run, with the texts and models,
+# by their content, and with the code.
 
 
-def find_candidates(checkpoints, flags, names):
-    """The checkpoints of the run that the flags select, newest first; [] if there is none.
+def shaping_names(flags):
+    """The flags whose values a run shares with a command that goes on with it.
 
-    It is the run saved last of those whose newest checkpoint has the same values of the flags
-    `names`. If --identifier names a checkpoint, it is that one alone. Raises UsageError.
-    """
-    if flags.new_model:
-        return []
-    if flags.identifier:
-        named = named_checkpoint(flags.save_dir, checkpoints, flags.identifier[0])
-        its_flags = vars(settle({}, named.flags))
-        fixed = {name: its_flags[name] for name in names if name in FIXED}
-        check_agreement(flags, fixed, named.run)
-        return [named]
-    newest = {}  # of each run
-    for each in checkpoints:
-        newest.setdefault(each.run, each)
-    for run, checkpoint in newest.items():  # saved last first
-        its_flags = vars(settle({}, checkpoint.flags))
-        if all(its_flags[name] == getattr(flags, name) for name in names):
-            return [each for each in checkpoints if each.run == run]
-    return []
-
-
-def identity(flags):
-    """The flags whose values a run must share to be resumed by a command that trains.
-
-    All that shape a run, or none if the command gives none of them: it resumes the run saved last.
     What --init_from or --teacher decides counts only where it is given.
     """
-    if not any(name in flags.given for name in SHAPING):
-        return []
     decided = []
-    if flags.init_from or flags.teacher not in (None, "average"):
+    if flags.init_from or flags.teacher:
         decided = ["tokenizer", *FLAGS["model"]]
     return [name for name in SHAPING if name in flags.given or name not in decided]
 
 
-def open_newest(candidates, flags):
-    """The Contents of the first intact checkpoint; one that was named is never replaced.
+def run_name(flags):
+    """The name of the run that these flags describe: <dataset>-<6 hexadecimal digits>.
 
-    Raises RunError.
+    What texts, models and tokenizers are called is not part of it.
     """
-    for candidate in candidates:
+    shape = {name: getattr(flags, name) for name in shaping_names(flags) if name not in PATHS}
+    sha1 = hashlib.sha1(json.dumps(shape, sort_keys=True).encode()).hexdigest()
+    return f"{flags.dataset}-{sha1[:6]}"
+
+
+def differences(flags, checkpoint):
+    """The flags in which the run of a checkpoint differs from the one that a command describes.
+
+    {flag: its value}. What texts and models are called does not matter: texts are compared by
+    their SHA256s, see `choose`.
+    """
+    its_flags = settle({}, checkpoint.flags)
+    found = {}
+    for name in shaping_names(flags):
+        value = getattr(flags, name)
+        its_value = getattr(its_flags, name)
+        is_same = value == its_value
+        if name in ORIGINS and value and its_value:
+            is_same = name not in flags.given or is_same_model(flags, name, checkpoint)
+        if not is_same and name not in ("text", "valid_text"):
+            found[name] = its_value
+    return found
+
+
+def is_same_model(flags, flag_name, checkpoint):
+    """Whether a flag names the model that the run of a checkpoint began with or learns from.
+
+    A folder is compared by its content. Anything else agrees also where it is spelled alike: the
+    run has what it needs of a checkpoint that has gone, or of one that "latest" no longer names.
+    """
+    name = getattr(flags, flag_name)
+    origin_id = checkpoint.origins.get(flag_name)
+    if os.path.isdir(name):
+        return extra("huggingface").id_of(name) == origin_id
+    if is_foreign(name) or name == checkpoint.flags[flag_name]:
+        return name == checkpoint.flags[flag_name]
+    checkpoints = list_checkpoints(flags.save_dir)
+    return named_checkpoint(flags.save_dir, checkpoints, name, flag_name).id == origin_id
+
+
+def find_start(flags, checkpoints):
+    """The checkpoint from which a command goes on: that of --identifier, or the newest.
+
+    None if the command describes its run by flags, or there is nothing to go on from. Raises
+    UsageError.
+    """
+    describes = any(name in flags.given for name in SHAPING)
+    if flags.new_model or (describes or not checkpoints) and not flags.identifier:
+        return None
+    identifier = flags.identifier[0] if flags.identifier else "latest"
+    return named_checkpoint(flags.save_dir, checkpoints, identifier)
+
+
+def find_candidates(flags, checkpoints, start):
+    """The newest checkpoints of the runs whose flags and models are those of a command.
+
+    start: see find_start. If it is not the newest of its run, or other flags go with it, the
+    command means a branch, whose record has the id of `start`.
+    """
+    if flags.new_model:
+        return []
+    newest = newest_of_runs(checkpoints)
+    if start and newest[start.run] is start and not differences(flags, start):
+        return [start]
+    name = run_name(flags)
+    origin_id = start and start.id
+    candidates = []
+    for run, checkpoint in newest.items():  # saved last first
+        has_name = run == name or run.startswith(f"{name}.")
+        is_branch_of_it = checkpoint.origins.get("identifier") == origin_id
+        if has_name and is_branch_of_it and not differences(flags, checkpoint):
+            candidates.append(checkpoint)
+    return candidates
+
+
+def choose(candidates, flags, dataset, start):
+    """The candidate that a command goes on with: the first of the same text and code, or None.
+
+    With --identifier, the code does not matter. Raises UsageError if only the code differs, and
+    the run is not complete or the command describes none.
+    """
+    candidates = [each for each in candidates if each.tokens_sha256 == dataset.sha256]
+    code = hash_code(flags)
+    for checkpoint in candidates:
+        if flags.identifier or checkpoint.stretch.code == code:
+            return checkpoint
+    for checkpoint in candidates[:1]:
+        num_iters = checkpoint.flags["num_iters"]
+        if start or checkpoint.iteration < num_iters:
+            raise UsageError(
+                f"{checkpoint.run}, at iteration {checkpoint.iteration:,} of {num_iters:,}, was "
+                f"trained by other code ({', '.join(SHAPING_PARTS)} of main.py): go on with the "
+                f"code of now by {command(flags, '--identifier', checkpoint.run)}, or begin a new "
+                "run by --new_model"
+            )
+    return None
+
+
+def free_folder(flags):
+    """The folder of a new run: NAME or, if that is taken, the first of NAME.2, NAME.3, …"""
+    name = run_name(flags)
+    names = itertools.chain([name], (f"{name}.{count}" for count in itertools.count(2)))
+    for each in names:
+        folder = flags.save_dir / each
+        # Without --new_model, the same command may have been stopped there before it saved.
+        is_taken = folder.exists() if flags.new_model else any(folder.glob("*.safetensors"))
+        if not is_taken:
+            return folder
+
+
+@contextlib.contextmanager
+def claimed(folder):
+    """Holds the lock of a run's folder, which is made if it is missing.
+
+    Raises UsageError if another process holds it. The lock ends with the process, however that
+    ends. If nothing was written there, the folder is deleted.
+    """
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            return candidate.open()
-        except Damaged as error:
-            if flags.identifier:
-                raise RunError(f"{error}; use another one from --list") from None
-            print(f"Skipping {error}", file=sys.stderr)
-    run = candidates[0].run
-    raise RunError(f"no good checkpoint of {run} is left: --new_model starts a new run")
-
-
-MOST_DIFFERENCES = 5  # that are shown of two runs
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{folder.name} is being trained by another process: wait for it, or start another "
+                "run with --new_model"
+            ) from None
+        except OSError as error:  # as some network file systems say
+            tqdm.write(f"{folder} cannot be locked ({error}): start no second process there.")
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
+        os.close(descriptor)
 
 
 def describe_other(other, flags):
     """Says why the run saved last is not resumed, and with which command it would be."""
-    its_flags = vars(settle({}, other.flags))
-    differences = []
-    for name in identity(flags):
-        value = getattr(flags, name)
-        if its_flags[name] != value:
-            its_value = f"--{name} {its_flags[name]}"
-            if its_flags[name] is None:
-                its_value = f"no --{name}"
-            differences.append(f"{its_value} instead of {value}")
-    shown = differences[:MOST_DIFFERENCES]
-    if differences != shown:
-        shown.append(f"{len(differences) - len(shown)} more differences")
+    found = []
+    for name, value in differences(flags, other).items():
+        found.append(f"no --{name}" if value is None else f"--{name} {value}")
+    has = ", ".join(found[:5]) or "another text, or was trained by other code"
     return (
-        f"Starting a new run: the last one, {other.run}, has {', '.join(shown)}. "
+        f"Starting a new run: the last one, {other.run}, has {has}. "
         f"To resume that one: {command(flags, '--identifier', other.run)}"
     )
 
 
-def open_origins(flags, checkpoint):
-    """The models that --init_from and --teacher name, {flag: Origin}.
-
-    A resumed run needs its teacher and, with LoRA, its base. Raises UsageError, RunError.
-    """
-    save_dir = flags.save_dir
-    if checkpoint:
-        return {name: open_origin(save_dir, checkpoint, name) for name in checkpoint.uses}
-    origins = {}
+def open_models(flags):
+    """The models that --init_from and --teacher name, {flag: Source}. Raises UsageError, RunError."""
+    models = {}
     for flag_name in ORIGINS:
         name = getattr(flags, flag_name)
-        if name is None:
-            continue
-        if flag_name == "teacher" and name == "average":  # the run's own, no other model
-            continue
-        with explained(f"--{flag_name} cannot be used: name another", Damaged, kind=RunError):
-            origins[flag_name] = open_model(save_dir, name, flag_name)
-    return origins
+        if name:
+            with explained(f"--{flag_name} cannot be used: name another", Damaged, kind=RunError):
+                models[flag_name] = open_model(flags.save_dir, name, flag_name)
+    return models
 
 
-IMPORTED_CONTEXT = 1024  # at most, of a run from a Hugging Face model without --context_size
+def needed_models(flags):
+    """The flags among ORIGINS whose models a run reads at each start, not only at its first."""
+    needed = ["teacher"] if flags.teacher else []
+    return [*needed, "init_from"] if flags.lora_rank else needed
 
 
-def decided_by(origins, flags):
-    """The flags of a new run that its origins determine, {flag: value}.
+IMPORTED_CONTEXT = 1024  # at most, of a run from another model without --context_size
+
+
+def decided_by(models, flags):
+    """The flags of a new run that its models determine, {flag: value}.
 
     --init_from determines the whole shape but the context, --teacher only the tokenizer, as both
     models have to predict the same ids, and the longest context: beyond its own, it knows nothing.
-    Raises UsageError if a flag that was given contradicts an origin, or one origin the other.
+    Raises UsageError if a flag that was given contradicts a model, or one model the other.
     """
-    if not origins:
+    if not models:
         return {}
-    first, *others = origins
-    tokenizer = origins[first].tokenizer
+    first, *others = models
+    tokenizer = models[first].tokenizer
     for other in others:
-        if origins[other].tokenizer.to_dict() != tokenizer.to_dict():
+        if models[other].tokenizer.to_dict() != tokenizer.to_dict():
             raise UsageError(
                 f"--{other} {getattr(flags, other)} has a different tokenizer than --{first}: "
                 "use one with the same tokenizer"
@@ -3685,19 +3648,14 @@ def decided_by(origins, flags):
     decided = {"tokenizer": tokenizer.kind}
     context_size = flags.context_size
     if first == "init_from":
-        config = origins[first].model.config
+        config = models[first].model.config
         decided |= {name: getattr(config, name) for name in FLAGS["model"]}
         own_context = decided.pop("context_size")
         if "context_size" not in flags.given:  # RoPE works with any
-            context_size = own_context
-            if own_context > IMPORTED_CONTEXT and not origins[first].is_checkpoint:
-                context_size = IMPORTED_CONTEXT
-                line = f"--init_from {flags.init_from} has a context of {own_context:,} tokens; "
-                line += f"this run has at most {context_size:,} (--context_size gives another)"
-                tqdm.write(printable(line))
+            context_size = min(own_context, IMPORTED_CONTEXT)
     check_agreement(flags, decided, f"--{first}")
-    if "teacher" in origins:
-        longest = origins["teacher"].model.config.context_size
+    if "teacher" in models:
+        longest = models["teacher"].model.config.context_size
         if "context_size" in flags.given and context_size > longest:
             raise UsageError(
                 f"--context_size {context_size} is more than the teacher has read: give at "
@@ -3716,17 +3674,17 @@ def make_config(flags, vocab_size):
         raise UsageError(f"--{error}") from None
 
 
-def make_model(flags, dataset, contents, origins):
+def make_model(flags, dataset, checkpoint, models):
     """The model of a run; its weights are drawn or loaded later. Raises UsageError, Damaged."""
-    if "init_from" in origins:
-        model = origins["init_from"].model
+    if "init_from" in models:
+        model = models["init_from"].model
         # Its context may change; what no flag sets, such as a padded vocabulary, stays.
         model.config = dataclasses.replace(model.config, context_size=flags.context_size)
         if flags.lora_rank:
             extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
-    elif contents:
-        with explained(f"{contents.checkpoint} has no model", *UNREADABLE, kind=Damaged):
-            model = LanguageModel(Config(**contents.checkpoint.config))
+    elif checkpoint:
+        with explained(f"{checkpoint} has no model", kind=Damaged):
+            model = LanguageModel(Config(**checkpoint.config))
     else:
         model = LanguageModel(make_config(flags, dataset.tokenizer.vocab_size))
     return model
@@ -3781,79 +3739,60 @@ def memory_size():
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def load_data(flags, contents, origins):
-    """The dataset of a run.
-
-    A run that starts or learns from a model uses that model's tokenizer. A resumed run's checkpoint
-    contains it, and any tokenizer that was read from a file.
-    """
+def load_data(flags, tokenizer=None):
+    """The dataset of a run; tokenizer: that of a model or a checkpoint, instead of the flags'."""
     if flags.test_text and not flags.text:
         raise UsageError(f"--test_text goes with --text: {flags.dataset} has splits of its own")
     arguments = {name: getattr(flags, name) for name in DATA if name != "dataset"}
-    if origins:
-        arguments["tokenizer"] = next(iter(origins.values())).tokenizer
-    elif contents:
-        # A tokenizer file that is not passed again may be gone.
-        of_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in flags.given
-        if flags.init_from or flags.teacher or of_file:
-            arguments["tokenizer"] = contents.tokenizer
+    if tokenizer:
+        arguments["tokenizer"] = tokenizer
     data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
     places = {"save_dir": flags.save_dir, "mirror": flags.mirror}
     dataset = load_dataset(flags.dataset, data_dir, **arguments, **places, say=tqdm.write)
-    if contents:
-        known = contents.checkpoint.tokens_sha256
-        for name, what in (("train", "training"), ("valid", "validation")):
-            if dataset.sha256[name] != known[name]:
-                raise UsageError(
-                    f"the {what} text or tokenizer of {contents.checkpoint.run} has changed: "
-                    "start a new run with --new_model, or name another --save_dir"
-                )
-    if contents and contents.checkpoint.config["vocab_size"] < dataset.tokenizer.vocab_size:
-        # MLX does not check indices: it would read and write beyond the embeddings.
-        raise Damaged(f"{contents.checkpoint} has fewer embeddings than the text has tokens")
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
         raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
     return dataset
 
 
-def make_run(folder, flags, contents, ranks):
+def load_data_again(flags, checkpoints):
+    """The dataset of a run that has these checkpoints, newest first.
+
+    It has the tokenizer of the model that it began with; one that was read from a file may be gone.
+    The checkpoints contain both.
+    """
+    of_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in flags.given
+    if flags.init_from or flags.teacher or of_file:
+        return load_data(flags, open_newest(checkpoints).tokenizer)
+    return load_data(flags)
+
+
+def refuse_other_text(dataset, checkpoint):
+    """Raises UsageError if a checkpoint's run was trained on another text."""
+    if checkpoint.tokens_sha256 != dataset.sha256:
+        raise UsageError(
+            f"the text or tokenizer of {checkpoint.run} has changed: start a new run with "
+            "--new_model, or with --init_from from its weights"
+        )
+
+
+def make_run(folder, flags, contents, models, dataset, ranks):
     """The run whose state is in `contents`, or a new one if that is None.
 
-    folder: where it goes on; None for a new folder, which is not made yet. Raises UsageError,
-    RunError.
+    models: those that it reads at this start, {flag: Source}. Raises UsageError, RunError.
     """
-    checkpoint = contents.checkpoint if contents else None
-    if checkpoint:
-        flags = settle(flags.given, checkpoint.flags)
-    if flags.batch_size < ranks.size:
-        raise UsageError(
-            f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
-            "row: give a larger one"
-        )
-    # What is missing is said before anything is downloaded.
-    if flags.teacher:
-        extra("distil")
-    if flags.teacher == "average" and not flags.average:
-        raise UsageError("--teacher average needs an average to learn from: give --average 0.3")
-    if flags.report_to:
-        extra("report").check(flags.report_to)
-    origins = open_origins(flags, checkpoint)
-    if not checkpoint:
-        flags = settle(flags.given, decided=decided_by(origins, flags))
-    dataset = load_data(flags, contents, origins)
-    model = make_model(flags, dataset, contents, origins)
+    checkpoint = contents and contents.checkpoint
+    if checkpoint and checkpoint.config["vocab_size"] < dataset.tokenizer.vocab_size:
+        # MLX does not check indices: it would read and write beyond the embeddings.
+        raise Damaged(f"{checkpoint} has fewer embeddings than the text has tokens")
+    model = make_model(flags, dataset, checkpoint, models)
     optimizer = make_optimizer(model, flags)
     rows = flags.batch_size * flags.grad_accumulation
     batches = Batches(dataset.train.tokens, flags.context_size, rows, flags.seed)
     check_memory(model, flags, ranks, optimizer)
     if flags.lora_rank:
         extra("lora").init_lora(model, flags.seed)
-    elif not contents and "init_from" not in origins:
+    elif not contents and "init_from" not in models:
         init_weights(model, flags.seed)
-    teacher = origins["teacher"].model if "teacher" in origins else None
-    if flags.teacher == "average":
-        teacher = copy.deepcopy(model)  # train_step gives it the weights
-    folder = folder or flags.save_dir / f"{flags.dataset}-{os.urandom(3).hex()}"
     run = Run(
         name=folder.name,
         folder=folder,
@@ -3862,14 +3801,12 @@ def make_run(folder, flags, contents, ranks):
         model=model,
         optimizer=optimizer,
         batches=batches,
-        teacher=teacher,
-        origins={name: origin.id for name, origin in origins.items()},
-        uses=needed_origins(flags, origins),
+        teacher=models["teacher"].model if "teacher" in models else None,
+        origins={name: source.id for name, source in models.items()},
     )
     stretch = Stretch(0, flags.num_iters, hash_code(flags), list_versions(flags, ranks))
     if checkpoint:
         run.origins = checkpoint.origins
-        run.uses = checkpoint.uses
         run.stretches = [Stretch(**values) for values in checkpoint.stretches]
         stretch.iteration = checkpoint.iteration
     if not run.stretches or not run.stretches[-1].includes(stretch):
@@ -3880,83 +3817,74 @@ def make_run(folder, flags, contents, ranks):
     return run
 
 
-def needed_origins(flags, origins):
-    """The origins that resuming a run needs, and how to find them: {flag: [place, id]}.
-
-    Without LoRA, --init_from is needed only at the start.
-    """
-    uses = {}
-    for flag_name, origin in origins.items():
-        if flag_name == "teacher" or flags.lora_rank:
-            uses[flag_name] = [origin.place, origin.id]
-    return uses
-
-
-def find_run(flags, checkpoints, stack):
-    """What a command trains: the Contents to begin with, and the folder to go on in.
-
-    (contents, folder) for a run that goes on; its folder is locked until the ExitStack `stack` is
-    closed. (contents, None) for a branch: --identifier names an older checkpoint. (None, None) for
-    a new run. Raises UsageError if another process trains that run, RunError if no checkpoint of it
-    is intact.
-    """
-    candidates = find_candidates(checkpoints, flags, identity(flags))
-    if not candidates:
-        return None, None
-    newest = next(each for each in checkpoints if each.run == candidates[0].run)
-    if candidates[0] is not newest:
-        return open_newest(candidates, flags), None
-    claim(newest.folder, stack)
-    # Only now can no other process advance the run.
-    if [each.saved for each in list_run(newest.folder)[:1]] != [newest.saved]:
-        raise RunError(f"{newest.run} advanced while this process was starting; rerun")
-    return open_newest(candidates, flags), newest.folder
-
-
-def claim(folder, stack):
-    """Locks a run's folder until the ExitStack `stack` is closed. Raises UsageError."""
-    try:
-        stack.enter_context(lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
-    except BlockingIOError:
+def check_parts(flags, ranks):
+    """Raises UsageError if a run lacks something that is said before anything is downloaded."""
+    if flags.batch_size < ranks.size:
         raise UsageError(
-            f"{folder.name} is being trained by another process: wait for it, or start another "
-            "with --new_model"
-        ) from None
+            f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
+            "row: give a larger one"
+        )
+    if flags.teacher:
+        extra("distil")
+    if flags.report_to:
+        extra("report").check(flags.report_to)
 
 
 def set_up(flags, ranks, interrupts, stack):
-    """The run that a command trains, ready for `train`; its locks and `interrupts` go on `stack`.
+    """The run that a command trains, ready for `train`; its lock and `interrupts` go on `stack`.
 
-    While it reads the folder, nobody deletes anything there. A run that needs other checkpoints is
-    saved at once: its record keeps them from being deleted from then on. So is a branch, which
-    then has all that it needs.
+    It goes on with a run that is there, from that one's newest intact checkpoint; or it begins a
+    branch, from the checkpoint that --identifier names; or it begins a new run. Raises UsageError,
+    RunError.
     """
-    with lock(flags.save_dir, fcntl.LOCK_SH):
-        checkpoints = list_checkpoints(flags.save_dir, warn=True)
-        contents, folder = find_run(flags, checkpoints, stack)
-        run = make_run(folder, flags, contents, ranks)
-        run.saved = max((each.saved for each in checkpoints), default=0.0)
-        stack.enter_context(interrupts)  # from here on there is something to save
-        is_new = folder is None
-        if is_new:
-            run.folder.mkdir()
-            claim(run.folder, stack)
-            stack.callback(remove_empty, run.folder)
-        else:
-            remove_unfinished(run.folder)
-        print_start(run, contents and contents.checkpoint, ranks)
-        if not contents and checkpoints and not flags.new_model:
-            tqdm.write(printable(describe_other(checkpoints[0], flags)))
-        uses_checkpoints = any(place == origin_id for place, origin_id in run.uses.values())
-        if is_new and (contents or uses_checkpoints):
-            save(run, interrupts)
+    checkpoints = list_checkpoints(flags.save_dir, warn=True)
+    start = find_start(flags, checkpoints)
+    if start:
+        flags = settle(flags.given, start.flags)
+        others = differences(flags, start)
+        check_agreement(flags, {name: others[name] for name in FIXED if name in others}, start.run)
+    check_parts(flags, ranks)
+    candidates = find_candidates(flags, checkpoints, start)
+    found = None
+    if start or candidates:
+        known = candidates[0] if candidates else start
+        dataset = load_data_again(flags, [each for each in checkpoints if each.run == known.run])
+        if start:
+            refuse_other_text(dataset, start)
+        found = choose(candidates, flags, dataset, start)
+
+    folder = found.folder if found else free_folder(flags)
+    stack.enter_context(claimed(folder))
+    contents = None
+    if found:  # only now can no other process advance it
+        remove_unfinished(folder)
+        contents = open_newest(list_run(folder), is_named=bool(flags.identifier))
+    elif start:
+        contents = open_newest([start], is_named=True)
+    if contents:
+        flags = settle(flags.given, contents.checkpoint.flags)
+        models = {name: open_kept(contents.checkpoint, name) for name in needed_models(flags)}
+    else:
+        models = open_models(flags)
+        flags = settle(flags.given, decided=decided_by(models, flags))
+        dataset = load_data(flags, tokenizer_of(models))
+    run = make_run(folder, flags, contents, models, dataset, ranks)
+    run.saved = max((each.saved for each in checkpoints), default=0.0)
+    if not found:
+        keep_models(folder, {name: models[name] for name in needed_models(flags)})
+    stack.enter_context(interrupts)  # from here on there is something to save
+    print_start(run, contents and contents.checkpoint, ranks)
+    if not contents and checkpoints and not flags.new_model:
+        tqdm.write(printable(describe_other(checkpoints[0], flags)))
+    if start and not found:
+        run.origins = run.origins | {"identifier": start.id}
+        save(run, interrupts)  # a branch then has all that it needs
     return run
 
 
-def remove_empty(folder):
-    """Deletes a run's folder if nothing was written there."""
-    with contextlib.suppress(OSError):  # it is not empty
-        folder.rmdir()
+def tokenizer_of(models):
+    """The tokenizer of the first of some models, {flag: Source}, or None."""
+    return next((source.tokenizer for source in models.values()), None)
 
 
 # ---- Commands -----------------------------------------------------------------------------------
@@ -3966,7 +3894,7 @@ def list_runs(save_dir):
     """Prints the runs in `save_dir` and their checkpoints, most recently saved first."""
     checkpoints = list_checkpoints(save_dir, warn=True)  # newest first
     if not checkpoints:
-        print(explain_emptiness(save_dir))
+        print(NO_CHECKPOINT.format(save_dir))
         return
     print(f"Checkpoints in {save_dir}: {len(checkpoints)}")
     print("    checkpoint     iteration  valid nats  perplexity  saved")
@@ -3979,7 +3907,7 @@ def list_runs(save_dir):
         if differences:
             line += f", {differences}"
         print(textwrap.fill(printable(line), 100, subsequent_indent="    "))
-        best = best_of(own, name)
+        best = best_of(own)
         for each in own:
             line = f"    {each.id[:12]}  {each.iteration:>12,}"
             if each.score is None:
@@ -4021,7 +3949,7 @@ def show_runs(flags):
     save_dir = flags.save_dir
     checkpoints = list_checkpoints(save_dir, warn=True)
     if not checkpoints:
-        raise UsageError(explain_emptiness(save_dir))
+        raise UsageError(NO_CHECKPOINT.format(save_dir))
     runs = dict.fromkeys(each.run for each in checkpoints)  # unique
     named = []
     for identifier in flags.identifier or []:
@@ -4043,21 +3971,26 @@ def show_runs(flags):
 def open_for_use(flags):
     """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
 
-    Flags that were given and are FIXED during a run select it, too. Raises UsageError, RunError.
+    It is the newest of the runs that have the values of all shaping flags given. Raises
+    UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
-    others = ["seed"]  # which is for the samples
-    if flags.evaluate:
-        others.append("test_text")  # any text can be scored
-    names = [name for name in FIXED if name in flags.given and name not in others]
-    candidates = find_candidates(checkpoints, flags, names)
+    if flags.identifier:
+        found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier[0])
+        return open_newest([found], is_named=True)
     if not checkpoints:
-        raise UsageError(explain_emptiness(flags.save_dir))
+        raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
+    names = [name for name in SHAPING if name in flags.given and name not in ("seed", *PATHS)]
+    candidates = []
+    for each in checkpoints:
+        its_flags = settle({}, each.flags)
+        if all(getattr(its_flags, name) == getattr(flags, name) for name in names):
+            candidates.append(each)
     if not candidates:
         raise UsageError(
             f"no checkpoint in {flags.save_dir} has the flags given: leave them out, or see --list"
         )
-    return open_newest(candidates, flags)
+    return open_newest(candidates)
 
 
 def announce(checkpoint):
@@ -4071,12 +4004,11 @@ def announce(checkpoint):
 def use_checkpoint(flags, ranks):
     """Samples from a checkpoint, scores it or exports it; returns the exit status."""
     draft = None
-    with lock(flags.save_dir, fcntl.LOCK_SH):
-        contents = open_for_use(flags)
-        model = contents.load_model()
-        if flags.draft:
-            with explained("--draft cannot be used: name another", Damaged, kind=RunError):
-                draft = open_model(flags.save_dir, flags.draft, "draft")
+    contents = open_for_use(flags)
+    model = contents.load_model()
+    if flags.draft:
+        with explained("--draft cannot be used: name another", Damaged, kind=RunError):
+            draft = open_model(flags.save_dir, flags.draft, "draft")
     if flags.evaluate:
         return score_checkpoint(model, contents, flags, ranks)
     if flags.export:
@@ -4091,8 +4023,10 @@ def score_checkpoint(model, contents, flags, ranks):
 
     Returns the exit status.
     """
-    flags = settle(flags.given, contents.checkpoint.flags)
-    dataset = load_data(flags, contents, {})
+    checkpoint = contents.checkpoint
+    flags = settle(flags.given, checkpoint.flags)
+    dataset = load_data_again(flags, [checkpoint])
+    refuse_other_text(dataset, checkpoint)
     context_size = model.config.context_size
     if flags.eval_stride and flags.eval_stride > context_size:
         raise UsageError(
@@ -4128,11 +4062,10 @@ def benchmark(flags, ranks):
     """Measures the model that this command would train or resume; returns the exit status."""
     if ranks.size > 1:
         raise UsageError("--benchmark measures one process: start it without mlx.launch")
-    with lock(flags.save_dir, fcntl.LOCK_SH):
-        checkpoints = list_checkpoints(flags.save_dir)
-        candidates = find_candidates(checkpoints, flags, identity(flags))
-        contents = open_newest(candidates, flags) if candidates else None
-        run = make_run(None, flags, contents, ranks)
+    models = open_models(flags)
+    flags = settle(flags.given, decided=decided_by(models, flags))
+    dataset = load_data(flags, tokenizer_of(models))
+    run = make_run(flags.save_dir / run_name(flags), flags, None, models, dataset, ranks)
     extra("benchmark").run_benchmark(run)
     return 0
 
@@ -4217,11 +4150,10 @@ def execute(argv, ranks):
             raise UsageError(f"{flags.save_dir} is not an existing folder: {remedy}")
     if uses:
         return use_checkpoint(flags, ranks)
-    with lock(flags.save_dir, fcntl.LOCK_SH):
-        if flags.list:
-            list_runs(flags.save_dir)
-        else:
-            show_runs(flags)
+    if flags.list:
+        list_runs(flags.save_dir)
+    else:
+        show_runs(flags)
     return 0
 
 

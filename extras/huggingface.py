@@ -24,7 +24,8 @@ from mlx.utils import tree_flatten
 
 from datasets import PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
 from datasets import read_whole, replacing, user_path, without_passwords
-from main import DEFAULTS, MLPS, Config, LanguageModel, load_arrays, refuse_beyond_memory, sha1_of
+from main import DEFAULTS, MLPS, Config, LanguageModel, load_arrays, refuse_beyond_memory
+from main import sha1_of_file
 
 # Their names, and our (mlp, qk_norm, qkv_bias) for each. An export has the first one that fits.
 KINDS = {
@@ -106,18 +107,16 @@ EXPORTED = [
 def open_by_name(name):
     """The model of a folder or, if there is none of that name, on the hub.
 
-    Returns what `import_model` does, and the place where that very model is found again. Raises
-    UsageError.
+    Returns what `import_model` does. Raises UsageError.
     """
     if os.path.isdir(name):
-        return *import_model(name), name
+        return import_model(Path(name))
     found = HUB_NAME.fullmatch(name)
     if not found:
         remedy = "name one, a checkpoint, or a model of the Hugging Face hub (ORG/NAME)"
         raise UsageError(f"{name} is no folder here: {remedy}")
     repository, revision = found.groups()
-    folder = download_model(repository, revision)
-    return *import_model(folder), f"{repository}@{folder.name}"
+    return import_model(download_model(repository, revision))
 
 
 def download_model(repository, revision=None):
@@ -178,21 +177,15 @@ def read_config(path):
 def import_model(path):
     """Reads a Hugging Face folder: config.json, tokenizer.json and the *.safetensors files.
 
-    Returns the model in float32, its tokenizer, and its id (see `make_id`). Raises UsageError if
-    the folder holds no model that is supported.
+    Returns the fields of a Source: the model in float32, its tokenizer, its id and its files.
+    Raises UsageError if the folder holds no model that is supported.
     """
-    path = Path(path)
     fault = f"{path} holds no {THEIR_KINDS} model that can be loaded: name one, or see --list"
     with explained(fault):
         config = read_config(path)
         if not (path / "tokenizer.json").exists():
             raise UsageError("it has no tokenizer.json")
-        # Large models come in several files. A folder of Mistral's holds the weights again, in
-        # consolidated.safetensors.
-        files = sorted(path.glob(WEIGHTS)) or sorted(path.glob("*.safetensors"))
-        if not files:
-            raise UsageError("it has no file *.safetensors")
-        weights = read_weights(files)
+        weights = read_weights(weight_files(path))
         if not config.untie:
             # Some folders hold an output layer anyway, a copy of the embeddings.
             weights.pop("lm_head.weight", None)
@@ -212,11 +205,33 @@ def import_model(path):
         if largest >= config.vocab_size:
             # MLX does not check indices: it would read beyond the embeddings.
             raise UsageError(f"its tokenizer has the id {largest}, vocab_size {config.vocab_size}")
-        for name in TEXTS:
-            if (path / name).exists():  # the last one is optional
-                files.append(path / name)
-        model_id = make_id(files)
-    return model, tokenizer, model_id
+        files = model_files(path)
+    return model, tokenizer, id_of(path), {file.name: file for file in files}
+
+
+def weight_files(folder):
+    """The paths of a model's weights. Raises UsageError if there are none."""
+    # Large models come in several files. A folder of Mistral's holds the weights again, in
+    # consolidated.safetensors.
+    files = sorted(folder.glob(WEIGHTS)) or sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UsageError("it has no file *.safetensors")
+    return files
+
+
+def model_files(folder):
+    """The paths of the files of a model that are read."""
+    texts = [folder / name for name in TEXTS]
+    return weight_files(folder) + [path for path in texts if path.exists()]  # one is optional
+
+
+def id_of(folder):
+    """The id of the model in a folder: the SHA1 of the SHA1s of its files.
+
+    So editing one of them makes another model.
+    """
+    sha1s = [sha1_of_file(path.resolve()) for path in model_files(Path(folder))]
+    return hashlib.sha1("".join(sha1s).encode()).hexdigest()
 
 
 def read_settings(path):
@@ -246,9 +261,7 @@ def read_weights(files):
     for file in files:
         if not file.is_file():  # a pipe might never begin
             raise UsageError(f"{file.name} is not a regular file")
-        with open(file, "rb") as opened:
-            arrays = load_arrays(opened)
-        for name, weight in arrays.items():
+        for name, weight in load_arrays(file).items():
             if name.endswith("rotary_emb.inv_freq"):  # older folders hold RoPE's speeds, too
                 continue
             if weight.dtype not in (mx.float32, mx.float16, mx.bfloat16):
@@ -340,18 +353,6 @@ def check_number(name, value):
     # By `type`, since a bool is an instance of int.
     if type(value) not in types or not least <= value <= most:
         raise UsageError(f"{name} is {value!r}")
-
-
-def make_id(files):
-    """The id of a model in these files, which include its configuration and its tokenizer.
-
-    It is the SHA1 of their SHA1s, so editing one of them makes another model.
-    """
-    sha1s = []
-    for path in files:
-        with open(path, "rb") as file:
-            sha1s.append(sha1_of(file))
-    return hashlib.sha1("".join(sha1s).encode()).hexdigest()
 
 
 # ---- Export -------------------------------------------------------------------------------------

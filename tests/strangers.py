@@ -20,6 +20,7 @@ It knows the program's commands and its files, and no function of it.
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import importlib
@@ -129,6 +130,7 @@ TRAPS = [
     ("model", PACKAGE["model"] | {"vocab": BEYOND}),
     ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
 ]
+TYPES = {"F32": "float32", "I32": "int32", "U32": "uint32", "U8": "uint8", "U64": "uint64"}
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "U8": 1, "U64": 8, "BOOL": 1}
 
 
@@ -239,10 +241,13 @@ def sha1(data):
 def seal(run):
     """Puts right hashes on the files of a run: all that is known here of a checkpoint's format.
 
-    <id>.safetensors is named by its SHA1. <id>.metadata has a text `record`, its SHA1
-    `record_sha1`, and `sha1`, that of the file with zeros in its place.
+    <id>.safetensors is named by its SHA1. <id>.metadata has a text `record`, which holds the SHA1
+    of the arrays beside it as `state_sha1`, and the text `sha1`, that of the record. So have the
+    models that the run keeps in folders of its own.
     """
-    blank = "0" * 40
+    for name, content in run.items():
+        if isinstance(content, Folder):
+            seal(content)
     for name in [each for each in run if each.endswith(".metadata")]:
         old = name.removesuffix(".metadata")
         new = old
@@ -253,11 +258,23 @@ def seal(run):
         tensors = run.pop(name)
         texts = tensors.get("texts") if isinstance(tensors, Tensors) else None
         if isinstance(texts, dict) and isinstance(texts.get("record"), str):
-            texts["record"] = texts["record"].replace(old, new)
-            texts["record_sha1"] = sha1(texts["record"].encode(errors="replace"))
-            texts["sha1"] = blank
-        data = as_bytes(tensors)
-        run[f"{new}.metadata"] = data.replace(blank.encode(), sha1(data).encode(), 1)
+            record = texts["record"].replace(old, new)
+            state = f'"state_sha1": "{sha1_of_arrays(as_bytes(tensors))}"'
+            record = re.sub('"state_sha1": "[0-9a-f]*"', state, record)
+            texts["record"] = record
+            texts["sha1"] = sha1(record.encode(errors="replace"))
+        run[f"{new}.metadata"] = as_bytes(tensors)
+
+
+def sha1_of_arrays(data):
+    """The SHA1 of the arrays in a safetensors file, as far as it is one."""
+    lines = b""
+    with contextlib.suppress(Exception):  # it is anything
+        for name, entry in sorted(Tensors(data)["arrays"].items()):
+            dtype = TYPES[entry["dtype"]]
+            lines += f"{name} {tuple(entry['shape'])} mlx.core.{dtype}\n".encode()
+            lines += entry["bytes"]
+    return sha1(lines)
 
 
 # ---- The mutator --------------------------------------------------------------------------------
