@@ -183,7 +183,7 @@ class Noise:
     """
 
     def __init__(self, rate, keys, L, D):
-        self.rate = rate
+        self.kept_share = 1 - rate
         places = mx.arange(L * D, dtype=mx.uint32).reshape(1, L, D)
         bits = mix(places + keys[:, None, None, 0]) ^ keys[:, None, None, 1]
         self.bits = bits ^ (bits >> 16)  # [B, L, D]
@@ -195,9 +195,9 @@ class Noise:
         bits = mix(self.bits ^ salt)
         # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the
         # same, but compilers do not vectorize it.
-        threshold = ((1 - self.rate) * 2**31).astype(mx.uint32)
+        threshold = (self.kept_share * 2**31).astype(mx.uint32)
         kept = ((bits >> 1) + threshold) >> 31
-        return hidden * (kept.astype(hidden.dtype) / (1 - self.rate).astype(hidden.dtype))
+        return hidden * (kept.astype(hidden.dtype) / self.kept_share.astype(hidden.dtype))
 
 
 def dropout(hidden, noise, site):
@@ -327,7 +327,7 @@ class Attention(nn.Module):
 
 
 class Cache:
-    """What one Block keeps of the tokens read so far."""
+    """What one Attention keeps of the tokens read so far."""
 
     def __init__(self):
         self.arrays = {}  # {name: [B, heads, room, d]}, in the order of the positions
@@ -357,7 +357,10 @@ class Cache:
 
     def attend(self, queries, keys, values):
         """Adds L positions and attends from them to all so far; shapes as in `attend`."""
-        return attend(queries, self.append("keys", keys), self.append("values", values))
+        keys = self.append("keys", keys)
+        values = self.append("values", values)
+        self.offset += queries.shape[2]
+        return attend(queries, keys, values)
 
 
 @fast_version
@@ -415,8 +418,6 @@ class Block(nn.Module):
         attended = self.self_attn(self.input_layernorm(hidden), cache)
         hidden = hidden + dropout(attended, noise, site)
         transformed = self.mlp(self.post_attention_layernorm(hidden))
-        if cache is not None:
-            cache.offset = cache.offset + hidden.shape[1]
         return hidden + dropout(transformed, noise, site + 1)
 
 
