@@ -143,12 +143,11 @@ class Config:
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
     head_dim: int | None = None  # d; None: dim / num_heads
     qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
-    ngrams: int = 1  # n: n-grams of 2 to n tokens have embeddings, too
-    ngram_rows: int = 2**15  # R, embeddings for the n-grams of each length
-    conv_size: int = 1  # positions that the blocks' short convolutions span; 1: there are none
-    embedding_scale: float = 1.0  # factor of the embeddings where they are the input
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if type(value) is int and not 1 <= value <= LARGEST:
+                raise ValueError(f"{name} {value} is not from 1 to {LARGEST}")
         if self.head_dim is None:  # an imported model has its own, and H * d may differ from D
             step = 2 * self.num_heads  # a head's dimension must be even: RoPE rotates pairs
             if self.dim % step:
@@ -159,19 +158,13 @@ class Config:
             self.head_dim = self.dim // self.num_heads
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd, but RoPE rotates pairs")
-        if self.head_dim > 2**16:  # as far as --dim goes; rope_frequencies could fill the memory
-            raise ValueError(f"head_dim {self.head_dim} is above {2**16}")
+        if self.context_size * self.num_kv_heads * self.head_dim > LARGEST:
+            raise ValueError(f"context_size {self.context_size} has more keys than MLX can count")
         if self.num_heads % self.num_kv_heads:
             fit = math.gcd(self.num_heads, self.num_kv_heads)
             raise ValueError(
                 f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: "
                 f"try {fit}"
-            )
-        lengths = self.ngrams - 1
-        if lengths and self.dim % lengths:
-            fit = lengths * max(1, round(self.dim / lengths))
-            raise ValueError(
-                f"dim {self.dim} is not a multiple of ngrams - 1 = {lengths}: try {fit}"
             )
 
 
@@ -193,7 +186,7 @@ class Noise:
     """
 
     def __init__(self, rate, keys, L, D):
-        self.rate = rate
+        self.kept_share = 1 - rate
         places = mx.arange(L * D, dtype=mx.uint32).reshape(1, L, D)
         bits = mix(places + keys[:, None, None, 0]) ^ keys[:, None, None, 1]
         self.bits = bits ^ (bits >> 16)  # [B, L, D]
@@ -205,9 +198,9 @@ class Noise:
         bits = mix(self.bits ^ salt)
         # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the
         # same, but compilers do not vectorize it.
-        threshold = ((1 - self.rate) * 2**31).astype(mx.uint32)
+        threshold = (self.kept_share * 2**31).astype(mx.uint32)
         kept = ((bits >> 1) + threshold) >> 31
-        return hidden * (kept.astype(hidden.dtype) / (1 - self.rate).astype(hidden.dtype))
+        return hidden * (kept.astype(hidden.dtype) / self.kept_share.astype(hidden.dtype))
 
 
 def dropout(hidden, noise, site):
@@ -337,7 +330,7 @@ class Attention(nn.Module):
 
 
 class Cache:
-    """What one Block keeps of the tokens read so far."""
+    """What one Attention keeps of the tokens read so far."""
 
     def __init__(self):
         self.arrays = {}  # {name: [B, heads, room, d]}, in the order of the positions
@@ -367,41 +360,10 @@ class Cache:
 
     def attend(self, queries, keys, values):
         """Adds L positions and attends from them to all so far; shapes as in `attend`."""
-        return attend(queries, self.append("keys", keys), self.append("values", values))
-
-    def before(self, name, hidden, count):
-        """Adds hidden [B, L, D] to an array; returns the `count` positions before, [B, count, D].
-
-        Zeros stand for what precedes the text.
-        """
-        known = self.append(name, hidden[:, None])[:, 0, : self.offset]
-        known = known[:, -count:]
-        missing = count - known.shape[1]
-        return mx.pad(known, [(0, 0), (missing, 0), (0, 0)])
-
-
-class ShortConv(nn.Module):
-    """A causal depthwise convolution with a residual connection (Allen-Zhu 2025: Canon layers).
-
-    It adds to each position a weighted sum of the n before it, dimension by dimension.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        # [n, D]; row i is the weight of the position i + 1 back.
-        self.weight = mx.zeros((config.conv_size - 1, config.dim))
-
-    def __call__(self, hidden, before=None):
-        """hidden: [B, L, D]; before: the n positions before them, [B, n, D]; None: zeros."""
-        B, L, D = hidden.shape
-        n = len(self.weight)
-        if before is None:
-            before = mx.zeros((B, n, D), hidden.dtype)
-        row = mx.concatenate([before, hidden], axis=1)  # [B, n + L, D]
-        for i in range(n):
-            start = n - 1 - i
-            hidden = hidden + self.weight[i] * row[:, start : start + L]
-        return hidden
+        keys = self.append("keys", keys)
+        values = self.append("values", values)
+        self.offset += queries.shape[2]
+        return attend(queries, keys, values)
 
 
 @fast_version
@@ -444,10 +406,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each applied to normalized hidden [B, L, D] and added to it.
-
-    With --conv_size, a short convolution comes before each.
-    """
+    """Attention, then an MLP, each applied to normalized hidden [B, L, D] and added to it."""
 
     def __init__(self, config, index):
         super().__init__()
@@ -456,71 +415,13 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
-        if config.conv_size > 1:
-            self.attention_conv = ShortConv(config)
-            self.mlp_conv = ShortConv(config)
-
-    def attention_input(self, hidden, cache=None):
-        """What attention reads of hidden [B, L, D]: it normalized and, with --conv_size, mixed."""
-        return self.convolve("attention_conv", self.input_layernorm(hidden), cache)
-
-    def convolve(self, name, hidden, cache):
-        """One of this block's short convolutions of hidden [B, L, D], if it has them."""
-        if name not in self:
-            return hidden
-        conv = self[name]
-        before = None
-        if cache is not None:
-            before = cache.before(name, hidden, len(conv.weight))
-        return conv(hidden, before)
 
     def __call__(self, hidden, cache=None, noise=None):
         site = 2 * self.index + 1  # of dropout; site 0 is the embeddings
-        attended = self.self_attn(self.attention_input(hidden, cache), cache)
+        attended = self.self_attn(self.input_layernorm(hidden), cache)
         hidden = hidden + dropout(attended, noise, site)
-        normed = self.post_attention_layernorm(hidden)
-        transformed = self.mlp(self.convolve("mlp_conv", normed, cache))
-        if cache is not None:
-            cache.offset = cache.offset + hidden.shape[1]
+        transformed = self.mlp(self.post_attention_layernorm(hidden))
         return hidden + dropout(transformed, noise, site + 1)
-
-
-class NgramEmbedding(nn.Module):
-    """Embeddings of the 2 to n tokens that end at each position (Pagnoni et al. 2024).
-
-    Each length has D / (n - 1) of the dimensions and R rows; n-grams share a row by chance.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.lengths = config.ngrams - 1
-        self.rows = config.ngram_rows
-        self.weight = mx.zeros((self.lengths * self.rows, config.dim // self.lengths))
-
-    def __call__(self, tokens, before=None):
-        """tokens: ids [B, L]; before: the n - 1 ids before them, see ids_before. [B, L, D]."""
-        B, L = tokens.shape
-        if before is None:
-            before = mx.full((B, self.lengths), NO_ID)
-        ids = mx.concatenate([before, tokens], axis=1).astype(mx.uint32)  # [B, n - 1 + L]
-        hashes = mix(ids[:, self.lengths :])
-        places = []
-        for i in range(self.lengths):
-            start = self.lengths - 1 - i  # i + 1 tokens back
-            hashes = mix(hashes + ids[:, start : start + L])
-            row = (hashes >> 8) % self.rows  # mix's high bits are the good ones
-            places.append(row + i * self.rows)
-        return self.weight[mx.stack(places, axis=-1)].reshape(B, L, -1)
-
-
-NO_ID = -1  # where a text has not begun yet
-
-
-def ids_before(text, start, read, config):
-    """The n - 1 ids before index `read` of a text that begins at `start`: what n-grams need."""
-    count = config.ngrams - 1
-    known = text[max(start, read - count) : read]
-    return [NO_ID] * (count - len(known)) + known
 
 
 @fast_version
@@ -539,30 +440,18 @@ class Transformer(nn.Module):
         super().__init__()
         # Gradient checkpointing: only the input of each block is kept for the backward pass.
         self.grad_checkpoint = False
-        self.embedding_scale = config.embedding_scale
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        if config.ngrams > 1:
-            self.embed_ngrams = NgramEmbedding(config)
         self.layers = [Block(config, i) for i in range(config.num_blocks)]
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def embed(self, tokens, before=None):
-        """The first hidden states [B, L, D]; arguments as in __call__."""
+    def embed(self, tokens):
+        """The first hidden states [B, L, D]."""
         hidden = self.embed_tokens(tokens)
-        if "embed_ngrams" in self:
-            hidden = hidden + self.embed_ngrams(tokens, before)
-        if self.embedding_scale != 1:
-            # Tied embeddings stay small, as the output layer needs them, and would be lost beside
-            # what the blocks add (Vaswani et al. 2017 multiply them by sqrt(D)).
-            hidden = hidden * self.embedding_scale
         return hidden.astype(self.norm.weight.dtype)  # bfloat16 if the norms are, see make_step
 
-    def __call__(self, tokens, caches=None, noise=None, before=None):
-        """caches: a Cache for each block; noise: that of dropout, or None.
-
-        before: the ids before `tokens`, see ids_before; None: there are none.
-        """
-        hidden = dropout(self.embed(tokens, before), noise, site=0)
+    def __call__(self, tokens, caches=None, noise=None):
+        """caches: a Cache for each block; noise: that of dropout, or None."""
+        hidden = dropout(self.embed(tokens), noise, site=0)
         if caches is None:
             caches = [None] * len(self.layers)
         for block, cache in zip(self.layers, caches):
@@ -583,9 +472,9 @@ class LanguageModel(nn.Module):
         if config.untie:
             self.lm_head = Linear(config.dim, config.vocab_size)
 
-    def __call__(self, tokens, caches=None, noise=None, before=None, last=None):
+    def __call__(self, tokens, caches=None, noise=None, last=None):
         """Logits of the `last` positions only, which is all that decoding needs; None: of all."""
-        hidden = self.model(tokens, caches, noise, before)  # [B, L, D]
+        hidden = self.model(tokens, caches, noise)  # [B, L, D]
         if last is not None:
             hidden = hidden[:, -last:]
         if self.config.untie:
@@ -610,13 +499,7 @@ def first_values(name, shape, seed):
     return mx.array(rng.standard_normal(shape, np.float32))
 
 
-ZERO_AT_FIRST = (
-    "o_proj.weight",
-    "down_proj.weight",
-    "lm_head.weight",
-    "embed_ngrams.weight",
-    "conv.weight",
-)
+ZERO_AT_FIRST = ("o_proj.weight", "down_proj.weight", "lm_head.weight")
 
 
 def init_weights(model, seed):
@@ -624,7 +507,7 @@ def init_weights(model, seed):
 
     Norms are 1, biases 0, matrices normal with standard deviation 1 / sqrt(inputs). The matrices
     that write into the residual stream are 0, so that each block starts as the identity. An untied
-    output layer, the n-grams' embeddings and short convolutions are also 0.
+    output layer is also 0.
 
     Embeddings have standard deviation 5 / dim. Tied, they are also the output layer: the logit of
     the token just read starts near 5, the others near 0, and the first loss is near ln(V + e^5);
@@ -747,11 +630,8 @@ def make_optimizer(model, flags):
 
 
 def is_matrix(name, parameter):
-    """Whether a parameter is a matrix, for MultiOptimizer's filters.
-
-    A short convolution's weights scale single dimensions, as a norm's do.
-    """
-    return parameter.ndim >= 2 and not name.endswith("conv.weight")
+    """Whether a parameter is a matrix, for MultiOptimizer's filters."""
+    return parameter.ndim >= 2
 
 
 def is_matrix_of_block(name, parameter):
@@ -1041,7 +921,7 @@ class Run(Progress):
     model: LanguageModel
     optimizer: optim.Optimizer
     batches: Batches
-    teacher: LanguageModel | None = None  # --teacher average: each step gives it the average
+    teacher: LanguageModel | None = None
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
     # What it was made with, see Checkpoint.
     origins: dict = dataclasses.field(default_factory=dict)
@@ -1131,7 +1011,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     """
     ranks = ranks or SingleProcess()
     model.model.grad_checkpoint = flags.grad_checkpoint
-    has_dropout = flags.dropout > 0 or bool(flags.dropout_final)
+    has_dropout = flags.dropout or flags.dropout_final
     casts = flags.dtype == "bfloat16" and mx.default_device() == mx.gpu
     if teacher is not None:
         distilled_cross_entropy = extra("distil").make_loss(teacher, flags)
@@ -1154,10 +1034,10 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 
     value_and_grad = nn.value_and_grad(model, loss)
 
-    # Compiled once for its shapes, then replayed. Arrays that are not arguments must be listed in
-    # `inputs`, or their values from the first call would be constants of the graph; those that
-    # change must be listed in `outputs`, or the change would be lost.
-    @partial(mx.compile, inputs=[model.state, {} if teacher is None else teacher.state])
+    # Compiled once for its shapes, then replayed. Arrays that are not arguments are constants of
+    # the graph, as the teacher's weights are, unless they are listed in `inputs`; those that a
+    # function changes must be listed in `outputs`, too, or the change would be lost.
+    @partial(mx.compile, inputs=[model.state])
     def loss_and_gradients(*arguments):
         weights = model.parameters()
         result = value_and_grad(*arguments)
@@ -1191,7 +1071,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
             metrics = apply_gradients(total)
             # The code above only builds a graph; it is computed here. Arrays not listed would be
             # left for the next step's graph.
-            mx.eval(metrics, model.state, optimizer.state)
+            mx.eval(metrics, state)
         return metrics
 
     return step
@@ -1419,9 +1299,8 @@ class Decoder:
         if len(self.text) - self.start > context_size:
             self.begin_window(len(self.text) - max(1, context_size // 2))
         read = self.start + self.caches[0].offset
-        before = ids_before(self.text, self.start, read, self.model.config)
         unread = mx.array([self.text[read:]])
-        return self.model(unread, self.caches, before=mx.array([before]), last=1).squeeze(1)
+        return self.model(unread, self.caches, last=1).squeeze(1)
 
     def generate(self, max_tokens, flags, seed):
         """Samples `max_tokens` ids, appends each to the text and yields it.
@@ -1801,8 +1680,9 @@ def checked(kind, values):
             wanted = (int, float)
         # Python takes True for a number.
         if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
-            raise ValueError(f"its {name} is not of type {types[name]}")
-        if is_number and not -1e15 < value < 1e15:
+            raise ValueError(f"its {name} is of another type")
+        least = -1e15 if name == "recent_loss" else 0  # may be negative by rounding
+        if is_number and not least <= value < 1e15:
             raise ValueError(f"its {name} is out of range")
     return kind(**values)
 
@@ -2622,13 +2502,6 @@ def print_start(run, checkpoint, ranks):
     parameters = count_parameters(run.model.parameters())
     trained = count_parameters(run.model.trainable_parameters())
     of_them = f", {trained:,} trainable" if trained < parameters else ""
-    context = f"context {config.context_size}"
-    if config.ngrams > 1:
-        context += f", {config.ngrams}-grams in {config.ngram_rows:,} rows"
-    if config.conv_size > 1:
-        context += f", convolutions over {config.conv_size}"
-    if config.embedding_scale != 1:
-        context += f", embeddings times {config.embedding_scale:g}"
     several = f", {ranks.size} ranks" if ranks.size > 1 else ""
     size = checkpoint_size(run) / 2**20  # MiB
     free = shutil.disk_usage(flags.save_dir).free / 2**20
@@ -2638,7 +2511,7 @@ def print_start(run, checkpoint, ranks):
         f"model    {parameters:,} parameters{of_them}: {plural(config.num_blocks, 'block')}, "
         f"dim {config.dim}, {plural(config.num_heads, 'head')} "
         f"({plural(config.num_kv_heads, 'key/value head')}), {config.mlp} {config.mlp_dim}, "
-        f"{context}\n"
+        f"context {config.context_size}\n"
         f"data     {dataset.name}: {' / '.join(lengths)} tokens; "
         f"{describe_tokenizer(tokenizer)}; in {dataset.folder}\n"
         f"steps    {rows} x {config.context_size} tokens, {steps:,} per epoch, "
@@ -2764,20 +2637,8 @@ def describe_resume(checkpoint, run):
 
 # ---- Prompts ------------------------------------------------------------------------------------
 
-SETTABLE = [
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "max_tokens",
-    "stop",
-    "seed",
-]
-COMMANDS = """/set NAME VALUE   change a sampling flag: /set temperature 0.8
-/reset            forget the conversation
-/stats            turn tokens/s after each reply on or off
-/quit             exit, as Ctrl+D does; Ctrl+C stops a reply"""
+COMMANDS = """/reset   forget the conversation
+/quit    exit, as Ctrl+D does; Ctrl+C stops a reply"""
 
 
 def sample_from(model, contents, flags, draft):
@@ -2861,43 +2722,26 @@ def converse(tokenizer, model, draft, flags):
         import readline  # noqa: F401 (gives input() line editing and history)
 
         question = "> "
-    shows_speed = False
     conversation = Conversation(tokenizer, model, draft)
     try:
         while True:
             line = input(question)
-            command = line.split() if line.startswith("/") else []
-            if command == ["/quit"]:
+            command = line.rstrip()
+            if command == "/quit":
                 break
-            elif command == ["/reset"]:
+            elif command == "/reset":
                 conversation = Conversation(tokenizer, model, draft)
-            elif command == ["/stats"]:
-                shows_speed = not shows_speed
-            elif len(command) == 3 and command[0] == "/set" and command[1] in SETTABLE:
-                flags = with_flag(flags, command[1], command[2])
-                print(f"{command[1]} {getattr(flags, command[1])}", file=sys.stderr)
-            elif command:
-                if command != ["/help"]:
+            elif command.startswith("/"):
+                if command != "/help":
                     print(f"Not understood: {printable(line)}", file=sys.stderr)
                 print(COMMANDS, file=sys.stderr)
             else:
                 print_reply(conversation, line, flags)
-                if shows_speed:
-                    print(conversation.describe_speed(), file=sys.stderr)
     except (EOFError, KeyboardInterrupt):  # Ctrl+D or end of the pipe; Ctrl+C at the prompt
         if question:
             print()  # puts the shell's prompt on its own line
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's end may be interrupted, too
-
-
-def with_flag(flags, name, value):
-    """The flags with another value of one of them, which is checked as on the command line."""
-    try:
-        return settle(flags.given | parse([f"--{name}={value}"]))
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        return flags
 
 
 def print_reply(conversation, line, flags):
@@ -2991,24 +2835,6 @@ FLAGS["model"] = {
     ),
     "qk_norm": flag(False, "RMS-normalize queries and keys"),
     "untie": flag(False, "separate output matrix instead of tied embeddings"),
-    "ngrams": flag(
-        1,
-        "also embed the last 2 to this many tokens, hashed (for bytes and characters)",
-        type=number(int, 1, 64),
-    ),
-    "ngram_rows": flag(
-        2**15, "embeddings for the n-grams of each length", type=number(int, 1, 2**24)
-    ),
-    "conv_size": flag(
-        1,
-        "convolve the inputs of attention and feed-forward layers over this many tokens",
-        type=number(int, 1, 64),
-    ),
-    "embedding_scale": flag(
-        1.0,
-        "multiply the input embeddings by this (try the square root of dim)",
-        type=number(float, 0.001, 1000),
-    ),
 }
 
 FLAGS["training"] = {
@@ -3093,10 +2919,7 @@ FLAGS["reuse"] = {
     ),
     "lora_rank": flag(None, "train only LoRA adapters of this rank, on --init_from", type=SIZE),
     "lora_alpha": flag(None, "adapters are scaled by alpha / rank (default: 2 rank)", type=RATE),
-    "teacher": string_flag(
-        "distill from this model, named as for --init_from; average: from this run's --average",
-        "MODEL",
-    ),
+    "teacher": string_flag("distill from this model, named as for --init_from", "MODEL"),
     "teacher_weight": flag(0.5, "weight of the distillation loss", type=SHARE),
     "teacher_temperature": flag(2.0, "distillation temperature", type=number(float, 0.01, 100)),
     "quantize": flag(

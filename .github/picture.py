@@ -6,8 +6,8 @@
 
 CLONE is one of nanoGPT; it needs PyTorch in the environment. All that is drawn comes from the logs
 in FOLDER, of which each run's log.jsonl is as main.py has written it. `compare` only trains the
-recipe `characters`, with and without its n-gram embeddings, and nanoGPT's demo, as it is and tuned,
-on a dataset, and prints their validation losses.
+recipe `characters`, and nanoGPT's demo, as it is and tuned, on a dataset, and prints their
+validation losses.
 """
 
 import argparse
@@ -36,8 +36,6 @@ from datasets import load_dataset  # noqa: E402
 EVERY = 200  # steps between nanoGPT's evaluations
 KILLED = "--dataset python --preset tiny --batch_size 8 --num_iters 300 --steps_per_eval 50"
 RECIPE = "--config characters --steps_per_eval 92"
-# Our two models, by folder; the one without n-gram embeddings is as large as nanoGPT's.
-OURS = {"ours": RECIPE, "same-size": f"{RECIPE} --ngrams 1"}
 # nanoGPT's own command for a CPU, with more batches for each estimate and more of these.
 DEMO = (
     "config/train_shakespeare_char.py --device=cpu --compile=False "
@@ -70,13 +68,12 @@ def make(folder, nanogpt, mirror):
 
 
 def compare(folder, dataset, nanogpt, mirror):
-    """Trains each model on a dataset's characters, one by one: our folders, nanoGPT's logs."""
+    """Trains each model on a dataset's characters, one by one: our folder, nanoGPT's logs."""
     data_dir = folder / "data"
     place = ["--mirror", mirror] if mirror else []
     prepare_characters(nanogpt / "data" / f"{dataset}_char", dataset, data_dir, mirror)
-    for name, flags in OURS.items():
-        line = command(f"{flags} --dataset {dataset}", folder / name)
-        subprocess.run([*line, "--data_dir", str(data_dir), *place], check=True)
+    ours = command(f"{RECIPE} --dataset {dataset}", folder / "ours")
+    subprocess.run([*ours, "--data_dir", str(data_dir), *place], check=True)
     for name, flags in NANOGPT.items():
         theirs = [sys.executable, "train.py", *flags.split(), f"--dataset={dataset}_char"]
         with open(folder / f"{name}.txt", "w") as log:
@@ -89,7 +86,7 @@ def compare(folder, dataset, nanogpt, mirror):
 def results_of(folder):
     """(seconds, loss) of each evaluation of each model."""
     theirs = {name: nanogpt_losses(folder / f"{name}.txt") for name in NANOGPT}
-    return theirs | {name: our_losses(folder / name) for name in OURS}
+    return theirs | {"ours": our_losses(folder / "ours")}
 
 
 def command(flags, save_dir):
@@ -177,8 +174,7 @@ def draw_comparison(axis, folder, processor, blue, orange):
     for name, title, color, shift in (
         ("nanogpt", "nanoGPT's CPU demo, {}:", blue, (8, -4)),
         ("nanogpt-tuned", "its learning rate tuned:", blue, (8, -4)),
-        ("same-size", "ours, tuned, {}:", orange, (8, 4)),
-        ("ours", "ours, tuned, {}:", orange, (8, -10)),
+        ("ours", "ours, tuned, {}:", orange, (8, 4)),
     ):
         seconds, losses = zip(*results[name])
         axis.plot(seconds, losses, "o-", color=color, lw=2, ms=5)
@@ -193,7 +189,7 @@ def draw_comparison(axis, folder, processor, blue, orange):
 
 def size_of(folder, name):
     """A model's number of parameters, such as "0.8M"."""
-    if name in OURS:
+    if name == "ours":
         return f"{newest(folder / name).parameters / 1e6:.1f}M"
     printed = (folder / f"{name}.txt").read_text()
     [millions] = re.findall(r"number of parameters: ([\d.]+)M", printed)

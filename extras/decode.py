@@ -14,7 +14,7 @@ import numpy as np
 
 from datasets import end_of_text, explained
 from extras.results import MOST_PROMPTS, append_lines, json_line, read_prompt_lines
-from main import Cache, Decoder, Detokenizer, announce, draw, first_ids, ids_before, shape_logits
+from main import Cache, Decoder, Detokenizer, announce, draw, first_ids, shape_logits
 
 # The flags that, besides the seed, determine a completion.
 SAMPLING_FLAGS = [
@@ -64,15 +64,6 @@ class BatchCache(Cache):
         seen = mx.array(np.arange(keys.shape[2]) <= places[:, None, :, None])
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=seen)
 
-    def before(self, name, hidden, count):
-        if isinstance(self.offset, int):
-            return super().before(name, hidden, count)
-        known = self.append(name, hidden[:, None])[:, 0]  # [B, end, D]
-        places = self.lengths[:, None] + np.arange(-count, 0)  # [B, count]
-        rows = mx.arange(len(places))[:, None]
-        found = known[rows, mx.array(np.maximum(places, 0))]
-        return mx.where(mx.array(places >= 0)[..., None], found, 0)
-
 
 class BatchDecoder:
     """A model that continues B texts, lists of at least one id, which may also grow and be cut.
@@ -107,13 +98,9 @@ class BatchDecoder:
                 self.read_alone(row, windows[row][:-count])
         rows = [window[length:] for window, length in zip(windows, self.lengths)]
         tokens = mx.array(rows)  # [B, unread]
-        befores = [
-            ids_before(window, 0, length, self.model.config)
-            for window, length in zip(windows, self.lengths)
-        ]
         for cache in self.caches:
             cache.begin(self.lengths)
-        logits = self.model(tokens, self.caches, before=mx.array(befores), last=count)
+        logits = self.model(tokens, self.caches, last=count)
         self.lengths = self.lengths + tokens.shape[1]
         return logits
 

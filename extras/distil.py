@@ -1,10 +1,6 @@
 """Distillation: also learn from the predictions of a larger model (Hinton et al. 2015).
 
     python main.py --teacher MODEL --dim 256 --dataset ptb
-    python main.py --teacher average --average 0.4 --dim 256 --dataset ptb
-
-The second learns from the running average of its own weights, which has memorized less of the text
-(Tarvainen & Valpola 2017).
 
 A share of the loss is T² times the Kullback-Leibler divergence from the teacher's distribution to
 the student's, both softened by the temperature T; the rest is the cross-entropy of the text. T²

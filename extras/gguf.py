@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from datasets import UsageError, end_of_text, explained, replacing, user_path, utf8
-from extras.huggingface import CHAT_TEMPLATE, find_counterpart, tokenizer_json, without_scale
+from extras.huggingface import CHAT_TEMPLATE, find_counterpart, tokenizer_json
 from main import rope_frequencies
 
 # GGUF's names for the parts of a model and of a block.
@@ -44,7 +44,6 @@ def export_gguf(model, tokenizer, path, bits):
     """
     path = Path(user_path(path))
     name = find_counterpart(model.config)
-    model = without_scale(model)
     vocabulary = make_vocabulary(tokenizer, model.config.vocab_size)
     with explained("--export to GGUF needs a package: pip install gguf", ImportError):
         import gguf

@@ -10,7 +10,6 @@ Our weights have the same names as their Llama's, so only configuration and toke
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -365,7 +364,6 @@ def export_model(model, tokenizer, folder, bits):
     """
     folder = Path(user_path(folder))
     name = find_counterpart(model.config)
-    model = without_scale(model)
     check_vacant(folder)
     settings = make_settings(model.config, name, tokenizer)
     if bits:
@@ -425,34 +423,14 @@ def find_counterpart(config):
     """Their name for a model of this Config. Raises UsageError if there is none."""
     kind = (config.mlp, config.qk_norm, config.qkv_bias)
     name = next((name for name in KINDS if KINDS[name] == kind), None)
-    ours = [flag for flag in ("ngrams", "conv_size") if getattr(config, flag) > 1]
-    if name is None or ours:
+    if name is None:
         shape = f"--mlp {config.mlp}"
         if config.qk_norm:
             shape += " --qk_norm"
-        remedy = "train one with --mlp swiglu"
-        for flag in ours:
-            shape += f" --{flag} {getattr(config, flag)}"
-            remedy += f" and without --{flag}"
-        raise UsageError(f"--export: Hugging Face has no model with {shape}: {remedy}")
+        raise UsageError(
+            f"--export: Hugging Face has no model with {shape}: train one with --mlp swiglu"
+        )
     return name
-
-
-def without_scale(model):
-    """A LanguageModel that computes the same, without --embedding_scale.
-
-    They have no such factor: it is multiplied into the input embeddings, which makes them another
-    matrix than the output layer's.
-    """
-    scale = model.config.embedding_scale
-    if scale == 1:
-        return model
-    weights = dict(tree_flatten(model.parameters()))
-    weights["lm_head.weight"] = model.head
-    weights["model.embed_tokens.weight"] = model.model.embed_tokens.weight * scale
-    equal = LanguageModel(dataclasses.replace(model.config, embedding_scale=1.0, untie=True))
-    equal.load_weights(list(weights.items()))
-    return equal
 
 
 def make_settings(config, name, tokenizer):

@@ -163,7 +163,7 @@ def attention_weights(model, tokens):
     hidden = model.model.embed(mx.array([tokens]))  # [1, L, D]
     weights = []
     for block in model.model.layers:
-        queries, keys, _ = block.self_attn.project(block.attention_input(hidden))
+        queries, keys, _ = block.self_attn.project(block.input_layernorm(hidden))
         # H / K neighbouring query heads share each key head.
         keys = mx.repeat(keys, queries.shape[1] // keys.shape[1], axis=1)  # [1, H, L, d]
         scale = queries.shape[-1] ** -0.5

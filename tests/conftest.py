@@ -245,10 +245,10 @@ class Script:
 
     def __init__(self, rows, context_size=8):
         self.rows = rows
-        self.config = Namespace(context_size=context_size, ngrams=1)
+        self.config = Namespace(context_size=context_size)
         self.model = Namespace(layers=[None])  # one layer, as its Cache says what is read
 
-    def __call__(self, tokens, caches, last, before):
+    def __call__(self, tokens, caches, last):
         import mlx.core as mx
 
         self.read(tokens, caches, last)
@@ -273,7 +273,7 @@ class Constant(Script):
         super().__init__(None, context_size)
         self.logits = mx.array(logits, mx.float32)
 
-    def __call__(self, tokens, caches, last, before):
+    def __call__(self, tokens, caches, last):
         import mlx.core as mx
 
         self.read(tokens, caches, last)

@@ -88,16 +88,12 @@ TRAININGS = {
         "--text own.txt --test_text test.txt --train_tokens 3000 --grad_accumulation 3 "
         "--dropout 0.1 --eval_test"
     ),
-    "extras": Training(
-        "--dataset python --ngrams 3 --ngram_rows 100 --conv_size 3 --embedding_scale 8 "
-        "--beta1 0.8 --beta2 0.95 --seed 7"
-    ),
+    "betas": Training("--dataset python --beta1 0.8 --beta2 0.95 --seed 7"),
     "init": Training(  # The text has fewer rows than a batch.
         "--text own.txt --train_tokens 200 --init_from {start}", start="plain"
     ),
     "lora": Training("--text own.txt --init_from {start} --lora_rank 4", start="plain"),
     "student": Training("--dataset python --dim 32 --teacher {start}", start="plain"),
-    "mean": Training("--dataset python --teacher average --average 0.4"),
     "ranks": Training("--dataset python --dropout 0.1 --average 0.5", ranks=2),
 }
 

@@ -56,10 +56,6 @@ DEFAULTS = dict(
     mlp_dim=None,
     qk_norm=False,
     untie=False,
-    ngrams=1,
-    ngram_rows=2**15,
-    conv_size=1,
-    embedding_scale=1.0,
     dropout=0.0,
     batch_size=32,
     grad_accumulation=1,
@@ -410,13 +406,6 @@ def test_what_a_model_decides_need_not_be_given_again(origin, plain):
     assert resumed_by([tuned], **given, dim=32) == [tuned]
     assert resumed_by([tuned], **given, dim=64) == []
     assert resumed_by([tuned], **given, dropout=0.1) == []
-
-
-def test_a_run_that_learns_from_its_average_has_a_shape_of_its_own(plain):
-    learned = replace(plain, flags=plain.flags | {"teacher": "average", "average": 0.3, "dim": 32})
-    given = {"text": plain.flags["text"], "teacher": "average", "average": 0.3}
-    assert resumed_by([learned], **given, dim=32) == [learned]
-    assert resumed_by([learned], **given) == []
 
 
 @pytest.mark.parametrize("given", [

@@ -219,9 +219,9 @@ OTHER_NAMES = {  # what users of other programs type, and the flag that it is he
     "start x": "prompt",
 }
 AT_LEAST_1 = """
-    num_iters context_size num_blocks dim num_heads num_kv_heads mlp_dim ngrams ngram_rows
-    conv_size batch_size grad_accumulation steps_per_report steps_per_eval steps_per_save keep
-    patience max_tokens num_samples eval_stride lora_rank train_tokens
+    num_iters context_size num_blocks dim num_heads num_kv_heads mlp_dim batch_size
+    grad_accumulation steps_per_report steps_per_eval steps_per_save keep patience max_tokens
+    num_samples eval_stride lora_rank train_tokens
 """.split()
 AT_LEAST_0 = """
     seed lr_warmup learning_rate weight_decay embedding_decay grad_clip eval_tokens top_k top_p

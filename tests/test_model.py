@@ -71,27 +71,6 @@ def normalize(hidden, epsilon):
     return hidden / np.sqrt(mean_square + epsilon)
 
 
-def ngram_places(tokens, config):
-    """The row of each n-gram of tokens [B, L], [B, L, n - 1]; one token at a time.
-
-    A hash begins with the last token and takes up the ones before it.
-    """
-
-    def mix(bits):
-        bits = bits * 0x7FEB352D % 2**32
-        return (bits ^ bits >> 15) * 0x846CA68B % 2**32
-
-    places = np.zeros((*tokens.shape, config.ngrams - 1), int)
-    for b, position in np.ndindex(tokens.shape):
-        hashed = mix(int(tokens[b, position]))
-        for back in range(1, config.ngrams):
-            token = int(tokens[b, position - back]) if back <= position else -1
-            hashed = mix((hashed + token) % 2**32)
-            row = (hashed >> 8) % config.ngram_rows
-            places[b, position, back - 1] = row + (back - 1) * config.ngram_rows
-    return places
-
-
 def reference(model, tokens, drop=drop_nothing):
     """Logits [B, L, V] in float64, one head at a time.
 
@@ -144,14 +123,6 @@ def reference(model, tokens, drop=drop_nothing):
             attended[..., own] = softmax(scores) @ values[..., other]
         return linear(attended, name + ".o_proj")
 
-    def convolve(hidden, name):
-        mixed = hidden.copy()
-        for back in range(1, config.conv_size):
-            for position in range(back, hidden.shape[1]):
-                weight = weights[name + ".weight"][back - 1]
-                mixed[:, position] += weight * hidden[:, position - back]
-        return mixed
-
     def mlp(hidden, name):
         up = linear(hidden, name + ".up_proj")
         if config.mlp == "swiglu":
@@ -165,18 +136,12 @@ def reference(model, tokens, drop=drop_nothing):
         return linear(inner, name + ".down_proj")
 
     hidden = weights["model.embed_tokens.weight"][tokens]
-    if config.ngrams > 1:
-        rows = weights["model.embed_ngrams.weight"][ngram_places(tokens, config)]
-        hidden = hidden + rows.reshape(hidden.shape)
-    hidden = hidden * config.embedding_scale
     hidden = drop(hidden, 0)
     for i in range(config.num_blocks):
         block = f"model.layers.{i}"
         normed = norm(hidden, block + ".input_layernorm")
-        normed = convolve(normed, block + ".attention_conv")
         hidden = hidden + drop(attention(normed, block + ".self_attn"), 2 * i + 1)
         normed = norm(hidden, block + ".post_attention_layernorm")
-        normed = convolve(normed, block + ".mlp_conv")
         hidden = hidden + drop(mlp(normed, block + ".mlp"), 2 * i + 2)
     head = "lm_head" if config.untie else "model.embed_tokens"
     return linear(norm(hidden, "model.norm"), head)
@@ -194,12 +159,6 @@ def test_logits_equal_an_independent_forward_pass(heads, mlp):
     dict(qk_norm=True),
     dict(untie=True),
     dict(qk_norm=True, untie=True, mlp="swiglu"),
-    dict(ngrams=2, ngram_rows=100),
-    dict(ngrams=5, ngram_rows=20, untie=True),
-    dict(conv_size=2),
-    dict(conv_size=20, qk_norm=True),  # longer than the text
-    dict(embedding_scale=3.7),
-    dict(embedding_scale=3.7, ngrams=2, ngram_rows=100, untie=True),
 ])  # fmt: skip
 @pytest.mark.parametrize("heads", HEADS)
 def test_other_layers_equal_an_independent_forward_pass(heads, options):
@@ -264,9 +223,8 @@ def test_no_position_sees_a_later_token(heads):
     [11, 1],
     [5, 1, 1, 3, 2],
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("conv_size", [1, 4])
-def test_decoding_with_a_cache_equals_one_pass(heads, parts, conv_size):
-    model = make_model(HEADS[heads], conv_size=conv_size)
+def test_decoding_with_a_cache_equals_one_pass(heads, parts):
+    model = make_model(HEADS[heads])
     tokens = random_tokens(model)
     caches = make_caches(model)
     decoded = []
@@ -276,7 +234,7 @@ def test_decoding_with_a_cache_equals_one_pass(heads, parts, conv_size):
     for cache in caches:
         assert cache.offset == 12, "all are read"
     decoded = np.concatenate(decoded, axis=1)
-    assert_close(decoded, logits_of(model, tokens), rtol=2e-6, atol=1e-5 * conv_size)
+    assert_close(decoded, logits_of(model, tokens), rtol=2e-6, atol=1e-5)
 
 
 # First weights
@@ -295,14 +253,14 @@ def initial(seed, **values):
 
 
 def test_init_weights_sets_every_parameter():
-    shape = dict(vocab_size=500, dim=64, mlp_dim=256, mlp="swiglu", ngrams=5, conv_size=3)
+    shape = dict(vocab_size=500, dim=64, mlp_dim=256, mlp="swiglu")
     _, weights = initial(3, **shape)
     seen = set()
     for name, weight in weights.items():
         assert np.isfinite(weight).all(), name
         if "norm" in name:
             assert (weight == 1).all()
-        elif re.search("o_proj|down_proj|ngrams|conv", name):  # a block begins as the identity
+        elif re.search("o_proj|down_proj", name):  # a block begins as the identity
             assert (weight == 0).all()
         else:
             deviation = 5 / 64 if "embed" in name else 1 / math.sqrt(64)
@@ -325,7 +283,7 @@ def test_init_weights_is_a_function_of_the_seed():
 
 def test_a_parameter_more_changes_no_other():
     _, first = initial(3)
-    _, more = initial(3, qk_norm=True, untie=True, num_blocks=3, mlp="swiglu", ngrams=3)
+    _, more = initial(3, qk_norm=True, untie=True, num_blocks=3, mlp="swiglu")
     names = {name for name in first if first[name].shape == more[name].shape}
     assert len(first) - len(names) <= 2 * 2  # a gated MLP is less wide
     for name in names:

@@ -34,7 +34,7 @@ COMMANDS = {
     """,
     "characters": """
         --dataset python --tokenizer char --num_blocks 4 --dim 128 --num_heads 4
-        --context_size 128 --batch_size 12 --qk_norm --untie --ngrams 5 --optimizer muon
+        --context_size 128 --batch_size 12 --qk_norm --untie --optimizer muon
         --learning_rate 5e-3 --lr_schedule linear --lr_cooldown 0.6 --min_lr 0 --lr_warmup 10
         --dtype bfloat16 --num_iters 920 --steps_per_eval 920 --eval_tokens 0
     """,
@@ -42,13 +42,11 @@ COMMANDS = {
     + "--dim 384 --num_heads 6 --embedding_decay 2 --num_iters 2300 --steps_per_eval 230",
     "ptb-15-minutes": PTB
     + """
-        --embedding_decay 1.5 --num_iters 1240 --dropout 0.05 --mlp_dim 768 --conv_size 3
-        --embedding_scale 16
+        --embedding_decay 1.5 --num_iters 1240 --dropout 0.05 --mlp_dim 768
     """,
     "ptb-5-minutes": PTB
     + """
-        --embedding_decay 1 --num_iters 850 --dim 128 --dropout 0 --embedding_scale 16
-        --steps_per_eval 425
+        --embedding_decay 1 --num_iters 850 --dim 128 --dropout 0 --steps_per_eval 425
     """,
     "finetune": TUNE,
     "lora": TUNE + "--lora_rank 8",

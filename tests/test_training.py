@@ -571,9 +571,7 @@ VARIANTS = [
     "--batch_size 16 --context_size 64 --lr_schedule cosine --grad_checkpoint --num_kv_heads 1",
     "--average 0.3 --dropout 0.1 --grad_accumulation 2 --weight_decay 0.1 --embedding_decay 2"
     " --lr_schedule linear --lr_cooldown 0.5",
-    "--ngrams 3 --ngram_rows 100 --conv_size 3 --embedding_scale 4 --dropout 0.1 --optimizer muon"
-    " --dtype bfloat16",
-    "--teacher average --average 0.4 --dropout 0.1 --optimizer muon --grad_accumulation 2",
+    "--dropout 0.1 --optimizer muon --dtype bfloat16",
 ]
 
 

@@ -52,19 +52,14 @@ def test_what_is_drawn_has_the_right_distribution(rules, weights):
     assert_distributed(np.bincount(drawn, minlength=5), weights)
 
 
-# Models whose cache, or what is read beside it, differs.
-OPTIONS = [dict(), dict(ngrams=5), dict(conv_size=3)]
-
-
 @pytest.mark.parametrize("context_size", [1, 7, 16])
 @pytest.mark.parametrize("rules", [
     dict(),
     dict(temperature=1.0),
     dict(temperature=0.7, repetition_penalty=1.5, top_p=0.9),
 ])  # fmt: skip
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_texts_together_are_continued_like_each_alone(context_size, rules, options):
-    model = make_model(context_size, **options)
+def test_texts_together_are_continued_like_each_alone(context_size, rules):
+    model = make_model(context_size)
     random = np.random.default_rng(1)
     prompts = [random.integers(31, size=length).tolist() for length in (1, 3, 3, 7, 16, 40)]
     texts = [list(prompt) for prompt in prompts]
@@ -74,9 +69,8 @@ def test_texts_together_are_continued_like_each_alone(context_size, rules, optio
         assert [ids[row] for ids in together] == tokens_of(model, prompt, 40, seed=row, **rules)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_text_can_be_cut_and_go_on_otherwise(options):
-    model = make_model(context_size=16, **options)
+def test_a_text_can_be_cut_and_go_on_otherwise():
+    model = make_model(context_size=16)
     text = [1, 2, 3, 4, 5, 6]
     decoder = BatchDecoder(model, [text])
     for keep, more in ((6, []), (3, [7, 8]), (4, [9]), (1, []), (1, [4] * 20), (2, [3])):
@@ -112,16 +106,13 @@ def speculated(model, draft, prompt, count, seed=0, **values):
 ])  # fmt: skip
 @pytest.mark.parametrize("prompt_length", [1, 8, 20])
 @pytest.mark.parametrize("temperature", [0, 1.0])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_speculation_changes_no_token(
-    context_size, draft_context, prompt_length, temperature, options
-):
-    model = make_model(context_size, **options)
+def test_speculation_changes_no_token(context_size, draft_context, prompt_length, temperature):
+    model = make_model(context_size)
     prompt = np.random.default_rng(2).integers(31, size=prompt_length).tolist()
     # The first draft has the model's weights, the second has others.
     for seed, penalty in ((0, 1.0), (1, 1.3)):
         rules = dict(repetition_penalty=penalty, temperature=temperature)
-        draft = make_model(draft_context, seed=seed, **options)
+        draft = make_model(draft_context, seed=seed)
         tokens, decoder = speculated(model, draft, prompt, 24, **rules)
         assert tokens == tokens_of(model, prompt, 24, **rules)
         if seed == 0 and context_size == draft_context == 64:  # a draft that is the model

@@ -2,14 +2,12 @@
 
 import shutil
 
-import datasets
 import main
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, flags, ids, run
 from datasets import ByteTokenizer
-from mlx.utils import tree_unflatten
 from test_huggingface import make_model
 
 from extras.distil import distilled_loss_and_gradients, make_loss
@@ -170,41 +168,6 @@ def mixed_loss(student, teacher, tokens, targets, weight=0.5, temperature=2.0):
     log_wanted = log_softmax(np.array(teacher(tokens)) / temperature)
     divergence = (np.exp(log_wanted) * (log_wanted - log_softmax(logits / temperature))).sum(-1)
     return ((1 - weight) * nats + weight * temperature**2 * divergence).mean()
-
-
-def test_each_step_of_a_run_learns_from_the_average_of_those_before(tmp_path, text):
-    line = [*TINY, "--text", text, "--teacher", "average", "--average", 0.5, "--num_iters", 6]
-    line += ["--learning_rate", 0.01, "--lr_warmup", 0, "--steps_per_report", 1]
-    run(*line, "--steps_per_save", 1, "--keep", 9, "--save_dir", tmp_path / "lm")
-    checkpoints = sorted(main.list_checkpoints(tmp_path / "lm"), key=lambda each: each.iteration)
-    assert [each.iteration for each in checkpoints] == [1, 2, 3, 4, 5, 6]
-    rows = main.read_log(checkpoints[0].folder / "log.jsonl")
-    logged = {row["iteration"]: row["loss"] for _, row in rows}
-    tokens = datasets.load_dataset("text", tmp_path / "data", text=[text]).train.tokens
-    batches = main.Batches(tokens, 8, 4, seed=42)
-    batches.next()
-    for checkpoint in checkpoints[:-1]:
-        contents = checkpoint.open()
-        teacher = contents.load_model()  # of the average
-        student = contents.load_model()
-        trained = tree_unflatten(list(contents.state.items()))["weights"]
-        student.update(trained)
-        expected = mixed_loss(student, teacher, *batches.next())
-        assert logged[checkpoint.iteration + 1] == pytest.approx(expected, rel=1e-4)
-        assert checkpoint.uses == {}
-
-
-def test_a_run_needs_an_average_to_learn_from(tmp_path, text):
-    line = [*TINY, "--text", text, "--teacher", "average", "--save_dir", tmp_path / "lm"]
-    _, err = run(*line, status=2)
-    assert "--teacher average needs an average to learn from: give --average" in err
-    assert ids(tmp_path / "lm") == []
-
-
-def test_only_a_teacher_can_be_the_average(tmp_path, text):
-    line = [*TINY, "--text", text, "--init_from", "average", "--average", 0.5]
-    _, err = run(*line, "--save_dir", tmp_path / "lm", status=2)
-    assert "--init_from 'average': no checkpoint in" in err
 
 
 def test_a_teacher_of_other_tokens(base, text):

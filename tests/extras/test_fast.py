@@ -667,7 +667,7 @@ def steps(program, count=6, **values):
     """The losses and gradient norms of some training steps, and the weights after them."""
     given = flags(learning_rate=0.01, batch_size=12, dropout=0.2, **values)
     shape = dict(vocab_size=11, context_size=6, dim=8, num_heads=2, num_kv_heads=1, mlp_dim=12)
-    shape |= dict(num_blocks=2, mlp="swiglu", ngrams=3, ngram_rows=20, conv_size=3)
+    shape |= dict(num_blocks=2, mlp="swiglu")
     model = program.LanguageModel(program.Config(**shape))
     random = np.random.default_rng(0)
     weights = []

@@ -123,15 +123,6 @@ def test_each_tensor(name, bits, matrix_kind, error, tmp_path):
     assert epsilon == pytest.approx(config.norm_eps)
 
 
-def test_a_scale_of_the_embeddings_is_multiplied_into_them(tmp_path):
-    model = make_model(BPE.vocab_size, embedding_scale=3.0)
-    export_gguf(model, BPE, tmp_path / "model.gguf", None)
-    _, tensors, _ = read(tmp_path / "model.gguf")
-    embeddings = np.array(model.head)
-    np.testing.assert_array_equal(tensors["token_embd.weight"], 3 * embeddings)
-    np.testing.assert_array_equal(tensors["output.weight"], embeddings)
-
-
 def test_factors_of_llama3_rope(tmp_path):
     """llama.cpp divides the angle of each pair of dimensions by its factor."""
     model = make_model(**MODELS["llama3"])

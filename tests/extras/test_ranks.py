@@ -270,12 +270,11 @@ def test_a_single_rank_needs_no_launcher(tmp_path):
 
 DROPOUT = ["--dropout", 0.2, "--grad_accumulation", 2, "--steps_per_eval", 10]
 TEN_STEPS = ["--num_iters", 10, "--steps_per_eval", 5]
-MUON = ["--optimizer", "muon", "--conv_size", 3]
 
 
 @pytest.mark.parametrize("size, num_scores, options", [
-    (2, 2, [*DROPOUT, "--average", 0.3, "--teacher", "average", "--ngrams", 5]),
-    (2, 0, [*MUON, "--untie", "--grad_checkpoint", "--batch_size", 5]),
+    (2, 2, [*DROPOUT, "--average", 0.3]),
+    (2, 0, ["--optimizer", "muon", "--untie", "--grad_checkpoint", "--batch_size", 5]),
     # Enough for a stream a core, but for one rank's single row.
     (2, 0, ["--batch_size", 3, "--context_size", 256]),
     (3, 3, [*DROPOUT, "--eval_test", "--qk_norm", "--num_blocks", 1, *TEN_STEPS]),
