@@ -156,8 +156,8 @@ class Config:
                     f"dim {self.dim} is not a multiple of 2 * num_heads {self.num_heads}: try {fit}"
                 )
             self.head_dim = self.dim // self.num_heads
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd, but RoPE rotates pairs")
+        if self.head_dim % 2 or self.head_dim > 2**16:  # RoPE rotates pairs
+            raise ValueError(f"head_dim {self.head_dim} is not an even number up to {2**16}")
         if self.context_size * self.num_kv_heads * self.head_dim > LARGEST:
             raise ValueError(f"context_size {self.context_size} has more keys than MLX can count")
         if self.num_heads % self.num_kv_heads:
