@@ -70,7 +70,7 @@ def test_cases(trained, tmp_path):
         assert len(result["top"]) == 5
     assert len(re.findall(r"^  (pass|FAIL) ", out, re.M)) == 10
     assert "of 5 in the top 5" in out
-    every, _ = run("--cases", path, "--save_dir", trained, "--top_k", 257)
+    every, _ = run_extra("cases", path, "--save_dir", trained, "--top_k", 257)
     assert every.count("5 of 5 in the top 257") == len(ids(trained))
 
 
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_skipped(text, tmp_path):
     newest, older = ids(tmp_path)
     damaged = run_folder(tmp_path) / f"{newest}.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    out, err = run("--cases", EXAMPLE, "--save_dir", tmp_path)
+    out, err = run_extra("cases", EXAMPLE, "--save_dir", tmp_path)
     assert newest[:12] in err
     assert newest[:12] not in out
     assert older[:12] in out
@@ -155,7 +155,7 @@ def test_patterns_of_runs(text, tmp_path):
     ):
         run(*line, *patterns, cwd=tmp_path)
         assert checkpoints_in(tmp_path / "out.json") == expected
-    run("--plot", "losses.png", "--identifier", "text-*", "--save_dir", tmp_path, cwd=tmp_path)
+    run_extra("plot", "losses.png", "--identifier", "text-*", "--save_dir", tmp_path, cwd=tmp_path)
     _, err = run(*line, "python-*", cwd=tmp_path, status=2)
     assert "--identifier 'python-*' matches no checkpoint" in err
 
@@ -174,7 +174,7 @@ def test_a_run_whose_base_is_gone_is_skipped(trained, tmp_path, text):
     folder = ["--save_dir", tmp_path / "lm"]
     results = tmp_path / "out.json"
     shutil.copytree(trained, tmp_path / "lm")
-    run("--export", tmp_path / "hf", "--identifier", "latest", *folder)
+    run_extra("export", tmp_path / "hf", "--identifier", "latest", *folder)
     line = ["--text", text, "--init_from", tmp_path / "hf", "--lora_rank", 2, "--batch_size", 4]
     run(*line, "--num_iters", 1, "--max_tokens", 2, *folder)
     shutil.rmtree(tmp_path / "hf")

@@ -249,7 +249,7 @@ def test_a_run_from_a_model_with_stretched_rope(tmp_path, text):
     [checkpoint] = main.list_checkpoints(tmp_path / "whole")
     assert checkpoint.config["rope_scaling"] == scaling
     assert not [name for name in checkpoint.open().weights if "rope" in name]
-    run("--export", tmp_path / "again", "--save_dir", tmp_path / "whole")
+    run_extra("export", tmp_path / "again", "--save_dir", tmp_path / "whole")
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     rope = config["rope_parameters"]
     assert rope["rope_type"] == "llama3"
@@ -432,7 +432,7 @@ def base(tmp_path, text):
 
 
 def test_a_checkpoint_comes_back_as_it_was(base, tmp_path):
-    _, err = run("--export", tmp_path / "hf", "--save_dir", base)
+    _, err = run_extra("export", tmp_path / "hf", "--save_dir", base)
     assert f"LlamaForCausalLM and its tokenizer are in {tmp_path / 'hf'}" in err
     [checkpoint] = main.list_checkpoints(base)
     contents = checkpoint.open()

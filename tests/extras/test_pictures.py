@@ -50,7 +50,7 @@ def points_of(axis):
 
 # ---- Losses -------------------------------------------------------------------------------------
 def test_a_file_of_losses(trained, tmp_path):
-    _, err = run("--plot", tmp_path / "all.png", "--save_dir", trained)
+    _, err = run_extra("plot", tmp_path / "all.png", "--save_dir", trained)
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
     assert "all.png" in err
 
@@ -215,10 +215,10 @@ def test_the_first_steps_do_not_take_the_y_axis(tmp_path, figures):
 def test_a_run_that_has_not_reported_yet(tmp_path, text):
     folder = ["--save_dir", tmp_path / "lm"]
     run("--text", text, *TINY, "--num_iters", 9, *folder)
-    _, err = run("--plot", "x.png", *folder, status=2, cwd=tmp_path)
+    _, err = run_extra("plot", "x.png", *folder, status=2, cwd=tmp_path)
     assert f"the runs in {tmp_path / 'lm'} have reported nothing yet" in err.splitlines()[-1]
     run("--num_iters", 10, *folder)
-    run("--plot", "x.png", *folder, cwd=tmp_path)
+    run_extra("plot", "x.png", *folder, cwd=tmp_path)
 
 
 # ---- Attention ----------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_attention_weights(kv_heads, qk_norm, conv_size):
 
 def test_a_file_of_attention(trained, tmp_path):
     prompt = ["--prompt", "the $fox\n"]
-    _, err = run("--attention", tmp_path / "a.png", *prompt, "--save_dir", trained)
+    _, err = run_extra("attention", tmp_path / "a.png", *prompt, "--save_dir", trained)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert "a.png" in err
 
@@ -305,7 +305,7 @@ def test_attention(figures):
 
 
 def test_a_name_without_an_ending(trained, tmp_path):
-    _, err = run("--plot", tmp_path / "x", "--save_dir", trained)
+    _, err = run_extra("plot", tmp_path / "x", "--save_dir", trained)
     assert f"Plot saved to {tmp_path / 'x.png'}\n" in err
     assert (tmp_path / "x.png").exists()
 
