@@ -12,7 +12,7 @@ import tracemalloc
 import datasets
 import numpy as np
 import pytest
-from conftest import DATASETS, TINY, ids, run
+from conftest import DATASETS, TINY, ids, run, run_extra
 from datasets import PackageTokenizer, Rows, UsageError, read_documents
 
 from extras import formats

@@ -14,7 +14,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, ids, run
+from conftest import TINY, ids, run, run_extra
 from datasets import ByteTokenizer, CharTokenizer, PackageTokenizer, UsageError, WordTokenizer
 from datasets import end_of_text
 from mlx.utils import tree_flatten, tree_unflatten
@@ -503,7 +503,7 @@ def test_no_model_is_exported_over_another(tmp_path, name):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file).write_text("")
     before = content_of(tmp_path)
-    with pytest.raises(UsageError, match=f"--export {tmp_path / name} holds .* already"):
+    with pytest.raises(UsageError, match=f"{tmp_path / name} holds .* already"):
         export_model(make_model(seed=1), TOKENIZERS["byte"], tmp_path / name, None)
     assert content_of(tmp_path) == before
 
@@ -522,7 +522,7 @@ def test_a_full_disk_leaves_no_half_of_an_export(tmp_path, size):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        with pytest.raises(UsageError, match="cannot write to --export") as error:
+        with pytest.raises(UsageError, match="cannot write to") as error:
             export_model(model, TOKENIZERS["byte"], tmp_path / "hf", None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -7,7 +7,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import flags, ids, run
+from conftest import flags, ids, run, run_extra
 from datasets import ByteTokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 
