@@ -61,7 +61,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import fnmatch
 import functools
 import hashlib
 import inspect
@@ -70,7 +69,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -1707,10 +1705,12 @@ def list_checkpoints(save_dir, warn=False):
     """The checkpoints of all runs in `save_dir`, most recently saved first.
 
     What cannot be read is skipped, with a line on stderr if `warn`. Raises UsageError if `save_dir`
-    is a run's folder.
+    is no folder, or that of a run.
     """
+    with explained(f"--save_dir {save_dir} holds no runs: train a model first", OSError):
+        paths = list(save_dir.iterdir())
     checkpoints = []
-    for path in save_dir.iterdir():
+    for path in paths:
         if path.suffix == ".metadata" and SHA1.fullmatch(path.stem):
             raise UsageError(
                 f"--save_dir {save_dir} is the folder of a run: name the one that it lies in"
@@ -2142,7 +2142,15 @@ def part_of(rows, part, parts):
 
 
 def use_device(gpu):
-    """Makes the GPU or the CPU the default device; call it before anything is computed."""
+    """Makes the GPU or the CPU the default device; call it before anything is computed.
+
+    Raises UsageError if there is no GPU.
+    """
+    if gpu and not mx.is_available(mx.gpu):
+        raise UsageError(
+            "--gpu: MLX sees no GPU; leave it out, or install MLX for yours: "
+            "pip install 'mlx[cuda13]'"
+        )
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
     if fast and not gpu:
         fast.use_cpu()
@@ -2642,7 +2650,7 @@ COMMANDS = """/reset   forget the conversation
 
 
 def sample_from(model, contents, flags, draft):
-    """Runs --inference, --prompt or --prompts_file with a checkpoint's model.
+    """Runs --inference or --prompt with a checkpoint's model.
 
     draft: the Origin of --draft, or None. The model's text goes to stdout, messages about it to
     stderr. Raises UsageError.
@@ -2662,17 +2670,10 @@ def sample_from(model, contents, flags, draft):
             )
     # The checkpoint is announced once no mistake of the user can be left to report: a mistake is
     # the only line on stderr.
-    if flags.prompts_file:
-        extra("decode").answer_file(model, tokenizer, contents.checkpoint, flags)
-    elif flags.attention:
-        title = str(contents.checkpoint)
-        extra("pictures").plot_attention(model, tokenizer, flags.prompt, title, flags.attention)
-        announce(contents.checkpoint)
-    elif flags.inference:
-        announce(contents.checkpoint)
+    announce(contents.checkpoint)
+    if flags.inference:
         converse(tokenizer, model, draft_model, flags)
     else:
-        announce(contents.checkpoint)
         print_samples(tokenizer, model, draft_model, flags)
 
 
@@ -2803,10 +2804,7 @@ FLAGS = {}
 
 FLAGS["run"] = DATA_FLAGS | {
     "identifier": string_flag(
-        "checkpoint to resume or sample: SHA1 prefix, run name, latest or best; --plot and --cases "
-        "take several, and patterns of run names",
-        metavar="ID",
-        nargs="+",
+        "checkpoint to resume or sample: SHA1 prefix, run name, latest or best", "ID"
     ),
     "new_model": flag(False, "start a new run even if one could be resumed"),
     "num_iters": flag(100000, "total number of training steps", type=SIZE),
@@ -2889,12 +2887,6 @@ FLAGS["reports"] = {
 FLAGS["sampling"] = {
     "inference": flag(False, "sample interactively"),
     "prompt": string_flag("text to continue", metavar="TEXT"),
-    "prompts_file": string_flag("continue each line of a file; writes JSON Lines", type=user_path),
-    "output": string_flag(
-        "file for the results of --prompts_file (JSON Lines; resumed if it exists; default: "
-        "stdout) or --cases (JSON)",
-        type=user_path,
-    ),
     "max_tokens": flag(200, "maximum number of new tokens", type=SIZE),
     "num_samples": flag(
         1, "samples per prompt, with consecutive seeds", type=number(int, 1, 10**6)
@@ -2924,22 +2916,16 @@ FLAGS["reuse"] = {
     "teacher_temperature": flag(2.0, "distillation temperature", type=number(float, 0.01, 100)),
     "quantize": flag(
         None,
-        "quantize weights to this many bits for sampling, --evaluate and --export",
+        "quantize weights to this many bits for sampling and --evaluate",
         type=int,
         choices=[4, 8, 16],
     ),
-    "export": string_flag("export a checkpoint to a Hugging Face folder or to FILE.gguf", "DIR"),
 }
 
 FLAGS["tools"] = {
     "evaluate": choice(None, SPLITS, "evaluate a checkpoint on a whole split"),
     "eval_stride": flag(None, "stride of --evaluate's window (default: context_size)", type=SIZE),
-    "benchmark": flag(False, "report parameters, FLOPs, memory and speed, then exit"),
-    "cases": string_flag("rank the expected continuations of prompts in YAML files", nargs="+"),
-    "plot": string_flag("plot the losses of all runs in the folder, or of --identifier"),
-    "attention": string_flag("plot the attention of each head over --prompt"),
     "list": flag(False, "list runs and checkpoints"),
-    "version": flag(False, "print the versions of main.py, Python, MLX and NumPy"),
 }
 
 ROWS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
@@ -2975,18 +2961,7 @@ INHERITED = list(
 )
 
 # A command can have only one of these.
-MODES = [
-    "inference",
-    "prompt",
-    "prompts_file",
-    "evaluate",
-    "export",
-    "list",
-    "cases",
-    "plot",
-    "benchmark",
-    "new_model",
-]
+MODES = ["inference", "prompt", "evaluate", "list", "new_model"]
 EXCLUDES = [
     ("dataset", "text"),
     ("identifier", "new_model"),
@@ -3003,10 +2978,8 @@ REQUIRES = {
     "lora_alpha": ["lora_rank", "identifier"],
     "teacher_weight": ["teacher", "identifier"],
     "teacher_temperature": ["teacher", "identifier"],
-    "output": ["prompts_file", "cases"],
     "draft": ["prompt", "inference"],
-    "attention": ["prompt"],
-    "quantize": ["prompt", "prompts_file", "inference", "evaluate", "export"],
+    "quantize": ["prompt", "inference", "evaluate"],
     "eval_stride": ["evaluate"],
 }
 
@@ -3020,7 +2993,7 @@ NEEDS = {
 }
 
 
-LARGEST_YAML = 1 << 20  # characters of a --config, or of a file of --cases
+LARGEST_YAML = 1 << 20  # characters of a --config, or of a file of cases
 RECIPES = HERE / "extras" / "recipes"  # the files that --config finds by name
 
 
@@ -3037,17 +3010,21 @@ def make_parser():
         allow_abbrev=False,
     )
     for title, rows in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name, (_, options) in rows.items():
-            group.add_argument(f"--{name}", **options)
-            if options.get("action") == "store_true":  # --no-NAME turns it off
-                negative = {"dest": name, "action": "store_false", "help": argparse.SUPPRESS}
-                group.add_argument(f"--no-{name}", **negative)
+        add_flags(parser.add_argument_group(title), rows)
     # An older name of --grad_checkpoint.
     older = {"dest": "grad_checkpoint", "help": argparse.SUPPRESS}
     parser.add_argument("--checkpoint", action="store_true", **older)
     parser.add_argument("--no-checkpoint", action="store_false", **older)
     return parser
+
+
+def add_flags(parser, rows):
+    """Adds flags to an argparse parser, or to a group of one."""
+    for name, (_, options) in rows.items():
+        parser.add_argument(f"--{name}", **options)
+        if options.get("action") == "store_true":  # --no-NAME turns it off
+            negative = {"dest": name, "action": "store_false", "help": argparse.SUPPRESS}
+            parser.add_argument(f"--no-{name}", **negative)
 
 
 def parse(arguments):
@@ -3105,8 +3082,6 @@ def check_rules(given):
             raise UsageError(f"--{name} requires {needed}")
     for name in asked - {"prompt"}:  # an empty prompt starts a text
         refuse_empty(name, given[name])
-    if len(given.get("identifier", [])) > 1 and not asked & {"cases", "plot"}:
-        raise UsageError("--identifier takes one name; several go with --cases and --plot")
 
 
 def check_agreement(flags, fixed, holder):
@@ -3332,8 +3307,7 @@ def find_start(flags, checkpoints):
     describes = any(name in flags.given for name in SHAPING)
     if flags.new_model or (describes or not checkpoints) and not flags.identifier:
         return None
-    identifier = flags.identifier[0] if flags.identifier else "latest"
-    return named_checkpoint(flags.save_dir, checkpoints, identifier)
+    return named_checkpoint(flags.save_dir, checkpoints, flags.identifier or "latest")
 
 
 def find_candidates(flags, checkpoints, start):
@@ -3516,7 +3490,7 @@ def make_model(flags, dataset, checkpoint, models):
 def check_memory(model, flags, ranks, optimizer=None):
     """Raises UsageError if the minimum for training or scoring a model exceeds the memory.
 
-    optimizer: that of training, None for scoring. Actual use is higher; `--benchmark` predicts and
+    optimizer: that of training, None for scoring. Actual use is higher; extras.benchmark
     measures it. MLX itself would crash: it is lazy, so nothing of this needs to exist yet.
     """
     config = model.config
@@ -3560,6 +3534,14 @@ def memory_size():
         info = mx.device_info()
         return info.get("memory_size") or info.get("total_memory") or math.inf  # Metal, CUDA
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def begin(flags):
+    """What a new run begins with: its models, {flag: Source}, its flags and its dataset."""
+    models = open_models(flags)
+    flags = settle(flags.given, decided=decided_by(models, flags))
+    tokenizers = [source.tokenizer for source in models.values()]
+    return models, flags, load_data(flags, *tokenizers[:1])
 
 
 def load_data(flags, tokenizer=None):
@@ -3688,9 +3670,7 @@ def set_up(flags, ranks, interrupts, stack):
         flags = settle(flags.given, contents.checkpoint.flags)
         models = {name: open_kept(contents.checkpoint, name) for name in needed_models(flags)}
     else:
-        models = open_models(flags)
-        flags = settle(flags.given, decided=decided_by(models, flags))
-        dataset = load_data(flags, tokenizer_of(models))
+        models, flags, dataset = begin(flags)
     run = make_run(folder, flags, contents, models, dataset, ranks)
     run.saved = max((each.saved for each in checkpoints), default=0.0)
     if not found:
@@ -3703,11 +3683,6 @@ def set_up(flags, ranks, interrupts, stack):
         run.origins = run.origins | {"identifier": start.id}
         save(run, interrupts)  # a branch then has all that it needs
     return run
-
-
-def tokenizer_of(models):
-    """The tokenizer of the first of some models, {flag: Source}, or None."""
-    return next((source.tokenizer for source in models.values()), None)
 
 
 # ---- Commands -----------------------------------------------------------------------------------
@@ -3767,30 +3742,6 @@ def flags_apart(checkpoints):
     return texts
 
 
-def show_runs(flags):
-    """Runs --plot or --cases on the runs or checkpoints that --identifier names, or on all."""
-    save_dir = flags.save_dir
-    checkpoints = list_checkpoints(save_dir, warn=True)
-    if not checkpoints:
-        raise UsageError(NO_CHECKPOINT.format(save_dir))
-    runs = dict.fromkeys(each.run for each in checkpoints)  # unique
-    named = []
-    for identifier in flags.identifier or []:
-        # A pattern names the newest checkpoint of each run that it matches.
-        names = fnmatch.filter(runs, identifier) or [identifier]
-        for name in names:
-            checkpoint = named_checkpoint(save_dir, checkpoints, name)
-            if checkpoint not in named:
-                named.append(checkpoint)
-    if flags.plot:
-        extra("pictures").plot_runs(named or checkpoints, flags.plot)
-    else:
-        top_k = flags.given.get("top_k", 5)  # the default, 50, is for sampling
-        if top_k == 0:
-            raise UsageError("--top_k 0 would let all --cases pass: give at least 1")
-        extra("cases").run_cases(named or checkpoints, flags, top_k)
-
-
 def open_for_use(flags):
     """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
 
@@ -3799,7 +3750,7 @@ def open_for_use(flags):
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     if flags.identifier:
-        found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier[0])
+        found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier)
         return open_newest([found], is_named=True)
     if not checkpoints:
         raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
@@ -3825,7 +3776,7 @@ def announce(checkpoint):
 
 
 def use_checkpoint(flags, ranks):
-    """Samples from a checkpoint, scores it or exports it; returns the exit status."""
+    """Samples from a checkpoint or scores it; returns the exit status."""
     draft = None
     contents = open_for_use(flags)
     model = contents.load_model()
@@ -3834,10 +3785,7 @@ def use_checkpoint(flags, ranks):
             draft = open_model(flags.save_dir, flags.draft, "draft")
     if flags.evaluate:
         return score_checkpoint(model, contents, flags, ranks)
-    if flags.export:
-        export_checkpoint(model, contents, flags)
-    else:
-        sample_from(model, contents, flags, draft)
+    sample_from(model, contents, flags, draft)
     return 0
 
 
@@ -3870,27 +3818,6 @@ def score_checkpoint(model, contents, flags, ranks):
         ranks.broadcast_scoring(model, dataset, flags)
         score_split(flags.evaluate, model, dataset, flags, interrupts, ranks)
     return 128 + interrupts.received if interrupts.received else 0
-
-
-def export_checkpoint(model, contents, flags):
-    """Writes a model for other programs."""
-    if flags.export.lower().endswith(".gguf"):
-        extra("gguf").export_gguf(model, contents.tokenizer, flags.export, flags.quantize)
-    else:
-        extra("huggingface").export_model(model, contents.tokenizer, flags.export, flags.quantize)
-    announce(contents.checkpoint)
-
-
-def benchmark(flags, ranks):
-    """Measures the model that this command would train or resume; returns the exit status."""
-    if ranks.size > 1:
-        raise UsageError("--benchmark measures one process: start it without mlx.launch")
-    models = open_models(flags)
-    flags = settle(flags.given, decided=decided_by(models, flags))
-    dataset = load_data(flags, tokenizer_of(models))
-    run = make_run(flags.save_dir / run_name(flags), flags, None, models, dataset, ranks)
-    extra("benchmark").run_benchmark(run)
-    return 0
 
 
 def train_run(flags, ranks):
@@ -3947,37 +3874,17 @@ def describe_end(run, received):
 def execute(argv, ranks):
     """Executes the command; returns the exit status."""
     flags = settle(read_command_line(argv))
-    if flags.version:
-        own = hash_sources()["main.py"][:12]
-        python = platform.python_version()
-        print(f"main.py {own}, Python {python}, MLX {mx.__version__}, NumPy {np.__version__}")
-        return 0
-    if flags.gpu and not mx.is_available(mx.gpu):
-        raise UsageError(
-            "--gpu: MLX sees no GPU; leave it out, or install MLX for yours: "
-            "pip install 'mlx[cuda13]'"
-        )
     use_device(flags.gpu)
-    samples = flags.inference or flags.prompt is not None or flags.prompts_file
-    uses = samples or flags.export or flags.evaluate
-    looks = flags.list or flags.plot or flags.cases
-    if not (uses or looks):
-        fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
-        with explained(fault, OSError):
-            flags.save_dir.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=flags.save_dir).close()  # it may exist but be read-only
-        return benchmark(flags, ranks) if flags.benchmark else train_run(flags, ranks)
-    with explained("--save_dir cannot be used", OSError):  # for example, too long a name
-        if not flags.save_dir.is_dir():
-            remedy = "train a model first, or check --save_dir"
-            raise UsageError(f"{flags.save_dir} is not an existing folder: {remedy}")
-    if uses:
-        return use_checkpoint(flags, ranks)
     if flags.list:
         list_runs(flags.save_dir)
-    else:
-        show_runs(flags)
-    return 0
+        return 0
+    if flags.inference or flags.prompt is not None or flags.evaluate:
+        return use_checkpoint(flags, ranks)
+    fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
+    with explained(fault, OSError):
+        flags.save_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=flags.save_dir).close()  # it may exist but be read-only
+    return train_run(flags, ranks)
 
 
 def explain_mlx_error(error):

@@ -1,15 +1,17 @@
 """A model's size, cost and speed on this machine, measured in real training steps.
 
-    python main.py --benchmark                          the model of the latest checkpoint
-    python main.py --benchmark --dim 512 --mlp swiglu   another one
+    python -m extras.benchmark --config first --dim 512    the model that main.py would train
 
-Prints what it found in words and, as its last line, the same numbers as JSON: parameters,
-floating-point operations (FLOPs) per token, memory in bytes, speed in tokens per second, and
-milliseconds for the first token of a continuation and for each later one. It saves nothing.
+It takes main.py's flags. Prints what it found in words and, as its last line, the same numbers as
+JSON: parameters, floating-point operations (FLOPs) per token, memory in bytes, speed in tokens per
+second, and milliseconds for the first token of a continuation and for each later one. It saves
+nothing.
 """
 
+# First: main.py chooses the BLAS before NumPy and MLX take one.
+from extras.program import start
+
 import json
-import math
 import re
 import textwrap
 import timeit
@@ -17,8 +19,10 @@ import timeit
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from main import Decoder, average_weights, bfloat16_products, draw_dropout, fast, make_step
-from main import over_streams
+from datasets import UsageError
+from main import Decoder, SingleProcess, average_weights, bfloat16_products, draw_dropout, fast
+from main import begin, make_run, make_step, over_streams, read_command_line, settle
+from main import use_device
 
 # The parts of a model, and a pattern in the names of their parameters.
 PARTS = {
@@ -28,8 +32,6 @@ PARTS = {
     "norms": "norm",
     "output": "lm_head",
 }
-# Floats that an MLP keeps per hidden unit, by activation; 5.1 for all others, such as gelu.
-HIDDEN_UNIT_FLOATS = {"relu2": 3.0, "swiglu": 6.3}
 # Repetitions; the fastest counts, because other programs can only slow one down.
 TRAINING_STEPS = 5
 MATRIX_PRODUCTS = 6
@@ -37,24 +39,36 @@ MATRIX_SIZE = 2048  # rows and columns of the matrices whose product is timed
 DECODED_TOKENS = 32
 
 
+# Flags of main.py by which it trains nothing.
+USES = ["inference", "prompt", "evaluate", "list", "identifier"]
+
+
+def main(arguments):
+    """Measures the model that main.py would train with these arguments.
+
+    Raises UsageError, RunError.
+    """
+    flags = settle(read_command_line(arguments))
+    for name in USES:
+        if name in flags.given:
+            raise UsageError(f"--{name} trains nothing: give the flags of a training")
+    use_device(flags.gpu)
+    models, flags, dataset = begin(flags)
+    run_benchmark(make_run(flags.save_dir, flags, None, models, dataset, SingleProcess()))
+
+
 def run_benchmark(run):
     """Measures a training step of a run and decoding with its model, and prints the result."""
     model, flags = run.model, run.flags
     parameters = count_parameters(model)
     flops = count_flops(model.config, parameters, flags.lora_rank)
-    trained = sum(weight.size for _, weight in tree_flatten(model.trainable_parameters()))
-    lasting = measure_memory(run)
-    streams = count_streams(flags)
-    passing = predict_memory(model.config, flags, trained, lasting["optimizer"], streams)
-    training_speed, measured_peak = measure_training(run)
+    training_speed, peak_memory = measure_training(run)
     matrix_speed = measure_matrix_speed(flags.dtype)
     result = {
         "parameters": parameters,
         "flops_per_token": flops,
-        "memory": lasting | passing,
-        # Activations are freed as gradients are made, so the peak contains the larger of the two.
-        "predicted_peak": sum(lasting.values()) + max(passing.values()),
-        "measured_peak": measured_peak,
+        "memory": measure_memory(run),
+        "peak_memory": peak_memory,
         "tokens_per_second": training_speed,
         "matrix_flops": matrix_speed,
         "share_of_matrix_speed": sum(flops.values()) * training_speed / matrix_speed,
@@ -75,13 +89,11 @@ def print_result(result, tokens):
         f"{flops['forward'] / 1e6:,.2f} MFLOP per token forward, {flops['backward'] / 1e6:,.2f} "
         "backward",
     )
-    memory = {part: f"{size / 2**20:,.1f} MiB" for part, size in result["memory"].items()}
-    passing = f"activations ({memory.pop('activations')}) or gradients ({memory.pop('gradients')})"
-    lasting = ", ".join(f"{part} ({size})" for part, size in memory.items())
+    memory = [f"{size / 2**20:,.1f} {part}" for part, size in result["memory"].items()]
     print_row(
         "memory",
-        f"{result['measured_peak'] / 2**20:,.1f} MiB at the peak of a training step, predicted "
-        f"{result['predicted_peak'] / 2**20:,.1f}: {lasting}, and {passing}, whichever is larger",
+        f"{result['peak_memory'] / 2**20:,.1f} MiB at the peak of a training step: "
+        f"{', '.join(memory)}, the rest activations and gradients",
     )
     speed = result["tokens_per_second"]
     print_row(
@@ -103,7 +115,7 @@ def print_row(name, text):
     print(textwrap.fill(f"{name:<11} {text}", 100, subsequent_indent=" " * 12))
 
 
-# ---- Counts and predictions ---------------------------------------------------------------------
+# ---- Counts -------------------------------------------------------------------------------------
 def count_parameters(model):
     """The number of weights in each of PARTS."""
     counts = {}
@@ -135,13 +147,6 @@ def count_flops(config, parameters, lora_rank):
     return {"forward": forward, "backward": backward}
 
 
-def count_streams(flags):
-    """How many streams share the rows of a batch: one without extras/fast.py."""
-    if fast is None:
-        return 1
-    return fast.count_streams(flags.batch_size, flags.context_size)
-
-
 def measure_memory(run):
     """Bytes that persist between steps: weights, the optimizer's moments, the --average."""
     weights = run.model.parameters()
@@ -154,36 +159,6 @@ def measure_memory(run):
 def count_bytes(tree):
     """The size of a tree of arrays."""
     return sum(array.nbytes for _, array in tree_flatten(tree))
-
-
-def predict_memory(config, flags, parameters, optimizer, streams):
-    """Bytes at the peak of each half of a training step on a CPU.
-
-    The step is computed as in extras/fast.py, without --grad_checkpoint.
-    parameters: the number of trained weights; optimizer: the bytes of its moments; streams: how
-    many share a batch. Returns a dict: "activations" are what the forward pass keeps for the
-    backward pass; "gradients" are those of each stream, their sum, the clipped ones, and the new
-    moments. The factors were fitted to 94 models (dim 128 to 512, context 48 to 256, vocabularies
-    of 257 to 10,000 tokens, 2 streams): 9 in 10 are within 7%, all within 25%.
-    """
-    positions = flags.batch_size * config.context_size
-    # Floats that a block keeps per position.
-    hidden_states = (7 if config.qk_norm else 3) * config.dim  # including queries
-    keys_and_values = 3.2 * config.num_kv_heads * config.head_dim
-    hidden_units = HIDDEN_UNIT_FLOATS.get(config.mlp, 5.1) * config.mlp_dim
-    scores = 1.1 * config.num_heads * config.context_size
-    per_block = hidden_states + keys_and_values + hidden_units + scores
-    per_position = 18 * config.dim + config.num_blocks * per_block
-    # The loss is computed in chunks (extras/fast.py); each stream holds the logits of one, twice.
-    rows = math.ceil(positions / streams)  # of a stream
-    chunks = math.ceil(rows / max(128, 2**23 // config.vocab_size))
-    loss = 2 * streams * config.vocab_size * math.ceil(rows / chunks)
-    first_gradients = 0.8 * parameters
-    copies = streams + 2 if streams > 1 else 2  # of the gradients; one stream's are the sum
-    return {
-        "activations": round(4 * (positions * per_position + loss + first_gradients)),
-        "gradients": 4 * parameters * copies + optimizer,
-    }
 
 
 # ---- Measurements -------------------------------------------------------------------------------
@@ -249,3 +224,7 @@ def measure_decoding(run):
         "token_ms": 1000 * seconds / DECODED_TOKENS,
         "decoded_per_second": DECODED_TOKENS / seconds,
     }
+
+
+if __name__ == "__main__":
+    start("benchmark", main)

@@ -1,14 +1,16 @@
 """Probe cases: how likely checkpoints consider the continuations that a user expects.
 
-    python main.py --cases extras/cases/english.yaml                every checkpoint in the folder
-    python main.py --cases FILE.yaml --identifier best --top_k 10   one of them (or several)
-    python main.py --cases FILE.yaml --identifier "ptb-*"           the newest of each such run
-    python main.py --cases A.yaml B.yaml --output results.json      also saves the results as JSON
+    python -m extras.cases extras/cases/english.yaml                every checkpoint in the folder
+    python -m extras.cases FILE.yaml --identifier best --top_k 10   one of them (or several)
+    python -m extras.cases FILE.yaml --identifier "ptb-*"           the newest of each such run
+    python -m extras.cases A.yaml B.yaml --output results.json      also saves the results as JSON
 
 A file is a YAML list like `- {prompt: "import ", expected: "os"}`; extras/cases/ has examples.
-A case passes if each expected token is among the --top_k (by default 5) most likely ones at its
-position.
+A case passes if each expected token is among the --top_k most likely ones at its position.
 """
+
+# First: main.py chooses the BLAS before NumPy and MLX take one.
+from extras.program import add_identifiers, make_parser, read_flags, select_checkpoints, start
 
 import json
 import math
@@ -19,23 +21,30 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from datasets import RunError, UsageError, explained, user_path, utf8
+from datasets import SIZE, RunError, UsageError, explained, user_path, utf8
 from extras.results import write_whole
 from main import first_ids, read_yaml
 
 MAX_COLUMNS = 100  # of a printed line
 
 
-def run_cases(checkpoints, flags, top_k):
-    """Prints a table for each checkpoint; with --output also writes them as JSON.
+def main(arguments):
+    """Scores as these arguments specify.
 
-    flags: only cases, identifier, output and save_dir are used. Checkpoints that are damaged or
-    need a base that is gone are skipped, unless --identifier names them. Raises UsageError if a
-    file cannot be used, RunError if no checkpoint can be or --output cannot be written.
+    Prints a table for each checkpoint. Those that are damaged or need a base that is gone are
+    skipped, unless --identifier names them. Raises UsageError if a file cannot be used, RunError
+    if no checkpoint can be or --output cannot be written.
     """
-    cases = read_cases(flags)
+    parser = make_parser("cases", __doc__, "gpu")
+    add = parser.add_argument
+    add("files", metavar="FILE", nargs="+", help="YAML files of cases")
+    add_identifiers(parser)
+    add("--top_k", metavar="N", type=SIZE, default=5, help="default: %(default)s")
+    add("--output", metavar="FILE", type=user_path, default=None, help="for the results, as JSON")
+    flags = read_flags(parser, arguments)
+    cases = read_cases(flags.files, flags.output)
     results = []
-    for checkpoint in checkpoints:
+    for checkpoint in select_checkpoints(flags.save_dir, flags.identifier):
         try:
             contents = checkpoint.open()
             model = contents.load_model()
@@ -43,8 +52,10 @@ def run_cases(checkpoints, flags, top_k):
             if flags.identifier:
                 raise
             print(f"Skipping {checkpoint}: {error}", file=sys.stderr)
-        else:
-            results += score_checkpoint(model, contents.tokenizer, checkpoint, cases, top_k)
+            continue
+        results += score_checkpoint(
+            model, contents.tokenizer, checkpoint, cases, flags.top_k
+        )
     if not results:
         raise RunError(f"no checkpoint in {flags.save_dir} can be used")
     if flags.output:
@@ -52,29 +63,29 @@ def run_cases(checkpoints, flags, top_k):
         write_whole(flags.output, text + "\n")
 
 
-def read_cases(flags):
-    """The cases in the files of --cases, [(prompt, expected), ...].
+def read_cases(files, output):
+    """The cases in YAML files, [(prompt, expected), ...].
 
-    Raises UsageError if one holds anything else, or if --output cannot be written.
+    Raises UsageError if one holds anything else, or if the results cannot be written to `output`.
     """
     import yaml
 
     needed = "is not a YAML list of entries like - {prompt: a, expected: b}"
     cases = []
-    for path in flags.cases:
-        with explained(f"--cases {path} {needed}"):
+    for path in files:
+        with explained(f"{path} {needed}"):
             # BaseLoader keeps every scalar a string: `yes` does not become a bool, nor 1.0 a float.
             entries = read_yaml(path, yaml.BaseLoader)
             if not entries:
                 raise ValueError("it has no case")
             for entry in entries:
                 cases.append((read_text(entry, "prompt"), read_text(entry, "expected")))
-        if flags.output and os.path.realpath(user_path(path)) == os.path.realpath(flags.output):
-            raise UsageError(f"--output {flags.output} would overwrite --cases {path}: rename it")
+        if output and os.path.realpath(user_path(path)) == os.path.realpath(output):
+            raise UsageError(f"--output {output} would overwrite {path}: rename it")
     # Fails now rather than after the work; to a pipe, this would be the end of the text.
-    if flags.output and not Path(flags.output).is_fifo():
-        with explained(f"--output {flags.output} cannot be written: name another file", OSError):
-            open(flags.output, "ab").close()
+    if output and not Path(output).is_fifo():
+        with explained(f"--output {output} cannot be written: name another file", OSError):
+            open(output, "ab").close()
     return cases
 
 
@@ -150,3 +161,7 @@ def print_result(result):
     top = " ".join(repr(text) for text in result["top"])
     line = f"  {verdict} rank {numbers}  {case}: {top}"
     print(line[:MAX_COLUMNS])
+
+
+if __name__ == "__main__":
+    start("cases", main)

@@ -75,7 +75,7 @@ def make_parser():
         metavar="FILE",
         required=True,
         type=user_path,
-        help="one prompt per line, or the .jsonl that main.py --prompts_file wrote",
+        help="one prompt per line, or the .jsonl that extras.batch wrote",
     )
     add(
         "--output",
@@ -114,11 +114,11 @@ def main(arguments):
 def read_prompts(path):
     """The prompts in a file: its lines or, for a .jsonl, the texts that a model has started.
 
-    A .jsonl is written by main.py --prompts_file. Each of its prompts is joined with the
+    A .jsonl is written by extras.batch. Each of its prompts is joined with the
     completion, so the teacher continues what the student has written. Raises UsageError.
     """
     is_jsonl = str(path).endswith(".jsonl")
-    content = "hold what main.py --prompts_file writes, or not be named .jsonl"
+    content = "hold what extras.batch writes, or not be named .jsonl"
     fault = f"--teacher_prompts {path} must {content if is_jsonl else 'be a UTF-8 file'}"
     with explained(fault, OSError, ValueError, LookupError, TypeError, RecursionError):
         lines = read_prompt_lines(path)

@@ -1,33 +1,16 @@
 """Decoding many texts at once, and a single text faster with the help of a draft model.
 
-    python main.py --prompts_file prompts.txt --output answers.jsonl     sixteen prompts at a time
-    python main.py --prompt "The company" --draft ptb-0a1b2c             speculative decoding
+    python main.py --prompt "The company" --draft ptb-0a1b2c     speculative decoding
+    python -m extras.batch prompts.txt                           sixteen prompts at a time
 
 Both give each text the continuation that main.py's Decoder would give it alone, unless two tokens
 are tied up to rounding: the random numbers depend only on the seed and the position in the text.
 """
 
-import os
-
 import mlx.core as mx
 import numpy as np
 
-from datasets import end_of_text, explained
-from extras.results import MOST_PROMPTS, append_lines, json_line, read_prompt_lines
-from main import Cache, Decoder, Detokenizer, announce, draw, first_ids, shape_logits
-
-# The flags that, besides the seed, determine a completion.
-SAMPLING_FLAGS = [
-    "max_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "stop",
-    "stop_at_end",
-    "quantize",
-]
+from main import Cache, Decoder, draw, shape_logits
 
 
 class BatchCache(Cache):
@@ -209,77 +192,3 @@ class SpeculativeDecoder:
         """The draft's acceptance rate, to be appended to the speed."""
         rate = self.accepted / max(1, self.proposed)
         return f", {rate:.0%} of the draft's {self.proposed:,} proposals accepted"
-
-
-def answer_file(model, tokenizer, checkpoint, flags, batch_size=16):
-    """Continues each line of --prompts_file --num_samples times, `batch_size` of them at a time.
-
-    Each continuation is a line of JSON in --output or on stdout: prompt, seed, checkpoint,
-    SAMPLING_FLAGS, completion and tokens. An --output that holds the first of these lines is
-    resumed. Raises UsageError or RunError if it cannot be resumed (see append_lines).
-    """
-    settings = {name: getattr(flags, name) for name in SAMPLING_FLAGS}
-    problem = f"--prompts_file {flags.prompts_file} must be a UTF-8 file, --output writable"
-    with explained(problem, OSError, ValueError):
-        prompts = read_prompt_lines(flags.prompts_file)
-        if len(prompts) * flags.num_samples > MOST_PROMPTS:
-            raise ValueError(f"--num_samples makes more than {MOST_PROMPTS:,} of its lines")
-        jobs = []
-        for prompt in prompts:
-            for _ in range(flags.num_samples):
-                job = {
-                    "prompt": prompt,
-                    "seed": flags.seed + len(jobs),
-                    "checkpoint": checkpoint.id,
-                }
-                jobs.append(job | settings)
-        if flags.output:
-            out, answered = append_lines(flags.output, jobs)
-        else:
-            out, answered = os.fdopen(os.dup(1), "wb"), []  # stdout itself stays open
-    with out:
-        announce(checkpoint)
-        for start in range(len(answered), len(jobs), batch_size):
-            batch = jobs[start : start + batch_size]
-            for line in answer_batch(model, tokenizer, batch, flags):
-                out.write(json_line(line) + b"\n")
-            out.flush()  # a kill costs at most the current batch
-
-
-def answer_batch(model, tokenizer, jobs, flags):
-    """The jobs, dicts of a prompt and a seed, with their completion and its tokens added.
-
-    The tokens include the end token that ended a text; the completion does not.
-    """
-    texts = [first_ids(tokenizer, job["prompt"]) for job in jobs]  # the decoder extends them
-    shown = [len(tokenizer.decode(text)) for text in texts]  # characters of the prompts
-    read = [len(text) for text in texts]  # tokens of the prompts
-    decoder = BatchDecoder(model, texts)
-    detokenizers = [Detokenizer(tokenizer, text) for text in texts]
-    end = end_of_text(tokenizer) if flags.stop_at_end else None
-    written = [""] * len(texts)  # what each text was continued with, only for --stop
-    stopped = [None] * len(texts)  # how many tokens each text had at its end, or when --stop came
-    for ids in decoder.generate(flags.max_tokens, flags, [job["seed"] for job in jobs]):
-        for i, token in enumerate(ids):
-            if stopped[i] is not None:
-                continue
-            if flags.stop:
-                # What stands for an incomplete character, U+FFFD, may be a --stop, but is no text
-                # yet.
-                written[i] += detokenizers[i].add(token)
-            has_stop = flags.stop and flags.stop in written[i]
-            if has_stop or token == end:
-                stopped[i] = len(texts[i])
-        if None not in stopped:
-            break
-    lines = []
-    for i, job in enumerate(jobs):
-        tokens = texts[i][read[i] : stopped[i]]
-        text = texts[i][: stopped[i]]
-        if text[-1] == end:
-            text.pop()
-        completion = tokenizer.decode(text)[shown[i] :]
-        if flags.stop:
-            completion, _, _ = completion.partition(flags.stop)
-        lines.append(job | {"completion": completion, "tokens": tokens})
-    return lines

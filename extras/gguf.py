@@ -1,7 +1,7 @@
 """A model as one GGUF file, for llama.cpp and the programs built on it (Ollama, LM Studio).
 
-    python main.py --export model.gguf                  float32
-    python main.py --export model.gguf --quantize 16    float16; 8: Q8_0, 4: Q4_0
+    python -m extras.export model.gguf                  float32
+    python -m extras.export model.gguf --quantize 16    float16; 8: Q8_0, 4: Q4_0
 
 The `gguf` package of llama.cpp writes the file. The architectures are those of
 extras/huggingface.py: Llama, Qwen2, Qwen3, Arcee. llama.cpp supports GPT-2's tokenizer, a
@@ -45,14 +45,14 @@ def export_gguf(model, tokenizer, path, bits):
     path = Path(user_path(path))
     name = find_counterpart(model.config)
     vocabulary = make_vocabulary(tokenizer, model.config.vocab_size)
-    with explained("--export to GGUF needs a package: pip install gguf", ImportError):
+    with explained("GGUF needs a package: pip install gguf", ImportError):
         import gguf
     if path.exists():
-        raise UsageError(f"--export {path} exists: name another file, or delete it")
+        raise UsageError(f"{path} exists: name another file, or delete it")
     formats = gguf.GGMLQuantizationType
     matrix_format = {None: formats.F32, 16: formats.F16, 8: formats.Q8_0, 4: formats.Q4_0}[bits]
     needed = f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"
-    with explained(f"cannot write to --export {path}: name a file of yours", OSError):
+    with explained(f"cannot write {path}: name a file of yours", OSError):
         with replacing(path) as file:
             writer = gguf.GGUFWriter(file.name, name.lower())
             add_settings(writer, model.config)
@@ -123,7 +123,7 @@ def make_vocabulary(tokenizer, size):
     if tokenizer.kind in ("word", "char"):
         raise UsageError(
             f"llama.cpp has no {tokenizer.kind} tokenizer: train with --tokenizer bpe or byte, "
-            "or --export a folder for transformers"
+            "or export a folder for transformers"
         )
     text, _ = tokenizer_json(tokenizer)
     content = json.loads(text)

@@ -3,8 +3,8 @@
     python main.py --init_from DIR ...         fine-tunes a Llama, Mistral, Qwen2, Qwen3, Arcee
     python main.py --init_from ORG/NAME ...    the same, downloaded from Hugging Face's hub
     python main.py --teacher DIR ...           distills from one
-    python main.py --export DIR                writes a checkpoint as such a folder
-    python main.py --export DIR --quantize 4   the same with packed weights, for mlx_lm
+    python -m extras.export DIR                writes a checkpoint as such a folder
+    python -m extras.export DIR --quantize 4   the same with packed weights, for mlx_lm
 
 Our weights have the same names as their Llama's, so only configuration and tokenizer are converted.
 """
@@ -392,7 +392,7 @@ def export_model(model, tokenizer, folder, bits):
         "tokenizer.json": tokenizer_text,
     }
 
-    with explained(f"cannot write to --export {folder}: name a folder of yours"):
+    with explained(f"cannot write to {folder}: name a folder of yours"):
         folder.mkdir(parents=True, exist_ok=True)
         # No file gets its name before all are written.
         with contextlib.ExitStack() as files:
@@ -416,7 +416,7 @@ def check_vacant(folder):
     # A reader of the folder would take any other weights for parts of the exported model.
     taken += sorted(folder.glob("*.safetensors"))
     if taken:
-        raise UsageError(f"--export {folder} holds {taken[0].name} already: name a new folder")
+        raise UsageError(f"{folder} holds {taken[0].name} already: name a new folder")
 
 
 def find_counterpart(config):
@@ -427,9 +427,7 @@ def find_counterpart(config):
         shape = f"--mlp {config.mlp}"
         if config.qk_norm:
             shape += " --qk_norm"
-        raise UsageError(
-            f"--export: Hugging Face has no model with {shape}: train one with --mlp swiglu"
-        )
+        raise UsageError(f"Hugging Face has no model with {shape}: train one with --mlp swiglu")
     return name
 
 

@@ -11,7 +11,6 @@ from datasets import CORPORA
 
 # Our flags and their names in other programs.
 OTHER_NAMES = {
-    "attention": "log_attention plot_attention show_attention",
     "batch_size": "batch bsz device_batch_size micro_batch_size per_device_train_batch_size",
     "beta1": "adam_beta1 b1",
     "beta2": "adam_beta2 b2",
@@ -27,7 +26,6 @@ OTHER_NAMES = {
     "dtype": "amp mixed_precision precision",
     "eval_test": "test_at_end",
     "evaluate": "eval eval_only test",
-    "export": "export_gguf gguf_path hf_path",
     "grad_accumulation": "accum_steps grad_accum grad_accum_steps gradient_accumulation"
     " gradient_accumulation_steps",
     "grad_checkpoint": "gradient_checkpointing activation_checkpointing",
@@ -79,8 +77,11 @@ NOT_NEEDED = {
     " --save_dir is where it is saved, --identifier names it",
     "advanced hardware": "a section needs flags below it, such as `dim: 8`",
     "always_save_checkpoint": "each evaluation saves; --keep counts what is kept",
+    "attention log_attention plot_attention show_attention": "python -m extras.attention draws it",
+    "benchmark": "python -m extras.benchmark takes these flags",
     "bf16 fp16": "--dtype bfloat16 is for processors that are faster with it",
     "bias": "new models have no biases",
+    "cases": "python -m extras.cases scores files of them",
     "checkpoint": "gradient checkpointing takes no value; --identifier names a checkpoint",
     "checkpoints": "--save_dir names their folder, --steps_per_save their interval, --keep how"
     " many stay",
@@ -92,10 +93,14 @@ NOT_NEEDED = {
     "epochs max_epochs n_epochs num_epochs num_train_epochs": "--num_iters counts steps; the start"
     " screen shows the steps per epoch",
     "eval_batches eval_iters test_batches val_batches": "--eval_tokens counts tokens, not batches",
+    "export export_gguf gguf_path hf_path": "python -m extras.export writes a folder or FILE.gguf",
     "fine_tune_type peft train_type": "--lora_rank trains adapters, else all weights are trained",
     "ignore_eos": "--no-stop_at_end goes on after the end of a text",
-    "load_in_4bit load_in_8bit": "--quantize 4 or 8, for sampling, --evaluate and --export",
+    "load_in_4bit load_in_8bit": "--quantize 4 or 8, for sampling and --evaluate, and for"
+    " python -m extras.export",
     "mask_prompt": "the loss is that of all tokens",
+    "plot": "python -m extras.plot draws losses",
+    "prompts_file": "python -m extras.batch continues each line of a file",
     "resume": "a run resumes by itself; --identifier names another, --new_model starts over",
     "seeds": "one --seed for each run; a loop over values trains several",
     "stream": "text is always printed as it is sampled",

@@ -2,7 +2,7 @@
 
     python main.py --prompt "TEXT" --quantize 4             samples with rounded weights
     python main.py --evaluate valid --quantize 4            scores the model before and after
-    python main.py --export DIR --quantize 4                writes a smaller model for mlx_lm
+    python -m extras.export DIR --quantize 4                writes a smaller model for mlx_lm
 
 16 bits means float16.
 

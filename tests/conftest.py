@@ -172,6 +172,15 @@ def run(*arguments, status=0, input=None, program=(MAIN,), cwd=None, env=None, *
     return out, err
 
 
+def run_extra(name, *arguments, **options):
+    """Runs `python -m extras.NAME *arguments`, as `run` does."""
+    if sys.platform == "linux" and not options.keys() - {"status", "input", "cwd"}:
+        return run("-m", f"extras.{name}", *arguments, **options)  # which the forks of main.py know
+    program = ["-m", f"extras.{name}"]
+    env = {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    return run(*arguments, program=program, env=env, **options)
+
+
 def free_ports(count):
     """Ports of the loopback address that nobody listens on."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]

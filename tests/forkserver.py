@@ -16,6 +16,7 @@ import importlib
 import itertools
 import json
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -46,6 +47,7 @@ class Program:
     def start(self, arguments, streams, cwd=".", prepare=None):
         """Begins `python PROGRAM arguments` in a fork; returns its process id.
 
+        Arguments that begin with -m MODULE begin that one instead, from the program's folder.
         streams: the files in the place of stdin, stdout and stderr; prepare: what the fork calls
         before the program begins.
         """
@@ -59,7 +61,10 @@ class Program:
             self.be_one(arguments, streams, cwd)
             if prepare:
                 prepare()
-            status = execute(self.code, self.path)
+            if arguments[:1] == ["-m"]:
+                status = status_of(run_module, arguments[1])
+            else:
+                status = status_of(self.execute)
         except BaseException:
             traceback.print_exc()
         leave(status)
@@ -78,6 +83,12 @@ class Program:
         os.chdir(cwd)
         open_streams(streams)
         sys.argv = [str(self.path), *arguments]
+
+    def execute(self):
+        """Runs the program as __main__."""
+        module = sys.modules["__main__"] = types.ModuleType("__main__")
+        module.__file__ = str(self.path)
+        exec(self.code, module.__dict__)
 
 
 def open_streams(paths):
@@ -141,12 +152,16 @@ def generate_kernels():
         )
 
 
-def execute(code, path):
-    """Runs the program as __main__; returns its exit status if it ends by sys.exit(number)."""
-    module = sys.modules["__main__"] = types.ModuleType("__main__")
-    module.__file__ = str(path)
+def run_module(name):
+    """Does what `python -m NAME` does; its arguments are in their place already."""
+    del sys.argv[:2]  # runpy puts the path of the module in the place of the first
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def status_of(function, *arguments):
+    """Calls what runs a program; returns its exit status if it ends by sys.exit(number)."""
     try:
-        exec(code, module.__dict__)
+        function(*arguments)
     except SystemExit as end:
         if not isinstance(end.code, int):
             raise

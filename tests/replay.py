@@ -32,6 +32,11 @@ WORKERS = 2 + (os.cpu_count() or 1)  # sections at a time: many commands wait fo
 # in its place in a checkout whose --help does not list the flag any more.
 MOVED = {
     "--export": (r"main\.py (.*?)--export (\S+)", r"-m extras.export \2 \1"),
+    "--plot": (r"main\.py (.*?)--plot (\S+)", r"-m extras.plot \2 \1"),
+    "--attention": (r"main\.py (.*?)--attention (\S+)", r"-m extras.attention \2 \1"),
+    "--cases": (r"main\.py (.*?)--cases (\S+)", r"-m extras.cases \2 \1"),
+    "--prompts_file": (r"main\.py (.*?)--prompts_file (\S+)", r"-m extras.batch \2 \1"),
+    "--benchmark": (r"main\.py (.*?)--benchmark ?", r"-m extras.benchmark \1"),
 }
 
 # What differs from one run of a command to the next, and what is compared instead.

@@ -33,6 +33,8 @@ from typing import NamedTuple
 
 # Flags whose names have moved, {name in OLD: name in NEW}. The cases below have the old ones.
 MOVED = {}
+# Flags that are programs of their own in NEW, whose value comes first there: {flag: module}.
+PROGRAMS = {"--prompts_file": "extras.batch"}
 # Fields of the log that differ from run to run.
 MEASURED = {"seconds", "ms_per_step", "tokens_per_second", "peak_mib"}
 
@@ -164,7 +166,8 @@ class Side:
 
     def __init__(self, name, checkout, python, folder):
         self.name = name
-        self.program = [python, str(checkout / "main.py")]
+        self.python = python
+        self.checkout = checkout
         self.folder = folder
         folder.mkdir()
         write_texts(folder)
@@ -174,9 +177,7 @@ class Side:
 
         number: a signal, sent to all ranks at the first line of progress after a checkpoint.
         """
-        words = f"{flags} --data_dir data".split()
-        if self.name == "NEW":
-            words = [MOVED.get(word, word) for word in words]
+        command = self.spell(flags.split())
         environments = [{}]
         if ranks > 1:
             environments = ring_of(ranks, self.folder / "hosts.json")
@@ -185,9 +186,9 @@ class Side:
         with open(self.folder / "stderr.txt", "w") as stderr:
             for environment in environments:
                 process = subprocess.Popen(
-                    [*self.program, *words],
+                    [self.python, *command],
                     cwd=self.folder,
-                    env=os.environ | {"XDG_CACHE_HOME": str(self.folder)} | environment,
+                    env=os.environ | self.environment() | environment,
                     stdin=subprocess.DEVNULL,
                     # The first rank alone prints.
                     stdout=subprocess.DEVNULL if processes else subprocess.PIPE,
@@ -204,6 +205,20 @@ class Side:
             for process in processes:
                 process.wait()
         return processes[0].returncode, output
+
+    def spell(self, words):
+        """What is typed behind `python` on this side."""
+        moved = [word for word in words if word in PROGRAMS]
+        if self.name == "NEW" and moved:
+            place = words.index(moved[0])
+            value = words[place + 1]
+            return ["-m", PROGRAMS[moved[0]], value, *words[:place], *words[place + 2 :]]
+        if self.name == "NEW":
+            words = [MOVED.get(word, word) for word in words]
+        return [str(self.checkout / "main.py"), *words, "--data_dir", "data"]
+
+    def environment(self):
+        return {"XDG_CACHE_HOME": str(self.folder), "PYTHONPATH": str(self.checkout)}
 
     def expect(self, expected, result):
         """What a command has printed, if its exit status is the expected one; else a Failure."""

@@ -75,12 +75,20 @@ RUNS = {
 class Command(NamedTuple):
     """A command that meets a stranger's run, or a Hugging Face folder if it says hub/stranger.
 
+    words: what is typed behind main.py, or behind `python` if they begin with -m.
     writes: a pattern of the paths that it may write; must_succeed: whatever lies beside.
     """
 
     words: str
     writes: str = "no"
     must_succeed: bool = False
+
+
+def arguments_of(words):
+    """The words of a command, split, with its folders."""
+    if not words.startswith("-m "):
+        words += " --data_dir data"
+    return f"{words} --save_dir save".split()
 
 
 NEW = "save/text-"  # how the name of a new run begins
@@ -97,9 +105,9 @@ COMMANDS = [
     Command(f"--init_from stranger --lora_rank 2 {BRIEF} 1", NEW),
     Command(f"--teacher stranger {TINY} 1", NEW),
     Command(f"--identifier good --draft stranger {SAMPLE} a"),
-    Command("--identifier stranger --export out", "out"),
-    Command("--identifier stranger --export out.gguf", "out.gguf"),
-    Command("--plot out.svg", "out.svg"),
+    Command("-m extras.export out --identifier stranger", "out"),
+    Command("-m extras.export out.gguf --identifier stranger", "out.gguf"),
+    Command("-m extras.plot out.svg", "out.svg"),
     *[Command(f"--init_from hub/stranger --context_size 8 --batch_size 2 {BRIEF} 1", NEW)] * 2,
     Command(f"--teacher hub/stranger {TINY} 1", NEW),
 ]
@@ -415,10 +423,10 @@ class Templates:
         package = folder / "tokenizer.json"
         write(package, PACKAGE)
         for name, flags in RUNS.items():
-            self.make(f"{TINY} 2 {flags}".format(text=self.text, package=package))
+            self.make(f"{TINY} 2 {flags} --keep 9".format(text=self.text, package=package))
             [new] = save.glob("text-*")
             new.rename(save / name)
-        self.make(f"--identifier bpe --export {folder / 'hf'}")
+        self.make(f"-m extras.export {folder / 'hf'} --identifier bpe")
         self.runs = read(save)
         del self.runs["good"]
         self.hf = read(folder / "hf")
@@ -427,9 +435,8 @@ class Templates:
         """Runs a command; raises RuntimeError if it fails."""
         log = self.folder / "log.txt"
         log.touch()
-        arguments = [*words.split(), "--keep", "9", "--save_dir", "save", "--data_dir", "data"]
         streams = (os.devnull, log, log)
-        if self.program.run(arguments, streams, self.folder, tick_at_each_look):
+        if self.program.run(arguments_of(words), streams, self.folder, tick_at_each_look):
             raise RuntimeError(f"{words}: {log.read_text()}")
 
 
@@ -454,9 +461,8 @@ class Case:
         write(folder, Folder(work=Folder(), home=secret, beside=secret))
         self.on_terminal = chance.random() < 0.5
         self.command = chance.choice(COMMANDS)
-        words = f"{self.command.words} --save_dir save --data_dir data"
-        self.arguments = words.format(text=templates.text).split()
-        is_run = "hub/stranger" not in words
+        self.arguments = arguments_of(self.command.words.format(text=templates.text))
+        is_run = "hub/stranger" not in self.command.words
         files = templates.hf
         if is_run:
             files = templates.runs[chance.choice(list(templates.runs))]
@@ -604,8 +610,9 @@ class Player:
         """Plays the case of this name; returns it, its faults and a line about them."""
         case = Case(name, self.folder / name, self.templates)
         faults = case.run(self.program)
-        words = " ".join(case.arguments)
-        return case, faults, f"{name}: {'; '.join(faults)}\n    main.py {words}"
+        is_program = case.arguments[0] == "-m"
+        words = " ".join(case.arguments if is_program else ["main.py", *case.arguments])
+        return case, faults, f"{name}: {'; '.join(faults)}\n    python {words}"
 
     def play_all(self, seed, count, jobs):
         """Plays cases in several processes; returns how many had faults."""

@@ -359,7 +359,7 @@ def test_best_needs_a_score(tmp_path):
     run = make_run(tmp_path)
     train_and_save(run, 1)
     with pytest.raises(UsageError, match=f"{run.name}, the run saved last, has no score yet"):
-        choose(tmp_path, identifier=["best"])
+        choose(tmp_path, identifier="best")
     score(run, 2.5)
     train_and_save(run, 1)
     end = main.describe_end(run, None)
@@ -370,7 +370,7 @@ def test_best_needs_a_score(tmp_path):
 
 def test_identifiers(tmp_path):
     with pytest.raises(UsageError, match="no checkpoint in .*: train a model first"):
-        choose(tmp_path, identifier=["latest"])
+        choose(tmp_path, identifier="latest")
     run = make_run(tmp_path, name="ptb-0a1b2c")
     other = make_run(tmp_path, name="ptb-3d4e5f", seed=5)
     saved = []
@@ -387,12 +387,12 @@ def test_identifiers(tmp_path):
         "best": 0,
     }
     for identifier, place in expected.items():
-        assert chosen_id(tmp_path, identifier=[identifier]) == saved[place], identifier
+        assert chosen_id(tmp_path, identifier=identifier) == saved[place], identifier
     with pytest.raises(UsageError) as error:
-        choose(tmp_path, identifier=["zzz"])
+        choose(tmp_path, identifier="zzz")
     assert "ptb-0a1b2c; ptb-3d4e5f" in str(error.value)
     with pytest.raises(UsageError, match="--dim 32 contradicts .* 16"):
-        choose(tmp_path, identifier=["latest"], dim=32)
+        choose(tmp_path, identifier="latest", dim=32)
 
 
 def test_a_flag_younger_than_the_checkpoint_has_its_default(tmp_path, monkeypatch):
@@ -415,9 +415,9 @@ def test_equal_checkpoints_of_two_runs_are_independent(tmp_path):
     score(second, 2.5)
     checkpoint_id = save(first)
     assert save(second) == checkpoint_id
-    assert chosen_id(tmp_path, identifier=[checkpoint_id]) == checkpoint_id
+    assert chosen_id(tmp_path, identifier=checkpoint_id) == checkpoint_id
     for each in (first, second):
-        contents = choose(tmp_path, identifier=[each.name])
+        contents = choose(tmp_path, identifier=each.name)
         again = make_run(tmp_path, name=each.name)
         contents.restore(again)
         assert again.scores == each.scores

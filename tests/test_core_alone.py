@@ -56,7 +56,6 @@ def trained(alone, tmp_path_factory):
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     (folder / "rows.jsonl").write_text('{"text": "the quick"}\n')
     (folder / "prompts.txt").write_text("the quick\n")
-    (folder / "cases.yaml").write_text("- {prompt: the quick, expected: brown}\n")
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text('{"model_type": "llama"}')
     line = ["--text", folder / "text.txt", *TINY, "--dim", 32, "--num_iters", 5]
@@ -134,18 +133,11 @@ MISSING = [  # what is typed; the file that it needs
     ("--prompt the --quantize 4", "quantize"),
     ("--inference --quantize 8", "quantize"),
     ("--evaluate valid --quantize 8", "quantize"),
-    ("--export out", "huggingface"),
-    ("--export out.gguf", "gguf"),
     ("--text text.txt --new_model --init_from hf", "huggingface"),
     ("--text text.txt --new_model --teacher hf", "distil"),
     ("--prompt the --draft hf", "huggingface"),
     ("--prompt the --draft latest", "decode"),
     ("--inference --draft latest", "decode"),
-    ("--prompts_file prompts.txt", "decode"),
-    ("--attention out.png --prompt the", "pictures"),
-    ("--plot out.png", "pictures"),
-    ("--cases cases.yaml", "cases"),
-    ("--benchmark --text text.txt", "benchmark"),
     ("--text rows.jsonl --new_model", "formats"),
 ]
 # What is typed; what the line says without the hints of extras/names.py.

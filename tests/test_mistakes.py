@@ -5,6 +5,7 @@ Each mistake ends with one line.
 
 import fcntl
 import functools
+import importlib
 import os
 import re
 import shlex
@@ -12,10 +13,12 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY
+from datasets import run_command
 
 import main
 
@@ -76,13 +79,13 @@ FILES = {
     "empty.yaml": "",
     "none.yaml": "[]",
     "false.yaml": "false",
+    "null_name.yaml": 'identifier: "a\\0b"\n',
     "number.yaml": "7",
     "zero.yaml": "\0",
     "yes.yaml": "new_model: 'yes'\n",
     "two.yaml": "dim: [16, 32]\n",
     "both.yaml": "inference: true\nnew_model: true\n",
     "half.yaml": "num_iters: 1.5\n",
-    "null_output.yaml": 'cases: cases.yaml\noutput: "a\\0b"\n',
     "comments.yaml": "dataset: python\ntraining:\n  # dim: 5\ndim: wide\n",
     "prompt.yaml": "- prompt: line\n",
     "cases.yaml": "- {prompt: line, expected: 5}\n",
@@ -165,13 +168,13 @@ def one_line(err, *words):
         assert str(word) in err, f"{word!r} is not in: {err}"
 
 
-def fails(capsys, arguments, *words, status=2):
-    """This command line ends with `status` and one line that has all these words.
+def fails(capsys, arguments, *words, status=2, program=main.main):
+    """This command line of main.py ends with `status` and one line that has all these words.
 
-    Returns that line.
+    Returns that line. program: a function that runs another command line, and returns its status.
     """
     capsys.readouterr()
-    code = main.main([str(argument) for argument in arguments])
+    code = program([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     assert code == status, f"status {code}\n{out}\n{err}"
     one_line(err, *words)
@@ -232,7 +235,7 @@ FINITE = """
     learning_rate weight_decay embedding_decay grad_clip temperature dropout valid_fraction
 """.split()
 NOT_EMPTY = """
-    text save_dir data_dir mirror identifier prompts_file export plot cases init_from teacher
+    text save_dir data_dir mirror identifier init_from teacher
 """.split()
 TOO_LARGE = {  # sizes that no machine has room for, and what needs it
     "--dim 65536": "gradients and moments",
@@ -344,7 +347,6 @@ MISTAKES = [
     ("--vocab_size 2147483647 --tokenizer bpe", "--vocab_size", "at most 1048576"),
     *[(f"--{flag} ''", f"--{flag} is empty", "leave it out") for flag in NOT_EMPTY],
     ("--text text.txt --valid_text ''", "--valid_text is empty", "leave it out"),
-    ("--prompt a --attention ''", "--attention is empty", "leave it out"),
     *unknown_choices(),
     ("--dataset shakespeare_char", "'shakespeare_char'", "(tinyshakespeare, by characters"),
     ("--dataset openwebtext", "'openwebtext'", "download files of it, and name them by --text"),
@@ -388,7 +390,6 @@ MISTAKES = [
     ("--config laughs.yaml", "--config", "it has an alias, like *a"),
     ("--config merged.yaml", "--config", "it has an alias, like *a"),
     ("--config long.yaml", "--config", "longer than 1,048,576 characters"),
-    ("--save_dir lm --cases laughs.yaml", "--cases", "it has an alias, like *a"),
     ("--list --identifier latest", "--identifier and --list are mutually exclusive", "use one"),
     (
         "--identifier latest --new_model",
@@ -411,22 +412,11 @@ MISTAKES = [
         "use one of them",
     ),
     (
-        "--prompts_file a --list",
-        "--prompts_file and --list are mutually exclusive",
-        "use one of them",
-    ),
-    ("--plot a.png --cases b", "--cases and --plot are mutually exclusive", "use one of them"),
-    ("--prompt a --export b", "--prompt and --export are mutually exclusive", "use one of them"),
-    ("--prompt a --output b", "--output", "requires one of --prompts_file, --cases"),
-    ("--prompts_file a --draft b", "--draft", "requires one of --prompt, --inference"),
-    ("--attention x.png", "--attention", "requires --prompt"),
-    (
         "--text text.txt --quantize 4",
         "--quantize",
-        "requires one of --prompt, --prompts_file, --inference, --evaluate, --export",
+        "requires one of --prompt, --inference, --evaluate",
     ),
     ("--valid_text text.txt", "--valid_text", "requires one of --text, --identifier"),
-    ("--prompt a --identifier latest best", "--identifier takes one name", "--cases and --plot"),
     # Sizes that no machine has
     *[
         (f"--text text.txt --new_model {sizes}", "this needs at least", what)
@@ -437,25 +427,6 @@ MISTAKES = [
         "this needs at least",
         "hidden states",
     ),
-    ("--text text.txt --benchmark --dim 65536", "this needs at least", "gradients and moments"),
-    # Files to be written that are to be read
-    (
-        "--cases cases.yaml --output cases.yaml",
-        "would overwrite --cases cases.yaml",
-        "rename it",
-    ),
-    (
-        "--cases cases.yaml --output ./empty/../cases.yaml",
-        "would overwrite --cases cases.yaml",
-        "rename it",
-    ),
-    (
-        "--prompts_file prompts.txt --output prompts.txt",
-        "prompts.txt holds something other",
-        "name another --output",
-    ),
-    ("--config number.yaml --plot number.yaml", "YAML file of flags", "like dim: 8"),
-    ("--cases cases.yaml --top_k 0", "--top_k 0 would let all --cases pass", "at least 1"),
     # Texts
     ("--text nowhere.txt", "nowhere.txt: no such file", "give a text's path"),
     ("--text *.md", "*.md: no such file, folder or pattern to read", "give a text's path"),
@@ -497,7 +468,6 @@ MISTAKES = [
     ("--text text.txt --eval_test", "text has no test split", "--test_text"),
     ("--evaluate test", "text has no test split", "--test_text"),
     ("--text text.txt --eval_stride 4", "--eval_stride", "requires --evaluate"),
-    ("--benchmark --save_dir changed", "has changed", "name another --save_dir"),
     ("--dataset ptb --mirror nowhere", "nowhere/ptb/ptb.train.txt", "Put it at", 1),
     (
         "--dataset ptb --mirror ~nobody-here",
@@ -633,35 +603,17 @@ MISTAKES = [
         "--warmup_steps is --lr_warmup",
     ),
     ("--config other.yaml", "no flag is named config", "--help lists all"),
-    ("--config null_output.yaml", "--output holds a null character", "leave it out"),
     ("--config comments.yaml", "--dim: invalid whole number value: 'wide'", "YAML file of flags"),
     ("--config twice.yaml", "dim stands in it twice", "YAML file of flags"),
     ("--config wide.yaml", "--dim: invalid whole number value: 'wide'", "YAML file of flags"),
     ("--config half.yaml", "--num_iters: invalid whole number value: '1.5'", "YAML file of flags"),
     ("--config true.yaml", "--dim", "YAML file of flags"),
+    ("--config null_name.yaml", "--identifier holds a null character", "leave it out"),
     ("--config two.yaml", "dim takes one value", "YAML file of flags"),
     ("--config yes.yaml", "--new_model", "YAML file of flags"),
     ("--config both.yaml", "--inference and --new_model are mutually exclusive", "use one of them"),
     *[(f"--config {name}", name, "YAML file of flags like dim: 8") for name in NO_FLAGS],
-    # Prompts and answers
-    ("--prompts_file nowhere.txt", "No such file or directory: 'nowhere.txt'", "UTF-8"),
-    ("--prompts_file latin.txt", "latin.txt", "UTF-8"),
-    (
-        "--prompts_file prompts.txt --output nowhere/out.jsonl",
-        "nowhere/out.jsonl",
-        "--output writable",
-    ),
-    ("--prompts_file empty.txt", "--prompts_file empty.txt", "it is empty"),
-    (
-        "--prompts_file prompts.txt --output empty",
-        "empty is not a regular file",
-        "name another --output",
-    ),
-    (
-        "--prompts_file prompts.txt --output answers.txt",
-        "answers.txt holds something other",
-        "name another --output",
-    ),
+    # Prompts
     (
         "--prompt a --draft nonsense",
         "--draft 'nonsense' matches no checkpoint",
@@ -730,38 +682,44 @@ MISTAKES = [
         "--teacher 'nonsense' matches no checkpoint",
         "name one, or check --save_dir (--list shows all): ",
     ),
-    ("--export text.txt --identifier WORD", "cannot write to --export text.txt", "name a folder"),
-    (
-        "--export text.txt/hf --identifier WORD",
-        "cannot write to --export text.txt/hf",
-        "name a folder",
-    ),
-    (
-        "--export out --identifier WORD --quantize 4",
-        "The last dimension",
-        "needs a model in which 32 divides --dim",
-    ),
-    ("--export out", "Hugging Face has no model with --mlp gelu", "train one with --mlp swiglu"),
     # Tools
-    ("--plot x.png --save_dir empty", "no checkpoint in empty", "train a model first"),
-    ("--plot x.nonsense", "cannot write x.nonsense", "name another file"),
-    ("--plot nowhere/x.png", "cannot write nowhere/x.png", "name another file"),
-    (
-        "--plot x.png --identifier nonsense",
-        "'nonsense' matches no checkpoint",
-        "name one, or check --save_dir (--list shows all): ",
-    ),
-    ("--attention nowhere/x.png --prompt a", "cannot write nowhere/x.png", "name another file"),
     ("--evaluate valid --eval_stride 33", "--eval_stride 33 would skip tokens", "at most 8"),
-    ("--cases cases.yaml --save_dir empty", "no checkpoint in empty", "train a model first"),
-    ("--cases nowhere.yaml", "nowhere.yaml", "YAML list of entries like - {prompt"),
-    ("--cases ~nobody-here/cases.yaml", "~nobody-here", "YAML list of entries like - {prompt"),
-    *[(f"--cases {name}", name, "YAML list of entries like - {prompt") for name in NO_CASES],
-    (
-        "--cases cases.yaml --output nowhere/out.json",
-        "nowhere/out.json",
-        "cannot be written: name another file",
-    ),
+]
+NO_YAML = "is not a YAML list of entries like - {prompt"
+# What is typed behind `python -m extras.`
+OF_PROGRAMS = [
+    ("attention a.png", "required: --prompt", "--help lists all flags"),
+    ("attention nowhere/x.png --prompt a", "cannot write nowhere/x.png", "name another file"),
+    ("attention '' --prompt a", "file is empty", "give it a value"),
+    ("batch", "required: FILE", "--help"),
+    ("batch empty.txt", "empty.txt must be a UTF-8 file", "it is empty"),
+    ("batch latin.txt", "latin.txt", "UTF-8"),
+    ("batch nowhere.txt", "No such file or directory: 'nowhere.txt'", "UTF-8"),
+    ("batch prompts.txt --dim 8", "unrecognized arguments: --dim 8", "--help"),
+    ("batch prompts.txt --identifier nonsense", "matches no checkpoint", "--list shows all"),
+    ("batch prompts.txt --output answers.txt", "holds something other", "name another --output"),
+    ("batch prompts.txt --output empty", "is not a regular file", "name another --output"),
+    ("batch prompts.txt --output nowhere/out.jsonl", "nowhere/out.jsonl", "--output writable"),
+    ("batch prompts.txt --output prompts.txt", "holds something other", "name another --output"),
+    ("batch prompts.txt --top_p 2", "--top_p", "at most 1"),
+    ("benchmark --identifier latest --save_dir changed", "has changed", "another --save_dir"),
+    ("benchmark --prompt a", "--prompt trains nothing", "give the flags of a training"),
+    ("benchmark --text text.txt --dim 65536", "this needs at least", "gradients and moments"),
+    *[(f"cases {name}", name, NO_YAML) for name in NO_CASES],
+    ("cases cases.yaml --output ./empty/../cases.yaml", "would overwrite cases.yaml", "rename it"),
+    ("cases cases.yaml --output nowhere/out.json", "nowhere/out.json", "name another file"),
+    ("cases cases.yaml --save_dir empty", "no checkpoint in empty", "train a model first"),
+    ("cases cases.yaml --save_dir nowhere", "nowhere is not an existing", "check --save_dir"),
+    ("cases cases.yaml --top_k 0", "--top_k", "at least 1"),
+    ("cases laughs.yaml", "laughs.yaml", "it has an alias, like *a"),
+    ("cases ~nobody-here/cases.yaml", "~nobody-here", NO_YAML),
+    ("export out", "Hugging Face has no model with --mlp gelu", "train one with --mlp swiglu"),
+    ("export out --identifier WORD --quantize 4", "The last dimension", "in which 32 divides --dim"),
+    ("export text.txt --identifier WORD", "cannot write to text.txt", "name a folder"),
+    ("export text.txt/hf --identifier WORD", "cannot write to text.txt/hf", "name a folder"),
+    ("plot x.nonsense", "cannot write x.nonsense", "name another file"),
+    ("plot x.png --identifier nonsense", "'nonsense' matches no checkpoint", "--list shows all"),
+    ("plot x.png --save_dir empty", "no checkpoint in empty", "train a model first"),
 ]
 
 
@@ -780,6 +738,19 @@ def test_one_line_and_nothing_lost(line, cause, remedy, status, world, monkeypat
     if "--save_dir" not in line:
         arguments += ["--save_dir", "lm"]
     fails(capsys, arguments, cause, remedy, status=status)
+    assert content(world) == before
+
+
+@pytest.mark.parametrize("line, cause, remedy", OF_PROGRAMS)
+def test_mistakes_of_programs(line, cause, remedy, world, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(world)
+    before = content(world)
+    name, *arguments = shlex.split(names_in(world, line))
+    if "--save_dir" not in line:
+        arguments += ["--save_dir", "lm"]
+    program = partial(run_command, name, importlib.import_module(f"extras.{name}").main)
+    fails(capsys, arguments, cause, remedy, program=program)
     assert content(world) == before
 
 
@@ -825,7 +796,7 @@ def test_files_of_others_are_passed_over(world, tmp_path, monkeypatch, capsys):
         (place / "results.csv").write_bytes("größe,split\n1,2\n".encode("latin-1"))
         (place / "results.jsonl").write_bytes(b"\xff\0")
         shutil.copy(world / "foreign" / "model.safetensors", place)
-    assert main.main(["--plot", str(tmp_path / "x.png"), *folder]) == 0
+    importlib.import_module("extras.plot").main([str(tmp_path / "x.png"), *folder])
     capsys.readouterr()
     assert main.main(["--list", *folder]) == 0
     out, err = capsys.readouterr()

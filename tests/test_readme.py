@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DATASETS, ROOT, TINY, flags, run
+from conftest import DATASETS, ROOT, TINY, flags, run, run_extra
 
 import main
 
@@ -27,26 +27,17 @@ def read_commands():
 
 COMMANDS = read_commands()
 OF_MAIN = [line for line in COMMANDS if "main.py" in line]
+OF_PROGRAMS = [line for line in COMMANDS if line.startswith("python -m extras.")]
 OF_DATASETS = [line for line in COMMANDS if "datasets.py" in line]
 SMALL = [*TINY, "--num_iters", "3", "--steps_per_report", "1", "--eval_tokens", "500"]
 NEED_A_MODEL = {
     "--identifier",
     "--inference",
     "--prompt",
-    "--plot",
-    "--cases",
-    "--prompts_file",
     "--list",
     "--evaluate",
     "--init_from",
     "--teacher",
-    "--export",
-}
-WRITTEN = {
-    "--export": "hf/config.json",
-    "--plot": "losses.png",
-    "--attention": "heads.png",
-    "--cases": "cases.json",
 }
 NAMES_OF_MODELS = ["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX", "Qwen/Qwen2.5-0.5B"]
 NAMES_OF_FILES = [
@@ -124,27 +115,13 @@ def check(arguments, folder):
     if "--help" in given:
         run(*arguments)
         return
-    written = [name for flag, name in WRITTEN.items() if flag in given]
-    if written:
-        run(*arguments, *saved)
-        if folder / "model.gguf" in given:
-            written = ["model.gguf"]
-        [name] = written
-        assert (folder / name).exists()
-    elif "--evaluate" in given:
+    if "--evaluate" in given:
         out, _ = run(*arguments, *saved)
         split = arguments[arguments.index("--evaluate") + 1]
         assert out.startswith(f"{split} ")
-    elif "--prompts_file" in given:
-        run(*arguments, *saved)
-        answers = (folder / "answers.jsonl").read_text()
-        assert len(answers.splitlines()) == 2
     elif given & {"--inference", "--prompt"}:
         out, _ = run(*arguments, *saved, input="line 5")
         assert out.strip()
-    elif "--benchmark" in given:
-        out, _ = run(*arguments, *SMALL, *saved)
-        assert out.splitlines()[-1].startswith("{")
     elif "--list" in given:
         run(*arguments, *saved)
     else:
@@ -184,6 +161,25 @@ def test_command(command, tmp_path, text):
         if NEED_A_MODEL & set(arguments):
             arguments = use_model_at_hand(arguments, text, tmp_path)
         check(arguments, tmp_path)
+
+
+@pytest.mark.parametrize("command", OF_PROGRAMS)
+def test_program(command, tmp_path, text):
+    """Each writes the file that it names, and benchmark prints JSON last."""
+    _, _, module, *arguments = shlex.split(command, comments=True)
+    name = module.removeprefix("extras.")
+    if name == "benchmark":
+        use_text_at_hand(arguments, text)
+        out, _ = run_extra(name, *arguments, *SMALL, "--save_dir", tmp_path)
+        assert out.splitlines()[-1].startswith("{")
+        return
+    arguments = use_model_at_hand(arguments, text, tmp_path)
+    run_extra(name, *arguments, "--save_dir", tmp_path)
+    written = {tmp_path / file for file in NAMES_OF_FILES} & {*arguments} - {tmp_path / "prompts.txt"}
+    [path] = written
+    assert path.exists()
+    if name == "batch":
+        assert len(path.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("command", OF_DATASETS)
@@ -256,8 +252,8 @@ def test_named_flags_exist():
         known.add(f"--{name}")
         if type(default) is bool:
             known.add(f"--no-{name}")
-    for program in ("datasets.py", "extras/collect.py"):
-        known.update(re.findall(r'"(--\w+)"', (ROOT / program).read_text()))
+    for program in [ROOT / "datasets.py", *(ROOT / "extras").glob("*.py")]:
+        known.update(re.findall(r'"(--\w+)"', program.read_text()))
     named = re.findall(r"(?<![\w-])--(?:no-)?[a-z]\w*", BOTH)
     assert set(named) <= known
 

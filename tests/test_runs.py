@@ -206,12 +206,12 @@ def test_each_flag_that_changes_weights_makes_another_run(half_way, name):
 
     if name in main.FIXED:
         with pytest.raises(main.UsageError) as error:
-            resumed_by(checkpoints, **changed, identifier=[checkpoints[0].run])
+            resumed_by(checkpoints, **changed, identifier=checkpoints[0].run)
         assert f"--{name} {value} contradicts" in str(error.value)
         has = "was made without it" if held is None else f"has {held}"
         assert f"which {has}" in str(error.value)
     else:
-        named = resumed_by(checkpoints, **changed, identifier=[checkpoints[0].run])
+        named = resumed_by(checkpoints, **changed, identifier=checkpoints[0].run)
         assert named == checkpoints
 
 

@@ -2,20 +2,17 @@
 
 import json
 import math
-import os
 import re
-import shutil
 from argparse import Namespace
 
 import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ids, run, run_folder
+from conftest import ROOT, TINY, ids, run, run_extra, run_folder
 from datasets import ByteTokenizer
 
 from extras import cases
-from extras.cases import score_case
 
 EXAMPLE = ROOT / "tests" / "cases.yaml"
 CASES = [
@@ -37,9 +34,9 @@ def test_cases(trained, tmp_path):
     path = tmp_path / "cases.yaml"
     cases = [{"prompt": prompt, "expected": expected} for prompt, expected in CASES]
     path.write_text(json.dumps(cases))  # which is YAML, too
-    line = ["--cases", path, "--save_dir", trained, "--output", tmp_path / "out.json"]
+    line = [path, "--save_dir", trained, "--output", tmp_path / "out.json"]
     named = ids(trained)[:2]
-    out, _ = run(*line, "--identifier", *named)
+    out, _ = run_extra("cases", *line, "--identifier", *named)
     assert max(map(len, out.splitlines())) <= 100
     results = json.loads((tmp_path / "out.json").read_text())
     wanted = [checkpoint_id for checkpoint_id in named for _ in CASES]
@@ -70,29 +67,8 @@ def test_cases(trained, tmp_path):
         assert len(result["top"]) == 5
     assert len(re.findall(r"^  (pass|FAIL) ", out, re.M)) == 10
     assert "of 5 in the top 5" in out
-    every, _ = run("--cases", path, "--save_dir", trained, "--top_k", 257)
+    every, _ = run_extra("cases", path, "--save_dir", trained, "--top_k", 257)
     assert every.count("5 of 5 in the top 257") == len(ids(trained))
-
-
-def test_a_diverged_model_passes_no_case():
-    model = main.LanguageModel(main.Config(260, 16, 1, 8, 2, 2, "relu2", 16))
-    main.init_weights(model, 0)
-    model.model.norm.weight = model.model.norm.weight * float("nan")
-    result = score_case(model, ByteTokenizer(), "the", " dog", top_k=5)
-    assert not result["passed"]
-    assert result["rank"] > 5
-
-
-def test_a_case_of_words_that_the_model_cannot_know(text, tmp_path):
-    cases = "- {prompt: line, expected: zyzzyva}\n- {prompt: the, expected: quick}\n"
-    (tmp_path / "cases.yaml").write_text(cases)
-    folder = ["--save_dir", tmp_path / "lm"]
-    run("--text", text, "--tokenizer", "word", *TINY, "--num_iters", 1, *folder)
-    line = ["--cases", "cases.yaml", "--top_k", 100000, "--output", "out.json"]
-    run(*line, *folder, cwd=tmp_path)
-    unknown, known = json.loads((tmp_path / "out.json").read_text())
-    assert not unknown["passed"], "<unk> is not the word that was expected"
-    assert known["passed"]
 
 
 def test_a_case_without_a_token(text, tmp_path):
@@ -101,8 +77,8 @@ def test_a_case_without_a_token(text, tmp_path):
     (tmp_path / "cases.yaml").write_text(cases)
     folder = ["--save_dir", tmp_path / "lm"]
     run("--text", text, "--tokenizer", "word", *TINY, "--num_iters", 1, *folder)
-    line = ["--cases", "cases.yaml", "--top_k", 100000, "--output", "out.json"]
-    out, _ = run(*line, *folder, cwd=tmp_path)
+    line = ["cases.yaml", "--top_k", 100000, "--output", "out.json"]
+    out, _ = run_extra("cases", *line, *folder, cwd=tmp_path)
     space, line_end = json.loads((tmp_path / "out.json").read_text())
     assert (space["rank"], space["probability"], space["passed"]) == (None, None, False)
     assert line_end["passed"]
@@ -115,7 +91,7 @@ def test_a_damaged_checkpoint_is_skipped(text, tmp_path):
     newest, older = ids(tmp_path)
     damaged = run_folder(tmp_path) / f"{newest}.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    out, err = run("--cases", EXAMPLE, "--save_dir", tmp_path)
+    out, err = run_extra("cases", EXAMPLE, "--save_dir", tmp_path)
     assert newest[:12] in err
     assert newest[:12] not in out
     assert older[:12] in out
@@ -126,8 +102,8 @@ EXAMPLES = [EXAMPLE, *sorted((ROOT / "extras" / "cases").glob("*.yaml"))]
 
 def test_the_example_files_of_cases(trained, tmp_path):
     assert len(EXAMPLES) >= 3
-    line = ["--cases", *EXAMPLES, "--identifier", "latest", "--output", tmp_path / "out.json"]
-    out, _ = run(*line, "--save_dir", trained)
+    line = [*EXAMPLES, "--identifier", "latest", "--output", tmp_path / "out.json"]
+    out, _ = run_extra("cases", *line, "--save_dir", trained)
     count = 0
     for path in EXAMPLES:
         count += len(re.findall(r"^- {prompt", path.read_text(), re.M))
@@ -147,65 +123,17 @@ def test_patterns_of_runs(text, tmp_path):
     checkpoints = main.list_checkpoints(tmp_path)
     newest = {each.run: each.id for each in reversed(checkpoints)}
     assert len(newest) == 2
-    line = ["--cases", "cases.yaml", "--output", "out.json", "--save_dir", tmp_path, "--identifier"]
+    line = ["cases.yaml", "--output", "out.json", "--save_dir", tmp_path, "--identifier"]
     for patterns, expected in (
         (["text-*"], set(newest.values())),
         (["*[0-9a-f]", "latest"], set(newest.values())),
         ([f"*{checkpoints[0].run[-6:]}"], {checkpoints[0].id}),
     ):
-        run(*line, *patterns, cwd=tmp_path)
+        run_extra("cases", *line, *patterns, cwd=tmp_path)
         assert checkpoints_in(tmp_path / "out.json") == expected
-    run("--plot", "losses.png", "--identifier", "text-*", "--save_dir", tmp_path, cwd=tmp_path)
-    _, err = run(*line, "python-*", cwd=tmp_path, status=2)
+    run_extra("plot", "losses.png", "--identifier", "text-*", "--save_dir", tmp_path, cwd=tmp_path)
+    _, err = run_extra("cases", *line, "python-*", cwd=tmp_path, status=2)
     assert "--identifier 'python-*' matches no checkpoint" in err
-
-
-def test_results_into_a_pipe(trained, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    line = ["--cases", EXAMPLE, "--identifier", "latest", "--output", tmp_path / "pipe"]
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    run(*line, "--save_dir", trained)
-    assert json.loads(os.read(reader, 1 << 20))
-    os.close(reader)
-
-
-def test_a_run_whose_base_is_gone_is_skipped(trained, tmp_path, text):
-    """The others are scored, each once however often it is named."""
-    folder = ["--save_dir", tmp_path / "lm"]
-    results = tmp_path / "out.json"
-    shutil.copytree(trained, tmp_path / "lm")
-    run("--export", tmp_path / "hf", "--identifier", "latest", *folder)
-    line = ["--text", text, "--init_from", tmp_path / "hf", "--lora_rank", 2, "--batch_size", 4]
-    run(*line, "--num_iters", 1, "--max_tokens", 2, *folder)
-    shutil.rmtree(tmp_path / "hf")
-    cases = ["--cases", EXAMPLE, *folder]
-    _, err = run(*cases, "--output", results)
-    assert err.count("Skipping ") == 1
-    assert "needs the model that it was started with" in err
-    assert checkpoints_in(results) == set(ids(trained))
-    newest = ids(trained)[0]
-    out, _ = run(*cases, "--identifier", newest, newest)
-    assert out.count("in the top 5") == 1
-    content = results.read_text()
-    _, err = run(*cases, "--output", results, "--identifier", "latest", status=1)
-    assert "Skipping" not in err
-    assert results.read_text() == content
-
-
-def test_a_checkpoint_that_cannot_be_opened_is_skipped(trained, tmp_path):
-    folder = tmp_path / "lm"
-    results = tmp_path / "out.json"
-    shutil.copytree(trained, folder)
-    cases = ["--cases", EXAMPLE, "--save_dir", folder, "--output", results]
-    checkpoints = main.list_checkpoints(folder)
-    for i, checkpoint in enumerate(checkpoints, 1):
-        checkpoint.weights_path.unlink()
-        checkpoint.weights_path.symlink_to("nowhere")
-        status = 1 if i == len(checkpoints) else 0
-        _, err = run(*cases, status=status)
-        assert err.count("Skipping ") == i
-    assert "can be used" in err
-    assert checkpoints_in(results) == {checkpoints[-1].id}, "of the last that could be opened"
 
 
 def test_a_diverged_model_is_valid_json():
@@ -220,26 +148,3 @@ def test_a_diverged_model_is_valid_json():
     assert not case["passed"]
     cases.print_result(case | {"prompt": "a", "expected": "b"})
     json.dumps(case, allow_nan=False)
-
-
-# Runs a program that cannot write more than 100 bytes to a file.
-LIMITED = """
-import resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-sys.path.insert(0, sys.argv[1])
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_a_full_disk_leaves_the_old_results(trained, tmp_path):
-    results = tmp_path / "out.json"
-    results.write_text("old")
-    program = ["-c", LIMITED, str(ROOT), str(ROOT / "main.py")]
-    line = ["--cases", EXAMPLE, "--output", results, "--save_dir", trained]
-    _, err = run(*line, program=program, status=1)
-    assert f"cannot write {results}" in err.splitlines()[-1]
-    assert results.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [results]
-
-

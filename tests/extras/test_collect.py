@@ -17,7 +17,7 @@ import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY, run, run_extra
 
 import extras.collect
 import extras.results
@@ -278,8 +278,8 @@ def test_a_student_asks_for_what_it_began(tmp_path, text):
     folder = ["--save_dir", tmp_path / "lm", "--max_tokens", 12]
     run("--text", text, *TINY, "--num_iters", 2, *folder)
     (tmp_path / "begin.txt").write_text("the\na ☃\n")
-    line = ["--prompts_file", tmp_path / "begin.txt", "--num_samples", 2, "--temperature", 1]
-    run(*line, "--output", tmp_path / "begun.jsonl", *folder)
+    line = [tmp_path / "begin.txt", "--num_samples", 2, "--temperature", 1, *folder]
+    run_extra("batch", *line, "--output", tmp_path / "begun.jsonl")
     begun = read_lines(tmp_path / "begun.jsonl")
     with Server() as server:
         line = ["--distill_from", server.url, "--teacher_model", "gpt"]
@@ -294,7 +294,7 @@ def test_a_student_asks_for_what_it_began(tmp_path, text):
 
 
 def test_lines_of_prompts(tmp_path):
-    """As for main.py --prompts_file: a lone \\r, a \\f and so on are part of a prompt."""
+    """As for extras.batch: a lone \\r, a \\f and so on are part of a prompt."""
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa\rb\r\n\nc\x0cd\u2028e\n".encode())
     assert extras.collect.read_prompts(path) == ["a\rb", "", "c\x0cd\u2028e"]
@@ -330,7 +330,7 @@ def test_prompts_that_no_model_has_written(tmp_path, content):
     path.write_text(content + "\n")
     with pytest.raises(UsageError) as error:
         extras.collect.read_prompts(path)
-    assert f"{path} must hold what main.py --prompts_file writes" in str(error.value)
+    assert f"{path} must hold what extras.batch writes" in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -12,7 +12,7 @@ import tracemalloc
 import datasets
 import numpy as np
 import pytest
-from conftest import DATASETS, TINY, ids, run
+from conftest import DATASETS, TINY, ids, run, run_extra
 from datasets import PackageTokenizer, Rows, UsageError, read_documents
 
 from extras import formats
@@ -398,7 +398,7 @@ def test_a_text_ends_however_it_is_sampled(stories, tmp_path):
     out, _ = run("--inference", *line, input="once up\nonce\n")
     assert out == "on a time.\n upon a time.\n"
     (tmp_path / "prompts.txt").write_text("once\nonce upon a\n")
-    out, _ = run("--prompts_file", tmp_path / "prompts.txt", *line)
+    out, _ = run_extra("batch", tmp_path / "prompts.txt", *line)
     answers = [json.loads(answer) for answer in out.splitlines()]
     assert [answer["completion"] for answer in answers] == [" upon a time.", " time."]
     assert [answer["tokens"][-1] for answer in answers] == [256, 256]

@@ -1,10 +1,10 @@
-"""--export FILE.gguf: what is written, read back by the reader of the package of llama.cpp."""
+"""GGUF files: what is written, read back by the reader of the package of llama.cpp."""
 
 import json
 
 import numpy as np
 import pytest
-from conftest import TINY, run
+from conftest import TINY, run, run_extra
 from datasets import ByteTokenizer, CharTokenizer, PackageTokenizer, UsageError, WordTokenizer
 from mlx.utils import tree_flatten
 from test_huggingface import make_model
@@ -215,16 +215,16 @@ def test_from_the_command_line(tmp_path, text):
     folder = ["--save_dir", tmp_path / "lm"]
     run("--text", text, *TINY, "--mlp", "swiglu", "--num_iters", 1, *folder)
     path = tmp_path / "model.GGUF"
-    _, err = run("--export", path, *folder)
+    _, err = run_extra("export", path, *folder)
     assert f"Llama in F32 and its tokenizer are in {path}" in err
     data = path.read_bytes()
-    _, err = run("--export", path, *folder, status=2)
-    assert f"--export {path} exists: name another file" in err
+    _, err = run_extra("export", path, *folder, status=2)
+    assert f"{path} exists: name another file" in err
     assert path.read_bytes() == data
-    _, err = run("--export", tmp_path / "small.gguf", "--quantize", 8, *folder, status=2)
+    _, err = run_extra("export", tmp_path / "small.gguf", "--quantize", 8, *folder, status=2)
     assert "--quantize 8 needs a model in which 32 divides --dim" in err
     assert err.count("\n") == 1
-    _, err = run("--export", tmp_path / "nowhere" / "model.gguf", *folder, status=2)
-    assert "cannot write to --export" in err
+    _, err = run_extra("export", tmp_path / "nowhere" / "model.gguf", *folder, status=2)
+    assert "cannot write" in err
     assert err.count("\n") == 1
     assert sorted(each.name for each in tmp_path.iterdir()) == ["lm", "model.GGUF", "text.txt"]

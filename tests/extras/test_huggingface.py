@@ -13,7 +13,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, ids, run
+from conftest import TINY, ids, run, run_extra
 from datasets import ByteTokenizer, CharTokenizer, PackageTokenizer, UsageError, WordTokenizer
 from datasets import end_of_text
 from mlx.utils import tree_flatten, tree_unflatten
@@ -235,7 +235,7 @@ def test_a_run_from_a_model_with_stretched_rope(tmp_path, text):
     [checkpoint] = main.list_checkpoints(tmp_path / "whole")
     assert checkpoint.config["rope_scaling"] == scaling
     assert not [name for name in checkpoint.open().weights if "rope" in name]
-    run("--export", tmp_path / "again", "--save_dir", tmp_path / "whole")
+    run_extra("export", tmp_path / "again", "--save_dir", tmp_path / "whole")
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     rope = config["rope_parameters"]
     assert rope["rope_type"] == "llama3"
@@ -418,7 +418,7 @@ def base(tmp_path, text):
 
 
 def test_a_checkpoint_comes_back_as_it_was(base, tmp_path):
-    _, err = run("--export", tmp_path / "hf", "--save_dir", base)
+    _, err = run_extra("export", tmp_path / "hf", "--save_dir", base)
     assert f"LlamaForCausalLM and its tokenizer are in {tmp_path / 'hf'}" in err
     [checkpoint] = main.list_checkpoints(base)
     contents = checkpoint.open()
@@ -489,7 +489,7 @@ def test_no_model_is_exported_over_another(tmp_path, name):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file).write_text("")
     before = content_of(tmp_path)
-    with pytest.raises(UsageError, match=f"--export {tmp_path / name} holds .* already"):
+    with pytest.raises(UsageError, match=f"{tmp_path / name} holds .* already"):
         export_model(make_model(seed=1), TOKENIZERS["byte"], tmp_path / name, None)
     assert content_of(tmp_path) == before
 
@@ -508,7 +508,7 @@ def test_a_full_disk_leaves_no_half_of_an_export(tmp_path, size):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        with pytest.raises(UsageError, match="cannot write to --export") as error:
+        with pytest.raises(UsageError, match="cannot write to") as error:
             export_model(model, TOKENIZERS["byte"], tmp_path / "hf", None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

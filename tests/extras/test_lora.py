@@ -7,7 +7,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import flags, ids, run
+from conftest import flags, ids, run, run_extra
 from datasets import ByteTokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -144,7 +144,7 @@ def test_lora_run(base, text, tmp_path):
     tokens = contents.tokenizer.encode("line 5: the quick").tolist()
     expected = logits_of(live, tokens)
     np.testing.assert_allclose(logits_of(merged, tokens), expected, rtol=0, atol=1e-4)
-    run("--export", tmp_path / "hf", "--save_dir", folder)
+    run_extra("export", tmp_path / "hf", "--save_dir", folder)
     again = main.open_model(folder, str(tmp_path / "hf"), "init_from")
     np.testing.assert_array_equal(logits_of(again.model, tokens), logits_of(merged, tokens))
 
@@ -175,7 +175,7 @@ def test_a_base_that_is_needed_stays(base, text):
 
 def test_a_base_that_is_missing_or_changed(base, text, tmp_path):
     folder, id = base
-    run("--export", tmp_path / "hf", "--save_dir", folder)
+    run_extra("export", tmp_path / "hf", "--save_dir", folder)
     run("--text", text, "--init_from", tmp_path / "hf", *LORA, "--save_dir", folder)
     resumed = ["--save_dir", folder, "--num_iters", 40]
     model, tokenizer, *_ = main.open_model(folder, str(tmp_path / "hf"), "init_from")

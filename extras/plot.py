@@ -1,13 +1,11 @@
-"""Plots of the losses of runs and of what attention heads attend to.
+"""Plots the losses of runs.
 
-    python main.py --plot losses.png                       the losses of all runs in the folder
-    python main.py --plot losses.png --identifier NAME     the losses of this run (or of several)
-    python main.py --attention heads.png --prompt "TEXT"   what each head attends to in a prompt
+    python -m extras.plot losses.png                       all runs in the folder
+    python -m extras.plot losses.png --identifier NAME     this run, or several
+    python -m extras.plot losses.png --identifier "ptb-*"  those whose names match
 
-Both need matplotlib; the file extension selects the format (png, pdf, svg), and .png is appended
+It needs matplotlib; the file's extension selects the format (png, pdf, svg), and .png is appended
 if there is none.
-Dimension letters are those of main.py: D model, H query heads, K key/value heads, L positions,
-d head.
 """
 
 import sys
@@ -15,11 +13,11 @@ import textwrap
 import warnings
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from datasets import UsageError, explained, printable, user_path, utf8
-from main import first_ids, flags_apart, read_log, settle
+from extras.program import add_identifiers, make_parser, read_flags, select_checkpoints, start
+from main import flags_apart, read_log, settle
 
 DPI = 150  # dots per inch, fewer if a side of the image would exceed MAX_PIXELS
 MAX_PIXELS = 2**13
@@ -33,7 +31,15 @@ START = 0.05
 LARGEST_NUMBER = 1e30  # in a plot: the axes of larger ones overflow
 
 
-# ---- Losses -------------------------------------------------------------------------------------
+def main(arguments):
+    """Plots as these arguments specify. Raises UsageError."""
+    parser = make_parser("plot", __doc__)
+    parser.add_argument("file", metavar="FILE", help="the picture to write")
+    add_identifiers(parser)
+    flags = read_flags(parser, arguments)
+    plot_runs(select_checkpoints(flags.save_dir, flags.identifier), flags.file)
+
+
 def plot_runs(checkpoints, path):
     """Plots training and validation losses against iterations and against minutes of training.
 
@@ -117,64 +123,6 @@ def columns_of(log, split, column):
     return np.array(values, float).reshape(-1, 3).T
 
 
-# ---- Attention ----------------------------------------------------------------------------------
-def plot_attention(model, tokenizer, prompt, title, path):
-    """Plots a matrix for each block (down) and each head (across).
-
-    Its element in row i and column j is how much token i of the prompt attends to token j, from 0
-    (white) to 1 (dark blue). Only the end of a prompt longer than the context is plotted.
-    Raises UsageError if `path` cannot be written.
-    """
-    tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]
-    weights = attention_weights(model, tokens)  # [blocks, H, L, L]
-    labels = [label_of(tokenizer.decode([token])) for token in tokens]
-    ticks = range(len(tokens))
-    turned = 90 if max(map(len, labels)) > 2 else 0  # degrees; short ones stand upright
-    blocks, heads = weights.shape[:2]
-    side = max(2.5, 0.22 * len(tokens))  # inches per matrix, with room for each label
-    figure = make_figure(side * heads + 1, side * blocks + 0.5)
-    figure.suptitle(f"{title}: how much each token attends to those before it")
-    axes = figure.subplots(blocks, heads, squeeze=False)
-    for (i, j), axis in np.ndenumerate(axes):
-        image = axis.imshow(weights[i, j], vmin=0, vmax=1, cmap="Blues")
-        axis.set_title(f"block {i}, head {j}", fontsize="small")
-        # parse_math: a dollar sign in a text must not start a formula.
-        axis.set_xticks(ticks, labels, rotation=turned, fontsize=8, parse_math=False)
-        axis.set_yticks(ticks, labels, fontsize=8, parse_math=False)
-        if i == blocks - 1:
-            axis.set_xlabel("attended token (key)")
-        if j == 0:
-            axis.set_ylabel("token (query)")
-    figure.colorbar(image, ax=axes, label="attention", shrink=0.8)
-    save_figure(figure, path)
-
-
-def label_of(piece):
-    """The text of a token as one line, in which spaces can be seen."""
-    return repr(piece)[1:-1].replace(" ", "\N{OPEN BOX}")
-
-
-def attention_weights(model, tokens):
-    """How much each position of a text attends to itself and to each position before it.
-
-    tokens: L ids. Returns a float32 NumPy array [blocks, H, L, L]; the last axis sums to 1.
-    """
-    seen = mx.array(np.tri(len(tokens), dtype=bool))  # [L, L]: no position looks ahead
-    hidden = model.model.embed(mx.array([tokens]))  # [1, L, D]
-    weights = []
-    for block in model.model.layers:
-        queries, keys, _ = block.self_attn.project(block.input_layernorm(hidden))
-        # H / K neighbouring query heads share each key head.
-        keys = mx.repeat(keys, queries.shape[1] // keys.shape[1], axis=1)  # [1, H, L, d]
-        scale = queries.shape[-1] ** -0.5
-        scores = (queries * scale) @ keys.swapaxes(-1, -2)  # [1, H, L, L]
-        scores = mx.where(seen, scores.astype(mx.float32), -mx.inf)
-        weights.append(mx.softmax(scores, axis=-1))
-        hidden = block(hidden)
-    return np.array(mx.concatenate(weights))
-
-
-# ---- Figures ------------------------------------------------------------------------------------
 def make_figure(width, height):
     """An empty matplotlib figure; width and height are in inches."""
     # Not pyplot: nothing is shown on a screen.
@@ -198,3 +146,7 @@ def save_figure(figure, path):
             warnings.simplefilter("ignore")  # of characters that the font lacks: a box is drawn
             figure.savefig(path, dpi=dpi)
     print(f"Plot saved to {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    start("plot", main)

@@ -1,0 +1,88 @@
+"""Plots what the attention heads of a model attend to in a text.
+
+    python -m extras.attention heads.png --prompt "def __init__(self"
+
+It needs matplotlib; the file's extension selects the format, as for extras.plot.
+Dimension letters are those of main.py: D model, H query heads, K key/value heads, L positions,
+d head.
+"""
+
+# First: main.py chooses the BLAS before NumPy and MLX take one.
+from extras.program import make_parser, open_checkpoint, read_flags, start
+
+import mlx.core as mx
+import numpy as np
+
+from extras.plot import make_figure, save_figure
+from main import announce, first_ids
+
+
+def main(arguments):
+    """Plots as these arguments specify. Raises UsageError, RunError."""
+    parser = make_parser("attention", __doc__, "identifier", "gpu")
+    parser.add_argument("file", metavar="FILE", help="the picture to write")
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="the text")
+    flags = read_flags(parser, arguments)
+    checkpoint, model, tokenizer = open_checkpoint(flags)
+    plot_attention(model, tokenizer, flags.prompt, str(checkpoint), flags.file)
+    announce(checkpoint)
+
+
+def plot_attention(model, tokenizer, prompt, title, path):
+    """Plots a matrix for each block (down) and each head (across).
+
+    Its element in row i and column j is how much token i of the prompt attends to token j, from 0
+    (white) to 1 (dark blue). Only the end of a prompt longer than the context is plotted.
+    Raises UsageError if `path` cannot be written.
+    """
+    tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]
+    weights = attention_weights(model, tokens)  # [blocks, H, L, L]
+    labels = [label_of(tokenizer.decode([token])) for token in tokens]
+    ticks = range(len(tokens))
+    turned = 90 if max(map(len, labels)) > 2 else 0  # degrees; short ones stand upright
+    blocks, heads = weights.shape[:2]
+    side = max(2.5, 0.22 * len(tokens))  # inches per matrix, with room for each label
+    figure = make_figure(side * heads + 1, side * blocks + 0.5)
+    figure.suptitle(f"{title}: how much each token attends to those before it")
+    axes = figure.subplots(blocks, heads, squeeze=False)
+    for (i, j), axis in np.ndenumerate(axes):
+        image = axis.imshow(weights[i, j], vmin=0, vmax=1, cmap="Blues")
+        axis.set_title(f"block {i}, head {j}", fontsize="small")
+        # parse_math: a dollar sign in a text must not start a formula.
+        axis.set_xticks(ticks, labels, rotation=turned, fontsize=8, parse_math=False)
+        axis.set_yticks(ticks, labels, fontsize=8, parse_math=False)
+        if i == blocks - 1:
+            axis.set_xlabel("attended token (key)")
+        if j == 0:
+            axis.set_ylabel("token (query)")
+    figure.colorbar(image, ax=axes, label="attention", shrink=0.8)
+    save_figure(figure, path)
+
+
+def label_of(piece):
+    """The text of a token as one line, in which spaces can be seen."""
+    return repr(piece)[1:-1].replace(" ", "\N{OPEN BOX}")
+
+
+def attention_weights(model, tokens):
+    """How much each position of a text attends to itself and to each position before it.
+
+    tokens: L ids. Returns a float32 NumPy array [blocks, H, L, L]; the last axis sums to 1.
+    """
+    seen = mx.array(np.tri(len(tokens), dtype=bool))  # [L, L]: no position looks ahead
+    hidden = model.model.embed(mx.array([tokens]))  # [1, L, D]
+    weights = []
+    for block in model.model.layers:
+        queries, keys, _ = block.self_attn.project(block.input_layernorm(hidden))
+        # H / K neighbouring query heads share each key head.
+        keys = mx.repeat(keys, queries.shape[1] // keys.shape[1], axis=1)  # [1, H, L, d]
+        scale = queries.shape[-1] ** -0.5
+        scores = (queries * scale) @ keys.swapaxes(-1, -2)  # [1, H, L, L]
+        scores = mx.where(seen, scores.astype(mx.float32), -mx.inf)
+        weights.append(mx.softmax(scores, axis=-1))
+        hidden = block(hidden)
+    return np.array(mx.concatenate(weights))
+
+
+if __name__ == "__main__":
+    start("attention", main)

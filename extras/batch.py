@@ -1,0 +1,130 @@
+"""Continues many prompts, sixteen at a time.
+
+    python -m extras.batch prompts.txt --output answers.jsonl --max_tokens 20
+
+Each line of the file is a prompt. Each continuation is a line of JSON: prompt, seed, checkpoint,
+sampling flags, completion and tokens. Rerun the same command to resume.
+"""
+
+# First: main.py chooses the BLAS before NumPy and MLX take one.
+from extras.program import make_parser, open_checkpoint, read_flags, start
+
+import os
+
+from datasets import end_of_text, explained, user_path
+from extras.decode import BatchDecoder
+from extras.quantize import quantize
+from extras.results import MOST_PROMPTS, append_lines, json_line, read_prompt_lines
+from main import Detokenizer, announce, first_ids
+
+# The flags that, besides the seed, determine a completion.
+SAMPLING_FLAGS = [
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "stop",
+    "stop_at_end",
+    "quantize",
+]
+BATCH_SIZE = 16
+
+
+def main(arguments):
+    """Continues prompts as these arguments specify. Raises UsageError, RunError."""
+    parser = make_parser(
+        "batch", __doc__, "identifier", "gpu", "num_samples", "seed", *SAMPLING_FLAGS
+    )
+    add = parser.add_argument
+    add("file", metavar="FILE", type=user_path, help="UTF-8 text, a prompt per line")
+    add(
+        "--output",
+        metavar="FILE",
+        type=user_path,
+        default=None,
+        help="JSON Lines; resumed if it exists (default: stdout)",
+    )
+    flags = read_flags(parser, arguments)
+    checkpoint, model, tokenizer = open_checkpoint(flags)
+    if flags.quantize:
+        quantize(model, flags.quantize, packed=flags.gpu)
+    answer_file(model, tokenizer, checkpoint, flags)
+
+
+def answer_file(model, tokenizer, checkpoint, flags):
+    """Writes --num_samples continuations of each prompt to --output or stdout.
+
+    An --output that holds the first of these lines is resumed. Raises UsageError or RunError if it
+    cannot be resumed (see append_lines).
+    """
+    settings = {name: getattr(flags, name) for name in SAMPLING_FLAGS}
+    problem = f"{flags.file} must be a UTF-8 file, --output writable"
+    with explained(problem, OSError, ValueError):
+        prompts = read_prompt_lines(flags.file)
+        if len(prompts) * flags.num_samples > MOST_PROMPTS:
+            raise ValueError(f"--num_samples makes more than {MOST_PROMPTS:,} of its lines")
+        jobs = []
+        for prompt in prompts:
+            for _ in range(flags.num_samples):
+                job = {
+                    "prompt": prompt,
+                    "seed": flags.seed + len(jobs),
+                    "checkpoint": checkpoint.id,
+                }
+                jobs.append(job | settings)
+        if flags.output:
+            out, answered = append_lines(flags.output, jobs)
+        else:
+            out, answered = os.fdopen(os.dup(1), "wb"), []  # stdout itself stays open
+    with out:
+        announce(checkpoint)
+        for first in range(len(answered), len(jobs), BATCH_SIZE):
+            batch = jobs[first : first + BATCH_SIZE]
+            for line in answer_batch(model, tokenizer, batch, flags):
+                out.write(json_line(line) + b"\n")
+            out.flush()  # a kill costs at most the current batch
+
+
+def answer_batch(model, tokenizer, jobs, flags):
+    """The jobs, dicts of a prompt and a seed, with their completion and its tokens added.
+
+    The tokens include the end token that ended a text; the completion does not.
+    """
+    texts = [first_ids(tokenizer, job["prompt"]) for job in jobs]  # the decoder extends them
+    shown = [len(tokenizer.decode(text)) for text in texts]  # characters of the prompts
+    read = [len(text) for text in texts]  # tokens of the prompts
+    decoder = BatchDecoder(model, texts)
+    detokenizers = [Detokenizer(tokenizer, text) for text in texts]
+    end = end_of_text(tokenizer) if flags.stop_at_end else None
+    written = [""] * len(texts)  # what each text was continued with, only for --stop
+    stopped = [None] * len(texts)  # how many tokens each text had at its end, or when --stop came
+    for ids in decoder.generate(flags.max_tokens, flags, [job["seed"] for job in jobs]):
+        for i, token in enumerate(ids):
+            if stopped[i] is not None:
+                continue
+            if flags.stop:
+                # What stands for an incomplete character, U+FFFD, may be a --stop, but is no text
+                # yet.
+                written[i] += detokenizers[i].add(token)
+            has_stop = flags.stop and flags.stop in written[i]
+            if has_stop or token == end:
+                stopped[i] = len(texts[i])
+        if None not in stopped:
+            break
+    lines = []
+    for i, job in enumerate(jobs):
+        tokens = texts[i][read[i] : stopped[i]]
+        text = texts[i][: stopped[i]]
+        if text[-1] == end:
+            text.pop()
+        completion = tokenizer.decode(text)[shown[i] :]
+        if flags.stop:
+            completion, _, _ = completion.partition(flags.stop)
+        lines.append(job | {"completion": completion, "tokens": tokens})
+    return lines
+
+
+if __name__ == "__main__":
+    start("batch", main)

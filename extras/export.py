@@ -1,0 +1,30 @@
+"""Writes a checkpoint's model and tokenizer for other programs.
+
+    python -m extras.export hf                       a folder for transformers and mlx-lm
+    python -m extras.export hf --quantize 4          the same with packed weights, for mlx-lm
+    python -m extras.export model.gguf --quantize 8  a file for llama.cpp and Ollama
+
+--quantize 16 writes float16. What is written for whom: huggingface.py, gguf.py.
+"""
+
+from extras.gguf import export_gguf
+from extras.huggingface import export_model
+from extras.program import make_parser, open_checkpoint, read_flags, start
+from main import announce
+
+
+def main(arguments):
+    """Exports as these arguments specify. Raises UsageError, RunError."""
+    parser = make_parser("export", __doc__, "identifier", "quantize")
+    parser.add_argument("path", metavar="PATH", help="a new folder, or a new file FILE.gguf")
+    flags = read_flags(parser, arguments)
+    checkpoint, model, tokenizer = open_checkpoint(flags)
+    if flags.path.lower().endswith(".gguf"):
+        export_gguf(model, tokenizer, flags.path, flags.quantize)
+    else:
+        export_model(model, tokenizer, flags.path, flags.quantize)
+    announce(checkpoint)
+
+
+if __name__ == "__main__":
+    start("export", main)

@@ -1,0 +1,104 @@
+"""What the programs in this folder share: how they begin, and how they find a checkpoint.
+
+    python -m extras.NAME --help     what each of them does
+
+Each has a few flags of its own beside some of main.py's, which mean the same here.
+"""
+
+import argparse
+import fnmatch
+import sys
+
+import main
+from datasets import Parser, RunError, UsageError, refuse_empty, repair_streams, run_command
+
+
+def make_parser(name, doc, *flags):
+    """The command-line parser of the program extras.<name>.
+
+    doc: the docstring that --help shows; flags: the names of those flags of main.py that it takes.
+    """
+    parser = Parser(
+        prog=f"python -m extras.{name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # main.settle knows the defaults
+        allow_abbrev=False,
+    )
+    main.add_flags(parser, {flag: main.ROWS[flag] for flag in ("save_dir", *flags)})
+    return parser
+
+
+def read_flags(parser, arguments):
+    """The flags of a command line, all others of main.py with their defaults, as a Namespace.
+
+    Makes the device of --gpu the default. Raises UsageError.
+    """
+    given = vars(parser.parse_args(arguments))
+    for name, value in given.items():
+        if name != "prompt":  # an empty one starts a text
+            refuse_empty(name, value)
+    flags = main.settle(given)
+    main.use_device(flags.gpu)
+    return flags
+
+
+def open_checkpoint(flags):
+    """The checkpoint that --identifier names or, without it, the newest: (it, model, tokenizer).
+
+    Raises UsageError, RunError.
+    """
+    contents = main.open_for_use(flags)
+    return contents.checkpoint, contents.load_model(), contents.tokenizer
+
+
+def add_identifiers(parser):
+    """Adds the flag --identifier that takes several names, for select_checkpoints."""
+    parser.add_argument(
+        "--identifier",
+        nargs="+",
+        action="extend",
+        metavar="ID",
+        help="SHA1 prefixes, run names, latest, best, or patterns of run names (default: all)",
+    )
+
+
+def select_checkpoints(save_dir, identifiers):
+    """The checkpoints in a folder, newest first, or those that the identifiers name.
+
+    A pattern of run names stands for the newest checkpoint of each run that it matches. Raises
+    UsageError.
+    """
+    checkpoints = main.list_checkpoints(save_dir, warn=True)
+    if not checkpoints:
+        raise UsageError(main.NO_CHECKPOINT.format(save_dir))
+    if not identifiers:
+        return checkpoints
+    runs = dict.fromkeys(each.run for each in checkpoints)  # unique
+    named = []
+    for identifier in identifiers:
+        for name in fnmatch.filter(runs, identifier) or [identifier]:
+            checkpoint = main.named_checkpoint(save_dir, checkpoints, name)
+            if checkpoint not in named:
+                named.append(checkpoint)
+    return named
+
+
+def start(name, function):
+    """Runs the program extras.<name> and exits; `function` takes its arguments.
+
+    A mistake or a failure is one line on stderr, as in main.py.
+    """
+    repair_streams()
+    sys.exit(run_command(f"extras.{name}", explained_run, function, sys.argv[1:]))
+
+
+def explained_run(function, arguments):
+    """What the function returns. Raises RunError if MLX fails for a reason the user can mend."""
+    try:
+        return function(arguments)
+    except RuntimeError as error:
+        line = main.explain_mlx_error(error)
+        if not line:
+            raise  # a bug
+        raise RunError(line) from None
