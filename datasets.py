@@ -25,53 +25,54 @@ corpora, the user's own text, encoding, datasets and their cache, the command li
 # ]
 # ///
 
-import importlib.util
 import signal
 import sys
 
-if __name__ == "__main__":
-    fault = ""
-    missing = [name for name in ("numpy", "tqdm") if not importlib.util.find_spec(name)]
-    if missing:
-        remedy = "pip install -r requirements.txt, or uv run datasets.py"
-        fault = f"no {', '.join(missing)} here: {remedy}"
-    if importlib.util.find_spec("fcntl") is None:
-        fault = "native Windows is not supported: use WSL, where it runs as on Linux"
-    if fault:
-        print(f"datasets.py: {fault}", file=sys.stderr)
-        sys.exit(2)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # The files on disk are valid at any time, so Ctrl+C may exit at once, without a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # The files on disk are valid at any time, so Ctrl+C may exit at once, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import atexit
 import base64
 import codecs
 import contextlib
 import difflib
 import errno
-import fcntl
+import functools
 import glob
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import stat
 import sysconfig
 import tempfile
 import time
+import tokenize
 import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from tqdm import tqdm
+try:
+    import fcntl
+
+    import numpy as np
+    from tqdm import tqdm
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    remedy = "pip install -r requirements.txt, or uv run datasets.py (Windows: in WSL)"
+    print(f"datasets.py: {error}: {remedy}", file=sys.stderr)
+    sys.exit(2)
 
 
 # ---- Shared with main.py ------------------------------------------------------------------------
@@ -124,6 +125,8 @@ def run_command(name, function, *arguments):
     That is what the function returns (0 for None), 2 for a request that cannot be met, or 1 for a
     failure; both are reported in one line on stderr.
     """
+    if os.getpid() == 1:
+        end_by_signals()
     try:
         status = function(*arguments) or 0
         sys.stdout.flush()  # a full disk is noticed here at the latest
@@ -143,19 +146,29 @@ def run_command(name, function, *arguments):
     except (RunError, OSError) as error:
         line = one_line(error)
         status = 1
-    if line is not None:
-        with contextlib.suppress(OSError):  # the status still tells
+    with contextlib.suppress(OSError):  # the status still tells
+        if line is not None:
             print(f"{name}: {line}", file=sys.stderr)
-    drop_unwritten()
-    return status
-
-
-def drop_unwritten():
-    """Discards what stdout cannot take: Python would try again at exit, and complain."""
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)  # or Python would try again at exit, and complain
+    return status
+
+
+def end_by_signals():
+    """Makes these signals end the first process of a container, which the system spares them."""
+
+    def end(number, frame):
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+
+
+def discard(stream):
+    """Drops what is written to a stream from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def repair_streams():
@@ -165,7 +178,8 @@ def repair_streams():
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # for characters that the locale's encoding lacks
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's takes all characters
+            stream.reconfigure(errors="replace")
 
 
 def extra(name):
@@ -187,6 +201,21 @@ def extra(name):
     )
 
 
+def without_comments(source):
+    """Python source without its comments, docstrings and empty lines."""
+    lines = source.split("\n")
+    spans = []
+    begins = True  # whether a statement begins here
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT or (begins and token.type == tokenize.STRING):
+            spans.append((token.start, token.end))
+        elif token.type != tokenize.NL:
+            begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for (row, column), (end_row, end_column) in reversed(spans):
+        lines[row - 1 : end_row] = [lines[row - 1][:column] + lines[end_row - 1][end_column:]]
+    return "\n".join(filter(None, map(str.rstrip, lines)))
+
+
 def user_path(path):
     """`path` with a leading ~ or ~name replaced by that user's home folder.
 
@@ -202,10 +231,10 @@ def user_path(path):
 
 
 def find_cache():
-    """The user's folder for what can be made again, compiled code included; not created.
+    """The user's folder for what can be made again; not created. None if he has no home.
 
-    None if the user has no home, as in some containers. Never in the working directory, which may
-    hold a stranger's files: compiled code is loaded from this folder.
+    Never in the working directory, which may hold a stranger's files: compiled code is loaded from
+    this folder.
     """
     caches = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(caches):  # to be ignored, says the XDG specification
@@ -217,7 +246,6 @@ def find_cache():
 
 CACHE = find_cache()
 RAM_DISK = Path("/Volumes/RAMDisk")  # on macOS, if the user has made one of this name
-SHARED_MEMORY = Path("/dev/shm")  # Linux's RAM disk, which all users share
 
 
 def open_data_dir(data_dir=None, save_dir=None):
@@ -234,39 +262,26 @@ def open_data_dir(data_dir=None, save_dir=None):
     else:
         flag_name = "the default --data_dir"
         folder = find_data_dir()
-    if folder is None:
-        raise UsageError("you have no home folder to keep corpora in: name a folder by --data_dir")
     with explained(f"cannot write to {flag_name} {folder}: name a folder of yours", OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
+        make_writable(folder)
     return folder
 
 
+def make_writable(folder):
+    """Makes a folder; raises OSError if no file can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
+
+
 def find_data_dir():
-    """The default --data_dir: this user's folder on a RAM disk, or CACHE, which may be None.
-
-    Linux's RAM disk is used if it holds that folder already, or if it has 4 GiB free.
-    """
+    """The default --data_dir: on a RAM disk, else CACHE, else that of runs without such a home."""
     if os.path.ismount(RAM_DISK):
-        folder = RAM_DISK / "transformer-lm"
-        has_room = True
-    else:
-        folder = SHARED_MEMORY / f"transformer-lm-{os.getuid()}"
-        has_room = free_bytes(SHARED_MEMORY) >= 4 << 30
-    if has_room:
-        with contextlib.suppress(OSError):  # it exists, or cannot be made
-            folder.mkdir(0o700)
-    if is_private(folder):
-        return folder
-    return CACHE  # the name may be taken by another user
-
-
-def free_bytes(folder):
-    """The bytes free for this user on a folder's file system; 0 if there is no such folder."""
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return 0
+        return RAM_DISK / "transformer-lm"
+    if CACHE is not None:
+        with contextlib.suppress(OSError):
+            make_writable(CACHE)
+            return CACHE
+    return Path("runs")
 
 
 def is_private(folder):
@@ -277,6 +292,54 @@ def is_private(folder):
         return False
     is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
     return is_own and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@functools.cache
+def open_code_dir():
+    """The folder for compiled code, which is loaded from there: no other user can write to it.
+
+    It is in CACHE, for this kind of system, as machines may share a home. Where that cannot hold
+    code, as without a home, it is a temporary one, deleted at exit. Raises UsageError.
+    """
+    if CACHE is not None:
+        folder = CACHE / "-".join(["code", platform.machine(), *platform.libc_ver()])
+        with contextlib.suppress(OSError):
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+            if is_private(folder) and os.access(folder, os.W_OK) and not is_noexec(folder):
+                return folder
+    with explained("no folder for compiled code: set TMPDIR to one of yours", OSError):
+        folder = tempfile.mkdtemp(prefix="transformer-lm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def is_noexec(folder):
+    """Whether no code may be loaded from a folder, as a hardened Linux mounts /tmp or /home."""
+    return bool(os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0))
+
+
+# What the system says of a call that a file system lacks.
+UNSUPPORTED = {
+    errno.EINVAL,
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+}
+
+
+def flock(file, mode=fcntl.LOCK_EX):
+    """Locks an open file, or its descriptor, until it is closed; False where there are no locks.
+
+    Raises BlockingIOError if `mode` includes LOCK_NB and another process has locked it.
+    """
+    try:
+        fcntl.flock(file, mode)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        return False
+    return True
 
 
 def no_follow(path, flags):
@@ -340,7 +403,7 @@ def sync(path):
         os.fsync(descriptor)
     except OSError as error:
         # Some network file systems sync no folder: what can be done is done.
-        if error.errno != errno.EINVAL or not os.path.isdir(path):
+        if error.errno not in UNSUPPORTED or not os.path.isdir(path):
             raise
     finally:
         os.close(descriptor)
@@ -1019,7 +1082,7 @@ def fetch(file, addresses, folder, mirror=None, say=print):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f".{file.name}.lock", "ab", opener=no_follow) as lock:
         # If two processes race, one downloads and the other finds the file.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock)
         if path.exists():
             fault = find_fault(file, path)
             if fault is None:
@@ -1883,7 +1946,7 @@ def load_dataset(
         check_ids(own, kind)
 
     with open(cache / ".lock", "ab", opener=no_follow) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # only one process encodes
+        flock(lock)  # only one process encodes
         remove_leftovers(cache)
         # A warm start encodes nothing, and reads no text beyond the first bytes of the user's
         # files.
@@ -2171,8 +2234,8 @@ DATA_FLAGS = {
     ),
     "data_dir": flag(
         None,
-        "folder for corpora, downloads and tokens, which can be made again (default: a RAM disk "
-        "with room, else ~/.cache/transformer-lm; --save_dir, if that is given)",
+        "folder for corpora, downloads and tokens, which can be made again (default: --save_dir, "
+        "if that is given, else ~/.cache/transformer-lm)",
         metavar="DIR",
     ),
     "mirror": flag(

@@ -36,35 +36,24 @@ mx.eval computes.
 
 import signal
 import sys
+from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Until there is something to save, Ctrl+C exits without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-import importlib.util
+HERE = Path(__file__).resolve().parent
 
 if __name__ == "__main__":
-    fault = ""
-    missing = [name for name in ("mlx", "numpy", "tqdm") if not importlib.util.find_spec(name)]
-    if missing:
-        fault = f"no {', '.join(missing)} here: pip install -r requirements.txt, or uv run main.py"
-    if importlib.util.find_spec("fcntl") is None:
-        fault = "native Windows is not supported: use WSL, where this runs as on Linux"
-    if fault:
-        print(f"main.py: {fault}", file=sys.stderr)
-        sys.exit(2)
-    # `import main` in an extra must return this module, not a second copy.
-    sys.modules["main"] = sys.modules["__main__"]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Until there is something to save, Ctrl+C exits without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.path.insert(0, str(HERE))  # which `python -P` leaves out
+    sys.modules["main"] = sys.modules["__main__"]  # `import main` in an extra makes no second copy
 
 import argparse
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import hashlib
 import inspect
-import io
 import itertools
 import json
 import math
@@ -72,32 +61,38 @@ import os
 import re
 import shlex
 import shutil
-import tempfile
 import textwrap
 import threading
 import time
-import tokenize
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
 fast = None
-if (HERE / "extras" / "fast.py").exists() and not os.environ.get("DISABLE_FAST"):
-    from extras import fast  # before NumPy and MLX, to speed up their matrix products
+try:
+    import fcntl
 
-import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
-from tqdm import tqdm
+    if (HERE / "extras" / "fast.py").exists() and not os.environ.get("DISABLE_FAST"):
+        from extras import fast  # before NumPy and MLX, to speed up their matrix products
+
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+    import numpy as np
+    from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+    from tqdm import tqdm
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    remedy = "pip install -r requirements.txt, or uv run main.py (Windows: in WSL)"
+    print(f"main.py: {error}: {remedy}", file=sys.stderr)
+    sys.exit(2)
 
 from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, SPLITS, TOKENIZERS, Dataset, Parser
-from datasets import RunError, UsageError, choice, describe_tokenizer, end_of_text, explained, extra
-from datasets import flag, load_dataset, new_file, no_follow, number, one_line, open_data_dir
-from datasets import printable, publish, refuse_empty, remove_leftovers, repair_streams, replacing
-from datasets import run_command, sync, tokenizer_from_dict, user_path, utf8
+from datasets import RunError, UsageError, choice, describe_tokenizer, discard, end_of_text
+from datasets import explained, extra, flag, load_dataset, make_writable, new_file, no_follow
+from datasets import number, one_line, open_code_dir, open_data_dir, printable, publish
+from datasets import refuse_empty, remove_leftovers, repair_streams, replacing, run_command, sync
+from datasets import tokenizer_from_dict, user_path, utf8, without_comments
 
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
 
@@ -105,12 +100,12 @@ EDITED = []  # names of the functions below that extras/fast.py does not know an
 def fast_version(plain):
     """Decorator: replaces a function with its quicker namesake in extras/fast.py, if that exists.
 
-    Both give the same up to rounding. fast.py knows the plain function by the SHA1 of its source:
-    once you edit it, your version runs, and the start screen says so.
+    Both give the same up to rounding. fast.py knows the plain function by the SHA1 of its source,
+    without comments: once you edit it, your version runs, and the start screen says so.
     """
     if fast is None:
         return plain
-    sha1 = hashlib.sha1(inspect.getsource(plain).encode()).hexdigest()
+    sha1 = hashlib.sha1(without_comments(inspect.getsource(plain)).encode()).hexdigest()
     if fast.STANDS_FOR.get(plain.__name__) != sha1:
         EDITED.append(plain.__name__)
         return plain
@@ -820,7 +815,8 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
             break
         inputs, targets, weights = scored_windows(tokens, batch, context_size, stride)
         nats += score(inputs, targets, weights).item()
-    nats, received = ranks.sum(nats, received)
+    nats = ranks.sum(nats)
+    received, _ = ranks.agree(received)
     if received:
         interrupts.received = received  # perhaps by another rank
         return None
@@ -1061,7 +1057,9 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         with bfloat16_products(flags.dtype == "bfloat16"):
             for start in range(0, len(inputs), flags.batch_size):
                 batch = slice(start, start + flags.batch_size)
-                rows = [ranks.share(array[batch]) for array in (inputs, targets, keys)]
+                rows = []
+                for array in (inputs, targets, keys):
+                    rows.append(part_of(array[batch], ranks.rank, ranks.size))
                 result = over_streams(of_share, *rows)
                 total = result if total is None else tree_map(mx.add, total, result)
                 if len(inputs) > flags.batch_size:  # or all parts would be in memory at once
@@ -1096,7 +1094,7 @@ def train(run, interrupts, ranks):
             if is_ended or received or is_time_up or run.is_save_due():
                 save_and_sample(run, interrupts, reporter)
                 # No other step is taken if a signal arrived in the meantime.
-                received, _ = ranks.agree(interrupts.received, is_time_up)
+                received, _ = ranks.agree(interrupts.received)
             if is_ended or received or is_time_up:
                 break
 
@@ -1117,7 +1115,7 @@ def train(run, interrupts, ranks):
     if flags.eval_test and not received:
         with run.using_average() as model:
             score_split("test", model, run.dataset, flags, interrupts, ranks)
-    received, _ = ranks.agree(interrupts.received, False)
+    received, _ = ranks.agree(interrupts.received)
     return received
 
 
@@ -1914,7 +1912,7 @@ def divergence_error(run, what, iteration, ranks):
     It names the last checkpoint from which a step was taken, in a command that goes back to it.
     """
     # A lost rank causes NaNs, too; this call then raises its own error.
-    ranks.agree(None, False)
+    ranks.agree(None)
     earlier = []
     if run.folder is not None:
         earlier = [each for each in list_run(run.folder) if each.iteration < iteration]
@@ -2010,52 +2008,59 @@ def open_kept(checkpoint, flag_name):
 
 
 class Interrupts:
-    """Turns SIGINT, SIGTERM and SIGHUP into an attribute that loops check: `received`.
+    """Turns a signal that asks for the end into an attribute that loops check: `received`.
 
-    A second signal ends the process at once, without saving, unless it comes within half a second:
+    A second one ends the process at once, without saving, unless it comes within half a second:
     `timeout` signals the process and then its group, and launchers repeat Ctrl+C, which is a single
     request.
 
     Python runs handlers only after `mx.eval` returns, so a thread reads the bytes that the
-    interpreter writes to a wakeup pipe as soon as a signal arrives.
+    interpreter writes to a pipe as soon as a signal arrives.
     """
 
+    # Ctrl+C, a request to end, a terminal that is gone, and what schedulers send some time before
+    # they kill: Slurm, Grid Engine and OAR by choice, and where CPU time is limited.
+    SIGNALS = (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+        signal.SIGXCPU,
+    )
     received = None  # the number of the first signal
 
     def __enter__(self):
         reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # a signal writes its number
-        self.handlers = {}
-        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # Signals that the parent ignores (nohup, background jobs of scripts) stay ignored.
-            if signal.getsignal(signal_number) != signal.SIG_IGN:
-                self.handlers[signal_number] = signal.signal(signal_number, self.handle)
         threading.Thread(target=self.watch, args=[reader], daemon=True).start()
+        os.set_blocking(writer, False)
+        self.writer_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self.handlers = {}
+        for number in self.SIGNALS:
+            # Signals that the parent ignores (nohup, background jobs of scripts) stay ignored.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *error):
-        os.close(signal.set_wakeup_fd(-1))  # ends the thread
-        for signal_number, handler in self.handlers.items():
-            signal.signal(signal_number, handler)
+        os.close(signal.set_wakeup_fd(self.writer_before))  # ends the thread
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
-    def handle(self, signal_number, frame):
+    def handle(self, number, frame):
         """Does nothing: the thread acts. Without a handler, Python would not write the byte."""
 
     def watch(self, reader):
         """Runs in the thread: the first signal sets `received`, a later one ends the process."""
         first = None  # when it arrived
         while byte := os.read(reader, 1):  # b"" once __exit__ has closed the other end
-            number = byte[0]
+            [number] = byte
             if first is None:
                 first = time.monotonic()
                 self.received = number
                 again = "again " if number == signal.SIGINT else ""
-                print(
-                    "\nStopping after this step, then saving. "
-                    f"Press Ctrl+C {again}to exit without saving.",
-                    file=sys.stderr,
-                )
+                line = f"Press Ctrl+C {again}to exit without saving."
+                print(f"\nStopping after this step, then saving. {line}", file=sys.stderr)
             elif time.monotonic() - first > 0.5:
                 print("\nExited without saving.", file=sys.stderr)
                 os._exit(128 + number)  # at once; sys.exit would end only this thread
@@ -2067,7 +2072,6 @@ class UnbreakableStream:
 
     def __init__(self, stream):
         self.stream = stream
-        self.is_terminal = stream.isatty()  # False once it is closed
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -2078,9 +2082,8 @@ class UnbreakableStream:
             self.stream.write(text)
             self.stream.flush()
         except OSError as error:
-            is_closed = error.errno == errno.EIO and self.is_terminal
-            if is_closed or error.errno == errno.EPIPE:  # no reader; a full disk may recover
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if error.errno in (errno.EPIPE, errno.EIO):  # for good; a full disk may recover
+                discard(self.stream)
 
     def flush(self):
         """Does nothing: `write` has flushed."""
@@ -2089,19 +2092,15 @@ class UnbreakableStream:
 # ---- Processes and processors -------------------------------------------------------------------
 
 
-class SingleProcess(contextlib.AbstractContextManager):
+class SingleProcess:
     """The processes (ranks) that train a run together: here, only one.
 
-    Group in extras/ranks.py has the same methods for processes started by `mlx.launch`, plus
-    `follow` for all but rank 0. All run the same `train`, each on a share of the rows; only rank 0
-    saves and reports, and the output of the others is not shown.
+    Group in extras/ranks.py has the same methods for those that `mlx.launch` or MPI started. Only
+    rank 0 saves and reports.
     """
 
     rank = 0
     size = 1
-
-    def __exit__(self, *error):
-        """Does nothing: there is no other rank to tell that this one is done."""
 
     def broadcast_run(self, run):
         """Rank 0's run, on every rank."""
@@ -2110,29 +2109,25 @@ class SingleProcess(contextlib.AbstractContextManager):
     def broadcast_scoring(self, model, dataset, flags):
         """Makes the other ranks score along with rank 0."""
 
-    def share(self, rows):
-        """The rows of an array that this rank computes."""
-        return rows
-
     def average(self, tree):
-        """The mean over all ranks of a tree of arrays."""
+        """The mean of a tree of arrays over all ranks."""
         return tree
 
-    def sum(self, number, received):
-        """The sum of a number over all ranks, and a signal that any of them has received."""
-        return number, received
+    def sum(self, number):
+        """The sum of a number over all ranks; to be trusted only after the next `agree`."""
+        return number
 
-    def agree(self, received, is_time_up):
+    def agree(self, received, is_time_up=False):
         """A signal that any rank has received, and whether rank 0's time is up."""
         return received, is_time_up
 
 
 def join_ranks():
-    """The processes that train together: this one, or those that mlx.launch or MPI started."""
+    """This process, or those that mlx.launch or MPI started; a context manager."""
     sizes = [os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
     if "MLX_RANK" in os.environ or sizes != ["1", "1"]:
         return extra("ranks").Group()
-    return SingleProcess()
+    return contextlib.nullcontext(SingleProcess())
 
 
 def part_of(rows, part, parts):
@@ -2152,27 +2147,43 @@ def use_device(gpu):
             "pip install 'mlx[cuda13]'"
         )
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
-    if fast and not gpu:
-        fast.use_cpu()
-
-
-@contextlib.contextmanager
-def bfloat16_products(wanted):
-    """Makes matrix products on a CPU round their inputs to bfloat16 in this block, if it can."""
-    if not (wanted and fast):
-        yield
+    # MLX loads what it has compiled from the folder for temporary files, where another user could
+    # have put something else of that name.
+    os.environ["TMPDIR"] = str(open_code_dir())
+    if gpu:
         return
-    fast.use_bfloat16(True)
-    try:
-        yield
-    finally:
-        fast.use_bfloat16(False)
+    if fast:
+        fast.use_cpu()
+    else:
+        protect_compiler(open_code_dir())
+
+
+# The g++ that MLX runs. A terminal's Ctrl+C reaches it, too, and would end it within a step.
+COMPILER_SCRIPT = """#!/bin/sh
+trap '' INT TERM HUP USR1 USR2 XCPU
+PATH=${PATH#*:} exec g++ "$@"
+"""
+
+
+def protect_compiler(folder):
+    """Puts COMPILER_SCRIPT into a folder, and that first into PATH."""
+    with replacing(folder / "g++") as script:
+        script.write(COMPILER_SCRIPT.encode())
+        os.fchmod(script.fileno(), 0o700)
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
+def bfloat16_products(wanted):
+    """A context manager: matrix products on a CPU round their inputs to bfloat16, if it can."""
+    if wanted and fast:
+        return fast.bfloat16_products()
+    return contextlib.nullcontext()
 
 
 def list_versions(flags, ranks):
     """What the last bits of a result depend on: resume is bit-exact while these stay the same.
 
-    The C++ compiler is not among them; MLX and extras/fast.py cache what it has compiled.
+    The C++ compiler is not among them; MLX and extras/fast.py keep what it has compiled.
     """
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
     blas = fast.BLAS if fast else "MLX's own BLAS"
@@ -2214,31 +2225,6 @@ def hash_code(flags):
             sources.append(path.read_text("utf-8"))
     code = "\n".join(map(without_comments, sources))
     return hashlib.sha1(code.encode()).hexdigest()
-
-
-def without_comments(source):
-    """Python source without its comments, docstrings and empty lines."""
-    lines = source.split("\n")
-    spans = []
-    begins = True  # whether a statement begins here
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT or (begins and token.type == tokenize.STRING):
-            spans.append((token.start, token.end))
-        elif token.type != tokenize.NL:
-            begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    for (row, column), (end_row, end_column) in reversed(spans):
-        lines[row - 1 : end_row] = [lines[row - 1][:column] + lines[end_row - 1][end_column:]]
-    return "\n".join(filter(None, map(str.rstrip, lines)))
-
-
-def hash_sources():
-    """The SHA1s of this program's files, {name: SHA1}."""
-    paths = [HERE / "main.py", HERE / "datasets.py", *sorted(HERE.glob("extras/*.py"))]
-    hashes = {}
-    for path in paths:
-        name = str(path.relative_to(HERE))
-        hashes[name] = hashlib.sha1(path.read_bytes()).hexdigest()
-    return hashes
 
 
 # ---- Reports ------------------------------------------------------------------------------------
@@ -3524,16 +3510,34 @@ def refuse_beyond_memory(floats):
         largest = max(floats, key=floats.get)
         raise UsageError(
             f"this needs at least {needed / 2**30:,.1f} GiB of memory, most of it for {largest}, "
-            f"but this machine has {memory / 2**30:,.1f}: choose a smaller model, batch or context"
+            f"but there are {memory / 2**30:,.1f}: choose a smaller model, batch or context"
         )
 
 
 def memory_size():
-    """The bytes of memory of the device in use."""
+    """The bytes of memory of the device in use, or of what this process may use of it."""
     if mx.default_device() == mx.gpu:
         info = mx.device_info()
         return info.get("memory_size") or info.get("total_memory") or math.inf  # Metal, CUDA
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in limits_of_control_groups():
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
+            sizes.append(int(path.read_text()))
+    return min(sizes)
+
+
+def limits_of_control_groups():
+    """The files that may limit a container's or a scheduler's job's memory; only Linux has them."""
+    groups = {Path("/")}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            group = Path(line.split(":", 2)[2])  # as in "0::/user.slice/job.scope"
+            groups |= {group, *group.parents}
+    root = Path("/sys/fs/cgroup")
+    for group in groups:
+        below = group.relative_to("/")
+        yield root / below / "memory.max"
+        yield root / "memory" / below / "memory.limit_in_bytes"  # version 1
 
 
 def begin(flags):
@@ -3829,17 +3833,7 @@ def train_run(flags, ranks):
         run = set_up(flags, ranks, interrupts, stack)
         run = ranks.broadcast_run(run)
         tqdm.write("")  # the end of the start screen
-        try:
-            received = train(run, interrupts, ranks)
-        except RuntimeError as error:
-            # Ctrl+C in a terminal also kills the compiler in a first step, evaluation or sample.
-            # All is saved then, except the first step of a run with --average. The thread that
-            # sets `received` may need a moment.
-            time.sleep(0.5)
-            if not interrupts.received or ranks.size > 1:
-                raise
-            tqdm.write(f"Interrupted in a compilation ({one_line(error)[:200]}).")
-            received = interrupts.received
+        received = train(run, interrupts, ranks)
         tqdm.write(describe_end(run, received))
         return 128 + received if received else 0  # how shells report termination by a signal
 
@@ -3882,8 +3876,7 @@ def execute(argv, ranks):
         return use_checkpoint(flags, ranks)
     fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
     with explained(fault, OSError):
-        flags.save_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=flags.save_dir).close()  # it may exist but be read-only
+        make_writable(flags.save_dir)
     return train_run(flags, ranks)
 
 
@@ -3893,13 +3886,14 @@ def explain_mlx_error(error):
     if re.search("malloc|out of memory|insufficient memory", text, re.IGNORECASE):
         reason = one_line(error)[:200]
         return f"out of memory ({reason}): give a smaller --batch_size or --context_size"
-    # On a CPU, MLX compiles in the folder for temporary files.
-    if re.match(r"\[Compile|filesystem error", text):
+    if "start new thread" in text or "Resource temporarily unavailable" in text:
+        return f"no thread can be started: raise the limit of processes, ulimit -u ({text})"
+    if re.match(r"\[Compile|filesystem error|Could not load C\+\+", text):
         _, _, output = text.rpartition("the output is: ")  # of the compiler, if it ran
-        reason = " ".join(output.splitlines()[-2:])
+        reason = one_line(" ".join(output.splitlines()[-2:]))
         return (
-            "MLX cannot compile in the folder for temporary files: "
-            f"set TMPDIR to a folder with free space ({reason})"
+            f"MLX cannot compile in {open_code_dir()}: set XDG_CACHE_HOME to a folder of yours "
+            f"with free space, where programs may run ({reason})"
         )
     return None
 

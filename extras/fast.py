@@ -27,7 +27,6 @@ head dimension, V vocabulary, N any number.
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import json
 import math
@@ -41,19 +40,19 @@ import sys
 from functools import lru_cache, partial, reduce
 from pathlib import Path
 
-# The SHA1s of the source of main.py's functions that those below stand for. Where a test finds that
-# a plain function has changed, compare the two, then enter its new SHA1.
+# The SHA1s of main.py's functions that those below stand for, without their comments. Where a test
+# finds that a plain function has changed, compare the two, then enter its new SHA1.
 STANDS_FOR = {
-    "linear_product": "997da33ef142cd753ef6ff0c5f32e24f2ce568b2",
-    "rms_norm": "de1d2afb9d535081016e20a1e1bd08ef0d648f3f",
-    "rotate": "8a9a7653cdedf3059874321968b05cfebce2e05f",
-    "attend": "5dd30ff5abbc51bcb5e08be640e285983abfc75c",
-    "relu2": "b3851965273904aea0b3fbf473404d2ef54e09f6",
-    "checkpoint_block": "170d72bc6bf33a74c6593d37b6fbb8178dde9f12",
-    "cross_entropy": "b3eba783ebd68677717bbbcccd83e69cf7bf7bdf",
-    "over_streams": "e14e64eed8b4037eb8a452cd6db198a6903d248c",
-    "clip_grad_norm": "5e29ee7424cc93fcbc4fbee32e17a49c08d5a3cd",
-    "spread": "78a48362241e09a629791f85b9d1704e34cc835d",
+    "linear_product": "ff0abe472d3425b776ff5beccb1be8ea2a44c1ed",
+    "rms_norm": "d3fdc87a5922db517665e62eb46ae2c406becfdc",
+    "rotate": "5708c82a764dfae9bf3d9103bc116204ffccb9b0",
+    "attend": "8b72daaffbac2fc78fe975b69d0c6dc40bed8005",
+    "relu2": "0d592a5d303b1368d944bce50714cc77f010964a",
+    "checkpoint_block": "f900bb0226b03db87053aceaa9fcaece581adec0",
+    "cross_entropy": "0eb9a560c17d2cfb411829f4edfa587b7b1bba24",
+    "over_streams": "f7fbacffbf32a61c055a67506b0c5fadef619231",
+    "clip_grad_norm": "7c39788d3c986673ca93eb9ba37aa8170c20293d",
+    "spread": "02480efe4f3e84bbe050b36708407c88046d6d30",
 }
 
 # ---- BLAS ---------------------------------------------------------------------------------------
@@ -84,7 +83,7 @@ choose_openblas_kernels()
 
 import numpy as np
 
-from datasets import CACHE, remove_leftovers, replacing
+from datasets import UsageError, flock, open_code_dir, remove_leftovers, replacing
 
 # C source. MLX calls cblas_sgemm with row-major matrices (`order` 101; other libraries may use 102,
 # by columns); 111 means not transposed, 112 transposed, as in x @ weight.T. find_blas sets the
@@ -327,11 +326,13 @@ def set_function(name, function):
 
 def compile_forwarder():
     """The path of FORWARDER's library, compiled once per kind of CPU; None if that fails."""
-    if CACHE is None:  # code is not loaded from any other folder
+    try:
+        folder = open_code_dir()
+    except UsageError:  # MLX cannot compile, either, if anything is to be computed
         return None
     cpu = re.search("^(flags|Features).*", cpu_info(), re.M)
-    kind = f"{FORWARDER}{cpu and cpu[0]}"  # a cache may serve several CPUs
-    path = CACHE / f"blas-{hashlib.sha1(kind.encode()).hexdigest()[:12]}.so"
+    kind = f"{FORWARDER}{cpu and cpu[0]}"  # a folder may serve several CPUs
+    path = folder / f"blas-{hashlib.sha1(kind.encode()).hexdigest()[:12]}.so"
     if path.exists() and can_be_loaded(path):
         return str(path)
     compiler = next(filter(shutil.which, ["cc", "gcc", "clang"]), None)
@@ -343,7 +344,7 @@ def compile_forwarder():
     for options in ([*vectors, "-fopenmp"], vectors, []):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             command = [compiler, "-shared", "-fPIC", "-O3", *options, "-x", "c", "-"]
-            with locked_cache(), replacing(path) as file:  # never a partial library
+            with locked_code_dir(), replacing(path) as file:  # never a partial library
                 run_quietly([*command, "-o", file.name], FORWARDER.encode())
                 ctypes.CDLL(file.name)  # raises OSError if it cannot be loaded
             return str(path)
@@ -351,18 +352,18 @@ def compile_forwarder():
 
 
 @contextlib.contextmanager
-def locked_cache():
-    """Lets one process at a time compile into the cache; first deletes what killed ones left.
+def locked_code_dir():
+    """The folder for compiled code, in which one process at a time compiles by this program.
 
-    Raises OSError.
+    What killed ones left is deleted first. Raises OSError.
     """
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / ".compiler.lock", "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        remove_leftovers(CACHE)
-        for left in CACHE.glob("compiler-*.new"):
+    folder = open_code_dir()
+    with open(folder / ".lock", "ab") as lock:
+        flock(lock)
+        remove_leftovers(folder)
+        for left in folder.glob("compiler-*.new"):
             shutil.rmtree(left)
-        yield
+        yield folder
 
 
 def can_be_loaded(path):
@@ -376,7 +377,7 @@ def can_be_loaded(path):
 
 def run_quietly(command, text=b""):
     """Runs a compiler on `text`. Raises OSError, SubprocessError."""
-    environment = {**os.environ, "TMPDIR": str(CACHE)}  # the user's may be full
+    environment = {**os.environ, "TMPDIR": str(open_code_dir())}  # the user's may be full
     output = subprocess.DEVNULL
     subprocess.run(command, input=text, check=True, stdout=output, stderr=output, env=environment)
 
@@ -394,10 +395,18 @@ def has_bfloat16():
     return forwarder is not None and prefers_bfloat16
 
 
-def use_bfloat16(wanted):
-    """Sets whether matrix products on a CPU round their inputs to bfloat16; sums are float32."""
-    if has_bfloat16():
-        ctypes.c_int.in_dll(forwarder, "rounds_to_bf16").value = wanted
+@contextlib.contextmanager
+def bfloat16_products():
+    """Matrix products on a CPU round their inputs to bfloat16, if it can; sums are float32."""
+    if not has_bfloat16():
+        yield
+        return
+    rounds = ctypes.c_int.in_dll(forwarder, "rounds_to_bf16")
+    rounds.value = True
+    try:
+        yield
+    finally:
+        rounds.value = False
 
 
 BLAS = use_fast_blas()  # recorded in checkpoints: another one rounds differently
@@ -768,8 +777,10 @@ OWN_OPTIONS = [
 ]
 
 # The `g++` that MLX runs: the real one with the header in {folder}. If that is damaged, or the
-# compiler does not know an option, it compiles as MLX asked.
+# compiler does not know an option, it compiles as MLX asked. No signal ends it within a step: those
+# of a terminal reach it, too.
 COMPILER_SCRIPT = """#!/bin/sh
+trap '' INT TERM HUP USR1 USR2 XCPU
 {compiler} -I {folder} {options} "$@" 2>/dev/null || exec {compiler} "$@"
 """
 
@@ -777,14 +788,11 @@ COMPILER_SCRIPT = """#!/bin/sh
 def use_precompiled_header():
     """Prepends to PATH a folder whose `g++` uses a precompiled copy of MLX's header.
 
-    It is COMPILER_SCRIPT next to that copy, in a cache folder for each MLX and compiler version.
+    It is COMPILER_SCRIPT next to that copy, in a folder for each MLX and compiler version.
     """
-    if CACHE is None:
-        return
     # The parent process may have put such a folder there, too.
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    own = re.compile(rf"/{CACHE.name}/compiler-\w+$")
-    folders = [folder for folder in folders if not own.search(folder)]
+    folders = [folder for folder in folders if not re.search(r"/compiler-[0-9a-f]{12}$", folder)]
     path = os.pathsep.join(folders)
     # MLX only calls g++.
     compiler = shutil.which("g++", path=path) or shutil.which("clang++", path=path)
@@ -794,7 +802,7 @@ def use_precompiled_header():
     about = [mx.__version__, compiler, status.st_size, status.st_mtime_ns]
     about += [COMPILER_SCRIPT, *MLX_OPTIONS, *OWN_OPTIONS]
     key = hashlib.sha1(json.dumps(about).encode()).hexdigest()[:12]
-    folder = CACHE / f"compiler-{key}"
+    folder = open_code_dir() / f"compiler-{key}"
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # as on a full disk
         if not folder.exists():
             compile_header(compiler, folder)
@@ -803,7 +811,7 @@ def use_precompiled_header():
 
 def compile_header(compiler, folder):
     """Makes the folder of use_precompiled_header. Raises OSError, SubprocessError."""
-    with locked_cache():
+    with locked_code_dir() as place:
         if folder.exists():
             return
         new = Path(f"{folder}.new")
@@ -825,7 +833,7 @@ def compile_header(compiler, folder):
         new.rename(folder)
         # Keep the two newest other versions, 50 MB each. A process that still uses a deleted one
         # finds the real compiler instead.
-        folders = sorted(CACHE.glob("compiler-*"), key=lambda folder: folder.stat().st_mtime)
+        folders = sorted(place.glob("compiler-*"), key=lambda folder: folder.stat().st_mtime)
         for old in folders[:-3]:
             shutil.rmtree(old, ignore_errors=True)
 

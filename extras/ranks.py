@@ -74,8 +74,10 @@ class Group:
 
         A stale copy on one machine would train something else without an error.
         """
-        program = main.hash_sources() | {"MLX": mx.__version__}
-        mine = hashlib.sha256(json.dumps(program).encode()).digest()
+        program = hashlib.sha256(mx.__version__.encode())
+        for path in sorted([*main.HERE.glob("*.py"), *main.HERE.glob("extras/*.py")]):
+            program.update(path.read_bytes())
+        mine = program.digest()
         gathered = mx.distributed.all_gather(mx.array(list(mine), mx.uint8), group=self.group)
         digests = np.array(gathered).reshape(self.size, -1)
         others = [rank for rank in range(self.size) if (digests[rank] != digests[0]).any()]
@@ -115,30 +117,24 @@ class Group:
             raise Ended
         return size, received, bool(is_time_up)
 
-    def agree(self, received, is_time_up):
+    def agree(self, received, is_time_up=False):
         """A signal that any rank has received, and whether rank 0's time is up."""
         is_time_up = is_time_up and self.rank == 0
         _, received, is_time_up = self.exchange(received=received, is_time_up=is_time_up)
         return received, is_time_up
-
-    def share(self, rows):
-        """The rows of an array that this rank computes."""
-        return main.part_of(rows, self.rank, self.size)
 
     def average(self, tree):
         """The mean over all ranks of a tree of arrays."""
         # In one message: with several, two ranks might send different ones first.
         return nn.average_gradients(tree, self.group, all_reduce_size=2**62)
 
-    def sum(self, number, received):
-        """The sum of a Python float over all ranks, and a signal that any of them has received."""
+    def sum(self, number):
+        """The sum of a Python float over all ranks; to be trusted only after the next `agree`."""
         self.exchange()
         # As bytes: MLX would turn float64 into float32.
         mine = mx.array(np.frombuffer(np.array([number]), np.uint8))  # [8]
         gathered = mx.distributed.all_gather(mine, group=self.group)  # [8 * ranks]
-        total = np.array(gathered).view(np.float64).sum()
-        _, received, _ = self.exchange(received=received)
-        return total.item(), received
+        return np.array(gathered).view(np.float64).sum().item()
 
     def broadcast(self, arrays=None, texts=None):
         """Rank 0's arrays, {name: array}, and texts, any JSON data, on every rank."""

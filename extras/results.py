@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from datasets import CONTROLS, RunError, UsageError, explained, replacing
+from datasets import CONTROLS, RunError, UsageError, explained, flock, replacing
 
 MOST_PROMPTS = 10**6  # of a command: each takes about a KiB of memory until it is answered
 
@@ -82,7 +82,7 @@ def lock_file(file, path):
     """Locks an open file. Raises UsageError if another process has locked it."""
     try:
         # LOCK_NB: raises BlockingIOError instead of waiting.
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UsageError(
             f"{path} is being written by another process: wait for it, or name another --output"
