@@ -178,8 +178,8 @@ def test_each_step_of_a_run_learns_from_the_average_of_those_before(tmp_path, te
     run(*line, "--steps_per_save", 1, "--keep", 9, "--save_dir", tmp_path / "lm")
     checkpoints = sorted(main.list_checkpoints(tmp_path / "lm"), key=lambda each: each.iteration)
     assert [each.iteration for each in checkpoints] == [1, 2, 3, 4, 5, 6]
-    rows = main.read_log(checkpoints[0].folder / "log.jsonl")
-    logged = {row["iteration"]: row["loss"] for _, row in rows}
+    rows = main.read_log(checkpoints[0].folder / "log.csv")
+    logged = {int(row["iteration"]): float(row["loss"]) for row in rows}
     tokens = datasets.load_dataset("text", tmp_path / "data", text=[text]).train.tokens
     batches = main.Batches(tokens, 8, 4, seed=42)
     batches.next()
