@@ -2197,7 +2197,7 @@ def divergence_error(run, what, iteration, ranks):
     if earlier:
         remedy = f"go back with {command(run.flags, '--identifier', earlier[0].id[:12])}"
     return RunError(
-        f"the {what} is not finite: with a lower --learning_rate or --grad_clip, {remedy}"
+        f"the {what} is not finite: choose a lower --learning_rate or --grad_clip, and {remedy}"
     )
 
 
@@ -2575,25 +2575,23 @@ class Reporter:
         """Shows the metrics of the steps up to the current iteration."""
         if run.teacher is None:
             metrics = metrics | {"perplexity": perplexity(metrics["loss"])}
-        others = [name for name in metrics if name not in FORMATS]
-        names = ["loss", *others, *FORMATS]  # metrics of one's own come early
-        if not self.bar.disable:  # which has little room, and shows speed and time itself
-            names = ["loss", *others, "learning_rate", "gradient_norm"]
+        own = [name for name in metrics if name not in FORMATS]
+        names = ["loss", *own, *FORMATS]
+        if not self.bar.disable:  # it has little room, and shows speed and time itself
+            names = ["loss", *own, "learning_rate", "gradient_norm"]
         texts = []
         for name in dict.fromkeys(names):  # each once
             form = FORMATS.get(name, name + " {:.4g}")
             if form and name in metrics:
                 texts.append(form.format(metrics[name]))
-        if self.bar.disable:
-            steps_left = self.bar.total - run.iteration
-            left = tqdm.format_interval(steps_left * run.recent_seconds / run.recent_steps)
-            line = "  ".join(texts)
-            elapsed = tqdm.format_interval(run.seconds)
-            tqdm.write(
-                f"{run.iteration:,}/{self.bar.total:,}  {line}  time {elapsed}  left {left}"
-            )
-        else:
+        if not self.bar.disable:
             self.bar.set_postfix_str(", ".join(texts), refresh=False)
+            return
+        steps_left = self.bar.total - run.iteration
+        left = tqdm.format_interval(steps_left * run.recent_seconds / run.recent_steps)
+        elapsed = tqdm.format_interval(run.seconds)
+        texts += [f"time {elapsed}", f"left {left}"]
+        tqdm.write("  ".join([f"{run.iteration:,}/{self.bar.total:,}", *texts]))
 
     def check_gradient(self, metrics):
         """Says, once, that a model has stopped learning."""
@@ -2637,11 +2635,9 @@ class Reporter:
         """Shows a sample, and adds it to the run's samples.jsonl."""
         tqdm.write(f"sample: {for_terminal(prompt + text)}")
         row = {"iteration": run.iteration, "prompt": prompt, "text": text}
-        with (
-            self.writing("samples.jsonl"),
-            open(run.folder / "samples.jsonl", "a", opener=no_follow) as file,
-        ):
-            file.write(json.dumps(row) + "\n")
+        with self.writing("samples.jsonl"):
+            with open(run.folder / "samples.jsonl", "a", opener=no_follow) as file:
+                file.write(json.dumps(row) + "\n")
 
 
 class Log:
@@ -2653,22 +2649,26 @@ class Log:
 
     def __init__(self, run):
         self.path = run.folder / "log.csv"
-        self.columns = []
+        self.columns = []  # of the file; none before it is rewritten
         # What is kept of earlier processes: up to this iteration, with or without its score.
         self.end = (run.iteration, run.is_scored)
 
     def append(self, row):
-        """Adds a row, {name: value}. Raises OSError."""
+        """Adds a row, {name: value}. Raises OSError; then the next row rewrites the file."""
         texts = {}
         for name, value in row.items():
             texts[name] = f"{value:.6g}" if isinstance(value, float) else value
-        if not {*row} <= {*self.columns}:
-            self.rewrite(row)
-        with open(self.path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
-            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-            if file.tell() == 0:  # somebody has deleted it meanwhile
-                writer.writeheader()
-            writer.writerow(texts)
+        try:
+            if not {*row} <= {*self.columns}:
+                self.rewrite(row)
+            with open(self.path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                if file.tell() == 0:  # somebody has deleted it meanwhile
+                    writer.writeheader()
+                writer.writerow(texts)
+        except OSError:
+            self.columns = []
+            raise
 
     def rewrite(self, row):
         """Gives the file the columns of this row, too, and drops what is not kept."""

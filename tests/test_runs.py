@@ -340,7 +340,7 @@ def test_command_of_a_divergence(line, tmp_path):
     [good] = main.list_checkpoints(tmp_path / ODD_FOLDER)
     more = ["--num_iters", 30, "--steps_per_save", 1, "--identifier", name]
     _, err = run(*line, *more, "--weight_decay", 1e30, status=1)
-    arguments = typed("with a lower --learning_rate or --grad_clip, go back with ", err)
+    arguments = typed("choose a lower --learning_rate or --grad_clip, and go back with ", err)
     branch, iteration, out = begin(*arguments, "--learning_rate", 0.0003, "--max_tokens", 1)
     assert branch != name
     assert iteration == good.iteration
