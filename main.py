@@ -49,11 +49,13 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import errno
 import functools
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -61,7 +63,6 @@ import os
 import re
 import shlex
 import shutil
-import textwrap
 import threading
 import time
 from functools import partial
@@ -1429,7 +1430,7 @@ class Conversation:
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
-# <save_dir>/<run>/ holds all of a run and nothing of another: its checkpoints, log.jsonl and
+# <save_dir>/<run>/ holds all of a run and nothing of another: its checkpoints, log.csv and
 # samples.jsonl, and in init_from/ and teacher/ the models that it has to read again. Only the
 # process that holds the folder's lock writes there. Each checkpoint is two safetensors files:
 #
@@ -1916,15 +1917,12 @@ def divergence_error(run, what, iteration, ranks):
     earlier = []
     if run.folder is not None:
         earlier = [each for each in list_run(run.folder) if each.iteration < iteration]
-    rate = f"{run.flags.learning_rate / 3:.1g}"
-    lower = f"--learning_rate {rate}"
-    if run.flags.min_lr is not None and run.flags.min_lr > float(rate):
-        lower += f" --min_lr {rate}"
+    remedy = "start over with --new_model"
     if earlier:
-        remedy = f"go back with {command(run.flags, '--identifier', earlier[0].id[:12])} {lower}"
-    else:
-        remedy = f"start over with --new_model {lower}"
-    return RunError(f"the {what} is not finite: {remedy} (or a lower --grad_clip)")
+        remedy = f"go back with {command(run.flags, '--identifier', earlier[0].id[:12])}"
+    return RunError(
+        f"the {what} is not finite: choose a lower --learning_rate or --grad_clip, and {remedy}"
+    )
 
 
 # ---- Models that a run begins with or learns from -----------------------------------------------
@@ -2250,32 +2248,28 @@ FORMATS = {
 
 
 class Reporter:
-    """Reports a run's metrics and samples: on the screen, in its logs, and to dashboards."""
+    """Reports a run's metrics and samples: on the screen, in its folder, and to dashboards.
+
+    Only the first rank has a folder; the others report nothing.
+    """
 
     def __init__(self, run):
-        self.total = max(run.flags.num_iters, run.iteration)
         self.train_loss = None  # of the last report
-        self.widths = {}  # {metric: the most characters that it took in the bar}
+        self.has_said_zero = False
+        self.failed = set()  # names of files that could not be written
         is_terminal = sys.stderr.isatty()
-        size = {"dynamic_ncols": True}
-        if is_terminal and not os.get_terminal_size(sys.stderr.fileno()).columns:
-            size = {"ncols": 80, "nrows": 24}  # unknown, as in some containers
-        width = len(f"{self.total:,}")
-        count = f"{{n:{width},}}/{{total:,}}"  # as wide from the first step on
+        # Some containers give it no width: lines serve there, too.
+        has_bar = is_terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
         self.bar = tqdm(
-            total=self.total,
+            total=max(run.flags.num_iters, run.iteration),
             initial=run.iteration,
-            disable=not is_terminal or run.folder is None,  # other ranks report nothing
-            bar_format=f"{count} |{{bar}}| {{elapsed}}<{{remaining}}  {{desc}}",
-            smoothing=0,  # the time left, by the mean speed of this session: it does not jump
-            **size,
+            dynamic_ncols=True,
+            disable=not has_bar or run.folder is None,
         )
+        self.log = Log(run) if run.folder else None
         self.dashboards = None
         if run.folder and run.flags.report_to:
             self.dashboards = extra("report").Dashboards(run)
-        self.log = Log(run, "log.jsonl", self.dashboards)
-        self.samples = Log(run, "samples.jsonl")
-        self.zero_gradients = 0  # in the last reports
 
     def __enter__(self):
         return self
@@ -2285,14 +2279,23 @@ class Reporter:
         if self.dashboards:
             self.dashboards.close()
 
+    @contextlib.contextmanager
+    def writing(self, name):
+        """The run is worth more than its reports: an OSError in this block is only said, once."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self.failed:
+                tqdm.write(f"Cannot write {name}; the run goes on. {one_line(error)}")
+            self.failed.add(name)
+
     def report_step(self, run, metrics):
         """Counts a step; every --steps_per_report steps, shows and logs metrics, {name: number}.
 
         `loss` is then the mean since the last report; the others are those of the last step.
         """
-        if run.session_steps == 1:
-            self.bar.unpause()  # restarts its clock: the first step compiles
-            self.bar.initial = run.iteration
+        if run.folder is None:
+            return
         if run.iteration % run.flags.steps_per_report == 0:
             tokens = run.recent_steps * run.batches.batch_size * run.flags.context_size
             metrics = metrics | {
@@ -2307,12 +2310,10 @@ class Reporter:
             # With --train_tokens, num_bytes is still that of the whole text; with --teacher, the
             # loss is not that of the text alone.
             if not run.flags.train_tokens and run.teacher is None:
-                split = run.dataset.train
-                if split:  # only the first rank has it
-                    metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], split)
+                metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], run.dataset.train)
             self.show(run, metrics)
             self.check_gradient(metrics)
-            self.log.append({"iteration": run.iteration, "split": "train"} | metrics)
+            self.record({"iteration": run.iteration, "split": "train"} | metrics)
             self.train_loss = metrics["loss"]
             run.recent_steps = 0
             run.recent_loss = 0.0
@@ -2323,50 +2324,37 @@ class Reporter:
         """Shows the metrics of the steps up to the current iteration."""
         if run.teacher is None:
             metrics = metrics | {"perplexity": perplexity(metrics["loss"])}
-        others = [name for name in metrics if name not in FORMATS]
-        shown = {}  # {metric: text}
-        for name in ["loss", *others, *FORMATS]:  # metrics of one's own come early
+        own = [name for name in metrics if name not in FORMATS]
+        names = ["loss", *own, *FORMATS]
+        if not self.bar.disable:  # it has little room, and shows speed and time itself
+            names = ["loss", *own, "learning_rate", "gradient_norm"]
+        texts = []
+        for name in dict.fromkeys(names):  # each once
             form = FORMATS.get(name, name + " {:.4g}")
             if form and name in metrics:
-                shown[name] = form.format(metrics[name])
-        if self.bar.disable:
-            steps_left = self.total - run.iteration
-            left = tqdm.format_interval(steps_left * run.recent_seconds / run.recent_steps)
-            line = "  ".join(shown.values())
-            elapsed = tqdm.format_interval(run.seconds)
-            tqdm.write(f"{run.iteration:,}/{self.total:,}  {line}  time {elapsed}  left {left}")
-        else:
-            self.bar.set_description_str(self.fit(shown))
-
-    def fit(self, shown):
-        """The first of these texts, {metric: text}, that leave room for the bar in the terminal.
-
-        Each is padded to its largest width so far, so that the bar does not jump.
-        """
-        columns = self.bar.format_dict["ncols"] or 80  # as of now
-        # The bar has at least eight cells, and there are hours left to show.
-        room = columns - 2 * len(f"{self.total:,}") - len("/ |12345678| 59:59<9:59:59")
-        texts = []
-        for name, text in shown.items():
-            self.widths[name] = max(self.widths.get(name, 0), len(text))
-            room -= 2 + self.widths[name]
-            if room < 0:
-                break
-            texts.append(text.ljust(self.widths[name]))
-        return "  ".join(texts)
+                texts.append(form.format(metrics[name]))
+        if not self.bar.disable:
+            self.bar.set_postfix_str(", ".join(texts), refresh=False)
+            return
+        steps_left = self.bar.total - run.iteration
+        left = tqdm.format_interval(steps_left * run.recent_seconds / run.recent_steps)
+        elapsed = tqdm.format_interval(run.seconds)
+        texts += [f"time {elapsed}", f"left {left}"]
+        tqdm.write("  ".join([f"{run.iteration:,}/{self.bar.total:,}", *texts]))
 
     def check_gradient(self, metrics):
-        """Says that a model has stopped learning: its gradient is 0 in two reports in a row."""
-        is_zero = metrics.get("gradient_norm") == 0
-        self.zero_gradients = self.zero_gradients + 1 if is_zero else 0
-        if self.zero_gradients == 2:
+        """Says, once, that a model has stopped learning."""
+        if metrics.get("gradient_norm") == 0 and not self.has_said_zero:
+            self.has_said_zero = True
             tqdm.write(
-                "The gradient stays 0: this model learns no more. Stop it, and start over with "
+                "The gradient is 0: this model learns no more. Stop it, and start over with "
                 "--new_model and a lower --learning_rate."
             )
 
     def report_score(self, run, nats, is_best, seconds):
         """Shows and logs a score of the validation split, which took so many seconds."""
+        if run.folder is None:
+            return
         train = ""
         if self.train_loss is not None and run.teacher is None:
             train = f"train {self.train_loss:.4f}, "
@@ -2383,97 +2371,89 @@ class Reporter:
             "tokens_seen": run.tokens_seen,
             "seconds": run.seconds,
         }
-        self.log.append(row)
+        self.record(row)
+
+    def record(self, row):
+        """Adds a row to the log, and sends it to the dashboards."""
+        with self.writing("log.csv"):
+            self.log.append(row)
+        if self.dashboards:
+            self.dashboards.append(row)
 
     def report_sample(self, run, prompt, text):
         """Shows a sample, and adds it to the run's samples.jsonl."""
         tqdm.write(f"sample: {for_terminal(prompt + text)}")
-        row = {"iteration": run.iteration, "split": "sample", "prompt": prompt, "text": text}
-        self.samples.append(row)
+        row = {"iteration": run.iteration, "prompt": prompt, "text": text}
+        with self.writing("samples.jsonl"):
+            with open(run.folder / "samples.jsonl", "a", opener=no_follow) as file:
+                file.write(json.dumps(row) + "\n")
 
 
 class Log:
-    """A run's log.jsonl, a line of JSON for each report and each score, or its samples.jsonl.
+    """A run's log.csv: a row has an iteration, a split and metrics.
 
-    At the start, what follows the run's current iteration is cut off: those steps, and a score
-    that the run does not have, will be repeated. Errors are ignored: the run is worth more than its
-    log. Other loggers go into `append`, as those of --report_to do.
+    Before its first row, a process rewrites the file, without the rows of steps that it repeats.
+    It does so again for a row with a metric that has no column yet. All others are appended.
     """
 
-    def __init__(self, run, name="log.jsonl", dashboards=None):
-        self.dashboards = dashboards
-        self.path = run.folder and run.folder / name  # None on all ranks but the first
-        self.size = math.inf  # bytes to keep: what follows them is overwritten
-        with contextlib.suppress(OSError):
-            if self.path and self.path.exists():
-                self.size = find_end(self.path, run)
-                self.write(b"")
-            else:
-                self.size = 0
+    def __init__(self, run):
+        self.path = run.folder / "log.csv"
+        self.columns = []  # of the file; none before it is rewritten
+        # What is kept of earlier processes: up to this iteration, with or without its score.
+        self.end = (run.iteration, run.is_scored)
 
     def append(self, row):
-        """Adds a row, {name: value}."""
-        if self.path is None:
-            return
-        rounded = {}
+        """Adds a row, {name: value}. Raises OSError; then the next row rewrites the file."""
+        texts = {}
         for name, value in row.items():
-            rounded[name] = float(f"{value:.6g}") if isinstance(value, float) else value
-        if self.dashboards:
-            self.dashboards.append(rounded)
-        with contextlib.suppress(OSError):
-            self.write(json.dumps(rounded).encode() + b"\n")
+            texts[name] = f"{value:.6g}" if isinstance(value, float) else value
+        try:
+            if not {*row} <= {*self.columns}:
+                self.rewrite(row)
+            with open(self.path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                if file.tell() == 0:  # somebody has deleted it meanwhile
+                    writer.writeheader()
+                writer.writerow(texts)
+        except OSError:
+            self.columns = []
+            raise
 
-    def write(self, line):
-        """Writes a line after what is to be kept. Raises OSError; the line is then not kept."""
-        with open(self.path, "ab", opener=no_follow) as file:
-            size = min(self.size, file.seek(0, os.SEEK_END))
-            file.truncate(size)
-            file.write(line)
-        self.size = size + len(line)
-
-
-def find_end(path, run):
-    """The size of the part of a run's log that is not to be repeated, in bytes. Raises OSError."""
-    end = None
-    for place, row in read_log(path):  # to the end, where what closing it raises is raised here
-        is_repeated = row["iteration"] > run.iteration
-        if row["iteration"] == run.iteration and row["split"] == "valid":
-            is_repeated = not run.is_scored
-        if is_repeated and end is None:
-            end = place
-    if end is not None:
-        return end
-    end = 0
-    for place, line in read_lines(path):
-        if line.endswith(b"\n"):  # what follows the last one was cut off by a kill
-            end = place + len(line)
-    return end
+    def rewrite(self, row):
+        """Gives the file the columns of this row, too, and drops what is not kept."""
+        columns = [*(next(read_log(self.path), {}) | row)]
+        with replacing(self.path) as file:
+            lines = io.TextIOWrapper(file, "utf-8", newline="")
+            writer = csv.DictWriter(lines, columns, lineterminator="\n")
+            writer.writeheader()
+            for old in read_log(self.path):
+                if (int(old["iteration"]), old["split"] == "valid") <= self.end:
+                    writer.writerow(old)
+            lines.detach()  # after writing what it still holds
+        self.columns = columns
+        self.end = (math.inf, True)  # later rows are this process's own
 
 
 def read_log(path):
-    """Yields the rows of a run's log and where they begin, (byte, {name: value}).
+    """Yields the rows of a run's log, {column: text}, if it has one. Raises OSError.
 
-    Damaged lines are left out. Raises OSError.
+    Damaged rows are left out. Each line is read by itself, and a long one in parts: a stranger's
+    log may be anything, and of any size.
     """
-    for place, line in read_lines(path):
-        if not line.endswith(b"\n"):
-            continue
-        try:
-            row = json.loads(line)
-            is_row = type(row["iteration"]) is int and type(row["split"]) is str
-        except (ValueError, LookupError, TypeError, RecursionError):
-            continue
-        if is_row:
-            yield place, row
-
-
-def read_lines(path):
-    """Yields the lines of a file and where they begin, (byte, line); too long ones in parts."""
-    place = 0
-    with open(path, "rb", opener=no_follow) as file:
-        while line := file.readline(1 << 16):
-            yield place, line
-            place += len(line)
+    if not os.path.lexists(path):
+        return
+    columns = []
+    with open(path, encoding="utf-8", errors="replace", newline="", opener=no_follow) as file:
+        for line in iter(partial(file.readline, 1 << 16), ""):
+            try:
+                values = next(csv.reader([line]))
+                columns = columns or values
+                row = dict(zip(columns, values, strict=True))
+                is_row = int(row["iteration"]) >= 0 and row["split"] and line.endswith("\n")
+            except (csv.Error, ValueError, KeyError):  # among them the line of the columns
+                continue
+            if is_row:
+                yield row
 
 
 def print_start(run, checkpoint, ranks):
@@ -2484,7 +2464,6 @@ def print_start(run, checkpoint, ranks):
     flags = run.flags
     config = run.model.config
     dataset = run.dataset
-    tokenizer = dataset.tokenizer
     lengths = []
     for name in SPLITS:
         split = getattr(dataset, name)
@@ -2499,27 +2478,26 @@ def print_start(run, checkpoint, ranks):
     several = f", {ranks.size} ranks" if ranks.size > 1 else ""
     size = checkpoint_size(run) / 2**20  # MiB
     free = shutil.disk_usage(flags.save_dir).free / 2**20
-    tqdm.write(
+    lines = [
         f"run      {run.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
-        f"seed {flags.seed}\n"
+        f"seed {flags.seed}",
         f"model    {parameters:,} parameters{of_them}: {plural(config.num_blocks, 'block')}, "
         f"dim {config.dim}, {plural(config.num_heads, 'head')} "
         f"({plural(config.num_kv_heads, 'key/value head')}), {config.mlp} {config.mlp_dim}, "
-        f"context {config.context_size}\n"
+        f"context {config.context_size}",
         f"data     {dataset.name}: {' / '.join(lengths)} tokens; "
-        f"{describe_tokenizer(tokenizer)}; in {dataset.folder}\n"
+        f"{describe_tokenizer(dataset.tokenizer)}; in {dataset.folder}",
         f"steps    {rows} x {config.context_size} tokens, {steps:,} per epoch, "
-        f"{epochs:,.2f} epochs in all; {flags.optimizer}, "
-        f"{run.versions['dtype']}\n"
-        f"rate     {describe_schedule(flags)}\n"
+        f"{epochs:,.2f} epochs in all; {flags.optimizer}, {run.versions['dtype']}",
+        f"rate     {describe_schedule(flags)}",
         f"machine  {run.versions['device']}{several}; MLX {run.versions['MLX']}, "
-        f"matmuls: {run.versions['BLAS']}, kernels: {run.versions['kernels']}\n"
-        f"files    {run.folder.absolute()}, {size:,.0f} MiB per checkpoint, {free:,.0f} MiB free"
-    )
+        f"matmuls: {run.versions['BLAS']}, kernels: {run.versions['kernels']}",
+        f"files    {run.folder.absolute()}, {size:,.0f} MiB per checkpoint, {free:,.0f} MiB free",
+    ]
     if checkpoint:
-        tqdm.write(printable(describe_resume(checkpoint, run)))
-    for notice in start_notices(run, ranks):
-        tqdm.write(notice)
+        lines += describe_resume(checkpoint, run)
+    for line in [*lines, *start_notices(run)]:
+        tqdm.write(printable(line))
 
 
 def plural(number, noun):
@@ -2529,19 +2507,13 @@ def plural(number, noun):
 
 def describe_schedule(flags):
     """The learning rate over a run, for the start screen."""
-    line = f"{flags.learning_rate:g}"
-    if flags.lr_warmup:
-        line += f" after {plural(flags.lr_warmup, 'warmup step')}"
+    line = f"{flags.learning_rate:g} after {plural(flags.lr_warmup, 'warmup step')}"
     if flags.lr_warmup >= flags.num_iters:
         return f"{line}, which this run does not outlast"
-    if flags.lr_schedule == "constant" or flags.lr_cooldown == 0:
+    if flags.lr_schedule == "constant":
         return f"{line}, constant"
     last = learning_rate_at(flags.num_iters, flags)
-    when = ""
-    if flags.lr_cooldown < 1:
-        line += ", constant"
-        when = f" over the last {flags.lr_cooldown:.0%}"
-    return f"{line}, then {flags.lr_schedule} to {last:g}{when}"
+    return f"{line}, {flags.lr_schedule} to {last:g} in the last {flags.lr_cooldown:.0%}"
 
 
 def checkpoint_size(run):
@@ -2558,75 +2530,59 @@ def count_parameters(tree):
     return sum(array.size for _, array in tree_flatten(tree))
 
 
-def start_notices(run, ranks):
+def start_notices(run):
     """Yields what may surprise the user of a run, a line each."""
     flags = run.flags
-    windows = len(run.batches.perm)  # of this epoch
-    if flags.batch_size % ranks.size:
-        yield (
-            f"--batch_size {flags.batch_size} is not a multiple of {ranks.size} ranks: "
-            "some will wait."
-        )
     if EDITED:
         yield f"edited   {', '.join(EDITED)}: main.py's own runs, not that of extras/fast.py"
-    if windows < run.batches.batch_size:
+    if len(run.batches.perm) < run.batches.batch_size:
         yield "The text has fewer windows than a batch has rows: some repeat within each batch."
-    if flags.lr_warmup >= flags.num_iters:
+    if fast and fast.BLAS == fast.REFERENCE_BLAS and not flags.gpu:
         yield (
-            f"--lr_warmup {flags.lr_warmup} is not shorter than the run: the learning rate never "
-            f"reaches its peak; try --lr_warmup {flags.num_iters // 10}."
+            "Matrix products are slow, and in float32: a fast library for them needs a C compiler "
+            "(apt install g++) and oneDNN (pip install onednn-cpu-gomp) or NumPy from PyPI."
         )
-    if flags.steps_per_eval > flags.num_iters and not flags.max_minutes:
-        yield f"--steps_per_eval {flags.steps_per_eval} is longer than the run: it has no score."
+    elif flags.dtype != run.versions["dtype"]:
+        yield (
+            "--dtype bfloat16 would be slower here: it needs an AMD CPU with AVX-512 BF16 or an "
+            "Intel CPU with AMX, extras/fast.py and oneDNN (pip install onednn-cpu-gomp). "
+            "Computing in float32."
+        )
     for name, (other, values) in NEEDS.items():
         if name in flags.given and getattr(flags, other) not in values:
             yield f"--{name} has no effect with --{other} {getattr(flags, other)}."
     for name in ORIGINS:
         if getattr(flags, name) and "vocab_size" in flags.given and flags.tokenizer == "bpe":
             yield f"--vocab_size has no effect with --{name}, whose tokenizer is used."
-    if flags.dtype != run.versions["dtype"]:
-        yield (
-            "--dtype bfloat16 would be slower here: it needs an AMD CPU with AVX-512 BF16 or an "
-            "Intel CPU with AMX, extras/fast.py and oneDNN (pip install onednn-cpu-gomp). "
-            "Computing in float32."
-        )
-    if fast and fast.BLAS == fast.REFERENCE_BLAS and not flags.gpu:
-        yield (
-            "Matrix products are slow: a fast library for them needs a C compiler "
-            "(apt install g++) and oneDNN (pip install onednn-cpu-gomp) or NumPy from PyPI."
-        )
 
 
 def describe_resume(checkpoint, run):
-    """What has changed in a resumed run since its checkpoint, for the start screen."""
+    """Yields what has changed in a resumed run since its checkpoint, a line each."""
     old = settle({}, checkpoint.flags)
     new = run.flags
     changes = []
     for name in INHERITED:
-        before = getattr(old, name)
-        after = getattr(new, name)
-        if before != after:
-            changes.append(f"--{name} {before} -> {after}")
-    lines = [f"resumed  with {', '.join(changes) or 'unchanged flags'}"]
+        if getattr(old, name) != getattr(new, name):
+            changes.append(f"--{name} {getattr(old, name)} -> {getattr(new, name)}")
+    yield f"resumed  with {', '.join(changes) or 'unchanged flags'}"
     if checkpoint.run != run.name:
-        lines.append(f"A new branch: {checkpoint.run} has newer checkpoints, which are kept.")
+        yield f"A new branch: {checkpoint.run} has newer checkpoints, which are kept."
     has_schedule = new.lr_schedule != "constant" or new.dropout_final is not None
     if old.num_iters != new.num_iters and has_schedule:
-        lines.append("The learning rate and dropout schedules now stretch to --num_iters.")
+        yield "The learning rate and dropout schedules now stretch to --num_iters."
     before = checkpoint.stretch
+    if before.code != run.stretches[-1].code:
+        parts = ", ".join(SHAPING_PARTS)
+        yield f"The code that trains was edited since the checkpoint: main.py's {parts}."
     changes = []
     for name, version in run.versions.items():
         if before.versions.get(name) != version:
             changes.append(f"{name} {before.versions.get(name)} -> {version}")
-    if before.code != run.stretches[-1].code:
-        parts = ", ".join(SHAPING_PARTS)
-        lines.append(f"The code that trains was edited since the checkpoint: main.py's {parts}.")
     if changes:
-        lines.append(
+        yield (
             f"Environment changed since the checkpoint ({'; '.join(changes)}): "
             "resume may not be bit-exact."
         )
-    return "\n".join(lines)
 
 
 # ---- Prompts ------------------------------------------------------------------------------------
@@ -2771,7 +2727,7 @@ def string_flag(help, metavar="FILE", **options):
     return flag(None, help, metavar=metavar, **options)
 
 
-DASHBOARDS = ["tensorboard", "wandb", "trackio"]
+DASHBOARDS = ["tensorboard", "wandb"]
 
 
 def dashboards(text):
@@ -2856,8 +2812,7 @@ FLAGS["reports"] = {
     "steps_per_save": flag(None, "checkpoint interval (default: steps_per_eval)", type=SIZE),
     "eval_test": flag(False, "evaluate on the test split at the end"),
     "report_to": string_flag(
-        "dashboards for the metrics: tensorboard, wandb and trackio, with commas between them, or "
-        "none",
+        "dashboards for the metrics: tensorboard, wandb, both with a comma between them, or none",
         "NAMES",
         type=dashboards,
     ),
@@ -3693,57 +3648,48 @@ def set_up(flags, ranks, interrupts, stack):
 
 
 def list_runs(save_dir):
-    """Prints the runs in `save_dir` and their checkpoints, most recently saved first."""
+    """Prints a table of the runs in `save_dir`, the one with the best score first.
+
+    Each has its best checkpoint, or the newest if none has a score, and the flags that set it
+    apart.
+    """
     checkpoints = list_checkpoints(save_dir, warn=True)  # newest first
     if not checkpoints:
         print(NO_CHECKPOINT.format(save_dir))
         return
-    print(f"Checkpoints in {save_dir}: {len(checkpoints)}")
-    print("    checkpoint     iteration  valid nats  perplexity  saved")
-    for name, differences in flags_apart(checkpoints).items():
-        own = [each for each in checkpoints if each.run == name]
-        newest = own[0]
-        num_iters = (DEFAULTS | newest.flags)["num_iters"]
-        line = f"{name}: {newest.parameters:,} parameters, "
-        line += f"iteration {newest.iteration:,} of {num_iters:,}"
-        if differences:
-            line += f", {differences}"
-        print(textwrap.fill(printable(line), 100, subsequent_indent="    "))
-        best = best_of(own)
-        for each in own:
-            line = f"    {each.id[:12]}  {each.iteration:>12,}"
-            if each.score is None:
-                line += "           -           -"
-            else:
-                line += f"  {each.score:>10.4f}  {perplexity(each.score):>10.2f}"
-            line += time.strftime("  %Y-%m-%d %H:%M", time.localtime(each.saved))
-            if each is checkpoints[0]:
-                line += "  latest"  # of the folder
-            if each is best:
-                line += "  best"  # of the run
-            print(line)
+    newest = {}  # {run: checkpoint}
+    best = {}
+    for each in checkpoints:
+        newest.setdefault(each.run, each)
+        best[each.run] = min(best.get(each.run, each), each, key=by_score)
+    differences = flags_apart(checkpoints)
+    print(f"{'run':<24}{'trained':>20}{'valid nats':>12}{'iteration':>12}  checkpoint    flags")
+    for run, each in sorted(best.items(), key=lambda item: by_score(item[1])):
+        num_iters = (DEFAULTS | newest[run].flags)["num_iters"]
+        trained = f"{newest[run].iteration:,} of {num_iters:,}"
+        score = "-" if each.score is None else f"{each.score:.4f}"
+        place = f"{each.iteration:>12,}  {each.id[:12]}"
+        print(f"{run:<24}{trained:>20}{score:>12}{place}  {printable(differences[run])}")
+
+
+def by_score(checkpoint):
+    """A sort key of checkpoints: the lowest validation loss first, those without one last."""
+    return math.inf if checkpoint.score is None else checkpoint.score
 
 
 def flags_apart(checkpoints):
-    """The flags that tell the runs of these checkpoints apart, {run: "--dim 32 --seed 1"}.
+    """The flags that tell the runs of these checkpoints apart, {run: "--dim=32 --seed=1"}.
 
     Of each run, the newest checkpoint counts.
     """
-    flags = {}
-    for each in checkpoints:
-        if each.run not in flags:
-            flags[each.run] = vars(settle({}, each.flags))
-    differing = []
-    for name in INHERITED:
-        if len({str(of_run[name]) for of_run in flags.values()}) > 1:
-            differing.append(name)
-    texts = {}
-    for run, of_run in flags.items():
-        words = []
-        for argument in arguments_of({name: of_run[name] for name in differing}):
-            words += argument.split("=", 1)
-        texts[run] = shlex.join(words)
-    return texts
+    flags = {each.run: settle({}, each.flags) for each in reversed(checkpoints)}
+    apart = {run: [] for run in flags}
+    for name in SHAPING:
+        words = {run: arguments_of({name: getattr(flags[run], name)}) for run in flags}
+        if len({*map(str, words.values())}) > 1:
+            for run in flags:
+                apart[run] += words[run]
+    return {run: shlex.join(words) for run, words in apart.items()}
 
 
 def open_for_use(flags):
@@ -3848,13 +3794,8 @@ def describe_end(run, received):
     if run.scores:
         iteration, nats = min(run.scores, key=lambda score: score[1])
         trained += f", best: valid {nats:.4f} nats at iteration {iteration:,}"
-        if iteration < run.iteration:
-            trained += " (--identifier best)"
     if received:
-        resume = f"Rerun the command to resume, or: {again}"
-        if flags.new_model or flags.identifier:  # rerunning could begin yet another run
-            resume = f"To resume: {again}"
-        return f"{trained}\nStopped at iteration {run.iteration:,}. {resume}"
+        return f"{trained}\nStopped at iteration {run.iteration:,}. To resume: {again}"
     ended = f"Ended at iteration {run.iteration:,} of {flags.num_iters:,}"
     more = ""
     if run.iteration >= flags.num_iters:

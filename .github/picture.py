@@ -5,7 +5,7 @@
     python .github/picture.py compare FOLDER --nanogpt CLONE --dataset python
 
 CLONE is one of nanoGPT; it needs PyTorch in the environment. All that is drawn comes from the logs
-in FOLDER, of which each run's log.jsonl is as main.py has written it. `compare` only trains the
+in FOLDER, of which each run's log.csv is as main.py has written it. `compare` only trains the
 recipe `characters`, and nanoGPT's demo, as it is and tuned, on a dataset, and prints their
 validation losses.
 """
@@ -203,17 +203,17 @@ def newest(save_dir):
 
 def rows_of(save_dir, split):
     """The rows of a split in the log of the only run in a folder."""
-    rows = [row for _, row in main.read_log(newest(save_dir).folder / "log.jsonl")]
+    rows = main.read_log(newest(save_dir).folder / "log.csv")
     return [row for row in rows if row["split"] == split]
 
 
 def training_losses(save_dir):
-    return [(row["iteration"], row["loss"]) for row in rows_of(save_dir, "train")]
+    return [(int(row["iteration"]), float(row["loss"])) for row in rows_of(save_dir, "train")]
 
 
 def our_losses(save_dir):
     """(seconds, loss) of each evaluation."""
-    return [(row["seconds"], row["loss"]) for row in rows_of(save_dir, "valid")]
+    return [(float(row["seconds"]), float(row["loss"])) for row in rows_of(save_dir, "valid")]
 
 
 def nanogpt_losses(log):

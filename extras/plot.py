@@ -50,7 +50,7 @@ def plot_runs(checkpoints, path):
     """
     apart = flags_apart(checkpoints)
     folders = {each.folder.name: each.folder for each in checkpoints}
-    names = [name for name in sorted(folders) if (folders[name] / "log.jsonl").is_file()]
+    names = [name for name in sorted(folders) if (folders[name] / "log.csv").is_file()]
     if not names:
         raise UsageError(
             f"the runs in {checkpoints[0].folder.parent} have reported nothing yet (see "
@@ -69,7 +69,7 @@ def plot_runs(checkpoints, path):
     for i, name in enumerate(names):
         color = f"C{i}"
         for split, style in SPLIT_STYLES.items():
-            iterations, seconds, losses = columns_of(folders[name] / "log.jsonl", split, column)
+            iterations, seconds, losses = columns_of(folders[name] / "log.csv", split, column)
             shown += losses[iterations >= START * iterations.max(initial=0)].tolist()
             best = losses.argmin() if split == "valid" and len(losses) else None
             # Not the name first: labels that begin with _ are left out of legends.
@@ -110,12 +110,12 @@ def columns_of(log, split, column):
     below LARGEST_NUMBER are skipped.
     """
     values = []
-    for _, row in read_log(log):
+    for row in read_log(log):
         if row["split"] != split:
             continue
         try:
             numbers = [float(row[name]) for name in ("iteration", "seconds", column)]
-        except (ValueError, LookupError, TypeError, OverflowError):  # a damaged row
+        except (ValueError, KeyError):  # a damaged row, or one without this metric
             continue
         if all(abs(number) < LARGEST_NUMBER for number in numbers):  # nan is not
             values.append(numbers)

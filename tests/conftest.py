@@ -1,5 +1,6 @@
 """What the tests share: the program, run the way a user starts it, and small models and texts."""
 
+import csv
 import functools
 import json
 import os
@@ -223,8 +224,19 @@ def newest(save_dir):
 
 def log_rows(save_dir, split=None):
     """The rows in the log of the only run in a folder, or those of one split, as dicts."""
-    lines = (run_folder(save_dir) / "log.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    return rows_of(run_folder(save_dir) / "log.csv", split)
+
+
+def rows_of(path, split=None):
+    """The same for the log at a path: {name: number}, and the split as text."""
+    rows = []
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            numbers = {"split": row.pop("split")}
+            for name, text in row.items():
+                if text:
+                    numbers[name] = json.loads(text)
+            rows.append(numbers)
     return [row for row in rows if split in (None, row["split"])]
 
 

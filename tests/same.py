@@ -15,6 +15,7 @@ same names.
 """
 
 import argparse
+import csv
 import functools
 import hashlib
 import json
@@ -303,6 +304,26 @@ class Side:
         return whole, differences
 
 
+def read_lines(path):
+    """The rows in a file of JSON Lines, if there is one."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_log(run):
+    """The rows of a run's log."""
+    if not (run / "log.csv").exists():
+        return read_lines(run / "log.jsonl")  # of checkouts until November 2026
+    rows = []
+    with open(run / "log.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            texts = {name: text for name, text in row.items() if text and name != "split"}
+            numbers = {name: json.loads(text) for name, text in texts.items()}
+            rows.append(numbers | {"split": row["split"]})
+    return rows
+
+
 def facts_of(save_dir, output):
     """What there is to compare of a training, {(place, what): value}, in the order of places.
 
@@ -316,14 +337,12 @@ def facts_of(save_dir, output):
     if not weights:
         raise Failure(f"there is no file of checkpoint {last}")
     facts = []  # (iteration, what, value)
-    for path in sorted(weights.parent.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            iteration = row.pop("iteration")
-            split = row.pop("split")
-            for field, value in row.items():
-                if field not in MEASURED:
-                    facts.append((iteration, f"{split} {field}", value))
+    for row in [*read_log(weights.parent), *read_lines(weights.parent / "samples.jsonl")]:
+        iteration = row.pop("iteration")
+        split = row.pop("split", "sample")
+        for field, value in row.items():
+            if field not in MEASURED:
+                facts.append((iteration, f"{split} {field}", value))
     for checkpoint, iteration in saved:
         facts.append((int(iteration.replace(",", "")), "checkpoint", checkpoint))
     facts.sort(key=itemgetter(0))

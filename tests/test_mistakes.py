@@ -575,7 +575,7 @@ MISTAKES = [
     (
         "--text text.txt --dim 16 --learning_rate 1e30 --num_iters 30 --steps_per_save 99",
         "not finite",
-        "start over with --new_model --learning_rate 3e+29",
+        "choose a lower --learning_rate or --grad_clip, and start over with --new_model",
         1,
     ),
     # YAML files of flags

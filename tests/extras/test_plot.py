@@ -1,13 +1,12 @@
 """Plots of losses: what is drawn is compared with the log."""
 
 import itertools
-import json
 import math
 from argparse import Namespace
 
 import main
 import pytest
-from conftest import TINY, run, run_extra, run_folders
+from conftest import TINY, rows_of, run, run_extra, run_folders
 
 from extras import plot
 
@@ -24,19 +23,16 @@ def figures(monkeypatch):
     return figures
 
 
-def written(iteration, loss, seconds=None, **more):
+def written(iteration, loss, seconds="", bits_per_byte="", mine=""):
     """The line of a log that has these values of a step and no others."""
-    row = {"iteration": iteration, "split": "train", "loss": loss} | more
-    if seconds is not None:
-        row["seconds"] = seconds
-    return json.dumps(row)
+    return f"{iteration},train,{loss},{seconds},{bits_per_byte},{mine}"
 
 
 def make_log(folder, *lines):
     """Writes these lines into the log of the run in a folder, to be made; returns its path."""
     folder.mkdir()
-    path = folder / "log.jsonl"
-    path.write_text("\n".join(lines))
+    path = folder / "log.csv"
+    path.write_text("\n".join(["iteration,split,loss,seconds,bits_per_byte,mine", *lines]))
     return path
 
 
@@ -67,28 +63,28 @@ def test_losses(trained, figures, count):
     for folder, split in wanted:
         label = f"{split} {folder.name}"
         if split == "valid":
-            best = min(rows_of(folder, "valid"), key=lambda row: row["loss"])
+            best = best_of(folder)
             label += f": best {best['loss']:.4f} at {best['iteration']}"
             if len(folders) == 2:
-                label += f"\n--seed {seed_of(folder)}"
+                label += f"\n--seed={seed_of(folder)}"
         labels.append(label)
     assert [line.get_label() for line in curves] == labels
     for axis, column, unit in ((by_iteration, "iteration", 1), (by_minute, "seconds", 60)):
         curves = [line for line in axis.lines if line.get_marker() != "*"]
         stars = [line for line in axis.lines if line.get_marker() == "*"]
         for star, folder in zip(stars, folders, strict=True):
-            best = min(rows_of(folder, "valid"), key=lambda row: row["loss"])
+            best = best_of(folder)
             assert star.get_xydata().tolist() == [[best[column] / unit, best["loss"]]]
         for line, (folder, split) in zip(curves, wanted, strict=True):
-            points = [[row[column] / unit, row["loss"]] for row in rows_of(folder, split)]
+            rows = rows_of(folder / "log.csv", split)
+            points = [[row[column] / unit, row["loss"]] for row in rows]
             assert points
             assert line.get_xydata().tolist() == points
 
 
-def rows_of(folder, split):
-    """The rows of a split in a run's log, as dicts."""
-    rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [row for row in rows if row["split"] == split]
+def best_of(folder):
+    """The row of the best score in a run's log."""
+    return min(rows_of(folder / "log.csv", "valid"), key=lambda row: row["loss"])
 
 
 def seed_of(folder):
@@ -111,10 +107,8 @@ def test_a_run_whose_name_begins_with_an_underscore(tmp_path, figures):
 
 
 @pytest.mark.parametrize("cut", [
-    "{",
-    '{"iteration": 20',
-    '{"iteration": 20, "split": "train", "loss": 0.5',
-    written(20, 0.5),
+    "20,",
+    "20,train,0.5",
     written(20, 0.5, 6),
 ])  # fmt: skip
 def test_a_log_whose_last_line_was_cut_off(tmp_path, figures, cut):
@@ -128,13 +122,15 @@ def test_a_log_whose_last_line_was_cut_off(tmp_path, figures, cut):
 
 @pytest.mark.parametrize("row", [
     written(20, "", 60),
-    written(20, math.nan, 60),
-    written(20, 10**400, 60),
-    "[" * 10_000,
+    written(20, 1.5, math.nan),
+    written(20, 1e308, 60),
+    written("9" * 5000, 1.5, 60),
+    "\0\0\0,,",
+    "x" * 200_000,
 ])  # fmt: skip
 def test_damaged_rows_are_skipped(tmp_path, row, figures):
     path = make_log(tmp_path / "run", written(10, 1.5, 60), row, written(30, 1.25, 180), "")
-    (tmp_path / "folder" / "log.jsonl").mkdir(parents=True)
+    (tmp_path / "folder" / "log.csv").mkdir(parents=True)
     runs = [made_by(tmp_path / "run"), made_by(tmp_path / "folder")]
     plot.plot_runs(runs, "x.png")
     by_iteration, by_minute = figures[0].axes

@@ -123,8 +123,8 @@ def run_ranks(size, folder, *arguments, **options):
 
 def losses(save_dir):
     """The losses in the log of the run saved last."""
-    rows = main.read_log(newest(save_dir).folder / "log.jsonl")
-    return np.array([row["loss"] for _, row in rows])
+    rows = main.read_log(newest(save_dir).folder / "log.csv")
+    return np.array([float(row["loss"]) for row in rows])
 
 
 def weights(save_dir):
