@@ -107,7 +107,7 @@ NOT_NEEDED = {
     "tie tie_embeddings tie_weights tie_word_embeddings weight_tying": "tied, unless --untie",
     "train": "training is the default",
     "train_fraction train_split": "--valid_fraction is the share that is held out: 1 minus this",
-    "tensorboard trackio wandb wandb_log": "--report_to wandb, or tensorboard, trackio",
+    "tensorboard trackio wandb wandb_log": "--report_to wandb, or tensorboard",
 }
 # Flags, and values that they do not take, with what to do instead.
 OTHER_VALUES = {

@@ -378,7 +378,7 @@ def read_kept(run):
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             record = header["__metadata__"]["record"]
             sha1 = hashlib.sha1(record.encode()).hexdigest()
-            is_whole = sha1 == header["__metadata__"]["record_sha1"]
+            is_whole = sha1 == header["__metadata__"]["sha1"]
         except (ValueError, KeyError):
             continue
         if is_whole and path.with_suffix(".safetensors").exists():
@@ -599,21 +599,12 @@ class Scenario:
     def work(self, name, disk=None):
         return Work(self.place / name, self.template, disk)
 
-    def again(self, work):
-        """The command that goes on after a fault."""
-        if "--identifier" in self.line:  # again, that would be another branch
-            before = {run.name for run in run_folders(self.template)}
-            for run in run_folders(work.folder):
-                if run.name not in before:
-                    return ["--identifier", run.name, *self.line[2:]]
-        return self.line
-
     def finish(self, work, leg=None):
         """Ends a run that was struck, undisturbed. Raises Failure if it does not end as it must.
 
         leg: the one before.
         """
-        last = work.leg(self.again(work))
+        last = work.leg(self.line)
         expect(last.status == 0, f"undisturbed, it ended with {last.status}:", last.err)
         if leg and leg.saved:
             expect(last.run == leg.run, f"{last.run} began beside {leg.run}")
