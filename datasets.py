@@ -37,7 +37,6 @@ import atexit
 import base64
 import codecs
 import contextlib
-import difflib
 import errno
 import functools
 import glob
@@ -217,15 +216,15 @@ def without_comments(source):
 
 
 def user_path(path):
-    """`path` with a leading ~ or ~name replaced by that user's home folder.
+    """`path` with ~, ~name and $NAME replaced by what they stand for.
 
-    Raises UsageError if the home is unknown, unless a file has literally that name.
+    Raises UsageError if they stand for nothing, unless a file has literally that name.
     """
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~") and not os.path.lexists(expanded):
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    if (expanded.startswith("~") or "$" in expanded) and not os.path.lexists(expanded):
         raise UsageError(
-            f"{path}: no such user, or one without a home; write the folder out "
-            "(./ goes before a name that begins with ~)"
+            f"{path}: no such user or variable; write the folder out (./ goes before a name that "
+            "begins with ~)"
         )
     return expanded
 
@@ -437,141 +436,31 @@ def number(kind, least, most=math.inf):
 SIZE = number(int, 1, LARGEST)
 
 
-def flag(default, help, **options):
-    """A flag: its default and argparse's options. A default of True or False makes it a switch."""
-    if isinstance(default, bool):
-        options["action"] = "store_true"
-    if options.get("nargs") == "+":
-        options["action"] = "extend"  # `--text a --text b` names both
-    convert = options.get("type")
-    if hasattr(convert, "metavar"):
-        options["metavar"] = convert.metavar
-    if default and default is not True:
-        help += f" (default: {default})"
-    return default, options | {"help": help}
-
-
-def choice(default, choices, help):
-    """A flag that takes one of `choices`."""
-    return flag(default, help, choices=list(choices))
+def word(text):
+    """A flag's type: a text that is not empty."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("is empty: give it a value, or leave it out")
+    return text
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are UsageErrors with hints; argparse would print its whole usage."""
+    """A parser whose errors are UsageErrors; argparse would print its whole usage.
 
-    last_hint = "--help lists all flags"  # of every message
-    arguments = ()  # the command line
+    It takes --num-iters for --num_iters, too.
+    """
 
     def error(self, message):
-        hints = []
-        match = re.match(r"argument --(\w+): (.*)", message, re.DOTALL)
-        if match:
-            hints.append(self.hint_for_fault(*match.groups()))
-        # argparse stops at the first fault; other programs' names may follow it.
-        for argument in self.arguments:
-            name, _, _ = argument.partition("=")
-            if name.startswith("--") and name not in self._option_string_actions:
-                hints.append(self.hint_for_argument(argument))
-        raise UsageError(f"{message} ({self.join(hints)})")
-
-    def join(self, hints):
-        """All hints on one line; None stands for a hint that is not known."""
-        known = [*filter(None, hints), self.last_hint]
-        return "; ".join(dict.fromkeys(known))  # each once
-
-    def parse_args(self, args=None, namespace=None):
-        """The flags of a command line. Raises UsageError, with hints for the unknown ones."""
-        values, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            hints = self.join(map(self.hint_for_argument, unknown))
-            raise UsageError(f"unrecognized arguments: {' '.join(unknown)} ({hints})")
-        return values
+        raise UsageError(f"{message} (--help lists all flags)")
 
     def parse_known_args(self, args=None, namespace=None):
-        """Takes --num-iters for --num_iters, too."""
-        self.arguments = [self.underscored(each) for each in args]
-        return super().parse_known_args(self.arguments, namespace)
-
-    def underscored(self, argument):
-        """An argument; if it is a flag of this parser written with hyphens, it gets underscores."""
-        name, equals, value = argument.partition("=")
-        name = "--" + name[2:].replace("-", "_")
-        name = name.replace("--no_", "--no-")
-        is_flag = argument.startswith("--") and name in self._option_string_actions
-        return f"{name}{equals}{value}" if is_flag else argument
-
-    def hint_for_argument(self, argument):
-        """A hint for an unknown argument of the command line, or None."""
-        if argument.startswith(("-", "—")):
-            name, _, _ = argument.lstrip("-—").partition("=")
-            return self.hint(name.lower().replace("-", "_"))
-        for before, each in zip(["", *self.arguments], self.arguments):
-            hint = self.hint_for_word(argument, before) if each == argument else None
-            if hint:
-                return hint
-        return None
-
-    def hint(self, name):
-        """A hint for the name of an unknown flag, or None."""
-        flags = [action.dest for action in self._actions]
-        with contextlib.suppress(UsageError):  # if its file is missing
-            known = extra("names").explain(name, flags)
-            if known:
-                return known
-        similar = difflib.get_close_matches(name, flags, 1, 0.75)
-        return f"--{similar[0]}?" if similar else None
-
-    def hint_for_word(self, word, before):
-        """A hint for an argument that belongs to no flag, or None; `before`: that before it."""
-        action = self._option_string_actions.get(before)
-        is_switch = action is not None and action.nargs == 0
-        if not is_switch and before.startswith(("-", "—")) and "=" not in before:
-            return None  # the value of an unknown flag
-        flags = [each.dest for each in self._actions]
-        hint = "is a flag before it missing, or quotes around it?"
-        if is_switch:
-            hint = f"{before} takes no value"
-            if not before.startswith("--no-"):
-                hint += f": --no-{action.dest} turns it off"
-        with contextlib.suppress(UsageError):
-            names = extra("names")
-            if is_switch:
-                hint = names.explain(before.lstrip("-"), flags) or hint
-            else:
-                hint = names.explain_word(word, flags) or hint
-        return hint
-
-    def hint_for_value(self, name, value):
-        """A hint for a value that a flag does not take, or None."""
-        with contextlib.suppress(UsageError):
-            known = extra("names").explain_value(name, value)
-            if known:
-                return known
-        choices = self._option_string_actions[f"--{name}"].choices or []
-        similar = difflib.get_close_matches(value, map(str, choices), 1)
-        return f"{similar[0]}?" if similar else None
-
-    def hint_for_fault(self, name, fault):
-        """A hint for what argparse finds wrong with a flag of this parser, or None."""
-        action = self._option_string_actions[f"--{name}"]
-        if fault.startswith("expected"):  # an argument
-            value = action.metavar or " or ".join(map(str, action.choices or ["VALUE"]))
-            return f"--{name} {value}: {action.help}"
-        if fault.startswith("ignored explicit argument"):
-            return f"--{name} takes no value: --no-{name} turns it off"
-        if fault.startswith("invalid choice"):
-            quoted = re.search("'(.*?)'", fault, re.DOTALL)
-            return quoted and self.hint_for_value(name, quoted[1])
-        return None
-
-
-def refuse_empty(name, value):
-    """Raises UsageError if a flag's value, or one of a list, is empty or has a null character."""
-    values = value if isinstance(value, list) else [value]
-    if "" in values:
-        raise UsageError(f"--{name} is empty: give it a value, or leave it out")
-    if "\0" in "".join(map(str, values)):  # only a --config file can hold one
-        raise UsageError(f"--{name} holds a null character: leave it out")
+        spelled = []
+        for argument in args:
+            name, equals, value = argument.partition("=")
+            if re.fullmatch("--[a-z][a-z0-9_-]*", name):
+                name = "--" + name[2:].replace("-", "_")
+                name = name.replace("--no_", "--no-")
+            spelled.append(f"{name}{equals}{value}")
+        return super().parse_known_args(spelled, namespace)
 
 
 # ---- Data types ---------------------------------------------------------------------------------
@@ -2192,123 +2081,25 @@ def map_dataset(name, cache, about, train_tokens):
 
 
 def tokenizer_name(text):
-    """An argparse type: a kind of tokenizer, or the absolute path of a tokenizer.json."""
-    if text in KINDS or not text:  # an empty one is refused with all other empty values
-        return text
-    return os.path.abspath(user_path(text))  # valid in any working directory
-
-
-# The flags that specify a corpus and where files lie, shared with main.py.
-DATA_FLAGS = {
-    "dataset": choice("ptb", [name for name in CORPORA if name != "text"], "training corpus"),
-    "text": flag(
-        None,
-        "train on your own files, folders or glob patterns instead: UTF-8 text, .jsonl (or "
-        ".jsonl.gz, .jsonl.zst) or .parquet, or nanoGPT's .bin with --tokenizer gpt2",
-        nargs="+",
-        metavar="PATH",
-    ),
-    "valid_text": flag(
-        None, "validation files (default: a share of --text)", nargs="+", metavar="PATH"
-    ),
-    "test_text": flag(None, "test files", nargs="+", metavar="PATH"),
-    "valid_fraction": flag(
-        0.1, "share of --text held out for validation", type=number(float, 0.001, 0.5)
-    ),
-    "text_field": flag("text", "field of .jsonl and .parquet that holds the text", metavar="NAME"),
-    "train_tokens": flag(
-        None,
-        "train on the first N tokens only (default: all); the whole text is encoded anyway",
-        type=SIZE,
-    ),
-    "tokenizer": flag(
-        "auto",
-        "byte, char, word, bpe, gpt2 or a tokenizer.json; auto: the usual one of the corpus",
-        type=tokenizer_name,
-        metavar="KIND",
-    ),
-    # 257: the bytes and the end token.
-    "vocab_size": flag(32000, "vocabulary size of --tokenizer bpe", type=number(int, 257, 2**20)),
-    "save_dir": flag(
-        None, "folder for checkpoints: one folder per run (default: ./runs)", metavar="DIR"
-    ),
-    "data_dir": flag(
-        None,
-        "folder for corpora, downloads and tokens, which can be made again (default: --save_dir, "
-        "if that is given, else ~/.cache/transformer-lm)",
-        metavar="DIR",
-    ),
-    "mirror": flag(
-        None,
-        "URL or folder of <dataset>/<file>, used instead of the usual hosts",
-        metavar="URL",
-    ),
-}
-
-
-def parse(arguments):
-    """The flags in these arguments, as a Namespace. Raises UsageError."""
-    parser = Parser(prog="datasets.py", description=main.__doc__, allow_abbrev=False)
-    parser.last_hint += "; main.py trains"
-    for name, (default, options) in DATA_FLAGS.items():
-        parser.add_argument(f"--{name}", default=default, **options)
-    parser.set_defaults(dataset=None, vocab_size=None)  # tells whether they were given
-    parser.add_argument(
-        "--save_tokenizer",
-        metavar="FILE",
-        type=user_path,
-        help="write the tokenizer as a tokenizer.json",
-    )
-    names = [argument.partition("=")[0].replace("-", "_") for argument in arguments]
-    if "__distill_from" in names:
-        raise UsageError(
-            "--distill_from is a flag of another command: python -m extras.collect "
-            "--distill_from URL --teacher_model NAME --teacher_prompts FILE --output DIR"
-        )
-    return parser.parse_args(arguments)
-
-
-def check_flags(flags):
-    """Raises UsageError if flags contradict each other or lack a value."""
-    for name, value in vars(flags).items():
-        refuse_empty(name, value)
-    if (flags.valid_text or flags.test_text) and not flags.text:
-        raise UsageError("--valid_text and --test_text require --text")
-    if flags.text and flags.dataset:
-        raise UsageError("--text and --dataset are mutually exclusive: use one of them")
-    if flags.save_tokenizer and os.path.exists(flags.save_tokenizer):
-        check_not_read(flags)
-
-
-def check_not_read(flags):
-    """Raises UsageError if --save_tokenizer is a file that another flag names, too."""
-    written = Path(flags.save_tokenizer).resolve()
-    named = [flags.tokenizer]
-    for paths in (flags.text, flags.valid_text, flags.test_text):
-        named += paths or []
-    for pattern in named:
-        for path in glob.glob(user_path(pattern), recursive=True):
-            if written.is_relative_to(Path(path).resolve()):
-                raise UsageError(
-                    f"--save_tokenizer {flags.save_tokenizer} would overwrite what another flag "
-                    "names: give another name"
-                )
+    """A flag's type: auto, a kind of tokenizer, or the absolute path of a tokenizer.json."""
+    return text if text in KINDS else os.path.abspath(user_path(word(text)))
 
 
 def main(arguments):
-    """Prepares and summarizes a corpus ahead of training."""
-    flags = parse(arguments)
-    check_flags(flags)
-    options = {name: getattr(flags, name) for name in DATA_FLAGS if name != "dataset"}
-    options["data_dir"] = open_data_dir(flags.data_dir, flags.save_dir)
-    options["save_dir"] = flags.save_dir or "runs"  # main.py's default: no text, either
-    if flags.vocab_size is None:
-        options["vocab_size"], _ = DATA_FLAGS["vocab_size"]
-    elif flags.tokenizer != "bpe":
-        line = f"--vocab_size has no effect with --tokenizer {flags.tokenizer}."
-        print(line, file=sys.stderr)
-    default, _ = DATA_FLAGS["dataset"]
-    dataset = load_dataset("text" if flags.text else flags.dataset or default, **options)
+    """Prepares a corpus ahead of training, and prints its sizes."""
+    parser = Parser(prog="datasets.py", description=main.__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--dataset", default="ptb", choices=[*CORPORA])
+    add("--text", default=[], nargs="+", action="extend", help="your own files", metavar="PATH")
+    add("--tokenizer", default="auto", type=tokenizer_name, metavar="KIND")
+    add("--vocab_size", default=32000, type=number(int, 257, 2**20), metavar="N")
+    add("--data_dir", help="folder for downloads and tokens", metavar="DIR")
+    add("--mirror", help="URL or folder of <dataset>/<file>", metavar="URL")
+    add("--save_tokenizer", help="write the tokenizer as a tokenizer.json", metavar="FILE")
+    flags = parser.parse_args(arguments)
+    name = "text" if flags.text else flags.dataset
+    options = {key: getattr(flags, key) for key in ("text", "tokenizer", "vocab_size", "mirror")}
+    dataset = load_dataset(name, open_data_dir(flags.data_dir), **options)
     if flags.save_tokenizer:
         save_tokenizer(dataset.tokenizer, flags.save_tokenizer)
     print_summary(dataset)

@@ -51,6 +51,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import difflib
 import errno
 import functools
 import hashlib
@@ -88,12 +89,12 @@ except ImportError as error:
     print(f"main.py: {error}: {remedy}", file=sys.stderr)
     sys.exit(2)
 
-from datasets import CORPORA, DATA_FLAGS, LARGEST, SIZE, SPLITS, TOKENIZERS, Dataset, Parser
-from datasets import RunError, UsageError, choice, describe_tokenizer, discard, end_of_text
-from datasets import explained, extra, flag, load_dataset, make_writable, new_file, no_follow
-from datasets import number, one_line, open_code_dir, open_data_dir, printable, publish
-from datasets import refuse_empty, remove_leftovers, repair_streams, replacing, run_command, sync
-from datasets import tokenizer_from_dict, user_path, utf8, without_comments
+from datasets import CORPORA, LARGEST, SIZE, SPLITS, TOKENIZERS, Dataset, Parser, RunError
+from datasets import UsageError, describe_tokenizer, discard, end_of_text, explained, extra
+from datasets import load_dataset, make_writable, new_file, no_follow, number, one_line
+from datasets import open_code_dir, open_data_dir, printable, publish, remove_leftovers
+from datasets import repair_streams, replacing, run_command, sync, tokenizer_from_dict
+from datasets import tokenizer_name, user_path, utf8, without_comments, word
 
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
 
@@ -1457,7 +1458,7 @@ class Checkpoint(Progress):
     id: str  # the SHA1 of its weights
     state_sha1: str  # of the arrays in its .metadata, see sha1_of_arrays
     saved: float  # when, in seconds since 1970; later than those before it in its run
-    flags: dict  # those in INHERITED, as they were settled
+    flags: dict  # those in SAVED, as they were settled
     config: dict  # the fields of a Config
     parameters: int  # of the whole model
     tokens_sha256: dict  # of the training and validation texts, see Dataset
@@ -1655,7 +1656,7 @@ def read_checkpoint(metadata_path):
     for values in checkpoint.stretches:
         checked(Stretch, values)
     checked(Config, checkpoint.config)
-    check_flags(checkpoint.flags)
+    check_values(checkpoint.flags)
     if checkpoint.id != metadata_path.stem:
         raise ValueError(f"it belongs to {checkpoint.id[:12]}")
     return checkpoint
@@ -1682,22 +1683,6 @@ def checked(kind, values):
         if is_number and not least <= value < 1e15:
             raise ValueError(f"its {name} is out of range")
     return kind(**values)
-
-
-def check_flags(values):
-    """Raises ValueError unless `values` are flags that a command could have set."""
-    set_values = {}
-    for name, value in values.items():
-        if name not in INHERITED:
-            raise ValueError(f"this program has no flag {name!r}")
-        if value is not None:
-            set_values[name] = value
-        elif DEFAULTS[name] is not None:
-            raise ValueError(f"its flag {name} has no value")
-    with explained("its flags are invalid", kind=ValueError):
-        if parse(arguments_of(set_values)) != set_values:
-            raise ValueError("some are of another type")
-        settle({}, values)  # which listing does, too
 
 
 def list_checkpoints(save_dir, warn=False):
@@ -1866,12 +1851,9 @@ def state_arrays(run):
 
 def describe_run(run):
     """The fields of a Checkpoint of a run in its current state, but for the three of `save`."""
-    flags = {name: getattr(run.flags, name) for name in INHERITED}
-    if flags["text"]:
-        del flags["dataset"]  # which it implies
     return run.progress() | {
         "format_version": FORMAT_VERSION,
-        "flags": flags,
+        "flags": {name: getattr(run.flags, name) for name in SAVED},
         "config": dataclasses.asdict(run.model.config),
         "parameters": count_parameters(run.model.parameters()),
         "tokens_sha256": run.dataset.sha256,
@@ -2548,12 +2530,9 @@ def start_notices(run):
             "Intel CPU with AMX, extras/fast.py and oneDNN (pip install onednn-cpu-gomp). "
             "Computing in float32."
         )
-    for name, (other, values) in NEEDS.items():
-        if name in flags.given and getattr(flags, other) not in values:
-            yield f"--{name} has no effect with --{other} {getattr(flags, other)}."
-    for name in ORIGINS:
-        if getattr(flags, name) and "vocab_size" in flags.given and flags.tokenizer == "bpe":
-            yield f"--vocab_size has no effect with --{name}, whose tokenizer is used."
+    useless = useless_flags(flags)
+    if useless:
+        yield f"No effect here: --{', --'.join(useless)}."
 
 
 def describe_resume(checkpoint, run):
@@ -2561,7 +2540,7 @@ def describe_resume(checkpoint, run):
     old = settle({}, checkpoint.flags)
     new = run.flags
     changes = []
-    for name in INHERITED:
+    for name in SAVED:
         if getattr(old, name) != getattr(new, name):
             changes.append(f"--{name} {getattr(old, name)} -> {getattr(new, name)}")
     yield f"resumed  with {', '.join(changes) or 'unchanged flags'}"
@@ -2705,6 +2684,41 @@ def print_reply(conversation, line, flags):
 
 # ---- Flags --------------------------------------------------------------------------------------
 
+
+class Flag(NamedTuple):
+    """A row of FLAGS."""
+
+    default: object
+    convert: object  # turns what is typed into the value, or raises ValueError; bool: a switch
+    help: str
+    also: str = ""  # its names in other programs, where meaning and unit are the same
+    several: bool = False  # it takes several values
+
+
+def one_of(choices):
+    """A flag's type: one of these words."""
+
+    def convert(text):
+        if text in choices:
+            return text
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices)}, not {text}")
+
+    convert.metavar = f"{{{','.join(choices)}}}"
+    return convert
+
+
+def bits(text):
+    """A flag's type: bits of a quantized weight; "int8" is 8."""
+    return int(one_of(["4", "8", "16"])(text.removeprefix("int")))
+
+
+def dashboards(text):
+    """A flag's type: names of dashboards with commas between them."""
+    for name in text.split(","):
+        one_of(["tensorboard", "wandb", "none"])(name)
+    return text
+
+
 COUNT = number(int, 0, LARGEST)
 RATE = number(float, 0)
 SHARE = number(float, 0, 1)
@@ -2721,218 +2735,197 @@ PRESETS = {
     "350m": {"dim": 768, "num_heads": 12, "num_blocks": 16, "context_size": 2048},
 }
 
-
-def string_flag(help, metavar="FILE", **options):
-    """A flag that takes a name, a path or a text, and has no default."""
-    return flag(None, help, metavar=metavar, **options)
-
-
-DASHBOARDS = ["tensorboard", "wandb"]
-
-
-def dashboards(text):
-    """An argparse type: names of DASHBOARDS with commas between them, or none."""
-    if not {*text.split(",")} <= {*DASHBOARDS, "none"}:
-        known = ", ".join(DASHBOARDS)
-        raise argparse.ArgumentTypeError(f"must be none, or some of {known}, not {text}")
-    return text
-
-
-# {group: {flag: row}}, one statement per group. Defaults are set here; where a default of None
-# depends on other flags, the help says how, and `settle` fills it in. --help and --config files
-# have the same groups. A new flag needs one row: in the group "training", another value is another
-# run (see SHAPING for the exceptions); in "model", it is a field of Config, too.
+# {group: {flag: row}}. The group says what a flag does. `data`, `model`, `start` and `training`
+# shape a run: another value is another run; only those of `training` may change in a branch. `run`
+# may change at any time. These five are saved with a run; `sampling` and `command` are not. Where a
+# default of None depends on other flags, the help says how, and `settle` fills it in.
 FLAGS = {}
 
-FLAGS["run"] = DATA_FLAGS | {
-    "identifier": string_flag(
-        "checkpoint to resume or sample: SHA1 prefix, run name, latest or best", "ID"
+FLAGS["data"] = {
+    "dataset": Flag("ptb", one_of([*CORPORA]), "training corpus", "dataset_name"),
+    "text": Flag(None, word, "train on your own files, folders, glob patterns", several=True),
+    "valid_text": Flag(None, word, "validation files (default: a share of --text)", several=True),
+    "valid_fraction": Flag(
+        0.1, number(float, 0.001, 0.5), "share of --text held out", "val_fraction val_split"
     ),
-    "new_model": flag(False, "start a new run even if one could be resumed"),
-    "num_iters": flag(100000, "total number of training steps", type=SIZE),
-    "max_minutes": flag(None, "stop after this much training time in this session", type=RATE),
-    "config": string_flag(
-        "YAML file of flags, or the name of one in extras/recipes (a file of that name comes "
-        "first); the command line overrides it"
+    "text_field": Flag("text", word, "field of .jsonl and .parquet with the text", "text_column"),
+    "train_tokens": Flag(None, SIZE, "train on the first N tokens only (default: all)"),
+    "tokenizer": Flag(
+        "auto", tokenizer_name, "byte, char, word, bpe, gpt2, FILE; auto: the corpus's usual one"
     ),
-    "preset": choice(None, PRESETS, "sets dim, num_heads, num_blocks and context_size"),
-    "gpu": flag(False, "run on the GPU instead of the CPU"),
-    "seed": flag(42, "random seed of weights, batches, dropout and samples", type=COUNT),
+    # 257: the bytes and the end token.
+    "vocab_size": Flag(32000, number(int, 257, 2**20), "vocabulary size of --tokenizer bpe"),
 }
 
 FLAGS["model"] = {
-    "context_size": flag(48, "context length in tokens", type=SIZE),
-    "num_blocks": flag(4, "number of transformer blocks", type=number(int, 1, 2**12)),
-    "dim": flag(1024, "model dimension", type=number(int, 1, 2**16)),
-    "num_heads": flag(8, "number of query heads", type=SIZE),
-    "num_kv_heads": flag(None, "number of key/value heads (default: num_heads)", type=SIZE),
-    "mlp": choice("relu2", MLPS, "activation of the feed-forward layers"),
-    "mlp_dim": flag(
-        None,
-        "width of the feed-forward layers (default: 4 dim; swiglu: 8/3 dim, rounded up to a "
-        "multiple of 64)",
-        type=number(int, 1, 2**18),
+    "context_size": Flag(
+        48, SIZE, "context length in tokens", "block_size context_length n_ctx seq_len seq_length"
+        " max_seq_len max_seq_length sequence_length"
     ),
-    "qk_norm": flag(False, "RMS-normalize queries and keys"),
-    "untie": flag(False, "separate output matrix instead of tied embeddings"),
+    "num_blocks": Flag(
+        4, number(int, 1, 2**12), "transformer blocks", "depth n_layer n_layers num_layers"
+        " num_hidden_layers"
+    ),
+    "dim": Flag(
+        1024, number(int, 1, 2**16), "model dimension", "d_model embedding_dim hidden_size n_embd"
+        " n_embed"
+    ),
+    "num_heads": Flag(8, SIZE, "query heads", "n_head n_heads num_attention_heads"),
+    "num_kv_heads": Flag(
+        None, SIZE, "key/value heads (default: num_heads)", "n_kv_head n_kv_heads"
+        " num_key_value_heads"
+    ),
+    "mlp": Flag("relu2", one_of(MLPS), "activation of the feed-forward layers", "activation"),
+    "mlp_dim": Flag(
+        None, number(int, 1, 2**18), "width of the feed-forward layers (default: 4 dim; swiglu: "
+        "8/3 dim, rounded up to a multiple of 64)", "d_ff ff_dim ffn_dim intermediate_size"
+    ),
+    "qk_norm": Flag(False, bool, "RMS-normalize queries and keys"),
+    "untie": Flag(False, bool, "separate output matrix instead of tied embeddings"),
+}
+
+FLAGS["start"] = {
+    "seed": Flag(42, COUNT, "of weights, batches, dropout and samples", "random_seed"),
+    "optimizer": Flag(
+        "adamw",
+        one_of(OPTIMIZERS),
+        f"muon: for the blocks' matrices, at {MUON_RATE} times the learning rate",
+        "optim",
+    ),
+    "init_from": Flag(None, word, "start from a checkpoint, a Hugging Face folder, or ORG/NAME"),
+    "lora_rank": Flag(None, SIZE, "train only LoRA adapters of this rank, on --init_from"),
+    "lora_alpha": Flag(None, RATE, "adapters are scaled by alpha / rank (default: 2 rank)"),
+    "teacher": Flag(None, word, "distill from this model, named as for --init_from"),
 }
 
 FLAGS["training"] = {
-    "batch_size": flag(32, "sequences per batch", type=number(int, 1, 2**20)),
-    "grad_accumulation": flag(1, "batches per optimizer step", type=SIZE),
-    "learning_rate": flag(3e-4, "peak learning rate", type=RATE),
-    "min_lr": flag(None, "final learning rate (default: a tenth of the peak)", type=RATE),
-    "weight_decay": flag(1e-5, "decoupled weight decay of the matrices", type=RATE),
-    "embedding_decay": flag(
-        None, "weight decay of embeddings and output matrix (default: weight_decay)", type=RATE
+    "batch_size": Flag(
+        32, number(int, 1, 2**20), "sequences per batch", "device_batch_size micro_batch_size"
+        " per_device_train_batch_size"
     ),
-    "beta1": flag(0.9, "AdamW's beta1, decay rate of the mean gradient", type=BETA),
-    "beta2": flag(0.99, "AdamW's beta2, decay rate of the mean squared gradient", type=BETA),
-    "optimizer": choice(
-        "adamw",
-        OPTIMIZERS,
-        f"muon: for the blocks' matrices, at {MUON_RATE} times the learning rate",
+    "grad_accumulation": Flag(
+        1, SIZE, "batches per optimizer step", "gradient_accumulation_steps grad_accum_steps"
     ),
-    "lr_warmup": flag(200, "warmup steps", type=COUNT),
-    "lr_schedule": choice("constant", SCHEDULES, "schedule after warmup"),
-    "lr_cooldown": flag(1.0, "share of the steps, at the end, of the rate's decay", type=SHARE),
-    "grad_clip": flag(1.0, "maximum gradient norm; 0: no clipping", type=RATE),
-    "dropout": flag(0.0, "dropout rate of embeddings and residual branches", type=DROPOUT),
-    "dropout_final": flag(None, "final dropout rate (linear schedule)", type=DROPOUT),
-    "dtype": choice("float32", ["float32", "bfloat16"], "bfloat16: with float32 weights"),
-    "grad_checkpoint": flag(False, "gradient checkpointing: less memory, more compute"),
-    "average": flag(0.0, "average the weights over about this last share of steps", type=SHARE),
-    "patience": flag(None, "stop after this many evaluations without improvement", type=SIZE),
+    "learning_rate": Flag(3e-4, RATE, "peak learning rate", "lr max_lr"),
+    "min_lr": Flag(None, RATE, "final learning rate (default: a tenth of the peak)", "final_lr"),
+    "weight_decay": Flag(1e-5, RATE, "decoupled weight decay of the matrices", "wd"),
+    "embedding_decay": Flag(
+        None, RATE, "that of embeddings and output matrix (default: weight_decay)"
+    ),
+    "beta1": Flag(0.9, BETA, "AdamW's beta1, decay rate of the mean gradient", "adam_beta1"),
+    "beta2": Flag(0.99, BETA, "AdamW's beta2, that of the mean squared gradient", "adam_beta2"),
+    "lr_warmup": Flag(
+        200, COUNT, "warmup steps", "warmup_iters warmup_steps num_warmup_steps"
+    ),
+    "lr_schedule": Flag(
+        "constant", one_of(SCHEDULES), "schedule after warmup", "lr_scheduler_type"
+    ),
+    "lr_cooldown": Flag(1.0, SHARE, "share of the steps, at the end, of the rate's decay"),
+    "grad_clip": Flag(
+        1.0, RATE, "maximum gradient norm; 0: no clipping", "clip_grad_norm max_grad_norm"
+    ),
+    "dropout": Flag(0.0, DROPOUT, "dropout rate of embeddings and residual branches"),
+    "dropout_final": Flag(None, DROPOUT, "final dropout rate (linear schedule)"),
+    "dtype": Flag("float32", one_of(["float32", "bfloat16"]), "bfloat16: with float32 weights"),
+    "average": Flag(0.0, SHARE, "average the weights over about this last share of steps"),
+    "teacher_weight": Flag(0.5, SHARE, "weight of the distillation loss"),
+    "teacher_temperature": Flag(2.0, number(float, 0.01, 100), "distillation temperature"),
 }
 
-FLAGS["reports"] = {
-    "steps_per_report": flag(10, "report interval in steps", type=SIZE),
-    "steps_per_eval": flag(1000, "evaluation interval in steps", type=SIZE),
-    "eval_tokens": flag(100000, "validation tokens per evaluation; 0: all", type=COUNT),
-    "steps_per_save": flag(None, "checkpoint interval (default: steps_per_eval)", type=SIZE),
-    "eval_test": flag(False, "evaluate on the test split at the end"),
-    "report_to": string_flag(
-        "dashboards for the metrics: tensorboard, wandb, both with a comma between them, or none",
-        "NAMES",
-        type=dashboards,
+FLAGS["run"] = {
+    "num_iters": Flag(
+        100000, SIZE, "total number of training steps", "iters max_iters max_steps"
+        " num_iterations num_steps total_steps train_steps"
     ),
-    "keep": flag(3, "newest checkpoints to keep, besides the best", type=SIZE),
-    "sample_prompt": string_flag(
-        "what to continue after each save (default: the start of a text)", "TEXT", nargs="+"
+    "patience": Flag(None, SIZE, "stop after this many evaluations without improvement"),
+    "steps_per_report": Flag(
+        10, SIZE, "report interval in steps", "log_every log_interval logging_steps"
     ),
-    "sample_tokens": flag(
-        None, "tokens of each of these samples; 0: no samples (default: max_tokens)", type=COUNT
+    "steps_per_eval": Flag(
+        1000, SIZE, "evaluation interval in steps", "eval_every eval_interval eval_steps"
+    ),
+    "steps_per_save": Flag(
+        None, SIZE, "checkpoint interval (default: steps_per_eval)", "save_every save_interval"
+        " save_steps"
+    ),
+    "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best", "save_total_limit"),
+    "eval_tokens": Flag(100000, COUNT, "validation tokens per evaluation; 0: all"),
+    "eval_test": Flag(False, bool, "evaluate on the test split at the end"),
+    "test_text": Flag(None, word, "test files, beside --text", several=True),
+    "report_to": Flag(None, dashboards, "tensorboard, wandb, or both with a comma; none"),
+    "sample_prompt": Flag(
+        None, str, "what to continue after each save (default: the start of a text)", several=True
+    ),
+    "sample_tokens": Flag(None, COUNT, "tokens of these samples; 0: none (default: max_tokens)"),
+    "grad_checkpoint": Flag(
+        False, bool, "gradient checkpointing: less memory, more compute", "checkpoint"
+        " gradient_checkpointing"
     ),
 }
 
 FLAGS["sampling"] = {
-    "inference": flag(False, "sample interactively"),
-    "prompt": string_flag("text to continue", metavar="TEXT"),
-    "max_tokens": flag(200, "maximum number of new tokens", type=SIZE),
-    "num_samples": flag(
-        1, "samples per prompt, with consecutive seeds", type=number(int, 1, 10**6)
+    "max_tokens": Flag(200, SIZE, "maximum number of new tokens", "max_new_tokens num_tokens"),
+    "num_samples": Flag(1, number(int, 1, 10**6), "samples of --prompt, with consecutive seeds"),
+    "temperature": Flag(0.5, number(float, 0, 100), "sampling temperature; 0: greedy", "temp"),
+    "top_k": Flag(50, COUNT, "sample from the k most likely tokens; 0: all"),
+    "top_p": Flag(1.0, SHARE, "nucleus sampling threshold"),
+    "min_p": Flag(0.0, SHARE, "minimum probability relative to the most likely token"),
+    "repetition_penalty": Flag(
+        1.0, number(float, 0.01, 100), "penalty on tokens that have occurred; 1: none"
     ),
-    "temperature": flag(0.5, "sampling temperature; 0: greedy", type=number(float, 0, 100)),
-    "top_k": flag(50, "sample from the k most likely tokens; 0: all", type=COUNT),
-    "top_p": flag(1.0, "nucleus sampling threshold", type=SHARE),
-    "min_p": flag(0.0, "minimum probability relative to the most likely token", type=SHARE),
-    "repetition_penalty": flag(
-        1.0, "penalty on tokens that have occurred; 1: none", type=number(float, 0.01, 100)
-    ),
-    "stop": string_flag("stop before this text", metavar="TEXT"),
-    "stop_at_end": flag(
-        True, "end a sample at the end token, where texts end with one; --no-stop_at_end: go on"
-    ),
-    "draft": string_flag("draft checkpoint for speculative decoding", metavar="ID"),
+    "stop": Flag(None, word, "stop before this text"),
+    "stop_at_end": Flag(True, bool, "end a sample at the end token, where texts end with one"),
+    "draft": Flag(None, word, "draft checkpoint for speculative decoding", "draft_model"),
+    "quantize": Flag(None, bits, "bits of weights for sampling and --evaluate: 4, 8 or 16"),
 }
 
-FLAGS["reuse"] = {
-    "init_from": string_flag(
-        "initialize from a checkpoint, a Hugging Face folder, or ORG/NAME on its hub", "MODEL"
+FLAGS["command"] = {
+    "inference": Flag(False, bool, "sample interactively", "interactive"),
+    "prompt": Flag(None, str, "text to continue"),
+    "evaluate": Flag(None, one_of(SPLITS), "evaluate a checkpoint on a whole split"),
+    "eval_stride": Flag(None, SIZE, "stride of that window (default: context_size)"),
+    "list": Flag(False, bool, "list runs and checkpoints"),
+    "new_model": Flag(False, bool, "start a new run even if one could be resumed"),
+    "identifier": Flag(
+        None, word, "checkpoint to use: SHA1 prefix, run name, latest or best", "ckpt"
+        " resume_from_checkpoint"
     ),
-    "lora_rank": flag(None, "train only LoRA adapters of this rank, on --init_from", type=SIZE),
-    "lora_alpha": flag(None, "adapters are scaled by alpha / rank (default: 2 rank)", type=RATE),
-    "teacher": string_flag("distill from this model, named as for --init_from", "MODEL"),
-    "teacher_weight": flag(0.5, "weight of the distillation loss", type=SHARE),
-    "teacher_temperature": flag(2.0, "distillation temperature", type=number(float, 0.01, 100)),
-    "quantize": flag(
-        None,
-        "quantize weights to this many bits for sampling and --evaluate",
-        type=int,
-        choices=[4, 8, 16],
-    ),
+    "config": Flag(None, word, "YAML file of flags, or a recipe in extras/recipes"),
+    "preset": Flag(None, one_of(PRESETS), "sets dim, num_heads, num_blocks, context_size"),
+    "max_minutes": Flag(None, RATE, "stop after this much training time in this session"),
+    "save_dir": Flag("runs", word, "folder with a folder for each run", "out_dir output_dir"),
+    "data_dir": Flag(None, word, "folder for downloads and tokens (default: see the README)"),
+    "mirror": Flag(None, word, "URL or folder of <dataset>/<file>, instead of the usual hosts"),
+    "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
 }
 
-FLAGS["tools"] = {
-    "evaluate": choice(None, SPLITS, "evaluate a checkpoint on a whole split"),
-    "eval_stride": flag(None, "stride of --evaluate's window (default: context_size)", type=SIZE),
-    "list": flag(False, "list runs and checkpoints"),
+# Names of other programs for something else than any flag here, and what to do instead.
+NOT_HERE = {
+    "epochs num_epochs num_train_epochs max_epochs": "--num_iters counts steps, and the start "
+    "screen says how many an epoch has",
+    "eval_iters eval_batches val_batches test_batches": "--eval_tokens counts tokens, not batches",
+    "resume auto_resume": "the same command resumes its run; --identifier names another",
+    "device cuda mps cpu": "the CPU is the default, --gpu an Apple or NVIDIA GPU",
+    "mixed_precision precision amp bf16 fp16": "--dtype bfloat16 is for processors that are "
+    "faster with it",
+    "model from_pretrained model_name_or_path": "--init_from names a model to start from",
+    "data data_path train_file input": "--text names files of yours, --dataset a corpus",
+    "wandb wandb_log tensorboard": "--report_to wandb,tensorboard",
+    "distill_from": "see python -m extras.collect",
+    "export plot attention cases benchmark prompts_file": "a program of its own: python -m "
+    "extras.export, .plot, .attention, .cases, .benchmark or .batch",
+    "bias tie_embeddings tie_word_embeddings weight_tying": "no biases; tied, unless --untie",
+    "train_split train_fraction": "--valid_fraction is the share that is held out",
+    "use_lora lora peft": "--lora_rank 8 trains adapters on --init_from",
 }
 
 ROWS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
-DEFAULTS = {name: default for name, (default, _) in ROWS.items()}
-SEVERAL = [name for name, (_, options) in ROWS.items() if "nargs" in options]  # take several values
-
-# The flags that load_dataset takes.
-DATA = [name for name in DATA_FLAGS if name not in ("save_dir", "data_dir", "mirror")]
-# What stays as it is during a run, even if --identifier names that: its data, its model and what
-# the optimizer's state depends on.
-FIXED = [
-    *(name for name in DATA if name != "test_text"),
-    "seed",
-    "optimizer",
-    *FLAGS["model"],
-    "init_from",
-    "lora_rank",
-    "lora_alpha",
-    "teacher",
-]
-# What changes the weights: another value of one of these is another run.
-SHAPING = [
-    *FIXED,
-    *(name for name in FLAGS["training"] if name not in (*FIXED, "grad_checkpoint", "patience")),
-    "teacher_weight",
-    "teacher_temperature",
-]
-# Those that say where something lies: what lies there counts.
+DEFAULTS = {name: row.default for name, row in ROWS.items()}
+FIXED = [*FLAGS["data"], *FLAGS["model"], *FLAGS["start"]]
+SHAPING = [*FIXED, *FLAGS["training"]]
+SAVED = [*SHAPING, *FLAGS["run"]]
+# Flags that say where something lies: what lies there counts.
 PATHS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
-# The flags that a checkpoint records and a resumed run inherits.
-INHERITED = list(
-    dict.fromkeys([*DATA, *SHAPING, "num_iters", *FLAGS["training"], *FLAGS["reports"]])  # each once
-)
-
-# A command can have only one of these.
-MODES = ["inference", "prompt", "evaluate", "list", "new_model"]
-EXCLUDES = [
-    ("dataset", "text"),
-    ("identifier", "new_model"),
-    ("identifier", "list"),
-    ("lora_rank", "embedding_decay"),  # LoRA trains no embeddings
-    *itertools.combinations(MODES, 2),
-]
-# A flag on the left requires one of those on the right.
-REQUIRES = {
-    "valid_text": ["text", "identifier"],
-    "test_text": ["text", "identifier"],
-    "text_field": ["text", "identifier"],
-    "lora_rank": ["init_from", "identifier"],
-    "lora_alpha": ["lora_rank", "identifier"],
-    "teacher_weight": ["teacher", "identifier"],
-    "teacher_temperature": ["teacher", "identifier"],
-    "draft": ["prompt", "inference"],
-    "quantize": ["prompt", "inference", "evaluate"],
-    "eval_stride": ["evaluate"],
-}
-
-DECAYING = [name for name in SCHEDULES if name != "constant"]
-# A flag on the left has an effect only if the other one has one of these values.
-NEEDS = {
-    "min_lr": ("lr_schedule", DECAYING),
-    "lr_cooldown": ("lr_schedule", DECAYING),
-    "valid_fraction": ("dataset", ["text"]),
-    "vocab_size": ("tokenizer", ["bpe"]),
-}
-
 
 LARGEST_YAML = 1 << 20  # characters of a --config, or of a file of cases
 RECIPES = HERE / "extras" / "recipes"  # the files that --config finds by name
@@ -2944,202 +2937,158 @@ def make_parser():
     parser = Parser(
         usage="python main.py [flags]",
         description=(__doc__ or "").partition("\nThe research")[0],  # python -OO drops it
-        epilog="Exit status: 0 done, 1 failed, 2 usage error; 130, 143 or 129 after Ctrl+C,\n"
-        "SIGTERM or SIGHUP.",
+        epilog="Exit status: 0 done, 1 failed, 2 usage error; 128 + its number after a signal.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     for title, rows in FLAGS.items():
         add_flags(parser.add_argument_group(title), rows)
-    # An older name of --grad_checkpoint.
-    older = {"dest": "grad_checkpoint", "help": argparse.SUPPRESS}
-    parser.add_argument("--checkpoint", action="store_true", **older)
-    parser.add_argument("--no-checkpoint", action="store_false", **older)
     return parser
 
 
-def add_flags(parser, rows):
-    """Adds flags to an argparse parser, or to a group of one."""
-    for name, (_, options) in rows.items():
-        parser.add_argument(f"--{name}", **options)
-        if options.get("action") == "store_true":  # --no-NAME turns it off
-            negative = {"dest": name, "action": "store_false", "help": argparse.SUPPRESS}
-            parser.add_argument(f"--no-{name}", **negative)
+MODES = ["inference", "prompt", "evaluate", "list", "new_model"]  # a command has one of these
+
+
+def add_flags(group, rows):
+    """Adds rows of FLAGS to an argparse parser, or to a group of one."""
+    modes = group.add_mutually_exclusive_group()
+    for name, row in rows.items():
+        options = {"type": row.convert, "metavar": getattr(row.convert, "metavar", "TEXT")}
+        if name in MODES:
+            options = {"action": "store_true"} if row.convert is bool else options
+        elif row.convert is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif row.several:
+            options |= {"nargs": "+", "action": "extend"}  # `--text a --text b` names both
+        default = f" (default: {row.default})" if row.default else ""
+        place = modes if name in MODES else group
+        place.add_argument(f"--{name}", help=row.help + default, **options)
+        for other in row.also.split():
+            group.add_argument(f"--{other}", dest=name, help=argparse.SUPPRESS, **options)
 
 
 def parse(arguments):
-    """The flags passed, {flag: value}. Raises UsageError, which suggests similar flags."""
-    return vars(make_parser().parse_args(arguments))
+    """The flags passed, {flag: value}. Raises UsageError, which suggests a similar flag."""
+    values, unknown = make_parser().parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].partition("=")[0].lstrip("-")
+        hints = [hint for names, hint in NOT_HERE.items() if name in names.split()]
+        similar = difflib.get_close_matches(name, ROWS, 1)
+        hints += [f"--{each}?" for each in similar]
+        hints = [*hints[:1], "--help lists all flags"]
+        raise UsageError(f"unrecognized arguments: {unknown[0]} ({'; '.join(hints)})")
+    return vars(values)
 
 
 def arguments_of(values):
     """{flag: value} as command-line arguments."""
     arguments = []
     for name, value in values.items():
-        if value is True:
-            arguments.append(f"--{name}")
-        elif value is False:
-            arguments.append(f"--no-{name}")
-        elif isinstance(value, list):
-            # Not "--name value": a value may look like a flag.
-            arguments += [f"--{name}={each}" for each in value] or [f"--{name}"]
-        elif value is not None:
-            arguments.append(f"--{name}={value}")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, bool):
+                arguments.append(f"--{name}" if each else f"--no-{name}")
+            elif each is not None:
+                arguments.append(f"--{name}={each}")  # it may look like a flag
     return arguments
+
+
+def check_values(values):
+    """Raises ValueError or another exception unless these are flags that a command could set."""
+    for name, value in values.items():
+        row = ROWS[name]
+        if value is None and row.default is None:
+            continue
+        if (type(value) is list) != row.several:
+            raise ValueError(f"its flag {name} is of another type")
+        for each in value if row.several else [value]:
+            converted = each if row.convert is bool else row.convert(str(each))
+            if converted != each or isinstance(each, bool) != (row.convert is bool):
+                raise ValueError(f"its flag {name} is {each!r:.50}")
+    settle({}, values)
 
 
 def read_command_line(argv):
     """The flags set on the command line, by --config or by --preset, {flag: value}.
 
-    Raises UsageError for flags that do not go together.
+    The command line overrides the file, also by a preset.
     """
     typed = parse(argv)
     given = with_preset(typed)
     if "config" in typed:
-        # The command line overrides the file, also by a preset.
-        given = with_preset(read_config(typed["config"], typed)) | given
+        file = read_config(typed["config"])
+        if "text" in typed or "dataset" in typed:
+            for name in ("dataset", "text", "valid_text", "test_text"):
+                file.pop(name, None)
+        given = with_preset(file) | given
     if given.get("tokenizer") == "auto":
         del given["tokenizer"]  # the same as not passing it
-    check_rules(given)
     return given
 
 
 def with_preset(given):
     """`given` and what its --preset sets, which the flags beside it override."""
-    return PRESETS[given["preset"]] | given if "preset" in given else given
+    return PRESETS.get(given.get("preset"), {}) | given
 
 
-def check_rules(given):
-    """Raises UsageError if flags exclude one another, or lack one that they require."""
-    asked = {name for name in given if given[name] is not False}  # --no-x does not count
-    for one, other in EXCLUDES:
-        if one in asked and other in asked:
-            raise UsageError(f"--{one} and --{other} are mutually exclusive: use one of them")
-    for name, partners in REQUIRES.items():
-        if name in asked and not asked.intersection(partners):
-            several = ", --".join(partners)
-            needed = f"one of --{several}" if len(partners) > 1 else f"--{several}"
-            raise UsageError(f"--{name} requires {needed}")
-    for name in asked - {"prompt"}:  # an empty prompt starts a text
-        refuse_empty(name, given[name])
+def read_config(name):
+    """The flags in a YAML file or a recipe, as if passed on the command line. Raises UsageError."""
+    path = Path(user_path(name))
+    if not path.is_file():
+        path = RECIPES / f"{name}.yaml"
+    recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+    with explained(f"--config {name} must be a YAML file of flags like dim: 8, or one of {recipes}"):
+        values = {}
+        for key, value in (read_yaml(path) or {}).items():
+            section = value if isinstance(value, dict) else {key: value}  # whatever its name
+            for repeated in values.keys() & section.keys():
+                raise ValueError(f"{repeated} stands in it twice")
+            values |= section
+        for key, value in values.items():
+            if isinstance(value, list) and not (key in ROWS and ROWS[key].several):
+                raise ValueError(f"{key} takes one value, not a list")
+        flags = parse([utf8(argument) for argument in arguments_of(values)])
+        if "config" in flags:
+            raise ValueError("it names another file")
+        return flags
 
 
-def check_agreement(flags, fixed, holder):
-    """Raises UsageError if a flag that was given contradicts `fixed`, what `holder` has."""
-    for name, value in fixed.items():
-        given = getattr(flags, name)
-        if name in flags.given and given != value:
-            has = "was made without it" if value is None else f"has {value}"
-            raise UsageError(
-                f"--{name} {given} contradicts {holder}, which {has}: "
-                f"leave --{name} out, or start a new run with --new_model"
-            )
+def read_yaml(path, loader="SafeLoader"):
+    """The content of a YAML file, which may be a stranger's, by this class of PyYAML.
 
-
-def read_yaml(path, loader):
-    """The content of a YAML file, by the class `loader` of PyYAML.
-
-    It may be a stranger's: it fills no memory, and takes no hours. Raises exceptions of several
-    types.
+    Raises exceptions of several types.
     """
     import yaml
 
-    with open(user_path(path), encoding="utf-8") as file:
+    with open(path, encoding="utf-8") as file:
         text = file.read(LARGEST_YAML + 1)
     if len(text) > LARGEST_YAML:
         raise ValueError(f"it is longer than {LARGEST_YAML:,} characters")
-    depth = 0
-    try:
-        for event in yaml.parse(text, loader):
-            if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for millions
-                raise ValueError("it has an alias, like *a: write out what it stands for")
-            if isinstance(event, yaml.CollectionStartEvent):
-                depth += 1
-            if isinstance(event, yaml.CollectionEndEvent):
-                depth -= 1
-            if depth > 20:  # PyYAML's time grows with the square of the depth
-                raise ValueError("its lists or mappings are nested too deeply")
-        return yaml.load(text, loader)
-    except yaml.MarkedYAMLError as error:
-        place = error.problem_mark
-        line = f"line {place.line + 1}, column {place.column + 1}"
-        raise ValueError(f"{line}: {error.problem}") from None
-
-
-def find_config(name):
-    """The path that --config names: a file or, if there is none, a recipe. Raises UsageError."""
-    path = user_path(name)
-    if os.path.exists(path) and not os.path.isdir(path):
-        return path
-    recipes = {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.yaml"))}
-    if name in recipes:
-        return recipes[name]
-    known = ", ".join(recipes) or "(extras/recipes is missing)"
-    raise UsageError(f"--config {name}: no such file, and none of the recipes {known}")
-
-
-def read_config(config, given):
-    """The flags in a YAML file or a recipe, as if passed on the command line.
-
-    A corpus passed on the command line replaces the file's. Raises UsageError.
-    """
-    import yaml
-
-    path = find_config(config)
-    with explained(f"--config {config} must be a YAML file of flags like dim: 8"):
-        content = read_yaml(path, yaml.SafeLoader)
-        if content is None:  # only comments
-            content = {}
-        settings = {}
-        for name, value in content.items():
-            section = {name: value}
-            if isinstance(value, dict) and name not in DEFAULTS:
-                section = value  # whatever its name
-            elif name in FLAGS and value is None:
-                section = {}  # or one with nothing but comments
-            for repeated in settings.keys() & section.keys():
-                raise ValueError(f"{repeated} stands in it twice")
-            settings |= section
-        settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
-        known = {*DEFAULTS, "checkpoint"} - {"config"}  # a file cannot name another
-        unknown = sorted(settings.keys() - known)
-        if unknown:
-            hints = [*filter(None, map(make_parser().hint, unknown)), "--help lists all"]
-            raise UsageError(f"no flag is named {', '.join(unknown[:9])} ({'; '.join(hints)})")
-        if "text" in given or "dataset" in given:
-            for name in ("dataset", "text", "valid_text", "test_text"):
-                settings.pop(name, None)
-        for name, value in settings.items():
-            if isinstance(value, list) and name not in SEVERAL:
-                raise ValueError(f"{name} takes one value, not a list")
-            for each in value if isinstance(value, list) else [value]:
-                if isinstance(each, (list, dict)):
-                    raise ValueError(f"{name} holds a list or a mapping")
-        # With the command line's types, limits and choices.
-        return parse([utf8(argument) for argument in arguments_of(settings)])
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+        raise ValueError("it has an alias, like *a: write out what it stands for")  # of millions
+    return yaml.load(text, getattr(yaml, loader))
 
 
 def settle(given, saved=None, decided=None):
     """The flags of a command or a run, as a Namespace. Only this function sets them.
 
     given: those that the command sets, which stay in the attribute `given`; saved: those of the
-    checkpoint that it resumes; decided: those that its origins determine. What none of them sets
+    checkpoint that it resumes; decided: those that its models determine. What none of them sets
     has its default; a default of None that depends on other flags is filled in.
     """
     flags = argparse.Namespace(**DEFAULTS | (saved or {}) | given | (decided or {}))
     flags.given = given
-    flags.save_dir = Path(user_path(flags.save_dir or "runs"))
+    flags.save_dir = Path(user_path(flags.save_dir))
     for name in ("text", "valid_text", "test_text"):
-        paths = getattr(flags, name)
-        if paths:
-            setattr(flags, name, [absolute(path) for path in paths])
+        setattr(flags, name, [absolute(path) for path in getattr(flags, name) or []])
     for name in ("init_from", "teacher", "draft"):
         path = getattr(flags, name)
         if path and os.path.isdir(absolute(path)):  # else a checkpoint, or a model of the hub
             setattr(flags, name, absolute(path))
     if flags.text:
         flags.dataset = "text"
+    elif flags.valid_text or flags.test_text or flags.dataset == "text":
+        raise UsageError("--valid_text and --test_text go with --text, which names your files")
     if flags.tokenizer == "auto":
         flags.tokenizer = CORPORA[flags.dataset].tokenizer
     if flags.num_kv_heads is None:
@@ -3151,6 +3100,8 @@ def settle(given, saved=None, decided=None):
             # Three matrices instead of two: 8/3 dim keeps their total size (Shazeer 2020), here
             # rounded up to a multiple of 64.
             flags.mlp_dim = 64 * math.ceil(8 * flags.dim / (3 * 64))
+    if flags.lora_rank and not flags.init_from:
+        raise UsageError("--lora_rank trains adapters of a model: name it by --init_from")
     if flags.lora_rank and flags.lora_alpha is None:
         flags.lora_alpha = 2 * flags.lora_rank  # LoRA's scale, alpha / rank, is then 2
     if flags.min_lr is not None and flags.min_lr > flags.learning_rate:
@@ -3164,6 +3115,27 @@ def settle(given, saved=None, decided=None):
 def absolute(path):
     """A path as stored in a checkpoint: valid from any working directory."""
     return os.path.abspath(user_path(path))
+
+
+def useless_flags(flags):
+    """The flags given that have no effect beside the others."""
+    decays = flags.lr_schedule != "constant"
+    has_effect = {
+        "min_lr": decays,
+        "lr_cooldown": decays,
+        "valid_fraction": bool(flags.text),
+        "text_field": bool(flags.text),
+        "vocab_size": flags.tokenizer == "bpe" and not (flags.init_from or flags.teacher),
+        "embedding_decay": not flags.lora_rank,
+        "lora_alpha": bool(flags.lora_rank),
+        "teacher_weight": bool(flags.teacher),
+        "teacher_temperature": bool(flags.teacher),
+        "draft": flags.inference or flags.prompt is not None,
+        "quantize": flags.inference or flags.prompt is not None or bool(flags.evaluate),
+        "eval_stride": bool(flags.evaluate) or flags.eval_test,
+        "eval_tokens": not flags.evaluate,
+    }
+    return [name for name in has_effect if name in flags.given and not has_effect[name]]
 
 
 def command(flags, *words):
@@ -3239,6 +3211,18 @@ def is_same_model(flags, flag_name, checkpoint):
     return named_checkpoint(flags.save_dir, checkpoints, name, flag_name).id == origin_id
 
 
+def check_agreement(flags, fixed, holder):
+    """Raises UsageError if a flag that was given contradicts `fixed`, what `holder` has."""
+    for name, value in fixed.items():
+        given = getattr(flags, name)
+        if name in flags.given and given != value:
+            has = "was made without it" if value is None else f"has {value}"
+            raise UsageError(
+                f"--{name} {given} contradicts {holder}, which {has}: "
+                f"leave --{name} out, or start a new run with --new_model"
+            )
+
+
 def find_start(flags, checkpoints):
     """The checkpoint from which a command goes on: that of --identifier, or the newest.
 
@@ -3246,6 +3230,8 @@ def find_start(flags, checkpoints):
     UsageError.
     """
     describes = any(name in flags.given for name in SHAPING)
+    if flags.new_model and flags.identifier:
+        raise UsageError("--identifier goes on, --new_model begins anew: use one of them")
     if flags.new_model or (describes or not checkpoints) and not flags.identifier:
         return None
     return named_checkpoint(flags.save_dir, checkpoints, flags.identifier or "latest")
@@ -3505,14 +3491,12 @@ def begin(flags):
 
 def load_data(flags, tokenizer=None):
     """The dataset of a run; tokenizer: that of a model or a checkpoint, instead of the flags'."""
-    if flags.test_text and not flags.text:
-        raise UsageError(f"--test_text goes with --text: {flags.dataset} has splits of its own")
-    arguments = {name: getattr(flags, name) for name in DATA if name != "dataset"}
+    names = [*FLAGS["data"], "test_text", "save_dir", "mirror"]
+    arguments = {name: getattr(flags, name) for name in names if name != "dataset"}
     if tokenizer:
         arguments["tokenizer"] = tokenizer
     data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
-    places = {"save_dir": flags.save_dir, "mirror": flags.mirror}
-    dataset = load_dataset(flags.dataset, data_dir, **arguments, **places, say=tqdm.write)
+    dataset = load_dataset(flags.dataset, data_dir, **arguments, say=tqdm.write)
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
         raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
     return dataset

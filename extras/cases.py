@@ -68,14 +68,12 @@ def read_cases(files, output):
 
     Raises UsageError if one holds anything else, or if the results cannot be written to `output`.
     """
-    import yaml
-
     needed = "is not a YAML list of entries like - {prompt: a, expected: b}"
     cases = []
     for path in files:
         with explained(f"{path} {needed}"):
             # BaseLoader keeps every scalar a string: `yes` does not become a bool, nor 1.0 a float.
-            entries = read_yaml(path, yaml.BaseLoader)
+            entries = read_yaml(user_path(path), "BaseLoader")
             if not entries:
                 raise ValueError("it has no case")
             for entry in entries:

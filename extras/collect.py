@@ -35,10 +35,10 @@ from datasets import (
     close_redirect,
     explained,
     one_line,
-    refuse_empty,
     repair_streams,
     run_command,
     user_path,
+    word,
     utf8,
 )
 from extras.results import append_lines, json_line, read_prompt_lines, write_whole
@@ -67,9 +67,10 @@ def make_parser():
         "--distill_from",
         metavar="URL",
         required=True,
+        type=word,
         help="server with OpenAI's chat completions API",
     )
-    add("--teacher_model", metavar="NAME", required=True, help="the server's model")
+    add("--teacher_model", metavar="NAME", required=True, type=word, help="the server's model")
     add(
         "--teacher_prompts",
         metavar="FILE",
@@ -97,8 +98,6 @@ def make_parser():
 def main(arguments):
     """Collects a corpus as these arguments specify. Raises UsageError or RunError."""
     flags = make_parser().parse_args(arguments)
-    for name, value in vars(flags).items():
-        refuse_empty(name, value)
     source = Path(flags.teacher_prompts)
     folder = Path(flags.output)
     for path in (folder / ANSWERS, folder / CORPUS):

@@ -10,7 +10,7 @@ import fnmatch
 import sys
 
 import main
-from datasets import Parser, RunError, UsageError, refuse_empty, repair_streams, run_command
+from datasets import Parser, RunError, UsageError, repair_streams, run_command, word
 
 
 def make_parser(name, doc, *flags):
@@ -34,11 +34,7 @@ def read_flags(parser, arguments):
 
     Makes the device of --gpu the default. Raises UsageError.
     """
-    given = vars(parser.parse_args(arguments))
-    for name, value in given.items():
-        if name != "prompt":  # an empty one starts a text
-            refuse_empty(name, value)
-    flags = main.settle(given)
+    flags = main.settle(vars(parser.parse_args(arguments)))
     main.use_device(flags.gpu)
     return flags
 
@@ -59,6 +55,7 @@ def add_identifiers(parser):
         nargs="+",
         action="extend",
         metavar="ID",
+        type=word,
         help="SHA1 prefixes, run names, latest, best, or patterns of run names (default: all)",
     )
 

@@ -15,7 +15,7 @@ import os
 from tqdm import tqdm
 
 from datasets import explained, one_line, without_passwords
-from main import INHERITED
+from main import SAVED
 
 # What to install for each dashboard; the package is imported by the same name.
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -135,5 +135,5 @@ BOARDS = {"tensorboard": TensorBoard, "wandb": WandB}
 
 def recorded_flags(run):
     """The flags that the run's checkpoints record, {name: value}."""
-    values = {name: getattr(run.flags, name) for name in INHERITED}
+    values = {name: getattr(run.flags, name) for name in SAVED}
     return {name: value for name, value in values.items() if value is not None}
