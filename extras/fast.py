@@ -848,8 +848,8 @@ def use_cpu():
 
     Graphs are computed breadth first, so that streams alternate; kernels compile quickly.
     """
-    # A step of 24 blocks of dim 256, with Muon, took 1.18 times as long with MLX's own 20, and one
-    # with short convolutions 1.55 times: one stream waited for the other.
+    # A step of 24 blocks of dim 256, with Muon, took 1.18 times as long with MLX's own 20: one
+    # stream waited for the other.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
     use_precompiled_header()
     set_blas_threads(count_cores())  # a share of a batch gets one, see use_streams
