@@ -2055,7 +2055,10 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
 def explain_emptiness(save_dir):
     """Why there is no checkpoint in `save_dir`, and what to do."""
     if any(save_dir.glob("*/*.safetensors")):
-        return f"no checkpoint in {save_dir} can be used: see --list"
+        return (
+            f"no checkpoint in {save_dir} can be used: damaged ones are skipped, and links are not "
+            "followed"
+        )
     return f"no checkpoint in {save_dir}: train a model first, or check --save_dir"
 
 
