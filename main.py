@@ -1447,7 +1447,7 @@ class Conversation:
 FORMAT_VERSION = 4
 SHA1 = re.compile("[0-9a-f]{40}")
 RUN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a run's folder
-NO_CHECKPOINT = "no checkpoint in {}: train a model first, or check --save_dir"
+NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check --save_dir"
 
 
 @dataclasses.dataclass

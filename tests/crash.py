@@ -355,7 +355,10 @@ def read_samples(run):
     path = run / "samples.jsonl"
     samples = {}
     for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off by a kill, and what was appended to that
+            continue
         text = samples.setdefault(row["iteration"], row["text"])
         expect(row["text"] == text, f"two samples of {row['iteration']}")
     return samples
