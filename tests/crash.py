@@ -45,14 +45,15 @@ from forkserver import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 FASTER = 1000  # how many seconds of a leg pass in one
-SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}  # exit statuses, with the work saved
+# Exit statuses, with the work saved.
+SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 138}
 
 # What can happen at a call of the system:
 ACTIONS = [
     "kill",  # the process is killed; a write is half done; what it wrote stays
     "power",  # the power fails: all that was not synced is lost, names and contents
     "names",  # it fails after the system wrote the names, but no content that was not synced
-    "signal",  # SIGINT, SIGTERM or SIGHUP, by turns
+    "signal",  # one of SIGNALS, by turns
     "EIO",  # this call fails, once
     "ENOSPC",  # from here on nothing can be written; two signals then end the process
 ]
@@ -623,7 +624,7 @@ class Scenario:
         """Lets a fault strike at a call of the command. Raises Failure if anything goes wrong."""
         work = self.work(f"{call}-{action}")
         if action == "signal":
-            action = [*SIGNALS][call % 3]
+            action = [*SIGNALS][call % len(SIGNALS)]
         with work.told_of():
             leg = work.leg(self.line, [(call, action)])
             judge_status(leg)

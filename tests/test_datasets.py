@@ -526,75 +526,22 @@ def test_an_export_leaves_the_users_files_alone(tmp_path, export):
 
 
 @pytest.fixture
-def shared(tmp_path, monkeypatch):
-    """A folder that stands for /dev/shm, with room; there is no other RAM disk."""
-    folder = tmp_path / "shm"
-    folder.mkdir()
-    monkeypatch.setattr(datasets, "SHARED_MEMORY", folder)
+def home(tmp_path, monkeypatch):
+    """A user without a RAM disk; returns CACHE."""
     monkeypatch.setattr(datasets, "RAM_DISK", tmp_path / "nowhere")
     monkeypatch.setattr(datasets, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets, "free_bytes", lambda _: 4 << 30)
-    return folder
+    return tmp_path / "cache"
 
 
-def mode_of(path):
-    return path.stat().st_mode & 0o777
-
-
-def test_the_default_folder_is_private(shared):
-    folder = datasets.open_data_dir()
-    assert folder == shared / f"transformer-lm-{os.getuid()}"
-    assert mode_of(folder) == 0o700
-    assert datasets.open_data_dir() == folder
-
-
-def test_a_small_ram_disk_is_left_alone(shared, monkeypatch):
-    """Unless it holds our folder already: what is there is found again."""
-    monkeypatch.setattr(datasets, "free_bytes", lambda _: (4 << 30) - 1)
-    assert datasets.open_data_dir() == datasets.CACHE
-    assert not list(shared.iterdir())
-    own = shared / f"transformer-lm-{os.getuid()}"
-    own.mkdir(0o755)
-    assert datasets.open_data_dir() == own
-
-
-def test_no_ram_disk(shared, monkeypatch):
-    monkeypatch.undo()
-    assert datasets.free_bytes(shared / "nowhere") == 0
-    assert datasets.free_bytes(shared) > 0
-
-
-def test_a_ram_disk_of_the_user(shared, tmp_path, monkeypatch):
+def test_a_ram_disk_of_the_user(home, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "RAM_DISK", tmp_path / "disk")
     (tmp_path / "disk").mkdir()
-    assert datasets.open_data_dir().parent == shared, "it is no disk"
+    assert datasets.open_data_dir() == home, "it is no disk"
     monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
     assert datasets.open_data_dir() == tmp_path / "disk" / "transformer-lm"
 
 
-@pytest.mark.parametrize("planted", ["another owner", "a link", "a file", "mode 777", "mode 770"])
-def test_a_folder_that_another_user_has_made(shared, tmp_path, monkeypatch, planted):
-    own = shared / f"transformer-lm-{os.getuid()}"
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir(0o700)
-    if planted == "a link":
-        own.symlink_to(elsewhere)
-    elif planted == "a file":
-        own.write_text("")
-    else:
-        own.mkdir(0o700)
-    if planted == "another owner":
-        if os.getuid() != 0:
-            pytest.skip("only root can give a folder away")
-        os.chown(own, 65534, 65534)
-    if planted.startswith("mode"):
-        own.chmod(int(planted.split()[1], 8))
-    assert datasets.open_data_dir() == datasets.CACHE
-    assert datasets.CACHE.is_dir()
-    assert not list(elsewhere.iterdir())
-
-
-def test_folders_that_are_named(shared, tmp_path, monkeypatch):
+def test_folders_that_are_named(home, tmp_path, monkeypatch):
     data_dir = tmp_path / "deep" / "data"
     save_dir = tmp_path / "runs"
     assert datasets.open_data_dir(data_dir, save_dir) == data_dir
@@ -608,18 +555,20 @@ def test_folders_that_are_named(shared, tmp_path, monkeypatch):
             datasets.open_data_dir(*folders)
 
 
-def test_no_folder_at_all(shared, monkeypatch):
-    """No RAM disk with room, and no home."""
-    monkeypatch.setattr(datasets, "free_bytes", lambda _: 0)
-    monkeypatch.setattr(datasets, "CACHE", None)
-    with pytest.raises(UsageError, match="you have no home folder .* --data_dir"):
-        datasets.open_data_dir()
+@pytest.mark.parametrize("lacking", ["home", "folder"])
+def test_without_a_home_the_text_lies_beside_the_runs(home, tmp_path, monkeypatch, lacking):
+    monkeypatch.chdir(tmp_path)
+    if lacking == "home":
+        monkeypatch.setattr(datasets, "CACHE", None)
+    else:
+        home.write_text("a file")
+    assert datasets.open_data_dir() == Path("runs")
 
 
-def test_a_dataset_in_the_default_folder(shared, text):
+def test_a_dataset_in_the_default_folder(home, text):
     dataset = datasets.load_dataset("text", text=[text])
     assert len(dataset.train.tokens) > 0
-    assert dataset.folder.parent == shared / f"transformer-lm-{os.getuid()}" / "text"
+    assert dataset.folder.parent == home / "text"
 
 
 # ---- Streams of documents -----------------------------------------------------------------------
@@ -1673,7 +1622,7 @@ print(datasets.CACHE)
 def test_a_user_without_a_home(tmp_path):
     """As in a container: HOME is not set, and the system knows no user of that number.
 
-    Code is loaded from CACHE: it must not be in the working directory.
+    What is in CACHE is read: it must not be in the working directory.
     """
     for relative in ("", ".cache", "~/.cache"):
         env = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": relative}
@@ -1686,12 +1635,42 @@ def test_a_user_without_a_home(tmp_path):
 
 
 def test_no_code_from_the_working_directory(tmp_path):
-    """A library that a stranger has put there is not loaded: the plain BLAS is used."""
-    program = WITHOUT_A_HOME + "from extras import fast\nprint(fast.compile_forwarder())\n"
+    """A library that a stranger has put there is not loaded."""
+    program = WITHOUT_A_HOME + "print(datasets.open_code_dir())\n"
     env = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": ".cache"}
     out, err = run("-c", program, program=(), env=env, cwd=tmp_path)
-    assert (out, err) == ("None\nNone\n", "")
+    none, folder = out.splitlines()
+    assert (none, err) == ("None", "")
+    assert Path(folder).is_absolute() and not Path(folder).exists(), "it is gone at the end"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("planted", ["another owner", "a link", "a file", "mode 777", "mode 770"])
+def test_no_code_from_a_folder_that_another_user_has_made(tmp_path, monkeypatch, planted):
+    monkeypatch.setattr(datasets, "CACHE", tmp_path)
+    monkeypatch.setattr(datasets.atexit, "register", print)
+    own = datasets.open_code_dir.__wrapped__()
+    assert own.parent == tmp_path and own.stat().st_mode & 0o777 == 0o700
+    assert datasets.open_code_dir.__wrapped__() == own
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(0o700)
+    own.rmdir()
+    if planted == "a link":
+        own.symlink_to(elsewhere)
+    elif planted == "a file":
+        own.write_text("")
+    else:
+        own.mkdir(0o700)
+    if planted == "another owner":
+        if os.getuid() != 0:
+            pytest.skip("only root can give a folder away")
+        os.chown(own, 65534, 65534)
+    if planted.startswith("mode"):
+        own.chmod(int(planted.split()[1], 8))
+    found = datasets.open_code_dir.__wrapped__()
+    assert not found.is_relative_to(tmp_path)
+    assert found.stat().st_mode & 0o777 == 0o700
+    found.rmdir()
 
 
 @pytest.mark.parametrize("home", [".", "", "x"])
@@ -2084,14 +2063,12 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path, waiting_server, task):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="MLX then compiles nothing")
-@pytest.mark.parametrize("place", ["missing", "text.txt"])
-def test_no_folder_for_temporary_files(tmp_path, text, place):
-    """MLX compiles there."""
+def test_nothing_but_the_runs_can_be_written(tmp_path, text):
+    """Neither a home nor the usual folder for temporary files: MLX compiles elsewhere."""
     line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
-    _, err = run(*line, env={"TMPDIR": str(tmp_path / place)}, status=1)
-    assert err.count("\n") == 1
-    assert err.startswith("main.py: ")
-    assert "TMPDIR" in err, err
+    env = {"TMPDIR": str(tmp_path / "missing"), "XDG_CACHE_HOME": str(text)}
+    out, err = run(*line, env=env)
+    assert "at iteration 1\n" in out and not err
 
 
 KINDS = ["word", "char", "byte", "bpe"]
