@@ -3412,10 +3412,12 @@ def claimed(folder):
             ) from None
         except OSError as error:  # as some network file systems say
             tqdm.write(f"{folder} cannot be locked ({error}): start no second process there.")
-        yield
+        try:
+            yield
+        finally:  # only the holder of the lock may delete it
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
     finally:
-        with contextlib.suppress(OSError):  # it is not empty
-            folder.rmdir()
         os.close(descriptor)
 
 
