@@ -3351,7 +3351,7 @@ def find_candidates(flags, checkpoints, start):
     origin_id = start and start.id
     candidates = []
     for run, checkpoint in newest.items():  # saved last first
-        has_name = run == name or run.startswith(f"{name}.")
+        has_name = re.fullmatch(rf"{re.escape(name)}(\.\d+)?", run)  # NAME.bak is a user's copy
         is_branch_of_it = checkpoint.origins.get("identifier") == origin_id
         if has_name and is_branch_of_it and not differences(flags, checkpoint):
             candidates.append(checkpoint)
