@@ -3155,23 +3155,20 @@ def command(flags, *words):
 # by their content, and with the code.
 
 
-def shaping_names(flags):
-    """The flags whose values a run shares with a command that goes on with it.
-
-    What --init_from or --teacher decides counts only where it is given.
-    """
-    decided = []
-    if flags.init_from or flags.teacher:
-        decided = ["tokenizer", *FLAGS["model"]]
-    return [name for name in SHAPING if name in flags.given or name not in decided]
+def decided_names(flags):
+    """The flags that --init_from or --teacher decides: they count only where they are given."""
+    if flags.init_from:
+        return ["tokenizer", *FLAGS["model"]]
+    return ["tokenizer", "context_size"] if flags.teacher else []
 
 
 def run_name(flags):
     """The name of the run that these flags describe: <dataset>-<6 hexadecimal digits>.
 
-    What texts, models and tokenizers are called is not part of it.
+    What texts, models and tokenizers are called is not part of it, nor what a model decides.
     """
-    shape = {name: getattr(flags, name) for name in shaping_names(flags) if name not in PATHS}
+    label = [name for name in SHAPING if name not in (*PATHS, *decided_names(flags))]
+    shape = {name: getattr(flags, name) for name in label}
     sha1 = hashlib.sha1(json.dumps(shape, sort_keys=True).encode()).hexdigest()
     return f"{flags.dataset}-{sha1[:6]}"
 
@@ -3183,8 +3180,11 @@ def differences(flags, checkpoint):
     their SHA256s, see `choose`.
     """
     its_flags = settle({}, checkpoint.flags)
+    decided = decided_names(flags)
     found = {}
-    for name in shaping_names(flags):
+    for name in SHAPING:
+        if name in decided and name not in flags.given:
+            continue
         value = getattr(flags, name)
         its_value = getattr(its_flags, name)
         is_same = value == its_value
@@ -3252,7 +3252,7 @@ def find_candidates(flags, checkpoints, start):
     origin_id = start and start.id
     candidates = []
     for run, checkpoint in newest.items():  # saved last first
-        has_name = run == name or run.startswith(f"{name}.")
+        has_name = re.fullmatch(rf"{re.escape(name)}(\.\d+)?", run)  # NAME.bak is a user's copy
         is_branch_of_it = checkpoint.origins.get("identifier") == origin_id
         if has_name and is_branch_of_it and not differences(flags, checkpoint):
             candidates.append(checkpoint)
@@ -3313,10 +3313,12 @@ def claimed(folder):
             ) from None
         except OSError as error:  # as some network file systems say
             tqdm.write(f"{folder} cannot be locked ({error}): start no second process there.")
-        yield
+        try:
+            yield
+        finally:  # only the holder of the lock may delete it
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
     finally:
-        with contextlib.suppress(OSError):  # it is not empty
-            folder.rmdir()
         os.close(descriptor)
 
 

@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -217,9 +218,32 @@ def run_folder(save_dir):
     return folder
 
 
+def read_record(metadata_path):
+    """What the record of a checkpoint says, as a dict."""
+    data = metadata_path.read_bytes()
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    return json.loads(json.loads(header)["__metadata__"]["record"])
+
+
+def saved(save_dir, run="*"):
+    """The checkpoints of one or all runs in a folder, the one saved last first."""
+    found = []
+    for path in Path(save_dir).glob(f"{run}/*.safetensors"):
+        record = read_record(path.with_suffix(".metadata"))
+        found.append(main.Checkpoint(folder=path.parent, **record))
+    return sorted(found, key=lambda checkpoint: checkpoint.saved, reverse=True)
+
+
 def newest(save_dir):
     """The checkpoint that was saved last in a folder."""
-    return main.list_checkpoints(save_dir)[0]
+    return saved(save_dir)[0]
+
+
+def begin(*line, **options):
+    """Types a command that trains: the run's name, where it began, and what was said."""
+    out, err = run(*line, **options)
+    name, iteration = re.search(r"^run +(\S+), from iteration ([\d,]+) ", out, re.M).groups()
+    return name, int(iteration.replace(",", "")), out + err
 
 
 def log_rows(save_dir, split=None):
@@ -253,12 +277,6 @@ def text(tmp_path):
 def flags(**values):
     """The flags of an empty command line, with these values instead of the defaults."""
     return main.settle(values)
-
-
-def resumed_by(checkpoints, **given):
-    """The checkpoints of the run that a command with these flags resumes."""
-    settled = flags(**given)
-    return main.find_candidates(checkpoints, settled, main.identity(settled))
 
 
 class Script:

@@ -1,29 +1,24 @@
-"""A run that begins with another's weights.
-
-What it takes over, and mistakes in naming what to reuse.
-"""
+"""A run that begins with another's weights: what it takes over, and when it is resumed."""
 
 import shutil
 
 import numpy as np
-from conftest import run, start
+from conftest import begin, saved
 from mlx.utils import tree_flatten
-
-import main
 
 
 def test_all_weights_from_another_model(base, text, tmp_path):
     """Full fine-tuning begins with the base's weights, on other text.
 
-    It needs the base no more when it goes on.
+    What the base decides may be given, too. It needs the base no more when it goes on.
     """
     folder, id = base
     (tmp_path / "more.txt").write_text("señor fox\n" * 400)
     line = ["--text", tmp_path / "more.txt", "--init_from", id, "--save_dir", folder]
-    line += ["--learning_rate", 1e-9]
-    run(*line, "--num_iters", 1, "--context_size", 16, "--max_tokens", 5)
-    new_checkpoint, old_checkpoint = main.list_checkpoints(folder)
-    assert new_checkpoint.uses == {}
+    line += ["--learning_rate", 1e-9, "--context_size", 16, "--max_tokens", 5]
+    name, _, _ = begin(*line, "--num_iters", 1)
+    new_checkpoint, old_checkpoint = saved(folder)
+    assert list(new_checkpoint.folder.glob("*/")) == []
     new = new_checkpoint.open().load_model()
     old = old_checkpoint.open().load_model()
     assert new.config.context_size == 16
@@ -31,39 +26,23 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     mine = dict(tree_flatten(new.parameters()))
     theirs = dict(tree_flatten(old.parameters()))
     assert mine.keys() == theirs.keys()
-    for name in mine:
-        wanted = np.array(theirs[name])
-        np.testing.assert_allclose(np.array(mine[name]), wanted, atol=1e-6, err_msg=name)
+    for name_of_weight in mine:
+        wanted = np.array(theirs[name_of_weight])
+        np.testing.assert_allclose(np.array(mine[name_of_weight]), wanted, atol=1e-6)
+    assert begin(*line, "--dim", 16, "--tokenizer", "byte", "--num_iters", 2)[:2] == (name, 1)
     shutil.rmtree(old_checkpoint.folder)
-    run(*line, "--num_iters", 2)
-    [extended] = main.list_run(new_checkpoint.folder)[:1]
-    assert extended.iteration == 2
+    assert begin(*line, "--num_iters", 3)[:2] == (name, 2)
+    other, iteration, _ = begin(*line, "--dropout", 0.1, "--init_from", name, "--num_iters", 1)
+    assert (other != name, iteration) == (True, 0)
 
 
-def test_the_same_command_with_another_base_is_another_run(base, text):
-    """--init_from shapes a run: with another base, or none, it is another one."""
+def test_another_base_is_another_run(base, text):
+    """Whatever it is called: by its id, its beginning, or its run."""
     folder, id = base
     line = ["--text", text, "--save_dir", folder, "--learning_rate", 1e-3, "--max_tokens", 1]
-    run(*line, "--init_from", id, "--num_iters", 1)
-    [fine_tuned, _] = main.list_checkpoints(folder)
-    run(*line, "--init_from", fine_tuned.run, "--num_iters", 2)
-    [twice, *_] = main.list_checkpoints(folder)
-    assert twice.run != fine_tuned.run
-    run(*line, "--init_from", id, "--num_iters", 3)
-    [resumed, *_] = main.list_checkpoints(folder)
-    assert (resumed.run, resumed.iteration) == (fine_tuned.run, 3)
-
-
-def test_a_process_that_ends_right_after_loading(base, text):
-    """No thread of MLX may still hold what is Python's: it would end the program by an abort.
-
-    Side by side, they are slow enough.
-    """
-    folder, _ = base
-    line = ["--text", text, "--new_model", "--save_dir", folder]
-    line += ["--init_from", "latest", "--tokenizer", "word"]
-    processes = [start(*line) for _ in range(16)]
-    for process in processes:
-        _, err = process.communicate(timeout=120)
-        assert err.count("\n") == 1, err
-        assert process.returncode == 2
+    name, _, _ = begin(*line, "--init_from", id, "--num_iters", 1)
+    twice, iteration, _ = begin(*line, "--init_from", name, "--num_iters", 1)
+    assert (twice, iteration) == (f"{name}.2", 0)
+    run_of_base = saved(folder)[-1].run
+    assert begin(*line, "--init_from", run_of_base, "--num_iters", 2)[:2] == (name, 1)
+    assert begin(*line, "--init_from", id[:8], "--num_iters", 3)[:2] == (name, 2)
