@@ -1447,7 +1447,7 @@ class Conversation:
 FORMAT_VERSION = 4
 SHA1 = re.compile("[0-9a-f]{40}")
 RUN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a run's folder
-NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check --save_dir"
+NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check the flags"
 
 
 @dataclasses.dataclass
@@ -1460,7 +1460,6 @@ class Checkpoint(Progress):
     saved: float  # when, in seconds since 1970; later than those before it in its run
     flags: dict  # those in SAVED, as they were settled
     config: dict  # the fields of a Config
-    parameters: int  # of the whole model
     tokens_sha256: dict  # of the training and validation texts, see Dataset
     origins: dict  # the models that it began with: {"init_from", "teacher" or "identifier": id}
     stretches: list  # each with the fields of a Stretch, the first one from iteration 0
@@ -1556,7 +1555,7 @@ class Contents(NamedTuple):
         """
         checkpoint = self.checkpoint
         weights = self.weights
-        rank = checkpoint.flags.get("lora_rank")
+        rank = checkpoint.flags["lora_rank"]
         if rank:  # the file holds only the adapters
             base = open_kept(checkpoint, "init_from").model
             with explained(f"{checkpoint} does not fit its base", kind=Damaged):
@@ -1657,6 +1656,8 @@ def read_checkpoint(metadata_path):
         checked(Stretch, values)
     checked(Config, checkpoint.config)
     check_values(checkpoint.flags)
+    # A flag that is younger than the checkpoint has its default.
+    checkpoint.flags = {name: DEFAULTS[name] for name in SAVED} | checkpoint.flags
     if checkpoint.id != metadata_path.stem:
         raise ValueError(f"it belongs to {checkpoint.id[:12]}")
     return checkpoint
@@ -1732,9 +1733,13 @@ def saved_order(checkpoint):
 
 
 def best_of(checkpoints):
-    """The one with the lowest validation loss, or None."""
-    scored = [each for each in checkpoints if each.score is not None]
-    return min(scored, key=lambda each: each.score, default=None)
+    """The one with the lowest validation loss; the first one if none has any, or None."""
+    return min(checkpoints, key=by_score, default=None)
+
+
+def by_score(checkpoint):
+    """A sort key of checkpoints: the lowest validation loss first, those without one last."""
+    return math.inf if checkpoint.score is None else checkpoint.score
 
 
 def newest_of_runs(checkpoints):
@@ -1755,8 +1760,8 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     if identifier == "latest":
         found = checkpoints[:1]
     elif identifier == "best" and checkpoints:
-        best = best_of([each for each in checkpoints if each.run == checkpoints[0].run])
-        found = [best] if best else []
+        own = [each for each in checkpoints if each.run == checkpoints[0].run]
+        found = [each for each in [best_of(own)] if each.score is not None]
     elif identifier in newest:
         found = [newest[identifier]]
     else:
@@ -1855,7 +1860,6 @@ def describe_run(run):
         "format_version": FORMAT_VERSION,
         "flags": {name: getattr(run.flags, name) for name in SAVED},
         "config": dataclasses.asdict(run.model.config),
-        "parameters": count_parameters(run.model.parameters()),
         "tokens_sha256": run.dataset.sha256,
         "origins": run.origins,
         "stretches": [vars(stretch) for stretch in run.stretches],
@@ -1942,7 +1946,7 @@ def open_source(checkpoint):
     """The Source that is a checkpoint; with LoRA, also of its base. Raises RunError."""
     contents = checkpoint.open()
     files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
-    if checkpoint.flags.get("lora_rank"):
+    if checkpoint.flags["lora_rank"]:
         base = checkpoint.folder / "init_from"
         for path in base.rglob("*"):
             if path.is_file():
@@ -2193,13 +2197,15 @@ SHAPING_PARTS = ["Model", "Loss and optimizer", "Batches", "Training"]
 
 
 def hash_code(flags):
-    """The SHA1 of the code that computes a run's weights; comments and docstrings do not count."""
+    """The SHA1 of the code that computes a run's weights; comments and docstrings do not count.
+
+    flags: the run's, {name: value}.
+    """
     source = (HERE / "main.py").read_text("utf-8")
     _, *parts = re.split(r"^# ---- (.+?) -+$", source, flags=re.MULTILINE)
-    titles = parts[::2]
-    bodies = parts[1::2]
-    sources = [body for title, body in zip(titles, bodies) if title in SHAPING_PARTS]
-    for name, is_used in (("lora", flags.lora_rank), ("distil", flags.teacher)):
+    rooms = dict(zip(parts[::2], parts[1::2]))
+    sources = [rooms[title] for title in SHAPING_PARTS]
+    for name, is_used in (("lora", flags["lora_rank"]), ("distil", flags["teacher"])):
         path = HERE / "extras" / f"{name}.py"
         if is_used and path.exists():  # a student can be sampled from without it
             sources.append(path.read_text("utf-8"))
@@ -2209,23 +2215,17 @@ def hash_code(flags):
 
 # ---- Reports ------------------------------------------------------------------------------------
 
-# How metrics of training are shown on the screen, the most important ones first; "" hides one. A
-# metric that is not listed here is shown by its name. loss: nats/token, with --teacher mixed with
-# the distillation loss; perplexity: of that loss; peak_mib: MLX's peak memory in this process;
-# epoch: how often the text was read; tokens_seen: trained on so far; seconds: of training so far,
-# excluding the first step of each session, which compiles.
+# How metrics of training are shown on the screen; one that is not listed here by its name. loss:
+# nats/token, with --teacher mixed with the distillation loss; epoch: how often the text was read;
+# peak_mib: MLX's peak memory in this process. All that are logged: see report_step.
 FORMATS = {
     "loss": "loss {:.4f}",
-    "ms_per_step": "{:,.1f} ms/step",
     "learning_rate": "lr {:.2e}",
     "gradient_norm": "grad {:.2f}",
+    "ms_per_step": "{:,.1f} ms/step",
     "tokens_per_second": "{:,.0f} tokens/s",
-    "perplexity": "perplexity {:.2f}",
     "epoch": "epoch {:.2f}",
     "peak_mib": "peak {:,.0f} MiB",
-    "bits_per_byte": "",
-    "tokens_seen": "",
-    "seconds": "",
 }
 
 
@@ -2237,7 +2237,6 @@ class Reporter:
 
     def __init__(self, run):
         self.train_loss = None  # of the last report
-        self.has_said_zero = False
         self.failed = set()  # names of files that could not be written
         is_terminal = sys.stderr.isatty()
         # Some containers give it no width: lines serve there, too.
@@ -2261,16 +2260,6 @@ class Reporter:
         if self.dashboards:
             self.dashboards.close()
 
-    @contextlib.contextmanager
-    def writing(self, name):
-        """The run is worth more than its reports: an OSError in this block is only said, once."""
-        try:
-            yield
-        except OSError as error:
-            if name not in self.failed:
-                tqdm.write(f"Cannot write {name}; the run goes on. {one_line(error)}")
-            self.failed.add(name)
-
     def report_step(self, run, metrics):
         """Counts a step; every --steps_per_report steps, shows and logs metrics, {name: number}.
 
@@ -2278,60 +2267,42 @@ class Reporter:
         """
         if run.folder is None:
             return
-        if run.iteration % run.flags.steps_per_report == 0:
-            tokens = run.recent_steps * run.batches.batch_size * run.flags.context_size
-            metrics = metrics | {
-                "loss": run.recent_loss / run.recent_steps,
-                "tokens_seen": run.tokens_seen,
-                "tokens_per_second": tokens / run.recent_seconds,
-                "ms_per_step": 1000 * run.recent_seconds / run.recent_steps,
-                "peak_mib": mx.get_peak_memory() / 2**20,
-                "seconds": run.seconds,
-                "epoch": run.epochs,
-            }
-            # With --train_tokens, num_bytes is still that of the whole text; with --teacher, the
-            # loss is not that of the text alone.
-            if not run.flags.train_tokens and run.teacher is None:
-                metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], run.dataset.train)
-            self.show(run, metrics)
-            self.check_gradient(metrics)
-            self.record({"iteration": run.iteration, "split": "train"} | metrics)
-            self.train_loss = metrics["loss"]
-            run.recent_steps = 0
-            run.recent_loss = 0.0
-            run.recent_seconds = 0.0
         self.bar.update()
+        if run.iteration % run.flags.steps_per_report:
+            return
+        tokens = run.recent_steps * run.batches.batch_size * run.flags.context_size
+        metrics["loss"] = run.recent_loss / run.recent_steps
+        measured = {
+            "ms_per_step": 1000 * run.recent_seconds / run.recent_steps,
+            "tokens_per_second": tokens / run.recent_seconds,
+            "epoch": run.epochs,
+            "peak_mib": mx.get_peak_memory() / 2**20,
+        }
+        self.show(run, metrics | measured)
+        row = {"iteration": run.iteration, "split": "train"} | metrics | measured
+        row |= {"tokens_seen": run.tokens_seen, "seconds": run.seconds}
+        # With --train_tokens, num_bytes is still that of the whole text; with --teacher, the loss
+        # is not that of the text alone.
+        if not run.flags.train_tokens and run.teacher is None:
+            row["bits_per_byte"] = bits_per_byte(metrics["loss"], run.dataset.train)
+        self.record(row)
+        self.train_loss = metrics["loss"]
+        run.recent_steps = 0
+        run.recent_loss = 0.0
+        run.recent_seconds = 0.0
 
     def show(self, run, metrics):
         """Shows the metrics of the steps up to the current iteration."""
-        if run.teacher is None:
-            metrics = metrics | {"perplexity": perplexity(metrics["loss"])}
-        own = [name for name in metrics if name not in FORMATS]
-        names = ["loss", *own, *FORMATS]
-        if not self.bar.disable:  # it has little room, and shows speed and time itself
-            names = ["loss", *own, "learning_rate", "gradient_norm"]
         texts = []
-        for name in dict.fromkeys(names):  # each once
-            form = FORMATS.get(name, name + " {:.4g}")
-            if form and name in metrics:
-                texts.append(form.format(metrics[name]))
+        for name, value in metrics.items():
+            texts.append(FORMATS.get(name, name + " {:.4g}").format(value))
         if not self.bar.disable:
-            self.bar.set_postfix_str(", ".join(texts), refresh=False)
+            self.bar.set_postfix_str(", ".join(texts[:4]))  # it shows speed and time itself
             return
         steps_left = self.bar.total - run.iteration
         left = tqdm.format_interval(steps_left * run.recent_seconds / run.recent_steps)
-        elapsed = tqdm.format_interval(run.seconds)
-        texts += [f"time {elapsed}", f"left {left}"]
+        texts += [f"time {tqdm.format_interval(run.seconds)}", f"left {left}"]
         tqdm.write("  ".join([f"{run.iteration:,}/{self.bar.total:,}", *texts]))
-
-    def check_gradient(self, metrics):
-        """Says, once, that a model has stopped learning."""
-        if metrics.get("gradient_norm") == 0 and not self.has_said_zero:
-            self.has_said_zero = True
-            tqdm.write(
-                "The gradient is 0: this model learns no more. Stop it, and start over with "
-                "--new_model and a lower --learning_rate."
-            )
 
     def report_score(self, run, nats, is_best, seconds):
         """Shows and logs a score of the validation split, which took so many seconds."""
@@ -2369,6 +2340,16 @@ class Reporter:
         with self.writing("samples.jsonl"):
             with open(run.folder / "samples.jsonl", "a", opener=no_follow) as file:
                 file.write(json.dumps(row) + "\n")
+
+    @contextlib.contextmanager
+    def writing(self, name):
+        """The run is worth more than its reports: an OSError in this block is only said, once."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self.failed:
+                tqdm.write(f"Cannot write {name}; the run goes on. {one_line(error)}")
+            self.failed.add(name)
 
 
 class Log:
@@ -2458,8 +2439,6 @@ def print_start(run, checkpoint, ranks):
     trained = count_parameters(run.model.trainable_parameters())
     of_them = f", {trained:,} trainable" if trained < parameters else ""
     several = f", {ranks.size} ranks" if ranks.size > 1 else ""
-    size = checkpoint_size(run) / 2**20  # MiB
-    free = shutil.disk_usage(flags.save_dir).free / 2**20
     lines = [
         f"run      {run.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
         f"seed {flags.seed}",
@@ -2474,7 +2453,7 @@ def print_start(run, checkpoint, ranks):
         f"rate     {describe_schedule(flags)}",
         f"machine  {run.versions['device']}{several}; MLX {run.versions['MLX']}, "
         f"matmuls: {run.versions['BLAS']}, kernels: {run.versions['kernels']}",
-        f"files    {run.folder.absolute()}, {size:,.0f} MiB per checkpoint, {free:,.0f} MiB free",
+        f"files    {run.folder.absolute()}",
     ]
     if checkpoint:
         lines += describe_resume(checkpoint, run)
@@ -2496,15 +2475,6 @@ def describe_schedule(flags):
         return f"{line}, constant"
     last = learning_rate_at(flags.num_iters, flags)
     return f"{line}, {flags.lr_schedule} to {last:g} in the last {flags.lr_cooldown:.0%}"
-
-
-def checkpoint_size(run):
-    """The size in bytes of the arrays of a checkpoint."""
-    weights = run.model.trainable_parameters()
-    copies = [weights, run.optimizer.state]
-    if run.flags.average:
-        copies.append(weights)
-    return sum(array.nbytes for tree in copies for _, array in tree_flatten(tree))
 
 
 def count_parameters(tree):
@@ -2537,17 +2507,16 @@ def start_notices(run):
 
 def describe_resume(checkpoint, run):
     """Yields what has changed in a resumed run since its checkpoint, a line each."""
-    old = settle({}, checkpoint.flags)
-    new = run.flags
+    flags = run.flags
     changes = []
-    for name in SAVED:
-        if getattr(old, name) != getattr(new, name):
-            changes.append(f"--{name} {getattr(old, name)} -> {getattr(new, name)}")
+    for name, before in checkpoint.flags.items():
+        if before != getattr(flags, name):
+            changes.append(f"--{name} {before} -> {getattr(flags, name)}")
     yield f"resumed  with {', '.join(changes) or 'unchanged flags'}"
     if checkpoint.run != run.name:
-        yield f"A new branch: {checkpoint.run} has newer checkpoints, which are kept."
-    has_schedule = new.lr_schedule != "constant" or new.dropout_final is not None
-    if old.num_iters != new.num_iters and has_schedule:
+        yield f"This is a branch of {checkpoint.run}, which stays as it is."
+    has_schedule = flags.lr_schedule != "constant" or flags.dropout_final is not None
+    if checkpoint.flags["num_iters"] != flags.num_iters and has_schedule:
         yield "The learning rate and dropout schedules now stretch to --num_iters."
     before = checkpoint.stretch
     if before.code != run.stretches[-1].code:
@@ -2705,6 +2674,13 @@ def one_of(choices):
 
     convert.metavar = f"{{{','.join(choices)}}}"
     return convert
+
+
+def prompt(text):
+    """A flag's type: any text, but for nanoGPT's way to name a file."""
+    if text.startswith("FILE:"):
+        raise argparse.ArgumentTypeError(f'takes the text: "$(cat {text[5:]})"')
+    return text
 
 
 def bits(text):
@@ -2881,7 +2857,7 @@ FLAGS["sampling"] = {
 
 FLAGS["command"] = {
     "inference": Flag(False, bool, "sample interactively", "interactive"),
-    "prompt": Flag(None, str, "text to continue"),
+    "prompt": Flag(None, prompt, "text to continue"),
     "evaluate": Flag(None, one_of(SPLITS), "evaluate a checkpoint on a whole split"),
     "eval_stride": Flag(None, SIZE, "stride of that window (default: context_size)"),
     "list": Flag(False, bool, "list runs and checkpoints"),
@@ -3082,9 +3058,9 @@ def settle(given, saved=None, decided=None):
     for name in ("text", "valid_text", "test_text"):
         setattr(flags, name, [absolute(path) for path in getattr(flags, name) or []])
     for name in ("init_from", "teacher", "draft"):
-        path = getattr(flags, name)
-        if path and os.path.isdir(absolute(path)):  # else a checkpoint, or a model of the hub
-            setattr(flags, name, absolute(path))
+        model = getattr(flags, name)
+        if model and os.path.isdir(user_path(model)):  # else a checkpoint, or a model of the hub
+            setattr(flags, name, absolute(model))
     if flags.text:
         flags.dataset = "text"
     elif flags.valid_text or flags.test_text or flags.dataset == "text":
@@ -3179,14 +3155,13 @@ def differences(flags, checkpoint):
     {flag: its value}. What texts and models are called does not matter: texts are compared by
     their SHA256s, see `choose`.
     """
-    its_flags = settle({}, checkpoint.flags)
     decided = decided_names(flags)
     found = {}
     for name in SHAPING:
         if name in decided and name not in flags.given:
             continue
         value = getattr(flags, name)
-        its_value = getattr(its_flags, name)
+        its_value = checkpoint.flags[name]
         is_same = value == its_value
         if name in ORIGINS and value and its_value:
             is_same = name not in flags.given or is_same_model(flags, name, checkpoint)
@@ -3266,7 +3241,7 @@ def choose(candidates, flags, dataset, start):
     the run is not complete or the command describes none.
     """
     candidates = [each for each in candidates if each.tokens_sha256 == dataset.sha256]
-    code = hash_code(flags)
+    code = hash_code(vars(flags))
     for checkpoint in candidates:
         if flags.identifier or checkpoint.stretch.code == code:
             return checkpoint
@@ -3416,32 +3391,25 @@ def make_model(flags, dataset, checkpoint, models):
     return model
 
 
-def check_memory(model, flags, ranks, optimizer=None):
-    """Raises UsageError if the minimum for training or scoring a model exceeds the memory.
+def check_memory(model, flags, ranks, optimizer):
+    """Raises UsageError if the minimum for training a model exceeds the memory.
 
-    optimizer: that of training, None for scoring. Actual use is higher; extras.benchmark
-    measures it. MLX itself would crash: it is lazy, so nothing of this needs to exist yet.
+    MLX itself would crash: it is lazy, so nothing of this needs to exist yet.
     """
     config = model.config
     rows = flags.batch_size // ranks.size
     positions = rows * config.context_size
+    trained = count_parameters(model.trainable_parameters())
     floats = {
         "weights": count_parameters(model.parameters()),
-        "hidden states": positions * config.dim,
+        "gradients and moments": trained + count_parameters(optimizer.state),
+        "tokens": 2 * positions * flags.grad_accumulation,
+        "hidden states": positions * config.num_blocks * config.dim,
     }
-    if optimizer:
-        trained = count_parameters(model.trainable_parameters())
-        floats["gradients and moments"] = trained + count_parameters(optimizer.state)
-        if flags.average:
-            floats["average of the weights"] = trained
-        floats["tokens"] = 2 * positions * flags.grad_accumulation
-        floats["hidden states"] *= config.num_blocks
-        if not flags.grad_checkpoint:
-            floats["hidden units"] = positions * config.num_blocks * config.mlp_dim
-    on_cpu = mx.default_device() == mx.cpu
-    if optimizer or on_cpu:  # a GPU scores a window without them
-        together = rows if optimizer and on_cpu else 1
-        floats["attention scores"] = together * config.num_heads * config.context_size**2
+    if not flags.grad_checkpoint:
+        floats["hidden units"] = positions * config.num_blocks * config.mlp_dim
+    if mx.default_device() == mx.cpu:  # a GPU need not keep them
+        floats["attention scores"] = positions * config.num_heads * config.context_size
     refuse_beyond_memory(floats)
 
 
@@ -3453,12 +3421,12 @@ def refuse_beyond_memory(floats):
         largest = max(floats, key=floats.get)
         raise UsageError(
             f"this needs at least {needed / 2**30:,.1f} GiB of memory, most of it for {largest}, "
-            f"but there are {memory / 2**30:,.1f}: choose a smaller model, batch or context"
+            f"but this machine has {memory / 2**30:,.1f}: choose a smaller model, batch or context"
         )
 
 
 def memory_size():
-    """The bytes of memory of the device in use, or of what this process may use of it."""
+    """The bytes of memory of the device in use, or that a container or a job has of them."""
     if mx.default_device() == mx.gpu:
         info = mx.device_info()
         return info.get("memory_size") or info.get("total_memory") or math.inf  # Metal, CUDA
@@ -3470,7 +3438,7 @@ def memory_size():
 
 
 def limits_of_control_groups():
-    """The files that may limit a container's or a scheduler's job's memory; only Linux has them."""
+    """The files that may limit a container's or a job's memory; only Linux has them."""
     groups = {Path("/")}
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -3554,7 +3522,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
         teacher=models["teacher"].model if "teacher" in models else None,
         origins={name: source.id for name, source in models.items()},
     )
-    stretch = Stretch(0, flags.num_iters, hash_code(flags), list_versions(flags, ranks))
+    stretch = Stretch(0, flags.num_iters, hash_code(vars(flags)), list_versions(flags, ranks))
     if checkpoint:
         run.origins = checkpoint.origins
         run.stretches = [Stretch(**values) for values in checkpoint.stretches]
@@ -3643,24 +3611,15 @@ def list_runs(save_dir):
     if not checkpoints:
         print(NO_CHECKPOINT.format(save_dir))
         return
-    newest = {}  # {run: checkpoint}
-    best = {}
-    for each in checkpoints:
-        newest.setdefault(each.run, each)
-        best[each.run] = min(best.get(each.run, each), each, key=by_score)
+    newest = newest_of_runs(checkpoints)
+    best = {run: best_of([each for each in checkpoints if each.run == run]) for run in newest}
     differences = flags_apart(checkpoints)
     print(f"{'run':<24}{'trained':>20}{'valid nats':>12}{'iteration':>12}  checkpoint    flags")
     for run, each in sorted(best.items(), key=lambda item: by_score(item[1])):
-        num_iters = (DEFAULTS | newest[run].flags)["num_iters"]
-        trained = f"{newest[run].iteration:,} of {num_iters:,}"
+        trained = f"{newest[run].iteration:,} of {newest[run].flags['num_iters']:,}"
         score = "-" if each.score is None else f"{each.score:.4f}"
         place = f"{each.iteration:>12,}  {each.id[:12]}"
         print(f"{run:<24}{trained:>20}{score:>12}{place}  {printable(differences[run])}")
-
-
-def by_score(checkpoint):
-    """A sort key of checkpoints: the lowest validation loss first, those without one last."""
-    return math.inf if checkpoint.score is None else checkpoint.score
 
 
 def flags_apart(checkpoints):
@@ -3668,45 +3627,40 @@ def flags_apart(checkpoints):
 
     Of each run, the newest checkpoint counts.
     """
-    flags = {each.run: settle({}, each.flags) for each in reversed(checkpoints)}
-    apart = {run: [] for run in flags}
+    newest = newest_of_runs(checkpoints)
+    apart = []
     for name in SHAPING:
-        words = {run: arguments_of({name: getattr(flags[run], name)}) for run in flags}
-        if len({*map(str, words.values())}) > 1:
-            for run in flags:
-                apart[run] += words[run]
-    return {run: shlex.join(words) for run, words in apart.items()}
+        if len({str(each.flags[name]) for each in newest.values()}) > 1:
+            apart.append(name)
+    texts = {}
+    for run, each in newest.items():
+        texts[run] = shlex.join(arguments_of({name: each.flags[name] for name in apart}))
+    return texts
 
 
 def open_for_use(flags):
     """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
 
-    It is the newest of the runs that have the values of all shaping flags given. Raises
-    UsageError, RunError.
+    Flags given that shape a run select it, too. Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     if flags.identifier:
         found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier)
         return open_newest([found], is_named=True)
-    if not checkpoints:
-        raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
-    names = [name for name in SHAPING if name in flags.given and name not in ("seed", *PATHS)]
+    names = {*flags.given} & {*SHAPING} - {"seed", *PATHS}  # the seed is that of the samples
     candidates = []
     for each in checkpoints:
-        its_flags = settle({}, each.flags)
-        if all(getattr(its_flags, name) == getattr(flags, name) for name in names):
+        if all(each.flags[name] == getattr(flags, name) for name in names):
             candidates.append(each)
     if not candidates:
-        raise UsageError(
-            f"no checkpoint in {flags.save_dir} has the flags given: leave them out, or see --list"
-        )
+        raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
     return open_newest(candidates)
 
 
 def announce(checkpoint):
     """Says which checkpoint a command uses, from which folder, and whether main.py has changed."""
     line = f"{checkpoint}, in {checkpoint.folder.parent}"
-    if checkpoint.stretch.code != hash_code(settle({}, checkpoint.flags)):
+    if checkpoint.stretch.code != hash_code(checkpoint.flags):
         line += ", trained by other code than that of main.py now"
     print(line, file=sys.stderr)
 
@@ -3739,11 +3693,7 @@ def score_checkpoint(model, contents, flags, ranks):
         raise UsageError(
             f"--eval_stride {flags.eval_stride} would skip tokens: give at most {context_size}"
         )
-    check_memory(model, flags, ranks)
     announce(contents.checkpoint)
-    if flags.given.get("eval_tokens"):
-        line = "--eval_tokens has no effect with --evaluate, which scores the whole split."
-        print(line, file=sys.stderr)
     # Never entered: there is nothing to save, so Ctrl+C ends this process at once. `evaluate` sets
     # its `received` to a signal that another rank has received.
     interrupts = Interrupts()
