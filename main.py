@@ -910,8 +910,7 @@ class Progress:
 class Run(Progress):
     """A training run: its model, its data and its progress."""
 
-    name: str  # that of its folder: at first <dataset>-<6 hexadecimal digits>
-    folder: Path | None  # where it is saved; None on all ranks but the first
+    folder: Path | None  # where it is saved, see run_name; None on all ranks but the first
     flags: argparse.Namespace
     dataset: Dataset
     model: LanguageModel
@@ -2440,7 +2439,7 @@ def print_start(run, checkpoint, ranks):
     of_them = f", {trained:,} trainable" if trained < parameters else ""
     several = f", {ranks.size} ranks" if ranks.size > 1 else ""
     lines = [
-        f"run      {run.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
+        f"run      {run.folder.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
         f"seed {flags.seed}",
         f"model    {parameters:,} parameters{of_them}: {plural(config.num_blocks, 'block')}, "
         f"dim {config.dim}, {plural(config.num_heads, 'head')} "
@@ -2513,7 +2512,7 @@ def describe_resume(checkpoint, run):
         if before != getattr(flags, name):
             changes.append(f"--{name} {before} -> {getattr(flags, name)}")
     yield f"resumed  with {', '.join(changes) or 'unchanged flags'}"
-    if checkpoint.run != run.name:
+    if checkpoint.run != run.folder.name:
         yield f"This is a branch of {checkpoint.run}, which stays as it is."
     has_schedule = flags.lr_schedule != "constant" or flags.dropout_final is not None
     if checkpoint.flags["num_iters"] != flags.num_iters and has_schedule:
@@ -2599,12 +2598,6 @@ def converse(tokenizer, model, draft, flags):
     Lines that begin with / are COMMANDS. Ctrl+C ends a reply; at the prompt it ends the session,
     as Ctrl+D does.
     """
-    # Compiles MLX's kernels now: Ctrl+C in a terminal would also kill the compiler, and from here
-    # on it should only end a reply.
-    any_id = 0
-    for each in (model, draft):
-        if each is not None:
-            mx.eval(Decoder(each, [any_id]).logits())
     # At the prompt, Ctrl+C raises KeyboardInterrupt (disabled at the top of this file).
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is not an error
@@ -2997,8 +2990,6 @@ def read_command_line(argv):
             for name in ("dataset", "text", "valid_text", "test_text"):
                 file.pop(name, None)
         given = with_preset(file) | given
-    if given.get("tokenizer") == "auto":
-        del given["tokenizer"]  # the same as not passing it
     return given
 
 
@@ -3135,7 +3126,7 @@ def decided_names(flags):
     """The flags that --init_from or --teacher decides: they count only where they are given."""
     if flags.init_from:
         return ["tokenizer", *FLAGS["model"]]
-    return ["tokenizer", "context_size"] if flags.teacher else []
+    return ["tokenizer"] if flags.teacher else []
 
 
 def run_name(flags):
@@ -3332,38 +3323,25 @@ IMPORTED_CONTEXT = 1024  # at most, of a run from another model without --contex
 def decided_by(models, flags):
     """The flags of a new run that its models determine, {flag: value}.
 
-    --init_from determines the whole shape but the context, --teacher only the tokenizer, as both
-    models have to predict the same ids, and the longest context: beyond its own, it knows nothing.
-    Raises UsageError if a flag that was given contradicts a model, or one model the other.
+    Both determine the tokenizer, as all models have to predict the same ids, and --init_from the
+    whole shape but the context. Raises UsageError if a flag that was given contradicts a model, or
+    one model the other.
     """
-    if not models:
-        return {}
-    first, *others = models
-    tokenizer = models[first].tokenizer
-    for other in others:
-        if models[other].tokenizer.to_dict() != tokenizer.to_dict():
-            raise UsageError(
-                f"--{other} {getattr(flags, other)} has a different tokenizer than --{first}: "
-                "use one with the same tokenizer"
-            )
-    decided = {"tokenizer": tokenizer.kind}
-    context_size = flags.context_size
-    if first == "init_from":
-        config = models[first].model.config
+    decided = {}
+    for flag_name, source in models.items():
+        decided.setdefault("tokenizer", source.tokenizer.kind)
+        first = next(iter(models.values()))
+        if source.tokenizer.to_dict() != first.tokenizer.to_dict():
+            raise UsageError(f"--{flag_name} has another tokenizer than --init_from: use one of its")
+    if "init_from" in models:
+        config = models["init_from"].model.config
         decided |= {name: getattr(config, name) for name in FLAGS["model"]}
-        own_context = decided.pop("context_size")
-        if "context_size" not in flags.given:  # RoPE works with any
-            context_size = min(own_context, IMPORTED_CONTEXT)
-    check_agreement(flags, decided, f"--{first}")
-    if "teacher" in models:
-        longest = models["teacher"].model.config.context_size
-        if "context_size" in flags.given and context_size > longest:
-            raise UsageError(
-                f"--context_size {context_size} is more than the teacher has read: give at "
-                f"most {longest}"
-            )
-        context_size = min(context_size, longest)
-    return decided | {"context_size": context_size}
+        # RoPE works with any.
+        decided["context_size"] = min(config.context_size, IMPORTED_CONTEXT)
+        if "context_size" in flags.given:
+            decided["context_size"] = flags.context_size
+    check_agreement(flags, decided, "--init_from" if flags.init_from else "--teacher")
+    return decided
 
 
 def make_config(flags, vocab_size):
@@ -3512,7 +3490,6 @@ def make_run(folder, flags, contents, models, dataset, ranks):
     elif not contents and "init_from" not in models:
         init_weights(model, flags.seed)
     run = Run(
-        name=folder.name,
         folder=folder,
         flags=flags,
         dataset=dataset,
@@ -3725,7 +3702,7 @@ def describe_end(run, received):
     if run.checkpoint_id is None:
         return f"Stopped at iteration {run.iteration:,}; nothing was saved yet."
     flags = run.flags
-    again = command(flags, "--identifier", run.name)
+    again = command(flags, "--identifier", run.folder.name)
     trained = f"{plural(run.iteration, 'iteration')} in {tqdm.format_interval(run.seconds)}"
     if run.scores:
         iteration, nats = min(run.scores, key=lambda score: score[1])

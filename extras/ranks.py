@@ -170,7 +170,7 @@ class Group:
         """Sends rank 0's run to the others; returns it with batches that are sent to them, too."""
         progress = run.progress()
         task = describe_task("train", run.model, run.dataset, run.flags)
-        task |= {"name": run.name, "progress": progress}
+        task |= {"progress": progress}
         if run.teacher:
             task["teacher"] = vars(run.teacher.config)
         self.broadcast(texts=task)
@@ -227,7 +227,6 @@ class Group:
             teacher = main.LanguageModel(main.Config(**task["teacher"]))
             teacher.update(self.broadcast_tree())
         run = main.Run(
-            name=task["name"],
             folder=None,
             flags=flags,
             dataset=self.receive_dataset(task),

@@ -111,8 +111,8 @@ class WandB:
         )
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "transformer-lm"),
-            name=run.name,
-            id=run.name,
+            name=run.folder.name,
+            id=run.folder.name,
             resume="allow",
             config=recorded_flags(run),
             allow_val_change=True,  # flags may change when a run is resumed
