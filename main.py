@@ -3134,8 +3134,12 @@ def run_name(flags):
 
     What texts, models and tokenizers are called is not part of it, nor what a model decides.
     """
-    label = [name for name in SHAPING if name not in (*PATHS, *decided_names(flags))]
-    shape = {name: getattr(flags, name) for name in label}
+    shape = {}
+    for name in SHAPING:
+        value = getattr(flags, name)
+        # Without defaults: a flag that is added to the program renames no run.
+        if name not in (*PATHS, *decided_names(flags)) and value != DEFAULTS[name]:
+            shape[name] = value
     sha1 = hashlib.sha1(json.dumps(shape, sort_keys=True).encode()).hexdigest()
     return f"{flags.dataset}-{sha1[:6]}"
 
