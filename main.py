@@ -2712,8 +2712,8 @@ FLAGS = {}
 
 FLAGS["data"] = {
     "dataset": Flag("ptb", one_of([*CORPORA]), "training corpus", "dataset_name"),
-    "text": Flag(None, word, "train on your own files, folders, glob patterns", several=True),
-    "valid_text": Flag(None, word, "validation files (default: a share of --text)", several=True),
+    "text": Flag([], word, "train on your own files, folders, glob patterns", several=True),
+    "valid_text": Flag([], word, "validation files (default: a share of --text)", several=True),
     "valid_fraction": Flag(
         0.1, number(float, 0.001, 0.5), "share of --text held out", "val_fraction val_split"
     ),
@@ -2820,10 +2820,10 @@ FLAGS["run"] = {
     "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best", "save_total_limit"),
     "eval_tokens": Flag(100000, COUNT, "validation tokens per evaluation; 0: all"),
     "eval_test": Flag(False, bool, "evaluate on the test split at the end"),
-    "test_text": Flag(None, word, "test files, beside --text", several=True),
+    "test_text": Flag([], word, "test files, beside --text", several=True),
     "report_to": Flag(None, dashboards, "tensorboard, wandb, or both with a comma; none"),
     "sample_prompt": Flag(
-        None, str, "what to continue after each save (default: the start of a text)", several=True
+        [], str, "what to continue after each save (default: the start of a text)", several=True
     ),
     "sample_tokens": Flag(None, COUNT, "tokens of these samples; 0: none (default: max_tokens)"),
     "grad_checkpoint": Flag(
@@ -2890,6 +2890,7 @@ NOT_HERE = {
 
 ROWS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
 DEFAULTS = {name: row.default for name, row in ROWS.items()}
+SEVERAL = [name for name, row in ROWS.items() if row.several]
 FIXED = [*FLAGS["data"], *FLAGS["model"], *FLAGS["start"]]
 SHAPING = [*FIXED, *FLAGS["training"]]
 SAVED = [*SHAPING, *FLAGS["run"]]
@@ -2954,7 +2955,8 @@ def arguments_of(values):
     """{flag: value} as command-line arguments."""
     arguments = []
     for name, value in values.items():
-        for each in value if isinstance(value, list) else [value]:
+        is_list = isinstance(value, list) and name in SEVERAL
+        for each in value if is_list else [value]:
             if isinstance(each, bool):
                 arguments.append(f"--{name}" if each else f"--no-{name}")
             elif each is not None:
@@ -2963,17 +2965,10 @@ def arguments_of(values):
 
 
 def check_values(values):
-    """Raises ValueError or another exception unless these are flags that a command could set."""
-    for name, value in values.items():
-        row = ROWS[name]
-        if value is None and row.default is None:
-            continue
-        if (type(value) is list) != row.several:
-            raise ValueError(f"its flag {name} is of another type")
-        for each in value if row.several else [value]:
-            converted = each if row.convert is bool else row.convert(str(each))
-            if converted != each or isinstance(each, bool) != (row.convert is bool):
-                raise ValueError(f"its flag {name} is {each!r:.50}")
+    """Raises an exception of any type unless these are flags that a command could set."""
+    changed = {name: value for name, value in values.items() if value != DEFAULTS[name]}
+    if parse(arguments_of(changed)) != changed:
+        raise ValueError("its flags are of other types")
     settle({}, values)
 
 
@@ -3007,13 +3002,7 @@ def read_config(name):
     with explained(f"--config {name} must be a YAML file of flags like dim: 8, or one of {recipes}"):
         values = {}
         for key, value in (read_yaml(path) or {}).items():
-            section = value if isinstance(value, dict) else {key: value}  # whatever its name
-            for repeated in values.keys() & section.keys():
-                raise ValueError(f"{repeated} stands in it twice")
-            values |= section
-        for key, value in values.items():
-            if isinstance(value, list) and not (key in ROWS and ROWS[key].several):
-                raise ValueError(f"{key} takes one value, not a list")
+            values |= value if isinstance(value, dict) else {key: value}  # a section of any name
         flags = parse([utf8(argument) for argument in arguments_of(values)])
         if "config" in flags:
             raise ValueError("it names another file")
@@ -3047,7 +3036,7 @@ def settle(given, saved=None, decided=None):
     flags.given = given
     flags.save_dir = Path(user_path(flags.save_dir))
     for name in ("text", "valid_text", "test_text"):
-        setattr(flags, name, [absolute(path) for path in getattr(flags, name) or []])
+        setattr(flags, name, [absolute(path) for path in getattr(flags, name)])
     for name in ("init_from", "teacher", "draft"):
         model = getattr(flags, name)
         if model and os.path.isdir(user_path(model)):  # else a checkpoint, or a model of the hub
