@@ -2475,16 +2475,6 @@ def without_comments(source):
     return "\n".join(filter(None, map(str.rstrip, lines)))
 
 
-def hash_sources():
-    """The SHA1s of this program's files, {name: SHA1}."""
-    paths = [HERE / "main.py", HERE / "datasets.py", *sorted(HERE.glob("extras/*.py"))]
-    hashes = {}
-    for path in paths:
-        name = str(path.relative_to(HERE))
-        hashes[name] = hashlib.sha1(path.read_bytes()).hexdigest()
-    return hashes
-
-
 # ---- Reports ------------------------------------------------------------------------------------
 
 # How metrics of training are shown on the screen, the most important ones first; "" hides one. A

@@ -74,7 +74,7 @@ class Group:
 
         A stale copy on one machine would train something else without an error.
         """
-        program = main.hash_sources() | {"MLX": mx.__version__}
+        program = hash_sources() | {"MLX": mx.__version__}
         mine = hashlib.sha256(json.dumps(program).encode()).digest()
         gathered = mx.distributed.all_gather(mx.array(list(mine), mx.uint8), group=self.group)
         digests = np.array(gathered).reshape(self.size, -1)
@@ -252,6 +252,16 @@ class Group:
             splits[name] = Split(np.array(arrays[name]), *counts)
         tokenizer = tokenizer_from_dict(task["tokenizer"])
         return Dataset(task["dataset"], tokenizer, **splits, sha256=None)
+
+
+def hash_sources():
+    """The SHA1s of this program's files, {name: SHA1}."""
+    here = main.HERE
+    hashes = {}
+    for path in (here / "main.py", here / "datasets.py", *sorted(here.glob("extras/*.py"))):
+        name = str(path.relative_to(here))
+        hashes[name] = hashlib.sha1(path.read_bytes()).hexdigest()
+    return hashes
 
 
 def describe_task(kind, model, dataset, flags):
