@@ -3207,7 +3207,7 @@ FLAGS["reuse"] = {
     "teacher_temperature": flag(2.0, "distillation temperature", type=number(float, 0.01, 100)),
     "quantize": flag(
         None,
-        "quantize weights to this many bits for sampling and --evaluate",
+        "quantize weights to this many bits, once they are trained",
         type=int,
         choices=[4, 8, 16],
     ),
