@@ -2845,7 +2845,7 @@ FLAGS["sampling"] = {
     "stop": Flag(None, word, "stop before this text"),
     "stop_at_end": Flag(True, bool, "end a sample at the end token, where texts end with one"),
     "draft": Flag(None, word, "draft checkpoint for speculative decoding", "draft_model"),
-    "quantize": Flag(None, bits, "bits of weights for sampling and --evaluate: 4, 8 or 16"),
+    "quantize": Flag(None, bits, "quantize trained weights to 4, 8 or 16 bits"),
 }
 
 FLAGS["command"] = {

@@ -53,9 +53,8 @@ def main(arguments):
                 raise
             print(f"Skipping {checkpoint}: {error}", file=sys.stderr)
             continue
-        results += score_checkpoint(
-            model, contents.tokenizer, checkpoint, cases, flags.top_k
-        )
+        tokenizer = contents.tokenizer
+        results += score_checkpoint(model, tokenizer, checkpoint, cases, flags.top_k)
     if not results:
         raise RunError(f"no checkpoint in {flags.save_dir} can be used")
     if flags.output:

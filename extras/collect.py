@@ -8,22 +8,14 @@ The answers to a list of prompts are saved as they arrive, so an interrupted col
 where it stopped and requests no saved answer again.
 """
 
-import signal
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # All answers so far are on disk, so Ctrl+C may exit at once, without a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # `python extras/collect.py` looks for modules in extras/ instead of the folder above.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import contextlib
 import json
 import os
 import re
+import signal
+import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 

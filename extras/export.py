@@ -7,9 +7,11 @@
 --quantize 16 writes float16. What is written for whom: huggingface.py, gguf.py.
 """
 
+# First: main.py chooses the BLAS before NumPy and MLX take one.
+from extras.program import make_parser, open_checkpoint, read_flags, start
+
 from extras.gguf import export_gguf
 from extras.huggingface import export_model
-from extras.program import make_parser, open_checkpoint, read_flags, start
 from main import announce
 
 

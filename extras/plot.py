@@ -8,6 +8,9 @@ It needs matplotlib; the file's extension selects the format (png, pdf, svg), an
 if there is none.
 """
 
+# First: main.py chooses the BLAS before NumPy and MLX take one.
+from extras.program import add_identifiers, make_parser, read_flags, select_checkpoints, start
+
 import sys
 import textwrap
 import warnings
@@ -16,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 from datasets import UsageError, explained, printable, user_path, utf8
-from extras.program import add_identifiers, make_parser, read_flags, select_checkpoints, start
 from main import flags_apart, read_log, settle
 
 DPI = 150  # dots per inch, fewer if a side of the image would exceed MAX_PIXELS

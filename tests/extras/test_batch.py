@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import json
+import signal
 
 import main
 import numpy as np
@@ -166,6 +167,25 @@ def test_a_reader_that_leaves(byte_model, tmp_path):
     process.stdout.close()
     assert process.wait(60) == 1
     assert "pipe" not in process.stderr.read()
+
+
+def test_ctrl_c_shows_no_traceback(byte_model, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("the\n" * 10_000)
+    line = ["-m", "extras.batch", path, "--save_dir", byte_model]
+    process = start(*line, program=[], cwd=ROOT)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert err.count("\n") == 1, "the checkpoint alone was named"
+
+
+def test_without_its_packages_it_says_what_to_install(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['numpy'] = None\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    _, err = run("-m", "extras.batch", "x", program=[], cwd=ROOT, env=env, status=2)
+    assert err == "extras: no numpy here: pip install -r requirements.txt\n"
 
 
 @pytest.mark.parametrize("damage", [
