@@ -2019,16 +2019,16 @@ class Interrupts:
         os.set_blocking(writer, False)
         self.writer_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self.handlers = {}
-        for number in self.SIGNALS:
+        for each in self.SIGNALS:
             # Signals that the parent ignores (nohup, background jobs of scripts) stay ignored.
-            if signal.getsignal(number) != signal.SIG_IGN:
-                self.handlers[number] = signal.signal(number, self.handle)
+            if signal.getsignal(each) != signal.SIG_IGN:
+                self.handlers[each] = signal.signal(each, self.handle)
         return self
 
     def __exit__(self, *error):
         os.close(signal.set_wakeup_fd(self.writer_before))  # ends the thread
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        for each, handler in self.handlers.items():
+            signal.signal(each, handler)
 
     def handle(self, number, frame):
         """Does nothing: the thread acts. Without a handler, Python would not write the byte."""
