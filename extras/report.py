@@ -9,6 +9,7 @@ packages are optional: pip install tensorboardX or wandb.
 """
 
 import contextlib
+import hashlib
 import importlib
 import os
 
@@ -97,7 +98,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases; the run's name is its id there."""
+    """A run of Weights & Biases. Its id there is that of the run's folder: names are not unique."""
 
     def __init__(self, run):
         import wandb
@@ -109,10 +110,11 @@ class WandB:
             x_disable_meta=True,  # the command line, which may have a password in an address
             disable_git=True,  # edits that were not committed
         )
+        place = hashlib.sha1(os.fsencode(run.folder.absolute())).hexdigest()[:8]
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "transformer-lm"),
             name=run.folder.name,
-            id=run.folder.name,
+            id=f"{run.folder.name}-{place}",
             resume="allow",
             config=recorded_flags(run),
             allow_val_change=True,  # flags may change when a run is resumed
