@@ -71,7 +71,7 @@ except ImportError as error:
     if __name__ != "__main__":
         raise
     remedy = "pip install -r requirements.txt, or uv run datasets.py (Windows: in WSL)"
-    print(f"datasets.py: {error}: {remedy}", file=sys.stderr)
+    print(f"datasets.py: {' '.join(str(error).split())}: {remedy}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -366,7 +366,8 @@ def replacing(path):
             file.flush()  # out of Python's buffer
             os.fsync(file.fileno())  # and out of the system's, before the old file is replaced
             if path.is_file() and not path.is_symlink():
-                shutil.copymode(path, new)
+                with contextlib.suppress(OSError):  # some file systems have no modes
+                    shutil.copymode(path, new)
             os.replace(new, path)
         except BaseException:
             new.unlink(missing_ok=True)
