@@ -70,7 +70,7 @@ except ImportError as error:
     if __name__ != "__main__":
         raise
     remedy = "pip install -r requirements.txt, or uv run datasets.py (Windows: in WSL)"
-    print(f"datasets.py: {error}: {remedy}", file=sys.stderr)
+    print(f"datasets.py: {' '.join(str(error).split())}: {remedy}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -370,7 +370,8 @@ def publish(file, path):
     file.flush()  # out of Python's buffer
     os.fsync(file.fileno())  # and out of the system's, before the old file is replaced
     if path.is_file() and not path.is_symlink():
-        shutil.copymode(path, file.name)
+        with contextlib.suppress(OSError):  # some file systems have no modes
+            shutil.copymode(path, file.name)
     os.replace(file.name, path)
 
 

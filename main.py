@@ -41,7 +41,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_default and not hasattr(sys, "ps1"):  # a notebook's %run
         # Until there is something to save, Ctrl+C exits without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.path.insert(0, str(HERE))  # which `python -P` leaves out
@@ -85,8 +86,9 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
+    reason = " ".join(str(error).split())
     remedy = "pip install -r requirements.txt, or uv run main.py (Windows: in WSL)"
-    print(f"main.py: {error}: {remedy}", file=sys.stderr)
+    print(f"main.py: {reason}: {remedy}", file=sys.stderr)
     sys.exit(2)
 
 from datasets import CORPORA, LARGEST, SIZE, SPLITS, TOKENIZERS, Dataset, Parser, RunError
@@ -2149,8 +2151,8 @@ PATH=${PATH#*:} exec g++ "$@"
 
 
 def protect_compiler(folder):
-    """Puts COMPILER_SCRIPT into a folder, and that first into PATH."""
-    with replacing(folder / "g++") as script:
+    """Puts COMPILER_SCRIPT into a folder, and that first into PATH; without it, g++ is found."""
+    with contextlib.suppress(OSError), replacing(folder / "g++") as script:
         script.write(COMPILER_SCRIPT.encode())
         os.fchmod(script.fileno(), 0o700)
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"

@@ -1648,7 +1648,7 @@ def test_no_code_from_the_working_directory(tmp_path):
 @pytest.mark.parametrize("planted", ["another owner", "a link", "a file", "mode 777", "mode 770"])
 def test_no_code_from_a_folder_that_another_user_has_made(tmp_path, monkeypatch, planted):
     monkeypatch.setattr(datasets, "CACHE", tmp_path)
-    monkeypatch.setattr(datasets.atexit, "register", print)
+    monkeypatch.setattr(datasets.atexit, "register", lambda *given, **options: None)
     own = datasets.open_code_dir.__wrapped__()
     assert own.parent == tmp_path and own.stat().st_mode & 0o777 == 0o700
     assert datasets.open_code_dir.__wrapped__() == own
