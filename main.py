@@ -3959,6 +3959,8 @@ def execute(argv, ranks):
             "--gpu: MLX sees no GPU; leave it out, or install MLX for yours: "
             "pip install 'mlx[cuda13]'"
         )
+    if utf8(str(flags.save_dir)) != str(flags.save_dir):
+        raise UsageError(f"--save_dir {flags.save_dir}: MLX reads only names in UTF-8; rename it")
     use_device(flags.gpu)
     samples = flags.inference or flags.prompt is not None or flags.prompts_file
     uses = samples or flags.export or flags.evaluate
