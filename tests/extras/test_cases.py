@@ -11,7 +11,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ids, run, run_folder
+from conftest import ROOT, TINY, begin, ids, run, saved
 from datasets import ByteTokenizer
 
 from extras import cases
@@ -44,7 +44,7 @@ def test_cases(trained, tmp_path):
     results = json.loads((tmp_path / "out.json").read_text())
     wanted = [checkpoint_id for checkpoint_id in named for _ in CASES]
     assert [result["checkpoint"] for result in results] == wanted
-    [checkpoint] = [each for each in main.list_checkpoints(trained) if each.id == named[0]]
+    [checkpoint] = [each for each in saved(trained) if each.id == named[0]]
     contents = checkpoint.open()
     model = contents.load_model()
     tokenizer = contents.tokenizer
@@ -109,18 +109,6 @@ def test_a_case_without_a_token(text, tmp_path):
     assert "FAIL rank      -         -" in out
 
 
-def test_a_damaged_checkpoint_is_skipped(text, tmp_path):
-    line = ["--text", text, *TINY, "--steps_per_save", 1, "--num_iters", 2, "--save_dir", tmp_path]
-    run(*line)
-    newest, older = ids(tmp_path)
-    damaged = run_folder(tmp_path) / f"{newest}.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    out, err = run("--cases", EXAMPLE, "--save_dir", tmp_path)
-    assert newest[:12] in err
-    assert newest[:12] not in out
-    assert older[:12] in out
-
-
 EXAMPLES = [EXAMPLE, *sorted((ROOT / "extras" / "cases").glob("*.yaml"))]
 
 
@@ -144,7 +132,7 @@ def test_patterns_of_runs(text, tmp_path):
     run(*line, 2)
     run(*line, 3, "--new_model")
     (tmp_path / "cases.yaml").write_text("- {prompt: the, expected: e}\n")
-    checkpoints = main.list_checkpoints(tmp_path)
+    checkpoints = saved(tmp_path)
     newest = {each.run: each.id for each in reversed(checkpoints)}
     assert len(newest) == 2
     line = ["--cases", "cases.yaml", "--output", "out.json", "--save_dir", tmp_path, "--identifier"]
@@ -169,43 +157,29 @@ def test_results_into_a_pipe(trained, tmp_path):
     os.close(reader)
 
 
-def test_a_run_whose_base_is_gone_is_skipped(trained, tmp_path, text):
+def test_what_cannot_be_opened_is_skipped(trained, tmp_path, text):
     """The others are scored, each once however often it is named."""
     folder = ["--save_dir", tmp_path / "lm"]
     results = tmp_path / "out.json"
     shutil.copytree(trained, tmp_path / "lm")
-    run("--export", tmp_path / "hf", "--identifier", "latest", *folder)
-    line = ["--text", text, "--init_from", tmp_path / "hf", "--lora_rank", 2, "--batch_size", 4]
-    run(*line, "--num_iters", 1, "--max_tokens", 2, *folder)
-    shutil.rmtree(tmp_path / "hf")
+    base = ids(trained)[0]
+    line = ["--text", text, "--init_from", base, "--lora_rank", 2, "--batch_size", 4]
+    name, _, _ = begin(*line, "--num_iters", 1, "--max_tokens", 2, *folder)
+    shutil.rmtree(tmp_path / "lm" / name / "init_from")
+    damaged = saved(tmp_path / "lm")[-1]
+    damaged.weights_path.write_bytes(b"")
     cases = ["--cases", EXAMPLE, *folder]
     _, err = run(*cases, "--output", results)
-    assert err.count("Skipping ") == 1
-    assert "needs the model that it was started with" in err
-    assert checkpoints_in(results) == set(ids(trained))
-    newest = ids(trained)[0]
-    out, _ = run(*cases, "--identifier", newest, newest)
+    assert err.count("Skipping ") == 2
+    assert f"{name} lacks the model in its folder init_from" in err
+    assert f"{damaged} is damaged" in err
+    assert checkpoints_in(results) == set(ids(trained)) - {damaged.id}
+    out, _ = run(*cases, "--identifier", base, base)
     assert out.count("in the top 5") == 1
     content = results.read_text()
     _, err = run(*cases, "--output", results, "--identifier", "latest", status=1)
     assert "Skipping" not in err
     assert results.read_text() == content
-
-
-def test_a_checkpoint_that_cannot_be_opened_is_skipped(trained, tmp_path):
-    folder = tmp_path / "lm"
-    results = tmp_path / "out.json"
-    shutil.copytree(trained, folder)
-    cases = ["--cases", EXAMPLE, "--save_dir", folder, "--output", results]
-    checkpoints = main.list_checkpoints(folder)
-    for i, checkpoint in enumerate(checkpoints, 1):
-        checkpoint.weights_path.unlink()
-        checkpoint.weights_path.symlink_to("nowhere")
-        status = 1 if i == len(checkpoints) else 0
-        _, err = run(*cases, status=status)
-        assert err.count("Skipping ") == i
-    assert "can be used" in err
-    assert checkpoints_in(results) == {checkpoints[-1].id}, "of the last that could be opened"
 
 
 def test_a_diverged_model_is_valid_json():

@@ -203,7 +203,5 @@ def test_without_the_package(monkeypatch):
 def test_a_long_context_is_not_trained_unasked(context, given, expected, line, tmp_path):
     export_model(make_model(context_size=context), ByteTokenizer(), tmp_path / "hf", None)
     line += ["--init_from", tmp_path / "hf", "--num_iters", 1, "--batch_size", 1, *given]
-    out, _ = run(*line, "--save_dir", tmp_path / "lm")
+    run(*line, "--save_dir", tmp_path / "lm")
     assert newest(tmp_path / "lm").config["context_size"] == expected
-    told = "a context of 2,000 tokens; this run has at most 1,024 (--context_size gives another)"
-    assert (told in out) == (expected == 1024)

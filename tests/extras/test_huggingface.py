@@ -424,17 +424,6 @@ def test_a_checkpoint_comes_back_as_it_was(base, tmp_path):
     assert not theirs
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="has no such names")
-def test_a_folder_whose_name_is_not_utf8(tmp_path):
-    """MLX would not find it."""
-    folder = tmp_path / os.fsdecode(b"hf\xff")
-    model = make_model()
-    export_model(model, TOKENIZERS["byte"], folder, None)
-    found, *_ = import_model(folder)
-    ours = logits_of(model, range(20))
-    np.testing.assert_allclose(logits_of(found, range(20)), ours, atol=1e-6)
-
-
 @pytest.mark.parametrize("flag", ["--teacher", "--init_from"])
 def test_a_run_keeps_the_very_model_it_was_begun_with(tmp_path, text, flag):
     """Configuration and tokenizer belong to it, not the weights alone: else it is another one."""
