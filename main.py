@@ -3225,7 +3225,7 @@ def settle(given, saved=None, decided=None):
         path = getattr(flags, name)
         if path and os.path.isdir(absolute(path)):  # else a checkpoint, or a model of the hub
             setattr(flags, name, absolute(path))
-    if flags.text:
+    if flags.text and "dataset" not in given:  # else it contradicts what was saved
         flags.dataset = "text"
     if flags.tokenizer == "auto":
         flags.tokenizer = CORPORA[flags.dataset].tokenizer
@@ -3799,16 +3799,18 @@ def show_runs(flags):
 def open_for_use(flags):
     """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
 
-    It is the newest of the runs that have the values of all shaping flags given. Raises
-    UsageError, RunError.
+    It is the newest of the runs that have the values of all flags given that stay as they are
+    during a run. Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
+    names = [name for name in FIXED if name in flags.given and name not in ("seed", *PATHS)]
     if flags.identifier:
         found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier[0])
+        its_flags = vars(settle({}, found.flags))
+        check_agreement(flags, {name: its_flags[name] for name in names}, found.run)
         return open_newest([found], is_named=True)
     if not checkpoints:
         raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
-    names = [name for name in SHAPING if name in flags.given and name not in ("seed", *PATHS)]
     candidates = []
     for each in checkpoints:
         its_flags = settle({}, each.flags)
@@ -3818,7 +3820,7 @@ def open_for_use(flags):
         raise UsageError(
             f"no checkpoint in {flags.save_dir} has the flags given: leave them out, or see --list"
         )
-    return open_newest(candidates)
+    return open_newest([each for each in candidates if each.run == candidates[0].run])
 
 
 def announce(checkpoint):
