@@ -1950,27 +1950,30 @@ def open_source(checkpoint):
     if checkpoint.flags["lora_rank"]:
         base = checkpoint.folder / "init_from"
         for path in base.rglob("*"):
-            if path.is_file():
+            if path.is_file() and not path.is_symlink():  # which a stranger's may be
                 files[str(path.relative_to(checkpoint.folder))] = path
     return Source(contents.load_model(), contents.tokenizer, checkpoint.id, files)
 
 
 def keep_models(folder, models):
-    """Makes models, {flag: Source}, part of a new run's folder: nobody can take them away.
-
-    Their files are linked, or copied to another file system.
-    """
+    """Makes models, {flag: Source}, part of a new run's folder: nobody can take them away."""
     for flag_name, source in models.items():
         shutil.rmtree(folder / flag_name, ignore_errors=True)  # of a start that was killed
         for name, path in source.files.items():
             target = folder / flag_name / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(os.path.realpath(path), target)
-            except OSError:
-                with replacing(target) as file, open(path, "rb") as original:
-                    shutil.copyfileobj(original, file)
+            keep_file(path.resolve(), target)
             sync(target.parent)
+
+
+def keep_file(path, target):
+    """Links a file that is named by its hash, which nobody changes; copies any other."""
+    if re.fullmatch("[0-9a-f]{40,64}", path.stem):  # a checkpoint, or in the cache of the hub
+        with contextlib.suppress(OSError):  # another file system
+            os.link(path, target)
+            return
+    with replacing(target) as file, open(path, "rb") as original:
+        shutil.copyfileobj(original, file)
 
 
 def open_kept(checkpoint, flag_name):
@@ -3043,7 +3046,7 @@ def settle(given, saved=None, decided=None):
         model = getattr(flags, name)
         if model and os.path.isdir(user_path(model)):  # else a checkpoint, or a model of the hub
             setattr(flags, name, absolute(model))
-    if flags.text:
+    if flags.text and "dataset" not in given:  # else it contradicts what was saved
         flags.dataset = "text"
     elif flags.valid_text or flags.test_text or flags.dataset == "text":
         raise UsageError("--valid_text and --test_text go with --text, which names your files")
@@ -3613,20 +3616,22 @@ def flags_apart(checkpoints):
 def open_for_use(flags):
     """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
 
-    Flags given that shape a run select it, too. Raises UsageError, RunError.
+    It is the newest of the runs that have the values of all flags given that stay as they are
+    during a run. Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
+    names = [name for name in FIXED if name in flags.given and name not in ("seed", *PATHS)]
     if flags.identifier:
         found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier)
+        check_agreement(flags, {name: found.flags[name] for name in names}, found.run)
         return open_newest([found], is_named=True)
-    names = {*flags.given} & {*SHAPING} - {"seed", *PATHS}  # the seed is that of the samples
     candidates = []
     for each in checkpoints:
         if all(each.flags[name] == getattr(flags, name) for name in names):
             candidates.append(each)
     if not candidates:
         raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
-    return open_newest(candidates)
+    return open_newest([each for each in candidates if each.run == candidates[0].run])
 
 
 def announce(checkpoint):
@@ -3717,6 +3722,8 @@ def describe_end(run, received):
 def execute(argv, ranks):
     """Executes the command; returns the exit status."""
     flags = settle(read_command_line(argv))
+    if utf8(str(flags.save_dir)) != str(flags.save_dir):
+        raise UsageError(f"--save_dir {flags.save_dir}: MLX reads only names in UTF-8; rename it")
     use_device(flags.gpu)
     if flags.list:
         list_runs(flags.save_dir)

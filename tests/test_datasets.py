@@ -335,7 +335,7 @@ def test_an_imported_tokenizer_has_the_end_token_of_its_model(tmp_path):
     from extras.huggingface import export_model, import_model
 
     def import_tokenizer(folder):
-        _, tokenizer, _ = import_model(folder)
+        _, tokenizer, *_ = import_model(folder)
         return tokenizer
 
     tokenizer = WordTokenizer.train(["a b <|endoftext|> </s>\n" * 9])

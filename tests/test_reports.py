@@ -331,8 +331,6 @@ def test_a_line_of_history(tmp_path, capsys, scores, mark):
 
 def test_what_a_checkpoint_was_made_by(trained):
     checkpoint = main.list_checkpoints(trained)[0]
-    assert checkpoint.command[1:3] == ["--text", str(trained.parent / "text.txt")]
-    assert "--seed" in checkpoint.command
     [stretch] = checkpoint.stretches
     assert stretch["versions"]["MLX"] == mx.__version__
     assert re.fullmatch("[0-9a-f]{40}", stretch["code"])

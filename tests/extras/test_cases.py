@@ -1,15 +1,16 @@
 """Probe cases: ranks and probabilities beside those of one pass per token."""
 
 import json
+import os
+import shutil
 import math
 import re
 from argparse import Namespace
 
-import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ids, run, run_extra, run_folder
+from conftest import ROOT, TINY, begin, ids, run, run_extra, saved
 from datasets import ByteTokenizer
 
 from extras import cases
@@ -41,7 +42,7 @@ def test_cases(trained, tmp_path):
     results = json.loads((tmp_path / "out.json").read_text())
     wanted = [checkpoint_id for checkpoint_id in named for _ in CASES]
     assert [result["checkpoint"] for result in results] == wanted
-    [checkpoint] = [each for each in main.list_checkpoints(trained) if each.id == named[0]]
+    [checkpoint] = [each for each in saved(trained) if each.id == named[0]]
     contents = checkpoint.open()
     model = contents.load_model()
     tokenizer = contents.tokenizer
@@ -85,18 +86,6 @@ def test_a_case_without_a_token(text, tmp_path):
     assert "FAIL rank      -         -" in out
 
 
-def test_a_damaged_checkpoint_is_skipped(text, tmp_path):
-    line = ["--text", text, *TINY, "--steps_per_save", 1, "--num_iters", 2, "--save_dir", tmp_path]
-    run(*line)
-    newest, older = ids(tmp_path)
-    damaged = run_folder(tmp_path) / f"{newest}.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    out, err = run_extra("cases", EXAMPLE, "--save_dir", tmp_path)
-    assert newest[:12] in err
-    assert newest[:12] not in out
-    assert older[:12] in out
-
-
 EXAMPLES = [EXAMPLE, *sorted((ROOT / "extras" / "cases").glob("*.yaml"))]
 
 
@@ -120,7 +109,7 @@ def test_patterns_of_runs(text, tmp_path):
     run(*line, 2)
     run(*line, 3, "--new_model")
     (tmp_path / "cases.yaml").write_text("- {prompt: the, expected: e}\n")
-    checkpoints = main.list_checkpoints(tmp_path)
+    checkpoints = saved(tmp_path)
     newest = {each.run: each.id for each in reversed(checkpoints)}
     assert len(newest) == 2
     line = ["cases.yaml", "--output", "out.json", "--save_dir", tmp_path, "--identifier"]
@@ -134,6 +123,40 @@ def test_patterns_of_runs(text, tmp_path):
     run_extra("plot", "losses.png", "--identifier", "text-*", "--save_dir", tmp_path, cwd=tmp_path)
     _, err = run_extra("cases", *line, "python-*", cwd=tmp_path, status=2)
     assert "--identifier 'python-*' matches no checkpoint" in err
+
+
+def test_results_into_a_pipe(trained, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    line = [EXAMPLE, "--identifier", "latest", "--output", tmp_path / "pipe"]
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    run_extra("cases", *line, "--save_dir", trained)
+    assert json.loads(os.read(reader, 1 << 20))
+    os.close(reader)
+
+
+def test_what_cannot_be_opened_is_skipped(trained, tmp_path, text):
+    """The others are scored, each once however often it is named."""
+    folder = ["--save_dir", tmp_path / "lm"]
+    results = tmp_path / "out.json"
+    shutil.copytree(trained, tmp_path / "lm")
+    base = ids(trained)[0]
+    line = ["--text", text, "--init_from", base, "--lora_rank", 2, "--batch_size", 4]
+    name, _, _ = begin(*line, "--num_iters", 1, "--max_tokens", 2, *folder)
+    shutil.rmtree(tmp_path / "lm" / name / "init_from")
+    damaged = saved(tmp_path / "lm")[-1]
+    damaged.weights_path.write_bytes(b"")
+    cases = [EXAMPLE, *folder]
+    _, err = run_extra("cases", *cases, "--output", results)
+    assert err.count("Skipping ") == 2
+    assert f"{name} lacks the model in its folder init_from" in err
+    assert f"{damaged} is damaged" in err
+    assert checkpoints_in(results) == set(ids(trained)) - {damaged.id}
+    out, _ = run_extra("cases", *cases, "--identifier", base, base)
+    assert out.count("in the top 5") == 1
+    content = results.read_text()
+    _, err = run_extra("cases", *cases, "--output", results, "--identifier", "latest", status=1)
+    assert "Skipping" not in err
+    assert results.read_text() == content
 
 
 def test_a_diverged_model_is_valid_json():

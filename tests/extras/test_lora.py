@@ -7,11 +7,12 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import flags, ids, run, run_extra
+from conftest import begin, flags, newest, run, run_extra, saved, start
 from datasets import ByteTokenizer
 from mlx.utils import tree_flatten, tree_unflatten
+from test_interrupts import wait_for
 
-from extras.huggingface import export_model
+from extras.huggingface import export_model, import_model
 from extras.lora import add_lora, init_lora, merge
 
 
@@ -99,44 +100,33 @@ def test_merged_weights_by_hand():
             np.testing.assert_allclose(np.array(merged[name]), weight + 3, rtol=1e-6)
 
 
-LORA = "--lora_rank 2 --num_iters 30 --dropout 0.1 --average 0.3".split()
-LORA += "--learning_rate 0.03 --lr_warmup 5".split()
-LORA += ["--max_tokens", 8]
-
-
-def checkpoint_of(folder, checkpoint_id):
-    [found] = [each for each in main.list_checkpoints(folder) if each.id == checkpoint_id]
-    return found
+LORA = "--lora_rank 2 --dropout 0.1 --average 0.3 --learning_rate 0.03 --lr_warmup 5".split()
+LORA += ["--max_tokens", 8, "--num_iters"]
 
 
 def test_lora_run(base, text, tmp_path):
-    """Its checkpoint holds adapters alone and names its base; sampling and export merge them.
+    """Its checkpoint holds adapters alone; sampling and export merge them into the base.
 
-    Interrupted, it ends with the same checkpoint.
+    Interrupted, and without its base, it ends with the same checkpoint.
     """
     folder, id = base
-    line = ["--text", text, "--init_from", id[:10], *LORA, "--save_dir"]
-    shutil.copytree(folder, tmp_path / "other")
-    out, _ = run(*line, folder)
+    line = ["--text", text, "--init_from", id[:10], *LORA]
+    shutil.copytree(folder, tmp_path / "whole")
+    out, _ = run(*line, 12, "--save_dir", tmp_path / "whole")
     assert "trainable" in out
-    last, begun = [each for each in main.list_checkpoints(folder) if each.id != id]
-    assert begun.iteration == 0, "from the start on, its base is not pruned"
-    assert begun.uses == {"init_from": [id, id]}
-    assert last.uses == {"init_from": [id, id]}
+    name, _, _ = begin(*line, 5, "--save_dir", folder)
+    shutil.rmtree(saved(folder)[-1].folder)
+    assert begin(*line, 12, "--save_dir", folder)[:2] == (name, 5)
+    last = newest(folder)
+    assert last.id == newest(tmp_path / "whole").id
     assert last.flags["lora_alpha"] == 4
-    assert last.run == begun.run != checkpoint_of(folder, id).run
     weights = mx.load(str(last.weights_path))
     assert len(weights) == 2 * 2 * 7
     assert all("lora_" in name for name in weights)
-
-    run(*line, tmp_path / "other", "--num_iters", 11)
-    run(*line, tmp_path / "other", "--num_iters", 30)
-    assert ids(tmp_path / "other")[0] == last.id
     # It goes on without the base being named again.
-    out, _ = run("--save_dir", tmp_path / "other", "--num_iters", 31)
-    assert "from iteration 30 to 31" in out
+    assert begin("--save_dir", folder, "--num_iters", 13)[:2] == (name, 12)
 
-    live = checkpoint_of(folder, id).open().load_model()
+    live = saved(tmp_path / "whole")[-1].open().load_model()
     add_lora(live, 2, 4)
     live.load_weights(list(weights.items()), strict=False)
     contents = last.open()
@@ -144,51 +134,64 @@ def test_lora_run(base, text, tmp_path):
     tokens = contents.tokenizer.encode("line 5: the quick").tolist()
     expected = logits_of(live, tokens)
     np.testing.assert_allclose(logits_of(merged, tokens), expected, rtol=0, atol=1e-4)
-    run_extra("export", tmp_path / "hf", "--save_dir", folder)
-    again = main.open_model(folder, str(tmp_path / "hf"), "init_from")
-    np.testing.assert_array_equal(logits_of(again.model, tokens), logits_of(merged, tokens))
+    run_extra("export", tmp_path / "hf", "--identifier", last.id, "--save_dir", folder)
+    again, *_ = import_model(tmp_path / "hf")
+    np.testing.assert_array_equal(logits_of(again, tokens), logits_of(merged, tokens))
+
+
+def test_branches_of_a_lora_run_and_adapters_on_it(base, text):
+    """Each has in its own folder all that it needs, and more adapters go onto adapters."""
+    folder, id = base
+    name, _, _ = begin("--text", text, "--init_from", id, *LORA, 4, "--save_dir", folder)
+    line = ["--identifier", name, "--dropout", 0.2, "--save_dir", folder, "--num_iters"]
+    branch, iteration, _ = begin(*line, 5)
+    assert (branch != name, iteration) == (True, 4)
+    line_of_nested = ["--text", text, "--init_from", branch, *LORA]
+    nested, iteration, _ = begin(*line_of_nested, 2, "--save_dir", folder)
+    assert (nested == name, iteration) == (False, 0)
+    for run_folder in {checkpoint.folder for checkpoint in saved(folder)}:
+        if run_folder.name not in (nested, branch):
+            shutil.rmtree(run_folder)
+    answers = ["--prompt", "line", "--max_tokens", 3, "--save_dir", folder, "--identifier"]
+    assert begin("--identifier", branch, "--save_dir", folder, "--num_iters", 6)[:2] == (branch, 5)
+    shutil.rmtree(folder / branch)
+    run(*answers, nested)
+    assert begin(*line_of_nested, 3, "--save_dir", folder)[:2] == (nested, 2)
 
 
 @pytest.mark.parametrize("options", [[], ["--lora_rank", 2]], ids=["all", "lora"])
 def test_a_base_with_more_rows_than_ids(tmp_path, text, options):
-    """As Qwen3's, padded for speed: its shape stays, in every leg."""
-    export_model(make_model(257 + 24), ByteTokenizer(), tmp_path / "hf", None)
-    line = ["--text", text, "--init_from", tmp_path / "hf", *options, "--max_tokens", 8]
-    line += ["--save_dir", tmp_path / "lm"]
-    run(*line, "--num_iters", 2)
-    out, _ = run(*line, "--num_iters", 4)
-    assert "from iteration 2 to 4" in out
-    assert main.list_checkpoints(tmp_path / "lm")[0].config["vocab_size"] == 281
-    run("--prompt", "line", "--max_tokens", 8, "--save_dir", tmp_path / "lm")
+    """As Qwen3's, padded for speed: its shape stays, in every leg.
+
+    The folder may be moved, changed in place or deleted. Changed, it is another base.
+    """
+    hf = tmp_path / "hf"
+    export_model(make_model(257 + 24), ByteTokenizer(), hf, None)
+    line = ["--text", text, *options, "--max_tokens", 8, "--save_dir", tmp_path / "lm"]
+    line += ["--init_from"]
+    name, _, _ = begin(*line, hf, "--num_iters", 2)
+    hf.rename(tmp_path / "moved")
+    assert begin(*line, tmp_path / "moved", "--num_iters", 4)[:2] == (name, 2)
+    assert newest(tmp_path / "lm").config["vocab_size"] == 281
+    (tmp_path / "moved").rename(hf)
+    config = hf / "config.json"
+    config.write_text(config.read_text().replace("10000.0", "5000.0"))
+    assert begin("--identifier", name, *line[-3:-1], "--num_iters", 5)[:2] == (name, 4)
+    other, iteration, _ = begin(*line, hf, "--num_iters", 1)
+    assert (other != name, iteration) == (True, 0)
+    shutil.rmtree(hf)
+    run("--prompt", "line", "--max_tokens", 8, "--identifier", name, "--save_dir", tmp_path / "lm")
 
 
-def test_a_base_that_is_needed_stays(base, text):
+def test_a_start_that_was_killed_before_its_first_save(base, text):
+    """What it has linked is no run; the same command begins anew, in the same folder."""
     folder, id = base
-    run("--text", text, "--init_from", "latest", *LORA, "--save_dir", folder)
-    name = checkpoint_of(folder, id).run
-    for num_iters in (22, 24, 26):
-        run("--identifier", name, "--num_iters", num_iters, "--keep", 1, "--save_dir", folder)
-    left = [each for each in main.list_checkpoints(folder) if each.run == name]
-    iterations = [each.iteration for each in left]
-    assert iterations == [26, 24, 20], "24 stays until a step was taken from 26, which has no score"
-
-
-def test_a_base_that_is_missing_or_changed(base, text, tmp_path):
-    folder, id = base
-    run_extra("export", tmp_path / "hf", "--save_dir", folder)
-    run("--text", text, "--init_from", tmp_path / "hf", *LORA, "--save_dir", folder)
-    resumed = ["--save_dir", folder, "--num_iters", 40]
-    model, tokenizer, *_ = main.open_model(folder, str(tmp_path / "hf"), "init_from")
-    model.update(tree_unflatten([("model.norm.weight", model.model.norm.weight * 2)]))
-    shutil.rmtree(tmp_path / "hf")
-    export_model(model, tokenizer, tmp_path / "hf", None)
-    sampled = ["--prompt", "line", "--save_dir", folder]
-    for line in (resumed, sampled):
-        _, err = run(*line, status=1)
-        assert "unchanged" in err.splitlines()[-1]
-    shutil.rmtree(tmp_path / "hf")
-    for line in (resumed, sampled):
-        _, err = run(*line, status=1)
-        last = err.splitlines()[-1]
-        assert "needs the model that it was started with" in last
-        assert str(tmp_path / "hf") in last
+    line = ["--text", text, "--init_from", id, *LORA, 100_000, "--save_dir", folder]
+    process = start(*line)
+    wait_for(process, "20/100,000 ")
+    process.kill()
+    process.communicate()
+    [left] = folder.glob("*/init_from/")
+    name, iteration, _ = begin(*line, "--num_iters", 2)
+    assert (folder / name, iteration) == (left.parent, 0)
+    assert begin(*line, "--num_iters", 3)[:2] == (name, 2)

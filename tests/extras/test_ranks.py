@@ -310,7 +310,7 @@ def test_lora_with_a_teacher(tmp_path, text):
         shutil.copytree(folder, tmp_path / place)
     run(*given, "--save_dir", tmp_path / "one", "--new_model")
     run_ranks(2, tmp_path, *given, "--save_dir", tmp_path / "two", "--new_model")
-    assert newest(tmp_path / "two").uses == {"init_from": [base, base], "teacher": [base, base]}
+    assert newest(tmp_path / "two").origins == {"init_from": base, "teacher": base}
     assert len(losses(tmp_path / "one")) == 8
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-5)
     assert set(weights(tmp_path / "two")) == set(weights(tmp_path / "one"))
