@@ -2833,7 +2833,9 @@ FLAGS["run"] = {
 }
 
 FLAGS["sampling"] = {
-    "max_tokens": Flag(200, SIZE, "maximum number of new tokens", "max_new_tokens num_tokens"),
+    "max_tokens": Flag(
+        200, SIZE, "maximum number of new tokens", "max_new_tokens n_predict num_tokens"
+    ),
     "num_samples": Flag(1, number(int, 1, 10**6), "samples of --prompt, with consecutive seeds"),
     "temperature": Flag(0.5, number(float, 0, 100), "sampling temperature; 0: greedy", "temp"),
     "top_k": Flag(50, COUNT, "sample from the k most likely tokens; 0: all"),
@@ -2850,7 +2852,7 @@ FLAGS["sampling"] = {
 
 FLAGS["command"] = {
     "inference": Flag(False, bool, "sample interactively", "interactive"),
-    "prompt": Flag(None, prompt, "text to continue"),
+    "prompt": Flag(None, prompt, "text to continue", "start"),
     "evaluate": Flag(None, one_of(SPLITS), "evaluate a checkpoint on a whole split"),
     "eval_stride": Flag(None, SIZE, "stride of that window (default: context_size)"),
     "list": Flag(False, bool, "list runs and checkpoints"),
@@ -2943,8 +2945,10 @@ def parse(arguments):
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-")
         hints = [hint for names, hint in NOT_HERE.items() if name in names.split()]
-        similar = difflib.get_close_matches(name, ROWS, 1)
+        similar = difflib.get_close_matches(name.lower(), ROWS, 1, cutoff=0.7)
         hints += [f"--{each}?" for each in similar]
+        if not unknown[0].startswith("-"):
+            hints.append("no flag takes it: a switch has no value, a text with blanks needs quotes")
         hints = [*hints[:1], "--help lists all flags"]
         raise UsageError(f"unrecognized arguments: {unknown[0]} ({'; '.join(hints)})")
     return vars(values)
