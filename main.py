@@ -3058,8 +3058,6 @@ def settle(given, saved=None, decided=None):
             setattr(flags, name, absolute(model))
     if flags.text:
         flags.dataset = "text"
-    elif flags.valid_text or flags.test_text or flags.dataset == "text":
-        raise UsageError("--valid_text and --test_text go with --text, which names your files")
     if flags.tokenizer == "auto":
         flags.tokenizer = CORPORA[flags.dataset].tokenizer
     if flags.num_kv_heads is None:
@@ -3443,6 +3441,8 @@ def begin(flags):
 
 def load_data(flags, tokenizer=None):
     """The dataset of a run; tokenizer: that of a model or a checkpoint, instead of the flags'."""
+    if not flags.text and (flags.valid_text or flags.test_text or flags.dataset == "text"):
+        raise UsageError("--valid_text and --test_text go with --text, which names your files")
     names = [*FLAGS["data"], "test_text", "save_dir", "mirror"]
     arguments = {name: getattr(flags, name) for name in names if name != "dataset"}
     if tokenizer:
