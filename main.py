@@ -2838,7 +2838,9 @@ FLAGS["run"] = {
 }
 
 FLAGS["sampling"] = {
-    "max_tokens": Flag(200, SIZE, "maximum number of new tokens", "max_new_tokens num_tokens"),
+    "max_tokens": Flag(
+        200, SIZE, "maximum number of new tokens", "max_new_tokens n_predict num_tokens"
+    ),
     "num_samples": Flag(1, number(int, 1, 10**6), "samples of --prompt, with consecutive seeds"),
     "temperature": Flag(0.5, number(float, 0, 100), "sampling temperature; 0: greedy", "temp"),
     "top_k": Flag(50, COUNT, "sample from the k most likely tokens; 0: all"),
@@ -2855,7 +2857,7 @@ FLAGS["sampling"] = {
 
 FLAGS["command"] = {
     "inference": Flag(False, bool, "sample interactively", "interactive"),
-    "prompt": Flag(None, prompt, "text to continue"),
+    "prompt": Flag(None, prompt, "text to continue", "start"),
     "evaluate": Flag(None, one_of(SPLITS), "evaluate a checkpoint on a whole split"),
     "eval_stride": Flag(None, SIZE, "stride of that window (default: context_size)"),
     "list": Flag(False, bool, "list runs and checkpoints"),
@@ -2949,8 +2951,10 @@ def parse(arguments):
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-")
         hints = [hint for names, hint in NOT_HERE.items() if name in names.split()]
-        similar = difflib.get_close_matches(name, ROWS, 1)
+        similar = difflib.get_close_matches(name.lower(), ROWS, 1, cutoff=0.7)
         hints += [f"--{each}?" for each in similar]
+        if not unknown[0].startswith("-"):
+            hints.append("no flag takes it: a switch has no value, a text with blanks needs quotes")
         hints = [*hints[:1], "--help lists all flags"]
         raise UsageError(f"unrecognized arguments: {unknown[0]} ({'; '.join(hints)})")
     return vars(values)
@@ -3048,8 +3052,6 @@ def settle(given, saved=None, decided=None):
             setattr(flags, name, absolute(model))
     if flags.text and "dataset" not in given:  # else it contradicts what was saved
         flags.dataset = "text"
-    elif flags.valid_text or flags.test_text or flags.dataset == "text":
-        raise UsageError("--valid_text and --test_text go with --text, which names your files")
     if flags.tokenizer == "auto":
         flags.tokenizer = CORPORA[flags.dataset].tokenizer
     if flags.num_kv_heads is None:
@@ -3437,6 +3439,8 @@ def begin(flags):
 
 def load_data(flags, tokenizer=None):
     """The dataset of a run; tokenizer: that of a model or a checkpoint, instead of the flags'."""
+    if not flags.text and (flags.valid_text or flags.test_text or flags.dataset == "text"):
+        raise UsageError("--valid_text and --test_text go with --text, which names your files")
     names = [*FLAGS["data"], "test_text", "save_dir", "mirror"]
     arguments = {name: getattr(flags, name) for name in names if name != "dataset"}
     if tokenizer:

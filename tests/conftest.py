@@ -279,6 +279,13 @@ def flags(**values):
     return main.settle(values)
 
 
+def settled(*line):
+    """All flags of a command line, {flag: value}, without where they come from."""
+    values = vars(main.settle(main.read_command_line([*line])))
+    of_origin = ("config", "preset", "given")
+    return {name: value for name, value in values.items() if name not in of_origin}
+
+
 class Script:
     """A model whose logits [V] depend on the last token alone: `rows`, a function of it."""
 

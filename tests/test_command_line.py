@@ -1,276 +1,349 @@
-"""The command line: where each value comes from, --help, --list, the default folder.
+"""The command line: where each value comes from, names of other programs, --help, --list, folders.
 
-Mistakes: test_mistakes.py.
+Mistakes: test_mistakes.py. Which run a command means: test_runs.py.
 """
 
-import argparse
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import replace
-from types import SimpleNamespace
-
-import pytest
-from conftest import MAIN, ROOT, TINY, flags, ids, resumed_by, run, run_folder, start
 
 import main
-from datasets import UsageError
-from extras import names
+import pytest
+from conftest import MAIN, ROOT, TINY, begin, ids, newest, run, run_folder, saved, settled, start
+from test_interrupts import wait_for
 
 # Those that are documented, which a new flag leaves as they are.
-DEFAULTS = dict(
-    dataset="ptb",
-    text=None,
-    valid_text=None,
-    test_text=None,
-    valid_fraction=0.1,
-    text_field="text",
-    train_tokens=None,
-    tokenizer="auto",
-    vocab_size=32000,
-    save_dir=None,
-    data_dir=None,
-    mirror=None,
-    identifier=None,
-    new_model=False,
-    num_iters=100000,
-    max_minutes=None,
-    config=None,
-    preset=None,
-    gpu=False,
-    seed=42,
-    context_size=48,
-    num_blocks=4,
-    dim=1024,
-    num_heads=8,
-    num_kv_heads=None,
-    mlp="relu2",
-    mlp_dim=None,
-    qk_norm=False,
-    untie=False,
-    dropout=0.0,
-    batch_size=32,
-    grad_accumulation=1,
-    learning_rate=3e-4,
-    min_lr=None,
-    weight_decay=1e-5,
-    embedding_decay=None,
-    beta1=0.9,
-    beta2=0.99,
-    optimizer="adamw",
-    lr_warmup=200,
-    lr_schedule="constant",
-    lr_cooldown=1.0,
-    grad_clip=1.0,
-    dropout_final=None,
-    dtype="float32",
-    grad_checkpoint=False,
-    average=0.0,
-    patience=None,
-    steps_per_report=10,
-    steps_per_eval=1000,
-    eval_tokens=100000,
-    steps_per_save=None,
-    eval_test=False,
-    keep=3,
-    sample_prompt=None,
-    sample_tokens=None,
-    inference=False,
-    prompt=None,
-    max_tokens=200,
-    num_samples=1,
-    temperature=0.5,
-    top_k=50,
-    top_p=1.0,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    stop=None,
-    stop_at_end=True,
-    draft=None,
-    init_from=None,
-    lora_rank=None,
-    lora_alpha=None,
-    teacher=None,
-    teacher_weight=0.5,
-    teacher_temperature=2.0,
-    quantize=None,
-    evaluate=None,
-    eval_stride=None,
-    list=False,
-)
-LINES = [f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(200)]
-LINE = "".join(LINES)
-
-
-SHAPE = "--mlp gelu --learning_rate 0.01 --dropout 0.1".split()
+DEFAULTS = """
+    --dataset ptb --tokenizer word --vocab_size 32000 --valid_fraction 0.1 --text_field text
+    --context_size 48 --num_blocks 4 --dim 1024 --num_heads 8 --num_kv_heads 8 --mlp relu2
+    --mlp_dim 4096 --no-qk_norm --no-untie --dropout 0 --seed 42 --optimizer adamw
+    --batch_size 32 --grad_accumulation 1 --learning_rate 3e-4 --weight_decay 1e-5 --beta1 0.9
+    --beta2 0.99 --lr_warmup 200 --lr_schedule constant --lr_cooldown 1 --grad_clip 1
+    --dtype float32 --no-grad_checkpoint --average 0 --teacher_weight 0.5 --teacher_temperature 2
+    --num_iters 100000 --steps_per_report 10 --steps_per_eval 1000 --eval_tokens 100000 --keep 3
+    --no-eval_test --max_tokens 200 --num_samples 1 --temperature 0.5 --top_k 50 --top_p 1
+    --min_p 0 --repetition_penalty 1 --stop_at_end --save_dir runs --no-gpu
+"""
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with `text.txt` and, in `lm`, a run of three iterations on it.
-
-    It is to be left as it is.
-    """
+def trained(tmp_path_factory, lines):
+    """A folder with `text.txt` and, in `lm`, a run of three iterations; to be left as it is."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "text.txt").write_text(LINE)
-    others = ["--num_iters", 3, "--keep", 5, "--save_dir", folder / "lm"]
-    run("--text", folder / "text.txt", *TINY, *SHAPE, *others)
+    (folder / "text.txt").write_text(lines)
+    line = ["--text", folder / "text.txt", *TINY, "--num_iters", 3, "--steps_per_eval", 3]
+    run(*line, "--save_dir", folder / "lm")
     return folder
 
 
-# ---- Flags and their values ---------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def lines():
+    """A text of 200 lines."""
+    return "".join(f"line {i}: the quick brown fox — jümps over {i} dogs\n" for i in range(200))
+
+
+# ---- Values -------------------------------------------------------------------------------------
 
 
 def test_defaults():
-    found = {name: main.DEFAULTS[name] for name in DEFAULTS}
-    assert found == DEFAULTS
+    assert settled(*DEFAULTS.split()) == settled()
 
 
-def test_each_flag_is_its_attribute_and_in_one_group():
-    parser = main.make_parser()
-    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
-    actions = [action for action in shown if action.dest != "help"]
-    for action in actions:
-        assert action.option_strings[0] == f"--{action.dest}"
-        assert action.help
-    in_help = {action.dest for action in actions}
-    assert len(in_help) == len(actions)
-    grouped = []
-    for group in main.FLAGS.values():
-        grouped += group
-    assert sorted(grouped) == sorted(in_help), "a flag is in no group or in two"
-    assert set(DEFAULTS) <= in_help == set(main.DEFAULTS)
-    assert set(main.FIXED) < set(main.SHAPING) < set(main.INHERITED) < set(main.DEFAULTS)
-    of_a_process = {"save_dir", "data_dir", "mirror", "gpu"}
-    of_a_process |= {*main.FLAGS["sampling"], *main.FLAGS["tools"]}
-    assert not of_a_process & set(main.INHERITED)
+@pytest.mark.parametrize("line, same", [
+    ("--dataset python", "--dataset python --tokenizer byte"),
+    ("--text a.txt", "--text a.txt --tokenizer byte"),
+    ("--mlp swiglu", "--mlp swiglu --mlp_dim 2752"),
+    ("--mlp swiglu --dim 192", "--mlp swiglu --dim 192 --mlp_dim 512"),
+    ("--mlp gelu --dim 16", "--mlp gelu --dim 16 --mlp_dim 64"),
+    ("--num_heads 4", "--num_heads 4 --num_kv_heads 4"),
+    ("--init_from x --lora_rank 4", "--init_from x --lora_rank 4 --lora_alpha 8"),
+    ("--preset gpt2", "--dim 768 --num_heads 12 --num_blocks 12 --context_size 1024"),
+    ("--text a.txt --text b.txt", "--text a.txt b.txt"),
+    ("--num-kv-heads=2 --no-qk-norm --prompt=--a-b", "--num_kv_heads 2 --prompt=--a-b"),
+])  # fmt: skip
+def test_lines_that_mean_the_same(line, same):
+    assert settled(*line.split()) == settled(*same.split())
 
 
-def test_names_of_other_programs():
-    """Each is told the one of a flag, and is not one itself."""
-    known = []
-    for theirs in [*names.OTHER_NAMES.values(), *names.NOT_NEEDED]:
-        known += theirs.split()
-    ours = set(main.DEFAULTS)
-    assert len(known) == len(set(known))
-    assert not set(known) & ours
-    assert names.OTHER_NAMES.keys() <= ours
-    for name in known:
-        text = main.make_parser().hint(name)
-        assert text.startswith(f"--{name}") and "?" not in text
-        assert text == names.explain(name, ours)
-        named = set(re.findall(r"--(?:no-)?(\w+)", text)) - {name}
-        assert named <= ours
-
-
-def test_values_of_other_programs():
-    """Each belongs to a flag, and none of them is one that it takes."""
-    for name, values in names.OTHER_VALUES.items():
-        action = main.make_parser()._option_string_actions[f"--{name}"]
-        for value in " ".join(values).split():
-            explained = names.explain_value(name, value.upper())
-            assert explained
-            assert value not in (action.choices or [])
-            flags_named = set(re.findall(r"--(\w+)", explained))
-            assert flags_named <= set(main.DEFAULTS)
-            if action.choices and not flags_named:  # then it names values alone
-                assert set(explained.split()) - {"or"} <= set(action.choices)
-
-
-def test_hyphens_are_as_good_as_underscores(tmp_path):
-    path = tmp_path / "flags.yaml"
-    path.write_text("training:\n  lr-warmup: 3\nnum-iters: 4\n")
-    line = ["--max-tokens", "7", "--num-kv-heads=2", "--no-qk-norm", "--prompt=--a-b"]
-    expected = {
-        "max_tokens": 7,
-        "num_kv_heads": 2,
-        "qk_norm": False,
-        "prompt": "--a-b",
-        "lr_warmup": 3,
-        "num_iters": 4,
-        "config": str(path),
-    }
-    assert main.read_command_line([*line, "--config", str(path)]) == expected
-    values = ["--prompt", "-- a well-known query", "--stop", "--- end-of-x"]
-    assert main.read_command_line(values) == {"prompt": values[1], "stop": values[3]}
-    values = ["--prompt", "--foo-bar=1 x", "--stop", "--foo-bar x"]
-    assert main.read_command_line(values) == {"prompt": values[1], "stop": values[3]}
-
-
-IDLE = [
-    ("--min_lr 1e-5", "--min_lr has no effect with --lr_schedule constant."),
-    ("--lr_cooldown 0.5", "--lr_cooldown has no effect with --lr_schedule constant."),
-    ("--vocab_size 300", "--vocab_size has no effect with --tokenizer byte."),
-    ("--min_lr 1e-5 --lr_cooldown 0.5 --lr_schedule linear", None),
-    ("--vocab_size 300 --tokenizer bpe", None),
-    ("--valid_fraction 0.2", None),
+FLAT = """
+dim: 16
+num-heads: 2
+mlp: gelu
+learning_rate: 1e-2
+keep: null
+qk_norm: false
+eval_test: true
+"""
+GROUPED = """
+run: {preset: tiny, sample_prompt: [a b, --c]}
+model:
+  context_size: 32
+whatever: {learning_rate: 0.5, qk_norm: true}
+batch_size: 3
+"""
+FROM_FILES = [  # what the file holds, what is typed beside it; the line without a file
+    (
+        FLAT,
+        "--learning_rate 0.5",
+        "--dim 16 --num_heads 2 --mlp gelu --learning_rate 0.5 --eval_test",
+    ),
+    ("# dim: 32\n", "--dim 8", "--dim 8"),
+    (
+        GROUPED,
+        "--num_heads 2 --no-qk_norm",
+        "--dim 128 --num_heads 2 --num_blocks 4 --context_size 32 --batch_size 3 "
+        "--learning_rate 0.5 --sample_prompt 'a b' --sample_prompt=--c",
+    ),
+    ("context_size: 32\n", "--preset tiny", "--preset tiny"),
+    (
+        "text: a.txt\nvalid_text: b.txt\ntokenizer: char\n",
+        "--text c.txt",
+        "--text c.txt --tokenizer char",
+    ),
+    ("text: [a.txt, b.txt]\n", "--dim 8", "--text a.txt b.txt --dim 8"),
+    ("text: a.txt\n", "--dataset python", "--dataset python"),
+    ("tokenizer: ~/t.json\nsave_dir: $HOME/lm\n", "", "--tokenizer ~/t.json --save_dir ~/lm"),
+    (json.dumps({"prompt": "😀 \ud83d"}), "", "--prompt '😀 \ufffd'"),  # JSON is YAML, too
 ]
 
 
-@pytest.mark.parametrize("line, notice", IDLE)
-def test_a_flag_without_an_effect_is_named(line, notice, text, tmp_path):
-    out, _ = run("--text", text, *TINY, "--num_iters", 1, *line.split(), "--save_dir", tmp_path)
-    found = [each for each in out.splitlines() if "has no effect" in each]
-    assert found == ([notice] if notice else [])
+@pytest.mark.parametrize("content, beside, line", FROM_FILES)
+def test_a_file_of_flags(content, beside, line, tmp_path):
+    """Flat or in groups: what is typed counts more, and all of it more than a preset."""
+    path = tmp_path / "own.yaml"
+    path.write_text(content)
+    assert settled("--config", str(path), *shlex.split(beside)) == settled(*shlex.split(line))
 
 
-def test_more_flags_without_an_effect_are_named(trained, tmp_path):
-    """Where the text or the tokenizer comes from elsewhere."""
-    small = [*TINY, "--eval_tokens", 100, "--num_iters", 1]
-    lines = ["--dataset", "python", "--valid_fraction", 0.2]
-    out, _ = run(*lines, *small, "--save_dir", tmp_path / "lm")
-    assert "\n--valid_fraction has no effect with --dataset python.\n" in out
-    bpe = ["--text", trained / "text.txt", *small, "--save_dir", tmp_path / "bpe"]
-    run(*bpe, "--tokenizer", "bpe", "--vocab_size", 300)
-    for flag in ("init_from", "teacher"):
-        out, _ = run(*bpe, f"--{flag}", "latest", "--vocab_size", 400)
-        assert f"\n--vocab_size has no effect with --{flag}, whose tokenizer is used.\n" in out
+USELESS = [  # what is typed beside a text's training; the flags that the start screen names
+    ("--min_lr 1e-5 --lr_cooldown 0.5", "--min_lr, --lr_cooldown"),
+    ("--vocab_size 300", "--vocab_size"),
+    (
+        "--teacher_weight 0.1 --quantize 4 --eval_stride 4",
+        "--teacher_weight, --quantize, --eval_stride",
+    ),
+    ("--min_lr 1e-5 --lr_schedule linear --valid_fraction 0.2", None),
+    ("--vocab_size 300 --tokenizer bpe", None),
+]
 
 
-def test_a_flag_without_an_effect_on_an_evaluation_is_named(trained):
-    """A whole split is scored; 0 stands for that."""
-    line = ["--evaluate", "valid", "--save_dir", trained / "lm"]
-    whole, err = run(*line)
-    assert "--eval_tokens" not in err
-    limited, err = run(*line, "--eval_tokens", 20)
-    assert limited.split()[:8] == whole.split()[:8], "the same score"
-    notice = "--eval_tokens has no effect with --evaluate, which scores the whole split.\n"
-    assert err.endswith(notice)
-    _, err = run(*line, "--eval_tokens", 0)
-    assert "--eval_tokens" not in err
+@pytest.mark.parametrize("options, named", USELESS)
+def test_flags_without_an_effect_are_named(options, named, trained, tmp_path):
+    line = ["--text", trained / "text.txt", *TINY, "--num_iters", 1, "--save_dir", tmp_path]
+    out, _ = run(*line, *options.split())
+    notices = [each for each in out.splitlines() if each.startswith("No effect here: ")]
+    assert notices == ([f"No effect here: {named}."] if named else [])
 
 
-def test_paths_in_a_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    path = tmp_path / "flags.yaml"
-    path.write_text("tokenizer: ~/tokenizer.json\n")
-    passed = main.read_command_line(["--config", "~/flags.yaml"])
-    assert passed["tokenizer"] == str(tmp_path / "tokenizer.json")
+# ---- Names of other programs --------------------------------------------------------------------
+
+# {program: {its names: ours}}. Both have the same unit.
+SAME = {
+    "nanoGPT": {
+        "n_layer 3": "num_blocks 3",
+        "n_head 2": "num_heads 2",
+        "n_embd 64": "dim 64",
+        "block_size 64": "context_size 64",
+        "max_iters 9": "num_iters 9",
+        "warmup_iters 9": "lr_warmup 9",
+        "gradient_accumulation_steps 2": "grad_accumulation 2",
+        "eval_interval 9": "steps_per_eval 9",
+        "log_interval 9": "steps_per_report 9",
+        "out_dir x": "save_dir x",
+        "start x": "prompt x",
+        "max_new_tokens 9": "max_tokens 9",
+    },
+    "Hugging Face": {
+        "hidden_size 64": "dim 64",
+        "num_hidden_layers 3": "num_blocks 3",
+        "num_attention_heads 2": "num_heads 2",
+        "num_key_value_heads 2": "num_kv_heads 2",
+        "intermediate_size 64": "mlp_dim 64",
+        "per_device_train_batch_size 2": "batch_size 2",
+        "max_steps 9": "num_iters 9",
+        "warmup_steps 9": "lr_warmup 9",
+        "lr_scheduler_type cosine": "lr_schedule cosine",
+        "max_grad_norm 2": "grad_clip 2",
+        "adam_beta1 0.8": "beta1 0.8",
+        "adam_beta2 0.8": "beta2 0.8",
+        "gradient_checkpointing": "grad_checkpoint",
+        "logging_steps 9": "steps_per_report 9",
+        "eval_steps 9": "steps_per_eval 9",
+        "save_steps 9": "steps_per_save 9",
+        "save_total_limit 9": "keep 9",
+        "output_dir x": "save_dir x",
+        "resume_from_checkpoint x": "identifier x",
+    },
+    "mlx-lm": {
+        "iters 9": "num_iters 9",
+        "save_every 9": "steps_per_save 9",
+        "max_seq_length 64": "context_size 64",
+        "temp 0.8": "temperature 0.8",
+    },
+    "nanochat": {
+        "depth 3": "num_blocks 3",
+        "max_seq_len 64": "context_size 64",
+        "device_batch_size 2": "batch_size 2",
+        "num_iterations 9": "num_iters 9",
+        "eval_every 9": "steps_per_eval 9",
+    },
+    "litgpt and others": {
+        "lr 0.1": "learning_rate 0.1",
+        "max_lr 0.1": "learning_rate 0.1",
+        "micro_batch_size 2": "batch_size 2",
+        "d_model 64": "dim 64",
+        "n_layers 3": "num_blocks 3",
+        "n_heads 2": "num_heads 2",
+        "n_kv_heads 2": "num_kv_heads 2",
+        "d_ff 64": "mlp_dim 64",
+        "context_length 64": "context_size 64",
+        "clip_grad_norm 2": "grad_clip 2",
+        "interactive": "inference",
+        "checkpoint": "grad_checkpoint",
+    },
+    "llama.cpp": {"n_predict 9": "max_tokens 9"},
+}
+SAME_LINES = [pair for names in SAME.values() for pair in names.items()]
+# Those of which nothing here has the same meaning and unit, and what the line says instead.
+ANOTHER = {
+    "eval_iters 200": "--eval_tokens counts tokens",
+    "device cuda": "--gpu an Apple or NVIDIA GPU",
+    "wandb_log True": "--report_to wandb",
+    "compile False": "--help lists all flags",
+    "num_train_epochs 3": "--num_iters counts steps",
+    "bf16": "--dtype bfloat16",
+    "model_name_or_path gpt2": "--init_from names a model",
+    "train_file a.txt": "--text names files of yours",
+    "data a.txt": "--text names files of yours",
+    "resume": "the same command resumes its run",
+    "use_lora": "--lora_rank 8",
+    "precision bf16-true": "--dtype bfloat16",
+    "ctx_size 64": "--context_size?",
+    "repeat_penalty 1.1": "--repetition_penalty?",
+    "threads 4": "--threads (--help lists all flags)",
+}
 
 
-def test_half_an_emoji_in_a_config(tmp_path):
-    """JSON, which is YAML, too, writes one as two surrogates."""
-    path = tmp_path / "flags.yaml"
-    path.write_text(json.dumps({"prompt": "😀 \ud83d"}))
-    assert main.read_command_line(["--config", str(path)])["prompt"] == "😀 \ufffd"
+@pytest.mark.parametrize("theirs, ours", SAME_LINES, ids=[theirs for theirs, _ in SAME_LINES])
+def test_names_of_other_programs(theirs, ours, tmp_path):
+    """Typed, or in a file of flags."""
+    expected = settled(*f"--{ours}".split())
+    assert settled(*f"--{theirs}".split()) == expected
+    name, _, value = theirs.partition(" ")
+    path = tmp_path / "own.yaml"
+    path.write_text(f"{name}: {value or 'true'}\n")
+    assert settled("--config", str(path)) == expected
+
+
+@pytest.mark.parametrize("theirs", ANOTHER)
+def test_names_of_something_else(theirs, capsys):
+    assert main.main(f"--{theirs}".split()) == 2
+    err = capsys.readouterr().err
+    name = theirs.partition(" ")[0]
+    assert err.startswith(f"main.py: unrecognized arguments: --{name} (") and err.count("\n") == 1
+    assert ANOTHER[theirs] in err
+
+
+# Files of flags from READMEs of small projects, as they stand there.
+DOCUMENTED = {
+    "sections": """
+model:
+  vocab_size: 32000
+  embedding_dim: 768
+  num_layers: 16
+  num_heads: 12
+  ff_dim: 3072
+  context_length: 2048
+  dropout: 0.1
+
+training:
+  batch_size: 4
+  gradient_accumulation_steps: 8  # effective batch = 32
+  learning_rate: 3.0e-4
+  weight_decay: 0.1
+  max_steps: 100000
+  warmup_steps: 2000
+""",
+    "nanoGPT's names": """
+model:
+  d_model: 256        # Model dimension
+  n_heads: 8          # Number of attention heads
+  n_layers: 6         # Number of transformer blocks
+  block_size: 256     # Context length
+  dropout: 0.1        # Dropout rate
+
+training:
+  batch_size: 32
+  learning_rate: 3.0e-4
+  max_iters: 10000
+""",
+    "flat": """
+d_model: 128
+n_heads: 4
+n_layers: 4
+block_size: 128
+""",
+    "quantized": """
+advanced:
+  quantize: "int8"
+""",
+    "GPT-2": """
+model:
+  d_model: 768
+  n_heads: 12
+  n_layers: 12
+  block_size: 1024
+  vocab_size: 50257  # GPT-2 BPE vocab
+
+training:
+  batch_size: 12  # Adjust for your GPU
+  learning_rate: 2.5e-4
+  max_iters: 600000
+  warmup_iters: 2000
+""",
+}
+SAID = {  # the same, typed
+    "sections": "--vocab_size 32000 --dim 768 --num_blocks 16 --num_heads 12 --mlp_dim 3072 "
+    "--context_size 2048 --dropout 0.1 --batch_size 4 --grad_accumulation 8 --weight_decay 0.1 "
+    "--lr_warmup 2000",
+    "nanoGPT's names": "--dim 256 --num_heads 8 --num_blocks 6 --context_size 256 --dropout 0.1 "
+    "--num_iters 10000",
+    "flat": "--dim 128 --num_heads 4 --num_blocks 4 --context_size 128",
+    "quantized": "--quantize 8",
+    "GPT-2": "--dim 768 --num_heads 12 --num_blocks 12 --context_size 1024 --vocab_size 50257 "
+    "--batch_size 12 --learning_rate 2.5e-4 --num_iters 600000 --lr_warmup 2000",
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_documented_file_of_flags_trains(name, trained, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(DOCUMENTED[name])
+    assert settled("--config", str(path)) == settled(*SAID[name].split())
+    small = [*TINY, "--num_blocks", 1, "--mlp_dim", 8, "--num_iters", 1, "--grad_accumulation", 1]
+    line = ["--config", path, "--text", trained / "text.txt", *small, "--save_dir", tmp_path / "lm"]
+    assert begin(*line)[1] == 0
+    assert newest(tmp_path / "lm").iteration == 1
+
+
+# ---- Help, imports ------------------------------------------------------------------------------
 
 
 def test_help(tmp_path):
     out, err = run("--help", cwd=tmp_path)
-    assert err == "" and "This file" not in out
+    assert err == "" and "research" not in out
     assert not list(tmp_path.iterdir())
     for name in main.DEFAULTS:
         assert re.search(rf"^  --{name}\b", out, re.M), name
-    for title in ("run", "model", "training", "reports", "sampling", "reuse", "tools"):
+    for title in ("data", "model", "start", "training", "run", "sampling", "command"):
         assert f"\n{title}:\n" in out
     for value in ("100000", "1024", "0.0003", "1e-05", "default: ptb", "default: relu2"):
         assert value in out
+    assert "n_embd" not in out
 
 
 def test_importing_does_nothing(tmp_path):
@@ -281,272 +354,74 @@ def test_importing_does_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_old_name_of_grad_checkpoint(tmp_path):
-    path = tmp_path / "flags.yaml"
-    path.write_text("checkpoint: true\n")
-    assert main.read_command_line(["--checkpoint"]) == {"grad_checkpoint": True}
-    assert main.read_command_line(["--no-checkpoint"]) == {"grad_checkpoint": False}
-    of_file = main.read_command_line(["--config", str(path)])
-    assert of_file == {"config": str(path), "grad_checkpoint": True}
-    out, _ = run("--help")
-    assert "--checkpoint" not in out
+# ---- The folder of runs -------------------------------------------------------------------------
 
 
-# ---- Flags that do not go together --------------------------------------------------------------
-
-
-def value_of(name):
-    """A value that may be given to a flag, of which only its presence counts."""
-    _, options = next(rows[name] for rows in main.FLAGS.values() if name in rows)
-    if options.get("action") == "store_true":
-        return True
-    if "nargs" in options:
-        return ["x"]
-    return "x"
-
-
-def test_the_rules_are_about_flags():
-    for one, other in main.EXCLUDES:
-        assert one != other
-        assert {one, other} <= set(main.DEFAULTS)
-    for name, partners in main.REQUIRES.items():
-        assert {name, *partners} <= set(main.DEFAULTS)
-        assert name not in partners
-
-
-@pytest.mark.parametrize("one, other", main.EXCLUDES)
-def test_flags_that_exclude_one_another(one, other):
-    pair = {one: value_of(one), other: value_of(other)}
-    with pytest.raises(UsageError, match=f"^--{one} and --{other} are mutually exclusive"):
-        main.check_rules(pair)
-    if pair[other] is True:
-        main.check_rules(pair | {other: False})
-
-
-@pytest.mark.parametrize("name", main.REQUIRES)
-def test_flags_that_require_another(name):
-    alone = {name: value_of(name)}
-    with pytest.raises(UsageError, match=f"^--{name} requires .*--{main.REQUIRES[name][0]}"):
-        main.check_rules(alone)
-    for partner in main.REQUIRES[name]:
-        both = alone | {partner: value_of(partner)}
-        missing = main.REQUIRES.get(partner, [])
-        for each in missing[:1]:
-            both[each] = value_of(each)
-        main.check_rules(both)
-
-
-def test_an_empty_prompt_is_one_and_an_empty_path_is_none():
-    main.check_rules({"prompt": ""})
-    with pytest.raises(UsageError, match="--identifier is empty"):
-        main.check_rules({"identifier": ""})
-
-
-# ---- Where a value comes from ------------------------------------------------------------------
-
-
-def test_config_file_flat_and_in_groups(trained, tmp_path):
-    """Weakest first: default, checkpoint, YAML's preset, YAML, typed preset, typed flag."""
-    text = trained / "text.txt"
-    shutil.copytree(trained / "lm", tmp_path / "lm")
+def test_list(trained, tmp_path):
+    """The best run first, one without a score last, with the flags that tell them apart."""
     folder = ["--save_dir", tmp_path / "lm"]
-    name = newest(tmp_path / "lm").run
-    flat = tmp_path / "flat.yaml"
-    flat.write_text(
-        f"text: {text}\n"
-        "dim: 16\nnum_heads: 2\nnum_blocks: 2\ncontext_size: 8\nbatch_size: 4\n"
-        "mlp: gelu\ndropout: 0.1\nlearning_rate: 1e-2\n"
-        "num_iters: 9\n"
-        "keep: null\n"
-        "eval_test: false\n"
-    )  # fmt: skip
-    assert begin("--config", flat, "--num_iters", 4, *folder)[:2] == (name, 3)
-    recorded = newest(tmp_path / "lm").flags
-    assert (recorded["learning_rate"], recorded["num_iters"], recorded["keep"]) == (0.01, 4, 5)
-
-    own = tmp_path / "own.yaml"
-    own.write_text("text: a.txt\nvalid_text: b.txt\ndim: 32\n")
-    passed = main.read_command_line(["--config", str(own), "--dataset", "python"])
-    assert passed == {"config": str(own), "dataset": "python", "dim": 32}
-    # A preset that is typed wins over the file's sizes, and other flags win over it.
-    line = ["--config", str(own), "--preset", "small", "--num_blocks", "3"]
-    passed = main.read_command_line(line)
-    sizes = [passed[name] for name in ("dim", "num_heads", "num_blocks", "context_size")]
-    assert sizes == [256, 8, 3, 256]
-
-    grouped = tmp_path / "grouped.yaml"
-    grouped.write_text(
-        f"run: {{text: [{text}, {flat}], preset: tiny, new_model: true, num_iters: 1}}\n"
-        "model:\n  context_size: 32\n  qk_norm: true\n"
-        "training: {learning_rate: 0.5}\n"
-        "batch_size: 3\n"
-    )
-    other, iteration, _ = begin("--config", grouped, "--num_heads", 2, "--no-qk_norm", *folder)
-    assert (other != name, iteration) == (True, 0)
-    recorded = newest(tmp_path / "lm").flags
-    expected = {"dim": 128, "num_heads": 2, "num_blocks": 4, "context_size": 32, "mlp_dim": 512}
-    expected |= {"learning_rate": 0.5, "batch_size": 3, "qk_norm": False}
-    assert {name: recorded[name] for name in expected} == expected
-    assert len(recorded["text"]) == 2
-
-
-def test_a_text_replaces_the_corpus_of_a_config(tmp_path):
-    """All of it: its validation text is of another language, perhaps."""
-    own = tmp_path / "own.yaml"
-    own.write_text("text: a.txt\nvalid_text: b.txt\ntest_text: c.txt\ndim: 32\n")
-    passed = main.read_command_line(["--config", str(own), "--text", "other.txt"])
-    assert passed == {"config": str(own), "text": ["other.txt"], "dim": 32}
-
-
-def test_the_cores_that_count(monkeypatch):
-    """Those that the process may use, by which products are divided, not those of the machine."""
-    if not hasattr(os, "sched_getaffinity"):
-        pytest.skip("macOS cannot restrict a process to some cores")
-    given = flags(batch_size=4, context_size=8)
-    cores = len(os.sched_getaffinity(0))
-    device = main.list_versions(given, main.SingleProcess())["device"]
-    assert f", {cores} cores" in device
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(77)))
-    device = main.list_versions(given, main.SingleProcess())["device"]
-    assert device.endswith(", 77 cores")
-
-
-def test_sizes_on_the_start_screen(trained, tmp_path, monkeypatch, capsys):
-    """That of a checkpoint and the free space tell whether the disk will be full."""
-    usage = SimpleNamespace(free=1234 << 20)
-    monkeypatch.setattr(main.shutil, "disk_usage", lambda _: usage)
-    line = ["--text", trained / "text.txt", *TINY, "--dim", 256, "--num_iters", 1]
-    assert main.main([*map(str, line), "--save_dir", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    size, free = re.search(r"([\d,]+) MiB per checkpoint, ([\d,]+) MiB free", out).groups()
-    checkpoint = newest(tmp_path)
-    paths = (checkpoint.weights_path, checkpoint.metadata_path)
-    written = sum(os.path.getsize(path) for path in paths)
-    assert int(size) == pytest.approx(written / 2**20, abs=1)
-    assert free == "1,234"
-
-
-def test_settle():
-    assert flags(dataset="ptb").tokenizer == "word"
-    assert flags(dataset="python").tokenizer == "byte"
-    own = flags(text=["a.txt"])
-    assert (own.dataset, own.tokenizer) == ("text", "byte")
-    assert own.text == [os.path.abspath("a.txt")]
-    assert flags(dataset="ptb", tokenizer="char").tokenizer == "char"
-    assert flags(num_kv_heads=None).num_kv_heads == 8
-    assert flags(num_kv_heads=2).num_kv_heads == 2
-    assert flags(mlp="relu2").mlp_dim == 4096
-    assert flags(mlp="gelu").mlp_dim == 4096
-    assert flags(mlp="swiglu").mlp_dim == 2752
-    for dim, mlp_dim in ((16, 64), (24, 64), (25, 128), (192, 512), (768, 2048)):
-        assert flags(mlp="swiglu", dim=dim).mlp_dim == mlp_dim
-    assert flags(mlp="swiglu", mlp_dim=100).mlp_dim == 100
-    assert flags(mlp_dim=100).mlp_dim == 100
-    assert flags(lora_rank=4, init_from="x").lora_alpha == 8
-    assert flags(lora_rank=4, init_from="x", lora_alpha=3.0).lora_alpha == 3
-
-
-def test_whose_value_counts():
-    """What a run's origins decide, else what is given, else what a checkpoint holds."""
-    given = {"dim": 16, "keep": 5}
-    saved = {"dim": 32, "keep": 7, "num_blocks": 2, "seed": 9}
-    settled = main.settle(given, saved, {"dim": 64})
-    assert (settled.dim, settled.keep, settled.num_blocks) == (64, 5, 2)
-    assert (settled.seed, settled.batch_size) == (9, 32)
-    assert settled.given == {"dim": 16, "keep": 5}
-    assert saved == {"dim": 32, "keep": 7, "num_blocks": 2, "seed": 9}
-    assert main.DEFAULTS["dim"] == 1024
-
-
-def test_a_command_that_works_when_pasted(tmp_path):
-    given = flags(save_dir=str(tmp_path / "my runs"), data_dir="/tmp/it's here", gpu=True)
-    line = main.command(given, "--identifier", "text-0a1b2c", "--inference")
-    assert shlex.split(line) == [
-        *["python", "main.py", "--identifier", "text-0a1b2c", "--inference"],
-        *["--save_dir", str(tmp_path / "my runs"), "--data_dir", "/tmp/it's here", "--gpu"],
+    far = tmp_path / "a folder"
+    far.mkdir()
+    (far / "text.txt").write_text((trained / "text.txt").read_text()[::-1])
+    common = [*TINY, *folder, "--steps_per_eval", 2, "--learning_rate", 0.01]
+    trainings = [  # options, iterations
+        (["--text", trained / "text.txt"], 4),
+        (["--text", trained / "text.txt", "--dim", 32], 6),
+        (["--text", far / "text.txt"], 8),
+        (["--text", trained / "text.txt", "--seed", 1], 1),
     ]
-    assert main.command(flags(), "--list") == "python main.py --list"
-
-
-# ---- The folder ---------------------------------------------------------------------------------
-
-
-def test_list(tmp_path, capsys):
-    folder = tmp_path / "lm"
-    far = tmp_path / "a folder" / ("long" * 20) / ("name" * 20)
-    far.mkdir(parents=True)
-    (tmp_path / "text.txt").write_text(LINE)
-    (far / "text.txt").write_text(LINE[::-1])
-    common = [*TINY, "--save_dir", folder, "--steps_per_eval", 2, "--eval_tokens", 100]
-    common += ["--learning_rate", 0.01, "--new_model"]
     names = []
-    for place, dim, num_iters in ((tmp_path, 16, 4), (tmp_path, 32, 6), (far, 16, 8)):
-        line = [*common, "--text", place / "text.txt", "--dim", dim, "--num_iters", num_iters]
-        assert main.main([str(argument) for argument in line]) == 0
-        names.append(main.list_checkpoints(folder)[0].run)
-    line = [*common, "--text", tmp_path / "text.txt", "--num_iters", 1]
-    assert main.main([str(argument) for argument in line]) == 0
-    unscored = main.list_checkpoints(folder)[0].run
-    capsys.readouterr()
+    for options, num_iters in trainings:
+        names.append(begin(*common, *options, "--num_iters", num_iters)[0])
 
-    assert main.main(["--list", "--save_dir", str(folder)]) == 0
-    out, err = capsys.readouterr()
+    out, err = run("--list", *folder)
     assert err == ""
     header, *rows = out.splitlines()
     assert header.split() == "run trained valid nats iteration checkpoint flags".split()
-    checkpoints = main.list_checkpoints(folder)
-    bests = [main.best_of(checkpoints, name) for name in names]
-    bests.sort(key=lambda each: each.score)
-    assert [row.split()[0] for row in rows] == [*(each.run for each in bests), unscored]
-    trained = dict(zip([*names, unscored], ["4 of 4", "6 of 6", "8 of 8", "1 of 1"]))
-    for row, each in zip(rows, bests):
-        cells = [each.run, trained[each.run], f"{each.score:.4f}", each.iteration, each.id[:12]]
-        assert row.split()[:7] == " ".join(map(str, cells)).split()
-    assert re.split("  +", rows[-1])[1:4] == ["1 of 1", "-", "1"]
-    dims = {row.split()[0]: re.search(r"--dim=(\d+)", row)[1] for row in rows}
-    assert [dims[name] for name in names] == ["16", "32", "16"]
+    cells = {row.split()[0]: re.split("  +", row, maxsplit=5)[1:] for row in rows}
+    scores = {}
+    for name, (_, num_iters) in zip(names[:3], trainings):
+        own = [each for each in saved(tmp_path / "lm", name) if each.score is not None]
+        best = min(own, key=lambda each: each.score)
+        scores[name] = best.score
+        end = f"{num_iters} of {num_iters}"
+        assert cells[name][:4] == [end, f"{best.score:.4f}", str(best.iteration), best.id[:12]]
+    assert list(cells) == [*sorted(scores, key=scores.get), names[3]]
+    assert cells[names[3]][:3] == ["1 of 1", "-", "1"]
+    assert ["--dim=32" in cells[name][-1] for name in names] == [False, True, False, False]
+    assert f"'--text={far / 'text.txt'}'" in cells[names[2]][-1], "quoted for a shell"
     assert "--batch_size" not in out, "those in which they do not differ"
-    assert f"--text={far / 'text.txt'}'" in out, "quoted for a shell"
+
+    out, err = run("--list", "--save_dir", far)
+    assert (out, err) == (main.NO_CHECKPOINT.format(far) + "\n", "")
 
 
-def test_list_of_nothing(tmp_path, capsys):
-    assert main.main(["--list", "--save_dir", str(tmp_path)]) == 0
-    out, err = capsys.readouterr()
-    assert out == f"no checkpoint in {tmp_path}: train a model first, or check --save_dir\n"
-    assert err == ""
-
-
-def test_runs_are_saved_here_unless_a_folder_is_named(trained, tmp_path, monkeypatch):
-    """In ./runs; what can be made again lies elsewhere, as tests of the default --data_dir say."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+def test_runs_are_saved_here_unless_a_folder_is_named(trained, tmp_path):
+    """In ./runs; texts' tokens lie in --data_dir, or in the folder that is named."""
+    home = tmp_path / "home"
+    options = {"cwd": tmp_path, "env": {"HOME": str(home)}}
     line = ["--text", trained / "text.txt", *TINY, "--num_iters", 1]
-    line = [str(argument) for argument in line]
-    assert main.main([*line, "--data_dir", "data"]) == 0
+    run(*line, "--data_dir", "data", **options)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["text"]
-    own = run_folder(tmp_path / "runs")
-    assert list((tmp_path / "runs").iterdir()) == [own]
-    assert main.main(["--list"]) == 0
-    assert main.main([*line, "--save_dir", "~/deep/lm"]) == 0
-    home = tmp_path / "home" / "deep" / "lm"
-    assert sorted(home.iterdir()) == sorted([run_folder(home), home / "text"])
+    assert [*(tmp_path / "runs").iterdir()] == [run_folder(tmp_path / "runs")]
+    run(*line, "--save_dir", "~/deep/lm", **options)
+    run(*line, "--save_dir", "$HOME/deep/lm", **options)
+    [own] = (home / "deep").iterdir()
+    assert sorted(own.iterdir()) == sorted([run_folder(own), own / "text"])
 
 
 def test_what_is_used_is_named_before_it_begins(trained):
     """On stderr, so that stdout has nothing but the result."""
-    out, err = run("--prompt", "line", "--max_tokens", 2, "--save_dir", trained / "lm")
-    checkpoint = newest(trained / "lm")
-    first = err.splitlines()[0]
-    assert first == (
-        f"{checkpoint.run}, iteration 3, checkpoint {checkpoint.id[:12]}, in {trained / 'lm'}"
-    )
-    assert checkpoint.run not in out
-    out, err = run("--evaluate", "valid", "--save_dir", trained / "lm")
-    assert err.splitlines()[0] == first
-    assert out.startswith("valid ")
+    folder = ["--save_dir", trained / "lm"]
+    used = newest(trained / "lm")
+    said = f"{used.run}, iteration 3, checkpoint {used.id[:12]}, in {trained / 'lm'}"
+    for typed, begins in (("--prompt line --max_tokens 2", ""), ("--evaluate valid", "valid ")):
+        out, err = run(*typed.split(), *folder)
+        assert err.splitlines()[0] == said
+        assert out.startswith(begins) and used.run not in out
 
 
-# ---- Results and odd places ---------------------------------------------------------------------
+# ---- Results, readers ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("typed", [
@@ -573,43 +448,22 @@ def test_progress_may_be_lost_and_a_reader_may_leave(trained, tmp_path):
     with open("/dev/full", "w") as full:
         run(*line, "--save_dir", tmp_path / "lm", stdout=full)
     assert len(ids(tmp_path / "lm")) == 1
-    command = f"{sys.executable} {ROOT / 'main.py'} --list --save_dir {trained / 'lm'}"
+    command = f"{sys.executable} {MAIN} --list --save_dir {trained / 'lm'}"
     script = f"{command} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.returncode in (0, 1)  # 1 if it had not written all before
     assert done.stderr == ""
 
 
-def test_without_docstrings(trained):
-    """`python -OO` drops them, and the help shows one."""
-    command = [sys.executable, "-OO", str(ROOT / "main.py")]
-    for typed in (["--list", "--save_dir", str(trained / "lm")], ["--help"]):
-        done = subprocess.run([*command, *typed], capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout and not done.stderr
-
-
-def test_a_folder_whose_name_is_not_utf8(trained, tmp_path):
-    """MLX could write there, and not read."""
-    folder = os.fsdecode(os.fsencode(tmp_path) + b"/s_\xff")
-    for words in (["--text", trained / "text.txt", *TINY, "--num_iters", 1], ["--list"]):
-        _, err = run(*words, "--save_dir", folder, status=2)
-        assert "MLX reads only names in UTF-8; rename it\n" in err
-    assert not list(tmp_path.iterdir())
-
-
-# ---- Several processes --------------------------------------------------------------------------
-
-
-def test_readers_beside_a_run_that_saves_and_prunes(trained, tmp_path):
-    line = ["--text", trained / "text.txt", *TINY, "--steps_per_save", 9]
-    line += ["--max_tokens", 1, "--save_dir", tmp_path]
-    trainer = start(*line, stdout=subprocess.DEVNULL)
-    while not ids(tmp_path):
-        assert trainer.poll() is None
-        time.sleep(0.01)
-    for _ in range(6):
-        for typed in (["--prompt", "a", "--max_tokens", "1"], ["--list"]):
-            assert main.main([*typed, "--save_dir", str(tmp_path)]) == 0
+def test_readers_beside_a_run_that_saves_and_prunes_each_step(trained, tmp_path):
+    """What vanishes while it is read is passed over."""
+    line = ["--text", trained / "text.txt", *TINY, "--steps_per_save", 1, "--keep", 1]
+    trainer = start(*line, "--sample_tokens", 0, "--save_dir", tmp_path)
+    wait_for(trainer, "saved ")
+    trainer.stdout.close()  # nobody reads on, which ends no run
+    for _ in range(8):
+        run("--prompt", "a", "--max_tokens", 1, "--save_dir", tmp_path)
+        run("--list", "--save_dir", tmp_path)
     trainer.send_signal(signal.SIGINT)
-    _, err = trainer.communicate(timeout=60)
-    assert trainer.returncode == 130, err
+    err = trainer.stderr.read()
+    assert trainer.wait(timeout=60) == 130, err

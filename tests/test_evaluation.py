@@ -235,7 +235,7 @@ def test_another_test_text(tmp_path, text):
     run("--dataset", "python", *TINY, "--num_iters", 1, "--save_dir", folder)
     _, err = run("--evaluate", "test", *latest, *other, status=2)
     assert err.count("\n") == 1
-    assert "python has splits of its own" in err
+    assert "--test_text go with --text" in err
 
 
 def split_of(text, tokenizer, folder):

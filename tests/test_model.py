@@ -496,5 +496,5 @@ def test_a_head_dimension_of_its_own():
 
 def test_a_head_that_would_fill_the_memory_is_refused():
     """A checkpoint or an imported model may name any."""
-    with pytest.raises(ValueError, match="head_dim 100000000 is above 65536"):
+    with pytest.raises(ValueError, match="head_dim 100000000 is not an even number up to 65536"):
         main.Config(257, 8, 1, 8, 2, 2, "relu2", 32, head_dim=10**8)

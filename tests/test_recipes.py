@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, TINY, flags, run
+from conftest import ROOT, TINY, flags, run, settled
 
 import main
 
@@ -52,12 +52,6 @@ COMMANDS = {
     "lora": TUNE + "--lora_rank 8",
 }
 SIZES = {"tinystories": 53, "gpt2": 124}  # million parameters, with GPT-2's vocabulary
-
-
-def settled(*arguments):
-    """The flags of a command line, {flag: value}, without where they come from."""
-    values = vars(main.settle(main.read_command_line([*arguments])))
-    return {name: value for name, value in values.items() if name not in ("config", "given")}
 
 
 def test_each_recipe_is_tested():

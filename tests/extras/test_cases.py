@@ -1,10 +1,10 @@
 """Probe cases: ranks and probabilities beside those of one pass per token."""
 
 import json
-import os
-import shutil
 import math
+import os
 import re
+import shutil
 from argparse import Namespace
 
 import mlx.core as mx
