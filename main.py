@@ -68,7 +68,7 @@ import shutil
 import threading
 import time
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 fast = None
 try:
@@ -840,7 +840,7 @@ def scored_windows(tokens, starts, context_size, stride):
     return [mx.array(array, mx.int32) for array in (tokens[places], tokens[places + 1], weights)]
 
 
-def score_split(name, model, dataset, flags, interrupts, ranks):
+def score_split(name, model, dataset, flags, interrupts=None, ranks=None):
     """Prints the score of a whole split, unless a signal arrives."""
     split = getattr(dataset, name)
     count = len(split.tokens)
@@ -1455,20 +1455,21 @@ NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check 
 class Checkpoint(Progress):
     """What the record of a checkpoint says."""
 
-    folder: Path  # of its run
     id: str  # the SHA1 of its weights
     state_sha1: str  # of the arrays in its .metadata, see sha1_of_arrays
     saved: float  # when, in seconds since 1970; later than those before it in its run
     flags: dict  # those in SAVED, as they were settled
     config: dict  # the fields of a Config
     tokens_sha256: dict  # of the training and validation texts, see Dataset
-    origins: dict  # the models that it began with: {"init_from", "teacher" or "identifier": id}
+    origins: dict  # the models that it began with: {"init_from", "teacher" or "branched_from": id}
     stretches: list  # each with the fields of a Stretch, the first one from iteration 0
     # The fields of its Batches with the same names.
     epoch: int
     offset: int
     place: int
     format_version: int
+
+    folder = None  # of its run, a Path; not in the record, but set by read_checkpoint
 
     @property
     def run(self):
@@ -1479,6 +1480,11 @@ class Checkpoint(Progress):
     def score(self):
         """The validation loss at its iteration in nats/token, or None."""
         return dict(self.scores).get(self.iteration)
+
+    @property
+    def is_complete(self):
+        """Whether it has all the steps that its run was to take."""
+        return self.iteration >= self.flags["num_iters"]
 
     @property
     def stretch(self):
@@ -1589,7 +1595,6 @@ class Contents(NamedTuple):
             mx.eval(run.model.parameters(), run.optimizer.state)
         for name, value in checkpoint.progress().items():
             setattr(run, name, value)
-        run.saved = checkpoint.saved
         run.saved_iteration = checkpoint.iteration
         run.checkpoint_id = checkpoint.id
 
@@ -1647,7 +1652,8 @@ def read_checkpoint(metadata_path):
     record = json.loads(texts["record"])
     if record["format_version"] != FORMAT_VERSION:
         raise ValueError("another version of this program wrote it")
-    checkpoint = checked(Checkpoint, record | {"folder": metadata_path.parent})
+    checkpoint = checked(Checkpoint, record)
+    checkpoint.folder = metadata_path.parent
     for iteration, nats in checkpoint.scores:
         if type(iteration) is not int or type(nats) is not float or not math.isfinite(nats):
             raise ValueError("its scores are malformed")
@@ -1675,14 +1681,10 @@ def checked(kind, values):
         raise ValueError(f"it lacks {odd[0]!r:.50}, or should not have it")
     for name, value in values.items():
         wanted = types[name]
-        is_number = isinstance(value, (int, float))
-        if wanted is float and is_number:
-            wanted = (int, float)
-        # Python takes True for a number.
-        if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
+        if type(value) not in (get_args(wanted) or [wanted]):
             raise ValueError(f"its {name} is of another type")
         least = -1e15 if name == "recent_loss" else 0  # may be negative by rounding
-        if is_number and not least <= value < 1e15:
+        if type(value) in (int, float) and not least <= value < 1e15:
             raise ValueError(f"its {name} is out of range")
     return kind(**values)
 
@@ -2094,9 +2096,6 @@ class SingleProcess:
         """Rank 0's run, on every rank."""
         return run
 
-    def broadcast_scoring(self, model, dataset, flags):
-        """Makes the other ranks score along with rank 0."""
-
     def average(self, tree):
         """The mean of a tree of arrays over all ranks."""
         return tree
@@ -2188,7 +2187,6 @@ def list_versions(flags, ranks):
         "NumPy": np.__version__,
         "BLAS": blas,
         "kernels": "extras/fast.py" if fast else "main.py",
-        "edited": ", ".join(EDITED),
         "dtype": dtype,
         "device": f"{device}, {cores} cores",
         "streams": streams,
@@ -2196,8 +2194,8 @@ def list_versions(flags, ranks):
     }
 
 
-# The parts of this file that decide a run's weights, by the titles above them.
-SHAPING_PARTS = ["Model", "Loss and optimizer", "Batches", "Training"]
+# The sections of this file that decide a run's weights.
+CODE = ["Model", "Loss and optimizer", "Batches", "Training"]
 
 
 def hash_code(flags):
@@ -2207,8 +2205,8 @@ def hash_code(flags):
     """
     source = (HERE / "main.py").read_text("utf-8")
     _, *parts = re.split(r"^# ---- (.+?) -+$", source, flags=re.MULTILINE)
-    rooms = dict(zip(parts[::2], parts[1::2]))
-    sources = [rooms[title] for title in SHAPING_PARTS]
+    sections = dict(zip(parts[::2], parts[1::2]))
+    sources = [sections[title] for title in CODE]
     for name, is_used in (("lora", flags["lora_rank"]), ("distil", flags["teacher"])):
         path = HERE / "extras" / f"{name}.py"
         if is_used and path.exists():  # a student can be sampled from without it
@@ -2378,10 +2376,7 @@ class Log:
             if not {*row} <= {*self.columns}:
                 self.rewrite(row)
             with open(self.path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
-                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-                if file.tell() == 0:  # somebody has deleted it meanwhile
-                    writer.writeheader()
-                writer.writerow(texts)
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
         except OSError:
             self.columns = []
             raise
@@ -2524,7 +2519,7 @@ def describe_resume(checkpoint, run):
         yield "The learning rate and dropout schedules now stretch to --num_iters."
     before = checkpoint.stretch
     if before.code != run.stretches[-1].code:
-        parts = ", ".join(SHAPING_PARTS)
+        parts = ", ".join(CODE)
         yield f"The code that trains was edited since the checkpoint: main.py's {parts}."
     changes = []
     for name, version in run.versions.items():
@@ -2546,7 +2541,7 @@ COMMANDS = """/reset   forget the conversation
 def sample_from(model, contents, flags, draft):
     """Runs --inference or --prompt with a checkpoint's model.
 
-    draft: the Origin of --draft, or None. The model's text goes to stdout, messages about it to
+    draft: the Source of --draft, or None. The model's text goes to stdout, messages about it to
     stderr. Raises UsageError.
     """
     tokenizer = contents.tokenizer
@@ -2615,14 +2610,11 @@ def converse(tokenizer, model, draft, flags):
     try:
         while True:
             line = input(question)
-            command = line.rstrip()
-            if command == "/quit":
+            if line.rstrip() == "/quit":
                 break
-            elif command == "/reset":
+            elif line.rstrip() == "/reset":
                 conversation = Conversation(tokenizer, model, draft)
-            elif command.startswith("/"):
-                if command != "/help":
-                    print(f"Not understood: {printable(line)}", file=sys.stderr)
+            elif line.startswith("/"):
                 print(COMMANDS, file=sys.stderr)
             else:
                 print_reply(conversation, line, flags)
@@ -2674,7 +2666,7 @@ def one_of(choices):
     return convert
 
 
-def prompt(text):
+def prompt_text(text):
     """A flag's type: any text, but for nanoGPT's way to name a file."""
     if text.startswith("FILE:"):
         raise argparse.ArgumentTypeError(f'takes the text: "$(cat {text[5:]})"')
@@ -2857,7 +2849,7 @@ FLAGS["sampling"] = {
 
 FLAGS["command"] = {
     "inference": Flag(False, bool, "sample interactively", "interactive"),
-    "prompt": Flag(None, prompt, "text to continue", "start"),
+    "prompt": Flag(None, prompt_text, "text to continue", "start"),
     "evaluate": Flag(None, one_of(SPLITS), "evaluate a checkpoint on a whole split"),
     "eval_stride": Flag(None, SIZE, "stride of that window (default: context_size)"),
     "list": Flag(False, bool, "list runs and checkpoints"),
@@ -2904,7 +2896,7 @@ SAVED = [*SHAPING, *FLAGS["run"]]
 # Flags that say where something lies: what lies there counts.
 PATHS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
 
-LARGEST_YAML = 1 << 20  # characters of a --config, or of a file of cases
+LARGEST_YAML = 1 << 20  # bytes of a --config, or of a file of cases
 RECIPES = HERE / "extras" / "recipes"  # the files that --config finds by name
 
 
@@ -3025,10 +3017,9 @@ def read_yaml(path, loader="SafeLoader"):
     """
     import yaml
 
-    with open(path, encoding="utf-8") as file:
-        text = file.read(LARGEST_YAML + 1)
-    if len(text) > LARGEST_YAML:
-        raise ValueError(f"it is longer than {LARGEST_YAML:,} characters")
+    if path.stat().st_size > LARGEST_YAML:
+        raise ValueError(f"it is longer than {LARGEST_YAML:,} bytes")
+    text = path.read_text("utf-8")
     if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
         raise ValueError("it has an alias, like *a: write out what it stands for")  # of millions
     return yaml.load(text, getattr(yaml, loader))
@@ -3050,7 +3041,9 @@ def settle(given, saved=None, decided=None):
         model = getattr(flags, name)
         if model and os.path.isdir(user_path(model)):  # else a checkpoint, or a model of the hub
             setattr(flags, name, absolute(model))
-    if flags.text and "dataset" not in given:  # else it contradicts what was saved
+    if flags.text and given.get("dataset", "text") != "text":
+        raise UsageError("--dataset and --text both name what to train on: use one of them")
+    if flags.text:
         flags.dataset = "text"
     if flags.tokenizer == "auto":
         flags.tokenizer = CORPORA[flags.dataset].tokenizer
@@ -3067,11 +3060,6 @@ def settle(given, saved=None, decided=None):
         raise UsageError("--lora_rank trains adapters of a model: name it by --init_from")
     if flags.lora_rank and flags.lora_alpha is None:
         flags.lora_alpha = 2 * flags.lora_rank  # LoRA's scale, alpha / rank, is then 2
-    if flags.min_lr is not None and flags.min_lr > flags.learning_rate:
-        raise UsageError(
-            f"--min_lr {flags.min_lr} is above --learning_rate {flags.learning_rate}: "
-            "give a lower one"
-        )
     return flags
 
 
@@ -3219,7 +3207,7 @@ def find_candidates(flags, checkpoints, start):
     candidates = []
     for run, checkpoint in newest.items():  # saved last first
         has_name = re.fullmatch(rf"{re.escape(name)}(\.\d+)?", run)  # NAME.bak is a user's copy
-        is_branch_of_it = checkpoint.origins.get("identifier") == origin_id
+        is_branch_of_it = checkpoint.origins.get("branched_from") == origin_id
         if has_name and is_branch_of_it and not differences(flags, checkpoint):
             candidates.append(checkpoint)
     return candidates
@@ -3236,15 +3224,12 @@ def choose(candidates, flags, dataset, start):
     for checkpoint in candidates:
         if flags.identifier or checkpoint.stretch.code == code:
             return checkpoint
-    for checkpoint in candidates[:1]:
-        num_iters = checkpoint.flags["num_iters"]
-        if start or checkpoint.iteration < num_iters:
-            raise UsageError(
-                f"{checkpoint.run}, at iteration {checkpoint.iteration:,} of {num_iters:,}, was "
-                f"trained by other code ({', '.join(SHAPING_PARTS)} of main.py): go on with the "
-                f"code of now by {command(flags, '--identifier', checkpoint.run)}, or begin a new "
-                "run by --new_model"
-            )
+    if candidates and (start or not candidates[0].is_complete):
+        run = candidates[0].run
+        raise UsageError(
+            f"{run} was trained by other code ({', '.join(CODE)} of main.py): go on with the code "
+            f"of now by {command(flags, '--identifier', run)}, or begin a new run by --new_model"
+        )
     return None
 
 
@@ -3572,7 +3557,7 @@ def set_up(flags, ranks, interrupts, stack):
     if not contents and checkpoints and not flags.new_model:
         tqdm.write(printable(describe_other(checkpoints[0], flags)))
     if start and not found:
-        run.origins = run.origins | {"identifier": start.id}
+        run.origins = run.origins | {"branched_from": start.id}
         save(run, interrupts)  # a branch then has all that it needs
     return run
 
@@ -3592,13 +3577,13 @@ def list_runs(save_dir):
         return
     newest = newest_of_runs(checkpoints)
     best = {run: best_of([each for each in checkpoints if each.run == run]) for run in newest}
-    differences = flags_apart(checkpoints)
+    apart = flags_apart(checkpoints)
     print(f"{'run':<24}{'trained':>20}{'valid nats':>12}{'iteration':>12}  checkpoint    flags")
     for run, each in sorted(best.items(), key=lambda item: by_score(item[1])):
         trained = f"{newest[run].iteration:,} of {newest[run].flags['num_iters']:,}"
         score = "-" if each.score is None else f"{each.score:.4f}"
         place = f"{each.iteration:>12,}  {each.id[:12]}"
-        print(f"{run:<24}{trained:>20}{score:>12}{place}  {printable(differences[run])}")
+        print(f"{run:<24}{trained:>20}{score:>12}{place}  {printable(apart[run])}")
 
 
 def flags_apart(checkpoints):
@@ -3646,8 +3631,8 @@ def announce(checkpoint):
     print(line, file=sys.stderr)
 
 
-def use_checkpoint(flags, ranks):
-    """Samples from a checkpoint or scores it; returns the exit status."""
+def use_checkpoint(flags):
+    """Samples from a checkpoint or scores it."""
     draft = None
     contents = open_for_use(flags)
     model = contents.load_model()
@@ -3655,16 +3640,13 @@ def use_checkpoint(flags, ranks):
         with explained("--draft cannot be used: name another", Damaged, kind=RunError):
             draft = open_model(flags.save_dir, flags.draft, "draft")
     if flags.evaluate:
-        return score_checkpoint(model, contents, flags, ranks)
-    sample_from(model, contents, flags, draft)
-    return 0
+        score_checkpoint(model, contents, flags)
+    else:
+        sample_from(model, contents, flags, draft)
 
 
-def score_checkpoint(model, contents, flags, ranks):
-    """Scores a split for --evaluate; with --quantize, then also with quantized weights.
-
-    Returns the exit status.
-    """
+def score_checkpoint(model, contents, flags):
+    """Scores a split for --evaluate, with the weights of --quantize if that is given."""
     checkpoint = contents.checkpoint
     flags = settle(flags.given, checkpoint.flags)
     dataset = load_data_again(flags, [checkpoint])
@@ -3674,17 +3656,10 @@ def score_checkpoint(model, contents, flags, ranks):
         raise UsageError(
             f"--eval_stride {flags.eval_stride} would skip tokens: give at most {context_size}"
         )
-    announce(contents.checkpoint)
-    # Never entered: there is nothing to save, so Ctrl+C ends this process at once. `evaluate` sets
-    # its `received` to a signal that another rank has received.
-    interrupts = Interrupts()
-    ranks.broadcast_scoring(model, dataset, flags)
-    score_split(flags.evaluate, model, dataset, flags, interrupts, ranks)
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=False)
-        ranks.broadcast_scoring(model, dataset, flags)
-        score_split(flags.evaluate, model, dataset, flags, interrupts, ranks)
-    return 128 + interrupts.received if interrupts.received else 0
+    announce(checkpoint)
+    score_split(flags.evaluate, model, dataset, flags)
 
 
 def train_run(flags, ranks):
@@ -3718,22 +3693,19 @@ def describe_end(run, received):
     if run.iteration >= flags.num_iters:
         ended = f"Run complete ({run.iteration:,}/{flags.num_iters:,})"
         more = f" --num_iters {2 * run.iteration}"
-    if run.is_out_of_patience():
-        more += f" --patience {run.count_misses() + flags.patience}"
     return f"{trained}\n{ended}. To sample: {again} --inference\nTo train on: {again}{more}"
 
 
 def execute(argv, ranks):
-    """Executes the command; returns the exit status."""
+    """Executes the command; returns the exit status, or None for 0."""
     flags = settle(read_command_line(argv))
     if utf8(str(flags.save_dir)) != str(flags.save_dir):
         raise UsageError(f"--save_dir {flags.save_dir}: MLX reads only names in UTF-8; rename it")
     use_device(flags.gpu)
     if flags.list:
-        list_runs(flags.save_dir)
-        return 0
+        return list_runs(flags.save_dir)
     if flags.inference or flags.prompt is not None or flags.evaluate:
-        return use_checkpoint(flags, ranks)
+        return use_checkpoint(flags)
     fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
     with explained(fault, OSError):
         make_writable(flags.save_dir)
@@ -3759,7 +3731,7 @@ def explain_mlx_error(error):
 
 
 def run_ranks(argv):
-    """Executes the command on the first rank; the others train and score along."""
+    """Executes the command on the first rank; the others train along."""
     with join_ranks() as ranks:
         if ranks.rank > 0:
             return ranks.follow()

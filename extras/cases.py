@@ -72,7 +72,7 @@ def read_cases(files, output):
     for path in files:
         with explained(f"{path} {needed}"):
             # BaseLoader keeps every scalar a string: `yes` does not become a bool, nor 1.0 a float.
-            entries = read_yaml(user_path(path), "BaseLoader")
+            entries = read_yaml(Path(user_path(path)), "BaseLoader")
             if not entries:
                 raise ValueError("it has no case")
             for entry in entries:

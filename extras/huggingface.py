@@ -328,6 +328,8 @@ def make_config(settings, untie):
     for ours, theirs in THEIR_NAMES.items():
         if theirs != "head_dim" or fields[ours] is not None:
             check_number(theirs, fields[ours])
+        if theirs in ("rope_theta", "rms_norm_eps"):
+            fields[ours] = float(fields[ours])
     if fields["num_heads"] % fields["num_kv_heads"]:
         raise UsageError("num_key_value_heads does not divide num_attention_heads")
     if fields["head_dim"] is not None and fields["head_dim"] % 2:

@@ -164,12 +164,12 @@ class Group:
             shared.append((name, arrays["array"]))
         return tree_unflatten(shared)
 
-    # Rank 0 calls the next two, and the others answer them in `follow`.
+    # Rank 0 calls this, and the others answer it in `follow`.
 
     def broadcast_run(self, run):
         """Sends rank 0's run to the others; returns it with batches that are sent to them, too."""
         progress = run.progress()
-        task = describe_task("train", run.model, run.dataset, run.flags)
+        task = describe_task(run.model, run.dataset, run.flags)
         task |= {"progress": progress}
         if run.teacher:
             task["teacher"] = vars(run.teacher.config)
@@ -182,12 +182,6 @@ class Group:
         self.broadcast(split_tokens(run.dataset, run.flags))
         run.batches = SharedBatches(self, run.batches.batch_size, run.batches)
         return run
-
-    def broadcast_scoring(self, model, dataset, flags):
-        """Makes the other ranks score along with rank 0."""
-        self.broadcast(texts=describe_task("score", model, dataset, flags))
-        self.broadcast_tree(model.parameters())
-        self.broadcast(split_tokens(dataset, flags))
 
     def follow(self):
         """What every rank but the first does; returns the exit status."""
@@ -208,14 +202,9 @@ class Group:
                 return 0
 
     def take_part(self, task, interrupts):
-        """Trains or scores along with rank 0."""
+        """Trains along with rank 0."""
         flags = argparse.Namespace(**task["flags"])
         model = main.LanguageModel(main.Config(**task["config"]))
-        if task["kind"] == "score":
-            model.update(self.broadcast_tree())
-            dataset = self.receive_dataset(task)
-            main.score_split(flags.evaluate, model, dataset, flags, interrupts, self)
-            return
         if flags.lora_rank:  # before the weights, which include the adapters'
             main.extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
         model.update(self.broadcast_tree())
@@ -259,14 +248,13 @@ def hash_sources():
     return hashes
 
 
-def describe_task(kind, model, dataset, flags):
+def describe_task(model, dataset, flags):
     """What the other ranks need to know, besides arrays, to train or score along with rank 0."""
     splits = {}
     for name in split_tokens(dataset, flags):
         split = getattr(dataset, name)
         splits[name] = [split.num_bytes, split.num_words, split.num_unk]
     return {
-        "kind": kind,
         "flags": vars(flags) | {"save_dir": None, "given": {}},  # of rank 0 alone
         "gpu": mx.default_device() == mx.gpu,
         "config": vars(model.config),
@@ -279,8 +267,6 @@ def describe_task(kind, model, dataset, flags):
 def split_tokens(dataset, flags):
     """The tokens that may be scored, {split: array}."""
     splits = {"valid": dataset.valid, "test": dataset.test}
-    if flags.evaluate == "train":
-        splits = {"train": dataset.train}
     return {name: split.tokens for name, split in splits.items() if split}
 
 
