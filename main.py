@@ -1462,7 +1462,7 @@ class Checkpoint(Progress):
     config: dict  # the fields of a Config
     tokens_sha256: dict  # of the training and validation texts, see Dataset
     origins: dict  # the models that it began with: {"init_from", "teacher" or "branched_from": id}
-    stretches: list  # each with the fields of a Stretch, the first one from iteration 0
+    stretches: list  # a Stretch each; in the file, its fields
     # The fields of its Batches with the same names.
     epoch: int
     offset: int
@@ -1485,11 +1485,6 @@ class Checkpoint(Progress):
     def is_complete(self):
         """Whether it has all the steps that its run was to take."""
         return self.iteration >= self.flags["num_iters"]
-
-    @property
-    def stretch(self):
-        """The last Stretch of its run."""
-        return Stretch(**self.stretches[-1])
 
     @property
     def weights_path(self):
@@ -1659,8 +1654,7 @@ def read_checkpoint(metadata_path):
             raise ValueError("its scores are malformed")
     if not checkpoint.stretches or not all(map(SHA1.fullmatch, checkpoint.origins.values())):
         raise ValueError("its history is malformed")
-    for values in checkpoint.stretches:
-        checked(Stretch, values)
+    checkpoint.stretches = [checked(Stretch, values) for values in checkpoint.stretches]
     checked(Config, checkpoint.config)
     check_values(checkpoint.flags)
     # A flag that is younger than the checkpoint has its default.
@@ -1716,17 +1710,15 @@ def list_checkpoints(save_dir, warn=False):
 def list_run(folder, warn=False):
     """The checkpoints of one run, most recently saved first; see list_checkpoints."""
     checkpoints = []
-    skipped = {}  # {reason: [id, ...]}
     for weights in folder.glob("*.safetensors"):
         if not SHA1.fullmatch(weights.stem):
             continue
         try:
             checkpoints.append(read_checkpoint(weights.with_suffix(".metadata")))
         except Exception as error:  # a stranger's file can raise any
-            skipped.setdefault(one_line(error), []).append(weights.stem[:12])
-    if warn:
-        for reason, ids in skipped.items():
-            print(f"Skipping {folder.name}, {', '.join(ids)}: {reason}", file=sys.stderr)
+            if warn:
+                line = f"Skipping {folder.name}, {weights.stem[:12]}: {one_line(error)}"
+                print(line, file=sys.stderr)
     return sorted(checkpoints, key=saved_order, reverse=True)
 
 
@@ -1808,12 +1800,10 @@ def save(run, interrupts):
             write_checkpoint(run)
             return
         except OSError as error:
-            way_out = "Press Ctrl+C twice"
-            if interrupts.received:
-                way_out = "Press Ctrl+C or send SIGTERM again"
+            twice = "again" if interrupts.received else "twice"
             tqdm.write(
                 f"Saving to {run.folder} failed ({error}); retrying in {pause} s. "
-                f"{way_out} to exit without saving."
+                f"Press Ctrl+C or send SIGTERM {twice} to exit without saving."
             )
             time.sleep(pause)
 
@@ -2517,7 +2507,7 @@ def describe_resume(checkpoint, run):
     has_schedule = flags.lr_schedule != "constant" or flags.dropout_final is not None
     if checkpoint.flags["num_iters"] != flags.num_iters and has_schedule:
         yield "The learning rate and dropout schedules now stretch to --num_iters."
-    before = checkpoint.stretch
+    before = checkpoint.stretches[-1]
     if before.code != run.stretches[-1].code:
         parts = ", ".join(CODE)
         yield f"The code that trains was edited since the checkpoint: main.py's {parts}."
@@ -3222,7 +3212,7 @@ def choose(candidates, flags, dataset, start):
     candidates = [each for each in candidates if each.tokens_sha256 == dataset.sha256]
     code = hash_code(vars(flags))
     for checkpoint in candidates:
-        if flags.identifier or checkpoint.stretch.code == code:
+        if flags.identifier or checkpoint.stretches[-1].code == code:
             return checkpoint
     if candidates and (start or not candidates[0].is_complete):
         run = candidates[0].run
@@ -3486,15 +3476,14 @@ def make_run(folder, flags, contents, models, dataset, ranks):
         teacher=models["teacher"].model if "teacher" in models else None,
         origins={name: source.id for name, source in models.items()},
     )
-    stretch = Stretch(0, flags.num_iters, hash_code(vars(flags)), list_versions(flags, ranks))
-    if checkpoint:
-        run.origins = checkpoint.origins
-        run.stretches = [Stretch(**values) for values in checkpoint.stretches]
-        stretch.iteration = checkpoint.iteration
-    if not run.stretches or not run.stretches[-1].includes(stretch):
-        run.stretches.append(stretch)
     if contents:
         contents.restore(run)
+        run.origins = checkpoint.origins
+        run.stretches = checkpoint.stretches
+    code = hash_code(vars(flags))
+    stretch = Stretch(run.iteration, flags.num_iters, code, list_versions(flags, ranks))
+    if not run.stretches or not run.stretches[-1].includes(stretch):
+        run.stretches.append(stretch)
     mx.eval(model.parameters(), optimizer.state)
     return run
 
@@ -3626,7 +3615,7 @@ def open_for_use(flags):
 def announce(checkpoint):
     """Says which checkpoint a command uses, from which folder, and whether main.py has changed."""
     line = f"{checkpoint}, in {checkpoint.folder.parent}"
-    if checkpoint.stretch.code != hash_code(checkpoint.flags):
+    if checkpoint.stretches[-1].code != hash_code(checkpoint.flags):
         line += ", trained by other code than that of main.py now"
     print(line, file=sys.stderr)
 

@@ -422,7 +422,7 @@ def test_ranks_whose_launcher_is_gone_stop_saved(tmp_path, text, number):
         time.sleep(0.1)
     [checkpoint] = main.list_checkpoints(folder)
     assert len(ids(folder)) == 1
-    assert checkpoint.stretch.versions["ranks"] == 2
+    assert checkpoint.stretches[-1].versions["ranks"] == 2
     assert checkpoint.iteration >= 20
 
 
