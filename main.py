@@ -3029,15 +3029,20 @@ def read_yaml(path, loader="SafeLoader"):
 
     Raises exceptions of several types.
     """
-    import yaml
+    with explained("pip install PyYAML", ImportError):
+        import yaml
+
+    class Loader(getattr(yaml, loader)):
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):  # a few of them can stand for a billion words
+                raise ValueError("it has an alias, like *a: write out what it stands for")
+            return super().compose_node(parent, index)
 
     with open(path, encoding="utf-8") as file:
         text = file.read(LARGEST_YAML + 1)
     if len(text) > LARGEST_YAML:
         raise ValueError(f"it is longer than {LARGEST_YAML:,} characters")
-    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-        raise ValueError("it has an alias, like *a: write out what it stands for")  # of millions
-    return yaml.load(text, getattr(yaml, loader))
+    return yaml.load(text, Loader)
 
 
 def settle(given, saved=None, decided=None):
@@ -3625,10 +3630,13 @@ def open_for_use(flags):
     Flags given that shape a run select it, too. Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
+    selecting = {*SHAPING} - {"seed", *PATHS}  # the seed is that of the samples
     if flags.identifier:
         found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier)
+        fixed = {name: found.flags[name] for name in FIXED if name in selecting}
+        check_agreement(flags, fixed, found.run)
         return open_newest([found], is_named=True)
-    names = {*flags.given} & {*SHAPING} - {"seed", *PATHS}  # the seed is that of the samples
+    names = {*flags.given} & selecting
     candidates = []
     for each in checkpoints:
         if all(each.flags[name] == getattr(flags, name) for name in names):
