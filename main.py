@@ -2994,6 +2994,10 @@ def read_config(name):
         values = {}
         for key, value in (read_yaml(path) or {}).items():
             values |= value if isinstance(value, dict) else {key: value}  # a section of any name
+        for value in values.values():
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, (list, dict)):  # by aliases, it can stand for a billion words
+                    raise ValueError("it has a list or a mapping within another")
         flags = parse([utf8(argument) for argument in arguments_of(values)])
         if "config" in flags:
             raise ValueError("it names another file")
@@ -3005,14 +3009,11 @@ def read_yaml(path, loader="SafeLoader"):
 
     Raises exceptions of several types.
     """
-    import yaml
-
+    with explained("pip install PyYAML", ImportError):
+        import yaml
     if path.stat().st_size > LARGEST_YAML:
         raise ValueError(f"it is longer than {LARGEST_YAML:,} bytes")
-    text = path.read_text("utf-8")
-    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-        raise ValueError("it has an alias, like *a: write out what it stands for")  # of millions
-    return yaml.load(text, getattr(yaml, loader))
+    return yaml.load(path.read_text("utf-8"), getattr(yaml, loader))
 
 
 def settle(given, saved=None, decided=None):
