@@ -3390,9 +3390,11 @@ def free_folder(flags):
     names = itertools.chain([name], (f"{name}.{count}" for count in itertools.count(2)))
     for each in names:
         folder = flags.save_dir / each
-        # Without --new_model, the same command may have been stopped there before it saved.
-        is_taken = folder.exists() if flags.new_model else any(folder.glob("*.safetensors"))
-        if not is_taken:
+        if not os.path.lexists(folder):
+            return folder
+        # The same command may have been stopped there before it saved.
+        is_left = folder.is_dir() and not folder.is_symlink()
+        if is_left and not flags.new_model and not any(folder.glob("*.safetensors")):
             return folder
 
 
