@@ -1,4 +1,4 @@
-"""Types random pairs of commands in two checkouts: the second resumes the first in both, or in none.
+"""Types random pairs of commands: does the second resume the first in one of two checkouts alone?
 
     python tests/pairs.py OLD NEW                    two folders that hold main.py
     python tests/pairs.py OLD NEW --pairs 200 --seed 1
@@ -49,7 +49,7 @@ TEXTS = ["one.txt", "two.txt", "./one.txt", "copy.txt"]  # the last two are the 
 WHICH = ["", "", "", "--new_model", "--identifier latest", "--identifier RUN"]
 BEGUN = re.compile(r"^run +(\S+), from iteration (\d+)", re.M)
 
-# What NEW does otherwise on purpose: what OLD and NEW do, what the second command has then, and why.
+# What NEW does on purpose: what OLD and NEW do, what the second command has then, and why.
 EXPECTED = [
     ("resumes", "branch", "--identifier", "other flags than the run's begin a branch"),
     ("begins", "resumes", "copy.txt", "a text is known by its content, whatever it is called"),

@@ -280,7 +280,7 @@ def two_runs(tmp_path_factory):
 
 
 def test_identifiers(two_runs):
-    """What each names: an id or its beginning, a run, the newest, the best of the run saved last."""
+    """An id or its beginning, a run, the newest checkpoint, the best of the run saved last."""
     folder, first, second = two_runs
     checkpoints = {(each.run, each.iteration): each for each in saved(folder)}
     older = checkpoints[first, 1]
