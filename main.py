@@ -3230,9 +3230,11 @@ def free_folder(flags):
     names = itertools.chain([name], (f"{name}.{count}" for count in itertools.count(2)))
     for each in names:
         folder = flags.save_dir / each
-        # Without --new_model, the same command may have been stopped there before it saved.
-        is_taken = folder.exists() if flags.new_model else any(folder.glob("*.safetensors"))
-        if not is_taken:
+        if not os.path.lexists(folder):
+            return folder
+        # The same command may have been stopped there before it saved.
+        is_left = folder.is_dir() and not folder.is_symlink()
+        if is_left and not flags.new_model and not any(folder.glob("*.safetensors")):
             return folder
 
 
@@ -3530,7 +3532,8 @@ def set_up(flags, ranks, interrupts, stack):
     contents = None
     if found:  # only now can no other process advance it
         remove_unfinished(folder)
-        contents = open_newest(list_run(folder), is_named=bool(flags.identifier))
+        is_named = bool(flags.identifier) and found is start  # else it is a branch of what is
+        contents = open_newest(list_run(folder), is_named=is_named)
     elif start:
         contents = open_newest([start], is_named=True)
     if contents:

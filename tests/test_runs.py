@@ -280,7 +280,7 @@ def two_runs(tmp_path_factory):
 
 
 def test_identifiers(two_runs):
-    """What each names: an id or its beginning, a run, the newest, the best of the run saved last."""
+    """An id or its beginning, a run, the newest checkpoint, the best of the run saved last."""
     folder, first, second = two_runs
     checkpoints = {(each.run, each.iteration): each for each in saved(folder)}
     older = checkpoints[first, 1]
@@ -337,7 +337,8 @@ def test_a_changed_flag_under_identifier_is_a_branch(two_runs, tmp_path):
     branch, iteration, out = begin(*line, 3)
     assert branch != second
     assert iteration == 2
-    assert begin(*line, 4)[:2] == (branch, 3)
+    newest(folder).weights_path.write_bytes(b"")
+    assert begin(*line, 4)[:2] == (branch, 2), "a damaged one is passed over, as it was not named"
     line[1] = "latest"
     assert begin(*line, 5)[:2] == (branch, 4)
     assert begin("--identifier", second, "--save_dir", folder, "--num_iters", 3)[:2] == (second, 2)
