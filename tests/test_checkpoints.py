@@ -18,7 +18,7 @@ import time
 import main
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, begin, ids, newest, run, run_folder, saved, start
+from conftest import ROOT, TINY, begin, ids, newest, run, saved, start
 from test_interrupts import wait_for
 
 

@@ -4,7 +4,6 @@ Each mistake ends with one line.
 """
 
 import importlib
-import os
 import re
 import shlex
 import shutil
@@ -230,7 +229,7 @@ MISTAKES = [
     ("--text short.txt --train_tokens 1", "has 1 tokens, fewer than", "use a longer text"),
     ("--text cut.txt", "cut.txt is not UTF-8 at byte 5:", "iconv"),
     ("--text picture.png", "picture.png is not UTF-8", "convert it"),
-    ("--text text.txt --tokenizer nowhere.json", "nowhere.json must be a Hugging Face", "or one of"),
+    ("--text text.txt --tokenizer nowhere.json", "nowhere.json must be a", "or one of"),
     ("--text text.txt --eval_test", "text has no test split", "--test_text"),
     ("--evaluate test", "text has no test split", "--test_text"),
     ("--save_dir changed", "the text or tokenizer of text-", "start a new run with --new_model"),
@@ -239,7 +238,7 @@ MISTAKES = [
     ("--dataset ptb --mirror http://127.0.0.1:9", "Connection refused", "--dataset python", 1),
     ("--text text.txt --tokenizer gpt2 --mirror empty", "empty/gpt2/tokenizer.json", "by hand", 1),
     # Folders and checkpoints
-    ("--dataset python --data_dir text.txt", "cannot write to --data_dir text.txt", "name a folder"),
+    ("--dataset python --data_dir text.txt", "cannot write to --data_dir", "name a folder"),
     ("--dataset python --save_dir text.txt/lm", "cannot write to --save_dir", "name a folder"),
     ("--inference --save_dir empty", "no checkpoint in empty", "train a model first"),
     ("--prompt a --save_dir foreign", "no checkpoint in foreign", "train a model first"),
@@ -281,7 +280,7 @@ MISTAKES = [
     ("--text text.txt --init_from hf", "model_type gpt2", "see --list"),
     ("--text text.txt --init_from BYTE --dim 32", "contradicts --init_from", "leave --dim out"),
     ("--text text.txt --init_from BYTE --teacher WORD", "another tokenizer", "use one of its"),
-    ("--text text.txt --teacher BYTE --tokenizer char", "--tokenizer char", "leave --tokenizer out"),
+    ("--text text.txt --teacher BYTE --tokenizer char", "--tokenizer char", "leave --tokenizer"),
 ]
 NO_YAML = "is not a YAML list of entries like - {prompt"
 # What is typed behind `python -m extras.`
@@ -303,7 +302,7 @@ OF_PROGRAMS = [
     ("cases cases.yaml --top_k 0", "--top_k", "at least 1"),
     ("cases laughs.yaml", "laughs.yaml", "it has an alias, like *a"),
     ("export out", "Hugging Face has no model with --mlp gelu", "train one with --mlp swiglu"),
-    ("export out --identifier WORD --quantize 4", "The last dimension", "in which 32 divides --dim"),
+    ("export out --identifier WORD --quantize 4", "last dimension", "in which 32 divides --dim"),
     ("export text.txt/hf --identifier WORD", "cannot write to text.txt/hf", "name a folder"),
     ("plot x.nonsense", "cannot write x.nonsense", "name another file"),
     ("plot x.png --save_dir empty", "no checkpoint in empty", "train a model first"),
