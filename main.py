@@ -2990,7 +2990,8 @@ def read_config(name):
     if not path.is_file():
         path = RECIPES / f"{name}.yaml"
     recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-    with explained(f"--config {name} must be a YAML file of flags like dim: 8, or one of {recipes}"):
+    fault = f"--config {name} must be a YAML file of flags like dim: 8, or one of {recipes}"
+    with explained(fault):
         values = {}
         for key, value in (read_yaml(path) or {}).items():
             values |= value if isinstance(value, dict) else {key: value}  # a section of any name

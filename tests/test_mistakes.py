@@ -3,14 +3,10 @@
 Each mistake ends with one line.
 """
 
-import fcntl
-import functools
 import importlib
-import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -52,7 +48,6 @@ FILES = {
     "good.txt": LINE[:900],
     "cut.txt": b"good \xff bad",
     "picture.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
-    "windows.txt": LINE.encode("utf-16"),
     "pictures/cat.png": b"\x89PNG\r\n\x1a\n\0",
     "foreign/model.safetensors": b"\0" * 64,
     "foreign/results.csv": "a;b\n1;2\n",
@@ -61,38 +56,27 @@ FILES = {
     "latin.txt": "jümps\n".encode("latin-1"),
     "hf/config.json": '{"model_type": "gpt2"}',
     "hf/model.safetensors": b"",
-    "layers.yaml": "dim: 128\nlayers: 4\nmodel: {heads: 2}\n",
-    "wide.yaml": "dim: wide\n",
     "twice.yaml": "model: {dim: 8}\ntraining: {dim: 16}\n",
     "true.yaml": "dim: true\n",
-    "gpt.yaml": "model: {d_model: 8, n_layers: 2}\nmax_steps: 5\nwarmup-steps: 3\n",
     "other.yaml": "config: other.yaml\n",
     "mapping.yaml": "dim: 4\n  heads: [3\n",
     "sections.yaml": "advanced:\n  use_lora: true\nhardware: {device: cpu, dim: 8}\n",
-    "null.yaml": "dimm:\n",
     "deep.yaml": "[" * 500_000,
     "laughs.yaml": billion_laughs(),
     "merged.yaml": billion_laughs_merged(),
-    "long.yaml": "dim: 8  #" + "x" * (1 << 20),
+    "long.yaml": "dim: 8  #" + "x" * (2 << 20),
+    "nested.yaml": "model: {dim: {a: 8}}\n",
     "list.yaml": "- dim\n",
-    "cut.yaml": "dim: [1\n",
     "empty.yaml": "",
-    "none.yaml": "[]",
-    "false.yaml": "false",
     "null_name.yaml": 'identifier: "a\\0b"\n',
     "number.yaml": "7",
     "zero.yaml": "\0",
-    "yes.yaml": "new_model: 'yes'\n",
     "two.yaml": "dim: [16, 32]\n",
     "both.yaml": "inference: true\nnew_model: true\n",
-    "half.yaml": "num_iters: 1.5\n",
-    "comments.yaml": "dataset: python\ntraining:\n  # dim: 5\ndim: wide\n",
     "prompt.yaml": "- prompt: line\n",
     "cases.yaml": "- {prompt: line, expected: 5}\n",
     "words.yaml": "- line\n",
 }
-LARGE = 1 << 20  # bytes of a file that is not read twice for each mistake
-UNPRIVILEGED = pytest.mark.skipif(os.geteuid() == 0, reason="root may write and read everywhere")
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +94,6 @@ def world(tmp_path_factory):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
     (world / "empty").mkdir()
-    (world / "locked").mkdir(0o555)
-    (world / "locked.txt").touch(0)
 
     def train(line):
         assert main.main([*SMALL.split(), *line.split()]) == 0
@@ -122,7 +104,7 @@ def world(tmp_path_factory):
         by_bytes = "--text text.txt --mlp gelu --num_iters 18 --save_dir lm"
         train(f"{by_bytes} --steps_per_save 1 --keep 99")
         train("--text text.txt --num_iters 1 --context_size 64 --dim 512 --save_dir wide")
-        train("--text good.txt --num_iters 1 --save_dir damaged")
+        train("--text text.txt --num_iters 1 --save_dir damaged")
         train("--text good.txt --num_iters 1 --save_dir gone")
         train("--text changed.txt --num_iters 1 --save_dir changed")
         for path in Path("damaged").glob("*/*.safetensors"):
@@ -132,33 +114,20 @@ def world(tmp_path_factory):
     return world
 
 
-@functools.lru_cache(64)
-def bytes_of(path, inode, size, mtime_ns, ctime_ns):
-    """The bytes of a file, read anew once one of these differs; each write changes ctime."""
-    return path.read_bytes()
-
-
 def content(world):
-    """The bytes of all files but those that may come and go.
+    """What tells whether a file was written, of all but those that may come and go.
 
     They are caches of encoded text. Of a folder, its name is content: no run's may be left empty.
     """
     passing = re.compile(r"(^|/)(text|ptb|python|gpt2)(/|$)")
-    data = {}
+    found = {}
     for path in world.rglob("*"):
         name = str(path.relative_to(world))
         if passing.search(name):
             continue
-        if path.is_dir():
-            data[name] = None
-        elif os.access(path, os.R_OK):
-            stat = path.stat()
-            state = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-            if stat.st_size > LARGE:
-                data[name] = bytes_of(path, *state)
-            else:
-                data[name] = path.read_bytes()
-    return data
+        stat = path.stat()
+        found[name] = None if path.is_dir() else (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return found
 
 
 def one_line(err, *words):
@@ -198,60 +167,152 @@ def names_in(world, line):
     return line.replace("TWICE", max(first_letters, key=first_letters.count))
 
 
-NO_CASES = """
-    prompt.yaml words.yaml cut.yaml empty.yaml number.yaml deep.yaml text.txt picture.png
-""".split()
-
-
+NO_CASES = "prompt.yaml words.yaml empty.yaml number.yaml deep.yaml picture.png".split()
+NO_FLAGS = "deep.yaml list.yaml number.yaml zero.yaml text.txt picture.png".split()
+# What is typed after `python main.py`; the cause and the remedy that the line names; the status,
+# if it is not 2. A kind of value has one row: all flags of it share its function.
 MISTAKES = [
+    # Flags that do not exist
+    ("--batchsize 4", "--batchsize", "--batch_size?"),
+    ("--nun-iters=10", "--nun_iters=10", "--num_iters?"),
+    ("-inference", "-inference", "--inference?"),
+    ("—inference", "—inference", "--inference?"),
+    ("dim=16", "dim=16", "--dim?"),
+    ("--foo", "unrecognized arguments: --foo", "--help lists all flags"),
+    ("train", "unrecognized arguments: train", "no flag takes it"),
+    ("--qk_norm False", "unrecognized arguments: False", "a switch has no value"),
+    ("--prompt the company", "company", "a text with blanks needs quotes"),
+    ("--gpu=true", "--gpu/--no-gpu", "ignored explicit argument"),
+    # Values that cannot be
+    ("--dim", "--dim: expected one argument", "--help"),
+    ("--text", "--text: expected at least one argument", "--help"),
+    ("--n_embd wide", "--n_embd: invalid whole number value: 'wide'", "--help"),
+    ("--num_iters 10k", "'10k'", "whole number"),
+    ("--learning_rate 3e-4,", "'3e-4,'", "number"),
+    ("--learning_rate nan", "--learning_rate: must be at least 0", "not nan"),
+    ("--learning_rate inf", "--learning_rate: must be at least 0", "not inf"),
+    ("--seed -1", "--seed: must be at least 0 and at most 2147483647", "not -1"),
+    ("--num_iters 0", "--num_iters: must be at least 1", "not 0"),
+    ("--dim 1000000", "--dim: must be at least 1 and at most 65536", "not 1000000"),
+    ("--dropout 1", "--dropout: must be at least 0 and at most 0.9", "not 1"),
+    ("--vocab_size 10", "--vocab_size: must be at least 257", "not 10"),
+    ("--mlp nonsense", "--mlp: must be one of relu2, gelu, swiglu", "not nonsense"),
+    ("--dataset openwebtext", "--dataset: must be one of ptb, ", "not openwebtext"),
+    ("--quantize int3", "--quantize: must be one of 4, 8, 16", "not 3"),
+    ("--report_to board", "--report_to: must be one of tensorboard, wandb", "not board"),
+    ("--identifier ''", "--identifier: is empty", "leave it out"),
+    ("--text text.txt ''", "--text: is empty", "leave it out"),
+    ("--prompt FILE:prompts.txt", "--prompt: takes the text", '"$(cat prompts.txt)"'),
+    # Values that do not fit each other
+    ("--text text.txt --dim 30 --num_heads 2", "--dim 30 is not a multiple", "try 32"),
+    ("--text text.txt --num_kv_heads 3", "3 does not divide num_heads 8", "try 1"),
+    ("--dataset python --min_lr 0.1", "is above --learning_rate 0.0003", "give a lower one"),
+    ("--text text.txt --lora_rank 4", "--lora_rank trains adapters", "name it by --init_from"),
+    ("--valid_text text.txt", "--valid_text and --test_text go with --text", "your files"),
+    ("--list --inference", "--inference", "not allowed with argument --list"),
+    ("--inference --prompt a", "--prompt", "not allowed with argument --inference"),
+    ("--evaluate valid --new_model", "--new_model", "not allowed with argument --evaluate"),
+    ("--identifier latest --new_model", "--identifier goes on", "use one of them"),
+    # Sizes that no machine has
+    ("--text text.txt --dim 65536", "for gradients and moments", "choose a smaller model"),
+    ("--text text.txt --batch_size 1048576 --context_size 9999", "attention scores", "batch"),
+    ("--text text.txt --grad_accumulation 2147483647", "most of it for tokens", "choose a smaller"),
+    # Texts
+    ("--text nowhere.txt", "nowhere.txt: no such file", "give a text's path"),
+    ("--text *.md", "*.md: no such file, folder or pattern", "give a text's path"),
+    ("--text $NOWHERE/a.txt", "$NOWHERE/a.txt: no such user or variable", "write the folder out"),
+    ("--text ~nobody-here/a.txt", "~nobody-here/a.txt: no such user", "write the folder out"),
+    ("--text empty.txt", "there is no text in", "give other files to --text"),
+    ("--text pictures", "there is no text in", "give other files to --text"),
+    ("--text tiny.txt", "no text is left for training or validation", "give more text"),
+    ("--text short.txt --context_size 5000", "has 95 tokens", "a longer text or --context_size 94"),
+    ("--text short.txt --train_tokens 1", "has 1 tokens, fewer than", "use a longer text"),
+    ("--text cut.txt", "cut.txt is not UTF-8 at byte 5:", "iconv"),
+    ("--text picture.png", "picture.png is not UTF-8", "convert it"),
+    ("--text text.txt --tokenizer nowhere.json", "nowhere.json must be a", "or one of"),
+    ("--text text.txt --eval_test", "text has no test split", "--test_text"),
+    ("--evaluate test", "text has no test split", "--test_text"),
+    ("--save_dir changed", "the text or tokenizer of text-", "start a new run with --new_model"),
+    ("--evaluate valid --save_dir gone", "good.txt: no such file", "put it back"),
+    ("--dataset ptb --mirror nowhere", "nowhere/ptb/ptb.train.txt", "Put it at", 1),
+    ("--dataset ptb --mirror http://127.0.0.1:9", "Connection refused", "--dataset python", 1),
+    ("--text text.txt --tokenizer gpt2 --mirror empty", "empty/gpt2/tokenizer.json", "by hand", 1),
+    # Folders and checkpoints
+    ("--dataset python --data_dir text.txt", "cannot write to --data_dir", "name a folder"),
+    ("--dataset python --save_dir text.txt/lm", "cannot write to --save_dir", "name a folder"),
+    ("--inference --save_dir empty", "no checkpoint in empty", "train a model first"),
+    ("--prompt a --save_dir foreign", "no checkpoint in foreign", "train a model first"),
+    ("--list --save_dir nowhere", "nowhere holds no runs", "train a model first"),
+    ("--inference --dim 32", "no checkpoint in lm can be used", "check the flags"),
+    ("--identifier unknown", "'unknown' matches no checkpoints in lm", "these runs: text-"),
+    ("--identifier TWICE --prompt a", "checkpoints in lm, which has these", "see --list"),
+    ("--identifier latest --mlp swiglu", "--mlp swiglu contradicts", "has gelu: leave --mlp out"),
+    ("--identifier latest --preset tiny", "--context_size 128 contradicts", "leave --context_size"),
+    ("--prompt a --identifier latest --dim 8", "--dim 8 contradicts", "leave --dim out"),
+    ("--identifier latest --save_dir damaged", "another SHA1", "use another one from --list", 1),
+    ("--prompt a --identifier latest --save_dir damaged", "another SHA1", "from --list", 1),
+    ("--text text.txt --init_from latest --save_dir damaged", "another SHA1", "name another", 1),
+    ("--evaluate valid --eval_stride 33", "--eval_stride 33 would skip tokens", "at most 8"),
+    # A run that blows up
+    ("--text text.txt --learning_rate 1e30 --num_iters 9", "not finite", "a lower --learning_", 1),
+    # YAML files of flags
+    ("--config nowhere.yaml", "nowhere.yaml must be a YAML file", "or one of characters, finetune"),
+    ("--config empty", "--config empty must be a YAML file", "or one of characters"),
+    ("--config mapping.yaml", "mapping values are not allowed here", "line 2, column 8"),
+    ("--config sections.yaml", "unrecognized arguments: --use_lora", "--lora_rank 8 trains"),
+    ("--config other.yaml", "it names another file", "like dim: 8"),
+    ("--config twice.yaml", "dim stands in it twice", "like dim: 8"),
+    ("--config two.yaml", "dim takes one value, not a list", "like dim: 8"),
+    ("--config nested.yaml", "--dim: invalid whole number value", "like dim: 8"),
+    ("--config true.yaml", "--dim: expected one argument", "like dim: 8"),
+    ("--config null_name.yaml", "--identifier: is empty", "leave it out"),
+    ("--config both.yaml", "--new_model: not allowed with argument --inference", "like dim: 8"),
+    ("--config laughs.yaml", "it has an alias, like *a", "write out what it stands for"),
+    ("--config merged.yaml", "it has an alias, like *a", "write out what it stands for"),
+    ("--config long.yaml", "longer than 1,048,576 characters", "like dim: 8"),
+    *[(f"--config {name}", name, "YAML file of flags like dim: 8") for name in NO_FLAGS],
+    # Models of others
+    ("--prompt a --draft nonsense", "--draft 'nonsense' matches no checkpoints", "see --list"),
+    ("--prompt a --draft WORD", "has a different tokenizer", "use one trained with the same"),
+    ("--prompt a --quantize 4", "needs a model in which 32 divides --dim", "(257,16)"),
+    ("--text text.txt --init_from nonsense", "'nonsense' matches no checkpoints", "see --list"),
+    ("--text text.txt --init_from empty", "empty holds no Llama, Mistral, Qwen2", "see --list"),
+    ("--text text.txt --init_from hf", "model_type gpt2", "see --list"),
+    ("--text text.txt --init_from BYTE --dim 32", "contradicts --init_from", "leave --dim out"),
+    ("--text text.txt --init_from BYTE --teacher WORD", "another tokenizer", "use one of its"),
+    ("--text text.txt --teacher BYTE --tokenizer char", "--tokenizer char", "leave --tokenizer"),
 ]
 NO_YAML = "is not a YAML list of entries like - {prompt"
 # What is typed behind `python -m extras.`
 OF_PROGRAMS = [
     ("attention a.png", "required: --prompt", "--help lists all flags"),
     ("attention nowhere/x.png --prompt a", "cannot write nowhere/x.png", "name another file"),
-    ("attention '' --prompt a", "file is empty", "give it a value"),
     ("batch", "required: FILE", "--help"),
     ("batch empty.txt", "empty.txt must be a UTF-8 file", "it is empty"),
     ("batch latin.txt", "latin.txt", "UTF-8"),
-    ("batch nowhere.txt", "No such file or directory: 'nowhere.txt'", "UTF-8"),
     ("batch prompts.txt --dim 8", "unrecognized arguments: --dim 8", "--help"),
-    ("batch prompts.txt --identifier nonsense", "matches no checkpoint", "--list shows all"),
+    ("batch prompts.txt --identifier nonsense", "matches no checkpoints", "see --list"),
     ("batch prompts.txt --output answers.txt", "holds something other", "name another --output"),
     ("batch prompts.txt --output empty", "is not a regular file", "name another --output"),
     ("batch prompts.txt --output nowhere/out.jsonl", "nowhere/out.jsonl", "--output writable"),
-    ("batch prompts.txt --output prompts.txt", "holds something other", "name another --output"),
-    ("batch prompts.txt --top_p 2", "--top_p", "at most 1"),
-    ("benchmark --identifier latest --save_dir changed", "has changed", "another --save_dir"),
     ("benchmark --prompt a", "--prompt trains nothing", "give the flags of a training"),
-    ("benchmark --text text.txt --dim 65536", "this needs at least", "gradients and moments"),
     *[(f"cases {name}", name, NO_YAML) for name in NO_CASES],
     ("cases cases.yaml --output ./empty/../cases.yaml", "would overwrite cases.yaml", "rename it"),
-    ("cases cases.yaml --output nowhere/out.json", "nowhere/out.json", "name another file"),
     ("cases cases.yaml --save_dir empty", "no checkpoint in empty", "train a model first"),
-    ("cases cases.yaml --save_dir nowhere", "nowhere is not an existing", "check --save_dir"),
     ("cases cases.yaml --top_k 0", "--top_k", "at least 1"),
     ("cases laughs.yaml", "laughs.yaml", "it has an alias, like *a"),
-    ("cases ~nobody-here/cases.yaml", "~nobody-here", NO_YAML),
     ("export out", "Hugging Face has no model with --mlp gelu", "train one with --mlp swiglu"),
-    ("export out --identifier WORD --quantize 4", "The last dimension", "in which 32 divides --dim"),
-    ("export text.txt --identifier WORD", "cannot write to text.txt", "name a folder"),
+    ("export out --identifier WORD --quantize 4", "last dimension", "in which 32 divides --dim"),
     ("export text.txt/hf --identifier WORD", "cannot write to text.txt/hf", "name a folder"),
     ("plot x.nonsense", "cannot write x.nonsense", "name another file"),
-    ("plot x.png --identifier nonsense", "'nonsense' matches no checkpoint", "--list shows all"),
     ("plot x.png --save_dir empty", "no checkpoint in empty", "train a model first"),
 ]
 
 
-def with_status(mistake):
-    """The mistake, with status 2 if it names none; a pytest.param has its own."""
-    if type(mistake) is tuple and len(mistake) == 3:
-        return (*mistake, 2)
-    return mistake
-
-
-@pytest.mark.parametrize("line, cause, remedy, status", list(map(with_status, MISTAKES)))
-def test_one_line_and_nothing_lost(line, cause, remedy, status, world, monkeypatch, capsys):
+@pytest.mark.parametrize("mistake", MISTAKES, ids=[ascii(row[0]) for row in MISTAKES])
+def test_one_line_and_nothing_lost(mistake, world, monkeypatch, capsys):
+    line, cause, remedy, *others = mistake
+    status = others[0] if others else 2
     monkeypatch.chdir(world)
     before = content(world)
     arguments = ["--num_iters", "1", *shlex.split(names_in(world, line))]
@@ -272,35 +333,6 @@ def test_mistakes_of_programs(line, cause, remedy, world, monkeypatch, capsys):
     program = partial(run_command, name, importlib.import_module(f"extras.{name}").main)
     fails(capsys, arguments, cause, remedy, program=program)
     assert content(world) == before
-
-
-def test_the_context_size_it_proposes_works(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(world)
-    line = ["--text", "short.txt", *TINY, "--num_iters", "1", "--save_dir", str(tmp_path / "lm")]
-    err = fails(capsys, [*line, "--context_size", 5000])
-    proposed = re.search(r"or --context_size (\d+)", err)[1]
-    fails(capsys, [*line, "--context_size", int(proposed) + 1])
-    assert main.main([*line, "--context_size", proposed]) == 0
-
-
-def test_no_context_size_is_proposed_for_a_single_token(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(world)
-    line = ["--text", "short.txt", *TINY, "--num_iters", "1", "--save_dir", str(tmp_path / "lm")]
-    err = fails(capsys, [*line, "--train_tokens", "1", "--context_size", "1"])
-    assert err.endswith(": use a longer text\n")
-
-
-def test_a_run_that_another_process_trains(world, tmp_path, capsys):
-    """Only the lock of the run's folder is taken: other runs, and readers, go on."""
-    save_dir = shutil.copytree(world / "lm", tmp_path / "lm")
-    newest = main.list_checkpoints(save_dir)[0]
-    with main.lock(newest.folder, fcntl.LOCK_EX):
-        line = ["--num_iters", "19", "--save_dir", save_dir]
-        before = content(tmp_path)
-        fails(capsys, line, f"{newest.run} is being trained by another process", "--new_model")
-        assert content(tmp_path) == before
-        line = ["--prompt", "a", "--max_tokens", "1", "--save_dir", str(save_dir)]
-        assert main.main(line) == 0
 
 
 def test_files_of_others_are_passed_over(world, tmp_path, monkeypatch, capsys):
@@ -329,25 +361,10 @@ def test_gpu_where_there_is_none(capsys):
     fails(capsys, ["--gpu"], "--gpu: MLX sees no GPU", "leave it out, or install")
 
 
-def test_refused_download(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("no_proxy", "*")
-    with socket.socket() as bound:  # and never listening: connections are refused
-        bound.bind(("127.0.0.1", 0))
-        base = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        line = ["--dataset", "ptb", "--mirror", base, "--save_dir", tmp_path]
-        words = [f"{base}/ptb/ptb.train.txt", "--mirror", "--dataset python"]
-        err = fails(capsys, line, *words, status=1)
-    assert f"Put it at {tmp_path / 'ptb' / 'ptb.train.txt'}" in err
-
-
 @pytest.mark.parametrize("line, place, words", [
     ("--foo", ".", ["unrecognized arguments: --foo", "--help"]),
-    (
-        "--text text.txt --save_dir lm",
-        "empty",
-        ["empty/text.txt: no such file", "give a text's path"],
-    ),
-    ("--inference --save_dir lm", "pictures", ["lm is not an existing folder", "check --save_dir"]),
+    ("--text text.txt --save_dir lm", "empty", ["empty/text.txt: no such file"]),
+    ("--inference --save_dir lm", "pictures", ["--save_dir lm holds no runs", "train a model"]),
 ])  # fmt: skip
 def test_typed_in_a_shell(line, place, words, world):
     """In another working directory than the files are in, and with stdin closed."""

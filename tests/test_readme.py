@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DATASETS, ROOT, TINY, flags, run, run_extra
+from conftest import DATASETS, ROOT, TINY, run, run_extra, settled
 
 import main
 
@@ -228,16 +228,18 @@ def test_an_edit(tmp_path, text):
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.S))
 def test_configuration(block, tmp_path):
-    """Each YAML block is a file of flags that begins a run."""
+    """Each YAML block is a file of flags, all of which count."""
     path = tmp_path / "flags.yaml"
     path.write_text(block)
-    arguments = main.read_config(str(path), {})
+    values = settled("--config", str(path))
     without_comments = re.sub("#.*", "", block)
-    names = re.findall(r"(\w+): ", without_comments.replace("\n", " "))
-    assert arguments.keys() == set(names) - main.FLAGS.keys()
-    given = flags(**arguments)
-    config = main.make_config(given, vocab_size=10000)
-    assert config.dim == given.dim
+    given = re.findall(r"(\w+): *(\S+)$", without_comments, re.M)
+    assert given
+    for name, value in given:
+        if name == "preset":
+            assert main.PRESETS[value].items() <= values.items()
+        else:
+            assert str(values[name]) == value or values[name] == float(value)
 
 
 OF_OTHERS = """
@@ -247,10 +249,10 @@ OF_OTHERS = """
 
 def test_named_flags_exist():
     """Whatever a README calls a flag is one."""
-    known = {"--help", "--checkpoint", *OF_OTHERS}  # --checkpoint: an older name
-    for name, default in main.DEFAULTS.items():
-        known.add(f"--{name}")
-        if type(default) is bool:
+    known = {"--help", *OF_OTHERS}
+    for name, row in main.ROWS.items():
+        known |= {f"--{each}" for each in [name, *row.also.split()]}
+        if row.convert is bool:
             known.add(f"--no-{name}")
     for program in [ROOT / "datasets.py", *(ROOT / "extras").glob("*.py")]:
         known.update(re.findall(r'"(--\w+)"', program.read_text()))
