@@ -89,24 +89,6 @@ def test_benchmark(shape, text, tmp_path):
     assert not ids(tmp_path), "nothing is saved"
 
 
-def test_a_checkpoint_is_measured_with_its_weights(tmp_path, text, monkeypatch):
-    """Without a flag that names it, as it would be resumed; one of another shape is new."""
-    run("--text", text, *TINY, "--num_iters", 3, "--save_dir", tmp_path)
-    seen = []
-    monkeypatch.setattr("extras.benchmark.run_benchmark", seen.append)
-    line = ["--benchmark", "--save_dir", str(tmp_path)]
-    assert main.main(line) == 0
-    assert main.main([*line, "--text", str(text), "--dim", "32"]) == 0
-    trained, new = seen
-    [checkpoint] = main.list_checkpoints(tmp_path)
-    weights = checkpoint.open().weights
-    for name, weight in main.tree_flatten(trained.model.parameters()):
-        assert main.mx.array_equal(weight, weights[name])
-    assert trained.iteration == 3
-    assert new.iteration == 0
-    assert new.model.config.dim == 32
-
-
 @pytest.mark.parametrize("options", [
     ["--init_from", "latest", "--lora_rank", 2, "--average", 0.5],
     ["--teacher", "latest", "--dim", 24],
