@@ -1950,7 +1950,8 @@ def open_source(checkpoint):
 def keep_models(folder, models):
     """Makes models, {flag: Source}, part of a new run's folder: nobody can take them away."""
     for flag_name, source in models.items():
-        shutil.rmtree(folder / flag_name, ignore_errors=True)  # of a start that was killed
+        if os.path.lexists(folder / flag_name):  # a start that was killed has left it
+            shutil.rmtree(folder / flag_name)
         for name, path in source.files.items():
             target = folder / flag_name / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -3108,35 +3109,42 @@ def decided_names(flags):
 def run_name(flags):
     """The name of the run that these flags describe: <dataset>-<6 hexadecimal digits>.
 
-    What texts, models and tokenizers are called is not part of it, nor what a model decides.
+    What texts, models and files of tokenizers are called is not part of it, nor what a model
+    decides.
     """
     shape = {}
     for name in SHAPING:
         value = getattr(flags, name)
         # Without defaults: a flag that is added to the program renames no run.
-        if name not in (*PATHS, *decided_names(flags)) and value != DEFAULTS[name]:
+        if value != DEFAULTS[name] and name not in decided_names(flags) and not is_path(name, value):
             shape[name] = value
     sha1 = hashlib.sha1(json.dumps(shape, sort_keys=True).encode()).hexdigest()
     return f"{flags.dataset}-{sha1[:6]}"
 
 
+def is_path(name, value):
+    """Whether a flag's value says where something lies: then what lies there counts."""
+    return name in PATHS and not (name == "tokenizer" and value in TOKENIZERS)
+
+
 def differences(flags, checkpoint):
     """The flags in which the run of a checkpoint differs from the one that a command describes.
 
-    {flag: its value}. What texts and models are called does not matter: texts are compared by
-    their SHA256s, see `choose`.
+    {flag: its value}. What texts, models and files of tokenizers are called does not matter: they
+    are compared by their content, here or in `choose`.
     """
-    decided = decided_names(flags)
     found = {}
     for name in SHAPING:
-        if name in decided and name not in flags.given:
+        if name in decided_names(flags) and name not in flags.given:
             continue
         value = getattr(flags, name)
         its_value = checkpoint.flags[name]
         is_same = value == its_value
         if name in ORIGINS and value and its_value:
             is_same = name not in flags.given or is_same_model(flags, name, checkpoint)
-        if not is_same and name not in ("text", "valid_text"):
+        elif is_path(name, value) and is_path(name, its_value):
+            is_same = bool(value) == bool(its_value) or name == "valid_text"
+        if not is_same:
             found[name] = its_value
     return found
 

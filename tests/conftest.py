@@ -230,7 +230,9 @@ def saved(save_dir, run="*"):
     found = []
     for path in Path(save_dir).glob(f"{run}/*.safetensors"):
         record = read_record(path.with_suffix(".metadata"))
-        found.append(main.Checkpoint(folder=path.parent, **record))
+        checkpoint = main.Checkpoint(**record)
+        checkpoint.folder = path.parent
+        found.append(checkpoint)
     return sorted(found, key=lambda checkpoint: checkpoint.saved, reverse=True)
 
 

@@ -253,7 +253,12 @@ def test_an_edit_of_a_function_is_another_experiment(line, program):
     assert begin(*leg, **typed)[:2] == (name, 4)
     edit(program, *EDITED)
     [command] = re.findall(r"by python main\.py (.*), or begin", err)
-    assert begin(*shlex.split(command), "--max_minutes", 1e-9, **typed)[:2] == (name, 6)
+    resumed, iteration, out = begin(*shlex.split(command), "--max_minutes", 1e-9, **typed)
+    assert (resumed, iteration) == (name, 6)
+    assert "The code that trains was edited since the checkpoint" in out
+    first, second = newest(line[-1]).stretches
+    assert (first["iteration"], second["iteration"]) == (0, 6)
+    assert first["code"] != second["code"]
 
     finished = [*line, "--seed", 7]
     name, _, _ = begin(*finished, **typed)
