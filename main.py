@@ -3143,7 +3143,7 @@ def differences(flags, checkpoint):
         if name in ORIGINS and value and its_value:
             is_same = name not in flags.given or is_same_model(flags, name, checkpoint)
         elif is_path(name, value) and is_path(name, its_value):
-            is_same = bool(value) == bool(its_value) or name == "valid_text"
+            is_same = bool(value) == bool(its_value)
         if not is_same:
             found[name] = its_value
     return found

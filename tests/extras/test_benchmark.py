@@ -3,11 +3,9 @@
 import json
 import re
 
-import main
 import pytest
 from conftest import TINY, flags, ids, run, run_extra
 
-from extras import benchmark
 
 
 SHAPES = {

@@ -11,7 +11,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TEXT, TINY, Constant, Script, flags, ids, run, run_folder
+from conftest import TEXT, TINY, Constant, Script, flags, ids, run
 from datasets import ByteTokenizer
 from test_sampling import DISTRIBUTIONS, make_model, tokens_of
 
