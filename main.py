@@ -283,6 +283,7 @@ class Attention(nn.Module):
         super().__init__()
         D, d = config.dim, config.head_dim
         self.head_dim = d
+        # No MLX array: that would be a parameter.
         self.frequencies = rope_frequencies(d, config.rope_theta, config.rope_scaling)
         self.q_proj = Linear(D, config.num_heads * d, config.qkv_bias)
         self.k_proj = Linear(D, config.num_kv_heads * d, config.qkv_bias)
@@ -1655,10 +1656,11 @@ def read_checkpoint(metadata_path):
     if not checkpoint.stretches or not all(map(SHA1.fullmatch, checkpoint.origins.values())):
         raise ValueError("its history is malformed")
     checkpoint.stretches = [checked(Stretch, values) for values in checkpoint.stretches]
-    checked(Config, checkpoint.config)
     check_values(checkpoint.flags)
-    # A flag that is younger than the checkpoint has its default.
+    # What is younger than the checkpoint has its default.
     checkpoint.flags = {name: DEFAULTS[name] for name in SAVED} | checkpoint.flags
+    known = {field.name: field.default for field in dataclasses.fields(Config)}
+    checkpoint.config = vars(checked(Config, known | checkpoint.config))
     if checkpoint.id != metadata_path.stem:
         raise ValueError(f"it belongs to {checkpoint.id[:12]}")
     return checkpoint
@@ -2380,7 +2382,7 @@ class Log:
             writer = csv.DictWriter(lines, columns, lineterminator="\n")
             writer.writeheader()
             for old in read_log(self.path):
-                if (int(old["iteration"]), old["split"] == "valid") <= self.end:
+                if (int(old["iteration"]), old["split"] != "train") <= self.end:
                     writer.writerow(old)
             lines.detach()  # after writing what it still holds
         self.columns = columns
@@ -2912,7 +2914,7 @@ MODES = ["inference", "prompt", "evaluate", "list", "new_model"]  # a command ha
 
 def add_flags(group, rows):
     """Adds rows of FLAGS to an argparse parser, or to a group of one."""
-    modes = group.add_mutually_exclusive_group()
+    modes = group.add_mutually_exclusive_group() if {*MODES} & {*rows} else None
     for name, row in rows.items():
         options = {"type": row.convert, "metavar": getattr(row.convert, "metavar", "TEXT")}
         if name in MODES:
@@ -3028,12 +3030,11 @@ def settle(given, saved=None, decided=None):
     flags = argparse.Namespace(**DEFAULTS | (saved or {}) | given | (decided or {}))
     flags.given = given
     flags.save_dir = Path(user_path(flags.save_dir))
-    for name in ("text", "valid_text", "test_text"):
-        setattr(flags, name, [absolute(path) for path in getattr(flags, name)])
-    for name in ("init_from", "teacher", "draft"):
-        model = getattr(flags, name)
-        if model and os.path.isdir(user_path(model)):  # else a checkpoint, or a model of the hub
-            setattr(flags, name, absolute(model))
+    for name in {"text", "valid_text", "test_text"} & {*given}:  # those saved are absolute
+        setattr(flags, name, [absolute(path) for path in given[name]])
+    for name in {"init_from", "teacher", "draft"} & {*given}:
+        if os.path.isdir(user_path(given[name])):  # else a checkpoint, or a model of the hub
+            setattr(flags, name, absolute(given[name]))
     if flags.text and given.get("dataset", "text") != "text":
         raise UsageError("--dataset and --text both name what to train on: use one of them")
     if flags.text:
@@ -3276,13 +3277,13 @@ def claimed(folder):
 
 
 def describe_other(other, flags):
-    """Says why the run saved last is not resumed, and with which command it would be."""
+    """Says why this run is not resumed, and with which command it would be."""
     found = []
     for name, value in differences(flags, other).items():
-        found.append(f"no --{name}" if value is None else f"--{name} {value}")
+        found += arguments_of({name: value}) or [f"no --{name}"]
     has = ", ".join(found[:5]) or "another text, or was trained by other code"
     return (
-        f"Starting a new run: the last one, {other.run}, has {has}. "
+        f"Starting a new run: {other.run} has {has}. "
         f"To resume that one: {command(flags, '--identifier', other.run)}"
     )
 
@@ -3557,7 +3558,8 @@ def set_up(flags, ranks, interrupts, stack):
     stack.enter_context(interrupts)  # from here on there is something to save
     print_start(run, contents and contents.checkpoint, ranks)
     if not contents and checkpoints and not flags.new_model:
-        tqdm.write(printable(describe_other(checkpoints[0], flags)))
+        nearest = [*candidates, checkpoints[0]][0]  # of the same flags, or saved last
+        tqdm.write(printable(describe_other(nearest, flags)))
     if start and not found:
         run.origins = run.origins | {"branched_from": start.id}
         save(run, interrupts)  # a branch then has all that it needs

@@ -10,6 +10,7 @@ Our weights have the same names as their Llama's, so only configuration and toke
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -430,6 +431,10 @@ def find_counterpart(config):
         if config.qk_norm:
             shape += " --qk_norm"
         raise UsageError(f"Hugging Face has no model with {shape}: train one with --mlp swiglu")
+    known = {*THEIR_NAMES, "mlp", "qk_norm", "qkv_bias", "untie", "rope_scaling"}
+    for field in dataclasses.fields(config):  # one of a user's own, perhaps
+        if field.name not in known and getattr(config, field.name) != field.default:
+            raise UsageError(f"Hugging Face has no model with {field.name}")
     return name
 
 

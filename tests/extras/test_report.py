@@ -91,7 +91,7 @@ def test_wandb_without_a_network(line, tmp_path):
     for path in paths:
         for record in wandb_records(path):
             if record.HasField("run"):
-                assert record.run.run_id == run_folder(folder).name
+                assert record.run.run_id.startswith(run_folder(folder).name)
             values = {}
             for item in record.history.item:
                 values[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
@@ -141,7 +141,8 @@ def test_a_resumed_run_goes_on_with_its_curves(line, tmp_path, monkeypatch):
     train(*line, folder, "--num_iters", 30, "--report_to", "none")
     curves = {}
     for given, told in recorder.sessions:
-        assert given["id"] == given["name"] == run_folder(folder).name
+        assert given["name"] == run_folder(folder).name
+        assert given["id"].startswith(given["name"])
         assert given["resume"] == "allow"
         assert given["config"]["dim"] == 16
         *rows, last = told
@@ -166,9 +167,8 @@ def test_a_failure_is_said_once_and_changes_nothing(place, line, tmp_path, monke
 
 
 @pytest.mark.parametrize("typed, words", [
-    ("mlflow", "must be none, or some of tensorboard, wandb, not mlflow"),
-    ("wandb,", "must be none"),
-    ("", "must be none"),
+    ("mlflow", "must be one of tensorboard, wandb, none, not mlflow"),
+    ("wandb,", "must be one of tensorboard"),
     ("tensorboard,wandb", "--report_to wandb needs a package: pip install --upgrade wandb"),
 ])  # fmt: skip
 def test_mistakes(typed, words, line, tmp_path, monkeypatch, capsys):
