@@ -229,7 +229,7 @@ def test_lines_name_all_flags_that_shape_them(word_model, tmp_path):
     assert line["top_p"] == 0.5
     assert line["quantize"] is None
     without = {"inference", "prompt", "num_samples", "draft"}
-    assert main.FLAGS["sampling"].keys() - without == set(SAMPLING_FLAGS) - {"quantize"}
+    assert main.FLAGS["sampling"].keys() - without == set(SAMPLING_FLAGS)
 
 
 def test_a_damaged_line_of_answers(word_model, tmp_path):

@@ -3,11 +3,9 @@
 import json
 import re
 
-import main
 import pytest
 from conftest import TINY, flags, ids, run, run_extra
 
-from extras import benchmark
 
 
 SHAPES = {
@@ -79,24 +77,6 @@ def test_benchmark(shape, text, tmp_path):
     assert f"{speed:,.0f} tokens/s, {milliseconds:,.1f} ms per step" in table
     assert f"first token after {result['first_token_ms']:,.1f} ms" in table
     assert not ids(tmp_path), "nothing is saved"
-
-
-def test_a_checkpoint_is_measured_with_its_weights(tmp_path, text, monkeypatch):
-    """If it is named; without a name, flags make a new one."""
-    run("--text", text, *TINY, "--num_iters", 3, "--save_dir", tmp_path)
-    seen = []
-    monkeypatch.setattr(benchmark, "run_benchmark", seen.append)
-    line = ["--save_dir", str(tmp_path)]
-    benchmark.main([*line, "--identifier", "latest"])
-    benchmark.main([*line, "--text", str(text), "--dim", "32"])
-    trained, new = seen
-    [checkpoint] = main.list_checkpoints(tmp_path)
-    weights = checkpoint.open().weights
-    for name, weight in main.tree_flatten(trained.model.parameters()):
-        assert main.mx.array_equal(weight, weights[name])
-    assert trained.iteration == 3
-    assert new.iteration == 0
-    assert new.model.config.dim == 32
 
 
 @pytest.mark.parametrize("options", [

@@ -5,14 +5,13 @@ The oracle is main.py's Decoder, which continues one text: all else has to give 
 
 import math
 import re
-import shutil
 from types import SimpleNamespace
 
 import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TEXT, TINY, Constant, Script, flags, ids, run, run_folder
+from conftest import TEXT, TINY, Constant, Script, flags, ids, run
 from datasets import ByteTokenizer
 from test_sampling import DISTRIBUTIONS, make_model, tokens_of
 
@@ -196,14 +195,3 @@ def test_draft(two_models):
     session = ["--inference", *line, "--temperature", 0, "--draft", small]
     out, _ = run(*session, input="the company\n")
     assert out.startswith(plain)
-
-
-def test_draft_of_other_tokens(word_model, byte_model, tmp_path):
-    for save_dir in (word_model, byte_model):
-        folder = run_folder(save_dir)
-        shutil.copytree(folder, tmp_path / folder.name)
-    line = ["--prompt", "the", "--save_dir", tmp_path, "--identifier", ids(word_model)[0]]
-    _, err = run(*line, "--draft", ids(byte_model)[0], status=2)
-    assert "has a different tokenizer" in err.splitlines()[-1]
-    _, err = run(*line, "--draft", "0" * 40, status=2)
-    assert "no checkpoint" in err.splitlines()[-1]
