@@ -96,8 +96,6 @@ ODD_PROMPTS = [
     "\0\x1b[31m\x0c\x85 fox",
     "\ufeffthe",
 ]
-
-
 ODD = ["long", "empty", "bytes", "half", "controls", "mark"]
 
 

@@ -204,7 +204,8 @@ def test_an_edit_of_anything_else_changes_nothing(copy, text, tmp_path):
 def test_a_resumed_run_says_that_a_function_was_edited(copy, text, tmp_path):
     train_copy(copy, text, tmp_path / "lm")
     edit(copy, *EDITS["relu2"])
-    out, _ = train_copy(copy, text, tmp_path / "lm", "--num_iters", 4)
+    more = ["--identifier", "latest", "--num_iters", 4]
+    out, _ = train_copy(copy, text, tmp_path / "lm", *more)
     assert "The code that trains was edited since the checkpoint" in out
     assert "(edited  -> relu2)" in out
 
