@@ -3057,9 +3057,12 @@ def settle(given, saved=None, decided=None):
     flags.given = given
     flags.save_dir = Path(user_path(flags.save_dir))
     for name in ("text", "valid_text", "test_text"):
-        setattr(flags, name, [absolute(path) for path in getattr(flags, name) or []])
+        paths = getattr(flags, name) or []
+        if name in given:  # else they are those of a checkpoint, and literal
+            paths = [absolute(path) for path in paths]
+        setattr(flags, name, paths)
     for name in ("init_from", "teacher", "draft"):
-        model = getattr(flags, name)
+        model = given.get(name)
         if model and os.path.isdir(user_path(model)):  # else a checkpoint, or a model of the hub
             setattr(flags, name, absolute(model))
     if flags.text:
@@ -3631,7 +3634,8 @@ def open_for_use(flags):
     Flags given that shape a run select it, too. Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
-    selecting = {*SHAPING} - {"seed", *PATHS}  # the seed is that of the samples
+    # The seed is that of the samples, and the batch size that of the scoring.
+    selecting = {*SHAPING} - {"seed", "batch_size", *PATHS}
     if flags.identifier:
         found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier)
         fixed = {name: found.flags[name] for name in FIXED if name in selecting}

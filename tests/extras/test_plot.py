@@ -94,7 +94,7 @@ def seed_of(folder):
 
 def made_by(folder, sha256="0" * 64, **flags):
     """What plot_runs reads of a run's checkpoint."""
-    flags = {"tokenizer": "byte"} | flags
+    flags = main.DEFAULTS | {"tokenizer": "byte"} | flags
     return Namespace(folder=folder, run=folder.name, flags=flags, tokens_sha256={"train": sha256})
 
 
