@@ -421,6 +421,18 @@ def test_what_is_used_is_named_before_it_begins(trained):
         assert out.startswith(begins) and used.run not in out
 
 
+def test_a_path_is_expanded_where_it_is_typed_alone(trained, tmp_path):
+    """A text may have a name like $x; its run can be used after it has gone."""
+    odd = tmp_path / "$x"
+    odd.mkdir()
+    (odd / "text.txt").write_text((trained / "text.txt").read_text())
+    folder = ["--save_dir", tmp_path / "lm"]
+    run("--text", odd / "text.txt", *TINY, "--num_iters", 1, *folder)
+    (odd / "text.txt").unlink()
+    out, err = run("--prompt", "line", "--max_tokens", 2, *folder)
+    assert out and "Skipping" not in err
+
+
 # ---- Results, readers ---------------------------------------------------------------------------
 
 

@@ -6,8 +6,6 @@ import re
 import pytest
 from conftest import TINY, flags, ids, run, run_extra
 
-
-
 SHAPES = {
     "plain": "--dim 64 --num_heads 4 --num_blocks 3 --context_size 32 --batch_size 16",
     "all": (

@@ -207,7 +207,6 @@ def test_a_resumed_run_says_that_a_function_was_edited(copy, text, tmp_path):
     named = ["--num_iters", 4, "--identifier", "latest"]
     out, _ = train_copy(copy, text, tmp_path / "lm", *named)
     assert "The code that trains was edited since the checkpoint" in out
-    assert "(edited  -> relu2)" in out
 
 
 def test_disable_fast(copy, text, tmp_path):
