@@ -444,6 +444,11 @@ def word(text):
     return text
 
 
+def path_name(text):
+    """A flag's type: a path, see user_path."""
+    return user_path(word(text))
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are UsageErrors; argparse would print its whole usage.
 

@@ -3492,7 +3492,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
     if contents:
         contents.restore(run)
         run.origins = checkpoint.origins
-        run.stretches = checkpoint.stretches
+        run.stretches = [*checkpoint.stretches]
     code = hash_code(vars(flags))
     stretch = Stretch(run.iteration, flags.num_iters, code, list_versions(flags, ranks))
     if not run.stretches or not run.stretches[-1].includes(stretch):

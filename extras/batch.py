@@ -11,7 +11,7 @@ from extras.program import make_parser, open_checkpoint, read_flags, start
 
 import os
 
-from datasets import end_of_text, explained, user_path
+from datasets import end_of_text, explained, path_name
 from extras.decode import BatchDecoder
 from extras.quantize import quantize
 from extras.results import MOST_PROMPTS, append_lines, json_line, read_prompt_lines
@@ -38,11 +38,11 @@ def main(arguments):
         "batch", __doc__, "identifier", "gpu", "num_samples", "seed", *SAMPLING_FLAGS
     )
     add = parser.add_argument
-    add("file", metavar="FILE", type=user_path, help="UTF-8 text, a prompt per line")
+    add("file", metavar="FILE", type=path_name, help="UTF-8 text, a prompt per line")
     add(
         "--output",
         metavar="FILE",
-        type=user_path,
+        type=path_name,
         default=None,
         help="JSON Lines; resumed if it exists (default: stdout)",
     )

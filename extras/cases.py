@@ -21,7 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from datasets import SIZE, RunError, UsageError, explained, user_path, utf8
+from datasets import SIZE, RunError, UsageError, explained, path_name, user_path, utf8
 from extras.results import write_whole
 from main import first_ids, read_yaml
 
@@ -40,7 +40,7 @@ def main(arguments):
     add("files", metavar="FILE", nargs="+", help="YAML files of cases")
     add_identifiers(parser)
     add("--top_k", metavar="N", type=SIZE, default=5, help="default: %(default)s")
-    add("--output", metavar="FILE", type=user_path, default=None, help="for the results, as JSON")
+    add("--output", metavar="FILE", type=path_name, default=None, help="for the results, as JSON")
     flags = read_flags(parser, arguments)
     cases = read_cases(flags.files, flags.output)
     results = []

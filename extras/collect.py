@@ -29,7 +29,7 @@ from datasets import (
     one_line,
     repair_streams,
     run_command,
-    user_path,
+    path_name,
     word,
     utf8,
 )
@@ -67,14 +67,14 @@ def make_parser():
         "--teacher_prompts",
         metavar="FILE",
         required=True,
-        type=user_path,
+        type=path_name,
         help="one prompt per line, or the .jsonl that extras.batch wrote",
     )
     add(
         "--output",
         metavar="DIR",
         required=True,
-        type=user_path,
+        type=path_name,
         help="folder for answers.jsonl and corpus.txt",
     )
     add(

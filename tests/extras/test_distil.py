@@ -1,6 +1,8 @@
 """Distillation: its loss by hand and by automatic differentiation, and students of a teacher."""
 
 
+import shutil
+
 import main
 import mlx.core as mx
 import numpy as np
