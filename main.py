@@ -3711,7 +3711,8 @@ def execute(argv, ranks):
     if flags.inference or flags.prompt is not None or flags.evaluate:
         return use_checkpoint(flags)
     fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
-    with explained(fault, OSError):
+    with explained(fault, OSError, UnicodeError):
+        str(flags.save_dir.absolute()).encode()  # MLX finds no other name again
         make_writable(flags.save_dir)
     return train_run(flags, ranks)
 

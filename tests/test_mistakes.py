@@ -365,6 +365,7 @@ def test_gpu_where_there_is_none(capsys):
     ("--foo", ".", ["unrecognized arguments: --foo", "--help"]),
     ("--text text.txt --save_dir lm", "empty", ["empty/text.txt: no such file"]),
     ("--inference --save_dir lm", "pictures", ["--save_dir lm holds no runs", "train a model"]),
+    ("--text ../text.txt --save_dir s_\udcff", "pictures", ["cannot write to --save_dir"]),
 ])  # fmt: skip
 def test_typed_in_a_shell(line, place, words, world):
     """In another working directory than the files are in, and with stdin closed."""

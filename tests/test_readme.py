@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DATASETS, ROOT, TINY, run, run_extra, settled
+from conftest import DATASETS, ROOT, TEXT, TINY, run, run_extra, run_folder, settled
 
 import main
 
@@ -92,12 +92,22 @@ def use_text_at_hand(arguments, text):
         set_value(arguments, flag, str(text))
 
 
-def use_model_at_hand(arguments, text, folder):
-    """Trains a small model, and names it and the files of a folder as the arguments."""
+@pytest.fixture(scope="module")
+def model_at_hand(tmp_path_factory):
+    """A folder with a small run, which has a best checkpoint."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "text.txt").write_text(TEXT)
     shape = [*SMALL, "--dim", 32, "--mlp", "swiglu"]
-    run("--text", text, *shape, "--steps_per_eval", 1, "--save_dir", folder)  # scored: has a best
+    line = ["--text", folder / "text.txt", *shape, "--steps_per_eval", 1]
+    run(*line, "--save_dir", folder / "lm")
+    return folder / "lm"
+
+
+def use_model_at_hand(arguments, model_at_hand, folder):
+    """Copies the small run to a folder, and names it and the files there as the arguments."""
+    shutil.copytree(model_at_hand, folder, dirs_exist_ok=True)
     (folder / "prompts.txt").write_text("the company\nline 5\n")
-    name = main.list_checkpoints(folder)[0].run
+    name = run_folder(folder).name
     renamed = dict.fromkeys(NAMES_OF_MODELS, name)
     renamed["tests/cases.yaml"] = ROOT / "tests" / "cases.yaml"
     for file in NAMES_OF_FILES:
@@ -148,7 +158,7 @@ def test_both_first_blocks_set_everything_up():
 
 
 @pytest.mark.parametrize("command", OF_MAIN)
-def test_command(command, tmp_path, text):
+def test_command(command, tmp_path, text, model_at_hand):
     """Each is typed with smaller numbers behind it (the last flag counts).
 
     And with a text at hand instead of a download.
@@ -158,12 +168,12 @@ def test_command(command, tmp_path, text):
     for arguments in calls:
         use_text_at_hand(arguments, text)
         if NEED_A_MODEL & set(arguments):
-            arguments = use_model_at_hand(arguments, text, tmp_path)
+            arguments = use_model_at_hand(arguments, model_at_hand, tmp_path)
         check(arguments, tmp_path)
 
 
 @pytest.mark.parametrize("command", OF_PROGRAMS)
-def test_program(command, tmp_path, text):
+def test_program(command, tmp_path, text, model_at_hand):
     """Each writes the file that it names, and benchmark prints JSON last."""
     _, _, module, *arguments = shlex.split(command, comments=True)
     name = module.removeprefix("extras.")
@@ -172,7 +182,7 @@ def test_program(command, tmp_path, text):
         out, _ = run_extra(name, *arguments, *SMALL, "--save_dir", tmp_path)
         assert out.splitlines()[-1].startswith("{")
         return
-    arguments = use_model_at_hand(arguments, text, tmp_path)
+    arguments = use_model_at_hand(arguments, model_at_hand, tmp_path)
     run_extra(name, *arguments, "--save_dir", tmp_path)
     written = {tmp_path / file for file in NAMES_OF_FILES} - {tmp_path / "prompts.txt"}
     [path] = written & {*arguments}
