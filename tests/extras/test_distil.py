@@ -1,6 +1,5 @@
 """Distillation: its loss by hand and by automatic differentiation, and students of a teacher."""
 
-
 import shutil
 
 import main
