@@ -1428,7 +1428,7 @@ class Conversation:
 
 # =================================================================================================
 # OPERATIONS: what keeps a run safe, and the command line. To change the research, you need not read
-# on.
+# on, but for a flag of your own (a row in FLAGS) and for what is reported (Reporter).
 # =================================================================================================
 
 
