@@ -1786,8 +1786,7 @@ def open_newest(candidates, is_named=False):
             if is_named:
                 raise RunError(f"{error}; use another one from --list") from None
             print(f"Skipping {error}", file=sys.stderr)
-    run = candidates[0].run
-    raise RunError(f"no good checkpoint of {run} is left: --new_model starts a new run")
+    raise RunError("no good checkpoint of this run is left: --new_model starts a new one")
 
 
 def save(run, interrupts):
@@ -1850,7 +1849,7 @@ def state_arrays(run):
 
 
 def describe_run(run):
-    """The fields of a Checkpoint of a run in its current state, but for the three of `save`."""
+    """The fields of a Checkpoint of a run in its current state, but for three."""
     return run.progress() | {
         "format_version": FORMAT_VERSION,
         "flags": {name: getattr(run.flags, name) for name in SAVED},
