@@ -335,7 +335,7 @@ def test_an_imported_tokenizer_has_the_end_token_of_its_model(tmp_path):
     from extras.huggingface import export_model, import_model
 
     def import_tokenizer(folder):
-        _, tokenizer, _ = import_model(folder)
+        _, tokenizer, *_ = import_model(folder)
         return tokenizer
 
     tokenizer = WordTokenizer.train(["a b <|endoftext|> </s>\n" * 9])
@@ -1042,7 +1042,7 @@ def test_text_from_a_pipe(tmp_path):
     read, write = os.pipe()
     os.write(write, b"text\n")
     os.close(write)
-    line = ["--text", f"/dev/fd/{read}", "--save_dir", tmp_path]
+    line = ["--text", f"/dev/fd/{read}", "--data_dir", tmp_path]
     _, err = prepare(*line, pass_fds=[read], status=2)
     os.close(read)
     assert err.count("\n") == 1
