@@ -2332,7 +2332,8 @@ class Reporter:
         tqdm.write(f"sample: {for_terminal(prompt + text)}")
         row = {"iteration": run.iteration, "prompt": prompt, "text": text}
         with self.writing("samples.jsonl"):
-            with open(run.folder / "samples.jsonl", "a", opener=no_follow) as file:
+            path = run.folder / "samples.jsonl"
+            with open(path, "a", encoding="utf-8", opener=no_follow) as file:
                 file.write(json.dumps(row) + "\n")
 
     @contextlib.contextmanager
@@ -3094,9 +3095,9 @@ def command(flags, *words):
 
 
 # ---- Setting up a run ---------------------------------------------------------------------------
-# A run's name is a label: what a run is, its record says. A command goes on with the run of its name
-# (NAME, NAME.2, …) whose record agrees: with the flags that shape a run, with the texts and models,
-# by their content, and with the code.
+# A run's name is a label: what a run is, its record says. A command goes on with the run of its
+# name (NAME, NAME.2, …) whose record agrees: with the flags that shape a run, with the texts and
+# models, by their content, and with the code.
 
 
 def decided_names(flags):
@@ -3115,8 +3116,9 @@ def run_name(flags):
     shape = {}
     for name in SHAPING:
         value = getattr(flags, name)
-        # Without defaults: a flag that is added to the program renames no run.
-        if value != DEFAULTS[name] and name not in decided_names(flags) and not is_path(name, value):
+        if name in decided_names(flags) or is_path(name, value):
+            continue
+        if value != DEFAULTS[name]:  # or a flag that is added to the program would rename all runs
             shape[name] = value
     sha1 = hashlib.sha1(json.dumps(shape, sort_keys=True).encode()).hexdigest()
     return f"{flags.dataset}-{sha1[:6]}"
@@ -3288,7 +3290,10 @@ def describe_other(other, flags):
 
 
 def open_models(flags):
-    """The models that --init_from and --teacher name, {flag: Source}. Raises UsageError, RunError."""
+    """The models that --init_from and --teacher name, {flag: Source}.
+
+    Raises UsageError, RunError.
+    """
     models = {}
     for flag_name in ORIGINS:
         name = getattr(flags, flag_name)
@@ -3319,7 +3324,7 @@ def decided_by(models, flags):
         decided.setdefault("tokenizer", source.tokenizer.kind)
         first = next(iter(models.values()))
         if source.tokenizer.to_dict() != first.tokenizer.to_dict():
-            raise UsageError(f"--{flag_name} has another tokenizer than --init_from: use one of its")
+            raise UsageError(f"--{flag_name} has another tokenizer than --init_from")
     if "init_from" in models:
         config = models["init_from"].model.config
         decided |= {name: getattr(config, name) for name in FLAGS["model"]}
@@ -3398,7 +3403,7 @@ def memory_size():
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for path in limits_of_control_groups():
         with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
-            sizes.append(int(path.read_text()))
+            sizes.append(int(path.read_text("utf-8")))
     return min(sizes)
 
 
@@ -3406,7 +3411,7 @@ def limits_of_control_groups():
     """The files that may limit a container's or a job's memory; only Linux has them."""
     groups = {Path("/")}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in Path("/proc/self/cgroup").read_text("utf-8").splitlines():
             group = Path(line.split(":", 2)[2])  # as in "0::/user.slice/job.scope"
             groups |= {group, *group.parents}
     root = Path("/sys/fs/cgroup")

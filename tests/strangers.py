@@ -532,7 +532,7 @@ class Case:
             yield "used ids that have no embeddings"
         elif self.status > 2 or (self.status and self.command.must_succeed):
             yield f"status {self.status}: {last}"
-        elif self.status and not re.search(r"^(main\.py|extras\.\w+): ", shown, re.M):
+        elif self.status and not re.search(r"^(main\.py|extras\.\w+): ", shown, re.MULTILINE):
             yield f"no line that says why: {last}"
         if "Traceback (most recent call last)" in shown:
             yield f"a traceback: {last}"

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 
+import datasets
 import main
 import pytest
 from conftest import MAIN, ROOT, TINY, begin, ids, newest, run, run_folder, saved, settled, start
@@ -399,7 +400,8 @@ def test_list(trained, tmp_path):
 def test_runs_are_saved_here_unless_a_folder_is_named(trained, tmp_path):
     """In ./runs; texts' tokens lie in --data_dir, or in the folder that is named."""
     home = tmp_path / "home"
-    options = {"cwd": tmp_path, "env": {"HOME": str(home)}}
+    caches = str(datasets.CACHE.parent)  # of compiled code
+    options = {"cwd": tmp_path, "env": {"HOME": str(home), "XDG_CACHE_HOME": caches}}
     line = ["--text", trained / "text.txt", *TINY, "--num_iters", 1]
     run(*line, "--data_dir", "data", **options)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["text"]

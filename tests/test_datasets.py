@@ -1042,7 +1042,7 @@ def test_text_from_a_pipe(tmp_path):
     read, write = os.pipe()
     os.write(write, b"text\n")
     os.close(write)
-    line = ["--text", f"/dev/fd/{read}", "--save_dir", tmp_path]
+    line = ["--text", f"/dev/fd/{read}", "--data_dir", tmp_path]
     _, err = prepare(*line, pass_fds=[read], status=2)
     os.close(read)
     assert err.count("\n") == 1

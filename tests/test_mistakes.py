@@ -254,7 +254,7 @@ MISTAKES = [
     ("--text text.txt --init_from latest --save_dir damaged", "another SHA1", "name another", 1),
     ("--evaluate valid --eval_stride 33", "--eval_stride 33 would skip tokens", "at most 8"),
     # A run that blows up
-    ("--text text.txt --learning_rate 1e30 --num_iters 9", "not finite", "a lower --learning_", 1),
+    ("--text text.txt --dim 16 --learning_rate 1e30 --num_iters 9", "not finite", "a lower", 1),
     # YAML files of flags
     ("--config nowhere.yaml", "nowhere.yaml must be a YAML file", "or one of characters, finetune"),
     ("--config empty", "--config empty must be a YAML file", "or one of characters"),

@@ -412,31 +412,6 @@ def test_gradients_are_clipped_by_their_common_norm(uncompiled, grad_clip):
     assert_close(updates, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_is_value_gradient_and_update():
-    """The compiled step does what the same pieces do one by one.
-
-    And the rate set between steps reaches it.
-    """
-    given = flags(learning_rate=0.01, weight_decay=0.1, grad_clip=0.0)
-    compiled = make_model(num_blocks=0)  # a matrix and a norm: few kernels to compile
-    plain = make_model(num_blocks=0)
-    optimizer = main.make_optimizer(compiled, given)
-    plain_optimizer = main.make_optimizer(plain, given)
-    step = main.make_step(compiled, optimizer, given)
-    value_and_grad = nn.value_and_grad(plain, loss_of)
-    tokens, targets = batch()
-    for rate in (0.01, 0.05, 0.001):
-        main.set_learning_rate(optimizer, rate)
-        take(step, tokens, targets)
-        main.set_learning_rate(plain_optimizer, rate)
-        _, gradients = value_and_grad(plain, tokens, targets, 1 / targets.size)
-        plain_optimizer.update(plain, gradients)
-    expected = arrays(plain.parameters())
-    # Where a gradient is near 0, Adam's quotient magnifies its rounding: hence far from 1e-6, yet
-    # far below a step.
-    assert_close(arrays(compiled.parameters()), expected, rtol=0, atol=2e-4)
-
-
 # The step in its variants. All tokens are drawn from a small model's vocabulary of 11.
 
 
