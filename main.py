@@ -2997,7 +2997,10 @@ def read_config(name):
     with explained(fault):
         values = {}
         for key, value in (read_yaml(path) or {}).items():
-            values |= value if isinstance(value, dict) else {key: value}  # a section of any name
+            section = value if isinstance(value, dict) else {key: value}  # whatever its name
+            for repeated in values.keys() & section.keys():
+                raise ValueError(f"{repeated} stands in it twice")
+            values |= section
         for value in values.values():
             for each in value if isinstance(value, list) else [value]:
                 if isinstance(each, (list, dict)):  # by aliases, it can stand for a billion words
@@ -3324,7 +3327,9 @@ def decided_by(models, flags):
         decided.setdefault("tokenizer", source.tokenizer.kind)
         first = next(iter(models.values()))
         if source.tokenizer.to_dict() != first.tokenizer.to_dict():
-            raise UsageError(f"--{flag_name} has another tokenizer than --init_from")
+            raise UsageError(
+                f"--{flag_name} has another tokenizer than --init_from: use one with the same"
+            )
     if "init_from" in models:
         config = models["init_from"].model.config
         decided |= {name: getattr(config, name) for name in FLAGS["model"]}
