@@ -469,9 +469,9 @@ def test_progress_may_be_lost_and_a_reader_may_leave(trained, tmp_path):
     assert done.stderr == ""
 
 
-def test_readers_beside_a_run_that_saves_and_prunes_each_step(trained, tmp_path):
+def test_readers_beside_a_run_that_saves_and_prunes(trained, tmp_path):
     """What vanishes while it is read is passed over."""
-    line = ["--text", trained / "text.txt", *TINY, "--steps_per_save", 1, "--keep", 1]
+    line = ["--text", trained / "text.txt", *TINY, "--steps_per_save", 9]
     trainer = start(*line, "--sample_tokens", 0, "--save_dir", tmp_path)
     wait_for(trainer, "saved ")
     trainer.stdout.close()  # nobody reads on, which ends no run

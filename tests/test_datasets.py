@@ -1993,14 +1993,14 @@ def waiting_server():
 def test_ctrl_c_ends_it_without_a_traceback(tmp_path, waiting_server, task):
     address = f"http://127.0.0.1:{waiting_server.server_port}"
     if task == "prepare":
-        program = DATASETS
+        program = [DATASETS]
         line = ["--dataset", "ptb", "--mirror", address, "--data_dir", tmp_path / "lm"]
     else:
-        program = str(ROOT / "extras" / "collect.py")
+        program = ["-m", "extras.collect"]
         (tmp_path / "prompts.txt").write_text("one\ntwo\n")
         line = ["--distill_from", address, "--teacher_model", "m"]
         line += ["--teacher_prompts", tmp_path / "prompts.txt", "--output", tmp_path / "out"]
-    process = start(*line, program=[program])
+    process = start(*line, program=program, cwd=ROOT)
     assert waiting_server.is_waited_for.wait(60)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

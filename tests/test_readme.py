@@ -38,7 +38,7 @@ NEED_A_MODEL = {
     "--init_from",
     "--teacher",
 }
-NAMES_OF_MODELS = ["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX", "Qwen/Qwen2.5-0.5B"]
+NAMES_OF_MODELS = ["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX", "python-e9aaef", "Qwen/Qwen2.5-0.5B"]
 NAMES_OF_FILES = [
     "prompts.txt",
     "answers.jsonl",
@@ -243,7 +243,7 @@ def test_configuration(block, tmp_path):
 
 
 OF_OTHERS = """
-    --version --model --port --max --backend --hosts --bind --mca --starting --logdir --install
+    --version --model --port --max --backend --hosts --bind --mca --starting --logdir --install --signal
 """.split()
 
 

@@ -7,7 +7,6 @@ import math
 import os
 import pty
 import re
-import signal
 import struct
 import termios
 
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, ids, log_rows, newest, rows_of, run, run_folder, saved, start
 from test_evaluation import make_model, nats_of
-from test_interrupts import wait_for
 
 
 @pytest.mark.parametrize("length", [2, 8, 9, 10, 33, 50])
@@ -133,17 +131,6 @@ def test_a_log_that_cannot_be_written_is_said_once(line, tmp_path, name, kind):
     assert out.count(f"\nCannot write {name}; the run goes on. ") == 1
     assert other.read_text() == "mine\n"
     assert (folder / name).is_symlink() == (kind == "link")
-
-
-def test_a_log_that_vanishes_begins_again(line, tmp_path):
-    process = start(*line, "--num_iters", 100_000)
-    wait_for(process, "saved ")
-    (run_folder(tmp_path / "lm") / "log.csv").unlink()
-    wait_for(process, "saved ")
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    iterations = [row["iteration"] for row in log_rows(tmp_path / "lm", "train")]
-    assert iterations and iterations == [*range(iterations[0], iterations[-1] + 1, 5)]
 
 
 def test_log_counts_the_tokens_of_batches_as_they_were(tmp_path, text):
