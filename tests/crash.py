@@ -437,7 +437,8 @@ class Leg:
         for row in self.struck:
             if row["action"] in ("power", "names", "ENOSPC", "ENOSPC for a while"):
                 return True
-            if row["action"] == "EIO" and row["path"].endswith((".csv", ".new")):
+            path = row["path"]  # of an fsync, the number of a file
+            if row["action"] == "EIO" and (path.isdigit() or path.endswith((".csv", ".new"))):
                 return True
         return False
 
