@@ -2492,9 +2492,7 @@ def start_notices(run):
             "Intel CPU with AMX, extras/fast.py and oneDNN (pip install onednn-cpu-gomp). "
             "Computing in float32."
         )
-    useless = useless_flags(flags)
-    if useless:
-        yield f"No effect here: --{', --'.join(useless)}."
+    yield from notice_useless(flags)
 
 
 def describe_resume(checkpoint, run):
@@ -3065,8 +3063,8 @@ def absolute(path):
     return os.path.abspath(user_path(path))
 
 
-def useless_flags(flags):
-    """The flags given that have no effect beside the others."""
+def notice_useless(flags):
+    """Yields a line that names the flags given that have no effect beside the others, if any."""
     decays = flags.lr_schedule != "constant"
     has_effect = {
         "min_lr": decays,
@@ -3083,7 +3081,9 @@ def useless_flags(flags):
         "eval_stride": bool(flags.evaluate) or flags.eval_test,
         "eval_tokens": not flags.evaluate,
     }
-    return [name for name in has_effect if name in flags.given and not has_effect[name]]
+    useless = [name for name in has_effect if name in flags.given and not has_effect[name]]
+    if useless:
+        yield f"No effect here: --{', --'.join(useless)}."
 
 
 def command(flags, *words):
@@ -3672,6 +3672,8 @@ def score_checkpoint(model, contents, flags):
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=False)
     announce(checkpoint)
+    for line in notice_useless(flags):
+        print(line, file=sys.stderr)
     score_split(flags.evaluate, model, dataset, flags)
 
 

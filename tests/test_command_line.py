@@ -140,6 +140,11 @@ def test_flags_without_an_effect_are_named(options, named, trained, tmp_path):
     assert notices == ([f"No effect here: {named}."] if named else [])
 
 
+def test_a_flag_without_an_effect_on_an_evaluation_is_named(trained):
+    _, err = run("--evaluate", "valid", "--eval_tokens", 9, "--save_dir", trained)
+    assert "No effect here: --eval_tokens.\n" in err
+
+
 # ---- Names of other programs --------------------------------------------------------------------
 
 # {program: {its names: ours}}. Both have the same unit.
