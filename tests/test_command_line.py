@@ -141,7 +141,7 @@ def test_flags_without_an_effect_are_named(options, named, trained, tmp_path):
 
 
 def test_a_flag_without_an_effect_on_an_evaluation_is_named(trained):
-    _, err = run("--evaluate", "valid", "--eval_tokens", 9, "--save_dir", trained)
+    _, err = run("--evaluate", "valid", "--eval_tokens", 9, "--save_dir", trained / "lm")
     assert "No effect here: --eval_tokens.\n" in err
 
 
