@@ -261,7 +261,8 @@ def open_data_dir(data_dir=None, save_dir=None):
     else:
         flag_name = "the default --data_dir"
         folder = find_data_dir()
-    with explained(f"cannot write to {flag_name} {folder}: name a folder of yours by --data_dir", OSError):
+    fault = f"cannot write to {flag_name} {folder}: name a folder of yours by --data_dir"
+    with explained(fault, OSError):
         make_writable(folder)
     return folder
 
