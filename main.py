@@ -3552,7 +3552,7 @@ def set_up(flags, ranks, interrupts, stack):
     if found:  # only now can no other process advance it
         remove_unfinished(folder)
         is_named = bool(flags.identifier) and found is start  # else it is a branch of what is
-        contents = open_newest(list_run(folder), is_named=is_named)
+        contents = open_newest(list_run(folder, warn=True), is_named=is_named)
     elif start:
         contents = open_newest([start], is_named=True)
     if contents:
