@@ -38,7 +38,7 @@ NEED_A_MODEL = {
     "--init_from",
     "--teacher",
 }
-NAMES_OF_MODELS = ["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX", "python-e9aaef", "Qwen/Qwen2.5-0.5B"]
+NAMES_OF_MODELS = ["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX", "python-0f068f", "Qwen/Qwen2.5-0.5B"]
 NAMES_OF_FILES = [
     "prompts.txt",
     "answers.jsonl",
