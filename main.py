@@ -6,8 +6,9 @@
     python main.py --help                 every flag
 
 The research comes first: model, loss and optimizer, batches, evaluation, training, sampling. Below
-the banner OPERATIONS is what keeps a run safe and usable: checkpoints, interrupts, processes,
-reports, prompts, flags, setting up a run, commands. datasets.py turns text into token ids.
+the banner OPERATIONS is what keeps a run safe and usable: checkpoints, models that a run begins
+with, interrupts, processes, reports, prompts, flags, setting up a run, commands. datasets.py turns
+text into token ids.
 Everything beyond training, resuming and sampling is in extras/, one file per feature; this file
 works without it, in plain MLX.
 
@@ -1757,8 +1758,8 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     if identifier == "latest":
         found = checkpoints[:1]
     elif identifier == "best" and checkpoints:
-        own = [each for each in checkpoints if each.run == checkpoints[0].run]
-        found = [each for each in [best_of(own)] if each.score is not None]
+        best = best_of([each for each in checkpoints if each.run == checkpoints[0].run])
+        found = [] if best.score is None else [best]
     elif identifier in newest:
         found = [newest[identifier]]
     else:
@@ -3188,12 +3189,14 @@ def find_start(flags, checkpoints):
     None if the command describes its run by flags, or there is nothing to go on from. Raises
     UsageError.
     """
-    describes = any(name in flags.given for name in SHAPING)
     if flags.new_model and flags.identifier:
         raise UsageError("--identifier goes on, --new_model begins anew: use one of them")
-    if flags.new_model or (describes or not checkpoints) and not flags.identifier:
+    if flags.identifier:
+        return named_checkpoint(flags.save_dir, checkpoints, flags.identifier)
+    describes = any(name in flags.given for name in SHAPING)
+    if flags.new_model or describes or not checkpoints:
         return None
-    return named_checkpoint(flags.save_dir, checkpoints, flags.identifier or "latest")
+    return checkpoints[0]
 
 
 def find_candidates(flags, checkpoints, start):
@@ -3312,7 +3315,7 @@ def needed_models(flags):
     return [*needed, "init_from"] if flags.lora_rank else needed
 
 
-IMPORTED_CONTEXT = 1024  # at most, of a run from another model without --context_size
+IMPORTED_CONTEXT = 1024  # at most, of a run from a Hugging Face model without --context_size
 
 
 def decided_by(models, flags):
@@ -3322,21 +3325,22 @@ def decided_by(models, flags):
     whole shape but the context. Raises UsageError if a flag that was given contradicts a model, or
     one model the other.
     """
-    decided = {}
-    for flag_name, source in models.items():
-        decided.setdefault("tokenizer", source.tokenizer.kind)
-        first = next(iter(models.values()))
-        if source.tokenizer.to_dict() != first.tokenizer.to_dict():
+    if not models:
+        return {}
+    tokenizer, *others = [source.tokenizer for source in models.values()]
+    for other in others:
+        if other.to_dict() != tokenizer.to_dict():
             raise UsageError(
-                f"--{flag_name} has another tokenizer than --init_from: use one with the same"
+                "--teacher has another tokenizer than --init_from: use one with the same"
             )
+    decided = {"tokenizer": tokenizer.kind}
     if "init_from" in models:
         config = models["init_from"].model.config
         decided |= {name: getattr(config, name) for name in FLAGS["model"]}
-        # RoPE works with any.
-        decided["context_size"] = min(config.context_size, IMPORTED_CONTEXT)
-        if "context_size" in flags.given:
+        if "context_size" in flags.given:  # RoPE works with any
             decided["context_size"] = flags.context_size
+        elif is_foreign(flags.init_from):
+            decided["context_size"] = min(config.context_size, IMPORTED_CONTEXT)
     check_agreement(flags, decided, "--init_from" if flags.init_from else "--teacher")
     return decided
 
@@ -3430,8 +3434,10 @@ def begin(flags):
     """What a new run begins with: its models, {flag: Source}, its flags and its dataset."""
     models = open_models(flags)
     flags = settle(flags.given, decided=decided_by(models, flags))
-    tokenizers = [source.tokenizer for source in models.values()]
-    return models, flags, load_data(flags, *tokenizers[:1])
+    tokenizer = None
+    if models:
+        tokenizer = next(iter(models.values())).tokenizer
+    return models, flags, load_data(flags, tokenizer)
 
 
 def load_data(flags, tokenizer=None):
@@ -3567,7 +3573,7 @@ def set_up(flags, ranks, interrupts, stack):
     stack.enter_context(interrupts)  # from here on there is something to save
     print_start(run, contents and contents.checkpoint, ranks)
     if not contents and checkpoints and not flags.new_model:
-        nearest = [*candidates, checkpoints[0]][0]  # of the same flags, or saved last
+        nearest = candidates[0] if candidates else checkpoints[0]  # or saved last
         tqdm.write(printable(describe_other(nearest, flags)))
     if start and not found:
         run.origins = run.origins | {"branched_from": start.id}

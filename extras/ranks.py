@@ -238,16 +238,6 @@ class Group:
         return Dataset(task["dataset"], tokenizer, **splits, sha256=None)
 
 
-def hash_sources():
-    """The SHA1s of this program's files, {name: SHA1}."""
-    here = main.HERE
-    hashes = {}
-    for path in (here / "main.py", here / "datasets.py", *sorted(here.glob("extras/*.py"))):
-        name = str(path.relative_to(here))
-        hashes[name] = hashlib.sha1(path.read_bytes()).hexdigest()
-    return hashes
-
-
 def describe_task(model, dataset, flags):
     """What the other ranks need to know, besides arrays, to train or score along with rank 0."""
     splits = {}

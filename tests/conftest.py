@@ -402,3 +402,15 @@ def trained(tmp_path_factory):
 @pytest.fixture(params=["word", "byte"])
 def model(request):
     return request.getfixturevalue(f"{request.param}_model")
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, in place of the files they would be written to."""
+    pytest.importorskip("matplotlib")
+    from extras import attention, plot
+
+    drawn = []
+    for program in (attention, plot):
+        monkeypatch.setattr(program, "save_figure", lambda figure, path: drawn.append(figure))
+    return drawn

@@ -243,7 +243,7 @@ def test_configuration(block, tmp_path):
 
 
 OF_OTHERS = """
-    --version --model --port --max --backend --hosts --bind --mca --starting --logdir --install --signal
+    --version --model --port --max --backend --hosts --bind --mca --starting --logdir --install
 """.split()
 
 

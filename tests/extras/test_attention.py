@@ -10,18 +10,6 @@ from test_huggingface import make_model
 from extras import attention
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, in place of the files they would be written to."""
-    figures = []
-
-    def save_figure(figure, path):
-        figures.append(figure)
-
-    monkeypatch.setattr(attention, "save_figure", save_figure)
-    return figures
-
-
 def rotated(x, base=10000.0):
     """RoPE of [H, L, d] by complex numbers, the first half of d real and the second imaginary."""
     _, L, d = x.shape

@@ -11,18 +11,6 @@ from conftest import TINY, rows_of, run, run_extra, run_folders
 from extras import plot
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, in place of the files they would be written to."""
-    figures = []
-
-    def save_figure(figure, path):
-        figures.append(figure)
-
-    monkeypatch.setattr(plot, "save_figure", save_figure)
-    return figures
-
-
 def written(iteration, loss, seconds="", bits_per_byte="", mine=""):
     """The line of a log that has these values of a step and no others."""
     return f"{iteration},train,{loss},{seconds},{bits_per_byte},{mine}"
