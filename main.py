@@ -239,13 +239,14 @@ class RMSNorm(nn.RMSNorm):
 
 
 @fast_version
-def attend(queries, keys, values):
+def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
     The queries are those of the last L of N positions: in training L is N, in decoding mostly 1.
+    mask: where texts have different lengths, which keys each query sees, bool [B, 1, L, N].
     """
     scale = queries.shape[-1] ** -0.5
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
 @fast_version
@@ -323,46 +324,44 @@ class Attention(nn.Module):
             attended = attend(queries, keys, values)  # [B, H, L, d]
         else:
             queries, keys, values = self.project(hidden, cache.offset)
-            attended = cache.attend(queries, keys, values)
+            keys, values = cache.append(keys, values)
+            attended = attend(queries, keys, values, cache.mask)
         joined = attended.transpose(0, 2, 1, 3).reshape(B, L, -1)  # [B, L, H * d]
         return self.o_proj(joined)
 
 
 class Cache:
-    """What one Attention keeps of the tokens read so far."""
+    """The keys and values of the tokens that one Attention has read so far."""
+
+    mask = "causal"  # for `attend`
 
     def __init__(self):
-        self.arrays = {}  # {name: [B, heads, room, d]}, in the order of the positions
+        self.keys = None  # [B, K, room, d], in the order of the positions
+        self.values = None
         self.offset = 0  # positions read so far
 
-    def append(self, name, new):
-        """Adds L positions, new [B, heads, L, d], to an array; returns all of its positions."""
-        B, heads, L, d = new.shape
-        end = self.offset + L
-        kept = self.reserve(name, (B, heads, d), end)
-        kept[:, :, self.offset : end] = new
-        return kept[:, :, :end]
+    def append(self, keys, values):
+        """Adds L positions, [B, K, L, d] each; returns the keys and values of all so far."""
+        end = self.offset + keys.shape[2]
+        self.keys = with_room(self.keys, keys.shape, end)
+        self.values = with_room(self.values, values.shape, end)
+        self.keys[:, :, self.offset : end] = keys
+        self.values[:, :, self.offset : end] = values
+        self.offset = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def reserve(self, name, shape, end):
-        """The array of a name, with room for `end` positions; shape: (B, heads, d).
 
-        It grows by multiples of 256: a context can be very long.
-        """
-        B, heads, d = shape
-        kept = self.arrays.get(name, mx.zeros((B, heads, 0, d)))
-        room = kept.shape[2]
-        if end > room:
-            more = mx.zeros((B, heads, 256 * math.ceil(end / 256) - room, d))
-            kept = mx.concatenate([kept, more], axis=2)
-        self.arrays[name] = kept
+def with_room(kept, shape, end):
+    """An array of a Cache, or None, with room for `end` positions of the shape [B, K, any, d].
+
+    It grows by multiples of 256: a context can be very long.
+    """
+    B, K, _, d = shape
+    room = 0 if kept is None else kept.shape[2]
+    if end <= room:
         return kept
-
-    def attend(self, queries, keys, values):
-        """Adds L positions and attends from them to all so far; shapes as in `attend`."""
-        keys = self.append("keys", keys)
-        values = self.append("values", values)
-        self.offset += queries.shape[2]
-        return attend(queries, keys, values)
+    more = mx.zeros((B, K, 256 * math.ceil(end / 256) - room, d))
+    return more if kept is None else mx.concatenate([kept, more], axis=2)
 
 
 @fast_version

@@ -10,7 +10,7 @@ are tied up to rounding: the random numbers depend only on the seed and the posi
 import mlx.core as mx
 import numpy as np
 
-from main import Cache, Decoder, draw, shape_logits
+from main import Cache, Decoder, draw, shape_logits, with_room
 
 
 class BatchCache(Cache):
@@ -19,33 +19,28 @@ class BatchCache(Cache):
     def begin(self, lengths):
         """Moves past the first `lengths` [B] positions of each text; the rest is overwritten."""
         self.lengths = lengths
-        if (lengths == lengths[0]).all():
-            self.offset = int(lengths[0])
-        else:
+        self.mask = "causal"
+        self.offset = int(lengths[0])
+        if (lengths != lengths[0]).any():
             self.offset = mx.array(lengths)  # [B], which RoPE also accepts
 
-    def append(self, name, new):
-        """Adds L positions to each text, as main.py's Cache does for equally long texts."""
+    def append(self, keys, values):
+        """Adds L positions to each text; returns the keys and values of all."""
         if isinstance(self.offset, int):
-            return super().append(name, new)
-        B, heads, L, d = new.shape
+            return super().append(keys, values)
+        B, _, L, _ = keys.shape
         places = self.lengths[:, None] + np.arange(L)  # [B, L]
         end = int(places.max()) + 1
-        kept = self.reserve(name, (B, heads, d), end)
-        # A scatter, which is slower than Cache's slice assignment.
-        kept[mx.arange(B)[:, None], :, mx.array(places)] = new.swapaxes(1, 2)
-        return kept[:, :, :end]
-
-    def attend(self, queries, keys, values):
-        if isinstance(self.offset, int):
-            return super().attend(queries, keys, values)
-        L, scale = queries.shape[2], queries.shape[3] ** -0.5
-        keys = self.append("keys", keys)
-        values = self.append("values", values)
-        places = self.lengths[:, None] + np.arange(L)  # [B, L]
         # [B, 1, L, end]; False for the junk after a shorter text.
-        seen = mx.array(np.arange(keys.shape[2]) <= places[:, None, :, None])
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=seen)
+        self.mask = mx.array(np.arange(end) <= places[:, None, :, None])
+        self.keys = with_room(self.keys, keys.shape, end)
+        self.values = with_room(self.values, values.shape, end)
+        # Scatters, which are slower than Cache's slice assignments.
+        rows = mx.arange(B)[:, None]
+        places = mx.array(places)
+        self.keys[rows, :, places] = keys.swapaxes(1, 2)
+        self.values[rows, :, places] = values.swapaxes(1, 2)
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class BatchDecoder:
@@ -102,12 +97,15 @@ class BatchDecoder:
         """Reads the ids `window` of one text."""
         alone = Decoder(self.model, window)
         alone.logits()
+        length = len(window)
         for cache, other in zip(self.caches, alone.caches):
-            for name, array in other.arrays.items():
-                _, heads, _, d = array.shape
-                kept = cache.reserve(name, (len(self.texts), heads, d), len(window))
-                kept[row, :, : len(window)] = array[0, :, : len(window)]
-        self.lengths[row] = len(window)
+            _, K, _, d = other.keys.shape
+            shape = (len(self.texts), K, length, d)
+            cache.keys = with_room(cache.keys, shape, length)
+            cache.values = with_room(cache.values, shape, length)
+            cache.keys[row, :, :length] = other.keys[0, :, :length]
+            cache.values[row, :, :length] = other.values[0, :, :length]
+        self.lengths[row] = length
 
     def draw(self, flags, seeds, count=1):
         """Ids [B, count], sampled after each of the last `count` tokens of every text."""

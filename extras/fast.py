@@ -46,7 +46,7 @@ STANDS_FOR = {
     "linear_product": "ff0abe472d3425b776ff5beccb1be8ea2a44c1ed",
     "rms_norm": "d3fdc87a5922db517665e62eb46ae2c406becfdc",
     "rotate": "5708c82a764dfae9bf3d9103bc116204ffccb9b0",
-    "attend": "8b72daaffbac2fc78fe975b69d0c6dc40bed8005",
+    "attend": "3a7206c1b9eeb9d9df2e4c6631acc1b85c616f97",
     "relu2": "0d592a5d303b1368d944bce50714cc77f010964a",
     "checkpoint_block": "f900bb0226b03db87053aceaa9fcaece581adec0",
     "cross_entropy": "0eb9a560c17d2cfb411829f4edfa587b7b1bba24",
@@ -534,7 +534,7 @@ def exp(x):
     return power
 
 
-def attend(queries, keys, values):
+def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
     Like main.py's `attend`, with a softmax that uses the vector units and a gradient of few
@@ -542,8 +542,10 @@ def attend(queries, keys, values):
     """
     B, H, L, d = queries.shape
     K = keys.shape[1]
-    if on_gpu() or keys.shape[2] > L or L == 1:
-        mask = None if L == 1 else "causal"
+    is_causal = isinstance(mask, str)
+    if on_gpu() or keys.shape[2] > L or L == 1 or not is_causal:
+        if L == 1 and is_causal:
+            mask = None
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=d**-0.5, mask=mask
         )

@@ -34,8 +34,6 @@ from typing import NamedTuple
 
 # Flags whose names have moved, {name in OLD: name in NEW}. The cases below have the old ones.
 MOVED = {}
-# Flags that are programs of their own in NEW, whose value comes first there: {flag: module}.
-PROGRAMS = {"--prompts_file": "extras.batch"}
 # Fields of the log that differ from run to run.
 MEASURED = {"seconds", "ms_per_step", "tokens_per_second", "peak_mib"}
 
@@ -125,7 +123,7 @@ USES = {
             "--prompt class --max_tokens 40 --seed 8 --temperature 1.2 --top_k 0 --top_p 0.9",
             "--prompt class --max_tokens 40 --seed 9 --min_p 0.1 --repetition_penalty 1.3",
             "--prompt import --max_tokens 40 --seed 10 --temperature 1 --draft best",
-            "--prompts_file prompts.txt --max_tokens 40 --num_samples 2 --temperature 1",
+            "-m extras.batch prompts.txt --max_tokens 40 --num_samples 2 --temperature 1",
         ],
     ),
 }
@@ -209,13 +207,10 @@ class Side:
 
     def spell(self, words):
         """What is typed behind `python` on this side."""
-        moved = [word for word in words if word in PROGRAMS]
-        if self.name == "NEW" and moved:
-            place = words.index(moved[0])
-            value = words[place + 1]
-            return ["-m", PROGRAMS[moved[0]], value, *words[:place], *words[place + 2 :]]
         if self.name == "NEW":
             words = [MOVED.get(word, word) for word in words]
+        if words[0] == "-m":  # a program of its own
+            return words
         return [str(self.checkout / "main.py"), *words, "--data_dir", "data"]
 
     def environment(self):
@@ -278,7 +273,7 @@ class Side:
         self.undisturbed(use.start)
         facts = {}
         for command in use.commands:
-            flags = f"--save_dir {use.start}-undisturbed {command}"
+            flags = f"{command} --save_dir {use.start}-undisturbed"
             output = SPEED.sub("", self.expect(0, self.run(flags)))
             for number, line in enumerate(output.splitlines(), 1):
                 facts[command, f"line {number}"] = line
