@@ -11,8 +11,8 @@ decisions follow from shared values. Rank 0 alone saves and reports.
 import argparse
 import contextlib
 import hashlib
+import io
 import json
-import math
 import os
 import select
 import signal
@@ -37,14 +37,14 @@ ALONE = (
     "MLX_RANK, OMPI_COMM_WORLD_SIZE and PMI_SIZE"
 )
 LOST = "another rank is gone ({}): rerun the command to resume from the last checkpoint"
-PIECE = 1 << 26  # bytes of a message at most: it is in memory three times
+PIECE = 1 << 26  # bytes of a message, at most
 
 
-class Group:
+class Group(contextlib.AbstractContextManager):
     """The ranks that `mlx.launch` or MPI started, with the methods of main.py's SingleProcess."""
 
-    is_waiting = True  # whether the other ranks still wait for rank 0's run
-    deadline = None  # of the message under way
+    is_shared = False  # whether all have rank 0's run
+    deadline = None  # of the message under way, as time.monotonic tells it
 
     def __init__(self, argv):
         with explained("RANKS_TIMEOUT is no number of seconds", ValueError):
@@ -55,7 +55,7 @@ class Group:
             self.group = mx.distributed.init(strict=True)
         self.rank = self.group.rank()
         self.size = self.group.size()
-        threading.Thread(target=self.watch, args=[open_connections()], daemon=True).start()
+        threading.Thread(target=self.watch, args=[ring_connections()], daemon=True).start()
         self.compare(argv)
 
     def compare(self, argv):
@@ -63,31 +63,23 @@ class Group:
 
         A stale copy on one machine would train something else without an error.
         """
-        mine = {
-            "another command line": repr(argv).encode(),
-            "another version of MLX": mx.__version__.encode(),
-        }
+        same = hashlib.sha256(f"{argv} {mx.__version__}".encode())
         for pattern in ("*.py", "extras/*.py", "extras/*.c"):
-            sources = [path.read_bytes() for path in sorted(main.HERE.glob(pattern))]
-            mine[f"other files {pattern}"] = b"".join(sources)
-        digests = [list(hashlib.sha256(content).digest()) for content in mine.values()]
-        gathered = self.gather(digests)  # [ranks, kinds, 32]
-        is_other = (gathered != gathered[0]).any(axis=2)
-        if not is_other.any():
+            for path in sorted(main.HERE.glob(pattern)):
+                same.update(path.read_bytes())
+        digests = self.gather(list(same.digest()))  # [ranks, 32]
+        others = np.flatnonzero((digests != digests[0]).any(axis=1))
+        if not len(others):
             return
         if self.rank > 0:
             sys.exit()  # rank 0 says it
-        rank, kind = np.argwhere(is_other)[0]
         raise UsageError(
-            f"rank {rank} has {list(mine)[kind]} than rank 0: start the same command in the same "
-            "folder on all machines, with the same version of MLX"
+            f"rank {others[0]} has another command line, other files in its folder, or another "
+            "version of MLX than rank 0: start the same command with the same files on all machines"
         )
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *error):
-        if self.rank == 0 and self.is_waiting:
+        if self.rank == 0 and not self.is_shared:
             with contextlib.suppress(ConnectionError):
                 self.broadcast(b"")  # there is no run
 
@@ -105,20 +97,19 @@ class Group:
         while True:
             time.sleep(1)
             current = self.deadline
-            is_closed = bool(poll.poll(0))
-            if current is not None and is_closed and current == suspect:
-                end("its connection is closed")
-            if current is not None and time.monotonic() > current:
+            if current is None:
+                continue
+            if time.monotonic() > current and self.is_shared:  # preparing a text may take hours
                 end(f"nothing was heard of it for {self.timeout:g} s")
+            is_closed = bool(poll.poll(0))
+            if is_closed and current == suspect:
+                end("its connection is closed")
             suspect = current if is_closed else None
 
-    def exchange(self, operation, tree, patience=None):
-        """The result of one of MLX's operations over all ranks. Raises ConnectionError.
-
-        patience: how long the others may take, in seconds; by default `timeout`.
-        """
-        mx.eval(tree)
-        self.deadline = time.monotonic() + (patience or self.timeout)
+    def exchange(self, operation, tree):
+        """The result of one of MLX's operations over all ranks. Raises ConnectionError."""
+        mx.eval(tree)  # the time that this takes is not the others'
+        self.deadline = time.monotonic() + self.timeout
         try:
             result = operation(tree, group=self.group)
             mx.eval(result)
@@ -133,12 +124,12 @@ class Group:
         # In one message: with several, two ranks might send different ones first.
         return self.exchange(partial(nn.average_gradients, all_reduce_size=2**62), tree)
 
-    def gather(self, numbers, patience=None):
+    def gather(self, numbers):
         """The numbers of every rank, a NumPy array [ranks, ...]."""
         numbers = np.asarray(numbers)
         # As bytes: MLX would turn float64 into float32.
         mine = mx.array(np.frombuffer(numbers.tobytes(), np.uint8))
-        gathered = self.exchange(mx.distributed.all_gather, mine, patience)
+        gathered = self.exchange(mx.distributed.all_gather, mine)
         return np.array(gathered).view(numbers.dtype).reshape(self.size, *numbers.shape)
 
     def sum(self, number):
@@ -151,108 +142,94 @@ class Group:
             received = received or signal.SIGHUP
         return self.gather([received or 0, is_time_up]).max(axis=0).tolist()
 
-    def broadcast(self, content=b"", patience=None):
+    def broadcast(self, content=b""):
         """Rank 0's bytes on every rank."""
-        size = self.gather(len(content), patience)[0].item()
-        if self.rank > 0:
-            content = bytes(size)  # zeros, which are added to rank 0's
-        pieces = []
+        size = self.gather(len(content))[0].item()
+        whole = np.zeros(size, np.uint8)
+        if self.rank == 0:
+            whole[:] = np.frombuffer(content, np.uint8)
         for start in range(0, size, PIECE):
-            piece = np.frombuffer(content[start : start + PIECE], np.uint8)
-            pieces.append(bytes(self.exchange(mx.distributed.all_sum, mx.array(piece))))
-        return b"".join(pieces)
-
-    def broadcast_tree(self, tree=None):
-        """Rank 0's tree of arrays on every rank."""
-        mine = dict(tree_flatten(tree or {}))
-        kinds = []
-        for name, array in mine.items():
-            kinds.append([name, array.shape, str(array.dtype).removeprefix("mlx.core.")])
-        leaves = []
-        for name, shape, dtype in json.loads(self.broadcast(json.dumps(kinds).encode())):
-            content = self.broadcast(bytes(mine.get(name, b"")))
-            array = mx.array(np.frombuffer(content, np.uint8))
-            leaves.append((name, array.view(getattr(mx, dtype)).reshape(shape)))
-        return tree_unflatten(leaves)
+            piece = whole[start : start + PIECE]
+            piece[:] = self.exchange(mx.distributed.all_sum, mx.array(piece))  # others add zeros
+        return whole.tobytes()
 
     def share(self, run):
         """Sends rank 0's run to the others, which wait for it in `follow`."""
-        self.is_waiting = False
-        splits = {name: getattr(run.dataset, name) for name in SPLITS}
-        splits = {name: split for name, split in splits.items() if split}
-        batches = run.batches
-        task = {
+        self.is_shared = True
+        dataset = run.dataset
+        splits = {name: getattr(dataset, name) for name in SPLITS if getattr(dataset, name)}
+        models = {"init_from": run.model}
+        if run.teacher:
+            models["teacher"] = run.teacher
+        record = {
             "folder": run.folder,
             "flags": vars(run.flags),
-            "config": vars(run.model.config),
-            "teacher": vars(run.teacher.config) if run.teacher else None,
+            "configs": {name: vars(model.config) for name, model in models.items()},
             "progress": run.progress(),
-            "batches": [batches.epoch, batches.offset, batches.place],
-            "dataset": run.dataset.name,
-            "tokenizer": run.dataset.tokenizer.to_dict(),
+            "batches": [run.batches.epoch, run.batches.offset, run.batches.place],
+            "dataset": dataset.name,
+            "tokenizer": dataset.tokenizer.to_dict(),
             "splits": {name: split[1:] for name, split in splits.items()},
         }
-        self.broadcast(json.dumps(task, default=str).encode())  # str: of paths
         tree = {
-            "model": run.model.parameters(),
+            "models": {name: model.parameters() for name, model in models.items()},
             "optimizer": run.optimizer.state,
             "average": run.average or {},
-            "teacher": run.teacher.parameters() if run.teacher else {},
-            "perm": batches.perm,
-            "tokens": {name: split.tokens for name, split in splits.items()},
+            "perm": mx.array(run.batches.perm),
+            "tokens": {name: mx.array(split.tokens) for name, split in splits.items()},
         }
-        self.broadcast_tree(tree)
+        file = io.BytesIO()
+        text = json.dumps(record, default=str)  # of paths
+        mx.save_safetensors(file, dict(tree_flatten(tree)), {"record": text})
+        self.broadcast(file.getvalue())
 
     def follow(self):
         """What every rank but the first does; returns the exit status."""
-        task = self.broadcast(patience=math.inf)  # rank 0 may download and encode a text first
-        if not task:
+        content = self.broadcast()
+        if not content:
             return 0
+        self.is_shared = True
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 alone prints
-        run = self.receive(json.loads(task))
+        run = self.receive(content)
         with main.Interrupts() as interrupts, contextlib.suppress(RunError):  # rank 0 says it
             main.train(run, interrupts, self)
         return 0
 
-    def receive(self, task):
+    def receive(self, content):
         """Rank 0's run."""
-        flags = argparse.Namespace(**task["flags"])
+        arrays, texts = mx.load(io.BytesIO(content), format="safetensors", return_metadata=True)
+        tree = tree_unflatten(list(arrays.items()))
+        record = json.loads(texts["record"])
+        flags = argparse.Namespace(**record["flags"])
         main.use_device(flags.gpu)
-        tree = self.broadcast_tree()
-        model = main.LanguageModel(main.Config(**task["config"]))
-        if flags.lora_rank:  # before the weights, which include the adapters'
-            main.extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
-        model.update(tree["model"])
-        optimizer = main.make_optimizer(model, flags)
-        optimizer.state = tree["optimizer"]
-        teacher = None
-        if task["teacher"]:
-            teacher = main.LanguageModel(main.Config(**task["teacher"]))
-            teacher.update(tree["teacher"])
+        tokenizer = tokenizer_from_dict(record["tokenizer"])
         splits = dict.fromkeys(SPLITS)
-        for name, counts in task["splits"].items():
+        for name, counts in record["splits"].items():
             splits[name] = Split(np.array(tree["tokens"][name]), *counts)
-        tokenizer = tokenizer_from_dict(task["tokenizer"])
-        rows = flags.batch_size * flags.grad_accumulation
-        batches = main.Batches(splits["train"].tokens, flags.context_size, rows, flags.seed)
-        batches.restore(*task["batches"], tree["perm"])
-        return main.Run(
-            folder=Path(task["folder"]),
-            flags=flags,
-            dataset=Dataset(task["dataset"], tokenizer, **splits, sha256=None),
-            model=model,
-            optimizer=optimizer,
-            batches=batches,
-            teacher=teacher,
-            average=tree.get("average"),
-            **task["progress"],
-        )
+        dataset = Dataset(record["dataset"], tokenizer, **splits, sha256=None)
+        models = {}
+        for name, config in record["configs"].items():
+            model = main.LanguageModel(main.Config(**config))
+            models[name] = main.Source(model, tokenizer, id="", files={})
+        run = main.make_run(Path(record["folder"]), flags, None, models, dataset, self)
+        for name, source in models.items():
+            source.model.update(tree["models"][name])
+        run.optimizer.state = tree["optimizer"]
+        run.average = tree.get("average")
+        run.batches.restore(*record["batches"], tree["perm"])
+        for name, value in record["progress"].items():
+            setattr(run, name, value)
+        return run
 
 
-def open_connections():
-    """The connections of MLX's ring: all that this process has when it has joined; none with MPI."""
+def ring_connections():
+    """The connections of MLX's ring: all that this process has, once it has joined.
+
+    With MPI there are none to look at: it ends all ranks itself.
+    """
     connections = []
-    for number in os.listdir("/dev/fd"):
+    numbers = os.listdir("/dev/fd") if "MLX_HOSTFILE" in os.environ else []
+    for number in numbers:
         with contextlib.suppress(OSError):  # no socket, or none that is connected
             connection = socket.socket(fileno=os.dup(int(number)))
             connection.getpeername()
