@@ -82,6 +82,7 @@ class Group(contextlib.AbstractContextManager):
         if self.rank == 0 and not self.is_shared:
             with contextlib.suppress(ConnectionError):
                 self.broadcast(b"")  # there is no run
+        self.group = None  # `watch` keeps this object, and MPI has to be left in order
 
     def watch(self, connections):
         """Runs in a thread: ends this process if another rank is gone or silent.

@@ -15,7 +15,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import MAIN, ROOT, TINY, free_ports, ids, log_rows, newest, run, start
+from conftest import MAIN, ROOT, TINY, free_ports, ids, newest, rows_of, run, start
 from test_interrupts import wait_for
 
 from datasets import CACHE
@@ -33,25 +33,23 @@ def line(tmp_path, text):
     return LINE
 
 
-def start_ranks(size, folder, *arguments, programs=None, lines=None, env=None):
+def start_ranks(size, folder, *arguments, last=(), program=MAIN):
     """The processes that `mlx.launch -n size` would start, with MLX's ring between them.
 
-    All but the first are in an empty folder. programs, lines: what each runs, if they differ.
+    All but the first are in an empty folder. last: arguments of the last one alone; program: its.
     """
     hosts = folder / f"hosts-{os.urandom(3).hex()}.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
     (folder / "empty").mkdir(exist_ok=True)
     processes = []
     for rank in range(size):
-        ring = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
-        home = {"HOME": str(folder / "empty"), "XDG_CACHE_HOME": str(CACHE.parent)}
-        process = start(
-            *arguments,
-            *(lines[rank] if lines else []),
-            program=programs[rank] if programs else [MAIN],
-            env=ring | home | (env or {}),
-            cwd=folder / "empty" if rank else folder,
-        )
+        env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "RANKS_TIMEOUT": "15"}
+        env |= {"HOME": str(folder / "empty"), "XDG_CACHE_HOME": str(CACHE.parent)}
+        options = {"env": env, "cwd": folder / "empty" if rank else folder}
+        if rank == size - 1:
+            process = start(*arguments, *last, program=[program], **options)
+        else:
+            process = start(*arguments, **options)
         processes.append(process)
     return processes
 
@@ -87,8 +85,9 @@ def assert_equal_runs(folder, other):
     losses = []
     weights = []
     for each in (folder, other):
-        losses.append([row["loss"] for row in log_rows(each)])
-        weights.append(mx.load(str(newest(each).weights_path)))
+        checkpoint = newest(each)
+        losses.append([row["loss"] for row in rows_of(checkpoint.folder / "log.csv")])
+        weights.append(mx.load(str(checkpoint.weights_path)))
     np.testing.assert_allclose(*losses, atol=1e-5)
     assert weights[0].keys() == weights[1].keys()
     for name, array in weights[0].items():
@@ -118,12 +117,10 @@ def test_the_steps_are_those_of_one_process(tmp_path, text, size, num_scores, op
 def test_lora_with_a_teacher(tmp_path, line):
     shutil.copytree(tmp_path / "one", tmp_path / "lm")
     given = [*line, "--init_from", "latest", "--teacher", "latest", "--lora_rank", 2]
-    alone, _ = run(*given, "--save_dir", "one", cwd=tmp_path)
+    run(*given, "--save_dir", "one", cwd=tmp_path)
     run_ranks(2, tmp_path, *given, "--save_dir", "lm")
-    left, right = (mx.load(str(newest(tmp_path / each).weights_path)) for each in ("lm", "one"))
-    assert all("lora" in name for name in left)
-    for name in left:
-        np.testing.assert_allclose(left[name], right[name], atol=2e-5, err_msg=name)
+    assert newest(tmp_path / "lm").flags["lora_rank"] == 2
+    assert_equal_runs(tmp_path / "lm", tmp_path / "one")
 
 
 def test_saved_by_two_resumed_by_one_and_back(tmp_path, line):
@@ -162,14 +159,12 @@ def test_signal_to_any_rank_stops_all(tmp_path, text, number, signalled):
 
 @pytest.mark.parametrize("size, victim, number", [
     (2, 0, signal.SIGKILL),
-    (2, 1, signal.SIGKILL),
     (3, 1, signal.SIGKILL),
-    (2, 0, signal.SIGSTOP),
-    (3, 1, signal.SIGSTOP),
+    (2, 1, signal.SIGSTOP),
 ])  # fmt: skip
 def test_a_rank_that_is_gone_or_silent_ends_the_others(tmp_path, text, size, victim, number):
     given = [*LINE, "--save_dir", "lm", "--steps_per_save", 2, "--num_iters"]
-    ranks = start_ranks(size, tmp_path, *given, 100_000, env={"RANKS_TIMEOUT": "5"})
+    ranks = start_ranks(size, tmp_path, *given, 100_000)
     wait_for(ranks[0], "at iteration 4")
     ranks[victim].send_signal(number)
     others = [rank for rank in ranks if rank is not ranks[victim]]
@@ -215,16 +210,19 @@ def test_ranks_that_cannot_meet(tmp_path, env, said):
     assert "cannot join the other ranks" in err and said in err
 
 
-@pytest.mark.parametrize("lines, said", [
-    ([["--batch_size", 1]] * 2, "--batch_size 1 leaves some of the 2 ranks without a row"),
-    ([["--dim", "many"]] * 2, "invalid whole number value"),
-    ([["--seed", 1], ["--seed", 2]], "rank 1 has another command line, other files"),
+OTHER = "rank 1 has another command line, other files in its folder, or another version of MLX"
+
+
+@pytest.mark.parametrize("given, last, said", [
+    (["--batch_size", 1], [], "--batch_size 1 leaves some of the 2 ranks without a row"),
+    (["--dim", "many"], [], "invalid whole number value"),
+    ([], ["--seed", 2], OTHER),
 ])  # fmt: skip
-def test_a_mistake_is_said_once(tmp_path, text, lines, said):
-    outputs, statuses = finish(start_ranks(2, tmp_path, *LINE, lines=lines))
+def test_a_mistake_is_said_once(tmp_path, text, given, last, said):
+    outputs, statuses = finish(start_ranks(2, tmp_path, *LINE, *given, last=last))
     assert statuses == [2, 0], outputs
     [(_, err), (_, other)] = outputs
-    assert said in lines_of(err)[-1]
+    assert said in err.splitlines()[-1]
     assert not other
 
 
@@ -234,9 +232,8 @@ def test_a_rank_with_other_files_is_noticed(tmp_path, text):
         shutil.copy(ROOT / name, tmp_path / "stale")
     with open(tmp_path / "stale" / "extras" / "lora.py", "a") as file:
         file.write("# other\n")
-    programs = [[MAIN], [tmp_path / "stale" / "main.py"]]
-    outputs, statuses = finish(start_ranks(2, tmp_path, *LINE, programs=programs))
+    program = tmp_path / "stale" / "main.py"
+    outputs, statuses = finish(start_ranks(2, tmp_path, *LINE, program=program))
     assert statuses == [2, 0]
     [(_, err), (_, other)] = outputs
-    assert "rank 1 has another command line, other files in its folder" in err
-    assert err.count("\n") == 1 and not other
+    assert OTHER in err and err.count("\n") == 1 and not other
