@@ -88,7 +88,7 @@ class Group(contextlib.AbstractContextManager):
         """Runs in a thread: ends this process if another rank is gone or silent.
 
         MLX waits forever for one that is silent. If a connection is closed, its ring raises an
-        error, but it may wait, too (0.32.4: in a few of a hundred cases).
+        error or, in one of ten cases, waits, too (0.32.4).
         """
         poll = select.poll()
         for connection in connections:
