@@ -913,7 +913,7 @@ class Progress:
 class Run(Progress):
     """A training run: its model, its data and its progress."""
 
-    folder: Path | None  # where it is saved, see run_name; None on all ranks but the first
+    folder: Path  # where it is saved, see run_name
     flags: argparse.Namespace
     dataset: Dataset
     model: LanguageModel
@@ -945,9 +945,8 @@ class Run(Progress):
 
     @property
     def epochs(self):
-        """How often the training text was read; 0 on all ranks but the first, which lack it."""
-        split = self.dataset.train
-        return self.tokens_seen / len(split.tokens) if split else 0.0
+        """How often the training text was read."""
+        return self.tokens_seen / len(self.dataset.train.tokens)
 
     def is_score_due(self):
         """Whether the current iteration is to be scored: regularly, and at the end.
@@ -1047,8 +1046,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def apply_gradients(total):
-        loss, gradients = ranks.average(total)  # ranks exchange gradients only here
+    def apply_gradients(loss, gradients):
         gradients, norm = clip_grad_norm(gradients, flags.grad_clip or math.inf)
         optimizer.update(model, gradients)
         return {"loss": loss, "gradient_norm": norm}
@@ -1057,18 +1055,19 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         # Turns sums over positions into means; `average` divides by the number of ranks.
         scale = ranks.size / targets.size
         of_share = partial(loss_and_gradients, scale, dropout_rate)
+        # The part of each batch that is this rank's.
+        first = flags.batch_size * ranks.rank // ranks.size
+        last = flags.batch_size * (ranks.rank + 1) // ranks.size
         total = None
         with bfloat16_products(flags.dtype == "bfloat16"):
             for start in range(0, len(inputs), flags.batch_size):
-                batch = slice(start, start + flags.batch_size)
-                rows = []
-                for array in (inputs, targets, keys):
-                    rows.append(part_of(array[batch], ranks.rank, ranks.size))
-                result = over_streams(of_share, *rows)
+                part = slice(start + first, start + last)
+                result = over_streams(of_share, inputs[part], targets[part], keys[part])
                 total = result if total is None else tree_map(mx.add, total, result)
                 if len(inputs) > flags.batch_size:  # or all parts would be in memory at once
                     mx.eval(total)
-            metrics = apply_gradients(total)
+            loss, gradients = ranks.average(total)  # ranks exchange gradients only here
+            metrics = apply_gradients(loss, gradients)
             # The code above only builds a graph; it is computed here. Arrays not listed would be
             # left for the next step's graph.
             mx.eval(metrics, state)
@@ -1087,7 +1086,10 @@ def train(run, interrupts, ranks):
     end_time = math.inf  # in seconds of training
     if flags.max_minutes is not None:
         end_time = run.seconds + 60 * flags.max_minutes
-    with Reporter(run) as reporter:
+    with contextlib.ExitStack() as stack:
+        reporter = None  # the first rank alone saves and reports
+        if ranks.rank == 0:
+            reporter = stack.enter_context(Reporter(run))
         while True:
             # Evaluate, save, then sample. What is saved has its score, unless a signal ended the
             # evaluation; then it is scored when the run is resumed.
@@ -1096,7 +1098,8 @@ def train(run, interrupts, ranks):
                 score_run(run, interrupts, ranks, reporter)
             is_ended = run.iteration >= flags.num_iters or run.is_out_of_patience()
             if is_ended or received or is_time_up or run.is_save_due():
-                save_and_sample(run, interrupts, reporter)
+                if reporter:
+                    save_and_sample(run, interrupts, reporter)
                 # No other step is taken if a signal arrived in the meantime.
                 received, _ = ranks.agree(interrupts.received)
             if is_ended or received or is_time_up:
@@ -1105,12 +1108,13 @@ def train(run, interrupts, ranks):
             metrics = train_step(run, step)
             if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
                 what = f"loss or gradient of iteration {run.iteration:,}"
-                raise divergence_error(run, what, run.iteration - 1, ranks)
-            # Older checkpoints are deleted only once a step from the newest one has succeeded.
-            if run.saved_iteration == run.iteration - 1:
-                prune(run)
-            reporter.report_step(run, metrics)
-    if run.is_scored:  # finite, so a step from the newest checkpoint would succeed
+                raise divergence_error(run, what, run.iteration - 1)
+            if reporter:
+                # Older checkpoints are deleted only once a step from the newest one has succeeded.
+                if run.saved_iteration == run.iteration - 1:
+                    prune(run)
+                reporter.report_step(run, metrics)
+    if reporter and run.is_scored:  # finite, so a step from the newest checkpoint would succeed
         prune(run)
     if run.is_out_of_patience():
         tqdm.write(f"Stopped: no improvement in {run.count_misses()} evaluations (--patience).")
@@ -1168,17 +1172,18 @@ def score_run(run, interrupts, ranks, reporter):
     seconds = time.perf_counter() - began
     if not math.isfinite(nats):
         what = f"score of iteration {run.iteration:,}"
-        raise divergence_error(run, what, run.iteration, ranks)
+        raise divergence_error(run, what, run.iteration)
     is_best = nats <= min((score for _, score in run.scores), default=nats)
     if run.is_score_due():
         run.scores.append([run.iteration, nats])
         run.is_saved = False
-    reporter.report_score(run, nats, is_best, seconds)
+    if reporter:
+        reporter.report_score(run, nats, is_best, seconds)
 
 
 def save_and_sample(run, interrupts, reporter):
-    """Saves what has changed in a run, then samples from it. On other ranks, it does nothing."""
-    if run.is_saved or run.folder is None:
+    """Saves what has changed in a run, then samples from it."""
+    if run.is_saved:
         return
     save(run, interrupts)
     tqdm.write(f"saved {run.checkpoint_id} at iteration {run.iteration:,}")
@@ -1865,8 +1870,6 @@ def describe_run(run):
 
 def prune(run):
     """Deletes checkpoints of a run, but for the newest --keep, the best, and the current one."""
-    if run.folder is None:
-        return
     with contextlib.suppress(OSError):
         own = list_run(run.folder)  # newest first
         kept = {run.checkpoint_id, *(each.id for each in own[: run.flags.keep])}
@@ -1887,16 +1890,12 @@ def remove_unfinished(folder):
                 path.unlink()
 
 
-def divergence_error(run, what, iteration, ranks):
+def divergence_error(run, what, iteration):
     """The RunError to raise in a run in which `what` is not finite, on the step from `iteration`.
 
     It names the last checkpoint from which a step was taken, in a command that goes back to it.
     """
-    # A lost rank causes NaNs, too; this call then raises its own error.
-    ranks.agree(None)
-    earlier = []
-    if run.folder is not None:
-        earlier = [each for each in list_run(run.folder) if each.iteration < iteration]
+    earlier = [each for each in list_run(run.folder) if each.iteration < iteration]
     remedy = "start over with --new_model"
     if earlier:
         remedy = f"go back with {command(run.flags, '--identifier', earlier[0].id[:12])}"
@@ -2084,35 +2083,28 @@ class SingleProcess:
     rank = 0
     size = 1
 
-    def broadcast_run(self, run):
-        """Rank 0's run, on every rank."""
-        return run
+    def share(self, run):
+        """Sends rank 0's run to the other ranks."""
 
     def average(self, tree):
         """The mean of a tree of arrays over all ranks."""
         return tree
 
     def sum(self, number):
-        """The sum of a number over all ranks; to be trusted only after the next `agree`."""
+        """The sum of a number over all ranks."""
         return number
 
     def agree(self, received, is_time_up=False):
-        """A signal that any rank has received, and whether rank 0's time is up."""
+        """A signal that any rank has received, and whether the time is up on any."""
         return received, is_time_up
 
 
-def join_ranks():
+def join_ranks(argv):
     """This process, or those that mlx.launch or MPI started; a context manager."""
     sizes = [os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
     if "MLX_RANK" in os.environ or sizes != ["1", "1"]:
-        return extra("ranks").Group()
+        return extra("ranks").Group(argv)
     return contextlib.nullcontext(SingleProcess())
-
-
-def part_of(rows, part, parts):
-    """The rows of an array that belong to number `part` of `parts` nearly equal parts."""
-    count = len(rows)
-    return rows[count * part // parts : count * (part + 1) // parts]
 
 
 def use_device(gpu):
@@ -2224,10 +2216,7 @@ FORMATS = {
 
 
 class Reporter:
-    """Reports a run's metrics and samples: on the screen, in its folder, and to dashboards.
-
-    Only the first rank has a folder; the others report nothing.
-    """
+    """Reports a run's metrics and samples: on the screen, in its folder, and to dashboards."""
 
     def __init__(self, run):
         self.train_loss = None  # of the last report
@@ -2239,11 +2228,11 @@ class Reporter:
             total=max(run.flags.num_iters, run.iteration),
             initial=run.iteration,
             dynamic_ncols=True,
-            disable=not has_bar or run.folder is None,
+            disable=not has_bar,
         )
-        self.log = Log(run) if run.folder else None
+        self.log = Log(run)
         self.dashboards = None
-        if run.folder and run.flags.report_to:
+        if run.flags.report_to:
             self.dashboards = extra("report").Dashboards(run)
 
     def __enter__(self):
@@ -2259,8 +2248,6 @@ class Reporter:
 
         `loss` is then the mean since the last report; the others are those of the last step.
         """
-        if run.folder is None:
-            return
         self.bar.update()
         if run.iteration % run.flags.steps_per_report:
             return
@@ -2300,8 +2287,6 @@ class Reporter:
 
     def report_score(self, run, nats, is_best, seconds):
         """Shows and logs a score of the validation split, which took so many seconds."""
-        if run.folder is None:
-            return
         train = ""
         if self.train_loss is not None and run.teacher is None:
             train = f"train {self.train_loss:.4f}, "
@@ -3689,7 +3674,7 @@ def train_run(flags, ranks):
         stack.enter_context(contextlib.redirect_stderr(UnbreakableStream(sys.stderr)))
         interrupts = Interrupts()  # which set_up enters
         run = set_up(flags, ranks, interrupts, stack)
-        run = ranks.broadcast_run(run)
+        ranks.share(run)
         tqdm.write("")  # the end of the start screen
         received = train(run, interrupts, ranks)
         tqdm.write(describe_end(run, received))
@@ -3753,7 +3738,7 @@ def explain_mlx_error(error):
 
 def run_ranks(argv):
     """Executes the command on the first rank; the others train along."""
-    with join_ranks() as ranks:
+    with join_ranks(argv) as ranks:
         if ranks.rank > 0:
             return ranks.follow()
         try:
@@ -3761,7 +3746,7 @@ def run_ranks(argv):
         except RuntimeError as error:
             line = explain_mlx_error(error)
             if not line:
-                raise  # a bug in this program, or a lost rank
+                raise  # a bug in this program
             raise RunError(line) from None
 
 
