@@ -118,6 +118,15 @@ def start(*arguments, env=None, program=(MAIN,), **options):
     )
 
 
+def wait_for(process, words):
+    """Reads the process's stdout up to a line that holds `words`."""
+    for line in process.stdout:
+        if words in line:
+            return line
+    said = process.stderr and process.stderr.read()
+    raise AssertionError(f"{words!r} never came: {said}")
+
+
 def environment(env):
     """This process's environment with `env` on top.
 

@@ -18,8 +18,7 @@ import time
 import main
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, begin, ids, newest, read_record, run, saved, start
-from test_interrupts import wait_for
+from conftest import ROOT, TINY, begin, ids, newest, read_record, run, saved, start, wait_for
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ import sys
 import datasets
 import main
 import pytest
-from conftest import MAIN, ROOT, TINY, begin, ids, newest, run, run_folder, saved, settled, start
-from test_interrupts import wait_for
+from conftest import MAIN, ROOT, TINY, begin, ids, newest, run, run_folder, saved, settled, start, wait_for
 
 # Those that are documented, which a new flag leaves as they are.
 DEFAULTS = """

@@ -7,8 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, SCORED, TINY, ids, log_rows, run, start
-from test_interrupts import wait_for
+from conftest import ROOT, SCORED, TINY, ids, log_rows, run, start, wait_for
 
 # Refuses, as if they were not installed, all packages but the four that the core needs and those
 # that `requests` brings along.

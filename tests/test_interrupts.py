@@ -16,21 +16,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, ids, run, start
+from conftest import ROOT, TINY, ids, run, start, wait_for
 
 import main
 
 # Takes minutes a step.
 SLOW = "--dim 1024 --num_heads 8 --num_blocks 4 --context_size 256 --batch_size 64".split()
-
-
-def wait_for(process, words, seconds=120):
-    """Reads the process's stdout up to a line that holds `words`."""
-    for line in process.stdout:
-        if words in line:
-            return line
-    said = process.stderr and process.stderr.read()
-    raise AssertionError(f"{words!r} never came: {said}")
 
 
 # Of a terminal, and of schedulers: Slurm, Grid Engine, OAR, a limit of CPU time.

@@ -10,8 +10,7 @@ import signal
 import subprocess
 
 import pytest
-from conftest import ROOT, TINY, begin, ids, newest, run, run_folder, run_folders, saved, start
-from test_interrupts import wait_for
+from conftest import ROOT, TINY, begin, ids, newest, run, run_folder, run_folders, saved, start, wait_for
 
 SMALL = [*TINY, "--num_blocks", 1, "--sample_tokens", 0]
 
