@@ -53,7 +53,6 @@ def trained(alone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     (folder / "rows.jsonl").write_text('{"text": "the quick"}\n')
-    (folder / "prompts.txt").write_text("the quick\n")
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text('{"model_type": "llama"}')
     line = ["--text", folder / "text.txt", *TINY, "--dim", 32, "--num_iters", 5]
@@ -65,14 +64,6 @@ def losses(folder):
     """The loss and the gradient norm of each step of the one run in a folder: [steps, 2]."""
     steps = [[row["loss"], row["gradient_norm"]] for row in log_rows(folder, "train")]
     return np.array(steps)
-
-
-def test_a_run_on_what_every_python_has(alone, tmp_path):
-    """The corpus of a command without flags."""
-    line = ["--dataset", "python", *TINY, "--num_iters", 2, "--eval_tokens", 1000]
-    out, err = run(*line, "--save_dir", tmp_path, **alone)
-    assert "at iteration 2\n" in out
-    assert not err
 
 
 def test_stopped_it_ends_as_the_run_never_stopped(alone, text, tmp_path):
@@ -162,26 +153,6 @@ def test_a_python_that_does_not_look_beside_the_program(tmp_path):
     for option in ("-P", "-I"):
         out, err = run("--list", "--save_dir", tmp_path, program=[option, ROOT / "main.py"])
         assert "no checkpoint in" in out and not err
-
-
-def test_an_extra_names_the_next_one_that_it_needs(trained, tmp_path):
-    (tmp_path / "extras").mkdir()
-    shutil.copy(ROOT / "main.py", tmp_path)
-    shutil.copy(ROOT / "datasets.py", tmp_path)
-    for extra in ("__init__", "distil", "fast"):
-        shutil.copy(ROOT / "extras" / f"{extra}.py", tmp_path / "extras")
-    program = [tmp_path / "main.py"]
-    options = {"program": program, "cwd": trained, "env": {"PYTHONPATH": ""}}
-    line = ["--text", "text.txt", *TINY, "--num_iters", 2, "--new_model", "--save_dir", tmp_path]
-    _, err = run(*line, "--teacher", "hf", status=2, **options)
-    assert err == f"main.py: {missing('huggingface')}\n"
-
-
-def test_several_ranks_name_the_missing_file(trained, alone):
-    options = alone | {"env": alone["env"] | {"MLX_RANK": "0"}}
-    line = ["--text", trained / "text.txt", *TINY, "--save_dir", trained / "lm"]
-    _, err = run(*line, status=2, **options)
-    assert err == f"main.py: {missing('ranks')}\n"
 
 
 def test_without_its_kernels_the_program_is_the_core(alone, text, tmp_path):

@@ -214,7 +214,6 @@ MISTAKES = [
     ("--prompt a --draft nonsense", "--draft 'nonsense' matches no checkpoints", "see --list"),
     ("--prompt a --draft WORD", "has a different tokenizer", "use one trained with the same"),
     ("--prompt a --quantize 4", "needs a model in which 32 divides --dim", "(257,16)"),
-    ("--text text.txt --init_from empty", "empty holds no Llama, Mistral, Qwen2", "see --list"),
     ("--text text.txt --init_from hf", "model_type gpt2", "see --list"),
     ("--text text.txt --init_from BYTE --dim 32", "contradicts --init_from", "leave --dim out"),
     ("--text text.txt --init_from BYTE --teacher WORD", "another tokenizer", "use one with the same"),

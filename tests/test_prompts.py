@@ -77,13 +77,6 @@ def test_commands(byte_model):
     assert err.count("/reset") == err.count("/quit") == 2
 
 
-def test_words_never_seen(word_model):
-    out, err = talk(word_model, "the zebra of Zürich\n")
-    assert err.splitlines()[1] == "Not in the vocabulary, read as <unk>: zebra Zürich"
-    assert out.strip()
-    assert replies_of(word_model, "the ape of Ulm\n") == out, "both are <unk>"
-
-
 ODD = [
     "x" * 20000,  # beyond the context
     "",

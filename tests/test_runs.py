@@ -9,7 +9,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import ROOT, TINY, begin, ids, newest, run, run_folder, run_folders, saved, start
+from conftest import ROOT, TINY, begin, ids, newest, run, run_folders, saved, start
 from conftest import wait_for
 
 SMALL = [*TINY, "--num_blocks", 1, "--sample_tokens", 0]
@@ -155,7 +155,7 @@ def test_a_runs_folder_is_the_run(line, folder, tmp_path):
 def test_the_folder_of_a_run_is_not_one_of_runs(line, folder):
     name, _, _ = begin(*line)
     before = files_of(folder)
-    for words in (line, ["--list"], ["--prompt", "a"], []):
+    for words in (line, ["--prompt", "a"]):
         _, err = run(*words, "--save_dir", folder / name, status=2)
         assert f"--save_dir {folder / name} is the folder of a run: name the one" in err
     assert files_of(folder) == before
@@ -339,16 +339,6 @@ def test_commands_of_a_complete_run(odd_line, tmp_path):
     assert (resumed, iteration) == (name, 2)
     _, _, out = begin(*odd_line, "--num_iters", 1)
     assert begin(*typed(r"To train on: ", out))[:2] == (name, 4), "a shorter run than it is"
-
-
-def test_commands_name_no_folder_that_was_not_given(text, tmp_path):
-    """The default is ./runs, wherever that is."""
-    line = ["--text", text, *SMALL, "--num_iters", 2, "--data_dir", "data"]
-    name, _, out = begin(*line, cwd=tmp_path)
-    assert run_folder(tmp_path / "runs").name == name
-    arguments = typed("To train on: ", out)
-    assert "--save_dir" not in arguments
-    assert begin(*arguments, cwd=tmp_path)[:2] == (name, 2)
 
 
 def test_commands_of_a_run_that_ended_early(line):

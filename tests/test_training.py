@@ -54,16 +54,6 @@ def test_interrupted_equals_undisturbed(tmp_path, text, options):
     assert ids(parts)[0] == ids(whole)[0]
 
 
-def test_extended_equals_at_once(tmp_path, text):
-    legs = tmp_path / "legs"
-    once = tmp_path / "once"
-    line = ["--text", text, *TINY, "--dropout", 0.1]
-    for num_iters in (5, 20):
-        run(*line, "--save_dir", legs, "--num_iters", num_iters)
-    run(*line, "--save_dir", once, "--num_iters", 20)
-    assert ids(legs)[0] == ids(once)[0]
-
-
 def test_extending_a_schedule_says_that_it_stretches(tmp_path, text):
     line = ["--text", text, *TINY, "--save_dir", tmp_path, "--lr_warmup", 0]
     line += ["--steps_per_report", 1, "--lr_schedule", "linear", "--min_lr", 0]
@@ -153,34 +143,24 @@ def test_a_score_is_shown_before_it_is_saved(tmp_path, text):
     assert [checkpoint.score is None for checkpoint in saved(tmp_path)][:2] == [False, True]
 
 
-def test_eval_tokens(tmp_path, text):
-    """0 scores the whole split, a number that many tokens from its start."""
-    schedule = ["--num_iters", 5, "--steps_per_eval", 5]
-    line = ["--text", text, *TINY, *schedule, "--save_dir", tmp_path, "--new_model"]
-    valid = load_dataset("text", tmp_path, [text]).valid.tokens
-    scored = {0: valid, 100: valid[:101]}
-    for eval_tokens, tokens in scored.items():
-        out, _ = run(*line, "--eval_tokens", eval_tokens)
-        nats = main.evaluate(newest(tmp_path).open().load_model(), tokens, 3)
-        assert f"valid {nats:.4f} nats" in out
+def test_scores_of_parts_of_the_text(tmp_path, text):
+    """Validation tokens from its start, the training text as far as it is used, a whole split.
 
-
-@pytest.mark.parametrize("given, count", [([], None), (["--train_tokens", 500], 500)])
-def test_evaluate_train(tmp_path, text, given, count):
-    """All that a run is trained on; of a part of the text, the number of bytes is not known."""
-    run("--text", text, *TINY, "--num_iters", 3, "--save_dir", tmp_path, *given)
-    tokens = load_dataset("text", tmp_path, [text]).train.tokens[:count]
-    out, _ = run("--evaluate", "train", "--save_dir", tmp_path)
-    nats = main.evaluate(newest(tmp_path).open().load_model(), tokens, 3)
-    assert out.startswith(f"train {nats:.4f} nats, perplexity {math.exp(nats):.2f} per token, ")
-    assert ("bits per byte" in out) == (not given)
-
-
-def test_losses_go_down(tmp_path, text):
-    schedule = ["--num_iters", 200, "--learning_rate", 0.01, "--lr_warmup", 20]
-    run("--text", text, *TINY, "--save_dir", tmp_path, *schedule)
-    losses = [row["loss"] for row in log_rows(tmp_path, "train")]
-    assert losses[0] > 5 > 3 > losses[-1]
+    Of a part of the text, the number of bytes is not known.
+    """
+    parts = ["--train_tokens", 500, "--eval_tokens", 100, "--num_iters", 3, "--steps_per_eval", 3]
+    out, _ = run("--text", text, *TINY, *parts, "--save_dir", tmp_path)
+    model = newest(tmp_path).open().load_model()
+    dataset = load_dataset("text", tmp_path, [text])
+    nats = main.evaluate(model, dataset.valid.tokens[:101], 3)
+    assert f"valid {nats:.4f} nats" in out
+    scored = {"train": dataset.train.tokens[:500], "valid": dataset.valid.tokens}
+    for split, tokens in scored.items():
+        out, _ = run("--evaluate", split, "--save_dir", tmp_path)
+        nats = main.evaluate(model, tokens, 3)
+        said = f"{split} {nats:.4f} nats, perplexity {math.exp(nats):.2f} per token, "
+        assert out.startswith(said)
+        assert ("bits per byte" in out) == (split == "valid")
 
 
 # ---- Divergence ---------------------------------------------------------------------------------
