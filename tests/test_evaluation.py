@@ -47,20 +47,6 @@ def arrays(tree):
     return {name: np.array(weight, np.float64) for name, weight in tree_flatten(tree)}
 
 
-def test_cross_entropy_is_a_masked_sum():
-    model = make_model()
-    random = np.random.default_rng(1)
-    tokens, targets = random.integers(13, size=(2, 3, 8))
-    mask = random.integers(2, size=(3, 8))
-    nats = nats_of(model(mx.array(tokens)), targets)
-
-    def loss(weights):
-        return loss_of(model, mx.array(tokens), mx.array(targets), weights).item()
-
-    assert loss(mx.array(mask)) == pytest.approx((nats * mask).sum(), rel=1e-5)
-    assert loss(1 / 24) == pytest.approx(nats.mean(), rel=1e-5)
-
-
 @pytest.mark.parametrize("mlp", ["relu2", "swiglu", "gelu"])
 def test_gradient_equals_finite_differences(mlp):
     model = make_model(mlp=mlp)
@@ -163,16 +149,3 @@ def test_a_score_of_pieces_of_words(tmp_path):
     words = 9 * 7  # in nine lines, whose ends count, as in Penn Treebank
     expected = math.exp(float(nats) * int(count) / words)
     assert float(per_word) == pytest.approx(expected, rel=0.06)
-
-
-def test_another_test_text(tmp_path, text):
-    """Any text can be scored; the oracle is a run that had it from the start."""
-    other_text = tmp_path / "other.txt"
-    other_text.write_text("the lazy dog jumps\n" * 90)
-    line = ["--text", text, *TINY, "--num_iters", 10]
-    other = ["--test_text", other_text]
-    run(*line, "--save_dir", tmp_path / "lm")
-    out, _ = run("--evaluate", "test", *other, "--save_dir", tmp_path / "lm")
-    expected, _ = run(*line, *other, "--eval_test", "--save_dir", tmp_path / "with")
-    score = r"^test ([\d.]+) nats"
-    assert re.findall(score, out, re.M) == re.findall(score, expected, re.M) != []

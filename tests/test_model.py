@@ -160,19 +160,6 @@ def test_logits_equal_an_independent_forward_pass(values):
     assert_close(logits_of(model, tokens, caches=make_caches(model)), expected)
 
 
-def test_no_position_sees_a_later_token():
-    model = make_model()
-    tokens = random_tokens(model, rows=1)
-    before = logits_of(model, tokens)[0]
-    for position in range(tokens.shape[1]):
-        changed = tokens.copy()
-        changed[0, position] = (changed[0, position] + 1) % model.config.vocab_size
-        after = logits_of(model, changed)[0]
-        np.testing.assert_array_equal(after[:position], before[:position])
-        changes = abs(after[position:] - before[position:]).max(-1)
-        assert (changes > 1e-3).all()
-
-
 @pytest.mark.parametrize("parts", [[1] * 12, [1, 11], [5, 1, 1, 3, 2]], ids=str)
 def test_decoding_with_a_cache_equals_one_pass(parts):
     model = make_model()
@@ -230,12 +217,6 @@ def drop(hidden, rate, site, rows=slice(8)):
     return dropout(hidden, make_noise(hidden.shape, rate, rows), site)
 
 
-def test_without_noise_nothing_is_dropped():
-    hidden = mx.array(np.random.default_rng(0).normal(size=(2, 3, 4)))
-    assert dropout(hidden, None, 1) is hidden
-    np.testing.assert_array_equal(np.array(drop(mx.ones((8, 3, 4)), 0.0, 1)), 1)
-
-
 def test_dropout_masks_do_not_depend_on_how_the_batch_is_split():
     hidden = np.random.default_rng(0).normal(size=(8, 12, 24))
     hidden = mx.array(hidden.astype(np.float32))
@@ -247,25 +228,6 @@ def test_dropout_masks_do_not_depend_on_how_the_batch_is_split():
                 rows = slice(start, start + size)
                 parts.append(drop(hidden[rows], 0.4, site, rows))
             np.testing.assert_array_equal(np.array(mx.concatenate(parts)), np.array(whole))
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.9])
-def test_dropout_has_the_right_share_and_expectation(rate):
-    random = np.random.default_rng(0)
-    hidden = random.uniform(1, 2, (8, 64, 512)).astype(np.float32)
-    dropped = np.array(drop(hidden, rate, 1))
-    error = 5 * math.sqrt(rate * (1 - rate) / hidden.size)  # five standard deviations
-    share = (dropped == 0).mean()
-    assert share == pytest.approx(rate, abs=error)
-    error_of_row = error * math.sqrt(8)
-    for row in dropped:
-        share = (row == 0).mean()
-        assert share == pytest.approx(rate, abs=error_of_row)
-    kept = dropped != 0
-    expected = hidden[kept] / (1 - rate)
-    np.testing.assert_allclose(dropped[kept], expected, rtol=1e-6)
-    error_of_mean = 2 * error / (1 - rate)
-    assert dropped.mean() == pytest.approx(hidden.mean(), rel=error_of_mean)
 
 
 def test_dropout_acts_on_embeddings_and_on_what_each_block_adds():
@@ -281,16 +243,17 @@ def test_dropout_acts_on_embeddings_and_on_what_each_block_adds():
     assert_close(logits_of(model, tokens, noise=noise), expected)
 
 
-def test_masks_are_independent():
+def test_masks_are_independent_and_keep_the_expectation():
     """Within a row, between rows, and between sites: each statistic is standard normal."""
     rate = 0.25
     masks = []
     for site in range(5):
-        dropped = np.array(drop(mx.ones((8, 64, 128)), rate, site)) == 0
-        masks.extend(dropped.reshape(8, -1))
+        dropped = np.array(drop(mx.ones((8, 64, 128)), rate, site))
+        np.testing.assert_allclose(np.unique(dropped), [0, 1 / (1 - rate)], rtol=1e-6)
+        masks.extend(dropped.reshape(8, -1) == 0)
     normed = (np.stack(masks) - rate) / math.sqrt(rate * (1 - rate))  # [40, 8192]
     between = normed @ normed.T / math.sqrt(8192)
-    statistics = [between[~np.eye(40, dtype=bool)]]
+    statistics = [normed.sum(1) / math.sqrt(8192), between[~np.eye(40, dtype=bool)]]
     for distance in (1, 2, 64, 127, 128, 129, 512):
         products = normed[:, :-distance] * normed[:, distance:]
         statistics.append(products.sum(1) / math.sqrt(8192 - distance))
