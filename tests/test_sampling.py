@@ -11,33 +11,10 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import Constant, Script, flags
+from conftest import Constant, Script, flags, make_model
 from datasets import ByteTokenizer, CharTokenizer, WordTokenizer
-from mlx.utils import tree_flatten, tree_unflatten
 
 INF = math.inf
-
-
-def make_model(context_size=8, vocab_size=31, kv_heads=2, seed=0):
-    config = main.Config(
-        vocab_size=vocab_size,
-        context_size=context_size,
-        num_blocks=2,
-        dim=16,
-        num_heads=4,
-        num_kv_heads=kv_heads,
-        mlp="relu2",
-        mlp_dim=32,
-    )
-    model = main.LanguageModel(config)
-    random = np.random.default_rng(seed)
-    weights = []
-    for name, weight in tree_flatten(model.parameters()):
-        deviation = 1 if weight.ndim == 1 else 0.5
-        value = random.normal(0, deviation, weight.shape)
-        weights.append((name, mx.array(value.astype(np.float32))))
-    model.update(tree_unflatten(weights))
-    return model
 
 
 def last_logits(model, window):
