@@ -61,8 +61,9 @@ def test_second_signal_leaves_inside_a_long_step(tmp_path, text):
 
 def test_timeout_that_sends_its_signal_twice_loses_nothing(tmp_path, text):
     """GNU's `timeout` sends SIGTERM to the process and then to its whole group."""
-    process = start("--text", text, *TINY, "--save_dir", tmp_path / "lm", "--steps_per_report", 1)
-    wait_for(process, "20/100,000 ")
+    long_steps = ["--batch_size", 256, "--context_size", 64, "--steps_per_report", 1]
+    process = start("--text", text, *TINY, *long_steps, "--save_dir", tmp_path / "lm")
+    wait_for(process, "3/100,000 ")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.05)  # or the system delivers both as one
     process.send_signal(signal.SIGTERM)

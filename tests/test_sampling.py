@@ -123,6 +123,12 @@ def test_what_is_drawn_has_the_right_distribution(rules, weights):
     assert chi_squared < thresholds[degrees_of_freedom]
 
 
+def test_a_penalty_counts_what_the_window_holds():
+    """The likeliest token, but for what a window of one or two tokens has: half of its logit."""
+    model = Constant([4.0, 3.0, 1.0], context_size=2)
+    assert tokens_of(model, [0], 6, repetition_penalty=2.0) == [1, 0, 1, 0, 1, 0]
+
+
 # Many tokens
 
 
