@@ -4,7 +4,6 @@ Mistakes: test_mistakes.py. Which run a command means: test_runs.py.
 """
 
 import math
-import os
 import re
 import shlex
 import signal
@@ -13,7 +12,7 @@ import sys
 
 import datasets
 import pytest
-from conftest import DEFAULTS, MAIN, TINY, begin, ids, newest, run, run_folder, saved, start
+from conftest import DEFAULTS, MAIN, ROOT, TINY, begin, ids, newest, run, run_folder, saved, start
 from conftest import wait_for
 
 
@@ -262,17 +261,6 @@ def test_runs_are_saved_here_unless_a_folder_is_named(trained, tmp_path):
     run(*line, "--save_dir", "$HOME/deep/lm", **options)
     [own] = (home / "deep").iterdir()
     assert sorted(own.iterdir()) == sorted([run_folder(own), own / "text"])
-
-
-def test_what_is_used_is_named_before_it_begins(trained):
-    """On stderr, so that stdout has nothing but the result."""
-    folder = ["--save_dir", trained / "lm"]
-    used = newest(trained / "lm")
-    said = f"{used.run}, iteration 3, checkpoint {used.id[:12]}, in {trained / 'lm'}"
-    for typed, begins in (("--prompt line --max_tokens 2", ""), ("--evaluate valid", "valid ")):
-        out, err = run(*typed.split(), *folder)
-        assert err.splitlines()[0] == said
-        assert out.startswith(begins) and used.run not in out
 
 
 def test_a_path_is_expanded_where_it_is_typed_alone(trained, tmp_path):

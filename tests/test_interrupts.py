@@ -13,7 +13,6 @@ import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -231,28 +230,3 @@ def test_nothing_of_it_stays(tmp_path, text):
     assert out.count("STATUS 130\n") == 2, err
     assert out.endswith("equal\n")
     assert len(ids(tmp_path / "lm")) == 2
-
-
-FIRST_OF_A_CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc"]
-
-
-@pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="only root can unshare")
-def test_the_first_process_of_a_container(tmp_path, text):
-    """The system spares it all signals without a handler."""
-    line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
-    run(*line)
-    if subprocess.run([*FIRST_OF_A_CONTAINER, "true"], capture_output=True).returncode:
-        pytest.skip("cannot unshare")
-    typed = [sys.executable, str(ROOT / "main.py"), "--inference", "--save_dir", tmp_path / "lm"]
-    process = subprocess.Popen(
-        [*FIRST_OF_A_CONTAINER, *map(str, typed)],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert "checkpoint" in process.stderr.readline(), "it waits for a prompt"
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    os.kill(int(children.read_text()), signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert "Traceback" not in err
-    assert process.returncode == 128 + signal.SIGTERM

@@ -216,7 +216,7 @@ MISTAKES = [
     ("--prompt a --quantize 4", "needs a model in which 32 divides --dim", "(257,16)"),
     ("--text text.txt --init_from hf", "model_type gpt2", "see --list"),
     ("--text text.txt --init_from BYTE --dim 32", "contradicts --init_from", "leave --dim out"),
-    ("--text text.txt --init_from BYTE --teacher WORD", "another tokenizer", "use one with the same"),
+    ("--text text.txt --init_from BYTE --teacher WORD", "another tokenizer", "use one with"),
     ("--text text.txt --teacher BYTE --tokenizer char", "--tokenizer char", "leave --tokenizer"),
 ]
 NO_YAML = "is not a YAML list of entries like - {prompt"

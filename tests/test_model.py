@@ -189,32 +189,6 @@ def drop(hidden, rate, site, rows=slice(8)):
     return dropout(hidden, make_noise(hidden.shape, rate, rows), site)
 
 
-def test_dropout_masks_do_not_depend_on_how_the_batch_is_split():
-    hidden = np.random.default_rng(0).normal(size=(8, 12, 24))
-    hidden = mx.array(hidden.astype(np.float32))
-    for site in range(5):
-        whole = drop(hidden, 0.4, site)
-        for size in (1, 3, 4):
-            parts = []
-            for start in range(0, 8, size):
-                rows = slice(start, start + size)
-                parts.append(drop(hidden[rows], 0.4, site, rows))
-            np.testing.assert_array_equal(np.array(mx.concatenate(parts)), np.array(whole))
-
-
-def test_dropout_acts_on_embeddings_and_on_what_each_block_adds():
-    model = make_model(mlp="swiglu")
-    tokens = random_tokens(model, rows=8)
-
-    def drop_again(hidden, site):
-        scale = np.array(drop(mx.ones(hidden.shape), 0.4, site), np.float64)
-        return hidden * scale
-
-    expected = reference(model, tokens, drop_again)
-    noise = make_noise((*tokens.shape, model.config.dim), 0.4)
-    assert_close(logits_of(model, tokens, noise=noise), expected)
-
-
 def test_masks_are_independent_and_keep_the_expectation():
     """Within a row, between rows, and between sites: each statistic is standard normal."""
     rate = 0.25

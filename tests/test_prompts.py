@@ -138,9 +138,9 @@ def test_prompt(model):
     assert out.strip()
 
 
-def test_samples_of_a_prompt(model):
+def test_samples_of_a_prompt(word_model):
     hot = ["--temperature", 3, "--max_tokens", 20]
-    line = ["--prompt", "the company", "--save_dir", model, *hot]
+    line = ["--prompt", "the company", "--save_dir", word_model, *hot]
     out, _ = run(*line, "--num_samples", 3, "--seed", 5)
     samples = out.split("-" * 15 + "\n")
     one_by_one = []

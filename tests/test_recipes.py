@@ -9,16 +9,6 @@ README = (ROOT / "README.md").read_text() + (ROOT / "extras" / "README.md").read
 RECIPES = {path.stem: path.read_text() for path in (ROOT / "extras" / "recipes").glob("*.yaml")}
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_begins_with_what_it_needs_and_reaches(name):
-    head, _, settings = RECIPES[name].partition("\nrun:\n")
-    assert all(line.startswith("#") for line in head.splitlines())
-    assert f"python main.py --config {name}" in head
-    assert "# Needs: " in head
-    assert "# Reaches: " in head
-    assert settings
-
-
 def test_readmes_name_each_recipe_and_no_other():
     named = set(re.findall(r"--config ([\w-]+)", README)) - {"NAME"}
     assert named and named <= RECIPES.keys()

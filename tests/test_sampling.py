@@ -162,36 +162,6 @@ def test_each_greedy_token_is_that_of_a_fresh_pass(context_size, prompt_length):
         assert len(set(tokens)) > 1
 
 
-def test_what_others_add_to_the_text_is_read():
-    model = make_model(context_size=16)
-    text = [1, 2, 3]
-    decoder = main.Decoder(model, text)
-    added_and_windows = [
-        ([4, 5], 5),
-        ([6], 6),
-        ([7] * 10, 16),
-        ([8], 8),
-        ([9], 9),
-        ([10] * 40, 8),
-    ]
-    for added, window in added_and_windows:
-        text += added
-        fresh = last_logits(model, text[-window:])
-        [logits] = np.array(decoder.logits())
-        np.testing.assert_allclose(logits, fresh, rtol=0, atol=1e-4)
-
-
-def test_the_seed_decides_the_tokens():
-    model = make_model()
-    rules = dict(temperature=1.0, top_k=5)
-    first = tokens_of(model, [1, 2], 40, seed=1, **rules)
-    same = tokens_of(model, [1, 2], 40, seed=1, **rules)
-    other = tokens_of(model, [1, 2], 40, seed=2, **rules)
-    assert first == same != other
-    shorter = tokens_of(model, [1, 2], 20, seed=1, **rules)
-    assert first[:20] == shorter, "the length changes nothing"
-
-
 def test_drawn_tokens_are_independent_of_those_before():
     model = Constant([0.0, 0.0, 0.0, 0.0])
     tokens = np.array(tokens_of(model, [0], 3200, seed=6, temperature=1.0))
