@@ -84,14 +84,15 @@ def test_signal_that_the_parent_ignores_stays_ignored(tmp_path, text):
 
 
 def test_closed_pipe_costs_nothing(tmp_path, text):
-    process = start("--text", text, *TINY, "--save_dir", tmp_path / "lm", "--num_iters", 60)
-    wait_for(process, "10/60 ")
+    line = ["--text", text, *TINY, "--num_iters", 600]
+    # A line for each step: more than the pipe holds while nobody reads it.
+    process = start(*line, "--steps_per_report", 1, "--save_dir", tmp_path / "lm")
+    wait_for(process, "10/600 ")
     process.stdout.close()
     process.stderr.close()
     assert process.wait(timeout=60) == 0
-    undisturbed = tmp_path / "undisturbed"
-    run("--text", text, *TINY, "--save_dir", undisturbed, "--num_iters", 60)
-    assert ids(tmp_path / "lm") == ids(undisturbed)
+    run(*line, "--save_dir", tmp_path / "undisturbed")
+    assert ids(tmp_path / "lm") == ids(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("said, advice", [
