@@ -317,6 +317,8 @@ def flags(**values):
         given["num_kv_heads"] = given["num_heads"]
     if given["mlp_dim"] is None:
         given["mlp_dim"] = 4 * given["dim"]
+        if given["mlp"] == "swiglu":  # 8/3 dim, in multiples of 64
+            given["mlp_dim"] = -64 * (-8 * given["dim"] // 192)
     return Namespace(**given, given=values)
 
 
