@@ -26,9 +26,11 @@ def interrupt(process):
 # ---- Exact --------------------------------------------------------------------------------------
 
 VARIANTS = [
-    "--mlp swiglu --num_kv_heads 1 --tokenizer word --dropout 0.1 --steps_per_eval 150",
+    "--mlp swiglu --num_kv_heads 1 --tokenizer word --dropout 0.1 --steps_per_eval 50 "
+    "--num_iters 150",
     "--optimizer muon --dropout 0.1 --dropout_final 0.3 --qk_norm --untie --grad_accumulation 3 "
-    "--average 0.3 --weight_decay 0.1 --embedding_decay 2 --lr_schedule linear --lr_cooldown 0.5",
+    "--average 0.3 --weight_decay 0.1 --embedding_decay 2 --lr_schedule linear --lr_cooldown 0.5 "
+    "--num_iters 60",
     "--batch_size 16 --context_size 64 --grad_checkpoint --dtype bfloat16 --num_iters 80",
 ]
 
@@ -42,14 +44,12 @@ def test_interrupted_equals_undisturbed(tmp_path, text, options):
     text.write_text("".join(text.read_text().splitlines(True)[:100]))
     whole = tmp_path / "whole"
     parts = tmp_path / "parts"
-    line = ["--text", text, *TINY, "--num_iters", 300, *options.split()]
+    line = ["--text", text, *TINY, *options.split()]
     run(*line, "--save_dir", whole, env={"PYTHONHASHSEED": "1"})
-    chance = random.Random(len(options))
-    for leg in range(2):
-        process = start(*line, "--save_dir", parts, env={"PYTHONHASHSEED": str(leg)})
-        for _ in range(chance.randrange(1, 4)):
-            wait_for(process, "  loss ")
-        interrupt(process)
+    process = start(*line, "--save_dir", parts, env={"PYTHONHASHSEED": "2"})
+    for _ in range(random.Random(len(options)).randrange(1, 4)):
+        wait_for(process, "  loss ")
+    interrupt(process)
     run(*line, "--save_dir", parts)
     assert ids(parts)[0] == ids(whole)[0]
 
