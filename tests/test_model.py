@@ -189,6 +189,19 @@ def drop(hidden, rate, site, rows=slice(8)):
     return dropout(hidden, make_noise(hidden.shape, rate, rows), site)
 
 
+def test_dropout_acts_on_embeddings_and_on_what_each_block_adds():
+    model = make_model(mlp="swiglu")
+    tokens = random_tokens(model, rows=8)
+
+    def drop_again(hidden, site):
+        scale = np.array(drop(mx.ones(hidden.shape), 0.4, site), np.float64)
+        return hidden * scale
+
+    expected = reference(model, tokens, drop_again)
+    noise = make_noise((*tokens.shape, model.config.dim), 0.4)
+    assert_close(logits_of(model, tokens, noise=noise), expected)
+
+
 def test_masks_are_independent_and_keep_the_expectation():
     """Within a row, between rows, and between sites: each statistic is standard normal."""
     rate = 0.25
