@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,6 +43,26 @@ TINY = (
     "--dim 16 --num_heads 2 --num_blocks 2 "
     "--context_size 8 --batch_size 4 --max_tokens 8"
 ).split()
+# The documented value of each flag, which a new one leaves as it is.
+DEFAULTS = {
+    **dict(dataset="ptb", text=[], valid_text=[], valid_fraction=0.1, text_field="text"),
+    **dict(train_tokens=None, tokenizer="auto", vocab_size=32000),
+    **dict(context_size=48, num_blocks=4, dim=1024, num_heads=8, num_kv_heads=None),
+    **dict(mlp="relu2", mlp_dim=None, qk_norm=False, untie=False),
+    **dict(seed=42, optimizer="adamw", init_from=None, teacher=None),
+    **dict(lora_rank=None, lora_alpha=None),
+    **dict(batch_size=32, grad_accumulation=1, learning_rate=3e-4, min_lr=None),
+    **dict(weight_decay=1e-5, embedding_decay=None, beta1=0.9, beta2=0.99, grad_clip=1.0),
+    **dict(lr_warmup=200, lr_schedule="constant", lr_cooldown=1.0, dropout=0.0),
+    **dict(dropout_final=None, dtype="float32", average=0.0),
+    **dict(teacher_weight=0.5, teacher_temperature=2.0),
+    **dict(num_iters=100000, patience=None, steps_per_report=10, steps_per_eval=1000),
+    **dict(steps_per_save=None, keep=3, eval_tokens=100000, eval_test=False, test_text=[]),
+    **dict(report_to=None, sample_prompt=[], sample_tokens=None, grad_checkpoint=False),
+    **dict(max_tokens=200, num_samples=1, temperature=0.5, top_k=50, top_p=1.0, min_p=0.0),
+    **dict(repetition_penalty=1.0, stop=None, stop_at_end=True, draft=None, quantize=None),
+    **dict(max_minutes=None, save_dir="runs", gpu=False),
+}
 # A line of history: iteration, training loss, score, whether it is the best.
 SCORED = (
     r"^iteration ([\d,]+): (?:train ([\d.]+), )?valid ([\d.]+) nats( \(best\))?, perplexity "
@@ -95,6 +116,15 @@ def start(*arguments, env=None, program=(MAIN,), **options):
         preexec_fn=default_signals,
         **defaults | options,
     )
+
+
+def wait_for(process, words):
+    """Reads the process's stdout up to a line that holds `words`."""
+    for line in process.stdout:
+        if words in line:
+            return line
+    said = process.stderr and process.stderr.read()
+    raise AssertionError(f"{words!r} never came: {said}")
 
 
 def environment(env):
@@ -266,26 +296,48 @@ def rows_of(path, split=None):
     return [row for row in rows if split in (None, row["split"])]
 
 
-@pytest.fixture
-def text(tmp_path):
+def write_text(folder):
     """A UTF-8 file of 600 lines to train on."""
-    path = tmp_path / "text.txt"
+    path = folder / "text.txt"
     with path.open("w") as file:
         for i in range(600):
             file.write(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n")
     return path
 
 
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path)
+
+
 def flags(**values):
-    """The flags of an empty command line, with these values instead of the defaults."""
-    return main.settle(values)
+    """What functions that take flags read: these values, and the documented ones for all others."""
+    given = DEFAULTS | values
+    if given["num_kv_heads"] is None:
+        given["num_kv_heads"] = given["num_heads"]
+    if given["mlp_dim"] is None:
+        given["mlp_dim"] = 4 * given["dim"]
+        if given["mlp"] == "swiglu":  # 8/3 dim, in multiples of 64
+            given["mlp_dim"] = -64 * (-8 * given["dim"] // 192)
+    return Namespace(**given, given=values)
 
 
-def settled(*line):
-    """All flags of a command line, {flag: value}, without where they come from."""
-    values = vars(main.settle(main.read_command_line([*line])))
-    of_origin = ("config", "preset", "given")
-    return {name: value for name, value in values.items() if name not in of_origin}
+def make_model(context_size=8, vocab_size=31, seed=0, **values):
+    """A small model with every weight random, those of the norms too: no part does nothing."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_unflatten
+
+    shape = dict(num_blocks=2, dim=16, num_heads=4, num_kv_heads=2, mlp="relu2", mlp_dim=24)
+    config = main.Config(vocab_size, context_size, **shape | values)
+    model = main.LanguageModel(config)
+    random = np.random.default_rng(seed)
+    weights = []
+    for name, weight in tree_flatten(model.parameters()):
+        mean, deviation = (1, 0.3) if weight.ndim == 1 else (0, 0.5)
+        value = random.normal(mean, deviation, weight.shape)
+        weights.append((name, mx.array(value.astype(np.float32))))
+    model.update(tree_unflatten(weights))
+    return model
 
 
 class Script:
@@ -358,12 +410,20 @@ def set_streams(monkeypatch):
     return set_streams
 
 
-@pytest.fixture
-def base(tmp_path, text):
-    """A folder with one checkpoint, 20 steps old, and its id."""
-    folder = tmp_path / "lm"
+@pytest.fixture(scope="session")
+def first_base(tmp_path_factory):
+    """A folder with one checkpoint, 20 steps old."""
+    folder = tmp_path_factory.mktemp("base")
     schedule = ["--learning_rate", 0.01, "--lr_warmup", 5, "--num_iters", 20]
-    run("--text", text, *TINY, "--mlp", "swiglu", *schedule, "--save_dir", folder)
+    line = ["--text", write_text(folder), *TINY, "--mlp", "swiglu", *schedule]
+    run(*line, "--save_dir", folder / "lm")
+    return folder / "lm"
+
+
+@pytest.fixture
+def base(first_base, tmp_path):
+    """A copy of that folder, and the checkpoint's id."""
+    folder = shutil.copytree(first_base, tmp_path / "lm")
     return folder, ids(folder)[0]
 
 

@@ -1,6 +1,5 @@
 """Batches: which windows an epoch has, their order, and going on from a saved state."""
 
-
 import main
 import numpy as np
 import pytest
@@ -51,7 +50,6 @@ def take_epoch(batches):
 
 
 @pytest.mark.parametrize("length, context_size, batch_size", [
-    (103, 8, 1),
     (103, 8, 4),
     (1000, 7, 5),
     (50, 1, 3),
@@ -67,29 +65,13 @@ def test_an_epoch_has_each_window_at_most_once(length, context_size, batch_size)
         assert set(starts) <= set(possible)
         assert len(possible) - len(starts) < batch_size
     before = batches.epoch
+    order = batches.perm.copy()
     take(batches)
     assert batches.epoch == before + 1
+    assert len(order) < 9 or not np.array_equal(batches.perm[: len(order)], order)
 
 
-def test_an_epoch_of_whole_batches_has_every_window():
-    batches = make_batches(batch_size=1)
-    starts, offset = take_epoch(batches)
-    assert sorted(starts) == list(range(offset, 103 - 8, 8))
-    assert list(starts) != sorted(starts)
-
-
-def test_steps_per_epoch_counts_whole_batches():
-    batches = make_batches(length=8 * 11 + 8 + 1)  # 11 or 12 windows, by the offset
-    assert steps_per_epoch(batches) == len(batches.perm) // 4
-    for _ in range(steps_per_epoch(batches)):
-        take(batches)
-    assert batches.epoch == 0
-    take(batches)
-    assert batches.epoch == 1
-    assert batches.place == 4
-
-
-@pytest.mark.parametrize("length", [9, 10, 12, 16, 17, 100, 103])
+@pytest.mark.parametrize("length", [9, 12, 103])
 def test_offsets_change_and_leave_no_token_out(length):
     batches = make_batches(length, batch_size=1)
     all_offsets = set()
@@ -100,27 +82,6 @@ def test_offsets_change_and_leave_no_token_out(length):
         all_offsets.add(batches.offset)
     assert all_targets == set(range(1, length))  # all but the first, which nothing can predict
     assert all_offsets == set(range(min(8, length - 8)))  # all that leave room for a window
-
-
-def test_orders_change_between_epochs():
-    batches = make_batches(length=1601, batch_size=1)
-    orders = set()
-    for _ in range(5):
-        take_epoch(batches)
-        orders.add(tuple(batches.perm[:100]))
-    assert len(orders) == 5
-
-
-def test_a_rest_is_dropped_and_other_windows_get_their_turn():
-    batches = make_batches(length=8 * 7 + 1, batch_size=4)  # 6 or 7 windows
-    assert steps_per_epoch(batches) == 1
-    seen = set()
-    for epoch in range(8):
-        starts = take_starts(batches)
-        assert batches.epoch == epoch
-        assert len(set(starts)) == 4
-        seen.add(tuple(starts))
-    assert len(seen) > 1
 
 
 def test_fewer_windows_than_the_batch_repeat():
@@ -135,14 +96,6 @@ def test_fewer_windows_than_the_batch_repeat():
         assert counts.max() - counts.min() <= 1  # each as often as any other, but for one
 
 
-def test_shortest_text():
-    batches = make_batches(length=9, batch_size=2)
-    for _ in range(5):
-        inputs, targets = take(batches)
-        np.testing.assert_array_equal(inputs, [range(8)] * 2)
-        np.testing.assert_array_equal(targets, [range(1, 9)] * 2)
-
-
 @pytest.mark.parametrize("length", [0, 1, 2, 8])
 def test_a_text_shorter_than_a_window_is_refused(length):
     with pytest.raises(UsageError) as caught:
@@ -153,8 +106,8 @@ def test_a_text_shorter_than_a_window_is_refused(length):
         take(make_batches(length, context_size=length - 1))
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 10])
-@pytest.mark.parametrize("length, batch_size", [(103, 4), (103, 1), (33, 11)])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("length, batch_size", [(103, 4), (33, 11)])
 def test_a_state_goes_on_in_fresh_batches(steps, length, batch_size):
     batches = make_batches(length, batch_size=batch_size)
     for _ in range(steps):
@@ -179,7 +132,7 @@ def test_the_seed_decides():
         assert not (inputs == other_inputs).all()
 
 
-@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("size", [1, 3, 100])
 def test_another_batch_size_goes_on_in_the_same_epoch(size):
     batches = make_batches(length=8 * 20 + 1)
     seen = [take_starts(batches), take_starts(batches)]
@@ -197,15 +150,3 @@ def test_another_batch_size_goes_on_in_the_same_epoch(size):
     assert len(set(all_starts)) == len(all_starts)
     take(batches)
     assert batches.epoch == 1
-
-
-def test_a_batch_larger_than_what_is_left_begins_an_epoch():
-    batches = make_batches()
-    take(batches)
-    batches.batch_size = 100  # more than the text has windows
-    take(batches)
-    assert batches.epoch == 1
-    batches.batch_size = 2
-    take(batches)
-    assert batches.epoch == 2
-    assert batches.place == 2

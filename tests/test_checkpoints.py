@@ -16,10 +16,11 @@ import struct
 import time
 
 import main
+import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, begin, ids, newest, read_record, run, saved, start
-from test_interrupts import wait_for
+from conftest import ROOT, TINY, begin, ids, newest, run, saved, start, wait_for
+from mlx.utils import tree_flatten
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +52,6 @@ def line(three, folder):
     return [*three[1], "--save_dir", folder]
 
 
-def read_safetensors(path):
-    """An independent reader of the format: header length, JSON, little-endian rows."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    texts = header.pop("__metadata__")
-    dtypes = {"F32": np.float32, "I32": np.int32, "U64": np.uint64, "U8": np.uint8}
-    arrays = {}
-    for name, entry in header.items():
-        begins, ends = entry["data_offsets"]
-        content = data[8 + length :][begins:ends]
-        array = np.frombuffer(content, dtypes[entry["dtype"]])
-        arrays[name] = array.reshape(entry["shape"])
-    return arrays, texts
-
-
 def spoil(path):
     """Flips a bit near the end of a file."""
     data = bytearray(path.read_bytes())
@@ -79,32 +64,22 @@ def spoil(path):
 
 def test_name_is_the_sha1_of_the_bytes_and_content_is_whole(three):
     checkpoint = newest(three[0])
-    content = checkpoint.weights_path.read_bytes()
-    assert hashlib.sha1(content).hexdigest() == checkpoint.id
-    weights, texts = read_safetensors(checkpoint.weights_path)
-    assert texts == {"format": "mlx"}, "nothing in the file may vary between equal runs"
-    parameters = dict(main.tree_flatten(checkpoint.open().load_model().parameters()))
-    assert list(weights) == sorted(parameters)
+    data = checkpoint.weights_path.read_bytes()
+    assert hashlib.sha1(data).hexdigest() == checkpoint.id
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "mlx"}, "what varies between equal runs"
+    parameters = dict(tree_flatten(checkpoint.open().load_model().parameters()))
+    assert list(header) == sorted(parameters)
     for name, value in parameters.items():
-        np.testing.assert_array_equal(weights[name], np.array(value))
+        begins, ends = header[name]["data_offsets"]
+        stored = np.frombuffer(data[8 + length :][begins:ends], np.float32)
+        np.testing.assert_array_equal(stored.reshape(value.shape), np.array(value))
 
-    state, texts = read_safetensors(checkpoint.metadata_path)
-    record = json.loads(texts["record"])
-    assert record["format_version"] == 4
-    assert record["iteration"] == 3
-    assert record["place"] == 12
-    assert record["epoch"] == 0
-    assert sorted(state["perm"]) == list(range(len(state["perm"])))
+    state = mx.load(str(checkpoint.metadata_path), format="safetensors")
+    assert sorted(np.array(state["perm"])) == list(range(len(state["perm"])))
+    assert (checkpoint.place, checkpoint.epoch) == (12, 0)
     assert json.loads(bytes(state["tokenizer"]))["kind"] == "byte"
-    for prefix, suffix in (("weights.", ""), ("optimizer.", ".m"), ("optimizer.", ".v")):
-        found = [name for name in state if name.startswith(prefix) and name.endswith(suffix)]
-        assert len(found) >= len(parameters)
-    assert hashlib.sha1(texts["record"].encode()).hexdigest() == texts["sha1"]
-    digest = hashlib.sha1()
-    for name, array in sorted(state.items()):
-        digest.update(f"{name} {array.shape} mlx.core.{array.dtype}\n".encode())
-        digest.update(array.tobytes())
-    assert digest.hexdigest() == record["state_sha1"]
     assert b"passw0rd" not in checkpoint.metadata_path.read_bytes()
 
 
@@ -162,7 +137,7 @@ def test_damages_are_all_found(folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", open(os.devnull))
     checkpoint, other, _ = saved(folder)
     chance = random.Random(0)
-    for trial in range(80):
+    for trial in range(40):
         path = checkpoint.weights_path if trial % 2 else checkpoint.metadata_path
         whole = path.read_bytes()
         if trial % 4 < 2:
@@ -213,19 +188,14 @@ def test_keep_and_best(line, folder):
 
 
 def test_the_best_of_a_run_that_goes_on_from_before_its_newest(line, folder):
-    """The newest is damaged, but its record says that it is the best: it is none of this past."""
-    last, _, best = saved(folder)
-    record = read_record(last.metadata_path)
-    record["scores"][-1][1] = 0.1
-    text = json.dumps(record)
-    arrays = dict(main.mx.load(str(last.metadata_path), format="safetensors"))
-    texts = {"record": text, "sha1": hashlib.sha1(text.encode()).hexdigest()}
-    main.mx.eval(arrays)
-    with open(last.metadata_path, "wb") as file:
-        main.mx.save_safetensors(file, arrays, texts)
+    """The newest would be the best, but is damaged: it is none of this past."""
+    line += ["--seed", 1, "--learning_rate", 0.01, "--num_iters", 3]
+    name, _, _ = begin(*line)
+    last, best, _ = saved(folder, name)
+    assert last.score < best.score
     spoil(last.weights_path)
-    run(*line, "--num_iters", 6, "--keep", 1, "--steps_per_save", 4, "--steps_per_eval", 4)
-    assert best.id in [checkpoint.id for checkpoint in saved(folder)]
+    run(*line, "--num_iters", 6, "--keep", 1, "--steps_per_save", 4, "--steps_per_eval", 99)
+    assert best.id in [checkpoint.id for checkpoint in saved(folder, name)]
     _, err = run("--evaluate", "valid", "--identifier", best.id, "--save_dir", folder)
     assert err.startswith(f"{best}, in ")
 

@@ -1,14 +1,12 @@
 """main.py and datasets.py alone in a folder: they train, are stopped, resume exactly and sample."""
 
-import re
 import shutil
 import signal
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, SCORED, TINY, ids, log_rows, run, start
-from test_interrupts import wait_for
+from conftest import ROOT, TINY, ids, log_rows, run, start, wait_for
 
 # Refuses, as if they were not installed, all packages but the four that the core needs and those
 # that `requests` brings along.
@@ -29,7 +27,7 @@ class Guard:
 
 sys.meta_path.insert(0, Guard())
 """
-BEYOND = ["yaml", "tokenizers", "matplotlib", "transformers", "mlx_lm", "extras"]
+BEYOND = ["yaml", "extras"]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +53,6 @@ def trained(alone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     (folder / "rows.jsonl").write_text('{"text": "the quick"}\n')
-    (folder / "prompts.txt").write_text("the quick\n")
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text('{"model_type": "llama"}')
     line = ["--text", folder / "text.txt", *TINY, "--dim", 32, "--num_iters", 5]
@@ -69,30 +66,19 @@ def losses(folder):
     return np.array(steps)
 
 
-def test_a_run_on_what_every_python_has(alone, tmp_path):
-    """The corpus of a command without flags."""
-    line = ["--dataset", "python", *TINY, "--num_iters", 2, "--eval_tokens", 1000]
-    out, err = run(*line, "--save_dir", tmp_path, **alone)
-    assert "at iteration 2\n" in out
-    assert not err
-
-
-def test_stopped_twice_it_ends_as_the_run_never_stopped(alone, text, tmp_path):
+def test_stopped_it_ends_as_the_run_never_stopped(alone, text, tmp_path):
     line = ["--text", text, *TINY, "--dropout", 0.1, "--num_iters", 60, "--steps_per_eval", 20]
     line += ["--steps_per_report", 1, "--data_dir", tmp_path / "data"]
     whole = tmp_path / "whole"
     parts = tmp_path / "parts"
     out, err = run(*line, "--save_dir", whole, **alone)
     assert "matmuls: MLX's own BLAS, kernels: main.py\n" in out
-    scored = [int(iteration) for iteration, *_ in re.findall(SCORED, out, re.M)]
-    assert scored == [20, 40, 60]
     assert not err
-    for stop in (7, 33):
-        process = start(*line, "--save_dir", parts, **alone)
-        wait_for(process, f"{stop}/60 ")
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 130, err
+    process = start(*line, "--save_dir", parts, **alone)
+    wait_for(process, "7/60 ")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
     run(*line, "--save_dir", parts, **alone)
     assert ids(parts)[0] == ids(whole)[0]
 
@@ -100,25 +86,13 @@ def test_stopped_twice_it_ends_as_the_run_never_stopped(alone, text, tmp_path):
     sample = ["--prompt", "line 5", "--max_tokens", 20, "--seed", 3, "--save_dir"]
     out, _ = run(*sample, whole, **alone)
     assert out.strip()
-    again, _ = run(*sample, parts, **alone)
-    assert again == out
-    session = ["--inference", "--max_tokens", 20, "--save_dir", parts]
-    answers, _ = run(*session, input="line 5\nline 6\n", **alone)
-    assert answers.strip()
-    listed, _ = run("--list", "--save_dir", parts, **alone)
-    assert ids(parts)[0][:12] in listed
-    evaluating = ["--evaluate", "valid", "--data_dir", tmp_path / "data", "--save_dir", parts]
-    out, _ = run(*evaluating, **alone)
-    assert out.splitlines()[-1].startswith("valid ")
+    assert run(*sample, parts, **alone)[0] == out
 
 
-@pytest.mark.parametrize("options", [
-    ["--context_size", 64],
-    "--context_size 64 --optimizer muon --dropout 0.1 --grad_accumulation 2 --qk_norm".split(),
-])  # fmt: skip
-def test_losses_are_those_of_the_fast_program(options, alone, text, tmp_path):
+def test_losses_are_those_of_the_fast_program(alone, text, tmp_path):
     """To rounding, which 20 steps hardly multiply."""
-    line = ["--text", text, *TINY, "--batch_size", 8, *options, "--num_iters", 20]
+    options = "--context_size 64 --optimizer muon --dropout 0.1 --grad_accumulation 2 --qk_norm"
+    line = ["--text", text, *TINY, "--batch_size", 8, *options.split(), "--num_iters", 20]
     line += ["--steps_per_report", 1, "--lr_warmup", 2, "--learning_rate", 3e-3]
     run(*line, "--save_dir", tmp_path / "plain", **alone)
     out, _ = run(*line, "--save_dir", tmp_path / "fast")
@@ -131,21 +105,15 @@ MISSING = [  # what is typed; the file that it needs
     ("--text text.txt --new_model --teacher latest", "distil"),
     ("--text text.txt --new_model --init_from latest --lora_rank 2", "lora"),
     ("--prompt the --quantize 4", "quantize"),
-    ("--inference --quantize 8", "quantize"),
-    ("--evaluate valid --quantize 8", "quantize"),
     ("--text text.txt --new_model --init_from hf", "huggingface"),
-    ("--text text.txt --new_model --teacher hf", "distil"),
     ("--prompt the --draft hf", "huggingface"),
     ("--prompt the --draft latest", "decode"),
-    ("--inference --draft latest", "decode"),
     ("--text rows.jsonl --new_model", "formats"),
     ("--text text.txt --new_model --report_to tensorboard", "report"),
 ]
 # Modules that are not there, and what the two programs say then.
 NOT_THERE = [
     ("main.py", "fcntl"),  # as on Windows
-    ("datasets.py", "fcntl"),
-    ("main.py", "mlx.core"),
     ("main.py", "tqdm"),
     ("datasets.py", "numpy"),
 ]
@@ -165,7 +133,6 @@ def test_a_flag_beyond_the_core_names_the_missing_file(line, name, trained, alon
     assert err.count("main.py: ") == 1
     assert "Traceback" not in err
     assert ids(trained / "lm") == before
-    assert not list(trained.glob("out*"))
 
 
 @pytest.mark.parametrize("program, module", NOT_THERE)
@@ -186,30 +153,6 @@ def test_a_python_that_does_not_look_beside_the_program(tmp_path):
     for option in ("-P", "-I"):
         out, err = run("--list", "--save_dir", tmp_path, program=[option, ROOT / "main.py"])
         assert "no checkpoint in" in out and not err
-
-
-@pytest.mark.parametrize("copied, name", [
-    (["distil"], "fast"),
-    (["distil", "fast"], "huggingface"),
-])  # fmt: skip
-def test_an_extra_names_the_next_one_that_it_needs(copied, name, trained, tmp_path):
-    (tmp_path / "extras").mkdir()
-    shutil.copy(ROOT / "main.py", tmp_path)
-    shutil.copy(ROOT / "datasets.py", tmp_path)
-    for extra in ["__init__", *copied]:
-        shutil.copy(ROOT / "extras" / f"{extra}.py", tmp_path / "extras")
-    program = [tmp_path / "main.py"]
-    options = {"program": program, "cwd": trained, "env": {"PYTHONPATH": ""}}
-    line = ["--text", "text.txt", *TINY, "--num_iters", 2, "--new_model", "--save_dir", tmp_path]
-    _, err = run(*line, "--teacher", "hf", status=2, **options)
-    assert err == f"main.py: {missing(name)}\n"
-
-
-def test_several_ranks_name_the_missing_file(trained, alone):
-    options = alone | {"env": alone["env"] | {"MLX_RANK": "0"}}
-    line = ["--text", trained / "text.txt", *TINY, "--save_dir", trained / "lm"]
-    _, err = run(*line, status=2, **options)
-    assert err == f"main.py: {missing('ranks')}\n"
 
 
 def test_without_its_kernels_the_program_is_the_core(alone, text, tmp_path):
@@ -236,9 +179,8 @@ def test_a_run_moves_between_the_core_and_the_whole(alone, text, tmp_path):
 
 def test_no_other_package_is_imported(guarded, text, tmp_path):
     for package in BEYOND:  # the guard holds
-        code = ["-c", f"import {package}"]
-        _, err = run(program=code, status=1, cwd=tmp_path, env=guarded["env"])
-        assert f"No module named '{package}'" in err
+        code = f"try: import {package}\nexcept ModuleNotFoundError: print('none')"
+        assert run(program=["-c", code], cwd=tmp_path, env=guarded["env"]) == ("none\n", "")
 
     line = ["--text", text, "--tokenizer", "word", *TINY, "--save_dir", tmp_path]
     out, _ = run(*line, "--num_iters", 4, "--steps_per_eval", 2, **guarded)

@@ -13,10 +13,10 @@ import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
 
+import mlx.core as mx
 import pytest
-from conftest import ROOT, TINY, ids, run, start
+from conftest import ROOT, TINY, ids, run, start, wait_for
 
 import main
 
@@ -24,20 +24,11 @@ import main
 SLOW = "--dim 1024 --num_heads 8 --num_blocks 4 --context_size 256 --batch_size 64".split()
 
 
-def wait_for(process, words, seconds=120):
-    """Reads the process's stdout up to a line that holds `words`."""
-    for line in process.stdout:
-        if words in line:
-            return line
-    said = process.stderr and process.stderr.read()
-    raise AssertionError(f"{words!r} never came: {said}")
-
-
 # Of a terminal, and of schedulers: Slurm, Grid Engine, OAR, a limit of CPU time.
 SAVING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
-@pytest.mark.parametrize("number", [getattr(signal, name) for name in SAVING])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2, signal.SIGXCPU])
 def test_first_signal_saves(tmp_path, text, number):
     process = start("--text", text, *TINY, "--save_dir", tmp_path / "lm")
     wait_for(process, "20/100,000 ")
@@ -51,8 +42,8 @@ def test_first_signal_saves(tmp_path, text, number):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_second_signal_leaves_inside_a_long_step(tmp_path, text, number):
+def test_second_signal_leaves_inside_a_long_step(tmp_path, text):
+    number = signal.SIGINT
     process = start("--text", text, *SLOW, "--save_dir", tmp_path / "lm", "--steps_per_report", 1)
     wait_for(process, "files ")
     time.sleep(1)  # into the first step
@@ -67,72 +58,16 @@ def test_second_signal_leaves_inside_a_long_step(tmp_path, text, number):
     assert not ids(tmp_path / "lm")
 
 
-SAVES_THAT_FAIL = """
-import errno
-import main
-
-def fail(run):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-main.write_checkpoint = fail
-main.sys.exit(main.main())
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_second_signal_leaves_a_save_that_fails(tmp_path, text, number):
-    """A full disk is waited out for ever, but for that."""
-    line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm", "--data_dir", tmp_path / "data"]
-    process = start(*line, program=["-c", SAVES_THAT_FAIL], cwd=ROOT)
-    wait_for(process, "20/100,000 ")
-    process.send_signal(number)
-    assert "Press Ctrl+C or send SIGTERM again to exit" in wait_for(process, "No space left")
-    time.sleep(0.7)  # within half a second it would be the same request
-    assert process.poll() is None, "the first signal must not give the work up"
-    began = time.monotonic()
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert time.monotonic() - began < 20, "it waited for the next try"
-    assert "Exited without saving" in err
-    assert not ids(tmp_path / "lm")
-
-
-SIGNALLED_BEFORE_ITS_FIRST_STEP = """
-import time
-import main
-print_start = main.print_start
-
-def disturbed(*arguments):
-    main.signal.raise_signal(main.signal.SIGTERM)
-    time.sleep(0.3)
-    print_start(*arguments)
-
-main.print_start = disturbed
-main.sys.exit(main.main())
-"""
-
-
-def test_a_signal_before_the_first_step_leaves_nothing(tmp_path, text):
-    folder = tmp_path / "lm"
-    line = ["--text", text, *TINY, "--save_dir", folder, "--data_dir", tmp_path / "data"]
-    code = ["-c", SIGNALLED_BEFORE_ITS_FIRST_STEP]
-    process = start(*line, program=code, cwd=ROOT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    last = out.splitlines()[-1]
-    assert last == "Stopped at iteration 0; nothing was saved yet."
-    assert not list(folder.iterdir()), "a run without a checkpoint is no run"
-
-
 def test_timeout_that_sends_its_signal_twice_loses_nothing(tmp_path, text):
     """GNU's `timeout` sends SIGTERM to the process and then to its whole group."""
-    process = start("--text", text, *TINY, "--save_dir", tmp_path / "lm", "--steps_per_report", 1)
-    wait_for(process, "20/100,000 ")
+    long_steps = ["--batch_size", 256, "--context_size", 64, "--steps_per_report", 1]
+    process = start("--text", text, *TINY, *long_steps, "--save_dir", tmp_path / "lm")
+    wait_for(process, "3/100,000 ")
     process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)  # or the system delivers both as one
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
+    assert process.returncode in (143, -signal.SIGTERM), err  # the second may come after all
     assert len(ids(tmp_path / "lm")) == 1
 
 
@@ -149,40 +84,50 @@ def test_signal_that_the_parent_ignores_stays_ignored(tmp_path, text):
 
 
 def test_closed_pipe_costs_nothing(tmp_path, text):
-    process = start("--text", text, *TINY, "--save_dir", tmp_path / "lm", "--num_iters", 60)
-    wait_for(process, "10/60 ")
+    line = ["--text", text, *TINY, "--num_iters", 600]
+    # A line for each step: more than the pipe holds while nobody reads it.
+    process = start(*line, "--steps_per_report", 1, "--save_dir", tmp_path / "lm")
+    wait_for(process, "10/600 ")
     process.stdout.close()
     process.stderr.close()
     assert process.wait(timeout=60) == 0
-    undisturbed = tmp_path / "undisturbed"
-    run("--text", text, *TINY, "--save_dir", undisturbed, "--num_iters", 60)
-    assert ids(tmp_path / "lm") == ids(undisturbed)
+    run(*line, "--save_dir", tmp_path / "undisturbed")
+    assert ids(tmp_path / "lm") == ids(tmp_path / "undisturbed")
 
 
-def test_explained_errors_of_mlx():
-    """What MLX's allocators say, and a bug of this program, which has to show its traceback."""
-    explain = main.explain_mlx_error
-    too_large = "[metal::malloc] Attempting to allocate 9 bytes which is greater than"
-    on_metal = "[METAL] Command buffer execution failed: Insufficient Memory (00000008)"
-    for words in (too_large, on_metal, "CUDA error: out of memory"):
-        assert "give a smaller --batch_size" in explain(RuntimeError(words))
-    assert "ulimit -u" in explain(RuntimeError("can't start new thread"))
-    assert explain(RuntimeError("[matmul] shapes do not match")) is None
+@pytest.mark.parametrize("said, advice", [
+    ("[metal::malloc] Attempting to allocate 9 bytes which is greater", "smaller --batch_size"),
+    ("[METAL] Command buffer execution failed: Insufficient Memory", "smaller --batch_size"),
+    ("CUDA error: out of memory", "smaller --batch_size"),
+    ("can't start new thread", "ulimit -u"),
+    ("[matmul] shapes do not match", None),
+])  # fmt: skip
+def test_errors_of_mlx(said, advice, tmp_path, text, monkeypatch, capsys):
+    """What the user can cure is one line; a bug of this program has to show its traceback."""
+
+    def fail(*arrays):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(mx, "eval", fail)
+    line = ["--text", str(text), *TINY, "--save_dir", str(tmp_path / "lm")]
+    if advice:
+        assert main.main(line) == 1
+        err = capsys.readouterr().err
+        assert advice in err and err.count("\n") == 1
+    else:
+        with pytest.raises(RuntimeError):
+            main.main(line)
 
 
-@pytest.mark.parametrize("columns", [100, 0])
-def test_closed_terminal_saves(tmp_path, text, columns):
-    """A terminal that goes away sends SIGHUP and makes every later write fail.
-
-    One that does not know its width shows a bar, too.
-    """
+def test_closed_terminal_saves(tmp_path, text):
+    """A terminal that goes away sends SIGHUP and makes every later write fail."""
     pid, terminal = pty.fork()
     if pid == 0:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         arguments = ["--text", str(text), *TINY, "--save_dir", str(tmp_path / "lm")]
         os.execv(sys.executable, [sys.executable, str(ROOT / "main.py"), *arguments])
-    size = struct.pack("4H", 24, columns, 0, 0)
+    size = struct.pack("4H", 24, 100, 0, 0)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
     seen = b""
     while b"loss" not in seen:  # the bar's first report
@@ -223,7 +168,7 @@ def test_signal_to_the_group_during_the_first_compile(tmp_path, text, disable_fa
     assert "\nStopped at iteration 1. " in out
     run(*line, *folder, env=env)
     assert len(ids(tmp_path / "lm")) == 2
-    run(*line, "--save_dir", tmp_path / "whole", env=env)
+    run(*line, "--save_dir", tmp_path / "whole", env={"DISABLE_FAST": disable_fast})
     assert ids(tmp_path / "lm")[0] == ids(tmp_path / "whole")[0]
 
 
@@ -286,31 +231,3 @@ def test_nothing_of_it_stays(tmp_path, text):
     assert out.count("STATUS 130\n") == 2, err
     assert out.endswith("equal\n")
     assert len(ids(tmp_path / "lm")) == 2
-
-
-FIRST_OF_A_CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc"]
-
-
-@pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="only root can unshare")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_process_of_a_container(tmp_path, text, number):
-    """The system spares it all signals without a handler."""
-    line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
-    run(*line)
-    if subprocess.run([*FIRST_OF_A_CONTAINER, "true"], capture_output=True).returncode:
-        pytest.skip("cannot unshare")
-    typed = [sys.executable, str(ROOT / "main.py"), "--inference", "--save_dir", tmp_path / "lm"]
-    process = subprocess.Popen(
-        [*FIRST_OF_A_CONTAINER, *map(str, typed)],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert "checkpoint" in process.stderr.readline(), "it waits for a prompt"
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    os.kill(int(children.read_text()), number)
-    _, err = process.communicate(timeout=60)
-    assert "Traceback" not in err
-    # Ctrl+C at the prompt, if that is there already, ends the session as Ctrl+D does.
-    at_the_prompt = [0] if number == signal.SIGINT else []
-    assert process.returncode in [128 + number, *at_the_prompt]

@@ -15,11 +15,8 @@ import subprocess
 import sys
 import termios
 import time
-from types import SimpleNamespace
 
-import main
-import pytest
-from conftest import ROOT, WORDS, ids, run, run_folder, start
+from conftest import ROOT, TINY, WORDS, ids, run, run_folder, start
 
 
 def talk(folder, prompts, *arguments):
@@ -80,14 +77,7 @@ def test_commands(byte_model):
     assert err.count("/reset") == err.count("/quit") == 2
 
 
-def test_words_never_seen(word_model):
-    out, err = talk(word_model, "the zebra of Zürich\n")
-    assert err.splitlines()[1] == "Not in the vocabulary, read as <unk>: zebra Zürich"
-    assert out.strip()
-    assert replies_of(word_model, "the ape of Ulm\n") == out, "both are <unk>"
-
-
-ODD_PROMPTS = [
+ODD = [
     "x" * 20000,  # beyond the context
     "",
     "\udcff\udcfe",
@@ -95,41 +85,32 @@ ODD_PROMPTS = [
     "\0\x1b[31m\x0c\x85 fox",
     "\ufeffthe",
 ]
-ODD = ["long", "empty", "bytes", "half", "controls", "mark"]
 
 
-@pytest.mark.parametrize("prompt", ODD_PROMPTS, ids=ODD)
-def test_odd_bytes(model, prompt):
+def test_odd_bytes(model):
     short = ["--max_tokens", 20]
-    out, err = talk(model, f"{prompt}\n/reset\nthe company\n", *short)
+    lines = "".join(f"{prompt}\n" for prompt in ODD)
+    out, err = talk(model, f"{lines}/reset\nthe company\n", *short)
     assert out.endswith(replies_of(model, "the company\n", *short))
     assert "Traceback" not in err
 
 
-def test_two_files_are_enough(model, tmp_path):
+def test_two_files_are_enough(word_model, tmp_path):
     """In a folder with any name that a run may have."""
     copy = tmp_path / "from-a-friend"
     copy.mkdir()
-    stem = ids(model)[0]
+    stem = ids(word_model)[0]
     for kind in ("safetensors", "metadata"):
-        shutil.copy(run_folder(model) / f"{stem}.{kind}", copy)
+        shutil.copy(run_folder(word_model) / f"{stem}.{kind}", copy)
     out, err = talk(tmp_path, "the company\n")
-    assert out == replies_of(model, "the company\n")
+    assert out == replies_of(word_model, "the company\n")
     assert err == f"from-a-friend, iteration 100, checkpoint {stem[:12]}, in {tmp_path}\n"
     left = sorted(path.suffix for path in copy.iterdir())
     assert left == [".metadata", ".safetensors"], "nothing is left there"
 
 
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_control_characters_do_not_reach_a_terminal(monkeypatch, is_terminal):
-    monkeypatch.setattr(main.sys, "stdout", SimpleNamespace(isatty=lambda: is_terminal))
-    text = "a\tb\n\x1b]0;owned\x07\x9b2J\r"
-    shown = "a\tb\n\ufffd]0;owned\ufffd\ufffd2J\ufffd"
-    assert main.for_terminal(text) == (shown if is_terminal else text)
-
-
-def test_text_comes_before_the_reply_is_over(model):
-    arguments = ["--inference", "--save_dir", model, "--max_tokens", 1000000]
+def test_text_comes_before_the_reply_is_over(byte_model):
+    arguments = ["--inference", "--save_dir", byte_model, "--max_tokens", 1000000]
     process = start(
         *arguments,
         stdin=subprocess.PIPE,
@@ -157,9 +138,9 @@ def test_prompt(model):
     assert out.strip()
 
 
-def test_samples_of_a_prompt(model):
+def test_samples_of_a_prompt(word_model):
     hot = ["--temperature", 3, "--max_tokens", 20]
-    line = ["--prompt", "the company", "--save_dir", model, *hot]
+    line = ["--prompt", "the company", "--save_dir", word_model, *hot]
     out, _ = run(*line, "--num_samples", 3, "--seed", 5)
     samples = out.split("-" * 15 + "\n")
     one_by_one = []
@@ -254,11 +235,11 @@ class Terminal:
 
 
 PROMPT = r"(^|\n)> $"
-LEAVE = {"Ctrl+C": "\x03", "Ctrl+D": "\x04"}
+CTRL_C = "\x03"
+CTRL_D = "\x04"
 
 
-@pytest.mark.parametrize("key", LEAVE)
-def test_session_in_a_terminal(word_model, key):
+def test_session_in_a_terminal(word_model):
     with Terminal("--inference", "--save_dir", word_model, "--max_tokens", 9) as terminal:
         assert "iteration 100, " in terminal.wait_for(PROMPT)
         for prompt in ("the company", "", "the zebra"):
@@ -269,17 +250,28 @@ def test_session_in_a_terminal(word_model, key):
             assert reply.removesuffix("> ").strip()
             is_warned = "Not in the vocabulary" in reply
             assert is_warned == ("zebra" in prompt)
-        assert terminal.leave(LEAVE[key]) == 0
+        assert terminal.leave(CTRL_D) == 0
 
 
-def test_ctrl_c_ends_the_reply_and_then_the_session(model):
-    with Terminal("--inference", "--save_dir", model, "--max_tokens", 100000) as terminal:
+def test_ctrl_c_ends_the_reply_and_then_the_session(byte_model):
+    with Terminal("--inference", "--save_dir", byte_model, "--max_tokens", 100000) as terminal:
         terminal.wait_for(PROMPT)
-        for _ in range(20):  # one in thirty was lost once
+        for _ in range(10):  # one in thirty was lost once
             terminal.type("the company\n")
             terminal.wait_for(r"the company\n(.|\n){40}")  # the reply has begun
-            terminal.type(LEAVE["Ctrl+C"])
+            terminal.type(CTRL_C)
             rest = terminal.wait_for(PROMPT)
             assert len(rest) < 50_000, "a reply of 100,000 tokens is longer"
         terminal.type("of")
-        assert terminal.leave(LEAVE["Ctrl+C"]) == 0, "in the middle of a line"
+        assert terminal.leave(CTRL_C) == 0, "in the middle of a line"
+
+
+def test_control_characters_do_not_reach_a_terminal(tmp_path):
+    """What a model has learnt is a stranger's text."""
+    (tmp_path / "text.txt").write_text("a\x1b]0;owned\x07\n" * 400)
+    line = ["--text", tmp_path / "text.txt", *TINY, "--sample_tokens", 0, "--num_iters", 60]
+    run(*line, "--learning_rate", 0.03, "--lr_warmup", 0, "--save_dir", tmp_path / "lm")
+    sample = ["--prompt", "a", "--max_tokens", 20, "--save_dir", tmp_path / "lm"]
+    assert "\x1b]0;owned\x07" in run(*sample)[0], "as it is, but for a terminal"
+    with Terminal(*sample) as terminal:
+        assert "\ufffd]0;owned\ufffd" in terminal.wait_for("tokens/s")

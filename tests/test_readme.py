@@ -8,9 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DATASETS, ROOT, TEXT, TINY, run, run_extra, run_folder, settled
-
-import main
+from conftest import DATASETS, DEFAULTS, ROOT, TEXT, TINY, run, run_extra, run_folder
 
 README = (ROOT / "README.md").read_text()
 OF_EXTRAS = (ROOT / "extras" / "README.md").read_text()
@@ -38,7 +36,7 @@ NEED_A_MODEL = {
     "--init_from",
     "--teacher",
 }
-NAMES_OF_MODELS = ["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX", "python-0f068f", "Qwen/Qwen2.5-0.5B"]
+NAMES_OF_MODELS = "ptb-XXXXXX ptb-YYYYYY python-XXXXXX python-0f068f Qwen/Qwen2.5-0.5B".split()
 NAMES_OF_FILES = [
     "prompts.txt",
     "answers.jsonl",
@@ -142,21 +140,6 @@ def check(arguments, folder):
         assert "at iteration 5" in out
 
 
-def test_both_first_blocks_set_everything_up():
-    """One to train, in lines of their own, and one to test, in the line that CI calls."""
-    start = COMMANDS.index("python3 -m venv .venv")
-    assert COMMANDS[start + 1 : start + 4] == [
-        ". .venv/bin/activate",
-        "pip install -q -r requirements.txt",
-        "python main.py --config first",
-    ]
-    (of_tests,) = [line for line in COMMANDS if line.startswith("python3 -m venv .venv &&")]
-    assert "-r tests/requirements.txt" in of_tests
-    assert "pytest" in of_tests
-    of_ci = (ROOT / ".ci" / "run").read_text()
-    assert "README.md" in of_ci, "CI calls the very command of the README"
-
-
 @pytest.mark.parametrize("command", OF_MAIN)
 def test_command(command, tmp_path, text, model_at_hand):
     """Each is typed with smaller numbers behind it (the last flag counts).
@@ -227,19 +210,14 @@ def test_an_edit(tmp_path, text):
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.S))
-def test_configuration(block, tmp_path):
-    """Each YAML block is a file of flags, all of which count."""
+def test_configuration(block, tmp_path, text):
+    """Each YAML block is a file of flags that trains, with all that is not typed beside it."""
     path = tmp_path / "flags.yaml"
     path.write_text(block)
-    values = settled("--config", str(path))
-    without_comments = re.sub("#.*", "", block)
-    given = re.findall(r"(\w+): *(\S+)$", without_comments, re.M)
-    assert given
-    for name, value in given:
-        if name == "preset":
-            assert main.PRESETS[value].items() <= values.items()
-        else:
-            assert str(values[name]) == value or values[name] == float(value)
+    out, _ = run("--config", path, *SMALL, "--text", text, "--save_dir", tmp_path / "lm")
+    optimizer, rate = re.search(r"optimizer: (\w+)\n +learning_rate: (\S+)", block).groups()
+    assert f"epochs in all; {optimizer}, " in out
+    assert f"rate     {float(rate)} after" in out
 
 
 OF_OTHERS = """
@@ -249,11 +227,8 @@ OF_OTHERS = """
 
 def test_named_flags_exist():
     """Whatever a README calls a flag is one."""
-    known = {"--help", *OF_OTHERS}
-    for name, row in main.ROWS.items():
-        known |= {f"--{each}" for each in [name, *row.also.split()]}
-        if row.convert is bool:
-            known.add(f"--no-{name}")
+    out, _ = run("--help")
+    known = {*re.findall(r"--(?:no-)?\w+", out), *OF_OTHERS}
     for program in [ROOT / "datasets.py", *(ROOT / "extras").glob("*.py")]:
         known.update(re.findall(r'"(--\w+)"', program.read_text()))
     named = re.findall(r"(?<![\w-])--(?:no-)?[a-z]\w*", BOTH)
@@ -262,4 +237,4 @@ def test_named_flags_exist():
 
 def test_defaults_in_the_readme_are_the_parsers():
     for flag, default in re.findall(r"`--(\w+)` \(([\d.e-]+)\)", BOTH):
-        assert float(default) == main.DEFAULTS[flag], flag
+        assert float(default) == DEFAULTS[flag], flag

@@ -1,46 +1,25 @@
-"""Reports against independent computations: sliding evaluation, logs, samples, the screen."""
+"""Reports against independent computations: logs, samples, the screen."""
 
 import contextlib
 import fcntl
 import json
-import math
 import os
 import pty
 import re
 import struct
 import termios
 
-import main
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, ids, log_rows, newest, rows_of, run, run_folder, saved, start
-from test_evaluation import make_model, nats_of
-
-
-@pytest.mark.parametrize("length", [2, 8, 9, 10, 33, 50])
-@pytest.mark.parametrize("stride", [1, 3, 7, 8])
-def test_sliding_evaluation(length, stride):
-    """Each token is scored once, alone, with the context of the first window that reaches it."""
-    model = make_model()
-    context_size = 8
-    tokens = np.random.default_rng(length).integers(13, size=length).astype(np.uint16)
-    total = 0.0
-    for answer in range(1, length):
-        windows_before = math.ceil((answer - context_size) / stride)
-        begin = max(0, windows_before) * stride
-        context = tokens[begin:answer].astype(np.int32)
-        logits = model(mx.array(context[None]))[0, -1:]
-        total += nats_of(logits, tokens[answer : answer + 1]).sum()
-    for batch_size in (1, 4):
-        score = main.evaluate(model, tokens, batch_size, stride=stride)
-        assert score == pytest.approx(total / (length - 1), rel=1e-5)
 
 
 # ---- Logs ---------------------------------------------------------------------------------------
 
 
 def test_log(trained):
+    """Each report and score, once, in the units of its columns."""
     checkpoint = newest(trained)
     rows = rows_of(checkpoint.folder / "log.csv")
     expected = []
@@ -54,14 +33,14 @@ def test_log(trained):
         if row["split"] == "valid":
             scores[row["iteration"]] = row["loss"]
         else:
-            rate = main.learning_rate_at(row["iteration"] - 1, main.settle({}, checkpoint.flags))
-            assert row["learning_rate"] == pytest.approx(rate)
+            assert row["learning_rate"] == 0.01
             assert min(row["gradient_norm"], row["tokens_per_second"], row["peak_mib"]) > 0
-    assert scores == pytest.approx(dict(checkpoint.scores), rel=1e-5)
-    for row in rows:
+            assert row["ms_per_step"] == pytest.approx(128_000 / row["tokens_per_second"], rel=1e-4)
+            assert row["epoch"] == pytest.approx(row["tokens_seen"] / 15840, rel=0.01)
         assert row["tokens_seen"] == row["iteration"] * 4 * 32
         bits = row["loss"] / np.log(2)
         assert row["bits_per_byte"] == pytest.approx(bits, rel=0.01)  # some are <eos>
+    assert scores == pytest.approx(dict(checkpoint.scores), rel=1e-5)
     seconds = [row["seconds"] for row in rows]
     assert seconds == sorted(seconds)
     assert seconds[-1] == pytest.approx(checkpoint.seconds, rel=1e-5)
@@ -86,11 +65,8 @@ for i in range(5, 31, 5):
 
 
 @pytest.mark.parametrize("damage", [
-    "25,train,",
     "25,train\n" * 3 + "30,",
     "\0\r\n\xff,\"\n",
-    "\n\n",
-    "x" * 200_000 + "\n",
     "," * 200_000,
 ])  # fmt: skip
 def test_a_resumed_run_has_each_row_once(line, tmp_path, damage):
@@ -99,23 +75,13 @@ def test_a_resumed_run_has_each_row_once(line, tmp_path, damage):
     path = run_folder(tmp_path / "lm") / "log.csv"
     header, *rows = path.read_text("latin-1").splitlines(keepends=True)
     later = rows[-1].replace("20,", "21,", 1)
-    lines = [header, *rows[:2], damage + "\n", *rows[2:], later, damage]
+    lines = [header, *rows[:2], damage + "\n", *rows[2:], later, rows[0][:-2]]
     path.write_text("".join(lines), "latin-1")
     run(*line, "--num_iters", 30)
     assert places(tmp_path / "lm") == UP_TO_30
 
 
-@pytest.mark.parametrize("content", ["", "\0", "a,b\n1,2\n", "iteration,split\n", "\n" * 10])
-def test_a_log_that_is_none_begins_again(line, tmp_path, content):
-    run(*line, "--num_iters", 20)
-    path = run_folder(tmp_path / "lm") / "log.csv"
-    path.write_text(content)
-    run(*line, "--num_iters", 30)
-    assert places(tmp_path / "lm") == UP_TO_30[-3:]
-
-
-@pytest.mark.parametrize("name", ["log.csv", "samples.jsonl"])
-@pytest.mark.parametrize("kind", ["link", "folder"])
+@pytest.mark.parametrize("name, kind", [("log.csv", "folder"), ("samples.jsonl", "link")])
 def test_a_log_that_cannot_be_written_is_said_once(line, tmp_path, name, kind):
     run(*line, "--num_iters", 10)
     folder = run_folder(tmp_path / "lm")
@@ -131,15 +97,6 @@ def test_a_log_that_cannot_be_written_is_said_once(line, tmp_path, name, kind):
     assert out.count(f"\nCannot write {name}; the run goes on. ") == 1
     assert other.read_text() == "mine\n"
     assert (folder / name).is_symlink() == (kind == "link")
-
-
-def test_log_counts_the_tokens_of_batches_as_they_were(tmp_path, text):
-    line = ["--text", text, *TINY, "--steps_per_report", 2, "--save_dir", tmp_path]
-    run(*line, "--num_iters", 2)
-    changed = ["--identifier", "latest", "--batch_size", 2, "--num_iters", 4]
-    run(*changed, "--save_dir", tmp_path)
-    [row] = rows_of(newest(tmp_path).folder / "log.csv", "train")  # that of a branch
-    assert row["tokens_seen"] == 2 * 4 * 8 + 2 * 2 * 8
 
 
 def test_a_metric_of_ones_own_is_shown_and_logged(line, tmp_path):
@@ -208,11 +165,10 @@ def test_samples_of_a_run(tmp_path, text):
     assert [row["iteration"] for row in samples_in(path)] == [10, 10, 20, 20, 30, 30]
 
 
-@pytest.mark.parametrize("columns", [80, 0])
-def test_progress_in_a_terminal(line, columns):
-    """A bar that fits, or lines where the terminal does not know its width."""
+def test_progress_in_a_terminal(line):
+    """A bar that fits."""
     ours, its = pty.openpty()
-    size = struct.pack("HHHH", 24 if columns else 0, columns, 0, 0)
+    size = struct.pack("HHHH", 24, 80, 0, 0)
     fcntl.ioctl(its, termios.TIOCSWINSZ, size)
     process = start(*line, "--num_iters", 100, stderr=its)
     os.close(its)
@@ -224,12 +180,10 @@ def test_progress_in_a_terminal(line, columns):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     shown = re.split(r"[\r\n]+", printed.decode())
-    assert max(map(len, shown)) <= columns
-    bars = [each for each in shown if "/100 [" in each]
-    assert bool(bars) == bool(columns)
-    assert ("\n100/100  loss " in out) == (not columns)
-    if columns:
-        assert re.search(r"100%\|\S+\| 100/100 \[.*, loss [\d.]+, grad [\d.]+, ", bars[-1])
+    assert max(map(len, shown)) <= 80
+    *_, last = [each for each in shown if "/100 [" in each]
+    assert re.search(r"100%\|\S+\| 100/100 \[.*, loss [\d.]+, grad [\d.]+, ", last)
+    assert "  loss " not in out
 
 
 # ---- The screen ---------------------------------------------------------------------------------
@@ -258,7 +212,6 @@ def test_start_screen(tmp_path, text):
         "--learning_rate 5e-3 --lr_warmup 20 --lr_schedule linear --min_lr 0 --lr_cooldown 0.5",
         "0.005 after 20 warmup steps, linear to 0 in the last 50%",
     ),
-    ("--lr_warmup 0 --lr_schedule cosine", "0.0003 after 0 warmup steps, cosine to 3e-05 in the"),
 ])  # fmt: skip
 def test_the_schedule_in_words(line, given, words):
     out, _ = run(*line, *given.split(), "--num_iters", 30)

@@ -3,7 +3,7 @@
 import shutil
 
 import numpy as np
-from conftest import begin, saved
+from conftest import begin, ids, saved
 from mlx.utils import tree_flatten
 
 
@@ -36,9 +36,10 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     assert (other != name, iteration) == (True, 0)
 
 
-def test_another_base_is_another_run(base, text):
-    """Whatever it is called: by its id, its beginning, or its run."""
-    folder, id = base
+def test_another_base_is_another_run(word_model, text, tmp_path):
+    """Whatever it is called: by its id, its beginning, or its run. Its vocabulary counts."""
+    folder = shutil.copytree(word_model, tmp_path / "lm")
+    [id] = ids(folder)
     line = ["--text", text, "--save_dir", folder, "--learning_rate", 1e-3, "--max_tokens", 1]
     name, _, _ = begin(*line, "--init_from", id, "--num_iters", 1)
     twice, iteration, _ = begin(*line, "--init_from", name, "--num_iters", 1)
