@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 # Flags whose names have moved, {name in OLD: name in NEW}. The cases below have the old ones.
 MOVED = {}
-# Flags that are programs of their own in NEW, whose value comes first there: {flag: module}.
+# Flags that may be programs of their own, whose value comes first there: {flag: module}.
 PROGRAMS = {"--prompts_file": "extras.batch"}
 # Fields of the log that differ from run to run.
 MEASURED = {"seconds", "ms_per_step", "tokens_per_second", "peak_mib"}
@@ -210,7 +210,7 @@ class Side:
     def spell(self, words):
         """What is typed behind `python` on this side."""
         moved = [word for word in words if word in PROGRAMS]
-        if self.name == "NEW" and moved:
+        if moved and (self.checkout / f"{PROGRAMS[moved[0]].replace('.', '/')}.py").exists():
             place = words.index(moved[0])
             value = words[place + 1]
             return ["-m", PROGRAMS[moved[0]], value, *words[:place], *words[place + 2 :]]
