@@ -104,7 +104,7 @@ def environment(env):
     """
     result = dict(os.environ)
     result.pop("PYTEST_CURRENT_TEST", None)
-    for name in ("PATH", "TMPDIR", "OMP_WAIT_POLICY", "OPENBLAS_CORETYPE"):
+    for name in ("PATH", "TMPDIR", "OMP_WAIT_POLICY"):
         result.pop(name, None)
         if name in INITIAL:
             result[name] = INITIAL[name]
