@@ -37,31 +37,22 @@ def plot_attention(model, tokenizer, prompt, title, path):
     """
     tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]
     weights = attention_weights(model, tokens)  # [blocks, H, L, L]
-    labels = [label_of(tokenizer.decode([token])) for token in tokens]
-    ticks = range(len(tokens))
-    turned = 90 if max(map(len, labels)) > 2 else 0  # degrees; short ones stand upright
+    # Each on one line, with spaces that can be seen.
+    labels = [repr(tokenizer.decode([token]))[1:-1].replace(" ", "\u2423") for token in tokens]
     blocks, heads = weights.shape[:2]
-    side = max(2.5, 0.22 * len(tokens))  # inches per matrix, with room for each label
+    side = max(2.5, 0.22 * len(tokens))  # inches of a matrix, with room for each label
     figure = make_figure(side * heads + 1, side * blocks + 0.5)
-    figure.suptitle(f"{title}: how much each token attends to those before it")
+    figure.suptitle(f"{title}: how much each token (row) attends to those before it (columns)")
     axes = figure.subplots(blocks, heads, squeeze=False)
-    for (i, j), axis in np.ndenumerate(axes):
-        image = axis.imshow(weights[i, j], vmin=0, vmax=1, cmap="Blues")
-        axis.set_title(f"block {i}, head {j}", fontsize="small")
+    for (block, head), axis in np.ndenumerate(axes):
+        image = axis.imshow(weights[block, head], vmin=0, vmax=1, cmap="Blues")
+        axis.set_title(f"block {block}, head {head}", fontsize="small")
         # parse_math: a dollar sign in a text must not start a formula.
-        axis.set_xticks(ticks, labels, rotation=turned, fontsize=8, parse_math=False)
-        axis.set_yticks(ticks, labels, fontsize=8, parse_math=False)
-        if i == blocks - 1:
-            axis.set_xlabel("attended token (key)")
-        if j == 0:
-            axis.set_ylabel("token (query)")
+        text = {"labels": labels, "fontsize": 8, "parse_math": False}
+        axis.set_xticks(range(len(tokens)), rotation=90, **text)
+        axis.set_yticks(range(len(tokens)), **text)
     figure.colorbar(image, ax=axes, label="attention", shrink=0.8)
     save_figure(figure, path)
-
-
-def label_of(piece):
-    """The text of a token as one line, in which spaces can be seen."""
-    return repr(piece)[1:-1].replace(" ", "\N{OPEN BOX}")
 
 
 def attention_weights(model, tokens):

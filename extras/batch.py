@@ -15,21 +15,11 @@ from datasets import end_of_text, explained, path_name
 from extras.decode import BatchDecoder
 from extras.quantize import quantize
 from extras.results import MOST_PROMPTS, append_lines, json_line, read_prompt_lines
-from main import Detokenizer, announce, first_ids
+from main import FLAGS, Detokenizer, announce, first_ids
 
-# The flags that, besides the seed, determine a completion.
-SAMPLING_FLAGS = [
-    "max_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "stop",
-    "stop_at_end",
-    "quantize",
-]
 BATCH_SIZE = 16
+# The flags that, besides the seed, determine a completion.
+SAMPLING_FLAGS = [name for name in FLAGS["sampling"] if name not in ("num_samples", "draft")]
 
 
 def main(arguments):
@@ -93,36 +83,26 @@ def answer_batch(model, tokenizer, jobs, flags):
     The tokens include the end token that ended a text; the completion does not.
     """
     texts = [first_ids(tokenizer, job["prompt"]) for job in jobs]  # the decoder extends them
-    shown = [len(tokenizer.decode(text)) for text in texts]  # characters of the prompts
-    read = [len(text) for text in texts]  # tokens of the prompts
-    decoder = BatchDecoder(model, texts)
     detokenizers = [Detokenizer(tokenizer, text) for text in texts]
+    lines = [job | {"completion": "", "tokens": []} for job in jobs]
     end = end_of_text(tokenizer) if flags.stop_at_end else None
-    written = [""] * len(texts)  # what each text was continued with, only for --stop
-    stopped = [None] * len(texts)  # how many tokens each text had at its end, or when --stop came
+    running = set(range(len(jobs)))  # the indices of the texts that have not ended
+    decoder = BatchDecoder(model, texts)
     for ids in decoder.generate(flags.max_tokens, flags, [job["seed"] for job in jobs]):
-        for i, token in enumerate(ids):
-            if stopped[i] is not None:
-                continue
-            if flags.stop:
-                # What stands for an incomplete character, U+FFFD, may be a --stop, but is no text
-                # yet.
-                written[i] += detokenizers[i].add(token)
-            has_stop = flags.stop and flags.stop in written[i]
-            if has_stop or token == end:
-                stopped[i] = len(texts[i])
-        if None not in stopped:
+        for i in [*running]:
+            line = lines[i]
+            line["tokens"].append(ids[i])
+            if ids[i] != end:
+                line["completion"] += detokenizers[i].add(ids[i])
+            has_stop = flags.stop and flags.stop in line["completion"]
+            if has_stop or ids[i] == end:
+                running.remove(i)
+        if not running:
             break
-    lines = []
-    for i, job in enumerate(jobs):
-        tokens = texts[i][read[i] : stopped[i]]
-        text = texts[i][: stopped[i]]
-        if text[-1] == end:
-            text.pop()
-        completion = tokenizer.decode(text)[shown[i] :]
+    for line, detokenizer in zip(lines, detokenizers):
+        line["completion"] += detokenizer.rest()
         if flags.stop:
-            completion, _, _ = completion.partition(flags.stop)
-        lines.append(job | {"completion": completion, "tokens": tokens})
+            line["completion"], _, _ = line["completion"].partition(flags.stop)
     return lines
 
 

@@ -13,16 +13,14 @@ from extras.program import start
 
 import json
 import re
-import textwrap
 import timeit
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from datasets import UsageError
-from main import Decoder, SingleProcess, average_weights, bfloat16_products, draw_dropout, fast
-from main import begin, make_run, make_step, over_streams, read_command_line, settle
-from main import use_device
+from main import Decoder, SingleProcess, begin, bfloat16_products, draw_dropout, fast, make_run
+from main import make_step, over_streams, read_command_line, settle, use_device
 
 # The parts of a model, and a pattern in the names of their parameters.
 PARTS = {
@@ -32,15 +30,10 @@ PARTS = {
     "norms": "norm",
     "output": "lm_head",
 }
-# Repetitions; the fastest counts, because other programs can only slow one down.
-TRAINING_STEPS = 5
-MATRIX_PRODUCTS = 6
+REPETITIONS = 5  # the fastest counts, because other programs can only slow one down
 MATRIX_SIZE = 2048  # rows and columns of the matrices whose product is timed
 DECODED_TOKENS = 32
-
-
-# Flags of main.py by which it trains nothing.
-USES = ["inference", "prompt", "evaluate", "list", "identifier"]
+NOT_TRAINING = ["inference", "prompt", "evaluate", "list", "identifier"]  # flags of main.py
 
 
 def main(arguments):
@@ -49,70 +42,52 @@ def main(arguments):
     Raises UsageError, RunError.
     """
     flags = settle(read_command_line(arguments))
-    for name in USES:
+    for name in NOT_TRAINING:
         if name in flags.given:
             raise UsageError(f"--{name} trains nothing: give the flags of a training")
     use_device(flags.gpu)
     models, flags, dataset = begin(flags)
-    run_benchmark(make_run(flags.save_dir, flags, None, models, dataset, SingleProcess()))
-
-
-def run_benchmark(run):
-    """Measures a training step of a run and decoding with its model, and prints the result."""
-    model, flags = run.model, run.flags
-    parameters = count_parameters(model)
-    flops = count_flops(model.config, parameters, flags.lora_rank)
-    training_speed, peak_memory = measure_training(run)
-    matrix_speed = measure_matrix_speed(flags.dtype)
-    result = {
-        "parameters": parameters,
-        "flops_per_token": flops,
-        "memory": measure_memory(run),
-        "peak_memory": peak_memory,
-        "tokens_per_second": training_speed,
-        "matrix_flops": matrix_speed,
-        "share_of_matrix_speed": sum(flops.values()) * training_speed / matrix_speed,
+    run = make_run(flags.save_dir, flags, None, models, dataset, SingleProcess())
+    parameters = count_parameters(run.model)
+    flops = count_flops(run.model.config, parameters, flags.lora_rank)
+    result = {"parameters": parameters, "flops_per_token": flops}
+    result["memory"] = {  # between steps
+        "weights": count_bytes(run.model.parameters()),
+        "optimizer": count_bytes(run.optimizer.state),
     }
+    result |= measure_training(run)
+    result["matrix_flops"] = measure_matrix_speed(flags.dtype)
+    achieved = sum(flops.values()) * result["tokens_per_second"]
+    result["share_of_matrix_speed"] = achieved / result["matrix_flops"]
     result |= measure_decoding(run)
-    print_result(result, run.batches.batch_size * flags.context_size)
+    print_result(result)
     print(json.dumps(result))
 
 
-def print_result(result, tokens):
-    """Prints the result in words; tokens: of a training step."""
-    counts = result["parameters"]
-    parts = [f"{count:,} {part}" for part, count in counts.items() if count]
-    print_row("parameters", f"{sum(counts.values()):,}: {', '.join(parts)}")
-    flops = result["flops_per_token"]
-    print_row(
-        "compute",
-        f"{flops['forward'] / 1e6:,.2f} MFLOP per token forward, {flops['backward'] / 1e6:,.2f} "
-        "backward",
-    )
-    memory = [f"{size / 2**20:,.1f} {part}" for part, size in result["memory"].items()]
-    print_row(
-        "memory",
-        f"{result['peak_memory'] / 2**20:,.1f} MiB at the peak of a training step: "
-        f"{', '.join(memory)}, the rest activations and gradients",
-    )
-    speed = result["tokens_per_second"]
-    print_row(
-        "training",
-        f"{speed:,.0f} tokens/s, {1000 * tokens / speed:,.1f} ms per step of {tokens:,} tokens; "
-        f"that is {sum(flops.values()) * speed / 1e9:,.1f} GFLOP/s, "
-        f"{result['share_of_matrix_speed']:.0%} of the {result['matrix_flops'] / 1e9:,.1f} that "
-        "products of large matrices reach here",
-    )
-    print_row(
-        "sampling",
-        f"first token after {result['first_token_ms']:,.1f} ms, then one every "
-        f"{result['token_ms']:,.1f} ms ({result['decoded_per_second']:,.1f} tokens/s)",
-    )
-
-
-def print_row(name, text):
-    """Prints a text beside its name, in lines of at most 100 columns."""
-    print(textwrap.fill(f"{name:<11} {text}", 100, subsequent_indent=" " * 12))
+def print_result(result):
+    """Prints the result in words."""
+    counts = [f"{count:,} {part}" for part, count in result["parameters"].items() if count]
+    forward, backward = result["flops_per_token"].values()
+    weights, optimizer = result["memory"].values()
+    rows = {
+        "parameters": f"{sum(result['parameters'].values()):,}: {', '.join(counts)}",
+        "compute": f"{forward / 1e6:,.2f} MFLOP per token forward, {backward / 1e6:,.2f} backward",
+        "memory": (
+            f"{result['peak_memory'] / 2**20:,.1f} MiB at the peak of a training step: "
+            f"{weights / 2**20:,.1f} weights, {optimizer / 2**20:,.1f} optimizer"
+        ),
+        "training": (
+            f"{result['tokens_per_second']:,.0f} tokens/s, at "
+            f"{result['share_of_matrix_speed']:.0%} of the {result['matrix_flops'] / 1e9:,.1f} "
+            "GFLOP/s of large matrix products here"
+        ),
+        "sampling": (
+            f"first token after {result['first_token_ms']:,.1f} ms, then one every "
+            f"{result['token_ms']:,.1f} ms"
+        ),
+    }
+    for name, text in rows.items():
+        print(f"{name:<11} {text}")
 
 
 # ---- Counts -------------------------------------------------------------------------------------
@@ -147,15 +122,6 @@ def count_flops(config, parameters, lora_rank):
     return {"forward": forward, "backward": backward}
 
 
-def measure_memory(run):
-    """Bytes that persist between steps: weights, the optimizer's moments, the --average."""
-    weights = run.model.parameters()
-    memory = {"weights": count_bytes(weights), "optimizer": count_bytes(run.optimizer.state)}
-    if run.flags.average:
-        memory["average"] = count_bytes(run.model.trainable_parameters())
-    return memory
-
-
 def count_bytes(tree):
     """The size of a tree of arrays."""
     return sum(array.nbytes for _, array in tree_flatten(tree))
@@ -163,24 +129,20 @@ def count_bytes(tree):
 
 # ---- Measurements -------------------------------------------------------------------------------
 def measure_training(run):
-    """Tokens per second of a training step, and the peak of MLX's memory in bytes."""
+    """Tokens per second of training steps, and the peak of MLX's memory in bytes."""
     flags = run.flags
     inputs, targets = run.batches.next()
     train_step = make_step(run.model, run.optimizer, flags, teacher=run.teacher)
     dropout_rate, keys = draw_dropout(0, len(inputs), flags)
-    average = None
 
     def train_once():
-        nonlocal average
         train_step(inputs, targets, dropout_rate, keys)
-        if flags.average:
-            average = average_weights(average, run.model.trainable_parameters(), 1, flags.average)
 
     # The first step compiles, so neither its time nor its memory counts.
     train_once()
     mx.reset_peak_memory()
-    seconds = min(timeit.repeat(train_once, number=1, repeat=TRAINING_STEPS))
-    return inputs.size / seconds, mx.get_peak_memory()
+    seconds = min(timeit.repeat(train_once, number=1, repeat=REPETITIONS))
+    return {"tokens_per_second": inputs.size / seconds, "peak_memory": mx.get_peak_memory()}
 
 
 def measure_matrix_speed(dtype):
@@ -199,7 +161,7 @@ def measure_matrix_speed(dtype):
         mx.eval(over_streams(multiply, matrix))
 
     with bfloat16_products(dtype == "bfloat16"):
-        seconds = min(timeit.repeat(multiply_once, number=1, repeat=MATRIX_PRODUCTS))
+        seconds = min(timeit.repeat(multiply_once, number=1, repeat=REPETITIONS))
     return 2 * MATRIX_SIZE**3 / seconds  # 2: multiplication and addition
 
 
@@ -222,7 +184,6 @@ def measure_decoding(run):
     return {
         "first_token_ms": 1000 * first_token,
         "token_ms": 1000 * seconds / DECODED_TOKENS,
-        "decoded_per_second": DECODED_TOKENS / seconds,
     }
 
 

@@ -25,8 +25,6 @@ from datasets import SIZE, RunError, UsageError, explained, path_name, user_path
 from extras.results import write_whole
 from main import first_ids, read_yaml
 
-MAX_COLUMNS = 100  # of a printed line
-
 
 def main(arguments):
     """Scores as these arguments specify.
@@ -53,8 +51,15 @@ def main(arguments):
                 raise
             print(f"Skipping {checkpoint}: {error}", file=sys.stderr)
             continue
-        tokenizer = contents.tokenizer
-        results += score_checkpoint(model, tokenizer, checkpoint, cases, flags.top_k)
+        print(checkpoint)
+        passed = 0
+        for prompt, expected in cases:
+            case = {"checkpoint": checkpoint.id, "prompt": prompt, "expected": expected}
+            case |= score_case(model, contents.tokenizer, prompt, expected, flags.top_k)
+            print_result(case)
+            passed += case["passed"]
+            results.append(case)
+        print(f"  {passed} of {len(cases)} in the top {flags.top_k}")
     if not results:
         raise RunError(f"no checkpoint in {flags.save_dir} can be used")
     if flags.output:
@@ -65,11 +70,13 @@ def main(arguments):
 def read_cases(files, output):
     """The cases in YAML files, [(prompt, expected), ...].
 
-    Raises UsageError if one holds anything else, or if the results cannot be written to `output`.
+    Raises UsageError if one holds anything else, or if it is the file `output`.
     """
     needed = "is not a YAML list of entries like - {prompt: a, expected: b}"
     cases = []
     for path in files:
+        if output and os.path.realpath(user_path(path)) == os.path.realpath(output):
+            raise UsageError(f"--output {output} would overwrite {path}: rename it")
         with explained(f"{path} {needed}"):
             # BaseLoader keeps every scalar a string: `yes` does not become a bool, nor 1.0 a float.
             entries = read_yaml(Path(user_path(path)), "BaseLoader")
@@ -77,12 +84,6 @@ def read_cases(files, output):
                 raise ValueError("it has no case")
             for entry in entries:
                 cases.append((read_text(entry, "prompt"), read_text(entry, "expected")))
-        if output and os.path.realpath(user_path(path)) == os.path.realpath(output):
-            raise UsageError(f"--output {output} would overwrite {path}: rename it")
-    # Fails now rather than after the work; to a pipe, this would be the end of the text.
-    if output and not Path(output).is_fifo():
-        with explained(f"--output {output} cannot be written: name another file", OSError):
-            open(output, "ab").close()
     return cases
 
 
@@ -94,20 +95,6 @@ def read_text(entry, key):
         raise ValueError("an expected continuation is empty")
     # In a JSON file, which is also YAML, an emoji may be two surrogates: "\ud83d\ude00".
     return utf8(entry[key])
-
-
-def score_checkpoint(model, tokenizer, checkpoint, cases, top_k):
-    """The results of one checkpoint, printed as they come: a list of dicts, one per case."""
-    print(checkpoint)
-    results = []
-    for prompt, expected in cases:
-        case = {"checkpoint": checkpoint.id, "prompt": prompt, "expected": expected}
-        result = case | score_case(model, tokenizer, prompt, expected, top_k)
-        results.append(result)
-        print_result(result)
-    passed = sum(result["passed"] for result in results)
-    print(f"  {passed} of {len(cases)} in the top {top_k}")
-    return results
 
 
 def score_case(model, tokenizer, prompt, expected, top_k):
@@ -153,11 +140,9 @@ def print_result(result):
     verdict = "pass" if result["passed"] else "FAIL"
     probability = "-" if result["probability"] is None else f"{result['probability']:.2e}"
     rank = "-" if result["rank"] is None else f"{result['rank']:,}"
-    numbers = f"{rank:>6} {probability:>9}"
     case = f"{result['prompt'][-24:]!r} {result['expected'][:16]!r}"
-    top = " ".join(repr(text) for text in result["top"])
-    line = f"  {verdict} rank {numbers}  {case}: {top}"
-    print(line[:MAX_COLUMNS])
+    top = " ".join(map(repr, result["top"]))
+    print(f"  {verdict} rank {rank:>6} {probability:>9}  {case}: {top}"[:100])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ of the same names:
     clip_grad_norm    gradient clipping on all cores
     spread            an optimizer that distributes its work over the cores
 
+fast.c, which it compiles, passes MLX's matrix products on to a fast BLAS.
+
 They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each stands
 for the plain function with the SHA1 in STANDS_FOR: one that was edited is used itself. On a GPU,
 all but cross_entropy leave the work to MLX. Without this file, or with the environment variable
@@ -40,6 +42,10 @@ import sys
 from functools import lru_cache, partial, reduce
 from pathlib import Path
 
+import numpy as np
+
+from datasets import UsageError, flock, open_code_dir, remove_leftovers, replacing
+
 # The SHA1s of main.py's functions that those below stand for, without their comments. Where a test
 # finds that a plain function has changed, compare the two, then enter its new SHA1.
 STANDS_FOR = {
@@ -59,171 +65,7 @@ STANDS_FOR = {
 # The library for matrix products, which must be loaded before MLX.
 
 REFERENCE_BLAS = "reference BLAS"  # bundled with MLX's Linux wheel
-
-
-def choose_openblas_kernels():
-    """Makes OpenBLAS use AVX-512 on AMD processors; to be called before NumPy loads it.
-
-    Version 0.3.31 does not know all of them and selects kernels of half the speed (two Zen 5
-    cores: 255 GFLOP/s instead of 484).
-    """
-    about = cpu_info()
-    if "AuthenticAMD" in about and "avx512vl" in about:
-        os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
-
-
-def cpu_info():
-    """What Linux says about the CPU; "" elsewhere."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/cpuinfo").read_text("utf-8")
-    return ""
-
-
-choose_openblas_kernels()
-
-import numpy as np
-
-from datasets import UsageError, flock, open_code_dir, remove_leftovers, replacing
-
-# C source. MLX calls cblas_sgemm with row-major matrices (`order` 101; other libraries may use 102,
-# by columns); 111 means not transposed, 112 transposed, as in x @ weight.T. find_blas sets the
-# functions of one of the two libraries.
-#
-# Small products, as in decoding, are computed here, about as fast as memory is read: a matrix times
-# a vector (n == 1), and a few rows times a transposed matrix (m <= 32) unless products are rounded
-# to bfloat16. A product with a vector is a sum, as in a norm, and never rounded.
-#
-# Rounding to bfloat16 adds 0x7fff, half of what is cut off, and for ties the last bit that is kept;
-# a NaN keeps a bit set. Products of fewer than 500,000 multiplications, as in attention, are not
-# rounded: it would take as long as it saves. Waking a thread of oneDNN costs as much as 10 million
-# operations.
-FORWARDER = """
-#include <stdlib.h>
-#include <string.h>
-typedef unsigned short bf16;
-void (*openblas)(int, int, int, long, long, long, float, const float*, long, const float*, long,
-                 float, float*, long);
-int (*onednn)(char, char, long, long, long, float, const float*, long, const float*, long,
-              float, float*, long);
-int (*onednn_bf16)(char, char, long, long, long, float, const bf16*, long, const bf16*, long,
-                   float, float*, long);
-void (*set_threads_of_onednn)(int);  // of the calling thread alone, so before each product
-int threads = 1;
-int rounds_to_bf16 = 0;
-
-static __thread bf16* buffer = 0;
-static __thread long room = 0;
-
-static void round_row(const float* restrict from, long columns, bf16* restrict to) {
-  for (long i = 0; i < columns; i++) {
-    unsigned bits;
-    memcpy(&bits, from + i, 4);
-    unsigned rounded = bits + 0x7fff + (bits >> 16 & 1);
-    to[i] = ((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded) >> 16;
-  }
-}
-
-static void round_to_bf16(const float* from, long rows, long columns, long stride, bf16* to) {
-  if (threads == 1 && stride == columns) {  // without entering OpenMP
-    round_row(from, rows * columns, to);
-    return;
-  }
-  #pragma omp parallel for num_threads(threads) if (rows * columns > 200000 && threads > 1)
-  for (long row = 0; row < rows; row++)
-    round_row(from + row * stride, columns, to + row * columns);
-}
-
-static float dot(const float* a, const float* b, long k) {
-  double total = 0;  // of parts: a long sum of floats loses digits
-  for (long start = 0; start < k; start += 1024) {
-    long end = start + 1024 < k ? start + 1024 : k;
-    float part = 0;
-    for (long i = start; i < end; i++) part += a[i] * b[i];
-    total += part;
-  }
-  return total;
-}
-
-typedef float lanes __attribute__((vector_size(64)));
-
-// Up to 16 rows of a, a lane for each, times 8 rows of b at a time.
-static void multiply_rows(int m, long n, long k, float alpha, const float* a, long lda,
-                          const float* b, long ldb, float* c, long ldc) {
-  lanes* turned = aligned_alloc(64, k * 64);
-  for (long i = 0; i < k; i++)
-    for (int row = 0; row < 16; row++) turned[i][row] = row < m ? a[row * lda + i] : 0;
-  #pragma omp parallel for num_threads(threads) if (m * n * k > 1000000 && threads > 1)
-  for (long column = 0; column < n; column += 8) {
-    const float* weights = b + column * ldb;
-    lanes sums[8] = {0};
-    int count = column + 8 <= n ? 8 : n - column;
-    if (count == 8)
-      for (long i = 0; i < k; i++)
-        for (int j = 0; j < 8; j++) sums[j] += turned[i] * weights[j * ldb + i];
-    else
-      for (int j = 0; j < count; j++)
-        for (long i = 0; i < k; i++) sums[j] += turned[i] * weights[j * ldb + i];
-    for (int row = 0; row < m; row++)
-      for (int j = 0; j < count; j++) c[row * ldc + column + j] = alpha * sums[j][row];
-  }
-  free(turned);
-}
-
-void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha,
-                 const float* a, int lda, const float* b, int ldb, float beta,
-                 float* c, int ldc) {
-  if (order == 102) {  // the transposed product of the same memory read by rows
-    cblas_sgemm(101, tb, ta, n, m, k, alpha, b, ldb, a, lda, beta, c, ldc);
-    return;
-  }
-  int a_in_rows = ta == 111 || (m == 1 && lda == 1);
-  if (n == 1 && beta == 0 && a_in_rows && (tb == 112 || ldb == 1)) {
-    for (long row = 0; row < m; row++) c[row * ldc] = alpha * dot(a + row * lda, b, k);
-    return;
-  }
-  int few_rows = ta == 111 && tb == 112 && beta == 0 && !rounds_to_bf16;
-  if (few_rows && m <= 8) {
-    #pragma omp parallel for num_threads(threads) if ((long) n * k > 500000 && threads > 1)
-    for (long column = 0; column < n; column++)
-      for (long row = 0; row < m; row++)
-        c[row * ldc + column] = alpha * dot(a + row * lda, b + column * ldb, k);
-    return;
-  }
-  if (few_rows && m <= 32) {
-    for (int row = 0; row < m; row += 16)
-      multiply_rows(m - row < 16 ? m - row : 16, n, k, alpha, a + (long) row * lda, lda, b, ldb,
-                    c + (long) row * ldc, ldc);
-    return;
-  }
-  if (!onednn) {
-    openblas(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-    return;
-  }
-  char ta_name = ta == 111 ? 'N' : 'T', tb_name = tb == 111 ? 'N' : 'T';
-  set_threads_of_onednn((long) m * n * k > 10000000 ? threads : 1);
-  if (!rounds_to_bf16 || n == 1 || (long) m * n * k < 500000) {
-    onednn(ta_name, tb_name, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-    return;
-  }
-  long a_rows = ta == 111 ? m : k, a_columns = ta == 111 ? k : m;
-  long b_rows = tb == 111 ? k : n, b_columns = tb == 111 ? n : k;
-  int is_same = a == b && lda == ldb && a_rows == b_rows && a_columns == b_columns;
-  long size = a_rows * a_columns + (is_same ? 0 : b_rows * b_columns);
-  if (size > room) {
-    free(buffer);
-    buffer = malloc(size * sizeof(bf16));
-    room = size;
-  }
-  bf16* b_rounded = is_same ? buffer : buffer + a_rows * a_columns;
-  round_to_bf16(a, a_rows, a_columns, lda, buffer);
-  if (!is_same) round_to_bf16(b, b_rows, b_columns, ldb, b_rounded);
-  onednn_bf16(ta_name, tb_name, m, n, k, alpha, buffer, a_columns, b_rounded, b_columns,
-              beta, c, ldc);
-}
-"""
-
-
-forwarder = None  # the compiled FORWARDER
+forwarder = None  # fast.c, compiled
 openblas = None  # NumPy's, if the forwarder uses it
 prefers_bfloat16 = False  # whether products are faster in bfloat16
 
@@ -238,17 +80,6 @@ INSTRUCTIONS = {
 }
 HAS_AVX512_BF16 = 0x80  # bits of these numbers
 HAS_AMX_BF16 = 0x800
-
-
-def is_bfloat16_faster(instructions, about):
-    """Whether a CPU multiplies faster in bfloat16; instructions: oneDNN's number; see cpu_info.
-
-    With AVX-512 BF16 alone, AMD's do, but Intel's reach half the speed of float32 (two Emerald
-    Rapids cores whose AMX is hidden from a virtual machine: 177 instead of 308 GFLOP/s).
-    """
-    if instructions & HAS_AMX_BF16:
-        return True
-    return bool(instructions & HAS_AVX512_BF16) and "AuthenticAMD" in about
 
 
 def use_fast_blas():
@@ -267,43 +98,15 @@ def use_fast_blas():
     # times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     keep_freed_memory()
-    path = compile_forwarder()
-    if path is None:
+    name, functions = find_blas()
+    if functions:
+        forwarder = load_forwarder()
+    if forwarder is None:
         return REFERENCE_BLAS
-    forwarder = ctypes.CDLL(path)
-    name = find_blas()
-    if name is None:
-        forwarder = None
-        return REFERENCE_BLAS
-    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)  # visible to MLX, which is loaded later
+    for pointer, function in functions.items():
+        address = ctypes.cast(function, ctypes.c_void_p).value
+        ctypes.c_void_p.in_dll(forwarder, pointer).value = address
     return name
-
-
-def find_blas():
-    """Sets the forwarder's functions; returns the name of their library, or None."""
-    global openblas, prefers_bfloat16
-    # Where pip installs it, in an environment or for a user, or a system package.
-    for folder in (f"{sys.prefix}/lib/", f"{site.getuserbase()}/lib/", ""):
-        with contextlib.suppress(OSError, AttributeError):  # not there, or another version
-            onednn = ctypes.CDLL(f"{folder}libdnnl.so.3")
-            instructions = onednn.dnnl_get_effective_cpu_isa()
-            functions = {
-                "onednn": onednn.dnnl_sgemm,
-                "set_threads_of_onednn": onednn.omp_set_num_threads,  # of the OpenMP that it uses
-            }
-            if instructions & HAS_AVX512_BF16:
-                functions["onednn_bf16"] = onednn.dnnl_gemm_bf16bf16f32
-            for name, function in functions.items():
-                set_function(name, function)
-            prefers_bfloat16 = is_bfloat16_faster(instructions, cpu_info())
-            return f"oneDNN ({INSTRUCTIONS.get(instructions, hex(instructions))})"
-    for path in Path(np.__path__[0]).parent.glob("numpy.libs/libscipy_openblas64_*.so"):
-        openblas = ctypes.CDLL(str(path))
-        set_function("openblas", openblas.scipy_cblas_sgemm64_)
-        # Each set of kernels rounds differently.
-        openblas.scipy_openblas_get_corename64_.restype = ctypes.c_char_p
-        return f"NumPy's OpenBLAS ({openblas.scipy_openblas_get_corename64_().decode()})"
-    return None
 
 
 def keep_freed_memory():
@@ -318,68 +121,84 @@ def keep_freed_memory():
         libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 
-def set_function(name, function):
-    """Sets a pointer in the forwarder to a function of another library."""
-    pointer = ctypes.c_void_p.in_dll(forwarder, name)
-    pointer.value = ctypes.cast(function, ctypes.c_void_p).value
+def find_blas():
+    """The name of a fast BLAS, and its functions by their pointers in fast.c; or "" and {}."""
+    global openblas, prefers_bfloat16
+    # Where pip installs it, in an environment or for a user, or a system package.
+    for folder in (f"{sys.prefix}/lib/", f"{site.getuserbase()}/lib/", ""):
+        with contextlib.suppress(OSError, AttributeError):  # not there, or another version
+            onednn = ctypes.CDLL(f"{folder}libdnnl.so.3")
+            instructions = onednn.dnnl_get_effective_cpu_isa()
+            functions = {
+                "onednn": onednn.dnnl_sgemm,
+                "set_threads_of_onednn": onednn.omp_set_num_threads,  # of the OpenMP that it uses
+            }
+            if instructions & HAS_AVX512_BF16:
+                functions["onednn_bf16"] = onednn.dnnl_gemm_bf16bf16f32
+                # With AVX-512 BF16 alone, AMD's are faster in bfloat16, but Intel's reach half the
+                # speed of float32 (two Emerald Rapids cores whose AMX is hidden from a virtual
+                # machine: 177 instead of 308 GFLOP/s).
+                is_amd = "AuthenticAMD" in cpu_info()
+                prefers_bfloat16 = is_amd or bool(instructions & HAS_AMX_BF16)
+            return f"oneDNN ({INSTRUCTIONS.get(instructions, hex(instructions))})", functions
+    for path in Path(np.__path__[0]).parent.glob("numpy.libs/libscipy_openblas64_*.so"):
+        openblas = ctypes.CDLL(str(path))
+        # Each set of kernels rounds differently.
+        openblas.scipy_openblas_get_corename64_.restype = ctypes.c_char_p
+        kernels = openblas.scipy_openblas_get_corename64_().decode()
+        return f"NumPy's OpenBLAS ({kernels})", {"openblas": openblas.scipy_cblas_sgemm64_}
+    return "", {}
 
 
-def compile_forwarder():
-    """The path of FORWARDER's library, compiled once per kind of CPU; None if that fails."""
-    try:
-        folder = open_code_dir()
-    except UsageError:  # MLX cannot compile, either, if anything is to be computed
-        return None
-    cpu = re.search("^(flags|Features).*", cpu_info(), re.M)
-    kind = f"{FORWARDER}{cpu and cpu[0]}"  # a folder may serve several CPUs
-    path = folder / f"blas-{hashlib.sha1(kind.encode()).hexdigest()[:12]}.so"
-    if path.exists() and can_be_loaded(path):
-        return str(path)
-    compiler = next(filter(shutil.which, ["cc", "gcc", "clang"]), None)
-    if compiler is None:
-        return None
+def cpu_info():
+    """What Linux says about the CPU; "" if nothing."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/cpuinfo").read_text("utf-8")
+    return ""
+
+
+def load_forwarder():
+    """fast.c as a library, compiled once per kind of CPU; None if that fails."""
+    source = Path(__file__).with_suffix(".c")
+    cpu = re.search("^(flags|Features).*", cpu_info(), re.M)  # a folder may serve several CPUs
+    compiler = next(filter(shutil.which, ["cc", "gcc", "clang"]), "cc")
     # Without the last three, sums would stay scalar.
     vectors = ["-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
     # Not every compiler knows every option.
     for options in ([*vectors, "-fopenmp"], vectors, []):
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            command = [compiler, "-shared", "-fPIC", "-O3", *options, "-x", "c", "-"]
-            with locked_code_dir(), replacing(path) as file:  # never a partial library
-                run_quietly([*command, "-o", file.name], FORWARDER.encode())
-                ctypes.CDLL(file.name)  # raises OSError if it cannot be loaded
-            return str(path)
+        # UsageError: no folder can hold code, so MLX cannot compile, either.
+        with contextlib.suppress(UsageError, OSError, subprocess.SubprocessError):
+            key = key_of([source.read_text("utf-8"), cpu and cpu[0], options])
+            path = open_code_dir() / f"blas-{key}.so"
+            compile_once(path, [compiler, "-shared", "-fPIC", "-O3", *options, source])
+            return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     return None
 
 
-@contextlib.contextmanager
-def locked_code_dir():
-    """The folder for compiled code, in which one process at a time compiles by this program.
+def key_of(about):
+    """A part of a file's name that differs where `about` does."""
+    return hashlib.sha1(json.dumps(about).encode()).hexdigest()[:12]
 
-    What killed ones left is deleted first. Raises OSError.
+
+def compile_once(path, command):
+    """Makes the file `path` by a compiler, unless it is there; one process at a time.
+
+    Raises OSError, SubprocessError.
     """
-    folder = open_code_dir()
-    with open(folder / ".lock", "ab") as lock:
+    with open(path.parent / ".lock", "ab") as lock:
         flock(lock)
-        remove_leftovers(folder)
-        for left in folder.glob("compiler-*.new"):
-            shutil.rmtree(left)
-        yield folder
-
-
-def can_be_loaded(path):
-    """Whether a library can be loaded: it may need another one that is not installed."""
-    try:
-        ctypes.CDLL(str(path))
-    except OSError:
-        return False
-    return True
-
-
-def run_quietly(command, text=b""):
-    """Runs a compiler on `text`. Raises OSError, SubprocessError."""
-    environment = {**os.environ, "TMPDIR": str(open_code_dir())}  # the user's may be full
-    output = subprocess.DEVNULL
-    subprocess.run(command, input=text, check=True, stdout=output, stderr=output, env=environment)
+        if path.exists():
+            return
+        remove_leftovers(path.parent)  # of processes that were killed
+        environment = {**os.environ, "TMPDIR": str(path.parent)}  # the user's may be full
+        with replacing(path) as file:
+            subprocess.run(
+                [*command, "-o", file.name],
+                check=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
 
 
 def set_blas_threads(count):
@@ -792,52 +611,31 @@ def use_precompiled_header():
 
     It is COMPILER_SCRIPT next to that copy, in a folder for each MLX and compiler version.
     """
-    # The parent process may have put such a folder there, too.
-    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    folders = [folder for folder in folders if not re.search(r"/compiler-[0-9a-f]{12}$", folder)]
-    path = os.pathsep.join(folders)
-    # MLX only calls g++.
-    compiler = shutil.which("g++", path=path) or shutil.which("clang++", path=path)
+    compiler = shutil.which("g++") or shutil.which("clang++")  # MLX only calls g++
+    code_dir = open_code_dir()
     if compiler is None or sys.platform != "linux":
         return
+    if Path(compiler).parent.parent == code_dir:
+        return  # the process that has started this one has put it there
     status = os.stat(compiler)
     about = [mx.__version__, compiler, status.st_size, status.st_mtime_ns]
-    about += [COMPILER_SCRIPT, *MLX_OPTIONS, *OWN_OPTIONS]
-    key = hashlib.sha1(json.dumps(about).encode()).hexdigest()[:12]
-    folder = open_code_dir() / f"compiler-{key}"
+    folder = code_dir / f"compiler-{key_of([*about, COMPILER_SCRIPT, MLX_OPTIONS, OWN_OPTIONS])}"
+    header = folder / f"{PREAMBLE}.gch"
+    script = folder / "g++"
+    include = Path(mx.__file__).parent / "include"
+    options = [*MLX_OPTIONS, *OWN_OPTIONS, "-I", include, "-x", "c++-header"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # as on a full disk
-        if not folder.exists():
-            compile_header(compiler, folder)
-        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
-
-
-def compile_header(compiler, folder):
-    """Makes the folder of use_precompiled_header. Raises OSError, SubprocessError."""
-    with locked_code_dir() as place:
-        if folder.exists():
-            return
-        new = Path(f"{folder}.new")
-        header = new / f"{PREAMBLE}.gch"
-        header.parent.mkdir(parents=True)
-        include = Path(mx.__file__).parent / "include"
-        source = ["-x", "c++-header", str(include / PREAMBLE), "-I", str(include)]
-        run_quietly([compiler, *MLX_OPTIONS, *OWN_OPTIONS, *source, "-o", str(header)])
-        script = new / "g++"
-        words = {
-            "compiler": shlex.quote(compiler),
-            "folder": shlex.quote(str(folder)),
-            "options": shlex.join(OWN_OPTIONS),
-        }
-        script.write_text(COMPILER_SCRIPT.format(**words), "utf-8")
-        script.chmod(0o755)
-        # Some folders are mounted noexec, and some compilers cannot link.
-        run_quietly([script, "-shared", "-x", "c++", "-", "-o", str(new / "empty.so")])
-        new.rename(folder)
-        # Keep the two newest other versions, 50 MB each. A process that still uses a deleted one
-        # finds the real compiler instead.
-        folders = sorted(place.glob("compiler-*"), key=lambda folder: folder.stat().st_mtime)
-        for old in folders[:-3]:
-            shutil.rmtree(old, ignore_errors=True)
+        header.parent.mkdir(parents=True, exist_ok=True)
+        compile_once(header, [compiler, *options, include / PREAMBLE])
+        with replacing(script) as file:
+            text = COMPILER_SCRIPT.format(
+                compiler=shlex.quote(compiler),
+                folder=shlex.quote(str(folder)),
+                options=shlex.join(OWN_OPTIONS),
+            )
+            file.write(text.encode())
+            os.fchmod(file.fileno(), 0o700)
+        os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 # ---- Streams: each CPU stream of MLX is a thread ------------------------------------------------

@@ -18,75 +18,23 @@ from tqdm import tqdm
 from datasets import explained, one_line, without_passwords
 from main import SAVED
 
-# What to install for each dashboard; the package is imported by the same name.
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
-
-
-def check(names):
-    """Raises UsageError unless these dashboards, "wandb,tensorboard", have their packages."""
-    for name in split_names(names):
-        remedy = f"pip install --upgrade {PACKAGES[name]}, or --report_to none"
-        # Of any type: a package that is older than what it needs raises some other error.
-        with explained(f"--report_to {name} needs a package: {remedy}"):
-            importlib.import_module(PACKAGES[name])
-
-
-def split_names(names):
-    """The dashboards in a --report_to, each once."""
-    return [name for name in dict.fromkeys(names.split(",")) if name != "none"]
-
-
-class Dashboards:
-    """The dashboards of a run. An error of one is said and ends it, but not the run."""
-
-    def __init__(self, run):
-        self.boards = {}
-        for name in split_names(run.flags.report_to):
-            with self.losing(name):
-                self.boards[name] = BOARDS[name](run)
-
-    def append(self, row):
-        """Shows a row of the log, {name: value}."""
-        metrics = {}
-        for name, value in row.items():
-            if name not in ("iteration", "split"):
-                metrics[f"{row['split']}/{name}"] = value
-        for name, board in list(self.boards.items()):
-            with self.losing(name):
-                board.show(row["iteration"], metrics)
-
-    def close(self):
-        """Waits until the dashboards have all that they were told."""
-        for name, board in list(self.boards.items()):
-            with self.losing(name):
-                board.close()
-
-    @contextlib.contextmanager
-    def losing(self, name):
-        """Leaves out a dashboard that fails in this block."""
-        try:
-            yield
-        except Exception as error:  # of any type: the packages have their own
-            self.boards.pop(name, None)
-            reason = without_passwords(one_line(error))[:300] or type(error).__name__
-            tqdm.write(f"--report_to {name} failed, the run goes on: {reason}")
-
 
 class TensorBoard:
     """Event files in the run's folder."""
+
+    PACKAGE = "tensorboardX"
 
     def __init__(self, run):
         import tensorboardX
 
         # TensorBoard hides what earlier sessions wrote of steps that are now repeated. It reads a
         # run's files by name: the iteration comes after the second in which each was begun.
-        self.writer = tensorboardX.SummaryWriter(
-            str(run.folder),
-            purge_step=run.iteration + 1,
-            filename_suffix=f".{run.iteration:012d}",
-        )
+        suffix = f".{run.iteration:012d}"
+        begin = run.iteration + 1
+        folder = str(run.folder)
+        self.writer = tensorboardX.SummaryWriter(folder, purge_step=begin, filename_suffix=suffix)
         lines = [f"    --{name} {value}" for name, value in recorded_flags(run).items()]
-        self.writer.add_text("flags", "\n".join(lines), run.iteration + 1)
+        self.writer.add_text("flags", "\n".join(lines), begin)
 
     def show(self, iteration, metrics):
         for name, value in metrics.items():
@@ -99,6 +47,8 @@ class TensorBoard:
 
 class WandB:
     """A run of Weights & Biases. Its id there is that of the run's folder: names are not unique."""
+
+    PACKAGE = "wandb"
 
     def __init__(self, run):
         import wandb
@@ -139,3 +89,53 @@ def recorded_flags(run):
     """The flags that the run's checkpoints record, {name: value}."""
     values = {name: getattr(run.flags, name) for name in SAVED}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def names_of(report_to):
+    """The dashboards in a --report_to, "wandb,tensorboard", each once."""
+    return [name for name in dict.fromkeys(report_to.split(",")) if name != "none"]
+
+
+def check(report_to):
+    """Raises UsageError unless these dashboards have their packages."""
+    for name in names_of(report_to):
+        package = BOARDS[name].PACKAGE
+        remedy = f"pip install --upgrade {package}, or --report_to none"
+        # Of any type: a package that is older than what it needs raises some other error.
+        with explained(f"--report_to {name} needs a package: {remedy}"):
+            importlib.import_module(package)
+
+
+class Dashboards:
+    """The dashboards of a run. An error of one is said and ends it, but not the run."""
+
+    def __init__(self, run):
+        self.boards = {}
+        for name in names_of(run.flags.report_to):
+            with self.losing(name):
+                self.boards[name] = BOARDS[name](run)
+
+    def append(self, row):
+        """Shows a row of the log, {name: value}."""
+        metrics = {}
+        for name in row.keys() - {"iteration", "split"}:
+            metrics[f"{row['split']}/{name}"] = row[name]
+        for name, board in [*self.boards.items()]:
+            with self.losing(name):
+                board.show(row["iteration"], metrics)
+
+    def close(self):
+        """Waits until the dashboards have all that they were told."""
+        for name, board in [*self.boards.items()]:
+            with self.losing(name):
+                board.close()
+
+    @contextlib.contextmanager
+    def losing(self, name):
+        """Leaves out a dashboard that fails in this block."""
+        try:
+            yield
+        except Exception as error:  # of any type: the packages have their own
+            self.boards.pop(name, None)
+            reason = without_passwords(one_line(error))[:300] or type(error).__name__
+            tqdm.write(f"--report_to {name} failed, the run goes on: {reason}")

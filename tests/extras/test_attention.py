@@ -1,10 +1,10 @@
 """What attention heads attend to, compared with a computation by hand."""
 
+import main
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import run_extra
-from datasets import ByteTokenizer
 from test_huggingface import make_model
 
 from extras import attention
@@ -64,26 +64,24 @@ def test_attention_weights(kv_heads, qk_norm):
         hidden = np.array(outputs[0], np.float64)
 
 
-def test_a_file_of_attention(trained, tmp_path):
-    line = [tmp_path / "a.png", "--prompt", "the $fox\n", "--save_dir", trained]
-    _, err = run_extra("attention", *line)
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert "a.png" in err
-
-
-def test_attention(figures):
-    model = make_model(num_heads=2, num_kv_heads=2)
-    attention.plot_attention(model, ByteTokenizer(), "a fox", "ptb-1", "x.png")
+def test_attention(trained, figures):
+    """The numbers that are drawn, and their labels; a dollar sign begins no formula."""
+    line = ["--prompt", "a $x", "--save_dir", str(trained)]
+    attention.main(["x.png", *line])
     *axes, colors = figures[0].axes
     assert colors.get_ylabel() == "attention"
-    assert figures[0].get_suptitle().startswith("ptb-1: ")
     titles = [axis.get_title() for axis in axes]
     assert titles == ["block 0, head 0", "block 0, head 1", "block 1, head 0", "block 1, head 1"]
     labels = [label.get_text() for label in axes[0].get_xticklabels()]
-    assert labels == ["a", "␣", "f", "o", "x"]
-    assert {label.get_rotation() for label in axes[0].get_xticklabels()} == {0}
-    assert [axis.get_xlabel() for axis in axes] == ["", ""] + ["attended token (key)"] * 2
-    assert [axis.get_ylabel() for axis in axes] == ["token (query)", ""] * 2
-    weights = attention.attention_weights(model, list(b"a fox"))
-    for axis, expected in zip(axes, weights.reshape(4, 5, 5)):
+    assert labels == ["a", "\N{OPEN BOX}", "$", "x"]
+    model = main.list_checkpoints(trained)[0].open().load_model()
+    weights = attention.attention_weights(model, list(b"a $x"))
+    for axis, expected in zip(axes, weights.reshape(4, 4, 4)):
         np.testing.assert_array_equal(axis.images[0].get_array(), expected)
+
+
+def test_a_file_of_attention(trained, tmp_path):
+    line = ["--prompt", "the $fox\n", "--save_dir", trained]
+    _, err = run_extra("attention", tmp_path / "a", *line)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert f"Plot saved to {tmp_path / 'a.png'}\n" in err

@@ -9,11 +9,9 @@ import main
 import numpy as np
 import pytest
 from conftest import ROOT, Script, flags, ids, run, run_extra, start
-from datasets import ByteTokenizer, PackageTokenizer, UsageError
+from datasets import ByteTokenizer, PackageTokenizer
 
-from extras import batch
-from extras.batch import SAMPLING_FLAGS, answer_batch
-from extras.results import append_lines, json_line
+from extras.batch import answer_batch
 
 PROMPTS = [
     "the company",
@@ -39,10 +37,7 @@ def answers(folder, path, *arguments):
 def test_file_of_prompts(model, temperature, tmp_path):
     hot = ["--temperature", temperature]
     lines = answers(model, tmp_path / "out.jsonl", *hot, "--num_samples", 2, "--seed", 3)
-    prompts = []
-    for prompt in PROMPTS:
-        prompts += [prompt, prompt]
-    assert [line["prompt"] for line in lines] == prompts
+    assert [line["prompt"] for line in lines[::2]] == PROMPTS
     assert [line["seed"] for line in lines] == list(range(3, 3 + 12))
     for line in lines[::3]:
         alone = ["--prompt", line["prompt"], "--seed", line["seed"], *hot, "--max_tokens", 12]
@@ -50,6 +45,7 @@ def test_file_of_prompts(model, temperature, tmp_path):
         assert out == line["completion"] + "\n"
         assert line["checkpoint"] == ids(model)[0]
         assert len(line["tokens"]) == 12
+        assert line.keys() >= main.FLAGS["sampling"].keys() - {"num_samples", "draft"}
 
 
 @pytest.mark.parametrize("stop", ["o", "\n", "e o"])
@@ -105,59 +101,6 @@ def test_texts_end_together_as_alone_and_with_a_draft(tokenizer):
     assert any(ended) and not all(ended)
 
 
-def test_no_control_character_is_written_raw():
-    """The lines may go to a terminal."""
-    content = {"prompt": "a\tb\x1b]0;x\x07\x7f\x9b2Jé\ud800"}
-    line = json_line(content)
-    assert line.decode().isprintable()
-    assert json.loads(line) == content
-
-
-def test_a_stop_that_is_not_utf8(byte_model, tmp_path):
-    """It never comes, and is a string of JSON all the same."""
-    for _ in range(2):  # the second one finds all prompts answered
-        lines = answers(byte_model, tmp_path / "out.jsonl", "--stop", "\udcff")
-        for line in lines:
-            assert line["stop"] == "\udcff"
-            assert len(line["tokens"]) == 12
-
-
-@pytest.mark.parametrize("stop", ["\ufffd", "ü", "\ufffdx"])
-@pytest.mark.parametrize("data", ["für".encode(), b"f\xc3x", b"f\xff", b"f\xc3"])
-def test_a_stop_that_stands_for_half_a_character(stop, data):
-    """Together and alone alike: the first half of a character is not yet one that is invalid."""
-
-    def rows(token):  # of logits: after each byte of the data, the next one
-        rest = data[data.find(token) + 1 :]
-        return [float(i == (rest[0] if rest else ord("."))) for i in range(257)]
-
-    tokenizer = ByteTokenizer()
-    values = flags(max_tokens=len(data) - 1, stop=stop, temperature=0, top_k=0)
-    [line] = answer_batch(Script(rows), tokenizer, [{"prompt": "f", "seed": 1}], values)
-    alone = main.Conversation(tokenizer, Script(rows)).reply("f", values, 1)
-    assert line["completion"] == "".join(alone)
-
-
-def test_the_search_for_the_stop_decodes_each_token_a_few_times(byte_model, monkeypatch):
-    """And not the whole text after each."""
-    contents = main.list_checkpoints(byte_model)[0].open()
-    model = contents.load_model()
-    tokenizer = contents.tokenizer
-    decode = tokenizer.decode
-    decoded = []
-
-    def watched(ids):
-        decoded.extend(ids)
-        return decode(ids)
-
-    monkeypatch.setattr(tokenizer, "decode", watched)
-    jobs = [{"prompt": "the company", "seed": 1}, {"prompt": "a lazy", "seed": 1}]
-    lines = answer_batch(model, tokenizer, jobs, flags(max_tokens=300, stop="never", temperature=1))
-    count = sum(len(line["tokens"]) for line in lines)
-    assert count == 600
-    assert len(decoded) < 10 * count
-
-
 def test_a_reader_that_leaves(byte_model, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("the\n" * 1000)  # more than a pipe takes
@@ -181,74 +124,35 @@ def test_ctrl_c_shows_no_traceback(byte_model, tmp_path):
     assert err.count("\n") == 1, "the checkpoint alone was named"
 
 
-def test_without_its_packages_it_says_what_to_install(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['numpy'] = None\n")
-    env = {"PYTHONPATH": str(tmp_path)}
-    _, err = run("-m", "extras.batch", "x", program=[], cwd=ROOT, env=env, status=2)
-    assert err == "extras: no numpy here: pip install -r requirements.txt\n"
-
-
-@pytest.mark.parametrize("damage", [
-    lambda data: data[: len(data) // 2],
-    lambda data: data[:-1],
-    lambda data: b"",
-    lambda data: data[:3],
-    lambda data: data,
-], ids=["half", "last line end", "all", "first line", "nothing"])  # fmt: skip
-def test_file_of_prompts_is_gone_on_with(word_model, damage, tmp_path):
+def test_file_of_prompts_is_gone_on_with(word_model, tmp_path):
     path = tmp_path / "out.jsonl"
     whole = answers(word_model, path)
     data = path.read_bytes()
-    path.write_bytes(damage(data))
-    assert answers(word_model, path) == whole
-    assert path.read_bytes() == data
-
-
-def test_answers_to_other_prompts_are_left_alone(word_model, tmp_path):
-    path = tmp_path / "out.jsonl"
-    answers(word_model, path)
-    data = path.read_bytes()
-    source = tmp_path / "prompts.txt"
-    line = [source, "--output", path, "--save_dir", word_model]
-    for prompts, seed in (("other\n", 42), ("the company\n", 42), ("\n".join(PROMPTS), 43)):
-        source.write_text(prompts)
-        _, err = run_extra("batch", *line, "--max_tokens", 12, "--seed", seed, status=2)
-        assert "name another" in err
+    for size in (0, 3, len(data) // 2, len(data) - 1, len(data)):
+        path.write_bytes(data[:size])
+        assert answers(word_model, path) == whole
         assert path.read_bytes() == data
 
 
 @pytest.mark.parametrize("typed", [
-    ["--max_tokens", 1],
+    ["--seed", 43],
     ["--max_tokens", 120],
     ["--temperature", 0.25],
     ["--top_k", 5],
-    ["--top_p", 0.5],
-    ["--min_p", 0.1],
-    ["--repetition_penalty", 1.5],
-    ["--quantize", 8],
     ["--no-stop_at_end"],
+    "other prompts",
 ], ids=str)  # fmt: skip
-def test_answers_by_other_flags_are_left_alone(byte_model, tmp_path, typed, monkeypatch):
-    # The weights are not quantized: the model is too small, and it is the flag that counts.
-    monkeypatch.setattr(batch, "quantize", lambda *_, **__: None)
-    source = tmp_path / "prompts.txt"
-    source.write_text("\n".join(PROMPTS) + "\n")
+def test_answers_to_other_prompts_or_by_other_flags_are_left_alone(byte_model, tmp_path, typed):
     path = tmp_path / "out.jsonl"
-    line = [source, "--output", path, "--save_dir", byte_model]
-    line = [*map(str, line), "--max_tokens", "12"]
-    batch.main(line)
+    answers(byte_model, path)
     data = path.read_bytes()
-    with pytest.raises(UsageError, match="name another --output"):
-        batch.main([*line, *map(str, typed)])
+    line = [tmp_path / "prompts.txt", "--output", path, "--save_dir", byte_model]
+    if typed == "other prompts":
+        typed = []
+        (tmp_path / "prompts.txt").write_text("the company\n")
+    _, err = run_extra("batch", *line, "--max_tokens", 12, *typed, status=2)
+    assert "name another --output" in err
     assert path.read_bytes() == data
-
-
-def test_lines_name_all_flags_that_shape_them(word_model, tmp_path):
-    [line, *_] = answers(word_model, tmp_path / "out.jsonl", "--top_p", 0.5)
-    assert line["max_tokens"] == 12
-    assert line["top_p"] == 0.5
-    assert line["quantize"] is None
-    assert main.FLAGS["sampling"].keys() - {"num_samples", "draft"} == {*SAMPLING_FLAGS}
 
 
 def test_a_damaged_line_of_answers(word_model, tmp_path):
@@ -274,12 +178,6 @@ def test_two_processes_do_not_write_one_file(word_model, tmp_path):
         assert not path.read_bytes()
     run_extra("batch", *line, "--save_dir", word_model)
     assert len(path.read_bytes().splitlines()) == 1
-
-
-def test_a_device_is_not_read():
-    """/dev/full, say, has no end."""
-    with pytest.raises(UsageError, match="/dev/null is not a regular file"):
-        append_lines("/dev/null", [{"prompt": "a"}])
 
 
 def test_answers_to_stdout(word_model, tmp_path):

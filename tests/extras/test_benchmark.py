@@ -13,7 +13,7 @@ SHAPES = {
         " --mlp swiglu --untie --qk_norm"
     ),
     # Gradients outweigh activations.
-    "large": "--dim 256 --num_heads 4 --num_blocks 4 --context_size 16 --batch_size 4 --average 1",
+    "large": "--dim 256 --num_heads 4 --num_blocks 4 --context_size 16 --batch_size 4",
 }
 
 
@@ -47,8 +47,6 @@ def test_benchmark(shape, text, tmp_path):
     assert result["flops_per_token"] == {"forward": forward, "backward": 2 * forward}
     weights = 4 * sum(result["parameters"].values())
     assert result["memory"]["weights"] == weights
-    average = weights if "--average" in shape else 0
-    assert result["memory"].get("average", 0) == average
     assert result["memory"]["optimizer"] == pytest.approx(2 * weights, rel=0.01)
     # The gradients of all weights, or of all but the last that are updated, are there together.
     assert result["peak_memory"] > sum(result["memory"].values())
@@ -56,29 +54,19 @@ def test_benchmark(shape, text, tmp_path):
         "tokens_per_second",
         "matrix_flops",
         "share_of_matrix_speed",
-        "decoded_per_second",
         "first_token_ms",
+        "token_ms",
     ]
     for name in positive:
         assert result[name] > 0, name
-    assert result["token_ms"] * result["decoded_per_second"] == pytest.approx(1000)
-    *lines, _ = out.splitlines()
-    assert max(map(len, lines)) <= 100
-    table = " ".join(map(str.strip, lines))
-    shown = re.search(r"parameters +([\d,]+): ([\d,]+) embeddings", table)
     total = sum(result["parameters"].values())
-    assert shown.groups() == (f"{total:,}", f"{257 * D:,}")
-    peak = result["peak_memory"] / 2**20
-    assert f" {peak:,.1f} MiB at the peak of a training step" in table
-    speed = result["tokens_per_second"]
-    milliseconds = 1000 * given.batch_size * L / speed
-    assert f"{speed:,.0f} tokens/s, {milliseconds:,.1f} ms per step" in table
-    assert f"first token after {result['first_token_ms']:,.1f} ms" in table
+    assert f"parameters  {total:,}: {257 * D:,} embeddings, " in out
+    assert f"training    {result['tokens_per_second']:,.0f} tokens/s" in out
     assert not ids(tmp_path), "nothing is saved"
 
 
 @pytest.mark.parametrize("options", [
-    ["--init_from", "latest", "--lora_rank", 2, "--average", 0.5],
+    ["--init_from", "latest", "--lora_rank", 2],
     ["--teacher", "latest", "--dim", 24],
 ])  # fmt: skip
 def test_what_else_a_step_may_do_is_measured_too(options, tmp_path, text):
@@ -95,6 +83,3 @@ def test_what_else_a_step_may_do_is_measured_too(options, tmp_path, text):
         flops = result["flops_per_token"]
         matrices = parts["attention"] + parts["mlp"] + 257 * 16
         assert flops["backward"] == 2 * flops["forward"] - 2 * matrices
-    if "--average" in options:
-        memory = result["memory"]
-        assert 0 < memory["average"] < memory["weights"] / 4, "the adapters alone"
