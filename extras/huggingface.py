@@ -128,7 +128,7 @@ def download_model(repository, revision=None):
     weights = ["model.safetensors", "model-*-of-*.safetensors"]
     try:
         folder = Path(download(revision=revision, allow_patterns=TEXTS))
-        with explained(f"{repository} cannot be used"):
+        with explained(f"{repository} cannot be used: name another model"):
             read_texts(folder)  # before gigabytes are downloaded in vain
         return Path(download(revision=folder.name, allow_patterns=[*TEXTS, *weights]))
     except UsageError:
@@ -147,7 +147,7 @@ def import_model(folder):
     Raises UsageError if the folder holds no model that is supported.
     """
     folder = Path(folder)
-    with explained(f"{folder} cannot be used"):
+    with explained(f"{folder} cannot be used: name another model"):
         config, tokenizer = read_texts(folder)
         weights = read_weights(weight_files(folder))
         if not config.untie:
@@ -341,7 +341,7 @@ def id_of(folder):
 
     So editing one of them makes another model. Raises UsageError.
     """
-    with explained(f"{folder} cannot be used"):
+    with explained(f"{folder} cannot be used: name another model"):
         sha1s = [sha1_of_file(path.resolve()) for path in model_files(Path(folder))]
     return hashlib.sha1("".join(sha1s).encode()).hexdigest()
 
