@@ -103,6 +103,8 @@ def open_by_name(name):
     """
     if os.path.isdir(name):
         return import_model(name)
+    if os.path.exists(name):
+        raise UsageError(f"{name} is a file: name the folder that it lies in")
     found = HUB_NAME.fullmatch(name)
     if not found:
         remedy = "name one, a checkpoint, or a model of the Hugging Face hub (ORG/NAME)"
@@ -183,7 +185,7 @@ def find_file(folder, name):
     """The path of a file in a folder. Raises UsageError if it is not there, or not yet."""
     path = folder / name
     if not path.is_file():  # a pipe might never begin
-        raise UsageError(f"it has no file {name}: copy or download all of it")
+        raise UsageError(f"it has no file {name}: download it, or save all with transformers")
     with open(path, "rb") as file:
         if file.read(len(POINTER)) == POINTER:
             raise UsageError(f"{name} was not downloaded: run git lfs pull")

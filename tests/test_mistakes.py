@@ -276,6 +276,7 @@ MISTAKES = [
     ("--prompt a --quantize 4", "needs a model in which 32 divides --dim", "(257,16)"),
     ("--text text.txt --init_from nonsense", "'nonsense' matches no checkpoints", "see --list"),
     ("--text text.txt --init_from no/such/folder", "is no folder here", "name one"),
+    ("--text text.txt --init_from hf/config.json", "is a file", "name the folder"),
     ("--text text.txt --init_from empty", "empty cannot be used", "it has no file config.json"),
     ("--text text.txt --init_from hf", "its model_type is gpt2", "name another model"),
     ("--text text.txt --init_from BYTE --dim 32", "contradicts --init_from", "leave --dim out"),
