@@ -6,7 +6,6 @@ import shutil
 import main
 import mlx.core as mx
 import numpy as np
-import pytest
 from conftest import begin, flags, newest, run, run_extra, saved, start
 from datasets import ByteTokenizer
 from mlx.utils import tree_flatten
@@ -129,27 +128,16 @@ def test_branches_of_a_lora_run_and_adapters_on_it(base, text):
     assert begin(*line_of_nested, 3, "--save_dir", folder)[:2] == (nested, 2)
 
 
-@pytest.mark.parametrize("options", [[], ["--lora_rank", 2]], ids=["all", "lora"])
-def test_a_base_with_more_rows_than_ids(tmp_path, text, options):
-    """As Qwen3's, padded for speed: its shape stays, in every leg.
-
-    The folder may be moved, changed in place or deleted. Changed, it is another base.
-    """
+def test_a_base_with_more_rows_than_ids(tmp_path, text):
+    """As Qwen3's, padded for speed: its shape stays, in every leg and without the folder."""
     hf = tmp_path / "hf"
     export_model(make_model(257 + 24), ByteTokenizer(), hf, None)
-    line = ["--text", text, *options, "--max_tokens", 8, "--save_dir", tmp_path / "lm"]
-    line += ["--init_from"]
-    name, _, _ = begin(*line, hf, "--num_iters", 2)
-    hf.rename(tmp_path / "moved")
-    assert begin(*line, tmp_path / "moved", "--num_iters", 4)[:2] == (name, 2)
-    assert newest(tmp_path / "lm").config["vocab_size"] == 281
-    (tmp_path / "moved").rename(hf)
-    config = hf / "config.json"
-    config.write_text(config.read_text().replace("10000.0", "5000.0"))
-    assert begin("--identifier", name, *line[-3:-1], "--num_iters", 5)[:2] == (name, 4)
-    other, iteration, _ = begin(*line, hf, "--num_iters", 1)
-    assert (other != name, iteration) == (True, 0)
+    line = ["--text", text, "--lora_rank", 2, "--max_tokens", 8, "--save_dir", tmp_path / "lm"]
+    line += ["--init_from", hf]
+    name, _, _ = begin(*line, "--num_iters", 2)
     shutil.rmtree(hf)
+    assert begin(*line, "--num_iters", 4)[:2] == (name, 2)
+    assert newest(tmp_path / "lm").config["vocab_size"] == 281
     run("--prompt", "line", "--max_tokens", 8, "--identifier", name, "--save_dir", tmp_path / "lm")
 
 
