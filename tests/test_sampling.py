@@ -363,7 +363,7 @@ def test_characters_of_many_bytes_come_whole():
 
 
 def sentencepiece():
-    """As Llama 2's: a line end and what is no piece are bytes, broken if one of a row of them is."""
+    """As Llama 2's: a line end and what is no piece are bytes; one that is broken breaks all."""
     pieces = ["<unk>", "▁", "a", "b", "▁the", "é", "</s>"]
     pieces += [f"<0x{byte:02X}>" for byte in range(256)]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}

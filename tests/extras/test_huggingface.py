@@ -272,7 +272,7 @@ def test_settings_as_transformers_reads_them(hf, changes, expected):
 
 
 def test_weights_of_an_index_in_bfloat16(hf, tmp_path):
-    """And of nothing else that lies there; RoPE's speeds, which older folders hold, are computed."""
+    """And of nothing else that lies there; RoPE's speeds, as older folders have, are computed."""
     weights = {}
     for name, weight in weights_of(hf).items():
         weights[name] = weight.astype(mx.bfloat16)
