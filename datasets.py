@@ -538,6 +538,7 @@ class Ids(NamedTuple):
 #     num_special   number of ids that stand for no text of their own
 #     eos           id between documents, or None
 #     unk           id of anything outside the vocabulary, or None
+#     byte_ids      ids of bytes that become text only together with those next to them
 #     encode        text -> [N] array of ids, in the dtype stored on disk
 #     encode_batch  texts -> an iterable of such arrays
 #     decode        ids -> text
@@ -557,6 +558,7 @@ class ByteTokenizer:
     num_special = 1
     eos = 256
     unk = None
+    byte_ids = ()
 
     def __init__(self, vocabulary=None):
         """`vocabulary` is ignored: it is the same for all texts."""
@@ -595,6 +597,7 @@ class CharTokenizer:
     kind = "char"
     num_special = 1
     eos = None
+    byte_ids = ()
 
     def __init__(self, vocabulary):
         self.vocabulary = vocabulary
@@ -640,6 +643,7 @@ class WordTokenizer:
 
     kind = "word"
     num_special = 2
+    byte_ids = ()
 
     def __init__(self, vocabulary):
         self.vocabulary = vocabulary
@@ -713,7 +717,10 @@ class PackageTokenizer:
         self.eos = self.find_eos([eos or END, *ENDS])
         self.unk = self.find_unk(settings["model"])
         self.num_special = len({self.eos, self.unk} - {None})
-        largest = max(self.package.get_vocab().values())
+        ids = self.package.get_vocab()
+        names = [f"<0x{byte:02X}>" for byte in range(256)]  # as SentencePiece calls them
+        self.byte_ids = {ids[name] for name in names if name in ids}
+        largest = max(ids.values())
         if largest >= self.vocab_size:  # it would lie beyond a model's embeddings
             raise ValueError(f"the tokenizer has {self.vocab_size} ids, but one is {largest}")
 

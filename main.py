@@ -1368,7 +1368,8 @@ class Detokenizer:
         """The text that `token` completes; "" inside a character."""
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
-        if text.endswith("\ufffd"):  # perhaps the first bytes of a character
+        # Perhaps the first bytes of a character, or of several, which may all turn out broken.
+        if text.endswith("\ufffd") or token in self.tokenizer.byte_ids:
             return ""
         piece = text[self.shown :]
         self.ids = [token]  # all that the next token's text can depend on
@@ -1635,7 +1636,8 @@ def load_arrays(path):
     """
     arrays = mx.load(str(path), format="safetensors")
     if sum(array.nbytes for array in arrays.values()) > path.stat().st_size:
-        raise ValueError("its arrays overlap")  # a small file could fill the memory
+        # Whose small file could fill the memory.
+        raise ValueError("it is cut off, or its arrays overlap")
     return arrays
 
 

@@ -43,7 +43,7 @@ def export_gguf(model, tokenizer, path, bits):
     the file exists or cannot be written.
     """
     path = Path(user_path(path))
-    name = find_counterpart(model.config)
+    kind = find_counterpart(model.config)
     vocabulary = make_vocabulary(tokenizer, model.config.vocab_size)
     with explained("GGUF needs a package: pip install gguf", ImportError):
         import gguf
@@ -54,12 +54,12 @@ def export_gguf(model, tokenizer, path, bits):
     needed = f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"
     with explained(f"cannot write {path}: name a file of yours", OSError):
         with replacing(path) as file:
-            writer = gguf.GGUFWriter(file.name, name.lower())
+            writer = gguf.GGUFWriter(file.name, kind)
             add_settings(writer, model.config)
             writer.add_name(utf8(path.stem))
             writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{matrix_format.name}", 0))
             add_vocabulary(writer, vocabulary)
-            for tensor, array in convert_weights(model, is_permuted="Qwen" not in name):
+            for tensor, array in convert_weights(model, is_permuted="qwen" not in kind):
                 wanted = matrix_format if array.ndim == 2 else formats.F32
                 with explained(needed, gguf.quants.QuantError):
                     data = gguf.quantize(array, wanted)
@@ -68,7 +68,8 @@ def export_gguf(model, tokenizer, path, bits):
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
-    print(f"{name} in {matrix_format.name} and its tokenizer are in {path}", file=sys.stderr)
+    name = f"{kind.capitalize()} in {matrix_format.name}"
+    print(f"{name} and its tokenizer are in {path}", file=sys.stderr)
 
 
 def add_settings(writer, config):

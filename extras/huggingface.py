@@ -7,6 +7,7 @@
     python -m extras.export DIR --quantize 4   the same with packed weights, for mlx_lm
 
 Our weights have the same names as their Llama's, so only configuration and tokenizer are converted.
+A folder is read as transformers reads it. What it would compute and we cannot is refused.
 """
 
 import contextlib
@@ -24,32 +25,17 @@ from mlx.utils import tree_flatten
 
 from datasets import PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
 from datasets import read_whole, replacing, user_path, without_passwords
-from main import DEFAULTS, MLPS, Config, LanguageModel, load_arrays, refuse_beyond_memory
-from main import sha1_of_file
+from main import DEFAULTS, MLPS, Config, LanguageModel, checked, load_arrays
+from main import refuse_beyond_memory, sha1_of_file
 
-# Their names, and our (mlp, qk_norm, qkv_bias) for each. An export has the first one that fits.
+# Their `model_type`, and our (mlp, qk_norm, qkv_bias). An export is of the first that fits.
 KINDS = {
-    "Llama": ("swiglu", False, False),
-    "Mistral": ("swiglu", False, False),
-    "Qwen2": ("swiglu", False, True),
-    "Qwen3": ("swiglu", True, False),
-    "Arcee": ("relu2", False, False),
+    "llama": ("swiglu", False, False),
+    "mistral": ("swiglu", False, False),
+    "qwen2": ("swiglu", False, True),
+    "qwen3": ("swiglu", True, False),
+    "arcee": ("relu2", False, False),
 }
-THEIR_KINDS = "Llama, Mistral, Qwen2, Qwen3 or Arcee"
-# What the hub calls a model: ORG/NAME, perhaps with a branch or a commit.
-HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?", re.ASCII)
-# What to do about some errors of huggingface_hub.
-HUB_ERRORS = {
-    "RepositoryNotFoundError": "it has no such model, or a private one: check the name, or set "
-    "HF_TOKEN",
-    "GatedRepoError": "accept the terms on its page there, and set HF_TOKEN",
-    "RevisionNotFoundError": "the model has no such branch or commit",
-    "LocalEntryNotFoundError": "no connection, and it was not downloaded before: check the "
-    "network, HF_ENDPOINT and HF_HUB_OFFLINE",
-}
-# The files of a model on the hub that are read. Others hold the same weights in other formats.
-TEXTS = ["config.json", "tokenizer.json", "tokenizer_config.json"]
-WEIGHTS = "model*.safetensors"
 # Their `hidden_act` for our `mlp`.
 THEIR_ACTIVATIONS = {"swiglu": "silu", "relu2": "relu2"}
 # What their config.json calls the fields of our Config.
@@ -65,42 +51,48 @@ THEIR_NAMES = {
     "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
 }
-# config.json's RoPE settings other than the type, in the order of our Config's rope_scaling.
+# What transformers assumes where older files say nothing. A wrong shape would not fit the weights.
+ASSUMED = {"num_key_value_heads": None, "head_dim": None, "rope_theta": 1e4}
+# RoPE settings of Llama 3, in the order of our Config's rope_scaling.
 THEIR_ROPE_SCALING = [
     "factor",
     "low_freq_factor",
     "high_freq_factor",
     "original_max_position_embeddings",
 ]
-# Entries of a config.json that, if set, make a model compute what ours cannot.
-UNSUPPORTED = [
-    "attention_bias",
-    "mlp_bias",
-    "use_sliding_window",
-    "quantization",
-    "quantization_config",
-]
-# Valid types, minimum and maximum of these numbers in a config.json. The others are sizes, and
-# LARGEST_SIZE is far more than any model has.
-NUMBERS = {
-    "rope_theta": ((int, float), 1, 1e17),
-    "rms_norm_eps": ((int, float), 0, 1),
-    "factor": ((int, float), 1, 1e6),
-    "low_freq_factor": ((int, float), 1e-6, 1e6),
-    "high_freq_factor": ((int, float), 1e-6, 1e6),
+# Settings that change what a model computes, and the values that ours have, or null.
+SUPPORTED = {
+    "attention_bias": [False],
+    "mlp_bias": [False],
+    "use_sliding_window": [False],
+    "is_causal": [True],
+    "rope_type": ["default", "llama3"],
+    "partial_rotary_factor": [1],
+    "full_attention": [],  # RoPE of its own for some blocks
+    "sliding_attention": [],
+    "per_layer_config": [],
+    "quantization": [],
+    "quantization_config": [],
+    "transformers_weights": [],
 }
-LARGEST_SIZE = 2**24
+# The files of a model that are read, besides its weights. The last two may be missing.
+INDEX = "model.safetensors.index.json"
+TEXTS = ["config.json", "tokenizer.json", "tokenizer_config.json", INDEX]
+# How the first line of a file begins that git has left in the place of a large one.
+POINTER = b"version https://git-lfs"
+# What the hub calls a model: ORG/NAME, perhaps with a branch or a commit.
+HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?", re.ASCII)
+# What to do about some errors of huggingface_hub.
+HUB_ERRORS = {
+    "RepositoryNotFoundError": "it has no such model, or a private one: check the name, or set "
+    "HF_TOKEN",
+    "GatedRepoError": "accept the terms on its page there, and set HF_TOKEN",
+    "RevisionNotFoundError": "the model has no such branch or commit",
+    "LocalEntryNotFoundError": "no connection, and it was not downloaded before: check the "
+    "network, HF_ENDPOINT and HF_HUB_OFFLINE",
+}
 # Our models have not learned a chat format: a chat is the concatenated texts of its messages.
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-
-# The files of an export.
-EXPORTED = [
-    "model.safetensors",
-    "config.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "tokenizer.json",
-]
 
 
 # ---- Import -------------------------------------------------------------------------------------
@@ -110,7 +102,9 @@ def open_by_name(name):
     Returns what `import_model` does. Raises UsageError.
     """
     if os.path.isdir(name):
-        return import_model(Path(name))
+        return import_model(name)
+    if os.path.exists(name):
+        raise UsageError(f"{name} is a file: name the folder that it lies in")
     found = HUB_NAME.fullmatch(name)
     if not found:
         remedy = "name one, a checkpoint, or a model of the Hugging Face hub (ORG/NAME)"
@@ -132,12 +126,15 @@ def download_model(repository, revision=None):
     if not sys.stderr.isatty():
         disable_progress_bars()
     download = partial(huggingface_hub.snapshot_download, repository)
+    # Others hold the same weights in other formats or precisions.
+    weights = ["model.safetensors", "model-*-of-*.safetensors"]
     try:
         folder = Path(download(revision=revision, allow_patterns=TEXTS))
-        check_texts(folder)  # before gigabytes are downloaded in vain
-        return Path(download(revision=folder.name, allow_patterns=[*TEXTS, WEIGHTS]))
-    except UsageError as error:
-        raise UsageError(f"{repository}: {error}") from None
+        with explained(f"{repository} cannot be used: name another model"):
+            read_texts(folder)  # before gigabytes are downloaded in vain
+        return Path(download(revision=folder.name, allow_patterns=[*TEXTS, *weights]))
+    except UsageError:
+        raise
     except Exception as error:  # of many kinds, with messages of many lines
         kind = type(error).__name__
         message = without_passwords(one_line(error))[:200]  # it may quote HF_ENDPOINT
@@ -145,123 +142,162 @@ def download_model(repository, revision=None):
         raise UsageError(f"{fault}: {reason}") from None
 
 
-def check_texts(folder):
-    """Raises UsageError unless a folder's TEXTS are those of a model that can be loaded."""
-    malformed = (OSError, LookupError, ValueError, TypeError, AttributeError)
-    with explained(f"its config.json is not that of a {THEIR_KINDS} model", *malformed):
-        config = read_config(folder)
-    if not (folder / "tokenizer.json").exists():
-        raise UsageError("it has no tokenizer.json")
+def import_model(folder):
+    """Reads a Hugging Face folder: its TEXTS and its weights in *.safetensors files.
+
+    Returns the fields of a Source: the model in float32, its tokenizer, its id and its files.
+    Raises UsageError if the folder holds no model that is supported.
+    """
+    folder = Path(folder)
+    with explained(f"{folder} cannot be used: name another model"):
+        config, tokenizer = read_texts(folder)
+        weights = read_weights(weight_files(folder))
+        if not config.untie:
+            tie(weights)
+            config.untie = "lm_head.weight" in weights
+        if config.num_blocks > len(weights):
+            # Building that many blocks first could exhaust the memory.
+            raise UsageError(f"its files hold fewer than {config.num_blocks:,} blocks")
+        model = LanguageModel(config)
+        check_weights(weights, dict(tree_flatten(model.parameters())))
+        model.load_weights(list(weights.items()))
+        files = model_files(folder)
+    return model, tokenizer, id_of(folder), {file.name: file for file in files}
+
+
+def read_texts(folder):
+    """The Config of the model in a folder, tied or not as its config.json says, and the tokenizer.
+
+    Raises UsageError if this program has no such model, or no memory for it, and exceptions of
+    several types if a file is malformed.
+    """
+    config = read_config(folder)
     heads = config.num_heads + config.num_kv_heads
     _, is_gated = MLPS[config.mlp]
     matrices = 3 if is_gated else 2
     block = 2 * heads * config.head_dim * config.dim + matrices * config.mlp_dim * config.dim
     embeddings = config.vocab_size * config.dim
     refuse_beyond_memory({"weights": config.num_blocks * block + embeddings})
+    return config, read_tokenizer(folder, config.vocab_size)
 
 
-def read_config(path):
+def find_file(folder, name):
+    """The path of a file in a folder. Raises UsageError if it is not there, or not yet."""
+    path = folder / name
+    if not path.is_file():  # a pipe might never begin
+        raise UsageError(f"it has no file {name}: download it, or save all with transformers")
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UsageError(f"{name} was not downloaded: run git lfs pull")
+    return path
+
+
+def read_config(folder):
     """Our Config for the config.json in a folder, tied or not as that says.
 
-    Raises UsageError if this program has no such model, and exceptions of several types if it is
-    malformed.
+    Raises UsageError if a model with these settings computes something else than ours: better no
+    model than such a one.
     """
-    settings = read_settings(path)
-    unsupported = find_unsupported(settings)
-    if unsupported:
-        # Better no model than one that computes something else.
-        raise UsageError(f"it has {', '.join(unsupported)}, which training does not know")
-    return make_config(settings, untie=not settings.get("tie_word_embeddings"))
+    if (folder / "adapter_config.json").exists():
+        raise UsageError("it has an adapter: merge that into its base with peft, and save the sum")
+    entries = json.loads(read_whole(find_file(folder, "config.json")))
+    kind = entries.get("model_type")
+    if kind not in KINDS:
+        raise UsageError(f"its model_type is {kind}, not {', '.join(KINDS)}")
+    # Settings of RoPE, which older files call rope_scaling, count before what is next to them.
+    rope = entries.get("rope_scaling") or entries.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    settings = ASSUMED | entries | rope | {"rope_type": rope_type}
+    mlp, qk_norm, qkv_bias = KINDS[kind]
+    supported = SUPPORTED | {"hidden_act": [THEIR_ACTIVATIONS[mlp]]}
+    for name, values in supported.items():
+        value = settings.get(name)
+        if value is not None and value not in values:
+            raise UsageError(f"it has {name} {value!s:.40}, which training does not know")
+    for name in THEIR_NAMES.values():
+        if name not in settings:
+            raise UsageError(f"its config.json has no {name}")
+
+    fields = {ours: settings[theirs] for ours, theirs in THEIR_NAMES.items()}
+    if fields["num_kv_heads"] is None:
+        fields["num_kv_heads"] = fields["num_heads"]
+    window = settings.get("sliding_window", 4096)
+    if kind == "mistral" and window is not None:
+        # Within its window, it computes what a Llama does.
+        fields["context_size"] = min(fields["context_size"], window)
+    if type(fields["rope_theta"]) is int:  # as which JSON may have it
+        fields["rope_theta"] = float(fields["rope_theta"])
+    scaling = None
+    if rope_type == "llama3":
+        # The last one counts where it stands next to RoPE's settings, too.
+        context = {"original_max_position_embeddings": settings["max_position_embeddings"]}
+        scaling = [(context | rope | entries).get(name) for name in THEIR_ROPE_SCALING]
+        check_scaling(scaling)
+    untie = not entries.get("tie_word_embeddings")
+    more = {"rope_scaling": scaling, "qk_norm": qk_norm, "qkv_bias": qkv_bias, "untie": untie}
+    return checked(Config, {"mlp": mlp, **fields, **more})
 
 
-def import_model(path):
-    """Reads a Hugging Face folder: config.json, tokenizer.json and the *.safetensors files.
+def check_scaling(scaling):
+    """Raises UsageError unless RoPE's frequencies can be scaled so, see main.py."""
+    if None in scaling:
+        raise UsageError(f"RoPE of type llama3 needs {', '.join(THEIR_ROPE_SCALING)}")
+    factor, low, high, original_context = scaling
+    if not (factor >= 1 and 0 < low < high and original_context >= 1):
+        raise UsageError(f"RoPE cannot be scaled by {scaling}")
 
-    Returns the fields of a Source: the model in float32, its tokenizer, its id and its files.
-    Raises UsageError if the folder holds no model that is supported.
+
+def read_tokenizer(folder, vocab_size):
+    """The tokenizer in a folder, for a model with so many embeddings.
+
+    Added tokens beyond these are left out, such as [PAD], which some add and never use: in a text,
+    they are letters like any others. Raises UsageError for any other token beyond them.
     """
-    fault = f"{path} holds no {THEIR_KINDS} model that can be loaded: name one, or see --list"
-    with explained(fault):
-        config = read_config(path)
-        if not (path / "tokenizer.json").exists():
-            raise UsageError("it has no tokenizer.json")
-        weights = read_weights(weight_files(path))
-        if not config.untie:
-            # Some folders hold an output layer anyway, a copy of the embeddings.
-            weights.pop("lm_head.weight", None)
-        # Some hold none although config.json does not say so.
-        config.untie = "lm_head.weight" in weights
-        if config.num_blocks > len(weights):
-            # Building that many blocks first could exhaust the memory.
-            raise UsageError(f"num_hidden_layers is {config.num_blocks:,}: its files hold fewer")
-        model = LanguageModel(config)
-        # Raises ValueError unless the names and shapes of all weights match.
-        model.load_weights(list(weights.items()))
-        # MLX loads lazily: only this reads the arrays and detects a damaged file.
-        mx.eval(model.parameters())
-        vocabulary = read_whole(path / "tokenizer.json")
-        tokenizer = PackageTokenizer(vocabulary, eos=read_eos(path))
-        largest = max(tokenizer.package.get_vocab().values())
-        if largest >= config.vocab_size:
-            # MLX does not check indices: it would read beyond the embeddings.
-            raise UsageError(f"its tokenizer has the id {largest}, vocab_size {config.vocab_size}")
-        files = model_files(path)
-    return model, tokenizer, id_of(path), {file.name: file for file in files}
+    text = read_whole(find_file(folder, "tokenizer.json"))
+    settings = json.loads(text)
+    added = settings.get("added_tokens") or []
+    usable = [token for token in added if token["id"] < vocab_size]
+    if len(usable) < len(added):
+        text = json.dumps(settings | {"added_tokens": usable})
+    tokenizer = PackageTokenizer(text, eos=read_eos(folder))
+    largest = max(tokenizer.package.get_vocab().values())
+    if largest >= vocab_size:
+        # MLX does not check indices: it would read beyond the embeddings.
+        raise UsageError(f"its tokenizer has the id {largest}, its vocab_size is {vocab_size}")
+    return tokenizer
 
 
-def weight_files(folder):
-    """The paths of a model's weights. Raises UsageError if there are none."""
-    # Large models come in several files. A folder of Mistral's holds the weights again, in
-    # consolidated.safetensors.
-    files = sorted(folder.glob(WEIGHTS)) or sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UsageError("it has no file *.safetensors")
-    return files
-
-
-def model_files(folder):
-    """The paths of the files of a model that are read."""
-    texts = [folder / name for name in TEXTS]
-    return weight_files(folder) + [path for path in texts if path.exists()]  # one is optional
-
-
-def id_of(folder):
-    """The id of the model in a folder: the SHA1 of the SHA1s of its files.
-
-    So editing one of them makes another model.
-    """
-    sha1s = [sha1_of_file(path.resolve()) for path in model_files(Path(folder))]
-    return hashlib.sha1("".join(sha1s).encode()).hexdigest()
-
-
-def read_settings(path):
-    """The entries of config.json without nulls, which mean the same as no entry.
-
-    (But for Mistral's sliding_window, which all of its folders have.)
-    """
-    entries = json.loads(read_whole(path / "config.json"))
-    return {name: value for name, value in entries.items() if value is not None}
-
-
-def read_eos(path):
+def read_eos(folder):
     """The token that ends a text, from tokenizer_config.json; None if that does not specify it.
 
     The `eos_token_id` of config.json is not used: it may be an unintended default.
     """
-    file = path / "tokenizer_config.json"
-    if not file.exists():
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
         return None
-    token = json.loads(read_whole(file)).get("eos_token")
+    token = json.loads(read_whole(path)).get("eos_token")
     return token["content"] if isinstance(token, dict) else token
 
 
+def weight_files(folder):
+    """The paths of a model's weights: model.safetensors, or else the files that an index names.
+
+    What else lies there may be a copy, or the same in another format. Raises UsageError.
+    """
+    if not (folder / INDEX).exists() or (folder / "model.safetensors").exists():
+        return [find_file(folder, "model.safetensors")]
+    index = json.loads(read_whole(folder / INDEX))
+    return [find_file(folder, name) for name in sorted(set(index["weight_map"].values()))]
+
+
 def read_weights(files):
-    """All arrays of these safetensors files by name, as float32."""
+    """All arrays of these safetensors files by name, as float32. Raises UsageError."""
     weights = {}
     for file in files:
-        if not file.is_file():  # a pipe might never begin
-            raise UsageError(f"{file.name} is not a regular file")
-        for name, weight in load_arrays(file).items():
+        with explained(f"{file.name} is damaged or incomplete"):
+            arrays = load_arrays(file)
+            mx.eval(arrays)  # MLX loads lazily
+        for name, weight in arrays.items():
             if name.endswith("rotary_emb.inv_freq"):  # older folders hold RoPE's speeds, too
                 continue
             if weight.dtype not in (mx.float32, mx.float16, mx.bfloat16):
@@ -271,90 +307,45 @@ def read_weights(files):
     return weights
 
 
-def find_kind(settings):
-    """Our (mlp, qk_norm, qkv_bias) for their `model_type`, or None.
+def tie(weights):
+    """Leaves one matrix of a head and embeddings that are the same, under the latter's name.
 
-    Raises KeyError if that is missing.
+    Either may be missing. If they differ, in spite of what config.json says, both stay.
     """
-    for name, kind in KINDS.items():
-        if name.lower() == settings["model_type"]:
-            return kind
-    return None
+    if "lm_head.weight" in weights:
+        head = weights.pop("lm_head.weight")
+        embeddings = weights.setdefault("model.embed_tokens.weight", head)
+        if not mx.array_equal(head, embeddings):
+            weights["lm_head.weight"] = head
 
 
-def find_rope(settings):
-    """The RoPE settings in config.json, {} if none; older files call them `rope_scaling`."""
-    return settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+def check_weights(weights, expected):
+    """Raises UsageError unless two {name: array} agree in names and shapes."""
+    for name in sorted(weights.keys() | expected.keys()):
+        if name not in weights:
+            raise UsageError(f"its files lack {name}")
+        if name not in expected:
+            raise UsageError(f"it has {name}, which such a model has no place for")
+        shape = weights[name].shape
+        wanted = expected[name].shape
+        if shape != wanted:
+            raise UsageError(f"{name} is {shape}, by config.json {wanted}")
 
 
-def find_rope_type(settings):
-    """How config.json stretches RoPE's wavelengths for texts longer than those of training."""
-    rope = find_rope(settings)
-    return rope.get("rope_type", rope.get("type", "default"))
+def model_files(folder):
+    """The paths of the files of a model that are read."""
+    texts = [folder / name for name in TEXTS]
+    return weight_files(folder) + [path for path in texts if path.exists()]
 
 
-def find_unsupported(settings):
-    """What a model with these settings does that ours cannot, as a list of phrases."""
-    found = [name for name in UNSUPPORTED if settings.get(name)]
-    kind = find_kind(settings)
-    if kind is None:
-        found.append(f"model_type {settings['model_type']}")
-    rope_type = find_rope_type(settings)
-    if rope_type not in ("default", "llama3"):
-        found.append(f"rope {rope_type}")
-    mlp = "swiglu"  # if the type is unknown: most models use it
-    if kind is not None:
-        mlp, _, _ = kind
-    activation = settings.get("hidden_act", THEIR_ACTIVATIONS[mlp])
-    if activation != THEIR_ACTIVATIONS[mlp]:
-        found.append(f"hidden_act {activation}")
-    return found
+def id_of(folder):
+    """The id of the model in a folder: the SHA1 of the SHA1s of its files.
 
-
-def make_config(settings, untie):
-    """Our Config for their settings.
-
-    Raises KeyError if one without a default is missing, UsageError if one cannot be used.
+    So editing one of them makes another model. Raises UsageError.
     """
-    # What transformers assumes for entries that a config.json lacks.
-    defaults = {
-        "num_key_value_heads": settings["num_attention_heads"],
-        "head_dim": None,
-        "rms_norm_eps": 1e-5 if settings["model_type"] == "arcee" else 1e-6,
-        "rope_theta": 1e4,
-    }
-    # `rope_theta` is among the RoPE settings, which come first, or, in older folders, next to them.
-    settings = defaults | settings | find_rope(settings)
-    fields = {ours: settings[theirs] for ours, theirs in THEIR_NAMES.items()}
-    for ours, theirs in THEIR_NAMES.items():
-        if theirs != "head_dim" or fields[ours] is not None:
-            check_number(theirs, fields[ours])
-        if theirs in ("rope_theta", "rms_norm_eps"):
-            fields[ours] = float(fields[ours])
-    if fields["num_heads"] % fields["num_kv_heads"]:
-        raise UsageError("num_key_value_heads does not divide num_attention_heads")
-    if fields["head_dim"] is not None and fields["head_dim"] % 2:
-        raise UsageError("head_dim is odd")  # RoPE rotates pairs
-    if find_rope_type(settings) == "llama3":
-        for name in THEIR_ROPE_SCALING:
-            check_number(name, settings[name])
-        fields["rope_scaling"] = tuple(settings[name] for name in THEIR_ROPE_SCALING)
-        if settings["low_freq_factor"] >= settings["high_freq_factor"]:
-            raise UsageError("low_freq_factor is not below high_freq_factor")
-    mlp, qk_norm, qkv_bias = find_kind(settings)
-    if settings["model_type"] == "mistral" and settings.get("sliding_window"):
-        # Within the window, it computes what a Llama does.
-        check_number("sliding_window", settings["sliding_window"])
-        fields["context_size"] = min(fields["context_size"], settings["sliding_window"])
-    return Config(mlp=mlp, qk_norm=qk_norm, qkv_bias=qkv_bias, untie=untie, **fields)
-
-
-def check_number(name, value):
-    """Raises UsageError unless an entry of config.json is a number in its valid range."""
-    types, least, most = NUMBERS.get(name, ((int,), 1, LARGEST_SIZE))
-    # By `type`, since a bool is an instance of int.
-    if type(value) not in types or not least <= value <= most:
-        raise UsageError(f"{name} is {value!r}")
+    with explained(f"{folder} cannot be used: name another model"):
+        sha1s = [sha1_of_file(path.resolve()) for path in model_files(Path(folder))]
+    return hashlib.sha1("".join(sha1s).encode()).hexdigest()
 
 
 # ---- Export -------------------------------------------------------------------------------------
@@ -366,9 +357,12 @@ def export_model(model, tokenizer, folder, bits):
     already holds a model, which a run might need unchanged.
     """
     folder = Path(user_path(folder))
-    name = find_counterpart(model.config)
-    check_vacant(folder)
-    settings = make_settings(model.config, name, tokenizer)
+    kind = find_counterpart(model.config)
+    # A reader of the folder would take any other weights for parts of the exported model.
+    taken = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    if taken:
+        raise UsageError(f"{folder} holds {taken[0].name} already: name a new folder")
+    settings = make_settings(model.config, kind, tokenizer)
     if bits:
         group_size = extra("quantize").quantize(model, bits, packed=True)
         if group_size:
@@ -386,15 +380,13 @@ def export_model(model, tokenizer, folder, bits):
         "temperature": DEFAULTS["temperature"],
         "top_k": DEFAULTS["top_k"],
     }
-    weights = dict(sorted(tree_flatten(model.parameters())))
-
     texts = {
         "config.json": json.dumps(settings, indent=2),
         "tokenizer_config.json": json.dumps(tokenizer_settings, indent=2),
         "generation_config.json": json.dumps(sampling, indent=2),
         "tokenizer.json": tokenizer_text,
     }
-
+    weights = dict(sorted(tree_flatten(model.parameters())))
     with explained(f"cannot write to {folder}: name a folder of yours"):
         folder.mkdir(parents=True, exist_ok=True)
         # No file gets its name before all are written.
@@ -403,60 +395,51 @@ def export_model(model, tokenizer, folder, bits):
             file = files.enter_context(replacing(folder / "model.safetensors"))
             mx.save_safetensors(file, weights, {"format": "mlx"})
             file.flush()
-            for file_name, text in texts.items():
-                file = files.enter_context(replacing(folder / file_name))
+            for name, text in texts.items():
+                file = files.enter_context(replacing(folder / name))
                 file.write(text.encode("utf-8"))
                 file.flush()
-    message = f"{name}ForCausalLM and its tokenizer are in {folder}"
-    if name == "Arcee":
+    message = f"{settings['architectures'][0]} and its tokenizer are in {folder}"
+    if kind == "arcee":
         message += " for transformers (mlx-lm has no Arcee: for it, train with --mlp swiglu)"
     print(message, file=sys.stderr)
 
 
-def check_vacant(folder):
-    """Raises UsageError if a folder holds a model, or a file that an export would replace."""
-    taken = [folder / name for name in EXPORTED if (folder / name).exists()]
-    # A reader of the folder would take any other weights for parts of the exported model.
-    taken += sorted(folder.glob("*.safetensors"))
-    if taken:
-        raise UsageError(f"{folder} holds {taken[0].name} already: name a new folder")
-
-
 def find_counterpart(config):
-    """Their name for a model of this Config. Raises UsageError if there is none."""
-    kind = (config.mlp, config.qk_norm, config.qkv_bias)
-    name = next((name for name in KINDS if KINDS[name] == kind), None)
-    if name is None:
-        shape = f"--mlp {config.mlp}"
-        if config.qk_norm:
-            shape += " --qk_norm"
-        raise UsageError(f"Hugging Face has no model with {shape}: train one with --mlp swiglu")
+    """Their model_type for a model of this Config. Raises UsageError if there is none."""
     known = {*THEIR_NAMES, "mlp", "qk_norm", "qkv_bias", "untie", "rope_scaling"}
     for field in dataclasses.fields(config):  # one of a user's own, perhaps
         if field.name not in known and getattr(config, field.name) != field.default:
             raise UsageError(f"Hugging Face has no model with {field.name}")
-    return name
+    for kind, parts in KINDS.items():
+        if parts == (config.mlp, config.qk_norm, config.qkv_bias):
+            return kind
+    shape = f"--mlp {config.mlp}"
+    if config.qk_norm:
+        shape += " --qk_norm"
+    raise UsageError(f"Hugging Face has no model with {shape}: train one with --mlp swiglu")
 
 
-def make_settings(config, name, tokenizer):
-    """The content of config.json for our Config; name: their name for the model."""
-    settings = {theirs: getattr(config, ours) for ours, theirs in THEIR_NAMES.items()}
-    settings["architectures"] = [f"{name}ForCausalLM"]
-    settings["model_type"] = name.lower()
-    settings["tie_word_embeddings"] = not config.untie
-    settings["hidden_act"] = THEIR_ACTIVATIONS[config.mlp]
-    settings["attention_bias"] = False
-    settings["mlp_bias"] = False
+def make_settings(config, kind, tokenizer):
+    """The content of config.json for our Config; kind: their model_type."""
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling:
         rope |= dict(zip(THEIR_ROPE_SCALING, config.rope_scaling)) | {"rope_type": "llama3"}
-        settings["rope_scaling"] = rope  # as mlx_lm and older versions of transformers call it
-    settings["rope_parameters"] = rope
-    settings["dtype"] = "float32"
-    # Our texts have no start token.
-    settings["bos_token_id"] = None
-    settings["eos_token_id"] = end_of_text(tokenizer)
-    return settings
+    settings = {theirs: getattr(config, ours) for ours, theirs in THEIR_NAMES.items()}
+    return settings | {
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
+        "tie_word_embeddings": not config.untie,
+        "hidden_act": THEIR_ACTIVATIONS[config.mlp],
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_parameters": rope,
+        # As mlx_lm and older versions of transformers call it.
+        "rope_scaling": rope if config.rope_scaling else None,
+        "dtype": "float32",
+        "bos_token_id": None,  # our texts have no start token
+        "eos_token_id": end_of_text(tokenizer),
+    }
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
+import tokenizers
 from conftest import Constant, Script, flags, make_model
-from datasets import ByteTokenizer, CharTokenizer, WordTokenizer
+from datasets import ByteTokenizer, CharTokenizer, PackageTokenizer, WordTokenizer
+from tokenizers import decoders, models
 
 INF = math.inf
 
@@ -204,15 +206,31 @@ def test_characters_of_many_bytes_come_whole():
         assert pieces_of(ByteTokenizer(), prompt, text.encode()) == characters
 
 
-def test_random_bytes_join_to_what_decoding_at_once_gives():
-    random = np.random.default_rng(0)
-    eos = 256  # without text
-    likely = [0x41, 0x80, 0x9F, 0xA0, 0xC3, 0xE2, 0xED, 0xF0, 0xF4, 0xFF, eos]
-    for _ in range(100):
-        answer = random.choice(likely, 12).tolist()
-        said = bytes(token for token in answer if token != eos)
-        pieces = pieces_of(ByteTokenizer(), "a", answer)
-        assert "".join(pieces) == said.decode("utf-8", "replace")
+def sentencepiece():
+    """As Llama 2's: a line end and what is no piece are bytes; one that is broken breaks all."""
+    pieces = ["<unk>", "▁", "a", "b", "▁the", "é", "</s>"]
+    pieces += [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    package = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    start = decoders.Strip(" ", 1, 0)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), start]
+    package.decoder = decoders.Sequence(parts)
+    return PackageTokenizer(package.to_str(), "file")
+
+
+def unigram():
+    pieces = [("<unk>", 0.0), ("▁the", -1.0), ("▁", -2.0), ("a", -3.0), ("é", -3.0)]
+    package = tokenizers.Tokenizer(models.Unigram(pieces, 0))
+    package.decoder = decoders.Metaspace()
+    return PackageTokenizer(package.to_str(), "file")
+
+
+def wordpiece():
+    """As BERT's, which joins a point to the word before it."""
+    pieces = ["[UNK]", "the", "##m", "a", ".", "n", "'", "t", "!"]
+    package = tokenizers.Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}))
+    package.decoder = decoders.WordPiece()
+    return PackageTokenizer(package.to_str(), "file")
 
 
 TOKENIZERS = {
@@ -220,28 +238,41 @@ TOKENIZERS = {
     "char": CharTokenizer("\n abcé😀"),
     "char without line end": CharTokenizer("abcé😀 "),
     "word": WordTokenizer(["<eos>", "a", "<unk>", "cé"]),
+    "bpe": PackageTokenizer.train(["a b\né 😀 the them"] * 9, 280),
+    "sentencepiece": sentencepiece(),
+    "unigram": unigram(),
+    "wordpiece": wordpiece(),
 }
+# Which bytes of UTF-8 may follow one another is random then.
+LIKELY = [0x41, 0x0A, 0x80, 0x9F, 0xA0, 0xC3, 0xE2, 0xED, 0xF0, 0xF4, 0xFF]
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
-@pytest.mark.parametrize("prompt", ["", "b a\n", "a zz", "a cé 😀"])
-def test_pieces_join_to_what_decoding_at_once_gives(tokenizer, prompt):
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_pieces_join_to_what_decoding_at_once_gives(kind):
+    """And end before the stop, wherever in them it begins and ends."""
+    tokenizer = TOKENIZERS[kind]
     random = np.random.default_rng(0)
-    begin = [int(i) for i in tokenizer.encode(prompt)]
-    if not begin:  # nothing to continue: the model is asked what follows the end of a text or line
-        eos = tokenizer.eos
-        if eos is None:
-            eos = int(tokenizer.encode("\n")[0])
-        begin = [eos]
-    for _ in range(20):
-        answer = random.integers(tokenizer.vocab_size, size=9).tolist()
-        if tokenizer.kind == "byte":
-            characters = random.choice(["a", "é", "😀", "\n"], 4)
-            answer = list("".join(characters).encode())
-        whole = tokenizer.decode(begin + answer)
-        shown = tokenizer.decode(begin)
-        assert whole.startswith(shown)
-        assert "".join(pieces_of(tokenizer, prompt, answer)) == whole[len(shown) :]
+    of_bytes = LIKELY
+    if kind == "sentencepiece":
+        of_bytes = [byte + 7 for byte in LIKELY]
+    for i in range(150):
+        prompt = random.choice(["a", "a b", "b a\n", "\n\n", "zz a", "a cé 😀", "a zz"])
+        begin = tokenizer.encode(prompt).tolist()
+        if not begin:
+            continue
+        answer = random.integers(tokenizer.vocab_size, size=12).tolist()
+        if kind in ("byte", "sentencepiece") and i % 3:
+            answer[4:] = random.choice(of_bytes, 8).tolist()
+        if i % 5 == 0:
+            answer = tokenizer.encode("a é 😀\nthe a").tolist() + answer[:3]
+        typed = len(tokenizer.decode(begin))
+        whole = tokenizer.decode(begin + answer)[typed:]
+        assert "".join(pieces_of(tokenizer, prompt, answer)) == whole
+        if whole:
+            start = random.integers(len(whole))
+            stop = whole[start : start + random.integers(1, 4)]
+            shown = "".join(pieces_of(tokenizer, prompt, answer, stop=stop))
+            assert shown == whole.partition(stop)[0]
 
 
 def test_a_continuation_ends_before_the_stop():

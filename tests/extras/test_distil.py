@@ -7,15 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, begin, flags, newest, run
-from datasets import ByteTokenizer
-from test_huggingface import make_model
+from test_huggingface import logits_of
 
 from extras.distil import distilled_loss_and_gradients, make_loss
-from extras.huggingface import export_model
-
-
-def logits_of(model, tokens):
-    return np.array(model(mx.array([list(tokens)]))[0])
 
 
 def normal(random, *shape):
@@ -96,32 +90,20 @@ def assert_like_the_formula(rows, ours, theirs):
     return np.array(found[1]), np.array(gradients[1])
 
 
-@pytest.mark.parametrize("rows, vocab_size", [(6, 31), (220, 40000)])
-def test_gradients_of_distillation(rows, vocab_size):
-    """In one chunk and in several."""
-    assert_like_the_formula(rows, vocab_size, vocab_size + 3)
-
-
-@pytest.mark.parametrize("rows, theirs, ours", [(6, 31, 40), (220, 39990, 40000)])
-def test_a_student_with_a_padded_vocabulary(rows, theirs, ours):
-    """The teacher gives the padding no probability."""
+@pytest.mark.parametrize("rows, ours, theirs", [
+    (6, 31, 34),  # in one chunk
+    (6, 40, 31),
+    (220, 40000, 39990),  # in several
+])  # fmt: skip
+def test_gradients_of_distillation(rows, ours, theirs):
+    """The teacher gives no probability to a student's padding, and its own is ignored."""
     found, expected = assert_like_the_formula(rows, ours, theirs)
-    # The padding alone: there the gradient is that of the student's own probability.
-    found = found[theirs:]
-    expected = expected[theirs:]
-    tolerance = 2e-3 * np.abs(expected).max()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
-
-
-def test_a_padded_student_of_a_teacher_with_the_same_tokenizer(tmp_path, text):
-    """The student begins with a Hugging Face folder of 320 rows; the tokenizer has 257 ids."""
-    for name, vocab_size in (("student", 320), ("teacher", 257)):
-        model = make_model(vocab_size, seed=vocab_size)
-        export_model(model, ByteTokenizer(), tmp_path / name, None)
-    line = ["--init_from", tmp_path / "student", "--teacher", tmp_path / "teacher"]
-    line += ["--text", text, "--batch_size", 4, "--num_iters", 2, "--max_tokens", 2]
-    run(*line, "--save_dir", tmp_path / "lm")
-    assert newest(tmp_path / "lm").config["vocab_size"] == 320
+    padding = found[theirs:]
+    if len(padding):
+        # There the gradient is that of the student's own probability.
+        expected = expected[theirs:]
+        tolerance = 2e-3 * np.abs(expected).max()
+        np.testing.assert_allclose(padding, expected, rtol=0, atol=tolerance)
 
 
 def test_a_student_ends_nearer_to_its_teacher(base, text):
@@ -163,8 +145,7 @@ def mixed_loss(student, teacher, tokens, targets, weight=0.5, temperature=2.0):
     return ((1 - weight) * nats + weight * temperature**2 * divergence).mean()
 
 
-@pytest.mark.parametrize("weight, temperature", [(0.0, 2.0), (0.3, 1.0), (1.0, 1.7)])
-def test_the_loss_of_a_step(weight, temperature):
+def test_the_loss_of_a_step(weight=0.3, temperature=1.7):
     """What the step calls, against NumPy: a mean over texts [B, L], a teacher of another width."""
     shape = dict(
         vocab_size=11,

@@ -4,15 +4,13 @@ import hashlib
 import http.server
 import json
 import shutil
-import sys
 import threading
 
 import pytest
 from conftest import begin, ids, newest, run
-from datasets import ByteTokenizer, UsageError
+from datasets import ByteTokenizer
 from test_huggingface import change, make_model
 
-from extras import huggingface
 from extras.huggingface import export_model
 
 COMMITS = ["a" * 40, "b" * 40]
@@ -72,7 +70,7 @@ def hub(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.folder = tmp_path / "served"
         export_model(make_model(), ByteTokenizer(), server.folder, None)
-        for name in ("consolidated.safetensors", "pytorch_model.bin", "README.md"):
+        for name in ("consolidated.safetensors", "model.fp16.safetensors", "README.md"):
             (server.folder / name).write_bytes(b"large")
         server.commit = COMMITS[0]
         server.key = None
@@ -102,10 +100,11 @@ def test_a_model_by_name(hub, line, tmp_path):
     named = [*line, "--init_from", "org/tiny", "--save_dir", tmp_path / "named"]
     hub.key = KEY
     name, _, _ = begin(*named, "--num_iters", 1, env=hub.env | {"HF_TOKEN": KEY})
-    assert fetched(hub) == {*huggingface.TEXTS, "model.safetensors"}
+    texts = {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert fetched(hub) == {*texts, "model.safetensors"}
 
     hub.commit = COMMITS[1]  # its owner has changed it
-    change(hub.folder, rope_theta=5e3)
+    change(hub.folder, rms_norm_eps=1e-3)
     shutil.rmtree(tmp_path / "home")
     hub.seen.clear()
     assert begin(*named, "--num_iters", 2, env=hub.env)[:2] == (name, 1)
@@ -117,88 +116,35 @@ def test_a_model_by_name(hub, line, tmp_path):
     assert ids(tmp_path / "named")[0] == ids(tmp_path / "whole")[0]
 
 
-@pytest.fixture
-def here(hub, tmp_path, monkeypatch):
-    """The same server for this process, in which the library has read its variables already."""
-    from huggingface_hub import constants
-
-    address = hub.env["HF_ENDPOINT"]
-    files = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.chdir(tmp_path)
-    return constants
-
-
-def test_a_folder_of_that_name_wins(hub, here, tmp_path):
-    export_model(make_model(seed=1), ByteTokenizer(), tmp_path / "org" / "tiny", None)
-    _, _, its_id, _ = huggingface.open_by_name("org/tiny")
-    assert hub.seen == []
-    _, _, other_id, _ = huggingface.open_by_name("org/tiny@main")
-    assert its_id != other_id
-
-
 @pytest.mark.parametrize("name, values, words", [
     ("org/none", {}, "it has no such model, or a private one: check the name, or set HF_TOKEN"),
-    ("org/tiny", {"HF_HUB_OFFLINE": True}, "no connection, and it was not downloaded before"),
-    ("org/tiny", {"ENDPOINT": "http://127.0.0.1:9"}, "check the network, HF_ENDPOINT"),
-    ("no/such/folder", {}, "no/such/folder is no folder here: name one"),
+    ("org/tiny", {"HF_HUB_OFFLINE": "1"}, "no connection, and it was not downloaded before"),
+    ("org/tiny", {"gated": "1"}, "accept the terms on its page there, and set HF_TOKEN"),
 ])  # fmt: skip
-def test_what_cannot_be_had(name, values, words, hub, here, monkeypatch):
-    for constant, value in values.items():
-        monkeypatch.setattr(here, constant, value)
-    with pytest.raises(UsageError) as error:
-        huggingface.open_by_name(name)
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_gated_model_names_its_key(hub, here):
-    hub.key = KEY
-    with pytest.raises(UsageError, match="accept the terms on its page there, and set HF_TOKEN"):
-        huggingface.open_by_name("org/tiny")
+def test_what_cannot_be_had(name, values, words, hub, line):
+    hub.key = KEY if "gated" in values else None
+    _, err = run(*line, "--init_from", name, status=2, env=hub.env | values)
+    assert words in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(model_type="gpt2"), "org/tiny: it has model_type gpt2"),
-    (dict(num_hidden_layers=10**7), "org/tiny: this needs at least"),
-    (dict(hidden_size="large"), "org/tiny: hidden_size is 'large'"),
-    (dict(num_attention_heads=None), "org/tiny: its config.json is not that of a Llama, "),
+    (dict(num_hidden_layers=10**7), "cannot be used: name another model (this needs at least"),
+    (None, "it has no file tokenizer.json"),
 ])  # fmt: skip
-def test_nothing_large_is_downloaded_in_vain(changes, words, hub, here):
-    change(hub.folder, **changes)
-    with pytest.raises(UsageError, match=words):
-        huggingface.open_by_name("org/tiny")
+def test_nothing_large_is_downloaded_in_vain(changes, words, hub, line):
+    if changes:
+        change(hub.folder, **changes)
+    else:
+        (hub.folder / "tokenizer.json").unlink()
+    _, err = run(*line, "--init_from", "org/tiny", status=2, env=hub.env)
+    assert words in err
     assert "model.safetensors" not in fetched(hub)
-
-
-def test_no_weights_are_downloaded_without_a_tokenizer(hub, here):
-    (hub.folder / "tokenizer.json").unlink()
-    with pytest.raises(UsageError, match="org/tiny: it has no tokenizer.json"):
-        huggingface.open_by_name("org/tiny")
-    assert "model.safetensors" not in fetched(hub)
-
-
-def test_weights_that_another_program_has_downloaded_do_not_count(hub, here):
-    before = huggingface.open_by_name("org/tiny")
-    folder = huggingface.download_model("org/tiny")
-    (folder / "consolidated.safetensors").write_bytes(b"the same weights in another form")
-    after = huggingface.open_by_name("org/tiny")
-    assert after[2] == before[2]
-
-
-def test_without_the_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UsageError, match="pip install huggingface_hub"):
-        huggingface.open_by_name("org/tiny")
 
 
 @pytest.mark.parametrize("context, given, expected", [
     (2000, [], 1024),
     (2000, ["--context_size", 1500], 1500),
-    (32, [], 32),
 ])  # fmt: skip
 def test_a_long_context_is_not_trained_unasked(context, given, expected, line, tmp_path):
     export_model(make_model(context_size=context), ByteTokenizer(), tmp_path / "hf", None)

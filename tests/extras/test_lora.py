@@ -6,38 +6,19 @@ import shutil
 import main
 import mlx.core as mx
 import numpy as np
-import pytest
 from conftest import begin, flags, newest, run, run_extra, saved, start
 from datasets import ByteTokenizer
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
+from test_huggingface import logits_of, make_model
 from test_interrupts import wait_for
 
 from extras.huggingface import export_model, import_model
 from extras.lora import add_lora, init_lora, merge
 
 
-def make_model(vocab_size=257, seed=0, dim=64, **values):
-    """A model with random weights, none of them 0 or 1."""
-    shape = dict(context_size=32, num_blocks=2, dim=dim, num_heads=4, num_kv_heads=4)
-    shape |= dict(mlp="swiglu", mlp_dim=2 * dim)
-    model = main.LanguageModel(main.Config(vocab_size, **shape | values))
-    random = np.random.default_rng(seed)
-    weights = []
-    for name, weight in tree_flatten(model.parameters()):
-        mean = 1 if weight.ndim == 1 else 0
-        value = random.normal(mean, 0.2, weight.shape)
-        weights.append((name, mx.array(value.astype(np.float32))))
-    model.update(tree_unflatten(weights))
-    return model
-
-
-def logits_of(model, tokens):
-    return np.array(model(mx.array([list(tokens)]))[0])
-
-
 def test_adapters_begin_as_nothing_and_alone_are_trained():
-    model = make_model(mlp="relu2")
-    base = make_model(mlp="relu2")
+    model = make_model(mlp="relu2", qkv_bias=True)
+    base = make_model(mlp="relu2", qkv_bias=True)
     add_lora(model, 4, 8)
     given = flags(dim=64, batch_size=4, learning_rate=0.1, lr_warmup=0)
     init_lora(model, 1)
@@ -59,18 +40,6 @@ def test_adapters_begin_as_nothing_and_alone_are_trained():
     for name in names:
         assert mx.any(trained[name] != 0)
     assert np.abs(logits_of(model, tokens) - logits_of(base, tokens)).max() > 0.01
-
-
-def test_adapters_keep_a_bias():
-    """Of queries, keys and values, as Qwen2 has it: it stays, frozen."""
-    model = make_model(qkv_bias=True)
-    tokens = mx.array([[1, 5, 3, 2]])
-    expected = np.array(model(tokens))
-    biases = [name for name, _ in tree_flatten(model.parameters()) if name.endswith(".bias")]
-    assert len(biases) == 3 * len(model.model.layers)
-    add_lora(model, 2, 4.0)
-    np.testing.assert_array_equal(np.array(model(tokens)), expected)
-    assert not [name for name, _ in tree_flatten(model.trainable_parameters()) if "bias" in name]
 
 
 def test_merged_weights_by_hand():
@@ -159,27 +128,16 @@ def test_branches_of_a_lora_run_and_adapters_on_it(base, text):
     assert begin(*line_of_nested, 3, "--save_dir", folder)[:2] == (nested, 2)
 
 
-@pytest.mark.parametrize("options", [[], ["--lora_rank", 2]], ids=["all", "lora"])
-def test_a_base_with_more_rows_than_ids(tmp_path, text, options):
-    """As Qwen3's, padded for speed: its shape stays, in every leg.
-
-    The folder may be moved, changed in place or deleted. Changed, it is another base.
-    """
+def test_a_base_with_more_rows_than_ids(tmp_path, text):
+    """As Qwen3's, padded for speed: its shape stays, in every leg and without the folder."""
     hf = tmp_path / "hf"
     export_model(make_model(257 + 24), ByteTokenizer(), hf, None)
-    line = ["--text", text, *options, "--max_tokens", 8, "--save_dir", tmp_path / "lm"]
-    line += ["--init_from"]
-    name, _, _ = begin(*line, hf, "--num_iters", 2)
-    hf.rename(tmp_path / "moved")
-    assert begin(*line, tmp_path / "moved", "--num_iters", 4)[:2] == (name, 2)
-    assert newest(tmp_path / "lm").config["vocab_size"] == 281
-    (tmp_path / "moved").rename(hf)
-    config = hf / "config.json"
-    config.write_text(config.read_text().replace("10000.0", "5000.0"))
-    assert begin("--identifier", name, *line[-3:-1], "--num_iters", 5)[:2] == (name, 4)
-    other, iteration, _ = begin(*line, hf, "--num_iters", 1)
-    assert (other != name, iteration) == (True, 0)
+    line = ["--text", text, "--lora_rank", 2, "--max_tokens", 8, "--save_dir", tmp_path / "lm"]
+    line += ["--init_from", hf]
+    name, _, _ = begin(*line, "--num_iters", 2)
     shutil.rmtree(hf)
+    assert begin(*line, "--num_iters", 4)[:2] == (name, 2)
+    assert newest(tmp_path / "lm").config["vocab_size"] == 281
     run("--prompt", "line", "--max_tokens", 8, "--identifier", name, "--save_dir", tmp_path / "lm")
 
 

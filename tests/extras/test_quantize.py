@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import TINY, run
 from mlx.utils import tree_flatten
-from test_huggingface import base, logits_of, make_model  # noqa: F401 (a fixture)
+from test_huggingface import logits_of, make_model
 
 from datasets import ByteTokenizer
 from extras.huggingface import export_model, import_model
@@ -94,5 +94,3 @@ def test_quantized_from_the_command_line(tmp_path, text):
     prompt = ["--prompt", "line 5", "--temperature", 0, "--save_dir", tmp_path]
     out, _ = run(*prompt, "--quantize", 8)
     assert out.strip()
-
-
