@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TINY, loss_of, nats_of, run, whole
-from datasets import ByteTokenizer, Split, WordTokenizer, write_tokens
+from conftest import TINY, loss_of, nats_of, run
+from datasets import ByteTokenizer, Split, WordTokenizer, load_dataset
 from mlx.utils import tree_flatten, tree_unflatten
 
 
@@ -239,13 +239,11 @@ def test_another_test_text(tmp_path, text):
 
 
 def split_of(text, tokenizer, folder):
-    """The text as a Split, encoded through a file as a corpus is."""
+    """The text as a Split."""
     path = folder / "text.txt"
     path.write_text(text)
-    tokens_path = folder / "text.tokens"
-    known = write_tokens([whole(path)], tokenizer, tokens_path)
-    tokens = np.fromfile(tokens_path, np.uint16)
-    return Split(tokens, known["num_bytes"], known["num_words"], known["num_unk"])
+    options = {"text": [path], "valid_text": [path], "tokenizer": tokenizer}
+    return load_dataset("text", folder / "data", **options).train
 
 
 def test_describe_score_of_bytes(tmp_path):
