@@ -974,6 +974,7 @@ def download(address, part, size):
         "User-Agent": "transformer-lm (a language-model trainer)",
         "Accept-Encoding": "identity",  # so that sizes and ranges refer to the file itself
     }
+    options = {"stream": True, "timeout": 30, "hooks": {"response": close_redirect}}  # seconds
     part.touch()
     have = part.stat().st_size
     failures = 0
@@ -984,7 +985,7 @@ def download(address, part, size):
         if have > 0:
             headers["Range"] = f"bytes={have}-"
         try:
-            with requests.get(address, headers=headers, stream=True, timeout=30) as response:
+            with requests.get(address, headers=headers, **options) as response:
                 has_answered = True
                 receive(response, part, have, size)
         except requests.RequestException as error:
@@ -994,6 +995,12 @@ def download(address, part, size):
         if failures == 6 or not has_answered:  # a dead host is not worth the wait
             raise OSError(reason)
         have = part.stat().st_size
+
+
+def close_redirect(response, **_):
+    """A hook for requests: drops the body of a redirect, which it would read however long it is."""
+    if response.is_redirect:
+        response.close()
 
 
 def receive(response, part, start, size):
