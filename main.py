@@ -3435,7 +3435,7 @@ def load_data(flags, tokenizer=None):
     if tokenizer:
         arguments["tokenizer"] = tokenizer
     data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
-    dataset = load_dataset(flags.dataset, data_dir, **arguments, say=tqdm.write)
+    dataset = load_dataset(flags.dataset, data_dir, **arguments)
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
         raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
     return dataset

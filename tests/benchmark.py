@@ -65,7 +65,7 @@ def load(name, data_dir, options):
     import datasets
 
     began = time.perf_counter()
-    dataset = datasets.load_dataset(name, data_dir, say=lambda line: None, **options)
+    dataset = datasets.load_dataset(name, data_dir, **options)
     seconds = time.perf_counter() - began
     return {
         "seconds": round(seconds, 3),

@@ -37,7 +37,6 @@ os.environ |= {
 
 # Before any test imports MLX, which takes the BLAS that is loaded before it.
 import main  # noqa: E402
-from datasets import Span  # noqa: E402
 
 TINY = (
     "--dim 16 --num_heads 2 --num_blocks 2 "
@@ -220,11 +219,6 @@ def free_ports(count):
     for each in sockets:
         each.close()
     return ports
-
-
-def whole(path, **options):
-    """A Span of the whole file."""
-    return Span(Path(path), 0, os.path.getsize(path), **options)
 
 
 def ids(save_dir):

@@ -171,10 +171,12 @@ MISTAKES = [
     ("--text nowhere.txt", "nowhere.txt: no such file", "give a text's path"),
     ("--text $NOWHERE/a.txt", "$NOWHERE/a.txt: no such user or variable", "write the folder out"),
     ("--text ~nobody-here/a.txt", "~nobody-here/a.txt: no such user", "write the folder out"),
-    ("--text empty.txt", "there is no text in", "give other files to --text"),
+    ("--text empty.txt", "there is no text in", "give other files"),
+    ("--text pictures", "there is no text in", "give other files"),
     ("--text tiny.txt", "no text is left for training or validation", "give more text"),
     ("--text short.txt --context_size 5000", "has 95 tokens", "a longer text or --context_size 94"),
     ("--text cut.txt", "cut.txt is not UTF-8 at byte 5:", "iconv"),
+    ("--text picture.png", "picture.png holds null characters", "it is no plain text"),
     ("--text text.txt --tokenizer nowhere.json", "nowhere.json must be a", "or one of"),
     ("--text text.txt --eval_test", "text has no test split", "--test_text"),
     ("--evaluate test", "text has no test split", "--test_text"),
@@ -184,7 +186,8 @@ MISTAKES = [
     ("--dataset ptb --mirror http://127.0.0.1:9", "Connection refused", "--dataset python", 1),
     ("--text text.txt --tokenizer gpt2 --mirror empty", "empty/gpt2/tokenizer.json", "by hand", 1),
     # Folders and checkpoints
-    ("--dataset python --data_dir text.txt", "cannot write to --data_dir", "name a folder"),
+    ("--dataset python --data_dir text.txt", "cannot write texts to text.txt", "name a folder"),
+    ("--dataset python --save_dir text.txt/lm", "cannot write to --save_dir", "name a folder"),
     ("--inference --save_dir empty", "no checkpoint in empty", "train a model first"),
     ("--list --save_dir nowhere", "nowhere holds no runs", "train a model first"),
     ("--inference --dim 32", "no checkpoint in lm can be used", "check the flags"),
@@ -303,4 +306,6 @@ def test_typed_in_a_shell(line, place, words, world):
     process = subprocess.run(command, cwd=world / place, capture_output=True, text=True)
     assert process.returncode == 2, process.stderr
     one_line(process.stderr, "main.py: ", *words)
+    if place == "empty":  # the folder that was named is made
+        (world / "empty" / "lm").rmdir()
     assert content(world) == before

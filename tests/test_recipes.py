@@ -53,13 +53,12 @@ def test_a_file_comes_before_a_recipe_of_its_name(text, tmp_path):
 
 
 def test_script_metadata_is_the_requirements():
-    """What `uv run` installs (PEP 723) for main.py and datasets.py is what pip installs."""
+    """What `uv run` installs (PEP 723) for main.py is what pip installs."""
     required = []
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         requirement, _, _ = line.partition("#")
         required.append(requirement.strip().replace('"', "'"))
-    for name in ("main.py", "datasets.py"):
-        pattern = r"^# /// script$\n((?:^#(?:| .*)$\n)+?)^# ///$"  # that of PEP 723, one block
-        [block] = re.findall(pattern, (ROOT / name).read_text(), re.MULTILINE)
-        assert '# requires-python = ">=3.10"\n' in block
-        assert re.findall(r'^#     "(.*)",$', block, re.MULTILINE) == required
+    pattern = r"^# /// script$\n((?:^#(?:| .*)$\n)+?)^# ///$"  # that of PEP 723, one block
+    [block] = re.findall(pattern, (ROOT / "main.py").read_text(), re.MULTILINE)
+    assert '# requires-python = ">=3.10"\n' in block
+    assert re.findall(r'^#     "(.*)",$', block, re.MULTILINE) == required
