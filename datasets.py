@@ -340,6 +340,7 @@ def publish(file, path):
     """Gives a `new_file` the name `path`, in the place of an old file, once it is on disk."""
     file.flush()  # out of Python's buffer
     os.fsync(file.fileno())  # and out of the system's, before the old file is replaced
+    file.close()  # no program can be run that is still open for writing
     if path.is_file() and not path.is_symlink():
         with contextlib.suppress(OSError):  # some file systems have no modes
             shutil.copymode(path, file.name)
