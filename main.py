@@ -108,7 +108,9 @@ def fast_version(plain):
     Both give the same up to rounding. fast.py knows the plain function by the SHA1 of its source,
     without comments: once you edit it, your version runs, and the start screen says so.
     """
-    if fast is None:
+    # A run that is compared with one of an edited function has to round as that one does.
+    names = os.environ.get("PLAIN_FUNCTIONS", "").split(",")
+    if fast is None or plain.__name__ in names:
         return plain
     sha1 = hashlib.sha1(without_comments(inspect.getsource(plain)).encode()).hexdigest()
     if fast.STANDS_FOR.get(plain.__name__) != sha1:
