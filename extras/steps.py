@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from datasets import UsageError, sync
 from main import SingleProcess, hash_code, list_run, list_versions, load_data_again, make_run
-from main import make_step, needed_models, open_kept, open_newest, settle, train_step
-from main import write_checkpoint
+from main import make_step, needed_models, open_kept, open_newest, refuse_other_text, settle
+from main import train_step, write_checkpoint
 
 FOLDER = "steps"  # in that of a run
 
@@ -77,13 +77,10 @@ def recompute(earlier, later, step, folder):
     if not earlier and (later.origins.keys() & {"branched_from"} or is_from_lost_model(flags)):
         raise UsageError(f"{what}: no earlier checkpoint is left, and no seed gives its first one")
 
-    contents = open_newest([earlier], is_named=True) if earlier else None
-    dataset = load_data_again(flags, [later])
-    models = {name: open_kept(later, name) for name in needed_models(flags)}
     folder.mkdir()
-    run = make_run(folder, flags, contents, models, dataset, SingleProcess())
-    for name in models:
+    for name in needed_models(flags):
         shutil.copytree(later.folder / name, folder / name)
+    run = open_run(folder, flags, earlier, later)
     take = make_step(run.model, run.optimizer, flags, teacher=run.teacher)
     with tqdm(total=later.iteration - start, unit="step", disable=None) as bar:
         bar.set_description(what)
@@ -103,6 +100,18 @@ def recompute(earlier, later, step, folder):
             f"{what} cannot be computed again: iteration {later.iteration:,} then is "
             f"{run.checkpoint_id[:12]}, and was {later.id[:12]}"
         )
+
+
+def open_run(folder, flags, checkpoint, kin):
+    """The run in the state of a checkpoint, or before its first step if that is None.
+
+    kin: a checkpoint of the same run, with whose text and models it is trained.
+    """
+    contents = open_newest([checkpoint], is_named=True) if checkpoint else None
+    dataset = load_data_again(flags, [kin])
+    refuse_other_text(dataset, kin)
+    models = {name: open_kept(kin, name) for name in needed_models(flags)}
+    return make_run(folder, flags, contents, models, dataset, SingleProcess())
 
 
 def is_from_lost_model(flags):
