@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -89,7 +90,6 @@ class Outcome(NamedTuple):
     bits_per_byte: float  # the same in bits
     curve: dict  # {iteration: score}
     ms_per_step: float  # the median
-    seconds: float  # of training
     tokens_sha256: dict  # of its texts, see main.Checkpoint
 
 
@@ -180,28 +180,8 @@ class Comparison:
         """The folder of a run of its own. Where other functions are plain, it is another run."""
         return side.folder / "-".join(["runs", str(self.steps), *self.plain]) / str(seed)
 
-    def outcome(self, side, seed):
-        """The Outcome of a run, or None if it is not complete."""
-        newest = newest_record(self.save_dir(side, seed))
-        scores = dict(newest["scores"]) if newest else {}
-        if self.steps not in scores:
-            return None
-        [log] = self.save_dir(side, seed).glob("*/log.csv")
-        rows = read_rows(log)
-        bits = [float(row["bits_per_byte"]) for row in rows if row["split"] == "valid"]
-        times = [float(row["ms_per_step"]) for row in rows if row["split"] == "train"]
-        return Outcome(
-            id=newest["id"],
-            score=scores[self.steps],
-            bits_per_byte=bits[-1],
-            curve=scores,
-            ms_per_step=statistics.median(times) if times else math.nan,
-            seconds=newest["seconds"],
-            tokens_sha256=newest["tokens_sha256"],
-        )
-
     def train(self, side, seed, *more):
-        """Trains a run, or goes on with it; returns its exit status and its last line."""
+        """Trains a run, or goes on with it; returns its exit status and what it has printed."""
         save_dir = self.save_dir(side, seed)
         save_dir.mkdir(parents=True, exist_ok=True)
         values = {
@@ -220,70 +200,75 @@ class Comparison:
         with open(save_dir / "output.txt", "a+", opener=no_follow) as output:
             # The run inherits this lock: if only this program was killed, the run still has it.
             fcntl.flock(output, fcntl.LOCK_EX)
+            output.truncate(0)
             process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
             status = wait_for(process)
             output.seek(0)
-            lines = output.read().splitlines()
-        return status, lines[-1] if lines else ""
-
-    def complete(self, side, seed):
-        """The Outcome of a run, which is trained to its end. Raises UsageError, RunError."""
-        outcome = self.outcome(side, seed)
-        if outcome:
-            return outcome
-        status, line = self.train(side, seed)
-        if status == 1 and "is not finite" in line:
-            return Outcome(None, math.nan, math.nan, {}, math.nan, math.nan, {})
+            text = output.read()
         if status > 128:  # the user has interrupted both
             sys.exit(status)
-        outcome = self.outcome(side, seed)
-        if status or not outcome:
+        return status, text
+
+    def complete(self, side, seed):
+        """The Outcome of a run, which is trained to its end. Raises UsageError, RunError.
+
+        If it is complete already, main.py says so: whether it is that run, it knows best.
+        """
+        status, output = self.train(side, seed)
+        last_line = output.strip().rpartition("\n")[2]
+        if status == 1 and "is not finite" in last_line:
+            return Outcome(None, math.nan, math.nan, {}, math.nan, {})
+        if status:
             kind = UsageError if status == 2 else RunError
-            raise kind(f"{side.name} does not run: {line or f'status {status}'}")
-        return outcome
+            raise kind(f"{side.name} does not run: {last_line or f'exit status {status}'}")
+        name = re.search(r"^run +(\S+),", output, re.MULTILINE).group(1)
+        folder = self.save_dir(side, seed) / name
+        newest = newest_record(folder)
+        scores = dict(newest["scores"])
+        rows = read_rows(folder / "log.csv")
+        bits = [float(row["bits_per_byte"]) for row in rows if row["split"] == "valid"]
+        times = [float(row["ms_per_step"]) for row in rows if row["split"] == "train"]
+        return Outcome(
+            id=newest["id"],
+            score=scores[self.steps],
+            bits_per_byte=bits[-1],
+            curve=scores,
+            ms_per_step=statistics.median(times) if times else math.nan,
+            tokens_sha256=newest["tokens_sha256"],
+        )
 
     def complete_pair(self, seed):
         """The Outcomes of both sides."""
         return self.complete(self.before, seed), self.complete(self.after, seed)
 
     def predict_minutes(self):
-        """About how long all the runs will train that are not complete yet."""
-        missing = 0
-        known = []  # of the complete runs, minutes
-        for side in (self.before, self.after):
-            for seed in self.seeds:
-                outcome = self.outcome(side, seed)
-                if outcome:
-                    known.append(outcome.seconds / 60)
-                else:
-                    missing += 1
-        if missing and not known:
-            known.append(self.measure_minutes())
-        return missing * statistics.fmean(known) if known else 0.0
-
-    def measure_minutes(self):
-        """How long the first run will take, by a few seconds of its own training."""
-        began = time.monotonic()
-        seed = self.seeds[0]
-        status, _ = self.train(self.before, seed, "--max_minutes", str(TRIAL_MINUTES))
-        if status > 128:
-            sys.exit(status)
-        trained = newest_record(self.save_dir(self.before, seed))
-        if not trained:  # `complete` will say why
+        """About how long the runs will take that are not complete; it begins the first of them."""
+        missing = []
+        for seed in self.seeds:
+            for side in (self.before, self.after):
+                newest = newest_record(self.save_dir(side, seed))
+                if newest is None or newest["iteration"] < self.steps:
+                    missing.append((side, seed))
+        if not missing:
             return 0.0
+        began = time.monotonic()
+        self.train(*missing[0], "--max_minutes", str(TRIAL_MINUTES))
+        trained = newest_record(self.save_dir(*missing[0]))
+        if trained is None:  # `complete` will say why
+            return 0.0
+        per_step = trained["seconds"] / max(1, trained["iteration"] - 1)
         # What was not training: the start and one evaluation.
-        other = time.monotonic() - began - trained["seconds"]
+        other = time.monotonic() - began - TRIAL_MINUTES * 60
         evaluations = self.steps / min(self.before.flags["steps_per_eval"], self.steps)
-        seconds = trained["seconds"] * self.steps / max(1, trained["iteration"])
-        return (seconds + other * evaluations) / 60
+        return len(missing) * (per_step * self.steps + max(0, other) * evaluations) / 60
 
 
-def newest_record(save_dir):
-    """The record of the checkpoint in a folder that was saved last, a dict, or None."""
+def newest_record(folder):
+    """The record of the checkpoint below a folder that was saved last, a dict, or None."""
     records = []
-    for path in save_dir.glob("*/*.metadata"):
+    for path in folder.rglob("*.metadata"):
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         records.append(json.loads(header["__metadata__"]["record"]))
@@ -331,7 +316,7 @@ def make_side(role, typed, common):
         else:
             copy_commit(typed, copy)
         # Only the role tells two equal sides apart: both are computed.
-        key = hash_files(copy, [role, *words])
+        key = hash_files(copy, [role, *common, *words])
         # Not by `python -c`, which would import the main.py of the working directory.
         question = Path(temporary, "question.py")
         question.write_text(QUESTION, encoding="utf-8")

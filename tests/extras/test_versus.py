@@ -99,10 +99,6 @@ def test_comparison(committed):
     # The next edit on the same seeds has more chances to look good. The first stays the first.
     out, _ = versus(committed, "--learning_rate 2.9e-2", "--pairs", 3)
     assert out.splitlines()[-1].startswith("Looks better, but this is try 2 on these seeds")
-    out, _ = versus(committed, *compared)
-    assert json.loads(out.splitlines()[-1])["verdict"] == "Helped."
-    assert len((committed / "runs" / "versus" / "versus.csv").read_text().splitlines()) == 3
-
     out, _ = versus(committed, "--learning_rate 1e30 --grad_clip 0", "--pairs", 2)
     assert "       nan" in out
     assert out.endswith("2 of 4 runs diverged: no interval.\n")
