@@ -108,7 +108,9 @@ def fast_version(plain):
     Both give the same up to rounding. fast.py knows the plain function by the SHA1 of its source,
     without comments: once you edit it, your version runs, and the start screen says so.
     """
-    if fast is None:
+    # A run that is compared with one of an edited function has to round as that one does.
+    names = os.environ.get("PLAIN_FUNCTIONS", "").split(",")
+    if fast is None or plain.__name__ in names:
         return plain
     sha1 = hashlib.sha1(without_comments(inspect.getsource(plain)).encode()).hexdigest()
     if fast.STANDS_FOR.get(plain.__name__) != sha1:
@@ -1757,8 +1759,8 @@ def newest_of_runs(checkpoints):
 def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     """The checkpoint that the flag names; checkpoints: newest first.
 
-    identifier: an id or its beginning, a run's name (its newest checkpoint), "latest", or "best"
-    (of the run saved last). Raises UsageError if it names none or several.
+    identifier: an id or its beginning, a run's name (its newest checkpoint), RUN@STEP, "latest", or
+    "best" (of the run saved last). Raises UsageError if it names none or several.
     """
     newest = newest_of_runs(checkpoints)
     if identifier == "latest":
@@ -1768,6 +1770,8 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
         found = [] if best.score is None else [best]
     elif identifier in newest:
         found = [newest[identifier]]
+    elif "@" in identifier:
+        found = [extra("steps").checkpoint_at(checkpoints, identifier)]
     else:
         # If several runs have it, it is that of the first: a branch has a copy.
         matching = [each for each in checkpoints if each.id.startswith(identifier)]
@@ -2833,7 +2837,7 @@ FLAGS["command"] = {
     "list": Flag(False, bool, "list runs and checkpoints"),
     "new_model": Flag(False, bool, "start a new run even if one could be resumed"),
     "identifier": Flag(
-        None, word, "checkpoint to use: SHA1 prefix, run name, latest or best", "ckpt"
+        None, word, "checkpoint to use: SHA1 prefix, run, RUN@STEP, latest or best", "ckpt"
         " resume_from_checkpoint"
     ),
     "config": Flag(None, word, "YAML file of flags, or a recipe in extras/recipes"),
@@ -3194,7 +3198,7 @@ def find_candidates(flags, checkpoints, start):
     if flags.new_model:
         return []
     newest = newest_of_runs(checkpoints)
-    if start and newest[start.run] is start and not differences(flags, start):
+    if start and newest.get(start.run) is start and not differences(flags, start):
         return [start]
     name = run_name(flags)
     origin_id = start and start.id
@@ -3533,7 +3537,8 @@ def set_up(flags, ranks, interrupts, stack):
     found = None
     if start or candidates:
         known = candidates[0] if candidates else start
-        dataset = load_data_again(flags, [each for each in checkpoints if each.run == known.run])
+        its_run = [each for each in checkpoints if each.run == known.run]
+        dataset = load_data_again(flags, its_run or [known])
         if start:
             refuse_other_text(dataset, start)
         found = choose(candidates, flags, dataset, start)

@@ -1,0 +1,133 @@
+"""What one step of a run did to its weights and to the losses of its batch.
+
+    python -m extras.look RUN@340             the step to iteration 340
+    python -m extras.look RUN@340 --rows 4    with four texts of its batch
+
+The step is computed again (see extras/steps.py), exactly as it was in the run. Losses are without
+dropout; gradients are those that the optimizer has got: averaged, and clipped.
+"""
+
+# First: main.py chooses the BLAS before NumPy and MLX take one.
+from extras.program import make_parser, read_flags, start
+
+import copy
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from datasets import UsageError, number, printable
+from extras.steps import open_run
+from main import list_checkpoints, make_step, named_checkpoint, settle, train_step
+
+
+def main(arguments):
+    """Shows what these arguments name. Raises UsageError, RunError."""
+    parser = make_parser("look", __doc__, "gpu")
+    parser.add_argument("step", metavar="RUN@STEP", help="the step that ended at this iteration")
+    parser.add_argument(
+        "--rows", type=number(int, 0, 10**6), default=1, help="texts to show, most changed first"
+    )
+    flags = read_flags(parser, arguments)
+    name, _, step = flags.step.rpartition("@")
+    if not name or not step.isdecimal() or int(step) == 0:
+        raise UsageError(f"{flags.step} is not a run, @ and a step from 1")
+    checkpoints = list_checkpoints(flags.save_dir)
+    # Proved first: a step that cannot be computed again is not shown.
+    after = named_checkpoint(flags.save_dir, checkpoints, flags.step)
+    before = named_checkpoint(flags.save_dir, checkpoints, f"{name}@{int(step) - 1}")
+    print_step(before, after, flags.rows)
+
+
+def print_step(before, after, shown):
+    """Prints what happened between two checkpoints, a step apart; shown: the number of texts."""
+    flags = settle({}, before.flags)
+    flags.num_iters = after.stretches[-1].num_iters
+    run = open_run(before.folder, flags, before, before)
+    inputs, targets = copy.copy(run.batches).next()
+    losses_before = losses_of(run.model, inputs, targets, flags.batch_size)
+    weights = dict(tree_flatten(run.model.trainable_parameters()))
+    watched = Watched(run.optimizer)
+    metrics = train_step(run, make_step(run.model, watched, flags, teacher=run.teacher))
+    losses_after = losses_of(run.model, inputs, targets, flags.batch_size)
+    texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
+    print(f"{before.run} -> {after.run}: {', '.join(texts)}")
+    print(
+        f"{losses_before.size} tokens of the batch: mean loss {losses_before.mean():.4f} before, "
+        f"{losses_after.mean():.4f} after; {np.mean(losses_after < losses_before):.0%} fell"
+    )
+    print_norms(weights, watched.seen["gradients"], run.model)
+    changes = np.abs(losses_after - losses_before).mean(axis=1)
+    for row in np.argsort(-changes)[:shown].tolist():
+        print_text(row, targets[row], losses_before[row], losses_after[row], run.dataset.tokenizer)
+
+
+class Watched:
+    """An optimizer that keeps the gradients of its last update, for make_step."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.seen = {}
+
+    @property
+    def state(self):
+        """What a compiled step changes: with what was seen, or that would be lost."""
+        return [self.optimizer.state, self.seen]
+
+    def update(self, model, gradients):
+        self.seen["gradients"] = gradients
+        self.optimizer.update(model, gradients)
+
+
+def losses_of(model, inputs, targets, batch_size):
+    """The loss of each token of a batch in nats, a NumPy array [B, L]."""
+    losses = []
+    for begin in range(0, len(inputs), batch_size):
+        rows = slice(begin, begin + batch_size)
+        logits = model(inputs[rows]).astype(mx.float32)
+        losses.append(np.array(nn.losses.cross_entropy(logits, targets[rows])))
+    return np.concatenate(losses)
+
+
+def print_norms(weights, gradients, model):
+    """Prints the norms of gradients and of what was added to the weights, block by block."""
+    gradients = dict(tree_flatten(gradients))
+    after = dict(tree_flatten(model.trainable_parameters()))
+    parts = {}
+    for name in weights:
+        parts.setdefault(part_of_model(name), []).append(name)
+    print(f"{'':<20}{'weights':>12}{'gradient':>12}{'update':>12}{'relative':>12}")
+    for part, names in parts.items():
+        of_weights = norm([weights[name] for name in names])
+        of_update = norm([after[name] - weights[name] for name in names])
+        of_gradient = norm([gradients[name] for name in names])
+        relative = of_update / of_weights if of_weights else np.inf
+        norms = f"{of_weights:>12.4g}{of_gradient:>12.4g}{of_update:>12.4g}{relative:>12.2g}"
+        print(f"{part:<20}{norms}")
+
+
+def part_of_model(name):
+    """The part that a parameter belongs to: "block 0 attention", or its own name."""
+    words = name.removeprefix("model.").split(".")
+    if words[0] != "layers":
+        return words[0]
+    kind = {"self_attn": "attention", "mlp": "mlp"}.get(words[2], "norms")
+    return f"block {words[1]} {kind}"
+
+
+def norm(arrays):
+    """The Euclidean norm of all numbers in some arrays."""
+    return sum(mx.square(array.astype(mx.float32)).sum().item() for array in arrays) ** 0.5
+
+
+def print_text(row, targets, before, after, tokenizer):
+    """Prints the tokens of a row that were predicted, with the loss of each before and after."""
+    print(f"\nrow {row}: {before.mean():.4f} -> {after.mean():.4f}")
+    for token, first, second in zip(targets.tolist(), before.tolist(), after.tolist()):
+        piece = printable(repr(tokenizer.decode([token])))
+        print(f"{first:>9.4f}{second:>9.4f}{second - first:>+9.4f}  {piece}")
+
+
+if __name__ == "__main__":
+    start("look", main)

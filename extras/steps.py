@@ -1,0 +1,119 @@
+"""Any step of a run, computed again: --identifier RUN@340 is the run's state after its step 340.
+
+It is recomputed from the nearest earlier checkpoint, or from the seed. It only counts as the run's
+own if the same steps, taken further, end in the SHA1 of the run's next checkpoint.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datasets import UsageError, sync
+from main import SingleProcess, hash_code, list_run, list_versions, load_data_again, make_run
+from main import make_step, needed_models, open_kept, open_newest, refuse_other_text, settle
+from main import train_step, write_checkpoint
+
+FOLDER = "steps"  # in that of a run
+
+
+def checkpoint_at(checkpoints, identifier):
+    """The Checkpoint of RUN@STEP; checkpoints: those of all runs. Raises UsageError, RunError."""
+    name, _, step = identifier.rpartition("@")
+    own = sorted((each for each in checkpoints if each.run == name), key=iteration_of)
+    if not own or not step.isdecimal():
+        raise UsageError(f"{identifier} is not a run, @ and a step of it: see --list")
+    step = int(step)
+    kept = [each for each in own if each.iteration == step]
+    folder = own[0].folder / FOLDER / f"{name}@{step}"
+    kept += list_run(folder)  # computed before
+    if kept:
+        return kept[0]
+    earlier = [each for each in own if each.iteration < step]
+    later = [each for each in own if each.iteration > step]
+    if not later:
+        raise UsageError(
+            f"{identifier}: no later checkpoint of {name} is left that could prove it; its last "
+            f"one is of iteration {own[-1].iteration:,}"
+        )
+    with tempfile.TemporaryDirectory(dir=own[0].folder) as temporary:
+        copy = Path(temporary, folder.name)
+        recompute(earlier[-1] if earlier else None, later[0], step, copy)
+        folder.parent.mkdir(exist_ok=True)
+        copy.rename(folder)
+    sync(folder.parent)
+    return list_run(folder)[0]
+
+
+def iteration_of(checkpoint):
+    """A sort key."""
+    return checkpoint.iteration
+
+
+def recompute(earlier, later, step, folder):
+    """Computes the state after a step, between two checkpoints of a run, and saves it in `folder`.
+
+    earlier: None stands for the run's first weights. Raises UsageError if it would be another
+    run's, RunError.
+    """
+    start = earlier.iteration if earlier else 0
+    stretches = [each for each in later.stretches if each.iteration <= start]
+    began_later = [each for each in later.stretches if start < each.iteration < later.iteration]
+    stretch = stretches[-1] if stretches else None
+    flags = settle({}, later.flags)
+    what = f"step {step:,} of {later.run}"
+    if began_later or stretch is None:
+        raise UsageError(f"{what} was followed by a change of flags, code or versions")
+    flags.num_iters = stretch.num_iters  # schedules end there
+    if stretch.code != hash_code(vars(flags)):
+        raise UsageError(f"{what} was computed by other code than that of main.py now")
+    versions = list_versions(flags, SingleProcess())
+    for name, version in versions.items():
+        if stretch.versions.get(name) != version:
+            raise UsageError(
+                f"{what} was computed with {name} {stretch.versions.get(name)}, not {version}"
+            )
+    if not earlier and (later.origins.keys() & {"branched_from"} or is_from_lost_model(flags)):
+        raise UsageError(f"{what}: no earlier checkpoint is left, and no seed gives its first one")
+
+    folder.mkdir()
+    for name in needed_models(flags):
+        shutil.copytree(later.folder / name, folder / name)
+    run = open_run(folder, flags, earlier, later)
+    take = make_step(run.model, run.optimizer, flags, teacher=run.teacher)
+    with tqdm(total=later.iteration - start, unit="step", disable=None) as bar:
+        bar.set_description(what)
+        while run.iteration < step:
+            train_step(run, take)
+            bar.update()
+        run.scores = [score for score in later.scores if score[0] <= step]
+        write_checkpoint(run)
+        while run.iteration < later.iteration:
+            train_step(run, take)
+            bar.update()
+    run.folder = folder.parent / "proof"
+    run.folder.mkdir()
+    write_checkpoint(run)
+    if run.checkpoint_id != later.id:
+        raise UsageError(
+            f"{what} cannot be computed again: iteration {later.iteration:,} then is "
+            f"{run.checkpoint_id[:12]}, and was {later.id[:12]}"
+        )
+
+
+def open_run(folder, flags, checkpoint, kin):
+    """The run in the state of a checkpoint, or before its first step if that is None.
+
+    kin: a checkpoint of the same run, with whose text and models it is trained.
+    """
+    contents = open_newest([checkpoint], is_named=True) if checkpoint else None
+    dataset = load_data_again(flags, [kin])
+    refuse_other_text(dataset, kin)
+    models = {name: open_kept(kin, name) for name in needed_models(flags)}
+    return make_run(folder, flags, contents, models, dataset, SingleProcess())
+
+
+def is_from_lost_model(flags):
+    """Whether a run began with weights that it has not kept, as it need not read them again."""
+    return bool(flags.init_from) and "init_from" not in needed_models(flags)

@@ -1,0 +1,131 @@
+"""Any step of a run, computed again, is that of a run that has saved every step."""
+
+import math
+import random
+import re
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import TEXT, TINY, run, run_extra, run_folder, saved
+
+RUN = [*TINY, "--num_iters", 30, "--lr_warmup", 5, "--learning_rate", 1e-2, "--keep", 99]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def ids_of_steps(folder):
+    """The checkpoints of the only run in a folder, {iteration: id}."""
+    return {each.iteration: each.id for each in saved(folder)}
+
+
+def id_at(folder, step, status=0):
+    """The id of the checkpoint that RUN@STEP names, or the mistake."""
+    identifier = f"{run_folder(folder).name}@{step}"
+    line = ["--identifier", identifier, "--prompt", "a", "--max_tokens", 1, "--save_dir", folder]
+    _, err = run(*line, status=status)
+    if status:
+        return err
+    digits = re.search("checkpoint ([0-9a-f]{12})", err).group(1)
+    [path] = run_folder(folder).glob(f"**/{digits}*.safetensors")
+    return path.stem
+
+
+FEATURES = {
+    "plain": [],
+    "average": ["--average", 0.3, "--dropout", 0.1, "--lr_schedule", "cosine"],
+    "bfloat16": ["--dtype", "bfloat16", "--optimizer", "muon", "--grad_accumulation", 2],
+    "lora": ["--lora_rank", 2],
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_step_computed_again(name, text, tmp_path):
+    flags = [*RUN, "--text", text, *FEATURES[name]]
+    ids = []
+    for folder, steps in ((tmp_path / "all", 1), (tmp_path / "few", 10)):
+        if name == "lora":
+            base = ["--text", text, "--num_iters", 5, "--save_dir", folder]
+            run(*TINY, *base)
+            flags += ["--init_from", run_folder(folder).name]
+        # Schedules end first at 20, then at 30: these are two stretches of the run.
+        for end in (20, 30):
+            run(*flags, "--steps_per_save", steps, "--num_iters", end, "--save_dir", folder)
+        if name == "lora":
+            shutil.rmtree(folder / flags[-1])  # the run has kept it
+        ids.append(ids_of_steps(folder))
+    assert {*ids[1]} == {10, 20, 30}
+    generator = random.Random(name)
+    for first in (1, 11, 21):
+        step = first + generator.randrange(9)
+        assert id_at(tmp_path / "few", step) == ids[0][step]
+    assert not [*(tmp_path / "few").glob("*/tmp*")]
+
+
+def test_step_that_cannot_be_proved(text, tmp_path):
+    folder = tmp_path / "runs"
+    flags = [*RUN, "--text", text, "--steps_per_save", 10, "--save_dir", folder]
+    run(*flags)
+    assert "no later checkpoint" in id_at(folder, 31, status=2)
+    assert "is not a run" in id_at(folder, "x", status=2)
+    environment = {"DISABLE_FAST": "1"}
+    name = run_folder(folder).name
+    line = ["--identifier", f"{name}@5", "--prompt", "a", "--save_dir", folder]
+    _, err = run(*line, env=environment, status=2)
+    assert "was computed with" in err
+    # Without its checkpoints 10 and 20, the seed alone gives step 12.
+    expected = id_at(folder, 12)
+    shutil.rmtree(run_folder(folder) / "steps")
+    for each in saved(folder)[1:]:
+        each.delete()
+    assert id_at(folder, 12) == expected
+
+
+def test_branch_from_a_step(text, tmp_path):
+    """It is the same as one from a checkpoint of that step."""
+    flags = [*RUN, "--text", text]
+    run(*flags, "--steps_per_save", 7, "--save_dir", tmp_path / "kept")
+    run(*flags, "--steps_per_save", 10, "--save_dir", tmp_path / "again")
+    name = run_folder(tmp_path / "kept").name
+    ends = []
+    for folder in (tmp_path / "kept", tmp_path / "again"):
+        branch = ["--identifier", f"{name}@14", "--learning_rate", 1e-3, "--save_dir", folder]
+        run(*branch)
+        out, _ = run(*branch)  # resumes it
+        assert "from iteration 30 to 30" in out
+        [end] = [each for each in saved(folder) if each.iteration == 30 and each.run != name]
+        ends.append(end.id)
+    assert ends[0] == ends[1]
+
+
+def test_what_a_step_did(text, tmp_path):
+    folder = tmp_path / "runs"
+    run(*RUN, "--text", text, "--steps_per_save", 10, "--save_dir", folder)
+    name = run_folder(folder).name
+    out, _ = run_extra("look", f"{name}@15", "--rows", 2, "--save_dir", folder)
+    loss, gradient_norm = map(float, re.search(r"loss (\S+), gradient_norm (\S+),", out).groups())
+    before, after = map(float, re.search(r"mean loss (\S+) before, (\S+) after", out).groups())
+    assert loss == pytest.approx(before, abs=1e-3)
+    norms = {}
+    for part, *numbers in re.findall(r"^(\S.*?) {2,}(\S+) +(\S+) +(\S+) +\S+$", out, re.M):
+        norms[part] = [float(number) for number in numbers]
+    total = math.sqrt(sum(gradient**2 for _, gradient, _ in norms.values()))
+    assert total == pytest.approx(min(gradient_norm, 1), rel=1e-2)
+    # The update is what lies between the two checkpoints.
+    steps = run_folder(folder) / "steps"
+    names = [f"{name}@{step}" for step in (14, 15)]
+    arrays = [mx.load(str(next((steps / each).glob("*.safetensors")))) for each in names]
+    key = "model.embed_tokens.weight"
+    difference = np.array(arrays[1][key] - arrays[0][key])
+    assert norms["embed_tokens"][2] == pytest.approx(np.linalg.norm(difference), rel=1e-3)
+    # Two rows of eight tokens, with the loss of each.
+    rows = re.findall(r"^ +(\S+) +(\S+) +([+-]\S+)  '", out, re.M)
+    assert len(rows) == 2 * 8
+    for first, second, difference in rows:
+        assert float(second) - float(first) == pytest.approx(float(difference), abs=2e-4)

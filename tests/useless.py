@@ -1,0 +1,84 @@
+"""How often does extras.versus call a useless edit helpful or harmful? It should be one in twenty.
+
+    python tests/useless.py                  200 edits, half an hour on one core
+    python tests/useless.py --edits 20 --seed 7
+
+A useless edit multiplies one of a model's first weights by 1 + 1e-6. Each is tried on six pairs of
+seeds of its own, fixed before; rounding does the rest. Prints a line an edit, then the count.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import main  # noqa: E402  (before NumPy's products: it chooses the BLAS)
+import mlx.core as mx  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+
+from extras.versus import Outcome, describe_verdict, measure  # noqa: E402
+
+MODEL = "--dim 16 --num_blocks 1 --num_heads 2 --context_size 16 --batch_size 8 --num_iters 150 "
+MODEL += "--learning_rate 3e-2 --lr_warmup 5 --lr_schedule cosine"
+PAIRS = 6
+CHANGE = 1 + 1e-6
+
+
+def outcome(dataset, seed, place=None):
+    """The Outcome of a training; place: a number that says which first weight is changed."""
+    flags = main.settle(main.read_command_line([*MODEL.split(), "--seed", str(seed)]))
+    run = main.make_run(None, flags, None, {}, dataset, main.SingleProcess())
+    if place is not None:
+        weights = dict(tree_flatten(run.model.trainable_parameters()))
+        names = sorted(name for name in weights if np.abs(weights[name]).sum() > 0)
+        name = names[place % len(names)]
+        values = np.array(weights[name])
+        flat = values.reshape(-1)
+        index = np.flatnonzero(flat)[place % np.count_nonzero(flat)]
+        flat[index] *= CHANGE
+        run.model.load_weights([(name, mx.array(values))], strict=False)
+    step = main.make_step(run.model, run.optimizer, flags)
+    while run.iteration < flags.num_iters:
+        main.train_step(run, step)
+    score = main.evaluate(run.model, dataset.valid.tokens, 64)
+    return Outcome(str(score), score, 0.0, {}, 1.0, {})
+
+
+def count_verdicts(edits, seed):
+    """Prints a line an edit; returns how many were said to have helped or hurt."""
+    main.use_device(gpu=False)
+    generator = np.random.default_rng(seed)
+    called = 0
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [f"{i} times {i % 7} is {i * (i % 7)}, more or less.\n" for i in range(900)]
+        text = Path(folder, "text.txt")
+        text.write_text("".join(lines))
+        flags = main.settle(main.read_command_line(["--text", str(text), "--data_dir", folder]))
+        dataset = main.load_data(flags)
+        seeds = generator.choice(10**6, (edits, PAIRS), replace=False)
+        places = generator.integers(10**6, size=edits)
+        for number, (own, place) in enumerate(zip(seeds.tolist(), places.tolist())):
+            pairs = [(outcome(dataset, each), outcome(dataset, each, place)) for each in own]
+            result = {"pairs": PAIRS, "unit": "nats/token", "steps": 150, "first_seed": own[0]}
+            result |= measure(pairs, "score")
+            verdict = describe_verdict(result, tries=1)
+            called += verdict in ("Helped.", "Hurt.")
+            print(
+                f"{number + 1:>4}  {result['difference']:+.6f}  "
+                f"{result['low']:+.6f} to {result['high']:+.6f}  {verdict.split('.')[0]}",
+                flush=True,
+            )
+    return called
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--edits", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    found = count_verdicts(options.edits, options.seed)
+    print(f"{found} of {options.edits} useless edits were said to have helped or hurt")
