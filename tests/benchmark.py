@@ -326,8 +326,6 @@ def work(competitor, shape, gpu):
     It holds the seconds they took, their losses, and the peak memory in MiB.
     """
     kind, dtype = competitor.split()
-    if kind in ("main", "plain"):
-        import extras.fast  # before NumPy, for which it chooses kernels
     import numpy as np
 
     random = np.random.default_rng(0)
