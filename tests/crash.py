@@ -991,12 +991,12 @@ class Player:
         return failures
 
 
-def sweep(folder, every, player):
-    """Strikes at every call, or one in so many; returns the number of failures."""
+def sweep(folder, names, every, player):
+    """Strikes at every call of these scenarios, or one in so many; returns how many failed."""
     scenarios = {}
     cases = []
-    for name, make in SCENARIOS.items():
-        scenarios[name] = Scenario(folder / name, make)
+    for name in names:
+        scenarios[name] = Scenario(folder / name, SCENARIOS[name])
         judge_kept(scenarios[name].expected)
         calls = scenarios[name].calls
         print(f"{name}: {calls} calls", flush=True)
@@ -1034,6 +1034,7 @@ def play_again(folder, case):
 def command_line():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--every", type=int, default=1, metavar="N")
+    parser.add_argument("--scenario", choices=SCENARIOS, help="this one alone")
     parser.add_argument("--random", type=int, metavar="FAULTS")
     parser.add_argument("--seed", default="1")
     parser.add_argument("--only", metavar="CASE")
@@ -1052,7 +1053,8 @@ def command_line():
         elif options.random:
             failures = play_random_faults(folder, options.seed, options.random, player)
         else:
-            failures = sweep(folder, options.every, player)
+            names = [options.scenario] if options.scenario else SCENARIOS
+            failures = sweep(folder, names, options.every, player)
     except Failure as failure:
         print(failure)
         failures = 1

@@ -36,6 +36,6 @@ def test_a_missing_fsync_is_found(tmp_path):
     for name in ("main.py", "datasets.py"):
         source = (ROOT / name).read_text().replace("os.fsync(", "os.fstat(")
         (copy / name).write_text(source)
-    status, out = play("crash.py", "--every", 29, "--first", "--checkout", copy)
+    status, out = play("crash.py", "--scenario", "begin", "--every", 29, "--first", "--checkout", copy)
     assert "1 failures" in out, out
     assert status == 1

@@ -383,14 +383,14 @@ datasets.load_dataset("text", sys.argv[1], text=sys.argv[2:], tokenizer="byte")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     peaks = []
-    for size in (1, 64):  # MB
+    for size in (1, 16):  # MB
         paths = [tmp_path / f"lines{size}", tmp_path / f"word{size}"]
         paths[0].write_bytes(b"words of a line\n" * (size << 16))
         paths[1].write_bytes(b"x" * (size << 20))
         command = [sys.executable, "-c", program, tmp_path / f"data{size}", *paths]
         out = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
         peaks.append(int(out.split()[-1]))  # KiB, on macOS bytes
-    assert peaks[1] / peaks[0] < 4
+    assert peaks[1] / peaks[0] < 1.5
 
 
 # ---- Own text -----------------------------------------------------------------------------------
@@ -965,14 +965,6 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="MLX then compiles nothing")
-def test_nothing_but_the_runs_can_be_written(tmp_path, text):
-    """Neither a home nor the usual folder for temporary files: MLX compiles elsewhere."""
-    line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
-    env = {"TMPDIR": str(tmp_path / "missing"), "XDG_CACHE_HOME": str(text)}
-    out, err = run(*line, env=env)
-    assert "at iteration 1\n" in out and not err
-
-
 KINDS = ["word", "char", "byte", "bpe"]
 SCORE = (
     r"^(?:iteration.* )?{} ([\d.]+) nats(?: \(best\))?, perplexity ([\d.]+) per (word|token)"
