@@ -1,8 +1,9 @@
-"""Plots the losses of runs.
+"""Plots the losses of runs, or of a comparison.
 
     python -m extras.plot losses.png                       all runs in the folder
     python -m extras.plot losses.png --identifier NAME     this run, or several
     python -m extras.plot losses.png --identifier "ptb-*"  those whose names match
+    python -m extras.plot both.png --versus                the last comparison of extras.versus
 
 It needs matplotlib; the file's extension selects the format (png, pdf, svg), and .png is appended
 if there is none.
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets import UsageError, explained, printable, user_path, utf8
+from extras.versus import interval, newest_record, read_rows
 from main import flags_apart, read_log
 
 # Training losses are many and noisy, so they are pale; validation losses have markers.
@@ -29,8 +31,14 @@ def main(arguments):
     """Plots as these arguments specify. Raises UsageError."""
     parser = make_parser("plot", __doc__)
     parser.add_argument("file", metavar="FILE", help="the picture to write")
+    parser.add_argument(
+        "--versus", action="store_true", default=False, help="the last comparison of extras.versus"
+    )
     add_identifiers(parser)
     flags = read_flags(parser, arguments)
+    if flags.versus:
+        plot_comparison(flags.save_dir / "versus", flags.file)
+        return
     plot_runs(select_checkpoints(flags.save_dir, flags.identifier), flags.file)
 
 
@@ -100,6 +108,40 @@ def columns_of(log, split, column):
         if row["split"] == split and np.isfinite(numbers).all():
             values.append(numbers)
     return np.array(values, float).reshape(-1, 3).T  # also without any values
+
+
+def plot_comparison(folder, path):
+    """Plots what extras.versus compared last.
+
+    Above, the validation losses of both sides with their means; below, the mean difference with its
+    95 % interval. Raises UsageError.
+    """
+    with explained(f"{folder} holds no comparison: see python -m extras.versus", OSError):
+        row = read_rows(folder / "versus.csv")[-1]
+    if row["diverged"] != "0":
+        raise UsageError("a run of the last comparison has diverged: there is no mean to draw")
+    seeds = range(int(row["first_seed"]), int(row["first_seed"]) + int(row["pairs"]))
+    sides = []
+    for side in row["comparison"].split():
+        records = [newest_record(folder / side / row["runs"] / str(seed)) for seed in seeds]
+        sides.append([record["scores"] for record in records])
+    scores = np.array(sides)  # [side, pair, point, 2]
+    iterations = scores[0, 0, :, 0]
+    losses = scores[..., 1]
+    figure = make_figure(8, 7)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    for name, color, of_side in zip(("before", "after"), ("C0", "C1"), losses):
+        above.plot(iterations, of_side.T, color=color, alpha=0.4, linewidth=1)
+        label = f"{name}: {printable(row[name])}"
+        above.plot(iterations, of_side.mean(axis=0), color=color, marker="o", label=label)
+    above.set(ylabel="validation loss (nats/token)")
+    above.legend()
+    mean, margin = interval(losses[1] - losses[0])
+    below.axhline(0, color="gray", linewidth=1)
+    below.fill_between(iterations, mean - margin, mean + margin, color="C1", alpha=0.2)
+    below.plot(iterations, mean, color="C1", marker="o")
+    below.set(xlabel="iteration", ylabel=f"difference, {len(seeds)} pairs")
+    save_figure(figure, path)
 
 
 def make_figure(width, height):

@@ -176,9 +176,14 @@ class Comparison:
         """What tells this comparison from others, whatever their seeds."""
         return f"{self.before.folder.name} {self.after.folder.name}"
 
+    @property
+    def runs(self):
+        """The folder of all runs in that of a side. With other plain functions, they are others."""
+        return "-".join(["runs", str(self.steps), *self.plain])
+
     def save_dir(self, side, seed):
-        """The folder of a run of its own. Where other functions are plain, it is another run."""
-        return side.folder / "-".join(["runs", str(self.steps), *self.plain]) / str(seed)
+        """The folder of a run of its own."""
+        return side.folder / self.runs / str(seed)
 
     def train(self, side, seed, *more):
         """Trains a run, or goes on with it; returns its exit status and what it has printed."""
@@ -424,6 +429,7 @@ def print_comparison(comparison, options):
         print(f"{seed:>10}{first:>10.4f}{second:>10.4f}{second - first:>+14.4f}", flush=True)
     result = {
         "comparison": comparison.key,
+        "runs": comparison.runs,
         "before": before.name,
         "after": after.name,
         "flags": shlex.join(comparison.common),
@@ -469,9 +475,7 @@ def measure(pairs, column):
         return {"diverged": diverged}
     before, after = np.array([[getattr(each, column) for each in pair] for pair in pairs]).T
     differences = after - before
-    mean = differences.mean()
-    spread = differences.std(ddof=1)
-    margin = T_QUANTILES[len(pairs) - 2] * spread / math.sqrt(len(pairs))
+    mean, margin = interval(differences)
     correlation = None  # of the sides
     if before.std() and after.std():
         correlation = float(np.corrcoef(before, after)[0, 1])
@@ -481,7 +485,7 @@ def measure(pairs, column):
         "difference": float(mean),
         "low": float(mean - margin),
         "high": float(mean + margin),
-        "spread": float(spread),
+        "spread": float(differences.std(ddof=1)),
         "agree": int((np.sign(differences) == np.sign(mean)).sum()),
         "correlation": correlation,
         "ms_before": ms_before,
@@ -489,6 +493,13 @@ def measure(pairs, column):
         "diverged": 0,
         "same": all(first.id == second.id for first, second in pairs) and not differences.any(),
     }
+
+
+def interval(differences):
+    """The mean of differences [pairs, ...], and half the width of its 95 % interval."""
+    pairs = len(differences)
+    margin = T_QUANTILES[pairs - 2] * differences.std(axis=0, ddof=1) / math.sqrt(pairs)
+    return differences.mean(axis=0), margin
 
 
 def describe_numbers(result):
@@ -562,7 +573,7 @@ def detectable(spread, pairs):
 
 
 COLUMNS = (
-    *("comparison", "before", "after", "flags", "steps", "first_seed", "pairs", "unit"),
+    *("comparison", "runs", "before", "after", "flags", "steps", "first_seed", "pairs", "unit"),
     *("difference", "low", "high", "spread", "agree", "correlation", "ms_before", "ms_after"),
     *("diverged", "same", "verdict"),
 )

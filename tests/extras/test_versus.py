@@ -9,6 +9,8 @@ import time
 import pytest
 from conftest import ROOT, TEXT, TINY, newest, run, start
 
+from extras import plot
+
 STEPS = [*TINY, "--num_iters", 24, "--steps_per_eval", 8, "--steps_per_report", 4]
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
 
@@ -64,7 +66,7 @@ def runs(project):
     return found
 
 
-def test_comparison(committed):
+def test_comparison(committed, figures):
     """Killed and typed again, it ends in the numbers of main.py's own runs."""
     compared = ["--learning_rate 3e-2", "--pairs", 3, "--json"]
     options = {"program": ["-m", "extras.versus"], "cwd": committed}
@@ -95,6 +97,13 @@ def test_comparison(committed):
     assert [result["low"], result["high"]] == pytest.approx([mean - margin, mean + margin])
     assert mean + margin < 0
     assert result["verdict"] == "Helped."
+
+    # The picture shows what the table says.
+    plot.main(["x.png", "--versus", "--save_dir", str(committed / "runs")])
+    above, below = figures[0].axes
+    assert [line.get_ydata()[-1] for line in above.lines[:3]] == scores["before"]
+    assert above.lines[7].get_ydata()[-1] == pytest.approx(sum(scores["after"]) / 3)
+    assert below.lines[1].get_xydata()[-1].tolist() == pytest.approx([24, mean])
 
     # The next edit on the same seeds has more chances to look good. The first stays the first.
     out, _ = versus(committed, "--learning_rate 2.9e-2", "--pairs", 3)
