@@ -964,7 +964,6 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path):
     prepare("--text", path, "--data_dir", tmp_path / "lm")
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="MLX then compiles nothing")
 KINDS = ["word", "char", "byte", "bpe"]
 SCORE = (
     r"^(?:iteration.* )?{} ([\d.]+) nats(?: \(best\))?, perplexity ([\d.]+) per (word|token)"
