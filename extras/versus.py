@@ -311,7 +311,8 @@ def make_side(role, typed, common):
 
     Raises UsageError.
     """
-    words = shlex.split(typed) if is_flags(typed) else []
+    with explained(f"{typed} cannot be read as flags", ValueError):
+        words = shlex.split(typed) if is_flags(typed) else []
     name = (typed or "your files").strip()
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary, "copy")
@@ -338,7 +339,9 @@ def make_side(role, typed, common):
         if not folder.exists():
             with explained(f"cannot write to {folder}: name another --save_dir", OSError):
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(copy, folder)
+                # Perhaps from another file system: half a copy must not have this name.
+                shutil.move(copy, folder.with_suffix(f".{os.getpid()}"))
+                folder.with_suffix(f".{os.getpid()}").rename(folder)
     return Side(name, words, folder=folder, **answer)
 
 

@@ -142,6 +142,7 @@ MISTAKES = [
     (["nonsense"], "nonsense is no commit with this program"),
     (["HEAD", "HEAD", "HEAD"], "there are two sides: what is 'HEAD' compared with?"),
     (["--dim 7"], "dim 7 is not a multiple"),
+    (["--stop 'a"], "--stop 'a cannot be read as flags (No closing quotation)"),
     (["--num_iters 7"], "--num_iters has to be the same on both sides"),
     (["--patience 3"], "--patience cannot be compared"),
     (["HEAD", "--pairs", "1"], "--pairs"),
