@@ -25,7 +25,8 @@ def read_commands():
 
 COMMANDS = read_commands()
 OF_MAIN = [line for line in COMMANDS if "main.py" in line]
-OF_PROGRAMS = [line for line in COMMANDS if line.startswith("python -m extras.")]
+# Comparisons train a dozen runs: test_versus.py has smaller ones.
+OF_PROGRAMS = [line for line in COMMANDS if re.match(r"python -m extras\.(?!versus)", line)]
 SMALL = [*TINY, "--num_iters", "3", "--steps_per_report", "1", "--eval_tokens", "500"]
 NEED_A_MODEL = {
     "--identifier",
