@@ -6,6 +6,7 @@ own if the same steps, taken further, end in the SHA1 of the run's next checkpoi
 
 import shutil
 import tempfile
+from operator import attrgetter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,66 +17,63 @@ from main import make_step, needed_models, open_kept, open_newest, refuse_other_
 from main import train_step, write_checkpoint
 
 FOLDER = "steps"  # in that of a run
+ITERATION = attrgetter("iteration")
 
 
 def checkpoint_at(checkpoints, identifier):
     """The Checkpoint of RUN@STEP; checkpoints: those of all runs. Raises UsageError, RunError."""
     name, _, step = identifier.rpartition("@")
-    own = sorted((each for each in checkpoints if each.run == name), key=iteration_of)
+    own = [each for each in checkpoints if each.run == name]
     if not own or not step.isdecimal():
         raise UsageError(f"{identifier} is not a run, @ and a step of it: see --list")
     step = int(step)
-    kept = [each for each in own if each.iteration == step]
     folder = own[0].folder / FOLDER / f"{name}@{step}"
-    kept += list_run(folder)  # computed before
-    if kept:
-        return kept[0]
+    for each in [*own, *list_run(folder)]:  # what was computed before is there
+        if each.iteration == step:
+            return each
     earlier = [each for each in own if each.iteration < step]
     later = [each for each in own if each.iteration > step]
     if not later:
+        last = max(own, key=ITERATION)
         raise UsageError(
-            f"{identifier}: no later checkpoint of {name} is left that could prove it; its last "
-            f"one is of iteration {own[-1].iteration:,}"
+            f"{identifier}: no later checkpoint of {name} is left that could prove it; the last "
+            f"one is of iteration {last.iteration:,}"
         )
+    start = max(earlier, key=ITERATION, default=None)
+    proof = min(later, key=ITERATION)
     with tempfile.TemporaryDirectory(dir=own[0].folder) as temporary:
         copy = Path(temporary, folder.name)
-        recompute(earlier[-1] if earlier else None, later[0], step, copy)
+        recompute(start, proof, step, copy)
         folder.parent.mkdir(exist_ok=True)
         copy.rename(folder)
     sync(folder.parent)
-    return list_run(folder)[0]
-
-
-def iteration_of(checkpoint):
-    """A sort key."""
-    return checkpoint.iteration
+    [found] = list_run(folder)
+    return found
 
 
 def recompute(earlier, later, step, folder):
     """Computes the state after a step, between two checkpoints of a run, and saves it in `folder`.
 
-    earlier: None stands for the run's first weights. Raises UsageError if it would be another
-    run's, RunError.
+    earlier: None stands for the run's first weights. Raises UsageError if it would not be this
+    run's state, RunError.
     """
-    start = earlier.iteration if earlier else 0
-    stretches = [each for each in later.stretches if each.iteration <= start]
-    began_later = [each for each in later.stretches if start < each.iteration < later.iteration]
-    stretch = stretches[-1] if stretches else None
-    flags = settle({}, later.flags)
     what = f"step {step:,} of {later.run}"
-    if began_later or stretch is None:
-        raise UsageError(f"{what} was followed by a change of flags, code or versions")
+    flags = settle({}, later.flags)
+    start = 0
+    if earlier:
+        start = earlier.iteration
+    elif "branched_from" in later.origins or is_from_lost_model(flags):
+        raise UsageError(f"{what}: no earlier checkpoint is left, and no seed gives its first one")
+    *_, stretch = [each for each in later.stretches if each.iteration <= start]
     flags.num_iters = stretch.num_iters  # schedules end there
+    if any(start < each.iteration < later.iteration for each in later.stretches):
+        raise UsageError(f"{what}: flags, code or versions have changed before the next checkpoint")
     if stretch.code != hash_code(vars(flags)):
         raise UsageError(f"{what} was computed by other code than that of main.py now")
-    versions = list_versions(flags, SingleProcess())
-    for name, version in versions.items():
-        if stretch.versions.get(name) != version:
-            raise UsageError(
-                f"{what} was computed with {name} {stretch.versions.get(name)}, not {version}"
-            )
-    if not earlier and (later.origins.keys() & {"branched_from"} or is_from_lost_model(flags)):
-        raise UsageError(f"{what}: no earlier checkpoint is left, and no seed gives its first one")
+    for name, version in list_versions(flags, SingleProcess()).items():
+        before = stretch.versions.get(name)
+        if before != version:
+            raise UsageError(f"{what} was computed with {name} {before}, not {version}")
 
     folder.mkdir()
     for name in needed_models(flags):
@@ -107,7 +105,9 @@ def open_run(folder, flags, checkpoint, kin):
 
     kin: a checkpoint of the same run, with whose text and models it is trained.
     """
-    contents = open_newest([checkpoint], is_named=True) if checkpoint else None
+    contents = None
+    if checkpoint:
+        contents = open_newest([checkpoint], is_named=True)
     dataset = load_data_again(flags, [kin])
     refuse_other_text(dataset, kin)
     models = {name: open_kept(kin, name) for name in needed_models(flags)}
