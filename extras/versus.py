@@ -550,26 +550,28 @@ def describe_verdict(result, tries):
             f"No effect, proved: the same weights and scores after step {result['steps']:,}, for "
             "these flags and seeds."
         )
+    fresh = f"--seeds {result['first_seed'] + 100}"
     if result["low"] <= 0 <= result["high"]:
         pairs = result["pairs"]
-        more = min(MOST_PAIRS, 4 * pairs)
+        shown = detectable(result["spread"], pairs)
+        smaller = detectable(result["spread"], 4 * pairs)
         return (
-            f"No difference seen. With this spread, {pairs} pairs would mostly show one of "
-            f"{detectable(result['spread'], pairs):.4f}, {more} pairs one of "
-            f"{detectable(result['spread'], more):.4f}."
+            f"No difference seen. With this spread, {pairs} pairs would mostly show one of roughly "
+            f"{shown:.2g}; {4 * pairs} fresh pairs ({fresh}), one of {smaller:.2g}."
         )
     helped = result["difference"] < 0
     if tries == 1:
         return "Helped." if helped else "Hurt."
     return (
         f"Looks {'better' if helped else 'worse'}, but this is try {tries} on these seeds, and "
-        f"one of many looks so by chance: confirm it with --seeds {result['first_seed'] + 100}."
+        f"one of many looks so by chance: confirm it, once, with {fresh}."
     )
 
 
 def detectable(spread, pairs):
     """The difference that so many pairs show four times in five."""
-    return (T_QUANTILES[pairs - 2] + T_POWER) * spread / math.sqrt(pairs)
+    quantile = T_QUANTILES[min(pairs, MOST_PAIRS) - 2]
+    return (quantile + T_POWER) * spread / math.sqrt(pairs)
 
 
 # ---- The record of all comparisons --------------------------------------------------------------
@@ -582,30 +584,34 @@ COLUMNS = (
 )
 
 
-def count_tries(path, result):
-    """How many edits were tried on some of these seeds up to this one.
+def same_comparison(row, result):
+    """Whether a row of versus.csv is of the same sides, flags and seeds."""
+    names = ("comparison", "flags", "steps", "first_seed", "pairs")
+    return all(row[name] == str(result[name]) for name in names)
 
-    Those with other flags behind -- do not count, as other runs have other noise.
+
+def count_tries(path, result):
+    """How many comparisons there were on some of these seeds, up to this one.
+
+    Those with other flags behind -- are not counted.
     """
-    tried = {result["comparison"]}
     own = {*range(result["first_seed"], result["first_seed"] + result["pairs"])}
+    tries = 1
     for row in read_rows(path) if path.exists() else []:
-        if row["comparison"] == result["comparison"]:
+        if same_comparison(row, result):
             break  # it has its place among them
         first = int(row["first_seed"])
         shared = own & {*range(first, first + int(row["pairs"]))}
         if row["flags"] == result["flags"] and shared:
-            tried.add(row["comparison"])
-    return len(tried)
+            tries += 1
+    return tries
 
 
 def record(path, result):
     """Adds a row to versus.csv, unless the same comparison is there already."""
     rows = read_rows(path) if path.exists() else []
-    for row in rows:
-        names = ("comparison", "flags", "steps", "first_seed", "pairs")
-        if all(row[name] == str(result[name]) for name in names):
-            return
+    if any(same_comparison(row, result) for row in rows):
+        return
     with open(path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if not rows:

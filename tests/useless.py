@@ -3,8 +3,9 @@
     python tests/useless.py                  200 edits, half an hour on one core
     python tests/useless.py --edits 20 --seed 7
 
-A useless edit multiplies one of a model's first weights by 1 + 1e-6. Each is tried on six pairs of
-seeds of its own, fixed before; rounding does the rest. Prints a line an edit, then the count.
+A useless edit shuffles the columns of one matrix of a model's first weights: these are independent
+and identically distributed, so neither side is the better one. Each is tried on six pairs of seeds
+of its own, fixed before. Prints a line an edit, then the count.
 """
 
 import argparse
@@ -25,22 +26,19 @@ from extras.versus import Outcome, describe_verdict, measure  # noqa: E402
 MODEL = "--dim 16 --num_blocks 1 --num_heads 2 --context_size 16 --batch_size 8 --num_iters 150 "
 MODEL += "--learning_rate 3e-2 --lr_warmup 5 --lr_schedule cosine"
 PAIRS = 6
-CHANGE = 1 + 1e-6
 
 
 def outcome(dataset, seed, place=None):
-    """The Outcome of a training; place: a number that says which first weight is changed."""
+    """The Outcome of a training; place: a number that says which weights are shuffled, and how."""
     flags = main.settle(main.read_command_line([*MODEL.split(), "--seed", str(seed)]))
     run = main.make_run(None, flags, None, {}, dataset, main.SingleProcess())
     if place is not None:
         weights = dict(tree_flatten(run.model.trainable_parameters()))
-        names = sorted(name for name in weights if np.abs(weights[name]).sum() > 0)
-        name = names[place % len(names)]
-        values = np.array(weights[name])
-        flat = values.reshape(-1)
-        index = np.flatnonzero(flat)[place % np.count_nonzero(flat)]
-        flat[index] *= CHANGE
-        run.model.load_weights([(name, mx.array(values))], strict=False)
+        drawn = sorted(name for name in weights if np.array(weights[name]).std() > 0)
+        name = drawn[place % len(drawn)]
+        columns = np.random.default_rng(place).permutation(weights[name].shape[1])
+        shuffled = np.array(weights[name])[:, columns]
+        run.model.load_weights([(name, mx.array(shuffled))], strict=False)
     step = main.make_step(run.model, run.optimizer, flags)
     while run.iteration < flags.num_iters:
         main.train_step(run, step)
@@ -67,9 +65,11 @@ def count_verdicts(edits, seed):
             result |= measure(pairs, "score")
             verdict = describe_verdict(result, tries=1)
             called += verdict in ("Helped.", "Hurt.")
+            ratio = result["spread"] / np.std([before.score for before, _ in pairs], ddof=1)
             print(
-                f"{number + 1:>4}  {result['difference']:+.6f}  "
-                f"{result['low']:+.6f} to {result['high']:+.6f}  {verdict.split('.')[0]}",
+                f"{number + 1:>4}  {result['difference']:+.4f}, {result['low']:+.4f} to "
+                f"{result['high']:+.4f}; spread {ratio:.2f} of that of a side  "
+                f"{verdict.split('.')[0]}",
                 flush=True,
             )
     return called
