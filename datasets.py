@@ -674,6 +674,10 @@ class PackageTokenizer:
         """
         self.kind = kind
         self.vocabulary = vocabulary
+        model = json.loads(vocabulary)["model"]
+        if model.get("type") == "BPE" and model.get("continuing_subword_prefix"):
+            # The package (0.23) ends the process if a stranger's merges do not fit such a prefix.
+            raise ValueError("it is a BPE with a continuing_subword_prefix, which is not supported")
         self.package = read_package_tokenizer(vocabulary)
         # These are for the inputs of some model; a text is to be encoded whole.
         self.package.no_truncation()
@@ -682,7 +686,7 @@ class PackageTokenizer:
         self.dtype = token_dtype(self.vocab_size)
         self.eos_token = eos
         self.eos = self.find_eos([eos or END, *ENDS])
-        self.unk = self.find_unk(json.loads(vocabulary)["model"])
+        self.unk = self.find_unk(model)
         self.num_special = len({self.eos, self.unk} - {None})
         ids = self.package.get_vocab()
         names = [f"<0x{byte:02X}>" for byte in range(256)]  # as SentencePiece calls them

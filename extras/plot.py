@@ -54,7 +54,7 @@ def plot_runs(checkpoints, path):
     apart = flags_apart(checkpoints)
     column = "loss"
     unit = "nats/token"
-    if len({each.tokens_sha256["train"] for each in checkpoints}) > 1:
+    if len({str(each.tokens_sha256.get("train")) for each in checkpoints}) > 1:
         column = "bits_per_byte"
         unit = "bits per byte"
     figure = make_figure(12, 5)

@@ -85,8 +85,9 @@ class Disk:
         self.sync(folder)
         for place, folders, files in os.walk(folder):
             for name in [*folders, *files]:
-                self.hold(os.path.join(place, name))
-                self.sync(os.path.join(place, name))
+                with contextlib.suppress(FileNotFoundError):  # another process may save there
+                    self.hold(os.path.join(place, name))
+                    self.sync(os.path.join(place, name))
 
     def hold(self, path):
         """Notes a file or folder that is there, or is new."""
