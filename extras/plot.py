@@ -120,6 +120,8 @@ def plot_comparison(folder, path):
         row = read_rows(folder / "versus.csv")[-1]
     if row["diverged"] != "0":
         raise UsageError("a run of the last comparison has diverged: there is no mean to draw")
+    if row["unit"] != "nats/token":
+        raise UsageError("the last comparison is of different tokens, whose curves are not alike")
     seeds = range(int(row["first_seed"]), int(row["first_seed"]) + int(row["pairs"]))
     sides = []
     for side in row["comparison"].split():

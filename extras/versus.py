@@ -193,6 +193,7 @@ class Comparison:
             "seed": seed,
             "num_iters": self.steps,
             "steps_per_eval": min(side.flags["steps_per_eval"], self.steps),
+            "steps_per_report": min(side.flags["steps_per_report"], self.steps),
             "eval_tokens": 0,
             "sample_tokens": 0,
             "save_dir": save_dir.absolute(),
@@ -240,7 +241,7 @@ class Comparison:
             score=scores[self.steps],
             bits_per_byte=bits[-1],
             curve=scores,
-            ms_per_step=statistics.median(times) if times else math.nan,
+            ms_per_step=statistics.median(times),
             tokens_sha256=newest["tokens_sha256"],
         )
 
@@ -271,9 +272,13 @@ class Comparison:
 
 
 def newest_record(folder):
-    """The record of the checkpoint below a folder that was saved last, a dict, or None."""
+    """The record of a run's checkpoint that was saved last, a dict, or None.
+
+    folder: the run's, or the one that it lies in.
+    """
     records = []
-    for path in folder.rglob("*.metadata"):
+    # Not deeper: there may be single steps, computed again later.
+    for path in [*folder.glob("*.metadata"), *folder.glob("*/*.metadata")]:
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         records.append(json.loads(header["__metadata__"]["record"]))
