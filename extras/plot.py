@@ -12,6 +12,7 @@ if there is none.
 # First: main.py chooses the BLAS before NumPy and MLX take one.
 from extras.program import add_identifiers, make_parser, read_flags, select_checkpoints, start
 
+import json
 import sys
 import textwrap
 import warnings
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets import UsageError, explained, printable, user_path, utf8
-from extras.versus import interval, newest_record, read_rows
+from extras.versus import interval, newest_records, read_rows
 from main import flags_apart, read_log
 
 # Training losses are many and noisy, so they are pale; validation losses have markers.
@@ -122,11 +123,11 @@ def plot_comparison(folder, path):
         raise UsageError("a run of the last comparison has diverged: there is no mean to draw")
     if row["unit"] != "nats/token":
         raise UsageError("the last comparison is of different tokens, whose curves are not alike")
-    seeds = range(int(row["first_seed"]), int(row["first_seed"]) + int(row["pairs"]))
+    seeds = json.loads(row["seeds"])
     sides = []
     for side in row["comparison"].split():
-        records = [newest_record(folder / side / row["runs"] / str(seed)) for seed in seeds]
-        sides.append([record["scores"] for record in records])
+        records = newest_records(folder / side)
+        sides.append([records[seed]["scores"] for seed in seeds])
     scores = np.array(sides)  # [side, pair, point, 2]
     iterations = scores[0, 0, :, 0]
     losses = scores[..., 1]

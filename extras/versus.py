@@ -11,8 +11,8 @@ same command goes on where it was. extras/versus.md says what its numbers mean.
 """
 
 import argparse
+import contextlib
 import csv
-import fcntl
 import hashlib
 import json
 import math
@@ -21,7 +21,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,71 +32,34 @@ from typing import NamedTuple
 import numpy as np
 
 # Not main.py: the files of now may not even run.
-from datasets import Parser, RunError, UsageError, explained, no_follow, number, one_line
-from datasets import open_data_dir, repair_streams, run_command
+from datasets import Parser, RunError, UsageError, explained, flock, no_follow, number, one_line
+from datasets import repair_streams, run_command
 
 HERE = Path(__file__).resolve().parent.parent
 
-# Student's t for an interval of 95 %: its 0.975 quantiles for 1, 2, … 30 degrees of freedom.
-T_QUANTILES = [
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-]
-MOST_PAIRS = len(T_QUANTILES) + 1
-# The 0.8 quantile, for the difference that would be seen four times in five; for 5 to 30 degrees
-# of freedom it is 0.92 to 0.85.
-T_POWER = 0.9
-
+NATS = "nats/token"
+BITS = "bits per byte"  # of sides with different tokens
 SAME_STEPS = 20  # of each run of --same
 TRIAL_MINUTES = 0.1  # of training before it is said what the comparison will cost
+POWER = 1.4  # times half the interval: the difference that is seen four times in five
 LONGER = 1.03  # a step that takes this many times as long is worth a word
 CANNOT_TELL = 125  # `git bisect run` then skips the commit
 
-# Flags of main.py that cannot stand behind --, and why.
-REFUSED = {
-    "patience": "all runs take the same number of steps",
-    "max_minutes": "all runs take the same number of steps",
-    "eval_tokens": "the whole validation split is scored",
-    "identifier": "it trains runs of its own",
-    "new_model": "it trains runs of its own",
-    "inference": "it trains",
-    "prompt": "it trains",
-    "evaluate": "it trains",
-    "list": "it trains",
-}
-# Those that both sides have to have: first those that decide the validation text.
+# Flags of main.py that have no place here, and those that have to be the same on both sides: first
+# those that decide the validation text.
+REFUSED = ["patience", "max_minutes", "eval_tokens", "identifier", "new_model"]
+REFUSED += ["inference", "prompt", "evaluate", "list"]
 SHARED = ["dataset", "text", "valid_text", "valid_fraction", "text_field"]
-SHARED += ["seed", "num_iters", "save_dir", "data_dir"]
-
-
-class Side(NamedTuple):
-    """One of the two things that are compared."""
-
-    name: str  # what was typed
-    words: list  # its flags
-    flags: dict  # the values of all flags of its runs, as its main.py understands them
-    given: list  # the names of those that were given
-    edited: list  # functions of its main.py that its extras/fast.py does not know
-    folder: Path  # a copy of its files, in which its runs are, too
-
-
-class Outcome(NamedTuple):
-    """What there is to compare of a run."""
-
-    id: str | None  # of its last checkpoint; None if it diverged
-    score: float  # of the whole validation split, in nats/token; nan if it diverged
-    bits_per_byte: float  # the same in bits
-    curve: dict  # {iteration: score}
-    ms_per_step: float  # the median
-    tokens_sha256: dict  # of its texts, see main.Checkpoint
+SHARED += ["seed", "num_iters", "steps_per_eval", "save_dir", "data_dir"]
 
 
 def main(arguments):
     """Compares what these arguments name; returns the exit status. Raises UsageError, RunError."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
     options, common = read_arguments(arguments)
     if not options.same:
-        return print_comparison(Comparison(options, common), options)
+        return print_comparison(Comparison(options, common), options.json)
     try:
         return print_sameness(Comparison(options, common))
     except (UsageError, RunError) as error:
@@ -105,184 +67,311 @@ def main(arguments):
         return CANNOT_TELL
 
 
+def stop(number, frame):
+    """Ends this program; Comparison.train first ends the run that it waits for."""
+    print("\nStopped: the same command goes on.", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 def read_arguments(arguments):
-    """The options of this program, with its `sides`, and the words behind --. Raises UsageError."""
+    """The options of this program, with the sides, and the words behind --. Raises UsageError."""
     parser = Parser(
         prog="python -m extras.versus",
-        usage="python -m extras.versus SIDE [SIDE] [options] -- [flags of main.py]",
+        usage="%(prog)s SIDE [SIDE] [options] -- [flags of main.py]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    options = {
-        "--pairs": {"type": number(int, 2, MOST_PAIRS), "default": 6, "help": "of runs (6)"},
-        "--seeds": {"type": number(int, 0, 2**31), "help": "the first one (that of --seed, or 42)"},
-        "--same": {
-            "action": "store_true",
-            "help": f"only {SAME_STEPS} steps of each run; exit status 0: the same weights, "
-            f"1: others, {CANNOT_TELL}: one side does not run",
-        },
-        "--json": {"action": "store_true", "help": "the result as JSON on the last line"},
-    }
-    for name, details in options.items():
-        parser.add_argument(name, **details)
-    parser.add_argument("sides", nargs="+", metavar="SIDE", help="a commit, or flags in quotes")
-    place = arguments.index("--") if "--" in arguments else len(arguments)
-    own = []
-    for word in arguments[:place]:
-        is_option = word.partition("=")[0] in [*options, "--help", "-h"]
-        # argparse takes a word that begins with a blank for no option of its own.
-        own.append(word if is_option or not word.startswith("-") else f" {word}")
-    values = parser.parse_args(own)
-    if len(values.sides) > 2:
-        raise UsageError(f"there are two sides: what is {values.sides[2]!r} compared with?")
-    return values, arguments[place + 1 :]
+    add = parser.add_argument
+    add("before", metavar="SIDE", type=str.strip, help="a commit, or flags in quotes")
+    add("after", metavar="SIDE", type=str.strip, nargs="?", default="", help="another one")
+    add("--pairs", type=number(int, 2), default=6, help="of runs (6)")
+    add("--seeds", type=int, help="the first one (that of --seed, or 42)")
+    add("--json", action="store_true", help="the result as JSON on the last line")
+    same = f"only {SAME_STEPS} steps of each run; exit status 0: the same weights, 1: others, "
+    same += f"{CANNOT_TELL}: one side does not run"
+    add("--same", action="store_true", help=same)
+    end = [*arguments, "--"].index("--")
+    # argparse takes a word that begins with a blank for no option: these are sides.
+    flag = r"^-(?!h$|-(help|pairs|seeds|json|same)\b)"
+    options = parser.parse_args([re.sub(flag, " -", word) for word in arguments[:end]])
+    if is_flags(options.before) and not options.after:  # compared with what there is without them
+        options.before, options.after = "", options.before
+    return options, arguments[end + 1 :]
+
+
+def is_flags(side):
+    """Whether a side is flags for the files of now, or none, and not a commit."""
+    return not side or side.startswith("-")
+
+
+# ---- Sides --------------------------------------------------------------------------------------
+
+
+class Side(NamedTuple):
+    """One of the two things that are compared."""
+
+    name: str  # what was typed
+    folder: Path  # a copy of its files
+    words: list  # its flags
+    flags: dict  # the values of all flags, as its main.py understands them
+    given: list  # the names of those that were given
+    edited: list  # functions of its main.py that its extras/fast.py does not know
+
+
+# The main.py of a side is asked what its flags mean. Checkpoints that they name become part of the
+# copy, where its runs find them by their ids.
+QUESTION = """
+import sys
+sys.path[0] = sys.argv.pop(1)  # not the working directory, which may have another main.py
+import json, main
+from datasets import RunError, UsageError, open_data_dir
+models = {}
+try:
+    flags = main.settle(main.read_command_line(sys.argv[1:]))
+    flags.data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
+    for flag in main.ORIGINS:
+        name = getattr(flags, flag)
+        if name and not main.is_foreign(name):
+            models[flag] = main.open_model(flags.save_dir, name, flag)
+except (RunError, UsageError) as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+main.keep_models(main.HERE, models)
+words = [*sys.argv[1:], *(f"--{flag}={source.id}" for flag, source in models.items())]
+answer = {"words": words, "flags": vars(flags), "given": [*flags.given], "edited": main.EDITED}
+print(json.dumps(answer, default=str))
+"""
+
+
+def make_side(typed, common, folder):
+    """The Side of a commit, or of flags for the files of now; folder: a new one, for its files.
+
+    Raises UsageError, RunError.
+    """
+    name = typed or "your files"
+    words = common
+    folder.mkdir()
+    if is_flags(typed):
+        with explained(f"{name} cannot be read as flags", ValueError):
+            words = [*common, *shlex.split(typed)]
+        copy_files(folder)
+    else:
+        copy_commit(typed, folder)
+    command = [sys.executable, "-Bc", QUESTION, folder, *words]
+    asked = subprocess.run(command, capture_output=True, errors="replace")
+    if asked.returncode:
+        raise failure(name, asked.returncode, asked.stderr)
+    return Side(name, folder, **json.loads(asked.stdout))
+
+
+def copy_files(folder):
+    """Copies the program as it is now: its owner goes on editing it."""
+    for path in HERE.glob("*.py"):
+        shutil.copy(path, folder)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(HERE / "extras", folder / "extras", ignore=ignored)
+
+
+def copy_commit(commit, folder):
+    """Copies the program as it is in a commit. Raises UsageError."""
+    archive = ["git", "-C", HERE, "archive", "--format=tar", commit, "--", ":(glob)*.py", "extras"]
+    with explained("to compare commits, install git and tar", FileNotFoundError):
+        asked = subprocess.run(archive, capture_output=True)
+        subprocess.run(["tar", "-x", "-C", folder], input=asked.stdout, capture_output=True)
+    if not (folder / "main.py").exists():
+        reason = one_line(asked.stderr.decode(errors="replace")) or "it has no main.py"
+        raise UsageError(f"{commit} is no commit with this program ({reason})")
+
+
+def install(side, save_dir, *settings):
+    """The Side with its files in a folder of its own, named by them and by all of its flags.
+
+    settings: what else its runs depend on.
+    """
+    digest = hashlib.sha1(json.dumps([*settings, side.words]).encode())
+    for path in sorted(side.folder.rglob("*")):
+        if path.is_file():
+            digest.update(f"\n{path.relative_to(side.folder)}\n".encode() + path.read_bytes())
+    # Only the role, "before" or "after", tells two equal sides apart: both are computed.
+    folder = Path(save_dir, "versus", f"{side.folder.name}-{digest.hexdigest()[:12]}")
+    if not folder.exists():
+        with explained(f"cannot write to {folder}: name another --save_dir", OSError):
+            partial = folder.with_suffix(f".{os.getpid()}")  # half a copy never has its name
+            shutil.copytree(side.folder, partial)
+            partial.rename(folder)
+    return side._replace(folder=folder)
+
+
+def failure(name, status, output):
+    """The exception for a main.py that has failed: its last line, and where a traceback points."""
+    line = one_line(output.strip().rpartition("\n")[2]) or f"exit status {status}"
+    for file, number in re.findall(r'File ".*?(\w+\.py)", line (\d+)', output)[-1:]:
+        line += f" ({file}, line {number})"
+    kind = UsageError if status == 2 else RunError
+    return kind(f"{name} does not run: {line}")
+
+
+# ---- Runs ---------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What there is to compare of a run."""
+
+    id: str | None  # of its last checkpoint; None if it diverged
+    score: float  # of the whole validation split after its last step; nan if it diverged
+    curve: dict  # {iteration: score}
+    ms_per_step: float
+    text: str | None  # the SHA256 of its validation tokens
 
 
 class Comparison:
     """Two Sides and the runs of both: those of a side differ in nothing but their seeds."""
 
     def __init__(self, options, common):
+        """See read_arguments. Raises UsageError, RunError."""
         self.common = common
-        typed = options.sides
-        if len(typed) == 1:  # it is compared with what there is without it
-            typed = [None, *typed] if is_flags(typed[0]) else [*typed, None]
-        self.before = make_side("before", typed[0], common)
-        self.after = make_side("after", typed[1], common)
-        self.check_flags()
-        flags = self.before.flags
-        self.folder = self.before.folder.parent
-        save_dir = flags["save_dir"] if "save_dir" in self.before.given else None
-        self.data_dir = open_data_dir(flags["data_dir"], save_dir)
-        self.steps = SAME_STEPS if options.same else flags["num_iters"]
-        first = flags["seed"] if options.seeds is None else options.seeds
-        self.seeds = range(first, first + options.pairs)
-        # Where either side runs its own function instead of that of extras/fast.py, both have to:
-        # or the difference would also be that of two ways to round.
-        self.plain = sorted({*self.before.edited, *self.after.edited})
-
-    def check_flags(self):
-        """Raises UsageError where the sides cannot be compared."""
-        sides = (self.before, self.after)
-        for name, reason in REFUSED.items():
-            if any(name in side.given for side in sides):
-                raise UsageError(f"--{name} cannot be compared: {reason}")
-        for name in SHARED:
-            if self.before.flags[name] != self.after.flags[name]:
-                raise UsageError(f"--{name} has to be the same on both sides: put it behind --")
-
-    @property
-    def key(self):
-        """What tells this comparison from others, whatever their seeds."""
-        return f"{self.before.folder.name} {self.after.folder.name}"
-
-    @property
-    def runs(self):
-        """The folder of all runs in that of a side. With other plain functions, they are others."""
-        return "-".join(["runs", str(self.steps), *self.plain])
-
-    def save_dir(self, side, seed):
-        """The folder of a run of its own."""
-        return side.folder / self.runs / str(seed)
+        with tempfile.TemporaryDirectory() as temporary:
+            before = make_side(options.before, common, Path(temporary, "before"))
+            after = make_side(options.after, common, Path(temporary, "after"))
+            check_flags(before, after)
+            flags = before.flags
+            self.unit = choose_unit(before, after)
+            self.steps = SAME_STEPS if options.same else flags["num_iters"]
+            self.steps_per_eval = min(self.steps, flags["steps_per_eval"])
+            first = flags["seed"] if options.seeds is None else options.seeds
+            self.seeds = range(first, first + options.pairs)
+            # Where either side runs its own function instead of that of extras/fast.py, both have
+            # to: or the difference would also be that of two ways to round.
+            self.plain = sorted({*before.edited, *after.edited})
+            self.words = [
+                f"--num_iters={self.steps}",
+                f"--steps_per_eval={self.steps_per_eval}",
+                "--eval_tokens=0",
+                "--sample_tokens=0",
+                f"--data_dir={flags['data_dir']}",
+            ]
+            self.before = install(before, flags["save_dir"], self.words, self.plain)
+            self.after = install(after, flags["save_dir"], self.words, self.plain)
 
     def train(self, side, seed, *more):
-        """Trains a run, or goes on with it; returns its exit status and what it has printed."""
-        save_dir = self.save_dir(side, seed)
-        save_dir.mkdir(parents=True, exist_ok=True)
-        values = {
-            "seed": seed,
-            "num_iters": self.steps,
-            "steps_per_eval": min(side.flags["steps_per_eval"], self.steps),
-            "steps_per_report": min(side.flags["steps_per_report"], self.steps),
-            "eval_tokens": 0,
-            "sample_tokens": 0,
-            "save_dir": save_dir.absolute(),
-            "data_dir": self.data_dir.absolute(),
-        }
-        command = [sys.executable, side.folder / "main.py", *self.common, *side.words, *more]
-        for name, value in values.items():
-            command += [f"--{name}", str(value)]
+        """Trains a run, or resumes it; returns what it has printed, or None if it diverged.
+
+        Raises UsageError, RunError.
+        """
+        words = [*side.words, *self.words, f"--seed={seed}", f"--save_dir={side.folder}", *more]
         environment = os.environ | {"PLAIN_FUNCTIONS": ",".join(self.plain)}
-        with open(save_dir / "output.txt", "a+", opener=no_follow) as output:
+        with open(side.folder / "output.txt", "a+", errors="replace", opener=no_follow) as output:
             # The run inherits this lock: if only this program was killed, the run still has it.
-            fcntl.flock(output, fcntl.LOCK_EX)
+            flock(output)
             output.truncate(0)
             process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                [sys.executable, side.folder / "main.py", *words],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
-            status = wait_for(process)
+            try:
+                status = process.wait()
+            finally:  # after a signal, which a terminal has sent to both: main.py counts one
+                process.terminate()
+                process.wait()
             output.seek(0)
-            text = output.read()
-        if status > 128:  # the user has interrupted both
-            sys.exit(status)
-        return status, text
+            printed = output.read()
+        error = failure(side.name, status, printed)
+        if status and "is not finite" not in str(error):
+            raise error
+        return None if status else printed
 
     def complete(self, side, seed):
         """The Outcome of a run, which is trained to its end. Raises UsageError, RunError.
 
         If it is complete already, main.py says so: whether it is that run, it knows best.
         """
-        status, output = self.train(side, seed)
-        last_line = output.strip().rpartition("\n")[2]
-        if status == 1 and "is not finite" in last_line:
-            return Outcome(None, math.nan, math.nan, {}, math.nan, {})
-        if status:
-            kind = UsageError if status == 2 else RunError
-            raise kind(f"{side.name} does not run: {last_line or f'exit status {status}'}")
-        name = re.search(r"^run +(\S+),", output, re.MULTILINE).group(1)
-        folder = self.save_dir(side, seed) / name
-        newest = newest_record(folder)
-        scores = dict(newest["scores"])
-        rows = read_rows(folder / "log.csv")
-        bits = [float(row["bits_per_byte"]) for row in rows if row["split"] == "valid"]
-        times = [float(row["ms_per_step"]) for row in rows if row["split"] == "train"]
-        return Outcome(
-            id=newest["id"],
-            score=scores[self.steps],
-            bits_per_byte=bits[-1],
-            curve=scores,
-            ms_per_step=statistics.median(times),
-            tokens_sha256=newest["tokens_sha256"],
-        )
+        printed = self.train(side, seed)
+        if printed is None:
+            return Outcome(None, math.nan, {}, math.nan, None)
+        with explained(f"the runs of {side.name} cannot be read", kind=RunError):
+            run = re.search(r"^run +(\S+),", printed, re.MULTILINE).group(1)
+            newest = newest_records(side.folder, run)[seed]
+            scale = 1.0
+            if self.unit == BITS:
+                rows = read_rows(side.folder / run / "log.csv")
+                [*_, row] = [row for row in rows if row["split"] == "valid"]
+                scale = float(row["bits_per_byte"]) / float(row["loss"])
+            curve = {iteration: scale * nats for iteration, nats in newest["scores"]}
+            return Outcome(
+                id=newest["id"],
+                score=curve[self.steps],
+                curve=curve,
+                # The first step, which compiles, is not counted.
+                ms_per_step=1000 * newest["seconds"] / max(1, self.steps - 1),
+                text=newest["tokens_sha256"]["valid"],
+            )
 
     def complete_pair(self, seed):
         """The Outcomes of both sides."""
         return self.complete(self.before, seed), self.complete(self.after, seed)
 
     def predict_minutes(self):
-        """About how long the runs will take that are not complete; it begins the first of them."""
-        missing = []
-        for seed in self.seeds:
-            for side in (self.before, self.after):
-                newest = newest_record(self.save_dir(side, seed))
-                if newest is None or newest["iteration"] < self.steps:
-                    missing.append((side, seed))
-        if not missing:
-            return 0.0
+        """About how long the runs will take that are not complete; it begins the last of them.
+
+        Raises UsageError, RunError.
+        """
+        last = self.seeds[-1]
         began = time.monotonic()
-        self.train(*missing[0], "--max_minutes", str(TRIAL_MINUTES))
-        trained = newest_record(self.save_dir(*missing[0]))
-        if trained is None:  # `complete` will say why
-            return 0.0
-        per_step = trained["seconds"] / max(1, trained["iteration"] - 1)
+        self.train(self.after, last, f"--max_minutes={TRIAL_MINUTES}")
         # What was not training: the start and one evaluation.
-        other = time.monotonic() - began - TRIAL_MINUTES * 60
-        evaluations = self.steps / min(self.before.flags["steps_per_eval"], self.steps)
-        return len(missing) * (per_step * self.steps + max(0, other) * evaluations) / 60
+        other = max(0, time.monotonic() - began - 60 * TRIAL_MINUTES)
+        before = newest_records(self.before.folder)
+        after = newest_records(self.after.folder)
+        if last not in after:  # it has diverged
+            return 0
+        missing = 0
+        for records in (before, after):
+            for seed in self.seeds:
+                missing += seed not in records or records[seed]["iteration"] < self.steps
+        per_step = after[last]["seconds"] / max(1, after[last]["iteration"] - 1)
+        evaluations = self.steps / self.steps_per_eval
+        return missing * (per_step * self.steps + other * evaluations) / 60
 
 
-def newest_record(folder):
-    """The record of a run's checkpoint that was saved last, a dict, or None.
+def check_flags(before, after):
+    """Raises UsageError where two Sides cannot be compared."""
+    for name in REFUSED:
+        if name in [*before.given, *after.given]:
+            raise UsageError(
+                f"--{name} cannot be compared: both sides train new runs, of the same number of "
+                "steps, and are scored on the whole validation split (--init_from RUN begins with "
+                "the weights of another run)"
+            )
+    for name in SHARED:
+        if before.flags[name] != after.flags[name]:
+            raise UsageError(f"--{name} has to be the same on both sides: put it behind --")
 
-    folder: the run's, or the one that it lies in.
+
+def choose_unit(before, after):
+    """The unit in which two Sides are compared. Raises UsageError if there is none."""
+    tokenizers = {(side.flags["tokenizer"], side.flags["vocab_size"]) for side in (before, after)}
+    if len(tokenizers) == 1:
+        return NATS
+    if "word" in [name for name, _ in tokenizers]:
+        raise UsageError("a model that may answer <unk> has no bits per byte: use other tokenizers")
+    return BITS
+
+
+def newest_records(folder, run="*-*"):
+    """The records of the checkpoints that were saved last in a side's folder, {seed: record}.
+
+    run: a pattern of the runs' names.
     """
     records = []
-    # Not deeper: there may be single steps, computed again later.
-    for path in [*folder.glob("*.metadata"), *folder.glob("*/*.metadata")]:
-        with open(path, "rb") as file:
+    for path in folder.glob(f"{run}/*.metadata"):
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:  # pruned by a run
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        records.append(json.loads(header["__metadata__"]["record"]))
-    return max(records, key=itemgetter("saved"), default=None)
+            records.append(json.loads(header["__metadata__"]["record"]))
+    records.sort(key=itemgetter("saved"))
+    return {record["flags"]["seed"]: record for record in records}
 
 
 def read_rows(path):
@@ -291,118 +380,51 @@ def read_rows(path):
         return [*csv.DictReader(file)]
 
 
-def is_flags(typed):
-    """Whether a side is typed as flags, not as a commit."""
-    return typed is not None and typed.strip().startswith("-")
+# ---- Numbers ------------------------------------------------------------------------------------
 
 
-# ---- The files of a side ------------------------------------------------------------------------
-
-QUESTION = """
-import json, sys, main
-from datasets import UsageError
-try:
-    flags = main.settle(main.read_command_line(sys.argv[1:]))
-except UsageError as error:
-    print(error, file=sys.stderr)
-    sys.exit(2)
-answer = {"flags": vars(flags), "given": [*flags.given], "edited": main.EDITED}
-print(json.dumps(answer, default=str))
-"""
+def t_quantile(pairs):
+    """Student's 0.975 quantile, for so many differences."""
+    # By t = sqrt(pairs - 1) * tan(angle), its density becomes a power of the cosine.
+    angles = np.linspace(-np.pi / 2, np.pi / 2, 10**6)
+    below = np.cumsum(np.cos(angles) ** (pairs - 2))
+    return math.sqrt(pairs - 1) * math.tan(np.interp(0.975 * below[-1], below, angles))
 
 
-def make_side(role, typed, common):
-    """The Side of a commit, or of the files and flags of now; typed: None for the files alone.
-
-    Raises UsageError.
-    """
-    with explained(f"{typed} cannot be read as flags", ValueError):
-        words = shlex.split(typed) if is_flags(typed) else []
-    name = (typed or "your files").strip()
-    with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(temporary, "copy")
-        copy.mkdir()
-        if typed is None or words:
-            copy_files(copy)
-        else:
-            copy_commit(typed, copy)
-        # Only the role tells two equal sides apart: both are computed.
-        key = hash_files(copy, [role, *common, *words])
-        # Not by `python -c`, which would import the main.py of the working directory.
-        question = Path(temporary, "question.py")
-        question.write_text(QUESTION, encoding="utf-8")
-        environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, question, *common, *words]
-        asked = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
-        said = one_line(asked.stderr.strip().rpartition("\n")[2])
-        if asked.returncode == 2:
-            raise UsageError(said)
-        if asked.returncode:
-            raise RunError(f"{name} does not run: {said}")
-        answer = json.loads(asked.stdout)
-        folder = Path(answer["flags"]["save_dir"], "versus", f"{role}-{key[:12]}")
-        if not folder.exists():
-            with explained(f"cannot write to {folder}: name another --save_dir", OSError):
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                # Perhaps from another file system: half a copy must not have this name.
-                shutil.move(copy, folder.with_suffix(f".{os.getpid()}"))
-                folder.with_suffix(f".{os.getpid()}").rename(folder)
-    return Side(name, words, folder=folder, **answer)
+def interval(differences):
+    """The mean of differences [pairs, ...], and half the width of its 95 % interval."""
+    pairs = len(differences)
+    deviation = differences.std(axis=0, ddof=1) / math.sqrt(pairs)
+    return differences.mean(axis=0), t_quantile(pairs) * deviation
 
 
-def copy_files(folder):
-    """Copies the program as it is now: its owner goes on editing it."""
-    for path in HERE.glob("*.py"):
-        shutil.copy(path, folder)
-    shutil.copytree(
-        HERE / "extras", folder / "extras", ignore=shutil.ignore_patterns("__pycache__")
-    )
+def measure(pairs):
+    """The numbers of pairs of Outcomes, {name: value}; all are None if a run has diverged."""
+    before, after = np.array([[outcome.score for outcome in pair] for pair in pairs]).T
+    speeds = [[outcome.ms_per_step for outcome in pair] for pair in pairs]
+    ms_before, ms_after = np.median(speeds, axis=0)
+    differences = after - before
+    mean, margin = interval(differences)
+    with np.errstate(invalid="ignore"):  # it is nan for a side without any spread
+        correlation = np.corrcoef(before, after)[0, 1]
+    numbers = {
+        "difference": mean,
+        "low": mean - margin,
+        "high": mean + margin,
+        "spread": differences.std(ddof=1),
+        "agree": int((differences * mean > 0).sum()),
+        "correlation": correlation,
+        "ms_before": ms_before,
+        "ms_after": ms_after,
+        "same": all(first.id == second.id for first, second in pairs) and not differences.any(),
+    }
+    diverged = int(np.isnan([before, after]).sum())
+    if diverged:
+        numbers = dict.fromkeys(numbers)
+    return numbers | {"diverged": diverged}
 
 
-def copy_commit(commit, folder):
-    """Copies the program as it is in a commit. Raises UsageError."""
-    archive = ["git", "-C", HERE, "archive", "--format=tar", commit, "--", ":(glob)*.py", "extras"]
-    try:
-        files = subprocess.run(archive, capture_output=True, check=True).stdout
-        subprocess.run(["tar", "-x", "-C", folder], input=files, check=True)
-    except FileNotFoundError as error:
-        raise UsageError(f"{error.filename} is missing: install it to compare commits") from None
-    except subprocess.CalledProcessError as error:
-        reason = one_line(error.stderr.decode(errors="replace"))
-        raise UsageError(f"{commit} is no commit with this program ({reason})") from None
-    if not (folder / "main.py").exists():
-        raise UsageError(f"{commit} has no main.py: name a later commit")
-
-
-def hash_files(folder, words):
-    """The SHA1 of all files in a folder, with their names, and of these words."""
-    digest = hashlib.sha1(json.dumps(words).encode())
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            content = hashlib.sha1(path.read_bytes()).hexdigest()
-            digest.update(f"\n{path.relative_to(folder)} {content}".encode())
-    return digest.hexdigest()
-
-
-def wait_for(process):
-    """The exit status of a process, to which a signal that asks for the end is passed on.
-
-    A terminal's Ctrl+C reaches it, too; main.py takes the two for one.
-    """
-
-    def forward(number, frame):
-        process.send_signal(number)
-
-    handlers = {}
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        handlers[each] = signal.signal(each, forward)
-    status = process.wait()
-    for each, handler in handlers.items():
-        signal.signal(each, handler)
-    return 128 - status if status < 0 else status  # as shells report a signal
-
-
-# ---- What is printed ----------------------------------------------------------------------------
+# ---- What is printed and recorded ---------------------------------------------------------------
 
 
 def print_sameness(comparison):
@@ -416,129 +438,64 @@ def print_sameness(comparison):
     return 0
 
 
-def print_comparison(comparison, options):
+def print_comparison(comparison, as_json):
     """Trains all pairs, prints what was found and records it."""
     before, after = comparison.before, comparison.after
     print(f"before   {before.name}\nafter    {after.name}")
     if comparison.plain:
         print(f"edited   {', '.join(comparison.plain)}: main.py's own on both sides")
-    runs = 2 * len(comparison.seeds)
     minutes = comparison.predict_minutes()
     cost = f"about {minutes:.0f} minutes" if minutes >= 1 else "less than a minute"
+    runs = 2 * len(comparison.seeds)
     print(f"{runs} runs of {comparison.steps:,} steps, {cost} to go", flush=True)
     print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}")
     pairs = []
-    column = "score"
     for seed in comparison.seeds:
-        pair = comparison.complete_pair(seed)
-        pairs.append(pair)
-        column = column_of(comparison, pair, column)
-        first, second = [getattr(outcome, column) for outcome in pair]
-        print(f"{seed:>10}{first:>10.4f}{second:>10.4f}{second - first:>+14.4f}", flush=True)
+        first, second = comparison.complete_pair(seed)
+        if comparison.unit == NATS and first.id and second.id and first.text != second.text:
+            raise UsageError("the validation texts of the sides differ: nothing can be compared")
+        pairs.append((first, second))
+        difference = f"{second.score - first.score:>+14.4f}"
+        print(f"{seed:>10}{first.score:>10.4f}{second.score:>10.4f}{difference}", flush=True)
     result = {
-        "comparison": comparison.key,
-        "runs": comparison.runs,
+        "comparison": f"{before.folder.name} {after.folder.name}",
         "before": before.name,
         "after": after.name,
         "flags": shlex.join(comparison.common),
         "steps": comparison.steps,
-        "first_seed": comparison.seeds[0],
-        "pairs": len(pairs),
-        "unit": "nats/token" if column == "score" else "bits per byte",
+        "seeds": [*comparison.seeds],
+        "unit": comparison.unit,
     }
-    result |= measure(pairs, column)
-    path = comparison.folder / "versus.csv"
-    result["verdict"] = describe_verdict(result, count_tries(path, result))
-    if "low" in result:
-        for line in [*describe_numbers(result), *describe_equal_time(result, pairs)]:
+    result |= measure(pairs)
+    record(before.folder.parent / "versus.csv", result)
+    if not result["diverged"]:
+        for line in describe_numbers(result, pairs):
             print(line)
     print(result["verdict"])
-    record(path, result)
-    if options.json:
+    if as_json:
         print(json.dumps(result))
 
 
-def column_of(comparison, pair, column):
-    """What of two Outcomes is compared: "score", or "bits_per_byte" of different tokens.
-
-    column: that of the pairs before. Raises UsageError if the texts differ.
-    """
-    texts = [outcome.tokens_sha256["valid"] for outcome in pair if outcome.id]
-    if len({*texts}) < 2:
-        return column
-    tokenizers = []
-    for side in (comparison.before, comparison.after):
-        tokenizers.append((side.flags["tokenizer"], side.flags["vocab_size"]))
-    if tokenizers[0] == tokenizers[1]:
-        raise UsageError("the validation texts of the sides differ: nothing can be compared")
-    if "word" in (tokenizers[0][0], tokenizers[1][0]):
-        raise UsageError("a model that may answer <unk> has no bits per byte: use other tokenizers")
-    return "bits_per_byte"
-
-
-def measure(pairs, column):
-    """The numbers of a comparison, {name: value}; if a run has diverged, only how many."""
-    diverged = sum(outcome.id is None for pair in pairs for outcome in pair)
-    if diverged:
-        return {"diverged": diverged}
-    before, after = np.array([[getattr(each, column) for each in pair] for pair in pairs]).T
-    differences = after - before
-    mean, margin = interval(differences)
-    correlation = None  # of the sides
-    if before.std() and after.std():
-        correlation = float(np.corrcoef(before, after)[0, 1])
-    speeds = np.array([[outcome.ms_per_step for outcome in pair] for pair in pairs])
-    ms_before, ms_after = np.median(speeds, axis=0).tolist()
-    return {
-        "difference": float(mean),
-        "low": float(mean - margin),
-        "high": float(mean + margin),
-        "spread": float(differences.std(ddof=1)),
-        "agree": int((np.sign(differences) == np.sign(mean)).sum()),
-        "correlation": correlation,
-        "ms_before": ms_before,
-        "ms_after": ms_after,
-        "diverged": 0,
-        "same": all(first.id == second.id for first, second in pairs) and not differences.any(),
-    }
-
-
-def interval(differences):
-    """The mean of differences [pairs, ...], and half the width of its 95 % interval."""
-    pairs = len(differences)
-    margin = T_QUANTILES[pairs - 2] * differences.std(axis=0, ddof=1) / math.sqrt(pairs)
-    return differences.mean(axis=0), margin
-
-
-def describe_numbers(result):
+def describe_numbers(result, pairs):
     """Yields what was measured, a line each."""
-    correlation = ""
-    if result["correlation"] is not None:
-        correlation = f"; correlation of the sides {result['correlation']:.2f}"
     yield (
         f"mean difference {result['difference']:+.4f} {result['unit']}, 95 % interval "
-        f"{result['low']:+.4f} to {result['high']:+.4f}; {result['agree']} of {result['pairs']} "
-        f"pairs have its sign{correlation}"
+        f"{result['low']:+.4f} to {result['high']:+.4f}; {result['agree']} of {len(pairs)} "
+        f"pairs have its sign; correlation of the sides {result['correlation']:.2f}"
     )
     ratio = result["ms_after"] / result["ms_before"]
     yield (
         f"This is at equal steps. A step took {result['ms_before']:.1f} ms before, "
         f"{result['ms_after']:.1f} after ({ratio:.2f} times)."
     )
-
-
-def describe_equal_time(result, pairs):
-    """Yields a line on the side whose steps take longer: how far it comes in the other's time."""
-    slower = int(result["ms_after"] > result["ms_before"])
-    times = sorted([result["ms_before"], result["ms_after"]])
-    factor = times[1] / times[0]
+    slower = int(ratio > 1)
+    factor = max(ratio, 1 / ratio)
+    steps = result["steps"] / factor  # of the slower side, in the time of the other
     curves = [pair[slower].curve for pair in pairs]
-    iterations = sorted(curves[0])
-    steps = result["steps"] / factor
-    if factor < LONGER or result["unit"] != "nats/token" or steps < iterations[0]:
+    means = np.mean([[*curve.values()] for curve in curves], axis=0)
+    score = np.interp(steps, [*curves[0]], means, left=math.nan)
+    if factor < LONGER or math.isnan(score):  # before the first evaluation
         return
-    means = [np.mean([curve[iteration] for curve in curves]) for iteration in iterations]
-    score = np.interp(steps, iterations, means)
     other = np.mean([pair[1 - slower].score for pair in pairs])
     yield (
         f"In equal time, {('before', 'after')[slower]} has taken {steps:,.0f} steps: "
@@ -547,22 +504,21 @@ def describe_equal_time(result, pairs):
 
 
 def describe_verdict(result, tries):
-    """What the numbers say; tries: see count_tries."""
+    """What the numbers say; tries: how many comparisons there were on some of these seeds."""
+    pairs = len(result["seeds"])
     if result["diverged"]:
-        return f"{result['diverged']} of {2 * result['pairs']} runs diverged: no interval."
+        return f"{result['diverged']} of {2 * pairs} runs diverged: no interval."
     if result["same"]:
         return (
             f"No effect, proved: the same weights and scores after step {result['steps']:,}, for "
             "these flags and seeds."
         )
-    fresh = f"--seeds {result['first_seed'] + 100}"
+    fresh = f"--seeds {result['seeds'][0] + 100}"
     if result["low"] <= 0 <= result["high"]:
-        pairs = result["pairs"]
-        shown = detectable(result["spread"], pairs)
-        smaller = detectable(result["spread"], 4 * pairs)
+        shown = POWER * (result["high"] - result["low"]) / 2
         return (
             f"No difference seen. With this spread, {pairs} pairs would mostly show one of roughly "
-            f"{shown:.2g}; {4 * pairs} fresh pairs ({fresh}), one of {smaller:.2g}."
+            f"{shown:.2g}; {4 * pairs} fresh pairs ({fresh}), one of {shown / 2:.2g}."
         )
     helped = result["difference"] < 0
     if tries == 1:
@@ -573,55 +529,28 @@ def describe_verdict(result, tries):
     )
 
 
-def detectable(spread, pairs):
-    """The difference that so many pairs show four times in five."""
-    quantile = T_QUANTILES[min(pairs, MOST_PAIRS) - 2]
-    return (quantile + T_POWER) * spread / math.sqrt(pairs)
-
-
-# ---- The record of all comparisons --------------------------------------------------------------
-
-
-COLUMNS = (
-    *("comparison", "runs", "before", "after", "flags", "steps", "first_seed", "pairs", "unit"),
-    *("difference", "low", "high", "spread", "agree", "correlation", "ms_before", "ms_after"),
-    *("diverged", "same", "verdict"),
-)
-
-
-def same_comparison(row, result):
-    """Whether a row of versus.csv is of the same sides, flags and seeds."""
-    names = ("comparison", "flags", "steps", "first_seed", "pairs")
-    return all(row[name] == str(result[name]) for name in names)
-
-
-def count_tries(path, result):
-    """How many comparisons there were on some of these seeds, up to this one.
-
-    Those with other flags behind -- are not counted.
-    """
-    own = {*range(result["first_seed"], result["first_seed"] + result["pairs"])}
-    tries = 1
-    for row in read_rows(path) if path.exists() else []:
-        if same_comparison(row, result):
-            break  # it has its place among them
-        first = int(row["first_seed"])
-        shared = own & {*range(first, first + int(row["pairs"]))}
-        if row["flags"] == result["flags"] and shared:
-            tries += 1
-    return tries
-
-
 def record(path, result):
-    """Adds a row to versus.csv, unless the same comparison is there already."""
+    """Adds the verdict to a result, and the result to versus.csv, unless it is there already.
+
+    A try is a comparison on some of the same seeds, with the same flags behind --.
+    """
     rows = read_rows(path) if path.exists() else []
-    if any(same_comparison(row, result) for row in rows):
-        return
-    with open(path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not rows:
-            writer.writeheader()
-        writer.writerow(result)
+    is_new = True
+    tries = 1
+    for row in rows:
+        seeds = json.loads(row["seeds"])
+        if row["comparison"] == result["comparison"] and seeds == result["seeds"]:
+            is_new = False
+            break
+        if row["flags"] == result["flags"] and {*seeds} & {*result["seeds"]}:
+            tries += 1
+    result["verdict"] = describe_verdict(result, tries)
+    if is_new:
+        with open(path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
+            writer = csv.DictWriter(file, result, lineterminator="\n")
+            if not rows:
+                writer.writeheader()
+            writer.writerow(result)
 
 
 if __name__ == "__main__":

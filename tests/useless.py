@@ -43,7 +43,7 @@ def outcome(dataset, seed, place=None):
     while run.iteration < flags.num_iters:
         main.train_step(run, step)
     score = main.evaluate(run.model, dataset.valid.tokens, 64)
-    return Outcome(str(score), score, 0.0, {}, 1.0, {})
+    return Outcome(str(score), score, {}, 1.0, None)
 
 
 def count_verdicts(edits, seed):
@@ -61,8 +61,7 @@ def count_verdicts(edits, seed):
         places = generator.integers(10**6, size=edits)
         for number, (own, place) in enumerate(zip(seeds.tolist(), places.tolist())):
             pairs = [(outcome(dataset, each), outcome(dataset, each, place)) for each in own]
-            result = {"pairs": PAIRS, "unit": "nats/token", "steps": 150, "first_seed": own[0]}
-            result |= measure(pairs, "score")
+            result = {"steps": 150, "seeds": own} | measure(pairs)
             verdict = describe_verdict(result, tries=1)
             called += verdict in ("Helped.", "Hurt.")
             ratio = result["spread"] / np.std([before.score for before, _ in pairs], ddof=1)
