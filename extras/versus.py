@@ -208,7 +208,7 @@ def failure(name, status, output):
     for file, number in re.findall(r'File ".*?(\w+\.py)", line (\d+)', output)[-1:]:
         line += f" ({file}, line {number})"
     kind = UsageError if status == 2 else RunError
-    return kind(f"{name} does not run: {line}")
+    return kind(f"{name} cannot run: {line}")
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
@@ -304,8 +304,8 @@ class Comparison:
                 id=newest["id"],
                 score=curve[self.steps],
                 curve=curve,
-                # The first step, which compiles, is not counted.
-                ms_per_step=1000 * newest["seconds"] / max(1, self.steps - 1),
+                # The first step, which compiles, has no time.
+                ms_per_step=1000 * (newest["seconds"] or math.nan) / self.steps,
                 text=newest["tokens_sha256"]["valid"],
             )
 

@@ -7,46 +7,51 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT, TEXT, TINY, newest, run, saved, start
+from conftest import ROOT, TEXT, TINY, newest, rows_of, run, saved, start
 
 from extras import plot
 
-STEPS = [*TINY, "--num_iters", 24, "--steps_per_eval", 8, "--steps_per_report", 4]
+STEPS = [*TINY, "--num_iters", 24, "--steps_per_eval", 8]
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
 
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory):
-    """A repository with one commit of the program, and a text beside it."""
+    """A repository with two commits, the second of the program, and a text beside it."""
     folder = tmp_path_factory.mktemp("committed")
     for name in ("main.py", "datasets.py"):
         shutil.copy(ROOT / name, folder)
-    shutil.copytree(
-        ROOT / "extras", folder / "extras", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "extras", folder / "extras", ignore=ignored)
     (folder / "text.txt").write_text(TEXT)
     (folder / ".gitignore").write_text("runs\ntext.txt\n__pycache__\n")
-    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+    commit = ["commit", "-q", "--allow-empty", "-m", "a"]
+    for command in (["init", "-q"], commit, ["add", "."], commit):
         subprocess.run([*GIT, *command], cwd=folder, check=True)
     return folder
 
 
 @pytest.fixture
 def project(committed, tmp_path):
-    """A copy of it, without runs, that a test may edit."""
-    ignored = shutil.ignore_patterns("runs", "alone-*")
-    return shutil.copytree(committed, tmp_path / "project", ignore=ignored)
+    """A copy of it that a test may edit."""
+    return shutil.copytree(committed, tmp_path / "project")
 
 
-def line_of(*arguments):
-    """A command line of the program that compares; its flags of main.py come last."""
-    return [*arguments, "--", *STEPS, "--text", "text.txt"]
+def begin(project, *arguments):
+    """Starts a comparison; its flags of main.py are STEPS, and those behind --."""
+    if "--" not in arguments:
+        arguments = [*arguments, "--"]
+    line = [*arguments, *STEPS, "--text", "text.txt"]
+    program = ["-m", "extras.versus"]
+    return start(*line, program=program, cwd=project, env={"PYTHONPATH": str(project)})
 
 
 def versus(project, *arguments, status=0):
-    """What a comparison prints; its flags of main.py are STEPS."""
-    options = {"program": ["-m", "extras.versus"], "env": {"PYTHONPATH": str(project)}}
-    return run(*line_of(*arguments), cwd=project, status=status, **options)
+    """What a comparison prints."""
+    process = begin(project, *arguments)
+    out, err = process.communicate()
+    assert process.returncode == status, f"{out}\n{err}"
+    return out, err
 
 
 def edit(project, old, new):
@@ -58,73 +63,92 @@ def edit(project, old, new):
 
 
 def runs(project):
-    """The ids of all runs' last checkpoints, {(side, seed): id}."""
+    """The last checkpoints of all runs, {(side, seed): checkpoint}."""
     found = {}
     for folder in (project / "runs" / "versus").glob("*-*"):
-        side = folder.name.partition("-")[0]
-        for checkpoint in reversed(saved(folder)):
-            found[side, checkpoint.flags["seed"]] = checkpoint.id
+        side, _, _ = folder.name.partition("-")
+        for each in saved(folder, "text-*"):
+            if each.iteration == 24:
+                found[side, each.flags["seed"]] = each
     return found
 
 
-def test_comparison(committed, figures):
-    """Killed and typed again, it ends in the numbers of main.py's own runs."""
+def wait_for_checkpoint(project, side):
+    """Waits until a run of a side has saved something."""
+    while not [*project.glob(f"runs/versus/{side}-*/text-*/*.safetensors")]:
+        time.sleep(0.01)
+
+
+def test_comparison(project, figures):
     compared = ["--learning_rate 3e-2", "--pairs", 2, "--json"]
-    options = {"program": ["-m", "extras.versus"], "cwd": committed}
-    with start(*line_of(*compared), env={"PYTHONPATH": str(committed)}, **options) as process:
-        while not [*committed.glob("runs/versus/after-*/*/*.safetensors")]:
-            time.sleep(0.01)
-        process.kill()  # its run goes on alone
-    out, _ = versus(committed, *compared)
-    result = json.loads(out.splitlines()[-1])
-    ids = runs(committed)
-    assert len(ids) == 4
-    scores = {"before": [], "after": []}
-    for (side, seed), id in sorted(ids.items()):
-        own = ["--learning_rate", "3e-2"] if side == "after" else []
-        folder = committed / f"alone-{side}-{seed}"
-        line = [*STEPS, *own, "--text", committed / "text.txt", "--seed", seed]
-        run(*line, "--eval_tokens", 0, "--save_dir", folder)
-        assert id == newest(folder).id
-        scores[side].append(newest(folder).score)
+    process = begin(project, *compared)
+    wait_for_checkpoint(project, "before")
+    source = (project / "main.py").read_text()
+    edit(project, "    return rate * warmup", "    return 0.0")  # it has its own copy
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    (project / "main.py").write_text(source)
+    found = runs(project)
     differences = []
-    for seed, before, after in zip((42, 43), scores["before"], scores["after"]):
+    for seed in (42, 43):
+        before = found["before", seed].score
+        after = found["after", seed].score
         assert f"{seed:>10}{before:>10.4f}{after:>10.4f}{after - before:>+14.4f}\n" in out
         differences.append(after - before)
     mean = sum(differences) / 2
-    deviation = math.sqrt(sum((each - mean) ** 2 for each in differences))
-    margin = 12.706 * deviation / math.sqrt(2)  # Student's t with one degree of freedom
+    margin = 12.706 * abs(differences[1] - differences[0]) / 2  # 12.706: Student's t, 1 degree
+    result = json.loads(out.splitlines()[-1])
     assert result["difference"] == pytest.approx(mean)
-    assert [result["low"], result["high"]] == pytest.approx([mean - margin, mean + margin], rel=1e-4)
-    assert mean + margin < 0
+    expected = pytest.approx([mean - margin, mean + margin], rel=1e-4)
+    assert [result["low"], result["high"]] == expected
     assert result["verdict"] == "Helped."
 
+    # A run of its own ends in the same checkpoint.
+    flags = ["--text", project / "text.txt", "--learning_rate", 3e-2, "--seed", 43]
+    run(*STEPS, *flags, "--save_dir", project / "alone")
+    assert newest(project / "alone").id == found["after", 43].id
+
     # The picture shows what the table says.
-    plot.main(["x.png", "--versus", "--save_dir", str(committed / "runs")])
+    plot.main(["x.png", "--versus", "--save_dir", str(project / "runs")])
     above, below = figures[0].axes
-    assert [line.get_ydata()[-1] for line in above.lines[:2]] == scores["before"]
-    assert above.lines[5].get_ydata()[-1] == pytest.approx(sum(scores["after"]) / 2)
+    scores = [found["before", seed].score for seed in (42, 43)]
+    assert [line.get_ydata()[-1] for line in above.lines[:2]] == scores
     assert below.lines[1].get_xydata()[-1].tolist() == pytest.approx([24, mean])
 
-    # The next edit on the same seeds has more chances to look good. The first stays the first.
-    out, _ = versus(committed, "--learning_rate 2.9e-2", "--pairs", 2)
+    # The next edit on one of these seeds has more chances to look good. Killed and typed again.
+    compared = ["--learning_rate 2.9e-2", "--pairs", 2, "--seeds", 43]
+    process = begin(project, *compared)
+    for line in process.stdout:
+        if "difference" in line:
+            process.kill()  # its run goes on alone
+    process.wait()
+    out, _ = versus(project, *compared)
     assert out.splitlines()[-1].startswith("Looks better, but this is try 2 on these seeds")
-    out, _ = versus(committed, "--learning_rate 1e30 --grad_clip 0", "--pairs", 2)
-    assert "       nan" in out
+
+
+def test_other_tokens_and_divergence(project):
+    out, _ = versus(project, "--tokenizer char", "--learning_rate 1e30 --grad_clip 0", "--pairs", 2)
     assert out.endswith("2 of 4 runs diverged: no interval.\n")
+    for seed in (42, 43):
+        folder = runs(project)["before", seed].folder
+        bits = rows_of(folder / "log.csv", "valid")[-1]["bits_per_byte"]
+        assert f"{seed:>10}{bits:>10.4f}       nan" in out
 
 
 def test_edit_without_effect_is_proved(project):
     """A plain function runs on both sides: only what it does counts, not how it rounds."""
+    run("--text", project / "text.txt", *TINY, "--num_iters", 5, "--save_dir", project / "runs")
+    base = newest(project / "runs")
     edit(project, "    joined = attended.transpose", "    joined  =  attended.transpose")
     edit(project, "def linear_product(x, weight):\n", "def linear_product(x, weight):  # a note\n")
     edit(project, "    return mx.square(nn.relu(x))\n", "    y = nn.relu(x)\n    return y * y\n")
-    out, _ = versus(project, "HEAD", "--pairs", 2)
+    out, _ = versus(project, "HEAD", "--pairs", 2, "--", "--init_from", "latest")
     assert "\nedited   relu2: main.py's own on both sides\n" in out
     assert "No effect, proved: the same weights and scores after step 24" in out
-    ids = runs(project)
-    assert len(ids) == 4  # both sides are computed
-    assert ids["before", 42] == ids["after", 42] != ids["before", 43]
+    found = runs(project)
+    assert len(found) == 4  # both sides are computed
+    assert found["before", 42].id == found["after", 42].id != found["before", 43].id
+    assert {each.origins["init_from"] for each in found.values()} == {base.id}
 
 
 def test_same(project):
@@ -136,23 +160,24 @@ def test_same(project):
     assert out == "Different weights after 20 steps, seed 42.\n"
     edit(project, "return rate * warmup * 1.001", "return rate * warmup *")
     _, err = versus(project, "HEAD", "--same", status=125)
-    assert err.startswith("Cannot tell: your files does not run: ")
+    assert err.startswith("Cannot tell: your files cannot run: SyntaxError: invalid syntax (main.py")
 
 
 MISTAKES = [
     (["nonsense"], "nonsense is no commit with this program"),
+    (["HEAD~1"], "HEAD~1 is no commit with this program"),  # it has no main.py
     (["HEAD", "HEAD", "HEAD"], "unrecognized arguments: HEAD"),
-    (["--dim 7"], "dim 7 is not a multiple"),
     (["--stop 'a"], "--stop 'a cannot be read as flags (No closing quotation)"),
     (["--num_iters 7"], "--num_iters has to be the same on both sides"),
-    (["--patience 3"], "--patience cannot be compared"),
-    (["HEAD", "--pairs", "1"], "--pairs"),
+    (["HEAD", "--", "--patience", 3], "--patience cannot be compared"),
+    (["--tokenizer word"], "a model that may answer <unk> has no bits per byte"),
+    (["--init_from nobody"], "--init_from nobody cannot run: --save_dir runs holds no runs"),
 ]
 
 
 @pytest.mark.parametrize("arguments, reason", MISTAKES)
-def test_mistakes(project, arguments, reason):
-    _, err = versus(project, *arguments, status=2)
+def test_mistakes(committed, arguments, reason):
+    _, err = versus(committed, *arguments, status=2)
     assert err.startswith("extras.versus: ")
     assert err.count("\n") == 1
     assert reason in err
