@@ -11,7 +11,6 @@ same command goes on where it was. extras/versus.md says what its numbers mean.
 """
 
 import argparse
-import contextlib
 import csv
 import hashlib
 import json
@@ -87,8 +86,7 @@ def read_arguments(arguments):
     add("--pairs", type=number(int, 2), default=6, help="of runs (6)")
     add("--seeds", type=int, help="the first one (that of --seed, or 42)")
     add("--json", action="store_true", help="the result as JSON on the last line")
-    same = f"only {SAME_STEPS} steps of each run; exit status 0: the same weights, 1: others, "
-    same += f"{CANNOT_TELL}: one side does not run"
+    same = f"after {SAME_STEPS} steps: exit status 0: same weights, 1: others, {CANNOT_TELL}: no run"
     add("--same", action="store_true", help=same)
     end = [*arguments, "--"].index("--")
     # argparse takes a word that begins with a blank for no option: these are sides.
@@ -174,7 +172,7 @@ def copy_files(folder):
 
 def copy_commit(commit, folder):
     """Copies the program as it is in a commit. Raises UsageError."""
-    archive = ["git", "-C", HERE, "archive", "--format=tar", commit, "--", ":(glob)*.py", "extras"]
+    archive = ["git", "-C", HERE, "archive", commit, "--", ":(glob)*.py", "extras"]
     with explained("to compare commits, install git and tar", FileNotFoundError):
         asked = subprocess.run(archive, capture_output=True)
         subprocess.run(["tar", "-x", "-C", folder], input=asked.stdout, capture_output=True)
@@ -205,8 +203,8 @@ def install(side, save_dir, *settings):
 def failure(name, status, output):
     """The exception for a main.py that has failed: its last line, and where a traceback points."""
     line = one_line(output.strip().rpartition("\n")[2]) or f"exit status {status}"
-    for file, number in re.findall(r'File ".*?(\w+\.py)", line (\d+)', output)[-1:]:
-        line += f" ({file}, line {number})"
+    for file, place in re.findall(r'File ".*?(\w+\.py)", line (\d+)', output)[-1:]:
+        line += f" ({file}, line {place})"
     kind = UsageError if status == 2 else RunError
     return kind(f"{name} cannot run: {line}")
 
@@ -259,14 +257,13 @@ class Comparison:
         Raises UsageError, RunError.
         """
         words = [*side.words, *self.words, f"--seed={seed}", f"--save_dir={side.folder}", *more]
-        environment = os.environ | {"PLAIN_FUNCTIONS": ",".join(self.plain)}
         with open(side.folder / "output.txt", "a+", errors="replace", opener=no_follow) as output:
             # The run inherits this lock: if only this program was killed, the run still has it.
             flock(output)
             output.truncate(0)
             process = subprocess.Popen(
                 [sys.executable, side.folder / "main.py", *words],
-                env=environment,
+                env=os.environ | {"PLAIN_FUNCTIONS": ",".join(self.plain)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -278,10 +275,12 @@ class Comparison:
                 process.wait()
             output.seek(0)
             printed = output.read()
+        if not status:
+            return printed
         error = failure(side.name, status, printed)
-        if status and "is not finite" not in str(error):
+        if "is not finite" not in str(error):
             raise error
-        return None if status else printed
+        return None
 
     def complete(self, side, seed):
         """The Outcome of a run, which is trained to its end. Raises UsageError, RunError.
@@ -314,26 +313,18 @@ class Comparison:
         return self.complete(self.before, seed), self.complete(self.after, seed)
 
     def predict_minutes(self):
-        """About how long the runs will take that are not complete; it begins the last of them.
-
-        Raises UsageError, RunError.
-        """
+        """About how long all runs take; it begins the last of them. Raises UsageError, RunError."""
         last = self.seeds[-1]
         began = time.monotonic()
         self.train(self.after, last, f"--max_minutes={TRIAL_MINUTES}")
         # What was not training: the start and one evaluation.
         other = max(0, time.monotonic() - began - 60 * TRIAL_MINUTES)
-        before = newest_records(self.before.folder)
-        after = newest_records(self.after.folder)
-        if last not in after:  # it has diverged
+        trained = newest_records(self.after.folder).get(last)
+        if not trained:  # it has diverged
             return 0
-        missing = 0
-        for records in (before, after):
-            for seed in self.seeds:
-                missing += seed not in records or records[seed]["iteration"] < self.steps
-        per_step = after[last]["seconds"] / max(1, after[last]["iteration"] - 1)
-        evaluations = self.steps / self.steps_per_eval
-        return missing * (per_step * self.steps + other * evaluations) / 60
+        per_step = trained["seconds"] / max(1, trained["iteration"] - 1)
+        each = per_step * self.steps + other * self.steps / self.steps_per_eval
+        return 2 * len(self.seeds) * each / 60
 
 
 def check_flags(before, after):
@@ -367,9 +358,9 @@ def newest_records(folder, run="*-*"):
     """
     records = []
     for path in folder.glob(f"{run}/*.metadata"):
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:  # pruned by a run
+        with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            records.append(json.loads(header["__metadata__"]["record"]))
+        records.append(json.loads(header["__metadata__"]["record"]))
     records.sort(key=itemgetter("saved"))
     return {record["flags"]["seed"]: record for record in records}
 
@@ -384,11 +375,11 @@ def read_rows(path):
 
 
 def t_quantile(pairs):
-    """Student's 0.975 quantile, for so many differences."""
+    """What Student's t of so many differences stays below, to both sides of zero, in 95 %."""
     # By t = sqrt(pairs - 1) * tan(angle), its density becomes a power of the cosine.
-    angles = np.linspace(-np.pi / 2, np.pi / 2, 10**6)
+    angles = np.linspace(0, np.pi / 2, 10**6)
     below = np.cumsum(np.cos(angles) ** (pairs - 2))
-    return math.sqrt(pairs - 1) * math.tan(np.interp(0.975 * below[-1], below, angles))
+    return math.sqrt(pairs - 1) * math.tan(np.interp(0.95 * below[-1], below, angles))
 
 
 def interval(differences):
@@ -405,15 +396,13 @@ def measure(pairs):
     ms_before, ms_after = np.median(speeds, axis=0)
     differences = after - before
     mean, margin = interval(differences)
-    with np.errstate(invalid="ignore"):  # it is nan for a side without any spread
-        correlation = np.corrcoef(before, after)[0, 1]
     numbers = {
         "difference": mean,
         "low": mean - margin,
         "high": mean + margin,
         "spread": differences.std(ddof=1),
-        "agree": int((differences * mean > 0).sum()),
-        "correlation": correlation,
+        "agree": int((np.sign(differences) == np.sign(mean)).sum()),
+        "correlation": np.corrcoef(before, after)[0, 1],
         "ms_before": ms_before,
         "ms_after": ms_after,
         "same": all(first.id == second.id for first, second in pairs) and not differences.any(),
@@ -447,12 +436,13 @@ def print_comparison(comparison, as_json):
     minutes = comparison.predict_minutes()
     cost = f"about {minutes:.0f} minutes" if minutes >= 1 else "less than a minute"
     runs = 2 * len(comparison.seeds)
-    print(f"{runs} runs of {comparison.steps:,} steps, {cost} to go", flush=True)
+    print(f"{runs} runs of {comparison.steps:,} steps, {cost} in all", flush=True)
     print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}")
     pairs = []
     for seed in comparison.seeds:
         first, second = comparison.complete_pair(seed)
-        if comparison.unit == NATS and first.id and second.id and first.text != second.text:
+        texts = {first.text, second.text} - {None}
+        if comparison.unit == NATS and len(texts) > 1:
             raise UsageError("the validation texts of the sides differ: nothing can be compared")
         pairs.append((first, second))
         difference = f"{second.score - first.score:>+14.4f}"

@@ -1,7 +1,6 @@
 """Comparisons of two sides: their runs are ordinary ones, and the numbers those of the books."""
 
 import json
-import math
 import shutil
 import subprocess
 import time
@@ -160,7 +159,7 @@ def test_same(project):
     assert out == "Different weights after 20 steps, seed 42.\n"
     edit(project, "return rate * warmup * 1.001", "return rate * warmup *")
     _, err = versus(project, "HEAD", "--same", status=125)
-    assert err.startswith("Cannot tell: your files cannot run: SyntaxError: invalid syntax (main.py")
+    assert err.startswith("Cannot tell: your files cannot run: SyntaxError: invalid syntax (main")
 
 
 MISTAKES = [
