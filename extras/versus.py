@@ -86,7 +86,7 @@ def read_arguments(arguments):
     add("--pairs", type=number(int, 2), default=6, help="of runs (6)")
     add("--seeds", type=int, help="the first one (that of --seed, or 42)")
     add("--json", action="store_true", help="the result as JSON on the last line")
-    same = f"after {SAME_STEPS} steps: exit status 0: same weights, 1: others, {CANNOT_TELL}: no run"
+    same = f"exit status 0: same weights after {SAME_STEPS} steps, 1: others, {CANNOT_TELL}: no run"
     add("--same", action="store_true", help=same)
     end = [*arguments, "--"].index("--")
     # argparse takes a word that begins with a blank for no option: these are sides.

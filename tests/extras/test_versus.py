@@ -79,7 +79,8 @@ def wait_for_checkpoint(project, side):
 
 
 def test_comparison(project, figures):
-    compared = ["--learning_rate 3e-2", "--pairs", 2, "--json"]
+    # The rate is so high that the last score is not always the best.
+    compared = ["--learning_rate 1", "--pairs", 2, "--json"]
     process = begin(project, *compared)
     wait_for_checkpoint(project, "before")
     source = (project / "main.py").read_text()
@@ -103,7 +104,7 @@ def test_comparison(project, figures):
     assert result["verdict"] == "Helped."
 
     # A run of its own ends in the same checkpoint.
-    flags = ["--text", project / "text.txt", "--learning_rate", 3e-2, "--seed", 43]
+    flags = ["--text", project / "text.txt", "--learning_rate", 1, "--seed", 43]
     run(*STEPS, *flags, "--save_dir", project / "alone")
     assert newest(project / "alone").id == found["after", 43].id
 
@@ -115,7 +116,7 @@ def test_comparison(project, figures):
     assert below.lines[1].get_xydata()[-1].tolist() == pytest.approx([24, mean])
 
     # The next edit on one of these seeds has more chances to look good. Killed and typed again.
-    compared = ["--learning_rate 2.9e-2", "--pairs", 2, "--seeds", 43]
+    compared = ["--learning_rate 0.5", "--pairs", 2, "--seeds", 43]
     process = begin(project, *compared)
     for line in process.stdout:
         if "difference" in line:
