@@ -136,14 +136,18 @@ def test_other_tokens_and_divergence(project):
 
 
 def test_edit_without_effect_is_proved(project):
-    """A plain function runs on both sides: only what it does counts, not how it rounds."""
+    """A plain function runs on both sides: only what it does counts, not how it rounds.
+
+    Both begin with the weights of the same run.
+    """
     run("--text", project / "text.txt", *TINY, "--num_iters", 5, "--save_dir", project / "runs")
     base = newest(project / "runs")
     edit(project, "    joined = attended.transpose", "    joined  =  attended.transpose")
     edit(project, "def linear_product(x, weight):\n", "def linear_product(x, weight):  # a note\n")
-    edit(project, "    return mx.square(nn.relu(x))\n", "    y = nn.relu(x)\n    return y * y\n")
+    norm = "mx.fast.rms_norm(x, weight, eps)\n"
+    edit(project, f"    return {norm}", f"    normed = {norm}    return normed\n")
     out, _ = versus(project, "HEAD", "--pairs", 2, "--", "--init_from", "latest")
-    assert "\nedited   relu2: main.py's own on both sides\n" in out
+    assert "\nedited   rms_norm: main.py's own on both sides\n" in out
     assert "No effect, proved: the same weights and scores after step 24" in out
     found = runs(project)
     assert len(found) == 4  # both sides are computed
