@@ -82,7 +82,7 @@ def read_arguments(arguments):
     )
     add = parser.add_argument
     add("before", metavar="SIDE", type=str.strip, help="a commit, or flags in quotes")
-    add("after", metavar="SIDE", type=str.strip, nargs="?", default="", help="another one")
+    add("after", metavar="SIDE", type=str.strip, nargs="?", default="", help="another (your files)")
     add("--pairs", type=number(int, 2), default=6, help="of runs (6)")
     add("--seeds", type=int, help="the first one (that of --seed, or 42)")
     add("--json", action="store_true", help="the result as JSON on the last line")
@@ -308,9 +308,10 @@ class Comparison:
                 text=newest["tokens_sha256"]["valid"],
             )
 
-    def complete_pair(self, seed):
-        """The Outcomes of both sides."""
-        return self.complete(self.before, seed), self.complete(self.after, seed)
+    def complete_pairs(self):
+        """Yields each seed with the Outcomes of both sides."""
+        for seed in self.seeds:
+            yield seed, self.complete(self.before, seed), self.complete(self.after, seed)
 
     def predict_minutes(self):
         """About how long all runs take; it begins the last of them. Raises UsageError, RunError."""
@@ -418,8 +419,7 @@ def measure(pairs):
 
 def print_sameness(comparison):
     """Prints whether both sides end in the same weights; returns 0 if so, else 1."""
-    for seed in comparison.seeds:
-        before, after = comparison.complete_pair(seed)
+    for seed, before, after in comparison.complete_pairs():
         if before.id != after.id:
             print(f"Different weights after {comparison.steps} steps, seed {seed}.")
             return 1
@@ -439,8 +439,7 @@ def print_comparison(comparison, as_json):
     print(f"{runs} runs of {comparison.steps:,} steps, {cost} in all", flush=True)
     print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}")
     pairs = []
-    for seed in comparison.seeds:
-        first, second = comparison.complete_pair(seed)
+    for seed, first, second in comparison.complete_pairs():
         texts = {first.text, second.text} - {None}
         if comparison.unit == NATS and len(texts) > 1:
             raise UsageError("the validation texts of the sides differ: nothing can be compared")
