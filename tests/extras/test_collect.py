@@ -3,7 +3,6 @@
 The server is a real one on the loopback address, and it fails where a test asks it to.
 """
 
-import fcntl
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -106,20 +105,18 @@ def test_failures_are_tried_again(tmp_path, collect, failure, said):
     with Server([failure]) as server:
         out, _ = collect(server.url)
     assert said in out and "; retrying in 1 s\n" in out
-    assert len(server.asked) == 5
     assert [line["completion"] for line in lines(tmp_path)] == [f"echo {each}" for each in PROMPTS]
 
 
-@pytest.mark.parametrize("content, expected", [
-    ("null", ""),
-    ('"smile \\ud83d"', "smile \ufffd"),  # half an emoji, which a limit of tokens has cut
-    (f'"your key is {KEY}"', "your key is ***"),
-])  # fmt: skip
-def test_what_a_model_may_say(tmp_path, collect, content, expected):
-    with Server([(200, answer(content))]) as server:
+def test_what_a_model_may_say(tmp_path, collect):
+    half_an_emoji = '"smile \\ud83d"'  # which a limit of tokens has cut
+    said = ["null", half_an_emoji, f'"your key is {KEY}"', '"\\u001b[2J \\u009b"']
+    with Server([(200, answer(content)) for content in said]) as server:
         collect(server.url)
-    assert lines(tmp_path)[0]["completion"] == expected
-    assert len(server.asked) == 4
+    expected = ["", "smile \ufffd", "your key is ***", "\x1b[2J \x9b"]
+    assert [line["completion"] for line in lines(tmp_path)] == expected
+    kept = (tmp_path / "out" / "answers.jsonl").read_text()
+    assert kept.replace("\n", "").isprintable(), "a terminal would act on other characters"
 
 
 @pytest.mark.parametrize("status", [401, 307])
@@ -138,30 +135,23 @@ def test_three_failures_end_it_and_a_rerun_continues(tmp_path, collect, status):
     assert [line["completion"] for line in lines(tmp_path)][:2] == ["one", f"echo {PROMPTS[1]}"]
 
 
-def test_a_limit_of_prompts(collect):
-    with Server() as server:
-        _, err = collect(server.url, "--max_prompts", 3, status=1)
-        assert "stopped after 3 prompts (--max_prompts); 3 answers are kept" in err
-        collect(server.url)
-    assert len(server.asked) == 4
-
-
-@pytest.mark.parametrize("kept", [-1, -30])
-def test_a_file_that_a_kill_cut_off(tmp_path, collect, kept):
+def test_a_file_that_a_kill_cut_off(tmp_path, collect):
     path = tmp_path / "out" / "answers.jsonl"
     with Server() as server:
         collect(server.url)
         whole = path.read_bytes()
-        path.write_bytes(whole[:kept])
-        collect(server.url)
-    assert path.read_bytes() == whole
+        for kept in (-1, -30):  # of the last line, its end; no more than its beginning
+            path.write_bytes(whole[:kept])
+            collect(server.url)
+            assert path.read_bytes() == whole
+    assert len(server.asked) == 6
 
 
 OURS = '{"prompt": "tell me", "model": "gpt", "completion": '
 
 
 @pytest.mark.parametrize("content, status, said", [
-    ("notes\n", 2, "name another --output"),
+    ("notes", 2, "name another --output"),
     (OURS.replace("tell", "show") + '""}\n', 2, "name another --output"),
     ((OURS + '""}\n') * 5, 2, "name another --output"),
     (OURS + "5}\n", 1, "line 1 of out/answers.jsonl is damaged"),
@@ -178,27 +168,6 @@ def test_other_files_are_left_alone(tmp_path, collect, content, status, said):
     assert not server.asked
 
 
-def test_another_process_is_collecting(tmp_path, collect):
-    (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / "answers.jsonl", "w") as file, Server() as server:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        _, err = collect(server.url, status=2)
-    assert "is being written by another process" in err
-    assert not server.asked
-
-
-def test_the_corpus_keeps_its_mode_and_place(tmp_path, collect):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "target").write_text("old")
-    (tmp_path / "target").chmod(0o640)
-    (tmp_path / "out" / "corpus.txt").symlink_to("../target")
-    with Server() as server:
-        collect(server.url)
-    assert (tmp_path / "out" / "corpus.txt").is_symlink()
-    assert (tmp_path / "target").read_text().startswith("tell me\necho tell me\n")
-    assert (tmp_path / "target").stat().st_mode & 0o777 == 0o640
-
-
 def test_the_texts_that_a_student_has_begun(tmp_path, collect):
     begun = [{"prompt": "the", "completion": " end"}, {"prompt": "a", "completion": "\n☃"}]
     (tmp_path / "begun.jsonl").write_text("\n".join(map(json.dumps, begun)))
@@ -212,20 +181,15 @@ def test_the_texts_that_a_student_has_begun(tmp_path, collect):
     (["--distill_from", "localhost:8000"], "give an address like http://localhost:8000/v1"),
     (["--distill_from", "http://user:word@x/v1"], "the key comes from TEACHER_API_KEY"),
     (["--teacher_prompts", "none.txt"], "none.txt must be a UTF-8 file"),
-    (["--teacher_prompts", "bad.jsonl"], "bad.jsonl must hold what extras.batch writes"),
-    (["--teacher_prompts", "out/corpus.txt"], "name another --output"),
+    (["--teacher_prompts", "bad.jsonl"], "bad.jsonl must be a UTF-8 file or, if it is named"),
     (["--output", "prompts.txt"], "cannot write to --output prompts.txt"),
-    (["--max_prompts", "0"], "--max_prompts"),
 ])  # fmt: skip
 def test_mistakes(tmp_path, collect, more, said):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "corpus.txt").write_text("a\n")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": 3}\n')
     _, err = collect("http://127.0.0.1:9/v1", *more, status=2)
     assert said in err.splitlines()[-1] and "word" not in err
 
 
-@pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\r\nHost: x", f"{KEY}ü"])
-def test_a_key_that_no_header_can_hold(collect, key):
-    _, err = collect("http://127.0.0.1:9/v1", key=key, status=2)
+def test_a_key_that_no_header_can_hold(collect):
+    _, err = collect("http://127.0.0.1:9/v1", key=f"{KEY}\r\nHost: x", status=2)
     assert "TEACHER_API_KEY holds a line end" in err and KEY not in err

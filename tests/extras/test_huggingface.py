@@ -125,9 +125,8 @@ def test_tokenizers_give_the_same_ids(exported):
         for text in ("", "\n", " a  zebra\n\n<eos> \x1d the<unk>cat ", characters):
             tokens = tokenizer.encode(text).tolist()
             assert theirs.encode(text, add_special_tokens=False).ids == tokens
-            decoded = theirs.decode(tokens, skip_special_tokens=False)
             if tokenizer.kind in ("byte", "bpe"):
-                assert decoded == text
+                assert theirs.decode(tokens, skip_special_tokens=False) == text
         tokens = tokenizer.encode("the cat\nsat on").tolist()
         assert theirs.decode(tokens, skip_special_tokens=False) == "the cat\nsat on"
 
@@ -263,7 +262,7 @@ def test_ties_are_those_of_config_and_weights(hf, is_tied, head):
     save(weights, hf / "model.safetensors")
     change(hf, tie_word_embeddings=is_tied)
     if not is_tied and head in ("none", "alone"):
-        with pytest.raises(UsageError, match="its files lack (lm_head|model.embed_tokens).weight"):
+        with pytest.raises(UsageError, match="Missing 1 parameters: (lm_head|model.embed)"):
             import_model(hf)
         return
     model, *_ = import_model(hf)
