@@ -3,6 +3,7 @@
 The server is a real one on the loopback address, and it fails where a test asks it to.
 """
 
+import contextlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,41 +20,35 @@ def answer(content):
     return f'{{"choices": [{{"message": {{"content": {content}}}}}]}}'.encode()
 
 
-class Server:
-    """Answers requests by (status, body), those of `script` first, then by an echo; keeps them."""
+class Handler(BaseHTTPRequestHandler):
+    """Answers by (status, body), those of `server.script` first, then by an echo."""
 
-    def __init__(self, script=()):
-        self.script = list(script)
-        self.asked = []  # (path, Authorization, body)
-        server = self
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, self.headers.get("Authorization"), body))
+        content = f"echo {body['messages'][0]['content']}"
+        status, data = 200, answer(json.dumps(content))
+        if self.server.script:
+            status, data = self.server.script.pop(0)
+        self.send_response(status)
+        self.send_header("Location", f"{self.server.url}/elsewhere")
+        self.end_headers()
+        self.wfile.write(data)
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.asked.append((self.path, self.headers.get("Authorization"), body))
-                content = f"echo {body['messages'][0]['content']}"
-                status, data = 200, answer(json.dumps(content))
-                if server.script:
-                    status, data = server.script.pop(0)
-                self.send_response(status)
-                self.send_header("Location", f"{server.url}/elsewhere")
-                self.end_headers()
-                self.wfile.write(data)
+    def log_message(self, *_):
+        """Says nothing."""
 
-            def log_message(self, *_):
-                pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        # Seconds between looks at whether to shut down.
-        threading.Thread(target=self.http.serve_forever, args=[0.01], daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
+@contextlib.contextmanager
+def serve(*script):
+    """A server that fails as its script says; `asked` are (path, Authorization, body)."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.script = [*script]
+        server.asked = []
+        server.url = f"http://127.0.0.1:{server.server_port}/v1"
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture
@@ -79,7 +74,7 @@ def lines(folder):
 
 @pytest.mark.parametrize("key", [KEY, ""])
 def test_answers_become_a_corpus(tmp_path, collect, key):
-    with Server() as server:
+    with serve() as server:
         out, _ = collect(server.url, key=key)
     expected = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     assert [body["messages"] for _, _, body in server.asked] == expected
@@ -102,7 +97,7 @@ def test_answers_become_a_corpus(tmp_path, collect, key):
     ((200, bytes(5 << 20)), "the answer is larger than 4,194,304 bytes"),
 ])  # fmt: skip
 def test_failures_are_tried_again(tmp_path, collect, failure, said):
-    with Server([failure]) as server:
+    with serve(failure) as server:
         out, _ = collect(server.url)
     assert said in out and "; retrying in 1 s\n" in out
     assert [line["completion"] for line in lines(tmp_path)] == [f"echo {each}" for each in PROMPTS]
@@ -111,7 +106,7 @@ def test_failures_are_tried_again(tmp_path, collect, failure, said):
 def test_what_a_model_may_say(tmp_path, collect):
     half_an_emoji = '"smile \\ud83d"'  # which a limit of tokens has cut
     said = ["null", half_an_emoji, f'"your key is {KEY}"', '"\\u001b[2J \\u009b"']
-    with Server([(200, answer(content)) for content in said]) as server:
+    with serve(*[(200, answer(content)) for content in said]) as server:
         collect(server.url)
     expected = ["", "smile \ufffd", "your key is ***", "\x1b[2J \x9b"]
     assert [line["completion"] for line in lines(tmp_path)] == expected
@@ -123,7 +118,7 @@ def test_what_a_model_may_say(tmp_path, collect):
 def test_three_failures_end_it_and_a_rerun_continues(tmp_path, collect, status):
     """A key that is refused, and a redirect, which is not followed; neither shows the key."""
     failure = (status, b"x" * 190 + KEY.encode())
-    with Server([(200, answer('"one"')), *[failure] * 3]) as server:
+    with serve((200, answer('"one"')), *[failure] * 3) as server:
         out, err = collect(server.url, status=1)
         assert err.startswith(f"extras.collect: {server.url} does not answer; 1 answers are kept")
         assert f"status {status}" in err and err.count("\n") == 1
@@ -137,7 +132,7 @@ def test_three_failures_end_it_and_a_rerun_continues(tmp_path, collect, status):
 
 def test_a_file_that_a_kill_cut_off(tmp_path, collect):
     path = tmp_path / "out" / "answers.jsonl"
-    with Server() as server:
+    with serve() as server:
         collect(server.url)
         whole = path.read_bytes()
         for kept in (-1, -30):  # of the last line, its end; no more than its beginning
@@ -161,7 +156,7 @@ def test_other_files_are_left_alone(tmp_path, collect, content, status, said):
     (tmp_path / "out").mkdir()
     path = tmp_path / "out" / "answers.jsonl"
     path.write_text(content)
-    with Server() as server:
+    with serve() as server:
         _, err = collect(server.url, status=status)
     assert said in err and err.count("\n") == 1
     assert path.read_text() == content
@@ -171,7 +166,7 @@ def test_other_files_are_left_alone(tmp_path, collect, content, status, said):
 def test_the_texts_that_a_student_has_begun(tmp_path, collect):
     begun = [{"prompt": "the", "completion": " end"}, {"prompt": "a", "completion": "\n☃"}]
     (tmp_path / "begun.jsonl").write_text("\n".join(map(json.dumps, begun)))
-    with Server() as server:
+    with serve() as server:
         collect(server.url, "--teacher_prompts", "begun.jsonl")
     asked = [body["messages"][0]["content"] for _, _, body in server.asked]
     assert asked == ["the end", "a\n☃"]

@@ -116,7 +116,6 @@ BAD_LINES = [  # what follows a good line; words of the answer
     ('{"text": ["good"]}\n', f"row 2 of .* has no text in the field text: {REMEDY}"),
     ('{"body": "good", "title": 1}\n', r"by --text_field \(it has body\), or write the text"),
     ('{"\x1b[31m\\u001b[2J": 1}\n', "row 2"),
-    ('{"text": "' + "x" * LONGEST + '"}\n', "row 2 of .* has more than 16,777,216 bytes: cut it"),
     ("[" * 100_000 + "\n", "row 2 of .* must be a JSON object"),
     ('{"text": "\udcff"}\n', "row 2 of .* must be a JSON object"),  # no UTF-8
 ]
@@ -156,7 +155,7 @@ def test_a_small_file_of_a_large_row_fills_no_memory(tmp_path):
         for _ in range(100):
             file.write(b"x" * (1 << 20))
     tracemalloc.start()
-    with pytest.raises(UsageError, match="row 1 of .* has more than"):
+    with pytest.raises(UsageError, match="row 1 of .* has more than 16,777,216 bytes: cut it"):
         texts_of(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
