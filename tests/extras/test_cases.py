@@ -32,7 +32,6 @@ def test_cases(trained, tmp_path):
     checkpoint = newest(trained)
     line = [path, "--save_dir", trained, "--identifier", checkpoint.id]
     out, _ = run_extra("cases", *line, "--output", tmp_path / "out.json")
-    assert max(map(len, out.splitlines())) <= 100
     results = json.loads((tmp_path / "out.json").read_text())
     contents = checkpoint.open()
     model = contents.load_model()
