@@ -117,7 +117,7 @@ def test_what_a_model_may_say(tmp_path, collect):
 @pytest.mark.parametrize("status", [401, 307])
 def test_three_failures_end_it_and_a_rerun_continues(tmp_path, collect, status):
     """A key that is refused, and a redirect, which is not followed; neither shows the key."""
-    failure = (status, b"x" * 190 + KEY.encode())
+    failure = (status, b"x" * 208 + KEY.encode())  # which a limit on what is shown cuts
     with serve((200, answer('"one"')), *[failure] * 3) as server:
         out, err = collect(server.url, status=1)
         assert err.startswith(f"extras.collect: {server.url} does not answer; 1 answers are kept")
@@ -142,15 +142,18 @@ def test_a_file_that_a_kill_cut_off(tmp_path, collect):
     assert len(server.asked) == 6
 
 
-OURS = '{"prompt": "tell me", "model": "gpt", "completion": '
+def line_of(prompt, key="completion", text="a"):
+    answer = {"prompt": prompt, "model": "gpt", key: text}
+    return json.dumps(answer, ensure_ascii=False) + "\n"
 
 
 @pytest.mark.parametrize("content, status, said", [
     ("notes", 2, "name another --output"),
-    (OURS.replace("tell", "show") + '""}\n', 2, "name another --output"),
-    ((OURS + '""}\n') * 5, 2, "name another --output"),
-    (OURS + "5}\n", 1, "line 1 of out/answers.jsonl is damaged"),
-    (OURS + '"a"\n', 1, "line 1 of out/answers.jsonl is damaged"),
+    (line_of("show me"), 2, "name another --output"),
+    (line_of("tell me", "answer"), 2, "name another --output"),
+    ("".join(map(line_of, [*PROMPTS, "more"])), 2, "name another --output"),
+    (line_of("tell me", text=5), 1, "line 1 of out/answers.jsonl is damaged"),
+    (line_of("tell me").replace("}", ""), 1, "line 1 of out/answers.jsonl is damaged"),
 ])  # fmt: skip
 def test_other_files_are_left_alone(tmp_path, collect, content, status, said):
     (tmp_path / "out").mkdir()

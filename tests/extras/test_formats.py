@@ -124,9 +124,8 @@ BAD_LINES = [  # what follows a good line; words of the answer
 def test_a_row_that_is_no_text(line, words, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(GOOD + line, errors="surrogateescape")
-    with pytest.raises(UsageError, match=words) as error:
+    with pytest.raises(UsageError, match=words):
         texts_of(path)
-    assert len(str(error.value)) < 500
 
 
 def test_a_column_that_is_no_text(tmp_path):

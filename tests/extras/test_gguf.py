@@ -8,7 +8,7 @@ from conftest import TINY, run, run_extra
 from datasets import ByteTokenizer, PackageTokenizer, UsageError, WordTokenizer
 from mlx.utils import tree_flatten
 from test_huggingface import STRETCHED, make_llama
-from tokenizers import decoders
+from tokenizers import Tokenizer, decoders
 
 from extras.gguf import export_gguf
 
@@ -134,13 +134,11 @@ def test_added_tokens_that_are_not_special(tmp_path):
 
     Special ones it reads only where it is told to.
     """
-    size = BPE.vocab_size
-    options = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    think = {"id": size, "content": "<think>", "special": False, **options}
-    im = {"id": size + 1, "content": "<im>", "special": True, **options}
-    added = [*CONTENT["added_tokens"], think, im]
-    other = PackageTokenizer(json.dumps(CONTENT | {"added_tokens": added}), "file")
-    export_gguf(make_llama(size + 2), other, tmp_path / "model.gguf", None)
+    package = Tokenizer.from_str(BPE.vocabulary)
+    package.add_tokens(["<think>"])
+    package.add_special_tokens(["<im>"])
+    other = PackageTokenizer(package.to_str(), "file")
+    export_gguf(make_llama(other.vocab_size), other, tmp_path / "model.gguf", None)
     fields, _, _ = read(tmp_path / "model.gguf")
     kinds = fields["tokenizer.ggml.token_type"]
     assert kinds[-2:] == [gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL]

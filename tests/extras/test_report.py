@@ -111,5 +111,4 @@ def test_a_failure_is_said_once_and_changes_nothing(place, line, tmp_path, monke
     train(*line, tmp_path / "lm", "--num_iters", 10, "--report_to", "wandb")
     told = [line for line in capsys.readouterr().out.splitlines() if "--report_to" in line]
     assert told == ["--report_to wandb failed, the run goes on: gone\ufffd[2J for ever"]
-    assert newest(tmp_path / "lm").iteration == 10
     assert [row["iteration"] for row in log_rows(tmp_path / "lm", "train")] == [5, 10]
