@@ -28,13 +28,15 @@ from datasets import PackageTokenizer, UsageError, end_of_text, explained, extra
 from datasets import read_whole, replacing, user_path, without_passwords
 from main import Config, LanguageModel, checked, load_arrays, refuse_beyond_memory, sha1_of_file
 
-# Their `model_type`, and our (mlp, qk_norm, qkv_bias). An export is of the first that fits.
+# The fields of our Config and their defaults, also of those that you have added.
+PLAIN = {field.name: field.default for field in dataclasses.fields(Config)}
+# Their `model_type`, and what is not plain in our Config. An export is of the first that fits.
 KINDS = {
-    "llama": ("swiglu", False, False),
-    "mistral": ("swiglu", False, False),
-    "qwen2": ("swiglu", False, True),
-    "qwen3": ("swiglu", True, False),
-    "arcee": ("relu2", False, False),
+    "llama": {"mlp": "swiglu"},
+    "mistral": {"mlp": "swiglu"},
+    "qwen2": {"mlp": "swiglu", "qkv_bias": True},
+    "qwen3": {"mlp": "swiglu", "qk_norm": True},
+    "arcee": {"mlp": "relu2"},
 }
 # Their `hidden_act` for our `mlp`.
 THEIR_ACTIVATIONS = {"swiglu": "silu", "relu2": "relu2"}
@@ -196,14 +198,13 @@ def read_config(folder):
     rope = entries.get("rope_scaling") or entries.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     settings = ASSUMED | entries | rope | {"rope_type": rope_type}
-    mlp, qk_norm, qkv_bias = KINDS[kind]
-    supported = SUPPORTED | {"hidden_act": [THEIR_ACTIVATIONS[mlp]]}
+    fields = PLAIN | KINDS[kind]
+    supported = SUPPORTED | {"hidden_act": [THEIR_ACTIVATIONS[fields["mlp"]]]}
     for name, values in supported.items():
         value = settings.get(name)
         if value is not None and value not in values:
             raise UsageError(f"it has {name} {value!s:.40}, which training does not know")
 
-    fields = {"mlp": mlp, "qk_norm": qk_norm, "qkv_bias": qkv_bias}
     for ours, theirs in THEIR_NAMES.items():
         if theirs not in settings:
             raise UsageError(f"its config.json has no {theirs}")
@@ -217,7 +218,6 @@ def read_config(folder):
         fields["context_size"] = min(fields["context_size"], window)
     if type(fields["rope_theta"]) is int:  # as which JSON may have it
         fields["rope_theta"] = float(fields["rope_theta"])
-    fields["rope_scaling"] = None
     if rope_type == "llama3":
         fields["rope_scaling"] = read_scaling(entries, rope)
     return checked(Config, fields)
@@ -399,16 +399,14 @@ def write_files(folder, model, texts):
 
 def find_counterpart(config):
     """Their model_type for a model of this Config. Raises UsageError if there is none."""
-    known = {*THEIR_NAMES, "mlp", "qk_norm", "qkv_bias", "untie", "rope_scaling"}
-    for field in dataclasses.fields(config):  # one of a user's own, perhaps
-        if field.name not in known and getattr(config, field.name) != field.default:
-            raise UsageError(f"Hugging Face has no model with {field.name}")
-    for kind, parts in KINDS.items():
-        if parts == (config.mlp, config.qk_norm, config.qkv_bias):
+    parts = {}
+    for name, value in vars(config).items():
+        if name not in (*THEIR_NAMES, "untie", "rope_scaling") and value != PLAIN[name]:
+            parts[name] = value
+    for kind, its_parts in KINDS.items():
+        if parts == its_parts:
             return kind
-    shape = f"--mlp {config.mlp}"
-    if config.qk_norm:
-        shape += " --qk_norm"
+    shape = " ".join(f"--{name} {value}" for name, value in parts.items())
     raise UsageError(f"Hugging Face has no model with {shape}: train one with --mlp swiglu")
 
 
