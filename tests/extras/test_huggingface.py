@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 
-import main
 import mlx.core as mx
 import numpy as np
 import pytest
