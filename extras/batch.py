@@ -14,7 +14,7 @@ import os
 from datasets import end_of_text, explained, path_name
 from extras.decode import BatchDecoder
 from extras.quantize import quantize
-from extras.results import MOST_PROMPTS, append_lines, json_line, read_prompt_lines
+from extras.results import append_lines, json_line, read_prompt_lines
 from main import FLAGS, Detokenizer, announce, first_ids
 
 BATCH_SIZE = 16
@@ -53,8 +53,6 @@ def answer_file(model, tokenizer, checkpoint, flags):
     problem = f"{flags.file} must be a UTF-8 file, --output writable"
     with explained(problem, OSError, ValueError):
         prompts = read_prompt_lines(flags.file)
-        if len(prompts) * flags.num_samples > MOST_PROMPTS:
-            raise ValueError(f"--num_samples makes more than {MOST_PROMPTS:,} of its lines")
         jobs = []
         for prompt in prompts:
             for _ in range(flags.num_samples):
@@ -73,7 +71,7 @@ def answer_file(model, tokenizer, checkpoint, flags):
         for first in range(len(answered), len(jobs), BATCH_SIZE):
             batch = jobs[first : first + BATCH_SIZE]
             for line in answer_batch(model, tokenizer, batch, flags):
-                out.write(json_line(line) + b"\n")
+                out.write(json_line(line))
             out.flush()  # a kill costs at most the current batch
 
 

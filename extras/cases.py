@@ -22,7 +22,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from datasets import SIZE, RunError, UsageError, explained, path_name, user_path, utf8
-from extras.results import write_whole
 from main import first_ids, read_yaml
 
 
@@ -64,7 +63,8 @@ def main(arguments):
         raise RunError(f"no checkpoint in {flags.save_dir} can be used")
     if flags.output:
         text = json.dumps(results, ensure_ascii=False, indent=1)
-        write_whole(flags.output, text + "\n")
+        with explained(f"cannot write {flags.output}", OSError, kind=RunError):
+            Path(flags.output).write_text(text + "\n", "utf-8")
 
 
 def read_cases(files, output):

@@ -1,7 +1,7 @@
 """A corpus from a teacher behind an API.
 
     python -m extras.collect --distill_from URL --teacher_model NAME --teacher_prompts FILE \\
-        --output DIR [--max_prompts N]
+        --output DIR
 
 Sequence-level distillation (Kim & Rush 2016): a small model is trained on what a large one writes.
 The answers to a list of prompts are saved as they arrive, so an interrupted collection resumes
@@ -10,21 +10,22 @@ where it stopped and requests no saved answer again.
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from datasets import SIZE, Parser, RunError, UsageError, explained, one_line, path_name
+from datasets import Parser, RunError, UsageError, explained, one_line, path_name
 from datasets import repair_streams, run_command, utf8, word
-from extras.results import append_lines, json_line, read_prompt_lines, write_whole
+from extras.results import append_lines, json_line, read_prompt_lines
 
 PAUSES = (1, 4)  # seconds between the tries for one prompt
 TIMEOUT = 120  # seconds to wait for the server's next byte
 LARGEST_ANSWER = 4 << 20  # bytes: a million tokens
-# The files of --output.
-ANSWERS = "answers.jsonl"
-CORPUS = "corpus.txt"
+# A server; the key that some put before its name comes from the environment.
+ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#\s]*)?")
+# What JSON of another form raises, or a server that fails (of requests: all are OSErrors).
+FAULTS = (OSError, ValueError, LookupError, TypeError, RecursionError)
 
 
 def make_parser():
@@ -58,61 +59,32 @@ def make_parser():
         type=path_name,
         help="folder for answers.jsonl and corpus.txt",
     )
-    add(
-        "--max_prompts",
-        metavar="N",
-        type=SIZE,
-        default=1000,
-        help="prompts asked in this session, at most (default: %(default)s)",
-    )
     return parser
 
 
 def main(arguments):
     """Collects a corpus as these arguments specify. Raises UsageError or RunError."""
     flags = make_parser().parse_args(arguments)
-    source = Path(flags.teacher_prompts)
-    folder = Path(flags.output)
-    for path in (folder / ANSWERS, folder / CORPUS):
-        if path.exists() and source.exists() and path.samefile(source):
-            raise UsageError(
-                f"--teacher_prompts {flags.teacher_prompts} is a file that --output {folder} "
-                "writes: name another --output"
-            )
     teacher = Teacher(flags.distill_from, flags.teacher_model)
-    collect_answers(teacher, read_prompts(source), folder, flags.max_prompts)
+    collect_answers(teacher, read_prompts(flags.teacher_prompts), Path(flags.output))
 
 
 def read_prompts(path):
     """The prompts in a file: its lines or, for a .jsonl, the texts that a model has started.
 
-    A .jsonl is written by extras.batch. Each of its prompts is joined with the
-    completion, so the teacher continues what the student has written. Raises UsageError.
+    A .jsonl is written by extras.batch. Each of its prompts is joined with the completion, so the
+    teacher continues what the student has written. Raises UsageError.
     """
-    is_jsonl = str(path).endswith(".jsonl")
-    content = "hold what extras.batch writes, or not be named .jsonl"
-    fault = f"--teacher_prompts {path} must {content if is_jsonl else 'be a UTF-8 file'}"
-    with explained(fault, OSError, ValueError, LookupError, TypeError, RecursionError):
+    wanted = "a UTF-8 file or, if it is named .jsonl, what extras.batch writes"
+    with explained(f"--teacher_prompts {path} must be {wanted}", *FAULTS):
         lines = read_prompt_lines(path)
-        if not is_jsonl:
+        if not path.endswith(".jsonl"):
             return lines
-        return [read_prompt(line) for line in lines]
+        begun = [json.loads(line) for line in lines]
+        return ["".join([text["prompt"], text["completion"]]) for text in begun]
 
 
-def read_prompt(line):
-    """The prompt and the completion in a line of JSON, joined.
-
-    Raises ValueError, LookupError, TypeError or RecursionError if there are none.
-    """
-    answer = json.loads(line)
-    parts = [answer["prompt"], answer["completion"]]
-    for part in parts:
-        if not isinstance(part, str):
-            raise TypeError("a prompt or completion is not a string")
-    return "".join(parts)
-
-
-def collect_answers(teacher, prompts, folder, max_prompts):
+def collect_answers(teacher, prompts, folder):
     """Saves a teacher's answers to prompts in a folder.
 
     Each becomes a line of JSON (prompt, model, completion) in its answers.jsonl; at the end, all
@@ -120,36 +92,23 @@ def collect_answers(teacher, prompts, folder, max_prompts):
     cannot be used, or if answers.jsonl holds other lines or is being written by another process;
     RunError if one of its lines is damaged, or if the server does not answer.
     """
+    path = folder / "answers.jsonl"
+    heads = [{"prompt": prompt, "model": teacher.model} for prompt in prompts]
     with explained(f"cannot write to --output {folder}: name a folder of yours", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ANSWERS
-    corpus = folder / CORPUS
-    if corpus.is_dir():
-        raise UsageError(f"{corpus} is a folder: name another --output")
-    heads = [{"prompt": prompt, "model": teacher.model} for prompt in prompts]
-    out, lines = append_lines(path, heads)
+        out, answers = append_lines(path, heads)
     with out:
-        for asked, head in enumerate(heads[len(lines) :]):
-            kept = f"{len(lines):,} answers are kept: rerun to continue"
-            if asked == max_prompts:
-                raise RunError(f"stopped after {max_prompts} prompts (--max_prompts); {kept}")
-            with explained(f"{teacher.url} does not answer; {kept}", RunError, kind=RunError):
+        for head in heads[len(answers) :]:
+            fault = f"{teacher.url} does not answer; {len(answers):,} answers are kept"
+            with explained(f"{fault}: rerun to continue", RunError, kind=RunError):
                 completion = teacher.answer(head["prompt"])
-            line = json_line(head | {"completion": completion})
-            out.write(line + b"\n")
+            answers.append(head | {"completion": completion})
+            out.write(json_line(answers[-1]))
             out.flush()  # so that no answer that was paid for is lost
-            lines.append(line)
-        write_corpus(lines, corpus)
-    print(f"{len(lines):,} answers are in {path}; train on them with --text {corpus}")
-
-
-def write_corpus(lines, path):
-    """Writes the prompts and completions of JSON lines as plain text."""
-    texts = []
-    for line in lines:
-        answer = json.loads(line)
-        texts.append(f"{answer['prompt']}\n{answer['completion']}\n")
-    write_whole(path, utf8("".join(texts)))
+    texts = [f"{answer['prompt']}\n{answer['completion']}\n" for answer in answers]
+    corpus = folder / "corpus.txt"
+    corpus.write_text(utf8("".join(texts)), "utf-8")
+    print(f"{len(answers):,} answers are in {path}; train on them with --text {corpus}")
 
 
 class Teacher:
@@ -163,12 +122,11 @@ class Teacher:
         self.url = url
         self.model = model
         self.key = os.environ.get("TEACHER_API_KEY", "")
-        with explained("--distill_from: give an address like http://localhost:8000/v1", ValueError):
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError("it has no http:// or no host")
-            if "@" in parts.netloc:
-                raise ValueError("the key comes from TEACHER_API_KEY")
+        if not ADDRESS.fullmatch(url):
+            raise UsageError(
+                "--distill_from: give an address like http://localhost:8000/v1; the key comes from "
+                "TEACHER_API_KEY"
+            )
         if not (self.key.isascii() and self.key.isprintable()):
             raise UsageError(
                 "TEACHER_API_KEY holds a line end or another character that no header can hold: "
@@ -177,20 +135,10 @@ class Teacher:
 
     def answer(self, prompt):
         """The answer to a prompt, in three tries. Raises RunError."""
-        import requests
-
         for pause in (*PAUSES, None):
             try:
                 return self.request(prompt)
-            # What a server may answer instead is an error of any of these types.
-            except (
-                requests.RequestException,
-                OSError,
-                ValueError,
-                LookupError,
-                TypeError,
-                RecursionError,
-            ) as error:
+            except FAULTS as error:
                 reason = self.without_key(f"{type(error).__name__}: {error}")
             reason = one_line(reason[:240])
             if pause is None:

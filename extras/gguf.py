@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from datasets import UsageError, end_of_text, explained, replacing, user_path, utf8
-from extras.huggingface import CHAT_TEMPLATE, find_counterpart, tokenizer_json
+from extras.huggingface import CHAT_TEMPLATE, find_counterpart, package_of
 from main import rope_frequencies
 
 # GGUF's names for the parts of a model and of a block.
@@ -126,8 +126,7 @@ def make_vocabulary(tokenizer, size):
             f"llama.cpp has no {tokenizer.kind} tokenizer: train with --tokenizer bpe or byte, "
             "or export a folder for transformers"
         )
-    text, _ = tokenizer_json(tokenizer)
-    content = json.loads(text)
+    content = json.loads(package_of(tokenizer).to_str())
     if not is_gpt2_like(content) and tokenizer.kind != "byte":
         raise UsageError(
             "llama.cpp would split text differently from this tokenizer; only GPT-2's "

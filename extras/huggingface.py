@@ -22,19 +22,21 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from datasets import PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
 from datasets import read_whole, replacing, user_path, without_passwords
-from main import DEFAULTS, MLPS, Config, LanguageModel, checked, load_arrays
-from main import refuse_beyond_memory, sha1_of_file
+from main import Config, LanguageModel, checked, load_arrays, refuse_beyond_memory, sha1_of_file
 
-# Their `model_type`, and our (mlp, qk_norm, qkv_bias). An export is of the first that fits.
+# The fields of our Config and their defaults, also of those that you have added.
+PLAIN = {field.name: field.default for field in dataclasses.fields(Config)}
+# Their `model_type`, and what is not plain in our Config. An export is of the first that fits.
 KINDS = {
-    "llama": ("swiglu", False, False),
-    "mistral": ("swiglu", False, False),
-    "qwen2": ("swiglu", False, True),
-    "qwen3": ("swiglu", True, False),
-    "arcee": ("relu2", False, False),
+    "llama": {"mlp": "swiglu"},
+    "mistral": {"mlp": "swiglu"},
+    "qwen2": {"mlp": "swiglu", "qkv_bias": True},
+    "qwen3": {"mlp": "swiglu", "qk_norm": True},
+    "arcee": {"mlp": "relu2"},
 }
 # Their `hidden_act` for our `mlp`.
 THEIR_ACTIVATIONS = {"swiglu": "silu", "relu2": "relu2"}
@@ -82,15 +84,6 @@ TEXTS = ["config.json", "tokenizer.json", "tokenizer_config.json", INDEX]
 POINTER = b"version https://git-lfs"
 # What the hub calls a model: ORG/NAME, perhaps with a branch or a commit.
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?", re.ASCII)
-# What to do about some errors of huggingface_hub.
-HUB_ERRORS = {
-    "RepositoryNotFoundError": "it has no such model, or a private one: check the name, or set "
-    "HF_TOKEN",
-    "GatedRepoError": "accept the terms on its page there, and set HF_TOKEN",
-    "RevisionNotFoundError": "the model has no such branch or commit",
-    "LocalEntryNotFoundError": "no connection, and it was not downloaded before: check the "
-    "network, HF_ENDPOINT and HF_HUB_OFFLINE",
-}
 # Our models have not learned a chat format: a chat is the concatenated texts of its messages.
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
@@ -136,10 +129,9 @@ def download_model(repository, revision=None):
     except UsageError:
         raise
     except Exception as error:  # of many kinds, with messages of many lines
-        kind = type(error).__name__
-        message = without_passwords(one_line(error))[:200]  # it may quote HF_ENDPOINT
-        reason = HUB_ERRORS.get(kind, f"{kind}: {message}")
-        raise UsageError(f"{fault}: {reason}") from None
+        reason = without_passwords(one_line(error))  # it may quote HF_ENDPOINT
+        remedy = "check its name, the network and HF_TOKEN"
+        raise UsageError(f"{fault}: {remedy} ({reason:.300})") from None
 
 
 def import_model(folder):
@@ -151,7 +143,8 @@ def import_model(folder):
     folder = Path(folder)
     with explained(f"{folder} cannot be used: name another model"):
         config, tokenizer = read_texts(folder)
-        weights = read_weights(weight_files(folder))
+        files = model_files(folder)
+        weights = read_weights(files)
         if not config.untie:
             tie(weights)
             config.untie = "lm_head.weight" in weights
@@ -159,9 +152,7 @@ def import_model(folder):
             # Building that many blocks first could exhaust the memory.
             raise UsageError(f"its files hold fewer than {config.num_blocks:,} blocks")
         model = LanguageModel(config)
-        check_weights(weights, dict(tree_flatten(model.parameters())))
-        model.load_weights(list(weights.items()))
-        files = model_files(folder)
+        fill(model, weights)
     return model, tokenizer, id_of(folder), {file.name: file for file in files}
 
 
@@ -173,11 +164,10 @@ def read_texts(folder):
     """
     config = read_config(folder)
     heads = config.num_heads + config.num_kv_heads
-    _, is_gated = MLPS[config.mlp]
-    matrices = 3 if is_gated else 2
-    block = 2 * heads * config.head_dim * config.dim + matrices * config.mlp_dim * config.dim
-    embeddings = config.vocab_size * config.dim
-    refuse_beyond_memory({"weights": config.num_blocks * block + embeddings})
+    matrices = 3 if config.mlp == "swiglu" else 2  # of an MLP
+    block = 2 * heads * config.head_dim + matrices * config.mlp_dim
+    rows = config.num_blocks * block + config.vocab_size
+    refuse_beyond_memory({"weights": rows * config.dim})
     return config, read_tokenizer(folder, config.vocab_size)
 
 
@@ -208,17 +198,18 @@ def read_config(folder):
     rope = entries.get("rope_scaling") or entries.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     settings = ASSUMED | entries | rope | {"rope_type": rope_type}
-    mlp, qk_norm, qkv_bias = KINDS[kind]
-    supported = SUPPORTED | {"hidden_act": [THEIR_ACTIVATIONS[mlp]]}
+    fields = PLAIN | KINDS[kind]
+    supported = SUPPORTED | {"hidden_act": [THEIR_ACTIVATIONS[fields["mlp"]]]}
     for name, values in supported.items():
         value = settings.get(name)
         if value is not None and value not in values:
             raise UsageError(f"it has {name} {value!s:.40}, which training does not know")
-    for name in THEIR_NAMES.values():
-        if name not in settings:
-            raise UsageError(f"its config.json has no {name}")
 
-    fields = {ours: settings[theirs] for ours, theirs in THEIR_NAMES.items()}
+    for ours, theirs in THEIR_NAMES.items():
+        if theirs not in settings:
+            raise UsageError(f"its config.json has no {theirs}")
+        fields[ours] = settings[theirs]
+    fields["untie"] = not entries.get("tie_word_embeddings")
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = fields["num_heads"]
     window = settings.get("sliding_window", 4096)
@@ -227,24 +218,25 @@ def read_config(folder):
         fields["context_size"] = min(fields["context_size"], window)
     if type(fields["rope_theta"]) is int:  # as which JSON may have it
         fields["rope_theta"] = float(fields["rope_theta"])
-    scaling = None
     if rope_type == "llama3":
-        # The last one counts where it stands next to RoPE's settings, too.
-        context = {"original_max_position_embeddings": settings["max_position_embeddings"]}
-        scaling = [(context | rope | entries).get(name) for name in THEIR_ROPE_SCALING]
-        check_scaling(scaling)
-    untie = not entries.get("tie_word_embeddings")
-    more = {"rope_scaling": scaling, "qk_norm": qk_norm, "qkv_bias": qkv_bias, "untie": untie}
-    return checked(Config, {"mlp": mlp, **fields, **more})
+        fields["rope_scaling"] = read_scaling(entries, rope)
+    return checked(Config, fields)
 
 
-def check_scaling(scaling):
-    """Raises UsageError unless RoPE's frequencies can be scaled so, see main.py."""
-    if None in scaling:
-        raise UsageError(f"RoPE of type llama3 needs {', '.join(THEIR_ROPE_SCALING)}")
+def read_scaling(entries, rope):
+    """The rope_scaling of our Config, by the entries of config.json and its settings of RoPE.
+
+    Raises UsageError if they are incomplete, or if no frequencies can be scaled so.
+    """
+    context = {"original_max_position_embeddings": entries["max_position_embeddings"]}
+    # That one counts where it stands next to RoPE's settings, too.
+    settings = context | rope | entries
+    scaling = [settings.get(name) for name in THEIR_ROPE_SCALING]
     factor, low, high, original_context = scaling
-    if not (factor >= 1 and 0 < low < high and original_context >= 1):
-        raise UsageError(f"RoPE cannot be scaled by {scaling}")
+    if None in scaling or not (factor >= 1 and 0 < low < high and original_context >= 1):
+        found = dict(zip(THEIR_ROPE_SCALING, scaling))
+        raise UsageError(f"it has RoPE of type llama3 with {found}, which cannot be computed")
+    return scaling
 
 
 def read_tokenizer(folder, vocab_size):
@@ -260,10 +252,10 @@ def read_tokenizer(folder, vocab_size):
     if len(usable) < len(added):
         text = json.dumps(settings | {"added_tokens": usable})
     tokenizer = PackageTokenizer(text, eos=read_eos(folder))
-    largest = max(tokenizer.package.get_vocab().values())
-    if largest >= vocab_size:
+    if tokenizer.vocab_size > vocab_size:
         # MLX does not check indices: it would read beyond the embeddings.
-        raise UsageError(f"its tokenizer has the id {largest}, its vocab_size is {vocab_size}")
+        size = tokenizer.vocab_size
+        raise UsageError(f"its tokenizer has {size} tokens, its vocab_size is {vocab_size}")
     return tokenizer
 
 
@@ -279,21 +271,26 @@ def read_eos(folder):
     return token["content"] if isinstance(token, dict) else token
 
 
-def weight_files(folder):
-    """The paths of a model's weights: model.safetensors, or else the files that an index names.
+def model_files(folder):
+    """The paths of a model's weights and TEXTS. Raises UsageError if one is missing.
 
-    What else lies there may be a copy, or the same in another format. Raises UsageError.
+    The weights are in model.safetensors, or else in what an index names. What else lies there may
+    be a copy, or the same in another format.
     """
-    if not (folder / INDEX).exists() or (folder / "model.safetensors").exists():
-        return [find_file(folder, "model.safetensors")]
-    index = json.loads(read_whole(folder / INDEX))
-    return [find_file(folder, name) for name in sorted(set(index["weight_map"].values()))]
+    weights = ["model.safetensors"]
+    if (folder / INDEX).exists() and not (folder / weights[0]).exists():
+        index = json.loads(read_whole(folder / INDEX))
+        weights = sorted(set(index["weight_map"].values()))
+    texts = [name for name in TEXTS if (folder / name).exists()]
+    return [find_file(folder, name) for name in weights + texts]
 
 
 def read_weights(files):
-    """All arrays of these safetensors files by name, as float32. Raises UsageError."""
+    """All arrays of a model's files by name, as float32. Raises UsageError."""
     weights = {}
     for file in files:
+        if file.name in TEXTS:
+            continue
         with explained(f"{file.name} is damaged or incomplete"):
             arrays = load_arrays(file)
             mx.eval(arrays)  # MLX loads lazily
@@ -319,23 +316,15 @@ def tie(weights):
             weights["lm_head.weight"] = head
 
 
-def check_weights(weights, expected):
-    """Raises UsageError unless two {name: array} agree in names and shapes."""
-    for name in sorted(weights.keys() | expected.keys()):
-        if name not in weights:
-            raise UsageError(f"its files lack {name}")
-        if name not in expected:
-            raise UsageError(f"it has {name}, which such a model has no place for")
-        shape = weights[name].shape
-        wanted = expected[name].shape
-        if shape != wanted:
-            raise UsageError(f"{name} is {shape}, by config.json {wanted}")
+def fill(model, weights):
+    """Gives a model these weights, {name: array}: all that it has, and no other.
 
-
-def model_files(folder):
-    """The paths of the files of a model that are read."""
-    texts = [folder / name for name in TEXTS]
-    return weight_files(folder) + [path for path in texts if path.exists()]
+    Raises UsageError if they do not fit.
+    """
+    try:
+        model.load_weights(list(weights.items()))
+    except ValueError as error:  # which may name hundreds
+        raise UsageError(f"its weights do not fit: {one_line(error):.150}") from None
 
 
 def id_of(folder):
@@ -370,72 +359,69 @@ def export_model(model, tokenizer, folder, bits):
             settings["quantization"] = {"group_size": group_size, "bits": bits}
         else:
             settings["dtype"] = "float16"
-    tokenizer_text, tokenizer_settings = tokenizer_json(tokenizer)
-    tokenizer_settings["chat_template"] = CHAT_TEMPLATE
-    tokenizer_settings["model_max_length"] = model.config.context_size
-    # For `generate` of transformers to use.
-    sampling = {
-        "eos_token_id": end_of_text(tokenizer),
-        "do_sample": True,
-        "temperature": DEFAULTS["temperature"],
-        "top_k": DEFAULTS["top_k"],
+    package = package_of(tokenizer)
+    tokenizer_settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": model.config.context_size,
+        "chat_template": CHAT_TEMPLATE,
     }
+    if tokenizer.eos is not None:
+        tokenizer_settings["eos_token"] = package.id_to_token(tokenizer.eos)
     texts = {
         "config.json": json.dumps(settings, indent=2),
         "tokenizer_config.json": json.dumps(tokenizer_settings, indent=2),
-        "generation_config.json": json.dumps(sampling, indent=2),
-        "tokenizer.json": tokenizer_text,
+        "tokenizer.json": package.to_str(),
     }
-    weights = dict(sorted(tree_flatten(model.parameters())))
     with explained(f"cannot write to {folder}: name a folder of yours"):
-        folder.mkdir(parents=True, exist_ok=True)
-        # No file gets its name before all are written.
-        with contextlib.ExitStack() as files:
-            # Opened here, because MLX's own error for a path does not say why it failed.
-            file = files.enter_context(replacing(folder / "model.safetensors"))
-            mx.save_safetensors(file, weights, {"format": "mlx"})
+        write_files(folder, model, texts)
+    print(f"{kind.capitalize()} and its tokenizer are in {folder}", file=sys.stderr)
+
+
+def write_files(folder, model, texts):
+    """Writes a model's weights and these texts, {name: text}, to a folder: all of them or none.
+
+    Raises exceptions of several types.
+    """
+    weights = dict(sorted(tree_flatten(model.parameters())))
+    folder.mkdir(parents=True, exist_ok=True)
+    # No file gets its name before all are written.
+    with contextlib.ExitStack() as files:
+        # Opened here, because MLX's own error for a path does not say why it failed.
+        file = files.enter_context(replacing(folder / "model.safetensors"))
+        mx.save_safetensors(file, weights, {"format": "mlx"})
+        file.flush()
+        for name, text in texts.items():
+            file = files.enter_context(replacing(folder / name))
+            file.write(text.encode("utf-8"))
             file.flush()
-            for name, text in texts.items():
-                file = files.enter_context(replacing(folder / name))
-                file.write(text.encode("utf-8"))
-                file.flush()
-    message = f"{settings['architectures'][0]} and its tokenizer are in {folder}"
-    if kind == "arcee":
-        message += " for transformers (mlx-lm has no Arcee: for it, train with --mlp swiglu)"
-    print(message, file=sys.stderr)
 
 
 def find_counterpart(config):
     """Their model_type for a model of this Config. Raises UsageError if there is none."""
-    known = {*THEIR_NAMES, "mlp", "qk_norm", "qkv_bias", "untie", "rope_scaling"}
-    for field in dataclasses.fields(config):  # one of a user's own, perhaps
-        if field.name not in known and getattr(config, field.name) != field.default:
-            raise UsageError(f"Hugging Face has no model with {field.name}")
-    for kind, parts in KINDS.items():
-        if parts == (config.mlp, config.qk_norm, config.qkv_bias):
+    parts = {}
+    for name, value in vars(config).items():
+        if name not in (*THEIR_NAMES, "untie", "rope_scaling") and value != PLAIN[name]:
+            parts[name] = value
+    for kind, its_parts in KINDS.items():
+        if parts == its_parts:
             return kind
-    shape = f"--mlp {config.mlp}"
-    if config.qk_norm:
-        shape += " --qk_norm"
+    shape = " ".join(f"--{name} {value}" for name, value in parts.items())
     raise UsageError(f"Hugging Face has no model with {shape}: train one with --mlp swiglu")
 
 
 def make_settings(config, kind, tokenizer):
     """The content of config.json for our Config; kind: their model_type."""
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    rope_scaling = None
     if config.rope_scaling:
-        rope |= dict(zip(THEIR_ROPE_SCALING, config.rope_scaling)) | {"rope_type": "llama3"}
+        rope_scaling = {"rope_type": "llama3", **dict(zip(THEIR_ROPE_SCALING, config.rope_scaling))}
     settings = {theirs: getattr(config, ours) for ours, theirs in THEIR_NAMES.items()}
     return settings | {
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,
         "tie_word_embeddings": not config.untie,
         "hidden_act": THEIR_ACTIVATIONS[config.mlp],
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rope_parameters": rope,
-        # As mlx_lm and older versions of transformers call it.
-        "rope_scaling": rope if config.rope_scaling else None,
+        "rope_scaling": rope_scaling,
         "dtype": "float32",
         "bos_token_id": None,  # our texts have no start token
         "eos_token_id": end_of_text(tokenizer),
@@ -443,33 +429,24 @@ def make_settings(config, kind, tokenizer):
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
-def tokenizer_json(tokenizer):
-    """A tokenizer for other programs, with the same ids.
-
-    Returns the text of tokenizer.json and the entries of tokenizer_config.json, a dict.
-    """
+def package_of(tokenizer):
+    """A tokenizer of the package `tokenizers` with the same ids, for other programs to read."""
     if tokenizer.kind == "byte":
-        package = convert_bytes(tokenizer)
-    elif tokenizer.kind == "char":
-        package = convert_characters(tokenizer)
-    elif tokenizer.kind == "word":
-        package = convert_words(tokenizer)
-    else:
-        package = tokenizer.package
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
-    if tokenizer.eos is not None:
-        settings["eos_token"] = package.id_to_token(tokenizer.eos)
-    return package.to_str(), settings
+        return convert_bytes(tokenizer)
+    if tokenizer.kind == "char":
+        return convert_characters(tokenizer)
+    if tokenizer.kind == "word":
+        return convert_words(tokenizer)
+    return tokenizer.package
 
 
 def convert_bytes(tokenizer):
     """Bytes as a byte-level BPE without merges, so that each byte stays a token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # The visible characters of Latin-1 stand for their own bytes, those after them for the others.
+    visible = [ord(character) for character in alphabet if ord(character) < 256]
+    others = [byte for byte in range(256) if byte not in visible]
+    vocabulary = dict(zip(alphabet, visible + others))
     vocabulary["<eos>"] = tokenizer.eos
     package = Tokenizer(models.BPE(vocabulary, []))
     package.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -477,28 +454,8 @@ def convert_bytes(tokenizer):
     return package
 
 
-def byte_characters():
-    """The characters that stand for the 256 bytes in GPT-2's vocabulary, in order of the bytes.
-
-    A byte that is a visible Latin-1 character stands for itself; the others take the characters
-    from 256 on, in order.
-    """
-    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}  # ! to ~, ¡ to ¬, ® to ÿ
-    characters = []
-    substitute = 256
-    for byte in range(256):
-        if byte in visible:
-            characters.append(chr(byte))
-        else:
-            characters.append(chr(substitute))
-            substitute += 1
-    return characters
-
-
 def convert_characters(tokenizer):
     """Characters as one-character words, joined without spaces."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
     vocabulary = {character: i for i, character in enumerate(tokenizer.vocabulary)}
     vocabulary["<unk>"] = tokenizer.unk
     package = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
@@ -510,8 +467,6 @@ def convert_characters(tokenizer):
 
 def convert_words(tokenizer):
     """Words between white space, and <eos> for each line end."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
     vocabulary = {word: i for i, word in enumerate(tokenizer.vocabulary)}
     package = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     line_ends = normalizers.Replace("\n", " <eos> ")

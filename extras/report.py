@@ -22,17 +22,17 @@ from main import SAVED
 class TensorBoard:
     """Event files in the run's folder."""
 
-    PACKAGE = "tensorboardX"
-
     def __init__(self, run):
         import tensorboardX
 
-        # TensorBoard hides what earlier sessions wrote of steps that are now repeated. It reads a
-        # run's files by name: the iteration comes after the second in which each was begun.
-        suffix = f".{run.iteration:012d}"
         begin = run.iteration + 1
-        folder = str(run.folder)
-        self.writer = tensorboardX.SummaryWriter(folder, purge_step=begin, filename_suffix=suffix)
+        self.writer = tensorboardX.SummaryWriter(
+            str(run.folder),
+            # TensorBoard hides what earlier sessions wrote of steps that are now repeated.
+            purge_step=begin,
+            # It reads a run's files by name: this comes after the second in which each was begun.
+            filename_suffix=f".{run.iteration:012d}",
+        )
         lines = [f"    --{name} {value}" for name, value in recorded_flags(run).items()]
         self.writer.add_text("flags", "\n".join(lines), begin)
 
@@ -48,18 +48,9 @@ class TensorBoard:
 class WandB:
     """A run of Weights & Biases. Its id there is that of the run's folder: names are not unique."""
 
-    PACKAGE = "wandb"
-
     def __init__(self, run):
         import wandb
 
-        settings = wandb.Settings(
-            console="off",
-            silent=True,
-            finish_timeout=30,  # seconds
-            x_disable_meta=True,  # the command line, which may have a password in an address
-            disable_git=True,  # edits that were not committed
-        )
         place = hashlib.sha1(os.fsencode(run.folder.absolute())).hexdigest()[:8]
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "transformer-lm"),
@@ -69,7 +60,13 @@ class WandB:
             config=recorded_flags(run),
             allow_val_change=True,  # flags may change when a run is resumed
             dir=os.environ.get("WANDB_DIR", run.folder.parent),
-            settings=settings,
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                finish_timeout=30,  # seconds
+                x_disable_meta=True,  # the command line, which may have a password in an address
+                disable_git=True,  # edits that were not committed
+            ),
         )
         # Not wandb's own steps: those of a resumed run could only go on after the last one.
         self.run.define_metric("iteration")
@@ -83,6 +80,7 @@ class WandB:
 
 
 BOARDS = {"tensorboard": TensorBoard, "wandb": WandB}
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 def recorded_flags(run):
@@ -92,18 +90,17 @@ def recorded_flags(run):
 
 
 def names_of(report_to):
-    """The dashboards in a --report_to, "wandb,tensorboard", each once."""
-    return [name for name in dict.fromkeys(report_to.split(",")) if name != "none"]
+    """The dashboards in a --report_to, "wandb,tensorboard"; there are none in "none"."""
+    return [name for name in BOARDS if name in report_to.split(",")]
 
 
 def check(report_to):
     """Raises UsageError unless these dashboards have their packages."""
     for name in names_of(report_to):
-        package = BOARDS[name].PACKAGE
-        remedy = f"pip install --upgrade {package}, or --report_to none"
+        remedy = f"pip install --upgrade {PACKAGES[name]}, or --report_to none"
         # Of any type: a package that is older than what it needs raises some other error.
         with explained(f"--report_to {name} needs a package: {remedy}"):
-            importlib.import_module(package)
+            importlib.import_module(PACKAGES[name])
 
 
 class Dashboards:

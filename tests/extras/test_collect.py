@@ -3,7 +3,7 @@
 The server is a real one on the loopback address, and it fails where a test asks it to.
 """
 
-import fcntl
+import contextlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,41 +20,35 @@ def answer(content):
     return f'{{"choices": [{{"message": {{"content": {content}}}}}]}}'.encode()
 
 
-class Server:
-    """Answers requests by (status, body), those of `script` first, then by an echo; keeps them."""
+class Handler(BaseHTTPRequestHandler):
+    """Answers by (status, body), those of `server.script` first, then by an echo."""
 
-    def __init__(self, script=()):
-        self.script = list(script)
-        self.asked = []  # (path, Authorization, body)
-        server = self
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, self.headers.get("Authorization"), body))
+        content = f"echo {body['messages'][0]['content']}"
+        status, data = 200, answer(json.dumps(content))
+        if self.server.script:
+            status, data = self.server.script.pop(0)
+        self.send_response(status)
+        self.send_header("Location", f"{self.server.url}/elsewhere")
+        self.end_headers()
+        self.wfile.write(data)
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.asked.append((self.path, self.headers.get("Authorization"), body))
-                content = f"echo {body['messages'][0]['content']}"
-                status, data = 200, answer(json.dumps(content))
-                if server.script:
-                    status, data = server.script.pop(0)
-                self.send_response(status)
-                self.send_header("Location", f"{server.url}/elsewhere")
-                self.end_headers()
-                self.wfile.write(data)
+    def log_message(self, *_):
+        """Says nothing."""
 
-            def log_message(self, *_):
-                pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        # Seconds between looks at whether to shut down.
-        threading.Thread(target=self.http.serve_forever, args=[0.01], daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
+@contextlib.contextmanager
+def serve(*script):
+    """A server that fails as its script says; `asked` are (path, Authorization, body)."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.script = [*script]
+        server.asked = []
+        server.url = f"http://127.0.0.1:{server.server_port}/v1"
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture
@@ -80,7 +74,7 @@ def lines(folder):
 
 @pytest.mark.parametrize("key", [KEY, ""])
 def test_answers_become_a_corpus(tmp_path, collect, key):
-    with Server() as server:
+    with serve() as server:
         out, _ = collect(server.url, key=key)
     expected = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     assert [body["messages"] for _, _, body in server.asked] == expected
@@ -103,30 +97,28 @@ def test_answers_become_a_corpus(tmp_path, collect, key):
     ((200, bytes(5 << 20)), "the answer is larger than 4,194,304 bytes"),
 ])  # fmt: skip
 def test_failures_are_tried_again(tmp_path, collect, failure, said):
-    with Server([failure]) as server:
+    with serve(failure) as server:
         out, _ = collect(server.url)
     assert said in out and "; retrying in 1 s\n" in out
-    assert len(server.asked) == 5
-    assert [line["completion"] for line in lines(tmp_path)] == [f"echo {each}" for each in PROMPTS]
+    assert lines(tmp_path)[0]["completion"] == "echo tell me"
 
 
-@pytest.mark.parametrize("content, expected", [
-    ("null", ""),
-    ('"smile \\ud83d"', "smile \ufffd"),  # half an emoji, which a limit of tokens has cut
-    (f'"your key is {KEY}"', "your key is ***"),
-])  # fmt: skip
-def test_what_a_model_may_say(tmp_path, collect, content, expected):
-    with Server([(200, answer(content))]) as server:
+def test_what_a_model_may_say(tmp_path, collect):
+    half_an_emoji = '"smile \\ud83d"'  # which a limit of tokens has cut
+    said = ["null", half_an_emoji, f'"your key is {KEY}"', '"\\u001b[2J \\u009b"']
+    with serve(*[(200, answer(content)) for content in said]) as server:
         collect(server.url)
-    assert lines(tmp_path)[0]["completion"] == expected
-    assert len(server.asked) == 4
+    expected = ["", "smile \ufffd", "your key is ***", "\x1b[2J \x9b"]
+    assert [line["completion"] for line in lines(tmp_path)] == expected
+    kept = (tmp_path / "out" / "answers.jsonl").read_text()
+    assert kept.replace("\n", "").isprintable(), "a terminal would act on other characters"
 
 
 @pytest.mark.parametrize("status", [401, 307])
 def test_three_failures_end_it_and_a_rerun_continues(tmp_path, collect, status):
     """A key that is refused, and a redirect, which is not followed; neither shows the key."""
-    failure = (status, b"x" * 190 + KEY.encode())
-    with Server([(200, answer('"one"')), *[failure] * 3]) as server:
+    failure = (status, b"x" * 208 + KEY.encode())  # which a limit on what is shown cuts
+    with serve((200, answer('"one"')), *[failure] * 3) as server:
         out, err = collect(server.url, status=1)
         assert err.startswith(f"extras.collect: {server.url} does not answer; 1 answers are kept")
         assert f"status {status}" in err and err.count("\n") == 1
@@ -138,71 +130,46 @@ def test_three_failures_end_it_and_a_rerun_continues(tmp_path, collect, status):
     assert [line["completion"] for line in lines(tmp_path)][:2] == ["one", f"echo {PROMPTS[1]}"]
 
 
-def test_a_limit_of_prompts(collect):
-    with Server() as server:
-        _, err = collect(server.url, "--max_prompts", 3, status=1)
-        assert "stopped after 3 prompts (--max_prompts); 3 answers are kept" in err
-        collect(server.url)
-    assert len(server.asked) == 4
-
-
-@pytest.mark.parametrize("kept", [-1, -30])
-def test_a_file_that_a_kill_cut_off(tmp_path, collect, kept):
+def test_a_file_that_a_kill_cut_off(tmp_path, collect):
     path = tmp_path / "out" / "answers.jsonl"
-    with Server() as server:
+    with serve() as server:
         collect(server.url)
         whole = path.read_bytes()
-        path.write_bytes(whole[:kept])
-        collect(server.url)
-    assert path.read_bytes() == whole
+        for kept in (-1, -30):  # of the last line, its end; no more than its beginning
+            path.write_bytes(whole[:kept])
+            collect(server.url)
+            assert path.read_bytes() == whole
+    assert len(server.asked) == 6
 
 
-OURS = '{"prompt": "tell me", "model": "gpt", "completion": '
+def line_of(prompt, key="completion", text="a"):
+    answer = {"prompt": prompt, "model": "gpt", key: text}
+    return json.dumps(answer, ensure_ascii=False) + "\n"
 
 
 @pytest.mark.parametrize("content, status, said", [
-    ("notes\n", 2, "name another --output"),
-    (OURS.replace("tell", "show") + '""}\n', 2, "name another --output"),
-    ((OURS + '""}\n') * 5, 2, "name another --output"),
-    (OURS + "5}\n", 1, "line 1 of out/answers.jsonl is damaged"),
-    (OURS + '"a"\n', 1, "line 1 of out/answers.jsonl is damaged"),
+    ("notes", 2, "name another --output"),
+    (line_of("show me"), 2, "name another --output"),
+    (line_of("tell me", "answer"), 2, "name another --output"),
+    ("".join(map(line_of, [*PROMPTS, "more"])), 2, "name another --output"),
+    (line_of("tell me", text=5), 1, "line 1 of out/answers.jsonl is damaged"),
+    (line_of("tell me").replace("}", ""), 1, "line 1 of out/answers.jsonl is damaged"),
 ])  # fmt: skip
 def test_other_files_are_left_alone(tmp_path, collect, content, status, said):
     (tmp_path / "out").mkdir()
     path = tmp_path / "out" / "answers.jsonl"
     path.write_text(content)
-    with Server() as server:
+    with serve() as server:
         _, err = collect(server.url, status=status)
     assert said in err and err.count("\n") == 1
     assert path.read_text() == content
     assert not server.asked
 
 
-def test_another_process_is_collecting(tmp_path, collect):
-    (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / "answers.jsonl", "w") as file, Server() as server:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        _, err = collect(server.url, status=2)
-    assert "is being written by another process" in err
-    assert not server.asked
-
-
-def test_the_corpus_keeps_its_mode_and_place(tmp_path, collect):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "target").write_text("old")
-    (tmp_path / "target").chmod(0o640)
-    (tmp_path / "out" / "corpus.txt").symlink_to("../target")
-    with Server() as server:
-        collect(server.url)
-    assert (tmp_path / "out" / "corpus.txt").is_symlink()
-    assert (tmp_path / "target").read_text().startswith("tell me\necho tell me\n")
-    assert (tmp_path / "target").stat().st_mode & 0o777 == 0o640
-
-
 def test_the_texts_that_a_student_has_begun(tmp_path, collect):
     begun = [{"prompt": "the", "completion": " end"}, {"prompt": "a", "completion": "\n☃"}]
     (tmp_path / "begun.jsonl").write_text("\n".join(map(json.dumps, begun)))
-    with Server() as server:
+    with serve() as server:
         collect(server.url, "--teacher_prompts", "begun.jsonl")
     asked = [body["messages"][0]["content"] for _, _, body in server.asked]
     assert asked == ["the end", "a\n☃"]
@@ -212,20 +179,15 @@ def test_the_texts_that_a_student_has_begun(tmp_path, collect):
     (["--distill_from", "localhost:8000"], "give an address like http://localhost:8000/v1"),
     (["--distill_from", "http://user:word@x/v1"], "the key comes from TEACHER_API_KEY"),
     (["--teacher_prompts", "none.txt"], "none.txt must be a UTF-8 file"),
-    (["--teacher_prompts", "bad.jsonl"], "bad.jsonl must hold what extras.batch writes"),
-    (["--teacher_prompts", "out/corpus.txt"], "name another --output"),
+    (["--teacher_prompts", "bad.jsonl"], "bad.jsonl must be a UTF-8 file or, if it is named"),
     (["--output", "prompts.txt"], "cannot write to --output prompts.txt"),
-    (["--max_prompts", "0"], "--max_prompts"),
 ])  # fmt: skip
 def test_mistakes(tmp_path, collect, more, said):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "corpus.txt").write_text("a\n")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": 3}\n')
     _, err = collect("http://127.0.0.1:9/v1", *more, status=2)
     assert said in err.splitlines()[-1] and "word" not in err
 
 
-@pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\r\nHost: x", f"{KEY}ü"])
-def test_a_key_that_no_header_can_hold(collect, key):
-    _, err = collect("http://127.0.0.1:9/v1", key=key, status=2)
+def test_a_key_that_no_header_can_hold(collect):
+    _, err = collect("http://127.0.0.1:9/v1", key=f"{KEY}\r\nHost: x", status=2)
     assert "TEACHER_API_KEY holds a line end" in err and KEY not in err

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import random
 import sys
 import tracemalloc
 
@@ -73,21 +72,19 @@ def test_without_an_end_token_a_row_ends_its_line(kind, tmp_path):
     assert dataset.tokenizer.decode(dataset.train.tokens) == "ab\nb\na\n"
 
 
-@pytest.mark.parametrize("fraction, step", [(0.1, 10), (0.25, 4)])
-def test_every_tenth_row_is_held_out(fraction, step, tmp_path):
+def test_every_fourth_row_is_held_out(tmp_path):
     """Counted over all files of a folder; each row is in one split, in the order of the files."""
     texts = ["x" * (i + 1) for i in range(47)]
     folder = tmp_path / "texts"
     (folder / "sub").mkdir(parents=True)
-    write(folder / "a.jsonl", texts[:4])
-    write(folder / "b.parquet", texts[4:19])
+    write(folder / "a.jsonl", texts[:6])
+    write(folder / "b.parquet", texts[6:19])
     write(folder / "sub" / "c.jsonl.gz", texts[19:])
-    options = {"valid_fraction": fraction}
-    dataset = load_dataset("text", tmp_path / "data", [folder], "char", **options)
-    found = dataset.tokenizer.decode(dataset.train.tokens).splitlines()
+    dataset = load_dataset("text", tmp_path / "data", [folder], "char", valid_fraction=0.25)
+    trained_on = dataset.tokenizer.decode(dataset.train.tokens).splitlines()
     held_out = dataset.tokenizer.decode(dataset.valid.tokens).splitlines()
-    assert held_out == texts[step - 1 :: step]
-    assert found == [text for text in texts if text not in held_out]
+    assert held_out == texts[3::4]
+    assert trained_on == [text for text in texts if text not in held_out]
 
 
 def test_another_field_is_another_text(tmp_path):
@@ -104,11 +101,9 @@ def test_another_field_is_another_text(tmp_path):
     pyarrow.binary(),
     pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])
-def test_what_writers_of_parquet_write(kind, compression, tmp_path):
+def test_what_writers_of_parquet_write(kind, tmp_path):
     column = pyarrow.array(["a", None, "é", "a"]).cast(kind)
-    table = pyarrow.table({"text": column})
-    parquet.write_table(table, tmp_path / "a.parquet", compression=compression)
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     assert texts_of(tmp_path / "a.parquet") == ["a", "é", "a"]
 
 
@@ -117,45 +112,35 @@ REMEDY = "write the text of each row into it, as one string"
 BAD_LINES = [  # what follows a good line; words of the answer
     ("good\n", "row 2 of .* must be a JSON object"),
     ('{"text": "cut of', "row 2 of .* must be a JSON object"),
-    ('["good"]\n', "row 2 of .* must be a JSON object"),
     ('{"text": ["good"]}\n', f"row 2 of .* has no text in the field text: {REMEDY}"),
-    ('{"messages": [{"role": "user"}]}\n', f"no text in the field text: {REMEDY}"),
     ('{"body": "good", "title": 1}\n', r"by --text_field \(it has body\), or write the text"),
-    ("{}\n", REMEDY),
     ('{"\x1b[31m\\u001b[2J": 1}\n', "row 2"),
-    ('{"text": "' + "x" * LONGEST + '"}\n', "row 2 of .* has more than 16,777,216 bytes: cut it"),
     ("[" * 100_000 + "\n", "row 2 of .* must be a JSON object"),
-    (b'{"text": "\xff"}\n', "row 2 of .* must be a JSON object"),
+    ('{"text": "\udcff"}\n', "row 2 of .* must be a JSON object"),  # no UTF-8
 ]
 
 
 @pytest.mark.parametrize("line, words", BAD_LINES, ids=range(len(BAD_LINES)))
 def test_a_row_that_is_no_text(line, words, tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(GOOD.encode() + (line if isinstance(line, bytes) else line.encode()))
-    with pytest.raises(UsageError, match=words) as error:
+    path.write_text(GOOD + line, errors="surrogateescape")
+    with pytest.raises(UsageError, match=words):
         texts_of(path)
-    assert len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("column", [["a"], 1, {"text": "a"}], ids=str)
-def test_a_column_that_is_no_text(column, tmp_path):
-    table = pyarrow.table({"text": [column], "other": ["a"]})
-    parquet.write_table(table, tmp_path / "a.parquet")
+def test_a_column_that_is_no_text(tmp_path):
+    parquet.write_table(pyarrow.table({"text": [["a"]], "other": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=r"field text: .* --text_field \(it has other\)"):
         texts_of(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
 def test_a_damaged_file_is_one_line(name, tmp_path):
-    """Cut short at any place, or another kind of file."""
-    chance = random.Random(0)
-    texts = ["".join(chance.choices("abcdefgh \n", k=300)) for _ in range(40)]
-    path = write(tmp_path / name, texts)
+    """Cut short, or another kind of file."""
+    path = write(tmp_path / name, [f"{i**9}" for i in range(400)])
     whole = path.read_bytes()
-    damaged = [b"\0", b"PAR1", b"no file of this kind\n" * 99]
-    damaged += [whole[: chance.randrange(1, len(whole))] for _ in range(20)]
-    for data in damaged:
+    cut = [whole[: len(whole) * i // 10] for i in range(1, 10)]
+    for data in [b"PAR1", b"no file of this kind\n" * 99, *cut]:
         path.write_bytes(data)
         with pytest.raises(UsageError, match=f"{path} cannot be read: is it whole"):
             texts_of(path)
@@ -168,7 +153,7 @@ def test_a_small_file_of_a_large_row_fills_no_memory(tmp_path):
         for _ in range(100):
             file.write(b"x" * (1 << 20))
     tracemalloc.start()
-    with pytest.raises(UsageError, match="row 1 of .* has more than"):
+    with pytest.raises(UsageError, match="row 1 of .* has more than 16,777,216 bytes: cut it"):
         texts_of(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -185,16 +170,15 @@ def test_without_the_package(tmp_path, monkeypatch):
         texts_of(path)
 
 
-@pytest.fixture(scope="module")
-def stories(tmp_path_factory):
+@pytest.fixture(scope="module", params=["byte", "bpe"])  # whose end tokens have no text, and one
+def stories(tmp_path_factory, request):
     """A folder with two runs on the rows of a file: all are the same short text."""
     folder = tmp_path_factory.mktemp("stories")
     write(folder / "stories.jsonl.gz", ["once upon a time."] * 300)
     line = ["--text", folder / "stories.jsonl.gz", *TINY, "--context_size", 16, "--dim", 32]
     line += ["--learning_rate", 0.01, "--lr_warmup", 5, "--save_dir", folder / "lm"]
-    out, _ = run(*line, "--num_iters", 120, "--mlp", "swiglu")
-    # 17 bytes, and an end token between each two
-    assert "data     text: 4,859 train / 539 valid tokens" in out
+    line += ["--tokenizer", request.param, "--vocab_size", 300]
+    run(*line, "--num_iters", 120, "--mlp", "swiglu")
     run(*line, "--num_iters", 60, "--new_model")
     return folder / "lm"
 
@@ -205,13 +189,14 @@ def test_a_text_ends_however_it_is_sampled(stories, tmp_path):
     out, _ = run("--prompt", "once", *line)
     assert out == " upon a time.\n"
     out, _ = run("--prompt", "once", *line, "--no-stop_at_end")
-    assert out.startswith(" upon a time.once upon a time.")
+    assert out.partition("once upon")[0] in (" upon a time.", " upon a time.<|endoftext|>")
     out, _ = run("--prompt", "once", *line, "--draft", draft)
     assert out == " upon a time.\n"
-    out, _ = run("--inference", *line, input="once up\nonce\n")
-    assert out == "on a time.\n upon a time.\n"
+    out, _ = run("--inference", *line, input="once upon\nonce\n")
+    assert out == " a time.\n upon a time.\n"
     (tmp_path / "prompts.txt").write_text("once\nonce upon a\n")
     out, _ = run_extra("batch", tmp_path / "prompts.txt", *line)
     answers = [json.loads(answer) for answer in out.splitlines()]
     assert [answer["completion"] for answer in answers] == [" upon a time.", " time."]
-    assert [answer["tokens"][-1] for answer in answers] == [256, 256]
+    first, second = [answer["tokens"] for answer in answers]
+    assert first[-len(second) :] == second, "both end in the end token"
