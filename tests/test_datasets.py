@@ -168,7 +168,7 @@ def test_tokenizers_survive_json(kind, bpe):
     loaded = datasets.tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
     assert type(loaded) is type(tokenizer)
     assert loaded.to_dict() == tokenizer.to_dict()
-    for name in ("kind", "vocab_size", "num_special", "eos", "unk"):
+    for name in ("kind", "vocab_size", "eos", "unk"):
         assert getattr(loaded, name) == getattr(tokenizer, name)
     sample = text + "out of vocabulary ☃"
     assert np.array_equal(loaded.encode(sample), tokenizer.encode(sample))
@@ -288,7 +288,6 @@ def test_tokenizer_of_a_file(tokenizer_files, name, eos, unk, tmp_path):
     assert tokenizer.encode("the fox").dtype == np.uint16
     assert tokenizer.eos == (eos and theirs.token_to_id(eos))
     assert tokenizer.unk == (unk and theirs.token_to_id(unk))
-    assert tokenizer.num_special == (eos is not None) + (unk is not None)
     assert tokenizer.unknown("the ☃ fox") == (["☃"] if unk else [])
     if name == "bytes":
         assert tokenizer.decode(tokenizer.encode("a ☃\r\n\té")) == "a ☃\r\n\té"
