@@ -74,11 +74,12 @@ def explained(text, *errors, kind=UsageError):
     The message is `text`, which names the cause and the remedy, followed by the exception's own
     message. Raises `kind`.
     """
+    expected = errors or (Exception,)
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except errors or Exception as error:
+    except expected as error:
         raise kind(f"{text} ({one_line(error)})") from None
 
 
