@@ -639,8 +639,7 @@ class WordTokenizer(Tokenizer):
         return [word for word in text.split() if word not in self.ids]
 
 
-CANNOT_ENCODE = "this tokenizer cannot encode the text: train with another --tokenizer"
-CANNOT_DECODE = "this tokenizer cannot decode its ids: train with another --tokenizer"
+FAILED = "this tokenizer fails on the text: train with another --tokenizer"
 
 # What BPE would take for a single word is cut for its training, whose time grows with the square
 # of a word's length.
@@ -710,18 +709,18 @@ class PackageTokenizer(Tokenizer):
 
     def encoding_of(self, text):
         """The package's Encoding of a text. Raises UsageError if the tokenizer cannot cope."""
-        with explained(CANNOT_ENCODE, BaseException):
+        with explained(FAILED, BaseException):
             return self.package.encode(text, add_special_tokens=False)
 
     def encode_batch(self, texts):
         texts = [utf8(text) for text in texts]
-        with explained(CANNOT_ENCODE, BaseException):
+        with explained(FAILED, BaseException):
             # Runs in parallel threads; "fast" skips the tokens' offsets.
             encodings = self.package.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def decode(self, ids):
-        with explained(CANNOT_DECODE, BaseException):
+        with explained(FAILED, BaseException):
             # With skip_special_tokens, END would vanish from the text.
             return self.package.decode(list(map(int, ids)), skip_special_tokens=False)
 
@@ -734,7 +733,7 @@ class PackageTokenizer(Tokenizer):
         return [text[start:end] for token, (start, end) in pieces if token == self.unk]
 
     def to_dict(self):
-        data = {"kind": self.kind, "vocabulary": self.vocabulary}
+        data = super().to_dict()
         # Omitted if it is the default: checkpoints identify their text by a hash that covers it.
         if self.eos != self.find_eos(ENDS):
             data["eos"] = self.eos_token
@@ -1448,8 +1447,7 @@ def encode_documents(spans, tokenizer):
         texts = [text for text, _ in batch]
         for (text, begins), ids in zip(batch, tokenizer.encode_batch(texts)):
             if begins and last != tokenizer.eos:
-                eos = np.array(tokenizer.eos, ids.dtype)
-                ids = np.append(eos, ids)
+                ids = np.insert(ids, 0, tokenizer.eos)
             if len(ids) > 0 and tokenizer.eos is not None:  # white space may have no words
                 last = ids[-1]
             yield text, ids
@@ -1532,7 +1530,8 @@ def load_dataset(
     if name == "text":
         if "train" not in given:
             raise UsageError("--dataset text goes with --text, which names your files")
-        own_folders = [Path(folder).resolve() for folder in (data_dir, save_dir) if folder]
+        folders = [data_dir, save_dir] if save_dir else [data_dir]
+        own_folders = [Path(user_path(folder)).resolve() for folder in folders]
         has_end = tokenizer != "char" and getattr(tokenizer, "eos", 0) is not None
         line_end = "" if has_end else "\n"
         local = own_text(given, valid_fraction, text_field, line_end, own_folders)
