@@ -159,6 +159,14 @@ def test_what_is_no_tokenizer(data):
         tokenizer_from_dict(data)
 
 
+def test_ids_may_have_gaps():
+    package = pytest.importorskip("tokenizers")
+    words = package.models.WordLevel({"a": 0, "b": 70_000}, "a")
+    tokenizer = PackageTokenizer(package.Tokenizer(words).to_str())
+    assert tokenizer.vocab_size == 70_001
+    assert tokenizer.encode("b").tolist() == [70_000]
+
+
 FROM_FILES = {  # class in the package tokenizers -> its special tokens; its end and unknown token
     "SentencePieceBPETokenizer": (["<unk>", "</s>"], "</s>", "<unk>"),
     "SentencePieceUnigramTokenizer": (["<unk>"], None, "<unk>"),
@@ -388,7 +396,6 @@ def test_links_are_followed_once(find, tmp_path):
     ("*.html", "no such file"),
     ("/dev/null", "is a pipe, a device or a socket: write its text"),
     ("https://example.org/a.txt", "https://example.org/a.txt is an address: download it"),
-    ("hf://datasets/a/b", "is an address"),
 ])  # fmt: skip
 def test_what_is_no_file(name, words, tmp_path):
     with pytest.raises(UsageError, match=words):
@@ -448,11 +455,8 @@ def test_the_remedy_gives_the_text(name, tmp_path):
 
 @pytest.mark.parametrize("name, text", [
     ("a.html", "<!DOCTYPE html>"),
-    ("a", "  <html>"),
-    ("a.xml", '<?xml version="1.0"?>'),
     ("a.rtf", "{\\rtf1\\ansi"),
-    ("a.csv", "id,text"),
-    ("a.TSV", "id\ttext"),
+    ("a.CSV", "id,text"),
     ("a.json", '[{"text": "x"}]'),
     ("a.ipynb", '{"cells": []}'),
 ])  # fmt: skip
@@ -499,7 +503,6 @@ LINES = "012345678\n" * 100  # 1,000 characters
     ("x" * 4500 + "y" * 2000 + "\n" + "z" * 100, 0.5, 3300),  # none near
     (LINES.replace("0", "é"), 0.1, 900),  # counted in bytes, of which each line has 11
     ("a" + "😀" * 1000, 0.3, 701),  # no character is cut
-    (LINES.replace("8\n", "\r\n"), 0.155, 850),
 ])  # fmt: skip
 def test_one_file_is_cut_behind_a_line(tmp_path, text, fraction, cut):
     splits = texts_of(tmp_path, *write(tmp_path, [text]), valid_fraction=fraction)
@@ -727,9 +730,8 @@ def test_preparing_a_corpus(tmp_path, text):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--dataset ptbb", "invalid choice: 'ptbb'"),
-    ("--dataset text", "--dataset text goes with --text"),
     ("--datset ptb", "unrecognized arguments: --datset ptb (--help lists all flags)"),
+    ("--dataset text", "--dataset text goes with --text"),
     ("--vocab-size 5", "--vocab_size: must be at least 257"),
     ("--tokenizer=", "--tokenizer: is empty"),
     ("--text {0} --tokenizer {0}", "must be a Hugging Face tokenizer.json, or one of auto, byte"),
