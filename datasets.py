@@ -1564,7 +1564,7 @@ def absolute_paths(given):
     absolute = {}
     for split, paths in given.items():
         for path in paths:
-            if re.match(r"\w+://", str(path)):
+            if re.match(r"(.*/)?\w\w+:/", str(path)):  # main.py has made it absolute
                 raise UsageError(f"{path} is an address: download it, and name the file")
         if paths:
             absolute[split] = [os.path.abspath(user_path(path)) for path in paths]
