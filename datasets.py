@@ -292,7 +292,7 @@ UNSUPPORTED = {
 
 
 def flock(file, mode=fcntl.LOCK_EX):
-    """Locks an open file, or its descriptor, until it is closed; False where there are no locks.
+    """Locks an open file, or its descriptor, until it is closed, if the file system has locks.
 
     Raises BlockingIOError if `mode` includes LOCK_NB and another process has locked it.
     """
@@ -301,8 +301,6 @@ def flock(file, mode=fcntl.LOCK_EX):
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        return False
-    return True
 
 
 @contextlib.contextmanager
@@ -1456,17 +1454,16 @@ def encode_documents(spans, tokenizer):
 def write_tokens(spans, tokenizer, path):
     """Encodes `spans` to the file `path`, a plain sequence of ids.
 
-    Returns the counts over it, as in a Split, and its SHA256, as a dict.
+    Returns the counts over it, as in a Split, and its SHA256, as a dict. A run that has mapped an
+    old file keeps its tokens.
     """
-    counts = Counter(num_bytes=0, num_words=0, num_unk=0)
+    counts = {"num_bytes": 0, "num_words": 0, "num_unk": 0}
     digest = hashlib.sha256()
     total = None  # bytes, where the files alone tell
     if all(type(span) is Span for span in spans):
         total = sum(span.stop - span.start for span in spans)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None)
-    # A new file, so that a run that has mapped the old one keeps its tokens.
-    path.unlink(missing_ok=True)
-    with bar, open(path, "wb") as out:
+    with bar, replacing(path) as out:
         for text, ids in encode_documents(spans, tokenizer):
             digest.update(ids)
             out.write(ids)
@@ -1476,7 +1473,7 @@ def write_tokens(spans, tokenizer, path):
             if tokenizer.unk is not None:
                 counts["num_unk"] += int(np.count_nonzero(ids == tokenizer.unk))
             bar.update(num_bytes)
-    return {**counts, "sha256": digest.hexdigest()}
+    return counts | {"sha256": digest.hexdigest()}
 
 
 # ---- Datasets and their cache -------------------------------------------------------------------
@@ -1604,13 +1601,10 @@ def make_tokenizer(kind, spans, vocab_size, fetch):
 
 def write_splits(spans, tokenizer, cache, key):
     """Encodes all splits into `cache`; returns what about.json says of them."""
-    # Until it is written again, no tokens are valid.
-    (cache / "about.json").unlink(missing_ok=True)
     about = {"key": key, "tokenizer": tokenizer.to_dict(), "splits": {}}
     for split in spans:
         path = cache / f"{split}.tokens"
         about["splits"][split] = write_tokens(spans[split], tokenizer, path)
-        sync(path)
     with replacing(cache / "about.json") as file:
         file.write(json.dumps(about | {"check": digest_of(about)}).encode())
     return about
