@@ -197,7 +197,7 @@ def test_start_screen(tmp_path, text):
     assert lines[0] == f"run      {folder.name}, from iteration 0 to 2, seed 42"
     assert lines[1].endswith("2 blocks, dim 16, 2 heads (2 key/value heads), relu2 64, context 8")
     splits = r"data     text: [\d,]+ train / [\d,]+ valid tokens; "
-    assert re.match(splits + r"byte tokenizer, 257-token vocabulary \(1 special\); in ", lines[2])
+    assert re.match(splits + r"byte tokenizer, 257-token vocabulary; in ", lines[2])
     steps = r"steps    4 x 8 tokens, ([\d,]+) per epoch, ([\d.]+) epochs in all; adamw, float32"
     assert re.fullmatch(steps, lines[3]).groups() == ("3", "0.64"), "100 / 32, and 64 / 100"
     assert lines[4] == "rate     0.0003 after 200 warmup steps, which this run does not outlast"
