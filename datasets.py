@@ -1469,11 +1469,24 @@ def write_tokens(spans, tokenizer, path):
             out.write(ids)
             num_bytes = len(text.encode("utf-8", "surrogateescape"))
             counts["num_bytes"] += num_bytes
-            counts["num_words"] += len(text.split()) + text.count("\n")
+            counts["num_words"] += count_words(text)
             if tokenizer.unk is not None:
                 counts["num_unk"] += int(np.count_nonzero(ids == tokenizer.unk))
             bar.update(num_bytes)
     return counts | {"sha256": digest.hexdigest()}
+
+
+IN_WORD = bytes(not chr(byte).isspace() for byte in range(256))  # [byte] -> 1, or 0 for spaces
+
+
+def count_words(text):
+    """The number of words (`str.split`) and line ends in a text."""
+    lines = text.count("\n")
+    if not text.isascii():  # Unicode has more kinds of spaces
+        return len(text.split()) + lines
+    # A word starts where a 1 follows a 0. To count these is 18 times as fast as to split.
+    in_word = np.frombuffer(f" {text}".encode().translate(IN_WORD), np.uint8)
+    return int(np.count_nonzero(in_word[1:] > in_word[:-1])) + lines
 
 
 # ---- Datasets and their cache -------------------------------------------------------------------
