@@ -38,10 +38,11 @@ def normalize(hidden, epsilon):
     return hidden / np.sqrt(mean_square + epsilon)
 
 
-def reference(model, tokens, drop=drop_nothing):
+def reference(model, tokens, drop=drop_nothing, heads=None):
     """Logits [B, L, V] in float64, one head at a time.
 
-    Written from the papers and Hugging Face's Llama.
+    Written from the papers and Hugging Face's Llama. heads: a list for each head's weights
+    [B, L, L], block by block.
     """
     config = model.config
     weights = {}
@@ -87,7 +88,10 @@ def reference(model, tokens, drop=drop_nothing):
                 key = norm(key, name + ".k_norm")
             scores = rotate(query) @ rotate(key).swapaxes(1, 2) / math.sqrt(d)
             scores[:, is_later] = -np.inf
-            attended[..., own] = softmax(scores) @ values[..., other]
+            shares = softmax(scores)
+            attended[..., own] = shares @ values[..., other]
+            if heads is not None:
+                heads.append(shares)
         return linear(attended, name + ".o_proj")
 
     def mlp(hidden, name):
