@@ -384,26 +384,6 @@ def nats_of(logits, targets):
     return totals - chosen
 
 
-def loss_of(model, tokens, targets, weights=1.0, noise=None):
-    """The weighted sum of a model's cross-entropies in nats, computed as the training step does."""
-    hidden = model.model(tokens, noise=noise)  # [B, L, D]
-    return main.cross_entropy(hidden, model.head, targets, weights)
-
-
-@pytest.fixture
-def set_streams(monkeypatch):
-    """A function that sets how many streams share the rows of a batch, however small it is."""
-    from extras import fast
-
-    def set_streams(count):
-        def count_streams(rows, context_size):
-            return min(rows, count)
-
-        monkeypatch.setattr(fast, "count_streams", count_streams)
-
-    return set_streams
-
-
 @pytest.fixture(scope="session")
 def first_base(tmp_path_factory):
     """A folder with one checkpoint, 20 steps old."""

@@ -308,8 +308,6 @@ def read_lines(path):
 
 def read_log(run):
     """The rows of a run's log."""
-    if not (run / "log.csv").exists():
-        return read_lines(run / "log.jsonl")  # of checkouts until November 2026
     rows = []
     with open(run / "log.csv", newline="") as file:
         for row in csv.DictReader(file):

@@ -43,6 +43,8 @@ SHAPING = [
     "--average 0.5",
     "--optimizer muon",
     "--mlp gelu",
+    "--num_kv_heads 1",
+    "--lr_schedule cosine",
     "--tokenizer char",
     "--train_tokens 500",
 ]
@@ -53,7 +55,14 @@ OTHERS = (
 )
 
 
-def test_a_command_resumes_its_own_run(line, folder):
+# What the values are that are not given.
+SPELLED_OUT = (
+    "--seed 42 --learning_rate 3e-4 --dropout 0 --batch_size 4 --optimizer adamw --mlp relu2 "
+    "--mlp_dim 64 --num_kv_heads 2 --lr_schedule constant --tokenizer byte --average 0"
+)
+
+
+def test_a_command_resumes_its_own_run(line, folder, text):
     """Whichever was saved last; once more, it finds the run complete."""
     begun = []
     for options in SHAPING:
@@ -62,6 +71,9 @@ def test_a_command_resumes_its_own_run(line, folder):
         assert ("\nStarting a new run: " in out) == bool(begun)
         begun.append(name)
     assert len(set(begun)) == len(SHAPING)
+    copy = shutil.copy(text, text.with_name("copy.txt"))
+    spelled_out = ["--text", copy, *line[2:], *SPELLED_OUT.split()]
+    assert begin(*spelled_out)[:2] == (begun[0], 2)
     for options, name in zip(SHAPING[::5], begun[::5]):
         more = [*options.split(), *OTHERS.split(), "--num_iters", 4]
         resumed, iteration, out = begin(*line, *more)
