@@ -194,34 +194,6 @@ def test_names_of_something_else(theirs):
     assert ANOTHER[theirs] in err
 
 
-# A file of flags from the README of a small project, as it stands there.
-DOCUMENTED = """
-model:
-  d_model: 256        # Model dimension
-  n_heads: 8          # Number of attention heads
-  n_layers: 6         # Number of transformer blocks
-  block_size: 256     # Context length
-  dropout: 0.1        # Dropout rate
-
-training:
-  batch_size: 32
-  learning_rate: 3.0e-4
-  weight_decay: 0.1
-  gradient_accumulation_steps: 8  # effective batch = 32
-  max_iters: 10000
-"""
-
-
-def test_a_documented_file_of_flags_trains(trained, tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(DOCUMENTED)
-    line = ["--config", path, "--text", trained / "text.txt", "--batch_size", 1, "--max_tokens", 1]
-    assert given_in(tmp_path / "lm", *line, "--num_blocks", 1) == {
-        **dict(dim=256, mlp_dim=1024, num_kv_heads=8, num_blocks=1, context_size=256),
-        **dict(dropout=0.1, batch_size=1, weight_decay=0.1, grad_accumulation=8, tokenizer="byte"),
-    }
-
-
 # ---- The folder of runs -------------------------------------------------------------------------
 
 

@@ -456,7 +456,7 @@ def test_two_processes_share_a_header(tmp_path):
 @needs_compiler
 def test_killed_at_any_moment_of_a_cold_start(tmp_path):
     """Whatever it leaves, the next start finishes."""
-    for moment in np.random.default_rng(0).uniform(0.2, 3, 5):
+    for moment in np.random.default_rng(0).uniform(0.2, 3, 3):
         process = compile_in(tmp_path)
         try:
             process.wait(timeout=moment)
