@@ -54,6 +54,10 @@ def test_reply(model):
     assert err == f"{name}, iteration 100, checkpoint {prefix}, in {model}\n"
     known = set(re.findall(r"\w+", out)) & set(WORDS)
     assert len(known) >= 2, "it has learnt a little"
+    alone, err = run("--prompt", "the company", "--save_dir", model)
+    assert alone.rstrip("\n") == out.rstrip("\n")
+    assert "tokens/s" in err
+    assert run("--prompt", "", "--save_dir", model)[0].strip()
 
 
 def test_each_line_gets_a_reply(word_model):
@@ -126,16 +130,6 @@ def test_text_comes_before_the_reply_is_over(byte_model):
 
 
 # One prompt
-
-
-def test_prompt(model):
-    out, err = run("--prompt", "the company", "--save_dir", model)
-    from_a_pipe = replies_of(model, "the company\n")
-    assert out.rstrip("\n") == from_a_pipe.rstrip("\n") != ""
-    assert ids(model)[0][:12] in err
-    assert "tokens/s" in err
-    out, _ = run("--prompt", "", "--save_dir", model)
-    assert out.strip()
 
 
 def test_samples_of_a_prompt(word_model):

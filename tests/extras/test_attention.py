@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import TINY, newest, run, run_extra
+from conftest import TINY, newest, run
 from test_model import reference
 
 from extras import attention
@@ -25,10 +25,3 @@ def test_attention(options, text, figures, tmp_path):
     reference(newest(folder).open().load_model(), np.array([[*b"a $x"]]), heads=heads)
     for axis, [expected] in zip(axes, heads, strict=True):
         np.testing.assert_allclose(axis.images[0].get_array(), expected, atol=1e-5)
-
-
-def test_a_file_of_attention(trained, tmp_path):
-    line = ["--prompt", "the $fox\n", "--save_dir", trained]
-    _, err = run_extra("attention", tmp_path / "a", *line)
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert f"Plot saved to {tmp_path / 'a.png'}\n" in err
