@@ -354,6 +354,15 @@ class Script:
         return mx.array(np.array(logits, np.float32))
 
 
+def arrays(tree):
+    """The arrays of a tree or a model, {name: NumPy array in float64}."""
+    from mlx.utils import tree_flatten
+
+    if hasattr(tree, "parameters"):
+        tree = tree.parameters()
+    return {name: np.array(array, np.float64) for name, array in tree_flatten(tree)}
+
+
 def nats_of(logits, targets):
     """Cross-entropy of each position in float64: logits [..., V], targets [...]."""
     logits = np.array(logits, np.float64)

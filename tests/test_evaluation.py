@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TINY, make_model, nats_of, run
-from mlx.utils import tree_flatten, tree_unflatten
+from conftest import TINY, arrays, make_model, nats_of, run
+from mlx.utils import tree_unflatten
 
 
 def set_weights(model, weights):
@@ -17,10 +17,6 @@ def set_weights(model, weights):
     for name, weight in weights.items():
         named.append((name, mx.array(weight.astype(np.float32))))
     model.update(tree_unflatten(named))
-
-
-def arrays(tree):
-    return {name: np.array(weight, np.float64) for name, weight in tree_flatten(tree)}
 
 
 @pytest.mark.parametrize("mlp", ["relu2", "swiglu", "gelu"])
@@ -37,7 +33,7 @@ def test_gradient_equals_finite_differences(mlp):
         return main.cross_entropy(hidden, model.head, targets, mask)
 
     _, gradients = nn.value_and_grad(model, loss)()
-    weights = arrays(model.parameters())
+    weights = arrays(model)
     gradients = arrays(gradients)
     assert weights.keys() == gradients.keys()
 

@@ -144,18 +144,23 @@ def test_signal_to_the_group_during_the_first_compile(tmp_path, text, disable_fa
 
     Whatever a kill leaves behind, the next start must work.
     """
-    compiling = tmp_path / "compiling"
+    header = tmp_path / "header"
+    kernel = tmp_path / "kernel"
     compiler = tmp_path / "bin" / "g++"
     compiler.parent.mkdir()
-    kernel = f'case "$*" in *mlx/*/tmp_*) touch {compiling} ;; esac'
-    compiler.write_text(f'#!/bin/sh\n{kernel}\nexec {shutil.which("g++")} "$@"\n')
+    touch = f'case "$*" in *c++-header*) touch {header} ;; *mlx/*/tmp_*) touch {kernel} ;; esac'
+    compiler.write_text(f'#!/bin/sh\n{touch}\nexec {shutil.which("g++")} "$@"\n')
     compiler.chmod(0o755)
     path = f"{compiler.parent}:{os.environ['PATH']}"
     env = {"PATH": path, "XDG_CACHE_HOME": str(tmp_path), "DISABLE_FAST": disable_fast}
     line = ["--text", text, *TINY, "--num_blocks", 1, "--num_iters", 3, "--sample_tokens", 0]
     folder = ["--save_dir", tmp_path / "lm"]
-    for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        compiling.unlink(missing_ok=True)
+    first = kernel if disable_fast else header
+    for number, status, compiling in (
+        (signal.SIGKILL, -signal.SIGKILL, first),
+        (signal.SIGINT, 130, kernel),
+    ):
+        kernel.unlink(missing_ok=True)
         process = start(*line, *folder, env=env, start_new_session=True)
         while not compiling.exists():
             assert process.poll() is None, "nothing was left to compile"
@@ -166,6 +171,7 @@ def test_signal_to_the_group_during_the_first_compile(tmp_path, text, disable_fa
         assert "Traceback" not in err, err
     assert "\nStopped at iteration 1. " in out
     run(*line, *folder, env=env)
+    assert not list((tmp_path / "transformer-lm").rglob("*.new"))
     assert len(ids(tmp_path / "lm")) == 2
     run(*line, "--save_dir", tmp_path / "whole", env={"DISABLE_FAST": disable_fast})
     assert ids(tmp_path / "lm")[0] == ids(tmp_path / "whole")[0]

@@ -6,7 +6,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import make_model
+from conftest import arrays, make_model
 from main import Noise, dropout
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -45,9 +45,7 @@ def reference(model, tokens, drop=drop_nothing, heads=None):
     [B, L, L], block by block.
     """
     config = model.config
-    weights = {}
-    for name, weight in tree_flatten(model.parameters()):
-        weights[name] = np.array(weight, np.float64)
+    weights = arrays(model)
     B, L = tokens.shape
     d = config.head_dim or config.dim // config.num_heads
 

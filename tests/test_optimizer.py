@@ -6,15 +6,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TINY, flags, log_rows, newest, rows_of, run
+from conftest import TINY, arrays, flags, log_rows, newest, rows_of, run
 from datasets import load_dataset
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 import main
-
-
-def arrays(tree):
-    return {name: np.array(weight, np.float64) for name, weight in tree_flatten(tree)}
 
 
 # ---- Steps --------------------------------------------------------------------------------------
@@ -106,7 +102,7 @@ def train_by_hand(checkpoint, tokens, loss_of):
         return loss_of(inputs, logits, targets)
 
     value_and_grad = nn.value_and_grad(model, loss)
-    weights = arrays(model.parameters())
+    weights = arrays(model)
     optimizers = make_optimizers(weights, flags)
     metrics = []
     for i in range(flags.num_iters):
@@ -148,7 +144,7 @@ def assert_written_out(checkpoint, tokens, loss_of=cross_entropy):
     metrics = [[row["loss"], row["gradient_norm"]] for row in rows]
     expected, weights = train_by_hand(checkpoint, tokens, loss_of)
     np.testing.assert_allclose(metrics, expected, rtol=2e-4)
-    reached = arrays(checkpoint.open().load_model().parameters())
+    reached = arrays(checkpoint.open().load_model())
     assert reached.keys() == weights.keys()
     for name, weight in weights.items():
         # Where a gradient is as good as 0, rounding decides its sign, and so AdamW's step.

@@ -6,23 +6,18 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import begin, newest, run, run_extra, saved, start, wait_for
+from conftest import arrays, begin, newest, run, run_extra, saved, start, wait_for
 from datasets import ByteTokenizer, load_dataset
-from mlx.utils import tree_flatten
 from test_huggingface import logits_of, make_model
 
 from extras.huggingface import export_model, import_model
-
-
-def weights_of(model):
-    return {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
 
 
 def assert_adapters_on(base, checkpoint, scale):
     """A model is its base but for scale * B A in each layer; returns B of all layers."""
     adapters = mx.load(str(checkpoint.weights_path))
     layers = sorted({name.rpartition(".")[0] for name in adapters})
-    expected = weights_of(base)
+    expected = arrays(base)
     matrices = []
     for layer in layers:
         a = np.array(adapters.pop(f"{layer}.lora_a"))
@@ -30,7 +25,7 @@ def assert_adapters_on(base, checkpoint, scale):
         expected[f"{layer}.weight"] += scale * b @ a
         matrices.append(b)
     assert not adapters, "nothing else is saved"
-    found = weights_of(checkpoint.open().load_model())
+    found = arrays(checkpoint.open().load_model())
     assert found.keys() == expected.keys()
     for name, weight in found.items():
         np.testing.assert_allclose(weight, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
