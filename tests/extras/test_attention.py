@@ -8,17 +8,17 @@ from test_model import reference
 from extras import attention
 
 
-@pytest.mark.parametrize("options", ["", "--num_kv_heads 1 --qk_norm"])
-def test_attention(options, text, figures, tmp_path):
+@pytest.mark.parametrize("head_count, options", [(2, ""), (4, "--num_kv_heads 2 --qk_norm")])
+def test_attention(head_count, options, text, figures, tmp_path):
     """The numbers that are drawn, and their labels; a dollar sign begins no formula."""
     folder = tmp_path / "lm"
     line = ["--text", text, *TINY, "--num_iters", 20, "--learning_rate", 0.02, "--lr_warmup", 0]
-    run(*line, *options.split(), "--save_dir", folder)
+    run(*line, "--num_heads", head_count, *options.split(), "--save_dir", folder)
     attention.main(["x.png", "--prompt", "a $x", "--save_dir", str(folder)])
     *axes, colors = figures[0].axes
     assert colors.get_ylabel() == "attention"
-    titles = [axis.get_title() for axis in axes]
-    assert titles == ["block 0, head 0", "block 0, head 1", "block 1, head 0", "block 1, head 1"]
+    titles = [f"block {block}, head {head}" for block in range(2) for head in range(head_count)]
+    assert [axis.get_title() for axis in axes] == titles
     labels = [label.get_text() for label in axes[0].get_xticklabels()]
     assert labels == ["a", "\N{OPEN BOX}", "$", "x"]
     heads = []
