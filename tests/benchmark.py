@@ -65,18 +65,8 @@ def summary(ratios):
 # ---- Data ---------------------------------------------------------------------------------------
 
 
-def load(data_dir, text, valid_text, tokenizer):
-    """Seconds from a text to its tokens, and their number."""
-    import datasets
-
-    own = {"text": [text], "valid_text": [valid_text], "tokenizer": tokenizer}
-    began = time.perf_counter()
-    dataset = datasets.load_dataset("text", data_dir, **own)
-    return time.perf_counter() - began, len(dataset.train.tokens)
-
-
 def bpe_speed(text, rounds=5):
-    """Encoding by BPE: speed over that of the package's own encode_batch, by turns, and its MB/s."""
+    """Encoding by BPE: speed over that of the package's own encode_batch, and its MB/s."""
     import datasets
 
     options = {"text": [text], "valid_text": [text], "vocab_size": 8000}
@@ -123,12 +113,14 @@ def data(text, copies):
         for path in (text, str(large)):
             size = os.path.getsize(path) / 1e6
             for kind in ("word", "byte"):
+                line = ["--text", path, "--tokenizer", kind]
                 for state in ("cold", "warm"):
-                    (seconds, tokens), peak = call("load", folder, path, text, kind)
+                    began = time.perf_counter()
+                    _, peak = run(ROOT / "datasets.py", *line, "--data_dir", folder)
+                    seconds = time.perf_counter() - began
                     figures[f"{size:.0f} MB by {kind}, {state}"] = {
                         "seconds": round(seconds, 3),
                         "MB/s": round(size / seconds, 1),
-                        "tokens": tokens,
                         "peak MiB": peak,
                     }
             line = ["--text", path, "--valid_text", text, *small.split(), "--new_model"]
@@ -284,7 +276,8 @@ def main_steps(folder, kind, dtype, line):
         env["PLAIN_FUNCTIONS"] = ",".join(fast.STANDS_FOR)
     save_dir = tempfile.mkdtemp(dir=folder)
     line = [*line, "--tokenizer", "word", "--dtype", dtype, "--lr_warmup", 0]
-    line += ["--steps_per_report", 1, "--sample_tokens", 0, "--data_dir", folder, "--save_dir", save_dir]
+    line += ["--steps_per_report", 1, "--sample_tokens", 0]
+    line += ["--data_dir", folder, "--save_dir", save_dir]
     _, peak = run(ROOT / "main.py", *line, **env)
     [log] = Path(save_dir).glob("*/log.csv")
     names, *rows = [row.split(",") for row in log.read_text().splitlines()]

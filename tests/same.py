@@ -4,7 +4,7 @@
     python tests/same.py OLD NEW --only lora    one case
     python tests/same.py OLD NEW --python P     with another Python, for both
 
-A line a case: "same  NAME"; "OTHER NAME: " and the first differences, with the iterations they are
+A line a case: "same  NAME"; "OTHER NAME: " and the first difference, with the iteration that it is
 at; or "FAILS NAME (OLD or NEW): " and the last line that the program has printed. The exit status
 is 1 unless all are the same. It needs no network, and a minute of processor time.
 
@@ -15,7 +15,6 @@ one ends as it would have is asked of each checkout by test_training.py and cras
 import argparse
 import csv
 import functools
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,8 +44,8 @@ COMMON = (
 class Training(NamedTuple):
     """A command that trains.
 
-    flags: what it has besides COMMON; start: the training in whose folder it begins, as that
-    ended, and whose last checkpoint is {start} in the flags; ranks: processes that share it.
+    flags: what it has besides COMMON; start: the training in whose folder it begins, as that ended;
+    ranks: processes that share it.
     """
 
     flags: str
@@ -88,10 +86,10 @@ TRAININGS = {
     ),
     "betas": Training("--dataset python --beta1 0.8 --beta2 0.95 --seed 7"),
     "init": Training(  # The text has fewer rows than a batch.
-        "--text own.txt --train_tokens 200 --init_from {start}", start="plain"
+        "--text own.txt --train_tokens 200 --init_from latest", start="plain"
     ),
-    "lora": Training("--text own.txt --init_from {start} --lora_rank 4", start="plain"),
-    "student": Training("--dataset python --dim 32 --teacher {start}", start="plain"),
+    "lora": Training("--text own.txt --init_from latest --lora_rank 4", start="plain"),
+    "student": Training("--dataset python --dim 32 --teacher latest", start="plain"),
     "ranks": Training("--dataset python --dropout 0.1 --average 0.5", ranks=2),
 }
 
@@ -125,7 +123,6 @@ USES = {
     ),
 }
 
-SAVED = re.compile(r"^saved (\w+) at iteration ([\d,]+)", re.MULTILINE)
 SCORED = re.compile(r"(train|valid|test) [\d.]+ nats")
 SPEED = re.compile(r", [\d,.]+ tokens/s.*")
 
@@ -209,10 +206,8 @@ class Side:
         training = TRAININGS[name]
         flags = training.flags
         if training.start:
-            begun = self.train(training.start)
+            self.train(training.start)
             shutil.copytree(self.folder / training.start, self.folder / name)
-            checkpoints = [id for (_, what), id in begun.items() if what == "checkpoint"]
-            flags = flags.format(start=checkpoints[-1])
         output = self.run(f"{COMMON} --save_dir {name} {flags}", training.ranks)
         return facts_of(self.folder / name, output)
 
@@ -228,60 +223,30 @@ class Side:
         return facts
 
 
-def read_lines(path):
-    """The rows in a file of JSON Lines, if there is one."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def facts_of(folder, output):
+    """What there is to compare of a training, {(place, what): value}.
 
-
-def read_log(run):
-    """The rows of a run's log."""
-    rows = []
-    with open(run / "log.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            texts = {name: text for name, text in row.items() if text and name != "split"}
-            numbers = {name: json.loads(text) for name, text in texts.items()}
-            rows.append(numbers | {"split": row["split"]})
-    return rows
-
-
-def facts_of(save_dir, output):
-    """What there is to compare of a training, {(place, what): value}, in the order of places.
-
-    output: of all its sessions.
+    Its log, its samples, and its checkpoints, whose names are the SHA1s of their weights.
     """
-    saved = SAVED.findall(output)
-    if not saved:
-        raise Failure("no checkpoint was saved")
-    last, _ = saved[-1]
-    weights = next(save_dir.rglob(f"{last}.safetensors"), None)
-    if not weights:
-        raise Failure(f"there is no file of checkpoint {last}")
-    facts = []  # (iteration, what, value)
-    for row in [*read_log(weights.parent), *read_lines(weights.parent / "samples.jsonl")]:
-        iteration = row.pop("iteration")
-        split = row.pop("split", "sample")
-        for field, value in row.items():
-            if field not in MEASURED:
-                facts.append((iteration, f"{split} {field}", value))
-    for checkpoint, iteration in saved:
-        facts.append((int(iteration.replace(",", "")), "checkpoint", checkpoint))
-    facts.sort(key=itemgetter(0))
-    result = {}
-    for iteration, what, value in facts:
-        key = f"iteration {iteration:,}", what
-        while key in result:  # a row that is there twice
-            key = key[0], f"{key[1]}, again"
-        result[key] = value
+    facts = {}
+    for number, path in enumerate(sorted(folder.glob("*/log.csv")), 1):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                place = f"run {number}, iteration {row['iteration']}"
+                for field, value in row.items():
+                    if field not in MEASURED:
+                        facts[place, f"{row['split']} {field}"] = value
+    for path in sorted(folder.glob("*/samples.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            facts["end", f"sample {number}"] = line
     for line in output.splitlines():
         if SCORED.match(line):
             split, _, score = line.partition(" ")
-            result["end", f"{split} score"] = SPEED.sub("", score)
-    result["end", "SHA1 of the weights"] = hashlib.sha1(weights.read_bytes()).hexdigest()
-    for path in sorted(save_dir.rglob("*.safetensors")):
-        result["end", f"file {path.name}"] = "there"
-    return result
+            facts["end", f"{split} score"] = SPEED.sub("", score)
+    checkpoints = sorted(path.stem for path in folder.glob("*/*.safetensors"))
+    if not checkpoints:
+        raise Failure("no checkpoint was saved")
+    return facts | {("end", f"checkpoint {name}"): "there" for name in checkpoints}
 
 
 def first_difference(ours, theirs):

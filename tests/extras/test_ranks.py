@@ -212,26 +212,22 @@ def test_ranks_that_cannot_meet(tmp_path, env, said):
 OTHER = "rank 1 has another command line, other files in its folder, or another version of MLX"
 
 
-@pytest.mark.parametrize("given, last, said", [
-    (["--batch_size", 1], [], "--batch_size 1 leaves some of the 2 ranks without a row"),
-    ([], ["--seed", 2], OTHER),
+@pytest.mark.parametrize("given, last, edit, said", [
+    (["--batch_size", 1], [], "", "--batch_size 1 leaves some of the 2 ranks without a row"),
+    ([], ["--seed", 2], "", OTHER),
+    ([], [], "# other\n", OTHER),
 ])  # fmt: skip
-def test_a_mistake_is_said_once(tmp_path, text, given, last, said):
-    outputs, statuses = finish(start_ranks(2, tmp_path, *LINE, *given, last=last))
+def test_a_mistake_is_said_once(tmp_path, text, given, last, edit, said):
+    """edit: what the last rank's copy of the program has at the end of one of its files."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "extras", copy / "extras")
+    for name in ("main.py", "datasets.py"):
+        shutil.copy(ROOT / name, copy)
+    with open(copy / "extras" / "lora.py", "a") as file:
+        file.write(edit)
+    ranks = start_ranks(2, tmp_path, *LINE, *given, last=last, program=copy / "main.py")
+    outputs, statuses = finish(ranks)
     assert statuses == [2, 0], outputs
     [(_, err), (_, other)] = outputs
     assert said in err.splitlines()[-1]
     assert not other
-
-
-def test_a_rank_with_other_files_is_noticed(tmp_path, text):
-    shutil.copytree(ROOT / "extras", tmp_path / "stale" / "extras")
-    for name in ("main.py", "datasets.py"):
-        shutil.copy(ROOT / name, tmp_path / "stale")
-    with open(tmp_path / "stale" / "extras" / "lora.py", "a") as file:
-        file.write("# other\n")
-    program = tmp_path / "stale" / "main.py"
-    outputs, statuses = finish(start_ranks(2, tmp_path, *LINE, program=program))
-    assert statuses == [2, 0]
-    [(_, err), (_, other)] = outputs
-    assert OTHER in err and err.count("\n") == 1 and not other
