@@ -126,6 +126,14 @@ def wait_for(process, words):
     raise AssertionError(f"{words!r} never came: {said}")
 
 
+def interrupt(process, number=signal.SIGINT):
+    """Sends a training a signal, upon which it saves and leaves; returns (stdout, stderr)."""
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, err
+    return out, err
+
+
 def environment(env):
     """This process's environment with `env` on top.
 

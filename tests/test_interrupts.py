@@ -3,20 +3,17 @@
 The work is always saved, and a second Ctrl+C always leaves.
 """
 
-import fcntl
 import os
-import pty
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT, TINY, ids, run, start, wait_for
+from conftest import ROOT, TINY, ids, interrupt, run, start, wait_for
+from test_prompts import Terminal
 
 import main
 
@@ -32,9 +29,7 @@ SAVING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 def test_first_signal_saves(tmp_path, text, number):
     process = start("--text", text, *TINY, "--save_dir", tmp_path / "lm")
     wait_for(process, "20/100,000 ")
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    out, err = interrupt(process, number)
     assert "Stopped at iteration" in out
     assert len(ids(tmp_path / "lm")) == 1
     again = "again " if number == signal.SIGINT else ""
@@ -120,20 +115,9 @@ def test_errors_of_mlx(said, advice, tmp_path, text, monkeypatch, capsys):
 
 def test_closed_terminal_saves(tmp_path, text):
     """A terminal that goes away sends SIGHUP and makes every later write fail."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        arguments = ["--text", str(text), *TINY, "--save_dir", str(tmp_path / "lm")]
-        os.execv(sys.executable, [sys.executable, str(ROOT / "main.py"), *arguments])
-    size = struct.pack("4H", 24, 100, 0, 0)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
-    seen = b""
-    while b"loss" not in seen:  # the bar's first report
-        seen += os.read(terminal, 4096)
-    os.close(terminal)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 129
+    with Terminal("--text", text, *TINY, "--save_dir", tmp_path / "lm") as terminal:
+        terminal.wait_for("loss")  # the bar's first report
+        assert terminal.close() == 129
     assert len(ids(tmp_path / "lm")) == 1
 
 

@@ -206,6 +206,10 @@ class Terminal:
             self.type(key)
         assert "Traceback" not in self.seen, self.seen
         assert "Error" not in self.seen, self.seen
+        return self.close()
+
+    def close(self):
+        """Closes the terminal; returns the exit status of the program."""
         os.close(self.terminal)
         pid = self.pid
         self.pid = 0

@@ -18,16 +18,21 @@ from conftest import ROOT, TINY, ids, log_rows, newest, rows_of, run, run_folder
 # ---- Logs ---------------------------------------------------------------------------------------
 
 
+def places_to(end, report):
+    """Split and iteration of the rows of a log with a score after every other report."""
+    places = []
+    for iteration in range(report, end + 1, report):
+        places.append(("train", iteration))
+        if iteration % (2 * report) == 0:
+            places.append(("valid", iteration))
+    return places
+
+
 def test_log(trained):
     """Each report and score, once, in the units of its columns."""
     checkpoint = newest(trained)
     rows = rows_of(checkpoint.folder / "log.csv")
-    expected = []
-    for iteration in range(10, 61, 10):
-        expected.append(("train", iteration))
-        if iteration % 20 == 0:
-            expected.append(("valid", iteration))
-    assert [(row["split"], row["iteration"]) for row in rows] == expected
+    assert [(row["split"], row["iteration"]) for row in rows] == places_to(60, 10)
     scores = {}
     for row in rows:
         if row["split"] == "valid":
@@ -53,17 +58,6 @@ def line(text, tmp_path):
     return [*line, "--save_dir", tmp_path / "lm"]
 
 
-def places(save_dir):
-    return [(row["split"], row["iteration"]) for row in log_rows(save_dir)]
-
-
-UP_TO_30 = []
-for i in range(5, 31, 5):
-    UP_TO_30.append(("train", i))
-    if i % 10 == 0:
-        UP_TO_30.append(("valid", i))
-
-
 @pytest.mark.parametrize("damage", [
     "25,train\n" * 3 + "30,",
     "\0\r\n\xff,\"\n",
@@ -78,7 +72,8 @@ def test_a_resumed_run_has_each_row_once(line, tmp_path, damage):
     lines = [header, *rows[:2], damage + "\n", *rows[2:], later, rows[0][:-2]]
     path.write_text("".join(lines), "latin-1")
     run(*line, "--num_iters", 30)
-    assert places(tmp_path / "lm") == UP_TO_30
+    rows = log_rows(tmp_path / "lm")
+    assert [(row["split"], row["iteration"]) for row in rows] == places_to(30, 5)
 
 
 @pytest.mark.parametrize("name, kind", [("log.csv", "folder"), ("samples.jsonl", "link")])

@@ -9,7 +9,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import ROOT, TINY, begin, ids, newest, run, run_folders, saved, start
+from conftest import ROOT, TINY, begin, ids, interrupt, newest, run, run_folders, saved, start
 from conftest import wait_for
 
 SMALL = [*TINY, "--num_blocks", 1, "--sample_tokens", 0]
@@ -182,9 +182,7 @@ def test_a_command_that_is_running_is_refused_before_its_first_save(line, folder
         _, err = run(*line, status=2)
         assert "is being trained by another process: wait for it" in err
     name, _, _ = begin(*line, "--new_model")
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    interrupt(process)
     [first] = [path.name for path in run_folders(folder) if path.name != name]
     assert name == f"{first}.2"
 
@@ -363,9 +361,7 @@ def test_commands_of_a_run_that_ended_early(line):
 def test_command_of_a_run_that_was_stopped(odd_line, tmp_path):
     process = start(*odd_line, "--new_model", "--num_iters", 200)
     wait_for(process, "20/200 ")
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
+    out, _ = interrupt(process, signal.SIGTERM)
     stopped = newest(tmp_path / ODD_FOLDER)
     last = out.splitlines()[-1]
     assert last.startswith(f"Stopped at iteration {stopped.iteration}. ")
