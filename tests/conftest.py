@@ -220,6 +220,18 @@ def run_extra(name, *arguments, **options):
     return run(*arguments, program=program, env=env, **options)
 
 
+def copy_program(folder, edits=None):
+    """Copies the program into a new folder, with {old: new} in main.py; returns main.py's path."""
+    shutil.copytree(ROOT / "extras", folder / "extras")
+    shutil.copy(DATASETS, folder)
+    source = Path(MAIN).read_text()
+    for old, new in (edits or {}).items():
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    (folder / "main.py").write_text(source)
+    return folder / "main.py"
+
+
 def free_ports(count):
     """Ports of the loopback address that nobody listens on."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]

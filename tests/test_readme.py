@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DATASETS, DEFAULTS, ROOT, TEXT, TINY, run, run_extra, run_folder
+from conftest import DEFAULTS, ROOT, TEXT, TINY, copy_program, run, run_extra, run_folder
 
 README = (ROOT / "README.md").read_text()
 OF_EXTRAS = (ROOT / "extras" / "README.md").read_text()
@@ -130,13 +130,8 @@ def test_classifier(tmp_path):
 def test_an_edit(tmp_path, text):
     """The snippet in place of the line that the README names: its schedule is used."""
     [snippet] = re.findall(r"```python\n(.*?)```", README, re.S)
-    code = (ROOT / "main.py").read_text()
-    code, count = re.subn(r"^SCHEDULES = .*\n", lambda match: snippet, code, flags=re.M)
-    assert count == 1
-    edited = tmp_path / "main.py"
-    edited.write_text(code)
-    shutil.copy(DATASETS, tmp_path)
-    shutil.copytree(ROOT / "extras", tmp_path / "extras")
+    [line] = re.findall(r"^SCHEDULES = .*\n", (ROOT / "main.py").read_text(), re.M)
+    edited = copy_program(tmp_path / "edited", {line: snippet})
     line = [*TINY, "--text", text, "--lr_schedule", "sqrt", "--lr_warmup", 0, "--min_lr", 0]
     line += ["--learning_rate", 0.01, "--num_iters", 4, "--steps_per_report", 1]
     out, _ = run(*line, "--save_dir", tmp_path / "lm", program=[edited])

@@ -12,7 +12,8 @@ import termios
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ids, log_rows, newest, rows_of, run, run_folder, saved, start
+from conftest import TINY, copy_program, ids, log_rows, newest, rows_of, run, run_folder
+from conftest import saved, start
 
 
 # ---- Logs ---------------------------------------------------------------------------------------
@@ -97,17 +98,11 @@ def test_a_log_that_cannot_be_written_is_said_once(line, tmp_path, name, kind):
 def test_a_metric_of_ones_own_is_shown_and_logged(line, tmp_path):
     """One line of main.py is edited; a run that goes on has it from then on."""
     run(*line, "--num_iters", 10)
-    source = (ROOT / "main.py").read_text()
     before = '{"loss": loss, "gradient_norm": norm}'
-    assert source.count(before) == 1
-    edited = tmp_path / "edited"
-    edited.mkdir()
     after = '{"loss": loss, "gradient_norm": norm, "my,metric": loss / 2}'
-    (edited / "main.py").write_text(source.replace(before, after))
-    (edited / "datasets.py").symlink_to(ROOT / "datasets.py")
-    (edited / "extras").symlink_to(ROOT / "extras")
+    edited = copy_program(tmp_path / "edited", {before: after})
     more = ["--identifier", "latest", "--num_iters", 20, "--steps_per_report", 1]
-    out, _ = run(*line[2:], *more, program=(edited / "main.py",))
+    out, _ = run(*line[2:], *more, program=[edited])
     shown = re.findall(r"^\d+/20  loss ([\d.]+) .*  my,metric ([\d.]+)  ", out, re.M)
     assert len(shown) == 10
     for loss, half in shown:

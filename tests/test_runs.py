@@ -9,8 +9,8 @@ import shutil
 import signal
 
 import pytest
-from conftest import ROOT, TINY, begin, ids, interrupt, newest, run, run_folders, saved, start
-from conftest import wait_for
+from conftest import TINY, begin, copy_program, ids, interrupt, newest, run, run_folders, saved
+from conftest import start, wait_for
 
 SMALL = [*TINY, "--num_blocks", 1, "--sample_tokens", 0]
 
@@ -191,31 +191,20 @@ def test_a_command_that_is_running_is_refused_before_its_first_save(line, folder
 
 
 # Of a function that shapes each run; the first edit changes no number.
-EDITS = {
-    "plain": ("", ""),
-    "reworded": ('"""MLX\'s AdamW (Loshchilov & Hutter 2019)."""', '"""AdamW."""  # or Muon'),
-    "edited": ("betas = [flags.beta1, flags.beta2]", "betas = [flags.beta1, 0.98]"),
-}
+EDITS = [
+    {},
+    {'"""MLX\'s AdamW (Loshchilov & Hutter 2019)."""': '"""AdamW."""  # or Muon'},
+    {"betas = [flags.beta1, flags.beta2]": "betas = [flags.beta1, 0.98]"},
+]
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """How `run` starts the program as it is and two that were edited, {edit: options}."""
-    programs = {}
-    source = (ROOT / "main.py").read_text()
-    for name, (old, new) in EDITS.items():
-        folder = tmp_path_factory.mktemp(name)
-        for beside in ("datasets.py", "extras"):
-            (folder / beside).symlink_to(ROOT / beside)
-        (folder / "main.py").write_text(source.replace(old, new, 1) if old else source)
-        assert not old or source.count(old) == 1, old
-        programs[name] = {"program": (folder / "main.py",)}
-    return programs
-
-
-def test_an_edit_of_a_function_is_another_experiment(line, programs):
+def test_an_edit_of_a_function_is_another_experiment(line, tmp_path):
     """A finished run lets a new one begin; an unfinished one ends the command, with two ways on."""
-    plain, reworded, edited = programs.values()
+    programs = []
+    for number, edits in enumerate(EDITS):
+        path = copy_program(tmp_path / f"copy{number}", edits)
+        programs.append({"program": [path]})
+    plain, reworded, edited = programs
     leg = [*line, "--num_iters", 9, "--max_minutes", 1e-9]  # two steps: the first is not timed
     name, _, _ = begin(*leg, **plain)
     assert begin(*leg, **reworded)[:2] == (name, 2)

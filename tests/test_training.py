@@ -7,7 +7,8 @@ import shlex
 
 import numpy as np
 import pytest
-from conftest import SCORED, TINY, flags, ids, interrupt, log_rows, newest, run, saved, start, wait_for
+from conftest import SCORED, TINY, flags, ids, interrupt, log_rows, newest, run, saved, start
+from conftest import wait_for
 from datasets import load_dataset
 from mlx.utils import tree_flatten
 

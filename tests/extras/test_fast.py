@@ -7,14 +7,13 @@ import itertools
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import DATASETS, MAIN, ROOT, TINY, ids, log_rows, run
+from conftest import ROOT, TINY, copy_program, ids, log_rows, run, start
 from datasets import without_comments
 from mlx.utils import tree_flatten
 
@@ -68,17 +67,6 @@ def test_it_stands_for_the_plain_function_as_it_is_now(name, plain):
     assert inspect.signature(quick) == inspect.signature(slow)
 
 
-@pytest.fixture
-def copy(tmp_path):
-    """A folder with a copy of the program, to edit."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    shutil.copy(MAIN, folder)
-    shutil.copy(DATASETS, folder)
-    shutil.copytree(ROOT / "extras", folder / "extras")
-    return folder
-
-
 REMARKS = {  # what is replaced in main.py, and by what
     "# ---- Model ---": "# A remark\n# of two lines.\n\n# ---- Model ---",
     '    """Squared ReLU': '    """The square of ReLU',
@@ -90,21 +78,16 @@ EDITS = {
 }
 
 
-def test_edited_functions_take_effect_at_once(copy, text, tmp_path):
+def test_edited_functions_take_effect_at_once(text, tmp_path):
     """And are named on the start screen; a remark changes nothing."""
     line = ["--text", text, *TINY, "--num_iters", 3, "--steps_per_report", 1]
     line += ["--lr_warmup", 0, "--learning_rate", 0.01]
     named = []
     rows = []
     for number, edits in enumerate([{}, REMARKS, EDITS]):
-        path = copy / "main.py"
-        for old, new in edits.items():
-            source = path.read_text()
-            assert source.count(old) == 1, old
-            path.write_text(source.replace(old, new))
+        path = copy_program(tmp_path / f"copy{number}", edits)
         folder = tmp_path / f"lm{number}"
-        # With an option it is a Python of its own: a server would not read the file again.
-        out, _ = run(*line, "--save_dir", folder, program=["-B", path])
+        out, _ = run(*line, "--save_dir", folder, program=["-B", path])  # a Python of its own
         assert "kernels: extras/fast.py\n" in out
         named += [re.findall("^edited +(.*): main.py's own runs, not that of", out, re.M)]
         rows += [log_rows(folder, "train")]
@@ -264,11 +247,9 @@ print(main.fast.BLAS)
 
 
 def blas_of(**env):
-    command = [sys.executable, "-c", PRODUCT]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    process = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert process.returncode == 0 and process.stderr == "", process.stderr
-    return process.stdout.strip()
+    out, err = run(program=["-c", PRODUCT], env=env, cwd=ROOT)
+    assert err == ""
+    return out.strip()
 
 
 needs_forwarder = pytest.mark.skipif(
@@ -417,20 +398,8 @@ print(shutil.which("g++"))
 def compile_in(folder, **env):
     """A cold start in a process: no kernels, no header; returns it."""
     (folder / "cache").mkdir(exist_ok=True)
-    given = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        **env,
-    }
-    command = [sys.executable, "-c", COMPILE]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=given,
-    )
+    env = {"XDG_CACHE_HOME": str(folder / "cache")} | env
+    return start(program=["-c", COMPILE], env=env, cwd=ROOT)
 
 
 needs_compiler = pytest.mark.skipif(

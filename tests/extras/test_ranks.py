@@ -15,7 +15,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import MAIN, ROOT, TINY, free_ports, ids, newest, rows_of, run, start
+from conftest import MAIN, ROOT, TINY, copy_program, free_ports, ids, newest, rows_of, run, start
 from conftest import wait_for
 
 from datasets import CACHE
@@ -219,13 +219,10 @@ OTHER = "rank 1 has another command line, other files in its folder, or another 
 ])  # fmt: skip
 def test_a_mistake_is_said_once(tmp_path, text, given, last, edit, said):
     """edit: what the last rank's copy of the program has at the end of one of its files."""
-    copy = tmp_path / "copy"
-    shutil.copytree(ROOT / "extras", copy / "extras")
-    for name in ("main.py", "datasets.py"):
-        shutil.copy(ROOT / name, copy)
-    with open(copy / "extras" / "lora.py", "a") as file:
+    program = copy_program(tmp_path / "copy")
+    with open(tmp_path / "copy" / "extras" / "lora.py", "a") as file:
         file.write(edit)
-    ranks = start_ranks(2, tmp_path, *LINE, *given, last=last, program=copy / "main.py")
+    ranks = start_ranks(2, tmp_path, *LINE, *given, last=last, program=program)
     outputs, statuses = finish(ranks)
     assert statuses == [2, 0], outputs
     [(_, err), (_, other)] = outputs
