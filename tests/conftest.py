@@ -84,11 +84,7 @@ def pytest_xdist_auto_num_workers():
     """The workers of `-n auto`: two more than cores, as many tests wait for processes."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None  # pytest-xdist reads it
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return cores + 2
+    return 2 + (os.cpu_count() or 1)
 
 
 def start(*arguments, env=None, program=(MAIN,), **options):

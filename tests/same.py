@@ -2,7 +2,6 @@
 
     python tests/same.py OLD NEW                two folders that hold the program
     python tests/same.py OLD NEW --only lora    one case
-    python tests/same.py OLD NEW --python P     with another Python, for both
 
 A line a case: "same  NAME"; "OTHER NAME: " and the first difference, with the iteration that it is
 at; or "FAILS NAME (OLD or NEW): " and the last line that the program has printed. The exit status
@@ -152,9 +151,8 @@ def ring_of(size, path):
 class Side:
     """One of the checkouts, with a folder for its runs, its tokens and its caches."""
 
-    def __init__(self, name, checkout, python, folder):
+    def __init__(self, name, checkout, folder):
         self.name = name
-        self.python = python
         self.checkout = checkout
         self.folder = folder
         folder.mkdir()
@@ -170,7 +168,7 @@ class Side:
         with open(self.folder / "stderr.txt", "w") as stderr:
             for environment in environments:
                 process = subprocess.Popen(
-                    [self.python, *command],
+                    [sys.executable, *command],
                     cwd=self.folder,
                     env=os.environ | self.environment() | environment,
                     stdin=subprocess.DEVNULL,
@@ -289,12 +287,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path, metavar="OLD")
     parser.add_argument("new", type=Path, metavar="NEW")
-    parser.add_argument("--python", default=sys.executable, metavar="P")
     parser.add_argument("--only", choices=cases, metavar="NAME", help=", ".join(cases))
     options = parser.parse_args()
-    python = shutil.which(options.python)
-    if not python:
-        parser.error(f"there is no {options.python}")
     checkouts = {"OLD": options.old.resolve(), "NEW": options.new.resolve()}
     for checkout in checkouts.values():
         if not (checkout / "main.py").is_file():
@@ -305,7 +299,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(2) as pool:
         sides = []
         for name, checkout in checkouts.items():
-            sides.append(Side(name, checkout, os.path.abspath(python), Path(scratch, name)))
+            sides.append(Side(name, checkout, Path(scratch, name)))
         for name in cases:
             results = list(pool.map(attempt, sides, [name] * 2))
             verdicts.append(judge(name, sides, results))

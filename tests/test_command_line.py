@@ -13,17 +13,14 @@ import sys
 import datasets
 import pytest
 from conftest import DEFAULTS, MAIN, ROOT, TINY, begin, ids, newest, run, run_folder, saved, start
-from conftest import wait_for
+from conftest import wait_for, write_text
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with `text.txt` and, in `lm`, a run of three iterations; to be left as it is."""
     folder = tmp_path_factory.mktemp("trained")
-    with (folder / "text.txt").open("w") as file:
-        for i in range(200):
-            file.write(f"line {i}: the quick brown fox — jümps over {i} dogs\n")
-    line = ["--text", folder / "text.txt", *TINY, "--num_iters", 3, "--steps_per_eval", 3]
+    line = ["--text", write_text(folder), *TINY, "--num_iters", 3, "--steps_per_eval", 3]
     run(*line, "--save_dir", folder / "lm")
     return folder
 

@@ -30,16 +30,6 @@ def replies_of(folder, prompts, *arguments):
     return out
 
 
-def count_tokens(folder, replies):
-    """Tokens of a word model's replies: words and line ends.
-
-    The line end that closes each reply included.
-    """
-    end = replies_of(folder, "")  # what ends a session
-    replies = replies.removesuffix(end)
-    return len(replies.split()) + replies.count("\n")
-
-
 # From a pipe
 
 
@@ -61,12 +51,14 @@ def test_reply(model):
 
 
 def test_each_line_gets_a_reply(word_model):
+    """Of five words each, with a line end behind them; the last line typed has none."""
     prompts = ["the company", "", "a lazy", "  fox  ", "the company"]
-    out, err = talk(word_model, "\n".join(prompts), "--max_tokens", 5)  # the last line has no end
-    assert count_tokens(word_model, out) == len(prompts) * (5 + 1)
+    out, err = talk(word_model, "\n".join(prompts), "--max_tokens", 5)
+    end = replies_of(word_model, "")  # what ends a session
+    replies = out.removesuffix(end)
+    assert len(replies.split()) + replies.count("\n") == len(prompts) * (5 + 1)
     assert "<unk>" not in err
-    first = replies_of(word_model, prompts[0], "--max_tokens", 5)
-    assert out.startswith(first)
+    assert out.startswith(replies_of(word_model, prompts[0], "--max_tokens", 5))
 
 
 def test_commands(byte_model):

@@ -328,23 +328,23 @@ def odd_line(text, tmp_path):
     return ["--text", text, *TINY, "--max_tokens", 4, *folders]
 
 
-def test_commands_of_a_complete_run(odd_line, tmp_path):
-    name, _, out = begin(*odd_line, "--num_iters", 2)
-    sample, err = run(*typed(r"Run complete \(2/2\)\. To sample: ", out), input="line 5\n")
+def test_commands_of_a_run_that_ended(odd_line, tmp_path):
+    """Early, complete, and shorter than it is; and of one that is not resumed."""
+    name, _, out = begin(*odd_line, "--max_minutes", 1e-9, "--num_iters", 4)
+    assert "Ended at iteration 2 of 4. To sample: " in out
+    resumed, iteration, out = begin(*typed("To train on: ", out))
+    assert (resumed, iteration) == (name, 2)
+    sample, err = run(*typed(r"Run complete \(4/4\)\. To sample: ", out), input="line 5\n")
     assert sample.strip()
     assert err == f"{newest(tmp_path / ODD_FOLDER)}, in {tmp_path / ODD_FOLDER}\n"
-    resumed, iteration, out = begin(*typed("To train on: ", out))
-    assert (resumed, iteration) == (name, 2)
     _, _, out = begin(*odd_line, "--num_iters", 1)
-    assert begin(*typed(r"To train on: ", out))[:2] == (name, 4), "a shorter run than it is"
+    assert begin(*typed("To train on: ", out))[:2] == (name, 4)
 
-
-def test_commands_of_a_run_that_ended_early(line):
-    name, _, out = begin(*line, "--max_minutes", 1e-9, "--num_iters", 9)
-    assert "Ended at iteration 2 of 9. To sample: " in out
-    resumed, iteration, out = begin(*typed("To train on: ", out))
-    assert (resumed, iteration) == (name, 2)
-    assert "Run complete (9/9). " in out
+    other, _, out = begin(*odd_line, "--num_iters", 2, "--learning_rate", 0.01, "--dropout", 0.1)
+    assert other != name
+    told = f"Starting a new run: {name} has --learning_rate=0.0003, --dropout=0.0. "
+    assert told + "To resume that one: " in out
+    assert begin(*typed("To resume that one: ", out), "--num_iters", 9)[:2] == (name, 8)
 
 
 def test_command_of_a_run_that_was_stopped(odd_line, tmp_path):
@@ -356,12 +356,3 @@ def test_command_of_a_run_that_was_stopped(odd_line, tmp_path):
     assert last.startswith(f"Stopped at iteration {stopped.iteration}. ")
     name, iteration, _ = begin(*typed("To resume: ", last))
     assert (name, iteration) == (stopped.run, stopped.iteration)
-
-
-def test_command_of_the_run_that_is_not_resumed(odd_line):
-    name, _, _ = begin(*odd_line, "--num_iters", 2)
-    other, _, out = begin(*odd_line, "--num_iters", 2, "--learning_rate", 0.01, "--dropout", 0.1)
-    assert other != name
-    told = f"Starting a new run: {name} has --learning_rate=0.0003, --dropout=0.0. "
-    assert told + "To resume that one: " in out
-    assert begin(*typed("To resume that one: ", out), "--num_iters", 3)[:2] == (name, 2)

@@ -75,11 +75,6 @@ def run_ranks(size, folder, *arguments):
     return outputs[0][0]
 
 
-def lines_of(err):
-    """What the program has said, without the ring's own lines."""
-    return [line for line in err.splitlines() if not line.startswith("[ring]")]
-
-
 def assert_equal_runs(folder, other):
     """Their losses and weights are the same, to rounding."""
     losses = []
@@ -173,7 +168,7 @@ def test_a_rank_that_is_gone_or_silent_ends_the_others(tmp_path, text, size, vic
         ranks[victim].kill()
     assert statuses == [1] * len(others), outputs
     for _, err in outputs:
-        [said] = lines_of(err)
+        [said] = [line for line in err.splitlines() if not line.startswith("[ring]")]
         assert said.startswith("main.py: another rank is gone (")
         assert said.endswith(": rerun the command to resume from the last checkpoint")
     saved = newest(tmp_path / "lm").iteration
