@@ -1,6 +1,6 @@
 """How often does extras.versus call a useless edit helpful or harmful? It should be one in twenty.
 
-    python tests/useless.py                  200 edits, an hour on one core
+    python tests/useless.py                  200 edits, 40 minutes
     python tests/useless.py --edits 20 --seed 7
 
 A useless edit shuffles the columns of one matrix of a model's first weights: these are independent
