@@ -1,29 +1,29 @@
 """Measures, and asserts nothing; the last line is JSON.
 
-    python tests/benchmark.py train               training steps in float32 and in bfloat16
-    python tests/benchmark.py decode              sampling of one text and of sixteen
-    python tests/benchmark.py generate            sampling, beside transformers' generate
-    python tests/benchmark.py data --mirror DIR   text to tokens; DIR holds ptb/ptb.train.txt etc.
+    python tests/benchmark.py train              training steps in float32 and in bfloat16
+    python tests/benchmark.py sample             sampling of one text and of sixteen
+    python tests/benchmark.py data --text FILE   text to tokens; FILE holds some MB
 
-train: beside PyTorch's steps (pip install torch), in float32 and under bfloat16 autocast, eager and
-compiled, and beside plain MLX's. decode: beside no cache, the memory's speed, and one text at a
-time. generate needs torch and transformers.
-
-Each figure is measured in a process of its own, so that peak memory is that of the one thing.
+train: beside PyTorch's steps (pip install torch), eager and compiled, in bfloat16 by autocast, and
+beside main.py's own functions without those of extras/fast.py. sample: beside the memory's speed,
+no cache, and transformers' generate (pip install torch transformers). What is compared is measured
+by turns, each training in a process of its own.
 """
 
 import argparse
+import importlib.util
 import json
 import os
-import resource
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,77 +31,63 @@ sys.path.insert(0, str(ROOT))
 ENVIRONMENT = dict(os.environ)
 
 
-def in_own_process(function, *arguments):
-    """What `function(*arguments)`, of this file, returns in a fresh Python."""
+def run(*command, **env):
+    """What a program prints, and the peak of its memory in MiB."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=ENVIRONMENT | env,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"this command failed: {' '.join(process.args)}")
+    return out, round(usage.ru_maxrss / 1024)
+
+
+def call(function, *arguments):
+    """What `function(*arguments)`, of this file, returns in a fresh Python; its peak in MiB."""
     code = f"import benchmark, json; print(json.dumps(benchmark.{function}(*{arguments!r})))"
-    environment = ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if result.returncode:
-        sys.exit(result.stderr)
-    return json.loads(result.stdout.splitlines()[-1])
+    out, peak = run("-c", code, PYTHONPATH=str(Path(__file__).parent))
+    return json.loads(out.splitlines()[-1]), peak
 
 
-def peak_mib():
-    """The peak resident memory of this process."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+def is_installed(package):
+    return importlib.util.find_spec(package) is not None
 
 
 def summary(ratios):
-    return {"median": statistics.median(ratios), "rounds": sorted(ratios)}
-
-
-def settled(**values):
-    """The flags of an empty command line, with these values instead of the defaults."""
-    import main
-
-    return main.settle(values)
+    ratios = sorted(round(ratio, 2) for ratio in ratios)
+    return {"median": statistics.median(ratios), "rounds": ratios}
 
 
 # ---- Data ---------------------------------------------------------------------------------------
 
 
-def load(name, data_dir, options):
+def bpe_speed(text, rounds=5):
+    """Encoding by BPE: speed over that of the package's own encode_batch, and its MB/s."""
     import datasets
 
-    began = time.perf_counter()
-    dataset = datasets.load_dataset(name, data_dir, **options)
-    seconds = time.perf_counter() - began
-    return {
-        "seconds": round(seconds, 3),
-        "tokens": len(dataset.train.tokens),
-        "peak_mib": peak_mib(),
-    }
-
-
-def bpe_speed(path, data_dir):
-    """MB/s of encoding by write_tokens and by the package's own encode_batch, alternately."""
-    import datasets
-
-    options = {"tokenizer": "bpe", "vocab_size": 8000}
-    tokenizer = datasets.load_dataset("ptb", data_dir, **options).tokenizer
-    texts = Path(path).read_text().splitlines(keepends=True)
-    size = os.path.getsize(path)
-    whole = datasets.Span(path, 0, size)
+    options = {"text": [text], "valid_text": [text], "vocab_size": 8000}
+    lines = Path(text).read_text().splitlines(keepends=True)
     ratios = []
-    speeds = []  # of the package, in MB/s
-    for _ in range(5):
-        began = time.perf_counter()
-        tokenizer.package.encode_batch(texts, add_special_tokens=False)
-        package_seconds = time.perf_counter() - began
-        began = time.perf_counter()
-        datasets.write_tokens([whole], tokenizer, Path(data_dir) / "bpe.tokens")
-        ratios.append(round(package_seconds / (time.perf_counter() - began), 2))
-        speeds.append(size / 1e6 / package_seconds)
-    return {
-        "speed_over_package": sorted(ratios),
-        "package_mb_s": round(statistics.median(speeds), 1),
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        trained = datasets.load_dataset("text", folder, tokenizer="bpe", **options).tokenizer
+        for number in range(rounds):
+            began = time.perf_counter()
+            trained.package.encode_batch(lines, add_special_tokens=False)
+            package_seconds = time.perf_counter() - began
+            began = time.perf_counter()
+            datasets.load_dataset("text", f"{folder}/{number}", tokenizer=trained, **options)
+            ratios.append(package_seconds / (time.perf_counter() - began))
+    its_speed = os.path.getsize(text) / 1e6 / package_seconds
+    return {"speed over the package": summary(ratios), "its MB/s": round(its_speed, 1)}
 
 
 def anonymous_mib(arguments):
     """The most anonymous memory (RssAnon) of a training run: pages of a memory map do not count."""
-    command = [sys.executable, str(ROOT / "main.py"), *arguments]
+    command = [sys.executable, ROOT / "main.py", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     most = 0
     while process.poll() is None:
@@ -111,75 +97,107 @@ def anonymous_mib(arguments):
         except (OSError, IndexError, ValueError):
             pass  # it has just begun or ended
         time.sleep(0.02)
-    if process.returncode:
-        sys.exit(f"status {process.returncode}: {' '.join(command)}")
     return round(most / 1024)
 
 
-SMALL = "--dim 64 --num_heads 2 --num_blocks 2 --num_iters 30 --max_tokens 5 --tokenizer word"
-
-
-def data(mirror, copies):
-    """Speed and memory of datasets.py, from raw text to tokens.
-
-    copies: of Penn Treebank in a large text; 111 have the size of WikiText-103.
-    """
+def data(text, copies):
+    """Speed and memory of datasets.py: a file, and `copies` of it as a large text."""
     figures = {}
+    small = "--dim 64 --num_heads 2 --num_blocks 2 --num_iters 30 --max_tokens 5 --tokenizer word"
     with tempfile.TemporaryDirectory() as folder:
-        data_dir = os.path.join(folder, "data")
-        ptb = {"mirror": mirror}
-        in_own_process("load", "ptb", data_dir, ptb | {"tokenizer": "byte"})  # brings the files
-        figures["ptb words"] = in_own_process("load", "ptb", data_dir, ptb)
-        train = Path(folder, "train.txt")
-        shutil.copy(Path(data_dir, "ptb", "ptb.train.txt"), train)
         large = Path(folder, "large.txt")
-        with large.open("wb") as out:
+        with large.open("wb") as file:
             for _ in range(copies):
-                out.write(train.read_bytes())
-        size = large.stat().st_size / 1e6
-        for kind in ("word", "byte"):
-            own = {"text": [str(large)], "valid_text": [str(train)], "tokenizer": kind}
-            name = f"{size:.0f} MB by {kind}"
-            cold = in_own_process("load", "text", data_dir, own)
-            cold["mb_s"] = round(size / cold["seconds"], 1)
-            figures[name] = cold
-            figures[f"{name}, warm"] = in_own_process("load", "text", data_dir, own)
-        figures["bpe"] = in_own_process("bpe_speed", str(train), data_dir)
-        texts = {
-            "ptb": ["--dataset", "ptb", "--mirror", mirror],
-            "large": ["--text", str(large), "--valid_text", str(train)],
-        }
-        folders = ["--save_dir", os.path.join(folder, "runs"), "--data_dir", data_dir]
-        for name, text in texts.items():
-            line = [*text, *SMALL.split(), "--new_model", *folders]
-            figures[f"training on {name}: RssAnon MiB"] = anonymous_mib(line)
+                file.write(Path(text).read_bytes())
+        for path in (text, str(large)):
+            size = os.path.getsize(path) / 1e6
+            for kind in ("word", "byte"):
+                line = ["--text", path, "--tokenizer", kind]
+                for state in ("cold", "warm"):
+                    began = time.perf_counter()
+                    _, peak = run(ROOT / "datasets.py", *line, "--data_dir", folder)
+                    seconds = time.perf_counter() - began
+                    figures[f"{size:.0f} MB by {kind}, {state}"] = {
+                        "seconds": round(seconds, 3),
+                        "MB/s": round(size / seconds, 1),
+                        "peak MiB": peak,
+                    }
+            line = ["--text", path, "--valid_text", text, *small.split(), "--new_model"]
+            line += ["--save_dir", f"{folder}/runs", "--data_dir", folder]
+            figures[f"training on {size:.0f} MB"] = {"RssAnon MiB": anonymous_mib(line)}
+        figures["bpe"], _ = call("bpe_speed", text)
     return figures
 
 
 # ---- Training -----------------------------------------------------------------------------------
 
-SHAPES = {  # vocabulary, dim, heads, blocks, context, batch, steps in a round
-    "default": (10000, 1024, 8, 4, 48, 32, 2),
-    "small": (10000, 256, 4, 4, 64, 32, 10),
-    "tiny": (10000, 128, 4, 4, 64, 12, 40),
-    "tiny, characters": (65, 128, 4, 4, 64, 12, 100),
+SHAPES = {  # the model and its batches, different words of the text, steps in a round
+    "default": (dict(dim=1024, num_heads=8, context_size=48, batch_size=32), 10_000, 2),
+    "small": (dict(dim=256, num_heads=4, context_size=64, batch_size=32), 10_000, 10),
+    "tiny": (dict(dim=128, num_heads=4, context_size=64, batch_size=12), 10_000, 40),
+    "tiny, few words": (dict(dim=128, num_heads=4, context_size=64, batch_size=12), 63, 100),
 }
+OURS = ["main float32", "main bfloat16", "plain float32"]
+PYTORCH = ["eager float32", "eager bfloat16", "compiled float32", "compiled bfloat16"]
+COMPARED = [  # whose speed is divided by whose
+    ("main float32", "eager float32"),
+    ("main float32", "compiled float32"),
+    ("main bfloat16", "eager bfloat16"),
+    ("main bfloat16", "compiled bfloat16"),
+    ("main bfloat16", "main float32"),
+    ("main float32", "plain float32"),
+]
 
 
-def torch_step(kind, shape, gpu, dtype, weights):
-    """The same model in PyTorch, `eager` or `compiled`, with bfloat16 under autocast.
+def make_model(vocab_size, dim, num_heads, context_size, num_blocks=4, mlp="relu2", mlp_dim=None):
+    """A fresh model."""
+    import main
 
-    Returns a function from a batch [B, L + 1] to the loss.
+    shape = dict(num_blocks=num_blocks, dim=dim, num_heads=num_heads, num_kv_heads=num_heads)
+    config = main.Config(vocab_size, context_size, mlp=mlp, mlp_dim=mlp_dim or 4 * dim, **shape)
+    model = main.LanguageModel(config)
+    main.init_weights(model, 42)
+    return model
+
+
+def prepare(folder, shape, words, steps):
+    """Writes a text of random words into a folder, and what PyTorch needs to train as main.py.
+
+    These are the model's first weights and the batches [steps, B, L + 1].
     """
+    import main
+    from datasets import load_dataset
+    from mlx.utils import tree_flatten
+
+    drawn = np.random.default_rng(0).integers(words, size=(20_000, 20))
+    np.savetxt(f"{folder}/text.txt", drawn, "w%d")
+    dataset = load_dataset("text", folder, [f"{folder}/text.txt"], "word")
+    batch_size = shape.pop("batch_size")
+    model = make_model(dataset.tokenizer.vocab_size, **shape)
+    weights = {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
+    np.savez(f"{folder}/weights.npz", **weights)
+    batches = main.Batches(dataset.train.tokens, shape["context_size"], batch_size, 42)
+    rows = []
+    for _ in range(steps):
+        inputs, targets = map(np.array, batches.next())
+        rows.append(np.concatenate([inputs, targets[:, -1:]], axis=1))
+    np.save(f"{folder}/batches.npy", rows)
+
+
+def torch_steps(folder, kind, dtype, heads, gpu):
+    """PyTorch's losses and seconds of each step: `eager` or `compiled`, bfloat16 by autocast."""
     import torch
     import torch.nn.functional as F
 
-    vocab_size, dim, heads, blocks, context = shape[:5]
-    d = dim // heads
     device = "cuda" if gpu else "cpu"
+    weights = np.load(f"{folder}/weights.npz")
     parameters = {}
     for name, weight in weights.items():
         parameters[name] = torch.nn.Parameter(torch.tensor(weight, device=device))
+    batches = torch.from_numpy(np.load(f"{folder}/batches.npy")).long()
+    context = batches.shape[-1] - 1
+    dim = len(weights["model.norm.weight"])
+    d = dim // heads
     speeds = 10000 ** (-torch.arange(0, d, 2) / d)
     angles = torch.outer(torch.arange(context), speeds)
     cos = torch.cat([angles.cos(), angles.cos()], -1).to(device)  # [L, d]
@@ -196,44 +214,43 @@ def torch_step(kind, shape, gpu, dtype, weights):
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat((-second, first), -1) * sin
 
-    def weight_of(name):
-        return parameters[f"{name}.weight"]
+    def linear(x, name):
+        return F.linear(x, parameters[f"{name}.weight"])
 
     def normalize(x, name):
-        return F.rms_norm(x, (dim,), weight_of(name), 1e-5)
+        return F.rms_norm(x, (dim,), parameters[f"{name}.weight"], 1e-5)
+
+    def split_heads(x):
+        return x.unflatten(-1, (heads, d)).transpose(1, 2)
 
     def attend(x, layer):
-        B, L, D = x.shape
-        queries, keys, values = [
-            F.linear(x, weight_of(f"{layer}.{name}_proj")).view(B, L, heads, d).transpose(1, 2)
-            for name in "qkv"
-        ]
+        queries, keys, values = [split_heads(linear(x, f"{layer}.{name}_proj")) for name in "qkv"]
         attended = F.scaled_dot_product_attention(
             rotate(queries), rotate(keys), values, is_causal=True
         )
-        joined = attended.transpose(1, 2).reshape(B, L, D)
-        return F.linear(joined, weight_of(f"{layer}.o_proj"))
+        return linear(attended.transpose(1, 2).flatten(2), f"{layer}.o_proj")
 
     def transform(x, layer):
-        up = F.linear(x, weight_of(f"{layer}.up_proj"))
-        return F.linear(F.relu(up).square(), weight_of(f"{layer}.down_proj"))
+        return linear(F.relu(linear(x, f"{layer}.up_proj")).square(), f"{layer}.down_proj")
 
     def model(tokens):
-        hidden = F.embedding(tokens, weight_of("model.embed_tokens"))
-        for i in range(blocks):
-            layer = f"model.layers.{i}"
-            x = normalize(hidden, f"{layer}.input_layernorm")
-            hidden = hidden + attend(x, f"{layer}.self_attn")
-            x = normalize(hidden, f"{layer}.post_attention_layernorm")
-            hidden = hidden + transform(x, f"{layer}.mlp")
-        hidden = normalize(hidden, "model.norm")
-        return F.linear(hidden, weight_of("model.embed_tokens"))
+        hidden = F.embedding(tokens, parameters["model.embed_tokens.weight"])
+        for i in range(4):
+            block = f"model.layers.{i}"
+            hidden = hidden + attend(
+                normalize(hidden, f"{block}.input_layernorm"), f"{block}.self_attn"
+            )
+            x = normalize(hidden, f"{block}.post_attention_layernorm")
+            hidden = hidden + transform(x, f"{block}.mlp")
+        return linear(normalize(hidden, "model.norm"), "model.embed_tokens")
 
     if kind == "compiled":
         model = torch.compile(model)
-
-    def step(batch):
-        batch = torch.from_numpy(batch).to(device)
+    losses = []
+    seconds = []
+    for batch in batches:
+        began = time.perf_counter()
+        batch = batch.to(device)
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = model(batch[:, :-1])
             loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
@@ -241,183 +258,75 @@ def torch_step(kind, shape, gpu, dtype, weights):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
-        return loss.item()
-
-    return step
-
-
-def import_plain_main():
-    """main.py as it is without extras/: its plain functions and one stream, on the fast BLAS."""
-    from extras import fast  # loads that BLAS
-
-    fast.use_cpu()
-    fast.set_blas_threads(os.cpu_count())
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(ROOT / "main.py", folder)
-        sys.path.insert(0, folder)
-        import main
-
-    assert main.fast is None
-    return main
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - began)
+    return losses, seconds
 
 
-def mlx_step(kind, shape, gpu, dtype, weights):
-    """main.py's own step, or for `plain` that of import_plain_main."""
+def main_steps(folder, kind, dtype, line):
+    """The same of main.py, from its log, and the peak of its memory in MiB.
+
+    plain: main.py's own functions and one stream, on the fast BLAS.
+    """
+    env = {}
     if kind == "plain":
-        main = import_plain_main()
-    else:
-        import main
-    import mlx.core as mx
-    from mlx.utils import tree_unflatten
+        from extras import fast
 
-    vocab_size, dim, heads, blocks, context, batch_size = shape[:6]
-    main.use_device(gpu)
-    flags = main.settle(
-        dict(
-            dim=dim,
-            num_heads=heads,
-            num_blocks=blocks,
-            context_size=context,
-            batch_size=batch_size,
-            dtype=dtype,
-        )
-    )
-    model = main.LanguageModel(main.make_config(flags, vocab_size))
-    arrays = [(name, mx.array(weight)) for name, weight in weights.items()]
-    model.update(tree_unflatten(arrays))
-    optimizer = main.make_optimizer(model, flags)
-    train_step = main.make_step(model, optimizer, flags)
-    dropout = main.draw_dropout(0, batch_size, flags)  # its rate is 0
-
-    def step(batch):
-        metrics = train_step(mx.array(batch[:, :-1]), mx.array(batch[:, 1:]), *dropout)
-        return metrics["loss"].item()
-
-    return step
+        env["PLAIN_FUNCTIONS"] = ",".join(fast.STANDS_FOR)
+    save_dir = tempfile.mkdtemp(dir=folder)
+    line = [*line, "--tokenizer", "word", "--dtype", dtype, "--lr_warmup", 0]
+    line += ["--steps_per_report", 1, "--sample_tokens", 0]
+    line += ["--data_dir", folder, "--save_dir", save_dir]
+    _, peak = run(ROOT / "main.py", *line, **env)
+    [log] = Path(save_dir).glob("*/log.csv")
+    names, *rows = [row.split(",") for row in log.read_text().splitlines()]
+    losses = [float(row[names.index("loss")]) for row in rows]
+    seconds = [float(row[names.index("ms_per_step")]) / 1000 for row in rows]
+    return (losses, seconds), peak
 
 
-def draw_weights(shape, random):
-    """Weights of a model of this shape, {name: array}."""
-    import numpy as np
-
-    vocab_size, dim, _, blocks = shape[:4]
-    shapes = {"model.embed_tokens": (vocab_size, dim), "model.norm": (dim,)}
-    for i in range(blocks):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm"] = (dim,)
-        shapes[f"{layer}.post_attention_layernorm"] = (dim,)
-        for name in "qkvo":
-            shapes[f"{layer}.self_attn.{name}_proj"] = (dim, dim)
-        shapes[f"{layer}.mlp.up_proj"] = (4 * dim, dim)
-        shapes[f"{layer}.mlp.down_proj"] = (dim, 4 * dim)
-    weights = {}
-    for name, size in shapes.items():
-        if len(size) == 1:
-            weight = np.ones(size)
-        else:
-            weight = random.normal(0, 0.02, size)
-        weights[f"{name}.weight"] = weight.astype(np.float32)
-    return weights
-
-
-def work(competitor, shape, gpu):
-    """Reads numbers of steps from stdin; answers each with a line of JSON.
-
-    It holds the seconds they took, their losses, and the peak memory in MiB.
-    """
-    kind, dtype = competitor.split()
-    import numpy as np
-
-    random = np.random.default_rng(0)
-    weights = draw_weights(shape, random)
-    vocab_size, _, _, _, context, batch_size = shape[:6]
-    make_step = mlx_step if kind in ("main", "plain") else torch_step
-    step = make_step(kind, shape, gpu, dtype, weights)
-    for line in sys.stdin:
-        batches = []
-        for _ in range(int(line)):
-            batches.append(random.integers(0, vocab_size, (batch_size, context + 1)))
-        began = time.perf_counter()
-        losses = [step(batch) for batch in batches]
-        seconds = time.perf_counter() - began
-        print(json.dumps([seconds, losses, peak_mib()]), flush=True)
-
-
-OURS = ["main float32", "main bfloat16", "plain float32"]
-PYTORCH = ["eager float32", "eager bfloat16", "compiled float32", "compiled bfloat16"]
-COMPARED = [  # whose speed is divided by whose
-    ("main float32", "eager float32"),
-    ("main float32", "compiled float32"),
-    ("main bfloat16", "eager bfloat16"),
-    ("main bfloat16", "compiled bfloat16"),
-    ("main bfloat16", "main float32"),
-    ("main float32", "plain float32"),
-]
-
-
-class Worker:
-    """A competitor in a process of its own, see `work`."""
-
-    def __init__(self, competitor, shape, gpu):
-        command = [sys.executable, __file__, "work", "--shape", shape, "--competitor", competitor]
-        if gpu:
-            command.append("--gpu")
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, text=True, **pipes)
-
-    def run(self, steps):
-        """The seconds that these steps took, their losses, and the peak memory in MiB."""
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def end(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def train(names, gpu, rounds=5):
-    """Blocks of training steps by each competitor in turn.
-
-    All train the same model from the same weights on the same batches.
-    """
+def train(names, gpu, rounds=5, warmup=20):
+    """Trainings of the same model, from the same weights on the same batches, by turns."""
     competitors = OURS + PYTORCH
-    command = [sys.executable, "-c", "import torch"]
-    if subprocess.run(command, capture_output=True).returncode:
+    if not is_installed("torch"):
         print("PyTorch is not installed (pip install torch): only plain MLX is compared with.")
         competitors = OURS
     figures = {}
     for name in names:
-        workers = {each: Worker(each, name, gpu) for each in competitors}
-        figures[name] = compare(workers, SHAPES[name][-1], rounds)
-        print(name)
-        for key, value in figures[name].items():
-            print(f"    {key:<56} {value}", flush=True)
+        shape, words, steps = SHAPES[name]
+        with tempfile.TemporaryDirectory() as folder:
+            call("prepare", folder, shape, words, warmup + steps)
+            line = ["--text", f"{folder}/text.txt", "--num_iters", warmup + steps]
+            line += [f"--{flag}={value}" for flag, value in shape.items()]
+            line += ["--gpu"] if gpu else []
+            results = {each: [] for each in competitors}
+            for _ in range(rounds):
+                for each in competitors:
+                    kind, dtype = each.split()
+                    if each in OURS:
+                        result = main_steps(folder, kind, dtype, line)
+                    else:
+                        result = call("torch_steps", folder, kind, dtype, shape["num_heads"], gpu)
+                    results[each].append(result)
+        figures[name] = compare(results, warmup)
     return figures
 
 
-def compare(workers, steps, rounds):
-    """The figures of these workers, {competitor: Worker}, which end."""
-    firsts = {}  # losses
-    for competitor, worker in workers.items():
-        _, firsts[competitor], _ = worker.run(20)  # compiles, warms up
-    seconds = {competitor: [] for competitor in workers}  # per step
-    peaks = {}
-    for _ in range(rounds):
-        for competitor, worker in workers.items():
-            taken, _, peaks[competitor] = worker.run(steps)
-            seconds[competitor].append(taken / steps)
-    for worker in workers.values():
-        worker.end()
-    medians = {each: round(statistics.median(taken), 4) for each, taken in seconds.items()}
-    figure = {"peak_mib": peaks, "seconds a step": medians}
+def compare(results, warmup):
+    """The figures of results {competitor: [((losses, seconds), peak), ...]}, one a round."""
+    figure = {"peak_mib": {}, "seconds a step": {}}
+    taken = {}
+    losses = {}
+    for competitor, rounds in results.items():
+        taken[competitor] = [statistics.mean(seconds[warmup:]) for (_, seconds), _ in rounds]
+        figure["seconds a step"][competitor] = round(statistics.median(taken[competitor]), 4)
+        (losses[competitor], _), figure["peak_mib"][competitor] = rounds[-1]
     for ours, theirs in COMPARED:
-        if theirs not in workers:
-            continue
-        ratios = [round(b / a, 2) for a, b in zip(seconds[ours], seconds[theirs])]
-        figure[f"{ours}: times the speed of {theirs}"] = summary(ratios)
-        differences = [abs(a - b) for a, b in zip(firsts[ours], firsts[theirs])]
-        figure[f"{ours}: losses off those of {theirs}"] = max(differences)
+        if {ours, theirs} <= results.keys():
+            ratios = [b / a for a, b in zip(taken[ours], taken[theirs])]
+            figure[f"{ours}: times the speed of {theirs}"] = summary(ratios)
+            off = max(abs(a - b) for a, b in zip(losses[ours], losses[theirs]))
+            figure[f"{ours}: losses off those of {theirs}"] = round(off, 5)
     return figure
 
 
@@ -426,8 +335,6 @@ def compare(workers, steps, rounds):
 
 def read_speed():
     """GB/s at which NumPy sums 1 GB of float32, the better of one and two threads."""
-    import numpy as np
-
     array = np.ones(250_000_000, np.float32)
     seconds = []
     with ThreadPoolExecutor(2) as threads:
@@ -438,40 +345,20 @@ def read_speed():
     return array.nbytes / 1e9 / min(seconds)
 
 
-def make(vocab_size=32000, **values):
-    """A fresh model and its flags."""
-    import main
-
-    flags = settled(**values)
-    model = main.LanguageModel(main.make_config(flags, vocab_size))
-    main.init_weights(model, 0)
-    return model, flags
-
-
-def speed(model, flags, rows, count):
-    """Steps a second of `count`, after a prompt of three tokens and a warm-up."""
+def speed(model, count, rows=1):
+    """Tokens a second of `count` that follow a prompt of three tokens, in each of some rows."""
     import main
     from extras.decode import BatchDecoder
 
+    rules = Namespace(temperature=0.5, top_k=50, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    began = time.perf_counter()
     if rows == 1:
-        steps = main.Decoder(model, [1, 2, 3]).generate(count + 3, flags, 0)
+        steps = main.Decoder(model, [1, 2, 3]).generate(count, rules, 0)
     else:
         texts = [[1, 2, 3] for _ in range(rows)]
-        steps = BatchDecoder(model, texts).generate(count + 3, flags, range(rows))
-    for _ in range(3):
-        next(steps)
-    began = time.perf_counter()
+        steps = BatchDecoder(model, texts).generate(count, rules, range(rows))
     list(steps)
-    return count / (time.perf_counter() - began)
-
-
-def whole_speed(model, flags, count):
-    """Tokens a second of `count`, from the prompt of three tokens on, with all that precedes."""
-    import main
-
-    began = time.perf_counter()
-    list(main.Decoder(model, [1, 2, 3]).generate(count, flags, 0))
-    return count / (time.perf_counter() - began)
+    return rows * count / (time.perf_counter() - began)
 
 
 def uncached_speed(model, count):
@@ -497,107 +384,83 @@ for line in sys.stdin:
     model.generate(prompt, min_new_tokens=count, max_new_tokens=count, **options)
     print(time.perf_counter() - began, flush=True)
 """
-GENERATED = {
-    "10M": dict(vocab_size=10000, dim=256, num_blocks=8, num_heads=8),
-    "110M": dict(vocab_size=32000, dim=768, num_blocks=12, num_heads=12),
+SAMPLED = {
+    "10M": dict(vocab_size=10_000, dim=256, num_blocks=8, num_heads=8, mlp_dim=704),
+    "110M": dict(vocab_size=32_000, dim=768, num_blocks=12, num_heads=12, mlp_dim=2048),
 }
 
 
-def generate(gpu, rounds=5, count=100):
-    """Sampling one text beside transformers' generate, with the same weights, by turns."""
-    import main
+def start_theirs(model, folder, gpu):
+    """A process that samples from the same weights by transformers; see THEIRS."""
     from datasets import ByteTokenizer
     from extras.huggingface import export_model
 
+    export_model(model, ByteTokenizer(), folder, None)
+    command = [sys.executable, "-c", THEIRS, folder, "cuda" if gpu else "cpu"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, **pipes)
+
+
+def sample(gpu, rounds=5, count=100):
+    """Tokens a second of sampling, beside what they are to be compared with."""
+    import main
+    from mlx.utils import tree_flatten
+
     main.use_device(gpu)
+    has_theirs = is_installed("transformers")
     figures = {}
-    for name, shape in GENERATED.items():
-        model, flags = make(**shape, context_size=256, mlp="swiglu")
-        results = []
+    for name, shape in SAMPLED.items():
+        model = make_model(**shape, context_size=1024, mlp="swiglu")
+        size = sum(array.nbytes for _, array in tree_flatten(model.parameters())) / 1e9
+        taken = {"one text": [], "16 texts": [], "GB/s that NumPy reads": [], "transformers": []}
         with tempfile.TemporaryDirectory() as folder:
-            export_model(model, ByteTokenizer(), folder, None)
-            command = [sys.executable, "-c", THEIRS, folder, "cuda" if gpu else "cpu"]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            worker = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, **pipes)
-            for _ in range(rounds + 1):
-                worker.stdin.write(f"{count}\n")
-                worker.stdin.flush()
-                theirs = count / float(worker.stdout.readline())
-                results.append((whole_speed(model, flags, count), theirs))
-            worker.communicate()
-        del results[0]  # warms up
-        ratios = [round(ours / theirs, 2) for ours, theirs in results]
-        medians = [round(statistics.median(column), 1) for column in zip(*results)]
-        figures[name] = {"times transformers' speed": summary(ratios), "tokens/s": medians}
+            worker = start_theirs(model, folder, gpu) if has_theirs else None
+            for _ in range(1 + rounds):
+                taken["one text"].append(speed(model, count))
+                taken["16 texts"].append(speed(model, count, 16))
+                taken["GB/s that NumPy reads"].append(read_speed())
+                if worker:
+                    print(count, file=worker.stdin, flush=True)
+                    taken["transformers"].append(count / float(worker.stdout.readline()))
+            if worker:
+                worker.communicate()
+        one, sixteen, read, theirs = [speeds[1:] for speeds in taken.values()]  # the first warms up
+        figures[name] = {
+            "tokens/s": {key: round(speeds[-1], 1) for key, speeds in taken.items() if speeds},
+            "share of the memory's speed": summary(a * size / b for a, b in zip(one, read)),
+            "16 texts: times the tokens of one": summary(a / b for a, b in zip(sixteen, one)),
+            "times the speed without a cache": speed(model, 256) / uncached_speed(model, 256),
+        }
+        if worker:
+            ratios = summary(a / b for a, b in zip(one, theirs))
+            figures[name]["times the speed of transformers"] = ratios
     return figures
 
 
-def decode(gpu, rounds=5):
-    """Tokens a second of sampling, each figure beside what it is to be compared with, in turn."""
-    import main
-
-    main.use_device(gpu)
-    small = make(dim=512, num_blocks=8, context_size=1024)
-    large = make(dim=768, num_heads=12, num_blocks=12, context_size=1024)
-    large_model, _ = large
-    size = 4 * main.count_parameters(large_model.parameters()) / 1e9  # GB
-    for model, rows in ((small, 1), (large, 1), (large, 16)):
-        speed(*model, rows, 8)  # compiles
-    cached = []
-    for _ in range(min(rounds, 3)):
-        small_model, _ = small
-        ratio = speed(*small, 1, 512) / uncached_speed(small_model, 512)
-        cached.append(round(ratio, 1))
-    shares = []
-    gains = []
-    rows = []
-    for _ in range(rounds):
-        read = read_speed()
-        one = speed(*large, 1, 64)
-        sixteen = 16 * speed(*large, 16, 32)
-        shares.append(round(one * size / read, 2))
-        gains.append(round(sixteen / one, 1))
-        rows.append([round(read, 1), round(one, 1), round(sixteen, 1)])
-    return {
-        "512 tokens, 8 blocks of dim 512: times the speed without a cache": summary(cached),
-        f"weights of {size:.2f} GB: share of the memory's read speed": summary(shares),
-        "16 texts: times the tokens of one": summary(gains),
-        "GB/s read by NumPy, tokens/s of one text, of 16": rows,
-    }
-
-
-def main_of_benchmark():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("part", choices=["train", "decode", "generate", "data", "work"])
-    parser.add_argument("--mirror", help="address or folder that holds ptb/ptb.train.txt etc.")
-    parser.add_argument("--copies", type=int, default=111, help="of ptb in the large text of data")
-    parser.add_argument("--shape", choices=list(SHAPES), help="one of the models (default: all)")
-    parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--competitor", choices=OURS + PYTORCH, help=argparse.SUPPRESS)
-    flags = parser.parse_args()
-    if flags.part == "work":
-        work(flags.competitor, SHAPES[flags.shape], flags.gpu)
-        return
-    if flags.part == "data" and not flags.mirror:
-        parser.error("data needs --mirror")
+def measure(flags):
+    """The figures of a part."""
     if flags.part == "train":
-        figures = train([flags.shape] if flags.shape else SHAPES, flags.gpu)
-    else:
-        if flags.part == "data":
-            mirror = flags.mirror
-            if os.path.isdir(mirror):  # else an address
-                mirror = os.path.abspath(mirror)
-            figures = data(mirror, flags.copies)
-        elif flags.part == "decode":
-            figures = decode(flags.gpu)
-        else:
-            figures = generate(flags.gpu)
-        for name, figure in figures.items():
-            print(f"{name:<36} {figure}")
-    print(json.dumps(figures))
+        return train([flags.shape] if flags.shape else SHAPES, flags.gpu)
+    if flags.part == "sample":
+        return sample(flags.gpu)
+    return data(flags.text, flags.copies)
 
 
 if __name__ == "__main__":
-    main_of_benchmark()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=["train", "sample", "data"])
+    parser.add_argument("--text", type=os.path.abspath, help="the file of data")
+    parser.add_argument("--copies", type=int, default=111, help="of it in the large text of data")
+    parser.add_argument("--shape", choices=list(SHAPES), help="one of the models (default: all)")
+    parser.add_argument("--gpu", action="store_true")
+    options = parser.parse_args()
+    if options.part == "data" and not options.text:
+        parser.error("data needs --text")
+    measured = measure(options)
+    for name, figure in measured.items():
+        print(name)
+        for key, value in figure.items():
+            print(f"    {key:<56} {value}")
+    print(json.dumps(measured))

@@ -84,11 +84,7 @@ def pytest_xdist_auto_num_workers():
     """The workers of `-n auto`: two more than cores, as many tests wait for processes."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None  # pytest-xdist reads it
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return cores + 2
+    return 2 + (os.cpu_count() or 1)
 
 
 def start(*arguments, env=None, program=(MAIN,), **options):
@@ -124,6 +120,14 @@ def wait_for(process, words):
             return line
     said = process.stderr and process.stderr.read()
     raise AssertionError(f"{words!r} never came: {said}")
+
+
+def interrupt(process, number=signal.SIGINT):
+    """Sends a training a signal, upon which it saves and leaves; returns (stdout, stderr)."""
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, err
+    return out, err
 
 
 def environment(env):
@@ -210,6 +214,18 @@ def run_extra(name, *arguments, **options):
     program = ["-m", f"extras.{name}"]
     env = {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
     return run(*arguments, program=program, env=env, **options)
+
+
+def copy_program(folder, edits=None):
+    """Copies the program into a new folder, with {old: new} in main.py; returns main.py's path."""
+    shutil.copytree(ROOT / "extras", folder / "extras")
+    shutil.copy(DATASETS, folder)
+    source = Path(MAIN).read_text()
+    for old, new in (edits or {}).items():
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    (folder / "main.py").write_text(source)
+    return folder / "main.py"
 
 
 def free_ports(count):
@@ -345,33 +361,22 @@ class Script:
     def __call__(self, tokens, caches, last):
         import mlx.core as mx
 
-        self.read(tokens, caches, last)
+        assert last <= tokens.shape[1] <= self.config.context_size, "more than a model can read"
+        for cache in caches:
+            cache.offset = cache.offset + tokens.shape[1]
         logits = []
         for row in tokens.tolist():
             logits.append([self.rows(token) for token in row[-last:]])
-        return mx.array(logits)
-
-    def read(self, tokens, caches, last):
-        """Puts tokens [B, L] into the caches; there is no more than a model can read."""
-        assert tokens.ndim == 2 and last <= tokens.shape[1] <= self.config.context_size
-        for cache in caches:
-            cache.offset = cache.offset + tokens.shape[1]
+        return mx.array(np.array(logits, np.float32))
 
 
-class Constant(Script):
-    """A model whose logits [V] are always the same."""
+def arrays(tree):
+    """The arrays of a tree or a model, {name: NumPy array in float64}."""
+    from mlx.utils import tree_flatten
 
-    def __init__(self, logits, context_size=8):
-        import mlx.core as mx
-
-        super().__init__(None, context_size)
-        self.logits = mx.array(logits, mx.float32)
-
-    def __call__(self, tokens, caches, last):
-        import mlx.core as mx
-
-        self.read(tokens, caches, last)
-        return mx.broadcast_to(self.logits, (len(tokens), last, self.logits.size))
+    if hasattr(tree, "parameters"):
+        tree = tree.parameters()
+    return {name: np.array(array, np.float64) for name, array in tree_flatten(tree)}
 
 
 def nats_of(logits, targets):
@@ -382,26 +387,6 @@ def nats_of(logits, targets):
     indices = np.asarray(targets, np.int64)[..., None]
     chosen = np.take_along_axis(logits, indices, -1)[..., 0]
     return totals - chosen
-
-
-def loss_of(model, tokens, targets, weights=1.0, noise=None):
-    """The weighted sum of a model's cross-entropies in nats, computed as the training step does."""
-    hidden = model.model(tokens, noise=noise)  # [B, L, D]
-    return main.cross_entropy(hidden, model.head, targets, weights)
-
-
-@pytest.fixture
-def set_streams(monkeypatch):
-    """A function that sets how many streams share the rows of a batch, however small it is."""
-    from extras import fast
-
-    def set_streams(count):
-        def count_streams(rows, context_size):
-            return min(rows, count)
-
-        monkeypatch.setattr(fast, "count_streams", count_streams)
-
-    return set_streams
 
 
 @pytest.fixture(scope="session")

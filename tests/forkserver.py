@@ -95,23 +95,15 @@ def open_streams(paths):
     """Puts files in the place of stdin, stdout and stderr, opened as Python opens its own."""
     for number, path in enumerate(paths):
         name = ("stdin", "stdout", "stderr")[number]
-        if name == "stdin":
-            mode = "r"
-            access = os.O_RDONLY
-        else:
-            mode = "w"
-            access = os.O_WRONLY | os.O_TRUNC
-        file = os.open(path, access)
+        is_input = name == "stdin"
+        file = os.open(path, os.O_RDONLY if is_input else os.O_WRONLY | os.O_TRUNC)
         os.dup2(file, number)
         os.close(file)
-        buffering = -1
-        if name == "stderr":
-            buffering = 1  # by the line
         old = getattr(sys, name)
         new = open(
             number,
-            mode,
-            buffering,
+            "r" if is_input else "w",
+            buffering=1 if name == "stderr" else -1,  # by the line
             encoding=old.encoding,
             errors=old.errors,
             closefd=False,

@@ -28,17 +28,6 @@ COMMANDS = Path(__file__).with_suffix(".txt")
 TIMEOUT = 300  # seconds, after which the exit status is 124
 WORKERS = 2 + (os.cpu_count() or 1)  # sections at a time: many commands wait for a disk
 
-# Flags that may become programs of their own: the command typed with the flag, and the one typed
-# in its place in a checkout whose --help does not list the flag any more.
-MOVED = {
-    "--export": (r"main\.py (.*?)--export (\S+)", r"-m extras.export \2 \1"),
-    "--plot": (r"main\.py (.*?)--plot (\S+)", r"-m extras.plot \2 \1"),
-    "--attention": (r"main\.py (.*?)--attention (\S+)", r"-m extras.attention \2 \1"),
-    "--cases": (r"main\.py (.*?)--cases (\S+)", r"-m extras.cases \2 \1"),
-    "--prompts_file": (r"main\.py (.*?)--prompts_file (\S+)", r"-m extras.batch \2 \1"),
-    "--benchmark": (r"main\.py (.*?)--benchmark ?", r"-m extras.benchmark \1"),
-}
-
 # What differs from one run of a command to the next, and what is compared instead.
 PASSING = {
     r"\d{4}-\d\d-\d\d( |T)\d\d:\d\d(:\d\d)?": "DATE",
@@ -97,18 +86,6 @@ class Checkout:
             "https_proxy": "http://127.0.0.1:9",
             "no_proxy": "",
         }
-        command = [program, "main.py", "--help"]
-        listed = subprocess.check_output(command, env=self.environment, text=True)
-        self.moved = []
-        for flag, change in MOVED.items():
-            if not re.search(rf"^  {flag}\b", listed, re.M):
-                self.moved.append(change)
-
-    def spell(self, line):
-        """A command as it is typed in this checkout."""
-        for pattern, replacement in self.moved:
-            line = re.sub(pattern, replacement, line)
-        return line
 
 
 def written(path):
@@ -131,9 +108,8 @@ class Place:
         """Runs one command to its end; returns what is to be compared, as {field: lines}."""
         names = {f"RUN{number}": run for number, run in enumerate(self.runs, 1)}
         names |= {f"ID{number}": id for number, id in enumerate(self.ids, 1)}
-        script = prelude + self.checkout.spell(line)
         done = subprocess.run(
-            ["timeout", "-k", "5", str(TIMEOUT), "bash", "-c", script],
+            ["timeout", "-k", "5", str(TIMEOUT), "bash", "-c", prelude + line],
             cwd=self.folder,
             env=self.checkout.environment | names,
             input=stdin,

@@ -2,33 +2,27 @@
 
     python tests/same.py OLD NEW                two folders that hold the program
     python tests/same.py OLD NEW --only lora    one case
-    python tests/same.py OLD NEW --python P     with another Python, for both
 
-A line a case: "same  NAME"; "OTHER NAME: " and the first differences, with the iterations they are
+A line a case: "same  NAME"; "OTHER NAME: " and the first difference, with the iteration that it is
 at; or "FAILS NAME (OLD or NEW): " and the last line that the program has printed. The exit status
-is 1 unless all are the same. It needs no network, and three minutes of processor time.
+is 1 unless all are the same. It needs no network, and a minute of processor time.
 
-Each training is run three times in each checkout: undisturbed; ended by SIGTERM some steps after
-its first checkpoint, then resumed by the same command; killed there, then resumed. All have to end
-with the same weights, log and samples. All checkpoints of the undisturbed runs have to have the
-same names.
+Each training has to give the same log, samples and names of all checkpoints. That an interrupted
+one ends as it would have is asked of each checkout by test_training.py and crash.py.
 """
 
 import argparse
 import csv
 import functools
-import hashlib
 import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,8 +43,8 @@ COMMON = (
 class Training(NamedTuple):
     """A command that trains.
 
-    flags: what it has besides COMMON; start: the training in whose folder it begins, as that ended
-    undisturbed, and whose last checkpoint is {start} in the flags; ranks: processes that share it.
+    flags: what it has besides COMMON; start: the training in whose folder it begins, as that ended;
+    ranks: processes that share it.
     """
 
     flags: str
@@ -91,10 +85,10 @@ TRAININGS = {
     ),
     "betas": Training("--dataset python --beta1 0.8 --beta2 0.95 --seed 7"),
     "init": Training(  # The text has fewer rows than a batch.
-        "--text own.txt --train_tokens 200 --init_from {start}", start="plain"
+        "--text own.txt --train_tokens 200 --init_from latest", start="plain"
     ),
-    "lora": Training("--text own.txt --init_from {start} --lora_rank 4", start="plain"),
-    "student": Training("--dataset python --dim 32 --teacher {start}", start="plain"),
+    "lora": Training("--text own.txt --init_from latest --lora_rank 4", start="plain"),
+    "student": Training("--dataset python --dim 32 --teacher latest", start="plain"),
     "ranks": Training("--dataset python --dropout 0.1 --average 0.5", ranks=2),
 }
 
@@ -128,14 +122,8 @@ USES = {
     ),
 }
 
-SAVED = re.compile(r"^saved (\w+) at iteration ([\d,]+)", re.MULTILINE)
-PROGRESS = re.compile(r"[\d,]+/[\d,]+ ")
-RESUMED = re.compile(r"from iteration ([\d,]+)")
 SCORED = re.compile(r"(train|valid|test) [\d.]+ nats")
 SPEED = re.compile(r", [\d,.]+ tokens/s.*")
-# A signal, and the exit status of what it ends.
-INTERRUPTIONS = {"SIGTERM": 128 + signal.SIGTERM, "SIGKILL": -signal.SIGKILL}
-TRIES = 5  # A signal may come too late: when the run is complete.
 
 
 class Failure(Exception):
@@ -163,29 +151,24 @@ def ring_of(size, path):
 class Side:
     """One of the checkouts, with a folder for its runs, its tokens and its caches."""
 
-    def __init__(self, name, checkout, python, folder):
+    def __init__(self, name, checkout, folder):
         self.name = name
-        self.python = python
         self.checkout = checkout
         self.folder = folder
         folder.mkdir()
         write_texts(folder)
 
-    def run(self, flags, ranks=1, number=None):
-        """Runs the program to its end; returns its exit status and what it prints.
-
-        number: a signal, sent to all ranks at the first line of progress after a checkpoint.
-        """
+    def run(self, flags, ranks=1):
+        """What the program prints, run to its end. Raises Failure unless its exit status is 0."""
         command = self.spell(flags.split())
         environments = [{}]
         if ranks > 1:
             environments = ring_of(ranks, self.folder / "hosts.json")
         processes = []
-        output = ""
         with open(self.folder / "stderr.txt", "w") as stderr:
             for environment in environments:
                 process = subprocess.Popen(
-                    [self.python, *command],
+                    [sys.executable, *command],
                     cwd=self.folder,
                     env=os.environ | self.environment() | environment,
                     stdin=subprocess.DEVNULL,
@@ -195,15 +178,14 @@ class Side:
                     encoding="utf-8",
                 )
                 processes.append(process)
-            for line in processes[0].stdout:
-                output += line
-                if number and PROGRESS.match(line) and SAVED.search(output):
-                    for process in processes:
-                        process.send_signal(number)
-                    number = None
+            output = processes[0].stdout.read()
             for process in processes:
                 process.wait()
-        return processes[0].returncode, output
+        status = processes[0].returncode
+        if status != 0:
+            said = (self.folder / "stderr.txt").read_text().splitlines() or output.splitlines()
+            raise Failure(f"status {status}: {said[-1] if said else 'nothing printed'}")
+        return output
 
     def spell(self, words):
         """What is typed behind `python` on this side."""
@@ -216,159 +198,53 @@ class Side:
     def environment(self):
         return {"XDG_CACHE_HOME": str(self.folder), "PYTHONPATH": str(self.checkout)}
 
-    def expect(self, expected, result):
-        """What a command has printed, if its exit status is the expected one; else a Failure."""
-        status, output = result
-        if status != expected:
-            said = (self.folder / "stderr.txt").read_text().splitlines() or output.splitlines()
-            raise Failure(f"status {status}: {said[-1] if said else 'nothing printed'}")
-        return output
-
-    def prepare(self, name, variant):
-        """A new folder for a training, relative to this side's, and the words of its command."""
+    @functools.cache
+    def train(self, name):
+        """What there is to compare of a training."""
         training = TRAININGS[name]
-        save_dir = f"{name}-{variant}"
-        shutil.rmtree(self.folder / save_dir, ignore_errors=True)
         flags = training.flags
         if training.start:
-            shutil.copytree(self.folder / f"{training.start}-undisturbed", self.folder / save_dir)
-            flags = flags.format(start=self.last_checkpoint(training.start))
-        return save_dir, f"{COMMON} --save_dir {save_dir} {flags}"
-
-    @functools.cache
-    def undisturbed(self, name):
-        """What there is to compare of a training."""
-        start = TRAININGS[name].start
-        if start:
-            self.undisturbed(start)
-        save_dir, command = self.prepare(name, "undisturbed")
-        output = self.expect(0, self.run(command, TRAININGS[name].ranks))
-        return facts_of(self.folder / save_dir, output)
-
-    def last_checkpoint(self, name):
-        """The SHA1 of the last checkpoint of a training."""
-        return [id for (_, what), id in self.undisturbed(name).items() if what == "checkpoint"][-1]
-
-    def interrupted(self, name, signal_name):
-        """The place where a training was resumed, and what there is to compare of it."""
-        number = signal.Signals[signal_name]
-        ranks = TRAININGS[name].ranks
-        for _ in range(TRIES):
-            save_dir, command = self.prepare(name, signal_name)
-            result = self.run(command, ranks, number)
-            if result[0] != 0:
-                break
-        else:
-            raise Failure(f"complete before the signal came, {TRIES} times")
-        begun = self.expect(INTERRUPTIONS[signal_name], result)
-        ended = self.expect(0, self.run(command, ranks))
-        resumed = RESUMED.search(ended)
-        if not resumed:
-            raise Failure("no word of the iteration where the run was resumed")
-        return f"iteration {resumed[1]}", facts_of(self.folder / save_dir, begun + ended)
+            self.train(training.start)
+            shutil.copytree(self.folder / training.start, self.folder / name)
+        output = self.run(f"{COMMON} --save_dir {name} {flags}", training.ranks)
+        return facts_of(self.folder / name, output)
 
     def use(self, name):
         """What the commands of a Use print."""
         use = USES[name]
-        self.undisturbed(use.start)
+        self.train(use.start)
         facts = {}
         for command in use.commands:
-            flags = f"{command} --save_dir {use.start}-undisturbed"
-            output = SPEED.sub("", self.expect(0, self.run(flags)))
+            output = SPEED.sub("", self.run(f"{command} --save_dir {use.start}"))
             for number, line in enumerate(output.splitlines(), 1):
                 facts[command, f"line {number}"] = line
         return facts
 
-    def results(self, name):
-        """What there is to compare of a case, and how its interrupted runs differ from that."""
-        if name in USES:
-            return self.use(name), []
-        whole = self.undisturbed(name)
-        differences = []
-        for signal_name in INTERRUPTIONS:
-            try:
-                place, facts = self.interrupted(name, signal_name)
-            except Failure as failure:
-                raise Failure(f"interrupted by {signal_name}: {failure}") from None
-            difference = first_difference(settled(whole, place), settled(facts, place))
-            if difference:
-                differences.append(
-                    f"{self.name}, {signal_name} and resumed at {place}, "
-                    f"against undisturbed: {difference}"
-                )
-        return whole, differences
 
+def facts_of(folder, output):
+    """What there is to compare of a training, {(place, what): value}.
 
-def read_lines(path):
-    """The rows in a file of JSON Lines, if there is one."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def read_log(run):
-    """The rows of a run's log."""
-    if not (run / "log.csv").exists():
-        return read_lines(run / "log.jsonl")  # of checkouts until November 2026
-    rows = []
-    with open(run / "log.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            texts = {name: text for name, text in row.items() if text and name != "split"}
-            numbers = {name: json.loads(text) for name, text in texts.items()}
-            rows.append(numbers | {"split": row["split"]})
-    return rows
-
-
-def facts_of(save_dir, output):
-    """What there is to compare of a training, {(place, what): value}, in the order of places.
-
-    output: of all its sessions.
+    Its log, its samples, and its checkpoints, whose names are the SHA1s of their weights.
     """
-    saved = SAVED.findall(output)
-    if not saved:
-        raise Failure("no checkpoint was saved")
-    last, _ = saved[-1]
-    weights = next(save_dir.rglob(f"{last}.safetensors"), None)
-    if not weights:
-        raise Failure(f"there is no file of checkpoint {last}")
-    facts = []  # (iteration, what, value)
-    for row in [*read_log(weights.parent), *read_lines(weights.parent / "samples.jsonl")]:
-        iteration = row.pop("iteration")
-        split = row.pop("split", "sample")
-        for field, value in row.items():
-            if field not in MEASURED:
-                facts.append((iteration, f"{split} {field}", value))
-    for checkpoint, iteration in saved:
-        facts.append((int(iteration.replace(",", "")), "checkpoint", checkpoint))
-    facts.sort(key=itemgetter(0))
-    result = {}
-    for iteration, what, value in facts:
-        key = f"iteration {iteration:,}", what
-        while key in result:  # a row that is there twice
-            key = key[0], f"{key[1]}, again"
-        result[key] = value
+    facts = {}
+    for number, path in enumerate(sorted(folder.glob("*/log.csv")), 1):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                place = f"run {number}, iteration {row['iteration']}"
+                for field, value in row.items():
+                    if field not in MEASURED:
+                        facts[place, f"{row['split']} {field}"] = value
+    for path in sorted(folder.glob("*/samples.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            facts["end", f"sample {number}"] = line
     for line in output.splitlines():
         if SCORED.match(line):
             split, _, score = line.partition(" ")
-            result["end", f"{split} score"] = SPEED.sub("", score)
-    result["end", "SHA1 of the weights"] = hashlib.sha1(weights.read_bytes()).hexdigest()
-    for path in sorted(save_dir.rglob("*.safetensors")):
-        result["end", f"file {path.name}"] = "there"
-    return result
-
-
-def settled(facts, place):
-    """The facts that do not depend on the moment of an interruption, before this place.
-
-    A run that is ended before the sample after a checkpoint does not draw it later.
-    """
-    result = {}
-    for key, value in facts.items():
-        where, what = key
-        is_sample = what.startswith("sample") and where == place
-        if not (is_sample or what.startswith(("checkpoint", "file"))):
-            result[key] = value
-    return result
+            facts["end", f"{split} score"] = SPEED.sub("", score)
+    checkpoints = sorted(path.stem for path in folder.glob("*/*.safetensors"))
+    if not checkpoints:
+        raise Failure("no checkpoint was saved")
+    return facts | {("end", f"checkpoint {name}"): "there" for name in checkpoints}
 
 
 def first_difference(ours, theirs):
@@ -386,7 +262,7 @@ def first_difference(ours, theirs):
 def attempt(side, name):
     """The results of a case, or the Failure to have any."""
     try:
-        return side.results(name)
+        return side.use(name) if name in USES else side.train(name)
     except Failure as failure:
         return failure
 
@@ -397,13 +273,9 @@ def judge(name, sides, results):
         if isinstance(result, Failure):
             print(f"FAILS {name} ({side.name}): {result}", flush=True)
             return False
-    (ours, own_differences), (theirs, their_differences) = results
-    differences = own_differences + their_differences
-    between = first_difference(ours, theirs)
-    if between:
-        differences.insert(0, between)
-    if differences:
-        print(f"OTHER {name}: {'; '.join(differences)}", flush=True)
+    difference = first_difference(*results)
+    if difference:
+        print(f"OTHER {name}: {difference}", flush=True)
         return False
     print(f"same  {name}", flush=True)
     return True
@@ -415,12 +287,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path, metavar="OLD")
     parser.add_argument("new", type=Path, metavar="NEW")
-    parser.add_argument("--python", default=sys.executable, metavar="P")
     parser.add_argument("--only", choices=cases, metavar="NAME", help=", ".join(cases))
     options = parser.parse_args()
-    python = shutil.which(options.python)
-    if not python:
-        parser.error(f"there is no {options.python}")
     checkouts = {"OLD": options.old.resolve(), "NEW": options.new.resolve()}
     for checkout in checkouts.values():
         if not (checkout / "main.py").is_file():
@@ -431,7 +299,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(2) as pool:
         sides = []
         for name, checkout in checkouts.items():
-            sides.append(Side(name, checkout, os.path.abspath(python), Path(scratch, name)))
+            sides.append(Side(name, checkout, Path(scratch, name)))
         for name in cases:
             results = list(pool.map(attempt, sides, [name] * 2))
             verdicts.append(judge(name, sides, results))

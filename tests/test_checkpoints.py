@@ -10,7 +10,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import stat
 import struct
 import time
@@ -19,7 +18,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, begin, ids, newest, run, saved, start, wait_for
+from conftest import ROOT, TINY, begin, ids, interrupt, newest, run, saved, start, wait_for
 from mlx.utils import tree_flatten
 
 
@@ -115,9 +114,7 @@ def test_vanished_folder_is_made_again(line, folder):
     process = start(*line, "--num_iters", 100_000, "--steps_per_save", 100_000)
     wait_for(process, "20/100,000 ")
     folder.rename(folder.with_name("gone"))
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    interrupt(process)
     newest(folder).open()
 
 

@@ -1,12 +1,11 @@
 """main.py and datasets.py alone in a folder: they train, are stopped, resume exactly and sample."""
 
 import shutil
-import signal
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ids, log_rows, run, start, wait_for
+from conftest import ROOT, TINY, ids, interrupt, log_rows, run, start, wait_for
 
 # Refuses, as if they were not installed, all packages but the four that the core needs and those
 # that `requests` brings along.
@@ -27,7 +26,6 @@ class Guard:
 
 sys.meta_path.insert(0, Guard())
 """
-BEYOND = ["yaml", "extras"]
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +74,7 @@ def test_stopped_it_ends_as_the_run_never_stopped(alone, text, tmp_path):
     assert not err
     process = start(*line, "--save_dir", parts, **alone)
     wait_for(process, "7/60 ")
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    interrupt(process)
     run(*line, "--save_dir", parts, **alone)
     assert ids(parts)[0] == ids(whole)[0]
 
@@ -119,17 +115,13 @@ NOT_THERE = [
 ]
 
 
-def missing(name):
-    """What is said where an extra is not there."""
-    return f"extras/{name}.py is missing: copy the project's folder extras next to main.py"
-
-
 @pytest.mark.parametrize("line, name", MISSING)
 def test_a_flag_beyond_the_core_names_the_missing_file(line, name, trained, alone):
     before = ids(trained / "lm")
     options = alone | {"cwd": trained}
     _, err = run(*line.split(), "--save_dir", "lm", status=2, **options)
-    assert err.splitlines()[-1] == f"main.py: {missing(name)}"
+    said = f"extras/{name}.py is missing: copy the project's folder extras next to main.py"
+    assert err.splitlines()[-1] == f"main.py: {said}"
     assert err.count("main.py: ") == 1
     assert "Traceback" not in err
     assert ids(trained / "lm") == before
@@ -178,7 +170,7 @@ def test_a_run_moves_between_the_core_and_the_whole(alone, text, tmp_path):
 
 
 def test_no_other_package_is_imported(guarded, text, tmp_path):
-    for package in BEYOND:  # the guard holds
+    for package in ("yaml", "extras"):  # the guard holds
         code = f"try: import {package}\nexcept ModuleNotFoundError: print('none')"
         assert run(program=["-c", code], cwd=tmp_path, env=guarded["env"]) == ("none\n", "")
 

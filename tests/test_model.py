@@ -6,7 +6,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import make_model
+from conftest import arrays, make_model
 from main import Noise, dropout
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -38,15 +38,14 @@ def normalize(hidden, epsilon):
     return hidden / np.sqrt(mean_square + epsilon)
 
 
-def reference(model, tokens, drop=drop_nothing):
+def reference(model, tokens, drop=drop_nothing, heads=None):
     """Logits [B, L, V] in float64, one head at a time.
 
-    Written from the papers and Hugging Face's Llama.
+    Written from the papers and Hugging Face's Llama. heads: a list for each head's weights
+    [B, L, L], block by block.
     """
     config = model.config
-    weights = {}
-    for name, weight in tree_flatten(model.parameters()):
-        weights[name] = np.array(weight, np.float64)
+    weights = arrays(model)
     B, L = tokens.shape
     d = config.head_dim or config.dim // config.num_heads
 
@@ -87,7 +86,10 @@ def reference(model, tokens, drop=drop_nothing):
                 key = norm(key, name + ".k_norm")
             scores = rotate(query) @ rotate(key).swapaxes(1, 2) / math.sqrt(d)
             scores[:, is_later] = -np.inf
-            attended[..., own] = softmax(scores) @ values[..., other]
+            shares = softmax(scores)
+            attended[..., own] = shares @ values[..., other]
+            if heads is not None:
+                heads.append(shares)
         return linear(attended, name + ".o_proj")
 
     def mlp(hidden, name):

@@ -6,15 +6,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TINY, flags, log_rows, newest, run
+from conftest import TINY, arrays, flags, log_rows, newest, rows_of, run
 from datasets import load_dataset
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 import main
-
-
-def arrays(tree):
-    return {name: np.array(weight, np.float64) for name, weight in tree_flatten(tree)}
 
 
 # ---- Steps --------------------------------------------------------------------------------------
@@ -84,10 +80,15 @@ def make_optimizers(names, flags):
     return optimizers
 
 
-def train_by_hand(checkpoint, tokens):
+def cross_entropy(inputs, logits, targets):
+    return nn.losses.cross_entropy(logits, targets, reduction="mean")
+
+
+def train_by_hand(checkpoint, tokens, loss_of):
     """The losses and gradient norms [steps, 2] of a checkpoint's run, and its last weights.
 
-    As MLX's documentation would write the step: one stream, eager, with its own loss.
+    As MLX's documentation would write the step: one stream, eager. loss_of: of inputs and targets
+    [B, L] and logits [B, L, V].
     """
     flags = Namespace(**checkpoint.flags)
     model = main.LanguageModel(main.Config(**checkpoint.config))
@@ -98,10 +99,10 @@ def train_by_hand(checkpoint, tokens):
     def loss(inputs, targets, noise):
         caches = [main.Cache() for _ in model.model.layers]  # with which attention is MLX's own
         logits = model(inputs, caches=caches, noise=noise)
-        return nn.losses.cross_entropy(logits, targets, reduction="mean")
+        return loss_of(inputs, logits, targets)
 
     value_and_grad = nn.value_and_grad(model, loss)
-    weights = arrays(model.parameters())
+    weights = arrays(model)
     optimizers = make_optimizers(weights, flags)
     metrics = []
     for i in range(flags.num_iters):
@@ -121,46 +122,50 @@ def train_by_hand(checkpoint, tokens):
     return np.array(metrics), weights
 
 
-def train(text, save_dir, *options):
-    """Trains a small model: the losses and gradient norms [steps, 2] of its log."""
-    line = ["--text", text, *TINY, "--steps_per_report", 1, "--sample_tokens", 0, *options]
-    run(*line, "--save_dir", save_dir)
-    rows = log_rows(save_dir, "train")
-    return np.array([[row["loss"], row["gradient_norm"]] for row in rows])
-
-
 STEPS = {
     "AdamW": "--batch_size 8 --untie --weight_decay 2 --embedding_decay 7 --grad_clip 0.5 "
     "--beta1 0.8 --beta2 0.9 --dropout 0.1 --dropout_final 0.4",
     "Muon": "--batch_size 8 --optimizer muon --mlp swiglu --num_kv_heads 1 --qk_norm "
     "--weight_decay 2 --grad_clip 0 --lr_schedule linear --lr_cooldown 0.5 --min_lr 0",
     "accumulation": "--batch_size 4 --grad_accumulation 3 --mlp gelu --dropout 0.2",
-    "several streams": "--batch_size 16 --context_size 64 --grad_checkpoint --dropout 0.1",
+    # Of three and two rows.
+    "several streams": "--batch_size 5 --context_size 128 --grad_checkpoint --dropout 0.1 "
+    "--grad_clip 0.5",
 }
+
+
+SCHEDULE = ["--num_iters", 12, "--learning_rate", 0.01, "--lr_warmup", 3]
+SCHEDULE += ["--steps_per_report", 1, "--sample_tokens", 0]
+
+
+def assert_written_out(checkpoint, tokens, loss_of=cross_entropy):
+    """The log and the weights of a run with this SCHEDULE are those of train_by_hand."""
+    rows = rows_of(checkpoint.folder / "log.csv", "train")
+    metrics = [[row["loss"], row["gradient_norm"]] for row in rows]
+    expected, weights = train_by_hand(checkpoint, tokens, loss_of)
+    np.testing.assert_allclose(metrics, expected, rtol=2e-4)
+    reached = arrays(checkpoint.open().load_model())
+    assert reached.keys() == weights.keys()
+    for name, weight in weights.items():
+        # Where a gradient is as good as 0, rounding decides its sign, and so AdamW's step.
+        error = np.linalg.norm(reached[name] - weight) / np.linalg.norm(weight)
+        assert error < 0.005, name
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_are_those_written_out(name, text, tmp_path):
     """Value, gradient, clipping, decay and update, each parameter in its group; 12 times."""
-    schedule = ["--num_iters", 12, "--learning_rate", 0.01, "--lr_warmup", 3]
-    metrics = train(text, tmp_path / "lm", *schedule, *STEPS[name].split())
-    checkpoint = newest(tmp_path / "lm")
+    run("--text", text, *TINY, *SCHEDULE, *STEPS[name].split(), "--save_dir", tmp_path / "lm")
     tokens = load_dataset("text", tmp_path, [text]).train.tokens
-    expected, weights = train_by_hand(checkpoint, tokens)
-    np.testing.assert_allclose(metrics, expected, rtol=2e-4)
-    reached = arrays(checkpoint.open().load_model().parameters())
-    assert reached.keys() == weights.keys()
-    for weight_name, weight in weights.items():
-        # Where a gradient is as good as 0, rounding decides its sign, and so AdamW's step.
-        error = np.linalg.norm(reached[weight_name] - weight) / np.linalg.norm(weight)
-        assert error < 0.005, weight_name
+    assert_written_out(newest(tmp_path / "lm"), tokens)
 
 
 def test_gradient_checkpointing_saves_memory(text, tmp_path):
     peaks = []
     for name in ("--no-grad_checkpoint", "--grad_checkpoint"):
-        shape = ["--num_blocks", 8, "--context_size", 64, "--batch_size", 32, "--mlp_dim", 128]
-        train(text, tmp_path / name, name, *shape, "--num_iters", 2)
+        line = ["--text", text, *TINY, "--num_blocks", 8, "--context_size", 64, "--num_iters", 2]
+        line += ["--batch_size", 32, "--mlp_dim", 128, "--steps_per_report", 1, name]
+        run(*line, "--save_dir", tmp_path / name)
         [*_, last] = log_rows(tmp_path / name, "train")
         peaks.append(last["peak_mib"])
     assert peaks[1] < 0.6 * peaks[0]

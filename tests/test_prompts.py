@@ -30,16 +30,6 @@ def replies_of(folder, prompts, *arguments):
     return out
 
 
-def count_tokens(folder, replies):
-    """Tokens of a word model's replies: words and line ends.
-
-    The line end that closes each reply included.
-    """
-    end = replies_of(folder, "")  # what ends a session
-    replies = replies.removesuffix(end)
-    return len(replies.split()) + replies.count("\n")
-
-
 # From a pipe
 
 
@@ -54,15 +44,21 @@ def test_reply(model):
     assert err == f"{name}, iteration 100, checkpoint {prefix}, in {model}\n"
     known = set(re.findall(r"\w+", out)) & set(WORDS)
     assert len(known) >= 2, "it has learnt a little"
+    alone, err = run("--prompt", "the company", "--save_dir", model)
+    assert alone.rstrip("\n") == out.rstrip("\n")
+    assert "tokens/s" in err
+    assert run("--prompt", "", "--save_dir", model)[0].strip()
 
 
 def test_each_line_gets_a_reply(word_model):
+    """Of five words each, with a line end behind them; the last line typed has none."""
     prompts = ["the company", "", "a lazy", "  fox  ", "the company"]
-    out, err = talk(word_model, "\n".join(prompts), "--max_tokens", 5)  # the last line has no end
-    assert count_tokens(word_model, out) == len(prompts) * (5 + 1)
+    out, err = talk(word_model, "\n".join(prompts), "--max_tokens", 5)
+    end = replies_of(word_model, "")  # what ends a session
+    replies = out.removesuffix(end)
+    assert len(replies.split()) + replies.count("\n") == len(prompts) * (5 + 1)
     assert "<unk>" not in err
-    first = replies_of(word_model, prompts[0], "--max_tokens", 5)
-    assert out.startswith(first)
+    assert out.startswith(replies_of(word_model, prompts[0], "--max_tokens", 5))
 
 
 def test_commands(byte_model):
@@ -126,16 +122,6 @@ def test_text_comes_before_the_reply_is_over(byte_model):
 
 
 # One prompt
-
-
-def test_prompt(model):
-    out, err = run("--prompt", "the company", "--save_dir", model)
-    from_a_pipe = replies_of(model, "the company\n")
-    assert out.rstrip("\n") == from_a_pipe.rstrip("\n") != ""
-    assert ids(model)[0][:12] in err
-    assert "tokens/s" in err
-    out, _ = run("--prompt", "", "--save_dir", model)
-    assert out.strip()
 
 
 def test_samples_of_a_prompt(word_model):
@@ -212,6 +198,10 @@ class Terminal:
             self.type(key)
         assert "Traceback" not in self.seen, self.seen
         assert "Error" not in self.seen, self.seen
+        return self.close()
+
+    def close(self):
+        """Closes the terminal; returns the exit status of the program."""
         os.close(self.terminal)
         pid = self.pid
         self.pid = 0

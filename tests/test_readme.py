@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DATASETS, DEFAULTS, ROOT, TEXT, TINY, run, run_extra, run_folder
+from conftest import DEFAULTS, ROOT, TEXT, TINY, copy_program, run, run_extra, run_folder
 
 README = (ROOT / "README.md").read_text()
 OF_EXTRAS = (ROOT / "extras" / "README.md").read_text()
@@ -28,151 +28,84 @@ OF_MAIN = [line for line in COMMANDS if "main.py" in line]
 # Comparisons train a dozen runs: test_versus.py has smaller ones.
 OF_PROGRAMS = [line for line in COMMANDS if re.match(r"python -m extras\.(?!versus)", line)]
 SMALL = [*TINY, "--num_iters", "3", "--steps_per_report", "1", "--eval_tokens", "500"]
-NEED_A_MODEL = {
-    "--identifier",
-    "--inference",
-    "--prompt",
-    "--list",
-    "--evaluate",
-    "--init_from",
-    "--teacher",
+# What stands for what cannot be had here, or does not fit the models at hand.
+REPLACED = {
+    "--dataset ptb": "--text notes.txt --tokenizer byte",
+    "Qwen/Qwen2.5-0.5B": "python-XXXXXX",
+    "--eval_stride 32": "--eval_stride 4",
+    "$lr": "1e-3",
 }
-NAMES_OF_MODELS = "ptb-XXXXXX ptb-YYYYYY python-XXXXXX python-0f068f Qwen/Qwen2.5-0.5B".split()
-NAMES_OF_FILES = [
-    "prompts.txt",
-    "answers.jsonl",
-    "hf",
-    "model.gguf",
-    "losses.png",
-    "heads.png",
-    "cases.json",
-]
+MODELS = ["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX", "python-0f068f"]
 
 
-LOOP = r"for (\w+) in (.*?); do (.*); done"
-
-
-def unroll(command):
-    """A line of shell without its loop, if it is one."""
-    loop = re.fullmatch(LOOP, command)
-    if not loop:
-        return command
-    name, values, body = loop.groups()
-    return "; ".join(body.replace(f"${name}", value) for value in values.split())
-
-
-def program_lines(command):
-    """The arguments of each call of main.py in a line of shell."""
-    lines = []
-    for part in re.split(r"&&|\||;", unroll(command)):
-        _, program, arguments = part.partition("python main.py")
-        if program:
-            lines.append(shlex.split(arguments, comments=True))
-    return lines
-
-
-def set_value(arguments, flag, value):
-    """Replaces what follows a flag."""
-    place = arguments.index(flag)
-    arguments[place + 1] = value
-
-
-def use_text_at_hand(arguments, text):
-    """Puts a text in the place of a corpus that would be downloaded, and of other texts."""
-    if "--config" in arguments:
-        recipe = arguments[arguments.index("--config") + 1]
-        if recipe.startswith("ptb"):
-            arguments += ["--text", str(text)]
-    if "--dataset" in arguments:
-        place = arguments.index("--dataset")
-        if arguments[place + 1] == "ptb":
-            arguments[place : place + 2] = ["--text", str(text), "--tokenizer", "word"]
-    for flag in {"--text", "--test_text"} & set(arguments):
-        set_value(arguments, flag, str(text))
+def read_arguments(line, program):
+    """The arguments of each call of a program in a line of shell."""
+    for words, others in REPLACED.items():
+        line = line.replace(words, others)
+    calls = []
+    for part in re.split(r"&&|\|+|;", line):
+        _, found, arguments = part.partition(program)
+        if found:
+            calls.append(shlex.split(arguments, comments=True))
+    assert calls
+    return calls
 
 
 @pytest.fixture(scope="module")
 def model_at_hand(tmp_path_factory):
-    """A folder with a small run, which has a best checkpoint."""
+    """The folder of a small run, which has a best checkpoint."""
     folder = tmp_path_factory.mktemp("model")
     (folder / "text.txt").write_text(TEXT)
     shape = [*SMALL, "--dim", 32, "--mlp", "swiglu"]
     line = ["--text", folder / "text.txt", *shape, "--steps_per_eval", 1]
     run(*line, "--save_dir", folder / "lm")
-    return folder / "lm"
+    return run_folder(folder / "lm")
 
 
-def use_model_at_hand(arguments, model_at_hand, folder):
-    """Copies the small run to a folder, and names it and the files there as the arguments."""
-    shutil.copytree(model_at_hand, folder, dirs_exist_ok=True)
-    (folder / "prompts.txt").write_text("the company\nline 5\n")
-    name = run_folder(folder).name
-    renamed = dict.fromkeys(NAMES_OF_MODELS, name)
-    renamed["tests/cases.yaml"] = ROOT / "tests" / "cases.yaml"
-    for file in NAMES_OF_FILES:
-        renamed[file] = folder / file
-    if "--eval_stride" in arguments:
-        set_value(arguments, "--eval_stride", "4")
-    return [renamed.get(argument, argument) for argument in arguments]
-
-
-def check(arguments, folder):
-    """Types one command, and expects of it what its flags promise."""
-    given = set(arguments)
-    saved = ["--save_dir", folder]
-    if "--help" in given:
-        run(*arguments)
-        return
-    if "--evaluate" in given:
-        out, _ = run(*arguments, *saved)
-        split = arguments[arguments.index("--evaluate") + 1]
-        assert out.startswith(f"{split} ")
-    elif given & {"--inference", "--prompt"}:
-        out, _ = run(*arguments, *saved, input="line 5")
-        assert out.strip()
-    elif "--list" in given:
-        run(*arguments, *saved)
-    else:
-        has_shape = given & {"--identifier", "--init_from"}
-        small = ["--max_tokens", 8] if has_shape else SMALL
-        if "--teacher" in given:
-            set_value(arguments, "--tokenizer", "byte")
-        out, _ = run(*arguments, *small, "--num_iters", 5, *saved)
-        assert "at iteration 5" in out
+@pytest.fixture
+def place(model_at_hand, tmp_path):
+    """A folder with the texts, prompts and cases that the commands name, and runs."""
+    for name in MODELS:
+        shutil.copytree(model_at_hand, tmp_path / "runs" / name)
+    shutil.copytree(tmp_path / "runs", tmp_path / "sweep")
+    for name in ("notes.txt", "other.txt"):
+        (tmp_path / name).write_text(TEXT)
+    (tmp_path / "prompts.txt").write_text("the company\nline 5\n")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    return tmp_path
 
 
 @pytest.mark.parametrize("command", OF_MAIN)
-def test_command(command, tmp_path, text, model_at_hand):
-    """Each is typed with smaller numbers behind it (the last flag counts).
-
-    And with a text at hand instead of a download.
-    """
-    calls = program_lines(command)
-    assert calls
-    for arguments in calls:
-        use_text_at_hand(arguments, text)
-        if NEED_A_MODEL & set(arguments):
-            arguments = use_model_at_hand(arguments, model_at_hand, tmp_path)
-        check(arguments, tmp_path)
+def test_command(command, place):
+    """Each is typed, a training with smaller numbers behind it (the last flag counts)."""
+    for arguments in read_arguments(command, "python main.py"):
+        given = set(arguments)
+        if "--save_dir" not in given:
+            arguments += ["--save_dir", "runs"]
+        if given & {"--help", "--evaluate", "--inference", "--prompt", "--list"}:
+            out, _ = run(*arguments, input="line 5", cwd=place)
+            assert out.strip()
+            continue
+        arguments += ["--max_tokens", "8"]
+        if not given & {"--identifier", "--init_from"}:
+            arguments += SMALL
+        out, _ = run(*arguments, "--num_iters", 5, cwd=place)
+        assert "at iteration 5" in out
 
 
 @pytest.mark.parametrize("command", OF_PROGRAMS)
-def test_program(command, tmp_path, text, model_at_hand):
+def test_program(command, place):
     """Each writes the file that it names, and benchmark prints JSON last."""
-    _, _, module, *arguments = shlex.split(command, comments=True)
-    name = module.removeprefix("extras.")
+    [[name, *arguments]] = read_arguments(command, "python -m extras.")
+    before = set(os.listdir(place))
     if name == "benchmark":
-        use_text_at_hand(arguments, text)
-        out, _ = run_extra(name, *arguments, *SMALL, "--save_dir", tmp_path)
+        arguments += SMALL
+    out, _ = run_extra(name, *arguments, "--save_dir", "runs", cwd=place)
+    made = set(os.listdir(place)) - before
+    if name == "benchmark":
         assert out.splitlines()[-1].startswith("{")
-        return
-    arguments = use_model_at_hand(arguments, model_at_hand, tmp_path)
-    run_extra(name, *arguments, "--save_dir", tmp_path)
-    written = {tmp_path / file for file in NAMES_OF_FILES} - {tmp_path / "prompts.txt"}
-    [path] = written & {*arguments}
-    assert path.exists()
-    if name == "batch":
-        assert len(path.read_text().splitlines()) == 2
+    else:
+        assert made and made <= {*arguments}
 
 
 def test_classifier(tmp_path):
@@ -197,13 +130,8 @@ def test_classifier(tmp_path):
 def test_an_edit(tmp_path, text):
     """The snippet in place of the line that the README names: its schedule is used."""
     [snippet] = re.findall(r"```python\n(.*?)```", README, re.S)
-    code = (ROOT / "main.py").read_text()
-    code, count = re.subn(r"^SCHEDULES = .*\n", lambda match: snippet, code, flags=re.M)
-    assert count == 1
-    edited = tmp_path / "main.py"
-    edited.write_text(code)
-    shutil.copy(DATASETS, tmp_path)
-    shutil.copytree(ROOT / "extras", tmp_path / "extras")
+    [line] = re.findall(r"^SCHEDULES = .*\n", (ROOT / "main.py").read_text(), re.M)
+    edited = copy_program(tmp_path / "edited", {line: snippet})
     line = [*TINY, "--text", text, "--lr_schedule", "sqrt", "--lr_warmup", 0, "--min_lr", 0]
     line += ["--learning_rate", 0.01, "--num_iters", 4, "--steps_per_report", 1]
     out, _ = run(*line, "--save_dir", tmp_path / "lm", program=[edited])

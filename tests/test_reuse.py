@@ -3,8 +3,7 @@
 import shutil
 
 import numpy as np
-from conftest import begin, ids, saved
-from mlx.utils import tree_flatten
+from conftest import arrays, begin, ids, saved
 
 
 def test_all_weights_from_another_model(base, text, tmp_path):
@@ -23,12 +22,10 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     old = old_checkpoint.open().load_model()
     assert new.config.context_size == 16
     assert new.config.mlp == "swiglu"
-    mine = dict(tree_flatten(new.parameters()))
-    theirs = dict(tree_flatten(old.parameters()))
-    assert mine.keys() == theirs.keys()
-    for name_of_weight in mine:
-        wanted = np.array(theirs[name_of_weight])
-        np.testing.assert_allclose(np.array(mine[name_of_weight]), wanted, atol=1e-6)
+    theirs = arrays(old)
+    for name_of_weight, weight in arrays(new).items():
+        np.testing.assert_allclose(weight, theirs.pop(name_of_weight), atol=1e-6)
+    assert not theirs
     assert begin(*line, "--dim", 16, "--tokenizer", "byte", "--num_iters", 2)[:2] == (name, 1)
     shutil.rmtree(old_checkpoint.folder)
     assert begin(*line, "--num_iters", 3)[:2] == (name, 2)

@@ -9,8 +9,8 @@ import shutil
 import signal
 
 import pytest
-from conftest import ROOT, TINY, begin, ids, newest, run, run_folders, saved, start
-from conftest import wait_for
+from conftest import TINY, begin, copy_program, ids, interrupt, newest, run, run_folders, saved
+from conftest import start, wait_for
 
 SMALL = [*TINY, "--num_blocks", 1, "--sample_tokens", 0]
 
@@ -43,6 +43,8 @@ SHAPING = [
     "--average 0.5",
     "--optimizer muon",
     "--mlp gelu",
+    "--num_kv_heads 1",
+    "--lr_schedule cosine",
     "--tokenizer char",
     "--train_tokens 500",
 ]
@@ -53,7 +55,14 @@ OTHERS = (
 )
 
 
-def test_a_command_resumes_its_own_run(line, folder):
+# What the values are that are not given.
+SPELLED_OUT = (
+    "--seed 42 --learning_rate 3e-4 --dropout 0 --batch_size 4 --optimizer adamw --mlp relu2 "
+    "--mlp_dim 64 --num_kv_heads 2 --lr_schedule constant --tokenizer byte --average 0"
+)
+
+
+def test_a_command_resumes_its_own_run(line, folder, text):
     """Whichever was saved last; once more, it finds the run complete."""
     begun = []
     for options in SHAPING:
@@ -62,6 +71,9 @@ def test_a_command_resumes_its_own_run(line, folder):
         assert ("\nStarting a new run: " in out) == bool(begun)
         begun.append(name)
     assert len(set(begun)) == len(SHAPING)
+    copy = shutil.copy(text, text.with_name("copy.txt"))
+    spelled_out = ["--text", copy, *line[2:], *SPELLED_OUT.split()]
+    assert begin(*spelled_out)[:2] == (begun[0], 2)
     for options, name in zip(SHAPING[::5], begun[::5]):
         more = [*options.split(), *OTHERS.split(), "--num_iters", 4]
         resumed, iteration, out = begin(*line, *more)
@@ -170,9 +182,7 @@ def test_a_command_that_is_running_is_refused_before_its_first_save(line, folder
         _, err = run(*line, status=2)
         assert "is being trained by another process: wait for it" in err
     name, _, _ = begin(*line, "--new_model")
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    interrupt(process)
     [first] = [path.name for path in run_folders(folder) if path.name != name]
     assert name == f"{first}.2"
 
@@ -181,31 +191,20 @@ def test_a_command_that_is_running_is_refused_before_its_first_save(line, folder
 
 
 # Of a function that shapes each run; the first edit changes no number.
-EDITS = {
-    "plain": ("", ""),
-    "reworded": ('"""MLX\'s AdamW (Loshchilov & Hutter 2019)."""', '"""AdamW."""  # or Muon'),
-    "edited": ("betas = [flags.beta1, flags.beta2]", "betas = [flags.beta1, 0.98]"),
-}
+EDITS = [
+    {},
+    {'"""MLX\'s AdamW (Loshchilov & Hutter 2019)."""': '"""AdamW."""  # or Muon'},
+    {"betas = [flags.beta1, flags.beta2]": "betas = [flags.beta1, 0.98]"},
+]
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """How `run` starts the program as it is and two that were edited, {edit: options}."""
-    programs = {}
-    source = (ROOT / "main.py").read_text()
-    for name, (old, new) in EDITS.items():
-        folder = tmp_path_factory.mktemp(name)
-        for beside in ("datasets.py", "extras"):
-            (folder / beside).symlink_to(ROOT / beside)
-        (folder / "main.py").write_text(source.replace(old, new, 1) if old else source)
-        assert not old or source.count(old) == 1, old
-        programs[name] = {"program": (folder / "main.py",)}
-    return programs
-
-
-def test_an_edit_of_a_function_is_another_experiment(line, programs):
+def test_an_edit_of_a_function_is_another_experiment(line, tmp_path):
     """A finished run lets a new one begin; an unfinished one ends the command, with two ways on."""
-    plain, reworded, edited = programs.values()
+    programs = []
+    for number, edits in enumerate(EDITS):
+        path = copy_program(tmp_path / f"copy{number}", edits)
+        programs.append({"program": [path]})
+    plain, reworded, edited = programs
     leg = [*line, "--num_iters", 9, "--max_minutes", 1e-9]  # two steps: the first is not timed
     name, _, _ = begin(*leg, **plain)
     assert begin(*leg, **reworded)[:2] == (name, 2)
@@ -329,42 +328,31 @@ def odd_line(text, tmp_path):
     return ["--text", text, *TINY, "--max_tokens", 4, *folders]
 
 
-def test_commands_of_a_complete_run(odd_line, tmp_path):
-    name, _, out = begin(*odd_line, "--num_iters", 2)
-    sample, err = run(*typed(r"Run complete \(2/2\)\. To sample: ", out), input="line 5\n")
+def test_commands_of_a_run_that_ended(odd_line, tmp_path):
+    """Early, complete, and shorter than it is; and of one that is not resumed."""
+    name, _, out = begin(*odd_line, "--max_minutes", 1e-9, "--num_iters", 4)
+    assert "Ended at iteration 2 of 4. To sample: " in out
+    resumed, iteration, out = begin(*typed("To train on: ", out))
+    assert (resumed, iteration) == (name, 2)
+    sample, err = run(*typed(r"Run complete \(4/4\)\. To sample: ", out), input="line 5\n")
     assert sample.strip()
     assert err == f"{newest(tmp_path / ODD_FOLDER)}, in {tmp_path / ODD_FOLDER}\n"
-    resumed, iteration, out = begin(*typed("To train on: ", out))
-    assert (resumed, iteration) == (name, 2)
     _, _, out = begin(*odd_line, "--num_iters", 1)
-    assert begin(*typed(r"To train on: ", out))[:2] == (name, 4), "a shorter run than it is"
+    assert begin(*typed("To train on: ", out))[:2] == (name, 4)
 
-
-def test_commands_of_a_run_that_ended_early(line):
-    name, _, out = begin(*line, "--max_minutes", 1e-9, "--num_iters", 9)
-    assert "Ended at iteration 2 of 9. To sample: " in out
-    resumed, iteration, out = begin(*typed("To train on: ", out))
-    assert (resumed, iteration) == (name, 2)
-    assert "Run complete (9/9). " in out
+    other, _, out = begin(*odd_line, "--num_iters", 2, "--learning_rate", 0.01, "--dropout", 0.1)
+    assert other != name
+    told = f"Starting a new run: {name} has --learning_rate=0.0003, --dropout=0.0. "
+    assert told + "To resume that one: " in out
+    assert begin(*typed("To resume that one: ", out), "--num_iters", 9)[:2] == (name, 8)
 
 
 def test_command_of_a_run_that_was_stopped(odd_line, tmp_path):
     process = start(*odd_line, "--new_model", "--num_iters", 200)
     wait_for(process, "20/200 ")
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
+    out, _ = interrupt(process, signal.SIGTERM)
     stopped = newest(tmp_path / ODD_FOLDER)
     last = out.splitlines()[-1]
     assert last.startswith(f"Stopped at iteration {stopped.iteration}. ")
     name, iteration, _ = begin(*typed("To resume: ", last))
     assert (name, iteration) == (stopped.run, stopped.iteration)
-
-
-def test_command_of_the_run_that_is_not_resumed(odd_line):
-    name, _, _ = begin(*odd_line, "--num_iters", 2)
-    other, _, out = begin(*odd_line, "--num_iters", 2, "--learning_rate", 0.01, "--dropout", 0.1)
-    assert other != name
-    told = f"Starting a new run: {name} has --learning_rate=0.0003, --dropout=0.0. "
-    assert told + "To resume that one: " in out
-    assert begin(*typed("To resume that one: ", out), "--num_iters", 3)[:2] == (name, 2)

@@ -4,23 +4,15 @@ import math
 import random
 import re
 import shlex
-import signal
 
 import numpy as np
 import pytest
-from conftest import SCORED, TINY, flags, ids, log_rows, newest, run, saved, start, wait_for
+from conftest import SCORED, TINY, flags, ids, interrupt, log_rows, newest, run, saved, start
+from conftest import wait_for
 from datasets import load_dataset
 from mlx.utils import tree_flatten
 
 import main
-
-
-def interrupt(process):
-    """Types Ctrl+C and waits until the program has left."""
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    return out
 
 
 # ---- Exact --------------------------------------------------------------------------------------
@@ -73,7 +65,8 @@ def test_text_encoded_anew_under_a_running_process(tmp_path, text):
     run(*line, "--new_model", "--num_iters", 5)
     wait_for(first, "  loss ")
     wait_for(first, "  loss ")
-    assert "Stopped at iteration" in interrupt(first)
+    out, _ = interrupt(first)
+    assert "Stopped at iteration" in out
 
 
 def test_bfloat16_on_a_cpu(tmp_path, text):

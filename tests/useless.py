@@ -1,6 +1,6 @@
 """How often does extras.versus call a useless edit helpful or harmful? It should be one in twenty.
 
-    python tests/useless.py                  200 edits, half an hour on one core
+    python tests/useless.py                  200 edits, 40 minutes
     python tests/useless.py --edits 20 --seed 7
 
 A useless edit shuffles the columns of one matrix of a model's first weights: these are independent
@@ -9,68 +9,67 @@ of its own, fixed before. Prints a line an edit, then the count.
 """
 
 import argparse
+import json
+import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "--text text.txt --dim 16 --num_blocks 1 --num_heads 2 --context_size 16 --batch_size 8 "
+MODEL += "--num_iters 150 --learning_rate 3e-2 --lr_warmup 5 --lr_schedule cosine"
+LAST_LINE = "    model.load_weights(weights)\n"  # of init_weights
+EDIT = """
+    drawn = [name for name, value in weights if value.ndim > 1 and value.any()]
+    values = dict(weights)
+    name = drawn[{place} % len(drawn)]
+    columns = np.random.default_rng({place}).permutation(values[name].shape[1])
+    values[name] = values[name][:, mx.array(columns)]
+    model.load_weights([*values.items()])
+"""
 
-import main  # noqa: E402  (before NumPy's products: it chooses the BLAS)
-import mlx.core as mx  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
 
-from extras.versus import Outcome, describe_verdict, measure  # noqa: E402
+def copy_project(folder):
+    """Copies the program and a text into a folder, and commits the former."""
+    shutil.copytree(ROOT / "extras", folder / "extras")
+    for name in ("main.py", "datasets.py"):
+        shutil.copy(ROOT / name, folder)
+    author = ["-c", "user.name=useless", "-c", "user.email=useless@localhost"]
+    for words in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "before"]):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    lines = [f"{i} times {i % 7} is {i * (i % 7)}, more or less.\n" for i in range(900)]
+    (folder / "text.txt").write_text("".join(lines))
 
-MODEL = "--dim 16 --num_blocks 1 --num_heads 2 --context_size 16 --batch_size 8 --num_iters 150 "
-MODEL += "--learning_rate 3e-2 --lr_warmup 5 --lr_schedule cosine"
-PAIRS = 6
 
-
-def outcome(dataset, seed, place=None):
-    """The Outcome of a training; place: a number that says which weights are shuffled, and how."""
-    flags = main.settle(main.read_command_line([*MODEL.split(), "--seed", str(seed)]))
-    run = main.make_run(None, flags, None, {}, dataset, main.SingleProcess())
-    if place is not None:
-        weights = dict(tree_flatten(run.model.trainable_parameters()))
-        drawn = sorted(name for name in weights if np.array(weights[name]).std() > 0)
-        name = drawn[place % len(drawn)]
-        columns = np.random.default_rng(place).permutation(weights[name].shape[1])
-        shuffled = np.array(weights[name])[:, columns]
-        run.model.load_weights([(name, mx.array(shuffled))], strict=False)
-    step = main.make_step(run.model, run.optimizer, flags)
-    while run.iteration < flags.num_iters:
-        main.train_step(run, step)
-    score = main.evaluate(run.model, dataset.valid.tokens, 64)
-    return Outcome(str(score), score, {}, 1.0, None)
+def compare(folder, place, first_seed):
+    """What extras.versus says of an edit; place: a number that says which weights it shuffles."""
+    source = (ROOT / "main.py").read_text()
+    assert source.count(LAST_LINE) == 1
+    (folder / "main.py").write_text(source.replace(LAST_LINE, EDIT.format(place=place)))
+    options = ["--json", "--seeds", str(first_seed), "--", *MODEL.split()]
+    line = [sys.executable, "-m", "extras.versus", "HEAD", *options, "--save_dir", f"runs{place}"]
+    done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def count_verdicts(edits, seed):
     """Prints a line an edit; returns how many were said to have helped or hurt."""
-    main.use_device(gpu=False)
     generator = np.random.default_rng(seed)
+    seeds = 100 * generator.choice(10**6, edits, replace=False)
+    places = generator.choice(10**6, edits, replace=False)
     called = 0
-    with tempfile.TemporaryDirectory() as folder:
-        lines = [f"{i} times {i % 7} is {i * (i % 7)}, more or less.\n" for i in range(900)]
-        text = Path(folder, "text.txt")
-        text.write_text("".join(lines))
-        flags = main.settle(main.read_command_line(["--text", str(text), "--data_dir", folder]))
-        dataset = main.load_data(flags)
-        seeds = generator.choice(10**6, (edits, PAIRS), replace=False)
-        places = generator.integers(10**6, size=edits)
-        for number, (own, place) in enumerate(zip(seeds.tolist(), places.tolist())):
-            pairs = [(outcome(dataset, each), outcome(dataset, each, place)) for each in own]
-            result = {"steps": 150, "seeds": own} | measure(pairs)
-            verdict = describe_verdict(result, tries=1)
-            called += verdict in ("Helped.", "Hurt.")
-            ratio = result["spread"] / np.std([before.score for before, _ in pairs], ddof=1)
-            print(
-                f"{number + 1:>4}  {result['difference']:+.4f}, {result['low']:+.4f} to "
-                f"{result['high']:+.4f}; spread {ratio:.2f} of that of a side  "
-                f"{verdict.split('.')[0]}",
-                flush=True,
-            )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_project(folder)
+        for number, (place, first_seed) in enumerate(zip(places.tolist(), seeds.tolist()), 1):
+            result = compare(folder, place, first_seed)
+            called += result["verdict"] in ("Helped.", "Hurt.")
+            interval = f"{result['low']:+.4f} to {result['high']:+.4f}"
+            verdict = result["verdict"].split(".")[0]
+            print(f"{number:>4}  {result['difference']:+.4f}, {interval}  {verdict}", flush=True)
     return called
 
 

@@ -3,14 +3,13 @@
 The oracle is main.py's Decoder, which continues one text: all else has to give the same tokens.
 """
 
-import math
 import re
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TEXT, TINY, Constant, flags, ids, run
-from test_sampling import DISTRIBUTIONS, make_model, tokens_of
+from conftest import TEXT, TINY, Script, flags, ids, run
+from test_sampling import make_model, tokens_of
 
 from extras.decode import BatchDecoder, SpeculativeDecoder
 
@@ -18,13 +17,24 @@ from extras.decode import BatchDecoder, SpeculativeDecoder
 # ---- Many texts together ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rules, weights", DISTRIBUTIONS, ids=str)
+# Logits are logarithms of 4, 1, 3, 2, 1/2. At temperature 1/2 these numbers are squared, at 2 their
+# roots count.
+@pytest.mark.parametrize("rules, weights", [  # flags, and what each token is drawn in proportion to
+    (dict(), [4, 1, 3, 2, 0.5]),
+    (dict(temperature=0.5), [16, 1, 9, 4, 0.25]),
+    (dict(temperature=0.5, top_k=3), [16, 0, 9, 4, 0]),
+    (dict(temperature=2.0, top_k=2), [2, 0, 3**0.5, 0, 0]),
+    (dict(top_p=0.8), [4, 0, 3, 2, 0]),
+    (dict(min_p=0.3), [4, 0, 3, 2, 0]),
+    (dict(repetition_penalty=2.0), [2, 1, 3, 2, 0.25]),  # of the first and the last
+    (dict(temperature=0.5, top_k=4, top_p=0.9, min_p=0.5), [16, 0, 9, 0, 0]),
+], ids=str)  # fmt: skip
 def test_what_is_drawn_has_the_right_distribution(rules, weights):
-    draws = 100_000
-    logits = [math.log(weight) for weight in (4, 1, 3, 2, 0.5)]
+    draws = 30_000
+    logits = np.log([4, 1, 3, 2, 0.5])
     given = flags(**dict(temperature=1.0, top_k=0) | rules)
     texts = [[4, 0] for _ in range(draws)]
-    decoder = BatchDecoder(Constant(logits), texts)
+    decoder = BatchDecoder(Script(lambda token: logits), texts)
     [drawn] = decoder.generate(1, given, range(draws))
     assert [text[2] for text in texts] == drawn
     counts = np.bincount(drawn, minlength=5)

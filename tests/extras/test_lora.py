@@ -1,76 +1,55 @@
 """LoRA: adapters that begin as nothing and are trained alone, and the base that they need."""
 
-import re
 import shutil
 
 import main
 import mlx.core as mx
 import numpy as np
-from conftest import begin, flags, newest, run, run_extra, saved, start
-from datasets import ByteTokenizer
-from mlx.utils import tree_flatten
+import pytest
+from conftest import arrays, begin, newest, run, run_extra, saved, start, wait_for
+from datasets import ByteTokenizer, load_dataset
 from test_huggingface import logits_of, make_model
-from test_interrupts import wait_for
 
 from extras.huggingface import export_model, import_model
-from extras.lora import add_lora, init_lora, merge
 
 
-def test_adapters_begin_as_nothing_and_alone_are_trained():
-    model = make_model(mlp="relu2", qkv_bias=True)
-    base = make_model(mlp="relu2", qkv_bias=True)
-    add_lora(model, 4, 8)
-    given = flags(dim=64, batch_size=4, learning_rate=0.1, lr_warmup=0)
-    init_lora(model, 1)
-    tokens = np.random.default_rng(0).integers(257, size=20).tolist()
-    np.testing.assert_array_equal(logits_of(model, tokens), logits_of(base, tokens))
-    names = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    assert len(names) == 2 * 2 * 6
-    for name in names:
-        assert re.search(r"layers\.\d\.\w+\.\w+_proj\.lora_[ab]$", name)
-    optimizer = main.make_optimizer(model, given)
-    step = main.make_step(model, optimizer, given)
-    dropout = main.draw_dropout(0, 4, given)
-    batch = mx.array(np.random.default_rng(1).integers(257, size=(4, 9)))
-    for _ in range(3):
-        step(batch[:, :-1], batch[:, 1:], *dropout)
-    trained = dict(tree_flatten(model.parameters()))
-    for name, weight in tree_flatten(base.parameters()):
-        assert mx.array_equal(trained[name], weight), "the base stays as it was"
-    for name in names:
-        assert mx.any(trained[name] != 0)
-    assert np.abs(logits_of(model, tokens) - logits_of(base, tokens)).max() > 0.01
+def assert_adapters_on(base, checkpoint, scale):
+    """A model is its base but for scale * B A in each layer; returns B of all layers."""
+    adapters = mx.load(str(checkpoint.weights_path))
+    layers = sorted({name.rpartition(".")[0] for name in adapters})
+    expected = arrays(base)
+    matrices = []
+    for layer in layers:
+        a = np.array(adapters.pop(f"{layer}.lora_a"))
+        b = np.array(adapters.pop(f"{layer}.lora_b"))
+        expected[f"{layer}.weight"] += scale * b @ a
+        matrices.append(b)
+    assert not adapters, "nothing else is saved"
+    found = arrays(checkpoint.open().load_model())
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        np.testing.assert_allclose(weight, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    return matrices
 
 
-def test_merged_weights_by_hand():
-    """Of rank 1 and alpha 3 the update is three times the outer product of B and A."""
-    base = make_model(num_blocks=1)
-    model = make_model(num_blocks=1)
-    add_lora(model, 1, 3)
-    adapters = {}
-    for name, adapter in tree_flatten(model.trainable_parameters()):
-        adapters[name] = mx.ones_like(adapter)
-    name = "model.layers.0.self_attn.q_proj"
-    random = np.random.default_rng(0)
-    a = random.normal(size=(1, 64)).astype(np.float32)
-    b = random.normal(size=(64, 1)).astype(np.float32)
-    adapters[f"{name}.lora_a"] = mx.array(a)
-    adapters[f"{name}.lora_b"] = mx.array(b)
-    before = {name: np.array(weight) for name, weight in tree_flatten(base.parameters())}
-    merged = merge(base, adapters, 1, 3)
-    assert merged.keys() == before.keys()
-    expected = before[f"{name}.weight"] + 3 * np.outer(b, a)
-    found = np.array(merged[f"{name}.weight"])
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    for name, weight in before.items():
-        if "_proj" not in name:
-            np.testing.assert_array_equal(np.array(merged[name]), weight)
-        elif "q_proj" not in name:
-            np.testing.assert_allclose(np.array(merged[name]), weight + 3, rtol=1e-6)
+def assert_scored_as_merged(checkpoint, text):
+    """Its last score, of base and adapters as they were trained, is that of the merged weights."""
+    tokens = load_dataset("text", text.parent, [text]).valid.tokens
+    nats = main.evaluate(checkpoint.open().load_model(), tokens, 4)
+    assert checkpoint.scores[-1] == [checkpoint.iteration, pytest.approx(nats, abs=1e-5)]
 
 
 LORA = "--lora_rank 2 --dropout 0.1 --average 0.3 --learning_rate 0.03 --lr_warmup 5".split()
 LORA += ["--max_tokens", 8, "--num_iters"]
+
+
+def test_adapters_begin_as_nothing(base, text):
+    folder, id = base
+    model = newest(folder).open().load_model()
+    line = ["--text", text, "--init_from", id, "--save_dir", folder, "--learning_rate", 0]
+    run(*line, "--lora_rank", 2, "--num_iters", 1)
+    matrices = assert_adapters_on(model, newest(folder), 2)
+    assert not any(matrix.any() for matrix in matrices)
 
 
 def test_lora_run(base, text, tmp_path):
@@ -79,7 +58,9 @@ def test_lora_run(base, text, tmp_path):
     Interrupted, and without its base, it ends with the same checkpoint.
     """
     folder, id = base
-    line = ["--text", text, "--init_from", id[:10], *LORA]
+    model = newest(folder).open().load_model()
+    line = ["--text", text, "--init_from", id[:10], "--steps_per_eval", 4, "--eval_tokens", 0]
+    line += LORA
     shutil.copytree(folder, tmp_path / "whole")
     out, _ = run(*line, 12, "--save_dir", tmp_path / "whole")
     assert "trainable" in out
@@ -89,23 +70,17 @@ def test_lora_run(base, text, tmp_path):
     last = newest(folder)
     assert last.id == newest(tmp_path / "whole").id
     assert last.flags["lora_alpha"] == 4
-    weights = mx.load(str(last.weights_path))
-    assert len(weights) == 2 * 2 * 7
-    assert all("lora_" in name for name in weights)
+    matrices = assert_adapters_on(model, last, 2)
+    assert len(matrices) == 2 * 7
+    assert all(matrix.any() for matrix in matrices)
+    assert_scored_as_merged(last, text)
     # It goes on without the base being named again.
     assert begin("--save_dir", folder, "--num_iters", 13)[:2] == (name, 12)
 
-    live = saved(tmp_path / "whole")[-1].open().load_model()
-    add_lora(live, 2, 4)
-    live.load_weights(list(weights.items()), strict=False)
-    contents = last.open()
-    merged = contents.load_model()
-    tokens = contents.tokenizer.encode("line 5: the quick").tolist()
-    expected = logits_of(live, tokens)
-    np.testing.assert_allclose(logits_of(merged, tokens), expected, rtol=0, atol=1e-4)
     run_extra("export", tmp_path / "hf", "--identifier", last.id, "--save_dir", folder)
     again, *_ = import_model(tmp_path / "hf")
-    np.testing.assert_array_equal(logits_of(again, tokens), logits_of(merged, tokens))
+    merged = last.open().load_model()
+    np.testing.assert_array_equal(logits_of(again, [1, 2, 3]), logits_of(merged, [1, 2, 3]))
 
 
 def test_branches_of_a_lora_run_and_adapters_on_it(base, text):
@@ -129,15 +104,20 @@ def test_branches_of_a_lora_run_and_adapters_on_it(base, text):
 
 
 def test_a_base_with_more_rows_than_ids(tmp_path, text):
-    """As Qwen3's, padded for speed: its shape stays, in every leg and without the folder."""
+    """As Qwen's, padded for speed, with biases: its shape stays, without the folder, too."""
     hf = tmp_path / "hf"
-    export_model(make_model(257 + 24), ByteTokenizer(), hf, None)
-    line = ["--text", text, "--lora_rank", 2, "--max_tokens", 8, "--save_dir", tmp_path / "lm"]
-    line += ["--init_from", hf]
+    base = make_model(257 + 24, qkv_bias=True)
+    export_model(base, ByteTokenizer(), hf, None)
+    line = ["--text", text, "--lora_rank", 2, "--lora_alpha", 3, "--init_from", hf]
+    line += ["--learning_rate", 0.03, "--lr_warmup", 0, "--steps_per_eval", 2, "--eval_tokens", 0]
+    line += ["--max_tokens", 8, "--save_dir", tmp_path / "lm"]
     name, _, _ = begin(*line, "--num_iters", 2)
     shutil.rmtree(hf)
     assert begin(*line, "--num_iters", 4)[:2] == (name, 2)
-    assert newest(tmp_path / "lm").config["vocab_size"] == 281
+    last = newest(tmp_path / "lm")
+    assert last.config["vocab_size"] == 281
+    assert_adapters_on(base, last, 1.5)
+    assert_scored_as_merged(last, text)
     run("--prompt", "line", "--max_tokens", 8, "--identifier", name, "--save_dir", tmp_path / "lm")
 
 

@@ -2,9 +2,8 @@
 
 import shutil
 
-import main
 import pytest
-from conftest import TINY, rows_of, run, run_extra, run_folders
+from conftest import TINY, rows_of, run, run_extra, run_folders, saved
 
 from extras import plot
 
@@ -34,7 +33,7 @@ def test_losses(trained, figures, count):
                 best = min(rows, key=lambda row: row["loss"])
                 label += f": best {best['loss']:.4f} at {best['iteration']}"
                 if count == 2:
-                    label += f"\n--seed={main.list_run(folder)[0].flags['seed']}"
+                    label += f"\n--seed={saved(trained, folder.name)[0].flags['seed']}"
             assert steps.get_label() == label
     assert next(curves, None) is None
 
