@@ -6,9 +6,9 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import arrays, begin, newest, run, run_extra, saved, start, wait_for
+from conftest import arrays, begin, make_model, newest, run, run_extra, saved, start, wait_for
 from datasets import ByteTokenizer, load_dataset
-from test_huggingface import logits_of, make_model
+from test_huggingface import logits_of
 
 from extras.huggingface import export_model, import_model
 
@@ -106,7 +106,7 @@ def test_branches_of_a_lora_run_and_adapters_on_it(base, text):
 def test_a_base_with_more_rows_than_ids(tmp_path, text):
     """As Qwen's, padded for speed, with biases: its shape stays, without the folder, too."""
     hf = tmp_path / "hf"
-    base = make_model(257 + 24, qkv_bias=True)
+    base = make_model(vocab_size=257 + 24, mlp="swiglu", qkv_bias=True)
     export_model(base, ByteTokenizer(), hf, None)
     line = ["--text", text, "--lora_rank", 2, "--lora_alpha", 3, "--init_from", hf]
     line += ["--learning_rate", 0.03, "--lr_warmup", 0, "--steps_per_eval", 2, "--eval_tokens", 0]

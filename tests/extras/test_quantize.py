@@ -5,9 +5,9 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, run
+from conftest import TINY, make_model, run
 from mlx.utils import tree_flatten
-from test_huggingface import logits_of, make_model
+from test_huggingface import logits_of
 
 from datasets import ByteTokenizer
 from extras.huggingface import export_model, import_model
@@ -19,9 +19,9 @@ def test_sixteen_bits_are_float16(tmp_path, capsys):
 
     Unpacked to sample with, packed to export, which mlx_lm and imports read.
     """
-    model = make_model(dim=40, seed=5)
-    plain = make_model(dim=40, seed=5)
-    packed = make_model(dim=40, seed=5)
+    model = make_model(vocab_size=257, dim=40, seed=5)
+    plain = make_model(vocab_size=257, dim=40, seed=5)
+    packed = make_model(vocab_size=257, dim=40, seed=5)
     assert quantize(model, 16, packed=False) is None
     assert "16 bits: the matrices'" in capsys.readouterr().err
     before = dict(tree_flatten(plain.parameters()))
@@ -44,11 +44,11 @@ def test_sixteen_bits_are_float16(tmp_path, capsys):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_weights(dim, group, bits, capsys):
     """Matrices are what MLX makes of them, packed or not; their size is said."""
-    model = make_model(dim=dim)
+    model = make_model(dim=dim, mlp_dim=2 * dim)
     before = dict(tree_flatten(model.parameters()))
     assert quantize(model, bits, packed=False) == group
     err = capsys.readouterr().err
-    packed = make_model(dim=dim)
+    packed = make_model(dim=dim, mlp_dim=2 * dim)
     quantize(packed, bits, packed=True)
     size = 0
     for name, weight in tree_flatten(model.parameters()):
