@@ -176,7 +176,7 @@ class Tensors(dict):
         for name, entry in arrays.items() if isinstance(arrays, dict) else ():
             try:
                 header[name], added = fitted(entry, len(content))
-            except (KeyError, TypeError, AttributeError):
+            except (KeyError, TypeError, AttributeError, OverflowError):
                 header[name] = str(entry)  # what was put there is no array any more
             else:
                 content += added
