@@ -572,21 +572,56 @@ def spread(optimizer):
 MUON_RATE = 5
 
 
-class Muon(optim.Muon):
-    """MLX's Muon (Jordan et al. 2024) with decoupled weight decay, like AdamW's.
+class Muon(optim.Optimizer):
+    """Muon (Jordan et al. 2024) with decoupled weight decay, like AdamW's.
 
-    MLX itself adds the decay to the gradient before orthogonalizing it.
+    MLX's own orthogonalizes one matrix at a time, and adds the decay to its gradient before.
     """
 
-    def __init__(self, learning_rate, weight_decay):
-        super().__init__(learning_rate, weight_decay=0.0)
-        self.decay = weight_decay
+    def __init__(self, learning_rate, weight_decay, momentum=0.95):
+        super().__init__()
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.momentum = momentum
+
+    def init_single(self, parameter, state):
+        state["v"] = mx.zeros_like(parameter)
+
+    def apply_gradients(self, gradients, parameters):
+        directions = super().apply_gradients(gradients, parameters)  # by apply_single
+        # All matrices of a shape at once: a third of the operations.
+        by_shape = {}
+        for name, direction in tree_flatten(directions):
+            by_shape.setdefault(direction.shape, {})[name] = direction
+        orthogonal = []
+        for matrices in by_shape.values():
+            stack = mx.stack([*matrices.values()])
+            orthogonal += zip(matrices, self.orthogonalize(stack))
+        return tree_map(self.move, tree_unflatten(orthogonal), parameters)
 
     def apply_single(self, gradient, parameter, state):
-        # AdamW decays by its learning rate times `decay`; this does the same, with AdamW's rate.
-        decay = self.learning_rate * self.decay / MUON_RATE
-        parameter = parameter * (1 - decay)
-        return super().apply_single(gradient, parameter, state)
+        """The direction in which to move a matrix: Nesterov momentum, not orthogonal yet."""
+        v = self.momentum * state["v"] + (1 - self.momentum) * gradient
+        state["v"] = v
+        return gradient * (1 - self.momentum) + v * self.momentum
+
+    def orthogonalize(self, stack):
+        """Matrices [N, R, C] with all singular values brought near 1, by Newton-Schulz steps."""
+        is_tall = stack.shape[1] > stack.shape[2]
+        x = stack.swapaxes(1, 2) if is_tall else stack
+        x = x / (mx.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
+        a, b, c = 3.4445, -4.7750, 2.0315
+        for _ in range(5):
+            gram = x @ x.swapaxes(1, 2)
+            x = mx.addmm(a * x, mx.addmm(b * gram, gram, gram, alpha=c), x)
+        return x.swapaxes(1, 2) if is_tall else x
+
+    def move(self, direction, matrix):
+        rows, columns = matrix.shape
+        rate = self.learning_rate * max(1, rows / columns) ** 0.5
+        # AdamW decays by its learning rate times weight_decay; this does the same, with its rate.
+        decay = self.learning_rate * self.weight_decay / MUON_RATE
+        return matrix * (1 - decay) - rate * direction
 
 
 def adamw(flags, weight_decay):
@@ -642,7 +677,7 @@ def is_matrix_of_block(name, parameter):
 def set_learning_rate(optimizer, rate):
     """Sets the learning rate of all groups; Muon's is MUON_RATE times the others'."""
     for group in optimizer.optimizers:
-        group.learning_rate = rate * MUON_RATE if isinstance(group, optim.Muon) else rate
+        group.learning_rate = rate * MUON_RATE if isinstance(group, Muon) else rate
 
 
 def constant(done, flags):

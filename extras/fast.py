@@ -771,7 +771,22 @@ def spread(optimizer):
             return update(gradient, parameter, state)
 
     optimizer.apply_single = apply_single
+    if hasattr(optimizer, "orthogonalize"):  # Muon
+        optimizer.orthogonalize = partial(in_shares, optimizer.orthogonalize)
     return optimizer
+
+
+def in_shares(function, stack):
+    """function(stack), arrays [N, ...]; each stream computes it for a share of them."""
+    streams = current_streams()
+    shares = []
+    for i, stream in enumerate(streams):
+        start = len(stack) * i // len(streams)
+        end = len(stack) * (i + 1) // len(streams)
+        if start < end:
+            with mx.stream(stream):
+                shares += [*function(stack[start:end])]
+    return shares
 
 
 def adamw_update(optimizer, gradient, parameter, state):
