@@ -241,6 +241,19 @@ class RMSNorm(nn.RMSNorm):
 
 
 @fast_version
+def look_up(table, tokens):
+    """The rows of table [V, D] that belong to tokens [B, L]: [B, L, D]."""
+    return table[tokens]
+
+
+class Embedding(nn.Embedding):
+    """MLX's embeddings."""
+
+    def __call__(self, tokens):
+        return look_up(self.weight, tokens)
+
+
+@fast_version
 def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
@@ -440,7 +453,7 @@ class Transformer(nn.Module):
         super().__init__()
         # Gradient checkpointing: only the input of each block is kept for the backward pass.
         self.grad_checkpoint = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = [Block(config, i) for i in range(config.num_blocks)]
         self.norm = RMSNorm(config.dim, config.norm_eps)
 

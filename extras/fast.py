@@ -52,6 +52,7 @@ STANDS_FOR = {
     "linear_product": "ff0abe472d3425b776ff5beccb1be8ea2a44c1ed",
     "rms_norm": "d3fdc87a5922db517665e62eb46ae2c406becfdc",
     "rotate": "5708c82a764dfae9bf3d9103bc116204ffccb9b0",
+    "look_up": "fb36cdadc4f35e972c00030cb16fff469c324380",
     "attend": "3a7206c1b9eeb9d9df2e4c6631acc1b85c616f97",
     "relu2": "0d592a5d303b1368d944bce50714cc77f010964a",
     "checkpoint_block": "f900bb0226b03db87053aceaa9fcaece581adec0",
@@ -332,6 +333,52 @@ def rotation(offset, frequencies):
     return mx.array(np.block([[cosines, sines], [-sines, cosines]]).astype(np.float32))
 
 
+# ---- Embeddings ---------------------------------------------------------------------------------
+def look_up(table, tokens):
+    """main.py's `look_up`; on a GPU, its gradient is the same each time.
+
+    There MLX adds up the rows of a token in an order that varies, so that no run would repeat.
+    """
+    if on_gpu():
+        return rows_of(table, tokens)
+    return table[tokens]
+
+
+@mx.custom_function
+def rows_of(table, tokens):
+    return table[tokens]
+
+
+@rows_of.vjp
+def gradient_of_table(inputs, gradient, output):
+    table, tokens = inputs
+    sums = sum_by_id(gradient.flatten(0, -2), tokens.flatten(), len(table))
+    return sums, mx.zeros_like(tokens)
+
+
+def sum_by_id(rows, ids, count):
+    """The sums [count, D] of the rows [N, D] that have the same id; ids: [N].
+
+    Sorted by id, each row adds the one before it, then the one two before, four before and so on,
+    where that has its id: the last row of an id is then the sum of all.
+    """
+    order = mx.argsort(ids)
+    passes = (len(ids) - 1).bit_length()
+    room = [(2**passes - 1, 0), (0, 0)]  # of zeros: each pass leaves out its first rows
+    sums = mx.pad(rows[order], room)
+    ids = mx.pad(ids[order, None], room)
+    for i in range(passes):
+        distance = 2**i
+        is_same = ids[distance:] == ids[:-distance]
+        sums = sums[distance:] + mx.where(is_same, sums[:-distance], 0)
+        ids = ids[distance:]
+    is_last = mx.concatenate([ids[1:] != ids[:-1], mx.array([[True]])])
+    places = mx.where(is_last, ids, count).flatten()
+    table = mx.zeros((count + 1, rows.shape[1]))
+    table[places] = sums  # those that are not an id's last go to a row that is left out
+    return table[:count]
+
+
 # ---- Attention ----------------------------------------------------------------------------------
 def exp(x):
     """e to the x, for x <= 0, within 2e-6; constant at 1e-13 below -30.
@@ -486,8 +533,10 @@ def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk, training=True
     needed.
     """
     # Chunks of 2^23 logits (32 MiB) cost no time; with fewer than 128 rows, the products of a large
-    # vocabulary become slow.
+    # vocabulary become slow. A GPU needs larger ones: each chunk reads all of the head.
     most = max(128, 2**23 // len(head))
+    if on_gpu():
+        most = max(1024, 2**27 // len(head))
     chunks = math.ceil(len(hidden) / most)
     size = math.ceil(len(hidden) / chunks)
     loss = mx.array(0.0)
@@ -503,6 +552,13 @@ def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk, training=True
         logits = (inputs @ head.T).astype(mx.float32)  # [n, V]
         chunk_loss, powers, scale = loss_of_chunk(logits, targets[rows], weight, rows)
         loss = loss + chunk_loss
+        if on_gpu():
+            is_target = mx.arange(len(head)) == targets[rows, None]
+            gradient = (powers * scale - mx.where(is_target, weight, 0)).astype(head.dtype)
+            hidden_gradients.append(gradient @ head)
+            of_head = (gradient.T @ inputs).astype(mx.float32)
+            head_gradient = of_head if start == 0 else head_gradient + of_head
+            continue
         powers = powers.astype(head.dtype)
         scale = scale.astype(head.dtype)
         of_targets = head[targets[rows]] * weight.astype(head.dtype)  # [n, D]
@@ -512,9 +568,10 @@ def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk, training=True
             head_gradient = powers.T @ inputs  # [V, D]
         else:
             head_gradient = mx.addmm(head_gradient, powers.T, inputs)
-    states = hidden.astype(mx.float32) * weights[:, None]  # [N, D]
-    # `at` adds up repeated targets.
-    head_gradient = head_gradient.astype(mx.float32).at[targets].subtract(states)
+    if not on_gpu():
+        states = hidden.astype(mx.float32) * weights[:, None]  # [N, D]
+        # `at` adds up repeated targets.
+        head_gradient = head_gradient.astype(mx.float32).at[targets].subtract(states)
     return loss, mx.concatenate(hidden_gradients), head_gradient
 
 

@@ -37,7 +37,6 @@ ON_GPUS = set(
     Reshape RightShift Rsqrt Scatter Select Sigmoid Sin Slice SliceUpdate Softmax Sort Split Sqrt
     Square Squeeze StopGradient Subtract Sum Transpose Unflatten""".split()
 )
-ON_GPUS.add("Scatter Sum")
 
 
 def on_gpu(*arguments, **options):
