@@ -30,9 +30,11 @@ head dimension, V vocabulary, N any number.
 import contextlib
 import ctypes
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -710,6 +712,34 @@ def use_cpu():
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
     use_precompiled_header()
     set_blas_threads(count_cores())  # a share of a batch gets one, see use_streams
+
+
+def use_gpu():
+    """Prepares MLX for a GPU, before anything is computed.
+
+    The order of sums stays the same and, on Metal, arrays stay in memory.
+    """
+    # cuDNN adds up the gradient of attention in an order that varies.
+    os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
+    most = mx.device_info().get("max_recommended_working_set_size")
+    if most:  # Metal's
+        mx.set_wired_limit(most)
+
+
+def describe_blas():
+    """What multiplies matrices, with the versions on which the last bits depend."""
+    if not on_gpu():
+        return BLAS
+    macos, _, _ = platform.mac_ver()  # "" elsewhere
+    parts = [f"Metal of macOS {macos}" if macos else "CUDA"]
+    for path in Path("/proc/driver/nvidia").glob("version"):  # not there in WSL
+        parts += re.findall(r"Module +([\d.]+)", path.read_text("utf-8"))
+    for package in importlib.metadata.distributions():
+        if package.name.startswith("nvidia-cublas"):
+            parts.append(f"{package.name} {package.version}")
+    if os.environ.get("MLX_ENABLE_TF32") != "0":
+        parts.append("TF32")
+    return ", ".join(parts)
 
 
 def count_cores():
