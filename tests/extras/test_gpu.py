@@ -101,6 +101,7 @@ def test_a_command_does_as_on_a_cpu(typed, trained, tmp_path):
 
 @pytest.mark.parametrize("kind", ["metal", "cuda"])
 def test_more_than_the_gpus_memory_is_refused(kind, trained, tmp_path):
-    line = ["--text", trained / "text.txt", *TINY, "--dim", 512, "--save_dir", tmp_path]
-    _, err = on_gpu(f"GPU={kind}", f"GPU_BYTES={16 << 20}", *line, status=2)
+    line = ["--text", trained / "text.txt", *TINY, "--dim", 512, "--num_iters", 1]
+    memory = [f"GPU={kind}", f"GPU_BYTES={16 << 20}"]
+    _, err = on_gpu(*memory, *line, "--save_dir", tmp_path, status=2)
     assert "this needs at least" in err
