@@ -2188,7 +2188,7 @@ def use_device(gpu):
         # mlx-cpu and mlx-cuda-13 have a library of the same name: the one installed last is used.
         needed = "pip uninstall mlx-cpu; pip install --force-reinstall 'mlx[cuda13]', for NVIDIA's"
         if sys.platform == "darwin":
-            needed = "a Python for arm64, on Apple silicon and macOS 14"
+            needed = "in a Python for arm64, on Apple silicon with macOS 14"
         raise UsageError(f"--gpu: MLX sees no GPU; leave it out, or install MLX for it: {needed}")
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
     # MLX loads what it has compiled from the folder for temporary files, where another user could

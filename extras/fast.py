@@ -6,6 +6,7 @@ of the same names:
     linear_product    products with a layer's matrix, whose gradient is stored like the matrix
     rms_norm          RMSNorm, and
     rotate            RoPE, in fewer operations
+    look_up           embeddings, whose gradients repeat on a GPU
     attend            causal attention, with a softmax that uses the vector units
     relu2             squared ReLU, with a gradient that uses them
     checkpoint_block  gradient checkpointing, block by block
@@ -19,9 +20,9 @@ fast.c, which it compiles, passes MLX's matrix products on to a fast BLAS.
 
 They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each stands
 for the plain function with the SHA1 in STANDS_FOR: one that was edited is used itself. On a GPU,
-all but cross_entropy leave the work to MLX. Without this file, or with the environment variable
-DISABLE_FAST set, main.py works the same, only slower, but for --teacher, several ranks and
-bfloat16 on a CPU, which need it.
+all but look_up and cross_entropy leave the work to MLX. Without this file, or with the environment
+variable DISABLE_FAST set, main.py works the same, only slower, but for --teacher, several ranks,
+bfloat16 on a CPU and runs that repeat on a GPU, which need it.
 
 Shapes: B rows of a batch, L positions, D model dimension, H query heads, K key and value heads, d
 head dimension, V vocabulary, N any number.
@@ -239,12 +240,41 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 
-# ---- Linear layers ------------------------------------------------------------------------------
+# ---- GPUs ---------------------------------------------------------------------------------------
 def on_gpu():
     """Whether MLX computes on a GPU, where its own functions are fast."""
     return mx.default_device() == mx.gpu
 
 
+def use_gpu():
+    """Prepares MLX for a GPU, before anything is computed.
+
+    The order of sums stays the same and, on Metal, arrays stay in memory.
+    """
+    # cuDNN adds up the gradient of attention in an order that varies.
+    os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
+    most = mx.device_info().get("max_recommended_working_set_size")
+    if most:  # Metal's
+        mx.set_wired_limit(most)
+
+
+def describe_blas():
+    """What multiplies matrices, with the versions on which the last bits depend."""
+    if not on_gpu():
+        return BLAS
+    macos, _, _ = platform.mac_ver()  # "" elsewhere
+    parts = [f"Metal of macOS {macos}" if macos else "CUDA"]
+    for path in Path("/proc/driver/nvidia").glob("version"):  # not there in WSL
+        parts += re.findall(r"Module +([\d.]+)", path.read_text("utf-8"))
+    for package in importlib.metadata.distributions():
+        if package.name.startswith("nvidia-cublas"):
+            parts.append(f"{package.name} {package.version}")
+    if os.environ.get("MLX_ENABLE_TF32") != "0":
+        parts.append("TF32 allowed")
+    return ", ".join(parts)
+
+
+# ---- Linear layers ------------------------------------------------------------------------------
 def linear_product(x, weight):
     """main.py's `linear_product`, with a gradient w.r.t. `weight` [O, I] that is stored by rows.
 
@@ -712,34 +742,6 @@ def use_cpu():
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
     use_precompiled_header()
     set_blas_threads(count_cores())  # a share of a batch gets one, see use_streams
-
-
-def use_gpu():
-    """Prepares MLX for a GPU, before anything is computed.
-
-    The order of sums stays the same and, on Metal, arrays stay in memory.
-    """
-    # cuDNN adds up the gradient of attention in an order that varies.
-    os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
-    most = mx.device_info().get("max_recommended_working_set_size")
-    if most:  # Metal's
-        mx.set_wired_limit(most)
-
-
-def describe_blas():
-    """What multiplies matrices, with the versions on which the last bits depend."""
-    if not on_gpu():
-        return BLAS
-    macos, _, _ = platform.mac_ver()  # "" elsewhere
-    parts = [f"Metal of macOS {macos}" if macos else "CUDA"]
-    for path in Path("/proc/driver/nvidia").glob("version"):  # not there in WSL
-        parts += re.findall(r"Module +([\d.]+)", path.read_text("utf-8"))
-    for package in importlib.metadata.distributions():
-        if package.name.startswith("nvidia-cublas"):
-            parts.append(f"{package.name} {package.version}")
-    if os.environ.get("MLX_ENABLE_TF32") != "0":
-        parts.append("TF32")
-    return ", ".join(parts)
 
 
 def count_cores():

@@ -27,27 +27,22 @@ from extras import fast  # noqa: F401 (first: it chooses the BLAS before MLX tak
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-GPU = mx.Device(mx.gpu, 0)
-CPU = mx.Device(mx.cpu, 0)
 
-
-class Devices:
-    """The functions of mlx.core that know the device."""
+class Device:
+    """Functions of mlx.core as they are where there is a GPU."""
 
     def __init__(self):
-        mx.set_default_device(mx.cpu)  # which is the only one that computes
-        self.default = CPU
+        mx.set_default_device(mx.cpu)  # which is what computes
         self.stream = mx.default_stream(mx.cpu)
-        self.info_of_cpu = mx.device_info(mx.cpu)
 
     def is_available(self, device):
         return True
 
     def default_device(self):
-        return self.default
+        return mx.Device(mx.gpu)
 
     def set_default_device(self, device):
-        self.default = GPU if device == mx.gpu else CPU
+        assert device == mx.gpu
 
     def default_stream(self, device):
         return self.stream
@@ -55,18 +50,14 @@ class Devices:
     def new_stream(self, device):
         raise AssertionError("a GPU has one stream")
 
-    def device_info(self, device=None):
-        if (device or self.default) != GPU:
-            return self.info_of_cpu
+    def set_wired_limit(self, limit):
+        pass
+
+    def device_info(self):
         size = int(os.environ.get("GPU_BYTES", 16 << 30))
         if os.environ.get("GPU") == "cuda":
             return {"device_name": "NVIDIA 0", "total_memory": size}
-        usable = size * 3 // 4
-        return {
-            "device_name": "Apple M0",
-            "memory_size": size,
-            "max_recommended_working_set_size": usable,
-        }
+        return {"device_name": "Apple M0", "max_recommended_working_set_size": size}
 
 
 class Evaluation:
@@ -100,10 +91,10 @@ class Evaluation:
 
 def pretend():
     """Replaces these functions of mlx.core."""
-    devices = Devices()
-    for name in vars(Devices):
+    device = Device()
+    for name in vars(Device):
         if not name.startswith("_"):
-            setattr(mx, name, getattr(devices, name))
+            setattr(mx, name, getattr(device, name))
     mx.eval = evaluation = Evaluation()
     item = mx.array.item
 
