@@ -391,24 +391,13 @@ def gradient_of_table(inputs, gradient, output):
 def sum_by_id(rows, ids, count):
     """The sums [count, D] of the rows [N, D] that have the same id; ids: [N].
 
-    Sorted by id, each row adds the one before it, then the one two before, four before and so on,
-    where that has its id: the last row of an id is then the sum of all.
+    The rows are sorted by id, so that each sum is a product of its segment of them with ones.
     """
     order = mx.argsort(ids)
-    passes = (len(ids) - 1).bit_length()
-    room = [(2**passes - 1, 0), (0, 0)]  # of zeros: each pass leaves out its first rows
-    sums = mx.pad(rows[order], room)
-    ids = mx.pad(ids[order, None], room)
-    for i in range(passes):
-        distance = 2**i
-        is_same = ids[distance:] == ids[:-distance]
-        sums = sums[distance:] + mx.where(is_same, sums[:-distance], 0)
-        ids = ids[distance:]
-    is_last = mx.concatenate([ids[1:] != ids[:-1], mx.array([[True]])])
-    places = mx.where(is_last, ids, count).flatten()
-    table = mx.zeros((count + 1, rows.shape[1]))
-    table[places] = sums  # those that are not an id's last go to a row that is left out
-    return table[:count]
+    starts = mx.searchsorted(ids[order], mx.arange(count + 1))
+    segments = mx.stack([starts[:-1], starts[1:]], axis=1)  # [count, 2]
+    ones = mx.ones((1, len(ids)))
+    return mx.segmented_mm(ones, rows[order], segments).squeeze(1)
 
 
 # ---- Attention ----------------------------------------------------------------------------------

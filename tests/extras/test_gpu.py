@@ -29,12 +29,13 @@ COMMANDS = [
 ]
 # Operations that MLX has for Metal and for CUDA, by its source (0.32.4).
 ON_GPUS = set(
-    """AddMM Add Arange ArgReduce ArgSort AsType BitwiseXor Broadcast Concatenate Contiguous Copy
-    Cos CumSum CustomTransforms Depends Divide Equal Exp ExpandDims Flatten Full Gather GatherAxis
-    Greater GreaterEqual LeftShift Less LessEqual Load Log LogicalNot LogSumExp Matmul Max Maximum
-    Min Minimum Multiply Negative NotEqual Pad Partition Power Quantize QuantizedMatmul RandomBits
-    Reshape RightShift Rsqrt Scatter Select Sigmoid Sin Slice SliceUpdate Softmax Sort Split Sqrt
-    Square Squeeze StopGradient Subtract Sum Transpose Unflatten""".split()
+    """Add AddMM Arange ArgReduce ArgSort AsType BitwiseXor Broadcast Concatenate Contiguous Copy
+    Cos CumSum CustomTransforms Depends Divide Equal Exp ExpandDims Flatten Full Gather
+    GatherAxis Greater GreaterEqual LeftShift Less LessEqual Load Log LogSumExp LogicalNot
+    Matmul Max Maximum Min Minimum Multiply Negative NotEqual Pad Partition Power Quantize
+    QuantizedMatmul RandomBits Reshape RightShift Rsqrt Scatter SearchSorted SegmentedMM
+    Select Sigmoid Sin Slice SliceUpdate Softmax Sort Split Sqrt Square Squeeze StopGradient
+    Subtract Sum Transpose Unflatten""".split()
 )
 
 
