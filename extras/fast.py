@@ -265,9 +265,9 @@ def describe_blas():
     macos, _, _ = platform.mac_ver()  # "" elsewhere
     parts = [f"Metal of macOS {macos}" if macos else "CUDA"]
     for path in Path("/proc/driver/nvidia").glob("version"):  # not there in WSL
-        parts += re.findall(r"Module +([\d.]+)", path.read_text("utf-8"))
+        parts += re.findall(r" (\d{3}\.[\d.]+)", path.read_text("utf-8"))
     for package in importlib.metadata.distributions():
-        if package.name.startswith("nvidia-cublas"):
+        if str(package.name).startswith("nvidia-cublas"):  # None: a damaged one's
             parts.append(f"{package.name} {package.version}")
     if os.environ.get("MLX_ENABLE_TF32") != "0":
         parts.append("TF32 allowed")
