@@ -241,6 +241,19 @@ class RMSNorm(nn.RMSNorm):
 
 
 @fast_version
+def look_up(table, tokens):
+    """The rows of table [V, D] that belong to tokens [B, L]: [B, L, D]."""
+    return table[tokens]
+
+
+class Embedding(nn.Embedding):
+    """MLX's embeddings."""
+
+    def __call__(self, tokens):
+        return look_up(self.weight, tokens)
+
+
+@fast_version
 def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
@@ -345,15 +358,15 @@ class Cache:
     def append(self, keys, values):
         """Adds L positions, [B, K, L, d] each; returns the keys and values of all so far."""
         end = self.offset + keys.shape[2]
-        self.keys = with_room(self.keys, keys.shape, end)
-        self.values = with_room(self.values, values.shape, end)
+        self.keys = with_room(self.keys, keys.shape, keys.dtype, end)
+        self.values = with_room(self.values, values.shape, values.dtype, end)
         self.keys[:, :, self.offset : end] = keys
         self.values[:, :, self.offset : end] = values
         self.offset = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def with_room(kept, shape, end):
+def with_room(kept, shape, dtype, end):
     """An array of a Cache, or None, with room for `end` positions of the shape [B, K, any, d].
 
     It grows by multiples of 256: a context can be very long.
@@ -362,7 +375,7 @@ def with_room(kept, shape, end):
     room = 0 if kept is None else kept.shape[2]
     if end <= room:
         return kept
-    more = mx.zeros((B, K, 256 * math.ceil(end / 256) - room, d))
+    more = mx.zeros((B, K, 256 * math.ceil(end / 256) - room, d), dtype)
     return more if kept is None else mx.concatenate([kept, more], axis=2)
 
 
@@ -440,7 +453,7 @@ class Transformer(nn.Module):
         super().__init__()
         # Gradient checkpointing: only the input of each block is kept for the backward pass.
         self.grad_checkpoint = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = [Block(config, i) for i in range(config.num_blocks)]
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
@@ -572,21 +585,56 @@ def spread(optimizer):
 MUON_RATE = 5
 
 
-class Muon(optim.Muon):
-    """MLX's Muon (Jordan et al. 2024) with decoupled weight decay, like AdamW's.
+class Muon(optim.Optimizer):
+    """Muon (Jordan et al. 2024) with decoupled weight decay, like AdamW's.
 
-    MLX itself adds the decay to the gradient before orthogonalizing it.
+    MLX's own orthogonalizes one matrix at a time, and adds the decay to its gradient before.
     """
 
-    def __init__(self, learning_rate, weight_decay):
-        super().__init__(learning_rate, weight_decay=0.0)
-        self.decay = weight_decay
+    def __init__(self, learning_rate, weight_decay, momentum=0.95):
+        super().__init__()
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.momentum = momentum
+
+    def init_single(self, parameter, state):
+        state["v"] = mx.zeros_like(parameter)
+
+    def apply_gradients(self, gradients, parameters):
+        directions = super().apply_gradients(gradients, parameters)  # by apply_single
+        # All matrices of a shape at once: a third of the operations.
+        by_shape = {}
+        for name, direction in tree_flatten(directions):
+            by_shape.setdefault(direction.shape, {})[name] = direction
+        orthogonal = []
+        for matrices in by_shape.values():
+            stack = mx.stack([*matrices.values()])
+            orthogonal += zip(matrices, self.orthogonalize(stack))
+        return tree_map(self.move, tree_unflatten(orthogonal), parameters)
 
     def apply_single(self, gradient, parameter, state):
-        # AdamW decays by its learning rate times `decay`; this does the same, with AdamW's rate.
-        decay = self.learning_rate * self.decay / MUON_RATE
-        parameter = parameter * (1 - decay)
-        return super().apply_single(gradient, parameter, state)
+        """The direction in which to move a matrix: Nesterov momentum, not orthogonal yet."""
+        v = self.momentum * state["v"] + (1 - self.momentum) * gradient
+        state["v"] = v
+        return gradient * (1 - self.momentum) + v * self.momentum
+
+    def orthogonalize(self, stack):
+        """Matrices [N, R, C] with all singular values brought near 1, by Newton-Schulz steps."""
+        is_tall = stack.shape[1] > stack.shape[2]
+        x = stack.swapaxes(1, 2) if is_tall else stack
+        x = x / (mx.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
+        a, b, c = 3.4445, -4.7750, 2.0315
+        for _ in range(5):
+            gram = x @ x.swapaxes(1, 2)
+            x = mx.addmm(a * x, mx.addmm(b * gram, gram, gram, alpha=c), x)
+        return x.swapaxes(1, 2) if is_tall else x
+
+    def move(self, direction, matrix):
+        rows, columns = matrix.shape
+        rate = self.learning_rate * max(1, rows / columns) ** 0.5
+        # AdamW decays by its learning rate times weight_decay; this does the same, with its rate.
+        decay = self.learning_rate * self.weight_decay / MUON_RATE
+        return matrix * (1 - decay) - rate * direction
 
 
 def adamw(flags, weight_decay):
@@ -642,7 +690,7 @@ def is_matrix_of_block(name, parameter):
 def set_learning_rate(optimizer, rate):
     """Sets the learning rate of all groups; Muon's is MUON_RATE times the others'."""
     for group in optimizer.optimizers:
-        group.learning_rate = rate * MUON_RATE if isinstance(group, optim.Muon) else rate
+        group.learning_rate = rate * MUON_RATE if isinstance(group, Muon) else rate
 
 
 def constant(done, flags):
@@ -1011,7 +1059,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     ranks = ranks or SingleProcess()
     model.model.grad_checkpoint = flags.grad_checkpoint
     has_dropout = flags.dropout or flags.dropout_final
-    casts = flags.dtype == "bfloat16" and mx.default_device() == mx.gpu
+    casts = flags.dtype == "bfloat16" and on_gpu()
     if teacher is not None:
         distilled_cross_entropy = extra("distil").make_loss(teacher, flags)
 
@@ -1826,8 +1874,7 @@ def write_checkpoint(run):
     A checkpoint is never half-written: a file is complete on disk before it gets its name, and a
     checkpoint counts only once it has its .safetensors, which is named last.
     """
-    # Sorted: equal arrays give equal bytes.
-    weights = dict(sorted(tree_flatten(run.weights_to_save())))
+    weights = arrays_to_save(run.weights_to_save())
     state = state_arrays(run)
     with new_file(run.folder) as weights_file, new_file(run.folder) as metadata_file:
         mx.save_safetensors(weights_file, weights, {"format": "mlx"})
@@ -1846,6 +1893,20 @@ def write_checkpoint(run):
     run.saved = saved
     run.saved_iteration = run.iteration
     run.is_saved = True
+    if on_gpu():
+        mx.clear_cache()  # else the next step would compute in what the copies have left
+
+
+def arrays_to_save(tree):
+    """The arrays of a tree, {name: array}, sorted: equal arrays give equal bytes.
+
+    Those of a GPU are copies: what is read, MLX moves out of NVIDIA's memory for good (its issue
+    3861).
+    """
+    arrays = dict(sorted(tree_flatten(tree)))
+    if on_gpu():
+        arrays = {name: array * 1 for name, array in arrays.items()}
+    return arrays
 
 
 def state_arrays(run):
@@ -1856,7 +1917,7 @@ def state_arrays(run):
     # As an array: safetensors files with long headers cannot be read.
     tokenizer = json.dumps(run.dataset.tokenizer.to_dict()).encode()
     tree["tokenizer"] = mx.array(np.frombuffer(tokenizer, np.uint8))
-    return dict(sorted(tree_flatten(tree)))
+    return arrays_to_save(tree)
 
 
 def describe_run(run):
@@ -2113,25 +2174,31 @@ def join_ranks(argv):
     return contextlib.nullcontext(SingleProcess())
 
 
+def on_gpu():
+    """Whether MLX computes on a GPU."""
+    return mx.default_device() == mx.gpu
+
+
 def use_device(gpu):
     """Makes the GPU or the CPU the default device; call it before anything is computed.
 
     Raises UsageError if there is no GPU.
     """
     if gpu and not mx.is_available(mx.gpu):
-        raise UsageError(
-            "--gpu: MLX sees no GPU; leave it out, or install MLX for yours: "
-            "pip install 'mlx[cuda13]'"
-        )
+        # mlx-cpu and mlx-cuda-13 have a library of the same name: the one installed last is used.
+        needed = "pip uninstall mlx-cpu; pip install --force-reinstall 'mlx[cuda13]', for NVIDIA's"
+        if sys.platform == "darwin":
+            needed = "in a Python for arm64, on Apple silicon with macOS 14"
+        raise UsageError(f"--gpu: MLX sees no GPU; leave it out, or install MLX for it: {needed}")
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
     # MLX loads what it has compiled from the folder for temporary files, where another user could
     # have put something else of that name.
     os.environ["TMPDIR"] = str(open_code_dir())
-    if gpu:
-        return
-    if fast:
+    if gpu and fast:
+        fast.use_gpu()
+    elif fast:
         fast.use_cpu()
-    else:
+    elif not gpu:
         protect_compiler(open_code_dir())
 
 
@@ -2163,14 +2230,15 @@ def list_versions(flags, ranks):
     The C++ compiler is not among them; MLX and extras/fast.py keep what it has compiled.
     """
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
-    blas = fast.BLAS if fast else "MLX's own BLAS"
+    blas = fast.describe_blas() if fast else "MLX's own BLAS"
     dtype = "float32"
-    if mx.default_device() == mx.gpu or (fast and fast.has_bfloat16()):
+    if on_gpu() or (fast and fast.has_bfloat16()):
         dtype = flags.dtype
-    cores = os.cpu_count()
     streams = 1
-    if fast and not flags.gpu:
-        cores = fast.count_cores()  # fewer under taskset
+    if not flags.gpu:
+        cores = fast.count_cores() if fast else os.cpu_count()  # fewer under taskset
+        device += f", {cores} cores"
+    if fast:
         streams = fast.count_streams(flags.batch_size // ranks.size, flags.context_size)
     return {
         "MLX": mx.__version__,
@@ -2178,10 +2246,16 @@ def list_versions(flags, ranks):
         "BLAS": blas,
         "kernels": "extras/fast.py" if fast else "main.py",
         "dtype": dtype,
-        "device": f"{device}, {cores} cores",
+        "device": device,
         "streams": streams,
         "ranks": ranks.size,
     }
+
+
+def proof_of_gpu(versions):
+    """The file that `python -m extras.check --gpu` makes where a run on this GPU has repeated."""
+    what = json.dumps([versions[name] for name in ("device", "MLX", "BLAS")])
+    return open_code_dir() / f"gpu-{hashlib.sha1(what.encode()).hexdigest()}"
 
 
 # The sections of this file that decide a run's weights.
@@ -2470,6 +2544,8 @@ def start_notices(run):
     flags = run.flags
     if EDITED:
         yield f"edited   {', '.join(EDITED)}: main.py's own runs, not that of extras/fast.py"
+    if flags.gpu and not proof_of_gpu(run.versions).exists():
+        yield "Not verified on this GPU to be exact: run python -m extras.check --gpu"
     if len(run.batches.perm) < run.batches.batch_size:
         yield "The text has fewer windows than a batch has rows: some repeat within each batch."
     if fast and fast.BLAS == fast.REFERENCE_BLAS and not flags.gpu:
@@ -2479,8 +2555,8 @@ def start_notices(run):
         )
     elif flags.dtype != run.versions["dtype"]:
         yield (
-            "--dtype bfloat16 would be slower here: it needs an AMD CPU with AVX-512 BF16 or an "
-            "Intel CPU with AMX, extras/fast.py and oneDNN (pip install onednn-cpu-gomp). "
+            "--dtype bfloat16 would be slower here: it needs --gpu, or extras/fast.py, oneDNN (pip "
+            "install onednn-cpu-gomp) and an AMD CPU with AVX-512 BF16 or an Intel CPU with AMX. "
             "Computing in float32."
         )
     yield from notice_useless(flags)
@@ -3377,7 +3453,7 @@ def check_memory(model, flags, ranks, optimizer):
     }
     if not flags.grad_checkpoint:
         floats["hidden units"] = positions * config.num_blocks * config.mlp_dim
-    if mx.default_device() == mx.cpu:  # a GPU need not keep them
+    if not on_gpu():  # which need not keep them
         floats["attention scores"] = positions * config.num_heads * config.context_size
     refuse_beyond_memory(floats)
 
@@ -3388,17 +3464,19 @@ def refuse_beyond_memory(floats):
     memory = memory_size()
     if needed > memory:
         largest = max(floats, key=floats.get)
+        device = "this GPU" if on_gpu() else "this machine"
         raise UsageError(
             f"this needs at least {needed / 2**30:,.1f} GiB of memory, most of it for {largest}, "
-            f"but this machine has {memory / 2**30:,.1f}: choose a smaller model, batch or context"
+            f"but {device} has {memory / 2**30:,.1f}: choose a smaller model, batch or context"
         )
 
 
 def memory_size():
     """The bytes of memory of the device in use, or that a container or a job has of them."""
-    if mx.default_device() == mx.gpu:
+    if on_gpu():
         info = mx.device_info()
-        return info.get("memory_size") or info.get("total_memory") or math.inf  # Metal, CUDA
+        size = info.get("max_recommended_working_set_size")  # Metal's: beyond it, macOS swaps
+        return size or info.get("total_memory") or math.inf
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for path in limits_of_control_groups():
         with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
@@ -3731,6 +3809,12 @@ def explain_mlx_error(error):
     if re.search("malloc|out of memory|insufficient memory", text, re.IGNORECASE):
         reason = one_line(error)[:200]
         return f"out of memory ({reason}): give a smaller --batch_size or --context_size"
+    if re.search(r"(\)|execution) failed|Cache thrashing", text):
+        reason = one_line(error)[:200]
+        return (
+            f"the GPU has failed ({reason}): rerun the command to resume from the last checkpoint; "
+            "if it fails again, with a smaller --batch_size"
+        )
     if "start new thread" in text or "Resource temporarily unavailable" in text:
         return f"no thread can be started: raise the limit of processes, ulimit -u ({text})"
     if re.match(r"\[Compile|filesystem error|Could not load C\+\+", text):

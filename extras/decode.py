@@ -33,8 +33,8 @@ class BatchCache(Cache):
         end = int(places.max()) + 1
         # [B, 1, L, end]; False for the junk after a shorter text.
         self.mask = mx.array(np.arange(end) <= places[:, None, :, None])
-        self.keys = with_room(self.keys, keys.shape, end)
-        self.values = with_room(self.values, values.shape, end)
+        self.keys = with_room(self.keys, keys.shape, keys.dtype, end)
+        self.values = with_room(self.values, values.shape, values.dtype, end)
         # Scatters, which are slower than Cache's slice assignments.
         rows = mx.arange(B)[:, None]
         places = mx.array(places)
@@ -101,8 +101,8 @@ class BatchDecoder:
         for cache, other in zip(self.caches, alone.caches):
             _, K, _, d = other.keys.shape
             shape = (len(self.texts), K, length, d)
-            cache.keys = with_room(cache.keys, shape, length)
-            cache.values = with_room(cache.values, shape, length)
+            cache.keys = with_room(cache.keys, shape, other.keys.dtype, length)
+            cache.values = with_room(cache.values, shape, other.values.dtype, length)
             cache.keys[row, :, :length] = other.keys[0, :, :length]
             cache.values[row, :, :length] = other.values[0, :, :length]
         self.lengths[row] = length

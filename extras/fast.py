@@ -6,6 +6,7 @@ of the same names:
     linear_product    products with a layer's matrix, whose gradient is stored like the matrix
     rms_norm          RMSNorm, and
     rotate            RoPE, in fewer operations
+    look_up           embeddings, whose gradients repeat on a GPU
     attend            causal attention, with a softmax that uses the vector units
     relu2             squared ReLU, with a gradient that uses them
     checkpoint_block  gradient checkpointing, block by block
@@ -19,9 +20,9 @@ fast.c, which it compiles, passes MLX's matrix products on to a fast BLAS.
 
 They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each stands
 for the plain function with the SHA1 in STANDS_FOR: one that was edited is used itself. On a GPU,
-all but cross_entropy leave the work to MLX. Without this file, or with the environment variable
-DISABLE_FAST set, main.py works the same, only slower, but for --teacher, several ranks and
-bfloat16 on a CPU, which need it.
+all but look_up and cross_entropy leave the work to MLX. Without this file, or with the environment
+variable DISABLE_FAST set, main.py works the same, only slower, but for --teacher, several ranks,
+bfloat16 on a CPU and runs that repeat on a GPU, which need it.
 
 Shapes: B rows of a batch, L positions, D model dimension, H query heads, K key and value heads, d
 head dimension, V vocabulary, N any number.
@@ -30,9 +31,11 @@ head dimension, V vocabulary, N any number.
 import contextlib
 import ctypes
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -52,6 +55,7 @@ STANDS_FOR = {
     "linear_product": "ff0abe472d3425b776ff5beccb1be8ea2a44c1ed",
     "rms_norm": "d3fdc87a5922db517665e62eb46ae2c406becfdc",
     "rotate": "5708c82a764dfae9bf3d9103bc116204ffccb9b0",
+    "look_up": "fb36cdadc4f35e972c00030cb16fff469c324380",
     "attend": "3a7206c1b9eeb9d9df2e4c6631acc1b85c616f97",
     "relu2": "0d592a5d303b1368d944bce50714cc77f010964a",
     "checkpoint_block": "f900bb0226b03db87053aceaa9fcaece581adec0",
@@ -236,12 +240,41 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 
-# ---- Linear layers ------------------------------------------------------------------------------
+# ---- GPUs ---------------------------------------------------------------------------------------
 def on_gpu():
     """Whether MLX computes on a GPU, where its own functions are fast."""
     return mx.default_device() == mx.gpu
 
 
+def use_gpu():
+    """Prepares MLX for a GPU, before anything is computed.
+
+    The order of sums stays the same and, on Metal, arrays stay in memory.
+    """
+    # cuDNN adds up the gradient of attention in an order that varies.
+    os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
+    most = mx.device_info().get("max_recommended_working_set_size")
+    if most:  # Metal's
+        mx.set_wired_limit(most)
+
+
+def describe_blas():
+    """What multiplies matrices, with the versions on which the last bits depend."""
+    if not on_gpu():
+        return BLAS
+    macos, _, _ = platform.mac_ver()  # "" elsewhere
+    parts = [f"Metal of macOS {macos}" if macos else "CUDA"]
+    for path in Path("/proc/driver/nvidia").glob("version"):  # not there in WSL
+        parts += re.findall(r" (\d{3}\.[\d.]+)", path.read_text("utf-8"))
+    for package in importlib.metadata.distributions():
+        if str(package.name).startswith("nvidia-cublas"):  # None: a damaged one's
+            parts.append(f"{package.name} {package.version}")
+    if os.environ.get("MLX_ENABLE_TF32") != "0":
+        parts.append("TF32 allowed")
+    return ", ".join(parts)
+
+
+# ---- Linear layers ------------------------------------------------------------------------------
 def linear_product(x, weight):
     """main.py's `linear_product`, with a gradient w.r.t. `weight` [O, I] that is stored by rows.
 
@@ -330,6 +363,41 @@ def rotation(offset, frequencies):
     cosines = np.diag(np.cos(angles))
     sines = np.diag(np.sin(angles))
     return mx.array(np.block([[cosines, sines], [-sines, cosines]]).astype(np.float32))
+
+
+# ---- Embeddings ---------------------------------------------------------------------------------
+def look_up(table, tokens):
+    """main.py's `look_up`; on a GPU, its gradient is the same each time.
+
+    There MLX adds up the rows of a token in an order that varies, so that no run would repeat.
+    """
+    if on_gpu():
+        return rows_of(table, tokens)
+    return table[tokens]
+
+
+@mx.custom_function
+def rows_of(table, tokens):
+    return table[tokens]
+
+
+@rows_of.vjp
+def gradient_of_table(inputs, gradient, output):
+    table, tokens = inputs
+    sums = sum_by_id(gradient.flatten(0, -2), tokens.flatten(), len(table))
+    return sums, mx.zeros_like(tokens)
+
+
+def sum_by_id(rows, ids, count):
+    """The sums [count, D] of the rows [N, D] that have the same id; ids: [N].
+
+    The rows are sorted by id, so that each sum is a product of its segment of them with ones.
+    """
+    order = mx.argsort(ids)
+    starts = mx.searchsorted(ids[order], mx.arange(count + 1))
+    segments = mx.stack([starts[:-1], starts[1:]], axis=1)  # [count, 2]
+    ones = mx.ones((1, len(ids)))
+    return mx.segmented_mm(ones, rows[order], segments).squeeze(1)
 
 
 # ---- Attention ----------------------------------------------------------------------------------
@@ -486,8 +554,10 @@ def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk, training=True
     needed.
     """
     # Chunks of 2^23 logits (32 MiB) cost no time; with fewer than 128 rows, the products of a large
-    # vocabulary become slow.
+    # vocabulary become slow. A GPU needs larger ones: each chunk reads all of the head.
     most = max(128, 2**23 // len(head))
+    if on_gpu():
+        most = max(1024, 2**27 // len(head))
     chunks = math.ceil(len(hidden) / most)
     size = math.ceil(len(hidden) / chunks)
     loss = mx.array(0.0)
@@ -503,6 +573,13 @@ def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk, training=True
         logits = (inputs @ head.T).astype(mx.float32)  # [n, V]
         chunk_loss, powers, scale = loss_of_chunk(logits, targets[rows], weight, rows)
         loss = loss + chunk_loss
+        if on_gpu():
+            is_target = mx.arange(len(head)) == targets[rows, None]
+            gradient = (powers * scale - mx.where(is_target, weight, 0)).astype(head.dtype)
+            hidden_gradients.append(gradient @ head)
+            of_head = (gradient.T @ inputs).astype(mx.float32)
+            head_gradient = of_head if start == 0 else head_gradient + of_head
+            continue
         powers = powers.astype(head.dtype)
         scale = scale.astype(head.dtype)
         of_targets = head[targets[rows]] * weight.astype(head.dtype)  # [n, D]
@@ -512,9 +589,10 @@ def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk, training=True
             head_gradient = powers.T @ inputs  # [V, D]
         else:
             head_gradient = mx.addmm(head_gradient, powers.T, inputs)
-    states = hidden.astype(mx.float32) * weights[:, None]  # [N, D]
-    # `at` adds up repeated targets.
-    head_gradient = head_gradient.astype(mx.float32).at[targets].subtract(states)
+    if not on_gpu():
+        states = hidden.astype(mx.float32) * weights[:, None]  # [N, D]
+        # `at` adds up repeated targets.
+        head_gradient = head_gradient.astype(mx.float32).at[targets].subtract(states)
     return loss, mx.concatenate(hidden_gradients), head_gradient
 
 
@@ -771,7 +849,22 @@ def spread(optimizer):
             return update(gradient, parameter, state)
 
     optimizer.apply_single = apply_single
+    if hasattr(optimizer, "orthogonalize"):  # Muon
+        optimizer.orthogonalize = partial(in_shares, optimizer.orthogonalize)
     return optimizer
+
+
+def in_shares(function, stack):
+    """function(stack), arrays [N, ...]; each stream computes it for a share of them."""
+    streams = current_streams()
+    shares = []
+    for i, stream in enumerate(streams):
+        start = len(stack) * i // len(streams)
+        end = len(stack) * (i + 1) // len(streams)
+        if start < end:
+            with mx.stream(stream):
+                shares += [*function(stack[start:end])]
+    return shares
 
 
 def adamw_update(optimizer, gradient, parameter, state):

@@ -60,12 +60,17 @@ def quantize(model, bits, packed):
 
 
 def round_to_float16(model, matrices, packed):
-    """Rounds a model's matrices, {name: array}; unless `packed`, converts them back to float32."""
+    """Rounds a model's matrices, {name: array}; unless `packed`, converts them back to float32.
+
+    Packed, all other weights are rounded, too, or MLX would compute in float32.
+    """
     rounded = {name: matrix.astype(mx.float16) for name, matrix in matrices.items()}
     print_sizes(16, matrices, rounded)
-    if not packed:
-        rounded = {name: matrix.astype(mx.float32) for name, matrix in rounded.items()}
-    model.update(tree_unflatten(list(rounded.items())))
+    if packed:
+        model.set_dtype(mx.float16)
+    else:
+        back = {name: matrix.astype(mx.float32) for name, matrix in rounded.items()}
+        model.update(tree_unflatten(list(back.items())))
     mx.eval(model.parameters())
 
 

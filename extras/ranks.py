@@ -202,7 +202,8 @@ class Group(contextlib.AbstractContextManager):
         tree = tree_unflatten(list(arrays.items()))
         record = json.loads(texts["record"])
         flags = argparse.Namespace(**record["flags"])
-        main.use_device(flags.gpu)
+        with explained(f"rank {self.rank} cannot do as rank 0 does", UsageError):
+            main.use_device(flags.gpu)
         tokenizer = tokenizer_from_dict(record["tokenizer"])
         splits = dict.fromkeys(SPLITS)
         for name, counts in record["splits"].items():

@@ -228,6 +228,11 @@ def copy_program(folder, edits=None):
     return folder / "main.py"
 
 
+def on_gpu(*arguments, **options):
+    """Runs `python main.py *arguments --gpu`, or a program in extras/, with no GPU; see there."""
+    return run(*arguments, "--gpu", program=[ROOT / "tests" / "pretended_gpu.py"], **options)
+
+
 def free_ports(count):
     """Ports of the loopback address that nobody listens on."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]

@@ -87,6 +87,8 @@ def test_closed_pipe_costs_nothing(tmp_path, text):
     ("[metal::malloc] Attempting to allocate 9 bytes which is greater", "smaller --batch_size"),
     ("[METAL] Command buffer execution failed: Insufficient Memory", "smaller --batch_size"),
     ("CUDA error: out of memory", "smaller --batch_size"),
+    ("[METAL] Command buffer execution failed: Impacting Interactivity.", "rerun the command to"),
+    ("cudaGraphLaunch(graph, stream) failed: unspecified launch failure", "rerun the command to"),
     ("can't start new thread", "ulimit -u"),
     ("[matmul] shapes do not match", None),
 ])  # fmt: skip

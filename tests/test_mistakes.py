@@ -289,7 +289,7 @@ def test_files_of_others_are_passed_over(world, tmp_path):
 @pytest.mark.skipif(main.mx.is_available(main.mx.gpu), reason="there is a GPU")
 def test_gpu_where_there_is_none():
     _, err = run("--gpu", status=2)
-    one_line(err, "--gpu: MLX sees no GPU", "leave it out, or install")
+    one_line(err, "--gpu: MLX sees no GPU", "leave it out, or install MLX for it: pip")
 
 
 @pytest.mark.parametrize("line, place, words", [

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TINY, arrays, flags, log_rows, newest, rows_of, run
+from conftest import TINY, arrays, flags, log_rows, newest, on_gpu, rows_of, run
 from datasets import load_dataset
 from mlx.utils import tree_unflatten
 
@@ -174,36 +174,22 @@ def test_gradient_checkpointing_saves_memory(text, tmp_path):
 # ---- bfloat16, as a GPU computes it -------------------------------------------------------------
 
 
-@pytest.fixture
-def pretended_gpu(monkeypatch):
-    """The program believes in a GPU; the CPU computes what that is given to do, uncompiled."""
-    stream = mx.default_stream(mx.cpu)
-    monkeypatch.setattr(mx, "is_available", lambda device: True)
-    monkeypatch.setattr(mx, "set_default_device", lambda device: None)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr(mx, "default_stream", lambda device: stream)
-    monkeypatch.setattr(mx, "device_info", lambda: {"memory_size": 1 << 40})
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
 def first_gradient_of_embeddings(state):
     """After one step, the mean gradient of AdamW is a tenth of the gradient."""
     [mean] = [array for name, array in state.items() if name.endswith("embed_tokens.weight.m")]
     return 10 * np.array(mean)
 
 
-def test_bfloat16_computes_in_it_and_keeps_float32(pretended_gpu, text, tmp_path):
+def test_bfloat16_computes_in_it_and_keeps_float32(text, tmp_path):
     """No weight is rounded, nor is the sum of the gradients of a frequent token."""
     text.write_text("a" * 6000 + text.read_text()[:6000])
-    line = ["--text", text, *TINY, "--batch_size", 128, "--grad_clip", 0, "--gpu"]
+    line = ["--text", text, *TINY, "--batch_size", 128, "--grad_clip", 0]
     line += ["--steps_per_report", 1, "--sample_tokens", 0, "--num_iters", 1]
     losses = []
     gradients = []
     for dtype in ("float32", "bfloat16"):
         folder = tmp_path / dtype
-        assert main.main([*map(str, line), "--dtype", dtype, "--save_dir", str(folder)]) == 0
+        on_gpu(*line, "--dtype", dtype, "--save_dir", folder)
         contents = newest(folder).open()
         losses += [row["loss"] for row in log_rows(folder, "train")]
         gradients.append(first_gradient_of_embeddings(contents.state)[ord("a")])

@@ -1,0 +1,108 @@
+"""Whole commands with --gpu, whose branch of the program is taken while a CPU computes.
+
+What a GPU rounds, how fast it is, and in which order it adds cannot be seen here.
+"""
+
+import re
+
+import pytest
+from conftest import TINY, ids, log_rows, on_gpu, run, run_extra, write_text
+
+SETTINGS = "--learning_rate 0.01 --lr_warmup 5 --steps_per_report 1 --max_tokens 8".split()
+KINDS = {
+    "float32": "--grad_clip 0",
+    "bfloat16": "--dtype bfloat16 --optimizer muon --qk_norm --num_kv_heads 1 --untie",
+    "memory": "--dropout 0.1 --grad_checkpoint --grad_accumulation 2 --average 0.3",
+    "lora": "--init_from {hf} --lora_rank 2",
+}
+COMMANDS = [
+    "--prompt the",
+    "--prompt the --temperature 0.8 --top_p 0.9 --min_p 0.01 --repetition_penalty 1.2",
+    "--prompt the --quantize 4",
+    "--prompt the --quantize 16",
+    "--prompt the --draft latest",
+    "--inference",
+    "--evaluate valid --eval_stride 3 --quantize 4",
+    "extras.batch prompts.txt",
+    "extras.attention heads.png --prompt the",
+    "extras.cases cases.yaml",
+]
+# Operations that MLX has for Metal and for CUDA, by its source (0.32.4).
+ON_GPUS = set(
+    """Add AddMM Arange ArgReduce ArgSort AsType BitwiseXor Broadcast Concatenate Contiguous Copy
+    Cos CumSum CustomTransforms Depends Divide Equal Exp ExpandDims Flatten Full Gather
+    GatherAxis Greater GreaterEqual LeftShift Less LessEqual Load Log LogSumExp LogicalNot
+    Matmul Max Maximum Min Minimum Multiply Negative NotEqual Pad Partition Power Quantize
+    QuantizedMatmul RandomBits Reshape RightShift Rsqrt Scatter SearchSorted SegmentedMM
+    Select Sigmoid Sin Slice SliceUpdate Softmax Sort Split Sqrt Square Squeeze StopGradient
+    Subtract Sum Transpose Unflatten""".split()
+)
+
+
+def not_on_gpus(path):
+    """The operations that a command has used and GPUs lack."""
+    return set(path.read_text().split("\n")) - ON_GPUS
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with texts, in `lm` a run that the GPU has trained, and its export `hf`."""
+    folder = tmp_path_factory.mktemp("gpu")
+    write_text(folder)
+    (folder / "prompts.txt").write_text("the quick\nfox\nline 12: the lazy dog and more of it\n")
+    (folder / "cases.yaml").write_text("- {prompt: the quick, expected: b}\n")
+    line = ["--text", "text.txt", *TINY, "--dim", 64, "--mlp", "swiglu", *SETTINGS]
+    on_gpu(*line, "--num_iters", 20, "--save_dir", "lm", cwd=folder)
+    run_extra("export", "hf", "--save_dir", "lm", cwd=folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_ends_the_same_whatever_happens(kind, trained, tmp_path):
+    """After a signal or a kill it has the bits of a run without one, and a CPU's losses."""
+    line = ["--text", trained / "text.txt", "--batch_size", 4, *SETTINGS, "--num_iters", 16]
+    line += KINDS[kind].format(hf=trained / "hf").split()
+    if kind != "lora":
+        line += TINY
+    out, _ = on_gpu(*line, "--save_dir", tmp_path / "whole")
+    assert "machine  gpu, Apple M0; MLX" in out and "Not verified on this GPU" in out
+    [expected] = ids(tmp_path / "whole")
+    for name, status in (("SIGTERM", 128 + 15), ("SIGKILL", -9)):
+        often = [*line, "--steps_per_save", 2, "--save_dir", tmp_path / name]
+        on_gpu(f"STRIKE={name}:13", *often, status=status)
+        out, _ = on_gpu(*often)
+        assert "from iteration 0 " not in out
+        assert ids(tmp_path / name)[0] == expected
+    run(*line, "--save_dir", tmp_path / "cpu")
+    losses = {}
+    for name in ("whole", "cpu"):
+        losses[name] = [row["loss"] for row in log_rows(tmp_path / name, "train")]
+    assert losses["whole"] == pytest.approx(losses["cpu"], abs=0.05 if kind == "bfloat16" else 1e-4)
+    used = tmp_path / "used"
+    on_gpu(f"PRIMITIVES={used}", *line, "--num_iters", 2, "--save_dir", tmp_path / "used.d")
+    assert not not_on_gpus(used)
+
+
+@pytest.mark.parametrize("typed", COMMANDS)
+def test_a_command_does_as_on_a_cpu(typed, trained, tmp_path):
+    """Rounding is the same here, so texts and scores are."""
+    line = [*typed.split(), "--save_dir", "lm"]
+    if not typed.startswith("extras.") or "batch" in typed:
+        line += ["--max_tokens", 8]
+    used = tmp_path / "used"
+    found, _ = on_gpu(f"PRIMITIVES={used}", *line, input="the quick\n", cwd=trained)
+    if typed.startswith("extras."):
+        expected, _ = run_extra(line[0].removeprefix("extras."), *line[1:], cwd=trained)
+    else:
+        expected, _ = run(*line, input="the quick\n", cwd=trained)
+    times = r"[\d.,]+ (tokens/s|s|ms)\b"
+    assert re.sub(times, "", found) == re.sub(times, "", expected)
+    assert not not_on_gpus(used)
+
+
+@pytest.mark.parametrize("kind", ["metal", "cuda"])
+def test_more_than_the_gpus_memory_is_refused(kind, trained, tmp_path):
+    line = ["--text", trained / "text.txt", *TINY, "--dim", 512, "--num_iters", 1]
+    memory = [f"GPU={kind}", f"GPU_BYTES={16 << 20}"]
+    _, err = on_gpu(*memory, *line, "--save_dir", tmp_path, status=2)
+    assert "this needs at least" in err
