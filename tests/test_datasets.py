@@ -816,13 +816,16 @@ def test_too_little_text(tmp_path, text):
 
 
 WHERE = """
-import os, pwd, sys
+import io, os, pwd, shutil, sys, tempfile, types
 if sys.argv[1] == "no home":
     os.environ.pop("HOME", None)
     pwd.getpwuid = lambda uid: {}[uid]
-if sys.argv[1] == "disk":
+if "RAM disk" in sys.argv[1]:
+    size = 2 << 30 if "small" in sys.argv[1] else 8 << 30
     os.path.ismount = lambda path: str(path) == "/Volumes/RAMDisk"
-    os.mkdir = os.makedirs = lambda *_, **__: None
+    shutil.disk_usage = lambda path: types.SimpleNamespace(total=size)
+    tempfile.TemporaryFile = lambda dir: io.BytesIO()
+    os.mkdir = lambda *_: None
 import datasets
 print(datasets.open_code_dir())
 print(datasets.open_data_dir(*sys.argv[2:]))
@@ -847,6 +850,8 @@ def test_where_code_and_texts_lie(tmp_path):
     assert data == code.parent == tmp_path / "caches" / "transformer-lm"
     assert where(tmp_path, "home", "deep/data", "runs")[1] == Path("deep/data")
     assert not (tmp_path / "runs").exists()
+    assert where(tmp_path, "RAM disk")[1] == Path("/Volumes/RAMDisk/transformer-lm")
+    assert where(tmp_path, "small RAM disk")[1] == tmp_path / "home" / ".cache" / "transformer-lm"
     # Without a home, what is in the working directory may be a stranger's.
     for relative in ("", ".cache", "~/.cache"):
         code, data = where(tmp_path, "no home", XDG_CACHE_HOME=relative)
