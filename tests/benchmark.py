@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # Taken before main.py changes how threads wait, which would slow other programs down.
 ENVIRONMENT = dict(os.environ)
+TORCH_GPU = "mps" if sys.platform == "darwin" else "cuda"
 
 
 def in_own_process(function, *arguments):
@@ -44,7 +45,10 @@ def in_own_process(function, *arguments):
 
 def peak_mib():
     """The peak resident memory of this process."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        peak /= 1024  # there in bytes
+    return round(peak / 1024)
 
 
 def summary(ratios):
@@ -176,7 +180,9 @@ def torch_step(kind, shape, gpu, dtype, weights):
 
     vocab_size, dim, heads, blocks, context = shape[:5]
     d = dim // heads
-    device = "cuda" if gpu else "cpu"
+    device = TORCH_GPU if gpu else "cpu"
+    if gpu:
+        torch.set_float32_matmul_precision("high")  # TF32, as MLX's
     parameters = {}
     for name, weight in weights.items():
         parameters[name] = torch.nn.Parameter(torch.tensor(weight, device=device))
@@ -516,7 +522,7 @@ def generate(gpu, rounds=5, count=100):
         results = []
         with tempfile.TemporaryDirectory() as folder:
             export_model(model, ByteTokenizer(), folder, None)
-            command = [sys.executable, "-c", THEIRS, folder, "cuda" if gpu else "cpu"]
+            command = [sys.executable, "-c", THEIRS, folder, TORCH_GPU if gpu else "cpu"]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             worker = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, **pipes)
             for _ in range(rounds + 1):
