@@ -161,11 +161,11 @@ def compute(function, arguments):
 # ---- Runs ---------------------------------------------------------------------------------------
 def check_runs(device, folder, flags, on_cpu):
     """Trains, undisturbed and struck; see check_device."""
-    steps = flags.steps
-    every = steps // 6
+    every = flags.steps // 6
+    steps = 6 * every
     line = f"--config first --num_iters {steps} --lr_warmup {every} --steps_per_report {every}"
     line += f" --steps_per_save {every} --eval_tokens 5000 --sample_tokens 0 {device}"
-    strikes = {2 * every: signal.SIGTERM, 4 * every: signal.SIGKILL}
+    strikes = {every: signal.SIGTERM, 2 * every: signal.SIGKILL}
     end = rf"^{steps}/{steps}  loss (\S+) .* (\S+ tokens/s)[\s\S]+^saved (\w+) at iteration {steps}"
     for name, more in RUNS.items():
         command = [*f"{line} {more}".split(), *flags.model, "--text", MAIN, "--save_dir"]

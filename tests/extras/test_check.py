@@ -23,12 +23,18 @@ if ("--gpu" in sys.argv) == (os.environ["VARYING"] == "gpu"):
 
 @pytest.fixture
 def env(tmp_path):
-    """An environment with a GPU that nothing is known of; deletes what becomes known."""
+    """An environment with a GPU that nothing is known of."""
     (tmp_path / "sitecustomize.py").write_text(SITE)
-    proofs = set(open_code_dir().glob("gpu-*"))
     path = [tmp_path, ROOT / "tests", ROOT]
-    yield {"PYTHONPATH": ":".join(map(str, path)), "GPU_NAME": str(tmp_path)}
-    for each in set(open_code_dir().glob("gpu-*")) - proofs:
+    return {"PYTHONPATH": ":".join(map(str, path)), "GPU_NAME": str(tmp_path)}
+
+
+@pytest.fixture
+def forgotten():
+    """What becomes known of a GPU is deleted."""
+    before = set(open_code_dir().glob("gpu-*"))
+    yield
+    for each in set(open_code_dir().glob("gpu-*")) - before:
         each.unlink()
 
 
@@ -40,9 +46,9 @@ def is_verified(env, text, tmp_path):
     return "Not verified on this GPU" not in out
 
 
-def test_a_cpu_that_varies_and_a_gpu_that_does_not(env, text, tmp_path):
+def test_a_cpu_that_varies_and_a_gpu_that_does_not(env, text, tmp_path, forgotten):
     env["VARYING"] = "cpu"
-    line = ["--gpu", "--steps", 6, "--save_dir", tmp_path / "check"]
+    line = ["--gpu", "--steps", 60, "--save_dir", tmp_path / "check"]
     assert not is_verified(env, text, tmp_path)
     out, _ = run_extra("check", *line, "--", *TINY[:-2], env=env, status=1)
     *_, last = out.splitlines()
@@ -54,7 +60,7 @@ def test_a_cpu_that_varies_and_a_gpu_that_does_not(env, text, tmp_path):
 
 def test_operations_that_vary_and_runs_that_fail(env, text, tmp_path):
     env["VARYING"] = "gpu"
-    line = ["--gpu", "--steps", 6, "--save_dir", tmp_path / "check", "--", "--dim", "15"]
+    line = ["--gpu", "--steps", 60, "--save_dir", tmp_path / "check", "--", "--dim", "many"]
     out, _ = run_extra("check", *line, env=env, status=1)
     *_, last = out.splitlines()
     runs = "a float32 run, a bfloat16 run"
