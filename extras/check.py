@@ -121,7 +121,7 @@ def list_operations():
     yield "attention of one token", core.attend, (4, 4, 1, 64), few_heads, few_heads
     yield "SwiGLU", lambda x, y: nn.silu(x) * y, states, states
     yield "embeddings", lambda x: core.look_up(x, tokens), table
-    yield "loss", lambda x, head: core.cross_entropy(x, head, tokens, 1e-3), states, table
+    yield "loss", lambda x, head: core.cross_entropy(x / 9, head, tokens, 1e-3), states, table
     yield "norm of gradients", mx.linalg.norm, table
     yield "Muon", core.Muon(1e-3, 0).orthogonalize, (4, 128, 512)
     yield "top-k", lambda x: mx.softmax(core.keep_top_k(x, 50), axis=-1), logits
