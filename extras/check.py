@@ -50,19 +50,13 @@ def main(arguments):
     versions = core.list_versions(flags, core.SingleProcess())
     print(f"{platform.platform()}, Python {platform.python_version()}, {versions}")
     make_writable(flags.save_dir)
-    amiss = {}  # {part of the machine: [name of what is not as it should be, ...]}
-    with tempfile.TemporaryDirectory(dir=flags.save_dir) as folder:
+    with tempfile.TemporaryDirectory(prefix="check-", dir=flags.save_dir) as folder:
         on_cpu = {}
         parts = {"system calls": check_system(folder)}
         parts["CPU"] = check_device("", folder, flags, on_cpu)
         if flags.gpu:
             parts["GPU"] = check_device("--gpu", folder, flags, on_cpu)
-        for part, findings in parts.items():
-            print(f"\n{part}")
-            for name, text, is_right in findings:
-                print("  " if is_right else "!!", f"{name:<24} {text}", flush=True)
-                if not is_right:
-                    amiss.setdefault(part, []).append(name)
+        amiss = print_findings(parts)
     if flags.gpu and "GPU" not in amiss:
         core.proof_of_gpu(versions).touch()
     if not amiss:
@@ -73,8 +67,24 @@ def main(arguments):
     return 1
 
 
+def print_findings(parts):
+    """Prints what is found, a line each; returns the names of what is amiss.
+
+    parts: of the machine, {part: findings}; a finding is a name, a text, and whether all is right.
+    """
+    amiss = {}  # {part: [name, ...]}
+    for part, findings in parts.items():
+        print(f"\n{part}")
+        for name, text, is_right in findings:
+            mark = "  " if is_right else "!!"
+            print(f"{mark} {name:<24} {text}", flush=True)
+            if not is_right:
+                amiss.setdefault(part, []).append(name)
+    return amiss
+
+
 def check_system(folder):
-    """Makes the calls that checkpoints need and that a system may lack; yields findings."""
+    """Makes the calls that checkpoints need and a system may lack; yields findings."""
     descriptor = os.open(folder, os.O_RDONLY)
     calls = {
         "lock of a folder": lambda: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB),
@@ -93,7 +103,7 @@ def check_system(folder):
 
 
 def check_device(device, folder, flags, on_cpu):
-    """Yields what is found on a device: each a name, a text, and whether all is right.
+    """Yields findings about a device.
 
     device: --gpu, or "" for the CPU; on_cpu: what the CPU has computed, {name: result}, to which
     missing results are added.

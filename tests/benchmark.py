@@ -47,7 +47,7 @@ def peak_mib():
     """The peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if sys.platform == "darwin":
-        peak /= 1024  # there in bytes
+        peak //= 1024  # there in bytes
     return round(peak / 1024)
 
 
