@@ -28,7 +28,7 @@ import mlx.nn as nn
 import numpy as np
 
 import main as core
-from datasets import make_writable, number, one_line, sync
+from datasets import explained, make_writable, number, one_line, sync
 
 MAIN = core.HERE / "main.py"
 REPETITIONS = 20
@@ -47,9 +47,10 @@ def main(arguments):
     parser.add_argument("--steps", type=steps, default=60, help="of each run (default: 60)")
     parser.add_argument("model", nargs="*", default=[], help="flags where it is not `first`")
     flags = read_flags(parser, arguments)
+    with explained(f"cannot write to --save_dir {flags.save_dir}: name a folder of yours", OSError):
+        make_writable(flags.save_dir)
     versions = core.list_versions(flags, core.SingleProcess())
     print(f"{platform.platform()}, Python {platform.python_version()}, {versions}")
-    make_writable(flags.save_dir)
     with tempfile.TemporaryDirectory(prefix="check-", dir=flags.save_dir) as folder:
         on_cpu = {}
         parts = {"system calls": check_system(folder)}
@@ -206,6 +207,8 @@ def train(line, strikes={}):
                 said += text
                 if text.startswith(f"{step}/"):
                     process.send_signal(strike)
+        if strike and process.returncode == 0:
+            return "it ended before the signal came: give more --steps"
     return said
 
 
