@@ -228,6 +228,7 @@ def find_cache():
 
 CACHE = find_cache()
 RAM_DISK = Path("/Volumes/RAMDisk")  # on macOS, if the user has made one of this name
+RAM_DISK_SIZE = 4 << 30  # bytes, at least; tinystories and its tokens take 3 GiB
 
 
 def open_data_dir(data_dir=None, save_dir=None):
@@ -238,7 +239,7 @@ def open_data_dir(data_dir=None, save_dir=None):
     """
     if data_dir is not None or save_dir is not None:
         folders = [Path(user_path(data_dir or save_dir))]
-    elif os.path.ismount(RAM_DISK):
+    elif os.path.ismount(RAM_DISK) and shutil.disk_usage(RAM_DISK).total >= RAM_DISK_SIZE:
         folders = [RAM_DISK / "transformer-lm"]
     else:
         folders = [CACHE, Path("runs")]
@@ -339,7 +340,7 @@ def new_file(folder):
 def publish(file, path):
     """Gives a `new_file` the name `path`, in the place of an old file, once it is on disk."""
     file.flush()  # out of Python's buffer
-    os.fsync(file.fileno())  # and out of the system's, before the old file is replaced
+    sync_descriptor(file.fileno())  # and out of the system's, before the old file is replaced
     file.close()  # no program can be run that is still open for writing
     if path.is_file() and not path.is_symlink():
         with contextlib.suppress(OSError):  # some file systems have no modes
@@ -368,11 +369,19 @@ def remove_leftovers(folder):
                 path.unlink()
 
 
+def sync_descriptor(descriptor):
+    """Waits until what was written to a file is on disk and would survive a power cut."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)  # macOS, whose fsync stops at the disk's cache
+    except (AttributeError, OSError):  # another system, or a disk that cannot
+        os.fsync(descriptor)
+
+
 def sync(path):
-    """Waits until a file, or the names in a folder, are on disk and would survive a power cut."""
+    """The same for a file, or the names in a folder, by its path."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync_descriptor(descriptor)
     except OSError as error:
         # Some network file systems sync no folder: what can be done is done.
         if error.errno not in UNSUPPORTED or not os.path.isdir(path):

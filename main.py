@@ -3817,6 +3817,8 @@ def explain_mlx_error(error):
         )
     if "start new thread" in text or "Resource temporarily unavailable" in text:
         return f"no thread can be started: raise the limit of processes, ulimit -u ({text})"
+    if re.search("xcrun|xcode-select", text):
+        return "MLX cannot compile for the CPU of this Mac: xcode-select --install, or add --gpu"
     if re.match(r"\[Compile|filesystem error|Could not load C\+\+", text):
         _, _, output = text.rpartition("the output is: ")  # of the compiler, if it ran
         reason = one_line(" ".join(output.splitlines()[-2:]))

@@ -50,6 +50,8 @@ class Group(contextlib.AbstractContextManager):
         with explained("RANKS_TIMEOUT is no number of seconds", ValueError):
             self.timeout = float(os.environ.get("RANKS_TIMEOUT", 600))
         self.launcher = os.getppid()
+        if "NCCL_HOST_IP" in os.environ:  # what mlx.launch takes where it finds NVIDIA's GPUs
+            raise UsageError("ranks cannot meet by NCCL: give mlx.launch --backend ring")
         with explained(ALONE, RuntimeError, ValueError, kind=RunError):
             # strict: an error rather than a group of one
             self.group = mx.distributed.init(strict=True)

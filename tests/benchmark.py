@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # Taken before main.py changes how threads wait, which would slow other programs down.
 ENVIRONMENT = dict(os.environ)
+TORCH_GPU = "mps" if sys.platform == "darwin" else "cuda"
+MIB = 2**20 if sys.platform == "darwin" else 2**10  # in the units of ru_maxrss
 
 
 def run(*command, **env):
@@ -43,7 +45,7 @@ def run(*command, **env):
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"this command failed: {' '.join(process.args)}")
-    return out, round(usage.ru_maxrss / 1024)
+    return out, round(usage.ru_maxrss / MIB)
 
 
 def call(function, *arguments):
@@ -189,7 +191,9 @@ def torch_steps(folder, kind, dtype, heads, gpu):
     import torch
     import torch.nn.functional as F
 
-    device = "cuda" if gpu else "cpu"
+    device = TORCH_GPU if gpu else "cpu"
+    if gpu:
+        torch.set_float32_matmul_precision("high")  # TF32, as MLX's
     weights = np.load(f"{folder}/weights.npz")
     parameters = {}
     for name, weight in weights.items():
@@ -396,7 +400,7 @@ def start_theirs(model, folder, gpu):
     from extras.huggingface import export_model
 
     export_model(model, ByteTokenizer(), folder, None)
-    command = [sys.executable, "-c", THEIRS, folder, "cuda" if gpu else "cpu"]
+    command = [sys.executable, "-c", THEIRS, folder, TORCH_GPU if gpu else "cpu"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, **pipes)
 

@@ -35,8 +35,12 @@ os.environ |= {
     "no_proxy": "127.0.0.1,localhost",
 }
 
+# Tests of functions are about the CPU; with --gpu, a Mac's products are float32, too.
+os.environ["MLX_ENABLE_TF32"] = "0"
 # Before any test imports MLX, which takes the BLAS that is loaded before it.
 import main  # noqa: E402
+
+main.mx.set_default_device(main.mx.cpu)  # a Mac's is its GPU
 
 TINY = (
     "--dim 16 --num_heads 2 --num_blocks 2 "

@@ -4,6 +4,7 @@ Faults at every call are in crash.py; what strangers may have put into a folder,
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -108,6 +109,27 @@ def test_a_file_system_that_syncs_no_folder(line, folder, monkeypatch):
     monkeypatch.setattr(time, "sleep", pytest.fail)
     assert main.main([*map(str, line), "--num_iters", "4"]) == 0
     assert newest(folder).iteration == 4
+
+
+def test_macos_empties_the_cache_of_a_disk(line, folder, monkeypatch):
+    """Its fsync does not, so another call has to; where a disk cannot, fsync is what there is."""
+    synced = []
+
+    def full_sync(descriptor, command):
+        assert command == "F_FULLFSYNC"
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+        synced.append("file")
+
+    def fsync(descriptor):
+        assert stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        synced.append("folder")
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", "F_FULLFSYNC", raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", full_sync)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert main.main([*map(str, line), "--num_iters", "4"]) == 0
+    assert synced[-4:] == ["file", "file", "folder", "folder"]
 
 
 def test_vanished_folder_is_made_again(line, folder):

@@ -4,6 +4,7 @@ Mistakes: test_mistakes.py. Which run a command means: test_runs.py.
 """
 
 import math
+import os
 import re
 import shlex
 import signal
@@ -246,6 +247,10 @@ def test_a_path_is_expanded_where_it_is_typed_alone(trained, tmp_path):
 # ---- Results, readers ---------------------------------------------------------------------------
 
 
+has_full = os.path.exists("/dev/full")
+
+
+@pytest.mark.skipif(not has_full, reason="macOS has no /dev/full")
 @pytest.mark.parametrize("typed", ["--list", "--evaluate valid", "-m extras.cases cases.yaml"])
 def test_a_result_that_could_not_be_written_is_a_failure(typed, trained):
     (trained / "cases.yaml").write_text("- {prompt: line, expected: '5'}\n")
@@ -260,11 +265,15 @@ def test_a_result_that_could_not_be_written_is_a_failure(typed, trained):
     assert "Traceback" not in err and "Exception ignored" not in err
 
 
-def test_progress_may_be_lost_and_a_reader_may_leave(trained, tmp_path):
+@pytest.mark.skipif(not has_full, reason="macOS has no /dev/full")
+def test_progress_may_be_lost(trained, tmp_path):
     line = ["--text", trained / "text.txt", *TINY, "--num_iters", 3]
     with open("/dev/full", "w") as full:
         run(*line, "--save_dir", tmp_path / "lm", stdout=full)
     assert len(ids(tmp_path / "lm")) == 1
+
+
+def test_a_reader_may_leave(trained):
     command = f"{sys.executable} {MAIN} --list --save_dir {trained / 'lm'}"
     script = f"{command} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)

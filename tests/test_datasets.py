@@ -662,10 +662,16 @@ def test_dataset_knows_its_tokens(tmp_path):
 
 
 WHERE = """
-import os, pwd, sys
+import io, os, pwd, shutil, sys, tempfile, types
 if sys.argv[1] == "no home":
     os.environ.pop("HOME", None)
     pwd.getpwuid = lambda uid: {}[uid]
+if "RAM disk" in sys.argv[1]:
+    size = 2 << 30 if "small" in sys.argv[1] else 8 << 30
+    os.path.ismount = lambda path: str(path) == "/Volumes/RAMDisk"
+    shutil.disk_usage = lambda path: types.SimpleNamespace(total=size)
+    tempfile.TemporaryFile = lambda dir: io.BytesIO()
+    os.mkdir = lambda *_: None
 import datasets
 print(datasets.open_code_dir())
 print(datasets.open_data_dir(*sys.argv[2:]))
@@ -686,8 +692,10 @@ def test_where_code_and_texts_lie(tmp_path):
     assert code.parent == data and code.stat().st_mode & 0o777 == 0o700
     code, data = where(tmp_path, "home", XDG_CACHE_HOME=str(tmp_path / "caches"))
     assert data == code.parent == tmp_path / "caches" / "transformer-lm"
-    _, data = where(tmp_path, "home", "deep/data", "runs")
-    assert data == Path("deep/data") and not (tmp_path / "runs").exists()
+    assert where(tmp_path, "home", "deep/data", "runs")[1] == Path("deep/data")
+    assert not (tmp_path / "runs").exists()
+    assert where(tmp_path, "RAM disk")[1] == Path("/Volumes/RAMDisk/transformer-lm")
+    assert where(tmp_path, "small RAM disk")[1] == tmp_path / "home" / ".cache" / "transformer-lm"
     # Without a home, what is in the working directory may be a stranger's.
     for relative in ("", ".cache", "~/.cache"):
         code, data = where(tmp_path, "no home", XDG_CACHE_HOME=relative)

@@ -90,6 +90,8 @@ def test_closed_pipe_costs_nothing(tmp_path, text):
     ("[METAL] Command buffer execution failed: Impacting Interactivity.", "rerun the command to"),
     ("cudaGraphLaunch(graph, stream) failed: unspecified launch failure", "rerun the command to"),
     ("can't start new thread", "ulimit -u"),
+    ("[Compile::eval_cpu] Failed. The output is: xcrun: error: invalid active developer path",
+     "xcode-select --install"),
     ("[matmul] shapes do not match", None),
 ])  # fmt: skip
 def test_errors_of_mlx(said, advice, tmp_path, text, monkeypatch, capsys):

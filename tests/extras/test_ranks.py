@@ -191,17 +191,18 @@ def test_ranks_whose_launcher_is_gone_stop_saved(tmp_path, text):
     assert newest(tmp_path / "lm").stretches[-1]["versions"]["ranks"] == 2
 
 
-@pytest.mark.parametrize("env, said", [
-    ({"MLX_RANK": "0"}, "unset MLX_RANK"),
-    ({"PMI_SIZE": "2"}, "unset MLX_RANK"),
-    ({"MLX_RANK": "0", "MLX_HOSTFILE": "hosts.json"}, "start two or more with mlx.launch"),
+@pytest.mark.parametrize("env, status, said", [
+    ({"MLX_RANK": "0"}, 1, "unset MLX_RANK"),
+    ({"PMI_SIZE": "2"}, 1, "unset MLX_RANK"),
+    ({"MLX_RANK": "0", "MLX_HOSTFILE": "hosts.json"}, 1, "start two or more with mlx.launch"),
+    ({"MLX_RANK": "0", "NCCL_HOST_IP": "127.0.0.1"}, 2, "give mlx.launch --backend ring"),
 ])  # fmt: skip
-def test_ranks_that_cannot_meet(tmp_path, env, said):
+def test_ranks_that_cannot_meet(tmp_path, env, status, said):
     """What another launcher sets, what an earlier one has left, and `mlx.launch -n 1`."""
     (tmp_path / "hosts.json").write_text("\n")
-    _, err = run("--list", "--save_dir", ".", env=env, cwd=tmp_path, status=1)
+    _, err = run("--list", "--save_dir", ".", env=env, cwd=tmp_path, status=status)
     assert err.count("\n") == 1
-    assert "cannot join the other ranks" in err and said in err
+    assert re.search("ranks cannot meet|cannot join the other ranks", err) and said in err
 
 
 OTHER = "rank 1 has another command line, other files in its folder, or another version of MLX"

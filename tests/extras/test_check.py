@@ -1,0 +1,69 @@
+"""extras.check, with something planted that varies: it has to say where, and not to trust a GPU."""
+
+import pytest
+from conftest import ROOT, TINY, run, run_extra
+
+from datasets import open_code_dir
+
+# What each Python does first: with --gpu it pretends one; norms vary on the GPU or on the CPU.
+SITE = """
+import os, random, sys
+
+if "--gpu" in sys.argv:
+    import pretended_gpu
+    pretended_gpu.pretend()
+    pretended_gpu.mx.device_info = lambda: {"device_name": os.environ["GPU_NAME"]}
+if ("--gpu" in sys.argv) == (os.environ["VARYING"] == "gpu"):
+    from extras import fast
+    import mlx.core as mx
+    norm = mx.linalg.norm
+    mx.linalg.norm = lambda *a, **more: norm(*a, **more) * (1 + 1e-5 * random.random())
+"""
+
+
+@pytest.fixture
+def env(tmp_path):
+    """An environment with a GPU that nothing is known of."""
+    (tmp_path / "sitecustomize.py").write_text(SITE)
+    path = [tmp_path, ROOT / "tests", ROOT]
+    return {"PYTHONPATH": ":".join(map(str, path)), "GPU_NAME": str(tmp_path)}
+
+
+@pytest.fixture
+def forgotten():
+    """What becomes known of a GPU is deleted."""
+    before = set(open_code_dir().glob("gpu-*"))
+    yield
+    for each in set(open_code_dir().glob("gpu-*")) - before:
+        each.unlink()
+
+
+def is_verified(env, text, tmp_path):
+    """Whether a run with --gpu does not say that this GPU is not verified."""
+    line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm", "--new_model"]
+    out, _ = run(*line, "--gpu", program=["-m", "main"], env=env)
+    assert "machine  gpu" in out
+    return "Not verified on this GPU" not in out
+
+
+def test_a_cpu_that_varies_and_a_gpu_that_does_not(env, text, tmp_path, forgotten):
+    env["VARYING"] = "cpu"
+    line = ["--gpu", "--steps", 60, "--save_dir", tmp_path / "check"]
+    assert not is_verified(env, text, tmp_path)
+    out, _ = run_extra("check", *line, "--", *TINY[:-2], env=env, status=1)
+    *_, last = out.splitlines()
+    assert last == "Not exact, or not right, here: CPU (a float32 run, a bfloat16 run)."
+    assert out.count("!!") == 2 and out.count("\n   ") == 3 + 2 * 16 + 2
+    assert is_verified(env, text, tmp_path)
+    assert not list((tmp_path / "check").iterdir())
+
+
+def test_operations_that_vary_and_runs_that_fail(env, text, tmp_path):
+    env["VARYING"] = "gpu"
+    line = ["--gpu", "--steps", 60, "--save_dir", tmp_path / "check", "--", "--dim", "many"]
+    out, _ = run_extra("check", *line, env=env, status=1)
+    *_, last = out.splitlines()
+    runs = "a float32 run, a bfloat16 run"
+    assert last.endswith(f"GPU (norm of gradients, Muon, {runs}).")
+    assert out.count(" main.py: ") == 4
+    assert not is_verified(env, text, tmp_path)
