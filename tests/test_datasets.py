@@ -683,7 +683,7 @@ def where(folder, *line, **env):
     env = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": "", "HOME": str(folder / "home"), **env}
     out, err = run("-c", WHERE, *line, program=(), env=env, cwd=folder)
     assert err == ""
-    return map(Path, out.splitlines())
+    return [*map(Path, out.splitlines())]
 
 
 def test_where_code_and_texts_lie(tmp_path):
