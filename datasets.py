@@ -78,7 +78,7 @@ def explained(text, *errors, kind=UsageError):
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        raise
+        raise  # also where BaseException is among the errors
     except expected as error:
         raise kind(f"{text} ({one_line(error)})") from None
 

@@ -588,7 +588,8 @@ MUON_RATE = 5
 class Muon(optim.Optimizer):
     """Muon (Jordan et al. 2024) with decoupled weight decay, like AdamW's.
 
-    MLX's own orthogonalizes one matrix at a time, and adds the decay to its gradient before.
+    MLX's own orthogonalizes one matrix at a time. It adds the decay to the gradient, so that the
+    decay is orthogonalized, too.
     """
 
     def __init__(self, learning_rate, weight_decay, momentum=0.95):
@@ -602,7 +603,7 @@ class Muon(optim.Optimizer):
 
     def apply_gradients(self, gradients, parameters):
         directions = super().apply_gradients(gradients, parameters)  # by apply_single
-        # All matrices of a shape at once: a third of the operations.
+        # All matrices of a shape at once: a step of the recipe `first` has half the operations.
         by_shape = {}
         for name, direction in tree_flatten(directions):
             by_shape.setdefault(direction.shape, {})[name] = direction
@@ -630,6 +631,7 @@ class Muon(optim.Optimizer):
         return x.swapaxes(1, 2) if is_tall else x
 
     def move(self, direction, matrix):
+        """The matrix after a step; direction: orthogonal."""
         rows, columns = matrix.shape
         rate = self.learning_rate * max(1, rows / columns) ** 0.5
         # AdamW decays by its learning rate times weight_decay; this does the same, with its rate.

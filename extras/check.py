@@ -180,7 +180,7 @@ def check_runs(device, folder, flags, on_cpu):
     end = rf"^{steps}/{steps}  loss (\S+) .* (\S+ tokens/s)[\s\S]+^saved (\w+) at iteration {steps}"
     for name, more in RUNS.items():
         command = [*f"{line} {more}".split(), *flags.model, "--text", MAIN, "--save_dir"]
-        whole = train([*command, f"{folder}/{device} {name}"])
+        whole = train([*command, f"{folder}/{device} {name}"], {})
         struck = train([*command, f"{folder}/{device} {name}, struck"], strikes)
         ends = re.findall(end, whole, re.M) + re.findall(end, struck, re.M)
         if len(ends) < 2:
@@ -193,7 +193,7 @@ def check_runs(device, folder, flags, on_cpu):
         yield name, text, found == expected and off < LOSS_ROUNDING
 
 
-def train(line, strikes={}):
+def train(line, strikes):
     """Runs main.py to its end; returns what it has printed.
 
     strikes: {step: signal} that end it before, after each of which it is run again.
