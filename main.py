@@ -108,7 +108,8 @@ def fast_version(plain):
     Both give the same up to rounding. fast.py knows the plain function by the SHA1 of its source,
     without comments: once you edit it, your version runs, and the start screen says so.
     """
-    # A run that is compared with one of an edited function has to round as that one does.
+    # extras.versus compares an edited function with the original. Both run in plain MLX, or they
+    # would round differently.
     names = os.environ.get("PLAIN_FUNCTIONS", "").split(",")
     if fast is None or plain.__name__ in names:
         return plain
@@ -758,9 +759,8 @@ class Batches:
 
     Each epoch cuts the text into windows at a random offset, so that no token is always left out,
     and draws their order `perm`; `place` is the position in it. The next batch depends only on the
-    arguments, the epoch and `place`; the order is saved anyway, since another NumPy version might
-    draw a different one. batch_size: rows of a whole step. Raises UsageError if the text is shorter
-    than one window.
+    arguments, the epoch and `place`. batch_size: rows of a whole step. Raises UsageError if the
+    text is shorter than one window.
     """
 
     def __init__(self, text, context_size, batch_size, seed):
@@ -778,16 +778,15 @@ class Batches:
         self.seed = seed
         self.begin_epoch(0)
 
-    def begin_epoch(self, epoch):
-        """Draws the offset and the order of an epoch, counted from 0, and moves to its start."""
+    def begin_epoch(self, epoch, place=0):
+        """Draws the offset and the order of an epoch, counted from 0; moves to a place in it."""
         rng = np.random.default_rng([self.seed, epoch])
         self.epoch = epoch
-        self.place = 0
+        self.place = place
         offsets = min(self.context_size, len(self.text) - self.context_size)
         self.offset = int(rng.integers(offsets))
         windows = (len(self.text) - 1 - self.offset) // self.context_size
-        # [windows]; int32 keeps checkpoints small.
-        self.perm = rng.permutation(windows).astype(np.int32)
+        self.perm = rng.permutation(windows)
 
     def next(self):
         """Inputs and targets of the next step, [B, L] int32.
@@ -799,25 +798,12 @@ class Batches:
         if not complete and self.place > 0:
             self.begin_epoch(self.epoch + 1)
         places = range(self.place, self.place + self.batch_size)
-        windows = self.perm.take(places, mode="wrap").astype(np.int64)  # texts may exceed 2^31
+        windows = self.perm.take(places, mode="wrap")
         starts = self.offset + windows * self.context_size  # [B]
         self.place += self.batch_size
         ends = starts + self.context_size + 1
         rows = np.stack([self.text[start:end] for start, end in zip(starts, ends)])  # [B, L + 1]
         return mx.array(rows[:, :-1], mx.int32), mx.array(rows[:, 1:], mx.int32)
-
-    def restore(self, epoch, offset, place, perm):
-        """Moves to a position that was saved. Raises ValueError if it is not one of this text."""
-        perm = np.array(perm)
-        windows = (len(self.text) - 1 - offset) // self.context_size
-        if perm.shape != (windows,) or perm.dtype != np.int32:
-            raise ValueError(f"the order of its windows is not that of {windows:,} windows")
-        if not np.array_equal(np.sort(perm), np.arange(windows)):
-            raise ValueError("the order of its windows is no permutation")
-        self.epoch = epoch
-        self.offset = offset
-        self.place = place
-        self.perm = perm
 
 
 def draw_dropout(iteration, rows, flags):
@@ -1014,21 +1000,18 @@ class Run(Progress):
         steps = self.flags.steps_per_save or self.flags.steps_per_eval
         return self.iteration % steps == 0 or self.is_score_due()
 
-    def count_misses(self):
-        """The number of scheduled evaluations since the best one.
+    def is_out_of_patience(self):
+        """Whether --patience ends the run here: so many evaluations were no better than the best.
 
-        One at the end of an earlier `num_iters` does not count: otherwise --patience would stop an
-        extended run at a different iteration than a run that had its length from the start.
+        One at the end of an earlier `num_iters` does not count: otherwise an extended run would
+        stop at a different iteration than a run that had its length from the start.
         """
         steps = self.flags.steps_per_eval
         scores = [nats for iteration, nats in self.scores if iteration % steps == 0]
-        if not scores:
-            return 0
-        return len(scores) - 1 - scores.index(min(scores))
-
-    def is_out_of_patience(self):
-        """Whether --patience ends the run here."""
-        return bool(self.flags.patience) and self.count_misses() >= self.flags.patience
+        if not self.flags.patience or not scores:
+            return False
+        misses = len(scores) - 1 - scores.index(min(scores))
+        return misses >= self.flags.patience
 
     def weights_to_save(self):
         """The weights to save, score and sample from, a tree: the average if there is one.
@@ -1169,7 +1152,7 @@ def train(run, interrupts, ranks):
     if reporter and run.is_scored:  # finite, so a step from the newest checkpoint would succeed
         prune(run)
     if run.is_out_of_patience():
-        tqdm.write(f"Stopped: no improvement in {run.count_misses()} evaluations (--patience).")
+        tqdm.write(f"Stopped: no improvement in {flags.patience} evaluations (--patience).")
     if is_time_up:
         tqdm.write(f"--max_minutes {flags.max_minutes:g} reached at iteration {run.iteration:,}.")
     if flags.eval_test and not received:
@@ -1209,8 +1192,8 @@ def train_step(run, step):
 def score_run(run, interrupts, ranks, reporter):
     """Scores the validation split, or its first --eval_tokens tokens, unless a signal arrives.
 
-    A score that is only due to --max_minutes is shown, and logged until the run is resumed: a run
-    without a break would not have it. Raises RunError if the score is not finite.
+    A score that is taken only because --max_minutes ends the session is shown and logged, but not
+    kept: a run without a break would not have it. Raises RunError if the score is not finite.
     """
     flags = run.flags
     tokens = run.dataset.valid.tokens
@@ -1496,15 +1479,15 @@ class Conversation:
 # process that holds the folder's lock writes there. Each checkpoint is two safetensors files:
 #
 #     <sha1>.safetensors  the weights (for LoRA, only the adapters), named by the SHA1 of its bytes
-#     <sha1>.metadata     the optimizer state, the order of the batches, the tokenizer and, with
-#                         --average, the weights before averaging; in its header a record (see
-#                         Checkpoint), which has the SHA1 of these arrays, and the record's own SHA1
+#     <sha1>.metadata     the optimizer state, the tokenizer and, with --average, the weights before
+#                         averaging; in its header a record (see Checkpoint), which has the SHA1 of
+#                         these arrays, and the record's own SHA1
 #
 # A checkpoint may come from a stranger: what is in it is checked before it is used, and no link is
 # followed.
 
 # Version of the .metadata format; increment it when another main.py could misread it.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 SHA1 = re.compile("[0-9a-f]{40}")
 RUN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a run's folder
 NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check the flags"
@@ -1518,13 +1501,12 @@ class Checkpoint(Progress):
     state_sha1: str  # of the arrays in its .metadata, see sha1_of_arrays
     saved: float  # when, in seconds since 1970; later than those before it in its run
     flags: dict  # those in SAVED, as they were settled
-    config: dict  # the fields of a Config
+    config: dict  # in the file, the fields of a Config, which it is once it was read
     tokens_sha256: dict  # of the training and validation texts, see Dataset
     origins: dict  # the models that it began with: {"init_from", "teacher" or "branched_from": id}
     stretches: list  # a Stretch each; in the file, its fields
     # The fields of its Batches with the same names.
     epoch: int
-    offset: int
     place: int
     format_version: int
 
@@ -1569,10 +1551,10 @@ class Checkpoint(Progress):
             if sha1_of_arrays(state) != self.state_sha1:
                 raise ValueError("its .metadata has other arrays")
             tokenizer = tokenizer_from_dict(json.loads(bytes(state.pop("tokenizer"))))
-            if tokenizer.vocab_size > self.config["vocab_size"]:
+            if tokenizer.vocab_size > self.config.vocab_size:
                 # MLX does not check indices: it would read beyond the embeddings.
                 raise ValueError("its tokenizer has more ids than its model")
-            if self.config["num_blocks"] > len(weights):
+            if self.config.num_blocks > len(weights):
                 # Building that many blocks first could exhaust the memory.
                 raise ValueError("its model has more blocks than arrays")
             return Contents(self, tokenizer, weights, state)
@@ -1623,7 +1605,7 @@ class Contents(NamedTuple):
                 alpha = checkpoint.flags["lora_alpha"]
                 weights = extra("lora").merge(base, weights, rank, alpha)
         with explained(f"{checkpoint} does not fit its record", kind=Damaged):
-            model = LanguageModel(Config(**checkpoint.config))
+            model = LanguageModel(checkpoint.config)
             check_arrays(weights, model.parameters())
             model.load_weights(list(weights.items()))
             mx.eval(model.parameters())
@@ -1643,9 +1625,7 @@ class Contents(NamedTuple):
                 run.model.update(state["weights"])
             check_arrays(state["optimizer"], run.optimizer.state)
             run.optimizer.state = state["optimizer"]
-            run.batches.restore(
-                checkpoint.epoch, checkpoint.offset, checkpoint.place, state["perm"]
-            )
+            run.batches.begin_epoch(checkpoint.epoch, checkpoint.place)
             mx.eval(run.model.parameters(), run.optimizer.state)
         for name, value in checkpoint.progress().items():
             setattr(run, name, value)
@@ -1688,7 +1668,7 @@ def load_arrays(path):
     """
     arrays = mx.load(str(path), format="safetensors")
     if sum(array.nbytes for array in arrays.values()) > path.stat().st_size:
-        # Whose small file could fill the memory.
+        # With arrays that overlap, a small file could claim more memory than there is.
         raise ValueError("it is cut off, or its arrays overlap")
     return arrays
 
@@ -1716,10 +1696,9 @@ def read_checkpoint(metadata_path):
         raise ValueError("its history is malformed")
     checkpoint.stretches = [checked(Stretch, values) for values in checkpoint.stretches]
     check_values(checkpoint.flags)
-    # What is younger than the checkpoint has its default.
+    # A flag that is younger than the checkpoint has its default.
     checkpoint.flags = {name: DEFAULTS[name] for name in SAVED} | checkpoint.flags
-    known = {field.name: field.default for field in dataclasses.fields(Config)}
-    checkpoint.config = vars(checked(Config, known | checkpoint.config))
+    checkpoint.config = checked(Config, checkpoint.config)
     if checkpoint.id != metadata_path.stem:
         raise ValueError(f"it belongs to {checkpoint.id[:12]}")
     return checkpoint
@@ -1728,16 +1707,13 @@ def read_checkpoint(metadata_path):
 def checked(kind, values):
     """A dataclass made of {field: value}, which may be a stranger's.
 
-    Raises ValueError unless each field is there, of its type and in range.
+    Raises ValueError or TypeError unless each field is there, of its type and in range.
     """
     types = {field.name: field.type for field in dataclasses.fields(kind)}
-    if values.keys() != types.keys():
-        odd = sorted(values.keys() ^ types.keys())
-        raise ValueError(f"it lacks {odd[0]!r:.50}, or should not have it")
     for name, value in values.items():
-        wanted = types[name]
+        wanted = types.get(name)
         if type(value) not in (get_args(wanted) or [wanted]):
-            raise ValueError(f"its {name} is of another type")
+            raise ValueError(f"its {name:.50} is of another type")
         least = -1e15 if name == "recent_loss" else 0  # may be negative by rounding
         if type(value) in (int, float) and not least <= value < 1e15:
             raise ValueError(f"its {name} is out of range")
@@ -1902,8 +1878,8 @@ def write_checkpoint(run):
 def arrays_to_save(tree):
     """The arrays of a tree, {name: array}, sorted: equal arrays give equal bytes.
 
-    Those of a GPU are copies: what is read, MLX moves out of NVIDIA's memory for good (its issue
-    3861).
+    Those of a GPU are copies: to read an array would move it out of NVIDIA's memory for good (MLX
+    issue 3861).
     """
     arrays = dict(sorted(tree_flatten(tree)))
     if on_gpu():
@@ -1913,7 +1889,7 @@ def arrays_to_save(tree):
 
 def state_arrays(run):
     """The arrays of a .metadata file, {name: array}."""
-    tree = {"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}
+    tree = {"optimizer": run.optimizer.state}
     if run.average:  # the .safetensors holds only the average
         tree["weights"] = run.model.trainable_parameters()
     # As an array: safetensors files with long headers cannot be read.
@@ -1932,7 +1908,6 @@ def describe_run(run):
         "origins": run.origins,
         "stretches": [vars(stretch) for stretch in run.stretches],
         "epoch": run.batches.epoch,
-        "offset": run.batches.offset,
         "place": run.batches.place,
     }
 
@@ -1996,7 +1971,8 @@ def open_model(save_dir, name, flag_name):
     if is_foreign(name):
         return Source(*extra("huggingface").open_by_name(name))
     checkpoint = named_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name)
-    return open_source(checkpoint)
+    with explained(f"--{flag_name} cannot be used: name another", Damaged, kind=RunError):
+        return open_source(checkpoint)
 
 
 def is_foreign(name):
@@ -2342,13 +2318,11 @@ class Reporter:
             "peak_mib": mx.get_peak_memory() / 2**20,
         }
         self.show(run, metrics | measured)
-        row = {"iteration": run.iteration, "split": "train"} | metrics | measured
-        row |= {"tokens_seen": run.tokens_seen, "seconds": run.seconds}
         # With --train_tokens, num_bytes is still that of the whole text; with --teacher, the loss
         # is not that of the text alone.
         if not run.flags.train_tokens and run.teacher is None:
-            row["bits_per_byte"] = bits_per_byte(metrics["loss"], run.dataset.train)
-        self.record(row)
+            measured["bits_per_byte"] = bits_per_byte(metrics["loss"], run.dataset.train)
+        self.record(run, "train", metrics | measured)
         self.train_loss = metrics["loss"]
         run.recent_steps = 0
         run.recent_loss = 0.0
@@ -2377,18 +2351,13 @@ class Reporter:
         elapsed = tqdm.format_interval(run.seconds)
         times = f"epoch {run.epochs:.2f}, time {elapsed}, scored in {seconds:.1f} s"
         tqdm.write(f"iteration {run.iteration:,}: {train}{score}; {times}")
-        row = {
-            "iteration": run.iteration,
-            "split": "valid",
-            "loss": nats,
-            "bits_per_byte": bits_per_byte(nats, run.dataset.valid),
-            "tokens_seen": run.tokens_seen,
-            "seconds": run.seconds,
-        }
-        self.record(row)
+        bits = bits_per_byte(nats, run.dataset.valid)
+        self.record(run, "valid", {"loss": nats, "bits_per_byte": bits})
 
-    def record(self, row):
-        """Adds a row to the log, and sends it to the dashboards."""
+    def record(self, run, split, metrics):
+        """Adds metrics, {name: number}, to the log, and sends them to the dashboards."""
+        row = {"iteration": run.iteration, "split": split} | metrics
+        row |= {"tokens_seen": run.tokens_seen, "seconds": run.seconds}
         with self.writing("log.csv"):
             self.log.append(row)
         if self.dashboards:
@@ -2567,11 +2536,8 @@ def start_notices(run):
 def describe_resume(checkpoint, run):
     """Yields what has changed in a resumed run since its checkpoint, a line each."""
     flags = run.flags
-    changes = []
-    for name, before in checkpoint.flags.items():
-        if before != getattr(flags, name):
-            changes.append(f"--{name} {before} -> {getattr(flags, name)}")
-    yield f"resumed  with {', '.join(changes) or 'unchanged flags'}"
+    changes = describe_changes(checkpoint.flags, vars(flags), "--")
+    yield f"resumed  with {changes or 'unchanged flags'}"
     if checkpoint.run != run.folder.name:
         yield f"This is a branch of {checkpoint.run}, which stays as it is."
     has_schedule = flags.lr_schedule != "constant" or flags.dropout_final is not None
@@ -2581,15 +2547,18 @@ def describe_resume(checkpoint, run):
     if before.code != run.stretches[-1].code:
         parts = ", ".join(CODE)
         yield f"The code that trains was edited since the checkpoint: main.py's {parts}."
-    changes = []
-    for name, version in run.versions.items():
-        if before.versions.get(name) != version:
-            changes.append(f"{name} {before.versions.get(name)} -> {version}")
+    changes = describe_changes(before.versions, run.versions)
     if changes:
-        yield (
-            f"Environment changed since the checkpoint ({'; '.join(changes)}): "
-            "resume may not be bit-exact."
-        )
+        yield f"Environment changed ({changes}): resume may not be bit-exact."
+
+
+def describe_changes(before, now, prefix=""):
+    """What has other values now, in words: "--dim 32 -> 64, --seed 1 -> 2"."""
+    changes = []
+    for name, value in before.items():
+        if value != now.get(name):
+            changes.append(f"{prefix}{name} {value} -> {now.get(name)}")
+    return ", ".join(changes)
 
 
 # ---- Prompts ------------------------------------------------------------------------------------
@@ -2836,17 +2805,19 @@ FLAGS["training"] = {
     "min_lr": Flag(None, RATE, "final learning rate (default: a tenth of the peak)", "final_lr"),
     "weight_decay": Flag(1e-5, RATE, "decoupled weight decay of the matrices", "wd"),
     "embedding_decay": Flag(
-        None, RATE, "that of embeddings and output matrix (default: weight_decay)"
+        None, RATE, "weight decay of embeddings and output matrix (default: weight_decay)"
     ),
     "beta1": Flag(0.9, BETA, "AdamW's beta1, decay rate of the mean gradient", "adam_beta1"),
-    "beta2": Flag(0.99, BETA, "AdamW's beta2, that of the mean squared gradient", "adam_beta2"),
+    "beta2": Flag(
+        0.99, BETA, "AdamW's beta2, decay rate of the mean squared gradient", "adam_beta2"
+    ),
     "lr_warmup": Flag(
         200, COUNT, "warmup steps", "warmup_iters warmup_steps num_warmup_steps"
     ),
     "lr_schedule": Flag(
         "constant", one_of(SCHEDULES), "schedule after warmup", "lr_scheduler_type"
     ),
-    "lr_cooldown": Flag(1.0, SHARE, "share of the steps, at the end, of the rate's decay"),
+    "lr_cooldown": Flag(1.0, SHARE, "the rate decays over this last share of the steps"),
     "grad_clip": Flag(
         1.0, RATE, "maximum gradient norm; 0: no clipping", "clip_grad_norm max_grad_norm"
     ),
@@ -2911,7 +2882,9 @@ FLAGS["command"] = {
     "inference": Flag(False, bool, "sample interactively", "interactive"),
     "prompt": Flag(None, prompt_text, "text to continue", "start"),
     "evaluate": Flag(None, one_of(SPLITS), "evaluate a checkpoint on a whole split"),
-    "eval_stride": Flag(None, SIZE, "stride of that window (default: context_size)"),
+    "eval_stride": Flag(
+        None, SIZE, "tokens between windows of --evaluate and --eval_test (default: context_size)"
+    ),
     "list": Flag(False, bool, "list runs and checkpoints"),
     "new_model": Flag(False, bool, "start a new run even if one could be resumed"),
     "identifier": Flag(
@@ -3226,8 +3199,9 @@ def differences(flags, checkpoint):
 def is_same_model(flags, flag_name, checkpoint):
     """Whether a flag names the model that the run of a checkpoint began with or learns from.
 
-    A folder is compared by its content. Anything else agrees also where it is spelled alike: the
-    run has what it needs of a checkpoint that has gone, or of one that "latest" no longer names.
+    A folder is compared by its content. A checkpoint is the same if its id is, or if the flag is
+    spelled as before: it may have been deleted, or "latest" may name another by now, but the run
+    keeps what it needs of it.
     """
     name = getattr(flags, flag_name)
     origin_id = checkpoint.origins.get(flag_name)
@@ -3270,8 +3244,8 @@ def find_start(flags, checkpoints):
 def find_candidates(flags, checkpoints, start):
     """The newest checkpoints of the runs whose flags and models are those of a command.
 
-    start: see find_start. If it is not the newest of its run, or other flags go with it, the
-    command means a branch, whose record has the id of `start`.
+    start: see find_start. A command that names an older checkpoint, or changes training flags,
+    means a branch; the record of a branch has the id of the checkpoint that it left.
     """
     if flags.new_model:
         return []
@@ -3292,8 +3266,8 @@ def find_candidates(flags, checkpoints, start):
 def choose(candidates, flags, dataset, start):
     """The candidate that a command goes on with: the first of the same text and code, or None.
 
-    With --identifier, the code does not matter. Raises UsageError if only the code differs, and
-    the run is not complete or the command describes none.
+    With --identifier, the code is not compared. Raises UsageError if only the code differs, and
+    either the run is unfinished or the command has no flags that describe a run.
     """
     candidates = [each for each in candidates if each.tokens_sha256 == dataset.sha256]
     code = hash_code(vars(flags))
@@ -3372,8 +3346,7 @@ def open_models(flags):
     for flag_name in ORIGINS:
         name = getattr(flags, flag_name)
         if name:
-            with explained(f"--{flag_name} cannot be used: name another", Damaged, kind=RunError):
-                models[flag_name] = open_model(flags.save_dir, name, flag_name)
+            models[flag_name] = open_model(flags.save_dir, name, flag_name)
     return models
 
 
@@ -3432,7 +3405,7 @@ def make_model(flags, dataset, checkpoint, models):
             extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
     elif checkpoint:
         with explained(f"{checkpoint} has no model", kind=Damaged):
-            model = LanguageModel(Config(**checkpoint.config))
+            model = LanguageModel(checkpoint.config)
     else:
         model = LanguageModel(make_config(flags, dataset.tokenizer.vocab_size))
     return model
@@ -3514,6 +3487,11 @@ def load_data(flags, tokenizer=None):
     """The dataset of a run; tokenizer: that of a model or a checkpoint, instead of the flags'."""
     if not flags.text and (flags.valid_text or flags.test_text or flags.dataset == "text"):
         raise UsageError("--valid_text and --test_text go with --text, which names your files")
+    if flags.eval_stride and flags.eval_stride > flags.context_size:
+        raise UsageError(
+            f"--eval_stride {flags.eval_stride} would skip tokens: "
+            f"give at most {flags.context_size}"
+        )
     names = [*FLAGS["data"], "test_text", "save_dir", "mirror"]
     arguments = {name: getattr(flags, name) for name in names if name != "dataset"}
     if tokenizer:
@@ -3528,8 +3506,8 @@ def load_data(flags, tokenizer=None):
 def load_data_again(flags, checkpoints):
     """The dataset of a run that has these checkpoints, newest first.
 
-    It has the tokenizer of the model that it began with; one that was read from a file may be gone.
-    The checkpoints contain both.
+    If the tokenizer came from a model or a file, it is taken from the run's checkpoint: the
+    original may be gone.
     """
     of_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in flags.given
     if flags.init_from or flags.teacher or of_file:
@@ -3552,7 +3530,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
     models: those that it reads at this start, {flag: Source}. Raises UsageError, RunError.
     """
     checkpoint = contents and contents.checkpoint
-    if checkpoint and checkpoint.config["vocab_size"] < dataset.tokenizer.vocab_size:
+    if checkpoint and checkpoint.config.vocab_size < dataset.tokenizer.vocab_size:
         # MLX does not check indices: it would read and write beyond the embeddings.
         raise Damaged(f"{checkpoint} has fewer embeddings than the text has tokens")
     model = make_model(flags, dataset, checkpoint, models)
@@ -3628,7 +3606,8 @@ def set_up(flags, ranks, interrupts, stack):
     contents = None
     if found:  # only now can no other process advance it
         remove_unfinished(folder)
-        is_named = bool(flags.identifier) and found is start  # else it is a branch of what is
+        # Of a branch of what is named, any intact checkpoint will do.
+        is_named = bool(flags.identifier) and found is start
         contents = open_newest(list_run(folder, warn=True), is_named=is_named)
     elif start:
         contents = open_newest([start], is_named=True)
@@ -3695,8 +3674,8 @@ def flags_apart(checkpoints):
 def open_for_use(flags):
     """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
 
-    It is the newest of the runs that have the values of all flags given that stay as they are
-    during a run. Raises UsageError, RunError.
+    Without --identifier, of the runs that agree with the flags given for data, model and start.
+    Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     names = [name for name in FIXED if name in flags.given and name not in ("seed", *PATHS)]
@@ -3727,8 +3706,7 @@ def use_checkpoint(flags):
     contents = open_for_use(flags)
     model = contents.load_model()
     if flags.draft:
-        with explained("--draft cannot be used: name another", Damaged, kind=RunError):
-            draft = open_model(flags.save_dir, flags.draft, "draft")
+        draft = open_model(flags.save_dir, flags.draft, "draft")
     if flags.evaluate:
         score_checkpoint(model, contents, flags)
     else:
@@ -3741,11 +3719,6 @@ def score_checkpoint(model, contents, flags):
     flags = settle(flags.given, checkpoint.flags)
     dataset = load_data_again(flags, [checkpoint])
     refuse_other_text(dataset, checkpoint)
-    context_size = model.config.context_size
-    if flags.eval_stride and flags.eval_stride > context_size:
-        raise UsageError(
-            f"--eval_stride {flags.eval_stride} would skip tokens: give at most {context_size}"
-        )
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=False)
     announce(checkpoint)
@@ -3791,16 +3764,16 @@ def describe_end(run, received):
 def execute(argv, ranks):
     """Executes the command; returns the exit status, or None for 0."""
     flags = settle(read_command_line(argv))
-    if utf8(str(flags.save_dir)) != str(flags.save_dir):
-        raise UsageError(f"--save_dir {flags.save_dir}: MLX reads only names in UTF-8; rename it")
+    path = str(flags.save_dir.absolute())
+    if utf8(path) != path:
+        raise UsageError(f"--save_dir {path}: MLX reads only names in UTF-8; rename it")
     use_device(flags.gpu)
     if flags.list:
         return list_runs(flags.save_dir)
     if flags.inference or flags.prompt is not None or flags.evaluate:
         return use_checkpoint(flags)
     fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
-    with explained(fault, OSError, UnicodeError):
-        str(flags.save_dir.absolute()).encode()  # MLX finds no other name again
+    with explained(fault, OSError):
         make_writable(flags.save_dir)
     return train_run(flags, ranks)
 

@@ -169,7 +169,7 @@ class Group(contextlib.AbstractContextManager):
             "flags": vars(run.flags),
             "configs": {name: vars(model.config) for name, model in models.items()},
             "progress": run.progress(),
-            "batches": [run.batches.epoch, run.batches.offset, run.batches.place],
+            "batches": [run.batches.epoch, run.batches.place],
             "dataset": dataset.name,
             "tokenizer": dataset.tokenizer.to_dict(),
             "splits": {name: split[1:] for name, split in splits.items()},
@@ -178,7 +178,6 @@ class Group(contextlib.AbstractContextManager):
             "models": {name: model.parameters() for name, model in models.items()},
             "optimizer": run.optimizer.state,
             "average": run.average or {},
-            "perm": mx.array(run.batches.perm),
             "tokens": {name: mx.array(split.tokens) for name, split in splits.items()},
         }
         file = io.BytesIO()
@@ -220,7 +219,7 @@ class Group(contextlib.AbstractContextManager):
             source.model.update(tree["models"][name])
         run.optimizer.state = tree["optimizer"]
         run.average = tree.get("average")
-        run.batches.restore(*record["batches"], tree["perm"])
+        run.batches.begin_epoch(*record["batches"])
         for name, value in record["progress"].items():
             setattr(run, name, value)
         return run

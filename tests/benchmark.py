@@ -11,6 +11,7 @@ by turns, each training in a process of its own.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -57,6 +58,18 @@ def call(function, *arguments):
 
 def is_installed(package):
     return importlib.util.find_spec(package) is not None
+
+
+def machine(gpu):
+    """What the figures depend on: the device, and the versions of what is compared."""
+    import main
+
+    main.use_device(gpu)
+    versions = main.list_versions(main.settle({"gpu": gpu}), main.SingleProcess())
+    for package in ("torch", "transformers"):
+        if is_installed(package):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def summary(ratios):
@@ -462,7 +475,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.part == "data" and not options.text:
         parser.error("data needs --text")
-    measured = measure(options)
+    versions, _ = call("machine", options.gpu)
+    measured = {"machine": versions} | measure(options)
     for name, figure in measured.items():
         print(name)
         for key, value in figure.items():

@@ -279,6 +279,7 @@ def saved(save_dir, run="*"):
     found = []
     for path in Path(save_dir).glob(f"{run}/*.safetensors"):
         record = read_record(path.with_suffix(".metadata"))
+        record["config"] = main.Config(**record["config"])
         checkpoint = main.Checkpoint(**record)
         checkpoint.folder = path.parent
         found.append(checkpoint)

@@ -77,7 +77,6 @@ def test_name_is_the_sha1_of_the_bytes_and_content_is_whole(three):
         np.testing.assert_array_equal(stored.reshape(value.shape), np.array(value))
 
     state = mx.load(str(checkpoint.metadata_path), format="safetensors")
-    assert sorted(np.array(state["perm"])) == list(range(len(state["perm"])))
     assert (checkpoint.place, checkpoint.epoch) == (12, 0)
     assert json.loads(bytes(state["tokenizer"]))["kind"] == "byte"
     assert b"passw0rd" not in checkpoint.metadata_path.read_bytes()

@@ -197,6 +197,7 @@ MISTAKES = [
     ("--identifier latest --save_dir damaged", "another SHA1", "use another one from --list", 1),
     ("--text text.txt --init_from latest --save_dir damaged", "another SHA1", "name another", 1),
     ("--evaluate valid --eval_stride 33", "--eval_stride 33 would skip tokens", "at most 8"),
+    ("--text text.txt --eval_test --eval_stride 49", "--eval_stride 49 would skip", "at most 48"),
     # A run that blows up
     ("--text text.txt --dim 16 --learning_rate 1e30 --num_iters 9", "not finite", "a lower", 1),
     # YAML files of flags

@@ -91,7 +91,7 @@ def train_by_hand(checkpoint, tokens, loss_of):
     [B, L] and logits [B, L, V].
     """
     flags = Namespace(**checkpoint.flags)
-    model = main.LanguageModel(main.Config(**checkpoint.config))
+    model = main.LanguageModel(checkpoint.config)
     main.init_weights(model, flags.seed)
     rows = flags.batch_size * flags.grad_accumulation
     batches = main.Batches(tokens, flags.context_size, rows, flags.seed)

@@ -1,4 +1,4 @@
-"""The commands of both READMEs, as they stand there, in small form and without a network."""
+"""The commands of the READMEs and the tutorial, as they stand there, in small form and offline."""
 
 import os
 import re
@@ -12,25 +12,27 @@ from conftest import DEFAULTS, ROOT, TEXT, TINY, copy_program, run, run_extra, r
 
 README = (ROOT / "README.md").read_text()
 OF_EXTRAS = (ROOT / "extras" / "README.md").read_text()
-BOTH = README + OF_EXTRAS
+TUTORIAL = (ROOT / "extras" / "tutorial.md").read_text()
+PAGES = README + OF_EXTRAS + TUTORIAL
 
 
 def read_commands():
-    """The lines of the shell blocks of both READMEs."""
+    """The lines of the shell blocks of all pages, each once."""
     lines = []
-    for block in re.findall(r"```bash\n(.*?)```", BOTH, re.S):
+    for block in re.findall(r"```bash\n(.*?)```", PAGES, re.S):
         lines += block.splitlines()
-    return [line for line in lines if line]
+    return [*dict.fromkeys(lines)]
 
 
 COMMANDS = read_commands()
-OF_MAIN = [line for line in COMMANDS if "main.py" in line]
-# Comparisons train a dozen runs: test_versus.py has smaller ones.
-OF_PROGRAMS = [line for line in COMMANDS if re.match(r"python -m extras\.(?!versus)", line)]
+OF_MAIN = [line for line in COMMANDS if "python main.py" in line]
+# Comparisons train a dozen runs, and `look` needs one of many steps: they have tests of their own.
+OF_PROGRAMS = [line for line in COMMANDS if re.match(r"python -m extras\.(?!versus|look)", line)]
 SMALL = [*TINY, "--num_iters", "3", "--steps_per_report", "1", "--eval_tokens", "500"]
 # What stands for what cannot be had here, or does not fit the models at hand.
 REPLACED = {
     "--dataset ptb": "--text notes.txt --tokenizer byte",
+    "--text main.py datasets.py": "--text notes.txt",
     "Qwen/Qwen2.5-0.5B": "python-XXXXXX",
     "--eval_stride 32": "--eval_stride 4",
     "$lr": "1e-3",
@@ -84,7 +86,7 @@ def test_command(command, place):
             arguments += ["--save_dir", "runs"]
         if given & {"--help", "--evaluate", "--inference", "--prompt", "--list"}:
             out, _ = run(*arguments, input="line 5", cwd=place)
-            assert out.strip()
+            assert len(out) > 1
             continue
         arguments += ["--max_tokens", "8"]
         if not given & {"--identifier", "--init_from"}:
@@ -113,7 +115,7 @@ def test_classifier(tmp_path):
 
     It must be right far more often than by naming the largest class.
     """
-    [snippet] = re.findall(r"```python\n(.*?)```", OF_EXTRAS, re.S)
+    [snippet] = re.findall(r"```python\n(.*?)```", TUTORIAL, re.S)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.run(
         [sys.executable, "-c", snippet],
@@ -160,10 +162,10 @@ def test_named_flags_exist():
     known = {*re.findall(r"--(?:no-)?\w+", out), *OF_OTHERS}
     for program in [ROOT / "datasets.py", *(ROOT / "extras").glob("*.py")]:
         known.update(re.findall(r'"(--\w+)"', program.read_text()))
-    named = re.findall(r"(?<![\w-])--(?:no-)?[a-z]\w*", BOTH)
+    named = re.findall(r"(?<![\w-])--(?:no-)?[a-z]\w*", PAGES)
     assert set(named) <= known
 
 
 def test_defaults_in_the_readme_are_the_parsers():
-    for flag, default in re.findall(r"`--(\w+)` \(([\d.e-]+)\)", BOTH):
+    for flag, default in re.findall(r"`--(\w+)` \(([\d.e-]+)\)", PAGES):
         assert float(default) == DEFAULTS[flag], flag

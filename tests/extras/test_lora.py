@@ -115,7 +115,7 @@ def test_a_base_with_more_rows_than_ids(tmp_path, text):
     shutil.rmtree(hf)
     assert begin(*line, "--num_iters", 4)[:2] == (name, 2)
     last = newest(tmp_path / "lm")
-    assert last.config["vocab_size"] == 281
+    assert last.config.vocab_size == 281
     assert_adapters_on(base, last, 1.5)
     assert_scored_as_merged(last, text)
     run("--prompt", "line", "--max_tokens", 8, "--identifier", name, "--save_dir", tmp_path / "lm")
