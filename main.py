@@ -259,7 +259,8 @@ def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
     The queries are those of the last L of N positions: in training L is N, in decoding mostly 1.
-    mask: where texts have different lengths, which keys each query sees, bool [B, 1, L, N].
+    mask: in a batch of texts of different lengths (extras/decode.py), where a query's position is
+    its own text's, which keys it sees, bool [B, 1, L, N].
     """
     scale = queries.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
@@ -267,8 +268,9 @@ def attend(queries, keys, values, mask="causal"):
 
 @fast_version
 def rotate(x, frequencies, offset):
-    """RoPE (Su et al. 2021) of x [B, H, L, d], whose first position is `offset`.
+    """RoPE (Su et al. 2021) of x [B, H, L, d].
 
+    offset: the position of the first of the L tokens, an int, or one for each row, [B].
     frequencies: [d / 2], a NumPy array, in radians per position: those of the pairs of dimensions
     i and i + d / 2, as in Hugging Face's models.
     """
@@ -651,7 +653,8 @@ def muon(flags, weight_decay):
     return Muon(flags.learning_rate, weight_decay)
 
 
-# The choices of --optimizer: what makes it for the blocks' matrices, and for all other parameters.
+# The choices of --optimizer: a function that makes the optimizer of the blocks' matrices, and one
+# that makes that of all other parameters.
 OPTIMIZERS = {
     "adamw": (adamw, adamw),
     "muon": (muon, adamw),
@@ -708,8 +711,8 @@ def linear(done, flags):
     return 1 - done
 
 
-# The choices of --lr_schedule: how much is left of the way from `learning_rate` down to `min_lr`
-# once a share `done` of the cooldown is done; both are from 0 to 1.
+# The choices of --lr_schedule. At a share `done` of the cooldown, from 0 to 1, the rate is min_lr +
+# schedule * (learning_rate - min_lr).
 SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
 
 
@@ -1468,8 +1471,9 @@ class Conversation:
 
 
 # =================================================================================================
-# OPERATIONS: what keeps a run safe, and the command line. To change the research, you need not read
-# on, but for a flag of your own (a row in FLAGS) and for what is reported (Reporter).
+# OPERATIONS: what keeps a run safe, and the command line. An experiment seldom needs more of it
+# than a flag of its own (a row in FLAGS; in the group "model", it is also a field of Config), or
+# another line on the screen (FORMATS, Reporter).
 # =================================================================================================
 
 
@@ -2546,7 +2550,7 @@ def describe_resume(checkpoint, run):
     before = checkpoint.stretches[-1]
     if before.code != run.stretches[-1].code:
         parts = ", ".join(CODE)
-        yield f"The code that trains was edited since the checkpoint: main.py's {parts}."
+        yield f"The code that trains was edited since the checkpoint, in one of: {parts}."
     changes = describe_changes(before.versions, run.versions)
     if changes:
         yield f"Environment changed ({changes}): resume may not be bit-exact."
@@ -2731,9 +2735,9 @@ PRESETS = {
 }
 
 # {group: {flag: row}}. The group says what a flag does. `data`, `model`, `start` and `training`
-# shape a run: another value is another run; only those of `training` may change in a branch. `run`
-# may change at any time. These five are saved with a run; `sampling` and `command` are not. Where a
-# default of None depends on other flags, the help says how, and `settle` fills it in.
+# shape a run: another value is another run; only those of `training` may change in a branch. Those
+# of `run` may change at any time. All these are saved with a run; `sampling` and `command` are not.
+# Where a default of None depends on other flags, the help says how, and `settle` fills it in.
 FLAGS = {}
 
 FLAGS["data"] = {
@@ -3277,8 +3281,9 @@ def choose(candidates, flags, dataset, start):
     if candidates and (start or not candidates[0].is_complete):
         run = candidates[0].run
         raise UsageError(
-            f"{run} was trained by other code ({', '.join(CODE)} of main.py): go on with the code "
-            f"of now by {command(flags, '--identifier', run)}, or begin a new run by --new_model"
+            f"{run} was trained by other code than main.py has now in one of {', '.join(CODE)}: go "
+            f"on with this code by {command(flags, '--identifier', run)}, or begin a new run by "
+            "--new_model"
         )
     return None
 
