@@ -23,6 +23,8 @@ DATASETS = str(ROOT / "datasets.py")
 sys.path.insert(0, str(ROOT))
 
 INITIAL = dict(os.environ)  # extras/fast.py sets some variables for its own process
+# The folder in which compiled code is kept, for commands whose home is another.
+CACHES = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 # Each process that loads NumPy would spend 0.05 s of a second core on OpenBLAS's threads, which
 # wait for their first product.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
@@ -39,8 +41,9 @@ os.environ |= {
 os.environ["MLX_ENABLE_TF32"] = "0"
 # Before any test imports MLX, which takes the BLAS that is loaded before it.
 import main  # noqa: E402
+import mlx.core as mx  # noqa: E402
 
-main.mx.set_default_device(main.mx.cpu)  # a Mac's is its GPU
+mx.set_default_device(mx.cpu)  # a Mac's is its GPU
 
 TINY = (
     "--dim 16 --num_heads 2 --num_blocks 2 "
@@ -344,7 +347,6 @@ def flags(**values):
 
 def make_model(context_size=8, vocab_size=31, seed=0, **values):
     """A small model with every weight random, those of the norms too: no part does nothing."""
-    import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten
 
     shape = dict(num_blocks=2, dim=16, num_heads=4, num_kv_heads=2, mlp="relu2", mlp_dim=24)
@@ -369,8 +371,6 @@ class Script:
         self.model = Namespace(layers=[None])  # one layer, as its Cache says what is read
 
     def __call__(self, tokens, caches, last):
-        import mlx.core as mx
-
         assert last <= tokens.shape[1] <= self.config.context_size, "more than a model can read"
         for cache in caches:
             cache.offset = cache.offset + tokens.shape[1]

@@ -11,10 +11,9 @@ import signal
 import subprocess
 import sys
 
-import datasets
 import pytest
-from conftest import DEFAULTS, MAIN, ROOT, TINY, begin, ids, newest, run, run_folder, saved, start
-from conftest import wait_for, write_text
+from conftest import CACHES, DEFAULTS, MAIN, ROOT, TINY, begin, ids, newest, run, run_folder
+from conftest import saved, start, wait_for, write_text
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +219,7 @@ def test_list(trained, tmp_path):
 def test_runs_are_saved_here_unless_a_folder_is_named(trained, tmp_path):
     """In ./runs; texts' tokens lie in --data_dir, or in the folder that is named."""
     home = tmp_path / "home"
-    caches = str(datasets.CACHE.parent)  # of compiled code
-    options = {"cwd": tmp_path, "env": {"HOME": str(home), "XDG_CACHE_HOME": caches}}
+    options = {"cwd": tmp_path, "env": {"HOME": str(home), "XDG_CACHE_HOME": CACHES}}
     line = ["--text", trained / "text.txt", *TINY, "--num_iters", 1]
     run(*line, "--data_dir", "data", **options)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["text"]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from conftest import ROOT, TINY, newest, run, run_extra, saved
 
@@ -287,7 +288,7 @@ def test_files_of_others_are_passed_over(world, tmp_path):
     assert run("--list", "--save_dir", folder) == (expected, "")
 
 
-@pytest.mark.skipif(main.mx.is_available(main.mx.gpu), reason="there is a GPU")
+@pytest.mark.skipif(mx.is_available(mx.gpu), reason="there is a GPU")
 def test_gpu_where_there_is_none():
     _, err = run("--gpu", status=2)
     one_line(err, "--gpu: MLX sees no GPU", "leave it out, or install MLX for it: pip")

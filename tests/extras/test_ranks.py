@@ -15,10 +15,8 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import MAIN, ROOT, TINY, copy_program, free_ports, ids, newest, rows_of, run, start
-from conftest import wait_for
-
-from datasets import CACHE
+from conftest import CACHES, MAIN, ROOT, TINY, copy_program, free_ports, ids, newest, rows_of, run
+from conftest import start, wait_for
 
 LINE = ["--text", "text.txt", *TINY, "--num_iters", 12, "--steps_per_report", 1]
 LINE += ["--learning_rate", 3e-3, "--dropout", 0.2]
@@ -44,7 +42,7 @@ def start_ranks(size, folder, *arguments, last=(), program=MAIN):
     processes = []
     for rank in range(size):
         env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "RANKS_TIMEOUT": "10"}
-        env |= {"HOME": str(folder / "empty"), "XDG_CACHE_HOME": str(CACHE.parent)}
+        env |= {"HOME": str(folder / "empty"), "XDG_CACHE_HOME": CACHES}
         options = {"env": env, "cwd": folder / "empty" if rank else folder}
         if rank == size - 1:
             process = start(*arguments, *last, program=[program], **options)
