@@ -1369,8 +1369,9 @@ def hold_out(documents, valid_fraction):
 # before the single space between two words, as GPT-2's BPE reads a space with the word behind it
 # (some imported BPEs differ). What is cut at END begins with "<".
 #
-# Both patterns match up to the last such place.
-LINE_END = re.compile(r".*\S\n(?=\S)", re.DOTALL)
+# Both patterns match up to the last such place. (The first has its \n at the front, for which alone
+# a text is searched quickly: Penn Treebank has spaces around all line ends, so nothing matches.)
+LINE_END = re.compile(r".*\n(?<=\S\n)(?=\S)", re.DOTALL)
 SPACE = re.compile(r".*\S(?=\s[^\s<])", re.DOTALL)
 
 
