@@ -1367,12 +1367,15 @@ def hold_out(documents, valid_fraction):
 # Blocks of a text must give the same tokens as the whole, so a text is cut only where all
 # tokenizers have a boundary: behind a line end between two words. Where there is none, it is cut
 # before the single space between two words, as GPT-2's BPE reads a space with the word behind it
-# (some imported BPEs differ). What is cut at END begins with "<".
+# (some imported BPEs differ). And where there is none of these either, as in Chinese with blank
+# lines, it is cut before the last of several spaces, which that BPE reads by itself. What is cut at
+# END begins with "<".
 #
-# Both patterns match up to the last such place. (The first has its \n at the front, for which alone
+# The patterns match up to the last such place. (The first has its \n at the front, for which alone
 # a text is searched quickly: Penn Treebank has spaces around all line ends, so nothing matches.)
 LINE_END = re.compile(r".*\n(?<=\S\n)(?=\S)", re.DOTALL)
 SPACE = re.compile(r".*\S(?=\s[^\s<])", re.DOTALL)
+SPACES = re.compile(r".*\s(?=\s[^\s<])", re.DOTALL)
 
 
 def read_documents(spans, size=1 << 17):
@@ -1415,7 +1418,7 @@ def cut_into_blocks(pieces, size):
     rest = ""  # not yet yielded
     begins = True
     for piece in pieces:
-        place = LINE_END.match(rest) or SPACE.match(rest)
+        place = LINE_END.match(rest) or SPACE.match(rest) or SPACES.match(rest)
         end = place.end() if place else 0
         # Memory must stay bounded even if the text is a single word.
         if place is None and len(rest) > 16 * size:

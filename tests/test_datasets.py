@@ -283,10 +283,14 @@ PIECES += ["\n\xa0x", "\n\x1cx", "\x0b", "\x1c", "\x1f\n", "\x85", "\xa0", "\u20
     ["word "],
     ["\n"],
     ["漢字"],
-], ids=["awkward", "no line ends", "Windows", "one line", "blank lines", "one word"])  # fmt: skip
+    ["漢字" * 20 + "\n\n", "かな。\n\u3000\u3000"],
+], ids=[
+    *("awkward", "no line ends", "Windows", "one line", "blank lines", "one word"),
+    "paragraphs without spaces",
+])  # fmt: skip
 def test_blocks_have_the_ids_and_counts_of_the_whole(kind, pieces, tmp_path):
     """A text that is not encoded at once."""
-    text = "".join(random.Random(8).choices(pieces, k=80_000)) + "x"
+    text = "".join(random.Random(8).choices(pieces, k=100_000)) + "x"
     tokenizer = TOKENIZERS[kind].train([text[:20_000]], 400)
     split = encoded(tmp_path, [text], tokenizer)
     expected = tokenizer.encode(text).tolist()
