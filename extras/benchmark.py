@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from datasets import UsageError
 from main import Decoder, SingleProcess, begin, bfloat16_products, draw_dropout, fast, make_run
-from main import make_step, over_streams, read_command_line, settle, use_device
+from main import make_step, on_gpu, over_streams, read_command_line, settle, use_device
 
 # The parts of a model, and a pattern in the names of their parameters.
 PARTS = {
@@ -31,7 +31,9 @@ PARTS = {
     "output": "lm_head",
 }
 REPETITIONS = 5  # the fastest counts, because other programs can only slow one down
-MATRIX_SIZE = 2048  # rows and columns of the matrices whose product is timed
+# Rows and columns of the matrices whose product is timed. With fewer, a GPU would mostly wait.
+MATRIX_SIZE = 2048
+MATRIX_SIZE_OF_GPU = 8192
 DECODED_TOKENS = 32
 NOT_TRAINING = ["inference", "prompt", "evaluate", "list", "identifier"]  # flags of main.py
 
@@ -150,8 +152,9 @@ def measure_matrix_speed(dtype):
 
     dtype: float32 or bfloat16, as for --dtype.
     """
-    matrix = mx.random.normal((MATRIX_SIZE, MATRIX_SIZE))
-    if dtype == "bfloat16" and mx.default_device() == mx.gpu:
+    size = MATRIX_SIZE_OF_GPU if on_gpu() else MATRIX_SIZE
+    matrix = mx.random.normal((size, size))
+    if dtype == "bfloat16" and on_gpu():
         matrix = matrix.astype(mx.bfloat16)
 
     def multiply(rows):
@@ -162,7 +165,7 @@ def measure_matrix_speed(dtype):
 
     with bfloat16_products(dtype == "bfloat16"):
         seconds = min(timeit.repeat(multiply_once, number=1, repeat=REPETITIONS))
-    return 2 * MATRIX_SIZE**3 / seconds  # 2: multiplication and addition
+    return 2 * size**3 / seconds  # 2: multiplication and addition
 
 
 def measure_decoding(run):
