@@ -46,24 +46,27 @@ def is_verified(env, text, tmp_path):
     return "Not verified on this GPU" not in out
 
 
-def test_a_cpu_that_varies_and_a_gpu_that_does_not(env, text, tmp_path, forgotten):
+def test_a_gpu_that_repeats(env, text, tmp_path, forgotten):
     env["VARYING"] = "cpu"
-    line = ["--gpu", "--steps", 60, "--save_dir", tmp_path / "check"]
+    line = ["--gpu", "--save_dir", tmp_path / "check"]
     assert not is_verified(env, text, tmp_path)
-    out, _ = run_extra("check", *line, "--", *TINY[:-2], env=env, status=1)
+    out, _ = run_extra("check", *line, "--", *TINY[:-2], env=env)
     *_, last = out.splitlines()
-    assert last == "Not exact, or not right, here: CPU (a float32 run, a bfloat16 run)."
-    assert out.count("!!") == 2 and out.count("\n   ") == 3 + 2 * 16 + 2
+    assert last == "Exact here: system calls, GPU."
+    assert out.count("\n   ") == 3 + 11 + 2
     assert is_verified(env, text, tmp_path)
     assert not list((tmp_path / "check").iterdir())
 
 
-def test_operations_that_vary_and_runs_that_fail(env, text, tmp_path):
+@pytest.mark.parametrize("training", [TINY[:-2], ["--dim", "many"]])
+def test_what_varies_or_fails_is_named(training, env, text, tmp_path):
+    """Operations, and runs of which one was struck; those that do not begin say why."""
     env["VARYING"] = "gpu"
-    line = ["--gpu", "--steps", 60, "--save_dir", tmp_path / "check", "--", "--dim", "many"]
+    line = ["--gpu", "--save_dir", tmp_path / "check", "--", *training]
     out, _ = run_extra("check", *line, env=env, status=1)
     *_, last = out.splitlines()
-    runs = "a float32 run, a bfloat16 run"
-    assert last.endswith(f"GPU (norm of gradients, Muon, {runs}).")
-    assert out.count(" main.py: ") == 4
+    names = "norm of gradients, Muon, a float32 run, a bfloat16 run"
+    assert last == f"Not exact, or not right, here: {names}."
+    assert out.count("\n!! ") == 4
+    assert out.count(" main.py: ") == (2 if "many" in training else 0)
     assert not is_verified(env, text, tmp_path)
