@@ -33,8 +33,8 @@ REPETITIONS = 20
 ROUNDING = 1e-2  # relative; products in TF32, as some GPUs make them, put Muon off by 3e-3
 MAIN = core.HERE / "main.py"
 TRAINING = (
-    f"--config first --text {MAIN} --num_iters 60 --lr_warmup 10 --steps_per_report 10 "
-    "--steps_per_save 10 --eval_tokens 5000 --sample_tokens 0"
+    "--config first --num_iters 60 --lr_warmup 10 --steps_per_report 10 --steps_per_save 10 "
+    "--eval_tokens 5000 --sample_tokens 0"
 )
 RUNS = {
     "a float32 run": "",
@@ -90,7 +90,7 @@ def list_checks(folder, flags):
         yield name, check_operation, *operation
     device = ["--gpu"] if flags.gpu else []
     for name, more in RUNS.items():
-        line = [*f"{TRAINING} {more}".split(), *flags.training]
+        line = [*f"{TRAINING} {more}".split(), "--text", MAIN, *flags.training]
         yield name, check_run, line, device, folder
 
 
