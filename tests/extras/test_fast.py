@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import itertools
 import os
+import platform
 import re
 import shutil
 import sys
@@ -301,6 +302,30 @@ def test_without_a_fast_blas(trouble, tmp_path):
         cache.write_text("a file")
     assert blas_of(PATH=str(tmp_path / "bin"), XDG_CACHE_HOME=str(cache)) == "reference BLAS"
     assert not list(cache.glob("*/*/*.so"))
+
+
+# ---- Memory -------------------------------------------------------------------------------------
+
+MAPPINGS = """
+import main
+array = main.mx.ones(2**20)
+main.mx.eval(array)
+print(open("/proc/self/smaps").read())
+"""
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/sys/kernel/mm/transparent_hugepage") or platform.libc_ver()[0] != "glibc",
+    reason="Linux on other machines may have no huge pages; other C libraries keep no heap",
+)
+def test_arrays_lie_in_huge_pages():
+    """And what is reserved for them takes no memory before it is used."""
+    out, _ = run(program=["-c", MAPPINGS], cwd=ROOT)
+    mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", out, flags=re.M)
+    [heap] = [each for each in mappings if "[heap]" in each and " hg" in each]
+    numbers = {name: int(number) for name, number in re.findall(r"^(\w+): +(\d+) kB", heap, re.M)}
+    assert numbers["Size"] >= 2**22  # KiB
+    assert 2**12 <= numbers["Rss"] < 2**18
 
 
 # ---- macOS --------------------------------------------------------------------------------------
