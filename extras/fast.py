@@ -448,10 +448,10 @@ def attend(queries, keys, values, mask="causal"):
             queries, keys, values, scale=d**-0.5, mask=mask
         )
     queries = queries.reshape(B, K, -1, d)  # [B, K, H / K * L, d]
-    # [H / K * L, L]: 0 for the past, -1e9 for the future, which then weighs 1e-13 at most. Sums use
+    # [L, H / K * L]: 0 for the past, -1e9 for the future, which then weighs 1e-13 at most. Sums use
     # the vector units, mx.where does not.
-    mask = np.tile((np.tri(L, dtype=np.float32) - 1) * 1e9, (H // K, 1))
-    attended, _ = attend_masked(queries, keys, values, mx.array(mask))
+    mask = np.tile(np.tril(np.full((L, L), -1e9, np.float32), -1), (1, H // K))
+    attended, _ = attend_masked(queries, keys, mx.contiguous(values), mx.array(mask))
     return attended.reshape(B, H, L, d)
 
 
@@ -459,26 +459,27 @@ def attend(queries, keys, values, mask="causal"):
 def attend_masked(queries, keys, values, mask):
     """Attention of queries [B, K, N, d] to keys and values [B, K, L, d], and its weights.
 
-    mask: [N, L], is added to the scores.
+    mask: [L, N], is added to the scores. Scores have a column for each query: what all keys of a
+    query share is then a row, and only operations with rows use the vector units.
     """
-    scores = (queries @ keys.swapaxes(-1, -2)) * queries.shape[-1] ** -0.5 + mask
-    powers = exp(scores - scores.max(axis=-1, keepdims=True))
-    weights = powers / powers.sum(axis=-1, keepdims=True)  # [B, K, N, L]
-    return weights @ values, weights
+    scores = (keys @ queries.swapaxes(-1, -2)) * queries.shape[-1] ** -0.5 + mask
+    powers = exp(scores - scores.max(axis=-2, keepdims=True))
+    weights = powers / powers.sum(axis=-2, keepdims=True)  # [B, K, L, N]
+    return weights.swapaxes(-1, -2) @ values, weights
 
 
 @attend_masked.vjp
 def attend_gradients(inputs, gradients, outputs):
     queries, keys, values, mask = inputs
-    gradient = gradients[0]
-    weights = outputs[1]
-    of_values = weights.swapaxes(-1, -2) @ gradient
+    gradient = mx.contiguous(gradients[0])
+    attended, weights = outputs
+    of_values = weights @ gradient
     # The gradient w.r.t. the weights, times softmax's Jacobian.
-    product = (gradient @ values.swapaxes(-1, -2)) * weights
-    of_scores = product - weights * product.sum(axis=-1, keepdims=True)
-    of_scores = of_scores * queries.shape[-1] ** -0.5
-    of_queries = of_scores @ keys
-    of_keys = of_scores.swapaxes(-1, -2) @ queries
+    of_weights = values @ gradient.swapaxes(-1, -2)
+    along = sum_of_rows(gradient * attended).swapaxes(-1, -2)  # [B, K, 1, N]
+    of_scores = weights * (of_weights - along) * queries.shape[-1] ** -0.5
+    of_queries = of_scores.swapaxes(-1, -2) @ keys
+    of_keys = of_scores @ queries
     return of_queries, of_keys, of_values, mx.zeros_like(mask)
 
 
