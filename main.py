@@ -630,7 +630,7 @@ class Muon(optim.Optimizer):
         a, b, c = 3.4445, -4.7750, 2.0315
         for _ in range(5):
             gram = x @ x.swapaxes(1, 2)
-            x = mx.addmm(a * x, mx.addmm(b * gram, gram, gram, alpha=c), x)
+            x = mx.addmm(x, mx.addmm(gram, gram, gram, alpha=c, beta=b), x, beta=a)
         return x.swapaxes(1, 2) if is_tall else x
 
     def move(self, direction, matrix):

@@ -252,8 +252,8 @@ for a, b in pairs:
     a, b = mx.array(a), mx.array(b)
     product = np.array(a @ b)
     assert np.abs(product - expected).max() < 1e-3
-    total = np.array(mx.addmm(mx.ones(product.shape), a, b, alpha=0.5))
-    assert np.abs(total - 0.5 * expected - 1).max() < 1e-3
+    total = np.array(mx.addmm(mx.ones(product.shape), a, b, alpha=0.5, beta=-3))
+    assert np.abs(total - 0.5 * expected + 3).max() < 1e-3
 print(main.fast.BLAS)
 """
 
