@@ -151,7 +151,11 @@ SHAPES = {  # the model and its batches, different words of the text, steps in a
     "small": (dict(dim=256, num_heads=4, context_size=64, batch_size=32), 10_000, 10),
     "tiny": (dict(dim=128, num_heads=4, context_size=64, batch_size=12), 10_000, 40),
     "tiny, few words": (dict(dim=128, num_heads=4, context_size=64, batch_size=12), 63, 100),
+    "gpt2": (
+        dict(dim=768, num_heads=12, num_blocks=12, context_size=1024, batch_size=8), 50_000, 20
+    ),
 }
+FOR_GPUS = ["gpt2"]  # a step takes minutes on a CPU
 OURS = ["main float32", "main bfloat16", "plain float32"]
 PYTORCH = ["eager float32", "eager bfloat16", "compiled float32", "compiled bfloat16"]
 COMPARED = [  # whose speed is divided by whose
@@ -219,6 +223,8 @@ def torch_steps(folder, kind, dtype, heads, gpu):
     angles = torch.outer(torch.arange(context), speeds)
     cos = torch.cat([angles.cos(), angles.cos()], -1).to(device)  # [L, d]
     sin = torch.cat([angles.sin(), angles.sin()], -1).to(device)
+    count = sum(name.endswith("o_proj.weight") for name in parameters)
+    blocks = [f"model.layers.{i}" for i in range(count)]
     matrices = [each for each in parameters.values() if each.ndim > 1]
     vectors = [each for each in parameters.values() if each.ndim < 2]
     groups = [
@@ -252,8 +258,7 @@ def torch_steps(folder, kind, dtype, heads, gpu):
 
     def model(tokens):
         hidden = F.embedding(tokens, parameters["model.embed_tokens.weight"])
-        for i in range(4):
-            block = f"model.layers.{i}"
+        for block in blocks:
             hidden = hidden + attend(
                 normalize(hidden, f"{block}.input_layernorm"), f"{block}.self_attn"
             )
@@ -302,12 +307,13 @@ def main_steps(folder, kind, dtype, line):
     return (losses, seconds), peak
 
 
-def train(names, gpu, rounds=5, warmup=20):
+def train(names, gpu, rounds, dtypes, warmup=20):
     """Trainings of the same model, from the same weights on the same batches, by turns."""
     competitors = OURS + PYTORCH
     if not is_installed("torch"):
         print("PyTorch is not installed (pip install torch): only plain MLX is compared with.")
         competitors = OURS
+    competitors = [each for each in competitors if each.split()[1] in dtypes]
     figures = {}
     for name in names:
         shape, words, steps = SHAPES[name]
@@ -457,7 +463,9 @@ def sample(gpu, rounds=5, count=100):
 def measure(flags):
     """The figures of a part."""
     if flags.part == "train":
-        return train([flags.shape] if flags.shape else SHAPES, flags.gpu)
+        names = [name for name in SHAPES if flags.gpu or name not in FOR_GPUS]
+        names = [flags.shape] if flags.shape else names
+        return train(names, flags.gpu, flags.rounds, flags.dtype or ["float32", "bfloat16"])
     if flags.part == "sample":
         return sample(flags.gpu)
     return data(flags.text, flags.copies)
@@ -471,6 +479,8 @@ if __name__ == "__main__":
     parser.add_argument("--text", type=os.path.abspath, help="the file of data")
     parser.add_argument("--copies", type=int, default=111, help="of it in the large text of data")
     parser.add_argument("--shape", choices=list(SHAPES), help="one of the models (default: all)")
+    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=5, help="of the trainings")
     parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
     if options.part == "data" and not options.text:
