@@ -5,9 +5,10 @@
     python tests/benchmark.py data --text FILE   text to tokens; FILE holds some MB
 
 train: beside PyTorch's steps (pip install torch), eager and compiled, in bfloat16 by autocast, and
-beside main.py's own functions without those of extras/fast.py. sample: beside the memory's speed,
-no cache, and transformers' generate (pip install torch transformers). What is compared is measured
-by turns, each training in a process of its own.
+beside main.py's own functions without those of extras/fast.py. sample: greedily, beside the speed
+of the memory, no cache, and the exported model in transformers (pip install torch transformers)
+and llama.cpp (pip install gguf llama-cpp-python). What is compared is measured by turns, each
+training in a process of its own.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import tempfile
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,9 +74,9 @@ def machine(gpu):
     return versions
 
 
-def summary(ratios):
-    ratios = sorted(round(ratio, 2) for ratio in ratios)
-    return {"median": statistics.median(ratios), "rounds": ratios}
+def summary(values, digits=2):
+    values = sorted(round(value, digits) for value in values)
+    return {"median": statistics.median(values), "rounds": values}
 
 
 # ---- Data ---------------------------------------------------------------------------------------
@@ -373,7 +375,7 @@ def speed(model, count, rows=1):
     import main
     from extras.decode import BatchDecoder
 
-    rules = Namespace(temperature=0.5, top_k=50, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    rules = Namespace(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
     began = time.perf_counter()
     if rows == 1:
         steps = main.Decoder(model, [1, 2, 3]).generate(count, rules, 0)
@@ -395,68 +397,123 @@ def uncached_speed(model, count):
     return count / (time.perf_counter() - began)
 
 
-THEIRS = """
+TRANSFORMERS = """
 import sys, time, torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).to(sys.argv[2])
-options = dict(do_sample=True, temperature=0.5, top_k=50, pad_token_id=0, eos_token_id=None)
+options = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
 for line in sys.stdin:
-    count = int(line)
-    prompt = torch.tensor([[1, 2, 3]]).to(sys.argv[2])
+    count, rows = map(int, line.split())
+    prompt = torch.tensor([[1, 2, 3]] * rows).to(sys.argv[2])
     began = time.perf_counter()
     model.generate(prompt, min_new_tokens=count, max_new_tokens=count, **options)
+    print(time.perf_counter() - began, flush=True)
+"""
+LLAMA_CPP = """
+import itertools, os, sys, time
+from llama_cpp import Llama
+layers = 0 if sys.argv[2] == "cpu" else -1
+options = dict(n_ctx=1024, n_threads=os.cpu_count(), n_gpu_layers=layers, verbose=False)
+model = Llama(sys.argv[1], **options)
+for line in sys.stdin:
+    count, rows = map(int, line.split())
+    began = time.perf_counter()
+    list(itertools.islice(model.generate([1, 2, 3], temp=0.0), count))
     print(time.perf_counter() - began, flush=True)
 """
 SAMPLED = {
     "10M": dict(vocab_size=10_000, dim=256, num_blocks=8, num_heads=8, mlp_dim=704),
     "110M": dict(vocab_size=32_000, dim=768, num_blocks=12, num_heads=12, mlp_dim=2048),
 }
+SAMPLED_COMPARED = [  # whose speed is divided by whose
+    ("one text", "one text, no cache"),
+    ("one text", "transformers"),
+    ("one text", "llama.cpp"),
+    ("one text, 8 bits", "llama.cpp, 8 bits"),
+    ("16 texts", "one text"),
+    ("16 texts", "transformers, 16 texts"),
+]
 
 
-def start_theirs(model, folder, gpu):
-    """A process that samples from the same weights by transformers; see THEIRS."""
+class Worker:
+    """A process that samples from exported weights by another program."""
+
+    def __init__(self, code, path, gpu):
+        command = [sys.executable, "-c", code, path, TORCH_GPU if gpu else "cpu"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        folder = os.path.dirname(path)  # not the program's, where datasets.py would be imported
+        self.process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, **pipes)
+
+    def speed(self, count, rows=1):
+        """As the function `speed`, of its model."""
+        print(count, rows, file=self.process.stdin, flush=True)
+        return rows * count / float(self.process.stdout.readline())
+
+
+def start_workers(model, folder, gpu):
+    """{name of a competitor: Worker}, of those that are installed, in float32 and 8 bits."""
     from datasets import ByteTokenizer
+    from extras.gguf import export_gguf
     from extras.huggingface import export_model
 
-    export_model(model, ByteTokenizer(), folder, None)
-    command = [sys.executable, "-c", THEIRS, folder, TORCH_GPU if gpu else "cpu"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, **pipes)
+    workers = {}
+    if is_installed("transformers"):
+        export_model(model, ByteTokenizer(), f"{folder}/hf", None)
+        workers["transformers"] = Worker(TRANSFORMERS, f"{folder}/hf", gpu)
+    if is_installed("llama_cpp"):
+        for name, bits in (("llama.cpp", None), ("llama.cpp, 8 bits", 8)):
+            path = f"{folder}/{bits}.gguf"
+            export_gguf(model, ByteTokenizer(), path, bits)
+            worker = Worker(LLAMA_CPP, path, gpu)
+            try:
+                worker.speed(1)
+                workers[name] = worker
+            except (ValueError, OSError):  # 0.3.36 does so with 8 bits where there is AMX
+                print(f"{name} crashes on this machine")
+    return workers
 
 
-def sample(gpu, rounds=5, count=100):
-    """Tokens a second of sampling, beside what they are to be compared with."""
+def sample(gpu, rounds, count=100):
+    """Tokens a second, greedily, by turns with what they are to be compared with."""
     import main
+    from extras.quantize import quantize
     from mlx.utils import tree_flatten
 
     main.use_device(gpu)
-    has_theirs = is_installed("transformers")
     figures = {}
     for name, shape in SAMPLED.items():
         model = make_model(**shape, context_size=1024, mlp="swiglu")
         size = sum(array.nbytes for _, array in tree_flatten(model.parameters())) / 1e9
-        taken = {"one text": [], "16 texts": [], "GB/s that NumPy reads": [], "transformers": []}
+        rounded = make_model(**shape, context_size=1024, mlp="swiglu")
+        quantize(rounded, 8, packed=gpu)
         with tempfile.TemporaryDirectory() as folder:
-            worker = start_theirs(model, folder, gpu) if has_theirs else None
+            workers = start_workers(model, folder, gpu)
+            speeds = {
+                "one text": partial(speed, model, count),
+                "one text, 8 bits": partial(speed, rounded, count),
+                "16 texts": partial(speed, model, count, 16),
+                "one text, no cache": partial(uncached_speed, model, count),
+                "GB/s that NumPy reads": read_speed,
+            }
+            for other, worker in workers.items():
+                speeds[other] = partial(worker.speed, count)
+                if other == "transformers":
+                    speeds["transformers, 16 texts"] = partial(worker.speed, count, 16)
+            taken = {each: [] for each in speeds}
             for _ in range(1 + rounds):
-                taken["one text"].append(speed(model, count))
-                taken["16 texts"].append(speed(model, count, 16))
-                taken["GB/s that NumPy reads"].append(read_speed())
-                if worker:
-                    print(count, file=worker.stdin, flush=True)
-                    taken["transformers"].append(count / float(worker.stdout.readline()))
-            if worker:
-                worker.communicate()
-        one, sixteen, read, theirs = [speeds[1:] for speeds in taken.values()]  # the first warms up
-        figures[name] = {
-            "tokens/s": {key: round(speeds[-1], 1) for key, speeds in taken.items() if speeds},
-            "share of the memory's speed": summary(a * size / b for a, b in zip(one, read)),
-            "16 texts: times the tokens of one": summary(a / b for a, b in zip(sixteen, one)),
-            "times the speed without a cache": speed(model, 256) / uncached_speed(model, 256),
-        }
-        if worker:
-            ratios = summary(a / b for a, b in zip(one, theirs))
-            figures[name]["times the speed of transformers"] = ratios
+                for each, measured in speeds.items():
+                    taken[each].append(measured())
+            for worker in workers.values():
+                worker.process.communicate()
+        taken = {each: values[1:] for each, values in taken.items()}  # the first warms up
+        figures[name] = {each: summary(values, 1) for each, values in taken.items()}
+        for ours, theirs in SAMPLED_COMPARED:
+            if theirs in taken:
+                ratios = [a / b for a, b in zip(taken[ours], taken[theirs])]
+                figures[name][f"{ours}: times the speed of {theirs}"] = summary(ratios)
+        read = taken["GB/s that NumPy reads"]
+        shares = [a * size / b for a, b in zip(taken["one text"], read)]
+        figures[name]["share of the memory's speed"] = summary(shares)
     return figures
 
 
@@ -467,7 +524,7 @@ def measure(flags):
         names = [flags.shape] if flags.shape else names
         return train(names, flags.gpu, flags.rounds, flags.dtype or ["float32", "bfloat16"])
     if flags.part == "sample":
-        return sample(flags.gpu)
+        return sample(flags.gpu, flags.rounds)
     return data(flags.text, flags.copies)
 
 
@@ -480,7 +537,7 @@ if __name__ == "__main__":
     parser.add_argument("--copies", type=int, default=111, help="of it in the large text of data")
     parser.add_argument("--shape", choices=list(SHAPES), help="one of the models (default: all)")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=5, help="of the trainings")
+    parser.add_argument("--rounds", type=int, default=5, help="of train and sample (default: 5)")
     parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
     if options.part == "data" and not options.text:
