@@ -3,11 +3,12 @@
     python -m extras.check          on its CPU
     python -m extras.check --gpu    on its GPU; after a --, other flags for the runs
 
-It takes up to two minutes, works in a folder of its own in --save_dir, and deletes that. Runs of
-the recipe `first` that SIGTERM and then kill -9 have struck must end with the SHA1 of one that was
-left alone. The operations of a step and of a sample must give the same bits twenty times and, on a
-GPU, what the CPU gives, up to rounding. `!!` marks what is amiss, and the last line says what was
-exact. If a GPU was, main.py no longer calls it unverified.
+It takes two minutes, or five where a GPU's kernels are compiled for the first time. It works in a
+folder of its own in --save_dir, and deletes that. Runs of the recipe `first` that SIGTERM and then
+kill -9 have struck must end with the SHA1 of one that was left alone. The operations of a step and
+of a sample must give the same bits twenty times and, on a GPU, what the CPU gives, up to rounding.
+`!!` marks what is amiss, and the last line says what was exact. If a GPU was, main.py no longer
+calls it unverified.
 """
 
 # First: main.py chooses the BLAS before NumPy and MLX take one.
