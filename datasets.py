@@ -139,6 +139,12 @@ def run_command(name, function, *arguments):
     return status
 
 
+def run_program(name, function, *arguments):
+    """Runs the program `name` and exits; `function` takes these arguments and those typed."""
+    repair_streams()
+    sys.exit(run_command(name, function, *arguments, sys.argv[1:]))
+
+
 def end_by_signals():
     """Makes these signals end the first process of a container, which the system spares them."""
 
@@ -1714,5 +1720,4 @@ def main(arguments):
 if __name__ == "__main__":
     # `import datasets` in an extra must give this running module, not a second copy of it.
     sys.modules.setdefault("datasets", sys.modules[__name__])
-    repair_streams()
-    sys.exit(run_command("datasets.py", main, sys.argv[1:]))
+    run_program("datasets.py", main)

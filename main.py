@@ -361,25 +361,25 @@ class Cache:
     def append(self, keys, values):
         """Adds L positions, [B, K, L, d] each; returns the keys and values of all so far."""
         end = self.offset + keys.shape[2]
-        self.keys = with_room(self.keys, keys.shape, keys.dtype, end)
-        self.values = with_room(self.values, values.shape, values.dtype, end)
+        self.make_room(end, keys, values)
         self.keys[:, :, self.offset : end] = keys
         self.values[:, :, self.offset : end] = values
         self.offset = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def make_room(self, end, keys, values):
+        """Makes room for `end` positions of keys and values like these, [B, K, any, d].
 
-def with_room(kept, shape, dtype, end):
-    """An array of a Cache, or None, with room for `end` positions of the shape [B, K, any, d].
-
-    It grows by multiples of 256: a context can be very long.
-    """
-    B, K, _, d = shape
-    room = 0 if kept is None else kept.shape[2]
-    if end <= room:
-        return kept
-    more = mx.zeros((B, K, 256 * math.ceil(end / 256) - room, d), dtype)
-    return more if kept is None else mx.concatenate([kept, more], axis=2)
+        It grows by multiples of 256: a context can be very long.
+        """
+        if self.keys is None:
+            self.keys = keys[:, :, :0]
+            self.values = values[:, :, :0]
+        B, K, room, d = self.keys.shape
+        if end > room:
+            more = mx.zeros((B, K, 256 * math.ceil(end / 256) - room, d), keys.dtype)
+            self.keys = mx.concatenate([self.keys, more], axis=2)
+            self.values = mx.concatenate([self.values, more], axis=2)
 
 
 @fast_version
@@ -3809,18 +3809,23 @@ def explain_mlx_error(error):
     return None
 
 
+def explained_by_mlx(function, *arguments):
+    """What a function returns. Raises RunError if MLX fails for a reason that the user can fix."""
+    try:
+        return function(*arguments)
+    except RuntimeError as error:
+        line = explain_mlx_error(error)
+        if not line:
+            raise  # a bug in this program
+        raise RunError(line) from None
+
+
 def run_ranks(argv):
     """Executes the command on the first rank; the others train along."""
     with join_ranks(argv) as ranks:
         if ranks.rank > 0:
             return ranks.follow()
-        try:
-            return execute(argv, ranks)
-        except RuntimeError as error:
-            line = explain_mlx_error(error)
-            if not line:
-                raise  # a bug in this program
-            raise RunError(line) from None
+        return explained_by_mlx(execute, argv, ranks)
 
 
 def main(argv=None):

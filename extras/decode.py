@@ -10,7 +10,7 @@ are tied up to rounding: the random numbers depend only on the seed and the posi
 import mlx.core as mx
 import numpy as np
 
-from main import Cache, Decoder, draw, shape_logits, with_room
+from main import Cache, Decoder, draw, shape_logits
 
 
 class BatchCache(Cache):
@@ -33,8 +33,7 @@ class BatchCache(Cache):
         end = int(places.max()) + 1
         # [B, 1, L, end]; False for the junk after a shorter text.
         self.mask = mx.array(np.arange(end) <= places[:, None, :, None])
-        self.keys = with_room(self.keys, keys.shape, keys.dtype, end)
-        self.values = with_room(self.values, values.shape, values.dtype, end)
+        self.make_room(end, keys, values)
         # Scatters, which are slower than Cache's slice assignments.
         rows = mx.arange(B)[:, None]
         places = mx.array(places)
@@ -97,12 +96,10 @@ class BatchDecoder:
         """Reads the ids `window` of one text."""
         alone = Decoder(self.model, window)
         alone.logits()
+        B = len(self.texts)
         length = len(window)
         for cache, other in zip(self.caches, alone.caches):
-            _, K, _, d = other.keys.shape
-            shape = (len(self.texts), K, length, d)
-            cache.keys = with_room(cache.keys, shape, other.keys.dtype, length)
-            cache.values = with_room(cache.values, shape, other.values.dtype, length)
+            cache.make_room(length, mx.repeat(other.keys, B, 0), mx.repeat(other.values, B, 0))
             cache.keys[row, :, :length] = other.keys[0, :, :length]
             cache.values[row, :, :length] = other.values[0, :, :length]
         self.lengths[row] = length

@@ -7,10 +7,9 @@ Each has a few flags of its own beside some of main.py's, which mean the same he
 
 import argparse
 import fnmatch
-import sys
 
 import main
-from datasets import Parser, RunError, UsageError, repair_streams, run_command, word
+from datasets import Parser, UsageError, run_program, word
 
 
 def make_parser(name, doc, *flags):
@@ -86,16 +85,4 @@ def start(name, function):
 
     A mistake or a failure is one line on stderr, as in main.py.
     """
-    repair_streams()
-    sys.exit(run_command(f"extras.{name}", explained_run, function, sys.argv[1:]))
-
-
-def explained_run(function, arguments):
-    """What the function returns. Raises RunError if MLX fails for a reason the user can mend."""
-    try:
-        return function(arguments)
-    except RuntimeError as error:
-        line = main.explain_mlx_error(error)
-        if not line:
-            raise  # a bug
-        raise RunError(line) from None
+    run_program(f"extras.{name}", main.explained_by_mlx, function)
