@@ -11,15 +11,13 @@ where it stopped and requests no saved answer again.
 import json
 import os
 import re
-import sys
 import time
 from pathlib import Path
 
-from datasets import Parser, RunError, UsageError, explained, one_line, path_name
-from datasets import repair_streams, run_command, utf8, word
+from datasets import Parser, RunError, UsageError, explained, one_line, path_name, run_program
+from datasets import utf8, word
 from extras.results import append_lines, json_line, read_prompt_lines
 
-PAUSES = (1, 4)  # seconds between the tries for one prompt
 TIMEOUT = 120  # seconds to wait for the server's next byte
 LARGEST_ANSWER = 4 << 20  # bytes: a million tokens
 # A server; the key that some put before its name comes from the environment.
@@ -114,32 +112,30 @@ def collect_answers(teacher, prompts, folder):
 class Teacher:
     """A model on a server with OpenAI's chat completions API.
 
-    The key in TEACHER_API_KEY is sent to this server alone, and written nowhere. Raises UsageError
-    if the address or the key cannot be used in a request.
+    The key in TEACHER_API_KEY is sent to this server alone, and neither shown nor saved. Raises
+    UsageError if the address cannot be used in a request.
     """
 
     def __init__(self, url, model):
         self.url = url
         self.model = model
-        self.key = os.environ.get("TEACHER_API_KEY", "")
+        # No header can hold a line end, with which a file of a key may end.
+        self.key = "".join(os.environ.get("TEACHER_API_KEY", "").split())
         if not ADDRESS.fullmatch(url):
             raise UsageError(
                 "--distill_from: give an address like http://localhost:8000/v1; the key comes from "
                 "TEACHER_API_KEY"
             )
-        if not (self.key.isascii() and self.key.isprintable()):
-            raise UsageError(
-                "TEACHER_API_KEY holds a line end or another character that no header can hold: "
-                "set it to the key alone"
-            )
 
     def answer(self, prompt):
         """The answer to a prompt, in three tries. Raises RunError."""
-        for pause in (*PAUSES, None):
+        for pause in (1, 4, None):
             try:
                 return self.request(prompt)
             except FAULTS as error:
-                reason = self.without_key(f"{type(error).__name__}: {error}")
+                reason = f"{type(error).__name__}: {error}"
+            if self.key:  # which the server may echo
+                reason = reason.replace(self.key, "***")
             reason = one_line(reason[:240])
             if pause is None:
                 raise RunError(reason)
@@ -171,7 +167,7 @@ class Teacher:
             text = ""
         if not isinstance(text, str):
             raise TypeError("the answer is not a string")
-        return utf8(self.without_key(text))  # a limit of tokens may have split a character
+        return utf8(text)  # a limit of tokens may have split a character
 
     def authorize(self, request):
         """Adds the key to a request; ~/.netrc would replace one among the headers of `post`."""
@@ -179,11 +175,6 @@ class Teacher:
             request.headers["Authorization"] = f"Bearer {self.key}"
         return request
 
-    def without_key(self, text):
-        """What a server says, which may echo the key, with *** in its place."""
-        return text.replace(self.key, "***") if self.key else text
-
 
 if __name__ == "__main__":
-    repair_streams()
-    sys.exit(run_command("extras.collect", main, sys.argv[1:]))
+    run_program("extras.collect", main)
