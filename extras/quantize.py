@@ -34,50 +34,32 @@ def quantize(model, bits, packed):
     for name, weight in tree_flatten(model.parameters()):
         if weight.ndim == 2:
             matrices[name] = weight  # [O, I]
-    if bits == 16:
-        round_to_float16(model, matrices, packed)
-        return None
-    group_size = 64
-    if any(matrix.shape[1] % 64 for matrix in matrices.values()):
-        group_size = 32
+    group_size = None
+    if bits < 16:
+        is_wide = all(matrix.shape[1] % 64 == 0 for matrix in matrices.values())
+        group_size = 64 if is_wide else 32
     quantized = {}
+    rounded = []
     with explained(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"):
         for name, matrix in matrices.items():
-            # Packed weights [O, I * bits / 32] and, per group, scales and biases [O, I / group].
-            quantized[name] = mx.quantize(matrix, group_size, bits)
-    print_sizes(bits, matrices, quantized)
-
-    if packed:
-        nn.quantize(model, group_size, bits)
-    else:
-        rounded = []
-        for name, parts in quantized.items():
-            rounded.append((name, mx.dequantize(*parts, group_size, bits)))
+            if bits == 16:
+                quantized[name] = matrix.astype(mx.float16)
+                rounded.append((name, quantized[name].astype(mx.float32)))
+            else:
+                # Weights [O, I * bits / 32] and, per group, scales and biases [O, I / group].
+                quantized[name] = mx.quantize(matrix, group_size, bits)
+                rounded.append((name, mx.dequantize(*quantized[name], group_size, bits)))
+    sizes = f"the matrices' {mebibytes(matrices):,.1f} MiB would be {mebibytes(quantized):,.1f}"
+    print(f"Quantized to {bits} bits: {sizes}", file=sys.stderr)
+    if not packed:
         model.update(tree_unflatten(rounded))
+    elif bits == 16:
+        model.set_dtype(mx.float16)  # all weights, or MLX would compute in float32
+    else:
+        nn.quantize(model, group_size, bits)
     # MLX is lazy: without this, the first reply would have to wait for the rounding.
     mx.eval(model.parameters())
     return group_size
-
-
-def round_to_float16(model, matrices, packed):
-    """Rounds a model's matrices, {name: array}; unless `packed`, converts them back to float32.
-
-    Packed, all other weights are rounded, too, or MLX would compute in float32.
-    """
-    rounded = {name: matrix.astype(mx.float16) for name, matrix in matrices.items()}
-    print_sizes(16, matrices, rounded)
-    if packed:
-        model.set_dtype(mx.float16)
-    else:
-        back = {name: matrix.astype(mx.float32) for name, matrix in rounded.items()}
-        model.update(tree_unflatten(list(back.items())))
-    mx.eval(model.parameters())
-
-
-def print_sizes(bits, before, after):
-    """Prints how much smaller this makes the matrices."""
-    sizes = f"the matrices' {mebibytes(before):,.1f} MiB would be {mebibytes(after):,.1f}"
-    print(f"Quantized to {bits} bits: {sizes}", file=sys.stderr)
 
 
 def mebibytes(tree):
