@@ -44,7 +44,9 @@ def append_lines(path, heads):
     lines = out.read().split(b"\n")
     # With the key that follows: `"max_tokens": 20` alone would also be the beginning of 200.
     starts = [json_line(head).removesuffix(b"}\n") + b', "completion": ' for head in heads]
-    if not start_so(lines, starts):
+    # The last line may be cut off.
+    fits = [line[: len(start)] == start[: len(line)] for line, start in zip(lines, starts)]
+    if not all(fits) or any(lines[len(starts) :]):
         raise UsageError(
             f"{path} holds something other than this command's answers (other prompts, another "
             "model or other sampling flags): name another --output"
@@ -60,13 +62,3 @@ def append_lines(path, heads):
         answers.append(answer)
     out.truncate(out.tell() - len(cut_off))
     return out, answers
-
-
-def start_so(lines, starts):
-    """Whether these are lines with such starts, of which the last may be missing or cut off."""
-    if any(lines[len(starts) :]):
-        return False
-    for line, start in zip(lines, starts):
-        if line[: len(start)] != start[: len(line)]:
-            return False
-    return True
