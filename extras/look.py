@@ -1,7 +1,7 @@
 """What one step of a run did to its weights and to the losses of its batch.
 
     python -m extras.look RUN@340             the step to iteration 340
-    python -m extras.look RUN@340 --rows 4    with four texts of its batch
+    python -m extras.look latest --rows 4     the newest one, with four texts of its batch
 
 The step is computed again (see extras/steps.py), exactly as it was in the run. Losses are without
 dropout; gradients are those that the optimizer has got: averaged, and clipped.
@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from datasets import UsageError, number, printable
+from datasets import number, printable
 from extras.steps import open_run
 from main import list_checkpoints, make_step, named_checkpoint, settle, train_step
 
@@ -25,18 +25,15 @@ from main import list_checkpoints, make_step, named_checkpoint, settle, train_st
 def main(arguments):
     """Shows what these arguments name. Raises UsageError, RunError."""
     parser = make_parser("look", __doc__, "gpu")
-    parser.add_argument("step", metavar="RUN@STEP", help="the step that ended at this iteration")
+    parser.add_argument("step", metavar="RUN@STEP", help="the step that ended in this checkpoint")
     parser.add_argument(
         "--rows", type=number(int, 0, 10**6), default=1, help="texts to show, most changed first"
     )
     flags = read_flags(parser, arguments)
-    name, _, step = flags.step.rpartition("@")
-    if not name or not step.isdecimal() or int(step) == 0:
-        raise UsageError(f"{flags.step} is not a run, @ and a step from 1")
     checkpoints = list_checkpoints(flags.save_dir)
-    # Proved first: a step that cannot be computed again is not shown.
     after = named_checkpoint(flags.save_dir, checkpoints, flags.step)
-    before = named_checkpoint(flags.save_dir, checkpoints, f"{name}@{int(step) - 1}")
+    run, _, _ = after.run.partition("@")
+    before = named_checkpoint(flags.save_dir, checkpoints, f"{run}@{after.iteration - 1}")
     print_step(before, after, flags.rows)
 
 

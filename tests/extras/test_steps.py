@@ -109,6 +109,8 @@ def test_what_a_step_did(text, tmp_path):
     run(*RUN, "--text", text, "--steps_per_save", 10, "--save_dir", folder)
     name = run_folder(folder).name
     out, _ = run_extra("look", f"{name}@15", "--rows", 2, "--save_dir", folder)
+    newest, _ = run_extra("look", "latest", "--save_dir", folder)
+    assert newest.startswith(f"{name}@{saved(folder)[0].iteration - 1} -> {name}: loss ")
     loss, gradient_norm = map(float, re.search(r"loss (\S+), gradient_norm (\S+),", out).groups())
     before, after = map(float, re.search(r"mean loss (\S+) before, (\S+) after", out).groups())
     assert loss == pytest.approx(before, abs=1e-3)
