@@ -47,9 +47,9 @@ def plot_runs(checkpoints, path):
     """Plots training and validation losses against iterations and against minutes of training.
 
     checkpoints: some of each run, newest first. The legend names the flags in which the runs
-    differ, and each run's best validation loss. Losses are in nats/token, or in bits per byte if
-    the runs have different tokens. Raises UsageError if no run has reported anything yet, or if
-    `path` cannot be written.
+    differ, and each run's best validation loss. The first twentieth of a curve is not drawn. Losses
+    are in nats/token, or in bits per byte if the runs have different tokens. Raises UsageError if
+    no run has reported anything yet, or if `path` cannot be written.
     """
     folders = {each.run: each.folder for each in checkpoints}
     apart = flags_apart(checkpoints)
@@ -63,34 +63,29 @@ def plot_runs(checkpoints, path):
     by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
     by_iteration.set(xlabel="iteration", ylabel=f"loss ({unit})")
     by_minute.set(xlabel="minutes of training")
-    shown = []  # losses that the y axis has room for: not the first, which are so high
     for i, run in enumerate(sorted(folders)):
         for split, style in STYLES.items():
             iterations, seconds, losses = columns_of(folders[run] / "log.csv", split, column)
             if not len(losses):
                 continue
-            shown += losses[len(losses) // 20 :].tolist()
             label = f"{split} {run}"
             if split == "valid":
                 best = losses.argmin()
                 label += f": best {losses[best]:.4f} at {iterations[best]:,.0f}"
                 flags = textwrap.wrap(printable(utf8(apart[run])), 50)
                 label = "\n".join([label, *flags])
-            by_iteration.plot(iterations, losses, color=f"C{i}", label=label, **style)
-            by_minute.plot(seconds / 60, losses, color=f"C{i}", **style)
-    if not shown:
+            first = len(losses) // 20  # those before are so high that others would look flat
+            style = style | {"color": f"C{i}"}
+            by_iteration.plot(iterations[first:], losses[first:], label=label, **style)
+            by_minute.plot(seconds[first:] / 60, losses[first:], **style)
+    if not by_iteration.lines:
         raise UsageError(
             f"the runs in {checkpoints[0].folder.parent} have reported nothing yet (see "
             "--steps_per_report): train them on, or check --save_dir"
         )
-    margin = 0.05 * (max(shown) - min(shown)) or 0.1
-    by_iteration.set_ylim(min(shown) - margin, max(shown) + margin)
     legend = figure.legend(loc="outside right upper", fontsize="small")
-    lines = 0
     for text in legend.get_texts():
         text.set_parse_math(False)  # a dollar sign in a flag must not start a formula
-        lines += 1 + text.get_text().count("\n")
-    figure.set_figheight(max(5, 1 + 0.17 * lines))  # inches
     save_figure(figure, path)
 
 
@@ -165,8 +160,9 @@ def save_figure(figure, path):
         if not path.suffix:
             path = path.with_name(f"{path.name}.png")
         warnings.simplefilter("ignore")  # of characters that the font lacks: a box is drawn
-        # Dots per inch: no side has more than 2^13.
-        figure.savefig(path, dpi=min(150, 2**13 / max(figure.get_size_inches())))
+        # Dots per inch: no side of the figure has more than 2^13. A long legend makes it higher.
+        dpi = min(150, 2**13 / max(figure.get_size_inches()))
+        figure.savefig(path, dpi=dpi, bbox_inches="tight")
     print(f"Plot saved to {path}", file=sys.stderr)
 
 
