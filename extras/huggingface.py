@@ -152,7 +152,10 @@ def import_model(folder):
             # Building that many blocks first could exhaust the memory.
             raise UsageError(f"its files hold fewer than {config.num_blocks:,} blocks")
         model = LanguageModel(config)
-        fill(model, weights)
+        try:
+            model.load_weights([*weights.items()])
+        except ValueError as error:  # which may name hundreds
+            raise UsageError(f"its weights do not fit: {one_line(error):.150}") from None
     return model, tokenizer, id_of(folder), {file.name: file for file in files}
 
 
@@ -314,17 +317,6 @@ def tie(weights):
         embeddings = weights.setdefault("model.embed_tokens.weight", head)
         if not mx.array_equal(head, embeddings):
             weights["lm_head.weight"] = head
-
-
-def fill(model, weights):
-    """Gives a model these weights, {name: array}: all that it has, and no other.
-
-    Raises UsageError if they do not fit.
-    """
-    try:
-        model.load_weights(list(weights.items()))
-    except ValueError as error:  # which may name hundreds
-        raise UsageError(f"its weights do not fit: {one_line(error):.150}") from None
 
 
 def id_of(folder):
