@@ -32,16 +32,14 @@ import numpy as np
 
 # Not main.py: the files of now may not even run.
 from datasets import Parser, RunError, UsageError, explained, flock, no_follow, number, one_line
-from datasets import repair_streams, run_command
+from datasets import run_program
 
 HERE = Path(__file__).resolve().parent.parent
 
 NATS = "nats/token"
 BITS = "bits per byte"  # of sides with different tokens
 SAME_STEPS = 20  # of each run of --same
-TRIAL_MINUTES = 0.1  # of training before it is said what the comparison will cost
 POWER = 1.4  # times half the interval: the difference that is seen four times in five
-LONGER = 1.03  # a step that takes this many times as long is worth a word
 CANNOT_TELL = 125  # `git bisect run` then skips the commit
 
 # Flags of main.py that have no place here, and those that have to be the same on both sides: first
@@ -114,29 +112,32 @@ class Side(NamedTuple):
     flags: dict  # the values of all flags, as its main.py understands them
     given: list  # the names of those that were given
     edited: list  # functions of its main.py that its extras/fast.py does not know
+    files: dict  # of the checkpoints that its flags name, {name in its folder: path}
 
 
-# The main.py of a side is asked what its flags mean. Checkpoints that they name become part of the
-# copy, where its runs find them by their ids.
+# The main.py of a side is asked what its flags mean, and which files are the checkpoints that they
+# name.
 QUESTION = """
 import sys
 sys.path[0] = sys.argv.pop(1)  # not the working directory, which may have another main.py
 import json, main
 from datasets import RunError, UsageError, open_data_dir
-models = {}
+files = {}
+words = sys.argv[1:]
 try:
     flags = main.settle(main.read_command_line(sys.argv[1:]))
     flags.data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
     for flag in main.ORIGINS:
         name = getattr(flags, flag)
         if name and not main.is_foreign(name):
-            models[flag] = main.open_model(flags.save_dir, name, flag)
+            source = main.open_model(flags.save_dir, name, flag)
+            words.append(f"--{flag}={source.id}")
+            files |= {f"{flag}/{name}": path.resolve() for name, path in source.files.items()}
 except (RunError, UsageError) as error:
     print(error, file=sys.stderr)
     sys.exit(2)
-main.keep_models(main.HERE, models)
-words = [*sys.argv[1:], *(f"--{flag}={source.id}" for flag, source in models.items())]
-answer = {"words": words, "flags": vars(flags), "given": [*flags.given], "edited": main.EDITED}
+answer = {"words": words, "flags": vars(flags), "given": [*flags.given]}
+answer |= {"edited": main.EDITED, "files": files}
 print(json.dumps(answer, default=str))
 """
 
@@ -196,8 +197,19 @@ def install(side, save_dir, *settings):
         with explained(f"cannot write to {folder}: name another --save_dir", OSError):
             partial = folder.with_suffix(f".{os.getpid()}")  # half a copy never has its name
             shutil.copytree(side.folder, partial)
+            for name, path in side.files.items():  # its runs find them by their ids
+                link_or_copy(path, partial / name)
             partial.rename(folder)
     return side._replace(folder=folder)
+
+
+def link_or_copy(path, target):
+    """Links a file, which may be large, or copies it from another file system."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copy(path, target)
 
 
 def failure(name, status, output):
@@ -217,7 +229,6 @@ class Outcome(NamedTuple):
 
     id: str | None  # of its last checkpoint; None if it diverged
     score: float  # of the whole validation split after its last step; nan if it diverged
-    curve: dict  # {iteration: score}
     ms_per_step: float
     text: str | None  # the SHA256 of its validation tokens
 
@@ -251,12 +262,12 @@ class Comparison:
             self.before = install(before, flags["save_dir"], self.words, self.plain)
             self.after = install(after, flags["save_dir"], self.words, self.plain)
 
-    def train(self, side, seed, *more):
+    def train(self, side, seed):
         """Trains a run, or resumes it; returns what it has printed, or None if it diverged.
 
         Raises UsageError, RunError.
         """
-        words = [*side.words, *self.words, f"--seed={seed}", f"--save_dir={side.folder}", *more]
+        words = [*side.words, *self.words, f"--seed={seed}", f"--save_dir={side.folder}"]
         with open(side.folder / "output.txt", "a+", errors="replace", opener=no_follow) as output:
             # The run inherits this lock: if only this program was killed, the run still has it.
             flock(output)
@@ -289,7 +300,7 @@ class Comparison:
         """
         printed = self.train(side, seed)
         if printed is None:
-            return Outcome(None, math.nan, {}, math.nan, None)
+            return Outcome(None, math.nan, math.nan, None)
         with explained(f"the runs of {side.name} cannot be read", kind=RunError):
             run = re.search(r"^run +(\S+),", printed, re.MULTILINE).group(1)
             newest = newest_records(side.folder, run)[seed]
@@ -298,11 +309,9 @@ class Comparison:
                 rows = read_rows(side.folder / run / "log.csv")
                 [*_, row] = [row for row in rows if row["split"] == "valid"]
                 scale = float(row["bits_per_byte"]) / float(row["loss"])
-            curve = {iteration: scale * nats for iteration, nats in newest["scores"]}
             return Outcome(
                 id=newest["id"],
-                score=curve[self.steps],
-                curve=curve,
+                score=scale * dict(newest["scores"])[self.steps],
                 # The first step, which compiles, has no time.
                 ms_per_step=1000 * (newest["seconds"] or math.nan) / self.steps,
                 text=newest["tokens_sha256"]["valid"],
@@ -312,20 +321,6 @@ class Comparison:
         """Yields each seed with the Outcomes of both sides."""
         for seed in self.seeds:
             yield seed, self.complete(self.before, seed), self.complete(self.after, seed)
-
-    def predict_minutes(self):
-        """About how long all runs take; it begins the last of them. Raises UsageError, RunError."""
-        last = self.seeds[-1]
-        began = time.monotonic()
-        self.train(self.after, last, f"--max_minutes={TRIAL_MINUTES}")
-        # What was not training: the start and one evaluation.
-        other = max(0, time.monotonic() - began - 60 * TRIAL_MINUTES)
-        trained = newest_records(self.after.folder).get(last)
-        if not trained:  # it has diverged
-            return 0
-        per_step = trained["seconds"] / max(1, trained["iteration"] - 1)
-        each = per_step * self.steps + other * self.steps / self.steps_per_eval
-        return 2 * len(self.seeds) * each / 60
 
 
 def check_flags(before, after):
@@ -420,6 +415,8 @@ def measure(pairs):
 def print_sameness(comparison):
     """Prints whether both sides end in the same weights; returns 0 if so, else 1."""
     for seed, before, after in comparison.complete_pairs():
+        if None in (before.id, after.id):
+            raise RunError(f"a run with seed {seed} has diverged")
         if before.id != after.id:
             print(f"Different weights after {comparison.steps} steps, seed {seed}.")
             return 1
@@ -433,11 +430,9 @@ def print_comparison(comparison, as_json):
     print(f"before   {before.name}\nafter    {after.name}")
     if comparison.plain:
         print(f"edited   {', '.join(comparison.plain)}: main.py's own on both sides")
-    minutes = comparison.predict_minutes()
-    cost = f"about {minutes:.0f} minutes" if minutes >= 1 else "less than a minute"
-    runs = 2 * len(comparison.seeds)
-    print(f"{runs} runs of {comparison.steps:,} steps, {cost} in all", flush=True)
-    print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}")
+    print(f"{2 * len(comparison.seeds)} runs of {comparison.steps:,} steps")
+    print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
+    began = time.monotonic()
     pairs = []
     for seed, first, second in comparison.complete_pairs():
         texts = {first.text, second.text} - {None}
@@ -446,6 +441,9 @@ def print_comparison(comparison, as_json):
         pairs.append((first, second))
         difference = f"{second.score - first.score:>+14.4f}"
         print(f"{seed:>10}{first.score:>10.4f}{second.score:>10.4f}{difference}", flush=True)
+        minutes = (len(comparison.seeds) - 1) * (time.monotonic() - began) / 60
+        if len(pairs) == 1 and minutes > 1:
+            print(f"about {minutes:.0f} minutes to go", file=sys.stderr)
     result = {
         "comparison": f"{before.folder.name} {after.folder.name}",
         "before": before.name,
@@ -458,37 +456,28 @@ def print_comparison(comparison, as_json):
     result |= measure(pairs)
     record(before.folder.parent / "versus.csv", result)
     if not result["diverged"]:
-        for line in describe_numbers(result, pairs):
+        for line in describe_numbers(result):
             print(line)
     print(result["verdict"])
     if as_json:
+        for name, value in result.items():
+            if value != value:  # nan, which is no JSON
+                result[name] = None
         print(json.dumps(result))
 
 
-def describe_numbers(result, pairs):
+def describe_numbers(result):
     """Yields what was measured, a line each."""
     yield (
         f"mean difference {result['difference']:+.4f} {result['unit']}, 95 % interval "
-        f"{result['low']:+.4f} to {result['high']:+.4f}; {result['agree']} of {len(pairs)} "
-        f"pairs have its sign; correlation of the sides {result['correlation']:.2f}"
+        f"{result['low']:+.4f} to {result['high']:+.4f}; {result['agree']} of "
+        f"{len(result['seeds'])} pairs have its sign; correlation of the sides "
+        f"{result['correlation']:.2f}"
     )
-    ratio = result["ms_after"] / result["ms_before"]
+    share = result["ms_before"] / result["ms_after"]
     yield (
         f"This is at equal steps. A step took {result['ms_before']:.1f} ms before, "
-        f"{result['ms_after']:.1f} after ({ratio:.2f} times)."
-    )
-    slower = int(ratio > 1)
-    factor = max(ratio, 1 / ratio)
-    steps = result["steps"] / factor  # of the slower side, in the time of the other
-    curves = [pair[slower].curve for pair in pairs]
-    means = np.mean([[*curve.values()] for curve in curves], axis=0)
-    score = np.interp(steps, [*curves[0]], means, left=math.nan)
-    if factor < LONGER or math.isnan(score):  # before the first evaluation
-        return
-    other = np.mean([pair[1 - slower].score for pair in pairs])
-    yield (
-        f"In equal time, {('before', 'after')[slower]} has taken {steps:,.0f} steps: "
-        f"{score:.4f} on its curve, in the middle of its schedule, beside {other:.4f}."
+        f"{result['ms_after']:.1f} after: in equal time, after takes {share:.0%} of the steps."
     )
 
 
@@ -502,12 +491,12 @@ def describe_verdict(result, tries):
             f"No effect, proved: the same weights and scores after step {result['steps']:,}, for "
             "these flags and seeds."
         )
-    fresh = f"--seeds {result['seeds'][0] + 100}"
+    fresh = f"--seeds {result['seeds'][0] + max(100, pairs)}"
     if result["low"] <= 0 <= result["high"]:
         shown = POWER * (result["high"] - result["low"]) / 2
         return (
             f"No difference seen. With this spread, {pairs} pairs would mostly show one of roughly "
-            f"{shown:.2g}; {4 * pairs} fresh pairs ({fresh}), one of {shown / 2:.2g}."
+            f"{shown:.2g}; fresh pairs (--pairs {4 * pairs} {fresh}), one of {shown / 2:.2g}."
         )
     helped = result["difference"] < 0
     if tries == 1:
@@ -519,29 +508,26 @@ def describe_verdict(result, tries):
 
 
 def record(path, result):
-    """Adds the verdict to a result, and the result to versus.csv, unless it is there already.
+    """Adds the verdict to a result, and the result to versus.csv.
 
-    A try is a comparison on some of the same seeds, with the same flags behind --.
+    A try is a comparison on some of the same seeds, with the same flags behind --; repeating it
+    makes no other.
     """
     rows = read_rows(path) if path.exists() else []
-    is_new = True
-    tries = 1
+    earlier = set()
     for row in rows:
         seeds = json.loads(row["seeds"])
         if row["comparison"] == result["comparison"] and seeds == result["seeds"]:
-            is_new = False
             break
         if row["flags"] == result["flags"] and {*seeds} & {*result["seeds"]}:
-            tries += 1
-    result["verdict"] = describe_verdict(result, tries)
-    if is_new:
-        with open(path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
-            writer = csv.DictWriter(file, result, lineterminator="\n")
-            if not rows:
-                writer.writeheader()
-            writer.writerow(result)
+            earlier.add((row["comparison"], row["seeds"]))
+    result["verdict"] = describe_verdict(result, 1 + len(earlier))
+    with open(path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
+        writer = csv.DictWriter(file, result, lineterminator="\n")
+        if not rows:
+            writer.writeheader()
+        writer.writerow(result)
 
 
 if __name__ == "__main__":
-    repair_streams()
-    sys.exit(run_command("extras.versus", main, sys.argv[1:]))
+    run_program("extras.versus", main)

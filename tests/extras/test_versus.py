@@ -1,6 +1,7 @@
 """Comparisons of two sides: their runs are ordinary ones, and the numbers those of the books."""
 
 import json
+import math
 import shutil
 import subprocess
 import time
@@ -109,21 +110,28 @@ def test_comparison(project, figures):
     assert newest(project / "alone").id == found["after", 43].id
 
     # The picture shows what the table says.
-    plot.main(["x.png", "--versus", "--save_dir", str(project / "runs")])
+    draw = ["x.png", "--versus", "--save_dir", str(project / "runs")]
+    plot.main(draw)
     above, below = figures[0].axes
     scores = [found["before", seed].score for seed in (42, 43)]
     assert [line.get_ydata()[-1] for line in above.lines[:2]] == scores
     assert below.lines[1].get_xydata()[-1].tolist() == pytest.approx([24, mean])
 
     # The next edit on one of these seeds has more chances to look good. Killed and typed again.
-    compared = ["--learning_rate 0.5", "--pairs", 2, "--seeds", 43]
-    process = begin(project, *compared)
+    other = ["--learning_rate 0.5", "--pairs", 2, "--seeds", 43]
+    process = begin(project, *other)
     for line in process.stdout:
         if "difference" in line:
             process.kill()  # its run goes on alone
     process.wait()
-    out, _ = versus(project, *compared)
+    out, _ = versus(project, *other)
     assert out.splitlines()[-1].startswith("Looks better, but this is try 2 on these seeds")
+
+    # The first one repeated has the same verdict, and is the one that is drawn.
+    out, _ = versus(project, *compared)
+    assert json.loads(out.splitlines()[-1])["verdict"] == "Helped."
+    plot.main(draw)
+    assert figures[-1].axes[0].get_legend_handles_labels()[1][1] == "after: --learning_rate 1"
 
 
 def test_other_tokens_and_divergence(project):
@@ -133,6 +141,24 @@ def test_other_tokens_and_divergence(project):
         folder = runs(project)["before", seed].folder
         bits = rows_of(folder / "log.csv", "valid")[-1]["bits_per_byte"]
         assert f"{seed:>10}{bits:>10.4f}       nan" in out
+
+
+def test_numbers_that_there_are_not(project):
+    """JSON has no NaN, as the correlation with a side that does not train is one.
+
+    Both sides have the first weights of a run as links: a model may be large.
+    """
+    run("--text", project / "text.txt", *TINY, "--num_iters", 5, "--save_dir", project / "runs")
+    [base] = (project / "runs").glob("text-*/*.safetensors")
+    compared = ["--learning_rate 0", "--pairs", 2, "--seeds", 7, "--json"]
+    out, err = versus(project, *compared, "--", "--init_from", "latest")
+    lines = out.splitlines()
+    result = json.loads(lines[-1], parse_constant=pytest.fail)
+    assert result["correlation"] is None
+    assert not math.isnan(result["difference"])
+    for side in result["comparison"].split():
+        path = project / "runs" / "versus" / side / "init_from" / base.name
+        assert path.samefile(base)
 
 
 def test_edit_without_effect_is_proved(project):
@@ -155,6 +181,11 @@ def test_edit_without_effect_is_proved(project):
     assert {each.origins["init_from"] for each in found.values()} == {base.id}
 
 
+def test_more_pairs_are_proposed(project):
+    out, _ = versus(project, "--dropout 0.3", "--pairs", 2, "--seeds", 7)
+    assert "; fresh pairs (--pairs 8 --seeds 107), one of " in out
+
+
 def test_same(project):
     """As `git bisect run` asks it."""
     edit(project, "hidden * (kept", "hidden * 1.0 * (kept")  # of dropout, which is not used
@@ -165,6 +196,9 @@ def test_same(project):
     edit(project, "return rate * warmup * 1.001", "return rate * warmup *")
     _, err = versus(project, "HEAD", "--same", status=125)
     assert err.startswith("Cannot tell: your files cannot run: SyntaxError: invalid syntax (main")
+    diverging = ["--learning_rate", "1e30", "--grad_clip", 0]
+    _, err = versus(project, "HEAD", "HEAD", "--same", "--", *diverging, status=125)
+    assert err == "Cannot tell: a run with seed 42 has diverged\n"
 
 
 MISTAKES = [
