@@ -181,11 +181,6 @@ def test_edit_without_effect_is_proved(project):
     assert {each.origins["init_from"] for each in found.values()} == {base.id}
 
 
-def test_more_pairs_are_proposed(project):
-    out, _ = versus(project, "--dropout 0.3", "--pairs", 2, "--seeds", 7)
-    assert "; fresh pairs (--pairs 8 --seeds 107), one of " in out
-
-
 def test_same(project):
     """As `git bisect run` asks it."""
     edit(project, "hidden * (kept", "hidden * 1.0 * (kept")  # of dropout, which is not used
