@@ -744,7 +744,7 @@ def average_weights(average, weights, iteration, share):
         return weights
     part = min(1, 1 / (share * (iteration + 1)))  # the newest weights' share of the average
     average = mix_weights(average, weights, mx.array(part))
-    mx.async_eval(average)  # or the graphs of all steps would pile up
+    mx.eval(average)  # or the graphs of all steps would pile up
     return average
 
 
