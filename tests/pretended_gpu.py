@@ -95,7 +95,7 @@ def pretend():
     for name in vars(Device):
         if not name.startswith("_"):
             setattr(mx, name, getattr(device, name))
-    mx.eval = mx.async_eval = evaluation = Evaluation()
+    mx.eval = evaluation = Evaluation()
     item = mx.array.item
 
     def noted_item(array):
