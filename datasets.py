@@ -162,10 +162,9 @@ def discard(stream):
 
 def repair_streams():
     """Makes the standard streams usable: any may be closed, or lack characters of a text."""
-    # They are None if they were closed at startup.
-    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed at startup
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
 
@@ -194,8 +193,11 @@ def without_comments(source):
     lines = source.split("\n")
     spans = []
     begins = True  # whether a statement begins here
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT or (begins and token.type == tokenize.STRING):
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    for token, following in itertools.pairwise(tokens):
+        ends = following.type in (tokenize.NEWLINE, tokenize.COMMENT)
+        is_docstring = token.type == tokenize.STRING and begins and ends
+        if token.type == tokenize.COMMENT or is_docstring:
             spans.append((token.start, token.end))
         elif token.type != tokenize.NL:
             begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
@@ -240,8 +242,8 @@ RAM_DISK_SIZE = 4 << 30  # bytes, at least; tinystories and its tokens take 3 Gi
 def open_data_dir(data_dir=None, save_dir=None):
     """The folder for corpora, downloads and tokens as a Path, created if it is missing.
 
-    It is `data_dir`, else `save_dir`, else on a RAM disk, else CACHE or, without such a home, that
-    of runs. Raises UsageError if it cannot be used.
+    The first of these that is given or writable: `data_dir`, `save_dir`, a folder on a RAM disk,
+    CACHE, that of runs. Raises UsageError if it cannot be used.
     """
     if data_dir is not None or save_dir is not None:
         folders = [Path(user_path(data_dir or save_dir))]
@@ -288,16 +290,6 @@ def open_code_dir():
     return Path(folder)
 
 
-# What the system says of a call that a file system lacks.
-UNSUPPORTED = {
-    errno.EINVAL,
-    errno.ENOLCK,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-}
-
-
 def flock(file, mode=fcntl.LOCK_EX):
     """Locks an open file, or its descriptor, until it is closed, if the file system has locks.
 
@@ -305,9 +297,10 @@ def flock(file, mode=fcntl.LOCK_EX):
     """
     try:
         fcntl.flock(file, mode)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
+    except BlockingIOError:
+        raise
+    except OSError:  # it has none
+        pass
 
 
 @contextlib.contextmanager
@@ -322,14 +315,14 @@ def locked(folder):
 def no_follow(path, flags):
     """An `opener` for open(): raises OSError if `path` is a link, which might lead anywhere.
 
-    Nothing is waited for at a pipe's end.
+    To open a pipe does not wait for its other end.
     """
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 @contextlib.contextmanager
 def new_file(folder):
-    """Yields a new binary file in a folder, for `publish`; without that, it is deleted at the end.
+    """Yields a new binary file in a folder, for `publish`; deletes it if the block raises anything.
 
     Raises OSError.
     """
@@ -348,9 +341,6 @@ def publish(file, path):
     file.flush()  # out of Python's buffer
     sync_descriptor(file.fileno())  # and out of the system's, before the old file is replaced
     file.close()  # no program can be run that is still open for writing
-    if path.is_file() and not path.is_symlink():
-        with contextlib.suppress(OSError):  # some file systems have no modes
-            shutil.copymode(path, file.name)
     os.replace(file.name, path)
 
 
@@ -390,7 +380,7 @@ def sync(path):
         sync_descriptor(descriptor)
     except OSError as error:
         # Some network file systems sync no folder: what can be done is done.
-        if error.errno not in UNSUPPORTED or not os.path.isdir(path):
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
             raise
     finally:
         os.close(descriptor)
@@ -437,23 +427,10 @@ def path_name(text):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are UsageErrors; argparse would print its whole usage.
-
-    It takes --num-iters for --num_iters, too.
-    """
+    """A parser whose errors are UsageErrors; argparse would print its whole usage."""
 
     def error(self, message):
         raise UsageError(f"{message} (--help lists all flags)")
-
-    def parse_known_args(self, args=None, namespace=None):
-        spelled = []
-        for argument in args:
-            name, equals, value = argument.partition("=")
-            if re.fullmatch("--[a-z][a-z0-9_-]*", name):
-                name = "--" + name[2:].replace("-", "_")
-                name = name.replace("--no_", "--no-")
-            spelled.append(f"{name}{equals}{value}")
-        return super().parse_known_args(spelled, namespace)
 
 
 # ---- Data types ---------------------------------------------------------------------------------
@@ -536,6 +513,10 @@ class Tokenizer:
     def encode_batch(self, texts):
         return map(self.encode, texts)
 
+    def pieces(self, ids):
+        """The characters or words of these ids; what is beyond the vocabulary is padding."""
+        return [self.printed[token] for token in map(int, ids) if token < self.vocab_size]
+
     def to_dict(self):
         return {"kind": self.kind, "vocabulary": self.vocabulary}
 
@@ -553,8 +534,11 @@ class ByteTokenizer(Tokenizer):
         return cls()
 
     def encode(self, text):
-        # Command-line bytes that are not UTF-8 arrive as surrogates: this restores them.
-        data = text.encode("utf-8", "surrogateescape")
+        try:
+            # Command-line bytes that are not UTF-8 arrive as surrogates: this restores them.
+            data = text.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:  # other surrogates
+            data = utf8(text).encode()
         return np.frombuffer(data, np.uint8).astype(np.uint16)  # [N]
 
     def decode(self, ids):
@@ -599,8 +583,7 @@ class CharTokenizer(Tokenizer):
         return self.table[code_points]  # [N]
 
     def decode(self, ids):
-        known = (token for token in map(int, ids) if token < self.vocab_size)  # others are padding
-        return "".join(self.printed[token] for token in known)
+        return "".join(self.pieces(ids))
 
     def unknown(self, text):
         return sorted(set(text) - set(self.vocabulary))
@@ -644,8 +627,7 @@ class WordTokenizer(Tokenizer):
         return np.fromiter(ids, self.dtype)  # [N]
 
     def decode(self, ids):
-        known = (token for token in map(int, ids) if token < self.vocab_size)  # others are padding
-        text = " ".join(self.printed[token] for token in known)
+        text = " ".join(self.pieces(ids))
         return re.sub(" ?\n ?", "\n", text)  # no spaces around a line end
 
     def unknown(self, text):
@@ -718,12 +700,8 @@ class PackageTokenizer(Tokenizer):
         return None
 
     def encode(self, text):
-        return np.array(self.encoding_of(utf8(text)).ids, self.dtype)  # [N]
-
-    def encoding_of(self, text):
-        """The package's Encoding of a text. Raises UsageError if the tokenizer cannot cope."""
-        with explained(FAILED, BaseException):
-            return self.package.encode(text, add_special_tokens=False)
+        [ids] = self.encode_batch([text])
+        return ids  # [N]
 
     def encode_batch(self, texts):
         texts = [utf8(text) for text in texts]
@@ -741,7 +719,8 @@ class PackageTokenizer(Tokenizer):
         if self.unk is None:
             return []
         text = utf8(text)
-        encoding = self.encoding_of(text)
+        with explained(FAILED, BaseException):
+            encoding = self.package.encode(text, add_special_tokens=False)
         pieces = zip(encoding.ids, encoding.offsets)
         return [text[start:end] for token, (start, end) in pieces if token == self.unk]
 
@@ -777,12 +756,11 @@ def end_of_text(tokenizer):
 
 
 def tokenizer_from_dict(data):
-    """The tokenizer whose `to_dict()` is `data`.
+    """The tokenizer whose `to_dict()` is `data`, which may come from a stranger.
 
-    `data` may come from a stranger. Raises ValueError for anything malformed, UsageError if the
-    package that it needs is not installed.
+    Raises UsageError if it is malformed, or needs a package that is not installed.
     """
-    try:
+    with explained("the tokenizer cannot be used"):
         kind = data["kind"]
         tokenizer_class = TOKENIZERS[kind]
         if tokenizer_class is ByteTokenizer:
@@ -792,13 +770,8 @@ def tokenizer_from_dict(data):
             return PackageTokenizer(vocabulary, kind, data.get("eos"))
         pieces = "".join(vocabulary)  # characters or words
         if len({*vocabulary}) < len(vocabulary) or utf8(pieces) != pieces:
-            raise ValueError("the vocabulary repeats a piece, or holds half a character")
+            raise ValueError("its vocabulary repeats a piece, or holds half a character")
         return tokenizer_class(vocabulary)
-    except UsageError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise ValueError(f"malformed tokenizer ({reason})") from None
 
 
 def read_tokenizer(path):
@@ -806,13 +779,16 @@ def read_tokenizer(path):
     kinds = ", ".join(KINDS)
     fault = f"--tokenizer {path} must be a Hugging Face tokenizer.json, or one of {kinds}"
     with explained(fault):
-        return PackageTokenizer(read_whole(Path(user_path(path))), "file")
+        vocabulary = read_whole(Path(user_path(path)))
+    tokenizers_package()  # if it is missing, the file is not at fault
+    with explained(fault):
+        return PackageTokenizer(vocabulary, "file")
 
 
 def read_whole(path):
-    """The text of a UTF-8 file. Raises OSError, or ValueError for a pipe, a device, or no UTF-8.
+    """The text of a UTF-8 file. Raises OSError or ValueError.
 
-    A pipe may never begin, a device never end; a link to a file is one.
+    Refuses pipes and devices, from which reading might never end. Links to files are followed.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path.name} is not a regular file")
@@ -820,14 +796,13 @@ def read_whole(path):
 
 
 def describe_tokenizer(tokenizer):
-    """A tokenizer for the screen: "word tokenizer, 10,000-word vocabulary"."""
-    unit = {"word": "word", "char": "character"}.get(tokenizer.kind, "token")
-    return f"{tokenizer.kind} tokenizer, {tokenizer.vocab_size:,}-{unit} vocabulary"
+    """A tokenizer for the screen: "word tokenizer, 10,000-token vocabulary"."""
+    return f"{tokenizer.kind} tokenizer, {tokenizer.vocab_size:,}-token vocabulary"
 
 
 def tokenizers_package():
     """The package `tokenizers`. Raises UsageError if it is not installed."""
-    remedy = "the tokenizers gpt2 and bpe need a package: pip install tokenizers"
+    remedy = "gpt2, bpe and files of tokenizers need a package: pip install tokenizers"
     with explained(remedy, ImportError):
         import tokenizers
     return tokenizers
@@ -945,8 +920,7 @@ def transfer(source, part, sha256, size):
 def download(address, part, size):
     """Adds to `part` what it lacks of the `size` bytes at an address.
 
-    Raises OSError or ValueError after six tries in a row without a single byte, or at once if
-    another try would not help.
+    Raises OSError or ValueError after four tries, or at once if another try would not help.
     """
     import requests  # here, because importing it takes a fifth of a second
 
@@ -956,25 +930,22 @@ def download(address, part, size):
     }
     options = {"stream": True, "timeout": 30, "hooks": {"response": close_redirect}}  # seconds
     part.touch()
-    have = part.stat().st_size
-    failures = 0
     has_answered = False  # the server
-    reason = "the connection was cut"
-    while have < size:
-        time.sleep(2**failures // 2)  # seconds: 0, 1, 2, 4, 8, 16
-        if have > 0:
-            headers["Range"] = f"bytes={have}-"
+    for pause in (0, 1, 4, 16):  # seconds
+        time.sleep(pause)
+        have = part.stat().st_size
+        if have >= size:
+            return
+        headers["Range"] = f"bytes={have}-"
         try:
             with requests.get(address, headers=headers, **options) as response:
                 has_answered = True
-                receive(response, part, have, size)
+                return receive(response, part, have, size)
         except requests.RequestException as error:
             reason = cause_of(error)
-        # A slow or flaky connection may take as many tries as it needs.
-        failures = failures + 1 if part.stat().st_size <= have else 0
-        if failures == 6 or not has_answered:  # a dead host is not worth the wait
-            raise OSError(reason)
-        have = part.stat().st_size
+        if not has_answered:  # a dead host is not worth the wait
+            break
+    raise OSError(reason)
 
 
 def close_redirect(response, **_):
@@ -1136,26 +1107,6 @@ def find_cut(path, at, marker):
 # The names of files with a document in each row, which extras/formats.py reads.
 ROW_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson)(\.gz)?)", re.DOTALL | re.IGNORECASE)
 
-# How files begin that hold a text in a form of their own, and how to get at it.
-SIGNATURES = {
-    b"\xff\xfe\0\0": "UTF-32: iconv -f UTF-32 -t UTF-8 FILE > NEW",
-    b"\xff\xfe": "UTF-16: iconv -f UTF-16 -t UTF-8 FILE > NEW",
-    b"\xfe\xff": "UTF-16: iconv -f UTF-16 -t UTF-8 FILE > NEW",
-    b"%PDF": "a PDF: pdftotext FILE NEW, for example",
-    b"PK\3\4": "a ZIP archive (as .docx, .odt and .epub are): save its text as a plain text file",
-    b"\xd0\xcf\x11\xe0": "an old Word file: save its text as a plain text file",
-    b"\x1f\x8b": "compressed (of compressed files, only .jsonl.gz is read): gunzip FILE",
-    b"\x28\xb5\x2f\xfd": "compressed: zstd -d FILE",
-    b"\xfd7zXZ": "compressed: xz -d FILE",
-    b"BZh": "compressed: bunzip2 FILE",
-    b"PAR1": "a Parquet file: name it .parquet",
-    b"ARROW1": "an Arrow file: write it as .parquet or .jsonl",
-    b"\xff\xff\xff\xff": "a stream of Arrow: write it as .parquet or .jsonl",
-}
-# What begins a file of markup, and the names of others that are more than their text.
-MARKUP = re.compile(rb"(\xef\xbb\xbf)?\s*(<[!?a-z]|\{\\rtf|[\[{]\s*[\"\[{])", re.IGNORECASE)
-TABLES = (".csv", ".tsv", ".srt", ".vtt", ".json")
-
 # What names of files and folders say of the split that they are for, in many corpora.
 SPLIT_NAME = re.compile(r"(?:^|[/._-])(train|valid|validation|val|dev|test)(?=[/._-]|$)")
 
@@ -1165,13 +1116,13 @@ def own_text(given, valid_fraction, text_field, line_end, own_folders):
 
     `given` is {split: [path, ...]}. Without "valid" paths, part of "train" is held out: the files
     that are for validation by their names, else a share. Files for validation or testing are left
-    out of the training text. own_folders: see texts_below; text_field, line_end: see Rows. Raises
+    out of the training text. own_folders: see texts_of; text_field, line_end: see Rows. Raises
     UsageError.
     """
     files = {split: find_files(paths, own_folders) for split, paths in given.items()}
-    if "valid" not in files:
-        files = split_by_names(files["train"]) | files
-    held_out = {*files.get("valid", ()), *files.get("test", ())}
+    named = split_by_names(files["train"])
+    files = named | files
+    held_out = set().union(*named.values(), files.get("valid", ()), files.get("test", ()))
     others = {real: file for real, file in files["train"].items() if real not in held_out}
     # Whoever names the same files for both wants to train on them.
     left_out = len(files["train"]) - len(others)
@@ -1186,7 +1137,6 @@ def own_text(given, valid_fraction, text_field, line_end, own_folders):
                 splits[split].append(Rows(path, text_field, line_end))
             else:
                 splits[split].append(whole(path, errors="strict"))
-    name_markup(splits["train"])
     if "valid" not in splits:
         splits |= hold_out(splits["train"], valid_fraction)
     return splits
@@ -1195,24 +1145,17 @@ def own_text(given, valid_fraction, text_field, line_end, own_folders):
 def find_files(paths, own_folders):
     """{real path: (path, name)} of the texts that `paths` (files, folders, globs) match.
 
-    The name is the path below a folder in `paths`, or just the file's. Raises UsageError.
+    The name is the path below a folder in `paths`, or what a glob matches. Raises UsageError.
     """
     found = {}
     for path in paths:
-        is_pattern = not os.path.exists(path)
-        matches = sorted(glob.glob(path, recursive=True)) if is_pattern else [path]
-        if not matches:
-            raise UsageError(
-                f"{path}: no such file, folder or pattern; "
-                "give a text's path (if a run needs this one, put it back)"
-            )
-        for match in map(Path, matches):
-            if match.is_dir():
-                for file in texts_below(match, own_folders):
-                    found.setdefault(file.resolve(), (file, str(file.relative_to(match))))
-            elif not (is_pattern and lies_in(match, own_folders)):
-                check_text(match)
-                found.setdefault(match.resolve(), (match, match.name))
+        if os.path.exists(path) and not os.path.isdir(path):
+            check_text(Path(path))
+            texts = [(Path(path), os.path.basename(path))]
+        else:
+            texts = texts_of(path, own_folders)
+        for file, name in texts:
+            found.setdefault(file.resolve(), (file, name))
     found = {real: file for real, file in found.items() if os.path.getsize(real) > 0}
     if not found:
         raise UsageError(
@@ -1222,45 +1165,44 @@ def find_files(paths, own_folders):
     return found
 
 
-def lies_in(path, folders):
-    """Whether `path` is one of these resolved folders, or lies in one."""
-    resolved = path.resolve()
-    return any(resolved.is_relative_to(folder) for folder in folders)
+def texts_of(path, own_folders):
+    """[(path, name), ...] of the texts in a folder or that match a glob, in order of their paths.
 
-
-def texts_below(folder, own_folders):
-    """The text files below a folder, in order; what else there is, is named.
-
-    Hidden files do not count, nor does what lies in `own_folders`, resolved paths of where this
-    program keeps its files. A linked folder is read like any other, but each folder once.
+    What is no text is left out, and named. Hidden files do not count, nor does what lies in
+    `own_folders`, resolved paths of where this program keeps its files. A linked folder is read
+    like any other, but each folder once. Raises UsageError if nothing matches.
     """
-    files = []
-    seen = set()  # real paths
-    folders = [folder]
-    for each in folders:  # to which those below are added
-        if each.resolve() in seen or lies_in(each, own_folders):
-            continue
-        seen.add(each.resolve())
-        for path in sorted(each.glob("[!.]*")):
-            if path.is_dir():
-                folders.append(path)
-            elif path.is_file():
-                files.append(path)
-    texts = []
-    others = Counter()  # bytes by kind
-    for path in sorted(files):
-        try:
-            check_text(path)
-            texts.append(path)
-        except UsageError:
-            others[path.suffix or path.name] += os.path.getsize(path)
-    if others:
-        share = others.total() / max(1, sum(map(os.path.getsize, files)))
-        kinds = ", ".join(kind for kind, _ in others.most_common(5))
-        print(
-            f"{folder}: leaving out {len(files) - len(texts):,} of {len(files):,} files, "
-            f"{share:.0%} of the bytes, that are no UTF-8 text ({kinds})"
+    places = [(Path(path), "")]
+    if not os.path.exists(path):
+        matches = map(Path, sorted(glob.glob(path, recursive=True)))
+        places = [(match, match.name) for match in matches]
+    if not places:
+        raise UsageError(
+            f"{path}: no such file, folder or pattern; "
+            "give a text's path (if a run needs this one, put it back)"
         )
+    files = {}  # path -> name
+    seen = set()  # real paths of folders
+    for each, name in places:  # to which those below are added
+        real = Path(os.path.realpath(each))
+        if real in seen or any(real.is_relative_to(folder) for folder in own_folders):
+            continue
+        if each.is_dir():
+            seen.add(real)
+            places += [(below, f"{name}/{below.name}") for below in sorted(each.glob("[!.]*"))]
+        elif each.is_file():
+            files[each] = name
+    texts = []
+    others = Counter()  # files by kind
+    for each, name in sorted(files.items()):
+        try:
+            check_text(each)
+            texts.append((each, name))
+        except UsageError:
+            others[each.suffix or each.name] += 1
+    if others:
+        kinds = ", ".join(kind for kind, _ in others.most_common(5))
+        print(f"{path}: leaving out {others.total():,} files that are no UTF-8 text ({kinds})")
     return texts
 
 
@@ -1275,14 +1217,10 @@ def check_text(path):
         begin = file.read(1 << 16)
     if ROW_FILES.fullmatch(path.name):
         return
-    for signature, remedy in SIGNATURES.items():
-        if begin.startswith(signature):
-            remedy = remedy.replace("FILE", shlex.quote(str(path)))
-            raise UsageError(f"{path} is {remedy}, and name the result")
     if b"\0" in begin:
         raise UsageError(
-            f"{path} holds null characters: if it is UTF-16, iconv -f UTF-16LE -t UTF-8 "
-            f"{shlex.quote(str(path))} > NEW gives its text; otherwise it is no plain text"
+            f"{path} holds null characters: it is no plain text; leave it out, or save its text as "
+            f"one (of UTF-16, by iconv -f UTF-16 -t UTF-8 {shlex.quote(str(path))} > NEW)"
         )
     try:
         codecs.getincrementaldecoder("utf-8")().decode(begin)
@@ -1307,30 +1245,12 @@ def split_by_names(files):
 
     files: see find_files.
     """
-    found = {split: {} for split in SPLITS}
+    found = {}
     for real, (path, name) in files.items():
-        words = SPLIT_NAME.findall(name.lower())
-        if words:
-            split = words[-1] if words[-1] in SPLITS else "valid"
-            found[split][real] = (path, name)
-    if not found.pop("train"):
-        return {}
-    return {split: named for split, named in found.items() if named}
-
-
-def name_markup(documents):
-    """Says which files are more than their text, and are read as they stand."""
-    names = []
-    for each in documents:
-        with open(each.path, "rb") as file:
-            is_markup = MARKUP.match(file.read(1 << 8)) or each.path.suffix.lower() in TABLES
-        if type(each) is Span and is_markup:
-            names.append(each.path.name)
-    if names:
-        print(
-            f"{len(names):,} files are read as plain text, with all their markup: "
-            f"{', '.join(names[:5])} (in .jsonl files, each row is a document)"
-        )
+        for split in SPLIT_NAME.findall(name.lower())[-1:]:
+            split = split if split in SPLITS else "valid"
+            found.setdefault(split, {})[real] = (path, name)
+    return found if found.pop("train", None) else {}
 
 
 def is_held_out(index, valid_fraction):
@@ -1370,12 +1290,10 @@ def hold_out(documents, valid_fraction):
 
 # ---- Streaming encoding -------------------------------------------------------------------------
 
-# Blocks of a text must give the same tokens as the whole, so a text is cut only where all
-# tokenizers have a boundary: behind a line end between two words. Where there is none, it is cut
-# before the single space between two words, as GPT-2's BPE reads a space with the word behind it
-# (some imported BPEs differ). And where there is none of these either, as in Chinese with blank
-# lines, it is cut before the last of several spaces, which that BPE reads by itself. What is cut at
-# END begins with "<".
+# Blocks of a text must give the same tokens as the whole. Cut behind a line end, else before a
+# single space: GPT-2's BPE joins a space to the next word (some imported BPEs differ). Where there
+# is neither, as in Chinese with blank lines, cut before the last of several spaces, which that BPE
+# reads by itself. What is cut at END begins with "<".
 #
 # The patterns match up to the last such place. (The first has its \n at the front, for which alone
 # a text is searched quickly: Penn Treebank has spaces around all line ends, so nothing matches.)
@@ -1459,13 +1377,15 @@ def encode_documents(spans, tokenizer):
     blocks = read_documents(spans)
     if tokenizer.kind == "word":
         blocks = itertools.chain(blocks, [("", True)])  # ends the last document, too
-    last = tokenizer.eos  # id
+    # Nothing goes before the first document. Without an end token, nothing goes between documents,
+    # either.
+    last = eos = tokenizer.eos
     while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of the user's own text
         texts = [text for text, _ in batch]
         for (text, begins), ids in zip(batch, tokenizer.encode_batch(texts)):
-            if begins and last != tokenizer.eos:
-                ids = np.insert(ids, 0, tokenizer.eos)
-            if len(ids) > 0 and tokenizer.eos is not None:  # white space may have no words
+            if begins and last != eos:
+                ids = np.insert(ids, 0, eos)
+            if len(ids) > 0 and eos is not None:  # white space may have no words
                 last = ids[-1]
             yield text, ids
 
@@ -1554,6 +1474,7 @@ def load_dataset(
         tokenizer = CORPORA[name].tokenizer
     elif isinstance(tokenizer, (str, Path)) and tokenizer not in KINDS:
         tokenizer = read_tokenizer(tokenizer)
+    kind = getattr(tokenizer, "kind", tokenizer)
     given = absolute_paths({"train": text, "valid": valid_text, "test": test_text})
     local = {}
     if name == "text":
@@ -1561,7 +1482,7 @@ def load_dataset(
             raise UsageError("--dataset text goes with --text, which names your files")
         folders = [data_dir, save_dir] if save_dir else [data_dir]
         own_folders = [Path(user_path(folder)).resolve() for folder in folders]
-        has_end = tokenizer != "char" and getattr(tokenizer, "eos", 0) is not None
+        has_end = kind != "char" and getattr(tokenizer, "eos", 0) is not None
         line_end = "" if has_end else "\n"
         local = own_text(given, valid_fraction, text_field, line_end, own_folders)
     elif name == "python":
@@ -1569,10 +1490,8 @@ def load_dataset(
         local = python_modules()
     # One folder for each use of a text; where the text has changed, it is written anew.
     use = [given, valid_fraction, text_field, vocab_size, tokenizer]
-    kind = tokenizer
     if not isinstance(tokenizer, str):
         use[-1] = tokenizer.to_dict()
-        kind = tokenizer.kind
     cache = data_dir / name / f"{kind}-{digest_of(use)[:12]}"
     key = key_of(local)
     with locked(cache):  # only one process encodes
@@ -1580,7 +1499,10 @@ def load_dataset(
         about = read_about(cache, key)
         if about is None:
             get = functools.partial(fetch, data_dir=data_dir, mirror=mirror)
-            spans = local or find_spans(name, get)
+            spans = local
+            if not local:
+                found = CORPORA[name].find_texts(get)
+                spans = {split: [span] for split, span in zip(SPLITS, found)}
             if isinstance(tokenizer, str):
                 tokenizer = make_tokenizer(kind, spans["train"], vocab_size, get)
             about = write_splits(spans, tokenizer, cache, key)
@@ -1592,9 +1514,6 @@ def absolute_paths(given):
     """{split: [path, ...]} with absolute paths; splits without paths are omitted."""
     absolute = {}
     for split, paths in given.items():
-        for path in paths:
-            if re.match(r"(.*/)?\w\w+:/", str(path)):  # main.py has made it absolute
-                raise UsageError(f"{path} is an address: download it, and name the file")
         if paths:
             absolute[split] = [os.path.abspath(user_path(path)) for path in paths]
     return absolute
@@ -1606,21 +1525,15 @@ def digest_of(data):
 
 
 def key_of(local):
-    """A digest of the user's files in {split: [Span or Rows, ...]}.
+    """A digest of this file's code and of the user's files in {split: [Span or Rows, ...]}.
 
     It covers how they are cut, their sizes in bytes and their modification times in ns.
     """
-    known = []
+    known = [without_comments(Path(__file__).read_text("utf-8"))]
     for each in itertools.chain(*local.values()):
         status = os.stat(each.path)
         known.append([repr(each), status.st_size, status.st_mtime_ns])
     return digest_of(known)
-
-
-def find_spans(name, fetch):
-    """{split: [Span]} of a corpus whose files are downloaded if needed."""
-    spans = CORPORA[name].find_texts(fetch)
-    return {split: [span] for split, span in zip(SPLITS, spans)}
 
 
 def make_tokenizer(kind, spans, vocab_size, fetch):
@@ -1656,7 +1569,7 @@ def read_about(cache, key):
         return about
     except FileNotFoundError:  # nothing encoded yet, or killed while encoding
         return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except Exception:  # it may hold anything
         print(f"The encoded text in {cache} is damaged: encoding it again.")
         return None
 
@@ -1699,12 +1612,12 @@ def main(arguments):
     parser = Parser(prog="datasets.py", description=main.__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", dest="name", default="ptb", choices=[*CORPORA])
-    add("--text", default=[], nargs="+", help="your own files", metavar="PATH")
+    add("--text", default=[], type=word, nargs="+", help="your own files", metavar="PATH")
     add("--text_field", default="text", help="field of .jsonl and .parquet", metavar="NAME")
     add("--tokenizer", default="auto", type=tokenizer_name, metavar="KIND")
     add("--vocab_size", default=32000, type=number(int, 257, 2**20), metavar="N")
-    add("--data_dir", help="folder for downloads and tokens", metavar="DIR")
-    add("--mirror", help="URL or folder of <dataset>/<file>", metavar="URL")
+    add("--data_dir", type=word, help="folder for downloads and tokens", metavar="DIR")
+    add("--mirror", type=word, help="URL or folder of <dataset>/<file>", metavar="URL")
     options = vars(parser.parse_args(arguments))
     if options["text"]:
         options["name"] = "text"
