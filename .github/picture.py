@@ -118,10 +118,11 @@ def draw_experiment(axis, folder, text, blue):
     """The losses of both sides of a comparison by seed, and where the mean after may lie."""
     row = read_rows(folder / "versus" / "versus.csv")[-1]
     seeds = json.loads(row["seeds"])
-    before, after = [
-        [records[seed]["scores"][-1][1] for seed in seeds]
-        for records in map(newest_records, [folder / "versus" / side for side in row["comparison"].split()])
-    ]
+    sides = []
+    for side in row["comparison"].split():
+        records = newest_records(folder / "versus" / side)
+        sides.append([records[seed]["scores"][-1][1] for seed in seeds])
+    before, after = sides
     places = range(len(seeds))
     axis.vlines(places, after, before, color=blue, alpha=0.5)
     axis.plot(places, before, "o", color=text, ms=7, label="before")
@@ -135,7 +136,8 @@ def draw_experiment(axis, folder, text, blue):
     axis.set(xlabel="seed", ylabel="validation loss (nats/byte)")
     axis.set_ylim(top=max(before) + 0.025)  # the legend lies above the points
     axis.legend(fontsize=10, loc="upper left", handlelength=1)
-    axis.set_title(f"six pairs of runs: {row['verdict'].lower().rstrip('.')}", loc="left", weight="bold")
+    verdict = row["verdict"].lower().rstrip(".")
+    axis.set_title(f"six pairs of runs: {verdict}", loc="left", weight="bold")
 
 
 def newest(save_dir):
