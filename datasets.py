@@ -427,10 +427,23 @@ def path_name(text):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are UsageErrors; argparse would print its whole usage."""
+    """A parser whose errors are UsageErrors; argparse would print its whole usage.
+
+    It takes --num-iters, as other programs spell it, for --num_iters.
+    """
 
     def error(self, message):
         raise UsageError(f"{message} (--help lists all flags)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        spelled = []
+        for argument in args:
+            name, equals, value = argument.partition("=")
+            if re.fullmatch("--[a-z][a-z0-9_-]*", name):
+                name = "--" + name[2:].replace("-", "_")
+                name = name.replace("--no_", "--no-")
+            spelled.append(f"{name}{equals}{value}")
+        return super().parse_known_args(spelled, namespace)
 
 
 # ---- Data types ---------------------------------------------------------------------------------
