@@ -789,7 +789,7 @@ class Batches:
         offsets = min(self.context_size, len(self.text) - self.context_size)
         self.offset = int(rng.integers(offsets))
         windows = (len(self.text) - 1 - self.offset) // self.context_size
-        self.perm = rng.permutation(windows)
+        self.perm = rng.permutation(windows)  # [windows]
 
     def next(self):
         """Inputs and targets of the next step, [B, L] int32.
@@ -1505,7 +1505,7 @@ class Checkpoint(Progress):
     state_sha1: str  # of the arrays in its .metadata, see sha1_of_arrays
     saved: float  # when, in seconds since 1970; later than those before it in its run
     flags: dict  # those in SAVED, as they were settled
-    config: dict  # in the file, the fields of a Config, which it is once it was read
+    config: dict  # a Config; in the file, its fields
     tokens_sha256: dict  # of the training and validation texts, see Dataset
     origins: dict  # the models that it began with: {"init_from", "teacher" or "branched_from": id}
     stretches: list  # a Stretch each; in the file, its fields
@@ -2899,7 +2899,10 @@ FLAGS["command"] = {
     "preset": Flag(None, one_of(PRESETS), "sets dim, num_heads, num_blocks, context_size"),
     "max_minutes": Flag(None, RATE, "stop after this much training time in this session"),
     "save_dir": Flag("runs", word, "folder with a folder for each run", "out_dir output_dir"),
-    "data_dir": Flag(None, word, "folder for downloads and tokens (default: see the README)"),
+    "data_dir": Flag(
+        None, word, "folder for downloads and tokens (default: save_dir, if given; else a RAM disk, "
+        "if mounted; else ~/.cache/transformer-lm)"
+    ),
     "mirror": Flag(None, word, "URL or folder of <dataset>/<file>, instead of the usual hosts"),
     "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
 }

@@ -121,7 +121,7 @@ def keep_freed_memory():
     """Makes glibc keep the memory of freed arrays, in pages of 2 MiB.
 
     Otherwise each new array is faulted in page by page, which makes a sum take 7 times as long. And
-    a step uses more small pages than a CPU knows the addresses of.
+    a step uses more pages of 4 KiB than fit into a CPU's cache of addresses, the TLB.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library, as on Alpine
         libc = ctypes.CDLL("libc.so.6")
@@ -131,7 +131,7 @@ def keep_freed_memory():
         libc.malloc.restype = ctypes.c_void_p
         heap = libc.malloc(ctypes.c_size_t(HEAP))  # takes no memory before it is used
         if heap:
-            start = heap & -(2**16)  # of a page, whatever its size
+            start = heap & -(2**16)  # madvise wants the start of a page: 64 KiB at most
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(HEAP), MADV_HUGEPAGE)
             libc.free(ctypes.c_void_p(heap))  # the next arrays come from it
 
