@@ -2900,8 +2900,8 @@ FLAGS["command"] = {
     "max_minutes": Flag(None, RATE, "stop after this much training time in this session"),
     "save_dir": Flag("runs", word, "folder with a folder for each run", "out_dir output_dir"),
     "data_dir": Flag(
-        None, word, "folder for downloads and tokens (default: save_dir, if given; else a RAM disk, "
-        "if mounted; else ~/.cache/transformer-lm)"
+        None, word, "folder for downloads and tokens (default: save_dir, if given; else a RAM "
+        "disk, if mounted; else ~/.cache/transformer-lm)"
     ),
     "mirror": Flag(None, word, "URL or folder of <dataset>/<file>, instead of the usual hosts"),
     "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
