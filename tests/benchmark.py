@@ -2,13 +2,11 @@
 
     python tests/benchmark.py train              training steps in float32 and in bfloat16
     python tests/benchmark.py sample             sampling of one text and of sixteen
-    python tests/benchmark.py data --text FILE   text to tokens; FILE holds some MB
 
 train: beside PyTorch's steps (pip install torch), eager and compiled, in bfloat16 by autocast, and
-beside main.py's own functions without those of extras/fast.py. sample: greedily, beside the speed
-of the memory, no cache, and the exported model in transformers (pip install torch transformers)
-and llama.cpp (pip install gguf llama-cpp-python). What is compared is measured by turns, each
-training in a process of its own.
+beside main.py's own functions without those of extras/fast.py. sample: greedily, beside the
+exported model in transformers (pip install torch transformers) and llama.cpp (pip install gguf
+llama-cpp-python). What is compared is measured by turns, each training in a process of its own.
 """
 
 import argparse
@@ -22,7 +20,6 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -77,73 +74,6 @@ def machine(gpu):
 def summary(values, digits=2):
     values = sorted(round(value, digits) for value in values)
     return {"median": statistics.median(values), "rounds": values}
-
-
-# ---- Data ---------------------------------------------------------------------------------------
-
-
-def bpe_speed(text, rounds=5):
-    """Encoding by BPE: speed over that of the package's own encode_batch, and its MB/s."""
-    import datasets
-
-    options = {"text": [text], "valid_text": [text], "vocab_size": 8000}
-    lines = Path(text).read_text().splitlines(keepends=True)
-    ratios = []
-    with tempfile.TemporaryDirectory() as folder:
-        trained = datasets.load_dataset("text", folder, tokenizer="bpe", **options).tokenizer
-        for number in range(rounds):
-            began = time.perf_counter()
-            trained.package.encode_batch(lines, add_special_tokens=False)
-            package_seconds = time.perf_counter() - began
-            began = time.perf_counter()
-            datasets.load_dataset("text", f"{folder}/{number}", tokenizer=trained, **options)
-            ratios.append(package_seconds / (time.perf_counter() - began))
-    its_speed = os.path.getsize(text) / 1e6 / package_seconds
-    return {"speed over the package": summary(ratios), "its MB/s": round(its_speed, 1)}
-
-
-def anonymous_mib(arguments):
-    """The most anonymous memory (RssAnon) of a training run: pages of a memory map do not count."""
-    command = [sys.executable, ROOT / "main.py", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    most = 0
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            most = max(most, int(status.partition("RssAnon:")[2].split()[0]))
-        except (OSError, IndexError, ValueError):
-            pass  # it has just begun or ended
-        time.sleep(0.02)
-    return round(most / 1024)
-
-
-def data(text, copies):
-    """Speed and memory of datasets.py: a file, and `copies` of it as a large text."""
-    figures = {}
-    small = "--dim 64 --num_heads 2 --num_blocks 2 --num_iters 30 --max_tokens 5 --tokenizer word"
-    with tempfile.TemporaryDirectory() as folder:
-        large = Path(folder, "large.txt")
-        with large.open("wb") as file:
-            for _ in range(copies):
-                file.write(Path(text).read_bytes())
-        for path in (text, str(large)):
-            size = os.path.getsize(path) / 1e6
-            for kind in ("word", "byte"):
-                line = ["--text", path, "--tokenizer", kind]
-                for state in ("cold", "warm"):
-                    began = time.perf_counter()
-                    _, peak = run(ROOT / "datasets.py", *line, "--data_dir", folder)
-                    seconds = time.perf_counter() - began
-                    figures[f"{size:.0f} MB by {kind}, {state}"] = {
-                        "seconds": round(seconds, 3),
-                        "MB/s": round(size / seconds, 1),
-                        "peak MiB": peak,
-                    }
-            line = ["--text", path, "--valid_text", text, *small.split(), "--new_model"]
-            line += ["--save_dir", f"{folder}/runs", "--data_dir", folder]
-            figures[f"training on {size:.0f} MB"] = {"RssAnon MiB": anonymous_mib(line)}
-        figures["bpe"], _ = call("bpe_speed", text)
-    return figures
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -358,18 +288,6 @@ def compare(results, warmup):
 # ---- Sampling -----------------------------------------------------------------------------------
 
 
-def read_speed():
-    """GB/s at which NumPy sums 1 GB of float32, the better of one and two threads."""
-    array = np.ones(250_000_000, np.float32)
-    seconds = []
-    with ThreadPoolExecutor(2) as threads:
-        for shares in ([array], np.split(array, 2)):
-            began = time.perf_counter()
-            list(threads.map(np.sum, shares))
-            seconds.append(time.perf_counter() - began)
-    return array.nbytes / 1e9 / min(seconds)
-
-
 def speed(model, count, rows=1):
     """Tokens a second of `count` that follow a prompt of three tokens, in each of some rows."""
     import main
@@ -384,17 +302,6 @@ def speed(model, count, rows=1):
         steps = BatchDecoder(model, texts).generate(count, rules, range(rows))
     list(steps)
     return rows * count / (time.perf_counter() - began)
-
-
-def uncached_speed(model, count):
-    """Tokens a second if each pass reads the whole text again."""
-    import mlx.core as mx
-
-    text = [1, 2, 3]
-    began = time.perf_counter()
-    for _ in range(count):
-        text.append(model(mx.array([text]))[0, -1].argmax().item())
-    return count / (time.perf_counter() - began)
 
 
 TRANSFORMERS = """
@@ -426,7 +333,6 @@ SAMPLED = {
     "110M": dict(vocab_size=32_000, dim=768, num_blocks=12, num_heads=12, mlp_dim=2048),
 }
 SAMPLED_COMPARED = [  # whose speed is divided by whose
-    ("one text", "one text, no cache"),
     ("one text", "transformers"),
     ("one text", "llama.cpp"),
     ("one text, 8 bits", "llama.cpp, 8 bits"),
@@ -477,13 +383,11 @@ def sample(gpu, rounds, count=100):
     """Tokens a second, greedily, by turns with what they are to be compared with."""
     import main
     from extras.quantize import quantize
-    from mlx.utils import tree_flatten
 
     main.use_device(gpu)
     figures = {}
     for name, shape in SAMPLED.items():
         model = make_model(**shape, context_size=1024, mlp="swiglu")
-        size = sum(array.nbytes for _, array in tree_flatten(model.parameters())) / 1e9
         rounded = make_model(**shape, context_size=1024, mlp="swiglu")
         quantize(rounded, 8, packed=gpu)
         with tempfile.TemporaryDirectory() as folder:
@@ -492,8 +396,6 @@ def sample(gpu, rounds, count=100):
                 "one text": partial(speed, model, count),
                 "one text, 8 bits": partial(speed, rounded, count),
                 "16 texts": partial(speed, model, count, 16),
-                "one text, no cache": partial(uncached_speed, model, count),
-                "GB/s that NumPy reads": read_speed,
             }
             for other, worker in workers.items():
                 speeds[other] = partial(worker.speed, count)
@@ -511,9 +413,6 @@ def sample(gpu, rounds, count=100):
             if theirs in taken:
                 ratios = [a / b for a, b in zip(taken[ours], taken[theirs])]
                 figures[name][f"{ours}: times the speed of {theirs}"] = summary(ratios)
-        read = taken["GB/s that NumPy reads"]
-        shares = [a * size / b for a, b in zip(taken["one text"], read)]
-        figures[name]["share of the memory's speed"] = summary(shares)
     return figures
 
 
@@ -523,25 +422,19 @@ def measure(flags):
         names = [name for name in SHAPES if flags.gpu or name not in FOR_GPUS]
         names = [flags.shape] if flags.shape else names
         return train(names, flags.gpu, flags.rounds, flags.dtype or ["float32", "bfloat16"])
-    if flags.part == "sample":
-        return sample(flags.gpu, flags.rounds)
-    return data(flags.text, flags.copies)
+    return sample(flags.gpu, flags.rounds)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["train", "sample", "data"])
-    parser.add_argument("--text", type=os.path.abspath, help="the file of data")
-    parser.add_argument("--copies", type=int, default=111, help="of it in the large text of data")
+    parser.add_argument("part", choices=["train", "sample"])
     parser.add_argument("--shape", choices=list(SHAPES), help="one of the models (default: all)")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=5, help="of train and sample (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="by turns (default: 5)")
     parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
-    if options.part == "data" and not options.text:
-        parser.error("data needs --text")
     versions, _ = call("machine", options.gpu)
     measured = {"machine": versions} | measure(options)
     for name, figure in measured.items():
