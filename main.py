@@ -1,9 +1,9 @@
 """Train a transformer language model with MLX, resume it bit-exactly, and sample from it.
 
-    python main.py --dataset python --dim 128 --context_size 128   train on Python's own library
-    python main.py --dataset ptb          train on Penn Treebank; rerun after Ctrl+C to resume
-    python main.py --inference            sample interactively from the newest checkpoint
-    python main.py --help                 every flag
+    python main.py --config first    train a small model on Python's own library
+    python main.py --dataset ptb     train on Penn Treebank; rerun after Ctrl+C to resume
+    python main.py --inference       sample interactively from the newest checkpoint
+    python main.py --help            every flag
 
 The research comes first: model, loss and optimizer, batches, evaluation, training, sampling. Below
 the banner OPERATIONS is what keeps a run safe and usable: checkpoints, models that a run begins
@@ -169,43 +169,8 @@ class Config:
             )
 
 
-def mix(bits):
-    """A hash of 32-bit numbers: each of its high bits depends on all bits of the argument.
-
-    The constants are from "lowbias32" (Wellons 2018). These operations are vectorized: a mask
-    takes a tenth of the time that MLX's generator needs.
-    """
-    bits = bits * mx.array(0x7FEB352D, mx.uint32)
-    return (bits ^ (bits >> 15)) * mx.array(0x846CA68B, mx.uint32)
-
-
-class Noise:
-    """The random numbers of dropout (Srivastava et al. 2014) for the rows of one batch.
-
-    rate: [] float32; keys: [B, 2] uint32, see draw_dropout; L, D: the shape of a row's hidden
-    states. A row's masks depend only on its own key: splitting a batch does not change them.
-    """
-
-    def __init__(self, rate, keys, L, D):
-        self.kept_share = 1 - rate
-        places = mx.arange(L * D, dtype=mx.uint32).reshape(1, L, D)
-        bits = mix(places + keys[:, None, None, 0]) ^ keys[:, None, None, 1]
-        self.bits = bits ^ (bits >> 16)  # [B, L, D]
-
-    def drop(self, hidden, site):
-        """Dropout of hidden [B, L, D]; each site, a place in the model, has its own mask."""
-        # Multiples of the golden ratio, in units of 2^32, lie far apart.
-        salt = mx.array(site * 0x9E3779B9 % 2**32, mx.uint32)
-        bits = mix(self.bits ^ salt)
-        # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the
-        # same, but compilers do not vectorize it.
-        threshold = (self.kept_share * 2**31).astype(mx.uint32)
-        kept = ((bits >> 1) + threshold) >> 31
-        return hidden * (kept.astype(hidden.dtype) / self.kept_share.astype(hidden.dtype))
-
-
 def dropout(hidden, noise, site):
-    """Hidden states [B, L, D] after dropout by `noise`, or unchanged if that is None."""
+    """Hidden states [B, L, D] after dropout by `noise`, see Noise, or unchanged if it is None."""
     return hidden if noise is None else noise.drop(hidden, site)
 
 
@@ -216,7 +181,7 @@ def linear_product(x, weight):
 
 
 class Linear(nn.Linear):
-    """MLX's linear layer, mostly without a bias."""
+    """MLX's linear layer, through `linear_product`; without a bias, unless asked for."""
 
     def __init__(self, inputs, outputs, bias=False):
         super().__init__(inputs, outputs, bias)
@@ -235,7 +200,7 @@ def rms_norm(x, weight, eps):
 
 
 class RMSNorm(nn.RMSNorm):
-    """MLX's RMSNorm."""
+    """MLX's RMSNorm, through `rms_norm`."""
 
     def __call__(self, x):
         return rms_norm(x, self.weight, self.eps)
@@ -248,7 +213,7 @@ def look_up(table, tokens):
 
 
 class Embedding(nn.Embedding):
-    """MLX's embeddings."""
+    """MLX's embeddings, through `look_up`."""
 
     def __call__(self, tokens):
         return look_up(self.weight, tokens)
@@ -262,6 +227,8 @@ def attend(queries, keys, values, mask="causal"):
     mask: in a batch of texts of different lengths (extras/decode.py), where a query's position is
     its own text's, which keys it sees, bool [B, 1, L, N].
     """
+    # softmax(queries @ keys.swapaxes(2, 3) * scale + mask) @ values, with each key/value head
+    # repeated H / K times.
     scale = queries.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
@@ -275,7 +242,7 @@ def rotate(x, frequencies, offset):
     i and i + d / 2, as in Hugging Face's models.
     """
     d = x.shape[-1]
-    freqs = mx.array(1 / frequencies)  # as MLX wants them
+    freqs = mx.array(1 / frequencies)  # MLX wants positions per radian
     return mx.fast.rope(x, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
 
 
@@ -386,8 +353,7 @@ class Cache:
 def relu2(x):
     """Squared ReLU (So et al. 2021).
 
-    It trains as well as the others and is nearly free on a Linux CPU, where MLX's exp and erf,
-    which silu and gelu need, are slow.
+    It is nearly free on a Linux CPU, where MLX's exp and erf, which silu and gelu need, are slow.
     """
     return mx.square(nn.relu(x))
 
@@ -442,9 +408,9 @@ class Block(nn.Module):
 
 @fast_version
 def checkpoint_block(block, run_block):
-    """run_block, hidden [B, L, D] to the same, with gradient checkpointing (Chen et al. 2016).
+    """run_block, which keeps only its input for the backward pass (Chen et al. 2016).
 
-    Only its input is kept for the backward pass; `block` has its parameters.
+    block: the Module that has its parameters; run_block: hidden [B, L, D] to the same.
     """
     return nn.utils.checkpoint(block, run_block)
 
@@ -454,8 +420,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # Gradient checkpointing: only the input of each block is kept for the backward pass.
-        self.grad_checkpoint = False
+        self.grad_checkpoint = False  # see checkpoint_block
         self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = [Block(config, i) for i in range(config.num_blocks)]
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -564,7 +529,7 @@ def cross_entropy(hidden, head, targets, weights, training=True):
 
 @fast_version
 def over_streams(function, *arrays):
-    """function(*arrays), a tree of arrays that is a sum over the rows of `arrays` [B, ...].
+    """Just function(*arrays), a tree of sums over the rows of the arrays [B, ...].
 
     The fast version computes a share of the rows on each core and adds up the results.
     """
@@ -579,12 +544,12 @@ def clip_grad_norm(gradients, limit):
 
 @fast_version
 def spread(optimizer):
-    """An MLX optimizer; the fast version distributes its work over the cores."""
+    """The optimizer as it is; the fast version distributes its work over the cores."""
     return optimizer
 
 
-# Muon's learning rate, as a multiple of AdamW's: the best one for words; for characters, 8 and 10
-# do equally well.
+# Muon's learning rate, as a multiple of AdamW's. It was the best for words; for characters, 8 and
+# 10 did as well.
 MUON_RATE = 5
 
 
@@ -620,7 +585,7 @@ class Muon(optim.Optimizer):
         """The direction in which to move a matrix: Nesterov momentum, not orthogonal yet."""
         v = self.momentum * state["v"] + (1 - self.momentum) * gradient
         state["v"] = v
-        return gradient * (1 - self.momentum) + v * self.momentum
+        return self.momentum * v + (1 - self.momentum) * gradient
 
     def orthogonalize(self, stack):
         """Matrices [N, R, C] with all singular values brought near 1, by Newton-Schulz steps."""
@@ -629,6 +594,7 @@ class Muon(optim.Optimizer):
         x = x / (mx.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
         a, b, c = 3.4445, -4.7750, 2.0315
         for _ in range(5):
+            # a * x + (b * gram + c * gram @ gram) @ x, in fewer passes over memory
             gram = x @ x.swapaxes(1, 2)
             x = mx.addmm(x, mx.addmm(gram, gram, gram, alpha=c, beta=b), x, beta=a)
         return x.swapaxes(1, 2) if is_tall else x
@@ -711,22 +677,22 @@ def linear(done, flags):
     return 1 - done
 
 
-# The choices of --lr_schedule. At a share `done` of the cooldown, from 0 to 1, the rate is min_lr +
-# schedule * (learning_rate - min_lr).
+# The choices of --lr_schedule: how much of the way from min_lr to learning_rate is left when a
+# share `done` of the cooldown, from 0 to 1, is over.
 SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
 
 
 def learning_rate_at(iteration, flags):
     """The learning rate of step `iteration`, counted from 0.
 
-    It rises linearly over `lr_warmup` steps and then follows the schedule, which reaches `min_lr`
-    at `num_iters`, over the last share `lr_cooldown` of the steps after warmup.
+    It rises linearly over `lr_warmup` steps. Over the last share `lr_cooldown` of the steps after
+    these, it follows the schedule; all but "constant" end in `min_lr` at `num_iters`.
     """
     min_lr = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
     cooldown = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)  # in steps
     done = max(0, iteration - (flags.num_iters - cooldown)) / max(1, cooldown)
     left = SCHEDULES[flags.lr_schedule](done, flags)
-    # Written as a difference, this is exactly the learning rate where `left` is 1.
+    # min_lr + left * (learning_rate - min_lr), but exactly learning_rate where `left` is 1
     rate = flags.learning_rate - (flags.learning_rate - min_lr) * (1 - left)
     warmup = min(1, (iteration + 1) / max(1, flags.lr_warmup))  # + 1: a rate of 0 learns nothing
     return rate * warmup
@@ -807,6 +773,41 @@ class Batches:
         ends = starts + self.context_size + 1
         rows = np.stack([self.text[start:end] for start, end in zip(starts, ends)])  # [B, L + 1]
         return mx.array(rows[:, :-1], mx.int32), mx.array(rows[:, 1:], mx.int32)
+
+
+def mix(bits):
+    """A hash of 32-bit numbers: each of its high bits depends on all bits of the argument.
+
+    The constants are from "lowbias32" (Wellons 2018). These operations are vectorized: a mask
+    takes a tenth of the time that MLX's generator needs.
+    """
+    bits = bits * mx.array(0x7FEB352D, mx.uint32)
+    return (bits ^ (bits >> 15)) * mx.array(0x846CA68B, mx.uint32)
+
+
+class Noise:
+    """The random numbers of dropout (Srivastava et al. 2014) for the rows of one batch.
+
+    rate: [] float32; keys: [B, 2] uint32, see draw_dropout; L, D: the shape of a row's hidden
+    states. A row's masks depend only on its own key: splitting a batch does not change them.
+    """
+
+    def __init__(self, rate, keys, L, D):
+        self.kept_share = 1 - rate
+        places = mx.arange(L * D, dtype=mx.uint32).reshape(1, L, D)
+        bits = mix(places + keys[:, None, None, 0]) ^ keys[:, None, None, 1]
+        self.bits = bits ^ (bits >> 16)  # [B, L, D]
+
+    def drop(self, hidden, site):
+        """Dropout of hidden [B, L, D]; each site, a place in the model, has its own mask."""
+        # Multiples of the golden ratio, in units of 2^32, lie far apart.
+        salt = mx.array(site * 0x9E3779B9 % 2**32, mx.uint32)
+        bits = mix(self.bits ^ salt)
+        # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the
+        # same, but compilers do not vectorize it.
+        threshold = (self.kept_share * 2**31).astype(mx.uint32)
+        kept = ((bits >> 1) + threshold) >> 31
+        return hidden * (kept.astype(hidden.dtype) / self.kept_share.astype(hidden.dtype))
 
 
 def draw_dropout(iteration, rows, flags):
@@ -964,7 +965,7 @@ class Run(Progress):
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
     # What it was made with, see Checkpoint.
     origins: dict = dataclasses.field(default_factory=dict)
-    stretches: list = dataclasses.field(default_factory=list)  # the last one is that of now
+    stretches: list = dataclasses.field(default_factory=list)  # see Stretch; the last is going on
 
     session_steps: int = 0  # taken by this process
     checkpoint_id: str | None = None  # of the last checkpoint
@@ -976,7 +977,7 @@ class Run(Progress):
 
     @property
     def versions(self):
-        """What the last bits depend on, see list_versions."""
+        """MLX, the device and the like, see list_versions."""
         return self.stretches[-1].versions
 
     @property
@@ -1056,7 +1057,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         # frequent token.
         return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
 
-    def loss(scale, dropout_rate, inputs, targets, keys):
+    def loss_of_rows(scale, dropout_rate, inputs, targets, keys):
         if casts:
             model.update(tree_map_with_path(cast, model.parameters()))  # LoRA's base, too
         noise = None
@@ -1067,7 +1068,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
             return distilled_cross_entropy(hidden, model.head, targets, scale, inputs)
         return cross_entropy(hidden, model.head, targets, scale)
 
-    value_and_grad = nn.value_and_grad(model, loss)
+    value_and_grad = nn.value_and_grad(model, loss_of_rows)
 
     # Compiled once for its shapes, then replayed. Arrays that are not arguments are constants of
     # the graph, as the teacher's weights are, unless they are listed in `inputs`; those that a
@@ -1090,7 +1091,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         return {"loss": loss, "gradient_norm": norm}
 
     def step(inputs, targets, dropout_rate, keys):
-        # Turns sums over positions into means; `average` divides by the number of ranks.
+        # Turns sums over positions into means; ranks.average divides by the number of ranks.
         scale = ranks.size / targets.size
         of_share = partial(loss_and_gradients, scale, dropout_rate)
         # The part of each batch that is this rank's.
@@ -1135,12 +1136,13 @@ def train(run, interrupts, ranks):
             if (run.is_score_due() or is_time_up) and not run.is_scored:
                 score_run(run, interrupts, ranks, reporter)
             is_ended = run.iteration >= flags.num_iters or run.is_out_of_patience()
-            if is_ended or received or is_time_up or run.is_save_due():
+            is_ended = is_ended or is_time_up
+            if is_ended or received or run.is_save_due():
                 if reporter:
                     save_and_sample(run, interrupts, reporter)
                 # No other step is taken if a signal arrived in the meantime.
                 received, _ = ranks.agree(interrupts.received)
-            if is_ended or received or is_time_up:
+            if is_ended or received:
                 break
 
             metrics = train_step(run, step)
