@@ -31,17 +31,16 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from forkserver import Program
+from forkserver import Program, play_all
 
 ROOT = Path(__file__).resolve().parent.parent
 FASTER = 1000  # how many seconds of a leg pass in one
@@ -151,9 +150,7 @@ class Watch:
         self.report = report
         self.count = 0
         self.is_full = False  # the disk
-        self.disk = None
-        if not os.path.ismount(self.folder):  # it is small, and what is held open would fill it
-            self.disk = Disk(self.folder)
+        self.disk = Disk(self.folder)
         for name in CALLS:
             setattr(os, name, self.watched(name))
         builtins.open = io.open = self.open
@@ -190,9 +187,9 @@ class Watch:
                 return function(path, *arguments, **options)
             self.meet(name, path)
             result = function(path, *arguments, **options)
-            if self.disk and name == "mkdir":
+            if name == "mkdir":
                 self.disk.hold(path)
-            if self.disk and name == "fsync":
+            if name == "fsync":
                 self.disk.sync(path_of(path))
             return result
 
@@ -215,7 +212,7 @@ class Watch:
             return OPEN(path, mode, buffering, *texts, closefd, opener)
         self.meet("open", path)
         raw = WatchedFile(path, mode, opener, self)
-        if self.disk and "r" not in mode:
+        if "r" not in mode:
             self.disk.hold(path)
         if buffering == 0:
             return raw
@@ -451,14 +448,10 @@ class Work:
 
     program = None  # the Program that all legs run
 
-    def __init__(self, place, template=None, disk=None):
+    def __init__(self, place, template=None):
         self.place = place
         self.folder = place / "lm"
-        self.disk = disk  # the size of a disk of its own
         self.folder.mkdir(parents=True)
-        if disk:
-            mount = ["mount", "-t", "tmpfs", "-o", f"size={disk}", "tmpfs", str(self.folder)]
-            subprocess.run(mount, check=True)
         if template:
             shutil.copytree(template, self.folder, dirs_exist_ok=True)
         self.count = 0  # of legs
@@ -527,9 +520,6 @@ class Work:
             yield
         except Failure as failure:
             raise Failure("\n".join([str(failure), *self.told])) from None
-        finally:
-            if self.disk:
-                subprocess.run(["umount", "-l", str(self.folder)], check=True)
 
     def remove(self):
         shutil.rmtree(self.place)
@@ -604,8 +594,8 @@ class Scenario:
             line = ["--identifier", run, "--prompt", "a", "--max_tokens", "1"]
             expect(work.leg(line).status == 0, f"{run} cannot be used any more")
 
-    def work(self, name, disk=None):
-        return Work(self.place / name, self.template, disk)
+    def work(self, name):
+        return Work(self.place / name, self.template)
 
     def finish(self, work, leg=None):
         """Ends a run that was struck, undisturbed. Raises Failure if it does not end as it must.
@@ -791,8 +781,6 @@ def struck(scenario, work, chance):
     """A fault at a call."""
     call = chance.randint(1, 200)
     actions = [action for action in [*ACTIONS, *MORE_ACTIONS] if action != "signal"]
-    if work.disk:
-        actions = [action for action in actions if action not in ("power", "names")]
     leg = work.leg(scenario.line, stopped(chance, (call, chance.choice(actions))))
     judge_status(leg)
 
@@ -857,13 +845,6 @@ def checkpoint_damaged(scenario, work, chance):
     judge_status(work.leg(scenario.line, stopped(chance)))
 
 
-def cache_damaged(scenario, work, chance):
-    files = [path for path in sorted(work.folder.glob("text/*/*")) if path.is_file()]
-    if files:
-        spoil(chance.choice(files), chance)
-    judge_status(work.leg(scenario.line, stopped(chance)))
-
-
 def two_processes(scenario, work, chance):
     """The same command a second time: it is refused."""
     first, paths = work.begin(scenario.line)
@@ -888,61 +869,21 @@ def is_running(pid):
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
 
 
-def diverged(scenario, work, chance):
-    """A rate that is far too high: what is named to go back to is there. In a copy."""
-    own = [name for name in run_names(work.folder) if name not in run_names(scenario.template)]
-    if not own:
-        return struck(scenario, work, chance)
-    copy = Work(Path(tempfile.mkdtemp(dir=work.place)), work.folder)
-    copy.damaged = {copy.folder / path.relative_to(work.folder) for path in work.damaged}
-    rate = "--learning_rate 1e30 --lr_warmup 0 --min_lr 0 --steps_per_save 1 --keep 1"
-    rate += " --num_iters 200"
-    leg = copy.leg(["--identifier", own[0], *rate.split()])
-    work.told += copy.told
-    if work.damaged and "is damaged" in leg.err:  # what was named is never replaced
-        return
-    expect(leg.status == 1 and "not finite" in leg.err, "it did not diverge:", leg.err[-500:])
-    named = re.search(r"--identifier (\w+)", leg.err)
-    expect(named, "no checkpoint is left to go back to:", leg.err)
-    expect([*copy.folder.glob(f"*/{named[1]}*.safetensors")], f"{named[1]} is gone")
-
-
-def disk_full(scenario, work, chance):
-    """A small disk has no room for a save, until somebody makes some."""
-    if not work.disk:
-        return struck(scenario, work, chance)
-    ballast = work.folder / "ballast"
-    free = shutil.disk_usage(work.folder).free
-    ballast.write_bytes(bytes(max(0, free - chance.choice([0, 3000, 20_000, 60_000]))))
-    pid, paths = work.begin(scenario.line, stopped(chance))
-    for _ in range(100):
-        if "failed" in paths["stdout"].read_text() or paths["stderr"].read_text():
-            break
-        SLEEP(0.02)
-    ballast.unlink()
-    leg = work.wait(pid, paths)
-    work.is_whole_log = False
-    expect(leg.status in {0, 1, 2, 143, -15}, f"status {leg.status}:", leg.err[-500:])
-
-
 KINDS = [struck] * 6
 KINDS += [signalled_twice, ended_by_the_clock, ended_by_the_clock, checkpoint_damaged]
-KINDS += [checkpoint_damaged, cache_damaged, two_processes, diverged, disk_full]
+KINDS += [checkpoint_damaged, two_processes]
 
 
 def play_randomly(place, seed):
     """Trains a run that is struck by FAULTS faults. Raises Failure if anything goes wrong."""
     chance = random.Random(seed)
     scenario = Scenario(place, drawn(chance))
-    disk = "2m" if os.getuid() == 0 and chance.random() < 0.1 else None
-    work = scenario.work("struck", disk)
+    work = scenario.work("struck")
     # Where a run was interrupted near its end, that checkpoint is one of the newest.
     work.is_exact = "--keep 1" in " ".join(scenario.line)
     with work.told_of():
         for _ in range(FAULTS):
             kind = chance.choice(KINDS)
-            if disk and chance.random() < 0.5:
-                kind = disk_full
             work.told.append(kind.__name__)
             kind(scenario, work, chance)
         scenario.finish(work)
@@ -952,50 +893,16 @@ def play_randomly(place, seed):
 # ---- The command line ---------------------------------------------------------------------------
 
 
-class Player:
-    """Plays cases in several processes, and prints what fails."""
-
-    def __init__(self, jobs, ends_at_first):
-        self.jobs = jobs
-        self.ends_at_first = ends_at_first
-
-    def play_all(self, play, cases):
-        """Calls play(case) for each case; returns the number of those that fail."""
-        sys.stdout.flush()
-        workers = []
-        for job in range(self.jobs):
-            pid = os.fork()
-            if not pid:
-                count = 99
-                try:
-                    count = min(self.play_share(play, cases[job :: self.jobs]), count)
-                except Exception:
-                    traceback.print_exc()
-                os._exit(count)
-            workers.append(pid)
-        failures = 0
-        for pid in workers:
-            _, status = os.waitpid(pid, 0)
-            failures += os.waitstatus_to_exitcode(status)
-        print(f"{len(cases)} cases, {failures} failures")
-        return failures
-
-    def play_share(self, play, cases):
-        """Plays cases one after the other; returns how many failed."""
-        failures = 0
-        for number, case in enumerate(cases):
-            try:
-                play(case)
-            except Failure as failure:
-                failures += 1
-                print(f"--only {'-'.join(map(str, case))}: {failure}", flush=True)
-                if self.ends_at_first:
-                    print(f"after {number + 1} cases", flush=True)
-                    break
-        return failures
+def message_of(play, case):
+    """Plays a case; returns what failed, or nothing."""
+    try:
+        play(case)
+    except Failure as failure:
+        return f"--only {'-'.join(map(str, case))}: {failure}"
+    return ""
 
 
-def sweep(folder, names, every, player):
+def sweep(folder, names, options):
     """Strikes at every call of these scenarios, or one in so many; returns how many failed."""
     scenarios = {}
     cases = []
@@ -1011,10 +918,10 @@ def sweep(folder, names, every, player):
         name, call, action = case
         scenarios[name].strike(call, action)
 
-    return player.play_all(play, cases[::every])
+    return play_all(partial(message_of, play), cases[:: options.every], options.jobs, options.first)
 
 
-def play_random_faults(folder, seed, faults, player):
+def play_random_faults(folder, options):
     """Plays so many random faults; returns the number of failures."""
 
     def play(case):
@@ -1022,8 +929,8 @@ def play_random_faults(folder, seed, faults, player):
         play_randomly(place, place.name)
         shutil.rmtree(place)
 
-    cases = [(seed, number) for number in range(math.ceil(faults / FAULTS))]
-    return player.play_all(play, cases)
+    cases = [(options.seed, number) for number in range(math.ceil(options.random / FAULTS))]
+    return play_all(partial(message_of, play), cases, options.jobs, options.first)
 
 
 def play_again(folder, case):
@@ -1047,7 +954,6 @@ def command_line():
     parser.add_argument("--checkout", type=Path, default=ROOT)
     options = parser.parse_args()
     Work.program = Program(options.checkout / "main.py")
-    player = Player(options.jobs, options.first)
     folder = Path(tempfile.mkdtemp(prefix="crash-"))
     failures = 0
     try:
@@ -1055,10 +961,10 @@ def command_line():
             print(f"in {folder}")
             play_again(folder, options.only)
         elif options.random:
-            failures = play_random_faults(folder, options.seed, options.random, player)
+            failures = play_random_faults(folder, options)
         else:
             names = [options.scenario] if options.scenario else SCENARIOS
-            failures = sweep(folder, names, options.every, player)
+            failures = sweep(folder, names, options)
     except Failure as failure:
         print(failure)
         failures = 1

@@ -10,10 +10,8 @@ tests/crash.py and tests/strangers.py have a Program in their own process.
 """
 
 import atexit
-import ctypes
 import gc
 import importlib
-import itertools
 import json
 import os
 import runpy
@@ -39,7 +37,6 @@ class Program:
         importlib.import_module(self.path.stem)  # first: it chooses the kernels of OpenBLAS
         import numpy.random  # noqa: F401 (which the programs import when they need it)
 
-        generate_kernels()
         del sys.modules[self.path.stem]  # a fork has its own, which is __main__
         self.code = compile(self.path.read_bytes(), str(self.path), "exec")
         gc.freeze()  # else each fork's first collection copies what it shares with this process
@@ -111,39 +108,6 @@ def open_streams(paths):
         setattr(sys, name, new)
 
 
-def address_of(matrix):
-    return matrix.ctypes.data_as(ctypes.c_void_p)
-
-
-def generate_kernels():
-    """Makes oneDNN generate its kernels once for all forks.
-
-    Each of them would need 20 ms for that. By one thread alone: a pool would not survive a fork.
-    """
-    import numpy
-
-    fast = sys.modules.get("extras.fast")
-    if fast is None or fast.forwarder is None:
-        return
-    size = 64
-    matrix = numpy.ones((size, size), numpy.float32)
-    result = numpy.ones((size, size), numpy.float32)
-    # The names that cblas.h gives these numbers: CblasRowMajor, CblasNoTrans, CblasTrans.
-    row_major = 101
-    plain = 111
-    transposed = 112
-    for left, right in itertools.product((plain, transposed), repeat=2):
-        fast.forwarder.cblas_sgemm(
-            *(row_major, left, right),
-            *(size, size, size),
-            ctypes.c_float(1),
-            *(address_of(matrix), size),
-            *(address_of(matrix), size),
-            ctypes.c_float(0),
-            *(address_of(result), size),
-        )
-
-
 def run_module(name):
     """Does what `python -m NAME` does; its arguments are in their place already."""
     del sys.argv[:2]  # runpy puts the path of the module in the place of the first
@@ -171,6 +135,44 @@ def leave(status):
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)
+
+
+def play_all(play, cases, jobs, ends_at_first=False):
+    """Calls play(case) for each case, in several processes, and prints what it returns, if anything.
+
+    Returns the number of cases of which there was something to say: those that failed.
+    """
+    sys.stdout.flush()
+    workers = []
+    for job in range(jobs):
+        pid = os.fork()
+        if not pid:
+            play_share(play, cases[job::jobs], ends_at_first)
+        workers.append(pid)
+    failures = 0
+    for pid in workers:
+        _, status = os.waitpid(pid, 0)
+        failures += os.waitstatus_to_exitcode(status)
+    print(f"{len(cases)} cases, {failures} failures")
+    return failures
+
+
+def play_share(play, cases, ends_at_first):
+    """Plays cases one after the other; ends this process with the number of those that failed."""
+    failures = 0
+    try:
+        for number, case in enumerate(cases, 1):
+            said = play(case)
+            if said:
+                failures += 1
+                print(said, flush=True)
+            if said and ends_at_first:
+                print(f"after {number} cases", flush=True)
+                break
+    except BaseException:
+        traceback.print_exc()
+        failures += 1
+    os._exit(min(failures, 99))
 
 
 def serve(program):

@@ -36,12 +36,11 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 import tty
 from pathlib import Path
 from typing import NamedTuple
 
-from forkserver import Program
+from forkserver import Program, play_all
 
 SECONDS = 20  # of computing: some hundred times what a case takes
 # Bytes. Models and files are small here: this is room for a header of 100 MB, the most that is
@@ -614,32 +613,11 @@ class Player:
         words = " ".join(case.arguments if is_program else ["main.py", *case.arguments])
         return case, faults, f"{name}: {'; '.join(faults)}\n    python {words}"
 
-    def play_all(self, seed, count, jobs):
-        """Plays cases in several processes; returns how many had faults."""
-        workers = []
-        for first in range(jobs):
-            pid = os.fork()
-            if not pid:
-                self.work(f"{seed}-{number}" for number in range(first, count, jobs))
-            workers.append(pid)
-        findings = sum(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in workers)
-        print(f"seed {seed}: {count} cases, {findings} findings")
-        return findings
-
-    def work(self, names):
-        """Plays cases, and ends this process with the number of those that had faults."""
-        findings = 0
-        try:
-            for name in names:
-                _, faults, line = self.play(name)
-                shutil.rmtree(self.folder / name)
-                if faults:
-                    findings += 1
-                    print(line, flush=True)
-        except BaseException:
-            traceback.print_exc()
-            findings += 1
-        os._exit(min(findings, 255))
+    def play_briefly(self, name):
+        """The same, without its folder; returns what there is to say of its faults."""
+        _, faults, line = self.play(name)
+        shutil.rmtree(self.folder / name)
+        return line if faults else ""
 
     def play_again(self, name):
         """Plays one case, keeps its folder and shows all; returns the number of its faults."""
@@ -662,7 +640,8 @@ def main():
     if options.only:
         return min(1, player.play_again(options.only))
     try:
-        return min(1, player.play_all(options.seed, options.cases, options.jobs))
+        names = [f"{options.seed}-{number}" for number in range(options.cases)]
+        return min(1, play_all(player.play_briefly, names, options.jobs))
     finally:
         shutil.rmtree(player.folder)
 

@@ -26,7 +26,7 @@ def test_faults(arguments):
 
 def test_strangers():
     status, out = play("strangers.py", "--cases", 20, "--seed", 1)
-    assert "20 cases, 0 findings" in out, out
+    assert "20 cases, 0 failures" in out, out
     assert status == 0
 
 
