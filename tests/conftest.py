@@ -1,5 +1,6 @@
 """What the tests share: the program, run the way a user starts it, and small models and texts."""
 
+import contextlib
 import csv
 import functools
 import json
@@ -11,7 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from argparse import Namespace
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +241,16 @@ def copy_program(folder, edits=None):
 def on_gpu(*arguments, **options):
     """Runs `python main.py *arguments --gpu`, or a program in extras/, with no GPU; see there."""
     return run(*arguments, "--gpu", program=[ROOT / "tests" / "pretended_gpu.py"], **options)
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """A server on the loopback address; its `url` says where it is."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 def free_ports(count):

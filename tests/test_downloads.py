@@ -9,12 +9,12 @@ import re
 import sysconfig
 import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DATASETS, start
+from conftest import DATASETS, serving, start
 
 from datasets import PackageTokenizer, load_dataset
 
@@ -219,25 +219,22 @@ class Handler(BaseHTTPRequestHandler):
 def server(ptb):
     """A server of Penn Treebank, with BIG for training.
 
-    copy: a program that expects these files; base: its address; cuts: the byte of the file at which
+    copy: a program that expects these files; url: its address; cuts: the byte of the file at which
     it cuts each answer off; ranges: the first bytes that were asked for.
     """
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.base = f"http://127.0.0.1:{server.server_port}"
+    with serving(Handler) as server:
         ptb.lay("ptb/ptb.train.txt", BIG)
         server.copy = ptb
         server.cuts = []
         server.ranges = []
         server.go_on = threading.Event()
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield server
         server.go_on.set()
-        server.shutdown()
 
 
 def load(server, behaviour):
     """Downloads Penn Treebank from a server; its training text."""
-    dataset = server.copy.load("ptb", mirror=f"{server.base}/{behaviour}", tokenizer="byte")
+    dataset = server.copy.load("ptb", mirror=f"{server.url}/{behaviour}", tokenizer="byte")
     assert not list(server.copy.data_dir.rglob("*.part"))
     return bytes(dataset.train.tokens.tolist())
 
@@ -270,7 +267,7 @@ def test_bad_address(behaviour, reason, server):
 def test_all_addresses_fail(server):
     """The reasons and the remedies, in one line, without a password; the next one may be good."""
     copy = server.copy
-    copy.edit("https://raw.githubusercontent.com/", f"{server.base}/absent/")
+    copy.edit("https://raw.githubusercontent.com/", f"{server.url}/absent/")
     dead = "http://user:passw0rd@127.0.0.1:9/"
     copy.edit("https://cdn.jsdelivr.net/", dead)
     with pytest.raises(Exception) as error:
@@ -279,7 +276,7 @@ def test_all_addresses_fail(server):
     for words in ("refused", "HTTP status 404", "by hand", "--mirror", "--dataset python"):
         assert words in message
     assert "passw0rd" not in message and "\n" not in message
-    copy.edit(dead, f"{server.base}/good/")
+    copy.edit(dead, f"{server.url}/good/")
     assert len(copy.load("ptb", mirror=None).train.tokens) == 12 * 8000
 
 
@@ -296,7 +293,7 @@ def test_killed_and_two_at_once(server):
     """A killed download is resumed; of two processes, one downloads."""
     copy = server.copy
     server.cuts = [200_000]
-    line = ["--data_dir", copy.data_dir, "--mirror", f"{server.base}/wait"]
+    line = ["--data_dir", copy.data_dir, "--mirror", f"{server.url}/wait"]
     begin = functools.partial(start, *line, program=[copy.path])
     part = copy.data_dir / "ptb/ptb.train.txt.part"
     killed = begin()

@@ -5,11 +5,10 @@ The server is a real one on the loopback address, and it fails where a test asks
 
 import contextlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
-from conftest import run_extra
+from conftest import run_extra, serving
 
 KEY = "sk-very-secret"
 PROMPTS = ["tell me", "ünd jetzt 😀", "", "the end"]
@@ -42,13 +41,11 @@ class Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serve(*script):
     """A server that fails as its script says; `asked` are (path, Authorization, body)."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with serving(Handler) as server:
         server.script = [*script]
         server.asked = []
-        server.url = f"http://127.0.0.1:{server.server_port}/v1"
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        server.url += "/v1"
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -72,14 +69,17 @@ def lines(folder):
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize("key", [KEY, ""])
-def test_answers_become_a_corpus(tmp_path, collect, key):
+@pytest.mark.parametrize("key, sent", [
+    (KEY, f"Bearer {KEY}"),
+    (f"{KEY[:5]}\r\n{KEY[5:]}\n", f"Bearer {KEY}"),  # as of a file: it begins no other header
+    ("", None),
+])  # fmt: skip
+def test_answers_become_a_corpus(tmp_path, collect, key, sent):
     with serve() as server:
         out, _ = collect(server.url, key=key)
     expected = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     assert [body["messages"] for _, _, body in server.asked] == expected
-    authorization = f"Bearer {key}" if key else None
-    assert {asked[:2] for asked in server.asked} == {("/v1/chat/completions", authorization)}
+    assert {asked[:2] for asked in server.asked} == {("/v1/chat/completions", sent)}
     assert lines(tmp_path) == [
         {"prompt": prompt, "model": "gpt", "completion": f"echo {prompt}"} for prompt in PROMPTS
     ]
@@ -186,10 +186,3 @@ def test_mistakes(tmp_path, collect, more, said):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": 3}\n')
     _, err = collect("http://127.0.0.1:9/v1", *more, status=2)
     assert said in err.splitlines()[-1] and "word" not in err
-
-
-def test_a_key_with_line_ends(collect):
-    """As of a file; none of them begins another header."""
-    with serve() as server:
-        collect(server.url, key=f"{KEY[:5]}\r\n{KEY[5:]}\n")
-    assert {authorization for _, authorization, _ in server.asked} == {f"Bearer {KEY}"}

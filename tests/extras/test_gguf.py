@@ -16,23 +16,6 @@ gguf = pytest.importorskip("gguf")
 TEXT = "the cat <unk> sat\non the  mat — né 😀\n\nx\ty\u3000z\r\n1234\n"
 BPE = PackageTokenizer.train([TEXT] * 20, 300)
 CONTENT = json.loads(BPE.vocabulary)
-# The names of llama.cpp, of the first block and outside of blocks, and ours.
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "blk.1.attn_norm": "model.layers.1.input_layernorm",
-    "blk.1.ffn_norm": "model.layers.1.post_attention_layernorm",
-    "blk.1.attn_q": "model.layers.1.self_attn.q_proj",
-    "blk.1.attn_k": "model.layers.1.self_attn.k_proj",
-    "blk.1.attn_v": "model.layers.1.self_attn.v_proj",
-    "blk.1.attn_output": "model.layers.1.self_attn.o_proj",
-    "blk.1.attn_q_norm": "model.layers.1.self_attn.q_norm",
-    "blk.1.attn_k_norm": "model.layers.1.self_attn.k_norm",
-    "blk.1.ffn_gate": "model.layers.1.mlp.gate_proj",
-    "blk.1.ffn_up": "model.layers.1.mlp.up_proj",
-    "blk.1.ffn_down": "model.layers.1.mlp.down_proj",
-}
 
 
 def read(path):
@@ -71,17 +54,15 @@ def test_each_tensor(kind, shape, bits, matrix_kind, error, tmp_path):
     if config.rope_scaling:  # factors of the angles of each pair of dimensions, by Llama 3's code
         factors = tensors.pop("rope_freqs")
         np.testing.assert_allclose(factors, [1, 4.449015554967443, *[8] * 6], rtol=1e-5)
-    weights = {}
-    for name, weight in tree_flatten(model.parameters()):
-        weights[name.removesuffix(".weight")] = np.array(weight)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.num_blocks)
+    weights = tree_flatten(model.parameters())
     assert len(tensors) == len(weights)
-    for theirs, ours in NAMES.items():
-        if ours not in weights:
-            continue
-        weight = weights[ours]
+    for ours, weight in weights:
+        weight = np.array(weight)
+        theirs = names.get_name(ours.removesuffix(".weight"))
         array = tensors[theirs]
         assert array.shape == weight.shape
-        if kind != "qwen3" and theirs in ("blk.1.attn_q", "blk.1.attn_k"):
+        if kind != "qwen3" and theirs.endswith(("attn_q", "attn_k")):
             array = halves_apart(array, config.head_dim)
         is_matrix = weight.ndim == 2
         assert kinds[theirs] == (matrix_kind if is_matrix else "F32")

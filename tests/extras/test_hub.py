@@ -1,13 +1,12 @@
 """Models by name: from a server on this machine that speaks the hub's protocol as far as needed."""
 
 import hashlib
-import http.server
 import json
 import shutil
-import threading
+from http.server import BaseHTTPRequestHandler
 
 import pytest
-from conftest import begin, ids, newest, run
+from conftest import begin, ids, newest, run, serving
 from datasets import ByteTokenizer
 from test_huggingface import TEXTS, change, make_llama
 
@@ -17,7 +16,7 @@ COMMITS = ["a" * 40, "b" * 40]
 KEY = "hf_secret"
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """Serves `server.folder` as the model org/tiny: its list of files, and each of them."""
 
     def do_HEAD(self):
@@ -61,7 +60,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def hub(tmp_path):
     """The server, and as `env` the variables by which it is found."""
     pytest.importorskip("huggingface_hub")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with serving(Handler) as server:
         server.folder = tmp_path / "served"
         export_model(make_llama(), ByteTokenizer(), server.folder, None)
         for name in ("consolidated.safetensors", "model.fp16.safetensors", "README.md"):
@@ -69,11 +68,8 @@ def hub(tmp_path):
         server.commit = COMMITS[0]
         server.key = None
         server.seen = []
-        address = f"http://127.0.0.1:{server.server_port}"
-        server.env = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
-        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+        server.env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
         yield server
-        server.shutdown()
 
 
 def fetched(hub):
