@@ -10,8 +10,10 @@ tests/crash.py and tests/strangers.py have a Program in their own process.
 """
 
 import atexit
+import ctypes
 import gc
 import importlib
+import itertools
 import json
 import os
 import runpy
@@ -37,6 +39,7 @@ class Program:
         importlib.import_module(self.path.stem)  # first: it chooses the kernels of OpenBLAS
         import numpy.random  # noqa: F401 (which the programs import when they need it)
 
+        generate_kernels()
         del sys.modules[self.path.stem]  # a fork has its own, which is __main__
         self.code = compile(self.path.read_bytes(), str(self.path), "exec")
         gc.freeze()  # else each fork's first collection copies what it shares with this process
@@ -108,6 +111,24 @@ def open_streams(paths):
         setattr(sys, name, new)
 
 
+def generate_kernels():
+    """Makes oneDNN generate its kernels once for all forks.
+
+    Each of them would need 20 ms for that. By one thread alone: a pool would not survive a fork.
+    """
+    fast = sys.modules.get("extras.fast")
+    if fast is None or fast.forwarder is None:
+        return
+    size = 64
+    zeros = (ctypes.c_float * size**2)()
+    one = ctypes.c_float(1)
+    # As cblas.h numbers them: CblasRowMajor is 101, CblasNoTrans 111, CblasTrans 112.
+    for left, right in itertools.product((111, 112), repeat=2):
+        shapes = [101, left, right, size, size, size]
+        factors = [one, zeros, size, zeros, size]
+        fast.forwarder.cblas_sgemm(*shapes, *factors, one, zeros, size)
+
+
 def run_module(name):
     """Does what `python -m NAME` does; its arguments are in their place already."""
     del sys.argv[:2]  # runpy puts the path of the module in the place of the first
@@ -138,7 +159,7 @@ def leave(status):
 
 
 def play_all(play, cases, jobs, ends_at_first=False):
-    """Calls play(case) for each case, in several processes, and prints what it returns, if anything.
+    """Calls play(case) for each case, in several processes; prints what it returns, if anything.
 
     Returns the number of cases of which there was something to say: those that failed.
     """

@@ -15,7 +15,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, copy_program, ids, log_rows, run, start
+from conftest import ROOT, TINY, copy_program, log_rows, run, start
 from mlx.utils import tree_flatten
 
 from extras import fast
@@ -207,31 +207,16 @@ def test_the_memory_of_a_large_vocabulary():
     assert mx.get_peak_memory() - before < 3 * head.nbytes + 4 * chunk
 
 
-@pytest.mark.parametrize("options", [
-    "--batch_size 4",
-    "--batch_size 5 --context_size 128",  # two streams, of two and three rows
-    "--batch_size 5 --context_size 128 --optimizer muon --untie",
-])  # fmt: skip
-def test_a_spread_optimizer_ends_in_the_bits_of_the_plain_one(options, text, tmp_path):
-    """Whose steps test_optimizer.py writes out, on several streams, too."""
-    line = ["--text", text, *TINY, *options.split(), "--num_iters", 3, "--weight_decay", 0.1]
-    line += ["--learning_rate", 0.01, "--sample_tokens", 0, "--save_dir"]
-    run(*line, tmp_path / "fast")
-    out, _ = run(*line, tmp_path / "plain", env={"PLAIN_FUNCTIONS": "spread"})
-    assert "edited" not in out
-    assert ids(tmp_path / "plain") == ids(tmp_path / "fast")
-
-
 # ---- Matrix products ----------------------------------------------------------------------------
 
 
-PRODUCT = """
-import os, sys
+COMPUTE = """
+import os, shutil, sys
 if "NO_ONEDNN" in os.environ:
     sys.prefix = "/nowhere"  # below which it would be
 import main
 import mlx.core as mx, numpy as np
-mx.set_default_device(mx.cpu)
+main.use_device(gpu=False)
 left, right = np.random.default_rng(0).normal(size=(2, 200, 200)).astype(np.float32)
 pairs = [
     (left, right),
@@ -254,14 +239,16 @@ for a, b in pairs:
     assert np.abs(product - expected).max() < 1e-3
     total = np.array(mx.addmm(mx.ones(product.shape), a, b, alpha=0.5, beta=-3))
     assert np.abs(total - 0.5 * expected + 3).max() < 1e-3
-print(main.fast.BLAS)
+double = mx.compile(lambda x: mx.exp(x) * 2 + x)
+assert abs(double(mx.zeros(3)).sum().item() - 6) < 1e-6
+print(main.fast.BLAS, shutil.which("g++"), sep="\\n")
 """
 
 
 def blas_of(**env):
-    out, err = run(program=["-c", PRODUCT], env=env, cwd=ROOT)
+    out, err = run(program=["-c", COMPUTE], env=env, cwd=ROOT)
     assert err == ""
-    return out.strip()
+    return out.splitlines()[0]
 
 
 needs_forwarder = pytest.mark.skipif(
@@ -293,6 +280,7 @@ def test_matrix_products_without_onednn():
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS has a fast BLAS")
 @pytest.mark.parametrize("trouble", ["no compiler", "broken compiler", "no cache folder"])
 def test_without_a_fast_blas(trouble, tmp_path):
+    """Products are slow then, and kernels are not compiled; both are right."""
     (tmp_path / "bin").mkdir()
     cache = tmp_path / "cache"
     if trouble == "broken compiler":
@@ -420,22 +408,12 @@ def test_what_is_not_finite_stays_so():
 
 # ---- Compiler -----------------------------------------------------------------------------------
 
-COMPILE = """
-import main
-import mlx.core as mx
-main.use_device(gpu=False)
-double = mx.compile(lambda x: mx.exp(x) * 2 + x)
-assert abs(double(mx.zeros(3)).sum().item() - 6) < 1e-6
-import os, shutil
-print(shutil.which("g++"))
-"""
-
 
 def compile_in(folder, **env):
     """A cold start in a process: no kernels, no header; returns it."""
     (folder / "cache").mkdir(exist_ok=True)
     env = {"XDG_CACHE_HOME": str(folder / "cache")} | env
-    return start(program=["-c", COMPILE], env=env, cwd=ROOT)
+    return start(program=["-c", COMPUTE], env=env, cwd=ROOT)
 
 
 needs_compiler = pytest.mark.skipif(
@@ -449,7 +427,7 @@ def test_two_processes_share_a_header(tmp_path):
     for process in starts:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0 and err == ""
-        found = out.strip()
+        found = out.splitlines()[1]
     [folder] = (tmp_path / "cache" / "transformer-lm").glob("code-*/compiler-*")
     assert found == str(folder / "g++"), "this process's PATH has it first"
     assert len(list(folder.rglob("*.gch"))) == 1
@@ -458,16 +436,12 @@ def test_two_processes_share_a_header(tmp_path):
 
 @needs_compiler
 @pytest.mark.parametrize("trouble", [
-    "no g++",
     "no cache folder",
     "damaged header",
     "full of errors",
 ])  # fmt: skip
 def test_starts_without_the_header(tmp_path, trouble):
     env = {}
-    if trouble == "no g++":
-        (tmp_path / "bin").mkdir()
-        env["PATH"] = str(tmp_path / "bin")
     if trouble == "full of errors":  # a compiler that compiles kernels, but no headers
         (tmp_path / "bin").mkdir()
         compiler = tmp_path / "bin" / "g++"
