@@ -12,7 +12,7 @@ import time
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT, TINY, ids, interrupt, run, start, wait_for
+from conftest import ROOT, TINY, ids, interrupt, run, start, wait_for, write_script
 from test_prompts import Terminal
 
 import main
@@ -129,10 +129,8 @@ def test_signal_to_the_group_during_the_first_compile(tmp_path, text, disable_fa
     header = tmp_path / "header"
     kernel = tmp_path / "kernel"
     compiler = tmp_path / "bin" / "g++"
-    compiler.parent.mkdir()
     touch = f'case "$*" in *c++-header*) touch {header} ;; *mlx/*/tmp_*) touch {kernel} ;; esac'
-    compiler.write_text(f'#!/bin/sh\n{touch}\nexec {shutil.which("g++")} "$@"\n')
-    compiler.chmod(0o755)
+    write_script(compiler, f'{touch}\nexec {shutil.which("g++")} "$@"')
     path = f"{compiler.parent}:{os.environ['PATH']}"
     env = {"PATH": path, "XDG_CACHE_HOME": str(tmp_path), "DISABLE_FAST": disable_fast}
     line = ["--text", text, *TINY, "--num_blocks", 1, "--num_iters", 3, "--sample_tokens", 0]
@@ -160,13 +158,10 @@ def test_signal_to_the_group_during_the_first_compile(tmp_path, text, disable_fa
 
 
 def test_a_compiler_that_fails(tmp_path, text):
-    compiler = tmp_path / "bin" / "g++"
-    compiler.parent.mkdir()
     # MLX asks for the version first, and does without a compiler if it gets no answer.
-    script = '#!/bin/sh\n[ "$1" = --version ] && exit\necho No space left >&2\nexit 1\n'
-    compiler.write_text(script)
-    compiler.chmod(0o755)
-    path = f"{compiler.parent}:{os.environ['PATH']}"
+    script = '[ "$1" = --version ] && exit\necho No space left >&2\nexit 1'
+    write_script(tmp_path / "bin" / "g++", script)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
     env = {"PATH": path, "XDG_CACHE_HOME": str(tmp_path)}
     _, err = run(*line, env=env, status=1)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DEFAULTS, ROOT, TEXT, TINY, copy_program, run, run_extra, run_folder
+from conftest import ROOT, TEXT, TINY, copy_program, run, run_extra, run_folder
 
 README = (ROOT / "README.md").read_text()
 OF_EXTRAS = (ROOT / "extras" / "README.md").read_text()
@@ -164,8 +164,3 @@ def test_named_flags_exist():
         known.update(re.findall(r'"(--\w+)"', program.read_text()))
     named = re.findall(r"(?<![\w-])--(?:no-)?[a-z]\w*", PAGES)
     assert set(named) <= known
-
-
-def test_defaults_in_the_readme_are_the_parsers():
-    for flag, default in re.findall(r"`--(\w+)` \(([\d.e-]+)\)", PAGES):
-        assert float(default) == DEFAULTS[flag], flag

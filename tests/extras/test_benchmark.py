@@ -4,46 +4,44 @@ import json
 import re
 
 import pytest
-from conftest import TINY, flags, ids, run, run_extra
+from conftest import TINY, ids, run, run_extra
 
-SHAPES = {
-    "plain": "--dim 64 --num_heads 4 --num_blocks 3 --context_size 32 --batch_size 16",
+SHAPES = {  # flags, the dimension of all heads' keys, the hidden units of an MLP
+    "plain": (
+        "--dim 64 --num_heads 4 --num_blocks 3 --context_size 32 --batch_size 16", 64, 256
+    ),
     "all": (
         "--dim 128 --num_heads 4 --num_kv_heads 2 --num_blocks 2 --context_size 64 --batch_size 8"
-        " --mlp swiglu --untie --qk_norm"
+        " --mlp swiglu --untie --qk_norm", 64, 384
     ),
     # Gradients outweigh activations.
-    "large": "--dim 256 --num_heads 4 --num_blocks 4 --context_size 16 --batch_size 4",
-}
+    "large": (
+        "--dim 256 --num_heads 4 --num_blocks 4 --context_size 16 --batch_size 4", 256, 1024
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_benchmark(shape, text, tmp_path):
+@pytest.mark.parametrize("shape, kv_dim, mlp_dim", SHAPES.values(), ids=SHAPES)
+def test_benchmark(shape, kv_dim, mlp_dim, text, tmp_path):
     out, _ = run_extra("benchmark", "--text", text, *shape.split(), "--save_dir", tmp_path)
     result = json.loads(out.splitlines()[-1])
-    values = {}
-    for name, value in re.findall(r"--(\w+) (\w+)", shape):
-        values[name] = int(value) if value.isdigit() else value
-    given = flags(**values)
-    D = given.dim
-    L = given.context_size
-    blocks = given.num_blocks
-    head_dim = D // given.num_heads
-    kv_dim = given.num_kv_heads * head_dim
+    values = {name: int(value) for name, value in re.findall(r"--(\w+) (\d+)", shape)}
+    D = values["dim"]
+    blocks = values["num_blocks"]
     norms = (2 * blocks + 1) * D
     if "--qk_norm" in shape:
-        norms += blocks * 2 * head_dim
-    matrices = 3 if given.mlp == "swiglu" else 2
+        norms += blocks * 2 * D // 4
+    matrices = 3 if "swiglu" in shape else 2
     output = 257 * D if "--untie" in shape else 0
     assert result["parameters"] == {
         "embeddings": 257 * D,
         "attention": blocks * (2 * D * D + 2 * D * kv_dim),
-        "mlp": blocks * D * given.mlp_dim * matrices,
+        "mlp": blocks * D * mlp_dim * matrices,
         "norms": norms,
         "output": output,
     }
     products = result["parameters"]["attention"] + result["parameters"]["mlp"] + 257 * D
-    forward = 2 * products + blocks * 4 * D * L
+    forward = 2 * products + blocks * 4 * D * values["context_size"]
     assert result["flops_per_token"] == {"forward": forward, "backward": 2 * forward}
     weights = 4 * sum(result["parameters"].values())
     assert result["memory"]["weights"] == weights

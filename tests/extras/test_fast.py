@@ -6,16 +6,16 @@ import importlib.util
 import inspect
 import itertools
 import os
-import platform
 import re
 import shutil
 import sys
+from functools import partial
 
 import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, copy_program, log_rows, run, start
+from conftest import ROOT, TINY, copy_program, log_rows, run, start, write_script
 from mlx.utils import tree_flatten
 
 from extras import fast
@@ -113,6 +113,17 @@ def test_edited_functions_take_effect_at_once(text, tmp_path):
 # ---- Each function: values and gradients ---------------------------------------------------------
 
 
+def by_both(loss, arrays, compiled, plain):
+    """What loss(program, *arrays) gives, and its gradients, of both programs."""
+    results = []
+    for program in (main, plain):
+        gradients_of = mx.value_and_grad(partial(loss, program), argnums=[*range(len(arrays))])
+        if compiled:
+            gradients_of = mx.compile(gradients_of)
+        results.append(gradients_of(*arrays))
+    return results
+
+
 def heads(query_heads, key_heads, length, deviation=1.0):
     """Queries, keys and values; a deviation of 6 puts nearly all weight on one position."""
     arrays = []
@@ -142,18 +153,14 @@ def test_values_and_gradients(name, inputs, tolerance, compiled, plain):
     arrays = [value for value in inputs if isinstance(value, mx.array)]
     constants = inputs[len(arrays) :]
     factors = normal(9, *getattr(plain, name)(*inputs).shape)
+
+    def weighted(program, *arrays):
+        output = getattr(program, name)(*arrays, *constants)
+        return (output * factors).sum(), output
+
     results = []
-    for program in (main, plain):
-
-        def weighted(*arrays):
-            output = getattr(program, name)(*arrays, *constants)
-            return (output * factors).sum(), output
-
-        gradients_of = mx.value_and_grad(weighted, argnums=tuple(range(len(arrays))))
-        if compiled:
-            gradients_of = mx.compile(gradients_of)
-        (_, output), gradients = gradients_of(*arrays)
-        results.append([output, *gradients])
+    for (_, output), gradients in by_both(weighted, arrays, compiled, plain):
+        results.append([output, gradients])
     assert_near(*results, tolerance)
 
 
@@ -172,20 +179,15 @@ def test_cross_entropy_and_its_gradients(B, L, V, dtype, tolerance, compiled, pl
         weights = mx.array(random.uniform(0, 1, (B, L)).astype(np.float32))
     hidden = normal(0, B, L, 6).astype(dtype)
     head = normal(1, V, 6, deviation=3)  # sharp distributions, targets far down
-    results = []
-    for program in (main, plain):
 
-        def loss(hidden, head):
-            return 0.5 * program.cross_entropy(hidden, head, targets, weights)
+    def loss(program, hidden, head):
+        return 0.5 * program.cross_entropy(hidden, head, targets, weights)
 
-        gradients_of = mx.value_and_grad(loss, argnums=(0, 1))
-        if compiled:
-            gradients_of = mx.compile(gradients_of)
-        value, gradients = gradients_of(hidden, head)
-        results.append([value, *gradients])
+    results = by_both(loss, [hidden, head], compiled, plain)
+    assert_near(*results, tolerance)
+    for program, (value, _) in zip((main, plain), results):
         alone = program.cross_entropy(hidden, head, targets, weights, training=False).item()
         assert alone == pytest.approx(2 * value.item(), rel=max(tolerance, 1e-5))
-    assert_near(*results, tolerance)
 
 
 def test_the_memory_of_a_large_vocabulary():
@@ -284,36 +286,11 @@ def test_without_a_fast_blas(trouble, tmp_path):
     (tmp_path / "bin").mkdir()
     cache = tmp_path / "cache"
     if trouble == "broken compiler":
-        (tmp_path / "bin" / "cc").write_text("#!/bin/sh\necho no good >&2\nexit 1\n")
-        (tmp_path / "bin" / "cc").chmod(0o755)
+        write_script(tmp_path / "bin" / "cc", "echo no good >&2\nexit 1")
     if trouble == "no cache folder":
         cache.write_text("a file")
     assert blas_of(PATH=str(tmp_path / "bin"), XDG_CACHE_HOME=str(cache)) == "reference BLAS"
     assert not list(cache.glob("*/*/*.so"))
-
-
-# ---- Memory -------------------------------------------------------------------------------------
-
-MAPPINGS = """
-import main
-array = main.mx.ones(2**20)
-main.mx.eval(array)
-print(open("/proc/self/smaps").read())
-"""
-
-
-@pytest.mark.skipif(
-    not os.path.exists("/sys/kernel/mm/transparent_hugepage") or platform.libc_ver()[0] != "glibc",
-    reason="Linux on other machines may have no huge pages; other C libraries keep no heap",
-)
-def test_arrays_lie_in_huge_pages():
-    """And what is reserved for them takes no memory before it is used."""
-    out, _ = run(program=["-c", MAPPINGS], cwd=ROOT)
-    mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", out, flags=re.M)
-    [heap] = [each for each in mappings if "[heap]" in each and " hg" in each]
-    numbers = {name: int(number) for name, number in re.findall(r"^(\w+): +(\d+) kB", heap, re.M)}
-    assert numbers["Size"] >= 2**22  # KiB
-    assert 2**12 <= numbers["Rss"] < 2**18
 
 
 # ---- macOS --------------------------------------------------------------------------------------
@@ -443,14 +420,8 @@ def test_two_processes_share_a_header(tmp_path):
 def test_starts_without_the_header(tmp_path, trouble):
     env = {}
     if trouble == "full of errors":  # a compiler that compiles kernels, but no headers
-        (tmp_path / "bin").mkdir()
-        compiler = tmp_path / "bin" / "g++"
-        compiler.write_text(
-            "#!/bin/sh\n"
-            'case "$*" in *c++-header*) exit 1;; esac\n'
-            f'exec {shutil.which("g++")} "$@"\n'
-        )
-        compiler.chmod(0o755)
+        lines = f'case "$*" in *c++-header*) exit 1;; esac\nexec {shutil.which("g++")} "$@"'
+        write_script(tmp_path / "bin" / "g++", lines)
         env["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     if trouble == "no cache folder":
         (tmp_path / "file").write_text("")
