@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets import TOKENIZERS, ByteTokenizer, CharTokenizer, PackageTokenizer, UsageError
-from datasets import WordTokenizer, load_dataset, tokenizer_from_dict
+from datasets import WordTokenizer, load_dataset
 
 SPLITS = ("train", "valid", "test")
 # Line 1 ends at its \n only: \x0c, \x85, \u2028 and CR separate words but end no line. Line 2 is
@@ -137,35 +137,14 @@ def test_round_trips(bpe, text):
         assert batch.tolist() == tokens.tolist() and len(empty) == 0
 
 
-@pytest.mark.parametrize("vocab_size, dtype", [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
-def test_ids_fit_their_type(vocab_size, dtype):
-    characters = "".join(map(chr, range(0x10000, 0x10000 + vocab_size - 1)))
-    tokens = CharTokenizer(characters).encode(characters[-1] + "a")
-    assert tokens.dtype == dtype
-    assert tokens.tolist() == [vocab_size - 2, vocab_size - 1]
-
-
-@pytest.mark.parametrize("data", [
-    {"kind": "char", "vocabulary": "aa"},
-    {"kind": "char", "vocabulary": "a\ud800"},
-    {"kind": "char", "vocabulary": 3},
-    {"kind": "word", "vocabulary": ["<eos>", "a"]},
-    {"kind": "word", "vocabulary": ["<eos>", "<unk>", 3]},
-    {"kind": "bpe", "vocabulary": "{}"},
-    {"kind": "other"},
-    [],
-])  # fmt: skip
-def test_what_is_no_tokenizer(data):
-    with pytest.raises(UsageError, match="^the tokenizer cannot be used"):
-        tokenizer_from_dict(data)
-
-
-def test_ids_may_have_gaps():
+@pytest.mark.parametrize("largest", [65_535, 65_536])
+def test_ids_may_be_large_and_have_gaps(largest):
     package = pytest.importorskip("tokenizers")
-    words = package.models.WordLevel({"a": 0, "b": 70_000}, "a")
+    words = package.models.WordLevel({"a": 0, "b": largest}, "a")
     tokenizer = PackageTokenizer(package.Tokenizer(words).to_str())
-    assert tokenizer.vocab_size == 70_001
-    assert tokenizer.encode("b").tolist() == [70_000]
+    assert tokenizer.vocab_size == largest + 1
+    assert tokenizer.encode("a").tolist() == [0]
+    assert tokenizer.encode("b").tolist() == [largest]
 
 
 FROM_FILES = {  # class in the package tokenizers -> its special tokens; its end and unknown token
@@ -244,12 +223,6 @@ def test_neither_locale_nor_hash_seed_changes_tokens(tmp_path, bpe):
             [path] = folder.glob("text/*/train.tokens")
             found.add(path.read_bytes())
         assert len(found) == 1
-
-
-def test_mlx_is_not_imported():
-    code = "import sys, datasets\nfor name in ('mlx', 'tokenizers'): print(name in sys.modules)"
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
-    assert process.stdout == b"False\nFalse\n"
 
 
 # ---- Encoding -----------------------------------------------------------------------------------
@@ -410,25 +383,17 @@ def test_links_are_followed_once(find, tmp_path):
     assert sorted(find("sub").split("|")) == ["c", "ee", "é"]
 
 
-@pytest.mark.parametrize("name, words", [
-    ("missing", "no such file"),
-    ("*.html", "no such file"),
-    ("/dev/null", "is a pipe, a device or a socket: write its text"),
-])  # fmt: skip
-def test_what_is_no_file(name, words, tmp_path):
-    with pytest.raises(UsageError, match=words):
-        texts_of(tmp_path, name)
+def test_what_is_no_file(tmp_path):
+    for name, words in (("*.html", "no such file"), ("/dev/null", "is a pipe, a device or a")):
+        with pytest.raises(UsageError, match=words):
+            texts_of(tmp_path, name)
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("a.png", b"\x89PNG\r\n\x1a\n\0", "holds null characters: it is no plain text; leave it"),
-    ("a.bin", b"\xff\x01ab", "is not UTF-8 at byte 0: it is no plain text"),
-])  # fmt: skip
-def test_what_is_no_text(name, content, words, tmp_path):
-    """Named, it is refused with a way out; in a folder, it is left out."""
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=f"{name} .*{words}") as error:
+def test_what_is_no_text(tmp_path):
+    """Named, it is refused; in a folder, it is left out."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"\xff\x01ab")
+    with pytest.raises(UsageError, match="a.bin is not UTF-8 at byte 0: it is no plain") as error:
         texts_of(tmp_path, path)
     assert "iconv -f CP1252" not in str(error.value)
     with pytest.raises(UsageError, match="there is no text in"):
@@ -568,12 +533,6 @@ def test_vocabulary_is_that_of_training(tmp_path):
         tokenizer = load_dataset("text", tmp_path / "data", tokenizer=kind, **options).tokenizer
         assert len(tokenizer.encode("ab")) == (2 if kind == "char" else 1)
         assert tokenizer.unknown("zz") or len(tokenizer.encode("zz")) == 2, "never seen"
-
-
-@pytest.mark.parametrize("text", ["", "a", "ab"])
-def test_too_little_text(tmp_path, text):
-    with pytest.raises(UsageError, match="no text"):
-        texts_of(tmp_path, *write(tmp_path, [text]))
 
 
 # ---- The cache ----------------------------------------------------------------------------------
