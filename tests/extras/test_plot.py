@@ -86,10 +86,3 @@ def test_losses_of_different_texts_are_in_bits_per_byte(run_of, text, figures):
     rows = rows_of(other / "log.csv", "train")
     [curve] = by_iteration.lines
     assert curve.get_ydata().tolist() == [row["bits_per_byte"] for row in rows]
-
-
-def test_a_run_that_has_not_reported_yet(tmp_path, text):
-    folder = ["--save_dir", tmp_path / "lm"]
-    run("--text", text, *TINY, "--num_iters", 9, *folder)
-    _, err = run_extra("plot", "x.png", *folder, status=2, cwd=tmp_path)
-    assert f"the runs in {tmp_path / 'lm'} have reported nothing yet" in err.splitlines()[-1]
