@@ -143,11 +143,12 @@ def test_samples_of_a_prompt(word_model):
 class Terminal:
     """The program in a terminal of its own.
 
-    What it shows is kept, without escape sequences and carriage returns.
+    What it shows is kept, without escape sequences and carriage returns; as `raw`, with them.
     """
 
     def __init__(self, *arguments):
         self.seen = ""
+        self.raw = b""
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -170,6 +171,7 @@ class Terminal:
             data = os.read(self.terminal, 4096)
         except OSError:  # how Linux says that the other end is closed
             data = b""
+        self.raw += data
         seen = self.seen + data.decode("utf-8", "replace")
         self.seen = re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "", seen)
         return data != b""

@@ -1,19 +1,14 @@
 """Reports against independent computations: logs, samples, the screen."""
 
-import contextlib
-import fcntl
 import json
-import os
-import pty
 import re
-import struct
-import termios
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, copy_program, ids, log_rows, newest, rows_of, run, run_folder
-from conftest import saved, start
+from conftest import saved
+from test_prompts import Terminal
 
 
 # ---- Logs ---------------------------------------------------------------------------------------
@@ -156,24 +151,13 @@ def test_samples_of_a_run(tmp_path, text):
 
 
 def test_progress_in_a_terminal(line):
-    """A bar that fits."""
-    ours, its = pty.openpty()
-    size = struct.pack("HHHH", 24, 80, 0, 0)
-    fcntl.ioctl(its, termios.TIOCSWINSZ, size)
-    process = start(*line, "--num_iters", 100, stderr=its)
-    os.close(its)
-    printed = b""
-    with contextlib.suppress(OSError):  # at its end
-        while part := os.read(ours, 1 << 16):
-            printed += part
-    os.close(ours)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    shown = re.split(r"[\r\n]+", printed.decode())
-    assert max(map(len, shown)) <= 80
-    *_, last = [each for each in shown if "/100 [" in each]
-    assert re.search(r"100%\|\S+\| 100/100 \[.*, loss [\d.]+, grad [\d.]+, ", last)
-    assert "  loss " not in out
+    """A bar that fits into the terminal's 100 columns."""
+    with Terminal(*line, "--num_iters", 100) as terminal:
+        shown = terminal.wait_for("Run complete")
+        bars = [each for each in re.split(rb"[\r\n]+", terminal.raw) if b"/100 [" in each]
+    assert max(map(len, map(bytes.decode, bars))) <= 100
+    assert re.search(rb"100%\|\S+\| 100/100 \[.*, loss [\d.]+, grad [\d.]+, ", bars[-1])
+    assert not re.search(r"\d/100  loss ", shown), "what the bar says is not printed again"
 
 
 # ---- The screen ---------------------------------------------------------------------------------
