@@ -15,13 +15,12 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import CACHES, MAIN, ROOT, TINY, copy_program, free_ports, ids, newest, rows_of, run
+from conftest import CACHES, MAIN, TINY, copy_program, free_ports, ids, newest, rows_of, run
 from conftest import start, wait_for
 
 LINE = ["--text", "text.txt", *TINY, "--num_iters", 12, "--steps_per_report", 1]
 LINE += ["--learning_rate", 3e-3, "--dropout", 0.2]
 LAUNCH = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
-WITHOUT = "import sys, main, mlx.core; del mlx.core.distributed; sys.exit(main.main(sys.argv[1:]))"
 
 
 @pytest.fixture
@@ -85,10 +84,6 @@ def assert_equal_runs(folder, other):
     assert weights[0].keys() == weights[1].keys()
     for name, array in weights[0].items():
         np.testing.assert_allclose(array, weights[1][name], atol=2e-5, err_msg=name)
-
-
-def test_one_process_runs_no_distributed_code(tmp_path, text):
-    run(*LINE, program=["-c", WITHOUT], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.parametrize("size, num_scores, options", [
