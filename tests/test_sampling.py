@@ -50,15 +50,6 @@ def test_what_is_kept(keep, value, kept):
     np.testing.assert_array_equal(result[is_kept], np.array(logits)[is_kept])
 
 
-def test_penalize():
-    logits = mx.array([[3.0, -1, 2, 0, -4]] * 2)
-    result = main.penalize(logits, [[0, 1, 3, 3], [4]], 2.0).tolist()
-    assert result == [
-        [1.5, -2, 2, 0, -4],
-        [3, -1, 2, 0, -8],
-    ]
-
-
 def test_a_penalty_counts_what_the_window_holds():
     """The likeliest token, but for what a window of one or two tokens has: half of its logit."""
     model = Script(lambda token: [4.0, 3.0, 1.0], context_size=2)

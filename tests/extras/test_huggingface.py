@@ -108,13 +108,6 @@ def test_tokenizers_give_the_same_ids(exported):
         assert theirs.decode(tokens, skip_special_tokens=False) == "the cat\nsat on"
 
 
-def test_no_counterpart(tmp_path):
-    model = make_llama(mlp="relu2", qk_norm=True)
-    with pytest.raises(UsageError, match="no model with --mlp relu2 --qk_norm"):
-        export_model(model, TOKENIZERS["byte"], tmp_path / "out", None)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", "tokenizer.json"])
 def test_no_model_is_exported_over_another(tmp_path, file):
     """It may be one that a run needs; other weights beside ours would be read as a part of them."""

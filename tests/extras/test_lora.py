@@ -6,7 +6,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import arrays, begin, make_model, newest, run, run_extra, saved, start, wait_for
+from conftest import arrays, begin, make_model, newest, run, run_extra, saved
 from datasets import ByteTokenizer, load_dataset
 from test_huggingface import logits_of
 
@@ -119,17 +119,3 @@ def test_a_base_with_more_rows_than_ids(tmp_path, text):
     assert_adapters_on(base, last, 1.5)
     assert_scored_as_merged(last, text)
     run("--prompt", "line", "--max_tokens", 8, "--identifier", name, "--save_dir", tmp_path / "lm")
-
-
-def test_a_start_that_was_killed_before_its_first_save(base, text):
-    """What it has linked is no run; the same command begins anew, in the same folder."""
-    folder, id = base
-    line = ["--text", text, "--init_from", id, *LORA, 100_000, "--save_dir", folder]
-    process = start(*line)
-    wait_for(process, "20/100,000 ")
-    process.kill()
-    process.communicate()
-    [left] = folder.glob("*/init_from/")
-    name, iteration, _ = begin(*line, "--num_iters", 2)
-    assert (folder / name, iteration) == (left.parent, 0)
-    assert begin(*line, "--num_iters", 3)[:2] == (name, 2)
