@@ -845,33 +845,8 @@ def checkpoint_damaged(scenario, work, chance):
     judge_status(work.leg(scenario.line, stopped(chance)))
 
 
-def two_processes(scenario, work, chance):
-    """The same command a second time: it is refused."""
-    first, paths = work.begin(scenario.line)
-    while is_running(first) and "run  " not in paths["stdout"].read_text():
-        SLEEP(0.001)
-    second = work.begin(scenario.line, stopped(chance))
-    os.waitid(os.P_PID, second[0], os.WEXITED | os.WNOWAIT)
-    is_refused = is_running(first)
-    if is_refused:
-        os.kill(first, signal.SIGTERM)
-    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
-    # The folder is looked at once both have ended.
-    leg = work.wait(first, paths)
-    expect(leg.status in (0, 143), f"status {leg.status}:", leg.err[-500:])
-    leg = work.wait(*second)
-    if is_refused:  # unless a signal came first
-        statuses = {2, *SIGNALS.values(), *(-getattr(signal, name) for name in SIGNALS)}
-        expect(leg.status in statuses, f"status {leg.status} beside another process")
-
-
-def is_running(pid):
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
-
-
-KINDS = [struck] * 6
-KINDS += [signalled_twice, ended_by_the_clock, ended_by_the_clock, checkpoint_damaged]
-KINDS += [checkpoint_damaged, two_processes]
+KINDS = [struck] * 6 + [signalled_twice]
+KINDS += [ended_by_the_clock] * 2 + [checkpoint_damaged] * 2
 
 
 def play_randomly(place, seed):

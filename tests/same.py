@@ -2,7 +2,6 @@
 
     python tests/same.py OLD NEW                   two folders that hold main.py
     python tests/same.py OLD NEW --only exact      the sections whose names contain this
-    python tests/same.py OLD                       what each command does in one of them
 
 Of each command: exit status, last lines of stdout and stderr, number of lines on stderr, and the
 files that it made, changed and deleted. Checkpoints are files named by the SHA1 of their weights,
@@ -204,14 +203,6 @@ def play_all(paths, prelude, sections):
         return results
 
 
-def show(command, result):
-    """Prints what a command did."""
-    print(command)
-    for field, lines in result.items():
-        for line in lines:
-            print(f"    {field}: {line}")
-
-
 def compare(old, new):
     """What differs between two results of a command: (field, old lines, new lines) of each."""
     differences = []
@@ -241,25 +232,21 @@ def show_differences(differing):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", help="a folder that holds main.py")
-    parser.add_argument("new", nargs="?", help="another; without it, show what `old` does")
+    parser.add_argument("new", help="another")
     parser.add_argument("--only", default="", help="play the sections whose names contain this")
     given = parser.parse_args()
     prelude, sections = read_commands(COMMANDS)
     sections = {name: commands for name, commands in sections.items() if given.only in name}
-    paths = [path for path in (given.old, given.new) if path]
-    played = play_all(paths, prelude, sections)
+    old, new = play_all([given.old, given.new], prelude, sections)
 
     count = 0
     differing = {}
     for name, commands in sections.items():
         for i, (line, _) in enumerate(commands):
             count += 1
-            command = f"{name} {i + 1}: {line}"
-            results = [side[name][i] for side in played]
-            if len(results) == 1:
-                show(command, *results)
-            elif results[0] != results[1]:
-                differing[command] = compare(*results)
+            differences = compare(old[name][i], new[name][i])
+            if differences:
+                differing[f"{name} {i + 1}: {line}"] = differences
     show_differences(differing)
     verdict = f"{len(differing)} differ" if differing else "same"
     print(f"{count} commands: {verdict}")
