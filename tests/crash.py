@@ -589,6 +589,7 @@ class Scenario:
         leg = work.leg(self.line)
         expect(leg.status == 0, "undisturbed:", leg.err)
         self.calls = leg.calls
+        self.run = leg.run
         self.expected = work.outcome(leg.run)
         for run in run_names(self.template):
             line = ["--identifier", run, "--prompt", "a", "--max_tokens", "1"]
@@ -597,15 +598,12 @@ class Scenario:
     def work(self, name):
         return Work(self.place / name, self.template)
 
-    def finish(self, work, leg=None):
-        """Ends a run that was struck, undisturbed. Raises Failure if it does not end as it must.
-
-        leg: the one before.
-        """
+    def finish(self, work, is_swept=False):
+        """Ends a run that was struck, undisturbed. Raises Failure if it does not end as it must."""
         last = work.leg(self.line)
         expect(last.status == 0, f"undisturbed, it ended with {last.status}:", last.err)
-        if leg and leg.saved:
-            expect(last.run == leg.run, f"{last.run} began beside {leg.run}")
+        if is_swept:
+            expect(last.run == self.run, f"{last.run} began beside {self.run}")
         compare(self.expected, work.outcome(last.run), work)
         for path in self.template.glob("*/*"):
             is_own = path.parent.name in (last.run, "text")
@@ -622,7 +620,7 @@ class Scenario:
         with work.told_of():
             leg = work.leg(self.line, [(call, action)])
             judge_status(leg)
-            self.finish(work, leg)
+            self.finish(work, is_swept=True)
         work.remove()
 
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets import TOKENIZERS, ByteTokenizer, CharTokenizer, PackageTokenizer, UsageError
-from datasets import WordTokenizer, load_dataset
+from datasets import WordTokenizer, load_dataset, tokenizer_from_dict
 
 SPLITS = ("train", "valid", "test")
 # Line 1 ends at its \n only: \x0c, \x85, \u2028 and CR separate words but end no line. Line 2 is
@@ -135,6 +135,16 @@ def test_round_trips(bpe, text):
         assert tokenizer.unknown(text) == []
         [batch, empty] = tokenizer.encode_batch([text, ""])
         assert batch.tolist() == tokens.tolist() and len(empty) == 0
+
+
+@pytest.mark.parametrize("data", [
+    {"kind": "char", "vocabulary": "aa"},
+    {"kind": "char", "vocabulary": "a\ud800"},
+    {"kind": "word", "vocabulary": ["<eos>", "a"]},
+])  # fmt: skip
+def test_what_is_no_tokenizer(data):
+    with pytest.raises(UsageError, match="^the tokenizer cannot be used"):
+        tokenizer_from_dict(data)
 
 
 @pytest.mark.parametrize("largest", [65_535, 65_536])

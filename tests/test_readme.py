@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TEXT, TINY, copy_program, run, run_extra, run_folder
+from conftest import ROOT, TEXT, TINY, run, run_extra, run_folder
 
 README = (ROOT / "README.md").read_text()
 OF_EXTRAS = (ROOT / "extras" / "README.md").read_text()
@@ -127,17 +127,6 @@ def test_classifier(tmp_path):
     )
     share = process.stdout.split()[-1]
     assert float(share) > 0.8
-
-
-def test_an_edit(tmp_path, text):
-    """The snippet in place of the line that the README names: its schedule is used."""
-    [snippet] = re.findall(r"```python\n(.*?)```", README, re.S)
-    [line] = re.findall(r"^SCHEDULES = .*\n", (ROOT / "main.py").read_text(), re.M)
-    edited = copy_program(tmp_path / "edited", {line: snippet})
-    line = [*TINY, "--text", text, "--lr_schedule", "sqrt", "--lr_warmup", 0, "--min_lr", 0]
-    line += ["--learning_rate", 0.01, "--num_iters", 4, "--steps_per_report", 1]
-    out, _ = run(*line, "--save_dir", tmp_path / "lm", program=[edited])
-    assert re.findall(r" lr ([\d.e-]+)", out) == ["1.00e-02", "5.00e-03", "2.93e-03", "1.34e-03"]
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.S))

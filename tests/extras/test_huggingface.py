@@ -242,7 +242,6 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665d63f\nsiz
 
 @pytest.mark.parametrize("file, content, words", [
     ("config.json", dict(attention_bias=True), "attention_bias"),
-    ("config.json", dict(use_sliding_window=True), "use_sliding_window"),
     ("config.json", dict(rope_parameters={"rope_type": "yarn"}), "rope_type yarn"),
     ("config.json", dict(rope_parameters={"full_attention": DEFAULT}), "full_attention"),
     ("config.json", dict(rope_scaling={"type": "llama3"}), "'low_freq_factor': None"),
