@@ -1135,8 +1135,7 @@ def train(run, interrupts, ranks):
             received, is_time_up = ranks.agree(interrupts.received, run.seconds >= end_time)
             if (run.is_score_due() or is_time_up) and not run.is_scored:
                 score_run(run, interrupts, ranks, reporter)
-            is_ended = run.iteration >= flags.num_iters or run.is_out_of_patience()
-            is_ended = is_ended or is_time_up
+            is_ended = is_time_up or run.iteration >= flags.num_iters or run.is_out_of_patience()
             if is_ended or received or run.is_save_due():
                 if reporter:
                     save_and_sample(run, interrupts, reporter)
@@ -2109,7 +2108,7 @@ class UnbreakableStream:
         return getattr(self.stream, name)
 
     def write(self, text):
-        """Never raises OSError. What cannot be written is dropped."""
+        """Never raises OSError. What cannot be written is tried again with the next text."""
         try:
             self.stream.write(text)
             self.stream.flush()
@@ -2119,6 +2118,13 @@ class UnbreakableStream:
 
     def flush(self):
         """Does nothing: `write` has flushed."""
+
+    def drop_rest(self):
+        """Drops what can still not be written: a run that was saved has not failed."""
+        try:
+            self.stream.flush()
+        except OSError:
+            discard(self.stream)
 
 
 # ---- Processes and processors -------------------------------------------------------------------
@@ -3740,8 +3746,12 @@ def score_checkpoint(model, contents, flags):
 def train_run(flags, ranks):
     """Starts a run or resumes one, and trains it; returns the exit status."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(UnbreakableStream(sys.stdout)))
-        stack.enter_context(contextlib.redirect_stderr(UnbreakableStream(sys.stderr)))
+        output = UnbreakableStream(sys.stdout)
+        messages = UnbreakableStream(sys.stderr)
+        stack.callback(output.drop_rest)
+        stack.callback(messages.drop_rest)
+        stack.enter_context(contextlib.redirect_stdout(output))
+        stack.enter_context(contextlib.redirect_stderr(messages))
         interrupts = Interrupts()  # which set_up enters
         run = set_up(flags, ranks, interrupts, stack)
         ranks.share(run)

@@ -31,6 +31,8 @@ CACHES = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 # Each process that loads NumPy would spend 0.05 s of a second core on OpenBLAS's threads, which
 # wait for their first product.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+# Commands buffer what they print, as a user's do.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 # No test reaches the network: nobody listens at this port. Where there is none, a name that
 # cannot be resolved would cost 5 s.

@@ -261,7 +261,7 @@ def test_a_result_that_could_not_be_written_is_a_failure(typed, trained):
 def test_progress_may_be_lost(trained, tmp_path):
     line = ["--text", trained / "text.txt", *TINY, "--num_iters", 3]
     with open("/dev/full", "w") as full:
-        run(*line, "--save_dir", tmp_path / "lm", stdout=full)
+        run(*line, "--save_dir", tmp_path / "lm", stdout=full, stderr=full)
     assert len(ids(tmp_path / "lm")) == 1
 
 

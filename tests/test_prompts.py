@@ -107,12 +107,7 @@ def test_two_files_are_enough(word_model, tmp_path):
 
 def test_text_comes_before_the_reply_is_over(byte_model):
     arguments = ["--inference", "--save_dir", byte_model, "--max_tokens", 1000000]
-    process = start(
-        *arguments,
-        stdin=subprocess.PIPE,
-        errors="replace",
-        env={"PYTHONUNBUFFERED": ""},
-    )
+    process = start(*arguments, stdin=subprocess.PIPE, errors="replace")
     process.stdin.write("the company\n")
     process.stdin.flush()
     assert process.stdout.read(20).strip()
