@@ -67,10 +67,12 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha,
     return;
   }
   char ta_name = ta == 111 ? 'N' : 'T', tb_name = tb == 111 ? 'N' : 'T';
-  // Waking a thread costs as much as 10 million multiplications, rounding as much as it saves in a
-  // product of 500,000, as in attention.
+  // Waking a thread costs as much as 10 million multiplications, or as reading half a million
+  // weights, as in decoding. Rounding costs as much as it saves in a product of 500,000, as in
+  // attention.
   long size = (long) m * n * k;
-  set_threads_of_onednn(size > 10000000 ? threads : 1);
+  int is_large = size > 10000000 || (long) n * k > 500000;
+  set_threads_of_onednn(is_large ? threads : 1);
   if (!rounds_to_bf16 || n == 1 || size < 500000) {
     onednn(ta_name, tb_name, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
     return;
