@@ -116,8 +116,8 @@ def plot_comparison(folder, path):
         row = read_rows(folder / "versus.csv")[-1]
     if row["diverged"] != "0":
         raise UsageError("a run of the last comparison has diverged: there is no mean to draw")
-    if row["unit"] != "nats/token":
-        raise UsageError("the last comparison is of different tokens, whose curves are not alike")
+    if row["unit"] != "nats/token" or row["steps_before"] != row["steps_after"]:
+        raise UsageError("the last comparison's sides differ in tokens or steps: no common curves")
     seeds = json.loads(row["seeds"])
     sides = []
     for side in row["comparison"].split():

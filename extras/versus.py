@@ -47,7 +47,7 @@ CANNOT_TELL = 125  # `git bisect run` then skips the commit
 REFUSED = ["patience", "max_minutes", "eval_tokens", "identifier", "new_model"]
 REFUSED += ["inference", "prompt", "evaluate", "list"]
 SHARED = ["dataset", "text", "valid_text", "valid_fraction", "text_field"]
-SHARED += ["seed", "num_iters", "steps_per_eval", "save_dir", "data_dir"]
+SHARED += ["seed", "steps_per_eval", "save_dir", "data_dir"]
 
 
 def main(arguments):
@@ -228,6 +228,7 @@ class Outcome(NamedTuple):
     """What there is to compare of a run."""
 
     id: str | None  # of its last checkpoint; None if it diverged
+    steps: int
     score: float  # of the whole validation split after its last step; nan if it diverged
     ms_per_step: float
     text: str | None  # the SHA256 of its validation tokens
@@ -245,20 +246,22 @@ class Comparison:
             check_flags(before, after)
             flags = before.flags
             self.unit = choose_unit(before, after)
-            self.steps = SAME_STEPS if options.same else flags["num_iters"]
-            self.steps_per_eval = min(self.steps, flags["steps_per_eval"])
+            steps = SAME_STEPS
+            if not options.same:
+                steps = min(flags["num_iters"], after.flags["num_iters"])
             first = flags["seed"] if options.seeds is None else options.seeds
             self.seeds = range(first, first + options.pairs)
             # Where either side runs its own function instead of that of extras/fast.py, both have
             # to: or the difference would also be that of two ways to round.
             self.plain = sorted({*before.edited, *after.edited})
             self.words = [
-                f"--num_iters={self.steps}",
-                f"--steps_per_eval={self.steps_per_eval}",
+                f"--steps_per_eval={min(steps, flags['steps_per_eval'])}",
                 "--eval_tokens=0",
                 "--sample_tokens=0",
                 f"--data_dir={flags['data_dir']}",
             ]
+            if options.same:
+                self.words.append(f"--num_iters={SAME_STEPS}")
             self.before = install(before, flags["save_dir"], self.words, self.plain)
             self.after = install(after, flags["save_dir"], self.words, self.plain)
 
@@ -300,7 +303,7 @@ class Comparison:
         """
         printed = self.train(side, seed)
         if printed is None:
-            return Outcome(None, math.nan, math.nan, None)
+            return Outcome(None, 0, math.nan, math.nan, None)
         with explained(f"the runs of {side.name} cannot be read", kind=RunError):
             run = re.search(r"^run +(\S+),", printed, re.MULTILINE).group(1)
             newest = newest_records(side.folder, run)[seed]
@@ -309,11 +312,13 @@ class Comparison:
                 rows = read_rows(side.folder / run / "log.csv")
                 [*_, row] = [row for row in rows if row["split"] == "valid"]
                 scale = float(row["bits_per_byte"]) / float(row["loss"])
+            steps = newest["iteration"]
             return Outcome(
                 id=newest["id"],
-                score=scale * dict(newest["scores"])[self.steps],
+                steps=steps,
+                score=scale * dict(newest["scores"])[steps],
                 # The first step, which compiles, has no time.
-                ms_per_step=1000 * (newest["seconds"] or math.nan) / self.steps,
+                ms_per_step=1000 * (newest["seconds"] or math.nan) / steps,
                 text=newest["tokens_sha256"]["valid"],
             )
 
@@ -328,9 +333,9 @@ def check_flags(before, after):
     for name in REFUSED:
         if name in [*before.given, *after.given]:
             raise UsageError(
-                f"--{name} cannot be compared: both sides train new runs, of the same number of "
-                "steps, and are scored on the whole validation split (--init_from RUN begins with "
-                "the weights of another run)"
+                f"--{name} cannot be compared: both sides train new runs, of --num_iters steps, "
+                "and are scored on the whole validation split (--init_from RUN begins with the "
+                "weights of another run)"
             )
     for name in SHARED:
         if before.flags[name] != after.flags[name]:
@@ -393,6 +398,8 @@ def measure(pairs):
     differences = after - before
     mean, margin = interval(differences)
     numbers = {
+        "steps_before": pairs[0][0].steps,
+        "steps_after": pairs[0][1].steps,
         "difference": mean,
         "low": mean - margin,
         "high": mean + margin,
@@ -418,9 +425,9 @@ def print_sameness(comparison):
         if None in (before.id, after.id):
             raise RunError(f"a run with seed {seed} has diverged")
         if before.id != after.id:
-            print(f"Different weights after {comparison.steps} steps, seed {seed}.")
+            print(f"Different weights after {SAME_STEPS} steps, seed {seed}.")
             return 1
-    print(f"The same weights after {comparison.steps} steps, for each of these seeds.")
+    print(f"The same weights after {SAME_STEPS} steps, for each of these seeds.")
     return 0
 
 
@@ -429,11 +436,13 @@ def print_comparison(comparison, as_json):
     before, after = comparison.before, comparison.after
     print(f"before   {before.name}\nafter    {after.name}")
     if comparison.plain:
-        print(f"edited   {', '.join(comparison.plain)}: main.py's own on both sides")
-    print(f"{2 * len(comparison.seeds)} runs of {comparison.steps:,} steps")
+        names = ", ".join(comparison.plain)
+        print(f"edited   {names}: each side runs that of its main.py, not of extras/fast.py")
+    steps = [side.flags["num_iters"] for side in (before, after)]
+    print(f"{2 * len(comparison.seeds)} runs: {steps[0]:,} steps before, {steps[1]:,} after")
     print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
-    began = time.monotonic()
     pairs = []
+    began = time.monotonic()
     for seed, first, second in comparison.complete_pairs():
         texts = {first.text, second.text} - {None}
         if comparison.unit == NATS and len(texts) > 1:
@@ -441,15 +450,16 @@ def print_comparison(comparison, as_json):
         pairs.append((first, second))
         difference = f"{second.score - first.score:>+14.4f}"
         print(f"{seed:>10}{first.score:>10.4f}{second.score:>10.4f}{difference}", flush=True)
-        minutes = (len(comparison.seeds) - 1) * (time.monotonic() - began) / 60
-        if len(pairs) == 1 and minutes > 1:
+        left = len(comparison.seeds) - len(pairs)
+        minutes = left * (time.monotonic() - began) / 60  # if they take as long as this one
+        if minutes > 1:
             print(f"about {minutes:.0f} minutes to go", file=sys.stderr)
+        began = time.monotonic()
     result = {
         "comparison": f"{before.folder.name} {after.folder.name}",
         "before": before.name,
         "after": after.name,
         "flags": shlex.join(comparison.common),
-        "steps": comparison.steps,
         "seeds": [*comparison.seeds],
         "unit": comparison.unit,
     }
@@ -474,11 +484,14 @@ def describe_numbers(result):
         f"{len(result['seeds'])} pairs have its sign; correlation of the sides "
         f"{result['correlation']:.2f}"
     )
-    share = result["ms_before"] / result["ms_after"]
-    yield (
-        f"This is at equal steps. A step took {result['ms_before']:.1f} ms before, "
-        f"{result['ms_after']:.1f} after: in equal time, after takes {share:.0%} of the steps."
-    )
+    times = f"A step took {result['ms_before']:.1f} ms before, {result['ms_after']:.1f} after"
+    before = result["steps_before"] * result["ms_before"]  # of all steps, in ms
+    if result["steps_before"] == result["steps_after"]:
+        steps = before / result["ms_after"]
+        yield f"This is at equal steps. {times}: equal time is --num_iters {steps:.0f} for after."
+    else:
+        after = result["steps_after"] * result["ms_after"]
+        yield f"{times}; all of them, {before / 1000:.1f} s and {after / 1000:.1f}."
 
 
 def describe_verdict(result, tries):
@@ -488,8 +501,8 @@ def describe_verdict(result, tries):
         return f"{result['diverged']} of {2 * pairs} runs diverged: no interval."
     if result["same"]:
         return (
-            f"No effect, proved: the same weights and scores after step {result['steps']:,}, for "
-            "these flags and seeds."
+            f"No effect, proved: the same weights and scores after step {result['steps_after']:,}, "
+            "for these flags and seeds."
         )
     fresh = f"--seeds {result['seeds'][0] + max(100, pairs)}"
     if result["low"] <= 0 <= result["high"]:

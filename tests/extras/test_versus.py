@@ -9,6 +9,7 @@ import time
 import pytest
 from conftest import ROOT, TEXT, TINY, newest, rows_of, run, saved, start
 
+from datasets import UsageError
 from extras import plot
 
 STEPS = [*TINY, "--num_iters", 24, "--steps_per_eval", 8]
@@ -143,6 +144,17 @@ def test_other_tokens_and_divergence(project):
         assert f"{seed:>10}{bits:>10.4f}       nan" in out
 
 
+def test_equal_time(project):
+    """A side may take fewer steps: here, its runs are the beginnings of the other side's."""
+    out, _ = versus(project, "HEAD", "--num_iters 16", "--pairs", 2)
+    for seed in (42, 43):
+        scores = dict(runs(project)["before", seed].scores)
+        assert f"{seed:>10}{scores[24]:>10.4f}{scores[16]:>10.4f}" in out
+    assert "all of them, " in out and "equal steps" not in out
+    with pytest.raises(UsageError, match="differ in tokens or steps"):
+        plot.main(["x.png", "--versus", "--save_dir", str(project / "runs")])
+
+
 def test_numbers_that_there_are_not(project):
     """JSON has no NaN, as the correlation with a side that does not train is one.
 
@@ -173,7 +185,7 @@ def test_edit_without_effect_is_proved(project):
     norm = "mx.fast.rms_norm(x, weight, eps)\n"
     edit(project, f"    return {norm}", f"    normed = {norm}    return normed\n")
     out, _ = versus(project, "HEAD", "--pairs", 2, "--", "--init_from", "latest")
-    assert "\nedited   rms_norm: main.py's own on both sides\n" in out
+    assert "\nedited   rms_norm: each side runs that of its main.py" in out
     assert "No effect, proved: the same weights and scores after step 24" in out
     found = runs(project)
     assert len(found) == 4  # both sides are computed
@@ -201,7 +213,7 @@ MISTAKES = [
     (["HEAD~1"], "HEAD~1 is no commit with this program"),  # it has no main.py
     (["HEAD", "HEAD", "HEAD"], "unrecognized arguments: HEAD"),
     (["--stop 'a"], "--stop 'a cannot be read as flags (No closing quotation)"),
-    (["--num_iters 7"], "--num_iters has to be the same on both sides"),
+    (["--valid_fraction 0.2"], "--valid_fraction has to be the same on both sides"),
     (["HEAD", "--", "--patience", 3], "--patience cannot be compared"),
     (["--tokenizer word"], "a model that may answer <unk> has no bits per byte"),
     (["--init_from nobody"], "--init_from nobody cannot run: --save_dir runs holds no runs"),
