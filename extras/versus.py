@@ -452,7 +452,7 @@ def print_comparison(comparison, as_json):
         print(f"{seed:>10}{first.score:>10.4f}{second.score:>10.4f}{difference}", flush=True)
         left = len(comparison.seeds) - len(pairs)
         minutes = left * (time.monotonic() - began) / 60  # if they take as long as this one
-        if minutes > 1:
+        if minutes >= 1.5:
             print(f"about {minutes:.0f} minutes to go", file=sys.stderr)
         began = time.monotonic()
     result = {
