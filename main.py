@@ -224,8 +224,8 @@ def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
     The queries are those of the last L of N positions: in training L is N, in decoding mostly 1.
-    mask: in a batch of texts of different lengths (extras/decode.py), where a query's position is
-    its own text's, which keys it sees, bool [B, 1, L, N].
+    mask: "causal" or, where a batch is decoded (extras/decode.py), which keys each query sees, bool
+    [B, 1, L, N].
     """
     # softmax(queries @ keys.swapaxes(2, 3) * scale + mask) @ values, with each key/value head
     # repeated H / K times.
@@ -379,12 +379,12 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.mlp_dim, config.dim)
 
     def __call__(self, hidden):
-        up = self.up_proj(hidden)  # [B, L, mlp_dim]
+        inner = self.up_proj(hidden)  # [B, L, mlp_dim]
         if self.is_gated:
-            up = self.activation(self.gate_proj(hidden)) * up
+            inner = self.activation(self.gate_proj(hidden)) * inner
         else:
-            up = self.activation(up)
-        return self.down_proj(up)
+            inner = self.activation(inner)
+        return self.down_proj(inner)
 
 
 class Block(nn.Module):
@@ -444,7 +444,11 @@ class Transformer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Token ids [B, L] to logits [B, L, V] of the token that follows each position."""
+    """Token ids [B, L] to logits [B, L, V] of the token that follows each position.
+
+    It is called in sampling. In training and evaluation, `cross_entropy` computes the logits itself
+    from `model` and `head`: whoever changes them changes both.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -484,29 +488,29 @@ ZERO_AT_FIRST = ("o_proj.weight", "down_proj.weight", "lm_head.weight")
 
 
 def init_weights(model, seed):
-    """Initializes every parameter.
+    """Initializes every matrix and bias; other vectors and scalars stay as their layers made them.
 
-    Norms are 1, biases 0, matrices normal with standard deviation 1 / sqrt(inputs). The matrices
-    that write into the residual stream are 0, so that each block starts as the identity. An untied
-    output layer is also 0.
+    Biases are 0, matrices normal with standard deviation 1 / sqrt(inputs). The matrices that write
+    into the residual stream are 0, so that each block starts as the identity. An untied output
+    layer is also 0.
 
     Embeddings have standard deviation 5 / dim. Tied, they are also the output layer: the logit of
-    the token just read starts near 5, the others near 0, and the first loss is near ln(V + e^5);
-    untied, it is ln V.
+    the token just read starts between 4 and 5, the others near 0, and the first loss is near
+    ln(V + e^5); untied, it is ln V.
     """
     weights = []
     for name, parameter in tree_flatten(model.parameters()):
         if name.endswith(".bias"):
             value = mx.zeros_like(parameter)
-        elif parameter.ndim == 1:
-            value = mx.ones_like(parameter)  # of a norm
+        elif parameter.ndim < 2:
+            value = parameter  # 1 in a norm
         elif name.endswith(ZERO_AT_FIRST):
             value = mx.zeros_like(parameter)
         elif name.endswith("embed_tokens.weight"):
             value = first_values(name, parameter.shape, seed) * 5 / model.config.dim
         else:
             # [O, I]: outputs vary as much as inputs
-            value = first_values(name, parameter.shape, seed) * parameter.shape[1] ** -0.5
+            value = first_values(name, parameter.shape, seed) * parameter.shape[-1] ** -0.5
         weights.append((name, value))
     model.load_weights(weights)
 
@@ -520,7 +524,8 @@ def cross_entropy(hidden, head, targets, weights, training=True):
 
     head: the output layer's matrix [V, D]; targets: ids [B, L]; weights: [B, L] or a number
     (1 / positions turns the sum into a mean). training: whether a gradient will be taken; if so,
-    the fast version computes it together with the loss.
+    the fast version computes it together with the loss. With --teacher, training takes the loss of
+    extras/distil.py instead.
     """
     logits = (hidden @ head.astype(hidden.dtype).T).astype(mx.float32)  # [B, L, V]
     losses = nn.losses.cross_entropy(logits, targets)  # [B, L]
@@ -548,17 +553,16 @@ def spread(optimizer):
     return optimizer
 
 
-# Muon's learning rate, as a multiple of AdamW's. It was the best for words; for characters, 8 and
-# 10 did as well.
-MUON_RATE = 5
-
-
 class Muon(optim.Optimizer):
     """Muon (Jordan et al. 2024) with decoupled weight decay, like AdamW's.
 
     MLX's own orthogonalizes one matrix at a time. It adds the decay to the gradient, so that the
     decay is orthogonalized, too.
     """
+
+    # Its learning rate, as a multiple of AdamW's. It was the best for words; for characters, 8 and
+    # 10 did as well.
+    lr_scale = 5
 
     def __init__(self, learning_rate, weight_decay, momentum=0.95):
         super().__init__()
@@ -604,7 +608,7 @@ class Muon(optim.Optimizer):
         rows, columns = matrix.shape
         rate = self.learning_rate * max(1, rows / columns) ** 0.5
         # AdamW decays by its learning rate times weight_decay; this does the same, with its rate.
-        decay = self.learning_rate * self.weight_decay / MUON_RATE
+        decay = self.learning_rate * self.weight_decay / self.lr_scale
         return matrix * (1 - decay) - rate * direction
 
 
@@ -660,9 +664,9 @@ def is_matrix_of_block(name, parameter):
 
 
 def set_learning_rate(optimizer, rate):
-    """Sets the learning rate of all groups; Muon's is MUON_RATE times the others'."""
+    """Sets the learning rate of all groups; that of a group with an `lr_scale` is multiplied."""
     for group in optimizer.optimizers:
-        group.learning_rate = rate * MUON_RATE if isinstance(group, Muon) else rate
+        group.learning_rate = rate * getattr(group, "lr_scale", 1)
 
 
 def constant(done, flags):
@@ -709,13 +713,13 @@ def average_weights(average, weights, iteration, share):
     if average is None:
         return weights
     part = min(1, 1 / (share * (iteration + 1)))  # the newest weights' share of the average
-    average = mix_weights(average, weights, mx.array(part))
+    average = interpolate(average, weights, mx.array(part))
     mx.eval(average)  # or the graphs of all steps would pile up
     return average
 
 
 @mx.compile
-def mix_weights(average, weights, part):
+def interpolate(average, weights, part):
     """Interpolates between two trees of arrays: `part` 0 gives `average`, 1 gives `weights`."""
     return tree_map(lambda old, new: old + part * (new - old), average, weights)
 
@@ -775,7 +779,7 @@ class Batches:
         return mx.array(rows[:, :-1], mx.int32), mx.array(rows[:, 1:], mx.int32)
 
 
-def mix(bits):
+def hash32(bits):
     """A hash of 32-bit numbers: each of its high bits depends on all bits of the argument.
 
     The constants are from "lowbias32" (Wellons 2018). These operations are vectorized: a mask
@@ -793,21 +797,21 @@ class Noise:
     """
 
     def __init__(self, rate, keys, L, D):
-        self.kept_share = 1 - rate
+        self.keep_prob = 1 - rate
         places = mx.arange(L * D, dtype=mx.uint32).reshape(1, L, D)
-        bits = mix(places + keys[:, None, None, 0]) ^ keys[:, None, None, 1]
+        bits = hash32(places + keys[:, None, None, 0]) ^ keys[:, None, None, 1]
         self.bits = bits ^ (bits >> 16)  # [B, L, D]
 
     def drop(self, hidden, site):
         """Dropout of hidden [B, L, D]; each site, a place in the model, has its own mask."""
         # Multiples of the golden ratio, in units of 2^32, lie far apart.
         salt = mx.array(site * 0x9E3779B9 % 2**32, mx.uint32)
-        bits = mix(self.bits ^ salt)
+        bits = hash32(self.bits ^ salt)
         # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the
         # same, but compilers do not vectorize it.
-        threshold = (self.kept_share * 2**31).astype(mx.uint32)
+        threshold = (self.keep_prob * 2**31).astype(mx.uint32)
         kept = ((bits >> 1) + threshold) >> 31
-        return hidden * (kept.astype(hidden.dtype) / self.kept_share.astype(hidden.dtype))
+        return hidden * (kept.astype(hidden.dtype) / self.keep_prob.astype(hidden.dtype))
 
 
 def draw_dropout(iteration, rows, flags):
@@ -830,7 +834,8 @@ def draw_dropout(iteration, rows, flags):
 def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
     """Mean loss in nats/token over all of `tokens` [N] but the first, each scored once.
 
-    Windows start `stride` tokens apart, by default without overlap. Returns None on a signal.
+    Windows start `stride` tokens apart, at most a context; by default they do not overlap. Returns
+    None on a signal.
     """
     ranks = ranks or SingleProcess()
     context_size = model.config.context_size
@@ -993,7 +998,8 @@ class Run(Progress):
     def is_score_due(self):
         """Whether the current iteration is to be scored: regularly, and at the end.
 
-        A run of fewer than `steps_per_eval` steps gets no score, unless --max_minutes ends it.
+        A run of fewer than `steps_per_eval` steps gets no score, which may take longer than the run
+        itself, unless --max_minutes ends it.
         """
         steps = self.flags.steps_per_eval
         is_last = self.iteration == self.flags.num_iters
@@ -1057,6 +1063,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         # frequent token.
         return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
 
+    # A sum over the rows, as over_streams and accumulation add up parts of them: what is added here
+    # for the whole batch, such as a penalty on the weights, would count once for each part.
     def loss_of_rows(scale, dropout_rate, inputs, targets, keys):
         if casts:
             model.update(tree_map_with_path(cast, model.parameters()))  # LoRA's base, too
@@ -1271,7 +1279,7 @@ def keep_top_k(logits, k):
 def keep_top_p(logits, p):
     """Nucleus sampling (Holtzman et al. 2020): logits with all but the most likely set to -inf.
 
-    Keeps the fewest whose total probability reaches `p`, and at least one.
+    Keeps the fewest whose total probability reaches `p`, at least one, and ties with the last.
     """
     if p >= 1:
         return logits
@@ -1293,7 +1301,7 @@ def keep_min_p(logits, p):
     return mx.where(logits < least, -math.inf, logits)
 
 
-def shape_logits(logits, flags, texts):
+def process_logits(logits, flags, texts):
     """Logits [B, V] to sample from; texts: each row's ids in the model's window.
 
     Applies the repetition penalty, temperature, top-k, top-p and min-p, in this order, as in
@@ -1308,7 +1316,7 @@ def shape_logits(logits, flags, texts):
 
 
 def draw(logits, flags, key):
-    """An id, [] uint32, sampled from the logits [V] that shape_logits returns; key: [2] uint32."""
+    """An id, [] uint32, sampled from logits [V] of process_logits; key: [2] uint32."""
     if is_greedy(flags):
         return logits.argmax()
     return mx.random.categorical(logits, key=key)
@@ -1353,7 +1361,7 @@ class Decoder:
         """
         for _ in range(max_tokens):
             logits = self.logits()
-            logits = shape_logits(logits, flags, [self.text[self.start :]])
+            logits = process_logits(logits, flags, [self.text[self.start :]])
             key = mx.array([seed, len(self.text)], mx.uint32)
             # [V], not [1, V], which would not draw the same as a row of a batch (extras/decode.py).
             token = draw(logits[0], flags, key).item()
@@ -2248,19 +2256,20 @@ def proof_of_gpu(versions):
     return open_code_dir() / f"gpu-{hashlib.sha1(what.encode()).hexdigest()}"
 
 
-# The sections of this file that decide a run's weights.
-CODE = ["Model", "Loss and optimizer", "Batches", "Training"]
-
-
 def hash_code(flags):
     """The SHA1 of the code that computes a run's weights; comments and docstrings do not count.
 
-    flags: the run's, {name: value}.
+    That is this file from "Model" to "Training", but for "Evaluation". flags: the run's,
+    {name: value}.
     """
     source = (HERE / "main.py").read_text("utf-8")
-    _, *parts = re.split(r"^# ---- (.+?) -+$", source, flags=re.MULTILINE)
-    sections = dict(zip(parts[::2], parts[1::2]))
-    sources = [sections[title] for title in CODE]
+    research, _, _ = source.partition("# ---- Sampling")
+    _, *sections = re.split(r"^# ---- ", research, flags=re.MULTILINE)
+    sources = []
+    for section in sections:
+        title, _, code = section.partition("\n")
+        if not title.startswith("Evaluation"):
+            sources.append(code)
     for name, is_used in (("lora", flags["lora_rank"]), ("distil", flags["teacher"])):
         path = HERE / "extras" / f"{name}.py"
         if is_used and path.exists():  # a student can be sampled from without it
@@ -2557,8 +2566,7 @@ def describe_resume(checkpoint, run):
         yield "The learning rate and dropout schedules now stretch to --num_iters."
     before = checkpoint.stretches[-1]
     if before.code != run.stretches[-1].code:
-        parts = ", ".join(CODE)
-        yield f"The code that trains was edited since the checkpoint, in one of: {parts}."
+        yield "The code that trains was edited since the checkpoint (main.py up to Sampling)."
     changes = describe_changes(before.versions, run.versions)
     if changes:
         yield f"Environment changed ({changes}): resume may not be bit-exact."
@@ -2796,7 +2804,7 @@ FLAGS["start"] = {
     "optimizer": Flag(
         "adamw",
         one_of(OPTIMIZERS),
-        f"muon: for the blocks' matrices, at {MUON_RATE} times the learning rate",
+        f"muon: for the blocks' matrices, at {Muon.lr_scale} times the learning rate",
         "optim",
     ),
     "init_from": Flag(None, word, "start from a checkpoint, a Hugging Face folder, or ORG/NAME"),
@@ -3292,9 +3300,8 @@ def choose(candidates, flags, dataset, start):
     if candidates and (start or not candidates[0].is_complete):
         run = candidates[0].run
         raise UsageError(
-            f"{run} was trained by other code than main.py has now in one of {', '.join(CODE)}: go "
-            f"on with this code by {command(flags, '--identifier', run)}, or begin a new run by "
-            "--new_model"
+            f"{run} was trained by other code than main.py has now, up to Sampling: go on with this"
+            f" code by {command(flags, '--identifier', run)}, or begin a new run by --new_model"
         )
     return None
 

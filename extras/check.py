@@ -108,7 +108,7 @@ def list_operations():
     heads, few_heads = (4, 4, 128, 64), (4, 2, 128, 64)
     tokens = mx.random.randint(0, 200, (4, 128), key=mx.random.key(7))  # most more than once
     frequencies = core.rope_frequencies(64, 10000)
-    yield "hash for dropout", partial(core.mix, mx.arange(9999, dtype=mx.uint32))
+    yield "hash for dropout", partial(core.hash32, mx.arange(9999, dtype=mx.uint32))
     yield "product of long rows", mx.matmul, (64, 8192), (8192, 64)
     yield "RMSNorm", partial(core.rms_norm, eps=1e-5), states, (256,)
     yield "RoPE", partial(core.rotate, frequencies=frequencies, offset=3), heads

@@ -10,7 +10,7 @@ are tied up to rounding: the random numbers depend only on the seed and the posi
 import mlx.core as mx
 import numpy as np
 
-from main import Cache, Decoder, draw, shape_logits
+from main import Cache, Decoder, draw, process_logits
 
 
 class BatchCache(Cache):
@@ -113,7 +113,7 @@ class BatchDecoder:
             for end in range(len(text) - count + 1, len(text) + 1):
                 befores.append(text[start:end])
                 keys.append([seed, end])
-        logits = shape_logits(logits, flags, befores)
+        logits = process_logits(logits, flags, befores)
 
         def draw_one(row, key):
             return draw(row, flags, key)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import arrays, make_model
 from main import Noise, dropout
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 
 def random_tokens(model, rows=2, length=None, seed=1):
@@ -155,13 +155,17 @@ def test_decoding_with_a_cache_equals_one_pass(parts):
 def test_first_weights_by_hand():
     """By the seed and a parameter's name alone, so that a parameter more changes no other.
 
-    Blocks begin as the identity. Random values are those of NumPy's generator.
+    Blocks begin as the identity. Random values are those of NumPy's generator. A vector or scalar
+    of a layer's own, other than a bias, keeps its value.
     """
-    model = make_model(untie=True, qk_norm=True, mlp="swiglu", qkv_bias=True)
+    shape = make_model(untie=True, qk_norm=True, mlp="swiglu", qkv_bias=True).config
+    model = main.LanguageModel(shape)
+    model.gain = mx.array(0.5)
     unset = []
     for name, weight in tree_flatten(model.parameters()):
-        unset.append((name, mx.full(weight.shape, math.nan)))
-    model.update(tree_unflatten(unset))
+        if weight.ndim > 1 or "bias" in name:
+            unset.append((name, mx.full(weight.shape, math.nan)))
+    model.load_weights(unset, strict=False)
     main.init_weights(model, 3)
     for name, weight in tree_flatten(model.parameters()):
         drawn = np.random.default_rng([3, *map(ord, name)])
@@ -170,6 +174,8 @@ def test_first_weights_by_hand():
             expected = drawn * 5 / 16
         elif any(part in name for part in ("q_proj.w", "k_proj.w", "v_proj.w", "gate", "up")):
             expected = drawn / math.sqrt(16)
+        elif name == "gain":
+            expected = 0.5
         else:
             expected = np.full(weight.shape, float("norm" in name))
         np.testing.assert_allclose(np.array(weight), expected, rtol=1e-6, err_msg=name)

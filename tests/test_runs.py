@@ -191,10 +191,11 @@ def test_a_command_that_is_running_is_refused_before_its_first_save(line, folder
 
 
 # Of a function that shapes each run; the first edit changes no number.
+SECTION = {"def adamw(": "# ---- My own ----\n\n\ndef adamw("}
 EDITS = [
     {},
-    {'"""MLX\'s AdamW (Loshchilov & Hutter 2019)."""': '"""AdamW."""  # or Muon'},
-    {"betas = [flags.beta1, flags.beta2]": "betas = [flags.beta1, 0.98]"},
+    {'"""MLX\'s AdamW (Loshchilov & Hutter 2019)."""': '"""AdamW."""  # or Muon', **SECTION},
+    {"betas = [flags.beta1, flags.beta2]": "betas = [flags.beta1, 0.98]", **SECTION},
 ]
 
 
