@@ -228,6 +228,7 @@ class Outcome(NamedTuple):
     """What there is to compare of a run."""
 
     id: str | None  # of its last checkpoint; None if it diverged
+    parameters: int  # of its model
     steps: int
     score: float  # of the whole validation split after its last step; nan if it diverged
     ms_per_step: float
@@ -303,9 +304,10 @@ class Comparison:
         """
         printed = self.train(side, seed)
         if printed is None:
-            return Outcome(None, 0, math.nan, math.nan, None)
+            return Outcome(None, 0, 0, math.nan, math.nan, None)
         with explained(f"the runs of {side.name} cannot be read", kind=RunError):
             run = re.search(r"^run +(\S+),", printed, re.MULTILINE).group(1)
+            parameters = re.search(r"^model +(\S+) parameters", printed, re.MULTILINE).group(1)
             newest = newest_records(side.folder, run)[seed]
             scale = 1.0
             if self.unit == BITS:
@@ -315,6 +317,7 @@ class Comparison:
             steps = newest["iteration"]
             return Outcome(
                 id=newest["id"],
+                parameters=int(parameters.replace(",", "")),
                 steps=steps,
                 score=scale * dict(newest["scores"])[steps],
                 # The first step, which compiles, has no time.
@@ -397,9 +400,12 @@ def measure(pairs):
     ms_before, ms_after = np.median(speeds, axis=0)
     differences = after - before
     mean, margin = interval(differences)
+    first, second = pairs[0]
     numbers = {
-        "steps_before": pairs[0][0].steps,
-        "steps_after": pairs[0][1].steps,
+        "parameters_before": first.parameters,
+        "parameters_after": second.parameters,
+        "steps_before": first.steps,
+        "steps_after": second.steps,
         "difference": mean,
         "low": mean - margin,
         "high": mean + margin,
@@ -408,7 +414,7 @@ def measure(pairs):
         "correlation": np.corrcoef(before, after)[0, 1],
         "ms_before": ms_before,
         "ms_after": ms_after,
-        "same": all(first.id == second.id for first, second in pairs) and not differences.any(),
+        "same": all(one.id == other.id for one, other in pairs) and not differences.any(),
     }
     diverged = int(np.isnan([before, after]).sum())
     if diverged:
@@ -484,6 +490,11 @@ def describe_numbers(result):
         f"{len(result['seeds'])} pairs have its sign; correlation of the sides "
         f"{result['correlation']:.2f}"
     )
+    if result["parameters_before"] != result["parameters_after"]:
+        yield (
+            f"The models differ in size: {result['parameters_before']:,} parameters before, "
+            f"{result['parameters_after']:,} after."
+        )
     times = f"A step took {result['ms_before']:.1f} ms before, {result['ms_after']:.1f} after"
     before = result["steps_before"] * result["ms_before"]  # of all steps, in ms
     if result["steps_before"] == result["steps_after"]:
