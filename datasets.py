@@ -652,6 +652,15 @@ FAILED = "this tokenizer fails on the text: train with another --tokenizer"
 # What BPE would take for a single word is cut for its training, whose time grows with the square
 # of a word's length.
 LONG_WORD = re.compile(r"(\w{1000}|\W{1000})")
+# Such a word holds this at a multiple of 500, where alone it is sought: in a hundredth of the time.
+IN_LONG_WORD = re.compile(r"\w{500}|\W{500}")
+
+
+def cut_long_words(text):
+    """The parts of a text between which its long words are cut."""
+    if any(IN_LONG_WORD.match(text, start) for start in range(0, len(text), 500)):
+        return LONG_WORD.split(text)
+    return [text]
 
 
 class PackageTokenizer(Tokenizer):
@@ -694,7 +703,7 @@ class PackageTokenizer(Tokenizer):
     def train(cls, texts, vocab_size=32000):
         """A tokenizer trained on `texts`, with at most `vocab_size` ids."""
         untrained = tokenizers_package().ByteLevelBPETokenizer()
-        pieces = (LONG_WORD.split(utf8(text)) for text in texts)
+        pieces = (cut_long_words(utf8(text)) for text in texts)
         untrained.train_from_iterator(
             itertools.chain.from_iterable(pieces),
             vocab_size,
@@ -1397,7 +1406,7 @@ def encode_documents(spans, tokenizer):
         texts = [text for text, _ in batch]
         for (text, begins), ids in zip(batch, tokenizer.encode_batch(texts)):
             if begins and last != eos:
-                ids = np.insert(ids, 0, eos)
+                ids = np.concatenate([np.array([eos], ids.dtype), ids])  # quicker than insert
             if len(ids) > 0 and eos is not None:  # white space may have no words
                 last = ids[-1]
             yield text, ids

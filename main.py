@@ -3306,18 +3306,24 @@ def choose(candidates, flags, dataset, start):
     return None
 
 
-def free_folder(flags):
-    """The folder of a new run: NAME or, if that is taken, the first of NAME.2, NAME.3, …"""
+def free_folder(flags, checkpoints):
+    """The folder of a new run: NAME or, if that is taken, the first of NAME.2, NAME.3, …
+
+    Raises RunError if one of them has checkpoints of which none could be read: it may be the run
+    that the command would go on with.
+    """
+    readable = newest_of_runs(checkpoints)
     name = run_name(flags)
     names = itertools.chain([name], (f"{name}.{count}" for count in itertools.count(2)))
     for each in names:
         folder = flags.save_dir / each
         if not os.path.lexists(folder):
             return folder
-        # The same command may have been stopped there before it saved.
-        is_left = folder.is_dir() and not folder.is_symlink()
-        if is_left and not flags.new_model and not any(folder.glob("*.safetensors")):
-            return folder
+        if flags.new_model or each in readable or folder.is_symlink() or not folder.is_dir():
+            continue
+        if any(folder.glob("*.safetensors")):
+            raise RunError(f"no checkpoint of {each} can be read: --new_model starts a new run")
+        return folder  # the same command may have been stopped there before it saved
 
 
 @contextlib.contextmanager
@@ -3624,7 +3630,7 @@ def set_up(flags, ranks, interrupts, stack):
             refuse_other_text(dataset, start)
         found = choose(candidates, flags, dataset, start)
 
-    folder = found.folder if found else free_folder(flags)
+    folder = found.folder if found else free_folder(flags, checkpoints)
     stack.enter_context(claimed(folder))
     contents = None
     if found:  # only now can no other process advance it

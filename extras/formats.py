@@ -52,15 +52,20 @@ def read_json_lines(path, field):
                 raise too_long(path, number)
             if line.isspace():
                 continue
-            fault = f'row {number:,} of {path} must be a JSON object, as in {{"{field}": "Hello"}}'
-            with explained(fault, ValueError, RecursionError):
+            try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("it is another value")
-            if not isinstance(row.get(field, 0), str | None):
+            except (ValueError, RecursionError) as error:
+                raise UsageError(
+                    f'row {number:,} of {path} must be a JSON object, as in {{"{field}": "Hello"}} '
+                    f"({one_line(error)})"
+                ) from None
+            text = row.get(field, 0)
+            if text is not None and not isinstance(text, str):
                 texts = [name for name, value in row.items() if isinstance(value, str)]
                 raise no_text(path, number, field, texts)
-            yield row[field]
+            yield text
 
 
 def read_parquet(path, field):

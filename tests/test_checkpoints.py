@@ -193,6 +193,19 @@ def test_damaged_newest_is_named_and_passed_over(line, folder):
     newest(folder).open()
 
 
+def test_run_that_cannot_be_read_does_not_begin_again_unasked(line, folder):
+    """Its disk may have failed but for a moment."""
+    checkpoints = saved(folder)
+    name = checkpoints[0].run
+    for each in checkpoints:
+        each.metadata_path.write_bytes(b"")
+    _, err = run(*line, status=1)
+    *_, last = err.splitlines()
+    assert last == f"main.py: no checkpoint of {name} can be read: --new_model starts a new run"
+    assert begin(*line, "--new_model")[:2] == (f"{name}.2", 0)
+    assert begin(*line, "--num_iters", 4)[:2] == (f"{name}.2", 3)
+
+
 # ---- Pruning ------------------------------------------------------------------------------------
 
 
