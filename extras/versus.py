@@ -502,7 +502,7 @@ def describe_numbers(result):
         yield f"This is at equal steps. {times}: equal time is --num_iters {steps:.0f} for after."
     else:
         after = result["steps_after"] * result["ms_after"]
-        yield f"{times}; all of them, {before / 1000:.1f} s and {after / 1000:.1f}."
+        yield f"{times}; all steps, {before / 1000:.1f} s and {after / 1000:.1f} s."
 
 
 def describe_verdict(result, tries):

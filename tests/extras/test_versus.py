@@ -157,7 +157,7 @@ def test_equal_time(project):
     for seed in (42, 43):
         scores = dict(runs(project)["before", seed].scores)
         assert f"{seed:>10}{scores[24]:>10.4f}{scores[16]:>10.4f}" in out
-    assert "all of them, " in out and "equal steps" not in out
+    assert "; all steps, " in out and "equal steps" not in out
     with pytest.raises(UsageError, match="differ in tokens or steps"):
         plot.main(["x.png", "--versus", "--save_dir", str(project / "runs")])
 
