@@ -14,10 +14,6 @@ SHAPES = {  # flags, the dimension of all heads' keys, the hidden units of an ML
         "--dim 128 --num_heads 4 --num_kv_heads 2 --num_blocks 2 --context_size 64 --batch_size 8"
         " --mlp swiglu --untie --qk_norm", 64, 384
     ),
-    # Gradients outweigh activations.
-    "large": (
-        "--dim 256 --num_heads 4 --num_blocks 4 --context_size 16 --batch_size 4", 256, 1024
-    ),
 }  # fmt: skip
 
 
@@ -51,9 +47,6 @@ def test_benchmark(shape, kv_dim, mlp_dim, text, tmp_path):
     speeds = "tokens_per_second matrix_flops share_of_matrix_speed first_token_ms token_ms"
     for name in speeds.split():
         assert result[name] > 0, name
-    total = sum(result["parameters"].values())
-    assert f"parameters  {total:,}: {257 * D:,} embeddings, " in out
-    assert f"training    {result['tokens_per_second']:,.0f} tokens/s" in out
     assert not ids(tmp_path), "nothing is saved"
 
 
