@@ -99,7 +99,8 @@ def use_fast_blas():
     if "mlx.core" in sys.modules:
         return REFERENCE_BLAS  # too late: import main before MLX
     # Threads that spin while waiting lose their core to other programs just when work arrives: 7
-    # times slower. But a tenth of a millisecond, until the next product of a token that is decoded.
+    # times slower. A tenth of a millisecond does no harm, and in decoding the next product comes
+    # within it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     keep_freed_memory()
