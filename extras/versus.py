@@ -304,7 +304,8 @@ class Comparison:
         """
         printed = self.train(side, seed)
         if printed is None:
-            return Outcome(None, 0, 0, math.nan, math.nan, None)
+            nan = math.nan
+            return Outcome(id=None, parameters=0, steps=0, score=nan, ms_per_step=nan, text=None)
         with explained(f"the runs of {side.name} cannot be read", kind=RunError):
             run = re.search(r"^run +(\S+),", printed, re.MULTILINE).group(1)
             parameters = re.search(r"^model +(\S+) parameters", printed, re.MULTILINE).group(1)

@@ -203,7 +203,6 @@ def test_run_that_cannot_be_read_does_not_begin_again_unasked(line, folder):
     *_, last = err.splitlines()
     assert last == f"main.py: no checkpoint of {name} can be read: --new_model starts a new run"
     assert begin(*line, "--new_model")[:2] == (f"{name}.2", 0)
-    assert begin(*line, "--num_iters", 4)[:2] == (f"{name}.2", 3)
 
 
 # ---- Pruning ------------------------------------------------------------------------------------
