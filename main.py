@@ -2233,7 +2233,7 @@ def list_versions(flags, ranks):
     if on_gpu() or (fast and fast.has_bfloat16()):
         dtype = flags.dtype
     streams = 1
-    if not flags.gpu:
+    if not on_gpu():
         cores = fast.count_cores() if fast else os.cpu_count()  # fewer under taskset
         device += f", {cores} cores"
     if fast:

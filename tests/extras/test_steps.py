@@ -8,16 +8,9 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TEXT, TINY, run, run_extra, run_folder, saved
+from conftest import TINY, run, run_extra, run_folder, saved
 
 RUN = [*TINY, "--num_iters", 30, "--lr_warmup", 5, "--learning_rate", 1e-2, "--keep", 99]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 def ids_of_steps(folder):
