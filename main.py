@@ -127,7 +127,11 @@ def fast_version(plain):
 
 @dataclasses.dataclass
 class Config:
-    """The shape of a model; saved in checkpoints. Raises ValueError if the values conflict."""
+    """The shape of a model; saved in checkpoints. Raises ValueError if the values conflict.
+
+    A new field needs a default, as earlier checkpoints lack it, and, to be a flag, a row in
+    FLAGS["model"].
+    """
 
     vocab_size: int  # V
     context_size: int  # positions of a training window, and the capacity of a Cache
@@ -682,7 +686,8 @@ def linear(done, flags):
 
 
 # The choices of --lr_schedule: how much of the way from min_lr to learning_rate is left when a
-# share `done` of the cooldown, from 0 to 1, is over.
+# share `done` of the cooldown, from 0 to 1, is over. The start screen takes each but "constant" for
+# one that falls to min_lr.
 SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
 
 

@@ -54,6 +54,7 @@ def test_a_gpu_that_repeats(env, text, tmp_path, forgotten):
     *_, last = out.splitlines()
     assert last == "Exact here: system calls, GPU."
     assert out.count("\n   ") == 3 + 11 + 2
+    assert out.count("; struck: ") == 2
     assert is_verified(env, text, tmp_path)
     assert not list((tmp_path / "check").iterdir())
 
