@@ -361,14 +361,14 @@ def find(tmp_path):
 
 
 def test_folders_and_patterns(find, tmp_path, capsys):
-    assert find("") == "a|b|c|é", "in order, and nothing of the program's own"
+    assert find("") == "a|b|c|é"  # in order, and nothing of the program's own
     out = capsys.readouterr().out
     assert f"{tmp_path}: leaving out 3 files that are no UTF-8 text (.png, latin, .bin)" in out
-    assert find("*") == find(""), "a pattern is no other than a folder"
+    assert find("*") == find("")  # a pattern is no other than a folder
     assert find("sub") == "c|é"
-    assert find("sub/.x") == "no", "named by the user"
+    assert find("sub/.x") == "no"  # named by the user
     assert find("**/*.py", "b.md") == "c|b"
-    assert find("b.md", "a.txt", "*.md", "", "sub") == "b|a|c|é", "each once"
+    assert find("b.md", "a.txt", "*.md", "", "sub") == "b|a|c|é"  # each once
     # Checkpoints and corpora are no text, unless they are named outright.
     assert find("r*", "a.txt", "sub") == "a|c|é"
     assert find("runs/x-123456/log.csv", "data/ids") == "own|own"
