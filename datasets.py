@@ -290,6 +290,17 @@ def open_code_dir():
     return Path(folder)
 
 
+def use_compiler(folder, script):
+    """Makes MLX run a shell script as its g++: in a folder that comes first in PATH.
+
+    Where the script cannot be written, the real g++ is found.
+    """
+    with contextlib.suppress(OSError), replacing(folder / "g++") as file:
+        file.write(script.encode())
+        os.fchmod(file.fileno(), 0o700)
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
 def flock(file, mode=fcntl.LOCK_EX):
     """Locks an open file, or its descriptor, until it is closed, if the file system has locks.
 

@@ -5,7 +5,7 @@
     python main.py --inference       sample interactively from the newest checkpoint
     python main.py --help            every flag
 
-The research comes first: model, loss and optimizer, batches, evaluation, training, sampling. Below
+The research comes first: model, loss and optimizer, batches, training, evaluation, sampling. Below
 the banner OPERATIONS is what keeps a run safe and usable: checkpoints, models that a run begins
 with, interrupts, processes, reports, prompts, flags, setting up a run, commands. datasets.py turns
 text into token ids.
@@ -97,7 +97,7 @@ from datasets import UsageError, describe_tokenizer, discard, end_of_text, expla
 from datasets import load_dataset, make_writable, new_file, no_follow, number, one_line
 from datasets import open_code_dir, open_data_dir, printable, publish, remove_leftovers
 from datasets import repair_streams, replacing, run_command, sync, tokenizer_from_dict
-from datasets import tokenizer_name, user_path, utf8, without_comments, word
+from datasets import tokenizer_name, use_compiler, user_path, utf8, without_comments, word
 
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
 
@@ -833,114 +833,6 @@ def draw_dropout(iteration, rows, flags):
     return mx.array(rate), mx.array(keys)
 
 
-# ---- Evaluation ---------------------------------------------------------------------------------
-
-
-def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
-    """Mean loss in nats/token over all of `tokens` [N] but the first, each scored once.
-
-    Windows start `stride` tokens apart, at most a context; by default they do not overlap. Returns
-    None on a signal.
-    """
-    ranks = ranks or SingleProcess()
-    context_size = model.config.context_size
-    stride = stride or context_size
-    count = len(tokens) - 1  # number of targets
-
-    def loss(inputs, targets, weights):
-        return cross_entropy(model.model(inputs), model.head, targets, weights, training=False)
-
-    # Traced once, as all batches have the same shape. Without `inputs`, the compiled function
-    # would keep the weights as constants.
-    @partial(mx.compile, inputs=[model.state])
-    def score(*windows):
-        return over_streams(loss, *windows)
-
-    # [windows]; the first one that starts at `last` or later reaches the end of the text.
-    last = max(count - context_size, 0)
-    starts = np.arange(0, last + stride, stride)
-    batch_size = min(batch_size, len(starts))
-    # Windows that start at the end, where all weights are 0, pad the last batch.
-    missing = -len(starts) % batch_size
-    starts = np.append(starts, np.full(missing, count))
-    batches = starts.reshape(-1, batch_size)
-    nats = 0.0  # summed in 64 bits, as a Python float
-    received = None
-    for batch in batches[ranks.rank :: ranks.size]:
-        received = interrupts and interrupts.received
-        if received:
-            break
-        inputs, targets, weights = scored_windows(tokens, batch, context_size, stride)
-        nats += score(inputs, targets, weights).item()
-    nats = ranks.sum(nats)
-    received, _ = ranks.agree(received)
-    if received:
-        interrupts.received = received  # perhaps by another rank
-        return None
-    return nats / count
-
-
-def scored_windows(tokens, starts, context_size, stride):
-    """Inputs, targets and weights (1 or 0) of the windows at `starts` [B]: [B, L] int32 each."""
-    count = len(tokens) - 1  # number of targets
-    columns = np.arange(context_size)  # [L]
-    places = starts[:, None] + columns  # [B, L]
-    # Where windows overlap, tokens scored in the previous window do not count.
-    is_new = columns >= context_size - stride
-    is_first = starts[:, None] == 0
-    weights = (places < count) & (is_new | is_first)
-    places = np.minimum(places, count - 1)  # beyond the end any token will do: its weight is 0
-    return [mx.array(array, mx.int32) for array in (tokens[places], tokens[places + 1], weights)]
-
-
-def score_split(name, model, dataset, flags, interrupts=None, ranks=None):
-    """Prints the score of a whole split, unless a signal arrives."""
-    split = getattr(dataset, name)
-    count = len(split.tokens)
-    began = time.perf_counter()
-    nats = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
-    if nats is not None:
-        seconds = time.perf_counter() - began
-        if name == "train" and flags.train_tokens:
-            split = None
-        line = describe_score(name, nats, split, dataset.tokenizer)
-        line += f", {count / seconds:,.0f} tokens/s"
-        if flags.evaluate:
-            line += f" ({seconds:.1f} s, {1000 * seconds / count:.4f} ms per token)"
-        tqdm.write(line)
-
-
-def describe_score(name, nats, split, tokenizer, mark=""):
-    """A split's score, per token and in units that do not depend on the tokenizer.
-
-    split: None if its text is longer than its tokens, as with --train_tokens. mark: what is said of
-    the loss, such as " (best)".
-    """
-    unit = "word" if tokenizer.kind == "word" else "token"
-    line = f"{name} {nats:.4f} nats{mark}, perplexity {perplexity(nats):.2f} per {unit}"
-    if split is None:
-        return line
-    if tokenizer.kind not in ("word", "char", "byte"):
-        # For the whole split, extrapolated if `nats` is the score of its first tokens only.
-        total = nats * len(split.tokens)
-        of_words = perplexity(total / max(1, split.num_words))
-        line += f", {of_words:.2f} per word" if of_words < 1e6 else f", {of_words:.1e} per word"
-    line += f", {bits_per_byte(nats, split):.4f} bits per byte"
-    if tokenizer.unk is not None:
-        line += f", {split.num_unk / len(split.tokens):.2%} <unk>"
-    return line
-
-
-def perplexity(nats):
-    """The perplexity of a mean loss in nats."""
-    return math.exp(min(nats, 99))  # exp(710) would overflow
-
-
-def bits_per_byte(nats, split):
-    """Converts a mean loss in nats/token to bits per byte of the split's text."""
-    return nats / math.log(2) * len(split.tokens) / split.num_bytes
-
-
 # ---- Training -----------------------------------------------------------------------------------
 
 
@@ -955,6 +847,11 @@ class Progress:
     recent_steps: int = 0  # since the last report
     recent_loss: float = 0.0  # the sum of their losses
     recent_seconds: float = 0.0  # the time they took
+
+    @property
+    def score(self):
+        """The validation loss at its iteration in nats/token, or None."""
+        return dict(self.scores).get(self.iteration)
 
     def progress(self):
         """The fields above, {name: value}, also of a Run or a Checkpoint."""
@@ -989,11 +886,6 @@ class Run(Progress):
     def versions(self):
         """MLX, the device and the like, see list_versions."""
         return self.stretches[-1].versions
-
-    @property
-    def is_scored(self):
-        """Whether the current iteration has a score."""
-        return any(iteration == self.iteration for iteration, _ in self.scores)
 
     @property
     def epochs(self):
@@ -1141,12 +1033,12 @@ def train(run, interrupts, ranks):
     with contextlib.ExitStack() as stack:
         reporter = None  # the first rank alone saves and reports
         if ranks.rank == 0:
-            reporter = stack.enter_context(Reporter(run))
+            reporter = stack.enter_context(contextlib.closing(Reporter(run)))
         while True:
             # Evaluate, save, then sample. What is saved has its score, unless a signal ended the
             # evaluation; then it is scored when the run is resumed.
             received, is_time_up = ranks.agree(interrupts.received, run.seconds >= end_time)
-            if (run.is_score_due() or is_time_up) and not run.is_scored:
+            if (run.is_score_due() or is_time_up) and run.score is None:
                 score_run(run, interrupts, ranks, reporter)
             is_ended = is_time_up or run.iteration >= flags.num_iters or run.is_out_of_patience()
             if is_ended or received or run.is_save_due():
@@ -1166,7 +1058,8 @@ def train(run, interrupts, ranks):
                 if run.saved_iteration == run.iteration - 1:
                     prune(run)
                 reporter.report_step(run, metrics)
-    if reporter and run.is_scored:  # finite, so a step from the newest checkpoint would succeed
+    # It is finite, so a step from the newest checkpoint would succeed.
+    if reporter and run.score is not None:
         prune(run)
     if run.is_out_of_patience():
         tqdm.write(f"Stopped: no improvement in {flags.patience} evaluations (--patience).")
@@ -1252,6 +1145,114 @@ def save_and_sample(run, interrupts, reporter):
             text = "".join(sample.reply(prompt, flags, flags.seed, interrupts))
             if not interrupts.received:  # else it is cut short
                 reporter.report_sample(run, prompt, text)
+
+
+# ---- Evaluation ---------------------------------------------------------------------------------
+
+
+def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
+    """Mean loss in nats/token over all of `tokens` [N] but the first, each scored once.
+
+    Windows start `stride` tokens apart, at most a context; by default they do not overlap. Returns
+    None on a signal.
+    """
+    ranks = ranks or SingleProcess()
+    context_size = model.config.context_size
+    stride = stride or context_size
+    count = len(tokens) - 1  # number of targets
+
+    def loss(inputs, targets, weights):
+        return cross_entropy(model.model(inputs), model.head, targets, weights, training=False)
+
+    # Traced once, as all batches have the same shape. Without `inputs`, the compiled function
+    # would keep the weights as constants.
+    @partial(mx.compile, inputs=[model.state])
+    def score(*windows):
+        return over_streams(loss, *windows)
+
+    # [windows]; the first one that starts at `last` or later reaches the end of the text.
+    last = max(count - context_size, 0)
+    starts = np.arange(0, last + stride, stride)
+    batch_size = min(batch_size, len(starts))
+    # Windows that start at the end, where all weights are 0, pad the last batch.
+    missing = -len(starts) % batch_size
+    starts = np.append(starts, np.full(missing, count))
+    batches = starts.reshape(-1, batch_size)
+    nats = 0.0  # summed in 64 bits, as a Python float
+    received = None
+    for batch in batches[ranks.rank :: ranks.size]:
+        received = interrupts and interrupts.received
+        if received:
+            break
+        inputs, targets, weights = scored_windows(tokens, batch, context_size, stride)
+        nats += score(inputs, targets, weights).item()
+    nats = ranks.sum(nats)
+    received, _ = ranks.agree(received)
+    if received:
+        interrupts.received = received  # perhaps by another rank
+        return None
+    return nats / count
+
+
+def scored_windows(tokens, starts, context_size, stride):
+    """Inputs, targets and weights (1 or 0) of the windows at `starts` [B]: [B, L] int32 each."""
+    count = len(tokens) - 1  # number of targets
+    columns = np.arange(context_size)  # [L]
+    places = starts[:, None] + columns  # [B, L]
+    # Where windows overlap, tokens scored in the previous window do not count.
+    is_new = columns >= context_size - stride
+    is_first = starts[:, None] == 0
+    weights = (places < count) & (is_new | is_first)
+    places = np.minimum(places, count - 1)  # beyond the end any token will do: its weight is 0
+    return [mx.array(array, mx.int32) for array in (tokens[places], tokens[places + 1], weights)]
+
+
+def score_split(name, model, dataset, flags, interrupts=None, ranks=None):
+    """Prints the score of a whole split, unless a signal arrives."""
+    split = getattr(dataset, name)
+    count = len(split.tokens)
+    began = time.perf_counter()
+    nats = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
+    if nats is not None:
+        seconds = time.perf_counter() - began
+        if name == "train" and flags.train_tokens:
+            split = None
+        line = describe_score(name, nats, split, dataset.tokenizer)
+        line += f", {count / seconds:,.0f} tokens/s"
+        if flags.evaluate:
+            line += f" ({seconds:.1f} s, {1000 * seconds / count:.4f} ms per token)"
+        tqdm.write(line)
+
+
+def describe_score(name, nats, split, tokenizer, mark=""):
+    """A split's score, per token and in units that do not depend on the tokenizer.
+
+    split: None if its text is longer than its tokens, as with --train_tokens. mark: what is said of
+    the loss, such as " (best)".
+    """
+    unit = "word" if tokenizer.kind == "word" else "token"
+    line = f"{name} {nats:.4f} nats{mark}, perplexity {perplexity(nats):.2f} per {unit}"
+    if split is None:
+        return line
+    if tokenizer.kind not in ("word", "char", "byte"):
+        # For the whole split, extrapolated if `nats` is the score of its first tokens only.
+        total = nats * len(split.tokens)
+        of_words = perplexity(total / max(1, split.num_words))
+        line += f", {of_words:.2f} per word" if of_words < 1e6 else f", {of_words:.1e} per word"
+    line += f", {bits_per_byte(nats, split):.4f} bits per byte"
+    if tokenizer.unk is not None:
+        line += f", {split.num_unk / len(split.tokens):.2%} <unk>"
+    return line
+
+
+def perplexity(nats):
+    """The perplexity of a mean loss in nats."""
+    return math.exp(min(nats, 99))  # exp(710) would overflow
+
+
+def bits_per_byte(nats, split):
+    """Converts a mean loss in nats/token to bits per byte of the split's text."""
+    return nats / math.log(2) * len(split.tokens) / split.num_bytes
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -1507,7 +1508,6 @@ class Conversation:
 # Version of the .metadata format; increment it when another main.py could misread it.
 FORMAT_VERSION = 5
 SHA1 = re.compile("[0-9a-f]{40}")
-RUN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a run's folder
 NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check the flags"
 
 
@@ -1534,11 +1534,6 @@ class Checkpoint(Progress):
     def run(self):
         """The name of its run."""
         return self.folder.name
-
-    @property
-    def score(self):
-        """The validation loss at its iteration in nats/token, or None."""
-        return dict(self.scores).get(self.iteration)
 
     @property
     def is_complete(self):
@@ -1752,13 +1747,9 @@ def list_checkpoints(save_dir, warn=False):
             raise UsageError(
                 f"--save_dir {save_dir} is the folder of a run: name the one that it lies in"
             )
-        if not path.is_dir() or path.is_symlink():
-            continue
-        if RUN_NAME.fullmatch(path.name):
+        # A terminal might act on other names.
+        if path.is_dir() and not path.is_symlink() and path.name.isprintable():
             checkpoints += list_run(path, warn)
-        elif warn and any(path.glob("*.safetensors")):
-            line = f"Skipping {path.name!a}: rename it to letters, digits, and _ . - between them"
-            print(line, file=sys.stderr)
     return sorted(checkpoints, key=saved_order, reverse=True)
 
 
@@ -1960,7 +1951,7 @@ def divergence_error(run, what, iteration):
     earlier = [each for each in list_run(run.folder) if each.iteration < iteration]
     remedy = "start over with --new_model"
     if earlier:
-        remedy = f"go back with {command(run.flags, '--identifier', earlier[0].id[:12])}"
+        remedy = f"go back with {command(run.flags, earlier[0].id[:12])}"
     return RunError(
         f"the {what} is not finite: choose a lower --learning_rate or --grad_clip, and {remedy}"
     )
@@ -2202,7 +2193,7 @@ def use_device(gpu):
     elif fast:
         fast.use_cpu()
     elif not gpu:
-        protect_compiler(open_code_dir())
+        use_compiler(open_code_dir(), COMPILER_SCRIPT)
 
 
 # The g++ that MLX runs. A terminal's Ctrl+C reaches it, too, and would end it within a step.
@@ -2210,14 +2201,6 @@ COMPILER_SCRIPT = """#!/bin/sh
 trap '' INT TERM HUP USR1 USR2 XCPU
 PATH=${PATH#*:} exec g++ "$@"
 """
-
-
-def protect_compiler(folder):
-    """Puts COMPILER_SCRIPT into a folder, and that first into PATH; without it, g++ is found."""
-    with contextlib.suppress(OSError), replacing(folder / "g++") as script:
-        script.write(COMPILER_SCRIPT.encode())
-        os.fchmod(script.fileno(), 0o700)
-    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def bfloat16_products(wanted):
@@ -2264,17 +2247,13 @@ def proof_of_gpu(versions):
 def hash_code(flags):
     """The SHA1 of the code that computes a run's weights; comments and docstrings do not count.
 
-    That is this file from "Model" to "Training", but for "Evaluation". flags: the run's,
+    That is this file from "Model" up to "Evaluation". flags: the run's,
     {name: value}.
     """
     source = (HERE / "main.py").read_text("utf-8")
-    research, _, _ = source.partition("# ---- Sampling")
-    _, *sections = re.split(r"^# ---- ", research, flags=re.MULTILINE)
-    sources = []
-    for section in sections:
-        title, _, code = section.partition("\n")
-        if not title.startswith("Evaluation"):
-            sources.append(code)
+    begin = source.index("# ---- Model")
+    end = source.index("# ---- Evaluation")
+    sources = [source[begin:end]]
     for name, is_used in (("lora", flags["lora_rank"]), ("distil", flags["teacher"])):
         path = HERE / "extras" / f"{name}.py"
         if is_used and path.exists():  # a student can be sampled from without it
@@ -2319,10 +2298,7 @@ class Reporter:
         if run.flags.report_to:
             self.dashboards = extra("report").Dashboards(run)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
+    def close(self):
         self.bar.close()
         if self.dashboards:
             self.dashboards.close()
@@ -2420,7 +2396,7 @@ class Log:
         self.path = run.folder / "log.csv"
         self.columns = []  # of the file; none before it is rewritten
         # What is kept of earlier processes: up to this iteration, with or without its score.
-        self.end = (run.iteration, run.is_scored)
+        self.end = (run.iteration, run.score is not None)
 
     def append(self, row):
         """Adds a row, {name: value}. Raises OSError; then the next row rewrites the file."""
@@ -2571,7 +2547,7 @@ def describe_resume(checkpoint, run):
         yield "The learning rate and dropout schedules now stretch to --num_iters."
     before = checkpoint.stretches[-1]
     if before.code != run.stretches[-1].code:
-        yield "The code that trains was edited since the checkpoint (main.py up to Sampling)."
+        yield "The code that trains was edited since the checkpoint (main.py up to Evaluation)."
     changes = describe_changes(before.versions, run.versions)
     if changes:
         yield f"Environment changed ({changes}): resume may not be bit-exact."
@@ -2592,20 +2568,19 @@ COMMANDS = """/reset   forget the conversation
 /quit    exit, as Ctrl+D does; Ctrl+C stops a reply"""
 
 
-def sample_from(model, contents, flags, draft):
+def sample_from(model, contents, flags):
     """Runs --inference or --prompt with a checkpoint's model.
 
-    draft: the Source of --draft, or None. The model's text goes to stdout, messages about it to
-    stderr. Raises UsageError.
+    The model's text goes to stdout, messages about it to stderr. Raises UsageError.
     """
     tokenizer = contents.tokenizer
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=flags.gpu)
-    draft_model = None
-    if draft:
-        draft_model = draft.model
-        same_tokenizer = draft.tokenizer.to_dict() == tokenizer.to_dict()
-        same_rows = draft_model.config.vocab_size == model.config.vocab_size  # one may be padded
+    draft = None
+    if flags.draft:
+        draft, its_tokenizer, *_ = open_model(flags.save_dir, flags.draft, "draft")
+        same_tokenizer = its_tokenizer.to_dict() == tokenizer.to_dict()
+        same_rows = draft.config.vocab_size == model.config.vocab_size  # one may be padded
         if not (same_tokenizer and same_rows):  # ids must mean the same text
             raise UsageError(
                 f"--draft {flags.draft} has a different tokenizer than "
@@ -2615,9 +2590,9 @@ def sample_from(model, contents, flags, draft):
     # the only line on stderr.
     announce(contents.checkpoint)
     if flags.inference:
-        converse(tokenizer, model, draft_model, flags)
+        converse(tokenizer, model, draft, flags)
     else:
-        print_samples(tokenizer, model, draft_model, flags)
+        print_samples(tokenizer, model, draft, flags)
 
 
 def print_samples(tokenizer, model, draft, flags):
@@ -2705,7 +2680,6 @@ class Flag(NamedTuple):
     convert: object  # turns what is typed into the value, or raises ValueError; bool: a switch
     help: str
     also: str = ""  # its names in other programs, where meaning and unit are the same
-    several: bool = False  # it takes several values
 
 
 def one_of(choices):
@@ -2763,8 +2737,8 @@ FLAGS = {}
 
 FLAGS["data"] = {
     "dataset": Flag("ptb", one_of([*CORPORA]), "training corpus", "dataset_name"),
-    "text": Flag([], word, "train on your own files, folders, glob patterns", several=True),
-    "valid_text": Flag([], word, "validation files (default: a share of --text)", several=True),
+    "text": Flag([], word, "train on your own files, folders, glob patterns"),
+    "valid_text": Flag([], word, "validation files (default: a share of --text)"),
     "valid_fraction": Flag(
         0.1, number(float, 0.001, 0.5), "share of --text held out", "val_fraction val_split"
     ),
@@ -2873,10 +2847,10 @@ FLAGS["run"] = {
     "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best", "save_total_limit"),
     "eval_tokens": Flag(100000, COUNT, "validation tokens per evaluation; 0: all"),
     "eval_test": Flag(False, bool, "evaluate on the test split at the end"),
-    "test_text": Flag([], word, "test files, beside --text", several=True),
+    "test_text": Flag([], word, "test files, beside --text"),
     "report_to": Flag(None, dashboards, "tensorboard, wandb, or both with a comma; none"),
     "sample_prompt": Flag(
-        [], str, "what to continue after each save (default: the start of a text)", several=True
+        [], str, "what to continue after each save (default: the start of a text)"
     ),
     "sample_tokens": Flag(None, COUNT, "tokens of these samples; 0: none (default: max_tokens)"),
     "grad_checkpoint": Flag(
@@ -2950,7 +2924,7 @@ NOT_HERE = {
 
 ROWS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
 DEFAULTS = {name: row.default for name, row in ROWS.items()}
-SEVERAL = [name for name, row in ROWS.items() if row.several]
+SEVERAL = [name for name, default in DEFAULTS.items() if default == []]  # take several values
 FIXED = [*FLAGS["data"], *FLAGS["model"], *FLAGS["start"]]
 SHAPING = [*FIXED, *FLAGS["training"]]
 SAVED = [*SHAPING, *FLAGS["run"]]
@@ -2989,7 +2963,7 @@ def add_flags(group, rows):
             options = {"action": "store_true"} if row.convert is bool else options
         elif row.convert is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        elif row.several:
+        elif name in SEVERAL:
             options |= {"nargs": "+", "action": "extend"}  # `--text a --text b` names both
         default = f" (default: {row.default})" if row.default else ""
         place = modes if name in MODES else group
@@ -3014,11 +2988,13 @@ def parse(arguments):
 
 
 def arguments_of(values):
-    """{flag: value} as command-line arguments."""
+    """{flag: value} as command-line arguments. Raises ValueError for a list within a value."""
     arguments = []
     for name, value in values.items():
         is_list = isinstance(value, list) and name in SEVERAL
         for each in value if is_list else [value]:
+            if isinstance(each, (list, dict)):  # by YAML's aliases, perhaps a billion words
+                raise ValueError(f"{name} has a list or a mapping instead of a value")
             if isinstance(each, bool):
                 arguments.append(f"--{name}" if each else f"--no-{name}")
             elif each is not None:
@@ -3069,10 +3045,6 @@ def read_config(name):
             for repeated in values.keys() & section.keys():
                 raise ValueError(f"{repeated} stands in it twice")
             values |= section
-        for value in values.values():
-            for each in value if isinstance(value, list) else [value]:
-                if isinstance(each, (list, dict)):  # by aliases, it can stand for a billion words
-                    raise ValueError("it has a list or a mapping within another")
         flags = parse([utf8(argument) for argument in arguments_of(values)])
         if "config" in flags:
             raise ValueError("it names another file")
@@ -3091,14 +3063,14 @@ def read_yaml(path, loader="SafeLoader"):
     return yaml.load(path.read_text("utf-8"), getattr(yaml, loader))
 
 
-def settle(given, saved=None, decided=None):
+def settle(given, saved=None):
     """The flags of a command or a run, as a Namespace. Only this function sets them.
 
     given: those that the command sets, which stay in the attribute `given`; saved: those of the
-    checkpoint that it resumes; decided: those that its models determine. What none of them sets
-    has its default; a default of None that depends on other flags is filled in.
+    checkpoint that it resumes, or that a new run's models decide. What neither sets has its
+    default; a default of None that depends on other flags is filled in.
     """
-    flags = argparse.Namespace(**DEFAULTS | (saved or {}) | given | (decided or {}))
+    flags = argparse.Namespace(**DEFAULTS | (saved or {}) | given)
     flags.given = given
     flags.save_dir = Path(user_path(flags.save_dir))
     for name in {"text", "valid_text", "test_text"} & {*given}:  # those saved are absolute
@@ -3136,19 +3108,20 @@ def absolute(path):
 def notice_useless(flags):
     """Yields a line that names the flags given that have no effect beside the others, if any."""
     decays = flags.lr_schedule != "constant"
+    samples = flags.inference or flags.prompt is not None
     has_effect = {
         "min_lr": decays,
         "lr_cooldown": decays,
-        "valid_fraction": bool(flags.text),
-        "text_field": bool(flags.text),
+        "valid_fraction": flags.text,
+        "text_field": flags.text,
         "vocab_size": flags.tokenizer == "bpe" and not (flags.init_from or flags.teacher),
         "embedding_decay": not flags.lora_rank,
-        "lora_alpha": bool(flags.lora_rank),
-        "teacher_weight": bool(flags.teacher),
-        "teacher_temperature": bool(flags.teacher),
-        "draft": flags.inference or flags.prompt is not None,
-        "quantize": flags.inference or flags.prompt is not None or bool(flags.evaluate),
-        "eval_stride": bool(flags.evaluate) or flags.eval_test,
+        "lora_alpha": flags.lora_rank,
+        "teacher_weight": flags.teacher,
+        "teacher_temperature": flags.teacher,
+        "draft": samples,
+        "quantize": samples or flags.evaluate,
+        "eval_stride": flags.evaluate or flags.eval_test,
         "eval_tokens": not flags.evaluate,
     }
     useless = [name for name in has_effect if name in flags.given and not has_effect[name]]
@@ -3156,9 +3129,9 @@ def notice_useless(flags):
         yield f"No effect here: --{', --'.join(useless)}."
 
 
-def command(flags, *words):
-    """A command line with these words that works when pasted: with this one's folders."""
-    parts = ["python", "main.py", *words]
+def command(flags, identifier):
+    """The command that goes on with a run or a checkpoint, in this one's folders."""
+    parts = ["python", "main.py", "--identifier", identifier]
     for name in ("save_dir", "data_dir"):
         if name in flags.given:
             parts += [f"--{name}", flags.given[name]]
@@ -3305,8 +3278,8 @@ def choose(candidates, flags, dataset, start):
     if candidates and (start or not candidates[0].is_complete):
         run = candidates[0].run
         raise UsageError(
-            f"{run} was trained by other code than main.py has now, up to Sampling: go on with this"
-            f" code by {command(flags, '--identifier', run)}, or begin a new run by --new_model"
+            f"{run} was trained by other code than main.py has now, up to Evaluation: go on with "
+            f"this code by {command(flags, run)}, or begin a new run by --new_model"
         )
     return None
 
@@ -3367,7 +3340,7 @@ def describe_other(other, flags):
     has = ", ".join(found[:5]) or "another text, or was trained by other code"
     return (
         f"Starting a new run: {other.run} has {has}. "
-        f"To resume that one: {command(flags, '--identifier', other.run)}"
+        f"To resume that one: {command(flags, other.run)}"
     )
 
 
@@ -3495,22 +3468,19 @@ def memory_size():
 
 def limits_of_control_groups():
     """The files that may limit a container's or a job's memory; only Linux has them."""
-    groups = {Path("/")}
+    root = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text("utf-8").splitlines():
-            group = Path(line.split(":", 2)[2])  # as in "0::/user.slice/job.scope"
-            groups |= {group, *group.parents}
-    root = Path("/sys/fs/cgroup")
-    for group in groups:
-        below = group.relative_to("/")
-        yield root / below / "memory.max"
-        yield root / "memory" / below / "memory.limit_in_bytes"  # version 1
+            group = Path(line.split(":", 2)[2].lstrip("/"))  # as in "0::/user.slice/job.scope"
+            for below in (group, *group.parents):
+                yield root / below / "memory.max"
+                yield root / "memory" / below / "memory.limit_in_bytes"  # version 1
 
 
 def begin(flags):
     """What a new run begins with: its models, {flag: Source}, its flags and its dataset."""
     models = open_models(flags)
-    flags = settle(flags.given, decided=decided_by(models, flags))
+    flags = settle(flags.given, decided_by(models, flags))
     tokenizer = None
     if models:
         tokenizer = next(iter(models.values())).tokenizer
@@ -3736,15 +3706,12 @@ def announce(checkpoint):
 
 def use_checkpoint(flags):
     """Samples from a checkpoint or scores it."""
-    draft = None
     contents = open_for_use(flags)
     model = contents.load_model()
-    if flags.draft:
-        draft = open_model(flags.save_dir, flags.draft, "draft")
     if flags.evaluate:
         score_checkpoint(model, contents, flags)
     else:
-        sample_from(model, contents, flags, draft)
+        sample_from(model, contents, flags)
 
 
 def score_checkpoint(model, contents, flags):
@@ -3784,7 +3751,7 @@ def describe_end(run, received):
     if run.checkpoint_id is None:
         return f"Stopped at iteration {run.iteration:,}; nothing was saved yet."
     flags = run.flags
-    again = command(flags, "--identifier", run.folder.name)
+    again = command(flags, run.folder.name)
     trained = f"{plural(run.iteration, 'iteration')} in {tqdm.format_interval(run.seconds)}"
     if run.scores:
         iteration, nats = min(run.scores, key=lambda score: score[1])
@@ -3816,30 +3783,26 @@ def execute(argv, ranks):
     return train_run(flags, ranks)
 
 
-def explain_mlx_error(error):
-    """A line for a RuntimeError of MLX that the user can fix; None for any other."""
-    text = str(error)
-    if re.search("malloc|out of memory|insufficient memory", text, re.IGNORECASE):
-        reason = one_line(error)[:200]
-        return f"out of memory ({reason}): give a smaller --batch_size or --context_size"
-    if re.search(r"(\)|execution) failed|Cache thrashing", text):
-        reason = one_line(error)[:200]
-        return (
-            f"the GPU has failed ({reason}): rerun the command to resume from the last checkpoint; "
-            "if it fails again, with a smaller --batch_size"
-        )
-    if "start new thread" in text or "Resource temporarily unavailable" in text:
-        return f"no thread can be started: raise the limit of processes, ulimit -u ({text})"
-    if re.search("xcrun|xcode-select", text):
-        return "MLX cannot compile for the CPU of this Mac: xcode-select --install, or add --gpu"
-    if re.match(r"\[Compile|filesystem error|Could not load C\+\+", text):
-        _, _, output = text.rpartition("the output is: ")  # of the compiler, if it ran
-        reason = one_line(" ".join(output.splitlines()[-2:]))
-        return (
-            f"MLX cannot compile in {open_code_dir()}: set XDG_CACHE_HOME to a folder of yours "
-            f"with free space, where programs may run ({reason})"
-        )
-    return None
+# {a pattern in a RuntimeError of MLX that the user can fix: what to say}. The first one counts.
+MLX_ERRORS = {
+    "(?i)malloc|out of memory|insufficient memory": (
+        "out of memory: give a smaller --batch_size or --context_size"
+    ),
+    r"(\)|execution) failed|Cache thrashing": (
+        "the GPU has failed: rerun the command to resume from the last checkpoint; if it fails "
+        "again, with a smaller --batch_size"
+    ),
+    "start new thread|Resource temporarily unavailable": (
+        "no thread can be started: raise the limit of processes, ulimit -u"
+    ),
+    "xcrun|xcode-select": (
+        "MLX cannot compile for the CPU of this Mac: xcode-select --install, or add --gpu"
+    ),
+    r"^\[Compile|^filesystem error|^Could not load C\+\+": (
+        "MLX cannot compile: set XDG_CACHE_HOME to a folder of yours with free space, where "
+        "programs may run"
+    ),
+}
 
 
 def explained_by_mlx(function, *arguments):
@@ -3847,10 +3810,12 @@ def explained_by_mlx(function, *arguments):
     try:
         return function(*arguments)
     except RuntimeError as error:
-        line = explain_mlx_error(error)
-        if not line:
-            raise  # a bug in this program
-        raise RunError(line) from None
+        reason = one_line(error)
+        for pattern, line in MLX_ERRORS.items():
+            if re.search(pattern, reason):
+                # At its end is what a compiler said.
+                raise RunError(f"{line} ({reason[-200:]})") from None
+        raise  # a bug in this program
 
 
 def run_ranks(argv):

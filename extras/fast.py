@@ -47,7 +47,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import UsageError, flock, open_code_dir, remove_leftovers, replacing
+from datasets import UsageError, flock, open_code_dir, remove_leftovers, replacing, use_compiler
 
 # The SHA1s of main.py's functions that those below stand for, without their comments. Where a test
 # finds that a plain function has changed, compare the two, then enter its new SHA1.
@@ -714,21 +714,17 @@ def use_precompiled_header():
     about = [mx.__version__, compiler, status.st_size, status.st_mtime_ns]
     folder = code_dir / f"compiler-{key_of([*about, COMPILER_SCRIPT, MLX_OPTIONS, OWN_OPTIONS])}"
     header = folder / f"{PREAMBLE}.gch"
-    script = folder / "g++"
     include = Path(mx.__file__).parent / "include"
     options = [*MLX_OPTIONS, *OWN_OPTIONS, "-I", include, "-x", "c++-header"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # as on a full disk
         header.parent.mkdir(parents=True, exist_ok=True)
         compile_once(header, [compiler, *options, include / PREAMBLE])
-        with replacing(script) as file:
-            text = COMPILER_SCRIPT.format(
-                compiler=shlex.quote(compiler),
-                folder=shlex.quote(str(folder)),
-                options=shlex.join(OWN_OPTIONS),
-            )
-            file.write(text.encode())
-            os.fchmod(file.fileno(), 0o700)
-        os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        script = COMPILER_SCRIPT.format(
+            compiler=shlex.quote(compiler),
+            folder=shlex.quote(str(folder)),
+            options=shlex.join(OWN_OPTIONS),
+        )
+        use_compiler(folder, script)
 
 
 # ---- Streams: each CPU stream of MLX is a thread ------------------------------------------------

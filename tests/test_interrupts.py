@@ -165,8 +165,8 @@ def test_a_compiler_that_fails(tmp_path, text):
     line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
     env = {"PATH": path, "XDG_CACHE_HOME": str(tmp_path)}
     _, err = run(*line, env=env, status=1)
-    assert err.startswith(f"main.py: MLX cannot compile in {tmp_path}/transformer-lm/code-")
-    assert "set XDG_CACHE_HOME to a folder of yours" in err and "No space left" in err
+    assert err.startswith("main.py: MLX cannot compile: set XDG_CACHE_HOME to a folder of yours")
+    assert "No space left" in err
     assert err.count("\n") == 1
 
 

@@ -192,8 +192,8 @@ MISTAKES = [
     ("--config sections.yaml", "unrecognized arguments: --use_lora", "--lora_rank 8 trains"),
     ("--config other.yaml", "it names another file", "like dim: 8"),
     ("--config twice.yaml", "dim stands in it twice", "like dim: 8"),
-    ("--config two.yaml", "--dim: invalid whole number value", "like dim: 8"),
-    ("--config nested.yaml", "a list or a mapping within another", "like dim: 8"),
+    ("--config two.yaml", "dim has a list or a mapping instead of a value", "like dim: 8"),
+    ("--config nested.yaml", "dim has a list or a mapping instead of a value", "like dim: 8"),
     ("--config long.yaml", "longer than 1,048,576 bytes", "like dim: 8"),
     *[(f"--config {name}", name, "YAML file of flags like dim: 8") for name in NO_FLAGS],
     # Models of others
