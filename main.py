@@ -2247,13 +2247,13 @@ def proof_of_gpu(versions):
 def hash_code(flags):
     """The SHA1 of the code that computes a run's weights; comments and docstrings do not count.
 
-    That is this file from "Model" up to "Evaluation". flags: the run's,
-    {name: value}.
+    That is this file from "Model" up to "Evaluation"; without these titles, all of it. flags: the
+    run's, {name: value}.
     """
     source = (HERE / "main.py").read_text("utf-8")
-    begin = source.index("# ---- Model")
-    end = source.index("# ---- Evaluation")
-    sources = [source[begin:end]]
+    before, _, _ = source.partition("# ---- Evaluation")
+    _, _, code = before.partition("# ---- Model")
+    sources = [code or before]
     for name, is_used in (("lora", flags["lora_rank"]), ("distil", flags["teacher"])):
         path = HERE / "extras" / f"{name}.py"
         if is_used and path.exists():  # a student can be sampled from without it
