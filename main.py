@@ -5,7 +5,7 @@
     python main.py --inference       sample interactively from the newest checkpoint
     python main.py --help            every flag
 
-The research comes first: model, loss and optimizer, batches, training, evaluation, sampling. Below
+The research comes first: model, loss and optimizer, batches, training, sampling, evaluation. Below
 the banner OPERATIONS is what keeps a run safe and usable: checkpoints, models that a run begins
 with, interrupts, processes, reports, prompts, flags, setting up a run, commands. datasets.py turns
 text into token ids.
@@ -1147,114 +1147,6 @@ def save_and_sample(run, interrupts, reporter):
                 reporter.report_sample(run, prompt, text)
 
 
-# ---- Evaluation ---------------------------------------------------------------------------------
-
-
-def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
-    """Mean loss in nats/token over all of `tokens` [N] but the first, each scored once.
-
-    Windows start `stride` tokens apart, at most a context; by default they do not overlap. Returns
-    None on a signal.
-    """
-    ranks = ranks or SingleProcess()
-    context_size = model.config.context_size
-    stride = stride or context_size
-    count = len(tokens) - 1  # number of targets
-
-    def loss(inputs, targets, weights):
-        return cross_entropy(model.model(inputs), model.head, targets, weights, training=False)
-
-    # Traced once, as all batches have the same shape. Without `inputs`, the compiled function
-    # would keep the weights as constants.
-    @partial(mx.compile, inputs=[model.state])
-    def score(*windows):
-        return over_streams(loss, *windows)
-
-    # [windows]; the first one that starts at `last` or later reaches the end of the text.
-    last = max(count - context_size, 0)
-    starts = np.arange(0, last + stride, stride)
-    batch_size = min(batch_size, len(starts))
-    # Windows that start at the end, where all weights are 0, pad the last batch.
-    missing = -len(starts) % batch_size
-    starts = np.append(starts, np.full(missing, count))
-    batches = starts.reshape(-1, batch_size)
-    nats = 0.0  # summed in 64 bits, as a Python float
-    received = None
-    for batch in batches[ranks.rank :: ranks.size]:
-        received = interrupts and interrupts.received
-        if received:
-            break
-        inputs, targets, weights = scored_windows(tokens, batch, context_size, stride)
-        nats += score(inputs, targets, weights).item()
-    nats = ranks.sum(nats)
-    received, _ = ranks.agree(received)
-    if received:
-        interrupts.received = received  # perhaps by another rank
-        return None
-    return nats / count
-
-
-def scored_windows(tokens, starts, context_size, stride):
-    """Inputs, targets and weights (1 or 0) of the windows at `starts` [B]: [B, L] int32 each."""
-    count = len(tokens) - 1  # number of targets
-    columns = np.arange(context_size)  # [L]
-    places = starts[:, None] + columns  # [B, L]
-    # Where windows overlap, tokens scored in the previous window do not count.
-    is_new = columns >= context_size - stride
-    is_first = starts[:, None] == 0
-    weights = (places < count) & (is_new | is_first)
-    places = np.minimum(places, count - 1)  # beyond the end any token will do: its weight is 0
-    return [mx.array(array, mx.int32) for array in (tokens[places], tokens[places + 1], weights)]
-
-
-def score_split(name, model, dataset, flags, interrupts=None, ranks=None):
-    """Prints the score of a whole split, unless a signal arrives."""
-    split = getattr(dataset, name)
-    count = len(split.tokens)
-    began = time.perf_counter()
-    nats = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
-    if nats is not None:
-        seconds = time.perf_counter() - began
-        if name == "train" and flags.train_tokens:
-            split = None
-        line = describe_score(name, nats, split, dataset.tokenizer)
-        line += f", {count / seconds:,.0f} tokens/s"
-        if flags.evaluate:
-            line += f" ({seconds:.1f} s, {1000 * seconds / count:.4f} ms per token)"
-        tqdm.write(line)
-
-
-def describe_score(name, nats, split, tokenizer, mark=""):
-    """A split's score, per token and in units that do not depend on the tokenizer.
-
-    split: None if its text is longer than its tokens, as with --train_tokens. mark: what is said of
-    the loss, such as " (best)".
-    """
-    unit = "word" if tokenizer.kind == "word" else "token"
-    line = f"{name} {nats:.4f} nats{mark}, perplexity {perplexity(nats):.2f} per {unit}"
-    if split is None:
-        return line
-    if tokenizer.kind not in ("word", "char", "byte"):
-        # For the whole split, extrapolated if `nats` is the score of its first tokens only.
-        total = nats * len(split.tokens)
-        of_words = perplexity(total / max(1, split.num_words))
-        line += f", {of_words:.2f} per word" if of_words < 1e6 else f", {of_words:.1e} per word"
-    line += f", {bits_per_byte(nats, split):.4f} bits per byte"
-    if tokenizer.unk is not None:
-        line += f", {split.num_unk / len(split.tokens):.2%} <unk>"
-    return line
-
-
-def perplexity(nats):
-    """The perplexity of a mean loss in nats."""
-    return math.exp(min(nats, 99))  # exp(710) would overflow
-
-
-def bits_per_byte(nats, split):
-    """Converts a mean loss in nats/token to bits per byte of the split's text."""
-    return nats / math.log(2) * len(split.tokens) / split.num_bytes
-
-
 # ---- Sampling -----------------------------------------------------------------------------------
 # First functions of logits [B, V], then token-by-token decoding.
 
@@ -1483,6 +1375,114 @@ class Conversation:
     def describe_speed(self):
         """Tokens per second of the last reply, and how often a draft was accepted."""
         return f"{self.speed:,.1f} tokens/s{self.decoder.describe_draft()}"
+
+
+# ---- Evaluation ---------------------------------------------------------------------------------
+
+
+def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
+    """Mean loss in nats/token over all of `tokens` [N] but the first, each scored once.
+
+    Windows start `stride` tokens apart, at most a context; by default they do not overlap. Returns
+    None on a signal.
+    """
+    ranks = ranks or SingleProcess()
+    context_size = model.config.context_size
+    stride = stride or context_size
+    count = len(tokens) - 1  # number of targets
+
+    def loss(inputs, targets, weights):
+        return cross_entropy(model.model(inputs), model.head, targets, weights, training=False)
+
+    # Traced once, as all batches have the same shape. Without `inputs`, the compiled function
+    # would keep the weights as constants.
+    @partial(mx.compile, inputs=[model.state])
+    def score(*windows):
+        return over_streams(loss, *windows)
+
+    # [windows]; the first one that starts at `last` or later reaches the end of the text.
+    last = max(count - context_size, 0)
+    starts = np.arange(0, last + stride, stride)
+    batch_size = min(batch_size, len(starts))
+    # Windows that start at the end, where all weights are 0, pad the last batch.
+    missing = -len(starts) % batch_size
+    starts = np.append(starts, np.full(missing, count))
+    batches = starts.reshape(-1, batch_size)
+    nats = 0.0  # summed in 64 bits, as a Python float
+    received = None
+    for batch in batches[ranks.rank :: ranks.size]:
+        received = interrupts and interrupts.received
+        if received:
+            break
+        inputs, targets, weights = scored_windows(tokens, batch, context_size, stride)
+        nats += score(inputs, targets, weights).item()
+    nats = ranks.sum(nats)
+    received, _ = ranks.agree(received)
+    if received:
+        interrupts.received = received  # perhaps by another rank
+        return None
+    return nats / count
+
+
+def scored_windows(tokens, starts, context_size, stride):
+    """Inputs, targets and weights (1 or 0) of the windows at `starts` [B]: [B, L] int32 each."""
+    count = len(tokens) - 1  # number of targets
+    columns = np.arange(context_size)  # [L]
+    places = starts[:, None] + columns  # [B, L]
+    # Where windows overlap, tokens scored in the previous window do not count.
+    is_new = columns >= context_size - stride
+    is_first = starts[:, None] == 0
+    weights = (places < count) & (is_new | is_first)
+    places = np.minimum(places, count - 1)  # beyond the end any token will do: its weight is 0
+    return [mx.array(array, mx.int32) for array in (tokens[places], tokens[places + 1], weights)]
+
+
+def score_split(name, model, dataset, flags, interrupts=None, ranks=None):
+    """Prints the score of a whole split, unless a signal arrives."""
+    split = getattr(dataset, name)
+    count = len(split.tokens)
+    began = time.perf_counter()
+    nats = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
+    if nats is not None:
+        seconds = time.perf_counter() - began
+        if name == "train" and flags.train_tokens:
+            split = None
+        line = describe_score(name, nats, split, dataset.tokenizer)
+        line += f", {count / seconds:,.0f} tokens/s"
+        if flags.evaluate:
+            line += f" ({seconds:.1f} s, {1000 * seconds / count:.4f} ms per token)"
+        tqdm.write(line)
+
+
+def describe_score(name, nats, split, tokenizer, mark=""):
+    """A split's score, per token and in units that do not depend on the tokenizer.
+
+    split: None if its text is longer than its tokens, as with --train_tokens. mark: what is said of
+    the loss, such as " (best)".
+    """
+    unit = "word" if tokenizer.kind == "word" else "token"
+    line = f"{name} {nats:.4f} nats{mark}, perplexity {perplexity(nats):.2f} per {unit}"
+    if split is None:
+        return line
+    if tokenizer.kind not in ("word", "char", "byte"):
+        # For the whole split, extrapolated if `nats` is the score of its first tokens only.
+        total = nats * len(split.tokens)
+        of_words = perplexity(total / max(1, split.num_words))
+        line += f", {of_words:.2f} per word" if of_words < 1e6 else f", {of_words:.1e} per word"
+    line += f", {bits_per_byte(nats, split):.4f} bits per byte"
+    if tokenizer.unk is not None:
+        line += f", {split.num_unk / len(split.tokens):.2%} <unk>"
+    return line
+
+
+def perplexity(nats):
+    """The perplexity of a mean loss in nats."""
+    return math.exp(min(nats, 99))  # exp(710) would overflow
+
+
+def bits_per_byte(nats, split):
+    """Converts a mean loss in nats/token to bits per byte of the split's text."""
+    return nats / math.log(2) * len(split.tokens) / split.num_bytes
 
 
 # =================================================================================================
@@ -2247,11 +2247,11 @@ def proof_of_gpu(versions):
 def hash_code(flags):
     """The SHA1 of the code that computes a run's weights; comments and docstrings do not count.
 
-    That is this file from "Model" up to "Evaluation"; without these titles, all of it. flags: the
+    That is this file from "Model" up to "Sampling"; without these titles, all of it. flags: the
     run's, {name: value}.
     """
     source = (HERE / "main.py").read_text("utf-8")
-    before, _, _ = source.partition("# ---- Evaluation")
+    before, _, _ = source.partition("# ---- Sampling")
     _, _, code = before.partition("# ---- Model")
     sources = [code or before]
     for name, is_used in (("lora", flags["lora_rank"]), ("distil", flags["teacher"])):
@@ -2547,7 +2547,7 @@ def describe_resume(checkpoint, run):
         yield "The learning rate and dropout schedules now stretch to --num_iters."
     before = checkpoint.stretches[-1]
     if before.code != run.stretches[-1].code:
-        yield "The code that trains was edited since the checkpoint (main.py up to Evaluation)."
+        yield "The code that trains was edited since the checkpoint (main.py up to Sampling)."
     changes = describe_changes(before.versions, run.versions)
     if changes:
         yield f"Environment changed ({changes}): resume may not be bit-exact."
@@ -3278,8 +3278,8 @@ def choose(candidates, flags, dataset, start):
     if candidates and (start or not candidates[0].is_complete):
         run = candidates[0].run
         raise UsageError(
-            f"{run} was trained by other code than main.py has now, up to Evaluation: go on with "
-            f"this code by {command(flags, run)}, or begin a new run by --new_model"
+            f"{run} was trained by other code than main.py has now, up to Sampling: go on with this"
+            f" code by {command(flags, run)}, or begin a new run by --new_model"
         )
     return None
 
