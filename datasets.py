@@ -370,10 +370,9 @@ def replacing(path):
 
 def remove_leftovers(folder):
     """Deletes what killed processes left of `new_file` in a folder that no other one writes to."""
-    for path in folder.glob(".*.new"):
-        if re.fullmatch(r"\.[0-9a-f]{16}\.new", path.name):
-            with contextlib.suppress(OSError):  # a folder, or another user's: it does no harm
-                path.unlink()
+    for path in folder.glob(f".{'[0-9a-f]' * 16}.new"):
+        with contextlib.suppress(OSError):  # a folder, or another user's: it does no harm
+            path.unlink()
 
 
 def sync_descriptor(descriptor):
@@ -705,7 +704,9 @@ class PackageTokenizer(Tokenizer):
         self.vocab_size = max(ids.values()) + 1  # some ids may be unused
         self.dtype = token_dtype(self.vocab_size)
         self.eos_token = eos
-        self.eos = self.find_eos([eos or END, *ENDS])
+        ends = [ids[name] for name in ENDS if name in ids]
+        self.usual_eos = next(iter(ends), None)
+        self.eos = ids.get(eos, self.usual_eos)
         self.unk = ids.get(model.get("unk_token"), model.get("unk_id"))
         names = [f"<0x{byte:02X}>" for byte in range(256)]  # as SentencePiece calls them
         self.byte_ids = {ids[name] for name in names if name in ids}
@@ -723,14 +724,6 @@ class PackageTokenizer(Tokenizer):
             show_progress=sys.stderr.isatty(),  # bars are for terminals
         )
         return cls(untrained.to_str())
-
-    def find_eos(self, names):
-        """The id of the first of these tokens that is in the vocabulary, or None."""
-        for name in names:
-            token = self.package.token_to_id(name)
-            if token is not None:
-                return token
-        return None
 
     def encode(self, text):
         [ids] = self.encode_batch([text])
@@ -760,7 +753,7 @@ class PackageTokenizer(Tokenizer):
     def to_dict(self):
         data = super().to_dict()
         # Omitted if it is the default: checkpoints identify their text by a hash that covers it.
-        if self.eos != self.find_eos(ENDS):
+        if self.eos != self.usual_eos:
             data["eos"] = self.eos_token
         return data
 
@@ -1059,7 +1052,7 @@ def tinystories(fetch):
     """
     train = whole(fetch("tinystories/TinyStories-train.txt"), marker=END)
     valid = whole(fetch("tinystories/TinyStories-valid.txt"), marker=END)
-    return [train, *cut(valid, find_cut(valid.path, valid.stop // 2, END))]
+    return [train, *cut(valid, find_cut(valid, valid.stop // 2, END))]
 
 
 class Corpus(NamedTuple):
@@ -1113,17 +1106,16 @@ def python_modules():
     return {"train": train, "valid": valid, "test": test}
 
 
-def find_cut(path, at, marker):
-    """The byte at which to cut a file in two, near byte `at`.
+def find_cut(span, at, marker):
+    """The byte at which to cut the Span of a whole file in two, near byte `at`.
 
     That is the end of the first `marker` in the next 32 KiB, or of the first character if there is
     none.
     """
-    size = os.path.getsize(path)
-    if not 0 < at < size:
-        return max(0, min(at, size))
+    if not 0 < at < span.stop:
+        return max(0, min(at, span.stop))
     begin = at - 1  # a line end right before `at` counts
-    with open(path, "rb") as file:
+    with open(span.path, "rb") as file:
         file.seek(begin)
         near = file.read(1 << 16)
     marker = marker.encode()
@@ -1188,8 +1180,8 @@ def find_files(paths, own_folders):
         else:
             texts = texts_of(path, own_folders)
         for file, name in texts:
-            found.setdefault(file.resolve(), (file, name))
-    found = {real: file for real, file in found.items() if os.path.getsize(real) > 0}
+            if os.path.getsize(file) > 0:
+                found.setdefault(file.resolve(), (file, name))
     if not found:
         raise UsageError(
             f"there is no text in {', '.join(paths)}: give other files "
@@ -1225,18 +1217,17 @@ def texts_of(path, own_folders):
             places += [(below, f"{name}/{below.name}") for below in sorted(each.glob("[!.]*"))]
         elif each.is_file():
             files[each] = name
-    texts = []
     others = Counter()  # files by kind
-    for each, name in sorted(files.items()):
+    for each in sorted(files):
         try:
             check_text(each)
-            texts.append((each, name))
         except UsageError:
+            del files[each]
             others[each.suffix or each.name] += 1
     if others:
         kinds = ", ".join(kind for kind, _ in others.most_common(5))
         print(f"{path}: leaving out {others.total():,} files that are no UTF-8 text ({kinds})")
-    return texts
+    return sorted(files.items())
 
 
 def check_text(path):
@@ -1309,7 +1300,7 @@ def hold_out(documents, valid_fraction):
         train = []
         left = round(sum(each.stop for each in texts) * (1 - valid_fraction))  # bytes to train on
         for each in texts:
-            first, rest = cut(each, find_cut(each.path, left, "\n"))
+            first, rest = cut(each, find_cut(each, left, "\n"))
             train.append(first)
             valid.append(rest)
             left -= each.stop
@@ -1335,10 +1326,13 @@ SPACE = re.compile(r".*\S(?=\s[^\s<])", re.DOTALL)
 SPACES = re.compile(r".*\s(?=\s[^\s<])", re.DOTALL)
 
 
-def read_documents(spans, size=1 << 17):
+BLOCK = 1 << 17  # bytes or characters that are read at once
+
+
+def read_documents(spans):
     """Yields (text, begins) for everything in `spans`, Spans and Rows.
 
-    The text is a whole document if a marker ends it, else a block of about `size` characters.
+    The text is a whole document if a marker ends it, else a block of about BLOCK characters.
     `begins` says whether it starts a document. Raises UsageError if a file cannot be read.
     """
     num_rows = 0  # of all files so far
@@ -1346,29 +1340,29 @@ def read_documents(spans, size=1 << 17):
         if type(span) is Rows:
             for text in extra("formats").read_rows(span):
                 if is_held_out(num_rows, span.valid_fraction) == span.is_valid:
-                    pieces = (text[i : i + size] for i in range(0, len(text), size))
-                    yield from cut_into_blocks(pieces, size)
+                    pieces = (text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
+                    yield from cut_into_blocks(pieces)
                 num_rows += 1
         elif span.marker:
-            for document in split_at_marker(span, size):
+            for document in split_at_marker(span):
                 if document.strip():
                     yield document.strip("\n"), True
         else:
-            yield from cut_into_blocks(read_pieces(span, size), size)
+            yield from cut_into_blocks(read_pieces(span))
 
 
-def split_at_marker(span, size):
-    """Yields the text between the markers in a span, read in pieces of `size` bytes."""
+def split_at_marker(span):
+    """Yields the text between the markers in a span."""
     rest = ""
-    for piece in read_pieces(span, size):
+    for piece in read_pieces(span):
         # The last document may continue in the next piece.
         *documents, rest = (rest + piece).split(span.marker)
         yield from documents
     yield rest
 
 
-def cut_into_blocks(pieces, size):
-    """Yields (block, begins) for a document that comes in pieces of at most `size` characters.
+def cut_into_blocks(pieces):
+    """Yields (block, begins) for a document that comes in pieces of at most BLOCK characters.
 
     The blocks give the tokens of the whole, and only the first one begins it.
     """
@@ -1378,7 +1372,7 @@ def cut_into_blocks(pieces, size):
         place = LINE_END.match(rest) or SPACE.match(rest) or SPACES.match(rest)
         end = place.end() if place else 0
         # Memory must stay bounded even if the text is a single word.
-        if place is None and len(rest) > 16 * size:
+        if place is None and len(rest) > 16 * BLOCK:
             end = len(rest)
         if end > 0:
             yield rest[:end], begins
@@ -1388,13 +1382,13 @@ def cut_into_blocks(pieces, size):
         yield rest, begins
 
 
-def read_pieces(span, size):
-    """Yields the text of a span, read in pieces of `size` bytes. Raises UsageError."""
+def read_pieces(span):
+    """Yields the text of a span, read in pieces of BLOCK bytes. Raises UsageError."""
     # A byte-order mark is no part of the text.
     encoding = "utf-8" if span.start else "utf-8-sig"
     with open(span.path, "rb") as file:
         file.seek(span.start)
-        blocks = iter(lambda: file.read(min(size, span.stop - file.tell())), b"")
+        blocks = iter(lambda: file.read(min(BLOCK, span.stop - file.tell())), b"")
         try:
             yield from codecs.iterdecode(blocks, encoding, span.errors)
         except UnicodeDecodeError as error:
@@ -1508,12 +1502,15 @@ def load_dataset(
     elif isinstance(tokenizer, (str, Path)) and tokenizer not in KINDS:
         tokenizer = read_tokenizer(tokenizer)
     kind = getattr(tokenizer, "kind", tokenizer)
-    given = absolute_paths({"train": text, "valid": valid_text, "test": test_text})
+    given = {}
+    for split, paths in zip(SPLITS, (text, valid_text, test_text)):
+        if paths:
+            given[split] = [os.path.abspath(user_path(path)) for path in paths]
     local = {}
     if name == "text":
         if "train" not in given:
             raise UsageError("--dataset text goes with --text, which names your files")
-        folders = [data_dir, save_dir] if save_dir else [data_dir]
+        folders = [data_dir, save_dir or data_dir]
         own_folders = [Path(user_path(folder)).resolve() for folder in folders]
         has_end = kind != "char" and getattr(tokenizer, "eos", 0) is not None
         line_end = "" if has_end else "\n"
@@ -1541,15 +1538,6 @@ def load_dataset(
             about = write_splits(spans, tokenizer, cache, key)
         # Still under the lock: another process might begin to encode a changed text.
         return map_dataset(name, cache, about, train_tokens)
-
-
-def absolute_paths(given):
-    """{split: [path, ...]} with absolute paths; splits without paths are omitted."""
-    absolute = {}
-    for split, paths in given.items():
-        if paths:
-            absolute[split] = [os.path.abspath(user_path(path)) for path in paths]
-    return absolute
 
 
 def digest_of(data):
