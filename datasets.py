@@ -1510,7 +1510,7 @@ def load_dataset(
     if name == "text":
         if "train" not in given:
             raise UsageError("--dataset text goes with --text, which names your files")
-        folders = [data_dir, save_dir or data_dir]
+        folders = [data_dir, save_dir] if save_dir else [data_dir]
         own_folders = [Path(user_path(folder)).resolve() for folder in folders]
         has_end = kind != "char" and getattr(tokenizer, "eos", 0) is not None
         line_end = "" if has_end else "\n"
