@@ -526,10 +526,9 @@ class Case:
         shown = BAR.sub("\n", self.shown)
         last = [line for line in shown.splitlines() if line.strip()][-1:]
         if self.status < 0:
-            # The flags of a stranger's run may ask for steps of 10,000 rows, which it computes until
-            # its time is up. No other end is excused.
-            is_long = re.search(r"^steps +\d{5}", shown, re.MULTILINE)
-            if not (is_long and self.status == -signal.SIGKILL):
+            # A stranger's flags may ask for steps of 10,000 rows. Such a run is computed until its
+            # time is up; no other end is excused.
+            if self.status != -signal.SIGKILL or not re.search(r"(?m)^steps +\d{5}", shown):
                 yield f"died by {signal.Signals(-self.status).name}"
         elif not self.status and self.is_trap and "stranger" in self.command.words:
             yield "used ids that have no embeddings"
