@@ -26,7 +26,8 @@ from extras.versus import newest_records, read_rows  # noqa: E402
 
 KILLED = "--dataset python --preset tiny --batch_size 8 --num_iters 300 --steps_per_eval 50"
 KILLS = 5
-COMPARED = "--mlp swiglu"
+# An edit of Muon in main.py, the README's example.
+EDIT = ("for _ in range(5):", "for _ in range(3):")
 EXPERIMENT = "--config first --num_iters 300"
 # Of the text, of killed runs, of an experiment: GitHub's.
 COLORS = {
@@ -44,8 +45,13 @@ def make(folder):
     subprocess.run(command(folder / "undisturbed"), check=True)
     kills = train_and_kill(folder / "killed")
     (folder / "kills.json").write_text(json.dumps(kills))
-    line = [sys.executable, "-m", "extras.versus", COMPARED, "--", *EXPERIMENT.split()]
-    subprocess.run([*line, "--save_dir", str(folder)], cwd=ROOT, check=True)
+    edited = folder / "edited"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(edited)], check=True)
+    source = (edited / "main.py").read_text("utf-8")
+    assert source.count(EDIT[0]) == 1
+    (edited / "main.py").write_text(source.replace(*EDIT), "utf-8")
+    line = [sys.executable, "-m", "extras.versus", "HEAD", "--", *EXPERIMENT.split()]
+    subprocess.run([*line, "--save_dir", str(folder)], cwd=edited, check=True)
 
 
 def command(save_dir):
@@ -115,7 +121,7 @@ def draw_kills(axis, folder, text, green):
 
 
 def draw_experiment(axis, folder, text, blue):
-    """The losses of both sides of a comparison by seed, and where the mean after may lie."""
+    """What an edit did to the loss of each seed, and where the mean may lie."""
     row = read_rows(folder / "versus" / "versus.csv")[-1]
     seeds = json.loads(row["seeds"])
     sides = []
@@ -123,21 +129,20 @@ def draw_experiment(axis, folder, text, blue):
         records = newest_records(folder / "versus" / side)
         sides.append([records[seed]["scores"][-1][1] for seed in seeds])
     before, after = sides
+    differences = np.subtract(after, before)
     places = range(len(seeds))
-    axis.vlines(places, after, before, color=blue, alpha=0.5)
-    axis.plot(places, before, "o", color=text, ms=7, label="before")
-    axis.plot(places, after, "o", color=blue, ms=7, label=f"after: {COMPARED}")
-    mean = np.mean(before)
-    axis.axhline(mean, color=text, lw=1, ls=":")
+    axis.axhline(0, color=text, lw=1)
+    axis.vlines(places, 0, differences, color=blue, alpha=0.5)
+    axis.plot(places, differences, "o", color=blue, ms=7, label="a pair: after minus before")
+    axis.axhline(differences.mean(), color=blue, lw=1, ls="--", label="mean")
     low, high = float(row["low"]), float(row["high"])
-    label = f"mean difference {float(row['difference']):+.3f}, 95 % interval"
-    axis.axhspan(mean + low, mean + high, color=blue, alpha=0.15, lw=0, label=label)
+    axis.axhspan(low, high, color=blue, alpha=0.2, lw=0, label="95 % interval of the mean")
     axis.set_xticks(places, seeds)
-    axis.set(xlabel="seed", ylabel="validation loss (nats/byte)")
-    axis.set_ylim(top=max(before) + 0.025)  # the legend lies above the points
+    axis.set(xlabel="seed", ylabel="change of validation loss (nats/byte)")
+    axis.set_ylim(bottom=-0.003, top=differences.max() + 0.018)  # the legend lies above the points
     axis.legend(fontsize=10, loc="upper left", handlelength=1)
     verdict = row["verdict"].lower().rstrip(".")
-    axis.set_title(f"six pairs of runs: {verdict}", loc="left", weight="bold")
+    axis.set_title(f"an edit, six pairs of runs: {verdict}", loc="left", weight="bold")
 
 
 def newest(save_dir):
