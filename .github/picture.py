@@ -142,7 +142,7 @@ def draw_experiment(axis, folder, text, blue):
     axis.set_ylim(bottom=-0.003, top=differences.max() + 0.018)  # the legend lies above the points
     axis.legend(fontsize=10, loc="upper left", handlelength=1)
     verdict = row["verdict"].lower().rstrip(".")
-    axis.set_title(f"an edit, six pairs of runs: {verdict}", loc="left", weight="bold")
+    axis.set_title(f"three iterations, not five: {verdict}", loc="left", weight="bold")
 
 
 def newest(save_dir):
