@@ -39,7 +39,6 @@ import time
 import tokenize
 import zipfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -349,9 +348,8 @@ def new_file(folder):
 
 def publish(file, path):
     """Gives a `new_file` the name `path`, in the place of an old file, once it is on disk."""
-    file.flush()  # out of Python's buffer
-    sync_descriptor(file.fileno())  # and out of the system's, before the old file is replaced
-    file.close()  # no program can be run that is still open for writing
+    file.close()  # nor can a program be run that is still open for writing
+    sync(file.name)  # before the old file is replaced
     os.replace(file.name, path)
 
 
@@ -375,25 +373,29 @@ def remove_leftovers(folder):
             path.unlink()
 
 
-def sync_descriptor(descriptor):
-    """Waits until what was written to a file is on disk and would survive a power cut."""
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)  # macOS, whose fsync stops at the disk's cache
-    except (AttributeError, OSError):  # another system, or a disk that cannot
-        os.fsync(descriptor)
-
-
 def sync(path):
-    """The same for a file, or the names in a folder, by its path."""
+    """Waits until a file, or the names in a folder, are on disk and would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        sync_descriptor(descriptor)
+        try:  # macOS, whose fsync stops at the disk's cache
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        except (AttributeError, OSError):  # another system, or a disk that cannot
+            os.fsync(descriptor)
     except OSError as error:
         # Some network file systems sync no folder: what can be done is done.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
             raise
     finally:
         os.close(descriptor)
+
+
+def hash_of_file(path, algorithm=hashlib.sha256, opener=None):
+    """The hash of a file, which may be larger than memory. Raises OSError."""
+    digest = algorithm()
+    with open(path, "rb", opener=opener) as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def utf8(text):
@@ -704,8 +706,7 @@ class PackageTokenizer(Tokenizer):
         self.vocab_size = max(ids.values()) + 1  # some ids may be unused
         self.dtype = token_dtype(self.vocab_size)
         self.eos_token = eos
-        ends = [ids[name] for name in ENDS if name in ids]
-        self.usual_eos = next(iter(ends), None)
+        self.usual_eos = next((ids[name] for name in ENDS if name in ids), None)
         self.eos = ids.get(eos, self.usual_eos)
         self.unk = ids.get(model.get("unk_token"), model.get("unk_id"))
         names = [f"<0x{byte:02X}>" for byte in range(256)]  # as SentencePiece calls them
@@ -715,9 +716,8 @@ class PackageTokenizer(Tokenizer):
     def train(cls, texts, vocab_size=32000):
         """A tokenizer trained on `texts`, with at most `vocab_size` ids."""
         untrained = tokenizers_package().ByteLevelBPETokenizer()
-        pieces = (cut_long_words(utf8(text)) for text in texts)
         untrained.train_from_iterator(
-            itertools.chain.from_iterable(pieces),
+            (cut_long_words(utf8(text)) for text in texts),
             vocab_size,
             min_frequency=0,
             special_tokens=[END],
@@ -742,8 +742,6 @@ class PackageTokenizer(Tokenizer):
             return self.package.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def unknown(self, text):
-        if self.unk is None:
-            return []
         text = utf8(text)
         with explained(FAILED, BaseException):
             encoding = self.package.encode(text, add_special_tokens=False)
@@ -900,7 +898,7 @@ def fetch(name, data_dir, mirror=None):
     reasons = []
     with locked(path.parent):  # if two processes race, one downloads and the other finds the file
         if path.exists():
-            if sha256_of(path) == sha256:
+            if hash_of_file(path) == sha256:
                 return path
             print(f"{path} is not the expected file: downloading it again.")
         for source in sources:
@@ -919,15 +917,6 @@ def fetch(name, data_dir, mirror=None):
     )
 
 
-def sha256_of(path):
-    """The SHA256 of a file, which may be larger than memory."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
-
-
 def transfer(source, part, sha256, size):
     """Brings a file to `part`. Raises OSError or ValueError, also where its SHA256 is another."""
     while True:
@@ -936,7 +925,7 @@ def transfer(source, part, sha256, size):
             download(source, part, size)
         else:
             shutil.copyfile(user_path(source), part)
-        if sha256_of(part) == sha256:
+        if hash_of_file(part) == sha256:
             return
         part.unlink()
         if not is_resumed:
@@ -1055,22 +1044,17 @@ def tinystories(fetch):
     return [train, *cut(valid, find_cut(valid, valid.stop // 2, END))]
 
 
-class Corpus(NamedTuple):
-    """A row of CORPORA."""
-
-    tokenizer: str  # the kind that `auto` selects
-    find_texts: Callable | None = None  # None: it is local, see load_dataset
-
-
+# The kind of tokenizer that `auto` selects, and the function above that finds the texts; None where
+# they are local, see load_dataset.
 CORPORA = {
-    "ptb": Corpus("word", ptb),
-    "wikitext2": Corpus("word", wikitext2),
-    "wikitext103": Corpus("word", wikitext103),
-    "enwik8": Corpus("byte", enwik8),
-    "tinyshakespeare": Corpus("char", tinyshakespeare),
-    "tinystories": Corpus("gpt2", tinystories),
-    "python": Corpus("byte"),  # the standard library of the running Python
-    "text": Corpus("byte"),  # the user's own
+    "ptb": ("word", ptb),
+    "wikitext2": ("word", wikitext2),
+    "wikitext103": ("word", wikitext103),
+    "enwik8": ("byte", enwik8),
+    "tinyshakespeare": ("char", tinyshakespeare),
+    "tinystories": ("gpt2", tinystories),
+    "python": ("byte", None),  # the standard library of the running Python
+    "text": ("byte", None),  # the user's own
 }
 
 
@@ -1246,10 +1230,7 @@ def check_text(path):
             f"{path} holds null characters: it is no plain text; leave it out, or save its text as "
             f"one (of UTF-16, by iconv -f UTF-16 -t UTF-8 {shlex.quote(str(path))} > NEW)"
         )
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(begin)
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, 0, error) from None
+    next(read_pieces(whole(path, errors="strict")), "")
 
 
 def not_utf8(path, start, error):
@@ -1319,11 +1300,14 @@ def hold_out(documents, valid_fraction):
 # is neither, as in Chinese with blank lines, cut before the last of several spaces, which that BPE
 # reads by itself. What is cut at END begins with "<".
 #
-# The patterns match up to the last such place. (The first has its \n at the front, for which alone
-# a text is searched quickly: Penn Treebank has spaces around all line ends, so nothing matches.)
-LINE_END = re.compile(r".*\n(?<=\S\n)(?=\S)", re.DOTALL)
-SPACE = re.compile(r".*\S(?=\s[^\s<])", re.DOTALL)
-SPACES = re.compile(r".*\s(?=\s[^\s<])", re.DOTALL)
+# The pattern matches up to the last such place. (Its first line has the \n at the front, for which
+# alone a text is searched quickly: Penn Treebank has spaces around all line ends, so none match.)
+UP_TO_A_CUT = re.compile(
+    r".*\n(?<=\S\n)(?=\S)"  # behind a line end
+    r"|.*\S(?=\s[^\s<])"  # else before a single space
+    r"|.*\s(?=\s[^\s<])",  # else before the last of several
+    re.DOTALL,
+)
 
 
 BLOCK = 1 << 17  # bytes or characters that are read at once
@@ -1369,7 +1353,7 @@ def cut_into_blocks(pieces):
     rest = ""  # not yet yielded
     begins = True
     for piece in pieces:
-        place = LINE_END.match(rest) or SPACE.match(rest) or SPACES.match(rest)
+        place = UP_TO_A_CUT.match(rest)
         end = place.end() if place else 0
         # Memory must stay bounded even if the text is a single word.
         if place is None and len(rest) > 16 * BLOCK:
@@ -1435,24 +1419,11 @@ def write_tokens(spans, tokenizer, path):
             out.write(ids)
             num_bytes = len(text.encode("utf-8", "surrogateescape"))
             counts["num_bytes"] += num_bytes
-            counts["num_words"] += count_words(text)
+            counts["num_words"] += len(text.split()) + text.count("\n")
             if tokenizer.unk is not None:
                 counts["num_unk"] += int(np.count_nonzero(ids == tokenizer.unk))
             bar.update(num_bytes)
     return counts | {"sha256": digest.hexdigest()}
-
-
-IN_WORD = bytes(not chr(byte).isspace() for byte in range(256))  # [byte] -> 1, or 0 for spaces
-
-
-def count_words(text):
-    """The number of words (`str.split`) and line ends in a text."""
-    lines = text.count("\n")
-    if not text.isascii():  # Unicode has more kinds of spaces
-        return len(text.split()) + lines
-    # A word starts where a 1 follows a 0. To count these is 18 times as fast as to split.
-    in_word = np.frombuffer(f" {text}".encode().translate(IN_WORD), np.uint8)
-    return int(np.count_nonzero(in_word[1:] > in_word[:-1])) + lines
 
 
 # ---- Datasets and their cache -------------------------------------------------------------------
@@ -1469,7 +1440,7 @@ def count_words(text):
 
 
 def load_dataset(
-    name,
+    dataset,
     data_dir=None,
     text=(),
     tokenizer="auto",
@@ -1482,9 +1453,9 @@ def load_dataset(
     save_dir=None,
     text_field="text",
 ):
-    """The corpus `name`, a key of CORPORA, as a Dataset; it is downloaded and encoded only once.
+    """A corpus, a key of CORPORA, as a Dataset; it is downloaded and encoded only once.
 
-    name: "text" stands for the user's files in `text`, `valid_text` and `test_text`.
+    dataset: "text" stands for the user's files in `text`, `valid_text` and `test_text`.
     data_dir: the folder for all files of the corpus; None for that of open_data_dir.
     tokenizer: a kind, trained on the whole training split even if only the first `train_tokens`
         ids of it are used; the path of a tokenizer.json; or a tokenizer, as an object.
@@ -1497,8 +1468,9 @@ def load_dataset(
     Raises UsageError if the user's files cannot be used, RunError for a failed download.
     """
     data_dir = open_data_dir(data_dir, save_dir)
+    usual_tokenizer, find_texts = CORPORA[dataset]
     if tokenizer == "auto":
-        tokenizer = CORPORA[name].tokenizer
+        tokenizer = usual_tokenizer
     elif isinstance(tokenizer, (str, Path)) and tokenizer not in KINDS:
         tokenizer = read_tokenizer(tokenizer)
     kind = getattr(tokenizer, "kind", tokenizer)
@@ -1506,23 +1478,25 @@ def load_dataset(
     for split, paths in zip(SPLITS, (text, valid_text, test_text)):
         if paths:
             given[split] = [os.path.abspath(user_path(path)) for path in paths]
+    if (given or dataset == "text") and "train" not in given:
+        raise UsageError(
+            "--dataset text, --valid_text and --test_text go with --text, which names your files"
+        )
     local = {}
-    if name == "text":
-        if "train" not in given:
-            raise UsageError("--dataset text goes with --text, which names your files")
+    if dataset == "text":
         folders = [data_dir, save_dir] if save_dir else [data_dir]
         own_folders = [Path(user_path(folder)).resolve() for folder in folders]
         has_end = kind != "char" and getattr(tokenizer, "eos", 0) is not None
         line_end = "" if has_end else "\n"
         local = own_text(given, valid_fraction, text_field, line_end, own_folders)
-    elif name == "python":
+    elif dataset == "python":
         given = sysconfig.get_path("stdlib")
         local = python_modules()
     # One folder for each use of a text; where the text has changed, it is written anew.
     use = [given, valid_fraction, text_field, vocab_size, tokenizer]
     if not isinstance(tokenizer, str):
         use[-1] = tokenizer.to_dict()
-    cache = data_dir / name / f"{kind}-{digest_of(use)[:12]}"
+    cache = data_dir / dataset / f"{kind}-{digest_of(use)[:12]}"
     key = key_of(local)
     with locked(cache):  # only one process encodes
         remove_leftovers(cache)
@@ -1531,13 +1505,12 @@ def load_dataset(
             get = functools.partial(fetch, data_dir=data_dir, mirror=mirror)
             spans = local
             if not local:
-                found = CORPORA[name].find_texts(get)
-                spans = {split: [span] for split, span in zip(SPLITS, found)}
+                spans = {split: [span] for split, span in zip(SPLITS, find_texts(get))}
             if isinstance(tokenizer, str):
                 tokenizer = make_tokenizer(kind, spans["train"], vocab_size, get)
             about = write_splits(spans, tokenizer, cache, key)
         # Still under the lock: another process might begin to encode a changed text.
-        return map_dataset(name, cache, about, train_tokens)
+        return map_dataset(dataset, cache, about, train_tokens)
 
 
 def digest_of(data):
@@ -1585,7 +1558,7 @@ def read_about(cache, key):
         if about["key"] != key:
             return None
         for split, known in about["splits"].items():
-            if sha256_of(cache / f"{split}.tokens") != known["sha256"]:
+            if hash_of_file(cache / f"{split}.tokens") != known["sha256"]:
                 raise ValueError("tokens are not what was written")
         return about
     except FileNotFoundError:  # nothing encoded yet, or killed while encoding
@@ -1630,18 +1603,23 @@ def tokenizer_name(text):
 
 def main(arguments):
     """Prepares a corpus ahead of training, and prints its sizes."""
-    parser = Parser(prog="datasets.py", description=main.__doc__, allow_abbrev=False)
+    parser = Parser(
+        prog="datasets.py",
+        description=main.__doc__,
+        argument_default=argparse.SUPPRESS,  # load_dataset has its own
+        allow_abbrev=False,
+    )
     add = parser.add_argument
-    add("--dataset", dest="name", default="ptb", choices=[*CORPORA])
-    add("--text", default=[], type=word, nargs="+", help="your own files", metavar="PATH")
-    add("--text_field", default="text", help="field of .jsonl and .parquet", metavar="NAME")
-    add("--tokenizer", default="auto", type=tokenizer_name, metavar="KIND")
-    add("--vocab_size", default=32000, type=number(int, 257, 2**20), metavar="N")
+    add("--dataset", default="ptb", choices=[*CORPORA])
+    add("--text", type=word, nargs="+", help="your own files", metavar="PATH")
+    add("--text_field", help="field of .jsonl and .parquet", metavar="NAME")
+    add("--tokenizer", type=tokenizer_name, metavar="KIND")
+    add("--vocab_size", type=number(int, 257, 2**20), metavar="N")
     add("--data_dir", type=word, help="folder for downloads and tokens", metavar="DIR")
     add("--mirror", type=word, help="URL or folder of <dataset>/<file>", metavar="URL")
     options = vars(parser.parse_args(arguments))
-    if options["text"]:
-        options["name"] = "text"
+    if "text" in options:
+        options["dataset"] = "text"
     dataset = load_dataset(**options)
     print(f"{dataset.name}: {describe_tokenizer(dataset.tokenizer)}")
     for name in SPLITS:

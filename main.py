@@ -94,8 +94,8 @@ except ImportError as error:
 
 from datasets import CORPORA, LARGEST, SIZE, SPLITS, TOKENIZERS, Dataset, Parser, RunError
 from datasets import UsageError, describe_tokenizer, discard, end_of_text, explained, extra
-from datasets import load_dataset, make_writable, new_file, no_follow, number, one_line
-from datasets import open_code_dir, open_data_dir, printable, publish, remove_leftovers
+from datasets import hash_of_file, load_dataset, make_writable, new_file, no_follow, number
+from datasets import one_line, open_code_dir, open_data_dir, printable, publish, remove_leftovers
 from datasets import repair_streams, replacing, run_command, sync, tokenizer_from_dict
 from datasets import tokenizer_name, use_compiler, user_path, utf8, without_comments, word
 
@@ -1658,11 +1658,7 @@ def check_arrays(found, expected):
 
 def sha1_of_file(path):
     """The SHA1 of a file that is no link. Raises OSError."""
-    digest = hashlib.sha1()
-    with open(path, "rb", opener=no_follow) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hash_of_file(path, hashlib.sha1, no_follow)
 
 
 def sha1_of_arrays(arrays):
@@ -1978,7 +1974,7 @@ def open_model(save_dir, name, flag_name):
     Raises UsageError if there is none, RunError if it is damaged.
     """
     if is_foreign(name):
-        return Source(*extra("huggingface").open_by_name(name))
+        return extra("huggingface").open_by_name(name)
     checkpoint = named_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name)
     with explained(f"--{flag_name} cannot be used: name another", Damaged, kind=RunError):
         return open_source(checkpoint)
@@ -2033,7 +2029,7 @@ def open_kept(checkpoint, flag_name):
         if (folder / f"{origin_id}.metadata").exists():
             source = open_source(read_checkpoint(folder / f"{origin_id}.metadata"))
         else:
-            source = Source(*extra("huggingface").open_by_name(str(folder)))
+            source = extra("huggingface").open_by_name(str(folder))
         if source.id != origin_id:
             raise ValueError(f"it is {source.id[:12]} instead of {origin_id[:12]}")
     return source
@@ -3083,7 +3079,7 @@ def settle(given, saved=None):
     if flags.text:
         flags.dataset = "text"
     if flags.tokenizer == "auto":
-        flags.tokenizer = CORPORA[flags.dataset].tokenizer
+        flags.tokenizer, _ = CORPORA[flags.dataset]
     if flags.num_kv_heads is None:
         flags.num_kv_heads = flags.num_heads
     if flags.mlp_dim is None:
@@ -3489,19 +3485,17 @@ def begin(flags):
 
 def load_data(flags, tokenizer=None):
     """The dataset of a run; tokenizer: that of a model or a checkpoint, instead of the flags'."""
-    if not flags.text and (flags.valid_text or flags.test_text or flags.dataset == "text"):
-        raise UsageError("--valid_text and --test_text go with --text, which names your files")
     if flags.eval_stride and flags.eval_stride > flags.context_size:
         raise UsageError(
             f"--eval_stride {flags.eval_stride} would skip tokens: "
             f"give at most {flags.context_size}"
         )
     names = [*FLAGS["data"], "test_text", "save_dir", "mirror"]
-    arguments = {name: getattr(flags, name) for name in names if name != "dataset"}
+    arguments = {name: getattr(flags, name) for name in names}
     if tokenizer:
         arguments["tokenizer"] = tokenizer
     data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
-    dataset = load_dataset(flags.dataset, data_dir, **arguments)
+    dataset = load_dataset(data_dir=data_dir, **arguments)
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
         raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
     return dataset

@@ -171,8 +171,7 @@ def measure_matrix_speed(dtype):
 def measure_decoding(run):
     """Time to first token and decoding speed for one text, after a prompt of half a context."""
     if fast is not None:
-        # A single row is not split over streams: its products use all cores.
-        fast.use_all_cores()
+        fast.use_streams(1, 1)  # a single row is not split: its products use all cores
     model, flags = run.model, run.flags
     length = max(1, model.config.context_size // 2)
     prompt = run.dataset.train.tokens[:length].tolist()

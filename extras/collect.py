@@ -26,8 +26,8 @@ ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#\s]*)?")
 FAULTS = (OSError, ValueError, LookupError, TypeError, RecursionError)
 
 
-def make_parser():
-    """The command-line parser of this file."""
+def main(arguments):
+    """Collects a corpus as these arguments specify. Raises UsageError or RunError."""
     parser = Parser(
         prog="python -m extras.collect",
         description="Collects a corpus from a teacher behind an API.",
@@ -57,12 +57,7 @@ def make_parser():
         type=path_name,
         help="folder for answers.jsonl and corpus.txt",
     )
-    return parser
-
-
-def main(arguments):
-    """Collects a corpus as these arguments specify. Raises UsageError or RunError."""
-    flags = make_parser().parse_args(arguments)
+    flags = parser.parse_args(arguments)
     teacher = Teacher(flags.distill_from, flags.teacher_model)
     collect_answers(teacher, read_prompts(flags.teacher_prompts), Path(flags.output))
 

@@ -133,15 +133,16 @@ class BatchDecoder:
 class SpeculativeDecoder:
     """A model that continues one text, a list of ids, with a smaller model as its draft.
 
-    The draft proposes up to `length` tokens; the model reads them in one pass and keeps those that
-    it would have sampled. Both sample with the same random numbers, so they mostly agree where
-    their distributions are similar, and the text is the same as without a draft (Daliri, Musco &
-    Suresh 2024).
+    The draft proposes some tokens; the model reads them in one pass and keeps those that it would
+    have sampled. Both sample with the same random numbers, so they mostly agree where their
+    distributions are similar, and the text is the same as without a draft (Daliri, Musco & Suresh
+    2024).
     """
 
-    def __init__(self, model, draft, text, length=4):
+    length = 4  # the draft proposes up to so many tokens
+
+    def __init__(self, model, draft, text):
         self.text = text
-        self.length = length
         self.decoder = BatchDecoder(model, [text])
         self.draft = BatchDecoder(draft, [text])  # shares the same list
         self.proposed = 0  # tokens of the draft in the last reply

@@ -30,9 +30,7 @@ head dimension, V vocabulary, N any number.
 
 import contextlib
 import ctypes
-import hashlib
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -47,7 +45,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import UsageError, flock, open_code_dir, remove_leftovers, replacing, use_compiler
+from datasets import UsageError, digest_of, locked, open_code_dir, remove_leftovers, replacing
+from datasets import use_compiler
 
 # The SHA1s of main.py's functions that those below stand for, without their comments. Where a test
 # finds that a plain function has changed, compare the two, then enter its new SHA1.
@@ -185,16 +184,11 @@ def load_forwarder():
     for options in ([*vectors, "-fopenmp"], vectors, []):
         # UsageError: no folder can hold code, so MLX cannot compile, either.
         with contextlib.suppress(UsageError, OSError, subprocess.SubprocessError):
-            key = key_of([source.read_text("utf-8"), cpu and cpu[0], options])
-            path = open_code_dir() / f"blas-{key}.so"
+            about = [source.read_text("utf-8"), cpu and cpu[0], options]
+            path = open_code_dir() / f"blas-{digest_of(about)[:12]}.so"
             compile_once(path, [compiler, "-shared", "-fPIC", "-O3", *options, source])
             return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     return None
-
-
-def key_of(about):
-    """A part of a file's name that differs where `about` does."""
-    return hashlib.sha1(json.dumps(about).encode()).hexdigest()[:12]
 
 
 def compile_once(path, command):
@@ -202,8 +196,7 @@ def compile_once(path, command):
 
     Raises OSError, SubprocessError.
     """
-    with open(path.parent / ".lock", "ab") as lock:
-        flock(lock)
+    with locked(path.parent):
         if path.exists():
             return
         remove_leftovers(path.parent)  # of processes that were killed
@@ -712,12 +705,12 @@ def use_precompiled_header():
         return  # the process that has started this one has put it there
     status = os.stat(compiler)
     about = [mx.__version__, compiler, status.st_size, status.st_mtime_ns]
-    folder = code_dir / f"compiler-{key_of([*about, COMPILER_SCRIPT, MLX_OPTIONS, OWN_OPTIONS])}"
+    about += [COMPILER_SCRIPT, MLX_OPTIONS, OWN_OPTIONS]
+    folder = code_dir / f"compiler-{digest_of(about)[:12]}"
     header = folder / f"{PREAMBLE}.gch"
     include = Path(mx.__file__).parent / "include"
     options = [*MLX_OPTIONS, *OWN_OPTIONS, "-I", include, "-x", "c++-header"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # as on a full disk
-        header.parent.mkdir(parents=True, exist_ok=True)
         compile_once(header, [compiler, *options, include / PREAMBLE])
         script = COMPILER_SCRIPT.format(
             compiler=shlex.quote(compiler),
@@ -787,11 +780,6 @@ def current_streams():
     if on_gpu() or BLAS == "Accelerate":
         return [mx.default_stream(mx.default_device())]
     return [cpu_stream(i) for i in range(streams_in_use)]
-
-
-def use_all_cores():
-    """Lets matrix products use all cores, for decoding."""
-    use_streams(1, 1)
 
 
 def over_streams(function, *arrays):

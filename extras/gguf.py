@@ -44,7 +44,7 @@ def export_gguf(model, tokenizer, path, bits):
     """
     path = Path(user_path(path))
     kind = find_counterpart(model.config)
-    vocabulary = make_vocabulary(tokenizer, model.config.vocab_size)
+    content = tokenizer_content(tokenizer)
     with explained("GGUF needs a package: pip install gguf", ImportError):
         import gguf
     if path.exists():
@@ -58,7 +58,7 @@ def export_gguf(model, tokenizer, path, bits):
             add_settings(writer, model.config)
             writer.add_name(utf8(path.stem))
             writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{matrix_format.name}", 0))
-            add_vocabulary(writer, vocabulary)
+            add_tokenizer(writer, content, tokenizer, model.config.vocab_size)
             for tensor, array in convert_weights(model, is_permuted="qwen" not in kind):
                 wanted = matrix_format if array.ndim == 2 else formats.F32
                 with explained(needed, gguf.quants.QuantError):
@@ -116,11 +116,8 @@ def convert_weights(model, is_permuted):
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
-def make_vocabulary(tokenizer, size):
-    """The first `size` tokens in the order of their ids, the merges and the end token's id.
-
-    Raises UsageError for a tokenizer that llama.cpp does not support.
-    """
+def tokenizer_content(tokenizer):
+    """What the tokenizer.json of a tokenizer says. Raises UsageError if llama.cpp has none such."""
     if tokenizer.kind in ("word", "char"):
         raise UsageError(
             f"llama.cpp has no {tokenizer.kind} tokenizer: train with --tokenizer bpe or byte, "
@@ -133,24 +130,33 @@ def make_vocabulary(tokenizer, size):
             "pre-tokenization can be exported. For other models, use llama.cpp's "
             "convert_hf_to_gguf.py"
         )
+    return content
+
+
+def add_tokenizer(writer, content, tokenizer, size):
+    """Adds `size` tokens in the order of their ids, in the fields that llama.cpp reads."""
+    from gguf import TokenType
+
     tokens = {token: text for text, token in content["model"]["vocab"].items()}
-    kinds = dict.fromkeys(tokens, "NORMAL")
+    kinds = dict.fromkeys(tokens, TokenType.NORMAL)
     for added in content["added_tokens"]:
         tokens[added["id"]] = added["content"]
-        kinds[added["id"]] = "CONTROL" if added.get("special") else "USER_DEFINED"
-    kinds[tokenizer.eos] = "CONTROL"
-    merges = []
-    for merge in content["model"]["merges"]:
-        merges.append(merge if isinstance(merge, str) else " ".join(merge))
-    if not merges:
-        # llama.cpp requires at least one; this one never applies.
-        merges = ["<eos> <eos>"]
-    return {
-        "tokens": [tokens.get(i, f"<unused {i}>") for i in range(size)],
-        "kinds": [kinds.get(i, "UNUSED") for i in range(size)],
-        "merges": merges,
-        "eos": end_of_text(tokenizer),
-    }
+        kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    kinds[tokenizer.eos] = TokenType.CONTROL
+    # llama.cpp requires at least one merge; this one never applies.
+    merges = content["model"]["merges"] or [["<eos>", "<eos>"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([tokens.get(i, f"<unused {i}>") for i in range(size)])
+    writer.add_token_types([kinds.get(i, TokenType.UNUSED) for i in range(size)])
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    end = end_of_text(tokenizer)
+    if end is not None:
+        writer.add_eos_token_id(end)
+        writer.add_bos_token_id(end)  # llama.cpp requires one; it is not prepended
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
 
 
 def is_gpt2_like(content):
@@ -159,21 +165,3 @@ def is_gpt2_like(content):
     wanted = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     is_cut_so = all(cut.get(name) == value for name, value in wanted.items())
     return is_cut_so and content["model"]["type"] == "BPE" and not content["normalizer"]
-
-
-def add_vocabulary(writer, vocabulary):
-    """Adds the tokenizer, in the fields that llama.cpp reads."""
-    import gguf
-
-    kinds = [getattr(gguf.TokenType, kind) for kind in vocabulary["kinds"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(vocabulary["tokens"])
-    writer.add_token_types(kinds)
-    writer.add_token_merges(vocabulary["merges"])
-    if vocabulary["eos"] is not None:
-        writer.add_eos_token_id(vocabulary["eos"])
-        writer.add_bos_token_id(vocabulary["eos"])  # llama.cpp requires one; it is not prepended
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
-    writer.add_chat_template(CHAT_TEMPLATE)

@@ -26,7 +26,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from datasets import PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
 from datasets import read_whole, replacing, user_path, without_passwords
-from main import Config, LanguageModel, checked, load_arrays, refuse_beyond_memory, sha1_of_file
+from main import Config, LanguageModel, Source, checked, load_arrays, refuse_beyond_memory
+from main import sha1_of_file
 
 # The fields of our Config and their defaults, also of those that you have added.
 PLAIN = {field.name: field.default for field in dataclasses.fields(Config)}
@@ -90,10 +91,7 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 # ---- Import -------------------------------------------------------------------------------------
 def open_by_name(name):
-    """The model of a folder or, if there is none of that name, on the hub.
-
-    Returns what `import_model` does. Raises UsageError.
-    """
+    """The Source of a folder or, if there is none of that name, on the hub. Raises UsageError."""
     if os.path.isdir(name):
         return import_model(name)
     if os.path.exists(name):
@@ -137,8 +135,8 @@ def download_model(repository, revision=None):
 def import_model(folder):
     """Reads a Hugging Face folder: its TEXTS and its weights in *.safetensors files.
 
-    Returns the fields of a Source: the model in float32, its tokenizer, its id and its files.
-    Raises UsageError if the folder holds no model that is supported.
+    Returns a Source with the model in float32. Raises UsageError if the folder holds no model that
+    is supported.
     """
     folder = Path(folder)
     with explained(f"{folder} cannot be used: name another model"):
@@ -156,7 +154,7 @@ def import_model(folder):
             model.load_weights([*weights.items()])
         except ValueError as error:  # which may name hundreds
             raise UsageError(f"its weights do not fit: {one_line(error):.150}") from None
-    return model, tokenizer, id_of(folder), {file.name: file for file in files}
+    return Source(model, tokenizer, id_of(folder), {file.name: file for file in files})
 
 
 def read_texts(folder):

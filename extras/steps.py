@@ -62,7 +62,8 @@ def recompute(earlier, later, step, folder):
     start = 0
     if earlier:
         start = earlier.iteration
-    elif "branched_from" in later.origins or is_from_lost_model(flags):
+    elif "branched_from" in later.origins or (flags.init_from and not flags.lora_rank):
+        # A run keeps the model that it began with only if that is LoRA's base.
         raise UsageError(f"{what}: no earlier checkpoint is left, and no seed gives its first one")
     *_, stretch = [each for each in later.stretches if each.iteration <= start]
     flags.num_iters = stretch.num_iters  # schedules end there
@@ -112,8 +113,3 @@ def open_run(folder, flags, checkpoint, kin):
     refuse_other_text(dataset, kin)
     models = {name: open_kept(kin, name) for name in needed_models(flags)}
     return make_run(folder, flags, contents, models, dataset, SingleProcess())
-
-
-def is_from_lost_model(flags):
-    """Whether a run began with weights that it has not kept, as it need not read them again."""
-    return bool(flags.init_from) and "init_from" not in needed_models(flags)

@@ -713,7 +713,7 @@ def test_preparing_a_corpus(tmp_path, text):
 
 @pytest.mark.parametrize("line, words", [
     ("--datset ptb", "unrecognized arguments: --datset ptb (--help lists all flags)"),
-    ("--dataset text", "--dataset text goes with --text"),
+    ("--dataset text", "--valid_text and --test_text go with --text"),
     ("--vocab_size 5", "--vocab_size: must be at least 257"),
     ("--tokenizer=", "--tokenizer: is empty"),
     ("--data_dir=", "--data_dir: is empty"),
