@@ -54,7 +54,6 @@ import contextlib
 import csv
 import dataclasses
 import difflib
-import errno
 import functools
 import hashlib
 import inspect
@@ -102,6 +101,11 @@ from datasets import tokenizer_name, use_compiler, user_path, utf8, without_comm
 EDITED = []  # names of the functions below that extras/fast.py does not know any more
 
 
+def sha1_of_text(text):
+    """The SHA1 of a text in UTF-8, in hexadecimal."""
+    return hashlib.sha1(text.encode()).hexdigest()
+
+
 def fast_version(plain):
     """Decorator: replaces a function with its quicker namesake in extras/fast.py, if that exists.
 
@@ -113,7 +117,7 @@ def fast_version(plain):
     names = os.environ.get("PLAIN_FUNCTIONS", "").split(",")
     if fast is None or plain.__name__ in names:
         return plain
-    sha1 = hashlib.sha1(without_comments(inspect.getsource(plain)).encode()).hexdigest()
+    sha1 = sha1_of_text(without_comments(inspect.getsource(plain)))
     if fast.STANDS_FOR.get(plain.__name__) != sha1:
         EDITED.append(plain.__name__)
         return plain
@@ -868,18 +872,16 @@ class Run(Progress):
     model: LanguageModel
     optimizer: optim.Optimizer
     batches: Batches
-    teacher: LanguageModel | None = None
+    teacher: LanguageModel | None
+    origins: dict  # what it was made with, see Checkpoint
+    stretches: list  # see Stretch; the last is going on
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
-    # What it was made with, see Checkpoint.
-    origins: dict = dataclasses.field(default_factory=dict)
-    stretches: list = dataclasses.field(default_factory=list)  # see Stretch; the last is going on
 
     session_steps: int = 0  # taken by this process
     checkpoint_id: str | None = None  # of the last checkpoint
     # When the last checkpoint in --save_dir was saved; the next one is later, whatever the clock
     # says.
     saved: float = 0.0
-    saved_iteration: int = 0
     is_saved: bool = True  # whether nothing has changed since; a new run has nothing to lose
 
     @property
@@ -1049,13 +1051,13 @@ def train(run, interrupts, ranks):
             if is_ended or received:
                 break
 
+            was_saved = run.is_saved
             metrics = train_step(run, step)
             if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
-                what = f"loss or gradient of iteration {run.iteration:,}"
-                raise divergence_error(run, what, run.iteration - 1)
+                raise divergence_error(run, "loss or gradient", run.iteration - 1)
             if reporter:
                 # Older checkpoints are deleted only once a step from the newest one has succeeded.
-                if run.saved_iteration == run.iteration - 1:
+                if was_saved:
                     prune(run)
                 reporter.report_step(run, metrics)
     # It is finite, so a step from the newest checkpoint would succeed.
@@ -1116,14 +1118,12 @@ def score_run(run, interrupts, ranks, reporter):
         return
     seconds = time.perf_counter() - began
     if not math.isfinite(nats):
-        what = f"score of iteration {run.iteration:,}"
-        raise divergence_error(run, what, run.iteration)
-    is_best = nats <= min((score for _, score in run.scores), default=nats)
+        raise divergence_error(run, "score", run.iteration)
     if run.is_score_due():
         run.scores.append([run.iteration, nats])
         run.is_saved = False
     if reporter:
-        reporter.report_score(run, nats, is_best, seconds)
+        reporter.report_score(run, nats, seconds)
 
 
 def save_and_sample(run, interrupts, reporter):
@@ -1351,12 +1351,10 @@ class Conversation:
         """Like `reply`, but without --stop."""
         tokenizer = self.tokenizer
         end = end_of_text(tokenizer) if flags.stop_at_end else None
-        if not self.text:
+        if self.text and self.text[-1] != end:  # else the prompt begins a text
+            prompt = "\n" + prompt
+        if prompt or not self.text:
             self.text.extend(first_ids(tokenizer, prompt))  # shared with the decoder
-        elif self.text[-1] == end:  # the prompt begins the next text
-            self.text.extend(tokenizer.encode(prompt).tolist())
-        else:
-            self.text.extend(tokenizer.encode("\n" + prompt).tolist())
         detokenizer = Detokenizer(tokenizer, self.text)
         times = []  # when each token arrived
         try:
@@ -1371,10 +1369,6 @@ class Conversation:
         finally:
             if times:  # excluding the time for the prompt
                 self.speed = (len(times) - 1) / (time.perf_counter() - times[0])
-
-    def describe_speed(self):
-        """Tokens per second of the last reply, and how often a draft was accepted."""
-        return f"{self.speed:,.1f} tokens/s{self.decoder.describe_draft()}"
 
 
 # ---- Evaluation ---------------------------------------------------------------------------------
@@ -1572,24 +1566,17 @@ class Checkpoint(Progress):
                 raise ValueError("its model has more blocks than arrays")
             return Contents(self, tokenizer, weights, state)
 
-    def delete(self):
-        """Deletes its files; without the weights, the metadata is no checkpoint."""
-        self.weights_path.unlink(missing_ok=True)
-        self.metadata_path.unlink(missing_ok=True)
-
-
 @dataclasses.dataclass
 class Stretch:
-    """A part of a run that was trained by the same code in the same environment."""
+    """A part of a run that was trained by the same code in the same environment.
 
-    iteration: int  # at which it begins
+    Two are equal if they differ only in where they begin.
+    """
+
+    iteration: int = dataclasses.field(compare=False)  # at which it begins
     num_iters: int  # to which schedules were stretched
     code: str  # see hash_code
     versions: dict  # what the last bits depend on, see list_versions
-
-    def includes(self, other):
-        """Whether a later one differs only in where it begins, and so is none of its own."""
-        return dataclasses.replace(other, iteration=self.iteration) == self
 
 
 class Damaged(RunError):
@@ -1620,7 +1607,7 @@ class Contents(NamedTuple):
         with explained(f"{checkpoint} does not fit its record", kind=Damaged):
             model = LanguageModel(checkpoint.config)
             check_arrays(weights, model.parameters())
-            model.load_weights(list(weights.items()))
+            model.update(tree_unflatten(weights))
             mx.eval(model.parameters())
         return model
 
@@ -1629,8 +1616,8 @@ class Contents(NamedTuple):
         checkpoint = self.checkpoint
         with explained(f"{checkpoint} does not fit its record", kind=Damaged):
             check_arrays(self.weights, run.model.trainable_parameters())
-            run.model.load_weights(list(self.weights.items()), strict=False)
-            state = tree_unflatten(list(self.state.items()))
+            run.model.update(tree_unflatten(self.weights))
+            state = tree_unflatten(self.state)
             if "weights" in state:  # the trained ones; the .safetensors has their average
                 check_arrays(state["weights"], run.model.trainable_parameters())
                 if run.flags.average:
@@ -1639,10 +1626,8 @@ class Contents(NamedTuple):
             check_arrays(state["optimizer"], run.optimizer.state)
             run.optimizer.state = state["optimizer"]
             run.batches.begin_epoch(checkpoint.epoch, checkpoint.place)
-            mx.eval(run.model.parameters(), run.optimizer.state)
         for name, value in checkpoint.progress().items():
             setattr(run, name, value)
-        run.saved_iteration = checkpoint.iteration
         run.checkpoint_id = checkpoint.id
 
 
@@ -1691,7 +1676,7 @@ def read_checkpoint(metadata_path):
         length = int.from_bytes(file.read(8), "little")  # of the JSON header that follows
         # The length may be junk. MLX itself reads no header of 100 MB.
         texts = json.loads(file.read(min(length, 10**8)))["__metadata__"]
-    if hashlib.sha1(texts["record"].encode()).hexdigest() != texts["sha1"]:
+    if sha1_of_text(texts["record"]) != texts["sha1"]:
         raise ValueError("damaged header")
     record = json.loads(texts["record"])
     if record["format_version"] != FORMAT_VERSION:
@@ -1779,12 +1764,12 @@ def by_score(checkpoint):
     return math.inf if checkpoint.score is None else checkpoint.score
 
 
-def newest_of_runs(checkpoints):
-    """The newest checkpoint of each run, {run: checkpoint}; checkpoints: newest first."""
-    newest = {}
+def by_run(checkpoints):
+    """The checkpoints of each run, {run: [Checkpoint, ...]}, in the order that they have here."""
+    runs = {}
     for each in checkpoints:
-        newest.setdefault(each.run, each)
-    return newest
+        runs.setdefault(each.run, []).append(each)
+    return runs
 
 
 def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
@@ -1793,14 +1778,14 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     identifier: an id or its beginning, a run's name (its newest checkpoint), RUN@STEP, "latest", or
     "best" (of the run saved last). Raises UsageError if it names none or several.
     """
-    newest = newest_of_runs(checkpoints)
+    runs = by_run(checkpoints)
     if identifier == "latest":
         found = checkpoints[:1]
     elif identifier == "best" and checkpoints:
-        best = best_of([each for each in checkpoints if each.run == checkpoints[0].run])
+        best = best_of(runs[checkpoints[0].run])
         found = [] if best.score is None else [best]
-    elif identifier in newest:
-        found = [newest[identifier]]
+    elif identifier in runs:
+        found = runs[identifier][:1]
     elif "@" in identifier:
         found = [extra("steps").checkpoint_at(checkpoints, identifier)]
     else:
@@ -1809,10 +1794,10 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
         found = list({each.id: each for each in matching}.values())
     if len(found) == 1:
         return found[0]
-    runs = ", ".join(list(newest)[:5]) or "none"
+    names = ", ".join(list(runs)[:5]) or "none"
     raise UsageError(
         f"--{flag_name} {identifier!r} matches {len(found) or 'no'} checkpoints in {save_dir}, "
-        f"which has these runs: {runs} (see --list)"
+        f"which has these runs: {names} (see --list)"
     )
 
 
@@ -1866,7 +1851,7 @@ def write_checkpoint(run):
         saved = max(time.time(), run.saved + 1e-3)  # even if the clock was set back
         identity = {"id": sha1, "state_sha1": sha1_of_arrays(state), "saved": saved}
         record = json.dumps(describe_run(run) | identity)
-        texts = {"record": record, "sha1": hashlib.sha1(record.encode()).hexdigest()}
+        texts = {"record": record, "sha1": sha1_of_text(record)}
         mx.save_safetensors(metadata_file, state, texts)
         publish(metadata_file, run.folder / f"{sha1}.metadata")
         publish(weights_file, run.folder / f"{sha1}.safetensors")
@@ -1874,7 +1859,6 @@ def write_checkpoint(run):
     sync(run.folder.parent)  # where the name of the folder itself is
     run.checkpoint_id = sha1
     run.saved = saved
-    run.saved_iteration = run.iteration
     run.is_saved = True
     if on_gpu():
         mx.clear_cache()  # else the next step would compute in what the copies have left
@@ -1918,7 +1902,10 @@ def describe_run(run):
 
 
 def prune(run):
-    """Deletes checkpoints of a run, but for the newest --keep, the best, and the current one."""
+    """Deletes checkpoints of a run, but for the newest --keep, the best, and the current one.
+
+    And what killed saves have left.
+    """
     with contextlib.suppress(OSError):
         own = list_run(run.folder)  # newest first
         kept = {run.checkpoint_id, *(each.id for each in own[: run.flags.keep])}
@@ -1926,17 +1913,13 @@ def prune(run):
         best = best_of([each for each in own if [each.iteration, each.score] in run.scores])
         for each in own:
             if each.id not in kept and each is not best:
-                each.delete()
-        remove_unfinished(run.folder)
-
-
-def remove_unfinished(folder):
-    """Deletes what killed saves have left in a run's folder; the caller holds its lock."""
-    remove_leftovers(folder)
-    for path in folder.glob("*.metadata"):
-        if SHA1.fullmatch(path.stem) and not os.path.lexists(path.with_suffix(".safetensors")):
-            with contextlib.suppress(OSError):  # a folder, or another user's: it does no harm
-                path.unlink()
+                each.weights_path.unlink(missing_ok=True)
+        remove_leftovers(run.folder)
+        # Without the weights, metadata is no checkpoint.
+        for path in run.folder.glob("*.metadata"):
+            if SHA1.fullmatch(path.stem) and not os.path.lexists(path.with_suffix(".safetensors")):
+                with contextlib.suppress(OSError):  # a folder, or another user's: it does no harm
+                    path.unlink()
 
 
 def divergence_error(run, what, iteration):
@@ -1949,7 +1932,8 @@ def divergence_error(run, what, iteration):
     if earlier:
         remedy = f"go back with {command(run.flags, earlier[0].id[:12])}"
     return RunError(
-        f"the {what} is not finite: choose a lower --learning_rate or --grad_clip, and {remedy}"
+        f"the {what} of iteration {run.iteration:,} is not finite: choose a lower --learning_rate "
+        f"or --grad_clip, and {remedy}"
     )
 
 
@@ -2026,8 +2010,9 @@ def open_kept(checkpoint, flag_name):
     with explained(f"{checkpoint.run} lacks the model in its folder {flag_name}", kind=Damaged):
         if folder.is_symlink():
             raise OSError("it is a link")
-        if (folder / f"{origin_id}.metadata").exists():
-            source = open_source(read_checkpoint(folder / f"{origin_id}.metadata"))
+        metadata = folder / f"{origin_id}.metadata"
+        if metadata.exists():
+            source = open_source(read_checkpoint(metadata))
         else:
             source = extra("huggingface").open_by_name(str(folder))
         if source.id != origin_id:
@@ -2109,12 +2094,9 @@ class UnbreakableStream:
 
     def write(self, text):
         """Never raises OSError. What cannot be written is tried again with the next text."""
-        try:
+        with contextlib.suppress(OSError):
             self.stream.write(text)
             self.stream.flush()
-        except OSError as error:
-            if error.errno in (errno.EPIPE, errno.EIO):  # for good; a full disk may recover
-                discard(self.stream)
 
     def flush(self):
         """Does nothing: `write` has flushed."""
@@ -2237,7 +2219,7 @@ def list_versions(flags, ranks):
 def proof_of_gpu(versions):
     """The file that `python -m extras.check --gpu` makes where a run on this GPU has repeated."""
     what = json.dumps([versions[name] for name in ("device", "MLX", "BLAS")])
-    return open_code_dir() / f"gpu-{hashlib.sha1(what.encode()).hexdigest()}"
+    return open_code_dir() / f"gpu-{sha1_of_text(what)}"
 
 
 def hash_code(flags):
@@ -2254,8 +2236,7 @@ def hash_code(flags):
         path = HERE / "extras" / f"{name}.py"
         if is_used and path.exists():  # a student can be sampled from without it
             sources.append(path.read_text("utf-8"))
-    code = "\n".join(map(without_comments, sources))
-    return hashlib.sha1(code.encode()).hexdigest()
+    return sha1_of_text("\n".join(map(without_comments, sources)))
 
 
 # ---- Reports ------------------------------------------------------------------------------------
@@ -2339,12 +2320,13 @@ class Reporter:
         texts += [f"time {tqdm.format_interval(run.seconds)}", f"left {left}"]
         tqdm.write("  ".join([f"{run.iteration:,}/{self.bar.total:,}", *texts]))
 
-    def report_score(self, run, nats, is_best, seconds):
+    def report_score(self, run, nats, seconds):
         """Shows and logs a score of the validation split, which took so many seconds."""
         train = ""
         if self.train_loss is not None and run.teacher is None:
             train = f"train {self.train_loss:.4f}, "
-        mark = " (best)" if is_best else ""
+        best = min((score for _, score in run.scores), default=nats)
+        mark = " (best)" if nats <= best else ""
         score = describe_score("valid", nats, run.dataset.valid, run.dataset.tokenizer, mark)
         elapsed = tqdm.format_interval(run.seconds)
         times = f"epoch {run.epochs:.2f}, time {elapsed}, scored in {seconds:.1f} s"
@@ -2570,8 +2552,6 @@ def sample_from(model, contents, flags):
     The model's text goes to stdout, messages about it to stderr. Raises UsageError.
     """
     tokenizer = contents.tokenizer
-    if flags.quantize:
-        extra("quantize").quantize(model, flags.quantize, packed=flags.gpu)
     draft = None
     if flags.draft:
         draft, its_tokenizer, *_ = open_model(flags.save_dir, flags.draft, "draft")
@@ -2582,26 +2562,38 @@ def sample_from(model, contents, flags):
                 f"--draft {flags.draft} has a different tokenizer than "
                 f"{contents.checkpoint.id[:12]}: use one trained with the same tokenizer"
             )
+    if flags.quantize:
+        extra("quantize").quantize(model, flags.quantize, packed=flags.gpu)
     # The checkpoint is announced once no mistake of the user can be left to report: a mistake is
     # the only line on stderr.
     announce(contents.checkpoint)
+    begin_text = partial(Conversation, tokenizer, model, draft)
     if flags.inference:
-        converse(tokenizer, model, draft, flags)
+        converse(begin_text, flags)
     else:
-        print_samples(tokenizer, model, draft, flags)
+        name_unknown(tokenizer, flags.prompt)
+        print_samples(begin_text, flags)
 
 
-def print_samples(tokenizer, model, draft, flags):
-    """Prints continuations of --prompt on stdout, a line between them; sample i uses seed + i."""
-    name_unknown(tokenizer, flags.prompt)
+def print_samples(begin_text, flags):
+    """Prints continuations of --prompt on stdout, a line between them; sample i uses seed + i.
+
+    begin_text: a function that makes a Conversation.
+    """
     for i in range(flags.num_samples):
         if i > 0:
             print("-" * 15)  # as nanoGPT does
-        conversation = Conversation(tokenizer, model, draft)  # a fresh one for each sample
-        for piece in conversation.reply(flags.prompt, flags, flags.seed + i):
-            print(for_terminal(piece), end="", flush=True)
-        print(flush=True)
-    print(conversation.describe_speed(), file=sys.stderr)  # of the last sample
+        conversation = begin_text()
+        print_pieces(conversation.reply(flags.prompt, flags, flags.seed + i))
+    speed = f"{conversation.speed:,.1f} tokens/s{conversation.decoder.describe_draft()}"
+    print(speed, file=sys.stderr)  # of the last sample
+
+
+def print_pieces(pieces):
+    """Prints the pieces of a text as they come, and ends its line."""
+    for piece in pieces:
+        print(for_terminal(piece), end="", flush=True)
+    print(flush=True)
 
 
 def for_terminal(text):
@@ -2617,7 +2609,7 @@ def name_unknown(tokenizer, prompt):
         print(printable(line), file=sys.stderr)
 
 
-def converse(tokenizer, model, draft, flags):
+def converse(begin_text, flags):
     """Answers each line of stdin with a continuation of the conversation so far.
 
     Lines that begin with / are COMMANDS. Ctrl+C ends a reply; at the prompt it ends the session,
@@ -2631,14 +2623,14 @@ def converse(tokenizer, model, draft, flags):
         import readline  # noqa: F401 (gives input() line editing and history)
 
         question = "> "
-    conversation = Conversation(tokenizer, model, draft)
+    conversation = begin_text()
     try:
         while True:
             line = input(question)
             if line.rstrip() == "/quit":
                 break
             elif line.rstrip() == "/reset":
-                conversation = Conversation(tokenizer, model, draft)
+                conversation = begin_text()
             elif line.startswith("/"):
                 print(COMMANDS, file=sys.stderr)
             else:
@@ -2660,10 +2652,8 @@ def print_reply(conversation, line, flags):
         interrupts.received = signal_number
 
     handler = signal.signal(signal.SIGINT, note)
-    for piece in conversation.reply(line, flags, flags.seed, interrupts):
-        print(for_terminal(piece), end="", flush=True)
+    print_pieces(conversation.reply(line, flags, flags.seed, interrupts))
     signal.signal(signal.SIGINT, handler)
-    print(flush=True)
 
 
 # ---- Flags --------------------------------------------------------------------------------------
@@ -2927,6 +2917,8 @@ SAVED = [*SHAPING, *FLAGS["run"]]
 # Flags that say where something lies: what lies there counts.
 PATHS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
 
+MODES = ["inference", "prompt", "evaluate", "list", "new_model"]  # a command has one of these
+
 LARGEST_YAML = 1 << 20  # bytes of a --config, or of a file of cases
 RECIPES = HERE / "extras" / "recipes"  # the files that --config finds by name
 
@@ -2947,23 +2939,16 @@ def make_parser():
     return parser
 
 
-MODES = ["inference", "prompt", "evaluate", "list", "new_model"]  # a command has one of these
-
-
 def add_flags(group, rows):
     """Adds rows of FLAGS to an argparse parser, or to a group of one."""
-    modes = group.add_mutually_exclusive_group() if {*MODES} & {*rows} else None
     for name, row in rows.items():
         options = {"type": row.convert, "metavar": getattr(row.convert, "metavar", "TEXT")}
-        if name in MODES:
-            options = {"action": "store_true"} if row.convert is bool else options
-        elif row.convert is bool:
+        if row.convert is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif name in SEVERAL:
             options |= {"nargs": "+", "action": "extend"}  # `--text a --text b` names both
         default = f" (default: {row.default})" if row.default else ""
-        place = modes if name in MODES else group
-        place.add_argument(f"--{name}", help=row.help + default, **options)
+        group.add_argument(f"--{name}", help=row.help + default, **options)
         for other in row.also.split():
             group.add_argument(f"--{other}", dest=name, help=argparse.SUPPRESS, **options)
 
@@ -2980,7 +2965,11 @@ def parse(arguments):
             hints.append("no flag takes it: a switch has no value, a text with blanks needs quotes")
         hints = [*hints[:1], "--help lists all flags"]
         raise UsageError(f"unrecognized arguments: {unknown[0]} ({'; '.join(hints)})")
-    return vars(values)
+    flags = vars(values)
+    modes = [name for name in flags if name in MODES]
+    if len(modes) > 1:
+        raise UsageError(f"--{modes[1]}: not allowed with argument --{modes[0]}")
+    return flags
 
 
 def arguments_of(values):
@@ -3162,7 +3151,7 @@ def run_name(flags):
             continue
         if value != DEFAULTS[name]:  # or a flag that is added to the program would rename all runs
             shape[name] = value
-    sha1 = hashlib.sha1(json.dumps(shape, sort_keys=True).encode()).hexdigest()
+    sha1 = sha1_of_text(json.dumps(shape, sort_keys=True))
     return f"{flags.dataset}-{sha1[:6]}"
 
 
@@ -3210,11 +3199,11 @@ def is_same_model(flags, flag_name, checkpoint):
     return named_checkpoint(flags.save_dir, checkpoints, name, flag_name).id == origin_id
 
 
-def check_agreement(flags, fixed, holder):
-    """Raises UsageError if a flag that was given contradicts `fixed`, what `holder` has."""
-    for name, value in fixed.items():
+def check_agreement(flags, values, holder):
+    """Raises UsageError if a flag in FIXED that was given contradicts what `holder` has."""
+    for name, value in values.items():
         given = getattr(flags, name)
-        if name in flags.given and given != value:
+        if name in FIXED and name in flags.given and given != value:
             has = "was made without it" if value is None else f"has {value}"
             raise UsageError(
                 f"--{name} {given} contradicts {holder}, which {has}: "
@@ -3246,14 +3235,14 @@ def find_candidates(flags, checkpoints, start):
     """
     if flags.new_model:
         return []
-    newest = newest_of_runs(checkpoints)
-    if start and newest.get(start.run) is start and not differences(flags, start):
+    newest = [own[0] for own in by_run(checkpoints).values()]  # saved last first
+    if any(each is start for each in newest) and not differences(flags, start):
         return [start]
-    name = run_name(flags)
+    name = re.escape(run_name(flags))
     origin_id = start and start.id
     candidates = []
-    for run, checkpoint in newest.items():  # saved last first
-        has_name = re.fullmatch(rf"{re.escape(name)}(\.\d+)?", run)  # NAME.bak is a user's copy
+    for checkpoint in newest:
+        has_name = re.fullmatch(rf"{name}(\.\d+)?", checkpoint.run)  # NAME.bak is a user's copy
         is_branch_of_it = checkpoint.origins.get("branched_from") == origin_id
         if has_name and is_branch_of_it and not differences(flags, checkpoint):
             candidates.append(checkpoint)
@@ -3286,7 +3275,7 @@ def free_folder(flags, checkpoints):
     Raises RunError if one of them has checkpoints of which none could be read: it may be the run
     that the command would go on with.
     """
-    readable = newest_of_runs(checkpoints)
+    readable = by_run(checkpoints)
     name = run_name(flags)
     names = itertools.chain([name], (f"{name}.{count}" for count in itertools.count(2)))
     for each in names:
@@ -3338,19 +3327,6 @@ def describe_other(other, flags):
         f"Starting a new run: {other.run} has {has}. "
         f"To resume that one: {command(flags, other.run)}"
     )
-
-
-def open_models(flags):
-    """The models that --init_from and --teacher name, {flag: Source}.
-
-    Raises UsageError, RunError.
-    """
-    models = {}
-    for flag_name in ORIGINS:
-        name = getattr(flags, flag_name)
-        if name:
-            models[flag_name] = open_model(flags.save_dir, name, flag_name)
-    return models
 
 
 def needed_models(flags):
@@ -3474,8 +3450,15 @@ def limits_of_control_groups():
 
 
 def begin(flags):
-    """What a new run begins with: its models, {flag: Source}, its flags and its dataset."""
-    models = open_models(flags)
+    """What a new run begins with: its models, {flag: Source}, its flags and its dataset.
+
+    Raises UsageError, RunError.
+    """
+    models = {}
+    for flag_name in ORIGINS:
+        name = getattr(flags, flag_name)
+        if name:
+            models[flag_name] = open_model(flags.save_dir, name, flag_name)
     flags = settle(flags.given, decided_by(models, flags))
     tokenizer = None
     if models:
@@ -3549,6 +3532,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
         batches=batches,
         teacher=models["teacher"].model if "teacher" in models else None,
         origins={name: source.id for name, source in models.items()},
+        stretches=[],
     )
     if contents:
         contents.restore(run)
@@ -3556,7 +3540,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
         run.stretches = [*checkpoint.stretches]
     code = hash_code(vars(flags))
     stretch = Stretch(run.iteration, flags.num_iters, code, list_versions(flags, ranks))
-    if not run.stretches or not run.stretches[-1].includes(stretch):
+    if run.stretches[-1:] != [stretch]:
         run.stretches.append(stretch)
     mx.eval(model.parameters(), optimizer.state)
     return run
@@ -3586,15 +3570,14 @@ def set_up(flags, ranks, interrupts, stack):
     start = find_start(flags, checkpoints)
     if start:
         flags = settle(flags.given, start.flags)
-        others = differences(flags, start)
-        check_agreement(flags, {name: others[name] for name in FIXED if name in others}, start.run)
+        check_agreement(flags, differences(flags, start), start.run)
     check_parts(flags, ranks)
     candidates = find_candidates(flags, checkpoints, start)
     found = None
     if start or candidates:
         known = candidates[0] if candidates else start
-        its_run = [each for each in checkpoints if each.run == known.run]
-        dataset = load_data_again(flags, its_run or [known])
+        # RUN@STEP is in none of the runs.
+        dataset = load_data_again(flags, by_run(checkpoints).get(known.run, [known]))
         if start:
             refuse_other_text(dataset, start)
         found = choose(candidates, flags, dataset, start)
@@ -3603,10 +3586,9 @@ def set_up(flags, ranks, interrupts, stack):
     stack.enter_context(claimed(folder))
     contents = None
     if found:  # only now can no other process advance it
-        remove_unfinished(folder)
         # Of a branch of what is named, any intact checkpoint will do.
         is_named = bool(flags.identifier) and found is start
-        contents = open_newest(list_run(folder, warn=True), is_named=is_named)
+        contents = open_newest(list_run(folder), is_named=is_named)
     elif start:
         contents = open_newest([start], is_named=True)
     if contents:
@@ -3642,15 +3624,15 @@ def list_runs(save_dir):
     if not checkpoints:
         print(NO_CHECKPOINT.format(save_dir))
         return
-    newest = newest_of_runs(checkpoints)
-    best = {run: best_of([each for each in checkpoints if each.run == run]) for run in newest}
+    runs = by_run(checkpoints)
     apart = flags_apart(checkpoints)
     print(f"{'run':<24}{'trained':>20}{'valid nats':>12}{'iteration':>12}  checkpoint    flags")
-    for run, each in sorted(best.items(), key=lambda item: by_score(item[1])):
-        trained = f"{newest[run].iteration:,} of {newest[run].flags['num_iters']:,}"
+    for each in sorted(map(best_of, runs.values()), key=by_score):
+        newest = runs[each.run][0]
+        trained = f"{newest.iteration:,} of {newest.flags['num_iters']:,}"
         score = "-" if each.score is None else f"{each.score:.4f}"
         place = f"{each.iteration:>12,}  {each.id[:12]}"
-        print(f"{run:<24}{trained:>20}{score:>12}{place}  {printable(apart[run])}")
+        print(f"{each.run:<24}{trained:>20}{score:>12}{place}  {printable(apart[each.run])}")
 
 
 def flags_apart(checkpoints):
@@ -3658,14 +3640,14 @@ def flags_apart(checkpoints):
 
     Of each run, the newest checkpoint counts.
     """
-    newest = newest_of_runs(checkpoints)
+    newest = [own[0] for own in by_run(checkpoints).values()]
     apart = []
     for name in SHAPING:
-        if len({str(each.flags[name]) for each in newest.values()}) > 1:
+        if len({str(each.flags[name]) for each in newest}) > 1:
             apart.append(name)
     texts = {}
-    for run, each in newest.items():
-        texts[run] = shlex.join(arguments_of({name: each.flags[name] for name in apart}))
+    for each in newest:
+        texts[each.run] = shlex.join(arguments_of({name: each.flags[name] for name in apart}))
     return texts
 
 
@@ -3681,13 +3663,10 @@ def open_for_use(flags):
         found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier)
         check_agreement(flags, {name: found.flags[name] for name in names}, found.run)
         return open_newest([found], is_named=True)
-    candidates = []
-    for each in checkpoints:
-        if all(each.flags[name] == getattr(flags, name) for name in names):
-            candidates.append(each)
-    if not candidates:
-        raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
-    return open_newest([each for each in candidates if each.run == candidates[0].run])
+    for own in by_run(checkpoints).values():  # saved last first
+        if all(own[0].flags[name] == getattr(flags, name) for name in names):
+            return open_newest(own)
+    raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
 
 
 def announce(checkpoint):
