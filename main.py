@@ -2718,7 +2718,8 @@ PRESETS = {
 # {group: {flag: row}}. The group says what a flag does. `data`, `model`, `start` and `training`
 # shape a run: another value is another run; only those of `training` may change in a branch. Those
 # of `run` may change at any time. All these are saved with a run; `sampling` and `command` are not.
-# Where a default of None depends on other flags, the help says how, and `settle` fills it in.
+# Where a default of None depends on other flags, the help says how; `settle` fills it in, or the
+# code that uses it.
 FLAGS = {}
 
 FLAGS["data"] = {
@@ -2944,7 +2945,7 @@ def add_flags(group, rows):
     for name, row in rows.items():
         options = {"type": row.convert, "metavar": getattr(row.convert, "metavar", "TEXT")}
         if row.convert is bool:
-            options = {"action": argparse.BooleanOptionalAction}
+            options = {"action": "store_true" if name in MODES else argparse.BooleanOptionalAction}
         elif name in SEVERAL:
             options |= {"nargs": "+", "action": "extend"}  # `--text a --text b` names both
         default = f" (default: {row.default})" if row.default else ""
@@ -3365,11 +3366,14 @@ def decided_by(models, flags):
     return decided
 
 
-def make_config(flags, vocab_size):
-    """The Config of a new model. Raises UsageError."""
+def make_config(flags, known):
+    """The Config of a run's model; known: fields that the tokenizer or --init_from decides.
+
+    The context is that of the flags in any case. Raises UsageError.
+    """
     shape = {name: getattr(flags, name) for name in FLAGS["model"]}
     try:
-        return Config(vocab_size=vocab_size, **shape)
+        return Config(**shape | known | {"context_size": flags.context_size})
     except ValueError as error:
         raise UsageError(f"--{error}") from None
 
@@ -3379,14 +3383,15 @@ def make_model(flags, dataset, checkpoint, models):
     if "init_from" in models:
         model = models["init_from"].model
         # Its context may change; what no flag sets, such as a padded vocabulary, stays.
-        model.config = dataclasses.replace(model.config, context_size=flags.context_size)
+        model.config = make_config(flags, vars(model.config))
         if flags.lora_rank:
             extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
     elif checkpoint:
         with explained(f"{checkpoint} has no model", kind=Damaged):
             model = LanguageModel(checkpoint.config)
     else:
-        model = LanguageModel(make_config(flags, dataset.tokenizer.vocab_size))
+        known = {"vocab_size": dataset.tokenizer.vocab_size}
+        model = LanguageModel(make_config(flags, known))
     return model
 
 
