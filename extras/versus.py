@@ -520,8 +520,9 @@ def describe_verdict(result, tries):
     if result["low"] <= 0 <= result["high"]:
         shown = POWER * (result["high"] - result["low"]) / 2
         return (
-            f"No difference seen. With this spread, {pairs} pairs would mostly show one of roughly "
-            f"{shown:.2g}; fresh pairs (--pairs {4 * pairs} {fresh}), one of {shown / 2:.2g}."
+            f"No difference seen. With this spread, {pairs} pairs show a difference of {shown:.2g} "
+            f"four times in five; {4 * pairs} fresh ones (--pairs {4 * pairs} {fresh}), one of "
+            f"{shown / 2:.2g}."
         )
     helped = result["difference"] < 0
     if tries == 1:
