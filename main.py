@@ -1566,6 +1566,7 @@ class Checkpoint(Progress):
                 raise ValueError("its model has more blocks than arrays")
             return Contents(self, tokenizer, weights, state)
 
+
 @dataclasses.dataclass
 class Stretch:
     """A part of a run that was trained by the same code in the same environment.
@@ -1902,9 +1903,9 @@ def describe_run(run):
 
 
 def prune(run):
-    """Deletes checkpoints of a run, but for the newest --keep, the best, and the current one.
+    """Deletes what a run no longer needs, and what killed saves have left in its folder.
 
-    And what killed saves have left.
+    Of its checkpoints, the newest --keep, the best and the current one stay.
     """
     with contextlib.suppress(OSError):
         own = list_run(run.folder)  # newest first

@@ -1,6 +1,6 @@
 """Makes the picture of the README: runs what it shows, and draws it for light and dark pages.
 
-    python .github/picture.py make FOLDER      some 13 minutes on two cores
+    python .github/picture.py make FOLDER      some 20 minutes on two cores
     python .github/picture.py draw FOLDER
 
 All that is drawn comes from the logs and records in FOLDER, as main.py has written them.

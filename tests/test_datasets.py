@@ -713,11 +713,8 @@ def test_preparing_a_corpus(tmp_path, text):
 
 @pytest.mark.parametrize("line, words", [
     ("--datset ptb", "unrecognized arguments: --datset ptb (--help lists all flags)"),
-    ("--dataset text", "--valid_text and --test_text go with --text"),
     ("--vocab_size 5", "--vocab_size: must be at least 257"),
     ("--tokenizer=", "--tokenizer: is empty"),
-    ("--data_dir=", "--data_dir: is empty"),
-    ("--text=", "--text: is empty"),
     ("--text {0} --tokenizer {0}", "must be a Hugging Face tokenizer.json, or one of auto, byte"),
     ("--text {0} --data_dir {0}", "cannot write texts to {0}: name a folder"),
 ])  # fmt: skip
