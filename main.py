@@ -3594,7 +3594,7 @@ def set_up(flags, ranks, interrupts, stack):
     if found:  # only now can no other process advance it
         # Of a branch of what is named, any intact checkpoint will do.
         is_named = bool(flags.identifier) and found is start
-        contents = open_newest(list_run(folder), is_named=is_named)
+        contents = open_newest(list_run(folder, warn=True), is_named=is_named)
     elif start:
         contents = open_newest([start], is_named=True)
     if contents:
