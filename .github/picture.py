@@ -22,7 +22,7 @@ import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from extras.versus import newest_records, read_rows  # noqa: E402
+from extras.versus import RESULTS, read_results  # noqa: E402
 
 KILLED = "--dataset python --preset tiny --batch_size 8 --num_iters 300 --steps_per_eval 50"
 KILLS = 5
@@ -122,26 +122,27 @@ def draw_kills(axis, folder, text, green):
 
 def draw_experiment(axis, folder, text, blue):
     """What an edit did to the loss of each seed, and where the mean may lie."""
-    row = read_rows(folder / "versus" / "versus.csv")[-1]
-    seeds = json.loads(row["seeds"])
-    sides = []
-    for side in row["comparison"].split():
-        records = newest_records(folder / "versus" / side)
-        sides.append([records[seed]["scores"][-1][1] for seed in seeds])
-    before, after = sides
-    differences = np.subtract(after, before)
+    result = read_results(folder / "versus" / RESULTS)[-1]
+    seeds = result["seeds"]
+    differences = np.subtract(result["scores_after"], result["scores_before"])
     places = range(len(seeds))
     axis.axhline(0, color=text, lw=1)
     axis.vlines(places, 0, differences, color=blue, alpha=0.5)
     axis.plot(places, differences, "o", color=blue, ms=7, label="a pair: after minus before")
     axis.axhline(differences.mean(), color=blue, lw=1, ls="--", label="mean")
-    low, high = float(row["low"]), float(row["high"])
-    axis.axhspan(low, high, color=blue, alpha=0.2, lw=0, label="95 % interval of the mean")
+    axis.axhspan(
+        result["low"],
+        result["high"],
+        color=blue,
+        alpha=0.2,
+        lw=0,
+        label="95 % interval of the mean",
+    )
     axis.set_xticks(places, seeds)
     axis.set(xlabel="seed", ylabel="change of validation loss (nats/byte)")
     axis.set_ylim(bottom=-0.003, top=differences.max() + 0.018)  # the legend lies above the points
     axis.legend(fontsize=10, loc="upper left", handlelength=1)
-    verdict = row["verdict"].lower().rstrip(".")
+    verdict = result["verdict"].lower().rstrip(".")
     axis.set_title(f"three iterations, not five: {verdict}", loc="left", weight="bold")
 
 

@@ -12,7 +12,6 @@ if there is none.
 # First: main.py chooses the BLAS before NumPy and MLX take one.
 from extras.program import add_identifiers, make_parser, read_flags, select_checkpoints, start
 
-import json
 import sys
 import textwrap
 import warnings
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets import UsageError, explained, printable, user_path, utf8
-from extras.versus import interval, newest_records, read_rows
+from extras.versus import RESULTS, read_results
 from main import flags_apart, read_log
 
 # Training losses are many and noisy, so they are pale; validation losses have markers.
@@ -109,36 +108,31 @@ def columns_of(log, split, column):
 def plot_comparison(folder, path):
     """Plots what extras.versus compared last.
 
-    Above, the validation losses of both sides with their means; below, the mean difference with its
-    95 % interval. Raises UsageError.
+    Left, the losses of each pair; right, their differences, with the mean and its 95 % interval.
+    Raises UsageError.
     """
-    with explained(f"{folder} holds no comparison: see python -m extras.versus", OSError):
-        row = read_rows(folder / "versus.csv")[-1]
-    if row["diverged"] != "0":
+    results = read_results(folder / RESULTS)
+    if not results:
+        raise UsageError(f"{folder} holds no comparison: see python -m extras.versus")
+    result = results[-1]
+    if result["diverged"]:
         raise UsageError("a run of the last comparison has diverged: there is no mean to draw")
-    if row["unit"] != "nats/token" or row["steps_before"] != row["steps_after"]:
-        raise UsageError("the last comparison's sides differ in tokens or steps: no common curves")
-    seeds = json.loads(row["seeds"])
-    sides = []
-    for side in row["comparison"].split():
-        records = newest_records(folder / side)
-        sides.append([records[seed]["scores"] for seed in seeds])
-    scores = np.array(sides)  # [side, pair, point, 2]
-    iterations = scores[0, 0, :, 0]
-    losses = scores[..., 1]
-    figure = make_figure(8, 7)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    for name, color, of_side in zip(("before", "after"), ("C0", "C1"), losses):
-        above.plot(iterations, of_side.T, color=color, alpha=0.4, linewidth=1)
-        label = f"{name}: {printable(row[name])}"
-        above.plot(iterations, of_side.mean(axis=0), color=color, marker="o", label=label)
-    above.set(ylabel="validation loss (nats/token)")
-    above.legend()
-    mean, margin = interval(losses[1] - losses[0])
-    below.axhline(0, color="gray", linewidth=1)
-    below.fill_between(iterations, mean - margin, mean + margin, color="C1", alpha=0.2)
-    below.plot(iterations, mean, color="C1", marker="o")
-    below.set(xlabel="iteration", ylabel=f"difference, {len(seeds)} pairs")
+    before = np.array(result["scores_before"])
+    after = np.array(result["scores_after"])
+    seeds = [str(seed) for seed in result["seeds"]]
+    figure = make_figure(10, 4)
+    losses, differences = figure.subplots(1, 2)
+    losses.vlines(seeds, before, after, color="gray", alpha=0.5)
+    for name, scores in (("before", before), ("after", after)):
+        losses.plot(seeds, scores, "o", label=f"{name}: {printable(result[name])}")
+    losses.set(xlabel="seed", ylabel=f"validation loss ({result['unit']})")
+    losses.legend()
+    differences.axhline(0, color="gray", linewidth=1)
+    differences.axhspan(result["low"], result["high"], color="C1", alpha=0.2)
+    differences.axhline(result["difference"], color="C1")
+    differences.plot(seeds, after - before, "o", color="C1")
+    differences.set(xlabel="seed", ylabel="after minus before")
+    figure.suptitle(textwrap.fill(result["verdict"], 100))
     save_figure(figure, path)
 
 

@@ -6,11 +6,13 @@
 
 Behind -- are the flags of main.py that both sides have. With the same seed, both sides read the
 same batches and begin with the same weights, so that much of the noise of a single run cancels.
-What is compared is the loss of the whole validation split after the last step. Interrupted, the
-same command goes on where it was. extras/versus.md says what its numbers mean.
+What is compared is the loss of the whole validation split after the last step. Several runs train
+at a time, each on its share of the cores. Interrupted, the same command goes on where it was.
+extras/versus.md says what its numbers mean.
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -26,7 +28,7 @@ import tempfile
 import time
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
@@ -39,6 +41,7 @@ HERE = Path(__file__).resolve().parent.parent
 NATS = "nats/token"
 BITS = "bits per byte"  # of sides with different tokens
 SAME_STEPS = 20  # of each run of --same
+RESULTS = "comparisons.jsonl"
 POWER = 1.4  # times half the interval: the difference that is seen four times in five
 CANNOT_TELL = 125  # `git bisect run` then skips the commit
 
@@ -47,7 +50,7 @@ CANNOT_TELL = 125  # `git bisect run` then skips the commit
 REFUSED = ["patience", "max_minutes", "eval_tokens", "identifier", "new_model"]
 REFUSED += ["inference", "prompt", "evaluate", "list"]
 SHARED = ["dataset", "text", "valid_text", "valid_fraction", "text_field"]
-SHARED += ["seed", "steps_per_eval", "save_dir", "data_dir"]
+SHARED += ["seed", "save_dir", "data_dir", "gpu"]
 
 
 def main(arguments):
@@ -65,7 +68,7 @@ def main(arguments):
 
 
 def stop(number, frame):
-    """Ends this program; Comparison.train first ends the run that it waits for."""
+    """Ends this program; Comparison.complete_pairs first ends the runs that it waits for."""
     print("\nStopped: the same command goes on.", file=sys.stderr)
     sys.exit(128 + number)
 
@@ -83,12 +86,14 @@ def read_arguments(arguments):
     add("after", metavar="SIDE", type=str.strip, nargs="?", default="", help="another (your files)")
     add("--pairs", type=number(int, 2), default=6, help="of runs (6)")
     add("--seeds", type=int, help="the first one (that of --seed, or 42)")
+    jobs = "runs at a time, each on its share of the cores (4; with --gpu, 1)"
+    add("--jobs", type=number(int, 1), help=jobs)
     add("--json", action="store_true", help="the result as JSON on the last line")
     same = f"exit status 0: same weights after {SAME_STEPS} steps, 1: others, {CANNOT_TELL}: no run"
     add("--same", action="store_true", help=same)
     end = [*arguments, "--"].index("--")
     # argparse takes a word that begins with a blank for no option: these are sides.
-    flag = r"^-(?!h$|-(help|pairs|seeds|json|same)\b)"
+    flag = r"^-(?!h$|-(help|pairs|seeds|jobs|json|same)\b)"
     options = parser.parse_args([re.sub(flag, " -", word) for word in arguments[:end]])
     if is_flags(options.before) and not options.after:  # compared with what there is without them
         options.before, options.after = "", options.before
@@ -235,6 +240,16 @@ class Outcome(NamedTuple):
     text: str | None  # the SHA256 of its validation tokens
 
 
+class Training(NamedTuple):
+    """A run that a process trains."""
+
+    side: Side
+    seed: int
+    cores: set
+    process: subprocess.Popen
+    output: TextIO  # the file in which it prints
+
+
 class Comparison:
     """Two Sides and the runs of both: those of a side differ in nothing but their seeds."""
 
@@ -247,35 +262,58 @@ class Comparison:
             check_flags(before, after)
             flags = before.flags
             self.unit = choose_unit(before, after)
-            steps = SAME_STEPS
-            if not options.same:
-                steps = min(flags["num_iters"], after.flags["num_iters"])
             first = flags["seed"] if options.seeds is None else options.seeds
             self.seeds = range(first, first + options.pairs)
+            self.shares = share_cores(options.jobs, flags["gpu"])
             # Where either side runs its own function instead of that of extras/fast.py, both have
             # to: or the difference would also be that of two ways to round.
             self.plain = sorted({*before.edited, *after.edited})
-            self.words = [
-                f"--steps_per_eval={min(steps, flags['steps_per_eval'])}",
-                "--eval_tokens=0",
-                "--sample_tokens=0",
-                f"--data_dir={flags['data_dir']}",
-            ]
-            if options.same:
-                self.words.append(f"--num_iters={SAME_STEPS}")
-            self.before = install(before, flags["save_dir"], self.words, self.plain)
-            self.after = install(after, flags["save_dir"], self.words, self.plain)
+            settings = [self.plain, len(self.shares[0])]
+            installed = []
+            for side in (before, after):
+                steps = SAME_STEPS if options.same else side.flags["num_iters"]
+                words = [*side.words, *words_of_run(side.flags, steps)]
+                side = side._replace(words=words)
+                installed.append(install(side, flags["save_dir"], *settings))
+            self.before, self.after = installed
 
-    def train(self, side, seed):
-        """Trains a run, or resumes it; returns what it has printed, or None if it diverged.
+    def complete_pairs(self):
+        """Yields each seed with the Outcomes of both sides.
 
-        Raises UsageError, RunError.
+        As many runs train at a time as there are shares of the cores; those that do when the
+        generator is closed end, too. Raises UsageError, RunError.
         """
-        words = [*side.words, *self.words, f"--seed={seed}", f"--save_dir={side.folder}"]
-        with open(side.folder / "output.txt", "a+", errors="replace", opener=no_follow) as output:
-            # The run inherits this lock: if only this program was killed, the run still has it.
-            flock(output)
-            output.truncate(0)
+        sides = (self.before, self.after)
+        waiting = [(side, seed) for seed in self.seeds for side in sides]
+        running = []
+        outcomes = {}  # {(folder of a side, seed): Outcome}
+        free = [*self.shares]
+        try:
+            for seed in self.seeds:
+                pair = [(side.folder, seed) for side in sides]
+                while not {*pair} <= {*outcomes}:
+                    while free and waiting:
+                        running.append(self.start(*waiting.pop(0), free.pop(0)))
+                    time.sleep(0.05)
+                    for each in [each for each in running if each.process.poll() is not None]:
+                        running.remove(each)
+                        free.append(each.cores)
+                        outcomes[each.side.folder, each.seed] = self.outcome(each)
+                yield seed, *[outcomes[run] for run in pair]
+        finally:  # after a signal, which a terminal has sent to all: main.py counts one
+            for each in running:
+                each.process.terminate()
+            for each in running:
+                each.process.wait()
+
+    def start(self, side, seed, cores):
+        """Starts to train a run on these cores, or to resume it; returns the Training."""
+        words = [*side.words, f"--seed={seed}", f"--save_dir={side.folder}"]
+        # The run inherits this lock: if only this program was killed, the run still has it.
+        output = open(side.folder / f"output-{seed}.txt", "a+", errors="replace", opener=no_follow)
+        flock(output)
+        output.truncate(0)
+        with on_cores(cores):
             process = subprocess.Popen(
                 [sys.executable, side.folder / "main.py", *words],
                 env=os.environ | {"PLAIN_FUNCTIONS": ",".join(self.plain)},
@@ -283,37 +321,32 @@ class Comparison:
                 stdout=output,
                 stderr=output,
             )
-            try:
-                status = process.wait()
-            finally:  # after a signal, which a terminal has sent to both: main.py counts one
-                process.terminate()
-                process.wait()
+        return Training(side, seed, cores, process, output)
+
+    def outcome(self, training):
+        """The Outcome of a run whose process has ended. Raises UsageError, RunError.
+
+        If it was complete before, main.py has said so: whether it is that run, it knows best.
+        """
+        side = training.side
+        with training.output as output:
             output.seek(0)
             printed = output.read()
-        if not status:
-            return printed
-        error = failure(side.name, status, printed)
-        if "is not finite" not in str(error):
-            raise error
-        return None
-
-    def complete(self, side, seed):
-        """The Outcome of a run, which is trained to its end. Raises UsageError, RunError.
-
-        If it is complete already, main.py says so: whether it is that run, it knows best.
-        """
-        printed = self.train(side, seed)
-        if printed is None:
+        status = training.process.returncode
+        if status:
+            error = failure(side.name, status, printed)
+            if "is not finite" not in str(error):
+                raise error
             nan = math.nan
             return Outcome(id=None, parameters=0, steps=0, score=nan, ms_per_step=nan, text=None)
         with explained(f"the runs of {side.name} cannot be read", kind=RunError):
             run = re.search(r"^run +(\S+),", printed, re.MULTILINE).group(1)
             parameters = re.search(r"^model +(\S+) parameters", printed, re.MULTILINE).group(1)
-            newest = newest_records(side.folder, run)[seed]
+            newest = newest_record(side.folder / run)
             scale = 1.0
             if self.unit == BITS:
-                rows = read_rows(side.folder / run / "log.csv")
-                [*_, row] = [row for row in rows if row["split"] == "valid"]
+                with open(side.folder / run / "log.csv", encoding="utf-8", newline="") as file:
+                    [*_, row] = [row for row in csv.DictReader(file) if row["split"] == "valid"]
                 scale = float(row["bits_per_byte"]) / float(row["loss"])
             steps = newest["iteration"]
             return Outcome(
@@ -326,10 +359,44 @@ class Comparison:
                 text=newest["tokens_sha256"]["valid"],
             )
 
-    def complete_pairs(self):
-        """Yields each seed with the Outcomes of both sides."""
-        for seed in self.seeds:
-            yield seed, self.complete(self.before, seed), self.complete(self.after, seed)
+
+def words_of_run(flags, steps):
+    """What a comparison adds to the flags of a side: it is scored once, after the last step."""
+    return [
+        f"--num_iters={steps}",
+        f"--steps_per_eval={steps}",
+        f"--steps_per_save={flags['steps_per_save'] or flags['steps_per_eval']}",
+        "--eval_tokens=0",
+        "--sample_tokens=0",
+        f"--data_dir={flags['data_dir']}",
+    ]
+
+
+def share_cores(jobs, gpu):
+    """The cores of each of the runs that train at a time: sets of equal size, or results differ.
+
+    jobs: how many runs, if there are so many cores; None for the default.
+    """
+    if not hasattr(os, "sched_getaffinity"):  # on macOS, all of them have all cores
+        return [set()] * (jobs or 1)
+    cores = sorted(os.sched_getaffinity(0))
+    jobs = min(jobs or (1 if gpu else 4), len(cores))
+    size = len(cores) // jobs
+    return [{*cores[i * size : (i + 1) * size]} for i in range(jobs)]
+
+
+@contextlib.contextmanager
+def on_cores(cores):
+    """Processes that are started in this block run on these cores."""
+    if not cores:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def check_flags(before, after):
@@ -356,24 +423,14 @@ def choose_unit(before, after):
     return BITS
 
 
-def newest_records(folder, run="*-*"):
-    """The records of the checkpoints that were saved last in a side's folder, {seed: record}.
-
-    run: a pattern of the runs' names.
-    """
+def newest_record(folder):
+    """The record of the checkpoint that was saved last in a run's folder."""
     records = []
-    for path in folder.glob(f"{run}/*.metadata"):
+    for path in folder.glob("*.metadata"):
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         records.append(json.loads(header["__metadata__"]["record"]))
-    records.sort(key=itemgetter("saved"))
-    return {record["flags"]["seed"]: record for record in records}
-
-
-def read_rows(path):
-    """The rows of a .csv file, {column: text}."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return [*csv.DictReader(file)]
+    return max(records, key=itemgetter("saved"))
 
 
 # ---- Numbers ------------------------------------------------------------------------------------
@@ -413,6 +470,8 @@ def measure(pairs):
         "spread": differences.std(ddof=1),
         "agree": int((np.sign(differences) == np.sign(mean)).sum()),
         "correlation": np.corrcoef(before, after)[0, 1],
+        "scores_before": before.tolist(),
+        "scores_after": after.tolist(),
         "ms_before": ms_before,
         "ms_after": ms_after,
         "same": all(one.id == other.id for one, other in pairs) and not differences.any(),
@@ -428,12 +487,13 @@ def measure(pairs):
 
 def print_sameness(comparison):
     """Prints whether both sides end in the same weights; returns 0 if so, else 1."""
-    for seed, before, after in comparison.complete_pairs():
-        if None in (before.id, after.id):
-            raise RunError(f"a run with seed {seed} has diverged")
-        if before.id != after.id:
-            print(f"Different weights after {SAME_STEPS} steps, seed {seed}.")
-            return 1
+    with contextlib.closing(comparison.complete_pairs()) as pairs:
+        for seed, before, after in pairs:
+            if None in (before.id, after.id):
+                raise RunError(f"a run with seed {seed} has diverged")
+            if before.id != after.id:
+                print(f"Different weights after {SAME_STEPS} steps, seed {seed}.")
+                return 1
     print(f"The same weights after {SAME_STEPS} steps, for each of these seeds.")
     return 0
 
@@ -450,18 +510,18 @@ def print_comparison(comparison, as_json):
     print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
     pairs = []
     began = time.monotonic()
-    for seed, first, second in comparison.complete_pairs():
-        texts = {first.text, second.text} - {None}
-        if comparison.unit == NATS and len(texts) > 1:
-            raise UsageError("the validation texts of the sides differ: nothing can be compared")
-        pairs.append((first, second))
-        difference = f"{second.score - first.score:>+14.4f}"
-        print(f"{seed:>10}{first.score:>10.4f}{second.score:>10.4f}{difference}", flush=True)
-        left = len(comparison.seeds) - len(pairs)
-        minutes = left * (time.monotonic() - began) / 60  # if they take as long as this one
-        if minutes >= 1.5:
-            print(f"about {minutes:.0f} minutes to go", file=sys.stderr)
-        began = time.monotonic()
+    with contextlib.closing(comparison.complete_pairs()) as completed:
+        for seed, first, second in completed:
+            texts = {first.text, second.text} - {None}
+            if comparison.unit == NATS and len(texts) > 1:
+                raise UsageError("the sides have other validation texts: nothing can be compared")
+            pairs.append((first, second))
+            difference = f"{second.score - first.score:>+14.4f}"
+            print(f"{seed:>10}{first.score:>10.4f}{second.score:>10.4f}{difference}", flush=True)
+            left = len(comparison.seeds) / len(pairs) - 1  # as a multiple of what is done
+            minutes = left * (time.monotonic() - began) / 60
+            if minutes >= 1.5:
+                print(f"about {minutes:.0f} minutes to go", file=sys.stderr)
     result = {
         "comparison": f"{before.folder.name} {after.folder.name}",
         "before": before.name,
@@ -471,16 +531,13 @@ def print_comparison(comparison, as_json):
         "unit": comparison.unit,
     }
     result |= measure(pairs)
-    record(before.folder.parent / "versus.csv", result)
+    line = record(before.folder.parent / RESULTS, result)
     if not result["diverged"]:
-        for line in describe_numbers(result):
-            print(line)
+        for each in describe_numbers(result):
+            print(each)
     print(result["verdict"])
     if as_json:
-        for name, value in result.items():
-            if value != value:  # nan, which is no JSON
-                result[name] = None
-        print(json.dumps(result))
+        print(line)
 
 
 def describe_numbers(result):
@@ -534,25 +591,30 @@ def describe_verdict(result, tries):
 
 
 def record(path, result):
-    """Adds the verdict to a result, and the result to versus.csv.
+    """Adds the verdict to a result, and the result to a file of them; returns its line of JSON.
 
     A try is a comparison on some of the same seeds, with the same flags behind --; repeating it
     makes no other.
     """
-    rows = read_rows(path) if path.exists() else []
     earlier = set()
-    for row in rows:
-        seeds = json.loads(row["seeds"])
-        if row["comparison"] == result["comparison"] and seeds == result["seeds"]:
+    for other in read_results(path):
+        if all(other[name] == result[name] for name in ("comparison", "seeds")):
             break
-        if row["flags"] == result["flags"] and {*seeds} & {*result["seeds"]}:
-            earlier.add((row["comparison"], row["seeds"]))
+        if other["flags"] == result["flags"] and {*other["seeds"]} & {*result["seeds"]}:
+            earlier.add((other["comparison"], *other["seeds"]))
     result["verdict"] = describe_verdict(result, 1 + len(earlier))
-    with open(path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
-        writer = csv.DictWriter(file, result, lineterminator="\n")
-        if not rows:
-            writer.writeheader()
-        writer.writerow(result)
+    # nan is no JSON.
+    line = json.dumps({name: value if value == value else None for name, value in result.items()})
+    with open(path, "a", encoding="utf-8", opener=no_follow) as file:
+        file.write(f"{line}\n")
+    return line
+
+
+def read_results(path):
+    """The results of all comparisons in a file, if there is one; see record."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    with explained(f"{path} is damaged: delete its last line", ValueError, kind=RunError):
+        return [json.loads(line) for line in lines]
 
 
 if __name__ == "__main__":
