@@ -1,6 +1,6 @@
 """Makes the picture of the README: runs what it shows, and draws it for light and dark pages.
 
-    python .github/picture.py make FOLDER      some 20 minutes on two cores
+    python .github/picture.py make FOLDER      some 10 minutes on two cores
     python .github/picture.py draw FOLDER
 
 All that is drawn comes from the logs and records in FOLDER, as main.py has written them.
@@ -114,7 +114,7 @@ def draw_kills(axis, folder, text, green):
     labels.append(f"killed {len(kills)} times (x): {newest(killed).id[:12]}")
     axis.legend(labels, title="SHA1 of the last weights", fontsize=10, handlelength=1)
     axis.set_ylim(top=7)  # the legend lies above the curve
-    axis.set(xlabel="step", ylabel="training loss (nats/byte)")
+    axis.set(xlabel="step (preset tiny)", ylabel="training loss (nats/token)")
     is_same = newest(undisturbed).id == newest(killed).id
     verdict = "same weights" if is_same else "other weights"
     axis.set_title(f"kill -9, rerun: {verdict}", loc="left", weight="bold")
@@ -139,11 +139,11 @@ def draw_experiment(axis, folder, text, blue):
         label="95 % interval of the mean",
     )
     axis.set_xticks(places, seeds)
-    axis.set(xlabel="seed", ylabel="change of validation loss (nats/byte)")
+    axis.set(xlabel="seed", ylabel="change of validation loss (nats/token)")
     axis.set_ylim(bottom=-0.003, top=differences.max() + 0.018)  # the legend lies above the points
     axis.legend(fontsize=10, loc="upper left", handlelength=1)
     verdict = result["verdict"].lower().rstrip(".")
-    axis.set_title(f"three iterations, not five: {verdict}", loc="left", weight="bold")
+    axis.set_title(f"3 of Muon's 5 iterations: {verdict}", loc="left", weight="bold")
 
 
 def newest(save_dir):

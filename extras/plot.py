@@ -3,7 +3,7 @@
     python -m extras.plot losses.png                       all runs in the folder
     python -m extras.plot losses.png --identifier NAME     this run, or several
     python -m extras.plot losses.png --identifier "ptb-*"  those whose names match
-    python -m extras.plot both.png --versus                the last comparison of extras.versus
+    python -m extras.plot pairs.png --versus               the last comparison of extras.versus
 
 It needs matplotlib; the file's extension selects the format (png, pdf, svg), and .png is appended
 if there is none.

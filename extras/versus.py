@@ -50,7 +50,7 @@ CANNOT_TELL = 125  # `git bisect run` then skips the commit
 REFUSED = ["patience", "max_minutes", "eval_tokens", "identifier", "new_model"]
 REFUSED += ["inference", "prompt", "evaluate", "list"]
 SHARED = ["dataset", "text", "valid_text", "valid_fraction", "text_field"]
-SHARED += ["seed", "save_dir", "data_dir", "gpu"]
+SHARED += ["seed", "save_dir", "data_dir"]
 
 
 def main(arguments):
@@ -264,7 +264,8 @@ class Comparison:
             self.unit = choose_unit(before, after)
             first = flags["seed"] if options.seeds is None else options.seeds
             self.seeds = range(first, first + options.pairs)
-            self.shares = share_cores(options.jobs, flags["gpu"])
+            on_gpu = before.flags["gpu"] or after.flags["gpu"]
+            self.shares = share_cores(options.jobs or (1 if on_gpu else 4))
             # Where either side runs its own function instead of that of extras/fast.py, both have
             # to: or the difference would also be that of two ways to round.
             self.plain = sorted({*before.edited, *after.edited})
@@ -372,15 +373,15 @@ def words_of_run(flags, steps):
     ]
 
 
-def share_cores(jobs, gpu):
-    """The cores of each of the runs that train at a time: sets of equal size, or results differ.
+def share_cores(jobs):
+    """The cores of each of so many runs, or of fewer runs if there are fewer cores.
 
-    jobs: how many runs, if there are so many cores; None for the default.
+    The sets have the same size: how many cores a run has decides how its sums are rounded.
     """
-    if not hasattr(os, "sched_getaffinity"):  # on macOS, all of them have all cores
-        return [set()] * (jobs or 1)
+    if not hasattr(os, "sched_getaffinity"):  # on macOS, each run has all cores
+        return [set()] * jobs
     cores = sorted(os.sched_getaffinity(0))
-    jobs = min(jobs or (1 if gpu else 4), len(cores))
+    jobs = min(jobs, len(cores))
     size = len(cores) // jobs
     return [{*cores[i * size : (i + 1) * size]} for i in range(jobs)]
 
