@@ -128,10 +128,12 @@ def plot_comparison(folder, path):
     losses.set(xlabel="seed", ylabel=f"validation loss ({result['unit']})")
     losses.legend()
     differences.axhline(0, color="gray", linewidth=1)
-    differences.axhspan(result["low"], result["high"], color="C1", alpha=0.2)
-    differences.axhline(result["difference"], color="C1")
+    interval = result["low"], result["high"]
+    differences.axhspan(*interval, color="C1", alpha=0.2, label="95 % interval of the mean")
+    differences.axhline(result["difference"], color="C1", label="mean")
     differences.plot(seeds, after - before, "o", color="C1")
     differences.set(xlabel="seed", ylabel="after minus before")
+    differences.legend()
     figure.suptitle(textwrap.fill(result["verdict"], 100))
     save_figure(figure, path)
 
