@@ -187,20 +187,23 @@ def copy_commit(commit, folder):
         raise UsageError(f"{commit} is no commit with this program ({reason})")
 
 
-def install(side, save_dir, *settings):
+def install(side, save_dir, plain, cores):
     """The Side with its files in a folder of its own, named by them and by all of its flags.
 
-    settings: what else its runs depend on.
+    plain: see Comparison; cores: how many each of its runs has, the suffix of the folder's name.
     """
-    digest = hashlib.sha1(json.dumps([*settings, side.words]).encode())
+    digest = hashlib.sha1(json.dumps([plain, side.words]).encode())
     for path in sorted(side.folder.rglob("*")):
         if path.is_file():
             digest.update(f"\n{path.relative_to(side.folder)}\n".encode() + path.read_bytes())
     # Only the role, "before" or "after", tells two equal sides apart: both are computed.
-    folder = Path(save_dir, "versus", f"{side.folder.name}-{digest.hexdigest()[:12]}")
+    identity = f"{side.folder.name}-{digest.hexdigest()[:12]}"
+    folder = Path(save_dir, "versus", f"{identity}.{cores}")
     if not folder.exists():
         with explained(f"cannot write to {folder}: name another --save_dir", OSError):
-            partial = folder.with_suffix(f".{os.getpid()}")  # half a copy never has its name
+            partial = folder.with_name(
+                f"{folder.name}.{os.getpid()}"
+            )  # half a copy never has its name
             shutil.copytree(side.folder, partial)
             for name, path in side.files.items():  # its runs find them by their ids
                 link_or_copy(path, partial / name)
@@ -269,13 +272,13 @@ class Comparison:
             # Where either side runs its own function instead of that of extras/fast.py, both have
             # to: or the difference would also be that of two ways to round.
             self.plain = sorted({*before.edited, *after.edited})
-            settings = [self.plain, len(self.shares[0])]
             installed = []
             for side in (before, after):
                 steps = SAME_STEPS if options.same else side.flags["num_iters"]
                 words = [*side.words, *words_of_run(side.flags, steps)]
                 side = side._replace(words=words)
-                installed.append(install(side, flags["save_dir"], *settings))
+                cores = len(self.shares[0])
+                installed.append(install(side, flags["save_dir"], self.plain, cores))
             self.before, self.after = installed
 
     def complete_pairs(self):
@@ -524,7 +527,8 @@ def print_comparison(comparison, as_json):
             if minutes >= 1.5:
                 print(f"about {minutes:.0f} minutes to go", file=sys.stderr)
     result = {
-        "comparison": f"{before.folder.name} {after.folder.name}",
+        # The same one if runs have more cores.
+        "comparison": f"{before.folder.stem} {after.folder.stem}",
         "before": before.name,
         "after": after.name,
         "flags": shlex.join(comparison.common),
