@@ -143,7 +143,7 @@ def draw_experiment(axis, folder, text, blue):
     axis.set_ylim(bottom=-0.003, top=differences.max() + 0.018)  # the legend lies above the points
     axis.legend(fontsize=10, loc="upper left", handlelength=1)
     verdict = result["verdict"].lower().rstrip(".")
-    axis.set_title(f"3 of Muon's 5 iterations: {verdict}", loc="left", weight="bold")
+    axis.set_title(f"Muon, 5 to 3 iterations: {verdict}", loc="left", weight="bold")
 
 
 def newest(save_dir):
