@@ -201,9 +201,8 @@ def install(side, save_dir, plain, cores):
     folder = Path(save_dir, "versus", f"{identity}.{cores}")
     if not folder.exists():
         with explained(f"cannot write to {folder}: name another --save_dir", OSError):
-            partial = folder.with_name(
-                f"{folder.name}.{os.getpid()}"
-            )  # half a copy never has its name
+            # Half a copy never has its name.
+            partial = folder.with_name(f"{folder.name}.{os.getpid()}")
             shutil.copytree(side.folder, partial)
             for name, path in side.files.items():  # its runs find them by their ids
                 link_or_copy(path, partial / name)
@@ -284,8 +283,8 @@ class Comparison:
     def complete_pairs(self):
         """Yields each seed with the Outcomes of both sides.
 
-        As many runs train at a time as there are shares of the cores; those that do when the
-        generator is closed end, too. Raises UsageError, RunError.
+        As many runs train at a time as there are shares of the cores. Closing the generator ends
+        those that still train. Raises UsageError, RunError.
         """
         sides = (self.before, self.after)
         waiting = [(side, seed) for seed in self.seeds for side in sides]
@@ -295,11 +294,12 @@ class Comparison:
         try:
             for seed in self.seeds:
                 pair = [(side.folder, seed) for side in sides]
-                while not {*pair} <= {*outcomes}:
+                while any(run not in outcomes for run in pair):
                     while free and waiting:
                         running.append(self.start(*waiting.pop(0), free.pop(0)))
                     time.sleep(0.05)
-                    for each in [each for each in running if each.process.poll() is not None]:
+                    ended = [each for each in running if each.process.poll() is not None]
+                    for each in ended:
                         running.remove(each)
                         free.append(each.cores)
                         outcomes[each.side.folder, each.seed] = self.outcome(each)
@@ -449,10 +449,10 @@ def t_quantile(pairs):
 
 
 def interval(differences):
-    """The mean of differences [pairs, ...], and half the width of its 95 % interval."""
+    """The mean of differences [pairs], and half the width of its 95 % interval."""
     pairs = len(differences)
-    deviation = differences.std(axis=0, ddof=1) / math.sqrt(pairs)
-    return differences.mean(axis=0), t_quantile(pairs) * deviation
+    deviation = differences.std(ddof=1) / math.sqrt(pairs)
+    return differences.mean(), t_quantile(pairs) * deviation
 
 
 def measure(pairs):
@@ -527,7 +527,7 @@ def print_comparison(comparison, as_json):
             if minutes >= 1.5:
                 print(f"about {minutes:.0f} minutes to go", file=sys.stderr)
     result = {
-        # The same one if runs have more cores.
+        # Without the number of cores: the same edit on other shares is no other comparison.
         "comparison": f"{before.folder.stem} {after.folder.stem}",
         "before": before.name,
         "after": after.name,
