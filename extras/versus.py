@@ -562,7 +562,8 @@ def describe_numbers(result):
     before = result["steps_before"] * result["ms_before"]  # of all steps, in ms
     if result["steps_before"] == result["steps_after"]:
         steps = before / result["ms_after"]
-        yield f"This is at equal steps. {times}: equal time is --num_iters {steps:.0f} for after."
+        equal = f'For equal time, give "after" --num_iters {steps:.0f}.'
+        yield f"This is at equal steps. {times}. {equal}"
     else:
         after = result["steps_after"] * result["ms_after"]
         yield f"{times}; all steps, {before / 1000:.1f} s and {after / 1000:.1f} s."
