@@ -562,7 +562,7 @@ def describe_numbers(result):
     before = result["steps_before"] * result["ms_before"]  # of all steps, in ms
     if result["steps_before"] == result["steps_after"]:
         steps = before / result["ms_after"]
-        equal = f'For equal time, give "after" --num_iters {steps:.0f}.'
+        equal = f'For equal time, add --num_iters {steps:.0f} to "after".'
         yield f"This is at equal steps. {times}. {equal}"
     else:
         after = result["steps_after"] * result["ms_after"]
