@@ -370,6 +370,7 @@ def words_of_run(flags, steps):
         f"--num_iters={steps}",
         f"--steps_per_eval={steps}",
         f"--steps_per_save={flags['steps_per_save'] or flags['steps_per_eval']}",
+        "--keep=1",
         "--eval_tokens=0",
         "--sample_tokens=0",
         f"--data_dir={flags['data_dir']}",
