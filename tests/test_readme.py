@@ -129,17 +129,6 @@ def test_classifier(tmp_path):
     assert float(share) > 0.8
 
 
-@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.S))
-def test_configuration(block, tmp_path, text):
-    """Each YAML block is a file of flags that trains, with all that is not typed beside it."""
-    path = tmp_path / "flags.yaml"
-    path.write_text(block)
-    out, _ = run("--config", path, *SMALL, "--text", text, "--save_dir", tmp_path / "lm")
-    optimizer, rate = re.search(r"optimizer: (\w+)\n +learning_rate: (\S+)", block).groups()
-    assert f"epochs in all; {optimizer}, " in out
-    assert f"rate     {float(rate)} after" in out
-
-
 OF_OTHERS = """
     --version --model --port --max --backend --hosts --bind --mca --starting --logdir --install
 """.split()
