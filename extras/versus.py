@@ -365,7 +365,10 @@ class Comparison:
 
 
 def words_of_run(flags, steps):
-    """What a comparison adds to the flags of a side: it is scored once, after the last step."""
+    """What a comparison adds to the flags of a side.
+
+    A run is scored once, after the last step, and keeps one checkpoint.
+    """
     return [
         f"--num_iters={steps}",
         f"--steps_per_eval={steps}",
