@@ -64,9 +64,9 @@ import math
 import os
 import re
 import shlex
-import shutil
 import threading
 import time
+from collections import Counter
 from functools import partial
 from typing import NamedTuple, get_args
 
@@ -92,7 +92,7 @@ except ImportError as error:
     sys.exit(2)
 
 from datasets import CORPORA, LARGEST, SIZE, SPLITS, TOKENIZERS, Dataset, Parser, RunError
-from datasets import UsageError, describe_tokenizer, discard, end_of_text, explained, extra
+from datasets import UsageError, describe_tokenizer, discard, end_of_text, explained, extra, flock
 from datasets import hash_of_file, load_dataset, make_writable, new_file, no_follow, number
 from datasets import one_line, open_code_dir, open_data_dir, printable, publish, remove_leftovers
 from datasets import repair_streams, replacing, run_command, sync, tokenizer_from_dict
@@ -106,22 +106,25 @@ def sha1_of_text(text):
     return hashlib.sha1(text.encode()).hexdigest()
 
 
-def fast_version(plain):
+def fast_version(plain, parts=()):
     """Decorator: replaces a function with its quicker namesake in extras/fast.py, if that exists.
 
-    Both give the same up to rounding. fast.py knows the plain function by the SHA1 of its source,
-    without comments: once you edit it, your version runs, and the start screen says so.
+    parts: functions that the plain one calls, and the quicker one does not. Both give the same up
+    to rounding. fast.py knows the plain function and its parts by the SHA1s of their sources,
+    without comments: once you edit one, your version runs, and the start screen says so.
     """
+    if fast is None:
+        return plain
     # extras.versus compares an edited function with the original. Both run in plain MLX, or they
     # would round differently.
-    names = os.environ.get("PLAIN_FUNCTIONS", "").split(",")
-    if fast is None or plain.__name__ in names:
-        return plain
-    sha1 = sha1_of_text(without_comments(inspect.getsource(plain)))
-    if fast.STANDS_FOR.get(plain.__name__) != sha1:
-        EDITED.append(plain.__name__)
-        return plain
-    return getattr(fast, plain.__name__)
+    is_plain = plain.__name__ in os.environ.get("PLAIN_FUNCTIONS", "").split(",")
+    for function in (plain, *parts):
+        name = function.__name__
+        sha1 = sha1_of_text(without_comments(inspect.getsource(function)))
+        if fast.STANDS_FOR.get(name) != sha1:
+            is_plain = True
+            EDITED.append(name)
+    return plain if is_plain else getattr(fast, plain.__name__)
 
 
 # ---- Model --------------------------------------------------------------------------------------
@@ -225,6 +228,10 @@ class Embedding(nn.Embedding):
 
     def __call__(self, tokens):
         return look_up(self.weight, tokens)
+
+    def as_linear(self, hidden):
+        """The embeddings as the output layer: [B, L, D] to [B, L, V]."""
+        return hidden @ self.weight.astype(hidden.dtype).T
 
 
 @fast_version
@@ -452,27 +459,30 @@ class Transformer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Token ids [B, L] to logits [B, L, V] of the token that follows each position.
-
-    It is called in sampling. In training and evaluation, `cross_entropy` computes the logits itself
-    from `model` and `head`: whoever changes them changes both.
-    """
+    """Token ids [B, L] to logits [B, L, V] of the token that follows each position."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.model = Transformer(config)
         if config.untie:
-            self.lm_head = Linear(config.dim, config.vocab_size)
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def __call__(self, tokens, caches=None, noise=None, last=None):
         """Logits of the `last` positions only, which is all that decoding needs; None: of all."""
         hidden = self.model(tokens, caches, noise)  # [B, L, D]
         if last is not None:
             hidden = hidden[:, -last:]
-        if self.config.untie:
-            return self.lm_head(hidden)
-        return self.model.embed_tokens.as_linear(hidden)
+        return self.logits(hidden)
+
+    def logits(self, hidden):
+        """Logits [B, L, V] float32 of final hidden states [B, L, D].
+
+        Training, evaluation and sampling all get them here: a softcap, a bias or a scaling is one
+        edit.
+        """
+        output = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
+        return output(hidden).astype(mx.float32)
 
     @property
     def head(self):
@@ -526,18 +536,16 @@ def init_weights(model, seed):
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
-@fast_version
-def cross_entropy(hidden, head, targets, weights, training=True):
-    """Cross-entropy of hidden states [B, L, D], in nats: a weighted sum over all positions.
+@partial(fast_version, parts=[Embedding.as_linear, LanguageModel.logits])
+def training_loss(model, hidden, targets, weight):
+    """What training minimizes: the cross-entropy in nats, times `weight`, summed over positions.
 
-    head: the output layer's matrix [V, D]; targets: ids [B, L]; weights: [B, L] or a number
-    (1 / positions turns the sum into a mean). training: whether a gradient will be taken; if so,
-    the fast version computes it together with the loss. With --teacher, training takes the loss of
-    extras/distil.py instead.
+    hidden: final hidden states [B, L, D]; targets: ids [B, L]. Another loss here is not how a model
+    is scored: see `score`. With --teacher, training takes the loss of extras/distil.py instead.
     """
-    logits = (hidden @ head.astype(hidden.dtype).T).astype(mx.float32)  # [B, L, V]
+    logits = model.logits(hidden)  # [B, L, V]
     losses = nn.losses.cross_entropy(logits, targets)  # [B, L]
-    return (losses * weights).sum()
+    return (losses * weight).sum()
 
 
 @fast_version
@@ -677,38 +685,45 @@ def set_learning_rate(optimizer, rate):
         group.learning_rate = rate * getattr(group, "lr_scale", 1)
 
 
-def constant(done, flags):
+def constant(iteration, flags):
     return 1
 
 
-def cosine(done, flags):
-    return (1 + math.cos(math.pi * done)) / 2
+def cosine(iteration, flags):
+    return above_min_lr((1 + math.cos(math.pi * cooled_down(iteration, flags))) / 2, flags)
 
 
-def linear(done, flags):
-    return 1 - done
+def linear(iteration, flags):
+    return above_min_lr(1 - cooled_down(iteration, flags), flags)
 
 
-# The choices of --lr_schedule: how much of the way from min_lr to learning_rate is left when a
-# share `done` of the cooldown, from 0 to 1, is over. The start screen takes each but "constant" for
-# one that falls to min_lr.
+def cooled_down(iteration, flags):
+    """The share of the cooldown that is over, from 0 to 1.
+
+    The cooldown is the last share `lr_cooldown` of the steps after warmup.
+    """
+    cooldown = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)  # in steps
+    return max(0, iteration - (flags.num_iters - cooldown)) / max(1, cooldown)
+
+
+def above_min_lr(left, flags):
+    """The multiple of the learning rate where a share `left` of its way down to min_lr is left."""
+    least = 0.1 if flags.min_lr is None else flags.min_lr / (flags.learning_rate or 1)
+    return 1 - (1 - least) * (1 - left)  # exactly 1 where `left` is 1
+
+
+# The choices of --lr_schedule: functions of the step, counted from 0, that give a multiple of
+# --learning_rate. Warmup comes on top.
 SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
 
 
 def learning_rate_at(iteration, flags):
     """The learning rate of step `iteration`, counted from 0.
 
-    It rises linearly over `lr_warmup` steps. Over the last share `lr_cooldown` of the steps after
-    these, it follows the schedule; all but "constant" end in `min_lr` at `num_iters`.
+    It rises linearly over `lr_warmup` steps, up to what the schedule says.
     """
-    min_lr = flags.learning_rate / 10 if flags.min_lr is None else flags.min_lr
-    cooldown = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)  # in steps
-    done = max(0, iteration - (flags.num_iters - cooldown)) / max(1, cooldown)
-    left = SCHEDULES[flags.lr_schedule](done, flags)
-    # min_lr + left * (learning_rate - min_lr), but exactly learning_rate where `left` is 1
-    rate = flags.learning_rate - (flags.learning_rate - min_lr) * (1 - left)
     warmup = min(1, (iteration + 1) / max(1, flags.lr_warmup))  # + 1: a rate of 0 learns nothing
-    return rate * warmup
+    return flags.learning_rate * SCHEDULES[flags.lr_schedule](iteration, flags) * warmup
 
 
 def average_weights(average, weights, iteration, share):
@@ -739,10 +754,9 @@ def interpolate(average, weights, part):
 class Batches:
     """An endless stream of batches: windows of a text, token ids [N], in permuted order.
 
-    Each epoch cuts the text into windows at a random offset, so that no token is always left out,
-    and draws their order `perm`; `place` is the position in it. The next batch depends only on the
-    arguments, the epoch and `place`. batch_size: rows of a whole step. Raises UsageError if the
-    text is shorter than one window.
+    Each epoch cuts the text into windows at a random `offset`, so that no token is always left out,
+    and draws their order `perm`; `place` is the position in it. batch_size: rows of a whole step.
+    Raises UsageError if the text is shorter than one window.
     """
 
     def __init__(self, text, context_size, batch_size, seed):
@@ -760,15 +774,26 @@ class Batches:
         self.seed = seed
         self.begin_epoch(0)
 
-    def begin_epoch(self, epoch, place=0):
-        """Draws the offset and the order of an epoch, counted from 0; moves to a place in it."""
+    def begin_epoch(self, epoch):
+        """Draws the offset and the order of an epoch, counted from 0."""
         rng = np.random.default_rng([self.seed, epoch])
+        offsets = min(self.context_size, len(self.text) - self.context_size)
+        offset = int(rng.integers(offsets))
+        windows = (len(self.text) - 1 - offset) // self.context_size
+        self.go_to(epoch, 0, offset, rng.permutation(windows).astype(np.uint32))
+
+    def go_to(self, epoch, place, offset, perm):
+        """Goes to a place in an epoch, as a checkpoint has it: another NumPy may draw others.
+
+        perm: [windows] uint32. Raises ValueError if a window ends beyond the text.
+        """
+        last = offset + (int(perm.max()) + 1) * self.context_size
+        if perm.dtype != np.uint32 or last >= len(self.text):
+            raise ValueError("its order of batches is that of another text")
         self.epoch = epoch
         self.place = place
-        offsets = min(self.context_size, len(self.text) - self.context_size)
-        self.offset = int(rng.integers(offsets))
-        windows = (len(self.text) - 1 - self.offset) // self.context_size
-        self.perm = rng.permutation(windows)  # [windows]
+        self.offset = offset
+        self.perm = perm
 
     def next(self):
         """Inputs and targets of the next step, [B, L] int32.
@@ -780,7 +805,7 @@ class Batches:
         if not complete and self.place > 0:
             self.begin_epoch(self.epoch + 1)
         places = range(self.place, self.place + self.batch_size)
-        windows = self.perm.take(places, mode="wrap")
+        windows = self.perm.take(places, mode="wrap").astype(np.int64)
         starts = self.offset + windows * self.context_size  # [B]
         self.place += self.batch_size
         ends = starts + self.context_size + 1
@@ -850,7 +875,6 @@ class Progress:
     scores: list = dataclasses.field(default_factory=list)  # of validation, [iteration, nats/token]
     recent_steps: int = 0  # since the last report
     recent_loss: float = 0.0  # the sum of their losses
-    recent_seconds: float = 0.0  # the time they took
 
     @property
     def score(self):
@@ -877,7 +901,9 @@ class Run(Progress):
     stretches: list  # see Stretch; the last is going on
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
 
-    session_steps: int = 0  # taken by this process
+    # How long each step since the last report took, in seconds; not the first one of a process,
+    # which compiles: that sets an empty list.
+    recent_times: list | None = None
     checkpoint_id: str | None = None  # of the last checkpoint
     # When the last checkpoint in --save_dir was saved; the next one is later, whatever the clock
     # says.
@@ -895,19 +921,16 @@ class Run(Progress):
         return self.tokens_seen / len(self.dataset.train.tokens)
 
     def is_score_due(self):
-        """Whether the current iteration is to be scored: regularly, and at the end.
-
-        A run of fewer than `steps_per_eval` steps gets no score, which may take longer than the run
-        itself, unless --max_minutes ends it.
-        """
+        """Whether the current iteration is to be scored: every `steps_per_eval`, and at the end."""
         steps = self.flags.steps_per_eval
-        is_last = self.iteration == self.flags.num_iters
-        return self.iteration >= steps and (self.iteration % steps == 0 or is_last)
+        if not steps or self.iteration == 0:
+            return False
+        return self.iteration % steps == 0 or self.iteration == self.flags.num_iters
 
     def is_save_due(self):
         """Whether the current iteration is to be saved even if nothing else happens."""
         steps = self.flags.steps_per_save or self.flags.steps_per_eval
-        return self.iteration % steps == 0 or self.is_score_due()
+        return (steps and self.iteration % steps == 0) or self.is_score_due()
 
     def is_out_of_patience(self):
         """Whether --patience ends the run here: so many evaluations were no better than the best.
@@ -915,7 +938,7 @@ class Run(Progress):
         One at the end of an earlier `num_iters` does not count: otherwise an extended run would
         stop at a different iteration than a run that had its length from the start.
         """
-        steps = self.flags.steps_per_eval
+        steps = self.flags.steps_per_eval or math.inf
         scores = [nats for iteration, nats in self.scores if iteration % steps == 0]
         if not self.flags.patience or not scores:
             return False
@@ -955,7 +978,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     has_dropout = flags.dropout or flags.dropout_final
     casts = flags.dtype == "bfloat16" and on_gpu()
     if teacher is not None:
-        distilled_cross_entropy = extra("distil").make_loss(teacher, flags)
+        distillation_loss = extra("distil").make_loss(teacher, flags)
 
     def cast(name, parameter):
         # Embeddings stay in float32: a bfloat16 sum would lose the many small gradients of a
@@ -972,8 +995,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
             noise = Noise(dropout_rate, keys, inputs.shape[1], model.config.dim)
         hidden = model.model(inputs, noise=noise)  # [B, L, D]
         if teacher is not None:
-            return distilled_cross_entropy(hidden, model.head, targets, scale, inputs)
-        return cross_entropy(hidden, model.head, targets, scale)
+            return distillation_loss(model, hidden, targets, scale, inputs)
+        return training_loss(model, hidden, targets, scale)
 
     value_and_grad = nn.value_and_grad(model, loss_of_rows)
 
@@ -1040,7 +1063,8 @@ def train(run, interrupts, ranks):
             # Evaluate, save, then sample. What is saved has its score, unless a signal ended the
             # evaluation; then it is scored when the run is resumed.
             received, is_time_up = ranks.agree(interrupts.received, run.seconds >= end_time)
-            if (run.is_score_due() or is_time_up) and run.score is None:
+            is_scored = run.is_score_due() or (is_time_up and flags.steps_per_eval)
+            if is_scored and run.score is None:
                 score_run(run, interrupts, ranks, reporter)
             is_ended = is_time_up or run.iteration >= flags.num_iters or run.is_out_of_patience()
             if is_ended or received or run.is_save_due():
@@ -1092,12 +1116,13 @@ def train_step(run, step):
     run.iteration += 1
     run.is_saved = False
     run.tokens_seen += inputs.size
-    run.session_steps += 1
-    if run.session_steps > 1:  # the first one compiles
+    if run.recent_times is None:
+        run.recent_times = []
+    else:
+        run.recent_times.append(seconds)
         run.seconds += seconds
     run.recent_steps += 1
     run.recent_loss += metrics["loss"]
-    run.recent_seconds += seconds
     return metrics | {"learning_rate": rate}
 
 
@@ -1113,17 +1138,17 @@ def score_run(run, interrupts, ranks, reporter):
         tokens = tokens[: flags.eval_tokens + 1]  # the first one is only context
     began = time.perf_counter()
     with run.using_average() as model:
-        nats = evaluate(model, tokens, flags.batch_size, interrupts=interrupts, ranks=ranks)
-    if nats is None:
+        metrics = evaluate(model, tokens, flags.batch_size, interrupts=interrupts, ranks=ranks)
+    if metrics is None:
         return
     seconds = time.perf_counter() - began
-    if not math.isfinite(nats):
+    if not math.isfinite(metrics["loss"]):
         raise divergence_error(run, "score", run.iteration)
     if run.is_score_due():
-        run.scores.append([run.iteration, nats])
+        run.scores.append([run.iteration, metrics["loss"]])
         run.is_saved = False
     if reporter:
-        reporter.report_score(run, nats, seconds)
+        reporter.report_score(run, metrics, seconds)
 
 
 def save_and_sample(run, interrupts, reporter):
@@ -1374,48 +1399,59 @@ class Conversation:
 # ---- Evaluation ---------------------------------------------------------------------------------
 
 
-def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
-    """Mean loss in nats/token over all of `tokens` [N] but the first, each scored once.
+@partial(fast_version, parts=[Embedding.as_linear, LanguageModel.logits])
+def score(model, hidden, targets):
+    """What each position adds to the metrics of a validation text, {name: [B, L]}.
 
-    Windows start `stride` tokens apart, at most a context; by default they do not overlap. Returns
-    None on a signal.
+    hidden: final hidden states [B, L, D]; targets: ids [B, L]. `loss` is the cross-entropy in nats,
+    whatever training minimizes. The mean of each is shown and logged.
+    """
+    logits = model.logits(hidden)  # [B, L, V]
+    return {"loss": nn.losses.cross_entropy(logits, targets)}
+
+
+def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
+    """The means of what `score` says, {name: number}, over all of `tokens` [N] but the first.
+
+    Each token is scored once. Windows start `stride` tokens apart, at most a context; by default
+    they do not overlap. Returns None on a signal.
     """
     ranks = ranks or SingleProcess()
     context_size = model.config.context_size
     stride = stride or context_size
     count = len(tokens) - 1  # number of targets
 
-    def loss(inputs, targets, weights):
-        return cross_entropy(model.model(inputs), model.head, targets, weights, training=False)
+    def sums_of_rows(inputs, targets, weights):
+        metrics = score(model, model.model(inputs), targets)
+        return {name: (values * weights).sum() for name, values in metrics.items()}
 
     # Traced once, as all batches have the same shape. Without `inputs`, the compiled function
     # would keep the weights as constants.
     @partial(mx.compile, inputs=[model.state])
-    def score(*windows):
-        return over_streams(loss, *windows)
+    def sums_of_batch(*windows):
+        return over_streams(sums_of_rows, *windows)
 
     # [windows]; the first one that starts at `last` or later reaches the end of the text.
     last = max(count - context_size, 0)
     starts = np.arange(0, last + stride, stride)
     batch_size = min(batch_size, len(starts))
-    # Windows that start at the end, where all weights are 0, pad the last batch.
-    missing = -len(starts) % batch_size
+    # Windows that start at the end, where all weights are 0, fill up the last batch of each rank.
+    missing = -len(starts) % (batch_size * ranks.size)
     starts = np.append(starts, np.full(missing, count))
     batches = starts.reshape(-1, batch_size)
-    nats = 0.0  # summed in 64 bits, as a Python float
+    totals = Counter()  # {name: sum}, in 64 bits, as Python floats
     received = None
     for batch in batches[ranks.rank :: ranks.size]:
         received = interrupts and interrupts.received
         if received:
             break
-        inputs, targets, weights = scored_windows(tokens, batch, context_size, stride)
-        nats += score(inputs, targets, weights).item()
-    nats = ranks.sum(nats)
+        sums = sums_of_batch(*scored_windows(tokens, batch, context_size, stride))
+        totals.update({name: array.item() for name, array in sums.items()})
     received, _ = ranks.agree(received)
     if received:
         interrupts.received = received  # perhaps by another rank
         return None
-    return nats / count
+    return {name: ranks.sum(total) / count for name, total in totals.items()}
 
 
 def scored_windows(tokens, starts, context_size, stride):
@@ -1436,37 +1472,16 @@ def score_split(name, model, dataset, flags, interrupts=None, ranks=None):
     split = getattr(dataset, name)
     count = len(split.tokens)
     began = time.perf_counter()
-    nats = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
-    if nats is not None:
+    metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
+    if metrics is not None:
         seconds = time.perf_counter() - began
         if name == "train" and flags.train_tokens:
             split = None
-        line = describe_score(name, nats, split, dataset.tokenizer)
+        line = describe_score(name, metrics, split, dataset.tokenizer)
         line += f", {count / seconds:,.0f} tokens/s"
         if flags.evaluate:
             line += f" ({seconds:.1f} s, {1000 * seconds / count:.4f} ms per token)"
         tqdm.write(line)
-
-
-def describe_score(name, nats, split, tokenizer, mark=""):
-    """A split's score, per token and in units that do not depend on the tokenizer.
-
-    split: None if its text is longer than its tokens, as with --train_tokens. mark: what is said of
-    the loss, such as " (best)".
-    """
-    unit = "word" if tokenizer.kind == "word" else "token"
-    line = f"{name} {nats:.4f} nats{mark}, perplexity {perplexity(nats):.2f} per {unit}"
-    if split is None:
-        return line
-    if tokenizer.kind not in ("word", "char", "byte"):
-        # For the whole split, extrapolated if `nats` is the score of its first tokens only.
-        total = nats * len(split.tokens)
-        of_words = perplexity(total / max(1, split.num_words))
-        line += f", {of_words:.2f} per word" if of_words < 1e6 else f", {of_words:.1e} per word"
-    line += f", {bits_per_byte(nats, split):.4f} bits per byte"
-    if tokenizer.unk is not None:
-        line += f", {split.num_unk / len(split.tokens):.2%} <unk>"
-    return line
 
 
 def perplexity(nats):
@@ -1492,15 +1507,16 @@ def bits_per_byte(nats, split):
 # process that holds the folder's lock writes there. Each checkpoint is two safetensors files:
 #
 #     <sha1>.safetensors  the weights (for LoRA, only the adapters), named by the SHA1 of its bytes
-#     <sha1>.metadata     the optimizer state, the tokenizer and, with --average, the weights before
-#                         averaging; in its header a record (see Checkpoint), which has the SHA1 of
-#                         these arrays, and the record's own SHA1
+#     <sha1>.metadata     the optimizer state, the order of batches, the tokenizer and, with
+#                         --average, the weights before averaging; in its header a record (see
+#                         Checkpoint), which has the SHA1 of these arrays, and the record's own SHA1
 #
 # A checkpoint may come from a stranger: what is in it is checked before it is used, and no link is
 # followed.
 
 # Version of the .metadata format; increment it when another main.py could misread it.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
+READERS = {5: "be68f60"}  # {version: the last commit of this program that reads it}
 SHA1 = re.compile("[0-9a-f]{40}")
 NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check the flags"
 
@@ -1517,9 +1533,10 @@ class Checkpoint(Progress):
     tokens_sha256: dict  # of the training and validation texts, see Dataset
     origins: dict  # the models that it began with: {"init_from", "teacher" or "branched_from": id}
     stretches: list  # a Stretch each; in the file, its fields
-    # The fields of its Batches with the same names.
+    # The fields of its Batches with the same names; `perm` is an array in the .metadata.
     epoch: int
     place: int
+    offset: int
     format_version: int
 
     folder = None  # of its run, a Path; not in the record, but set by read_checkpoint
@@ -1601,7 +1618,7 @@ class Contents(NamedTuple):
         weights = self.weights
         rank = checkpoint.flags["lora_rank"]
         if rank:  # the file holds only the adapters
-            base = open_kept(checkpoint, "init_from").model
+            base = extra("models").open_kept(checkpoint, "init_from").model
             with explained(f"{checkpoint} does not fit its base", kind=Damaged):
                 alpha = checkpoint.flags["lora_alpha"]
                 weights = extra("lora").merge(base, weights, rank, alpha)
@@ -1619,6 +1636,8 @@ class Contents(NamedTuple):
             check_arrays(self.weights, run.model.trainable_parameters())
             run.model.update(tree_unflatten(self.weights))
             state = tree_unflatten(self.state)
+            perm = np.array(state["perm"])
+            run.batches.go_to(checkpoint.epoch, checkpoint.place, checkpoint.offset, perm)
             if "weights" in state:  # the trained ones; the .safetensors has their average
                 check_arrays(state["weights"], run.model.trainable_parameters())
                 if run.flags.average:
@@ -1626,7 +1645,6 @@ class Contents(NamedTuple):
                 run.model.update(state["weights"])
             check_arrays(state["optimizer"], run.optimizer.state)
             run.optimizer.state = state["optimizer"]
-            run.batches.begin_epoch(checkpoint.epoch, checkpoint.place)
         for name, value in checkpoint.progress().items():
             setattr(run, name, value)
         run.checkpoint_id = checkpoint.id
@@ -1680,8 +1698,10 @@ def read_checkpoint(metadata_path):
     if sha1_of_text(texts["record"]) != texts["sha1"]:
         raise ValueError("damaged header")
     record = json.loads(texts["record"])
-    if record["format_version"] != FORMAT_VERSION:
-        raise ValueError("another version of this program wrote it")
+    version = record["format_version"]
+    if version != FORMAT_VERSION:
+        reader = READERS.get(version, "that wrote it")
+        raise ValueError(f"its format is version {version}, which the commit {reader} reads")
     checkpoint = checked(Checkpoint, record)
     checkpoint.folder = metadata_path.parent
     for iteration, nats in checkpoint.scores:
@@ -1709,7 +1729,7 @@ def checked(kind, values):
         wanted = types.get(name)
         if type(value) not in (get_args(wanted) or [wanted]):
             raise ValueError(f"its {name:.50} is of another type")
-        least = -1e15 if name == "recent_loss" else 0  # may be negative by rounding
+        least = 0 if type(value) is int else -1e15  # a sum of losses may be negative by rounding
         if type(value) in (int, float) and not least <= value < 1e15:
             raise ValueError(f"its {name} is out of range")
     return kind(**values)
@@ -1751,8 +1771,8 @@ def list_run(folder, warn=False):
 
 
 def saved_order(checkpoint):
-    """The sort key of checkpoints."""
-    return checkpoint.saved, checkpoint.iteration, checkpoint.run
+    """The sort key of checkpoints; of copies, the one with the shorter name is the run itself."""
+    return checkpoint.saved, checkpoint.iteration, -len(checkpoint.run)
 
 
 def best_of(checkpoints):
@@ -1879,7 +1899,7 @@ def arrays_to_save(tree):
 
 def state_arrays(run):
     """The arrays of a .metadata file, {name: array}."""
-    tree = {"optimizer": run.optimizer.state}
+    tree = {"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}
     if run.average:  # the .safetensors holds only the average
         tree["weights"] = run.model.trainable_parameters()
     # As an array: safetensors files with long headers cannot be read.
@@ -1899,6 +1919,7 @@ def describe_run(run):
         "stretches": [vars(stretch) for stretch in run.stretches],
         "epoch": run.batches.epoch,
         "place": run.batches.place,
+        "offset": run.batches.offset,
     }
 
 
@@ -1975,50 +1996,8 @@ def open_source(checkpoint):
     contents = checkpoint.open()
     files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
     if checkpoint.flags["lora_rank"]:
-        base = checkpoint.folder / "init_from"
-        for path in base.rglob("*"):
-            if path.is_file() and not path.is_symlink():  # which a stranger's may be
-                files[str(path.relative_to(checkpoint.folder))] = path
+        files |= extra("models").kept_files(checkpoint, "init_from")
     return Source(contents.load_model(), contents.tokenizer, checkpoint.id, files)
-
-
-def keep_models(folder, models):
-    """Makes models, {flag: Source}, part of a new run's folder: nobody can take them away."""
-    for flag_name, source in models.items():
-        if os.path.lexists(folder / flag_name):  # a start that was killed has left it
-            shutil.rmtree(folder / flag_name)
-        for name, path in source.files.items():
-            target = folder / flag_name / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            keep_file(path.resolve(), target)
-            sync(target.parent)
-
-
-def keep_file(path, target):
-    """Links a file that is named by its hash, which nobody changes; copies any other."""
-    if re.fullmatch("[0-9a-f]{40,64}", path.stem):  # a checkpoint, or in the cache of the hub
-        with contextlib.suppress(OSError):  # another file system
-            os.link(path, target)
-            return
-    with replacing(target) as file, open(path, "rb") as original:
-        shutil.copyfileobj(original, file)
-
-
-def open_kept(checkpoint, flag_name):
-    """The Source that the run of a checkpoint keeps in its folder. Raises Damaged if it is gone."""
-    folder = checkpoint.folder / flag_name
-    origin_id = checkpoint.origins.get(flag_name)
-    with explained(f"{checkpoint.run} lacks the model in its folder {flag_name}", kind=Damaged):
-        if folder.is_symlink():
-            raise OSError("it is a link")
-        metadata = folder / f"{origin_id}.metadata"
-        if metadata.exists():
-            source = open_source(read_checkpoint(metadata))
-        else:
-            source = extra("huggingface").open_by_name(str(folder))
-        if source.id != origin_id:
-            raise ValueError(f"it is {source.id[:12]} instead of {origin_id[:12]}")
-    return source
 
 
 # ---- Interrupts ---------------------------------------------------------------------------------
@@ -2223,21 +2202,89 @@ def proof_of_gpu(versions):
     return open_code_dir() / f"gpu-{sha1_of_text(what)}"
 
 
-def hash_code(flags):
-    """The SHA1 of the code that computes a run's weights; comments and docstrings do not count.
+# ---- Code ---------------------------------------------------------------------------------------
+# The record of a run names the code that computes its weights, as Python has loaded it: what was
+# edited since then is neither in this process nor in its records.
 
-    That is this file from "Model" up to "Sampling"; without these titles, all of it. flags: the
-    run's, {name: value}.
+
+def source_of(module):
+    """The source of a module, read once each time that Python loads it."""
+    spec = module.__spec__  # importlib.reload makes another one
+    if not hasattr(spec, "source"):
+        spec.source = Path(spec.origin).read_text("utf-8")
+    return spec.source
+
+
+def is_own(module):
+    """Whether a module is the user's own, in this program's folder."""
+    path = Path(getattr(module, "__file__", None) or "/")
+    if HERE not in path.parents or "site-packages" in path.parts:
+        return False
+    folder_or_file, *_ = path.relative_to(HERE).parts
+    return folder_or_file not in ("main.py", "datasets.py", "extras", "tests")
+
+
+def training_code(source):
+    """This file's source before OPERATIONS, without Sampling and Evaluation.
+
+    All of it unless these titles occur exactly once.
     """
-    source = (HERE / "main.py").read_text("utf-8")
-    before, _, _ = source.partition("# ---- Sampling")
-    _, _, code = before.partition("# ---- Model")
-    sources = [code or before]
+    research, *operations = source.split("\n# OPERATIONS")
+    rooms = re.split("^(?=# ---- )", research, flags=re.MULTILINE)
+    kept = [room for room in rooms if not re.match("# ---- (Sampling|Evaluation) -+\n", room)]
+    if len(operations) != 1 or len(rooms) - len(kept) != 2:
+        return source
+    return "".join(kept)
+
+
+def state_of_code():
+    """What CODE defines: {name: (its value, the methods of a class)}; tables are copied."""
+    state = {}
+    for name in re.findall(r"^(?:def |class )?(\w+)", CODE, flags=re.MULTILINE):
+        value = globals().get(name)
+        methods = dict(vars(value)) if isinstance(value, type) else None
+        state[name] = (dict(value) if isinstance(value, dict) else value), methods
+    return state
+
+
+def replaced_names():
+    """The names of what is no longer what Python has loaded, as after `main.attend = f`."""
+    return [name for name, state in state_of_code().items() if state != LOADED[name]]
+
+
+@functools.cache
+def hash_of_source(source):
+    """The SHA1 of Python source, in which comments and docstrings do not count."""
+    return sha1_of_text(without_comments(source))
+
+
+def hash_code(flags):
+    """The SHA1 of the code that computes a run's weights; flags: the run's, {name: value}.
+
+    It is that of SOURCES and, where they are used, of extras/lora.py and distil.py. If a part was
+    replaced, its code is not known: no other run has this SHA1.
+    """
+    sources = [*SOURCES]
     for name, is_used in (("lora", flags["lora_rank"]), ("distil", flags["teacher"])):
-        path = HERE / "extras" / f"{name}.py"
-        if is_used and path.exists():  # a student can be sampled from without it
-            sources.append(path.read_text("utf-8"))
-    return sha1_of_text("\n".join(map(without_comments, sources)))
+        # A student can be sampled from without distil.py.
+        if is_used and (HERE / "extras" / f"{name}.py").exists():
+            sources.append(source_of(extra(name)))
+    hashes = [C_CODE, *map(hash_of_source, sources)]
+    if replaced_names():
+        hashes.append(os.urandom(20).hex())
+    return sha1_of_text("\n".join(hashes))
+
+
+# Taken at once, before anybody edits the files.
+CODE = training_code(Path(__file__).read_text("utf-8"))
+C_CODE = (HERE / "extras" / "fast.c").read_text("utf-8") if fast else ""
+SOURCES = [CODE]
+if fast:
+    SOURCES.append(source_of(fast))
+for name, module in sorted(sys.modules.items()):
+    if is_own(module) and name != "__main__":
+        SOURCES.append(source_of(module))
+LOADED = state_of_code()
 
 
 # ---- Reports ------------------------------------------------------------------------------------
@@ -2286,17 +2333,18 @@ class Reporter:
 
         `loss` is then the mean since the last report; the others are those of the last step.
         """
+        if not run.recent_times:
+            self.bar.unpause()  # its estimate leaves out what went before
         self.bar.update()
         if run.iteration % run.flags.steps_per_report:
             return
-        tokens = run.recent_steps * run.batches.batch_size * run.flags.context_size
         metrics["loss"] = run.recent_loss / run.recent_steps
-        measured = {
-            "ms_per_step": 1000 * run.recent_seconds / run.recent_steps,
-            "tokens_per_second": tokens / run.recent_seconds,
-            "epoch": run.epochs,
-            "peak_mib": mx.get_peak_memory() / 2**20,
-        }
+        measured = {"epoch": run.epochs, "peak_mib": mx.get_peak_memory() / 2**20}
+        if run.recent_times:
+            seconds = sum(run.recent_times) / len(run.recent_times)
+            tokens = run.batches.batch_size * run.flags.context_size
+            speed = {"ms_per_step": 1000 * seconds, "tokens_per_second": tokens / seconds}
+            measured = speed | measured
         self.show(run, metrics | measured)
         # With --train_tokens, num_bytes is still that of the whole text; with --teacher, the loss
         # is not that of the text alone.
@@ -2306,7 +2354,7 @@ class Reporter:
         self.train_loss = metrics["loss"]
         run.recent_steps = 0
         run.recent_loss = 0.0
-        run.recent_seconds = 0.0
+        run.recent_times = []
 
     def show(self, run, metrics):
         """Shows the metrics of the steps up to the current iteration."""
@@ -2316,24 +2364,26 @@ class Reporter:
         if not self.bar.disable:
             self.bar.set_postfix_str(", ".join(texts[:4]))  # it shows speed and time itself
             return
-        steps_left = self.bar.total - run.iteration
-        left = tqdm.format_interval(steps_left * run.recent_seconds / run.recent_steps)
-        texts += [f"time {tqdm.format_interval(run.seconds)}", f"left {left}"]
+        texts.append(f"time {tqdm.format_interval(run.seconds)}")
+        if "ms_per_step" in metrics:
+            left = (self.bar.total - run.iteration) * metrics["ms_per_step"] / 1000
+            texts.append(f"left {tqdm.format_interval(left)}")
         tqdm.write("  ".join([f"{run.iteration:,}/{self.bar.total:,}", *texts]))
 
-    def report_score(self, run, nats, seconds):
-        """Shows and logs a score of the validation split, which took so many seconds."""
+    def report_score(self, run, metrics, seconds):
+        """Shows and logs the metrics of the validation split, see evaluate; it took `seconds`."""
+        nats = metrics["loss"]
         train = ""
         if self.train_loss is not None and run.teacher is None:
             train = f"train {self.train_loss:.4f}, "
         best = min((score for _, score in run.scores), default=nats)
         mark = " (best)" if nats <= best else ""
-        score = describe_score("valid", nats, run.dataset.valid, run.dataset.tokenizer, mark)
+        score = describe_score("valid", metrics, run.dataset.valid, run.dataset.tokenizer, mark)
         elapsed = tqdm.format_interval(run.seconds)
         times = f"epoch {run.epochs:.2f}, time {elapsed}, scored in {seconds:.1f} s"
         tqdm.write(f"iteration {run.iteration:,}: {train}{score}; {times}")
         bits = bits_per_byte(nats, run.dataset.valid)
-        self.record(run, "valid", {"loss": nats, "bits_per_byte": bits})
+        self.record(run, "valid", metrics | {"bits_per_byte": bits})
 
     def record(self, run, split, metrics):
         """Adds metrics, {name: number}, to the log, and sends them to the dashboards."""
@@ -2470,20 +2520,47 @@ def print_start(run, checkpoint, ranks):
         tqdm.write(printable(line))
 
 
+def describe_score(name, metrics, split, tokenizer, mark=""):
+    """A split's loss, per token and in units that do not depend on the tokenizer; other metrics.
+
+    metrics: those of evaluate. split: None if its text is longer than its tokens, as with
+    --train_tokens. mark: what is said of the loss, such as " (best)".
+    """
+    nats = metrics["loss"]
+    unit = "word" if tokenizer.kind == "word" else "token"
+    texts = [f"{name} {nats:.4f} nats{mark}", f"perplexity {perplexity(nats):.2f} per {unit}"]
+    if split and tokenizer.kind not in ("word", "char", "byte"):
+        # For the whole split, extrapolated if `nats` is the score of its first tokens only.
+        total = nats * len(split.tokens)
+        of_words = perplexity(total / max(1, split.num_words))
+        texts.append(f"{of_words:.2f} per word" if of_words < 1e6 else f"{of_words:.1e} per word")
+    if split:
+        texts.append(f"{bits_per_byte(nats, split):.4f} bits per byte")
+    if split and tokenizer.unk is not None:
+        texts.append(f"{split.num_unk / len(split.tokens):.2%} <unk>")
+    texts += [f"{other} {value:.4g}" for other, value in metrics.items() if other != "loss"]
+    return ", ".join(texts)
+
+
 def plural(number, noun):
     """A number of things: "1 block", "2 blocks"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def describe_schedule(flags):
-    """The learning rate over a run, for the start screen."""
-    line = f"{flags.learning_rate:g} after {plural(flags.lr_warmup, 'warmup step')}"
-    if flags.lr_warmup >= flags.num_iters:
-        return f"{line}, which this run does not outlast"
-    if flags.lr_schedule == "constant":
-        return f"{line}, constant"
-    last = learning_rate_at(flags.num_iters, flags)
-    return f"{line}, {flags.lr_schedule} to {last:g} in the last {flags.lr_cooldown:.0%}"
+    """The learning rate over a run, for the start screen: at the first and last step, and turns."""
+    last = flags.num_iters - 1
+    iterations = sorted({last * i // 1000 for i in range(1001)})  # of a long run, not all
+    rates = [learning_rate_at(iteration, flags) for iteration in iterations]
+    turns = 1 + np.flatnonzero(np.diff(np.sign(np.diff(rates))))
+    texts = {}  # {iteration: text}
+    for i in (0, *turns, len(rates) - 1):
+        if f"{rates[i]:.3g}" != texts.get(iterations[i - 1]):
+            texts[iterations[i]] = f"{rates[i]:.3g}"
+    shown = [f"{rate} at step {1 + iteration:,}" for iteration, rate in texts.items()]
+    if len(shown) > 7:
+        shown[5:-1] = ["..."]
+    return f"{flags.lr_schedule}: {', '.join(shown)}"
 
 
 def count_parameters(tree):
@@ -2495,7 +2572,11 @@ def start_notices(run):
     """Yields what may surprise the user of a run, a line each."""
     flags = run.flags
     if EDITED:
-        yield f"edited   {', '.join(EDITED)}: main.py's own runs, not that of extras/fast.py"
+        names = ", ".join(dict.fromkeys(EDITED))
+        yield f"edited   {names}: main.py's own runs, not that of extras/fast.py"
+    replaced = replaced_names()
+    if replaced:
+        yield f"{', '.join(replaced)}: not as in main.py, so that this run cannot be resumed"
     if flags.gpu and not proof_of_gpu(run.versions).exists():
         yield "Not verified on this GPU to be exact: run python -m extras.check --gpu"
     if len(run.batches.perm) < run.batches.batch_size:
@@ -2521,13 +2602,12 @@ def describe_resume(checkpoint, run):
     yield f"resumed  with {changes or 'unchanged flags'}"
     if checkpoint.run != run.folder.name:
         yield f"This is a branch of {checkpoint.run}, which stays as it is."
-    has_schedule = flags.lr_schedule != "constant" or flags.dropout_final is not None
-    if checkpoint.flags["num_iters"] != flags.num_iters and has_schedule:
-        yield "The learning rate and dropout schedules now stretch to --num_iters."
-    before = checkpoint.stretches[-1]
-    if before.code != run.stretches[-1].code:
-        yield "The code that trains was edited since the checkpoint (main.py up to Sampling)."
-    changes = describe_changes(before.versions, run.versions)
+    if checkpoint.flags["num_iters"] != flags.num_iters:
+        yield "Schedules of the learning rate and of dropout now stretch to --num_iters."
+    stretch = checkpoint.stretches[-1]
+    if stretch.code != run.stretches[-1].code:
+        yield "The code that trains was edited since the checkpoint."
+    changes = describe_changes(stretch.versions, run.versions)
     if changes:
         yield f"Environment changed ({changes}): resume may not be bit-exact."
 
@@ -2555,14 +2635,7 @@ def sample_from(model, contents, flags):
     tokenizer = contents.tokenizer
     draft = None
     if flags.draft:
-        draft, its_tokenizer, *_ = open_model(flags.save_dir, flags.draft, "draft")
-        same_tokenizer = its_tokenizer.to_dict() == tokenizer.to_dict()
-        same_rows = draft.config.vocab_size == model.config.vocab_size  # one may be padded
-        if not (same_tokenizer and same_rows):  # ids must mean the same text
-            raise UsageError(
-                f"--draft {flags.draft} has a different tokenizer than "
-                f"{contents.checkpoint.id[:12]}: use one trained with the same tokenizer"
-            )
+        draft = extra("decode").open_draft(flags, contents)
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=flags.gpu)
     # The checkpoint is announced once no mistake of the user can be left to report: a mistake is
@@ -2826,7 +2899,8 @@ FLAGS["run"] = {
         10, SIZE, "report interval in steps", "log_every log_interval logging_steps"
     ),
     "steps_per_eval": Flag(
-        1000, SIZE, "evaluation interval in steps", "eval_every eval_interval eval_steps"
+        1000, COUNT, "evaluation interval in steps, besides the end; 0: no evaluation",
+        "eval_every eval_interval eval_steps"
     ),
     "steps_per_save": Flag(
         None, SIZE, "checkpoint interval (default: steps_per_eval)", "save_every save_interval"
@@ -3094,7 +3168,7 @@ def absolute(path):
 
 def notice_useless(flags):
     """Yields a line that names the flags given that have no effect beside the others, if any."""
-    decays = flags.lr_schedule != "constant"
+    decays = SCHEDULES[flags.lr_schedule](flags.num_iters, flags) != 1
     samples = flags.inference or flags.prompt is not None
     has_effect = {
         "min_lr": decays,
@@ -3140,65 +3214,66 @@ def decided_names(flags):
     return ["tokenizer"] if flags.teacher else []
 
 
-def run_name(flags):
-    """The name of the run that these flags describe: <dataset>-<6 hexadecimal digits>.
+def shape_of(flags):
+    """The flags that shape a run, {name: value}, but those that say where something lies.
 
-    What texts, models and files of tokenizers are called is not part of it, nor what a model
-    decides.
+    What lies there counts: texts and tokenizers by their SHA256, models by their ids.
     """
     shape = {}
     for name in SHAPING:
-        value = getattr(flags, name)
-        if name in decided_names(flags) or is_path(name, value):
-            continue
-        if value != DEFAULTS[name]:  # or a flag that is added to the program would rename all runs
-            shape[name] = value
-    sha1 = sha1_of_text(json.dumps(shape, sort_keys=True))
+        is_path = name in PATHS and not (name == "tokenizer" and flags[name] in TOKENIZERS)
+        if not is_path:
+            shape[name] = flags[name]
+    return shape
+
+
+def run_name(flags):
+    """The name of the run that these flags describe: <dataset>-<6 hexadecimal digits>.
+
+    It is only a label: what a model decides is not part of it, nor what has its default, or a flag
+    that is added to the program would rename all runs.
+    """
+    changed = {}
+    for name, value in shape_of(vars(flags)).items():
+        if value != DEFAULTS[name] and name not in decided_names(flags):
+            changed[name] = value
+    sha1 = sha1_of_text(json.dumps(changed, sort_keys=True))
     return f"{flags.dataset}-{sha1[:6]}"
 
 
-def is_path(name, value):
-    """Whether a flag's value says where something lies: then what lies there counts."""
-    return name in PATHS and not (name == "tokenizer" and value in TOKENIZERS)
-
-
 def differences(flags, checkpoint):
-    """The flags in which the run of a checkpoint differs from the one that a command describes.
+    """The flags in which the run of a checkpoint is another one than a command describes.
 
-    {flag: its value}. What texts, models and files of tokenizers are called does not matter: they
-    are compared by their content, here or in `choose`.
+    {flag: its value}; for the texts, see `choose`.
     """
-    found = {}
-    for name in SHAPING:
-        if name in decided_names(flags) and name not in flags.given:
-            continue
-        value = getattr(flags, name)
-        its_value = checkpoint.flags[name]
-        is_same = value == its_value
-        if name in ORIGINS and value and its_value:
-            is_same = name not in flags.given or is_same_model(flags, name, checkpoint)
-        elif is_path(name, value) and is_path(name, its_value):
-            is_same = bool(value) == bool(its_value)
-        if not is_same:
-            found[name] = its_value
-    return found
+    values = dict(vars(flags))
+    for name in decided_names(flags):
+        if name not in flags.given:
+            values[name] = checkpoint.flags[name]
+    described = shape_of(values)
+    its_own = shape_of(checkpoint.flags)
+    for name in ORIGINS:
+        described[name] = origin_id(flags, name, checkpoint)
+        its_own[name] = checkpoint.origins.get(name)
+    names = [name for name in SHAPING if described.get(name) != its_own.get(name)]
+    return {name: checkpoint.flags[name] for name in names}
 
 
-def is_same_model(flags, flag_name, checkpoint):
-    """Whether a flag names the model that the run of a checkpoint began with or learns from.
+def origin_id(flags, flag_name, checkpoint):
+    """The id of the model that a flag names, or None.
 
-    A folder is compared by its content. A checkpoint is the same if its id is, or if the flag is
-    spelled as before: it may have been deleted, or "latest" may name another by now, but the run
-    keeps what it needs of it.
+    Spelled as for the run of a checkpoint, it is that run's: it may have been deleted, or "latest"
+    may name another by now. A folder that is given counts by its content.
     """
     name = getattr(flags, flag_name)
-    origin_id = checkpoint.origins.get(flag_name)
-    if os.path.isdir(name):
-        return extra("huggingface").id_of(name) == origin_id
-    if is_foreign(name) or name == checkpoint.flags[flag_name]:
-        return name == checkpoint.flags[flag_name]
+    if flag_name in flags.given and os.path.isdir(name):
+        return extra("huggingface").id_of(name)
+    if name == checkpoint.flags[flag_name]:
+        return checkpoint.origins.get(flag_name)
+    if name is None or is_foreign(name):
+        return name
     checkpoints = list_checkpoints(flags.save_dir)
-    return named_checkpoint(flags.save_dir, checkpoints, name, flag_name).id == origin_id
+    return named_checkpoint(flags.save_dir, checkpoints, name, flag_name).id
 
 
 def check_agreement(flags, values, holder):
@@ -3241,11 +3316,10 @@ def find_candidates(flags, checkpoints, start):
     if any(each is start for each in newest) and not differences(flags, start):
         return [start]
     name = re.escape(run_name(flags))
-    origin_id = start and start.id
     candidates = []
     for checkpoint in newest:
         has_name = re.fullmatch(rf"{name}(\.\d+)?", checkpoint.run)  # NAME.bak is a user's copy
-        is_branch_of_it = checkpoint.origins.get("branched_from") == origin_id
+        is_branch_of_it = checkpoint.origins.get("branched_from") == (start and start.id)
         if has_name and is_branch_of_it and not differences(flags, checkpoint):
             candidates.append(checkpoint)
     return candidates
@@ -3265,8 +3339,8 @@ def choose(candidates, flags, dataset, start):
     if candidates and (start or not candidates[0].is_complete):
         run = candidates[0].run
         raise UsageError(
-            f"{run} was trained by other code than main.py has now, up to Sampling: go on with this"
-            f" code by {command(flags, run)}, or begin a new run by --new_model"
+            f"{run} was trained by other code than this: go on with this code by "
+            f"{command(flags, run)}, or begin a new run by --new_model"
         )
     return None
 
@@ -3300,16 +3374,10 @@ def claimed(folder):
     """
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
+    busy = "is being trained by another process: wait for it, or start another run with --new_model"
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{folder.name} is being trained by another process: wait for it, or start another "
-                "run with --new_model"
-            ) from None
-        except OSError as error:  # as some network file systems say
-            tqdm.write(f"{folder} cannot be locked ({error}): start no second process there.")
+        with explained(f"{folder.name} {busy}", BlockingIOError):
+            flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             yield
         finally:  # only the holder of the lock may delete it
@@ -3402,32 +3470,27 @@ def check_memory(model, flags, ranks, optimizer):
     MLX itself would crash: it is lazy, so nothing of this needs to exist yet.
     """
     config = model.config
-    rows = flags.batch_size // ranks.size
-    positions = rows * config.context_size
+    positions = flags.batch_size // ranks.size * config.context_size
     trained = count_parameters(model.trainable_parameters())
-    floats = {
-        "weights": count_parameters(model.parameters()),
-        "gradients and moments": trained + count_parameters(optimizer.state),
-        "tokens": 2 * positions * flags.grad_accumulation,
-        "hidden states": positions * config.num_blocks * config.dim,
-    }
+    floats = count_parameters(model.parameters()) + trained + count_parameters(optimizer.state)
+    floats += 2 * positions * flags.grad_accumulation  # tokens
+    floats += positions * config.num_blocks * config.dim  # hidden states
     if not flags.grad_checkpoint:
-        floats["hidden units"] = positions * config.num_blocks * config.mlp_dim
-    if not on_gpu():  # which need not keep them
-        floats["attention scores"] = positions * config.num_heads * config.context_size
+        floats += positions * config.num_blocks * config.mlp_dim
+    if not on_gpu():  # which need not keep the scores of attention
+        floats += positions * config.num_heads * config.context_size
     refuse_beyond_memory(floats)
 
 
 def refuse_beyond_memory(floats):
-    """Raises UsageError if so many numbers, by what they are for, exceed this machine's memory."""
-    needed = 4 * sum(floats.values())  # bytes
-    memory = memory_size()
+    """Raises UsageError if so many numbers exceed this machine's memory."""
+    needed = 4 * floats / 2**30
+    memory = memory_size() / 2**30
     if needed > memory:
-        largest = max(floats, key=floats.get)
         device = "this GPU" if on_gpu() else "this machine"
         raise UsageError(
-            f"this needs at least {needed / 2**30:,.1f} GiB of memory, most of it for {largest}, "
-            f"but {device} has {memory / 2**30:,.1f}: choose a smaller model, batch or context"
+            f"this needs at least {needed:,.1f} GiB of memory, but {device} has {memory:,.1f}: "
+            "choose a smaller model, batch or context"
         )
 
 
@@ -3599,13 +3662,16 @@ def set_up(flags, ranks, interrupts, stack):
         contents = open_newest([start], is_named=True)
     if contents:
         flags = settle(flags.given, contents.checkpoint.flags)
-        models = {name: open_kept(contents.checkpoint, name) for name in needed_models(flags)}
+        models = {}
+        for name in needed_models(flags):
+            models[name] = extra("models").open_kept(contents.checkpoint, name)
     else:
         models, flags, dataset = begin(flags)
     run = make_run(folder, flags, contents, models, dataset, ranks)
     run.saved = max((each.saved for each in checkpoints), default=0.0)
-    if not found:
-        keep_models(folder, {name: models[name] for name in needed_models(flags)})
+    kept = {name: models[name] for name in needed_models(flags)}
+    if kept and not found:
+        extra("models").keep(folder, kept)
     stack.enter_context(interrupts)  # from here on there is something to save
     print_start(run, contents and contents.checkpoint, ranks)
     if not contents and checkpoints and not flags.new_model:
@@ -3679,7 +3745,7 @@ def announce(checkpoint):
     """Says which checkpoint a command uses, from which folder, and whether main.py has changed."""
     line = f"{checkpoint}, in {checkpoint.folder.parent}"
     if checkpoint.stretches[-1].code != hash_code(checkpoint.flags):
-        line += ", trained by other code than that of main.py now"
+        line += ", trained by other code than this"
     print(line, file=sys.stderr)
 
 

@@ -10,7 +10,25 @@ are tied up to rounding: the random numbers depend only on the seed and the posi
 import mlx.core as mx
 import numpy as np
 
-from main import Cache, Decoder, draw, process_logits
+from datasets import UsageError
+from main import Cache, Decoder, draw, open_model, process_logits
+
+
+def open_draft(flags, contents):
+    """The model of --draft, for that of the Contents of a checkpoint. Raises UsageError, RunError.
+
+    Their ids have to mean the same text.
+    """
+    checkpoint = contents.checkpoint
+    draft, tokenizer, *_ = open_model(flags.save_dir, flags.draft, "draft")
+    same_tokenizer = tokenizer.to_dict() == contents.tokenizer.to_dict()
+    same_rows = draft.config.vocab_size == checkpoint.config.vocab_size  # one may be padded
+    if not (same_tokenizer and same_rows):
+        raise UsageError(
+            f"--draft {flags.draft} has a different tokenizer than {checkpoint.id[:12]}: use one "
+            "trained with the same tokenizer"
+        )
+    return draft
 
 
 class BatchCache(Cache):

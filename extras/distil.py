@@ -10,26 +10,36 @@ is required: the logits of the two models never exist as a whole.
 
 import mlx.core as mx
 
+from datasets import UsageError
 from extras.fast import (
     cross_entropy_of_chunk,
     exp,
-    flatten_positions,
     max_of_rows,
     stored_gradients,
     sum_of_rows,
     sum_over_chunks,
 )
+from main import EDITED
 
 
 def make_loss(teacher, flags):
-    """A function like main.py's cross_entropy that also takes the input tokens [B, L]."""
+    """A function like main.py's training_loss that also takes the input tokens [B, L].
+
+    Raises UsageError if main.py has other logits than the chunks here.
+    """
+    if "logits" in EDITED:
+        raise UsageError("--teacher: extras/distil.py has logits of its own: edit them there, too")
     share = mx.array(flags.teacher_weight)
     temperature = mx.array(flags.teacher_temperature)
 
-    def loss(hidden, head, targets, weights, tokens):
-        inputs = flatten_positions(hidden, head, targets, weights)
-        states = teacher.model(tokens).flatten(0, 1)  # [N, D'], without dropout
-        return distilled_loss_and_gradients(*inputs, states, teacher.head, share, temperature)[0]
+    def loss(model, hidden, targets, weight, tokens):
+        states = hidden.flatten(0, 1)
+        head = model.head.astype(hidden.dtype)
+        weights = mx.full(targets.size, weight)
+        theirs = teacher.model(tokens).flatten(0, 1)  # [N, D'], without dropout
+        return distilled_loss_and_gradients(
+            states, head, targets.flatten(), weights, theirs, teacher.head, share, temperature
+        )[0]
 
     return loss
 

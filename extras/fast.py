@@ -10,8 +10,9 @@ of the same names:
     attend            causal attention, with a softmax that uses the vector units
     relu2             squared ReLU, with a gradient that uses them
     checkpoint_block  gradient checkpointing, block by block
-    cross_entropy     loss and gradient in one pass over chunks of rows, so that the logits never
-                      exist as a whole
+    training_loss     loss and gradient in one pass over chunks of rows, so that the logits never
+                      exist as a whole, and
+    score             the losses of a validation text, by the same chunks
     over_streams      a sum over the rows of a batch, of which each core computes a share
     clip_grad_norm    gradient clipping on all cores
     spread            an optimizer that distributes its work over the cores
@@ -19,8 +20,9 @@ of the same names:
 fast.c, which it compiles, passes MLX's matrix products on to a fast BLAS.
 
 They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each stands
-for the plain function with the SHA1 in STANDS_FOR: one that was edited is used itself. On a GPU,
-all but look_up and cross_entropy leave the work to MLX. Without this file, or with the environment
+for the plain function with the SHA1 in STANDS_FOR: one that was edited is used itself. The last two
+of the losses also stand for the methods `logits` and `as_linear`, which they do not call. On a GPU,
+all but look_up and the losses leave the work to MLX. Without this file, or with the environment
 variable DISABLE_FAST set, main.py works the same, only slower, but for --teacher, several ranks,
 bfloat16 on a CPU and runs that repeat on a GPU, which need it.
 
@@ -58,7 +60,10 @@ STANDS_FOR = {
     "attend": "3a7206c1b9eeb9d9df2e4c6631acc1b85c616f97",
     "relu2": "0d592a5d303b1368d944bce50714cc77f010964a",
     "checkpoint_block": "f900bb0226b03db87053aceaa9fcaece581adec0",
-    "cross_entropy": "0eb9a560c17d2cfb411829f4edfa587b7b1bba24",
+    "as_linear": "3e4f1b6d66b9f980dad6bee0352d20632bcf4268",
+    "logits": "ea0506b9c3d18fbf18e2295b72555d1eff6e1b2b",
+    "training_loss": "370239347507bb74ef3814f56f9feff93ef81e02",
+    "score": "69e3823b3cf680a6f658da1253e568cdfe27f3b4",
     "over_streams": "f7fbacffbf32a61c055a67506b0c5fadef619231",
     "clip_grad_norm": "7c39788d3c986673ca93eb9ba37aa8170c20293d",
     "spread": "02480efe4f3e84bbe050b36708407c88046d6d30",
@@ -531,52 +536,60 @@ def gradients_in_order(inputs, gradients, outputs):
 
 
 # ---- Cross-entropy ------------------------------------------------------------------------------
-def cross_entropy(hidden, head, targets, weights, training=True):
-    """The weighted sum of the cross-entropies in nats: main.py's `cross_entropy`.
+def training_loss(model, hidden, targets, weight):
+    """The cross-entropies in nats, times `weight`, summed: main.py's `training_loss`.
 
-    hidden: [B, L, D]; head: [V, D]; targets: [B, L]; weights: [B, L] or a number. training: False
-    if no gradient will be taken, so that none is computed. The gradients w.r.t. `hidden` and `head`
-    are computed together with the loss, in chunks of rows (as in Liger Kernel, Hsu et al. 2024):
-    this takes half the time of computing one after the other, and the logits [B * L, V] never
-    exist as a whole.
+    hidden: [B, L, D]; targets: [B, L]. The gradients w.r.t. `hidden` and the head are computed
+    together with the loss, in chunks of rows (as in Liger Kernel, Hsu et al. 2024): this takes half
+    the time of computing one after the other, and the logits [B * L, V] never exist as a whole.
     """
-    inputs = flatten_positions(hidden, head, targets, weights)
-    if training:
-        return cross_entropy_and_gradients(*inputs)[0]
-    return sum_over_chunks(*inputs, cross_entropy_of_chunk, training=False)[0]
+    weights = mx.full(targets.size, weight)
+    states = hidden.flatten(0, 1)
+    head = model.head.astype(hidden.dtype)
+    return cross_entropy_and_gradients(states, head, targets.flatten(), weights)[0]
 
 
-def flatten_positions(hidden, head, targets, weights):
-    """The arguments of cross_entropy for N positions: hidden [N, D], head, targets, weights [N]."""
-    weights = mx.broadcast_to(mx.array(weights), targets.shape)
-    return hidden.flatten(0, 1), head.astype(hidden.dtype), targets.flatten(), weights.flatten()
+def score(model, hidden, targets):
+    """The cross-entropy of each position in nats, {"loss": [B, L]}: main.py's `score`."""
+    states = hidden.flatten(0, 1)
+    head = model.head.astype(hidden.dtype)
+    losses = []
+    for rows in chunks(len(states), len(head)):
+        inputs = states[rows]
+        if losses:
+            inputs = wait_for(losses[-1:], inputs)
+        logits = (inputs @ head.T).astype(mx.float32)
+        nats, _, _ = losses_of_chunk(logits, targets.flatten()[rows])
+        losses.append(nats)
+    return {"loss": mx.concatenate(losses).reshape(targets.shape)}
 
 
-def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk, training=True):
+def chunks(positions, words):
+    """Slices of so many positions, for as many logits each as are computed at a time."""
+    # Chunks of 2^23 logits (32 MiB) cost no time; with fewer than 128 rows, the products of a large
+    # vocabulary become slow. A GPU needs larger ones: each chunk reads all of the head.
+    most = max(128, 2**23 // words)
+    if on_gpu():
+        most = max(1024, 2**27 // words)
+    size = math.ceil(positions / math.ceil(positions / most))
+    return [slice(start, start + size) for start in range(0, positions, size)]
+
+
+def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk):
     """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; targets, weights: [N].
 
     loss_of_chunk(logits [n, V] float32, targets [n], weights [n, 1], rows) computes, for a slice
     `rows` of the rows, the loss and two factors of its gradient w.r.t. the logits, `powers` [n, V]
     and `scale` [n, 1]: the gradient is powers * scale, minus `weights` at each target. The last
-    term is never materialized: it would be nearly all zeros. training: False if only the loss is
-    needed.
+    term is never materialized: it would be nearly all zeros.
     """
-    # Chunks of 2^23 logits (32 MiB) cost no time; with fewer than 128 rows, the products of a large
-    # vocabulary become slow. A GPU needs larger ones: each chunk reads all of the head.
-    most = max(128, 2**23 // len(head))
-    if on_gpu():
-        most = max(1024, 2**27 // len(head))
-    chunks = math.ceil(len(hidden) / most)
-    size = math.ceil(len(hidden) / chunks)
     loss = mx.array(0.0)
     hidden_gradients = []
     head_gradient = None
-    for start in range(0, len(hidden), size):
-        rows = slice(start, start + size)
+    for rows in chunks(len(hidden), len(head)):
         inputs = hidden[rows]  # [n, D]
-        if start > 0:
-            done = [loss, hidden_gradients[-1], head_gradient] if training else [loss]
-            inputs = wait_for(done, inputs)
+        if hidden_gradients:
+            inputs = wait_for([loss, hidden_gradients[-1], head_gradient], inputs)
         weight = weights[rows, None]  # [n, 1]
         logits = (inputs @ head.T).astype(mx.float32)  # [n, V]
         chunk_loss, powers, scale = loss_of_chunk(logits, targets[rows], weight, rows)
@@ -586,14 +599,14 @@ def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk, training=True
             gradient = (powers * scale - mx.where(is_target, weight, 0)).astype(head.dtype)
             hidden_gradients.append(gradient @ head)
             of_head = (gradient.T @ inputs).astype(mx.float32)
-            head_gradient = of_head if start == 0 else head_gradient + of_head
+            head_gradient = of_head if head_gradient is None else head_gradient + of_head
             continue
         powers = powers.astype(head.dtype)
         scale = scale.astype(head.dtype)
         of_targets = head[targets[rows]] * weight.astype(head.dtype)  # [n, D]
         hidden_gradients.append((powers @ head) * scale - of_targets)
         inputs = inputs * scale  # D columns scaled instead of V
-        if start == 0:
+        if head_gradient is None:
             head_gradient = powers.T @ inputs  # [V, D]
         else:
             head_gradient = mx.addmm(head_gradient, powers.T, inputs)
@@ -619,13 +632,21 @@ def wait_for(done, array):
 
 
 def cross_entropy_of_chunk(logits, targets, weights, rows):
-    """The `loss_of_chunk` of cross_entropy; logits: [n, V], targets: [n], weights: [n, 1]."""
+    """The `loss_of_chunk` of training_loss; logits: [n, V], targets: [n], weights: [n, 1]."""
+    nats, powers, total = losses_of_chunk(logits, targets)
+    return (nats * weights).sum(), powers, weights / total
+
+
+def losses_of_chunk(logits, targets):
+    """Cross-entropies [n, 1] of logits [n, V]; `powers` [n, V] and their sums `total` [n, 1].
+
+    powers / total are the probabilities; targets: [n].
+    """
     largest = max_of_rows(logits)  # [n, 1]
     powers = exp(logits - largest)  # exponents <= 0: no overflow, and `exp` requires it
-    total = sum_of_rows(powers)  # [n, 1]; powers / total are the probabilities
+    total = sum_of_rows(powers)
     target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1)  # [n, 1]
-    nats = mx.log(total) - (target_logits - largest)
-    return (nats * weights).sum(), powers, weights / total
+    return mx.log(total) - (target_logits - largest), powers, total
 
 
 def max_of_rows(array):

@@ -168,7 +168,7 @@ def read_texts(folder):
     matrices = 3 if config.mlp == "swiglu" else 2  # of an MLP
     block = 2 * heads * config.head_dim + matrices * config.mlp_dim
     rows = config.num_blocks * block + config.vocab_size
-    refuse_beyond_memory({"weights": rows * config.dim})
+    refuse_beyond_memory(rows * config.dim)
     return config, read_tokenizer(folder, config.vocab_size)
 
 

@@ -169,7 +169,7 @@ class Group(contextlib.AbstractContextManager):
             "flags": vars(run.flags),
             "configs": {name: vars(model.config) for name, model in models.items()},
             "progress": run.progress(),
-            "batches": [run.batches.epoch, run.batches.place],
+            "batches": [run.batches.epoch, run.batches.place, run.batches.offset],
             "dataset": dataset.name,
             "tokenizer": dataset.tokenizer.to_dict(),
             "splits": {name: split[1:] for name, split in splits.items()},
@@ -179,6 +179,7 @@ class Group(contextlib.AbstractContextManager):
             "optimizer": run.optimizer.state,
             "average": run.average or {},
             "tokens": {name: mx.array(split.tokens) for name, split in splits.items()},
+            "perm": mx.array(run.batches.perm),
         }
         file = io.BytesIO()
         text = json.dumps(record, default=str)  # of paths
@@ -219,7 +220,7 @@ class Group(contextlib.AbstractContextManager):
             source.model.update(tree["models"][name])
         run.optimizer.state = tree["optimizer"]
         run.average = tree.get("average")
-        run.batches.begin_epoch(*record["batches"])
+        run.batches.go_to(*record["batches"], np.array(tree["perm"]))
         for name, value in record["progress"].items():
             setattr(run, name, value)
         return run

@@ -12,9 +12,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets import UsageError, sync
+from extras.models import open_kept
 from main import SingleProcess, hash_code, list_run, list_versions, load_data_again, make_run
-from main import make_step, needed_models, open_kept, open_newest, refuse_other_text, settle
-from main import train_step, write_checkpoint
+from main import make_step, needed_models, open_newest, refuse_other_text, settle, train_step
+from main import write_checkpoint
 
 FOLDER = "steps"  # in that of a run
 ITERATION = attrgetter("iteration")
@@ -70,7 +71,7 @@ def recompute(earlier, later, step, folder):
     if any(start < each.iteration < later.iteration for each in later.stretches):
         raise UsageError(f"{what}: flags, code or versions have changed before the next checkpoint")
     if stretch.code != hash_code(vars(flags)):
-        raise UsageError(f"{what} was computed by other code than that of main.py now")
+        raise UsageError(f"{what} was computed by other code than this")
     for name, version in list_versions(flags, SingleProcess()).items():
         before = stretch.versions.get(name)
         if before != version:

@@ -174,6 +174,23 @@ def test_damages_are_all_found(folder, capsys, monkeypatch):
     assert what_is_read(folder, capsys) == other.id[:12]
 
 
+@pytest.mark.parametrize("version, reader", [(5, "be68f60"), (4, "that wrote it")])
+def test_another_format_is_named_with_what_reads_it(version, reader, line, folder):
+    line += ["--seed", 1]
+    name, _, _ = begin(*line, "--steps_per_save", 3)
+    path = newest(folder).metadata_path
+    arrays, texts = mx.load(str(path), format="safetensors", return_metadata=True)
+    record = json.dumps(json.loads(texts["record"]) | {"format_version": version})
+    texts = {"record": record, "sha1": hashlib.sha1(record.encode()).hexdigest()}
+    with open(path, "wb") as file:
+        mx.save_safetensors(file, arrays, texts)
+    _, err = run(*line, status=1)
+    [skipped, end] = err.splitlines()
+    reason = f"its format is version {version}, which the commit {reader} reads"
+    assert skipped == f"Skipping {name}, {path.stem[:12]}: {reason}"
+    assert end == f"main.py: no checkpoint of {name} can be read: --new_model starts a new run"
+
+
 def test_damaged_newest_is_named_and_passed_over(line, folder):
     """But for one that was named; the same steps end in the same bytes."""
     last, before, first = saved(folder)
@@ -224,7 +241,7 @@ def test_the_best_of_a_run_that_goes_on_from_before_its_newest(line, folder):
     last, best, _ = saved(folder, name)
     assert last.score < best.score
     spoil(last.weights_path)
-    run(*line, "--num_iters", 6, "--keep", 1, "--steps_per_save", 4, "--steps_per_eval", 99)
+    run(*line, "--num_iters", 6, "--keep", 1, "--steps_per_save", 4, "--steps_per_eval", 0)
     assert best.id in [checkpoint.id for checkpoint in saved(folder, name)]
     _, err = run("--evaluate", "valid", "--identifier", best.id, "--save_dir", folder)
     assert err.startswith(f"{best}, in ")
@@ -232,7 +249,7 @@ def test_the_best_of_a_run_that_goes_on_from_before_its_newest(line, folder):
 
 def test_pruning_waits_for_one_good_step(line, folder):
     """The checkpoint before the newest is needed if the newest cannot be trained on."""
-    line += ["--new_model", "--steps_per_save", 2, "--steps_per_eval", 99, "--keep", 1]
+    line += ["--new_model", "--steps_per_save", 2, "--steps_per_eval", 0, "--keep", 1]
     name, _, _ = begin(*line, "--num_iters", 4)
     assert len(saved(folder, name)) == 2
     run("--identifier", name, "--save_dir", folder, "--num_iters", 5)

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ids, interrupt, log_rows, run, start, wait_for
+from conftest import ROOT, TINY, ids, interrupt, log_rows, run, run_folder, start, wait_for
 
 # Refuses, as if they were not installed, all packages but the four that the core needs and those
 # that `requests` brings along.
@@ -81,7 +81,7 @@ MISSING = [  # what is typed; the file that it needs
     ("--text text.txt --new_model --init_from latest --lora_rank 2", "lora"),
     ("--prompt the --quantize 4", "quantize"),
     ("--text text.txt --new_model --init_from hf", "huggingface"),
-    ("--prompt the --draft hf", "huggingface"),
+    ("--prompt the --draft hf", "decode"),
     ("--prompt the --draft latest", "decode"),
     ("--text rows.jsonl --new_model", "formats"),
     ("--text text.txt --new_model --report_to tensorboard", "report"),
@@ -136,10 +136,15 @@ def test_without_its_kernels_the_program_is_the_core(alone, text, tmp_path):
 
 
 def test_a_run_moves_between_the_core_and_the_whole(alone, text, tmp_path):
-    """A checkpoint of one goes on with the other, which says that the last bits may differ."""
+    """The code is another, as extras/fast.py computes: the user has to say so."""
     line = ["--text", text, *TINY, "--save_dir", tmp_path]
     run(*line, "--num_iters", 3, **alone)
+    _, err = run(*line, "--num_iters", 6, status=2)
+    name = run_folder(tmp_path).name
+    assert f"{name} was trained by other code than this: go on with this code by " in err
+    line = ["--identifier", name, "--save_dir", tmp_path]
     out, _ = run(*line, "--num_iters", 6)
+    assert "The code that trains was edited since the checkpoint." in out
     assert "kernels main.py -> extras/fast.py" in out
     assert "resume may not be bit-exact" in out
     assert "from iteration 3 to 6" in out

@@ -152,9 +152,10 @@ def test_a_runs_folder_is_the_run(line, folder, tmp_path):
     shutil.copytree(folder / name, folder / f"{name}.bak")
     shutil.copytree(folder / name, folder / "before-the-change.1")
     backup = files_of(folder / f"{name}.bak")
+    assert begin("--save_dir", folder, "--num_iters", 3)[:2] == (name, 2)
     more = [*line, "--num_iters", 4, "--steps_per_save", 1, "--keep", 1]
     assert begin(*more, "--save_dir", elsewhere)[:2] == (name, 2)
-    assert begin(*more)[:2] == (name, 2)
+    assert begin(*more)[:2] == (name, 3)
     named = ["--identifier", "before-the-change.1"]
     assert begin(*more, *named)[:2] == ("before-the-change.1", 2)
     ended = {saved(folder, run)[0].id for run in (name, "before-the-change.1")}

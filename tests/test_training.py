@@ -5,9 +5,10 @@ import random
 import re
 import shlex
 
+import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import SCORED, TINY, flags, ids, interrupt, log_rows, newest, run, saved, start
+from conftest import ROOT, SCORED, TINY, flags, ids, interrupt, log_rows, newest, run, saved, start
 from conftest import wait_for
 from datasets import load_dataset
 from mlx.utils import tree_flatten
@@ -46,13 +47,36 @@ def test_interrupted_equals_undisturbed(tmp_path, text, options):
     assert ids(parts)[0] == ids(whole)[0]
 
 
+ANOTHER_NUMPY = """
+import main, numpy
+draw = numpy.random.default_rng
+numpy.random.default_rng = lambda seed: draw([9, *seed])
+main.main()
+"""
+
+
+def test_a_resumed_run_keeps_its_order_of_batches(tmp_path, text):
+    """Another NumPy, which would draw another order, reads it from the checkpoint."""
+    line = ["--text", text, *TINY, "--save_dir"]
+    run(*line, tmp_path / "whole", "--num_iters", 20)
+    run(*line, tmp_path / "parts", "--num_iters", 9)
+    run(*line, tmp_path / "parts", "--num_iters", 20, program=["-c", ANOTHER_NUMPY], cwd=ROOT)
+    assert ids(tmp_path / "parts")[0] == ids(tmp_path / "whole")[0]
+    path = newest(tmp_path / "whole").metadata_path
+    perm = mx.load(str(path), format="safetensors")["perm"]
+    assert perm.dtype == mx.uint32
+    windows = sorted(perm.tolist())
+    assert windows == [*range(len(windows))], "each of an epoch once"
+    assert len(windows) > 20 * 4
+
+
 def test_extending_a_schedule_says_that_it_stretches(tmp_path, text):
     line = ["--text", text, *TINY, "--save_dir", tmp_path, "--lr_warmup", 0]
     line += ["--steps_per_report", 1, "--lr_schedule", "linear", "--min_lr", 0]
     out, _ = run(*line, "--learning_rate", 0.01, "--num_iters", 4)
     assert re.findall(r"  lr (\S+)", out) == ["1.00e-02", "7.50e-03", "5.00e-03", "2.50e-03"]
     out, _ = run(*line, "--learning_rate", 0.01, "--num_iters", 8)
-    assert "The learning rate and dropout schedules now stretch" in out
+    assert "Schedules of the learning rate and of dropout now stretch" in out
     assert re.findall(r"  lr (\S+)", out)[0] == "5.00e-03"
 
 
@@ -145,12 +169,12 @@ def test_scores_of_parts_of_the_text(tmp_path, text):
     out, _ = run("--text", text, *TINY, *parts, "--save_dir", tmp_path)
     model = newest(tmp_path).open().load_model()
     dataset = load_dataset("text", tmp_path, [text])
-    nats = main.evaluate(model, dataset.valid.tokens[:101], 3)
+    nats = main.evaluate(model, dataset.valid.tokens[:101], 3)["loss"]
     assert f"valid {nats:.4f} nats" in out
     scored = {"train": dataset.train.tokens[:500], "valid": dataset.valid.tokens}
     for split, tokens in scored.items():
         out, _ = run("--evaluate", split, "--save_dir", tmp_path)
-        nats = main.evaluate(model, tokens, 3)
+        nats = main.evaluate(model, tokens, 3)["loss"]
         said = f"{split} {nats:.4f} nats, perplexity {math.exp(nats):.2f} per token, "
         assert out.startswith(said)
         assert ("bits per byte" in out) == (split == "valid")
@@ -234,7 +258,8 @@ def test_max_minutes_ends_a_leg_and_changes_nothing(tmp_path, text):
     more = ["--num_iters", iteration + 20, "--test_text", text]
     out, _ = run(*line, "--save_dir", legs, *more)
     assert f"from iteration {iteration:,}" in out  # and the limit was that leg's own
-    assert logged_scores(legs) == [], "what a run without a break would not have"
+    end = [iteration + 20]
+    assert logged_scores(legs) == end, "not what a run without a break would not have"
     run(*line, "--save_dir", whole, *more)
     assert ids(legs)[0] == ids(whole)[0]
 

@@ -35,7 +35,7 @@ def assert_adapters_on(base, checkpoint, scale):
 def assert_scored_as_merged(checkpoint, text):
     """Its last score, of base and adapters as they were trained, is that of the merged weights."""
     tokens = load_dataset("text", text.parent, [text]).valid.tokens
-    nats = main.evaluate(checkpoint.open().load_model(), tokens, 4)
+    nats = main.evaluate(checkpoint.open().load_model(), tokens, 4)["loss"]
     assert checkpoint.scores[-1] == [checkpoint.iteration, pytest.approx(nats, abs=1e-5)]
 
 

@@ -78,7 +78,7 @@ def test_the_first_steps_do_not_take_the_y_axis(run_of, figures):
 def test_losses_of_different_texts_are_in_bits_per_byte(run_of, text, figures):
     folder = run_of("10,train,1.5,60,", "")
     line = ["--text", text, "--tokenizer", "char", *TINY, "--num_iters", 10, "--save_dir", folder]
-    run(*line)
+    run(*line, "--steps_per_eval", 0)
     plot.main(["x.png", "--save_dir", str(folder)])
     by_iteration, _ = figures[0].axes
     assert by_iteration.get_ylabel() == "loss (bits per byte)"

@@ -8,7 +8,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, run, run_extra, run_folder, saved
+from conftest import ROOT, TINY, run, run_extra, run_folder, saved
 
 RUN = [*TINY, "--num_iters", 30, "--lr_warmup", 5, "--learning_rate", 1e-2, "--keep", 99]
 
@@ -67,11 +67,13 @@ def test_step_that_cannot_be_proved(text, tmp_path):
     run(*flags)
     assert "no later checkpoint" in id_at(folder, 31, status=2)
     assert "is not a run" in id_at(folder, "x", status=2)
-    environment = {"DISABLE_FAST": "1"}
     name = run_folder(folder).name
     line = ["--identifier", f"{name}@5", "--prompt", "a", "--save_dir", folder]
-    _, err = run(*line, env=environment, status=2)
-    assert "was computed with" in err
+    _, err = run(*line, env={"DISABLE_FAST": "1"}, status=2)
+    assert "was computed by other code" in err
+    other_blas = ["-c", "import main; main.fast.BLAS += '?'; main.main()"]
+    _, err = run(*line, program=other_blas, cwd=ROOT, status=2)
+    assert "was computed with BLAS" in err
     # Without its checkpoints 10 and 20, the seed alone gives step 12.
     expected = id_at(folder, 12)
     shutil.rmtree(run_folder(folder) / "steps")

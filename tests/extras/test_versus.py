@@ -86,7 +86,7 @@ def test_comparison(project, figures):
     process = begin(project, *compared)
     wait_for_checkpoint(project, "before")
     source = (project / "main.py").read_text()
-    edit(project, "    return rate * warmup", "    return 0.0")  # it has its own copy
+    edit(project, "    return flags.learning_rate *", "    return 0.0 *")  # it has its own copy
     out, err = process.communicate()
     assert process.returncode == 0, err
     (project / "main.py").write_text(source)
@@ -199,10 +199,10 @@ def test_same(project):
     """As `git bisect run` asks it."""
     edit(project, "hidden * (kept", "hidden * 1.0 * (kept")  # of dropout, which is not used
     versus(project, "HEAD", "--same", "--pairs", 2)
-    edit(project, "return rate * warmup", "return rate * warmup * 1.001")
+    edit(project, "return flags.learning_rate *", "return 1.001 * flags.learning_rate *")
     out, _ = versus(project, "HEAD", "--same", "--pairs", 2, status=1)
     assert out == "Different weights after 20 steps, seed 42.\n"
-    edit(project, "return rate * warmup * 1.001", "return rate * warmup *")
+    edit(project, "return 1.001 * flags.learning_rate *", "return 1.001 * * flags.learning_rate")
     _, err = versus(project, "HEAD", "--same", status=125)
     assert err.startswith("Cannot tell: your files cannot run: SyntaxError: invalid syntax (main")
     diverging = ["--learning_rate", "1e30", "--grad_clip", 0]

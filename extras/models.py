@@ -1,0 +1,61 @@
+"""The models that a run has to read at each start: LoRA's base, and a teacher.
+
+They are part of its folder, in init_from/ and teacher/: there nobody can delete, move or change
+them.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+
+from datasets import explained, extra, replacing, sync
+from main import Damaged, open_source, read_checkpoint
+
+
+def keep(folder, models):
+    """Makes models, {flag: Source}, part of a new run's folder."""
+    for flag_name, source in models.items():
+        if os.path.lexists(folder / flag_name):  # a start that was killed has left it
+            shutil.rmtree(folder / flag_name)
+        for name, path in source.files.items():
+            target = folder / flag_name / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            keep_file(path.resolve(), target)
+            sync(target.parent)
+
+
+def keep_file(path, target):
+    """Links a file that is named by its hash, which nobody changes; copies any other."""
+    if re.fullmatch("[0-9a-f]{40,64}", path.stem):  # a checkpoint, or in the cache of the hub
+        with contextlib.suppress(OSError):  # another file system
+            os.link(path, target)
+            return
+    with replacing(target) as file, open(path, "rb") as original:
+        shutil.copyfileobj(original, file)
+
+
+def kept_files(checkpoint, flag_name):
+    """The files of such a model, {name in a folder of its own: path}."""
+    files = {}
+    for path in (checkpoint.folder / flag_name).rglob("*"):
+        if path.is_file() and not path.is_symlink():  # which a stranger's may be
+            files[str(path.relative_to(checkpoint.folder))] = path
+    return files
+
+
+def open_kept(checkpoint, flag_name):
+    """The Source that the run of a checkpoint keeps. Raises Damaged if it is gone."""
+    folder = checkpoint.folder / flag_name
+    origin_id = checkpoint.origins.get(flag_name)
+    with explained(f"{checkpoint.run} lacks the model in its folder {flag_name}", kind=Damaged):
+        if folder.is_symlink():
+            raise OSError("it is a link")
+        metadata = folder / f"{origin_id}.metadata"
+        if metadata.exists():
+            source = open_source(read_checkpoint(metadata))
+        else:
+            source = extra("huggingface").open_by_name(str(folder))
+        if source.id != origin_id:
+            raise ValueError(f"it is {source.id[:12]} instead of {origin_id[:12]}")
+    return source

@@ -1,0 +1,139 @@
+"""The code of a run is what Python has loaded; an edit of it is another run, wherever it stands."""
+
+import re
+
+import pytest
+from conftest import TINY, begin, copy_program, run
+
+SMALL = [*TINY, "--num_blocks", 1, "--sample_tokens", 0, "--num_iters", 2, "--steps_per_eval", 0]
+
+# What a notebook does in its cells. The arguments of the process: a folder, then those of main.py.
+NOTEBOOK = """
+import importlib, pathlib, sys
+folder = sys.argv.pop(1)
+sys.path[0] = folder
+import main
+
+def train():
+    main.main(sys.argv[1:])
+
+def edit(file, old, new):
+    path = pathlib.Path(folder, file)
+    source = path.read_text()
+    assert source.count(old) == 1
+    path.write_text(source.replace(old, new))
+
+"""
+SMALLER_EMBEDDINGS = 'edit("main.py", "* 5 / model.config.dim", "* 4 / model.config.dim")'
+
+
+@pytest.fixture
+def line(text, tmp_path):
+    """A command that trains two steps of a small model."""
+    return ["--text", text, *SMALL, "--save_dir", tmp_path / "lm"]
+
+
+def cells(folder, line, *code):
+    """Runs the cells of a notebook: the runs that it trains, and what was said."""
+    source = NOTEBOOK + "\n".join(code)
+    out, err = run(folder, *line, program=["-Bc", source])
+    return re.findall(r"^run +(\S+), from iteration (\d+) ", out, re.M), out + err
+
+
+def test_an_edit_is_trained_once_it_is_loaded(line, tmp_path):
+    """By a notebook that reloads, or by the next process; until then, the run is the old one."""
+    folder = copy_program(tmp_path / "copy").parent
+    runs, _ = cells(folder, line, "train()", SMALLER_EMBEDDINGS, "train()")
+    [(name, _), _] = runs
+    assert runs == [(name, "0"), (name, "2")]
+    back = SMALLER_EMBEDDINGS.replace("5", "X").replace("4", "5").replace("X", "4")
+    reload = "importlib.reload(main)"
+    runs, _ = cells(folder, line, "train()", back, "train()", reload, "train()")
+    assert runs == [(f"{name}.2", "0"), (f"{name}.2", "2"), (name, "2")]
+
+
+REPLACEMENTS = {
+    "attend": "main.attend = lambda queries, keys, values, mask=None: values",
+    "RMSNorm": "main.RMSNorm.__call__ = lambda self, x: x",
+    "MLPS": "main.MLPS['relu2'] = (main.mx.abs, False)",
+    "hash32": "main.hash32 = main.mx.compile(main.hash32)",
+}
+
+
+@pytest.mark.parametrize("name", REPLACEMENTS)
+def test_what_a_cell_replaces_is_named_and_not_resumed(name, line, tmp_path):
+    """Nobody could know later what was trained."""
+    folder = copy_program(tmp_path / "copy").parent
+    runs, said = cells(folder, line, "train()", REPLACEMENTS[name], "train()", "train()")
+    [(first, _), *_] = runs
+    assert runs == [(first, "0"), (f"{first}.2", "0"), (f"{first}.3", "0")]
+    assert said.count(f"{name}: not as in main.py, so that this run cannot be resumed\n") == 2
+    runs, _ = cells(folder, line, "train()")
+    assert runs == [(first, "2")]
+
+
+# Places of main.py, and what is put before each; the same with a 2 is the edit.
+TITLE = "# ---- Sampling of weights -----\n\nFACTOR = 1\n\n\n"
+BANNER = f"# {'=' * 97}\n# OPERATIONS"
+SAMPLING = f"# ---- Sampling {'-' * 83}\n"
+PLACES = {
+    "at the top": ("EDITED = []", "FACTOR = 1\n"),
+    "in a room": ("def adamw(", "FACTOR = 1\n\n\n"),
+    "with a title": ("def adamw(", TITLE),
+    "after the rooms": (BANNER, f"# ---- Mine ----\n\nFACTOR = 1\n\n\n{BANNER}\n\n\n"),
+    "as a table": ("def adamw(", 'FACTORS = {"mine": 1}\n\n\n'),
+}
+ELSEWHERE = {
+    "Sampling": ("def keep_top_k(", "FACTOR = 1\n\n\n"),
+    "Evaluation": ("def scored_windows(", "FACTOR = 1\n\n\n"),
+    "Reports": ("def plural(", "FACTOR = 1\n\n\n"),
+}
+
+
+def name_of_run(folder, line, place, factor, more=None):
+    """The run that a main.py trains in which `place` was edited."""
+    target, insertion = place
+    edits = {target: insertion.replace("1", str(factor)) + target} | (more or {})
+    name, _, _ = begin(*line, program=[copy_program(folder / str(factor), edits)])
+    return name
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_code_counts_wherever_it_stands(place, line, tmp_path):
+    first = name_of_run(tmp_path, line, PLACES[place], 1)
+    assert name_of_run(tmp_path, line, PLACES[place], 2) == f"{first}.2"
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+def test_what_trains_nothing_does_not_count(place, line, tmp_path):
+    """Unless the titles do not tell it apart: then all of main.py counts."""
+    first = name_of_run(tmp_path, line, ELSEWHERE[place], 1)
+    assert name_of_run(tmp_path, line, ELSEWHERE[place], 2) == first
+    twice = {"def adamw(": f"{SAMPLING}\n\ndef adamw("}
+    second = name_of_run(tmp_path, line, ELSEWHERE[place], 3, twice)
+    third = name_of_run(tmp_path, line, ELSEWHERE[place], 4, twice)
+    assert [second, third] == [f"{first}.2", f"{first}.3"]
+
+
+def test_modules_count_where_they_are_used(line, text, tmp_path):
+    """One of the user's own, extras/fast.py with its C, and extras/lora.py in a LoRA run alone."""
+    imported = {"EDITED = []": "import mine\n\nEDITED = []"}
+    path = copy_program(tmp_path / "copy", imported)
+    mine = path.with_name("mine.py")
+    mine.write_text("FACTOR = 1\n")
+    name, _, _ = begin(*line, program=["-B", path])
+    adapters = ["--init_from", name, "--lora_rank", 2, *line]
+    lora, _, _ = begin(*adapters, program=["-B", path])
+
+    def edit(file, addition):
+        file.write_text(file.read_text() + addition)
+        again, _, _ = begin(*line, program=["-B", path])
+        again_with_lora, _, _ = begin(*adapters, program=["-B", path])
+        return again, again_with_lora
+
+    assert edit(mine, "# A remark\n") == (name, lora)
+    assert edit(path.parent / "extras" / "lora.py", "FACTOR = 1\n") == (name, f"{lora}.2")
+    assert edit(mine, "FACTOR = 2\n") == (f"{name}.2", f"{lora}.3")
+    assert edit(path.parent / "extras" / "fast.c", "// 2\n") == (f"{name}.3", f"{lora}.4")
+    assert edit(path.parent / "extras" / "fast.py", "FACTOR = 2\n") == (f"{name}.4", f"{lora}.5")
+    assert edit(path.parent / "extras" / "check.py", "FACTOR = 2\n") == (f"{name}.4", f"{lora}.5")

@@ -1,0 +1,133 @@
+"""What a researcher edits: logits, loss, score, schedule. Each is one place, and holds everywhere."""
+
+import math
+import re
+
+import main
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import TINY, begin, copy_program, log_rows, newest, run
+from datasets import load_dataset
+
+LOGITS = "return output(hidden).astype(mx.float32)"
+LOSS = "return (losses * weight).sum()"
+SCORE = 'return {"loss": nn.losses.cross_entropy(logits, targets)}'
+SCHEDULES = "SCHEDULES = {"
+
+
+@pytest.fixture
+def line(text, tmp_path):
+    schedule = ["--num_iters", 40, "--learning_rate", 0.03, "--lr_warmup", 0]
+    return ["--text", text, *TINY, *schedule, "--save_dir", tmp_path / "lm"]
+
+
+def edited(tmp_path, edits):
+    return {"program": [copy_program(tmp_path / "copy", edits)]}
+
+
+@pytest.mark.parametrize("untie", ["--untie", "--no-untie"])
+def test_a_softcap_holds_in_training_scores_and_samples(untie, line, text, tmp_path):
+    """With logits from -1 to 1, no loss over 257 bytes can be lower than this."""
+    program = edited(tmp_path, {LOGITS: "return mx.tanh(output(hidden).astype(mx.float32))"})
+    least = math.log(1 + 256 * math.exp(-2))
+    out, _ = run(*line, untie, **program)
+    assert "\nedited   logits: main.py's own runs, not that of extras/fast.py\n" in out
+    rows = log_rows(tmp_path / "lm")
+    assert {row["split"] for row in rows} == {"train", "valid"}
+    assert min(row["loss"] for row in rows) > least - 1e-5
+
+    sampled = ["--temperature", 1, "--top_k", 0, "--max_tokens", 400, "--save_dir", tmp_path / "lm"]
+    sample, _ = run("--prompt", "the", *sampled, **program)
+    letters = set(text.read_text())
+    known = sum(letter in letters for letter in sample)
+    assert known < 0.7 * len(sample), "the likeliest bytes are e^2 times as likely as the others"
+    out, _ = run("--evaluate", "valid", "--save_dir", tmp_path / "lm", **program)
+    nats = float(re.match(r"valid (\S+) nats", out)[1])
+    assert nats == pytest.approx(rows[-1]["loss"], abs=1e-4)
+
+    run(*line, untie, "--new_model")
+    assert newest(tmp_path / "lm").score < least, "which the plain program learns in these steps"
+
+
+def test_a_teacher_refuses_other_logits(line, tmp_path):
+    program = edited(tmp_path, {LOGITS: "return 2 * output(hidden).astype(mx.float32)"})
+    name, _, _ = begin(*line)
+    _, err = run(*line, "--teacher", name, status=2, **program)
+    assert err.endswith("--teacher: extras/distil.py has logits of its own: edit them there, too\n")
+
+
+def test_the_loss_is_what_trains_and_the_score_stays(line, tmp_path):
+    """A loss of 0 moves no weight: the score is that of the first weights."""
+    line += ["--weight_decay", 0]
+    run(*line, **edited(tmp_path, {LOSS: "return 0 * (losses * weight).sum()"}))
+    *steps, score = log_rows(tmp_path / "lm")
+    assert [row["loss"] for row in steps] == [0, 0, 0, 0]
+    begin(*line, "--learning_rate", 0)
+    assert score["loss"] == pytest.approx(newest(tmp_path / "lm").score, rel=1e-5)
+
+
+def test_another_metric_of_the_validation_text(line, text, tmp_path):
+    """Is shown, logged, and no other run: here, how often the likeliest token is the right one."""
+    metrics = SCORE.replace("}", ', "accuracy": logits.argmax(-1) == targets}')
+    program = edited(tmp_path, {SCORE: metrics})
+    name, _, _ = begin(*line)
+    resumed, iteration, out = begin(*line, "--num_iters", 50, **program)
+    assert (resumed, iteration) == (name, 40)
+
+    dataset = load_dataset("text", tmp_path / "data", text=[str(text)], tokenizer="byte")
+    tokens = dataset.valid.tokens.astype(np.int32)
+    model = newest(tmp_path / "lm").open().load_model()
+    right = []
+    for start in range(0, len(tokens) - 1, 8):
+        window = tokens[start : start + 9]
+        likeliest = np.array(model(mx.array(window[None, :-1])).argmax(-1))
+        right += (likeliest[0] == window[1:]).tolist()
+    expected = np.mean(right)
+    assert 0.1 < expected < 0.9
+    score = log_rows(tmp_path / "lm", "valid")[-1]
+    assert score["accuracy"] == pytest.approx(expected, abs=1e-5)
+    assert re.search(r"iteration 50: .* bits per byte, accuracy (\S+); ", out)[1] == (
+        f"{expected:.4g}"
+    )
+
+
+DROPS = """def drops(iteration, flags):
+    return 1 if iteration % 6 < 4 else 0.1
+
+
+SCHEDULES = {"drops": drops, """
+
+
+def test_a_schedule_comes_out_as_written(line, tmp_path):
+    """With restarts and a tenfold drop, and on the start screen."""
+    program = edited(tmp_path, {SCHEDULES: DROPS})
+    given = ["--lr_schedule", "drops", "--num_iters", 9, "--steps_per_report", 1]
+    out, _ = run(*line, *given, **program)
+    assert re.findall(r"  lr (\S+)", out) == 4 * ["3.00e-02"] + 2 * ["3.00e-03"] + 3 * ["3.00e-02"]
+    shown = "0.03 at step 1, 0.03 at step 4, 0.003 at step 5, 0.03 at step 7, 0.03 at step 9"
+    assert f"\nrate     drops: {shown}\n" in out
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_run_of_any_length_has_a_score(steps, line, tmp_path):
+    """At its end; an evaluation interval of 0 means none, also where the time is up."""
+    out, _ = run(*line, "--num_iters", steps)
+    assert f"\niteration {steps}: " in out
+    assert newest(tmp_path / "lm").score is not None
+    for more in ([], ["--max_minutes", 1e-9, "--num_iters", 9]):
+        out, _ = run(*line, "--num_iters", steps, "--new_model", "--steps_per_eval", 0, *more)
+        assert "valid " not in out.split("\nfiles ")[1]
+        assert newest(tmp_path / "lm").scores == []
+
+
+def test_the_step_that_compiles_has_no_time(line, tmp_path):
+    out, _ = run(*line, "--num_iters", 3, "--steps_per_report", 1)
+    first, *others = re.findall(r"^\d/3  .*", out, re.M)
+    assert "ms/step" not in first and " left " not in first
+    assert all("ms/step" in each and " left " in each for each in others)
+    rows = log_rows(tmp_path / "lm", "train")
+    assert ["ms_per_step" in row for row in rows] == [False, True, True]
+    assert rows[-1]["seconds"] == pytest.approx(
+        (rows[1]["ms_per_step"] + rows[2]["ms_per_step"]) / 1000, rel=1e-3
+    )
