@@ -71,7 +71,7 @@ def test_step_that_cannot_be_proved(text, tmp_path):
     line = ["--identifier", f"{name}@5", "--prompt", "a", "--save_dir", folder]
     _, err = run(*line, env={"DISABLE_FAST": "1"}, status=2)
     assert "was computed by other code" in err
-    other_blas = ["-c", "import main; main.fast.BLAS += '?'; main.main()"]
+    other_blas = ["-c", "import main; main.fast.BLAS += '?'; exit(main.main())"]
     _, err = run(*line, program=other_blas, cwd=ROOT, status=2)
     assert "was computed with BLAS" in err
     # Without its checkpoints 10 and 20, the seed alone gives step 12.
