@@ -690,26 +690,26 @@ def constant(iteration, flags):
 
 
 def cosine(iteration, flags):
-    return above_min_lr((1 + math.cos(math.pi * cooled_down(iteration, flags))) / 2, flags)
+    done, least = cooldown(iteration, flags)
+    left = (1 + math.cos(math.pi * done)) / 2
+    return 1 - (1 - least) * (1 - left)  # exactly 1 where all is left
 
 
 def linear(iteration, flags):
-    return above_min_lr(1 - cooled_down(iteration, flags), flags)
+    done, least = cooldown(iteration, flags)
+    return 1 - (1 - least) * done
 
 
-def cooled_down(iteration, flags):
-    """The share of the cooldown that is over, from 0 to 1.
+def cooldown(iteration, flags):
+    """How much of the cooldown is over, from 0 to 1, and the multiple of the rate at its end.
 
-    The cooldown is the last share `lr_cooldown` of the steps after warmup.
+    It is the last share `lr_cooldown` of the steps after warmup, down to `min_lr`.
     """
-    cooldown = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)  # in steps
-    return max(0, iteration - (flags.num_iters - cooldown)) / max(1, cooldown)
-
-
-def above_min_lr(left, flags):
-    """The multiple of the learning rate where a share `left` of its way down to min_lr is left."""
-    least = 0.1 if flags.min_lr is None else flags.min_lr / (flags.learning_rate or 1)
-    return 1 - (1 - least) * (1 - left)  # exactly 1 where `left` is 1
+    steps = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)
+    done = max(0, iteration - (flags.num_iters - steps)) / max(1, steps)
+    if flags.min_lr is None:
+        return done, 0.1
+    return done, flags.min_lr / (flags.learning_rate or 1)
 
 
 # The choices of --lr_schedule: functions of the step, counted from 0, that give a multiple of
@@ -1645,8 +1645,8 @@ class Contents(NamedTuple):
                 run.model.update(state["weights"])
             check_arrays(state["optimizer"], run.optimizer.state)
             run.optimizer.state = state["optimizer"]
-        for name, value in checkpoint.progress().items():
-            setattr(run, name, value)
+        for field in dataclasses.fields(Progress):
+            setattr(run, field.name, getattr(checkpoint, field.name))
         run.checkpoint_id = checkpoint.id
 
 
@@ -2207,12 +2207,12 @@ def proof_of_gpu(versions):
 # edited since then is neither in this process nor in its records.
 
 
-def source_of(module):
-    """The source of a module, read once each time that Python loads it."""
+def hash_of_module(module):
+    """The SHA1 of a module's source, read once each time that Python loads it."""
     spec = module.__spec__  # importlib.reload makes another one
-    if not hasattr(spec, "source"):
-        spec.source = Path(spec.origin).read_text("utf-8")
-    return spec.source
+    if not hasattr(spec, "sha1"):
+        spec.sha1 = sha1_of_text(without_comments(Path(spec.origin).read_text("utf-8")))
+    return spec.sha1
 
 
 def is_own(module):
@@ -2237,54 +2237,46 @@ def training_code(source):
     return "".join(kept)
 
 
-def state_of_code():
-    """What CODE defines: {name: (its value, the methods of a class)}; tables are copied."""
+def code_besides(known):
+    """What CODE defines, {name: (value, methods of a class)}, but for what is the same in `known`.
+
+    Tables are copied.
+    """
     state = {}
     for name in re.findall(r"^(?:def |class )?(\w+)", CODE, flags=re.MULTILINE):
         value = globals().get(name)
         methods = dict(vars(value)) if isinstance(value, type) else None
         state[name] = (dict(value) if isinstance(value, dict) else value), methods
+        if name in known and known[name] == state[name]:
+            del state[name]
     return state
 
 
-def replaced_names():
-    """The names of what is no longer what Python has loaded, as after `main.attend = f`."""
-    return [name for name, state in state_of_code().items() if state != LOADED[name]]
-
-
-@functools.cache
-def hash_of_source(source):
-    """The SHA1 of Python source, in which comments and docstrings do not count."""
-    return sha1_of_text(without_comments(source))
+# Taken at once, before anybody edits the files.
+CODE = training_code(Path(__file__).read_text("utf-8"))
+HASHES = [sha1_of_text(without_comments(CODE))]
+if fast:
+    HASHES += [hash_of_module(fast), sha1_of_text((HERE / "extras" / "fast.c").read_text("utf-8"))]
+for name, module in sorted(sys.modules.items()):
+    if is_own(module) and name != "__main__":
+        HASHES.append(hash_of_module(module))
+LOADED = code_besides({})
 
 
 def hash_code(flags):
     """The SHA1 of the code that computes a run's weights; flags: the run's, {name: value}.
 
-    It is that of SOURCES and, where they are used, of extras/lora.py and distil.py. If a part was
-    replaced, its code is not known: no other run has this SHA1.
+    It is that of HASHES and, where they are used, of extras/lora.py and distil.py. Where a part of
+    the code was replaced, as by `main.attend = f`, nobody else has it: no other run has this SHA1.
     """
-    sources = [*SOURCES]
+    hashes = [*HASHES]
     for name, is_used in (("lora", flags["lora_rank"]), ("distil", flags["teacher"])):
         # A student can be sampled from without distil.py.
         if is_used and (HERE / "extras" / f"{name}.py").exists():
-            sources.append(source_of(extra(name)))
-    hashes = [C_CODE, *map(hash_of_source, sources)]
-    if replaced_names():
+            hashes.append(hash_of_module(extra(name)))
+    if code_besides(LOADED):
         hashes.append(os.urandom(20).hex())
-    return sha1_of_text("\n".join(hashes))
-
-
-# Taken at once, before anybody edits the files.
-CODE = training_code(Path(__file__).read_text("utf-8"))
-C_CODE = (HERE / "extras" / "fast.c").read_text("utf-8") if fast else ""
-SOURCES = [CODE]
-if fast:
-    SOURCES.append(source_of(fast))
-for name, module in sorted(sys.modules.items()):
-    if is_own(module) and name != "__main__":
-        SOURCES.append(source_of(module))
-LOADED = state_of_code()
+    return sha1_of_text(" ".join(hashes))
 
 
 # ---- Reports ------------------------------------------------------------------------------------
@@ -2549,8 +2541,8 @@ def plural(number, noun):
 
 def describe_schedule(flags):
     """The learning rate over a run, for the start screen: at the first and last step, and turns."""
-    last = flags.num_iters - 1
-    iterations = sorted({last * i // 1000 for i in range(1001)})  # of a long run, not all
+    # Of a long run, not all.
+    iterations = np.unique(np.linspace(0, flags.num_iters - 1, 1001).astype(int)).tolist()
     rates = [learning_rate_at(iteration, flags) for iteration in iterations]
     turns = 1 + np.flatnonzero(np.diff(np.sign(np.diff(rates))))
     texts = {}  # {iteration: text}
@@ -2574,9 +2566,9 @@ def start_notices(run):
     if EDITED:
         names = ", ".join(dict.fromkeys(EDITED))
         yield f"edited   {names}: main.py's own runs, not that of extras/fast.py"
-    replaced = replaced_names()
+    replaced = ", ".join(code_besides(LOADED))
     if replaced:
-        yield f"{', '.join(replaced)}: not as in main.py, so that this run cannot be resumed"
+        yield f"{replaced}: not as in main.py, so that this run cannot be resumed"
     if flags.gpu and not proof_of_gpu(run.versions).exists():
         yield "Not verified on this GPU to be exact: run python -m extras.check --gpu"
     if len(run.batches.perm) < run.batches.batch_size:
@@ -3253,14 +3245,18 @@ def differences(flags, checkpoint):
     described = shape_of(values)
     its_own = shape_of(checkpoint.flags)
     for name in ORIGINS:
-        described[name] = origin_id(flags, name, checkpoint)
+        if values[name]:
+            described[name] = origin_id(flags, name, checkpoint)
         its_own[name] = checkpoint.origins.get(name)
-    names = [name for name in SHAPING if described.get(name) != its_own.get(name)]
-    return {name: checkpoint.flags[name] for name in names}
+    found = {}
+    for name in SHAPING:
+        if described.get(name) != its_own.get(name):
+            found[name] = checkpoint.flags[name]
+    return found
 
 
 def origin_id(flags, flag_name, checkpoint):
-    """The id of the model that a flag names, or None.
+    """The id of the model that a flag names.
 
     Spelled as for the run of a checkpoint, it is that run's: it may have been deleted, or "latest"
     may name another by now. A folder that is given counts by its content.
@@ -3270,7 +3266,7 @@ def origin_id(flags, flag_name, checkpoint):
         return extra("huggingface").id_of(name)
     if name == checkpoint.flags[flag_name]:
         return checkpoint.origins.get(flag_name)
-    if name is None or is_foreign(name):
+    if is_foreign(name):
         return name
     checkpoints = list_checkpoints(flags.save_dir)
     return named_checkpoint(flags.save_dir, checkpoints, name, flag_name).id
@@ -3374,10 +3370,14 @@ def claimed(folder):
     """
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
-    busy = "is being trained by another process: wait for it, or start another run with --new_model"
     try:
-        with explained(f"{folder.name} {busy}", BlockingIOError):
+        try:
             flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{folder.name} is being trained by another process: wait for it, or start another "
+                "run with --new_model"
+            ) from None
         try:
             yield
         finally:  # only the holder of the lock may delete it
@@ -3415,8 +3415,6 @@ def decided_by(models, flags):
     whole shape but the context. Raises UsageError if a flag that was given contradicts a model, or
     one model the other.
     """
-    if not models:
-        return {}
     tokenizer, *others = [source.tokenizer for source in models.values()]
     for other in others:
         if other.to_dict() != tokenizer.to_dict():
@@ -3501,21 +3499,17 @@ def memory_size():
         size = info.get("max_recommended_working_set_size")  # Metal's: beyond it, macOS swaps
         return size or info.get("total_memory") or math.inf
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in limits_of_control_groups():
-        with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
-            sizes.append(int(path.read_text("utf-8")))
-    return min(sizes)
-
-
-def limits_of_control_groups():
-    """The files that may limit a container's or a job's memory; only Linux has them."""
-    root = Path("/sys/fs/cgroup")
+    groups = []  # like "0::/user.slice/job.scope"; only Linux has them
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text("utf-8").splitlines():
-            group = Path(line.split(":", 2)[2].lstrip("/"))  # as in "0::/user.slice/job.scope"
-            for below in (group, *group.parents):
-                yield root / below / "memory.max"
-                yield root / "memory" / below / "memory.limit_in_bytes"  # version 1
+        groups = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
+    for line in groups:
+        group = Path(line.split(":", 2)[2].lstrip("/"))
+        for below in (group, *group.parents):
+            # In the second and in the first version.
+            for name in (below / "memory.max", "memory" / below / "memory.limit_in_bytes"):
+                with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
+                    sizes.append(int(Path("/sys/fs/cgroup", name).read_text("utf-8")))
+    return min(sizes)
 
 
 def begin(flags):
@@ -3528,10 +3522,10 @@ def begin(flags):
         name = getattr(flags, flag_name)
         if name:
             models[flag_name] = open_model(flags.save_dir, name, flag_name)
+    if not models:
+        return models, flags, load_data(flags)
     flags = settle(flags.given, decided_by(models, flags))
-    tokenizer = None
-    if models:
-        tokenizer = next(iter(models.values())).tokenizer
+    tokenizer = next(iter(models.values())).tokenizer
     return models, flags, load_data(flags, tokenizer)
 
 
@@ -3669,9 +3663,9 @@ def set_up(flags, ranks, interrupts, stack):
         models, flags, dataset = begin(flags)
     run = make_run(folder, flags, contents, models, dataset, ranks)
     run.saved = max((each.saved for each in checkpoints), default=0.0)
-    kept = {name: models[name] for name in needed_models(flags)}
-    if kept and not found:
-        extra("models").keep(folder, kept)
+    if not found:
+        for name in needed_models(flags):
+            extra("models").keep(folder / name, models[name].files)
     stack.enter_context(interrupts)  # from here on there is something to save
     print_start(run, contents and contents.checkpoint, ranks)
     if not contents and checkpoints and not flags.new_model:

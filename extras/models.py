@@ -13,16 +13,15 @@ from datasets import explained, extra, replacing, sync
 from main import Damaged, open_source, read_checkpoint
 
 
-def keep(folder, models):
-    """Makes models, {flag: Source}, part of a new run's folder."""
-    for flag_name, source in models.items():
-        if os.path.lexists(folder / flag_name):  # a start that was killed has left it
-            shutil.rmtree(folder / flag_name)
-        for name, path in source.files.items():
-            target = folder / flag_name / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            keep_file(path.resolve(), target)
-            sync(target.parent)
+def keep(folder, files):
+    """Makes a model's files, {name: path}, part of a new run, in a folder of their own."""
+    if os.path.lexists(folder):  # a start that was killed has left it
+        shutil.rmtree(folder)
+    for name, path in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        keep_file(path.resolve(), target)
+        sync(target.parent)
 
 
 def keep_file(path, target):
