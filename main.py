@@ -117,14 +117,15 @@ def fast_version(plain, parts=()):
         return plain
     # extras.versus compares an edited function with the original. Both run in plain MLX, or they
     # would round differently.
-    is_plain = plain.__name__ in os.environ.get("PLAIN_FUNCTIONS", "").split(",")
+    names = os.environ.get("PLAIN_FUNCTIONS", "").split(",")
     for function in (plain, *parts):
         name = function.__name__
         sha1 = sha1_of_text(without_comments(inspect.getsource(function)))
-        if fast.STANDS_FOR.get(name) != sha1:
-            is_plain = True
+        if fast.STANDS_FOR.get(name) != sha1 and name not in EDITED:
             EDITED.append(name)
-    return plain if is_plain else getattr(fast, plain.__name__)
+        if name in EDITED or name in names:
+            return plain
+    return getattr(fast, plain.__name__)
 
 
 # ---- Model --------------------------------------------------------------------------------------
@@ -785,10 +786,10 @@ class Batches:
     def go_to(self, epoch, place, offset, perm):
         """Goes to a place in an epoch, as a checkpoint has it: another NumPy may draw others.
 
-        perm: [windows] uint32. Raises ValueError if a window ends beyond the text.
+        perm: [windows] uint32. Raises ValueError if these are not windows of the text.
         """
-        last = offset + (int(perm.max()) + 1) * self.context_size
-        if perm.dtype != np.uint32 or last >= len(self.text):
+        windows = (len(self.text) - 1 - offset) // self.context_size
+        if perm.dtype != np.uint32 or perm.shape != (windows,) or perm.max() >= windows:
             raise ValueError("its order of batches is that of another text")
         self.epoch = epoch
         self.place = place
@@ -1129,13 +1130,16 @@ def train_step(run, step):
 def score_run(run, interrupts, ranks, reporter):
     """Scores the validation split, or its first --eval_tokens tokens, unless a signal arrives.
 
-    A score that is taken only because --max_minutes ends the session is shown and logged, but not
+    A run that ends before its first evaluation is scored on no more tokens than it was trained on:
+    a quick check stays quick. A score that is taken only because --max_minutes ends the session is shown and logged, but not
     kept: a run without a break would not have it. Raises RunError if the score is not finite.
     """
     flags = run.flags
     tokens = run.dataset.valid.tokens
     if flags.eval_tokens:
-        tokens = tokens[: flags.eval_tokens + 1]  # the first one is only context
+        is_short = run.iteration < flags.steps_per_eval
+        limit = min(flags.eval_tokens, run.tokens_seen if is_short else math.inf)
+        tokens = tokens[: limit + 1]  # the first one is only context
     began = time.perf_counter()
     with run.using_average() as model:
         metrics = evaluate(model, tokens, flags.batch_size, interrupts=interrupts, ranks=ranks)
@@ -2564,8 +2568,7 @@ def start_notices(run):
     """Yields what may surprise the user of a run, a line each."""
     flags = run.flags
     if EDITED:
-        names = ", ".join(dict.fromkeys(EDITED))
-        yield f"edited   {names}: main.py's own runs, not that of extras/fast.py"
+        yield f"edited   {', '.join(EDITED)}: main.py's own runs, not that of extras/fast.py"
     replaced = ", ".join(code_besides(LOADED))
     if replaced:
         yield f"{replaced}: not as in main.py, so that this run cannot be resumed"
@@ -2899,7 +2902,7 @@ FLAGS["run"] = {
         " save_steps"
     ),
     "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best", "save_total_limit"),
-    "eval_tokens": Flag(100000, COUNT, "validation tokens per evaluation; 0: all"),
+    "eval_tokens": Flag(100000, COUNT, "validation tokens per evaluation, at most; 0: all"),
     "eval_test": Flag(False, bool, "evaluate on the test split at the end"),
     "test_text": Flag([], word, "test files, beside --text"),
     "report_to": Flag(None, dashboards, "tensorboard, wandb, or both with a comma; none"),
@@ -3264,7 +3267,8 @@ def origin_id(flags, flag_name, checkpoint):
     name = getattr(flags, flag_name)
     if flag_name in flags.given and os.path.isdir(name):
         return extra("huggingface").id_of(name)
-    if name == checkpoint.flags[flag_name]:
+    # A folder is saved as an absolute path.
+    if checkpoint.flags[flag_name] in (name, absolute(name)):
         return checkpoint.origins.get(flag_name)
     if is_foreign(name):
         return name

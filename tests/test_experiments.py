@@ -31,7 +31,7 @@ def test_a_softcap_holds_in_training_scores_and_samples(untie, line, text, tmp_p
     """With logits from -1 to 1, no loss over 257 bytes can be lower than this."""
     program = edited(tmp_path, {LOGITS: "return mx.tanh(output(hidden).astype(mx.float32))"})
     least = math.log(1 + 256 * math.exp(-2))
-    out, _ = run(*line, untie, **program)
+    out, _ = run(*line, untie, "--eval_tokens", 0, **program)
     assert "\nedited   logits: main.py's own runs, not that of extras/fast.py\n" in out
     rows = log_rows(tmp_path / "lm")
     assert {row["split"] for row in rows} == {"train", "valid"}
@@ -72,7 +72,7 @@ def test_another_metric_of_the_validation_text(line, text, tmp_path):
     metrics = SCORE.replace("}", ', "accuracy": logits.argmax(-1) == targets}')
     program = edited(tmp_path, {SCORE: metrics})
     name, _, _ = begin(*line)
-    resumed, iteration, out = begin(*line, "--num_iters", 50, **program)
+    resumed, iteration, out = begin(*line, "--num_iters", 50, "--eval_tokens", 0, **program)
     assert (resumed, iteration) == (name, 40)
 
     dataset = load_dataset("text", tmp_path / "data", text=[str(text)], tokenizer="byte")
@@ -111,10 +111,18 @@ def test_a_schedule_comes_out_as_written(line, tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_run_of_any_length_has_a_score(steps, line, tmp_path):
-    """At its end; an evaluation interval of 0 means none, also where the time is up."""
-    out, _ = run(*line, "--num_iters", steps)
-    assert f"\niteration {steps}: " in out
-    assert newest(tmp_path / "lm").score is not None
+    """At its end, of as many tokens as it was trained on, or of all.
+
+    An evaluation interval of 0 means none, also where the time is up.
+    """
+    dataset = load_dataset("text", tmp_path / "data", text=[line[1]], tokenizer="byte")
+    for limit, count in ((100, min(100, steps * 4 * 8)), (0, None)):
+        out, _ = run(*line, "--num_iters", steps, "--eval_tokens", limit, "--new_model")
+        assert f"\niteration {steps}: " in out
+        checkpoint = newest(tmp_path / "lm")
+        tokens = dataset.valid.tokens[: count and count + 1]
+        expected = main.evaluate(checkpoint.open().load_model(), tokens, 4)["loss"]
+        assert checkpoint.score == pytest.approx(expected, rel=1e-5)
     for more in ([], ["--max_minutes", 1e-9, "--num_iters", 9]):
         out, _ = run(*line, "--num_iters", steps, "--new_model", "--steps_per_eval", 0, *more)
         assert "valid " not in out.split("\nfiles ")[1]
