@@ -7,8 +7,8 @@
 
 The research comes first: model, loss and optimizer, batches, training, sampling, evaluation. Below
 the banner OPERATIONS is what keeps a run safe and usable: checkpoints, models that a run begins
-with, interrupts, processes, reports, prompts, flags, setting up a run, commands. datasets.py turns
-text into token ids.
+with, interrupts, processes, code, reports, prompts, flags, setting up a run, commands. datasets.py
+turns text into token ids.
 Everything beyond training, resuming and sampling is in extras/, one file per feature; this file
 works without it, in plain MLX.
 
@@ -1177,7 +1177,8 @@ def save_and_sample(run, interrupts, reporter):
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
-# First functions of logits [B, V], then token-by-token decoding.
+# First functions of logits [B, V], then token-by-token decoding. Of the code above OPERATIONS, only
+# this section and the next one may be edited in the middle of a run: see training_code.
 
 
 def penalize(logits, texts, penalty):
@@ -1501,7 +1502,8 @@ def bits_per_byte(nats, split):
 # =================================================================================================
 # OPERATIONS: what keeps a run safe, and the command line. An experiment seldom needs more of it
 # than a flag of its own (a row in FLAGS; in the group "model", it is also a field of Config), or
-# another line on the screen (FORMATS, Reporter).
+# another line on the screen (FORMATS, Reporter). A run does not record this code: what computes its
+# weights belongs above.
 # =================================================================================================
 
 
