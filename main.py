@@ -40,6 +40,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+SOURCE = Path(__file__).read_text("utf-8")  # of this process, whatever becomes of the file
 
 if __name__ == "__main__":
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -98,7 +99,7 @@ from datasets import one_line, open_code_dir, open_data_dir, printable, publish,
 from datasets import repair_streams, replacing, run_command, sync, tokenizer_from_dict
 from datasets import tokenizer_name, use_compiler, user_path, utf8, without_comments, word
 
-EDITED = []  # names of the functions below that extras/fast.py does not know any more
+EDITED = []  # names of functions below that were edited since extras/fast.py was written
 
 
 def sha1_of_text(text):
@@ -704,7 +705,8 @@ def linear(iteration, flags):
 def cooldown(iteration, flags):
     """How much of the cooldown is over, from 0 to 1, and the multiple of the rate at its end.
 
-    It is the last share `lr_cooldown` of the steps after warmup, down to `min_lr`.
+    The cooldown is the last share `lr_cooldown` of the steps after warmup. It would reach `min_lr`
+    at step `num_iters`, one after the last.
     """
     steps = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)
     done = max(0, iteration - (flags.num_iters - steps)) / max(1, steps)
@@ -714,14 +716,14 @@ def cooldown(iteration, flags):
 
 
 # The choices of --lr_schedule: functions of the step, counted from 0, that give a multiple of
-# --learning_rate. Warmup comes on top.
+# --learning_rate. During warmup, learning_rate_at multiplies it once more.
 SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
 
 
 def learning_rate_at(iteration, flags):
-    """The learning rate of step `iteration`, counted from 0.
+    """The learning rate of step `iteration`, counted from 0: what the schedule says.
 
-    It rises linearly over `lr_warmup` steps, up to what the schedule says.
+    Over the first `lr_warmup` steps, a share of it that rises linearly.
     """
     warmup = min(1, (iteration + 1) / max(1, flags.lr_warmup))  # + 1: a rate of 0 learns nothing
     return flags.learning_rate * SCHEDULES[flags.lr_schedule](iteration, flags) * warmup
@@ -1131,8 +1133,9 @@ def score_run(run, interrupts, ranks, reporter):
     """Scores the validation split, or its first --eval_tokens tokens, unless a signal arrives.
 
     A run that ends before its first evaluation is scored on no more tokens than it was trained on:
-    a quick check stays quick. A score that is taken only because --max_minutes ends the session is shown and logged, but not
-    kept: a run without a break would not have it. Raises RunError if the score is not finite.
+    a quick check stays quick. A score that is only due because the time is up is shown and logged,
+    but not kept, as a run without this break has none there. Raises RunError if the score is not
+    finite.
     """
     flags = run.flags
     tokens = run.dataset.valid.tokens
@@ -1408,8 +1411,9 @@ class Conversation:
 def score(model, hidden, targets):
     """What each position adds to the metrics of a validation text, {name: [B, L]}.
 
-    hidden: final hidden states [B, L, D]; targets: ids [B, L]. `loss` is the cross-entropy in nats,
-    whatever training minimizes. The mean of each is shown and logged.
+    hidden: final hidden states [B, L, D]; targets: ids [B, L]. The mean of each is shown and
+    logged. `loss` is the cross-entropy in nats, whatever training minimizes: it alone decides which
+    checkpoint is the best, and --patience.
     """
     logits = model.logits(hidden)  # [B, L, V]
     return {"loss": nn.losses.cross_entropy(logits, targets)}
@@ -1915,7 +1919,7 @@ def state_arrays(run):
 
 
 def describe_run(run):
-    """The fields of a Checkpoint of a run in its current state, but for three."""
+    """The fields of a Checkpoint of a run as it is; `id`, `state_sha1` and `saved` come later."""
     return run.progress() | {
         "format_version": FORMAT_VERSION,
         "flags": {name: getattr(run.flags, name) for name in SAVED},
@@ -2217,14 +2221,15 @@ def hash_of_module(module):
     """The SHA1 of a module's source, read once each time that Python loads it."""
     spec = module.__spec__  # importlib.reload makes another one
     if not hasattr(spec, "sha1"):
-        spec.sha1 = sha1_of_text(without_comments(Path(spec.origin).read_text("utf-8")))
+        source = Path(spec.origin).read_text("utf-8", errors="replace")
+        spec.sha1 = sha1_of_text(without_comments(source))
     return spec.sha1
 
 
 def is_own(module):
     """Whether a module is the user's own, in this program's folder."""
-    path = Path(getattr(module, "__file__", None) or "/")
-    if HERE not in path.parents or "site-packages" in path.parts:
+    path = Path(getattr(getattr(module, "__spec__", None), "origin", None) or "/")
+    if HERE not in path.parents or path.suffix != ".py" or "site-packages" in path.parts:
         return False
     folder_or_file, *_ = path.relative_to(HERE).parts
     return folder_or_file not in ("main.py", "datasets.py", "extras", "tests")
@@ -2259,7 +2264,7 @@ def code_besides(known):
 
 
 # Taken at once, before anybody edits the files.
-CODE = training_code(Path(__file__).read_text("utf-8"))
+CODE = training_code(SOURCE)
 HASHES = [sha1_of_text(without_comments(CODE))]
 if fast:
     HASHES += [hash_of_module(fast), sha1_of_text((HERE / "extras" / "fast.c").read_text("utf-8"))]
@@ -2287,7 +2292,7 @@ def hash_code(flags):
 
 # ---- Reports ------------------------------------------------------------------------------------
 
-# How metrics of training are shown on the screen; one that is not listed here by its name. loss:
+# How metrics are shown on the screen; one that is not listed here by its name. loss:
 # nats/token, with --teacher mixed with the distillation loss; epoch: how often the text was read;
 # peak_mib: MLX's peak memory in this process. All that are logged: see report_step.
 FORMATS = {
@@ -2536,7 +2541,9 @@ def describe_score(name, metrics, split, tokenizer, mark=""):
         texts.append(f"{bits_per_byte(nats, split):.4f} bits per byte")
     if split and tokenizer.unk is not None:
         texts.append(f"{split.num_unk / len(split.tokens):.2%} <unk>")
-    texts += [f"{other} {value:.4g}" for other, value in metrics.items() if other != "loss"]
+    for other, value in metrics.items():
+        if other != "loss":
+            texts.append(FORMATS.get(other, other + " {:.4g}").format(value))
     return ", ".join(texts)
 
 
@@ -2546,18 +2553,20 @@ def plural(number, noun):
 
 
 def describe_schedule(flags):
-    """The learning rate over a run, for the start screen: at the first and last step, and turns."""
-    # Of a long run, not all.
-    iterations = np.unique(np.linspace(0, flags.num_iters - 1, 1001).astype(int)).tolist()
+    """The learning rate over a run, for the start screen: at both ends, and where it turns.
+
+    Of a run of more than 10,000 steps, each hundredth of a percent is looked at.
+    """
+    iterations = np.unique(np.linspace(0, flags.num_iters - 1, 10001).astype(int)).tolist()
     rates = [learning_rate_at(iteration, flags) for iteration in iterations]
     turns = 1 + np.flatnonzero(np.diff(np.sign(np.diff(rates))))
     texts = {}  # {iteration: text}
     for i in (0, *turns, len(rates) - 1):
         if f"{rates[i]:.3g}" != texts.get(iterations[i - 1]):
             texts[iterations[i]] = f"{rates[i]:.3g}"
-    shown = [f"{rate} at step {1 + iteration:,}" for iteration, rate in texts.items()]
-    if len(shown) > 7:
-        shown[5:-1] = ["..."]
+    shown = [f"{rate} (step {1 + iteration:,})" for iteration, rate in texts.items()]
+    if len(shown) > 12:
+        shown[10:-1] = ["..."]
     return f"{flags.lr_schedule}: {', '.join(shown)}"
 
 
@@ -2570,7 +2579,7 @@ def start_notices(run):
     """Yields what may surprise the user of a run, a line each."""
     flags = run.flags
     if EDITED:
-        yield f"edited   {', '.join(EDITED)}: main.py's own runs, not that of extras/fast.py"
+        yield f"edited   {', '.join(EDITED)}: computed by main.py, not by extras/fast.py"
     replaced = ", ".join(code_besides(LOADED))
     if replaced:
         yield f"{replaced}: not as in main.py, so that this run cannot be resumed"
@@ -3165,7 +3174,7 @@ def absolute(path):
 
 def notice_useless(flags):
     """Yields a line that names the flags given that have no effect beside the others, if any."""
-    decays = SCHEDULES[flags.lr_schedule](flags.num_iters, flags) != 1
+    decays = SCHEDULES[flags.lr_schedule](flags.num_iters - 1, flags) != 1
     samples = flags.inference or flags.prompt is not None
     has_effect = {
         "min_lr": decays,
@@ -3623,7 +3632,7 @@ def check_parts(flags, ranks):
             "row: give a larger one"
         )
     if flags.teacher:
-        extra("distil")
+        extra("distil").check(EDITED)
     if flags.report_to:
         extra("report").check(flags.report_to)
 

@@ -19,16 +19,19 @@ from extras.fast import (
     sum_of_rows,
     sum_over_chunks,
 )
-from main import EDITED
+
+
+def check(edited):
+    """Raises UsageError if main.py has other logits than the chunks here; edited: names."""
+    if {"logits", "as_linear"} & {*edited}:
+        raise UsageError(
+            "--teacher: extras/distil.py computes logits as main.py had them: undo the edit of "
+            "`logits`"
+        )
 
 
 def make_loss(teacher, flags):
-    """A function like main.py's training_loss that also takes the input tokens [B, L].
-
-    Raises UsageError if main.py has other logits than the chunks here.
-    """
-    if "logits" in EDITED:
-        raise UsageError("--teacher: extras/distil.py has logits of its own: edit them there, too")
+    """A function like main.py's training_loss that also takes the input tokens [B, L]."""
     share = mx.array(flags.teacher_weight)
     temperature = mx.array(flags.teacher_temperature)
 

@@ -10,9 +10,11 @@
 # First: main.py chooses the BLAS before NumPy and MLX take one.
 from extras.program import make_parser, open_checkpoint, read_flags, start
 
+import sys
+
 from extras.gguf import export_gguf
 from extras.huggingface import export_model
-from main import announce
+from main import EDITED, announce
 
 
 def main(arguments):
@@ -26,6 +28,8 @@ def main(arguments):
     else:
         export_model(model, tokenizer, flags.path, flags.quantize)
     announce(checkpoint)
+    if EDITED:
+        print(f"Other programs know nothing of your edit of {', '.join(EDITED)}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_a_softcap_holds_in_training_scores_and_samples(untie, line, text, tmp_p
     program = edited(tmp_path, {LOGITS: "return mx.tanh(output(hidden).astype(mx.float32))"})
     least = math.log(1 + 256 * math.exp(-2))
     out, _ = run(*line, untie, "--eval_tokens", 0, **program)
-    assert "\nedited   logits: main.py's own runs, not that of extras/fast.py\n" in out
+    assert "\nedited   logits: computed by main.py, not by extras/fast.py\n" in out
     rows = log_rows(tmp_path / "lm")
     assert {row["split"] for row in rows} == {"train", "valid"}
     assert min(row["loss"] for row in rows) > least - 1e-5
@@ -50,11 +50,16 @@ def test_a_softcap_holds_in_training_scores_and_samples(untie, line, text, tmp_p
     assert newest(tmp_path / "lm").score < least, "which the plain program learns in these steps"
 
 
-def test_a_teacher_refuses_other_logits(line, tmp_path):
+def test_what_does_not_know_other_logits_says_so(line, tmp_path):
     program = edited(tmp_path, {LOGITS: "return 2 * output(hidden).astype(mx.float32)"})
+    folder = program["program"][0].parent
     name, _, _ = begin(*line)
     _, err = run(*line, "--teacher", name, status=2, **program)
-    assert err.endswith("--teacher: extras/distil.py has logits of its own: edit them there, too\n")
+    line = "main.py: --teacher: extras/distil.py computes logits as main.py had them: undo the edit"
+    assert err == f"{line} of `logits`\n"
+    exported = [tmp_path / "hf", "--save_dir", tmp_path / "lm"]
+    _, err = run(*exported, program=["-m", "extras.export"], cwd=folder)
+    assert "Other programs know nothing of your edit of logits.\n" in err
 
 
 def test_the_loss_is_what_trains_and_the_score_stays(line, tmp_path):
@@ -105,7 +110,7 @@ def test_a_schedule_comes_out_as_written(line, tmp_path):
     given = ["--lr_schedule", "drops", "--num_iters", 9, "--steps_per_report", 1]
     out, _ = run(*line, *given, **program)
     assert re.findall(r"  lr (\S+)", out) == 4 * ["3.00e-02"] + 2 * ["3.00e-03"] + 3 * ["3.00e-02"]
-    shown = "0.03 at step 1, 0.03 at step 4, 0.003 at step 5, 0.03 at step 7, 0.03 at step 9"
+    shown = "0.03 (step 1), 0.03 (step 4), 0.003 (step 5), 0.03 (step 7), 0.03 (step 9)"
     assert f"\nrate     drops: {shown}\n" in out
 
 

@@ -174,17 +174,17 @@ def test_start_screen(tmp_path, text):
     assert re.match(splits + r"byte tokenizer, 257-token vocabulary; in ", lines[2])
     steps = r"steps    4 x 8 tokens, ([\d,]+) per epoch, ([\d.]+) epochs in all; adamw, float32"
     assert re.fullmatch(steps, lines[3]).groups() == ("3", "0.64"), "100 / 32, and 64 / 100"
-    assert lines[4] == "rate     constant: 1.5e-06 at step 1, 3e-06 at step 2"
+    assert lines[4] == "rate     constant: 1.5e-06 (step 1), 3e-06 (step 2)"
     assert lines[5].startswith("machine  cpu, ")
     assert f"MLX {mx.__version__}, matmuls: " in lines[5]
     assert lines[6] == f"files    {folder}"
 
 
 @pytest.mark.parametrize("given, words", [
-    ("--lr_warmup 1", "constant: 0.0003 at step 1, 0.0003 at step 30"),
+    ("--lr_warmup 1", "constant: 0.0003 (step 1), 0.0003 (step 30)"),
     (
         "--learning_rate 5e-3 --lr_warmup 20 --lr_schedule linear --min_lr 0 --lr_cooldown 0.5",
-        "linear: 0.00025 at step 1, 0.005 at step 20, 0.005 at step 26, 0.001 at step 30",
+        "linear: 0.00025 (step 1), 0.005 (step 20), 0.005 (step 26), 0.001 (step 30)",
     ),
 ])  # fmt: skip
 def test_the_schedule_in_words(line, given, words):

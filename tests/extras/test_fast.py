@@ -108,7 +108,7 @@ def test_edited_functions_take_effect_at_once(text, tmp_path):
         folder = tmp_path / f"lm{number}"
         out, _ = run(*line, "--save_dir", folder, program=["-B", path])  # a Python of its own
         assert "kernels: extras/fast.py\n" in out
-        named += [re.findall("^edited +(.*): main.py's own runs, not that of", out, re.M)]
+        named += [re.findall("^edited +(.*): computed by main.py, not by", out, re.M)]
         rows += [log_rows(folder, "train")]
     plain, remarked, edited = rows
     assert named == [[], [], ["training_loss, clip_grad_norm"]]
