@@ -241,8 +241,8 @@ def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
     The queries are those of the last L of N positions: in training L is N, in decoding mostly 1.
-    mask: "causal" or, where a batch is decoded (extras/decode.py), which keys each query sees, bool
-    [B, 1, L, N].
+    mask: "causal" or, where texts of several lengths are decoded (extras/decode.py), which keys
+    each query sees, bool [B, 1, L, N]: its position is that of the last one.
     """
     # softmax(queries @ keys.swapaxes(2, 3) * scale + mask) @ values, with each key/value head
     # repeated H / K times.
@@ -641,8 +641,9 @@ def muon(flags, weight_decay):
     return Muon(flags.learning_rate, weight_decay)
 
 
-# The choices of --optimizer: a function that makes the optimizer of the blocks' matrices, and one
-# that makes that of all other parameters.
+# The choices of --optimizer: a function of the flags and a weight decay that makes the optimizer of
+# the blocks' matrices, and one that makes that of all other parameters. set_learning_rate gives
+# both their rate before each step.
 OPTIMIZERS = {
     "adamw": (adamw, adamw),
     "muon": (muon, adamw),
@@ -2213,13 +2214,13 @@ def proof_of_gpu(versions):
 
 
 # ---- Code ---------------------------------------------------------------------------------------
-# The record of a run names the code that computes its weights, as Python has loaded it: what was
-# edited since then is neither in this process nor in its records.
+# The record of a run names the code that computes its weights, as it was when this file was loaded:
+# what was edited since then is neither in this process nor in its records.
 
 
-def hash_of_module(module):
+def hash_of_module(name):
     """The SHA1 of a module's source, read once each time that Python loads it."""
-    spec = module.__spec__  # importlib.reload makes another one
+    spec = sys.modules[name].__spec__  # importlib.reload makes another one
     if not hasattr(spec, "sha1"):
         source = Path(spec.origin).read_text("utf-8", errors="replace")
         spec.sha1 = sha1_of_text(without_comments(source))
@@ -2229,6 +2230,7 @@ def hash_of_module(module):
 def is_own(module):
     """Whether a module is the user's own, in this program's folder."""
     path = Path(getattr(getattr(module, "__spec__", None), "origin", None) or "/")
+    path = path.parent.resolve() / path.name
     if HERE not in path.parents or path.suffix != ".py" or "site-packages" in path.parts:
         return False
     folder_or_file, *_ = path.relative_to(HERE).parts
@@ -2236,56 +2238,61 @@ def is_own(module):
 
 
 def training_code(source):
-    """This file's source before OPERATIONS, without Sampling and Evaluation.
+    """This file's source before OPERATIONS, without the sections Sampling and Evaluation.
 
     All of it unless these titles occur exactly once.
     """
     research, *operations = source.split("\n# OPERATIONS")
-    rooms = re.split("^(?=# ---- )", research, flags=re.MULTILINE)
-    kept = [room for room in rooms if not re.match("# ---- (Sampling|Evaluation) -+\n", room)]
-    if len(operations) != 1 or len(rooms) - len(kept) != 2:
+    sections = re.split("^(?=# ---- )", research, flags=re.MULTILINE)
+    kept = [each for each in sections if not re.match("# ---- (Sampling|Evaluation) -+\n", each)]
+    if len(operations) != 1 or len(sections) - len(kept) != 2:
         return source
     return "".join(kept)
 
 
-def code_besides(known):
-    """What CODE defines, {name: (value, methods of a class)}, but for what is the same in `known`.
-
-    Tables are copied.
-    """
+def state_of(names):
+    """What names of this file stand for, {name: [value, copies of what is in a table or class]}."""
     state = {}
-    for name in re.findall(r"^(?:def |class )?(\w+)", CODE, flags=re.MULTILINE):
+    for name in names:
         value = globals().get(name)
-        methods = dict(vars(value)) if isinstance(value, type) else None
-        state[name] = (dict(value) if isinstance(value, dict) else value), methods
-        if name in known and known[name] == state[name]:
-            del state[name]
+        state[name] = [value]
+        if isinstance(value, dict):
+            state[name].append(dict(value))
+        elif isinstance(value, type) and value.__module__ == __name__:
+            state[name].append(dict(vars(value)))
     return state
+
+
+def replaced_names():
+    """The names in CODE that stand for something else by now, as after `main.attend = f`."""
+    return sorted(name for name, state in state_of(LOADED).items() if state != LOADED[name])
 
 
 # Taken at once, before anybody edits the files.
 CODE = training_code(SOURCE)
 HASHES = [sha1_of_text(without_comments(CODE))]
+MODULES = [name for name in sorted(sys.modules) if is_own(sys.modules[name])]
 if fast:
-    HASHES += [hash_of_module(fast), sha1_of_text((HERE / "extras" / "fast.c").read_text("utf-8"))]
-for name, module in sorted(sys.modules.items()):
-    if is_own(module) and name != "__main__":
-        HASHES.append(hash_of_module(module))
-LOADED = code_besides({})
+    MODULES.append("extras.fast")
+    HASHES.append(sha1_of_text((HERE / "extras" / "fast.c").read_text("utf-8")))
+for name in MODULES:
+    hash_of_module(name)
 
 
 def hash_code(flags):
     """The SHA1 of the code that computes a run's weights; flags: the run's, {name: value}.
 
-    It is that of HASHES and, where they are used, of extras/lora.py and distil.py. Where a part of
-    the code was replaced, as by `main.attend = f`, nobody else has it: no other run has this SHA1.
+    It is that of this file's `training_code`, of MODULES and, where they are used, of
+    extras/lora.py and distil.py. If something was replaced since, as by `main.attend = f`, its code
+    is not known, and the SHA1 is one that never comes again.
     """
-    hashes = [*HASHES]
+    names = [*MODULES]
     for name, is_used in (("lora", flags["lora_rank"]), ("distil", flags["teacher"])):
         # A student can be sampled from without distil.py.
         if is_used and (HERE / "extras" / f"{name}.py").exists():
-            hashes.append(hash_of_module(extra(name)))
-    if code_besides(LOADED):
+            names.append(extra(name).__name__)
+    hashes = [*HASHES, *map(hash_of_module, names)]
+    if replaced_names():
         hashes.append(os.urandom(20).hex())
     return sha1_of_text(" ".join(hashes))
 
@@ -2580,9 +2587,11 @@ def start_notices(run):
     flags = run.flags
     if EDITED:
         yield f"edited   {', '.join(EDITED)}: computed by main.py, not by extras/fast.py"
-    replaced = ", ".join(code_besides(LOADED))
+    replaced = ", ".join(replaced_names())
     if replaced:
-        yield f"{replaced}: not as in main.py, so that this run cannot be resumed"
+        yield f"{replaced}: not as in main.py, so that no command goes on with this run by itself"
+    if (HERE / "main.py").read_text("utf-8") != SOURCE:
+        yield "main.py was edited since it was loaded: the edit is not in this run."
     if flags.gpu and not proof_of_gpu(run.versions).exists():
         yield "Not verified on this GPU to be exact: run python -m extras.check --gpu"
     if len(run.batches.perm) < run.batches.batch_size:
@@ -3887,6 +3896,8 @@ def main(argv=None):
     """
     return run_command("main.py", run_ranks, sys.argv[1:] if argv is None else argv)
 
+
+LOADED = state_of({*re.findall(r"\w+", CODE)} & {*globals()})  # for replaced_names
 
 if __name__ == "__main__":
     repair_streams()  # not in main(), which tests call with their own streams

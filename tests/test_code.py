@@ -43,9 +43,10 @@ def cells(folder, line, *code):
 def test_an_edit_is_trained_once_it_is_loaded(line, tmp_path):
     """By a notebook that reloads, or by the next process; until then, the run is the old one."""
     folder = copy_program(tmp_path / "copy").parent
-    runs, _ = cells(folder, line, "train()", SMALLER_EMBEDDINGS, "train()")
+    runs, said = cells(folder, line, "train()", SMALLER_EMBEDDINGS, "train()")
     [(name, _), _] = runs
     assert runs == [(name, "0"), (name, "2")]
+    assert said.count("main.py was edited since it was loaded: the edit is not in this run.\n") == 1
     back = SMALLER_EMBEDDINGS.replace("5", "X").replace("4", "5").replace("X", "4")
     reload = "importlib.reload(main)"
     runs, _ = cells(folder, line, "train()", back, "train()", reload, "train()")
@@ -67,7 +68,7 @@ def test_what_a_cell_replaces_is_named_and_not_resumed(name, line, tmp_path):
     runs, said = cells(folder, line, "train()", REPLACEMENTS[name], "train()", "train()")
     [(first, _), *_] = runs
     assert runs == [(first, "0"), (f"{first}.2", "0"), (f"{first}.3", "0")]
-    assert said.count(f"{name}: not as in main.py, so that this run cannot be resumed\n") == 2
+    assert len(re.findall(rf"^{name}: not as in main\.py, so that no command", said, re.M)) == 2
     runs, _ = cells(folder, line, "train()")
     assert runs == [(first, "2")]
 
@@ -113,6 +114,20 @@ def test_what_trains_nothing_does_not_count(place, line, tmp_path):
     second = name_of_run(tmp_path, line, ELSEWHERE[place], 3, twice)
     third = name_of_run(tmp_path, line, ELSEWHERE[place], 4, twice)
     assert [second, third] == [f"{first}.2", f"{first}.3"]
+
+
+def test_what_a_cell_does_to_a_module_counts(line, tmp_path):
+    """Loaded anew, or where its function is replaced in main.py."""
+    path = copy_program(tmp_path / "copy", {"EDITED = []": "import mine\nfrom mine import f\n\nEDITED = []", "return mx.square(nn.relu(x))": "return f(nn.relu(x)) * mine.FACTOR"})
+    path.with_name("mine.py").write_text("FACTOR = 1\n\n\ndef f(x):\n    return x * x\n")
+    replace = "main.f = lambda x: x"
+    edit = 'edit("mine.py", "FACTOR = 1", "FACTOR = 2")'
+    reload = "importlib.reload(sys.modules['mine'])"
+    code = ["train()", edit, "train()", reload, "train()", replace, "train()"]
+    runs, said = cells(path.parent, line, *code)
+    [(name, _), *_] = runs
+    assert runs == [(name, "0"), (name, "2"), (f"{name}.2", "0"), (f"{name}.3", "0")]
+    assert said.count("\nf: not as in main.py, ") == 1
 
 
 def test_modules_count_where_they_are_used(line, text, tmp_path):
