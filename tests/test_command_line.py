@@ -107,7 +107,7 @@ def test_a_file_of_flags(content, beside, line, trained, tmp_path):
         "--teacher_weight 0.1 --vocab_size 300 --eval_stride 4",
         "--vocab_size, --teacher_weight, --eval_stride",
     ),
-    ("--min_lr 1e-5 --lr_schedule linear --lr_warmup 0 --valid_fraction 0.2", None),
+    ("--num_iters 2 --min_lr 1e-5 --lr_schedule linear --lr_warmup 0 --valid_fraction 0.2", None),
 ])  # fmt: skip
 def test_flags_without_an_effect_are_named(options, named, trained, tmp_path):
     line = ["--text", trained / "text.txt", *TINY, "--num_iters", 1, "--save_dir", tmp_path]
