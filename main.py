@@ -3268,9 +3268,10 @@ def differences(flags, checkpoint):
     described = shape_of(values)
     its_own = shape_of(checkpoint.flags)
     for name in ORIGINS:
-        if values[name]:
-            described[name] = origin_id(flags, name, checkpoint)
+        described[name] = values[name]
         its_own[name] = checkpoint.origins.get(name)
+        if values[name] and its_own[name]:
+            described[name] = origin_id(flags, name, checkpoint)
     found = {}
     for name in SHAPING:
         if described.get(name) != its_own.get(name):

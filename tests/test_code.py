@@ -118,7 +118,11 @@ def test_what_trains_nothing_does_not_count(place, line, tmp_path):
 
 def test_what_a_cell_does_to_a_module_counts(line, tmp_path):
     """Loaded anew, or where its function is replaced in main.py."""
-    path = copy_program(tmp_path / "copy", {"EDITED = []": "import mine\nfrom mine import f\n\nEDITED = []", "return mx.square(nn.relu(x))": "return f(nn.relu(x)) * mine.FACTOR"})
+    edits = {
+        "EDITED = []": "import mine\nfrom mine import f\n\nEDITED = []",
+        "return mx.square(nn.relu(x))": "return f(nn.relu(x)) * mine.FACTOR",
+    }
+    path = copy_program(tmp_path / "copy", edits)
     path.with_name("mine.py").write_text("FACTOR = 1\n\n\ndef f(x):\n    return x * x\n")
     replace = "main.f = lambda x: x"
     edit = 'edit("mine.py", "FACTOR = 1", "FACTOR = 2")'

@@ -1,4 +1,4 @@
-"""What a researcher edits: logits, loss, score, schedule. Each is one place, and holds everywhere."""
+"""What a researcher edits, logits, loss, score, schedule: one place each, that holds everywhere."""
 
 import math
 import re
