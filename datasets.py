@@ -166,7 +166,8 @@ def repair_streams():
         if getattr(sys, name) is None:  # it was closed at startup
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):  # not those of a notebook's %run
+            stream.reconfigure(errors="replace")
 
 
 def extra(name):
