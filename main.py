@@ -50,6 +50,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(HERE))  # which `python -P` leaves out
     sys.modules["main"] = sys.modules["__main__"]  # `import main` in an extra makes no second copy
 
+# Extras that an earlier load of this file has left, in a notebook, hold its functions.
+for name in [*sys.modules]:
+    if name.startswith("extras.") and ("EDITED" in globals() or __name__ == "__main__"):
+        if name != "extras.fast":
+            del sys.modules[name]
+
 import argparse
 import contextlib
 import csv
@@ -57,7 +63,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -110,23 +115,29 @@ def sha1_of_text(text):
 def fast_version(plain, parts=()):
     """Decorator: replaces a function with its quicker namesake in extras/fast.py, if that exists.
 
-    parts: functions that the plain one calls, and the quicker one does not. Both give the same up
-    to rounding. fast.py knows the plain function and its parts by the SHA1s of their sources,
-    without comments: once you edit one, your version runs, and the start screen says so.
+    parts: functions or classes that the plain one uses, and the quicker one does not. Both give the
+    same up to rounding. fast.py knows the plain function and its parts by the SHA1s of their
+    sources, without comments: once you edit one, your version runs, and the start screen says so.
     """
     if fast is None:
         return plain
+    names = [part.__name__ for part in (plain, *parts)]
+    for name in names:
+        if fast.STANDS_FOR.get(name) != sha1_of_definition(name) and name not in EDITED:
+            EDITED.append(name)
     # extras.versus compares an edited function with the original. Both run in plain MLX, or they
     # would round differently.
-    names = os.environ.get("PLAIN_FUNCTIONS", "").split(",")
-    for function in (plain, *parts):
-        name = function.__name__
-        sha1 = sha1_of_text(without_comments(inspect.getsource(function)))
-        if fast.STANDS_FOR.get(name) != sha1 and name not in EDITED:
-            EDITED.append(name)
-        if name in EDITED or name in names:
-            return plain
+    plain_names = EDITED + os.environ.get("PLAIN_FUNCTIONS", "").split(",")
+    if {*names} & {*plain_names}:
+        return plain
     return getattr(fast, plain.__name__)
+
+
+def sha1_of_definition(name):
+    """The SHA1 of a function or class in this file; comments and docstrings do not count."""
+    lines = rf"^(?:@.*\n)*(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # up to the next statement
+    found = re.search(lines, SOURCE, flags=re.MULTILINE)
+    return sha1_of_text(without_comments(found[0])) if found else None
 
 
 # ---- Model --------------------------------------------------------------------------------------
@@ -538,7 +549,7 @@ def init_weights(model, seed):
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
-@partial(fast_version, parts=[Embedding.as_linear, LanguageModel.logits])
+@partial(fast_version, parts=[Embedding, LanguageModel])
 def training_loss(model, hidden, targets, weight):
     """What training minimizes: the cross-entropy in nats, times `weight`, summed over positions.
 
@@ -1068,7 +1079,7 @@ def train(run, interrupts, ranks):
             # evaluation; then it is scored when the run is resumed.
             received, is_time_up = ranks.agree(interrupts.received, run.seconds >= end_time)
             is_scored = run.is_score_due() or (is_time_up and flags.steps_per_eval)
-            if is_scored and run.score is None:
+            if is_scored and run.iteration > 0 and run.score is None:
                 score_run(run, interrupts, ranks, reporter)
             is_ended = is_time_up or run.iteration >= flags.num_iters or run.is_out_of_patience()
             if is_ended or received or run.is_save_due():
@@ -1408,7 +1419,7 @@ class Conversation:
 # ---- Evaluation ---------------------------------------------------------------------------------
 
 
-@partial(fast_version, parts=[Embedding.as_linear, LanguageModel.logits])
+@partial(fast_version, parts=[Embedding, LanguageModel])
 def score(model, hidden, targets):
     """What each position adds to the metrics of a validation text, {name: [B, L]}.
 
@@ -1537,6 +1548,7 @@ class Checkpoint(Progress):
     """What the record of a checkpoint says."""
 
     id: str  # the SHA1 of its weights
+    name: str  # of its run; in a folder with another one, it is a copy
     state_sha1: str  # of the arrays in its .metadata, see sha1_of_arrays
     saved: float  # when, in seconds since 1970; later than those before it in its run
     flags: dict  # those in SAVED, as they were settled
@@ -1782,8 +1794,9 @@ def list_run(folder, warn=False):
 
 
 def saved_order(checkpoint):
-    """The sort key of checkpoints; of copies, the one with the shorter name is the run itself."""
-    return checkpoint.saved, checkpoint.iteration, -len(checkpoint.run)
+    """The sort key of checkpoints: copies come last, whenever they were saved."""
+    is_original = checkpoint.name == checkpoint.run
+    return is_original, checkpoint.saved, checkpoint.iteration
 
 
 def best_of(checkpoints):
@@ -1822,7 +1835,7 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
         found = [extra("steps").checkpoint_at(checkpoints, identifier)]
     else:
         # If several runs have it, it is that of the first: a branch has a copy.
-        matching = [each for each in checkpoints if each.id.startswith(identifier)]
+        matching = [each for each in reversed(checkpoints) if each.id.startswith(identifier)]
         found = list({each.id: each for each in matching}.values())
     if len(found) == 1:
         return found[0]
@@ -1923,6 +1936,7 @@ def describe_run(run):
     """The fields of a Checkpoint of a run as it is; `id`, `state_sha1` and `saved` come later."""
     return run.progress() | {
         "format_version": FORMAT_VERSION,
+        "name": run.folder.name,
         "flags": {name: getattr(run.flags, name) for name in SAVED},
         "config": dataclasses.asdict(run.model.config),
         "tokens_sha256": run.dataset.sha256,
@@ -2218,9 +2232,9 @@ def proof_of_gpu(versions):
 # what was edited since then is neither in this process nor in its records.
 
 
-def hash_of_module(name):
+def hash_of_module(module):
     """The SHA1 of a module's source, read once each time that Python loads it."""
-    spec = sys.modules[name].__spec__  # importlib.reload makes another one
+    spec = module.__spec__  # importlib.reload makes another one
     if not hasattr(spec, "sha1"):
         source = Path(spec.origin).read_text("utf-8", errors="replace")
         spec.sha1 = sha1_of_text(without_comments(source))
@@ -2250,22 +2264,24 @@ def training_code(source):
     return "".join(kept)
 
 
-def state_of(names):
-    """What names of this file stand for, {name: [value, copies of what is in a table or class]}."""
-    state = {}
-    for name in names:
-        value = globals().get(name)
-        state[name] = [value]
-        if isinstance(value, dict):
-            state[name].append(dict(value))
-        elif isinstance(value, type) and value.__module__ == __name__:
-            state[name].append(dict(vars(value)))
-    return state
+def parts_of_code():
+    """Yields what CODE names and what is in its tables and classes: (name, key or None, part)."""
+    for name in {*re.findall(r"\w+", CODE)} & {*globals()}:
+        value = globals()[name]
+        yield name, None, value
+        parts = value if isinstance(value, dict) else {}
+        if isinstance(value, type) and value.__module__ == __name__:
+            parts = vars(value)
+        for key, part in [*parts.items()]:
+            yield name, key, part
+    for name in MODULES:
+        yield name, "__spec__", getattr(sys.modules.get(name), "__spec__", None)
 
 
 def replaced_names():
-    """The names in CODE that stand for something else by now, as after `main.attend = f`."""
-    return sorted(name for name, state in state_of(LOADED).items() if state != LOADED[name])
+    """The names in CODE, and the modules, that are others than was loaded: `main.attend = f`."""
+    replaced = {name for name, key, part in parts_of_code() if LOADED.get((name, key)) is not part}
+    return sorted(replaced)
 
 
 # Taken at once, before anybody edits the files.
@@ -2273,25 +2289,22 @@ CODE = training_code(SOURCE)
 HASHES = [sha1_of_text(without_comments(CODE))]
 MODULES = [name for name in sorted(sys.modules) if is_own(sys.modules[name])]
 if fast:
-    MODULES.append("extras.fast")
-    HASHES.append(sha1_of_text((HERE / "extras" / "fast.c").read_text("utf-8")))
-for name in MODULES:
-    hash_of_module(name)
+    HASHES.append(hash_of_module(fast))
+    HASHES += [sha1_of_text(path.read_text("utf-8")) for path in HERE.glob("extras/fast.c")]
+HASHES += [hash_of_module(sys.modules[name]) for name in MODULES]
 
 
 def hash_code(flags):
     """The SHA1 of the code that computes a run's weights; flags: the run's, {name: value}.
 
-    It is that of this file's `training_code`, of MODULES and, where they are used, of
-    extras/lora.py and distil.py. If something was replaced since, as by `main.attend = f`, its code
-    is not known, and the SHA1 is one that never comes again.
+    It is that of HASHES and, where they are used, of extras/lora.py and distil.py. If something was
+    replaced since it was loaded, its code is not known, and the SHA1 is one that never comes again.
     """
-    names = [*MODULES]
+    hashes = [*HASHES]
     for name, is_used in (("lora", flags["lora_rank"]), ("distil", flags["teacher"])):
         # A student can be sampled from without distil.py.
         if is_used and (HERE / "extras" / f"{name}.py").exists():
-            names.append(extra(name).__name__)
-    hashes = [*HASHES, *map(hash_of_module, names)]
+            hashes.append(hash_of_module(extra(name)))
     if replaced_names():
         hashes.append(os.urandom(20).hex())
     return sha1_of_text(" ".join(hashes))
@@ -2587,11 +2600,6 @@ def start_notices(run):
     flags = run.flags
     if EDITED:
         yield f"edited   {', '.join(EDITED)}: computed by main.py, not by extras/fast.py"
-    replaced = ", ".join(replaced_names())
-    if replaced:
-        yield f"{replaced}: not as in main.py, so that no command goes on with this run by itself"
-    if (HERE / "main.py").read_text("utf-8") != SOURCE:
-        yield "main.py was edited since it was loaded: the edit is not in this run."
     if flags.gpu and not proof_of_gpu(run.versions).exists():
         yield "Not verified on this GPU to be exact: run python -m extras.check --gpu"
     if len(run.batches.perm) < run.batches.batch_size:
@@ -3282,19 +3290,23 @@ def differences(flags, checkpoint):
 def origin_id(flags, flag_name, checkpoint):
     """The id of the model that a flag names.
 
-    Spelled as for the run of a checkpoint, it is that run's: it may have been deleted, or "latest"
-    may name another by now. A folder that is given counts by its content.
+    If it is gone, or is "latest" or the like, and is spelled as for the run of a checkpoint, it is
+    that run's.
     """
     name = getattr(flags, flag_name)
     if flag_name in flags.given and os.path.isdir(name):
         return extra("huggingface").id_of(name)
+    its_id = checkpoint.origins.get(flag_name)
     # A folder is saved as an absolute path.
-    if checkpoint.flags[flag_name] in (name, absolute(name)):
-        return checkpoint.origins.get(flag_name)
-    if is_foreign(name):
-        return name
-    checkpoints = list_checkpoints(flags.save_dir)
-    return named_checkpoint(flags.save_dir, checkpoints, name, flag_name).id
+    is_spelled_alike = checkpoint.flags[flag_name] in (name, absolute(name))
+    is_fixed = flag_name in flags.given and name not in ("latest", "best") and not is_foreign(name)
+    if is_spelled_alike and not is_fixed:
+        return its_id
+    checkpoints = [] if is_foreign(name) else list_checkpoints(flags.save_dir)
+    try:
+        return named_checkpoint(flags.save_dir, checkpoints, name, flag_name).id
+    except UsageError:
+        return its_id if is_spelled_alike else None
 
 
 def check_agreement(flags, values, holder):
@@ -3339,9 +3351,10 @@ def find_candidates(flags, checkpoints, start):
     name = re.escape(run_name(flags))
     candidates = []
     for checkpoint in newest:
-        has_name = re.fullmatch(rf"{name}(\.\d+)?", checkpoint.run)  # NAME.bak is a user's copy
+        has_name = re.fullmatch(rf"{name}(\.\d+)?", checkpoint.run)
+        is_copy = checkpoint.name != checkpoint.run
         is_branch_of_it = checkpoint.origins.get("branched_from") == (start and start.id)
-        if has_name and is_branch_of_it and not differences(flags, checkpoint):
+        if has_name and not is_copy and is_branch_of_it and not differences(flags, checkpoint):
             candidates.append(checkpoint)
     return candidates
 
@@ -3361,7 +3374,8 @@ def choose(candidates, flags, dataset, start):
         run = candidates[0].run
         raise UsageError(
             f"{run} was trained by other code than this: go on with this code by "
-            f"{command(flags, run)}, or begin a new run by --new_model"
+            f"{command(flags, run)}, or begin a new run by the command that began it and "
+            "--new_model"
         )
     return None
 
@@ -3602,6 +3616,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
     if checkpoint and checkpoint.config.vocab_size < dataset.tokenizer.vocab_size:
         # MLX does not check indices: it would read and write beyond the embeddings.
         raise Damaged(f"{checkpoint} has fewer embeddings than the text has tokens")
+    code = hash_code(vars(flags))  # before the code has run
     model = make_model(flags, dataset, checkpoint, models)
     optimizer = make_optimizer(model, flags)
     rows = flags.batch_size * flags.grad_accumulation
@@ -3626,7 +3641,6 @@ def make_run(folder, flags, contents, models, dataset, ranks):
         contents.restore(run)
         run.origins = checkpoint.origins
         run.stretches = [*checkpoint.stretches]
-    code = hash_code(vars(flags))
     stretch = Stretch(run.iteration, flags.num_iters, code, list_versions(flags, ranks))
     if run.stretches[-1:] != [stretch]:
         run.stretches.append(stretch)
@@ -3641,8 +3655,20 @@ def check_parts(flags, ranks):
             f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
             "row: give a larger one"
         )
+    replaced = replaced_names()
+    if (fast or flags.teacher) and {"Embedding", "LanguageModel"} & {*replaced}:
+        raise UsageError(
+            "extras/fast.py computes the loss without a part of main.LanguageModel that was "
+            "replaced: edit main.py, or set DISABLE_FAST=1 before it is imported"
+        )
+    if replaced:
+        what = "not as in main.py, so that no command goes on with this run by itself"
+        tqdm.write(f"{', '.join(replaced)}: {what}")
+    with contextlib.suppress(OSError):
+        if Path(__file__).read_text("utf-8") != SOURCE:
+            tqdm.write("main.py was edited since it was loaded: the edit is not in this run.")
     if flags.teacher:
-        extra("distil").check(EDITED)
+        extra("distil").check()
     if flags.report_to:
         extra("report").check(flags.report_to)
 
@@ -3898,7 +3924,8 @@ def main(argv=None):
     return run_command("main.py", run_ranks, sys.argv[1:] if argv is None else argv)
 
 
-LOADED = state_of({*re.findall(r"\w+", CODE)} & {*globals()})  # for replaced_names
+# For replaced_names.
+LOADED = {(name, key): part for name, key, part in parts_of_code()}
 
 if __name__ == "__main__":
     repair_streams()  # not in main(), which tests call with their own streams

@@ -20,9 +20,9 @@ of the same names:
 fast.c, which it compiles, passes MLX's matrix products on to a fast BLAS.
 
 They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each stands
-for the plain function with the SHA1 in STANDS_FOR: one that was edited is used itself. The last two
-of the losses also stand for the methods `logits` and `as_linear`, which they do not call. On a GPU,
-all but look_up and the losses leave the work to MLX. Without this file, or with the environment
+for the plain function with the SHA1 in STANDS_FOR: one that was edited is used itself. Loss and
+score also stand for the classes Embedding and LanguageModel, whose logits they compute. On a GPU,
+all but look_up, loss and score leave the work to MLX. Without this file, or with the environment
 variable DISABLE_FAST set, main.py works the same, only slower, but for --teacher, several ranks,
 bfloat16 on a CPU and runs that repeat on a GPU, which need it.
 
@@ -60,10 +60,10 @@ STANDS_FOR = {
     "attend": "3a7206c1b9eeb9d9df2e4c6631acc1b85c616f97",
     "relu2": "0d592a5d303b1368d944bce50714cc77f010964a",
     "checkpoint_block": "f900bb0226b03db87053aceaa9fcaece581adec0",
-    "as_linear": "3e4f1b6d66b9f980dad6bee0352d20632bcf4268",
-    "logits": "ea0506b9c3d18fbf18e2295b72555d1eff6e1b2b",
-    "training_loss": "370239347507bb74ef3814f56f9feff93ef81e02",
-    "score": "69e3823b3cf680a6f658da1253e568cdfe27f3b4",
+    "Embedding": "e8c173ab13310e7efc8c230523dc3fdb5d571e3a",
+    "LanguageModel": "2ae3e21754a1ebb100733c522661c228425bea2c",
+    "training_loss": "dd2b477c8799eb15a3ee4234e62a247095ee4a1a",
+    "score": "48c4d2f2c5329de3581707e9ac1b6e9e53f804e0",
     "over_streams": "f7fbacffbf32a61c055a67506b0c5fadef619231",
     "clip_grad_norm": "7c39788d3c986673ca93eb9ba37aa8170c20293d",
     "spread": "02480efe4f3e84bbe050b36708407c88046d6d30",

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import TINY, begin, copy_program, run
+from conftest import TINY, begin, copy_program, run, saved
 
 SMALL = [*TINY, "--num_blocks", 1, "--sample_tokens", 0, "--num_iters", 2, "--steps_per_eval", 0]
 
@@ -15,7 +15,7 @@ sys.path[0] = folder
 import main
 
 def train():
-    main.main(sys.argv[1:])
+    return main.main(sys.argv[1:])
 
 def edit(file, old, new):
     path = pathlib.Path(folder, file)
@@ -71,6 +71,47 @@ def test_what_a_cell_replaces_is_named_and_not_resumed(name, line, tmp_path):
     assert len(re.findall(rf"^{name}: not as in main\.py, so that no command", said, re.M)) == 2
     runs, _ = cells(folder, line, "train()")
     assert runs == [(first, "2")]
+
+
+def test_logits_that_are_replaced_would_not_be_trained(line, tmp_path):
+    """By extras/fast.py: one line, and no run."""
+    folder = copy_program(tmp_path / "copy").parent
+    replace = "main.LanguageModel.logits = lambda self, hidden: self.lm_head(hidden)"
+    runs, said = cells(folder, line, replace, "print('status', train())")
+    assert runs == []
+    assert "main.py: extras/fast.py computes the loss without a part of main.LanguageModel" in said
+    assert "Traceback" not in said
+
+
+def test_extras_are_loaded_anew_with_main(line, tmp_path):
+    """Or LoRA would go on with what it imported from the main.py of before."""
+    folder = copy_program(tmp_path / "copy").parent
+    [(base, _)], _ = cells(folder, line, "train()")
+    line += ["--init_from", base, "--lora_rank", 2]
+    edit = 'edit("main.py", "rng.standard_normal(shape", "2 * rng.standard_normal(shape")'
+    runs, _ = cells(folder, line, "train()", edit, "importlib.reload(main)", "train()")
+    [(name, _), (other, _)] = runs
+    fresh, _, _ = begin(*line, "--new_model", program=["-B", folder / "main.py"])
+    ended = {run: saved(line[-5], run)[0].id for run in (name, other, fresh)}
+    assert ended[name] != ended[other] == ended[fresh]
+
+
+def test_what_code_keeps_while_it_runs_is_no_edit(line, tmp_path):
+    """A table that it fills: the command goes on with its run."""
+    edits = {
+        "EDITED = []": "SEEN = {}\n\nEDITED = []",
+        "        self.embed_tokens = ": "        SEEN[len(SEEN)] = 1\n        self.embed_tokens = ",
+    }
+    program = {"program": [copy_program(tmp_path / "copy", edits)]}
+    line += ["--num_iters", 9, "--max_minutes", 1e-9]  # two steps: the first is not timed
+    name, _, _ = begin(*line, **program)
+    assert begin(*line, **program)[:2] == (name, 2)
+
+
+def test_without_its_c_the_fast_version_still_runs(line, tmp_path):
+    path = copy_program(tmp_path / "copy")
+    (path.parent / "extras" / "fast.c").unlink()
+    begin(*line, program=[path])
 
 
 # Places of main.py, and what is put before each; the same with a 2 is the edit.
@@ -131,7 +172,7 @@ def test_what_a_cell_does_to_a_module_counts(line, tmp_path):
     runs, said = cells(path.parent, line, *code)
     [(name, _), *_] = runs
     assert runs == [(name, "0"), (name, "2"), (f"{name}.2", "0"), (f"{name}.3", "0")]
-    assert said.count("\nf: not as in main.py, ") == 1
+    assert re.findall("^(.*): not as in main.py, ", said, re.M) == ["mine", "f, mine"]
 
 
 def test_modules_count_where_they_are_used(line, text, tmp_path):

@@ -26,13 +26,28 @@ def edited(tmp_path, edits):
     return {"program": [copy_program(tmp_path / "copy", edits)]}
 
 
+def test_a_bias_of_the_output_layer_is_trained_and_scored(line, tmp_path):
+    """An edit of the model's parts, not of `logits`: extras/fast.py does not know them either."""
+    layer = "nn.Linear(config.dim, config.vocab_size, bias="
+    program = edited(tmp_path, {f"{layer}False)": f"{layer}True)"})
+    out, _ = run(*line, "--untie", "--eval_tokens", 0, **program)
+    assert "\nedited   LanguageModel: " in out
+    checkpoint = newest(tmp_path / "lm")
+    bias = mx.load(str(checkpoint.weights_path))["lm_head.bias"]
+    assert mx.abs(bias).max().item() > 0.1
+    slow = {"env": {"DISABLE_FAST": "1"}}
+    out, _ = run("--evaluate", "valid", "--save_dir", tmp_path / "lm", **slow, **program)
+    nats = float(re.match(r"valid (\S+) nats", out)[1])
+    assert nats == pytest.approx(checkpoint.score, abs=1e-4)
+
+
 @pytest.mark.parametrize("untie", ["--untie", "--no-untie"])
 def test_a_softcap_holds_in_training_scores_and_samples(untie, line, text, tmp_path):
     """With logits from -1 to 1, no loss over 257 bytes can be lower than this."""
     program = edited(tmp_path, {LOGITS: "return mx.tanh(output(hidden).astype(mx.float32))"})
     least = math.log(1 + 256 * math.exp(-2))
     out, _ = run(*line, untie, "--eval_tokens", 0, **program)
-    assert "\nedited   logits: computed by main.py, not by extras/fast.py\n" in out
+    assert "\nedited   LanguageModel: computed by main.py, not by extras/fast.py\n" in out
     rows = log_rows(tmp_path / "lm")
     assert {row["split"] for row in rows} == {"train", "valid"}
     assert min(row["loss"] for row in rows) > least - 1e-5
@@ -56,10 +71,10 @@ def test_what_does_not_know_other_logits_says_so(line, tmp_path):
     name, _, _ = begin(*line)
     _, err = run(*line, "--teacher", name, status=2, **program)
     line = "main.py: --teacher: extras/distil.py computes logits as main.py had them: undo the edit"
-    assert err == f"{line} of `logits`\n"
+    assert err == f"{line} of LanguageModel\n"
     exported = [tmp_path / "hf", "--save_dir", tmp_path / "lm"]
     _, err = run(*exported, program=["-m", "extras.export"], cwd=folder)
-    assert "Other programs know nothing of your edit of logits.\n" in err
+    assert "Other programs know nothing of your edit of LanguageModel.\n" in err
 
 
 def test_the_loss_is_what_trains_and_the_score_stays(line, tmp_path):
@@ -132,6 +147,12 @@ def test_a_run_of_any_length_has_a_score(steps, line, tmp_path):
         out, _ = run(*line, "--num_iters", steps, "--new_model", "--steps_per_eval", 0, *more)
         assert "valid " not in out.split("\nfiles ")[1]
         assert newest(tmp_path / "lm").scores == []
+
+
+def test_no_time_at_all(line, tmp_path):
+    out, _ = run(*line, "--max_minutes", 0)
+    assert "--max_minutes 0 reached at iteration 0." in out
+    assert "valid " not in out.split("\nfiles ")[1]
 
 
 def test_the_step_that_compiles_has_no_time(line, tmp_path):

@@ -152,7 +152,11 @@ def test_a_runs_folder_is_the_run(line, folder, tmp_path):
     shutil.copytree(folder / name, folder / f"{name}.bak")
     shutil.copytree(folder / name, folder / "before-the-change.1")
     backup = files_of(folder / f"{name}.bak")
+    shutil.copytree(folder / name, folder / "a")
     assert begin("--save_dir", folder, "--num_iters", 3)[:2] == (name, 2)
+    id = saved(folder, "a")[0].id
+    _, err = run("--prompt", "a", "--identifier", id, "--save_dir", folder)
+    assert err.startswith(f"{name}, ")
     more = [*line, "--num_iters", 4, "--steps_per_save", 1, "--keep", 1]
     assert begin(*more, "--save_dir", elsewhere)[:2] == (name, 2)
     assert begin(*more)[:2] == (name, 3)
@@ -213,7 +217,7 @@ def test_an_edit_of_a_function_is_another_experiment(line, tmp_path):
 
     _, err = run(*leg, status=2, **edited)
     assert f"main.py: {name} was trained by other code" in err
-    assert err.endswith(", or begin a new run by --new_model\n")
+    assert err.endswith(", or begin a new run by the command that began it and --new_model\n")
     assert begin(*leg, "--new_model", **edited)[:2] == (f"{name}.2", 0)
     assert begin(*leg, **reworded)[:2] == (name, 4)
     [command] = re.findall(r"by python main\.py (.*), or begin", err)

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 from functools import partial
 
 import main
@@ -54,32 +53,30 @@ def assert_near(found, expected, tolerance):
 # ---- Which of two functions runs ----------------------------------------------------------------
 
 
-def code_of(function):
-    """A function's source without its docstring, comments and empty lines."""
-    source = inspect.getsource(function)
-    [definition] = ast.parse(textwrap.dedent(source)).body
+def code_of(part):
+    """The source of a function or class without its docstrings, comments and empty lines."""
+    source = inspect.getsource(part)
     lines = source.split("\n")
-    if ast.get_docstring(definition):
-        docstring = definition.body[0]
-        del lines[docstring.lineno - 1 : docstring.end_lineno]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            docstring = node.body[0]
+            for i in range(docstring.lineno - 1, docstring.end_lineno):
+                lines[i] = ""
     code = [re.sub(" *#.*", "", line) for line in lines]  # no string of theirs holds a #
     return "\n".join(filter(None, code))
 
 
-METHODS = {"as_linear": "Embedding", "logits": "LanguageModel"}  # {name: the class in main.py}
-
-
 @pytest.mark.parametrize("name", fast.STANDS_FOR)
 def test_it_stands_for_the_plain_function_as_it_is_now(name, plain):
-    owner = getattr(plain, METHODS[name]) if name in METHODS else plain
-    slow = getattr(owner, name)
+    is_class = isinstance(getattr(main, name), type)  # which has no other version
+    slow = getattr(main if is_class else plain, name)
     sha1 = hashlib.sha1(code_of(slow).encode()).hexdigest()
     assert fast.STANDS_FOR.get(name) == sha1, (
         f"{name} in main.py has changed, so that main.py no longer uses the quick one: compare it "
         f"with {name} in extras/fast.py, change that accordingly, and then enter "
         f'"{name}": "{sha1}" in STANDS_FOR'
     )
-    if name in METHODS:  # which the quick loss and score do not call
+    if is_class:
         return
     quick = getattr(fast, name)
     assert getattr(main, name) is quick
