@@ -50,10 +50,10 @@ if __name__ == "__main__":
     sys.path.insert(0, str(HERE))  # which `python -P` leaves out
     sys.modules["main"] = sys.modules["__main__"]  # `import main` in an extra makes no second copy
 
-# Extras that an earlier load of this file has left, in a notebook, hold its functions.
-for name in [*sys.modules]:
-    if name.startswith("extras.") and ("EDITED" in globals() or __name__ == "__main__"):
-        if name != "extras.fast":
+if __name__ == "__main__" or "EDITED" in globals():
+    # In a notebook, what an earlier load of this file has left: extras that hold its functions.
+    for name in [*sys.modules]:
+        if name.startswith("extras.") and name != "extras.fast":
             del sys.modules[name]
 
 import argparse
@@ -2280,7 +2280,10 @@ def parts_of_code():
 
 def replaced_names():
     """The names in CODE, and the modules, that are others than was loaded: `main.attend = f`."""
-    replaced = {name for name, key, part in parts_of_code() if LOADED.get((name, key)) is not part}
+    replaced = []
+    for name, key, part in parts_of_code():
+        if LOADED.get((name, key)) is not part and name not in replaced:
+            replaced.append(name)
     return sorted(replaced)
 
 
@@ -3100,19 +3103,16 @@ def read_command_line(argv):
     The command line overrides the file, also by a preset.
     """
     typed = parse(argv)
-    given = with_preset(typed)
+    file = {}
     if "config" in typed:
         file = read_config(typed["config"])
         if "text" in typed or "dataset" in typed:
             for name in ("dataset", "text", "valid_text", "test_text"):
                 file.pop(name, None)
-        given = with_preset(file) | given
+    given = {}
+    for flags in (file, typed):
+        given |= PRESETS.get(flags.get("preset"), {}) | flags  # those beside a preset override it
     return given
-
-
-def with_preset(given):
-    """`given` and what its --preset sets, which the flags beside it override."""
-    return PRESETS.get(given.get("preset"), {}) | given
 
 
 def read_config(name):
