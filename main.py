@@ -51,7 +51,7 @@ if __name__ == "__main__":
     sys.modules["main"] = sys.modules["__main__"]  # `import main` in an extra makes no second copy
 
 if __name__ == "__main__" or "EDITED" in globals():
-    # In a notebook, what an earlier load of this file has left: extras that hold its functions.
+    # In a notebook, an earlier load of this file may have left extras that hold its functions.
     for name in [*sys.modules]:
         if name.startswith("extras.") and name != "extras.fast":
             del sys.modules[name]
@@ -916,8 +916,8 @@ class Run(Progress):
     stretches: list  # see Stretch; the last is going on
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
 
-    # How long each step since the last report took, in seconds; not the first one of a process,
-    # which compiles: that sets an empty list.
+    # How long each step since the last report took, in seconds. The first step of a process is not
+    # among them, as it compiles; before it, this is None.
     recent_times: list | None = None
     checkpoint_id: str | None = None  # of the last checkpoint
     # When the last checkpoint in --save_dir was saved; the next one is later, whatever the clock

@@ -169,6 +169,18 @@ def test_a_runs_folder_is_the_run(line, folder, tmp_path):
     assert f"\n{name}.bak " in listed
 
 
+def test_a_base_that_was_trained_on_is_another_base(line, folder, text):
+    """Its run's name means the newest checkpoint; the run from the older one stays resumable."""
+    base, _, _ = begin(*line)
+    tuned = ["--text", text, "--init_from", base, "--seed", 1, "--sample_tokens", 0]
+    tuned += ["--num_iters", 2, "--save_dir", folder]
+    name, _, _ = begin(*tuned)
+    assert begin(*tuned)[:2] == (name, 2)
+    begin("--identifier", base, "--save_dir", folder, "--num_iters", 4)
+    assert begin(*tuned)[:2] == (f"{name}.2", 0)
+    assert begin("--identifier", name, "--save_dir", folder, "--num_iters", 3)[:2] == (name, 2)
+
+
 def test_the_folder_of_a_run_is_not_one_of_runs(line, folder):
     name, _, _ = begin(*line)
     before = files_of(folder)
