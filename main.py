@@ -1543,7 +1543,7 @@ SHA1 = re.compile("[0-9a-f]{40}")
 NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check the flags"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # a copy is another one
 class Checkpoint(Progress):
     """What the record of a checkpoint says."""
 
@@ -1668,8 +1668,7 @@ class Contents(NamedTuple):
                 run.model.update(state["weights"])
             check_arrays(state["optimizer"], run.optimizer.state)
             run.optimizer.state = state["optimizer"]
-        for field in dataclasses.fields(Progress):
-            setattr(run, field.name, getattr(checkpoint, field.name))
+        vars(run).update(checkpoint.progress())
         run.checkpoint_id = checkpoint.id
 
 
@@ -1964,9 +1963,8 @@ def prune(run):
         remove_leftovers(run.folder)
         # Without the weights, metadata is no checkpoint.
         for path in run.folder.glob("*.metadata"):
-            if SHA1.fullmatch(path.stem) and not os.path.lexists(path.with_suffix(".safetensors")):
-                with contextlib.suppress(OSError):  # a folder, or another user's: it does no harm
-                    path.unlink()
+            if not os.path.lexists(path.with_suffix(".safetensors")):
+                path.unlink()
 
 
 def divergence_error(run, what, iteration):
@@ -2443,65 +2441,60 @@ class Reporter:
 class Log:
     """A run's log.csv: a row has an iteration, a split and metrics.
 
-    Before its first row, a process rewrites the file, without the rows of steps that it repeats.
-    It does so again for a row with a metric that has no column yet. All others are appended.
+    It is written anew before a process's first row, without the rows of steps that are repeated,
+    and before a row with a metric that has no column yet.
     """
 
     def __init__(self, run):
         self.path = run.folder / "log.csv"
-        self.columns = []  # of the file; none before it is rewritten
+        self.columns = []  # of the file; none before it is written anew
         # What is kept of earlier processes: up to this iteration, with or without its score.
         self.end = (run.iteration, run.score is not None)
 
     def append(self, row):
-        """Adds a row, {name: value}. Raises OSError; then the next row rewrites the file."""
+        """Adds a row, {name: value}. Raises OSError."""
         texts = {}
         for name, value in row.items():
             texts[name] = f"{value:.6g}" if isinstance(value, float) else value
-        try:
-            if not {*row} <= {*self.columns}:
-                self.rewrite(row)
-            with open(self.path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
-        except OSError:
-            self.columns = []
-            raise
+        if not {*row} <= {*self.columns}:
+            self.add_columns(row)
+        with open(self.path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
 
-    def rewrite(self, row):
-        """Gives the file the columns of this row, too, and drops what is not kept."""
-        columns = [*(next(read_log(self.path), {}) | row)]
+    def add_columns(self, names):
+        """Writes the file anew, with columns of these names, too."""
+        rows = read_log(self.path)
+        columns = [*dict.fromkeys(itertools.chain(*rows[:1], names))]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            if (int(row["iteration"]), row["split"] != "train") <= self.end:
+                writer.writerow(row)
         with replacing(self.path) as file:
-            lines = io.TextIOWrapper(file, "utf-8", newline="")
-            writer = csv.DictWriter(lines, columns, lineterminator="\n")
-            writer.writeheader()
-            for old in read_log(self.path):
-                if (int(old["iteration"]), old["split"] != "train") <= self.end:
-                    writer.writerow(old)
-            lines.detach()  # after writing what it still holds
+            file.write(text.getvalue().encode())
         self.columns = columns
         self.end = (math.inf, True)  # later rows are this process's own
 
 
 def read_log(path):
-    """Yields the rows of a run's log, {column: text}, if it has one. Raises OSError.
+    """The rows of a run's log, [{column: text}], if it has one. Raises OSError.
 
-    Damaged rows are left out. Each line is read by itself, and a long one in parts: a stranger's
-    log may be anything, and of any size.
+    Each line is read by itself: one that is damaged costs no other.
     """
-    if not os.path.lexists(path):
-        return
+    rows = []
     columns = []
-    with open(path, encoding="utf-8", errors="replace", newline="", opener=no_follow) as file:
-        for line in iter(partial(file.readline, 1 << 16), ""):
-            try:
-                values = next(csv.reader([line]))
-                columns = columns or values
-                row = dict(zip(columns, values, strict=True))
-                is_row = int(row["iteration"]) >= 0 and row["split"] and line.endswith("\n")
-            except (csv.Error, ValueError, KeyError):  # among them the line of the columns
-                continue
-            if is_row:
-                yield row
+    if os.path.lexists(path):
+        with open(path, encoding="utf-8", errors="replace", newline="", opener=no_follow) as file:
+            for line in file:
+                with contextlib.suppress(csv.Error, ValueError, KeyError):
+                    values = next(csv.reader([line]))
+                    columns = columns or values
+                    row = dict(zip(columns, values, strict=True))
+                    int(row["iteration"])  # fails in the line of the columns, too
+                    if row["split"] and line.endswith("\n"):
+                        rows.append(row)
+    return rows
 
 
 def print_start(run, checkpoint, ranks):
@@ -3237,17 +3230,10 @@ def decided_names(flags):
     return ["tokenizer"] if flags.teacher else []
 
 
-def shape_of(flags):
-    """The flags that shape a run, {name: value}, but those that say where something lies.
-
-    What lies there counts: texts and tokenizers by their SHA256, models by their ids.
-    """
-    shape = {}
-    for name in SHAPING:
-        is_path = name in PATHS and not (name == "tokenizer" and flags[name] in TOKENIZERS)
-        if not is_path:
-            shape[name] = flags[name]
-    return shape
+def shape_of(name, value):
+    """What counts of a flag's value: not where something lies, but what lies there."""
+    is_place = name in PATHS and not (name == "tokenizer" and value in TOKENIZERS)
+    return None if is_place else value
 
 
 def run_name(flags):
@@ -3257,8 +3243,9 @@ def run_name(flags):
     that is added to the program would rename all runs.
     """
     changed = {}
-    for name, value in shape_of(vars(flags)).items():
-        if value != DEFAULTS[name] and name not in decided_names(flags):
+    for name in SHAPING:
+        value = shape_of(name, getattr(flags, name))
+        if value not in (None, DEFAULTS[name]) and name not in decided_names(flags):
             changed[name] = value
     sha1 = sha1_of_text(json.dumps(changed, sort_keys=True))
     return f"{flags.dataset}-{sha1[:6]}"
@@ -3269,44 +3256,38 @@ def differences(flags, checkpoint):
 
     {flag: its value}; for the texts, see `choose`.
     """
-    values = dict(vars(flags))
-    for name in decided_names(flags):
-        if name not in flags.given:
-            values[name] = checkpoint.flags[name]
-    described = shape_of(values)
-    its_own = shape_of(checkpoint.flags)
-    for name in ORIGINS:
-        described[name] = values[name]
-        its_own[name] = checkpoint.origins.get(name)
-        if values[name] and its_own[name]:
-            described[name] = origin_id(flags, name, checkpoint)
-    found = {}
+    others = {}
     for name in SHAPING:
-        if described.get(name) != its_own.get(name):
-            found[name] = checkpoint.flags[name]
-    return found
+        value, its_own = getattr(flags, name), checkpoint.flags[name]
+        is_decided = name in decided_names(flags) and name not in flags.given
+        is_same = is_decided or shape_of(name, value) == shape_of(name, its_own)
+        if name in ORIGINS:
+            is_same = began_with(checkpoint, flags, name)
+        if not is_same:
+            others[name] = its_own
+    return others
 
 
-def origin_id(flags, flag_name, checkpoint):
-    """The id of the model that a flag names.
+def began_with(checkpoint, flags, flag_name):
+    """Whether the run of a checkpoint began with the model that a flag names: by its content.
 
-    If it is gone, or is "latest" or the like, and is spelled as for the run of a checkpoint, it is
-    that run's.
+    One that is gone, and "latest" and "best", count by their spelling.
     """
     name = getattr(flags, flag_name)
-    if flag_name in flags.given and os.path.isdir(name):
-        return extra("huggingface").id_of(name)
-    its_id = checkpoint.origins.get(flag_name)
-    # A folder is saved as an absolute path.
-    is_spelled_alike = checkpoint.flags[flag_name] in (name, absolute(name))
-    is_fixed = flag_name in flags.given and name not in ("latest", "best") and not is_foreign(name)
-    if is_spelled_alike and not is_fixed:
-        return its_id
-    checkpoints = [] if is_foreign(name) else list_checkpoints(flags.save_dir)
-    try:
-        return named_checkpoint(flags.save_dir, checkpoints, name, flag_name).id
-    except UsageError:
-        return its_id if is_spelled_alike else None
+    its_own = checkpoint.flags[flag_name]
+    if name is None or its_own is None:
+        return name == its_own
+    is_spelled_alike = its_own in (name, absolute(name))  # a folder is saved as an absolute path
+    if flag_name not in flags.given or name in ("latest", "best"):
+        return is_spelled_alike
+    id = None
+    if os.path.isdir(name):
+        id = extra("huggingface").id_of(name)
+    elif not is_foreign(name):
+        with contextlib.suppress(UsageError):
+            checkpoints = list_checkpoints(flags.save_dir)
+            id = named_checkpoint(flags.save_dir, checkpoints, name, flag_name).id
+    return id == checkpoint.origins.get(flag_name) if id else is_spelled_alike
 
 
 def check_agreement(flags, values, holder):
@@ -3346,15 +3327,13 @@ def find_candidates(flags, checkpoints, start):
     if flags.new_model:
         return []
     newest = [own[0] for own in by_run(checkpoints).values()]  # saved last first
-    if any(each is start for each in newest) and not differences(flags, start):
+    if start in newest and not differences(flags, start):
         return [start]
-    name = re.escape(run_name(flags))
     candidates = []
     for checkpoint in newest:
-        has_name = re.fullmatch(rf"{name}(\.\d+)?", checkpoint.run)
         is_copy = checkpoint.name != checkpoint.run
         is_branch_of_it = checkpoint.origins.get("branched_from") == (start and start.id)
-        if has_name and not is_copy and is_branch_of_it and not differences(flags, checkpoint):
+        if not is_copy and is_branch_of_it and not differences(flags, checkpoint):
             candidates.append(checkpoint)
     return candidates
 
@@ -3472,33 +3451,23 @@ def decided_by(models, flags):
     return decided
 
 
-def make_config(flags, known):
-    """The Config of a run's model; known: fields that the tokenizer or --init_from decides.
-
-    The context is that of the flags in any case. Raises UsageError.
-    """
-    shape = {name: getattr(flags, name) for name in FLAGS["model"]}
-    try:
-        return Config(**shape | known | {"context_size": flags.context_size})
-    except ValueError as error:
-        raise UsageError(f"--{error}") from None
-
-
 def make_model(flags, dataset, checkpoint, models):
     """The model of a run; its weights are drawn or loaded later. Raises UsageError, Damaged."""
-    if "init_from" in models:
-        model = models["init_from"].model
-        # Its context may change; what no flag sets, such as a padded vocabulary, stays.
-        model.config = make_config(flags, vars(model.config))
-        if flags.lora_rank:
-            extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
-    elif checkpoint:
-        with explained(f"{checkpoint} has no model", kind=Damaged):
-            model = LanguageModel(checkpoint.config)
-    else:
-        known = {"vocab_size": dataset.tokenizer.vocab_size}
-        model = LanguageModel(make_config(flags, known))
-    return model
+    try:
+        if "init_from" in models:
+            model = models["init_from"].model
+            # What no flag sets, such as a padded vocabulary, stays.
+            model.config = dataclasses.replace(model.config, context_size=flags.context_size)
+            if flags.lora_rank:
+                extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
+            return model
+        if not checkpoint:
+            shape = {name: getattr(flags, name) for name in FLAGS["model"]}
+            return LanguageModel(Config(dataset.tokenizer.vocab_size, **shape))
+    except ValueError as error:  # its message begins with the name of a field
+        raise UsageError(f"--{error}") from None
+    with explained(f"{checkpoint} has no model", kind=Damaged):
+        return LanguageModel(checkpoint.config)
 
 
 def check_memory(model, flags, ranks, optimizer):
@@ -3586,15 +3555,15 @@ def load_data(flags, tokenizer=None):
     return dataset
 
 
-def load_data_again(flags, checkpoints):
-    """The dataset of a run that has these checkpoints, newest first.
+def load_data_again(flags, checkpoint):
+    """The dataset of the run that a checkpoint is of.
 
-    If the tokenizer came from a model or a file, it is taken from the run's checkpoint: the
+    If the tokenizer came from a model or a file, it is taken from the run's checkpoints: the
     original may be gone.
     """
     of_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in flags.given
     if flags.init_from or flags.teacher or of_file:
-        return load_data(flags, open_newest(checkpoints).tokenizer)
+        return load_data(flags, open_newest(list_run(checkpoint.folder)).tokenizer)
     return load_data(flags)
 
 
@@ -3690,8 +3659,7 @@ def set_up(flags, ranks, interrupts, stack):
     found = None
     if start or candidates:
         known = candidates[0] if candidates else start
-        # RUN@STEP is in none of the runs.
-        dataset = load_data_again(flags, by_run(checkpoints).get(known.run, [known]))
+        dataset = load_data_again(flags, known)
         if start:
             refuse_other_text(dataset, start)
         found = choose(candidates, flags, dataset, start)
@@ -3775,13 +3743,15 @@ def open_for_use(flags):
     Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
-    names = [name for name in FIXED if name in flags.given and name not in ("seed", *PATHS)]
     if flags.identifier:
         found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier)
-        check_agreement(flags, {name: found.flags[name] for name in names}, found.run)
+        others = differences(flags, found)
+        others.pop("seed", None)  # here that of samples
+        check_agreement(flags, others, found.run)
         return open_newest([found], is_named=True)
+    described = {*FIXED} & {*flags.given} - {"seed"}
     for own in by_run(checkpoints).values():  # saved last first
-        if all(own[0].flags[name] == getattr(flags, name) for name in names):
+        if not described & {*differences(flags, own[0])}:
             return open_newest(own)
     raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
 
@@ -3808,7 +3778,7 @@ def score_checkpoint(model, contents, flags):
     """Scores a split for --evaluate, with the weights of --quantize if that is given."""
     checkpoint = contents.checkpoint
     flags = settle(flags.given, checkpoint.flags)
-    dataset = load_data_again(flags, [checkpoint])
+    dataset = load_data_again(flags, checkpoint)
     refuse_other_text(dataset, checkpoint)
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=False)

@@ -110,7 +110,7 @@ def open_run(folder, flags, checkpoint, kin):
     contents = None
     if checkpoint:
         contents = open_newest([checkpoint], is_named=True)
-    dataset = load_data_again(flags, [kin])
+    dataset = load_data_again(flags, kin)
     refuse_other_text(dataset, kin)
     models = {name: open_kept(kin, name) for name in needed_models(flags)}
     return make_run(folder, flags, contents, models, dataset, SingleProcess())
