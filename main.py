@@ -37,16 +37,19 @@ mx.eval computes.
 
 import signal
 import sys
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-SOURCE = Path(__file__).read_text("utf-8")  # of this process, whatever becomes of the file
 
 if __name__ == "__main__":
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_default and not hasattr(sys, "ps1"):  # a notebook's %run
         # Until there is something to save, Ctrl+C exits without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCE = Path(__file__).read_text("utf-8")  # of this process, whatever becomes of the file
+
+if __name__ == "__main__":
     sys.path.insert(0, str(HERE))  # which `python -P` leaves out
     sys.modules["main"] = sys.modules["__main__"]  # `import main` in an extra makes no second copy
 
