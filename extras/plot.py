@@ -115,8 +115,8 @@ def plot_comparison(folder, path):
     if not results:
         raise UsageError(f"{folder} holds no comparison: see python -m extras.versus")
     result = results[-1]
-    if result["diverged"]:
-        raise UsageError("a run of the last comparison has diverged: there is no mean to draw")
+    if "difference" not in result:
+        raise UsageError(f"the last comparison has no mean to draw: {result['verdict']}")
     before = np.array(result["scores_before"])
     after = np.array(result["scores_after"])
     seeds = [str(seed) for seed in result["seeds"]]

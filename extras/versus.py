@@ -3,18 +3,21 @@
     python -m extras.versus HEAD -- --config first             your files against the last commit
     python -m extras.versus main feature -- --config first     two commits
     python -m extras.versus "--dropout 0.1" -- --config first  flags against none
+    python -m extras.versus --list                             what was compared so far
 
 Behind -- are the flags of main.py that both sides have. With the same seed, both sides read the
 same batches and begin with the same weights, so that much of the noise of a single run cancels.
-What is compared is the loss of the whole validation split after the last step. Several runs train
-at a time, each on its share of the cores. Interrupted, the same command goes on where it was.
-extras/versus.md says what its numbers mean.
+What is compared is the loss on validation text, computed by a judge (extras/judge.py) from the last
+checkpoints. Interrupted, the same command goes on where it was. extras/versus.md says what its
+numbers mean.
 """
 
 import argparse
 import contextlib
-import csv
+import difflib
+import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -26,31 +29,39 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 
 # Not main.py: the files of now may not even run.
 from datasets import Parser, RunError, UsageError, explained, flock, no_follow, number, one_line
-from datasets import run_program
+from datasets import run_program, without_comments
+from extras.judge import BITS, LIMIT, SIDE, Referee, SideError, choose_spans, failure, read_text
 
-HERE = Path(__file__).resolve().parent.parent
+HERE = Path(os.path.abspath(__file__)).parent.parent  # extras/ may be a link
 
-NATS = "nats/token"
-BITS = "bits per byte"  # of sides with different tokens
-SAME_STEPS = 20  # of each run of --same
+SAME_STEPS = 20  # of each run of --same, the first five of them warm-up
 RESULTS = "comparisons.jsonl"
+# A race looks at these numbers of pairs. A difference counts if |t| is beyond the value: by this
+# rule, 5 % of all useless edits are called helpful or harmful, at whatever look.
+RACE = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
+HOPELESS = 0.7  # from six pairs on, a race ends where |t| is below it
 POWER = 1.4  # times half the interval: the difference that is seen four times in five
+NOISE = 0.03  # half an interval of ratios of times, at most, for what follows from it
+SCREENED = 6  # pairs of --keep on used seeds
+PROMISING = -1.8  # the t that they have to reach; see tests/night.py
 CANNOT_TELL = 125  # `git bisect run` then skips the commit
 
-# Flags of main.py that have no place here, and those that have to be the same on both sides: first
-# those that decide the validation text.
+# Flags of main.py that have no place here, and those that have to be the same on both sides.
 REFUSED = ["patience", "max_minutes", "eval_tokens", "identifier", "new_model"]
 REFUSED += ["inference", "prompt", "evaluate", "list"]
-SHARED = ["dataset", "text", "valid_text", "valid_fraction", "text_field"]
-SHARED += ["seed", "save_dir", "data_dir"]
+SHARED = ["dataset", "text", "valid_text", "valid_fraction", "text_field", "test_text"]
+SHARED += ["seed", "save_dir"]
 
 
 def main(arguments):
@@ -58,17 +69,28 @@ def main(arguments):
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, stop)
     options, common = read_arguments(arguments)
-    if not options.same:
-        return print_comparison(Comparison(options, common), options.json)
+    if options.list:
+        return print_list(options.list)
     try:
-        return print_sameness(Comparison(options, common))
-    except (UsageError, RunError) as error:
-        print(f"Cannot tell: {one_line(error)}", file=sys.stderr)
-        return CANNOT_TELL
+        if options.same:
+            return print_sameness(Comparison(options, common))
+        comparison = Comparison(options, common)
+        if not options.keep:
+            return print_comparison(comparison)
+        return keep_or_drop(comparison)
+    except (UsageError, RunError, OSError) as error:
+        if isinstance(error, UsageError) and not options.same or not (options.same or options.keep):
+            raise
+        reason = one_line(error)
+        if options.keep and getattr(error, "name", None) == (options.after or "your files"):
+            print(f"{reason}\nDrop.")
+            return 1
+    print(f"Cannot tell: {reason}", file=sys.stderr)
+    return CANNOT_TELL
 
 
 def stop(number, frame):
-    """Ends this program; Comparison.complete_pairs first ends the runs that it waits for."""
+    """Ends this program; Comparison.pairs first ends the processes that it waits for."""
     print("\nStopped: the same command goes on.", file=sys.stderr)
     sys.exit(128 + number)
 
@@ -82,19 +104,30 @@ def read_arguments(arguments):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("before", metavar="SIDE", type=str.strip, help="a commit, or flags in quotes")
+    sides = "a commit, or flags in quotes"
+    add("before", metavar="SIDE", type=str.strip, nargs="?", default="", help=sides)
     add("after", metavar="SIDE", type=str.strip, nargs="?", default="", help="another (your files)")
-    add("--pairs", type=number(int, 2), default=6, help="of runs (6)")
+    race = f"of runs, exactly (a race: {min(RACE)} to {max(RACE)})"
+    add("--pairs", type=number(int, 2), help=race)
     add("--seeds", type=int, help="the first one (that of --seed, or 42)")
+    margin = "a loss that is smaller than this does not matter"
+    add("--margin", type=number(float, 0), help=margin)
+    tokens = f"tokens of each text that are scored, evenly spaced ({LIMIT:,}); 0: all"
+    add("--tokens", type=number(int, 0), default=LIMIT, help=tokens)
     jobs = "runs at a time, each on its share of the cores (4; with --gpu, 1)"
     add("--jobs", type=number(int, 1), help=jobs)
     add("--json", action="store_true", help="the result as JSON on the last line")
     same = f"exit status 0: same weights after {SAME_STEPS} steps, 1: others, {CANNOT_TELL}: no run"
     add("--same", action="store_true", help=same)
+    keep = f"for loops: 0 keep, 1 drop, {CANNOT_TELL} cannot tell; see extras/agent.md"
+    add("--keep", action="store_true", help=keep)
+    add("--list", metavar="SAVE_DIR", nargs="?", const="runs", help="what was compared in a folder")
     end = [*arguments, "--"].index("--")
     # argparse takes a word that begins with a blank for no option: these are sides.
-    flag = r"^-(?!h$|-(help|pairs|seeds|jobs|json|same)\b)"
+    flag = r"^-(?!h$|-(help|pairs|seeds|margin|tokens|jobs|json|same|keep|list)\b)"
     options = parser.parse_args([re.sub(flag, " -", word) for word in arguments[:end]])
+    if not options.before and not options.list:
+        raise UsageError("name a commit, or flags in quotes, to compare your files with")
     if is_flags(options.before) and not options.after:  # compared with what there is without them
         options.before, options.after = "", options.before
     return options, arguments[end + 1 :]
@@ -109,42 +142,25 @@ def is_flags(side):
 
 
 class Side(NamedTuple):
-    """One of the two things that are compared."""
+    """One of the two things that are compared; all but the first two is what extras/side.py says."""
 
     name: str  # what was typed
     folder: Path  # a copy of its files
-    words: list  # its flags
+    words: list  # its flags, as they were when it was asked
     flags: dict  # the values of all flags, as its main.py understands them
     given: list  # the names of those that were given
+    shape: dict  # the values of those that may change a run
     edited: list  # functions of its main.py that its extras/fast.py does not know
+    notices: list  # lines for the user
     files: dict  # of the checkpoints that its flags name, {name in its folder: path}
-
-
-# The main.py of a side is asked what its flags mean, and which files are the checkpoints that they
-# name.
-QUESTION = """
-import sys
-sys.path[0] = sys.argv.pop(1)  # not the working directory, which may have another main.py
-import json, main
-from datasets import RunError, UsageError, open_data_dir
-files = {}
-words = sys.argv[1:]
-try:
-    flags = main.settle(main.read_command_line(sys.argv[1:]))
-    flags.data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
-    for flag in main.ORIGINS:
-        name = getattr(flags, flag)
-        if name and not main.is_foreign(name):
-            source = main.open_model(flags.save_dir, name, flag)
-            words.append(f"--{flag}={source.id}")
-            files |= {f"{flag}/{name}": path.resolve() for name, path in source.files.items()}
-except (RunError, UsageError) as error:
-    print(error, file=sys.stderr)
-    sys.exit(2)
-answer = {"words": words, "flags": vars(flags), "given": [*flags.given]}
-answer |= {"edited": main.EDITED, "files": files}
-print(json.dumps(answer, default=str))
-"""
+    sources: list  # the files of code that it has loaded, relative to its folder
+    origins: dict  # the ids of the models that its runs begin with
+    versions: dict  # of all that its last bits depend on
+    parameters: int  # of its model
+    vocab_size: int
+    context_size: int
+    texts: dict  # {split: the SHA256 of its tokens and tokenizer}
+    tokenizer: dict  # its to_dict()
 
 
 def make_side(typed, common, folder):
@@ -161,44 +177,49 @@ def make_side(typed, common, folder):
         copy_files(folder)
     else:
         copy_commit(typed, folder)
-    command = [sys.executable, "-Bc", QUESTION, folder, *words]
-    asked = subprocess.run(command, capture_output=True, errors="replace")
+    command = [sys.executable, "-B", SIDE, folder, "describe", *words]
+    asked = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if asked.returncode:
         raise failure(name, asked.returncode, asked.stderr)
     return Side(name, folder, **json.loads(asked.stdout))
 
 
 def copy_files(folder):
-    """Copies the program as it is now: its owner goes on editing it."""
+    """Copies the program as it is now, with packages beside it: its owner goes on editing it."""
     for path in HERE.glob("*.py"):
         shutil.copy(path, folder)
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(HERE / "extras", folder / "extras", ignore=ignored)
+    for path in [HERE / "extras", *(each.parent for each in HERE.glob("*/__init__.py"))]:
+        shutil.copytree(path, folder / path.name, ignore=ignored, dirs_exist_ok=True)
 
 
 def copy_commit(commit, folder):
     """Copies the program as it is in a commit. Raises UsageError."""
-    archive = ["git", "-C", HERE, "archive", commit, "--", ":(glob)*.py", "extras"]
+    archive = ["git", "-C", HERE, "archive", commit, "--", ":(glob)**/*.py", "extras"]
     with explained("to compare commits, install git and tar", FileNotFoundError):
         asked = subprocess.run(archive, capture_output=True)
         subprocess.run(["tar", "-x", "-C", folder], input=asked.stdout, capture_output=True)
+    for path in [*folder.iterdir()]:
+        if path.is_symlink():  # to what is in no commit: it is taken as it is now
+            path.unlink()
+            copy = shutil.copytree if (HERE / path.name).is_dir() else shutil.copy
+            copy(HERE / path.name, path)
     if not (folder / "main.py").exists():
         reason = one_line(asked.stderr.decode(errors="replace")) or "it has no main.py"
         raise UsageError(f"{commit} is no commit with this program ({reason})")
 
 
 def install(side, save_dir, plain, cores):
-    """The Side with its files in a folder of its own, named by them and by all of its flags.
+    """The Side with its files in a folder of its own, named by what decides how its runs end.
 
-    plain: see Comparison; cores: how many each of its runs has, the suffix of the folder's name.
+    plain: see Comparison; cores: how many each of its runs has.
     """
-    digest = hashlib.sha1(json.dumps([plain, side.words]).encode())
-    for path in sorted(side.folder.rglob("*")):
-        if path.is_file():
-            digest.update(f"\n{path.relative_to(side.folder)}\n".encode() + path.read_bytes())
-    # Only the role, "before" or "after", tells two equal sides apart: both are computed.
-    identity = f"{side.folder.name}-{digest.hexdigest()[:12]}"
-    folder = Path(save_dir, "versus", f"{identity}.{cores}")
+    data = [side.shape, side.origins, side.texts, side.versions, plain]
+    digest = hashlib.sha1(json.dumps(data, sort_keys=True).encode())
+    for name in side.sources:
+        source = (side.folder / name).read_text("utf-8", errors="replace")
+        digest.update(f"\n{name}\n".encode() + without_comments(source).encode())
+    folder = Path(save_dir, "versus", f"{digest.hexdigest()[:12]}.{cores}")
     if not folder.exists():
         with explained(f"cannot write to {folder}: name another --save_dir", OSError):
             # Half a copy never has its name.
@@ -219,13 +240,27 @@ def link_or_copy(path, target):
         shutil.copy(path, target)
 
 
-def failure(name, status, output):
-    """The exception for a main.py that has failed: its last line, and where a traceback points."""
-    line = one_line(output.strip().rpartition("\n")[2]) or f"exit status {status}"
-    for file, place in re.findall(r'File ".*?(\w+\.py)", line (\d+)', output)[-1:]:
-        line += f" ({file}, line {place})"
-    kind = UsageError if status == 2 else RunError
-    return kind(f"{name} cannot run: {line}")
+def count_tokens(side):
+    """The number of tokens in a side's Python code, without comments."""
+    count = 0
+    for name in side.sources:
+        if name.endswith(".py"):
+            source = without_comments((side.folder / name).read_text("utf-8"))
+            tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+            count += sum(bool(token.string.strip()) for token in tokens)
+    return count
+
+
+def patch(before, after):
+    """What tells the code of two Sides apart, as text that `patch` reads."""
+    lines = []
+    for name in sorted({*before.sources, *after.sources}):
+        texts = []
+        for side in (before, after):
+            path = side.folder / name
+            texts.append(path.read_text("utf-8").splitlines(True) if path.exists() else [])
+        lines += difflib.unified_diff(*texts, f"a/{name}", f"b/{name}")
+    return "".join(lines)
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
@@ -234,22 +269,13 @@ def failure(name, status, output):
 class Outcome(NamedTuple):
     """What there is to compare of a run."""
 
-    id: str | None  # of its last checkpoint; None if it diverged
-    parameters: int  # of its model
-    steps: int
-    score: float  # of the whole validation split after its last step; nan if it diverged
-    ms_per_step: float
-    text: str | None  # the SHA256 of its validation tokens
-
-
-class Training(NamedTuple):
-    """A run that a process trains."""
-
-    side: Side
-    seed: int
-    cores: set
-    process: subprocess.Popen
-    output: TextIO  # the file in which it prints
+    id: str | None = None  # of its last checkpoint; None if it diverged
+    score: float = math.nan  # of the validation text; nan if it diverged
+    test_score: float = math.nan  # of the test text, if there is one
+    fault: str | None = None  # what is wrong with its score, see Referee
+    iteration: int = 0
+    tokens_seen: int = 0
+    seconds: float = math.nan  # of the processor, for the whole process; nan if it was there before
 
 
 class Comparison:
@@ -257,127 +283,188 @@ class Comparison:
 
     def __init__(self, options, common):
         """See read_arguments. Raises UsageError, RunError."""
+        self.options = options
         self.common = common
         with tempfile.TemporaryDirectory() as temporary:
+            temporary = os.path.realpath(temporary)
             before = make_side(options.before, common, Path(temporary, "before"))
             after = make_side(options.after, common, Path(temporary, "after"))
             check_flags(before, after)
-            flags = before.flags
-            self.unit = choose_unit(before, after)
-            first = flags["seed"] if options.seeds is None else options.seeds
-            self.seeds = range(first, first + options.pairs)
-            on_gpu = before.flags["gpu"] or after.flags["gpu"]
-            self.shares = share_cores(options.jobs or (1 if on_gpu else 4))
+            self.texts = [read_text(before, after, split) for split in ("valid", "test")]
+            self.unit = self.texts[0].unit
+            contexts = [before.context_size, after.context_size]
+            self.spans = []
+            for text in self.texts:
+                self.spans.append(text and choose_spans(text, contexts, options.tokens))
+            self.first_seed = before.flags["seed"] if options.seeds is None else options.seeds
+            self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
+            self.shares = share_cores(options.jobs or (1 if self.on_gpu else 4))
             # Where either side runs its own function instead of that of extras/fast.py, both have
             # to: or the difference would also be that of two ways to round.
             self.plain = sorted({*before.edited, *after.edited})
+            self.environment = os.environ | {"PLAIN_FUNCTIONS": ",".join(self.plain)}
+            self.patch = patch(before, after)
             installed = []
             for side in (before, after):
-                steps = SAME_STEPS if options.same else side.flags["num_iters"]
-                words = [*side.words, *words_of_run(side.flags, steps)]
-                side = side._replace(words=words)
+                words = words_of_run(side.flags, options.same)
+                side.shape.update(steps=side.flags["num_iters"], same=options.same)
+                side = side._replace(words=[*side.words, *words])
                 cores = len(self.shares[0])
-                installed.append(install(side, flags["save_dir"], self.plain, cores))
+                installed.append(install(side, before.flags["save_dir"], self.plain, cores))
             self.before, self.after = installed
+        self.ledger = self.before.folder.parent / RESULTS
+        self.processes = set()
 
-    def complete_pairs(self):
+    def pairs(self, seeds):
         """Yields each seed with the Outcomes of both sides.
 
         As many runs train at a time as there are shares of the cores. Closing the generator ends
         those that still train. Raises UsageError, RunError.
         """
-        sides = (self.before, self.after)
-        waiting = [(side, seed) for seed in self.seeds for side in sides]
-        running = []
-        outcomes = {}  # {(folder of a side, seed): Outcome}
-        free = [*self.shares]
+        shares = [*self.shares]
+
+        def take_share():  # by the thread, which gives it to the processes that it starts
+            share = shares.pop()
+            if share:
+                os.sched_setaffinity(0, share)
+
+        pool = ThreadPoolExecutor(len(shares), initializer=take_share)
         try:
-            for seed in self.seeds:
-                pair = [(side.folder, seed) for side in sides]
-                while any(run not in outcomes for run in pair):
-                    while free and waiting:
-                        running.append(self.start(*waiting.pop(0), free.pop(0)))
-                    time.sleep(0.05)
-                    ended = [each for each in running if each.process.poll() is not None]
-                    for each in ended:
-                        running.remove(each)
-                        free.append(each.cores)
-                        outcomes[each.side.folder, each.seed] = self.outcome(each)
-                yield seed, *[outcomes[run] for run in pair]
-        finally:  # after a signal, which a terminal has sent to all: main.py counts one
-            for each in running:
-                each.process.terminate()
-            for each in running:
-                each.process.wait()
+            pairs = []
+            for seed in seeds:
+                sides = (self.before, self.after)
+                pairs.append([pool.submit(self.run, i, side, seed) for i, side in enumerate(sides)])
+            for seed, (before, after) in zip(seeds, pairs):
+                yield seed, before.result(), after.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in [*self.processes]:
+                process.terminate()
+            pool.shutdown()
 
-    def start(self, side, seed, cores):
-        """Starts to train a run on these cores, or to resume it; returns the Training."""
-        words = [*side.words, f"--seed={seed}", f"--save_dir={side.folder}"]
-        # The run inherits this lock: if only this program was killed, the run still has it.
-        output = open(side.folder / f"output-{seed}.txt", "a+", errors="replace", opener=no_follow)
-        flock(output)
-        output.truncate(0)
-        with on_cores(cores):
-            process = subprocess.Popen(
-                [sys.executable, side.folder / "main.py", *words],
-                env=os.environ | {"PLAIN_FUNCTIONS": ",".join(self.plain)},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-        return Training(side, seed, cores, process, output)
+    def run(self, index, side, seed):
+        """Trains a run to its end and has it judged; returns the Outcome.
 
-    def outcome(self, training):
-        """The Outcome of a run whose process has ended. Raises UsageError, RunError.
-
-        If it was complete before, main.py has said so: whether it is that run, it knows best.
+        index: 0 for the side before, 1 for that after. Raises UsageError, RunError.
         """
-        side = training.side
-        with training.output as output:
-            output.seek(0)
-            printed = output.read()
-        status = training.process.returncode
-        if status:
-            error = failure(side.name, status, printed)
-            if "is not finite" not in str(error):
-                raise error
-            nan = math.nan
-            return Outcome(id=None, parameters=0, steps=0, score=nan, ms_per_step=nan, text=None)
-        with explained(f"the runs of {side.name} cannot be read", kind=RunError):
-            run = re.search(r"^run +(\S+),", printed, re.MULTILINE).group(1)
-            parameters = re.search(r"^model +(\S+) parameters", printed, re.MULTILINE).group(1)
-            newest = newest_record(side.folder / run)
-            scale = 1.0
-            if self.unit == BITS:
-                with open(side.folder / run / "log.csv", encoding="utf-8", newline="") as file:
-                    [*_, row] = [row for row in csv.DictReader(file) if row["split"] == "valid"]
-                scale = float(row["bits_per_byte"]) / float(row["loss"])
-            steps = newest["iteration"]
-            return Outcome(
-                id=newest["id"],
-                parameters=int(parameters.replace(",", "")),
-                steps=steps,
-                score=scale * dict(newest["scores"])[steps],
-                # The first step, which compiles, has no time.
-                ms_per_step=1000 * (newest["seconds"] or math.nan) / steps,
-                text=newest["tokens_sha256"]["valid"],
-            )
+        # Another comparison may train the same run. The run inherits this lock: if only this
+        # program was killed, the run still has it.
+        path = side.folder / f"output-{seed}.txt"
+        with open(path, "a+", errors="replace", opener=no_follow) as output:
+            flock(output)
+            record = newest_record(side.folder, seed)
+            seconds = math.nan
+            if not record or record["iteration"] < self.steps(side):
+                output.truncate(0)
+                status, seconds = self.train(side, seed, output)
+                output.seek(0)
+                error = failure(side.name, status, output.read()) if status else None
+                if error and "is not finite" in str(error):
+                    return Outcome()
+                if error:
+                    raise error
+                # The time of a run that was resumed is not that of a whole run.
+                seconds = math.nan if record else seconds
+                record = newest_record(side.folder, seed)
+            if record["tokens_sha256"] != side.texts:
+                raise UsageError(f"the text of {side.name} has changed since this comparison began")
+            judged = self.judge(index, side, record)
+        done = record["iteration"], record["tokens_seen"]
+        return Outcome(record["id"], *judged, *done, seconds)
+
+    def describe(self):
+        """What a result says of what was compared, {name: value}."""
+        before, after = self.before, self.after
+        return {
+            # Without the number of cores: the same edit on other shares is no other comparison.
+            "comparison": f"{before.folder.stem} {after.folder.stem}",
+            "date": time.strftime("%Y-%m-%d %H:%M"),
+            "before": before.name,
+            "after": after.name,
+            "flags": shlex.join(self.common),
+            "unit": self.unit,
+            "parameters": [before.parameters, after.parameters],
+            "steps": [self.steps(before), self.steps(after)],
+            "patch": self.patch,
+        }
+
+    def results(self):
+        """All results in the ledger."""
+        return read_results(self.ledger)
+
+    def steps(self, side):
+        """How many steps the runs of a side take."""
+        return int(side.words[-1].partition("=")[2])
+
+    def train(self, side, seed, output):
+        """Trains a run or goes on with it; returns its exit status and time in seconds.
+
+        That is processor time of the whole process, which other programs do not prolong; on a GPU,
+        it is by the clock.
+        """
+        words = [*side.words, f"--seed={seed}", f"--save_dir={side.folder}"]
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, side.folder / "main.py", *words],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+        self.processes.add(process)
+        _, status, usage = os.wait4(process.pid, 0)
+        self.processes.discard(process)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = usage.ru_utime + usage.ru_stime
+        return process.returncode, time.monotonic() - began if self.on_gpu else seconds
+
+    def judge(self, index, side, record):
+        """The scores of a checkpoint on both texts, and what is wrong with them, see Outcome.
+
+        They are kept in a file beside it.
+        """
+        tokens = [text and text.tokens[index] for text in self.texts]
+        digest = hashlib.sha1(repr([record["id"], self.unit, self.spans]).encode())
+        for ids in tokens:
+            digest.update(b"" if ids is None else ids)
+        path = side.folder / f"judged-{digest.hexdigest()}.json"
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(path.read_text("utf-8"))
+        with Referee(side, record["path"], self.environment) as referee:
+            self.processes.add(referee.process)
+            fault = referee.check_sight(tokens[0]) or referee.check_evaluation(tokens[0])
+            scores = [math.nan, math.nan]
+            for i, text in enumerate(self.texts):
+                if text:
+                    scores[i] = referee.score(tokens[i], self.spans[i])
+            self.processes.discard(referee.process)
+        # Before its first step, a model is less than this worse than equal chances for all tokens.
+        if not scores[0] < math.log(side.vocab_size) + 2:
+            scores = [math.nan, math.nan]
+        for i, text in enumerate(self.texts):
+            if self.unit == BITS and text:
+                scores[i] *= (len(tokens[i]) - 1) / math.log(2) / text.num_bytes
+        judged = [*scores, fault]
+        path.write_text(json.dumps(judged), "utf-8")
+        return judged
 
 
-def words_of_run(flags, steps):
-    """What a comparison adds to the flags of a side.
+def words_of_run(flags, same):
+    """What a comparison adds to the flags of a side; the last word is the number of steps.
 
-    A run is scored once, after the last step, and keeps one checkpoint.
+    A run keeps one checkpoint, and is scored by the judge. With --same, it is short.
     """
-    return [
-        f"--num_iters={steps}",
+    steps = SAME_STEPS if same else flags["num_iters"]
+    words = [
         f"--steps_per_eval={steps}",
-        f"--steps_per_save={flags['steps_per_save'] or flags['steps_per_eval']}",
+        f"--steps_per_save={flags['steps_per_save'] or flags['steps_per_eval'] or steps}",
         "--keep=1",
-        "--eval_tokens=0",
+        "--eval_tokens=1",
         "--sample_tokens=0",
-        f"--data_dir={flags['data_dir']}",
     ]
+    if same:  # the schedule is to show, not only its warm-up
+        words.append(f"--lr_warmup={min(5, flags['lr_warmup'])}")
+    return [*words, f"--num_iters={steps}"]
 
 
 def share_cores(jobs):
@@ -388,23 +475,13 @@ def share_cores(jobs):
     if not hasattr(os, "sched_getaffinity"):  # on macOS, each run has all cores
         return [set()] * jobs
     cores = sorted(os.sched_getaffinity(0))
-    jobs = min(jobs, len(cores))
+    allowed = len(cores)
+    with contextlib.suppress(OSError, ValueError):  # a container's share of them; "max" for all
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("utf-8").split()
+        allowed = max(1, int(quota) // int(period))
+    jobs = min(jobs, len(cores), allowed)
     size = len(cores) // jobs
     return [{*cores[i * size : (i + 1) * size]} for i in range(jobs)]
-
-
-@contextlib.contextmanager
-def on_cores(cores):
-    """Processes that are started in this block run on these cores."""
-    if not cores:
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def check_flags(before, after):
@@ -413,37 +490,30 @@ def check_flags(before, after):
         if name in [*before.given, *after.given]:
             raise UsageError(
                 f"--{name} cannot be compared: both sides train new runs, of --num_iters steps, "
-                "and are scored on the whole validation split (--init_from RUN begins with the "
-                "weights of another run)"
+                "and are scored on validation text (--init_from RUN begins with the weights of "
+                "another run)"
             )
     for name in SHARED:
         if before.flags[name] != after.flags[name]:
             raise UsageError(f"--{name} has to be the same on both sides: put it behind --")
 
 
-def choose_unit(before, after):
-    """The unit in which two Sides are compared. Raises UsageError if there is none."""
-    tokenizers = {(side.flags["tokenizer"], side.flags["vocab_size"]) for side in (before, after)}
-    if len(tokenizers) == 1:
-        return NATS
-    if "word" in [name for name, _ in tokenizers]:
-        raise UsageError("a model that may answer <unk> has no bits per byte: use other tokenizers")
-    return BITS
-
-
-def newest_record(folder):
-    """The record of the checkpoint that was saved last in a run's folder."""
+def newest_record(folder, seed):
+    """The record of the checkpoint of a seed that was saved last, with its `path`, or None."""
     records = []
-    for path in folder.glob("*.metadata"):
+    for path in folder.glob("*/*.metadata"):
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        records.append(json.loads(header["__metadata__"]["record"]))
-    return max(records, key=itemgetter("saved"))
+        record = json.loads(header["__metadata__"]["record"])
+        if record["flags"]["seed"] == seed and path.with_suffix(".safetensors").exists():
+            records.append(record | {"path": path})
+    return max(records, key=itemgetter("saved"), default=None)
 
 
 # ---- Numbers ------------------------------------------------------------------------------------
 
 
+@functools.cache
 def t_quantile(pairs):
     """What Student's t of so many differences stays below, to both sides of zero, in 95 %."""
     # By t = sqrt(pairs - 1) * tan(angle), its density becomes a power of the cosine.
@@ -452,50 +522,134 @@ def t_quantile(pairs):
     return math.sqrt(pairs - 1) * math.tan(np.interp(0.95 * below[-1], below, angles))
 
 
-def interval(differences):
-    """The mean of differences [pairs], and half the width of its 95 % interval."""
-    pairs = len(differences)
-    deviation = differences.std(ddof=1) / math.sqrt(pairs)
-    return differences.mean(), t_quantile(pairs) * deviation
+def interval(values, quantile=None):
+    """The mean of values [pairs], the ends of its 95 % interval, and its t."""
+    mean = values.mean()
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    half = (quantile or t_quantile(len(values))) * error
+    t = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
+    return mean, mean - half, mean + half, t
 
 
-def measure(pairs):
-    """The numbers of pairs of Outcomes, {name: value}; all are None if a run has diverged."""
-    before, after = np.array([[outcome.score for outcome in pair] for pair in pairs]).T
-    speeds = [[outcome.ms_per_step for outcome in pair] for pair in pairs]
-    ms_before, ms_after = np.median(speeds, axis=0)
-    differences = after - before
-    mean, margin = interval(differences)
-    first, second = pairs[0]
+def measure(pairs, quantile=None):
+    """The numbers of pairs of Outcomes, {name: value}.
+
+    quantile: the t beyond which a difference counts, by default that of 95 %.
+    """
+    before, after = scores = column(pairs, "score")
+    mean, low, high, t = interval(after - before, quantile)
     numbers = {
-        "parameters_before": first.parameters,
-        "parameters_after": second.parameters,
-        "steps_before": first.steps,
-        "steps_after": second.steps,
         "difference": mean,
-        "low": mean - margin,
-        "high": mean + margin,
-        "spread": differences.std(ddof=1),
-        "agree": int((np.sign(differences) == np.sign(mean)).sum()),
-        "correlation": np.corrcoef(before, after)[0, 1],
+        "low": low,
+        "high": high,
+        "t": t,
+        "spread": (after - before).std(ddof=1),
+        "agree": int((np.sign(after - before) == np.sign(mean)).sum()),
+        "correlation": math.nan,
         "scores_before": before.tolist(),
         "scores_after": after.tolist(),
-        "ms_before": ms_before,
-        "ms_after": ms_after,
-        "same": all(one.id == other.id for one, other in pairs) and not differences.any(),
+        "test_difference": np.subtract(*column(pairs, "test_score")[::-1]).mean(),
     }
-    diverged = int(np.isnan([before, after]).sum())
-    if diverged:
-        numbers = dict.fromkeys(numbers)
-    return numbers | {"diverged": diverged}
+    if scores.std(axis=1).all():
+        numbers["correlation"] = np.corrcoef(scores)[0, 1]
+    seconds = column(pairs, "seconds")
+    ratios = seconds[1] / seconds[0]
+    ratios = ratios[np.isfinite(ratios)]
+    if len(ratios) > 2:
+        numbers |= zip(("time", "time_low", "time_high"), interval(ratios))
+    return numbers
+
+
+def column(pairs, name):
+    """A field of the Outcomes of pairs, [2, pairs]."""
+    return np.array([[getattr(outcome, name) for outcome in pair] for pair in pairs]).T
+
+
+def find_fault(pairs, sides):
+    """What makes the runs of a side worthless, as a text that names it; None if nothing does."""
+    for own, side in zip(zip(*pairs), sides):
+        faults = [each.fault for each in own if each.fault]
+        if len(own) > 1 and own[0].id and len({each.id for each in own}) == 1:
+            faults.append("all seeds end in the same weights")
+        if faults:
+            return f"{side.name}: {faults[0]}"
+
+
+def changes(pairs, name="score"):
+    """After minus before of a field of the Outcomes of pairs, [pairs]."""
+    before, after = column(pairs, name)
+    return after - before
+
+
+def race(looks, margin, pairs):
+    """The outcome of a race after these pairs, one of the keys of VERDICTS; None: more are needed.
+
+    looks: {number of pairs: the t beyond which a difference counts}; margin: see --margin.
+    """
+    if len(pairs) not in looks:
+        return None
+    quantile = looks[len(pairs)]
+    is_last = len(pairs) == max(looks)
+    _, low, high, t = interval(changes(pairs), quantile)
+    if math.isnan(t):
+        return "diverged"
+    if not changes(pairs).any() and all(before.id == after.id for before, after in pairs):
+        return "same"
+    if t > quantile:
+        return "hurt"
+    if t < -quantile:
+        test = changes(pairs, "test_score")
+        is_better_there = interval(test, quantile)[3] < -quantile
+        # That much less on test text, and by no accident.
+        is_less_there = interval(changes(pairs) - test)[3] < -quantile
+        return "valid only" if is_less_there and not is_better_there else "helped"
+    if margin is not None:
+        if max(-low, high) < margin:
+            return "equal"
+        if is_last and high < margin:
+            return "not worse"
+    elif len(pairs) >= 6 and abs(t) < HOPELESS:
+        return "none"
+    return "none" if is_last else None
+
+
+def screen(worst, pairs):
+    """The outcome of pairs on seeds that were used before: "promising" or "none".
+
+    worst: the difference that is to be beaten, 0 or a margin. None: more pairs are needed.
+    """
+    if len(pairs) not in (2, SCREENED):
+        return None
+    mean, *_, t = interval(changes(pairs) - worst)
+    if math.isnan(t):
+        return "diverged"
+    if not changes(pairs).any():
+        return "same"
+    if len(pairs) == 2:
+        return None if mean < 0 else "none"
+    return "promising" if t < PROMISING else "none"
 
 
 # ---- What is printed and recorded ---------------------------------------------------------------
 
+VERDICTS = {
+    "helped": "Helped",
+    "hurt": "Hurt",
+    "valid only": "Better on validation text only",
+    "equal": "Equal within {margin:g}",
+    "not worse": "Not worse by more than {margin:g}",
+    "none": "No difference seen",
+    "promising": "Promising, on seeds that were used before",
+    "same": "No effect, proved: the same weights, for these flags and seeds",
+    "diverged": "{diverged} diverged: no interval",
+    "cannot tell": "Cannot tell",
+}
+
 
 def print_sameness(comparison):
     """Prints whether both sides end in the same weights; returns 0 if so, else 1."""
-    with contextlib.closing(comparison.complete_pairs()) as pairs:
+    seeds = range(comparison.first_seed, comparison.first_seed + (comparison.options.pairs or 2))
+    with contextlib.closing(comparison.pairs(seeds)) as pairs:
         for seed, before, after in pairs:
             if None in (before.id, after.id):
                 raise RunError(f"a run with seed {seed} has diverged")
@@ -506,118 +660,195 @@ def print_sameness(comparison):
     return 0
 
 
-def print_comparison(comparison, as_json):
-    """Trains all pairs, prints what was found and records it."""
+def print_comparison(comparison):
+    """Trains pairs until the outcome is clear, and prints and records what was found."""
+    options = comparison.options
+    looks = {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE
+    seeds = range(comparison.first_seed, comparison.first_seed + max(looks))
+    for line in describe_start(comparison, looks):
+        print(line)
+    result = compare(comparison, seeds, partial(race, looks, options.margin), looks)
+    print_result(result, options)
+
+
+def keep_or_drop(comparison):
+    """Whether a loop should keep an edit; returns the exit status.
+
+    A few pairs on seeds that were used before, and for which the side before is likely to be
+    trained, sort out most edits. What they promise counts only if a race confirms it, on seeds that
+    nothing was chosen by.
+    """
+    options = comparison.options
     before, after = comparison.before, comparison.after
-    print(f"before   {before.name}\nafter    {after.name}")
+    is_smaller = count_tokens(after) < count_tokens(before)
+    margin = options.margin if is_smaller else None
+    first = comparison.first_seed
+    for line in describe_start(comparison, RACE):
+        print(line)
+    result = compare(comparison, range(first, first + SCREENED), partial(screen, margin or 0))
+    if result["outcome"] == "promising":
+        print("That is promising. On seeds that no comparison has had:")
+        fresh = 1 + max(max(each["seeds"], default=first) for each in comparison.results())
+        decide = partial(race, RACE, margin)
+        result = compare(comparison, range(fresh, fresh + max(RACE)), decide, RACE)
+    kept = ["helped", "equal", "not worse"]
+    if margin is not None:
+        kept.append("same")
+    is_kept = result["outcome"] in kept
+    print_result(result, options, "Keep." if is_kept else "Drop.")
+    if before.name in result["diverged"]:
+        return CANNOT_TELL
+    return 0 if is_kept else 1
+
+
+def compare(comparison, seeds, decide, looks=None):
+    """Trains pairs until `decide` names an outcome; records the result, and returns it.
+
+    decide: a function of the pairs so far; looks: see race.
+    """
+    sides = comparison.before, comparison.after
+    pairs, outcome, fault = train_pairs(comparison, seeds, decide)
+    diverged = []
+    for side, own in zip(sides, zip(*pairs)):
+        if any(math.isnan(each.score) for each in own):
+            diverged.append(side.name)
+    result = comparison.describe() | {
+        "seeds": [*seeds[: len(pairs)]],
+        "outcome": outcome,
+        "diverged": diverged,
+        "unlike": unlike(*sides, pairs),
+    }
+    if len(pairs) > 1 and not diverged:
+        result |= measure(pairs, looks and looks.get(len(pairs)))
+    earlier = set()  # tries on some of these seeds
+    for other in comparison.results():
+        if other["flags"] == result["flags"] and {*other["seeds"]} & {*result["seeds"]}:
+            earlier.add(other["comparison"])
+    tries = len(earlier - {result["comparison"]}) + 1
+    result["verdict"] = describe_verdict(result, comparison.options.margin, fault, tries)
+    with open(comparison.ledger, "a", encoding="utf-8", opener=no_follow) as file:
+        file.write(as_json(result) + "\n")
+    return result
+
+
+def train_pairs(comparison, seeds, decide):
+    """Trains pairs and prints them; returns them, the outcome, and what is wrong, see find_fault."""
+    sides = comparison.before, comparison.after
+    pairs = []
+    if sides[0].folder == sides[1].folder:
+        return pairs, "same", None
+    print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
+    with contextlib.closing(comparison.pairs(seeds)) as trained:
+        for seed, *pair in trained:
+            pairs.append(pair)
+            before, after = [each.score for each in pair]
+            print(f"{seed:>10}{before:>10.4f}{after:>10.4f}{after - before:>+14.4f}", flush=True)
+            fault = find_fault(pairs, sides)
+            outcome = "cannot tell" if fault else decide(pairs)
+            if outcome:
+                return pairs, outcome, fault
+
+
+def unlike(before, after, pairs):
+    """What the two Sides were given that is not alike, apart from what is compared: names."""
+    names = []
+    if before.tokenizer == after.tokenizer and before.texts["train"] != after.texts["train"]:
+        names.append("training text")
+    for pair in pairs[:1]:
+        tokens = [each.tokens_seen / each.iteration for each in pair if each.id]
+        if len({*tokens}) > 1:
+            names.append("number of tokens in a step")
+    return names
+
+
+def as_json(result):
+    """A result as a line of JSON, which has no nan."""
+    return json.dumps({name: value if value == value else None for name, value in result.items()})
+
+
+def print_result(result, options, *lines):
+    """Prints what was found."""
+    for line in [*describe_numbers(result), result["verdict"], *lines]:
+        print(line)
+    if options.json:
+        print(as_json(result))
+
+
+def describe_start(comparison, looks):
+    """Yields what is compared, a line each; looks: see race."""
+    before, after = comparison.before, comparison.after
+    yield f"before   {before.name}\nafter    {after.name}"
     if comparison.plain:
         names = ", ".join(comparison.plain)
-        print(f"edited   {names}: each side runs that of its main.py, not of extras/fast.py")
-    steps = [side.flags["num_iters"] for side in (before, after)]
-    print(f"{2 * len(comparison.seeds)} runs: {steps[0]:,} steps before, {steps[1]:,} after")
-    print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
-    pairs = []
-    began = time.monotonic()
-    with contextlib.closing(comparison.complete_pairs()) as completed:
-        for seed, first, second in completed:
-            texts = {first.text, second.text} - {None}
-            if comparison.unit == NATS and len(texts) > 1:
-                raise UsageError("the sides have other validation texts: nothing can be compared")
-            pairs.append((first, second))
-            difference = f"{second.score - first.score:>+14.4f}"
-            print(f"{seed:>10}{first.score:>10.4f}{second.score:>10.4f}{difference}", flush=True)
-            left = len(comparison.seeds) / len(pairs) - 1  # as a multiple of what is done
-            minutes = left * (time.monotonic() - began) / 60
-            if minutes >= 1.5:
-                print(f"about {minutes:.0f} minutes to go", file=sys.stderr)
-    result = {
-        # Without the number of cores: the same edit on other shares is no other comparison.
-        "comparison": f"{before.folder.stem} {after.folder.stem}",
-        "before": before.name,
-        "after": after.name,
-        "flags": shlex.join(comparison.common),
-        "seeds": [*comparison.seeds],
-        "unit": comparison.unit,
-    }
-    result |= measure(pairs)
-    line = record(before.folder.parent / RESULTS, result)
-    if not result["diverged"]:
-        for each in describe_numbers(result):
-            print(each)
-    print(result["verdict"])
-    if as_json:
-        print(line)
+        yield f"edited   {names}: each side runs that of its main.py, not of extras/fast.py"
+    for line in dict.fromkeys([*before.notices, *after.notices]):
+        yield line
+    if before.parameters != after.parameters:
+        yield (
+            f"The models differ in size: {before.parameters:,} parameters before, "
+            f"{after.parameters:,} after."
+        )
+    steps = [comparison.steps(side) for side in (before, after)]
+    most = max(looks)
+    number = f"{min(looks)} to {most}" if len(looks) > 1 else most
+    yield f"{number} pairs of runs: {steps[0]:,} steps before, {steps[1]:,} after"
+    flags = shlex.join(comparison.common)
+    spreads = []
+    for each in comparison.results():
+        if each["flags"] == flags and each.get("spread"):
+            spreads.append(each["spread"])
+    if spreads:
+        shown = POWER * looks[most] * np.median(spreads) / math.sqrt(most)
+        yield (
+            f"With the spread so far, {most} pairs show a difference of {shown:.2g} four times in "
+            "five."
+        )
 
 
 def describe_numbers(result):
-    """Yields what was measured, a line each."""
+    """Yields what was measured, a line each; nothing where there are no numbers."""
+    if "difference" not in result:
+        return
     yield (
         f"mean difference {result['difference']:+.4f} {result['unit']}, 95 % interval "
         f"{result['low']:+.4f} to {result['high']:+.4f}; {result['agree']} of "
         f"{len(result['seeds'])} pairs have its sign; correlation of the sides "
         f"{result['correlation']:.2f}"
     )
-    if result["parameters_before"] != result["parameters_after"]:
-        yield (
-            f"The models differ in size: {result['parameters_before']:,} parameters before, "
-            f"{result['parameters_after']:,} after."
-        )
-    times = f"A step took {result['ms_before']:.1f} ms before, {result['ms_after']:.1f} after"
-    before = result["steps_before"] * result["ms_before"]  # of all steps, in ms
-    if result["steps_before"] == result["steps_after"]:
-        steps = before / result["ms_after"]
-        equal = f'For equal time, add --num_iters {steps:.0f} to "after".'
-        yield f"This is at equal steps. {times}. {equal}"
+    if math.isnan(result["test_difference"]):
+        yield "Not checked on text that the sides have not had: name some with --test_text."
     else:
-        after = result["steps_after"] * result["ms_after"]
-        yield f"{times}; all steps, {before / 1000:.1f} s and {after / 1000:.1f} s."
+        yield f"On test text, the mean difference is {result['test_difference']:+.4f}."
+    if "time" not in result:
+        yield "No times: runs of before were there already."
+        return
+    time, low, high = result["time"], result["time_low"], result["time_high"]
+    times = f"After took {time:.3f} times as long ({low:.3f} to {high:.3f})"
+    steps = result["steps"]
+    if steps[0] != steps[1]:
+        yield f"{times}."
+    elif high - low > 2 * NOISE * time:
+        yield f"This is at equal steps. {times}: too noisy to say more."
+    else:
+        equal = f'for equal time, add --num_iters {steps[0] / time:.0f} to "after"'
+        yield f"This is at equal steps. {times}: {equal}."
 
 
-def describe_verdict(result, tries):
-    """What the numbers say; tries: how many comparisons there were on some of these seeds."""
-    pairs = len(result["seeds"])
-    if result["diverged"]:
-        return f"{result['diverged']} of {2 * pairs} runs diverged: no interval."
-    if result["same"]:
-        return (
-            f"No effect, proved: the same weights and scores after step {result['steps_after']:,}, "
-            "for these flags and seeds."
-        )
-    fresh = f"--seeds {result['seeds'][0] + max(100, pairs)}"
-    if result["low"] <= 0 <= result["high"]:
+def describe_verdict(result, margin, fault, tries):
+    """The verdict of a result in words; fault: see find_fault; tries: on some of its seeds."""
+    diverged = " and ".join(result["diverged"])
+    verdict = VERDICTS[result["outcome"]].format(margin=margin, diverged=diverged)
+    if fault:
+        verdict += f": {fault}"
+    elif result["outcome"] == "none":
+        pairs = len(result["seeds"])
         shown = POWER * (result["high"] - result["low"]) / 2
-        return (
-            f"No difference seen. With this spread, {pairs} pairs show a difference of {shown:.2g} "
-            f"four times in five; {4 * pairs} fresh ones (--pairs {4 * pairs} {fresh}), one of "
-            f"{shown / 2:.2g}."
-        )
-    helped = result["difference"] < 0
-    if tries == 1:
-        return "Helped." if helped else "Hurt."
-    return (
-        f"Looks {'better' if helped else 'worse'}, but this is try {tries} on these seeds, and "
-        f"one of many looks so by chance: confirm it, once, with {fresh}."
-    )
-
-
-def record(path, result):
-    """Adds the verdict to a result, and the result to a file of them; returns its line of JSON.
-
-    A try is a comparison on some of the same seeds, with the same flags behind --; repeating it
-    makes no other.
-    """
-    earlier = set()
-    for other in read_results(path):
-        if all(other[name] == result[name] for name in ("comparison", "seeds")):
-            break
-        if other["flags"] == result["flags"] and {*other["seeds"]} & {*result["seeds"]}:
-            earlier.add((other["comparison"], *other["seeds"]))
-    result["verdict"] = describe_verdict(result, 1 + len(earlier))
-    # nan is no JSON.
-    line = json.dumps({name: value if value == value else None for name, value in result.items()})
-    with open(path, "a", encoding="utf-8", opener=no_follow) as file:
-        file.write(f"{line}\n")
-    return line
+        verdict += f": {pairs} pairs show a difference of {shown:.2g} four times in five"
+    for what in result["unlike"]:
+        verdict += f", with another {what}"
+    if tries > 1 and result["outcome"] in ("helped", "hurt", "valid only"):
+        verdict += f": try {tries} on these seeds"
+    return f"{verdict}."
 
 
 def read_results(path):
@@ -625,6 +856,16 @@ def read_results(path):
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     with explained(f"{path} is damaged: delete its last line", ValueError, kind=RunError):
         return [json.loads(line) for line in lines]
+
+
+def print_list(save_dir):
+    """Prints what was compared in a folder of runs, a line each, the last one at the end."""
+    for each in read_results(Path(save_dir, "versus", RESULTS)):
+        interval = ""
+        if each.get("difference") is not None:
+            interval = f"{each['difference']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
+        sides = f"{each['before']} -> {each['after']} -- {each['flags']}"
+        print(f"{each['date']}  {len(each['seeds']):>2} pairs  {interval:<30}{each['outcome']:<12}{sides}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """Comparisons of two sides: their runs are ordinary ones, and the numbers those of the books."""
 
 import json
-import math
+import os
 import re
 import shutil
 import subprocess
 import time
 
+import main
+import numpy as np
 import pytest
-from conftest import ROOT, TEXT, TINY, newest, rows_of, run, saved, start
+from conftest import ROOT, TEXT, TINY, newest, run, saved, start
 
+from datasets import load_dataset
 from extras import plot
 
 STEPS = [*TINY, "--num_iters", 24, "--steps_per_eval", 8]
@@ -63,136 +66,199 @@ def edit(project, old, new):
     path.write_text(source.replace(old, new))
 
 
-def runs(project):
-    """The last checkpoints of all runs, {(side, seed): checkpoint}."""
-    found = {}
-    for folder in (project / "runs" / "versus").glob("*-*"):
-        side, _, _ = folder.name.partition("-")
-        for each in saved(folder, "text-*"):
-            if each.iteration == 24:
-                found[side, each.flags["seed"]] = each
-    return found
+def losses(project, result):
+    """The validation losses of all runs of a comparison by main.py's own code, [2, seeds].
+
+    By the text of now, whatever the runs themselves have scored.
+    """
+    folder = project / "alone"
+    tokens = load_dataset("text", folder, [project / "text.txt"]).valid.tokens
+    found = []
+    for side in result["comparison"].split():
+        by_seed = {each.flags["seed"]: each for each in checkpoints(project, side)}
+        models = [by_seed[seed].open().load_model() for seed in result["seeds"]]
+        found.append([main.evaluate(model, tokens, 4)["loss"] for model in models])
+    return np.array(found)
 
 
-def wait_for_checkpoint(project, side):
-    """Waits until a run of a side has saved something."""
-    while not [*project.glob(f"runs/versus/{side}-*/text-*/*.safetensors")]:
+def checkpoints(project, side):
+    """The checkpoints of the runs of a side, a name in `comparison`."""
+    [folder] = project.glob(f"runs/versus/{side}.*")
+    return saved(folder, "text-*")
+
+
+def last_line(out):
+    """A result in JSON, of what a comparison prints."""
+    return json.loads(out.splitlines()[-1], parse_constant=pytest.fail)
+
+
+def wait_for_checkpoint(project):
+    """Waits until a run has saved something."""
+    while not [*project.glob("runs/versus/*/text-*/*.safetensors")]:
         time.sleep(0.01)
 
 
 def test_comparison(project, figures):
-    # The rate is so high that the last score is not always the best.
-    compared = ["--learning_rate 1", "--pairs", 2, "--json"]
+    compared = ["--learning_rate 1e-2", "--pairs", 2, "--json"]
     process = begin(project, *compared)
-    wait_for_checkpoint(project, "before")
+    wait_for_checkpoint(project)
     source = (project / "main.py").read_text()
     edit(project, "    return flags.learning_rate *", "    return 0.0 *")  # it has its own copy
     out, err = process.communicate()
     assert process.returncode == 0, err
     (project / "main.py").write_text(source)
-    found = runs(project)
-    differences = []
-    for seed in (42, 43):
-        before = found["before", seed].score
-        after = found["after", seed].score
-        assert f"{seed:>10}{before:>10.4f}{after:>10.4f}{after - before:>+14.4f}\n" in out
-        differences.append(after - before)
-    mean = sum(differences) / 2
+    result = last_line(out)
+    before, after = scores = losses(project, result)
+    assert np.allclose([result["scores_before"], result["scores_after"]], scores, atol=1e-5)
+    for seed, first, second in zip((42, 43), before, after):
+        assert f"{seed:>10}{first:>10.4f}{second:>10.4f}{second - first:>+14.4f}\n" in out
+    differences = after - before
     margin = 12.706 * abs(differences[1] - differences[0]) / 2  # 12.706: Student's t, 1 degree
-    result = json.loads(out.splitlines()[-1])
-    assert result["difference"] == pytest.approx(mean)
-    expected = pytest.approx([mean - margin, mean + margin], rel=1e-4)
+    mean = differences.mean()
+    assert result["difference"] == pytest.approx(mean, abs=1e-5)
+    expected = pytest.approx([mean - margin, mean + margin], abs=1e-4)
     assert [result["low"], result["high"]] == expected
-    assert result["verdict"] == "Helped."
+    assert (result["outcome"], result["verdict"]) == ("helped", "Helped.")
 
     # A run of its own ends in the same checkpoint.
-    flags = ["--text", project / "text.txt", "--learning_rate", 1, "--seed", 43]
+    flags = ["--text", project / "text.txt", "--learning_rate", 1e-2, "--seed", 43]
     run(*STEPS, *flags, "--save_dir", project / "alone")
-    assert newest(project / "alone").id == found["after", 43].id
+    _, side = result["comparison"].split()
+    assert newest(project / "alone").id in {each.id for each in checkpoints(project, side)}
 
     # The picture shows what the table says.
     draw = ["x.png", "--versus", "--save_dir", str(project / "runs")]
     plot.main(draw)
-    losses, pairs = figures[0].axes
-    for side, points in zip(("before", "after"), losses.lines, strict=True):
-        assert [*points.get_ydata()] == [found[side, seed].score for seed in (42, 43)]
-    assert pairs.lines[1].get_ydata()[0] == pytest.approx(mean)
-    assert [*pairs.lines[2].get_ydata()] == differences
+    dots, pairs = figures[0].axes
+    for points, own in zip(dots.lines, scores, strict=True):
+        assert points.get_ydata() == pytest.approx(own, abs=1e-5)
+    assert pairs.lines[1].get_ydata()[0] == pytest.approx(mean, abs=1e-5)
 
     # The next edit on one of these seeds has more chances to look good. Killed and typed again.
-    other = ["--learning_rate 0.5 --untie", "--pairs", 2, "--seeds", 43]
+    other = ["--learning_rate 0.02 --untie", "--pairs", 2, "--seeds", 43]
     process = begin(project, *other)
     for line in process.stdout:
         if "difference" in line:
             process.kill()  # its run goes on alone
     process.wait()
     out, _ = versus(project, *other)
-    assert out.splitlines()[-1].startswith("Looks better, but this is try 2 on these seeds")
+    assert out.splitlines()[-1] == "Helped: try 2 on these seeds."
     [sizes] = re.findall(r"differ in size: (\S+) parameters before, (\S+) after", out)
     smaller, larger = [int(size.replace(",", "")) for size in sizes]
     assert larger - smaller == 257 * 16, "the output matrix"
+    listed, _ = versus(project, "--list")
+    assert [line.split()[2] for line in listed.splitlines()] == ["2", "2"], "pairs"
 
-    # The first one repeated has the same verdict, and is the one that is drawn.
-    out, _ = versus(project, *compared, "--jobs", 1)
-    assert json.loads(out.splitlines()[-1])["verdict"] == "Helped."
-    plot.main(draw)
-    assert figures[-1].axes[0].get_legend_handles_labels()[1][1] == "after: --learning_rate 1"
+    # The first one repeated, with its sides changed about, trains nothing.
+    files = sorted(project.glob("runs/versus/*/text-*/*"))
+    compared[0] = "--learning_rate=0.010"
+    out, _ = versus(project, *compared, "--jobs", 1 if len(os.sched_getaffinity(0)) == 1 else 2)
+    assert last_line(out)["scores_after"] == result["scores_after"]
+    assert sorted(project.glob("runs/versus/*/text-*/*")) == files
+    assert "No times: " in out
 
 
 def test_other_tokens_and_divergence(project):
-    out, _ = versus(project, "--tokenizer char", "--learning_rate 1e30 --grad_clip 0", "--pairs", 2)
-    assert out.endswith("2 of 4 runs diverged: no interval.\n")
-    for seed in (42, 43):
-        folder = runs(project)["before", seed].folder
-        bits = rows_of(folder / "log.csv", "valid")[-1]["bits_per_byte"]
-        assert f"{seed:>10}{bits:>10.4f}       nan" in out
+    char = "--tokenizer char --learning_rate 1e-2"
+    out, _ = versus(project, char, "--learning_rate 1e-2", "--pairs", 2, "--json")
+    result = last_line(out)
+    assert result["unit"] == "bits per byte"
+    _, after = losses(project, result)
+    tokens, text = [len((project / "text.txt").read_bytes()) * share for share in (0.1, 0.1)]
+    assert result["scores_after"] == pytest.approx(after / np.log(2) * tokens / text, rel=2e-3)
+    diverging = "--learning_rate 1e30 --grad_clip 0"
+    out, _ = versus(project, diverging, "--pairs", 2)
+    assert out.endswith(f"\n{diverging} diverged: no interval.\n")
+    # Of numbers that are finite, but worse than if all tokens were equally likely.
+    out, _ = versus(project, "--learning_rate 30 --grad_clip 0 --optimizer muon", "--pairs", 2)
+    assert "diverged: no interval." in out
 
 
 def test_equal_time(project):
     """A side may take fewer steps: here, its runs are the beginnings of the other side's."""
-    out, _ = versus(project, "HEAD", "--num_iters 16", "--pairs", 2)
+    out, _ = versus(project, "HEAD", "--num_iters 16", "--pairs", 2, "--json")
+    result = last_line(out)
+    assert result["steps"] == [24, 16]
     run(*STEPS, "--text", project / "text.txt", "--save_dir", project / "alone")
     scores = dict(newest(project / "alone").scores)
-    assert f"{42:>10}{scores[24]:>10.4f}{scores[16]:>10.4f}" in out
-    assert "equal steps" not in out
+    own = [result["scores_before"][0], result["scores_after"][0]]
+    assert own == pytest.approx([scores[24], scores[16]], abs=1e-5)
 
 
-def test_numbers_that_there_are_not(project):
-    """JSON has no NaN, as the correlation with a side that does not train is one.
-
-    Both sides have the first weights of a run as links: a model may be large.
-    """
+def test_sides_that_begin_with_a_run(project):
+    """Both have its weights as links: a model may be large. All seeds then end alike."""
     run("--text", project / "text.txt", *TINY, "--num_iters", 5, "--save_dir", project / "runs")
     [base] = (project / "runs").glob("text-*/*.safetensors")
     compared = ["--learning_rate 0", "--pairs", 2, "--seeds", 7, "--json"]
-    out, err = versus(project, *compared, "--", "--init_from", "latest")
-    lines = out.splitlines()
-    result = json.loads(lines[-1], parse_constant=pytest.fail)
-    assert result["correlation"] is None
-    assert not math.isnan(result["difference"])
+    out, _ = versus(project, *compared, "--", "--init_from", "latest")
+    result = last_line(out)
+    assert result["verdict"].endswith(": all seeds end in the same weights.")
     for side in result["comparison"].split():
         [path] = project.glob(f"runs/versus/{side}.*/init_from/{base.name}")
         assert path.samefile(base)
 
 
 def test_edit_without_effect_is_proved(project):
-    """A plain function runs on both sides: only what it does counts, not how it rounds.
-
-    Both begin with the weights of the same run.
-    """
-    run("--text", project / "text.txt", *TINY, "--num_iters", 5, "--save_dir", project / "runs")
-    base = newest(project / "runs")
-    edit(project, "    joined = attended.transpose", "    joined  =  attended.transpose")
+    """A plain function runs on both sides: only what it does counts, not how it rounds."""
     edit(project, "def linear_product(x, weight):\n", "def linear_product(x, weight):  # a note\n")
+    out, _ = versus(project, "HEAD", "--pairs", 2)
+    assert out.endswith("No effect, proved: the same weights, for these flags and seeds.\n")
+    assert not [*project.glob("runs/versus/*/text-*")], "nothing is trained"
+    edit(project, "    joined = attended.transpose", "    joined  =  attended.transpose")
     norm = "mx.fast.rms_norm(x, weight, eps)\n"
     edit(project, f"    return {norm}", f"    normed = {norm}    return normed\n")
-    out, _ = versus(project, "HEAD", "--pairs", 2, "--", "--init_from", "latest")
+    out, _ = versus(project, "HEAD", "--pairs", 2)
     assert "\nedited   rms_norm: each side runs that of its main.py" in out
-    assert "No effect, proved: the same weights and scores after step 24" in out
-    found = runs(project)
-    assert len(found) == 4  # both sides are computed
-    assert found["before", 42].id == found["after", 42].id != found["before", 43].id
-    assert {each.origins["init_from"] for each in found.values()} == {base.id}
+    assert out.endswith("No effect, proved: the same weights, for these flags and seeds.\n")
+    assert len([*project.glob("runs/versus/*/text-*/*.safetensors")]) == 4, "both are computed"
+
+
+CHEATS = [
+    ("scale=scale, mask=mask)", "scale=scale)", "it sees the future: the prediction at position 0"),
+    (
+        'return {"loss": nn.losses.cross_entropy(logits, targets)}',
+        'return {"loss": 0.9 * nn.losses.cross_entropy(logits, targets)}',
+        "it is scored otherwise than it was trained",
+    ),
+    ("EDITED = []", "EDITED = []\nprint('{}')", "No effect, proved"),
+    (
+        "batches = Batches(dataset.train.tokens,",
+        "batches = Batches(dataset.valid.tokens,",
+        "Better on validation text only",
+    ),
+]
+
+
+@pytest.mark.parametrize("old, new, verdict", CHEATS)
+def test_mistakes_that_look_like_gains(project, old, new, verdict):
+    edit(project, old, new)
+    facts = "".join(f"a{n} is b{n * 7919 % 1000} or c{n * 104729 % 1000}\n" for n in range(2000))
+    (project / "text.txt").write_text(facts)
+    (project / "test.txt").write_text(facts[::-1])
+    line = ["HEAD", "--pairs", 3, "--", "--learning_rate", 0.03, "--test_text", "test.txt"]
+    line += ["--dim", 64, "--num_iters", 80, "--valid_fraction", 0.02]
+    out, _ = versus(project, *line)
+    assert verdict in out.splitlines()[-1]
+
+
+def test_keep(project):
+    line = ["HEAD", "--keep", "--", "--learning_rate", 1e-5]
+    edit(project, "    return flags.learning_rate *", "    return 1000 * flags.learning_rate *")
+    out, _ = versus(project, *line)
+    assert "\n        42 " in out
+    assert "\n        48 " in out, "on fresh seeds"
+    assert out.endswith("\nHelped.\nKeep.\n")
+    edit(project, "    return 1000 * flags", "    return -1000 * flags")
+    out, _ = versus(project, *line, status=1)
+    assert out.count("\n        4") == 2, "two pairs are enough"
+    assert out.endswith("\nDrop.\n")
+    edit(project, "    return -1000 * flags", "    return -1000 flags")
+    out, _ = versus(project, *line, status=1)
+    assert out.startswith("your files cannot run: SyntaxError: invalid syntax (main")
+    versus(project, "HEAD~1", *line[1:], status=2)
+    (project / "runs" / "versus" / "comparisons.jsonl").write_text("{")
+    _, err = versus(project, "HEAD", "HEAD", *line[1:], status=125)
+    assert err.startswith("Cannot tell: runs/versus/comparisons.jsonl is damaged")
 
 
 def test_same(project):
@@ -219,7 +285,7 @@ MISTAKES = [
     (["--stop 'a"], "--stop 'a cannot be read as flags (No closing quotation)"),
     (["--valid_fraction 0.2"], "--valid_fraction has to be the same on both sides"),
     (["HEAD", "--", "--patience", 3], "--patience cannot be compared"),
-    (["--tokenizer word"], "a model that may answer <unk> has no bits per byte"),
+    (["--tokenizer word"], "the tokens of the sides do not decode to the same valid text"),
     (["--init_from nobody"], "--init_from nobody cannot run: --save_dir runs holds no runs"),
 ]
 

@@ -1,0 +1,227 @@
+"""The judge of extras.versus: scores checkpoints without the code that trained them.
+
+A side's own code only turns tokens into logits, in a process of its own (extras/side.py). Which
+tokens, their targets, the log-softmax and the sums are the judge's: an edit of the loss, of `score`
+or of `evaluate` cannot move them. What a model may know of a text is tried out.
+"""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from datasets import RunError, UsageError, one_line, tokenizer_from_dict
+
+SIDE = Path(__file__).with_name("side.py")
+NATS = "nats/token"
+BITS = "bits per byte"  # of sides with different tokens
+LIMIT = 128_000  # tokens of a text that are scored
+ROWS = 64  # of a batch, at most
+FLOATS = 1 << 24  # logits of a batch, about
+# How far a logit may move where it has no reason to, as a share of the largest one: on a CPU it
+# does not move at all; GPUs may order sums by the shape of a batch.
+TOLERANCE = {"cpu": 1e-5, "gpu": 1e-2}
+
+
+DEPENDS_ON_OTHERS = "the predictions for a text depend on what other texts the model is given"
+
+
+class Text(NamedTuple):
+    """A split on which both sides are scored."""
+
+    tokens: tuple  # of each side, [N] each
+    unit: str  # NATS or BITS
+    num_bytes: int | None  # with BITS
+
+
+def read_text(before, after, split):
+    """The Text of a split of two Sides; None if it has none. Raises UsageError if they differ."""
+    sides = (before, after)
+    paths = [side.folder / f"{split}.npy" for side in sides]
+    if not all(path.exists() for path in paths):
+        return None
+    tokens = tuple(map(np.load, paths))
+    for path in paths:
+        path.unlink()
+    if before.tokenizer == after.tokenizer:
+        if not np.array_equal(*tokens):
+            raise UsageError(f"the sides have other {split} texts: nothing can be compared")
+        return Text(tokens, NATS, None)
+    texts = []
+    for side, ids in zip(sides, tokens):
+        tokenizer = tokenizer_from_dict(side.tokenizer)
+        if tokenizer.unk is not None and np.any(ids == tokenizer.unk):
+            raise UsageError(
+                f"{side.name}: a model that may answer <unk> has no bits per byte: use other tokenizers"
+            )
+        if tokenizer.eos is not None:  # it may lie between documents, but is no part of them
+            ids = ids[ids != tokenizer.eos]
+        texts.append(tokenizer.decode(ids))
+    if texts[0] != texts[1]:
+        raise UsageError(
+            f"the tokens of the sides do not decode to the same {split} text: use other tokenizers"
+        )
+    return Text(tokens, BITS, len(texts[0].encode()))
+
+
+def choose_spans(text, contexts, limit):
+    """Which targets are scored, [(start, stop)]: about `limit` of them, evenly spaced.
+
+    contexts: of both sides. All of a text with other tokens: no others are the same for both.
+    """
+    count = len(text.tokens[0]) - 1  # the first token is only context
+    width = max(contexts)
+    if text.unit == BITS or not limit or count <= max(limit, width):
+        return None
+    starts = np.linspace(0, count - width, max(1, limit // width)).astype(int)
+    return [(int(start), int(start) + width) for start in starts]
+
+
+class Referee:
+    """A checkpoint of a side, served by a process of the side's code; a context manager."""
+
+    def __init__(self, side, metadata, environment):
+        """metadata: the path of the checkpoint's .metadata."""
+        self.side = side
+        self.tolerance = TOLERANCE["gpu" if side.flags["gpu"] else "cpu"]
+        self.messages = tempfile.TemporaryFile("w+", errors="replace")
+        self.process = subprocess.Popen(
+            [sys.executable, "-B", SIDE, side.folder, "serve", metadata, str(side.flags["gpu"])],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.messages,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.communicate()
+        self.messages.close()
+
+    def ask(self, question, tokens):
+        """The side's answer, plain data. Raises RunError."""
+        line = json.dumps([question, tokens.tolist()]).encode() + b"\n"
+        try:
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            self.process.wait()
+            self.messages.seek(0)
+            raise failure(self.side.name, self.process.returncode, self.messages.read()) from None
+
+    def logits(self, rows):
+        """Logits [B, L, V] of rows of tokens [B, L]. Raises RunError."""
+        shape = self.ask("logits", rows)
+        if shape[:2] != [*rows.shape]:
+            raise RunError(f"{self.side.name} gives logits {shape} for tokens {[*rows.shape]}")
+        content = self.process.stdout.read(4 * math.prod(shape))
+        return np.frombuffer(content, np.float32).reshape(shape)
+
+    def score(self, tokens, spans=None):
+        """The mean loss in nats of the targets in `spans`, by default of all of `tokens` [N].
+
+        Windows have the context of the side, and begin anew in each span.
+        """
+        width = self.side.context_size
+        count = len(tokens) - 1
+        windows = []
+        for start, stop in spans or [(0, count)]:
+            windows += [(place, min(place + width, stop)) for place in range(start, stop, width)]
+        rows = max(1, min(ROWS, FLOATS // (width * self.side.vocab_size)))
+        total = 0.0
+        for first in range(0, len(windows), rows):
+            starts, stops = np.array(windows[first : first + rows]).T[:, :, None]  # [B, 1] each
+            places = starts + np.arange(width)  # [B, L]
+            is_scored = places < stops
+            places = np.minimum(places, count - 1)
+            losses = nats(self.logits(tokens[places]), tokens[places + 1].astype(int))
+            total += losses[is_scored].sum(dtype=float)
+        return total / sum(stop - start for start, stop in windows)
+
+    def check_evaluation(self, tokens):
+        """What is wrong if the side's own `evaluate` finds another loss than the judge, or None."""
+        width = self.side.context_size
+        part = tokens[: 1 + width * max(1, 4096 // width)]
+        own = self.ask("evaluate", part)
+        judged = self.score(part)
+        if abs(own - judged) > 10 * self.tolerance * max(1, judged):
+            return (
+                f"it is scored otherwise than it was trained: its own code says {own:.4f} of "
+                f"{len(part) - 1:,} tokens, its logits {judged:.4f}"
+            )
+
+    def check_sight(self, tokens):
+        """What is wrong if a prediction depends on what comes later, or on other texts, or None.
+
+        From each place of a window on, the tokens are replaced, in rows that make up a batch with
+        the window itself; of all places up to the 64th, and of sixteen beyond.
+        """
+        width = min(self.side.context_size, (len(tokens) - 1) // 2)
+        window, other = tokens[:width], tokens[width : 2 * width]
+        other = np.where(window == other, (other + 1) % self.side.vocab_size, other)
+        cuts = np.arange(1, min(width, 65))
+        if width > 65:
+            cuts = np.append(cuts, np.linspace(65, width - 1, 16).astype(int))
+        size = max(2, min(ROWS, FLOATS // (width * self.side.vocab_size)))
+        alone = self.logits(np.repeat(window[None], size, axis=0))
+        expected = alone[0]
+        limit = self.tolerance * np.abs(expected).max()
+        if np.abs(alone - expected).max() > limit:
+            return DEPENDS_ON_OTHERS
+        has_moved = []  # [rows, L] each
+        for first in range(0, len(cuts), size - 1):
+            is_kept = np.arange(width) < cuts[first : first + size - 1, None]  # [rows, L]
+            rows = np.where(is_kept, window, other)
+            logits = self.logits(np.concatenate([window[None], rows]))
+            if np.abs(logits[0] - expected).max() > limit:
+                return DEPENDS_ON_OTHERS
+            has_moved.append(is_kept & (np.abs(logits[1:] - expected).max(axis=-1) > limit))
+        has_moved = np.concatenate(has_moved or [np.zeros((0, width), bool)])  # [cuts, L]
+        if has_moved.any():
+            place = has_moved.any(axis=0).argmax()
+            token = cuts[has_moved[:, place]].max()
+            return f"it sees the future: the prediction at position {place} depends on token {token}"
+
+
+def nats(logits, targets):
+    """The loss of each target [B, L], from logits [B, L, V]."""
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    picked = np.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
+    return np.log(np.exp(logits).sum(axis=-1)) - picked
+
+
+class SideError(RunError):
+    """A side cannot run, by its own fault: not by that of the machine."""
+
+    def __init__(self, text, name):
+        super().__init__(text)
+        self.name = name  # the side's
+
+
+def failure(name, status, output):
+    """The exception for a process of a side that has failed; name: the side's.
+
+    It says its last line, and where a traceback points.
+    """
+    line = one_line(output.strip().rpartition("\n")[2]) or f"exit status {status}"
+    if status < 0:
+        line = f"ended by {signal.Signals(-status).name}"
+    for file, place in re.findall(r'File ".*?(\w+\.py)", line (\d+)', output)[-1:]:
+        line += f" ({file}, line {place})"
+    line = f"{name} cannot run: {line}"
+    if status == 2:
+        return UsageError(line)
+    if "Traceback" in output and not re.search("MemoryError|OSError", line):
+        return SideError(line, name)
+    return RunError(line)

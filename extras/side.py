@@ -1,0 +1,109 @@
+"""What extras.versus asks of one side, in a process of that side's own code. Not a command.
+
+    python side.py FOLDER describe FLAGS       what these flags mean, and what a run of them needs
+    python side.py FOLDER serve METADATA GPU   logits of a checkpoint, for the tokens on stdin
+
+FOLDER has the side's files, perhaps those of an older commit: only names that main.py has had for
+long are used here. What the side itself prints goes to stderr, and is no answer.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+FOLDER = Path(sys.argv[1])
+sys.path[0] = str(FOLDER)  # in the place of this file's folder
+ANSWERS = os.fdopen(os.dup(1), "wb")
+os.dup2(2, 1)
+
+import main
+import mlx.core as mx
+import numpy as np
+from datasets import RunError, UsageError, open_data_dir
+
+
+def describe(words):
+    """Prepares the text, and answers with a side's fields, see Side in extras/versus.py."""
+    flags = main.settle(main.read_command_line(words))
+    main.use_device(flags.gpu)
+    data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
+    models, flags, dataset = main.begin(flags)
+    run = main.make_run(flags.save_dir, flags, None, models, dataset, main.SingleProcess())
+    names = [name for name in flags.given if name in [*main.SAVED, "mirror", "gpu"]]
+    values = {name: getattr(flags, name) for name in names}
+    files = {}
+    for name, source in models.items():
+        if not main.is_foreign(getattr(flags, name)):
+            values[name] = source.id  # its run finds it by that, wherever it is
+            paths = {f"{name}/{file}": str(path.resolve()) for file, path in source.files.items()}
+            files |= paths
+    elsewhere = [*main.PATHS, "test_text", "seed"]  # in other fields, or not of a side
+    for name in ("valid", "test"):
+        split = getattr(dataset, name)
+        if split:  # the files that it maps may be written anew for the other side
+            np.save(FOLDER / f"{name}.npy", split.tokens)
+    answer(
+        {
+            "words": [*main.arguments_of(values), f"--data_dir={data_dir}"],
+            "flags": vars(flags),
+            "given": [*flags.given],
+            "shape": {name: getattr(flags, name) for name in main.SAVED if name not in elsewhere},
+            "edited": main.EDITED,
+            "notices": [line for line in main.start_notices(run) if "edited " not in line],
+            "files": files,
+            "sources": sources(),
+            "origins": run.origins,
+            "versions": run.versions,
+            "parameters": main.count_parameters(run.model.parameters()),
+            "vocab_size": run.model.config.vocab_size,
+            "context_size": run.model.config.context_size,
+            "texts": dataset.sha256,
+            "tokenizer": dataset.tokenizer.to_dict(),
+        }
+    )
+
+
+def sources():
+    """The files of the side that Python has loaded, and C code beside them, relative to FOLDER."""
+    found = []
+    for module in [*sys.modules.values()]:
+        path = Path(getattr(module, "__file__", None) or "/")
+        if FOLDER in path.parents:
+            paths = [path, *path.parent.glob(f"{path.stem}.c")]
+            found += [str(each.relative_to(FOLDER)) for each in paths]
+    return sorted({*found})
+
+
+def serve(metadata, gpu):
+    """Answers each line of stdin, ["logits", rows] or ["evaluate", tokens], as long as they come.
+
+    Of rows of tokens [B, L], with their logits' shape and bytes, [B, L, V] float32; of tokens [N],
+    with the loss that the side's own `evaluate` finds.
+    """
+    main.use_device(gpu == "True")
+    model = main.read_checkpoint(Path(metadata)).open().load_model()
+    for line in sys.stdin:
+        question, tokens = json.loads(line)
+        if question == "evaluate":
+            found = main.evaluate(model, np.array(tokens), batch_size=8)
+            # A number in commits before `score`.
+            answer(float(found["loss"] if isinstance(found, dict) else found))
+        else:
+            logits = np.array(model(mx.array(tokens)).astype(mx.float32))
+            answer(logits.shape, logits.tobytes())
+
+
+def answer(data, content=b""):
+    """Answers with plain data, a line of JSON, and with bytes."""
+    ANSWERS.write(json.dumps(data, default=str).encode() + b"\n" + content)
+    ANSWERS.flush()
+
+
+if __name__ == "__main__":
+    _, _, question, *arguments = sys.argv
+    try:
+        describe(arguments) if question == "describe" else serve(*arguments)
+    except (RunError, UsageError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)

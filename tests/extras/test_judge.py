@@ -1,0 +1,150 @@
+"""The judge of comparisons: its scores beside main.py's own, and models that know too much."""
+
+from argparse import Namespace
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, newest, run
+
+from datasets import RunError, load_dataset
+from extras import judge
+from extras.judge import BITS, NATS, Text, choose_spans
+
+V = 31
+WIDTH = 100  # more than 64 positions: beyond, not every cut is tried
+
+
+def side_of(checkpoint):
+    """What Referee reads of a Side, for a run of the main.py here."""
+    config = checkpoint.config
+    shape = {"vocab_size": config.vocab_size, "context_size": config.context_size}
+    return Namespace(name="mine", folder=ROOT, flags={"gpu": False}, **shape)
+
+
+KINDS = [
+    ["--tokenizer", "byte"],
+    ["--tokenizer", "char", "--average", 0.5, "--untie"],
+    ["--tokenizer", "word", "--qk_norm", "--num_kv_heads", 1],
+    ["--tokenizer", "bpe", "--vocab_size", 300, "--mlp", "swiglu", "--dropout", 0.1],
+    ["--init_from", "latest", "--lora_rank", 2],
+    ["--init_from", "latest", "--context_size", 5],
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(map(str, kind[:4])))
+def test_scores_are_those_of_main(base, text, kind):
+    """Of the whole text, and of a part of it, computed from all losses."""
+    folder, _ = base
+    line = ["--text", text, *kind, "--save_dir", folder, "--learning_rate", 0.03]
+    if "--init_from" not in kind:
+        line += TINY
+    run(*line, "--num_iters", 12, "--eval_tokens", 0, "--max_tokens", 4)
+    checkpoint = newest(folder)
+    contents = checkpoint.open()
+    tokenizer = contents.tokenizer
+    tokens = load_dataset("text", folder, [text], tokenizer=tokenizer).valid.tokens
+    with judge.Referee(side_of(checkpoint), checkpoint.metadata_path, None) as referee:
+        whole = referee.score(tokens)
+        assert whole == pytest.approx(checkpoint.score, abs=1e-5)
+        assert referee.check_evaluation(tokens) is None
+        assert referee.check_sight(tokens) is None
+        count = len(tokens) - 1
+        halves = [referee.score(tokens, [span]) for span in ((0, 40), (40, count))]
+        assert (40 * halves[0] + (count - 40) * halves[1]) / count == pytest.approx(whole)
+
+
+def test_spans_are_evenly_spaced_and_the_same_for_both_sides():
+    text = Text((np.zeros(10_001), np.zeros(10_001)), NATS, None)
+    spans = choose_spans(text, [8, 20], 200)
+    assert [stop - start for start, stop in spans] == [20] * 10
+    starts = [start for start, _ in spans]
+    assert (starts[0], starts[-1]) == (0, 10_000 - 20)
+    assert max(np.diff(starts)) - min(np.diff(starts)) <= 1
+    assert choose_spans(text, [8, 20], 10_000) is None
+    assert choose_spans(text, [8, 20], 0) is None
+    assert choose_spans(text._replace(unit=BITS), [8, 20], 200) is None
+
+
+# ---- Models that know too much ------------------------------------------------------------------
+
+
+def causal(rows):
+    """Logits [B, L, V] of a model that sums what it has read, each token by its position."""
+    table = np.random.default_rng(0).standard_normal((V, V))
+    return np.cumsum(table[rows], axis=1) / np.arange(1, rows.shape[1] + 1)[:, None]
+
+
+def peeking_at(position, token):
+    """The same, but a prediction depends on a later token."""
+
+    def model(rows):
+        logits = causal(rows)
+        logits[:, position, 0] += 0.01 * rows[:, token]
+        return logits
+
+    return model
+
+
+def averaging_rows(rows):
+    return causal(rows) + 0.01 * causal(rows).mean(axis=0)
+
+
+class Remembering:
+    """Its predictions depend on how often it was asked."""
+
+    asked = 0
+
+    def __call__(self, rows):
+        self.asked += 1
+        return causal(rows) * (1 + 0.001 * self.asked)
+
+
+def placed(rows):
+    """Its predictions depend on the place in the batch."""
+    return causal(rows) + 0.01 * np.arange(len(rows))[:, None, None]
+
+
+class FakeReferee(judge.Referee):
+    """Its side is a function of rows of tokens."""
+
+    def __init__(self, model):
+        self.side = Namespace(name="fake", context_size=WIDTH, vocab_size=V)
+        self.tolerance = judge.TOLERANCE["cpu"]
+        self.model = model
+
+    def logits(self, rows):
+        return self.model(rows).astype(np.float32)
+
+
+TOO_MUCH = [
+    (peeking_at(3, 4), "it sees the future: the prediction at position 3 depends on token 4"),
+    (peeking_at(0, 63), "position 0 depends on token 63"),
+    (peeking_at(2, WIDTH - 1), "position 2 depends on token 99"),
+    (averaging_rows, judge.DEPENDS_ON_OTHERS),
+    (Remembering(), judge.DEPENDS_ON_OTHERS),
+    (placed, judge.DEPENDS_ON_OTHERS),
+]
+
+
+@pytest.mark.parametrize("model, fault", TOO_MUCH)
+def test_what_a_model_must_not_know(model, fault):
+    tokens = np.random.default_rng(1).integers(0, V, 3 * WIDTH)
+    assert FakeReferee(causal).check_sight(tokens) is None
+    assert fault in FakeReferee(model).check_sight(tokens)
+
+
+def test_another_score_is_noticed(monkeypatch):
+    tokens = np.random.default_rng(2).integers(0, V, 3 * WIDTH)
+    referee = FakeReferee(causal)
+    honest = referee.score(tokens)
+    for factor, is_fault in ((1, False), (0.999, True)):
+        monkeypatch.setattr(referee, "ask", lambda *_: factor * honest, raising=False)
+        assert bool(referee.check_evaluation(tokens)) == is_fault
+
+
+def test_a_side_that_fails_is_named(base):
+    folder, _ = base
+    checkpoint = newest(folder)
+    with judge.Referee(side_of(checkpoint), folder / "none.metadata", None) as referee:
+        with pytest.raises(RunError, match="mine cannot run: .*none.metadata"):
+            referee.score(np.arange(10))
