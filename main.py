@@ -1671,7 +1671,8 @@ class Contents(NamedTuple):
                 run.model.update(state["weights"])
             check_arrays(state["optimizer"], run.optimizer.state)
             run.optimizer.state = state["optimizer"]
-        vars(run).update(checkpoint.progress())
+        for field in dataclasses.fields(Progress):
+            setattr(run, field.name, getattr(checkpoint, field.name))
         run.checkpoint_id = checkpoint.id
 
 
@@ -3264,7 +3265,7 @@ def differences(flags, checkpoint):
         value, its_own = getattr(flags, name), checkpoint.flags[name]
         is_decided = name in decided_names(flags) and name not in flags.given
         is_same = is_decided or shape_of(name, value) == shape_of(name, its_own)
-        if name in ORIGINS:
+        if name in ORIGINS and (value or its_own):
             is_same = began_with(checkpoint, flags, name)
         if not is_same:
             others[name] = its_own
@@ -3278,8 +3279,8 @@ def began_with(checkpoint, flags, flag_name):
     """
     name = getattr(flags, flag_name)
     its_own = checkpoint.flags[flag_name]
-    if name is None or its_own is None:
-        return name == its_own
+    if not (name and its_own):
+        return False
     is_spelled_alike = its_own in (name, absolute(name))  # a folder is saved as an absolute path
     if flag_name not in flags.given or name in ("latest", "best"):
         return is_spelled_alike
