@@ -30,8 +30,11 @@ def describe(words):
     data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
     models, flags, dataset = main.begin(flags)
     run = main.make_run(flags.save_dir, flags, None, models, dataset, main.SingleProcess())
-    names = [name for name in flags.given if name in [*main.SAVED, "mirror", "gpu"]]
-    values = {name: getattr(flags, name) for name in names}
+    values = {}
+    for name in flags.given:
+        # The test text is for the judge alone.
+        if name in [*main.SAVED, "mirror", "gpu"] and name != "test_text":
+            values[name] = getattr(flags, name)
     files = {}
     for name, source in models.items():
         if not main.is_foreign(getattr(flags, name)):

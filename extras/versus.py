@@ -51,7 +51,7 @@ RESULTS = "comparisons.jsonl"
 # rule, 5 % of all useless edits are called helpful or harmful, at whatever look.
 RACE = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
 HOPELESS = 0.7  # from six pairs on, a race ends where |t| is below it
-POWER = 1.4  # times half the interval: the difference that is seen four times in five
+POWER = 1.5  # times half an interval, whose spread is estimated: what four in five would show
 NOISE = 0.03  # half an interval of ratios of times, at most, for what follows from it
 SCREENED = 6  # pairs of --keep on used seeds
 PROMISING = -1.8  # the t that they have to reach; see tests/night.py
@@ -71,15 +71,15 @@ def main(arguments):
     options, common = read_arguments(arguments)
     if options.list:
         return print_list(options.list)
+    if options.same:
+        command = print_sameness
+    else:
+        command = keep_or_drop if options.keep else print_comparison
     try:
-        if options.same:
-            return print_sameness(Comparison(options, common))
-        comparison = Comparison(options, common)
-        if not options.keep:
-            return print_comparison(comparison)
-        return keep_or_drop(comparison)
+        return command(Comparison(options, common))
     except (UsageError, RunError, OSError) as error:
-        if isinstance(error, UsageError) and not options.same or not (options.same or options.keep):
+        has_status = options.same or (options.keep and not isinstance(error, UsageError))
+        if not has_status:
             raise
         reason = one_line(error)
         if options.keep and getattr(error, "name", None) == (options.after or "your files"):
@@ -209,12 +209,12 @@ def copy_commit(commit, folder):
         raise UsageError(f"{commit} is no commit with this program ({reason})")
 
 
-def install(side, save_dir, plain, cores):
+def install(side, save_dir, cores, others):
     """The Side with its files in a folder of its own, named by what decides how its runs end.
 
-    plain: see Comparison; cores: how many each of its runs has.
+    cores: how many each of its runs has; others: what else there is, plain data.
     """
-    data = [side.shape, side.origins, side.texts, side.versions, plain]
+    data = [side.shape, side.origins, side.texts, side.versions, *others]
     digest = hashlib.sha1(json.dumps(data, sort_keys=True).encode())
     for name in side.sources:
         source = (side.folder / name).read_text("utf-8", errors="replace")
@@ -307,10 +307,10 @@ class Comparison:
             installed = []
             for side in (before, after):
                 words = words_of_run(side.flags, options.same)
-                side.shape.update(steps=side.flags["num_iters"], same=options.same)
                 side = side._replace(words=[*side.words, *words])
                 cores = len(self.shares[0])
-                installed.append(install(side, before.flags["save_dir"], self.plain, cores))
+                others = [self.plain, options.same]
+                installed.append(install(side, before.flags["save_dir"], cores, others))
             self.before, self.after = installed
         self.ledger = self.before.folder.parent / RESULTS
         self.processes = set()
@@ -432,15 +432,16 @@ class Comparison:
             return json.loads(path.read_text("utf-8"))
         with Referee(side, record["path"], self.environment) as referee:
             self.processes.add(referee.process)
-            fault = referee.check_sight(tokens[0]) or referee.check_evaluation(tokens[0])
             scores = [math.nan, math.nan]
             for i, text in enumerate(self.texts):
                 if text:
                     scores[i] = referee.score(tokens[i], self.spans[i])
+            # Before its first step, a model is this much worse than equal chances, at most.
+            if scores[0] < math.log(side.vocab_size) + 2:
+                fault = referee.check_sight(tokens[0]) or referee.check_evaluation(tokens[0])
+            else:
+                scores, fault = [math.nan, math.nan], None
             self.processes.discard(referee.process)
-        # Before its first step, a model is less than this worse than equal chances for all tokens.
-        if not scores[0] < math.log(side.vocab_size) + 2:
-            scores = [math.nan, math.nan]
         for i, text in enumerate(self.texts):
             if self.unit == BITS and text:
                 scores[i] *= (len(tokens[i]) - 1) / math.log(2) / text.num_bytes
@@ -641,7 +642,7 @@ VERDICTS = {
     "none": "No difference seen",
     "promising": "Promising, on seeds that were used before",
     "same": "No effect, proved: the same weights, for these flags and seeds",
-    "diverged": "{diverged} diverged: no interval",
+    "diverged": "Diverged: runs of {diverged}",
     "cannot tell": "Cannot tell",
 }
 
@@ -696,7 +697,7 @@ def keep_or_drop(comparison):
         kept.append("same")
     is_kept = result["outcome"] in kept
     print_result(result, options, "Keep." if is_kept else "Drop.")
-    if before.name in result["diverged"]:
+    if "before" in result["diverged"]:
         return CANNOT_TELL
     return 0 if is_kept else 1
 
@@ -709,9 +710,9 @@ def compare(comparison, seeds, decide, looks=None):
     sides = comparison.before, comparison.after
     pairs, outcome, fault = train_pairs(comparison, seeds, decide)
     diverged = []
-    for side, own in zip(sides, zip(*pairs)):
+    for name, own in zip(("before", "after"), zip(*pairs)):
         if any(math.isnan(each.score) for each in own):
-            diverged.append(side.name)
+            diverged.append(name)
     result = comparison.describe() | {
         "seeds": [*seeds[: len(pairs)]],
         "outcome": outcome,
@@ -720,12 +721,13 @@ def compare(comparison, seeds, decide, looks=None):
     }
     if len(pairs) > 1 and not diverged:
         result |= measure(pairs, looks and looks.get(len(pairs)))
-    earlier = set()  # tries on some of these seeds
+    tries = {result["comparison"]}
     for other in comparison.results():
-        if other["flags"] == result["flags"] and {*other["seeds"]} & {*result["seeds"]}:
-            earlier.add(other["comparison"])
-    tries = len(earlier - {result["comparison"]}) + 1
-    result["verdict"] = describe_verdict(result, comparison.options.margin, fault, tries)
+        has_baseline = other["comparison"].split()[0] == sides[0].folder.stem
+        is_alike = has_baseline or other["flags"] == result["flags"]
+        if is_alike and other["outcome"] != "same" and {*other["seeds"]} & {*result["seeds"]}:
+            tries.add(other["comparison"])
+    result["verdict"] = describe_verdict(result, comparison.options.margin, fault, len(tries))
     with open(comparison.ledger, "a", encoding="utf-8", opener=no_follow) as file:
         file.write(as_json(result) + "\n")
     return result
@@ -820,7 +822,7 @@ def describe_numbers(result):
     else:
         yield f"On test text, the mean difference is {result['test_difference']:+.4f}."
     if "time" not in result:
-        yield "No times: runs of before were there already."
+        yield "No times: fewer than three pairs were trained anew."
         return
     time, low, high = result["time"], result["time_low"], result["time_high"]
     times = f"After took {time:.3f} times as long ({low:.3f} to {high:.3f})"

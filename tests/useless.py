@@ -1,11 +1,11 @@
 """How often does extras.versus call a useless edit helpful or harmful? It should be one in twenty.
 
-    python tests/useless.py                  200 edits, 40 minutes
+    python tests/useless.py                  200 edits, an hour
     python tests/useless.py --edits 20 --seed 7
 
 A useless edit shuffles the columns of one matrix of a model's first weights: these are independent
-and identically distributed, so neither side is the better one. Each is tried on six pairs of seeds
-of its own, fixed before. Prints a line an edit, then the count.
+and identically distributed, so neither side is the better one. Each is compared, then tried with
+--keep, on seeds of its own, fixed before. Prints a line an edit, then the counts.
 """
 
 import argparse
@@ -45,32 +45,42 @@ def copy_project(folder):
 
 
 def compare(folder, place, first_seed):
-    """What extras.versus says of an edit; place: a number that says which weights it shuffles."""
+    """The results of an edit without and with --keep, and whether that keeps it.
+
+    place: a number that says which weights it shuffles.
+    """
     source = (ROOT / "main.py").read_text()
     assert source.count(LAST_LINE) == 1
     (folder / "main.py").write_text(source.replace(LAST_LINE, EDIT.format(place=place)))
-    options = ["--json", "--seeds", str(first_seed), "--", *MODEL.split()]
-    line = [sys.executable, "-m", "extras.versus", "HEAD", *options, "--save_dir", f"runs{place}"]
-    done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    outcomes = []
+    for options in ([], ["--keep"]):
+        options = [*options, "--json", "--seeds", str(first_seed), "--", *MODEL.split()]
+        line = [sys.executable, "-m", "extras.versus", "HEAD", *options, "--save_dir", f"runs{place}"]
+        done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(done.stdout)
+        outcomes.append(json.loads(done.stdout.splitlines()[-1]))
+    shutil.rmtree(folder / f"runs{place}")
+    return *outcomes, done.returncode == 0
 
 
 def count_verdicts(edits, seed):
-    """Prints a line an edit; returns how many were said to have helped or hurt."""
+    """Prints a line an edit; returns how many were said to have helped or hurt, and were kept."""
     generator = np.random.default_rng(seed)
     seeds = 100 * generator.choice(10**6, edits, replace=False)
     places = generator.choice(10**6, edits, replace=False)
-    called = 0
+    num_called = num_kept = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_project(folder)
         for number, (place, first_seed) in enumerate(zip(places.tolist(), seeds.tolist()), 1):
-            result = compare(folder, place, first_seed)
-            called += result["verdict"] in ("Helped.", "Hurt.")
+            result, last, is_kept = compare(folder, place, first_seed)
+            num_called += result["outcome"] in ("helped", "hurt", "valid only")
+            num_kept += is_kept
             interval = f"{result['low']:+.4f} to {result['high']:+.4f}"
-            verdict = result["verdict"].split(".")[0]
-            print(f"{number:>4}  {result['difference']:+.4f}, {interval}  {verdict}", flush=True)
-    return called
+            outcome = f"{result['outcome']}, {len(result['seeds'])} pairs; --keep: {last['outcome']}"
+            print(f"{number:>4}  {result['difference']:+.4f}, {interval}  {outcome}", flush=True)
+    return num_called, num_kept
 
 
 if __name__ == "__main__":
@@ -78,5 +88,5 @@ if __name__ == "__main__":
     parser.add_argument("--edits", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    found = count_verdicts(options.edits, options.seed)
-    print(f"{found} of {options.edits} useless edits were said to have helped or hurt")
+    called, kept = count_verdicts(options.edits, options.seed)
+    print(f"of {options.edits} useless edits, {called} were called helpful or harmful, {kept} kept")
