@@ -58,9 +58,7 @@ def read_text(before, after, split):
     for side, ids in zip(sides, tokens):
         tokenizer = tokenizer_from_dict(side.tokenizer)
         if tokenizer.unk is not None and np.any(ids == tokenizer.unk):
-            raise UsageError(
-                f"{side.name}: a model that may answer <unk> has no bits per byte: use other tokenizers"
-            )
+            raise UsageError(f"{side.name} reads <unk>: that has no bytes; use other tokenizers")
         if tokenizer.eos is not None:  # it may lie between documents, but is no part of them
             ids = ids[ids != tokenizer.eos]
         texts.append(tokenizer.decode(ids))
@@ -191,7 +189,8 @@ class Referee:
         if has_moved.any():
             place = has_moved.any(axis=0).argmax()
             token = cuts[has_moved[:, place]].max()
-            return f"it sees the future: the prediction at position {place} depends on token {token}"
+            what = f"the prediction at position {place} depends on token {token}"
+            return f"it sees the future: {what}"
 
 
 def nats(logits, targets):

@@ -142,7 +142,7 @@ def is_flags(side):
 
 
 class Side(NamedTuple):
-    """One of the two things that are compared; all but the first two is what extras/side.py says."""
+    """One of the two things that are compared, as extras/side.py describes it."""
 
     name: str  # what was typed
     folder: Path  # a copy of its files
@@ -734,7 +734,7 @@ def compare(comparison, seeds, decide, looks=None):
 
 
 def train_pairs(comparison, seeds, decide):
-    """Trains pairs and prints them; returns them, the outcome, and what is wrong, see find_fault."""
+    """Trains pairs and prints them; returns them, the outcome, and the fault, see find_fault."""
     sides = comparison.before, comparison.after
     pairs = []
     if sides[0].folder == sides[1].folder:
@@ -867,7 +867,8 @@ def print_list(save_dir):
         if each.get("difference") is not None:
             interval = f"{each['difference']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
         sides = f"{each['before']} -> {each['after']} -- {each['flags']}"
-        print(f"{each['date']}  {len(each['seeds']):>2} pairs  {interval:<30}{each['outcome']:<12}{sides}")
+        pairs = f"{len(each['seeds']):>2} pairs"
+        print(f"{each['date']}  {pairs}  {interval:<30}{each['outcome']:<12}{sides}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def main(tries, seed):
         outcomes = [outcome for outcome, _ in results]
         shares = [f"{name} {outcomes.count(name) / tries:.1%}" for name in ("helped", "hurt")]
         pairs = np.mean([pairs for _, pairs in results])
-        print(f"race, effect {effect:+} spreads: {', '.join(shares)}; {pairs:.1f} pairs", flush=True)
+        shown = f"{', '.join(shares)}; {pairs:.1f} pairs"
+        print(f"race, effect {effect:+} spreads: {shown}", flush=True)
     false = total = 0.0
     for effect, count in NIGHT.items():
         results = [kept(effect / SPREAD, generator) for _ in range(tries)]

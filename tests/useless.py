@@ -55,7 +55,8 @@ def compare(folder, place, first_seed):
     outcomes = []
     for options in ([], ["--keep"]):
         options = [*options, "--json", "--seeds", str(first_seed), "--", *MODEL.split()]
-        line = [sys.executable, "-m", "extras.versus", "HEAD", *options, "--save_dir", f"runs{place}"]
+        options += ["--save_dir", f"runs{place}"]
+        line = [sys.executable, "-m", "extras.versus", "HEAD", *options]
         done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True)
         if done.returncode not in (0, 1):
             raise RuntimeError(done.stdout)
@@ -78,8 +79,9 @@ def count_verdicts(edits, seed):
             num_called += result["outcome"] in ("helped", "hurt", "valid only")
             num_kept += is_kept
             interval = f"{result['low']:+.4f} to {result['high']:+.4f}"
-            outcome = f"{result['outcome']}, {len(result['seeds'])} pairs; --keep: {last['outcome']}"
-            print(f"{number:>4}  {result['difference']:+.4f}, {interval}  {outcome}", flush=True)
+            outcome = f"{result['outcome']} after {len(result['seeds'])} pairs"
+            outcomes = f"{outcome}; --keep: {last['outcome']}"
+            print(f"{number:>4}  {result['difference']:+.4f}, {interval}  {outcomes}", flush=True)
     return num_called, num_kept
 
 
