@@ -30,6 +30,9 @@ def describe(words):
     data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
     models, flags, dataset = main.begin(flags)
     run = main.make_run(flags.save_dir, flags, None, models, dataset, main.SingleProcess())
+    notices = [line for line in main.start_notices(run) if "edited " not in line]
+    # A step loads what is only imported there, and compiles what else a first run would have to.
+    main.train_step(run, main.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
     values = {}
     for name in flags.given:
         # The test text is for the judge alone.
@@ -53,7 +56,7 @@ def describe(words):
             "given": [*flags.given],
             "shape": {name: getattr(flags, name) for name in main.SAVED if name not in elsewhere},
             "edited": main.EDITED,
-            "notices": [line for line in main.start_notices(run) if "edited " not in line],
+            "notices": notices,
             "files": files,
             "sources": sources(),
             "origins": run.origins,
@@ -89,7 +92,7 @@ def serve(metadata, gpu):
     for line in sys.stdin:
         question, tokens = json.loads(line)
         if question == "evaluate":
-            found = main.evaluate(model, np.array(tokens), batch_size=8)
+            found = main.evaluate(model, np.array(tokens), 8)
             # A number in commits before `score`.
             answer(float(found["loss"] if isinstance(found, dict) else found))
         else:

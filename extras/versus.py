@@ -15,9 +15,9 @@ numbers mean.
 import argparse
 import contextlib
 import difflib
+import fcntl
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -29,7 +29,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tokenize
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import itemgetter
@@ -38,10 +37,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Not main.py: the files of now may not even run.
-from datasets import Parser, RunError, UsageError, explained, flock, no_follow, number, one_line
-from datasets import run_program, without_comments
-from extras.judge import BITS, LIMIT, SIDE, Referee, SideError, choose_spans, failure, read_text
+CANNOT_TELL = 125  # `git bisect run` then skips the commit
+
+try:  # not main.py: the files of now may not even run
+    from datasets import Parser, RunError, UsageError, explained, flock, locked, no_follow, number
+    from datasets import one_line, run_program, without_comments
+    from extras.judge import BITS, LIMIT, SIDE, Referee, SideError, choose_spans, failure, read_text
+except SyntaxError as error:
+    print(f"extras.versus: cannot run with this {error.filename}: {error}", file=sys.stderr)
+    sys.exit(CANNOT_TELL)
 
 HERE = Path(os.path.abspath(__file__)).parent.parent  # extras/ may be a link
 
@@ -55,7 +59,6 @@ POWER = 1.5  # times half an interval, whose spread is estimated: what four in f
 NOISE = 0.03  # half an interval of ratios of times, at most, for what follows from it
 SCREENED = 6  # pairs of --keep on used seeds
 PROMISING = -1.8  # the t that they have to reach; see tests/night.py
-CANNOT_TELL = 125  # `git bisect run` then skips the commit
 
 # Flags of main.py that have no place here, and those that have to be the same on both sides.
 REFUSED = ["patience", "max_minutes", "eval_tokens", "identifier", "new_model"]
@@ -66,7 +69,7 @@ SHARED += ["seed", "save_dir"]
 
 def main(arguments):
     """Compares what these arguments name; returns the exit status. Raises UsageError, RunError."""
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, stop)
     options, common = read_arguments(arguments)
     if options.list:
@@ -220,8 +223,9 @@ def install(side, save_dir, cores, others):
         source = (side.folder / name).read_text("utf-8", errors="replace")
         digest.update(f"\n{name}\n".encode() + without_comments(source).encode())
     folder = Path(save_dir, "versus", f"{digest.hexdigest()[:12]}.{cores}")
-    if not folder.exists():
-        with explained(f"cannot write to {folder}: name another --save_dir", OSError):
+    fault = f"cannot write to {folder}: name another --save_dir"
+    with explained(fault, OSError), locked(folder.parent):
+        if not folder.exists():
             # Half a copy never has its name.
             partial = folder.with_name(f"{folder.name}.{os.getpid()}")
             shutil.copytree(side.folder, partial)
@@ -241,14 +245,9 @@ def link_or_copy(path, target):
 
 
 def count_tokens(side):
-    """The number of tokens in a side's Python code, without comments."""
-    count = 0
-    for name in side.sources:
-        if name.endswith(".py"):
-            source = without_comments((side.folder / name).read_text("utf-8"))
-            tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-            count += sum(bool(token.string.strip()) for token in tokens)
-    return count
+    """The words and signs in a side's code, without comments; those of strings count, too."""
+    texts = [without_comments((side.folder / name).read_text("utf-8")) for name in side.sources]
+    return len(re.findall(r"\w+|[^\w\s]", " ".join(texts)))
 
 
 def patch(before, after):
@@ -273,8 +272,7 @@ class Outcome(NamedTuple):
     score: float = math.nan  # of the validation text; nan if it diverged
     test_score: float = math.nan  # of the test text, if there is one
     fault: str | None = None  # what is wrong with its score, see Referee
-    iteration: int = 0
-    tokens_seen: int = 0
+    read: tuple = ()  # tokens and, of its order of batches, the epoch and the place in it
     seconds: float = math.nan  # of the processor, for the whole process; nan if it was there before
 
 
@@ -314,6 +312,7 @@ class Comparison:
             self.before, self.after = installed
         self.ledger = self.before.folder.parent / RESULTS
         self.processes = set()
+        self.is_stopped = False
 
     def pairs(self, seeds):
         """Yields each seed with the Outcomes of both sides.
@@ -328,6 +327,7 @@ class Comparison:
             if share:
                 os.sched_setaffinity(0, share)
 
+        self.is_stopped = False
         pool = ThreadPoolExecutor(len(shares), initializer=take_share)
         try:
             pairs = []
@@ -337,6 +337,7 @@ class Comparison:
             for seed, (before, after) in zip(seeds, pairs):
                 yield seed, before.result(), after.result()
         finally:
+            self.is_stopped = True
             pool.shutdown(wait=False, cancel_futures=True)
             for process in [*self.processes]:
                 process.terminate()
@@ -351,10 +352,16 @@ class Comparison:
         # program was killed, the run still has it.
         path = side.folder / f"output-{seed}.txt"
         with open(path, "a+", errors="replace", opener=no_follow) as output:
-            flock(output)
+            while not self.is_stopped:
+                with contextlib.suppress(BlockingIOError):
+                    flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.2)
             record = newest_record(side.folder, seed)
             seconds = math.nan
             if not record or record["iteration"] < self.steps(side):
+                if self.is_stopped:
+                    raise RunError("stopped")
                 output.truncate(0)
                 status, seconds = self.train(side, seed, output)
                 output.seek(0)
@@ -366,11 +373,16 @@ class Comparison:
                 # The time of a run that was resumed is not that of a whole run.
                 seconds = math.nan if record else seconds
                 record = newest_record(side.folder, seed)
+            if not record:
+                raise SideError(f"{side.name} cannot run: it has saved nothing", side.name)
             if record["tokens_sha256"] != side.texts:
                 raise UsageError(f"the text of {side.name} has changed since this comparison began")
-            judged = self.judge(index, side, record)
-        done = record["iteration"], record["tokens_seen"]
-        return Outcome(record["id"], *judged, *done, seconds)
+            *scores, fault = self.judge(index, side, record)
+        steps = record["iteration"]
+        if steps != self.steps(side):
+            fault = f"it has taken {steps:,} steps, not {self.steps(side):,}"
+        read = record["tokens_seen"], record["epoch"], record["place"]
+        return Outcome(record["id"], *scores, fault, read, seconds)
 
     def describe(self):
         """What a result says of what was compared, {name: value}."""
@@ -567,13 +579,13 @@ def column(pairs, name):
 
 
 def find_fault(pairs, sides):
-    """What makes the runs of a side worthless, as a text that names it; None if nothing does."""
-    for own, side in zip(zip(*pairs), sides):
+    """What makes the runs of a side worthless: "before" or "after", and a text; or None."""
+    for name, own, side in zip(("before", "after"), zip(*pairs), sides):
         faults = [each.fault for each in own if each.fault]
         if len(own) > 1 and own[0].id and len({each.id for each in own}) == 1:
             faults.append("all seeds end in the same weights")
         if faults:
-            return f"{side.name}: {faults[0]}"
+            return name, f"{side.name}: {faults[0]}"
 
 
 def changes(pairs, name="score"):
@@ -642,7 +654,7 @@ VERDICTS = {
     "none": "No difference seen",
     "promising": "Promising, on seeds that were used before",
     "same": "No effect, proved: the same weights, for these flags and seeds",
-    "diverged": "Diverged: runs of {diverged}",
+    "diverged": "Diverged: runs of {at_fault}",
     "cannot tell": "Cannot tell",
 }
 
@@ -696,9 +708,10 @@ def keep_or_drop(comparison):
     if margin is not None:
         kept.append("same")
     is_kept = result["outcome"] in kept
-    print_result(result, options, "Keep." if is_kept else "Drop.")
-    if "before" in result["diverged"]:
+    if "before" in result["at_fault"]:
+        print_result(result, options)
         return CANNOT_TELL
+    print_result(result, options, "Keep." if is_kept else "Drop.")
     return 0 if is_kept else 1
 
 
@@ -709,17 +722,17 @@ def compare(comparison, seeds, decide, looks=None):
     """
     sides = comparison.before, comparison.after
     pairs, outcome, fault = train_pairs(comparison, seeds, decide)
-    diverged = []
+    at_fault = [fault[0]] if fault else []
     for name, own in zip(("before", "after"), zip(*pairs)):
-        if any(math.isnan(each.score) for each in own):
-            diverged.append(name)
+        if outcome == "diverged" and any(math.isnan(each.score) for each in own):
+            at_fault.append(name)
     result = comparison.describe() | {
         "seeds": [*seeds[: len(pairs)]],
         "outcome": outcome,
-        "diverged": diverged,
+        "at_fault": at_fault,
         "unlike": unlike(*sides, pairs),
     }
-    if len(pairs) > 1 and not diverged:
+    if len(pairs) > 1 and not at_fault:
         result |= measure(pairs, looks and looks.get(len(pairs)))
     tries = {result["comparison"]}
     for other in comparison.results():
@@ -754,18 +767,24 @@ def train_pairs(comparison, seeds, decide):
 def unlike(before, after, pairs):
     """What the two Sides were given that is not alike, apart from what is compared: names."""
     names = []
-    if before.tokenizer == after.tokenizer and before.texts["train"] != after.texts["train"]:
+    if before.tokenizer != after.tokenizer:
+        return names
+    if before.texts["train"] != after.texts["train"]:
         names.append("training text")
     for pair in pairs[:1]:
-        tokens = [each.tokens_seen / each.iteration for each in pair if each.id]
-        if len({*tokens}) > 1:
-            names.append("number of tokens in a step")
+        read = [each.read for each in pair if each.read]
+        if before.flags["num_iters"] == after.flags["num_iters"] and len({*read}) > 1:
+            names.append("number of tokens read")
     return names
 
 
 def as_json(result):
-    """A result as a line of JSON, which has no nan."""
-    return json.dumps({name: value if value == value else None for name, value in result.items()})
+    """A result as a line of JSON, which has neither nan nor infinity."""
+    finite = {}
+    for name, value in result.items():
+        is_number = not isinstance(value, float) or math.isfinite(value)
+        finite[name] = value if is_number else None
+    return json.dumps(finite)
 
 
 def print_result(result, options, *lines):
@@ -838,10 +857,10 @@ def describe_numbers(result):
 
 def describe_verdict(result, margin, fault, tries):
     """The verdict of a result in words; fault: see find_fault; tries: on some of its seeds."""
-    diverged = " and ".join(result["diverged"])
-    verdict = VERDICTS[result["outcome"]].format(margin=margin, diverged=diverged)
+    at_fault = " and ".join(result["at_fault"])
+    verdict = VERDICTS[result["outcome"]].format(margin=margin, at_fault=at_fault)
     if fault:
-        verdict += f": {fault}"
+        verdict += f": {fault[1]}"
     elif result["outcome"] == "none":
         pairs = len(result["seeds"])
         shown = POWER * (result["high"] - result["low"]) / 2

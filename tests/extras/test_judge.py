@@ -101,7 +101,7 @@ class Remembering:
 
 def placed(rows):
     """Its predictions depend on the place in the batch."""
-    return causal(rows) + 0.01 * np.arange(len(rows))[:, None, None]
+    return causal(rows) * (1 + 0.01 * np.arange(len(rows))[:, None, None])
 
 
 class FakeReferee(judge.Referee):
@@ -116,10 +116,31 @@ class FakeReferee(judge.Referee):
         return self.model(rows).astype(np.float32)
 
 
+def hiding(model, value):
+    """A model with an id that never occurs: its logit is very low."""
+
+    def hidden(rows):
+        logits = model(rows)
+        logits[:, :, V - 1] = value
+        return logits
+
+    return hidden
+
+
+def after_some_tokens(rows):
+    """Only after every fourth id, it knows what comes."""
+    logits = causal(rows)
+    logits[:, :-1, 0] += np.where(rows[:, :-1] % 4 == 0, 0.1 * rows[:, 1:], 0)
+    return logits
+
+
 TOO_MUCH = [
     (peeking_at(3, 4), "it sees the future: the prediction at position 3 depends on token 4"),
     (peeking_at(0, 63), "position 0 depends on token 63"),
     (peeking_at(2, WIDTH - 1), "position 2 depends on token 99"),
+    (hiding(peeking_at(3, 4), -1e9), "position 3 depends on token 4"),
+    (hiding(peeking_at(3, 4), -np.inf), "position 3 depends on token 4"),
+    (after_some_tokens, "it sees the future"),
     (averaging_rows, judge.DEPENDS_ON_OTHERS),
     (Remembering(), judge.DEPENDS_ON_OTHERS),
     (placed, judge.DEPENDS_ON_OTHERS),
@@ -127,10 +148,14 @@ TOO_MUCH = [
 
 
 @pytest.mark.parametrize("model, fault", TOO_MUCH)
-def test_what_a_model_must_not_know(model, fault):
-    tokens = np.random.default_rng(1).integers(0, V, 3 * WIDTH)
+@pytest.mark.parametrize("floats", [1 << 24, 2 * WIDTH * V])
+def test_what_a_model_must_not_know(monkeypatch, model, fault, floats):
+    monkeypatch.setattr(judge, "FLOATS", floats)
+    tokens = np.random.default_rng(1).integers(0, V - 1, 30 * WIDTH)
     assert FakeReferee(causal).check_sight(tokens) is None
-    assert fault in FakeReferee(model).check_sight(tokens)
+    assert FakeReferee(hiding(causal, -1e9)).check_sight(tokens) is None
+    if floats > 1 << 20 or model is not placed:  # alone, each row has the first place
+        assert fault in FakeReferee(model).check_sight(tokens)
 
 
 def test_another_score_is_noticed(monkeypatch):

@@ -221,6 +221,7 @@ CHEATS = [
         "it is scored otherwise than it was trained",
     ),
     ("EDITED = []", "EDITED = []\nprint('{}')", "No effect, proved"),
+    ("iteration >= flags.num_iters or", "iteration >= 2 * flags.num_iters or", "160 steps, not 80"),
     (
         "batches = Batches(dataset.train.tokens,",
         "batches = Batches(dataset.valid.tokens,",
