@@ -221,7 +221,7 @@ CHEATS = [
         "it is scored otherwise than it was trained",
     ),
     ("EDITED = []", "EDITED = []\nprint('{}')", "No effect, proved"),
-    ("iteration >= flags.num_iters or", "iteration >= 2 * flags.num_iters or", "160 steps, not 80"),
+    ("iteration >= flags.num_iters or", "iteration >= 2 * flags.num_iters or", "48 steps, not 24"),
     (
         "batches = Batches(dataset.train.tokens,",
         "batches = Batches(dataset.valid.tokens,",
@@ -237,7 +237,7 @@ def test_mistakes_that_look_like_gains(project, old, new, verdict):
     (project / "text.txt").write_text(facts)
     (project / "test.txt").write_text(facts[::-1])
     line = ["HEAD", "--pairs", 3, "--", "--learning_rate", 0.03, "--test_text", "test.txt"]
-    line += ["--dim", 64, "--num_iters", 80, "--valid_fraction", 0.02]
+    line += ["--valid_fraction", 0.02]
     out, _ = versus(project, *line)
     assert verdict in out.splitlines()[-1]
 
