@@ -44,10 +44,10 @@ class Text(NamedTuple):
 def read_text(before, after, split):
     """The Text of a split of two Sides; None if it has none. Raises UsageError if they differ."""
     sides = (before, after)
-    paths = [side.folder / f"{split}.npy" for side in sides]
+    paths = [side.folder / f"{split}.tokens" for side in sides]  # uint32 each
     if not all(path.exists() for path in paths):
         return None
-    tokens = tuple(map(np.load, paths))
+    tokens = tuple(np.fromfile(path, np.uint32) for path in paths)
     for path in paths:
         path.unlink()
     if before.tokenizer == after.tokenizer:

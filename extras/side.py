@@ -48,7 +48,7 @@ def describe(words):
     for name in ("valid", "test"):
         split = getattr(dataset, name)
         if split:  # the files that it maps may be written anew for the other side
-            np.save(FOLDER / f"{name}.npy", split.tokens)
+            split.tokens.astype(np.uint32).tofile(FOLDER / f"{name}.tokens")
     answer(
         {
             "words": [*main.arguments_of(values), f"--data_dir={data_dir}"],
