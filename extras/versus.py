@@ -357,11 +357,11 @@ class Comparison:
                     flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 time.sleep(0.2)
+            if self.is_stopped:
+                raise RunError("stopped")
             record = newest_record(side.folder, seed)
             seconds = math.nan
             if not record or record["iteration"] < self.steps(side):
-                if self.is_stopped:
-                    raise RunError("stopped")
                 output.truncate(0)
                 status, seconds = self.train(side, seed, output)
                 output.seek(0)
@@ -561,7 +561,7 @@ def measure(pairs, quantile=None):
         "correlation": math.nan,
         "scores_before": before.tolist(),
         "scores_after": after.tolist(),
-        "test_difference": np.subtract(*column(pairs, "test_score")[::-1]).mean(),
+        "test_difference": changes(pairs, "test_score").mean(),
     }
     if scores.std(axis=1).all():
         numbers["correlation"] = np.corrcoef(scores)[0, 1]
