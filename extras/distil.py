@@ -12,7 +12,6 @@ import mlx.core as mx
 
 from datasets import UsageError
 from extras.fast import (
-    STANDS_FOR,
     cross_entropy_of_chunk,
     exp,
     max_of_rows,
@@ -20,17 +19,16 @@ from extras.fast import (
     sum_of_rows,
     sum_over_chunks,
 )
-from main import sha1_of_definition
+from main import EDITED
 
 
 def check():
     """Raises UsageError if main.py has other logits than the chunks here."""
-    for name in ("Embedding", "LanguageModel"):
-        if sha1_of_definition(name) != STANDS_FOR[name]:
-            raise UsageError(
-                "--teacher: extras/distil.py computes logits as main.py had them: undo the edit of "
-                f"{name}"
-            )
+    for name in {"Embedding", "LanguageModel"} & {*EDITED}:
+        raise UsageError(
+            "--teacher: extras/distil.py computes logits as main.py had them: undo the edit of "
+            f"{name}"
+        )
 
 
 def make_loss(teacher, flags):

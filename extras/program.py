@@ -9,7 +9,7 @@ import argparse
 import fnmatch
 
 import main
-from datasets import Parser, UsageError, run_program, word
+from datasets import Parser, UsageError, add_flags, run_program, word
 
 
 def make_parser(name, doc, *flags):
@@ -24,7 +24,7 @@ def make_parser(name, doc, *flags):
         argument_default=argparse.SUPPRESS,  # main.settle knows the defaults
         allow_abbrev=False,
     )
-    main.add_flags(parser, {flag: main.ROWS[flag] for flag in ("save_dir", *flags)})
+    add_flags(parser, {flag: main.ROWS[flag] for flag in ("save_dir", *flags)})
     return parser
 
 
