@@ -1550,17 +1550,17 @@ class Checkpoint(Progress):
     state_sha1: str  # of the arrays in its .metadata, see sha1_of_arrays
     saved: float  # when, in seconds since 1970; later than those before it in its run
     flags: dict  # those in SAVED, as they were settled
-    config: dict  # a Config; in the file, its fields
+    config: Config
     tokens_sha256: dict  # of the training and validation texts, see Dataset
     origins: dict  # the models that it began with: {"init_from", "teacher" or "branched_from": id}
-    stretches: list  # a Stretch each; in the file, its fields
+    stretches: list  # a Stretch each
     # The fields of its Batches with the same names; `perm` is an array in the .metadata.
     epoch: int
     place: int
     offset: int
     format_version: int
 
-    folder = None  # of its run, a Path; not in the record, but set by read_checkpoint
+    folder: Path = dataclasses.field(init=False)  # of its run; not in the record
 
     @property
     def run(self):
@@ -1666,9 +1666,11 @@ class Contents(NamedTuple):
                 run.model.update(state["weights"])
             check_arrays(state["optimizer"], run.optimizer.state)
             run.optimizer.state = state["optimizer"]
-        for field in dataclasses.fields(Progress):
-            setattr(run, field.name, getattr(checkpoint, field.name))
+        for name, value in checkpoint.progress().items():
+            setattr(run, name, value)
         run.checkpoint_id = checkpoint.id
+        run.origins = checkpoint.origins
+        run.stretches = [*checkpoint.stretches]
 
 
 def check_arrays(found, expected):
@@ -1723,6 +1725,8 @@ def read_checkpoint(metadata_path):
     if version != FORMAT_VERSION:
         reader = READERS.get(version, "that wrote it")
         raise ValueError(f"its format is version {version}, which the commit {reader} reads")
+    record["config"] = checked(Config, record["config"])
+    record["stretches"] = [checked(Stretch, values) for values in record["stretches"]]
     checkpoint = checked(Checkpoint, record)
     checkpoint.folder = metadata_path.parent
     for iteration, nats in checkpoint.scores:
@@ -1730,11 +1734,9 @@ def read_checkpoint(metadata_path):
             raise ValueError("its scores are malformed")
     if not checkpoint.stretches or not all(map(SHA1.fullmatch, checkpoint.origins.values())):
         raise ValueError("its history is malformed")
-    checkpoint.stretches = [checked(Stretch, values) for values in checkpoint.stretches]
     check_values(checkpoint.flags)
     # A flag that is younger than the checkpoint has its default.
     checkpoint.flags = {name: DEFAULTS[name] for name in SAVED} | checkpoint.flags
-    checkpoint.config = checked(Config, checkpoint.config)
     if checkpoint.id != metadata_path.stem:
         raise ValueError(f"it belongs to {checkpoint.id[:12]}")
     return checkpoint
@@ -1935,7 +1937,7 @@ def describe_run(run):
     return run.progress() | {
         "format_version": FORMAT_VERSION,
         "name": run.folder.name,
-        "flags": {name: getattr(run.flags, name) for name in SAVED},
+        "flags": values_of(run.flags, SAVED),
         "config": dataclasses.asdict(run.model.config),
         "tokens_sha256": run.dataset.sha256,
         "origins": run.origins,
@@ -2195,13 +2197,14 @@ def list_versions(flags, ranks):
 
     The C++ compiler is not among them; MLX and extras/fast.py keep what it has compiled.
     """
+    gpu = on_gpu()
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
     blas = fast.describe_blas() if fast else "MLX's own BLAS"
     dtype = "float32"
-    if on_gpu() or (fast and fast.has_bfloat16()):
+    if gpu or (fast and fast.has_bfloat16()):
         dtype = flags.dtype
     streams = 1
-    if not on_gpu():
+    if not gpu:
         cores = fast.count_cores() if fast else os.cpu_count()  # fewer under taskset
         device += f", {cores} cores"
     if fast:
@@ -2534,8 +2537,7 @@ def print_start(run, checkpoint, ranks):
     ]
     if checkpoint:
         lines += describe_resume(checkpoint, run)
-    for line in [*lines, *start_notices(run)]:
-        tqdm.write(printable(line))
+    tqdm.write(printable("\n".join([*lines, *start_notices(run)])))
 
 
 def describe_score(name, metrics, split, tokenizer, mark=""):
@@ -3030,7 +3032,6 @@ def check_values(values):
     changed = {name: value for name, value in values.items() if value != DEFAULTS[name]}
     if parse(arguments_of(changed)) != changed:
         raise ValueError("its flags are of other types")
-    settle({}, values)
 
 
 def read_command_line(argv):
@@ -3118,6 +3119,11 @@ def settle(given, saved=None):
     if flags.lora_rank and flags.lora_alpha is None:
         flags.lora_alpha = 2 * flags.lora_rank  # LoRA's scale, alpha / rank, is then 2
     return flags
+
+
+def values_of(flags, names):
+    """The values that flags, or a Config, have under these names, {name: value}."""
+    return {name: getattr(flags, name) for name in names}
 
 
 def absolute(path):
@@ -3261,45 +3267,47 @@ def find_start(flags, checkpoints):
     return checkpoints[0]
 
 
-def find_candidates(flags, checkpoints, start):
-    """The newest checkpoints of the runs whose flags and models are those of a command.
+def find_run(flags, checkpoints, start):
+    """The newest checkpoint of the run that a command goes on with, or None; and its dataset.
 
-    start: see find_start. A command that names an older checkpoint, or changes training flags,
-    means a branch; the record of a branch has the id of the checkpoint that it left.
+    It is the first run whose flags, models, text and code are those of the command; with
+    --identifier, the code is not compared. start: see find_start. A command that names an older
+    checkpoint, or changes training flags, means a branch, whose record has the id of the checkpoint
+    that it left. The dataset is None where no run has these flags and models.
+
+    Raises UsageError if only the code differs, and either the run is unfinished or the command has
+    no flags that describe a run.
     """
     if flags.new_model:
-        return []
+        return None, None
     newest = [own[0] for own in by_run(checkpoints).values()]  # saved last first
+    alike = []
     if start in newest and not differences(flags, start):
-        return [start]
-    candidates = []
-    for checkpoint in newest:
-        is_copy = checkpoint.name != checkpoint.run
-        is_branch_of_it = checkpoint.origins.get("branched_from") == (start and start.id)
-        if not is_copy and is_branch_of_it and not differences(flags, checkpoint):
-            candidates.append(checkpoint)
-    return candidates
-
-
-def choose(candidates, flags, dataset, start):
-    """The candidate that a command goes on with: the first of the same text and code, or None.
-
-    With --identifier, the code is not compared. Raises UsageError if only the code differs, and
-    either the run is unfinished or the command has no flags that describe a run.
-    """
-    candidates = [each for each in candidates if each.tokens_sha256 == dataset.sha256]
+        alike = [start]
+    else:
+        for checkpoint in newest:
+            is_copy = checkpoint.name != checkpoint.run
+            is_branch_of_it = checkpoint.origins.get("branched_from") == (start and start.id)
+            if not is_copy and is_branch_of_it and not differences(flags, checkpoint):
+                alike.append(checkpoint)
+    if not start and not alike:
+        return None, None
+    dataset = load_data_again(flags, start or alike[0])
+    if start:
+        refuse_other_text(dataset, start)
+    alike = [each for each in alike if each.tokens_sha256 == dataset.sha256]
     code = hash_code(vars(flags))
-    for checkpoint in candidates:
+    for checkpoint in alike:
         if flags.identifier or checkpoint.stretches[-1].code == code:
-            return checkpoint
-    if candidates and (start or not candidates[0].is_complete):
-        run = candidates[0].run
+            return checkpoint, dataset
+    if alike and (start or not alike[0].is_complete):
+        run = alike[0].run
         raise UsageError(
             f"{run} was trained by other code than this: go on with this code by "
             f"{command(flags, run)}, or begin a new run by the command that began it and "
             "--new_model"
         )
-    return None
+    return None, dataset
 
 
 def free_folder(flags, checkpoints):
@@ -3348,8 +3356,9 @@ def claimed(folder):
         os.close(descriptor)
 
 
-def describe_other(other, flags):
-    """Says why this run is not resumed, and with which command it would be."""
+def describe_other(checkpoints, flags):
+    """Says why the run most like this one is not resumed, and with which command it would be."""
+    other = min(checkpoints, key=lambda each: len(differences(flags, each)))
     found = []
     for name, value in differences(flags, other).items():
         found += arguments_of({name: value}) or [f"no --{name}"]
@@ -3385,7 +3394,7 @@ def decided_by(models, flags):
     decided = {"tokenizer": tokenizer.kind}
     if "init_from" in models:
         config = models["init_from"].model.config
-        decided |= {name: getattr(config, name) for name in FLAGS["model"]}
+        decided |= values_of(config, FLAGS["model"])
         if "context_size" in flags.given:  # RoPE works with any
             decided["context_size"] = flags.context_size
         elif is_foreign(flags.init_from):
@@ -3405,7 +3414,7 @@ def make_model(flags, dataset, checkpoint, models):
                 extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
             return model
         if not checkpoint:
-            shape = {name: getattr(flags, name) for name in FLAGS["model"]}
+            shape = values_of(flags, FLAGS["model"])
             return LanguageModel(Config(dataset.tokenizer.vocab_size, **shape))
     except ValueError as error:  # its message begins with the name of a field
         raise UsageError(f"--{error}") from None
@@ -3487,8 +3496,7 @@ def load_data(flags, tokenizer=None):
             f"--eval_stride {flags.eval_stride} would skip tokens: "
             f"give at most {flags.context_size}"
         )
-    names = [*FLAGS["data"], "test_text", "save_dir", "mirror"]
-    arguments = {name: getattr(flags, name) for name in names}
+    arguments = values_of(flags, [*FLAGS["data"], "test_text", "save_dir", "mirror"])
     if tokenizer:
         arguments["tokenizer"] = tokenizer
     data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
@@ -3551,8 +3559,6 @@ def make_run(folder, flags, contents, models, dataset, ranks):
     )
     if contents:
         contents.restore(run)
-        run.origins = checkpoint.origins
-        run.stretches = [*checkpoint.stretches]
     stretch = Stretch(run.iteration, flags.num_iters, code, list_versions(flags, ranks))
     if run.stretches[-1:] != [stretch]:
         run.stretches.append(stretch)
@@ -3598,30 +3604,20 @@ def set_up(flags, ranks, interrupts, stack):
         flags = settle(flags.given, start.flags)
         check_agreement(flags, differences(flags, start), start.run)
     check_parts(flags, ranks)
-    candidates = find_candidates(flags, checkpoints, start)
-    found = None
-    if start or candidates:
-        known = candidates[0] if candidates else start
-        dataset = load_data_again(flags, known)
-        if start:
-            refuse_other_text(dataset, start)
-        found = choose(candidates, flags, dataset, start)
-
+    found, dataset = find_run(flags, checkpoints, start)
     folder = found.folder if found else free_folder(flags, checkpoints)
     stack.enter_context(claimed(folder))
-    contents = None
-    if found:  # only now can no other process advance it
-        # Of a branch of what is named, any intact checkpoint will do.
-        is_named = bool(flags.identifier) and found is start
-        contents = open_newest(list_run(folder, warn=True), is_named=is_named)
-    elif start:
-        contents = open_newest([start], is_named=True)
-    if contents:
+    if found or start:
+        # Only now can no other process advance it. Of a branch of what is named, any intact
+        # checkpoint will do.
+        is_named = bool(flags.identifier) and found in (None, start)
+        contents = open_newest(list_run(folder, warn=True) if found else [start], is_named)
         flags = settle(flags.given, contents.checkpoint.flags)
         models = {}
         for name in needed_models(flags):
             models[name] = extra("models").open_kept(contents.checkpoint, name)
     else:
+        contents = None
         models, flags, dataset = begin(flags)
     run = make_run(folder, flags, contents, models, dataset, ranks)
     run.saved = max((each.saved for each in checkpoints), default=0.0)
@@ -3631,8 +3627,7 @@ def set_up(flags, ranks, interrupts, stack):
     stack.enter_context(interrupts)  # from here on there is something to save
     print_start(run, contents and contents.checkpoint, ranks)
     if not contents and checkpoints and not flags.new_model:
-        nearest = candidates[0] if candidates else checkpoints[0]  # or saved last
-        tqdm.write(printable(describe_other(nearest, flags)))
+        tqdm.write(printable(describe_other(checkpoints, flags)))
     if start and not found:
         run.origins = run.origins | {"branched_from": start.id}
         save(run, interrupts)  # a branch then has all that it needs
@@ -3769,21 +3764,24 @@ def describe_end(run, received):
     return f"{trained}\n{ended}. To sample: {again} --inference\nTo train on: {again}{more}"
 
 
-def execute(argv, ranks):
-    """Executes the command; returns the exit status, or None for 0."""
-    flags = settle(read_command_line(argv))
-    path = str(flags.save_dir.absolute())
-    if utf8(path) != path:
-        raise UsageError(f"--save_dir {path}: MLX reads only names in UTF-8; rename it")
-    use_device(flags.gpu)
-    if flags.list:
-        return list_runs(flags.save_dir)
-    if flags.inference or flags.prompt is not None or flags.evaluate:
-        return use_checkpoint(flags)
-    fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
-    with explained(fault, OSError):
-        make_writable(flags.save_dir)
-    return train_run(flags, ranks)
+def execute(argv):
+    """Executes the command, while other ranks train along; returns the status, or None for 0."""
+    with explained_by_mlx(), join_ranks(argv) as ranks:
+        if ranks.rank > 0:
+            return ranks.follow()
+        flags = settle(read_command_line(argv))
+        path = str(flags.save_dir.absolute())
+        if utf8(path) != path:
+            raise UsageError(f"--save_dir {path}: MLX reads only names in UTF-8; rename it")
+        use_device(flags.gpu)
+        if flags.list:
+            return list_runs(flags.save_dir)
+        if flags.inference or flags.prompt is not None or flags.evaluate:
+            return use_checkpoint(flags)
+        fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
+        with explained(fault, OSError):
+            make_writable(flags.save_dir)
+        return train_run(flags, ranks)
 
 
 # {a pattern in a RuntimeError of MLX that the user can fix: what to say}. The first one counts.
@@ -3808,10 +3806,11 @@ MLX_ERRORS = {
 }
 
 
-def explained_by_mlx(function, *arguments):
-    """What a function returns. Raises RunError if MLX fails for a reason that the user can fix."""
+@contextlib.contextmanager
+def explained_by_mlx():
+    """Raises RunError where MLX fails in this block for a reason that the user can fix."""
     try:
-        return function(*arguments)
+        yield
     except RuntimeError as error:
         reason = one_line(error)
         for pattern, line in MLX_ERRORS.items():
@@ -3821,20 +3820,12 @@ def explained_by_mlx(function, *arguments):
         raise  # a bug in this program
 
 
-def run_ranks(argv):
-    """Executes the command on the first rank; the others train along."""
-    with join_ranks(argv) as ranks:
-        if ranks.rank > 0:
-            return ranks.follow()
-        return explained_by_mlx(execute, argv, ranks)
-
-
 def main(argv=None):
     """Runs the program; returns the exit status.
 
     It is 0 on success, 1 on failure, 2 on a usage error, or 128 + the signal that ended it.
     """
-    return run_command("main.py", run_ranks, sys.argv[1:] if argv is None else argv)
+    return run_command("main.py", execute, sys.argv[1:] if argv is None else argv)
 
 
 # For replaced_names.

@@ -201,8 +201,10 @@ def compile_once(path, command):
 
     Raises OSError, SubprocessError.
     """
+    if path.exists():
+        return
     with locked(path.parent):
-        if path.exists():
+        if path.exists():  # another process has just made it
             return
         remove_leftovers(path.parent)  # of processes that were killed
         environment = {**os.environ, "TMPDIR": str(path.parent)}  # the user's may be full
