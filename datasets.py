@@ -1644,7 +1644,7 @@ def number(kind, least, most=math.inf):
 SIZE = number(int, 1, LARGEST)
 
 
-def word(text):
+def nonempty(text):
     """A flag's type: a text that is not empty."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("is empty: give it a value, or leave it out")
@@ -1653,7 +1653,7 @@ def word(text):
 
 def path_name(text):
     """A flag's type: a path, see user_path."""
-    return user_path(word(text))
+    return user_path(nonempty(text))
 
 
 class Parser(argparse.ArgumentParser):
@@ -1702,20 +1702,20 @@ def one_of(choices):
 
 def tokenizer_name(text):
     """A flag's type: auto, a kind of tokenizer, or the absolute path of a tokenizer.json."""
-    return text if text in KINDS else os.path.abspath(user_path(word(text)))
+    return text if text in KINDS else os.path.abspath(user_path(nonempty(text)))
 
 
 # The flags that decide a text, {group: {flag: row}}; main.py has these and others.
 TEXT_FLAGS = {
     "data": {
         "dataset": Flag("ptb", one_of([*CORPORA]), "training corpus", "dataset_name"),
-        "text": Flag([], word, "train on your own files, folders, glob patterns"),
-        "valid_text": Flag([], word, "validation files (default: a share of --text)"),
+        "text": Flag([], nonempty, "train on your own files, folders, glob patterns"),
+        "valid_text": Flag([], nonempty, "validation files (default: a share of --text)"),
         "valid_fraction": Flag(
             0.1, number(float, 0.001, 0.5), "share of --text held out", "val_fraction val_split"
         ),
         "text_field": Flag(
-            "text", word, "field of .jsonl and .parquet with the text", "text_column"
+            "text", nonempty, "field of .jsonl and .parquet with the text", "text_column"
         ),
         "train_tokens": Flag(None, SIZE, "train on the first N tokens only (default: all)"),
         "tokenizer": Flag(
@@ -1726,14 +1726,20 @@ TEXT_FLAGS = {
         # 257: the bytes and the end token.
         "vocab_size": Flag(32000, number(int, 257, 2**20), "vocabulary size of --tokenizer bpe"),
     },
-    "run": {"test_text": Flag([], word, "test files, beside --text")},
+    "run": {"test_text": Flag([], nonempty, "test files, beside --text")},
     "command": {
-        "save_dir": Flag("runs", word, "folder with a folder for each run", "out_dir output_dir"),
-        "data_dir": Flag(
-            None, word, "folder for downloads and tokens (default: save_dir, if given; else a RAM "
-            "disk, if mounted; else ~/.cache/transformer-lm)"
+        "save_dir": Flag(
+            "runs", nonempty, "folder with a folder for each run", "out_dir output_dir"
         ),
-        "mirror": Flag(None, word, "URL or folder of <dataset>/<file>, instead of the usual hosts"),
+        "data_dir": Flag(
+            None,
+            nonempty,
+            "folder for downloads and tokens (default: save_dir, if given; else a RAM disk, if "
+            "mounted; else ~/.cache/transformer-lm)",
+        ),
+        "mirror": Flag(
+            None, nonempty, "URL or folder of <dataset>/<file>, instead of the usual hosts"
+        ),
     },
 }
 

@@ -103,10 +103,10 @@ except ImportError as error:
 from datasets import CORPORA, LARGEST, SIZE, SPLITS, TEXT_FLAGS, TOKENIZERS, Dataset, Flag, Parser
 from datasets import RunError, UsageError, add_flags, definition, describe_tokenizer, discard
 from datasets import end_of_text, explained, extra, flock, hash_of_file, load_dataset
-from datasets import make_writable, new_file, no_follow, number, one_line, one_of, open_code_dir
-from datasets import open_data_dir, printable, publish, remove_leftovers, repair_streams, replacing
-from datasets import run_command, sync, tokenizer_from_dict, use_compiler, user_path, utf8
-from datasets import without_comments, word
+from datasets import make_writable, new_file, no_follow, nonempty, number, one_line, one_of
+from datasets import open_code_dir, open_data_dir, printable, publish, remove_leftovers
+from datasets import repair_streams, replacing, run_command, sync, tokenizer_from_dict
+from datasets import use_compiler, user_path, utf8, without_comments
 
 EDITED = []  # names of functions below that were edited since extras/fast.py was written
 
@@ -682,13 +682,16 @@ def make_optimizer(model, flags):
 
 
 def is_matrix(name, parameter):
-    """Whether a parameter is a matrix, for MultiOptimizer's filters."""
+    """Whether a parameter is a matrix or a stack of them, for MultiOptimizer's filters."""
     return parameter.ndim >= 2
 
 
 def is_matrix_of_block(name, parameter):
-    """Whether a parameter is a block's matrix, not the embeddings or the output layer."""
-    return name.startswith("model.layers.") and is_matrix(name, parameter)
+    """Whether a parameter is a block's matrix, not the embeddings or the output layer.
+
+    Muon can only take matrices: what has three dimensions is left to the next group.
+    """
+    return name.startswith("model.layers.") and parameter.ndim == 2
 
 
 def set_learning_rate(optimizer, rate):
@@ -1752,7 +1755,7 @@ def checked(kind, values):
         wanted = types.get(name)
         if type(value) not in (get_args(wanted) or [wanted]):
             raise ValueError(f"its {name:.50} is of another type")
-        least = 0 if type(value) is int else -1e15  # a sum of losses may be negative by rounding
+        least = 0 if type(value) is int else -1e15  # rounding makes a sum of losses negative
         if type(value) in (int, float) and not least <= value < 1e15:
             raise ValueError(f"its {name} is out of range")
     return kind(**values)
@@ -2012,7 +2015,7 @@ def open_model(save_dir, name, flag_name):
 
 def is_foreign(name):
     """Whether a model's name is that of a Hugging Face folder or model, not of a checkpoint."""
-    return os.path.isdir(name) or "/" in name  # which no checkpoint's name contains
+    return "/" in name  # `settle` has made a folder's name absolute
 
 
 def open_source(checkpoint):
@@ -2760,7 +2763,7 @@ def prompt_text(text):
     return text
 
 
-def bits(text):
+def bit_width(text):
     """A flag's type: bits of a quantized weight; "int8" is 8."""
     return int(one_of(["4", "8", "16"])(text.removeprefix("int")))
 
@@ -2832,10 +2835,12 @@ FLAGS["start"] = {
         f"muon: for the blocks' matrices, at {Muon.lr_scale} times the learning rate",
         "optim",
     ),
-    "init_from": Flag(None, word, "start from a checkpoint, a Hugging Face folder, or ORG/NAME"),
+    "init_from": Flag(
+        None, nonempty, "start from a checkpoint, a Hugging Face folder, or ORG/NAME"
+    ),
     "lora_rank": Flag(None, SIZE, "train only LoRA adapters of this rank, on --init_from"),
     "lora_alpha": Flag(None, RATE, "adapters are scaled by alpha / rank (default: 2 rank)"),
-    "teacher": Flag(None, word, "distill from this model, named as for --init_from"),
+    "teacher": Flag(None, nonempty, "distill from this model, named as for --init_from"),
 }
 
 FLAGS["training"] = {
@@ -2917,10 +2922,10 @@ FLAGS["sampling"] = {
     "repetition_penalty": Flag(
         1.0, number(float, 0.01, 100), "penalty on tokens that have occurred; 1: none"
     ),
-    "stop": Flag(None, word, "stop before this text"),
+    "stop": Flag(None, nonempty, "stop before this text"),
     "stop_at_end": Flag(True, bool, "end a sample at the end token, where texts end with one"),
-    "draft": Flag(None, word, "draft checkpoint for speculative decoding", "draft_model"),
-    "quantize": Flag(None, bits, "quantize trained weights to 4, 8 or 16 bits"),
+    "draft": Flag(None, nonempty, "draft checkpoint for speculative decoding", "draft_model"),
+    "quantize": Flag(None, bit_width, "quantize trained weights to 4, 8 or 16 bits"),
 }
 
 FLAGS["command"] = {
@@ -2933,10 +2938,10 @@ FLAGS["command"] = {
     "list": Flag(False, bool, "list runs and checkpoints"),
     "new_model": Flag(False, bool, "start a new run even if one could be resumed"),
     "identifier": Flag(
-        None, word, "checkpoint to use: SHA1 prefix, run, RUN@STEP, latest or best", "ckpt"
+        None, nonempty, "checkpoint to use: SHA1 prefix, run, RUN@STEP, latest or best", "ckpt"
         " resume_from_checkpoint"
     ),
-    "config": Flag(None, word, "YAML file of flags, or a recipe in extras/recipes"),
+    "config": Flag(None, nonempty, "YAML file of flags, or a recipe in extras/recipes"),
     "preset": Flag(None, one_of(PRESETS), "sets dim, num_heads, num_blocks, context_size"),
     "max_minutes": Flag(None, RATE, "stop after this much training time in this session"),
     "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
@@ -3097,7 +3102,8 @@ def settle(given, saved=None):
     for name in {"text", "valid_text", "test_text"} & {*given}:  # those saved are absolute
         setattr(flags, name, [absolute(path) for path in given[name]])
     for name in {"init_from", "teacher", "draft"} & {*given}:
-        if os.path.isdir(user_path(given[name])):  # else a checkpoint, or a model of the hub
+        # Else it is a checkpoint, or a model of the hub.
+        if given[name] not in ("latest", "best") and os.path.isdir(user_path(given[name])):
             setattr(flags, name, absolute(given[name]))
     if flags.text and given.get("dataset", "text") != "text":
         raise UsageError("--dataset and --text both name what to train on: use one of them")

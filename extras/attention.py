@@ -3,8 +3,7 @@
     python -m extras.attention heads.png --prompt "def __init__(self"
 
 It needs matplotlib; the file's extension selects the format, as for extras.plot.
-Dimension letters are those of main.py: D model, H query heads, K key/value heads, L positions,
-d head.
+Dimension letters are those of main.py: D model, H query heads, L positions, d head.
 """
 
 # First: main.py chooses the BLAS before NumPy and MLX take one.
@@ -14,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from extras.plot import make_figure, save_figure
-from main import announce, first_ids
+from main import announce, attend, first_ids
 
 
 def main(arguments):
@@ -59,20 +58,23 @@ def attention_weights(model, tokens):
     """How much each position of a text attends to itself and to each position before it.
 
     tokens: L ids. Returns a float32 NumPy array [blocks, H, L, L]; the last axis sums to 1.
+
+    They are those of main.py's `attend`, also of one that was edited: what it makes of values that
+    are 1 at one position and 0 at all others.
     """
-    seen = mx.array(np.tri(len(tokens), dtype=bool))  # [L, L]: no position looks ahead
+    L = len(tokens)
     hidden = model.model.embed(mx.array([tokens]))  # [1, L, D]
     weights = []
     for block in model.model.layers:
-        queries, keys, _ = block.self_attn.project(block.input_layernorm(hidden))
-        # H / K neighbouring query heads share each key head.
-        keys = mx.repeat(keys, queries.shape[1] // keys.shape[1], axis=1)  # [1, H, L, d]
-        scale = queries.shape[-1] ** -0.5
-        scores = (queries * scale) @ keys.swapaxes(-1, -2)  # [1, H, L, L]
-        scores = mx.where(seen, scores.astype(mx.float32), -mx.inf)
-        weights.append(mx.softmax(scores, axis=-1))
+        queries, keys, values = block.self_attn.project(block.input_layernorm(hidden))
+        d = values.shape[-1]
+        parts = []  # [1, H, L, d] each
+        for first in range(0, L, d):  # d positions at a time, as a value has d numbers
+            ones = mx.broadcast_to(mx.eye(L, d, -first), values.shape)
+            parts.append(attend(queries, keys, ones))
+        weights.append(mx.concatenate(parts, axis=-1)[..., :L])
         hidden = block(hidden)
-    return np.array(mx.concatenate(weights))
+    return np.array(mx.concatenate(weights).astype(mx.float32))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from datasets import Parser, RunError, UsageError, explained, one_line, path_name, run_program
-from datasets import utf8, word
+from datasets import nonempty, utf8
 from extras.results import append_lines, json_line, read_prompt_lines
 
 TIMEOUT = 120  # seconds to wait for the server's next byte
@@ -39,10 +39,10 @@ def main(arguments):
         "--distill_from",
         metavar="URL",
         required=True,
-        type=word,
+        type=nonempty,
         help="server with OpenAI's chat completions API",
     )
-    add("--teacher_model", metavar="NAME", required=True, type=word, help="the server's model")
+    add("--teacher_model", metavar="NAME", required=True, type=nonempty, help="the server's model")
     add(
         "--teacher_prompts",
         metavar="FILE",

@@ -83,7 +83,11 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha,
   if (needed > room) {
     free(buffer);
     buffer = malloc(needed * sizeof(bf16));
-    room = needed;
+    room = buffer ? needed : 0;
+  }
+  if (!buffer) {  // there is no memory for rounded copies
+    onednn(ta_name, tb_name, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    return;
   }
   bf16* b_rounded = buffer + a_rows * a_columns;
   round_to_bf16(a, a_rows, a_columns, lda, buffer);

@@ -9,7 +9,7 @@ import argparse
 import fnmatch
 
 import main
-from datasets import Parser, UsageError, add_flags, run_program, word
+from datasets import Parser, UsageError, add_flags, nonempty, run_program
 
 
 def make_parser(name, doc, *flags):
@@ -54,7 +54,7 @@ def add_identifiers(parser):
         nargs="+",
         action="extend",
         metavar="ID",
-        type=word,
+        type=nonempty,
         help="SHA1 prefixes, run names, latest, best, or patterns of run names (default: all)",
     )
 
