@@ -58,7 +58,7 @@ HOPELESS = 0.7  # from six pairs on, a race ends where |t| is below it
 POWER = 1.5  # times half an interval, whose spread is estimated: what four in five would show
 NOISE = 0.03  # half an interval of ratios of times, at most, for what follows from it
 SCREENED = 6  # pairs of --keep on used seeds
-PROMISING = -1.8  # the t that they have to reach; see tests/night.py
+PROMISING = -1.8  # the t that they have to reach; see tests/nightly/rules.py
 
 # Flags of main.py that have no place here, and those that have to be the same on both sides.
 REFUSED = ["patience", "max_minutes", "eval_tokens", "identifier", "new_model"]

@@ -6,7 +6,7 @@ This process has imported what the program imports, which takes most of the time
 All else is as in `python PROGRAM`: the fork runs the file as __main__, with arguments, working
 directory and standard streams of its own, and ends as Python ends, but for freeing the memory.
 tests/conftest.py asks: one JSON line on stdin for each run, answered by its exit status on stdout.
-tests/crash.py and tests/strangers.py have a Program in their own process.
+tests/nightly/crash.py and strangers.py have a Program in their own process.
 """
 
 import atexit

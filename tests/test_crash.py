@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="MLX does not su
 
 def play(name, *arguments):
     """Runs one of the programs in one process; returns its exit status and what it printed."""
-    command = [sys.executable, ROOT / "tests" / name, "--jobs", 1, *arguments]
+    command = [sys.executable, ROOT / "tests" / "nightly" / name, "--jobs", 1, *arguments]
     ended = subprocess.run([*map(str, command)], capture_output=True, text=True)
     return ended.returncode, ended.stdout + ended.stderr
 

@@ -1,7 +1,7 @@
 """How often does extras.versus call a useless edit helpful or harmful? It should be one in twenty.
 
-    python tests/useless.py                  200 edits, an hour
-    python tests/useless.py --edits 20 --seed 7
+    python tests/nightly/useless.py                  200 edits, an hour
+    python tests/nightly/useless.py --edits 20 --seed 7
 
 A useless edit shuffles the columns of one matrix of a model's first weights: these are independent
 and identically distributed, so neither side is the better one. Each is compared, then tried with
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = "--text text.txt --dim 16 --num_blocks 1 --num_heads 2 --context_size 16 --batch_size 8 "
 MODEL += "--num_iters 150 --learning_rate 3e-2 --lr_warmup 5 --lr_schedule cosine"
 LAST_LINE = "    model.load_weights(weights)\n"  # of init_weights

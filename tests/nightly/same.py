@@ -1,7 +1,7 @@
-"""Types the command lines of tests/same.txt in two checkouts, and lists what differs.
+"""Types the command lines of tests/nightly/same.txt in two checkouts, and lists what differs.
 
-    python tests/same.py OLD NEW                   two folders that hold main.py
-    python tests/same.py OLD NEW --only exact      the sections whose names contain this
+    python tests/nightly/same.py OLD NEW                   two folders that hold main.py
+    python tests/nightly/same.py OLD NEW --only exact      the sections whose names contain this
 
 Of each command: exit status, last lines of stdout and stderr, number of lines on stderr, and the
 files that it made, changed and deleted. Checkpoints are files named by the SHA1 of their weights,

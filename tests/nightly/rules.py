@@ -1,7 +1,7 @@
 """What the rules of extras.versus do, by simulation: no run is trained.
 
-    python tests/night.py                  20,000 comparisons a line, a few minutes
-    python tests/night.py --tries 2000
+    python tests/nightly/rules.py                  20,000 comparisons a line, a few minutes
+    python tests/nightly/rules.py --tries 2000
 
 The differences of pairs are drawn from a normal distribution, and decided by the functions that
 extras.versus itself uses. First the race; then --keep, and a night in which a program tries a
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from extras.versus import RACE, SCREENED, Outcome, race, screen
 

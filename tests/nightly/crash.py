@@ -1,10 +1,10 @@
 """A fault at every call of the system that a run makes; then random ones. All from outside.
 
-    python tests/crash.py                           every call of five scenarios, every action
-    python tests/crash.py --every 40                one in forty of these cases
-    python tests/crash.py --random 5000 --seed 7    five thousand random faults
-    python tests/crash.py --only begin-57-power     one case again, or 7-12 of --random
-    python tests/crash.py --checkout DIR            the main.py of another folder
+    python tests/nightly/crash.py                           every call, every action
+    python tests/nightly/crash.py --every 40                one in forty of these cases
+    python tests/nightly/crash.py --random 5000 --seed 7    five thousand random faults
+    python tests/nightly/crash.py --only begin-57-power     one case again, or 7-12 of --random
+    python tests/nightly/crash.py --checkout DIR            the main.py of another folder
 
 A *leg* is main.py as it is, in a fork of this process, started as a user starts it. In it, each
 call that opens, reads, writes, names, syncs or deletes something in the folder of runs is counted,
@@ -40,9 +40,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
 from forkserver import Program, play_all
 
-ROOT = Path(__file__).resolve().parent.parent
 FASTER = 1000  # how many seconds of a leg pass in one
 # Exit statuses, with the work saved.
 SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 138}

@@ -1,7 +1,7 @@
 """Strangers' checkpoints: whatever their files hold, a command ends well, or in one line.
 
-    python tests/strangers.py --seed 7 --cases 20000 --jobs 2   cases 7-0, 7-1, ... 7-19999
-    python tests/strangers.py --only 7-123                      that one again; keeps its folder
+    python tests/nightly/strangers.py --seed 7 --cases 20000   cases 7-0, 7-1, ... 7-19999
+    python tests/nightly/strangers.py --only 7-123             that one again; keeps its folder
 
 A *case* is decided by its name. It takes the run or the Hugging Face folder of a stranger, which
 the program itself has made, changes one to three things in it (a value, a key, an array, a file, a
@@ -39,6 +39,9 @@ import time
 import tty
 from pathlib import Path
 from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
 
 from forkserver import Program, play_all
 
@@ -636,7 +639,7 @@ def main():
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--only", metavar="CASE", help="this case alone, which keeps its folder")
-    parser.add_argument("--checkout", type=Path, default=Path(__file__).resolve().parent.parent)
+    parser.add_argument("--checkout", type=Path, default=ROOT)
     options = parser.parse_args()
     player = Player(options.checkout.resolve())
     if options.only:
