@@ -259,10 +259,10 @@ class WordTokenizer(Tokenizer):
 
 FAILED = "this tokenizer fails on the text: train with another --tokenizer"
 
-# What BPE would take for a single word is cut for its training, whose time grows with the square
-# of a word's length.
+# BPE's training time grows with the square of a word's length, so what it would take for a long
+# word is cut.
 LONG_WORD = re.compile(r"(\w{1000}|\W{1000})")
-# Such a word holds this at a multiple of 500, where alone it is sought: in a hundredth of the time.
+# Such a word matches this at a multiple of 500; looking only there takes a hundredth of the time.
 IN_LONG_WORD = re.compile(r"\w{500}|\W{500}")
 
 
@@ -369,8 +369,7 @@ KINDS = ["auto", "byte", "char", "word", "bpe", "gpt2"]
 def end_of_text(tokenizer):
     """The id that ends a text, or None.
 
-    That is the end token, unless a line end is read as one, too: it then ends but a line, as in the
-    Penn Treebank.
+    That is the end token, unless it also encodes line ends, as in the Penn Treebank.
     """
     if tokenizer.eos is None or tokenizer.eos in tokenizer.encode("\n"):
         return None
@@ -599,8 +598,8 @@ def unzip(archive, member):
 def python_modules():
     """{split: [Span, ...]} of the top-level modules of the running Python's standard library.
 
-    A module's name decides its split: a tenth of them are for validation and a tenth for testing,
-    in all versions of Python the same ones.
+    A module's name decides its split, the same in all versions of Python: a tenth of them are for
+    validation and a tenth for testing.
     """
     splits = {split: [] for split in SPLITS}
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -821,8 +820,8 @@ def hold_out(documents, valid_fraction):
 # is neither, as in Chinese with blank lines, cut before the last of several spaces, which that BPE
 # reads by itself. What is cut at END begins with "<".
 #
-# The pattern matches up to the last such place. (Its first line has the \n at the front, for which
-# alone a text is searched quickly: Penn Treebank has spaces around all line ends, so none match.)
+# The pattern matches up to the last such place. (Its first line seeks the \n itself, which is
+# quick, and then looks back: Penn Treebank has spaces around all line ends, so none match.)
 UP_TO_A_CUT = re.compile(
     r".*\n(?<=\S\n)(?=\S)"  # behind a line end
     r"|.*\S(?=\s[^\s<])"  # else before a single space
@@ -1224,7 +1223,7 @@ def download(address, part, size):
 
 
 def close_redirect(response, **_):
-    """A hook for requests: drops the body of a redirect, which it would read however long it is."""
+    """A hook for requests: drops a redirect's body, which requests would read at any length."""
     if response.is_redirect:
         response.close()
 
@@ -1349,7 +1348,7 @@ def run_program(name, function, *arguments):
 
 
 def end_by_signals():
-    """Makes these signals end the first process of a container, which the system spares them."""
+    """Makes these signals end a container's first process, which ignores them by default."""
 
     def end(number, frame):
         os._exit(128 + number)
@@ -1435,7 +1434,7 @@ def user_path(path):
 
 
 def find_cache():
-    """The user's folder for what can be made again; not created. None if he has no home.
+    """The user's cache folder, which is not created here; None without a home.
 
     Never in the working directory, which may hold a stranger's files: compiled code is loaded from
     this folder.

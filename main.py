@@ -47,7 +47,7 @@ if __name__ == "__main__":
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCE = Path(__file__).read_text("utf-8")  # of this process, whatever becomes of the file
+SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if the file is edited later
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))  # which `python -P` leaves out
@@ -119,9 +119,9 @@ def sha1_of_text(text):
 def fast_version(plain, parts=()):
     """Decorator: replaces a function with its quicker namesake in extras/fast.py, if that exists.
 
-    parts: functions or classes that the plain one uses, and the quicker one does not. Both give the
-    same up to rounding. fast.py knows the plain function and its parts by the SHA1s of their
-    sources, without comments: once you edit one, your version runs, and the start screen says so.
+    parts: functions or classes that only the plain one uses. Both versions agree up to rounding.
+    fast.py identifies the plain function and its parts by the SHA1s of their sources, without
+    comments: once you edit one, your version runs, and the start screen says so.
     """
     if fast is None:
         return plain
@@ -147,7 +147,7 @@ def fast_version(plain, parts=()):
 class Config:
     """The shape of a model; saved in checkpoints. Raises ValueError if the values conflict.
 
-    A new field needs a default, as earlier checkpoints lack it, and, to be a flag, a row in
+    A new field needs a default, as older checkpoints lack it; a flag also needs a row in
     FLAGS["model"].
     """
 
@@ -158,7 +158,7 @@ class Config:
     num_heads: int  # H, query heads
     num_kv_heads: int  # K, key and value heads, each shared by H / K query heads
     mlp: str  # a key of MLPS
-    mlp_dim: int  # hidden units of an MLP; a gated one has as many gates
+    mlp_dim: int  # hidden units of an MLP, and gates if it is gated
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
     untie: bool = False  # the output layer has its own matrix instead of the embeddings
     rope_theta: float = 10000.0  # RoPE's wavelengths: 2 pi to nearly 2 pi * theta positions
@@ -171,7 +171,7 @@ class Config:
         for name, value in vars(self).items():
             if type(value) is int and not 1 <= value <= LARGEST:
                 raise ValueError(f"{name} {value} is not from 1 to {LARGEST}")
-        if self.head_dim is None:  # an imported model has its own, and H * d may differ from D
+        if self.head_dim is None:  # imported models set it, and H * d may differ from D
             step = 2 * self.num_heads  # a head's dimension must be even: RoPE rotates pairs
             if self.dim % step:
                 fit = step * max(1, round(self.dim / step))
@@ -250,8 +250,8 @@ def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
     The queries are those of the last L of N positions: in training L is N, in decoding mostly 1.
-    mask: "causal" or, where texts of several lengths are decoded (extras/decode.py), which keys
-    each query sees, bool [B, 1, L, N]: its position is that of the last one.
+    mask: "causal" or, for decoding texts of different lengths (extras/decode.py), bool
+    [B, 1, L, N]: the keys that each query sees, the last of them at its own position.
     """
     # softmax(queries @ keys.swapaxes(2, 3) * scale + mask) @ values, with each key/value head
     # repeated H / K times.
@@ -264,7 +264,7 @@ def rotate(x, frequencies, offset):
     """RoPE (Su et al. 2021) of x [B, H, L, d].
 
     offset: the position of the first of the L tokens, an int, or one for each row, [B].
-    frequencies: [d / 2], a NumPy array, in radians per position: those of the pairs of dimensions
+    frequencies: a NumPy array [d / 2] in radians per position; the i-th one rotates dimensions
     i and i + d / 2, as in Hugging Face's models.
     """
     d = x.shape[-1]
@@ -275,7 +275,7 @@ def rotate(x, frequencies, offset):
 def rope_frequencies(d, base, scaling=None):
     """The frequencies of `rotate`, [d / 2], in radians per position.
 
-    scaling: None, or factor, low, high and original context of Llama 3.1, for texts longer than
+    scaling: None, or Llama 3.1's factor, low, high and original context, for texts longer than
     that context. Pairs of dimensions that turn at least `high` times within it keep their
     frequency, those that turn at most `low` times become `factor` times slower, and the
     frequencies of the others are interpolated.
@@ -434,9 +434,9 @@ class Block(nn.Module):
 
 @fast_version
 def checkpoint_block(block, run_block):
-    """run_block, which keeps only its input for the backward pass (Chen et al. 2016).
+    """run_block, storing only its input for the backward pass (Chen et al. 2016).
 
-    block: the Module that has its parameters; run_block: hidden [B, L, D] to the same.
+    block: the Module with its parameters; run_block: hidden [B, L, D] -> [B, L, D].
     """
     return nn.utils.checkpoint(block, run_block)
 
@@ -457,7 +457,7 @@ class Transformer(nn.Module):
         return hidden.astype(self.norm.weight.dtype)  # bfloat16 if the norms are, see make_step
 
     def __call__(self, tokens, caches=None, noise=None):
-        """caches: a Cache for each block; noise: that of dropout, or None."""
+        """caches: a Cache per block; noise: a Noise for dropout, or None."""
         hidden = dropout(self.embed(tokens), noise, site=0)
         if caches is None:
             caches = [None] * len(self.layers)
@@ -480,7 +480,7 @@ class LanguageModel(nn.Module):
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def __call__(self, tokens, caches=None, noise=None, last=None):
-        """Logits of the `last` positions only, which is all that decoding needs; None: of all."""
+        """Logits of only the final `last` positions (enough for decoding), or of all if None."""
         hidden = self.model(tokens, caches, noise)  # [B, L, D]
         if last is not None:
             hidden = hidden[:, -last:]
@@ -489,25 +489,24 @@ class LanguageModel(nn.Module):
     def logits(self, hidden):
         """Logits [B, L, V] float32 of final hidden states [B, L, D].
 
-        Training, evaluation and sampling all get them here: a softcap, a bias or a scaling is one
-        edit.
+        Training, evaluation and sampling all call this: a softcap, bias or scaling takes one edit.
         """
         output = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
         return output(hidden).astype(mx.float32)
 
     @property
     def head(self):
-        """The output layer's matrix [V, D]: the embeddings, unless it has its own."""
+        """The output layer's matrix [V, D]: the embeddings, unless untied."""
         if self.config.untie:
             return self.lm_head.weight
         return self.model.embed_tokens.weight
 
 
 def first_values(name, shape, seed):
-    """Random numbers for a parameter to start from, an array of the shape: standard normal.
+    """A standard normal array of this shape, to initialize a parameter.
 
-    They depend on nothing but the seed and the parameter's name: a model with a parameter more has
-    the same values for all the others. They are drawn on the CPU, whatever the device.
+    It depends only on the seed and the parameter's name: adding a parameter to a model leaves the
+    values of all others unchanged. It is drawn on the CPU, whatever the device.
     """
     rng = np.random.default_rng([seed, *name.encode()])
     return mx.array(rng.standard_normal(shape, np.float32))
@@ -523,9 +522,9 @@ def init_weights(model, seed):
     into the residual stream are 0, so that each block starts as the identity. An untied output
     layer is also 0.
 
-    Embeddings have standard deviation 5 / dim. Tied, they are also the output layer: the logit of
-    the token just read starts between 4 and 5, the others near 0, and the first loss is near
-    ln(V + e^5); untied, it is ln V.
+    Embeddings have standard deviation 5 / dim. If tied, they are also the output layer: the logit
+    of the token just read starts between 4 and 5, the others near 0, and the initial loss is near
+    ln(V + e^5); untied: ln V.
     """
     weights = []
     for name, parameter in tree_flatten(model.parameters()):
@@ -538,7 +537,7 @@ def init_weights(model, seed):
         elif name.endswith("embed_tokens.weight"):
             value = first_values(name, parameter.shape, seed) * 5 / model.config.dim
         else:
-            # [O, I]: outputs vary as much as inputs
+            # [O, I]: preserves the variance
             value = first_values(name, parameter.shape, seed) * parameter.shape[-1] ** -0.5
         weights.append((name, value))
     model.load_weights(weights)
@@ -551,8 +550,8 @@ def init_weights(model, seed):
 def training_loss(model, hidden, targets, weight):
     """What training minimizes: the cross-entropy in nats, times `weight`, summed over positions.
 
-    hidden: final hidden states [B, L, D]; targets: ids [B, L]. Another loss here is not how a model
-    is scored: see `score`. With --teacher, training takes the loss of extras/distil.py instead.
+    hidden: final hidden states [B, L, D]; targets: ids [B, L]. Another loss here does not
+    affect how models are scored: see `score`. With --teacher, extras/distil.py replaces this.
     """
     logits = model.logits(hidden)  # [B, L, V]
     losses = nn.losses.cross_entropy(logits, targets)  # [B, L]
@@ -583,12 +582,12 @@ def spread(optimizer):
 class Muon(optim.Optimizer):
     """Muon (Jordan et al. 2024) with decoupled weight decay, like AdamW's.
 
-    MLX's own orthogonalizes one matrix at a time. It adds the decay to the gradient, so that the
-    decay is orthogonalized, too.
+    MLX's Muon orthogonalizes one matrix at a time, including its decay, which it adds to the
+    gradient.
     """
 
-    # Its learning rate, as a multiple of AdamW's. It was the best for words; for characters, 8 and
-    # 10 did as well.
+    # Its learning rate, as a multiple of AdamW's. 5 was best for words; 8 and 10 were equally good
+    # for characters.
     lr_scale = 5
 
     def __init__(self, learning_rate, weight_decay, momentum=0.95):
@@ -602,7 +601,7 @@ class Muon(optim.Optimizer):
 
     def apply_gradients(self, gradients, parameters):
         directions = super().apply_gradients(gradients, parameters)  # by apply_single
-        # All matrices of a shape at once: a step of the recipe `first` has half the operations.
+        # Matrices of the same shape together: half the operations per step of recipe `first`.
         by_shape = {}
         for name, direction in tree_flatten(directions):
             by_shape.setdefault(direction.shape, {})[name] = direction
@@ -634,7 +633,7 @@ class Muon(optim.Optimizer):
         """The matrix after a step; direction: orthogonal."""
         rows, columns = matrix.shape
         rate = self.learning_rate * max(1, rows / columns) ** 0.5
-        # AdamW decays by its learning rate times weight_decay; this does the same, with its rate.
+        # Like AdamW, decays by AdamW's learning rate (not Muon's) times weight_decay.
         decay = self.learning_rate * self.weight_decay / self.lr_scale
         return matrix * (1 - decay) - rate * direction
 
@@ -650,9 +649,9 @@ def muon(flags, weight_decay):
     return Muon(flags.learning_rate, weight_decay)
 
 
-# The choices of --optimizer: a function of the flags and a weight decay that makes the optimizer of
-# the blocks' matrices, and one that makes that of all other parameters. set_learning_rate gives
-# both their rate before each step.
+# The choices of --optimizer: two functions of the flags and a weight decay, which make the
+# optimizers of the blocks' matrices and of all other parameters. set_learning_rate sets their rates
+# before each step.
 OPTIMIZERS = {
     "adamw": (adamw, adamw),
     "muon": (muon, adamw),
@@ -660,7 +659,7 @@ OPTIMIZERS = {
 
 
 def make_optimizer(model, flags):
-    """The optimizer of all trained parameters; set_learning_rate comes before each step.
+    """The optimizer of all trained parameters; call set_learning_rate before each step.
 
     Weight decay: --embedding_decay for the embeddings and the output layer, --weight_decay for
     the blocks' matrices, none for norms and biases.
@@ -695,7 +694,7 @@ def is_matrix_of_block(name, parameter):
 
 
 def set_learning_rate(optimizer, rate):
-    """Sets the learning rate of all groups; that of a group with an `lr_scale` is multiplied."""
+    """Sets the learning rate of all groups, multiplied by a group's `lr_scale` if any."""
     for group in optimizer.optimizers:
         group.learning_rate = rate * getattr(group, "lr_scale", 1)
 
@@ -707,7 +706,7 @@ def constant(iteration, flags):
 def cosine(iteration, flags):
     done, least = cooldown(iteration, flags)
     left = (1 + math.cos(math.pi * done)) / 2
-    return 1 - (1 - least) * (1 - left)  # exactly 1 where all is left
+    return 1 - (1 - least) * (1 - left)  # exactly 1 before cooldown
 
 
 def linear(iteration, flags):
@@ -716,7 +715,7 @@ def linear(iteration, flags):
 
 
 def cooldown(iteration, flags):
-    """How much of the cooldown is over, from 0 to 1, and the multiple of the rate at its end.
+    """The completed fraction of the cooldown, and the multiple of the rate at its end.
 
     The cooldown is the last share `lr_cooldown` of the steps after warmup. It would reach `min_lr`
     at step `num_iters`, one after the last.
@@ -729,14 +728,14 @@ def cooldown(iteration, flags):
 
 
 # The choices of --lr_schedule: functions of the step, counted from 0, that give a multiple of
-# --learning_rate. During warmup, learning_rate_at multiplies it once more.
+# --learning_rate. learning_rate_at applies warmup on top.
 SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
 
 
 def learning_rate_at(iteration, flags):
-    """The learning rate of step `iteration`, counted from 0: what the schedule says.
+    """The scheduled learning rate of step `iteration`, counted from 0.
 
-    Over the first `lr_warmup` steps, a share of it that rises linearly.
+    Warmup scales it by a linearly rising factor in the first `lr_warmup` steps.
     """
     warmup = min(1, (iteration + 1) / max(1, flags.lr_warmup))  # + 1: a rate of 0 learns nothing
     return flags.learning_rate * SCHEDULES[flags.lr_schedule](iteration, flags) * warmup
@@ -770,8 +769,8 @@ def interpolate(average, weights, part):
 class Batches:
     """An endless stream of batches: windows of a text, token ids [N], in permuted order.
 
-    Each epoch cuts the text into windows at a random `offset`, so that no token is always left out,
-    and draws their order `perm`; `place` is the position in it. batch_size: rows of a whole step.
+    Each epoch cuts the text into windows from a random `offset` on, so that no token is left out of
+    every epoch, and draws their order `perm`; `place` indexes it. batch_size: rows per step.
     Raises UsageError if the text is shorter than one window.
     """
 
@@ -799,7 +798,7 @@ class Batches:
         self.go_to(epoch, 0, offset, rng.permutation(windows).astype(np.uint32))
 
     def go_to(self, epoch, place, offset, perm):
-        """Goes to a place in an epoch, as a checkpoint has it: another NumPy may draw others.
+        """Goes to a place in an epoch, drawn or saved: another NumPy may draw it differently.
 
         perm: [windows] uint32. Raises ValueError if these are not windows of the text.
         """
@@ -883,7 +882,7 @@ def draw_dropout(iteration, rows, flags):
 
 @dataclasses.dataclass(kw_only=True)
 class Progress:
-    """How far a run is: what every checkpoint records, and a resumed run goes on from."""
+    """A run's progress: recorded in every checkpoint, and restored on resume."""
 
     iteration: int = 0  # steps done
     tokens_seen: int = 0
@@ -913,18 +912,17 @@ class Run(Progress):
     optimizer: optim.Optimizer
     batches: Batches
     teacher: LanguageModel | None
-    origins: dict  # what it was made with, see Checkpoint
-    stretches: list  # see Stretch; the last is going on
+    origins: dict  # models it began with, see Checkpoint
+    stretches: list  # see Stretch; the last is current
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
 
-    # How long each step since the last report took, in seconds. The first step of a process is not
-    # among them, as it compiles; before it, this is None.
+    # Seconds that each step since the last report took. Excludes the first step of a process, which
+    # compiles; None before that step.
     recent_times: list | None = None
     checkpoint_id: str | None = None  # of the last checkpoint
-    # When the last checkpoint in --save_dir was saved; the next one is later, whatever the clock
-    # says.
+    # Time of the last save in --save_dir; the next one is later even if the clock was set back.
     saved: float = 0.0
-    is_saved: bool = True  # whether nothing has changed since; a new run has nothing to lose
+    is_saved: bool = True  # no changes since the last save; a new run has nothing to lose
 
     @property
     def versions(self):
@@ -933,7 +931,7 @@ class Run(Progress):
 
     @property
     def epochs(self):
-        """How often the training text was read."""
+        """Passes over the training text."""
         return self.tokens_seen / len(self.dataset.train.tokens)
 
     def is_score_due(self):
@@ -944,15 +942,15 @@ class Run(Progress):
         return self.iteration % steps == 0 or self.iteration == self.flags.num_iters
 
     def is_save_due(self):
-        """Whether the current iteration is to be saved even if nothing else happens."""
+        """Whether the schedule calls for a save at the current iteration."""
         steps = self.flags.steps_per_save or self.flags.steps_per_eval
         return (steps and self.iteration % steps == 0) or self.is_score_due()
 
     def is_out_of_patience(self):
-        """Whether --patience ends the run here: so many evaluations were no better than the best.
+        """Whether --patience ends the run: that many evaluations since the best were no better.
 
-        One at the end of an earlier `num_iters` does not count: otherwise an extended run would
-        stop at a different iteration than a run that had its length from the start.
+        A final one at an earlier `num_iters` does not count: otherwise an extended run would stop
+        at a different iteration than one that had this length from the start.
         """
         steps = self.flags.steps_per_eval or math.inf
         scores = [nats for iteration, nats in self.scores if iteration % steps == 0]
@@ -970,7 +968,7 @@ class Run(Progress):
 
     @contextlib.contextmanager
     def using_average(self):
-        """Puts `weights_to_save` into the model, and the trained weights back afterwards."""
+        """Puts `weights_to_save` into the model; restores the trained weights afterwards."""
         weights = self.model.trainable_parameters()
         self.model.update(self.weights_to_save())
         try:
@@ -986,8 +984,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     array}: `loss`, the mean in nats, and `gradient_norm`, before clipping. The N = batch_size *
     grad_accumulation rows are processed batch_size at a time, divided among ranks and streams.
     With bfloat16, a GPU casts all weights but the embeddings to it, while a CPU only rounds the
-    inputs of matrix products; the weights that are updated, the optimizer state and the loss are
-    float32.
+    inputs of matrix products; the master weights, the optimizer state and the loss are float32.
     """
     ranks = ranks or SingleProcess()
     model.model.grad_checkpoint = flags.grad_checkpoint
@@ -1001,8 +998,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         # frequent token.
         return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
 
-    # A sum over the rows, as over_streams and accumulation add up parts of them: what is added here
-    # for the whole batch, such as a penalty on the weights, would count once for each part.
+    # A sum over the rows, since over_streams and accumulation add up parts of a batch: a term for
+    # the whole batch, such as a penalty on the weights, would count once per part.
     def loss_of_rows(scale, dropout_rate, inputs, targets, keys):
         if casts:
             model.update(tree_map_with_path(cast, model.parameters()))  # LoRA's base, too
@@ -1016,9 +1013,9 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 
     value_and_grad = nn.value_and_grad(model, loss_of_rows)
 
-    # Compiled once for its shapes, then replayed. Arrays that are not arguments are constants of
-    # the graph, as the teacher's weights are, unless they are listed in `inputs`; those that a
-    # function changes must be listed in `outputs`, too, or the change would be lost.
+    # Compiled once per set of shapes, then replayed. Arrays that are not arguments are constants of
+    # the graph, like the teacher's weights, unless listed in `inputs`; those that a function
+    # changes must also be listed in `outputs`, or the change would be lost.
     @partial(mx.compile, inputs=[model.state])
     def loss_and_gradients(*arguments):
         weights = model.parameters()
@@ -1076,8 +1073,8 @@ def train(run, interrupts, ranks):
         if ranks.rank == 0:
             reporter = stack.enter_context(contextlib.closing(Reporter(run)))
         while True:
-            # Evaluate, save, then sample. What is saved has its score, unless a signal ended the
-            # evaluation; then it is scored when the run is resumed.
+            # Evaluate, save, then sample, so that a checkpoint has its score. If a signal ends the
+            # evaluation, it is scored when the run is resumed.
             received, is_time_up = ranks.agree(interrupts.received, run.seconds >= end_time)
             is_scored = run.is_score_due() or (is_time_up and flags.steps_per_eval)
             if is_scored and run.iteration > 0 and run.score is None:
@@ -1100,7 +1097,7 @@ def train(run, interrupts, ranks):
                 if was_saved:
                     prune(run)
                 reporter.report_step(run, metrics)
-    # It is finite, so a step from the newest checkpoint would succeed.
+    # A finite score: a step from the newest checkpoint would succeed.
     if reporter and run.score is not None:
         prune(run)
     if run.is_out_of_patience():
@@ -1146,8 +1143,8 @@ def score_run(run, interrupts, ranks, reporter):
     """Scores the validation split, or its first --eval_tokens tokens, unless a signal arrives.
 
     A run that ends before its first evaluation is scored on no more tokens than it was trained on:
-    a quick check stays quick. A score that is only due because the time is up is shown and logged,
-    but not kept, as a run without this break has none there. Raises RunError if the score is not
+    a quick check stays quick. A score that is due only because the time is up is shown and logged,
+    but not kept: an uninterrupted run would have none there. Raises RunError if the score is not
     finite.
     """
     flags = run.flags
@@ -1307,7 +1304,7 @@ class Decoder:
             logits = self.logits()
             logits = process_logits(logits, flags, [self.text[self.start :]])
             key = mx.array([seed, len(self.text)], mx.uint32)
-            # [V], not [1, V], which would not draw the same as a row of a batch (extras/decode.py).
+            # [V], as for each row of a batch (extras/decode.py): [1, V] would draw differently.
             token = draw(logits[0], flags, key).item()
             self.text.append(token)
             yield token
@@ -1345,15 +1342,15 @@ def first_ids(tokenizer, prompt):
 
 
 class Detokenizer:
-    """Turns token ids that follow one another into pieces of text that no later one can change.
+    """Turns successive token ids into pieces of text that no later id can change.
 
-    ids: those of the text before them, which is not part of the pieces.
+    ids: those of the preceding text, which is not part of the pieces.
     """
 
     def __init__(self, tokenizer, ids):
         self.tokenizer = tokenizer
         self.ids = list(ids)
-        self.shown = len(tokenizer.decode(self.ids))  # characters of their text that are out
+        self.shown = len(tokenizer.decode(self.ids))  # characters of their text returned
 
     def add(self, token):
         """The text that `token` completes; "" inside a character."""
@@ -1422,18 +1419,18 @@ class Conversation:
 
 @partial(fast_version, parts=[Embedding, LanguageModel])
 def score(model, hidden, targets):
-    """What each position adds to the metrics of a validation text, {name: [B, L]}.
+    """The metrics of a validation text at each position, {name: [B, L]}.
 
     hidden: final hidden states [B, L, D]; targets: ids [B, L]. The mean of each is shown and
-    logged. `loss` is the cross-entropy in nats, whatever training minimizes: it alone decides which
-    checkpoint is the best, and --patience.
+    logged. `loss` is the cross-entropy in nats, whatever training minimizes: it alone decides
+    which checkpoint is best, and --patience.
     """
     logits = model.logits(hidden)  # [B, L, V]
     return {"loss": nn.losses.cross_entropy(logits, targets)}
 
 
 def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
-    """The means of what `score` says, {name: number}, over all of `tokens` [N] but the first.
+    """The mean metrics of `score`, {name: number}, over all of `tokens` [N] but the first.
 
     Each token is scored once. Windows start `stride` tokens apart, at most a context; by default
     they do not overlap. Returns None on a signal.
@@ -1457,7 +1454,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     last = max(count - context_size, 0)
     starts = np.arange(0, last + stride, stride)
     batch_size = min(batch_size, len(starts))
-    # Windows that start at the end, where all weights are 0, fill up the last batch of each rank.
+    # Windows that start at the end, where all weights are 0, pad the last batch of each rank.
     missing = -len(starts) % (batch_size * ranks.size)
     starts = np.append(starts, np.full(missing, count))
     batches = starts.reshape(-1, batch_size)
@@ -1544,12 +1541,12 @@ SHA1 = re.compile("[0-9a-f]{40}")
 NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check the flags"
 
 
-@dataclasses.dataclass(eq=False)  # a copy is another one
+@dataclasses.dataclass(eq=False)  # copies are distinct
 class Checkpoint(Progress):
     """What the record of a checkpoint says."""
 
     id: str  # the SHA1 of its weights
-    name: str  # of its run; in a folder with another one, it is a copy
+    name: str  # of its run; in a folder of another name, it is a copy
     state_sha1: str  # of the arrays in its .metadata, see sha1_of_arrays
     saved: float  # when, in seconds since 1970; later than those before it in its run
     flags: dict  # those in SAVED, as they were settled
@@ -1959,7 +1956,7 @@ def prune(run):
     with contextlib.suppress(OSError):
         own = list_run(run.folder)  # newest first
         kept = {run.checkpoint_id, *(each.id for each in own[: run.flags.keep])}
-        # Of the run's own past: a damaged one that it went back from may say that it is better.
+        # Only of the run's history: a damaged one that was skipped may claim a better score.
         best = best_of([each for each in own if [each.iteration, each.score] in run.scores])
         for each in own:
             if each.id not in kept and each is not best:
@@ -1972,9 +1969,9 @@ def prune(run):
 
 
 def divergence_error(run, what, iteration):
-    """The RunError to raise in a run in which `what` is not finite, on the step from `iteration`.
+    """The RunError for a run whose `what` is not finite, on the step from `iteration`.
 
-    It names the last checkpoint from which a step was taken, in a command that goes back to it.
+    It gives a command that goes back to the last checkpoint from which a step was taken.
     """
     earlier = [each for each in list_run(run.folder) if each.iteration < iteration]
     remedy = "start over with --new_model"
@@ -1988,7 +1985,7 @@ def divergence_error(run, what, iteration):
 
 # ---- Models that a run begins with or learns from -----------------------------------------------
 
-# The flags that name one, in the order in which their tokenizers count.
+# The flags that name one; the first one given provides the tokenizer.
 ORIGINS = ("init_from", "teacher")
 
 
@@ -2031,7 +2028,7 @@ def open_source(checkpoint):
 
 
 class Interrupts:
-    """Turns a signal that asks for the end into an attribute that loops check: `received`.
+    """Turns a termination signal into an attribute that loops check: `received`.
 
     A second one ends the process at once, without saving, unless it comes within half a second:
     `timeout` signals the process and then its group, and launchers repeat Ctrl+C, which is a single
@@ -2282,7 +2279,7 @@ def parts_of_code():
 
 
 def replaced_names():
-    """The names in CODE, and the modules, that are others than was loaded: `main.attend = f`."""
+    """The names in CODE, and the modules, replaced since loading: `main.attend = f`."""
     replaced = []
     for name, key, part in parts_of_code():
         if LOADED.get((name, key)) is not part and name not in replaced:
@@ -2304,7 +2301,7 @@ def hash_code(flags):
     """The SHA1 of the code that computes a run's weights; flags: the run's, {name: value}.
 
     It is that of HASHES and, where they are used, of extras/lora.py and distil.py. If something was
-    replaced since it was loaded, its code is not known, and the SHA1 is one that never comes again.
+    replaced since it was loaded, its code is unknown, and the SHA1 is random, so it never recurs.
     """
     hashes = [*HASHES]
     for name, is_used in (("lora", flags["lora_rank"]), ("distil", flags["teacher"])):
@@ -2318,9 +2315,9 @@ def hash_code(flags):
 
 # ---- Reports ------------------------------------------------------------------------------------
 
-# How metrics are shown on the screen; one that is not listed here by its name. loss:
-# nats/token, with --teacher mixed with the distillation loss; epoch: how often the text was read;
-# peak_mib: MLX's peak memory in this process. All that are logged: see report_step.
+# How metrics are shown on the screen; those not listed, by name. loss: nats/token, with --teacher
+# mixed with the distillation loss; epoch: passes over the text; peak_mib: MLX's peak memory in this
+# process. For all logged metrics, see report_step.
 FORMATS = {
     "loss": "loss {:.4f}",
     "learning_rate": "lr {:.2e}",
@@ -2434,7 +2431,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def writing(self, name):
-        """The run is worth more than its reports: an OSError in this block is only said, once."""
+        """The run is worth more than its reports: an OSError here is only reported, once."""
         try:
             yield
         except OSError as error:
@@ -2446,8 +2443,8 @@ class Reporter:
 class Log:
     """A run's log.csv: a row has an iteration, a split and metrics.
 
-    It is written anew before a process's first row, without the rows of steps that are repeated,
-    and before a row with a metric that has no column yet.
+    It is rewritten before a process's first row, without the rows of steps that are repeated, and
+    before a row with a metric that has no column yet.
     """
 
     def __init__(self, run):
@@ -2575,7 +2572,7 @@ def plural(number, noun):
 def describe_schedule(flags):
     """The learning rate over a run, for the start screen: at both ends, and where it turns.
 
-    Of a run of more than 10,000 steps, each hundredth of a percent is looked at.
+    A run of more than 10,000 steps is sampled at each hundredth of a percent.
     """
     iterations = np.unique(np.linspace(0, flags.num_iters - 1, 10001).astype(int)).tolist()
     rates = [learning_rate_at(iteration, flags) for iteration in iterations]
@@ -2661,8 +2658,8 @@ def sample_from(model, contents, flags):
         draft = extra("decode").open_draft(flags, contents)
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=flags.gpu)
-    # The checkpoint is announced once no mistake of the user can be left to report: a mistake is
-    # the only line on stderr.
+    # The checkpoint is announced only after all user errors are ruled out: an error must be the
+    # only line on stderr.
     announce(contents.checkpoint)
     begin_text = partial(Conversation, tokenizer, model, draft)
     if flags.inference:
@@ -2973,7 +2970,7 @@ SEVERAL = [name for name, default in DEFAULTS.items() if default == []]  # take 
 FIXED = [*FLAGS["data"], *FLAGS["model"], *FLAGS["start"]]
 SHAPING = [*FIXED, *FLAGS["training"]]
 SAVED = [*SHAPING, *FLAGS["run"]]
-# Flags that say where something lies: what lies there counts.
+# Flags that name a place: its content counts, not its name.
 PATHS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
 
 MODES = ["inference", "prompt", "evaluate", "list", "new_model"]  # a command has one of these
@@ -3162,7 +3159,7 @@ def notice_useless(flags):
 
 
 def command(flags, identifier):
-    """The command that goes on with a run or a checkpoint, in this one's folders."""
+    """The command that resumes a run or a checkpoint, in the same folders."""
     parts = ["python", "main.py", "--identifier", identifier]
     for name in ("save_dir", "data_dir"):
         if name in flags.given:
@@ -3173,9 +3170,9 @@ def command(flags, identifier):
 
 
 # ---- Setting up a run ---------------------------------------------------------------------------
-# A run's name is a label: what a run is, its record says. A command goes on with the run of its
-# name (NAME, NAME.2, …) whose record agrees: with the flags that shape a run, with the texts and
-# models, by their content, and with the code.
+# A run's name is only a label: its record defines it. A command resumes the run of its name (NAME,
+# NAME.2, …) whose record agrees with it in the flags that shape a run, in the contents of the texts
+# and models, and in the code.
 
 
 def decided_names(flags):
@@ -3194,8 +3191,8 @@ def shape_of(name, value):
 def run_name(flags):
     """The name of the run that these flags describe: <dataset>-<6 hexadecimal digits>.
 
-    It is only a label: what a model decides is not part of it, nor what has its default, or a flag
-    that is added to the program would rename all runs.
+    It is only a label. It omits what a model decides, and defaults: otherwise, adding a flag to the
+    program would rename all runs.
     """
     changed = {}
     for name in SHAPING:
@@ -3258,10 +3255,9 @@ def check_agreement(flags, values, holder):
 
 
 def find_start(flags, checkpoints):
-    """The checkpoint from which a command goes on: that of --identifier, or the newest.
+    """The checkpoint that a command starts from: that of --identifier, or the newest.
 
-    None if the command describes its run by flags, or there is nothing to go on from. Raises
-    UsageError.
+    None if the command describes its run by flags, or there is no checkpoint. Raises UsageError.
     """
     if flags.new_model and flags.identifier:
         raise UsageError("--identifier goes on, --new_model begins anew: use one of them")
@@ -3274,7 +3270,7 @@ def find_start(flags, checkpoints):
 
 
 def find_run(flags, checkpoints, start):
-    """The newest checkpoint of the run that a command goes on with, or None; and its dataset.
+    """The newest checkpoint of the run that a command resumes, or None; and its dataset.
 
     It is the first run whose flags, models, text and code are those of the command; with
     --identifier, the code is not compared. start: see find_start. A command that names an older
@@ -3309,8 +3305,8 @@ def find_run(flags, checkpoints, start):
     if alike and (start or not alike[0].is_complete):
         run = alike[0].run
         raise UsageError(
-            f"{run} was trained by other code than this: go on with this code by "
-            f"{command(flags, run)}, or begin a new run by the command that began it and "
+            f"{run} was trained by other code than this: resume with this code by "
+            f"{command(flags, run)}, or start a new run by its original command and "
             "--new_model"
         )
     return None, dataset
@@ -3459,7 +3455,7 @@ def refuse_beyond_memory(floats):
 
 
 def memory_size():
-    """The bytes of memory of the device in use, or that a container or a job has of them."""
+    """The memory of the device in use, or the limit of a container or a job, in bytes."""
     if on_gpu():
         info = mx.device_info()
         size = info.get("max_recommended_working_set_size")  # Metal's: beyond it, macOS swaps
@@ -3573,7 +3569,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
 
 
 def check_parts(flags, ranks):
-    """Raises UsageError if a run lacks something that is said before anything is downloaded."""
+    """Raises UsageError if a run lacks something, before anything is downloaded."""
     if flags.batch_size < ranks.size:
         raise UsageError(
             f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
@@ -3600,9 +3596,8 @@ def check_parts(flags, ranks):
 def set_up(flags, ranks, interrupts, stack):
     """The run that a command trains, ready for `train`; its lock and `interrupts` go on `stack`.
 
-    It goes on with a run that is there, from that one's newest intact checkpoint; or it begins a
-    branch, from the checkpoint that --identifier names; or it begins a new run. Raises UsageError,
-    RunError.
+    It resumes an existing run from its newest intact checkpoint, begins a branch from the
+    checkpoint that --identifier names, or begins a new run. Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     start = find_start(flags, checkpoints)
@@ -3821,7 +3816,7 @@ def explained_by_mlx():
         reason = one_line(error)
         for pattern, line in MLX_ERRORS.items():
             if re.search(pattern, reason):
-                # At its end is what a compiler said.
+                # A compiler's message is at its end.
                 raise RunError(f"{line} ({reason[-200:]})") from None
         raise  # a bug in this program
 

@@ -91,7 +91,10 @@ def test_ptb(ptb):
 
 
 def test_an_edited_program_encodes_anew(ptb):
-    """Comments do not count; a string that begins an expression does."""
+    """The code of the tokenizer and of the corpus counts; no comment, nor what a text does not meet.
+
+    A string that begins an expression is code.
+    """
 
     def load():
         dataset = ptb.load("ptb")
@@ -100,6 +103,7 @@ def test_an_edited_program_encodes_anew(ptb):
     ids, time = load()
     ptb.edit("# Most frequent first", "# By frequency")
     ptb.edit('"""The words of a text, including line ends."""', '"""Words."""')
+    ptb.edit("text.stop [*] 95 // 100", "text.stop * 96 // 100")  # of enwik8
     assert load() == (ids, time)
     ptb.edit('" <eos> "', '" <eos> <eos> "')
     twice, time = load()
@@ -109,6 +113,33 @@ def test_an_edited_program_encodes_anew(ptb):
     ptb.edit('"a".join', '"b".join')
     _, later = load()
     assert later != time
+    ptb.edit(r'whole\(fetch\(f"ptb', 'whole(fetch("" + f"ptb')
+    assert load()[1] != later
+
+
+RHYMES = '''
+def rhymes(fetch):
+    """Rhymes."""
+    return cut(whole(fetch("rhymes.txt")), 12)
+
+
+CORPORA["rhymes"] = Corpus("word", rhymes, files="""
+0000000000000000000000000000000000000000000000000000000000000000 0 rhymes.txt
+""")
+
+# The tokenizer "gpt2"'''
+
+
+def test_a_new_corpus(copy):
+    """A function and a row; a file that the row does not list is said to be missing there."""
+    copy.edit('# The tokenizer "gpt2"', RHYMES)
+    copy.lay("rhymes/rhymes.txt", b"one two one\nthree two\n")
+    dataset = copy.load("rhymes")
+    assert dataset.tokenizer.vocabulary == ["one", "<eos>", "two", "<unk>"]
+    assert dataset.valid.tokens.tolist() == [3, 2, 1]
+    copy.edit(r'fetch\("rhymes', 'fetch("poems')
+    with pytest.raises(Exception, match="rhymes has no file poems.txt: add its SHA256, size and"):
+        copy.load("rhymes", tokenizer="char")
 
 
 @pytest.mark.parametrize("corpus, name", [

@@ -42,3 +42,13 @@ def test_another_base_is_another_run(word_model, text, tmp_path):
     run_of_base = saved(folder)[-1].run
     assert begin(*line, "--init_from", run_of_base, "--num_iters", 2)[:2] == (name, 1)
     assert begin(*line, "--init_from", id[:8], "--num_iters", 3)[:2] == (name, 2)
+
+
+def test_a_folder_called_latest(base, text, tmp_path, monkeypatch):
+    """The word stands for the newest checkpoint; the folder is ./latest."""
+    folder, id = base
+    (tmp_path / "latest").mkdir()
+    monkeypatch.chdir(tmp_path)
+    line = ["--text", text, "--save_dir", folder, "--init_from", "latest", "--num_iters", 1]
+    begin(*line, "--max_tokens", 1)
+    assert saved(folder)[0].origins == {"init_from": id}

@@ -1,5 +1,6 @@
 """What attention heads attend to, compared with a computation by hand."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, newest, run
@@ -25,3 +26,20 @@ def test_attention(head_count, options, text, figures, tmp_path):
     reference(newest(folder).open().load_model(), np.array([[*b"a $x"]]), heads=heads)
     for axis, [expected] in zip(axes, heads, strict=True):
         np.testing.assert_allclose(axis.images[0].get_array(), expected, atol=1e-5)
+
+
+def test_attention_of_an_edited_model(text, figures, tmp_path, monkeypatch):
+    """What is drawn is what `attend` does: here, each position attends to the first one."""
+    run("--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm")
+
+    def attend_to_the_first(queries, keys, values, mask=None):
+        return mx.broadcast_to(values[:, :, :1], values.shape)
+
+    monkeypatch.setattr(attention, "attend", attend_to_the_first)
+    prompt = "the quick brown fox"
+    attention.main(["x.png", "--prompt", prompt, "--save_dir", str(tmp_path / "lm")])
+    *axes, _ = figures[0].axes
+    for axis in axes:
+        weights = axis.images[0].get_array()
+        np.testing.assert_array_equal(weights[:, 0], 1)
+        np.testing.assert_array_equal(weights[:, 1:], 0)
