@@ -284,7 +284,7 @@ class PackageTokenizer(Tokenizer):
     def __init__(self, vocabulary, kind="bpe", eos=None):
         """eos: the token that ends a text; if None or unknown, the first of ENDS that exists.
 
-        Raises UsageError if the package is not installed, and exceptions of several types if
+        Raises ImportError if the package is not installed, and exceptions of several types if
         `vocabulary` is malformed.
         """
         self.kind = kind
@@ -293,7 +293,8 @@ class PackageTokenizer(Tokenizer):
         if model.get("type") == "BPE" and model.get("continuing_subword_prefix"):
             # The package (0.23) ends the process if a stranger's merges do not fit such a prefix.
             raise ValueError("it is a BPE with a continuing_subword_prefix, which is not supported")
-        package = tokenizers_package()
+        import tokenizers as package
+
         # If the package panics on what a file says, it raises no Exception.
         with explained("the package tokenizers cannot read it", BaseException, kind=ValueError):
             self.package = package.Tokenizer.from_str(vocabulary)
@@ -313,7 +314,9 @@ class PackageTokenizer(Tokenizer):
     @classmethod
     def train(cls, texts, vocab_size=32000):
         """A tokenizer trained on `texts`, with at most `vocab_size` ids."""
-        untrained = tokenizers_package().ByteLevelBPETokenizer()
+        import tokenizers
+
+        untrained = tokenizers.ByteLevelBPETokenizer()
         untrained.train_from_iterator(
             (cut_long_words(utf8(text)) for text in texts),
             vocab_size,
@@ -379,7 +382,7 @@ def end_of_text(tokenizer):
 def tokenizer_from_dict(data):
     """The tokenizer whose `to_dict()` is `data`, which may come from a stranger.
 
-    Raises UsageError if it is malformed, or needs a package that is not installed.
+    Raises UsageError if it is malformed, ImportError if it needs a package that is not installed.
     """
     with explained("the tokenizer cannot be used"):
         kind = data["kind"]
@@ -400,10 +403,7 @@ def read_tokenizer(path):
     kinds = ", ".join(KINDS)
     fault = f"--tokenizer {path} must be a Hugging Face tokenizer.json, or one of {kinds}"
     with explained(fault):
-        vocabulary = read_whole(Path(user_path(path)))
-    tokenizers_package()  # if it is missing, the file is not at fault
-    with explained(fault):
-        return PackageTokenizer(vocabulary, "file")
+        return PackageTokenizer(read_whole(Path(user_path(path))), "file")
 
 
 def read_whole(path):
@@ -419,14 +419,6 @@ def read_whole(path):
 def describe_tokenizer(tokenizer):
     """A tokenizer for the screen: "word tokenizer, 10,000-token vocabulary"."""
     return f"{tokenizer.kind} tokenizer, {tokenizer.vocab_size:,}-token vocabulary"
-
-
-def tokenizers_package():
-    """The package `tokenizers`. Raises UsageError if it is not installed."""
-    remedy = "gpt2, bpe and files of tokenizers need a package: pip install tokenizers"
-    with explained(remedy, ImportError):
-        import tokenizers
-    return tokenizers
 
 
 def token_dtype(vocab_size):
@@ -990,9 +982,12 @@ def load_dataset(
 
     Raises UsageError if the user's files cannot be used, RunError for a failed download.
     """
-    data_dir = open_data_dir(data_dir, save_dir)
+    data_dir = open_data_dir(data_dir)
     corpus = CORPORA[dataset]
-    tokenizer = find_tokenizer(corpus.tokenizer if tokenizer == "auto" else tokenizer)
+    if tokenizer == "auto":
+        tokenizer = corpus.tokenizer
+    if isinstance(tokenizer, (str, Path)) and tokenizer not in KINDS:
+        tokenizer = read_tokenizer(tokenizer)
     kind = getattr(tokenizer, "kind", tokenizer)
     named = named_files(dataset, text, valid_text, test_text)
     local = {}
@@ -1013,19 +1008,13 @@ def load_dataset(
         about = read_about(cache, key)
         if about is None:
             options = {"data_dir": data_dir, "mirror": mirror}
-            spans = local or download_texts(dataset, **options)
+            get = functools.partial(fetch, folder=dataset, corpus=corpus, **options)
+            spans = local or {split: [span] for split, span in zip(SPLITS, corpus.find_texts(get))}
             if tokenizer is kind:
                 tokenizer = make_tokenizer(kind, spans["train"], vocab_size, **options)
             about = write_splits(spans, tokenizer, cache, key)
         # Still under the lock: another process might begin to encode a changed text.
         return map_dataset(dataset, cache, about, train_tokens)
-
-
-def find_tokenizer(tokenizer):
-    """A tokenizer as an object, if it is one or the path of its file; else its kind, as it is."""
-    if isinstance(tokenizer, (str, Path)) and tokenizer not in KINDS:
-        return read_tokenizer(tokenizer)
-    return tokenizer
 
 
 def named_files(dataset, text, valid_text, test_text):
@@ -1063,13 +1052,6 @@ def key_of(kind, corpus, local):
         status = os.stat(each.path)
         known.append([repr(each), status.st_size, status.st_mtime_ns])
     return digest_of(known)
-
-
-def download_texts(dataset, **options):
-    """{split: [Span]} of a corpus; options: see fetch."""
-    corpus = CORPORA[dataset]
-    get = functools.partial(fetch, corpus=dataset, about=corpus, **options)
-    return {split: [span] for split, span in zip(SPLITS, corpus.find_texts(get))}
 
 
 def make_tokenizer(kind, spans, vocab_size, **options):
@@ -1138,22 +1120,22 @@ def map_dataset(name, cache, about, train_tokens):
 
 # ---- Downloads ----------------------------------------------------------------------------------
 
-def fetch(name, corpus, about, data_dir, mirror=None):
-    """The path of <data_dir>/<corpus>/<name>, a file that is downloaded if it is not there yet.
+def fetch(name, folder, corpus, data_dir, mirror=None):
+    """The path of <data_dir>/<folder>/<name>, a file that is downloaded if it is not there yet.
 
-    about: the Corpus that lists it. Its hosts are tried in turn, or only `mirror`: an address or a
-    folder that holds <corpus>/<name>. Raises RunError with the reason for each failure and what the
+    corpus: the Corpus that lists it. Its hosts are tried in turn, or only `mirror`: an address or a
+    folder that holds <folder>/<name>. Raises RunError with the reason for each failure and what the
     user can do.
     """
-    listed = [line.split() for line in about.files.splitlines() if line.endswith(f" {name}")]
+    listed = [line.split() for line in corpus.files.splitlines() if line.endswith(f" {name}")]
     if not listed:
-        raise UsageError(f"{corpus} has no file {name}: add its SHA256, size and name to CORPORA")
+        raise UsageError(f"{folder} has no file {name}: add its SHA256, size and name to CORPORA")
     [[sha256, size, _]] = listed
-    path = data_dir / corpus / name
+    path = data_dir / folder / name
     part = path.with_name(f"{name}.part")
-    sources = [host + name for host in about.hosts]
+    sources = [host + name for host in corpus.hosts]
     if mirror:
-        sources = [f"{mirror.rstrip('/')}/{corpus}/{name}"]
+        sources = [f"{mirror.rstrip('/')}/{folder}/{name}"]
     reasons = []
     with locked(path.parent):  # if two processes race, one downloads and the other finds the file
         if path.exists():
@@ -1282,6 +1264,8 @@ def explained(text, *errors, kind=UsageError):
     except (KeyboardInterrupt, SystemExit):
         raise  # also where BaseException is among the errors
     except expected as error:
+        if isinstance(error, ImportError) and ImportError not in errors:
+            raise  # a missing package is no fault of what was read
         raise kind(f"{text} ({one_line(error)})") from None
 
 
@@ -1622,6 +1606,18 @@ def utf8(text):
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+# ---- Flags and the command line -----------------------------------------------------------------
+
+
+class Flag(NamedTuple):
+    """A row of a table of flags."""
+
+    default: object
+    convert: object  # turns what is typed into the value, or raises ValueError; bool: a switch
+    help: str
+    also: str = ""  # its names in other programs, where meaning and unit are the same
+
+
 LARGEST = 2**31 - 1  # of int32
 
 
@@ -1643,50 +1639,6 @@ def number(kind, least, most=math.inf):
 SIZE = number(int, 1, LARGEST)
 
 
-def nonempty(text):
-    """A flag's type: a text that is not empty."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("is empty: give it a value, or leave it out")
-    return text
-
-
-def path_name(text):
-    """A flag's type: a path, see user_path."""
-    return user_path(nonempty(text))
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are UsageErrors; argparse would print its whole usage.
-
-    It takes --num-iters, as other programs spell it, for --num_iters.
-    """
-
-    def error(self, message):
-        raise UsageError(f"{message} (--help lists all flags)")
-
-    def parse_known_args(self, args=None, namespace=None):
-        spelled = []
-        for argument in args:
-            name, equals, value = argument.partition("=")
-            if re.fullmatch("--[a-z][a-z0-9_-]*", name):
-                name = "--" + name[2:].replace("-", "_")
-                name = name.replace("--no_", "--no-")
-            spelled.append(f"{name}{equals}{value}")
-        return super().parse_known_args(spelled, namespace)
-
-
-# ---- Flags and the command line -----------------------------------------------------------------
-
-
-class Flag(NamedTuple):
-    """A row of a table of flags."""
-
-    default: object
-    convert: object  # turns what is typed into the value, or raises ValueError; bool: a switch
-    help: str
-    also: str = ""  # its names in other programs, where meaning and unit are the same
-
-
 def one_of(choices):
     """A flag's type: one of these words."""
 
@@ -1697,6 +1649,18 @@ def one_of(choices):
 
     convert.metavar = f"{{{','.join(choices)}}}"
     return convert
+
+
+def nonempty(text):
+    """A flag's type: a text that is not empty."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("is empty: give it a value, or leave it out")
+    return text
+
+
+def path_name(text):
+    """A flag's type: a path, see user_path."""
+    return user_path(nonempty(text))
 
 
 def tokenizer_name(text):
@@ -1743,6 +1707,26 @@ TEXT_FLAGS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are UsageErrors; argparse would print its whole usage.
+
+    It takes --num-iters, as other programs spell it, for --num_iters.
+    """
+
+    def error(self, message):
+        raise UsageError(f"{message} (--help lists all flags)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        spelled = []
+        for argument in args:
+            name, equals, value = argument.partition("=")
+            if re.fullmatch("--[a-z][a-z0-9_-]*", name):
+                name = "--" + name[2:].replace("-", "_")
+                name = name.replace("--no_", "--no-")
+            spelled.append(f"{name}{equals}{value}")
+        return super().parse_known_args(spelled, namespace)
+
+
 def add_flags(group, rows):
     """Adds rows of flags, {flag: row}, to an argparse parser, or to a group of one."""
     for name, row in rows.items():
@@ -1769,7 +1753,8 @@ def main(arguments):
         add_flags(parser, rows)
     options = vars(parser.parse_args(arguments))
     usual = "text" if "text" in options else "ptb"
-    dataset = load_dataset(**{"dataset": usual} | options)
+    data_dir = options.get("save_dir")
+    dataset = load_dataset(**{"dataset": usual, "data_dir": data_dir} | options)
     print(f"{dataset.name}: {describe_tokenizer(dataset.tokenizer)}")
     for name in SPLITS:
         split = getattr(dataset, name)

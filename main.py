@@ -104,9 +104,9 @@ from datasets import CORPORA, LARGEST, SIZE, SPLITS, TEXT_FLAGS, TOKENIZERS, Dat
 from datasets import RunError, UsageError, add_flags, definition, describe_tokenizer, discard
 from datasets import end_of_text, explained, extra, flock, hash_of_file, load_dataset
 from datasets import make_writable, new_file, no_follow, nonempty, number, one_line, one_of
-from datasets import open_code_dir, open_data_dir, printable, publish, remove_leftovers
-from datasets import repair_streams, replacing, run_command, sync, tokenizer_from_dict
-from datasets import use_compiler, user_path, utf8, without_comments
+from datasets import open_code_dir, printable, publish, remove_leftovers, replacing, run_command
+from datasets import run_program, sync, tokenizer_from_dict, use_compiler, user_path, utf8
+from datasets import without_comments
 
 EDITED = []  # names of functions below that were edited since extras/fast.py was written
 
@@ -1076,8 +1076,8 @@ def train(run, interrupts, ranks):
             # Evaluate, save, then sample, so that a checkpoint has its score. If a signal ends the
             # evaluation, it is scored when the run is resumed.
             received, is_time_up = ranks.agree(interrupts.received, run.seconds >= end_time)
-            is_scored = run.is_score_due() or (is_time_up and flags.steps_per_eval)
-            if is_scored and run.iteration > 0 and run.score is None:
+            is_due = run.is_score_due() or (is_time_up and flags.steps_per_eval)
+            if is_due and run.iteration > 0 and run.score is None:
                 score_run(run, interrupts, ranks, reporter)
             is_ended = is_time_up or run.iteration >= flags.num_iters or run.is_out_of_patience()
             if is_ended or received or run.is_save_due():
@@ -1151,7 +1151,7 @@ def score_run(run, interrupts, ranks, reporter):
     tokens = run.dataset.valid.tokens
     if flags.eval_tokens:
         is_short = run.iteration < flags.steps_per_eval
-        limit = min(flags.eval_tokens, run.tokens_seen if is_short else math.inf)
+        limit = max(1, min(flags.eval_tokens, run.tokens_seen if is_short else math.inf))
         tokens = tokens[: limit + 1]  # the first one is only context
     began = time.perf_counter()
     with run.using_average() as model:
@@ -1568,6 +1568,11 @@ class Checkpoint(Progress):
         return self.folder.name
 
     @property
+    def is_copy(self):
+        """Whether its files were copied from the folder of another run."""
+        return self.name != self.run
+
+    @property
     def is_complete(self):
         """Whether it has all the steps that its run was to take."""
         return self.iteration >= self.flags["num_iters"]
@@ -1795,8 +1800,7 @@ def list_run(folder, warn=False):
 
 def saved_order(checkpoint):
     """The sort key of checkpoints: copies come last, whenever they were saved."""
-    is_original = checkpoint.name == checkpoint.run
-    return is_original, checkpoint.saved, checkpoint.iteration
+    return not checkpoint.is_copy, checkpoint.saved, checkpoint.iteration
 
 
 def best_of(checkpoints):
@@ -1815,6 +1819,11 @@ def by_run(checkpoints):
     for each in checkpoints:
         runs.setdefault(each.run, []).append(each)
     return runs
+
+
+def newest_of_runs(checkpoints):
+    """The first checkpoint of each run, in the order that they have here: newest first."""
+    return [first for first, *_ in by_run(checkpoints).values()]
 
 
 def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
@@ -1989,8 +1998,8 @@ def divergence_error(run, what, iteration):
 ORIGINS = ("init_from", "teacher")
 
 
-class Source(NamedTuple):
-    """A model that a flag names: a run's starting point, its teacher, or a draft."""
+class Origin(NamedTuple):
+    """A model that a flag names: the one that a run begins with, its teacher, or a draft."""
 
     model: LanguageModel
     tokenizer: object
@@ -1999,7 +2008,7 @@ class Source(NamedTuple):
 
 
 def open_model(save_dir, name, flag_name):
-    """The Source that a flag names: a checkpoint, or a Hugging Face folder or model.
+    """The Origin that a flag names: a checkpoint, or a Hugging Face folder or model.
 
     Raises UsageError if there is none, RunError if it is damaged.
     """
@@ -2007,7 +2016,7 @@ def open_model(save_dir, name, flag_name):
         return extra("huggingface").open_by_name(name)
     checkpoint = named_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name)
     with explained(f"--{flag_name} cannot be used: name another", Damaged, kind=RunError):
-        return open_source(checkpoint)
+        return open_origin(checkpoint)
 
 
 def is_foreign(name):
@@ -2015,13 +2024,13 @@ def is_foreign(name):
     return "/" in name  # `settle` has made a folder's name absolute
 
 
-def open_source(checkpoint):
-    """The Source that is a checkpoint; with LoRA, also of its base. Raises RunError."""
+def open_origin(checkpoint):
+    """The Origin that is a checkpoint; with LoRA, also of its base. Raises RunError."""
     contents = checkpoint.open()
     files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
     if checkpoint.flags["lora_rank"]:
         files |= extra("models").kept_files(checkpoint, "init_from")
-    return Source(contents.load_model(), contents.tokenizer, checkpoint.id, files)
+    return Origin(contents.load_model(), contents.tokenizer, checkpoint.id, files)
 
 
 # ---- Interrupts ---------------------------------------------------------------------------------
@@ -2329,6 +2338,11 @@ FORMATS = {
 }
 
 
+def format_metric(name, value):
+    """A metric for the screen, see FORMATS."""
+    return FORMATS.get(name, name + " {:.4g}").format(value)
+
+
 class Reporter:
     """Reports a run's metrics and samples: on the screen, in its folder, and to dashboards."""
 
@@ -2386,7 +2400,7 @@ class Reporter:
         """Shows the metrics of the steps up to the current iteration."""
         texts = []
         for name, value in metrics.items():
-            texts.append(FORMATS.get(name, name + " {:.4g}").format(value))
+            texts.append(format_metric(name, value))
         if not self.bar.disable:
             self.bar.set_postfix_str(", ".join(texts[:4]))  # it shows speed and time itself
             return
@@ -2560,7 +2574,7 @@ def describe_score(name, metrics, split, tokenizer, mark=""):
         texts.append(f"{split.num_unk / len(split.tokens):.2%} <unk>")
     for other, value in metrics.items():
         if other != "loss":
-            texts.append(FORMATS.get(other, other + " {:.4g}").format(value))
+            texts.append(format_metric(other, value))
     return ", ".join(texts)
 
 
@@ -3031,7 +3045,8 @@ def arguments_of(values):
 
 def check_values(values):
     """Raises an exception of any type unless these are flags that a command could set."""
-    changed = {name: value for name, value in values.items() if value != DEFAULTS[name]}
+    # By repr, as 32.0 is equal to 32.
+    changed = {name: value for name, value in values.items() if repr(value) != repr(DEFAULTS[name])}
     if parse(arguments_of(changed)) != changed:
         raise ValueError("its flags are of other types")
 
@@ -3079,8 +3094,8 @@ def read_yaml(path, loader="SafeLoader"):
 
     Raises exceptions of several types.
     """
-    with explained("pip install PyYAML", ImportError):
-        import yaml
+    import yaml
+
     if path.stat().st_size > LARGEST_YAML:
         raise ValueError(f"it is longer than {LARGEST_YAML:,} bytes")
     return yaml.load(path.read_text("utf-8"), getattr(yaml, loader))
@@ -3095,6 +3110,7 @@ def settle(given, saved=None):
     """
     flags = argparse.Namespace(**DEFAULTS | (saved or {}) | given)
     flags.given = given
+    flags.ids = {}  # of the models that flags name, once they are known, see began_with
     flags.save_dir = Path(user_path(flags.save_dir))
     for name in {"text", "valid_text", "test_text"} & {*given}:  # those saved are absolute
         setattr(flags, name, [absolute(path) for path in given[name]])
@@ -3102,9 +3118,9 @@ def settle(given, saved=None):
         # Else it is a checkpoint, or a model of the hub.
         if given[name] not in ("latest", "best") and os.path.isdir(user_path(given[name])):
             setattr(flags, name, absolute(given[name]))
-    if flags.text and given.get("dataset", "text") != "text":
+    if "text" in given and given.get("dataset", "text") != "text":
         raise UsageError("--dataset and --text both name what to train on: use one of them")
-    if flags.text:
+    if flags.text and "dataset" not in given:
         flags.dataset = "text"
     if flags.tokenizer == "auto":
         flags.tokenizer = CORPORA[flags.dataset].tokenizer
@@ -3170,9 +3186,8 @@ def command(flags, identifier):
 
 
 # ---- Setting up a run ---------------------------------------------------------------------------
-# A run's name is only a label: its record defines it. A command resumes the run of its name (NAME,
-# NAME.2, …) whose record agrees with it in the flags that shape a run, in the contents of the texts
-# and models, and in the code.
+# A run's name is only a label: its record defines it. A command resumes the run whose record agrees
+# with it in the flags that shape a run, in the contents of the texts and models, and in the code.
 
 
 def decided_names(flags):
@@ -3206,7 +3221,7 @@ def run_name(flags):
 def differences(flags, checkpoint):
     """The flags in which the run of a checkpoint is another one than a command describes.
 
-    {flag: its value}; for the texts, see `choose`.
+    {flag: its value}; find_run compares the texts.
     """
     others = {}
     for name in SHAPING:
@@ -3232,14 +3247,20 @@ def began_with(checkpoint, flags, flag_name):
     is_spelled_alike = its_own in (name, absolute(name))  # a folder is saved as an absolute path
     if flag_name not in flags.given or name in ("latest", "best"):
         return is_spelled_alike
-    id = None
-    if os.path.isdir(name):
-        id = extra("huggingface").id_of(name)
-    elif not is_foreign(name):
-        with contextlib.suppress(UsageError):
-            checkpoints = list_checkpoints(flags.save_dir)
-            id = named_checkpoint(flags.save_dir, checkpoints, name, flag_name).id
+    if flag_name not in flags.ids:  # which may take long
+        flags.ids[flag_name] = id_of_model(flags.save_dir, name, flag_name)
+    id = flags.ids[flag_name]
     return id == checkpoint.origins.get(flag_name) if id else is_spelled_alike
+
+
+def id_of_model(save_dir, name, flag_name):
+    """The id of the model that a flag names; None if it is gone, or on the hub."""
+    if os.path.isdir(name):
+        return extra("huggingface").id_of(name)
+    if is_foreign(name):
+        return None
+    with contextlib.suppress(UsageError):
+        return named_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name).id
 
 
 def check_agreement(flags, values, holder):
@@ -3264,9 +3285,7 @@ def find_start(flags, checkpoints):
     if flags.identifier:
         return named_checkpoint(flags.save_dir, checkpoints, flags.identifier)
     describes = any(name in flags.given for name in SHAPING)
-    if flags.new_model or describes or not checkpoints:
-        return None
-    return checkpoints[0]
+    return None if describes or not checkpoints else checkpoints[0]
 
 
 def find_run(flags, checkpoints, start):
@@ -3280,17 +3299,15 @@ def find_run(flags, checkpoints, start):
     Raises UsageError if only the code differs, and either the run is unfinished or the command has
     no flags that describe a run.
     """
-    if flags.new_model:
-        return None, None
-    newest = [own[0] for own in by_run(checkpoints).values()]  # saved last first
+    newest = newest_of_runs(checkpoints)
     alike = []
     if start in newest and not differences(flags, start):
         alike = [start]
     else:
         for checkpoint in newest:
-            is_copy = checkpoint.name != checkpoint.run
             is_branch_of_it = checkpoint.origins.get("branched_from") == (start and start.id)
-            if not is_copy and is_branch_of_it and not differences(flags, checkpoint):
+            is_alike = is_branch_of_it and not differences(flags, checkpoint)
+            if is_alike and not checkpoint.is_copy:
                 alike.append(checkpoint)
     if not start and not alike:
         return None, None
@@ -3360,11 +3377,12 @@ def claimed(folder):
 
 def describe_other(checkpoints, flags):
     """Says why the run most like this one is not resumed, and with which command it would be."""
-    other = min(checkpoints, key=lambda each: len(differences(flags, each)))
-    found = []
-    for name, value in differences(flags, other).items():
-        found += arguments_of({name: value}) or [f"no --{name}"]
-    has = ", ".join(found[:5]) or "another text, or was trained by other code"
+    compared = [(differences(flags, each), each) for each in newest_of_runs(checkpoints)]
+    others, other = min(compared, key=lambda pair: len(pair[0]))
+    spelled = []
+    for name, value in others.items():
+        spelled += arguments_of({name: value}) or [f"no --{name}"]
+    has = ", ".join(spelled[:5]) or "another text, or was trained by other code"
     return (
         f"Starting a new run: {other.run} has {has}. "
         f"To resume that one: {command(flags, other.run)}"
@@ -3407,21 +3425,21 @@ def decided_by(models, flags):
 
 def make_model(flags, dataset, checkpoint, models):
     """The model of a run; its weights are drawn or loaded later. Raises UsageError, Damaged."""
+    if checkpoint and "init_from" not in models:
+        with explained(f"{checkpoint} has no model", kind=Damaged):
+            return LanguageModel(checkpoint.config)
     try:
-        if "init_from" in models:
-            model = models["init_from"].model
-            # What no flag sets, such as a padded vocabulary, stays.
-            model.config = dataclasses.replace(model.config, context_size=flags.context_size)
-            if flags.lora_rank:
-                extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
-            return model
-        if not checkpoint:
+        if "init_from" not in models:
             shape = values_of(flags, FLAGS["model"])
             return LanguageModel(Config(dataset.tokenizer.vocab_size, **shape))
+        model = models["init_from"].model
+        # What no flag sets, such as a padded vocabulary, stays.
+        model.config = dataclasses.replace(model.config, context_size=flags.context_size)
+        if flags.lora_rank:
+            extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
+        return model
     except ValueError as error:  # its message begins with the name of a field
         raise UsageError(f"--{error}") from None
-    with explained(f"{checkpoint} has no model", kind=Damaged):
-        return LanguageModel(checkpoint.config)
 
 
 def check_memory(model, flags, ranks, optimizer):
@@ -3475,7 +3493,7 @@ def memory_size():
 
 
 def begin(flags):
-    """What a new run begins with: its models, {flag: Source}, its flags and its dataset.
+    """What a new run begins with: its models, {flag: Origin}, its flags and its dataset.
 
     Raises UsageError, RunError.
     """
@@ -3501,7 +3519,7 @@ def load_data(flags, tokenizer=None):
     arguments = values_of(flags, [*FLAGS["data"], "test_text", "save_dir", "mirror"])
     if tokenizer:
         arguments["tokenizer"] = tokenizer
-    data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
+    data_dir = flags.data_dir or flags.given.get("save_dir")
     dataset = load_dataset(data_dir=data_dir, **arguments)
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
         raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
@@ -3532,7 +3550,7 @@ def refuse_other_text(dataset, checkpoint):
 def make_run(folder, flags, contents, models, dataset, ranks):
     """The run whose state is in `contents`, or a new one if that is None.
 
-    models: those that it reads at this start, {flag: Source}. Raises UsageError, RunError.
+    models: those that it reads at this start, {flag: Origin}. Raises UsageError, RunError.
     """
     checkpoint = contents and contents.checkpoint
     if checkpoint and checkpoint.config.vocab_size < dataset.tokenizer.vocab_size:
@@ -3568,8 +3586,11 @@ def make_run(folder, flags, contents, models, dataset, ranks):
     return run
 
 
-def check_parts(flags, ranks):
-    """Raises UsageError if a run lacks something, before anything is downloaded."""
+def check_before_data(flags, ranks):
+    """What can be refused, or has to be said, before a text is downloaded. Raises UsageError.
+
+    That is about ranks, replaced code, an edited main.py and what --teacher and --report_to need.
+    """
     if flags.batch_size < ranks.size:
         raise UsageError(
             f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
@@ -3600,12 +3621,13 @@ def set_up(flags, ranks, interrupts, stack):
     checkpoint that --identifier names, or begins a new run. Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
-    start = find_start(flags, checkpoints)
+    known = [] if flags.new_model else checkpoints  # what the command may go on with
+    start = find_start(flags, known)
     if start:
         flags = settle(flags.given, start.flags)
         check_agreement(flags, differences(flags, start), start.run)
-    check_parts(flags, ranks)
-    found, dataset = find_run(flags, checkpoints, start)
+    check_before_data(flags, ranks)
+    found, dataset = find_run(flags, known, start)
     folder = found.folder if found else free_folder(flags, checkpoints)
     stack.enter_context(claimed(folder))
     if found or start:
@@ -3627,8 +3649,8 @@ def set_up(flags, ranks, interrupts, stack):
             extra("models").keep(folder / name, models[name].files)
     stack.enter_context(interrupts)  # from here on there is something to save
     print_start(run, contents and contents.checkpoint, ranks)
-    if not contents and checkpoints and not flags.new_model:
-        tqdm.write(printable(describe_other(checkpoints, flags)))
+    if not contents and known:
+        tqdm.write(printable(describe_other(known, flags)))
     if start and not found:
         run.origins = run.origins | {"branched_from": start.id}
         save(run, interrupts)  # a branch then has all that it needs
@@ -3664,7 +3686,7 @@ def flags_apart(checkpoints):
 
     Of each run, the newest checkpoint counts.
     """
-    newest = [own[0] for own in by_run(checkpoints).values()]
+    newest = newest_of_runs(checkpoints)
     apart = []
     for name in SHAPING:
         if len({str(each.flags[name]) for each in newest}) > 1:
@@ -3833,5 +3855,4 @@ def main(argv=None):
 LOADED = {(name, key): part for name, key, part in parts_of_code()}
 
 if __name__ == "__main__":
-    repair_streams()  # not in main(), which tests call with their own streams
-    sys.exit(main())
+    run_program("main.py", execute)

@@ -26,7 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from datasets import PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
 from datasets import read_whole, replacing, user_path, without_passwords
-from main import Config, LanguageModel, Source, checked, load_arrays, refuse_beyond_memory
+from main import Config, LanguageModel, Origin, checked, load_arrays, refuse_beyond_memory
 from main import sha1_of_file
 
 # The fields of our Config and their defaults, also of those that you have added.
@@ -91,7 +91,7 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 # ---- Import -------------------------------------------------------------------------------------
 def open_by_name(name):
-    """The Source of a folder or, if there is none of that name, on the hub. Raises UsageError."""
+    """The Origin of a folder or, if there is none of that name, on the hub. Raises UsageError."""
     if os.path.isdir(name):
         return import_model(name)
     if os.path.exists(name):
@@ -135,7 +135,7 @@ def download_model(repository, revision=None):
 def import_model(folder):
     """Reads a Hugging Face folder: its TEXTS and its weights in *.safetensors files.
 
-    Returns a Source with the model in float32. Raises UsageError if the folder holds no model that
+    Returns a Origin with the model in float32. Raises UsageError if the folder holds no model that
     is supported.
     """
     folder = Path(folder)
@@ -154,7 +154,7 @@ def import_model(folder):
             model.load_weights([*weights.items()])
         except ValueError as error:  # which may name hundreds
             raise UsageError(f"its weights do not fit: {one_line(error):.150}") from None
-    return Source(model, tokenizer, id_of(folder), {file.name: file for file in files})
+    return Origin(model, tokenizer, id_of(folder), {file.name: file for file in files})
 
 
 def read_texts(folder):

@@ -10,7 +10,7 @@ import re
 import shutil
 
 from datasets import explained, extra, replacing, sync
-from main import Damaged, open_source, read_checkpoint
+from main import Damaged, open_origin, read_checkpoint
 
 
 def keep(folder, files):
@@ -44,7 +44,7 @@ def kept_files(checkpoint, flag_name):
 
 
 def open_kept(checkpoint, flag_name):
-    """The Source that the run of a checkpoint keeps. Raises Damaged if it is gone."""
+    """The Origin that the run of a checkpoint keeps. Raises Damaged if it is gone."""
     folder = checkpoint.folder / flag_name
     origin_id = checkpoint.origins.get(flag_name)
     with explained(f"{checkpoint.run} lacks the model in its folder {flag_name}", kind=Damaged):
@@ -52,7 +52,7 @@ def open_kept(checkpoint, flag_name):
             raise OSError("it is a link")
         metadata = folder / f"{origin_id}.metadata"
         if metadata.exists():
-            source = open_source(read_checkpoint(metadata))
+            source = open_origin(read_checkpoint(metadata))
         else:
             source = extra("huggingface").open_by_name(str(folder))
         if source.id != origin_id:

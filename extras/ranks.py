@@ -214,7 +214,7 @@ class Group(contextlib.AbstractContextManager):
         models = {}
         for name, config in record["configs"].items():
             model = main.LanguageModel(main.Config(**config))
-            models[name] = main.Source(model, tokenizer, id="", files={})
+            models[name] = main.Origin(model, tokenizer, id="", files={})
         run = main.make_run(Path(record["folder"]), flags, None, models, dataset, self)
         for name, source in models.items():
             source.model.update(tree["models"][name])

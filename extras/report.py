@@ -99,7 +99,7 @@ def check(report_to):
     for name in names_of(report_to):
         remedy = f"pip install --upgrade {PACKAGES[name]}, or --report_to none"
         # Of any type: a package that is older than what it needs raises some other error.
-        with explained(f"--report_to {name} needs a package: {remedy}"):
+        with explained(f"--report_to {name} needs a package: {remedy}", ImportError, Exception):
             importlib.import_module(PACKAGES[name])
 
 

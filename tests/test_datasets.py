@@ -193,7 +193,7 @@ def test_tokenizer_of_a_file(name, tmp_path):
 def test_a_file_is_not_at_fault_for_a_missing_package(bpe, tmp_path, monkeypatch):
     (tmp_path / "own.json").write_text(bpe.vocabulary)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UsageError, match="^(?!.*must be).*pip install tokenizers"):
+    with pytest.raises(ImportError, match="tokenizers"):
         texts_of(tmp_path, tokenizer=tmp_path / "own.json")
 
 

@@ -91,7 +91,7 @@ def test_ptb(ptb):
 
 
 def test_an_edited_program_encodes_anew(ptb):
-    """The code of the tokenizer and of the corpus counts; no comment, nor what a text does not meet.
+    """The code of its tokenizer and corpus counts, and no comment; nor does any other code.
 
     A string that begins an expression is code.
     """
