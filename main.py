@@ -3275,7 +3275,7 @@ def check_agreement(flags, values, holder):
             )
 
 
-def find_start(flags, checkpoints):
+def choose_checkpoint(flags, checkpoints):
     """The checkpoint that a command starts from: that of --identifier, or the newest.
 
     None if the command describes its run by flags, or there is no checkpoint. Raises UsageError.
@@ -3288,38 +3288,38 @@ def find_start(flags, checkpoints):
     return None if describes or not checkpoints else checkpoints[0]
 
 
-def find_run(flags, checkpoints, start):
+def find_run(flags, checkpoints, chosen):
     """The newest checkpoint of the run that a command resumes, or None; and its dataset.
 
     It is the first run whose flags, models, text and code are those of the command; with
-    --identifier, the code is not compared. start: see find_start. A command that names an older
-    checkpoint, or changes training flags, means a branch, whose record has the id of the checkpoint
-    that it left. The dataset is None where no run has these flags and models.
+    --identifier, the code is not compared. chosen: see choose_checkpoint. A command that names an
+    older checkpoint, or changes training flags, means a branch, whose record has the id of the
+    checkpoint that it left. The dataset is None where no run has these flags and models.
 
     Raises UsageError if only the code differs, and either the run is unfinished or the command has
     no flags that describe a run.
     """
     newest = newest_of_runs(checkpoints)
     alike = []
-    if start in newest and not differences(flags, start):
-        alike = [start]
+    if chosen in newest and not differences(flags, chosen):
+        alike = [chosen]
     else:
         for checkpoint in newest:
-            is_branch_of_it = checkpoint.origins.get("branched_from") == (start and start.id)
+            is_branch_of_it = checkpoint.origins.get("branched_from") == (chosen and chosen.id)
             is_alike = is_branch_of_it and not differences(flags, checkpoint)
             if is_alike and not checkpoint.is_copy:
                 alike.append(checkpoint)
-    if not start and not alike:
+    if not chosen and not alike:
         return None, None
-    dataset = load_data_again(flags, start or alike[0])
-    if start:
-        refuse_other_text(dataset, start)
+    dataset = load_data_again(flags, chosen or alike[0])
+    if chosen:
+        refuse_other_text(dataset, chosen)
     alike = [each for each in alike if each.tokens_sha256 == dataset.sha256]
     code = hash_code(vars(flags))
     for checkpoint in alike:
         if flags.identifier or checkpoint.stretches[-1].code == code:
             return checkpoint, dataset
-    if alike and (start or not alike[0].is_complete):
+    if alike and (chosen or not alike[0].is_complete):
         run = alike[0].run
         raise UsageError(
             f"{run} was trained by other code than this: resume with this code by "
@@ -3622,19 +3622,19 @@ def set_up(flags, ranks, interrupts, stack):
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     known = [] if flags.new_model else checkpoints  # what the command may go on with
-    start = find_start(flags, known)
-    if start:
-        flags = settle(flags.given, start.flags)
-        check_agreement(flags, differences(flags, start), start.run)
+    chosen = choose_checkpoint(flags, known)
+    if chosen:
+        flags = settle(flags.given, chosen.flags)
+        check_agreement(flags, differences(flags, chosen), chosen.run)
     check_before_data(flags, ranks)
-    found, dataset = find_run(flags, known, start)
+    found, dataset = find_run(flags, known, chosen)
     folder = found.folder if found else free_folder(flags, checkpoints)
     stack.enter_context(claimed(folder))
-    if found or start:
+    if found or chosen:
         # Only now can no other process advance it. Of a branch of what is named, any intact
         # checkpoint will do.
-        is_named = bool(flags.identifier) and found in (None, start)
-        contents = open_newest(list_run(folder, warn=True) if found else [start], is_named)
+        is_named = bool(flags.identifier) and found in (None, chosen)
+        contents = open_newest(list_run(folder, warn=True) if found else [chosen], is_named)
         flags = settle(flags.given, contents.checkpoint.flags)
         models = {}
         for name in needed_models(flags):
@@ -3651,8 +3651,8 @@ def set_up(flags, ranks, interrupts, stack):
     print_start(run, contents and contents.checkpoint, ranks)
     if not contents and known:
         tqdm.write(printable(describe_other(known, flags)))
-    if start and not found:
-        run.origins = run.origins | {"branched_from": start.id}
+    if chosen and not found:
+        run.origins = run.origins | {"branched_from": chosen.id}
         save(run, interrupts)  # a branch then has all that it needs
     return run
 

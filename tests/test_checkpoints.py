@@ -174,17 +174,34 @@ def test_damages_are_all_found(folder, capsys, monkeypatch):
     assert what_is_read(folder, capsys) == other.id[:12]
 
 
+def change_record(path, change):
+    """Changes the record in a .metadata, a dict, by a function, and its SHA1 accordingly."""
+    arrays, texts = mx.load(str(path), format="safetensors", return_metadata=True)
+    mx.eval(arrays)  # before the file is written
+    record = json.loads(texts["record"])
+    change(record)
+    record = json.dumps(record)
+    texts = {"record": record, "sha1": hashlib.sha1(record.encode()).hexdigest()}
+    with open(path, "wb") as file:
+        mx.save_safetensors(file, arrays, texts)
+
+
+@pytest.mark.parametrize("flag, value", [("batch_size", 32.0), ("seed", 42.0), ("keep", True)])
+def test_a_flag_of_another_type(flag, value, line, folder):
+    """Python finds 32.0 equal to the default of 32."""
+    name, _, _ = begin(*line)
+    path = newest(folder).metadata_path
+    change_record(path, lambda record: record["flags"].update({flag: value}))
+    _, err = run("--list", "--save_dir", folder)
+    assert err == f"Skipping {name}, {path.stem[:12]}: its flags are of other types\n"
+
+
 @pytest.mark.parametrize("version, reader", [(5, "be68f60"), (4, "that wrote it")])
 def test_another_format_is_named_with_what_reads_it(version, reader, line, folder):
     line += ["--seed", 1, "--steps_per_save", 3, "--steps_per_eval", 3]
     name, _, _ = begin(*line)
     path = newest(folder).metadata_path
-    arrays, texts = mx.load(str(path), format="safetensors", return_metadata=True)
-    mx.eval(arrays)  # before the file is written
-    record = json.dumps(json.loads(texts["record"]) | {"format_version": version})
-    texts = {"record": record, "sha1": hashlib.sha1(record.encode()).hexdigest()}
-    with open(path, "wb") as file:
-        mx.save_safetensors(file, arrays, texts)
+    change_record(path, lambda record: record.update(format_version=version))
     _, err = run(*line, status=1)
     [skipped, end] = err.splitlines()
     reason = f"its format is version {version}, which the commit {reader} reads"

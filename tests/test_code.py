@@ -176,7 +176,10 @@ def test_what_a_cell_does_to_a_module_counts(line, tmp_path):
 
 
 def test_modules_count_where_they_are_used(line, text, tmp_path):
-    """One of the user's own, extras/fast.py with its C, and extras/lora.py in a LoRA run alone."""
+    """One of the user's own, extras/fast.py with its C, and extras/lora.py in a LoRA run alone.
+
+    A remark does not, nor does extras/check.py.
+    """
     imported = {"EDITED = []": "import mine\n\nEDITED = []"}
     path = copy_program(tmp_path / "copy", imported)
     mine = path.with_name("mine.py")
@@ -191,9 +194,10 @@ def test_modules_count_where_they_are_used(line, text, tmp_path):
         again_with_lora, _, _ = begin(*adapters, program=["-B", path])
         return again, again_with_lora
 
+    with open(path.parent / "extras" / "check.py", "a") as file:
+        file.write("FACTOR = 2\n")
     assert edit(mine, "# A remark\n") == (name, lora)
     assert edit(path.parent / "extras" / "lora.py", "FACTOR = 1\n") == (name, f"{lora}.2")
     assert edit(mine, "FACTOR = 2\n") == (f"{name}.2", f"{lora}.3")
     assert edit(path.parent / "extras" / "fast.c", "// 2\n") == (f"{name}.3", f"{lora}.4")
     assert edit(path.parent / "extras" / "fast.py", "FACTOR = 2\n") == (f"{name}.4", f"{lora}.5")
-    assert edit(path.parent / "extras" / "check.py", "FACTOR = 2\n") == (f"{name}.4", f"{lora}.5")

@@ -17,9 +17,8 @@ def play(name, *arguments):
     return ended.returncode, ended.stdout + ended.stderr
 
 
-@pytest.mark.parametrize("arguments", [("--every", 700), ("--random", 6, "--seed", 2)])
-def test_faults(arguments):
-    status, out = play("crash.py", *arguments)
+def test_faults():
+    status, out = play("crash.py", "--every", 700)
     assert " 0 failures" in out, out
     assert status == 0
 

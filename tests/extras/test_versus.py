@@ -199,12 +199,16 @@ def test_sides_that_begin_with_a_run(project):
 
 
 def test_edit_without_effect_is_proved(project):
-    """A plain function runs on both sides: only what it does counts, not how it rounds."""
+    """A plain function runs on both sides: only what it does counts, not how it rounds.
+
+    What a side prints is no answer.
+    """
     edit(project, "def linear_product(x, weight):\n", "def linear_product(x, weight):  # a note\n")
     out, _ = versus(project, "HEAD", "--pairs", 2)
     assert out.endswith("No effect, proved: the same weights, for these flags and seeds.\n")
     assert not [*project.glob("runs/versus/*/text-*")], "nothing is trained"
     edit(project, "    joined = attended.transpose", "    joined  =  attended.transpose")
+    edit(project, "EDITED = []", "EDITED = []\nprint('{}')")
     norm = "mx.fast.rms_norm(x, weight, eps)\n"
     edit(project, f"    return {norm}", f"    normed = {norm}    return normed\n")
     out, _ = versus(project, "HEAD", "--pairs", 2)
@@ -220,7 +224,6 @@ CHEATS = [
         'return {"loss": 0.9 * nn.losses.cross_entropy(logits, targets)}',
         "it is scored otherwise than it was trained",
     ),
-    ("EDITED = []", "EDITED = []\nprint('{}')", "No effect, proved"),
     ("iteration >= flags.num_iters or", "iteration >= 2 * flags.num_iters or", "48 steps, not 24"),
     (
         "batches = Batches(dataset.train.tokens,",
@@ -236,7 +239,8 @@ def test_mistakes_that_look_like_gains(project, old, new, verdict):
     facts = "".join(f"a{n} is b{n * 7919 % 1000} or c{n * 104729 % 1000}\n" for n in range(2000))
     (project / "text.txt").write_text(facts)
     (project / "test.txt").write_text(facts[::-1])
-    line = ["HEAD", "--pairs", 3, "--", "--learning_rate", 0.03, "--test_text", "test.txt"]
+    pairs = 3 if "only" in verdict else 2
+    line = ["HEAD", "--pairs", pairs, "--", "--learning_rate", 0.03, "--test_text", "test.txt"]
     line += ["--valid_fraction", 0.02]
     out, _ = versus(project, *line)
     assert verdict in out.splitlines()[-1]
