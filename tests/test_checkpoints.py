@@ -193,7 +193,8 @@ def test_a_flag_of_another_type(flag, value, line, folder):
     path = newest(folder).metadata_path
     change_record(path, lambda record: record["flags"].update({flag: value}))
     _, err = run("--list", "--save_dir", folder)
-    assert err == f"Skipping {name}, {path.stem[:12]}: its flags are of other types\n"
+    assert err.startswith(f"Skipping {name}, {path.stem[:12]}: ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("version, reader", [(5, "be68f60"), (4, "that wrote it")])
