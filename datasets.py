@@ -1689,7 +1689,7 @@ TEXT_FLAGS = {
         # 257: the bytes and the end token.
         "vocab_size": Flag(32000, number(int, 257, 2**20), "vocabulary size of --tokenizer bpe"),
     },
-    "run": {"test_text": Flag([], nonempty, "test files, beside --text")},
+    "session": {"test_text": Flag([], nonempty, "test files, beside --text")},
     "command": {
         "save_dir": Flag(
             "runs", nonempty, "folder with a folder for each run", "out_dir output_dir"

@@ -2802,9 +2802,10 @@ PRESETS = {
     "350m": {"dim": 768, "num_heads": 12, "num_blocks": 16, "context_size": 2048},
 }
 
-# {group: {flag: row}}. The group says what a flag does. `data`, `model`, `start` and `training`
+# {group: {flag: row}}. The group says what a flag does. `data`, `model`, `beginning` and `training`
 # shape a run: another value is another run; only those of `training` may change in a branch. Those
-# of `run` may change at any time. All these are saved with a run; `sampling` and `command` are not.
+# of `session` may change whenever a run is resumed. All these are saved with a run; `sampling` and
+# `command` are not.
 # Where a default of None depends on other flags, the help says how; `settle` fills it in, or the
 # code that uses it.
 FLAGS = {}
@@ -2838,7 +2839,7 @@ FLAGS["model"] = {
     "untie": Flag(False, bool, "separate output matrix instead of tied embeddings"),
 }
 
-FLAGS["start"] = {
+FLAGS["beginning"] = {
     "seed": Flag(42, COUNT, "of weights, batches, dropout and samples", "random_seed"),
     "optimizer": Flag(
         "adamw",
@@ -2890,7 +2891,7 @@ FLAGS["training"] = {
     "teacher_temperature": Flag(2.0, number(float, 0.01, 100), "distillation temperature"),
 }
 
-FLAGS["run"] = {
+FLAGS["session"] = {
     "num_iters": Flag(
         100000, SIZE, "total number of training steps", "iters max_iters max_steps"
         " num_iterations num_steps total_steps train_steps"
@@ -2919,7 +2920,7 @@ FLAGS["run"] = {
         False, bool, "gradient checkpointing: less memory, more compute", "checkpoint"
         " gradient_checkpointing"
     ),
-} | TEXT_FLAGS["run"]
+} | TEXT_FLAGS["session"]
 
 FLAGS["sampling"] = {
     "max_tokens": Flag(
@@ -2981,9 +2982,9 @@ NOT_HERE = {
 ROWS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
 DEFAULTS = {name: row.default for name, row in ROWS.items()}
 SEVERAL = [name for name, default in DEFAULTS.items() if default == []]  # take several values
-FIXED = [*FLAGS["data"], *FLAGS["model"], *FLAGS["start"]]
+FIXED = [*FLAGS["data"], *FLAGS["model"], *FLAGS["beginning"]]
 SHAPING = [*FIXED, *FLAGS["training"]]
-SAVED = [*SHAPING, *FLAGS["run"]]
+SAVED = [*SHAPING, *FLAGS["session"]]
 # Flags that name a place: its content counts, not its name.
 PATHS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
 
@@ -3700,7 +3701,7 @@ def flags_apart(checkpoints):
 def open_for_use(flags):
     """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
 
-    Without --identifier, of the runs that agree with the flags given for data, model and start.
+    Without --identifier, of the runs that agree with those flags in FIXED that were given.
     Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)

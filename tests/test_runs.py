@@ -229,7 +229,7 @@ def test_an_edit_of_a_function_is_another_experiment(line, tmp_path):
 
     _, err = run(*leg, status=2, **edited)
     assert f"main.py: {name} was trained by other code" in err
-    assert err.endswith(", or begin a new run by the command that began it and --new_model\n")
+    assert err.endswith(", or start a new run by its original command and --new_model\n")
     assert begin(*leg, "--new_model", **edited)[:2] == (f"{name}.2", 0)
     assert begin(*leg, **reworded)[:2] == (name, 4)
     [command] = re.findall(r"by python main\.py (.*), or begin", err)
