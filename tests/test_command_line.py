@@ -32,7 +32,7 @@ def test_help(tmp_path):
     out, err = run("--help", cwd=tmp_path)
     assert err == "" and "research" not in out and "n_embd" not in out
     assert not list(tmp_path.iterdir())
-    for title in ("data", "model", "start", "training", "run", "sampling", "command"):
+    for title in ("data", "model", "beginning", "training", "session", "sampling", "command"):
         assert f"\n{title}:\n" in out
 
 

@@ -232,7 +232,7 @@ def test_an_edit_of_a_function_is_another_experiment(line, tmp_path):
     assert err.endswith(", or start a new run by its original command and --new_model\n")
     assert begin(*leg, "--new_model", **edited)[:2] == (f"{name}.2", 0)
     assert begin(*leg, **reworded)[:2] == (name, 4)
-    [command] = re.findall(r"by python main\.py (.*), or begin", err)
+    [command] = re.findall(r"by python main\.py (.*), or start", err)
     resumed, iteration, out = begin(*shlex.split(command), "--max_minutes", 1e-9, **edited)
     assert (resumed, iteration) == (name, 6)
     assert "The code that trains was edited since the checkpoint" in out
