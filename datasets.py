@@ -1375,6 +1375,7 @@ def extra(name):
     )
 
 
+@functools.cache  # a notebook that loads main.py again asks for the same sources
 def without_comments(source):
     """Python source without its comments, docstrings and empty lines."""
     lines = source.split("\n")
