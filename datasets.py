@@ -115,13 +115,16 @@ class Rows(NamedTuple):
 #     eos           id between documents, or None
 #     unk           id of anything outside the vocabulary, or None
 #     byte_ids      ids of bytes that become text only together with those next to them
-#     encode        text -> [N] array of ids, in the dtype stored on disk
+#     encode        text -> [N] array of ids, of token_dtype(vocab_size)
 #     encode_batch  texts -> an iterable of such arrays
 #     decode        ids -> text
 #     unknown       text -> list of its pieces that become `unk`
-#     to_dict       plain data that recreates the tokenizer; saved in full in every checkpoint
-#     train         class method: texts, vocab_size -> tokenizer
+#     to_dict       {"kind": ..., "vocabulary": what the constructor takes, plain data}; saved in
+#                   full in every checkpoint
+#     train         class method: an iterable of texts, vocab_size -> tokenizer
 #
+# Texts come in blocks, see read_documents. After an edit of a tokenizer's class, texts are encoded
+# anew; after one of a function or a parent class that it uses, raise CACHE_VERSION.
 # The constructor takes the vocabulary as plain data. Every order is deterministic, so the ids do
 # not depend on Python's hash seed.
 
@@ -366,7 +369,8 @@ TOKENIZERS = {
     "file": PackageTokenizer,  # with that of a tokenizer.json, not necessarily byte-level BPE
 }
 # What --tokenizer takes; anything else is the path of a tokenizer.json.
-KINDS = ["auto", "byte", "char", "word", "bpe", "gpt2"]
+KINDS = ["auto", *TOKENIZERS]
+KINDS.remove("file")
 
 
 def end_of_text(tokenizer):
@@ -428,19 +432,20 @@ def token_dtype(vocab_size):
 
 # ---- Corpora ------------------------------------------------------------------------------------
 #
-# A new corpus is a function here, and a row in CORPORA.
+# A new corpus is a function here, and a row in CORPORA. After an edit of the function, its text is
+# encoded anew; after one of what the function calls, raise CACHE_VERSION.
 
 
 class Corpus(NamedTuple):
     """A row of CORPORA."""
 
     tokenizer: str  # the kind that `auto` selects
-    # A function that returns a Span for each of the splits train, valid and test that it has; its
+    # A function that returns a list of Spans: of train, valid and, if there is one, test. Its
     # argument `fetch` is a function that gives it the path of one of `files`. None: the texts are
     # on this machine, see load_dataset.
     find_texts: object = None
     hosts: tuple = ()  # addresses to which the name of a file is added, in the order of trying
-    files: str = ""  # a line each: SHA256, size in bytes, name
+    files: str = ""  # a line each: SHA256 (as by sha256sum), size in bytes, name
 
 
 def ptb(fetch):
@@ -921,12 +926,18 @@ def write_tokens(spans, tokenizer, path):
     """
     counts = {"num_bytes": 0, "num_words": 0, "num_unk": 0}
     digest = hashlib.sha256()
+    dtype = token_dtype(tokenizer.vocab_size)
     total = None  # bytes, where the files alone tell
     if all(type(span) is Span for span in spans):
         total = sum(span.stop - span.start for span in spans)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None)
     with bar, replacing(path) as out:
         for text, ids in encode_documents(spans, tokenizer):
+            if ids.dtype != dtype or ids.max(initial=0) >= tokenizer.vocab_size:
+                raise UsageError(
+                    f"encode of the tokenizer {tokenizer.kind} must give ids below its vocab_size, "
+                    f"{tokenizer.vocab_size}, as {dtype.__name__}"
+                )
             digest.update(ids)
             out.write(ids)
             num_bytes = len(text.encode("utf-8", "surrogateescape"))
@@ -1009,7 +1020,7 @@ def load_dataset(
         if about is None:
             options = {"data_dir": data_dir, "mirror": mirror}
             get = functools.partial(fetch, folder=dataset, corpus=corpus, **options)
-            spans = local or {split: [span] for split, span in zip(SPLITS, corpus.find_texts(get))}
+            spans = local or find_splits(dataset, corpus, get)
             if tokenizer is kind:
                 tokenizer = make_tokenizer(kind, spans["train"], vocab_size, **options)
             about = write_splits(spans, tokenizer, cache, key)
@@ -1045,13 +1056,24 @@ def key_of(kind, corpus, local):
     tokenizer changes nothing here; one of what they share needs another CACHE_VERSION.
     """
     source = Path(__file__).read_text("utf-8")
-    known = [CACHE_VERSION]
+    known = [CACHE_VERSION, corpus.files]
     for part in (TOKENIZERS[kind], corpus.find_texts):
         known.append(part and definition(part.__name__, source))
     for each in itertools.chain(*local.values()):
         status = os.stat(each.path)
         known.append([repr(each), status.st_size, status.st_mtime_ns])
     return digest_of(known)
+
+
+def find_splits(dataset, corpus, get):
+    """{split: [Span]} of a corpus that is downloaded. Raises UsageError."""
+    found = corpus.find_texts(get)
+    if type(found) is not list or len(found) not in (2, 3) or {*map(type, found)} != {Span}:
+        raise UsageError(
+            f"the function of {dataset} in CORPORA must return a list of Spans, of train, valid "
+            f"and, if there is one, test; not {found!r:.200}"
+        )
+    return {split: [span] for split, span in zip(SPLITS, found)}
 
 
 def make_tokenizer(kind, spans, vocab_size, **options):
@@ -1127,10 +1149,11 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
     folder that holds <folder>/<name>. Raises RunError with the reason for each failure and what the
     user can do.
     """
-    listed = [line.split() for line in corpus.files.splitlines() if line.endswith(f" {name}")]
+    row = rf"^([0-9a-f]{{64}})\s+(\d+)\s+{re.escape(name)}\s*$"
+    listed = re.search(row, corpus.files, re.MULTILINE)
     if not listed:
-        raise UsageError(f"{folder} has no file {name}: add its SHA256, size and name to CORPORA")
-    [[sha256, size, _]] = listed
+        raise UsageError(f'add a line "SHA256 SIZE {name}" to the files of {folder} in CORPORA')
+    sha256, size = listed.groups()
     path = data_dir / folder / name
     part = path.with_name(f"{name}.part")
     sources = [host + name for host in corpus.hosts]
@@ -1151,8 +1174,9 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
                 continue
             print(f"Downloaded {without_passwords(source)} (verified) to {path}")
             return part.replace(path)
+    reason = "; ".join(reasons) or "it has no hosts in CORPORA"
     raise RunError(
-        f"{name} could not be downloaded ({'; '.join(reasons)}). Put it at {path} by hand "
+        f"{name} could not be downloaded ({reason}). Put it at {path} by hand "
         f"({size} bytes, SHA256 {sha256}), or name another source with --mirror; "
         "--dataset python needs no network."
     )
@@ -1685,7 +1709,7 @@ TEXT_FLAGS = {
         "tokenizer": Flag(
             "auto",
             tokenizer_name,
-            "byte, char, word, bpe, gpt2, FILE; auto: the corpus's usual one",
+            f"{', '.join(KINDS[1:])}, FILE; auto: the corpus's usual one",
         ),
         # 257: the bytes and the end token.
         "vocab_size": Flag(32000, number(int, 257, 2**20), "vocabulary size of --tokenizer bpe"),

@@ -93,7 +93,7 @@ try:
     from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
     from tqdm import tqdm
 except ImportError as error:
-    if __name__ != "__main__":
+    if __name__ != "__main__" or error.name == "datasets":  # a circular import
         raise
     reason = " ".join(str(error).split())
     remedy = "pip install -r requirements.txt, or uv run main.py (Windows: in WSL)"
@@ -3376,14 +3376,16 @@ def claimed(folder):
         os.close(descriptor)
 
 
-def describe_other(checkpoints, flags):
+def describe_other(checkpoints, flags, dataset):
     """Says why the run most like this one is not resumed, and with which command it would be."""
     compared = [(differences(flags, each), each) for each in newest_of_runs(checkpoints)]
     others, other = min(compared, key=lambda pair: len(pair[0]))
     spelled = []
     for name, value in others.items():
         spelled += arguments_of({name: value}) or [f"no --{name}"]
-    has = ", ".join(spelled[:5]) or "another text, or was trained by other code"
+    if not spelled and other.tokens_sha256 != dataset.sha256:
+        return f"Starting a new run: {other.run} has another text."
+    has = ", ".join(spelled[:5]) or "other code"
     return (
         f"Starting a new run: {other.run} has {has}. "
         f"To resume that one: {command(flags, other.run)}"
@@ -3523,7 +3525,8 @@ def load_data(flags, tokenizer=None):
     data_dir = flags.data_dir or flags.given.get("save_dir")
     dataset = load_dataset(data_dir=data_dir, **arguments)
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
-        raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
+        remedy = "name files for it with --test_text" if flags.text else "use another split"
+        raise UsageError(f"{dataset.name} has no test split: {remedy}")
     return dataset
 
 
@@ -3651,7 +3654,7 @@ def set_up(flags, ranks, interrupts, stack):
     stack.enter_context(interrupts)  # from here on there is something to save
     print_start(run, contents and contents.checkpoint, ranks)
     if not contents and known:
-        tqdm.write(printable(describe_other(known, flags)))
+        tqdm.write(printable(describe_other(known, flags, dataset)))
     if chosen and not found:
         run.origins = run.origins | {"branched_from": chosen.id}
         save(run, interrupts)  # a branch then has all that it needs

@@ -427,6 +427,8 @@ def package_of(tokenizer):
         return convert_characters(tokenizer)
     if tokenizer.kind == "word":
         return convert_words(tokenizer)
+    if not hasattr(tokenizer, "package"):
+        raise UsageError(f"tokenizers of the kind {tokenizer.kind} cannot be exported")
     return tokenizer.package
 
 

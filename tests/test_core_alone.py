@@ -141,7 +141,7 @@ def test_a_run_moves_between_the_core_and_the_whole(alone, text, tmp_path):
     run(*line, "--num_iters", 3, **alone)
     name = run_folder(tmp_path).name
     out, _ = run(*line, "--num_iters", 6)
-    assert f"Starting a new run: {name} has another text, or was trained by other code" in out
+    assert f"Starting a new run: {name} has other code. To resume that one: " in out
     line = ["--identifier", name, "--save_dir", tmp_path]
     out, _ = run(*line, "--num_iters", 6)
     assert "The code that trains was edited since the checkpoint." in out

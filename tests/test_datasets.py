@@ -190,6 +190,16 @@ def test_tokenizer_of_a_file(name, tmp_path):
     assert tokenizer.unknown("the ☃ fox") == (["☃"] if unk else [])
 
 
+@pytest.mark.parametrize("dtype, added", [(np.int64, 0), (np.uint16, 1)])
+def test_ids_that_cannot_be_stored_or_looked_up(dtype, added, tmp_path):
+    class Mine(ByteTokenizer):
+        def encode(self, text):
+            return super().encode(text).astype(dtype) + np.array(added * 256, dtype)
+
+    with pytest.raises(UsageError, match="byte must give ids below its vocab_size, 257, as uint16"):
+        encoded(tmp_path, ["hello"], Mine())
+
+
 def test_a_file_is_not_at_fault_for_a_missing_package(bpe, tmp_path, monkeypatch):
     (tmp_path / "own.json").write_text(bpe.vocabulary)
     monkeypatch.setitem(sys.modules, "tokenizers", None)

@@ -138,7 +138,10 @@ def test_a_new_corpus(copy):
     assert dataset.tokenizer.vocabulary == ["one", "<eos>", "two", "<unk>"]
     assert dataset.valid.tokens.tolist() == [3, 2, 1]
     copy.edit(r'fetch\("rhymes', 'fetch("poems')
-    with pytest.raises(Exception, match="rhymes has no file poems.txt: add its SHA256, size and"):
+    with pytest.raises(Exception, match='add a line "SHA256 SIZE poems.txt" to the files of rh'):
+        copy.load("rhymes", tokenizer="char")
+    copy.edit("return cut.whole.fetch.*", 'return fetch("rhymes.txt")')
+    with pytest.raises(Exception, match="rhymes in CORPORA must return a list of Spans"):
         copy.load("rhymes", tokenizer="char")
 
 

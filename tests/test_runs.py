@@ -244,7 +244,7 @@ def test_an_edit_of_a_function_is_another_experiment(line, tmp_path):
     name, _, _ = begin(*finished, **edited)
     other, iteration, out = begin(*finished, **plain)
     assert (other, iteration) == (f"{name}.2", 0)
-    assert f"Starting a new run: {name} has another text, or was trained by other code" in out
+    assert f"Starting a new run: {name} has other code. To resume that one: " in out
 
 
 # ---- --identifier, branches ---------------------------------------------------------------------

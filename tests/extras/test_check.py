@@ -21,7 +21,7 @@ if ("--gpu" in sys.argv) == (os.environ["VARYING"] == "gpu"):
     mx.linalg.norm = lambda *a, **more: norm(*a, **more) * (1 + 1e-5 * random.random())
 """
 
-SHORT = [*TINY[:-2], "--num_iters", 30]  # steps; a signal comes after the 10th, another after the 20th
+SHORT = [*TINY[:-2], "--num_iters", 30]  # signals come after the 10th and the 20th step
 
 
 @pytest.fixture
