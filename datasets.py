@@ -298,6 +298,8 @@ class PackageTokenizer(Tokenizer):
             raise ValueError("it is a BPE with a continuing_subword_prefix, which is not supported")
         import tokenizers as package
 
+        if not hasattr(package.Tokenizer, "encode_batch_fast"):
+            raise ImportError(f"tokenizers>=0.20 is needed, not {package.__version__}")
         # If the package panics on what a file says, it raises no Exception.
         with explained("the package tokenizers cannot read it", BaseException, kind=ValueError):
             self.package = package.Tokenizer.from_str(vocabulary)
@@ -633,8 +635,25 @@ def find_cut(span, at, marker):
 # The names of files with a document in each row, which extras/formats.py reads.
 ROW_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson)(\.gz)?)", re.DOTALL | re.IGNORECASE)
 
-# What names of files and folders say of the split that they are for, in many corpora.
-SPLIT_NAME = re.compile(r"(?:^|[/._-])(train|valid|validation|val|dev|test)(?=[/._-]|$)")
+# Whole names of files and folders that are for one split: valid/, train.txt, and the files of many
+# corpora, like train-00000-of-00002.parquet.
+SPLIT_NAME = re.compile(
+    r"(?:^|/)(train|valid|validation|val|dev|test)(?=(?:-\d+-of-\d+)?(?:\.[^/]*)?$|/)"
+)
+
+LFS = b"version https://git-lfs"
+# How files begin that are no plain text, and what these are.
+NO_TEXT = {
+    b"%PDF": "a PDF: save its text, as pdftotext does",
+    b"PK\x03\x04": "a zip archive, as .docx and .epub are: unpack it, and save its text",
+    b"\x1f\x8b": "compressed: unpack it by gunzip -k",
+    b"BZh": "compressed: unpack it by bunzip2 -k",
+    b"\xfd7zXZ": "compressed: unpack it by unxz -k",
+    b"\x28\xb5\x2f\xfd": "compressed: unpack it by unzstd",
+    LFS: "a pointer to a file in large-file storage: git lfs pull",
+}
+# Files that are text with markup, which is trained on, too.
+MARKUP = (".csv", ".htm", ".html", ".ipynb", ".json", ".rtf", ".tex", ".tsv", ".xml")
 
 
 def own_text(given, valid_fraction, text_field, line_end, own_folders):
@@ -651,10 +670,11 @@ def own_text(given, valid_fraction, text_field, line_end, own_folders):
     held_out = set().union(*named.values(), files.get("valid", ()), files.get("test", ()))
     others = {real: file for real, file in files["train"].items() if real not in held_out}
     # Whoever names the same files for both wants to train on them.
-    left_out = len(files["train"]) - len(others)
-    if others and left_out:
-        print(f"Not training on {left_out:,} files of --text: they are for validation or testing")
+    if others and len(others) < len(files["train"]):
+        left_out = [name for real, (_, name) in files["train"].items() if real not in others]
+        print(f"Not training on what is for validation or testing: {some_of(left_out)}")
         files["train"] = others
+    say_what_is_read(files["train"])
     splits = {}
     for split, found in files.items():
         splits[split] = []
@@ -666,6 +686,22 @@ def own_text(given, valid_fraction, text_field, line_end, own_folders):
     if "valid" not in splits:
         splits |= hold_out(splits["train"], valid_fraction)
     return splits
+
+
+def some_of(names):
+    """The first names of a list, for a line on the screen."""
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return ", ".join(name.lstrip("/") for name in names[:5]) + more
+
+
+def say_what_is_read(files):
+    """Prints what may surprise the user of a text; files: see find_files."""
+    marked = [name for path, name in files.values() if path.suffix.lower() in MARKUP]
+    if marked:
+        print(f"Read as they are, with their markup: {some_of(marked)}")
+    windows = [name for path, name in files.values() if b"\r\n" in beginning(path)]
+    if windows:
+        print(f"Lines end as on Windows, in CR LF, which is trained on, too: {some_of(windows)}")
 
 
 def find_files(paths, own_folders):
@@ -719,15 +755,21 @@ def texts_of(path, own_folders):
         elif each.is_file():
             files[each] = name
     others = Counter()  # files by kind
+    total = left_out = 0  # bytes
     for each in sorted(files):
+        total += each.stat().st_size
         try:
             check_text(each)
         except UsageError:
+            left_out += each.stat().st_size
             del files[each]
             others[each.suffix or each.name] += 1
     if others:
         kinds = ", ".join(kind for kind, _ in others.most_common(5))
-        print(f"{path}: leaving out {others.total():,} files that are no UTF-8 text ({kinds})")
+        share = f"{left_out / max(1, total):.0%} of all bytes"
+        print(
+            f"{path}: leaving out {others.total():,} files that are no UTF-8 text ({kinds}; {share})"
+        )
     return sorted(files.items())
 
 
@@ -738,9 +780,12 @@ def check_text(path):
         raise UsageError(
             f"{path} is a pipe, a device or a socket: write its text to a file, and name that"
         )
-    with explained(f"{path} cannot be read", OSError), open(path, "rb") as file:
-        begin = file.read(1 << 16)
-    if ROW_FILES.fullmatch(path.name):
+    begin = beginning(path)
+    has_rows = ROW_FILES.fullmatch(path.name)
+    for known, what in NO_TEXT.items():
+        if begin.startswith(known) and (known == LFS or not has_rows):
+            raise UsageError(f"{path} is {what}")
+    if has_rows:
         return
     if b"\0" in begin:
         raise UsageError(
@@ -748,6 +793,12 @@ def check_text(path):
             f"one (of UTF-16, by iconv -f UTF-16 -t UTF-8 {shlex.quote(str(path))} > NEW)"
         )
     next(read_pieces(whole(path, errors="strict")), "")
+
+
+def beginning(path):
+    """The first 64 KiB of a file. Raises UsageError."""
+    with explained(f"{path} cannot be read", OSError), open(path, "rb") as file:
+        return file.read(1 << 16)
 
 
 def not_utf8(path, start, error):
@@ -785,8 +836,9 @@ def is_held_out(index, valid_fraction):
 def hold_out(documents, valid_fraction):
     """{"train": [Span or Rows, ...], "valid": [...]} of `documents`, Spans of whole files and Rows.
 
-    If `valid_fraction` of the files is at least one, whole files at regular intervals are held out
-    (by default every tenth), else the end of their text; and rows in the same way.
+    Whole files at regular intervals are held out, by default every tenth. Where these have less than
+    half of the bytes asked for, or more than twice as many, it is the end of the text instead. Rows
+    are held out at regular intervals, too.
     """
     texts = [each for each in documents if type(each) is Span]
     train = []
@@ -794,9 +846,15 @@ def hold_out(documents, valid_fraction):
     for i, each in enumerate(texts):
         part = valid if is_held_out(i, valid_fraction) else train
         part.append(each)
-    if not valid:
+    total = sum(each.stop for each in texts)  # bytes
+    share = sum(each.stop for each in valid) / max(1, total)
+    if valid_fraction / 2 <= share <= 2 * valid_fraction:
+        names = some_of([each.path.name for each in valid])
+        print(f"Held out for validation, {share:.1%} of the bytes: {names}")
+    else:
         train = []
-        left = round(sum(each.stop for each in texts) * (1 - valid_fraction))  # bytes to train on
+        valid = []
+        left = round(total * (1 - valid_fraction))  # bytes to train on
         for each in texts:
             first, rest = cut(each, find_cut(each, left, "\n"))
             train.append(first)
@@ -1431,8 +1489,11 @@ def definition(name, source):
 def user_path(path):
     """`path` with ~, ~name and $NAME replaced by what they stand for.
 
-    Raises UsageError if they stand for nothing, unless a file has literally that name.
+    Raises UsageError if they stand for nothing, unless a file has literally that name, and for an
+    address.
     """
+    if re.match(r"\w+://", str(path)):
+        raise UsageError(f"{path} is an address: download the file, and name it by its path")
     expanded = os.path.expandvars(os.path.expanduser(path))
     if (expanded.startswith("~") or "$" in expanded) and not os.path.lexists(expanded):
         raise UsageError(
@@ -1739,7 +1800,10 @@ class Parser(argparse.ArgumentParser):
     """
 
     def error(self, message):
-        raise UsageError(f"{message} (--help lists all flags)")
+        hint = "--help lists all flags"
+        if message.endswith("expected one argument"):
+            hint += "; a value that begins with - is typed behind =, like --stop=-"
+        raise UsageError(f"{message} ({hint})")
 
     def parse_known_args(self, args=None, namespace=None):
         spelled = []

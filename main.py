@@ -28,7 +28,7 @@ mx.eval computes.
 #     "onednn-cpu-gomp; sys_platform == 'linux' and platform_machine == 'x86_64'",
 #     "requests>=2.32.4",
 #     "urllib3>=2.7",
-#     "tokenizers",
+#     "tokenizers>=0.20",
 #     "tqdm>=4.66.3",
 #     "PyYAML>=5.4",
 #     "matplotlib",
@@ -51,7 +51,9 @@ SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if the file is edi
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))  # which `python -P` leaves out
-    sys.modules["main"] = sys.modules["__main__"]  # `import main` in an extra makes no second copy
+    running = sys.modules["__main__"]
+    if vars(running) is globals():  # and not, say, cProfile
+        sys.modules["main"] = running  # `import main` in an extra makes no second copy
 
 if __name__ == "__main__" or "EDITED" in globals():
     # In a notebook, an earlier load of this file may have left extras that hold its functions.
@@ -90,6 +92,9 @@ try:
     import mlx.nn as nn
     import mlx.optimizers as optim
     import numpy as np
+
+    if tuple(map(int, re.findall(r"\d+", mx.__version__)[:3])) < (0, 32, 4):
+        raise ImportError(f"MLX>=0.32.4 is needed, not {mx.__version__}")
     from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
     from tqdm import tqdm
 except ImportError as error:
@@ -2480,6 +2485,12 @@ class Log:
     def add_columns(self, names):
         """Writes the file anew, with columns of these names, too."""
         rows = read_log(self.path)
+        if not rows and os.path.lexists(self.path):
+            with open(self.path, "rb", opener=no_follow) as file:
+                has_lines = file.read().count(b"\n") > 1
+            if has_lines:  # perhaps a spreadsheet has saved it with semicolons
+                self.path.replace(self.path.with_name("log.old.csv"))
+                tqdm.write("log.csv cannot be read: it is log.old.csv from now on")
         columns = [*dict.fromkeys(itertools.chain(*rows[:1], names))]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -2501,7 +2512,9 @@ def read_log(path):
     rows = []
     columns = []
     if os.path.lexists(path):
-        with open(path, encoding="utf-8", errors="replace", newline="", opener=no_follow) as file:
+        # A spreadsheet may have added a byte-order mark.
+        options = {"encoding": "utf-8-sig", "errors": "replace", "newline": ""}
+        with open(path, **options, opener=no_follow) as file:
             for line in file:
                 with contextlib.suppress(csv.Error, ValueError, KeyError):
                     values = next(csv.reader([line]))
@@ -2705,8 +2718,11 @@ def print_pieces(pieces):
 
 
 def for_terminal(text):
-    """A model's or a stranger's text to print: as it is, but for a terminal `printable`."""
-    return printable(text) if sys.stdout.isatty() else text
+    """A model's or a stranger's text to print: as it is, but for a terminal `printable`.
+
+    There, the CR of Windows' line ends is left out.
+    """
+    return printable(text.replace("\r", "")) if sys.stdout.isatty() else text
 
 
 def name_unknown(tokenizer, prompt):
@@ -2728,7 +2744,8 @@ def converse(begin_text, flags):
     sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is not an error
     question = ""  # for a pipe
     if sys.stdin.isatty():
-        import readline  # noqa: F401 (gives input() line editing and history)
+        with contextlib.suppress(ImportError):  # some Pythons lack it
+            import readline  # noqa: F401 (gives input() line editing and history)
 
         question = "> "
     conversation = begin_text()
@@ -3697,7 +3714,12 @@ def flags_apart(checkpoints):
             apart.append(name)
     texts = {}
     for each in newest:
-        texts[each.run] = shlex.join(arguments_of({name: each.flags[name] for name in apart}))
+        values = {}
+        for name in apart:
+            values[name] = each.flags[name]
+            if name in SEVERAL and len(values[name]) > 3:
+                values[name] = [*values[name][:2], f"({len(values[name]) - 2:,} more)"]
+        texts[each.run] = shlex.join(arguments_of(values))
     return texts
 
 

@@ -211,6 +211,17 @@ def test_list(trained, tmp_path):
     assert "--batch_size" not in str(cells), "those in which they do not differ"
 
 
+def test_list_of_a_run_on_many_files(tmp_path):
+    paths = [tmp_path / f"chapter {i}.txt" for i in range(400)]
+    for path in paths:
+        path.write_text("the quick brown fox\n" * 2)
+    for texts in (paths, paths[:1] * 9):
+        run("--text", *texts, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm")
+    _, *rows = run("--list", "--save_dir", tmp_path / "lm")[0].splitlines()
+    assert any(f"{paths[1]}' '--text=(398 more)'" in row for row in rows)
+    assert max(map(len, rows)) < 500
+
+
 def test_runs_are_saved_here_unless_a_folder_is_named(trained, tmp_path):
     """In ./runs; texts' tokens lie in --data_dir, or in the folder that is named."""
     home = tmp_path / "home"

@@ -373,7 +373,7 @@ def find(tmp_path):
 def test_folders_and_patterns(find, tmp_path, capsys):
     assert find("") == "a|b|c|é"  # in order, and nothing of the program's own
     out = capsys.readouterr().out
-    assert f"{tmp_path}: leaving out 3 files that are no UTF-8 text (.png, latin, .bin)" in out
+    assert f"{tmp_path}: leaving out 3 files that are no UTF-8 text (.png, latin, .bin; " in out
     assert find("*") == find("")  # a pattern is no other than a folder
     assert find("sub") == "c|é"
     assert find("sub/.x") == "no"  # named by the user
@@ -470,6 +470,25 @@ def test_many_files_are_split_whole(tmp_path, count, fraction, valid):
     assert splits == {"train": "|".join(train), "valid": "|".join(documents[i] for i in valid)}
 
 
+def test_what_may_surprise_is_said(tmp_path, capsys):
+    (tmp_path / "page.html").write_text("<p>the quick brown fox\n" * 9)
+    (tmp_path / "notes.txt").write_bytes(b"the quick brown fox\r\n" * 9)
+    texts_of(tmp_path, tmp_path / "page.html", tmp_path / "notes.txt")
+    markup, windows, *_ = capsys.readouterr().out.splitlines()
+    assert markup == "Read as they are, with their markup: page.html"
+    assert windows == "Lines end as on Windows, in CR LF, which is trained on, too: notes.txt"
+
+
+def test_a_share_by_bytes(tmp_path, capsys):
+    """The tenth file, which has nearly all of the text, is not held out whole."""
+    paths = write(tmp_path, [LINES] * 9 + [LINES * 91])
+    splits = texts_of(tmp_path, *paths)
+    assert splits["valid"] == LINES * 10
+    write(tmp_path, [LINES] * 10)
+    assert texts_of(tmp_path, *paths)["valid"] == LINES
+    assert f"Held out for validation, 10.0% of the bytes: {paths[9].name}\n" in capsys.readouterr().out
+
+
 LINES = "012345678\n" * 100  # 1,000 characters
 
 
@@ -508,7 +527,9 @@ def test_what_is_held_out_is_not_trained_on(tmp_path, capsys):
     for paths in ([tmp_path / "text"], [a, b, c], [tmp_path / "link"]):
         splits = texts_of(tmp_path, *paths, **other)
         assert splits == {"train": "aa\n", "valid": "bb\n", "test": "cc\n"}
-        assert "Not training on 2 files of --text" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert out.startswith("Not training on what is for validation or testing: ")
+        assert b.name in out and c.name in out and a.name not in out
     # Whoever names the same files for both wants that.
     assert texts_of(tmp_path, a, valid_text=[a]) == {"train": "aa\n", "valid": "aa\n"}
     assert capsys.readouterr().out == ""
@@ -516,7 +537,6 @@ def test_what_is_held_out_is_not_trained_on(tmp_path, capsys):
 
 @pytest.mark.parametrize("names", [
     "train.txt valid.txt test.txt",
-    "ptb.train.txt ptb.val.txt ptb.test.txt",
     "train-00000-of-00001.txt validation-00000-of-00001.txt test-00000-of-00001.txt",
     "train/a.txt dev/a.txt test/a.txt",
     "en/train.txt en/valid.txt en/test.txt",
@@ -529,7 +549,7 @@ def test_files_that_are_splits_by_their_names(names, tmp_path):
     expected = {"train": "train\n|more\n", "valid": "valid\n", "test": "test\n"}
     assert texts_of(tmp_path, folder) == expected
     for path in folder.glob("**/*train*"):
-        path.rename(path.with_name("other"))
+        path.rename(path.with_name("a train ride.txt"))
     assert "test" not in texts_of(tmp_path, folder), "no file is for training by its name"
 
 

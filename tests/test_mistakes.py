@@ -3,6 +3,7 @@
 Each mistake ends with one line.
 """
 
+import gzip
 import re
 import shlex
 import shutil
@@ -29,6 +30,10 @@ FILES = {
     "good.txt": LINE[:900],
     "picture.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
     "foreign/model.safetensors": b"\0" * 64,
+    "book.pdf": b"%PDF-1.4\n" + b"x" * 99,
+    "book.docx": b"PK\x03\x04" + b"x" * 99,
+    "book.txt.gz": gzip.compress(LINE.encode()),
+    "rows.jsonl": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
     "prompts.txt": "line\n",
     "answers.txt": "my own notes\n",
     "latin.txt": "jümps\n".encode("latin-1"),
@@ -135,6 +140,7 @@ MISTAKES = [
     ("--prompt the company", "company", "a text with blanks needs quotes"),
     # Values that cannot be
     ("--dim", "--dim: expected one argument", "--help"),
+    ("--prompt ---", "--prompt: expected one argument", "is typed behind =, like --stop=-"),
     ("--num_iters 10k", "'10k'", "whole number"),
     ("--learning_rate nan", "--learning_rate: must be at least 0", "not nan"),
     ("--seed -1", "--seed: must be at least 0 and at most 2147483647", "not -1"),
@@ -163,6 +169,11 @@ MISTAKES = [
     ("--text tiny.txt", "no text is left for training or validation", "give more text"),
     ("--text short.txt --context_size 5000", "has 95 tokens", "a longer text or --context_size 94"),
     ("--text picture.png", "picture.png holds null characters", "it is no plain text"),
+    ("--text book.pdf", "book.pdf is a PDF", "save its text"),
+    ("--text book.docx", "book.docx is a zip archive", "unpack it"),
+    ("--text book.txt.gz", "book.txt.gz is compressed", "gunzip"),
+    ("--text rows.jsonl", "rows.jsonl is a pointer", "git lfs pull"),
+    ("--text https://example.org/a.txt", "https://example.org/a.txt is an address", "download"),
     ("--text text.txt --tokenizer nowhere.json", "nowhere.json must be a", "or one of"),
     ("--text text.txt --eval_test", "text has no test split", "--test_text"),
     ("--save_dir changed", "the text or tokenizer of text-", "start a new run with --new_model"),
