@@ -766,10 +766,8 @@ def texts_of(path, own_folders):
             others[each.suffix or each.name] += 1
     if others:
         kinds = ", ".join(kind for kind, _ in others.most_common(5))
-        share = f"{left_out / max(1, total):.0%} of all bytes"
-        print(
-            f"{path}: leaving out {others.total():,} files that are no UTF-8 text ({kinds}; {share})"
-        )
+        what = f"{others.total():,} files that are no UTF-8 text"
+        print(f"{path}: leaving out {what} ({kinds}; {left_out / total:.0%} of all bytes)")
     return sorted(files.items())
 
 
@@ -836,9 +834,9 @@ def is_held_out(index, valid_fraction):
 def hold_out(documents, valid_fraction):
     """{"train": [Span or Rows, ...], "valid": [...]} of `documents`, Spans of whole files and Rows.
 
-    Whole files at regular intervals are held out, by default every tenth. Where these have less than
-    half of the bytes asked for, or more than twice as many, it is the end of the text instead. Rows
-    are held out at regular intervals, too.
+    Whole files at regular intervals are held out, by default every tenth. Where these have less
+    than half of the bytes asked for, or more than twice as many, it is the end of the text instead.
+    Rows are held out at regular intervals, too.
     """
     texts = [each for each in documents if type(each) is Span]
     train = []

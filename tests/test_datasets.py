@@ -486,7 +486,8 @@ def test_a_share_by_bytes(tmp_path, capsys):
     assert splits["valid"] == LINES * 10
     write(tmp_path, [LINES] * 10)
     assert texts_of(tmp_path, *paths)["valid"] == LINES
-    assert f"Held out for validation, 10.0% of the bytes: {paths[9].name}\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Held out for validation, 10.0% of the bytes: {paths[9].name}\n" in out
 
 
 LINES = "012345678\n" * 100  # 1,000 characters
