@@ -767,7 +767,7 @@ def texts_of(path, own_folders):
     if others:
         kinds = ", ".join(kind for kind, _ in others.most_common(5))
         what = f"{others.total():,} files that are no UTF-8 text"
-        print(f"{path}: leaving out {what} ({kinds}; {left_out / total:.0%} of all bytes)")
+        print(f"{path}: leaving out {what} ({kinds}; {left_out / max(1, total):.0%} of all bytes)")
     return sorted(files.items())
 
 
@@ -1829,7 +1829,7 @@ def add_flags(group, rows):
 
 
 def main(arguments):
-    """Prepares a corpus ahead of training, and prints its sizes."""
+    """Prepares a text ahead of training; prints its sizes and how it begins."""
     parser = Parser(
         prog="datasets.py",
         description=main.__doc__,
@@ -1838,7 +1838,10 @@ def main(arguments):
     )
     for rows in TEXT_FLAGS.values():
         add_flags(parser, rows)
+    writes = "also write the tokenizer as a tokenizer.json"
+    parser.add_argument("--save_tokenizer", type=nonempty, metavar="FILE", help=writes)
     options = vars(parser.parse_args(arguments))
+    file = options.pop("save_tokenizer", None)
     usual = "text" if "text" in options else "ptb"
     data_dir = options.get("save_dir")
     dataset = load_dataset(**{"dataset": usual, "data_dir": data_dir} | options)
@@ -1848,6 +1851,12 @@ def main(arguments):
         if split is not None:
             print(f"{name:<5}{len(split.tokens):>14,} tokens{split.num_bytes:>15,} bytes")
     print(f"in {dataset.folder}")
+    print(printable(f"begins {dataset.tokenizer.decode(dataset.train.tokens[:100])!r}"))
+    if file:
+        package = extra("huggingface").package_of(dataset.tokenizer)
+        with explained(f"cannot write {file}: name another file", OSError):
+            with replacing(user_path(file)) as out:
+                out.write(package.to_str().encode())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tokenizers, encoding, splits of own text, and the cache of tokens on disk."""
 
+import ast
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from conftest import DATASETS, ROOT, TINY, run, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -740,6 +742,21 @@ def test_preparing_a_corpus(tmp_path, text):
     before = (folder / "train.tokens").stat().st_mtime_ns
     run("--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm")
     assert (folder / "train.tokens").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+def test_a_tokenizer_for_other_programs(kind, tmp_path, text):
+    """Its ids are those of the text, of which the first hundred are printed."""
+    file = tmp_path / "own.json"
+    line = ["--text", text, "--tokenizer", kind, "--vocab_size", 300, "--save_tokenizer", file]
+    out, _ = prepare(*line, "--data_dir", tmp_path / "lm")
+    content = Path(text).read_text()
+    [shown] = re.findall("^begins (.*)$", out, re.M)
+    begin = ast.literal_eval(shown)
+    assert content.startswith(begin) and len(begin) > 90
+    [tokens] = (tmp_path / "lm").rglob("train.tokens")
+    package = tokenizers.Tokenizer.from_file(str(file))
+    assert package.encode(begin).ids == np.fromfile(tokens, np.uint16)[:100].tolist()
 
 
 @pytest.mark.parametrize("line, words", [
