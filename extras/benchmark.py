@@ -1,6 +1,7 @@
 """A model's size, cost and speed on this machine, measured in real training steps.
 
     python -m extras.benchmark --config first --dim 512    the model that main.py would train
+    python -m extras.benchmark --identifier latest         a checkpoint, as it would be trained on
 
 It takes main.py's flags. Prints what it found in words and, as its last line, the same numbers as
 JSON: parameters, floating-point operations (FLOPs) per token, memory in bytes, speed in tokens per
@@ -19,8 +20,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from datasets import UsageError
+from extras.steps import open_run
 from main import Decoder, SingleProcess, begin, bfloat16_products, draw_dropout, fast, make_run
-from main import make_step, on_gpu, over_streams, read_command_line, settle, use_device
+from main import make_step, on_gpu, open_for_use, over_streams, read_command_line, settle
+from main import use_device
 
 # The parts of a model, and a pattern in the names of their parameters.
 PARTS = {
@@ -35,11 +38,11 @@ REPETITIONS = 5  # the fastest counts, because other programs can only slow one 
 MATRIX_SIZE = 2048
 MATRIX_SIZE_OF_GPU = 8192
 DECODED_TOKENS = 32
-NOT_TRAINING = ["inference", "prompt", "evaluate", "list", "identifier"]  # flags of main.py
+NOT_TRAINING = ["inference", "prompt", "evaluate", "list"]  # flags of main.py
 
 
 def main(arguments):
-    """Measures the model that main.py would train with these arguments.
+    """Measures the model that main.py would train with these arguments, or a checkpoint.
 
     Raises UsageError, RunError.
     """
@@ -48,16 +51,24 @@ def main(arguments):
         if name in flags.given:
             raise UsageError(f"--{name} trains nothing: give the flags of a training")
     use_device(flags.gpu)
-    models, flags, dataset = begin(flags)
-    run = make_run(flags.save_dir, flags, None, models, dataset, SingleProcess())
+    if flags.identifier:
+        checkpoint = open_for_use(flags).checkpoint
+        flags = settle(flags.given, checkpoint.flags)
+        run = open_run(checkpoint.folder, flags, checkpoint, checkpoint)
+    else:
+        models, flags, dataset = begin(flags)
+        run = make_run(flags.save_dir, flags, None, models, dataset, SingleProcess())
     parameters = count_parameters(run.model)
     flops = count_flops(run.model.config, parameters, flags.lora_rank)
     result = {"parameters": parameters, "flops_per_token": flops}
-    result["memory"] = {  # between steps
+    result["memory"] = {
         "weights": count_bytes(run.model.parameters()),
+        "gradients": count_bytes(run.model.trainable_parameters()),
         "optimizer": count_bytes(run.optimizer.state),
     }
     result |= measure_training(run)
+    rest = result["peak_memory"] - sum(result["memory"].values())
+    result["memory"]["activations"] = max(0, rest)
     result["matrix_flops"] = measure_matrix_speed(flags.dtype)
     achieved = sum(flops.values()) * result["tokens_per_second"]
     result["share_of_matrix_speed"] = achieved / result["matrix_flops"]
@@ -70,13 +81,13 @@ def print_result(result):
     """Prints the result in words."""
     counts = [f"{count:,} {part}" for part, count in result["parameters"].items() if count]
     forward, backward = result["flops_per_token"].values()
-    weights, optimizer = result["memory"].values()
+    memory = [f"{size / 2**20:,.1f} {part}" for part, size in result["memory"].items()]
     rows = {
         "parameters": f"{sum(result['parameters'].values()):,}: {', '.join(counts)}",
         "compute": f"{forward / 1e6:,.2f} MFLOP per token forward, {backward / 1e6:,.2f} backward",
         "memory": (
             f"{result['peak_memory'] / 2**20:,.1f} MiB at the peak of a training step: "
-            f"{weights / 2**20:,.1f} weights, {optimizer / 2**20:,.1f} optimizer"
+            f"{', '.join(memory)} and the like"
         ),
         "training": (
             f"{result['tokens_per_second']:,.0f} tokens/s, at "

@@ -42,12 +42,25 @@ def test_benchmark(shape, kv_dim, mlp_dim, text, tmp_path):
     weights = 4 * sum(result["parameters"].values())
     assert result["memory"]["weights"] == weights
     assert result["memory"]["optimizer"] == pytest.approx(2 * weights, rel=0.01)
+    assert result["memory"]["gradients"] == weights
     # The gradients of all weights, or of all but the last that are updated, are there together.
-    assert result["peak_memory"] > sum(result["memory"].values())
+    assert result["memory"]["activations"] > 0
+    assert result["peak_memory"] == sum(result["memory"].values())
     speeds = "tokens_per_second matrix_flops share_of_matrix_speed first_token_ms token_ms"
     for name in speeds.split():
         assert result[name] > 0, name
     assert not ids(tmp_path), "nothing is saved"
+
+
+def test_a_checkpoint_is_measured_as_it_is(tmp_path, text):
+    """With the flags that it was trained with, or others of training."""
+    folder = ["--save_dir", tmp_path]
+    run("--text", text, *TINY, "--num_iters", 1, *folder)
+    out, _ = run_extra("benchmark", "--identifier", "latest", "--batch_size", 2, *folder)
+    result = json.loads(out.splitlines()[-1])
+    assert result["parameters"]["embeddings"] == 257 * 16
+    assert result["tokens_per_second"] > 0
+    assert len(ids(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("options", [
