@@ -1834,9 +1834,11 @@ def newest_of_runs(checkpoints):
 def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     """The checkpoint that the flag names; checkpoints: newest first.
 
-    identifier: an id or its beginning, a run's name (its newest checkpoint), RUN@STEP, "latest", or
-    "best" (of the run saved last). Raises UsageError if it names none or several.
+    identifier: an id or its beginning, the file of that name, a run's name (its newest checkpoint),
+    RUN@STEP, "latest", or "best" (of the run saved last). Raises UsageError if it names none or
+    several.
     """
+    identifier = Path(identifier).name.removesuffix(".safetensors")
     runs = by_run(checkpoints)
     if identifier == "latest":
         found = checkpoints[:1]
@@ -2791,6 +2793,12 @@ def prompt_text(text):
     return text
 
 
+def split_name(text):
+    """A flag's type: a split, also as other programs call it."""
+    others = {"validation": "valid", "val": "valid", "dev": "valid"}
+    return one_of(SPLITS)(others.get(text, text))
+
+
 def bit_width(text):
     """A flag's type: bits of a quantized weight; "int8" is 8."""
     return int(one_of(["4", "8", "16"])(text.removeprefix("int")))
@@ -2960,7 +2968,7 @@ FLAGS["sampling"] = {
 FLAGS["command"] = {
     "inference": Flag(False, bool, "sample interactively", "interactive"),
     "prompt": Flag(None, prompt_text, "text to continue", "start"),
-    "evaluate": Flag(None, one_of(SPLITS), "evaluate a checkpoint on a whole split"),
+    "evaluate": Flag(None, split_name, "evaluate a checkpoint on train, valid or test"),
     "eval_stride": Flag(
         None, SIZE, "tokens between windows of --evaluate and --eval_test (default: context_size)"
     ),
@@ -2982,15 +2990,18 @@ NOT_HERE = {
     "screen says how many an epoch has",
     "eval_iters eval_batches val_batches test_batches": "--eval_tokens counts tokens, not batches",
     "resume auto_resume": "the same command resumes its run; --identifier names another",
-    "device cuda mps cpu": "the CPU is the default, --gpu an Apple or NVIDIA GPU",
+    "device accelerator cuda mps cpu": "the CPU is the default, --gpu an Apple or NVIDIA GPU",
     "mixed_precision precision amp bf16 fp16": "--dtype bfloat16 is for processors that are "
     "faster with it",
     "model from_pretrained model_name_or_path": "--init_from names a model to start from",
     "data data_path train_file input": "--text names files of yours, --dataset a corpus",
     "wandb wandb_log tensorboard": "--report_to wandb,tensorboard",
+    "compile torch_compile": "steps are always compiled",
+    "stream streaming": "continuations are always streamed",
+    "speculative_sampling speculative_decoding": "--draft names a draft model",
     "distill_from": "see python -m extras.collect",
-    "export plot attention cases benchmark prompts_file": "a program of its own: python -m "
-    "extras.export, .plot, .attention, .cases, .benchmark or .batch",
+    "export plot attention log_attention cases benchmark prompts_file": "a program of its own: "
+    "python -m extras.export, .plot, .attention, .cases, .benchmark or .batch",
     "bias tie_embeddings tie_word_embeddings weight_tying": "no biases; tied, unless --untie",
     "train_split train_fraction": "--valid_fraction is the share that is held out",
     "use_lora lora peft": "--lora_rank 8 trains adapters on --init_from",
@@ -3092,9 +3103,10 @@ def read_config(name):
     path = Path(user_path(name))
     if not path.is_file():
         path = RECIPES / f"{name}.yaml"
-    recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-    fault = f"--config {name} must be a YAML file of flags like dim: 8, or one of {recipes}"
-    with explained(fault):
+    if not path.is_file():
+        recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+        raise UsageError(f"--config {name}: no such file; the recipes are {recipes}")
+    with explained(f"--config {name} must be a YAML file of flags like dim: 8"):
         values = {}
         for key, value in (read_yaml(path) or {}).items():
             section = value if isinstance(value, dict) else {key: value}  # whatever its name
@@ -3114,9 +3126,17 @@ def read_yaml(path, loader="SafeLoader"):
     """
     import yaml
 
+    class Loader(getattr(yaml, loader)):
+        def construct_mapping(self, node, deep=False):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key, count in Counter(keys).items():
+                if count > 1:  # PyYAML would take the last one
+                    raise ValueError(f"{key} stands in it twice")
+            return super().construct_mapping(node, deep)
+
     if path.stat().st_size > LARGEST_YAML:
         raise ValueError(f"it is longer than {LARGEST_YAML:,} bytes")
-    return yaml.load(path.read_text("utf-8"), getattr(yaml, loader))
+    return yaml.load(path.read_text("utf-8"), Loader)
 
 
 def settle(given, saved=None):
@@ -3172,24 +3192,29 @@ def notice_useless(flags):
     """Yields a line that names the flags given that have no effect beside the others, if any."""
     decays = SCHEDULES[flags.lr_schedule](flags.num_iters - 1, flags) != 1
     samples = flags.inference or flags.prompt is not None
+    trains_bpe = flags.tokenizer == "bpe" and not (flags.init_from or flags.teacher)
+    sampling = "only with --prompt or --inference"
     has_effect = {
-        "min_lr": decays,
-        "lr_cooldown": decays,
-        "valid_fraction": flags.text,
-        "text_field": flags.text,
-        "vocab_size": flags.tokenizer == "bpe" and not (flags.init_from or flags.teacher),
-        "embedding_decay": not flags.lora_rank,
-        "lora_alpha": flags.lora_rank,
-        "teacher_weight": flags.teacher,
-        "teacher_temperature": flags.teacher,
-        "draft": samples,
-        "quantize": samples or flags.evaluate,
-        "eval_stride": flags.evaluate or flags.eval_test,
-        "eval_tokens": not flags.evaluate,
+        "min_lr": (decays, "only with a --lr_schedule that decays"),
+        "lr_cooldown": (decays, "only with a --lr_schedule that decays"),
+        "valid_fraction": (flags.text, "only with --text"),
+        "text_field": (flags.text, "only with --text"),
+        "vocab_size": (trains_bpe, "only with --tokenizer bpe, if no model decides it"),
+        "embedding_decay": (not flags.lora_rank, "not with --lora_rank"),
+        "lora_alpha": (flags.lora_rank, "only with --lora_rank"),
+        "teacher_weight": (flags.teacher, "only with --teacher"),
+        "teacher_temperature": (flags.teacher, "only with --teacher"),
+        "draft": (samples, sampling),
+        "quantize": (samples or flags.evaluate, f"{sampling} or --evaluate"),
+        "eval_stride": (flags.evaluate or flags.eval_test, "only with --evaluate or --eval_test"),
+        "eval_tokens": (not flags.evaluate, "not with --evaluate"),
     }
-    useless = [name for name in has_effect if name in flags.given and not has_effect[name]]
+    useless = []
+    for name, (has_one, when) in has_effect.items():
+        if name in flags.given and not has_one:
+            useless.append(f"--{name} ({when})")
     if useless:
-        yield f"No effect here: --{', --'.join(useless)}."
+        yield f"No effect here: {', '.join(useless)}."
 
 
 def command(flags, identifier):
@@ -3807,6 +3832,8 @@ def describe_end(run, received):
         return f"{trained}\nStopped at iteration {run.iteration:,}. To resume: {again}"
     ended = f"Ended at iteration {run.iteration:,} of {flags.num_iters:,}"
     more = ""
+    if run.is_out_of_patience():
+        more = f" --patience {2 * flags.patience}"
     if run.iteration >= flags.num_iters:
         ended = f"Run complete ({run.iteration:,}/{flags.num_iters:,})"
         more = f" --num_iters {2 * run.iteration}"

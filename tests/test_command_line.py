@@ -102,10 +102,15 @@ def test_a_file_of_flags(content, beside, line, trained, tmp_path):
 
 
 @pytest.mark.parametrize("options, named", [
-    ("--min_lr 1e-5 --lr_cooldown 0.5", "--min_lr, --lr_cooldown"),
+    (
+        "--min_lr 1e-5 --lr_cooldown 0.5",
+        "--min_lr (only with a --lr_schedule that decays), "
+        "--lr_cooldown (only with a --lr_schedule that decays)",
+    ),
     (
         "--teacher_weight 0.1 --vocab_size 300 --eval_stride 4",
-        "--vocab_size, --teacher_weight, --eval_stride",
+        "--vocab_size (only with --tokenizer bpe, if no model decides it), --teacher_weight (only "
+        "with --teacher), --eval_stride (only with --evaluate or --eval_test)",
     ),
     ("--num_iters 2 --min_lr 1e-5 --lr_schedule linear --lr_warmup 0 --valid_fraction 0.2", None),
 ])  # fmt: skip
@@ -151,6 +156,7 @@ ANOTHER = {
     "device cuda": "--gpu an Apple or NVIDIA GPU",
     "num_train_epochs 3": "--num_iters counts steps",
     "ctx_size 64": "--context_size?",
+    "compile true": "steps are always compiled",
     "threads 4": "--threads (--help lists all flags)",
 }
 

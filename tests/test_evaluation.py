@@ -95,7 +95,8 @@ def test_a_score_in_units_of_the_text(tokenizer, tmp_path):
     texts = ["--text", tmp_path / "text.txt", "--valid_text", tmp_path / "valid.txt"]
     schedule = ["--num_iters", 30, "--learning_rate", 0.01, "--lr_warmup", 0]
     run(*texts, *TINY, *schedule, "--tokenizer", tokenizer, "--save_dir", tmp_path)
-    out, _ = run("--evaluate", "valid", "--save_dir", tmp_path)
+    [weights] = tmp_path.glob("text-*/*.safetensors")
+    out, _ = run("--evaluate", "validation", "--identifier", weights, "--save_dir", tmp_path)
     nats = float(re.match(r"valid ([\d.]+) nats", out).group(1))
     count, unit, unknown = UNITS[tokenizer]
     said = r"valid \S+ nats, perplexity ([\d.]+) per (\w+), ([\d.]+) bits per byte(, \S+ <unk>)?,"

@@ -40,6 +40,7 @@ FILES = {
     "hf/config.json": '{"model_type": "gpt2"}',
     "hf/model.safetensors": b"",
     "twice.yaml": "model: {dim: 8}\ntraining: {dim: 16}\n",
+    "again.yaml": "model: {dim: 8}\ntraining: {dropout: 0}\nmodel: {mlp: gelu}\n",
     "other.yaml": "config: other.yaml\n",
     "mapping.yaml": "dim: 4\n  heads: [3\n",
     "sections.yaml": "advanced:\n  use_lora: true\nhardware: {device: cpu, dim: 8}\n",
@@ -198,7 +199,8 @@ MISTAKES = [
     # A run that blows up
     ("--text text.txt --dim 16 --learning_rate 1e30 --num_iters 9", "not finite", "a lower", 1),
     # YAML files of flags
-    ("--config nowhere.yaml", "nowhere.yaml must be a YAML file", "or one of characters, finetune"),
+    ("--config nowhere.yaml", "nowhere.yaml: no such file", "the recipes are characters, finetune"),
+    ("--config again.yaml", "model stands in it twice", "like dim: 8"),
     ("--config mapping.yaml", "mapping values are not allowed here", "line 2, column 8"),
     ("--config sections.yaml", "unrecognized arguments: --use_lora", "--lora_rank 8 trains"),
     ("--config other.yaml", "it names another file", "like dim: 8"),

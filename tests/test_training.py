@@ -227,6 +227,7 @@ def test_patience_counts_over_interrupts(tmp_path, text):
     line = ["--text", text, *TINY, *schedule, "--patience", 3, "--sample_tokens", 0]
     out, _ = run(*line, "--save_dir", whole)
     assert "Stopped: no improvement in 3 evaluations (--patience)" in out
+    assert out.endswith(" --patience 6\n"), "a command that goes on"
     assert scored_iterations(whole) == [2, 4, 6, 8]
 
     # An end off the schedule is scored, but no miss.
