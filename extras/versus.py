@@ -60,9 +60,12 @@ NOISE = 0.03  # half an interval of ratios of times, at most, for what follows f
 SCREENED = 6  # pairs of --keep on used seeds
 PROMISING = -1.8  # the t that they have to reach; see tests/nightly/rules.py
 
-# Flags of main.py that have no place here, and those that have to be the same on both sides.
-REFUSED = ["patience", "max_minutes", "eval_tokens", "identifier", "new_model"]
-REFUSED += ["inference", "prompt", "evaluate", "list"]
+# Flags of main.py that have no place here, and why.
+REFUSED = dict.fromkeys(["patience", "max_minutes"], "both sides take --num_iters steps")
+REFUSED["eval_tokens"] = "--tokens says how many are scored"
+REFUSED["identifier"] = "--init_from RUN begins with the weights of another run"
+REFUSED |= dict.fromkeys(["new_model", "inference", "prompt", "evaluate", "list"], "all runs train")
+# Those that have to be the same on both sides.
 SHARED = ["dataset", "text", "valid_text", "valid_fraction", "text_field", "test_text"]
 SHARED += ["seed", "save_dir"]
 
@@ -128,7 +131,12 @@ def read_arguments(arguments):
     end = [*arguments, "--"].index("--")
     # argparse takes a word that begins with a blank for no option: these are sides.
     flag = r"^-(?!h$|-(help|pairs|seeds|margin|tokens|jobs|json|same|keep|list)\b)"
-    options = parser.parse_args([re.sub(flag, " -", word) for word in arguments[:end]])
+    try:
+        options = parser.parse_args([re.sub(flag, " -", word) for word in arguments[:end]])
+    except UsageError as error:
+        raise UsageError(f"{error}; flags of main.py stand in quotes, or behind --") from None
+    if options.keep and (options.pairs or options.same):
+        raise UsageError("--keep chooses its own pairs: leave --pairs and --same out")
     if not options.before and not options.list:
         raise UsageError("name a commit, or flags in quotes, to compare your files with")
     if is_flags(options.before) and not options.after:  # compared with what there is without them
@@ -212,6 +220,14 @@ def copy_commit(commit, folder):
         raise UsageError(f"{commit} is no commit with this program ({reason})")
 
 
+def short_id(typed):
+    """The beginning of a commit's id; "" for flags."""
+    if is_flags(typed):
+        return ""
+    command = ["git", "-C", HERE, "rev-parse", "--short", typed]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
 def install(side, save_dir, cores, others):
     """The Side with its files in a folder of its own, named by what decides how its runs end.
 
@@ -287,7 +303,7 @@ class Comparison:
             temporary = os.path.realpath(temporary)
             before = make_side(options.before, common, Path(temporary, "before"))
             after = make_side(options.after, common, Path(temporary, "after"))
-            check_flags(before, after)
+            check_flags(before, after, options.same)
             self.texts = [read_text(before, after, split) for split in ("valid", "test")]
             self.unit = self.texts[0].unit
             contexts = [before.context_size, after.context_size]
@@ -302,6 +318,7 @@ class Comparison:
             self.plain = sorted({*before.edited, *after.edited})
             self.environment = os.environ | {"PLAIN_FUNCTIONS": ",".join(self.plain)}
             self.patch = patch(before, after)
+            self.commits = [short_id(options.before), short_id(options.after)]
             installed = []
             for side in (before, after):
                 words = words_of_run(side.flags, options.same)
@@ -393,6 +410,7 @@ class Comparison:
             "date": time.strftime("%Y-%m-%d %H:%M"),
             "before": before.name,
             "after": after.name,
+            "commits": self.commits,
             "flags": shlex.join(self.common),
             "unit": self.unit,
             "parameters": [before.parameters, after.parameters],
@@ -497,15 +515,13 @@ def share_cores(jobs):
     return [{*cores[i * size : (i + 1) * size]} for i in range(jobs)]
 
 
-def check_flags(before, after):
+def check_flags(before, after, same):
     """Raises UsageError where two Sides cannot be compared."""
-    for name in REFUSED:
+    for name, reason in REFUSED.items():
         if name in [*before.given, *after.given]:
-            raise UsageError(
-                f"--{name} cannot be compared: both sides train new runs, of --num_iters steps, "
-                "and are scored on validation text (--init_from RUN begins with the weights of "
-                "another run)"
-            )
+            raise UsageError(f"--{name} cannot be compared: {reason}")
+    if same and before.flags["num_iters"] != after.flags["num_iters"]:
+        raise UsageError(f"--same takes {SAME_STEPS} steps of both sides: give one --num_iters")
     for name in SHARED:
         if before.flags[name] != after.flags[name]:
             raise UsageError(f"--{name} has to be the same on both sides: put it behind --")
@@ -627,7 +643,7 @@ def race(looks, margin, pairs):
 
 
 def screen(worst, pairs):
-    """The outcome of pairs on seeds that were used before: "promising" or "none".
+    """The outcome of pairs on seeds that were used before: "promising" or "not better".
 
     worst: the difference that is to be beaten, 0 or a margin. None: more pairs are needed.
     """
@@ -639,8 +655,8 @@ def screen(worst, pairs):
     if not changes(pairs).any():
         return "same"
     if len(pairs) == 2:
-        return None if mean < 0 else "none"
-    return "promising" if t < PROMISING else "none"
+        return None if mean < 0 else "not better"
+    return "promising" if t < PROMISING else "not better"
 
 
 # ---- What is printed and recorded ---------------------------------------------------------------
@@ -653,6 +669,7 @@ VERDICTS = {
     "not worse": "Not worse by more than {margin:g}",
     "none": "No difference seen",
     "promising": "Promising, on seeds that were used before",
+    "not better": "Not better, on seeds that were used before",
     "same": "No effect, proved: the same weights, for these flags and seeds",
     "diverged": "Diverged: runs of {at_fault}",
     "cannot tell": "Cannot tell",
@@ -678,7 +695,8 @@ def print_comparison(comparison):
     options = comparison.options
     looks = {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE
     seeds = range(comparison.first_seed, comparison.first_seed + max(looks))
-    for line in describe_start(comparison, looks):
+    number = f"{min(looks)} to {max(looks)}" if len(looks) > 1 else options.pairs
+    for line in describe_start(comparison, looks, number):
         print(line)
     result = compare(comparison, seeds, partial(race, looks, options.margin), looks)
     print_result(result, options)
@@ -696,7 +714,8 @@ def keep_or_drop(comparison):
     is_smaller = count_tokens(after) < count_tokens(before)
     margin = options.margin if is_smaller else None
     first = comparison.first_seed
-    for line in describe_start(comparison, RACE):
+    number = f"2 or {SCREENED}, then {min(RACE)} to {max(RACE)}"
+    for line in describe_start(comparison, RACE, number):
         print(line)
     result = compare(comparison, range(first, first + SCREENED), partial(screen, margin or 0))
     if result["outcome"] == "promising":
@@ -708,10 +727,14 @@ def keep_or_drop(comparison):
     if margin is not None:
         kept.append("same")
     is_kept = result["outcome"] in kept
+    lines = ["Keep." if is_kept else "Drop."]
+    if result["outcome"] == "helped" and round(result["difference"], 4) == 0:
+        is_kept = False
+        lines = ["Too little to count.", "Drop."]
     if "before" in result["at_fault"]:
         print_result(result, options)
         return CANNOT_TELL
-    print_result(result, options, "Keep." if is_kept else "Drop.")
+    print_result(result, options, *lines)
     return 0 if is_kept else 1
 
 
@@ -740,7 +763,8 @@ def compare(comparison, seeds, decide, looks=None):
         is_alike = has_baseline or other["flags"] == result["flags"]
         if is_alike and other["outcome"] != "same" and {*other["seeds"]} & {*result["seeds"]}:
             tries.add(other["comparison"])
-    result["verdict"] = describe_verdict(result, comparison.options.margin, fault, len(tries))
+    result["tries"] = len(tries)
+    result["verdict"] = describe_verdict(result, comparison.options.margin, fault)
     with open(comparison.ledger, "a", encoding="utf-8", opener=no_follow) as file:
         file.write(as_json(result) + "\n")
     return result
@@ -795,8 +819,8 @@ def print_result(result, options, *lines):
         print(as_json(result))
 
 
-def describe_start(comparison, looks):
-    """Yields what is compared, a line each; looks: see race."""
+def describe_start(comparison, looks, number):
+    """Yields what is compared, a line each; looks: see race; number: of pairs, in words."""
     before, after = comparison.before, comparison.after
     yield f"before   {before.name}\nafter    {after.name}"
     if comparison.plain:
@@ -811,7 +835,6 @@ def describe_start(comparison, looks):
         )
     steps = [comparison.steps(side) for side in (before, after)]
     most = max(looks)
-    number = f"{min(looks)} to {most}" if len(looks) > 1 else most
     yield f"{number} pairs of runs: {steps[0]:,} steps before, {steps[1]:,} after"
     flags = shlex.join(comparison.common)
     spreads = []
@@ -821,8 +844,8 @@ def describe_start(comparison, looks):
     if spreads:
         shown = POWER * looks[most] * np.median(spreads) / math.sqrt(most)
         yield (
-            f"With the spread so far, {most} pairs show a difference of {shown:.2g} four times in "
-            "five."
+            f"By earlier comparisons with these flags, {most} pairs show a difference of "
+            f"{shown:.2g} four times in five."
         )
 
 
@@ -830,12 +853,15 @@ def describe_numbers(result):
     """Yields what was measured, a line each; nothing where there are no numbers."""
     if "difference" not in result:
         return
-    yield (
+    pairs = len(result["seeds"])
+    line = (
         f"mean difference {result['difference']:+.4f} {result['unit']}, 95 % interval "
-        f"{result['low']:+.4f} to {result['high']:+.4f}; {result['agree']} of "
-        f"{len(result['seeds'])} pairs have its sign; correlation of the sides "
-        f"{result['correlation']:.2f}"
+        f"{result['low']:+.4f} to {result['high']:+.4f}; {result['agree']} of {pairs} pairs have "
+        "its sign"
     )
+    if pairs > 3:  # of two, it is 1 or -1
+        line += f"; correlation of the sides {result['correlation']:.2f}"
+    yield line
     if math.isnan(result["test_difference"]):
         yield "Not checked on text that the sides have not had: name some with --test_text."
     else:
@@ -855,10 +881,12 @@ def describe_numbers(result):
         yield f"This is at equal steps. {times}: {equal}."
 
 
-def describe_verdict(result, margin, fault, tries):
-    """The verdict of a result in words; fault: see find_fault; tries: on some of its seeds."""
+def describe_verdict(result, margin, fault):
+    """The verdict of a result in words; fault: see find_fault."""
     at_fault = " and ".join(result["at_fault"])
     verdict = VERDICTS[result["outcome"]].format(margin=margin, at_fault=at_fault)
+    if result["outcome"] == "same" and not result["seeds"]:
+        verdict = "The same code and flags on both sides: nothing is trained"
     if fault:
         verdict += f": {fault[1]}"
     elif result["outcome"] == "none":
@@ -867,8 +895,8 @@ def describe_verdict(result, margin, fault, tries):
         verdict += f": {pairs} pairs show a difference of {shown:.2g} four times in five"
     for what in result["unlike"]:
         verdict += f", with another {what}"
-    if tries > 1 and result["outcome"] in ("helped", "hurt", "valid only"):
-        verdict += f": try {tries} on these seeds"
+    if result["tries"] > 1 and result["outcome"] in ("helped", "hurt", "valid only"):
+        verdict += f": try {result['tries']} on these seeds"
     return f"{verdict}."
 
 
@@ -881,13 +909,22 @@ def read_results(path):
 
 def print_list(save_dir):
     """Prints what was compared in a folder of runs, a line each, the last one at the end."""
-    for each in read_results(Path(save_dir, "versus", RESULTS)):
+    results = read_results(Path(save_dir, "versus", RESULTS))
+    if not results:
+        raise UsageError(f"nothing was compared in {save_dir}: name a --save_dir of comparisons")
+    for each in results:
         interval = ""
         if each.get("difference") is not None:
             interval = f"{each['difference']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
-        sides = f"{each['before']} -> {each['after']} -- {each['flags']}"
+        names = zip((each["before"], each["after"]), each["commits"])
+        before, after = [f"{name} {commit}".strip() for name, commit in names]
         pairs = f"{len(each['seeds']):>2} pairs"
-        print(f"{each['date']}  {pairs}  {interval:<30}{each['outcome']:<12}{sides}")
+        tries = f", try {each['tries']}" if each["tries"] > 1 else ""
+        outcome = f"{each['outcome']}{tries}"
+        print(
+            f"{each['date']}  {pairs}  {interval:<30}{outcome:<18}{before} -> {after} -- "
+            f"{each['flags']}"
+        )
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def test_edit_without_effect_is_proved(project):
     """
     edit(project, "def linear_product(x, weight):\n", "def linear_product(x, weight):  # a note\n")
     out, _ = versus(project, "HEAD", "--pairs", 2)
-    assert out.endswith("No effect, proved: the same weights, for these flags and seeds.\n")
+    assert out.endswith("\nThe same code and flags on both sides: nothing is trained.\n")
     assert not [*project.glob("runs/versus/*/text-*")], "nothing is trained"
     edit(project, "    joined = attended.transpose", "    joined  =  attended.transpose")
     edit(project, "EDITED = []", "EDITED = []\nprint('{}')")
@@ -279,6 +279,9 @@ def test_same(project):
     diverging = ["--learning_rate", "1e30", "--grad_clip", 0]
     _, err = versus(project, "HEAD", "HEAD", "--same", "--", *diverging, status=125)
     assert err == "Cannot tell: a run with seed 42 has diverged\n"
+    edit(project, "return 1.001 * * flags.learning_rate", "return flags.learning_rate *")
+    _, err = versus(project, "--num_iters 9", "--same", status=125)
+    assert err.startswith("Cannot tell: --same takes 20 steps of both sides")
     shutil.rmtree(project / ".git")
     _, err = versus(project, "HEAD", status=2)
     assert "not a git repository" in err
@@ -289,7 +292,10 @@ MISTAKES = [
     (["HEAD~1"], "HEAD~1 is no commit with this program"),  # it has no main.py
     (["--stop 'a"], "--stop 'a cannot be read as flags (No closing quotation)"),
     (["--valid_fraction 0.2"], "--valid_fraction has to be the same on both sides"),
-    (["HEAD", "--", "--patience", 3], "--patience cannot be compared"),
+    (["HEAD", "--", "--patience", 3], "--patience cannot be compared: both sides take --num_iters"),
+    (["HEAD", "--keep", "--pairs", 4], "--keep chooses its own pairs"),
+    (["HEAD", "--config", "first"], "flags of main.py stand in quotes, or behind --"),
+    (["--list", "nowhere"], "nothing was compared in nowhere"),
     (["--tokenizer word"], "the tokens of the sides do not decode to the same valid text"),
     (["--init_from nobody"], "--init_from nobody cannot run: --save_dir runs holds no runs"),
 ]
