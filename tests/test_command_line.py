@@ -15,6 +15,8 @@ import pytest
 from conftest import CACHES, MAIN, ROOT, TINY, begin, documented, ids, newest, run, run_folder
 from conftest import saved, start, wait_for, write_text
 
+import main
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -34,6 +36,22 @@ def test_help(tmp_path):
     assert not list(tmp_path.iterdir())
     for title in ("data", "model", "beginning", "training", "session", "sampling", "command"):
         assert f"\n{title}:\n" in out
+
+
+def test_the_page_of_flags():
+    """It has a row for each, as --help says."""
+    page = (ROOT / "extras" / "flags.md").read_text()
+    for group, rows in main.FLAGS.items():
+        _, _, section = page.partition(f"\n## {group}\n")
+        found = re.findall(r"^\| `--(\w+)` \| (.*) \| (.*) \|$", section.partition("\n## ")[0], re.M)
+        expected = []
+        for name, row in rows.items():
+            default = "on" if row.default is True else f"`{row.default}`" if row.default else ""
+            expected.append((name, default, row.help))
+        assert found == expected
+    for name, values in main.PRESETS.items():
+        cells = " | ".join(str(values[each]) for each in values)
+        assert f"| `{name}` | {cells} |" in page
 
 
 def given_in(folder, *line):
