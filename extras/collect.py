@@ -2,6 +2,8 @@
 
     python -m extras.collect --distill_from URL --teacher_model NAME --teacher_prompts FILE \\
         --output DIR
+    python -m extras.collect --distill_from URL --teacher_model NAME --dataset tinystories \\
+        --output DIR    prompts from the text itself
 
 Sequence-level distillation (Kim & Rush 2016): a small model is trained on what a large one writes.
 The answers to a list of prompts are saved as they arrive, so an interrupted collection resumes
@@ -13,15 +15,20 @@ import os
 import re
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from datasets import Parser, RunError, UsageError, explained, one_line, path_name, run_program
-from datasets import nonempty, utf8
+import numpy as np
+
+from datasets import TEXT_FLAGS, Parser, RunError, UsageError, add_flags, explained, load_dataset
+from datasets import nonempty, number, one_line, path_name, run_program, utf8
 from extras.results import append_lines, json_line, read_prompt_lines
 
 TIMEOUT = 120  # seconds to wait for the server's next byte
 LARGEST_ANSWER = 4 << 20  # bytes: a million tokens
 # A server; the key that some put before its name comes from the environment.
 ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#\s]*)?")
+OF_TEXT = ["dataset", "text", "data_dir", "mirror"]  # flags of datasets.py
+PROMPT_LENGTH = 100  # characters of a prompt from a text, about
 # What JSON of another form raises, or a server that fails (of requests: all are OSErrors).
 FAULTS = (OSError, ValueError, LookupError, TypeError, RecursionError)
 
@@ -31,7 +38,7 @@ def main(arguments):
     parser = Parser(
         prog="python -m extras.collect",
         description="Collects a corpus from a teacher behind an API.",
-        epilog="The key is read from TEACHER_API_KEY.",
+        epilog="The key is read from TEACHER_API_KEY; for Groq, also from GROQ_API_KEY.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -46,10 +53,14 @@ def main(arguments):
     add(
         "--teacher_prompts",
         metavar="FILE",
-        required=True,
         type=path_name,
-        help="one prompt per line, or the .jsonl that extras.batch wrote",
+        help="one prompt per line, or the .jsonl that extras.batch wrote (default: from a text)",
     )
+    rows = {name: row for group in TEXT_FLAGS.values() for name, row in group.items()}
+    add_flags(parser, {name: rows[name] for name in OF_TEXT})
+    parser.set_defaults(**{name: rows[name].default for name in OF_TEXT})
+    prompts = "from evenly spaced places of the text, if no --teacher_prompts are given (1000)"
+    add("--num_prompts", type=number(int, 1), default=1000, metavar="N", help=prompts)
     add(
         "--output",
         metavar="DIR",
@@ -59,7 +70,27 @@ def main(arguments):
     )
     flags = parser.parse_args(arguments)
     teacher = Teacher(flags.distill_from, flags.teacher_model)
-    collect_answers(teacher, read_prompts(flags.teacher_prompts), Path(flags.output))
+    if flags.teacher_prompts:
+        prompts = read_prompts(flags.teacher_prompts)
+    else:
+        prompts = take_prompts(flags)
+    collect_answers(teacher, prompts, Path(flags.output))
+
+
+def take_prompts(flags):
+    """Beginnings of lines at evenly spaced places of a training text, a list."""
+    arguments = {name: getattr(flags, name) for name in OF_TEXT}
+    if flags.text:
+        arguments["dataset"] = "text"
+    dataset = load_dataset(**arguments, tokenizer="byte")
+    tokens = dataset.train.tokens
+    prompts = []
+    for start in np.linspace(0, len(tokens), flags.num_prompts, endpoint=False).astype(int):
+        text = dataset.tokenizer.decode(tokens[start : start + 10 * PROMPT_LENGTH])
+        _, _, lines = text.partition("\n")
+        words, _, _ = lines.strip()[:PROMPT_LENGTH].rpartition(" ")
+        prompts.append(words)
+    return [*dict.fromkeys(filter(None, prompts))]
 
 
 def read_prompts(path):
@@ -114,16 +145,19 @@ class Teacher:
     def __init__(self, url, model):
         self.url = url
         self.model = model
-        # No header can hold a line end, with which a file of a key may end.
-        self.key = "".join(os.environ.get("TEACHER_API_KEY", "").split())
         if not ADDRESS.fullmatch(url):
             raise UsageError(
                 "--distill_from: give an address like http://localhost:8000/v1; the key comes from "
                 "TEACHER_API_KEY"
             )
+        key = os.environ.get("TEACHER_API_KEY", "")
+        if urlsplit(url).hostname == "api.groq.com":
+            key = key or os.environ.get("GROQ_API_KEY", "")
+        # No header can hold a line end, with which a file of a key may end.
+        self.key = "".join(key.split())
 
     def answer(self, prompt):
-        """The answer to a prompt, in three tries. Raises RunError."""
+        """The answer to a prompt, in three tries. Raises RunError, UsageError."""
         for pause in (1, 4, None):
             try:
                 return self.request(prompt)
@@ -138,7 +172,10 @@ class Teacher:
             time.sleep(pause)
 
     def request(self, prompt):
-        """Sends a prompt once; returns the answer. Raises exceptions of several types."""
+        """Sends a prompt once; returns the answer.
+
+        Raises UsageError for a key that the server refuses, and exceptions of several types.
+        """
         import requests
 
         response = requests.post(
@@ -155,6 +192,11 @@ class Teacher:
                 content += chunk
                 if len(content) > LARGEST_ANSWER:
                     raise ValueError(f"the answer is larger than {LARGEST_ANSWER:,} bytes")
+        if response.status_code in (401, 403):  # another try would not help
+            fault = "refuses the key" if self.key else "wants a key"
+            raise UsageError(
+                f"{self.url} {fault} (status {response.status_code}): set TEACHER_API_KEY"
+            )
         if response.status_code != 200:
             raise ValueError(f"status {response.status_code}: {content.decode(errors='replace')}")
         text = json.loads(content)["choices"][0]["message"]["content"]

@@ -43,7 +43,8 @@ def test_the_page_of_flags():
     page = (ROOT / "extras" / "flags.md").read_text()
     for group, rows in main.FLAGS.items():
         _, _, section = page.partition(f"\n## {group}\n")
-        found = re.findall(r"^\| `--(\w+)` \| (.*) \| (.*) \|$", section.partition("\n## ")[0], re.M)
+        section, _, _ = section.partition("\n## ")
+        found = re.findall(r"^\| `--(\w+)` \| (.*) \| (.*) \|$", section, re.M)
         expected = []
         for name, row in rows.items():
             default = "on" if row.default is True else f"`{row.default}`" if row.default else ""

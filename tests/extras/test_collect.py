@@ -114,14 +114,37 @@ def test_what_a_model_may_say(tmp_path, collect):
     assert kept.replace("\n", "").isprintable(), "a terminal would act on other characters"
 
 
-@pytest.mark.parametrize("status", [401, 307])
-def test_three_failures_end_it_and_a_rerun_continues(tmp_path, collect, status):
-    """A key that is refused, and a redirect, which is not followed; neither shows the key."""
-    failure = (status, b"x" * 208 + KEY.encode())  # which a limit on what is shown cuts
+@pytest.mark.parametrize("key, fault", [(KEY, "refuses the key"), ("", "wants a key")])
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_is_not_sent_again(collect, status, key, fault):
+    with serve(*[(status, KEY.encode())] * 3) as server:
+        out, err = collect(server.url, key=key, status=2)
+    line = f"extras.collect: {server.url} {fault} (status {status}): set TEACHER_API_KEY\n"
+    assert (out, err) == ("", line)
+    assert len(server.asked) == 1
+
+
+def test_prompts_from_a_text(tmp_path, text):
+    """Beginnings of its lines, whole words, without a file of prompts."""
+    with serve() as server:
+        line = ["--distill_from", server.url, "--teacher_model", "gpt"]
+        line += ["--output", tmp_path / "out"]
+        run_extra("collect", *line, "--text", text, "--data_dir", tmp_path, "--num_prompts", 9)
+    prompts = [body["messages"][0]["content"] for _, _, body in server.asked]
+    content = open(text, encoding="utf-8").read()
+    assert 1 < len(prompts) <= 9
+    for prompt in prompts:
+        assert f"\n{prompt} " in content
+        assert 0 < len(prompt) <= 100
+
+
+def test_three_failures_end_it_and_a_rerun_continues(tmp_path, collect):
+    """A redirect, which is not followed; it does not show the key."""
+    failure = (307, b"x" * 208 + KEY.encode())  # which a limit on what is shown cuts
     with serve((200, answer('"one"')), *[failure] * 3) as server:
         out, err = collect(server.url, status=1)
         assert err.startswith(f"extras.collect: {server.url} does not answer; 1 answers are kept")
-        assert f"status {status}" in err and err.count("\n") == 1
+        assert "status 307" in err and err.count("\n") == 1
         assert KEY[:5] not in out + err
         assert len(server.asked) == 4
         collect(server.url)
