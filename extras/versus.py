@@ -917,7 +917,10 @@ def print_list(save_dir):
         if each.get("difference") is not None:
             interval = f"{each['difference']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
         names = zip((each["before"], each["after"]), each["commits"])
-        before, after = [f"{name} {commit}".strip() for name, commit in names]
+        before, after = [
+            (commit or name) if name.startswith(commit) else f"{name} {commit}"
+            for name, commit in names
+        ]
         pairs = f"{len(each['seeds']):>2} pairs"
         tries = f", try {each['tries']}" if each["tries"] > 1 else ""
         outcome = f"{each['outcome']}{tries}"
