@@ -1757,7 +1757,12 @@ TEXT_FLAGS = {
     "data": {
         "dataset": Flag("ptb", one_of([*CORPORA]), "training corpus", "dataset_name"),
         "text": Flag([], nonempty, "train on your own files, folders, glob patterns"),
-        "valid_text": Flag([], nonempty, "validation files (default: a share of --text)"),
+        "valid_text": Flag(
+            [],
+            nonempty,
+            "validation files (default: a share of --text)",
+            "eval_file val_data val_file validation_file",
+        ),
         "valid_fraction": Flag(
             0.1, number(float, 0.001, 0.5), "share of --text held out", "val_fraction val_split"
         ),

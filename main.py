@@ -2919,19 +2919,22 @@ FLAGS["training"] = {
 FLAGS["session"] = {
     "num_iters": Flag(
         100000, SIZE, "total number of training steps", "iters max_iters max_steps"
-        " num_iterations num_steps total_steps train_steps"
+        " max_train_steps num_iterations num_steps total_steps train_steps"
     ),
-    "patience": Flag(None, SIZE, "stop after this many evaluations without improvement"),
+    "patience": Flag(
+        None, SIZE, "stop after this many evaluations without improvement",
+        "early_stopping_patience"
+    ),
     "steps_per_report": Flag(
-        10, SIZE, "report interval in steps", "log_every log_interval logging_steps"
+        10, SIZE, "report interval in steps", "log_every log_interval logging_steps print_every"
     ),
     "steps_per_eval": Flag(
         1000, COUNT, "evaluation interval in steps, besides the end; 0: no evaluation",
         "eval_every eval_interval eval_steps"
     ),
     "steps_per_save": Flag(
-        None, SIZE, "checkpoint interval (default: steps_per_eval)", "save_every save_interval"
-        " save_steps"
+        None, SIZE, "checkpoint interval (default: steps_per_eval)", "ckpt_interval save_every"
+        " save_interval save_steps"
     ),
     "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best", "save_total_limit"),
     "eval_tokens": Flag(100000, COUNT, "validation tokens per evaluation, at most; 0: all"),
@@ -2951,7 +2954,10 @@ FLAGS["sampling"] = {
     "max_tokens": Flag(
         200, SIZE, "maximum number of new tokens", "max_new_tokens n_predict num_tokens"
     ),
-    "num_samples": Flag(1, number(int, 1, 10**6), "samples of --prompt, with consecutive seeds"),
+    "num_samples": Flag(
+        1, number(int, 1, 10**6), "samples of --prompt, with consecutive seeds",
+        "num_return_sequences"
+    ),
     "temperature": Flag(0.5, number(float, 0, 100), "sampling temperature; 0: greedy", "temp"),
     "top_k": Flag(50, COUNT, "sample from the k most likely tokens; 0: all"),
     "top_p": Flag(1.0, SHARE, "nucleus sampling threshold"),
@@ -2986,24 +2992,65 @@ FLAGS["command"] = {
 
 # Names of other programs for something else than any flag here, and what to do instead.
 NOT_HERE = {
-    "epochs num_epochs num_train_epochs max_epochs": "--num_iters counts steps, and the start "
-    "screen says how many an epoch has",
+    "epochs num_epochs num_train_epochs max_epochs": (
+        "--num_iters counts steps, and the start screen says how many an epoch has"
+    ),
     "eval_iters eval_batches val_batches test_batches": "--eval_tokens counts tokens, not batches",
-    "resume auto_resume": "the same command resumes its run; --identifier names another",
-    "device accelerator cuda mps cpu": "the CPU is the default, --gpu an Apple or NVIDIA GPU",
-    "mixed_precision precision amp bf16 fp16": "--dtype bfloat16 is for processors that are "
-    "faster with it",
+    "eval_strategy evaluation_strategy": "--steps_per_eval is the interval",
+    "save_strategy save_only_best load_best_model_at_end": (
+        "the best checkpoint is kept: sample from it with --identifier best"
+    ),
+    "sample_every sample_interval generate_every": "a sample follows each save: --steps_per_save",
+    "resume resume_from auto_resume": (
+        "the same command resumes its run; --identifier names another"
+    ),
+    "overwrite_output_dir": "nothing is overwritten; --new_model begins a new run",
+    "logging_dir run_name experiment_name model_tag": (
+        "each run has a folder in --save_dir, named by its flags"
+    ),
+    "max_time max_hours time_limit": "--max_minutes ends a session",
+    "device accelerator cuda no_cuda mps cpu use_cpu": (
+        "the CPU is the default, --gpu an Apple or NVIDIA GPU"
+    ),
+    "devices num_nodes strategy backend": "several processes: mlx.launch, see extras/README.md",
+    "threads n_threads num_threads": "all cores are used; taskset gives fewer",
+    "num_workers dataloader_num_workers": "texts are mapped into memory: nothing loads them",
+    "deterministic": "runs are exact; python -m extras.check tests it",
+    "flash_attn use_flash": "attention is always fused",
+    "mixed_precision precision amp bf16 fp16 fp32 tf32": (
+        "--dtype bfloat16 is for processors that are faster with it"
+    ),
     "model from_pretrained model_name_or_path": "--init_from names a model to start from",
     "data data_path train_file input": "--text names files of yours, --dataset a corpus",
-    "wandb wandb_log tensorboard": "--report_to wandb,tensorboard",
+    "wandb wandb_log wandb_project wandb_run_name tensorboard": "--report_to wandb,tensorboard",
     "compile torch_compile": "steps are always compiled",
     "stream streaming": "continuations are always streamed",
     "speculative_sampling speculative_decoding": "--draft names a draft model",
     "distill_from": "see python -m extras.collect",
-    "export plot attention log_attention cases benchmark prompts_file": "a program of its own: "
-    "python -m extras.export, .plot, .attention, .cases, .benchmark or .batch",
+    "export plot attention log_attention cases benchmark prompts_file": (
+        "a program of its own: python -m extras.export, .plot, .attention, .cases, .benchmark or "
+        ".batch"
+    ),
     "bias tie_embeddings tie_word_embeddings weight_tying": "no biases; tied, unless --untie",
-    "train_split train_fraction": "--valid_fraction is the share that is held out",
+    "rope_theta rope_scaling norm_eps window sliding_window attn_dropout": (
+        "edit the section Model of main.py"
+    ),
+    "label_smoothing_factor z_loss ignore_index": "edit training_loss in main.py",
+    "adam_epsilon": "MLX's, 1e-8; edit adamw in main.py",
+    "ema ema_decay": "--average 0.2 averages the weights over about the last fifth of the steps",
+    "total_batch_tokens total_batch_size": (
+        "a step has --batch_size times --grad_accumulation rows of --context_size tokens"
+    ),
+    "merges_file vocab_file": "--tokenizer takes a tokenizer.json",
+    "do_train do_eval do_sample": (
+        "main.py trains, unless --evaluate, --prompt or --inference is given"
+    ),
+    "max_length min_length": "--max_tokens counts new tokens",
+    "num_beams": "no beams; --temperature 0 is greedy",
+    "add_bos system chat_template messages instruct": "models continue texts here: no chats",
+    "validation_split_percentage train_split train_fraction": (
+        "--valid_fraction is the share that is held out"
+    ),
     "use_lora lora peft": "--lora_rank 8 trains adapters on --init_from",
 }
 

@@ -176,7 +176,8 @@ ANOTHER = {
     "num_train_epochs 3": "--num_iters counts steps",
     "ctx_size 64": "--context_size?",
     "compile true": "steps are always compiled",
-    "threads 4": "--threads (--help lists all flags)",
+    "threads 4": "all cores are used; taskset gives fewer",
+    "rope_thetas 4": "--rope_thetas (--help lists all flags)",
 }
 
 
