@@ -113,6 +113,7 @@ class Rows(NamedTuple):
 #     kind          key in TOKENIZERS
 #     vocab_size    number of ids
 #     eos           id between documents, or None
+#     bos           ids before each document and prompt, if its model was trained so
 #     unk           id of anything outside the vocabulary, or None
 #     byte_ids      ids of bytes that become text only together with those next to them
 #     encode        text -> [N] array of ids, of token_dtype(vocab_size)
@@ -133,6 +134,7 @@ class Tokenizer:
     """What most tokenizers share."""
 
     eos = None
+    bos = ()
     unk = None
     byte_ids = ()
 
@@ -284,8 +286,10 @@ class PackageTokenizer(Tokenizer):
     supports. `vocabulary` is the text of a tokenizer.json.
     """
 
-    def __init__(self, vocabulary, kind="bpe", eos=None):
+    def __init__(self, vocabulary, kind="bpe", eos=None, bos=()):
         """eos: the token that ends a text; if None or unknown, the first of ENDS that exists.
+
+        bos: ids. What `vocabulary` itself adds to a text is left out.
 
         Raises ImportError if the package is not installed, and exceptions of several types if
         `vocabulary` is malformed.
@@ -312,6 +316,9 @@ class PackageTokenizer(Tokenizer):
         self.eos_token = eos
         self.usual_eos = next((ids[name] for name in ENDS if name in ids), None)
         self.eos = ids.get(eos, self.usual_eos)
+        self.bos = [*bos]
+        if not all(type(token) is int and 0 <= token < self.vocab_size for token in self.bos):
+            raise ValueError("it begins texts with what is no id")
         self.unk = ids.get(model.get("unk_token"), model.get("unk_id"))
         names = [f"<0x{byte:02X}>" for byte in range(256)]  # as SentencePiece calls them
         self.byte_ids = {ids[name] for name in names if name in ids}
@@ -359,6 +366,8 @@ class PackageTokenizer(Tokenizer):
         # Omitted if it is the default: checkpoints identify their text by a hash that covers it.
         if self.eos != self.usual_eos:
             data["eos"] = self.eos_token
+        if self.bos:
+            data["bos"] = self.bos
         return data
 
 
@@ -397,7 +406,7 @@ def tokenizer_from_dict(data):
             return ByteTokenizer()
         vocabulary = data["vocabulary"]
         if tokenizer_class is PackageTokenizer:
-            return PackageTokenizer(vocabulary, kind, data.get("eos"))
+            return PackageTokenizer(vocabulary, kind, data.get("eos"), data.get("bos", ()))
         pieces = "".join(vocabulary)  # characters or words
         if len({*vocabulary}) < len(vocabulary) or utf8(pieces) != pieces:
             raise ValueError("its vocabulary repeats a piece, or holds half a character")
@@ -954,7 +963,7 @@ def read_pieces(span):
 
 
 def encode_documents(spans, tokenizer):
-    """Yields (text, ids [N]) block by block, with one `eos` between documents.
+    """Yields (text, ids [N]) block by block, with one `eos` between documents, and `bos` before.
 
     The word tokenizer also ends every document with one, as it does every line.
     """
@@ -967,8 +976,11 @@ def encode_documents(spans, tokenizer):
     while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of the user's own text
         texts = [text for text, _ in batch]
         for (text, begins), ids in zip(batch, tokenizer.encode_batch(texts)):
-            if begins and last != eos:
-                ids = np.concatenate([np.array([eos], ids.dtype), ids])  # quicker than insert
+            if begins:
+                before = [*tokenizer.bos]
+                if last != eos and before[:1] != [eos]:  # some models have one token for both
+                    before.insert(0, eos)
+                ids = np.concatenate([np.array(before, ids.dtype), ids])  # quicker than insert
             if len(ids) > 0 and eos is not None:  # white space may have no words
                 last = ids[-1]
             yield text, ids

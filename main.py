@@ -1337,8 +1337,11 @@ def pieces_before(stop, pieces):
 
 
 def first_ids(tokenizer, prompt):
-    """The ids of a prompt; for "", the end token or, if there is none, a newline."""
-    ids = tokenizer.encode(prompt).tolist()
+    """The ids of a text that begins with a prompt.
+
+    For "", the end token or, if there is none, a newline.
+    """
+    ids = [*tokenizer.bos, *tokenizer.encode(prompt).tolist()]
     if ids:
         return ids
     if tokenizer.eos is not None:
@@ -1399,10 +1402,11 @@ class Conversation:
         """Like `reply`, but without --stop."""
         tokenizer = self.tokenizer
         end = end_of_text(tokenizer) if flags.stop_at_end else None
-        if self.text and self.text[-1] != end:  # else the prompt begins a text
-            prompt = "\n" + prompt
-        if prompt or not self.text:
-            self.text.extend(first_ids(tokenizer, prompt))  # shared with the decoder
+        # The text is shared with the decoder.
+        if self.text and self.text[-1] != end:
+            self.text.extend(tokenizer.encode("\n" + prompt).tolist())
+        elif prompt or not self.text:  # the prompt begins a text
+            self.text.extend(first_ids(tokenizer, prompt))
         detokenizer = Detokenizer(tokenizer, self.text)
         times = []  # when each token arrived
         try:
@@ -2628,6 +2632,9 @@ def start_notices(run):
         yield f"edited   {', '.join(EDITED)}: computed by main.py, not by extras/fast.py"
     if flags.gpu and not proof_of_gpu(run.versions).exists():
         yield "Not verified on this GPU to be exact: run python -m extras.check --gpu"
+    tokenizer = run.dataset.tokenizer
+    if tokenizer.bos:
+        yield f"Each text begins with {tokenizer.decode(tokenizer.bos)}, as for the base."
     if len(run.batches.perm) < run.batches.batch_size:
         yield "The text has fewer windows than a batch has rows: some repeat within each batch."
     if fast and fast.BLAS == fast.REFERENCE_BLAS and not flags.gpu:

@@ -153,8 +153,9 @@ def add_tokenizer(writer, content, tokenizer, size):
     end = end_of_text(tokenizer)
     if end is not None:
         writer.add_eos_token_id(end)
-        writer.add_bos_token_id(end)  # llama.cpp requires one; it is not prepended
-    writer.add_add_bos_token(False)
+        # llama.cpp requires one, also where it is not prepended.
+        writer.add_bos_token_id(tokenizer.bos[0] if tokenizer.bos else end)
+    writer.add_add_bos_token(bool(tokenizer.bos))
     writer.add_add_eos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
 

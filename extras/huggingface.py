@@ -22,7 +22,7 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from datasets import PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
 from datasets import read_whole, replacing, user_path, without_passwords
@@ -253,11 +253,20 @@ def read_tokenizer(folder, vocab_size):
     if len(usable) < len(added):
         text = json.dumps(settings | {"added_tokens": usable})
     tokenizer = PackageTokenizer(text, eos=read_eos(folder))
+    tokenizer.bos = read_bos(tokenizer.package)
     if tokenizer.vocab_size > vocab_size:
         # MLX does not check indices: it would read beyond the embeddings.
         size = tokenizer.vocab_size
         raise UsageError(f"its tokenizer has {size} tokens, its vocab_size is {vocab_size}")
     return tokenizer
+
+
+def read_bos(package):
+    """The ids that a tokenizer of the package `tokenizers` puts before a text, such as <s>."""
+    with explained("the package tokenizers cannot use it", BaseException, kind=ValueError):
+        encoding = package.encode("a")
+    count = [*encoding.special_tokens_mask, 0].index(0)
+    return encoding.ids[:count]
 
 
 def read_eos(folder):
@@ -358,6 +367,8 @@ def export_model(model, tokenizer, folder, bits):
     }
     if tokenizer.eos is not None:
         tokenizer_settings["eos_token"] = package.id_to_token(tokenizer.eos)
+    if tokenizer.bos:
+        tokenizer_settings["bos_token"] = package.id_to_token(tokenizer.bos[0])
     texts = {
         "config.json": json.dumps(settings, indent=2),
         "tokenizer_config.json": json.dumps(tokenizer_settings, indent=2),
@@ -413,7 +424,7 @@ def make_settings(config, kind, tokenizer):
         "hidden_act": THEIR_ACTIVATIONS[config.mlp],
         "rope_scaling": rope_scaling,
         "dtype": "float32",
-        "bos_token_id": None,  # our texts have no start token
+        "bos_token_id": tokenizer.bos[0] if tokenizer.bos else None,
         "eos_token_id": end_of_text(tokenizer),
     }
 
@@ -429,7 +440,17 @@ def package_of(tokenizer):
         return convert_words(tokenizer)
     if not hasattr(tokenizer, "package"):
         raise UsageError(f"tokenizers of the kind {tokenizer.kind} cannot be exported")
-    return tokenizer.package
+    if not any(tokenizer.package.encode("a").special_tokens_mask):
+        return tokenizer.package
+    # What it adds to a text, such as <s> and </s>, is to be what training has added.
+    package = Tokenizer.from_str(tokenizer.vocabulary)
+    package.post_processor = None
+    if tokenizer.bos:
+        names = [package.id_to_token(token) for token in tokenizer.bos]
+        specials = [*zip(names, tokenizer.bos)]
+        template = processors.TemplateProcessing(single=[*names, "$A"], special_tokens=specials)
+        package.post_processor = template
+    return package
 
 
 def convert_bytes(tokenizer):

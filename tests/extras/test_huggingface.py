@@ -5,14 +5,15 @@ import os
 import resource
 import shutil
 
+import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, begin, make_model, run
+from conftest import TINY, begin, make_model, run, run_extra
 from datasets import ByteTokenizer, CharTokenizer, PackageTokenizer, UsageError, WordTokenizer
 from datasets import end_of_text
 from mlx.utils import tree_flatten
-from tokenizers import Tokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 
 from extras.huggingface import export_model, import_model
 
@@ -306,3 +307,34 @@ def test_a_run_keeps_the_very_model_it_was_begun_with(hf, tmp_path, text, flag):
     shutil.rmtree(hf)
     run("--prompt", "a", "--identifier", name, "--save_dir", tmp_path / "lm", "--max_tokens", 1)
     assert begin(*line, flag, hf, "--num_iters", 3)[1] >= 1, "as it was spelled"
+
+
+# ---- Tokens before a text -----------------------------------------------------------------------
+
+
+def test_a_start_token_is_put_where_its_base_had_it(text, tmp_path):
+    """In training, in prompts and in what is exported; what a text ends with is left to `eos`."""
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator([TEXT], 300, special_tokens=["<s>", "</s>"])
+    own = Tokenizer.from_str(trained.to_str())
+    template = {"single": "<s> $A </s>", "special_tokens": [("<s>", 0), ("</s>", 1)]}
+    own.post_processor = processors.TemplateProcessing(**template)
+    tokenizer = PackageTokenizer(own.to_str(), "file")
+    export_model(make_llama(tokenizer.vocab_size), tokenizer, tmp_path / "alone", None)
+    alone = Tokenizer.from_file(str(tmp_path / "alone" / "tokenizer.json"))
+    assert alone.encode("the end").ids == tokenizer.encode("the end").tolist()
+
+    own.save(str(tmp_path / "alone" / "tokenizer.json"))
+    base = import_model(tmp_path / "alone")
+    expected = own.encode("the end").ids[:-1]
+    assert expected[0] == 0
+    assert main.first_ids(base.tokenizer, "the end") == expected
+    line = ["--text", text, "--init_from", tmp_path / "alone", "--num_iters", 1, "--batch_size", 2]
+    out, _ = run(*line, "--save_dir", tmp_path / "lm", "--max_tokens", 1)
+    assert "\nEach text begins with <s>, as for the base.\n" in out
+    for path in (tmp_path / "lm" / "text").rglob("*.tokens"):
+        assert np.fromfile(path, np.uint16)[0] == 0
+    run_extra("export", tmp_path / "out", "--save_dir", tmp_path / "lm")
+    again = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert again.encode("the end").ids == expected
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 0
