@@ -2493,8 +2493,8 @@ class Log:
         rows = read_log(self.path)
         if not rows and os.path.lexists(self.path):
             with open(self.path, "rb", opener=no_follow) as file:
-                has_lines = file.read().count(b"\n") > 1
-            if has_lines:  # perhaps a spreadsheet has saved it with semicolons
+                header = file.readline(10**6)
+            if header and b"iteration" not in header.split(b","):  # but, say, semicolons
                 self.path.replace(self.path.with_name("log.old.csv"))
                 tqdm.write("log.csv cannot be read: it is log.old.csv from now on")
         columns = [*dict.fromkeys(itertools.chain(*rows[:1], names))]
