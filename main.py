@@ -2540,6 +2540,7 @@ def print_start(run, checkpoint, ranks):
     flags = run.flags
     config = run.model.config
     dataset = run.dataset
+    versions = run.versions
     lengths = []
     for name in SPLITS:
         split = getattr(dataset, name)
@@ -2562,10 +2563,10 @@ def print_start(run, checkpoint, ranks):
         f"data     {dataset.name}: {' / '.join(lengths)} tokens; "
         f"{describe_tokenizer(dataset.tokenizer)}; in {dataset.folder}",
         f"steps    {rows} x {config.context_size} tokens, {steps:,} per epoch, "
-        f"{epochs:,.2f} epochs in all; {flags.optimizer}, {run.versions['dtype']}",
+        f"{epochs:,.2f} epochs in all; {flags.optimizer}, {versions['dtype']}",
         f"rate     {describe_schedule(flags)}",
-        f"machine  {run.versions['device']}{several}; MLX {run.versions['MLX']}, "
-        f"matmuls: {run.versions['BLAS']}, kernels: {run.versions['kernels']}",
+        f"machine  {versions['device']}{several}; MLX {versions['MLX']}, "
+        f"matmuls: {versions['BLAS']}, kernels: {versions['kernels']}",
         f"files    {run.folder.absolute()}",
     ]
     if checkpoint:
