@@ -3690,12 +3690,18 @@ def make_run(folder, flags, contents, models, dataset, ranks):
 def check_before_data(flags, ranks):
     """What can be refused, or has to be said, before a text is downloaded. Raises UsageError.
 
-    That is about ranks, replaced code, an edited main.py and what --teacher and --report_to need.
+    That is about ranks, samples, replaced code, an edited main.py, and what --teacher and
+    --report_to need.
     """
     if flags.batch_size < ranks.size:
         raise UsageError(
             f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
             "row: give a larger one"
+        )
+    if flags.max_tokens > 10**5 and flags.sample_tokens is None:
+        raise UsageError(
+            f"--max_tokens {flags.max_tokens} is the length of a sample here: training takes "
+            "--num_iters steps (--sample_tokens 0: no samples)"
         )
     replaced = replaced_names()
     if (fast or flags.teacher) and {"Embedding", "LanguageModel"} & {*replaced}:
