@@ -286,10 +286,11 @@ class PackageTokenizer(Tokenizer):
     supports. `vocabulary` is the text of a tokenizer.json.
     """
 
-    def __init__(self, vocabulary, kind="bpe", eos=None, bos=()):
+    def __init__(self, vocabulary, kind="bpe", eos=None, bos=(), chat_template=None):
         """eos: the token that ends a text; if None or unknown, the first of ENDS that exists.
 
-        bos: ids. What `vocabulary` itself adds to a text is left out.
+        bos: ids. What `vocabulary` itself adds to a text is left out. chat_template: the text of an
+        imported model's, which is exported with it, and not used here.
 
         Raises ImportError if the package is not installed, and exceptions of several types if
         `vocabulary` is malformed.
@@ -317,8 +318,10 @@ class PackageTokenizer(Tokenizer):
         self.usual_eos = next((ids[name] for name in ENDS if name in ids), None)
         self.eos = ids.get(eos, self.usual_eos)
         self.bos = [*bos]
-        if not all(type(token) is int and 0 <= token < self.vocab_size for token in self.bos):
-            raise ValueError("it begins texts with what is no id")
+        self.chat_template = chat_template
+        is_valid = all(type(token) is int and 0 <= token < self.vocab_size for token in self.bos)
+        if not is_valid or not isinstance(chat_template or "", str):
+            raise ValueError("it begins texts with no id, or its chat template is no text")
         self.unk = ids.get(model.get("unk_token"), model.get("unk_id"))
         names = [f"<0x{byte:02X}>" for byte in range(256)]  # as SentencePiece calls them
         self.byte_ids = {ids[name] for name in names if name in ids}
@@ -368,6 +371,8 @@ class PackageTokenizer(Tokenizer):
             data["eos"] = self.eos_token
         if self.bos:
             data["bos"] = self.bos
+        if self.chat_template:
+            data["chat_template"] = self.chat_template
         return data
 
 
@@ -406,7 +411,8 @@ def tokenizer_from_dict(data):
             return ByteTokenizer()
         vocabulary = data["vocabulary"]
         if tokenizer_class is PackageTokenizer:
-            return PackageTokenizer(vocabulary, kind, data.get("eos"), data.get("bos", ()))
+            others = {name: data[name] for name in ("eos", "bos", "chat_template") if name in data}
+            return PackageTokenizer(vocabulary, kind, **others)
         pieces = "".join(vocabulary)  # characters or words
         if len({*vocabulary}) < len(vocabulary) or utf8(pieces) != pieces:
             raise ValueError("its vocabulary repeats a piece, or holds half a character")

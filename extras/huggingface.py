@@ -78,9 +78,10 @@ SUPPORTED = {
     "quantization_config": [],
     "transformers_weights": [],
 }
-# The files of a model that are read, besides its weights. The last two may be missing.
+# The files of a model that are read, besides its weights. The last three may be missing.
 INDEX = "model.safetensors.index.json"
-TEXTS = ["config.json", "tokenizer.json", "tokenizer_config.json", INDEX]
+TEMPLATE = "chat_template.jinja"
+TEXTS = ["config.json", "tokenizer.json", "tokenizer_config.json", TEMPLATE, INDEX]
 # How the first line of a file begins that git has left in the place of a large one.
 POINTER = b"version https://git-lfs"
 # What the hub calls a model: ORG/NAME, perhaps with a branch or a commit.
@@ -254,6 +255,7 @@ def read_tokenizer(folder, vocab_size):
         text = json.dumps(settings | {"added_tokens": usable})
     tokenizer = PackageTokenizer(text, eos=read_eos(folder))
     tokenizer.bos = read_bos(tokenizer.package)
+    tokenizer.chat_template = read_chat_template(folder)
     if tokenizer.vocab_size > vocab_size:
         # MLX does not check indices: it would read beyond the embeddings.
         size = tokenizer.vocab_size
@@ -274,11 +276,22 @@ def read_eos(folder):
 
     The `eos_token_id` of config.json is not used: it may be an unintended default.
     """
-    path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return None
-    token = json.loads(read_whole(path)).get("eos_token")
+    token = read_tokenizer_config(folder).get("eos_token")
     return token["content"] if isinstance(token, dict) else token
+
+
+def read_chat_template(folder):
+    """The text of a model's chat template; None if there is none, or several."""
+    if (folder / TEMPLATE).exists():
+        return read_whole(folder / TEMPLATE)
+    template = read_tokenizer_config(folder).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def read_tokenizer_config(folder):
+    """The content of a folder's tokenizer_config.json; {} if there is none."""
+    path = folder / "tokenizer_config.json"
+    return json.loads(read_whole(path)) if path.exists() else {}
 
 
 def model_files(folder):
@@ -363,7 +376,7 @@ def export_model(model, tokenizer, folder, bits):
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": model.config.context_size,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template_of(tokenizer),
     }
     if tokenizer.eos is not None:
         tokenizer_settings["eos_token"] = package.id_to_token(tokenizer.eos)
@@ -430,6 +443,11 @@ def make_settings(config, kind, tokenizer):
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
+def chat_template_of(tokenizer):
+    """The chat template of the model that a run began with, or CHAT_TEMPLATE."""
+    return getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
+
+
 def package_of(tokenizer):
     """A tokenizer of the package `tokenizers` with the same ids, for other programs to read."""
     if tokenizer.kind == "byte":

@@ -313,7 +313,10 @@ def test_a_run_keeps_the_very_model_it_was_begun_with(hf, tmp_path, text, flag):
 
 
 def test_a_start_token_is_put_where_its_base_had_it(text, tmp_path):
-    """In training, in prompts and in what is exported; what a text ends with is left to `eos`."""
+    """In training, in prompts and in what is exported; what a text ends with is left to `eos`.
+
+    Its chat template is exported, too.
+    """
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator([TEXT], 300, special_tokens=["<s>", "</s>"])
     own = Tokenizer.from_str(trained.to_str())
@@ -325,6 +328,7 @@ def test_a_start_token_is_put_where_its_base_had_it(text, tmp_path):
     assert alone.encode("the end").ids == tokenizer.encode("the end").tolist()
 
     own.save(str(tmp_path / "alone" / "tokenizer.json"))
+    change(tmp_path / "alone", "tokenizer_config.json", chat_template="<s>{{ messages }}")
     base = import_model(tmp_path / "alone")
     expected = own.encode("the end").ids[:-1]
     assert expected[0] == 0
@@ -338,3 +342,5 @@ def test_a_start_token_is_put_where_its_base_had_it(text, tmp_path):
     again = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert again.encode("the end").ids == expected
     assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 0
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["chat_template"] == "<s>{{ messages }}"
