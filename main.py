@@ -24,14 +24,14 @@ mx.eval computes.
 # dependencies = [
 #     "mlx[cpu]>=0.32.4; sys_platform == 'linux'",
 #     "mlx>=0.32.4; sys_platform != 'linux'",
-#     "numpy",
+#     "numpy>=1.26",
 #     "onednn-cpu-gomp; sys_platform == 'linux' and platform_machine == 'x86_64'",
 #     "requests>=2.32.4",
 #     "urllib3>=2.7",
 #     "tokenizers>=0.20",
 #     "tqdm>=4.66.3",
-#     "PyYAML>=5.4",
-#     "matplotlib",
+#     "PyYAML>=6.0",
+#     "matplotlib>=3.7",
 # ]
 # ///
 

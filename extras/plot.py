@@ -140,8 +140,11 @@ def plot_comparison(folder, path):
 
 def make_figure(width, height):
     """An empty matplotlib figure; width and height are in inches."""
-    with explained("plots need matplotlib: pip install matplotlib", ImportError):
+    with explained("plots need matplotlib: pip install -U 'matplotlib>=3.7'", ImportError):
         import matplotlib.figure  # not pyplot: nothing is shown on a screen
+
+        if matplotlib.__version_info__ < (3, 7):
+            raise ImportError(f"not {matplotlib.__version__}")
 
     return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
 
