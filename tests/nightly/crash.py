@@ -664,8 +664,8 @@ def judge_status(leg):
             is_at_end = leg.calls - row["call"] < 3
             if leg.begun is None or is_at_end:  # nothing to save: it has its default action
                 allowed.add(-getattr(signal, action))
-        elif leg.begun is None:  # it could not begin
-            allowed |= {1, 2, -signal.SIGINT, -signal.SIGTERM}
+        elif leg.begun is None:  # it could not begin, or had not yet said so when signals came
+            allowed |= {1, 2, 130, 143, -signal.SIGINT, -signal.SIGTERM}
         elif action == "ENOSPC":
             allowed |= {130, 143}
     last = leg.struck[-1]["action"] if leg.struck else "no strike"
