@@ -656,7 +656,7 @@ SPLIT_NAME = re.compile(
     r"(?:^|/)(train|valid|validation|val|dev|test)(?=(?:-\d+-of-\d+)?(?:\.[^/]*)?$|/)"
 )
 
-LFS = b"version https://git-lfs"
+LFS = b"version https://git-lfs"  # what git leaves in the place of a large file begins so
 # How files begin that are no plain text, and what these are.
 NO_TEXT = {
     b"%PDF": "a PDF: save its text, as pdftotext does",
@@ -1354,7 +1354,7 @@ def explained(text, *errors, kind=UsageError):
     """Turns exceptions of the types `errors` (default: any) into a one-line message for the user.
 
     The message is `text`, which names the cause and the remedy, followed by the exception's own
-    message. Raises `kind`.
+    message. Raises `kind`. An ImportError is only turned if `errors` names it.
     """
     expected = errors or (Exception,)
     try:

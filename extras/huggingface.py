@@ -24,7 +24,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from datasets import PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
+from datasets import LFS, PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
 from datasets import read_whole, replacing, user_path, without_passwords
 from main import Config, LanguageModel, Origin, checked, load_arrays, refuse_beyond_memory
 from main import sha1_of_file
@@ -82,8 +82,6 @@ SUPPORTED = {
 INDEX = "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"
 TEXTS = ["config.json", "tokenizer.json", "tokenizer_config.json", TEMPLATE, INDEX]
-# How the first line of a file begins that git has left in the place of a large one.
-POINTER = b"version https://git-lfs"
 # What the hub calls a model: ORG/NAME, perhaps with a branch or a commit.
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?", re.ASCII)
 # Our models have not learned a chat format: a chat is the concatenated texts of its messages.
@@ -179,7 +177,7 @@ def find_file(folder, name):
     if not path.is_file():  # a pipe might never begin
         raise UsageError(f"it has no file {name}: download it, or save all with transformers")
     with open(path, "rb") as file:
-        if file.read(len(POINTER)) == POINTER:
+        if file.read(len(LFS)) == LFS:
             raise UsageError(f"{name} was not downloaded: run git lfs pull")
     return path
 
