@@ -746,9 +746,12 @@ def texts_of(path, own_folders):
     """[(path, name), ...] of the texts in a folder or that match a glob, in order of their paths.
 
     What is no text is left out, and named. Hidden files do not count, nor does what lies in
-    `own_folders`, resolved paths of where this program keeps its files. A linked folder is read
-    like any other, but each folder once. Raises UsageError if nothing matches.
+    `own_folders`, resolved paths of where this program keeps its files, unless `path` itself lies
+    there. A linked folder is read like any other, but each folder once. Raises UsageError if
+    nothing matches.
     """
+    around = Path(os.path.realpath(path)).parents
+    own_folders = [folder for folder in own_folders if folder not in around]
     places = [(Path(path), "")]
     if not os.path.exists(path):
         matches = map(Path, sorted(glob.glob(path, recursive=True)))

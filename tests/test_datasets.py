@@ -384,8 +384,9 @@ def test_folders_and_patterns(find, tmp_path, capsys):
     # Checkpoints and corpora are no text, unless they are named outright.
     assert find("r*", "a.txt", "sub") == "a|c|é"
     assert find("runs/x-123456/log.csv", "data/ids") == "own|own"
+    assert find("runs/x-123456") == "own"
     (tmp_path / "link").symlink_to("runs")
-    for folder in ("runs", "runs/x-123456", "data", "link", "**/*.csv"):
+    for folder in ("runs", "data", "link", "**/*.csv"):
         with pytest.raises(UsageError, match="there is no text in .* --save_dir and --data_dir"):
             find(folder)
 
