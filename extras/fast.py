@@ -313,9 +313,16 @@ def product_gradients(inputs, gradient, output):
 
 # ---- RMSNorm and RoPE ---------------------------------------------------------------------------
 def rms_norm(x, weight, eps):
-    """main.py's `rms_norm`, with a gradient of few operations."""
+    """main.py's `rms_norm`, with a gradient of few operations.
+
+    On a GPU, the gradient w.r.t. the weight is a sum in float32: in bfloat16, as MLX adds up, it
+    would be 1 to 2 % off.
+    """
     if on_gpu():
-        return mx.fast.rms_norm(x, weight, eps)
+        if x.dtype == mx.float32:
+            return mx.fast.rms_norm(x, weight, eps)
+        normed = mx.fast.rms_norm(x, None, eps)
+        return (normed * weight.astype(mx.float32)).astype(x.dtype)
     if x.shape[-2] == 1:
         return norm_of_one(x, weight, eps)
     normed, _ = normalize(x.flatten(0, -2), weight, mx.array(float(eps)))
@@ -404,13 +411,20 @@ def gradient_of_table(inputs, gradient, output):
 def sum_by_id(rows, ids, count):
     """The sums [count, D] of the rows [N, D] that have the same id; ids: [N].
 
-    The rows are sorted by id, so that each sum is a product of its segment of them with ones.
+    The rows are sorted by id, so that each sum is a product of its segment of them with ones. There
+    are as many segments as there can be different ids, S; those that are left are empty.
     """
+    N = len(ids)
     order = mx.argsort(ids)
-    starts = mx.searchsorted(ids[order], mx.arange(count + 1))
-    segments = mx.stack([starts[:-1], starts[1:]], axis=1)  # [count, 2]
-    ones = mx.ones((1, len(ids)))
-    return mx.segmented_mm(ones, rows[order], segments).squeeze(1)
+    ids = ids[order]
+    is_new = mx.concatenate([mx.array([True]), ids[1:] != ids[:-1]])
+    starts = mx.sort(mx.where(is_new, mx.arange(N), N))[: min(N, count)]  # [S]
+    ends = mx.concatenate([starts[1:], mx.array([N])])
+    segments = mx.stack([starts, ends], axis=1).astype(mx.uint32)
+    sums = mx.segmented_mm(mx.ones((1, N)), rows[order], segments).squeeze(1)  # [S, D]
+    table = mx.zeros((count + 1, rows.shape[1]))
+    table[mx.where(starts < N, ids[mx.minimum(starts, N - 1)], count)] = sums
+    return table[:count]  # without the row for empty segments
 
 
 # ---- Attention ----------------------------------------------------------------------------------
@@ -619,6 +633,32 @@ def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk):
     return loss, mx.concatenate(hidden_gradients), head_gradient
 
 
+def fused_cross_entropy_and_gradients(hidden, head, targets, weights):
+    """`cross_entropy_and_gradients` by MLX's fused kernels for GPUs, chunk by chunk.
+
+    They, and those of products, are fast with a multiple of 128 logits. Further ones are -3e38, a
+    bias that costs nothing.
+    """
+    further = -len(head) % 128
+    padded = mx.pad(head, [(0, further), (0, 0)])
+    is_further = mx.arange(len(padded)) >= len(head)
+    bias = mx.where(is_further, -3e38, 0).astype(head.dtype)
+
+    def loss_of_chunk(logits, targets, weights):
+        return (mx.fast.cross_entropy(logits, targets) * weights).sum()
+
+    loss = mx.array(0.0)
+    hidden_gradients = []
+    head_gradient = mx.array(0.0)
+    for rows in chunks(len(hidden), len(padded)):
+        logits = mx.addmm(bias, hidden[rows], padded.T)
+        nats, gradient = mx.value_and_grad(loss_of_chunk)(logits, targets[rows], weights[rows])
+        loss = loss + nats
+        hidden_gradients.append(gradient @ padded)
+        head_gradient = head_gradient + (gradient.T @ hidden[rows]).astype(mx.float32)
+    return loss, mx.concatenate(hidden_gradients), head_gradient[: len(head)]
+
+
 def wait_for(done, array):
     """`array`, available only once the arrays `done` and then some idle operations are computed.
 
@@ -686,6 +726,8 @@ def stored_gradients(inputs, gradients, outputs):
 @mx.custom_function
 def cross_entropy_and_gradients(hidden, head, targets, weights):
     """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; see stored_gradients."""
+    if on_gpu():
+        return fused_cross_entropy_and_gradients(hidden, head, targets, weights)
     return sum_over_chunks(hidden, head, targets, weights, cross_entropy_of_chunk)
 
 

@@ -139,6 +139,14 @@ def heads(query_heads, key_heads, length, deviation=1.0):
 FREQUENCIES = 100.0 ** -(np.arange(0, 6, 2) / 6)
 
 
+@pytest.fixture(params=["cpu", "pretended gpu"])
+def branch(request, monkeypatch):
+    """Each test with it is about both branches of extras/fast.py; a CPU computes."""
+    if request.param != "cpu":
+        monkeypatch.setattr(fast, "on_gpu", lambda: True)
+
+
+@pytest.mark.usefixtures("branch")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name, inputs, tolerance", [
     ("relu2", [normal(0, 50, 31)], 1e-6),
@@ -168,6 +176,37 @@ def test_values_and_gradients(name, inputs, tolerance, compiled, plain):
     assert_near(*results, tolerance)
 
 
+@pytest.mark.usefixtures("branch")
+@pytest.mark.parametrize("ids", [[0] * 100, [6, 0, 6, 3], [*range(50), 999, 5, 5]])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_embeddings(ids, compiled, plain):
+    """Of few and of many ids, for a text that has them all or not, often or once."""
+    tokens = mx.array([ids, ids[::-1]])
+    table = normal(0, max(ids) + 1, 6)
+    factors = normal(1, 2, len(ids), 6)
+
+    def weighted(program, table):
+        return (program.look_up(table, tokens) * factors).sum()
+
+    assert_near(*by_both(weighted, [table], compiled, plain), 1e-6)
+
+
+@pytest.mark.usefixtures("branch")
+def test_a_norm_in_bfloat16():
+    """The gradient of its weight is about as exact as its inputs."""
+    x, weight, factors = [array.astype(mx.bfloat16) for array in (
+        normal(0, 8, 512, 16, deviation=3), normal(1, 16), 1 + normal(2, 8, 512, 16)
+    )]  # fmt: skip
+
+    def weighted(weight, dtype):
+        normed = main.rms_norm(x.astype(dtype), weight.astype(dtype), 1e-5)
+        return (normed.astype(mx.float32) * factors.astype(mx.float32)).sum()
+
+    gradients = [mx.grad(weighted)(weight, dtype) for dtype in (mx.bfloat16, mx.float32)]
+    assert_near(*[gradient.astype(mx.float32) for gradient in gradients], 0.004)
+
+
+@pytest.mark.usefixtures("branch")
 @pytest.mark.parametrize("B, L, V, dtype, tolerance", [
     (2, 25, 13, mx.float32, 1e-5),
     (2, 25, 13, mx.bfloat16, 0.02),  # as on a GPU; the head and its gradient: float32

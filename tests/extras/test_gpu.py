@@ -37,6 +37,7 @@ ON_GPUS = set(
     Select Sigmoid Sin Slice SliceUpdate Softmax Sort Split Sqrt Square Squeeze StopGradient
     Subtract Sum Transpose Unflatten""".split()
 )
+ON_GPUS.add("ScatterAxis Sum")  # a CPU's part of mx.fast.cross_entropy
 
 
 def not_on_gpus(path):
