@@ -19,6 +19,7 @@ import argparse
 import atexit
 import codecs
 import contextlib
+import difflib
 import errno
 import functools
 import glob
@@ -603,7 +604,8 @@ def cut(span, *cuts):
 def unzip(archive, member):
     """The path of a member of a zip file, unpacked beside it under its base name."""
     path = archive.with_name(os.path.basename(member))  # names like ../x lead nowhere else
-    with zipfile.ZipFile(archive) as members, members.open(member) as data:
+    with locked(path.parent), zipfile.ZipFile(archive) as members, members.open(member) as data:
+        remove_leftovers(path.parent)
         with replacing(path) as out:
             shutil.copyfileobj(data, out)
     return path
@@ -650,10 +652,10 @@ def find_cut(span, at, marker):
 # The names of files with a document in each row, which extras/formats.py reads.
 ROW_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson)(\.gz)?)", re.DOTALL | re.IGNORECASE)
 
-# Whole names of files and folders that are for one split: valid/, train.txt, and the files of many
-# corpora, like train-00000-of-00002.parquet.
+# Names of files and folders that are for one split: valid/, train.txt, and the files of many
+# corpora, like train-00000-of-00002.parquet and wiki.valid.tokens. A part of a word says nothing.
 SPLIT_NAME = re.compile(
-    r"(?:^|/)(train|valid|validation|val|dev|test)(?=(?:-\d+-of-\d+)?(?:\.[^/]*)?$|/)"
+    r"(?:^|[/.])(train|valid|validation|val|dev|test)(?=(?:-\d+-of-\d+)?(?:\.[^/]*)?$|/)"
 )
 
 LFS = b"version https://git-lfs"  # what git leaves in the place of a large file begins so
@@ -661,10 +663,11 @@ LFS = b"version https://git-lfs"  # what git leaves in the place of a large file
 NO_TEXT = {
     b"%PDF": "a PDF: save its text, as pdftotext does",
     b"PK\x03\x04": "a zip archive, as .docx and .epub are: unpack it, and save its text",
-    b"\x1f\x8b": "compressed: unpack it by gunzip -k",
-    b"BZh": "compressed: unpack it by bunzip2 -k",
-    b"\xfd7zXZ": "compressed: unpack it by unxz -k",
-    b"\x28\xb5\x2f\xfd": "compressed: unpack it by unzstd",
+    b"\x1f\x8b": "compressed: gzip -dc FILE > TEXT unpacks it",
+    b"BZh": "compressed: bzip2 -dc FILE > TEXT unpacks it",
+    b"\xfd7zXZ": "compressed: xz -dc FILE > TEXT unpacks it",
+    b"\x28\xb5\x2f\xfd": "compressed: zstd -dc FILE > TEXT unpacks it",
+    b"PAR1": "a Parquet file: name it FILE.parquet",
     LFS: "a pointer to a file in large-file storage: git lfs pull",
 }
 # Files that are text with markup, which is trained on, too.
@@ -714,7 +717,10 @@ def say_what_is_read(files):
     marked = [name for path, name in files.values() if path.suffix.lower() in MARKUP]
     if marked:
         print(f"Read as they are, with their markup: {some_of(marked)}")
-    windows = [name for path, name in files.values() if b"\r\n" in beginning(path)]
+    windows = []
+    for path, name in files.values():
+        if not ROW_FILES.fullmatch(path.name) and b"\r\n" in beginning(path):
+            windows.append(name)
     if windows:
         print(f"Lines end as on Windows, in CR LF, which is trained on, too: {some_of(windows)}")
 
@@ -767,7 +773,7 @@ def texts_of(path, own_folders):
         real = Path(os.path.realpath(each))
         if real in seen or any(real.is_relative_to(folder) for folder in own_folders):
             continue
-        if each.is_dir():
+        if each.is_dir() and not any(each.glob("*.metadata")):  # a run writes texts, too
             seen.add(real)
             places += [(below, f"{name}/{below.name}") for below in sorted(each.glob("[!.]*"))]
         elif each.is_file():
@@ -778,10 +784,13 @@ def texts_of(path, own_folders):
         total += each.stat().st_size
         try:
             check_text(each)
-        except UsageError:
+        except UsageError as error:
+            reason = error
             left_out += each.stat().st_size
             del files[each]
             others[each.suffix or each.name] += 1
+    if others and not files:
+        raise UsageError(f"{path}: none of {others.total():,} files is text: {reason}")
     if others:
         kinds = ", ".join(kind for kind, _ in others.most_common(5))
         what = f"{others.total():,} files that are no UTF-8 text"
@@ -859,6 +868,7 @@ def hold_out(documents, valid_fraction):
     texts = [each for each in documents if type(each) is Span]
     train = []
     valid = []
+    names = "the ends of files"
     for i, each in enumerate(texts):
         part = valid if is_held_out(i, valid_fraction) else train
         part.append(each)
@@ -866,8 +876,8 @@ def hold_out(documents, valid_fraction):
     share = sum(each.stop for each in valid) / max(1, total)
     if valid_fraction / 2 <= share <= 2 * valid_fraction:
         names = some_of([each.path.name for each in valid])
-        print(f"Held out for validation, {share:.1%} of the bytes: {names}")
     else:
+        share = valid_fraction
         train = []
         valid = []
         left = round(total * (1 - valid_fraction))  # bytes to train on
@@ -876,6 +886,8 @@ def hold_out(documents, valid_fraction):
             train.append(first)
             valid.append(rest)
             left -= each.stop
+    if len(texts) > 1:
+        print(f"Held out for validation, {share:.1%} of the bytes: {names}")
     for each in documents:
         if type(each) is Rows:
             each = each._replace(valid_fraction=valid_fraction)
@@ -1040,6 +1052,7 @@ def write_tokens(spans, tokenizer, path):
 
 # Increment it when the same files would give other tokens by code that key_of does not look at.
 CACHE_VERSION = 1
+SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if this file is edited later
 
 
 def load_dataset(
@@ -1132,10 +1145,9 @@ def key_of(kind, corpus, local):
     their sizes in bytes and their modification times in ns. An edit of any other corpus or
     tokenizer changes nothing here; one of what they share needs another CACHE_VERSION.
     """
-    source = Path(__file__).read_text("utf-8")
     known = [CACHE_VERSION, corpus.files]
     for part in (TOKENIZERS[kind], corpus.find_texts):
-        known.append(part and definition(part.__name__, source))
+        known.append(part and definition(part.__name__, SOURCE))
     for each in itertools.chain(*local.values()):
         status = os.stat(each.path)
         known.append([repr(each), status.st_size, status.st_mtime_ns])
@@ -1541,14 +1553,14 @@ RAM_DISK = Path("/Volumes/RAMDisk")  # on macOS, if the user has made one of thi
 RAM_DISK_SIZE = 4 << 30  # bytes, at least; tinystories and its tokens take 3 GiB
 
 
-def open_data_dir(data_dir=None, save_dir=None):
+def open_data_dir(data_dir=None):
     """The folder for corpora, downloads and tokens as a Path, created if it is missing.
 
-    The first of these that is given or writable: `data_dir`, `save_dir`, a folder on a RAM disk,
-    CACHE, that of runs. Raises UsageError if it cannot be used.
+    The first of these that is given or writable: `data_dir`, a folder on a RAM disk, CACHE, that
+    of runs. Raises UsageError if it cannot be used.
     """
-    if data_dir is not None or save_dir is not None:
-        folders = [Path(user_path(data_dir or save_dir))]
+    if data_dir is not None:
+        folders = [Path(user_path(data_dir))]
     elif os.path.ismount(RAM_DISK) and shutil.disk_usage(RAM_DISK).total >= RAM_DISK_SIZE:
         folders = [RAM_DISK / "transformer-lm"]
     else:
@@ -1768,11 +1780,6 @@ def path_name(text):
     return user_path(nonempty(text))
 
 
-def tokenizer_name(text):
-    """A flag's type: auto, a kind of tokenizer, or the absolute path of a tokenizer.json."""
-    return text if text in KINDS else os.path.abspath(user_path(nonempty(text)))
-
-
 # The flags that decide a text, {group: {flag: row}}; main.py has these and others.
 TEXT_FLAGS = {
     "data": {
@@ -1793,7 +1800,7 @@ TEXT_FLAGS = {
         "train_tokens": Flag(None, SIZE, "train on the first N tokens only (default: all)"),
         "tokenizer": Flag(
             "auto",
-            tokenizer_name,
+            nonempty,
             f"{', '.join(KINDS[1:])}, FILE; auto: the corpus's usual one",
         ),
         # 257: the bytes and the end token.
@@ -1825,13 +1832,41 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         hint = "--help lists all flags"
-        if message.endswith("expected one argument"):
+        if message.endswith("one argument"):
             hint += "; a value that begins with - is typed behind =, like --stop=-"
         raise UsageError(f"{message} ({hint})")
+
+    def parse_args(self, args=None, namespace=None):
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise UsageError(f"unrecognized arguments: {unknown[0]} ({self.hint(unknown[0])})")
+        return values
+
+    def hint(self, word):
+        """What to do instead of a word that no flag takes."""
+        name = word.partition("=")[0].lstrip("-").removeprefix("no-").lower()
+        hints = []
+        with contextlib.suppress(UsageError):  # without extras/
+            table = extra("hints").NOT_HERE
+            hints = [hint for names, hint in table.items() if name in names.split()]
+        shown = [each for each in self._actions if each.help != argparse.SUPPRESS]
+        names = [each.option_strings[0][2:] for each in shown if each.option_strings]
+        similar = difflib.get_close_matches(name, names, 1, cutoff=0.7)
+        hints += [f"--{each}?" for each in similar]
+        if not word.startswith("-"):
+            hints.append(
+                "no flag takes it: a switch has no value, a text with blanks needs quotes, and "
+                "--identifier names a checkpoint"
+            )
+        return "; ".join([*hints[:1], "--help lists all flags"])
 
     def parse_known_args(self, args=None, namespace=None):
         spelled = []
         for argument in args:
+            argument = argument.removesuffix("\r")  # of a script with Windows' line ends
+            dashed = re.sub("^[–—]-?", "--", argument)  # as word processors have them
+            if dashed.partition("=")[0] in self._option_string_actions:
+                argument = dashed
             name, equals, value = argument.partition("=")
             if re.fullmatch("--[a-z][a-z0-9_-]*", name):
                 name = "--" + name[2:].replace("-", "_")
@@ -1868,6 +1903,10 @@ def main(arguments):
     parser.add_argument("--save_tokenizer", type=nonempty, metavar="FILE", help=writes)
     options = vars(parser.parse_args(arguments))
     file = options.pop("save_tokenizer", None)
+    if file and os.path.lexists(user_path(file)):
+        raise UsageError(f"--save_tokenizer {file} exists: name another file, or delete it")
+    if "vocab_size" in options and "tokenizer" not in options:
+        raise UsageError("--vocab_size has an effect only with --tokenizer bpe: add that")
     usual = "text" if "text" in options else "ptb"
     data_dir = options.get("save_dir")
     dataset = load_dataset(**{"dataset": usual, "data_dir": data_dir} | options)

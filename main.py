@@ -65,7 +65,6 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import difflib
 import functools
 import hashlib
 import io
@@ -102,11 +101,13 @@ except ImportError as error:
         raise
     reason = " ".join(str(error).split())
     remedy = "pip install -r requirements.txt, or uv run main.py (Windows: in WSL)"
+    if str(HERE) in reason:  # the path of what Python has found instead
+        remedy = "rename a file of yours that hides a package"
     print(f"main.py: {reason}: {remedy}", file=sys.stderr)
     sys.exit(2)
 
-from datasets import CORPORA, LARGEST, SIZE, SPLITS, TEXT_FLAGS, TOKENIZERS, Dataset, Flag, Parser
-from datasets import RunError, UsageError, add_flags, definition, describe_tokenizer, discard
+from datasets import CORPORA, KINDS, LARGEST, SIZE, SPLITS, TEXT_FLAGS, TOKENIZERS, Dataset, Flag
+from datasets import Parser, RunError, UsageError, add_flags, definition, describe_tokenizer, discard
 from datasets import end_of_text, explained, extra, flock, hash_of_file, load_dataset
 from datasets import make_writable, new_file, no_follow, nonempty, number, one_line, one_of
 from datasets import open_code_dir, printable, publish, remove_leftovers, replacing, run_command
@@ -1147,17 +1148,14 @@ def train_step(run, step):
 def score_run(run, interrupts, ranks, reporter):
     """Scores the validation split, or its first --eval_tokens tokens, unless a signal arrives.
 
-    A run that ends before its first evaluation is scored on no more tokens than it was trained on:
-    a quick check stays quick. A score that is due only because the time is up is shown and logged,
+    A score that is due only because the time is up is shown and logged,
     but not kept: an uninterrupted run would have none there. Raises RunError if the score is not
     finite.
     """
     flags = run.flags
     tokens = run.dataset.valid.tokens
     if flags.eval_tokens:
-        is_short = run.iteration < flags.steps_per_eval
-        limit = max(1, min(flags.eval_tokens, run.tokens_seen if is_short else math.inf))
-        tokens = tokens[: limit + 1]  # the first one is only context
+        tokens = tokens[: flags.eval_tokens + 1]  # the first one is only context
     began = time.perf_counter()
     with run.using_average() as model:
         metrics = evaluate(model, tokens, flags.batch_size, interrupts=interrupts, ranks=ranks)
@@ -2032,7 +2030,13 @@ def open_model(save_dir, name, flag_name):
 
 def is_foreign(name):
     """Whether a model's name is that of a Hugging Face folder or model, not of a checkpoint."""
-    return "/" in name  # `settle` has made a folder's name absolute
+    # `settle` has made a folder's name absolute; other folders are of runs.
+    return "/" in name and (is_model_folder(name) or not os.path.isdir(name))
+
+
+def is_model_folder(path):
+    """Whether there is a Hugging Face model."""
+    return os.path.isfile(os.path.join(path, "config.json"))
 
 
 def open_origin(checkpoint):
@@ -2095,6 +2099,8 @@ class Interrupts:
         first = None  # when it arrived
         while byte := os.read(reader, 1):  # b"" once __exit__ has closed the other end
             [number] = byte
+            if number not in self.SIGNALS:  # another one with a handler
+                continue
             if first is None:
                 first = time.monotonic()
                 self.received = number
@@ -2265,10 +2271,11 @@ def is_own(module):
     """Whether a module is the user's own, in this program's folder."""
     path = Path(getattr(getattr(module, "__spec__", None), "origin", None) or "/")
     path = path.parent.resolve() / path.name
-    if HERE not in path.parents or path.suffix != ".py" or "site-packages" in path.parts:
+    if HERE not in path.parents or path.suffix != ".py":
         return False
-    folder_or_file, *_ = path.relative_to(HERE).parts
-    return folder_or_file not in ("main.py", "datasets.py", "extras", "tests")
+    first, *rest = path.relative_to(HERE).parts
+    is_installed = first.startswith(".") or "site-packages" in rest  # in .venv, say
+    return not is_installed and first not in ("main.py", "datasets.py", "extras", "tests")
 
 
 def training_code(source):
@@ -2285,25 +2292,29 @@ def training_code(source):
 
 
 def parts_of_code():
-    """Yields what CODE names and what is in its tables and classes: (name, key or None, part)."""
+    """{(name, key or None): part} of what CODE names, and of what is in its tables and classes."""
+    found = {}
     for name in {*re.findall(r"\w+", CODE)} & {*globals()}:
         value = globals()[name]
-        yield name, None, value
+        found[name, None] = value
         parts = value if isinstance(value, dict) else {}
         if isinstance(value, type) and value.__module__ == __name__:
             parts = vars(value)
         for key, part in [*parts.items()]:
-            yield name, key, part
+            if key != "__annotations__":  # Python makes them when they are asked for
+                found[name, key] = part
     for name in MODULES:
-        yield name, "__spec__", getattr(sys.modules.get(name), "__spec__", None)
+        found[name, "__spec__"] = getattr(sys.modules.get(name), "__spec__", None)
+    return found
 
 
 def replaced_names():
     """The names in CODE, and the modules, replaced since loading: `main.attend = f`."""
-    replaced = []
-    for name, key, part in parts_of_code():
-        if LOADED.get((name, key)) is not part and name not in replaced:
-            replaced.append(name)
+    parts = parts_of_code()
+    replaced = set()
+    for place in parts.keys() | LOADED.keys():
+        if parts.get(place) is not LOADED.get(place):
+            replaced.add(place[0])
     return sorted(replaced)
 
 
@@ -2493,8 +2504,8 @@ class Log:
         rows = read_log(self.path)
         if not rows and os.path.lexists(self.path):
             with open(self.path, "rb", opener=no_follow) as file:
-                header = file.readline(10**6)
-            if header and b"iteration" not in header.split(b","):  # but, say, semicolons
+                content = file.read(10**6)
+            if re.search(rb"[\r\n][^\r\n]+[\r\n]", content):  # rows with, say, semicolons
                 self.path.replace(self.path.with_name("log.old.csv"))
                 tqdm.write("log.csv cannot be read: it is log.old.csv from now on")
         columns = [*dict.fromkeys(itertools.chain(*rows[:1], names))]
@@ -2998,70 +3009,6 @@ FLAGS["command"] = {
     "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
 } | TEXT_FLAGS["command"]
 
-# Names of other programs for something else than any flag here, and what to do instead.
-NOT_HERE = {
-    "epochs num_epochs num_train_epochs max_epochs": (
-        "--num_iters counts steps, and the start screen says how many an epoch has"
-    ),
-    "eval_iters eval_batches val_batches test_batches": "--eval_tokens counts tokens, not batches",
-    "eval_strategy evaluation_strategy": "--steps_per_eval is the interval",
-    "save_strategy save_only_best load_best_model_at_end": (
-        "the best checkpoint is kept: sample from it with --identifier best"
-    ),
-    "sample_every sample_interval generate_every": "a sample follows each save: --steps_per_save",
-    "resume resume_from auto_resume": (
-        "the same command resumes its run; --identifier names another"
-    ),
-    "overwrite_output_dir": "nothing is overwritten; --new_model begins a new run",
-    "logging_dir run_name experiment_name model_tag": (
-        "each run has a folder in --save_dir, named by its flags"
-    ),
-    "max_time max_hours time_limit": "--max_minutes ends a session",
-    "device accelerator cuda no_cuda mps cpu use_cpu": (
-        "the CPU is the default, --gpu an Apple or NVIDIA GPU"
-    ),
-    "devices num_nodes strategy backend": "several processes: mlx.launch, see extras/README.md",
-    "threads n_threads num_threads": "all cores are used; taskset gives fewer",
-    "num_workers dataloader_num_workers": "texts are mapped into memory: nothing loads them",
-    "deterministic": "runs are exact; python -m extras.check tests it",
-    "flash_attn use_flash": "see attend in main.py, and its fast version",
-    "mixed_precision precision amp bf16 fp16 fp32 tf32": (
-        "--dtype bfloat16 is for processors that are faster with it"
-    ),
-    "model from_pretrained model_name_or_path": "--init_from names a model to start from",
-    "data data_path train_file input": "--text names files of yours, --dataset a corpus",
-    "wandb wandb_log wandb_project wandb_run_name tensorboard": "--report_to wandb,tensorboard",
-    "compile torch_compile": "steps are always compiled",
-    "stream streaming": "continuations are always streamed",
-    "speculative_sampling speculative_decoding": "--draft names a draft model",
-    "distill_from": "see python -m extras.collect",
-    "export plot attention log_attention cases benchmark prompts_file": (
-        "a program of its own: python -m extras.export, .plot, .attention, .cases, .benchmark or "
-        ".batch"
-    ),
-    "bias tie_embeddings tie_word_embeddings weight_tying": "no biases; tied, unless --untie",
-    "rope_theta rope_scaling norm_eps window sliding_window attn_dropout": (
-        "edit the section Model of main.py"
-    ),
-    "label_smoothing_factor z_loss ignore_index": "edit training_loss in main.py",
-    "adam_epsilon": "MLX's, 1e-8; edit adamw in main.py",
-    "ema ema_decay": "--average 0.2 averages the weights over about the last fifth of the steps",
-    "total_batch_tokens total_batch_size": (
-        "a step has --batch_size times --grad_accumulation rows of --context_size tokens"
-    ),
-    "merges_file vocab_file": "--tokenizer takes a tokenizer.json",
-    "do_train do_eval do_sample": (
-        "main.py trains, unless --evaluate, --prompt or --inference is given"
-    ),
-    "max_length min_length": "--max_tokens counts new tokens",
-    "num_beams": "no beams; --temperature 0 is greedy",
-    "add_bos system chat_template messages instruct": "models continue texts here: no chats",
-    "validation_split_percentage train_split train_fraction": (
-        "--valid_fraction is the share that is held out"
-    ),
-    "use_lora lora peft": "--lora_rank 8 trains adapters on --init_from",
-}
-
 ROWS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
 DEFAULTS = {name: row.default for name, row in ROWS.items()}
 SEVERAL = [name for name, default in DEFAULTS.items() if default == []]  # take several values
@@ -3094,18 +3041,8 @@ def make_parser():
 
 
 def parse(arguments):
-    """The flags passed, {flag: value}. Raises UsageError, which suggests a similar flag."""
-    values, unknown = make_parser().parse_known_args(arguments)
-    if unknown:
-        name = unknown[0].partition("=")[0].lstrip("-")
-        hints = [hint for names, hint in NOT_HERE.items() if name in names.split()]
-        similar = difflib.get_close_matches(name.lower(), ROWS, 1, cutoff=0.7)
-        hints += [f"--{each}?" for each in similar]
-        if not unknown[0].startswith("-"):
-            hints.append("no flag takes it: a switch has no value, a text with blanks needs quotes")
-        hints = [*hints[:1], "--help lists all flags"]
-        raise UsageError(f"unrecognized arguments: {unknown[0]} ({'; '.join(hints)})")
-    flags = vars(values)
+    """The flags passed, {flag: value}. Raises UsageError."""
+    flags = vars(make_parser().parse_args(arguments))
     modes = [name for name in flags if name in MODES and flags[name] is not False]
     if len(modes) > 1:
         raise UsageError(f"--{modes[1]}: not allowed with argument --{modes[0]}")
@@ -3169,6 +3106,8 @@ def read_config(name):
                 raise ValueError(f"{repeated} stands in it twice")
             values |= section
         flags = parse([utf8(argument) for argument in arguments_of(values)])
+        if len(flags) < sum(value is not None for value in values.values()):
+            raise ValueError("a flag stands in it under two names")
         if "config" in flags:
             raise ValueError("it names another file")
         return flags
@@ -3201,22 +3140,25 @@ def settle(given, saved=None):
     checkpoint that it resumes, or that a new run's models decide. What neither sets has its
     default; a default of None that depends on other flags is filled in.
     """
+    if "text" in given:
+        if given.get("dataset", "text") != "text":
+            raise UsageError("--dataset and --text both name what to train on: use one of them")
+        given = given | {"dataset": "text"}
     flags = argparse.Namespace(**DEFAULTS | (saved or {}) | given)
     flags.given = given
     flags.ids = {}  # of the models that flags name, once they are known, see began_with
     flags.save_dir = Path(user_path(flags.save_dir))
+    flags.data_dir = flags.data_dir or given.get("save_dir")
     for name in {"text", "valid_text", "test_text"} & {*given}:  # those saved are absolute
         setattr(flags, name, [absolute(path) for path in given[name]])
     for name in {"init_from", "teacher", "draft"} & {*given}:
         # Else it is a checkpoint, or a model of the hub.
-        if given[name] not in ("latest", "best") and os.path.isdir(user_path(given[name])):
+        if given[name] not in ("latest", "best") and is_model_folder(user_path(given[name])):
             setattr(flags, name, absolute(given[name]))
-    if "text" in given and given.get("dataset", "text") != "text":
-        raise UsageError("--dataset and --text both name what to train on: use one of them")
-    if flags.text and "dataset" not in given:
-        flags.dataset = "text"
     if flags.tokenizer == "auto":
         flags.tokenizer = CORPORA[flags.dataset].tokenizer
+    elif flags.tokenizer == given.get("tokenizer") and flags.tokenizer not in KINDS:
+        flags.tokenizer = absolute(flags.tokenizer)
     if flags.num_kv_heads is None:
         flags.num_kv_heads = flags.num_heads
     if flags.mlp_dim is None:
@@ -3245,7 +3187,7 @@ def absolute(path):
 
 def notice_useless(flags):
     """Yields a line that names the flags given that have no effect beside the others, if any."""
-    decays = SCHEDULES[flags.lr_schedule](flags.num_iters - 1, flags) != 1
+    decays = flags.lr_schedule != "constant"
     samples = flags.inference or flags.prompt is not None
     trains_bpe = flags.tokenizer == "bpe" and not (flags.init_from or flags.teacher)
     sampling = "only with --prompt or --inference"
@@ -3254,7 +3196,7 @@ def notice_useless(flags):
         "lr_cooldown": (decays, "only with a --lr_schedule that decays"),
         "valid_fraction": (flags.text, "only with --text"),
         "text_field": (flags.text, "only with --text"),
-        "vocab_size": (trains_bpe, "only with --tokenizer bpe, if no model decides it"),
+        "vocab_size": (trains_bpe, "only with --tokenizer bpe; gpt2 has 50,257"),
         "embedding_decay": (not flags.lora_rank, "not with --lora_rank"),
         "lora_alpha": (flags.lora_rank, "only with --lora_rank"),
         "teacher_weight": (flags.teacher, "only with --teacher"),
@@ -3584,18 +3526,17 @@ def memory_size():
         groups = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
     for line in groups:
         group = Path(line.split(":", 2)[2].lstrip("/"))
-        for below in (group, *group.parents):
-            # In the second and in the first version.
-            for name in (below / "memory.max", "memory" / below / "memory.limit_in_bytes"):
-                with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
-                    sizes.append(int(Path("/sys/fs/cgroup", name).read_text("utf-8")))
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
+                limit = Path("/sys/fs/cgroup", folder, "memory.max").read_text("utf-8")
+                sizes.append(int(limit))
     return min(sizes)
 
 
-def begin(flags):
+def begin(flags, dataset=None):
     """What a new run begins with: its models, {flag: Origin}, its flags and its dataset.
 
-    Raises UsageError, RunError.
+    dataset: that of a run with these flags, if there is one. Raises UsageError, RunError.
     """
     models = {}
     for flag_name in ORIGINS:
@@ -3603,7 +3544,7 @@ def begin(flags):
         if name:
             models[flag_name] = open_model(flags.save_dir, name, flag_name)
     if not models:
-        return models, flags, load_data(flags)
+        return models, flags, dataset or load_data(flags)
     flags = settle(flags.given, decided_by(models, flags))
     tokenizer = next(iter(models.values())).tokenizer
     return models, flags, load_data(flags, tokenizer)
@@ -3616,11 +3557,10 @@ def load_data(flags, tokenizer=None):
             f"--eval_stride {flags.eval_stride} would skip tokens: "
             f"give at most {flags.context_size}"
         )
-    arguments = values_of(flags, [*FLAGS["data"], "test_text", "save_dir", "mirror"])
+    arguments = values_of(flags, [*FLAGS["data"], "test_text", "save_dir", "data_dir", "mirror"])
     if tokenizer:
         arguments["tokenizer"] = tokenizer
-    data_dir = flags.data_dir or flags.given.get("save_dir")
-    dataset = load_dataset(data_dir=data_dir, **arguments)
+    dataset = load_dataset(**arguments)
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
         remedy = "name files for it with --test_text" if flags.text else "use another split"
         raise UsageError(f"{dataset.name} has no test split: {remedy}")
@@ -3688,10 +3628,9 @@ def make_run(folder, flags, contents, models, dataset, ranks):
 
 
 def check_before_data(flags, ranks):
-    """What can be refused, or has to be said, before a text is downloaded. Raises UsageError.
+    """Refuses, or says, what can be known before a text is downloaded or code has run.
 
-    That is about ranks, samples, replaced code, an edited main.py, and what --teacher and
-    --report_to need.
+    Raises UsageError.
     """
     if flags.batch_size < ranks.size:
         raise UsageError(
@@ -3700,8 +3639,8 @@ def check_before_data(flags, ranks):
         )
     if flags.max_tokens > 10**5 and flags.sample_tokens is None:
         raise UsageError(
-            f"--max_tokens {flags.max_tokens} is the length of a sample here: training takes "
-            "--num_iters steps (--sample_tokens 0: no samples)"
+            f"--max_tokens {flags.max_tokens} is the length of a sample here: --train_tokens "
+            "limits the text, and --num_iters counts steps"
         )
     replaced = replaced_names()
     if (fast or flags.teacher) and {"Embedding", "LanguageModel"} & {*replaced}:
@@ -3748,7 +3687,7 @@ def set_up(flags, ranks, interrupts, stack):
             models[name] = extra("models").open_kept(contents.checkpoint, name)
     else:
         contents = None
-        models, flags, dataset = begin(flags)
+        models, flags, dataset = begin(flags, dataset)
     run = make_run(folder, flags, contents, models, dataset, ranks)
     run.saved = max((each.saved for each in checkpoints), default=0.0)
     if not found:
@@ -3966,7 +3905,7 @@ def main(argv=None):
 
 
 # For replaced_names.
-LOADED = {(name, key): part for name, key, part in parts_of_code()}
+LOADED = parts_of_code()
 
 if __name__ == "__main__":
     run_program("main.py", execute)

@@ -9,6 +9,7 @@ if sys.argv[0] == "-m":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # What these programs write is complete or resumed: Ctrl+C exits without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if importlib.util.find_spec("numpy") is None:
-        print("extras: no numpy here: pip install -r requirements.txt", file=sys.stderr)
-        sys.exit(2)
+    for name in ("numpy", "tqdm", "mlx"):
+        if importlib.util.find_spec(name) is None:
+            print(f"extras: no {name} here: pip install -r requirements.txt", file=sys.stderr)
+            sys.exit(2)

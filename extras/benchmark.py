@@ -22,8 +22,8 @@ from mlx.utils import tree_flatten
 from datasets import UsageError
 from extras.steps import open_run
 from main import Decoder, SingleProcess, begin, bfloat16_products, draw_dropout, fast, make_run
-from main import make_step, on_gpu, open_for_use, over_streams, read_command_line, settle
-from main import use_device
+from main import make_step, notice_useless, on_gpu, open_for_use, over_streams, read_command_line
+from main import settle, use_device
 
 # The parts of a model, and a pattern in the names of their parameters.
 PARTS = {
@@ -58,6 +58,8 @@ def main(arguments):
     else:
         models, flags, dataset = begin(flags)
         run = make_run(flags.save_dir, flags, None, models, dataset, SingleProcess())
+    for line in notice_useless(flags):
+        print(line)
     parameters = count_parameters(run.model)
     flops = count_flops(run.model.config, parameters, flags.lora_rank)
     result = {"parameters": parameters, "flops_per_token": flops}

@@ -12,8 +12,7 @@ from extras.program import make_parser, open_checkpoint, read_flags, start
 
 import sys
 
-from extras.gguf import export_gguf
-from extras.huggingface import export_model
+from datasets import extra
 from main import EDITED, announce
 
 
@@ -24,9 +23,9 @@ def main(arguments):
     flags = read_flags(parser, arguments)
     checkpoint, model, tokenizer = open_checkpoint(flags)
     if flags.path.lower().endswith(".gguf"):
-        export_gguf(model, tokenizer, flags.path, flags.quantize)
+        extra("gguf").export_gguf(model, tokenizer, flags.path, flags.quantize)
     else:
-        export_model(model, tokenizer, flags.path, flags.quantize)
+        extra("huggingface").export_model(model, tokenizer, flags.path, flags.quantize)
     announce(checkpoint)
     if EDITED:
         print(f"Other programs know nothing of your edit of {', '.join(EDITED)}.", file=sys.stderr)

@@ -70,7 +70,7 @@ def read_json_lines(path, field):
 
 def read_parquet(path, field):
     """Yields the text in each row of a Parquet file's column."""
-    with explained(f"{path} needs a package: pip install pyarrow", ImportError):
+    with explained(f"{path} needs a package: pip install -U pyarrow numpy", ImportError):
         import pyarrow
         from pyarrow import compute, parquet
     # A buffer, as a file may be a single group of rows; pre_buffer would keep all that was read.

@@ -7,8 +7,14 @@ Each has a few flags of its own beside some of main.py's, which mean the same he
 
 import argparse
 import fnmatch
+import sys
 
-import main
+try:
+    import main
+except ImportError as error:  # an older package, say
+    print(f"extras: {error}: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
+
 from datasets import Parser, UsageError, add_flags, nonempty, run_program
 
 

@@ -20,14 +20,13 @@ os.dup2(2, 1)
 import main
 import mlx.core as mx
 import numpy as np
-from datasets import RunError, UsageError, open_data_dir
+from datasets import RunError, UsageError
 
 
 def describe(words):
     """Prepares the text, and answers with a side's fields, see Side in extras/versus.py."""
     flags = main.settle(main.read_command_line(words))
     main.use_device(flags.gpu)
-    data_dir = open_data_dir(flags.data_dir, flags.given.get("save_dir"))
     models, flags, dataset = main.begin(flags)
     run = main.make_run(flags.save_dir, flags, None, models, dataset, main.SingleProcess())
     notices = [line for line in main.start_notices(run) if "edited " not in line]
@@ -51,7 +50,7 @@ def describe(words):
             split.tokens.astype(np.uint32).tofile(FOLDER / f"{name}.tokens")
     answer(
         {
-            "words": [*main.arguments_of(values), f"--data_dir={data_dir}"],
+            "words": [*main.arguments_of(values), f"--data_dir={dataset.folder.parent.parent}"],
             "flags": vars(flags),
             "given": [*flags.given],
             "shape": {name: getattr(flags, name) for name in main.SAVED if name not in elsewhere},

@@ -43,9 +43,11 @@ def cells(folder, line, *code):
 def test_an_edit_is_trained_once_it_is_loaded(line, tmp_path):
     """By a notebook that reloads, or by the next process; until then, the run is the old one."""
     folder = copy_program(tmp_path / "copy").parent
-    runs, said = cells(folder, line, "train()", SMALLER_EMBEDDINGS, "train()")
+    look = "main.Batches.__annotations__, main.RMSNorm.__annotations__"
+    runs, said = cells(folder, line, "train()", SMALLER_EMBEDDINGS, look, "train()")
     [(name, _), _] = runs
     assert runs == [(name, "0"), (name, "2")]
+    assert "not as in main.py" not in said
     assert said.count("main.py was edited since it was loaded: the edit is not in this run.\n") == 1
     back = SMALLER_EMBEDDINGS.replace("5", "X").replace("4", "5").replace("X", "4")
     reload = "importlib.reload(main)"
@@ -58,6 +60,7 @@ REPLACEMENTS = {
     "RMSNorm": "main.RMSNorm.__call__ = lambda self, x: x",
     "MLPS": "main.MLPS['relu2'] = (main.mx.abs, False)",
     "hash32": "main.hash32 = main.mx.compile(main.hash32)",
+    "Linear": "del main.Linear.__call__",
 }
 
 
@@ -173,6 +176,25 @@ def test_what_a_cell_does_to_a_module_counts(line, tmp_path):
     [(name, _), *_] = runs
     assert runs == [(name, "0"), (name, "2"), (f"{name}.2", "0"), (f"{name}.3", "0")]
     assert re.findall("^(.*): not as in main.py, ", said, re.M) == ["mine", "f, mine"]
+
+
+@pytest.mark.parametrize("place, is_own", [
+    ("mine.py", True),
+    (".conda/lib/python3.11/mine.py", False),
+    ("venv/lib/python3.11/site-packages/mine.py", False),
+])  # fmt: skip
+def test_installed_modules_are_not_ones_own(place, is_own, line, tmp_path):
+    """Wherever an environment lies."""
+    edits = {"EDITED = []": "import mine\n\nEDITED = []"}
+    path = copy_program(tmp_path / "copy", edits)
+    module = path.parent / place
+    module.parent.mkdir(parents=True, exist_ok=True)
+    options = {"program": ["-B", path], "env": {"PYTHONPATH": str(module.parent)}}
+    module.write_text("FACTOR = 1\n")
+    name, _, _ = begin(*line, **options)
+    module.write_text("FACTOR = 22\n")
+    found = begin(*line, "--num_iters", 3, **options)[:2]
+    assert found == ((f"{name}.2", 0) if is_own else (name, 2))
 
 
 def test_modules_count_where_they_are_used(line, text, tmp_path):

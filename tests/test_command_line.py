@@ -16,6 +16,7 @@ from conftest import CACHES, MAIN, ROOT, TINY, begin, documented, ids, newest, r
 from conftest import saved, start, wait_for, write_text
 
 import main
+from extras.hints import NOT_HERE
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +129,8 @@ def test_a_file_of_flags(content, beside, line, trained, tmp_path):
     ),
     (
         "--teacher_weight 0.1 --vocab_size 300 --eval_stride 4",
-        "--vocab_size (only with --tokenizer bpe, if no model decides it), --teacher_weight (only "
-        "with --teacher), --eval_stride (only with --evaluate or --eval_test)",
+        "--vocab_size (only with --tokenizer bpe; gpt2 has 50,257), --teacher_weight (only with "
+        "--teacher), --eval_stride (only with --evaluate or --eval_test)",
     ),
     ("--num_iters 2 --min_lr 1e-5 --lr_schedule linear --lr_warmup 0 --valid_fraction 0.2", None),
 ])  # fmt: skip
@@ -173,8 +174,12 @@ THEIRS = {
 ANOTHER = {
     "eval_iters 200": "--eval_tokens counts tokens",
     "device cuda": "--gpu an Apple or NVIDIA GPU",
+    "no-cuda": "--gpu an Apple or NVIDIA GPU",
+    "no_compile": "steps are always compiled",
+    "checkpoint best": "--identifier names a checkpoint",
     "num_train_epochs 3": "--num_iters counts steps",
     "ctx_size 64": "--context_size?",
+    "output answers.txt": "python -m extras.batch FILE --output FILE",
     "compile true": "steps are always compiled",
     "threads 4": "all cores are used; taskset gives fewer",
     "rope_thetas 4": "--rope_thetas (--help lists all flags)",
@@ -206,8 +211,23 @@ def test_names_of_samplers(trained):
 @pytest.mark.parametrize("theirs", ANOTHER)
 def test_names_of_something_else(theirs):
     _, err = run(*f"--{theirs}".split(), status=2)
-    assert err.startswith("main.py: unrecognized arguments: --") and err.count("\n") == 1
+    assert err.startswith("main.py: unrecognized arguments: ") and err.count("\n") == 1
     assert ANOTHER[theirs] in err
+
+
+@pytest.mark.parametrize("program", ["datasets.py", "extras.batch"])
+def test_other_programs_know_them_too(program):
+    words = [ROOT / program] if program.endswith(".py") else ["-m", program, "FILE"]
+    _, err = run(program=[*words, "--compile"], status=2, cwd=ROOT)
+    assert err.startswith(f"{program}: unrecognized arguments: --compile (steps are always")
+
+
+def test_each_hint_can_be_found():
+    """By names as flags have them here: with `_`, and without the "no" of what is switched off."""
+    ours = {*main.ROWS, *" ".join(row.also for row in main.ROWS.values()).split()}
+    theirs = " ".join(NOT_HERE).split()
+    assert len(theirs) == len({*theirs} - ours)
+    assert all(re.fullmatch("(?!no_)[a-z0-9_]+", name) for name in theirs)
 
 
 # ---- The folder of runs -------------------------------------------------------------------------

@@ -391,6 +391,15 @@ def test_folders_and_patterns(find, tmp_path, capsys):
             find(folder)
 
 
+def test_what_a_run_has_written_is_no_text(find, tmp_path):
+    """Also in a folder of runs that this command does not use."""
+    run_of_others = tmp_path / "old" / "text-123456"
+    run_of_others.mkdir(parents=True)
+    (run_of_others / "samples.jsonl").write_text("{}")
+    (run_of_others / f"{40 * '0'}.metadata").write_text("{}")
+    assert find("") == "a|b|c|é"
+
+
 def test_links_are_followed_once(find, tmp_path):
     """To folders elsewhere; in a loop; to a file that is read by its own name."""
     elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
@@ -418,7 +427,7 @@ def test_what_is_no_text(tmp_path):
     with pytest.raises(UsageError, match="a.bin is not UTF-8 at byte 0: it is no plain") as error:
         texts_of(tmp_path, path)
     assert "iconv -f CP1252" not in str(error.value)
-    with pytest.raises(UsageError, match="there is no text in"):
+    with pytest.raises(UsageError, match="none of 1 files is text: .* it is no plain text"):
         texts_of(tmp_path, tmp_path)
 
 
@@ -544,6 +553,7 @@ def test_what_is_held_out_is_not_trained_on(tmp_path, capsys):
     "train-00000-of-00001.txt validation-00000-of-00001.txt test-00000-of-00001.txt",
     "train/a.txt dev/a.txt test/a.txt",
     "en/train.txt en/valid.txt en/test.txt",
+    "wiki.train.tokens wiki.valid.tokens wiki.test.tokens",
 ])  # fmt: skip
 def test_files_that_are_splits_by_their_names(names, tmp_path):
     folder = tmp_path / "test_corpus"  # whose own name counts for nothing
@@ -700,8 +710,7 @@ def test_where_code_and_texts_lie(tmp_path):
     assert code.parent == data and code.stat().st_mode & 0o777 == 0o700
     code, data = where(tmp_path, "home", XDG_CACHE_HOME=str(tmp_path / "caches"))
     assert data == code.parent == tmp_path / "caches" / "transformer-lm"
-    assert where(tmp_path, "home", "deep/data", "runs")[1] == Path("deep/data")
-    assert not (tmp_path / "runs").exists()
+    assert where(tmp_path, "home", "deep/data")[1] == Path("deep/data")
     assert where(tmp_path, "RAM disk")[1] == Path("/Volumes/RAMDisk/transformer-lm")
     assert where(tmp_path, "small RAM disk")[1] == tmp_path / "home" / ".cache" / "transformer-lm"
     # Without a home, what is in the working directory may be a stranger's.
@@ -761,9 +770,11 @@ def test_a_tokenizer_for_other_programs(kind, tmp_path, text):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--datset ptb", "unrecognized arguments: --datset ptb (--help lists all flags)"),
+    ("--datset ptb", "unrecognized arguments: --datset (--dataset?; --help lists all flags)"),
     ("--vocab_size 5", "--vocab_size: must be at least 257"),
+    ("--vocab_size 300", "--vocab_size has an effect only with --tokenizer bpe: add that"),
     ("--tokenizer=", "--tokenizer: is empty"),
+    ("--text {0} --save_tokenizer {0}", "--save_tokenizer {0} exists: name another file"),
     ("--text {0} --tokenizer {0}", "must be a Hugging Face tokenizer.json, or one of auto, byte"),
     ("--text {0} --data_dir {0}", "cannot write texts to {0}: name a folder"),
 ])  # fmt: skip

@@ -45,12 +45,15 @@ class Copy:
         sha256 = hashlib.sha256(content).hexdigest()
         self.edit(rf"[0-9a-f]{{64}} +\d+ {path.name}", f"{sha256} {len(content)} {path.name}")
 
-    def load(self, name, **options):
+    def module(self):
         spec = importlib.util.spec_from_file_location("copy", self.path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        return module
+
+    def load(self, name, module=None, **options):
         options = {"mirror": str(self.mirror)} | options
-        return module.load_dataset(name, self.data_dir, **options)
+        return (module or self.module()).load_dataset(name, self.data_dir, **options)
 
 
 @pytest.fixture
@@ -166,7 +169,11 @@ def test_enwik8(copy):
     # 1,000 bytes; the cuts at 900 and 950 are within a character.
     data = b"a" + "é".encode() * 499 + b"\n"
     copy.lay("enwik8/enwik8.zip", zipped({"enwik8": data}))
+    half = copy.data_dir / "enwik8" / f".{'a' * 16}.new"  # of a process that was killed
+    half.parent.mkdir(parents=True)
+    half.write_bytes(data[:9])
     dataset = copy.load("enwik8")
+    assert not half.exists()
     splits = [dataset.train, dataset.valid, dataset.test]
     assert [split.num_bytes for split in splits] == [900, 50, 50]
     assert b"".join(bytes(split.tokens.tolist()) for split in splits) == data
@@ -180,6 +187,16 @@ def test_tinyshakespeare(copy):
     assert dataset.tokenizer.decode(dataset.train.tokens) == text[:cut]
     assert dataset.tokenizer.decode(dataset.valid.tokens) == text[cut:].replace("Z", "\ufffd")
     assert dataset.test is None
+
+
+def test_an_edit_while_a_process_runs_is_not_in_its_tokens(copy):
+    """They are those of the code that it has loaded; the next process makes its own."""
+    copy.lay("tinyshakespeare/input.txt", b"First Citizen:\n" * 9)
+    module = copy.module()
+    copy.edit(r"return np\.frombuffer\(data, np\.uint8\)", r"\g<0>[::2]")
+    before = copy.load("tinyshakespeare", module, tokenizer="byte").train.tokens
+    after = copy.load("tinyshakespeare", tokenizer="byte").train.tokens
+    assert np.array_equal(before[::2], after)
 
 
 @pytest.mark.parametrize("layout", ["{}\n<|endoftext|>\n", "\n{}\n<|endoftext|>"])

@@ -21,6 +21,18 @@ import main
 SLOW = "--dim 1024 --num_heads 8 --num_blocks 4 --context_size 256 --batch_size 64".split()
 
 
+def test_signals_of_others_stop_nothing(tmp_path, text):
+    """Of a terminal whose size changes, for which a package has set a handler."""
+    code = "import main, signal, sys; signal.signal(28, print); sys.exit(main.main(sys.argv[1:]))"
+    line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm"]
+    process = start(*line, program=["-c", code], cwd=ROOT)
+    wait_for(process, "20/100,000 ")
+    process.send_signal(signal.SIGWINCH)
+    wait_for(process, "40/100,000 ")
+    _, err = interrupt(process)
+    assert err.count("Stopping after this step") == 1
+
+
 # Of a terminal, of Slurm and Grid Engine, and of a limit of CPU time.
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2, signal.SIGXCPU])
 def test_first_signal_saves(tmp_path, text, number):

@@ -193,7 +193,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32(text, tmp_path):
         contents = newest(folder).open()
         losses += [row["loss"] for row in log_rows(folder, "train")]
         gradients.append(first_gradient_of_embeddings(contents.state)[ord("a")])
-    assert 0 < abs(losses[0] - losses[1]) < 0.01
+    assert 0 < abs(losses[0] - losses[1]) < 0.02
     expected, gradient = gradients
     assert np.linalg.norm(gradient - expected) < 0.02 * np.linalg.norm(expected)
     embeddings = contents.weights["model.embed_tokens.weight"]

@@ -72,20 +72,29 @@ def test_a_resumed_run_has_each_row_once(line, tmp_path, damage):
     assert [(row["split"], row["iteration"]) for row in rows] == places_to(30, 5)
 
 
-@pytest.mark.parametrize("comma", [",", ";"])
-def test_a_log_that_a_spreadsheet_has_saved(line, tmp_path, comma):
-    """With a byte-order mark and CR LF; with semicolons, it is put aside, and that is said."""
+SPREADSHEETS = {  # what one makes of a log, and whether the rows can still be read
+    "CR LF": (lambda text: text.replace("\n", "\r\n"), True),
+    "CR": (lambda text: text.replace("\n", "\r"), False),
+    "semicolons": (lambda text: text.replace(",", ";"), False),
+    "more columns": (lambda text: re.sub(r"(?<=\d)\n", ",,\n", text), False),
+}
+
+
+@pytest.mark.parametrize("kind", SPREADSHEETS)
+def test_a_log_that_a_spreadsheet_has_saved(line, tmp_path, kind):
+    """With a byte-order mark, too; what cannot be read is put aside, and that is said."""
     run(*line, "--num_iters", 10)
     path = run_folder(tmp_path / "lm") / "log.csv"
-    content = path.read_text().replace(",", comma)
-    path.write_text(content, "utf-8-sig", newline="\r\n")
+    save, is_kept = SPREADSHEETS[kind]
+    content = save(path.read_text()).encode("utf-8-sig")
+    path.write_bytes(content)
     out, _ = run(*line, "--num_iters", 20)
-    kept = log_rows(tmp_path / "lm")
-    first = 5 if comma == "," else 15
-    assert [row["iteration"] for row in kept if row["split"] == "train"] == [*range(first, 21, 5)]
-    assert ("log.csv cannot be read: it is log.old.csv from now on" in out) == (comma == ";")
-    if comma == ";":
-        assert path.with_name("log.old.csv").read_text("utf-8-sig") == content
+    rows = log_rows(tmp_path / "lm")
+    first = 5 if is_kept else 15
+    assert [row["iteration"] for row in rows if row["split"] == "train"] == [*range(first, 21, 5)]
+    assert ("log.csv cannot be read: it is log.old.csv from now on" in out) != is_kept
+    if not is_kept:
+        assert path.with_name("log.old.csv").read_bytes() == content
 
 
 @pytest.mark.parametrize("name, kind", [("log.csv", "folder"), ("samples.jsonl", "link")])

@@ -3,7 +3,9 @@
 import shutil
 
 import numpy as np
-from conftest import arrays, begin, ids, saved
+from conftest import TEXT, TINY, arrays, begin, ids, saved
+
+from datasets import PackageTokenizer
 
 
 def test_all_weights_from_another_model(base, text, tmp_path):
@@ -42,6 +44,31 @@ def test_another_base_is_another_run(word_model, text, tmp_path):
     run_of_base = saved(folder)[-1].run
     assert begin(*line, "--init_from", run_of_base, "--num_iters", 2)[:2] == (name, 1)
     assert begin(*line, "--init_from", id[:8], "--num_iters", 3)[:2] == (name, 2)
+
+
+def test_a_base_with_a_tokenizer_of_its_own(text, tmp_path):
+    """Its child is a run like any other, with the file and without."""
+    file = tmp_path / "$OWN.json"
+    file.write_text(PackageTokenizer.train([TEXT], 300).vocabulary)
+    line = ["--text", text, "--save_dir", tmp_path / "lm", "--num_iters"]
+    base, _, _ = begin(*line, 1, *TINY, "--tokenizer", file)
+    name, _, _ = begin(*line, 1, "--init_from", base, "--learning_rate", 0.001)
+    file.unlink()
+    assert begin(*line, 2, "--init_from", base, "--learning_rate", 0.001)[:2] == (name, 1)
+    for each, iteration in ((name, 2), (base, 1)):
+        named = ["--save_dir", tmp_path / "lm", "--identifier", each, "--num_iters", 3]
+        assert begin(*named)[:2] == (each, iteration)
+
+
+def test_a_runs_folder_is_no_other_programs_model(base, text, tmp_path, monkeypatch):
+    """It is named by its path, or from where it lies."""
+    folder, id = base
+    [other] = saved(folder)
+    monkeypatch.chdir(folder)
+    for name in (other.run, other.folder):
+        line = ["--text", text, "--save_dir", ".", "--init_from", name, "--max_tokens", 1]
+        begin(*line, "--num_iters", 1, "--new_model")
+        assert saved(folder)[0].origins == {"init_from": id}
 
 
 def test_a_folder_called_latest(base, text, tmp_path, monkeypatch):

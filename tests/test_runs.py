@@ -117,13 +117,14 @@ def test_another_text_is_another_run_and_the_same_text_the_same(line, folder, te
     """By its content: the file may be changed, and changed back."""
     name, _, _ = begin(*line)
     original = text.read_text()
-    text.write_text(original.replace("quick", "slow!"))
+    text.write_text(original.replace("quick", "slow!"), newline="\r\n")
     for words in (["--identifier", name], []):
         _, err = run("--save_dir", folder, *words, "--num_iters", 3, status=2)
         assert f"the text or tokenizer of {name} has changed: " in err
     other, iteration, out = begin(*line)
     assert (other, iteration) == (f"{name}.2", 0)
     assert f"Starting a new run: {name} has another text" in out
+    assert out.count("Lines end as on Windows") == 1, "it is read once"
     text.write_text(original)
     assert begin(*line)[:2] == (name, 2)
 

@@ -165,7 +165,7 @@ def test_a_small_file_of_a_large_row_fills_no_memory(tmp_path):
 def test_without_the_package(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", ["a"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UsageError, match="pip install pyarrow"):
+    with pytest.raises(UsageError, match="pip install -U pyarrow numpy"):
         texts_of(path)
 
 

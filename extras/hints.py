@@ -1,0 +1,77 @@
+"""What to do instead, for flags that other programs have and this one has not."""
+
+# {names: what to say}
+NOT_HERE = {
+    "epochs num_epochs num_train_epochs max_epochs": (
+        "--num_iters counts steps, and the start screen says how many an epoch has"
+    ),
+    "eval_iters eval_batches val_batches": "--eval_tokens counts tokens, not batches",
+    "eval_strategy evaluation_strategy": "--steps_per_eval is the interval",
+    "save_strategy save_only_best load_best_model_at_end": (
+        "the best checkpoint is kept: sample from it with --identifier best"
+    ),
+    "sample_every sample_interval generate_every": "a sample follows each save: --steps_per_save",
+    "resume resume_from auto_resume": (
+        "the same command resumes its run; --identifier RUN names another, and RUN@5000 its step"
+    ),
+    "checkpoints ckpt_path": "--identifier names a checkpoint",
+    "checkpoint_dir save_path": "--save_dir is the folder of all runs",
+    "overwrite_output_dir": "nothing is overwritten; --new_model begins a new run",
+    "logging_dir run_name experiment_name model_tag": (
+        "each run has a folder in --save_dir, named by its flags"
+    ),
+    "max_time max_hours time_limit": "--max_minutes ends a session",
+    "device accelerator cuda mps cpu use_cpu": (
+        "the CPU is the default, --gpu an Apple or NVIDIA GPU"
+    ),
+    "devices num_nodes strategy backend": "several processes: mlx.launch, see extras/README.md",
+    "threads n_threads num_threads": "all cores are used; taskset gives fewer",
+    "num_workers dataloader_num_workers": "texts are mapped into memory: nothing loads them",
+    "deterministic": "runs are exact; python -m extras.check tests it",
+    "flash_attn use_flash flash_attention use_flash_attention": "see attend in main.py, and its fast version",
+    "mixed_precision precision amp bf16 fp16 fp32 tf32": (
+        "--dtype bfloat16 is for processors that are faster with it"
+    ),
+    "model from_pretrained model_name_or_path": "--init_from names a model to start from",
+    "data data_path train_file train_data train_path input input_file text_file": (
+        "--text names files of yours, --dataset a corpus"
+    ),
+    "wandb wandb_log wandb_project wandb_run_name tensorboard": "--report_to wandb,tensorboard",
+    "compile torch_compile": "steps are always compiled",
+    "stream streaming": "continuations are always streamed",
+    "speculative_sampling speculative_decoding": "--draft names a draft model",
+    "distill distill_from groq_api_key": "see python -m extras.collect",
+    "export plot attention log_attention cases benchmark": (
+        "a program of its own: python -m extras.export, .plot, .attention, .cases, .benchmark"
+    ),
+    "prompts_file": "python -m extras.batch FILE",
+    "output": "python -m extras.batch FILE --output FILE; datasets.py has --save_tokenizer",
+    "perplexity throughput memory profile generation": (
+        "--evaluate valid gives the perplexity; python -m extras.benchmark speed and memory"
+    ),
+    "mqa use_mqa multi_query_attention": "--num_kv_heads 1",
+    "dropout_annealing": "--dropout_final is the rate at the end",
+    "accumulate_grad_batches": "--grad_accumulation",
+    "bias tie_embeddings tie_word_embeddings weight_tying": "no biases; tied, unless --untie",
+    "rope_theta rope_scaling norm_eps window sliding_window attn_dropout": (
+        "edit the section Model of main.py"
+    ),
+    "label_smoothing_factor z_loss ignore_index": "edit training_loss in main.py",
+    "adam_epsilon": "MLX's, 1e-8; edit adamw in main.py",
+    "ema ema_decay": "--average 0.2 averages the weights over about the last fifth of the steps",
+    "total_batch_tokens total_batch_size": (
+        "a step has --batch_size times --grad_accumulation rows of --context_size tokens"
+    ),
+    "merges_file vocab_file": "--tokenizer takes a tokenizer.json",
+    "do_train do_eval do_sample": (
+        "main.py trains, unless --evaluate, --prompt or --inference is given"
+    ),
+    "max_length min_length": "--max_tokens counts new tokens",
+    "num_beams": "no beams; --temperature 0 is greedy",
+    "add_bos system chat_template messages instruct": "models continue texts here: no chats",
+    "validation_split_percentage train_split train_fraction train_output val_output": (
+        "--valid_fraction is the share that is held out"
+    ),
+    "split": "--evaluate valid or test; --valid_fraction is the share that is held out",
+    "use_lora lora peft": "--lora_rank 8 trains adapters on --init_from",
+}
