@@ -287,11 +287,11 @@ class PackageTokenizer(Tokenizer):
     supports. `vocabulary` is the text of a tokenizer.json.
     """
 
-    def __init__(self, vocabulary, kind="bpe", eos=None, bos=(), chat_template=None):
+    def __init__(self, vocabulary, kind="bpe", eos=None, bos=(), settings=None):
         """eos: the token that ends a text; if None or unknown, the first of ENDS that exists.
 
-        bos: ids. What `vocabulary` itself adds to a text is left out. chat_template: the text of an
-        imported model's, which is exported with it, and not used here.
+        bos: ids. What `vocabulary` itself adds to a text is left out. settings: texts, {name: text},
+        such as the chat template of an imported model, which are exported and not used here.
 
         Raises ImportError if the package is not installed, and exceptions of several types if
         `vocabulary` is malformed.
@@ -299,9 +299,11 @@ class PackageTokenizer(Tokenizer):
         self.kind = kind
         self.vocabulary = vocabulary
         model = json.loads(vocabulary)["model"]
-        if model.get("type") == "BPE" and model.get("continuing_subword_prefix"):
-            # The package (0.23) ends the process if a stranger's merges do not fit such a prefix.
-            raise ValueError("it is a BPE with a continuing_subword_prefix, which is not supported")
+        # The package (0.23) ends the process if a stranger's merges do not fit such a prefix; with
+        # dropout, no two encodings are the same.
+        for name in ("continuing_subword_prefix", "dropout"):
+            if model.get("type") == "BPE" and model.get(name):
+                raise ValueError(f"it is a BPE with a {name}, which is not supported")
         import tokenizers as package
 
         if not hasattr(package.Tokenizer, "encode_batch_fast"):
@@ -319,10 +321,10 @@ class PackageTokenizer(Tokenizer):
         self.usual_eos = next((ids[name] for name in ENDS if name in ids), None)
         self.eos = ids.get(eos, self.usual_eos)
         self.bos = [*bos]
-        self.chat_template = chat_template
+        self.settings = dict(settings or {})
         is_valid = all(type(token) is int and 0 <= token < self.vocab_size for token in self.bos)
-        if not is_valid or not isinstance(chat_template or "", str):
-            raise ValueError("it begins texts with no id, or its chat template is no text")
+        if not is_valid or not all(isinstance(text, str) for text in self.settings.values()):
+            raise ValueError("it begins texts with no id of its own, or its settings are no texts")
         self.unk = ids.get(model.get("unk_token"), model.get("unk_id"))
         names = [f"<0x{byte:02X}>" for byte in range(256)]  # as SentencePiece calls them
         self.byte_ids = {ids[name] for name in names if name in ids}
@@ -372,8 +374,8 @@ class PackageTokenizer(Tokenizer):
             data["eos"] = self.eos_token
         if self.bos:
             data["bos"] = self.bos
-        if self.chat_template:
-            data["chat_template"] = self.chat_template
+        if self.settings:
+            data["settings"] = self.settings
         return data
 
 
@@ -388,6 +390,20 @@ TOKENIZERS = {
 # What --tokenizer takes; anything else is the path of a tokenizer.json.
 KINDS = ["auto", *TOKENIZERS]
 KINDS.remove("file")
+
+
+def encode_after(tokenizer, befores, texts):
+    """The ids [N] of each text where it goes on behind a character, or behind "" at a beginning.
+
+    Some tokenizers put a space before whatever they encode.
+    """
+    both = tokenizer.encode_batch([before + text for before, text in zip(befores, texts)])
+    for before, text, ids in zip(befores, texts, both):
+        known = tokenizer.encode(before)
+        if np.array_equal(ids[: len(known)], known):
+            yield ids[len(known) :]
+        else:  # a token would hold that character and the first ones of the text
+            yield tokenizer.encode(text)
 
 
 def end_of_text(tokenizer):
@@ -412,7 +428,7 @@ def tokenizer_from_dict(data):
             return ByteTokenizer()
         vocabulary = data["vocabulary"]
         if tokenizer_class is PackageTokenizer:
-            others = {name: data[name] for name in ("eos", "bos", "chat_template") if name in data}
+            others = {name: data[name] for name in ("eos", "bos", "settings") if name in data}
             return PackageTokenizer(vocabulary, kind, **others)
         pieces = "".join(vocabulary)  # characters or words
         if len({*vocabulary}) < len(vocabulary) or utf8(pieces) != pieces:
@@ -899,7 +915,7 @@ def hold_out(documents, valid_fraction):
 # ---- Streaming encoding -------------------------------------------------------------------------
 
 # Blocks of a text must give the same tokens as the whole. Cut behind a line end, else before a
-# single space: GPT-2's BPE joins a space to the next word (some imported BPEs differ). Where there
+# single space: GPT-2's BPE joins a space to the next word (a few imported ones differ). Where there
 # is neither, as in Chinese with blank lines, cut before the last of several spaces, which that BPE
 # reads by itself. What is cut at END begins with "<".
 #
@@ -994,14 +1010,19 @@ def encode_documents(spans, tokenizer):
     # Nothing goes before the first document. Without an end token, nothing goes between documents,
     # either.
     last = eos = tokenizer.eos
+    before = ""  # the text's last character
     while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of the user's own text
         texts = [text for text, _ in batch]
-        for (text, begins), ids in zip(batch, tokenizer.encode_batch(texts)):
+        befores = []
+        for text, begins in batch:
+            befores.append("" if begins else before)
+            before = text[-1:]
+        for (text, begins), ids in zip(batch, encode_after(tokenizer, befores, texts)):
             if begins:
-                before = [*tokenizer.bos]
-                if last != eos and before[:1] != [eos]:  # some models have one token for both
-                    before.insert(0, eos)
-                ids = np.concatenate([np.array(before, ids.dtype), ids])  # quicker than insert
+                first = [*tokenizer.bos]
+                if last != eos and first[:1] != [eos]:  # some models have one token for both
+                    first.insert(0, eos)
+                ids = np.concatenate([np.array(first, ids.dtype), ids])  # quicker than insert
             if len(ids) > 0 and eos is not None:  # white space may have no words
                 last = ids[-1]
             yield text, ids

@@ -107,9 +107,9 @@ except ImportError as error:
     sys.exit(2)
 
 from datasets import CORPORA, KINDS, LARGEST, SIZE, SPLITS, TEXT_FLAGS, TOKENIZERS, Dataset, Flag
-from datasets import Parser, RunError, UsageError, add_flags, definition, describe_tokenizer, discard
-from datasets import end_of_text, explained, extra, flock, hash_of_file, load_dataset
-from datasets import make_writable, new_file, no_follow, nonempty, number, one_line, one_of
+from datasets import Parser, RunError, UsageError, add_flags, definition, describe_tokenizer
+from datasets import discard, encode_after, end_of_text, explained, extra, flock, hash_of_file
+from datasets import load_dataset, make_writable, new_file, no_follow, nonempty, number, one_line, one_of
 from datasets import open_code_dir, printable, publish, remove_leftovers, replacing, run_command
 from datasets import run_program, sync, tokenizer_from_dict, use_compiler, user_path, utf8
 from datasets import without_comments
@@ -1402,7 +1402,9 @@ class Conversation:
         end = end_of_text(tokenizer) if flags.stop_at_end else None
         # The text is shared with the decoder.
         if self.text and self.text[-1] != end:
-            self.text.extend(tokenizer.encode("\n" + prompt).tolist())
+            before = tokenizer.decode(self.text[-1:])[-1:]
+            [ids] = encode_after(tokenizer, [before], ["\n" + prompt])
+            self.text.extend(ids.tolist())
         elif prompt or not self.text:  # the prompt begins a text
             self.text.extend(first_ids(tokenizer, prompt))
         detokenizer = Detokenizer(tokenizer, self.text)

@@ -21,7 +21,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from datasets import SIZE, RunError, UsageError, explained, path_name, user_path, utf8
+from datasets import SIZE, RunError, UsageError, encode_after, explained, path_name, user_path
+from datasets import utf8
 from main import first_ids, read_yaml
 
 
@@ -90,9 +91,9 @@ def read_cases(files, output):
 def read_text(entry, key):
     """The text of an entry under `key`. Raises KeyError, TypeError or ValueError without one."""
     if not isinstance(entry[key], str):
-        raise TypeError(f"a {key} is not a string")
+        raise TypeError(f"{key} must be a string")
     if key == "expected" and not entry[key]:
-        raise ValueError("an expected continuation is empty")
+        raise ValueError("expected must not be empty")
     # In a JSON file, which is also YAML, an emoji may be two surrogates: "\ud83d\ude00".
     return utf8(entry[key])
 
@@ -103,14 +104,15 @@ def score_case(model, tokenizer, prompt, expected, top_k):
     rank: the worst rank of an expected token, where 1 is the most likely token;
     probability: that of the whole continuation, None for a diverged model;
     top: the `top_k` most likely first tokens;
-    passed: whether the rank is at most `top_k` and the vocabulary covers the whole continuation.
+    passed: whether the rank is at most `top_k`.
 
-    rank and probability are None if the continuation has no token, like a space among words. Both
-    texts are truncated on the left to fit the context.
+    rank and probability are None if the continuation has no token, like a space among words, or
+    one that the vocabulary lacks. Both texts are truncated on the left to fit the context.
     """
     context_size = model.config.context_size
-    expected_ids = tokenizer.encode(expected).tolist()[-context_size:]
-    if not expected_ids:
+    [expected_ids] = encode_after(tokenizer, [prompt[-1:]], [expected])
+    expected_ids = expected_ids.tolist()[-context_size:]
+    if not expected_ids or tokenizer.unknown(expected):
         return {"rank": None, "probability": None, "top": [], "passed": False}
     text = first_ids(tokenizer, prompt) + expected_ids
     # The last token is not an input: nothing is expected after it.
@@ -125,13 +127,11 @@ def score_case(model, tokenizer, prompt, expected, top_k):
     rank = is_more_likely.sum(axis=-1).max().item() + 1
     nats = nn.losses.cross_entropy(logits, targets, reduction="sum").item()
     best = mx.argsort(-logits[0])[:top_k].tolist()
-    # <unk> may be likely, but it is not what was expected.
-    known = not tokenizer.unknown(expected)
     return {
         "rank": rank,
         "probability": math.exp(-nats) if math.isfinite(nats) else None,
         "top": [tokenizer.decode([token]) for token in best],
-        "passed": rank <= top_k and known,
+        "passed": rank <= top_k,
     }
 
 

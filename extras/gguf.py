@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from datasets import UsageError, end_of_text, explained, replacing, user_path, utf8
-from extras.huggingface import chat_template_of, find_counterpart, package_of
+from extras.huggingface import CHAT_TEMPLATE, find_counterpart, package_of, settings_of
 from main import rope_frequencies
 
 # GGUF's names for the parts of a model and of a block.
@@ -157,7 +157,7 @@ def add_tokenizer(writer, content, tokenizer, size):
         writer.add_bos_token_id(tokenizer.bos[0] if tokenizer.bos else end)
     writer.add_add_bos_token(bool(tokenizer.bos))
     writer.add_add_eos_token(False)
-    writer.add_chat_template(chat_template_of(tokenizer))
+    writer.add_chat_template(settings_of(tokenizer).get("chat_template", CHAT_TEMPLATE))
 
 
 def is_gpt2_like(content):

@@ -78,10 +78,11 @@ SUPPORTED = {
     "quantization_config": [],
     "transformers_weights": [],
 }
-# The files of a model that are read, besides its weights. The last three may be missing.
+# The files of a model that are read, besides its weights. The last four may be missing.
 INDEX = "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"
-TEXTS = ["config.json", "tokenizer.json", "tokenizer_config.json", TEMPLATE, INDEX]
+SPECIAL = "special_tokens_map.json"
+TEXTS = ["config.json", "tokenizer.json", "tokenizer_config.json", SPECIAL, TEMPLATE, INDEX]
 # What the hub calls a model: ORG/NAME, perhaps with a branch or a commit.
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?", re.ASCII)
 # Our models have not learned a chat format: a chat is the concatenated texts of its messages.
@@ -243,17 +244,27 @@ def read_tokenizer(folder, vocab_size):
     """The tokenizer in a folder, for a model with so many embeddings.
 
     Added tokens beyond these are left out, such as [PAD], which some add and never use: in a text,
-    they are letters like any others. Raises UsageError for any other token beyond them.
+    they are letters like any others. Raises UsageError for any other token beyond them, and for one
+    that only other files add.
     """
     text = read_whole(find_file(folder, "tokenizer.json"))
+    config = read_tokenizer_config(folder)
     settings = json.loads(text)
     added = settings.get("added_tokens") or []
     usable = [token for token in added if token["id"] < vocab_size]
     if len(usable) < len(added):
         text = json.dumps(settings | {"added_tokens": usable})
-    tokenizer = PackageTokenizer(text, eos=read_eos(folder))
-    tokenizer.bos = read_bos(tokenizer.package)
-    tokenizer.chat_template = read_chat_template(folder)
+    package = PackageTokenizer(text).package
+    decoder = config.get("added_tokens_decoder") or {}
+    named = {int(token): name_of_token(entry) for token, entry in decoder.items()}
+    # `eos_token_id` of config.json is not used: it may be an unintended default.
+    eos = name_of_token(config.get("eos_token"))
+    named |= {package.token_to_id(eos): eos} if eos else {}
+    for token, name in named.items():
+        if token is None or (token < vocab_size and package.id_to_token(token) != name):
+            raise UsageError(f"its tokenizer.json lacks the token {name} of another file: add it")
+    options = {"bos": read_bos(package), "settings": read_settings(folder, config, package)}
+    tokenizer = PackageTokenizer(text, eos=eos, **options)
     if tokenizer.vocab_size > vocab_size:
         # MLX does not check indices: it would read beyond the embeddings.
         size = tokenizer.vocab_size
@@ -265,31 +276,41 @@ def read_bos(package):
     """The ids that a tokenizer of the package `tokenizers` puts before a text, such as <s>."""
     with explained("the package tokenizers cannot use it", BaseException, kind=ValueError):
         encoding = package.encode("a")
+    if all(encoding.special_tokens_mask):
+        raise UsageError("its tokenizer gives no token to the letter a")
     count = [*encoding.special_tokens_mask, 0].index(0)
     return encoding.ids[:count]
 
 
-def read_eos(folder):
-    """The token that ends a text, from tokenizer_config.json; None if that does not specify it.
-
-    The `eos_token_id` of config.json is not used: it may be an unintended default.
-    """
-    token = read_tokenizer_config(folder).get("eos_token")
-    return token["content"] if isinstance(token, dict) else token
+def name_of_token(entry):
+    """A token's text, which stands for itself or in a dict."""
+    return entry["content"] if isinstance(entry, dict) else entry
 
 
-def read_chat_template(folder):
-    """The text of a model's chat template; None if there is none, or several."""
+def read_settings(folder, config, package):
+    """What an export keeps for other programs: the chat template, and the tokens that it names."""
+    settings = {}
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {each["name"]: each["template"] for each in template}.get("default")
     if (folder / TEMPLATE).exists():
-        return read_whole(folder / TEMPLATE)
-    template = read_tokenizer_config(folder).get("chat_template")
-    return template if isinstance(template, str) else None
+        template = read_whole(folder / TEMPLATE)
+    if template:
+        settings["chat_template"] = template
+    for name in ("bos_token", "pad_token", "unk_token"):
+        token = name_of_token(config.get(name))
+        if token and package.token_to_id(token) is not None:
+            settings[name] = token
+    return settings
 
 
 def read_tokenizer_config(folder):
-    """The content of a folder's tokenizer_config.json; {} if there is none."""
-    path = folder / "tokenizer_config.json"
-    return json.loads(read_whole(path)) if path.exists() else {}
+    """The content of a folder's tokenizer_config.json and special_tokens_map.json, if any."""
+    config = {}
+    for name in ("tokenizer_config.json", SPECIAL):  # transformers prefers the latter
+        if (folder / name).exists():
+            config |= json.loads(read_whole(find_file(folder, name)))
+    return config
 
 
 def model_files(folder):
@@ -374,8 +395,8 @@ def export_model(model, tokenizer, folder, bits):
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": model.config.context_size,
-        "chat_template": chat_template_of(tokenizer),
-    }
+        "chat_template": CHAT_TEMPLATE,
+    } | settings_of(tokenizer)
     if tokenizer.eos is not None:
         tokenizer_settings["eos_token"] = package.id_to_token(tokenizer.eos)
     if tokenizer.bos:
@@ -441,9 +462,9 @@ def make_settings(config, kind, tokenizer):
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
-def chat_template_of(tokenizer):
-    """The chat template of the model that a run began with, or CHAT_TEMPLATE."""
-    return getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
+def settings_of(tokenizer):
+    """The settings of the model that a run began with, see read_settings."""
+    return getattr(tokenizer, "settings", {})
 
 
 def package_of(tokenizer):
@@ -456,7 +477,7 @@ def package_of(tokenizer):
         return convert_words(tokenizer)
     if not hasattr(tokenizer, "package"):
         raise UsageError(f"tokenizers of the kind {tokenizer.kind} cannot be exported")
-    if not any(tokenizer.package.encode("a").special_tokens_mask):
+    if tokenizer.package.num_special_tokens_to_add(False) == 0:
         return tokenizer.package
     # What it adds to a text, such as <s> and </s>, is to be what training has added.
     package = Tokenizer.from_str(tokenizer.vocabulary)
@@ -464,7 +485,8 @@ def package_of(tokenizer):
     if tokenizer.bos:
         names = [package.id_to_token(token) for token in tokenizer.bos]
         specials = [*zip(names, tokenizer.bos)]
-        template = processors.TemplateProcessing(single=[*names, "$A"], special_tokens=specials)
+        with explained("its first tokens cannot be exported"):
+            template = processors.TemplateProcessing(single=[*names, "$A"], special_tokens=specials)
         package.post_processor = template
     return package
 

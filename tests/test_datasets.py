@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets import TOKENIZERS, ByteTokenizer, CharTokenizer, PackageTokenizer, UsageError
-from datasets import WordTokenizer, load_dataset, tokenizer_from_dict
+from datasets import WordTokenizer, encode_after, load_dataset, tokenizer_from_dict
 
 SPLITS = ("train", "valid", "test")
 # Line 1 ends at its \n only: \x0c, \x85, \u2028 and CR separate words but end no line. Line 2 is
@@ -298,6 +298,20 @@ def test_blocks_have_the_ids_and_counts_of_the_whole(kind, pieces, tmp_path):
     assert split.tokens.tolist() == expected
     assert split.num_bytes == len(text.encode())
     assert split.num_words == len(text.split()) + text.count("\n")
+
+
+def test_a_space_that_a_tokenizer_puts_before_a_text_stands_there_alone(tmp_path):
+    """Not before each block, nor before what goes on behind a prompt."""
+    theirs = tokenizers.SentencePieceBPETokenizer()  # as of Llama 2
+    theirs.train_from_iterator([ROWS], 300)
+    tokenizer = PackageTokenizer(theirs.to_str(), "file")
+    text = "".join(random.Random(8).choices(ROWS.split(" ") + ["\n", " ", " "], k=80_000))
+    split = encoded(tmp_path, [text], tokenizer)
+    assert split.tokens.tolist() == tokenizer.encode(text).tolist()
+    for before, after in (("the", " lazy"), ("q", "ver"), ("", "fox"), ("qu", "ick")):
+        [ids] = encode_after(tokenizer, [before[-1:]], [after])
+        joined = tokenizer.decode([*tokenizer.encode(before), *ids])
+        assert joined == before + after
 
 
 def test_paragraphs_without_single_spaces_are_not_cut_within_a_word(tmp_path):

@@ -114,12 +114,13 @@ FAULT = "is no folder here, and cannot be downloaded from the Hugging Face hub: 
     ("org/tiny", {"HF_TOKEN": "another"}, [FAULT, "Cannot access gated repo"]),
     ("org/tiny", {}, ["cannot be used: name another model (this needs at least"]),
 ])  # fmt: skip
-def test_what_cannot_be_had(name, values, words, hub, line):
+def test_what_cannot_be_had(name, values, words, hub, line, tmp_path):
     """And what cannot be used, before anything large is downloaded."""
     hub.key = KEY if "HF_TOKEN" in values else None
     change(hub.folder, num_hidden_layers=10**7)
+    line += ["--save_dir", tmp_path / "lm"]
     _, err = run(*line, "--init_from", name, status=2, env=hub.env | values)
-    assert all(word in err for word in words)
+    assert all(word in err for word in words), err
     assert err.count("\n") == 1
     assert "model.safetensors" not in fetched(hub)
 

@@ -329,6 +329,7 @@ def test_a_start_token_is_put_where_its_base_had_it(text, tmp_path):
 
     own.save(str(tmp_path / "alone" / "tokenizer.json"))
     change(tmp_path / "alone", "tokenizer_config.json", chat_template="<s>{{ messages }}")
+    change(tmp_path / "alone", "tokenizer_config.json", pad_token="</s>", unk_token="not there")
     base = import_model(tmp_path / "alone")
     expected = own.encode("the end").ids[:-1]
     assert expected[0] == 0
@@ -344,3 +345,60 @@ def test_a_start_token_is_put_where_its_base_had_it(text, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 0
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert settings["chat_template"] == "<s>{{ messages }}"
+    assert (settings["bos_token"], settings["pad_token"]) == ("<s>", "</s>")
+    assert "unk_token" not in settings
+
+
+TEMPLATES = [{"name": "tools", "template": "t"}, {"name": "default", "template": "{{ bos_token }}"}]
+OTHER_FILES = [  # what they say, and what is read; or why not
+    ({}, {"chat_template": TEMPLATES}, {"chat_template": "{{ bos_token }}"}),
+    ({"chat_template.jinja": "own"}, {"chat_template": "other"}, {"chat_template": "own"}),
+    ({}, {"bos_token": {"content": "the"}}, {"bos_token": "the"}),
+    ({"special_tokens_map.json": '{"eos_token": "cat"}'}, {"eos_token": "the"}, "cat"),
+    ({}, {"eos_token": "<none>"}, "lacks the token <none>"),
+    ({}, {"added_tokens_decoder": {"5": {"content": "<x>"}}}, "lacks the token <x>"),
+    ({}, {"added_tokens_decoder": {"9999": {"content": "<x>"}}}, {}),
+]
+
+
+@pytest.mark.parametrize("files, config, expected", OTHER_FILES)
+def test_what_other_files_say_of_a_tokenizer(files, config, expected, tmp_path):
+    """As transformers reads them; nothing that tokenizer.json lacks is left out without a word."""
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator([TEXT] * 9, 300, special_tokens=["<s>", "</s>", "the", "cat"])
+    tokenizer = PackageTokenizer(trained.to_str())
+    export_model(make_llama(tokenizer.vocab_size), tokenizer, tmp_path, None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    if isinstance(expected, str) and "lacks" in expected:
+        with pytest.raises(UsageError, match=expected):
+            import_model(tmp_path)
+        return
+    found = import_model(tmp_path).tokenizer
+    if isinstance(expected, str):
+        assert found.decode([found.eos]) == expected
+    else:
+        assert found.settings == expected
+
+
+TEMPLATE_FAULTS = [
+    ({"type": "BPE", "dropout": 0.3}, [], "it is a BPE with a dropout"),
+    ({}, [10**9], "begins texts with no id"),
+    ({"vocab": {"b": 0, "<eos>": 1}, "merges": []}, [0], "gives no token to the letter a"),
+]
+
+
+@pytest.mark.parametrize("model, first, reason", TEMPLATE_FAULTS)
+def test_tokenizers_that_cannot_be_used(model, first, reason, tmp_path):
+    export_model(make_llama(), TOKENIZERS["byte"], tmp_path, None)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"] |= model
+    if first:
+        own = {"id": "<b>", "ids": first, "tokens": ["<b>"]}
+        single = [{"SpecialToken": {"id": "<b>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        content["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single}
+        content["post_processor"]["special_tokens"] = {"<b>": own}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=reason):
+        import_model(tmp_path)
