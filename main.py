@@ -55,7 +55,8 @@ if __name__ == "__main__":
     if vars(running) is globals():  # and not, say, cProfile
         sys.modules["main"] = running  # `import main` in an extra makes no second copy
 
-if __name__ == "__main__" or "EDITED" in globals():
+is_loaded_again = "EDITED" in globals()  # by importlib.reload
+if __name__ == "__main__" or is_loaded_again:
     # In a notebook, an earlier load of this file may have left extras that hold its functions.
     for name in [*sys.modules]:
         if name.startswith("extras.") and name != "extras.fast":
