@@ -18,23 +18,6 @@ to O features has a matrix [O, I], as in PyTorch. MLX is lazy: operations build 
 mx.eval computes.
 """
 
-# requirements.txt again, for `uv run main.py` (PEP 723):
-# /// script
-# requires-python = ">=3.10"
-# dependencies = [
-#     "mlx[cpu]>=0.32.4; sys_platform == 'linux'",
-#     "mlx>=0.32.4; sys_platform != 'linux'",
-#     "numpy>=1.26",
-#     "onednn-cpu-gomp; sys_platform == 'linux' and platform_machine == 'x86_64'",
-#     "requests>=2.32.4",
-#     "urllib3>=2.7",
-#     "tokenizers>=0.20",
-#     "tqdm>=4.66.3",
-#     "PyYAML>=6.0",
-#     "matplotlib>=3.7",
-# ]
-# ///
-
 import signal
 import sys
 

@@ -78,34 +78,53 @@ def summary(values, digits=2):
 
 # ---- Training -----------------------------------------------------------------------------------
 
-SHAPES = {  # the model and its batches, different words of the text, steps in a round
+SHAPES = {  # flags of the model and its batches, the size of the vocabulary, steps in a round
     "default": (dict(dim=1024, num_heads=8, context_size=48, batch_size=32), 10_000, 2),
     "small": (dict(dim=256, num_heads=4, context_size=64, batch_size=32), 10_000, 10),
     "tiny": (dict(dim=128, num_heads=4, context_size=64, batch_size=12), 10_000, 40),
-    "tiny, few words": (dict(dim=128, num_heads=4, context_size=64, batch_size=12), 63, 100),
+    "tiny, few words": (dict(dim=128, num_heads=4, context_size=64, batch_size=12), 65, 100),
+    "small, as a recipe": (
+        dict(
+            **dict(dim=256, num_heads=4, num_blocks=4, context_size=64, batch_size=32),
+            **dict(mlp="swiglu", mlp_dim=704, qk_norm=True, optimizer="muon"),
+        ),
+        *(10_000, 10),
+    ),
     "gpt2": (
         dict(dim=768, num_heads=12, num_blocks=12, context_size=1024, batch_size=8), 50_000, 20
     ),
+    "gpt2, as its recipe": (  # but for dropout
+        dict(
+            **dict(dim=768, num_heads=12, num_blocks=12, context_size=1024, batch_size=8),
+            **dict(mlp="swiglu", mlp_dim=2048, qk_norm=True, optimizer="muon"),
+        ),
+        *(50_257, 20),
+    ),
 }
-FOR_GPUS = ["gpt2"]  # a step takes minutes on a CPU
+FOR_GPUS = ["gpt2", "gpt2, as its recipe"]  # a step takes minutes on a CPU
 OURS = ["main float32", "main bfloat16", "plain float32"]
 PYTORCH = ["eager float32", "eager bfloat16", "compiled float32", "compiled bfloat16"]
+REPEATED = ["deterministic float32", "deterministic bfloat16"]  # compiled, too; on a GPU
 COMPARED = [  # whose speed is divided by whose
     ("main float32", "eager float32"),
     ("main float32", "compiled float32"),
     ("main bfloat16", "eager bfloat16"),
     ("main bfloat16", "compiled bfloat16"),
+    ("main float32", "deterministic float32"),
+    ("main bfloat16", "deterministic bfloat16"),
     ("main bfloat16", "main float32"),
     ("main float32", "plain float32"),
 ]
 
 
-def make_model(vocab_size, dim, num_heads, context_size, num_blocks=4, mlp="relu2", mlp_dim=None):
-    """A fresh model."""
+def make_model(vocab_size, dim, num_heads, context_size, mlp="relu2", **others):
+    """A fresh model; others: of its Config."""
     import main
 
-    shape = dict(num_blocks=num_blocks, dim=dim, num_heads=num_heads, num_kv_heads=num_heads)
-    config = main.Config(vocab_size, context_size, mlp=mlp, mlp_dim=mlp_dim or 4 * dim, **shape)
+    shape = dict(num_blocks=4, mlp_dim=4 * dim, num_kv_heads=num_heads) | others
+    config = main.Config(
+        vocab_size, context_size, dim=dim, num_heads=num_heads, mlp=mlp, **shape
+    )
     model = main.LanguageModel(config)
     main.init_weights(model, 42)
     return model
@@ -120,10 +139,14 @@ def prepare(folder, shape, words, steps):
     from datasets import load_dataset
     from mlx.utils import tree_flatten
 
+    words -= 2  # the end token and <unk>
     drawn = np.random.default_rng(0).integers(words, size=(20_000, 20))
+    drawn.flat[:words] = np.arange(words)
     np.savetxt(f"{folder}/text.txt", drawn, "w%d")
     dataset = load_dataset("text", folder, [f"{folder}/text.txt"], "word")
+    shape = dict(shape)
     batch_size = shape.pop("batch_size")
+    shape.pop("optimizer", None)
     model = make_model(dataset.tokenizer.vocab_size, **shape)
     weights = {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
     np.savez(f"{folder}/weights.npz", **weights)
@@ -135,12 +158,17 @@ def prepare(folder, shape, words, steps):
     np.save(f"{folder}/batches.npy", rows)
 
 
-def torch_steps(folder, kind, dtype, heads, gpu):
-    """PyTorch's losses and seconds of each step: `eager` or `compiled`, bfloat16 by autocast."""
+def torch_steps(folder, kind, dtype, heads, gpu, optimizer):
+    """PyTorch's losses and seconds of each step; bfloat16 by autocast.
+
+    kind: eager, compiled, or deterministic, which is compiled and repeats each bit.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # which the last one needs
     import torch
     import torch.nn.functional as F
 
     device = TORCH_GPU if gpu else "cpu"
+    torch.use_deterministic_algorithms(kind == "deterministic")
     if gpu:
         torch.set_float32_matmul_precision("high")  # TF32, as MLX's
     weights = np.load(f"{folder}/weights.npz")
@@ -157,13 +185,21 @@ def torch_steps(folder, kind, dtype, heads, gpu):
     sin = torch.cat([angles.sin(), angles.sin()], -1).to(device)
     count = sum(name.endswith("o_proj.weight") for name in parameters)
     blocks = [f"model.layers.{i}" for i in range(count)]
-    matrices = [each for each in parameters.values() if each.ndim > 1]
-    vectors = [each for each in parameters.values() if each.ndim < 2]
+    matrices = []
+    vectors = []
+    of_blocks = []
+    for name, parameter in parameters.items():
+        if optimizer == "muon" and "_proj" in name:
+            of_blocks.append(parameter)
+        else:
+            (matrices if parameter.ndim > 1 else vectors).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": 1e-5},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.99), fused=True)
+    optimizers = [torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.99), fused=True)]
+    if of_blocks:
+        optimizers.append(torch.optim.Muon(of_blocks, lr=5 * 3e-4, weight_decay=1e-5 / 5))
 
     def rotate(x):
         first, second = x.chunk(2, -1)
@@ -173,20 +209,29 @@ def torch_steps(folder, kind, dtype, heads, gpu):
         return F.linear(x, parameters[f"{name}.weight"])
 
     def normalize(x, name):
-        return F.rms_norm(x, (dim,), parameters[f"{name}.weight"], 1e-5)
+        weight = parameters[f"{name}.weight"]
+        return F.rms_norm(x, weight.shape, weight, 1e-5)
 
     def split_heads(x):
         return x.unflatten(-1, (heads, d)).transpose(1, 2)
 
     def attend(x, layer):
         queries, keys, values = [split_heads(linear(x, f"{layer}.{name}_proj")) for name in "qkv"]
+        if f"{layer}.q_norm.weight" in parameters:
+            queries = normalize(queries, f"{layer}.q_norm")
+            keys = normalize(keys, f"{layer}.k_norm")
         attended = F.scaled_dot_product_attention(
             rotate(queries), rotate(keys), values, is_causal=True
         )
         return linear(attended.transpose(1, 2).flatten(2), f"{layer}.o_proj")
 
     def transform(x, layer):
-        return linear(F.relu(linear(x, f"{layer}.up_proj")).square(), f"{layer}.down_proj")
+        hidden = linear(x, f"{layer}.up_proj")
+        if f"{layer}.gate_proj.weight" in parameters:
+            hidden = F.silu(linear(x, f"{layer}.gate_proj")) * hidden
+        else:
+            hidden = F.relu(hidden).square()
+        return linear(hidden, f"{layer}.down_proj")
 
     def model(tokens):
         hidden = F.embedding(tokens, parameters["model.embed_tokens.weight"])
@@ -198,7 +243,7 @@ def torch_steps(folder, kind, dtype, heads, gpu):
             hidden = hidden + transform(x, f"{block}.mlp")
         return linear(normalize(hidden, "model.norm"), "model.embed_tokens")
 
-    if kind == "compiled":
+    if kind != "eager":
         model = torch.compile(model)
     losses = []
     seconds = []
@@ -208,10 +253,12 @@ def torch_steps(folder, kind, dtype, heads, gpu):
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = model(batch[:, :-1])
             loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad(set_to_none=True)
+        for each in optimizers:
+            each.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
+        for each in optimizers:
+            each.step()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - began)
     return losses, seconds
@@ -241,7 +288,9 @@ def main_steps(folder, kind, dtype, line):
 
 def train(names, gpu, rounds, dtypes, warmup=20):
     """Trainings of the same model, from the same weights on the same batches, by turns."""
-    competitors = OURS + PYTORCH
+    from main import arguments_of
+
+    competitors = OURS + PYTORCH + (REPEATED if gpu else [])
     if not is_installed("torch"):
         print("PyTorch is not installed (pip install torch): only plain MLX is compared with.")
         competitors = OURS
@@ -252,7 +301,7 @@ def train(names, gpu, rounds, dtypes, warmup=20):
         with tempfile.TemporaryDirectory() as folder:
             call("prepare", folder, shape, words, warmup + steps)
             line = ["--text", f"{folder}/text.txt", "--num_iters", warmup + steps]
-            line += [f"--{flag}={value}" for flag, value in shape.items()]
+            line += arguments_of(shape)
             line += ["--gpu"] if gpu else []
             results = {each: [] for each in competitors}
             for _ in range(rounds):
@@ -261,7 +310,8 @@ def train(names, gpu, rounds, dtypes, warmup=20):
                     if each in OURS:
                         result = main_steps(folder, kind, dtype, line)
                     else:
-                        result = call("torch_steps", folder, kind, dtype, shape["num_heads"], gpu)
+                        others = shape["num_heads"], gpu, shape.get("optimizer", "adamw")
+                        result = call("torch_steps", folder, kind, dtype, *others)
                     results[each].append(result)
         figures[name] = compare(results, warmup)
     return figures
@@ -434,7 +484,10 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5, help="by turns (default: 5)")
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--cores", type=int, help="so many of the cores (default: all)")
     options = parser.parse_args()
+    if options.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     versions, _ = call("machine", options.gpu)
     measured = {"machine": versions} | measure(options)
     for name, figure in measured.items():

@@ -23,7 +23,8 @@ SLOW = "--dim 1024 --num_heads 8 --num_blocks 4 --context_size 256 --batch_size 
 
 def test_signals_of_others_stop_nothing(tmp_path, text):
     """Of a terminal whose size changes, for which a package has set a handler."""
-    code = "import main, signal, sys; signal.signal(28, print); sys.exit(main.main(sys.argv[1:]))"
+    handle = "import signal; signal.signal(signal.SIGWINCH, lambda *_: None)"
+    code = f"{handle}; import main, sys; sys.exit(main.main(sys.argv[1:]))"
     line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm"]
     process = start(*line, program=["-c", code], cwd=ROOT)
     wait_for(process, "20/100,000 ")

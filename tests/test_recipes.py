@@ -47,13 +47,19 @@ def test_a_file_comes_before_a_recipe_of_its_name(text, tmp_path):
     assert newest(tmp_path / "runs").flags["num_iters"] == 7
 
 
-def test_script_metadata_is_the_requirements():
-    """What `uv run` installs (PEP 723) for main.py is what pip installs."""
-    required = []
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
+def test_uv_installs_what_pip_does():
+    """pyproject.toml has the lists of the two files of requirements."""
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dependencies"] == requirements("requirements.txt")
+    assert {*project["dependency-groups"]["dev"]} <= {*requirements("tests/requirements.txt")}
+    assert not project["tool"]["uv"]["package"], "datasets is the name of another package"
+
+
+def requirements(name):
+    """The lines of a file of requirements, without remarks."""
+    found = []
+    for line in (ROOT / name).read_text().splitlines():
         requirement, _, _ = line.partition("#")
-        required.append(requirement.strip().replace('"', "'"))
-    pattern = r"^# /// script$\n((?:^#(?:| .*)$\n)+?)^# ///$"  # that of PEP 723, one block
-    [block] = re.findall(pattern, (ROOT / "main.py").read_text(), re.MULTILINE)
-    assert '# requires-python = ">=3.10"\n' in block
-    assert re.findall(r'^#     "(.*)",$', block, re.MULTILINE) == required
+        found.append(requirement.strip().replace('"', "'"))
+    return found
