@@ -10,6 +10,7 @@ llama-cpp-python). What is compared is measured by turns, each training in a pro
 """
 
 import argparse
+import csv
 import importlib.metadata
 import importlib.util
 import json
@@ -280,9 +281,10 @@ def main_steps(folder, kind, dtype, line):
     line += ["--data_dir", folder, "--save_dir", save_dir]
     _, peak = run(ROOT / "main.py", *line, **env)
     [log] = Path(save_dir).glob("*/log.csv")
-    names, *rows = [row.split(",") for row in log.read_text().splitlines()]
-    losses = [float(row[names.index("loss")]) for row in rows]
-    seconds = [float(row[names.index("ms_per_step")]) / 1000 for row in rows]
+    with open(log) as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
+    losses = [float(row["loss"]) for row in rows]
+    seconds = [float(row["ms_per_step"] or "nan") / 1000 for row in rows]  # the first has none
     return (losses, seconds), peak
 
 
