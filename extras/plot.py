@@ -3,6 +3,7 @@
     python -m extras.plot losses.png                       all runs in the folder
     python -m extras.plot losses.png --identifier NAME     this run, or several
     python -m extras.plot losses.png --identifier "ptb-*"  those whose names match
+    python -m extras.plot losses.png --ngrams              with what counting alone reaches
     python -m extras.plot pairs.png --versus               the last comparison of extras.versus
 
 It needs matplotlib; the file's extension selects the format (png, pdf, svg), and .png is appended
@@ -20,10 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from datasets import UsageError, explained, printable, user_path, utf8
+from extras.ngrams import losses_of_ngrams
 from extras.versus import RESULTS, read_results
-from main import flags_apart, read_log
+from main import flags_apart, load_data_again, read_log, refuse_other_text, settle
 
 # Training losses are many and noisy, so they are pale; validation losses have markers.
+LINES = ["solid", "dashed", "dashdot", "dotted"]
 STYLES = {"train": {"alpha": 0.4}, "valid": {"marker": "o", "markersize": 4}}
 
 
@@ -34,21 +37,36 @@ def main(arguments):
     parser.add_argument(
         "--versus", action="store_true", default=False, help="the last comparison of extras.versus"
     )
+    counts = "with the losses of 1-grams to 4-grams, counted on the training text"
+    parser.add_argument("--ngrams", action="store_true", default=False, help=counts)
     add_identifiers(parser)
     flags = read_flags(parser, arguments)
     if flags.versus:
         plot_comparison(flags.save_dir / "versus", flags.file)
         return
-    plot_runs(select_checkpoints(flags.save_dir, flags.identifier), flags.file)
+    checkpoints = select_checkpoints(flags.save_dir, flags.identifier)
+    lines = count_ngrams(checkpoints) if flags.ngrams else []
+    plot_runs(checkpoints, flags.file, lines)
 
 
-def plot_runs(checkpoints, path):
+def count_ngrams(checkpoints):
+    """The losses of extras/ngrams.py on the text of these checkpoints. Raises UsageError."""
+    if len({str(each.tokens_sha256) for each in checkpoints}) > 1:
+        raise UsageError("--ngrams is about one text: name runs of the same by --identifier")
+    dataset = load_data_again(settle({}, checkpoints[0].flags), checkpoints[0])
+    refuse_other_text(dataset, checkpoints[0])
+    splits = dataset.train.tokens, dataset.valid.tokens
+    return losses_of_ngrams(*splits, dataset.tokenizer.vocab_size)
+
+
+def plot_runs(checkpoints, path, lines=()):
     """Plots training and validation losses against iterations and against minutes of training.
 
     checkpoints: some of each run, newest first. The legend names the flags in which the runs
     differ, and each run's best validation loss. The first twentieth of a curve is not drawn. Losses
-    are in nats/token, or in bits per byte if the runs have different tokens. Raises UsageError if
-    no run has reported anything yet, or if `path` cannot be written.
+    are in nats/token, or in bits per byte if the runs have different tokens. lines: see
+    count_ngrams. Raises UsageError if no run has reported anything yet, or if `path` cannot be
+    written.
     """
     folders = {each.run: each.folder for each in checkpoints}
     apart = flags_apart(checkpoints)
@@ -82,6 +100,10 @@ def plot_runs(checkpoints, path):
             f"the runs in {checkpoints[0].folder.parent} have reported nothing yet (see "
             "--steps_per_report): train them on, or check --save_dir"
         )
+    for others, loss in enumerate(lines):
+        style = {"color": "gray", "linewidth": 0.7, "linestyle": LINES[others]}
+        by_iteration.axhline(loss, label=f"{others + 1}-gram, counted: {loss:.4f}", **style)
+        by_minute.axhline(loss, **style)
     legend = figure.legend(loc="outside right upper", fontsize="small")
     for text in legend.get_texts():
         text.set_parse_math(False)  # a dollar sign in a flag must not start a formula
