@@ -290,8 +290,8 @@ class PackageTokenizer(Tokenizer):
     def __init__(self, vocabulary, kind="bpe", eos=None, bos=(), settings=None):
         """eos: the token that ends a text; if None or unknown, the first of ENDS that exists.
 
-        bos: ids. What `vocabulary` itself adds to a text is left out. settings: texts, {name: text},
-        such as the chat template of an imported model, which are exported and not used here.
+        bos: ids. What `vocabulary` itself adds to a text is left out. settings: {name: text}, such
+        as the chat template of an imported model, which are exported and not used here.
 
         Raises ImportError if the package is not installed, and exceptions of several types if
         `vocabulary` is malformed.

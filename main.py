@@ -93,10 +93,10 @@ except ImportError as error:
 from datasets import CORPORA, KINDS, LARGEST, SIZE, SPLITS, TEXT_FLAGS, TOKENIZERS, Dataset, Flag
 from datasets import Parser, RunError, UsageError, add_flags, definition, describe_tokenizer
 from datasets import discard, encode_after, end_of_text, explained, extra, flock, hash_of_file
-from datasets import load_dataset, make_writable, new_file, no_follow, nonempty, number, one_line, one_of
-from datasets import open_code_dir, printable, publish, remove_leftovers, replacing, run_command
-from datasets import run_program, sync, tokenizer_from_dict, use_compiler, user_path, utf8
-from datasets import without_comments
+from datasets import load_dataset, make_writable, new_file, no_follow, nonempty, number, one_line
+from datasets import one_of, open_code_dir, printable, publish, remove_leftovers, replacing
+from datasets import run_command, run_program, sync, tokenizer_from_dict, use_compiler, user_path
+from datasets import utf8, without_comments
 
 EDITED = []  # names of functions below that were edited since extras/fast.py was written
 

@@ -28,7 +28,9 @@ NOT_HERE = {
     "threads n_threads num_threads": "all cores are used; taskset gives fewer",
     "num_workers dataloader_num_workers": "texts are mapped into memory: nothing loads them",
     "deterministic": "runs are exact; python -m extras.check tests it",
-    "flash_attn use_flash flash_attention use_flash_attention": "see attend in main.py, and its fast version",
+    "flash_attn use_flash flash_attention use_flash_attention": (
+        "see attend in main.py, and its fast version"
+    ),
     "mixed_precision precision amp bf16 fp16 fp32 tf32": (
         "--dtype bfloat16 is for processors that are faster with it"
     ),

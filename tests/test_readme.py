@@ -1,5 +1,7 @@
 """The commands of the READMEs and the tutorial, as they stand there, in small form and offline."""
 
+import ast
+import importlib.util
 import os
 import re
 import shlex
@@ -127,6 +129,24 @@ def test_classifier(tmp_path):
     )
     share = process.stdout.split()[-1]
     assert float(share) > 0.8
+
+
+def test_the_notebook_is_the_tutorial():
+    """`python .github/notebook.py make` has been typed, and what its cells edit is there."""
+    spec = importlib.util.spec_from_file_location("notebook", ROOT / ".github" / "notebook.py")
+    notebook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(notebook)
+    assert notebook.NOTEBOOK.read_text("utf-8") == notebook.make_notebook()
+    cells = [text for kind, text in notebook.cells_of(TUTORIAL) if kind == "code"]
+    source = (ROOT / "main.py").read_text()
+    edits = [ast.parse(text) for text in cells if text.startswith("from pathlib")]
+    assert len(edits) == 2
+    for edit in edits:
+        strings = [node.value for node in ast.walk(edit) if isinstance(node, ast.Constant)]
+        [old, *_] = [text for text in strings if "return" in str(text)]
+        assert source.count(old) == 1
+    commands = [line[1:] for text in cells for line in text.splitlines() if line[0:1] == "!"]
+    assert {*commands} >= {line for line in COMMANDS if f"\n{line}\n" in TUTORIAL}
 
 
 OF_OTHERS = """

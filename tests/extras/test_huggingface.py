@@ -396,7 +396,8 @@ def test_tokenizers_that_cannot_be_used(model, first, reason, tmp_path):
     content["model"] |= model
     if first:
         own = {"id": "<b>", "ids": first, "tokens": ["<b>"]}
-        single = [{"SpecialToken": {"id": "<b>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        single = [{"SpecialToken": {"id": "<b>", "type_id": 0}}]
+        single += [{"Sequence": {"id": "A", "type_id": 0}}]
         content["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single}
         content["post_processor"]["special_tokens"] = {"<b>": own}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))

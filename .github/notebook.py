@@ -1,0 +1,103 @@
+"""Makes extras/tutorial.ipynb of extras/tutorial.md, or runs it.
+
+    python .github/notebook.py make
+    python .github/notebook.py run FOLDER    in a new folder; needs nbclient, nbformat and ipykernel
+
+A block of bash becomes a cell of commands, one of diff a cell that edits main.py, one of python a
+file; what commands print stays text.
+"""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "extras" / "tutorial.md"
+NOTEBOOK = PAGE.with_suffix(".ipynb")
+BEGIN = '''\
+from IPython.display import Image, display
+
+# The address of this repository, or a folder that is a copy of it:
+REPOSITORY = "https://github.com/OWNER/transformer-lm"
+!git clone -q {REPOSITORY} transformer-lm
+%cd transformer-lm
+!pip install -q -r requirements.txt'''
+ABOUT = (
+    "*This notebook is [tutorial.md](tutorial.md), for a hosted notebook with two processor cores: "
+    "no GPU is needed. All cells together take about half an hour. Run this first, with the "
+    "address of the repository:*"
+)
+EDIT = '''\
+from pathlib import Path
+
+path = Path("main.py")
+source = path.read_text()
+assert source.count({old!r}) == 1
+path.write_text(source.replace({old!r}, {new!r}))'''
+
+
+def cells_of(page):
+    """The cells of a page of Markdown: (type, text)."""
+    yield "markdown", ABOUT
+    yield "code", BEGIN
+    block = re.compile(r"^```(bash|diff|python)\n(.*?)\n```\n", re.MULTILINE | re.DOTALL)
+    end = 0
+    for found in block.finditer(page):
+        yield "markdown", page[end : found.start()].strip()
+        yield "code", code_of(*found.groups())
+        end = found.end()
+    if page[end:].strip():
+        yield "markdown", page[end:].strip()
+
+
+def code_of(language, text):
+    """The code of a cell that does what a block of the page is for."""
+    if language == "bash":
+        lines = [f"!{line}" for line in text.splitlines()]
+        pictures = re.findall(r"\w+\.png", text)
+        return "\n".join([*lines, *(f'display(Image("{name}"))' for name in pictures)])
+    if language == "python":
+        return f"%%writefile classify.py\n{text}"
+    old = "".join(f"{line[1:]}\n" for line in text.splitlines() if line[0] == "-")
+    new = "".join(f"{line[1:]}\n" for line in text.splitlines() if line[0] == "+")
+    return EDIT.format(old=old, new=new)
+
+
+def make_notebook():
+    """The notebook as JSON."""
+    cells = []
+    for i, (kind, text) in enumerate(cells_of(PAGE.read_text("utf-8"))):
+        cell = {"cell_type": kind, "id": f"cell-{i}", "metadata": {}, "source": text}
+        if kind == "code":
+            cell |= {"execution_count": None, "outputs": []}
+        cells.append(cell)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4}
+    return json.dumps(notebook | {"nbformat_minor": 5}, indent=1, ensure_ascii=False) + "\n"
+
+
+def run_notebook(folder):
+    """Runs all cells, with a copy of this folder as the repository; prints what they print."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    Path(folder).mkdir(parents=True)
+    notebook = nbformat.reads(NOTEBOOK.read_text("utf-8"), as_version=4)
+    for cell in notebook.cells:
+        cell.source = re.sub('(?m)^REPOSITORY = ".*"', f'REPOSITORY = "{ROOT}"', cell.source)
+    began = time.monotonic()
+    options = {"timeout": 1800, "resources": {"metadata": {"path": folder}}}
+    NotebookClient(notebook, **options).execute()
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            print(f">>> {cell.source.splitlines()[0]}\n{output.get('text', output)}")
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["make"]:
+        NOTEBOOK.write_text(make_notebook(), "utf-8")
+    else:
+        run_notebook(sys.argv[2])
