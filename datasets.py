@@ -1611,7 +1611,8 @@ def open_code_dir():
     code, as without a home, it is a temporary one, deleted at exit. Raises UsageError.
     """
     if CACHE is not None:
-        folder = CACHE / "-".join(["code", platform.machine(), *platform.libc_ver()])
+        # Another number where code from before must not be loaded again.
+        folder = CACHE / "-".join(["code", "2", platform.machine(), *platform.libc_ver()])
         with contextlib.suppress(OSError):
             folder.mkdir(0o700, parents=True, exist_ok=True)
             status = os.lstat(folder)  # a link is another user's, or is writable for all

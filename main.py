@@ -2190,10 +2190,12 @@ def use_device(gpu):
         use_compiler(open_code_dir(), COMPILER_SCRIPT)
 
 
-# The g++ that MLX runs. A terminal's Ctrl+C reaches it, too, and would end it within a step.
+# The g++ that MLX runs. A terminal's Ctrl+C reaches it, too, and would end it within a step. Where
+# it may fuse a product with a sum, as on ARM, it does so in some loops of a kernel and not in
+# others, and which loop computes an element depends on time.
 COMPILER_SCRIPT = """#!/bin/sh
 trap '' INT TERM HUP USR1 USR2 XCPU
-PATH=${PATH#*:} exec g++ "$@"
+PATH=${PATH#*:} exec g++ -ffp-contract=off "$@"
 """
 
 

@@ -145,8 +145,10 @@ def keep_freed_memory():
 def find_blas():
     """The name of a fast BLAS, and its functions by their pointers in fast.c; or "" and {}."""
     global openblas, prefers_bfloat16
-    # Where pip installs it, in an environment or for a user, or a system package.
-    for folder in (f"{sys.prefix}/lib/", f"{site.getuserbase()}/lib/", ""):
+    # Where pip installs it, in an environment or for a user, or a system package. On ARM, its
+    # instruction sets have other numbers.
+    folders = [f"{sys.prefix}/lib/", f"{site.getuserbase()}/lib/", ""]
+    for folder in folders if platform.machine() == "x86_64" else []:
         with contextlib.suppress(OSError, AttributeError):  # not there, or another version
             onednn = ctypes.CDLL(f"{folder}libdnnl.so.3")
             instructions = onednn.dnnl_get_effective_cpu_isa()
@@ -741,19 +743,20 @@ cross_entropy_and_gradients.vjp(stored_gradients)
 PREAMBLE = "mlx/backend/cpu/compiled_preamble.h"  # what each kernel includes
 MLX_OPTIONS = ["-std=c++17", "-O3", "-Wall", "-fPIC"]  # a precompiled header needs the same options
 # With these, more kernels use the vector units: square roots, comparisons, and those with many
-# arrays. They change no result.
+# arrays. They change no result. The first one is that of main.py's script.
 OWN_OPTIONS = [
+    "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
     "--param=vect-max-version-for-alias-checks=100",
 ]
 
 # The `g++` that MLX runs: the real one with the header in {folder}. If that is damaged, or the
-# compiler does not know an option, it compiles as MLX asked. No signal ends it within a step: those
+# compiler does not know an option, it compiles nearly as MLX asked. No signal ends it within a step: those
 # of a terminal reach it, too.
 COMPILER_SCRIPT = """#!/bin/sh
 trap '' INT TERM HUP USR1 USR2 XCPU
-{compiler} -I {folder} {options} "$@" 2>/dev/null || exec {compiler} "$@"
+{compiler} -I {folder} {options} "$@" 2>/dev/null || exec {compiler} -ffp-contract=off "$@"
 """
 
 
@@ -777,12 +780,12 @@ def use_precompiled_header():
     options = [*MLX_OPTIONS, *OWN_OPTIONS, "-I", include, "-x", "c++-header"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # as on a full disk
         compile_once(header, [compiler, *options, include / PREAMBLE])
-        script = COMPILER_SCRIPT.format(
-            compiler=shlex.quote(compiler),
-            folder=shlex.quote(str(folder)),
-            options=shlex.join(OWN_OPTIONS),
-        )
-        use_compiler(folder, script)
+    script = COMPILER_SCRIPT.format(
+        compiler=shlex.quote(compiler),
+        folder=shlex.quote(str(folder)),
+        options=shlex.join(OWN_OPTIONS),
+    )
+    use_compiler(folder, script)
 
 
 # ---- Streams: each CPU stream of MLX is a thread ------------------------------------------------

@@ -463,6 +463,18 @@ def test_two_processes_share_a_header(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.parametrize("disable_fast", ["", "1"])
+def test_kernels_never_fuse_a_product_with_a_sum(disable_fast, tmp_path):
+    """Some loops of a kernel would, on ARM, and others not: equal runs had different weights."""
+    log = tmp_path / "log"
+    write_script(tmp_path / "bin" / "g++", f'echo "$@" >> {log}\nexec {shutil.which("g++")} "$@"')
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "DISABLE_FAST": disable_fast}
+    compile_in(tmp_path, **env).communicate(timeout=120)
+    lines = [line for line in log.read_text().splitlines() if "-shared" in line]
+    assert lines and all("-ffp-contract=off" in line for line in lines)
+
+
+@needs_compiler
 @pytest.mark.parametrize("trouble", [
     "no cache folder",
     "damaged header",
