@@ -1861,7 +1861,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            raise UsageError(f"unrecognized arguments: {unknown[0]} ({self.hint(unknown[0])})")
+            words = [word for word in unknown if word.startswith("-")] or unknown[:1]
+            hint = self.hint(words[0])
+            raise UsageError(f"unrecognized arguments: {' '.join(words)} ({hint})")
         return values
 
     def hint(self, word):
