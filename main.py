@@ -2493,7 +2493,8 @@ class Log:
         if not rows and os.path.lexists(self.path):
             with open(self.path, "rb", opener=no_follow) as file:
                 content = file.read(10**6)
-            if re.search(rb"[\r\n][^\r\n]+[\r\n]", content):  # rows with, say, semicolons
+            # Rows with semicolons, say; a single one may be what a failed write has left.
+            if re.search(rb"([\r\n]+[^\r\n]+){2}[\r\n]", content):
                 self.path.replace(self.path.with_name("log.old.csv"))
                 tqdm.write("log.csv cannot be read: it is log.old.csv from now on")
         columns = [*dict.fromkeys(itertools.chain(*rows[:1], names))]
