@@ -91,8 +91,8 @@ def run_notebook(folder):
     options = {"timeout": 1800, "resources": {"metadata": {"path": folder}}}
     NotebookClient(notebook, **options).execute()
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            print(f">>> {cell.source.splitlines()[0]}\n{output.get('text', output)}")
+        shown = [output.get("text", "") for output in cell.get("outputs", [])]
+        print(f">>> {cell.source.splitlines()[0]}\n{''.join(shown)}")
     print(f"{(time.monotonic() - began) / 60:.1f} minutes")
 
 
