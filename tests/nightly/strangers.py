@@ -310,7 +310,9 @@ def near(chance, value):
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int):
-        others = [value + 1, value - 1, 2 * value, value * 1.0, 0, 10 ** chance.randrange(12)]
+        others = [value + 1, value - 1, 2 * value, 0, 10 ** chance.randrange(12)]
+        if abs(value) < 1e300:
+            others.append(value * 1.0)
         return chance.choice(others)
     if isinstance(value, float):
         return chance.choice([-value, 2 * value, value * 1e6, value / 1e6])
