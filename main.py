@@ -3515,10 +3515,11 @@ def memory_size():
         groups = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
     for line in groups:
         group = Path(line.split(":", 2)[2].lstrip("/"))
-        for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
-                limit = Path("/sys/fs/cgroup", folder, "memory.max").read_text("utf-8")
-                sizes.append(int(limit))
+        for below in (group, *group.parents):
+            # In the second and in the first version.
+            for name in (below / "memory.max", "memory" / below / "memory.limit_in_bytes"):
+                with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
+                    sizes.append(int(Path("/sys/fs/cgroup", name).read_text("utf-8")))
     return min(sizes)
 
 
