@@ -756,7 +756,8 @@ OWN_OPTIONS = [
 # of a terminal reach it, too.
 COMPILER_SCRIPT = """#!/bin/sh
 trap '' INT TERM HUP USR1 USR2 XCPU
-{compiler} -I {folder} {options} "$@" 2>/dev/null || exec {compiler} -ffp-contract=off "$@"
+{compiler} -I {folder} {options} "$@" 2>/dev/null && exit
+exec {compiler} -ffp-contract=off "$@"
 """
 
 
