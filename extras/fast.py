@@ -752,8 +752,8 @@ OWN_OPTIONS = [
 ]
 
 # The `g++` that MLX runs: the real one with the header in {folder}. If that is damaged, or the
-# compiler does not know an option, it compiles nearly as MLX asked. No signal ends it within a step: those
-# of a terminal reach it, too.
+# compiler does not know an option, it compiles nearly as MLX asked. No signal ends it within a
+# step: those of a terminal reach it, too.
 COMPILER_SCRIPT = """#!/bin/sh
 trap '' INT TERM HUP USR1 USR2 XCPU
 {compiler} -I {folder} {options} "$@" 2>/dev/null && exit
