@@ -884,7 +884,7 @@ def hold_out(documents, valid_fraction):
     texts = [each for each in documents if type(each) is Span]
     train = []
     valid = []
-    names = "the ends of files"
+    names = "the end of the text"
     for i, each in enumerate(texts):
         part = valid if is_held_out(i, valid_fraction) else train
         part.append(each)

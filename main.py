@@ -1132,9 +1132,8 @@ def train_step(run, step):
 def score_run(run, interrupts, ranks, reporter):
     """Scores the validation split, or its first --eval_tokens tokens, unless a signal arrives.
 
-    A score that is due only because the time is up is shown and logged,
-    but not kept: an uninterrupted run would have none there. Raises RunError if the score is not
-    finite.
+    A score that is due only because the time is up is shown and logged, but not kept: an
+    uninterrupted run would have none there. Raises RunError if the score is not finite.
     """
     flags = run.flags
     tokens = run.dataset.valid.tokens

@@ -743,7 +743,7 @@ cross_entropy_and_gradients.vjp(stored_gradients)
 PREAMBLE = "mlx/backend/cpu/compiled_preamble.h"  # what each kernel includes
 MLX_OPTIONS = ["-std=c++17", "-O3", "-Wall", "-fPIC"]  # a precompiled header needs the same options
 # With these, more kernels use the vector units: square roots, comparisons, and those with many
-# arrays. They change no result. The first one is that of main.py's script.
+# arrays. They change no result, but for the first one on ARM: see main.py's script.
 OWN_OPTIONS = [
     "-ffp-contract=off",
     "-fno-math-errno",

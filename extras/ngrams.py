@@ -11,7 +11,8 @@ def losses_of_ngrams(train, valid, vocab_size):
 
     The first is that of single tokens, the others that of a token after one, two and three others.
     Probabilities are interpolated with those after fewer tokens (Witten & Bell 1991): the more
-    different tokens have followed, the more weight these get. Of single tokens, with equal ones.
+    different tokens have followed, the more weight these get. Those of single tokens are
+    interpolated with equal chances for all.
     """
     train = train[: LIMITS["train"]]
     valid = valid[: LIMITS["valid"]]
