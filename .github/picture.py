@@ -1,6 +1,6 @@
 """Makes the picture of the README: runs what it shows, and draws it for light and dark pages.
 
-    python .github/picture.py make FOLDER      some 10 minutes on two cores
+    python .github/picture.py make FOLDER      some 15 minutes on two cores
     python .github/picture.py draw FOLDER
 
 All that is drawn comes from the logs and records in FOLDER, as main.py has written them.
@@ -29,6 +29,11 @@ KILLS = 5
 # An edit of Muon in main.py, the README's example.
 EDIT = ("for _ in range(5):", "for _ in range(3):")
 EXPERIMENT = "--config first --num_iters 300"
+# The sides of its two comparisons, and their flags: at equal steps, and at equal time.
+COMPARED = {
+    "equal steps": ["HEAD"],
+    "equal time": ["HEAD", "--num_iters 332", "--seeds", "142"],
+}
 # Of the text, of killed runs, of an experiment: GitHub's.
 COLORS = {
     "light": ("#1f2328", "#1a7f37", "#0969da"),
@@ -50,8 +55,9 @@ def make(folder):
     source = (edited / "main.py").read_text("utf-8")
     assert source.count(EDIT[0]) == 1
     (edited / "main.py").write_text(source.replace(*EDIT), "utf-8")
-    line = [sys.executable, "-m", "extras.versus", "HEAD", "--", *EXPERIMENT.split()]
-    subprocess.run([*line, "--save_dir", str(folder)], cwd=edited, check=True)
+    for sides in COMPARED.values():
+        line = [sys.executable, "-m", "extras.versus", *sides, "--", *EXPERIMENT.split()]
+        subprocess.run([*line, "--save_dir", str(folder)], cwd=edited, check=True)
 
 
 def command(save_dir):
@@ -84,7 +90,7 @@ def draw(folder):
             figure = Figure(figsize=(9, 3.6), layout="constrained")
             left, right = figure.subplots(1, 2, width_ratios=[5, 4])
             draw_kills(left, folder, text, green)
-            draw_experiment(right, folder, text, blue)
+            draw_comparisons(right, folder, text, blue)
             path = Path(__file__).with_name(f"proof-{mode}.svg")
             # Without the date, an unchanged picture is an unchanged file.
             figure.savefig(path, transparent=True, metadata={"Date": None})
@@ -120,30 +126,29 @@ def draw_kills(axis, folder, text, green):
     axis.set_title(f"kill -9, rerun: {verdict}", loc="left", weight="bold")
 
 
-def draw_experiment(axis, folder, text, blue):
+def draw_comparisons(axis, folder, text, blue):
     """What an edit did to the loss of each seed, and where the mean may lie."""
-    result = read_results(folder / "versus" / RESULTS)[-1]
-    seeds = result["seeds"]
-    differences = np.subtract(result["scores_after"], result["scores_before"])
-    places = range(len(seeds))
     axis.axhline(0, color=text, lw=1)
-    axis.vlines(places, 0, differences, color=blue, alpha=0.5)
-    axis.plot(places, differences, "o", color=blue, ms=7, label="a pair: after minus before")
-    axis.axhline(differences.mean(), color=blue, lw=1, ls="--", label="mean")
-    axis.axhspan(
-        result["low"],
-        result["high"],
-        color=blue,
-        alpha=0.2,
-        lw=0,
-        label="95 % interval of the mean",
-    )
-    axis.set_xticks(places, seeds)
+    ticks = {}  # {place: seed}
+    results = read_results(folder / "versus" / RESULTS)[-len(COMPARED) :]
+    for title, result in zip(COMPARED, results, strict=True):
+        differences = np.subtract(result["scores_after"], result["scores_before"])
+        first = len(ticks) + bool(ticks)  # a gap between the two
+        places = range(first, first + len(differences))
+        ticks |= zip(places, result["seeds"])
+        axis.vlines(places, 0, differences, color=blue, alpha=0.5)
+        axis.plot(places, differences, "o", color=blue, ms=7)
+        ends = [places[0] - 0.4, places[-1] + 0.4]
+        axis.plot(ends, [differences.mean()] * 2, color=blue, lw=1, ls="--")
+        axis.fill_between(ends, result["low"], result["high"], color=blue, alpha=0.2, lw=0)
+        verdict = result["verdict"].lower().rstrip(".")
+        axis.text(ends[0], 0.036, f"{title}: {verdict}")
+    labels = ["a pair: after minus before", "mean", "95 % interval of the mean"]
+    axis.legend(axis.lines[1:3] + axis.collections[1:2], labels, fontsize=10, loc="lower left")
+    axis.set_xticks(list(ticks), list(ticks.values()))
     axis.set(xlabel="seed", ylabel="change of validation loss (nats/token)")
-    axis.set_ylim(bottom=-0.003, top=differences.max() + 0.018)  # the legend lies above the points
-    axis.legend(fontsize=10, loc="upper left", handlelength=1)
-    verdict = result["verdict"].lower().rstrip(".")
-    axis.set_title(f"Muon, 5 to 3 iterations: {verdict}", loc="left", weight="bold")
+    axis.set_ylim(-0.05, 0.042)
+    axis.set_title("Muon, 5 to 3 iterations", loc="left", weight="bold")
 
 
 def newest(save_dir):
