@@ -66,12 +66,12 @@ ENDS = [END, "<eos>", "</s>", "<|end_of_text|>"]  # of imported tokenizers, trie
 
 
 class Split(NamedTuple):
-    """The tokens of a split, and counts over its whole text."""
+    """The tokens of a split, and counts over its text: None if only its first tokens are used."""
 
     tokens: np.ndarray  # [N] uint16 or uint32, memory-mapped
-    num_bytes: int
-    num_words: int  # words and line ends
-    num_unk: int  # tokens that are <unk>
+    num_bytes: int | None
+    num_words: int | None  # words and line ends
+    num_unk: int | None  # tokens that are <unk>
 
 
 class Dataset(NamedTuple):
@@ -1144,7 +1144,7 @@ def named_files(dataset, text, valid_text, test_text):
     named = {}
     for split, paths in zip(SPLITS, (text, valid_text, test_text)):
         if paths:
-            named[split] = [os.path.abspath(user_path(path)) for path in paths]
+            named[split] = [absolute(path) for path in paths]
     if text and dataset != "text":
         raise UsageError("--dataset and --text both name what to train on: use one of them")
     if (named or dataset == "text") and "train" not in named:
@@ -1239,8 +1239,9 @@ def map_dataset(name, cache, about, train_tokens):
         if path.stat().st_size < 2 * np.dtype(dtype).itemsize:
             continue  # a single token has no next one to predict
         tokens = np.memmap(path, dtype, "r")
-        if split == "train":
+        if split == "train" and train_tokens and train_tokens < len(tokens):
             tokens = tokens[:train_tokens]
+            known = dict.fromkeys(known)
         splits[split] = Split(tokens, **known)
     if splits["train"] is None or splits["valid"] is None:
         raise UsageError(
@@ -1422,8 +1423,8 @@ def without_passwords(text):
     return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
 
 
-def run_command(name, function, *arguments):
-    """Calls `function(*arguments)` and returns the exit status of the program `name`.
+def run_command(name, function, arguments):
+    """Calls `function(arguments)` and returns the exit status of the program `name`.
 
     That is what the function returns (0 for None), 2 for a request that cannot be met, or 1 for a
     failure; both are reported in one line on stderr.
@@ -1431,7 +1432,7 @@ def run_command(name, function, *arguments):
     if os.getpid() == 1:
         end_by_signals()
     try:
-        status = function(*arguments) or 0
+        status = function(arguments) or 0
         sys.stdout.flush()  # a full disk is noticed here at the latest
         return status
     except BrokenPipeError:  # the reader of stdout is gone, for example head
@@ -1459,10 +1460,10 @@ def run_command(name, function, *arguments):
     return status
 
 
-def run_program(name, function, *arguments):
-    """Runs the program `name` and exits; `function` takes these arguments and those typed."""
+def run_program(name, function):
+    """Runs the program `name` and exits; `function` takes the arguments that were typed."""
     repair_streams()
-    sys.exit(run_command(name, function, *arguments, sys.argv[1:]))
+    sys.exit(run_command(name, function, sys.argv[1:]))
 
 
 def end_by_signals():
@@ -1553,6 +1554,11 @@ def user_path(path):
             "begins with ~)"
         )
     return expanded
+
+
+def absolute(path):
+    """A path that is valid from any working directory; see user_path."""
+    return os.path.abspath(user_path(path))
 
 
 def find_cache():
@@ -1938,7 +1944,8 @@ def main(arguments):
     for name in SPLITS:
         split = getattr(dataset, name)
         if split is not None:
-            print(f"{name:<5}{len(split.tokens):>14,} tokens{split.num_bytes:>15,} bytes")
+            size = "" if split.num_bytes is None else f"{split.num_bytes:>15,} bytes"
+            print(f"{name:<5}{len(split.tokens):>14,} tokens{size}")
     print(f"in {dataset.folder}")
     print(printable(f"begins {dataset.tokenizer.decode(dataset.train.tokens[:100])!r}"))
     if file:
@@ -1949,6 +1956,7 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    # `import datasets` in an extra must give this running module, not a second copy of it.
-    sys.modules.setdefault("datasets", sys.modules[__name__])
+    running = sys.modules["__main__"]
+    if vars(running) is globals():  # and not, say, cProfile
+        sys.modules["datasets"] = running  # `import datasets` in an extra makes no second copy
     run_program("datasets.py", main)

@@ -5,10 +5,10 @@
     python main.py --inference       sample interactively from the newest checkpoint
     python main.py --help            every flag
 
-The research comes first: model, loss and optimizer, batches, training, sampling, evaluation. Below
-the banner OPERATIONS is what keeps a run safe and usable: checkpoints, models that a run begins
-with, interrupts, processes, code, reports, prompts, flags, setting up a run, commands. datasets.py
-turns text into token ids.
+What computes the weights comes first: model, loss and optimizer, batches, training. Below the
+banner OPERATIONS are sampling and evaluation, and then what keeps a run safe and usable:
+checkpoints, models that a run begins with, interrupts, processes, code, reports, prompts, flags,
+setting up a run, commands. datasets.py turns text into token ids.
 Everything beyond training, resuming and sampling is in extras/, one file per feature; this file
 works without it, in plain MLX.
 
@@ -91,12 +91,12 @@ except ImportError as error:
     sys.exit(2)
 
 from datasets import CORPORA, KINDS, LARGEST, SIZE, SPLITS, TEXT_FLAGS, TOKENIZERS, Dataset, Flag
-from datasets import Parser, RunError, UsageError, add_flags, definition, describe_tokenizer
-from datasets import discard, encode_after, end_of_text, explained, extra, flock, hash_of_file
-from datasets import load_dataset, make_writable, new_file, no_follow, nonempty, number, one_line
-from datasets import one_of, open_code_dir, printable, publish, remove_leftovers, replacing
-from datasets import run_command, run_program, sync, tokenizer_from_dict, use_compiler, user_path
-from datasets import utf8, without_comments
+from datasets import Parser, RunError, UsageError, absolute, add_flags, definition
+from datasets import describe_tokenizer, discard, encode_after, end_of_text, explained, extra
+from datasets import flock, hash_of_file, load_dataset, make_writable, new_file, no_follow
+from datasets import nonempty, number, one_line, one_of, open_code_dir, printable, publish
+from datasets import remove_leftovers, replacing, run_command, run_program, sync
+from datasets import tokenizer_from_dict, use_compiler, user_path, utf8, without_comments
 
 EDITED = []  # names of functions below that were edited since extras/fast.py was written
 
@@ -870,7 +870,7 @@ def draw_dropout(iteration, rows, flags):
 # ---- Training -----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, eq=False)  # copies of a checkpoint are distinct
 class Progress:
     """A run's progress: recorded in every checkpoint, and restored on resume."""
 
@@ -1175,9 +1175,16 @@ def save_and_sample(run, interrupts, reporter):
                 reporter.report_sample(run, prompt, text)
 
 
+# =================================================================================================
+# OPERATIONS: what changes no weights. First sampling and evaluation, then what keeps a run safe and
+# the command line, of which an experiment seldom needs more than a flag of its own (a row in FLAGS;
+# in the group "model", it is also a field of Config), or another line on the screen (FORMATS,
+# Reporter). A run does not record this code: what computes its weights belongs above.
+# =================================================================================================
+
+
 # ---- Sampling -----------------------------------------------------------------------------------
-# First functions of logits [B, V], then token-by-token decoding. Of the code above OPERATIONS, only
-# this section and the next one may be edited in the middle of a run: see training_code.
+# First functions of logits [B, V], then token-by-token decoding.
 
 
 def penalize(logits, texts, penalty):
@@ -1486,8 +1493,6 @@ def score_split(name, model, dataset, flags, interrupts=None, ranks=None):
     metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
     if metrics is not None:
         seconds = time.perf_counter() - began
-        if name == "train" and flags.train_tokens:
-            split = None
         line = describe_score(name, metrics, split, dataset.tokenizer)
         line += f", {count / seconds:,.0f} tokens/s"
         if flags.evaluate:
@@ -1503,14 +1508,6 @@ def perplexity(nats):
 def bits_per_byte(nats, split):
     """Converts a mean loss in nats/token to bits per byte of the split's text."""
     return nats / math.log(2) * len(split.tokens) / split.num_bytes
-
-
-# =================================================================================================
-# OPERATIONS: what keeps a run safe, and the command line. An experiment seldom needs more of it
-# than a flag of its own (a row in FLAGS; in the group "model", it is also a field of Config), or
-# another line on the screen (FORMATS, Reporter). A run does not record this code: what computes its
-# weights belongs above.
-# =================================================================================================
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
@@ -1533,7 +1530,7 @@ SHA1 = re.compile("[0-9a-f]{40}")
 NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check the flags"
 
 
-@dataclasses.dataclass(eq=False)  # copies are distinct
+@dataclasses.dataclass(eq=False)
 class Checkpoint(Progress):
     """What the record of a checkpoint says."""
 
@@ -1825,7 +1822,13 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     RUN@STEP, "latest", or "best" (of the run saved last). Raises UsageError if it names none or
     several.
     """
-    identifier = Path(identifier).name.removesuffix(".safetensors")
+    path = Path(identifier)
+    if os.path.isabs(path) or path.parent.name:
+        if path.exists() and save_dir.resolve() not in path.resolve().parents:
+            raise UsageError(
+                f"--{flag_name} {identifier} lies outside --save_dir {save_dir}: copy the run there"
+            )
+    identifier = path.name.removesuffix(".safetensors")
     runs = by_run(checkpoints)
     if identifier == "latest":
         found = checkpoints[:1]
@@ -1837,8 +1840,9 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     elif "@" in identifier:
         found = [extra("steps").checkpoint_at(checkpoints, identifier)]
     else:
-        # If several runs have it, it is that of the first: a branch has a copy.
-        matching = [each for each in reversed(checkpoints) if each.id.startswith(identifier)]
+        matching = [each for each in checkpoints if each.id.startswith(identifier)]
+        # The last one counts, that of the first run: a branch begins with the same weights.
+        matching.sort(key=lambda each: (not each.is_copy, -each.saved))
         found = list({each.id: each for each in matching}.values())
     if len(found) == 1:
         return found[0]
@@ -2099,10 +2103,25 @@ class Interrupts:
 
 
 class UnbreakableStream:
-    """An output stream whose failures end no run: `| head`, a closed terminal, a full disk."""
+    """Stands for sys.stdout or sys.stderr in a block: failures of that stream end no run.
 
-    def __init__(self, stream):
-        self.stream = stream
+    Such as `| head`, a closed terminal, a full disk.
+    """
+
+    def __init__(self, place):
+        self.place = place  # "stdout" or "stderr"
+        self.stream = getattr(sys, place)
+
+    def __enter__(self):
+        setattr(sys, self.place, self)
+
+    def __exit__(self, *error):
+        """Drops what can still not be written: a run that was saved has not failed."""
+        setattr(sys, self.place, self.stream)
+        try:
+            self.stream.flush()
+        except OSError:
+            discard(self.stream)
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -2115,13 +2134,6 @@ class UnbreakableStream:
 
     def flush(self):
         """Does nothing: `write` has flushed."""
-
-    def drop_rest(self):
-        """Drops what can still not be written: a run that was saved has not failed."""
-        try:
-            self.stream.flush()
-        except OSError:
-            discard(self.stream)
 
 
 # ---- Processes and processors -------------------------------------------------------------------
@@ -2266,16 +2278,9 @@ def is_own(module):
 
 
 def training_code(source):
-    """This file's source before OPERATIONS, without the sections Sampling and Evaluation.
-
-    All of it unless these titles occur exactly once.
-    """
-    research, *operations = source.split("\n# OPERATIONS")
-    sections = re.split("^(?=# ---- )", research, flags=re.MULTILINE)
-    kept = [each for each in sections if not re.match("# ---- (Sampling|Evaluation) -+\n", each)]
-    if len(operations) != 1 or len(sections) - len(kept) != 2:
-        return source
-    return "".join(kept)
+    """This file's source above OPERATIONS; all of it unless that banner occurs exactly once."""
+    above, *below = source.split("\n# OPERATIONS")
+    return above if len(below) == 1 else source
 
 
 def parts_of_code():
@@ -2395,10 +2400,9 @@ class Reporter:
             speed = {"ms_per_step": 1000 * seconds, "tokens_per_second": tokens / seconds}
             measured = speed | measured
         self.show(run, metrics | measured)
-        # With --train_tokens, num_bytes is still that of the whole text; with --teacher, the loss
-        # is not that of the text alone.
-        if not run.flags.train_tokens and run.teacher is None:
-            measured["bits_per_byte"] = bits_per_byte(metrics["loss"], run.dataset.train)
+        train = run.dataset.train
+        if train.num_bytes is not None and run.teacher is None:  # whose loss is not the text's
+            measured["bits_per_byte"] = bits_per_byte(metrics["loss"], train)
         self.record(run, "train", metrics | measured)
         self.train_loss = metrics["loss"]
         run.recent_steps = 0
@@ -2531,7 +2535,7 @@ def read_log(path):
     return rows
 
 
-def print_start(run, checkpoint, ranks):
+def print_start(run, checkpoint):
     """Prints the start screen: what is trained, on what data, and where its files go.
 
     checkpoint: the one that is resumed, or None.
@@ -2551,7 +2555,7 @@ def print_start(run, checkpoint, ranks):
     parameters = count_parameters(run.model.parameters())
     trained = count_parameters(run.model.trainable_parameters())
     of_them = f", {trained:,} trainable" if trained < parameters else ""
-    several = f", {ranks.size} ranks" if ranks.size > 1 else ""
+    several = f", {versions['ranks']} ranks" if versions["ranks"] > 1 else ""
     lines = [
         f"run      {run.folder.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
         f"seed {flags.seed}",
@@ -2576,20 +2580,20 @@ def print_start(run, checkpoint, ranks):
 def describe_score(name, metrics, split, tokenizer, mark=""):
     """A split's loss, per token and in units that do not depend on the tokenizer; other metrics.
 
-    metrics: those of evaluate. split: None if its text is longer than its tokens, as with
-    --train_tokens. mark: what is said of the loss, such as " (best)".
+    metrics: those of evaluate. mark: what is said of the loss, such as " (best)".
     """
     nats = metrics["loss"]
     unit = "word" if tokenizer.kind == "word" else "token"
     texts = [f"{name} {nats:.4f} nats{mark}", f"perplexity {perplexity(nats):.2f} per {unit}"]
-    if split and tokenizer.kind not in ("word", "char", "byte"):
+    is_whole = split.num_bytes is not None
+    if is_whole and tokenizer.kind not in ("word", "char", "byte"):
         # For the whole split, extrapolated if `nats` is the score of its first tokens only.
         total = nats * len(split.tokens)
         of_words = perplexity(total / max(1, split.num_words))
         texts.append(f"{of_words:.2f} per word" if of_words < 1e6 else f"{of_words:.1e} per word")
-    if split:
+    if is_whole:
         texts.append(f"{bits_per_byte(nats, split):.4f} bits per byte")
-    if split and tokenizer.unk is not None:
+    if is_whole and tokenizer.unk is not None:
         texts.append(f"{split.num_unk / len(split.tokens):.2%} <unk>")
     for other, value in metrics.items():
         if other != "loss":
@@ -2999,6 +3003,8 @@ FLAGS["command"] = {
 
 ROWS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
 DEFAULTS = {name: row.default for name, row in ROWS.items()}
+# {what a flag is called, here or by other programs: its name}
+NAMES = {also: name for name, row in ROWS.items() for also in (name, *row.also.split())}
 SEVERAL = [name for name, default in DEFAULTS.items() if default == []]  # take several values
 FIXED = [*FLAGS["data"], *FLAGS["model"], *FLAGS["beginning"]]
 SHAPING = [*FIXED, *FLAGS["training"]]
@@ -3017,7 +3023,7 @@ def make_parser():
     """An argparse parser of FLAGS that returns only the flags passed, without defaults."""
     parser = Parser(
         usage="python main.py [flags]",
-        description=(__doc__ or "").partition("\nThe research")[0],  # python -OO drops it
+        description=(__doc__ or "").partition("\nWhat computes")[0],  # python -OO drops it
         epilog="Exit status: 0 done, 1 failed, 2 usage error; 128 + its number after a signal.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -3090,12 +3096,12 @@ def read_config(name):
         values = {}
         for key, value in (read_yaml(path) or {}).items():
             section = value if isinstance(value, dict) else {key: value}  # whatever its name
-            for repeated in values.keys() & section.keys():
-                raise ValueError(f"{repeated} stands in it twice")
-            values |= section
+            for written, each in section.items():
+                name = NAMES.get(str(written).replace("-", "_"), written)
+                if name in values:
+                    raise ValueError(f"{name} stands in it twice, perhaps under two names")
+                values[name] = each
         flags = parse([utf8(argument) for argument in arguments_of(values)])
-        if len(flags) < sum(value is not None for value in values.values()):
-            raise ValueError("a flag stands in it under two names")
         if "config" in flags:
             raise ValueError("it names another file")
         return flags
@@ -3129,12 +3135,9 @@ def settle(given, saved=None):
     default; a default of None that depends on other flags is filled in.
     """
     if "text" in given:
-        if given.get("dataset", "text") != "text":
-            raise UsageError("--dataset and --text both name what to train on: use one of them")
-        given = given | {"dataset": "text"}
+        given = {"dataset": "text"} | given  # load_dataset refuses another one
     flags = argparse.Namespace(**DEFAULTS | (saved or {}) | given)
     flags.given = given
-    flags.ids = {}  # of the models that flags name, once they are known, see began_with
     flags.save_dir = Path(user_path(flags.save_dir))
     flags.data_dir = flags.data_dir or given.get("save_dir")
     for name in {"text", "valid_text", "test_text"} & {*given}:  # those saved are absolute
@@ -3166,11 +3169,6 @@ def settle(given, saved=None):
 def values_of(flags, names):
     """The values that flags, or a Config, have under these names, {name: value}."""
     return {name: getattr(flags, name) for name in names}
-
-
-def absolute(path):
-    """A path as stored in a checkpoint: valid from any working directory."""
-    return os.path.abspath(user_path(path))
 
 
 def notice_useless(flags):
@@ -3275,15 +3273,14 @@ def began_with(checkpoint, flags, flag_name):
     is_spelled_alike = its_own in (name, absolute(name))  # a folder is saved as an absolute path
     if flag_name not in flags.given or name in ("latest", "best"):
         return is_spelled_alike
-    if flag_name not in flags.ids:  # which may take long
-        flags.ids[flag_name] = id_of_model(flags.save_dir, name, flag_name)
-    id = flags.ids[flag_name]
+    id = id_of_model(flags.save_dir, name, flag_name)
     return id == checkpoint.origins.get(flag_name) if id else is_spelled_alike
 
 
+@functools.cache  # it may take long; `execute` clears it
 def id_of_model(save_dir, name, flag_name):
     """The id of the model that a flag names; None if it is gone, or on the hub."""
-    if os.path.isdir(name):
+    if is_model_folder(name):
         return extra("huggingface").id_of(name)
     if is_foreign(name):
         return None
@@ -3328,17 +3325,17 @@ def find_run(flags, checkpoints, chosen):
     no flags that describe a run.
     """
     newest = newest_of_runs(checkpoints)
-    alike = []
-    if chosen in newest and not differences(flags, chosen):
-        alike = [chosen]
-    else:
-        for checkpoint in newest:
-            is_branch_of_it = checkpoint.origins.get("branched_from") == (chosen and chosen.id)
-            is_alike = is_branch_of_it and not differences(flags, checkpoint)
-            if is_alike and not checkpoint.is_copy:
-                alike.append(checkpoint)
+    candidates = [chosen] if chosen in newest else []
+    for each in newest:
+        is_branch_of_it = each.origins.get("branched_from") == (chosen and chosen.id)
+        if is_branch_of_it and not each.is_copy:
+            candidates.append(each)
+    alike = [each for each in candidates if not differences(flags, each)]
     if not chosen and not alike:
         return None, None
+    if not chosen:  # all but the places is inherited: a test text, what a model has decided
+        inherited = {name: alike[0].flags[name] for name in SAVED if name not in PATHS}
+        flags = settle(flags.given, inherited)
     dataset = load_data_again(flags, chosen or alike[0])
     if chosen:
         refuse_other_text(dataset, chosen)
@@ -3649,11 +3646,13 @@ def check_before_data(flags, ranks):
         extra("report").check(flags.report_to)
 
 
-def set_up(flags, ranks, interrupts, stack):
-    """The run that a command trains, ready for `train`; its lock and `interrupts` go on `stack`.
+@contextlib.contextmanager
+def set_up(flags, ranks):
+    """Yields the run that a command trains, ready for `train`, and its Interrupts.
 
     It resumes an existing run from its newest intact checkpoint, begins a branch from the
-    checkpoint that --identifier names, or begins a new run. Raises UsageError, RunError.
+    checkpoint that --identifier names, or begins a new run. Its folder is locked until the block
+    ends. Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     known = [] if flags.new_model else checkpoints  # what the command may go on with
@@ -3664,32 +3663,32 @@ def set_up(flags, ranks, interrupts, stack):
     check_before_data(flags, ranks)
     found, dataset = find_run(flags, known, chosen)
     folder = found.folder if found else free_folder(flags, checkpoints)
-    stack.enter_context(claimed(folder))
-    if found or chosen:
-        # Only now can no other process advance it. Of a branch of what is named, any intact
-        # checkpoint will do.
-        is_named = bool(flags.identifier) and found in (None, chosen)
-        contents = open_newest(list_run(folder, warn=True) if found else [chosen], is_named)
-        flags = settle(flags.given, contents.checkpoint.flags)
-        models = {}
-        for name in needed_models(flags):
-            models[name] = extra("models").open_kept(contents.checkpoint, name)
-    else:
-        contents = None
-        models, flags, dataset = begin(flags, dataset)
-    run = make_run(folder, flags, contents, models, dataset, ranks)
-    run.saved = max((each.saved for each in checkpoints), default=0.0)
-    if not found:
-        for name in needed_models(flags):
-            extra("models").keep(folder / name, models[name].files)
-    stack.enter_context(interrupts)  # from here on there is something to save
-    print_start(run, contents and contents.checkpoint, ranks)
-    if not contents and known:
-        tqdm.write(printable(describe_other(known, flags, dataset)))
-    if chosen and not found:
-        run.origins = run.origins | {"branched_from": chosen.id}
-        save(run, interrupts)  # a branch then has all that it needs
-    return run
+    with claimed(folder):
+        if found or chosen:
+            # Only now can no other process advance it. Of a branch of what is named, any intact
+            # checkpoint will do.
+            is_named = bool(flags.identifier) and found in (None, chosen)
+            contents = open_newest(list_run(folder, warn=True) if found else [chosen], is_named)
+            flags = settle(flags.given, contents.checkpoint.flags)
+            models = {}
+            for name in needed_models(flags):
+                models[name] = extra("models").open_kept(contents.checkpoint, name)
+        else:
+            contents = None
+            models, flags, dataset = begin(flags, dataset)
+        run = make_run(folder, flags, contents, models, dataset, ranks)
+        run.saved = max((each.saved for each in checkpoints), default=0.0)
+        if not found:
+            for name in needed_models(flags):
+                extra("models").keep(folder / name, models[name].files)
+        with Interrupts() as interrupts:  # from here on there is something to save
+            print_start(run, contents and contents.checkpoint)
+            if not contents and known:
+                tqdm.write(printable(describe_other(known, flags, dataset)))
+            if chosen and not found:
+                run.origins = run.origins | {"branched_from": chosen.id}
+                save(run, interrupts)  # a branch then has all that it needs
+            yield run, interrupts
 
 
 # ---- Commands -----------------------------------------------------------------------------------
@@ -3791,20 +3790,13 @@ def score_checkpoint(model, contents, flags):
 
 def train_run(flags, ranks):
     """Starts a run or resumes one, and trains it; returns the exit status."""
-    with contextlib.ExitStack() as stack:
-        output = UnbreakableStream(sys.stdout)
-        messages = UnbreakableStream(sys.stderr)
-        stack.callback(output.drop_rest)
-        stack.callback(messages.drop_rest)
-        stack.enter_context(contextlib.redirect_stdout(output))
-        stack.enter_context(contextlib.redirect_stderr(messages))
-        interrupts = Interrupts()  # which set_up enters
-        run = set_up(flags, ranks, interrupts, stack)
-        ranks.share(run)
-        tqdm.write("")  # the end of the start screen
-        received = train(run, interrupts, ranks)
-        tqdm.write(describe_end(run, received))
-        return 128 + received if received else 0  # how shells report termination by a signal
+    with UnbreakableStream("stdout"), UnbreakableStream("stderr"):
+        with set_up(flags, ranks) as (run, interrupts):
+            ranks.share(run)
+            tqdm.write("")  # the end of the start screen
+            received = train(run, interrupts, ranks)
+            tqdm.write(describe_end(run, received))
+            return 128 + received if received else 0  # how shells report the end by a signal
 
 
 def describe_end(run, received):
@@ -3834,6 +3826,7 @@ def execute(argv):
     with explained_by_mlx(), join_ranks(argv) as ranks:
         if ranks.rank > 0:
             return ranks.follow()
+        id_of_model.cache_clear()  # a notebook's last command may have trained one
         flags = settle(read_command_line(argv))
         path = str(flags.save_dir.absolute())
         if utf8(path) != path:

@@ -120,7 +120,6 @@ def test_without_its_c_the_fast_version_still_runs(line, tmp_path):
 # Places of main.py, and what is put before each; the same with a 2 is the edit.
 TITLE = "# ---- Sampling of weights -----\n\nFACTOR = 1\n\n\n"
 BANNER = f"# {'=' * 97}\n# OPERATIONS"
-SAMPLING = f"# ---- Sampling {'-' * 83}\n"
 PLACES = {
     "at the top": ("EDITED = []", "FACTOR = 1\n"),
     "in a room": ("def adamw(", "FACTOR = 1\n\n\n"),
@@ -151,10 +150,10 @@ def test_code_counts_wherever_it_stands(place, line, tmp_path):
 
 @pytest.mark.parametrize("place", ELSEWHERE)
 def test_what_trains_nothing_does_not_count(place, line, tmp_path):
-    """Unless the titles do not tell it apart: then all of main.py counts."""
+    """Unless the banner does not tell it apart: then all of main.py counts."""
     first = name_of_run(tmp_path, line, ELSEWHERE[place], 1)
     assert name_of_run(tmp_path, line, ELSEWHERE[place], 2) == first
-    twice = {"def adamw(": f"{SAMPLING}\n\ndef adamw("}
+    twice = {"def adamw(": f"{BANNER}\n\n\ndef adamw("}
     second = name_of_run(tmp_path, line, ELSEWHERE[place], 3, twice)
     third = name_of_run(tmp_path, line, ELSEWHERE[place], 4, twice)
     assert [second, third] == [f"{first}.2", f"{first}.3"]

@@ -91,7 +91,7 @@ learning_rate: 1e-2
 keep: null
 qk_norm: false
 untie: true
-sample_prompt: [a b, --c]
+sample-prompt: [a b, --c]
 """
 GROUPED = """
 run: {preset: tiny, sample_prompt: a}
@@ -107,6 +107,7 @@ FROM_FILES = [  # what the file holds, what is typed beside it; the line without
      "--sample_prompt 'a b' --sample_prompt=--c"),
     (GROUPED, "--no-qk_norm --dim 16 --num_heads 2", "--dim 16 --num_heads 2 --context_size 32 "
      "--learning_rate 0.5 --sample_prompt a --tokenizer char"),
+    ("n_embd: 16\nsample_prompt: []\n", "--num_heads 2", "--dim 16 --num_heads 2"),
     ("context_size: 32\ndim: 8\n", "--preset tiny --dim 16", "--preset tiny --dim 16"),
 ]  # fmt: skip
 

@@ -639,6 +639,7 @@ def test_text_is_encoded_once_by_each_tokenizer(tmp_path, paths):
     assert len({each.sha256["train"] for each in first}) == 5
     part = load(tmp_path, paths, vocab_size=300, train_tokens=100)
     assert tokens_of(part) == [tokens_of(first[0])[0][:100], *tokens_of(first[0])[1:]]
+    assert part.train[1:] == (None, None, None), "counts of a text that is not used as a whole"
     assert written(part) == times[0]
 
 

@@ -140,7 +140,7 @@ MISTAKES = [
     ("--text text.txt –num_iters=0", "--num_iters", "must be at least"),
     ("--text -text.txt", "--text", "is typed behind ="),
     ("--mlp 'gelu\r' --dim 30 --num_heads 2 --text text.txt", "--dim 30", "try 32"),
-    ("--config names.yaml", "under two names", "YAML file of flags"),
+    ("--config names.yaml", "learning_rate stands in it twice", "YAML file of flags"),
     ("train", "unrecognized arguments: train", "no flag takes it"),
     ("--qk_norm False", "unrecognized arguments: False", "a switch has no value"),
     ("--prompt the company", "company", "a text with blanks needs quotes"),

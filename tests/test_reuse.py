@@ -65,9 +65,9 @@ def test_a_runs_folder_is_no_other_programs_model(base, text, tmp_path, monkeypa
     folder, id = base
     [other] = saved(folder)
     monkeypatch.chdir(folder)
-    for name in (other.run, other.folder):
+    for iteration, name in enumerate((other.folder, other.run, other.folder)):
         line = ["--text", text, "--save_dir", ".", "--init_from", name, "--max_tokens", 1]
-        begin(*line, "--num_iters", 1, "--new_model")
+        assert begin(*line, "--num_iters", iteration + 1)[1] == iteration, "it is the same run"
         assert saved(folder)[0].origins == {"init_from": id}
 
 

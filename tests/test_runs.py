@@ -264,7 +264,7 @@ def two_runs(tmp_path_factory):
     return folder / "lm", first, second
 
 
-def test_identifiers(two_runs):
+def test_identifiers(two_runs, tmp_path):
     """An id or its beginning, a run, the newest checkpoint, the best of the run saved last."""
     folder, first, second = two_runs
     checkpoints = {(each.run, each.iteration): each for each in saved(folder)}
@@ -284,6 +284,9 @@ def test_identifiers(two_runs):
         _, err = run(*words, "--identifier", identifier, status=2)
         assert f"matches no checkpoints in {folder}" in err
         assert f"{second}, {first} (see --list)" in err
+    elsewhere = shutil.copytree(folder / first, tmp_path / first)
+    _, err = run(*words, "--identifier", elsewhere, status=2)
+    assert f"{elsewhere} lies outside --save_dir {folder}" in err
 
 
 @pytest.mark.parametrize("options", [[], ["--beta2", 0.9]])
@@ -310,6 +313,9 @@ def test_a_branch_is_resumed_by_the_same_command(two_runs, tmp_path, options):
     assert (name, iteration) == (branch, 3)
     assert "This is a branch of" not in out
     assert begin("--identifier", first, "--save_dir", folder, "--num_iters", 4)[:2] == (first, 3)
+    if options:  # the branch has these weights, too
+        other = begin("--identifier", older.id, "--save_dir", folder, "--num_iters", 2)
+        assert other[:2] == (f"{first}.2", 1)
 
 
 def test_a_changed_flag_under_identifier_is_a_branch(two_runs, tmp_path):

@@ -256,9 +256,10 @@ def test_max_minutes_ends_a_leg_and_changes_nothing(tmp_path, text):
     assert out.count("\ntest ") == 1
     assert logged_scores(legs) == [iteration]
 
-    more = ["--num_iters", iteration + 20, "--test_text", text]
+    more = ["--num_iters", iteration + 20]
     out, _ = run(*line, "--save_dir", legs, *more)
     assert f"from iteration {iteration:,}" in out  # and the limit was that leg's own
+    assert out.count("\ntest ") == 1, "the test text is the run's"
     end = [iteration + 20]
     assert logged_scores(legs) == end, "not what a run without a break would not have"
     run(*line, "--save_dir", whole, *more)
