@@ -1819,15 +1819,15 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     """The checkpoint that the flag names; checkpoints: newest first.
 
     identifier: an id or its beginning, the file of that name, a run's name (its newest checkpoint),
-    RUN@STEP, "latest", or "best" (of the run saved last). Raises UsageError if it names none or
-    several.
+    RUN@STEP, "latest", or "best" (of the run saved last). Raises UsageError if it names none,
+    several, or what lies elsewhere.
     """
     path = Path(identifier)
-    if os.path.isabs(path) or path.parent.name:
-        if path.exists() and save_dir.resolve() not in path.resolve().parents:
-            raise UsageError(
-                f"--{flag_name} {identifier} lies outside --save_dir {save_dir}: copy the run there"
-            )
+    is_place = len(path.parts) > 1 and os.path.exists(path)
+    if is_place and save_dir.resolve() not in path.resolve().parents:
+        raise UsageError(
+            f"--{flag_name} {identifier} lies outside --save_dir {save_dir}: copy the run there"
+        )
     identifier = path.name.removesuffix(".safetensors")
     runs = by_run(checkpoints)
     if identifier == "latest":
