@@ -52,7 +52,8 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    remedy = "pip install -r requirements.txt, or uv run datasets.py (Windows: in WSL)"
+    remedy = "activate the environment (. .venv/bin/activate), or make one: "
+    remedy += "pip install -r requirements.txt, or uv run datasets.py (Windows: in WSL)"
     print(f"datasets.py: {' '.join(str(error).split())}: {remedy}", file=sys.stderr)
     sys.exit(2)
 
@@ -1007,9 +1008,8 @@ def encode_documents(spans, tokenizer):
     blocks = read_documents(spans)
     if tokenizer.kind == "word":
         blocks = itertools.chain(blocks, [("", True)])  # ends the last document, too
-    # Nothing goes before the first document. Without an end token, nothing goes between documents,
-    # either.
-    last = eos = tokenizer.eos
+    eos = tokenizer.eos  # without one, nothing goes between documents
+    last = eos  # as if a document had just ended: nothing goes before the first one
     before = ""  # the text's last character
     while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of the user's own text
         texts = [text for text, _ in batch]
@@ -1110,19 +1110,21 @@ def load_dataset(
         tokenizer = corpus.tokenizer
     if isinstance(tokenizer, (str, Path)) and tokenizer not in KINDS:
         tokenizer = read_tokenizer(tokenizer)
-    kind = getattr(tokenizer, "kind", tokenizer)
+    is_made = not isinstance(tokenizer, str)  # by the caller, or read from a file
+    kind = tokenizer.kind if is_made else tokenizer
     named = named_files(dataset, text, valid_text, test_text)
+    source = named
     local = {}
     if dataset == "text":
         has_end = kind != "char" and getattr(tokenizer, "eos", 0) is not None
         own_folders = [Path(user_path(each)).resolve() for each in (data_dir, save_dir) if each]
         local = own_text(named, valid_fraction, text_field, "" if has_end else "\n", own_folders)
     elif dataset == "python":
-        named = sysconfig.get_path("stdlib")
+        source = sysconfig.get_path("stdlib")
         local = python_modules()
     # One folder for each use of a text; where the text has changed, it is written anew.
-    use = [named, valid_fraction, text_field, vocab_size]
-    use.append(tokenizer if tokenizer is kind else tokenizer.to_dict())
+    use = [source, valid_fraction, text_field, vocab_size]
+    use.append(tokenizer.to_dict() if is_made else kind)
     cache = data_dir / dataset / f"{kind}-{digest_of(use)[:12]}"
     key = key_of(kind, corpus, local)
     with locked(cache):  # only one process encodes
@@ -1132,7 +1134,7 @@ def load_dataset(
             options = {"data_dir": data_dir, "mirror": mirror}
             get = functools.partial(fetch, folder=dataset, corpus=corpus, **options)
             spans = local or find_splits(dataset, corpus, get)
-            if tokenizer is kind:
+            if not is_made:
                 tokenizer = make_tokenizer(kind, spans["train"], vocab_size, **options)
             about = write_splits(spans, tokenizer, cache, key)
         # Still under the lock: another process might begin to encode a changed text.

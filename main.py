@@ -84,7 +84,8 @@ except ImportError as error:
     if __name__ != "__main__" or error.name == "datasets":  # a circular import
         raise
     reason = " ".join(str(error).split())
-    remedy = "pip install -r requirements.txt, or uv run main.py (Windows: in WSL)"
+    remedy = "activate the environment (. .venv/bin/activate), or make one: "
+    remedy += "pip install -r requirements.txt, or uv run main.py (Windows: in WSL)"
     if str(HERE) in reason:  # the path of what Python has found instead
         remedy = "rename a file of yours that hides a package"
     print(f"main.py: {reason}: {remedy}", file=sys.stderr)
@@ -764,16 +765,16 @@ class Batches:
     Raises UsageError if the text is shorter than one window.
     """
 
-    def __init__(self, text, context_size, batch_size, seed):
-        if len(text) <= context_size:  # a window is L inputs plus one token, the last target
+    def __init__(self, tokens, context_size, batch_size, seed):
+        if len(tokens) <= context_size:  # a window is L inputs plus one token, the last target
             remedy = "use a longer text"
-            if len(text) > 1:
-                remedy += f" or --context_size {len(text) - 1}"
+            if len(tokens) > 1:
+                remedy += f" or --context_size {len(tokens) - 1}"
             raise UsageError(
-                f"the training text has {len(text):,} tokens, fewer than "
+                f"the training text has {len(tokens):,} tokens, fewer than "
                 f"--context_size {context_size} needs: {remedy}"
             )
-        self.text = text
+        self.tokens = tokens
         self.context_size = context_size
         self.batch_size = batch_size
         self.seed = seed
@@ -782,9 +783,9 @@ class Batches:
     def begin_epoch(self, epoch):
         """Draws the offset and the order of an epoch, counted from 0."""
         rng = np.random.default_rng([self.seed, epoch])
-        offsets = min(self.context_size, len(self.text) - self.context_size)
+        offsets = min(self.context_size, len(self.tokens) - self.context_size)
         offset = int(rng.integers(offsets))
-        windows = (len(self.text) - 1 - offset) // self.context_size
+        windows = (len(self.tokens) - 1 - offset) // self.context_size
         self.go_to(epoch, 0, offset, rng.permutation(windows).astype(np.uint32))
 
     def go_to(self, epoch, place, offset, perm):
@@ -792,7 +793,7 @@ class Batches:
 
         perm: [windows] uint32. Raises ValueError if these are not windows of the text.
         """
-        windows = (len(self.text) - 1 - offset) // self.context_size
+        windows = (len(self.tokens) - 1 - offset) // self.context_size
         if perm.dtype != np.uint32 or perm.shape != (windows,) or perm.max() >= windows:
             raise ValueError("its order of batches is that of another text")
         self.epoch = epoch
@@ -814,7 +815,7 @@ class Batches:
         starts = self.offset + windows * self.context_size  # [B]
         self.place += self.batch_size
         ends = starts + self.context_size + 1
-        rows = np.stack([self.text[start:end] for start, end in zip(starts, ends)])  # [B, L + 1]
+        rows = np.stack([self.tokens[start:end] for start, end in zip(starts, ends)])  # [B, L + 1]
         return mx.array(rows[:, :-1], mx.int32), mx.array(rows[:, 1:], mx.int32)
 
 
@@ -1187,16 +1188,16 @@ def save_and_sample(run, interrupts, reporter):
 # First functions of logits [B, V], then token-by-token decoding.
 
 
-def penalize(logits, texts, penalty):
-    """Applies the repetition penalty (Keskar et al. 2019) to the ids in each row's text.
+def penalize(logits, ids, penalty):
+    """Applies the repetition penalty (Keskar et al. 2019) to the ids that each row has read.
 
     It divides logits above 0 and multiplies the others. 1 changes nothing.
     """
     if penalty == 1:
         return logits
     seen = np.zeros(logits.shape, bool)  # [B, V]
-    for row, text in enumerate(texts):
-        seen[row, text] = True
+    for row, read in enumerate(ids):
+        seen[row, read] = True
     penalized = mx.where(logits > 0, logits / penalty, logits * penalty)
     return mx.where(mx.array(seen), penalized, logits)
 
@@ -1235,13 +1236,13 @@ def keep_min_p(logits, p):
     return mx.where(logits < least, -math.inf, logits)
 
 
-def process_logits(logits, flags, texts):
-    """Logits [B, V] to sample from; texts: each row's ids in the model's window.
+def process_logits(logits, flags, ids):
+    """Logits [B, V] to sample from; ids: of each row, those in the model's window.
 
     Applies the repetition penalty, temperature, top-k, top-p and min-p, in this order, as in
     Hugging Face's transformers. At temperature 0, only the penalty changes which is the largest.
     """
-    logits = penalize(logits.astype(mx.float32), texts, flags.repetition_penalty)
+    logits = penalize(logits.astype(mx.float32), ids, flags.repetition_penalty)
     if is_greedy(flags):
         return logits
     logits = keep_top_k(logits / flags.temperature, flags.top_k)
@@ -1262,16 +1263,16 @@ def is_greedy(flags):
 
 
 class Decoder:
-    """A model that continues a text, a list of at least one id; callers may append to it, too.
+    """A model that continues a text, a list of at least one of its ids; callers may add to it, too.
 
     The keys and values of what it has read are cached. When the text outgrows the context, its
     last context_size // 2 tokens are read again: logits are always those of a fresh pass over the
     window of the text that starts at `start`.
     """
 
-    def __init__(self, model, text):
+    def __init__(self, model, ids):
         self.model = model
-        self.text = text
+        self.ids = ids
         self.begin_window(0)
 
     def begin_window(self, start):
@@ -1282,10 +1283,10 @@ class Decoder:
     def logits(self):
         """Logits [1, V] of the token that follows the text."""
         context_size = self.model.config.context_size
-        if len(self.text) - self.start > context_size:
-            self.begin_window(len(self.text) - max(1, context_size // 2))
+        if len(self.ids) - self.start > context_size:
+            self.begin_window(len(self.ids) - max(1, context_size // 2))
         read = self.start + self.caches[0].offset
-        unread = mx.array([self.text[read:]])
+        unread = mx.array([self.ids[read:]])
         return self.model(unread, self.caches, last=1).squeeze(1)
 
     def generate(self, max_tokens, flags, seed):
@@ -1295,11 +1296,11 @@ class Decoder:
         """
         for _ in range(max_tokens):
             logits = self.logits()
-            logits = process_logits(logits, flags, [self.text[self.start :]])
-            key = mx.array([seed, len(self.text)], mx.uint32)
+            logits = process_logits(logits, flags, [self.ids[self.start :]])
+            key = mx.array([seed, len(self.ids)], mx.uint32)
             # [V], as for each row of a batch (extras/decode.py): [1, V] would draw differently.
             token = draw(logits[0], flags, key).item()
-            self.text.append(token)
+            self.ids.append(token)
             yield token
 
     def describe_draft(self):
@@ -1370,12 +1371,12 @@ class Conversation:
 
     def __init__(self, tokenizer, model, draft=None):
         self.tokenizer = tokenizer
-        self.text = []  # ids
+        self.ids = []  # of the text; shared with the decoder
         self.speed = 0.0  # tokens per second of the last reply
         if draft is not None:
-            self.decoder = extra("decode").SpeculativeDecoder(model, draft, self.text)
+            self.decoder = extra("decode").SpeculativeDecoder(model, draft, self.ids)
         else:
-            self.decoder = Decoder(model, self.text)
+            self.decoder = Decoder(model, self.ids)
 
     def reply(self, prompt, flags, seed, interrupts=None):
         """Adds `prompt` to the text, and yields the model's continuation in pieces.
@@ -1390,14 +1391,13 @@ class Conversation:
         """Like `reply`, but without --stop."""
         tokenizer = self.tokenizer
         end = end_of_text(tokenizer) if flags.stop_at_end else None
-        # The text is shared with the decoder.
-        if self.text and self.text[-1] != end:
-            before = tokenizer.decode(self.text[-1:])[-1:]
+        if self.ids and self.ids[-1] != end:
+            before = tokenizer.decode(self.ids[-1:])[-1:]
             [ids] = encode_after(tokenizer, [before], ["\n" + prompt])
-            self.text.extend(ids.tolist())
-        elif prompt or not self.text:  # the prompt begins a text
-            self.text.extend(first_ids(tokenizer, prompt))
-        detokenizer = Detokenizer(tokenizer, self.text)
+            self.ids.extend(ids.tolist())
+        elif prompt or not self.ids:  # the prompt begins a text
+            self.ids.extend(first_ids(tokenizer, prompt))
+        detokenizer = Detokenizer(tokenizer, self.ids)
         times = []  # when each token arrived
         try:
             for token in self.decoder.generate(flags.max_tokens, flags, seed):
@@ -1527,7 +1527,7 @@ def bits_per_byte(nats, split):
 FORMAT_VERSION = 6
 READERS = {5: "be68f60"}  # {version: the last commit of this program that reads it}
 SHA1 = re.compile("[0-9a-f]{40}")
-NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check the flags"
+NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check --save_dir"
 
 
 @dataclasses.dataclass(eq=False)
@@ -3128,7 +3128,7 @@ def read_yaml(path, loader="SafeLoader"):
 
 
 def settle(given, saved=None):
-    """The flags of a command or a run, as a Namespace. Only this function sets them.
+    """The flags of a command or a run, as a Namespace; all flags come from here.
 
     given: those that the command sets, which stay in the attribute `given`; saved: those of the
     checkpoint that it resumes, or that a new run's models decide. What neither sets has its
@@ -3216,14 +3216,14 @@ def command(flags, identifier):
 # with it in the flags that shape a run, in the contents of the texts and models, and in the code.
 
 
-def decided_names(flags):
+def flags_of_models(flags):
     """The flags that --init_from or --teacher decides: they count only where they are given."""
     if flags.init_from:
         return ["tokenizer", *FLAGS["model"]]
     return ["tokenizer"] if flags.teacher else []
 
 
-def shape_of(name, value):
+def comparable(name, value):
     """What counts of a flag's value: not where something lies, but what lies there."""
     is_place = name in PATHS and not (name == "tokenizer" and value in TOKENIZERS)
     return None if is_place else value
@@ -3237,8 +3237,8 @@ def run_name(flags):
     """
     changed = {}
     for name in SHAPING:
-        value = shape_of(name, getattr(flags, name))
-        if value not in (None, DEFAULTS[name]) and name not in decided_names(flags):
+        value = comparable(name, getattr(flags, name))
+        if value not in (None, DEFAULTS[name]) and name not in flags_of_models(flags):
             changed[name] = value
     sha1 = sha1_of_text(json.dumps(changed, sort_keys=True))
     return f"{flags.dataset}-{sha1[:6]}"
@@ -3252,8 +3252,8 @@ def differences(flags, checkpoint):
     others = {}
     for name in SHAPING:
         value, its_own = getattr(flags, name), checkpoint.flags[name]
-        is_decided = name in decided_names(flags) and name not in flags.given
-        is_same = is_decided or shape_of(name, value) == shape_of(name, its_own)
+        is_decided = name in flags_of_models(flags) and name not in flags.given
+        is_same = is_decided or comparable(name, value) == comparable(name, its_own)
         if name in ORIGINS and (value or its_own):
             is_same = began_with(checkpoint, flags, name)
         if not is_same:
@@ -3296,7 +3296,7 @@ def check_agreement(flags, values, holder):
             has = "was made without it" if value is None else f"has {value}"
             raise UsageError(
                 f"--{name} {given} contradicts {holder}, which {has}: "
-                f"leave --{name} out, or start a new run with --new_model"
+                f"leave --{name} out, or use another run (see --list) or a new one (--new_model)"
             )
 
 
@@ -3326,9 +3326,9 @@ def find_run(flags, checkpoints, chosen):
     """
     newest = newest_of_runs(checkpoints)
     candidates = [chosen] if chosen in newest else []
+    left = chosen.id if chosen else None  # a command without it resumes no branch
     for each in newest:
-        is_branch_of_it = each.origins.get("branched_from") == (chosen and chosen.id)
-        if is_branch_of_it and not each.is_copy:
+        if each.origins.get("branched_from") == left and not each.is_copy:
             candidates.append(each)
     alike = [each for each in candidates if not differences(flags, each)]
     if not chosen and not alike:
@@ -3425,7 +3425,7 @@ def needed_models(flags):
 IMPORTED_CONTEXT = 1024  # at most, of a run from a Hugging Face model without --context_size
 
 
-def decided_by(models, flags):
+def values_from_models(models, flags):
     """The flags of a new run that its models determine, {flag: value}.
 
     Both determine the tokenizer, as all models have to predict the same ids, and --init_from the
@@ -3531,7 +3531,7 @@ def begin(flags, dataset=None):
             models[flag_name] = open_model(flags.save_dir, name, flag_name)
     if not models:
         return models, flags, dataset or load_data(flags)
-    flags = settle(flags.given, decided_by(models, flags))
+    flags = settle(flags.given, values_from_models(models, flags))
     tokenizer = next(iter(models.values())).tokenizer
     return models, flags, load_data(flags, tokenizer)
 
@@ -3655,20 +3655,20 @@ def set_up(flags, ranks):
     ends. Raises UsageError, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
-    known = [] if flags.new_model else checkpoints  # what the command may go on with
-    chosen = choose_checkpoint(flags, known)
+    resumable = [] if flags.new_model else checkpoints
+    chosen = choose_checkpoint(flags, resumable)
     if chosen:
         flags = settle(flags.given, chosen.flags)
         check_agreement(flags, differences(flags, chosen), chosen.run)
     check_before_data(flags, ranks)
-    found, dataset = find_run(flags, known, chosen)
-    folder = found.folder if found else free_folder(flags, checkpoints)
+    resumed, dataset = find_run(flags, resumable, chosen)
+    folder = resumed.folder if resumed else free_folder(flags, checkpoints)
     with claimed(folder):
-        if found or chosen:
+        if resumed or chosen:
             # Only now can no other process advance it. Of a branch of what is named, any intact
             # checkpoint will do.
-            is_named = bool(flags.identifier) and found in (None, chosen)
-            contents = open_newest(list_run(folder, warn=True) if found else [chosen], is_named)
+            is_named = bool(flags.identifier) and resumed in (None, chosen)
+            contents = open_newest(list_run(folder, warn=True) if resumed else [chosen], is_named)
             flags = settle(flags.given, contents.checkpoint.flags)
             models = {}
             for name in needed_models(flags):
@@ -3678,14 +3678,14 @@ def set_up(flags, ranks):
             models, flags, dataset = begin(flags, dataset)
         run = make_run(folder, flags, contents, models, dataset, ranks)
         run.saved = max((each.saved for each in checkpoints), default=0.0)
-        if not found:
+        if not resumed:
             for name in needed_models(flags):
                 extra("models").keep(folder / name, models[name].files)
         with Interrupts() as interrupts:  # from here on there is something to save
             print_start(run, contents and contents.checkpoint)
-            if not contents and known:
-                tqdm.write(printable(describe_other(known, flags, dataset)))
-            if chosen and not found:
+            if not contents and resumable:
+                tqdm.write(printable(describe_other(resumable, flags, dataset)))
+            if chosen and not resumed:
                 run.origins = run.origins | {"branched_from": chosen.id}
                 save(run, interrupts)  # a branch then has all that it needs
             yield run, interrupts
@@ -3739,21 +3739,18 @@ def flags_apart(checkpoints):
 def open_for_use(flags):
     """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
 
-    Without --identifier, of the runs that agree with those flags in FIXED that were given.
-    Raises UsageError, RunError.
+    Raises UsageError if a flag contradicts it, RunError.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
+    if not checkpoints:
+        raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
+    found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier or "latest")
+    others = differences(flags, found)
+    others.pop("seed", None)  # here that of samples
+    check_agreement(flags, others, found.run)
     if flags.identifier:
-        found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier)
-        others = differences(flags, found)
-        others.pop("seed", None)  # here that of samples
-        check_agreement(flags, others, found.run)
         return open_newest([found], is_named=True)
-    described = {*FIXED} & {*flags.given} - {"seed"}
-    for own in by_run(checkpoints).values():  # saved last first
-        if not described & {*differences(flags, own[0])}:
-            return open_newest(own)
-    raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
+    return open_newest(by_run(checkpoints)[found.run])
 
 
 def announce(checkpoint):

@@ -11,5 +11,6 @@ if sys.argv[0] == "-m":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name in ("numpy", "tqdm", "mlx"):
         if importlib.util.find_spec(name) is None:
-            print(f"extras: no {name} here: pip install -r requirements.txt", file=sys.stderr)
+            remedy = ". .venv/bin/activate, or pip install -r requirements.txt"
+            print(f"extras: no {name} here: {remedy}", file=sys.stderr)
             sys.exit(2)

@@ -159,10 +159,10 @@ class SpeculativeDecoder:
 
     length = 4  # the draft proposes up to so many tokens
 
-    def __init__(self, model, draft, text):
-        self.text = text
-        self.decoder = BatchDecoder(model, [text])
-        self.draft = BatchDecoder(draft, [text])  # shares the same list
+    def __init__(self, model, draft, ids):
+        self.ids = ids
+        self.decoder = BatchDecoder(model, [ids])
+        self.draft = BatchDecoder(draft, [ids])  # shares the same list
         self.proposed = 0  # tokens of the draft in the last reply
         self.accepted = 0
 
@@ -170,7 +170,7 @@ class SpeculativeDecoder:
         """Yields `max_tokens` ids and appends them to the text."""
         self.proposed = 0
         self.accepted = 0
-        known = len(self.text)  # tokens that are final
+        known = len(self.ids)  # tokens that are final
         end = known + max_tokens
         try:
             while known < end:
@@ -183,7 +183,7 @@ class SpeculativeDecoder:
 
     def draw(self, most, flags, seed):
         """Samples between one and `most` ids and appends them to the text."""
-        known = len(self.text)
+        known = len(self.ids)
         # Beyond this, the window would move.
         room = self.decoder.model.config.context_size - (known - self.decoder.starts[0])
         wanted = max(0, min(self.length, room, most - 1))
@@ -195,7 +195,7 @@ class SpeculativeDecoder:
         self.proposed += wanted
         self.accepted += accepted
         self.cut(known + accepted)
-        self.text.append(ids[accepted])  # the model's own token, after the last accepted one
+        self.ids.append(ids[accepted])  # the model's own token, after the last accepted one
         return ids[: accepted + 1]
 
     def cut(self, length):

@@ -38,6 +38,7 @@ REPLACED = {
     "Qwen/Qwen2.5-0.5B": "python-XXXXXX",
     "--eval_stride 32": "--eval_stride 4",
     "$lr": "1e-3",
+    " --gpu": "",
 }
 MODELS = ["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX", "python-0f068f"]
 

@@ -118,8 +118,8 @@ def pieces_of(tokenizer, prompt, ids, stop=None, **options):
     given = flags(max_tokens=len(ids), temperature=0, stop=stop, stop_at_end=False)
     pieces = [piece for piece in conversation.reply(prompt, given, 0, **options) if piece]
     if not stop:
-        answered = len(conversation.text) - len(ids)
-        assert conversation.text[answered:] == ids
+        answered = len(conversation.ids) - len(ids)
+        assert conversation.ids[answered:] == ids
     return pieces
 
 
@@ -228,11 +228,11 @@ def test_a_text_ends_at_its_end_token():
     assert "".join(conversation.reply("s", given, 0)) == "o"
     assert "".join(conversation.reply("", given, 0)) == "n....."
     assert "".join(conversation.reply("q", given, 0)) == "so"
-    assert conversation.text == [*b"qso", eos, *b"so", eos, *b"n.....\nqso", eos]
+    assert conversation.ids == [*b"qso", eos, *b"so", eos, *b"n.....\nqso", eos]
     conversation = main.Conversation(tokenizer, Script(rows, 64))
     on = flags(max_tokens=6, temperature=0, stop_at_end=False)
     assert "".join(conversation.reply("q", on, 0)) == "son.."  # the end token has no text
-    assert conversation.text == [*b"qso", eos, *b"n.."]
+    assert conversation.ids == [*b"qso", eos, *b"n.."]
 
 
 def test_words_come_one_by_one_with_their_spaces():
@@ -255,13 +255,13 @@ def test_what_was_said_before_counts():
         model = make_model(context_size, vocab_size=257)
         conversation = main.Conversation(ByteTokenizer(), model)
         for line in ("ab", "", "cdé", "x" * 20):
-            before = list(conversation.text)
+            before = list(conversation.ids)
             if before:
                 before += b"\n"
             before += line.encode()
             list(conversation.reply(line, given, 3))
-            assert conversation.text[: len(before)] == before
-            assert len(conversation.text) == len(before) + 5
+            assert conversation.ids[: len(before)] == before
+            assert len(conversation.ids) == len(before) + 5
             if len(before) <= context_size - 5:  # else windows begin elsewhere
                 expected = tokens_of(model, before, 5, seed=3, **rules)
-                assert conversation.text == before + expected
+                assert conversation.ids == before + expected
