@@ -2477,8 +2477,9 @@ class Log:
     def __init__(self, run):
         self.path = run.folder / "log.csv"
         self.columns = []  # of the file; none before it is written anew
-        # What is kept of earlier processes: up to this iteration, with or without its score.
-        self.end = (run.iteration, run.score is not None)
+        # The last row of earlier processes that is kept, as (iteration, whether it is a score); a
+        # score comes after the training row of its iteration.
+        self.kept_up_to = (run.iteration, run.score is not None)
 
     def append(self, row):
         """Adds a row, {name: value}. Raises OSError."""
@@ -2505,12 +2506,13 @@ class Log:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            if (int(row["iteration"]), row["split"] != "train") <= self.end:
+            place = (int(row["iteration"]), row["split"] != "train")
+            if place <= self.kept_up_to:
                 writer.writerow(row)
         with replacing(self.path) as file:
             file.write(text.getvalue().encode())
         self.columns = columns
-        self.end = (math.inf, True)  # later rows are this process's own
+        self.kept_up_to = (math.inf, True)  # later rows are this process's own
 
 
 def read_log(path):
@@ -2810,6 +2812,11 @@ def split_name(text):
     return one_of(SPLITS)(others.get(text, text))
 
 
+def model_name(text):
+    """A flag's type: a model's name, or its address on Hugging Face's hub."""
+    return nonempty(text).removeprefix("https://huggingface.co/")
+
+
 def bit_width(text):
     """A flag's type: bits of a quantized weight; "int8" is 8."""
     return int(one_of(["4", "8", "16"])(text.removeprefix("int")))
@@ -2884,11 +2891,11 @@ FLAGS["beginning"] = {
         "optim",
     ),
     "init_from": Flag(
-        None, nonempty, "start from a checkpoint, a Hugging Face folder, or ORG/NAME"
+        None, model_name, "start from a checkpoint, a Hugging Face folder, or ORG/NAME"
     ),
     "lora_rank": Flag(None, SIZE, "train only LoRA adapters of this rank, on --init_from"),
     "lora_alpha": Flag(None, RATE, "adapters are scaled by alpha / rank (default: 2 rank)"),
-    "teacher": Flag(None, nonempty, "distill from this model, named as for --init_from"),
+    "teacher": Flag(None, model_name, "distill from this model, named as for --init_from"),
 }
 
 FLAGS["training"] = {

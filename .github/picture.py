@@ -119,7 +119,7 @@ def draw_kills(axis, folder, text, green):
     labels.append(f"killed {len(kills)} times (x): {newest(killed).id[:12]}")
     axis.legend(labels, title="SHA1 of the last weights", fontsize=10, handlelength=1)
     axis.set_ylim(top=7)  # the legend lies above the curve
-    axis.set(xlabel="step (preset tiny)", ylabel="training loss (nats/token)")
+    axis.set(xlabel="step", ylabel="training loss (nats/token)")
     is_same = newest(undisturbed).id == newest(killed).id
     verdict = "same weights" if is_same else "other weights"
     axis.set_title(f"kill -9, rerun: {verdict}", loc="left", weight="bold")

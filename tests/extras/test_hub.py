@@ -96,7 +96,8 @@ def test_a_model_by_name(hub, line, tmp_path):
     change(hub.folder, rms_norm_eps=1e-3)
     shutil.rmtree(tmp_path / "home")
     hub.seen.clear()
-    assert begin(*named, "--num_iters", 2, env=hub.env)[:2] == (name, 1)
+    by_address = ["--init_from", "https://huggingface.co/org/tiny", "--num_iters", 2]
+    assert begin(*named, *by_address, env=hub.env)[:2] == (name, 1)
     assert hub.seen == []
     export = tmp_path / "again"
     export_model(make_llama(), ByteTokenizer(), export, None)
