@@ -150,6 +150,14 @@ def test_the_notebook_is_the_tutorial():
     assert {*commands} >= {line for line in COMMANDS if f"\n{line}\n" in TUTORIAL}
 
 
+def test_edits_can_be_made():
+    """What the pages say to change in main.py stands there once."""
+    source = (ROOT / "main.py").read_text().splitlines()
+    lines = re.findall(r"^-( .*)", "\n".join(re.findall(r"```diff\n(.*?)```", PAGES, re.S)), re.M)
+    assert len(lines) == 3
+    assert all(source.count(line) == 1 for line in lines), lines
+
+
 OF_OTHERS = """
     --version --model --port --max --backend --hosts --bind --mca --starting --logdir --install
 """.split()
