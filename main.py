@@ -1263,8 +1263,9 @@ def is_greedy(flags):
 
 
 class Decoder:
-    """A model that continues a text, a list of at least one of its ids; callers may add to it, too.
+    """A model that continues a text.
 
+    ids: the text so far, a list of at least one id; callers may append to it, too.
     The keys and values of what it has read are cached. When the text outgrows the context, its
     last context_size // 2 tokens are read again: logits are always those of a fresh pass over the
     window of the text that starts at `start`.
@@ -3135,7 +3136,7 @@ def read_yaml(path, loader="SafeLoader"):
 
 
 def settle(given, saved=None):
-    """The flags of a command or a run, as a Namespace; all flags come from here.
+    """All flags of a command or a run, as a Namespace.
 
     given: those that the command sets, which stay in the attribute `given`; saved: those of the
     checkpoint that it resumes, or that a new run's models decide. What neither sets has its
@@ -3303,7 +3304,7 @@ def check_agreement(flags, values, holder):
             has = "was made without it" if value is None else f"has {value}"
             raise UsageError(
                 f"--{name} {given} contradicts {holder}, which {has}: "
-                f"leave --{name} out, or use another run (see --list) or a new one (--new_model)"
+                f"leave --{name} out, or name another run or model"
             )
 
 

@@ -154,7 +154,7 @@ def test_edits_can_be_made():
     """What the pages say to change in main.py stands there once."""
     source = (ROOT / "main.py").read_text().splitlines()
     lines = re.findall(r"^-( .*)", "\n".join(re.findall(r"```diff\n(.*?)```", PAGES, re.S)), re.M)
-    assert len(lines) == 3
+    assert lines
     assert all(source.count(line) == 1 for line in lines), lines
 
 
