@@ -870,14 +870,16 @@ def describe_numbers(result):
         yield "No times: fewer than three pairs were trained anew."
         return
     time, low, high = result["time"], result["time_low"], result["time_high"]
-    times = f"After took {time:.3f} times as long ({low:.3f} to {high:.3f})"
+    times = f'"After" took {time:.3f} times as long ({low:.3f} to {high:.3f})'
     steps = result["steps"]
     if steps[0] != steps[1]:
         yield f"{times}."
     elif high - low > 2 * NOISE * time:
         yield f"This is at equal steps. {times}: too noisy to say more."
+    elif low <= 1 <= high:
+        yield f"This is at equal steps, and at equal time: {times}."
     else:
-        equal = f'for equal time, add --num_iters {steps[0] / time:.0f} to "after"'
+        equal = f'for equal time, add --num_iters {steps[0] / time:.0f} to it'
         yield f"This is at equal steps. {times}: {equal}."
 
 

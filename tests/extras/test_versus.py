@@ -14,6 +14,7 @@ from conftest import ROOT, TEXT, TINY, newest, run, saved, start
 
 from datasets import load_dataset
 from extras import plot
+from extras.versus import describe_numbers
 
 STEPS = [*TINY, "--num_iters", 24, "--steps_per_eval", 8]
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
@@ -183,6 +184,23 @@ def test_equal_time(project):
     scores = dict(newest(project / "alone").scores)
     own = [result["scores_before"][0], result["scores_after"][0]]
     assert own == pytest.approx([scores[24], scores[16]], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "time, low, high, end",
+    [
+        (0.9, 0.89, 0.91, "(0.890 to 0.910): for equal time, add --num_iters 333 to it."),
+        (1.01, 0.99, 1.03, 'at equal time: "After" took 1.010 times as long (0.990 to 1.030).'),
+        (0.9, 0.8, 1.0, "(0.800 to 1.000): too noisy to say more."),
+    ],
+)
+def test_what_equal_time_takes(time, low, high, end):
+    """Nothing where the times agree, and nothing is known where they vary too much."""
+    result = {"difference": 0.1, "low": 0.0, "high": 0.2, "unit": "nats/token", "agree": 3}
+    result |= {"seeds": [1, 2, 3], "test_difference": 0.1, "steps": [300, 300]}
+    *_, line = describe_numbers(result | {"time": time, "time_low": low, "time_high": high})
+    assert line.startswith("This is at equal steps")
+    assert line.endswith(end)
 
 
 def test_sides_that_begin_with_a_run(project):
