@@ -875,12 +875,12 @@ def describe_numbers(result):
     if steps[0] != steps[1]:
         yield f"{times}."
     elif high - low > 2 * NOISE * time:
-        yield f"This is at equal steps. {times}: too noisy to say more."
+        yield f"This holds at equal steps. {times}: too noisy to say more."
     elif low <= 1 <= high:
-        yield f"This is at equal steps, and at equal time: {times}."
+        yield f"This holds at equal steps and equal time: {times}."
     else:
         equal = f'for equal time, add --num_iters {steps[0] / time:.0f} to it'
-        yield f"This is at equal steps. {times}: {equal}."
+        yield f"This holds at equal steps. {times}: {equal}."
 
 
 def describe_verdict(result, margin, fault):

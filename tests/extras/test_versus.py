@@ -190,7 +190,7 @@ def test_equal_time(project):
     "time, low, high, end",
     [
         (0.9, 0.89, 0.91, "(0.890 to 0.910): for equal time, add --num_iters 333 to it."),
-        (1.01, 0.99, 1.03, 'at equal time: "After" took 1.010 times as long (0.990 to 1.030).'),
+        (1.01, 0.99, 1.03, ' and equal time: "After" took 1.010 times as long (0.990 to 1.030).'),
         (0.9, 0.8, 1.0, "(0.800 to 1.000): too noisy to say more."),
     ],
 )
@@ -199,7 +199,7 @@ def test_what_equal_time_takes(time, low, high, end):
     result = {"difference": 0.1, "low": 0.0, "high": 0.2, "unit": "nats/token", "agree": 3}
     result |= {"seeds": [1, 2, 3], "test_difference": 0.1, "steps": [300, 300]}
     *_, line = describe_numbers(result | {"time": time, "time_low": low, "time_high": high})
-    assert line.startswith("This is at equal steps")
+    assert line.startswith("This holds at equal steps")
     assert line.endswith(end)
 
 
