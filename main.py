@@ -2249,8 +2249,10 @@ def list_versions(flags, ranks):
 
 def proof_of_gpu(versions):
     """The file that `python -m extras.check --gpu` makes where a run on this GPU has repeated."""
-    what = json.dumps([versions[name] for name in ("device", "MLX", "BLAS")])
-    return open_code_dir() / f"gpu-{sha1_of_text(what)}"
+    what = [versions[name] for name in ("device", "MLX", "BLAS")]
+    if fast:
+        what.append(hash_of_module(fast))
+    return open_code_dir() / f"gpu-{sha1_of_text(json.dumps(what))}"
 
 
 # ---- Code ---------------------------------------------------------------------------------------
@@ -3490,7 +3492,7 @@ def check_memory(model, flags, ranks, optimizer):
     floats += positions * config.num_blocks * config.dim  # hidden states
     if not flags.grad_checkpoint:
         floats += positions * config.num_blocks * config.mlp_dim
-    if not on_gpu():  # which need not keep the scores of attention
+    if not on_gpu():  # where the scores of attention may be in bfloat16, or not kept
         floats += positions * config.num_heads * config.context_size
     refuse_beyond_memory(floats)
 
@@ -3861,6 +3863,10 @@ MLX_ERRORS = {
     ),
     "xcrun|xcode-select": (
         "MLX cannot compile for the CPU of this Mac: xcode-select --install, or add --gpu"
+    ),
+    "Failed to load compiled .* kernel|There is no kernel named": (
+        "a GPU kernel that MLX has kept is damaged: delete the folder mlx in /tmp, or the one that "
+        "MLX_PTX_CACHE_DIR names"
     ),
     r"^\[Compile|^filesystem error|^Could not load C\+\+": (
         "MLX cannot compile: set XDG_CACHE_HOME to a folder of yours with free space, where "

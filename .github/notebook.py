@@ -45,7 +45,9 @@ def cells_of(page):
     block = re.compile(r"^```(bash|diff|python)\n(.*?)\n```\n", re.MULTILINE | re.DOTALL)
     end = 0
     for found in block.finditer(page):
-        yield "markdown", page[end : found.start()].strip()
+        between = page[end : found.start()].strip()
+        if between:
+            yield "markdown", between
         yield "code", code_of(*found.groups())
         end = found.end()
     if page[end:].strip():

@@ -286,6 +286,8 @@ def describe_blas():
             parts.append(f"{package.name} {package.version}")
     if os.environ.get("MLX_ENABLE_TF32") != "0":
         parts.append("TF32 allowed")
+    if os.environ.get("MLX_CUDA_USE_CUDNN_SDPA") != "0":  # see use_gpu
+        parts.append("cuDNN attention")
     return ", ".join(parts)
 
 
@@ -317,12 +319,11 @@ def product_gradients(inputs, gradient, output):
 def rms_norm(x, weight, eps):
     """main.py's `rms_norm`, with a gradient of few operations.
 
-    On a GPU, the gradient w.r.t. the weight is a sum in float32: in bfloat16, as MLX adds up, it
-    would be 1 to 2 % off.
+    On a GPU, the gradient w.r.t. the weight is a sum of MLX's own, in float32. The kernel that has
+    the weight adds up in bfloat16, 1 to 2 % off; for some sizes, CUDA's does not wait between rows
+    (read in MLX 0.32.1), so sums might vary.
     """
     if on_gpu():
-        if x.dtype == mx.float32:
-            return mx.fast.rms_norm(x, weight, eps)
         normed = mx.fast.rms_norm(x, None, eps)
         return (normed * weight.astype(mx.float32)).astype(x.dtype)
     if x.shape[-2] == 1:
@@ -653,11 +654,14 @@ def fused_cross_entropy_and_gradients(hidden, head, targets, weights):
     hidden_gradients = []
     head_gradient = mx.array(0.0)
     for rows in chunks(len(hidden), len(padded)):
-        logits = mx.addmm(bias, hidden[rows], padded.T)
+        inputs = hidden[rows]  # [n, D]
+        if hidden_gradients:
+            inputs = wait_for([loss, hidden_gradients[-1], head_gradient], inputs)
+        logits = mx.addmm(bias, inputs, padded.T)
         nats, gradient = mx.value_and_grad(loss_of_chunk)(logits, targets[rows], weights[rows])
         loss = loss + nats
         hidden_gradients.append(gradient @ padded)
-        head_gradient = head_gradient + (gradient.T @ hidden[rows]).astype(mx.float32)
+        head_gradient = head_gradient + (gradient.T @ inputs).astype(mx.float32)
     return loss, mx.concatenate(hidden_gradients), head_gradient[: len(head)]
 
 

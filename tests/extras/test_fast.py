@@ -238,8 +238,16 @@ def with_head(head, program, untie):
     return model
 
 
-def test_the_memory_of_a_large_vocabulary():
-    """Weights, twice their gradient, four chunks of logits; all of the logits are twelve chunks."""
+@pytest.mark.usefixtures("branch")
+def test_the_memory_of_a_large_vocabulary(monkeypatch):
+    """Weights, twice their gradient, four chunks of logits; all of the logits are twelve chunks.
+
+    A CPU that pretends to be a GPU takes three arrays for a chunk's loss, and begins operations of
+    further ones ahead: 12 instead of the 37 that were seen when chunks did not wait.
+    """
+    most = 16 if fast.on_gpu() else 4
+    starts = range(0, 32 * 48, 128)
+    monkeypatch.setattr(fast, "chunks", lambda *sizes: [slice(i, i + 128) for i in starts])
     vocab_size, dim = 66_000, 32
     model = main.LanguageModel(main.Config(vocab_size, 48, 1, dim, 2, 2, "relu2", 8))
     head = mx.random.normal((vocab_size, dim))
@@ -256,7 +264,7 @@ def test_the_memory_of_a_large_vocabulary():
     mx.reset_peak_memory()
     mx.eval(step(hidden, head))
     chunk = 128 * vocab_size * 4
-    assert mx.get_peak_memory() - before < 3 * head.nbytes + 4 * chunk
+    assert mx.get_peak_memory() - before < 3 * head.nbytes + most * chunk
 
 
 # ---- Matrix products ----------------------------------------------------------------------------
