@@ -2198,7 +2198,7 @@ def use_device(gpu):
         fast.use_gpu()
     elif fast:
         fast.use_cpu()
-    elif not gpu:
+    if not gpu and (not fast or sys.platform != "linux"):  # else, fast.py has made a quicker one
         use_compiler(open_code_dir(), COMPILER_SCRIPT)
 
 
@@ -2296,7 +2296,7 @@ def parts_of_code():
         if isinstance(value, type) and value.__module__ == __name__:
             parts = vars(value)
         for key, part in [*parts.items()]:
-            if key != "__annotations__":  # Python makes them when they are asked for
+            if "__annot" not in str(key):  # Python makes them when they are asked for
                 found[name, key] = part
     for name in MODULES:
         found[name, "__spec__"] = getattr(sys.modules.get(name), "__spec__", None)
@@ -3865,8 +3865,8 @@ MLX_ERRORS = {
         "MLX cannot compile for the CPU of this Mac: xcode-select --install, or add --gpu"
     ),
     "Failed to load compiled .* kernel|There is no kernel named": (
-        "a GPU kernel that MLX has kept is damaged: delete the folder mlx in /tmp, or the one that "
-        "MLX_PTX_CACHE_DIR names"
+        "a GPU kernel that MLX has kept is damaged: delete the folder code-… in "
+        "~/.cache/transformer-lm"
     ),
     r"^\[Compile|^filesystem error|^Could not load C\+\+": (
         "MLX cannot compile: set XDG_CACHE_HOME to a folder of yours with free space, where "

@@ -28,7 +28,7 @@ import mlx.core as mx
 import numpy as np
 
 import main as core
-from datasets import RunError, explained, make_writable, one_line
+from datasets import RunError, explained, make_writable, one_line, sync
 
 REPETITIONS = 20
 ROUNDING = 1e-2  # relative; products in TF32, as some GPUs make them, put Muon off by 3e-3
@@ -83,10 +83,8 @@ def list_checks(folder, flags):
     """
     opened = os.open(folder, os.O_RDONLY)
     yield "lock of a folder", check_call, fcntl.flock, opened, fcntl.LOCK_EX
-    yield "sync of a folder", check_call, os.fsync, opened
+    yield "sync of a folder", check_call, sync, folder
     yield "/dev/fd", check_call, os.stat, f"/dev/fd/{opened}"
-    if sys.platform == "darwin":
-        yield "F_FULLFSYNC", check_call, fcntl.fcntl, opened, fcntl.F_FULLFSYNC
     for name, *operation in list_operations():
         yield name, check_operation, *operation
     device = ["--gpu"] if flags.gpu else []

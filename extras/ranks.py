@@ -95,7 +95,7 @@ class Group(contextlib.AbstractContextManager):
         poll = select.poll()
         for connection in connections:
             # A hang-up is always reported; incoming data is not.
-            poll.register(connection, getattr(select, "POLLRDHUP", 0))
+            poll.register(connection, getattr(select, "POLLRDHUP", select.POLLHUP))
         suspect = None  # the message during which a connection was already closed a second ago
         while True:
             time.sleep(1)

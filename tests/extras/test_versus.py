@@ -1,7 +1,6 @@
 """Comparisons of two sides: their runs are ordinary ones, and the numbers those of the books."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -153,7 +152,7 @@ def test_comparison(project, figures):
     # The first one repeated, with its sides changed about, trains nothing.
     files = sorted(project.glob("runs/versus/*/text-*/*"))
     compared[0] = "--learning_rate=0.010"
-    out, _ = versus(project, *compared, "--jobs", 1 if len(os.sched_getaffinity(0)) == 1 else 2)
+    out, _ = versus(project, *compared)
     assert last_line(out)["scores_after"] == result["scores_after"]
     assert sorted(project.glob("runs/versus/*/text-*/*")) == files
     assert "No times: " in out
