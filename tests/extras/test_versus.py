@@ -1,5 +1,6 @@
 """Comparisons of two sides: their runs are ordinary ones, and the numbers those of the books."""
 
+import glob
 import json
 import re
 import shutil
@@ -94,7 +95,8 @@ def last_line(out):
 
 def wait_for_checkpoint(project):
     """Waits until a run has saved something."""
-    while not [*project.glob("runs/versus/*/text-*/*.safetensors")]:
+    # Not by pathlib, which raises where a folder is renamed while it looks.
+    while not glob.glob(f"{project}/runs/versus/*/text-*/*.safetensors"):
         time.sleep(0.01)
 
 
