@@ -3865,7 +3865,7 @@ MLX_ERRORS = {
         "MLX cannot compile for the CPU of this Mac: xcode-select --install, or add --gpu"
     ),
     "Failed to load compiled .* kernel|There is no kernel named": (
-        "a GPU kernel that MLX has kept is damaged: delete the folder code-… in "
+        "a GPU kernel that MLX has kept is damaged: delete the folder code-* in "
         "~/.cache/transformer-lm"
     ),
     r"^\[Compile|^filesystem error|^Could not load C\+\+": (
