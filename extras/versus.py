@@ -534,7 +534,9 @@ def newest_record(folder, seed):
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         record = json.loads(header["__metadata__"]["record"])
-        if record["flags"]["seed"] == seed and path.with_suffix(".safetensors").exists():
+        is_run = record["name"] == path.parent.name  # and not a model that the runs begin with
+        has_seed = record["flags"]["seed"] == seed
+        if is_run and has_seed and path.with_suffix(".safetensors").exists():
             records.append(record | {"path": path})
     return max(records, key=itemgetter("saved"), default=None)
 

@@ -205,9 +205,13 @@ def test_what_equal_time_takes(time, low, high, end):
 
 
 def test_sides_that_begin_with_a_run(project):
-    """Both have its weights as links: a model may be large. All seeds then end alike."""
-    run("--text", project / "text.txt", *TINY, "--num_iters", 5, "--save_dir", project / "runs")
-    [base] = (project / "runs").glob("text-*/*.safetensors")
+    """Both have its weights as links: a model may be large. All seeds then end alike.
+
+    It is not taken for one of their runs, though it has the seed and more steps.
+    """
+    longer = [*STEPS, "--num_iters", 30, "--seed", 7]
+    run("--text", project / "text.txt", *longer, "--save_dir", project / "runs")
+    base = newest(project / "runs").weights_path
     compared = ["--learning_rate 0", "--pairs", 2, "--seeds", 7, "--json"]
     out, _ = versus(project, *compared, "--", "--init_from", "latest")
     result = last_line(out)
