@@ -52,7 +52,7 @@ def read_text(before, after, split):
         path.unlink()
     if before.tokenizer == after.tokenizer:
         if not np.array_equal(*tokens):
-            raise UsageError(f"the sides have other {split} texts: nothing can be compared")
+            raise UsageError(f"the sides have other {split} texts: put what chooses them behind --")
         return Text(tokens, NATS, None)
     texts = []
     for side, ids in zip(sides, tokens):

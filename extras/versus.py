@@ -59,15 +59,13 @@ POWER = 1.5  # times half an interval, whose spread is estimated: what four in f
 NOISE = 0.03  # half an interval of ratios of times, at most, for what follows from it
 SCREENED = 6  # pairs of --keep on used seeds
 PROMISING = -1.8  # the t that they have to reach; see tests/nightly/rules.py
+DIVERGED = "diverged"  # the fault of such a run
 
 # Flags of main.py that have no place here, and why.
 REFUSED = dict.fromkeys(["patience", "max_minutes"], "both sides take --num_iters steps")
 REFUSED["eval_tokens"] = "--tokens says how many are scored"
 REFUSED["identifier"] = "--init_from RUN begins with the weights of another run"
 REFUSED |= dict.fromkeys(["new_model", "inference", "prompt", "evaluate", "list"], "all runs train")
-# Those that have to be the same on both sides.
-SHARED = ["dataset", "text", "valid_text", "valid_fraction", "text_field", "test_text"]
-SHARED += ["seed", "save_dir"]
 
 
 def main(arguments):
@@ -233,12 +231,9 @@ def install(side, save_dir, cores, others):
 
     cores: how many each of its runs has; others: what else there is, plain data.
     """
-    data = [side.shape, side.origins, side.texts, side.versions, *others]
-    digest = hashlib.sha1(json.dumps(data, sort_keys=True).encode())
-    for name in side.sources:
-        source = (side.folder / name).read_text("utf-8", errors="replace")
-        digest.update(f"\n{name}\n".encode() + without_comments(source).encode())
-    folder = Path(save_dir, "versus", f"{digest.hexdigest()[:12]}.{cores}")
+    data = [side.shape, side.origins, side.texts, side.versions, code_of(side), *others]
+    sha1 = hashlib.sha1(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    folder = Path(save_dir, "versus", f"{sha1[:12]}.{cores}")
     fault = f"cannot write to {folder}: name another --save_dir"
     with explained(fault, OSError), locked(folder.parent):
         if not folder.exists():
@@ -260,10 +255,17 @@ def link_or_copy(path, target):
         shutil.copy(path, target)
 
 
+def code_of(side):
+    """The code that a side has loaded, without comments, {name of the file: text}."""
+    code = {}
+    for name in side.sources:
+        code[name] = without_comments((side.folder / name).read_text("utf-8", errors="replace"))
+    return code
+
+
 def count_tokens(side):
     """The words and signs in a side's code, without comments; those of strings count, too."""
-    texts = [without_comments((side.folder / name).read_text("utf-8")) for name in side.sources]
-    return len(re.findall(r"\w+|[^\w\s]", " ".join(texts)))
+    return len(re.findall(r"\w+|[^\w\s]", " ".join(code_of(side).values())))
 
 
 def patch(before, after):
@@ -284,10 +286,10 @@ def patch(before, after):
 class Outcome(NamedTuple):
     """What there is to compare of a run."""
 
-    id: str | None = None  # of its last checkpoint; None if it diverged
-    score: float = math.nan  # of the validation text; nan if it diverged
+    id: str | None = None  # of its last checkpoint; None if it has none
+    score: float = math.nan  # of the validation text
     test_score: float = math.nan  # of the test text, if there is one
-    fault: str | None = None  # what is wrong with its score, see Referee
+    fault: str | None = None  # DIVERGED, or what is wrong with its score, see Referee
     read: tuple = ()  # tokens and, of its order of batches, the epoch and the place in it
     seconds: float = math.nan  # of the processor, for the whole process; nan if it was there before
 
@@ -384,7 +386,7 @@ class Comparison:
                 output.seek(0)
                 error = failure(side.name, status, output.read()) if status else None
                 if error and "is not finite" in str(error):
-                    return Outcome()
+                    return Outcome(fault=DIVERGED)
                 if error:
                     raise error
                 # The time of a run that was resumed is not that of a whole run.
@@ -470,7 +472,7 @@ class Comparison:
             if scores[0] < math.log(side.vocab_size) + 2:
                 fault = referee.check_sight(tokens[0]) or referee.check_evaluation(tokens[0])
             else:
-                scores, fault = [math.nan, math.nan], None
+                fault = DIVERGED
             self.processes.discard(referee.process)
         for i, text in enumerate(self.texts):
             if self.unit == BITS and text:
@@ -522,9 +524,6 @@ def check_flags(before, after, same):
             raise UsageError(f"--{name} cannot be compared: {reason}")
     if same and before.flags["num_iters"] != after.flags["num_iters"]:
         raise UsageError(f"--same takes {SAME_STEPS} steps of both sides: give one --num_iters")
-    for name in SHARED:
-        if before.flags[name] != after.flags[name]:
-            raise UsageError(f"--{name} has to be the same on both sides: put it behind --")
 
 
 def newest_record(folder, seed):
@@ -568,19 +567,18 @@ def measure(pairs, quantile=None):
     quantile: the t beyond which a difference counts, by default that of 95 %.
     """
     before, after = scores = column(pairs, "score")
-    mean, low, high, t = interval(after - before, quantile)
+    mean, low, high, _ = interval(after - before, quantile)
     numbers = {
         "difference": mean,
         "low": low,
         "high": high,
-        "t": t,
-        "spread": (after - before).std(ddof=1),
         "agree": int((np.sign(after - before) == np.sign(mean)).sum()),
-        "correlation": math.nan,
         "scores_before": before.tolist(),
         "scores_after": after.tolist(),
-        "test_difference": changes(pairs, "test_score").mean(),
     }
+    test_difference = changes(pairs, "test_score").mean()
+    if math.isfinite(test_difference):  # there is such a text
+        numbers["test_difference"] = test_difference
     if scores.std(axis=1).all():
         numbers["correlation"] = np.corrcoef(scores)[0, 1]
     seconds = column(pairs, "seconds")
@@ -596,14 +594,15 @@ def column(pairs, name):
     return np.array([[getattr(outcome, name) for outcome in pair] for pair in pairs]).T
 
 
-def find_fault(pairs, sides):
-    """What makes the runs of a side worthless: "before" or "after", and a text; or None."""
-    for name, own, side in zip(("before", "after"), zip(*pairs), sides):
+def find_fault(pairs):
+    """What makes the runs of a side worthless: "before" or "after", and a text; or two Nones."""
+    for name, own in zip(("before", "after"), zip(*pairs)):
         faults = [each.fault for each in own if each.fault]
-        if len(own) > 1 and own[0].id and len({each.id for each in own}) == 1:
+        if len(own) > 1 and len({each.id for each in own}) == 1:
             faults.append("all seeds end in the same weights")
         if faults:
-            return name, f"{side.name}: {faults[0]}"
+            return name, faults[0]
+    return None, None
 
 
 def changes(pairs, name="score"):
@@ -622,8 +621,6 @@ def race(looks, margin, pairs):
     quantile = looks[len(pairs)]
     is_last = len(pairs) == max(looks)
     _, low, high, t = interval(changes(pairs), quantile)
-    if math.isnan(t):
-        return "diverged"
     if not changes(pairs).any() and all(before.id == after.id for before, after in pairs):
         return "same"
     if t > quantile:
@@ -652,8 +649,6 @@ def screen(worst, pairs):
     if len(pairs) not in (2, SCREENED):
         return None
     mean, *_, t = interval(changes(pairs) - worst)
-    if math.isnan(t):
-        return "diverged"
     if not changes(pairs).any():
         return "same"
     if len(pairs) == 2:
@@ -673,7 +668,7 @@ VERDICTS = {
     "promising": "Promising, on seeds that were used before",
     "not better": "Not better, on seeds that were used before",
     "same": "No effect, proved: the same weights, for these flags and seeds",
-    "diverged": "Diverged: runs of {at_fault}",
+    "diverged": "Diverged: runs of {at_fault}",  # "before" or "after"
     "cannot tell": "Cannot tell",
 }
 
@@ -683,7 +678,7 @@ def print_sameness(comparison):
     seeds = range(comparison.first_seed, comparison.first_seed + (comparison.options.pairs or 2))
     with contextlib.closing(comparison.pairs(seeds)) as pairs:
         for seed, before, after in pairs:
-            if None in (before.id, after.id):
+            if DIVERGED in (before.fault, after.fault):
                 raise RunError(f"a run with seed {seed} has diverged")
             if before.id != after.id:
                 print(f"Different weights after {SAME_STEPS} steps, seed {seed}.")
@@ -698,8 +693,7 @@ def print_comparison(comparison):
     looks = {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE
     seeds = range(comparison.first_seed, comparison.first_seed + max(looks))
     number = f"{min(looks)} to {max(looks)}" if len(looks) > 1 else options.pairs
-    for line in describe_start(comparison, looks, number):
-        print(line)
+    print_start(comparison, number)
     result = compare(comparison, seeds, partial(race, looks, options.margin), looks)
     print_result(result, options)
 
@@ -717,8 +711,7 @@ def keep_or_drop(comparison):
     margin = options.margin if is_smaller else None
     first = comparison.first_seed
     number = f"2 or {SCREENED}, then {min(RACE)} to {max(RACE)}"
-    for line in describe_start(comparison, RACE, number):
-        print(line)
+    print_start(comparison, number)
     result = compare(comparison, range(first, first + SCREENED), partial(screen, margin or 0))
     if result["outcome"] == "promising":
         print("That is promising. On seeds that no comparison has had:")
@@ -728,15 +721,11 @@ def keep_or_drop(comparison):
     kept = ["helped", "equal", "not worse"]
     if margin is not None:
         kept.append("same")
-    is_kept = result["outcome"] in kept
-    lines = ["Keep." if is_kept else "Drop."]
-    if result["outcome"] == "helped" and round(result["difference"], 4) == 0:
-        is_kept = False
-        lines = ["Too little to count.", "Drop."]
-    if "before" in result["at_fault"]:
+    if result["at_fault"] == "before":
         print_result(result, options)
         return CANNOT_TELL
-    print_result(result, options, *lines)
+    is_kept = result["outcome"] in kept
+    print_result(result, options, "Keep." if is_kept else "Drop.")
     return 0 if is_kept else 1
 
 
@@ -746,18 +735,15 @@ def compare(comparison, seeds, decide, looks=None):
     decide: a function of the pairs so far; looks: see race.
     """
     sides = comparison.before, comparison.after
-    pairs, outcome, fault = train_pairs(comparison, seeds, decide)
-    at_fault = [fault[0]] if fault else []
-    for name, own in zip(("before", "after"), zip(*pairs)):
-        if outcome == "diverged" and any(math.isnan(each.score) for each in own):
-            at_fault.append(name)
+    pairs, outcome, (at_fault, fault) = train_pairs(comparison, seeds, decide)
     result = comparison.describe() | {
         "seeds": [*seeds[: len(pairs)]],
         "outcome": outcome,
         "at_fault": at_fault,
+        "fault": fault,
         "unlike": unlike(*sides, pairs),
     }
-    if len(pairs) > 1 and not at_fault:
+    if len(pairs) > 1 and not fault:
         result |= measure(pairs, looks and looks.get(len(pairs)))
     tries = {result["comparison"]}
     for other in comparison.results():
@@ -766,28 +752,30 @@ def compare(comparison, seeds, decide, looks=None):
         if is_alike and other["outcome"] != "same" and {*other["seeds"]} & {*result["seeds"]}:
             tries.add(other["comparison"])
     result["tries"] = len(tries)
-    result["verdict"] = describe_verdict(result, comparison.options.margin, fault)
+    result["verdict"] = describe_verdict(result, comparison.options.margin)
     with open(comparison.ledger, "a", encoding="utf-8", opener=no_follow) as file:
-        file.write(as_json(result) + "\n")
+        file.write(json.dumps(result) + "\n")
     return result
 
 
 def train_pairs(comparison, seeds, decide):
-    """Trains pairs and prints them; returns them, the outcome, and the fault, see find_fault."""
-    sides = comparison.before, comparison.after
+    """Trains pairs and prints them; returns them, the outcome, and what find_fault found."""
     pairs = []
-    if sides[0].folder == sides[1].folder:
-        return pairs, "same", None
+    if comparison.before.folder == comparison.after.folder:
+        return pairs, "same", (None, None)
     print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
     with contextlib.closing(comparison.pairs(seeds)) as trained:
         for seed, *pair in trained:
             pairs.append(pair)
             before, after = [each.score for each in pair]
             print(f"{seed:>10}{before:>10.4f}{after:>10.4f}{after - before:>+14.4f}", flush=True)
-            fault = find_fault(pairs, sides)
-            outcome = "cannot tell" if fault else decide(pairs)
+            at_fault, fault = find_fault(pairs)
+            if fault:
+                outcome = "diverged" if fault == DIVERGED else "cannot tell"
+            else:
+                outcome = decide(pairs)
             if outcome:
-                return pairs, outcome, fault
+                return pairs, outcome, (at_fault, fault)
 
 
 def unlike(before, after, pairs):
@@ -804,51 +792,30 @@ def unlike(before, after, pairs):
     return names
 
 
-def as_json(result):
-    """A result as a line of JSON, which has neither nan nor infinity."""
-    finite = {}
-    for name, value in result.items():
-        is_number = not isinstance(value, float) or math.isfinite(value)
-        finite[name] = value if is_number else None
-    return json.dumps(finite)
-
-
 def print_result(result, options, *lines):
     """Prints what was found."""
     for line in [*describe_numbers(result), result["verdict"], *lines]:
         print(line)
     if options.json:
-        print(as_json(result))
+        print(json.dumps(result))
 
 
-def describe_start(comparison, looks, number):
-    """Yields what is compared, a line each; looks: see race; number: of pairs, in words."""
+def print_start(comparison, number):
+    """Prints what is compared; number: of pairs, in words."""
     before, after = comparison.before, comparison.after
-    yield f"before   {before.name}\nafter    {after.name}"
+    print(f"before   {before.name}\nafter    {after.name}")
     if comparison.plain:
         names = ", ".join(comparison.plain)
-        yield f"edited   {names}: each side runs that of its main.py, not of extras/fast.py"
+        print(f"edited   {names}: each side runs that of its main.py, not of extras/fast.py")
     for line in dict.fromkeys([*before.notices, *after.notices]):
-        yield line
+        print(line)
     if before.parameters != after.parameters:
-        yield (
+        print(
             f"The models differ in size: {before.parameters:,} parameters before, "
             f"{after.parameters:,} after."
         )
     steps = [comparison.steps(side) for side in (before, after)]
-    most = max(looks)
-    yield f"{number} pairs of runs: {steps[0]:,} steps before, {steps[1]:,} after"
-    flags = shlex.join(comparison.common)
-    spreads = []
-    for each in comparison.results():
-        if each["flags"] == flags and each.get("spread"):
-            spreads.append(each["spread"])
-    if spreads:
-        shown = POWER * looks[most] * np.median(spreads) / math.sqrt(most)
-        yield (
-            f"By earlier comparisons with these flags, {most} pairs show a difference of "
-            f"{shown:.2g} four times in five."
-        )
+    print(f"{number} pairs of runs: {steps[0]:,} steps before, {steps[1]:,} after")
 
 
 def describe_numbers(result):
@@ -861,13 +828,13 @@ def describe_numbers(result):
         f"{result['low']:+.4f} to {result['high']:+.4f}; {result['agree']} of {pairs} pairs have "
         "its sign"
     )
-    if pairs > 3:  # of two, it is 1 or -1
+    if pairs > 3 and "correlation" in result:  # of two, it is 1 or -1
         line += f"; correlation of the sides {result['correlation']:.2f}"
     yield line
-    if math.isnan(result["test_difference"]):
-        yield "Not checked on text that the sides have not had: name some with --test_text."
-    else:
+    if "test_difference" in result:
         yield f"On test text, the mean difference is {result['test_difference']:+.4f}."
+    else:
+        yield "Not checked on text that the sides have not had: name some with --test_text."
     if "time" not in result:
         yield "No times: fewer than three pairs were trained anew."
         return
@@ -885,14 +852,14 @@ def describe_numbers(result):
         yield f"This holds at equal steps. {times}: {equal}."
 
 
-def describe_verdict(result, margin, fault):
-    """The verdict of a result in words; fault: see find_fault."""
-    at_fault = " and ".join(result["at_fault"])
+def describe_verdict(result, margin):
+    """The verdict of a result in words."""
+    at_fault = result["at_fault"]
     verdict = VERDICTS[result["outcome"]].format(margin=margin, at_fault=at_fault)
     if result["outcome"] == "same" and not result["seeds"]:
         verdict = "The same code and flags on both sides: nothing is trained"
-    if fault:
-        verdict += f": {fault[1]}"
+    elif result["outcome"] == "cannot tell":
+        verdict += f": {result[at_fault]}: {result['fault']}"
     elif result["outcome"] == "none":
         pairs = len(result["seeds"])
         shown = POWER * (result["high"] - result["low"]) / 2
@@ -918,13 +885,10 @@ def print_list(save_dir):
         raise UsageError(f"nothing was compared in {save_dir}: name a --save_dir of comparisons")
     for each in results:
         interval = ""
-        if each.get("difference") is not None:
+        if "difference" in each:
             interval = f"{each['difference']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
-        names = zip((each["before"], each["after"]), each["commits"])
-        before, after = [
-            (commit or name) if name.startswith(commit) else f"{name} {commit}"
-            for name, commit in names
-        ]
+        sides = zip((each["before"], each["after"]), each["commits"])
+        before, after = [f"{name} {commit}".rstrip() for name, commit in sides]
         pairs = f"{len(each['seeds']):>2} pairs"
         tries = f", try {each['tries']}" if each["tries"] > 1 else ""
         outcome = f"{each['outcome']}{tries}"
