@@ -2958,7 +2958,9 @@ FLAGS["session"] = {
         " save_interval save_steps"
     ),
     "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best", "save_total_limit"),
-    "eval_tokens": Flag(100000, COUNT, "validation tokens per evaluation, at most; 0: all"),
+    "eval_tokens": Flag(
+        100000, COUNT, "validation tokens per evaluation in training, at most; 0: all"
+    ),
     "eval_test": Flag(False, bool, "evaluate on the test split at the end"),
     "report_to": Flag(None, dashboards, "tensorboard, wandb, or both with a comma; none"),
     "sample_prompt": Flag(
@@ -3181,33 +3183,30 @@ def values_of(flags, names):
     return {name: getattr(flags, name) for name in names}
 
 
+# {flag: the flags of which it needs one to have an effect}
+NEEDS = {
+    "min_lr": "lr_schedule",
+    "lr_cooldown": "lr_schedule",
+    "valid_fraction": "text",
+    "text_field": "text",
+    "lora_alpha": "lora_rank",
+    "teacher_weight": "teacher",
+    "teacher_temperature": "teacher",
+    "draft": "prompt inference",
+    "quantize": "prompt inference evaluate",
+    "eval_stride": "evaluate eval_test",
+}
+
+
 def notice_useless(flags):
-    """Yields a line that names the flags given that have no effect beside the others, if any."""
-    decays = flags.lr_schedule != "constant"
-    samples = flags.inference or flags.prompt is not None
-    trains_bpe = flags.tokenizer == "bpe" and not (flags.init_from or flags.teacher)
-    sampling = "only with --prompt or --inference"
-    has_effect = {
-        "min_lr": (decays, "only with a --lr_schedule that decays"),
-        "lr_cooldown": (decays, "only with a --lr_schedule that decays"),
-        "valid_fraction": (flags.text, "only with --text"),
-        "text_field": (flags.text, "only with --text"),
-        "vocab_size": (trains_bpe, "only with --tokenizer bpe; gpt2 has 50,257"),
-        "embedding_decay": (not flags.lora_rank, "not with --lora_rank"),
-        "lora_alpha": (flags.lora_rank, "only with --lora_rank"),
-        "teacher_weight": (flags.teacher, "only with --teacher"),
-        "teacher_temperature": (flags.teacher, "only with --teacher"),
-        "draft": (samples, sampling),
-        "quantize": (samples or flags.evaluate, f"{sampling} or --evaluate"),
-        "eval_stride": (flags.evaluate or flags.eval_test, "only with --evaluate or --eval_test"),
-        "eval_tokens": (not flags.evaluate, "not with --evaluate"),
-    }
-    useless = []
-    for name, (has_one, when) in has_effect.items():
-        if name in flags.given and not has_one:
-            useless.append(f"--{name} ({when})")
-    if useless:
-        yield f"No effect here: {', '.join(useless)}."
+    """Yields a line for each flag given that has no effect beside the others."""
+    for name, needed in NEEDS.items():
+        others = needed.split()
+        has_effect = any(getattr(flags, other) != DEFAULTS[other] for other in others)
+        if name in flags.given and not has_effect:
+            yield f"--{name} has no effect without --{' or --'.join(others)}."
+    if "vocab_size" in flags.given and flags.tokenizer != "bpe":
+        yield "--vocab_size has no effect without --tokenizer bpe."
 
 
 def command(flags, identifier):
