@@ -2473,14 +2473,14 @@ class Reporter:
 class Log:
     """A run's log.csv: a row has an iteration, a split and metrics.
 
-    It is rewritten before a process's first row, without the rows of steps that are repeated, and
-    before a row with a metric that has no column yet.
+    It is rewritten with a session's first row, without the rows of steps that are repeated, and
+    with a row that has a metric without a column.
     """
 
     def __init__(self, run):
         self.path = run.folder / "log.csv"
         self.columns = []  # of the file; none before it is written anew
-        # The last row of earlier processes that is kept, as (iteration, whether it is a score); a
+        # The last row of earlier sessions that is kept, as (iteration, whether it is a score); a
         # score comes after the training row of its iteration.
         self.kept_up_to = (run.iteration, run.score is not None)
 
@@ -2490,21 +2490,22 @@ class Log:
         for name, value in row.items():
             texts[name] = f"{value:.6g}" if isinstance(value, float) else value
         if not {*row} <= {*self.columns}:
-            self.add_columns(row)
+            self.rewrite(texts)
+            return
         with open(self.path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
 
-    def add_columns(self, names):
-        """Writes the file anew, with columns of these names, too."""
+    def rewrite(self, last):
+        """Writes the file anew, with its columns and those of `last`, which becomes its last row.
+
+        So the file always has a row, whenever the process is killed. If none can be read, another
+        program has saved it, with semicolons, say.
+        """
         rows = read_log(self.path)
         if not rows and os.path.lexists(self.path):
-            with open(self.path, "rb", opener=no_follow) as file:
-                content = file.read(10**6)
-            # Rows with semicolons, say; a single one may be what a failed write has left.
-            if re.search(rb"([\r\n]+[^\r\n]+){2}[\r\n]", content):
-                self.path.replace(self.path.with_name("log.old.csv"))
-                tqdm.write("log.csv cannot be read: it is log.old.csv from now on")
-        columns = [*dict.fromkeys(itertools.chain(*rows[:1], names))]
+            self.path.replace(self.path.with_name("log.old.csv"))
+            tqdm.write("log.csv cannot be read: it is log.old.csv from now on")
+        columns = [*dict.fromkeys(itertools.chain(*rows[:1], last))]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
@@ -2512,10 +2513,11 @@ class Log:
             place = (int(row["iteration"]), row["split"] != "train")
             if place <= self.kept_up_to:
                 writer.writerow(row)
+        writer.writerow(last)
         with replacing(self.path) as file:
             file.write(text.getvalue().encode())
         self.columns = columns
-        self.kept_up_to = (math.inf, True)  # later rows are this process's own
+        self.kept_up_to = (math.inf, True)  # later rows are this session's own
 
 
 def read_log(path):
