@@ -2852,8 +2852,8 @@ PRESETS = {
 
 # {group: {flag: row}}. The group says what a flag does. `data`, `model`, `beginning` and `training`
 # shape a run: another value is another run; only those of `training` may change in a branch. Those
-# of `session` may change whenever a run is resumed. All these are saved with a run; `sampling` and
-# `command` are not.
+# of `session` may change whenever a run is resumed. All these are saved with a run; `sampling`,
+# `mode` and `command` are not. A command has at most one flag of `mode`.
 # Where a default of None depends on other flags, the help says how; `settle` fills it in, or the
 # code that uses it.
 FLAGS = {}
@@ -2996,15 +2996,18 @@ FLAGS["sampling"] = {
     "quantize": Flag(None, bit_width, "quantize trained weights to 4, 8 or 16 bits"),
 }
 
-FLAGS["command"] = {
+FLAGS["mode"] = {
     "inference": Flag(False, bool, "sample interactively", "interactive"),
     "prompt": Flag(None, prompt_text, "text to continue", "start"),
     "evaluate": Flag(None, split_name, "evaluate a checkpoint on train, valid or test"),
+    "list": Flag(False, bool, "list runs and checkpoints"),
+    "new_model": Flag(False, bool, "start a new run even if one could be resumed"),
+}
+
+FLAGS["command"] = {
     "eval_stride": Flag(
         None, SIZE, "tokens between windows of --evaluate and --eval_test (default: context_size)"
     ),
-    "list": Flag(False, bool, "list runs and checkpoints"),
-    "new_model": Flag(False, bool, "start a new run even if one could be resumed"),
     "identifier": Flag(
         None, nonempty, "checkpoint to use: SHA1 prefix, run, RUN@STEP, latest or best", "ckpt"
         " resume_from_checkpoint"
@@ -3025,8 +3028,6 @@ SHAPING = [*FIXED, *FLAGS["training"]]
 SAVED = [*SHAPING, *FLAGS["session"]]
 # Flags that name a place: its content counts, not its name.
 PATHS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
-
-MODES = ["inference", "prompt", "evaluate", "list", "new_model"]  # a command has one of these
 
 LARGEST_YAML = 1 << 20  # bytes of a --config, or of a file of cases
 RECIPES = HERE / "extras" / "recipes"  # the files that --config finds by name
@@ -3051,7 +3052,7 @@ def make_parser():
 def parse(arguments):
     """The flags passed, {flag: value}. Raises UsageError."""
     flags = vars(make_parser().parse_args(arguments))
-    modes = [name for name in flags if name in MODES and flags[name] is not False]
+    modes = [name for name in flags if name in FLAGS["mode"] and flags[name] is not False]
     if len(modes) > 1:
         raise UsageError(f"--{modes[1]}: not allowed with argument --{modes[0]}")
     return flags

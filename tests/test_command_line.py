@@ -35,7 +35,7 @@ def test_help(tmp_path):
     out, err = run("--help", cwd=tmp_path)
     assert err == "" and "research" not in out and "n_embd" not in out
     assert not list(tmp_path.iterdir())
-    for title in ("data", "model", "beginning", "training", "session", "sampling", "command"):
+    for title in main.FLAGS:
         assert f"\n{title}:\n" in out
 
 
@@ -91,6 +91,8 @@ learning_rate: 1e-2
 keep: null
 qk_norm: false
 untie: true
+inference: false
+list: false
 sample-prompt: [a b, --c]
 """
 GROUPED = """
