@@ -38,9 +38,11 @@ if __name__ == "__main__":
     if vars(running) is globals():  # and not, say, cProfile
         sys.modules["main"] = running  # `import main` in an extra makes no second copy
 
-is_loaded_again = "EDITED" in globals()  # by importlib.reload
+# importlib.reload keeps the globals of the last load: EDITED, defined below, is then there.
+is_loaded_again = "EDITED" in globals()
 if __name__ == "__main__" or is_loaded_again:
     # In a notebook, an earlier load of this file may have left extras that hold its functions.
+    # extras.fast holds none, and it chooses the BLAS, which is possible only before MLX is loaded.
     for name in [*sys.modules]:
         if name.startswith("extras.") and name != "extras.fast":
             del sys.modules[name]
@@ -183,7 +185,11 @@ class Config:
 
 
 def dropout(hidden, noise, site):
-    """Hidden states [B, L, D] after dropout by `noise`, see Noise, or unchanged if it is None."""
+    """Hidden states [B, L, D] after dropout by `noise`, see Noise, or unchanged if it is None.
+
+    site: the number of this place in the model, 0 for the embeddings, then two for each block.
+    Each has its own mask.
+    """
     return hidden if noise is None else noise.drop(hidden, site)
 
 
@@ -537,6 +543,8 @@ def init_weights(model, seed):
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
+# extras/fast.py computes the logits itself: an edit of LanguageModel, with its `logits`, or of
+# Embedding has to switch it off.
 @partial(fast_version, parts=[Embedding, LanguageModel])
 def training_loss(model, hidden, targets, weight):
     """What training minimizes: the cross-entropy in nats, times `weight`, summed over positions.
@@ -714,7 +722,8 @@ def cooldown(iteration, flags):
     steps = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)
     done = max(0, iteration - (flags.num_iters - steps)) / max(1, steps)
     if flags.min_lr is None:
-        return done, 0.1
+        return done, 0.1  # the default of --min_lr: a tenth of the peak
+    # Of a rate of 0, any multiple will do: the 1 only avoids a division by 0.
     return done, flags.min_lr / (flags.learning_rate or 1)
 
 
@@ -907,8 +916,8 @@ class Run(Progress):
     stretches: list  # see Stretch; the last is current
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
 
-    # Seconds that each step since the last report took. Excludes the first step of a process, which
-    # compiles; None before that step.
+    # Seconds that each timed step since the last report took; [] if there was none. The first step
+    # of a session compiles and is not timed: before it, this is None.
     recent_times: list | None = None
     checkpoint_id: str | None = None  # of the last checkpoint
     # Time of the last save in --save_dir; the next one is later even if the clock was set back.
@@ -1088,7 +1097,8 @@ def train(run, interrupts, ranks):
                 if was_saved:
                     prune(run)
                 reporter.report_step(run, metrics)
-    # A finite score: a step from the newest checkpoint would succeed.
+    # No step follows the last checkpoint. But if it has a score, its weights are good, as score_run
+    # raises RunError where a score is not finite: no older one is needed to go back to.
     if reporter and run.score is not None:
         prune(run)
     if run.is_out_of_patience():
@@ -1417,7 +1427,7 @@ class Conversation:
 # ---- Evaluation ---------------------------------------------------------------------------------
 
 
-@partial(fast_version, parts=[Embedding, LanguageModel])
+@partial(fast_version, parts=[Embedding, LanguageModel])  # as for training_loss
 def score(model, hidden, targets):
     """The metrics of a validation text at each position, {name: [B, L]}.
 
