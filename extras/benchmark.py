@@ -4,9 +4,9 @@
     python -m extras.benchmark --identifier latest         a checkpoint, as it would be trained on
 
 It takes main.py's flags. Prints what it found in words and, as its last line, the same numbers as
-JSON: parameters, floating-point operations (FLOPs) per token, memory in bytes, speed in tokens per
-second, and milliseconds for the first token of a continuation and for each later one. It saves
-nothing.
+JSON: parameters, floating-point operations (FLOPs) per token, memory in bytes, speed in tokens and
+in FLOPs per second, and milliseconds for the first token of a continuation and for each later one.
+It saves nothing.
 """
 
 # First: main.py chooses the BLAS before NumPy and MLX take one.
@@ -21,9 +21,8 @@ from mlx.utils import tree_flatten
 
 from datasets import UsageError
 from extras.steps import open_run
-from main import Decoder, SingleProcess, begin, bfloat16_products, draw_dropout, fast, make_run
-from main import make_step, notice_useless, on_gpu, open_for_use, over_streams, read_command_line
-from main import settle, use_device
+from main import Decoder, SingleProcess, begin, draw_dropout, fast, make_run, make_step
+from main import notice_useless, open_for_use, read_command_line, settle, use_device
 
 # The parts of a model, and a pattern in the names of their parameters.
 PARTS = {
@@ -34,9 +33,6 @@ PARTS = {
     "output": "lm_head",
 }
 REPETITIONS = 5  # the fastest counts, because other programs can only slow one down
-# Rows and columns of the matrices whose product is timed. With fewer, a GPU would mostly wait.
-MATRIX_SIZE = 2048
-MATRIX_SIZE_OF_GPU = 8192
 DECODED_TOKENS = 32
 NOT_TRAINING = ["inference", "prompt", "evaluate", "list"]  # flags of main.py
 
@@ -69,11 +65,9 @@ def main(arguments):
         "optimizer": count_bytes(run.optimizer.state),
     }
     result |= measure_training(run)
+    result["flops_per_second"] = sum(flops.values()) * result["tokens_per_second"]
     rest = result["peak_memory"] - sum(result["memory"].values())
     result["memory"]["activations"] = max(0, rest)
-    result["matrix_flops"] = measure_matrix_speed(flags.dtype)
-    achieved = sum(flops.values()) * result["tokens_per_second"]
-    result["share_of_matrix_speed"] = achieved / result["matrix_flops"]
     result |= measure_decoding(run)
     print_result(result)
     print(json.dumps(result))
@@ -92,9 +86,8 @@ def print_result(result):
             f"{', '.join(memory)} and the like"
         ),
         "training": (
-            f"{result['tokens_per_second']:,.0f} tokens/s, at "
-            f"{result['share_of_matrix_speed']:.0%} of the {result['matrix_flops'] / 1e9:,.1f} "
-            "GFLOP/s of large matrix products here"
+            f"{result['tokens_per_second']:,.0f} tokens/s, "
+            f"{result['flops_per_second'] / 1e9:,.1f} GFLOP/s"
         ),
         "sampling": (
             f"first token after {result['first_token_ms']:,.1f} ms, then one every "
@@ -158,27 +151,6 @@ def measure_training(run):
     mx.reset_peak_memory()
     seconds = min(timeit.repeat(train_once, number=1, repeat=REPETITIONS))
     return {"tokens_per_second": inputs.size / seconds, "peak_memory": mx.get_peak_memory()}
-
-
-def measure_matrix_speed(dtype):
-    """FLOPs per second of a product of large square matrices, the most that training can reach.
-
-    dtype: float32 or bfloat16, as for --dtype.
-    """
-    size = MATRIX_SIZE_OF_GPU if on_gpu() else MATRIX_SIZE
-    matrix = mx.random.normal((size, size))
-    if dtype == "bfloat16" and on_gpu():
-        matrix = matrix.astype(mx.bfloat16)
-
-    def multiply(rows):
-        return (rows @ matrix)[0]  # a sum of rows takes no time
-
-    def multiply_once():
-        mx.eval(over_streams(multiply, matrix))
-
-    with bfloat16_products(dtype == "bfloat16"):
-        seconds = min(timeit.repeat(multiply_once, number=1, repeat=REPETITIONS))
-    return 2 * size**3 / seconds  # 2: multiplication and addition
 
 
 def measure_decoding(run):

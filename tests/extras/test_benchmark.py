@@ -46,8 +46,9 @@ def test_benchmark(shape, kv_dim, mlp_dim, text, tmp_path):
     # The gradients of all weights, or of all but the last that are updated, are there together.
     assert result["memory"]["activations"] > 0
     assert result["peak_memory"] == sum(result["memory"].values())
-    speeds = "tokens_per_second matrix_flops share_of_matrix_speed first_token_ms token_ms"
-    for name in speeds.split():
+    speed = result["tokens_per_second"]
+    assert result["flops_per_second"] == pytest.approx(3 * forward * speed)
+    for name in ("tokens_per_second", "first_token_ms", "token_ms"):
         assert result[name] > 0, name
     assert not ids(tmp_path), "nothing is saved"
 
