@@ -172,31 +172,22 @@ class Referee:
         cuts = np.arange(1, min(width, 65))
         if width > 65:
             cuts = np.append(cuts, np.linspace(65, width - 1, 16).astype(int))
-        if not len(cuts):
-            return None
-        cuts = cuts[:, None]  # [rows, 1]
-        starts = np.linspace(0, len(tokens) - width, len(cuts)).astype(int)[:, None]
-        windows = tokens[starts + np.arange(width)]  # [rows, L]
-        others = np.roll(windows, 1, axis=1)[::-1]
-        others = np.where(windows == others, (others + 1) % self.side.vocab_size, others)
-        is_kept = np.arange(width) < cuts
-        changed = np.where(is_kept, windows, others)
-        has_moved = []  # [rows, L] each
-        size = max(1, FLOATS // (2 * width * self.side.vocab_size))
-        for first in range(0, len(cuts), size):
-            part = slice(first, first + size)
-            both = np.concatenate([windows[part], changed[part]])
-            expected, found = np.split(self.log_probs(both), 2)
-            again = self.log_probs(windows[part][::-1])[::-1]  # in another order, beside others
+        starts = np.linspace(0, len(tokens) - width, len(cuts)).astype(int)
+        windows = tokens[starts[:, None] + np.arange(width)]  # [cuts, L]
+        others = np.roll(windows[::-1], 1, axis=1)
+        others = np.where(others == windows, (others + 1) % self.side.vocab_size, others)
+        # The last place comes first: the message then names the farthest token that is seen.
+        for cut, window, other in zip(cuts[::-1], windows, others):
+            changed = np.append(window[:cut], other[cut:])
+            expected, found = self.log_probs(np.stack([window, changed]))
+            # In another place, in a larger batch, with other texts on both sides.
+            _, again, _ = self.log_probs(np.stack([other, window, other]))
             if np.abs(again - expected).max() > self.tolerance:
                 return DEPENDS_ON_OTHERS
-            has_moved.append(np.abs(found - expected).max(axis=-1) > self.tolerance)
-        has_moved = np.concatenate(has_moved) & is_kept  # [cuts, L]
-        if has_moved.any():
-            place = has_moved.any(axis=0).argmax()
-            token = cuts[has_moved[:, place]].max()
-            what = f"the prediction at position {place} depends on token {token}"
-            return f"it sees the future: {what}"
+            has_moved = np.abs(found - expected)[:cut].max(axis=-1) > self.tolerance
+            if has_moved.any():
+                what = f"the prediction at position {has_moved.argmax()} depends on token {cut}"
+                return f"it sees the future: {what}"
 
     def log_probs(self, rows):
         """Logarithms of probabilities [B, L, V] for rows of tokens [B, L], none below -30."""

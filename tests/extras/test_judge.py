@@ -104,6 +104,21 @@ def placed(rows):
     return causal(rows) * (1 + 0.01 * np.arange(len(rows))[:, None, None])
 
 
+def counting_rows(rows):
+    """Its predictions depend on the number of rows."""
+    return causal(rows) * (1 + 0.01 * len(rows))
+
+
+def reading_row(shift):
+    """A model whose predictions depend on the row so many places before."""
+
+    def model(rows):
+        logits = causal(rows)
+        return logits + 0.01 * np.roll(logits, shift, axis=0)
+
+    return model
+
+
 class FakeReferee(judge.Referee):
     """Its side is a function of rows of tokens."""
 
@@ -144,18 +159,18 @@ TOO_MUCH = [
     (averaging_rows, judge.DEPENDS_ON_OTHERS),
     (Remembering(), judge.DEPENDS_ON_OTHERS),
     (placed, judge.DEPENDS_ON_OTHERS),
+    (counting_rows, judge.DEPENDS_ON_OTHERS),
+    (reading_row(1), judge.DEPENDS_ON_OTHERS),
+    (reading_row(-1), judge.DEPENDS_ON_OTHERS),
 ]
 
 
 @pytest.mark.parametrize("model, fault", TOO_MUCH)
-@pytest.mark.parametrize("floats", [1 << 24, 2 * WIDTH * V])
-def test_what_a_model_must_not_know(monkeypatch, model, fault, floats):
-    monkeypatch.setattr(judge, "FLOATS", floats)
+def test_what_a_model_must_not_know(model, fault):
     tokens = np.random.default_rng(1).integers(0, V - 1, 30 * WIDTH)
     assert FakeReferee(causal).check_sight(tokens) is None
     assert FakeReferee(hiding(causal, -1e9)).check_sight(tokens) is None
-    if floats > 1 << 20 or model is not placed:  # alone, each row has the first place
-        assert fault in FakeReferee(model).check_sight(tokens)
+    assert fault in FakeReferee(model).check_sight(tokens)
 
 
 def test_another_score_is_noticed(monkeypatch):
