@@ -19,22 +19,6 @@ from datasets import UsageError, end_of_text, explained, replacing, user_path, u
 from extras.huggingface import CHAT_TEMPLATE, find_counterpart, package_of, settings_of
 from main import rope_frequencies
 
-# GGUF's names for the parts of a model and of a block.
-PARTS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-PARTS_OF_BLOCK = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
 
 def export_gguf(model, tokenizer, path, bits):
     """Writes a file for llama.cpp; bits: per weight of a matrix, 4, 8 or 16, None for 32.
@@ -45,8 +29,11 @@ def export_gguf(model, tokenizer, path, bits):
     path = Path(user_path(path))
     kind = find_counterpart(model.config)
     content = tokenizer_content(tokenizer)
-    with explained("GGUF needs a package: pip install gguf", ImportError):
+    with explained("GGUF needs a package: pip install -U gguf", ImportError, KeyError):
         import gguf
+
+        architecture = gguf.MODEL_ARCH[kind.upper()]
+    names = gguf.get_tensor_name_map(architecture, model.config.num_blocks)
     if path.exists():
         raise UsageError(f"{path} exists: name another file, or delete it")
     formats = gguf.GGMLQuantizationType
@@ -59,7 +46,7 @@ def export_gguf(model, tokenizer, path, bits):
             writer.add_name(utf8(path.stem))
             writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{matrix_format.name}", 0))
             add_tokenizer(writer, content, tokenizer, model.config.vocab_size)
-            for tensor, array in convert_weights(model, is_permuted="qwen" not in kind):
+            for tensor, array in convert_weights(model, names, "qwen" not in kind):
                 wanted = matrix_format if array.ndim == 2 else formats.F32
                 with explained(needed, gguf.quants.QuantError):
                     data = gguf.quantize(array, wanted)
@@ -88,25 +75,21 @@ def add_settings(writer, config):
     writer.add_vocab_size(config.vocab_size)
 
 
-def convert_weights(model, is_permuted):
+def convert_weights(model, names, is_permuted):
     """The weights by their names in GGUF, [(name, array), ...].
 
-    is_permuted: whether RoPE pairs neighbouring dimensions there, as for all but Qwen2 and Qwen3;
-    here it pairs dimensions i and i + d/2.
+    names: the package's map of names. is_permuted: whether RoPE pairs neighbouring dimensions
+    there, as for all but Qwen2 and Qwen3; here it pairs dimensions i and i + d/2.
     """
     config = model.config
     converted = []
     for name, weight in tree_flatten(model.parameters()):
         array = np.array(weight)
         part, _, kind = name.rpartition(".")  # kind: weight or bias
-        if part in PARTS:
-            converted.append((f"{PARTS[part]}.weight", array))
-            continue
-        _, _, block, part = part.split(".", 3)  # model.layers.<number>.<part>
-        if is_permuted and part in ("self_attn.q_proj", "self_attn.k_proj"):
+        if is_permuted and part.endswith(("q_proj", "k_proj")):
             halves = array.reshape(-1, 2, config.head_dim // 2, config.dim)
             array = halves.swapaxes(1, 2).reshape(array.shape)
-        converted.append((f"blk.{block}.{PARTS_OF_BLOCK[part]}.{kind}", array))
+        converted.append((f"{names[part]}.{kind}", array))
     if config.rope_scaling:
         # How many times slower each pair of dimensions rotates than without scaling.
         plain = rope_frequencies(config.head_dim, config.rope_theta)

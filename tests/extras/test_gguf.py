@@ -16,6 +16,17 @@ gguf = pytest.importorskip("gguf")
 TEXT = "the cat <unk> sat\non the  mat — né 😀\n\nx\ty\u3000z\r\n1234\n"
 BPE = PackageTokenizer.train([TEXT] * 20, 300)
 CONTENT = json.loads(BPE.vocabulary)
+# Some names as files for llama.cpp have them, beside the package's own map.
+NAMES = {
+    "model.embed_tokens.weight": "token_embd",
+    "model.norm.weight": "output_norm",
+    "model.layers.1.input_layernorm.weight": "blk.1.attn_norm",
+    "model.layers.1.self_attn.k_proj.weight": "blk.1.attn_k",
+    "model.layers.1.self_attn.o_proj.weight": "blk.1.attn_output",
+    "model.layers.1.post_attention_layernorm.weight": "blk.1.ffn_norm",
+    "model.layers.1.mlp.up_proj.weight": "blk.1.ffn_up",
+    "model.layers.1.mlp.down_proj.weight": "blk.1.ffn_down",
+}
 
 
 def read(path):
@@ -59,7 +70,7 @@ def test_each_tensor(kind, shape, bits, matrix_kind, error, tmp_path):
     assert len(tensors) == len(weights)
     for ours, weight in weights:
         weight = np.array(weight)
-        theirs = names.get_name(ours.removesuffix(".weight"))
+        theirs = NAMES.get(ours) or names.get_name(ours.removesuffix(".weight"))
         array = tensors[theirs]
         assert array.shape == weight.shape
         if kind != "qwen3" and theirs.endswith(("attn_q", "attn_k")):
