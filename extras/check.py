@@ -14,8 +14,6 @@ calls it unverified.
 # First: main.py chooses the BLAS before NumPy and MLX take one.
 from extras.program import make_parser, read_flags, start
 
-import fcntl
-import os
 import platform
 import re
 import signal
@@ -28,7 +26,7 @@ import mlx.core as mx
 import numpy as np
 
 import main as core
-from datasets import RunError, explained, make_writable, one_line, sync
+from datasets import RunError, explained, make_writable, one_line
 
 REPETITIONS = 20
 ROUNDING = 1e-2  # relative; products in TF32, as some GPUs make them, put Muon off by 3e-3
@@ -71,7 +69,7 @@ def main(arguments):
         return 1
     if flags.gpu:
         core.proof_of_gpu(versions).touch()
-    print(f"\nExact here: system calls, {'GPU' if flags.gpu else 'CPU'}.")
+    print(f"\nExact here: {'GPU' if flags.gpu else 'CPU'}.")
     return 0
 
 
@@ -81,22 +79,12 @@ def list_checks(folder, flags):
     The function returns what it has found. Where that is amiss, it raises OSError, RuntimeError or
     RunError.
     """
-    opened = os.open(folder, os.O_RDONLY)
-    yield "lock of a folder", check_call, fcntl.flock, opened, fcntl.LOCK_EX
-    yield "sync of a folder", check_call, sync, folder
-    yield "/dev/fd", check_call, os.stat, f"/dev/fd/{opened}"
     for name, *operation in list_operations():
         yield name, check_operation, *operation
     device = ["--gpu"] if flags.gpu else []
     for name, more in RUNS.items():
         line = [*f"{TRAINING} {more}".split(), "--text", MAIN, *flags.training]
         yield name, check_run, line, device, folder
-
-
-def check_call(function, *arguments):
-    """Makes a system call that checkpoints need and a system may lack."""
-    function(*arguments)
-    return "works"
 
 
 # ---- Operations ---------------------------------------------------------------------------------
