@@ -61,6 +61,9 @@ SCREENED = 6  # pairs of --keep on used seeds
 PROMISING = -1.8  # the t that they have to reach; see tests/nightly/rules.py
 DIVERGED = "diverged"  # the fault of such a run
 
+# Flags of this program that main.py does not have.
+OWN = ["pairs", "seeds", "margin", "tokens", "jobs", "json", "same"]
+
 # Flags of main.py that have no place here, and why.
 REFUSED = dict.fromkeys(["patience", "max_minutes"], "both sides take --num_iters steps")
 REFUSED["eval_tokens"] = "--tokens says how many are scored"
@@ -127,10 +130,14 @@ def read_arguments(arguments):
     add("--keep", action="store_true", help=keep)
     add("--list", metavar="SAVE_DIR", nargs="?", const="runs", help="what was compared in a folder")
     end = [*arguments, "--"].index("--")
+    common = arguments[end + 1 :]
+    for name in OWN:
+        if f"--{name}" in common:
+            raise UsageError(f"--{name} is no flag of main.py: put it before --")
     # argparse takes a word that begins with a blank for no option: these are sides.
-    flag = r"^-(?!h$|-(help|pairs|seeds|margin|tokens|jobs|json|same|keep|list)\b)"
+    of_side = rf"^-(?!h$|-({'|'.join(OWN)}|help|keep|list)\b)"
     try:
-        options = parser.parse_args([re.sub(flag, " -", word) for word in arguments[:end]])
+        options = parser.parse_args([re.sub(of_side, " -", word) for word in arguments[:end]])
     except UsageError as error:
         raise UsageError(f"{error}; flags of main.py stand in quotes, or behind --") from None
     if options.keep and (options.pairs or options.same):
@@ -139,7 +146,7 @@ def read_arguments(arguments):
         raise UsageError("name a commit, or flags in quotes, to compare your files with")
     if is_flags(options.before) and not options.after:  # compared with what there is without them
         options.before, options.after = "", options.before
-    return options, arguments[end + 1 :]
+    return options, common
 
 
 def is_flags(side):

@@ -269,6 +269,17 @@ def test_mistakes_that_look_like_gains(project, old, new, verdict):
     assert verdict in out.splitlines()[-1]
 
 
+def test_more_training_text(project):
+    """Both are scored on the same validation text."""
+    (project / "more.txt").write_text(TEXT[::-1])
+    (project / "valid.txt").write_text(TEXT)
+    line = ["--text text.txt more.txt", "--pairs", 2, "--json", "--", "--valid_text", "valid.txt"]
+    out, _ = versus(project, *line)
+    result = last_line(out)
+    assert result["scores_before"] != result["scores_after"]
+    assert result["verdict"].endswith(", with another training text.")
+
+
 def test_keep(project):
     line = ["HEAD", "--keep", "--", "--learning_rate", 1e-5]
     edit(project, "    return flags.learning_rate *", "    return 1000 * flags.learning_rate *")
@@ -318,6 +329,7 @@ MISTAKES = [
     (["HEAD", "--", "--patience", 3], "--patience cannot be compared: both sides take --num_iters"),
     (["HEAD", "--keep", "--pairs", 4], "--keep chooses its own pairs"),
     (["HEAD", "--config", "first"], "flags of main.py stand in quotes, or behind --"),
+    (["HEAD", "--", "--seeds", 7], "--seeds is no flag of main.py: put it before --"),
     (["--list", "nowhere"], "nothing was compared in nowhere"),
     (["--tokenizer word"], "the tokens of the sides do not decode to the same valid text"),
     (["--init_from nobody"], "--init_from nobody cannot run: --save_dir runs holds no runs"),
