@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -54,13 +55,6 @@ TINY = (
     "--dim 16 --num_heads 2 --num_blocks 2 "
     "--context_size 8 --batch_size 4 --max_tokens 8"
 ).split()
-# The documented values of the flags that functions read: of samples, then of steps.
-DEFAULTS = {
-    **dict(max_tokens=200, temperature=0.5, top_k=50, top_p=1.0, min_p=0.0),
-    **dict(repetition_penalty=1.0, stop=None, stop_at_end=True),
-    **dict(seed=42, num_iters=100000, learning_rate=3e-4, min_lr=None, lr_warmup=200),
-    **dict(lr_schedule="constant", lr_cooldown=1.0, dropout=0.0, dropout_final=None),
-}
 # A line of history: iteration, training loss, score, whether it is the best.
 SCORED = (
     r"^iteration ([\d,]+): (?:train ([\d.]+), )?valid ([\d.]+) nats( \(best\))?, perplexity "
@@ -206,6 +200,14 @@ def run(*arguments, status=0, input=None, program=(MAIN,), cwd=None, env=None, *
     return out, err
 
 
+def load_module(path):
+    """A file of Python as a module of its own, which no `import` finds."""
+    spec = importlib.util.spec_from_file_location(f"loaded_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def run_extra(name, *arguments, **options):
     """Runs `python -m extras.NAME *arguments`, as `run` does."""
     if sys.platform == "linux" and not options.keys() - {"status", "input", "cwd"}:
@@ -218,13 +220,19 @@ def run_extra(name, *arguments, **options):
 def copy_program(folder, edits=None):
     """Copies the program into a new folder, with {old: new} in main.py; returns main.py's path."""
     shutil.copytree(ROOT / "extras", folder / "extras")
-    shutil.copy(DATASETS, folder)
-    source = Path(MAIN).read_text()
+    for program in (MAIN, DATASETS):
+        shutil.copy(program, folder)
     for old, new in (edits or {}).items():
-        assert source.count(old) == 1, old
-        source = source.replace(old, new)
-    (folder / "main.py").write_text(source)
+        edit(folder, old, new)
     return folder / "main.py"
+
+
+def edit(folder, old, new):
+    """Replaces a text in a folder's main.py, where it stands once."""
+    path = folder / "main.py"
+    source = path.read_text()
+    assert source.count(old) == 1, old
+    path.write_text(source.replace(old, new))
 
 
 def on_gpu(*arguments, **options):
@@ -343,8 +351,8 @@ def text(tmp_path):
 
 
 def flags(**values):
-    """What functions that take flags read: these values, and the documented ones for all others."""
-    return Namespace(**DEFAULTS | values, given=values)
+    """What functions that take flags read: these values, and the defaults of all others."""
+    return Namespace(**main.DEFAULTS | values, given=values)
 
 
 @functools.cache
@@ -400,6 +408,14 @@ def arrays(tree):
     if hasattr(tree, "parameters"):
         tree = tree.parameters()
     return {name: np.array(array, np.float64) for name, array in tree_flatten(tree)}
+
+
+def assert_equal(weights, expected, **tolerances):
+    """Both are {name: array}, of the same names and, to rounding, of the same values."""
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        theirs = np.array(expected[name])
+        np.testing.assert_allclose(np.array(weight), theirs, err_msg=name, **tolerances)
 
 
 def nats_of(logits, targets):

@@ -13,19 +13,16 @@ import sys
 
 import pytest
 from conftest import CACHES, MAIN, ROOT, TINY, begin, documented, ids, newest, run, run_folder
-from conftest import saved, start, wait_for, write_text
+from conftest import saved, start, wait_for
 
 import main
 from extras.hints import NOT_HERE
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with `text.txt` and, in `lm`, a run of three iterations; to be left as it is."""
-    folder = tmp_path_factory.mktemp("trained")
-    line = ["--text", write_text(folder), *TINY, "--num_iters", 3, "--steps_per_eval", 3]
-    run(*line, "--save_dir", folder / "lm")
-    return folder
+@pytest.fixture
+def trained(first_base):
+    """A folder with `text.txt` and, in `lm`, a run; to be left as it is."""
+    return first_base.parent
 
 
 # ---- Values -------------------------------------------------------------------------------------

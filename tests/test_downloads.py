@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib.util
 import io
 import os
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DATASETS, serving, start
+from conftest import DATASETS, load_module, serving, start
 
 from datasets import PackageTokenizer, load_dataset
 
@@ -45,15 +44,10 @@ class Copy:
         sha256 = hashlib.sha256(content).hexdigest()
         self.edit(rf"[0-9a-f]{{64}} +\d+ {path.name}", f"{sha256} {len(content)} {path.name}")
 
-    def module(self):
-        spec = importlib.util.spec_from_file_location("copy", self.path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
     def load(self, name, module=None, **options):
         options = {"mirror": str(self.mirror)} | options
-        return (module or self.module()).load_dataset(name, self.data_dir, **options)
+        module = module or load_module(self.path)
+        return module.load_dataset(name, self.data_dir, **options)
 
 
 @pytest.fixture
@@ -192,7 +186,7 @@ def test_tinyshakespeare(copy):
 def test_an_edit_while_a_process_runs_is_not_in_its_tokens(copy):
     """They are those of the code that it has loaded; the next process makes its own."""
     copy.lay("tinyshakespeare/input.txt", b"First Citizen:\n" * 9)
-    module = copy.module()
+    module = load_module(copy.path)
     copy.edit(r"return np\.frombuffer\(data, np\.uint8\)", r"\g<0>[::2]")
     before = copy.load("tinyshakespeare", module, tokenizer="byte").train.tokens
     after = copy.load("tinyshakespeare", tokenizer="byte").train.tokens

@@ -1,7 +1,6 @@
 """The commands of the READMEs and the tutorial, as they stand there, in small form and offline."""
 
 import ast
-import importlib.util
 import os
 import re
 import shlex
@@ -10,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TEXT, TINY, run, run_extra, run_folder
+from conftest import ROOT, TEXT, TINY, load_module, run, run_extra, run_folder
 
 README = (ROOT / "README.md").read_text()
 OF_EXTRAS = (ROOT / "extras" / "README.md").read_text()
@@ -134,9 +133,7 @@ def test_classifier(tmp_path):
 
 def test_the_notebook_is_the_tutorial():
     """`python .github/notebook.py make` has been typed, and what its cells edit is there."""
-    spec = importlib.util.spec_from_file_location("notebook", ROOT / ".github" / "notebook.py")
-    notebook = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(notebook)
+    notebook = load_module(ROOT / ".github" / "notebook.py")
     assert notebook.NOTEBOOK.read_text("utf-8") == notebook.make_notebook()
     cells = [text for kind, text in notebook.cells_of(TUTORIAL) if kind == "code"]
     source = (ROOT / "main.py").read_text()

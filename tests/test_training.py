@@ -6,10 +6,9 @@ import re
 import shlex
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from conftest import ROOT, SCORED, TINY, flags, ids, interrupt, log_rows, newest, run, saved, start
-from conftest import wait_for
+from conftest import ROOT, SCORED, TINY, assert_equal, flags, ids, interrupt, log_rows, newest
+from conftest import run, saved, start, wait_for
 from datasets import load_dataset
 from mlx.utils import tree_flatten
 
@@ -267,12 +266,6 @@ def test_max_minutes_ends_a_leg_and_changes_nothing(tmp_path, text):
 
 
 AVERAGE = ["--learning_rate", 0.01, "--lr_warmup", 5, "--steps_per_eval", 10, "--eval_tokens", 0]
-
-
-def assert_equal(weights, expected, **tolerances):
-    assert weights.keys() == expected.keys()
-    for name, weight in weights.items():
-        np.testing.assert_allclose(np.array(weight), np.array(expected[name]), **tolerances)
 
 
 def test_average_is_what_is_scored_saved_and_sampled(tmp_path, text):

@@ -28,16 +28,15 @@ def test_attention(head_count, options, text, figures, tmp_path):
         np.testing.assert_allclose(axis.images[0].get_array(), expected, atol=1e-5)
 
 
-def test_attention_of_an_edited_model(text, figures, tmp_path, monkeypatch):
+def test_attention_of_an_edited_model(byte_model, figures, monkeypatch):
     """What is drawn is what `attend` does: here, each position attends to the first one."""
-    run("--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm")
 
     def attend_to_the_first(queries, keys, values, mask=None):
         return mx.broadcast_to(values[:, :, :1], values.shape)
 
     monkeypatch.setattr(attention, "attend", attend_to_the_first)
     prompt = "the quick brown fox"
-    attention.main(["x.png", "--prompt", prompt, "--save_dir", str(tmp_path / "lm")])
+    attention.main(["x.png", "--prompt", prompt, "--save_dir", str(byte_model)])
     *axes, _ = figures[0].axes
     for axis in axes:
         weights = axis.images[0].get_array()

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import TINY, ids, run, run_extra
+from conftest import TINY, ids, run_extra
 
 SHAPES = {  # flags, the dimension of all heads' keys, the hidden units of an MLP
     "plain": (
@@ -53,30 +53,30 @@ def test_benchmark(shape, kv_dim, mlp_dim, text, tmp_path):
     assert not ids(tmp_path), "nothing is saved"
 
 
-def test_a_checkpoint_is_measured_as_it_is(tmp_path, text):
+def test_a_checkpoint_is_measured_as_it_is(base):
     """With the flags that it was trained with, or others of training."""
-    folder = ["--save_dir", tmp_path]
-    run("--text", text, *TINY, "--num_iters", 1, *folder)
-    out, _ = run_extra("benchmark", "--identifier", "latest", "--batch_size", 2, *folder)
+    folder, id = base
+    line = ["--identifier", id, "--batch_size", 2, "--save_dir", folder]
+    out, _ = run_extra("benchmark", *line)
     result = json.loads(out.splitlines()[-1])
     assert result["parameters"]["embeddings"] == 257 * 16
     assert result["tokens_per_second"] > 0
-    assert len(ids(tmp_path)) == 1
+    assert ids(folder) == [id]
 
 
 @pytest.mark.parametrize("options", [
     ["--init_from", "latest", "--lora_rank", 2],
     ["--teacher", "latest", "--dim", 24],
 ])  # fmt: skip
-def test_what_else_a_step_may_do_is_measured_too(options, tmp_path, text):
-    line = ["--text", text, "--batch_size", 4, "--save_dir", tmp_path]
-    run(*line, *TINY, "--num_iters", 1)
+def test_what_else_a_step_may_do_is_measured_too(options, base, text):
+    folder, id = base
+    line = ["--text", text, "--batch_size", 4, "--save_dir", folder]
     if "--teacher" in options:
         line += TINY
     out, _ = run_extra("benchmark", *line, *options)
     result = json.loads(out.splitlines()[-1])
     assert result["tokens_per_second"] > 0
-    assert len(ids(tmp_path)) == 1
+    assert ids(folder) == [id]
     if "--lora_rank" in options:  # no gradients with respect to the matrices
         parts = result["parameters"]
         flops = result["flops_per_token"]

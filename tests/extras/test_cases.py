@@ -7,7 +7,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, begin, ids, newest, run, run_extra, saved
+from conftest import ROOT, begin, ids, newest, run_extra, saved
 
 EXAMPLE = ROOT / "tests" / "cases.yaml"
 CASES = [
@@ -60,14 +60,12 @@ def test_cases(trained, tmp_path):
     assert out.endswith(f"  5 of 5 in the top {worst}\n")
 
 
-def test_a_case_without_a_token(text, tmp_path):
+def test_a_case_without_a_token(word_model, tmp_path):
     """A space is none to a model of words, which is not asked for the end of the text instead."""
     cases = '- {prompt: the, expected: " "}\n- {prompt: the, expected: "\\n"}\n'
     (tmp_path / "cases.yaml").write_text(cases)
-    folder = ["--save_dir", tmp_path / "lm"]
-    run("--text", text, "--tokenizer", "word", *TINY, "--num_iters", 1, *folder)
     line = ["cases.yaml", "--top_k", 100000, "--output", "out.json"]
-    out, _ = run_extra("cases", *line, *folder, cwd=tmp_path)
+    out, _ = run_extra("cases", *line, "--save_dir", word_model, cwd=tmp_path)
     space, line_end = json.loads((tmp_path / "out.json").read_text())
     assert (space["rank"], space["probability"], space["passed"]) == (None, None, False)
     assert line_end["passed"]

@@ -8,7 +8,7 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TEXT, TINY, Script, flags, ids, run
+from conftest import Script, flags, run, run_folders
 from test_sampling import make_model, tokens_of
 
 from extras.decode import BatchDecoder, SpeculativeDecoder
@@ -114,31 +114,18 @@ def test_speculation_changes_no_token(context_size, draft_context, prompt_length
             assert is_right == (seed == 0), "always, if it is the model itself"
 
 
-@pytest.fixture(scope="session")
-def two_models(tmp_path_factory):
-    """A folder with two models of one text, the last of them smaller, and their ids."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "text.txt").write_text(TEXT)
-    line = ["--text", folder / "text.txt", *TINY, "--tokenizer", "word", "--num_iters", 60]
-    line += ["--learning_rate", 0.01, "--lr_warmup", 10, "--save_dir", folder / "lm"]
-    run(*line, "--dim", 16)
-    run(*line, "--dim", 8)
-    small, large = ids(folder / "lm")
-    return folder / "lm", large, small
-
-
-def test_draft(two_models):
-    folder, large, small = two_models
-    line = ["--identifier", large, "--save_dir", folder, "--max_tokens", 40]
+def test_draft(trained):
+    model, draft = [folder.name for folder in run_folders(trained)]
+    line = ["--identifier", model, "--save_dir", trained, "--max_tokens", 40]
     cold = ["--prompt", "the company", *line, "--temperature", 0]
     plain, _ = run(*cold)
-    out, err = run(*cold, "--draft", small[:8])
+    out, err = run(*cold, "--draft", draft)
     assert out == plain
     assert re.search(r"[\d.]+ tokens/s, \d+% of the draft's \d+ proposals accepted", err)
-    hot = ["--prompt", "the", *line, "--temperature", 1, "--draft", small]
+    hot = ["--prompt", "the", *line, "--temperature", 1, "--draft", draft]
     out, _ = run(*hot)
     again, _ = run(*hot)
     assert out and again == out
-    session = ["--inference", *line, "--temperature", 0, "--draft", small]
+    session = ["--inference", *line, "--temperature", 0, "--draft", draft]
     out, _ = run(*session, input="the company\n")
     assert out.startswith(plain)

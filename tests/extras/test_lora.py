@@ -6,7 +6,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import arrays, begin, make_model, newest, run, run_extra, saved
+from conftest import arrays, assert_equal, begin, make_model, newest, run, run_extra, saved
 from datasets import ByteTokenizer, load_dataset
 from test_huggingface import logits_of
 
@@ -26,9 +26,7 @@ def assert_adapters_on(base, checkpoint, scale):
         matrices.append(b)
     assert not adapters, "nothing else is saved"
     found = arrays(checkpoint.open().load_model())
-    assert found.keys() == expected.keys()
-    for name, weight in found.items():
-        np.testing.assert_allclose(weight, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert_equal(found, expected, rtol=1e-5, atol=1e-6)
     return matrices
 
 

@@ -15,8 +15,8 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import CACHES, MAIN, TINY, copy_program, free_ports, ids, newest, rows_of, run
-from conftest import start, wait_for
+from conftest import CACHES, MAIN, TINY, assert_equal, copy_program, free_ports, ids, newest
+from conftest import rows_of, run, start, wait_for
 
 LINE = ["--text", "text.txt", *TINY, "--num_iters", 12, "--steps_per_report", 1]
 LINE += ["--learning_rate", 3e-3, "--dropout", 0.2]
@@ -81,9 +81,7 @@ def assert_equal_runs(folder, other):
         losses.append([row["loss"] for row in rows_of(checkpoint.folder / "log.csv", "train")])
         weights.append(mx.load(str(checkpoint.weights_path)))
     np.testing.assert_allclose(*losses, atol=1e-5)
-    assert weights[0].keys() == weights[1].keys()
-    for name, array in weights[0].items():
-        np.testing.assert_allclose(array, weights[1][name], atol=2e-5, err_msg=name)
+    assert_equal(*weights, atol=2e-5)
 
 
 @pytest.mark.parametrize("size, num_scores, options", [

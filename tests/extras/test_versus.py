@@ -10,7 +10,7 @@ import time
 import main
 import numpy as np
 import pytest
-from conftest import ROOT, TEXT, TINY, newest, run, saved, start
+from conftest import TEXT, TINY, copy_program, edit, newest, run, saved, start
 
 from datasets import load_dataset
 from extras import plot
@@ -24,10 +24,7 @@ GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign
 def committed(tmp_path_factory):
     """A repository with two commits, the second of the program, and a text beside it."""
     folder = tmp_path_factory.mktemp("committed")
-    for name in ("main.py", "datasets.py"):
-        shutil.copy(ROOT / name, folder)
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "extras", folder / "extras", ignore=ignored)
+    copy_program(folder)
     (folder / "text.txt").write_text(TEXT)
     (folder / ".gitignore").write_text("runs\ntext.txt\n__pycache__\n")
     commit = ["commit", "-q", "--allow-empty", "-m", "a"]
@@ -57,14 +54,6 @@ def versus(project, *arguments, status=0):
     out, err = process.communicate()
     assert process.returncode == status, f"{out}\n{err}"
     return out, err
-
-
-def edit(project, old, new):
-    """Replaces a text in main.py, where it stands once."""
-    path = project / "main.py"
-    source = path.read_text()
-    assert source.count(old) == 1
-    path.write_text(source.replace(old, new))
 
 
 def losses(project, result):
