@@ -12,8 +12,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CACHES, MAIN, ROOT, TINY, begin, documented, ids, newest, run, run_folder
-from conftest import saved, start, wait_for
+from conftest import CACHES, MAIN, ROOT, TINY, begin, documented, newest, run, run_folder, saved
+from conftest import start, wait_for
 
 import main
 from extras.hints import NOT_HERE
@@ -299,10 +299,7 @@ def test_a_path_is_expanded_where_it_is_typed_alone(trained, tmp_path):
 # ---- Results, readers ---------------------------------------------------------------------------
 
 
-has_full = os.path.exists("/dev/full")
-
-
-@pytest.mark.skipif(not has_full, reason="macOS has no /dev/full")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="macOS has none")
 @pytest.mark.parametrize("typed", ["--list", "--evaluate valid", "-m extras.cases cases.yaml"])
 def test_a_result_that_could_not_be_written_is_a_failure(typed, trained):
     (trained / "cases.yaml").write_text("- {prompt: line, expected: '5'}\n")
@@ -315,14 +312,6 @@ def test_a_result_that_could_not_be_written_is_a_failure(typed, trained):
     assert messages == lines[-1:], "one, and the last of all"
     assert "No space left" in lines[-1]
     assert "Traceback" not in err and "Exception ignored" not in err
-
-
-@pytest.mark.skipif(not has_full, reason="macOS has no /dev/full")
-def test_progress_may_be_lost(trained, tmp_path):
-    line = ["--text", trained / "text.txt", *TINY, "--num_iters", 3]
-    with open("/dev/full", "w") as full:
-        run(*line, "--save_dir", tmp_path / "lm", stdout=full, stderr=full)
-    assert len(ids(tmp_path / "lm")) == 1
 
 
 def test_a_reader_may_leave(trained):

@@ -180,9 +180,11 @@ def test_no_other_package_is_imported(guarded, text, tmp_path):
 @pytest.mark.parametrize("line, package", [
     ("--config flags.yaml", "yaml"),
     ("--tokenizer bpe", "tokenizers"),
+    ("--tokenizer own.json", "tokenizers"),  # the file is not at fault
 ])  # fmt: skip
 def test_a_missing_package_is_named(line, package, guarded, text, tmp_path):
     (tmp_path / "flags.yaml").write_text("dim: 8\n")
+    (tmp_path / "own.json").write_text('{"model": {}}')
     options = guarded | {"cwd": tmp_path}
     _, err = run("--text", text, *line.split(), "--save_dir", tmp_path / "lm", status=2, **options)
     assert package in err

@@ -72,24 +72,10 @@ def test_a_resumed_run_keeps_its_order_of_batches(tmp_path, text):
 def test_extending_a_schedule_says_that_it_stretches(tmp_path, text):
     line = ["--text", text, *TINY, "--save_dir", tmp_path, "--lr_warmup", 0]
     line += ["--steps_per_report", 1, "--lr_schedule", "linear", "--min_lr", 0]
-    out, _ = run(*line, "--learning_rate", 0.01, "--num_iters", 4)
-    assert re.findall(r"  lr (\S+)", out) == ["1.00e-02", "7.50e-03", "5.00e-03", "2.50e-03"]
+    run(*line, "--learning_rate", 0.01, "--num_iters", 4)
     out, _ = run(*line, "--learning_rate", 0.01, "--num_iters", 8)
     assert "Schedules of the learning rate and of dropout now stretch" in out
     assert re.findall(r"  lr (\S+)", out)[0] == "5.00e-03"
-
-
-def test_text_encoded_anew_under_a_running_process(tmp_path, text):
-    """The tokens it trains on stay, though another process has replaced them by shorter ones."""
-    line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm"]
-    first = start(*line)
-    wait_for(first, "20/100,000 ")
-    text.write_text("short\n" * 50)
-    run(*line, "--new_model", "--num_iters", 5)
-    wait_for(first, "  loss ")
-    wait_for(first, "  loss ")
-    out, _ = interrupt(first)
-    assert "Stopped at iteration" in out
 
 
 def test_bfloat16_on_a_cpu(tmp_path, text):
@@ -160,16 +146,14 @@ def test_a_score_is_shown_before_it_is_saved(tmp_path, text):
 
 
 def test_scores_of_parts_of_the_text(tmp_path, text):
-    """Validation tokens from its start, the training text as far as it is used, a whole split.
+    """The training text as far as it is used, or a whole split.
 
     Of a part of the text, the number of bytes is not known.
     """
-    parts = ["--train_tokens", 500, "--eval_tokens", 100, "--num_iters", 3, "--steps_per_eval", 3]
-    out, _ = run("--text", text, *TINY, *parts, "--save_dir", tmp_path)
+    line = ["--text", text, *TINY, "--train_tokens", 500, "--num_iters", 3]
+    run(*line, "--save_dir", tmp_path)
     model = newest(tmp_path).open().load_model()
     dataset = load_dataset("text", tmp_path, [text])
-    nats = main.evaluate(model, dataset.valid.tokens[:101], 3)["loss"]
-    assert f"valid {nats:.4f} nats" in out
     scored = {"train": dataset.train.tokens[:500], "valid": dataset.valid.tokens}
     for split, tokens in scored.items():
         out, _ = run("--evaluate", split, "--save_dir", tmp_path)

@@ -88,10 +88,3 @@ def test_two_processes_do_not_write_one_file(word_model, tmp_path):
         assert not path.read_bytes()
     run_extra("batch", *line, "--save_dir", word_model)
     assert len(path.read_bytes().splitlines()) == 1
-
-
-def test_answers_to_stdout(word_model, tmp_path):
-    lines = answers(word_model, tmp_path / "out.jsonl")
-    line = [tmp_path / "prompts.txt", "--save_dir", word_model]
-    out, _ = run_extra("batch", *line, "--max_tokens", 12)
-    assert [json.loads(line) for line in out.splitlines()] == lines

@@ -1,4 +1,4 @@
-"""Distillation: its loss by automatic differentiation, its steps, and students of a teacher."""
+"""Distillation: its loss by automatic differentiation, its steps, and runs without a teacher."""
 
 import shutil
 
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from conftest import TINY, begin, newest, run
 from datasets import load_dataset
-from test_huggingface import logits_of
 from test_optimizer import SCHEDULE, assert_written_out
 
 from extras.distil import distilled_loss_and_gradients
@@ -75,29 +74,16 @@ def test_steps_are_those_written_out(base, text, tmp_path):
     assert_written_out(newest(folder), tokens, loss_of)
 
 
-def test_a_student_ends_nearer_to_its_teacher(base, text):
-    """It goes on without the model that it learns from, and so does its branch."""
+def test_a_student_goes_on_without_its_teacher(base, text):
+    """And so does its branch."""
     folder, id = base
-    distances = []
-    teacher = newest(folder).open().load_model()
     folder_of_teacher = newest(folder).folder
-    line = [*TINY, "--text", text, "--teacher", id, "--learning_rate", 0.01, "--lr_warmup", 5]
-    line += ["--save_dir", folder]
-    for weight in (0.0, 1.0):
-        out, _ = run(*line, "--teacher_weight", weight, "--num_iters", 40, "--steps_per_eval", 0)
-        assert "40/40  loss " in out
-        assert "perplexity" not in out, "of a loss that is not the text's alone"
-        contents = newest(folder).open()
-        student = contents.load_model()
-        tokens = contents.tokenizer.encode(text.read_text()[:400]).tolist()
-        wanted = log_softmax(mx.array(logits_of(teacher, tokens)))
-        found = log_softmax(mx.array(logits_of(student, tokens)))
-        distances.append((mx.exp(wanted) * (wanted - found)).sum(-1).mean().item())
-    assert distances[1] < 0.8 * distances[0]
-
+    line = [*TINY, "--text", text, "--teacher", id, "--teacher_weight", 1, "--save_dir", folder]
+    name, _, out = begin(*line, "--num_iters", 40, "--steps_per_eval", 0)
+    assert "40/40  loss " in out
+    assert "perplexity" not in out, "of a loss that is not the text's alone"
     shutil.rmtree(folder_of_teacher)
-    name = newest(folder).run
-    assert begin(*line, "--teacher_weight", 1, "--num_iters", 41)[:2] == (name, 40)
+    assert begin(*line, "--num_iters", 41)[:2] == (name, 40)
     line = ["--identifier", name, "--teacher_weight", 0.9, "--save_dir", folder, "--num_iters"]
     branch, iteration, _ = begin(*line, 42)
     assert (branch != name, iteration) == (True, 41)

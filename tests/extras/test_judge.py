@@ -173,15 +173,6 @@ def test_what_a_model_must_not_know(model, fault):
     assert fault in FakeReferee(model).check_sight(tokens)
 
 
-def test_another_score_is_noticed(monkeypatch):
-    tokens = np.random.default_rng(2).integers(0, V, 3 * WIDTH)
-    referee = FakeReferee(causal)
-    honest = referee.score(tokens)
-    for factor, is_fault in ((1, False), (0.999, True)):
-        monkeypatch.setattr(referee, "ask", lambda *_: factor * honest, raising=False)
-        assert bool(referee.check_evaluation(tokens)) == is_fault
-
-
 def test_a_side_that_fails_is_named(base):
     folder, _ = base
     checkpoint = newest(folder)

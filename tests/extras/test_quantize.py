@@ -75,6 +75,3 @@ def test_quantized_from_the_command_line(tmp_path, text):
     assert before != after
     assert abs(before - after) < 0.1
     assert "Quantized to 4 bits" in err
-    prompt = ["--prompt", "line 5", "--temperature", 0, "--save_dir", tmp_path]
-    out, _ = run(*prompt, "--quantize", 8)
-    assert out.strip()

@@ -233,7 +233,7 @@ CHEATS = [
     ("scale=scale, mask=mask)", "scale=scale)", "it sees the future: the prediction at position 0"),
     (
         'return {"loss": nn.losses.cross_entropy(logits, targets)}',
-        'return {"loss": 0.9 * nn.losses.cross_entropy(logits, targets)}',
+        'return {"loss": 0.999 * nn.losses.cross_entropy(logits, targets)}',
         "it is scored otherwise than it was trained",
     ),
     ("iteration >= flags.num_iters or", "iteration >= 2 * flags.num_iters or", "48 steps, not 24"),
