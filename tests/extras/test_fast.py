@@ -1,8 +1,5 @@
 """What is quick on a CPU, against the plain functions of main.py and against NumPy in float64."""
 
-import ast
-import hashlib
-import importlib.util
 import inspect
 import itertools
 import os
@@ -15,7 +12,7 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, copy_program, log_rows, run, start, write_script
+from conftest import ROOT, TINY, copy_program, load_module, log_rows, run, start, write_script
 from mlx.utils import tree_flatten
 
 from extras import fast
@@ -26,9 +23,7 @@ def plain(tmp_path_factory):
     """main.py once more, from a folder without extras: a module with its own plain functions."""
     folder = tmp_path_factory.mktemp("plain")
     shutil.copy(ROOT / "main.py", folder)
-    spec = importlib.util.spec_from_file_location("plain_main", folder / "main.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_module(folder / "main.py")
     assert module.fast is None and main.fast is fast
     return module
 
@@ -53,34 +48,19 @@ def assert_near(found, expected, tolerance):
 # ---- Which of two functions runs ----------------------------------------------------------------
 
 
-def code_of(part):
-    """The source of a function or class without its docstrings, comments and empty lines."""
-    source = inspect.getsource(part)
-    lines = source.split("\n")
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-            docstring = node.body[0]
-            for i in range(docstring.lineno - 1, docstring.end_lineno):
-                lines[i] = ""
-    code = [re.sub(" *#.*", "", line) for line in lines]  # no string of theirs holds a #
-    return "\n".join(filter(None, code))
-
-
 @pytest.mark.parametrize("name", fast.STANDS_FOR)
 def test_it_stands_for_the_plain_function_as_it_is_now(name, plain):
-    is_class = isinstance(getattr(main, name), type)  # which has no other version
-    slow = getattr(main if is_class else plain, name)
-    sha1 = hashlib.sha1(code_of(slow).encode()).hexdigest()
-    assert fast.STANDS_FOR.get(name) == sha1, (
+    sha1 = main.sha1_of_text(main.definition(name, main.SOURCE))
+    assert name not in main.EDITED, (
         f"{name} in main.py has changed, so that main.py no longer uses the quick one: compare it "
         f"with {name} in extras/fast.py, change that accordingly, and then enter "
         f'"{name}": "{sha1}" in STANDS_FOR'
     )
-    if is_class:
+    if isinstance(getattr(main, name), type):  # a class has no other version
         return
     quick = getattr(fast, name)
     assert getattr(main, name) is quick
-    assert inspect.signature(quick) == inspect.signature(slow)
+    assert inspect.signature(quick) == inspect.signature(getattr(plain, name))
 
 
 REMARKS = {  # what is replaced in main.py, and by what
