@@ -486,10 +486,7 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5, help="by turns (default: 5)")
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--cores", type=int, help="so many of the cores (default: all)")
     options = parser.parse_args()
-    if options.cores:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     versions, _ = call("machine", options.gpu)
     measured = {"machine": versions} | measure(options)
     for name, figure in measured.items():

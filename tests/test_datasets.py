@@ -151,9 +151,8 @@ def test_what_is_no_tokenizer(data):
 
 @pytest.mark.parametrize("largest", [65_535, 65_536])
 def test_ids_may_be_large_and_have_gaps(largest):
-    package = pytest.importorskip("tokenizers")
-    words = package.models.WordLevel({"a": 0, "b": largest}, "a")
-    tokenizer = PackageTokenizer(package.Tokenizer(words).to_str())
+    words = tokenizers.models.WordLevel({"a": 0, "b": largest}, "a")
+    tokenizer = PackageTokenizer(tokenizers.Tokenizer(words).to_str())
     assert tokenizer.vocab_size == largest + 1
     assert tokenizer.encode("a").tolist() == [0]
     assert tokenizer.encode("b").tolist() == [largest]
@@ -173,9 +172,8 @@ def test_tokenizer_of_a_file(name, tmp_path):
 
     What it does not know is named.
     """
-    package = pytest.importorskip("tokenizers")
     specials, eos, unk = FROM_FILES[name]
-    theirs = getattr(package, name)()
+    theirs = getattr(tokenizers, name)()
     options = {"unk_token": unk} if "Unigram" in name else {}
     theirs.train_from_iterator(ROWS.split("\n"), 400, special_tokens=specials, **options)
     expected = theirs.encode(ROWS, add_special_tokens=False).ids

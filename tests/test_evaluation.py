@@ -108,7 +108,6 @@ def test_a_score_in_units_of_the_text(tokenizer, tmp_path):
 
 def test_a_score_of_pieces_of_words(tmp_path):
     """Where a token is less than a word, the perplexity of a word is named, too."""
-    pytest.importorskip("tokenizers")
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 90)
     line = ["--text", tmp_path / "text.txt", *TINY, "--tokenizer", "bpe", "--num_iters", 1]
     out, _ = run(*line, "--vocab_size", 257, "--save_dir", tmp_path)

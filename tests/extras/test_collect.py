@@ -34,9 +34,6 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, *_):
-        """Says nothing."""
-
 
 @contextlib.contextmanager
 def serve(*script):

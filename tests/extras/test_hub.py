@@ -52,9 +52,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(content)
 
-    def log_message(self, *_):
-        """Says nothing."""
-
 
 @pytest.fixture
 def hub(tmp_path):

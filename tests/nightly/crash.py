@@ -639,15 +639,7 @@ def compare(expected, found, work):
             continue
         if name == "log" and not work.is_whole_log:
             value = {key: row for key, row in value.items() if key in found[name]}
-        if found[name] != value:
-            differing = {*items_of(value)} ^ {*items_of(found[name])}
-            raise Failure(f"other {name}: {sorted(differing)[:3]}")
-
-
-def items_of(collection):
-    """The items of a dict, list or set, as texts."""
-    items = collection.items() if isinstance(collection, dict) else collection
-    return [*map(str, items)]
+        expect(found[name] == value, f"other {name}:", found[name], "instead of", value)
 
 
 def judge_status(leg):
