@@ -3,7 +3,8 @@
 import numpy as np
 
 LONGEST = 3  # tokens before the one that is predicted
-LIMITS = {"train": 10_000_000, "valid": 1_000_000}  # tokens that are counted, and scored
+COUNTED = 10_000_000  # tokens, at most
+SCORED = 1_000_000
 
 
 def losses_of_ngrams(train, valid, vocab_size):
@@ -14,16 +15,16 @@ def losses_of_ngrams(train, valid, vocab_size):
     different tokens have followed, the more weight these get. Those of single tokens are
     interpolated with equal chances for all.
     """
-    train = train[: LIMITS["train"]]
-    valid = valid[: LIMITS["valid"]]
-    tokens = np.concatenate([train, valid]).astype(np.int64)
-    is_scored = np.arange(len(tokens)) >= len(train) + LONGEST
-    is_counted = np.arange(len(tokens)) < len(train)
+    train = train[:COUNTED]
+    tokens = np.concatenate([train, valid[:SCORED]]).astype(np.int64)
+    positions = np.arange(len(tokens))
+    is_scored = positions >= len(train) + LONGEST
+    is_counted = positions < len(train)
     histories = np.zeros(len(tokens), np.int64)  # an id of the tokens before each position
     probabilities = np.full(is_scored.sum(), 1 / vocab_size)
     losses = []
     for length in range(LONGEST + 1):
-        is_counted &= np.arange(len(tokens)) >= length
+        is_counted[:length] = False
         _, first, grams = np.unique(
             histories * vocab_size + tokens, return_index=True, return_inverse=True
         )
