@@ -219,8 +219,7 @@ def failure(name, status, output):
     for file, place in re.findall(r'File ".*?(\w+\.py)", line (\d+)', output)[-1:]:
         line += f" ({file}, line {place})"
     line = f"{name} cannot run: {line}"
-    if status == 2:
-        return UsageError(line)
-    if "Traceback" in output and not re.search("MemoryError|OSError", line):
+    is_of_code = "Traceback" in output or "No module named" in line
+    if is_of_code and not re.search("MemoryError|OSError", line):
         return SideError(line, name)
-    return RunError(line)
+    return UsageError(line) if status == 2 else RunError(line)

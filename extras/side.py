@@ -32,10 +32,14 @@ def describe(words):
     notices = [line for line in main.start_notices(run) if "edited " not in line]
     # A step loads what is only imported there, and compiles what else a first run would have to.
     main.train_step(run, main.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
+    for path in map(Path, flags.test_text or []):
+        if {str(path), *map(str, path.parents)} & {*(flags.text or [])}:
+            raise UsageError(f"--test_text {path} is also in --text, which the runs learn from")
     values = {}
     for name in flags.given:
         # The test text is for the judge alone.
-        if name in [*main.SAVED, "mirror", "gpu"] and name != "test_text":
+        is_for_runs = name in [*main.SAVED, "mirror", "gpu"]
+        if is_for_runs and name not in ("test_text", "eval_test"):
             values[name] = getattr(flags, name)
     files = {}
     for name, source in models.items():
@@ -88,6 +92,7 @@ def serve(metadata, gpu):
     """
     main.use_device(gpu == "True")
     model = main.read_checkpoint(Path(metadata)).open().load_model()
+    model.eval()  # as an edited `evaluate` may leave it
     for line in sys.stdin:
         question, tokens = json.loads(line)
         if question == "evaluate":

@@ -43,8 +43,8 @@ try:  # not main.py: the files of now may not even run
     from datasets import Parser, RunError, UsageError, explained, flock, locked, no_follow, number
     from datasets import one_line, run_program, without_comments
     from extras.judge import BITS, LIMIT, SIDE, Referee, SideError, choose_spans, failure, read_text
-except SyntaxError as error:
-    print(f"extras.versus: cannot run with this {error.filename}: {error}", file=sys.stderr)
+except Exception as error:
+    print(f"extras.versus: cannot run with these files: {error!r}", file=sys.stderr)
     sys.exit(CANNOT_TELL)
 
 HERE = Path(os.path.abspath(__file__)).parent.parent  # extras/ may be a link
@@ -464,6 +464,7 @@ class Comparison:
         """
         tokens = [text and text.tokens[index] for text in self.texts]
         digest = hashlib.sha1(repr([record["id"], self.unit, self.spans]).encode())
+        digest.update(SIDE.read_bytes() + SIDE.with_name("judge.py").read_bytes())
         for ids in tokens:
             digest.update(b"" if ids is None else ids)
         path = side.folder / f"judged-{digest.hexdigest()}.json"
@@ -475,8 +476,9 @@ class Comparison:
             for i, text in enumerate(self.texts):
                 if text:
                     scores[i] = referee.score(tokens[i], self.spans[i])
-            # Before its first step, a model is this much worse than equal chances, at most.
-            if scores[0] < math.log(side.vocab_size) + 2:
+            # An untrained model's, at most: 5 with few tokens, or that of equal chances; and 2 more.
+            limit = max(5, math.log(side.vocab_size)) + 2
+            if all(score < limit for score, text in zip(scores, self.texts) if text):
                 fault = referee.check_sight(tokens[0]) or referee.check_evaluation(tokens[0])
             else:
                 fault = DIVERGED
@@ -537,13 +539,14 @@ def newest_record(folder, seed):
     """The record of the checkpoint of a seed that was saved last, with its `path`, or None."""
     records = []
     for path in folder.glob("*/*.metadata"):
-        with open(path, "rb") as file:
+        if path.parent.name in ("init_from", "teacher"):  # what the runs begin with
+            continue
+        # Runs of other seeds delete checkpoints of theirs.
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        record = json.loads(header["__metadata__"]["record"])
-        is_run = record["name"] == path.parent.name  # and not a model that the runs begin with
-        has_seed = record["flags"]["seed"] == seed
-        if is_run and has_seed and path.with_suffix(".safetensors").exists():
-            records.append(record | {"path": path})
+            record = json.loads(header["__metadata__"]["record"])
+            if record["flags"]["seed"] == seed and path.with_suffix(".safetensors").exists():
+                records.append(record | {"path": path})
     return max(records, key=itemgetter("saved"), default=None)
 
 

@@ -163,6 +163,11 @@ def test_other_tokens_and_divergence(project):
     # Of numbers that are finite, but worse than if all tokens were equally likely.
     out, _ = versus(project, "--learning_rate 30 --grad_clip 0 --optimizer muon", "--pairs", 2)
     assert out.endswith("\nDiverged: runs of after.\n")
+    # But not of a model that is as bad as all are before the first step.
+    few = "".join(f"{n * 7 % 10}" for n in range(5000))
+    (project / "text.txt").write_text(few)
+    out, _ = versus(project, "--qk_norm", "--pairs", 2, "--", "--tokenizer", "char")
+    assert "Diverged" not in out
 
 
 def test_equal_time(project):
@@ -262,7 +267,7 @@ def test_more_training_text(project):
     """Both are scored on the same validation text."""
     (project / "more.txt").write_text(TEXT[::-1])
     (project / "valid.txt").write_text(TEXT)
-    line = ["--text text.txt more.txt", "--pairs", 2, "--json", "--", "--valid_text", "valid.txt"]
+    line = ["--text more.txt", "--pairs", 2, "--json", "--", "--valid_text", "valid.txt"]
     out, _ = versus(project, *line)
     result = last_line(out)
     assert result["scores_before"] != result["scores_after"]
@@ -283,6 +288,10 @@ def test_keep(project):
     edit(project, "    return -100 * flags", "    return -1000 flags")
     out, _ = versus(project, *line, status=1)
     assert out.startswith("your files cannot run: SyntaxError: invalid syntax (main")
+    edit(project, "return -1000 flags", "return flags")
+    edit(project, "    import mlx.nn as nn\n", "    import mlx.nn as nn, nowhere\n")
+    out, _ = versus(project, *line, status=1)
+    assert "No module named 'nowhere'" in out
     versus(project, "HEAD~1", *line[1:], status=2)
     (project / "runs" / "versus" / "comparisons.jsonl").write_text("{")
     _, err = versus(project, "HEAD", "HEAD", *line[1:], status=125)
@@ -318,6 +327,7 @@ MISTAKES = [
     (["HEAD", "--", "--patience", 3], "--patience cannot be compared: both sides take --num_iters"),
     (["HEAD", "--keep", "--pairs", 4], "--keep chooses its own pairs"),
     (["HEAD", "--config", "first"], "flags of main.py stand in quotes, or behind --"),
+    (["HEAD", "--", "--test_text", "text.txt"], "text.txt is also in --text, which the runs"),
     (["HEAD", "--", "--seeds", 7], "--seeds is no flag of main.py: put it before --"),
     (["--list", "nowhere"], "nothing was compared in nowhere"),
     (["--tokenizer word"], "the tokens of the sides do not decode to the same valid text"),
