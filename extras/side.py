@@ -32,14 +32,10 @@ def describe(words):
     notices = [line for line in main.start_notices(run) if "edited " not in line]
     # A step loads what is only imported there, and compiles what else a first run would have to.
     main.train_step(run, main.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
-    for path in map(Path, flags.test_text or []):
-        if {str(path), *map(str, path.parents)} & {*(flags.text or [])}:
-            raise UsageError(f"--test_text {path} is also in --text, which the runs learn from")
     values = {}
     for name in flags.given:
         # The test text is for the judge alone.
-        is_for_runs = name in [*main.SAVED, "mirror", "gpu"]
-        if is_for_runs and name not in ("test_text", "eval_test"):
+        if name in {*main.SAVED, "mirror", "gpu"} - {"test_text", "eval_test"}:
             values[name] = getattr(flags, name)
     files = {}
     for name, source in models.items():

@@ -84,12 +84,10 @@ def recompute(earlier, later, step, folder):
     take = make_step(run.model, run.optimizer, flags, teacher=run.teacher)
     with tqdm(total=later.iteration - start, unit="step", disable=None) as bar:
         bar.set_description(what)
-        while run.iteration < step:
-            train_step(run, take)
-            bar.update()
-        run.scores = [score for score in later.scores if score[0] <= step]
-        write_checkpoint(run)
         while run.iteration < later.iteration:
+            if run.iteration == step:
+                run.scores = [score for score in later.scores if score[0] <= step]
+                write_checkpoint(run)
             train_step(run, take)
             bar.update()
     run.folder = folder.parent / "proof"

@@ -476,7 +476,7 @@ class Comparison:
             for i, text in enumerate(self.texts):
                 if text:
                     scores[i] = referee.score(tokens[i], self.spans[i])
-            # An untrained model's, at most: 5 with few tokens, or that of equal chances; and 2 more.
+            # What an untrained model has, at most: equal chances or, with few tokens, some 5 nats.
             limit = max(5, math.log(side.vocab_size)) + 2
             if all(score < limit for score, text in zip(scores, self.texts) if text):
                 fault = referee.check_sight(tokens[0]) or referee.check_evaluation(tokens[0])
@@ -533,6 +533,10 @@ def check_flags(before, after, same):
             raise UsageError(f"--{name} cannot be compared: {reason}")
     if same and before.flags["num_iters"] != after.flags["num_iters"]:
         raise UsageError(f"--same takes {SAME_STEPS} steps of both sides: give one --num_iters")
+    for side in (before, after):
+        for path in map(Path, side.flags.get("test_text") or []):
+            if {path, *path.parents} & {*map(Path, side.flags["text"] or [])}:
+                raise UsageError(f"--test_text {path} is also in --text, which the runs learn from")
 
 
 def newest_record(folder, seed):
