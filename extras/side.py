@@ -88,7 +88,7 @@ def serve(metadata, gpu):
     """
     main.use_device(gpu == "True")
     model = main.read_checkpoint(Path(metadata)).open().load_model()
-    model.eval()  # as an edited `evaluate` may leave it
+    model.train(False)  # as an edited `evaluate` may leave it
     for line in sys.stdin:
         question, tokens = json.loads(line)
         if question == "evaluate":

@@ -263,6 +263,18 @@ def test_mistakes_that_look_like_gains(project, old, new, verdict):
     assert verdict in out.splitlines()[-1]
 
 
+def test_layers_with_two_modes(project):
+    """What is random in training alone is no leak, whichever mode `evaluate` ends in."""
+    layer = "        self.o_proj = Linear(config.num_heads * d, D)\n"
+    edit(project, layer, f"{layer}        self.dropout = nn.Dropout(0.1)\n")
+    edit(project, "return self.o_proj(joined)", "return self.o_proj(self.dropout(joined))")
+    edit(project, "    totals = Counter()", "    model.train(False)\n    totals = Counter()")
+    end = "    received, _ = ranks.agree(received)\n    if received:\n        interrupts"
+    edit(project, end, f"    model.train()\n{end}")
+    out, _ = versus(project, "HEAD", "--pairs", 2)
+    assert "Cannot tell" not in out
+
+
 def test_more_training_text(project):
     """Both are scored on the same validation text."""
     (project / "more.txt").write_text(TEXT[::-1])
