@@ -476,7 +476,8 @@ class Comparison:
             for i, text in enumerate(self.texts):
                 if text:
                     scores[i] = referee.score(tokens[i], self.spans[i])
-            # What an untrained model has, at most: equal chances or, with few tokens, some 5 nats.
+            # 2 nats more than an untrained model, which has some 5 with few tokens, and else that of
+            # equal chances for all.
             limit = max(5, math.log(side.vocab_size)) + 2
             if all(score < limit for score, text in zip(scores, self.texts) if text):
                 fault = referee.check_sight(tokens[0]) or referee.check_evaluation(tokens[0])

@@ -275,6 +275,16 @@ def test_layers_with_two_modes(project):
     assert "Cannot tell" not in out
 
 
+def test_a_test_text_with_what_is_never_predicted(project):
+    """An infinite loss there is not passed over."""
+    (project / "test.txt").write_text(TEXT + "Z")
+    never = "mx.where(mx.arange(self.config.vocab_size) == ord('Z'), -mx.inf, 0)"
+    logits = "return output(hidden).astype(mx.float32)"
+    edit(project, logits, f"{logits} + {never}")
+    out, _ = versus(project, "HEAD", "--pairs", 2, "--", "--test_text", "test.txt")
+    assert out.endswith("\nDiverged: runs of after.\n")
+
+
 def test_more_training_text(project):
     """Both are scored on the same validation text."""
     (project / "more.txt").write_text(TEXT[::-1])
