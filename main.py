@@ -795,7 +795,7 @@ class Batches:
         offsets = min(self.context_size, len(self.tokens) - self.context_size)
         offset = int(rng.integers(offsets))
         windows = (len(self.tokens) - 1 - offset) // self.context_size
-        self.go_to(epoch, 0, offset, rng.permutation(windows).astype(np.uint32))
+        self.go_to(epoch, 0, offset, rng.permutation(np.arange(windows, dtype=np.uint32)))
 
     def go_to(self, epoch, place, offset, perm):
         """Goes to a place in an epoch, drawn or saved: another NumPy may draw it differently.
