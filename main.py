@@ -1755,7 +1755,7 @@ def checked(kind, values):
     types = {field.name: field.type for field in dataclasses.fields(kind)}
     for name, value in values.items():
         wanted = types.get(name)
-        if type(value) not in (get_args(wanted) or [wanted]):
+        if type(value) is not wanted and type(value) not in get_args(wanted):
             raise ValueError(f"its {name:.50} is of another type")
         least = 0 if type(value) is int else -1e15  # rounding makes a sum of losses negative
         if type(value) in (int, float) and not least <= value < 1e15:
@@ -1786,9 +1786,7 @@ def list_checkpoints(save_dir, warn=False):
 def list_run(folder, warn=False):
     """The checkpoints of one run, most recently saved first; see list_checkpoints."""
     checkpoints = []
-    for weights in folder.glob("*.safetensors"):
-        if not SHA1.fullmatch(weights.stem):
-            continue
+    for weights in folder.glob("[0-9a-f]" * 40 + ".safetensors"):  # a SHA1
         try:
             checkpoints.append(read_checkpoint(weights.with_suffix(".metadata")))
         except Exception as error:  # a stranger's file can raise any
@@ -3085,10 +3083,15 @@ def arguments_of(values):
 
 def check_values(values):
     """Raises an exception of any type unless these are flags that a command could set."""
-    # By repr, as 32.0 is equal to 32.
-    changed = {name: value for name, value in values.items() if repr(value) != repr(DEFAULTS[name])}
-    if parse(arguments_of(changed)) != changed:
-        raise ValueError("its flags are of other types")
+    for name, value in values.items():
+        default, convert, *_ = ROWS[name]
+        if value == default and type(value) is type(default):  # 32.0 is equal to 32
+            continue
+        if convert is bool:
+            convert = {"True": True, "False": False}.__getitem__
+        typed = value if default == [] else [value]
+        if typed != [convert(str(each)) for each in typed]:
+            raise ValueError(f"its {name} is of another type")
 
 
 def read_command_line(argv):
