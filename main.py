@@ -2259,7 +2259,7 @@ def proof_of_gpu(versions):
     """The file that `python -m extras.check --gpu` makes where a run on this GPU has repeated."""
     what = [versions[name] for name in ("device", "MLX", "BLAS")]
     if fast:
-        what.append(hash_of_module(fast))
+        what.append(without_comments(source_of(fast)))
     return open_code_dir() / f"gpu-{sha1_of_text(json.dumps(what))}"
 
 
@@ -2268,30 +2268,26 @@ def proof_of_gpu(versions):
 # what was edited since then is neither in this process nor in its records.
 
 
-def hash_of_module(module):
-    """The SHA1 of a module's source, read once each time that Python loads it."""
+def source_of(module):
+    """A module's source, read once each time that Python loads it."""
     spec = module.__spec__  # importlib.reload makes another one
-    if not hasattr(spec, "sha1"):
-        source = Path(spec.origin).read_text("utf-8", errors="replace")
-        spec.sha1 = sha1_of_text(without_comments(source))
-    return spec.sha1
+    if not hasattr(spec, "source"):
+        spec.source = Path(spec.origin).read_text("utf-8", errors="replace")
+    return spec.source
+
+
+real_path = functools.cache(os.path.realpath)  # hundreds of modules lie in few folders
 
 
 def is_own(module):
     """Whether a module is the user's own, in this program's folder."""
-    path = Path(getattr(getattr(module, "__spec__", None), "origin", None) or "/")
-    path = path.parent.resolve() / path.name
-    if HERE not in path.parents or path.suffix != ".py":
+    origin = getattr(getattr(module, "__spec__", None), "origin", None) or "/"
+    path = os.path.join(real_path(os.path.dirname(origin)), os.path.basename(origin))
+    if not path.startswith(f"{HERE}{os.sep}") or not path.endswith(".py"):
         return False
-    first, *rest = path.relative_to(HERE).parts
+    first, *rest = Path(path).relative_to(HERE).parts
     is_installed = first.startswith(".") or "site-packages" in rest  # in .venv, say
     return not is_installed and first not in ("main.py", "datasets.py", "extras", "tests")
-
-
-def training_code(source):
-    """This file's source above OPERATIONS; all of it unless that banner occurs exactly once."""
-    above, *below = source.split("\n# OPERATIONS")
-    return above if len(below) == 1 else source
 
 
 def parts_of_code():
@@ -2321,30 +2317,34 @@ def replaced_names():
     return sorted(replaced)
 
 
-# Taken at once, before anybody edits the files.
-CODE = training_code(SOURCE)
-HASHES = [sha1_of_text(without_comments(CODE))]
+# Taken at once, before anybody edits the files; hashed when a run needs it. CODE is what is above the
+# banner OPERATIONS; all of this file unless it occurs exactly once.
+CODE, *below = SOURCE.split("\n# OPERATIONS")
+if len(below) != 1:
+    CODE = SOURCE
 MODULES = [name for name in sorted(sys.modules) if is_own(sys.modules[name])]
+SOURCES = [CODE, *(source_of(sys.modules[name]) for name in MODULES)]
+C_SOURCES = []
 if fast:
-    HASHES.append(hash_of_module(fast))
-    HASHES += [sha1_of_text(path.read_text("utf-8")) for path in HERE.glob("extras/fast.c")]
-HASHES += [hash_of_module(sys.modules[name]) for name in MODULES]
+    SOURCES.append(source_of(fast))
+    C_SOURCES += [path.read_text("utf-8") for path in HERE.glob("extras/fast.c")]
 
 
 def hash_code(flags):
     """The SHA1 of the code that computes a run's weights; flags: the run's, {name: value}.
 
-    It is that of HASHES and, where they are used, of extras/lora.py and distil.py. If something was
-    replaced since it was loaded, its code is unknown, and the SHA1 is random, so it never recurs.
+    It covers extras/lora.py and distil.py where they are used. If something was replaced since it
+    was loaded, its code is unknown, and the SHA1 is random, so it never recurs.
     """
-    hashes = [*HASHES]
+    sources = [*SOURCES]
     for name, is_used in (("lora", flags["lora_rank"]), ("distil", flags["teacher"])):
         # A student can be sampled from without distil.py.
         if is_used and (HERE / "extras" / f"{name}.py").exists():
-            hashes.append(hash_of_module(extra(name)))
+            sources.append(source_of(extra(name)))
+    texts = [*map(without_comments, sources), *C_SOURCES]
     if replaced_names():
-        hashes.append(os.urandom(20).hex())
-    return sha1_of_text(" ".join(hashes))
+        texts.append(os.urandom(20).hex())
+    return sha1_of_text(json.dumps(texts))
 
 
 # ---- Reports ------------------------------------------------------------------------------------
@@ -2626,7 +2626,7 @@ def describe_schedule(flags):
 
     A run of more than 10,000 steps is sampled at each hundredth of a percent.
     """
-    iterations = np.unique(np.linspace(0, flags.num_iters - 1, 10001).astype(int)).tolist()
+    iterations = sorted({*np.linspace(0, flags.num_iters - 1, 10001).astype(int).tolist()})
     rates = [learning_rate_at(iteration, flags) for iteration in iterations]
     turns = 1 + np.flatnonzero(np.diff(np.sign(np.diff(rates))))
     texts = {}  # {iteration: text}
