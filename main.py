@@ -2702,11 +2702,13 @@ COMMANDS = """/reset   forget the conversation
 /quit    exit, as Ctrl+D does; Ctrl+C stops a reply"""
 
 
-def sample_from(model, contents, flags):
+def sample_from(flags):
     """Runs --inference or --prompt with a checkpoint's model.
 
     The model's text goes to stdout, messages about it to stderr. Raises UsageError.
     """
+    contents = open_for_use(flags)
+    model = contents.load_model()
     tokenizer = contents.tokenizer
     draft = None
     if flags.draft:
@@ -3786,18 +3788,10 @@ def announce(checkpoint):
     print(line, file=sys.stderr)
 
 
-def use_checkpoint(flags):
-    """Samples from a checkpoint or scores it."""
+def score_checkpoint(flags):
+    """Scores a split for --evaluate, with the weights of --quantize if that is given."""
     contents = open_for_use(flags)
     model = contents.load_model()
-    if flags.evaluate:
-        score_checkpoint(model, contents, flags)
-    else:
-        sample_from(model, contents, flags)
-
-
-def score_checkpoint(model, contents, flags):
-    """Scores a split for --evaluate, with the weights of --quantize if that is given."""
     checkpoint = contents.checkpoint
     flags = settle(flags.given, checkpoint.flags)
     dataset = load_data_again(flags, checkpoint)
@@ -3856,8 +3850,10 @@ def execute(argv):
         use_device(flags.gpu)
         if flags.list:
             return list_runs(flags.save_dir)
-        if flags.inference or flags.prompt is not None or flags.evaluate:
-            return use_checkpoint(flags)
+        if flags.evaluate:
+            return score_checkpoint(flags)
+        if flags.inference or flags.prompt is not None:
+            return sample_from(flags)
         fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
         with explained(fault, OSError):
             make_writable(flags.save_dir)
