@@ -45,6 +45,12 @@ import sys
 from functools import lru_cache, partial, reduce
 from pathlib import Path
 
+# Threads that spin while waiting lose their core to other programs just when work arrives: 7 times
+# slower. A tenth of a millisecond does no harm, and in decoding the next product comes within it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # 2^18 cycles, of NumPy's own threads
+
 import numpy as np
 
 from datasets import UsageError, digest_of, locked, open_code_dir, remove_leftovers, replacing
@@ -102,11 +108,6 @@ def use_fast_blas():
         return "Accelerate"  # macOS's own, which MLX uses
     if "mlx.core" in sys.modules:
         return REFERENCE_BLAS  # too late: import main before MLX
-    # Threads that spin while waiting lose their core to other programs just when work arrives: 7
-    # times slower. A tenth of a millisecond does no harm, and in decoding the next product comes
-    # within it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     keep_freed_memory()
     name, functions = find_blas()
     if functions:
