@@ -971,9 +971,10 @@ def cut_into_blocks(pieces):
     The blocks give the tokens of the whole, and only the first one begins it.
     """
     rest = ""  # not yet yielded
+    searched = 0  # before this index, it has no cut
     begins = True
     for piece in pieces:
-        place = UP_TO_A_CUT.match(rest)
+        place = UP_TO_A_CUT.match(rest, searched)
         end = place.end() if place else 0
         # Memory must stay bounded even if the text is a single word.
         if place is None and len(rest) > 16 * BLOCK:
@@ -981,6 +982,7 @@ def cut_into_blocks(pieces):
         if end > 0:
             yield rest[:end], begins
             begins = False
+        searched = 0 if place else max(0, len(rest) - end - 2)
         rest = rest[end:] + piece
     if rest:
         yield rest, begins
@@ -1532,10 +1534,7 @@ def without_comments(source):
 
 
 def definition(name, source):
-    """The source of a function or class in a module's source, without comments; None if not there.
-
-    Docstrings are not part of it, either.
-    """
+    """The source of a function or class, without comments and docstrings; None if not there."""
     lines = rf"^(?:@.*\n)*(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # to the next statement
     found = re.search(lines, source, flags=re.MULTILINE)
     return without_comments(found[0]) if found else None
