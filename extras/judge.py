@@ -29,7 +29,7 @@ FLOATS = 1 << 24  # logits of a batch, about
 # move by 2e-5, with the number of rows; GPUs may order sums by the shape of a batch.
 TOLERANCE = {"cpu": 1e-4, "gpu": 1e-2}
 
-
+DIVERGED = "diverged"  # the fault of such a run
 DEPENDS_ON_OTHERS = "the predictions for a text depend on what other texts the model is given"
 
 
@@ -127,6 +127,22 @@ class Referee:
             raise SideError(what, self.side.name)
         content = self.process.stdout.read(4 * math.prod(shape))
         return np.frombuffer(content, np.float32).reshape(shape)
+
+    def judge(self, texts, spans):
+        """The losses of the validation and the test text in nats/token, and their fault, or None.
+
+        texts: tokens [N] of each; the loss of one that is None is nan. spans: of each, see `score`.
+        """
+        scores = [math.nan, math.nan]
+        for i, text in enumerate(texts):
+            if text is not None:
+                scores[i] = self.score(text, spans[i])
+        # 2 nats more than an untrained model, which has some 5 with few tokens, and else that of
+        # equal chances for all.
+        limit = max(5, math.log(self.side.vocab_size)) + 2
+        if all(score < limit for score, text in zip(scores, texts) if text is not None):
+            return scores, self.check_sight(texts[0]) or self.check_evaluation(texts[0])
+        return scores, DIVERGED
 
     def score(self, tokens, spans=None):
         """The mean loss in nats of the targets in `spans`, by default of all of `tokens` [N].

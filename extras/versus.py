@@ -42,7 +42,8 @@ CANNOT_TELL = 125  # `git bisect run` then skips the commit
 try:  # not main.py: the files of now may not even run
     from datasets import Parser, RunError, UsageError, explained, flock, locked, no_follow, number
     from datasets import one_line, run_program, without_comments
-    from extras.judge import BITS, LIMIT, SIDE, Referee, SideError, choose_spans, failure, read_text
+    from extras.judge import BITS, DIVERGED, LIMIT, SIDE, Referee, SideError, choose_spans, failure
+    from extras.judge import read_text
 except Exception as error:
     print(f"extras.versus: cannot run with these files: {error!r}", file=sys.stderr)
     sys.exit(CANNOT_TELL)
@@ -59,7 +60,6 @@ POWER = 1.5  # times half an interval, whose spread is estimated: what four in f
 NOISE = 0.03  # half an interval of ratios of times, at most, for what follows from it
 SCREENED = 6  # pairs of --keep on used seeds
 PROMISING = -1.8  # the t that they have to reach; see tests/nightly/rules.py
-DIVERGED = "diverged"  # the fault of such a run
 
 # Flags of this program that main.py does not have.
 OWN = ["pairs", "seeds", "margin", "tokens", "jobs", "json", "same"]
@@ -403,6 +403,8 @@ class Comparison:
                 raise SideError(f"{side.name} cannot run: it has saved nothing", side.name)
             if record["tokens_sha256"] != side.texts:
                 raise UsageError(f"the text of {side.name} has changed since this comparison began")
+            if self.options.same:  # only the weights count
+                return Outcome(record["id"])
             *scores, fault = self.judge(index, side, record)
         steps = record["iteration"]
         if steps != self.steps(side):
@@ -472,17 +474,7 @@ class Comparison:
             return json.loads(path.read_text("utf-8"))
         with Referee(side, record["path"], self.environment) as referee:
             self.processes.add(referee.process)
-            scores = [math.nan, math.nan]
-            for i, text in enumerate(self.texts):
-                if text:
-                    scores[i] = referee.score(tokens[i], self.spans[i])
-            # 2 nats more than an untrained model, which has some 5 with few tokens, and else that of
-            # equal chances for all.
-            limit = max(5, math.log(side.vocab_size)) + 2
-            if all(score < limit for score, text in zip(scores, self.texts) if text):
-                fault = referee.check_sight(tokens[0]) or referee.check_evaluation(tokens[0])
-            else:
-                fault = DIVERGED
+            scores, fault = referee.judge(tokens, self.spans)
             self.processes.discard(referee.process)
         for i, text in enumerate(self.texts):
             if self.unit == BITS and text:

@@ -1,10 +1,11 @@
 """The judge of comparisons: its scores beside main.py's own, and models that know too much."""
 
+import math
 from argparse import Namespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, newest, run
+from conftest import ROOT, TINY, copy_program, newest, run
 
 from datasets import RunError, load_dataset
 from extras import judge
@@ -14,11 +15,11 @@ V = 31
 WIDTH = 100  # more than 64 positions: beyond, not every cut is tried
 
 
-def side_of(checkpoint):
-    """What Referee reads of a Side, for a run of the main.py here."""
+def side_of(checkpoint, folder=ROOT):
+    """What Referee reads of a Side, for a run of the main.py in a folder."""
     config = checkpoint.config
     shape = {"vocab_size": config.vocab_size, "context_size": config.context_size}
-    return Namespace(name="mine", folder=ROOT, flags={"gpu": False}, **shape)
+    return Namespace(name="mine", folder=folder, flags={"gpu": False}, **shape)
 
 
 KINDS = [
@@ -51,6 +52,33 @@ def test_scores_are_those_of_main(base, text, kind):
         count = len(tokens) - 1
         halves = [referee.score(tokens, [span]) for span in ((0, 40), (40, count))]
         assert (40 * halves[0] + (count - 40) * halves[1]) / count == pytest.approx(whole)
+
+
+TWO_MODES = {
+    "        self.o_proj = Linear(config.num_heads * d, D)\n": (
+        "        self.o_proj = Linear(config.num_heads * d, D)\n"
+        "        self.dropout = nn.Dropout(0.1)\n"
+    ),
+    "return self.o_proj(joined)": "return self.o_proj(self.dropout(joined))",
+    "    totals = Counter()": "    model.train(False)\n    totals = Counter()",
+    "    received, _ = ranks.agree(received)\n    if received:\n        interrupts": (
+        "    model.train()\n"
+        "    received, _ = ranks.agree(received)\n    if received:\n        interrupts"
+    ),
+}
+
+
+def test_layers_with_two_modes(text, tmp_path):
+    """What is random in training alone is no leak, whichever mode `evaluate` ends in."""
+    program = copy_program(tmp_path / "copy", TWO_MODES)
+    run("--text", text, *TINY, "--num_iters", 12, "--save_dir", tmp_path, program=[program])
+    checkpoint = newest(tmp_path)
+    tokens = load_dataset("text", tmp_path, [text]).valid.tokens
+    side = side_of(checkpoint, program.parent)
+    with judge.Referee(side, checkpoint.metadata_path, None) as referee:
+        scores, fault = referee.judge([tokens, None], [None, None])
+    assert 0 < scores[0] < 7
+    assert fault is None
 
 
 def test_spans_are_evenly_spaced_and_the_same_for_both_sides():
@@ -130,6 +158,10 @@ class FakeReferee(judge.Referee):
     def logits(self, rows):
         return self.model(rows).astype(np.float32)
 
+    def ask(self, question, tokens):
+        """Its own `evaluate` finds what the judge does."""
+        return self.score(tokens)
+
 
 def hiding(model, value):
     """A model with an id that never occurs: its logit is very low."""
@@ -171,6 +203,37 @@ def test_what_a_model_must_not_know(model, fault):
     assert FakeReferee(causal).check_sight(tokens) is None
     assert FakeReferee(hiding(causal, -1e9)).check_sight(tokens) is None
     assert fault in FakeReferee(model).check_sight(tokens)
+
+
+@pytest.mark.parametrize("table, is_diverged", [
+    (10 * np.random.default_rng(0).standard_normal((V, V)), True),
+    (5 * np.eye(V), False),  # as main.py's models are at first: the token just read is likely
+    (np.zeros((V, V)), False),
+])  # fmt: skip
+def test_a_loss_far_above_that_of_an_untrained_model(table, is_diverged):
+    tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
+    referee = FakeReferee(lambda rows: table[rows])
+    scores, fault = referee.judge([tokens, None], [None, None])
+    assert (fault == judge.DIVERGED) == is_diverged
+    assert math.isnan(scores[1]), "there is no test text"
+
+
+def test_a_test_text_with_what_is_never_predicted():
+    """An infinite loss there is not passed over."""
+    tokens = np.random.default_rng(1).integers(0, V - 1, 30 * WIDTH)
+    referee = FakeReferee(hiding(causal, -np.inf))
+    assert referee.judge([tokens, tokens], [None, None])[1] is None
+    scores, fault = referee.judge([tokens, np.append(tokens, V - 1)], [None, None])
+    assert math.isfinite(scores[0]) and math.isinf(scores[1])
+    assert fault == judge.DIVERGED
+
+
+def test_a_score_that_the_side_finds_otherwise():
+    tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
+    referee = FakeReferee(causal)
+    referee.ask = lambda question, tokens: 0.999 * referee.score(tokens)
+    _, fault = referee.judge([tokens, None], [None, None])
+    assert "it is scored otherwise than it was trained: its own code says 3." in fault
 
 
 def test_a_side_that_fails_is_named(base):

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from conftest import TEXT, TINY, copy_program, edit, newest, run, saved, start
 
-from datasets import load_dataset
-from extras import plot
-from extras.versus import describe_numbers
+from datasets import RunError, UsageError, load_dataset
+from extras import plot, versus
+from extras.versus import Outcome, Side
 
-STEPS = [*TINY, "--num_iters", 24, "--steps_per_eval", 8]
+STEPS = [*TINY[2:], "--num_iters", 24, "--steps_per_eval", 8]  # --eval_tokens is refused
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
 
 
@@ -39,21 +39,24 @@ def project(committed, tmp_path):
     return shutil.copytree(committed, tmp_path / "project")
 
 
-def begin(project, *arguments):
-    """Starts a comparison; its flags of main.py are STEPS, and those behind --."""
+def line_of(*arguments):
+    """The arguments of a comparison; its flags of main.py are STEPS, and those behind --."""
     if "--" not in arguments:
         arguments = [*arguments, "--"]
-    line = [*arguments, *STEPS, "--text", "text.txt"]
+    return [*arguments, *STEPS, "--text", "text.txt"]
+
+
+def begin(project, *arguments):
+    """Starts a comparison in a Python of its own."""
     program = ["-m", "extras.versus"]
-    return start(*line, program=program, cwd=project, env={"PYTHONPATH": str(project)})
+    env = {"PYTHONPATH": str(project)}
+    return start(*line_of(*arguments), program=program, cwd=project, env=env)
 
 
-def versus(project, *arguments, status=0):
+def compare(project, *arguments, status=0):
     """What a comparison prints."""
-    process = begin(project, *arguments)
-    out, err = process.communicate()
-    assert process.returncode == status, f"{out}\n{err}"
-    return out, err
+    line = ["-m", "extras.versus", *line_of(*arguments)]
+    return run(*line, program=[project / "main.py"], cwd=project, status=status)
 
 
 def losses(project, result):
@@ -132,87 +135,64 @@ def test_comparison(project, figures):
         if "difference" in line:
             process.kill()  # its run goes on alone
     process.wait()
-    out, _ = versus(project, *other)
+    out, _ = compare(project, *other)
     assert out.splitlines()[-1] == "Helped: try 2 on these seeds."
     [sizes] = re.findall(r"differ in size: (\S+) parameters before, (\S+) after", out)
     smaller, larger = [int(size.replace(",", "")) for size in sizes]
     assert larger - smaller == 257 * 16, "the output matrix"
-    listed, _ = versus(project, "--list")
+    listed, _ = compare(project, "--list")
     assert [line.split()[2] for line in listed.splitlines()] == ["2", "2"], "pairs"
 
     # The first one repeated, with its sides changed about, trains nothing.
     files = sorted(project.glob("runs/versus/*/text-*/*"))
     compared[0] = "--learning_rate=0.010"
-    out, _ = versus(project, *compared)
+    out, _ = compare(project, *compared)
     assert last_line(out)["scores_after"] == result["scores_after"]
     assert sorted(project.glob("runs/versus/*/text-*/*")) == files
     assert "No times: " in out
 
 
-def test_other_tokens_and_divergence(project):
+def test_sides_with_other_tokens(project):
+    """Bits per byte, as both texts have the same bytes."""
     char = "--tokenizer char --learning_rate 1e-2"
-    out, _ = versus(project, char, "--learning_rate 1e-2", "--pairs", 2, "--json")
+    out, _ = compare(project, char, "--learning_rate 1e-2", "--pairs", 2, "--json")
     result = last_line(out)
     assert result["unit"] == "bits per byte"
     _, after = losses(project, result)
     tokens, text = [len((project / "text.txt").read_bytes()) * share for share in (0.1, 0.1)]
     assert result["scores_after"] == pytest.approx(after / np.log(2) * tokens / text, rel=2e-3)
-    diverging = "--learning_rate 1e30 --grad_clip 0"
-    out, _ = versus(project, diverging, "--pairs", 2)
-    assert out.endswith("\nDiverged: runs of after.\n")
-    # Of numbers that are finite, but worse than if all tokens were equally likely.
-    out, _ = versus(project, "--learning_rate 30 --grad_clip 0 --optimizer muon", "--pairs", 2)
-    assert out.endswith("\nDiverged: runs of after.\n")
-    # But not of a model that is as bad as all are before the first step.
-    few = "".join(f"{n * 7 % 10}" for n in range(5000))
-    (project / "text.txt").write_text(few)
-    out, _ = versus(project, "--qk_norm", "--pairs", 2, "--", "--tokenizer", "char")
-    assert "Diverged" not in out
 
 
-def test_equal_time(project):
-    """A side may take fewer steps: here, its runs are the beginnings of the other side's."""
-    out, _ = versus(project, "HEAD", "--num_iters 16", "--pairs", 2, "--json")
+def test_divergence(project):
+    out, _ = compare(project, "--learning_rate 1e30 --grad_clip 0", "--pairs", 2)
+    assert out.endswith("\nDiverged: runs of after.\n")
+
+
+def test_other_steps_and_texts_from_a_run(project):
+    """Each run is one that the side's flags describe; both are scored on the same text.
+
+    Both sides have the weights that they begin with as links: a model may be large. The run is not
+    taken for one of theirs, though it has the seed and more steps.
+    """
+    (project / "more.txt").write_text(TEXT[::-1])
+    (project / "valid.txt").write_text(TEXT[:1000])
+    common = ["--valid_text", "valid.txt"]
+    longer = [*STEPS, *common, "--num_iters", 30]
+    run("--text", "text.txt", *longer, "--save_dir", "runs", cwd=project)
+    base = newest(project / "runs")
+    common += ["--init_from", base.id]
+    line = ["--num_iters 16 --text more.txt", "--pairs", 2, "--json", "--", *common]
+    out, _ = compare(project, *line)
     result = last_line(out)
     assert result["steps"] == [24, 16]
-    run(*STEPS, "--text", project / "text.txt", "--save_dir", project / "alone")
-    scores = dict(newest(project / "alone").scores)
-    own = [result["scores_before"][0], result["scores_after"][0]]
-    assert own == pytest.approx([scores[24], scores[16]], abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    "time, low, high, end",
-    [
-        (0.9, 0.89, 0.91, "(0.890 to 0.910): for equal time, add --num_iters 333 to it."),
-        (1.01, 0.99, 1.03, ' and equal time: "After" took 1.010 times as long (0.990 to 1.030).'),
-        (0.9, 0.8, 1.0, "(0.800 to 1.000): too noisy to say more."),
-    ],
-)
-def test_what_equal_time_takes(time, low, high, end):
-    """Nothing where the times agree, and nothing is known where they vary too much."""
-    result = {"difference": 0.1, "low": 0.0, "high": 0.2, "unit": "nats/token", "agree": 3}
-    result |= {"seeds": [1, 2, 3], "test_difference": 0.1, "steps": [300, 300]}
-    *_, line = describe_numbers(result | {"time": time, "time_low": low, "time_high": high})
-    assert line.startswith("This holds at equal steps")
-    assert line.endswith(end)
-
-
-def test_sides_that_begin_with_a_run(project):
-    """Both have its weights as links: a model may be large. All seeds then end alike.
-
-    It is not taken for one of their runs, though it has the seed and more steps.
-    """
-    longer = [*STEPS, "--num_iters", 30, "--seed", 7]
-    run("--text", project / "text.txt", *longer, "--save_dir", project / "runs")
-    base = newest(project / "runs").weights_path
-    compared = ["--learning_rate 0", "--pairs", 2, "--seeds", 7, "--json"]
-    out, _ = versus(project, *compared, "--", "--init_from", "latest")
-    result = last_line(out)
-    assert result["verdict"].endswith(": all seeds end in the same weights.")
+    assert result["verdict"].endswith(", with another training text.")
+    after = ["--text", "more.txt", "--num_iters", 16]
+    for own, more in (("scores_before", []), ("scores_after", after)):
+        run(*STEPS, *common, "--text", "text.txt", *more, "--save_dir", "runs", cwd=project)
+        assert result[own][0] == pytest.approx(newest(project / "runs").score, abs=1e-5)
     for side in result["comparison"].split():
-        [path] = project.glob(f"runs/versus/{side}.*/init_from/{base.name}")
-        assert path.samefile(base)
+        [path] = project.glob(f"runs/versus/{side}.*/init_from/{base.weights_path.name}")
+        assert path.samefile(base.weights_path)
 
 
 def test_edit_without_effect_is_proved(project):
@@ -221,123 +201,49 @@ def test_edit_without_effect_is_proved(project):
     What a side prints is no answer.
     """
     edit(project, "def linear_product(x, weight):\n", "def linear_product(x, weight):  # a note\n")
-    out, _ = versus(project, "HEAD", "--pairs", 2)
+    out, _ = compare(project, "HEAD", "--pairs", 2)
     assert out.endswith("\nThe same code and flags on both sides: nothing is trained.\n")
     assert not [*project.glob("runs/versus/*/text-*")], "nothing is trained"
     edit(project, "    joined = attended.transpose", "    joined  =  attended.transpose")
     edit(project, "EDITED = []", "EDITED = []\nprint('{}')")
     norm = "mx.fast.rms_norm(x, weight, eps)\n"
     edit(project, f"    return {norm}", f"    normed = {norm}    return normed\n")
-    out, _ = versus(project, "HEAD", "--pairs", 2)
+    out, _ = compare(project, "HEAD", "--pairs", 2)
     assert "\nedited   rms_norm: each side runs that of its main.py" in out
     assert out.endswith("No effect, proved: the same weights, for these flags and seeds.\n")
     assert len([*project.glob("runs/versus/*/text-*/*.safetensors")]) == 4, "both are computed"
 
 
-CHEATS = [
-    ("scale=scale, mask=mask)", "scale=scale)", "it sees the future: the prediction at position 0"),
-    (
-        'return {"loss": nn.losses.cross_entropy(logits, targets)}',
-        'return {"loss": 0.999 * nn.losses.cross_entropy(logits, targets)}',
-        "it is scored otherwise than it was trained",
-    ),
-    ("iteration >= flags.num_iters or", "iteration >= 2 * flags.num_iters or", "48 steps, not 24"),
-    (
-        "batches = Batches(dataset.train.tokens,",
-        "batches = Batches(dataset.valid.tokens,",
-        "Better on validation text only",
-    ),
-]
-
-
-@pytest.mark.parametrize("old, new, verdict", CHEATS)
-def test_mistakes_that_look_like_gains(project, old, new, verdict):
-    edit(project, old, new)
-    facts = "".join(f"a{n} is b{n * 7919 % 1000} or c{n * 104729 % 1000}\n" for n in range(2000))
-    (project / "text.txt").write_text(facts)
-    (project / "test.txt").write_text(facts[::-1])
-    pairs = 3 if "only" in verdict else 2
-    line = ["HEAD", "--pairs", pairs, "--", "--learning_rate", 0.03, "--test_text", "test.txt"]
-    line += ["--valid_fraction", 0.02]
-    out, _ = versus(project, *line)
-    assert verdict in out.splitlines()[-1]
-
-
-def test_layers_with_two_modes(project):
-    """What is random in training alone is no leak, whichever mode `evaluate` ends in."""
-    layer = "        self.o_proj = Linear(config.num_heads * d, D)\n"
-    edit(project, layer, f"{layer}        self.dropout = nn.Dropout(0.1)\n")
-    edit(project, "return self.o_proj(joined)", "return self.o_proj(self.dropout(joined))")
-    edit(project, "    totals = Counter()", "    model.train(False)\n    totals = Counter()")
-    end = "    received, _ = ranks.agree(received)\n    if received:\n        interrupts"
-    edit(project, end, f"    model.train()\n{end}")
-    out, _ = versus(project, "HEAD", "--pairs", 2)
-    assert "Cannot tell" not in out
-
-
-def test_a_test_text_with_what_is_never_predicted(project):
-    """An infinite loss there is not passed over."""
-    (project / "test.txt").write_text(TEXT + "Z")
-    never = "mx.where(mx.arange(self.config.vocab_size) == ord('Z'), -mx.inf, 0)"
-    logits = "return output(hidden).astype(mx.float32)"
-    edit(project, logits, f"{logits} + {never}")
-    out, _ = versus(project, "HEAD", "--pairs", 2, "--", "--test_text", "test.txt")
-    assert out.endswith("\nDiverged: runs of after.\n")
-
-
-def test_more_training_text(project):
-    """Both are scored on the same validation text."""
-    (project / "more.txt").write_text(TEXT[::-1])
-    (project / "valid.txt").write_text(TEXT)
-    line = ["--text more.txt", "--pairs", 2, "--json", "--", "--valid_text", "valid.txt"]
-    out, _ = versus(project, *line)
-    result = last_line(out)
-    assert result["scores_before"] != result["scores_after"]
-    assert result["verdict"].endswith(", with another training text.")
-
-
 def test_keep(project):
-    line = ["HEAD", "--keep", "--", "--learning_rate", 1e-5]
-    edit(project, "    return flags.learning_rate *", "    return 1000 * flags.learning_rate *")
-    out, _ = versus(project, *line)
-    assert "\n        42 " in out
-    assert "\n        48 " in out, "on fresh seeds"
-    assert out.endswith("\nHelped.\nKeep.\n")
-    edit(project, "    return 1000 * flags", "    return -100 * flags")
-    out, _ = versus(project, *line, status=1)
-    assert out.count("\n        4") == 2, "two pairs are enough"
-    assert out.endswith("\nDrop.\n")
-    edit(project, "    return -100 * flags", "    return -1000 flags")
-    out, _ = versus(project, *line, status=1)
-    assert out.startswith("your files cannot run: SyntaxError: invalid syntax (main")
-    edit(project, "return -1000 flags", "return flags")
+    """An edit that looks like a gain, as a mask is missing, and what cannot run, are dropped."""
+    line = ["HEAD", "--keep", "--", "--learning_rate", 0.03]
+    edit(project, "scale=scale, mask=mask)", "scale=scale)")
+    out, _ = compare(project, *line, status=1)
+    *_, verdict, answer = out.splitlines()
+    assert "Cannot tell: your files: it sees the future: the prediction at position 0" in verdict
+    assert answer == "Drop."
+    edit(project, "scale=scale)", "scale scale)")
+    out, _ = compare(project, *line, status=1)
+    assert out.startswith("your files cannot run: SyntaxError: invalid syntax")
+    edit(project, "scale scale)", "scale=scale)")
     edit(project, "    import mlx.nn as nn\n", "    import mlx.nn as nn, nowhere\n")
-    out, _ = versus(project, *line, status=1)
+    out, _ = compare(project, *line, status=1)
     assert "No module named 'nowhere'" in out
-    versus(project, "HEAD~1", *line[1:], status=2)
+    compare(project, "HEAD~1", *line[1:], status=2)
     (project / "runs" / "versus" / "comparisons.jsonl").write_text("{")
-    _, err = versus(project, "HEAD", "HEAD", *line[1:], status=125)
+    _, err = compare(project, "HEAD", "HEAD", *line[1:], status=125)
     assert err.startswith("Cannot tell: runs/versus/comparisons.jsonl is damaged")
 
 
 def test_same(project):
     """As `git bisect run` asks it."""
-    edit(project, "hidden * (kept", "hidden * 1.0 * (kept")  # of dropout, which is not used
-    versus(project, "HEAD", "--same", "--pairs", 2)
     edit(project, "return flags.learning_rate *", "return 1.001 * flags.learning_rate *")
-    out, _ = versus(project, "HEAD", "--same", "--pairs", 2, status=1)
+    out, _ = compare(project, "HEAD", "--same", "--pairs", 2, status=1)
     assert out == "Different weights after 20 steps, seed 42.\n"
-    edit(project, "return 1.001 * flags.learning_rate *", "return 1.001 * * flags.learning_rate")
-    _, err = versus(project, "HEAD", "--same", status=125)
-    assert err.startswith("Cannot tell: your files cannot run: SyntaxError: invalid syntax (main")
-    diverging = ["--learning_rate", "1e30", "--grad_clip", 0]
-    _, err = versus(project, "HEAD", "HEAD", "--same", "--", *diverging, status=125)
-    assert err == "Cannot tell: a run with seed 42 has diverged\n"
-    edit(project, "return 1.001 * * flags.learning_rate", "return flags.learning_rate *")
-    _, err = versus(project, "--num_iters 9", "--same", status=125)
+    _, err = compare(project, "--num_iters 9", "--same", status=125)
     assert err.startswith("Cannot tell: --same takes 20 steps of both sides")
     shutil.rmtree(project / ".git")
-    _, err = versus(project, "HEAD", status=2)
+    _, err = compare(project, "HEAD", status=2)
     assert "not a git repository" in err
 
 
@@ -359,7 +265,178 @@ MISTAKES = [
 
 @pytest.mark.parametrize("arguments, reason", MISTAKES)
 def test_mistakes(committed, arguments, reason):
-    _, err = versus(committed, *arguments, status=2)
+    _, err = compare(committed, *arguments, status=2)
     assert err.startswith("extras.versus: ")
     assert err.count("\n") == 1
     assert reason in err
+
+
+# ---- Outcomes, without runs ---------------------------------------------------------------------
+
+
+def side_of(folder, name, code):
+    """A Side with this code in a folder of its own."""
+    folder.mkdir()
+    (folder / "main.py").write_text(code)
+    empty = Side(*[None] * len(Side._fields))
+    return empty._replace(
+        name=name,
+        folder=folder,
+        words=["--num_iters=300"],
+        flags={"num_iters": 300},
+        notices=[],
+        sources=["main.py"],
+        parameters=100,
+        texts={"train": "a"},
+        tokenizer={},
+    )
+
+
+class Drawn(versus.Comparison):
+    """A comparison whose pairs end as `difference`, a function of the seed, says.
+
+    Nothing is trained. Losses are 2 before, on both texts.
+    """
+
+    def __init__(self, folder, difference, *arguments, code="x = 1"):
+        self.options, self.common = versus.read_arguments(["HEAD", *map(str, arguments)])
+        self.before = side_of(folder / "before", "HEAD", "x = 1")
+        self.after = side_of(folder / "after", "your files", code)
+        self.first_seed = 42
+        self.plain = self.commits = []
+        self.unit = "nats/token"
+        self.patch = ""
+        self.ledger = folder / "comparisons.jsonl"
+        self.difference = difference
+
+    def pairs(self, seeds):
+        for seed in seeds:
+            found = self.difference(seed)
+            if not isinstance(found, Outcome):
+                found = Outcome(f"after {seed}", 2 + found, 2 + found)
+            yield seed, Outcome(f"before {seed}", 2.0, 2.0), found
+
+
+def noisy(mean):
+    """Differences around a mean, with a standard deviation of 0.01."""
+    return lambda seed: mean + 0.01 * np.random.default_rng(seed).standard_normal()
+
+
+def on_used_seeds(mean):
+    """An edit that helps by luck: on seeds that other edits were tried on before."""
+    return lambda seed: (mean if seed < 48 else 0) + noisy(0)(seed)
+
+
+def ending(loss, id="after {}", fault=None):
+    """Runs that end in this loss on both texts, whatever their seed."""
+    return lambda seed: Outcome(id.format(seed), loss, loss, fault)
+
+
+SAME = ending(2.0, "before {}")
+KEPT = [
+    (noisy(-0.05), [], "x = 1 + 1", "Helped.\nKeep.", [6, 4]),
+    (noisy(0.05), [], "x = 1 + 1", "Not better, on seeds that were used before.\nDrop.", [2]),
+    (on_used_seeds(-0.05), [], "x = 1 + 1", "four times in five.\nDrop.", [6, 6]),
+    (SAME, [], "x = 1 + 1", "for these flags and seeds.\nDrop.", [2]),
+    # Less code may be kept without a gain, if that is allowed by a margin.
+    (SAME, ["--margin", 0.02], "", "for these flags and seeds.\nKeep.", [2]),
+    (noisy(0), ["--margin", 0.02], "", "Equal within 0.02.\nKeep.", [6, 4]),
+    (noisy(0), ["--margin", 0.02], "x = 1 + 1", "on seeds that were used before.\nDrop.", [2]),
+    (noisy(0), [], "", "on seeds that were used before.\nDrop.", [2]),
+]
+
+
+@pytest.mark.parametrize("difference, options, code, end, pairs", KEPT)
+def test_what_is_kept(difference, options, code, end, pairs, tmp_path, capsys):
+    """What seeds that were used before promise counts only if fresh ones confirm it."""
+    comparison = Drawn(tmp_path, difference, "--keep", *options, code=code)
+    status = versus.keep_or_drop(comparison)
+    assert status == (0 if end.endswith("Keep.") else 1)
+    assert capsys.readouterr().out.endswith(f"{end}\n")
+    seeds = [each["seeds"] for each in comparison.results()]
+    assert seeds == [[*range(first, first + n)] for first, n in zip((42, 48), pairs)]
+
+
+def test_a_side_before_that_fails_keeps_nothing(tmp_path):
+    """And is not the same as one that does as well."""
+    comparison = Drawn(tmp_path, None, "--keep")
+    diverged = Outcome("before", np.inf, fault=versus.DIVERGED)
+    comparison.pairs = lambda seeds: ((seed, diverged, Outcome("after", 2.0)) for seed in seeds)
+    assert versus.keep_or_drop(comparison) == 125
+    with pytest.raises(RunError, match="a run with seed 42 has diverged"):
+        versus.print_sameness(comparison)
+
+
+def test_the_same_weights(tmp_path, capsys):
+    assert versus.print_sameness(Drawn(tmp_path, SAME, "--same")) == 0
+    assert capsys.readouterr().out.startswith("The same weights after 20 steps")
+
+
+def better_on_one_text(seed):
+    """As with weights that were trained on validation text."""
+    return Outcome(f"after {seed}", 1.9 + noisy(0)(seed), 2 + noisy(0)(seed))
+
+
+VERDICTS = [
+    (noisy(-0.05), [], "Helped.", 4),
+    (noisy(0.05), [], "Hurt.", 4),
+    (noisy(-0.012), [], "Helped.", 8),
+    (noisy(0), [], "No difference seen: 6 pairs show a difference of ", 6),
+    (noisy(-0.05), ["--pairs", 3], "Helped.", 3),
+    (noisy(0), ["--margin", 0.02], "Equal within 0.02.", 6),
+    (noisy(-0.004), ["--margin", 0.008], "Not worse by more than 0.008.", 12),
+    (better_on_one_text, [], "Better on validation text only.", 4),
+    (SAME, [], "No effect, proved: the same weights, for these flags and seeds.", 4),
+    (ending(np.inf, fault=versus.DIVERGED), [], "Diverged: runs of after.", 1),
+    (ending(1.0, fault="it knows"), [], "Cannot tell: your files: it knows.", 1),
+    (ending(1.9, "after"), [], "Cannot tell: your files: all seeds end in the same weights.", 2),
+]
+
+
+@pytest.mark.parametrize("difference, options, verdict, pairs", VERDICTS)
+def test_verdicts(difference, options, verdict, pairs, tmp_path, capsys):
+    comparison = Drawn(tmp_path, difference, *options)
+    versus.print_comparison(comparison)
+    [result] = comparison.results()
+    assert result["verdict"].startswith(verdict)
+    assert len(result["seeds"]) == pairs
+    assert capsys.readouterr().out.endswith(f"{result['verdict']}\n")
+    if "difference" in result:
+        drawn = [comparison.difference(seed) for seed in result["seeds"]]
+        drawn = [each.score - 2 if isinstance(each, Outcome) else each for each in drawn]
+        assert result["difference"] == pytest.approx(np.mean(drawn))
+
+
+@pytest.mark.parametrize(
+    "time, low, high, end",
+    [
+        (0.9, 0.89, 0.91, "(0.890 to 0.910): for equal time, add --num_iters 333 to it."),
+        (1.01, 0.99, 1.03, ' and equal time: "After" took 1.010 times as long (0.990 to 1.030).'),
+        (0.9, 0.8, 1.0, "(0.800 to 1.000): too noisy to say more."),
+    ],
+)
+def test_what_equal_time_takes(time, low, high, end):
+    """Nothing where the times agree, and nothing is known where they vary too much."""
+    result = {"difference": 0.1, "low": 0.0, "high": 0.2, "unit": "nats/token", "agree": 3}
+    result |= {"seeds": [1, 2, 3], "test_difference": 0.1, "steps": [300, 300]}
+    *_, line = versus.describe_numbers(
+        result | {"time": time, "time_low": low, "time_high": high}
+    )
+    assert line.startswith("This holds at equal steps")
+    assert line.endswith(end)
+
+
+@pytest.mark.parametrize("num_iters, fault", [(20, None), (10, "it has taken 20 steps, not 10")])
+def test_the_steps_of_a_run_are_counted(num_iters, fault, base, tmp_path):
+    """Those in its record: an edit of the loop may have taken more."""
+    folder, _ = base
+    record = newest(folder)
+    comparison = Drawn(tmp_path, None)
+    side = comparison.before._replace(folder=folder, texts=record.tokens_sha256)
+    side = side._replace(words=[f"--num_iters={num_iters}"])
+    comparison.is_stopped = False
+    comparison.judge = lambda index, side, record: [2.0, 2.0, None]
+    outcome = comparison.run(0, side, record.flags["seed"])
+    assert (outcome.id, outcome.fault) == (record.id, fault)
+    with pytest.raises(UsageError, match="the text of HEAD has changed"):
+        comparison.run(0, side._replace(texts={}), record.flags["seed"])
