@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import filecmp
 import functools
 import importlib.util
 import json
@@ -9,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,11 +29,9 @@ sys.path.insert(0, str(ROOT))
 INITIAL = dict(os.environ)  # extras/fast.py sets some variables for its own process
 # The folder in which compiled code is kept, for commands whose home is another.
 CACHES = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-# Each process that loads NumPy would spend 0.05 s of a second core on OpenBLAS's threads, which
-# wait for their first product.
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
-# Commands buffer what they print, as a user's do.
+# Commands buffer what they print, and keep what they have compiled, as a user's do.
 os.environ.pop("PYTHONUNBUFFERED", None)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # No test reaches the network: nobody listens at this port. Where there is none, a name that
 # cannot be resolved would cost 5 s.
@@ -52,14 +50,10 @@ import mlx.core as mx  # noqa: E402
 mx.set_default_device(mx.cpu)  # a Mac's is its GPU
 
 TINY = (
+    "--eval_tokens 100 "  # scoring a whole validation text would be half of a run
     "--dim 16 --num_heads 2 --num_blocks 2 "
     "--context_size 8 --batch_size 4 --max_tokens 8"
 ).split()
-# A line of history: iteration, training loss, score, whether it is the best.
-SCORED = (
-    r"^iteration ([\d,]+): (?:train ([\d.]+), )?valid ([\d.]+) nats( \(best\))?, perplexity "
-    r"[\d.]+ per token, [\d.]+ bits per byte; epoch [\d.]+, time [\d:]+, scored in [\d.]+ s$"
-)
 WORDS = "the quick brown fox of the company jumps over a lazy dog".split()
 
 
@@ -78,6 +72,14 @@ def pytest_xdist_auto_num_workers():
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None  # pytest-xdist reads it
     return 2 + (os.cpu_count() or 1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """All tests of a file on one worker: what they share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 def start(*arguments, env=None, program=(MAIN,), **options):
@@ -138,23 +140,26 @@ def environment(env):
 
 
 class ForkServer:
-    """tests/forkserver.py for one program in one environment.
+    """tests/forkserver.py for one program: a run begins 0.2 s earlier than in its own Python.
 
-    A run begins 0.2 s earlier than in a Python of its own.
+    env: what it needs from its start.
     """
 
     def __init__(self, program, env):
         command = [sys.executable, str(ROOT / "tests" / "forkserver.py"), program]
         self.process = subprocess.Popen(
             command,
-            env=env,
+            env=environment(dict(env)),
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
 
-    def run(self, arguments, input, cwd):
-        """Runs `python program *arguments` to its end: its exit status, stdout and stderr."""
+    def run(self, path, arguments, input, cwd, env):
+        """Runs `python path *arguments` to its end: its exit status, stdout and stderr.
+
+        path: of the program, or of a copy of which only main.py was edited.
+        """
         with tempfile.TemporaryDirectory() as folder:
             stdin = Path(folder, "stdin")
             stdout = Path(folder, "stdout")
@@ -163,8 +168,10 @@ class ForkServer:
             stdout.touch()
             stderr.touch()
             request = {
+                "path": path,
                 "arguments": arguments,
                 "cwd": cwd or os.getcwd(),
+                "env": env,
                 "streams": [stdin, stdout, stderr],
             }
             print(json.dumps(request, default=str), file=self.process.stdin, flush=True)
@@ -174,9 +181,17 @@ class ForkServer:
             return status, out, err
 
 
-@functools.cache
-def fork_server(program, env):
-    return ForkServer(program, dict(env))
+def is_edited_alone(path):
+    """Whether a file is a copy of main.py, edited or not, with all others beside it as they are."""
+    names = ["datasets.py", *(str(each.relative_to(ROOT)) for each in ROOT.glob("extras/*.[cp]*"))]
+    same, _, _ = filecmp.cmpfiles(ROOT, path.parent, names, shallow=False)
+    return path.name == "main.py" and same == names
+
+
+# Variables that Python, or a module that a server has imported, reads when it starts.
+READ_AT_START = re.compile("PYTHON|LC_|HOME|PATH|TMPDIR|XDG_|DISABLE_FAST")
+SURVIVES_A_FORK = sys.platform == "linux"  # on macOS neither Metal nor Accelerate does
+fork_server = functools.cache(ForkServer)
 
 
 def run(*arguments, status=0, input=None, program=(MAIN,), cwd=None, env=None, **options):
@@ -184,12 +199,12 @@ def run(*arguments, status=0, input=None, program=(MAIN,), cwd=None, env=None, *
 
     options: more of those of `start`, which ask for a Python of its own.
     """
-    is_file = len(program) == 1
-    survives_a_fork = sys.platform == "linux"  # on macOS neither Metal nor Accelerate does
-    if survives_a_fork and is_file and not options:
-        variables = environment(env or {})
-        server = fork_server(str(program[0]), tuple(sorted(variables.items())))
-        ended, out, err = server.run([*map(str, arguments)], input, cwd)
+    env = env or {}
+    if SURVIVES_A_FORK and len(program) == 1 and not options:
+        path = Path(program[0])
+        at_start = tuple((name, env[name]) for name in sorted(env) if READ_AT_START.match(name))
+        server = fork_server(MAIN if is_edited_alone(path) else str(path), at_start)
+        ended, out, err = server.run(path, [*map(str, arguments)], input, cwd, env)
     else:
         if input is not None:
             options["stdin"] = subprocess.PIPE
@@ -210,9 +225,9 @@ def load_module(path):
 
 def run_extra(name, *arguments, **options):
     """Runs `python -m extras.NAME *arguments`, as `run` does."""
-    if sys.platform == "linux" and not options.keys() - {"status", "input", "cwd"}:
-        return run("-m", f"extras.{name}", *arguments, **options)  # which the forks of main.py know
     program = ["-m", f"extras.{name}"]
+    if SURVIVES_A_FORK and not options.keys() - {"status", "input", "cwd", "env"}:
+        return run(*program, *arguments, **options)  # which the forks of main.py know
     env = {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
     return run(*arguments, program=program, env=env, **options)
 
@@ -255,15 +270,6 @@ def serving(handler):
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield server
         server.shutdown()
-
-
-def free_ports(count):
-    """Ports of the loopback address that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def ids(save_dir):
@@ -383,24 +389,6 @@ def make_model(context_size=8, vocab_size=31, seed=0, **values):
     return model
 
 
-class Script:
-    """A model whose logits [V] depend on the last token alone: `rows`, a function of it."""
-
-    def __init__(self, rows, context_size=8):
-        self.rows = rows
-        self.config = Namespace(context_size=context_size)
-        self.model = Namespace(layers=[None])  # one layer, as its Cache says what is read
-
-    def __call__(self, tokens, caches, last):
-        assert last <= tokens.shape[1] <= self.config.context_size, "more than a model can read"
-        for cache in caches:
-            cache.offset = cache.offset + tokens.shape[1]
-        logits = []
-        for row in tokens.tolist():
-            logits.append([self.rows(token) for token in row[-last:]])
-        return mx.array(np.array(logits, np.float32))
-
-
 def arrays(tree):
     """The arrays of a tree or a model, {name: NumPy array in float64}."""
     from mlx.utils import tree_flatten
@@ -416,16 +404,6 @@ def assert_equal(weights, expected, **tolerances):
     for name, weight in weights.items():
         theirs = np.array(expected[name])
         np.testing.assert_allclose(np.array(weight), theirs, err_msg=name, **tolerances)
-
-
-def nats_of(logits, targets):
-    """Cross-entropy of each position in float64: logits [..., V], targets [...]."""
-    logits = np.array(logits, np.float64)
-    largest = logits.max(-1, keepdims=True)
-    totals = np.log(np.exp(logits - largest).sum(-1)) + largest[..., 0]
-    indices = np.asarray(targets, np.int64)[..., None]
-    chosen = np.take_along_axis(logits, indices, -1)[..., 0]
-    return totals - chosen
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@
 
 This process has imported what the program imports, which takes most of the time of a short run.
 All else is as in `python PROGRAM`: the fork runs the file as __main__, with arguments, working
-directory and standard streams of its own, and ends as Python ends, but for freeing the memory.
+directory and standard streams of its own, and ends as Python ends, but for freeing the memory. It
+may also run another file, if that imports the same.
 tests/conftest.py asks: one JSON line on stdin for each run, answered by its exit status on stdout.
 tests/nightly/crash.py and strangers.py have a Program in their own process.
 """
@@ -44,12 +45,13 @@ class Program:
         self.code = compile(self.path.read_bytes(), str(self.path), "exec")
         gc.freeze()  # else each fork's first collection copies what it shares with this process
 
-    def start(self, arguments, streams, cwd=".", prepare=None):
+    def start(self, arguments, streams, cwd=".", prepare=None, path=None, env=None):
         """Begins `python PROGRAM arguments` in a fork; returns its process id.
 
-        Arguments that begin with -m MODULE begin that one instead, from the program's folder.
+        Arguments that begin with -m MODULE or -c CODE begin that, from the program's folder.
         streams: the files in the place of stdin, stdout and stderr; prepare: what the fork calls
-        before the program begins.
+        before the program begins; path: another file to be run in the place of the program's; env:
+        more variables of the environment.
         """
         sys.stdout.flush()
         sys.stderr.flush()
@@ -58,21 +60,35 @@ class Program:
             return pid
         status = 1
         try:
+            if path and Path(path) != self.path:
+                self.become(path)
+            os.environ.update(env or {})
             self.be_one(arguments, streams, cwd)
             if prepare:
                 prepare()
             if arguments[:1] == ["-m"]:
                 status = status_of(run_module, arguments[1])
+            elif arguments[:1] == ["-c"]:
+                sys.argv[:3] = ["-c"]
+                status = status_of(exec, arguments[1], {"__name__": "__main__"})
             else:
                 status = status_of(self.execute)
         except BaseException:
             traceback.print_exc()
         leave(status)
 
-    def run(self, arguments, streams, cwd=".", prepare=None):
-        """Runs it to its end; returns its exit status, or minus the signal that killed it."""
-        _, status = os.waitpid(self.start(arguments, streams, cwd, prepare), 0)
+    def run(self, *arguments, **options):
+        """`start`, to its end; returns the exit status, or minus the signal that killed it."""
+        _, status = os.waitpid(self.start(*arguments, **options), 0)
         return os.waitstatus_to_exitcode(status)
+
+    def become(self, path):
+        """Makes another file the program of this fork."""
+        self.path = Path(path)
+        self.code = None
+        sys.path[0] = str(self.path.parent)
+        if "extras" in sys.modules:
+            sys.modules["extras"].__path__[:] = [str(self.path.parent / "extras")]
 
     def be_one(self, arguments, streams, cwd):
         """Makes a fork's signals, folder, streams and arguments those of a new process."""
@@ -88,7 +104,8 @@ class Program:
         """Runs the program as __main__."""
         module = sys.modules["__main__"] = types.ModuleType("__main__")
         module.__file__ = str(self.path)
-        exec(self.code, module.__dict__)
+        code = self.code or compile(self.path.read_bytes(), str(self.path), "exec")
+        exec(code, module.__dict__)
 
 
 def open_streams(paths):
@@ -199,9 +216,7 @@ def play_share(play, cases, ends_at_first):
 def serve(program):
     """Answers until stdin ends."""
     for line in sys.stdin:
-        request = json.loads(line)
-        status = program.run(request["arguments"], request["streams"], request["cwd"])
-        print(status, flush=True)
+        print(program.run(**json.loads(line)), flush=True)
 
 
 if __name__ == "__main__":

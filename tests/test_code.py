@@ -11,7 +11,6 @@ SMALL = [*TINY, "--num_blocks", 1, "--sample_tokens", 0, "--num_iters", 2, "--st
 NOTEBOOK = """
 import importlib, pathlib, sys
 folder = sys.argv.pop(1)
-sys.path[0] = folder
 import main
 
 def train():
@@ -36,7 +35,7 @@ def line(text, tmp_path):
 def cells(folder, line, *code):
     """Runs the cells of a notebook: the runs that it trains, and what was said."""
     source = NOTEBOOK + "\n".join(code)
-    out, err = run(folder, *line, program=["-Bc", source])
+    out, err = run("-c", source, folder, *line, program=[folder / "main.py"])
     return re.findall(r"^run +(\S+), from iteration (\d+) ", out, re.M), out + err
 
 
@@ -150,13 +149,15 @@ def test_code_counts_wherever_it_stands(place, line, tmp_path):
 
 @pytest.mark.parametrize("place", ELSEWHERE)
 def test_what_trains_nothing_does_not_count(place, line, tmp_path):
-    """Unless the banner does not tell it apart: then all of main.py counts."""
     first = name_of_run(tmp_path, line, ELSEWHERE[place], 1)
     assert name_of_run(tmp_path, line, ELSEWHERE[place], 2) == first
+
+
+def test_without_a_banner_all_of_it_counts(line, tmp_path):
+    """As where it stands twice, so that it does not tell apart what trains."""
     twice = {"def adamw(": f"{BANNER}\n\n\ndef adamw("}
-    second = name_of_run(tmp_path, line, ELSEWHERE[place], 3, twice)
-    third = name_of_run(tmp_path, line, ELSEWHERE[place], 4, twice)
-    assert [second, third] == [f"{first}.2", f"{first}.3"]
+    first = name_of_run(tmp_path, line, ELSEWHERE["Reports"], 1, twice)
+    assert name_of_run(tmp_path, line, ELSEWHERE["Reports"], 2, twice) == f"{first}.2"
 
 
 def test_what_a_cell_does_to_a_module_counts(line, tmp_path):
@@ -201,22 +202,26 @@ def test_modules_count_where_they_are_used(line, text, tmp_path):
     """
     imported = {"EDITED = []": "import mine\n\nEDITED = []"}
     path = copy_program(tmp_path / "copy", imported)
-    mine = path.with_name("mine.py")
-    mine.write_text("FACTOR = 1\n")
+    path.with_name("mine.py").write_text("FACTOR = 1\n")
     name, _, _ = begin(*line, program=["-B", path])
     adapters = ["--init_from", name, "--lora_rank", 2, *line]
     lora, _, _ = begin(*adapters, program=["-B", path])
 
-    def edit(file, addition):
-        file.write_text(file.read_text() + addition)
-        again, _, _ = begin(*line, program=["-B", path])
-        again_with_lora, _, _ = begin(*adapters, program=["-B", path])
-        return again, again_with_lora
+    def edit(name, addition):
+        with open(path.parent / name, "a") as file:
+            file.write(addition)
 
-    with open(path.parent / "extras" / "check.py", "a") as file:
-        file.write("FACTOR = 2\n")
-    assert edit(mine, "# A remark\n") == (name, lora)
-    assert edit(path.parent / "extras" / "lora.py", "FACTOR = 1\n") == (name, f"{lora}.2")
-    assert edit(mine, "FACTOR = 2\n") == (f"{name}.2", f"{lora}.3")
-    assert edit(path.parent / "extras" / "fast.c", "// 2\n") == (f"{name}.3", f"{lora}.4")
-    assert edit(path.parent / "extras" / "fast.py", "FACTOR = 2\n") == (f"{name}.4", f"{lora}.5")
+    def names_of(*lines):
+        return [begin(*each, program=["-B", path])[0] for each in lines]
+
+    edit("extras/check.py", "FACTOR = 2\n")
+    edit("mine.py", "# A remark\n")
+    assert names_of(line, adapters) == [name, lora]
+    edit("extras/lora.py", "FACTOR = 1\n")
+    assert names_of(line, adapters) == [name, f"{lora}.2"]
+    edit("mine.py", "FACTOR = 2\n")
+    assert names_of(line, adapters) == [f"{name}.2", f"{lora}.3"]
+    edit("extras/fast.c", "// 2\n")
+    assert names_of(line) == [f"{name}.3"]
+    edit("extras/fast.py", "FACTOR = 2\n")
+    assert names_of(line) == [f"{name}.4"]

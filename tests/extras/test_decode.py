@@ -8,8 +8,8 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import Script, flags, run, run_folders
-from test_sampling import make_model, tokens_of
+from conftest import flags, run, run_folders
+from test_sampling import Script, make_model, tokens_of
 
 from extras.decode import BatchDecoder, SpeculativeDecoder
 
