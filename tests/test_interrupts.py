@@ -62,11 +62,12 @@ def test_second_signal_leaves_inside_a_long_step(tmp_path, text):
 
 def test_timeout_that_sends_its_signal_twice_loses_nothing(tmp_path, text):
     """GNU's `timeout` sends SIGTERM to the process and then to its whole group."""
-    long_steps = ["--batch_size", 256, "--context_size", 64, "--steps_per_report", 1]
+    long_steps = ["--dim", 256, "--batch_size", 64, "--context_size", 64, "--steps_per_report", 1]
     process = start("--text", text, *TINY, *long_steps, "--save_dir", tmp_path / "lm")
-    wait_for(process, "3/100,000 ")
+    wait_for(process, "1/100,000 ")
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.05)  # or the system delivers both as one
+    while "Stopping after this step" not in process.stderr.readline():
+        pass  # the system could deliver both as one
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode in (143, -signal.SIGTERM), err  # the second may come after all
@@ -132,42 +133,76 @@ def test_closed_terminal_saves(tmp_path, text):
     assert len(ids(tmp_path / "lm")) == 1
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX then compiles nothing")
-@pytest.mark.parametrize("disable_fast", ["", "1"])
-def test_signal_to_the_group_during_the_first_compile(tmp_path, text, disable_fast):
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="MLX then compiles nothing"
+)
+
+
+def compiler_that_tells(folder):
+    """The environment of a process that has compiled nothing before.
+
+    Its g++ makes the file `header` or `kernel` in the folder before it compiles one.
+    """
+    compiler = folder / "bin" / "g++"
+    header = f"*c++-header*) touch {folder / 'header'} ;;"
+    kernel = f"*mlx/*/tmp_*) touch {folder / 'kernel'} ;;"
+    lines = f'case "$*" in {header} {kernel} esac\nexec {shutil.which("g++")} "$@"'
+    write_script(compiler, lines)
+    return {"PATH": f"{compiler.parent}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(folder)}
+
+
+def strike(process, number, path):
+    """Sends a process and its compiler a signal once there is a file; returns what was printed."""
+    while not path.exists():
+        assert process.poll() is None, "nothing was left to compile"
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=120)
+    assert "Traceback" not in err, err
+    return out
+
+
+@needs_compiler
+def test_signal_to_the_group_during_the_first_compile(tmp_path, text):
     """Ctrl+C in a terminal reaches the compiler too, which goes on: the step is taken and saved.
 
     Whatever a kill leaves behind, the next start must work.
     """
-    header = tmp_path / "header"
-    kernel = tmp_path / "kernel"
-    compiler = tmp_path / "bin" / "g++"
-    touch = f'case "$*" in *c++-header*) touch {header} ;; *mlx/*/tmp_*) touch {kernel} ;; esac'
-    write_script(compiler, f'{touch}\nexec {shutil.which("g++")} "$@"')
-    path = f"{compiler.parent}:{os.environ['PATH']}"
-    env = {"PATH": path, "XDG_CACHE_HOME": str(tmp_path), "DISABLE_FAST": disable_fast}
+    env = compiler_that_tells(tmp_path)
     line = ["--text", text, *TINY, "--num_blocks", 1, "--num_iters", 3, "--sample_tokens", 0]
     folder = ["--save_dir", tmp_path / "lm"]
-    first = kernel if disable_fast or sys.platform != "linux" else header
-    for number, status, compiling in (
+    first = tmp_path / ("header" if sys.platform == "linux" else "kernel")
+    for number, status, path in (
         (signal.SIGKILL, -signal.SIGKILL, first),
-        (signal.SIGINT, 130, kernel),
+        (signal.SIGINT, 130, tmp_path / "kernel"),
     ):
-        kernel.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         process = start(*line, *folder, env=env, start_new_session=True)
-        while not compiling.exists():
-            assert process.poll() is None, "nothing was left to compile"
-            time.sleep(0.01)
-        os.killpg(process.pid, number)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == status, err
-        assert "Traceback" not in err, err
+        out = strike(process, number, path)
+        assert process.returncode == status
     assert "\nStopped at iteration 1. " in out
     run(*line, *folder, env=env)
     assert not list((tmp_path / "transformer-lm").rglob("*.new"))
     assert len(ids(tmp_path / "lm")) == 2
-    run(*line, "--save_dir", tmp_path / "whole", env={"DISABLE_FAST": disable_fast})
+    run(*line, "--save_dir", tmp_path / "whole")
     assert ids(tmp_path / "lm")[0] == ids(tmp_path / "whole")[0]
+
+
+A_KERNEL = """
+import signal
+signal.signal(signal.SIGINT, lambda *_: None)
+import main, mlx.core as mx
+main.use_device(gpu=False)
+double = mx.compile(lambda x: mx.exp(x) * 2 + x)
+print(double(mx.zeros(3)).tolist())
+"""
+
+
+@needs_compiler
+def test_the_compiler_of_the_core_alone_ignores_signals_too(tmp_path):
+    env = compiler_that_tells(tmp_path) | {"DISABLE_FAST": "1"}
+    process = start(program=["-c", A_KERNEL], cwd=ROOT, env=env, start_new_session=True)
+    assert strike(process, signal.SIGINT, tmp_path / "kernel") == "[2.0, 2.0, 2.0]\n"
 
 
 def test_a_compiler_that_fails(tmp_path, text):
