@@ -25,6 +25,14 @@ def trained(first_base):
     return first_base.parent
 
 
+@pytest.fixture
+def short(text, tmp_path):
+    """A path of some lines to train on."""
+    path = tmp_path / "short.txt"
+    path.write_text("".join(text.read_text().splitlines(True)[:60]))
+    return path
+
+
 # ---- Values -------------------------------------------------------------------------------------
 
 
@@ -73,9 +81,9 @@ def given_in(folder, *line):
         dict(dim=128, mlp_dim=512, num_heads=2, num_kv_heads=1, context_size=128, seed=1),
     ),
 ])  # fmt: skip
-def test_what_is_not_given_follows(line, expected, trained, tmp_path):
+def test_what_is_not_given_follows(line, expected, short, tmp_path):
     """Or is as --help says."""
-    small = ["--text", trained / "text.txt", "--batch_size", 1, "--max_tokens", 1]
+    small = ["--text", short, "--batch_size", 1, "--max_tokens", 1]
     values = dict(tokenizer="byte", batch_size=1, num_kv_heads=8) | expected
     assert given_in(tmp_path, *small, *line.split()) == values
 
@@ -112,11 +120,11 @@ FROM_FILES = [  # what the file holds, what is typed beside it; the line without
 
 
 @pytest.mark.parametrize("content, beside, line", FROM_FILES)
-def test_a_file_of_flags(content, beside, line, trained, tmp_path):
+def test_a_file_of_flags(content, beside, line, short, tmp_path):
     """Flat or in groups: what is typed counts more, and all of it more than a preset."""
     path = tmp_path / "own.yaml"
     path.write_text(content)
-    small = ["--text", trained / "text.txt", "--batch_size", 2, "--max_tokens", 1]
+    small = ["--text", short, "--batch_size", 2, "--max_tokens", 1]
     found = given_in(tmp_path / "lm", *small, "--config", path, *shlex.split(beside))
     assert found == given_in(tmp_path / "lm", *small, *shlex.split(line))
 
@@ -189,9 +197,9 @@ ANOTHER = {
 
 
 @pytest.mark.parametrize("theirs, ours", THEIRS.values(), ids=THEIRS)
-def test_names_of_other_programs(theirs, ours, trained, tmp_path):
+def test_names_of_other_programs(theirs, ours, short, tmp_path):
     """Typed, and in a file of flags."""
-    line = ["--text", trained / "text.txt", "--max_tokens", 4]
+    line = ["--text", short, "--max_tokens", 4]
     expected = given_in(tmp_path, *line, *ours.split())
     assert len(expected) > 6
     assert given_in(tmp_path, *line, *theirs.split()) == expected

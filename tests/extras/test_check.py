@@ -1,24 +1,22 @@
 """extras.check, with something planted that varies: it has to say where, and not to trust a GPU."""
 
+import random
+
+import mlx.core as mx
 import pytest
-from conftest import ROOT, TINY, run, run_extra
+from conftest import ROOT, TINY, run
 
 from datasets import RunError, open_code_dir
 from extras import check
 
-# What each Python does first: with --gpu it pretends one; norms vary on the GPU or on the CPU.
+# What each Python does first: with --gpu it pretends one.
 SITE = """
-import os, random, sys
+import os, sys
 
 if "--gpu" in sys.argv:
     import pretended_gpu
     pretended_gpu.pretend()
     pretended_gpu.mx.device_info = lambda: {"device_name": os.environ["GPU_NAME"]}
-if ("--gpu" in sys.argv) == (os.environ["VARYING"] == "gpu"):
-    from extras import fast
-    import mlx.core as mx
-    norm = mx.linalg.norm
-    mx.linalg.norm = lambda *a, **more: norm(*a, **more) * (1 + 1e-5 * random.random())
 """
 
 SHORT = [*TINY[:-2], "--num_iters", 30]  # signals come after the 10th and the 20th step
@@ -49,29 +47,46 @@ def is_verified(env, text, tmp_path):
     return "Not verified on this GPU" not in out
 
 
+# The program, without its second run, and with fewer repetitions.
+CHECK = """
+from extras import check
+check.REPETITIONS = 3
+check.RUNS.popitem()
+check.start("check", check.main)
+"""
+
+
 def test_a_gpu_that_repeats(env, text, tmp_path, forgotten):
-    env["VARYING"] = "cpu"
     line = ["--gpu", "--save_dir", tmp_path / "check"]
     assert not is_verified(env, text, tmp_path)
-    out, _ = run_extra("check", *line, "--", *SHORT, env=env)
+    out, _ = run(*line, "--", *SHORT, program=["-c", CHECK], env=env)
     *_, last = out.splitlines()
     assert last == "Exact here: GPU."
-    assert out.count("\n   ") == 11 + 2
-    assert out.count("; struck: ") == 2
+    assert out.count("\n   ") == 11 + 1
+    assert out.count("; struck: ") == 1
     assert is_verified(env, text, tmp_path)
     assert not list((tmp_path / "check").iterdir())
 
 
-def test_what_varies_is_named(env, text, tmp_path):
-    """Operations, and runs of which one was struck."""
-    env["VARYING"] = "gpu"
-    line = ["--gpu", "--save_dir", tmp_path / "check", "--", *SHORT]
-    out, _ = run_extra("check", *line, env=env, status=1)
-    *_, last = out.splitlines()
-    names = "norm of gradients, Muon, a float32 run, a bfloat16 run"
-    assert last == f"Not exact, or not right, here: {names}."
-    assert out.count("\n!! ") == 4
-    assert not is_verified(env, text, tmp_path)
+def test_what_varies_is_named(tmp_path, monkeypatch, capsys):
+    """Operations, and runs: here, the float32 run ends otherwise where it was struck."""
+    norm = mx.linalg.norm
+
+    def varying(*arguments, **options):
+        return norm(*arguments, **options) * (1 + 1e-5 * random.random())
+
+    def train(line, strikes):
+        id = "b" if strikes and "bfloat16" not in line else "a"
+        return {"loss": "1.0", "speed": "1 tokens/s", "id": id}
+
+    monkeypatch.setattr(mx.linalg, "norm", varying)
+    monkeypatch.setattr(check, "train", train)
+    monkeypatch.setattr(check, "REPETITIONS", 3)
+    assert check.main(["--save_dir", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    names = "norm of gradients, Muon, a float32 run"
+    assert out.endswith(f"\nNot exact, or not right, here: {names}.\n")
+    assert out.count("\n!! ") == 3
 
 
 def test_a_run_that_does_not_begin_says_why():

@@ -4,16 +4,23 @@ What a GPU rounds, how fast it is, and in which order it adds cannot be seen her
 """
 
 import re
+import signal
 
 import pytest
 from conftest import TINY, ids, log_rows, on_gpu, run, run_extra, run_folder, write_text
 
 SETTINGS = "--learning_rate 0.01 --lr_warmup 5 --steps_per_report 1 --max_tokens 8".split()
-KINDS = {
-    "float32": "--grad_clip 0",
-    "bfloat16": "--dtype bfloat16 --optimizer muon --qk_norm --num_kv_heads 1 --untie",
-    "memory": "--dropout 0.1 --grad_checkpoint --grad_accumulation 2 --average 0.3",
-    "lora": "--init_from {hf} --lora_rank 2",
+KINDS = {  # the flags, and what strikes the run
+    "float32": ("--grad_clip 0", signal.SIGTERM),
+    "bfloat16": (
+        "--dtype bfloat16 --optimizer muon --qk_norm --num_kv_heads 1 --untie",
+        signal.SIGKILL,
+    ),
+    "memory": (
+        "--dropout 0.1 --grad_checkpoint --grad_accumulation 2 --average 0.3",
+        signal.SIGKILL,
+    ),
+    "lora": ("--init_from {hf} --lora_rank 2", signal.SIGTERM),
 }
 COMMANDS = [
     "--prompt the",
@@ -62,18 +69,19 @@ def trained(tmp_path_factory):
 def test_a_run_ends_the_same_whatever_happens(kind, trained, tmp_path):
     """After a signal or a kill it has the bits of a run without one, and a CPU's loss."""
     line = ["--text", trained / "text.txt", "--batch_size", 4, *SETTINGS, "--num_iters", 16]
-    line += KINDS[kind].format(hf=trained / "hf").split()
+    flags, strike = KINDS[kind]
+    line += flags.format(hf=trained / "hf").split()
     if kind != "lora":
         line += TINY
     out, _ = on_gpu(*line, "--save_dir", tmp_path / "whole")
     assert "machine  gpu, Apple M0; MLX" in out and "TF32" not in out
     [expected] = ids(tmp_path / "whole")
-    for name, status in (("SIGTERM", 128 + 15), ("SIGKILL", -9)):
-        often = [*line, "--steps_per_save", 2, "--save_dir", tmp_path / name]
-        on_gpu(f"STRIKE={name}:13", *often, status=status)
-        out, _ = on_gpu(*often)
-        assert "from iteration 0 " not in out
-        assert ids(tmp_path / name)[0] == expected
+    often = [*line, "--steps_per_save", 2, "--save_dir", tmp_path / "struck"]
+    status = -strike if strike == signal.SIGKILL else 128 + strike
+    on_gpu(f"STRIKE={strike.name}:13", *often, status=status)
+    out, _ = on_gpu(*often)
+    assert "from iteration 0 " not in out
+    assert ids(tmp_path / "struck")[0] == expected
     run(*line, "--save_dir", tmp_path / "cpu")
     loss, of_cpu = [log_rows(tmp_path / name, "train")[-1]["loss"] for name in ("whole", "cpu")]
     assert loss == pytest.approx(of_cpu, abs=0.05 if kind == "bfloat16" else 1e-4)

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, TINY, run, run_extra, run_folder, saved
 
 RUN = [*TINY, "--num_iters", 30, "--lr_warmup", 5, "--learning_rate", 1e-2, "--keep", 99]
+RUN += ["--sample_tokens", 0]
 
 
 def ids_of_steps(folder):
@@ -55,7 +56,7 @@ def test_step_computed_again(name, text, tmp_path):
         ids.append(ids_of_steps(folder))
     assert {*ids[1]} == {10, 20, 30}
     generator = random.Random(name)
-    for first in (1, 11, 21):
+    for first in (1, 21):
         step = first + generator.randrange(9)
         assert id_at(tmp_path / "few", step) == ids[0][step]
     assert not [*(tmp_path / "few").glob("*/tmp*")]
