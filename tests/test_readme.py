@@ -156,7 +156,7 @@ def test_edits_can_be_made():
 
 
 OF_OTHERS = """
-    --version --model --port --max --backend --hosts --bind --mca --starting --logdir --install
+    --version --model --port --max --backend --hosts --bind --mca --starting --logdir --install --no-compile
 """.split()
 
 

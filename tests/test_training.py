@@ -18,12 +18,12 @@ import main
 # ---- Exact --------------------------------------------------------------------------------------
 
 VARIANTS = [
-    "--mlp swiglu --num_kv_heads 1 --tokenizer word --dropout 0.1 --steps_per_eval 50 "
-    "--num_iters 150",
+    "--mlp swiglu --num_kv_heads 1 --tokenizer word --dropout 0.1 --steps_per_eval 40 "
+    "--num_iters 100",
     "--optimizer muon --dropout 0.1 --dropout_final 0.3 --qk_norm --untie --grad_accumulation 3 "
     "--average 0.3 --weight_decay 0.1 --embedding_decay 2 --lr_schedule linear --lr_cooldown 0.5 "
     "--num_iters 60",
-    "--batch_size 16 --context_size 64 --grad_checkpoint --dtype bfloat16 --num_iters 80",
+    "--batch_size 16 --context_size 64 --grad_checkpoint --dtype bfloat16 --num_iters 60",
 ]
 
 
