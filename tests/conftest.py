@@ -68,10 +68,10 @@ TEXT = "".join(map(line_of_words, range(400)))
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers():
-    """The workers of `-n auto`: two more than cores, as many tests wait for processes."""
+    """The workers of `-n auto`: one more than cores, as many tests wait for processes."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None  # pytest-xdist reads it
-    return 2 + (os.cpu_count() or 1)
+    return 1 + (os.cpu_count() or 1)
 
 
 @pytest.hookimpl(optionalhook=True)

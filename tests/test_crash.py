@@ -18,7 +18,7 @@ def play(name, *arguments):
 
 
 def test_faults():
-    status, out = play("crash.py", "--every", 1200)
+    status, out = play("crash.py", "--every", 1600)
     assert " 0 failures" in out, out
     assert status == 0
 

@@ -373,8 +373,8 @@ def test_commands_of_a_run_that_ended(odd_line, tmp_path):
 
 
 def test_command_of_a_run_that_was_stopped(odd_line, tmp_path):
-    process = start(*odd_line, "--new_model", "--num_iters", 200)
-    wait_for(process, "20/200 ")
+    process = start(*odd_line, "--new_model", "--num_iters", 120)
+    wait_for(process, "20/120 ")
     out, _ = interrupt(process, signal.SIGTERM)
     stopped = newest(tmp_path / ODD_FOLDER)
     last = out.splitlines()[-1]
