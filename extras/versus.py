@@ -66,7 +66,6 @@ OWN = ["pairs", "seeds", "margin", "tokens", "jobs", "json", "same"]
 
 # Flags of main.py that have no place here, and why.
 REFUSED = dict.fromkeys(["patience", "max_minutes"], "both sides take --num_iters steps")
-REFUSED["eval_tokens"] = "--tokens says how many are scored"
 REFUSED["identifier"] = "--init_from RUN begins with the weights of another run"
 REFUSED |= dict.fromkeys(["new_model", "inference", "prompt", "evaluate", "list"], "all runs train")
 
@@ -134,6 +133,8 @@ def read_arguments(arguments):
     for name in OWN:
         if f"--{name}" in common:
             raise UsageError(f"--{name} is no flag of main.py: put it before --")
+    if re.search(r"--eval_tokens\b", " ".join(arguments)):  # a recipe may have it
+        raise UsageError("--eval_tokens cannot be compared: --tokens says how many are scored")
     # argparse takes a word that begins with a blank for no option: these are sides.
     of_side = rf"^-(?!h$|-({'|'.join(OWN)}|help|keep|list)\b)"
     try:

@@ -153,9 +153,10 @@ def test_comparison(project, figures):
 
 
 def test_sides_with_other_tokens(project):
-    """Bits per byte, as both texts have the same bytes."""
+    """Bits per byte, as both texts have the same bytes; other flags may come from a recipe."""
     char = "--tokenizer char --learning_rate 1e-2"
-    out, _ = compare(project, char, "--learning_rate 1e-2", "--pairs", 2, "--json")
+    line = [char, "--learning_rate 1e-2", "--pairs", 2, "--json", "--", "--config", "first"]
+    out, _ = compare(project, *line)
     result = last_line(out)
     assert result["unit"] == "bits per byte"
     _, after = losses(project, result)
@@ -253,6 +254,7 @@ MISTAKES = [
     (["--stop 'a"], "--stop 'a cannot be read as flags (No closing quotation)"),
     (["--valid_fraction 0.2"], "the sides have other valid texts: put what chooses them"),
     (["HEAD", "--", "--patience", 3], "--patience cannot be compared: both sides take --num_iters"),
+    (["HEAD", "--", "--eval_tokens", 9], "--eval_tokens cannot be compared: --tokens says how"),
     (["HEAD", "--keep", "--pairs", 4], "--keep chooses its own pairs"),
     (["HEAD", "--config", "first"], "flags of main.py stand in quotes, or behind --"),
     (["HEAD", "--", "--test_text", "text.txt"], "text.txt is also in --text, which the runs"),
