@@ -133,9 +133,7 @@ def test_closed_terminal_saves(tmp_path, text):
     assert len(ids(tmp_path / "lm")) == 1
 
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="MLX then compiles nothing"
-)
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="nothing is compiled")
 
 
 def compiler_that_tells(folder):
