@@ -2317,8 +2317,8 @@ def replaced_names():
     return sorted(replaced)
 
 
-# Taken at once, before anybody edits the files; hashed when a run needs it. CODE is what is above the
-# banner OPERATIONS; all of this file unless it occurs exactly once.
+# Taken at once, before anybody edits the files; hashed when a run needs it. CODE is what is above
+# the banner OPERATIONS; all of this file unless it occurs exactly once.
 CODE, *below = SOURCE.split("\n# OPERATIONS")
 if len(below) != 1:
     CODE = SOURCE

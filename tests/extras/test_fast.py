@@ -496,5 +496,7 @@ def test_starts_with_a_damaged_header(cold_start, tmp_path):
 def test_starts_without_a_header(tmp_path):
     """Without a folder for it, and by an older compiler, which does not know an option."""
     (tmp_path / "cache").write_text("")
-    path = compiler_in(tmp_path, 'case "$*" in *vect-max-version*) exit 1;; esac')
+    refuse = 'case "$*" in *vect-max-version*) exit 1;; esac'
+    path = compiler_in(tmp_path, f'{refuse}\necho "$@" >> {tmp_path / "log"}')
     assert blas_of(**cache_in(tmp_path), PATH=path) == fast.BLAS
+    assert " -shared " in (tmp_path / "log").read_text(), "a kernel was compiled"

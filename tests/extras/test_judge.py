@@ -55,10 +55,7 @@ def test_scores_are_those_of_main(base, text, kind):
 
 
 TWO_MODES = {
-    "        self.o_proj = Linear(config.num_heads * d, D)\n": (
-        "        self.o_proj = Linear(config.num_heads * d, D)\n"
-        "        self.dropout = nn.Dropout(0.1)\n"
-    ),
+    "if config.qk_norm:": "self.dropout = nn.Dropout(0.1)\n        if config.qk_norm:",
     "return self.o_proj(joined)": "return self.o_proj(self.dropout(joined))",
     "    totals = Counter()": "    model.train(False)\n    totals = Counter()",
     "    received, _ = ranks.agree(received)\n    if received:\n        interrupts": (
