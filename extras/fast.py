@@ -892,7 +892,7 @@ def clip_grad_norm(gradients, limit):
     for i, (_, gradient) in enumerate(leaves):
         with mx.stream(streams[i % len(streams)]):  # the stream of its sum in over_streams
             squares.append(gradient.flatten() @ gradient.flatten())
-    # As sum(squares), which would be kernels of its own for each number of blocks.
+    # The same as sum(squares), which needs other kernels for each number of blocks.
     norm = mx.sqrt(mx.cumsum(mx.stack(squares))[-1])
     scale = mx.minimum(limit / (norm + 1e-6), 1)
     clipped = []

@@ -360,7 +360,7 @@ def test_what_is_kept(difference, options, code, end, pairs, tmp_path, capsys):
 
 
 def test_a_side_before_that_fails_keeps_nothing(tmp_path):
-    """And is not the same as one that does as well."""
+    """Nor does --same compare the weights of a run that has diverged."""
     comparison = Drawn(tmp_path, None, "--keep")
     diverged = Outcome("before", np.inf, fault=versus.DIVERGED)
     comparison.pairs = lambda seeds: ((seed, diverged, Outcome("after", 2.0)) for seed in seeds)
