@@ -152,7 +152,7 @@ def test_signal_to_any_rank_stops_all(tmp_path, text, number, signalled):
 @pytest.mark.parametrize("size, victim, number", [(3, 0, signal.SIGKILL), (2, 1, signal.SIGSTOP)])
 def test_a_rank_that_is_gone_or_silent_ends_the_others(tmp_path, text, size, victim, number):
     given = [*LINE, "--save_dir", "lm", "--steps_per_save", 2, "--num_iters"]
-    ranks = start_ranks(size, tmp_path, *given, 100_000, timeout="5")
+    ranks = start_ranks(size, tmp_path, *given, 100_000, timeout="3")
     wait_for(ranks[0], "at iteration 4")
     ranks[victim].send_signal(number)
     others = [rank for rank in ranks if rank is not ranks[victim]]
