@@ -16,6 +16,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import ast
 import atexit
 import codecs
 import contextlib
@@ -25,7 +26,6 @@ import functools
 import glob
 import hashlib
 import importlib
-import io
 import itertools
 import json
 import math
@@ -37,7 +37,6 @@ import shutil
 import sysconfig
 import tempfile
 import time
-import tokenize
 import zipfile
 import zlib
 from collections import Counter
@@ -109,7 +108,6 @@ class Rows(NamedTuple):
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
-#
 # Their interface:
 #
 #     kind          key in TOKENIZERS
@@ -126,8 +124,7 @@ class Rows(NamedTuple):
 #                   full in every checkpoint
 #     train         class method: an iterable of texts, vocab_size -> tokenizer
 #
-# Texts come in blocks, see read_documents. After an edit of a tokenizer's class, texts are encoded
-# anew; after one of a function or a parent class that it uses, raise CACHE_VERSION.
+# Texts come in blocks, see read_documents. After an edit of this file, they are encoded anew.
 # The constructor takes the vocabulary as plain data. Every order is deterministic, so the ids do
 # not depend on Python's hash seed.
 
@@ -466,9 +463,7 @@ def token_dtype(vocab_size):
 
 
 # ---- Corpora ------------------------------------------------------------------------------------
-#
-# A new corpus is a function here, and a row in CORPORA. After an edit of the function, its text is
-# encoded anew; after one of what the function calls, raise CACHE_VERSION.
+# A new corpus is a function here, and a row in CORPORA.
 
 
 class Corpus(NamedTuple):
@@ -1062,9 +1057,8 @@ def write_tokens(spans, tokenizer, path):
 
 
 # ---- Datasets and their cache -------------------------------------------------------------------
-#
-# A cache is the folder <data_dir>/<corpus>/<kind of tokenizer>-<digits>. It holds the tokens of
-# each split as <split>.tokens, and about.json, which is written last:
+# A cache is the folder <data_dir>/<corpus>/<kind of tokenizer>-<digits>-<digits of this file>. It
+# holds the tokens of each split as <split>.tokens, and about.json, which is written last:
 #
 #     key        see key_of
 #     tokenizer  its to_dict()
@@ -1073,8 +1067,6 @@ def write_tokens(spans, tokenizer, path):
 #
 # Damage is found, not forgery.
 
-# Increment it when the same files would give other tokens by code that key_of does not look at.
-CACHE_VERSION = 1
 SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if this file is edited later
 
 
@@ -1124,11 +1116,12 @@ def load_dataset(
     elif dataset == "python":
         source = sysconfig.get_path("stdlib")
         local = python_modules()
-    # One folder for each use of a text; where the text has changed, it is written anew.
+    # One folder for each use of a text and version of this file: the newest two stay.
     use = [source, valid_fraction, text_field, vocab_size]
     use.append(tokenizer.to_dict() if is_made else kind)
-    cache = data_dir / dataset / f"{kind}-{digest_of(use)[:12]}"
-    key = key_of(kind, corpus, local)
+    name = f"{kind}-{digest_of(use)[:12]}"
+    cache = data_dir / dataset / f"{name}-{hash_of_code(SOURCE)[:8]}"
+    key = key_of(local)
     with locked(cache):  # only one process encodes
         remove_leftovers(cache)
         about = read_about(cache, key)
@@ -1139,6 +1132,9 @@ def load_dataset(
             if not is_made:
                 tokenizer = make_tokenizer(kind, spans["train"], vocab_size, **options)
             about = write_splits(spans, tokenizer, cache, key)
+            written = sorted(cache.parent.glob(f"{name}*/about.json"), key=os.path.getmtime)
+            for path in written[:-2]:  # what it maps stays with a run
+                shutil.rmtree(path.parent, ignore_errors=True)
         # Still under the lock: another process might begin to encode a changed text.
         return map_dataset(dataset, cache, about, train_tokens)
 
@@ -1163,16 +1159,9 @@ def digest_of(data):
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def key_of(kind, corpus, local):
-    """A digest of what decides the tokens of a text, beside the values that name its cache.
-
-    That is the code, and of the user's files in {split: [Span or Rows, ...]} how they are cut,
-    their sizes in bytes and their modification times in ns. An edit of any other corpus or
-    tokenizer changes nothing here; one of what they share needs another CACHE_VERSION.
-    """
-    known = [CACHE_VERSION, corpus.files]
-    for part in (TOKENIZERS[kind], corpus.find_texts):
-        known.append(part and definition(part.__name__, SOURCE))
+def key_of(local):
+    """A digest of the user's files, {split: [Span or Rows, ...]}: their cuts, sizes and times."""
+    known = []
     for each in itertools.chain(*local.values()):
         status = os.stat(each.path)
         known.append([repr(each), status.st_size, status.st_mtime_ns])
@@ -1433,8 +1422,9 @@ def run_command(name, function, arguments):
     That is what the function returns (0 for None), 2 for a request that cannot be met, or 1 for a
     failure; both are reported in one line on stderr.
     """
-    if os.getpid() == 1:
-        end_by_signals()
+    if os.getpid() == 1:  # a container's first process ignores them by default
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _: os._exit(128 + number))
     try:
         status = function(arguments) or 0
         sys.stdout.flush()  # a full disk is noticed here at the latest
@@ -1468,16 +1458,6 @@ def run_program(name, function):
     """Runs the program `name` and exits; `function` takes the arguments that were typed."""
     repair_streams()
     sys.exit(run_command(name, function, sys.argv[1:]))
-
-
-def end_by_signals():
-    """Makes these signals end a container's first process, which ignores them by default."""
-
-    def end(number, frame):
-        os._exit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
 
 
 def discard(stream):
@@ -1514,30 +1494,51 @@ def extra(name):
     )
 
 
-@functools.cache  # a notebook that loads main.py again asks for the same sources
-def without_comments(source):
-    """Python source without its comments, docstrings and empty lines."""
-    lines = source.split("\n")
-    spans = []
-    begins = True  # whether a statement begins here
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    for token, following in itertools.pairwise(tokens):
-        ends = following.type in (tokenize.NEWLINE, tokenize.COMMENT)
-        is_docstring = token.type == tokenize.STRING and begins and ends
-        if token.type == tokenize.COMMENT or is_docstring:
-            spans.append((token.start, token.end))
-        elif token.type != tokenize.NL:
-            begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    for (row, column), (end_row, end_column) in reversed(spans):
-        lines[row - 1 : end_row] = [lines[row - 1][:column] + lines[end_row - 1][end_column:]]
-    return "\n".join(filter(None, map(str.rstrip, lines)))
+def is_nothing(node, part):
+    """Whether a part of a syntax tree does nothing: a docstring, or an end of formats in 3.12."""
+    if isinstance(part, ast.Expr):
+        return isinstance(part.value, ast.Constant)
+    return isinstance(node, ast.JoinedStr) and part.value == ""
+
+
+def words_of_code(source):
+    """What Python code does, as a list of words, whatever its comments, docstrings and layout.
+
+    They are the same in all versions of Python, whose syntax trees differ in fields that are empty.
+    What cannot be parsed counts by its text.
+    """
+    try:
+        nodes = [ast.parse(source)]
+    except (SyntaxError, ValueError):
+        return source.split()
+    words = []
+    for node in nodes:  # which grows
+        words.append(type(node).__name__)
+        for name, value in ast.iter_fields(node):
+            # `kind` is the u of u"", and `ctx` follows from where a node stands.
+            if value is None or value == [] or name in ("kind", "ctx"):
+                continue
+            words.append(name)
+            for part in value if isinstance(value, list) else [value]:
+                if not isinstance(part, ast.AST):
+                    words.append(repr(part))
+                elif not is_nothing(node, part):
+                    words.append("")
+                    nodes.append(part)
+    return words
+
+
+@functools.cache
+def hash_of_code(source):
+    """The SHA256 of Python code, see words_of_code."""
+    return digest_of(words_of_code(source))
 
 
 def definition(name, source):
-    """The source of a function or class, without comments and docstrings; None if not there."""
+    """The source of a function or class; "" if it is not there."""
     lines = rf"^(?:@.*\n)*(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # to the next statement
     found = re.search(lines, source, flags=re.MULTILINE)
-    return without_comments(found[0]) if found else None
+    return found[0] if found else ""
 
 
 def user_path(path):

@@ -5,12 +5,10 @@
     python main.py --inference       sample interactively from the newest checkpoint
     python main.py --help            every flag
 
-What computes the weights comes first: model, loss and optimizer, batches, training. Below the
-banner OPERATIONS are sampling and evaluation, and then what keeps a run safe and usable:
-checkpoints, models that a run begins with, interrupts, processes, code, reports, prompts, flags,
-setting up a run, commands. datasets.py turns text into token ids.
-Everything beyond training, resuming and sampling is in extras/, one file per feature; this file
-works without it, in plain MLX.
+What computes the weights comes first: model, loss and optimizer, batches, training. Then come
+sampling and evaluation, and what keeps a run safe and usable: checkpoints, interrupts, flags,
+setting up a run, commands. datasets.py turns text into token ids. Everything else is in extras/,
+one file per feature; this file works without it, in plain MLX.
 
 Shapes use these letters: B rows of a batch, L positions, D model dimension, H query heads, K key
 and value heads, d dimension of a head (D / H), V vocabulary, N any number. A linear layer from I
@@ -18,47 +16,49 @@ to O features has a matrix [O, I], as in PyTorch. MLX is lazy: operations build 
 mx.eval computes.
 """
 
+import functools
+import os
+import re
 import signal
 import sys
-
-if __name__ == "__main__":
-    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if is_default and not hasattr(sys, "ps1"):  # a notebook's %run
-        # Until there is something to save, Ctrl+C exits without a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if the file is edited later
+# The paths of a user's own modules, in this folder or below it; no environment is.
+OWN = re.compile(rf"{re.escape(str(HERE))}/(?!main\.py|datasets\.py|extras/|tests/|\.)(.*\.py)")
+real_path = functools.cache(os.path.realpath)  # hundreds of modules lie in few folders
+
+
+def own_file(module):
+    """The path from this folder of a module of the user's own, or None if it is no such module."""
+    folder, name = os.path.split(getattr(getattr(module, "__spec__", 0), "origin", 0) or "")
+    found = OWN.fullmatch(os.path.join(real_path(folder), name))
+    return found[1] if found and "/site-packages/" not in found[1] else None
+
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and not hasattr(sys, "ps1"):
+        # Until there is something to save, Ctrl+C exits without a traceback (but no notebook).
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.path.insert(0, str(HERE))  # which `python -P` leaves out
-    running = sys.modules["__main__"]
-    if vars(running) is globals():  # and not, say, cProfile
-        sys.modules["main"] = running  # `import main` in an extra makes no second copy
-
-# importlib.reload keeps the globals of the last load: EDITED, defined below, is then there.
-is_loaded_again = "EDITED" in globals()
-if __name__ == "__main__" or is_loaded_again:
-    # In a notebook, an earlier load of this file may have left extras that hold its functions.
-    # extras.fast holds none, and it chooses the BLAS, which is possible only before MLX is loaded.
-    for name in [*sys.modules]:
-        if name.startswith("extras.") and name != "extras.fast":
+    if vars(sys.modules["__main__"]) is globals():  # not under cProfile
+        sys.modules["main"] = sys.modules["__main__"]  # extras import no second copy of this file
+    for name, module in [*sys.modules.items()]:
+        # What a notebook's last %run has left; extras.fast chose the BLAS, for good.
+        if name.startswith("extras.") and name != "extras.fast" or own_file(module):
             del sys.modules[name]
 
 import argparse
 import contextlib
 import csv
 import dataclasses
-import functools
 import hashlib
 import io
 import itertools
 import json
 import math
-import os
-import re
+import operator
 import shlex
 import threading
 import time
@@ -83,23 +83,23 @@ try:
     from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
     from tqdm import tqdm
 except ImportError as error:
-    if __name__ != "__main__" or error.name == "datasets":  # a circular import
+    if __name__ != "__main__":
         raise
-    reason = " ".join(str(error).split())
     remedy = "activate the environment (. .venv/bin/activate), or make one: "
     remedy += "pip install -r requirements.txt, or uv run main.py (Windows: in WSL)"
-    if str(HERE) in reason:  # the path of what Python has found instead
+    if str(HERE) in str(error):  # the path of what Python has found instead
         remedy = "rename a file of yours that hides a package"
-    print(f"main.py: {reason}: {remedy}", file=sys.stderr)
+    print(f"main.py: {' '.join(str(error).split())}: {remedy}", file=sys.stderr)
     sys.exit(2)
 
 from datasets import CORPORA, KINDS, LARGEST, SIZE, SPLITS, TEXT_FLAGS, TOKENIZERS, Dataset, Flag
 from datasets import Parser, RunError, UsageError, absolute, add_flags, definition
 from datasets import describe_tokenizer, discard, encode_after, end_of_text, explained, extra
-from datasets import flock, hash_of_file, load_dataset, make_writable, new_file, no_follow
-from datasets import nonempty, number, one_line, one_of, open_code_dir, printable, publish
-from datasets import remove_leftovers, replacing, run_command, run_program, sync
-from datasets import tokenizer_from_dict, use_compiler, user_path, utf8, without_comments
+from datasets import flock, hash_of_code, hash_of_file, load_dataset, make_writable, new_file
+from datasets import no_follow, nonempty, number, one_line, one_of, open_code_dir, printable
+from datasets import publish, remove_leftovers, replacing, run_command, run_program, sync
+from datasets import tokenizer_from_dict, use_compiler, user_path, utf8
+
 
 EDITED = []  # names of functions below that were edited since extras/fast.py was written
 
@@ -113,14 +113,14 @@ def fast_version(plain, parts=()):
     """Decorator: replaces a function with its quicker namesake in extras/fast.py, if that exists.
 
     parts: functions or classes that only the plain one uses. Both versions agree up to rounding.
-    fast.py identifies the plain function and its parts by the SHA1s of their sources, without
-    comments: once you edit one, your version runs, and the start screen says so.
+    fast.py identifies the plain function and its parts by hashes of their code: once you edit one,
+    your version runs, and the start screen says so.
     """
     if fast is None:
         return plain
     names = [part.__name__ for part in (plain, *parts)]
     for name in names:
-        sha1 = sha1_of_text(definition(name, SOURCE) or "")
+        sha1 = hash_of_code(definition(name, SOURCE))
         if fast.STANDS_FOR.get(name) != sha1 and name not in EDITED:
             EDITED.append(name)
     # extras.versus compares an edited function with the original. Both run in plain MLX, or they
@@ -880,6 +880,18 @@ def draw_dropout(iteration, rows, flags):
 # ---- Training -----------------------------------------------------------------------------------
 
 
+class Score(NamedTuple):
+    """A validation loss. Only those of equally many tokens, the first of the text, are compared."""
+
+    iteration: int
+    nats: float  # per token
+    tokens: int = 0  # that were scored; older commits did not record them
+    bits: float = math.inf  # per byte of text
+
+
+BY_LOSS = operator.attrgetter("nats")  # a sort key of scores
+
+
 @dataclasses.dataclass(kw_only=True, eq=False)  # copies of a checkpoint are distinct
 class Progress:
     """A run's progress: recorded in every checkpoint, and restored on resume."""
@@ -887,14 +899,18 @@ class Progress:
     iteration: int = 0  # steps done
     tokens_seen: int = 0
     seconds: float = 0.0  # of training, excluding the first step of each session
-    scores: list = dataclasses.field(default_factory=list)  # of validation, [iteration, nats/token]
+    scores: list = dataclasses.field(default_factory=list)  # a Score each
     recent_steps: int = 0  # since the last report
     recent_loss: float = 0.0  # the sum of their losses
 
     @property
     def score(self):
-        """The validation loss at its iteration in nats/token, or None."""
-        return dict(self.scores).get(self.iteration)
+        """The Score at its iteration, or None."""
+        return next((each for each in self.scores if each.iteration == self.iteration), None)
+
+    def comparable_scores(self):
+        """Its scores of as many tokens as the last one."""
+        return [each for each in self.scores if each.tokens == self.scores[-1].tokens]
 
     def progress(self):
         """The fields above, {name: value}, also of a Run or a Checkpoint."""
@@ -914,13 +930,14 @@ class Run(Progress):
     teacher: LanguageModel | None
     origins: dict  # models it began with, see Checkpoint
     stretches: list  # see Stretch; the last is current
+    code: dict  # see read_code
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
 
     # Seconds that each timed step since the last report took; [] if there was none. The first step
     # of a session compiles and is not timed: before it, this is None.
     recent_times: list | None = None
     checkpoint_id: str | None = None  # of the last checkpoint
-    # Time of the last save in --save_dir; the next one is later even if the clock was set back.
+    # Time of the last save; the next one is later even if the clock was set back.
     saved: float = 0.0
     is_saved: bool = True  # no changes since the last save; a new run has nothing to lose
 
@@ -943,8 +960,7 @@ class Run(Progress):
 
     def is_save_due(self):
         """Whether the schedule calls for a save at the current iteration."""
-        steps = self.flags.steps_per_save or self.flags.steps_per_eval
-        return (steps and self.iteration % steps == 0) or self.is_score_due()
+        return self.iteration % self.flags.steps_per_save == 0 or self.is_score_due()
 
     def is_out_of_patience(self):
         """Whether --patience ends the run: that many evaluations since the best were no better.
@@ -953,11 +969,10 @@ class Run(Progress):
         at a different iteration than one that had this length from the start.
         """
         steps = self.flags.steps_per_eval or math.inf
-        scores = [nats for iteration, nats in self.scores if iteration % steps == 0]
+        scores = [each for each in self.comparable_scores() if each.iteration % steps == 0]
         if not self.flags.patience or not scores:
             return False
-        misses = len(scores) - 1 - scores.index(min(scores))
-        return misses >= self.flags.patience
+        return len(scores) - 1 - scores.index(min(scores, key=BY_LOSS)) >= self.flags.patience
 
     def weights_to_save(self):
         """The weights to save, score and sample from, a tree: the average if there is one.
@@ -1077,7 +1092,7 @@ def train(run, interrupts, ranks):
             # evaluation, it is scored when the run is resumed.
             received, is_time_up = ranks.agree(interrupts.received, run.seconds >= end_time)
             is_due = run.is_score_due() or (is_time_up and flags.steps_per_eval)
-            if is_due and run.iteration > 0 and run.score is None:
+            if is_due and run.iteration > 0 and not run.score:
                 score_run(run, interrupts, ranks, reporter)
             is_ended = is_time_up or run.iteration >= flags.num_iters or run.is_out_of_patience()
             if is_ended or received or run.is_save_due():
@@ -1099,12 +1114,12 @@ def train(run, interrupts, ranks):
                 reporter.report_step(run, metrics)
     # No step follows the last checkpoint. But if it has a score, its weights are good, as score_run
     # raises RunError where a score is not finite: no older one is needed to go back to.
-    if reporter and run.score is not None:
+    if reporter and run.score:
         prune(run)
     if run.is_out_of_patience():
-        tqdm.write(f"Stopped: no improvement in {flags.patience} evaluations (--patience).")
+        say(f"Stopped: no improvement in {flags.patience} evaluations (--patience).")
     if is_time_up:
-        tqdm.write(f"--max_minutes {flags.max_minutes:g} reached at iteration {run.iteration:,}.")
+        say(f"--max_minutes {flags.max_minutes:g} reached at iteration {run.iteration:,}.")
     if flags.eval_test and not received:
         with run.using_average() as model:
             score_split("test", model, run.dataset, flags, interrupts, ranks)
@@ -1141,7 +1156,10 @@ def train_step(run, step):
 
 
 def score_run(run, interrupts, ranks, reporter):
-    """Scores the validation split, or its first --eval_tokens tokens, unless a signal arrives.
+    """Scores the validation split, unless a signal arrives.
+
+    At most, its first --eval_tokens tokens are scored, and no more than are trained on between two
+    evaluations: a run that tries something out is not to wait for its score.
 
     A score that is due only because the time is up is shown and logged, but not kept: an
     uninterrupted run would have none there. Raises RunError if the score is not finite.
@@ -1149,7 +1167,9 @@ def score_run(run, interrupts, ranks, reporter):
     flags = run.flags
     tokens = run.dataset.valid.tokens
     if flags.eval_tokens:
-        tokens = tokens[: flags.eval_tokens + 1]  # the first one is only context
+        steps = min(flags.steps_per_eval, flags.num_iters)
+        most = min(flags.eval_tokens, steps * run.batches.batch_size * flags.context_size)
+        tokens = tokens[: most + 1]  # the first one is only context
     began = time.perf_counter()
     with run.using_average() as model:
         metrics = evaluate(model, tokens, flags.batch_size, interrupts=interrupts, ranks=ranks)
@@ -1159,7 +1179,8 @@ def score_run(run, interrupts, ranks, reporter):
     if not math.isfinite(metrics["loss"]):
         raise divergence_error(run, "score", run.iteration)
     if run.is_score_due():
-        run.scores.append([run.iteration, metrics["loss"]])
+        bits = bits_per_byte(metrics["loss"], run.dataset.valid)
+        run.scores.append(Score(run.iteration, metrics["loss"], len(tokens) - 1, bits))
         run.is_saved = False
     if reporter:
         reporter.report_score(run, metrics, seconds)
@@ -1170,7 +1191,7 @@ def save_and_sample(run, interrupts, reporter):
     if run.is_saved:
         return
     save(run, interrupts)
-    tqdm.write(f"saved {run.checkpoint_id} at iteration {run.iteration:,}")
+    say(f"saved {run.checkpoint_id} at iteration {run.iteration:,}")
     flags = argparse.Namespace(**vars(run.flags))
     if flags.sample_tokens is not None:
         flags.max_tokens = flags.sample_tokens
@@ -1186,13 +1207,8 @@ def save_and_sample(run, interrupts, reporter):
                 reporter.report_sample(run, prompt, text)
 
 
-# =================================================================================================
-# OPERATIONS: what changes no weights. First sampling and evaluation, then what keeps a run safe and
-# the command line, of which an experiment seldom needs more than a flag of its own (a row in FLAGS;
-# in the group "model", it is also a field of Config), or another line on the screen (FORMATS,
-# Reporter). A run does not record this code: what computes its weights belongs above.
-# =================================================================================================
-
+# ---- OPERATIONS ---------------------------------------------------------------------------------
+# What follows trains nothing: sampling, evaluation, and what keeps a run safe and usable.
 
 # ---- Sampling -----------------------------------------------------------------------------------
 # First functions of logits [B, V], then token-by-token decoding.
@@ -1504,11 +1520,9 @@ def score_split(name, model, dataset, flags, interrupts=None, ranks=None):
     metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
     if metrics is not None:
         seconds = time.perf_counter() - began
-        line = describe_score(name, metrics, split, dataset.tokenizer)
-        line += f", {count / seconds:,.0f} tokens/s"
-        if flags.evaluate:
-            line += f" ({seconds:.1f} s, {1000 * seconds / count:.4f} ms per token)"
-        tqdm.write(line)
+        score = describe_score(name, metrics, split, dataset.tokenizer)
+        times = f"{seconds:.1f} s, {1000 * seconds / count:.4f} ms per token"
+        say(f"{score}, {count / seconds:,.0f} tokens/s ({times})")
 
 
 def perplexity(nats):
@@ -1523,8 +1537,9 @@ def bits_per_byte(nats, split):
 
 # ---- Checkpoints --------------------------------------------------------------------------------
 # <save_dir>/<run>/ holds all of a run and nothing of another: its checkpoints, log.csv and
-# samples.jsonl, and in init_from/ and teacher/ the models that it has to read again. Only the
-# process that holds the folder's lock writes there. Each checkpoint is two safetensors files:
+# samples.jsonl, in code-*/ what it was trained by, and in init_from/ and teacher/ the models that
+# it has to read again. Only the process that holds the folder's lock writes there. Each checkpoint
+# is two safetensors files:
 #
 #     <sha1>.safetensors  the weights (for LoRA, only the adapters), named by the SHA1 of its bytes
 #     <sha1>.metadata     the optimizer state, the order of batches, the tokenizer and, with
@@ -1536,7 +1551,6 @@ def bits_per_byte(nats, split):
 
 # Version of the .metadata format; increment it when another main.py could misread it.
 FORMAT_VERSION = 6
-READERS = {5: "be68f60"}  # {version: the last commit of this program that reads it}
 SHA1 = re.compile("[0-9a-f]{40}")
 NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check --save_dir"
 
@@ -1571,11 +1585,6 @@ class Checkpoint(Progress):
     def is_copy(self):
         """Whether its files were copied from the folder of another run."""
         return self.name != self.run
-
-    @property
-    def is_complete(self):
-        """Whether it has all the steps that its run was to take."""
-        return self.iteration >= self.flags["num_iters"]
 
     @property
     def weights_path(self):
@@ -1619,7 +1628,7 @@ class Stretch:
 
     iteration: int = dataclasses.field(compare=False)  # at which it begins
     num_iters: int  # to which schedules were stretched
-    code: str  # see hash_code
+    code: str  # see hash_code; that of older commits was of less
     versions: dict  # what the last bits depend on, see list_versions
 
 
@@ -1674,6 +1683,7 @@ class Contents(NamedTuple):
         for name, value in checkpoint.progress().items():
             setattr(run, name, value)
         run.checkpoint_id = checkpoint.id
+        run.saved = checkpoint.saved
         run.origins = checkpoint.origins
         run.stretches = [*checkpoint.stretches]
 
@@ -1728,20 +1738,21 @@ def read_checkpoint(metadata_path):
     record = json.loads(texts["record"])
     version = record["format_version"]
     if version != FORMAT_VERSION:
-        reader = READERS.get(version, "that wrote it")
-        raise ValueError(f"its format is version {version}, which the commit {reader} reads")
+        raise ValueError(f"its format is version {version}: the commit that wrote it reads it")
     record["config"] = checked(Config, record["config"])
     record["stretches"] = [checked(Stretch, values) for values in record["stretches"]]
     checkpoint = checked(Checkpoint, record)
     checkpoint.folder = metadata_path.parent
-    for iteration, nats in checkpoint.scores:
-        if type(iteration) is not int or type(nats) is not float or not math.isfinite(nats):
+    checkpoint.scores = [Score(*each) for each in checkpoint.scores]
+    for each in checkpoint.scores:
+        if [*map(type, each)] != [int, float, int, float] or not math.isfinite(each.nats):
             raise ValueError("its scores are malformed")
     if not checkpoint.stretches or not all(map(SHA1.fullmatch, checkpoint.origins.values())):
         raise ValueError("its history is malformed")
-    check_values(checkpoint.flags)
-    # A flag that is younger than the checkpoint has its default.
-    checkpoint.flags = {name: DEFAULTS[name] for name in SAVED} | checkpoint.flags
+    # A flag that is younger than the checkpoint, or had no value, has its default.
+    saved = {name: value for name, value in checkpoint.flags.items() if value is not None}
+    check_values(saved)
+    checkpoint.flags = {name: DEFAULTS[name] for name in SAVED} | saved
     if checkpoint.id != metadata_path.stem:
         raise ValueError(f"it belongs to {checkpoint.id[:12]}")
     return checkpoint
@@ -1769,9 +1780,17 @@ def list_checkpoints(save_dir, warn=False):
     What cannot be read is skipped, with a line on stderr if `warn`. Raises UsageError if `save_dir`
     is no folder, or that of a run.
     """
+    checkpoints = []
+    for folder in list_folders(save_dir):
+        checkpoints += list_run(folder, warn)
+    return sorted(checkpoints, key=saved_order, reverse=True)
+
+
+def list_folders(save_dir):
+    """The folders in `save_dir` that may be those of runs; see list_checkpoints."""
     with explained(f"--save_dir {save_dir} holds no runs: train a model first", OSError):
         paths = list(save_dir.iterdir())
-    checkpoints = []
+    folders = []
     for path in paths:
         if path.suffix == ".metadata" and SHA1.fullmatch(path.stem):
             raise UsageError(
@@ -1779,8 +1798,8 @@ def list_checkpoints(save_dir, warn=False):
             )
         # A terminal might act on other names.
         if path.is_dir() and not path.is_symlink() and path.name.isprintable():
-            checkpoints += list_run(path, warn)
-    return sorted(checkpoints, key=saved_order, reverse=True)
+            folders.append(path)
+    return folders
 
 
 def list_run(folder, warn=False):
@@ -1802,26 +1821,13 @@ def saved_order(checkpoint):
 
 
 def best_of(checkpoints):
-    """The one with the lowest validation loss; the first one if none has any, or None."""
-    return min(checkpoints, key=by_score, default=None)
+    """The one with the lowest validation loss, newest first; the first if none has any, or None.
 
-
-def by_score(checkpoint):
-    """A sort key of checkpoints: the lowest validation loss first, those without one last."""
-    return math.inf if checkpoint.score is None else checkpoint.score
-
-
-def by_run(checkpoints):
-    """The checkpoints of each run, {run: [Checkpoint, ...]}, in the order that they have here."""
-    runs = {}
-    for each in checkpoints:
-        runs.setdefault(each.run, []).append(each)
-    return runs
-
-
-def newest_of_runs(checkpoints):
-    """The first checkpoint of each run, in the order that they have here: newest first."""
-    return [first for first, *_ in by_run(checkpoints).values()]
+    Only scores like the newest count.
+    """
+    scored = [each for each in checkpoints if each.score]
+    like = [each for each in scored if each.score.tokens == scored[0].score.tokens]
+    return min(like, key=lambda each: each.score.nats, default=next(iter(checkpoints), None))
 
 
 def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
@@ -1832,20 +1838,22 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     several, or what lies elsewhere.
     """
     path = Path(identifier)
-    is_place = len(path.parts) > 1 and os.path.exists(path)
-    if is_place and save_dir.resolve() not in path.resolve().parents:
-        raise UsageError(
-            f"--{flag_name} {identifier} lies outside --save_dir {save_dir}: copy the run there"
-        )
+    if len(path.parts) > 1 and os.path.exists(path):
+        if save_dir.resolve() not in path.resolve().parents:
+            raise UsageError(
+                f"--{flag_name} {identifier} lies outside --save_dir {save_dir}: copy the run there"
+            )
+        if path.is_file():  # a branch may have the same weights
+            checkpoints = list_run(path.parent)
     identifier = path.name.removesuffix(".safetensors")
-    runs = by_run(checkpoints)
+    runs = [each.run for each in checkpoints]
     if identifier == "latest":
         found = checkpoints[:1]
     elif identifier == "best" and checkpoints:
-        best = best_of(runs[checkpoints[0].run])
-        found = [] if best.score is None else [best]
+        best = best_of(list_run(checkpoints[0].folder))
+        found = [best] if best.score else []
     elif identifier in runs:
-        found = runs[identifier][:1]
+        found = [checkpoints[runs.index(identifier)]]
     elif "@" in identifier:
         found = [extra("steps").checkpoint_at(checkpoints, identifier)]
     else:
@@ -1855,10 +1863,13 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
         found = list({each.id: each for each in matching}.values())
     if len(found) == 1:
         return found[0]
-    names = ", ".join(list(runs)[:5]) or "none"
+    names = ", ".join([*dict.fromkeys(runs)][:5]) or "none"
+    gone = ""
+    if flag_name in ORIGINS:
+        gone = "; a run whose model is gone goes on by --identifier RUN"
     raise UsageError(
         f"--{flag_name} {identifier!r} matches {len(found) or 'no'} checkpoints in {save_dir}, "
-        f"which has these runs: {names} (see --list)"
+        f"which has these runs: {names} (see --list){gone}"
     )
 
 
@@ -1890,7 +1901,7 @@ def save(run, interrupts):
             return
         except OSError as error:
             twice = "again" if interrupts.received else "twice"
-            tqdm.write(
+            say(
                 f"Saving to {run.folder} failed ({error}); retrying in {pause} s. "
                 f"Press Ctrl+C or send SIGTERM {twice} to exit without saving."
             )
@@ -1905,6 +1916,7 @@ def write_checkpoint(run):
     """
     weights = arrays_to_save(run.weights_to_save())
     state = state_arrays(run)
+    keep_code(run)
     with new_file(run.folder) as weights_file, new_file(run.folder) as metadata_file:
         mx.save_safetensors(weights_file, weights, {"format": "mlx"})
         weights_file.flush()
@@ -1973,7 +1985,7 @@ def prune(run):
         own = list_run(run.folder)  # newest first
         kept = {run.checkpoint_id, *(each.id for each in own[: run.flags.keep])}
         # Only of the run's history: a damaged one that was skipped may claim a better score.
-        best = best_of([each for each in own if [each.iteration, each.score] in run.scores])
+        best = best_of([each for each in own if each.score in run.scores])
         for each in own:
             if each.id not in kept and each is not best:
                 each.weights_path.unlink(missing_ok=True)
@@ -2003,6 +2015,7 @@ def divergence_error(run, what, iteration):
 
 # The flags that name one; the first one given provides the tokenizer.
 ORIGINS = ("init_from", "teacher")
+WORDS = ("latest", "best")  # for checkpoints
 
 
 class Origin(NamedTuple):
@@ -2104,45 +2117,19 @@ class Interrupts:
                 self.received = number
                 again = "again " if number == signal.SIGINT else ""
                 line = f"Press Ctrl+C {again}to exit without saving."
-                print(f"\nStopping after this step, then saving. {line}", file=sys.stderr)
+                say(f"\nStopping after this step, then saving. {line}", sys.stderr)
             elif time.monotonic() - first > 0.5:
-                print("\nExited without saving.", file=sys.stderr)
+                say("\nExited without saving.", sys.stderr)
                 os._exit(128 + number)  # at once; sys.exit would end only this thread
         os.close(reader)
 
 
-class UnbreakableStream:
-    """Stands for sys.stdout or sys.stderr in a block: failures of that stream end no run.
-
-    Such as `| head`, a closed terminal, a full disk.
-    """
-
-    def __init__(self, place):
-        self.place = place  # "stdout" or "stderr"
-        self.stream = getattr(sys, place)
-
-    def __enter__(self):
-        setattr(sys, self.place, self)
-
-    def __exit__(self, *error):
-        """Drops what can still not be written: a run that was saved has not failed."""
-        setattr(sys, self.place, self.stream)
-        try:
-            self.stream.flush()
-        except OSError:
-            discard(self.stream)
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        """Never raises OSError. What cannot be written is tried again with the next text."""
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-            self.stream.flush()
-
-    def flush(self):
-        """Does nothing: `write` has flushed."""
+def say(text, file=None):
+    """Prints a line about a run, which goes on where that fails: `| head`, a full disk."""
+    file = file or sys.stdout
+    with contextlib.suppress(OSError):
+        tqdm.write(text, file)
+        file.flush()
 
 
 # ---- Processes and processors -------------------------------------------------------------------
@@ -2255,96 +2242,74 @@ def list_versions(flags, ranks):
     }
 
 
-def proof_of_gpu(versions):
-    """The file that `python -m extras.check --gpu` makes where a run on this GPU has repeated."""
-    what = [versions[name] for name in ("device", "MLX", "BLAS")]
-    if fast:
-        what.append(without_comments(source_of(fast)))
-    return open_code_dir() / f"gpu-{sha1_of_text(json.dumps(what))}"
-
-
 # ---- Code ---------------------------------------------------------------------------------------
-# The record of a run names the code that computes its weights, as it was when this file was loaded:
-# what was edited since then is neither in this process nor in its records.
+# The record of a run names the code that trained it, and its folder keeps that: whole files, as
+# they were when they were loaded. What is replaced in memory alone, and data that code reads, are
+# not seen.
+
+SOURCES = {"main.py": SOURCE}  # {path from this folder: source}, of files seen so far
 
 
-def source_of(module):
-    """A module's source, read once each time that Python loads it."""
-    spec = module.__spec__  # importlib.reload makes another one
-    if not hasattr(spec, "source"):
-        spec.source = Path(spec.origin).read_text("utf-8", errors="replace")
-    return spec.source
+def read_code(flags):
+    """The code that trains a run, {path from this folder: source}; flags: its own, {name: value}.
 
-
-real_path = functools.cache(os.path.realpath)  # hundreds of modules lie in few folders
-
-
-def is_own(module):
-    """Whether a module is the user's own, in this program's folder."""
-    origin = getattr(getattr(module, "__spec__", None), "origin", None) or "/"
-    path = os.path.join(real_path(os.path.dirname(origin)), os.path.basename(origin))
-    if not path.startswith(f"{HERE}{os.sep}") or not path.endswith(".py"):
-        return False
-    first, *rest = Path(path).relative_to(HERE).parts
-    is_installed = first.startswith(".") or "site-packages" in rest  # in .venv, say
-    return not is_installed and first not in ("main.py", "datasets.py", "extras", "tests")
-
-
-def parts_of_code():
-    """{(name, key or None): part} of what CODE names, and of what is in its tables and classes."""
-    found = {}
-    for name in {*re.findall(r"\w+", CODE)} & {*globals()}:
-        value = globals()[name]
-        found[name, None] = value
-        parts = value if isinstance(value, dict) else {}
-        if isinstance(value, type) and value.__module__ == __name__:
-            parts = vars(value)
-        for key, part in [*parts.items()]:
-            if "__annot" not in str(key):  # Python makes them when they are asked for
-                found[name, key] = part
-    for name in MODULES:
-        found[name, "__spec__"] = getattr(sys.modules.get(name), "__spec__", None)
-    return found
-
-
-def replaced_names():
-    """The names in CODE, and the modules, replaced since loading: `main.attend = f`."""
-    parts = parts_of_code()
-    replaced = set()
-    for place in parts.keys() | LOADED.keys():
-        if parts.get(place) is not LOADED.get(place):
-            replaced.add(place[0])
-    return sorted(replaced)
-
-
-# Taken at once, before anybody edits the files; hashed when a run needs it. CODE is what is above
-# the banner OPERATIONS; all of this file unless it occurs exactly once.
-CODE, *below = SOURCE.split("\n# OPERATIONS")
-if len(below) != 1:
-    CODE = SOURCE
-MODULES = [name for name in sorted(sys.modules) if is_own(sys.modules[name])]
-SOURCES = [CODE, *(source_of(sys.modules[name]) for name in MODULES)]
-C_SOURCES = []
-if fast:
-    SOURCES.append(source_of(fast))
-    C_SOURCES += [path.read_text("utf-8") for path in HERE.glob("extras/fast.c")]
-
-
-def hash_code(flags):
-    """The SHA1 of the code that computes a run's weights; flags: the run's, {name: value}.
-
-    It covers extras/lora.py and distil.py where they are used. If something was replaced since it
-    was loaded, its code is unknown, and the SHA1 is random, so it never recurs.
+    That is all of main.py; of extras/, fast.py with its C and ranks.py, lora.py and distil.py where
+    they are used; and modules of your own that are loaded by now.
     """
-    sources = [*SOURCES]
-    for name, is_used in (("lora", flags["lora_rank"]), ("distil", flags["teacher"])):
-        # A student can be sampled from without distil.py.
-        if is_used and (HERE / "extras" / f"{name}.py").exists():
-            sources.append(source_of(extra(name)))
-    texts = [*map(without_comments, sources), *C_SOURCES]
-    if replaced_names():
-        texts.append(os.urandom(20).hex())
-    return sha1_of_text(json.dumps(texts))
+    names = ["main.py", "extras/ranks.py"]
+    names += ["extras/fast.py", "extras/fast.c"] if fast else []
+    names += ["extras/lora.py"] if flags["lora_rank"] else []
+    names += ["extras/distil.py"] if flags["teacher"] else []
+    names += filter(None, map(own_file, [*sys.modules.values()]))
+    for name in names:
+        if name not in SOURCES and (HERE / name).exists():
+            SOURCES[name] = (HERE / name).read_text("utf-8", errors="replace")
+    return {name: SOURCES[name] for name in sorted({*names} & {*SOURCES})}
+
+
+read_code({"lora_rank": None, "teacher": None})  # before anybody edits the files
+
+
+def hash_code(code):
+    """The SHA1 of code, see read_code: of what its files do, whatever their comments and layout."""
+    return sha1_of_text(json.dumps({name: hash_of_code(code[name]) for name in code}))
+
+
+def kept_code(folder, sha1):
+    """The folder in that of a run that keeps the code of this SHA1."""
+    return folder / f"code-{sha1[:8]}"
+
+
+def keep_code(run):
+    """Makes the code that trains a run a part of its folder. Raises OSError."""
+    folder = kept_code(run.folder, run.stretches[-1].code)
+    if folder.is_symlink():
+        raise OSError(f"{folder} is a link")
+    for name, source in run.code.items():
+        path = folder / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                file.write(source.encode())
+
+
+def other_code(checkpoint, flags):
+    """The UsageError for a command that would go on with a run by other code than its own."""
+    kept = kept_code(checkpoint.folder, checkpoint.stretches[-1].code)
+    code = read_code(vars(flags))
+    before = {}
+    for path in kept.rglob("*.*"):
+        if path.is_file():
+            before[str(path.relative_to(kept))] = path.read_text("utf-8", errors="replace")
+    names = sorted({*code, *before})
+    differ = [name for name in names if code.get(name) != before.get(name)]
+    first, *_ = [*differ, "main.py"]
+    return UsageError(
+        f"{checkpoint.run} was trained by other code than this ({', '.join(differ)}: "
+        f"{shlex.join(['diff', str(kept / first), str(HERE / first)])}): resume with this code by "
+        f"{command(flags, checkpoint.run)}, or start a new run by its original command and "
+        "--new_model"
+    )
 
 
 # ---- Reports ------------------------------------------------------------------------------------
@@ -2422,9 +2387,7 @@ class Reporter:
 
     def show(self, run, metrics):
         """Shows the metrics of the steps up to the current iteration."""
-        texts = []
-        for name, value in metrics.items():
-            texts.append(format_metric(name, value))
+        texts = [format_metric(name, value) for name, value in metrics.items()]
         if not self.bar.disable:
             self.bar.set_postfix_str(", ".join(texts[:4]))  # it shows speed and time itself
             return
@@ -2432,22 +2395,21 @@ class Reporter:
         if "ms_per_step" in metrics:
             left = (self.bar.total - run.iteration) * metrics["ms_per_step"] / 1000
             texts.append(f"left {tqdm.format_interval(left)}")
-        tqdm.write("  ".join([f"{run.iteration:,}/{self.bar.total:,}", *texts]))
+        say("  ".join([f"{run.iteration:,}/{self.bar.total:,}", *texts]))
 
     def report_score(self, run, metrics, seconds):
         """Shows and logs the metrics of the validation split, see evaluate; it took `seconds`."""
-        nats = metrics["loss"]
         train = ""
         if self.train_loss is not None and run.teacher is None:
             train = f"train {self.train_loss:.4f}, "
-        best = min((score for _, score in run.scores), default=nats)
-        mark = " (best)" if nats <= best else ""
-        score = describe_score("valid", metrics, run.dataset.valid, run.dataset.tokenizer, mark)
+        is_best = run.score and run.score == min(run.comparable_scores(), key=BY_LOSS)
+        mark = " (best)" if is_best else ""
+        text = describe_score("valid", metrics, run.dataset.valid, run.dataset.tokenizer, mark)
         elapsed = tqdm.format_interval(run.seconds)
         times = f"epoch {run.epochs:.2f}, time {elapsed}, scored in {seconds:.1f} s"
-        tqdm.write(f"iteration {run.iteration:,}: {train}{score}; {times}")
-        bits = bits_per_byte(nats, run.dataset.valid)
-        self.record(run, "valid", metrics | {"bits_per_byte": bits})
+        say(f"iteration {run.iteration:,}: {train}{text}; {times}")
+        metrics = metrics | {"bits_per_byte": bits_per_byte(metrics["loss"], run.dataset.valid)}
+        self.record(run, "valid", metrics)
 
     def record(self, run, split, metrics):
         """Adds metrics, {name: number}, to the log, and sends them to the dashboards."""
@@ -2460,7 +2422,7 @@ class Reporter:
 
     def report_sample(self, run, prompt, text):
         """Shows a sample, and adds it to the run's samples.jsonl."""
-        tqdm.write(f"sample: {for_terminal(prompt + text)}")
+        say(f"sample: {for_terminal(prompt + text)}")
         row = {"iteration": run.iteration, "prompt": prompt, "text": text}
         with self.writing("samples.jsonl"):
             path = run.folder / "samples.jsonl"
@@ -2474,7 +2436,7 @@ class Reporter:
             yield
         except OSError as error:
             if name not in self.failed:
-                tqdm.write(f"Cannot write {name}; the run goes on. {one_line(error)}")
+                say(f"Cannot write {name}; the run goes on. {one_line(error)}")
             self.failed.add(name)
 
 
@@ -2512,7 +2474,7 @@ class Log:
         rows = read_log(self.path)
         if not rows and os.path.lexists(self.path):
             self.path.replace(self.path.with_name("log.old.csv"))
-            tqdm.write("log.csv cannot be read: it is log.old.csv from now on")
+            say("log.csv cannot be read: it is log.old.csv from now on")
         columns = [*dict.fromkeys(itertools.chain(*rows[:1], last))]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -2589,7 +2551,7 @@ def print_start(run, checkpoint):
     ]
     if checkpoint:
         lines += describe_resume(checkpoint, run)
-    tqdm.write(printable("\n".join([*lines, *start_notices(run)])))
+    say(printable("\n".join([*lines, *start_notices(run)])))
 
 
 def describe_score(name, metrics, split, tokenizer, mark=""):
@@ -2610,9 +2572,7 @@ def describe_score(name, metrics, split, tokenizer, mark=""):
         texts.append(f"{bits_per_byte(nats, split):.4f} bits per byte")
     if is_whole and tokenizer.unk is not None:
         texts.append(f"{split.num_unk / len(split.tokens):.2%} <unk>")
-    for other, value in metrics.items():
-        if other != "loss":
-            texts.append(format_metric(other, value))
+    texts += [format_metric(other, metrics[other]) for other in metrics if other != "loss"]
     return ", ".join(texts)
 
 
@@ -2622,21 +2582,16 @@ def plural(number, noun):
 
 
 def describe_schedule(flags):
-    """The learning rate over a run, for the start screen: at both ends, and where it turns.
+    """The learning rate at the first and last step of a run, and at its peak, on the start screen.
 
-    A run of more than 10,000 steps is sampled at each hundredth of a percent.
+    The peak is that of the end of warmup and of 100 places.
     """
-    iterations = sorted({*np.linspace(0, flags.num_iters - 1, 10001).astype(int).tolist()})
-    rates = [learning_rate_at(iteration, flags) for iteration in iterations]
-    turns = 1 + np.flatnonzero(np.diff(np.sign(np.diff(rates))))
-    texts = {}  # {iteration: text}
-    for i in (0, *turns, len(rates) - 1):
-        if f"{rates[i]:.3g}" != texts.get(iterations[i - 1]):
-            texts[iterations[i]] = f"{rates[i]:.3g}"
-    shown = [f"{rate} (step {1 + iteration:,})" for iteration, rate in texts.items()]
-    if len(shown) > 12:
-        shown[10:-1] = ["..."]
-    return f"{flags.lr_schedule}: {', '.join(shown)}"
+    last = flags.num_iters - 1
+    places = {0, min(flags.lr_warmup, last), *np.linspace(0, last, 100).astype(int).tolist()}
+    rates = {iteration: learning_rate_at(iteration, flags) for iteration in sorted(places)}
+    shown = sorted({0, max(rates, key=rates.get), last})
+    texts = [f"{rates[iteration]:.3g} (step {1 + iteration:,})" for iteration in shown]
+    return f"{flags.lr_schedule}: {', '.join(texts)}"
 
 
 def count_parameters(tree):
@@ -2649,8 +2604,6 @@ def start_notices(run):
     flags = run.flags
     if EDITED:
         yield f"edited   {', '.join(EDITED)}: computed by main.py, not by extras/fast.py"
-    if flags.gpu and not proof_of_gpu(run.versions).exists():
-        yield "Not verified on this GPU to be exact: run python -m extras.check --gpu"
     tokenizer = run.dataset.tokenizer
     if tokenizer.bos:
         yield f"Each text begins with {tokenizer.decode(tokenizer.bos)}, as for the base."
@@ -2689,18 +2642,11 @@ def describe_resume(checkpoint, run):
 
 def describe_changes(before, now, prefix=""):
     """What has other values now, in words: "--dim 32 -> 64, --seed 1 -> 2"."""
-    changes = []
-    for name, value in before.items():
-        if value != now.get(name):
-            changes.append(f"{prefix}{name} {value} -> {now.get(name)}")
-    return ", ".join(changes)
+    changed = [name for name in before if before[name] != now.get(name)]
+    return ", ".join(f"{prefix}{name} {before[name]} -> {now.get(name)}" for name in changed)
 
 
 # ---- Prompts ------------------------------------------------------------------------------------
-
-COMMANDS = """/reset   forget the conversation
-/quit    exit, as Ctrl+D does; Ctrl+C stops a reply"""
-
 
 def sample_from(flags):
     """Runs --inference or --prompt with a checkpoint's model.
@@ -2766,8 +2712,8 @@ def name_unknown(tokenizer, prompt):
 def converse(begin_text, flags):
     """Answers each line of stdin with a continuation of the conversation so far.
 
-    Lines that begin with / are COMMANDS. Ctrl+C ends a reply; at the prompt it ends the session,
-    as Ctrl+D does.
+    /reset forgets it, /quit ends the session. Ctrl+C ends a reply; at the prompt, the session, as
+    Ctrl+D does.
     """
     # At the prompt, Ctrl+C raises KeyboardInterrupt (disabled at the top of this file).
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -2786,8 +2732,6 @@ def converse(begin_text, flags):
                 break
             elif line.rstrip() == "/reset":
                 conversation = begin_text()
-            elif line.startswith("/"):
-                print(COMMANDS, file=sys.stderr)
             else:
                 print_reply(conversation, line, flags)
     except (EOFError, KeyboardInterrupt):  # Ctrl+D or end of the pipe; Ctrl+C at the prompt
@@ -2814,13 +2758,6 @@ def print_reply(conversation, line, flags):
 # ---- Flags --------------------------------------------------------------------------------------
 
 
-def prompt_text(text):
-    """A flag's type: any text, but for nanoGPT's way to name a file."""
-    if text.startswith("FILE:"):
-        raise argparse.ArgumentTypeError(f'takes the text: "$(cat {text[5:]})"')
-    return text
-
-
 def split_name(text):
     """A flag's type: a split, also as other programs call it."""
     others = {"validation": "valid", "val": "valid", "dev": "valid"}
@@ -2835,13 +2772,6 @@ def model_name(text):
 def bit_width(text):
     """A flag's type: bits of a quantized weight; "int8" is 8."""
     return int(one_of(["4", "8", "16"])(text.removeprefix("int")))
-
-
-def dashboards(text):
-    """A flag's type: names of dashboards with commas between them."""
-    for name in text.split(","):
-        one_of(["tensorboard", "wandb", "none"])(name)
-    return text
 
 
 COUNT = number(int, 0, LARGEST)
@@ -2966,15 +2896,15 @@ FLAGS["session"] = {
         "eval_every eval_interval eval_steps"
     ),
     "steps_per_save": Flag(
-        None, SIZE, "checkpoint interval (default: steps_per_eval)", "ckpt_interval save_every"
-        " save_interval save_steps"
+        1000, SIZE, "checkpoint interval in steps, besides evaluations and the end", "ckpt_interval"
+        " save_every save_interval save_steps"
     ),
     "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best", "save_total_limit"),
     "eval_tokens": Flag(
         100000, COUNT, "validation tokens per evaluation in training, at most; 0: all"
     ),
     "eval_test": Flag(False, bool, "evaluate on the test split at the end"),
-    "report_to": Flag(None, dashboards, "tensorboard, wandb, or both with a comma; none"),
+    "report_to": Flag(None, str, "tensorboard, wandb, or both with a comma; none"),
     "sample_prompt": Flag(
         [], str, "what to continue after each save (default: the start of a text)"
     ),
@@ -3007,8 +2937,10 @@ FLAGS["sampling"] = {
 }
 
 FLAGS["mode"] = {
-    "inference": Flag(False, bool, "sample interactively", "interactive"),
-    "prompt": Flag(None, prompt_text, "text to continue", "start"),
+    "inference": Flag(
+        False, bool, "sample interactively; /reset forgets the text, /quit exits", "interactive"
+    ),
+    "prompt": Flag(None, str, "text to continue", "start"),
     "evaluate": Flag(None, split_name, "evaluate a checkpoint on train, valid or test"),
     "list": Flag(False, bool, "list runs and checkpoints"),
     "new_model": Flag(False, bool, "start a new run even if one could be resumed"),
@@ -3174,7 +3106,7 @@ def settle(given, saved=None):
         setattr(flags, name, [absolute(path) for path in given[name]])
     for name in {"init_from", "teacher", "draft"} & {*given}:
         # Else it is a checkpoint, or a model of the hub.
-        if given[name] not in ("latest", "best") and is_model_folder(user_path(given[name])):
+        if given[name] not in WORDS and is_model_folder(user_path(given[name])):
             setattr(flags, name, absolute(given[name]))
     if flags.tokenizer == "auto":
         flags.tokenizer = CORPORA[flags.dataset].tokenizer
@@ -3239,87 +3171,41 @@ def command(flags, identifier):
 
 
 # ---- Setting up a run ---------------------------------------------------------------------------
-# A run's name is only a label: its record defines it. A command resumes the run whose record agrees
-# with it in the flags that shape a run, in the contents of the texts and models, and in the code.
+# A run's name is its identity: a hash of the flags that shape it, of the contents of its texts and
+# models, and of the checkpoint that a branch has left. A command that describes its run by flags
+# looks only into the folders NAME, NAME.2, NAME.3, …, for a run that was trained by the same code.
 
 
-def flags_of_models(flags):
-    """The flags that --init_from or --teacher decides: they count only where they are given."""
-    if flags.init_from:
-        return ["tokenizer", *FLAGS["model"]]
-    return ["tokenizer"] if flags.teacher else []
+def identity_of(flags, sha256, origins):
+    """What tells runs apart, {name: value}: not where something lies, but what lies there.
 
-
-def comparable(name, value):
-    """What counts of a flag's value: not where something lies, but what lies there."""
-    is_place = name in PATHS and not (name == "tokenizer" and value in TOKENIZERS)
-    return None if is_place else value
-
-
-def run_name(flags):
-    """The name of the run that these flags describe: <dataset>-<6 hexadecimal digits>.
-
-    It is only a label. It omits what a model decides, and defaults: otherwise, adding a flag to the
-    program would rename all runs.
+    flags: {name: value}; sha256: see Dataset; origins: see Checkpoint.
     """
-    changed = {}
-    for name in SHAPING:
-        value = comparable(name, getattr(flags, name))
-        if value not in (None, DEFAULTS[name]) and name not in flags_of_models(flags):
-            changed[name] = value
-    sha1 = sha1_of_text(json.dumps(changed, sort_keys=True))
-    return f"{flags.dataset}-{sha1[:6]}"
+    found = {name: flags[name] for name in SHAPING if name not in PATHS} | sha256 | origins
+    for name in ORIGINS:
+        if flags[name] in WORDS:  # soon, "latest" will be the run itself: the word counts
+            found[name] = flags[name]
+    return found
 
 
-def differences(flags, checkpoint):
-    """The flags in which the run of a checkpoint is another one than a command describes.
+def run_name(dataset, identity):
+    """The name of the run of this identity: <dataset>-<8 hexadecimal digits>.
 
-    {flag: its value}; find_run compares the texts.
+    Defaults are left out: otherwise, adding a flag to the program would rename all runs.
     """
-    others = {}
-    for name in SHAPING:
-        value, its_own = getattr(flags, name), checkpoint.flags[name]
-        is_decided = name in flags_of_models(flags) and name not in flags.given
-        is_same = is_decided or comparable(name, value) == comparable(name, its_own)
-        if name in ORIGINS and (value or its_own):
-            is_same = began_with(checkpoint, flags, name)
-        if not is_same:
-            others[name] = its_own
-    return others
+    changed = {name: value for name, value in identity.items() if value != DEFAULTS.get(name)}
+    return f"{dataset}-{sha1_of_text(json.dumps(changed, sort_keys=True))[:8]}"
 
 
-def began_with(checkpoint, flags, flag_name):
-    """Whether the run of a checkpoint began with the model that a flag names: by its content.
+def refuse_contradiction(flags, values, holder):
+    """Raises UsageError if a flag in FIXED that was given contradicts what `holder` has.
 
-    One that is gone, and "latest" and "best", count by their spelling.
+    Texts and files of tokenizers are compared by what lies there, see load_data_again.
     """
-    name = getattr(flags, flag_name)
-    its_own = checkpoint.flags[flag_name]
-    if not (name and its_own):
-        return False
-    is_spelled_alike = its_own in (name, absolute(name))  # a folder is saved as an absolute path
-    if flag_name not in flags.given or name in ("latest", "best"):
-        return is_spelled_alike
-    id = id_of_model(flags.save_dir, name, flag_name)
-    return id == checkpoint.origins.get(flag_name) if id else is_spelled_alike
-
-
-@functools.cache  # it may take long; `execute` clears it
-def id_of_model(save_dir, name, flag_name):
-    """The id of the model that a flag names; None if it is gone, or on the hub."""
-    if is_model_folder(name):
-        return extra("huggingface").id_of(name)
-    if is_foreign(name):
-        return None
-    with contextlib.suppress(UsageError):
-        return named_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name).id
-
-
-def check_agreement(flags, values, holder):
-    """Raises UsageError if a flag in FIXED that was given contradicts what `holder` has."""
     for name, value in values.items():
         given = getattr(flags, name)
-        if name in FIXED and name in flags.given and given != value:
+        is_place = name in PATHS and name not in ORIGINS and str(value) not in TOKENIZERS
+        if name in FIXED and name in flags.given and given != value and not is_place:
             has = "was made without it" if value is None else f"has {value}"
             raise UsageError(
                 f"--{name} {given} contradicts {holder}, which {has}: "
@@ -3327,78 +3213,60 @@ def check_agreement(flags, values, holder):
             )
 
 
-def choose_checkpoint(flags, checkpoints):
-    """The checkpoint that a command starts from: that of --identifier, or the newest.
+def choose_checkpoint(flags):
+    """The checkpoint that --identifier names or, without any flag that shapes a run, the newest.
 
-    None if the command describes its run by flags, or there is no checkpoint. Raises UsageError.
+    None if the command describes its run, or there is no checkpoint. Raises UsageError.
     """
     if flags.new_model and flags.identifier:
         raise UsageError("--identifier goes on, --new_model begins anew: use one of them")
+    is_described = any(name in flags.given for name in SHAPING)
+    if flags.new_model or (is_described and not flags.identifier):
+        list_folders(flags.save_dir)  # refuses that of a run, before a text is written there
+        return None
+    checkpoints = list_checkpoints(flags.save_dir, warn=True)
     if flags.identifier:
         return named_checkpoint(flags.save_dir, checkpoints, flags.identifier)
-    describes = any(name in flags.given for name in SHAPING)
-    return None if describes or not checkpoints else checkpoints[0]
+    return checkpoints[0] if checkpoints else None
 
 
-def find_run(flags, checkpoints, chosen):
-    """The newest checkpoint of the run that a command resumes, or None; and its dataset.
+def find_folder(flags, dataset, origins, sha1):
+    """The folder of the run that these decide: of one to go on with, or of a new one.
 
-    It is the first run whose flags, models, text and code are those of the command; with
-    --identifier, the code is not compared. chosen: see choose_checkpoint. A command that names an
-    older checkpoint, or changes training flags, means a branch, whose record has the id of the
-    checkpoint that it left. The dataset is None where no run has these flags and models.
-
-    Raises UsageError if only the code differs, and either the run is unfinished or the command has
-    no flags that describe a run.
+    sha1: of the code. Of NAME, NAME.2, …, it is the one saved last that was trained by this code
+    (with --identifier, by any), or else the next that is free. Raises UsageError if the one saved
+    last has other code and is not done; RunError if one cannot be read, which may be that of the
+    command.
     """
-    newest = newest_of_runs(checkpoints)
-    candidates = [chosen] if chosen in newest else []
-    left = chosen.id if chosen else None  # a command without it resumes no branch
-    for each in newest:
-        if each.origins.get("branched_from") == left and not each.is_copy:
-            candidates.append(each)
-    alike = [each for each in candidates if not differences(flags, each)]
-    if not chosen and not alike:
-        return None, None
-    if not chosen:  # all but the places is inherited: a test text, what a model has decided
-        inherited = {name: alike[0].flags[name] for name in SAVED if name not in PATHS}
-        flags = settle(flags.given, inherited)
-    dataset = load_data_again(flags, chosen or alike[0])
-    if chosen:
-        refuse_other_text(dataset, chosen)
-    alike = [each for each in alike if each.tokens_sha256 == dataset.sha256]
-    code = hash_code(vars(flags))
-    for checkpoint in alike:
-        if flags.identifier or checkpoint.stretches[-1].code == code:
-            return checkpoint, dataset
-    if alike and (chosen or not alike[0].is_complete):
-        run = alike[0].run
-        raise UsageError(
-            f"{run} was trained by other code than this: resume with this code by "
-            f"{command(flags, run)}, or start a new run by its original command and "
-            "--new_model"
-        )
-    return None, dataset
-
-
-def free_folder(flags, checkpoints):
-    """The folder of a new run: NAME or, if that is taken, the first of NAME.2, NAME.3, …
-
-    Raises RunError if one of them has checkpoints of which none could be read: it may be the run
-    that the command would go on with.
-    """
-    readable = by_run(checkpoints)
-    name = run_name(flags)
-    names = itertools.chain([name], (f"{name}.{count}" for count in itertools.count(2)))
-    for each in names:
-        folder = flags.save_dir / each
+    identity = identity_of(vars(flags), dataset.sha256, origins)
+    name = run_name(flags.dataset, identity)
+    found = []  # the newest checkpoint of each run
+    others = []  # folders without one
+    for folder in [] if flags.new_model else list_folders(flags.save_dir):
+        if re.fullmatch(rf"{re.escape(name)}(\.\d+)?", folder.name):
+            own = list_run(folder, warn=True)
+            found += own[:1]
+            others += [] if own else [folder]
+    newest = None  # of other code
+    for each in sorted(found, key=saved_order, reverse=True):
+        if identity_of(each.flags, each.tokens_sha256, each.origins) != identity:
+            say(f"Passing over {each.run}, which has other flags than its name says.")
+        elif flags.identifier or each.stretches[-1].code == sha1:
+            return each.folder
+        else:
+            newest = newest or each
+    if newest and newest.iteration < flags.given.get("num_iters", newest.flags["num_iters"]):
+        raise other_code(newest, flags)
+    for folder in others:
+        if any(folder.glob("*.safetensors")):
+            line = f"no checkpoint of {folder.name} can be read: --new_model starts a new run"
+            raise RunError(line)
+        return folder  # the same command may have been stopped there before it saved
+    folder = flags.save_dir / name
+    for count in itertools.count(2):
         if not os.path.lexists(folder):
             return folder
-        if flags.new_model or each in readable or folder.is_symlink() or not folder.is_dir():
-            continue
-        if any(folder.glob("*.safetensors")):
-            raise RunError(f"no checkpoint of {each} can be read: --new_model starts a new run")
-        return folder  # the same command may have been stopped there before it saved
+        folder = flags.save_dir / f"{name}.{count}"
 
 
 @contextlib.contextmanager
@@ -3425,22 +3293,6 @@ def claimed(folder):
                 folder.rmdir()
     finally:
         os.close(descriptor)
-
-
-def describe_other(checkpoints, flags, dataset):
-    """Says why the run most like this one is not resumed, and with which command it would be."""
-    compared = [(differences(flags, each), each) for each in newest_of_runs(checkpoints)]
-    others, other = min(compared, key=lambda pair: len(pair[0]))
-    spelled = []
-    for name, value in others.items():
-        spelled += arguments_of({name: value}) or [f"no --{name}"]
-    if not spelled and other.tokens_sha256 != dataset.sha256:
-        return f"Starting a new run: {other.run} has another text."
-    has = ", ".join(spelled[:5]) or "other code"
-    return (
-        f"Starting a new run: {other.run} has {has}. "
-        f"To resume that one: {command(flags, other.run)}"
-    )
 
 
 def needed_models(flags):
@@ -3473,7 +3325,7 @@ def values_from_models(models, flags):
             decided["context_size"] = flags.context_size
         elif is_foreign(flags.init_from):
             decided["context_size"] = min(config.context_size, IMPORTED_CONTEXT)
-    check_agreement(flags, decided, "--init_from" if flags.init_from else "--teacher")
+    refuse_contradiction(flags, decided, "--init_from" if flags.init_from else "--teacher")
     return decided
 
 
@@ -3546,10 +3398,10 @@ def memory_size():
     return min(sizes)
 
 
-def begin(flags, dataset=None):
+def begin(flags):
     """What a new run begins with: its models, {flag: Origin}, its flags and its dataset.
 
-    dataset: that of a run with these flags, if there is one. Raises UsageError, RunError.
+    Raises UsageError, RunError.
     """
     models = {}
     for flag_name in ORIGINS:
@@ -3557,10 +3409,9 @@ def begin(flags, dataset=None):
         if name:
             models[flag_name] = open_model(flags.save_dir, name, flag_name)
     if not models:
-        return models, flags, dataset or load_data(flags)
+        return models, flags, load_data(flags)
     flags = settle(flags.given, values_from_models(models, flags))
-    tokenizer = next(iter(models.values())).tokenizer
-    return models, flags, load_data(flags, tokenizer)
+    return models, flags, load_data(flags, next(iter(models.values())).tokenizer)
 
 
 def load_data(flags, tokenizer=None):
@@ -3581,24 +3432,22 @@ def load_data(flags, tokenizer=None):
 
 
 def load_data_again(flags, checkpoint):
-    """The dataset of the run that a checkpoint is of.
+    """The dataset of the run that a checkpoint is of. Raises UsageError if it is another one now.
 
     If the tokenizer came from a model or a file, it is taken from the run's checkpoints: the
     original may be gone.
     """
     of_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in flags.given
+    tokenizer = None
     if flags.init_from or flags.teacher or of_file:
-        return load_data(flags, open_newest(list_run(checkpoint.folder)).tokenizer)
-    return load_data(flags)
-
-
-def refuse_other_text(dataset, checkpoint):
-    """Raises UsageError if a checkpoint's run was trained on another text."""
+        tokenizer = open_newest(list_run(checkpoint.folder)).tokenizer
+    dataset = load_data(flags, tokenizer)
     if checkpoint.tokens_sha256 != dataset.sha256:
         raise UsageError(
             f"the text or tokenizer of {checkpoint.run} has changed: start a new run with "
             "--new_model, or with --init_from from its weights"
         )
+    return dataset
 
 
 def make_run(folder, flags, contents, models, dataset, ranks):
@@ -3610,7 +3459,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
     if checkpoint and checkpoint.config.vocab_size < dataset.tokenizer.vocab_size:
         # MLX does not check indices: it would read and write beyond the embeddings.
         raise Damaged(f"{checkpoint} has fewer embeddings than the text has tokens")
-    code = hash_code(vars(flags))  # before the code has run
+    code = read_code(vars(flags))
     model = make_model(flags, dataset, checkpoint, models)
     optimizer = make_optimizer(model, flags)
     rows = flags.batch_size * flags.grad_accumulation
@@ -3630,10 +3479,12 @@ def make_run(folder, flags, contents, models, dataset, ranks):
         teacher=models["teacher"].model if "teacher" in models else None,
         origins={name: source.id for name, source in models.items()},
         stretches=[],
+        code=code,
     )
     if contents:
         contents.restore(run)
-    stretch = Stretch(run.iteration, flags.num_iters, code, list_versions(flags, ranks))
+    versions = list_versions(flags, ranks)
+    stretch = Stretch(run.iteration, flags.num_iters, hash_code(code), versions)
     if run.stretches[-1:] != [stretch]:
         run.stretches.append(stretch)
     mx.eval(model.parameters(), optimizer.state)
@@ -3655,18 +3506,9 @@ def check_before_data(flags, ranks):
             f"--max_tokens {flags.max_tokens} is the length of a sample here: --train_tokens "
             "limits the text, and --num_iters counts steps"
         )
-    replaced = replaced_names()
-    if (fast or flags.teacher) and {"Embedding", "LanguageModel"} & {*replaced}:
-        raise UsageError(
-            "extras/fast.py computes the loss without a part of main.LanguageModel that was "
-            "replaced: edit main.py, or set DISABLE_FAST=1 before it is imported"
-        )
-    if replaced:
-        what = "not as in main.py, so that no command goes on with this run by itself"
-        tqdm.write(f"{', '.join(replaced)}: {what}")
     with contextlib.suppress(OSError):
         if Path(__file__).read_text("utf-8") != SOURCE:
-            tqdm.write("main.py was edited since it was loaded: the edit is not in this run.")
+            say("main.py was edited since it was loaded: the edit is not in this run.")
     if flags.teacher:
         extra("distil").check()
     if flags.report_to:
@@ -3681,86 +3523,60 @@ def set_up(flags, ranks):
     checkpoint that --identifier names, or begins a new run. Its folder is locked until the block
     ends. Raises UsageError, RunError.
     """
-    checkpoints = list_checkpoints(flags.save_dir, warn=True)
-    resumable = [] if flags.new_model else checkpoints
-    chosen = choose_checkpoint(flags, resumable)
+    chosen = choose_checkpoint(flags)
     if chosen:
         flags = settle(flags.given, chosen.flags)
-        check_agreement(flags, differences(flags, chosen), chosen.run)
+        refuse_contradiction(flags, chosen.flags, chosen.run)
     check_before_data(flags, ranks)
-    resumed, dataset = find_run(flags, resumable, chosen)
-    folder = resumed.folder if resumed else free_folder(flags, checkpoints)
+    if chosen:
+        dataset = load_data_again(flags, chosen)
+        origins = chosen.origins | {"branched_from": chosen.id}
+    else:
+        models, flags, dataset = begin(flags)
+        origins = {name: source.id for name, source in models.items()}
+    sha1 = hash_code(read_code(vars(flags)))  # before it has run
+    if chosen and is_next(flags, chosen):
+        folder = chosen.folder
+        if not flags.identifier and chosen.stretches[-1].code != sha1:
+            raise other_code(chosen, flags)
+    else:
+        folder = find_folder(flags, dataset, origins, sha1)
     with claimed(folder):
-        if resumed or chosen:
-            # Only now can no other process advance it. Of a branch of what is named, any intact
-            # checkpoint will do.
-            is_named = bool(flags.identifier) and resumed in (None, chosen)
-            contents = open_newest(list_run(folder, warn=True) if resumed else [chosen], is_named)
-            flags = settle(flags.given, contents.checkpoint.flags)
+        own = list_run(folder)  # only now can no other process advance it
+        contents = None
+        if own or chosen:
+            # Of a branch of what is named, any intact checkpoint will do.
+            is_named = bool(flags.identifier) and (not own or folder == chosen.folder)
+            contents = open_newest(own or [chosen], is_named)
+            # All is inherited but a test text: it has been read already.
+            read = values_of(flags, ["test_text", "eval_test"])
+            flags = settle(flags.given, contents.checkpoint.flags | read)
             models = {}
             for name in needed_models(flags):
                 models[name] = extra("models").open_kept(contents.checkpoint, name)
-        else:
-            contents = None
-            models, flags, dataset = begin(flags, dataset)
         run = make_run(folder, flags, contents, models, dataset, ranks)
-        run.saved = max((each.saved for each in checkpoints), default=0.0)
-        if not resumed:
+        if not own:
             for name in needed_models(flags):
                 extra("models").keep(folder / name, models[name].files)
         with Interrupts() as interrupts:  # from here on there is something to save
             print_start(run, contents and contents.checkpoint)
-            if not contents and resumable:
-                tqdm.write(printable(describe_other(resumable, flags, dataset)))
-            if chosen and not resumed:
-                run.origins = run.origins | {"branched_from": chosen.id}
+            if chosen and not own:
+                run.origins = origins
                 save(run, interrupts)  # a branch then has all that it needs
             yield run, interrupts
 
 
+def is_next(flags, chosen):
+    """Whether a command goes on with the run of the checkpoint that it names, and begins no branch.
+
+    It does from its newest checkpoint, unless a training flag has another value.
+    """
+    newest, *_ = list_run(chosen.folder)
+    is_same = values_of(flags, FLAGS["training"]).items() <= chosen.flags.items()
+    return is_same and newest.id == chosen.id
+
+
 # ---- Commands -----------------------------------------------------------------------------------
-
-
-def list_runs(save_dir):
-    """Prints a table of the runs in `save_dir`, the one with the best score first.
-
-    Each has its best checkpoint, or the newest if none has a score, and the flags that set it
-    apart.
-    """
-    checkpoints = list_checkpoints(save_dir, warn=True)  # newest first
-    if not checkpoints:
-        print(NO_CHECKPOINT.format(save_dir))
-        return
-    runs = by_run(checkpoints)
-    apart = flags_apart(checkpoints)
-    print(f"{'run':<24}{'trained':>20}{'valid nats':>12}{'iteration':>12}  checkpoint    flags")
-    for each in sorted(map(best_of, runs.values()), key=by_score):
-        newest = runs[each.run][0]
-        trained = f"{newest.iteration:,} of {newest.flags['num_iters']:,}"
-        score = "-" if each.score is None else f"{each.score:.4f}"
-        place = f"{each.iteration:>12,}  {each.id[:12]}"
-        print(f"{each.run:<24}{trained:>20}{score:>12}{place}  {printable(apart[each.run])}")
-
-
-def flags_apart(checkpoints):
-    """The flags that tell the runs of these checkpoints apart, {run: "--dim=32 --seed=1"}.
-
-    Of each run, the newest checkpoint counts.
-    """
-    newest = newest_of_runs(checkpoints)
-    apart = []
-    for name in SHAPING:
-        if len({str(each.flags[name]) for each in newest}) > 1:
-            apart.append(name)
-    texts = {}
-    for each in newest:
-        values = {}
-        for name in apart:
-            values[name] = each.flags[name]
-            if name in SEVERAL and len(values[name]) > 3:
-                values[name] = [*values[name][:2], f"({len(values[name]) - 2:,} more)"]
-        texts[each.run] = shlex.join(arguments_of(values))
-    return texts
 
 
 def open_for_use(flags):
@@ -3772,18 +3588,17 @@ def open_for_use(flags):
     if not checkpoints:
         raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
     found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier or "latest")
-    others = differences(flags, found)
-    others.pop("seed", None)  # here that of samples
-    check_agreement(flags, others, found.run)
+    values = found.flags | {"seed": flags.seed}  # here that of samples
+    refuse_contradiction(flags, values, found.run)
     if flags.identifier:
         return open_newest([found], is_named=True)
-    return open_newest(by_run(checkpoints)[found.run])
+    return open_newest(list_run(found.folder))
 
 
 def announce(checkpoint):
     """Says which checkpoint a command uses, from which folder, and whether main.py has changed."""
     line = f"{checkpoint}, in {checkpoint.folder.parent}"
-    if checkpoint.stretches[-1].code != hash_code(checkpoint.flags):
+    if checkpoint.stretches[-1].code != hash_code(read_code(checkpoint.flags)):
         line += ", trained by other code than this"
     print(line, file=sys.stderr)
 
@@ -3795,7 +3610,6 @@ def score_checkpoint(flags):
     checkpoint = contents.checkpoint
     flags = settle(flags.given, checkpoint.flags)
     dataset = load_data_again(flags, checkpoint)
-    refuse_other_text(dataset, checkpoint)
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=False)
     announce(checkpoint)
@@ -3806,13 +3620,17 @@ def score_checkpoint(flags):
 
 def train_run(flags, ranks):
     """Starts a run or resumes one, and trains it; returns the exit status."""
-    with UnbreakableStream("stdout"), UnbreakableStream("stderr"):
-        with set_up(flags, ranks) as (run, interrupts):
-            ranks.share(run)
-            tqdm.write("")  # the end of the start screen
-            received = train(run, interrupts, ranks)
-            tqdm.write(describe_end(run, received))
-            return 128 + received if received else 0  # how shells report the end by a signal
+    with set_up(flags, ranks) as (run, interrupts):
+        ranks.share(run)
+        say("")  # the end of the start screen
+        received = train(run, interrupts, ranks)
+        say(describe_end(run, received))
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a run that was saved has not failed
+            discard(stream)
+    return 128 + received if received else 0  # how shells report the end by a signal
 
 
 def describe_end(run, received):
@@ -3823,8 +3641,8 @@ def describe_end(run, received):
     again = command(flags, run.folder.name)
     trained = f"{plural(run.iteration, 'iteration')} in {tqdm.format_interval(run.seconds)}"
     if run.scores:
-        iteration, nats = min(run.scores, key=lambda score: score[1])
-        trained += f", best: valid {nats:.4f} nats at iteration {iteration:,}"
+        best = min(run.comparable_scores(), key=BY_LOSS)
+        trained += f", best: valid {best.nats:.4f} nats at iteration {best.iteration:,}"
     if received:
         return f"{trained}\nStopped at iteration {run.iteration:,}. To resume: {again}"
     ended = f"Ended at iteration {run.iteration:,} of {flags.num_iters:,}"
@@ -3837,19 +3655,25 @@ def describe_end(run, received):
     return f"{trained}\n{ended}. To sample: {again} --inference\nTo train on: {again}{more}"
 
 
+def names_for_judge():
+    """What extras/side.py calls in this and other versions of this file, {its name there: it}."""
+    names = "read_command_line settle use_device begin make_run start_notices make_step train_step"
+    names += " SingleProcess is_foreign arguments_of read_checkpoint evaluate SAVED PATHS EDITED"
+    return {name: globals()[name] for name in names.split()}
+
+
 def execute(argv):
     """Executes the command, while other ranks train along; returns the status, or None for 0."""
     with explained_by_mlx(), join_ranks(argv) as ranks:
         if ranks.rank > 0:
             return ranks.follow()
-        id_of_model.cache_clear()  # a notebook's last command may have trained one
         flags = settle(read_command_line(argv))
         path = str(flags.save_dir.absolute())
         if utf8(path) != path:
             raise UsageError(f"--save_dir {path}: MLX reads only names in UTF-8; rename it")
         use_device(flags.gpu)
         if flags.list:
-            return list_runs(flags.save_dir)
+            return extra("list").list_runs(flags.save_dir)
         if flags.evaluate:
             return score_checkpoint(flags)
         if flags.inference or flags.prompt is not None:
@@ -3907,9 +3731,6 @@ def main(argv=None):
     """
     return run_command("main.py", execute, sys.argv[1:] if argv is None else argv)
 
-
-# For replaced_names.
-LOADED = parts_of_code()
 
 if __name__ == "__main__":
     run_program("main.py", execute)

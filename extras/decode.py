@@ -1,6 +1,6 @@
 """Decoding many texts at once, and a single text faster with the help of a draft model.
 
-    python main.py --prompt "The company" --draft ptb-0a1b2c     speculative decoding
+    python main.py --prompt "The company" --draft ptb-0a1b2c3d   speculative decoding
     python -m extras.batch prompts.txt                           sixteen prompts at a time
 
 Both give each text the continuation that main.py's Decoder would give it alone, unless two tokens

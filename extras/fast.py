@@ -56,23 +56,23 @@ import numpy as np
 from datasets import UsageError, digest_of, locked, open_code_dir, remove_leftovers, replacing
 from datasets import use_compiler
 
-# The SHA1s of main.py's functions that those below stand for, without their comments. Where a test
-# finds that a plain function has changed, compare the two, then enter its new SHA1.
+# Of main.py's functions that those below stand for, hash_of_code. Where a test finds that a plain
+# function has changed, compare the two, then enter its new one.
 STANDS_FOR = {
-    "linear_product": "ff0abe472d3425b776ff5beccb1be8ea2a44c1ed",
-    "rms_norm": "d3fdc87a5922db517665e62eb46ae2c406becfdc",
-    "rotate": "5708c82a764dfae9bf3d9103bc116204ffccb9b0",
-    "look_up": "fb36cdadc4f35e972c00030cb16fff469c324380",
-    "attend": "3a7206c1b9eeb9d9df2e4c6631acc1b85c616f97",
-    "relu2": "0d592a5d303b1368d944bce50714cc77f010964a",
-    "checkpoint_block": "f900bb0226b03db87053aceaa9fcaece581adec0",
-    "Embedding": "e8c173ab13310e7efc8c230523dc3fdb5d571e3a",
-    "LanguageModel": "2ae3e21754a1ebb100733c522661c228425bea2c",
-    "training_loss": "dd2b477c8799eb15a3ee4234e62a247095ee4a1a",
-    "score": "48c4d2f2c5329de3581707e9ac1b6e9e53f804e0",
-    "over_streams": "f7fbacffbf32a61c055a67506b0c5fadef619231",
-    "clip_grad_norm": "7c39788d3c986673ca93eb9ba37aa8170c20293d",
-    "spread": "02480efe4f3e84bbe050b36708407c88046d6d30",
+    "linear_product": "e3661709fa86f21b1ccddef69ad9f4211cdf470f10f30c39ec6a8d57d23e128f",
+    "rms_norm": "c409a4029cc29002b36bad314bfa4a6a061a2bae1c1632e1bb45d46c44a2215d",
+    "rotate": "54e06db91d7a412741b31adcb9206f87dba836b2d693543529c6c3199c03393f",
+    "look_up": "0c65463bb008b5534111e719b57634ffbada46a564521e205a12d9cc5655a469",
+    "attend": "cb3f723fb8537df0ff87d500d302f7144148d7ed1fca5c8ac11bf8ec330d6071",
+    "relu2": "26ba362f71b69ddad5ef1aef06faf5b5672d61289478e9d7be3cff4baa29f6f2",
+    "checkpoint_block": "c542fa5f10983e213d0f4058c427a0faa6ebcc3ffaa9d1170b85963991536ba9",
+    "Embedding": "b237d1c2520053deb5b5eddab6e68812c5ac7c2278575433e174e98f1340c50a",
+    "LanguageModel": "cde300a8393592aa3c803998ab9cd13cb13bd03d0ee26032676ad9d687040b4a",
+    "training_loss": "393da948164b54454da0a21829081db1c55e4b2eadfef82b83b68775069b9f82",
+    "score": "d6bb472ff82263d024cffbd9162f44ffb487b309a5fbdf169553eb5f9bca8da7",
+    "over_streams": "4329c8099d04d5745c03982c13e19cdaccb83a97d9f76e4e5f54db8b2e883b32",
+    "clip_grad_norm": "c3cca40d60235c87df84868b82be7d1419c2e76101b5b5fd38a2e4b930605e9e",
+    "spread": "19d3470f379e00024f3c549129fe27b65dafb0f27183f246e183074081c27de8",
 }
 
 # ---- BLAS ---------------------------------------------------------------------------------------

@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from datasets import UsageError, explained, printable, user_path, utf8
+from extras.list import flags_apart
 from extras.ngrams import losses_of_ngrams
 from extras.versus import RESULTS, read_results
-from main import flags_apart, load_data_again, read_log, refuse_other_text, settle
+from main import load_data_again, read_log, settle
 
 # Training losses are many and noisy, so they are pale; validation losses have markers.
 LINES = ["solid", "dashed", "dashdot", "dotted"]
@@ -54,7 +55,6 @@ def count_ngrams(checkpoints):
     if len({str(each.tokens_sha256) for each in checkpoints}) > 1:
         raise UsageError("--ngrams is about one text: name runs of the same by --identifier")
     dataset = load_data_again(settle({}, checkpoints[0].flags), checkpoints[0])
-    refuse_other_text(dataset, checkpoints[0])
     splits = dataset.train.tokens, dataset.valid.tokens
     return losses_of_ngrams(*splits, dataset.tokenizer.vocab_size)
 

@@ -223,6 +223,7 @@ class Group(contextlib.AbstractContextManager):
         run.batches.go_to(*record["batches"], np.array(tree["perm"]))
         for name, value in record["progress"].items():
             setattr(run, name, value)
+        run.scores = [main.Score(*each) for each in run.scores]
         return run
 
 

@@ -13,10 +13,8 @@ import hashlib
 import importlib
 import os
 
-from tqdm import tqdm
-
-from datasets import explained, one_line, without_passwords
-from main import SAVED
+from datasets import UsageError, explained, one_line, without_passwords
+from main import SAVED, say
 
 
 class TensorBoard:
@@ -96,6 +94,9 @@ def names_of(report_to):
 
 def check(report_to):
     """Raises UsageError unless these dashboards have their packages."""
+    for name in report_to.split(","):
+        if name not in [*BOARDS, "none"]:
+            raise UsageError(f"--report_to: must be one of tensorboard, wandb, none, not {name}")
     for name in names_of(report_to):
         remedy = f"pip install --upgrade {PACKAGES[name]}, or --report_to none"
         # Of any type: a package that is older than what it needs raises some other error.
@@ -135,4 +136,4 @@ class Dashboards:
         except Exception as error:  # of any type: the packages have their own
             self.boards.pop(name, None)
             reason = without_passwords(one_line(error))[:300] or type(error).__name__
-            tqdm.write(f"--report_to {name} failed, the run goes on: {reason}")
+            say(f"--report_to {name} failed, the run goes on: {reason}")

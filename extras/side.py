@@ -3,13 +3,14 @@
     python side.py FOLDER describe FLAGS       what these flags mean, and what a run of them needs
     python side.py FOLDER serve METADATA GPU   logits of a checkpoint, for the tokens on stdin
 
-FOLDER has the side's files, perhaps those of an older commit: only names that main.py has had for
-long are used here. What the side itself prints goes to stderr, and is no answer.
+FOLDER has the side's files, perhaps those of an older commit: of main.py, only names_for_judge is
+used here. What the side itself prints goes to stderr, and is no answer.
 """
 
 import json
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 FOLDER = Path(sys.argv[1])
@@ -21,46 +22,51 @@ import main
 import mlx.core as mx
 import numpy as np
 from datasets import RunError, UsageError
+from mlx.utils import tree_flatten
+
+
+# Commits before it had these names as they are.
+SIDE = Namespace(**getattr(main, "names_for_judge", lambda: vars(main))())
 
 
 def describe(words):
     """Prepares the text, and answers with a side's fields, see Side in extras/versus.py."""
-    flags = main.settle(main.read_command_line(words))
-    main.use_device(flags.gpu)
-    models, flags, dataset = main.begin(flags)
-    run = main.make_run(flags.save_dir, flags, None, models, dataset, main.SingleProcess())
-    notices = [line for line in main.start_notices(run) if "edited " not in line]
+    flags = SIDE.settle(SIDE.read_command_line(words))
+    SIDE.use_device(flags.gpu)
+    models, flags, dataset = SIDE.begin(flags)
+    run = SIDE.make_run(flags.save_dir, flags, None, models, dataset, SIDE.SingleProcess())
+    notices = [line for line in SIDE.start_notices(run) if "edited " not in line]
     # A step loads what is only imported there, and compiles what else a first run would have to.
-    main.train_step(run, main.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
+    SIDE.train_step(run, SIDE.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
     values = {}
     for name in flags.given:
         # The test text is for the judge alone.
-        if name in {*main.SAVED, "mirror", "gpu"} - {"test_text", "eval_test"}:
+        if name in {*SIDE.SAVED, "mirror", "gpu"} - {"test_text", "eval_test"}:
             values[name] = getattr(flags, name)
     files = {}
     for name, source in models.items():
-        if not main.is_foreign(getattr(flags, name)):
+        if not SIDE.is_foreign(getattr(flags, name)):
             values[name] = source.id  # its run finds it by that, wherever it is
             paths = {f"{name}/{file}": str(path.resolve()) for file, path in source.files.items()}
             files |= paths
-    elsewhere = [*main.PATHS, "test_text", "seed"]  # in other fields, or not of a side
+    elsewhere = [*SIDE.PATHS, "test_text", "seed"]  # in other fields, or not of a side
     for name in ("valid", "test"):
         split = getattr(dataset, name)
         if split:  # the files that it maps may be written anew for the other side
             split.tokens.astype(np.uint32).tofile(FOLDER / f"{name}.tokens")
     answer(
         {
-            "words": [*main.arguments_of(values), f"--data_dir={dataset.folder.parent.parent}"],
+            "words": [*SIDE.arguments_of(values), f"--data_dir={dataset.folder.parent.parent}"],
             "flags": vars(flags),
             "given": [*flags.given],
-            "shape": {name: getattr(flags, name) for name in main.SAVED if name not in elsewhere},
-            "edited": main.EDITED,
+            "shape": {name: getattr(flags, name) for name in SIDE.SAVED if name not in elsewhere},
+            "edited": SIDE.EDITED,
             "notices": notices,
             "files": files,
             "sources": sources(),
             "origins": run.origins,
             "versions": run.versions,
-            "parameters": main.count_parameters(run.model.parameters()),
+            "parameters": sum(array.size for _, array in tree_flatten(run.model.parameters())),
             "vocab_size": run.model.config.vocab_size,
             "context_size": run.model.config.context_size,
             "texts": dataset.sha256,
@@ -86,13 +92,13 @@ def serve(metadata, gpu):
     Of rows of tokens [B, L], with their logits' shape and bytes, [B, L, V] float32; of tokens [N],
     with the loss that the side's own `evaluate` finds.
     """
-    main.use_device(gpu == "True")
-    model = main.read_checkpoint(Path(metadata)).open().load_model()
+    SIDE.use_device(gpu == "True")
+    model = SIDE.read_checkpoint(Path(metadata)).open().load_model()
     model.train(False)  # as an edited `evaluate` may leave it
     for line in sys.stdin:
         question, tokens = json.loads(line)
         if question == "evaluate":
-            found = main.evaluate(model, np.array(tokens), 8)
+            found = SIDE.evaluate(model, np.array(tokens), 8)
             # A number in commits before `score`.
             answer(float(found["loss"] if isinstance(found, dict) else found))
         else:

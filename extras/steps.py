@@ -14,7 +14,7 @@ from tqdm import tqdm
 from datasets import UsageError, sync
 from extras.models import open_kept
 from main import SingleProcess, hash_code, list_run, list_versions, load_data_again, make_run
-from main import make_step, needed_models, open_newest, refuse_other_text, settle, train_step
+from main import make_step, needed_models, open_newest, read_code, settle, train_step
 from main import write_checkpoint
 
 FOLDER = "steps"  # in that of a run
@@ -22,8 +22,13 @@ ITERATION = attrgetter("iteration")
 
 
 def checkpoint_at(checkpoints, identifier):
-    """The Checkpoint of RUN@STEP; checkpoints: those of all runs. Raises UsageError, RunError."""
+    """The Checkpoint of RUN@STEP, or of latest@STEP; checkpoints: those of all runs, newest first.
+
+    Raises UsageError, RunError.
+    """
     name, _, step = identifier.rpartition("@")
+    if name == "latest" and checkpoints:
+        name = checkpoints[0].run
     own = [each for each in checkpoints if each.run == name]
     if not own or not step.isdecimal():
         raise UsageError(f"{identifier} is not a run, @ and a step of it: see --list")
@@ -70,7 +75,7 @@ def recompute(earlier, later, step, folder):
     flags.num_iters = stretch.num_iters  # schedules end there
     if any(start < each.iteration < later.iteration for each in later.stretches):
         raise UsageError(f"{what}: flags, code or versions have changed before the next checkpoint")
-    if stretch.code != hash_code(vars(flags)):
+    if stretch.code != hash_code(read_code(vars(flags))):
         raise UsageError(f"{what} was computed by other code than this")
     for name, version in list_versions(flags, SingleProcess()).items():
         before = stretch.versions.get(name)
@@ -109,6 +114,5 @@ def open_run(folder, flags, checkpoint, kin):
     if checkpoint:
         contents = open_newest([checkpoint], is_named=True)
     dataset = load_data_again(flags, kin)
-    refuse_other_text(dataset, kin)
     models = {name: open_kept(kin, name) for name in needed_models(flags)}
     return make_run(folder, flags, contents, models, dataset, SingleProcess())

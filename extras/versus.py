@@ -41,7 +41,7 @@ CANNOT_TELL = 125  # `git bisect run` then skips the commit
 
 try:  # not main.py: the files of now may not even run
     from datasets import Parser, RunError, UsageError, explained, flock, locked, no_follow, number
-    from datasets import one_line, run_program, without_comments
+    from datasets import one_line, run_program, words_of_code
     from extras.judge import BITS, DIVERGED, LIMIT, SIDE, Referee, SideError, choose_spans, failure
     from extras.judge import read_text
 except Exception as error:
@@ -264,16 +264,16 @@ def link_or_copy(path, target):
 
 
 def code_of(side):
-    """The code that a side has loaded, without comments, {name of the file: text}."""
+    """The code that a side has loaded, {name of the file: words}, see words_of_code."""
     code = {}
     for name in side.sources:
-        code[name] = without_comments((side.folder / name).read_text("utf-8", errors="replace"))
+        code[name] = words_of_code((side.folder / name).read_text("utf-8", errors="replace"))
     return code
 
 
-def count_tokens(side):
-    """The words and signs in a side's code, without comments; those of strings count, too."""
-    return len(re.findall(r"\w+|[^\w\s]", " ".join(code_of(side).values())))
+def count_words(side):
+    """The length of a side's code; remarks and line breaks do not count."""
+    return sum(map(len, code_of(side).values()))
 
 
 def patch(before, after):
@@ -715,7 +715,7 @@ def keep_or_drop(comparison):
     """
     options = comparison.options
     before, after = comparison.before, comparison.after
-    is_smaller = count_tokens(after) < count_tokens(before)
+    is_smaller = count_words(after) < count_words(before)
     margin = options.margin if is_smaller else None
     first = comparison.first_seed
     number = f"2 or {SCREENED}, then {min(RACE)} to {max(RACE)}"

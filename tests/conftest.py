@@ -307,6 +307,7 @@ def saved(save_dir, run="*"):
         record = read_record(path.with_suffix(".metadata"))
         record["config"] = main.Config(**record["config"])
         checkpoint = main.Checkpoint(**record)
+        checkpoint.scores = [main.Score(*each) for each in checkpoint.scores]
         checkpoint.folder = path.parent
         found.append(checkpoint)
     return sorted(found, key=lambda checkpoint: checkpoint.saved, reverse=True)

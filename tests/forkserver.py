@@ -37,10 +37,13 @@ class Program:
     def __init__(self, path):
         self.path = Path(path).resolve()
         sys.path[0] = str(self.path.parent)
-        importlib.import_module(self.path.stem)  # first: it chooses the kernels of OpenBLAS
+        program = importlib.import_module(self.path.stem)  # first: it chooses OpenBLAS's kernels
         import numpy.random  # noqa: F401 (which the programs import when they need it)
 
         generate_kernels()
+        datasets = sys.modules["datasets"]
+        for source in [datasets.SOURCE, *getattr(program, "SOURCES", {}).values()]:
+            datasets.hash_of_code(source)  # which keeps it
         del sys.modules[self.path.stem]  # a fork has its own, which is __main__
         self.code = compile(self.path.read_bytes(), str(self.path), "exec")
         gc.freeze()  # else each fork's first collection copies what it shares with this process

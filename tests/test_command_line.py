@@ -3,7 +3,6 @@
 Mistakes: test_mistakes.py. Which run a command means: test_runs.py.
 """
 
-import math
 import os
 import re
 import shlex
@@ -255,16 +254,22 @@ def test_list(trained, tmp_path):
     other, _, _ = begin(*common, "--text", trained / "text.txt", "--seed", 1, *without)
     good, _, _ = begin(*common, "--text", far / "text.txt", "--num_iters", 9)
     header, *rows = run("--list", *folder)[0].splitlines()
-    assert header.split() == "run trained valid nats iteration checkpoint flags".split()
-    cells = [re.split("  +", row, maxsplit=5) for row in rows]
-    best = min(saved(tmp_path / "lm", good), key=lambda each: each.score or math.inf)
-    place = [f"{best.score:.4f}", str(best.iteration), best.id[:12]]
-    assert cells[0][:5] == [good, "9 of 9", *place]
+    assert header.split() == "run trained valid nats of tokens iteration checkpoint flags".split()
+    cells = [re.split("  +", row, maxsplit=6) for row in rows]
+    scored = [each for each in saved(tmp_path / "lm", good) if each.score]
+    best = min(scored, key=lambda each: each.score.nats)
+    place = [f"{best.score.nats:.4f}", "64", str(best.iteration), best.id[:12]]
+    assert cells[0][:6] == [good, "9 of 9", *place]
     assert [each[0] for each in cells] == [good, bad, other]
-    assert cells[2][1:4] == ["1 of 1", "-", "1"]
-    assert ["--seed=1" in each[5] for each in cells] == [False, False, True]
-    assert f"'--text={far / 'text.txt'}'" in cells[0][5], "quoted for a shell"
+    assert cells[2][1:5] == ["1 of 1", "-", "-", "1"]
+    assert ["--seed=1" in each[6] for each in cells] == [False, False, True]
+    assert f"'--text={far / 'text.txt'}'" in cells[0][6], "quoted for a shell"
     assert "--batch_size" not in str(cells), "those in which they do not differ"
+    char, _, _ = begin(*common, "--text", far / "text.txt", "--tokenizer", "char", "--num_iters", 9)
+    header, *rows = run("--list", *folder)[0].splitlines()
+    assert header.split()[2:5] == ["bits/byte", "of", "tokens"], "where tokenizers differ"
+    ranked = [(saved(tmp_path / "lm", name)[0].score.bits, name) for name in (good, bad, char)]
+    assert [row.split()[0] for row in rows] == [name for _, name in sorted(ranked)] + [other]
 
 
 def test_list_of_a_run_on_many_files(tmp_path):

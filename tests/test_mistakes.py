@@ -157,7 +157,6 @@ MISTAKES = [
     ("--report_to board", "--report_to: must be one of tensorboard, wandb", "not board"),
     ("--identifier ''", "--identifier: is empty", "leave it out"),
     ("--text text.txt ''", "--text: is empty", "leave it out"),
-    ("--prompt FILE:prompts.txt", "--prompt: takes the text", '"$(cat prompts.txt)"'),
     # Values that do not fit each other
     ("--text text.txt --dim 30 --num_heads 2", "--dim 30 is not a multiple", "try 32"),
     ("--text text.txt --lora_rank 4", "--lora_rank trains adapters", "name it by --init_from"),

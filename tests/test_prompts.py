@@ -40,7 +40,7 @@ def test_reply(model):
     assert "the company" not in out[:11], "the continuation, not the prompt"
     prefix = ids(model)[0][:12]
     name = run_folder(model).name
-    assert re.fullmatch("text-[0-9a-f]{6}", name)
+    assert re.fullmatch("text-[0-9a-f]{8}", name)
     assert err == f"{name}, iteration 100, checkpoint {prefix}, in {model}\n"
     known = set(re.findall(r"\w+", out)) & set(WORDS)
     assert len(known) >= 2, "it has learnt a little"
@@ -62,15 +62,14 @@ def test_each_line_gets_a_reply(word_model):
 
 
 def test_commands(byte_model):
-    """What was said before counts until /reset; what is no command says which there are."""
+    """What was said before counts until /reset; other lines with a slash are text."""
     hot = ["--temperature", 3, "--max_tokens", 30]
     first = replies_of(byte_model, "the company\n", *hot)
     continued = replies_of(byte_model, "the company\nthe company\n", *hot)
     assert continued.startswith(first) and continued != 2 * first
-    lines = "/fo\x1b[2Jo\nthe company\n/help\n/reset \nthe company\n/quit \nthe company\n"
-    out, err = talk(byte_model, lines, *hot)
-    assert out == 2 * first
-    assert err.count("/reset") == err.count("/quit") == 2
+    lines = "/fo\x1b[2Jo\n/reset\nthe company\n/reset \nthe company\n/quit \nthe company\n"
+    out, _ = talk(byte_model, lines, *hot)
+    assert out == replies_of(byte_model, "/fo\x1b[2Jo\n", *hot) + 2 * first
 
 
 ODD = [

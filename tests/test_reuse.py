@@ -2,7 +2,7 @@
 
 import shutil
 
-from conftest import TEXT, TINY, arrays, assert_equal, begin, ids, saved
+from conftest import TEXT, TINY, arrays, assert_equal, begin, ids, run, saved
 
 from datasets import PackageTokenizer
 
@@ -18,7 +18,7 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     line += ["--learning_rate", 1e-9, "--context_size", 16, "--max_tokens", 5]
     name, _, _ = begin(*line, "--num_iters", 1)
     new_checkpoint, old_checkpoint = saved(folder)
-    assert list(new_checkpoint.folder.glob("*/")) == []
+    assert not (new_checkpoint.folder / "init_from").exists()
     new = new_checkpoint.open().load_model()
     old = old_checkpoint.open().load_model()
     assert new.config.context_size == 16
@@ -26,7 +26,10 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     assert_equal(arrays(new), arrays(old), atol=1e-6)
     assert begin(*line, "--dim", 16, "--tokenizer", "byte", "--num_iters", 2)[:2] == (name, 1)
     shutil.rmtree(old_checkpoint.folder)
-    assert begin(*line, "--num_iters", 3)[:2] == (name, 2)
+    _, err = run(*line, "--num_iters", 3, status=2)
+    assert err.endswith("; a run whose model is gone goes on by --identifier RUN\n")
+    named = ["--identifier", name, "--save_dir", folder, "--num_iters", 3]
+    assert begin(*named)[:2] == (name, 2)
 
 
 def test_another_base_is_another_run(word_model, text, tmp_path):
@@ -36,7 +39,7 @@ def test_another_base_is_another_run(word_model, text, tmp_path):
     line = ["--text", text, "--save_dir", folder, "--learning_rate", 1e-3, "--max_tokens", 1]
     name, _, _ = begin(*line, "--init_from", id, "--num_iters", 1)
     twice, iteration, _ = begin(*line, "--init_from", name, "--num_iters", 1)
-    assert (twice, iteration) == (f"{name}.2", 0)
+    assert (twice != name, iteration) == (True, 0)
     run_of_base = saved(folder)[-1].run
     assert begin(*line, "--init_from", run_of_base, "--num_iters", 2)[:2] == (name, 1)
     assert begin(*line, "--init_from", id[:8], "--num_iters", 3)[:2] == (name, 2)

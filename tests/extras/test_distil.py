@@ -83,7 +83,7 @@ def test_a_student_goes_on_without_its_teacher(base, text):
     assert "40/40  loss " in out
     assert "perplexity" not in out, "of a loss that is not the text's alone"
     shutil.rmtree(folder_of_teacher)
-    assert begin(*line, "--num_iters", 41)[:2] == (name, 40)
+    assert begin("--save_dir", folder, "--num_iters", 41)[:2] == (name, 40)
     line = ["--identifier", name, "--teacher_weight", 0.9, "--save_dir", folder, "--num_iters"]
     branch, iteration, _ = begin(*line, 42)
     assert (branch != name, iteration) == (True, 41)

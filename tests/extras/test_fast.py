@@ -50,7 +50,7 @@ def assert_near(found, expected, tolerance):
 
 @pytest.mark.parametrize("name", fast.STANDS_FOR)
 def test_it_stands_for_the_plain_function_as_it_is_now(name, plain):
-    sha1 = main.sha1_of_text(main.definition(name, main.SOURCE))
+    sha1 = main.hash_of_code(main.definition(name, main.SOURCE))
     assert name not in main.EDITED, (
         f"{name} in main.py has changed, so that main.py no longer uses the quick one: compare it "
         f"with {name} in extras/fast.py, change that accordingly, and then enter "

@@ -83,7 +83,11 @@ def line(text, tmp_path):
 
 
 def test_a_model_by_name(hub, line, tmp_path):
-    """Its weights are those of the folder; resumed, it is the very same model, from the run."""
+    """Its weights are those of the folder.
+
+    Resumed, it is the very same model: that of the cache where the hub cannot be reached, or that
+    of the run.
+    """
     named = [*line, "--init_from", "org/tiny", "--save_dir", tmp_path / "named"]
     hub.key = KEY
     name, _, _ = begin(*named, "--num_iters", 1, env=hub.env | {"HF_TOKEN": KEY})
@@ -91,10 +95,13 @@ def test_a_model_by_name(hub, line, tmp_path):
 
     hub.commit = COMMITS[1]  # its owner has changed it
     change(hub.folder, rms_norm_eps=1e-3)
-    shutil.rmtree(tmp_path / "home")
     hub.seen.clear()
-    by_address = ["--init_from", "https://huggingface.co/org/tiny", "--num_iters", 2]
-    assert begin(*named, *by_address, env=hub.env)[:2] == (name, 1)
+    by_address = [*named, "--init_from", "https://huggingface.co/org/tiny", "--num_iters", 1]
+    unreachable = hub.env | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert begin(*by_address, env=unreachable)[:2] == (name, 1)
+    shutil.rmtree(tmp_path / "home")
+    by_run = ["--identifier", name, "--num_iters", 2, "--save_dir", tmp_path / "named"]
+    assert begin(*by_run, env=hub.env)[:2] == (name, 1)
     assert hub.seen == []
     export = tmp_path / "again"
     export_model(make_llama(), ByteTokenizer(), export, None)

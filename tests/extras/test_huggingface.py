@@ -306,7 +306,10 @@ def test_a_run_keeps_the_very_model_it_was_begun_with(hf, tmp_path, text, flag):
     assert begin(*line, flag, tmp_path / "original", "--num_iters", 2)[:2] == (name, 1)
     shutil.rmtree(hf)
     run("--prompt", "a", "--identifier", name, "--save_dir", tmp_path / "lm", "--max_tokens", 1)
-    assert begin(*line, flag, hf, "--num_iters", 3)[1] >= 1, "as it was spelled"
+    _, err = run(*line, flag, hf, "--num_iters", 3, status=2)
+    assert err.endswith("; a run whose model is gone goes on by --identifier RUN\n")
+    named = ["--identifier", name, "--save_dir", tmp_path / "lm", "--num_iters", 3]
+    assert begin(*named)[:2] == (name, 2)
 
 
 # ---- Tokens before a text -----------------------------------------------------------------------

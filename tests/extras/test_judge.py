@@ -46,7 +46,7 @@ def test_scores_are_those_of_main(base, text, kind):
     tokens = load_dataset("text", folder, [text], tokenizer=tokenizer).valid.tokens
     with judge.Referee(side_of(checkpoint), checkpoint.metadata_path, None) as referee:
         whole = referee.score(tokens)
-        assert whole == pytest.approx(checkpoint.score, abs=1e-5)
+        assert whole == pytest.approx(checkpoint.score.nats, abs=1e-5)
         assert referee.check_evaluation(tokens) is None
         assert referee.check_sight(tokens) is None
         count = len(tokens) - 1

@@ -34,7 +34,7 @@ def assert_scored_as_merged(checkpoint, text):
     """Its last score, of base and adapters as they were trained, is that of the merged weights."""
     tokens = load_dataset("text", text.parent, [text]).valid.tokens
     nats = main.evaluate(checkpoint.open().load_model(), tokens, 4)["loss"]
-    assert checkpoint.scores[-1] == [checkpoint.iteration, pytest.approx(nats, abs=1e-5)]
+    assert checkpoint.score.nats == pytest.approx(nats, abs=1e-5)
 
 
 LORA = "--lora_rank 2 --dropout 0.1 --average 0.3 --learning_rate 0.03 --lr_warmup 5".split()
@@ -64,7 +64,7 @@ def test_lora_run(base, text, tmp_path):
     assert "trainable" in out
     name, _, _ = begin(*line, 5, "--save_dir", folder)
     shutil.rmtree(saved(folder)[-1].folder)
-    assert begin(*line, 12, "--save_dir", folder)[:2] == (name, 5)
+    assert begin("--num_iters", 12, "--save_dir", folder)[:2] == (name, 5)
     last = newest(folder)
     assert last.id == newest(tmp_path / "whole").id
     assert last.flags["lora_alpha"] == 4
@@ -98,7 +98,8 @@ def test_branches_of_a_lora_run_and_adapters_on_it(base, text):
     assert begin("--identifier", branch, "--save_dir", folder, "--num_iters", 6)[:2] == (branch, 5)
     shutil.rmtree(folder / branch)
     run(*answers, nested)
-    assert begin(*line_of_nested, 3, "--save_dir", folder)[:2] == (nested, 2)
+    named = ["--identifier", nested, "--num_iters", 3, "--save_dir", folder]
+    assert begin(*named)[:2] == (nested, 2)
 
 
 def test_a_base_with_more_rows_than_ids(tmp_path, text):
@@ -111,7 +112,7 @@ def test_a_base_with_more_rows_than_ids(tmp_path, text):
     line += ["--max_tokens", 8, "--save_dir", tmp_path / "lm"]
     name, _, _ = begin(*line, "--num_iters", 2)
     shutil.rmtree(hf)
-    assert begin(*line, "--num_iters", 4)[:2] == (name, 2)
+    assert begin("--num_iters", 4, "--save_dir", tmp_path / "lm")[:2] == (name, 2)
     last = newest(tmp_path / "lm")
     assert last.config.vocab_size == 281
     assert_adapters_on(base, last, 1.5)

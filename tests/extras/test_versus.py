@@ -189,8 +189,9 @@ def test_other_steps_and_texts_from_a_run(project):
     assert result["verdict"].endswith(", with another training text.")
     after = ["--text", "more.txt", "--num_iters", 16]
     for own, more in (("scores_before", []), ("scores_after", after)):
-        run(*STEPS, *common, "--text", "text.txt", *more, "--save_dir", "runs", cwd=project)
-        assert result[own][0] == pytest.approx(newest(project / "runs").score, abs=1e-5)
+        line = [*STEPS, *common, "--text", "text.txt", "--eval_tokens", 0, *more]
+        run(*line, "--save_dir", "runs", cwd=project)
+        assert result[own][0] == pytest.approx(newest(project / "runs").score.nats, abs=1e-5)
     for side in result["comparison"].split():
         [path] = project.glob(f"runs/versus/{side}.*/init_from/{base.weights_path.name}")
         assert path.samefile(base.weights_path)
