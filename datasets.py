@@ -1063,9 +1063,7 @@ def write_tokens(spans, tokenizer, path):
 #     key        see key_of
 #     tokenizer  its to_dict()
 #     splits     {split: what write_tokens returned}
-#     check      digest of all of the above
-#
-# Damage is found, not forgery.
+#     check      digest of all of the above; damage is found, not forgery
 
 SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if this file is edited later
 
@@ -1535,8 +1533,8 @@ def hash_of_code(source):
 
 
 def definition(name, source):
-    """The source of a function or class; "" if it is not there."""
-    lines = rf"^(?:@.*\n)*(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # to the next statement
+    """The source of a function or class, without decorators; "" if it is not there."""
+    lines = rf"^(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # to the next statement
     found = re.search(lines, source, flags=re.MULTILINE)
     return found[0] if found else ""
 

@@ -100,7 +100,6 @@ from datasets import no_follow, nonempty, number, one_line, one_of, open_code_di
 from datasets import publish, remove_leftovers, replacing, run_command, run_program, sync
 from datasets import tokenizer_from_dict, use_compiler, user_path, utf8
 
-
 EDITED = []  # names of functions below that were edited since extras/fast.py was written
 
 
@@ -2087,7 +2086,8 @@ class Interrupts:
 
     def __enter__(self):
         reader, writer = os.pipe()
-        threading.Thread(target=self.watch, args=[reader], daemon=True).start()
+        self.thread = threading.Thread(target=self.watch, args=[reader], daemon=True)
+        self.thread.start()
         os.set_blocking(writer, False)
         self.writer_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self.handlers = {}
@@ -2099,6 +2099,7 @@ class Interrupts:
 
     def __exit__(self, *error):
         os.close(signal.set_wakeup_fd(self.writer_before))  # ends the thread
+        self.thread.join()  # a notebook's next %run deletes what it needs
         for each, handler in self.handlers.items():
             signal.signal(each, handler)
 
@@ -2258,8 +2259,8 @@ def read_code(flags):
     """
     names = ["main.py", "extras/ranks.py"]
     names += ["extras/fast.py", "extras/fast.c"] if fast else []
-    names += ["extras/lora.py"] if flags["lora_rank"] else []
-    names += ["extras/distil.py"] if flags["teacher"] else []
+    names += ["extras/lora.py"] if flags.get("lora_rank") else []
+    names += ["extras/distil.py"] if flags.get("teacher") else []
     names += filter(None, map(own_file, [*sys.modules.values()]))
     for name in names:
         if name not in SOURCES and (HERE / name).exists():
@@ -2267,7 +2268,7 @@ def read_code(flags):
     return {name: SOURCES[name] for name in sorted({*names} & {*SOURCES})}
 
 
-read_code({"lora_rank": None, "teacher": None})  # before anybody edits the files
+read_code({})  # before anybody edits the files
 
 
 def hash_code(code):
@@ -2283,26 +2284,26 @@ def kept_code(folder, sha1):
 def keep_code(run):
     """Makes the code that trains a run a part of its folder. Raises OSError."""
     folder = kept_code(run.folder, run.stretches[-1].code)
-    if folder.is_symlink():
-        raise OSError(f"{folder} is a link")
+    if folder.is_symlink():  # a stranger's
+        return
     for name, source in run.code.items():
         path = folder / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
+            with new_file(run.folder) as file:  # where leftovers are removed
                 file.write(source.encode())
+                publish(file, path)
+    for path in [folder, *folder.rglob("*")]:
+        sync(path)
 
 
 def other_code(checkpoint, flags):
     """The UsageError for a command that would go on with a run by other code than its own."""
     kept = kept_code(checkpoint.folder, checkpoint.stretches[-1].code)
     code = read_code(vars(flags))
-    before = {}
-    for path in kept.rglob("*.*"):
-        if path.is_file():
-            before[str(path.relative_to(kept))] = path.read_text("utf-8", errors="replace")
-    names = sorted({*code, *before})
-    differ = [name for name in names if code.get(name) != before.get(name)]
+    paths = filter(Path.is_file, kept.rglob("*"))
+    before = {str(path.relative_to(kept)): path.read_text("utf-8", "replace") for path in paths}
+    differ = sorted(dict(code.items() ^ before.items()))
     first, *_ = [*differ, "main.py"]
     return UsageError(
         f"{checkpoint.run} was trained by other code than this ({', '.join(differ)}: "
@@ -2587,7 +2588,7 @@ def describe_schedule(flags):
     The peak is that of the end of warmup and of 100 places.
     """
     last = flags.num_iters - 1
-    places = {0, min(flags.lr_warmup, last), *np.linspace(0, last, 100).astype(int).tolist()}
+    places = {min(flags.lr_warmup, last), *np.linspace(0, last, 100).astype(int).tolist()}
     rates = {iteration: learning_rate_at(iteration, flags) for iteration in sorted(places)}
     shown = sorted({0, max(rates, key=rates.get), last})
     texts = [f"{rates[iteration]:.3g} (step {1 + iteration:,})" for iteration in shown]
@@ -3220,7 +3221,7 @@ def choose_checkpoint(flags):
     """
     if flags.new_model and flags.identifier:
         raise UsageError("--identifier goes on, --new_model begins anew: use one of them")
-    is_described = any(name in flags.given for name in SHAPING)
+    is_described = {*SHAPING} & {*flags.given}
     if flags.new_model or (is_described and not flags.identifier):
         list_folders(flags.save_dir)  # refuses that of a run, before a text is written there
         return None
@@ -3546,14 +3547,15 @@ def set_up(flags, ranks):
         contents = None
         if own or chosen:
             # Of a branch of what is named, any intact checkpoint will do.
-            is_named = bool(flags.identifier) and (not own or folder == chosen.folder)
+            is_named = flags.identifier and (not own or folder == chosen.folder)
             contents = open_newest(own or [chosen], is_named)
             # All is inherited but a test text: it has been read already.
             read = values_of(flags, ["test_text", "eval_test"])
             flags = settle(flags.given, contents.checkpoint.flags | read)
-            models = {}
-            for name in needed_models(flags):
-                models[name] = extra("models").open_kept(contents.checkpoint, name)
+            models = {
+                name: extra("models").open_kept(contents.checkpoint, name)
+                for name in needed_models(flags)
+            }
         run = make_run(folder, flags, contents, models, dataset, ranks)
         if not own:
             for name in needed_models(flags):

@@ -59,20 +59,20 @@ from datasets import use_compiler
 # Of main.py's functions that those below stand for, hash_of_code. Where a test finds that a plain
 # function has changed, compare the two, then enter its new one.
 STANDS_FOR = {
-    "linear_product": "e3661709fa86f21b1ccddef69ad9f4211cdf470f10f30c39ec6a8d57d23e128f",
-    "rms_norm": "c409a4029cc29002b36bad314bfa4a6a061a2bae1c1632e1bb45d46c44a2215d",
-    "rotate": "54e06db91d7a412741b31adcb9206f87dba836b2d693543529c6c3199c03393f",
-    "look_up": "0c65463bb008b5534111e719b57634ffbada46a564521e205a12d9cc5655a469",
-    "attend": "cb3f723fb8537df0ff87d500d302f7144148d7ed1fca5c8ac11bf8ec330d6071",
-    "relu2": "26ba362f71b69ddad5ef1aef06faf5b5672d61289478e9d7be3cff4baa29f6f2",
-    "checkpoint_block": "c542fa5f10983e213d0f4058c427a0faa6ebcc3ffaa9d1170b85963991536ba9",
+    "linear_product": "9b9baf3e6e0cab64e99fdf0352d573908bd0f1db68589626cfa65dd20c87eee1",
+    "rms_norm": "bb525adb914ad7e3cbb3f0bec8564c25734f93814102f2ae9daeaa5d275583b9",
+    "rotate": "ee7ff0c10c9e59a080b6bdf1d2f8ef77f1de0430d3436b0c200fe4c84d76a061",
+    "look_up": "6cefb0263247f5d9e5461b81e926e39f95161f5a8390e171f93ae780da56e453",
+    "attend": "3db8e0ebf9095ee74f9bb8a443834c2a2c4f24d8f9a10c1139c2fbe7a87ac895",
+    "relu2": "f20b5f618b46fe3f27dffeb8574128a74ab530958d9d2d9261ef107f6797e903",
+    "checkpoint_block": "6f062f86dd0f89a76181da54a6f8c6b822cbaec3cca451f0ecb7ab0a058ca74b",
     "Embedding": "b237d1c2520053deb5b5eddab6e68812c5ac7c2278575433e174e98f1340c50a",
     "LanguageModel": "cde300a8393592aa3c803998ab9cd13cb13bd03d0ee26032676ad9d687040b4a",
-    "training_loss": "393da948164b54454da0a21829081db1c55e4b2eadfef82b83b68775069b9f82",
-    "score": "d6bb472ff82263d024cffbd9162f44ffb487b309a5fbdf169553eb5f9bca8da7",
-    "over_streams": "4329c8099d04d5745c03982c13e19cdaccb83a97d9f76e4e5f54db8b2e883b32",
-    "clip_grad_norm": "c3cca40d60235c87df84868b82be7d1419c2e76101b5b5fd38a2e4b930605e9e",
-    "spread": "19d3470f379e00024f3c549129fe27b65dafb0f27183f246e183074081c27de8",
+    "training_loss": "b9ec45355c9333833ea9c359c0eaf87e1a1aef17de361fce783a100e72b2b8c5",
+    "score": "d173bacfea4499a53ce8b0dd4671cc0c3dbef75203346b3b483d3594e333f50d",
+    "over_streams": "7f82f0a93880874072a0bb115d45c9b50cd72d34861ad511beb7c7cee8f4714c",
+    "clip_grad_norm": "5fc9f05888d28f907b8745042989acd75c8f05ddebccd317ce1eb2ed82b57241",
+    "spread": "f5432ba656464f2956e9570caef654b4a00ebaf9e3f59f68cd109b18ee6ef3ff",
 }
 
 # ---- BLAS ---------------------------------------------------------------------------------------
