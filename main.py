@@ -3660,7 +3660,7 @@ def describe_end(run, received):
 def names_for_judge():
     """What extras/side.py calls in this and other versions of this file, {its name there: it}."""
     names = "read_command_line settle use_device begin make_run start_notices make_step train_step"
-    names += " SingleProcess is_foreign arguments_of read_checkpoint evaluate SAVED PATHS EDITED"
+    names += " SingleProcess is_foreign arguments_of read_checkpoint SAVED PATHS EDITED"
     return {name: globals()[name] for name in names.split()}
 
 

@@ -2,7 +2,8 @@
 
 A side's own code only turns tokens into logits, in a process of its own (extras/side.py). Which
 tokens, their targets, the log-softmax and the sums are the judge's: an edit of the loss, of `score`
-or of `evaluate` cannot move them. What a model may know of a text is tried out.
+or of `evaluate` cannot move them. The very batches that are scored are asked again, with other
+tokens where a model may not look.
 """
 
 import json
@@ -24,6 +25,8 @@ NATS = "nats/token"
 BITS = "bits per byte"  # of sides with different tokens
 LIMIT = 128_000  # tokens of a text that are scored
 ROWS = 64  # of a batch, at most
+ASKED_AGAIN = 3  # times at most, with other tokens
+LOWEST = -30  # of logarithms of probabilities that are compared
 FLOATS = 1 << 24  # logits of a batch, about
 # How far the logarithm of a probability may move where it has no reason to: on a CPU it was seen to
 # move by 2e-5, with the number of rows; GPUs may order sums by the shape of a batch.
@@ -106,11 +109,10 @@ class Referee:
         self.process.communicate()
         self.messages.close()
 
-    def ask(self, question, tokens):
-        """The side's answer, plain data. Raises RunError."""
-        line = json.dumps([question, tokens.tolist()]).encode() + b"\n"
+    def ask(self, rows):
+        """The shape of the logits of rows of tokens [B, L]; their bytes follow. Raises RunError."""
         try:
-            self.process.stdin.write(line)
+            self.process.stdin.write(json.dumps(rows.tolist()).encode() + b"\n")
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline())
         except (OSError, ValueError):
@@ -119,35 +121,39 @@ class Referee:
             raise failure(self.side.name, self.process.returncode, self.messages.read()) from None
 
     def logits(self, rows):
-        """Logits [B, L, V] of rows of tokens [B, L]. Raises RunError."""
-        shape = self.ask("logits", rows)
-        expected = [*rows.shape, self.side.vocab_size]
-        if shape != expected:
-            what = f"{self.side.name} cannot be scored: its logits are {shape}, not {expected}"
-            raise SideError(what, self.side.name)
-        content = self.process.stdout.read(4 * math.prod(shape))
-        return np.frombuffer(content, np.float32).reshape(shape)
+        """Logits [B, L, V] of rows of tokens [B, L]. Raises RunError.
 
-    def judge(self, texts, spans):
+        More than there are ids, as where a vocabulary is padded, are impossible.
+        """
+        size = self.side.vocab_size
+        *shape, own_size = self.ask(rows)
+        if tuple(shape) != rows.shape or own_size < size:
+            what = f"its logits are {[*shape, own_size]}, not {[*rows.shape, size]}"
+            raise SideError(f"{self.side.name} cannot be scored: {what}", self.side.name)
+        content = self.process.stdout.read(4 * math.prod(shape) * own_size)
+        return np.frombuffer(content, np.float32).reshape(*shape, own_size)[:, :, :size]
+
+    def judge(self, texts, spans, own):
         """The losses of the validation and the test text in nats/token, and their fault, or None.
 
-        texts: tokens [N] of each; the loss of one that is None is nan. spans: of each, see `score`.
+        texts: tokens [N] of each; the loss of one that is None is nan. spans: of each, see
+        `batches`. own: see check_evaluation.
         """
-        scores = [math.nan, math.nan]
-        for i, text in enumerate(texts):
-            if text is not None:
-                scores[i] = self.score(text, spans[i])
+        valid, test = texts
+        loss, sight = self.examine(valid, spans[0])
+        scores = [loss, math.nan if test is None else self.score(test, spans[1])]
         # 2 nats more than an untrained model, which has some 5 with few tokens, and else that of
         # equal chances for all.
         limit = max(5, math.log(self.side.vocab_size)) + 2
         if all(score < limit for score, text in zip(scores, texts) if text is not None):
-            return scores, self.check_sight(texts[0]) or self.check_evaluation(texts[0])
+            return scores, sight or self.check_evaluation(valid, own)
         return scores, DIVERGED
 
-    def score(self, tokens, spans=None):
-        """The mean loss in nats of the targets in `spans`, by default of all of `tokens` [N].
+    def batches(self, tokens, spans=None):
+        """The windows of which `tokens` [N] are scored: places [B, L], and which of them count.
 
-        Windows have the context of the side, and begin anew in each span.
+        spans: those of the targets, by default all. Windows have the context of the side, and begin
+        anew in each span.
         """
         width = self.side.context_size
         count = len(tokens) - 1
@@ -155,59 +161,86 @@ class Referee:
         for start, stop in spans or [(0, count)]:
             windows += [(place, min(place + width, stop)) for place in range(start, stop, width)]
         rows = max(1, min(ROWS, FLOATS // (width * self.side.vocab_size)))
-        total = 0.0
         for first in range(0, len(windows), rows):
             starts, stops = np.array(windows[first : first + rows]).T[:, :, None]  # [B, 1] each
             places = starts + np.arange(width)  # [B, L]
-            is_scored = places < stops
-            places = np.minimum(places, count - 1)
-            targets = tokens[places + 1].astype(int)[:, :, None]
-            gains = np.take_along_axis(log_softmax(self.logits(tokens[places])), targets, axis=-1)
-            total -= gains[is_scored].sum(dtype=float)
-        return total / sum(stop - start for start, stop in windows)
+            yield np.minimum(places, count - 1), places < stops
 
-    def check_evaluation(self, tokens):
-        """What is wrong if the side's own `evaluate` finds another loss than the judge, or None."""
-        width = self.side.context_size
-        part = tokens[: 1 + width * max(1, 4096 // width)]
-        own = self.ask("evaluate", part)
-        judged = self.score(part)
-        if abs(own - judged) > self.tolerance * max(1, judged):
+    def score(self, tokens, spans=None):
+        """The mean loss in nats of the targets in `spans`, see `batches`."""
+        loss, _ = self.examine(tokens, spans, times=0)
+        return loss
+
+    def examine(self, tokens, spans=None, times=ASKED_AGAIN):
+        """The score, and what is wrong with predictions that know too much, or None.
+
+        Each batch that is scored is asked again in the same shape, with its rows in another order
+        and, in each row, other tokens from some place on. That is done until each position was such
+        a place, at most so many times; where that is not enough, they are evenly spaced.
+        """
+        batches = list(self.batches(tokens, spans))
+        windows = sum(len(places) for places, _ in batches)
+        last = self.side.context_size - 1
+        times = min(times, math.ceil(last / windows))
+        stride = max(1, last // max(1, times * windows))
+        total = count = done = 0
+        fault = None
+        for places, is_scored in batches:
+            rows = tokens[places]
+            found = log_softmax(self.logits(rows))
+            targets = tokens[places + 1].astype(int)[:, :, None]
+            gains = np.take_along_axis(found, targets, axis=-1)
+            total -= gains[is_scored].sum(dtype=float)
+            count += is_scored.sum()
+            for _ in range(times):
+                cuts = 1 + (done + np.arange(len(rows))) * stride % last  # [B]
+                done += len(rows)
+                fault = fault or self.ask_again(rows, np.maximum(found, LOWEST), cuts)
+        return total / count, fault
+
+    def check_evaluation(self, tokens, own):
+        """What is wrong if the run's own score at its end is another than the judge's, or None.
+
+        own: (number of tokens, loss), of the first ones of the text.
+        """
+        count, loss = own
+        judged = self.score(tokens[: count + 1])
+        if abs(loss - judged) > self.tolerance * max(1, judged):
             return (
-                f"it is scored otherwise than it was trained: its own code says {own:.4f} of "
-                f"{len(part) - 1:,} tokens, its logits {judged:.4f}"
+                f"it is scored otherwise than it was trained: its own run says {loss:.4f} of "
+                f"{count:,} tokens, its logits {judged:.4f}"
             )
 
-    def check_sight(self, tokens):
-        """What is wrong if a prediction depends on what comes later, or on other texts, or None.
+    def ask_again(self, rows, expected, cuts):
+        """What is wrong with the predictions `expected` for rows [B, L], or None.
 
-        Of windows all over the text, the tokens from some place on are replaced: in one from the
-        first, in one from the second, up to the 64th, and in sixteen from places beyond.
+        cuts: the first place of each row, [B], at which others are put.
         """
-        width = min(self.side.context_size, (len(tokens) - 1) // 2)
-        cuts = np.arange(1, min(width, 65))
-        if width > 65:
-            cuts = np.append(cuts, np.linspace(65, width - 1, 16).astype(int))
-        starts = np.linspace(0, len(tokens) - width, len(cuts)).astype(int)
-        windows = tokens[starts[:, None] + np.arange(width)]  # [cuts, L]
-        others = np.roll(windows[::-1], 1, axis=1)
-        others = np.where(others == windows, (others + 1) % self.side.vocab_size, others)
-        # The last place comes first: the message then names the farthest token that is seen.
-        for cut, window, other in zip(cuts[::-1], windows, others):
-            changed = np.append(window[:cut], other[cut:])
-            expected, found = self.log_probs(np.stack([window, changed]))
-            # In another place, in a larger batch, with other texts on both sides.
-            _, again, _ = self.log_probs(np.stack([other, window, other]))
-            if np.abs(again - expected).max() > self.tolerance:
-                return DEPENDS_ON_OTHERS
-            has_moved = np.abs(found - expected)[:cut].max(axis=-1) > self.tolerance
-            if has_moved.any():
-                what = f"the prediction at position {has_moved.argmax()} depends on token {cut}"
-                return f"it sees the future: {what}"
+        others = rows[::-1]
+        others = np.where(others == rows, (rows + 1) % self.side.vocab_size, others)
+        is_before = np.arange(rows.shape[1]) < cuts[:, None]  # [B, L]
+        changed = np.where(is_before, rows, others)
+        has_moved = self.move(self.log_probs(changed[::-1])[::-1], expected) & is_before
+        if not has_moved.any():
+            return None
+        # The two changes apart: first the order alone, then the tokens of one row.
+        if self.move(self.log_probs(rows[::-1])[::-1], expected).any():
+            return DEPENDS_ON_OTHERS
+        row, position = np.argwhere(has_moved)[0]
+        alone = rows.copy()
+        alone[row] = changed[row]
+        if not self.move(self.log_probs(alone), expected)[row, position]:
+            return DEPENDS_ON_OTHERS
+        what = f"the prediction at position {position} depends on tokens from {cuts[row]} on"
+        return f"it sees the future: {what}"
+
+    def move(self, found, expected):
+        """Where predictions [B, L, V] are others than expected, [B, L]."""
+        return np.abs(found - expected).max(axis=-1) > self.tolerance
 
     def log_probs(self, rows):
-        """Logarithms of probabilities [B, L, V] for rows of tokens [B, L], none below -30."""
-        return np.maximum(log_softmax(self.logits(rows)), -30)
+        """Logarithms of probabilities [B, L, V] for rows of tokens [B, L], none below LOWEST."""
+        return np.maximum(log_softmax(self.logits(rows)), LOWEST)
 
 
 def log_softmax(logits):

@@ -87,23 +87,16 @@ def sources():
 
 
 def serve(metadata, gpu):
-    """Answers each line of stdin, ["logits", rows] or ["evaluate", tokens], as long as they come.
+    """Answers rows of tokens [B, L], a line of stdin each, with their logits' shape and bytes.
 
-    Of rows of tokens [B, L], with their logits' shape and bytes, [B, L, V] float32; of tokens [N],
-    with the loss that the side's own `evaluate` finds.
+    Those are [B, L, V] float32.
     """
     SIDE.use_device(gpu == "True")
     model = SIDE.read_checkpoint(Path(metadata)).open().load_model()
     model.train(False)  # as an edited `evaluate` may leave it
     for line in sys.stdin:
-        question, tokens = json.loads(line)
-        if question == "evaluate":
-            found = SIDE.evaluate(model, np.array(tokens), 8)
-            # A number in commits before `score`.
-            answer(float(found["loss"] if isinstance(found, dict) else found))
-        else:
-            logits = np.array(model(mx.array(tokens)).astype(mx.float32))
-            answer(logits.shape, logits.tobytes())
+        logits = np.array(model(mx.array(json.loads(line))).astype(mx.float32))
+        answer(logits.shape, logits.tobytes())
 
 
 def answer(data, content=b""):

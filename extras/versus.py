@@ -50,6 +50,7 @@ except Exception as error:
 
 HERE = Path(os.path.abspath(__file__)).parent.parent  # extras/ may be a link
 
+OWN_TOKENS = 4096  # that a run scores at its end, and the judge after it
 SAME_STEPS = 20  # of each run of --same, the first five of them warm-up
 RESULTS = "comparisons.jsonl"
 # A race looks at these numbers of pairs. A difference counts if |t| is beyond the value: by this
@@ -475,7 +476,7 @@ class Comparison:
             return json.loads(path.read_text("utf-8"))
         with Referee(side, record["path"], self.environment) as referee:
             self.processes.add(referee.process)
-            scores, fault = referee.judge(tokens, self.spans)
+            scores, fault = referee.judge(tokens, self.spans, own_score(record, tokens[0]))
             self.processes.discard(referee.process)
         for i, text in enumerate(self.texts):
             if self.unit == BITS and text:
@@ -483,6 +484,15 @@ class Comparison:
         judged = [*scores, fault]
         path.write_text(json.dumps(judged), "utf-8")
         return judged
+
+
+def own_score(record, tokens):
+    """The number of tokens that a run has scored at its end, and their loss."""
+    *_, last = record["scores"] or [[record["iteration"], math.inf]]
+    if len(last) == 2:  # older commits did not record it
+        last = [*last, min(OWN_TOKENS, len(tokens) - 1)]
+    _, loss, count, *_ = last
+    return count, loss
 
 
 def words_of_run(flags, same):
@@ -495,7 +505,7 @@ def words_of_run(flags, same):
         f"--steps_per_eval={steps}",
         f"--steps_per_save={flags['steps_per_save'] or flags['steps_per_eval'] or steps}",
         "--keep=1",
-        "--eval_tokens=1",
+        f"--eval_tokens={1 if same else OWN_TOKENS}",
         "--sample_tokens=0",
     ]
     if same:  # the schedule is to show, not only its warm-up

@@ -12,7 +12,7 @@ from extras import judge
 from extras.judge import BITS, NATS, Text, choose_spans
 
 V = 31
-WIDTH = 100  # more than 64 positions: beyond, not every cut is tried
+WIDTH = 100
 
 
 def side_of(checkpoint, folder=ROOT):
@@ -47,8 +47,9 @@ def test_scores_are_those_of_main(base, text, kind):
     with judge.Referee(side_of(checkpoint), checkpoint.metadata_path, None) as referee:
         whole = referee.score(tokens)
         assert whole == pytest.approx(checkpoint.score.nats, abs=1e-5)
-        assert referee.check_evaluation(tokens) is None
-        assert referee.check_sight(tokens) is None
+        own = (len(tokens) - 1, checkpoint.score.nats)
+        assert referee.check_evaluation(tokens, own) is None
+        assert referee.examine(tokens) == (whole, None)
         count = len(tokens) - 1
         halves = [referee.score(tokens, [span]) for span in ((0, 40), (40, count))]
         assert (40 * halves[0] + (count - 40) * halves[1]) / count == pytest.approx(whole)
@@ -73,7 +74,8 @@ def test_layers_with_two_modes(text, tmp_path):
     tokens = load_dataset("text", tmp_path, [text]).valid.tokens
     side = side_of(checkpoint, program.parent)
     with judge.Referee(side, checkpoint.metadata_path, None) as referee:
-        scores, fault = referee.judge([tokens, None], [None, None])
+        own = (checkpoint.score.tokens, checkpoint.score.nats)
+        scores, fault = referee.judge([tokens, None], [None, None], own)
     assert 0 < scores[0] < 7
     assert fault is None
 
@@ -129,9 +131,12 @@ def placed(rows):
     return causal(rows) * (1 + 0.01 * np.arange(len(rows))[:, None, None])
 
 
-def counting_rows(rows):
-    """Its predictions depend on the number of rows."""
-    return causal(rows) * (1 + 0.01 * len(rows))
+def unmasked_in_batches(rows):
+    """It forgets its mask where many rows come at once."""
+    logits = causal(rows)
+    if len(rows) > 8:
+        logits += 0.01 * logits.mean(axis=1, keepdims=True)
+    return logits
 
 
 def reading_row(shift):
@@ -155,9 +160,9 @@ class FakeReferee(judge.Referee):
     def logits(self, rows):
         return self.model(rows).astype(np.float32)
 
-    def ask(self, question, tokens):
-        """Its own `evaluate` finds what the judge does."""
-        return self.score(tokens)
+    def own(self, tokens):
+        """What its run has scored at its end: the same."""
+        return 1000, self.score(tokens[:1001])
 
 
 def hiding(model, value):
@@ -179,16 +184,17 @@ def after_some_tokens(rows):
 
 
 TOO_MUCH = [
-    (peeking_at(3, 4), "it sees the future: the prediction at position 3 depends on token 4"),
-    (peeking_at(0, 63), "position 0 depends on token 63"),
-    (peeking_at(2, WIDTH - 1), "position 2 depends on token 99"),
-    (hiding(peeking_at(3, 4), -1e9), "position 3 depends on token 4"),
-    (hiding(peeking_at(3, 4), -np.inf), "position 3 depends on token 4"),
+    (peeking_at(3, 4), "it sees the future: the prediction at position 3 depends on tokens from 4"),
+    (peeking_at(0, 63), "position 0 depends on tokens from"),
+    (peeking_at(2, WIDTH - 1), "position 2 depends on tokens from"),
+    (peeking_at(WIDTH - 2, WIDTH - 1), "position 98 depends on tokens from 99"),
+    (hiding(peeking_at(3, 4), -1e9), "position 3 depends on tokens from 4"),
+    (hiding(peeking_at(3, 4), -np.inf), "position 3 depends on tokens from 4"),
+    (unmasked_in_batches, "it sees the future"),
     (after_some_tokens, "it sees the future"),
     (averaging_rows, judge.DEPENDS_ON_OTHERS),
     (Remembering(), judge.DEPENDS_ON_OTHERS),
     (placed, judge.DEPENDS_ON_OTHERS),
-    (counting_rows, judge.DEPENDS_ON_OTHERS),
     (reading_row(1), judge.DEPENDS_ON_OTHERS),
     (reading_row(-1), judge.DEPENDS_ON_OTHERS),
 ]
@@ -196,10 +202,18 @@ TOO_MUCH = [
 
 @pytest.mark.parametrize("model, fault", TOO_MUCH)
 def test_what_a_model_must_not_know(model, fault):
-    tokens = np.random.default_rng(1).integers(0, V - 1, 30 * WIDTH)
-    assert FakeReferee(causal).check_sight(tokens) is None
-    assert FakeReferee(hiding(causal, -1e9)).check_sight(tokens) is None
-    assert fault in FakeReferee(model).check_sight(tokens)
+    """Each position is tried, also where there are fewer windows than positions."""
+    tokens = np.random.default_rng(1).integers(0, V - 1, 40 * WIDTH)
+    for honest in (causal, hiding(causal, -1e9)):
+        assert FakeReferee(honest).examine(tokens)[1] is None
+    assert fault in FakeReferee(model).examine(tokens)[1]
+
+
+def test_of_a_long_context_places_all_over_it_are_tried():
+    """Where there are few windows, and one."""
+    tokens = np.random.default_rng(1).integers(0, V - 1, 5 * WIDTH)
+    assert "the future" in FakeReferee(peeking_at(0, WIDTH - 8)).examine(tokens)[1]
+    assert "the future" in FakeReferee(peeking_at(0, WIDTH - 30)).examine(tokens[:WIDTH])[1]
 
 
 @pytest.mark.parametrize("table, is_diverged", [
@@ -210,7 +224,7 @@ def test_what_a_model_must_not_know(model, fault):
 def test_a_loss_far_above_that_of_an_untrained_model(table, is_diverged):
     tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
     referee = FakeReferee(lambda rows: table[rows])
-    scores, fault = referee.judge([tokens, None], [None, None])
+    scores, fault = referee.judge([tokens, None], [None, None], referee.own(tokens))
     assert (fault == judge.DIVERGED) == is_diverged
     assert math.isnan(scores[1]), "there is no test text"
 
@@ -219,8 +233,9 @@ def test_a_test_text_with_what_is_never_predicted():
     """An infinite loss there is not passed over."""
     tokens = np.random.default_rng(1).integers(0, V - 1, 30 * WIDTH)
     referee = FakeReferee(hiding(causal, -np.inf))
-    assert referee.judge([tokens, tokens], [None, None])[1] is None
-    scores, fault = referee.judge([tokens, np.append(tokens, V - 1)], [None, None])
+    own = referee.own(tokens)
+    assert referee.judge([tokens, tokens], [None, None], own)[1] is None
+    scores, fault = referee.judge([tokens, np.append(tokens, V - 1)], [None, None], own)
     assert math.isfinite(scores[0]) and math.isinf(scores[1])
     assert fault == judge.DIVERGED
 
@@ -228,9 +243,9 @@ def test_a_test_text_with_what_is_never_predicted():
 def test_a_score_that_the_side_finds_otherwise():
     tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
     referee = FakeReferee(causal)
-    referee.ask = lambda question, tokens: 0.999 * referee.score(tokens)
-    _, fault = referee.judge([tokens, None], [None, None])
-    assert "it is scored otherwise than it was trained: its own code says 3." in fault
+    count, loss = referee.own(tokens)
+    _, fault = referee.judge([tokens, None], [None, None], (count, 0.999 * loss))
+    assert "it is scored otherwise than it was trained: its own run says 3." in fault
 
 
 def test_a_side_that_fails_is_named(base):
