@@ -96,6 +96,7 @@ class Referee:
         self.process = subprocess.Popen(
             [sys.executable, "-B", SIDE, side.folder, "serve", metadata, str(side.flags["gpu"])],
             env=environment,
+            cwd=side.folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.messages,

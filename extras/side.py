@@ -18,6 +18,17 @@ sys.path[0] = str(FOLDER)  # in the place of this file's folder
 ANSWERS = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)
 
+READ = set()  # the paths of files that were opened to be read
+
+
+def note(event, arguments):
+    """An audit hook of Python."""
+    if event == "open" and isinstance(arguments[0], str) and "w" not in str(arguments[1]):
+        READ.add(arguments[0])
+
+
+sys.addaudithook(note)
+
 import main
 import mlx.core as mx
 import numpy as np
@@ -43,6 +54,8 @@ def describe(words):
         # The test text is for the judge alone.
         if name in {*SIDE.SAVED, "mirror", "gpu"} - {"test_text", "eval_test"}:
             values[name] = getattr(flags, name)
+    if os.path.exists(values.get("mirror") or ""):  # its runs have another working directory
+        values["mirror"] = os.path.abspath(values["mirror"])
     files = {}
     for name, source in models.items():
         if not SIDE.is_foreign(getattr(flags, name)):
@@ -54,16 +67,17 @@ def describe(words):
         split = getattr(dataset, name)
         if split:  # the files that it maps may be written anew for the other side
             split.tokens.astype(np.uint32).tofile(FOLDER / f"{name}.tokens")
+    data_dir = dataset.folder.absolute().parents[1]
     answer(
         {
-            "words": [*SIDE.arguments_of(values), f"--data_dir={dataset.folder.parent.parent}"],
+            "words": [*SIDE.arguments_of(values), f"--data_dir={data_dir}"],
             "flags": vars(flags),
             "given": [*flags.given],
             "shape": {name: getattr(flags, name) for name in SIDE.SAVED if name not in elsewhere},
             "edited": SIDE.EDITED,
             "notices": notices,
             "files": files,
-            "sources": sources(),
+            "read": files_read(),
             "origins": run.origins,
             "versions": run.versions,
             "parameters": sum(array.size for _, array in tree_flatten(run.model.parameters())),
@@ -75,15 +89,10 @@ def describe(words):
     )
 
 
-def sources():
-    """The files of the side that Python has loaded, and C code beside them, relative to FOLDER."""
-    found = []
-    for module in [*sys.modules.values()]:
-        path = Path(getattr(module, "__file__", None) or "/")
-        if FOLDER in path.parents:
-            paths = [path, *path.parent.glob(f"{path.stem}.c")]
-            found += [str(each.relative_to(FOLDER)) for each in paths]
-    return sorted({*found})
+def files_read():
+    """The paths from FOLDER of what the side has read there, or as if it worked there."""
+    paths = [FOLDER / path for path in sorted(READ)]  # absolute ones stay as they are
+    return [str(path.relative_to(FOLDER)) for path in paths if FOLDER in path.parents]
 
 
 def serve(metadata, gpu):

@@ -40,8 +40,9 @@ import numpy as np
 CANNOT_TELL = 125  # `git bisect run` then skips the commit
 
 try:  # not main.py: the files of now may not even run
-    from datasets import Parser, RunError, UsageError, explained, flock, locked, no_follow, number
-    from datasets import one_line, run_program, words_of_code
+    from datasets import Parser, RunError, UsageError, explained, flock, hash_of_code
+    from datasets import hash_of_file, locked, no_follow, number, one_line, run_program
+    from datasets import words_of_code
     from extras.judge import BITS, DIVERGED, LIMIT, SIDE, Referee, SideError, choose_spans, failure
     from extras.judge import read_text
 except Exception as error:
@@ -50,6 +51,9 @@ except Exception as error:
 
 HERE = Path(os.path.abspath(__file__)).parent.parent  # extras/ may be a link
 
+PAGES = (".md", ".rst", ".ipynb", ".svg", ".png", ".jpg", ".pdf")
+LARGE = 1 << 20  # bytes of a file that is linked instead of copied
+MOST = 20 << 20  # bytes of all that are copied
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge after it
 SAME_STEPS = 20  # of each run of --same, the first five of them warm-up
 RESULTS = "comparisons.jsonl"
@@ -171,7 +175,7 @@ class Side(NamedTuple):
     edited: list  # functions of its main.py that its extras/fast.py does not know
     notices: list  # lines for the user
     files: dict  # of the checkpoints that its flags name, {name in its folder: path}
-    sources: list  # the files of code that it has loaded, relative to its folder
+    sources: list  # the files that decide how its runs end, relative to its folder
     origins: dict  # the ids of the models that its runs begin with
     versions: dict  # of all that its last bits depend on
     parameters: int  # of its model
@@ -192,30 +196,78 @@ def make_side(typed, common, folder):
     if is_flags(typed):
         with explained(f"{name} cannot be read as flags", ValueError):
             words = [*common, *shlex.split(typed)]
-        copy_files(folder)
+        names = git_files("--cached")
+        if "main.py" not in names:  # no repository, or another one
+            names = files_without_git()
     else:
         copy_commit(typed, folder)
+        names = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+    linked = copy_files([*names, *git_files("--others", "--exclude-standard")], folder)
     command = [sys.executable, "-B", SIDE, folder, "describe", *words]
     asked = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if asked.returncode:
         raise failure(name, asked.returncode, asked.stderr)
-    return Side(name, folder, **json.loads(asked.stdout))
+    answer = json.loads(asked.stdout)
+    sources = []
+    for path in sorted({*names, *answer.pop("read")}):
+        is_page = path.startswith(("tests/", ".git")) or path.endswith(PAGES)
+        if (folder / path).is_file() and not is_page:
+            sources.append(path)
+    if linked:
+        more = f" and {len(linked) - 5} more" if len(linked) > 5 else ""
+        answer["notices"].append(f"Linked, not copied: {', '.join(linked[:5])}{more}")
+    return Side(name, folder, sources=sources, **answer)
 
 
-def copy_files(folder):
-    """Copies the program as it is now, with packages beside it: its owner goes on editing it."""
-    for path in HERE.glob("*.py"):
-        shutil.copy(path, folder)
-    ignored = shutil.ignore_patterns("__pycache__")
-    for path in [HERE / "extras", *(each.parent for each in HERE.glob("*/__init__.py"))]:
-        shutil.copytree(path, folder / path.name, ignore=ignored, dirs_exist_ok=True)
+def git_files(*kinds):
+    """The paths of files in the program's folder that git lists, if there are git and a repository.
+
+    kinds: options of `git ls-files`.
+    """
+    command = ["git", "-C", HERE, "ls-files", "-z", *kinds]
+    with contextlib.suppress(FileNotFoundError):
+        listed = subprocess.run(command, capture_output=True).stdout
+        return os.fsdecode(listed).split("\0")[:-1]
+    return []
+
+
+def files_without_git():
+    """The paths of files beside main.py and in packages there."""
+    packages = [HERE / "extras", *(each.parent for each in HERE.glob("*/__init__.py"))]
+    paths = [*HERE.iterdir(), *(path for package in packages for path in package.rglob("*"))]
+    names = [str(path.relative_to(HERE)) for path in paths if path.is_file()]
+    return [name for name in names if "__pycache__" not in name]
+
+
+def copy_files(names, folder):
+    """Copies the program's files as they are now: their owner goes on editing them.
+
+    A file that is there already stays. Large ones are linked: their names are returned.
+    """
+    linked = []
+    total = 0  # bytes
+    for name in names:
+        path = HERE / name
+        target = folder / name
+        if os.path.lexists(target) or not path.exists():  # or it was deleted
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        size = path.stat().st_size
+        if path.is_dir():  # a link, as extras/ may be
+            shutil.copytree(path, target, ignore=shutil.ignore_patterns("__pycache__"))
+        elif size > LARGE or total + size > MOST:
+            target.symlink_to(path)
+            linked.append(name)
+        else:
+            shutil.copy(path, target)
+            total += size
+    return linked
 
 
 def copy_commit(commit, folder):
     """Copies the program as it is in a commit. Raises UsageError."""
-    archive = ["git", "-C", HERE, "archive", commit, "--", ":(glob)**/*.py", "extras"]
     with explained("to compare commits, install git and tar", FileNotFoundError):
-        asked = subprocess.run(archive, capture_output=True)
+        asked = subprocess.run(["git", "-C", HERE, "archive", commit], capture_output=True)
         subprocess.run(["tar", "-x", "-C", folder], input=asked.stdout, capture_output=True)
     for path in [*folder.iterdir()]:
         if path.is_symlink():  # to what is in no commit: it is taken as it is now
@@ -240,15 +292,16 @@ def install(side, save_dir, cores, others):
 
     cores: how many each of its runs has; others: what else there is, plain data.
     """
-    data = [side.shape, side.origins, side.texts, side.versions, code_of(side), *others]
+    hashes = {name: hash_of(side.folder / name) for name in side.sources}
+    data = [side.shape, side.origins, side.texts, side.versions, hashes, *others]
     sha1 = hashlib.sha1(json.dumps(data, sort_keys=True).encode()).hexdigest()
-    folder = Path(save_dir, "versus", f"{sha1[:12]}.{cores}")
+    folder = Path(save_dir, "versus", f"{sha1[:12]}.{cores}").absolute()
     fault = f"cannot write to {folder}: name another --save_dir"
     with explained(fault, OSError), locked(folder.parent):
         if not folder.exists():
             # Half a copy never has its name.
             partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-            shutil.copytree(side.folder, partial)
+            shutil.copytree(side.folder, partial, symlinks=True)
             for name, path in side.files.items():  # its runs find them by their ids
                 link_or_copy(path, partial / name)
             partial.rename(folder)
@@ -264,27 +317,31 @@ def link_or_copy(path, target):
         shutil.copy(path, target)
 
 
-def code_of(side):
-    """The code that a side has loaded, {name of the file: words}, see words_of_code."""
-    code = {}
-    for name in side.sources:
-        code[name] = words_of_code((side.folder / name).read_text("utf-8", errors="replace"))
-    return code
+def hash_of(path):
+    """What tells a file of a side from others; layout and comments of code do not."""
+    if path.is_symlink():  # a large one
+        return [path.stat().st_size, path.stat().st_mtime_ns]
+    if path.suffix == ".py":
+        return hash_of_code(path.read_text("utf-8", errors="replace"))
+    return hash_of_file(path)
 
 
 def count_words(side):
     """The length of a side's code; remarks and line breaks do not count."""
-    return sum(map(len, code_of(side).values()))
+    paths = [side.folder / name for name in side.sources if name.endswith(".py")]
+    return sum(len(words_of_code(path.read_text("utf-8", errors="replace"))) for path in paths)
 
 
 def patch(before, after):
-    """What tells the code of two Sides apart, as text that `patch` reads."""
+    """What tells the files of two Sides apart, as text that `patch` reads."""
     lines = []
     for name in sorted({*before.sources, *after.sources}):
         texts = []
         for side in (before, after):
             path = side.folder / name
-            texts.append(path.read_text("utf-8").splitlines(True) if path.exists() else [])
+            is_there = name in side.sources and not path.is_symlink()
+            text = path.read_text("utf-8", errors="replace") if is_there else ""
+            texts.append(text.splitlines(True))
         lines += difflib.unified_diff(*texts, f"a/{name}", f"b/{name}")
     return "".join(lines)
 
@@ -450,6 +507,7 @@ class Comparison:
         process = subprocess.Popen(
             [sys.executable, side.folder / "main.py", *words],
             env=self.environment,
+            cwd=side.folder,  # where its code finds what it reads
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

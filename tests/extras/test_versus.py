@@ -85,17 +85,18 @@ def last_line(out):
     return json.loads(out.splitlines()[-1], parse_constant=pytest.fail)
 
 
-def wait_for_checkpoint(project):
-    """Waits until a run has saved something."""
+def wait_for_checkpoint(project, process):
+    """Waits until a run of a comparison has saved something."""
     # Not by pathlib, which raises where a folder is renamed while it looks.
     while not glob.glob(f"{project}/runs/versus/*/text-*/*.safetensors"):
+        assert process.poll() is None, process.communicate()
         time.sleep(0.01)
 
 
 def test_comparison(project, figures):
     compared = ["--learning_rate 1e-2", "--pairs", 2, "--json"]
     process = begin(project, *compared)
-    wait_for_checkpoint(project)
+    wait_for_checkpoint(project, process)
     source = (project / "main.py").read_text()
     edit(project, "    return flags.learning_rate *", "    return 0.0 *")  # it has its own copy
     out, err = process.communicate()
@@ -197,6 +198,26 @@ def test_other_steps_and_texts_from_a_run(project):
         assert path.samefile(base.weights_path)
 
 
+def test_a_side_is_all_its_files(project):
+    """An edited file of data is an edit; a large one is linked; what is ignored is not there."""
+    reads = "    return float(Path('factor.txt').read_text()) * flags.learning_rate *"
+    edit(project, "    return flags.learning_rate *", reads)
+    (project / "factor.txt").write_text("1.0")
+    for command in (["add", "."], ["commit", "-qm", "b"]):
+        subprocess.run([*GIT, *command], cwd=project, check=True)
+    (project / "factor.txt").write_text("0.1")
+    (project / "large.bin").write_bytes(bytes(versus.LARGE + 1))
+    out, _ = compare(project, "HEAD", "--pairs", 2, "--json")
+    assert "\nLinked, not copied: large.bin\n" in out
+    result = last_line(out)
+    assert result["outcome"] != "same" and result["difference"] > 0
+    assert result["patch"].splitlines()[2:] == ["@@ -1 +1 @@", "-1.0+0.1"]
+    _, side = result["comparison"].split()
+    [folder] = project.glob(f"runs/versus/{side}.*")
+    assert (folder / "large.bin").samefile(project / "large.bin")
+    assert not (folder / "text.txt").exists()
+
+
 def test_edit_without_effect_is_proved(project):
     """A plain function runs on both sides: only what it does counts, not how it rounds.
 
@@ -234,7 +255,7 @@ def test_keep(project):
     compare(project, "HEAD~1", *line[1:], status=2)
     (project / "runs" / "versus" / "comparisons.jsonl").write_text("{")
     _, err = compare(project, "HEAD", "HEAD", *line[1:], status=125)
-    assert err.startswith("Cannot tell: runs/versus/comparisons.jsonl is damaged")
+    assert "/runs/versus/comparisons.jsonl is damaged: delete its last line" in err
 
 
 def test_same(project):
@@ -284,11 +305,11 @@ def side_of(folder, name, code):
     empty = Side(*[None] * len(Side._fields))
     return empty._replace(
         name=name,
+        sources=["main.py"],
         folder=folder,
         words=["--num_iters=300"],
         flags={"num_iters": 300},
         notices=[],
-        sources=["main.py"],
         parameters=100,
         texts={"train": "a"},
         tokenizer={},
