@@ -196,12 +196,12 @@ def make_side(typed, common, folder):
     if is_flags(typed):
         with explained(f"{name} cannot be read as flags", ValueError):
             words = [*common, *shlex.split(typed)]
-        names = git_files("--cached")
-        if "main.py" not in names:  # no repository, or another one
-            names = files_without_git()
+        names = tracked = git_files("--cached")
+        if "main.py" not in tracked:  # no repository, or another one
+            names, tracked = files_without_git(), []
     else:
         copy_commit(typed, folder)
-        names = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+        names = tracked = [str(path.relative_to(folder)) for path in folder.rglob("*")]
     linked = copy_files([*names, *git_files("--others", "--exclude-standard")], folder)
     command = [sys.executable, "-B", SIDE, folder, "describe", *words]
     asked = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -209,7 +209,7 @@ def make_side(typed, common, folder):
         raise failure(name, asked.returncode, asked.stderr)
     answer = json.loads(asked.stdout)
     sources = []
-    for path in sorted({*names, *answer.pop("read")}):
+    for path in sorted({*tracked, *answer.pop("read")}):
         is_page = path.startswith(("tests/", ".git")) or path.endswith(PAGES)
         if (folder / path).is_file() and not is_page:
             sources.append(path)
