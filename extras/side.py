@@ -46,6 +46,7 @@ def describe(words):
     SIDE.use_device(flags.gpu)
     models, flags, dataset = SIDE.begin(flags)
     run = SIDE.make_run(flags.save_dir, flags, None, models, dataset, SIDE.SingleProcess())
+    unseeded = None if models else without_seed(run, flags, dataset)
     notices = [line for line in SIDE.start_notices(run) if "edited " not in line]
     # A step loads what is only imported there, and compiles what else a first run would have to.
     SIDE.train_step(run, SIDE.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
@@ -78,6 +79,7 @@ def describe(words):
             "notices": notices,
             "files": files,
             "read": files_read(),
+            "unseeded": unseeded,
             "origins": run.origins,
             "versions": run.versions,
             "parameters": sum(array.size for _, array in tree_flatten(run.model.parameters())),
@@ -87,6 +89,19 @@ def describe(words):
             "tokenizer": dataset.tokenizer.to_dict(),
         }
     )
+
+
+def without_seed(run, flags, dataset):
+    """What is the same in a run with another seed, though it should not be; or None."""
+    other = Namespace(**vars(flags) | {"seed": flags.seed + 1})
+    folder, single = flags.save_dir, SIDE.SingleProcess()
+    other = SIDE.make_run(folder, other, None, {}, dataset, single)
+    weights = [dict(tree_flatten(each.model.trainable_parameters())) for each in (run, other)]
+    if all(mx.array_equal(weights[0][name], weights[1][name]) for name in weights[0]):
+        return "first weights"
+    orders = [each.batches.perm for each in (run, other)]
+    if len(orders[0]) > 8 and np.array_equal(*orders):
+        return "order of batches"
 
 
 def files_read():

@@ -62,6 +62,7 @@ RESULTS = "comparisons.jsonl"
 RACE = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
 HOPELESS = 0.7  # from six pairs on, a race ends where |t| is below it
 POWER = 1.5  # times half an interval, whose spread is estimated: what four in five would show
+SLOWER = 1.05  # a ratio of times that a verdict says
 NOISE = 0.03  # half an interval of ratios of times, at most, for what follows from it
 SCREENED = 6  # pairs of --keep on used seeds
 PROMISING = -1.8  # the t that they have to reach; see tests/nightly/rules.py
@@ -208,6 +209,9 @@ def make_side(typed, common, folder):
     if asked.returncode:
         raise failure(name, asked.returncode, asked.stderr)
     answer = json.loads(asked.stdout)
+    unseeded = answer.pop("unseeded")
+    if unseeded:
+        raise SideError(f"{name}: all seeds give the same {unseeded}", name)
     sources = []
     for path in sorted({*tracked, *answer.pop("read")}):
         is_page = path.startswith(("tests/", ".git")) or path.endswith(PAGES)
@@ -356,8 +360,9 @@ class Outcome(NamedTuple):
     score: float = math.nan  # of the validation text
     test_score: float = math.nan  # of the test text, if there is one
     fault: str | None = None  # DIVERGED, or what is wrong with its score, see Referee
-    read: tuple = ()  # tokens and, of its order of batches, the epoch and the place in it
+    read: int | None = None  # tokens
     seconds: float = math.nan  # of the processor, for the whole process; nan if it was there before
+    kept_seconds: float = math.nan  # the same, also where it was there before
 
 
 class Comparison:
@@ -457,6 +462,7 @@ class Comparison:
                     raise error
                 # The time of a run that was resumed is not that of a whole run.
                 seconds = math.nan if record else seconds
+                path.with_name(f"seconds-{seed}.json").write_text(json.dumps(seconds))
                 record = newest_record(side.folder, seed)
             if not record:
                 raise SideError(f"{side.name} cannot run: it has saved nothing", side.name)
@@ -468,8 +474,10 @@ class Comparison:
         steps = record["iteration"]
         if steps != self.steps(side):
             fault = f"it has taken {steps:,} steps, not {self.steps(side):,}"
-        read = record["tokens_seen"], record["epoch"], record["place"]
-        return Outcome(record["id"], *scores, fault, read, seconds)
+        kept = math.nan
+        with contextlib.suppress(OSError, ValueError):
+            kept = json.loads(path.with_name(f"seconds-{seed}.json").read_text())
+        return Outcome(record["id"], *scores, fault, record["tokens_seen"], seconds, kept)
 
     def describe(self):
         """What a result says of what was compared, {name: value}."""
@@ -662,6 +670,9 @@ def measure(pairs, quantile=None):
     ratios = ratios[np.isfinite(ratios)]
     if len(ratios) > 2:
         numbers |= zip(("time", "time_low", "time_high"), interval(ratios))
+    kept = column(pairs, "kept_seconds")
+    if np.isfinite(kept).all():
+        numbers["kept_time"] = float(np.median(kept[1] / kept[0]))
     return numbers
 
 
@@ -706,7 +717,9 @@ def race(looks, margin, pairs):
         is_better_there = interval(test, quantile)[3] < -quantile
         # That much less on test text, and by no accident.
         is_less_there = interval(changes(pairs) - test)[3] < -quantile
-        return "valid only" if is_less_there and not is_better_there else "helped"
+        if is_less_there:
+            return "partly" if is_better_there else "valid only"
+        return "helped"
     if margin is not None:
         if max(-low, high) < margin:
             return "equal"
@@ -737,6 +750,7 @@ def screen(worst, pairs):
 VERDICTS = {
     "helped": "Helped",
     "hurt": "Hurt",
+    "partly": "Helped by no more than on test text: part of it is a leak",
     "valid only": "Better on validation text only",
     "equal": "Equal within {margin:g}",
     "not worse": "Not worse by more than {margin:g}",
@@ -794,7 +808,7 @@ def keep_or_drop(comparison):
         fresh = 1 + max(max(each["seeds"], default=first) for each in comparison.results())
         decide = partial(race, RACE, margin)
         result = compare(comparison, range(fresh, fresh + max(RACE)), decide, RACE)
-    kept = ["helped", "equal", "not worse"]
+    kept = ["helped", "partly", "equal", "not worse"]
     if margin is not None:
         kept.append("same")
     if result["at_fault"] == "before":
@@ -912,7 +926,11 @@ def describe_numbers(result):
     else:
         yield "Not checked on text that the sides have not had: name some with --test_text."
     if "time" not in result:
-        yield "No times: fewer than three pairs were trained anew."
+        earlier = ""
+        if "kept_time" in result:
+            ratio = f"{result['kept_time']:.2f} times as long"
+            earlier = f' By those of earlier runs, "after" took {ratio}.'
+        yield f"No times: fewer than three pairs were trained anew.{earlier}"
         return
     time, low, high = result["time"], result["time_low"], result["time_high"]
     times = f'"After" took {time:.3f} times as long ({low:.3f} to {high:.3f})'
@@ -940,11 +958,23 @@ def describe_verdict(result, margin):
         pairs = len(result["seeds"])
         shown = POWER * (result["high"] - result["low"]) / 2
         verdict += f": {pairs} pairs show a difference of {shown:.2g} four times in five"
-    for what in result["unlike"]:
-        verdict += f", with another {what}"
-    if result["tries"] > 1 and result["outcome"] in ("helped", "hurt", "valid only"):
+    verdict = ", ".join([verdict, *conditions(result)])
+    if result["tries"] > 1 and result["outcome"] in ("helped", "partly", "hurt", "valid only"):
         verdict += f": try {result['tries']} on these seeds"
     return f"{verdict}."
+
+
+def conditions(result):
+    """Yields under which conditions a verdict holds, apart from what is compared."""
+    if result["outcome"] == "helped" and "test_difference" not in result:
+        yield "on validation text (there was no test text)"
+    before, after = result["steps"]
+    if before != after and "difference" in result:
+        yield f"with {after / before:.3g} times the steps"
+    elif result.get("time_low", 0) > SLOWER:
+        yield f"in {result['time']:.2g} times the time"
+    for what in result["unlike"]:
+        yield f"with another {what}"
 
 
 def read_results(path):

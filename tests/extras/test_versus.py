@@ -113,7 +113,8 @@ def test_comparison(project, figures):
     assert result["difference"] == pytest.approx(mean, abs=1e-5)
     expected = pytest.approx([mean - margin, mean + margin], abs=1e-4)
     assert [result["low"], result["high"]] == expected
-    assert (result["outcome"], result["verdict"]) == ("helped", "Helped.")
+    assert result["outcome"] == "helped"
+    assert result["verdict"] == "Helped, on validation text (there was no test text)."
 
     # A run of its own ends in the same checkpoint.
     flags = ["--text", project / "text.txt", "--learning_rate", 1e-2, "--seed", 43]
@@ -137,7 +138,8 @@ def test_comparison(project, figures):
             process.kill()  # its run goes on alone
     process.wait()
     out, _ = compare(project, *other)
-    assert out.splitlines()[-1] == "Helped: try 2 on these seeds."
+    assert out.splitlines()[-1].startswith("Helped, on validation text (there was no test text)")
+    assert out.endswith(": try 2 on these seeds.\n")
     [sizes] = re.findall(r"differ in size: (\S+) parameters before, (\S+) after", out)
     smaller, larger = [int(size.replace(",", "")) for size in sizes]
     assert larger - smaller == 257 * 16, "the output matrix"
@@ -216,6 +218,17 @@ def test_a_side_is_all_its_files(project):
     [folder] = project.glob(f"runs/versus/{side}.*")
     assert (folder / "large.bin").samefile(project / "large.bin")
     assert not (folder / "text.txt").exists()
+
+
+@pytest.mark.parametrize("edits, what", [
+    (("default_rng([self.seed, epoch])", "default_rng([7, epoch])"), "order of batches"),
+    (("    init_weights(model, flags.seed)", "    init_weights(model, 7)"), "first weights"),
+])  # fmt: skip
+def test_seeds_that_are_none(edits, what, project):
+    """Pairs that share a part would be counted as independent ones."""
+    edit(project, *edits)
+    _, err = compare(project, "HEAD", status=1)
+    assert err == f"extras.versus: your files: all seeds give the same {what}\n"
 
 
 def test_edit_without_effect_is_proved(project):
@@ -338,7 +351,8 @@ class Drawn(versus.Comparison):
             found = self.difference(seed)
             if not isinstance(found, Outcome):
                 found = Outcome(f"after {seed}", 2 + found, 2 + found)
-            yield seed, Outcome(f"before {seed}", 2.0, 2.0), found
+            before = Outcome(f"before {seed}", 2.0, 2.0, read=100, seconds=1.0, kept_seconds=1.0)
+            yield seed, before, found
 
 
 def noisy(mean):
@@ -401,7 +415,26 @@ def better_on_one_text(seed):
     return Outcome(f"after {seed}", 1.9 + noisy(0)(seed), 2 + noisy(0)(seed))
 
 
+def better_on_both(seed):
+    """As with a gain, and weights that have seen the validation text."""
+    return Outcome(f"after {seed}", 1.5 + noisy(0)(seed), 1.8 + noisy(0)(seed))
+
+
+def with_times(ratio, **fields):
+    """A gain that takes so many times as long."""
+
+    def outcome(seed):
+        found = 2 + noisy(-0.05)(seed)
+        return Outcome(f"after {seed}", found, found, seconds=ratio, kept_seconds=ratio, **fields)
+
+    return outcome
+
+
 VERDICTS = [
+    (with_times(1.0), [], "Helped.", 4),
+    (with_times(1.96), [], "Helped, in 2 times the time.", 4),
+    (with_times(1.0, read=50), [], "Helped, with another number of tokens read.", 4),
+    (better_on_both, [], "Helped by no more than on test text: part of it is a leak.", 4),
     (noisy(-0.05), [], "Helped.", 4),
     (noisy(0.05), [], "Hurt.", 4),
     (noisy(-0.012), [], "Helped.", 8),
