@@ -607,6 +607,18 @@ def check_flags(before, after, same):
         for path in map(Path, side.flags.get("test_text") or []):
             if {path, *path.parents} & {*map(Path, side.flags["text"] or [])}:
                 raise UsageError(f"--test_text {path} is also in --text, which the runs learn from")
+        for name, path in side.files.items():
+            learned = name.endswith(".metadata") and read_record(path)["tokens_sha256"]["train"]
+            if learned == side.texts["valid"]:
+                fault = "was trained on the validation text: name another, or another --valid_text"
+                raise UsageError(f"{side.name}: the model in {name.partition('/')[0]} {fault}")
+
+
+def read_record(path):
+    """The record of a checkpoint, in its .metadata. Raises OSError."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return json.loads(header["__metadata__"]["record"])
 
 
 def newest_record(folder, seed):
@@ -616,9 +628,8 @@ def newest_record(folder, seed):
         if path.parent.name in ("init_from", "teacher"):  # what the runs begin with
             continue
         # Runs of other seeds delete checkpoints of theirs.
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            record = json.loads(header["__metadata__"]["record"])
+        with contextlib.suppress(FileNotFoundError):
+            record = read_record(path)
             if record["flags"]["seed"] == seed and path.with_suffix(".safetensors").exists():
                 records.append(record | {"path": path})
     return max(records, key=itemgetter("saved"), default=None)

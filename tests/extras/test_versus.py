@@ -179,6 +179,7 @@ def test_other_steps_and_texts_from_a_run(project):
     taken for one of theirs, though it has the seed and more steps.
     """
     (project / "more.txt").write_text(TEXT[::-1])
+    (project / "leak.txt").write_text(TEXT[:1000])
     (project / "valid.txt").write_text(TEXT[:1000])
     common = ["--valid_text", "valid.txt"]
     longer = [*STEPS, *common, "--num_iters", 30]
@@ -198,6 +199,12 @@ def test_other_steps_and_texts_from_a_run(project):
     for side in result["comparison"].split():
         [path] = project.glob(f"runs/versus/{side}.*/init_from/{base.weights_path.name}")
         assert path.samefile(base.weights_path)
+
+    leak = ["--text", "leak.txt", "--valid_text", "more.txt", "--save_dir", "runs"]
+    run(*STEPS, *leak, "--num_iters", 2, cwd=project)
+    learned = f"--init_from {newest(project / 'runs').id}"
+    _, err = compare(project, learned, "--", "--valid_text", "valid.txt", status=2)
+    assert f"extras.versus: {learned}: the model in init_from was trained on the validation" in err
 
 
 def test_a_side_is_all_its_files(project):
