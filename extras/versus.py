@@ -64,7 +64,7 @@ HOPELESS = 0.7  # from six pairs on, a race ends where |t| is below it
 POWER = 1.5  # times half an interval, whose spread is estimated: what four in five would show
 SLOWER = 1.05  # a ratio of times that a verdict says
 NOISE = 0.03  # half an interval of ratios of times, at most, for what follows from it
-SCREENED = 6  # pairs of --keep on used seeds
+SCREENED = 6  # pairs of --gate on used seeds
 PROMISING = -1.8  # the t that they have to reach; see tests/nightly/rules.py
 
 # Flags of this program that main.py does not have.
@@ -86,15 +86,15 @@ def main(arguments):
     if options.same:
         command = print_sameness
     else:
-        command = keep_or_drop if options.keep else print_comparison
+        command = keep_or_drop if options.gate else print_comparison
     try:
         return command(Comparison(options, common))
     except (UsageError, RunError, OSError) as error:
-        has_status = options.same or (options.keep and not isinstance(error, UsageError))
+        has_status = options.same or (options.gate and not isinstance(error, UsageError))
         if not has_status:
             raise
         reason = one_line(error)
-        if options.keep and getattr(error, "name", None) == (options.after or "your files"):
+        if options.gate and getattr(error, "name", None) == (options.after or "your files"):
             print(f"{reason}\nDrop.")
             return 1
     print(f"Cannot tell: {reason}", file=sys.stderr)
@@ -132,7 +132,7 @@ def read_arguments(arguments):
     same = f"exit status 0: same weights after {SAME_STEPS} steps, 1: others, {CANNOT_TELL}: no run"
     add("--same", action="store_true", help=same)
     keep = f"for loops: 0 keep, 1 drop, {CANNOT_TELL} cannot tell; see extras/agent.md"
-    add("--keep", action="store_true", help=keep)
+    add("--gate", "--keep", action="store_true", help=keep)
     add("--list", metavar="SAVE_DIR", nargs="?", const="runs", help="what was compared in a folder")
     end = [*arguments, "--"].index("--")
     common = arguments[end + 1 :]
@@ -142,13 +142,13 @@ def read_arguments(arguments):
     if re.search(r"--eval_tokens\b", " ".join(arguments)):  # a recipe may have it
         raise UsageError("--eval_tokens cannot be compared: --tokens says how many are scored")
     # argparse takes a word that begins with a blank for no option: these are sides.
-    of_side = rf"^-(?!h$|-({'|'.join(OWN)}|help|keep|list)\b)"
+    of_side = rf"^-(?!h$|-({'|'.join(OWN)}|help|gate|keep|list)\b)"
     try:
         options = parser.parse_args([re.sub(of_side, " -", word) for word in arguments[:end]])
     except UsageError as error:
         raise UsageError(f"{error}; flags of main.py stand in quotes, or behind --") from None
-    if options.keep and (options.pairs or options.same):
-        raise UsageError("--keep chooses its own pairs: leave --pairs and --same out")
+    if options.gate and (options.pairs or options.same):
+        raise UsageError("--gate chooses its own pairs: leave --pairs and --same out")
     if not options.before and not options.list:
         raise UsageError("name a commit, or flags in quotes, to compare your files with")
     if is_flags(options.before) and not options.after:  # compared with what there is without them
@@ -802,12 +802,16 @@ def print_comparison(comparison):
 def keep_or_drop(comparison):
     """Whether a loop should keep an edit; returns the exit status.
 
+    It keeps only with equal steps, training text and number of tokens read, and with a test text.
+
     A few pairs on seeds that were used before, and for which the side before is likely to be
     trained, sort out most edits. What they promise counts only if a race confirms it, on seeds that
     nothing was chosen by.
     """
     options = comparison.options
     before, after = comparison.before, comparison.after
+    if comparison.texts[1] is None:
+        raise UsageError("--gate asks for text that the runs do not have: name some by --test_text")
     is_smaller = count_words(after) < count_words(before)
     margin = options.margin if is_smaller else None
     first = comparison.first_seed
@@ -825,7 +829,8 @@ def keep_or_drop(comparison):
     if result["at_fault"] == "before":
         print_result(result, options)
         return CANNOT_TELL
-    is_kept = result["outcome"] in kept
+    is_equal = len({*result["steps"]}) == 1 and not result["unlike"]
+    is_kept = result["outcome"] in kept and is_equal
     print_result(result, options, "Keep." if is_kept else "Drop.")
     return 0 if is_kept else 1
 

@@ -259,7 +259,11 @@ def test_edit_without_effect_is_proved(project):
 
 def test_keep(project):
     """An edit that looks like a gain, as a mask is missing, and what cannot run, are dropped."""
-    line = ["HEAD", "--keep", "--", "--learning_rate", 0.03]
+    line = ["HEAD", "--gate", "--", "--learning_rate", 0.03]
+    _, err = compare(project, *line, status=2)
+    assert "--gate asks for text that the runs do not have: name some by --test_text" in err
+    shutil.copy(project / "text.txt", project.with_name("test.txt"))
+    line += ["--test_text", "../test.txt"]
     edit(project, "scale=scale, mask=mask)", "scale=scale)")
     out, _ = compare(project, *line, status=1)
     *_, verdict, answer = out.splitlines()
@@ -297,7 +301,7 @@ MISTAKES = [
     (["--valid_fraction 0.2"], "the sides have other valid texts: put what chooses them"),
     (["HEAD", "--", "--patience", 3], "--patience cannot be compared: both sides take --num_iters"),
     (["HEAD", "--", "--eval_tokens", 9], "--eval_tokens cannot be compared: --tokens says how"),
-    (["HEAD", "--keep", "--pairs", 4], "--keep chooses its own pairs"),
+    (["HEAD", "--keep", "--pairs", 4], "--gate chooses its own pairs"),
     (["HEAD", "--config", "first"], "flags of main.py stand in quotes, or behind --"),
     (["HEAD", "--", "--test_text", "text.txt"], "text.txt is also in --text, which the runs"),
     (["HEAD", "--", "--seeds", 7], "--seeds is no flag of main.py: put it before --"),
@@ -350,6 +354,7 @@ class Drawn(versus.Comparison):
         self.plain = self.commits = []
         self.unit = "nats/token"
         self.patch = ""
+        self.texts = [(), ()]
         self.ledger = folder / "comparisons.jsonl"
         self.difference = difference
 
@@ -377,9 +382,15 @@ def ending(loss, id="after {}", fault=None):
     return lambda seed: Outcome(id.format(seed), loss, loss, fault)
 
 
+def more_tokens(seed):
+    """A gain of a run that reads twice as many."""
+    return Outcome(f"after {seed}", 1.95 + noisy(0)(seed), 1.95 + noisy(0)(seed), read=200)
+
+
 SAME = ending(2.0, "before {}")
 KEPT = [
     (noisy(-0.05), [], "x = 1 + 1", "Helped.\nKeep.", [6, 4]),
+    (more_tokens, [], "x = 1 + 1", "with another number of tokens read.\nDrop.", [6, 4]),
     (noisy(0.05), [], "x = 1 + 1", "Not better, on seeds that were used before.\nDrop.", [2]),
     (on_used_seeds(-0.05), [], "x = 1 + 1", "four times in five.\nDrop.", [6, 6]),
     (SAME, [], "x = 1 + 1", "for these flags and seeds.\nDrop.", [2]),
@@ -394,7 +405,7 @@ KEPT = [
 @pytest.mark.parametrize("difference, options, code, end, pairs", KEPT)
 def test_what_is_kept(difference, options, code, end, pairs, tmp_path, capsys):
     """What seeds that were used before promise counts only if fresh ones confirm it."""
-    comparison = Drawn(tmp_path, difference, "--keep", *options, code=code)
+    comparison = Drawn(tmp_path, difference, "--gate", *options, code=code)
     status = versus.keep_or_drop(comparison)
     assert status == (0 if end.endswith("Keep.") else 1)
     assert capsys.readouterr().out.endswith(f"{end}\n")
@@ -404,7 +415,7 @@ def test_what_is_kept(difference, options, code, end, pairs, tmp_path, capsys):
 
 def test_a_side_before_that_fails_keeps_nothing(tmp_path):
     """Nor does --same compare the weights of a run that has diverged."""
-    comparison = Drawn(tmp_path, None, "--keep")
+    comparison = Drawn(tmp_path, None, "--gate")
     diverged = Outcome("before", np.inf, fault=versus.DIVERGED)
     comparison.pairs = lambda seeds: ((seed, diverged, Outcome("after", 2.0)) for seed in seeds)
     assert versus.keep_or_drop(comparison) == 125

@@ -4,7 +4,7 @@
     python tests/nightly/rules.py --tries 2000
 
 The differences of pairs are drawn from a normal distribution, and decided by the functions that
-extras.versus itself uses. First the race; then --keep, and a night in which a program tries a
+extras.versus itself uses. First the race; then --gate, and a night in which a program tries a
 hundred edits one after the other, as most such edits are: 60 do nothing, 30 harm, 10 help.
 """
 

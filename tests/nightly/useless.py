@@ -5,7 +5,7 @@
 
 A useless edit shuffles the columns of one matrix of a model's first weights: these are independent
 and identically distributed, so neither side is the better one. Each is compared, then tried with
---keep, on seeds of its own, fixed before. Prints a line an edit, then the counts.
+--gate, on seeds of its own, fixed before. Prints a line an edit, then the counts.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = "--text text.txt --dim 16 --num_blocks 1 --num_heads 2 --context_size 16 --batch_size 8 "
+MODEL = "--text text.txt --test_text test.txt --dim 16 --num_blocks 1 --num_heads 2 --context_size 16 --batch_size 8 "
 MODEL += "--num_iters 150 --learning_rate 3e-2 --lr_warmup 5 --lr_schedule cosine"
 LAST_LINE = "    model.load_weights(weights)\n"  # of init_weights
 EDIT = """
@@ -42,6 +42,7 @@ def copy_project(folder):
         subprocess.run(["git", *words], cwd=folder, check=True)
     lines = [f"{i} times {i % 7} is {i * (i % 7)}, more or less.\n" for i in range(900)]
     (folder / "text.txt").write_text("".join(lines))
+    (folder / "test.txt").write_text("".join(reversed(lines)))
 
 
 def compare(folder, place, first_seed):
@@ -53,7 +54,7 @@ def compare(folder, place, first_seed):
     assert source.count(LAST_LINE) == 1
     (folder / "main.py").write_text(source.replace(LAST_LINE, EDIT.format(place=place)))
     outcomes = []
-    for options in ([], ["--keep"]):
+    for options in ([], ["--gate"]):
         options = [*options, "--json", "--seeds", str(first_seed), "--", *MODEL.split()]
         options += ["--save_dir", f"runs{place}"]
         line = [sys.executable, "-m", "extras.versus", "HEAD", *options]
@@ -80,7 +81,7 @@ def count_verdicts(edits, seed):
             num_kept += is_kept
             interval = f"{result['low']:+.4f} to {result['high']:+.4f}"
             outcome = f"{result['outcome']} after {len(result['seeds'])} pairs"
-            outcomes = f"{outcome}; --keep: {last['outcome']}"
+            outcomes = f"{outcome}; --gate: {last['outcome']}"
             print(f"{number:>4}  {result['difference']:+.4f}, {interval}  {outcomes}", flush=True)
     return num_called, num_kept
 
