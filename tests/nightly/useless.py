@@ -20,7 +20,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "--text text.txt --test_text test.txt --dim 16 --num_blocks 1 --num_heads 2 "
-MODEL += "--context_size 16 --batch_size 8 --num_iters 150 --learning_rate 3e-2 --lr_warmup 5 --lr_schedule cosine"
+MODEL += "--context_size 16 --batch_size 8 --num_iters 150 --learning_rate 3e-2 --lr_warmup 5 "
+MODEL += "--lr_schedule cosine"
 LAST_LINE = "    model.load_weights(weights)\n"  # of init_weights
 EDIT = """
     drawn = [name for name, value in weights if value.ndim > 1 and value.any()]
