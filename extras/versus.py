@@ -3,6 +3,7 @@
     python -m extras.versus HEAD -- --config first             your files against the last commit
     python -m extras.versus main feature -- --config first     two commits
     python -m extras.versus "--dropout 0.1" -- --config first  flags against none
+    python -m extras.versus HEAD --tune learning_rate=1e-3,2e-3,4e-3    each at its best
     python -m extras.versus --list                             what was compared so far
 
 Behind -- are the flags of main.py that both sides have. With the same seed, both sides read the
@@ -64,11 +65,12 @@ HOPELESS = 0.7  # from six pairs on, a race ends where |t| is below it
 POWER = 1.5  # times half an interval, whose spread is estimated: what four in five would show
 SLOWER = 1.05  # a ratio of times that a verdict says
 NOISE = 0.03  # half an interval of ratios of times, at most, for what follows from it
+TUNED = 2  # seeds on which --tune chooses
 SCREENED = 6  # pairs of --gate on used seeds
 PROMISING = -1.8  # the t that they have to reach; see tests/nightly/rules.py
 
 # Flags of this program that main.py does not have.
-OWN = ["pairs", "seeds", "margin", "tokens", "jobs", "json", "same"]
+OWN = ["pairs", "seeds", "margin", "tokens", "jobs", "json", "same", "tune"]
 
 # Flags of main.py that have no place here, and why.
 REFUSED = dict.fromkeys(["patience", "max_minutes"], "both sides take --num_iters steps")
@@ -88,7 +90,7 @@ def main(arguments):
     else:
         command = keep_or_drop if options.gate else print_comparison
     try:
-        return command(Comparison(options, common))
+        return command(tuned(options, common) if options.tune else Comparison(options, common))
     except (UsageError, RunError, OSError) as error:
         has_status = options.same or (options.gate and not isinstance(error, UsageError))
         if not has_status:
@@ -126,6 +128,8 @@ def read_arguments(arguments):
     add("--margin", type=number(float, 0), help=margin)
     tokens = f"tokens of each text that are scored, evenly spaced ({LIMIT:,}); 0: all"
     add("--tokens", type=number(int, 0), default=LIMIT, help=tokens)
+    tune = "a flag and its values: each side takes the best on seeds that are not compared"
+    add("--tune", metavar="FLAG=A,B,...", help=tune)
     jobs = "runs at a time, each on its share of the cores (4; with --gpu, 1)"
     add("--jobs", type=number(int, 1), help=jobs)
     add("--json", action="store_true", help="the result as JSON on the last line")
@@ -149,6 +153,8 @@ def read_arguments(arguments):
         raise UsageError(f"{error}; flags of main.py stand in quotes, or behind --") from None
     if options.gate and (options.pairs or options.same):
         raise UsageError("--gate chooses its own pairs: leave --pairs and --same out")
+    if options.tune and (options.same or not re.fullmatch(r"\w+=[^,]+(,[^,]+)+", options.tune)):
+        raise UsageError("--tune takes a flag and its values, and no --same: --tune dropout=0,0.1")
     if not options.before and not options.list:
         raise UsageError("name a commit, or flags in quotes, to compare your files with")
     if is_flags(options.before) and not options.after:  # compared with what there is without them
@@ -368,14 +374,19 @@ class Outcome(NamedTuple):
 class Comparison:
     """Two Sides and the runs of both: those of a side differ in nothing but their seeds."""
 
-    def __init__(self, options, common):
-        """See read_arguments. Raises UsageError, RunError."""
+    def __init__(self, options, common, flag=None, values=(None, None)):
+        """See read_arguments; flag, values: of --tune, for each side.
+
+        Raises UsageError, RunError.
+        """
         self.options = options
         self.common = common
+        self.tuned = {"flag": flag, "values": values} if flag else None
+        own = [[*common, f"--{flag}={value}"] if flag else common for value in values]
         with tempfile.TemporaryDirectory() as temporary:
             temporary = os.path.realpath(temporary)
-            before = make_side(options.before, common, Path(temporary, "before"))
-            after = make_side(options.after, common, Path(temporary, "after"))
+            before = make_side(options.before, own[0], Path(temporary, "before"))
+            after = make_side(options.after, own[1], Path(temporary, "after"))
             check_flags(before, after, options.same)
             self.texts = [read_text(before, after, split) for split in ("valid", "test")]
             self.unit = self.texts[0].unit
@@ -494,6 +505,7 @@ class Comparison:
             "parameters": [before.parameters, after.parameters],
             "steps": [self.steps(before), self.steps(after)],
             "patch": self.patch,
+            "tuned": self.tuned,
         }
 
     def results(self):
@@ -577,6 +589,31 @@ def words_of_run(flags, same):
     if same:  # the schedule is to show, not only its warm-up
         words.append(f"--lr_warmup={min(5, flags['lr_warmup'])}")
     return [*words, f"--num_iters={steps}"]
+
+
+def tuned(options, common):
+    """The Comparison of both sides, each with that value of --tune which suits it best.
+
+    All values are tried with the first seeds, the Comparison begins behind them. Raises UsageError,
+    RunError.
+    """
+    flag, _, listed = options.tune.partition("=")
+    values = listed.split(",")
+    losses = []  # of each value, [2]
+    for value in values:
+        comparison = Comparison(options, common, flag, [value, value])
+        seeds = range(comparison.first_seed, comparison.first_seed + TUNED)
+        with contextlib.closing(comparison.pairs(seeds)) as trained:
+            pairs = [pair for _, *pair in trained]
+        has_fault = np.any([[bool(each.fault) for each in pair] for pair in pairs], axis=0)
+        means = np.where(has_fault, math.inf, column(pairs, "score").mean(axis=1))
+        losses.append(means)
+        print(f"--{flag} {value}: before {means[0]:.4f}, after {means[1]:.4f}", flush=True)
+    chosen = [values[place] for place in np.argmin(losses, axis=0)]
+    options.seeds = comparison.first_seed + TUNED
+    comparison = Comparison(options, common, flag, chosen)
+    comparison.tuned["at_edge"] = bool({*chosen} & {values[0], values[-1]})
+    return comparison
 
 
 def share_cores(jobs):
@@ -991,6 +1028,10 @@ def conditions(result):
         yield f"in {result['time']:.2g} times the time"
     for what in result["unlike"]:
         yield f"with another {what}"
+    if result["tuned"]:
+        before, after = result["tuned"]["values"]
+        at_edge = " (at the edge of the list: give more)" if result["tuned"]["at_edge"] else ""
+        yield f"each at its best {result['tuned']['flag']}: {before} before, {after} after{at_edge}"
 
 
 def read_results(path):

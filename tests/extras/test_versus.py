@@ -167,6 +167,22 @@ def test_sides_with_other_tokens(project):
     assert result["scores_after"] == pytest.approx(after / np.log(2) * tokens / text, rel=2e-3)
 
 
+def test_each_side_at_its_best(project):
+    """An edit that only doubles the rate is none, once each side has its own."""
+    edit(project, "    return flags.learning_rate *", "    return 2 * flags.learning_rate *")
+    line = ["HEAD", "--pairs", 2, "--json", "--tune", "learning_rate=0.16,0.32,0.64"]
+    out, _ = compare(project, *line)
+    result = last_line(out)
+    before, after = result["tuned"]["values"]
+    assert (float(before), result["tuned"]["at_edge"]) == (2 * float(after), True)
+    assert result["outcome"] == "same"
+    assert result["seeds"] == [44, 45], "others than it was chosen by"
+    assert out.splitlines()[-2].endswith(
+        f"each at its best learning_rate: {before} before, {after} after (at the edge of the list: "
+        "give more)."
+    )
+
+
 def test_divergence(project):
     out, _ = compare(project, "--learning_rate 1e30 --grad_clip 0", "--pairs", 2)
     assert out.endswith("\nDiverged: runs of after.\n")
@@ -355,6 +371,7 @@ class Drawn(versus.Comparison):
         self.unit = "nats/token"
         self.patch = ""
         self.texts = [(), ()]
+        self.tuned = None
         self.ledger = folder / "comparisons.jsonl"
         self.difference = difference
 
