@@ -3235,9 +3235,8 @@ def find_folder(flags, dataset, origins, sha1):
     """The folder of the run that these decide: of one to go on with, or of a new one.
 
     sha1: of the code. Of NAME, NAME.2, …, it is the one saved last that was trained by this code
-    (with --identifier, by any), or else the next that is free. Raises UsageError if the one saved
-    last has other code and is not done; RunError if one cannot be read, which may be that of the
-    command.
+    (with --identifier, by any), or else one that has no checkpoint, or the next that is free.
+    Raises UsageError if the one saved last has other code and is not done.
     """
     identity = identity_of(vars(flags), dataset.sha256, origins)
     name = run_name(flags.dataset, identity)
@@ -3245,7 +3244,7 @@ def find_folder(flags, dataset, origins, sha1):
     others = []  # folders without one
     for folder in [] if flags.new_model else list_folders(flags.save_dir):
         if re.fullmatch(rf"{re.escape(name)}(\.\d+)?", folder.name):
-            own = list_run(folder, warn=True)
+            own = list_run(folder)
             found += own[:1]
             others += [] if own else [folder]
     newest = None  # of other code
@@ -3258,11 +3257,8 @@ def find_folder(flags, dataset, origins, sha1):
             newest = newest or each
     if newest and newest.iteration < flags.given.get("num_iters", newest.flags["num_iters"]):
         raise other_code(newest, flags)
-    for folder in others:
-        if any(folder.glob("*.safetensors")):
-            line = f"no checkpoint of {folder.name} can be read: --new_model starts a new run"
-            raise RunError(line)
-        return folder  # the same command may have been stopped there before it saved
+    for folder in others:  # the same command may have been stopped there before it saved
+        return folder
     folder = flags.save_dir / name
     for count in itertools.count(2):
         if not os.path.lexists(folder):
@@ -3543,7 +3539,10 @@ def set_up(flags, ranks):
     else:
         folder = find_folder(flags, dataset, origins, sha1)
     with claimed(folder):
-        own = list_run(folder)  # only now can no other process advance it
+        own = list_run(folder, warn=True)  # only now can no other process advance it
+        if not own and any(folder.glob("*.safetensors")):
+            line = f"no checkpoint of {folder.name} can be read: --new_model starts a new run"
+            raise RunError(line)
         contents = None
         if own or chosen:
             # Of a branch of what is named, any intact checkpoint will do.
