@@ -46,7 +46,7 @@ if __name__ == "__main__":
         sys.modules["main"] = sys.modules["__main__"]  # extras import no second copy of this file
     for name, module in [*sys.modules.items()]:
         # What a notebook's last %run has left; extras.fast chose the BLAS, for good.
-        if name.startswith("extras.") and name != "extras.fast" or own_file(module):
+        if (name.startswith("extras.") and name != "extras.fast") or own_file(module):
             del sys.modules[name]
 
 import argparse
@@ -3257,8 +3257,8 @@ def find_folder(flags, dataset, origins, sha1):
             newest = newest or each
     if newest and newest.iteration < flags.given.get("num_iters", newest.flags["num_iters"]):
         raise other_code(newest, flags)
-    for folder in others:  # the same command may have been stopped there before it saved
-        return folder
+    if others:  # the same command may have been stopped there before it saved
+        return others[0]
     folder = flags.save_dir / name
     for count in itertools.count(2):
         if not os.path.lexists(folder):

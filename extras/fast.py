@@ -20,7 +20,7 @@ of the same names:
 fast.c, which it compiles, passes MLX's matrix products on to a fast BLAS.
 
 They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each stands
-for the plain function with the SHA1 in STANDS_FOR: one that was edited is used itself. Loss and
+for the plain function with the hash in STANDS_FOR: one that was edited is used itself. Loss and
 score also stand for the classes Embedding and LanguageModel, whose logits they compute. On a GPU,
 all but look_up, loss and score leave the work to MLX. Without this file, or with the environment
 variable DISABLE_FAST set, main.py works the same, only slower, but for --teacher, several ranks,

@@ -3,7 +3,7 @@
     python -m extras.versus HEAD -- --config first             your files against the last commit
     python -m extras.versus main feature -- --config first     two commits
     python -m extras.versus "--dropout 0.1" -- --config first  flags against none
-    python -m extras.versus HEAD --tune learning_rate=1e-3,2e-3,4e-3    each at its best
+    python -m extras.versus HEAD --tune dropout=0,0.1 -- --config first   each at its best
     python -m extras.versus --list                             what was compared so far
 
 Behind -- are the flags of main.py that both sides have. With the same seed, both sides read the
