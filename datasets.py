@@ -691,10 +691,27 @@ def own_text(given, valid_fraction, text_field, line_end, own_folders):
 
     `given` is {split: [path, ...]}. Without "valid" paths, part of "train" is held out: the files
     that are for validation by their names, else a share. Files for validation or testing are left
-    out of the training text. own_folders: see texts_of; text_field, line_end: see Rows. Raises
-    UsageError.
+    out of the training text. Those for testing may go with a corpus instead. own_folders: see
+    texts_of; text_field, line_end: see Rows. Raises UsageError.
     """
     files = {split: find_files(paths, own_folders) for split, paths in given.items()}
+    if "train" in files:
+        files = set_aside(files)
+    splits = {}
+    for split, found in files.items():
+        splits[split] = []
+        for path, _ in found.values():
+            if ROW_FILES.fullmatch(path.name):
+                splits[split].append(Rows(path, text_field, line_end))
+            else:
+                splits[split].append(whole(path, errors="strict"))
+    if "train" in files and "valid" not in files:
+        splits |= hold_out(splits["train"], valid_fraction)
+    return splits
+
+
+def set_aside(files):
+    """`files` of own_text without those in "train" that are for validation or testing."""
     named = split_by_names(files["train"])
     files = named | files
     held_out = set().union(*named.values(), files.get("valid", ()), files.get("test", ()))
@@ -705,17 +722,7 @@ def own_text(given, valid_fraction, text_field, line_end, own_folders):
         print(f"Not training on what is for validation or testing: {some_of(left_out)}")
         files["train"] = others
     say_what_is_read(files["train"])
-    splits = {}
-    for split, found in files.items():
-        splits[split] = []
-        for path, _ in found.values():
-            if ROW_FILES.fullmatch(path.name):
-                splits[split].append(Rows(path, text_field, line_end))
-            else:
-                splits[split].append(whole(path, errors="strict"))
-    if "valid" not in splits:
-        splits |= hold_out(splits["train"], valid_fraction)
-    return splits
+    return files
 
 
 def some_of(names):
@@ -1057,10 +1064,9 @@ def write_tokens(spans, tokenizer, path):
 
 
 # ---- Datasets and their cache -------------------------------------------------------------------
-# A cache is the folder <data_dir>/<corpus>/<kind of tokenizer>-<digits>-<digits of this file>. It
+# A cache is the folder <data_dir>/<corpus>/<kind of tokenizer>-<digits>-<others>. It
 # holds the tokens of each split as <split>.tokens, and about.json, which is written last:
 #
-#     key        see key_of
 #     tokenizer  its to_dict()
 #     splits     {split: what write_tokens returned}
 #     check      digest of all of the above; damage is found, not forgery
@@ -1084,7 +1090,8 @@ def load_dataset(
 ):
     """A corpus, a key of CORPORA, as a Dataset; it is downloaded and encoded only once.
 
-    dataset: "text" stands for the user's files in `text`, `valid_text` and `test_text`.
+    dataset: "text" stands for the user's files in `text`, `valid_text` and `test_text`; these last
+        also go with a corpus, in the place of its own test split.
     data_dir: the folder for all files of the corpus; None for that of open_data_dir.
     tokenizer: a kind, trained on the whole training split even if only the first `train_tokens`
         ids of it are used; the path of a tokenizer.json; or a tokenizer, as an object.
@@ -1105,51 +1112,43 @@ def load_dataset(
     is_made = not isinstance(tokenizer, str)  # by the caller, or read from a file
     kind = tokenizer.kind if is_made else tokenizer
     named = named_files(dataset, text, valid_text, test_text)
-    source = named
-    local = {}
-    if dataset == "text":
+    local = python_modules() if dataset == "python" else {}
+    if named:
         has_end = kind != "char" and getattr(tokenizer, "eos", 0) is not None
         own_folders = [Path(user_path(each)).resolve() for each in (data_dir, save_dir) if each]
-        local = own_text(named, valid_fraction, text_field, "" if has_end else "\n", own_folders)
-    elif dataset == "python":
-        source = sysconfig.get_path("stdlib")
-        local = python_modules()
-    # One folder for each use of a text and version of this file: the newest two stay.
-    use = [source, valid_fraction, text_field, vocab_size]
+        line_end = "" if has_end else "\n"
+        local |= own_text(named, valid_fraction, text_field, line_end, own_folders)
+    # One folder for each use of a text, its state and this file's: the newest two of a use stay.
+    use = [named, valid_fraction, text_field, vocab_size]
     use.append(tokenizer.to_dict() if is_made else kind)
     name = f"{kind}-{digest_of(use)[:12]}"
-    cache = data_dir / dataset / f"{name}-{hash_of_code(SOURCE)[:8]}"
-    key = key_of(local)
+    cache = data_dir / dataset / f"{name}-{digest_of([hash_of_code(SOURCE), key_of(local)])[:8]}"
     with locked(cache):  # only one process encodes
         remove_leftovers(cache)
-        about = read_about(cache, key)
+        about = read_about(cache)
         if about is None:
             options = {"data_dir": data_dir, "mirror": mirror}
             get = functools.partial(fetch, folder=dataset, corpus=corpus, **options)
-            spans = local or find_splits(dataset, corpus, get)
+            if "train" not in local:
+                local = find_splits(dataset, corpus, get) | local
             if not is_made:
-                tokenizer = make_tokenizer(kind, spans["train"], vocab_size, **options)
-            about = write_splits(spans, tokenizer, cache, key)
+                tokenizer = make_tokenizer(kind, local["train"], vocab_size, **options)
+            about = write_splits(local, tokenizer, cache)
             written = sorted(cache.parent.glob(f"{name}*/about.json"), key=os.path.getmtime)
             for path in written[:-2]:  # what it maps stays with a run
                 shutil.rmtree(path.parent, ignore_errors=True)
-        # Still under the lock: another process might begin to encode a changed text.
+        # Still under the lock: another process might begin to mend a damaged one.
         return map_dataset(dataset, cache, about, train_tokens)
 
 
 def named_files(dataset, text, valid_text, test_text):
     """The paths that the user names, {split: [absolute path, ...]}. Raises UsageError."""
-    named = {}
-    for split, paths in zip(SPLITS, (text, valid_text, test_text)):
-        if paths:
-            named[split] = [absolute(path) for path in paths]
     if text and dataset != "text":
         raise UsageError("--dataset and --text both name what to train on: use one of them")
-    if (named or dataset == "text") and "train" not in named:
-        raise UsageError(
-            "--dataset text, --valid_text and --test_text go with --text, which names your files"
-        )
-    return named
+    if (valid_text or dataset == "text") and not text:
+        raise UsageError("--dataset text and --valid_text go with --text, which names your files")
+    named = zip(SPLITS, (text, valid_text, test_text))
+    return {split: [absolute(path) for path in paths] for split, paths in named if paths}
 
 
 def digest_of(data):
@@ -1186,9 +1185,9 @@ def make_tokenizer(kind, spans, vocab_size, **options):
     return TOKENIZERS[kind].train(texts, vocab_size)
 
 
-def write_splits(spans, tokenizer, cache, key):
+def write_splits(spans, tokenizer, cache):
     """Encodes all splits into `cache`; returns what about.json says of them."""
-    about = {"key": key, "tokenizer": tokenizer.to_dict(), "splits": {}}
+    about = {"tokenizer": tokenizer.to_dict(), "splits": {}}
     for split in spans:
         path = cache / f"{split}.tokens"
         about["splits"][split] = write_tokens(spans[split], tokenizer, path)
@@ -1197,14 +1196,12 @@ def write_splits(spans, tokenizer, cache, key):
     return about
 
 
-def read_about(cache, key):
+def read_about(cache):
     """What about.json says of the tokens in `cache`, or None if they are to be made."""
     try:
         about = json.loads((cache / "about.json").read_text("utf-8"))
         if about.pop("check") != digest_of(about):
             raise ValueError("about.json is not what was written")
-        if about["key"] != key:
-            return None
         for split, known in about["splits"].items():
             if hash_of_file(cache / f"{split}.tokens") != known["sha256"]:
                 raise ValueError("tokens are not what was written")
@@ -1834,7 +1831,7 @@ TEXT_FLAGS = {
         # 257: the bytes and the end token.
         "vocab_size": Flag(32000, number(int, 257, 2**20), "vocabulary size of --tokenizer bpe"),
     },
-    "session": {"test_text": Flag([], nonempty, "test files, beside --text")},
+    "session": {"test_text": Flag([], nonempty, "test files, beside --text or --dataset")},
     "command": {
         "save_dir": Flag(
             "runs", nonempty, "folder with a folder for each run", "out_dir output_dir"

@@ -3423,8 +3423,7 @@ def load_data(flags, tokenizer=None):
         arguments["tokenizer"] = tokenizer
     dataset = load_dataset(**arguments)
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
-        remedy = "name files for it with --test_text" if flags.text else "use another split"
-        raise UsageError(f"{dataset.name} has no test split: {remedy}")
+        raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
     return dataset
 
 
@@ -3657,7 +3656,7 @@ def describe_end(run, received):
 
 
 def names_for_judge():
-    """What extras/side.py calls in this and other versions of this file, {its name there: it}."""
+    """What extras/versus/worker.py calls in this and other versions of main.py, {name: it}."""
     names = "read_command_line settle use_device begin make_run start_notices make_step train_step"
     names += " SingleProcess is_foreign arguments_of read_checkpoint SAVED PATHS EDITED"
     return {name: globals()[name] for name in names.split()}

@@ -227,6 +227,12 @@ def test_python(tmp_path):
         ids = np.minimum(getattr(dataset, split).tokens, 255)
         assert bytes(ids.astype(np.uint8)) == expected
 
+    # A test text of one's own takes the place of its test split.
+    (tmp_path / "mine.txt").write_text("mine")
+    other = load_dataset("python", tmp_path, test_text=[tmp_path / "mine.txt"])
+    assert bytes(other.test.tokens.astype(np.uint8)) == b"mine"
+    assert other.sha256 == dataset.sha256
+
 
 # ---- A server -----------------------------------------------------------------------------------
 
