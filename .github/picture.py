@@ -22,7 +22,7 @@ import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from extras.versus import RESULTS, read_results  # noqa: E402
+from extras.versus.ledger import NAME, read_results  # noqa: E402
 
 KILLED = "--dataset python --preset tiny --batch_size 8 --num_iters 300 --steps_per_eval 50"
 KILLS = 5
@@ -129,7 +129,7 @@ def draw_comparisons(axis, folder, text, blue):
     """What an edit did to the loss of each seed, and where the mean may lie."""
     axis.axhline(0, color=text, lw=1)
     ticks = {}  # {place: seed}
-    results = read_results(folder / "versus" / RESULTS)[-len(COMPARED) :]
+    results = read_results(folder / "versus" / NAME)[-len(COMPARED) :]
     for title, result in zip(COMPARED, results, strict=True):
         differences = np.subtract(result["scores_after"], result["scores_before"])
         first = len(ticks) + bool(ticks)  # a gap between the two

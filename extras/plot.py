@@ -23,7 +23,7 @@ import numpy as np
 from datasets import UsageError, explained, printable, user_path, utf8
 from extras.list import flags_apart
 from extras.ngrams import losses_of_ngrams
-from extras.versus import RESULTS, read_results
+from extras.versus.ledger import NAME, read_results
 from main import load_data_again, read_log, settle
 
 # Training losses are many and noisy, so they are pale; validation losses have markers.
@@ -133,7 +133,7 @@ def plot_comparison(folder, path):
     Left, the losses of each pair; right, their differences, with the mean and its 95 % interval.
     Raises UsageError.
     """
-    results = read_results(folder / RESULTS)
+    results = read_results(folder / NAME)
     if not results:
         raise UsageError(f"{folder} holds no comparison: see python -m extras.versus")
     result = results[-1]

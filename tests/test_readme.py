@@ -164,7 +164,7 @@ def test_named_flags_exist():
     """Whatever a README calls a flag is one."""
     out, _ = run("--help")
     known = {*re.findall(r"--(?:no-)?\w+", out), *OF_OTHERS}
-    for program in [ROOT / "datasets.py", *(ROOT / "extras").glob("*.py")]:
+    for program in [ROOT / "datasets.py", *(ROOT / "extras").rglob("*.py")]:
         known.update(re.findall(r'"(--\w+)"', program.read_text()))
     named = re.findall(r"(?<![\w-])--(?:no-)?[a-z]\w*", PAGES)
     assert set(named) <= known

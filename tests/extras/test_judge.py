@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, TINY, copy_program, newest, run
 
 from datasets import RunError, load_dataset
-from extras import judge
-from extras.judge import BITS, NATS, Text, choose_spans
+from extras.versus import judge
+from extras.versus.judge import BITS, NATS, Text, choose_spans
 
 V = 31
 WIDTH = 100

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import time
+from types import SimpleNamespace
 
 import main
 import numpy as np
@@ -13,8 +14,12 @@ import pytest
 from conftest import TEXT, TINY, copy_program, edit, newest, run, saved, start
 
 from datasets import RunError, UsageError, load_dataset
-from extras import plot, versus
-from extras.versus import Outcome, Side
+from extras import plot
+from extras.versus import __main__ as versus
+from extras.versus import ledger, runs, sides
+from extras.versus.judge import DIVERGED
+from extras.versus.sequential import Outcome
+from extras.versus.verdict import describe_numbers
 
 STEPS = [*TINY[2:], "--num_iters", 24, "--steps_per_eval", 8]  # --eval_tokens is refused
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
@@ -139,7 +144,7 @@ def test_comparison(project, figures):
     process.wait()
     out, _ = compare(project, *other)
     assert out.splitlines()[-1].startswith("Helped, on validation text (there was no test text)")
-    assert out.endswith(": try 2 on these seeds.\n")
+    assert out.endswith(": look 2.\n")
     [sizes] = re.findall(r"differ in size: (\S+) parameters before, (\S+) after", out)
     smaller, larger = [int(size.replace(",", "")) for size in sizes]
     assert larger - smaller == 257 * 16, "the output matrix"
@@ -231,7 +236,7 @@ def test_a_side_is_all_its_files(project):
     for command in (["add", "."], ["commit", "-qm", "b"]):
         subprocess.run([*GIT, *command], cwd=project, check=True)
     (project / "factor.txt").write_text("0.1")
-    (project / "large.bin").write_bytes(bytes(versus.LARGE + 1))
+    (project / "large.bin").write_bytes(bytes(sides.LARGE + 1))
     out, _ = compare(project, "HEAD", "--pairs", 2, "--json")
     assert "\nLinked, not copied: large.bin\n" in out
     result = last_line(out)
@@ -340,9 +345,9 @@ def test_mistakes(committed, arguments, reason):
 
 def side_of(folder, name, code):
     """A Side with this code in a folder of its own."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "main.py").write_text(code)
-    empty = Side(*[None] * len(Side._fields))
+    empty = sides.Side(*[None] * len(sides.Side._fields))
     return empty._replace(
         name=name,
         sources=["main.py"],
@@ -356,17 +361,21 @@ def side_of(folder, name, code):
     )
 
 
-class Drawn(versus.Comparison):
+class Drawn(runs.Comparison):
     """A comparison whose pairs end as `difference`, a function of the seed, says.
 
     Nothing is trained. Losses are 2 before, on both texts.
     """
 
     def __init__(self, folder, difference, *arguments, code="x = 1"):
+        folder.mkdir(exist_ok=True)
         self.options, self.common = versus.read_arguments(["HEAD", *map(str, arguments)])
-        self.before = side_of(folder / "before", "HEAD", "x = 1")
-        self.after = side_of(folder / "after", "your files", code)
-        self.first_seed = 42
+        self.sides = [
+            side_of(folder / "before", "HEAD", "x = 1"),
+            side_of(folder / f"after {code}", "your files", code),
+        ]
+        self.baseline = "a baseline"
+        self.first_seed = self.options.seeds or 42
         self.plain = self.commits = []
         self.unit = "nats/token"
         self.patch = ""
@@ -374,9 +383,18 @@ class Drawn(versus.Comparison):
         self.tuned = None
         self.ledger = folder / "comparisons.jsonl"
         self.difference = difference
+        self.drawn = []  # seeds
+
+    def start(self):
+        """What a thread of the real one would have."""
+        self.environment = {}
+        self.on_gpu = self.is_stopped = False
+        self.times = [[0.01], []]
+        self.processes = set()
 
     def pairs(self, seeds):
         for seed in seeds:
+            self.drawn.append(seed)
             found = self.difference(seed)
             if not isinstance(found, Outcome):
                 found = Outcome(f"after {seed}", 2 + found, 2 + found)
@@ -404,10 +422,18 @@ def more_tokens(seed):
     return Outcome(f"after {seed}", 1.95 + noisy(0)(seed), 1.95 + noisy(0)(seed), read=200)
 
 
+def slower(seed):
+    """A gain of a run that takes longer."""
+    found = 2 + noisy(-0.05)(seed)
+    return Outcome(f"after {seed}", found, found, seconds=1.2, kept_seconds=1.2)
+
+
 SAME = ending(2.0, "before {}")
 KEPT = [
     (noisy(-0.05), [], "x = 1 + 1", "Helped.\nKeep.", [6, 4]),
     (more_tokens, [], "x = 1 + 1", "with another number of tokens read.\nDrop.", [6, 4]),
+    (slower, [], "x = 1 + 1", "1.20 times as long: more than --max_time allows.\nDrop.", [6, 4]),
+    (slower, ["--max_time", 1.3], "x = 1 + 1", "Helped, in 1.2 times the time.\nKeep.", [6, 4]),
     (noisy(0.05), [], "x = 1 + 1", "Not better, on seeds that were used before.\nDrop.", [2]),
     (on_used_seeds(-0.05), [], "x = 1 + 1", "four times in five.\nDrop.", [6, 6]),
     (SAME, [], "x = 1 + 1", "for these flags and seeds.\nDrop.", [2]),
@@ -426,14 +452,104 @@ def test_what_is_kept(difference, options, code, end, pairs, tmp_path, capsys):
     status = versus.keep_or_drop(comparison)
     assert status == (0 if end.endswith("Keep.") else 1)
     assert capsys.readouterr().out.endswith(f"{end}\n")
-    seeds = [each["seeds"] for each in comparison.results()]
-    assert seeds == [[*range(first, first + n)] for first, n in zip((42, 48), pairs)]
+    seeds = [range(first, first + n) for first, n in zip((42, 48), pairs)]
+    assert comparison.drawn == [seed for stage in seeds for seed in stage]
+
+
+def test_what_was_dropped_is_not_tried_again(tmp_path, capsys):
+    assert versus.keep_or_drop(Drawn(tmp_path, noisy(0.05), "--gate")) == 1
+    other_luck = Drawn(tmp_path, noisy(-0.05), "--gate")
+    assert versus.keep_or_drop(other_luck) == 1
+    assert other_luck.drawn == []
+    assert "\nDropped before: Not better, on seeds that were used before. " in capsys.readouterr().out
+    again = Drawn(tmp_path, noisy(-0.05), "--gate", "--again")
+    assert versus.keep_or_drop(again) == 0
+    assert again.drawn == [*range(42, 48), *range(48, 52)]
+    assert capsys.readouterr().out.endswith("\nHelped: look 2.\nKeep.\n")
+
+
+def test_looks_are_counted(tmp_path, capsys):
+    """Each is another chance to look good, whatever it asks for; the same one is none."""
+
+    def verdict(difference, *arguments, code="x = 2"):
+        versus.print_comparison(Drawn(tmp_path, difference, *arguments, code=code))
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert verdict(SAME) == "No effect, proved: the same weights, for these flags and seeds."
+    assert verdict(noisy(-0.05), "--pairs", 2) == "Helped."
+    assert verdict(noisy(-0.05), "--pairs", 3) == "Helped: look 2."
+    assert verdict(noisy(-0.05), "--pairs", 3, "--tokens", 9) == "Helped: look 3."
+    assert verdict(noisy(-0.05), "--pairs", 3, code="x = 3") == "Helped: look 4."
+    with pytest.raises(RuntimeError):
+        verdict(stopping_at(44), "--pairs", 3, "--seeds", 43)
+    assert verdict(noisy(-0.05), "--pairs", 4) == "Helped: look 6."
+    assert verdict(noisy(-0.05), "--pairs", 3, "--seeds", 43) == "Helped: look 5."
+    assert verdict(noisy(-0.05), "--pairs", 2) == "Helped."
+
+
+def stopping_at(last):
+    """Differences of a comparison that is stopped at a seed."""
+
+    def difference(seed):
+        if seed == last:
+            raise RuntimeError
+        return noisy(-0.05)(seed)
+
+    return difference
+
+
+def test_a_gate_goes_on_with_its_fresh_seeds(tmp_path, capsys):
+    """Though another comparison has had seeds in the meantime."""
+    with pytest.raises(RuntimeError):
+        versus.keep_or_drop(Drawn(tmp_path, stopping_at(49), "--gate"))
+    versus.print_comparison(Drawn(tmp_path, noisy(0), "--seeds", 60, code="x = 3"))
+    again = Drawn(tmp_path, noisy(-0.05), "--gate")
+    assert versus.keep_or_drop(again) == 0
+    assert again.drawn == [*range(42, 48), *range(48, 52)]
+
+
+DEATHS = [
+    ("import os; os.kill(os.getpid(), 11)", "SIGSEGV, twice$"),
+    ("raise MemoryError", r"MemoryError \(main.py, line 1\), twice$"),
+    ("import time; time.sleep(99)", "your files cannot run: it does not end$"),
+]
+
+
+@pytest.mark.parametrize("code, reason", DEATHS)
+def test_a_run_that_dies(code, reason, tmp_path, monkeypatch):
+    """By itself: if it does so again, the machine is not to blame."""
+    monkeypatch.setattr(runs, "GRACE", 1)
+    comparison = Drawn(tmp_path, None, code=code)
+    comparison.start()
+    with pytest.raises(sides.SideError, match=reason) as caught:
+        comparison.run(1, 42)
+    assert caught.value.name == "your files"
+    assert not comparison.processes
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    comparison = Drawn(tmp_path, None, code="import time; time.sleep(99)")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1199))
+    comparison.start()
+    with pytest.raises(RunError, match="^no space is left for ") as caught:
+        comparison.run(1, 42)
+    assert not isinstance(caught.value, sides.SideError)
+
+
+def test_an_outlier_is_named(tmp_path, capsys):
+    """As the test is for normal differences."""
+    versus.print_comparison(Drawn(tmp_path, lambda seed: noisy(0)(seed) + (seed == 45)))
+    assert "\nSeed 45 is an outlier: " in capsys.readouterr().out
+    versus.print_comparison(Drawn(tmp_path / "other", noisy(-0.05)))
+    out = capsys.readouterr().out
+    assert "outlier" not in out
+    assert "\nIt ended early: the estimate is likely too large.\n" in out
 
 
 def test_a_side_before_that_fails_keeps_nothing(tmp_path):
     """Nor does --same compare the weights of a run that has diverged."""
     comparison = Drawn(tmp_path, None, "--gate")
-    diverged = Outcome("before", np.inf, fault=versus.DIVERGED)
+    diverged = Outcome("before", np.inf, fault=DIVERGED)
     comparison.pairs = lambda seeds: ((seed, diverged, Outcome("after", 2.0)) for seed in seeds)
     assert versus.keep_or_drop(comparison) == 125
     with pytest.raises(RunError, match="a run with seed 42 has diverged"):
@@ -479,7 +595,7 @@ VERDICTS = [
     (noisy(-0.004), ["--margin", 0.008], "Not worse by more than 0.008.", 12),
     (better_on_one_text, [], "Better on validation text only.", 4),
     (SAME, [], "No effect, proved: the same weights, for these flags and seeds.", 4),
-    (ending(np.inf, fault=versus.DIVERGED), [], "Diverged: runs of after.", 1),
+    (ending(np.inf, fault=DIVERGED), [], "Diverged: runs of after.", 1),
     (ending(1.0, fault="it knows"), [], "Cannot tell: your files: it knows.", 1),
     (ending(1.9, "after"), [], "Cannot tell: your files: all seeds end in the same weights.", 2),
 ]
@@ -511,7 +627,8 @@ def test_what_equal_time_takes(time, low, high, end):
     """Nothing where the times agree, and nothing is known where they vary too much."""
     result = {"difference": 0.1, "low": 0.0, "high": 0.2, "unit": "nats/token", "agree": 3}
     result |= {"seeds": [1, 2, 3], "test_difference": 0.1, "steps": [300, 300]}
-    *_, line = versus.describe_numbers(
+    result |= {"is_race": False, "outlier": None}
+    *_, line = describe_numbers(
         result | {"time": time, "time_low": low, "time_high": high}
     )
     assert line.startswith("This holds at equal steps")
@@ -524,11 +641,13 @@ def test_the_steps_of_a_run_are_counted(num_iters, fault, base, tmp_path):
     folder, _ = base
     record = newest(folder)
     comparison = Drawn(tmp_path, None)
-    side = comparison.before._replace(folder=folder, texts=record.tokens_sha256)
+    side = comparison.sides[0]._replace(folder=folder, texts=record.tokens_sha256)
     side = side._replace(words=[f"--num_iters={num_iters}"])
-    comparison.is_stopped = False
-    comparison.judge = lambda index, side, record: [2.0, 2.0, None]
-    outcome = comparison.run(0, side, record.flags["seed"])
+    comparison.sides[0] = side
+    comparison.start()
+    comparison.judge = lambda index, record: [2.0, 2.0, None]
+    outcome = comparison.run(0, record.flags["seed"])
     assert (outcome.id, outcome.fault) == (record.id, fault)
+    comparison.sides[0] = side._replace(texts={})
     with pytest.raises(UsageError, match="the text of HEAD has changed"):
-        comparison.run(0, side._replace(texts={}), record.flags["seed"])
+        comparison.run(0, record.flags["seed"])

@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from extras.versus import RACE, SCREENED, Outcome, race, screen
+from extras.versus.sequential import RACE, SCREENED, Outcome, race, screen
 
 SPREAD = 0.008  # of the differences of pairs, in nats/token, as measured for the recipe `first`
 # How many edits of a night have which effect, in nats/token: below zero is better.

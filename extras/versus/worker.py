@@ -1,7 +1,7 @@
 """What extras.versus asks of one side, in a process of that side's own code. Not a command.
 
-    python side.py FOLDER describe FLAGS       what these flags mean, and what a run of them needs
-    python side.py FOLDER serve METADATA GPU   logits of a checkpoint, for the tokens on stdin
+    python worker.py FOLDER describe FLAGS       what these flags mean, and what a run of them needs
+    python worker.py FOLDER serve METADATA GPU   logits of a checkpoint, for the tokens on stdin
 
 FOLDER has the side's files, perhaps those of an older commit: of main.py, only names_for_judge is
 used here. What the side itself prints goes to stderr, and is no answer.
@@ -41,7 +41,7 @@ SIDE = Namespace(**getattr(main, "names_for_judge", lambda: vars(main))())
 
 
 def describe(words):
-    """Prepares the text, and answers with a side's fields, see Side in extras/versus.py."""
+    """Prepares the text, and answers with a side's fields, see Side in sides.py."""
     flags = SIDE.settle(SIDE.read_command_line(words))
     SIDE.use_device(flags.gpu)
     models, flags, dataset = SIDE.begin(flags)

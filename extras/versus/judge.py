@@ -1,6 +1,6 @@
 """The judge of extras.versus: scores checkpoints without the code that trained them.
 
-A side's own code only turns tokens into logits, in a process of its own (extras/side.py). Which
+A side's own code only turns tokens into logits, in a process of its own (worker.py). Which
 tokens, their targets, the log-softmax and the sums are the judge's: an edit of the loss, of `score`
 or of `evaluate` cannot move them. The very batches that are scored are asked again, with other
 tokens where a model may not look.
@@ -8,19 +8,16 @@ tokens where a model may not look.
 
 import json
 import math
-import re
-import signal
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from datasets import RunError, UsageError, one_line, tokenizer_from_dict
+from datasets import UsageError, tokenizer_from_dict
+from extras.versus.sides import WORKER, SideError, failure
 
-SIDE = Path(__file__).with_name("side.py")
 NATS = "nats/token"
 BITS = "bits per byte"  # of sides with different tokens
 LIMIT = 128_000  # tokens of a text that are scored
@@ -94,7 +91,7 @@ class Referee:
         self.tolerance = TOLERANCE["gpu" if side.flags["gpu"] else "cpu"]
         self.messages = tempfile.TemporaryFile("w+", errors="replace")
         self.process = subprocess.Popen(
-            [sys.executable, "-B", SIDE, side.folder, "serve", metadata, str(side.flags["gpu"])],
+            [sys.executable, "-B", WORKER, side.folder, "serve", metadata, str(side.flags["gpu"])],
             env=environment,
             cwd=side.folder,
             stdin=subprocess.PIPE,
@@ -248,28 +245,3 @@ def log_softmax(logits):
     """Logarithms of probabilities [..., V]."""
     logits = logits - logits.max(axis=-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-
-
-class SideError(RunError):
-    """A side cannot run, by its own fault: not by that of the machine."""
-
-    def __init__(self, text, name):
-        super().__init__(text)
-        self.name = name  # the side's
-
-
-def failure(name, status, output):
-    """The exception for a process of a side that has failed; name: the side's.
-
-    It says its last line, and where a traceback points.
-    """
-    line = one_line(output.strip().rpartition("\n")[2]) or f"exit status {status}"
-    if status < 0:
-        line = f"ended by {signal.Signals(-status).name}"
-    for file, place in re.findall(r'File ".*?(\w+\.py)", line (\d+)', output)[-1:]:
-        line += f" ({file}, line {place})"
-    line = f"{name} cannot run: {line}"
-    is_of_code = "Traceback" in output or "No module named" in line
-    if is_of_code and not re.search("MemoryError|OSError", line):
-        return SideError(line, name)
-    return UsageError(line) if status == 2 else RunError(line)

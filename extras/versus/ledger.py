@@ -1,0 +1,70 @@
+"""The ledger: a file with every comparison of a folder, from its first pair on."""
+
+import json
+from pathlib import Path
+
+from datasets import RunError, UsageError, explained, no_follow
+
+NAME = "comparisons.jsonl"
+
+
+def read_results(path):
+    """The results in a ledger, if there is one: the last of each look, the newest at the end."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    results = {}
+    with explained(f"{path} is damaged: delete its last line", ValueError, kind=RunError):
+        for line in lines:
+            older = {"look": 1, "asked": None, "baseline": None}  # lines of older commits
+            result = older | json.loads(line)
+            key = (result["comparison"], str(result["asked"]), result["look"])
+            results.pop(key, None)
+            results[key] = result
+    return [*results.values()]
+
+
+def begin_look(described, results, again=False):
+    """A look at a comparison, {name: value}, and the last result of the same command, or None.
+
+    described: see Comparison.describe. Looks are counted by baseline: another edit, other seeds or
+    more pairs are the next one. A command that is typed again is the same look, but with `again`
+    if it has ended.
+    """
+    asked = [described["comparison"], described["asked"]]
+    same = [each for each in results if [each["comparison"], each["asked"]] == asked]
+    if same and not (again and same[-1]["outcome"]):
+        earlier = same[-1]
+        return described | {name: earlier[name] for name in ("look", "fresh")}, earlier
+    baseline = described["baseline"]
+    others = [each for each in results if each["baseline"] == baseline]
+    counted = [each for each in others if each["outcome"] != "same"]
+    return described | {"look": 1 + len(counted), "fresh": None}, None
+
+
+def record(path, result):
+    """Appends a result to a ledger."""
+    with open(path, "a", encoding="utf-8", opener=no_follow) as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def print_list(place):
+    """Prints what a ledger has, or that of a folder of runs, a line each, the last at the end."""
+    path = Path(place)
+    if path.is_dir():
+        path = path / "versus" / NAME
+    results = read_results(path)
+    if not results:
+        raise UsageError(f"nothing was compared in {place}: name a --save_dir of comparisons")
+    for each in results:
+        interval = ""
+        if "difference" in each:
+            interval = f"{each['difference']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
+        sides = zip((each["before"], each["after"]), each["commits"])
+        before, after = [f"{name} {commit}".rstrip() for name, commit in sides]
+        pairs = f"{len(each['seeds']):>2} pairs"
+        outcome = each["outcome"] or "not finished"
+        if each["look"] > 1:
+            outcome += f", look {each['look']}"
+        print(
+            f"{each['date']}  {pairs}  {interval:<30}{outcome:<18}{before} -> {after} -- "
+            f"{each['flags']}"
+        )

@@ -1,0 +1,370 @@
+"""The runs of a comparison: both sides are trained with the same seeds, and judged."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+
+from datasets import RunError, UsageError, flock, no_follow
+from extras.versus import ledger
+from extras.versus.judge import BITS, DIVERGED, Referee, choose_spans, read_text
+from extras.versus.sequential import Outcome, column
+from extras.versus.sides import WORKER, SideError, failure, identify, install, make_side, patch
+from extras.versus.sides import short_id, twice
+
+OWN_TOKENS = 4096  # that a run scores at its end, and the judge after it
+SAME_STEPS = 20  # of each run of --same, the first five of them warm-up
+TUNED = 2  # seeds on which --tune chooses
+ENDLESS = 10  # times as long as the longest run of the other side,
+GRACE = 60  # and so many seconds more
+SAVED = 12  # bytes of a checkpoint for each parameter: a float32, and two in the optimizer
+
+# Flags of main.py that have no place here, and why.
+REFUSED = dict.fromkeys(["patience", "max_minutes"], "both sides take --num_iters steps")
+REFUSED["identifier"] = "--init_from RUN begins with the weights of another run"
+REFUSED |= dict.fromkeys(["new_model", "inference", "prompt", "evaluate", "list"], "all runs train")
+
+
+class Comparison:
+    """Two Sides and the runs of both: those of a side differ in nothing but their seeds."""
+
+    def __init__(self, options, common, own=((), ())):
+        """See read_arguments; own: more flags of each side. Raises UsageError, RunError."""
+        self.options = options
+        self.common = common
+        self.tuned = None  # see tuned
+        typed = options.before, options.after
+        with tempfile.TemporaryDirectory() as temporary:
+            temporary = os.path.realpath(temporary)
+            before, after = sides = [
+                make_side(name, [*common, *words], Path(temporary, str(i)))
+                for i, (name, words) in enumerate(zip(typed, own))
+            ]
+            check_flags(before, after, options.same)
+            self.texts = [read_text(before, after, split) for split in ("valid", "test")]
+            self.unit = self.texts[0].unit
+            contexts = [side.context_size for side in sides]
+            self.spans = []
+            for text in self.texts:
+                self.spans.append(text and choose_spans(text, contexts, options.tokens))
+            self.first_seed = before.flags["seed"] if options.seeds is None else options.seeds
+            self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
+            is_alone = self.on_gpu or sys.platform == "darwin"
+            self.shares = share_cores(options.jobs or (1 if is_alone else 4))
+            # Where either side runs its own function instead of that of extras/fast.py, both have
+            # to: or the difference would also be that of two ways to round.
+            self.plain = sorted({*before.edited, *after.edited})
+            self.environment = os.environ | {"PLAIN_FUNCTIONS": ",".join(self.plain)}
+            self.patch = patch(before, after)
+            self.commits = [short_id(name) for name in typed]
+            # Without its number of steps: with one more, it is the same.
+            self.baseline = identify(before._replace(shape=before.shape | {"num_iters": None}))
+            folder = Path(before.flags["save_dir"], "versus").absolute()
+            self.ledger = folder / ledger.NAME
+            self.sides = []
+            for side in sides:
+                words = [*side.words, *words_of_run(side.flags, options.same)]
+                id = identify(side, side.versions, self.plain, options.same)
+                # How many cores a run has decides how its sums are rounded.
+                path = folder / f"{id}.{len(self.shares[0])}"
+                self.sides.append(install(side._replace(words=words), path))
+        self.times = [[], []]  # of the finished runs of each side, in seconds
+        self.processes = set()
+        self.is_stopped = False
+
+    def pairs(self, seeds):
+        """Yields each seed with the Outcomes of both sides.
+
+        As many runs train at a time as there are shares of the cores. Closing the generator ends
+        those that still train. Raises UsageError, RunError.
+        """
+        shares = [*self.shares]
+
+        def take_share():  # by the thread, which gives it to the processes that it starts
+            share = shares.pop()
+            if share:
+                os.sched_setaffinity(0, share)
+
+        self.is_stopped = False
+        pool = ThreadPoolExecutor(len(shares), initializer=take_share)
+        try:
+            pairs = [[pool.submit(self.run, index, seed) for index in (0, 1)] for seed in seeds]
+            for seed, (before, after) in zip(seeds, pairs):
+                yield seed, before.result(), after.result()
+        finally:
+            self.is_stopped = True
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in [*self.processes]:
+                process.terminate()
+            pool.shutdown()
+
+    def run(self, index, seed):
+        """Trains a run to its end and has it judged; returns the Outcome.
+
+        index: 0 for the side before, 1 for that after. Raises UsageError, RunError.
+        """
+        side = self.sides[index]
+        # Another comparison may train the same run. The run inherits this lock: if only this
+        # program was killed, the run still has it.
+        path = side.folder / f"output-{seed}.txt"
+        with open(path, "a+", errors="replace", opener=no_follow) as output:
+            while not self.is_stopped:
+                with contextlib.suppress(BlockingIOError):
+                    flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.2)
+            return twice(side.name, self.outcome, index, seed, output)
+
+    def outcome(self, index, seed, output):
+        """The Outcome of a run; output: the file for what it prints."""
+        if self.is_stopped:
+            raise RunError("stopped")
+        side = self.sides[index]
+        record = newest_record(side.folder, seed)
+        seconds = kept = math.nan
+        path = side.folder / f"seconds-{seed}.json"
+        if not record or record["iteration"] < self.steps(index):
+            output.truncate(0)
+            status, seconds = self.train(index, seed, output)
+            output.seek(0)
+            error = failure(side.name, status, output.read()) if status else None
+            if error and "is not finite" in str(error):
+                return Outcome(fault=DIVERGED)
+            if error:
+                raise error
+            # The time of a run that was resumed is not that of a whole run.
+            seconds = math.nan if record else seconds
+            path.write_text(json.dumps(seconds))
+            record = newest_record(side.folder, seed)
+        if not record:
+            raise SideError(f"{side.name} cannot run: it has saved nothing", side.name)
+        if record["tokens_sha256"] != side.texts:
+            raise UsageError(f"the text of {side.name} has changed since this comparison began")
+        if self.options.same:  # only the weights count
+            return Outcome(record["id"])
+        *scores, fault = self.judge(index, record)
+        steps = record["iteration"]
+        if steps != self.steps(index):
+            fault = f"it has taken {steps:,} steps, not {self.steps(index):,}"
+        with contextlib.suppress(OSError, ValueError):
+            kept = json.loads(path.read_text())
+            self.times[index].append(kept)
+        return Outcome(record["id"], *scores, fault, record["tokens_seen"], seconds, kept)
+
+    def describe(self):
+        """What a result says of what was compared, {name: value}."""
+        before, after = self.sides
+        options = self.options
+        limits = [self.first_seed, options.pairs, options.tokens, options.margin, options.gate]
+        return {
+            # Without the number of cores: the same edit on other shares is no other comparison.
+            "comparison": f"{before.folder.stem} {after.folder.stem}",
+            "baseline": self.baseline,
+            "asked": limits,
+            "date": time.strftime("%Y-%m-%d %H:%M"),
+            "before": before.name,
+            "after": after.name,
+            "commits": self.commits,
+            "flags": shlex.join(self.common),
+            "unit": self.unit,
+            "parameters": [before.parameters, after.parameters],
+            "steps": [self.steps(0), self.steps(1)],
+            "tokens": options.tokens,
+            "versions": [before.versions, after.versions],
+            "patch": self.patch,
+            "tuned": self.tuned,
+        }
+
+    def results(self):
+        """All results in the ledger."""
+        return ledger.read_results(self.ledger)
+
+    def steps(self, index):
+        """How many steps the runs of a side take."""
+        return int(self.sides[index].words[-1].partition("=")[2])
+
+    def train(self, index, seed, output):
+        """Trains a run or goes on with it; returns its exit status and time in seconds.
+
+        That is processor time of the whole process, which other programs do not prolong; on a GPU,
+        it is by the clock. Raises SideError if it takes far longer than runs of the other side,
+        RunError if the disk is full.
+        """
+        side = self.sides[index]
+        words = [*side.words, f"--seed={seed}", f"--save_dir={side.folder}"]
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, side.folder / "main.py", *words],
+            env=self.environment,
+            cwd=side.folder,  # where its code finds what it reads
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+        self.processes.add(process)
+        error = None
+        while True:
+            pid, status, usage = os.wait4(process.pid, 0 if error else os.WNOHANG)
+            if pid:
+                break
+            elapsed = time.monotonic() - began
+            if elapsed > GRACE + ENDLESS * max(self.times[1 - index], default=math.inf):
+                error = SideError(f"{side.name} cannot run: it does not end", side.name)
+            if shutil.disk_usage(side.folder).free < SAVED * side.parameters:
+                error = RunError(f"no space is left for {side.folder}: make some and type it again")
+            if error:
+                process.kill()
+            time.sleep(0.05)
+        self.processes.discard(process)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if error:
+            raise error
+        seconds = usage.ru_utime + usage.ru_stime
+        return process.returncode, time.monotonic() - began if self.on_gpu else seconds
+
+    def judge(self, index, record):
+        """The scores of a checkpoint on both texts, and what is wrong with them, see Outcome.
+
+        They are kept in a file beside it.
+        """
+        side = self.sides[index]
+        tokens = [text and text.tokens[index] for text in self.texts]
+        digest = hashlib.sha1(repr([record["id"], self.unit, self.spans]).encode())
+        digest.update(WORKER.read_bytes() + WORKER.with_name("judge.py").read_bytes())
+        for ids in tokens:
+            digest.update(b"" if ids is None else ids)
+        path = side.folder / f"judged-{digest.hexdigest()}.json"
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(path.read_text("utf-8"))
+        with Referee(side, record["path"], self.environment) as referee:
+            self.processes.add(referee.process)
+            scores, fault = referee.judge(tokens, self.spans, own_score(record, tokens[0]))
+            self.processes.discard(referee.process)
+        for i, text in enumerate(self.texts):
+            if self.unit == BITS and text:
+                scores[i] *= (len(tokens[i]) - 1) / math.log(2) / text.num_bytes
+        judged = [*scores, fault]
+        path.write_text(json.dumps(judged), "utf-8")
+        return judged
+
+
+def own_score(record, tokens):
+    """The number of tokens that a run has scored at its end, and their loss."""
+    *_, last = record["scores"] or [[record["iteration"], math.inf]]
+    if len(last) == 2:  # older commits did not record it
+        last = [*last, min(OWN_TOKENS, len(tokens) - 1)]
+    _, loss, count, *_ = last
+    return count, loss
+
+
+def words_of_run(flags, same):
+    """What a comparison adds to the flags of a side; the last word is the number of steps.
+
+    A run keeps one checkpoint, and is scored by the judge. With --same, it is short.
+    """
+    steps = SAME_STEPS if same else flags["num_iters"]
+    words = [
+        f"--steps_per_eval={steps}",
+        f"--steps_per_save={flags['steps_per_save'] or flags['steps_per_eval'] or steps}",
+        "--keep=1",
+        f"--eval_tokens={1 if same else OWN_TOKENS}",
+        "--sample_tokens=0",
+    ]
+    if same:  # the schedule is to show, not only its warm-up
+        words.append(f"--lr_warmup={min(5, flags['lr_warmup'])}")
+    return [*words, f"--num_iters={steps}"]
+
+
+def tuned(options, common):
+    """The Comparison of both sides, each with that value of --tune which suits it best.
+
+    All values are tried with the first seeds, the Comparison begins behind them. Raises UsageError,
+    RunError.
+    """
+    flag, _, listed = options.tune.partition("=")
+    values = listed.split(",")
+    losses = []  # of each value, [2]
+    for value in values:
+        comparison = Comparison(options, [*common, f"--{flag}={value}"])
+        seeds = range(comparison.first_seed, comparison.first_seed + TUNED)
+        with contextlib.closing(comparison.pairs(seeds)) as trained:
+            pairs = [pair for _, *pair in trained]
+        has_fault = np.any([[bool(each.fault) for each in pair] for pair in pairs], axis=0)
+        means = np.where(has_fault, math.inf, column(pairs, "score").mean(axis=1))
+        losses.append(means)
+        print(f"--{flag} {value}: before {means[0]:.4f}, after {means[1]:.4f}", flush=True)
+    chosen = [values[place] for place in np.argmin(losses, axis=0)]
+    options.seeds = comparison.first_seed + TUNED
+    comparison = Comparison(options, common, [[f"--{flag}={value}"] for value in chosen])
+    at_edge = bool({*chosen} & {values[0], values[-1]})
+    comparison.tuned = {"flag": flag, "values": chosen, "at_edge": at_edge}
+    return comparison
+
+
+def share_cores(jobs):
+    """The cores of each of so many runs, or of fewer runs if there are fewer cores.
+
+    The sets have the same size: how many cores a run has decides how its sums are rounded.
+    """
+    if not hasattr(os, "sched_getaffinity"):  # on macOS, each run has all cores
+        return [set()] * jobs
+    cores = sorted(os.sched_getaffinity(0))
+    allowed = len(cores)
+    with contextlib.suppress(OSError, ValueError):  # a container's share of them; "max" for all
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("utf-8").split()
+        allowed = max(1, int(quota) // int(period))
+    jobs = min(jobs, len(cores), allowed)
+    size = len(cores) // jobs
+    return [{*cores[i * size : (i + 1) * size]} for i in range(jobs)]
+
+
+def check_flags(before, after, same):
+    """Raises UsageError where two Sides cannot be compared."""
+    for name, reason in REFUSED.items():
+        if name in [*before.given, *after.given]:
+            raise UsageError(f"--{name} cannot be compared: {reason}")
+    if same and before.flags["num_iters"] != after.flags["num_iters"]:
+        raise UsageError(f"--same takes {SAME_STEPS} steps of both sides: give one --num_iters")
+    for side in (before, after):
+        for path in map(Path, side.flags.get("test_text") or []):
+            if {path, *path.parents} & {*map(Path, side.flags["text"] or [])}:
+                raise UsageError(f"--test_text {path} is also in --text, which the runs learn from")
+        for name, path in side.files.items():
+            learned = name.endswith(".metadata") and read_record(path)["tokens_sha256"]["train"]
+            if learned == side.texts["valid"]:
+                fault = "was trained on the validation text: name another, or another --valid_text"
+                raise UsageError(f"{side.name}: the model in {name.partition('/')[0]} {fault}")
+
+
+def read_record(path):
+    """The record of a checkpoint, in its .metadata. Raises OSError."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return json.loads(header["__metadata__"]["record"])
+
+
+def newest_record(folder, seed):
+    """The record of the checkpoint of a seed that was saved last, with its `path`, or None."""
+    records = []
+    for path in folder.glob("*/*.metadata"):
+        if path.parent.name in ("init_from", "teacher"):  # what the runs begin with
+            continue
+        # Runs of other seeds delete checkpoints of theirs.
+        with contextlib.suppress(FileNotFoundError):
+            record = read_record(path)
+            if record["flags"]["seed"] == seed and path.with_suffix(".safetensors").exists():
+                records.append(record | {"path": path})
+    return max(records, key=itemgetter("saved"), default=None)

@@ -1,0 +1,115 @@
+"""The words of a verdict, and of the numbers behind it."""
+
+from extras.versus.sequential import RACE
+
+POWER = 1.5  # times half an interval, whose spread is estimated: what four in five would show
+SLOWER = 1.05  # a ratio of times that a verdict says
+NOISE = 0.03  # half an interval of ratios of times, at most, for what follows from it
+
+VERDICTS = {
+    "helped": "Helped",
+    "hurt": "Hurt",
+    "partly": "Helped by no more than on test text: part of it is a leak",
+    "valid only": "Better on validation text only",
+    "equal": "Equal within {margin:g}",
+    "not worse": "Not worse by more than {margin:g}",
+    "none": "No difference seen",
+    "promising": "Promising, on seeds that were used before",
+    "not better": "Not better, on seeds that were used before",
+    "same": "No effect, proved: the same weights, for these flags and seeds",
+    "diverged": "Diverged: runs of {at_fault}",  # "before" or "after"
+    "cannot tell": "Cannot tell",
+}
+COUNTED = ("helped", "partly", "hurt", "valid only")  # those that chance may call, once in twenty
+
+
+def describe_numbers(result):
+    """Yields what was measured, a line each; nothing where there are no numbers."""
+    if "difference" not in result:
+        return
+    pairs = len(result["seeds"])
+    line = (
+        f"mean difference {result['difference']:+.4f} {result['unit']}, 95 % interval "
+        f"{result['low']:+.4f} to {result['high']:+.4f}; {result['agree']} of {pairs} pairs have "
+        "its sign"
+    )
+    if pairs > 3 and "correlation" in result:  # of two, it is 1 or -1
+        line += f"; correlation of the sides {result['correlation']:.2f}"
+    yield line
+    if result["is_race"] and result["outcome"] in COUNTED and pairs < max(RACE):
+        yield "It ended early: the estimate is likely too large."
+    if result["outlier"] is not None:
+        seed = result["seeds"][result["outlier"]]
+        yield f"Seed {seed} is an outlier: without it, differences scatter less than half as far."
+    if "test_difference" in result:
+        yield f"On test text, the mean difference is {result['test_difference']:+.4f}."
+    else:
+        yield "Not checked on text that the sides have not had: name some with --test_text."
+    if "time" not in result:
+        earlier = ""
+        if "kept_time" in result:
+            ratio = f"{result['kept_time']:.2f} times as long"
+            earlier = f' By those of earlier runs, "after" took {ratio}.'
+        yield f"No times: fewer than three pairs were trained anew.{earlier}"
+        return
+    time, low, high = result["time"], result["time_low"], result["time_high"]
+    times = f'"After" took {time:.3f} times as long ({low:.3f} to {high:.3f})'
+    steps = result["steps"]
+    if steps[0] != steps[1]:
+        yield f"{times}."
+    elif high - low > 2 * NOISE * time:
+        yield f"This holds at equal steps. {times}: too noisy to say more."
+    elif low <= 1 <= high:
+        yield f"This holds at equal steps and equal time: {times}."
+    else:
+        equal = f'for equal time, add --num_iters {steps[0] / time:.0f} to it'
+        yield f"This holds at equal steps. {times}: {equal}."
+
+
+def describe_verdict(result, margin):
+    """The verdict of a result in words."""
+    at_fault, outcome = result["at_fault"], result["outcome"]
+    verdict = VERDICTS[outcome].format(margin=margin, at_fault=at_fault)
+    if outcome == "same" and not result["seeds"]:
+        verdict = "The same code and flags on both sides: nothing is trained"
+    elif outcome == "cannot tell":
+        verdict += f": {result[at_fault]}: {result['fault']}"
+    elif outcome == "none":
+        pairs = len(result["seeds"])
+        shown = POWER * (result["high"] - result["low"]) / 2
+        verdict += f": {pairs} pairs show a difference of {shown:.2g} four times in five"
+    verdict = ", ".join([verdict, *conditions(result)])
+    if result["look"] > 1 and outcome in COUNTED:
+        verdict += f": look {result['look']}"
+    return f"{verdict}."
+
+
+def conditions(result):
+    """Yields under which conditions a verdict holds, apart from what is compared."""
+    if result["outcome"] == "helped" and "test_difference" not in result:
+        yield "on validation text (there was no test text)"
+    before, after = result["steps"]
+    if before != after and "difference" in result:
+        yield f"with {after / before:.3g} times the steps"
+    elif result.get("time_low", 0) > SLOWER:
+        yield f"in {result['time']:.2g} times the time"
+    for what in result["unlike"]:
+        yield f"with another {what}"
+    if result["tuned"]:
+        before, after = result["tuned"]["values"]
+        at_edge = " (at the edge of the list: give more)" if result["tuned"]["at_edge"] else ""
+        yield f"each at its best {result['tuned']['flag']}: {before} before, {after} after{at_edge}"
+
+
+def unlike(before, after, pairs):
+    """What the two Sides were given that is not alike, apart from what is compared: names."""
+    names = []
+    if before.tokenizer != after.tokenizer:
+        return names
+    if before.texts["train"] != after.texts["train"]:
+        names.append("training text")
+    for pair in pairs[:1]:
+        read = [each.read for each in pair if each.read]
+        if before.flags["num_iters"] == after.flags["num_iters"] and len({*read}) > 1:
+            names.append("number of tokens read")
+    return names
