@@ -190,7 +190,7 @@ def keep_or_drop(comparison):
     if margin is not None:
         kept.append("same")
     is_equal = len({*result["steps"]}) == 1 and not result["unlike"]
-    time = float(result.get("time", result.get("kept_time", 1)))
+    time = float(result.get("time", 1))
     is_kept = result["outcome"] in kept and is_equal and time <= options.max_time
     lines = ["Keep." if is_kept else "Drop."]
     if time > options.max_time:

@@ -134,7 +134,6 @@ class Comparison:
             raise RunError("stopped")
         side = self.sides[index]
         record = newest_record(side.folder, seed)
-        seconds = kept = math.nan
         path = side.folder / f"seconds-{seed}.json"
         if not record or record["iteration"] < self.steps(index):
             output.truncate(0)
@@ -146,8 +145,7 @@ class Comparison:
             if error:
                 raise error
             # The time of a run that was resumed is not that of a whole run.
-            seconds = math.nan if record else seconds
-            path.write_text(json.dumps(seconds))
+            path.write_text(json.dumps(math.nan if record else seconds))
             record = newest_record(side.folder, seed)
         if not record:
             raise SideError(f"{side.name} cannot run: it has saved nothing", side.name)
@@ -159,10 +157,11 @@ class Comparison:
         steps = record["iteration"]
         if steps != self.steps(index):
             fault = f"it has taken {steps:,} steps, not {self.steps(index):,}"
+        seconds = math.nan
         with contextlib.suppress(OSError, ValueError):
-            kept = json.loads(path.read_text())
-            self.times[index].append(kept)
-        return Outcome(record["id"], *scores, fault, record["tokens_seen"], seconds, kept)
+            seconds = json.loads(path.read_text())
+            self.times[index].append(seconds)
+        return Outcome(record["id"], *scores, fault, record["tokens_seen"], seconds)
 
     def describe(self):
         """What a result says of what was compared, {name: value}."""
@@ -263,11 +262,10 @@ class Comparison:
 
 def own_score(record, tokens):
     """The number of tokens that a run has scored at its end, and their loss."""
-    *_, last = record["scores"] or [[record["iteration"], math.inf]]
-    if len(last) == 2:  # older commits did not record it
-        last = [*last, min(OWN_TOKENS, len(tokens) - 1)]
-    _, loss, count, *_ = last
-    return count, loss
+    *_, last = record["scores"] or [[0, math.inf]]
+    _, loss, *count = last
+    # Older commits did not record it.
+    return count[0] if count else min(OWN_TOKENS, len(tokens) - 1), loss
 
 
 def words_of_run(flags, same):

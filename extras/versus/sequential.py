@@ -23,8 +23,7 @@ class Outcome(NamedTuple):
     test_score: float = math.nan  # of the test text, if there is one
     fault: str | None = None  # DIVERGED, or what is wrong with its score, see Referee
     read: int | None = None  # tokens
-    seconds: float = math.nan  # of the processor, for the whole process; nan if it was there before
-    kept_seconds: float = math.nan  # the same, also where it was there before
+    seconds: float = math.nan  # of the processor, for the whole process; nan if it was resumed
 
 
 @functools.cache
@@ -125,14 +124,11 @@ def measure(pairs, quantile=None):
         numbers["test_difference"] = test_difference
     if scores.std(axis=1).all():
         numbers["correlation"] = np.corrcoef(scores)[0, 1]
-    seconds = column(pairs, "seconds")
-    ratios = seconds[1] / seconds[0]
+    before, after = column(pairs, "seconds")
+    ratios = after / before
     ratios = ratios[np.isfinite(ratios)]
-    if len(ratios) > 2:
+    if len(ratios) > 1:
         numbers |= zip(("time", "time_low", "time_high"), interval(ratios))
-    kept = column(pairs, "kept_seconds")
-    if np.isfinite(kept).all():
-        numbers["kept_time"] = float(np.median(kept[1] / kept[0]))
     return numbers
 
 

@@ -46,11 +46,7 @@ def describe_numbers(result):
     else:
         yield "Not checked on text that the sides have not had: name some with --test_text."
     if "time" not in result:
-        earlier = ""
-        if "kept_time" in result:
-            ratio = f"{result['kept_time']:.2f} times as long"
-            earlier = f' By those of earlier runs, "after" took {ratio}.'
-        yield f"No times: fewer than three pairs were trained anew.{earlier}"
+        yield "No times: fewer than two pairs were trained without a stop."
         return
     time, low, high = result["time"], result["time_low"], result["time_high"]
     times = f'"After" took {time:.3f} times as long ({low:.3f} to {high:.3f})'

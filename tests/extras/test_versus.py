@@ -157,7 +157,7 @@ def test_comparison(project, figures):
     out, _ = compare(project, *compared)
     assert last_line(out)["scores_after"] == result["scores_after"]
     assert sorted(project.glob("runs/versus/*/text-*/*")) == files
-    assert "No times: " in out
+    assert '"After" took ' in out, "by the times that are kept"
 
 
 def test_sides_with_other_tokens(project):
@@ -398,7 +398,7 @@ class Drawn(runs.Comparison):
             found = self.difference(seed)
             if not isinstance(found, Outcome):
                 found = Outcome(f"after {seed}", 2 + found, 2 + found)
-            before = Outcome(f"before {seed}", 2.0, 2.0, read=100, seconds=1.0, kept_seconds=1.0)
+            before = Outcome(f"before {seed}", 2.0, 2.0, read=100, seconds=1.0)
             yield seed, before, found
 
 
@@ -425,7 +425,7 @@ def more_tokens(seed):
 def slower(seed):
     """A gain of a run that takes longer."""
     found = 2 + noisy(-0.05)(seed)
-    return Outcome(f"after {seed}", found, found, seconds=1.2, kept_seconds=1.2)
+    return Outcome(f"after {seed}", found, found, seconds=1.2)
 
 
 SAME = ending(2.0, "before {}")
@@ -576,7 +576,7 @@ def with_times(ratio, **fields):
 
     def outcome(seed):
         found = 2 + noisy(-0.05)(seed)
-        return Outcome(f"after {seed}", found, found, seconds=ratio, kept_seconds=ratio, **fields)
+        return Outcome(f"after {seed}", found, found, seconds=ratio, **fields)
 
     return outcome
 

@@ -1,10 +1,10 @@
 """What the rules of extras.versus do, by simulation: no run is trained.
 
-    python tests/nightly/rules.py                  20,000 comparisons a line, a few minutes
-    python tests/nightly/rules.py --tries 2000
+    python tests/nightly/rules.py                  20,000 comparisons and 4,000 nights, ten minutes
+    python tests/nightly/rules.py --tries 2000 --nights 40
 
-The differences of pairs are drawn from a normal distribution, and decided by the functions that
-extras.versus itself uses. First the race; then --gate, and a night in which a program tries a
+The differences of pairs are drawn from a distribution, and decided by the functions that
+extras.versus itself uses. First the race; then --gate, and nights in which a program tries a
 hundred edits one after the other, as most such edits are: 60 do nothing, 30 harm, 10 help.
 """
 
@@ -24,51 +24,72 @@ SPREAD = 0.008  # of the differences of pairs, in nats/token, as measured for th
 NIGHT = {0.0: 60, 0.01: 30, -0.005: 4, -0.01: 4, -0.02: 2}
 
 
-def decided(decide, effect, most, generator):
+# Differences of pairs, with a mean of 0 and a standard deviation of 1.
+DRAWN = {
+    "normal": lambda generator, count: generator.standard_normal(count),
+    "heavy-tailed": lambda generator, count: generator.standard_t(3, count) / 3**0.5,
+    "skewed": lambda generator, count: generator.exponential(1, count) - 1,  # few are much worse
+}
+
+
+def decided(decide, effect, most, draw):
     """The outcome of pairs whose differences have a mean of `effect` and a spread of 1.
 
-    Returns it with the number of pairs that it took.
+    draw: a function of their number. Returns it with the number of pairs that it took.
     """
     pairs = []
-    for i, difference in enumerate(generator.normal(effect, 1, most)):
+    for i, difference in enumerate(effect + draw(most)):
         pairs.append((Outcome(f"before {i}", 4.0), Outcome(f"after {i}", 4.0 + difference)))
         outcome = decide(pairs)
         if outcome:
             return outcome, len(pairs)
 
 
-def kept(effect, generator):
-    """Whether --keep keeps an edit of this effect, and how many runs that took."""
-    outcome, pairs = decided(partial(screen, 0), effect, SCREENED, generator)
+def kept(effect, draw):
+    """Whether --gate keeps an edit of this effect, and how many runs that took."""
+    outcome, pairs = decided(partial(screen, 0), effect, SCREENED, draw)
     runs = pairs  # the side before was trained for an earlier edit
     if outcome == "promising":
-        outcome, pairs = decided(partial(race, RACE, None), effect, max(RACE), generator)
+        outcome, pairs = decided(partial(race, RACE, None), effect, max(RACE), draw)
         runs += 2 * pairs
     return outcome == "helped", runs
 
 
-def main(tries, seed):
-    generator = np.random.default_rng(seed)
+def show_races(kind, draw, tries):
+    """Prints how often a race calls edits of some effects helpful or harmful."""
     for effect in (0, -0.5, -1, -2):
-        results = [decided(partial(race, RACE, None), effect, 12, generator) for _ in range(tries)]
+        results = [decided(partial(race, RACE, None), effect, 12, draw) for _ in range(tries)]
         outcomes = [outcome for outcome, _ in results]
         shares = [f"{name} {outcomes.count(name) / tries:.1%}" for name in ("helped", "hurt")]
         pairs = np.mean([pairs for _, pairs in results])
         shown = f"{', '.join(shares)}; {pairs:.1f} pairs"
-        print(f"race, effect {effect:+} spreads: {shown}", flush=True)
-    false = total = 0.0
+        print(f"{kind}: race, effect {effect:+} spreads: {shown}", flush=True)
+
+
+def show_nights(kind, draw, nights):
+    """Prints what --gate keeps in nights of a hundred edits."""
+    false = np.zeros(nights)  # useless or harmful edits that are kept, by night
+    total = 0
     for effect, count in NIGHT.items():
-        results = [kept(effect / SPREAD, generator) for _ in range(tries)]
-        share, runs = np.mean(results, axis=0)
-        false += count * share * (effect >= 0)
-        total += count * runs
-        print(f"--keep, effect {effect:+}: keeps {share:.2%}; {runs:.1f} runs", flush=True)
-    print(f"a night of 100 edits: {false:.2f} false ones kept, {total:.0f} runs")
+        results = [kept(effect / SPREAD, draw) for _ in range(nights * count)]
+        is_kept, runs = np.array(results).T
+        if effect >= 0:
+            false += is_kept.reshape(nights, count).sum(axis=1)
+        total += runs.sum() / nights
+        shown = f"keeps {is_kept.mean():.2%}; {runs.mean():.1f} runs"
+        print(f"{kind}: --gate, effect {effect:+}: {shown}", flush=True)
+    share = np.mean(false > 0)
+    shown = f"{false.mean():.2f} false ones kept, some in {share:.1%} of them; {total:.0f} runs each"
+    print(f"{kind}: {nights} nights: {shown}", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tries", type=int, default=20_000)
+    parser.add_argument("--nights", type=int, default=4_000)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    main(options.tries, options.seed)
+    for kind, draw in DRAWN.items():
+        draw = partial(draw, np.random.default_rng(options.seed))
+        show_races(kind, draw, options.tries)
+        show_nights(kind, draw, options.nights)
