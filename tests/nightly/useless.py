@@ -1,11 +1,14 @@
 """How often does extras.versus call a useless edit helpful or harmful? It should be one in twenty.
 
-    python tests/nightly/useless.py                  200 edits, an hour
-    python tests/nightly/useless.py --edits 20 --seed 7
+    python tests/nightly/useless.py                      200 edits, an hour
+    python tests/nightly/useless.py gate --edits 40      how many does --gate keep?
+    python tests/nightly/useless.py rate --edits 40      an edit that only doubles the rate
+    python tests/nightly/useless.py tuned --edits 40     the same, each side at its best rate
 
 A useless edit shuffles the columns of one matrix of a model's first weights: these are independent
-and identically distributed, so neither side is the better one. Each is compared, then tried with
---gate, on seeds of its own, fixed before. Prints a line an edit, then the counts.
+and identically distributed, so neither side is the better one. One that doubles the learning rate
+inside is useless only where each side has its best one. Each has seeds of its own, fixed before.
+Prints a line an edit, then the counts.
 """
 
 import argparse
@@ -19,11 +22,15 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from extras.versus.verdict import COUNTED
+
 MODEL = "--text text.txt --test_text test.txt --dim 16 --num_blocks 1 --num_heads 2 "
 MODEL += "--context_size 16 --batch_size 8 --num_iters 150 --learning_rate 3e-2 --lr_warmup 5 "
 MODEL += "--lr_schedule cosine"
 LAST_LINE = "    model.load_weights(weights)\n"  # of init_weights
-EDIT = """
+SHUFFLED = """
     drawn = [name for name, value in weights if value.ndim > 1 and value.any()]
     values = dict(weights)
     name = drawn[{place} % len(drawn)]
@@ -31,6 +38,16 @@ EDIT = """
     values[name] = values[name][:, mx.array(columns)]
     model.load_weights([*values.items()])
 """
+RATE = "    return flags.learning_rate *"
+DOUBLED = "    return 2 * flags.learning_rate *"
+
+# {way: (what is edited, what takes its place, options of extras.versus, more flags of main.py)}
+WAYS = {
+    "race": (LAST_LINE, SHUFFLED, [], []),
+    "gate": (LAST_LINE, SHUFFLED, ["--gate"], []),
+    "rate": (RATE, DOUBLED, [], ["--learning_rate", "5e-3"]),
+    "tuned": (RATE, DOUBLED, ["--tune", "learning_rate=1e-2,2e-2,4e-2"], []),
+}
 
 
 def copy_project(folder):
@@ -46,29 +63,24 @@ def copy_project(folder):
     (folder / "test.txt").write_text("".join(reversed(lines)))
 
 
-def compare(folder, place, first_seed):
-    """The results of an edit without and with --keep, and whether that keeps it.
-
-    place: a number that says which weights it shuffles.
-    """
+def compare(folder, way, place, first_seed):
+    """The result of an edit; place: a number that says which weights it shuffles."""
+    line, edit, options, flags = WAYS[way]
     source = (ROOT / "main.py").read_text()
-    assert source.count(LAST_LINE) == 1
-    (folder / "main.py").write_text(source.replace(LAST_LINE, EDIT.format(place=place)))
-    outcomes = []
-    for options in ([], ["--gate"]):
-        options = [*options, "--json", "--seeds", str(first_seed), "--", *MODEL.split()]
-        options += ["--save_dir", f"runs{place}"]
-        line = [sys.executable, "-m", "extras.versus", "HEAD", *options]
-        done = subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True)
-        if done.returncode not in (0, 1):
-            raise RuntimeError(done.stdout)
-        outcomes.append(json.loads(done.stdout.splitlines()[-1]))
-    shutil.rmtree(folder / f"runs{place}")
-    return *outcomes, done.returncode == 0
+    assert source.count(line) == 1
+    (folder / "main.py").write_text(source.replace(line, edit.format(place=place)))
+    save_dir = f"runs{place}"
+    options = [*options, "--json", "--seeds", str(first_seed), "--", *MODEL.split(), *flags]
+    command = [sys.executable, "-m", "extras.versus", "HEAD", *options, "--save_dir", save_dir]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(done.stdout)
+    shutil.rmtree(folder / save_dir)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def count_verdicts(edits, seed):
-    """Prints a line an edit; returns how many were said to have helped or hurt, and were kept."""
+def count_verdicts(way, edits, seed):
+    """Prints a line an edit, then how many were said to have helped or hurt, and were kept."""
     generator = np.random.default_rng(seed)
     seeds = 100 * generator.choice(10**6, edits, replace=False)
     places = generator.choice(10**6, edits, replace=False)
@@ -77,20 +89,22 @@ def count_verdicts(edits, seed):
         folder = Path(name)
         copy_project(folder)
         for number, (place, first_seed) in enumerate(zip(places.tolist(), seeds.tolist()), 1):
-            result, last, is_kept = compare(folder, place, first_seed)
-            num_called += result["outcome"] in ("helped", "hurt", "valid only")
-            num_kept += is_kept
-            interval = f"{result['low']:+.4f} to {result['high']:+.4f}"
-            outcome = f"{result['outcome']} after {len(result['seeds'])} pairs"
-            outcomes = f"{outcome}; --gate: {last['outcome']}"
-            print(f"{number:>4}  {result['difference']:+.4f}, {interval}  {outcomes}", flush=True)
-    return num_called, num_kept
+            result = compare(folder, way, place, first_seed)
+            num_called += result["outcome"] in COUNTED
+            num_kept += result.get("kept", False)
+            interval = ""
+            if "difference" in result:
+                interval = f"{result['difference']:+.4f}, {result['low']:+.4f} to "
+                interval += f"{result['high']:+.4f}  "
+            pairs = len(result["seeds"])
+            print(f"{number:>4}  {interval}{result['outcome']} after {pairs} pairs", flush=True)
+    print(f"{way}: of {edits} edits, {num_called} were called helpful or harmful, {num_kept} kept")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("way", choices=WAYS, nargs="?", default="race")
     parser.add_argument("--edits", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    called, kept = count_verdicts(options.edits, options.seed)
-    print(f"of {options.edits} useless edits, {called} were called helpful or harmful, {kept} kept")
+    count_verdicts(options.way, options.edits, options.seed)
