@@ -79,7 +79,7 @@ def show_nights(kind, draw, nights):
         shown = f"keeps {is_kept.mean():.2%}; {runs.mean():.1f} runs"
         print(f"{kind}: --gate, effect {effect:+}: {shown}", flush=True)
     share = np.mean(false > 0)
-    shown = f"{false.mean():.2f} false ones kept, some in {share:.1%} of them; {total:.0f} runs each"
+    shown = f"{false.mean():.2f} false ones kept, any in {share:.1%} of them; {total:.0f} runs each"
     print(f"{kind}: {nights} nights: {shown}", flush=True)
 
 
