@@ -172,7 +172,7 @@ def keep_or_drop(comparison):
     results = comparison.results()
     look, earlier = ledger.begin_look(comparison.describe(), results, options.again)
     if earlier and earlier.get("kept") is False:
-        print(f"Dropped before: {earlier['verdict']} --again tries new seeds.\nDrop.")
+        show(earlier, options, "It was dropped before: --again tries it on new seeds.", "Drop.")
         return 1
     print_start(comparison, f"2 or {SCREENED}, then {min(RACE)} to {max(RACE)}")
     seeds = range(first, first + SCREENED)
@@ -260,9 +260,14 @@ def find_fault(pairs):
 def finish(comparison, result, *lines):
     """Records and prints what was found."""
     ledger.record(comparison.ledger, result)
+    show(result, comparison.options, *lines)
+
+
+def show(result, options, *lines):
+    """Prints a result."""
     for line in [*describe_numbers(result), result["verdict"], *lines]:
         print(line)
-    if comparison.options.json:
+    if options.json:
         print(json.dumps(result))
 
 

@@ -23,6 +23,7 @@ HERE = Path(os.path.abspath(__file__)).parents[2]  # extras/ may be a link
 PAGES = (".md", ".rst", ".ipynb", ".svg", ".png", ".jpg", ".pdf")
 LARGE = 1 << 20  # bytes of a file that is linked instead of copied
 MOST = 20 << 20  # bytes of all that are copied
+LONGEST = 3600  # seconds until a side has encoded its texts and taken a step
 
 
 class Side(NamedTuple):
@@ -130,7 +131,11 @@ def make_side(typed, common, folder):
 def describe(name, folder, words):
     """What the code of a side says of itself, see worker.py. Raises UsageError, RunError."""
     command = [sys.executable, "-B", WORKER, folder, "describe", *words]
-    asked = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": LONGEST}
+    try:
+        asked = subprocess.run(command, **options)
+    except subprocess.TimeoutExpired:
+        raise SideError(f"{name} cannot run: its first step does not end", name) from None
     if asked.returncode:
         raise failure(name, asked.returncode, asked.stderr)
     return json.loads(asked.stdout)
