@@ -188,7 +188,7 @@ def keep_or_drop(comparison):
         return CANNOT_TELL
     kept = ["helped", "partly", "equal", "not worse"]
     if margin is not None:
-        kept.append("same")
+        kept += ["same", "alike"]
     is_equal = len({*result["steps"]}) == 1 and not result["unlike"]
     time = float(result.get("time", 1))
     is_kept = result["outcome"] in kept and is_equal and time <= options.max_time

@@ -36,7 +36,7 @@ def begin_look(described, results, again=False):
         return described | {name: earlier[name] for name in ("look", "fresh")}, earlier
     baseline = described["baseline"]
     others = [each for each in results if each["baseline"] == baseline]
-    counted = [each for each in others if each["outcome"] != "same"]
+    counted = [each for each in others if each["outcome"] not in ("same", "alike")]
     return described | {"look": 1 + len(counted), "fresh": None}, None
 
 

@@ -55,6 +55,11 @@ def changes(pairs, name="score"):
     return after - before
 
 
+def without_change(pairs):
+    """The outcome where no loss has changed: "same", or "alike" if weights have, as unused ones."""
+    return "same" if all(before.id == after.id for before, after in pairs) else "alike"
+
+
 def race(looks, margin, pairs):
     """The outcome of a race after these pairs, one of verdict.py's; None: more are needed.
 
@@ -65,8 +70,8 @@ def race(looks, margin, pairs):
     quantile = looks[len(pairs)]
     is_last = len(pairs) == max(looks)
     _, low, high, t = interval(changes(pairs), quantile)
-    if not changes(pairs).any() and all(before.id == after.id for before, after in pairs):
-        return "same"
+    if not changes(pairs).any():
+        return without_change(pairs)
     if t > quantile:
         return "hurt"
     if t < -quantile:
@@ -96,7 +101,7 @@ def screen(worst, pairs):
         return None
     mean, *_, t = interval(changes(pairs) - worst)
     if not changes(pairs).any():
-        return "same"
+        return without_change(pairs)
     if len(pairs) == 2:
         return None if mean < 0 else "not better"
     return "promising" if t < PROMISING else "not better"

@@ -17,6 +17,7 @@ VERDICTS = {
     "promising": "Promising, on seeds that were used before",
     "not better": "Not better, on seeds that were used before",
     "same": "No effect, proved: the same weights, for these flags and seeds",
+    "alike": "No effect seen: other weights, and the same losses",
     "diverged": "Diverged: runs of {at_fault}",  # "before" or "after"
     "cannot tell": "Cannot tell",
 }

@@ -596,6 +596,7 @@ VERDICTS = [
     (noisy(-0.004), ["--margin", 0.008], "Not worse by more than 0.008.", 12),
     (better_on_one_text, [], "Better on validation text only.", 4),
     (SAME, [], "No effect, proved: the same weights, for these flags and seeds.", 4),
+    (ending(2.0), [], "No effect seen: other weights, and the same losses.", 4),
     (ending(np.inf, fault=DIVERGED), [], "Diverged: runs of after.", 1),
     (ending(1.0, fault="it knows"), [], "Cannot tell: your files: it knows.", 1),
     (ending(1.9, "after"), [], "Cannot tell: your files: all seeds end in the same weights.", 2),
