@@ -82,7 +82,7 @@ def choose_spans(text, contexts, limit):
     return [(int(start), int(start) + width) for start in starts]
 
 
-class Referee:
+class Judge:
     """A checkpoint of a side, served by a process of the side's code; a context manager."""
 
     def __init__(self, side, metadata, environment):
@@ -131,7 +131,7 @@ class Referee:
         content = self.process.stdout.read(4 * math.prod(shape) * own_size)
         return np.frombuffer(content, np.float32).reshape(*shape, own_size)[:, :, :size]
 
-    def judge(self, texts, spans, own):
+    def examine_run(self, texts, spans, own):
         """The losses of the validation and the test text in nats/token, and their fault, or None.
 
         texts: tokens [N] of each; the loss of one that is None is nan. spans: of each, see

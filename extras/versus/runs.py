@@ -20,7 +20,7 @@ import numpy as np
 
 from datasets import RunError, UsageError, flock, no_follow
 from extras.versus import ledger
-from extras.versus.judge import BITS, DIVERGED, Referee, choose_spans, read_text
+from extras.versus.judge import BITS, DIVERGED, Judge, choose_spans, read_text
 from extras.versus.sequential import Outcome, column
 from extras.versus.sides import WORKER, SideError, failure, identify, install, make_side, patch
 from extras.versus.sides import short_id, twice
@@ -248,10 +248,10 @@ class Comparison:
         path = side.folder / f"judged-{digest.hexdigest()}.json"
         with contextlib.suppress(OSError, ValueError):
             return json.loads(path.read_text("utf-8"))
-        with Referee(side, record["path"], self.environment) as referee:
-            self.processes.add(referee.process)
-            scores, fault = referee.judge(tokens, self.spans, own_score(record, tokens[0]))
-            self.processes.discard(referee.process)
+        with Judge(side, record["path"], self.environment) as judge:
+            self.processes.add(judge.process)
+            scores, fault = judge.examine_run(tokens, self.spans, own_score(record, tokens[0]))
+            self.processes.discard(judge.process)
         for i, text in enumerate(self.texts):
             if self.unit == BITS and text:
                 scores[i] *= (len(tokens[i]) - 1) / math.log(2) / text.num_bytes

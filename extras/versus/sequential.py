@@ -10,7 +10,7 @@ import numpy as np
 # rule, 5 % of all useless edits are called helpful or harmful, at whatever look, if the differences
 # are normal.
 RACE = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
-FUTILE = 0.7  # from six pairs on, a race ends where |t| is below it
+FUTILITY_BOUND = 0.7  # from six pairs on, a race ends where |t| is below it
 SCREENED = 6  # pairs of --gate on used seeds
 PROMISING = -1.8  # the t that they have to reach; see tests/nightly/rules.py
 
@@ -21,14 +21,14 @@ class Outcome(NamedTuple):
     id: str | None = None  # of its last checkpoint; None if it has none
     score: float = math.nan  # of the validation text
     test_score: float = math.nan  # of the test text, if there is one
-    fault: str | None = None  # DIVERGED, or what is wrong with its score, see Referee
+    fault: str | None = None  # DIVERGED, or what is wrong with its score, see Judge
     read: int | None = None  # tokens
     seconds: float = math.nan  # of the processor, for the whole process; nan if it was resumed
 
 
 @functools.cache
 def t_quantile(pairs):
-    """What Student's t of so many differences stays below, to both sides of zero, in 95 %."""
+    """The two-sided 95 % quantile of Student's t for this many pairs."""
     # By t = sqrt(pairs - 1) * tan(angle), its density becomes a power of the cosine.
     angles = np.linspace(0, np.pi / 2, 10**6)
     below = np.cumsum(np.cos(angles) ** (pairs - 2))
@@ -87,7 +87,7 @@ def race(looks, margin, pairs):
             return "equal"
         if is_last and high < margin:
             return "not worse"
-    elif len(pairs) >= 6 and abs(t) < FUTILE:
+    elif len(pairs) >= 6 and abs(t) < FUTILITY_BOUND:
         return "none"
     return "none" if is_last else None
 

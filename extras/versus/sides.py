@@ -259,7 +259,7 @@ def count_words(side):
 
 
 def patch(before, after):
-    """What tells the files of two Sides apart, as text that `patch` reads."""
+    """A unified diff of the files of both Sides."""
     lines = []
     for name in sorted({*before.sources, *after.sources}):
         texts = []

@@ -2,7 +2,7 @@
 
 from extras.versus.sequential import RACE
 
-POWER = 1.5  # times half an interval, whose spread is estimated: what four in five would show
+DETECTABLE = 1.5  # times half an interval, whose spread is estimated: what four in five would show
 SLOWER = 1.05  # a ratio of times that a verdict says
 NOISE = 0.03  # half an interval of ratios of times, at most, for what follows from it
 
@@ -73,7 +73,7 @@ def describe_verdict(result, margin):
         verdict += f": {result[at_fault]}: {result['fault']}"
     elif outcome == "none":
         pairs = len(result["seeds"])
-        shown = POWER * (result["high"] - result["low"]) / 2
+        shown = DETECTABLE * (result["high"] - result["low"]) / 2
         verdict += f": {pairs} pairs show a difference of {shown:.2g} four times in five"
     verdict = ", ".join([verdict, *conditions(result)])
     if result["look"] > 1 and outcome in COUNTED:

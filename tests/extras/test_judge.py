@@ -16,7 +16,7 @@ WIDTH = 100
 
 
 def side_of(checkpoint, folder=ROOT):
-    """What Referee reads of a Side, for a run of the main.py in a folder."""
+    """What Judge reads of a Side, for a run of the main.py in a folder."""
     config = checkpoint.config
     shape = {"vocab_size": config.vocab_size, "context_size": config.context_size}
     return Namespace(name="mine", folder=folder, flags={"gpu": False}, **shape)
@@ -44,7 +44,7 @@ def test_scores_are_those_of_main(base, text, kind):
     contents = checkpoint.open()
     tokenizer = contents.tokenizer
     tokens = load_dataset("text", folder, [text], tokenizer=tokenizer).valid.tokens
-    with judge.Referee(side_of(checkpoint), checkpoint.metadata_path, None) as referee:
+    with judge.Judge(side_of(checkpoint), checkpoint.metadata_path, None) as referee:
         whole = referee.score(tokens)
         assert whole == pytest.approx(checkpoint.score.nats, abs=1e-5)
         own = (len(tokens) - 1, checkpoint.score.nats)
@@ -73,9 +73,9 @@ def test_layers_with_two_modes(text, tmp_path):
     checkpoint = newest(tmp_path)
     tokens = load_dataset("text", tmp_path, [text]).valid.tokens
     side = side_of(checkpoint, program.parent)
-    with judge.Referee(side, checkpoint.metadata_path, None) as referee:
+    with judge.Judge(side, checkpoint.metadata_path, None) as referee:
         own = (checkpoint.score.tokens, checkpoint.score.nats)
-        scores, fault = referee.judge([tokens, None], [None, None], own)
+        scores, fault = referee.examine_run([tokens, None], [None, None], own)
     assert 0 < scores[0] < 7
     assert fault is None
 
@@ -149,7 +149,7 @@ def reading_row(shift):
     return model
 
 
-class FakeReferee(judge.Referee):
+class FakeJudge(judge.Judge):
     """Its side is a function of rows of tokens."""
 
     def __init__(self, model):
@@ -205,15 +205,15 @@ def test_what_a_model_must_not_know(model, fault):
     """Each position is tried, also where there are fewer windows than positions."""
     tokens = np.random.default_rng(1).integers(0, V - 1, 40 * WIDTH)
     for honest in (causal, hiding(causal, -1e9)):
-        assert FakeReferee(honest).examine(tokens)[1] is None
-    assert fault in FakeReferee(model).examine(tokens)[1]
+        assert FakeJudge(honest).examine(tokens)[1] is None
+    assert fault in FakeJudge(model).examine(tokens)[1]
 
 
 def test_of_a_long_context_places_all_over_it_are_tried():
     """Where there are few windows, and one."""
     tokens = np.random.default_rng(1).integers(0, V - 1, 5 * WIDTH)
-    assert "the future" in FakeReferee(peeking_at(0, WIDTH - 8)).examine(tokens)[1]
-    assert "the future" in FakeReferee(peeking_at(0, WIDTH - 30)).examine(tokens[:WIDTH])[1]
+    assert "the future" in FakeJudge(peeking_at(0, WIDTH - 8)).examine(tokens)[1]
+    assert "the future" in FakeJudge(peeking_at(0, WIDTH - 30)).examine(tokens[:WIDTH])[1]
 
 
 @pytest.mark.parametrize("table, is_diverged", [
@@ -223,8 +223,8 @@ def test_of_a_long_context_places_all_over_it_are_tried():
 ])  # fmt: skip
 def test_a_loss_far_above_that_of_an_untrained_model(table, is_diverged):
     tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
-    referee = FakeReferee(lambda rows: table[rows])
-    scores, fault = referee.judge([tokens, None], [None, None], referee.own(tokens))
+    referee = FakeJudge(lambda rows: table[rows])
+    scores, fault = referee.examine_run([tokens, None], [None, None], referee.own(tokens))
     assert (fault == judge.DIVERGED) == is_diverged
     assert math.isnan(scores[1]), "there is no test text"
 
@@ -232,25 +232,25 @@ def test_a_loss_far_above_that_of_an_untrained_model(table, is_diverged):
 def test_a_test_text_with_what_is_never_predicted():
     """An infinite loss there is not passed over."""
     tokens = np.random.default_rng(1).integers(0, V - 1, 30 * WIDTH)
-    referee = FakeReferee(hiding(causal, -np.inf))
+    referee = FakeJudge(hiding(causal, -np.inf))
     own = referee.own(tokens)
-    assert referee.judge([tokens, tokens], [None, None], own)[1] is None
-    scores, fault = referee.judge([tokens, np.append(tokens, V - 1)], [None, None], own)
+    assert referee.examine_run([tokens, tokens], [None, None], own)[1] is None
+    scores, fault = referee.examine_run([tokens, np.append(tokens, V - 1)], [None, None], own)
     assert math.isfinite(scores[0]) and math.isinf(scores[1])
     assert fault == judge.DIVERGED
 
 
 def test_a_score_that_the_side_finds_otherwise():
     tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
-    referee = FakeReferee(causal)
+    referee = FakeJudge(causal)
     count, loss = referee.own(tokens)
-    _, fault = referee.judge([tokens, None], [None, None], (count, 0.999 * loss))
+    _, fault = referee.examine_run([tokens, None], [None, None], (count, 0.999 * loss))
     assert "it is scored otherwise than it was trained: its own run says 3." in fault
 
 
 def test_a_side_that_fails_is_named(base):
     folder, _ = base
     checkpoint = newest(folder)
-    with judge.Referee(side_of(checkpoint), folder / "none.metadata", None) as referee:
+    with judge.Judge(side_of(checkpoint), folder / "none.metadata", None) as referee:
         with pytest.raises(RunError, match="mine cannot run: .*none.metadata"):
             referee.score(np.arange(10))
