@@ -2185,7 +2185,7 @@ def use_device(gpu):
         # mlx-cpu and mlx-cuda-13 have a library of the same name: the one installed last is used.
         needed = "pip uninstall mlx-cpu; pip install --force-reinstall 'mlx[cuda13]', for NVIDIA's"
         if sys.platform == "darwin":
-            needed = "in a Python for arm64, on Apple silicon with macOS 14"
+            needed = "in a Python for arm64, on Apple silicon with macOS 14 or newer"
         raise UsageError(f"--gpu: MLX sees no GPU; leave it out, or install MLX for it: {needed}")
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
     # MLX loads what it has compiled from the folder for temporary files, where another user could
@@ -3749,6 +3749,9 @@ MLX_ERRORS = {
     ),
     "xcrun|xcode-select": (
         "MLX cannot compile for the CPU of this Mac: xcode-select --install, or add --gpu"
+    ),
+    r"Resource limit \(\d+\)": (
+        "more arrays than the GPU can hold: give fewer --num_blocks or a smaller --grad_accumulation"
     ),
     "Failed to load compiled .* kernel|There is no kernel named": (
         "a GPU kernel that MLX has kept is damaged: delete the folder code-* in "
