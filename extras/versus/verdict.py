@@ -83,10 +83,12 @@ def describe_verdict(result, margin):
 
 def conditions(result):
     """Yields under which conditions a verdict holds, apart from what is compared."""
+    if "difference" not in result:
+        return
     if result["outcome"] == "helped" and "test_difference" not in result:
         yield "on validation text (there was no test text)"
     before, after = result["steps"]
-    if before != after and "difference" in result:
+    if before != after:
         yield f"with {after / before:.3g} times the steps"
     elif result.get("time_low", 0) > SLOWER:
         yield f"in {result['time']:.2g} times the time"

@@ -42,7 +42,7 @@ SIDE = Namespace(**getattr(main, "names_for_judge", lambda: vars(main))())
 
 def describe(words):
     """Prepares the text, and answers with a side's fields, see Side in sides.py."""
-    flags = SIDE.settle(SIDE.read_command_line(words))
+    flags = SIDE.settle(SIDE.read_command_line([*map(of_folder, words)]))
     SIDE.use_device(flags.gpu)
     models, flags, dataset = SIDE.begin(flags)
     run = SIDE.make_run(flags.save_dir, flags, None, models, dataset, SIDE.SingleProcess())
@@ -89,6 +89,13 @@ def describe(words):
             "tokenizer": dataset.tokenizer.to_dict(),
         }
     )
+
+
+def of_folder(word):
+    """A word of a command line, with the side's own file if it names one for --config."""
+    flag, equals, path = word.rpartition("=")
+    is_own = path.endswith((".yaml", ".yml")) and (FOLDER / path).is_file()
+    return f"{flag}{equals}{FOLDER / path}" if is_own else word
 
 
 def without_seed(run, flags, dataset):

@@ -233,6 +233,7 @@ def test_a_side_is_all_its_files(project):
     reads = "    return float(Path('factor.txt').read_text()) * flags.learning_rate *"
     edit(project, "    return flags.learning_rate *", reads)
     (project / "factor.txt").write_text("1.0")
+    (project / "mine.yaml").write_text("untie: false")
     for command in (["add", "."], ["commit", "-qm", "b"]):
         subprocess.run([*GIT, *command], cwd=project, check=True)
     (project / "factor.txt").write_text("0.1")
@@ -246,6 +247,9 @@ def test_a_side_is_all_its_files(project):
     [folder] = project.glob(f"runs/versus/{side}.*")
     assert (folder / "large.bin").samefile(project / "large.bin")
     assert not (folder / "text.txt").exists()
+    (project / "mine.yaml").write_text("untie: true")
+    out, _ = compare(project, "HEAD", "--pairs", 2, "--", "--config", "mine.yaml")
+    assert "\nThe models differ in size: " in out, "each has its own recipe"
 
 
 @pytest.mark.parametrize("edits, what", [
