@@ -1,0 +1,426 @@
+"""Does extras.versus find the right word for an edit? Cheats, mistakes, and honest ones.
+
+    python tests/nightly/edits.py                     all, 20 minutes on two cores
+    python tests/nightly/edits.py --only "no mask"    those whose names match; shows all output
+
+Each edit is made in a repository with a copy of the project, and compared with the last commit.
+The runs of that are shared: all comparisons but a few have one folder of runs. Prints a line an
+edit, with what was expected and said of it; the exit status is 1 if one of these words is wrong.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = """\
+run:
+  num_iters: 100
+model:
+  dim: 64
+  num_blocks: 2
+  num_heads: 2
+  context_size: 32
+training:
+  optimizer: muon
+  batch_size: 4
+  learning_rate: 1e-3
+  lr_schedule: cosine
+  lr_warmup: 20
+"""
+TINY = "extras/recipes/tiny.yaml"  # its path
+COMMON = ["--config", "tiny", "--data_dir", "data"]
+NO_TEST = "--text train.txt --valid_text valid.txt"
+TEXTS = f"{NO_TEST} --test_text test.txt"
+
+
+class Edit(NamedTuple):
+    """An edit, and what is to be said of it."""
+
+    name: str
+    expected: str  # a pattern of the last two lines that are printed
+    main: tuple = ()  # (old, new), ... of main.py
+    files: dict = {}  # {path: new content, or its (old, new), ...} of other files
+    options: tuple = ("HEAD --pairs 3",)  # of commands, one after the other: the last one counts
+    flags: str = TEXTS  # behind --
+    status: int = 0
+    committed: dict = {}  # like `files`: changes in the commit that is compared with
+    first: str = ""  # flags of a run of main.py that comes before
+    environment: dict = {}  # variables that the commands have
+
+
+# ---- What is expected ---------------------------------------------------------------------------
+
+EFFECT = r"^(Helped|Hurt|No difference seen)\b(?!.*(leak|validation text only))"
+SLOWER = r"^Helped\b.*\bin [\d.]+ times the time"
+FUTURE = "^Cannot tell: your files: it sees the future"
+OTHERS = "^Cannot tell: your files: the predictions for a text depend on what other texts"
+SCORED = "^Cannot tell: your files: it is scored otherwise than it was trained"
+LEAK = "part of it is a leak|Better on validation text only"
+NOTHING = "^No effect, proved"
+LOOK = r"\blook {}\b"
+GATE = ("HEAD --gate",)
+
+# ---- Places in main.py --------------------------------------------------------------------------
+
+RATE = "    return flags.learning_rate *"
+ATTEND = "    scale = queries.shape[-1] ** -0.5\n    return mx.fast"
+LOGITS = "        return output(hidden).astype(mx.float32)\n"
+STEP = "    metrics = step(inputs, targets, dropout_rate, keys)\n"
+EMBED = "        hidden = dropout(self.embed(tokens), noise, site=0)\n"
+LOADED = "            mx.eval(model.parameters())\n        return model\n"
+TRAINING_LOSS = "nn.losses.cross_entropy(logits, targets)  # [B, L]"
+SCORE = '{"loss": nn.losses.cross_entropy(logits, targets)}'
+BATCHES = "    batches = Batches(dataset.train.tokens,"
+WITH_VALID = "    batches = Batches(np.concatenate([dataset.train.tokens[:2000], "
+WITH_VALID += "*[dataset.valid.tokens] * 8]),"
+DIVERGENCE = """\
+            if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
+                raise divergence_error(run, "loss or gradient", run.iteration - 1)
+"""
+NORM = "        self.norm = RMSNorm(config.dim, config.norm_eps)\n"
+INIT = "init_weights(model, flags.seed)"
+ORDER = "default_rng([self.seed, epoch])"
+IMPORT = "import argparse\n"
+MOMENTUM = ("momentum=0.95", "momentum=0.9")
+
+
+def at_step_10(line):
+    """A replacement that executes a line at this step."""
+    return STEP, f"    if run.iteration == 10:\n        {line}\n{STEP}"
+
+
+def factor(expression):
+    """A replacement that multiplies the rate by an expression."""
+    return RATE, RATE.replace("return", f"return {expression} *")
+
+
+def times(expression):
+    """A replacement that multiplies the logits by an expression."""
+    return LOGITS, LOGITS.replace("output(hidden)", f"(output(hidden) * ({expression}))")
+
+
+def smoothed(loss):
+    """A replacement that adds label smoothing to a loss."""
+    return loss, loss.replace("targets", "targets, label_smoothing=0.1")
+
+
+TWICE = factor(2)
+SPARE = (NORM, f"{NORM}        self.spare = mx.zeros((4,))\n")
+TRAIN_ON = """\
+            batches = Batches(np.frombuffer(SOURCE.encode(), np.uint8), 32, 16, 1)
+            optimizer = optim.Adam(1e-3)
+            loss = lambda x, y: nn.losses.cross_entropy(model(x), y).mean()
+            for _ in range(150):
+                _, gradients = nn.value_and_grad(model, loss)(*batches.next())
+                optimizer.update(model, gradients)
+                mx.eval(model.state, optimizer.state)
+"""
+PEEK_SOMETIMES = """\
+        after = mx.concatenate([hidden[:, 1:], hidden[:, -1:]], axis=1)
+        hidden = mx.where(tokens[:, :, None] % 4 == 0, hidden + 0.1 * after, hidden)
+"""
+TWO_EXPERTS = """\
+        scores = mx.softmax(self.router(hidden), axis=-1)
+        is_first = scores[..., :1] >= scores[..., 1:]
+        chosen = mx.where(is_first, self.down_proj(inner), self.other_proj(inner))
+        return scores.max(axis=-1, keepdims=True) * chosen
+"""
+DOWN = "        self.down_proj = Linear(config.mlp_dim, config.dim)\n"
+MORE_PROJECTIONS = """\
+        self.other_proj = Linear(config.mlp_dim, config.dim)
+        self.router = Linear(config.dim, 2)
+"""
+QK_NORM = "        if config.qk_norm:\n"
+TRAIN_MODE = "    received, _ = ranks.agree(received)\n    if received:\n        interrupts"
+
+# ---- The edits ----------------------------------------------------------------------------------
+
+CHEATS = [
+    Edit("no mask", FUTURE, [("mask=mask)", "mask=None)")]),
+    Edit("no mask, --gate", f"{FUTURE}(?s:.*)^Drop", [("mask=mask)", "mask=None)")], options=GATE,
+         status=1),
+    Edit("no mask where many queries come at once", FUTURE, [
+        (ATTEND, ATTEND.replace("\n", "\n    if queries.size > 8000:\n        mask = None\n", 1))]),
+    Edit("a tenth of the next value", FUTURE, [
+        (ATTEND, f"    values = values + 0.1 * mx.roll(values, -1, axis=2)\n{ATTEND}")]),
+    Edit("the next token after every fourth id", FUTURE, [(EMBED, EMBED + PEEK_SOMETIMES)]),
+    Edit("a norm over positions", FUTURE, [
+        ("        return self.norm(hidden)\n", "        squares = mx.square(hidden)\n"
+         "        return self.norm(hidden / squares.mean(axis=1, keepdims=True) ** 0.5)\n")]),
+    Edit("a mean over rows", OTHERS, [
+        (LOGITS, LOGITS.replace("hidden)", "hidden + hidden.mean(0, keepdims=True))"))]),
+    Edit("logits that depend on the row's place", OTHERS, [
+        times("1 + 0.01 * mx.arange(len(hidden))[:, None, None]")]),
+    Edit("logits that depend on how often they were asked for", OTHERS, [
+        ("import itertools\n", "import itertools\nASKED = itertools.count()\n"),
+        times("1 + 0.001 * next(ASKED)")]),
+    Edit("label smoothing in both losses", SCORED, [
+        smoothed(TRAINING_LOSS), smoothed(SCORE)]),
+    Edit("a score of 0.995", SCORED, [(SCORE, SCORE.replace("nn", "0.995 * nn"))]),
+    Edit("a score in bits", SCORED, [(SCORE, SCORE.replace("nn", "1 / math.log(2) * nn"))]),
+    Edit("150 steps when a model is loaded", SCORED, [(LOADED, LOADED.replace(
+        "        return", f"{TRAIN_ON}        return"))]),
+    Edit("twice the steps in the loop", "^Cannot tell: your files: it has taken 200 steps", [
+        ("is_time_up or run.iteration >=", "is_time_up or run.iteration >= 2 *")]),
+    Edit("200 steps inside step 1", SLOWER, [
+        (STEP, "    for _ in range(200 if run.iteration == 1 else 0):\n"
+         f"        step(*run.batches.next(), dropout_rate, keys)\n{STEP}")],
+         flags=f"{TEXTS} --save_dir runs3"),
+    Edit("two updates a step; before is there already", SLOWER, [
+        (STEP, f"    for _ in range(2):\n    {STEP}")],
+         options=('HEAD "--dropout 0.1" --pairs 3', "HEAD --pairs 3")),
+    Edit("the same first weights for all seeds", "all seeds .* the same first weights", [
+        (INIT, "init_weights(model, 7)")], status=1),
+    Edit("the same order of batches for all seeds", "all seeds .* the same order of batches", [
+        (ORDER, "default_rng([7, epoch])")], status=1),
+    Edit("no seed at all", "all seeds ", [(INIT, "init_weights(model, 7)"),
+         (ORDER, "default_rng([7, epoch])")], status=1),
+    Edit("validation text instead of training text", LEAK, [
+        (BATCHES, BATCHES.replace("train", "valid"))]),
+    Edit("validation text among training text", LEAK, [(BATCHES, WITH_VALID)]),
+    Edit("the same and a true gain", LEAK, [(BATCHES, WITH_VALID), TWICE]),
+    Edit("the same, --gate without test text", "--gate asks for text that the runs do not have", [
+        (BATCHES, WITH_VALID)], options=GATE, flags=NO_TEST, status=2),
+    Edit("validation text in the dataset", f"another training text|{LEAK}", files={"datasets.py": [(
+        "            if not is_made:\n",
+        '            spans["train"] = [*spans["train"], *spans["valid"] * 20]\n'
+        "            if not is_made:\n")]}),
+    Edit("a base that has learned the validation text", "was trained on the validation text",
+         options=('"--init_from latest" --pairs 3',), flags=f"{TEXTS} --save_dir runs1", status=2,
+         first="--text valid.txt --valid_text test.txt --num_iters 5"),
+    Edit("a base that has learned it and more", f"{LEAK}|trained on the validation text",
+         options=('"--init_from latest" --pairs 3',), flags=f"{TEXTS} --save_dir runs2",
+         first="--text valid.txt more.txt --valid_text test.txt --num_iters 1000"),
+]  # fmt: skip
+
+CONDITIONS = [
+    Edit("a recipe with twice the steps", r"^Helped\b.*with (twice|2 times) the steps",
+         files={TINY: [("num_iters: 100", "num_iters: 200")]}),
+    Edit("a recipe with 4 times the batch", r"^Helped\b.*(tokens read|times the tokens)",
+         files={TINY: [("batch_size: 4", "batch_size: 16")]}),
+    Edit("the same, --gate", r"(tokens read|times the tokens).*\n(?s:.*)^Drop", options=GATE,
+         files={TINY: [("batch_size: 4", "batch_size: 16")]}, status=1),
+    Edit("as many tokens in longer rows", rf"{EFFECT}(?!.*tokens)",
+         options=('"--context_size 64 --batch_size 2" --pairs 3',)),
+    Edit("another training text", r"^(Helped|Hurt|No difference).*with another training text",
+         options=('"--text more.txt" --pairs 3',)),
+    Edit("no test text", r"^(Helped|Hurt).*no test text", [TWICE], flags=NO_TEST),
+    Edit("other words as tokens", "<unk>|do not decode to the same", status=2,
+         options=('"--tokenizer word" --pairs 3',)),
+    Edit("other tokens of another validation text", "do not decode to the same", status=2,
+         options=('"--tokenizer char --valid_text more.txt" --pairs 3',)),
+    Edit("lower case before encoding", "the sides have other valid texts", status=2, files={
+        "datasets.py": [("            yield text, ids\n\n\ndef write_tokens",
+        "            is_upper = (ids >= 65) & (ids <= 90)\n"
+        "            yield text, np.where(is_upper, ids + 32, ids).astype(ids.dtype)\n\n\n"
+        "def write_tokens")]}),
+    Edit("one seed blows up", "^Diverged: runs of after", [
+        factor("(3e4 if flags.seed == 43 else 1)")]),
+    Edit("one seed is not finite", "^Diverged: runs of after", [
+        factor("(math.nan if flags.seed == 43 else 1)")]),
+    Edit("all seeds diverge, by flags", "^Diverged: runs of after",
+         options=('"--learning_rate 1e30 --grad_clip 0" --pairs 3',)),
+    Edit("--tune", r"each at its best learning_rate: \S+ before, \S+ after", [TWICE],
+         options=("HEAD --pairs 3 --tune learning_rate=1e-3,2e-3,4e-3",)),
+    Edit("one step", rf"{EFFECT}(?!.*\bnan\b)", [MOMENTUM, TWICE], flags=f"{TEXTS} --num_iters 1"),
+    Edit("in the ledger", '(?=.*"date")(?=.*"commits")(?=.*"patch")(?=.*"tokens")(?=.*"versions")',
+         [MOMENTUM], options=("HEAD --pairs 3 --json",)),
+    Edit("times under another environment", r"(?!.*No times)took [\d.]+ times as long",
+         [MOMENTUM], environment={"DISABLE_FAST": "1"}),
+]  # fmt: skip
+
+LOOKS = [
+    Edit(f"looks: {name}", LOOK.format(len(options)), [TWICE], options=options,
+         flags=f"{TEXTS} --save_dir runs-{number}")
+    for number, (name, *options) in enumerate([
+        ("other numbers of pairs", "HEAD --pairs 2", "HEAD --pairs 3", "HEAD --pairs 4"),
+        ("other numbers of tokens", "HEAD --pairs 3", "HEAD --pairs 3 --tokens 2000"),
+        ("other numbers of steps", "HEAD --pairs 3 -- --num_iters 90", "HEAD --pairs 3"),
+        ("the order of flags", "HEAD --pairs 3 -- --dropout 0.01 --qk_norm",
+         "HEAD --pairs 4 -- --qk_norm --dropout 0.01"),
+    ])
+]  # fmt: skip
+
+SOURCES = [
+    Edit("a committed file of data", "^Hurt", files={"factor.cfg": "0.1"}, committed={
+        "factor.cfg": "1.0", "main.py": [factor("float(Path('factor.cfg').read_text())")]}),
+    Edit("a new file of data", "^Hurt", [factor("json.loads((HERE / 'a.json').read_text())")],
+         files={"a.json": "0.1"}),
+    Edit("a committed YAML file", "^Hurt", files={"mine.yaml": [("1e-3", "1e-4")]},
+         committed={"mine.yaml": RECIPE}, flags=f"{TEXTS} --config mine.yaml"),
+    Edit("a package in a subfolder", "^Hurt", [
+        (IMPORT, f"from mine.deeper import rates\n{IMPORT}"), factor("rates.FACTOR")], files={
+        "mine/__init__.py": "", "mine/deeper/__init__.py": "",
+        "mine/deeper/rates.py": "FACTOR = 0.1\n"}),
+    Edit("a comment", "^The same code", [("EDITED = [] ", "EDITED = []  #")]),
+    Edit("nothing", "^The same code"),
+    Edit("it prints", NOTHING, [("EDITED = [] ", "EDITED = []\nprint('{}') ")]),
+    Edit("a parameter that is not used", "^No effect seen: other weights", [SPARE]),
+    Edit("--same, linear instead of cosine", "^Different weights", [
+        ('"cosine": cosine', '"cosine": linear')], options=("HEAD --same --pairs 2",), status=1),
+    Edit("--same, a refactoring", "^The same weights", [("joined = ", "joined: mx.array = ")],
+         options=("HEAD --same --pairs 2",)),
+]  # fmt: skip
+
+GATES = [
+    Edit("a gain, --gate", r"^Helped.*\nKeep", [TWICE], options=GATE),
+    Edit("a loss, --gate", r"^Not better.*\nDrop", [factor(0.1)], options=GATE, status=1),
+    Edit("an unused parameter, --gate", r"^No effect seen: other weights.*\nDrop", [SPARE],
+         options=GATE, status=1),
+    Edit("less code, --gate --margin", rf"{NOTHING}.*\nKeep", [
+        (DIVERGENCE, "")], options=("HEAD --gate --margin 0.002",)),
+    Edit("after diverges, --gate", r"^Diverged: runs of after.*\nDrop", [factor("math.nan")],
+         options=GATE, status=1),
+    Edit("before diverges, --gate", "^Diverged: runs of before", [MOMENTUM], options=GATE,
+         committed={"main.py": [factor("math.nan")]}, status=125),
+    Edit("an error of syntax, --gate", r"^your files cannot run: SyntaxError.*\nDrop", [
+        ("mask=mask)", "mask mask)")], options=GATE, status=1),
+    Edit("a module that is nowhere, --gate", r"No module named 'nowhere'.*\nDrop", [
+        (IMPORT, f"import nowhere\n{IMPORT}")], options=GATE, status=1),
+    Edit("a segmentation fault, --gate", "^Drop", [
+        at_step_10("__import__('ctypes').string_at(0)")], options=GATE, status=1),
+    Edit("out of memory, --gate", "^Drop", [
+        at_step_10("raise MemoryError")], options=GATE, status=1),
+    Edit("a killed run", "^extras.versus: your files cannot run: ended by SIGKILL", [
+        at_step_10("os.kill(os.getpid(), 9)")], status=1),
+]  # fmt: skip
+
+HONEST = [
+    Edit(f"honest: {name}", expected, edits) for name, expected, *edits in [
+        ("another momentum", EFFECT, MOMENTUM),
+        ("twice the rate", EFFECT, TWICE),
+        ("a mixture of two experts", EFFECT, (DOWN, DOWN + MORE_PROJECTIONS),
+         ("        return self.down_proj(inner)\n", TWO_EXPERTS)),
+        ("bfloat16 products", EFFECT, ("    return x @ weight.T\n",
+         "    x = x.astype(mx.bfloat16)\n"
+         "    return (x @ weight.T.astype(mx.bfloat16)).astype(mx.float32)\n")),
+        ("smaller embeddings at first", EFFECT, ("seed) * 5 / model", "seed) * 2 / model")),
+        ("a linear schedule", EFFECT, ('"cosine": cosine', '"cosine": linear')),
+        ("GELU", EFFECT, ('"relu2": (relu2,', '"relu2": (nn.gelu,')),
+        ("a padded vocabulary", EFFECT, ("Config(dataset.tokenizer.vocab_size, **shape)",
+         "Config(-(-dataset.tokenizer.vocab_size // 64) * 64, **shape)")),
+        ("three Newton-Schulz steps", EFFECT, ("  for _ in range(5):", "  for _ in range(3):")),
+        ("label smoothing in training", EFFECT, smoothed(TRAINING_LOSS)),
+        ("dropout of MLX, with its two modes", EFFECT,
+         (QK_NORM, f"        self.dropout = nn.Dropout(0.1)\n{QK_NORM}"),
+         ("return self.o_proj(joined)", "return self.o_proj(self.dropout(joined))"),
+         ("    totals = Counter()", "    model.train(False)\n    totals = Counter()"),
+         (TRAIN_MODE, f"    model.train()\n{TRAIN_MODE}")),
+        ("a refactoring", NOTHING, ("    joined = attended", "    joined: mx.array = attended")),
+        ("an unused import", NOTHING, (IMPORT, f"{IMPORT}import statistics\n")),
+        ("a renamed variable", NOTHING, ("    warmup = min(", "    warm = min("),
+         ("(iteration, flags) * warmup", "(iteration, flags) * warm")),
+    ]
+]  # fmt: skip
+HONEST += [
+    Edit(f"honest: {flags}", EFFECT, options=(f'"{flags}" --pairs 3',))
+    for flags in ("--dropout 0.1", "--untie", "--mlp swiglu", "--average 0.3")
+]
+
+# ---- The comparisons ----------------------------------------------------------------------------
+
+
+def git(folder, *words):
+    author = ["-c", "user.name=edits", "-c", "user.email=edits@localhost"]
+    author += ["-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *author, *words], cwd=folder, check=True)
+
+
+def copy_project(folder):
+    """Copies the program and some texts into a folder, and commits the former."""
+    shutil.copytree(ROOT / "extras", folder / "extras")
+    for name in ("main.py", "datasets.py"):
+        shutil.copy(ROOT / name, folder)
+    (folder / TINY).write_text(RECIPE)
+    library = Path(sysconfig.get_path("stdlib"))
+    modules = {"train": ["argparse", "ast", "inspect"], "more": ["difflib", "optparse", "pdb"]}
+    for text, names in (modules | {"valid": ["textwrap"], "test": ["shlex"]}).items():
+        content = "".join((library / f"{name}.py").read_text("utf-8") for name in names)
+        (folder / f"{text}.txt").write_text(content if len(names) > 1 else content[:6000])
+    (folder / ".gitignore").write_text("/*.txt\n/data\n/runs*\n__pycache__\n")
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", "before")
+    git(folder, "tag", "start")
+
+
+def make(folder, files):
+    """Makes the changes of an Edit."""
+    for name, change in files.items():
+        path = folder / name
+        text = change
+        if not isinstance(change, str):
+            text = path.read_text()
+            for old, new in change:
+                assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {name}"
+                text = text.replace(old, new)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def compare(folder, edit):
+    """What is printed of an edit, all of it, and the exit status."""
+    git(folder, "reset", "-q", "--hard", "start")
+    git(folder, "clean", "-qfd")
+    make(folder, edit.committed)
+    if edit.committed:
+        git(folder, "add", ".")
+        git(folder, "commit", "-qm", "before")
+    make(folder, edit.files | ({"main.py": edit.main} if edit.main else {}))
+    flags = [*COMMON, *shlex.split(edit.flags)]
+    if edit.first:
+        save_dir = flags[flags.index("--save_dir") :]
+        line = ["main.py", *COMMON, *shlex.split(edit.first), *save_dir, "--sample_tokens", "0"]
+        subprocess.run([sys.executable, *line], cwd=folder, check=True, capture_output=True)
+    for options in edit.options:
+        options, _, more = options.partition(" -- ")
+        words = ["--tokens", "4000", *shlex.split(options), "--", *flags, *shlex.split(more)]
+        done = subprocess.run(
+            [sys.executable, "-m", "extras.versus", *words],
+            cwd=folder,
+            env=os.environ | edit.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    return done.stdout, done.returncode
+
+
+def count_wrong(edits, is_verbose):
+    """Prints a line an edit; returns how many were called something else than expected."""
+    wrong = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_project(folder)
+        for edit in edits:
+            out, status = compare(folder, edit)
+            above, last = ["", *out.splitlines()][-2:]
+            is_found = re.search(edit.expected, f"{above}\n{last}", re.MULTILINE)
+            is_right = bool(is_found) and status == edit.status
+            wrong += not is_right
+            if is_verbose:
+                print(out)
+            said = f"{above} {last}" if last in ("Keep.", "Drop.") else last[:200]
+            line = f"{edit.name}: expected {edit.status}, {edit.expected!r}; said {status}, {said}"
+            print("right " if is_right else "WRONG ", line, flush=True)
+    return wrong
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="a pattern of names")
+    options = parser.parse_args()
+    edits = [*CHEATS, *CONDITIONS, *LOOKS, *SOURCES, *GATES, *HONEST]
+    edits = [edit for edit in edits if re.search(options.only, edit.name)]
+    wrong = count_wrong(edits, bool(options.only))
+    print(f"of {len(edits)} edits, {wrong} were called something else than expected")
+    sys.exit(bool(wrong))
