@@ -172,22 +172,6 @@ def test_sides_with_other_tokens(project):
     assert result["scores_after"] == pytest.approx(after / np.log(2) * tokens / text, rel=2e-3)
 
 
-def test_each_side_at_its_best(project):
-    """An edit that only doubles the rate is none, once each side has its own."""
-    edit(project, "    return flags.learning_rate *", "    return 2 * flags.learning_rate *")
-    line = ["HEAD", "--pairs", 2, "--json", "--tune", "learning_rate=0.16,0.32"]
-    out, _ = compare(project, *line)
-    result = last_line(out)
-    before, after = result["tuned"]["values"]
-    assert (float(before), result["tuned"]["at_edge"]) == (2 * float(after), True)
-    assert result["outcome"] == "same"
-    assert result["seeds"] == [44, 45], "others than it was chosen by"
-    assert out.splitlines()[-2].endswith(
-        f"each at its best learning_rate: {before} before, {after} after (at the edge of the list: "
-        "give more)."
-    )
-
-
 def test_divergence(project):
     out, _ = compare(project, "--learning_rate 1e30 --grad_clip 0", "--pairs", 2)
     assert out.endswith("\nDiverged: runs of after.\n")
@@ -549,6 +533,42 @@ def test_an_outlier_is_named(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "outlier" not in out
     assert "\nIt ended early: the estimate is likely too large.\n" in out
+
+
+class Doubling:
+    """A comparison of an edit that doubles the rate: the best one is 0.2, and 0.8 diverges."""
+
+    def __init__(self, options, common, own=((), ())):
+        self.first_seed = options.seeds or 42
+        before, after = [float([*common, *words][-1].partition("=")[2]) for words in own]
+        self.rates = before, 2 * after
+
+    def pairs(self, seeds):
+        self.seeds = [*seeds]
+        for seed in seeds:
+            ends = [Outcome(score=abs(rate - 0.2)) for rate in self.rates]
+            yield seed, *[Outcome(fault=DIVERGED) if end.score > 0.5 else end for end in ends]
+
+
+def test_each_side_at_its_best(monkeypatch, capsys):
+    monkeypatch.setattr(runs, "Comparison", Doubling)
+    line = ["HEAD", "--tune", "learning_rate=0.1,0.2,0.4", "--", "--dim", "8"]
+    best = runs.tuned(*versus.read_arguments(line))
+    assert best.rates == (0.2, 0.2)
+    assert best.tuned == {"flag": "learning_rate", "values": ["0.2", "0.1"], "at_edge": True}
+    assert best.first_seed == 44, "other seeds than it was chosen by"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "--learning_rate 0.4: before 0.2000, after inf"
+
+
+def test_a_tuned_verdict_names_the_values(tmp_path, capsys):
+    comparison = Drawn(tmp_path, noisy(-0.05))
+    comparison.tuned = {"flag": "dropout", "values": ["0", "0.1"], "at_edge": True}
+    versus.print_comparison(comparison)
+    assert capsys.readouterr().out.endswith(
+        "\nHelped, each at its best dropout: 0 before, 0.1 after "
+        "(at the edge of the list: give more).\n"
+    )
 
 
 def test_a_side_before_that_fails_keeps_nothing(tmp_path):
