@@ -16,11 +16,17 @@ to O features has a matrix [O, I], as in PyTorch. MLX is lazy: operations build 
 mx.eval computes.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__" and not hasattr(sys, "ps1"):
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Until there is something to save, Ctrl+C exits without a traceback (but no notebook).
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import functools
 import os
 import re
-import signal
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -38,9 +44,6 @@ def own_file(module):
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and not hasattr(sys, "ps1"):
-        # Until there is something to save, Ctrl+C exits without a traceback (but no notebook).
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.path.insert(0, str(HERE))  # which `python -P` leaves out
     if vars(sys.modules["__main__"]) is globals():  # not under cProfile
         sys.modules["main"] = sys.modules["__main__"]  # extras import no second copy of this file
