@@ -43,8 +43,12 @@ def own_file(module):
     return found[1] if found and "/site-packages/" not in found[1] else None
 
 
+# Beside this file lies the module datasets that it needs. Another package of that name may come
+# first or be loaded, Hugging Face's; `python -P` leaves this folder out.
+sys.path.insert(0, str(HERE))
+if not hasattr(sys.modules.get("datasets"), "CORPORA"):
+    sys.modules.pop("datasets", None)
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))  # which `python -P` leaves out
     if vars(sys.modules["__main__"]) is globals():  # not under cProfile
         sys.modules["main"] = sys.modules["__main__"]  # extras import no second copy of this file
     for name, module in [*sys.modules.items()]:
