@@ -102,7 +102,6 @@ class Rows(NamedTuple):
 
     path: Path
     field: str  # that holds the text
-    line_end: str  # of a row, where no end token comes between rows; else ""
     valid_fraction: float = 0.0  # the share of all rows that is held out
     is_valid: bool = False  # whether these are the rows held out, or the others
 
@@ -686,13 +685,12 @@ NO_TEXT = {
 MARKUP = (".csv", ".htm", ".html", ".ipynb", ".json", ".rtf", ".tex", ".tsv", ".xml")
 
 
-def own_text(given, valid_fraction, text_field, line_end, own_folders):
+def own_text(given, valid_fraction, text_field, own_folders):
     """{split: [Span or Rows, ...]} of the user's files.
 
     `given` is {split: [path, ...]}. Without "valid" paths, part of "train" is held out: the files
     that are for validation by their names, else a share. Files for validation or testing are left
-    out of the training text. own_folders: see texts_of; text_field, line_end: see Rows. Raises
-    UsageError.
+    out of the training text. own_folders: see texts_of; text_field: see Rows. Raises UsageError.
     """
     files = {split: find_files(paths, own_folders) for split, paths in given.items()}
     named = split_by_names(files["train"])
@@ -710,7 +708,7 @@ def own_text(given, valid_fraction, text_field, line_end, own_folders):
         splits[split] = []
         for path, _ in found.values():
             if ROW_FILES.fullmatch(path.name):
-                splits[split].append(Rows(path, text_field, line_end))
+                splits[split].append(Rows(path, text_field))
             else:
                 splits[split].append(whole(path, errors="strict"))
     if "valid" not in splits:
@@ -950,6 +948,19 @@ def read_documents(spans):
             yield from cut_into_blocks(read_pieces(span))
 
 
+def begin_lines(blocks):
+    """Blocks of read_documents, for tokenizers without an end token: documents begin on new lines.
+
+    A line end goes between two if the first one does not end with one.
+    """
+    before = "\n"
+    for text, begins in blocks:
+        if begins and not before.endswith("\n"):
+            yield "\n", False
+        yield text, begins
+        before = text or before
+
+
 def split_at_marker(span):
     """Yields the text between the markers in a span."""
     rest = ""
@@ -1000,12 +1011,16 @@ def read_pieces(span):
 def encode_documents(spans, tokenizer):
     """Yields (text, ids [N]) block by block, with one `eos` between documents, and `bos` before.
 
+    Without an `eos`, it is a line end, see begin_lines.
+
     The word tokenizer also ends every document with one, as it does every line.
     """
     blocks = read_documents(spans)
     if tokenizer.kind == "word":
         blocks = itertools.chain(blocks, [("", True)])  # ends the last document, too
-    eos = tokenizer.eos  # without one, nothing goes between documents
+    eos = tokenizer.eos
+    if eos is None:
+        blocks = begin_lines(blocks)
     last = eos  # as if a document had just ended: nothing goes before the first one
     before = ""  # the text's last character
     while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of the user's own text
@@ -1108,9 +1123,8 @@ def load_dataset(
     source = named
     local = {}
     if dataset == "text":
-        has_end = kind != "char" and getattr(tokenizer, "eos", 0) is not None
         own_folders = [Path(user_path(each)).resolve() for each in (data_dir, save_dir) if each]
-        local = own_text(named, valid_fraction, text_field, "" if has_end else "\n", own_folders)
+        local = own_text(named, valid_fraction, text_field, own_folders)
     elif dataset == "python":
         source = sysconfig.get_path("stdlib")
         local = python_modules()
@@ -1182,8 +1196,10 @@ def make_tokenizer(kind, spans, vocab_size, **options):
     if kind == "gpt2":
         path = fetch("tokenizer.json", "gpt2", GPT2, **options)
         return PackageTokenizer(path.read_text("utf-8"), kind)
-    texts = (text for text, _ in read_documents(spans))
-    return TOKENIZERS[kind].train(texts, vocab_size)
+    blocks = read_documents(spans)
+    if kind == "char":
+        blocks = begin_lines(blocks)
+    return TOKENIZERS[kind].train((text for text, _ in blocks), vocab_size)
 
 
 def write_splits(spans, tokenizer, cache, key):

@@ -249,7 +249,7 @@ def encoded(folder, documents, tokenizer):
 
 
 def test_documents_are_separated(tmp_path, bpe):
-    """As their tokenizer does: by an end token, by lines, or not at all."""
+    """As their tokenizer does: by an end token, or by lines."""
     split = encoded(tmp_path / "byte", ["hé\n", "", "a b"], ByteTokenizer())
     assert split.tokens.tolist() == [104, 0xC3, 0xA9, 10, 256, 97, 32, 98]
     assert split[1:] == (7, 4, 0)  # bytes; words hé, a, b and one line end; <unk>
@@ -259,8 +259,9 @@ def test_documents_are_separated(tmp_path, bpe):
     split = encoded(tmp_path / "word", ["a b", "b\n", "\na é"], words)
     assert split.tokens.tolist() == [0, 1, 2, 1, 2, 2, 0, 3, 2]
     assert split[1:] == (10, 7, 1)
-    split = encoded(tmp_path / "char", ["ab", "ba"], CharTokenizer("ab"))
-    assert split.tokens.tolist() == [0, 1, 1, 0]
+    characters = CharTokenizer("\nab")
+    split = encoded(tmp_path / "char", ["ab", "", "ba\n", "b"], characters)
+    assert characters.decode(split.tokens) == "ab\nba\nb"
 
 
 PIECES = ["a", "bc", "it's", "12", "!?", "漢字", "かな", "😀", "é", "<|endoftext|>", "<unk>"]
