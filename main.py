@@ -1308,6 +1308,11 @@ class Decoder:
         self.ids = ids
         self.begin_window(0)
 
+    def cut(self, length):
+        """Truncates the text to `length` ids."""
+        del self.ids[length:]
+        self.begin_window(0)
+
     def begin_window(self, start):
         """Forgets what was read; the next pass reads the text from index `start`."""
         self.start = start
@@ -1339,23 +1344,6 @@ class Decoder:
     def describe_draft(self):
         """Statistics of the draft model; here there is none, see extras/decode.py."""
         return ""
-
-
-def pieces_before(stop, pieces):
-    """The pieces of a text up to `stop`; holds back what may be the start of `stop`."""
-    held = ""
-    with contextlib.closing(pieces):
-        for piece in pieces:
-            held += piece
-            before, found, _ = held.partition(stop)
-            if found:
-                yield before
-                return
-            possible = [n for n in range(1, len(stop)) if held.endswith(stop[:n])]
-            sure = len(held) - max(possible, default=0)
-            yield held[:sure]
-            held = held[sure:]
-    yield held
 
 
 def first_ids(tokenizer, prompt):
@@ -1404,6 +1392,7 @@ class Conversation:
 
     def __init__(self, tokenizer, model, draft=None):
         self.tokenizer = tokenizer
+        self.model = model
         self.ids = []  # of the text; shared with the decoder
         self.speed = 0.0  # tokens per second of the last reply
         if draft is not None:
@@ -1415,10 +1404,40 @@ class Conversation:
         """Adds `prompt` to the text, and yields the model's continuation in pieces.
 
         Except at the start of a text, the prompt goes on a new line. A piece is yielded once no
-        later token can change it. The last one ends before --stop, or at the end of the text.
+        later token can change it. The last one ends before --stop, which the model does not read
+        later, either, or at the end of the text.
         """
         pieces = self.pieces(prompt, flags, seed, interrupts)
-        return pieces_before(flags.stop, pieces) if flags.stop else pieces
+        return self.pieces_before(flags.stop, pieces) if flags.stop else pieces
+
+    def pieces_before(self, stop, pieces):
+        """The pieces of a reply up to `stop`; holds back what may be the start of `stop`."""
+        held = ""
+        for piece in pieces:
+            held += piece
+            before, found, _ = held.partition(stop)
+            if found:
+                yield before
+                pieces.close()
+                self.take_back(len(held) - len(before))
+                return
+            possible = [n for n in range(1, len(stop)) if held.endswith(stop[:n])]
+            sure = len(held) - max(possible, default=0)
+            yield held[:sure]
+            held = held[sure:]
+        yield held
+
+    def take_back(self, count):
+        """Removes the last `count` characters of the text; they may end within a token."""
+        decode = self.tokenizer.decode
+        text = decode(self.ids)[:-count]
+        length = len(self.ids)
+        while len(decode(self.ids[:length])) > len(text):
+            length -= 1
+        self.decoder.cut(length)
+        start = len(decode(self.ids))
+        [ids] = encode_after(self.tokenizer, [text[:start][-1:]], [text[start:]])
+        self.ids.extend(ids.tolist())
 
     def pieces(self, prompt, flags, seed, interrupts):
         """Like `reply`, but without --stop."""
@@ -1426,7 +1445,8 @@ class Conversation:
         end = end_of_text(tokenizer) if flags.stop_at_end else None
         if self.ids and self.ids[-1] != end:
             before = tokenizer.decode(self.ids[-1:])[-1:]
-            [ids] = encode_after(tokenizer, [before], ["\n" + prompt])
+            line_end = "" if before == "\n" else "\n"
+            [ids] = encode_after(tokenizer, [before], [line_end + prompt])
             self.ids.extend(ids.tolist())
         elif prompt or not self.ids:  # the prompt begins a text
             self.ids.extend(first_ids(tokenizer, prompt))
