@@ -2648,6 +2648,8 @@ def start_notices(run):
             "(pip install onednn-cpu-gomp), on an AMD CPU with AVX-512 BF16 or an Intel CPU with "
             "AMX."
         )
+    for prompt in flags.sample_prompt:
+        yield from notice_prompt(run.model, tokenizer, prompt)
     yield from notice_useless(flags)
 
 
@@ -2696,7 +2698,7 @@ def sample_from(flags):
     if flags.inference:
         converse(begin_text, flags)
     else:
-        name_unknown(tokenizer, flags.prompt)
+        print_notices(begin_text(), flags.prompt)
         print_samples(begin_text, flags)
 
 
@@ -2729,12 +2731,24 @@ def for_terminal(text):
     return printable(text.replace("\r", "")) if sys.stdout.isatty() else text
 
 
-def name_unknown(tokenizer, prompt):
-    """Prints the parts of a prompt that the model reads as <unk>."""
+def print_notices(conversation, prompt):
+    """Prints how a model reads a prompt otherwise than its user may think."""
+    for line in notice_prompt(conversation.model, conversation.tokenizer, prompt):
+        print(printable(line), file=sys.stderr)
+
+
+def notice_prompt(model, tokenizer, prompt):
+    """Yields what of a prompt is not read, or not as it stands, a line each."""
     unknown = tokenizer.unknown(prompt)
     if unknown:
-        line = f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"
-        print(printable(line), file=sys.stderr)
+        yield f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"
+    count = len(first_ids(tokenizer, prompt))
+    context_size = model.config.context_size
+    if count > context_size:
+        read = max(1, context_size // 2)
+        yield f"The prompt has {count:,} tokens: of these, the model reads the last {read:,}."
+    if prompt.endswith(" ") and tokenizer.kind not in ("byte", "char", "word"):
+        yield "The prompt ends in a space, which the tokenizer joins to the next word: leave it out."
 
 
 def converse(begin_text, flags):
@@ -2771,7 +2785,7 @@ def converse(begin_text, flags):
 
 def print_reply(conversation, line, flags):
     """Prints the continuation of a line; Ctrl+C ends it and keeps what was shown."""
-    name_unknown(conversation.tokenizer, line)
+    print_notices(conversation, line)
     interrupts = argparse.Namespace(received=None)
 
     # No KeyboardInterrupt: an exception raised inside MLX can be lost.
