@@ -1871,7 +1871,8 @@ TEXT_FLAGS = {
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are UsageErrors; argparse would print its whole usage.
 
-    It takes --num-iters, as other programs spell it, for --num_iters.
+    It takes --num-iters, as other programs spell it, for --num_iters, and --untie=False for
+    --no-untie.
     """
 
     def error(self, message):
@@ -1907,17 +1908,22 @@ class Parser(argparse.ArgumentParser):
         return "; ".join([*hints[:1], "--help lists all flags"])
 
     def parse_known_args(self, args=None, namespace=None):
+        actions = self._option_string_actions
         spelled = []
         for argument in args:
             argument = argument.removesuffix("\r")  # of a script with Windows' line ends
             dashed = re.sub("^[–—]-?", "--", argument)  # as word processors have them
-            if dashed.partition("=")[0] in self._option_string_actions:
+            if dashed.partition("=")[0] in actions:
                 argument = dashed
             name, equals, value = argument.partition("=")
             if re.fullmatch("--[a-z][a-z0-9_-]*", name):
                 name = "--" + name[2:].replace("-", "_")
                 name = name.replace("--no_", "--no-")
-            spelled.append(f"{name}{equals}{value}")
+            argument = f"{name}{equals}{value}"
+            if isinstance(actions.get(name), argparse.BooleanOptionalAction):
+                values = {"true": name, "false": f"--no-{name[2:]}"}
+                argument = values.get(value.lower(), argument)
+            spelled.append(argument)
         return super().parse_known_args(spelled, namespace)
 
 
