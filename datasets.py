@@ -742,12 +742,7 @@ def find_files(paths, own_folders):
     """
     found = {}
     for path in paths:
-        if os.path.exists(path) and not os.path.isdir(path):
-            check_text(Path(path))
-            texts = [(Path(path), os.path.basename(path))]
-        else:
-            texts = texts_of(path, own_folders)
-        for file, name in texts:
+        for file, name in texts_of(path, own_folders):
             if os.path.getsize(file) > 0:
                 found.setdefault(file.resolve(), (file, name))
     if not found:
@@ -759,16 +754,16 @@ def find_files(paths, own_folders):
 
 
 def texts_of(path, own_folders):
-    """[(path, name), ...] of the texts in a folder or that match a glob, in order of their paths.
+    """[(path, name), ...] of a file, or of the texts in a folder or that match a glob, in order.
 
-    What is no text is left out, and named. Hidden files do not count, nor does what lies in
-    `own_folders`, resolved paths of where this program keeps its files, unless `path` itself lies
-    there. A linked folder is read like any other, but each folder once. Raises UsageError if
-    nothing matches.
+    What is no text, or cannot be read, is left out and named, unless nothing else is there. Hidden
+    files do not count, nor does what lies in `own_folders`, resolved paths of where this program
+    keeps its files, unless `path` itself lies there. A linked folder is read like any other, but
+    each folder once. Raises UsageError if nothing matches.
     """
     around = Path(os.path.realpath(path)).parents
     own_folders = [folder for folder in own_folders if folder not in around]
-    places = [(Path(path), "")]
+    places = [(Path(path), "" if os.path.isdir(path) else os.path.basename(path))]
     if not os.path.exists(path):
         matches = map(Path, sorted(glob.glob(path, recursive=True)))
         places = [(match, match.name) for match in matches]
@@ -783,10 +778,11 @@ def texts_of(path, own_folders):
         real = Path(os.path.realpath(each))
         if real in seen or any(real.is_relative_to(folder) for folder in own_folders):
             continue
-        if each.is_dir() and not any(each.glob("*.metadata")):  # a run writes texts, too
+        if each.is_dir() and os.access(each, os.R_OK | os.X_OK):
             seen.add(real)
-            places += [(below, f"{name}/{below.name}") for below in sorted(each.glob("[!.]*"))]
-        elif each.is_file():
+            if not any(each.glob("*.metadata")):  # a run writes texts, too
+                places += [(below, f"{name}/{below.name}") for below in sorted(each.glob("[!.]*"))]
+        elif each.exists():
             files[each] = name
     others = Counter()  # files by kind
     total = left_out = 0  # bytes
@@ -795,6 +791,8 @@ def texts_of(path, own_folders):
         try:
             check_text(each)
         except UsageError as error:
+            if each == Path(path):
+                raise
             reason = error
             left_out += each.stat().st_size
             del files[each]
@@ -803,13 +801,15 @@ def texts_of(path, own_folders):
         raise UsageError(f"{path}: none of {others.total():,} files is text: {reason}")
     if others:
         kinds = ", ".join(kind for kind, _ in others.most_common(5))
-        what = f"{others.total():,} files that are no UTF-8 text"
+        what = f"{others.total():,} files that are no readable UTF-8 text"
         print(f"{path}: leaving out {what} ({kinds}; {left_out / max(1, total):.0%} of all bytes)")
     return sorted(files.items())
 
 
 def check_text(path):
     """Raises UsageError if a file cannot be read or does not begin as a text, with what to do."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder that may not be read: chmod u+rx, or leave it out")
     if not path.is_file():
         # It could be read only once, and a resumed run needs its text again.
         raise UsageError(

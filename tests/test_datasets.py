@@ -381,7 +381,8 @@ def find(tmp_path):
 def test_folders_and_patterns(find, tmp_path, capsys):
     assert find("") == "a|b|c|é"  # in order, and nothing of the program's own
     out = capsys.readouterr().out
-    assert f"{tmp_path}: leaving out 3 files that are no UTF-8 text (.png, latin, .bin; " in out
+    left_out = "leaving out 3 files that are no readable UTF-8 text (.png, latin, .bin; "
+    assert f"{tmp_path}: {left_out}" in out
     assert find("*") == find("")  # a pattern is no other than a folder
     assert find("sub") == "c|é"
     assert find("sub/.x") == "no"  # named by the user
