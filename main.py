@@ -3651,7 +3651,12 @@ def score_checkpoint(flags):
     model = contents.load_model()
     checkpoint = contents.checkpoint
     flags = settle(flags.given, checkpoint.flags)
-    dataset = load_data_again(flags, checkpoint)
+    if flags.evaluate == "test" and flags.test_text:  # the run's own text may be gone
+        flags.dataset = "text"
+        flags.text = flags.valid_text = flags.test_text
+        dataset = load_data(flags, contents.tokenizer)
+    else:
+        dataset = load_data_again(flags, checkpoint)
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=False)
     announce(checkpoint)
