@@ -1052,7 +1052,7 @@ def write_tokens(spans, tokenizer, path):
     total = None  # bytes, where the files alone tell
     if all(type(span) is Span for span in spans):
         total = sum(span.stop - span.start for span in spans)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None)
+    bar = progress_bar(total=total, unit="B", unit_scale=True, desc=path.name)
     with bar, replacing(path) as out:
         for text, ids in encode_documents(spans, tokenizer):
             if ids.dtype != dtype or ids.max(initial=0) >= tokenizer.vocab_size:
@@ -1367,7 +1367,7 @@ def receive(response, part, start, size):
     total = start + int(response.headers.get("Content-Length", size - start))
     if status not in (200, 206) or total != size:
         raise OSError(f"HTTP status {status}, {total:,} of {size:,} bytes")
-    bar = tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None)
+    bar = progress_bar(total=size, initial=start, unit="B", unit_scale=True, desc=part.stem)
     with bar, open(part, "ab" if start else "wb") as out:
         for chunk in response.iter_content(1 << 16):  # an incomplete chunk is lost
             bar.update(out.write(chunk))
@@ -1428,6 +1428,14 @@ def one_line(error):
 def without_passwords(text):
     """`text` without the names and passwords in the addresses that it holds."""
     return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
+
+
+def progress_bar(**options):
+    """A bar of tqdm on a terminal, unless TQDM_DISABLE hides it."""
+    # Some containers give a terminal no width.
+    if not sys.stderr.isatty() or not os.get_terminal_size(sys.stderr.fileno()).columns:
+        options["disable"] = True
+    return tqdm(**options)
 
 
 def run_command(name, function, arguments):

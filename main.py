@@ -104,8 +104,8 @@ from datasets import Parser, RunError, UsageError, absolute, add_flags, definiti
 from datasets import describe_tokenizer, discard, encode_after, end_of_text, explained, extra
 from datasets import flock, hash_of_code, hash_of_file, load_dataset, make_writable, new_file
 from datasets import no_follow, nonempty, number, one_line, one_of, open_code_dir, printable
-from datasets import publish, remove_leftovers, replacing, run_command, run_program, sync
-from datasets import tokenizer_from_dict, use_compiler, user_path, utf8
+from datasets import progress_bar, publish, remove_leftovers, replacing, run_command, run_program
+from datasets import sync, tokenizer_from_dict, use_compiler, user_path, utf8
 
 EDITED = []  # names of functions below that were edited since extras/fast.py was written
 
@@ -2367,15 +2367,8 @@ class Reporter:
     def __init__(self, run):
         self.train_loss = None  # of the last report
         self.failed = set()  # names of files that could not be written
-        is_terminal = sys.stderr.isatty()
-        # Some containers give it no width: lines serve there, too.
-        has_bar = is_terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-        self.bar = tqdm(
-            total=max(run.flags.num_iters, run.iteration),
-            initial=run.iteration,
-            dynamic_ncols=True,
-            disable=not has_bar,
-        )
+        total = max(run.flags.num_iters, run.iteration)
+        self.bar = progress_bar(total=total, initial=run.iteration, dynamic_ncols=True)
         self.log = Log(run)
         self.dashboards = None
         if run.flags.report_to:
