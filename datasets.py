@@ -1633,6 +1633,23 @@ def make_writable(folder):
     tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
 
 
+def read_cgroups(*names):
+    """Yields the numbers in files of this process's control groups and of those around them.
+
+    names: of files that are read together, with {} for a group; like "{}/cpu.max" in the second
+    version of control groups, and "cpu/{}/cpu.cfs_quota_us" in the first.
+    """
+    lines = []  # like "0::/user.slice/job.scope"; only Linux has them
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
+    for line in lines:
+        group = Path(line.split(":", 2)[2].lstrip("/"))
+        for each in (group, *group.parents):
+            paths = [Path("/sys/fs/cgroup", name.format(each)) for name in names]
+            with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
+                yield [int(word) for path in paths for word in path.read_text("utf-8").split()]
+
+
 @functools.cache
 def open_code_dir():
     """The folder for compiled code, which is loaded from there: no other user can write to it.

@@ -104,8 +104,8 @@ from datasets import Parser, RunError, UsageError, absolute, add_flags, definiti
 from datasets import describe_tokenizer, discard, encode_after, end_of_text, explained, extra
 from datasets import flock, hash_of_code, hash_of_file, load_dataset, make_writable, new_file
 from datasets import no_follow, nonempty, number, one_line, one_of, open_code_dir, printable
-from datasets import progress_bar, publish, remove_leftovers, replacing, run_command, run_program
-from datasets import sync, tokenizer_from_dict, use_compiler, user_path, utf8
+from datasets import progress_bar, publish, read_cgroups, remove_leftovers, replacing, run_command
+from datasets import run_program, sync, tokenizer_from_dict, use_compiler, user_path, utf8
 
 EDITED = []  # names of functions below that were edited since extras/fast.py was written
 
@@ -3416,17 +3416,8 @@ def memory_size():
         size = info.get("max_recommended_working_set_size")  # Metal's: beyond it, macOS swaps
         return size or info.get("total_memory") or math.inf
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    groups = []  # like "0::/user.slice/job.scope"; only Linux has them
-    with contextlib.suppress(OSError):
-        groups = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
-    for line in groups:
-        group = Path(line.split(":", 2)[2].lstrip("/"))
-        for below in (group, *group.parents):
-            # In the second and in the first version.
-            for name in (below / "memory.max", "memory" / below / "memory.limit_in_bytes"):
-                with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
-                    sizes.append(int(Path("/sys/fs/cgroup", name).read_text("utf-8")))
-    return min(sizes)
+    limits = [*read_cgroups("{}/memory.max"), *read_cgroups("memory/{}/memory.limit_in_bytes")]
+    return min(sizes + [size for [size] in limits])
 
 
 def begin(flags):
