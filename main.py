@@ -2633,13 +2633,12 @@ def start_notices(run):
     if fast and fast.BLAS == fast.REFERENCE_BLAS and not flags.gpu:
         yield (
             "Matrix products are slow, and in float32: a fast library for them needs a C compiler "
-            "(apt install g++) and oneDNN (pip install onednn-cpu-gomp) or NumPy from PyPI."
+            "(apt install g++) and NumPy from PyPI or, on x86-64, pip install onednn-cpu-gomp."
         )
     elif flags.dtype != run.versions["dtype"]:
         yield (
-            "Computing in float32, as bfloat16 is not faster here. It is with --gpu, or, by oneDNN "
-            "(pip install onednn-cpu-gomp), on an AMD CPU with AVX-512 BF16 or an Intel CPU with "
-            "AMX."
+            "Computing in float32, as bfloat16 is not faster here. It is with --gpu, or on an AMD "
+            "CPU with AVX-512 BF16 or an Intel CPU with AMX, after pip install onednn-cpu-gomp."
         )
     for prompt in flags.sample_prompt:
         yield from notice_prompt(run.model, tokenizer, prompt)
