@@ -1928,7 +1928,7 @@ class Parser(argparse.ArgumentParser):
         if not word.startswith("-"):
             hints.append(
                 "no flag takes it: a switch has no value, a text with blanks needs quotes, and "
-                "--identifier names a checkpoint"
+                "--identifier names a checkpoint: a run, latest or best"
             )
         return "; ".join([*hints[:1], "--help lists all flags"])
 
