@@ -2642,6 +2642,11 @@ def start_notices(run):
         )
     for prompt in flags.sample_prompt:
         yield from notice_prompt(run.model, tokenizer, prompt)
+    config = flags.given.get("config")
+    unnamed = {"dataset", "mlp", "lr_schedule"} - {*flags.given}
+    if config and unnamed and not (RECIPES / f"{config}.yaml").exists():
+        values = [f"{name} {getattr(flags, name)}" for name in sorted(unnamed)]
+        yield f"What {config} does not name: {', '.join(values)}."
     yield from notice_useless(flags)
 
 
