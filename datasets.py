@@ -1106,12 +1106,13 @@ def load_dataset(
     valid_fraction: the share of `text` held out for validation if there is no `valid_text`.
     mirror: see fetch.
     vocab_size: of the tokenizer "bpe".
-    save_dir: the folder of checkpoints, if there is one: its files are no text.
+    save_dir: the folder of checkpoints, if there is one: its files are no text. It is the default
+        of data_dir.
     text_field: the field of JSON Lines and Parquet that holds the text.
 
     Raises UsageError if the user's files cannot be used, RunError for a failed download.
     """
-    data_dir = open_data_dir(data_dir)
+    data_dir = open_data_dir(data_dir or save_dir)
     corpus = CORPORA[dataset]
     if tokenizer == "auto":
         tokenizer = corpus.tokenizer
@@ -1985,8 +1986,7 @@ def main(arguments):
     if "vocab_size" in options and "tokenizer" not in options:
         raise UsageError("--vocab_size has an effect only with --tokenizer bpe: add that")
     usual = "text" if "text" in options else "ptb"
-    data_dir = options.get("save_dir")
-    dataset = load_dataset(**{"dataset": usual, "data_dir": data_dir} | options)
+    dataset = load_dataset(**{"dataset": usual} | options)
     print(f"{dataset.name}: {describe_tokenizer(dataset.tokenizer)}")
     for name in SPLITS:
         split = getattr(dataset, name)

@@ -103,9 +103,10 @@ from datasets import CORPORA, KINDS, LARGEST, SIZE, SPLITS, TEXT_FLAGS, TOKENIZE
 from datasets import Parser, RunError, UsageError, absolute, add_flags, definition
 from datasets import describe_tokenizer, discard, encode_after, end_of_text, explained, extra
 from datasets import flock, hash_of_code, hash_of_file, load_dataset, make_writable, new_file
-from datasets import no_follow, nonempty, number, one_line, one_of, open_code_dir, printable
-from datasets import progress_bar, publish, read_cgroups, remove_leftovers, replacing, run_command
-from datasets import run_program, sync, tokenizer_from_dict, use_compiler, user_path, utf8
+from datasets import no_follow, nonempty, number, one_line, one_of, open_code_dir, open_data_dir
+from datasets import printable, progress_bar, publish, read_cgroups, remove_leftovers, replacing
+from datasets import run_command, run_program, sync, tokenizer_from_dict, use_compiler, user_path
+from datasets import utf8
 
 EDITED = []  # names of functions below that were edited since extras/fast.py was written
 
@@ -3448,6 +3449,7 @@ def load_data(flags, tokenizer=None):
             f"give at most {flags.context_size}"
         )
     arguments = values_of(flags, [*FLAGS["data"], "test_text", "save_dir", "data_dir", "mirror"])
+    arguments["data_dir"] = open_data_dir(flags.data_dir)
     if tokenizer:
         arguments["tokenizer"] = tokenizer
     dataset = load_dataset(**arguments)
