@@ -1613,10 +1613,13 @@ def open_data_dir(data_dir=None):
     """
     if data_dir is not None:
         folders = [Path(user_path(data_dir))]
-    elif os.path.ismount(RAM_DISK) and shutil.disk_usage(RAM_DISK).total >= RAM_DISK_SIZE:
-        folders = [RAM_DISK / "transformer-lm"]
     else:
         folders = [CACHE, Path("runs")]
+        if os.path.ismount(RAM_DISK):
+            if shutil.disk_usage(RAM_DISK).total >= RAM_DISK_SIZE:
+                folders = [RAM_DISK / "transformer-lm"]
+            else:
+                print(f"{RAM_DISK} is not used for texts: it has less than {RAM_DISK_SIZE:,} bytes.")
     for folder in filter(None, folders):
         try:
             make_writable(folder)
