@@ -1984,8 +1984,12 @@ def main(arguments):
     parser.add_argument("--save_tokenizer", type=nonempty, metavar="FILE", help=writes)
     options = vars(parser.parse_args(arguments))
     file = options.pop("save_tokenizer", None)
-    if file and os.path.lexists(user_path(file)):
-        raise UsageError(f"--save_tokenizer {file} exists: name another file, or delete it")
+    if file:
+        file = Path(user_path(file))
+        if os.path.lexists(file):
+            raise UsageError(f"--save_tokenizer {file} exists: name another file, or delete it")
+        with explained(f"cannot write {file}: name another file", OSError):
+            make_writable(file.parent)
     if "vocab_size" in options and "tokenizer" not in options:
         raise UsageError("--vocab_size has an effect only with --tokenizer bpe: add that")
     usual = "text" if "text" in options else "ptb"
@@ -2000,9 +2004,9 @@ def main(arguments):
     print(printable(f"begins {dataset.tokenizer.decode(dataset.train.tokens[:100])!r}"))
     if file:
         package = extra("huggingface").package_of(dataset.tokenizer)
-        with explained(f"cannot write {file}: name another file", OSError):
-            with replacing(user_path(file)) as out:
-                out.write(package.to_str().encode())
+        with replacing(file) as out:
+            out.write(package.to_str().encode())
+        print(f"its tokenizer is {file}")
 
 
 if __name__ == "__main__":
