@@ -437,6 +437,7 @@ def read_tokenizer(path):
     """The tokenizer in a Hugging Face tokenizer.json. Raises UsageError."""
     kinds = ", ".join(KINDS)
     fault = f"--tokenizer {path} must be a Hugging Face tokenizer.json, or one of {kinds}"
+    fault += "; download that file of a model on the hub, or let transformers convert a .model"
     with explained(fault):
         return PackageTokenizer(read_whole(Path(user_path(path))), "file")
 
@@ -1284,6 +1285,8 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
             if hash_of_file(path) == sha256:
                 return path
             print(f"{path} is not the expected file: downloading it again.")
+        if int(size) > 10**9:
+            print(f"{name} is downloaded whole, {int(size):,} bytes, however much of it is used.")
         for source in sources:
             # Errors of requests are OSErrors, but that of a malformed redirect.
             try:
@@ -1829,13 +1832,13 @@ def number(kind, least, most=math.inf):
 SIZE = number(int, 1, LARGEST)
 
 
-def one_of(choices):
-    """A flag's type: one of these words."""
+def one_of(choices, remedy=""):
+    """A flag's type: one of these words; remedy: what to do for another one."""
 
     def convert(text):
         if text in choices:
             return text
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices)}, not {text}")
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices)}, not {text}{remedy}")
 
     convert.metavar = f"{{{','.join(choices)}}}"
     return convert
@@ -1853,10 +1856,11 @@ def path_name(text):
     return user_path(nonempty(text))
 
 
+OTHERS = ": download another corpus, and name its files by --text"
 # The flags that decide a text, {group: {flag: row}}; main.py has these and others.
 TEXT_FLAGS = {
     "data": {
-        "dataset": Flag("ptb", one_of([*CORPORA]), "training corpus", "dataset_name"),
+        "dataset": Flag("ptb", one_of([*CORPORA], OTHERS), "training corpus", "dataset_name"),
         "text": Flag([], nonempty, "train on your own files, folders, glob patterns"),
         "valid_text": Flag(
             [],
