@@ -1395,6 +1395,7 @@ class Conversation:
         self.tokenizer = tokenizer
         self.model = model
         self.ids = []  # of the text; shared with the decoder
+        self.asked = 0  # ids before the last reply
         self.speed = 0.0  # tokens per second of the last reply
         if draft is not None:
             self.decoder = extra("decode").SpeculativeDecoder(model, draft, self.ids)
@@ -1429,15 +1430,15 @@ class Conversation:
         yield held
 
     def take_back(self, count):
-        """Removes the last `count` characters of the text; they may end within a token."""
-        decode = self.tokenizer.decode
-        text = decode(self.ids)[:-count]
-        length = len(self.ids)
-        while len(decode(self.ids[:length])) > len(text):
-            length -= 1
-        self.decoder.cut(length)
-        start = len(decode(self.ids))
-        [ids] = encode_after(self.tokenizer, [text[:start][-1:]], [text[start:]])
+        """Removes the last `count` characters of the reply, which may begin within a token."""
+        text = self.tokenizer.decode(self.ids)[:-count]
+        self.decoder.cut(self.asked)
+        self.add(text[len(self.tokenizer.decode(self.ids)) :])
+
+    def add(self, text):
+        """Adds what goes on behind the text so far."""
+        before = self.tokenizer.decode(self.ids[-1:])[-1:]
+        [ids] = encode_after(self.tokenizer, [before], [text])
         self.ids.extend(ids.tolist())
 
     def pieces(self, prompt, flags, seed, interrupts):
@@ -1445,12 +1446,11 @@ class Conversation:
         tokenizer = self.tokenizer
         end = end_of_text(tokenizer) if flags.stop_at_end else None
         if self.ids and self.ids[-1] != end:
-            before = tokenizer.decode(self.ids[-1:])[-1:]
-            line_end = "" if before == "\n" else "\n"
-            [ids] = encode_after(tokenizer, [before], [line_end + prompt])
-            self.ids.extend(ids.tolist())
+            line_end = "" if tokenizer.decode(self.ids[-1:]).endswith("\n") else "\n"
+            self.add(line_end + prompt)
         elif prompt or not self.ids:  # the prompt begins a text
             self.ids.extend(first_ids(tokenizer, prompt))
+        self.asked = len(self.ids)
         detokenizer = Detokenizer(tokenizer, self.ids)
         times = []  # when each token arrived
         try:
@@ -2604,15 +2604,10 @@ def plural(number, noun):
 
 
 def describe_schedule(flags):
-    """The learning rate at the first and last step of a run, and at its peak, on the start screen.
-
-    The peak is that of the end of warmup and of 100 places.
-    """
-    last = flags.num_iters - 1
-    places = {min(flags.lr_warmup, last), *np.linspace(0, last, 100).astype(int).tolist()}
-    rates = {iteration: learning_rate_at(iteration, flags) for iteration in sorted(places)}
-    shown = sorted({0, max(rates, key=rates.get), last})
-    texts = [f"{rates[iteration]:.3g} (step {1 + iteration:,})" for iteration in shown]
+    """The learning rate at the first step of a run, at the end of warmup, and at the last step."""
+    texts = []
+    for step in sorted({1, min(max(1, flags.lr_warmup), flags.num_iters), flags.num_iters}):
+        texts.append(f"{learning_rate_at(step - 1, flags):.3g} (step {step:,})")
     return f"{flags.lr_schedule}: {', '.join(texts)}"
 
 
@@ -2741,10 +2736,8 @@ def notice_prompt(model, tokenizer, prompt):
     if unknown:
         yield f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"
     count = len(first_ids(tokenizer, prompt))
-    context_size = model.config.context_size
-    if count > context_size:
-        read = max(1, context_size // 2)
-        yield f"The prompt has {count:,} tokens: of these, the model reads the last {read:,}."
+    if count > model.config.context_size:
+        yield f"The prompt's {count:,} tokens are more than the context: the model reads their end."
     if prompt.endswith(" ") and tokenizer.kind not in ("byte", "char", "word"):
         yield "The prompt ends in a space, which the tokenizer joins to the next word: leave it out."
 
