@@ -260,6 +260,7 @@ class WordTokenizer(Tokenizer):
         return [word for word in text.split() if word not in self.ids]
 
 
+VOCAB_SIZE = 32000  # of the tokenizer bpe, unless told otherwise
 FAILED = "this tokenizer fails on the text: train with another --tokenizer"
 
 # BPE's training time grows with the square of a word's length, so what it would take for a long
@@ -327,7 +328,7 @@ class PackageTokenizer(Tokenizer):
         self.byte_ids = {ids[name] for name in names if name in ids}
 
     @classmethod
-    def train(cls, texts, vocab_size=32000):
+    def train(cls, texts, vocab_size=VOCAB_SIZE):
         """A tokenizer trained on `texts`, with at most `vocab_size` ids."""
         import tokenizers
 
@@ -483,16 +484,10 @@ def ptb(fetch):
     return [whole(fetch(f"ptb.{split}.txt")) for split in SPLITS]
 
 
-def wikitext2(fetch):
-    """WikiText (Merity et al. 2016): 2 million words of Wikipedia articles."""
-    archive = fetch("wikitext-2-v1.zip")
-    return [whole(unzip(archive, f"wikitext-2/wiki.{split}.tokens")) for split in SPLITS]
-
-
-def wikitext103(fetch):
-    """The same with 103 million words."""
-    archive = fetch("wikitext-103-v1.zip")
-    return [whole(unzip(archive, f"wikitext-103/wiki.{split}.tokens")) for split in SPLITS]
+def wikitext(size, fetch):
+    """WikiText (Merity et al. 2016): 2 or 103 million words of Wikipedia articles."""
+    archive = fetch(f"wikitext-{size}-v1.zip")
+    return [whole(unzip(archive, f"wikitext-{size}/wiki.{split}.tokens")) for split in SPLITS]
 
 
 def enwik8(fetch):
@@ -540,7 +535,7 @@ dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0     449945 ptb.
     ),
     "wikitext2": Corpus(
         "word",
-        wikitext2,
+        functools.partial(wikitext, 2),
         hosts=WIKITEXT_HOSTS,
         files="""
 92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c    4475746 wikitext-2-v1.zip
@@ -548,7 +543,7 @@ dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0     449945 ptb.
     ),
     "wikitext103": Corpus(
         "word",
-        wikitext103,
+        functools.partial(wikitext, 103),
         hosts=WIKITEXT_HOSTS,
         files="""
 242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590  190229076 wikitext-103-v1.zip
@@ -1091,7 +1086,7 @@ def load_dataset(
     tokenizer="auto",
     valid_fraction=0.1,
     mirror=None,
-    vocab_size=32000,
+    vocab_size=VOCAB_SIZE,
     valid_text=(),
     test_text=(),
     train_tokens=None,
@@ -1121,6 +1116,8 @@ def load_dataset(
         tokenizer = read_tokenizer(tokenizer)
     is_made = not isinstance(tokenizer, str)  # by the caller, or read from a file
     kind = tokenizer.kind if is_made else tokenizer
+    if kind != "bpe" and vocab_size != VOCAB_SIZE:
+        print("--vocab_size has no effect without --tokenizer bpe.")
     named = named_files(dataset, text, valid_text, test_text)
     source = named
     local = {}
@@ -1640,11 +1637,10 @@ def make_writable(folder):
     tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
 
 
-def read_cgroups(*names):
-    """Yields the numbers in files of this process's control groups and of those around them.
+def read_cgroups(name):
+    """Yields the numbers [N] in a file of this process's control groups and of those around them.
 
-    names: of files that are read together, with {} for a group; like "{}/cpu.max" in the second
-    version of control groups, and "cpu/{}/cpu.cfs_quota_us" in the first.
+    name: with {} for a group, like "{}/cpu.max" in the second version of control groups.
     """
     lines = []  # like "0::/user.slice/job.scope"; only Linux has them
     with contextlib.suppress(OSError):
@@ -1652,9 +1648,9 @@ def read_cgroups(*names):
     for line in lines:
         group = Path(line.split(":", 2)[2].lstrip("/"))
         for each in (group, *group.parents):
-            paths = [Path("/sys/fs/cgroup", name.format(each)) for name in names]
             with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
-                yield [int(word) for path in paths for word in path.read_text("utf-8").split()]
+                text = Path("/sys/fs/cgroup", name.format(each)).read_text("utf-8")
+                yield [*map(int, text.split())]
 
 
 @functools.cache
@@ -1881,7 +1877,9 @@ TEXT_FLAGS = {
             f"{', '.join(KINDS[1:])}, FILE; auto: the corpus's usual one",
         ),
         # 257: the bytes and the end token.
-        "vocab_size": Flag(32000, number(int, 257, 2**20), "vocabulary size of --tokenizer bpe"),
+        "vocab_size": Flag(
+            VOCAB_SIZE, number(int, 257, 2**20), "vocabulary size of --tokenizer bpe"
+        ),
     },
     "session": {"test_text": Flag([], nonempty, "test files, beside --text")},
     "command": {
@@ -1929,10 +1927,9 @@ class Parser(argparse.ArgumentParser):
         with contextlib.suppress(UsageError):  # without extras/
             table = extra("hints").NOT_HERE
             hints = [hint for names, hint in table.items() if name in names.split()]
-        shown = [each for each in self._actions if each.help != argparse.SUPPRESS]
-        names = [each.option_strings[0][2:] for each in shown if each.option_strings]
+        names = {each[2:]: action.dest for each, action in self._option_string_actions.items()}
         similar = difflib.get_close_matches(name, names, 1, cutoff=0.7)
-        hints += [f"--{each}?" for each in similar]
+        hints += [f"--{names[each]}?" for each in similar]
         if not word.startswith("-"):
             hints.append(
                 "no flag takes it: a switch has no value, a text with blanks needs quotes, and "
@@ -1994,8 +1991,6 @@ def main(arguments):
             raise UsageError(f"--save_tokenizer {file} exists: name another file, or delete it")
         with explained(f"cannot write {file}: name another file", OSError):
             make_writable(file.parent)
-    if "vocab_size" in options and "tokenizer" not in options:
-        raise UsageError("--vocab_size has an effect only with --tokenizer bpe: add that")
     usual = "text" if "text" in options else "ptb"
     dataset = load_dataset(**{"dataset": usual} | options)
     print(f"{dataset.name}: {describe_tokenizer(dataset.tokenizer)}")

@@ -184,10 +184,9 @@ class Config:
         if self.context_size * self.num_kv_heads * self.head_dim > LARGEST:
             raise ValueError(f"context_size {self.context_size} has more keys than MLX can count")
         if self.num_heads % self.num_kv_heads:
-            fit = math.gcd(self.num_heads, self.num_kv_heads)
             raise ValueError(
                 f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: "
-                f"try {fit}"
+                f"try {math.gcd(self.num_heads, self.num_kv_heads)}"
             )
 
 
@@ -2102,14 +2101,8 @@ class Interrupts:
 
     # Ctrl+C, a request to end, a terminal that is gone, and what schedulers send some time before
     # they kill: Slurm, Grid Engine and OAR by choice, and where CPU time is limited.
-    SIGNALS = (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-        signal.SIGUSR1,
-        signal.SIGUSR2,
-        signal.SIGXCPU,
-    )
+    SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    SIGNALS += [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
     received = None  # the number of the first signal
 
     def __enter__(self):
@@ -2638,11 +2631,10 @@ def start_notices(run):
         )
     for prompt in flags.sample_prompt:
         yield from notice_prompt(run.model, tokenizer, prompt)
-    config = flags.given.get("config")
     unnamed = {"dataset", "mlp", "lr_schedule"} - {*flags.given}
-    if config and unnamed and not (RECIPES / f"{config}.yaml").exists():
+    if flags.config and unnamed and not (RECIPES / f"{flags.config}.yaml").exists():
         values = [f"{name} {getattr(flags, name)}" for name in sorted(unnamed)]
-        yield f"What {config} does not name: {', '.join(values)}."
+        yield f"What {flags.config} does not name: {', '.join(values)}."
     yield from notice_useless(flags)
 
 
@@ -2690,20 +2682,13 @@ def sample_from(flags):
     begin_text = partial(Conversation, tokenizer, model, draft)
     if flags.inference:
         converse(begin_text, flags)
-    else:
-        print_notices(begin_text(), flags.prompt)
-        print_samples(begin_text, flags)
-
-
-def print_samples(begin_text, flags):
-    """Prints continuations of --prompt on stdout, a line between them; sample i uses seed + i.
-
-    begin_text: a function that makes a Conversation.
-    """
-    for i in range(flags.num_samples):
-        if i > 0:
-            print("-" * 15)  # as nanoGPT does
+        return
+    for i in range(flags.num_samples):  # sample i uses seed + i
         conversation = begin_text()
+        if i == 0:
+            print_notices(conversation, flags.prompt)
+        else:
+            print("-" * 15)  # as nanoGPT does
         print_pieces(conversation.reply(flags.prompt, flags, flags.seed + i))
     speed = f"{conversation.speed:,.1f} tokens/s{conversation.decoder.describe_draft()}"
     print(speed, file=sys.stderr)  # of the last sample
@@ -2813,15 +2798,15 @@ SHARE = number(float, 0, 1)
 DROPOUT = number(float, 0, 0.9)
 BETA = number(float, 0, 0.99999)  # 1 would divide by zero
 
-PRESETS = {
-    "tiny": {"dim": 128, "num_heads": 4, "num_blocks": 4, "context_size": 128},
-    "small": {"dim": 256, "num_heads": 8, "num_blocks": 6, "context_size": 256},
-    "medium": {"dim": 512, "num_heads": 8, "num_blocks": 12, "context_size": 512},
-    "large": {"dim": 768, "num_heads": 12, "num_blocks": 24, "context_size": 1024},
-    "gpt2": {"dim": 768, "num_heads": 12, "num_blocks": 12, "context_size": 1024},
-    # Smaller than its name: 152M with GPT-2's vocabulary.
-    "350m": {"dim": 768, "num_heads": 12, "num_blocks": 16, "context_size": 2048},
+PRESETS = {  # {name: values of PRESET_FLAGS}
+    "tiny": [128, 4, 4, 128],
+    "small": [256, 8, 6, 256],
+    "medium": [512, 8, 12, 512],
+    "large": [768, 12, 24, 1024],
+    "gpt2": [768, 12, 12, 1024],
+    "350m": [768, 12, 16, 2048],  # smaller than its name: 152M with GPT-2's vocabulary
 }
+PRESET_FLAGS = ["dim", "num_heads", "num_blocks", "context_size"]
 
 # {group: {flag: row}}. The group says what a flag does. `data`, `model`, `beginning` and `training`
 # shape a run: another value is another run; only those of `training` may change in a branch. Those
@@ -3075,7 +3060,8 @@ def read_command_line(argv):
                 file.pop(name, None)
     given = {}
     for flags in (file, typed):
-        given |= PRESETS.get(flags.get("preset"), {}) | flags  # those beside a preset override it
+        preset = PRESETS.get(flags.get("preset"), [])
+        given |= dict(zip(PRESET_FLAGS, preset)) | flags  # those beside a preset override it
     return given
 
 
@@ -3188,8 +3174,6 @@ def notice_useless(flags):
         has_effect = any(getattr(flags, other) != DEFAULTS[other] for other in others)
         if name in flags.given and not has_effect:
             yield f"--{name} has no effect without --{' or --'.join(others)}."
-    if "vocab_size" in flags.given and flags.tokenizer != "bpe":
-        yield "--vocab_size has no effect without --tokenizer bpe."
 
 
 def command(flags, identifier):

@@ -13,7 +13,6 @@ from extras.program import make_parser, open_checkpoint, read_flags, start
 import mlx.core as mx
 import numpy as np
 
-from datasets import explained, replacing
 from extras.plot import make_figure, save_figure
 from main import announce, attend, first_ids
 
@@ -54,9 +53,7 @@ def plot_attention(model, tokenizer, prompt, title, path):
         axis.set_yticks(range(len(tokens)), **text)
     figure.colorbar(image, ax=axes, label="attention", shrink=0.8)
     path = save_figure(figure, path)
-    with explained(f"cannot write the numbers beside {path}: name another file", OSError):
-        with replacing(path.with_suffix(".npz")) as file:
-            np.savez(file, weights=weights, tokens=labels)
+    np.savez(path.with_suffix(".npz"), weights=weights, tokens=labels)
 
 
 def attention_weights(model, tokens):

@@ -817,10 +817,8 @@ def count_cores():
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         cores = len(os.sched_getaffinity(0))
-    of_first_version = read_cgroups("cpu/{}/cpu.cfs_quota_us", "cpu/{}/cpu.cfs_period_us")
-    for quota, period in [*read_cgroups("{}/cpu.max"), *of_first_version]:
-        if quota > 0:  # -1: without a limit
-            cores = min(cores, math.ceil(quota / period))
+    for quota, period in read_cgroups("{}/cpu.max"):
+        cores = min(cores, math.ceil(quota / period))
     return cores
 
 

@@ -56,7 +56,7 @@ def test_the_page_of_flags():
             expected.append((name, default, row.help))
         assert found == expected
     for name, values in main.PRESETS.items():
-        cells = " | ".join(str(values[each]) for each in values)
+        cells = " | ".join(map(str, values))
         assert f"| `{name}` | {cells} |" in page
 
 

@@ -779,7 +779,6 @@ def test_a_tokenizer_for_other_programs(kind, tmp_path, text):
 @pytest.mark.parametrize("line, words", [
     ("--datset ptb", "unrecognized arguments: --datset (--dataset?; --help lists all flags)"),
     ("--vocab_size 5", "--vocab_size: must be at least 257"),
-    ("--vocab_size 300", "--vocab_size has an effect only with --tokenizer bpe: add that"),
     ("--tokenizer=", "--tokenizer: is empty"),
     ("--text {0} --save_tokenizer {0}", "--save_tokenizer {0} exists: name another file"),
     ("--text {0} --tokenizer {0}", "must be a Hugging Face tokenizer.json, or one of auto, byte"),
