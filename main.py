@@ -1208,6 +1208,7 @@ def save_and_sample(run, interrupts, reporter):
             if interrupts.received:
                 break
             sample = Conversation(run.dataset.tokenizer, model)
+            name_unread(sample, prompt)
             text = "".join(sample.reply(prompt, flags, flags.seed, interrupts))
             if not interrupts.received:  # else it is cut short
                 reporter.report_sample(run, prompt, text)
@@ -2629,8 +2630,6 @@ def start_notices(run):
             "Computing in float32, as bfloat16 is not faster here. It is with --gpu, or on an AMD "
             "CPU with AVX-512 BF16 or an Intel CPU with AMX, after pip install onednn-cpu-gomp."
         )
-    for prompt in flags.sample_prompt:
-        yield from notice_prompt(run.model, tokenizer, prompt)
     unnamed = {"dataset", "mlp", "lr_schedule"} - {*flags.given}
     if flags.config and unnamed and not (RECIPES / f"{flags.config}.yaml").exists():
         values = [f"{name} {getattr(flags, name)}" for name in sorted(unnamed)]
@@ -2686,7 +2685,7 @@ def sample_from(flags):
     for i in range(flags.num_samples):  # sample i uses seed + i
         conversation = begin_text()
         if i == 0:
-            print_notices(conversation, flags.prompt)
+            name_unread(conversation, flags.prompt)
         else:
             print("-" * 15)  # as nanoGPT does
         print_pieces(conversation.reply(flags.prompt, flags, flags.seed + i))
@@ -2709,22 +2708,20 @@ def for_terminal(text):
     return printable(text.replace("\r", "")) if sys.stdout.isatty() else text
 
 
-def print_notices(conversation, prompt):
-    """Prints how a model reads a prompt otherwise than its user may think."""
-    for line in notice_prompt(conversation.model, conversation.tokenizer, prompt):
-        print(printable(line), file=sys.stderr)
-
-
-def notice_prompt(model, tokenizer, prompt):
-    """Yields what of a prompt is not read, or not as it stands, a line each."""
+def name_unread(conversation, prompt):
+    """Says what of a prompt the model does not read, or not as it stands."""
+    tokenizer = conversation.tokenizer
     unknown = tokenizer.unknown(prompt)
     if unknown:
-        yield f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"
+        line = f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"
+        say(printable(line), sys.stderr)
     count = len(first_ids(tokenizer, prompt))
-    if count > model.config.context_size:
-        yield f"The prompt's {count:,} tokens are more than the context: the model reads their end."
+    if count > conversation.model.config.context_size:
+        line = f"The prompt's {count:,} tokens are more than the context: only their end is read."
+        say(line, sys.stderr)
     if prompt.endswith(" ") and tokenizer.kind not in ("byte", "char", "word"):
-        yield "The prompt ends in a space, which the tokenizer joins to the next word: leave it out."
+        line = "The prompt ends in a space, which the tokenizer joins to the next word: leave it out."
+        say(line, sys.stderr)
 
 
 def converse(begin_text, flags):
@@ -2761,7 +2758,7 @@ def converse(begin_text, flags):
 
 def print_reply(conversation, line, flags):
     """Prints the continuation of a line; Ctrl+C ends it and keeps what was shown."""
-    print_notices(conversation, line)
+    name_unread(conversation, line)
     interrupts = argparse.Namespace(received=None)
 
     # No KeyboardInterrupt: an exception raised inside MLX can be lost.
