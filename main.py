@@ -1342,10 +1342,6 @@ class Decoder:
             self.ids.append(token)
             yield token
 
-    def describe_draft(self):
-        """Statistics of the draft model; here there is none, see extras/decode.py."""
-        return ""
-
 
 def first_ids(tokenizer, prompt):
     """The ids of a text that begins with a prompt.
@@ -2689,8 +2685,10 @@ def sample_from(flags):
         else:
             print("-" * 15)  # as nanoGPT does
         print_pieces(conversation.reply(flags.prompt, flags, flags.seed + i))
-    speed = f"{conversation.speed:,.1f} tokens/s{conversation.decoder.describe_draft()}"
-    print(speed, file=sys.stderr)  # of the last sample
+    speed = f"{conversation.speed:,.1f} tokens/s"  # of the last sample
+    if draft:
+        speed += conversation.decoder.describe_draft()
+    print(speed, file=sys.stderr)
 
 
 def print_pieces(pieces):
