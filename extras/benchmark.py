@@ -20,6 +20,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from datasets import UsageError
+from extras.quantize import count_bytes
 from extras.steps import open_run
 from main import Decoder, SingleProcess, begin, draw_dropout, fast, make_run, make_step
 from main import notice_useless, open_for_use, read_command_line, settle, use_device
@@ -128,11 +129,6 @@ def count_flops(config, parameters, lora_rank):
     if lora_rank:
         backward -= 2 * matrices
     return {"forward": forward, "backward": backward}
-
-
-def count_bytes(tree):
-    """The size of a tree of arrays."""
-    return sum(array.nbytes for _, array in tree_flatten(tree))
 
 
 # ---- Measurements -------------------------------------------------------------------------------

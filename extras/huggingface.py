@@ -83,8 +83,9 @@ INDEX = "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"
 SPECIAL = "special_tokens_map.json"
 TEXTS = ["config.json", "tokenizer.json", "tokenizer_config.json", SPECIAL, TEMPLATE, INDEX]
-# Names of weights; a base model has no prefix "model.", a compiled or wrapped one has others.
-WEIGHT = re.compile(r"(?:.*?\.)?(embed_tokens|layers|norm|lm_head)\.(.*)")
+# What comes before names of weights: nothing in a base model, more in one compiled or wrapped.
+BODY = re.compile(r"^(.*?\.)??(?=(embed_tokens|layers|norm)\.)")
+HEAD = re.compile(r"^.*\.(?=lm_head\.)")
 # What the hub calls a model: ORG/NAME, perhaps with a branch or a commit.
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?", re.ASCII)
 # Our models have not learned a chat format: a chat is the concatenated texts of its messages.
@@ -345,10 +346,7 @@ def read_weights(files):
             if weight.dtype not in (mx.float32, mx.float16, mx.bfloat16):
                 # MLX reads FP8, for one, as the integers of its bits.
                 raise UsageError(f"{name} is neither float32, float16 nor bfloat16")
-            found = WEIGHT.fullmatch(name)
-            if found:
-                prefix = "" if found[1] == "lm_head" else "model."
-                name = f"{prefix}{found[1]}.{found[2]}"
+            name = BODY.sub("model.", HEAD.sub("", name))
             if name in weights:
                 raise UsageError(f"its files hold {name} twice, under different prefixes")
             weights[name] = weight.astype(mx.float32)
