@@ -1045,9 +1045,7 @@ def write_tokens(spans, tokenizer, path):
     counts = {"num_bytes": 0, "num_words": 0, "num_unk": 0}
     digest = hashlib.sha256()
     dtype = token_dtype(tokenizer.vocab_size)
-    total = None  # bytes, where the files alone tell
-    if all(type(span) is Span for span in spans):
-        total = sum(span.stop - span.start for span in spans)
+    total = sum(span.stop - span.start for span in spans if type(span) is Span)  # bytes
     bar = progress_bar(total=total, unit="B", unit_scale=True, desc=path.name)
     with bar, replacing(path) as out:
         for text, ids in encode_documents(spans, tokenizer):
@@ -1586,21 +1584,12 @@ def absolute(path):
     return os.path.abspath(user_path(path))
 
 
-def find_cache():
-    """The user's cache folder, which is not created here; None without a home.
-
-    Never in the working directory, which may hold a stranger's files: compiled code is loaded from
-    this folder.
-    """
-    caches = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(caches):  # to be ignored, says the XDG specification
-        caches = os.path.expanduser("~/.cache")
-    if not os.path.isabs(caches):
-        return None
-    return Path(caches, "transformer-lm")
-
-
-CACHE = find_cache()
+CACHE = None  # without a home
+# The user's cache folder. Never in the working directory, which may hold a stranger's files:
+# compiled code is loaded from this folder. The XDG specification ignores other paths, too.
+for caches in (os.path.expanduser("~/.cache"), os.environ.get("XDG_CACHE_HOME", "")):
+    if os.path.isabs(caches):
+        CACHE = Path(caches, "transformer-lm")
 RAM_DISK = Path("/Volumes/RAMDisk")  # on macOS, if the user has made one of this name
 RAM_DISK_SIZE = 4 << 30  # bytes, at least; tinystories and its tokens take 3 GiB
 
@@ -1859,10 +1848,8 @@ TEXT_FLAGS = {
         "dataset": Flag("ptb", one_of([*CORPORA], OTHERS), "training corpus", "dataset_name"),
         "text": Flag([], nonempty, "train on your own files, folders, glob patterns"),
         "valid_text": Flag(
-            [],
-            nonempty,
-            "validation files (default: a share of --text)",
-            "eval_file val_data val_file validation_file",
+            [], nonempty, "validation files (default: a share of --text)",
+            "eval_file val_data val_file validation_file"
         ),
         "valid_fraction": Flag(
             0.1, number(float, 0.001, 0.5), "share of --text held out", "val_fraction val_split"
@@ -1872,9 +1859,7 @@ TEXT_FLAGS = {
         ),
         "train_tokens": Flag(None, SIZE, "train on the first N tokens only (default: all)"),
         "tokenizer": Flag(
-            "auto",
-            nonempty,
-            f"{', '.join(KINDS[1:])}, FILE; auto: the corpus's usual one",
+            "auto", nonempty, f"{', '.join(KINDS[1:])}, FILE; auto: the corpus's usual one"
         ),
         # 257: the bytes and the end token.
         "vocab_size": Flag(
@@ -1887,10 +1872,8 @@ TEXT_FLAGS = {
             "runs", nonempty, "folder with a folder for each run", "out_dir output_dir"
         ),
         "data_dir": Flag(
-            None,
-            nonempty,
-            "folder for downloads and tokens (default: save_dir, if given; else a RAM disk, if "
-            "mounted; else ~/.cache/transformer-lm)",
+            None, nonempty, "folder for downloads and tokens (default: save_dir, if given; else a "
+            "RAM disk, if mounted; else ~/.cache/transformer-lm)"
         ),
         "mirror": Flag(
             None, nonempty, "URL or folder of <dataset>/<file>, instead of the usual hosts"

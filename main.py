@@ -1089,10 +1089,10 @@ def train(run, interrupts, ranks):
     end_time = math.inf  # in seconds of training
     if flags.max_minutes is not None:
         end_time = run.seconds + 60 * flags.max_minutes
-    with contextlib.ExitStack() as stack:
-        reporter = None  # the first rank alone saves and reports
-        if ranks.rank == 0:
-            reporter = stack.enter_context(contextlib.closing(Reporter(run)))
+    reporting = contextlib.nullcontext()
+    if ranks.rank == 0:  # which alone saves and reports
+        reporting = contextlib.closing(Reporter(run))
+    with reporting as reporter:
         while True:
             # Evaluate, save, then sample, so that a checkpoint has its score. If a signal ends the
             # evaluation, it is scored when the run is resumed.
@@ -2112,7 +2112,8 @@ class Interrupts:
         for each in self.SIGNALS:
             # Signals that the parent ignores (nohup, background jobs of scripts) stay ignored.
             if signal.getsignal(each) != signal.SIG_IGN:
-                self.handlers[each] = signal.signal(each, self.handle)
+                # The thread acts; without a handler, Python would not write the byte.
+                self.handlers[each] = signal.signal(each, lambda *_: None)
         return self
 
     def __exit__(self, *error):
@@ -2120,9 +2121,6 @@ class Interrupts:
         self.thread.join()  # a notebook's next %run deletes what it needs
         for each, handler in self.handlers.items():
             signal.signal(each, handler)
-
-    def handle(self, number, frame):
-        """Does nothing: the thread acts. Without a handler, Python would not write the byte."""
 
     def watch(self, reader):
         """Runs in the thread: the first signal sets `received`, a later one ends the process."""
@@ -2627,9 +2625,8 @@ def start_notices(run):
             "CPU with AVX-512 BF16 or an Intel CPU with AMX, after pip install onednn-cpu-gomp."
         )
     unnamed = {"dataset", "mlp", "lr_schedule"} - {*flags.given}
-    if flags.config and unnamed and not (RECIPES / f"{flags.config}.yaml").exists():
-        values = [f"{name} {getattr(flags, name)}" for name in sorted(unnamed)]
-        yield f"What {flags.config} does not name: {', '.join(values)}."
+    if flags.config and unnamed and Path(flags.config).suffix:  # a file, no recipe
+        yield f"{flags.config} names no {', '.join(sorted(unnamed))}: see data, model, rate above."
     yield from notice_useless(flags)
 
 
@@ -2710,16 +2707,20 @@ def name_unread(conversation, prompt):
     """Says what of a prompt the model does not read, or not as it stands."""
     tokenizer = conversation.tokenizer
     unknown = tokenizer.unknown(prompt)
-    if unknown:
-        line = f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"
-        say(printable(line), sys.stderr)
     count = len(first_ids(tokenizer, prompt))
-    if count > conversation.model.config.context_size:
-        line = f"The prompt's {count:,} tokens are more than the context: only their end is read."
-        say(line, sys.stderr)
-    if prompt.endswith(" ") and tokenizer.kind not in ("byte", "char", "word"):
-        line = "The prompt ends in a space, which the tokenizer joins to the next word: leave it out."
-        say(line, sys.stderr)
+    joins = tokenizer.kind not in ("byte", "char", "word")
+    notices = {
+        f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}": unknown,
+        f"The prompt's {count:,} tokens are more than the context: only their end is read.": (
+            count > conversation.model.config.context_size
+        ),
+        "The prompt ends in a space, which the tokenizer joins to the next word: leave it out.": (
+            joins and prompt.endswith(" ")
+        ),
+    }
+    for line, applies in notices.items():
+        if applies:
+            say(printable(line), sys.stderr)
 
 
 def converse(begin_text, flags):
@@ -2843,10 +2844,8 @@ FLAGS["model"] = {
 FLAGS["beginning"] = {
     "seed": Flag(42, COUNT, "of weights, batches, dropout and samples", "random_seed"),
     "optimizer": Flag(
-        "adamw",
-        one_of(OPTIMIZERS),
-        f"muon: for the blocks' matrices, at {Muon.lr_scale} times the learning rate",
-        "optim",
+        "adamw", one_of(OPTIMIZERS),
+        f"muon: for the blocks' matrices, at {Muon.lr_scale} times the learning rate", "optim"
     ),
     "init_from": Flag(
         None, model_name, "start from a checkpoint, a Hugging Face folder, or ORG/NAME"
@@ -3426,8 +3425,7 @@ def load_data(flags, tokenizer=None):
         arguments["tokenizer"] = tokenizer
     dataset = load_dataset(**arguments)
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
-        remedy = "name files for it with --test_text" if flags.text else "use another split"
-        raise UsageError(f"{dataset.name} has no test split: {remedy}")
+        raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
     return dataset
 
 
