@@ -420,14 +420,12 @@ def tokenizer_from_dict(data):
     Raises UsageError if it is malformed, ImportError if it needs a package that is not installed.
     """
     with explained("the tokenizer cannot be used"):
-        kind = data["kind"]
-        tokenizer_class = TOKENIZERS[kind]
+        tokenizer_class = TOKENIZERS[data["kind"]]
         if tokenizer_class is ByteTokenizer:
             return ByteTokenizer()
         vocabulary = data["vocabulary"]
         if tokenizer_class is PackageTokenizer:
-            others = {name: data[name] for name in ("eos", "bos", "settings") if name in data}
-            return PackageTokenizer(vocabulary, kind, **others)
+            return PackageTokenizer(**data)
         pieces = "".join(vocabulary)  # characters or words
         if len({*vocabulary}) < len(vocabulary) or utf8(pieces) != pieces:
             raise ValueError("its vocabulary repeats a piece, or holds half a character")
@@ -1459,8 +1457,8 @@ def run_command(name, function, arguments):
             line += ": pip install -r requirements.txt"
         status = 2
     except MemoryError as error:
-        line = one_line(error) or "out of memory"
-        line += ": give a smaller --batch_size or --context_size"
+        reason = one_line(error) or "out of memory"
+        line = f"{reason}: give a smaller --batch_size or --context_size"
         status = 1
     except (RunError, OSError) as error:
         line = one_line(error)
@@ -1608,7 +1606,7 @@ def open_data_dir(data_dir=None):
             if shutil.disk_usage(RAM_DISK).total >= RAM_DISK_SIZE:
                 folders = [RAM_DISK / "transformer-lm"]
             else:
-                print(f"{RAM_DISK} is not used for texts: it has less than {RAM_DISK_SIZE:,} bytes.")
+                print(f"{RAM_DISK} is not used: it has less than {RAM_DISK_SIZE:,} bytes.")
     for folder in filter(None, folders):
         try:
             make_writable(folder)

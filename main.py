@@ -1993,9 +1993,7 @@ def describe_run(run):
         "tokens_sha256": run.dataset.sha256,
         "origins": run.origins,
         "stretches": [vars(stretch) for stretch in run.stretches],
-        "epoch": run.batches.epoch,
-        "place": run.batches.place,
-        "offset": run.batches.offset,
+        **values_of(run.batches, ["epoch", "place", "offset"]),
     }
 
 
