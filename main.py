@@ -2706,14 +2706,13 @@ def name_unread(conversation, prompt):
     tokenizer = conversation.tokenizer
     unknown = tokenizer.unknown(prompt)
     count = len(first_ids(tokenizer, prompt))
-    joins = tokenizer.kind not in ("byte", "char", "word")
     notices = {
         f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}": unknown,
         f"The prompt's {count:,} tokens are more than the context: only their end is read.": (
             count > conversation.model.config.context_size
         ),
         "The prompt ends in a space, which the tokenizer joins to the next word: leave it out.": (
-            joins and prompt.endswith(" ")
+            prompt.endswith(" ") and hasattr(tokenizer, "package")
         ),
     }
     for line, applies in notices.items():
