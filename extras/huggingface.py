@@ -101,9 +101,10 @@ def open_by_name(name):
         raise UsageError(f"{name} is a file: name the folder that it lies in")
     found = HUB_NAME.fullmatch(name)
     if not found:
-        remedy = "name one, a checkpoint, or a model of the Hugging Face hub (ORG/NAME); a run "
-        remedy += "whose model is gone goes on by --identifier RUN"
-        raise UsageError(f"{name} is no folder here: {remedy}")
+        raise UsageError(
+            f"{name} is no folder here: name one, a checkpoint, or a model of the Hugging Face hub "
+            "(ORG/NAME); a run whose model is gone goes on by --identifier RUN"
+        )
     repository, revision = found.groups()
     return import_model(download_model(repository, revision))
 
