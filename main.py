@@ -16,11 +16,17 @@ to O features has a matrix [O, I], as in PyTorch. MLX is lazy: operations build 
 mx.eval computes.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__" and not hasattr(sys, "ps1"):
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Until there is something to save, Ctrl+C exits without a traceback (but no notebook).
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import functools
 import os
 import re
-import signal
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -37,11 +43,12 @@ def own_file(module):
     return found[1] if found and "/site-packages/" not in found[1] else None
 
 
+# Beside this file lies the module datasets that it needs. Another package of that name may come
+# first or be loaded, Hugging Face's; `python -P` leaves this folder out.
+sys.path.insert(0, str(HERE))
+if not hasattr(sys.modules.get("datasets"), "CORPORA"):
+    sys.modules.pop("datasets", None)
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and not hasattr(sys, "ps1"):
-        # Until there is something to save, Ctrl+C exits without a traceback (but no notebook).
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.path.insert(0, str(HERE))  # which `python -P` leaves out
     if vars(sys.modules["__main__"]) is globals():  # not under cProfile
         sys.modules["main"] = sys.modules["__main__"]  # extras import no second copy of this file
     for name, module in [*sys.modules.items()]:
@@ -97,9 +104,10 @@ from datasets import CORPORA, KINDS, LARGEST, SIZE, SPLITS, TEXT_FLAGS, TOKENIZE
 from datasets import Parser, RunError, UsageError, absolute, add_flags, definition
 from datasets import describe_tokenizer, discard, encode_after, end_of_text, explained, extra
 from datasets import flock, hash_of_code, hash_of_file, load_dataset, make_writable, new_file
-from datasets import no_follow, nonempty, number, one_line, one_of, open_code_dir, printable
-from datasets import publish, remove_leftovers, replacing, run_command, run_program, sync
-from datasets import tokenizer_from_dict, use_compiler, user_path, utf8
+from datasets import no_follow, nonempty, number, one_line, one_of, open_code_dir, open_data_dir
+from datasets import printable, progress_bar, publish, read_cgroups, remove_leftovers, replacing
+from datasets import run_command, run_program, sync, tokenizer_from_dict, use_compiler, user_path
+from datasets import utf8
 
 EDITED = []  # names of functions below that were edited since extras/fast.py was written
 
@@ -177,10 +185,9 @@ class Config:
         if self.context_size * self.num_kv_heads * self.head_dim > LARGEST:
             raise ValueError(f"context_size {self.context_size} has more keys than MLX can count")
         if self.num_heads % self.num_kv_heads:
-            fit = math.gcd(self.num_heads, self.num_kv_heads)
             raise ValueError(
                 f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: "
-                f"try {fit}"
+                f"try {math.gcd(self.num_heads, self.num_kv_heads)}"
             )
 
 
@@ -1083,10 +1090,10 @@ def train(run, interrupts, ranks):
     end_time = math.inf  # in seconds of training
     if flags.max_minutes is not None:
         end_time = run.seconds + 60 * flags.max_minutes
-    with contextlib.ExitStack() as stack:
-        reporter = None  # the first rank alone saves and reports
-        if ranks.rank == 0:
-            reporter = stack.enter_context(contextlib.closing(Reporter(run)))
+    reporting = contextlib.nullcontext()
+    if ranks.rank == 0:  # which alone saves and reports
+        reporting = contextlib.closing(Reporter(run))
+    with reporting as reporter:
         while True:
             # Evaluate, save, then sample, so that a checkpoint has its score. If a signal ends the
             # evaluation, it is scored when the run is resumed.
@@ -1202,6 +1209,7 @@ def save_and_sample(run, interrupts, reporter):
             if interrupts.received:
                 break
             sample = Conversation(run.dataset.tokenizer, model)
+            name_unread(sample, prompt)
             text = "".join(sample.reply(prompt, flags, flags.seed, interrupts))
             if not interrupts.received:  # else it is cut short
                 reporter.report_sample(run, prompt, text)
@@ -1302,6 +1310,11 @@ class Decoder:
         self.ids = ids
         self.begin_window(0)
 
+    def cut(self, length):
+        """Truncates the text to `length` ids."""
+        del self.ids[length:]
+        self.begin_window(0)
+
     def begin_window(self, start):
         """Forgets what was read; the next pass reads the text from index `start`."""
         self.start = start
@@ -1329,27 +1342,6 @@ class Decoder:
             token = draw(logits[0], flags, key).item()
             self.ids.append(token)
             yield token
-
-    def describe_draft(self):
-        """Statistics of the draft model; here there is none, see extras/decode.py."""
-        return ""
-
-
-def pieces_before(stop, pieces):
-    """The pieces of a text up to `stop`; holds back what may be the start of `stop`."""
-    held = ""
-    with contextlib.closing(pieces):
-        for piece in pieces:
-            held += piece
-            before, found, _ = held.partition(stop)
-            if found:
-                yield before
-                return
-            possible = [n for n in range(1, len(stop)) if held.endswith(stop[:n])]
-            sure = len(held) - max(possible, default=0)
-            yield held[:sure]
-            held = held[sure:]
-    yield held
 
 
 def first_ids(tokenizer, prompt):
@@ -1398,7 +1390,9 @@ class Conversation:
 
     def __init__(self, tokenizer, model, draft=None):
         self.tokenizer = tokenizer
+        self.model = model
         self.ids = []  # of the text; shared with the decoder
+        self.asked = 0  # ids before the last reply
         self.speed = 0.0  # tokens per second of the last reply
         if draft is not None:
             self.decoder = extra("decode").SpeculativeDecoder(model, draft, self.ids)
@@ -1409,21 +1403,51 @@ class Conversation:
         """Adds `prompt` to the text, and yields the model's continuation in pieces.
 
         Except at the start of a text, the prompt goes on a new line. A piece is yielded once no
-        later token can change it. The last one ends before --stop, or at the end of the text.
+        later token can change it. The last one ends before --stop, which the model does not read
+        later, either, or at the end of the text.
         """
         pieces = self.pieces(prompt, flags, seed, interrupts)
-        return pieces_before(flags.stop, pieces) if flags.stop else pieces
+        return self.pieces_before(flags.stop, pieces) if flags.stop else pieces
+
+    def pieces_before(self, stop, pieces):
+        """The pieces of a reply up to `stop`; holds back what may be the start of `stop`."""
+        held = ""
+        for piece in pieces:
+            held += piece
+            before, found, _ = held.partition(stop)
+            if found:
+                yield before
+                pieces.close()
+                self.take_back(len(held) - len(before))
+                return
+            possible = [n for n in range(1, len(stop)) if held.endswith(stop[:n])]
+            sure = len(held) - max(possible, default=0)
+            yield held[:sure]
+            held = held[sure:]
+        yield held
+
+    def take_back(self, count):
+        """Removes the last `count` characters of the reply, which may begin within a token."""
+        text = self.tokenizer.decode(self.ids)[:-count]
+        self.decoder.cut(self.asked)
+        self.add(text[len(self.tokenizer.decode(self.ids)) :])
+
+    def add(self, text):
+        """Adds what goes on behind the text so far."""
+        before = self.tokenizer.decode(self.ids[-1:])[-1:]
+        [ids] = encode_after(self.tokenizer, [before], [text])
+        self.ids.extend(ids.tolist())
 
     def pieces(self, prompt, flags, seed, interrupts):
         """Like `reply`, but without --stop."""
         tokenizer = self.tokenizer
         end = end_of_text(tokenizer) if flags.stop_at_end else None
         if self.ids and self.ids[-1] != end:
-            before = tokenizer.decode(self.ids[-1:])[-1:]
-            [ids] = encode_after(tokenizer, [before], ["\n" + prompt])
-            self.ids.extend(ids.tolist())
+            line_end = "" if tokenizer.decode(self.ids[-1:]).endswith("\n") else "\n"
+            self.add(line_end + prompt)
         elif prompt or not self.ids:  # the prompt begins a text
             self.ids.extend(first_ids(tokenizer, prompt))
+        self.asked = len(self.ids)
         detokenizer = Detokenizer(tokenizer, self.ids)
         times = []  # when each token arrived
         try:
@@ -1970,9 +1994,7 @@ def describe_run(run):
         "tokens_sha256": run.dataset.sha256,
         "origins": run.origins,
         "stretches": [vars(stretch) for stretch in run.stretches],
-        "epoch": run.batches.epoch,
-        "place": run.batches.place,
-        "offset": run.batches.offset,
+        **values_of(run.batches, ["epoch", "place", "offset"]),
     }
 
 
@@ -2075,14 +2097,8 @@ class Interrupts:
 
     # Ctrl+C, a request to end, a terminal that is gone, and what schedulers send some time before
     # they kill: Slurm, Grid Engine and OAR by choice, and where CPU time is limited.
-    SIGNALS = (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-        signal.SIGUSR1,
-        signal.SIGUSR2,
-        signal.SIGXCPU,
-    )
+    SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    SIGNALS += [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
     received = None  # the number of the first signal
 
     def __enter__(self):
@@ -2095,7 +2111,8 @@ class Interrupts:
         for each in self.SIGNALS:
             # Signals that the parent ignores (nohup, background jobs of scripts) stay ignored.
             if signal.getsignal(each) != signal.SIG_IGN:
-                self.handlers[each] = signal.signal(each, self.handle)
+                # The thread acts; without a handler, Python would not write the byte.
+                self.handlers[each] = signal.signal(each, lambda *_: None)
         return self
 
     def __exit__(self, *error):
@@ -2103,9 +2120,6 @@ class Interrupts:
         self.thread.join()  # a notebook's next %run deletes what it needs
         for each, handler in self.handlers.items():
             signal.signal(each, handler)
-
-    def handle(self, number, frame):
-        """Does nothing: the thread acts. Without a handler, Python would not write the byte."""
 
     def watch(self, reader):
         """Runs in the thread: the first signal sets `received`, a later one ends the process."""
@@ -2341,15 +2355,8 @@ class Reporter:
     def __init__(self, run):
         self.train_loss = None  # of the last report
         self.failed = set()  # names of files that could not be written
-        is_terminal = sys.stderr.isatty()
-        # Some containers give it no width: lines serve there, too.
-        has_bar = is_terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-        self.bar = tqdm(
-            total=max(run.flags.num_iters, run.iteration),
-            initial=run.iteration,
-            dynamic_ncols=True,
-            disable=not has_bar,
-        )
+        total = max(run.flags.num_iters, run.iteration)
+        self.bar = progress_bar(total=total, initial=run.iteration, dynamic_ncols=True)
         self.log = Log(run)
         self.dashboards = None
         if run.flags.report_to:
@@ -2584,15 +2591,10 @@ def plural(number, noun):
 
 
 def describe_schedule(flags):
-    """The learning rate at the first and last step of a run, and at its peak, on the start screen.
-
-    The peak is that of the end of warmup and of 100 places.
-    """
-    last = flags.num_iters - 1
-    places = {min(flags.lr_warmup, last), *np.linspace(0, last, 100).astype(int).tolist()}
-    rates = {iteration: learning_rate_at(iteration, flags) for iteration in sorted(places)}
-    shown = sorted({0, max(rates, key=rates.get), last})
-    texts = [f"{rates[iteration]:.3g} (step {1 + iteration:,})" for iteration in shown]
+    """The learning rate at the first step of a run, at the end of warmup, and at the last step."""
+    texts = []
+    for step in sorted({1, min(max(1, flags.lr_warmup), flags.num_iters), flags.num_iters}):
+        texts.append(f"{learning_rate_at(step - 1, flags):.3g} (step {step:,})")
     return f"{flags.lr_schedule}: {', '.join(texts)}"
 
 
@@ -2614,14 +2616,16 @@ def start_notices(run):
     if fast and fast.BLAS == fast.REFERENCE_BLAS and not flags.gpu:
         yield (
             "Matrix products are slow, and in float32: a fast library for them needs a C compiler "
-            "(apt install g++) and oneDNN (pip install onednn-cpu-gomp) or NumPy from PyPI."
+            "(apt install g++) and NumPy from PyPI or, on x86-64, pip install onednn-cpu-gomp."
         )
     elif flags.dtype != run.versions["dtype"]:
         yield (
-            "Computing in float32, as bfloat16 is not faster here. It is with --gpu, or, by oneDNN "
-            "(pip install onednn-cpu-gomp), on an AMD CPU with AVX-512 BF16 or an Intel CPU with "
-            "AMX."
+            "Computing in float32, as bfloat16 is not faster here. It is with --gpu, or on an AMD "
+            "CPU with AVX-512 BF16 or an Intel CPU with AMX, after pip install onednn-cpu-gomp."
         )
+    unnamed = {"dataset", "mlp", "lr_schedule"} - {*flags.given}
+    if flags.config and unnamed and Path(flags.config).suffix:  # a file, no recipe
+        yield f"{flags.config} names no {', '.join(sorted(unnamed))}: see data, model, rate above."
     yield from notice_useless(flags)
 
 
@@ -2669,23 +2673,18 @@ def sample_from(flags):
     begin_text = partial(Conversation, tokenizer, model, draft)
     if flags.inference:
         converse(begin_text, flags)
-    else:
-        name_unknown(tokenizer, flags.prompt)
-        print_samples(begin_text, flags)
-
-
-def print_samples(begin_text, flags):
-    """Prints continuations of --prompt on stdout, a line between them; sample i uses seed + i.
-
-    begin_text: a function that makes a Conversation.
-    """
-    for i in range(flags.num_samples):
-        if i > 0:
-            print("-" * 15)  # as nanoGPT does
+        return
+    for i in range(flags.num_samples):  # sample i uses seed + i
         conversation = begin_text()
+        if i == 0:
+            name_unread(conversation, flags.prompt)
+        else:
+            print("-" * 15)  # as nanoGPT does
         print_pieces(conversation.reply(flags.prompt, flags, flags.seed + i))
-    speed = f"{conversation.speed:,.1f} tokens/s{conversation.decoder.describe_draft()}"
-    print(speed, file=sys.stderr)  # of the last sample
+    speed = f"{conversation.speed:,.1f} tokens/s"  # of the last sample
+    if draft:
+        speed += conversation.decoder.describe_draft()
+    print(speed, file=sys.stderr)
 
 
 def print_pieces(pieces):
@@ -2703,12 +2702,23 @@ def for_terminal(text):
     return printable(text.replace("\r", "")) if sys.stdout.isatty() else text
 
 
-def name_unknown(tokenizer, prompt):
-    """Prints the parts of a prompt that the model reads as <unk>."""
+def name_unread(conversation, prompt):
+    """Says what of a prompt the model does not read, or not as it stands."""
+    tokenizer = conversation.tokenizer
     unknown = tokenizer.unknown(prompt)
-    if unknown:
-        line = f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"
-        print(printable(line), file=sys.stderr)
+    count = len(first_ids(tokenizer, prompt))
+    notices = {
+        f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}": unknown,
+        f"The prompt's {count:,} tokens are more than the context: only their end is read.": (
+            count > conversation.model.config.context_size
+        ),
+        "The prompt ends in a space, which the tokenizer joins to the next word: leave it out.": (
+            prompt.endswith(" ") and hasattr(tokenizer, "package")
+        ),
+    }
+    for line, applies in notices.items():
+        if applies:
+            say(printable(line), sys.stderr)
 
 
 def converse(begin_text, flags):
@@ -2745,7 +2755,7 @@ def converse(begin_text, flags):
 
 def print_reply(conversation, line, flags):
     """Prints the continuation of a line; Ctrl+C ends it and keeps what was shown."""
-    name_unknown(conversation.tokenizer, line)
+    name_unread(conversation, line)
     interrupts = argparse.Namespace(received=None)
 
     # No KeyboardInterrupt: an exception raised inside MLX can be lost.
@@ -2782,15 +2792,15 @@ SHARE = number(float, 0, 1)
 DROPOUT = number(float, 0, 0.9)
 BETA = number(float, 0, 0.99999)  # 1 would divide by zero
 
-PRESETS = {
-    "tiny": {"dim": 128, "num_heads": 4, "num_blocks": 4, "context_size": 128},
-    "small": {"dim": 256, "num_heads": 8, "num_blocks": 6, "context_size": 256},
-    "medium": {"dim": 512, "num_heads": 8, "num_blocks": 12, "context_size": 512},
-    "large": {"dim": 768, "num_heads": 12, "num_blocks": 24, "context_size": 1024},
-    "gpt2": {"dim": 768, "num_heads": 12, "num_blocks": 12, "context_size": 1024},
-    # Smaller than its name: 152M with GPT-2's vocabulary.
-    "350m": {"dim": 768, "num_heads": 12, "num_blocks": 16, "context_size": 2048},
+PRESETS = {  # {name: values of PRESET_FLAGS}
+    "tiny": [128, 4, 4, 128],
+    "small": [256, 8, 6, 256],
+    "medium": [512, 8, 12, 512],
+    "large": [768, 12, 24, 1024],
+    "gpt2": [768, 12, 12, 1024],
+    "350m": [768, 12, 16, 2048],  # smaller than its name: 152M with GPT-2's vocabulary
 }
+PRESET_FLAGS = ["dim", "num_heads", "num_blocks", "context_size"]
 
 # {group: {flag: row}}. The group says what a flag does. `data`, `model`, `beginning` and `training`
 # shape a run: another value is another run; only those of `training` may change in a branch. Those
@@ -2832,10 +2842,8 @@ FLAGS["model"] = {
 FLAGS["beginning"] = {
     "seed": Flag(42, COUNT, "of weights, batches, dropout and samples", "random_seed"),
     "optimizer": Flag(
-        "adamw",
-        one_of(OPTIMIZERS),
-        f"muon: for the blocks' matrices, at {Muon.lr_scale} times the learning rate",
-        "optim",
+        "adamw", one_of(OPTIMIZERS),
+        f"muon: for the blocks' matrices, at {Muon.lr_scale} times the learning rate", "optim"
     ),
     "init_from": Flag(
         None, model_name, "start from a checkpoint, a Hugging Face folder, or ORG/NAME"
@@ -3044,7 +3052,8 @@ def read_command_line(argv):
                 file.pop(name, None)
     given = {}
     for flags in (file, typed):
-        given |= PRESETS.get(flags.get("preset"), {}) | flags  # those beside a preset override it
+        preset = PRESETS.get(flags.get("preset"), [])
+        given |= dict(zip(PRESET_FLAGS, preset)) | flags  # those beside a preset override it
     return given
 
 
@@ -3157,8 +3166,6 @@ def notice_useless(flags):
         has_effect = any(getattr(flags, other) != DEFAULTS[other] for other in others)
         if name in flags.given and not has_effect:
             yield f"--{name} has no effect without --{' or --'.join(others)}."
-    if "vocab_size" in flags.given and flags.tokenizer != "bpe":
-        yield "--vocab_size has no effect without --tokenizer bpe."
 
 
 def command(flags, identifier):
@@ -3432,17 +3439,8 @@ def memory_size():
         size = info.get("max_recommended_working_set_size")  # Metal's: beyond it, macOS swaps
         return size or info.get("total_memory") or math.inf
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    groups = []  # like "0::/user.slice/job.scope"; only Linux has them
-    with contextlib.suppress(OSError):
-        groups = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
-    for line in groups:
-        group = Path(line.split(":", 2)[2].lstrip("/"))
-        for below in (group, *group.parents):
-            # In the second and in the first version.
-            for name in (below / "memory.max", "memory" / below / "memory.limit_in_bytes"):
-                with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
-                    sizes.append(int(Path("/sys/fs/cgroup", name).read_text("utf-8")))
-    return min(sizes)
+    limits = [*read_cgroups("{}/memory.max"), *read_cgroups("memory/{}/memory.limit_in_bytes")]
+    return min(sizes + [size for [size] in limits])
 
 
 def begin(flags):
@@ -3469,6 +3467,7 @@ def load_data(flags, tokenizer=None):
             f"give at most {flags.context_size}"
         )
     arguments = values_of(flags, [*FLAGS["data"], "test_text", "save_dir", "data_dir", "mirror"])
+    arguments["data_dir"] = open_data_dir(flags.data_dir)
     if tokenizer:
         arguments["tokenizer"] = tokenizer
     dataset = load_dataset(**arguments)
@@ -3660,7 +3659,12 @@ def score_checkpoint(flags):
     model = contents.load_model()
     checkpoint = contents.checkpoint
     flags = settle(flags.given, checkpoint.flags)
-    dataset = load_data_again(flags, checkpoint)
+    if flags.evaluate == "test" and flags.test_text:  # the run's own text may be gone
+        flags.dataset = "text"
+        flags.text = flags.valid_text = flags.test_text
+        dataset = load_data(flags, contents.tokenizer)
+    else:
+        dataset = load_data_again(flags, checkpoint)
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=False)
     announce(checkpoint)

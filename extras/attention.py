@@ -2,7 +2,8 @@
 
     python -m extras.attention heads.png --prompt "def __init__(self"
 
-It needs matplotlib; the file's extension selects the format, as for extras.plot.
+It needs matplotlib; the file's extension selects the format, as for extras.plot. Beside the picture
+lies a .npz of the same name for NumPy: `weights` [blocks, H, L, L], and `tokens`, L texts.
 Dimension letters are those of main.py: D model, H query heads, L positions, d head.
 """
 
@@ -28,7 +29,7 @@ def main(arguments):
 
 
 def plot_attention(model, tokenizer, prompt, title, path):
-    """Plots a matrix for each block (down) and each head (across).
+    """Plots a matrix for each block (down) and each head (across), and saves their numbers.
 
     Its element in row i and column j is how much token i of the prompt attends to token j, from 0
     (white) to 1 (dark blue). Only the end of a prompt longer than the context is plotted.
@@ -51,7 +52,8 @@ def plot_attention(model, tokenizer, prompt, title, path):
         axis.set_xticks(range(len(tokens)), rotation=90, **text)
         axis.set_yticks(range(len(tokens)), **text)
     figure.colorbar(image, ax=axes, label="attention", shrink=0.8)
-    save_figure(figure, path)
+    path = save_figure(figure, path)
+    np.savez(path.with_suffix(".npz"), weights=weights, tokens=labels)
 
 
 def attention_weights(model, tokens):

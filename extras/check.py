@@ -31,7 +31,7 @@ REPETITIONS = 20
 ROUNDING = 1e-2  # relative; products in TF32, as some GPUs make them, put Muon off by 3e-3
 MAIN = core.HERE / "main.py"
 TRAINING = (
-    "--config first --num_iters 60 --lr_warmup 10 --steps_per_report 10 --steps_per_save 10 "
+    "--config first --num_iters 60 --lr_warmup 10 --steps_per_report 1 --steps_per_save 10 "
     "--eval_tokens 5000 --sample_tokens 0"
 )
 RUNS = {

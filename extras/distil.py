@@ -11,14 +11,8 @@ is required: the logits of the two models never exist as a whole.
 import mlx.core as mx
 
 from datasets import UsageError
-from extras.fast import (
-    cross_entropy_of_chunk,
-    exp,
-    max_of_rows,
-    stored_gradients,
-    sum_of_rows,
-    sum_over_chunks,
-)
+from extras.fast import cross_entropy_of_chunk, exp, max_of_rows, stored_gradients, sum_of_rows
+from extras.fast import sum_over_chunks
 from main import EDITED
 
 

@@ -28,8 +28,6 @@ def read_rows(rows):
     read = read_parquet if rows.path.suffix.lower() == ".parquet" else read_json_lines
     try:
         for text in read(rows.path, rows.field):
-            if text and not text.endswith(rows.line_end):
-                text += rows.line_end
             yield utf8(text or "")  # JSON may spell half a character
     except (UsageError, MemoryError):
         raise

@@ -19,6 +19,22 @@ from datasets import UsageError, end_of_text, explained, replacing, user_path, u
 from extras.huggingface import CHAT_TEMPLATE, find_counterpart, package_of, settings_of
 from main import rope_frequencies
 
+# What llama.cpp calls the fields of our Config.
+SETTINGS = {
+    "context_length": "context_size",
+    "embedding_length": "dim",
+    "block_count": "num_blocks",
+    "feed_forward_length": "mlp_dim",
+    "head_count": "num_heads",
+    "head_count_kv": "num_kv_heads",
+    "key_length": "head_dim",
+    "value_length": "head_dim",
+    "rope_dimension_count": "head_dim",
+    "rope_freq_base": "rope_theta",
+    "layer_norm_rms_eps": "norm_eps",
+    "vocab_size": "vocab_size",
+}
+
 
 def export_gguf(model, tokenizer, path, bits):
     """Writes a file for llama.cpp; bits: per weight of a matrix, 4, 8 or 16, None for 32.
@@ -42,7 +58,8 @@ def export_gguf(model, tokenizer, path, bits):
     with explained(f"cannot write {path}: name a file of yours", OSError):
         with replacing(path) as file:
             writer = gguf.GGUFWriter(file.name, kind)
-            add_settings(writer, model.config)
+            for theirs, ours in SETTINGS.items():
+                getattr(writer, f"add_{theirs}")(getattr(model.config, ours))
             writer.add_name(utf8(path.stem))
             writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{matrix_format.name}", 0))
             add_tokenizer(writer, content, tokenizer, model.config.vocab_size)
@@ -57,22 +74,6 @@ def export_gguf(model, tokenizer, path, bits):
             writer.close()
     name = f"{kind.capitalize()} in {matrix_format.name}"
     print(f"{name} and its tokenizer are in {path}", file=sys.stderr)
-
-
-def add_settings(writer, config):
-    """Adds what llama.cpp needs to know about the shape of a model."""
-    writer.add_context_length(config.context_size)
-    writer.add_embedding_length(config.dim)
-    writer.add_block_count(config.num_blocks)
-    writer.add_feed_forward_length(config.mlp_dim)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_vocab_size(config.vocab_size)
 
 
 def convert_weights(model, names, is_permuted):

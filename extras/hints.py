@@ -43,13 +43,15 @@ NOT_HERE = {
     "stream streaming": "continuations are always streamed",
     "speculative_sampling speculative_decoding": "--draft names a draft model",
     "distill distill_from groq_api_key": "see python -m extras.collect",
-    "export plot attention log_attention cases benchmark": (
-        "a program of its own: python -m extras.export, .plot, .attention, .cases, .benchmark"
+    "export plot attention log_attention cases": (
+        "a program of its own, with no flag before its file: python -m extras.export PATH, "
+        "extras.plot FILE, extras.attention FILE, extras.cases FILE"
     ),
     "prompts_file": "python -m extras.batch FILE",
     "output": "python -m extras.batch FILE --output FILE; datasets.py has --save_tokenizer",
-    "perplexity throughput memory profile generation": (
-        "--evaluate valid gives the perplexity; python -m extras.benchmark speed and memory"
+    "perplexity": "python main.py --evaluate valid",
+    "benchmark throughput memory profile generation test_batches": (
+        "python -m extras.benchmark measures memory, training and sampling, without a flag for each"
     ),
     "mqa use_mqa multi_query_attention": "--num_kv_heads 1",
     "dropout_annealing": "--dropout_final is the rate at the end",

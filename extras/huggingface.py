@@ -83,6 +83,9 @@ INDEX = "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"
 SPECIAL = "special_tokens_map.json"
 TEXTS = ["config.json", "tokenizer.json", "tokenizer_config.json", SPECIAL, TEMPLATE, INDEX]
+# What comes before names of weights: nothing in a base model, more in one compiled or wrapped.
+BODY = re.compile(r"^(.*?\.)??(?=(embed_tokens|layers|norm)\.)")
+HEAD = re.compile(r"^.*\.(?=lm_head\.)")
 # What the hub calls a model: ORG/NAME, perhaps with a branch or a commit.
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?", re.ASCII)
 # Our models have not learned a chat format: a chat is the concatenated texts of its messages.
@@ -98,9 +101,10 @@ def open_by_name(name):
         raise UsageError(f"{name} is a file: name the folder that it lies in")
     found = HUB_NAME.fullmatch(name)
     if not found:
-        remedy = "name one, a checkpoint, or a model of the Hugging Face hub (ORG/NAME); a run "
-        remedy += "whose model is gone goes on by --identifier RUN"
-        raise UsageError(f"{name} is no folder here: {remedy}")
+        raise UsageError(
+            f"{name} is no folder here: name one, a checkpoint, or a model of the Hugging Face hub "
+            "(ORG/NAME); a run whose model is gone goes on by --identifier RUN"
+        )
     repository, revision = found.groups()
     return import_model(download_model(repository, revision))
 
@@ -345,6 +349,9 @@ def read_weights(files):
             if weight.dtype not in (mx.float32, mx.float16, mx.bfloat16):
                 # MLX reads FP8, for one, as the integers of its bits.
                 raise UsageError(f"{name} is neither float32, float16 nor bfloat16")
+            name = BODY.sub("model.", HEAD.sub("", name))
+            if name in weights:
+                raise UsageError(f"its files hold {name} twice, under different prefixes")
             weights[name] = weight.astype(mx.float32)
     return weights
 

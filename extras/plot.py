@@ -176,7 +176,7 @@ def make_figure(width, height):
 def save_figure(figure, path):
     """Writes a matplotlib figure to the file `path`, or `path`.png if that has no extension.
 
-    Raises UsageError if that fails.
+    Returns the path of the file. Raises UsageError if that fails.
     """
     with explained(f"cannot write {path}: name another file"), warnings.catch_warnings():
         path = Path(user_path(path))
@@ -187,6 +187,7 @@ def save_figure(figure, path):
         dpi = min(150, 2**13 / max(figure.get_size_inches()))
         figure.savefig(path, dpi=dpi, bbox_inches="tight")
     print(f"Plot saved to {path}", file=sys.stderr)
+    return path
 
 
 if __name__ == "__main__":

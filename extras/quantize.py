@@ -49,8 +49,11 @@ def quantize(model, bits, packed):
                 # Weights [O, I * bits / 32] and, per group, scales and biases [O, I / group].
                 quantized[name] = mx.quantize(matrix, group_size, bits)
                 rounded.append((name, mx.dequantize(*quantized[name], group_size, bits)))
-    sizes = f"the matrices' {mebibytes(matrices):,.1f} MiB would be {mebibytes(quantized):,.1f}"
-    print(f"Quantized to {bits} bits: {sizes}", file=sys.stderr)
+    print(
+        f"Quantized to {bits} bits: the matrices' {count_bytes(matrices) / 2**20:,.1f} MiB would be "
+        f"{count_bytes(quantized) / 2**20:,.1f}",
+        file=sys.stderr,
+    )
     if not packed:
         model.update(tree_unflatten(rounded))
     elif bits == 16:
@@ -62,6 +65,6 @@ def quantize(model, bits, packed):
     return group_size
 
 
-def mebibytes(tree):
-    """The size of a tree of arrays in MiB."""
-    return sum(array.nbytes for _, array in tree_flatten(tree)) / 2**20
+def count_bytes(tree):
+    """The size of a tree of arrays."""
+    return sum(array.nbytes for _, array in tree_flatten(tree))

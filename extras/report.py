@@ -14,7 +14,7 @@ import importlib
 import os
 
 from datasets import UsageError, explained, one_line, without_passwords
-from main import SAVED, say
+from main import SAVED, say, values_of
 
 
 class TensorBoard:
@@ -83,8 +83,8 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 def recorded_flags(run):
     """The flags that the run's checkpoints record, {name: value}."""
-    values = {name: getattr(run.flags, name) for name in SAVED}
-    return {name: value for name, value in values.items() if value is not None}
+    values = values_of(run.flags, SAVED).items()
+    return {name: value for name, value in values if value is not None}
 
 
 def names_of(report_to):

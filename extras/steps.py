@@ -9,9 +9,7 @@ import tempfile
 from operator import attrgetter
 from pathlib import Path
 
-from tqdm import tqdm
-
-from datasets import UsageError, sync
+from datasets import UsageError, progress_bar, sync
 from extras.models import open_kept
 from main import SingleProcess, hash_code, list_run, list_versions, load_data_again, make_run
 from main import make_step, needed_models, open_newest, read_code, settle, train_step
@@ -87,8 +85,7 @@ def recompute(earlier, later, step, folder):
         shutil.copytree(later.folder / name, folder / name)
     run = open_run(folder, flags, earlier, later)
     take = make_step(run.model, run.optimizer, flags, teacher=run.teacher)
-    with tqdm(total=later.iteration - start, unit="step", disable=None) as bar:
-        bar.set_description(what)
+    with progress_bar(total=later.iteration - start, unit="step", desc=what) as bar:
         while run.iteration < later.iteration:
             if run.iteration == step:
                 run.scores = [score for score in later.scores if score[0] <= step]

@@ -56,7 +56,7 @@ def test_the_page_of_flags():
             expected.append((name, default, row.help))
         assert found == expected
     for name, values in main.PRESETS.items():
-        cells = " | ".join(str(values[each]) for each in values)
+        cells = " | ".join(map(str, values))
         assert f"| `{name}` | {cells} |" in page
 
 
@@ -73,8 +73,8 @@ def given_in(folder, *line):
 
 @pytest.mark.parametrize("line, expected", [
     ("--mlp swiglu --dim 48", dict(mlp="swiglu", dim=48, mlp_dim=128)),
-    ("--mlp gelu --dim 16", dict(mlp="gelu", dim=16, mlp_dim=64)),
-    ("--num-blocks=1 --no-qk-norm --dim 16", dict(num_blocks=1, dim=16, mlp_dim=64)),
+    ("--mlp gelu --dim 16 --untie=true", dict(mlp="gelu", dim=16, mlp_dim=64, untie=True)),
+    ("--num-blocks=1 --qk-norm=False --dim 16", dict(num_blocks=1, dim=16, mlp_dim=64)),
     (
         "--preset tiny --num_heads 2 --num_kv_heads 1 --seed 1",
         dict(dim=128, mlp_dim=512, num_heads=2, num_kv_heads=1, context_size=128, seed=1),

@@ -198,3 +198,13 @@ def test_the_folder_is_left_as_it_was(alone):
     """Running writes nothing beside the two files but what Python caches."""
     names = {path.name for path in alone["cwd"].iterdir()} - {"__pycache__"}
     assert names == {"main.py", "datasets.py"}
+
+
+def test_beside_another_package_named_datasets(alone, tmp_path):
+    """As Hugging Face's: installed, and imported before."""
+    (tmp_path / "datasets.py").write_text("")
+    for before in ("", "import datasets; "):
+        code = f"{before}import sys; sys.path.append({str(alone['cwd'])!r}); import main"
+        code += "; print(main.load_dataset.__module__)"
+        out, _ = run(program=["-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+        assert out == "datasets\n"

@@ -116,6 +116,19 @@ def test_a_score_in_units_of_the_text(tokenizer, tmp_path):
     assert float(bits) == pytest.approx(nats / math.log(2) * count / 16, rel=1e-3)
 
 
+def test_a_text_is_scored_without_that_of_the_training(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be\n" * 90)
+    (tmp_path / "test.txt").write_text(SCORED_TEXT * 4)
+    runs = ["--save_dir", tmp_path / "lm"]
+    run("--text", text, *TINY, "--num_iters", 1, *runs)
+    line = ["--evaluate", "test", "--test_text", tmp_path / "test.txt", *runs]
+    [score] = re.findall(r"^test (\S+) nats", run(*line)[0], re.M)
+    text.unlink()
+    assert re.findall(r"^test (\S+) nats", run(*line)[0], re.M) == [score]
+    run("--evaluate", "valid", *runs, status=2)
+
+
 def test_a_score_of_pieces_of_words(tmp_path):
     """Where a token is less than a word, the perplexity of a word is named, too."""
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 90)

@@ -61,6 +61,13 @@ def test_each_line_gets_a_reply(word_model):
     assert out.startswith(replies_of(word_model, prompts[0], "--max_tokens", 5))
 
 
+def test_a_prompt_beyond_the_context_is_said(byte_model):
+    _, err = run("--prompt", "x" * 500, "--save_dir", byte_model, "--max_tokens", 1)
+    assert "The prompt's 500 tokens are more than the context" in err
+    _, err = run("--prompt", "x" * 8, "--save_dir", byte_model, "--max_tokens", 1)
+    assert "context" not in err
+
+
 def test_commands(byte_model):
     """What was said before counts until /reset; other lines with a slash are text."""
     hot = ["--temperature", 3, "--max_tokens", 30]

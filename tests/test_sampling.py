@@ -139,6 +139,9 @@ def pieces_of(tokenizer, prompt, ids, stop=None, **options):
     if not stop:
         answered = len(conversation.ids) - len(ids)
         assert conversation.ids[answered:] == ids
+    elif tokenizer.kind in ("byte", "char", "bpe"):  # later, the model reads what was shown
+        begin = tokenizer.decode(main.first_ids(tokenizer, prompt))
+        assert tokenizer.decode(conversation.ids) == begin + "".join(pieces)
     return pieces
 
 

@@ -15,7 +15,8 @@ def test_attention(head_count, options, text, figures, tmp_path):
     folder = tmp_path / "lm"
     line = ["--text", text, *TINY, "--num_iters", 20, "--learning_rate", 0.02, "--lr_warmup", 0]
     run(*line, "--num_heads", head_count, *options.split(), "--save_dir", folder)
-    attention.main(["x.png", "--prompt", "a $x", "--save_dir", str(folder)])
+    picture = str(tmp_path / "x.png")
+    attention.main([picture, "--prompt", "a $x", "--save_dir", str(folder)])
     *axes, colors = figures[0].axes
     assert colors.get_ylabel() == "attention"
     titles = [f"block {block}, head {head}" for block in range(2) for head in range(head_count)]
@@ -26,9 +27,13 @@ def test_attention(head_count, options, text, figures, tmp_path):
     reference(newest(folder).open().load_model(), np.array([[*b"a $x"]]), heads=heads)
     for axis, [expected] in zip(axes, heads, strict=True):
         np.testing.assert_allclose(axis.images[0].get_array(), expected, atol=1e-5)
+    numbers = np.load(tmp_path / "x.npz")
+    drawn = numbers["weights"].reshape(-1, 4, 4)
+    np.testing.assert_allclose(drawn, np.concatenate(heads), atol=1e-5)
+    assert numbers["tokens"].tolist() == labels
 
 
-def test_attention_of_an_edited_model(byte_model, figures, monkeypatch):
+def test_attention_of_an_edited_model(byte_model, figures, monkeypatch, tmp_path):
     """What is drawn is what `attend` does: here, each position attends to the first one."""
 
     def attend_to_the_first(queries, keys, values, mask=None):
@@ -36,7 +41,8 @@ def test_attention_of_an_edited_model(byte_model, figures, monkeypatch):
 
     monkeypatch.setattr(attention, "attend", attend_to_the_first)
     prompt = "the quick brown fox"
-    attention.main(["x.png", "--prompt", prompt, "--save_dir", str(byte_model)])
+    picture = str(tmp_path / "x.png")
+    attention.main([picture, "--prompt", prompt, "--save_dir", str(byte_model)])
     *axes, _ = figures[0].axes
     for axis in axes:
         weights = axis.images[0].get_array()

@@ -212,6 +212,22 @@ def test_weights_of_an_index_in_bfloat16(hf):
     assert import_model(hf), "it counts before an index"
 
 
+@pytest.mark.parametrize("rename", [
+    lambda name: name.removeprefix("model."),
+    lambda name: f"_orig_mod.{name}",
+    lambda name: f"model.{name}",
+], ids=["base", "compiled", "wrapped"])  # fmt: skip
+def test_weights_are_found_under_any_prefix(hf, rename):
+    weights = weights_of(hf)
+    save({rename(name): weight for name, weight in weights.items()}, hf / "model.safetensors")
+    for name, weight in tree_flatten(import_model(hf).model.parameters()):
+        assert mx.array_equal(weight, weights[name])
+    twice = {f"wrapped.{name}": weight for name, weight in weights.items()}
+    save(weights | twice, hf / "model.safetensors")
+    with pytest.raises(UsageError, match="twice, under different prefixes"):
+        import_model(hf)
+
+
 EMBEDDINGS = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
