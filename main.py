@@ -3345,34 +3345,83 @@ def make_model(flags, dataset, checkpoint, models):
         raise UsageError(f"--{error}") from None
 
 
-def check_memory(model, flags, ranks, optimizer):
-    """Raises UsageError if the minimum for training a model exceeds the memory.
+def memory_of_step(model, flags, ranks, optimizer, teacher):
+    """The memory that training takes at its peak, {part: bytes}; by measurements within 1.5 times.
 
-    MLX itself would crash: it is lazy, so nothing of this needs to exist yet.
+    It is that of a block's backward pass or of the update, which needs everything twice. MLX is
+    lazy: nothing of this needs to exist yet.
     """
     config = model.config
-    positions = flags.batch_size // ranks.size * config.context_size
+    rows = flags.batch_size // ranks.size
+    positions = rows * config.context_size
+    weights = count_parameters([each.parameters() for each in (model, teacher) if each])
     trained = count_parameters(model.trainable_parameters())
-    floats = count_parameters(model.parameters()) + trained + count_parameters(optimizer.state)
-    floats += 2 * positions * flags.grad_accumulation  # tokens
-    floats += positions * config.num_blocks * config.dim  # hidden states
-    if not flags.grad_checkpoint:
-        floats += positions * config.num_blocks * config.mlp_dim
-    if not on_gpu():  # where the scores of attention may be in bfloat16, or not kept
-        floats += positions * config.num_heads * config.context_size
-    refuse_beyond_memory(floats)
+    moments = count_parameters(optimizer.state)
+    # What a block keeps of a position: states [D], and of its MLP the input and the output of relu2
+    # or all steps of another activation.
+    block = 10 * config.dim + (2 if config.mlp == "relu2" else 5) * config.mlp_dim
+    if not on_gpu():  # where the weights of attention are computed again
+        block += config.num_heads * config.context_size
+    # The gradients of a block take as much again. One that is computed again is there twice, too.
+    blocks = 3 if flags.grad_checkpoint else config.num_blocks + 1
+    activations = positions * (blocks * block + config.num_blocks * config.dim)
+    streams = fast.count_streams(rows, config.context_size) if fast else 1
+    logits = math.ceil(positions / streams)  # rows of them
+    if fast:
+        logits = fast.rows_of_chunk(logits, config.vocab_size)
+    # Each stream has logits, their powers and gradients, and a gradient of the output layer.
+    activations += streams * config.vocab_size * (3 * logits + config.dim)
+    activations += 2 * positions * flags.grad_accumulation  # tokens
+    floats = {
+        "weights": weights + (trained if flags.average else 0),
+        "gradients": trained,
+        "optimizer": moments,
+        "activations": max(activations, trained + moments),
+    }
+    return {part: 4 * count for part, count in floats.items()}
 
 
-def refuse_beyond_memory(floats):
-    """Raises UsageError if so many numbers exceed this machine's memory."""
-    needed = 4 * floats / 2**30
-    memory = memory_size() / 2**30
-    if needed > memory:
-        device = "this GPU" if on_gpu() else "this machine"
-        raise UsageError(
-            f"this needs at least {needed:,.1f} GiB of memory, but {device} has {memory:,.1f}: "
-            "choose a smaller model, batch or context"
-        )
+def check_memory(model, flags, ranks, optimizer, teacher):
+    """Says that training may exceed the memory, and what would fit.
+
+    Raises UsageError beyond 1.5 times the memory, as far as the estimate may be off.
+    """
+    rows = flags.batch_size // ranks.size
+
+    def needed(**changes):
+        changed = argparse.Namespace(**vars(flags) | changes)
+        return sum(memory_of_step(model, changed, ranks, optimizer, teacher).values())
+
+    short = describe_shortage(needed())
+    if not short:
+        return
+    fits = {}
+    divisors = [n for n in range(1, rows + 1) if flags.batch_size % n == 0]
+    for checkpoint in {flags.grad_checkpoint, True}:
+        for parts in divisors:
+            changes = {"grad_checkpoint": True} if checkpoint else {}
+            if parts > 1:
+                changes["batch_size"] = flags.batch_size // parts
+                changes["grad_accumulation"] = flags.grad_accumulation * parts
+            size = needed(**changes)
+            if not describe_shortage(size):
+                fits[" ".join(arguments_of(changes))] = size
+                break
+    found = [f"{typed} ({size / 2**30:,.1f} GiB)" for typed, size in fits.items()]
+    remedy = " or ".join(found) or "a smaller model or context"
+    if needed() > 1.5 * memory_size():
+        raise UsageError(f"{short}: give {remedy}")
+    say(f"Perhaps too much: {short}. It will fit with {remedy}.")
+
+
+def describe_shortage(needed):
+    """That so many bytes are more than this machine can spare, in words; "" if they are not."""
+    memory = memory_size()
+    if needed <= 0.9 * memory:  # the rest is the system's and other programs'
+        return ""
+    device = "this GPU" if on_gpu() else "this machine"
+    needed, memory = needed / 2**30, memory / 2**30
+    return f"this needs about {needed:,.1f} GiB of memory; {device} has {memory:,.1f}"
 
 
 def memory_size():
@@ -3461,7 +3510,8 @@ def make_run(folder, flags, contents, models, dataset, ranks):
     optimizer = make_optimizer(model, flags)
     rows = flags.batch_size * flags.grad_accumulation
     batches = Batches(dataset.train.tokens, flags.context_size, rows, flags.seed)
-    check_memory(model, flags, ranks, optimizer)
+    teacher = models["teacher"].model if "teacher" in models else None
+    check_memory(model, flags, ranks, optimizer, teacher)
     if flags.lora_rank:
         extra("lora").init_lora(model, flags.seed)
     elif not contents and "init_from" not in models:
@@ -3473,7 +3523,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
         model=model,
         optimizer=optimizer,
         batches=batches,
-        teacher=models["teacher"].model if "teacher" in models else None,
+        teacher=teacher,
         origins={name: source.id for name, source in models.items()},
         stretches=[],
         code=code,

@@ -4,9 +4,9 @@
     python -m extras.benchmark --identifier latest         a checkpoint, as it would be trained on
 
 It takes main.py's flags. Prints what it found in words and, as its last line, the same numbers as
-JSON: parameters, floating-point operations (FLOPs) per token, memory in bytes, speed in tokens and
-in FLOPs per second, and milliseconds for the first token of a continuation and for each later one.
-It saves nothing.
+JSON: parameters, floating-point operations (FLOPs) per token, memory in bytes (its parts are
+estimates, its peak is measured), speed in tokens and in FLOPs per second, and milliseconds for the
+first token of a continuation and for each later one. It saves nothing.
 """
 
 # First: main.py chooses the BLAS before NumPy and MLX take one.
@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 from datasets import UsageError
 from extras.steps import open_run
 from main import Decoder, SingleProcess, begin, draw_dropout, fast, make_run, make_step
-from main import notice_useless, open_for_use, read_command_line, settle, use_device
+from main import memory_of_step, notice_useless, open_for_use, read_command_line, settle, use_device
 
 # The parts of a model, and a pattern in the names of their parameters.
 PARTS = {
@@ -59,15 +59,11 @@ def main(arguments):
     parameters = count_parameters(run.model)
     flops = count_flops(run.model.config, parameters, flags.lora_rank)
     result = {"parameters": parameters, "flops_per_token": flops}
-    result["memory"] = {
-        "weights": count_bytes(run.model.parameters()),
-        "gradients": count_bytes(run.model.trainable_parameters()),
-        "optimizer": count_bytes(run.optimizer.state),
-    }
+    result["memory"] = memory_of_step(
+        run.model, run.flags, SingleProcess(), run.optimizer, run.teacher
+    )
     result |= measure_training(run)
     result["flops_per_second"] = sum(flops.values()) * result["tokens_per_second"]
-    rest = result["peak_memory"] - sum(result["memory"].values())
-    result["memory"]["activations"] = max(0, rest)
     result |= measure_decoding(run)
     print_result(result)
     print(json.dumps(result))
@@ -82,7 +78,7 @@ def print_result(result):
         "parameters": f"{sum(result['parameters'].values()):,}: {', '.join(counts)}",
         "compute": f"{forward / 1e6:,.2f} MFLOP per token forward, {backward / 1e6:,.2f} backward",
         "memory": (
-            f"{result['peak_memory'] / 2**20:,.1f} MiB at the peak of a training step: "
+            f"{result['peak_memory'] / 2**20:,.1f} MiB at the peak of a training step; estimated: "
             f"{', '.join(memory)} and the like"
         ),
         "training": (
@@ -128,11 +124,6 @@ def count_flops(config, parameters, lora_rank):
     if lora_rank:
         backward -= 2 * matrices
     return {"forward": forward, "backward": backward}
-
-
-def count_bytes(tree):
-    """The size of a tree of arrays."""
-    return sum(array.nbytes for _, array in tree_flatten(tree))
 
 
 # ---- Measurements -------------------------------------------------------------------------------

@@ -586,13 +586,18 @@ def score(model, hidden, targets):
 
 def chunks(positions, words):
     """Slices of so many positions, for as many logits each as are computed at a time."""
+    size = rows_of_chunk(positions, words)
+    return [slice(start, start + size) for start in range(0, positions, size)]
+
+
+def rows_of_chunk(positions, words):
+    """How many of the positions a chunk has."""
     # Chunks of 2^23 logits (32 MiB) cost no time; with fewer than 128 rows, the products of a large
     # vocabulary become slow. A GPU needs larger ones: each chunk reads all of the head.
     most = max(128, 2**23 // words)
     if on_gpu():
         most = max(1024, 2**27 // words)
-    size = math.ceil(positions / math.ceil(positions / most))
-    return [slice(start, start + size) for start in range(0, positions, size)]
+    return math.ceil(positions / math.ceil(positions / most))
 
 
 def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk):

@@ -26,7 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from datasets import LFS, PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
 from datasets import read_whole, replacing, user_path, without_passwords
-from main import Config, LanguageModel, Origin, checked, load_arrays, refuse_beyond_memory
+from main import Config, LanguageModel, Origin, checked, describe_shortage, load_arrays
 from main import sha1_of_file
 
 # The fields of our Config and their defaults, also of those that you have added.
@@ -169,7 +169,9 @@ def read_texts(folder):
     matrices = 3 if config.mlp == "swiglu" else 2  # of an MLP
     block = 2 * heads * config.head_dim + matrices * config.mlp_dim
     rows = config.num_blocks * block + config.vocab_size
-    refuse_beyond_memory(rows * config.dim)
+    short = describe_shortage(4 * rows * config.dim)
+    if short:
+        raise UsageError(f"{short}: choose a smaller model")
     return config, read_tokenizer(folder, config.vocab_size)
 
 

@@ -43,9 +43,8 @@ def test_benchmark(shape, kv_dim, mlp_dim, text, tmp_path):
     assert result["memory"]["weights"] == weights
     assert result["memory"]["optimizer"] == pytest.approx(2 * weights, rel=0.01)
     assert result["memory"]["gradients"] == weights
-    # The gradients of all weights, or of all but the last that are updated, are there together.
-    assert result["memory"]["activations"] > 0
-    assert result["peak_memory"] == sum(result["memory"].values())
+    estimated = sum(result["memory"].values())
+    assert 1 / 1.5 < estimated / result["peak_memory"] < 1.5
     speed = result["tokens_per_second"]
     assert result["flops_per_second"] == pytest.approx(3 * forward * speed)
     for name in ("tokens_per_second", "first_token_ms", "token_ms"):

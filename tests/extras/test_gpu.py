@@ -3,6 +3,7 @@
 What a GPU rounds, how fast it is, and in which order it adds cannot be seen here.
 """
 
+import json
 import re
 import signal
 
@@ -118,4 +119,20 @@ def test_more_than_the_gpus_memory_is_refused(kind, trained, tmp_path):
     line = ["--text", trained / "text.txt", *TINY, "--dim", 512, "--num_iters", 1]
     memory = [f"GPU={kind}", f"GPU_BYTES={16 << 20}"]
     _, err = on_gpu(*memory, *line, "--save_dir", tmp_path, status=2)
-    assert "this needs at least" in err
+    assert "GiB of memory; this GPU has" in err
+
+
+def test_what_is_proposed_fits_into_the_memory(trained, tmp_path):
+    """Up to 1.5 times the memory, it is only proposed."""
+    line = ["--text", trained / "text.txt", *TINY, "--context_size", 64, "--num_blocks", 8]
+    line += ["--batch_size", 64, "--num_iters", 1, "--save_dir", tmp_path]
+    out, _ = on_gpu("extras.benchmark", *line)
+    needed = sum(json.loads(out.splitlines()[-1])["memory"].values())
+    _, err = on_gpu(f"GPU_BYTES={needed / 1.6:.0f}", *line, status=2)
+    remedies = re.findall(r"(--.*?) \(", err)
+    assert "--grad_checkpoint" in remedies and len(remedies) == 2
+    for remedy in remedies:
+        out, _ = on_gpu(f"GPU_BYTES={needed / 1.6:.0f}", *line, *remedy.split())
+        assert "GiB of memory" not in out
+    out, _ = on_gpu(f"GPU_BYTES={needed / 1.4:.0f}", *line, "--new_model")
+    assert "GiB of memory" in out
