@@ -145,6 +145,7 @@ class Teacher:
     def __init__(self, url, model):
         self.url = url
         self.model = model
+        self.retry_after = 0  # seconds that the server has asked to wait
         if not ADDRESS.fullmatch(url):
             raise UsageError(
                 "--distill_from: give an address like http://localhost:8000/v1; the key comes from "
@@ -168,6 +169,7 @@ class Teacher:
             reason = one_line(reason[:240])
             if pause is None:
                 raise RunError(reason)
+            pause = max(pause, self.retry_after)
             print(f"{reason}; retrying in {pause} s")
             time.sleep(pause)
 
@@ -186,6 +188,8 @@ class Teacher:
             allow_redirects=False,  # to where the key does not belong
             stream=True,
         )
+        seconds = response.headers.get("Retry-After", "")  # or a date
+        self.retry_after = min(int(seconds), TIMEOUT) if seconds.isdecimal() else 0
         content = b""
         with response:
             for chunk in response.iter_content(1 << 16):
@@ -200,10 +204,8 @@ class Teacher:
         if response.status_code != 200:
             raise ValueError(f"status {response.status_code}: {content.decode(errors='replace')}")
         text = json.loads(content)["choices"][0]["message"]["content"]
-        if text is None:  # the model has said nothing
-            text = ""
-        if not isinstance(text, str):
-            raise TypeError("the answer is not a string")
+        if not isinstance(text, str) or not text.strip():  # one may think up to its limit
+            raise ValueError("the answer has no text: ask another model, or leave the prompt out")
         return utf8(text)  # a limit of tokens may have split a character
 
     def authorize(self, request):

@@ -30,6 +30,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.script:
             status, data = self.server.script.pop(0)
         self.send_response(status)
+        if status == 429:
+            self.send_header("Retry-After", data.decode())
         self.send_header("Location", f"{self.server.url}/elsewhere")
         self.end_headers()
         self.wfile.write(data)
@@ -89,7 +91,8 @@ def test_answers_become_a_corpus(tmp_path, collect, key, sent):
     ((500, b"busy"), "status 500: busy"),
     ((200, b"<html>"), "JSONDecodeError"),
     ((200, b'{"choices": []}'), "IndexError"),
-    ((200, answer('[{"text": "a"}]')), "TypeError: the answer is not a string"),
+    ((200, answer('[{"text": "a"}]')), "ValueError: the answer has no text"),
+    ((200, answer("null")), "ValueError: the answer has no text"),
     ((200, b"[" * 100_000), "RecursionError"),
     ((200, bytes(5 << 20)), "the answer is larger than 4,194,304 bytes"),
 ])  # fmt: skip
@@ -100,12 +103,19 @@ def test_failures_are_tried_again(tmp_path, collect, failure, said):
     assert lines(tmp_path)[0]["completion"] == "echo tell me"
 
 
+@pytest.mark.parametrize("asked, waited", [(b"2", 2), (b"Fri, 31 Dec 1999 23:59:59 GMT", 1)])
+def test_a_server_says_when_to_ask_again(collect, asked, waited):
+    with serve((429, asked)) as server:
+        out, _ = collect(server.url)
+    assert f"; retrying in {waited} s\n" in out
+
+
 def test_what_a_model_may_say(tmp_path, collect):
     half_an_emoji = '"smile \\ud83d"'  # which a limit of tokens has cut
-    said = ["null", half_an_emoji, '"the latest test"', '"\\u001b[2J \\u009b"']
+    said = ['"yes"', half_an_emoji, '"the latest test"', '"\\u001b[2J \\u009b"']
     with serve(*[(200, answer(content)) for content in said]) as server:
         collect(server.url, key="test")
-    expected = ["", "smile \ufffd", "the latest test", "\x1b[2J \x9b"]
+    expected = ["yes", "smile \ufffd", "the latest test", "\x1b[2J \x9b"]
     assert [line["completion"] for line in lines(tmp_path)] == expected
     kept = (tmp_path / "out" / "answers.jsonl").read_text()
     assert kept.replace("\n", "").isprintable(), "a terminal would act on other characters"
