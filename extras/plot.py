@@ -13,6 +13,7 @@ if there is none.
 # First: main.py chooses the BLAS before NumPy and MLX take one.
 from extras.program import add_identifiers, make_parser, read_flags, select_checkpoints, start
 
+import os
 import sys
 import textwrap
 import warnings
@@ -163,6 +164,7 @@ def plot_comparison(folder, path):
 def make_figure(width, height):
     """An empty matplotlib figure; width and height are in inches."""
     with explained("plots need matplotlib: pip install -U 'matplotlib>=3.7'", ImportError):
+        os.environ.pop("MPLBACKEND", None)  # a notebook's, which this Python may lack
         import matplotlib.figure  # not pyplot: nothing is shown on a screen
 
         if matplotlib.__version_info__ < (3, 7):
