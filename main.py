@@ -86,7 +86,8 @@ except ImportError as error:
     if __name__ != "__main__":
         raise
     remedy = "activate the environment (. .venv/bin/activate), or make one: "
-    remedy += "pip install -r requirements.txt, or uv run main.py (Windows: in WSL)"
+    remedy += "pip install -r requirements.txt, or uv run main.py (Windows: in WSL); on Linux, MLX "
+    remedy += "needs glibc 2.35 or newer"
     if str(HERE) in str(error):  # the path of what Python has found instead
         remedy = "rename a file of yours that hides a package"
     print(f"main.py: {' '.join(str(error).split())}: {remedy}", file=sys.stderr)

@@ -27,8 +27,9 @@ def read_commands():
 
 COMMANDS = read_commands()
 OF_MAIN = [line for line in COMMANDS if "python main.py" in line]
-# Comparisons train a dozen runs, and `look` needs one of many steps: they have tests of their own.
-OF_PROGRAMS = [line for line in COMMANDS if re.match(r"python -m extras\.(?!versus|look)", line)]
+# Comparisons and checks train several runs, and `look` needs one of many steps: they have tests of
+# their own.
+OF_PROGRAMS = [line for line in COMMANDS if re.match(r"python -m extras\.(?!versus|look|check)", line)]
 SMALL = [*TINY, "--num_iters", "3", "--steps_per_report", "1", "--eval_tokens", "500"]
 # What stands for what cannot be had here, or does not fit the models at hand.
 REPLACED = {
@@ -77,6 +78,13 @@ def place(model_at_hand, tmp_path):
     (tmp_path / "prompts.txt").write_text("the company\nline 5\n")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     return tmp_path
+
+
+def test_no_command_ends_in_a_comment():
+    """zsh, the shell of macOS, takes a comment at its prompt for arguments."""
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
+            assert not re.search("^#| #", block, re.M), f"{page}: {block}"
 
 
 @pytest.mark.parametrize("command", OF_MAIN)
