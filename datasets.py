@@ -36,6 +36,7 @@ import shlex
 import shutil
 import sysconfig
 import tempfile
+import threading
 import time
 import zipfile
 import zlib
@@ -55,6 +56,8 @@ except ImportError as error:
     remedy += "pip install -r requirements.txt, or uv run datasets.py (Windows: in WSL)"
     print(f"datasets.py: {' '.join(str(error).split())}: {remedy}", file=sys.stderr)
     sys.exit(2)
+
+tqdm.set_lock(threading.RLock())  # its own, for several processes, starts another Python
 
 
 # ---- Data types ---------------------------------------------------------------------------------
