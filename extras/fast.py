@@ -105,7 +105,7 @@ def use_fast_blas():
     """
     global forwarder
     if sys.platform != "linux":
-        return "Accelerate"  # macOS's own, which MLX uses
+        return f"Accelerate of macOS {platform.mac_ver()[0]}"  # which MLX uses
     if "mlx.core" in sys.modules:
         return REFERENCE_BLAS  # too late: import main before MLX
     keep_freed_memory()
@@ -263,15 +263,9 @@ def on_gpu():
 
 
 def use_gpu():
-    """Prepares MLX for a GPU, before anything is computed.
-
-    The order of sums stays the same and, on Metal, arrays stay in memory.
-    """
+    """Prepares MLX for a GPU, before anything is computed: the order of sums stays the same."""
     # cuDNN adds up the gradient of attention in an order that varies.
     os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
-    most = mx.device_info().get("max_recommended_working_set_size")
-    if most:  # Metal's
-        mx.set_wired_limit(most)
 
 
 def describe_blas():
@@ -829,7 +823,7 @@ def count_streams(rows, context_size):
     A share has at least 256 positions on average, or its products would be too small. A GPU has
     one stream, and so does macOS, whose BLAS has its own threads.
     """
-    if on_gpu() or BLAS == "Accelerate":
+    if on_gpu() or BLAS.startswith("Accelerate"):
         return 1
     return max(1, min(count_cores(), rows, rows * context_size // 256))
 
@@ -856,7 +850,7 @@ def use_streams(rows, context_size):
 
 def current_streams():
     """The streams of the current batch."""
-    if on_gpu() or BLAS == "Accelerate":
+    if on_gpu() or BLAS.startswith("Accelerate"):
         return [mx.default_stream(mx.default_device())]
     return [cpu_stream(i) for i in range(streams_in_use)]
 

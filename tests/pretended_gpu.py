@@ -50,9 +50,6 @@ class Device:
     def new_stream(self, device):
         raise AssertionError("a GPU has one stream")
 
-    def set_wired_limit(self, limit):
-        pass
-
     def device_info(self):
         size = int(os.environ.get("GPU_BYTES", 16 << 30))
         if os.environ.get("GPU") == "cuda":

@@ -322,7 +322,7 @@ def cold_start(tmp_path_factory):
 
 
 needs_forwarder = pytest.mark.skipif(
-    fast.BLAS in ("reference BLAS", "Accelerate"), reason="there is no forwarder"
+    fast.BLAS.startswith(("reference", "Accelerate")), reason="there is no forwarder"
 )
 needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="MLX compiles by g++ on Linux"
