@@ -2302,7 +2302,7 @@ def other_code(checkpoint, flags):
     """The UsageError for a command that would go on with a run by other code than its own."""
     kept = kept_code(checkpoint.folder, checkpoint.stretches[-1].code)
     code = read_code(vars(flags))
-    paths = filter(Path.is_file, kept.rglob("*"))
+    paths = filter(Path.is_file, kept.rglob("[!.]*"))
     before = {str(path.relative_to(kept)): path.read_text("utf-8", "replace") for path in paths}
     differ = sorted(dict(code.items() ^ before.items()))
     first, *_ = [*differ, "main.py"]
@@ -3591,7 +3591,7 @@ def set_up(flags, ranks):
         folder = find_folder(flags, dataset, origins, sha1)
     with claimed(folder):
         own = list_run(folder, warn=True)  # only now can no other process advance it
-        if not own and any(folder.glob("*.safetensors")):
+        if not own and any(folder.glob("[!.]*.safetensors")):
             line = f"no checkpoint of {folder.name} can be read: --new_model starts a new run"
             raise RunError(line)
         contents = None

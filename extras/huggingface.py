@@ -382,7 +382,7 @@ def export_model(model, tokenizer, folder, bits):
     folder = Path(user_path(folder))
     kind = find_counterpart(model.config)
     # A reader of the folder would take any other weights for parts of the exported model.
-    taken = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+    taken = sorted([*folder.glob("[!.]*.json"), *folder.glob("[!.]*.safetensors")])
     if taken:
         raise UsageError(f"{folder} holds {taken[0].name} already: name a new folder")
     settings = make_settings(model.config, kind, tokenizer)
