@@ -3490,8 +3490,9 @@ def load_data_again(flags, checkpoint):
         tokenizer = open_newest(list_run(checkpoint.folder)).tokenizer
     dataset = load_data(flags, tokenizer)
     if checkpoint.tokens_sha256 != dataset.sha256:
+        why = " (what --test_text names is left out of --text)" if flags.test_text else ""
         raise UsageError(
-            f"the text or tokenizer of {checkpoint.run} has changed: start a new run with "
+            f"the text or tokenizer of {checkpoint.run} has changed{why}: start a new run with "
             "--new_model, or with --init_from from its weights"
         )
     return dataset
