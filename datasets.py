@@ -1649,6 +1649,17 @@ def use_compiler(folder, script):
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
+def remove_damaged_code(folder):
+    """Deletes compiled libraries that a power cut has cut off: they are compiled again."""
+    for path in folder.glob("mlx/*/cpu/lib*.so") if sys.platform == "linux" else []:
+        with contextlib.suppress(OSError):
+            head = path.open("rb").read(48)
+            # An ELF file ends in a table, whose place its first bytes give.
+            table = int.from_bytes(head[40:], sys.byteorder)
+            if not head.startswith(b"\x7fELF") or path.stat().st_size <= table:
+                path.unlink()
+
+
 def flock(file, mode=fcntl.LOCK_EX):
     """Locks an open file, or its descriptor, until it is closed, if the file system has locks.
 

@@ -98,8 +98,8 @@ from datasets import Parser, RunError, UsageError, absolute, add_flags, definiti
 from datasets import describe_tokenizer, discard, encode_after, end_of_text, explained, extra
 from datasets import flock, hash_of_code, hash_of_file, load_dataset, make_writable, new_file
 from datasets import no_follow, nonempty, number, one_line, one_of, open_code_dir, printable
-from datasets import publish, remove_leftovers, replacing, run_command, run_program, sync
-from datasets import tokenizer_from_dict, use_compiler, user_path, utf8
+from datasets import publish, remove_damaged_code, remove_leftovers, replacing, run_command
+from datasets import run_program, sync, tokenizer_from_dict, use_compiler, user_path, utf8
 
 EDITED = []  # names of functions below that were edited since extras/fast.py was written
 
@@ -2185,12 +2185,13 @@ def use_device(gpu):
         # mlx-cpu and mlx-cuda-13 have a library of the same name: the one installed last is used.
         needed = "pip uninstall mlx-cpu; pip install --force-reinstall 'mlx[cuda13]', for NVIDIA's"
         if sys.platform == "darwin":
-            needed = "in a Python for arm64, on Apple silicon with macOS 14"
+            needed = "in a Python for arm64, on Apple silicon with macOS 14 or newer"
         raise UsageError(f"--gpu: MLX sees no GPU; leave it out, or install MLX for it: {needed}")
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
     # MLX loads what it has compiled from the folder for temporary files, where another user could
     # have put something else of that name.
     os.environ["TMPDIR"] = str(open_code_dir())
+    remove_damaged_code(Path(os.environ["TMPDIR"]))
     if gpu and fast:
         fast.use_gpu()
     elif fast:
@@ -2201,10 +2202,15 @@ def use_device(gpu):
 
 # The g++ that MLX runs. A terminal's Ctrl+C reaches it, too, and would end it within a step. Where
 # it may fuse a product with a sum, as on ARM, it does so in some loops of a kernel and not in
-# others, and which loop computes an element depends on time.
+# others, and which loop computes an element depends on time. A library gets its name, the last
+# argument, once it is whole.
 COMPILER_SCRIPT = """#!/bin/sh
 trap '' INT TERM HUP USR1 USR2 XCPU
-PATH=${PATH#*:} exec g++ -ffp-contract=off "$@"
+for file; do :; done
+case $file in *.so) set -- "$@" -o "$file.$$" ;; esac
+PATH=${PATH#*:}
+g++ -ffp-contract=off "$@" || exit
+[ ! -e "$file.$$" ] || mv "$file.$$" "$file"
 """
 
 
@@ -3676,7 +3682,14 @@ def train_run(flags, ranks):
     with set_up(flags, ranks) as (run, interrupts):
         ranks.share(run)
         say("")  # the end of the start screen
-        received = train(run, interrupts, ranks)
+        try:
+            received = train(run, interrupts, ranks)
+        except RuntimeError as error:
+            if not interrupts.received or "[Compile" not in str(error):
+                raise
+            name = signal.Signals(interrupts.received).name
+            line = f"{name} has ended the compiler within a step: rerun the command to go on"
+            raise RunError(line) from None
         say(describe_end(run, received))
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -3739,6 +3752,9 @@ def execute(argv):
 
 # {a pattern in a RuntimeError of MLX that the user can fix: what to say}. The first one counts.
 MLX_ERRORS = {
+    r"Resource limit \(\d+\)": (
+        "more arrays than the GPU can hold: give fewer --num_blocks or a smaller --grad_accumulation"
+    ),
     "(?i)malloc|out of memory|insufficient memory": (
         "out of memory: give a smaller --batch_size or --context_size"
     ),
@@ -3752,13 +3768,9 @@ MLX_ERRORS = {
     "xcrun|xcode-select": (
         "MLX cannot compile for the CPU of this Mac: xcode-select --install, or add --gpu"
     ),
-    "Failed to load compiled .* kernel|There is no kernel named": (
-        "a GPU kernel that MLX has kept is damaged: delete the folder code-* in "
-        "~/.cache/transformer-lm"
-    ),
-    r"^\[Compile|^filesystem error|^Could not load C\+\+": (
-        "MLX cannot compile: set XDG_CACHE_HOME to a folder of yours with free space, where "
-        "programs may run"
+    r"^\[Compile|^filesystem error|^Could not load C\+\+|(load compiled .*|no) kernel": (
+        "MLX cannot compile, or what it has compiled is damaged: set XDG_CACHE_HOME to a folder "
+        "of yours with free space, where programs may run, or delete ~/.cache/transformer-lm/code-*"
     ),
 }
 

@@ -756,12 +756,13 @@ OWN_OPTIONS = [
 ]
 
 # The `g++` that MLX runs: the real one with the header in {folder}. If that is damaged, or the
-# compiler does not know an option, it compiles nearly as MLX asked. No signal ends it within a
-# step: those of a terminal reach it, too.
+# compiler does not know an option, it compiles nearly as MLX asked. See main.py's script.
 COMPILER_SCRIPT = """#!/bin/sh
 trap '' INT TERM HUP USR1 USR2 XCPU
-{compiler} -I {folder} {options} "$@" 2>/dev/null && exit
-exec {compiler} -ffp-contract=off "$@"
+for file; do :; done
+case $file in *.so) set -- "$@" -o "$file.$$" ;; esac
+{compiler} -I {folder} {options} "$@" 2>/dev/null || {compiler} -ffp-contract=off "$@" || exit
+[ ! -e "$file.$$" ] || mv "$file.$$" "$file"
 """
 
 
