@@ -98,8 +98,8 @@ from datasets import Parser, RunError, UsageError, absolute, add_flags, definiti
 from datasets import describe_tokenizer, discard, encode_after, end_of_text, explained, extra
 from datasets import flock, hash_of_code, hash_of_file, load_dataset, make_writable, new_file
 from datasets import no_follow, nonempty, number, one_line, one_of, open_code_dir, printable
-from datasets import publish, remove_damaged_code, remove_leftovers, replacing, run_command
-from datasets import run_program, sync, tokenizer_from_dict, use_compiler, user_path, utf8
+from datasets import publish, remove_leftovers, replacing, run_command, run_program, sync
+from datasets import tokenizer_from_dict, use_compiler, user_path, utf8
 
 EDITED = []  # names of functions below that were edited since extras/fast.py was written
 
@@ -2191,27 +2191,14 @@ def use_device(gpu):
     # MLX loads what it has compiled from the folder for temporary files, where another user could
     # have put something else of that name.
     os.environ["TMPDIR"] = str(open_code_dir())
-    remove_damaged_code(Path(os.environ["TMPDIR"]))
     if gpu and fast:
         fast.use_gpu()
     elif fast:
         fast.use_cpu()
     if not gpu and (not fast or sys.platform != "linux"):  # else, fast.py has made a quicker one
-        use_compiler(open_code_dir(), COMPILER_SCRIPT)
-
-
-# The g++ that MLX runs. A terminal's Ctrl+C reaches it, too, and would end it within a step. Where
-# it may fuse a product with a sum, as on ARM, it does so in some loops of a kernel and not in
-# others, and which loop computes an element depends on time. A library gets its name, the last
-# argument, once it is whole.
-COMPILER_SCRIPT = """#!/bin/sh
-trap '' INT TERM HUP USR1 USR2 XCPU
-for file; do :; done
-case $file in *.so) set -- "$@" -o "$file.$$" ;; esac
-PATH=${PATH#*:}
-g++ -ffp-contract=off "$@" || exit
-[ ! -e "$file.$$" ] || mv "$file.$$" "$file"
-"""
+        # Where it may fuse a product with a sum, as on ARM, it does so in some loops of a kernel and
+        # not in others, and which loop computes an element depends on time.
+        use_compiler(open_code_dir(), 'PATH=${PATH#*:}; g++ -ffp-contract=off "$@"')
 
 
 def bfloat16_products(wanted):
@@ -3379,13 +3366,12 @@ def memory_of_step(model, flags, ranks, optimizer, teacher):
     # Each stream has logits, their powers and gradients, and a gradient of the output layer.
     activations += streams * config.vocab_size * (3 * logits + config.dim)
     activations += 2 * positions * flags.grad_accumulation  # tokens
-    floats = {
-        "weights": weights + (trained if flags.average else 0),
-        "gradients": trained,
-        "optimizer": moments,
-        "activations": max(activations, trained + moments),
+    return {
+        "weights": 4 * weights,
+        "gradients": 4 * trained,
+        "optimizer": 4 * moments,
+        "activations": 4 * max(activations, trained + moments),
     }
-    return {part: 4 * count for part, count in floats.items()}
 
 
 def check_memory(model, flags, ranks, optimizer, teacher):
@@ -3393,7 +3379,6 @@ def check_memory(model, flags, ranks, optimizer, teacher):
 
     Raises UsageError beyond 1.5 times the memory, as far as the estimate may be off.
     """
-    rows = flags.batch_size // ranks.size
 
     def needed(**changes):
         changed = argparse.Namespace(**vars(flags) | changes)
@@ -3402,20 +3387,20 @@ def check_memory(model, flags, ranks, optimizer, teacher):
     short = describe_shortage(needed())
     if not short:
         return
-    fits = {}
-    divisors = [n for n in range(1, rows + 1) if flags.batch_size % n == 0]
+    fits = []
     for checkpoint in {flags.grad_checkpoint, True}:
-        for parts in divisors:
+        for parts in range(1, flags.batch_size // ranks.size + 1):
+            if flags.batch_size % parts:
+                continue
             changes = {"grad_checkpoint": True} if checkpoint else {}
             if parts > 1:
                 changes["batch_size"] = flags.batch_size // parts
                 changes["grad_accumulation"] = flags.grad_accumulation * parts
             size = needed(**changes)
             if not describe_shortage(size):
-                fits[" ".join(arguments_of(changes))] = size
+                fits.append(f"{' '.join(arguments_of(changes))} ({size / 2**30:,.1f} GiB)")
                 break
-    found = [f"{typed} ({size / 2**30:,.1f} GiB)" for typed, size in fits.items()]
-    remedy = " or ".join(found) or "a smaller model or context"
+    remedy = " or ".join(fits) or "a smaller model or context"
     if needed() > 1.5 * memory_size():
         raise UsageError(f"{short}: give {remedy}")
     say(f"Perhaps too much: {short}. It will fit with {remedy}.")
