@@ -3359,12 +3359,13 @@ def memory_of_step(model, flags, ranks, optimizer, teacher):
     # The gradients of a block take as much again. One that is computed again is there twice, too.
     blocks = 3 if flags.grad_checkpoint else config.num_blocks + 1
     activations = positions * (blocks * block + config.num_blocks * config.dim)
-    streams = fast.count_streams(rows, config.context_size) if fast else 1
-    logits = math.ceil(positions / streams)  # rows of them
+    # Rows of logits, of their powers and gradients, and of gradients of the output layer.
+    logits = 4 * positions + config.dim
     if fast:
-        logits = fast.rows_of_chunk(logits, config.vocab_size)
-    # Each stream has logits, their powers and gradients, and a gradient of the output layer.
-    activations += streams * config.vocab_size * (3 * logits + config.dim)
+        streams = fast.count_streams(rows, config.context_size)
+        chunk = fast.rows_of_chunk(math.ceil(positions / streams), config.vocab_size)
+        logits = streams * (2 * chunk + config.dim)
+    activations += logits * config.vocab_size
     activations += 2 * positions * flags.grad_accumulation  # tokens
     return {
         "weights": 4 * weights,
