@@ -2196,8 +2196,8 @@ def use_device(gpu):
     elif fast:
         fast.use_cpu()
     if not gpu and (not fast or sys.platform != "linux"):  # else, fast.py has made a quicker one
-        # Where it may fuse a product with a sum, as on ARM, it does so in some loops of a kernel and
-        # not in others, and which loop computes an element depends on time.
+        # Where it may fuse a product with a sum, as on ARM, it does so in some loops of a kernel
+        # and not in others, and which loop computes an element depends on time.
         use_compiler(open_code_dir(), 'PATH=${PATH#*:}; g++ -ffp-contract=off "$@"')
 
 
@@ -3739,7 +3739,7 @@ def execute(argv):
 # {a pattern in a RuntimeError of MLX that the user can fix: what to say}. The first one counts.
 MLX_ERRORS = {
     r"Resource limit \(\d+\)": (
-        "more arrays than the GPU can hold: give fewer --num_blocks or a smaller --grad_accumulation"
+        "more arrays at once than Metal allows: give fewer --num_blocks, or --grad_checkpoint"
     ),
     "(?i)malloc|out of memory|insufficient memory": (
         "out of memory: give a smaller --batch_size or --context_size"

@@ -102,7 +102,7 @@ def test_closed_pipe_costs_nothing(tmp_path, text):
     ("[metal::malloc] Attempting to allocate 9 bytes which is greater", "smaller --batch_size"),
     ("[METAL] Command buffer execution failed: Insufficient Memory", "smaller --batch_size"),
     ("CUDA error: out of memory", "smaller --batch_size"),
-    ("[metal::malloc] Resource limit (499000) exceeded.", "more arrays than"),
+    ("[metal::malloc] Resource limit (499000) exceeded.", "more arrays at once"),
     ("[METAL] Command buffer execution failed: Impacting Interactivity.", "rerun the command to"),
     ("cudaGraphLaunch(graph, stream) failed: unspecified launch failure", "rerun the command to"),
     ("can't start new thread", "ulimit -u"),
@@ -152,7 +152,8 @@ def test_libraries_that_were_cut_off_are_deleted(tmp_path):
     compiled = folder / "mlx" / "0" / "cpu"
     compiled.mkdir(parents=True)
     (compiled / "libwhole.so").write_bytes(whole)
-    for name, content in {"half": whole[: len(whole) // 2], "none": b"", "zeros": bytes(99)}.items():
+    cut_off = {"half": whole[: len(whole) // 2], "none": b"", "zeros": bytes(99)}
+    for name, content in cut_off.items():
         (compiled / f"lib{name}.so").write_bytes(content)
     run("--list", "--save_dir", tmp_path, env=env)
     assert os.listdir(compiled) == ["libwhole.so"]
