@@ -1655,18 +1655,39 @@ def open_code_dir():
     return Path(folder)
 
 
-def use_compiler(folder, script):
-    """Makes MLX run a shell script as its g++: in a folder that comes first in PATH.
+# The g++ that MLX runs. A terminal's Ctrl+C reaches it, too, and would end it within a step. A
+# library gets its name, the last argument, once it is whole.
+COMPILER_SCRIPT = """#!/bin/sh
+trap '' INT TERM HUP USR1 USR2 XCPU
+for file; do :; done
+case $file in *.so) set -- "$@" -o "$file.$$" ;; esac
+{} || exit
+[ ! -e "$file.$$" ] || mv "$file.$$" "$file"
+"""
 
-    Where the script cannot be written, the real g++ is found.
+
+def use_compiler(folder, command):
+    """Makes MLX run a shell command as its g++: a script in a folder that comes first in PATH.
+
+    Where it cannot be written, the real g++ is found. In the folder for temporary files, libraries
+    that a power cut has cut off are deleted, to be compiled again.
     """
     path = folder / "g++"
+    script = COMPILER_SCRIPT.format(command)
     with contextlib.suppress(OSError):
         if not path.exists() or path.read_text("utf-8") != script:
             with replacing(path) as file:
                 file.write(script.encode())
                 os.fchmod(file.fileno(), 0o700)
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    for library in Path(os.environ["TMPDIR"]).glob("mlx/*/cpu/*.so"):
+        with contextlib.suppress(OSError):
+            head = library.open("rb").read(48)
+            # An ELF file ends in a table, whose place its first bytes give.
+            table = int.from_bytes(head[40:], sys.byteorder)
+            is_whole = head.startswith(b"\x7fELF") and library.stat().st_size > table
+            if sys.platform == "linux" and not is_whole:
+                library.unlink()
 
 
 def flock(file, mode=fcntl.LOCK_EX):

@@ -2210,16 +2210,9 @@ def use_device(gpu):
     elif fast:
         fast.use_cpu()
     if not gpu and (not fast or sys.platform != "linux"):  # else, fast.py has made a quicker one
-        use_compiler(open_code_dir(), COMPILER_SCRIPT)
-
-
-# The g++ that MLX runs. A terminal's Ctrl+C reaches it, too, and would end it within a step. Where
-# it may fuse a product with a sum, as on ARM, it does so in some loops of a kernel and not in
-# others, and which loop computes an element depends on time.
-COMPILER_SCRIPT = """#!/bin/sh
-trap '' INT TERM HUP USR1 USR2 XCPU
-PATH=${PATH#*:} exec g++ -ffp-contract=off "$@"
-"""
+        # Where it may fuse a product with a sum, as on ARM, it does so in some loops of a kernel
+        # and not in others, and which loop computes an element depends on time.
+        use_compiler(open_code_dir(), 'PATH=${PATH#*:}; g++ -ffp-contract=off "$@"')
 
 
 def bfloat16_products(wanted):
@@ -3373,20 +3366,20 @@ def memory_of_step(model, flags, ranks, optimizer, teacher):
     # The gradients of a block take as much again. One that is computed again is there twice, too.
     blocks = 3 if flags.grad_checkpoint else config.num_blocks + 1
     activations = positions * (blocks * block + config.num_blocks * config.dim)
-    streams = fast.count_streams(rows, config.context_size) if fast else 1
-    logits = math.ceil(positions / streams)  # rows of them
+    # Rows of logits, of their powers and gradients, and of gradients of the output layer.
+    logits = 4 * positions + config.dim
     if fast:
-        logits = fast.rows_of_chunk(logits, config.vocab_size)
-    # Each stream has logits, their powers and gradients, and a gradient of the output layer.
-    activations += streams * config.vocab_size * (3 * logits + config.dim)
+        streams = fast.count_streams(rows, config.context_size)
+        chunk = fast.rows_of_chunk(math.ceil(positions / streams), config.vocab_size)
+        logits = streams * (2 * chunk + config.dim)
+    activations += logits * config.vocab_size
     activations += 2 * positions * flags.grad_accumulation  # tokens
-    floats = {
-        "weights": weights + (trained if flags.average else 0),
-        "gradients": trained,
-        "optimizer": moments,
-        "activations": max(activations, trained + moments),
+    return {
+        "weights": 4 * weights,
+        "gradients": 4 * trained,
+        "optimizer": 4 * moments,
+        "activations": 4 * max(activations, trained + moments),
     }
-    return {part: 4 * count for part, count in floats.items()}
 
 
 def check_memory(model, flags, ranks, optimizer, teacher):
@@ -3394,7 +3387,6 @@ def check_memory(model, flags, ranks, optimizer, teacher):
 
     Raises UsageError beyond 1.5 times the memory, as far as the estimate may be off.
     """
-    rows = flags.batch_size // ranks.size
 
     def needed(**changes):
         changed = argparse.Namespace(**vars(flags) | changes)
@@ -3403,20 +3395,20 @@ def check_memory(model, flags, ranks, optimizer, teacher):
     short = describe_shortage(needed())
     if not short:
         return
-    fits = {}
-    divisors = [n for n in range(1, rows + 1) if flags.batch_size % n == 0]
+    fits = []
     for checkpoint in {flags.grad_checkpoint, True}:
-        for parts in divisors:
+        for parts in range(1, flags.batch_size // ranks.size + 1):
+            if flags.batch_size % parts:
+                continue
             changes = {"grad_checkpoint": True} if checkpoint else {}
             if parts > 1:
                 changes["batch_size"] = flags.batch_size // parts
                 changes["grad_accumulation"] = flags.grad_accumulation * parts
             size = needed(**changes)
             if not describe_shortage(size):
-                fits[" ".join(arguments_of(changes))] = size
+                fits.append(f"{' '.join(arguments_of(changes))} ({size / 2**30:,.1f} GiB)")
                 break
-    found = [f"{typed} ({size / 2**30:,.1f} GiB)" for typed, size in fits.items()]
-    remedy = " or ".join(found) or "a smaller model or context"
+    remedy = " or ".join(fits) or "a smaller model or context"
     if needed() > 1.5 * memory_size():
         raise UsageError(f"{short}: give {remedy}")
     say(f"Perhaps too much: {short}. It will fit with {remedy}.")
@@ -3488,8 +3480,9 @@ def load_data_again(flags, checkpoint):
         tokenizer = open_newest(list_run(checkpoint.folder)).tokenizer
     dataset = load_data(flags, tokenizer)
     if checkpoint.tokens_sha256 != dataset.sha256:
+        why = " (what --test_text names is left out of --text)" if flags.test_text else ""
         raise UsageError(
-            f"the text or tokenizer of {checkpoint.run} has changed: start a new run with "
+            f"the text or tokenizer of {checkpoint.run} has changed{why}: start a new run with "
             "--new_model, or with --init_from from its weights"
         )
     return dataset
@@ -3678,7 +3671,14 @@ def train_run(flags, ranks):
     with set_up(flags, ranks) as (run, interrupts):
         ranks.share(run)
         say("")  # the end of the start screen
-        received = train(run, interrupts, ranks)
+        try:
+            received = train(run, interrupts, ranks)
+        except RuntimeError as error:
+            if not interrupts.received or "[Compile" not in str(error):
+                raise
+            name = signal.Signals(interrupts.received).name
+            line = f"{name} has ended the compiler within a step: rerun the command to go on"
+            raise RunError(line) from None
         say(describe_end(run, received))
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -3741,6 +3741,9 @@ def execute(argv):
 
 # {a pattern in a RuntimeError of MLX that the user can fix: what to say}. The first one counts.
 MLX_ERRORS = {
+    r"Resource limit \(\d+\)": (
+        "more arrays at once than Metal allows: give fewer --num_blocks, or --grad_checkpoint"
+    ),
     "(?i)malloc|out of memory|insufficient memory": (
         "out of memory: give a smaller --batch_size or --context_size"
     ),
@@ -3754,16 +3757,9 @@ MLX_ERRORS = {
     "xcrun|xcode-select": (
         "MLX cannot compile for the CPU of this Mac: xcode-select --install, or add --gpu"
     ),
-    r"Resource limit \(\d+\)": (
-        "more arrays than the GPU can hold: give fewer --num_blocks or a smaller --grad_accumulation"
-    ),
-    "Failed to load compiled .* kernel|There is no kernel named": (
-        "a GPU kernel that MLX has kept is damaged: delete the folder code-* in "
-        "~/.cache/transformer-lm"
-    ),
-    r"^\[Compile|^filesystem error|^Could not load C\+\+": (
-        "MLX cannot compile: set XDG_CACHE_HOME to a folder of yours with free space, where "
-        "programs may run"
+    r"^\[Compile|^filesystem error|^Could not load C\+\+|(load compiled .*|no) kernel": (
+        "MLX cannot compile, or what it has compiled is damaged: set XDG_CACHE_HOME to a folder "
+        "of yours with free space, where programs may run, or delete ~/.cache/transformer-lm/code-*"
     ),
 }
 

@@ -747,7 +747,7 @@ cross_entropy_and_gradients.vjp(stored_gradients)
 PREAMBLE = "mlx/backend/cpu/compiled_preamble.h"  # what each kernel includes
 MLX_OPTIONS = ["-std=c++17", "-O3", "-Wall", "-fPIC"]  # a precompiled header needs the same options
 # With these, more kernels use the vector units: square roots, comparisons, and those with many
-# arrays. They change no result, but for the first one on ARM: see main.py's script.
+# arrays. They change no result, but for the first one on ARM: see main.py's use_device.
 OWN_OPTIONS = [
     "-ffp-contract=off",
     "-fno-math-errno",
@@ -755,20 +755,11 @@ OWN_OPTIONS = [
     "--param=vect-max-version-for-alias-checks=100",
 ]
 
-# The `g++` that MLX runs: the real one with the header in {folder}. If that is damaged, or the
-# compiler does not know an option, it compiles nearly as MLX asked. No signal ends it within a
-# step: those of a terminal reach it, too.
-COMPILER_SCRIPT = """#!/bin/sh
-trap '' INT TERM HUP USR1 USR2 XCPU
-{compiler} -I {folder} {options} "$@" 2>/dev/null && exit
-exec {compiler} -ffp-contract=off "$@"
-"""
-
 
 def use_precompiled_header():
     """Prepends to PATH a folder whose `g++` uses a precompiled copy of MLX's header.
 
-    It is COMPILER_SCRIPT next to that copy, in a folder for each MLX and compiler version.
+    It lies next to that copy, in a folder for each MLX and compiler version.
     """
     compiler = shutil.which("g++") or shutil.which("clang++")  # MLX only calls g++
     code_dir = open_code_dir()
@@ -778,19 +769,17 @@ def use_precompiled_header():
         return  # the process that has started this one has put it there
     status = os.stat(compiler)
     about = [mx.__version__, compiler, status.st_size, status.st_mtime_ns]
-    about += [COMPILER_SCRIPT, MLX_OPTIONS, OWN_OPTIONS]
+    about += [MLX_OPTIONS, OWN_OPTIONS]
     folder = code_dir / f"compiler-{digest_of(about)[:12]}"
     header = folder / f"{PREAMBLE}.gch"
     include = Path(mx.__file__).parent / "include"
     options = [*MLX_OPTIONS, *OWN_OPTIONS, "-I", include, "-x", "c++-header"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # as on a full disk
         compile_once(header, [compiler, *options, include / PREAMBLE])
-    script = COMPILER_SCRIPT.format(
-        compiler=shlex.quote(compiler),
-        folder=shlex.quote(str(folder)),
-        options=shlex.join(OWN_OPTIONS),
-    )
-    use_compiler(folder, script)
+    fast = shlex.join([compiler, "-I", str(folder), *OWN_OPTIONS])
+    # If the header is damaged, or the compiler lacks an option, it compiles nearly as MLX asked.
+    plain = f'{shlex.quote(compiler)} -ffp-contract=off "$@"'
+    use_compiler(folder, f'{fast} "$@" 2>/dev/null || {plain}')
 
 
 # ---- Streams: each CPU stream of MLX is a thread ------------------------------------------------

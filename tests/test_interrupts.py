@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -101,6 +102,7 @@ def test_closed_pipe_costs_nothing(tmp_path, text):
     ("[metal::malloc] Attempting to allocate 9 bytes which is greater", "smaller --batch_size"),
     ("[METAL] Command buffer execution failed: Insufficient Memory", "smaller --batch_size"),
     ("CUDA error: out of memory", "smaller --batch_size"),
+    ("[metal::malloc] Resource limit (499000) exceeded.", "more arrays at once"),
     ("[METAL] Command buffer execution failed: Impacting Interactivity.", "rerun the command to"),
     ("[metal::malloc] Resource limit (499000) exceeded.", "more arrays than"),
     ("cudaGraphLaunch(graph, stream) failed: unspecified launch failure", "rerun the command to"),
@@ -124,6 +126,38 @@ def test_errors_of_mlx(said, advice, tmp_path, text, monkeypatch, capsys):
     else:
         with pytest.raises(RuntimeError):
             main.main(line)
+
+
+def test_a_signal_that_has_ended_the_compiler(tmp_path, text, monkeypatch, capsys):
+    """It came in the moment before the compiler ignores it; the line names it."""
+    compute = mx.eval
+
+    def fail(*arrays):
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # not in training yet
+            return compute(*arrays)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        raise RuntimeError("[Compile::eval_cpu] Failed. The output is:")
+
+    monkeypatch.setattr(mx, "eval", fail)
+    assert main.main(["--text", str(text), *TINY, "--save_dir", str(tmp_path / "lm")]) == 1
+    assert "SIGTERM has ended the compiler" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_libraries_that_were_cut_off_are_deleted(tmp_path):
+    """MLX compiles again what is not there; it would crash in half a library."""
+    whole = Path(mx.__file__).read_bytes()
+    env = {"XDG_CACHE_HOME": str(tmp_path), "DISABLE_FAST": "1"}
+    run("--list", "--save_dir", tmp_path, env=env)
+    [folder] = tmp_path.glob("transformer-lm/code-*")
+    compiled = folder / "mlx" / "0" / "cpu"
+    compiled.mkdir(parents=True)
+    (compiled / "libwhole.so").write_bytes(whole)
+    cut_off = {"half": whole[: len(whole) // 2], "none": b"", "zeros": bytes(99)}
+    for name, content in cut_off.items():
+        (compiled / f"lib{name}.so").write_bytes(content)
+    run("--list", "--save_dir", tmp_path, env=env)
+    assert os.listdir(compiled) == ["libwhole.so"]
 
 
 def test_closed_terminal_saves(tmp_path, text):
@@ -213,7 +247,7 @@ def test_a_compiler_that_fails(tmp_path, text):
     line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
     env = {"PATH": path, "XDG_CACHE_HOME": str(tmp_path)}
     _, err = run(*line, env=env, status=1)
-    assert err.startswith("main.py: MLX cannot compile: set XDG_CACHE_HOME to a folder of yours")
+    assert err.startswith("main.py: MLX cannot compile, or what it has compiled is damaged: set")
     assert "No space left" in err
     assert err.count("\n") == 1
 

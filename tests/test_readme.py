@@ -29,7 +29,8 @@ COMMANDS = read_commands()
 OF_MAIN = [line for line in COMMANDS if "python main.py" in line]
 # Comparisons and checks train several runs, and `look` needs one of many steps: they have tests of
 # their own.
-OF_PROGRAMS = [line for line in COMMANDS if re.match(r"python -m extras\.(?!versus|look|check)", line)]
+OF_PROGRAM = r"python -m extras\.(?!versus|look|check)"
+OF_PROGRAMS = [line for line in COMMANDS if re.match(OF_PROGRAM, line)]
 SMALL = [*TINY, "--num_iters", "3", "--steps_per_report", "1", "--eval_tokens", "500"]
 # What stands for what cannot be had here, or does not fit the models at hand.
 REPLACED = {
