@@ -1616,22 +1616,6 @@ def make_writable(folder):
     tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
 
 
-def read_cgroups(name):
-    """Yields the numbers [N] in a file of this process's control groups and of those around them.
-
-    name: with {} for a group, like "{}/cpu.max" in the second version of control groups.
-    """
-    lines = []  # like "0::/user.slice/job.scope"; only Linux has them
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
-    for line in lines:
-        group = Path(line.split(":", 2)[2].lstrip("/"))
-        for each in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
-                text = Path("/sys/fs/cgroup", name.format(each)).read_text("utf-8")
-                yield [*map(int, text.split())]
-
-
 @functools.cache
 def open_code_dir():
     """The folder for compiled code, which is loaded from there: no other user can write to it.

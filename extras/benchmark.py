@@ -20,9 +20,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from datasets import UsageError
+from extras.memory import memory_of_step
 from extras.steps import open_run
 from main import Decoder, SingleProcess, begin, draw_dropout, fast, make_run, make_step
-from main import memory_of_step, notice_useless, open_for_use, read_command_line, settle, use_device
+from main import notice_useless, open_for_use, read_command_line, settle, use_device
 
 # The parts of a model, and a pattern in the names of their parameters.
 PARTS = {

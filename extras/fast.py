@@ -53,8 +53,9 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # 2^18 cycles, of NumPy'
 
 import numpy as np
 
-from datasets import UsageError, digest_of, locked, open_code_dir, read_cgroups, remove_leftovers
-from datasets import replacing, use_compiler
+from datasets import UsageError, digest_of, locked, open_code_dir, remove_leftovers, replacing
+from datasets import use_compiler
+from extras.limits import count_cores
 
 # Of main.py's functions that those below stand for, hash_of_code. Where a test finds that a plain
 # function has changed, compare the two, then enter its new one.
@@ -797,17 +798,6 @@ def use_cpu():
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
     use_precompiled_header()
     set_blas_threads(count_cores())  # a share of a batch gets one, see use_streams
-
-
-@lru_cache(None)
-def count_cores():
-    """The cores that this process may use, by its affinity and its container's share of time."""
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        cores = len(os.sched_getaffinity(0))
-    for quota, period in read_cgroups("{}/cpu.max"):
-        cores = min(cores, math.ceil(quota / period))
-    return cores
 
 
 def count_streams(rows, context_size):

@@ -26,8 +26,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from datasets import LFS, PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
 from datasets import read_whole, replacing, user_path, without_passwords
-from main import Config, LanguageModel, Origin, checked, describe_shortage, load_arrays
-from main import sha1_of_file
+from extras.memory import describe_shortage
+from main import Config, LanguageModel, Origin, checked, load_arrays, sha1_of_file
 
 # The fields of our Config and their defaults, also of those that you have added.
 PLAIN = {field.name: field.default for field in dataclasses.fields(Config)}

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets import RunError, UsageError, flock, no_follow
+from extras.limits import count_cores
 from extras.versus import ledger
 from extras.versus.judge import BITS, DIVERGED, Judge, choose_spans, read_text
 from extras.versus.sequential import Outcome, column
@@ -320,11 +321,7 @@ def share_cores(jobs):
     if not hasattr(os, "sched_getaffinity"):  # on macOS, each run has all cores
         return [set()] * jobs
     cores = sorted(os.sched_getaffinity(0))
-    allowed = len(cores)
-    with contextlib.suppress(OSError, ValueError):  # a container's share of them; "max" for all
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("utf-8").split()
-        allowed = max(1, int(quota) // int(period))
-    jobs = min(jobs, len(cores), allowed)
+    jobs = min(jobs, count_cores())
     size = len(cores) // jobs
     return [{*cores[i * size : (i + 1) * size]} for i in range(jobs)]
 

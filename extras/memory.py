@@ -1,0 +1,97 @@
+"""How much memory a step of training takes, and what would fit, before anything is computed."""
+
+import argparse
+import math
+
+import mlx.core as mx
+
+from datasets import UsageError
+from extras.limits import limit_of_memory
+from main import arguments_of, count_parameters, fast, on_gpu, say
+
+
+def memory_of_step(model, flags, ranks, optimizer, teacher):
+    """The memory that training takes at its peak, {part: bytes}; by measurements within 1.5 times.
+
+    It is that of a block's backward pass or of the update, which needs everything twice. MLX is
+    lazy: nothing of this needs to exist yet.
+    """
+    config = model.config
+    rows = flags.batch_size // ranks.size
+    positions = rows * config.context_size
+    weights = count_parameters([each.parameters() for each in (model, teacher) if each])
+    trained = count_parameters(model.trainable_parameters())
+    moments = count_parameters(optimizer.state)
+    # What a block keeps of a position: states [D], and of its MLP the input and the output of relu2
+    # or all steps of another activation.
+    block = 10 * config.dim + (2 if config.mlp == "relu2" else 5) * config.mlp_dim
+    if not on_gpu():  # where the weights of attention are computed again
+        block += config.num_heads * config.context_size
+    # The gradients of a block take as much again. One that is computed again is there twice, too.
+    blocks = 3 if flags.grad_checkpoint else config.num_blocks + 1
+    activations = positions * (blocks * block + config.num_blocks * config.dim)
+    # Rows of logits, of their powers and gradients, and of gradients of the output layer.
+    logits = 4 * positions + config.dim
+    if fast:
+        streams = fast.count_streams(rows, config.context_size)
+        chunk = fast.rows_of_chunk(math.ceil(positions / streams), config.vocab_size)
+        logits = streams * (2 * chunk + config.dim)
+    activations += logits * config.vocab_size
+    activations += 2 * positions * flags.grad_accumulation  # tokens
+    return {
+        "weights": 4 * weights,
+        "gradients": 4 * trained,
+        "optimizer": 4 * moments,
+        "activations": 4 * max(activations, trained + moments),
+    }
+
+
+def check_memory(model, flags, ranks, optimizer, teacher):
+    """Says that training may exceed the memory, and what would fit.
+
+    Raises UsageError beyond 1.5 times the memory, as far as the estimate may be off.
+    """
+
+    def needed(**changes):
+        changed = argparse.Namespace(**vars(flags) | changes)
+        return sum(memory_of_step(model, changed, ranks, optimizer, teacher).values())
+
+    short = describe_shortage(needed())
+    if not short:
+        return
+    fits = []
+    for checkpoint in {flags.grad_checkpoint, True}:
+        for parts in range(1, flags.batch_size // ranks.size + 1):
+            if flags.batch_size % parts:
+                continue
+            changes = {"grad_checkpoint": True} if checkpoint else {}
+            if parts > 1:
+                changes["batch_size"] = flags.batch_size // parts
+                changes["grad_accumulation"] = flags.grad_accumulation * parts
+            size = needed(**changes)
+            if not describe_shortage(size):
+                fits.append(f"{' '.join(arguments_of(changes))} ({size / 2**30:,.1f} GiB)")
+                break
+    remedy = " or ".join(fits) or "a smaller model or context"
+    if needed() > 1.5 * memory_size():
+        raise UsageError(f"{short}: give {remedy}")
+    say(f"Perhaps too much: {short}. It will fit with {remedy}.")
+
+
+def describe_shortage(needed):
+    """That so many bytes are more than this machine can spare, in words; "" if they are not."""
+    memory = memory_size()
+    if needed <= 0.9 * memory:  # the rest is the system's and other programs'
+        return ""
+    device = "this GPU" if on_gpu() else "this machine"
+    needed, memory = needed / 2**30, memory / 2**30
+    return f"this needs about {needed:,.1f} GiB of memory; {device} has {memory:,.1f}"
+
+
+def memory_size():
+    """The memory of the device in use, or the limit of a container or a job, in bytes."""
+    if on_gpu():
+        info = mx.device_info()
+        size = info.get("max_recommended_working_set_size")  # Metal's: beyond it, macOS swaps
+        return size or info.get("total_memory") or math.inf
+    return limit_of_memory()
