@@ -16,6 +16,7 @@ folder says what its numbers mean.
 import argparse
 import contextlib
 import json
+import math
 import re
 import signal
 import sys
@@ -148,7 +149,7 @@ def print_comparison(comparison):
     seeds = range(comparison.first_seed, comparison.first_seed + max(looks))
     number = f"{min(looks)} to {max(looks)}" if len(looks) > 1 else options.pairs
     print_start(comparison, number)
-    look, _ = ledger.begin_look(comparison.describe(), comparison.results())
+    look = ledger.begin_look(comparison.describe(), comparison.results())
     decide = partial(race, looks, options.margin)
     finish(comparison, compare(comparison, look, seeds, decide, looks))
 
@@ -170,9 +171,11 @@ def keep_or_drop(comparison):
     margin = options.margin if after < before else None  # less code may be kept without a gain
     first = comparison.first_seed
     results = comparison.results()
-    look, earlier = ledger.begin_look(comparison.describe(), results, options.again)
-    if earlier and earlier.get("kept") is False:
-        show(earlier, options, "It was dropped before: --again tries it on new seeds.", "Drop.")
+    look = ledger.begin_look(comparison.describe(), results, options.again)
+    same = [each for each in results if each["comparison"] == look["comparison"]]
+    decided = [each for each in same if "kept" in each]
+    if decided and not decided[-1]["kept"] and not options.again:
+        show(decided[-1], options, "It was dropped before: --again tries it on new seeds.", "Drop.")
         return 1
     print_start(comparison, f"2 or {SCREENED}, then {min(RACE)} to {max(RACE)}")
     seeds = range(first, first + SCREENED)
@@ -190,10 +193,10 @@ def keep_or_drop(comparison):
     if margin is not None:
         kept += ["same", "alike"]
     is_equal = len({*result["steps"]}) == 1 and not result["unlike"]
-    time = float(result.get("time", 1))
+    time = float(result.get("time", math.inf))
     is_kept = result["outcome"] in kept and is_equal and time <= options.max_time
     lines = ["Keep." if is_kept else "Drop."]
-    if time > options.max_time:
+    if result["outcome"] in kept and time > options.max_time:
         lines.insert(0, f"It takes {time:.2f} times as long: more than --max_time allows.")
     finish(comparison, result | {"kept": is_kept}, *lines)
     return 0 if is_kept else 1

@@ -11,12 +11,13 @@ import math
 import subprocess
 import sys
 import tempfile
+import threading
 from typing import NamedTuple
 
 import numpy as np
 
 from datasets import UsageError, tokenizer_from_dict
-from extras.versus.sides import WORKER, SideError, failure
+from extras.versus.sides import LONGEST, WORKER, SideError, failure
 
 NATS = "nats/token"
 BITS = "bits per byte"  # of sides with different tokens
@@ -98,11 +99,14 @@ class Judge:
             stdout=subprocess.PIPE,
             stderr=self.messages,
         )
+        self.killer = threading.Timer(LONGEST, self.process.kill)
+        self.killer.start()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
+        self.killer.cancel()
         self.process.kill()
         self.process.communicate()
         self.messages.close()

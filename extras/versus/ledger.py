@@ -23,7 +23,7 @@ def read_results(path):
 
 
 def begin_look(described, results, again=False):
-    """A look at a comparison, {name: value}, and the last result of the same command, or None.
+    """A look at a comparison, {name: value}.
 
     described: see Comparison.describe. Looks are counted by baseline: another edit, other seeds or
     more pairs are the next one. A command that is typed again is the same look, but with `again`
@@ -32,12 +32,11 @@ def begin_look(described, results, again=False):
     asked = [described["comparison"], described["asked"]]
     same = [each for each in results if [each["comparison"], each["asked"]] == asked]
     if same and not (again and same[-1]["outcome"]):
-        earlier = same[-1]
-        return described | {name: earlier[name] for name in ("look", "fresh")}, earlier
+        return described | {name: same[-1][name] for name in ("look", "fresh")}
     baseline = described["baseline"]
     others = [each for each in results if each["baseline"] == baseline]
     counted = [each for each in others if each["outcome"] not in ("same", "alike")]
-    return described | {"look": 1 + len(counted), "fresh": None}, None
+    return described | {"look": 1 + len(counted), "fresh": None}
 
 
 def record(path, result):

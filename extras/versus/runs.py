@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
@@ -29,8 +30,9 @@ from extras.versus.sides import short_id, twice
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge after it
 SAME_STEPS = 20  # of each run of --same, the first five of them warm-up
 TUNED = 2  # seeds on which --tune chooses
-ENDLESS = 10  # times as long as the longest run of the other side,
-GRACE = 60  # and so many seconds more
+# By the clock, of the processor's time of the other side's longest run: machines may be busy.
+ENDLESS = 30  # times as long as that
+GRACE = 600  # seconds more
 SAVED = 12  # bytes of a checkpoint for each parameter: a float32, and two in the optimizer
 
 # Flags of main.py that have no place here, and why.
@@ -51,7 +53,7 @@ class Comparison:
         with tempfile.TemporaryDirectory() as temporary:
             temporary = os.path.realpath(temporary)
             before, after = sides = [
-                make_side(name, [*common, *words], Path(temporary, str(i)))
+                make_side(name, [*common, *words], Path(temporary, str(i)), i == 1)
                 for i, (name, words) in enumerate(zip(typed, own))
             ]
             check_flags(before, after, options.same)
@@ -110,7 +112,10 @@ class Comparison:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in [*self.processes]:
                 process.terminate()
+            killer = threading.Timer(60, lambda: [each.kill() for each in self.processes])
+            killer.start()
             pool.shutdown()
+            killer.cancel()
 
     def run(self, index, seed):
         """Trains a run to its end and has it judged; returns the Outcome.
@@ -136,31 +141,33 @@ class Comparison:
         side = self.sides[index]
         record = newest_record(side.folder, seed)
         path = side.folder / f"seconds-{seed}.json"
+        seconds = math.nan if record else 0.0
+        with contextlib.suppress(OSError, ValueError):
+            seconds = json.loads(path.read_text())  # also of earlier parts
         if not record or record["iteration"] < self.steps(index):
             output.truncate(0)
-            status, seconds = self.train(index, seed, output)
+            status, more = self.train(index, seed, output)
+            seconds += more
+            path.write_text(json.dumps(seconds))
             output.seek(0)
             error = failure(side.name, status, output.read()) if status else None
             if error and "is not finite" in str(error):
                 return Outcome(fault=DIVERGED)
             if error:
                 raise error
-            # The time of a run that was resumed is not that of a whole run.
-            path.write_text(json.dumps(math.nan if record else seconds))
             record = newest_record(side.folder, seed)
         if not record:
             raise SideError(f"{side.name} cannot run: it has saved nothing", side.name)
         if record["tokens_sha256"] != side.texts:
-            raise UsageError(f"the text of {side.name} has changed since this comparison began")
+            fault = "has changed since this comparison began, or holds what --test_text names"
+            raise UsageError(f"the text of {side.name} {fault}")
         if self.options.same:  # only the weights count
             return Outcome(record["id"])
         *scores, fault = self.judge(index, record)
         steps = record["iteration"]
         if steps != self.steps(index):
             fault = f"it has taken {steps:,} steps, not {self.steps(index):,}"
-        seconds = math.nan
-        with contextlib.suppress(OSError, ValueError):
-            seconds = json.loads(path.read_text())
+        if math.isfinite(seconds):
             self.times[index].append(seconds)
         return Outcome(record["id"], *scores, fault, record["tokens_seen"], seconds)
 

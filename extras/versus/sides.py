@@ -23,7 +23,7 @@ HERE = Path(os.path.abspath(__file__)).parents[2]  # extras/ may be a link
 PAGES = (".md", ".rst", ".ipynb", ".svg", ".png", ".jpg", ".pdf")
 LARGE = 1 << 20  # bytes of a file that is linked instead of copied
 MOST = 20 << 20  # bytes of all that are copied
-LONGEST = 3600  # seconds until a side has encoded its texts and taken a step
+LONGEST = 3600  # seconds until a side has encoded its texts and taken a step, or was judged
 
 
 class Side(NamedTuple):
@@ -86,9 +86,9 @@ def failure(name, status, output):
     line = f"{name} cannot run: {line}"
     if status < 0 or re.search("MemoryError|out of memory", line):
         return Died(line)
-    if ("Traceback" in output or "No module named" in line) and "OSError" not in line:
-        return SideError(line, name)
-    return UsageError(line) if status == 2 else RunError(line)
+    if status == 2:
+        return UsageError(line)
+    return RunError(line) if "OSError" in line else SideError(line, name)
 
 
 def is_flags(side):
@@ -96,24 +96,32 @@ def is_flags(side):
     return not side or side.startswith("-")
 
 
-def make_side(typed, common, folder):
+def make_side(typed, common, folder, is_second):
     """The Side of a commit, or of flags for the files of now; folder: a new one, for its files.
 
-    Raises UsageError, RunError.
+    is_second: whether the other side has taken the flags in `common`. Raises UsageError, RunError.
     """
     name = typed or "your files"
     words = common
     folder.mkdir()
     if is_flags(typed):
         with explained(f"{name} cannot be read as flags", ValueError):
-            words = [*common, *shlex.split(typed)]
+            words = [*common, *shlex.split(typed)] if typed else common
         names = tracked = git_files("--cached")
         if "main.py" not in tracked:  # no repository, or another one
             names, tracked = files_without_git(), []
     else:
         names = tracked = copy_commit(typed, folder)
     linked = copy_files([*names, *git_files("--others", "--exclude-standard")], folder)
-    answer = twice(name, describe, name, folder, words)
+    try:
+        answer = twice(name, describe, name, folder, words)
+    except UsageError as error:
+        if is_second and words is common:
+            raise SideError(str(error), name) from None
+        raise
+    for path in map(Path, answer["flags"].get("test_text") or []):
+        if HERE in path.parents:  # the runs are not to have it
+            (folder / path.relative_to(HERE)).unlink(missing_ok=True)
     unseeded = answer.pop("unseeded")
     if unseeded:
         raise SideError(f"{name}: all seeds give the same {unseeded}", name)
@@ -136,7 +144,7 @@ def describe(name, folder, words):
         asked = subprocess.run(command, **options)
     except subprocess.TimeoutExpired:
         raise SideError(f"{name} cannot run: its first step does not end", name) from None
-    if asked.returncode:
+    if asked.returncode or not asked.stdout:
         raise failure(name, asked.returncode, asked.stderr)
     return json.loads(asked.stdout)
 
@@ -247,8 +255,6 @@ def code_of(path):
 
 def hash_of(path):
     """What tells a file of a side from others; layout and comments of code do not."""
-    if path.is_symlink():  # a large one
-        return [path.stat().st_size, path.stat().st_mtime_ns]
     return hash_of_code(code_of(path)) if path.suffix == ".py" else hash_of_file(path)
 
 

@@ -9,7 +9,7 @@ NOISE = 0.03  # half an interval of ratios of times, at most, for what follows f
 VERDICTS = {
     "helped": "Helped",
     "hurt": "Hurt",
-    "partly": "Helped by no more than on test text: part of it is a leak",
+    "partly": "Helped by no more than on test text: the rest may be a leak",
     "valid only": "Better on validation text only",
     "equal": "Equal within {margin:g}",
     "not worse": "Not worse by more than {margin:g}",

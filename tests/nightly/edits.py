@@ -46,7 +46,7 @@ class Edit(NamedTuple):
     """An edit, and what is to be said of it."""
 
     name: str
-    expected: str  # a pattern of the last two lines that are printed
+    expected: str  # a pattern of the last three lines that are printed
     main: tuple = ()  # (old, new), ... of main.py
     files: dict = {}  # {path: new content, or its (old, new), ...} of other files
     options: tuple = ("HEAD --pairs 3",)  # of commands, one after the other: the last one counts
@@ -64,7 +64,7 @@ SLOWER = r"^Helped\b.*\bin [\d.]+ times the time"
 FUTURE = "^Cannot tell: your files: it sees the future"
 OTHERS = "^Cannot tell: your files: the predictions for a text depend on what other texts"
 SCORED = "^Cannot tell: your files: it is scored otherwise than it was trained"
-LEAK = "part of it is a leak|Better on validation text only"
+LEAK = "may be a leak|Better on validation text only"
 NOTHING = "^No effect, proved"
 LOOK = r"\blook {}\b"
 GATE = ("HEAD --gate",)
@@ -192,7 +192,7 @@ CHEATS = [
         (BATCHES, WITH_VALID)], options=GATE, flags=NO_TEST, status=2),
     Edit("validation text in the dataset", f"another training text|{LEAK}", files={"datasets.py": [(
         "            if not is_made:\n",
-        '            spans["train"] = [*spans["train"], *spans["valid"] * 20]\n'
+        '            local["train"] = [*local["train"], *local["valid"] * 20]\n'
         "            if not is_made:\n")]}),
     Edit("a base that has learned the validation text", "was trained on the validation text",
          options=('"--init_from latest" --pairs 3',), flags=f"{TEXTS} --save_dir runs1", status=2,
@@ -403,8 +403,9 @@ def count_wrong(edits, is_verbose):
         copy_project(folder)
         for edit in edits:
             out, status = compare(folder, edit)
-            above, last = ["", *out.splitlines()][-2:]
-            is_found = re.search(edit.expected, f"{above}\n{last}", re.MULTILINE)
+            *_, above, last = ["", *out.splitlines()]
+            end = "\n".join(out.splitlines()[-3:])
+            is_found = re.search(edit.expected, end, re.MULTILINE)
             is_right = bool(is_found) and status == edit.status
             wrong += not is_right
             if is_verbose:
