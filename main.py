@@ -2748,7 +2748,6 @@ def converse(begin_text, flags):
 
 def print_reply(conversation, line, flags):
     """Prints the continuation of a line; Ctrl+C ends it and keeps what was shown."""
-    name_unread(conversation, line)
     interrupts = argparse.Namespace(received=None)
 
     # No KeyboardInterrupt: an exception raised inside MLX can be lost.
@@ -2756,6 +2755,7 @@ def print_reply(conversation, line, flags):
         interrupts.received = signal_number
 
     handler = signal.signal(signal.SIGINT, note)
+    name_unread(conversation, line)
     print_pieces(conversation.reply(line, flags, flags.seed, interrupts))
     signal.signal(signal.SIGINT, handler)
 

@@ -104,7 +104,6 @@ def test_closed_pipe_costs_nothing(tmp_path, text):
     ("CUDA error: out of memory", "smaller --batch_size"),
     ("[metal::malloc] Resource limit (499000) exceeded.", "more arrays at once"),
     ("[METAL] Command buffer execution failed: Impacting Interactivity.", "rerun the command to"),
-    ("[metal::malloc] Resource limit (499000) exceeded.", "more arrays than"),
     ("cudaGraphLaunch(graph, stream) failed: unspecified launch failure", "rerun the command to"),
     ("can't start new thread", "ulimit -u"),
     ("[Compile::eval_cpu] Failed. The output is: xcrun: error: invalid active developer path",
