@@ -361,7 +361,7 @@ def read_record(path):
 def newest_record(folder, seed):
     """The record of the checkpoint of a seed that was saved last, with its `path`, or None."""
     records = []
-    for path in folder.glob("*/*.metadata"):
+    for path in folder.glob("*/[!.]*.metadata"):
         if path.parent.name in ("init_from", "teacher"):  # what the runs begin with
             continue
         # Runs of other seeds delete checkpoints of theirs.
