@@ -59,6 +59,8 @@ CANARY = "CANARY-5d41402abc4b"  # stands in files that no command is to read
 
 TEXT = "".join(f"the quick brown fox of line {i} jumps over señor {i * i}\n" for i in range(40))
 BRIEF = "--text {text} --new_model --max_tokens 4 --keep 1 --num_iters"
+# A record may ask for a sample of any length.
+TRAIN = "--num_iters 3 --keep 1 --sample_tokens 4"
 TINY = "--dim 8 --num_heads 2 --num_blocks 1 --context_size 8 --batch_size 2"
 TINY += f" --steps_per_report 1 --steps_per_eval 2 --eval_tokens 20 {BRIEF}"
 SAMPLE = "--max_tokens 5 --num_samples 2 --prompt"
@@ -99,9 +101,9 @@ COMMANDS = [
     *[Command(f"--identifier stranger --temperature 0 {SAMPLE} the")] * 3,
     Command(f"--identifier best {SAMPLE} fox"),
     Command("--identifier stranger --evaluate valid"),
-    *[Command("--identifier stranger --num_iters 3 --keep 1", f"save/stranger|{NEW}")] * 3,
-    Command("--num_iters 3 --keep 1", "save"),
-    Command("--identifier good --num_iters 3 --keep 1", "save/good", must_succeed=True),
+    *[Command(f"--identifier stranger {TRAIN}", f"save/stranger|{NEW}")] * 3,
+    Command(TRAIN, "save"),
+    Command(f"--identifier good {TRAIN}", "save/good", must_succeed=True),
     Command(f"{TINY} 1 --tokenizer byte", NEW, must_succeed=True),
     Command(f"--init_from stranger {BRIEF} 1", NEW),
     Command(f"--init_from stranger --lora_rank 2 {BRIEF} 1", NEW),
