@@ -2292,7 +2292,7 @@ def kept_code(folder, sha1):
 def keep_code(run):
     """Makes the code that trains a run a part of its folder. Raises OSError."""
     folder = kept_code(run.folder, run.stretches[-1].code)
-    if folder.is_symlink():  # a stranger's
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):  # a stranger's
         return
     for name, source in run.code.items():
         path = folder / name
