@@ -1906,9 +1906,10 @@ class Parser(argparse.ArgumentParser):
             table = extra("hints").NOT_HERE
             hints = [hint for names, hint in table.items() if name in names.split()]
         names = {each[2:]: action.dest for each, action in self._option_string_actions.items()}
-        similar = difflib.get_close_matches(name, names, 1, cutoff=0.7)
-        hints += [f"--{names[each]}?" for each in similar]
-        if not word.startswith("-"):
+        if word.startswith("-") or "=" in word:
+            similar = difflib.get_close_matches(name, names, 1, cutoff=0.7)
+            hints += [f"--{names[each]}?" for each in similar]
+        else:
             hints.append(
                 "no flag takes it: a switch has no value, a text with blanks needs quotes, and "
                 "--identifier names a checkpoint: a run, latest or best"
