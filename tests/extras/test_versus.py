@@ -16,7 +16,7 @@ from conftest import TEXT, TINY, copy_program, edit, newest, run, saved, start
 from datasets import RunError, UsageError, load_dataset
 from extras import plot
 from extras.versus import __main__ as versus
-from extras.versus import ledger, runs, sides
+from extras.versus import runs, sides
 from extras.versus.judge import DIVERGED
 from extras.versus.sequential import Outcome
 from extras.versus.verdict import describe_numbers
