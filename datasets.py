@@ -8,12 +8,22 @@ and knows nothing about models. Sections: data types, tokenizers, corpora, the u
 encoding, datasets and their cache, downloads; what main.py shares; flags and the command line.
 """
 
+import os
+import re
 import signal
 import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # The files on disk are valid at any time, so Ctrl+C may exit at once, without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+HERE = os.path.realpath(os.path.dirname(__file__))  # even where this file is a link
+# Whether Python runs a file of this project or, otherwise, imports it for another program. While it
+# imports extras/__init__.py for `python -m extras.NAME`, it calls the program "-m".
+OUR_PROGRAMS = rf"{re.escape(HERE)}/(main\.py|datasets\.py|extras/.*)"
+IS_PROGRAM = sys.argv[0] == "-m" or bool(re.fullmatch(OUR_PROGRAMS, os.path.realpath(sys.argv[0])))
+IS_NOTEBOOK = hasattr(sys, "ps1")
+
+if IS_PROGRAM and not IS_NOTEBOOK:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # The files on disk are valid at any time, so Ctrl+C may exit at once, without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import ast
@@ -29,9 +39,7 @@ import importlib
 import itertools
 import json
 import math
-import os
 import platform
-import re
 import shlex
 import shutil
 import sysconfig
@@ -44,18 +52,32 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-try:
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # NumPy's threads spin for 2^18 cycles
+
+
+@contextlib.contextmanager
+def required_packages():
+    """Imports in this block end a program of ours in one line if they fail."""
+    try:
+        yield
+    except ImportError as error:
+        if not IS_PROGRAM:
+            raise
+        remedy = "activate the environment (. .venv/bin/activate), or make one: "
+        remedy += "pip install -r requirements.txt, or uv run python main.py (Windows: in WSL); on "
+        remedy += "Linux, MLX needs glibc 2.35 or newer"
+        if HERE in str(error):  # the path of what Python has found instead
+            remedy = "rename a file of yours that hides a package"
+        name = os.path.basename(sys.argv[0]).replace("-m", "extras")
+        print(f"{name}: {' '.join(str(error).split())}: {remedy}", file=sys.stderr)
+        sys.exit(2)
+
+
+with required_packages():
     import fcntl
 
     import numpy as np
     from tqdm import tqdm
-except ImportError as error:
-    if __name__ != "__main__":
-        raise
-    remedy = "activate the environment (. .venv/bin/activate), or make one: "
-    remedy += "pip install -r requirements.txt, or uv run datasets.py (Windows: in WSL)"
-    print(f"datasets.py: {' '.join(str(error).split())}: {remedy}", file=sys.stderr)
-    sys.exit(2)
 
 tqdm.set_lock(threading.RLock())  # its own, for several processes, starts another Python
 
@@ -1427,6 +1449,52 @@ def progress_bar(**options):
     return tqdm(**options)
 
 
+def be_one_module(namespace):
+    """Lets an `import` find the file that runs as __main__; namespace: its globals()."""
+    running = sys.modules["__main__"]
+    if vars(running) is namespace:  # and not, say, cProfile
+        sys.modules[Path(namespace["__file__"]).stem] = running
+
+
+def prepare(namespace):
+    """What main.py needs before it imports MLX; returns extras.fast, or None where that is not used.
+
+    namespace: main.py's globals(), with its folder HERE. extras/fast.py has to choose a BLAS before
+    MLX takes one.
+    """
+    home = str(namespace["HERE"])
+    if namespace["__name__"] == "__main__":
+        be_one_module(namespace)
+        for name, module in [*sys.modules.items()]:
+            # What a notebook's last %run has left; extras.fast chose the BLAS, for good.
+            if (name.startswith("extras.") and name != "extras.fast") or own_file(module, home):
+                del sys.modules[name]
+    fast = None
+    with required_packages():
+        if os.path.exists(f"{home}/extras/fast.py") and not os.environ.get("DISABLE_FAST"):
+            from extras import fast
+        import mlx.core as mx
+
+        if tuple(map(int, re.findall(r"\d+", mx.__version__)[:3])) < (0, 32, 4):
+            raise ImportError(f"MLX>=0.32.4 is needed, not {mx.__version__}")
+    return fast
+
+
+real_path = functools.cache(os.path.realpath)  # hundreds of modules lie in few folders
+NOT_OWN = re.compile(r"(main|datasets)\.py|(extras|tests|.*site-packages)/.*|\..*|.*(?<!\.py)")
+
+
+def own_file(module, home):
+    """The path from the folder `home` of a module of the user's own, or None if it is no such one.
+
+    Own modules lie beside main.py, or below, and in no environment.
+    """
+    folder, name = os.path.split(getattr(getattr(module, "__spec__", 0), "origin", 0) or "")
+    path = os.path.join(real_path(folder), name)
+    inside = path.removeprefix(f"{home}/")
+    return None if inside == path or NOT_OWN.fullmatch(inside) else inside
+
+
 def run_command(name, function, arguments):
     """Calls `function(arguments)` and returns the exit status of the program `name`.
 
@@ -1988,7 +2056,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    running = sys.modules["__main__"]
-    if vars(running) is globals():  # and not, say, cProfile
-        sys.modules["datasets"] = running  # `import datasets` in an extra makes no second copy
+    be_one_module(globals())  # extras import no second copy
     run_program("datasets.py", main)

@@ -16,128 +16,54 @@ to O features has a matrix [O, I], as in PyTorch. MLX is lazy: operations build 
 mx.eval computes.
 """
 
-import signal
 import sys
-
-if __name__ == "__main__" and not hasattr(sys, "ps1"):
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Until there is something to save, Ctrl+C exits without a traceback (but no notebook).
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-import functools
-import os
-import re
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if the file is edited later
-# The paths of a user's own modules, in this folder or below it; no environment is.
-OWN = re.compile(rf"{re.escape(str(HERE))}/(?!main\.py|datasets\.py|extras/|tests/|\.)(.*\.py)")
-real_path = functools.cache(os.path.realpath)  # hundreds of modules lie in few folders
+sys.path.insert(0, str(HERE))  # where datasets.py lies
 
+from datasets import prepare
 
-def own_file(module):
-    """The path from this folder of a module of the user's own, or None if it is no such module."""
-    folder, name = os.path.split(getattr(getattr(module, "__spec__", 0), "origin", 0) or "")
-    found = OWN.fullmatch(os.path.join(real_path(folder), name))
-    return found[1] if found and "/site-packages/" not in found[1] else None
-
-
-# Beside this file lies the module datasets that it needs. Another package of that name may come
-# first or be loaded, Hugging Face's; `python -P` leaves this folder out.
-sys.path.insert(0, str(HERE))
-if not hasattr(sys.modules.get("datasets"), "CORPORA"):
-    sys.modules.pop("datasets", None)
-if __name__ == "__main__":
-    if vars(sys.modules["__main__"]) is globals():  # not under cProfile
-        sys.modules["main"] = sys.modules["__main__"]  # extras import no second copy of this file
-    for name, module in [*sys.modules.items()]:
-        # What a notebook's last %run has left; extras.fast chose the BLAS, for good.
-        if (name.startswith("extras.") and name != "extras.fast") or own_file(module):
-            del sys.modules[name]
+fast = prepare(globals())  # extras/fast.py, or None
 
 import argparse
 import contextlib
 import csv
 import dataclasses
+import fcntl
+import functools
 import hashlib
 import io
 import itertools
 import json
 import math
 import operator
+import os
+import re
 import shlex
+import signal
 import threading
 import time
 from collections import Counter
 from functools import partial
 from typing import NamedTuple, get_args
 
-fast = None
-try:
-    import fcntl
-
-    if (HERE / "extras" / "fast.py").exists() and not os.environ.get("DISABLE_FAST"):
-        from extras import fast  # before NumPy and MLX, to speed up their matrix products
-
-    import mlx.core as mx
-    import mlx.nn as nn
-    import mlx.optimizers as optim
-    import numpy as np
-
-    if tuple(map(int, re.findall(r"\d+", mx.__version__)[:3])) < (0, 32, 4):
-        raise ImportError(f"MLX>=0.32.4 is needed, not {mx.__version__}")
-    from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
-    from tqdm import tqdm
-except ImportError as error:
-    if __name__ != "__main__":
-        raise
-    remedy = "activate the environment (. .venv/bin/activate), or make one: "
-    remedy += "pip install -r requirements.txt, or uv run main.py (Windows: in WSL); on Linux, MLX "
-    remedy += "needs glibc 2.35 or newer"
-    if str(HERE) in str(error):  # the path of what Python has found instead
-        remedy = "rename a file of yours that hides a package"
-    print(f"main.py: {' '.join(str(error).split())}: {remedy}", file=sys.stderr)
-    sys.exit(2)
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+from tqdm import tqdm
 
 from datasets import CORPORA, KINDS, LARGEST, SIZE, SPLITS, TEXT_FLAGS, TOKENIZERS, Dataset, Flag
 from datasets import Parser, RunError, UsageError, absolute, add_flags, definition
 from datasets import describe_tokenizer, discard, encode_after, end_of_text, explained, extra
 from datasets import flock, hash_of_code, hash_of_file, load_dataset, make_writable, new_file
 from datasets import no_follow, nonempty, number, one_line, one_of, open_code_dir, open_data_dir
+from datasets import own_file
 from datasets import printable, progress_bar, publish, remove_leftovers, replacing
 from datasets import run_command, run_program, sync, tokenizer_from_dict, use_compiler, user_path
 from datasets import utf8
-
-EDITED = []  # names of functions below that were edited since extras/fast.py was written
-
-
-def sha1_of_text(text):
-    """The SHA1 of a text in UTF-8, in hexadecimal."""
-    return hashlib.sha1(text.encode()).hexdigest()
-
-
-def fast_version(plain, parts=()):
-    """Decorator: replaces a function with its quicker namesake in extras/fast.py, if that exists.
-
-    parts: functions or classes that only the plain one uses. Both versions agree up to rounding.
-    fast.py identifies the plain function and its parts by hashes of their code: once you edit one,
-    your version runs, and the start screen says so.
-    """
-    if fast is None:
-        return plain
-    names = [part.__name__ for part in (plain, *parts)]
-    for name in names:
-        sha1 = hash_of_code(definition(name, SOURCE))
-        if fast.STANDS_FOR.get(name) != sha1 and name not in EDITED:
-            EDITED.append(name)
-    # extras.versus compares an edited function with the original. Both run in plain MLX, or they
-    # would round differently.
-    plain_names = EDITED + os.environ.get("PLAIN_FUNCTIONS", "").split(",")
-    if {*names} & {*plain_names}:
-        return plain
-    return getattr(fast, plain.__name__)
-
 
 # ---- Model --------------------------------------------------------------------------------------
 # Decoder-only, pre-norm, with RMSNorm, RoPE and grouped-query attention. Layers are named as in
@@ -189,6 +115,32 @@ class Config:
                 f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: "
                 f"try {math.gcd(self.num_heads, self.num_kv_heads)}"
             )
+
+
+SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if the file is edited later
+EDITED = []  # names of functions below that were edited since extras/fast.py was written
+
+
+def fast_version(plain, parts=()):
+    """Decorator: replaces a function with its quicker namesake in extras/fast.py, if that exists.
+
+    parts: functions or classes that only the plain one uses. Both versions agree up to rounding.
+    fast.py identifies the plain function and its parts by hashes of their code: once you edit one,
+    your version runs, and the start screen says so.
+    """
+    if fast is None:
+        return plain
+    names = [part.__name__ for part in (plain, *parts)]
+    for name in names:
+        sha1 = hash_of_code(definition(name, SOURCE))
+        if fast.STANDS_FOR.get(name) != sha1 and name not in EDITED:
+            EDITED.append(name)
+    # extras.versus compares an edited function with the original. Both run in plain MLX, or they
+    # would round differently.
+    plain_names = EDITED + os.environ.get("PLAIN_FUNCTIONS", "").split(",")
+    if {*names} & {*plain_names}:
+        return plain
+    return getattr(fast, plain.__name__)
 
 
 def dropout(hidden, noise, site):
@@ -1722,6 +1674,11 @@ def check_arrays(found, expected):
         raise ValueError("its arrays are those of another model")
 
 
+def sha1_of_text(text):
+    """The SHA1 of a text in UTF-8, in hexadecimal."""
+    return hashlib.sha1(text.encode()).hexdigest()
+
+
 def sha1_of_file(path):
     """The SHA1 of a file that is no link. Raises OSError."""
     return hash_of_file(path, hashlib.sha1, no_follow)
@@ -2269,7 +2226,7 @@ def read_code(flags):
     names += ["extras/fast.py", "extras/fast.c"] if fast else []
     names += ["extras/lora.py"] if flags.get("lora_rank") else []
     names += ["extras/distil.py"] if flags.get("teacher") else []
-    names += filter(None, map(own_file, [*sys.modules.values()]))
+    names += filter(None, [own_file(module, str(HERE)) for module in [*sys.modules.values()]])
     for name in names:
         if name not in SOURCES and (HERE / name).exists():
             SOURCES[name] = (HERE / name).read_text("utf-8", errors="replace")

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import main  # noqa: E402, before NumPy, for the fast BLAS
+import main  # noqa: E402 (before MLX: it chooses the BLAS)
 
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402

@@ -7,7 +7,7 @@ lies a .npz of the same name for NumPy: `weights` [blocks, H, L, L], and `tokens
 Dimension letters are those of main.py: D model, H query heads, L positions, d head.
 """
 
-# First: main.py chooses the BLAS before NumPy and MLX take one.
+# First: it chooses the BLAS before MLX takes one.
 from extras.program import make_parser, open_checkpoint, read_flags, start
 
 import mlx.core as mx

@@ -6,7 +6,7 @@ Each line of the file is a prompt. Each continuation is a line of JSON: prompt, 
 sampling flags, completion and tokens. Rerun the same command to resume.
 """
 
-# First: main.py chooses the BLAS before NumPy and MLX take one.
+# First: it chooses the BLAS before MLX takes one.
 from extras.program import make_parser, open_checkpoint, read_flags, start
 
 import os

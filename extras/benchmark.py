@@ -9,7 +9,7 @@ estimates, its peak is measured), speed in tokens and in FLOPs per second, and m
 first token of a continuation and for each later one. It saves nothing.
 """
 
-# First: main.py chooses the BLAS before NumPy and MLX take one.
+# First: it chooses the BLAS before MLX takes one.
 from extras.program import start
 
 import json

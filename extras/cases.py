@@ -9,7 +9,7 @@ A file is a YAML list like `- {prompt: "import ", expected: "os"}`; extras/cases
 A case passes if each expected token is among the --top_k most likely ones at its position.
 """
 
-# First: main.py chooses the BLAS before NumPy and MLX take one.
+# First: it chooses the BLAS before MLX takes one.
 from extras.program import add_identifiers, make_parser, read_flags, select_checkpoints, start
 
 import json

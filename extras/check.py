@@ -10,7 +10,7 @@ of a sample must give the same bits twenty times and, on a GPU, what the CPU giv
 `!!` marks what is amiss, and the last line says what was exact.
 """
 
-# First: main.py chooses the BLAS before NumPy and MLX take one.
+# First: it chooses the BLAS before MLX takes one.
 from extras.program import make_parser, read_flags, start
 
 import platform

@@ -7,7 +7,7 @@
 --quantize 16 writes float16. What is written for whom: huggingface.py, gguf.py.
 """
 
-# First: main.py chooses the BLAS before NumPy and MLX take one.
+# First: it chooses the BLAS before MLX takes one.
 from extras.program import make_parser, open_checkpoint, read_flags, start
 
 import sys

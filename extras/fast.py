@@ -49,7 +49,6 @@ from pathlib import Path
 # slower. A tenth of a millisecond does no harm, and in decoding the next product comes within it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # 2^18 cycles, of NumPy's own threads
 
 import numpy as np
 

@@ -7,7 +7,7 @@ The step is computed again (see extras/steps.py), exactly as it was in the run. 
 dropout; gradients are those that the optimizer has got: averaged, and clipped.
 """
 
-# First: main.py chooses the BLAS before NumPy and MLX take one.
+# First: it chooses the BLAS before MLX takes one.
 from extras.program import make_parser, read_flags, start
 
 import copy

@@ -10,7 +10,7 @@ It needs matplotlib; the file's extension selects the format (png, pdf, svg), an
 if there is none.
 """
 
-# First: main.py chooses the BLAS before NumPy and MLX take one.
+# First: it chooses the BLAS before MLX takes one.
 from extras.program import add_identifiers, make_parser, read_flags, select_checkpoints, start
 
 import os

@@ -7,14 +7,8 @@ Each has a few flags of its own beside some of main.py's, which mean the same he
 
 import argparse
 import fnmatch
-import sys
 
-try:
-    import main
-except ImportError as error:  # an older package, say
-    print(f"extras: {error}: pip install -r requirements.txt", file=sys.stderr)
-    sys.exit(2)
-
+import main
 from datasets import Parser, UsageError, add_flags, nonempty, run_program
 
 

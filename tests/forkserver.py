@@ -37,7 +37,9 @@ class Program:
     def __init__(self, path):
         self.path = Path(path).resolve()
         sys.path[0] = str(self.path.parent)
-        program = importlib.import_module(self.path.stem)  # first: it chooses OpenBLAS's kernels
+        typed, sys.argv = sys.argv, [str(self.path)]  # what is imported is a program's
+        program = importlib.import_module(self.path.stem)  # first: it chooses a BLAS
+        sys.argv = typed
         import numpy.random  # noqa: F401 (which the programs import when they need it)
 
         generate_kernels()
@@ -95,9 +97,10 @@ class Program:
 
     def be_one(self, arguments, streams, cwd):
         """Makes a fork's signals, folder, streams and arguments those of a new process."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        if arguments[:1] == ["-c"]:  # no program of ours
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.alarm(TIMEOUT)
         os.chdir(cwd)
         open_streams(streams)
