@@ -1457,7 +1457,7 @@ def be_one_module(namespace):
 
 
 def prepare(namespace):
-    """What main.py needs before it imports MLX; returns extras.fast, or None where that is not used.
+    """What main.py needs before it imports MLX; returns extras.fast, or None if that is not used.
 
     namespace: main.py's globals(), with its folder HERE. extras/fast.py has to choose a BLAS before
     MLX takes one.
@@ -1856,7 +1856,6 @@ class Flag(NamedTuple):
     default: object
     convert: object  # turns what is typed into the value, or raises ValueError; bool: a switch
     help: str
-    also: str = ""  # its names in other programs, where meaning and unit are the same
 
 
 LARGEST = 2**31 - 1  # of int32
@@ -1878,17 +1877,25 @@ def number(kind, least, most=math.inf):
 
 
 SIZE = number(int, 1, LARGEST)
+COUNT = number(int, 0, LARGEST)
+RATE = number(float, 0)
+FRACTION = number(float, 0, 1)
 
 
 def one_of(choices, remedy=""):
-    """A flag's type: one of these words; remedy: what to do for another one."""
+    """A flag's type: one of these words; remedy: what to do for another one.
+
+    choices: the words, or a function that returns them where they are defined further below.
+    """
+    words = choices if callable(choices) else lambda: choices
 
     def convert(text):
-        if text in choices:
+        if text in words():
             return text
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices)}, not {text}{remedy}")
+        listed = ", ".join(words())
+        raise argparse.ArgumentTypeError(f"must be one of {listed}, not {text}{remedy}")
 
-    convert.metavar = f"{{{','.join(choices)}}}"
+    convert.choices = words
     return convert
 
 
@@ -1908,18 +1915,11 @@ OTHERS = ": download another corpus, and name its files by --text"
 # The flags that decide a text, {group: {flag: row}}; main.py has these and others.
 TEXT_FLAGS = {
     "data": {
-        "dataset": Flag("ptb", one_of([*CORPORA], OTHERS), "training corpus", "dataset_name"),
+        "dataset": Flag("ptb", one_of([*CORPORA], OTHERS), "training corpus"),
         "text": Flag([], nonempty, "train on your own files, folders, glob patterns"),
-        "valid_text": Flag(
-            [], nonempty, "validation files (default: a share of --text)",
-            "eval_file val_data val_file validation_file"
-        ),
-        "valid_fraction": Flag(
-            0.1, number(float, 0.001, 0.5), "share of --text held out", "val_fraction val_split"
-        ),
-        "text_field": Flag(
-            "text", nonempty, "field of .jsonl and .parquet with the text", "text_column"
-        ),
+        "valid_text": Flag([], nonempty, "validation files (default: a share of --text)"),
+        "valid_fraction": Flag(0.1, number(float, 0.001, 0.5), "share of --text held out"),
+        "text_field": Flag("text", nonempty, "field of .jsonl and .parquet with the text"),
         "train_tokens": Flag(None, SIZE, "train on the first N tokens only (default: all)"),
         "tokenizer": Flag(
             "auto", nonempty, f"{', '.join(KINDS[1:])}, FILE; auto: the corpus's usual one"
@@ -1931,9 +1931,7 @@ TEXT_FLAGS = {
     },
     "session": {"test_text": Flag([], nonempty, "test files, beside --text or --dataset")},
     "command": {
-        "save_dir": Flag(
-            "runs", nonempty, "folder with a folder for each run", "out_dir output_dir"
-        ),
+        "save_dir": Flag("runs", nonempty, "folder with a folder for each run"),
         "data_dir": Flag(
             None, nonempty, "folder for downloads and tokens (default: save_dir, if given; else a "
             "RAM disk, if mounted; else ~/.cache/transformer-lm)"
@@ -1943,6 +1941,14 @@ TEXT_FLAGS = {
         ),
     },
 }
+
+
+@functools.cache
+def other_names():
+    """{a flag: its names in other programs}; none without extras/."""
+    with contextlib.suppress(UsageError):
+        return extra("hints").ALIASES
+    return {}
 
 
 class Parser(argparse.ArgumentParser):
@@ -2007,14 +2013,17 @@ class Parser(argparse.ArgumentParser):
 def add_flags(group, rows):
     """Adds rows of flags, {flag: row}, to an argparse parser, or to a group of one."""
     for name, row in rows.items():
-        options = {"type": row.convert, "metavar": getattr(row.convert, "metavar", "TEXT")}
+        metavar = getattr(row.convert, "metavar", "TEXT")
+        if hasattr(row.convert, "choices"):
+            metavar = f"{{{','.join(row.convert.choices())}}}"
+        options = {"type": row.convert, "metavar": metavar}
         if row.convert is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif row.default == []:
             options |= {"nargs": "+", "action": "extend"}  # `--text a --text b` names both
         default = f" (default: {row.default})" if row.default else ""
         group.add_argument(f"--{name}", help=row.help + default, **options)
-        for other in row.also.split():
+        for other in other_names().get(name, "").split():
             group.add_argument(f"--{other}", dest=name, help=argparse.SUPPRESS, **options)
 
 

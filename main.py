@@ -55,12 +55,13 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
-from datasets import CORPORA, KINDS, LARGEST, SIZE, SPLITS, TEXT_FLAGS, TOKENIZERS, Dataset, Flag
+from datasets import CORPORA, COUNT, FRACTION, KINDS, LARGEST, RATE, SIZE, SPLITS, TEXT_FLAGS
+from datasets import TOKENIZERS, Dataset, Flag
 from datasets import Parser, RunError, UsageError, absolute, add_flags, definition
 from datasets import describe_tokenizer, discard, encode_after, end_of_text, explained, extra
 from datasets import flock, hash_of_code, hash_of_file, load_dataset, make_writable, new_file
 from datasets import no_follow, nonempty, number, one_line, one_of, open_code_dir, open_data_dir
-from datasets import own_file
+from datasets import other_names, own_file
 from datasets import printable, progress_bar, publish, remove_leftovers, replacing
 from datasets import run_command, run_program, sync, tokenizer_from_dict, use_compiler, user_path
 from datasets import utf8
@@ -115,6 +116,30 @@ class Config:
                 f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: "
                 f"try {math.gcd(self.num_heads, self.num_kv_heads)}"
             )
+
+
+# {group: {flag: row}}; the rows stand where they are used, the others in the section Flags. Groups
+# `data`, `model`, `init` and `training` shape a run: another value is another run, and only those
+# of `training` may change in a branch. Those of `session` may change whenever a run is resumed.
+# All these are saved with a run; `sampling`, `mode` and `command` are not.
+# Where a default of None depends on other flags, the help says how; `settle` fills it in, or the
+# code that uses it.
+FLAGS = {"data": TEXT_FLAGS["data"]}  # of datasets.py
+
+FLAGS["model"] = {
+    "context_size": Flag(48, SIZE, "context length in tokens"),
+    "num_blocks": Flag(4, number(int, 1, 2**12), "transformer blocks"),
+    "dim": Flag(1024, number(int, 1, 2**16), "model dimension"),
+    "num_heads": Flag(8, SIZE, "query heads"),
+    "num_kv_heads": Flag(None, SIZE, "key/value heads (default: num_heads)"),
+    "mlp": Flag("relu2", one_of(lambda: MLPS), "activation of the feed-forward layers"),
+    "mlp_dim": Flag(
+        None, number(int, 1, 2**18), "width of the feed-forward layers (default: 4 dim; swiglu: "
+        "8/3 dim, rounded up to a multiple of 64)"
+    ),
+    "qk_norm": Flag(False, bool, "RMS-normalize queries and keys"),
+    "untie": Flag(False, bool, "separate output matrix instead of tied embeddings"),
+}
 
 
 SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if the file is edited later
@@ -471,6 +496,9 @@ def first_values(name, shape, seed):
 ZERO_AT_FIRST = ("o_proj.weight", "down_proj.weight", "lm_head.weight")
 
 
+FLAGS["init"] = {"seed": Flag(42, COUNT, "of weights, batches, dropout and samples")}
+
+
 def init_weights(model, seed):
     """Initializes every matrix and bias; other vectors and scalars stay as their layers made them.
 
@@ -616,6 +644,26 @@ OPTIMIZERS = {
 }
 
 
+FLAGS["init"] |= {
+    "optimizer": Flag(
+        "adamw", one_of(OPTIMIZERS),
+        f"muon: for the blocks' matrices, at {Muon.lr_scale} times the learning rate"
+    ),
+}
+BETA = number(float, 0, 0.99999)  # 1 would divide by zero
+
+FLAGS["training"] = {
+    "learning_rate": Flag(3e-4, RATE, "peak learning rate"),
+    "weight_decay": Flag(1e-5, RATE, "decoupled weight decay of the matrices"),
+    "embedding_decay": Flag(
+        None, RATE, "weight decay of embeddings and output matrix (default: weight_decay)"
+    ),
+    "beta1": Flag(0.9, BETA, "AdamW's beta1, decay rate of the mean gradient"),
+    "beta2": Flag(0.99, BETA, "AdamW's beta2, decay rate of the mean squared gradient"),
+    "grad_clip": Flag(1.0, RATE, "maximum gradient norm; 0: no clipping"),
+}
+
+
 def make_optimizer(model, flags):
     """The optimizer of all trained parameters; call set_learning_rate before each step.
 
@@ -690,6 +738,14 @@ def cooldown(iteration, flags):
 # --learning_rate. learning_rate_at applies warmup on top.
 SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
 
+FLAGS["training"] |= {
+    "lr_schedule": Flag("constant", one_of(SCHEDULES), "schedule after warmup"),
+    "lr_warmup": Flag(200, COUNT, "warmup steps"),
+    "lr_cooldown": Flag(1.0, FRACTION, "the rate decays over this last share of the steps"),
+    "min_lr": Flag(None, RATE, "final learning rate (default: a tenth of the peak)"),
+    "average": Flag(0.0, FRACTION, "average the weights over about this last share of steps"),
+}
+
 
 def learning_rate_at(iteration, flags):
     """The scheduled learning rate of step `iteration`, counted from 0.
@@ -723,6 +779,13 @@ def interpolate(average, weights, part):
 
 
 # ---- Batches ------------------------------------------------------------------------------------
+
+FLAGS["training"] |= {
+    "batch_size": Flag(32, number(int, 1, 2**20), "sequences per batch"),
+    "grad_accumulation": Flag(1, SIZE, "batches per optimizer step"),
+    "dropout": Flag(0.0, number(float, 0, 0.9), "dropout rate of embeddings and residual branches"),
+    "dropout_final": Flag(None, number(float, 0, 0.9), "final dropout rate (linear schedule)"),
+}
 
 
 class Batches:
@@ -837,6 +900,10 @@ def draw_dropout(iteration, rows, flags):
 
 
 # ---- Training -----------------------------------------------------------------------------------
+
+FLAGS["training"] |= {
+    "dtype": Flag("float32", one_of(["float32", "bfloat16"]), "bfloat16: with float32 weights"),
+}
 
 
 class Score(NamedTuple):
@@ -1992,6 +2059,25 @@ def divergence_error(run, what, iteration):
 
 # ---- Models that a run begins with or learns from -----------------------------------------------
 
+
+def model_name(text):
+    """A flag's type: a model's name, or its address on Hugging Face's hub."""
+    return nonempty(text).removeprefix("https://huggingface.co/")
+
+
+FLAGS["init"] |= {
+    "init_from": Flag(
+        None, model_name, "start from a checkpoint, a Hugging Face folder, or ORG/NAME"
+    ),
+    "lora_rank": Flag(None, SIZE, "train only LoRA adapters of this rank, on --init_from"),
+    "lora_alpha": Flag(None, RATE, "adapters are scaled by alpha / rank (default: 2 rank)"),
+    "teacher": Flag(None, model_name, "distill from this model, named as for --init_from"),
+}
+
+FLAGS["training"] |= {
+    "teacher_weight": Flag(0.5, FRACTION, "weight of the distillation loss"),
+    "teacher_temperature": Flag(2.0, number(float, 0.01, 100), "distillation temperature"),
+}
 # The flags that name one; the first one given provides the tokenizer.
 ORIGINS = ("init_from", "teacher")
 WORDS = ("latest", "best")  # for checkpoints
@@ -2726,21 +2812,10 @@ def split_name(text):
     return one_of(SPLITS)(others.get(text, text))
 
 
-def model_name(text):
-    """A flag's type: a model's name, or its address on Hugging Face's hub."""
-    return nonempty(text).removeprefix("https://huggingface.co/")
-
-
 def bit_width(text):
     """A flag's type: bits of a quantized weight; "int8" is 8."""
     return int(one_of(["4", "8", "16"])(text.removeprefix("int")))
 
-
-COUNT = number(int, 0, LARGEST)
-RATE = number(float, 0)
-SHARE = number(float, 0, 1)
-DROPOUT = number(float, 0, 0.9)
-BETA = number(float, 0, 0.99999)  # 1 would divide by zero
 
 PRESETS = {  # {name: values of PRESET_FLAGS}
     "tiny": [128, 4, 4, 128],
@@ -2752,114 +2827,17 @@ PRESETS = {  # {name: values of PRESET_FLAGS}
 }
 PRESET_FLAGS = ["dim", "num_heads", "num_blocks", "context_size"]
 
-# {group: {flag: row}}. The group says what a flag does. `data`, `model`, `beginning` and `training`
-# shape a run: another value is another run; only those of `training` may change in a branch. Those
-# of `session` may change whenever a run is resumed. All these are saved with a run; `sampling`,
-# `mode` and `command` are not. A command has at most one flag of `mode`.
-# Where a default of None depends on other flags, the help says how; `settle` fills it in, or the
-# code that uses it.
-FLAGS = {}
-
-FLAGS["data"] = TEXT_FLAGS["data"]  # of datasets.py
-
-FLAGS["model"] = {
-    "context_size": Flag(
-        48, SIZE, "context length in tokens", "block_size context_length n_ctx seq_len seq_length"
-        " max_seq_len max_seq_length sequence_length"
-    ),
-    "num_blocks": Flag(
-        4, number(int, 1, 2**12), "transformer blocks", "depth n_layer n_layers num_layers"
-        " num_hidden_layers"
-    ),
-    "dim": Flag(
-        1024, number(int, 1, 2**16), "model dimension", "d_model embedding_dim hidden_size n_embd"
-        " n_embed"
-    ),
-    "num_heads": Flag(8, SIZE, "query heads", "n_head n_heads num_attention_heads"),
-    "num_kv_heads": Flag(
-        None, SIZE, "key/value heads (default: num_heads)", "n_kv_head n_kv_heads"
-        " num_key_value_heads"
-    ),
-    "mlp": Flag("relu2", one_of(MLPS), "activation of the feed-forward layers", "activation"),
-    "mlp_dim": Flag(
-        None, number(int, 1, 2**18), "width of the feed-forward layers (default: 4 dim; swiglu: "
-        "8/3 dim, rounded up to a multiple of 64)", "d_ff ff_dim ffn_dim intermediate_size"
-    ),
-    "qk_norm": Flag(False, bool, "RMS-normalize queries and keys"),
-    "untie": Flag(False, bool, "separate output matrix instead of tied embeddings"),
-}
-
-FLAGS["beginning"] = {
-    "seed": Flag(42, COUNT, "of weights, batches, dropout and samples", "random_seed"),
-    "optimizer": Flag(
-        "adamw", one_of(OPTIMIZERS),
-        f"muon: for the blocks' matrices, at {Muon.lr_scale} times the learning rate", "optim"
-    ),
-    "init_from": Flag(
-        None, model_name, "start from a checkpoint, a Hugging Face folder, or ORG/NAME"
-    ),
-    "lora_rank": Flag(None, SIZE, "train only LoRA adapters of this rank, on --init_from"),
-    "lora_alpha": Flag(None, RATE, "adapters are scaled by alpha / rank (default: 2 rank)"),
-    "teacher": Flag(None, model_name, "distill from this model, named as for --init_from"),
-}
-
-FLAGS["training"] = {
-    "batch_size": Flag(
-        32, number(int, 1, 2**20), "sequences per batch", "device_batch_size micro_batch_size"
-        " per_device_train_batch_size"
-    ),
-    "grad_accumulation": Flag(
-        1, SIZE, "batches per optimizer step", "gradient_accumulation_steps grad_accum_steps"
-    ),
-    "learning_rate": Flag(3e-4, RATE, "peak learning rate", "lr max_lr"),
-    "min_lr": Flag(None, RATE, "final learning rate (default: a tenth of the peak)", "final_lr"),
-    "weight_decay": Flag(1e-5, RATE, "decoupled weight decay of the matrices", "wd"),
-    "embedding_decay": Flag(
-        None, RATE, "weight decay of embeddings and output matrix (default: weight_decay)"
-    ),
-    "beta1": Flag(0.9, BETA, "AdamW's beta1, decay rate of the mean gradient", "adam_beta1"),
-    "beta2": Flag(
-        0.99, BETA, "AdamW's beta2, decay rate of the mean squared gradient", "adam_beta2"
-    ),
-    "lr_warmup": Flag(
-        200, COUNT, "warmup steps", "warmup_iters warmup_steps num_warmup_steps"
-    ),
-    "lr_schedule": Flag(
-        "constant", one_of(SCHEDULES), "schedule after warmup", "lr_scheduler_type"
-    ),
-    "lr_cooldown": Flag(1.0, SHARE, "the rate decays over this last share of the steps"),
-    "grad_clip": Flag(
-        1.0, RATE, "maximum gradient norm; 0: no clipping", "clip_grad_norm max_grad_norm"
-    ),
-    "dropout": Flag(0.0, DROPOUT, "dropout rate of embeddings and residual branches"),
-    "dropout_final": Flag(None, DROPOUT, "final dropout rate (linear schedule)"),
-    "dtype": Flag("float32", one_of(["float32", "bfloat16"]), "bfloat16: with float32 weights"),
-    "average": Flag(0.0, SHARE, "average the weights over about this last share of steps"),
-    "teacher_weight": Flag(0.5, SHARE, "weight of the distillation loss"),
-    "teacher_temperature": Flag(2.0, number(float, 0.01, 100), "distillation temperature"),
-}
-
 FLAGS["session"] = {
-    "num_iters": Flag(
-        100000, SIZE, "total number of training steps", "iters max_iters max_steps"
-        " max_train_steps num_iterations num_steps total_steps train_steps"
-    ),
-    "patience": Flag(
-        None, SIZE, "stop after this many evaluations without improvement",
-        "early_stopping_patience"
-    ),
-    "steps_per_report": Flag(
-        10, SIZE, "report interval in steps", "log_every log_interval logging_steps print_every"
-    ),
+    "num_iters": Flag(100000, SIZE, "total number of training steps"),
+    "patience": Flag(None, SIZE, "stop after this many evaluations without improvement"),
+    "steps_per_report": Flag(10, SIZE, "report interval in steps"),
     "steps_per_eval": Flag(
-        1000, COUNT, "evaluation interval in steps, besides the end; 0: no evaluation",
-        "eval_every eval_interval eval_steps"
+        1000, COUNT, "evaluation interval in steps, besides the end; 0: no evaluation"
     ),
     "steps_per_save": Flag(
-        1000, SIZE, "checkpoint interval in steps, besides evaluations and the end", "ckpt_interval"
-        " save_every save_interval save_steps"
+        1000, SIZE, "checkpoint interval in steps, besides evaluations and the end"
     ),
-    "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best", "save_total_limit"),
+    "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best"),
     "eval_tokens": Flag(
         100000, COUNT, "validation tokens per evaluation in training, at most; 0: all"
     ),
@@ -2869,38 +2847,28 @@ FLAGS["session"] = {
         [], str, "what to continue after each save (default: the start of a text)"
     ),
     "sample_tokens": Flag(None, COUNT, "tokens of these samples; 0: none (default: max_tokens)"),
-    "grad_checkpoint": Flag(
-        False, bool, "gradient checkpointing: less memory, more compute", "checkpoint"
-        " gradient_checkpointing"
-    ),
+    "grad_checkpoint": Flag(False, bool, "gradient checkpointing: less memory, more compute"),
 } | TEXT_FLAGS["session"]
 
 FLAGS["sampling"] = {
-    "max_tokens": Flag(
-        200, SIZE, "maximum number of new tokens", "max_new_tokens n_predict num_tokens"
-    ),
-    "num_samples": Flag(
-        1, number(int, 1, 10**6), "samples of --prompt, with consecutive seeds",
-        "num_return_sequences"
-    ),
-    "temperature": Flag(0.5, number(float, 0, 100), "sampling temperature; 0: greedy", "temp"),
+    "max_tokens": Flag(200, SIZE, "maximum number of new tokens"),
+    "num_samples": Flag(1, number(int, 1, 10**6), "samples of --prompt, with consecutive seeds"),
+    "temperature": Flag(0.5, number(float, 0, 100), "sampling temperature; 0: greedy"),
     "top_k": Flag(50, COUNT, "sample from the k most likely tokens; 0: all"),
-    "top_p": Flag(1.0, SHARE, "nucleus sampling threshold"),
-    "min_p": Flag(0.0, SHARE, "minimum probability relative to the most likely token"),
+    "top_p": Flag(1.0, FRACTION, "nucleus sampling threshold"),
+    "min_p": Flag(0.0, FRACTION, "minimum probability relative to the most likely token"),
     "repetition_penalty": Flag(
         1.0, number(float, 0.01, 100), "penalty on tokens that have occurred; 1: none"
     ),
     "stop": Flag(None, nonempty, "stop before this text"),
     "stop_at_end": Flag(True, bool, "end a sample at the end token, where texts end with one"),
-    "draft": Flag(None, nonempty, "draft checkpoint for speculative decoding", "draft_model"),
+    "draft": Flag(None, nonempty, "draft checkpoint for speculative decoding"),
     "quantize": Flag(None, bit_width, "quantize trained weights to 4, 8 or 16 bits"),
 }
 
-FLAGS["mode"] = {
-    "inference": Flag(
-        False, bool, "sample interactively; /reset forgets the text, /quit exits", "interactive"
-    ),
-    "prompt": Flag(None, str, "text to continue", "start"),
+FLAGS["mode"] = {  # a command has at most one of them
+    "inference": Flag(False, bool, "sample interactively; /reset forgets the text, /quit exits"),
+    "prompt": Flag(None, str, "text to continue"),
     "evaluate": Flag(None, split_name, "evaluate a checkpoint on train, valid or test"),
     "list": Flag(False, bool, "list runs and checkpoints"),
     "new_model": Flag(False, bool, "start a new run even if one could be resumed"),
@@ -2911,8 +2879,7 @@ FLAGS["command"] = {
         None, SIZE, "tokens between windows of --evaluate and --eval_test (default: context_size)"
     ),
     "identifier": Flag(
-        None, nonempty, "checkpoint to use: SHA1 prefix, run, RUN@STEP, latest or best", "ckpt"
-        " resume_from_checkpoint"
+        None, nonempty, "checkpoint to use: SHA1 prefix, run, RUN@STEP, latest or best"
     ),
     "config": Flag(None, nonempty, "YAML file of flags, or a recipe in extras/recipes"),
     "preset": Flag(None, one_of(PRESETS), "sets dim, num_heads, num_blocks, context_size"),
@@ -2922,10 +2889,8 @@ FLAGS["command"] = {
 
 ROWS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
 DEFAULTS = {name: row.default for name, row in ROWS.items()}
-# {what a flag is called, here or by other programs: its name}
-NAMES = {also: name for name, row in ROWS.items() for also in (name, *row.also.split())}
 SEVERAL = [name for name, default in DEFAULTS.items() if default == []]  # take several values
-FIXED = [*FLAGS["data"], *FLAGS["model"], *FLAGS["beginning"]]
+FIXED = [*FLAGS["data"], *FLAGS["model"], *FLAGS["init"]]
 SHAPING = [*FIXED, *FLAGS["training"]]
 SAVED = [*SHAPING, *FLAGS["session"]]
 # Flags that name a place: its content counts, not its name.
@@ -3016,11 +2981,13 @@ def read_config(name):
         recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
         raise UsageError(f"--config {name}: no such file; the recipes are {recipes}")
     with explained(f"--config {name} must be a YAML file of flags like dim: 8"):
+        ours = {other: name for name, others in other_names().items() for other in others.split()}
         values = {}
         for key, value in (read_yaml(path) or {}).items():
             section = value if isinstance(value, dict) else {key: value}  # whatever its name
             for written, each in section.items():
-                name = NAMES.get(str(written).replace("-", "_"), written)
+                name = str(written).replace("-", "_")
+                name = ours.get(name, name)
                 if name in values:
                     raise ValueError(f"{name} stands in it twice, perhaps under two names")
                 values[name] = each
@@ -3132,7 +3099,7 @@ def command(flags, identifier):
 # ---- Setting up a run ---------------------------------------------------------------------------
 # A run's name is its identity: a hash of the flags that shape it, of the contents of its texts and
 # models, and of the checkpoint that a branch has left. A command that describes its run by flags
-# looks only into the folders NAME, NAME.2, NAME.3, …, for a run that was trained by the same code.
+# looks only into NAME, NAME.2, NAME.3, …, for a run that was trained by the same code.
 
 
 def identity_of(flags, sha256, origins):

@@ -1,4 +1,52 @@
-"""What to do instead, for flags that other programs have and this one has not."""
+"""The flags of other programs: those that have another name here, and those that are not here."""
+
+# {a flag: its names in other programs, where meaning and unit are the same}
+ALIASES = {
+    "dataset": "dataset_name",
+    "valid_text": "eval_file val_data val_file validation_file",
+    "valid_fraction": "val_fraction val_split",
+    "text_field": "text_column",
+    "context_size": (
+        "block_size context_length n_ctx seq_len seq_length max_seq_len max_seq_length "
+        "sequence_length"
+    ),
+    "num_blocks": "depth n_layer n_layers num_layers num_hidden_layers",
+    "dim": "d_model embedding_dim hidden_size n_embd n_embed",
+    "num_heads": "n_head n_heads num_attention_heads",
+    "num_kv_heads": "n_kv_head n_kv_heads num_key_value_heads",
+    "mlp": "activation",
+    "mlp_dim": "d_ff ff_dim ffn_dim intermediate_size",
+    "seed": "random_seed",
+    "optimizer": "optim",
+    "batch_size": "device_batch_size micro_batch_size per_device_train_batch_size",
+    "grad_accumulation": "gradient_accumulation_steps grad_accum_steps",
+    "learning_rate": "lr max_lr",
+    "min_lr": "final_lr",
+    "weight_decay": "wd",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "lr_warmup": "warmup_iters warmup_steps num_warmup_steps",
+    "lr_schedule": "lr_scheduler_type",
+    "grad_clip": "clip_grad_norm max_grad_norm",
+    "num_iters": (
+        "iters max_iters max_steps max_train_steps num_iterations num_steps total_steps "
+        "train_steps"
+    ),
+    "patience": "early_stopping_patience",
+    "steps_per_report": "log_every log_interval logging_steps print_every",
+    "steps_per_eval": "eval_every eval_interval eval_steps",
+    "steps_per_save": "ckpt_interval save_every save_interval save_steps",
+    "keep": "save_total_limit",
+    "grad_checkpoint": "checkpoint gradient_checkpointing",
+    "max_tokens": "max_new_tokens n_predict num_tokens",
+    "num_samples": "num_return_sequences",
+    "temperature": "temp",
+    "draft": "draft_model",
+    "inference": "interactive",
+    "prompt": "start",
+    "identifier": "ckpt resume_from_checkpoint",
+    "save_dir": "out_dir output_dir",
+}
 
 # {names: what to say}
 NOT_HERE = {

@@ -15,7 +15,7 @@ from conftest import CACHES, MAIN, ROOT, TINY, begin, documented, newest, run, r
 from conftest import start, wait_for
 
 import main
-from extras.hints import NOT_HERE
+from extras.hints import ALIASES, NOT_HERE
 
 
 @pytest.fixture
@@ -233,7 +233,8 @@ def test_other_programs_know_them_too(program):
 
 def test_each_hint_can_be_found():
     """By names as flags have them here: with `_`, and without the "no" of what is switched off."""
-    ours = {*main.ROWS, *" ".join(row.also for row in main.ROWS.values()).split()}
+    assert {*ALIASES} <= {*main.ROWS}
+    ours = {*main.ROWS, *" ".join(ALIASES.values()).split()}
     theirs = " ".join(NOT_HERE).split()
     assert len(theirs) == len({*theirs} - ours)
     assert all(re.fullmatch("(?!no_)[a-z0-9_]+", name) for name in theirs)
