@@ -123,7 +123,7 @@ class Span(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A file with a document in each row, see extras/formats.py."""
+    """A file with a document in each row, see extras/features/formats.py."""
 
     path: Path
     field: str  # that holds the text
@@ -673,7 +673,7 @@ def find_cut(span, at, marker):
 
 # ---- The user's own text ------------------------------------------------------------------------
 
-# The names of files with a document in each row, which extras/formats.py reads.
+# The names of files with a document in each row, which extras/features/formats.py reads.
 ROW_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson)(\.gz)?)", re.DOTALL | re.IGNORECASE)
 
 # Names of files and folders that are for one split: valid/, train.txt, and the files of many
@@ -1457,22 +1457,24 @@ def be_one_module(namespace):
 
 
 def prepare(namespace):
-    """What main.py needs before it imports MLX; returns extras.fast, or None if that is not used.
+    """What main.py needs before it imports MLX; returns fast.py as a module, or None without it.
 
-    namespace: main.py's globals(), with its folder HERE. extras/fast.py has to choose a BLAS before
-    MLX takes one.
+    namespace: main.py's globals(), with its folder HERE. extras/features/fast.py has to choose a
+    BLAS before MLX takes one.
     """
     home = str(namespace["HERE"])
     if namespace["__name__"] == "__main__":
         be_one_module(namespace)
         for name, module in [*sys.modules.items()]:
-            # What a notebook's last %run has left; extras.fast chose the BLAS, for good.
-            if (name.startswith("extras.") and name != "extras.fast") or own_file(module, home):
+            # What a notebook's last %run has left; fast.py chose the BLAS, for good.
+            is_extra = name.startswith("extras.") and name != "extras.features.fast"
+            if is_extra or own_file(module, home):
                 del sys.modules[name]
     fast = None
     with required_packages():
-        if os.path.exists(f"{home}/extras/fast.py") and not os.environ.get("DISABLE_FAST"):
-            from extras import fast
+        path = f"{home}/extras/features/fast.py"
+        if os.path.exists(path) and not os.environ.get("DISABLE_FAST"):
+            from extras.features import fast
         import mlx.core as mx
 
         if tuple(map(int, re.findall(r"\d+", mx.__version__)[:3])) < (0, 32, 4):
@@ -1555,22 +1557,23 @@ def repair_streams():
 
 
 def extra(name):
-    """The module `extras.<name>`. Raises UsageError if its file is missing.
+    """The module `extras.features.<name>`. Raises UsageError if its file is missing.
 
     main.py and datasets.py work on their own; everything else is a file in extras/, imported only
     when needed. If an extra needs a package that is not installed, the ModuleNotFoundError
     propagates.
     """
+    module = f"extras.features.{name}"
     try:
-        return importlib.import_module(f"extras.{name}")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        package, _, needed = str(error.name).partition(".")
-        if package != "extras":
+        missing = str(error.name)
+        if not missing.startswith("extras"):
             raise
-        missing = needed or name  # an extra may import another one
-    raise UsageError(
-        f"extras/{missing}.py is missing: copy the project's folder extras next to main.py"
-    )
+    if module.startswith(missing):  # it is not another one that this one imports
+        missing = module
+    path = missing.replace(".", "/")
+    raise UsageError(f"{path}.py is missing: copy the project's folder extras next to main.py")
 
 
 def is_nothing(node, part):

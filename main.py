@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE))  # where datasets.py lies
 
 from datasets import prepare
 
-fast = prepare(globals())  # extras/fast.py, or None
+fast = prepare(globals())  # fast.py, or None
 
 import argparse
 import contextlib
@@ -143,11 +143,11 @@ FLAGS["model"] = {
 
 
 SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if the file is edited later
-EDITED = []  # names of functions below that were edited since extras/fast.py was written
+EDITED = []  # names of functions below that were edited since fast.py was written
 
 
 def fast_version(plain, parts=()):
-    """Decorator: replaces a function with its quicker namesake in extras/fast.py, if that exists.
+    """Decorator: replaces a function with its quicker namesake in fast.py, if that exists.
 
     parts: functions or classes that only the plain one uses. Both versions agree up to rounding.
     fast.py identifies the plain function and its parts by hashes of their code: once you edit one,
@@ -231,7 +231,7 @@ def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
     The queries are those of the last L of N positions: in training L is N, in decoding mostly 1.
-    mask: "causal" or, for decoding texts of different lengths (extras/decode.py), bool
+    mask: "causal" or, for decoding texts of different lengths (extras/features/decode.py), bool
     [B, 1, L, N]: the keys that each query sees, the last of them at its own position.
     """
     # softmax(queries @ keys.swapaxes(2, 3) * scale + mask) @ values, with each key/value head
@@ -530,14 +530,14 @@ def init_weights(model, seed):
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
-# extras/fast.py computes the logits itself: an edit of LanguageModel, with its `logits`, or of
+# fast.py computes the logits itself: an edit of LanguageModel, with its `logits`, or of
 # Embedding has to switch it off.
 @partial(fast_version, parts=[Embedding, LanguageModel])
 def training_loss(model, hidden, targets, weight):
     """What training minimizes: the cross-entropy in nats, times `weight`, summed over positions.
 
     hidden: final hidden states [B, L, D]; targets: ids [B, L]. Another loss here does not
-    affect how models are scored: see `score`. With --teacher, extras/distil.py replaces this.
+    affect how models are scored: see `score`. With --teacher, distil.py in extras/ replaces this.
     """
     logits = model.logits(hidden)  # [B, L, V]
     losses = nn.losses.cross_entropy(logits, targets)  # [B, L]
@@ -1357,7 +1357,7 @@ class Decoder:
             logits = self.logits()
             logits = process_logits(logits, flags, [self.ids[self.start :]])
             key = mx.array([seed, len(self.ids)], mx.uint32)
-            # [V], as for each row of a batch (extras/decode.py): [1, V] would draw differently.
+            # [V], as for each row of a batch (extras.batch): [1, V] would draw differently.
             token = draw(logits[0], flags, key).item()
             self.ids.append(token)
             yield token
@@ -1696,7 +1696,7 @@ class Contents(NamedTuple):
         weights = self.weights
         rank = checkpoint.flags["lora_rank"]
         if rank:  # the file holds only the adapters
-            base = extra("models").open_kept(checkpoint, "init_from").model
+            base = extra("kept_models").open_kept(checkpoint, "init_from").model
             with explained(f"{checkpoint} does not fit its base", kind=Damaged):
                 alpha = checkpoint.flags["lora_alpha"]
                 weights = extra("lora").merge(base, weights, rank, alpha)
@@ -2120,7 +2120,7 @@ def open_origin(checkpoint):
     contents = checkpoint.open()
     files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
     if checkpoint.flags["lora_rank"]:
-        files |= extra("models").kept_files(checkpoint, "init_from")
+        files |= extra("kept_models").kept_files(checkpoint, "init_from")
     return Origin(contents.load_model(), contents.tokenizer, checkpoint.id, files)
 
 
@@ -2197,8 +2197,8 @@ def say(text, file=None):
 class SingleProcess:
     """The processes (ranks) that train a run together: here, only one.
 
-    Group in extras/ranks.py has the same methods for those that `mlx.launch` or MPI started. Only
-    rank 0 saves and reports.
+    Group in extras/features/ranks.py has the same methods for those that `mlx.launch` or MPI
+    started. Only rank 0 saves and reports.
     """
 
     rank = 0
@@ -2268,7 +2268,7 @@ def bfloat16_products(wanted):
 def list_versions(flags, ranks):
     """What the last bits of a result depend on: resume is bit-exact while these stay the same.
 
-    The C++ compiler is not among them; MLX and extras/fast.py keep what it has compiled.
+    The C++ compiler is not among them; MLX and fast.py keep what it has compiled.
     """
     gpu = on_gpu()
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
@@ -2286,7 +2286,7 @@ def list_versions(flags, ranks):
         "MLX": mx.__version__,
         "NumPy": np.__version__,
         "BLAS": blas,
-        "kernels": "extras/fast.py" if fast else "main.py",
+        "kernels": "fast.py" if fast else "main.py",
         "dtype": dtype,
         "device": device,
         "streams": streams,
@@ -2308,10 +2308,10 @@ def read_code(flags):
     That is all of main.py; of extras/, fast.py with its C and ranks.py, lora.py and distil.py where
     they are used; and modules of your own that are loaded by now.
     """
-    names = ["main.py", "extras/ranks.py"]
-    names += ["extras/fast.py", "extras/fast.c"] if fast else []
-    names += ["extras/lora.py"] if flags.get("lora_rank") else []
-    names += ["extras/distil.py"] if flags.get("teacher") else []
+    names = ["main.py", "extras/features/ranks.py"]
+    names += ["extras/features/fast.py", "extras/features/fast.c"] if fast else []
+    names += ["extras/features/lora.py"] if flags.get("lora_rank") else []
+    names += ["extras/features/distil.py"] if flags.get("teacher") else []
     names += filter(None, [own_file(module, str(HERE)) for module in [*sys.modules.values()]])
     for name in names:
         if name not in SOURCES and (HERE / name).exists():
@@ -2643,7 +2643,7 @@ def start_notices(run):
     """Yields what may surprise the user of a run, a line each."""
     flags = run.flags
     if EDITED:
-        yield f"edited   {', '.join(EDITED)}: computed by main.py, not by extras/fast.py"
+        yield f"edited   {', '.join(EDITED)}: computed by main.py, not by fast.py"
     tokenizer = run.dataset.tokenizer
     if tokenizer.bos:
         yield f"Each text begins with {tokenizer.decode(tokenizer.bos)}, as for the base."
@@ -3430,13 +3430,13 @@ def set_up(flags, ranks):
             read = values_of(flags, ["test_text", "eval_test"])
             flags = settle(flags.given, contents.checkpoint.flags | read)
             models = {
-                name: extra("models").open_kept(contents.checkpoint, name)
+                name: extra("kept_models").open_kept(contents.checkpoint, name)
                 for name in needed_models(flags)
             }
         run = make_run(folder, flags, contents, models, dataset, ranks)
         if not own:
             for name in needed_models(flags):
-                extra("models").keep(folder / name, models[name].files)
+                extra("kept_models").keep(folder / name, models[name].files)
         with Interrupts() as interrupts:  # from here on there is something to save
             print_start(run, contents and contents.checkpoint)
             if chosen and not own:

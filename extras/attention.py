@@ -8,7 +8,7 @@ Dimension letters are those of main.py: D model, H query heads, L positions, d h
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.program import make_parser, open_checkpoint, read_flags, start
+from extras.common.program import make_parser, open_checkpoint, read_flags, start
 
 import mlx.core as mx
 import numpy as np

@@ -7,14 +7,14 @@ sampling flags, completion and tokens. Rerun the same command to resume.
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.program import make_parser, open_checkpoint, read_flags, start
+from extras.common.program import make_parser, open_checkpoint, read_flags, start
 
 import os
 
 from datasets import end_of_text, explained, path_name
-from extras.decode import BatchDecoder
-from extras.quantize import quantize
-from extras.results import append_lines, json_line, read_prompt_lines
+from extras.features.decode import BatchDecoder
+from extras.features.quantize import quantize
+from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
 from main import FLAGS, Detokenizer, announce, first_ids
 
 BATCH_SIZE = 16

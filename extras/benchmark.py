@@ -10,7 +10,7 @@ first token of a continuation and for each later one. It saves nothing.
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.program import start
+from extras.common.program import start
 
 import json
 import re
@@ -20,8 +20,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from datasets import UsageError
-from extras.memory import memory_of_step
-from extras.steps import open_run
+from extras.features.memory import memory_of_step
+from extras.features.steps import open_run
 from main import Decoder, SingleProcess, begin, draw_dropout, fast, make_run, make_step
 from main import notice_useless, open_for_use, read_command_line, settle, use_device
 
@@ -114,7 +114,7 @@ def count_flops(config, parameters, lora_rank):
     them twice per element of a query and position of the window: for the scores and for the
     weighted sum of values. The backward pass takes twice as many: for the gradients with respect
     to the inputs and for those with respect to the weights, which LoRA needs for none of these
-    (extras/fast.py computes those of the output layer nevertheless).
+    (extras/features/fast.py computes those of the output layer nevertheless).
     """
     # The output layer multiplies by a matrix, either the embeddings or its own.
     output = config.vocab_size * config.dim

@@ -10,7 +10,8 @@ A case passes if each expected token is among the --top_k most likely ones at it
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.program import add_identifiers, make_parser, read_flags, select_checkpoints, start
+from extras.common.program import add_identifiers, make_parser, read_flags
+from extras.common.program import select_checkpoints, start
 
 import json
 import math

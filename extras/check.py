@@ -11,7 +11,7 @@ of a sample must give the same bits twenty times and, on a GPU, what the CPU giv
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.program import make_parser, read_flags, start
+from extras.common.program import make_parser, read_flags, start
 
 import platform
 import re

@@ -21,7 +21,7 @@ import numpy as np
 
 from datasets import TEXT_FLAGS, Parser, RunError, UsageError, add_flags, explained, load_dataset
 from datasets import nonempty, number, one_line, path_name, run_program, utf8
-from extras.results import append_lines, json_line, read_prompt_lines
+from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
 
 TIMEOUT = 120  # seconds to wait for the server's next byte
 LARGEST_ANSWER = 4 << 20  # bytes: a million tokens

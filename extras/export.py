@@ -8,7 +8,7 @@
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.program import make_parser, open_checkpoint, read_flags, start
+from extras.common.program import make_parser, open_checkpoint, read_flags, start
 
 import sys
 

@@ -11,7 +11,8 @@ if there is none.
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.program import add_identifiers, make_parser, read_flags, select_checkpoints, start
+from extras.common.program import add_identifiers, make_parser, read_flags
+from extras.common.program import select_checkpoints, start
 
 import os
 import sys
@@ -22,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from datasets import UsageError, explained, printable, user_path, utf8
-from extras.list import flags_apart
-from extras.ngrams import losses_of_ngrams
+from extras.features.list import flags_apart
+from extras.common.ngrams import losses_of_ngrams
 from extras.versus.ledger import NAME, read_results
 from main import load_data_again, read_log, settle
 
@@ -52,7 +53,7 @@ def main(arguments):
 
 
 def count_ngrams(checkpoints):
-    """The losses of extras/ngrams.py on the text of these checkpoints. Raises UsageError."""
+    """The losses of extras/common/ngrams.py on the text of these checkpoints. Raises UsageError."""
     if len({str(each.tokens_sha256) for each in checkpoints}) > 1:
         raise UsageError("--ngrams is about one text: name runs of the same by --identifier")
     dataset = load_data_again(settle({}, checkpoints[0].flags), checkpoints[0])

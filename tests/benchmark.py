@@ -4,7 +4,7 @@
     python tests/benchmark.py sample             sampling of one text and of sixteen
 
 train: beside PyTorch's steps (pip install torch), eager and compiled, in bfloat16 by autocast, and
-beside main.py's own functions without those of extras/fast.py. sample: greedily, beside the
+beside main.py's own functions without those of fast.py. sample: greedily, beside the
 exported model in transformers (pip install torch transformers) and llama.cpp (pip install gguf
 llama-cpp-python). What is compared is measured by turns, each training in a process of its own.
 """
@@ -272,7 +272,7 @@ def main_steps(folder, kind, dtype, line):
     """
     env = {}
     if kind == "plain":
-        from extras import fast
+        from extras.features import fast
 
         env["PLAIN_FUNCTIONS"] = ",".join(fast.STANDS_FOR)
     save_dir = tempfile.mkdtemp(dir=folder)
@@ -343,7 +343,7 @@ def compare(results, warmup):
 def speed(model, count, rows=1):
     """Tokens a second of `count` that follow a prompt of three tokens, in each of some rows."""
     import main
-    from extras.decode import BatchDecoder
+    from extras.features.decode import BatchDecoder
 
     rules = Namespace(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
     began = time.perf_counter()
@@ -411,8 +411,8 @@ class Worker:
 def start_workers(model, folder, gpu):
     """{name of a competitor: Worker}, of those that are installed, in float32 and 8 bits."""
     from datasets import ByteTokenizer
-    from extras.gguf import export_gguf
-    from extras.huggingface import export_model
+    from extras.features.gguf import export_gguf
+    from extras.features.huggingface import export_model
 
     workers = {}
     if is_installed("transformers"):
@@ -434,7 +434,7 @@ def start_workers(model, folder, gpu):
 def sample(gpu, rounds, count=100):
     """Tokens a second, greedily, by turns with what they are to be compared with."""
     import main
-    from extras.quantize import quantize
+    from extras.features.quantize import quantize
 
     main.use_device(gpu)
     figures = {}

@@ -26,7 +26,7 @@ MAIN = str(ROOT / "main.py")
 DATASETS = str(ROOT / "datasets.py")
 sys.path.insert(0, str(ROOT))
 
-INITIAL = dict(os.environ)  # extras/fast.py sets some variables for its own process
+INITIAL = dict(os.environ)  # fast.py sets some variables for its own process
 # The folder in which compiled code is kept, for commands whose home is another.
 CACHES = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 # Commands buffer what they print, and keep what they have compiled, as a user's do.
@@ -128,7 +128,7 @@ def interrupt(process, number=signal.SIGINT):
 def environment(env):
     """This process's environment with `env` on top.
 
-    But for what pytest sets for each test, and extras/fast.py when it is used.
+    But for what pytest sets for each test, and fast.py when it is used.
     """
     result = dict(os.environ)
     result.pop("PYTEST_CURRENT_TEST", None)
@@ -183,7 +183,8 @@ class ForkServer:
 
 def is_edited_alone(path):
     """Whether a file is a copy of main.py, edited or not, with all others beside it as they are."""
-    names = ["datasets.py", *(str(each.relative_to(ROOT)) for each in ROOT.glob("extras/*.[cp]*"))]
+    files = [*ROOT.glob("extras/*.py"), *ROOT.glob("extras/*/*.[cp]*")]
+    names = ["datasets.py", *(str(each.relative_to(ROOT)) for each in files)]
     same, _, _ = filecmp.cmpfiles(ROOT, path.parent, names, shallow=False)
     return path.name == "main.py" and same == names
 

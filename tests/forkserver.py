@@ -139,7 +139,7 @@ def generate_kernels():
 
     Each of them would need 20 ms for that. By one thread alone: a pool would not survive a fork.
     """
-    fast = sys.modules.get("extras.fast")
+    fast = sys.modules.get("extras.features.fast")
     if fast is None or fast.forwarder is None:
         return
     size = 64

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from extras import fast  # noqa: F401 (first: it chooses the BLAS before MLX takes one)
+from extras.features import fast  # noqa: F401 (first: it chooses the BLAS before MLX takes one)
 
 import mlx.core as mx
 from mlx.utils import tree_flatten

@@ -91,7 +91,7 @@ def test_what_code_keeps_while_it_runs_is_no_edit(line, tmp_path):
 
 def test_without_its_c_the_fast_version_still_runs(line, tmp_path):
     path = copy_program(tmp_path / "copy")
-    (path.parent / "extras" / "fast.c").unlink()
+    (path.parent / "extras/features/fast.c").unlink()
     begin(*line, program=[path])
 
 
@@ -139,7 +139,7 @@ PLACES = {
     "in a room": ("def adamw(", "FACTOR = 1\n\n\n"),
     "with a title": ("def adamw(", TITLE),
     "among reports": ("def plural(", "FACTOR = 1\n\n\n"),
-    "among flags": ("COUNT = number(", "FACTOR = 1\n"),
+    "among flags": ("PRESETS = {", "FACTOR = 1\n"),
 }
 
 
@@ -174,7 +174,7 @@ def test_installed_modules_are_not_ones_own(place, line, tmp_path):
 
 
 def test_modules_count_where_they_are_used(line, text, tmp_path):
-    """One of the user's own, extras/fast.py with its C, and extras/lora.py in a LoRA run alone.
+    """One of the user's own, fast.py with its C, and extras/features/lora.py in a LoRA run alone.
 
     A remark does not, nor does extras/check.py. Each run keeps what it was trained by.
     """
@@ -196,13 +196,13 @@ def test_modules_count_where_they_are_used(line, text, tmp_path):
     edit("extras/check.py", "FACTOR = 2\n")
     edit("own/part/mine.py", "# A remark\n")
     assert names_of(line, adapters) == [name, lora]
-    edit("extras/lora.py", "FACTOR = 1\n")
+    edit("extras/features/lora.py", "FACTOR = 1\n")
     assert names_of(line, adapters) == [name, f"{lora}.2"]
     edit("own/part/mine.py", "FACTOR = 2\n")
     assert names_of(line, adapters) == [f"{name}.2", f"{lora}.3"]
     kept = (line[-1] / lora).glob("code-*/own/part/mine.py")
     assert [each.read_text() for each in kept] == ["FACTOR = 1\n"], "as it was loaded"
-    edit("extras/fast.c", "// 2\n")
+    edit("extras/features/fast.c", "// 2\n")
     assert names_of(line) == [f"{name}.3"]
-    edit("extras/fast.py", "FACTOR = 2\n")
+    edit("extras/features/fast.py", "FACTOR = 2\n")
     assert names_of(line) == [f"{name}.4"]

@@ -15,7 +15,7 @@ from conftest import CACHES, MAIN, ROOT, TINY, begin, documented, newest, run, r
 from conftest import start, wait_for
 
 import main
-from extras.hints import ALIASES, NOT_HERE
+from extras.features.hints import ALIASES, NOT_HERE
 
 
 @pytest.fixture
@@ -41,23 +41,6 @@ def test_help(tmp_path):
     assert not list(tmp_path.iterdir())
     for title in main.FLAGS:
         assert f"\n{title}:\n" in out
-
-
-def test_the_page_of_flags():
-    """It has a row for each, as --help says."""
-    page = (ROOT / "extras" / "flags.md").read_text()
-    for group, rows in main.FLAGS.items():
-        _, _, section = page.partition(f"\n## {group}\n")
-        section, _, _ = section.partition("\n## ")
-        found = re.findall(r"^\| `--(\w+)` \| (.*) \| (.*) \|$", section, re.M)
-        expected = []
-        for name, row in rows.items():
-            default = "on" if row.default is True else f"`{row.default}`" if row.default else ""
-            expected.append((name, default, row.help))
-        assert found == expected
-    for name, values in main.PRESETS.items():
-        cells = " | ".join(map(str, values))
-        assert f"| `{name}` | {cells} |" in page
 
 
 def given_in(folder, *line):

@@ -100,7 +100,7 @@ def test_a_flag_beyond_the_core_names_the_missing_file(line, name, trained, alon
     before = ids(trained / "lm")
     options = alone | {"cwd": trained}
     _, err = run(*line.split(), "--save_dir", "lm", status=2, **options)
-    said = f"extras/{name}.py is missing: copy the project's folder extras next to main.py"
+    said = f"extras/features/{name}.py is missing: copy the project's folder extras next to main.py"
     assert err.splitlines()[-1] == f"main.py: {said}"
     assert err.count("main.py: ") == 1
     assert "Traceback" not in err
@@ -137,21 +137,21 @@ def test_without_its_kernels_the_program_is_the_core(alone, text, tmp_path):
 
 
 def test_a_run_moves_between_the_core_and_the_whole(alone, text, tmp_path):
-    """extras/fast.py is other code, so that the run has to be named."""
+    """fast.py is other code, so that the run has to be named."""
     line = ["--text", text, *TINY, "--save_dir", tmp_path]
     run(*line, "--num_iters", 3, **alone)
     name = run_folder(tmp_path).name
     _, err = run(*line, "--num_iters", 6, status=2)
-    others = "extras/fast.c, extras/fast.py, extras/ranks.py"
+    others = "extras/features/fast.c, extras/features/fast.py, extras/features/ranks.py"
     assert f"main.py: {name} was trained by other code than this ({others}: diff " in err
     line = ["--identifier", name, "--save_dir", tmp_path]
     out, _ = run(*line, "--num_iters", 6)
     assert "The code that trains was edited since the checkpoint." in out
-    assert "kernels main.py -> extras/fast.py" in out
+    assert "kernels main.py -> fast.py" in out
     assert "resume may not be bit-exact" in out
     assert "from iteration 3 to 6" in out
     out, _ = run(*line, "--num_iters", 9, **alone)
-    assert "kernels extras/fast.py -> main.py" in out
+    assert "kernels fast.py -> main.py" in out
     assert "from iteration 6 to 9" in out
 
 

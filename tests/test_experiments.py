@@ -27,7 +27,7 @@ def edited(tmp_path, edits):
 
 
 def test_a_bias_of_the_output_layer_is_trained_and_scored(line, tmp_path):
-    """An edit of the model's parts, not of `logits`: extras/fast.py does not know them either."""
+    """An edit of the model's parts, not of `logits`: fast.py does not know them either."""
     layer = "nn.Linear(config.dim, config.vocab_size, bias="
     program = edited(tmp_path, {f"{layer}False)": f"{layer}True)"})
     out, _ = run(*line, "--untie", "--eval_tokens", 0, **program)
@@ -47,7 +47,7 @@ def test_a_softcap_holds_in_training_scores_and_samples(untie, line, text, tmp_p
     program = edited(tmp_path, {LOGITS: "return mx.tanh(output(hidden).astype(mx.float32))"})
     least = math.log(1 + 256 * math.exp(-2))
     out, _ = run(*line, untie, "--eval_tokens", 0, **program)
-    assert "\nedited   LanguageModel: computed by main.py, not by extras/fast.py\n" in out
+    assert "\nedited   LanguageModel: computed by main.py, not by fast.py\n" in out
     rows = log_rows(tmp_path / "lm")
     assert {row["split"] for row in rows} == {"train", "valid"}
     assert min(row["loss"] for row in rows) > least - 1e-5
@@ -71,8 +71,8 @@ def test_what_does_not_know_other_logits_says_so(line, tmp_path):
     folder = program["program"][0].parent
     name, _, _ = begin(*line)
     _, err = run(*line, "--teacher", name, status=2, **program)
-    line = "main.py: --teacher: extras/distil.py computes logits as main.py had them: undo the edit"
-    assert err == f"{line} of LanguageModel\n"
+    line = "--teacher: distil.py in extras/ computes logits as main.py had them: undo the edit"
+    assert err == f"main.py: {line} of LanguageModel\n"
     exported = [tmp_path / "hf", "--save_dir", tmp_path / "lm"]
     _, err = run(*exported, program=["-m", "extras.export"], cwd=folder)
     assert "Other programs know nothing of your edit of LanguageModel.\n" in err

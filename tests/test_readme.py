@@ -1,6 +1,5 @@
 """The commands of the READMEs and the tutorial, as they stand there, in small form and offline."""
 
-import ast
 import os
 import re
 import shlex
@@ -9,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TEXT, TINY, load_module, run, run_extra, run_folder
+from conftest import ROOT, TEXT, TINY, run, run_extra, run_folder
 
 README = (ROOT / "README.md").read_text()
 OF_EXTRAS = (ROOT / "extras" / "README.md").read_text()
-TUTORIAL = (ROOT / "extras" / "tutorial.md").read_text()
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 PAGES = README + OF_EXTRAS + TUTORIAL
 
 
@@ -27,9 +26,9 @@ def read_commands():
 
 COMMANDS = read_commands()
 OF_MAIN = [line for line in COMMANDS if "python main.py" in line]
-# Comparisons and checks train several runs, and `look` needs one of many steps: they have tests of
+# Comparisons and checks train several runs, and `inspect_step` needs one of many steps: they have tests of
 # their own.
-OF_PROGRAM = r"python -m extras\.(?!versus|look|check)"
+OF_PROGRAM = r"python -m extras\.(?!versus|inspect_step|check)"
 OF_PROGRAMS = [line for line in COMMANDS if re.match(OF_PROGRAM, line)]
 SMALL = [*TINY, "--num_iters", "3", "--steps_per_report", "1", "--eval_tokens", "500"]
 # What stands for what cannot be had here, or does not fit the models at hand.
@@ -140,22 +139,6 @@ def test_classifier(tmp_path):
     assert float(share) > 0.8
 
 
-def test_the_notebook_is_the_tutorial():
-    """`python .github/notebook.py make` has been typed, and what its cells edit is there."""
-    notebook = load_module(ROOT / ".github" / "notebook.py")
-    assert notebook.NOTEBOOK.read_text("utf-8") == notebook.make_notebook()
-    cells = [text for kind, text in notebook.cells_of(TUTORIAL) if kind == "code"]
-    source = (ROOT / "main.py").read_text()
-    edits = [ast.parse(text) for text in cells if text.startswith("from pathlib")]
-    assert len(edits) == 2
-    for edit in edits:
-        strings = [node.value for node in ast.walk(edit) if isinstance(node, ast.Constant)]
-        [old, *_] = [text for text in strings if "return" in str(text)]
-        assert source.count(old) == 1
-    commands = [line[1:] for text in cells for line in text.splitlines() if line[0:1] == "!"]
-    assert {*commands} >= {line for line in COMMANDS if f"\n{line}\n" in TUTORIAL}
-
-
 def test_edits_can_be_made():
     """What the pages say to change in main.py stands there once."""
     source = (ROOT / "main.py").read_text().splitlines()
@@ -165,7 +148,8 @@ def test_edits_can_be_made():
 
 
 OF_OTHERS = """
-    --version --model --port --max --backend --hosts --bind --mca --starting --logdir --install --no-compile
+    --version --model --port --max --backend --hosts --bind --mca --starting --logdir --install
+    --no-compile
 """.split()
 
 

@@ -280,7 +280,7 @@ def print_start(comparison, number):
     print(f"before   {before.name}\nafter    {after.name}")
     if comparison.plain:
         names = ", ".join(comparison.plain)
-        print(f"edited   {names}: each side runs that of its main.py, not of extras/fast.py")
+        print(f"edited   {names}: each side runs that of its main.py, not of fast.py")
     for line in dict.fromkeys([*before.notices, *after.notices]):
         print(line)
     if before.parameters != after.parameters:

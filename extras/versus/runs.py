@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets import RunError, UsageError, flock, no_follow
-from extras.limits import count_cores
+from extras.common.limits import count_cores
 from extras.versus import ledger
 from extras.versus.judge import BITS, DIVERGED, Judge, choose_spans, read_text
 from extras.versus.sequential import Outcome, column
@@ -67,7 +67,7 @@ class Comparison:
             self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
             is_alone = self.on_gpu or sys.platform == "darwin"
             self.shares = share_cores(options.jobs or (1 if is_alone else 4))
-            # Where either side runs its own function instead of that of extras/fast.py, both have
+            # Where either side runs its own function instead of that of fast.py, both have
             # to: or the difference would also be that of two ways to round.
             self.plain = sorted({*before.edited, *after.edited})
             self.environment = os.environ | {"PLAIN_FUNCTIONS": ",".join(self.plain)}

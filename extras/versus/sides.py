@@ -35,7 +35,7 @@ class Side(NamedTuple):
     flags: dict  # the values of all flags, as its main.py understands them
     given: list  # the names of those that were given
     shape: dict  # the values of those that may change a run
-    edited: list  # functions of its main.py that its extras/fast.py does not know
+    edited: list  # functions of its main.py that its fast.py does not know
     notices: list  # lines for the user
     files: dict  # of the checkpoints that its flags name, {name in its folder: path}
     sources: list  # the files that decide how its runs end, relative to its folder

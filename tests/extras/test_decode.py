@@ -11,7 +11,7 @@ import pytest
 from conftest import flags, run, run_folders
 from test_sampling import Script, make_model, tokens_of
 
-from extras.decode import BatchDecoder, SpeculativeDecoder
+from extras.features.decode import BatchDecoder, SpeculativeDecoder
 
 
 # ---- Many texts together ------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from conftest import TINY, begin, newest, run
 from datasets import load_dataset
 from test_optimizer import SCHEDULE, assert_written_out
 
-from extras.distil import distilled_loss_and_gradients
+from extras.features.distil import distilled_loss_and_gradients
 
 
 def log_softmax(logits):
@@ -17,7 +17,7 @@ def log_softmax(logits):
 
 
 def distilled_losses(logits, their_logits, targets, share, temperature):
-    """The loss of each position [...] by the formula at the top of extras/distil.py.
+    """The loss of each position [...] by the formula at the top of extras/features/distil.py.
 
     logits: [..., V]; their_logits: [..., V'], of which the first V count.
     """

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, TINY, copy_program, load_module, log_rows, run, start, write_script
 from mlx.utils import tree_flatten
 
-from extras import fast
+from extras.features import fast
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def test_it_stands_for_the_plain_function_as_it_is_now(name, plain):
     sha1 = main.hash_of_code(main.definition(name, main.SOURCE))
     assert name not in main.EDITED, (
         f"{name} in main.py has changed, so that main.py no longer uses the quick one: compare it "
-        f"with {name} in extras/fast.py, change that accordingly, and then enter "
+        f"with {name} in fast.py, change that accordingly, and then enter "
         f'"{name}": "{sha1}" in STANDS_FOR'
     )
     if isinstance(getattr(main, name), type):  # a class has no other version
@@ -84,7 +84,7 @@ def test_edited_functions_take_effect_at_once(text, tmp_path):
         path = copy_program(tmp_path / f"copy{number}", edits)
         folder = tmp_path / f"lm{number}"
         out, _ = run(*line, "--save_dir", folder, program=["-B", path])  # a Python of its own
-        assert "kernels: extras/fast.py\n" in out
+        assert "kernels: fast.py\n" in out
         named += [re.findall("^edited +(.*): computed by main.py, not by", out, re.M)]
         rows += [log_rows(folder, "train")]
     plain, remarked, edited = rows
@@ -121,7 +121,7 @@ FREQUENCIES = 100.0 ** -(np.arange(0, 6, 2) / 6)
 
 @pytest.fixture(params=["cpu", "pretended gpu"])
 def branch(request, monkeypatch):
-    """Each test with it is about both branches of extras/fast.py; a CPU computes."""
+    """Each test with it is about both branches of fast.py; a CPU computes."""
     if request.param != "cpu":
         monkeypatch.setattr(fast, "on_gpu", lambda: True)
 

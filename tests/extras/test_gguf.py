@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from test_huggingface import STRETCHED, make_llama
 from tokenizers import Tokenizer, decoders
 
-from extras.gguf import export_gguf
+from extras.features.gguf import export_gguf
 
 gguf = pytest.importorskip("gguf")
 TEXT = "the cat <unk> sat\non the  mat — né 😀\n\nx\ty\u3000z\r\n1234\n"

@@ -92,7 +92,7 @@ def test_a_run_ends_the_same_whatever_happens(kind, trained, tmp_path):
 
 
 def test_a_step_is_computed_again(trained):
-    """It is proved to be the run's own (extras/steps.py), or this would be refused."""
+    """It is proved to be the run's own (extras/features/steps.py), or this would be refused."""
     step = f"{run_folder(trained / 'lm').name}@15"
     on_gpu("--identifier", step, "--evaluate", "valid", "--save_dir", "lm", cwd=trained)
 

@@ -10,7 +10,7 @@ from conftest import begin, ids, newest, run, serving
 from datasets import ByteTokenizer
 from test_huggingface import TEXTS, change, make_llama
 
-from extras.huggingface import export_model
+from extras.features.huggingface import export_model
 
 COMMITS = ["a" * 40, "b" * 40]
 KEY = "hf_secret"

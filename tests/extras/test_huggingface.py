@@ -15,7 +15,7 @@ from datasets import end_of_text
 from mlx.utils import tree_flatten
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 
-from extras.huggingface import export_model, import_model
+from extras.features.huggingface import export_model, import_model
 
 TEXT = "the cat <unk> sat\non the  mat — né 😀\n\nx\x1cy\t\u3000z\r\n"
 TOKENIZERS = {
@@ -79,9 +79,9 @@ def exported(tmp_path_factory):
 def test_mlx_lm_loads_what_is_exported(exported):
     mlx_lm = pytest.importorskip("mlx_lm")
     folder, models = exported
-    model = make_llama(seed=3)
-    export_model(model, TOKENIZERS["byte"], folder / "packed", 4)  # which packs the model, too
-    for name, (model, tokenizer) in [*models.items(), ("packed", (model, TOKENIZERS["byte"]))]:
+    packed = make_llama(seed=3), TOKENIZERS["byte"]
+    export_model(*packed, folder / "packed", 4)  # which packs the model, too
+    for name, (model, tokenizer) in [*models.items(), ("packed", packed)]:
         theirs, package = mlx_lm.load(str(folder / name))
         tokens = package.encode(TEXT)
         assert tokens == tokenizer.encode(TEXT).tolist()

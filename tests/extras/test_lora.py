@@ -10,7 +10,7 @@ from conftest import arrays, assert_equal, begin, make_model, newest, run, run_e
 from datasets import ByteTokenizer, load_dataset
 from test_huggingface import logits_of
 
-from extras.huggingface import export_model, import_model
+from extras.features.huggingface import export_model, import_model
 
 
 def assert_adapters_on(base, checkpoint, scale):

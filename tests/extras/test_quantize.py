@@ -10,8 +10,8 @@ from mlx.utils import tree_flatten
 from test_huggingface import logits_of
 
 from datasets import ByteTokenizer
-from extras.huggingface import export_model, import_model
-from extras.quantize import quantize
+from extras.features.huggingface import export_model, import_model
+from extras.features.quantize import quantize
 
 
 def test_sixteen_bits_are_float16(tmp_path, capsys):

@@ -257,7 +257,7 @@ def seal(run):
     of the arrays beside it as `state_sha1`, and the text `sha1`, that of the record. So have the
     models that the run keeps in folders of its own.
     """
-    for name, content in run.items():
+    for content in run.values():
         if isinstance(content, Folder):
             seal(content)
     for name in [each for each in run if each.endswith(".metadata")]:

@@ -1,4 +1,4 @@
-// The matrix products of MLX on a Linux CPU, passed on to oneDNN or OpenBLAS. extras/fast.py
+// The matrix products of MLX on a Linux CPU, passed on to oneDNN or OpenBLAS. extras/features/fast.py
 // compiles this file, and sets the functions of one of the two libraries.
 
 #include <stdlib.h>

@@ -4,15 +4,15 @@
 
 A share of the loss is T² times the Kullback-Leibler divergence from the teacher's distribution to
 the student's, both softened by the temperature T; the rest is the cross-entropy of the text. T²
-preserves the scale of the gradients. Both are computed chunk by chunk, as in extras/fast.py, which
+preserves the scale of the gradients. Both are computed chunk by chunk, as in fast.py, which
 is required: the logits of the two models never exist as a whole.
 """
 
 import mlx.core as mx
 
 from datasets import UsageError
-from extras.fast import cross_entropy_of_chunk, exp, max_of_rows, stored_gradients, sum_of_rows
-from extras.fast import sum_over_chunks
+from extras.features.fast import cross_entropy_of_chunk, exp, max_of_rows, stored_gradients
+from extras.features.fast import sum_of_rows, sum_over_chunks
 from main import EDITED
 
 
@@ -20,7 +20,7 @@ def check():
     """Raises UsageError if main.py has other logits than the chunks here."""
     for name in {"Embedding", "LanguageModel"} & {*EDITED}:
         raise UsageError(
-            "--teacher: extras/distil.py computes logits as main.py had them: undo the edit of "
+            "--teacher: distil.py in extras/ computes logits as main.py had them: undo the edit of "
             f"{name}"
         )
 

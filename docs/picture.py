@@ -1,7 +1,7 @@
 """Makes the picture of the README: runs what it shows, and draws it for light and dark pages.
 
-    python .github/picture.py make FOLDER      some 15 minutes on two cores
-    python .github/picture.py draw FOLDER
+    python docs/picture.py make FOLDER      some 15 minutes on two cores
+    python docs/picture.py draw FOLDER
 
 All that is drawn comes from the logs and records in FOLDER, as main.py has written them.
 """

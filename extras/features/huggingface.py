@@ -26,7 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from datasets import LFS, PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
 from datasets import read_whole, replacing, user_path, without_passwords
-from extras.memory import describe_shortage
+from extras.features.memory import describe_shortage
 from main import Config, LanguageModel, Origin, checked, load_arrays, sha1_of_file
 
 # The fields of our Config and their defaults, also of those that you have added.

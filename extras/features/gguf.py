@@ -4,7 +4,7 @@
     python -m extras.export model.gguf --quantize 16    float16; 8: Q8_0, 4: Q4_0
 
 The `gguf` package of llama.cpp writes the file. The architectures are those of
-extras/huggingface.py: Llama, Qwen2, Qwen3, Arcee. llama.cpp supports GPT-2's tokenizer, a
+extras/features/huggingface.py: Llama, Qwen2, Qwen3, Arcee. llama.cpp supports GPT-2's tokenizer, a
 byte-level BPE; a byte tokenizer is one without merges. It has no word or character tokenizers.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from datasets import UsageError, end_of_text, explained, replacing, user_path, utf8
-from extras.huggingface import CHAT_TEMPLATE, find_counterpart, package_of, settings_of
+from extras.features.huggingface import CHAT_TEMPLATE, find_counterpart, package_of, settings_of
 from main import rope_frequencies
 
 # What llama.cpp calls the fields of our Config.

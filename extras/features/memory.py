@@ -6,7 +6,7 @@ import math
 import mlx.core as mx
 
 from datasets import UsageError
-from extras.limits import limit_of_memory
+from extras.common.limits import limit_of_memory
 from main import arguments_of, count_parameters, fast, on_gpu, say
 
 

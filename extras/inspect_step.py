@@ -1,14 +1,14 @@
 """What one step of a run did to its weights and to the losses of its batch.
 
-    python -m extras.look RUN@340             the step to iteration 340
-    python -m extras.look latest --rows 4     the newest one, with four texts of its batch
+    python -m extras.inspect_step RUN@340             the step to iteration 340
+    python -m extras.inspect_step latest --rows 4     the newest one, with four texts of its batch
 
-The step is computed again (see extras/steps.py), exactly as it was in the run. Losses are without
+The step is computed again, exactly as it was in the run, see features/steps.py. Losses are without
 dropout; gradients are those that the optimizer has got: averaged, and clipped.
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.program import make_parser, read_flags, start
+from extras.common.program import make_parser, read_flags, start
 
 import copy
 
@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from datasets import number, printable
-from extras.steps import open_run
+from extras.features.steps import open_run
 from main import list_checkpoints, make_step, named_checkpoint, settle, train_step
 
 

@@ -50,8 +50,8 @@ def quantize(model, bits, packed):
                 quantized[name] = mx.quantize(matrix, group_size, bits)
                 rounded.append((name, mx.dequantize(*quantized[name], group_size, bits)))
     print(
-        f"Quantized to {bits} bits: the matrices' {count_bytes(matrices) / 2**20:,.1f} MiB would be "
-        f"{count_bytes(quantized) / 2**20:,.1f}",
+        f"Quantized to {bits} bits: the matrices' {count_bytes(matrices) / 2**20:,.1f} MiB would "
+        f"be {count_bytes(quantized) / 2**20:,.1f}",
         file=sys.stderr,
     )
     if not packed:

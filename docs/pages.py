@@ -1,10 +1,11 @@
-"""Makes extras/tutorial.ipynb of extras/tutorial.md, or runs it.
+"""Writes the pages that are made from others, or runs the notebook.
 
-    python .github/notebook.py make
-    python .github/notebook.py run FOLDER    in a new folder; needs nbclient, nbformat and ipykernel
+    python docs/pages.py               writes tutorial.ipynb, and the tables of flags.md
+    python docs/pages.py --check       says which of them are not as this would write them
+    python docs/pages.py --run FOLDER  runs the notebook there; needs nbclient, nbformat, ipykernel
 
-A block of bash becomes a cell of commands, one of diff a cell that edits main.py, one of python a
-file; what commands print stays text.
+The notebook is tutorial.md: a block of bash becomes a cell of commands, one of diff a cell that
+edits main.py, one of python a file; what commands print stays text. The tables of flags are FLAGS.
 """
 
 import json
@@ -13,9 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "extras" / "tutorial.md"
-NOTEBOOK = PAGE.with_suffix(".ipynb")
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+TUTORIAL = DOCS / "tutorial.md"
+NOTEBOOK = DOCS / "tutorial.ipynb"
+FLAGS = DOCS / "flags.md"
 BEGIN = '''\
 from IPython.display import Image, display
 
@@ -70,7 +73,7 @@ def code_of(language, text):
 def make_notebook():
     """The notebook as JSON."""
     cells = []
-    for i, (kind, text) in enumerate(cells_of(PAGE.read_text("utf-8"))):
+    for i, (kind, text) in enumerate(cells_of(TUTORIAL.read_text("utf-8"))):
         cell = {"cell_type": kind, "id": f"cell-{i}", "metadata": {}, "source": text}
         if kind == "code":
             cell |= {"execution_count": None, "outputs": []}
@@ -98,8 +101,28 @@ def run_notebook(folder):
     print(f"{(time.monotonic() - began) / 60:.1f} minutes")
 
 
+def fill_tables():
+    """The text of flags.md with a row for each flag of main.py."""
+    sys.path.insert(0, str(ROOT))
+    import main
+
+    page = FLAGS.read_text("utf-8")
+    for group, rows in main.FLAGS.items():
+        lines = ["| flag | default | |", "|---|---|---|"]
+        for name, row in rows.items():
+            default = "on" if row.default is True else f"`{row.default}`" if row.default else ""
+            lines.append(f"| `--{name}` | {default} | {row.help} |")
+        at = page.index("| flag |", page.index(f"\n## {group}\n"))
+        page = page[:at] + "\n".join(lines) + page[page.index("\n\n", at) :]
+    return page
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["make"]:
-        NOTEBOOK.write_text(make_notebook(), "utf-8")
-    else:
-        run_notebook(sys.argv[2])
+    if sys.argv[1:2] == ["--run"]:
+        sys.exit(run_notebook(sys.argv[2]))
+    made = {NOTEBOOK: make_notebook(), FLAGS: fill_tables()}
+    stale = [path.name for path in made if path.read_text("utf-8") != made[path]]
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(f"python docs/pages.py: {', '.join(stale)}" if stale else 0)
+    for path, text in made.items():
+        path.write_text(text, "utf-8")

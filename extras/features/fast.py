@@ -54,7 +54,7 @@ import numpy as np
 
 from datasets import UsageError, digest_of, locked, open_code_dir, remove_leftovers, replacing
 from datasets import use_compiler
-from extras.limits import count_cores
+from extras.common.limits import count_cores
 
 # Of main.py's functions that those below stand for, hash_of_code. Where a test finds that a plain
 # function has changed, compare the two, then enter its new one.

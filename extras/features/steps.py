@@ -10,7 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from datasets import UsageError, progress_bar, sync
-from extras.models import open_kept
+from extras.features.kept_models import open_kept
 from main import SingleProcess, hash_code, list_run, list_versions, load_data_again, make_run
 from main import make_step, needed_models, open_newest, read_code, settle, train_step
 from main import write_checkpoint

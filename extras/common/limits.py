@@ -1,4 +1,4 @@
-"""What this process may use of its machine: its affinity, and the limits of a container or a job."""
+"""What this process may use of its machine: by affinity, and in a container or a job."""
 
 import contextlib
 import functools

@@ -1,0 +1,1 @@
+"""What main.py and datasets.py load where a flag needs it."""
