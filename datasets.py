@@ -87,7 +87,7 @@ tqdm.set_lock(threading.RLock())  # its own, for several processes, starts anoth
 
 SPLITS = ("train", "valid", "test")
 END = "<|endoftext|>"  # marks the end of a document in a text
-ENDS = [END, "<eos>", "</s>", "<|end_of_text|>"]  # of imported tokenizers, tried in order
+END_TOKENS = [END, "<eos>", "</s>", "<|end_of_text|>"]  # of imported tokenizers, tried in order
 
 
 class Split(NamedTuple):
@@ -286,7 +286,7 @@ class WordTokenizer(Tokenizer):
 
 
 VOCAB_SIZE = 32000  # of the tokenizer bpe, unless told otherwise
-FAILED = "this tokenizer fails on the text: train with another --tokenizer"
+TOKENIZER_FAILED = "this tokenizer fails on the text: train with another --tokenizer"
 
 # BPE's training time grows with the square of a word's length, so what it would take for a long
 # word is cut.
@@ -311,7 +311,7 @@ class PackageTokenizer(Tokenizer):
     """
 
     def __init__(self, vocabulary, kind="bpe", eos=None, bos=(), settings=None):
-        """eos: the token that ends a text; if None or unknown, the first of ENDS that exists.
+        """eos: the token that ends a text; if None or unknown, the first of END_TOKENS that exists.
 
         bos: ids. What `vocabulary` itself adds to a text is left out. settings: {name: text}, such
         as the chat template of an imported model, which are exported and not used here.
@@ -341,7 +341,7 @@ class PackageTokenizer(Tokenizer):
         self.vocab_size = max(ids.values()) + 1  # some ids may be unused
         self.dtype = token_dtype(self.vocab_size)
         self.eos_token = eos
-        self.usual_eos = next((ids[name] for name in ENDS if name in ids), None)
+        self.usual_eos = next((ids[name] for name in END_TOKENS if name in ids), None)
         self.eos = ids.get(eos, self.usual_eos)
         self.bos = [*bos]
         self.settings = dict(settings or {})
@@ -373,19 +373,19 @@ class PackageTokenizer(Tokenizer):
 
     def encode_batch(self, texts):
         texts = [utf8(text) for text in texts]
-        with explained(FAILED, BaseException):
+        with explained(TOKENIZER_FAILED, BaseException):
             # Runs in parallel threads; "fast" skips the tokens' offsets.
             encodings = self.package.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def decode(self, ids):
-        with explained(FAILED, BaseException):
+        with explained(TOKENIZER_FAILED, BaseException):
             # With skip_special_tokens, END would vanish from the text.
             return self.package.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def unknown(self, text):
         text = utf8(text)
-        with explained(FAILED, BaseException):
+        with explained(TOKENIZER_FAILED, BaseException):
             encoding = self.package.encode(text, add_special_tokens=False)
         pieces = zip(encoding.ids, encoding.offsets)
         return [text[start:end] for token, (start, end) in pieces if token == self.unk]
@@ -695,7 +695,7 @@ NO_TEXT = {
     LFS: "a pointer to a file in large-file storage: git lfs pull",
 }
 # Files that are text with markup, which is trained on, too.
-MARKUP = (".csv", ".htm", ".html", ".ipynb", ".json", ".rtf", ".tex", ".tsv", ".xml")
+MARKUP_SUFFIXES = (".csv", ".htm", ".html", ".ipynb", ".json", ".rtf", ".tex", ".tsv", ".xml")
 
 
 def own_text(given, valid_fraction, text_field, own_folders):
@@ -745,12 +745,12 @@ def some_of(names):
 
 def say_what_is_read(files):
     """Prints what may surprise the user of a text; files: see find_files."""
-    marked = [name for path, name in files.values() if path.suffix.lower() in MARKUP]
+    marked = [name for path, name in files.values() if path.suffix.lower() in MARKUP_SUFFIXES]
     if marked:
         print(f"Read as they are, with their markup: {some_of(marked)}")
     windows = []
     for path, name in files.values():
-        if not ROW_FILES.fullmatch(path.name) and b"\r\n" in beginning(path):
+        if not ROW_FILES.fullmatch(path.name) and b"\r\n" in head_of_file(path):
             windows.append(name)
     if windows:
         print(f"Lines end as on Windows, in CR LF, which is trained on, too: {some_of(windows)}")
@@ -836,7 +836,7 @@ def check_text(path):
         raise UsageError(
             f"{path} is a pipe, a device or a socket: write its text to a file, and name that"
         )
-    begin = beginning(path)
+    begin = head_of_file(path)
     has_rows = ROW_FILES.fullmatch(path.name)
     for known, what in NO_TEXT.items():
         if begin.startswith(known) and (known == LFS or not has_rows):
@@ -851,7 +851,7 @@ def check_text(path):
     next(read_pieces(whole(path, errors="strict")), "")
 
 
-def beginning(path):
+def head_of_file(path):
     """The first 64 KiB of a file. Raises UsageError."""
     with explained(f"{path} cannot be read", OSError), open(path, "rb") as file:
         return file.read(1 << 16)
@@ -1688,7 +1688,7 @@ def make_writable(folder):
 
 
 @functools.cache
-def open_code_dir():
+def open_kernel_dir():
     """The folder for compiled code, which is loaded from there: no other user can write to it.
 
     It is in CACHE, for this kind of system, as machines may share a home. Where that cannot hold
@@ -1861,7 +1861,7 @@ class Flag(NamedTuple):
     help: str
 
 
-LARGEST = 2**31 - 1  # of int32
+MAX_INT32 = 2**31 - 1  # of int32
 
 
 def number(kind, least, most=math.inf):
@@ -1879,8 +1879,8 @@ def number(kind, least, most=math.inf):
     return convert
 
 
-SIZE = number(int, 1, LARGEST)
-COUNT = number(int, 0, LARGEST)
+SIZE = number(int, 1, MAX_INT32)
+COUNT = number(int, 0, MAX_INT32)
 RATE = number(float, 0)
 FRACTION = number(float, 0, 1)
 
@@ -1914,11 +1914,11 @@ def path_name(text):
     return user_path(nonempty(text))
 
 
-OTHERS = ": download another corpus, and name its files by --text"
+OTHER_CORPUS = ": download another corpus, and name its files by --text"
 # The flags that decide a text, {group: {flag: row}}; main.py has these and others.
 TEXT_FLAGS = {
     "data": {
-        "dataset": Flag("ptb", one_of([*CORPORA], OTHERS), "training corpus"),
+        "dataset": Flag("ptb", one_of([*CORPORA], OTHER_CORPUS), "training corpus"),
         "text": Flag([], nonempty, "train on your own files, folders, glob patterns"),
         "valid_text": Flag([], nonempty, "validation files (default: a share of --text)"),
         "valid_fraction": Flag(0.1, number(float, 0.001, 0.5), "share of --text held out"),

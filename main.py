@@ -55,12 +55,13 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
-from datasets import CORPORA, COUNT, FRACTION, KINDS, LARGEST, RATE, SIZE, SPLITS, TEXT_FLAGS
+from datasets import CORPORA, COUNT, FRACTION, KINDS, MAX_INT32, RATE, SIZE, SPLITS, TEXT_FLAGS
 from datasets import TOKENIZERS, Dataset, Flag
 from datasets import Parser, RunError, UsageError, absolute, add_flags, definition
 from datasets import describe_tokenizer, discard, encode_after, end_of_text, explained, extra
 from datasets import flock, hash_of_code, hash_of_file, load_dataset, make_writable, new_file
-from datasets import no_follow, nonempty, number, one_line, one_of, open_code_dir, open_data_dir
+from datasets import no_follow, nonempty, number, one_line, one_of, open_data_dir
+from datasets import open_kernel_dir
 from datasets import other_names, own_file
 from datasets import printable, progress_bar, publish, remove_leftovers, replacing
 from datasets import run_command, run_program, sync, tokenizer_from_dict, use_compiler, user_path
@@ -97,8 +98,8 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if type(value) is int and not 1 <= value <= LARGEST:
-                raise ValueError(f"{name} {value} is not from 1 to {LARGEST}")
+            if type(value) is int and not 1 <= value <= MAX_INT32:
+                raise ValueError(f"{name} {value} is not from 1 to {MAX_INT32}")
         if self.head_dim is None:  # imported models set it, and H * d may differ from D
             step = 2 * self.num_heads  # a head's dimension must be even: RoPE rotates pairs
             if self.dim % step:
@@ -109,7 +110,7 @@ class Config:
             self.head_dim = self.dim // self.num_heads
         if self.head_dim % 2 or self.head_dim > 2**16:  # RoPE rotates pairs
             raise ValueError(f"head_dim {self.head_dim} is not an even number up to {2**16}")
-        if self.context_size * self.num_kv_heads * self.head_dim > LARGEST:
+        if self.context_size * self.num_kv_heads * self.head_dim > MAX_INT32:
             raise ValueError(f"context_size {self.context_size} has more keys than MLX can count")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -122,8 +123,8 @@ class Config:
 # `data`, `model`, `init` and `training` shape a run: another value is another run, and only those
 # of `training` may change in a branch. Those of `session` may change whenever a run is resumed.
 # All these are saved with a run; `sampling`, `mode` and `command` are not.
-# Where a default of None depends on other flags, the help says how; `settle` fills it in, or the
-# code that uses it.
+# Where a default of None depends on other flags, the help says how; resolve_flags fills it in, or
+# the code that uses it.
 FLAGS = {"data": TEXT_FLAGS["data"]}  # of datasets.py
 
 FLAGS["model"] = {
@@ -143,7 +144,7 @@ FLAGS["model"] = {
 
 
 SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if the file is edited later
-EDITED = []  # names of functions below that were edited since fast.py was written
+EDITED_FUNCTIONS = []  # names of functions below that were edited since fast.py was written
 
 
 def fast_version(plain, parts=()):
@@ -158,23 +159,22 @@ def fast_version(plain, parts=()):
     names = [part.__name__ for part in (plain, *parts)]
     for name in names:
         sha1 = hash_of_code(definition(name, SOURCE))
-        if fast.STANDS_FOR.get(name) != sha1 and name not in EDITED:
-            EDITED.append(name)
+        if fast.STANDS_FOR.get(name) != sha1 and name not in EDITED_FUNCTIONS:
+            EDITED_FUNCTIONS.append(name)
     # extras.versus compares an edited function with the original. Both run in plain MLX, or they
     # would round differently.
-    plain_names = EDITED + os.environ.get("PLAIN_FUNCTIONS", "").split(",")
+    plain_names = EDITED_FUNCTIONS + os.environ.get("PLAIN_FUNCTIONS", "").split(",")
     if {*names} & {*plain_names}:
         return plain
     return getattr(fast, plain.__name__)
 
 
-def dropout(hidden, noise, site):
+def dropout(hidden, noise, mask_index):
     """Hidden states [B, L, D] after dropout by `noise`, see Noise, or unchanged if it is None.
 
-    site: the number of this place in the model, 0 for the embeddings, then two for each block.
-    Each has its own mask.
+    mask_index: which mask: 0 for the embeddings, then two for each block.
     """
-    return hidden if noise is None else noise.drop(hidden, site)
+    return hidden if noise is None else noise.drop(hidden, mask_index)
 
 
 @fast_version
@@ -210,16 +210,16 @@ class RMSNorm(nn.RMSNorm):
 
 
 @fast_version
-def look_up(table, tokens):
+def embed(table, tokens):
     """The rows of table [V, D] that belong to tokens [B, L]: [B, L, D]."""
     return table[tokens]
 
 
 class Embedding(nn.Embedding):
-    """MLX's embeddings, through `look_up`."""
+    """MLX's embeddings, through `embed`."""
 
     def __call__(self, tokens):
-        return look_up(self.weight, tokens)
+        return embed(self.weight, tokens)
 
     def as_linear(self, hidden):
         """The embeddings as the output layer: [B, L, D] to [B, L, V]."""
@@ -244,13 +244,14 @@ def attend(queries, keys, values, mask="causal"):
 def rotate(x, frequencies, offset):
     """RoPE (Su et al. 2021) of x [B, H, L, d].
 
-    offset: the position of the first of the L tokens, an int, or one for each row, [B].
+    offset: the position of the first of the L tokens, an int; where L is 1, also one for each row,
+    [B].
     frequencies: a NumPy array [d / 2] in radians per position; the i-th one rotates dimensions
     i and i + d / 2, as in Hugging Face's models.
     """
     d = x.shape[-1]
-    freqs = mx.array(1 / frequencies)  # MLX wants positions per radian
-    return mx.fast.rope(x, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
+    periods = mx.array(1 / frequencies)  # MLX wants positions per radian
+    return mx.fast.rope(x, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods)
 
 
 def rope_frequencies(d, base, scaling=None):
@@ -406,11 +407,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def __call__(self, hidden, cache=None, noise=None):
-        site = 2 * self.index + 1  # of dropout; site 0 is the embeddings
+        mask_index = 2 * self.index + 1  # 0 is the embeddings'
         attended = self.self_attn(self.input_layernorm(hidden), cache)
-        hidden = hidden + dropout(attended, noise, site)
+        hidden = hidden + dropout(attended, noise, mask_index)
         transformed = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + dropout(transformed, noise, site + 1)
+        return hidden + dropout(transformed, noise, mask_index + 1)
 
 
 @fast_version
@@ -439,7 +440,7 @@ class Transformer(nn.Module):
 
     def __call__(self, tokens, caches=None, noise=None):
         """caches: a Cache per block; noise: a Noise for dropout, or None."""
-        hidden = dropout(self.embed(tokens), noise, site=0)
+        hidden = dropout(self.embed(tokens), noise, mask_index=0)
         if caches is None:
             caches = [None] * len(self.layers)
         for block, cache in zip(self.layers, caches):
@@ -537,7 +538,7 @@ def training_loss(model, hidden, targets, weight):
     """What training minimizes: the cross-entropy in nats, times `weight`, summed over positions.
 
     hidden: final hidden states [B, L, D]; targets: ids [B, L]. Another loss here does not
-    affect how models are scored: see `score`. With --teacher, distil.py in extras/ replaces this.
+    affect how models are evaluated: see token_metrics. With --teacher, extras/ replaces this.
     """
     logits = model.logits(hidden)  # [B, L, V]
     losses = nn.losses.cross_entropy(logits, targets)  # [B, L]
@@ -545,7 +546,7 @@ def training_loss(model, hidden, targets, weight):
 
 
 @fast_version
-def over_streams(function, *arrays):
+def sum_over_shards(function, *arrays):
     """Just function(*arrays), a tree of sums over the rows of the arrays [B, ...].
 
     The fast version computes a share of the rows on each core and adds up the results.
@@ -554,15 +555,9 @@ def over_streams(function, *arrays):
 
 
 @fast_version
-def clip_grad_norm(gradients, limit):
-    """Scales a tree of gradients to a norm of at most `limit`; returns it and its norm before."""
-    return optim.clip_grad_norm(gradients, limit)
-
-
-@fast_version
-def spread(optimizer):
-    """The optimizer as it is; the fast version distributes its work over the cores."""
-    return optimizer
+def clip_grad_norm(gradients, max_norm):
+    """Scales a tree of gradients to a norm of at most max_norm; returns it and its norm before."""
+    return optim.clip_grad_norm(gradients, max_norm)
 
 
 class Muon(optim.Optimizer):
@@ -604,7 +599,10 @@ class Muon(optim.Optimizer):
         return self.momentum * v + (1 - self.momentum) * gradient
 
     def orthogonalize(self, stack):
-        """Matrices [N, R, C] with all singular values brought near 1, by Newton-Schulz steps."""
+        """Matrices [N, R, C] with all singular values brought near 1, by Newton-Schulz steps.
+
+        Each by itself: the fast version of `parallelize` gives each core a share of the N.
+        """
         is_tall = stack.shape[1] > stack.shape[2]
         x = stack.swapaxes(1, 2) if is_tall else stack
         x = x / (mx.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
@@ -622,6 +620,12 @@ class Muon(optim.Optimizer):
         # Like AdamW, decays by AdamW's learning rate (not Muon's) times weight_decay.
         decay = self.learning_rate * self.weight_decay / self.lr_scale
         return matrix * (1 - decay) - rate * direction
+
+
+@partial(fast_version, parts=[Muon])
+def parallelize(optimizer):
+    """The optimizer as it is; the fast version distributes its work over the cores."""
+    return optimizer
 
 
 def adamw(flags, weight_decay):
@@ -681,7 +685,7 @@ def make_optimizer(model, flags):
     ]
     # filters[i] selects the parameters of groups[i]; the last group takes the rest.
     filters = [is_matrix_of_block, is_matrix]
-    optimizer = optim.MultiOptimizer([spread(group) for group in groups], filters)
+    optimizer = optim.MultiOptimizer([parallelize(group) for group in groups], filters)
     optimizer.init(model.trainable_parameters())
     return optimizer
 
@@ -756,17 +760,17 @@ def learning_rate_at(iteration, flags):
     return flags.learning_rate * SCHEDULES[flags.lr_schedule](iteration, flags) * warmup
 
 
-def average_weights(average, weights, iteration, share):
-    """The average of the weights over about the last `share` of the steps taken.
+def average_weights(average, weights, iteration, fraction):
+    """The average of the weights over about the last `fraction` of the steps taken.
 
     average: the average before step `iteration`, counted from 0, a tree of arrays; None if it
     starts here. weights: those after the step. Each step is weighted in proportion to a power of
-    its place in the run, (place / steps) ^ (1 / share - 1) (Shamir & Zhang 2013; Karras et al.
+    its number, (number / steps) ^ (1 / fraction - 1) (Shamir & Zhang 2013; Karras et al.
     2024), so the average depends neither on where the run will end nor on where it was interrupted.
     """
     if average is None:
         return weights
-    part = min(1, 1 / (share * (iteration + 1)))  # the newest weights' share of the average
+    part = min(1, 1 / (fraction * (iteration + 1)))  # the newest weights' fraction of the average
     average = interpolate(average, weights, mx.array(part))
     mx.eval(average)  # or the graphs of all steps would pile up
     return average
@@ -792,11 +796,11 @@ class Batches:
     """An endless stream of batches: windows of a text, token ids [N], in permuted order.
 
     Each epoch cuts the text into windows from a random `offset` on, so that no token is left out of
-    every epoch, and draws their order `perm`; `place` indexes it. batch_size: rows per step.
+    every epoch, and draws their order `perm`; `cursor` is the index in it of the next window.
     Raises UsageError if the text is shorter than one window.
     """
 
-    def __init__(self, tokens, context_size, batch_size, seed):
+    def __init__(self, tokens, context_size, rows_per_step, seed):
         if len(tokens) <= context_size:  # a window is L inputs plus one token, the last target
             remedy = "use a longer text"
             if len(tokens) > 1:
@@ -807,7 +811,7 @@ class Batches:
             )
         self.tokens = tokens
         self.context_size = context_size
-        self.batch_size = batch_size
+        self.rows_per_step = rows_per_step
         self.seed = seed
         self.begin_epoch(0)
 
@@ -819,8 +823,8 @@ class Batches:
         windows = (len(self.tokens) - 1 - offset) // self.context_size
         self.go_to(epoch, 0, offset, rng.permutation(np.arange(windows, dtype=np.uint32)))
 
-    def go_to(self, epoch, place, offset, perm):
-        """Goes to a place in an epoch, drawn or saved: another NumPy may draw it differently.
+    def go_to(self, epoch, cursor, offset, perm):
+        """Goes to a position in an epoch, drawn or saved: another NumPy may draw it differently.
 
         perm: [windows] uint32. Raises ValueError if these are not windows of the text.
         """
@@ -828,7 +832,7 @@ class Batches:
         if perm.dtype != np.uint32 or perm.shape != (windows,) or perm.max() >= windows:
             raise ValueError("its order of batches is that of another text")
         self.epoch = epoch
-        self.place = place
+        self.cursor = cursor
         self.offset = offset
         self.perm = perm
 
@@ -838,13 +842,13 @@ class Batches:
         An epoch's last, incomplete batch is dropped. If the text has fewer windows than a batch
         has rows, the windows repeat.
         """
-        complete = self.place + self.batch_size <= len(self.perm)
-        if not complete and self.place > 0:
+        complete = self.cursor + self.rows_per_step <= len(self.perm)
+        if not complete and self.cursor > 0:
             self.begin_epoch(self.epoch + 1)
-        places = range(self.place, self.place + self.batch_size)
-        windows = self.perm.take(places, mode="wrap").astype(np.int64)
+        indices = range(self.cursor, self.cursor + self.rows_per_step)
+        windows = self.perm.take(indices, mode="wrap").astype(np.int64)
         starts = self.offset + windows * self.context_size  # [B]
-        self.place += self.batch_size
+        self.cursor += self.rows_per_step
         ends = starts + self.context_size + 1
         rows = np.stack([self.tokens[start:end] for start, end in zip(starts, ends)])  # [B, L + 1]
         return mx.array(rows[:, :-1], mx.int32), mx.array(rows[:, 1:], mx.int32)
@@ -869,14 +873,14 @@ class Noise:
 
     def __init__(self, rate, keys, L, D):
         self.keep_prob = 1 - rate
-        places = mx.arange(L * D, dtype=mx.uint32).reshape(1, L, D)
-        bits = hash32(places + keys[:, None, None, 0]) ^ keys[:, None, None, 1]
+        positions = mx.arange(L * D, dtype=mx.uint32).reshape(1, L, D)
+        bits = hash32(positions + keys[:, None, None, 0]) ^ keys[:, None, None, 1]
         self.bits = bits ^ (bits >> 16)  # [B, L, D]
 
-    def drop(self, hidden, site):
-        """Dropout of hidden [B, L, D]; each site, a place in the model, has its own mask."""
+    def drop(self, hidden, mask_index):
+        """Dropout of hidden [B, L, D] by the mask of this index."""
         # Multiples of the golden ratio, in units of 2^32, lie far apart.
-        salt = mx.array(site * 0x9E3779B9 % 2**32, mx.uint32)
+        salt = mx.array(mask_index * 0x9E3779B9 % 2**32, mx.uint32)
         bits = hash32(self.bits ^ salt)
         # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the
         # same, but compilers do not vectorize it.
@@ -906,7 +910,7 @@ FLAGS["training"] |= {
 }
 
 
-class Score(NamedTuple):
+class Evaluation(NamedTuple):
     """A validation loss. Only those of equally many tokens, the first of the text, are compared."""
 
     iteration: int
@@ -915,7 +919,7 @@ class Score(NamedTuple):
     bits: float = math.inf  # per byte of text
 
 
-BY_LOSS = operator.attrgetter("nats")  # a sort key of scores
+BY_LOSS = operator.attrgetter("nats")  # a sort key of evaluations
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)  # copies of a checkpoint are distinct
@@ -925,18 +929,18 @@ class Progress:
     iteration: int = 0  # steps done
     tokens_seen: int = 0
     seconds: float = 0.0  # of training, excluding the first step of each session
-    scores: list = dataclasses.field(default_factory=list)  # a Score each
+    evaluations: list = dataclasses.field(default_factory=list)  # an Evaluation each
     recent_steps: int = 0  # since the last report
     recent_loss: float = 0.0  # the sum of their losses
 
     @property
-    def score(self):
-        """The Score at its iteration, or None."""
-        return next((each for each in self.scores if each.iteration == self.iteration), None)
+    def evaluation(self):
+        """The Evaluation at its iteration, or None."""
+        return next((each for each in self.evaluations if each.iteration == self.iteration), None)
 
-    def comparable_scores(self):
-        """Its scores of as many tokens as the last one."""
-        return [each for each in self.scores if each.tokens == self.scores[-1].tokens]
+    def comparable_evaluations(self):
+        """Its evaluations on as many tokens as the last one."""
+        return [each for each in self.evaluations if each.tokens == self.evaluations[-1].tokens]
 
     def progress(self):
         """The fields above, {name: value}, also of a Run or a Checkpoint."""
@@ -947,15 +951,15 @@ class Progress:
 class Run(Progress):
     """A training run: its model, its data and its progress."""
 
-    folder: Path  # where it is saved, see run_name
+    folder: Path  # where it is saved, see name_of_run
     flags: argparse.Namespace
     dataset: Dataset
     model: LanguageModel
     optimizer: optim.Optimizer
     batches: Batches
     teacher: LanguageModel | None
-    origins: dict  # models it began with, see Checkpoint
-    stretches: list  # see Stretch; the last is current
+    parents: dict  # models it began with, see Checkpoint
+    sessions: list  # see Session; the last is current
     code: dict  # see read_code
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
 
@@ -964,21 +968,21 @@ class Run(Progress):
     recent_times: list | None = None
     checkpoint_id: str | None = None  # of the last checkpoint
     # Time of the last save; the next one is later even if the clock was set back.
-    saved: float = 0.0
+    saved_at: float = 0.0
     is_saved: bool = True  # no changes since the last save; a new run has nothing to lose
 
     @property
     def versions(self):
         """MLX, the device and the like, see list_versions."""
-        return self.stretches[-1].versions
+        return self.sessions[-1].versions
 
     @property
     def epochs(self):
         """Passes over the training text."""
         return self.tokens_seen / len(self.dataset.train.tokens)
 
-    def is_score_due(self):
-        """Whether the current iteration is to be scored: every `steps_per_eval`, and at the end."""
+    def is_evaluation_due(self):
+        """Whether to evaluate now: every `steps_per_eval` iterations, and at the end."""
         steps = self.flags.steps_per_eval
         if not steps or self.iteration == 0:
             return False
@@ -986,7 +990,7 @@ class Run(Progress):
 
     def is_save_due(self):
         """Whether the schedule calls for a save at the current iteration."""
-        return self.iteration % self.flags.steps_per_save == 0 or self.is_score_due()
+        return self.iteration % self.flags.steps_per_save == 0 or self.is_evaluation_due()
 
     def is_out_of_patience(self):
         """Whether --patience ends the run: that many evaluations since the best were no better.
@@ -995,13 +999,14 @@ class Run(Progress):
         at a different iteration than one that had this length from the start.
         """
         steps = self.flags.steps_per_eval or math.inf
-        scores = [each for each in self.comparable_scores() if each.iteration % steps == 0]
-        if not self.flags.patience or not scores:
+        due = [each for each in self.comparable_evaluations() if each.iteration % steps == 0]
+        losses = [each.nats for each in due]
+        if not self.flags.patience or not losses:
             return False
-        return len(scores) - 1 - scores.index(min(scores, key=BY_LOSS)) >= self.flags.patience
+        return len(losses) - 1 - losses.index(min(losses)) >= self.flags.patience
 
     def weights_to_save(self):
-        """The weights to save, score and sample from, a tree: the average if there is one.
+        """The weights to save, evaluate and sample from, a tree: the average if there is one.
 
         For a LoRA run, these are only the adapters.
         """
@@ -1039,8 +1044,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         # frequent token.
         return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
 
-    # A sum over the rows, since over_streams and accumulation add up parts of a batch: a term for
-    # the whole batch, such as a penalty on the weights, would count once per part.
+    # A sum over the rows, since sum_over_shards and accumulation add up parts of a batch: a term
+    # for the whole batch, such as a penalty on the weights, would count once per part.
     def loss_of_rows(scale, dropout_rate, inputs, targets, keys):
         if casts:
             model.update(tree_map_with_path(cast, model.parameters()))  # LoRA's base, too
@@ -1085,7 +1090,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         with bfloat16_products(flags.dtype == "bfloat16"):
             for start in range(0, len(inputs), flags.batch_size):
                 part = slice(start + first, start + last)
-                result = over_streams(of_share, inputs[part], targets[part], keys[part])
+                result = sum_over_shards(of_share, inputs[part], targets[part], keys[part])
                 total = result if total is None else tree_map(mx.add, total, result)
                 if len(inputs) > flags.batch_size:  # or all parts would be in memory at once
                     mx.eval(total)
@@ -1114,12 +1119,12 @@ def train(run, interrupts, ranks):
         reporting = contextlib.closing(Reporter(run))
     with reporting as reporter:
         while True:
-            # Evaluate, save, then sample, so that a checkpoint has its score. If a signal ends the
-            # evaluation, it is scored when the run is resumed.
+            # Evaluate, save, then sample, so that a checkpoint has its loss. If a signal ends the
+            # evaluation, it is repeated when the run is resumed.
             received, is_time_up = ranks.agree(interrupts.received, run.seconds >= end_time)
-            is_due = run.is_score_due() or (is_time_up and flags.steps_per_eval)
-            if is_due and run.iteration > 0 and not run.score:
-                score_run(run, interrupts, ranks, reporter)
+            is_due = run.is_evaluation_due() or (is_time_up and flags.steps_per_eval)
+            if is_due and run.iteration > 0 and not run.evaluation:
+                evaluate_run(run, interrupts, ranks, reporter)
             is_ended = is_time_up or run.iteration >= flags.num_iters or run.is_out_of_patience()
             if is_ended or received or run.is_save_due():
                 if reporter:
@@ -1138,9 +1143,9 @@ def train(run, interrupts, ranks):
                 if was_saved:
                     prune(run)
                 reporter.report_step(run, metrics)
-    # No step follows the last checkpoint. But if it has a score, its weights are good, as score_run
-    # raises RunError where a score is not finite: no older one is needed to go back to.
-    if reporter and run.score:
+    # No step follows the last checkpoint. But if it was evaluated, its weights are good, as
+    # evaluate_run raises RunError where a loss is not finite: no older one is needed to go back to.
+    if reporter and run.evaluation:
         prune(run)
     if run.is_out_of_patience():
         say(f"Stopped: no improvement in {flags.patience} evaluations (--patience).")
@@ -1148,7 +1153,7 @@ def train(run, interrupts, ranks):
         say(f"--max_minutes {flags.max_minutes:g} reached at iteration {run.iteration:,}.")
     if flags.eval_test and not received:
         with run.using_average() as model:
-            score_split("test", model, run.dataset, flags, interrupts, ranks)
+            evaluate_split("test", model, run.dataset, flags, interrupts, ranks)
     received, _ = ranks.agree(interrupts.received)
     return received
 
@@ -1181,20 +1186,20 @@ def train_step(run, step):
     return metrics | {"learning_rate": rate}
 
 
-def score_run(run, interrupts, ranks, reporter):
-    """Scores the validation split, unless a signal arrives.
+def evaluate_run(run, interrupts, ranks, reporter):
+    """Evaluates the validation split, unless a signal arrives.
 
-    At most, its first --eval_tokens tokens are scored, and no more than are trained on between two
-    evaluations: a run that tries something out is not to wait for its score.
+    At most, its first --eval_tokens tokens count, and no more than are trained on between two
+    evaluations: a run that tries something out is not to wait for its evaluation.
 
-    A score that is due only because the time is up is shown and logged, but not kept: an
-    uninterrupted run would have none there. Raises RunError if the score is not finite.
+    One that is due only because the time is up is shown and logged, but not kept: an uninterrupted
+    run would have none there. Raises RunError if the loss is not finite.
     """
     flags = run.flags
     tokens = run.dataset.valid.tokens
     if flags.eval_tokens:
         steps = min(flags.steps_per_eval, flags.num_iters)
-        most = min(flags.eval_tokens, steps * run.batches.batch_size * flags.context_size)
+        most = min(flags.eval_tokens, steps * run.batches.rows_per_step * flags.context_size)
         tokens = tokens[: most + 1]  # the first one is only context
     began = time.perf_counter()
     with run.using_average() as model:
@@ -1203,13 +1208,13 @@ def score_run(run, interrupts, ranks, reporter):
         return
     seconds = time.perf_counter() - began
     if not math.isfinite(metrics["loss"]):
-        raise divergence_error(run, "score", run.iteration)
-    if run.is_score_due():
+        raise divergence_error(run, "validation loss", run.iteration)
+    if run.is_evaluation_due():
         bits = bits_per_byte(metrics["loss"], run.dataset.valid)
-        run.scores.append(Score(run.iteration, metrics["loss"], len(tokens) - 1, bits))
+        run.evaluations.append(Evaluation(run.iteration, metrics["loss"], len(tokens) - 1, bits))
         run.is_saved = False
     if reporter:
-        reporter.report_score(run, metrics, seconds)
+        reporter.report_evaluation(run, metrics, seconds)
 
 
 def save_and_sample(run, interrupts, reporter):
@@ -1303,7 +1308,7 @@ def process_logits(logits, flags, ids):
     return keep_min_p(logits, flags.min_p)
 
 
-def draw(logits, flags, key):
+def sample_token(logits, flags, key):
     """An id, [] uint32, sampled from logits [V] of process_logits; key: [2] uint32."""
     if is_greedy(flags):
         return logits.argmax()
@@ -1358,7 +1363,7 @@ class Decoder:
             logits = process_logits(logits, flags, [self.ids[self.start :]])
             key = mx.array([seed, len(self.ids)], mx.uint32)
             # [V], as for each row of a batch (extras.batch): [1, V] would draw differently.
-            token = draw(logits[0], flags, key).item()
+            token = sample_token(logits[0], flags, key).item()
             self.ids.append(token)
             yield token
 
@@ -1387,7 +1392,7 @@ class Detokenizer:
         self.ids = list(ids)
         self.shown = len(tokenizer.decode(self.ids))  # characters of their text returned
 
-    def add(self, token):
+    def add_token(self, token):
         """The text that `token` completes; "" inside a character."""
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
@@ -1399,7 +1404,7 @@ class Detokenizer:
         self.shown = len(self.tokenizer.decode(self.ids))
         return piece
 
-    def rest(self):
+    def finalize(self):
         """What there is of a character that was never completed."""
         return self.tokenizer.decode(self.ids)[self.shown :]
 
@@ -1474,10 +1479,10 @@ class Conversation:
                 times.append(time.perf_counter())
                 if token == end:
                     break
-                yield detokenizer.add(token)
+                yield detokenizer.add_token(token)
                 if interrupts and interrupts.received:
                     return
-            yield detokenizer.rest()
+            yield detokenizer.finalize()
         finally:
             if times:  # excluding the time for the prompt
                 self.speed = (len(times) - 1) / (time.perf_counter() - times[0])
@@ -1487,7 +1492,7 @@ class Conversation:
 
 
 @partial(fast_version, parts=[Embedding, LanguageModel])  # as for training_loss
-def score(model, hidden, targets):
+def token_metrics(model, hidden, targets):
     """The metrics of a validation text at each position, {name: [B, L]}.
 
     hidden: final hidden states [B, L, D]; targets: ids [B, L]. The mean of each is shown and
@@ -1499,9 +1504,9 @@ def score(model, hidden, targets):
 
 
 def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
-    """The mean metrics of `score`, {name: number}, over all of `tokens` [N] but the first.
+    """The means of token_metrics, {name: number}, over all of `tokens` [N] but the first.
 
-    Each token is scored once. Windows start `stride` tokens apart, at most a context; by default
+    Each token counts once. Windows start `stride` tokens apart, at most a context; by default
     they do not overlap. Returns None on a signal.
     """
     ranks = ranks or SingleProcess()
@@ -1510,14 +1515,14 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     count = len(tokens) - 1  # number of targets
 
     def sums_of_rows(inputs, targets, weights):
-        metrics = score(model, model.model(inputs), targets)
+        metrics = token_metrics(model, model.model(inputs), targets)
         return {name: (values * weights).sum() for name, values in metrics.items()}
 
     # Traced once, as all batches have the same shape. Without `inputs`, the compiled function
     # would keep the weights as constants.
     @partial(mx.compile, inputs=[model.state])
     def sums_of_batch(*windows):
-        return over_streams(sums_of_rows, *windows)
+        return sum_over_shards(sums_of_rows, *windows)
 
     # [windows]; the first one that starts at `last` or later reaches the end of the text.
     last = max(count - context_size, 0)
@@ -1533,7 +1538,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
         received = interrupts and interrupts.received
         if received:
             break
-        sums = sums_of_batch(*scored_windows(tokens, batch, context_size, stride))
+        sums = sums_of_batch(*windows_to_evaluate(tokens, batch, context_size, stride))
         totals.update({name: array.item() for name, array in sums.items()})
     received, _ = ranks.agree(received)
     if received:
@@ -1542,30 +1547,31 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     return {name: ranks.sum(total) / count for name, total in totals.items()}
 
 
-def scored_windows(tokens, starts, context_size, stride):
+def windows_to_evaluate(tokens, starts, context_size, stride):
     """Inputs, targets and weights (1 or 0) of the windows at `starts` [B]: [B, L] int32 each."""
     count = len(tokens) - 1  # number of targets
     columns = np.arange(context_size)  # [L]
-    places = starts[:, None] + columns  # [B, L]
-    # Where windows overlap, tokens scored in the previous window do not count.
+    positions = starts[:, None] + columns  # [B, L]
+    # Where windows overlap, tokens of the previous window do not count again.
     is_new = columns >= context_size - stride
     is_first = starts[:, None] == 0
-    weights = (places < count) & (is_new | is_first)
-    places = np.minimum(places, count - 1)  # beyond the end any token will do: its weight is 0
-    return [mx.array(array, mx.int32) for array in (tokens[places], tokens[places + 1], weights)]
+    weights = (positions < count) & (is_new | is_first)
+    positions = np.minimum(positions, count - 1)  # beyond the end, any token of weight 0 will do
+    windows = (tokens[positions], tokens[positions + 1], weights)
+    return [mx.array(array, mx.int32) for array in windows]
 
 
-def score_split(name, model, dataset, flags, interrupts=None, ranks=None):
-    """Prints the score of a whole split, unless a signal arrives."""
+def evaluate_split(name, model, dataset, flags, interrupts=None, ranks=None):
+    """Prints the losses of a whole split, unless a signal arrives."""
     split = getattr(dataset, name)
     count = len(split.tokens)
     began = time.perf_counter()
     metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
     if metrics is not None:
         seconds = time.perf_counter() - began
-        score = describe_score(name, metrics, split, dataset.tokenizer)
+        losses = describe_losses(name, metrics, split, dataset.tokenizer)
         times = f"{seconds:.1f} s, {1000 * seconds / count:.4f} ms per token"
-        say(f"{score}, {count / seconds:,.0f} tokens/s ({times})")
+        say(f"{losses}, {count / seconds:,.0f} tokens/s ({times})")
 
 
 def perplexity(nats):
@@ -1594,6 +1600,17 @@ def bits_per_byte(nats, split):
 
 # Version of the .metadata format; increment it when another main.py could misread it.
 FORMAT_VERSION = 6
+# {a field of Checkpoint or Session: its key in a record}, where these differ.
+RECORD_KEYS = {
+    "run_name": "name",
+    "saved_at": "saved",
+    "evaluations": "scores",
+    "parents": "origins",
+    "sessions": "stretches",
+    "code_sha1": "code",
+    "cursor": "place",
+}
+FIELDS = {key: field for field, key in RECORD_KEYS.items()}
 SHA1 = re.compile("[0-9a-f]{40}")
 NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check --save_dir"
 
@@ -1603,31 +1620,31 @@ class Checkpoint(Progress):
     """What the record of a checkpoint says."""
 
     id: str  # the SHA1 of its weights
-    name: str  # of its run; in a folder of another name, it is a copy
+    run_name: str  # in a folder of another name, it is a copy
     state_sha1: str  # of the arrays in its .metadata, see sha1_of_arrays
-    saved: float  # when, in seconds since 1970; later than those before it in its run
-    flags: dict  # those in SAVED, as they were settled
+    saved_at: float  # in seconds since 1970; later than those before it in its run
+    flags: dict  # those in RECORDED_FLAGS, as they were resolved
     config: Config
     tokens_sha256: dict  # of the training and validation texts, see Dataset
-    origins: dict  # the models that it began with: {"init_from", "teacher" or "branched_from": id}
-    stretches: list  # a Stretch each
+    parents: dict  # the models that it began with: {"init_from", "teacher" or "branched_from": id}
+    sessions: list  # a Session each
     # The fields of its Batches with the same names; `perm` is an array in the .metadata.
     epoch: int
-    place: int
+    cursor: int  # the index in `perm` of the next window
     offset: int
     format_version: int
 
     folder: Path = dataclasses.field(init=False)  # of its run; not in the record
 
     @property
-    def run(self):
-        """The name of its run."""
+    def folder_name(self):
+        """The name of its run's folder."""
         return self.folder.name
 
     @property
     def is_copy(self):
         """Whether its files were copied from the folder of another run."""
-        return self.name != self.run
+        return self.run_name != self.folder_name
 
     @property
     def weights_path(self):
@@ -1638,7 +1655,7 @@ class Checkpoint(Progress):
         return self.folder / f"{self.id}.metadata"
 
     def __str__(self):
-        return f"{self.run}, iteration {self.iteration:,}, checkpoint {self.id[:12]}"
+        return f"{self.folder_name}, iteration {self.iteration:,}, checkpoint {self.id[:12]}"
 
     def open(self):
         """Verifies both files and returns the Contents.
@@ -1663,7 +1680,7 @@ class Checkpoint(Progress):
 
 
 @dataclasses.dataclass
-class Stretch:
+class Session:
     """A part of a run that was trained by the same code in the same environment.
 
     Two are equal if they differ only in where they begin.
@@ -1671,7 +1688,7 @@ class Stretch:
 
     iteration: int = dataclasses.field(compare=False)  # at which it begins
     num_iters: int  # to which schedules were stretched
-    code: str  # see hash_code; that of older commits was of less
+    code_sha1: str  # see hash_code; that of older commits was of less
     versions: dict  # what the last bits depend on, see list_versions
 
 
@@ -1715,7 +1732,7 @@ class Contents(NamedTuple):
             run.model.update(tree_unflatten(self.weights))
             state = tree_unflatten(self.state)
             perm = np.array(state["perm"])
-            run.batches.go_to(checkpoint.epoch, checkpoint.place, checkpoint.offset, perm)
+            run.batches.go_to(checkpoint.epoch, checkpoint.cursor, checkpoint.offset, perm)
             if "weights" in state:  # the trained ones; the .safetensors has their average
                 check_arrays(state["weights"], run.model.trainable_parameters())
                 if run.flags.average:
@@ -1726,9 +1743,9 @@ class Contents(NamedTuple):
         for name, value in checkpoint.progress().items():
             setattr(run, name, value)
         run.checkpoint_id = checkpoint.id
-        run.saved = checkpoint.saved
-        run.origins = checkpoint.origins
-        run.stretches = [*checkpoint.stretches]
+        run.saved_at = checkpoint.saved_at
+        run.parents = checkpoint.parents
+        run.sessions = [*checkpoint.sessions]
 
 
 def check_arrays(found, expected):
@@ -1783,27 +1800,32 @@ def read_checkpoint(metadata_path):
         texts = json.loads(file.read(min(length, 10**8)))["__metadata__"]
     if sha1_of_text(texts["record"]) != texts["sha1"]:
         raise ValueError("damaged header")
-    record = json.loads(texts["record"])
+    record = renamed(json.loads(texts["record"]), FIELDS)
     version = record["format_version"]
     if version != FORMAT_VERSION:
         raise ValueError(f"its format is version {version}: the commit that wrote it reads it")
     record["config"] = checked(Config, record["config"])
-    record["stretches"] = [checked(Stretch, values) for values in record["stretches"]]
+    record["sessions"] = [checked(Session, renamed(each, FIELDS)) for each in record["sessions"]]
     checkpoint = checked(Checkpoint, record)
     checkpoint.folder = metadata_path.parent
-    checkpoint.scores = [Score(*each) for each in checkpoint.scores]
-    for each in checkpoint.scores:
+    checkpoint.evaluations = [Evaluation(*each) for each in checkpoint.evaluations]
+    for each in checkpoint.evaluations:
         if [*map(type, each)] != [int, float, int, float] or not math.isfinite(each.nats):
-            raise ValueError("its scores are malformed")
-    if not checkpoint.stretches or not all(map(SHA1.fullmatch, checkpoint.origins.values())):
+            raise ValueError("its evaluations are malformed")
+    if not checkpoint.sessions or not all(map(SHA1.fullmatch, checkpoint.parents.values())):
         raise ValueError("its history is malformed")
     # A flag that is younger than the checkpoint, or had no value, has its default.
     saved = {name: value for name, value in checkpoint.flags.items() if value is not None}
     check_values(saved)
-    checkpoint.flags = {name: DEFAULTS[name] for name in SAVED} | saved
+    checkpoint.flags = {name: DEFAULTS[name] for name in RECORDED_FLAGS} | saved
     if checkpoint.id != metadata_path.stem:
         raise ValueError(f"it belongs to {checkpoint.id[:12]}")
     return checkpoint
+
+
+def renamed(values, names):
+    """{key: value} with other keys, {key: another}."""
+    return {names.get(key, key): value for key, value in values.items()}
 
 
 def checked(kind, values):
@@ -1831,7 +1853,7 @@ def list_checkpoints(save_dir, warn=False):
     checkpoints = []
     for folder in list_folders(save_dir):
         checkpoints += list_run(folder, warn)
-    return sorted(checkpoints, key=saved_order, reverse=True)
+    return sorted(checkpoints, key=by_time_saved, reverse=True)
 
 
 def list_folders(save_dir):
@@ -1860,22 +1882,25 @@ def list_run(folder, warn=False):
             if warn:
                 line = f"Skipping {folder.name}, {weights.stem[:12]}: {one_line(error)}"
                 print(line, file=sys.stderr)
-    return sorted(checkpoints, key=saved_order, reverse=True)
+    return sorted(checkpoints, key=by_time_saved, reverse=True)
 
 
-def saved_order(checkpoint):
+def by_time_saved(checkpoint):
     """The sort key of checkpoints: copies come last, whenever they were saved."""
-    return not checkpoint.is_copy, checkpoint.saved, checkpoint.iteration
+    return not checkpoint.is_copy, checkpoint.saved_at, checkpoint.iteration
 
 
 def best_of(checkpoints):
     """The one with the lowest validation loss, newest first; the first if none has any, or None.
 
-    Only scores like the newest count.
+    Only losses on as many tokens as the newest count.
     """
-    scored = [each for each in checkpoints if each.score]
-    like = [each for each in scored if each.score.tokens == scored[0].score.tokens]
-    return min(like, key=lambda each: each.score.nats, default=next(iter(checkpoints), None))
+    evaluated = [each for each in checkpoints if each.evaluation]
+    comparable = [
+        each for each in evaluated if each.evaluation.tokens == evaluated[0].evaluation.tokens
+    ]
+    first = next(iter(checkpoints), None)
+    return min(comparable, key=lambda each: each.evaluation.nats, default=first)
 
 
 def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
@@ -1894,12 +1919,12 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
         if path.is_file():  # a branch may have the same weights
             checkpoints = list_run(path.parent)
     identifier = path.name.removesuffix(".safetensors")
-    runs = [each.run for each in checkpoints]
+    runs = [each.folder_name for each in checkpoints]
     if identifier == "latest":
         found = checkpoints[:1]
     elif identifier == "best" and checkpoints:
         best = best_of(list_run(checkpoints[0].folder))
-        found = [best] if best.score else []
+        found = [best] if best.evaluation else []
     elif identifier in runs:
         found = [checkpoints[runs.index(identifier)]]
     elif "@" in identifier:
@@ -1907,13 +1932,13 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     else:
         matching = [each for each in checkpoints if each.id.startswith(identifier)]
         # The last one counts, that of the first run: a branch begins with the same weights.
-        matching.sort(key=lambda each: (not each.is_copy, -each.saved))
+        matching.sort(key=lambda each: (not each.is_copy, -each.saved_at))
         found = list({each.id: each for each in matching}.values())
     if len(found) == 1:
         return found[0]
     names = ", ".join([*dict.fromkeys(runs)][:5]) or "none"
     gone = ""
-    if flag_name in ORIGINS:
+    if flag_name in PRETRAINED_FLAGS:
         gone = "; a run whose model is gone goes on by --identifier RUN"
     raise UsageError(
         f"--{flag_name} {identifier!r} matches {len(found) or 'no'} checkpoints in {save_dir}, "
@@ -1969,9 +1994,9 @@ def write_checkpoint(run):
         mx.save_safetensors(weights_file, weights, {"format": "mlx"})
         weights_file.flush()
         sha1 = sha1_of_file(weights_file.name)
-        saved = max(time.time(), run.saved + 1e-3)  # even if the clock was set back
-        identity = {"id": sha1, "state_sha1": sha1_of_arrays(state), "saved": saved}
-        record = json.dumps(describe_run(run) | identity)
+        saved_at = max(time.time(), run.saved_at + 1e-3)  # even if the clock was set back
+        identity = {"id": sha1, "state_sha1": sha1_of_arrays(state), "saved_at": saved_at}
+        record = json.dumps(renamed(describe_run(run) | identity, RECORD_KEYS))
         texts = {"record": record, "sha1": sha1_of_text(record)}
         mx.save_safetensors(metadata_file, state, texts)
         publish(metadata_file, run.folder / f"{sha1}.metadata")
@@ -1979,7 +2004,7 @@ def write_checkpoint(run):
     sync(run.folder)
     sync(run.folder.parent)  # where the name of the folder itself is
     run.checkpoint_id = sha1
-    run.saved = saved
+    run.saved_at = saved_at
     run.is_saved = True
     if on_gpu():
         mx.clear_cache()  # else the next step would compute in what the copies have left
@@ -2009,16 +2034,16 @@ def state_arrays(run):
 
 
 def describe_run(run):
-    """The fields of a Checkpoint of a run as it is; `id`, `state_sha1` and `saved` come later."""
+    """The fields of a Checkpoint of a run as it is, without `id`, `state_sha1` and `saved_at`."""
     return run.progress() | {
         "format_version": FORMAT_VERSION,
-        "name": run.folder.name,
-        "flags": values_of(run.flags, SAVED),
+        "run_name": run.folder.name,
+        "flags": values_of(run.flags, RECORDED_FLAGS),
         "config": dataclasses.asdict(run.model.config),
         "tokens_sha256": run.dataset.sha256,
-        "origins": run.origins,
-        "stretches": [vars(stretch) for stretch in run.stretches],
-        **values_of(run.batches, ["epoch", "place", "offset"]),
+        "parents": run.parents,
+        "sessions": [renamed(vars(session), RECORD_KEYS) for session in run.sessions],
+        **values_of(run.batches, ["epoch", "cursor", "offset"]),
     }
 
 
@@ -2030,8 +2055,8 @@ def prune(run):
     with contextlib.suppress(OSError):
         own = list_run(run.folder)  # newest first
         kept = {run.checkpoint_id, *(each.id for each in own[: run.flags.keep])}
-        # Only of the run's history: a damaged one that was skipped may claim a better score.
-        best = best_of([each for each in own if each.score in run.scores])
+        # Only of the run's history: a damaged one that was skipped may claim a lower loss.
+        best = best_of([each for each in own if each.evaluation in run.evaluations])
         for each in own:
             if each.id not in kept and each is not best:
                 each.weights_path.unlink(missing_ok=True)
@@ -2079,11 +2104,11 @@ FLAGS["training"] |= {
     "teacher_temperature": Flag(2.0, number(float, 0.01, 100), "distillation temperature"),
 }
 # The flags that name one; the first one given provides the tokenizer.
-ORIGINS = ("init_from", "teacher")
-WORDS = ("latest", "best")  # for checkpoints
+PRETRAINED_FLAGS = ("init_from", "teacher")
+CHECKPOINT_WORDS = ("latest", "best")
 
 
-class Origin(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model that a flag names: the one that a run begins with, its teacher, or a draft."""
 
     model: LanguageModel
@@ -2093,7 +2118,7 @@ class Origin(NamedTuple):
 
 
 def open_model(save_dir, name, flag_name):
-    """The Origin that a flag names: a checkpoint, or a Hugging Face folder or model.
+    """The LoadedModel that a flag names: a checkpoint, or a Hugging Face folder or model.
 
     Raises UsageError if there is none, RunError if it is damaged.
     """
@@ -2101,12 +2126,12 @@ def open_model(save_dir, name, flag_name):
         return extra("huggingface").open_by_name(name)
     checkpoint = named_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name)
     with explained(f"--{flag_name} cannot be used: name another", Damaged, kind=RunError):
-        return open_origin(checkpoint)
+        return load_model_of(checkpoint)
 
 
 def is_foreign(name):
     """Whether a model's name is that of a Hugging Face folder or model, not of a checkpoint."""
-    # `settle` has made a folder's name absolute; other folders are of runs.
+    # `resolve_flags` has made a folder's name absolute; other folders are of runs.
     return "/" in name and (is_model_folder(name) or not os.path.isdir(name))
 
 
@@ -2115,13 +2140,13 @@ def is_model_folder(path):
     return os.path.isfile(os.path.join(path, "config.json"))
 
 
-def open_origin(checkpoint):
-    """The Origin that is a checkpoint; with LoRA, also of its base. Raises RunError."""
+def load_model_of(checkpoint):
+    """The LoadedModel that is a checkpoint; with LoRA, also of its base. Raises RunError."""
     contents = checkpoint.open()
     files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
     if checkpoint.flags["lora_rank"]:
         files |= extra("kept_models").kept_files(checkpoint, "init_from")
-    return Origin(contents.load_model(), contents.tokenizer, checkpoint.id, files)
+    return LoadedModel(contents.load_model(), contents.tokenizer, checkpoint.id, files)
 
 
 # ---- Interrupts ---------------------------------------------------------------------------------
@@ -2247,7 +2272,7 @@ def use_device(gpu):
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
     # MLX loads what it has compiled from the folder for temporary files, where another user could
     # have put something else of that name.
-    os.environ["TMPDIR"] = str(open_code_dir())
+    os.environ["TMPDIR"] = str(open_kernel_dir())
     if gpu and fast:
         fast.use_gpu()
     elif fast:
@@ -2255,7 +2280,7 @@ def use_device(gpu):
     if not gpu and (not fast or sys.platform != "linux"):  # else, fast.py has made a quicker one
         # Where it may fuse a product with a sum, as on ARM, it does so in some loops of a kernel
         # and not in others, and which loop computes an element depends on time.
-        use_compiler(open_code_dir(), 'PATH=${PATH#*:}; g++ -ffp-contract=off "$@"')
+        use_compiler(open_kernel_dir(), 'PATH=${PATH#*:}; g++ -ffp-contract=off "$@"')
 
 
 def bfloat16_products(wanted):
@@ -2334,7 +2359,7 @@ def kept_code(folder, sha1):
 
 def keep_code(run):
     """Makes the code that trains a run a part of its folder. Raises OSError."""
-    folder = kept_code(run.folder, run.stretches[-1].code)
+    folder = kept_code(run.folder, run.sessions[-1].code_sha1)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):  # a stranger's
         return
     for name, source in run.code.items():
@@ -2350,16 +2375,16 @@ def keep_code(run):
 
 def other_code(checkpoint, flags):
     """The UsageError for a command that would go on with a run by other code than its own."""
-    kept = kept_code(checkpoint.folder, checkpoint.stretches[-1].code)
+    kept = kept_code(checkpoint.folder, checkpoint.sessions[-1].code_sha1)
     code = read_code(vars(flags))
     paths = filter(Path.is_file, kept.rglob("[!.]*"))
     before = {str(path.relative_to(kept)): path.read_text("utf-8", "replace") for path in paths}
     differ = sorted(dict(code.items() ^ before.items()))
     first, *_ = [*differ, "main.py"]
     return UsageError(
-        f"{checkpoint.run} was trained by other code than this ({', '.join(differ)}: "
+        f"{checkpoint.folder_name} was trained by other code than this ({', '.join(differ)}: "
         f"{shlex.join(['diff', str(kept / first), str(HERE / first)])}): resume with this code by "
-        f"{command(flags, checkpoint.run)}, or start a new run by its original command and "
+        f"{command(flags, checkpoint.folder_name)}, or start a new run by its original command and "
         "--new_model"
     )
 
@@ -2417,7 +2442,7 @@ class Reporter:
         measured = {"epoch": run.epochs, "peak_mib": mx.get_peak_memory() / 2**20}
         if run.recent_times:
             seconds = sum(run.recent_times) / len(run.recent_times)
-            tokens = run.batches.batch_size * run.flags.context_size
+            tokens = run.batches.rows_per_step * run.flags.context_size
             speed = {"ms_per_step": 1000 * seconds, "tokens_per_second": tokens / seconds}
             measured = speed | measured
         self.show(run, metrics | measured)
@@ -2442,16 +2467,17 @@ class Reporter:
             texts.append(f"left {tqdm.format_interval(left)}")
         say("  ".join([f"{run.iteration:,}/{self.bar.total:,}", *texts]))
 
-    def report_score(self, run, metrics, seconds):
+    def report_evaluation(self, run, metrics, seconds):
         """Shows and logs the metrics of the validation split, see evaluate; it took `seconds`."""
         train = ""
         if self.train_loss is not None and run.teacher is None:
             train = f"train {self.train_loss:.4f}, "
-        is_best = run.score and run.score == min(run.comparable_scores(), key=BY_LOSS)
+        best = min(run.comparable_evaluations(), key=BY_LOSS, default=None)
+        is_best = run.evaluation and run.evaluation == best
         mark = " (best)" if is_best else ""
-        text = describe_score("valid", metrics, run.dataset.valid, run.dataset.tokenizer, mark)
+        text = describe_losses("valid", metrics, run.dataset.valid, run.dataset.tokenizer, mark)
         elapsed = tqdm.format_interval(run.seconds)
-        times = f"epoch {run.epochs:.2f}, time {elapsed}, scored in {seconds:.1f} s"
+        times = f"epoch {run.epochs:.2f}, time {elapsed}, evaluated in {seconds:.1f} s"
         say(f"iteration {run.iteration:,}: {train}{text}; {times}")
         metrics = metrics | {"bits_per_byte": bits_per_byte(metrics["loss"], run.dataset.valid)}
         self.record(run, "valid", metrics)
@@ -2495,9 +2521,9 @@ class Log:
     def __init__(self, run):
         self.path = run.folder / "log.csv"
         self.columns = []  # of the file; none before it is written anew
-        # The last row of earlier sessions that is kept, as (iteration, whether it is a score); a
-        # score comes after the training row of its iteration.
-        self.kept_up_to = (run.iteration, run.score is not None)
+        # The last row of earlier sessions that is kept, as (iteration, whether it is an evaluation,
+        # which comes after the training row of its iteration).
+        self.kept_up_to = (run.iteration, run.evaluation is not None)
 
     def append(self, row):
         """Adds a row, {name: value}. Raises OSError."""
@@ -2525,8 +2551,8 @@ class Log:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            place = (int(row["iteration"]), row["split"] != "train")
-            if place <= self.kept_up_to:
+            at = (int(row["iteration"]), row["split"] != "train")
+            if at <= self.kept_up_to:
                 writer.writerow(row)
         writer.writerow(last)
         with replacing(self.path) as file:
@@ -2571,7 +2597,7 @@ def print_start(run, checkpoint):
         split = getattr(dataset, name)
         if split:
             lengths.append(f"{len(split.tokens):,} {name}")
-    rows = run.batches.batch_size  # of a step
+    rows = run.batches.rows_per_step  # of a step
     steps = len(run.batches.perm) // rows or 1  # per epoch
     epochs = flags.num_iters * rows * config.context_size / len(dataset.train.tokens)
     parameters = count_parameters(run.model.parameters())
@@ -2599,7 +2625,7 @@ def print_start(run, checkpoint):
     say(printable("\n".join([*lines, *start_notices(run)])))
 
 
-def describe_score(name, metrics, split, tokenizer, mark=""):
+def describe_losses(name, metrics, split, tokenizer, mark=""):
     """A split's loss, per token and in units that do not depend on the tokenizer; other metrics.
 
     metrics: those of evaluate. mark: what is said of the loss, such as " (best)".
@@ -2609,7 +2635,7 @@ def describe_score(name, metrics, split, tokenizer, mark=""):
     texts = [f"{name} {nats:.4f} nats{mark}", f"perplexity {perplexity(nats):.2f} per {unit}"]
     is_whole = split.num_bytes is not None
     if is_whole and tokenizer.kind not in ("word", "char", "byte"):
-        # For the whole split, extrapolated if `nats` is the score of its first tokens only.
+        # For the whole split, extrapolated if `nats` is of its first tokens only.
         total = nats * len(split.tokens)
         of_words = perplexity(total / max(1, split.num_words))
         texts.append(f"{of_words:.2f} per word" if of_words < 1e6 else f"{of_words:.1e} per word")
@@ -2642,12 +2668,12 @@ def count_parameters(tree):
 def start_notices(run):
     """Yields what may surprise the user of a run, a line each."""
     flags = run.flags
-    if EDITED:
-        yield f"edited   {', '.join(EDITED)}: computed by main.py, not by fast.py"
+    if EDITED_FUNCTIONS:
+        yield f"edited   {', '.join(EDITED_FUNCTIONS)}: computed by main.py, not by fast.py"
     tokenizer = run.dataset.tokenizer
     if tokenizer.bos:
         yield f"Each text begins with {tokenizer.decode(tokenizer.bos)}, as for the base."
-    if len(run.batches.perm) < run.batches.batch_size:
+    if len(run.batches.perm) < run.batches.rows_per_step:
         yield "The text has fewer windows than a batch has rows: some repeat within each batch."
     if fast and fast.BLAS == fast.REFERENCE_BLAS and not flags.gpu:
         yield (
@@ -2659,7 +2685,7 @@ def start_notices(run):
             "Computing in float32, as bfloat16 is not faster here. It is with --gpu, or on an AMD "
             "CPU with AVX-512 BF16 or an Intel CPU with AMX, after pip install onednn-cpu-gomp."
         )
-    unnamed = {"dataset", "mlp", "lr_schedule"} - {*flags.given}
+    unnamed = {"dataset", "mlp", "lr_schedule"} - {*flags.explicit}
     if flags.config and unnamed and Path(flags.config).suffix:  # a file, no recipe
         yield f"{flags.config} names no {', '.join(sorted(unnamed))}: see data, model, rate above."
     yield from notice_useless(flags)
@@ -2670,14 +2696,14 @@ def describe_resume(checkpoint, run):
     flags = run.flags
     changes = describe_changes(checkpoint.flags, vars(flags), "--")
     yield f"resumed  with {changes or 'unchanged flags'}"
-    if checkpoint.run != run.folder.name:
-        yield f"This is a branch of {checkpoint.run}, which stays as it is."
+    if checkpoint.folder_name != run.folder.name:
+        yield f"This is a branch of {checkpoint.folder_name}, which stays as it is."
     if checkpoint.flags["num_iters"] != flags.num_iters:
         yield "Schedules of the learning rate and of dropout now stretch to --num_iters."
-    stretch = checkpoint.stretches[-1]
-    if stretch.code != run.stretches[-1].code:
+    session = checkpoint.sessions[-1]
+    if session.code_sha1 != run.sessions[-1].code_sha1:
         yield "The code that trains was edited since the checkpoint."
-    changes = describe_changes(stretch.versions, run.versions)
+    changes = describe_changes(session.versions, run.versions)
     if changes:
         yield f"Environment changed ({changes}): resume may not be bit-exact."
 
@@ -2695,7 +2721,7 @@ def sample_from(flags):
 
     The model's text goes to stdout, messages about it to stderr. Raises UsageError.
     """
-    contents = open_for_use(flags)
+    contents = open_checkpoint(flags)
     model = contents.load_model()
     tokenizer = contents.tokenizer
     draft = None
@@ -2889,12 +2915,12 @@ FLAGS["command"] = {
 
 ROWS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
 DEFAULTS = {name: row.default for name, row in ROWS.items()}
-SEVERAL = [name for name, default in DEFAULTS.items() if default == []]  # take several values
-FIXED = [*FLAGS["data"], *FLAGS["model"], *FLAGS["init"]]
-SHAPING = [*FIXED, *FLAGS["training"]]
-SAVED = [*SHAPING, *FLAGS["session"]]
+LIST_FLAGS = [name for name, default in DEFAULTS.items() if default == []]  # take several values
+INIT_FLAGS = [*FLAGS["data"], *FLAGS["model"], *FLAGS["init"]]
+IDENTITY_FLAGS = [*INIT_FLAGS, *FLAGS["training"]]
+RECORDED_FLAGS = [*IDENTITY_FLAGS, *FLAGS["session"]]
 # Flags that name a place: its content counts, not its name.
-PATHS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
+PATH_FLAGS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
 
 LARGEST_YAML = 1 << 20  # bytes of a --config, or of a file of cases
 RECIPES = HERE / "extras" / "recipes"  # the files that --config finds by name
@@ -2929,7 +2955,7 @@ def arguments_of(values):
     """{flag: value} as command-line arguments. Raises ValueError for a list within a value."""
     arguments = []
     for name, value in values.items():
-        is_list = isinstance(value, list) and name in SEVERAL
+        is_list = isinstance(value, list) and name in LIST_FLAGS
         for each in value if is_list else [value]:
             if isinstance(each, (list, dict)):  # by YAML's aliases, perhaps a billion words
                 raise ValueError(f"{name} has a list or a mapping instead of a value")
@@ -3017,28 +3043,28 @@ def read_yaml(path, loader="SafeLoader"):
     return yaml.load(path.read_text("utf-8"), Loader)
 
 
-def settle(given, saved=None):
+def resolve_flags(explicit, recorded=None):
     """All flags of a command or a run, as a Namespace.
 
-    given: those that the command sets, which stay in the attribute `given`; saved: those of the
-    checkpoint that it resumes, or that a new run's models decide. What neither sets has its
+    explicit: those that the command sets, which stay in the attribute `explicit`; recorded: those
+    of the checkpoint that it resumes, or that a new run's models decide. What neither sets has its
     default; a default of None that depends on other flags is filled in.
     """
-    if "text" in given:
-        given = {"dataset": "text"} | given  # load_dataset refuses another one
-    flags = argparse.Namespace(**DEFAULTS | (saved or {}) | given)
-    flags.given = given
+    if "text" in explicit:
+        explicit = {"dataset": "text"} | explicit  # load_dataset refuses another one
+    flags = argparse.Namespace(**DEFAULTS | (recorded or {}) | explicit)
+    flags.explicit = explicit
     flags.save_dir = Path(user_path(flags.save_dir))
-    flags.data_dir = flags.data_dir or given.get("save_dir")
-    for name in {"text", "valid_text", "test_text"} & {*given}:  # those saved are absolute
-        setattr(flags, name, [absolute(path) for path in given[name]])
-    for name in {"init_from", "teacher", "draft"} & {*given}:
+    flags.data_dir = flags.data_dir or explicit.get("save_dir")
+    for name in {"text", "valid_text", "test_text"} & {*explicit}:  # those recorded are absolute
+        setattr(flags, name, [absolute(path) for path in explicit[name]])
+    for name in {"init_from", "teacher", "draft"} & {*explicit}:
         # Else it is a checkpoint, or a model of the hub.
-        if given[name] not in WORDS and is_model_folder(user_path(given[name])):
-            setattr(flags, name, absolute(given[name]))
+        if explicit[name] not in CHECKPOINT_WORDS and is_model_folder(user_path(explicit[name])):
+            setattr(flags, name, absolute(explicit[name]))
     if flags.tokenizer == "auto":
         flags.tokenizer = CORPORA[flags.dataset].tokenizer
-    elif flags.tokenizer == given.get("tokenizer") and flags.tokenizer not in KINDS:
+    elif flags.tokenizer == explicit.get("tokenizer") and flags.tokenizer not in KINDS:
         flags.tokenizer = absolute(flags.tokenizer)
     if flags.num_kv_heads is None:
         flags.num_kv_heads = flags.num_heads
@@ -3062,7 +3088,7 @@ def values_of(flags, names):
 
 
 # {flag: the flags of which it needs one to have an effect}
-NEEDS = {
+REQUIRED_FLAGS = {
     "min_lr": "lr_schedule",
     "lr_cooldown": "lr_schedule",
     "valid_fraction": "text",
@@ -3078,10 +3104,10 @@ NEEDS = {
 
 def notice_useless(flags):
     """Yields a line for each flag given that has no effect beside the others."""
-    for name, needed in NEEDS.items():
+    for name, needed in REQUIRED_FLAGS.items():
         others = needed.split()
         has_effect = any(getattr(flags, other) != DEFAULTS[other] for other in others)
-        if name in flags.given and not has_effect:
+        if name in flags.explicit and not has_effect:
             yield f"--{name} has no effect without --{' or --'.join(others)}."
 
 
@@ -3089,8 +3115,8 @@ def command(flags, identifier):
     """The command that resumes a run or a checkpoint, in the same folders."""
     parts = ["python", "main.py", "--identifier", identifier]
     for name in ("save_dir", "data_dir"):
-        if name in flags.given:
-            parts += [f"--{name}", flags.given[name]]
+        if name in flags.explicit:
+            parts += [f"--{name}", flags.explicit[name]]
     if flags.gpu:
         parts.append("--gpu")
     return shlex.join(map(str, parts))
@@ -3102,19 +3128,21 @@ def command(flags, identifier):
 # looks only into NAME, NAME.2, NAME.3, …, for a run that was trained by the same code.
 
 
-def identity_of(flags, sha256, origins):
+def identity_of(flags, sha256, parents):
     """What tells runs apart, {name: value}: not where something lies, but what lies there.
 
-    flags: {name: value}; sha256: see Dataset; origins: see Checkpoint.
+    flags: {name: value}; sha256: see Dataset; parents: see Checkpoint.
     """
-    found = {name: flags[name] for name in SHAPING if name not in PATHS} | sha256 | origins
-    for name in ORIGINS:
-        if flags[name] in WORDS:  # soon, "latest" will be the run itself: the word counts
+    found = {name: flags[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
+    found |= sha256 | parents
+    for name in PRETRAINED_FLAGS:
+        # Soon, "latest" will be the run itself: the word counts.
+        if flags[name] in CHECKPOINT_WORDS:
             found[name] = flags[name]
     return found
 
 
-def run_name(dataset, identity):
+def name_of_run(dataset, identity):
     """The name of the run of this identity: <dataset>-<8 hexadecimal digits>.
 
     Defaults are left out: otherwise, adding a flag to the program would rename all runs.
@@ -3124,14 +3152,15 @@ def run_name(dataset, identity):
 
 
 def refuse_contradiction(flags, values, holder):
-    """Raises UsageError if a flag in FIXED that was given contradicts what `holder` has.
+    """Raises UsageError if a flag in INIT_FLAGS that was given contradicts what `holder` has.
 
     Texts and files of tokenizers are compared by what lies there, see load_data_again.
     """
     for name, value in values.items():
         given = getattr(flags, name)
-        is_place = name in PATHS and name not in ORIGINS and str(value) not in TOKENIZERS
-        if name in FIXED and name in flags.given and given != value and not is_place:
+        is_path = name in PATH_FLAGS and name not in PRETRAINED_FLAGS
+        is_path = is_path and str(value) not in TOKENIZERS
+        if name in INIT_FLAGS and name in flags.explicit and given != value and not is_path:
             has = "was made without it" if value is None else f"has {value}"
             raise UsageError(
                 f"--{name} {given} contradicts {holder}, which {has}: "
@@ -3146,7 +3175,7 @@ def choose_checkpoint(flags):
     """
     if flags.new_model and flags.identifier:
         raise UsageError("--identifier goes on, --new_model begins anew: use one of them")
-    is_described = {*SHAPING} & {*flags.given}
+    is_described = {*IDENTITY_FLAGS} & {*flags.explicit}
     if flags.new_model or (is_described and not flags.identifier):
         list_folders(flags.save_dir)  # refuses that of a run, before a text is written there
         return None
@@ -3156,15 +3185,15 @@ def choose_checkpoint(flags):
     return checkpoints[0] if checkpoints else None
 
 
-def find_folder(flags, dataset, origins, sha1):
+def find_folder(flags, dataset, parents, sha1):
     """The folder of the run that these decide: of one to go on with, or of a new one.
 
     sha1: of the code. Of NAME, NAME.2, …, it is the one saved last that was trained by this code
     (with --identifier, by any), or else one that has no checkpoint, or the next that is free.
     Raises UsageError if the one saved last has other code and is not done.
     """
-    identity = identity_of(vars(flags), dataset.sha256, origins)
-    name = run_name(flags.dataset, identity)
+    identity = identity_of(vars(flags), dataset.sha256, parents)
+    name = name_of_run(flags.dataset, identity)
     found = []  # the newest checkpoint of each run
     others = []  # folders without one
     for folder in [] if flags.new_model else list_folders(flags.save_dir):
@@ -3173,14 +3202,14 @@ def find_folder(flags, dataset, origins, sha1):
             found += own[:1]
             others += [] if own else [folder]
     newest = None  # of other code
-    for each in sorted(found, key=saved_order, reverse=True):
-        if identity_of(each.flags, each.tokens_sha256, each.origins) != identity:
-            say(f"Passing over {each.run}, which has other flags than its name says.")
-        elif flags.identifier or each.stretches[-1].code == sha1:
+    for each in sorted(found, key=by_time_saved, reverse=True):
+        if identity_of(each.flags, each.tokens_sha256, each.parents) != identity:
+            say(f"Passing over {each.folder_name}, which has other flags than its name says.")
+        elif flags.identifier or each.sessions[-1].code_sha1 == sha1:
             return each.folder
         else:
             newest = newest or each
-    if newest and newest.iteration < flags.given.get("num_iters", newest.flags["num_iters"]):
+    if newest and newest.iteration < flags.explicit.get("num_iters", newest.flags["num_iters"]):
         raise other_code(newest, flags)
     if others:  # the same command may have been stopped there before it saved
         return others[0]
@@ -3192,7 +3221,7 @@ def find_folder(flags, dataset, origins, sha1):
 
 
 @contextlib.contextmanager
-def claimed(folder):
+def locked_folder(folder):
     """Holds the lock of a run's folder, which is made if it is missing.
 
     Raises UsageError if another process holds it. The lock ends with the process, however that
@@ -3218,7 +3247,7 @@ def claimed(folder):
 
 
 def needed_models(flags):
-    """The flags among ORIGINS whose models a run reads at each start, not only at its first."""
+    """The PRETRAINED_FLAGS whose models a run reads at each start, not only at its first."""
     needed = ["teacher"] if flags.teacher else []
     return [*needed, "init_from"] if flags.lora_rank else needed
 
@@ -3226,7 +3255,7 @@ def needed_models(flags):
 IMPORTED_CONTEXT = 1024  # at most, of a run from a Hugging Face model without --context_size
 
 
-def values_from_models(models, flags):
+def flags_from_pretrained(models, flags):
     """The flags of a new run that its models determine, {flag: value}.
 
     Both determine the tokenizer, as all models have to predict the same ids, and --init_from the
@@ -3243,7 +3272,7 @@ def values_from_models(models, flags):
     if "init_from" in models:
         config = models["init_from"].model.config
         decided |= values_of(config, FLAGS["model"])
-        if "context_size" in flags.given:  # RoPE works with any
+        if "context_size" in flags.explicit:  # RoPE works with any
             decided["context_size"] = flags.context_size
         elif is_foreign(flags.init_from):
             decided["context_size"] = min(config.context_size, IMPORTED_CONTEXT)
@@ -3270,19 +3299,19 @@ def make_model(flags, dataset, checkpoint, models):
         raise UsageError(f"--{error}") from None
 
 
-def begin(flags):
-    """What a new run begins with: its models, {flag: Origin}, its flags and its dataset.
+def load_inputs(flags):
+    """What a new run begins with: its models, {flag: LoadedModel}, its flags and its dataset.
 
     Raises UsageError, RunError.
     """
     models = {}
-    for flag_name in ORIGINS:
+    for flag_name in PRETRAINED_FLAGS:
         name = getattr(flags, flag_name)
         if name:
             models[flag_name] = open_model(flags.save_dir, name, flag_name)
     if not models:
         return models, flags, load_data(flags)
-    flags = settle(flags.given, values_from_models(models, flags))
+    flags = resolve_flags(flags.explicit, flags_from_pretrained(models, flags))
     return models, flags, load_data(flags, next(iter(models.values())).tokenizer)
 
 
@@ -3309,7 +3338,7 @@ def load_data_again(flags, checkpoint):
     If the tokenizer came from a model or a file, it is taken from the run's checkpoints: the
     original may be gone.
     """
-    of_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in flags.given
+    of_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in flags.explicit
     tokenizer = None
     if flags.init_from or flags.teacher or of_file:
         tokenizer = open_newest(list_run(checkpoint.folder)).tokenizer
@@ -3317,8 +3346,8 @@ def load_data_again(flags, checkpoint):
     if checkpoint.tokens_sha256 != dataset.sha256:
         why = " (what --test_text names is left out of --text)" if flags.test_text else ""
         raise UsageError(
-            f"the text or tokenizer of {checkpoint.run} has changed{why}: start a new run with "
-            "--new_model, or with --init_from from its weights"
+            f"the text or tokenizer of {checkpoint.folder_name} has changed{why}: start a new run "
+            "with --new_model, or with --init_from from its weights"
         )
     return dataset
 
@@ -3326,7 +3355,7 @@ def load_data_again(flags, checkpoint):
 def make_run(folder, flags, contents, models, dataset, ranks):
     """The run whose state is in `contents`, or a new one if that is None.
 
-    models: those that it reads at this start, {flag: Origin}. Raises UsageError, RunError.
+    models: those that it reads at this start, {flag: LoadedModel}. Raises UsageError, RunError.
     """
     checkpoint = contents and contents.checkpoint
     if checkpoint and checkpoint.config.vocab_size < dataset.tokenizer.vocab_size:
@@ -3352,16 +3381,16 @@ def make_run(folder, flags, contents, models, dataset, ranks):
         optimizer=optimizer,
         batches=batches,
         teacher=teacher,
-        origins={name: source.id for name, source in models.items()},
-        stretches=[],
+        parents={name: source.id for name, source in models.items()},
+        sessions=[],
         code=code,
     )
     if contents:
         contents.restore(run)
     versions = list_versions(flags, ranks)
-    stretch = Stretch(run.iteration, flags.num_iters, hash_code(code), versions)
-    if run.stretches[-1:] != [stretch]:
-        run.stretches.append(stretch)
+    session = Session(run.iteration, flags.num_iters, hash_code(code), versions)
+    if run.sessions[-1:] != [session]:
+        run.sessions.append(session)
     mx.eval(model.parameters(), optimizer.state)
     return run
 
@@ -3400,23 +3429,23 @@ def set_up(flags, ranks):
     """
     chosen = choose_checkpoint(flags)
     if chosen:
-        flags = settle(flags.given, chosen.flags)
-        refuse_contradiction(flags, chosen.flags, chosen.run)
+        flags = resolve_flags(flags.explicit, chosen.flags)
+        refuse_contradiction(flags, chosen.flags, chosen.folder_name)
     check_before_data(flags, ranks)
     if chosen:
         dataset = load_data_again(flags, chosen)
-        origins = chosen.origins | {"branched_from": chosen.id}
+        parents = chosen.parents | {"branched_from": chosen.id}
     else:
-        models, flags, dataset = begin(flags)
-        origins = {name: source.id for name, source in models.items()}
+        models, flags, dataset = load_inputs(flags)
+        parents = {name: source.id for name, source in models.items()}
     sha1 = hash_code(read_code(vars(flags)))  # before it has run
     if chosen and is_next(flags, chosen):
         folder = chosen.folder
-        if not flags.identifier and chosen.stretches[-1].code != sha1:
+        if not flags.identifier and chosen.sessions[-1].code_sha1 != sha1:
             raise other_code(chosen, flags)
     else:
-        folder = find_folder(flags, dataset, origins, sha1)
-    with claimed(folder):
+        folder = find_folder(flags, dataset, parents, sha1)
+    with locked_folder(folder):
         own = list_run(folder, warn=True)  # only now can no other process advance it
         if not own and any(folder.glob("[!.]*.safetensors")):
             line = f"no checkpoint of {folder.name} can be read: --new_model starts a new run"
@@ -3428,7 +3457,7 @@ def set_up(flags, ranks):
             contents = open_newest(own or [chosen], is_named)
             # All is inherited but a test text: it has been read already.
             read = values_of(flags, ["test_text", "eval_test"])
-            flags = settle(flags.given, contents.checkpoint.flags | read)
+            flags = resolve_flags(flags.explicit, contents.checkpoint.flags | read)
             models = {
                 name: extra("kept_models").open_kept(contents.checkpoint, name)
                 for name in needed_models(flags)
@@ -3440,7 +3469,7 @@ def set_up(flags, ranks):
         with Interrupts() as interrupts:  # from here on there is something to save
             print_start(run, contents and contents.checkpoint)
             if chosen and not own:
-                run.origins = origins
+                run.parents = parents
                 save(run, interrupts)  # a branch then has all that it needs
             yield run, interrupts
 
@@ -3458,7 +3487,7 @@ def is_next(flags, chosen):
 # ---- Commands -----------------------------------------------------------------------------------
 
 
-def open_for_use(flags):
+def open_checkpoint(flags):
     """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
 
     Raises UsageError if a flag contradicts it, RunError.
@@ -3468,7 +3497,7 @@ def open_for_use(flags):
         raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
     found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier or "latest")
     values = found.flags | {"seed": flags.seed}  # here that of samples
-    refuse_contradiction(flags, values, found.run)
+    refuse_contradiction(flags, values, found.folder_name)
     if flags.identifier:
         return open_newest([found], is_named=True)
     return open_newest(list_run(found.folder))
@@ -3477,17 +3506,17 @@ def open_for_use(flags):
 def announce(checkpoint):
     """Says which checkpoint a command uses, from which folder, and whether main.py has changed."""
     line = f"{checkpoint}, in {checkpoint.folder.parent}"
-    if checkpoint.stretches[-1].code != hash_code(read_code(checkpoint.flags)):
+    if checkpoint.sessions[-1].code_sha1 != hash_code(read_code(checkpoint.flags)):
         line += ", trained by other code than this"
     print(line, file=sys.stderr)
 
 
-def score_checkpoint(flags):
-    """Scores a split for --evaluate, with the weights of --quantize if that is given."""
-    contents = open_for_use(flags)
+def evaluate_checkpoint(flags):
+    """Evaluates a split for --evaluate, with the weights of --quantize if that is given."""
+    contents = open_checkpoint(flags)
     model = contents.load_model()
     checkpoint = contents.checkpoint
-    flags = settle(flags.given, checkpoint.flags)
+    flags = resolve_flags(flags.explicit, checkpoint.flags)
     if flags.evaluate == "test" and flags.test_text:  # the run's own text may be gone
         flags.dataset = "text"
         flags.text = flags.valid_text = flags.test_text
@@ -3499,7 +3528,7 @@ def score_checkpoint(flags):
     announce(checkpoint)
     for line in notice_useless(flags):
         print(line, file=sys.stderr)
-    score_split(flags.evaluate, model, dataset, flags)
+    evaluate_split(flags.evaluate, model, dataset, flags)
 
 
 def train_run(flags, ranks):
@@ -3531,8 +3560,8 @@ def describe_end(run, received):
     flags = run.flags
     again = command(flags, run.folder.name)
     trained = f"{plural(run.iteration, 'iteration')} in {tqdm.format_interval(run.seconds)}"
-    if run.scores:
-        best = min(run.comparable_scores(), key=BY_LOSS)
+    if run.evaluations:
+        best = min(run.comparable_evaluations(), key=BY_LOSS)
         trained += f", best: valid {best.nats:.4f} nats at iteration {best.iteration:,}"
     if received:
         return f"{trained}\nStopped at iteration {run.iteration:,}. To resume: {again}"
@@ -3548,8 +3577,9 @@ def describe_end(run, received):
 
 def names_for_judge():
     """What extras/versus/worker.py calls in this and other versions of main.py, {name: it}."""
-    names = "read_command_line settle use_device begin make_run start_notices make_step train_step"
-    names += " SingleProcess is_foreign arguments_of read_checkpoint SAVED PATHS EDITED"
+    names = "read_command_line resolve_flags use_device load_inputs make_run start_notices"
+    names += " make_step train_step SingleProcess is_foreign arguments_of read_checkpoint"
+    names += " RECORDED_FLAGS PATH_FLAGS EDITED_FUNCTIONS"
     return {name: globals()[name] for name in names.split()}
 
 
@@ -3558,7 +3588,7 @@ def execute(argv):
     with explained_by_mlx(), join_ranks(argv) as ranks:
         if ranks.rank > 0:
             return ranks.follow()
-        flags = settle(read_command_line(argv))
+        flags = resolve_flags(read_command_line(argv))
         path = str(flags.save_dir.absolute())
         if utf8(path) != path:
             raise UsageError(f"--save_dir {path}: MLX reads only names in UTF-8; rename it")
@@ -3566,7 +3596,7 @@ def execute(argv):
         if flags.list:
             return extra("list").list_runs(flags.save_dir)
         if flags.evaluate:
-            return score_checkpoint(flags)
+            return evaluate_checkpoint(flags)
         if flags.inference or flags.prompt is not None:
             return sample_from(flags)
         fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"

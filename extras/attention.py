@@ -8,7 +8,7 @@ Dimension letters are those of main.py: D model, H query heads, L positions, d h
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import make_parser, open_checkpoint, read_flags, start
+from extras.common.program import load_checkpoint, make_parser, read_flags, start
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +23,7 @@ def main(arguments):
     parser.add_argument("file", metavar="FILE", help="the picture to write")
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="the text")
     flags = read_flags(parser, arguments)
-    checkpoint, model, tokenizer = open_checkpoint(flags)
+    checkpoint, model, tokenizer = load_checkpoint(flags)
     plot_attention(model, tokenizer, flags.prompt, str(checkpoint), flags.file)
     announce(checkpoint)
 

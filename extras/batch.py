@@ -7,7 +7,7 @@ sampling flags, completion and tokens. Rerun the same command to resume.
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import make_parser, open_checkpoint, read_flags, start
+from extras.common.program import load_checkpoint, make_parser, read_flags, start
 
 import os
 
@@ -37,7 +37,7 @@ def main(arguments):
         help="JSON Lines; resumed if it exists (default: stdout)",
     )
     flags = read_flags(parser, arguments)
-    checkpoint, model, tokenizer = open_checkpoint(flags)
+    checkpoint, model, tokenizer = load_checkpoint(flags)
     if flags.quantize:
         quantize(model, flags.quantize, packed=flags.gpu)
     answer_file(model, tokenizer, checkpoint, flags)
@@ -91,14 +91,14 @@ def answer_batch(model, tokenizer, jobs, flags):
             line = lines[i]
             line["tokens"].append(ids[i])
             if ids[i] != end:
-                line["completion"] += detokenizers[i].add(ids[i])
+                line["completion"] += detokenizers[i].add_token(ids[i])
             has_stop = flags.stop and flags.stop in line["completion"]
             if has_stop or ids[i] == end:
                 running.remove(i)
         if not running:
             break
     for line, detokenizer in zip(lines, detokenizers):
-        line["completion"] += detokenizer.rest()
+        line["completion"] += detokenizer.finalize()
         if flags.stop:
             line["completion"], _, _ = line["completion"].partition(flags.stop)
     return lines

@@ -22,8 +22,8 @@ from mlx.utils import tree_flatten
 from datasets import UsageError
 from extras.features.memory import memory_of_step
 from extras.features.steps import open_run
-from main import Decoder, SingleProcess, begin, draw_dropout, fast, make_run, make_step
-from main import notice_useless, open_for_use, read_command_line, settle, use_device
+from main import Decoder, SingleProcess, draw_dropout, fast, load_inputs, make_run, make_step
+from main import notice_useless, open_checkpoint, read_command_line, resolve_flags, use_device
 
 # The parts of a model, and a pattern in the names of their parameters.
 PARTS = {
@@ -43,17 +43,17 @@ def main(arguments):
 
     Raises UsageError, RunError.
     """
-    flags = settle(read_command_line(arguments))
+    flags = resolve_flags(read_command_line(arguments))
     for name in NOT_TRAINING:
-        if name in flags.given:
+        if name in flags.explicit:
             raise UsageError(f"--{name} trains nothing: give the flags of a training")
     use_device(flags.gpu)
     if flags.identifier:
-        checkpoint = open_for_use(flags).checkpoint
-        flags = settle(flags.given, checkpoint.flags)
+        checkpoint = open_checkpoint(flags).checkpoint
+        flags = resolve_flags(flags.explicit, checkpoint.flags)
         run = open_run(checkpoint.folder, flags, checkpoint, checkpoint)
     else:
-        models, flags, dataset = begin(flags)
+        models, flags, dataset = load_inputs(flags)
         run = make_run(flags.save_dir, flags, None, models, dataset, SingleProcess())
     for line in notice_useless(flags):
         print(line)

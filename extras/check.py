@@ -97,7 +97,7 @@ def list_operations():
     yield "RoPE", partial(core.rotate, frequencies=frequencies, offset=3), heads
     yield "attention", core.attend, heads, few_heads, few_heads
     yield "attention of one token", core.attend, (4, 4, 1, 64), few_heads, few_heads
-    yield "embeddings", partial(core.look_up, tokens=tokens), table
+    yield "embeddings", partial(core.embed, tokens=tokens), table
     yield "loss", partial(loss, tokens), states, table
     yield "norm of gradients", mx.linalg.norm, table
     yield "Muon", core.Muon(1e-3, 0).orthogonalize, states

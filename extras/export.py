@@ -8,12 +8,12 @@
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import make_parser, open_checkpoint, read_flags, start
+from extras.common.program import load_checkpoint, make_parser, read_flags, start
 
 import sys
 
 from datasets import extra
-from main import EDITED, announce
+from main import EDITED_FUNCTIONS, announce
 
 
 def main(arguments):
@@ -21,14 +21,15 @@ def main(arguments):
     parser = make_parser("export", __doc__, "identifier", "quantize")
     parser.add_argument("path", metavar="PATH", help="a new folder, or a new file FILE.gguf")
     flags = read_flags(parser, arguments)
-    checkpoint, model, tokenizer = open_checkpoint(flags)
+    checkpoint, model, tokenizer = load_checkpoint(flags)
     if flags.path.lower().endswith(".gguf"):
         extra("gguf").export_gguf(model, tokenizer, flags.path, flags.quantize)
     else:
         extra("huggingface").export_model(model, tokenizer, flags.path, flags.quantize)
     announce(checkpoint)
-    if EDITED:
-        print(f"Other programs know nothing of your edit of {', '.join(EDITED)}.", file=sys.stderr)
+    if EDITED_FUNCTIONS:
+        edited = ", ".join(EDITED_FUNCTIONS)
+        print(f"Other programs know nothing of your edit of {edited}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

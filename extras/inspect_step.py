@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from datasets import number, printable
 from extras.features.steps import open_run
-from main import list_checkpoints, make_step, named_checkpoint, settle, train_step
+from main import list_checkpoints, make_step, named_checkpoint, resolve_flags, train_step
 
 
 def main(arguments):
@@ -32,15 +32,15 @@ def main(arguments):
     flags = read_flags(parser, arguments)
     checkpoints = list_checkpoints(flags.save_dir)
     after = named_checkpoint(flags.save_dir, checkpoints, flags.step)
-    run, _, _ = after.run.partition("@")
+    run, _, _ = after.folder_name.partition("@")
     before = named_checkpoint(flags.save_dir, checkpoints, f"{run}@{after.iteration - 1}")
     print_step(before, after, flags.rows)
 
 
 def print_step(before, after, shown):
     """Prints what happened between two checkpoints, a step apart; shown: the number of texts."""
-    flags = settle({}, before.flags)
-    flags.num_iters = after.stretches[-1].num_iters
+    flags = resolve_flags({}, before.flags)
+    flags.num_iters = after.sessions[-1].num_iters
     run = open_run(before.folder, flags, before, before)
     inputs, targets = copy.copy(run.batches).next()
     losses_before = losses_of(run.model, inputs, targets, flags.batch_size)
@@ -49,7 +49,7 @@ def print_step(before, after, shown):
     metrics = train_step(run, make_step(run.model, watched, flags, teacher=run.teacher))
     losses_after = losses_of(run.model, inputs, targets, flags.batch_size)
     texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
-    print(f"{before.run} -> {after.run}: {', '.join(texts)}")
+    print(f"{before.folder_name} -> {after.folder_name}: {', '.join(texts)}")
     print(
         f"{losses_before.size} tokens of the batch: mean loss {losses_before.mean():.4f} before, "
         f"{losses_after.mean():.4f} after; {np.mean(losses_after < losses_before):.0%} fell"

@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from datasets import UsageError, explained, printable, user_path, utf8
-from extras.features.list import flags_apart
+from extras.features.list import distinguishing_flags
 from extras.common.ngrams import losses_of_ngrams
 from extras.versus.ledger import NAME, read_results
-from main import load_data_again, read_log, settle
+from main import load_data_again, read_log, resolve_flags
 
 # Training losses are many and noisy, so they are pale; validation losses have markers.
 LINES = ["solid", "dashed", "dashdot", "dotted"]
@@ -56,7 +56,7 @@ def count_ngrams(checkpoints):
     """The losses of extras/common/ngrams.py on the text of these checkpoints. Raises UsageError."""
     if len({str(each.tokens_sha256) for each in checkpoints}) > 1:
         raise UsageError("--ngrams is about one text: name runs of the same by --identifier")
-    dataset = load_data_again(settle({}, checkpoints[0].flags), checkpoints[0])
+    dataset = load_data_again(resolve_flags({}, checkpoints[0].flags), checkpoints[0])
     splits = dataset.train.tokens, dataset.valid.tokens
     return losses_of_ngrams(*splits, dataset.tokenizer.vocab_size)
 
@@ -70,8 +70,8 @@ def plot_runs(checkpoints, path, lines=()):
     count_ngrams. Raises UsageError if no run has reported anything yet, or if `path` cannot be
     written.
     """
-    folders = {each.run: each.folder for each in checkpoints}
-    apart = flags_apart(checkpoints)
+    folders = {each.folder_name: each.folder for each in checkpoints}
+    apart = distinguishing_flags(checkpoints)
     column = "loss"
     unit = "nats/token"
     if len({str(each.tokens_sha256.get("train")) for each in checkpoints}) > 1:

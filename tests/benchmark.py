@@ -65,7 +65,7 @@ def machine(gpu):
     import main
 
     main.use_device(gpu)
-    versions = main.list_versions(main.settle({"gpu": gpu}), main.SingleProcess())
+    versions = main.list_versions(main.resolve_flags({"gpu": gpu}), main.SingleProcess())
     for package in ("torch", "transformers"):
         if is_installed(package):
             versions[package] = importlib.metadata.version(package)

@@ -305,13 +305,13 @@ def saved(save_dir, run="*"):
     """The checkpoints of one or all runs in a folder, the one saved last first."""
     found = []
     for path in Path(save_dir).glob(f"{run}/*.safetensors"):
-        record = read_record(path.with_suffix(".metadata"))
+        record = main.renamed(read_record(path.with_suffix(".metadata")), main.FIELDS)
         record["config"] = main.Config(**record["config"])
         checkpoint = main.Checkpoint(**record)
-        checkpoint.scores = [main.Score(*each) for each in checkpoint.scores]
+        checkpoint.evaluations = [main.Evaluation(*each) for each in checkpoint.evaluations]
         checkpoint.folder = path.parent
         found.append(checkpoint)
-    return sorted(found, key=lambda checkpoint: checkpoint.saved, reverse=True)
+    return sorted(found, key=lambda checkpoint: checkpoint.saved_at, reverse=True)
 
 
 def newest(save_dir):

@@ -7,7 +7,7 @@ All else is as in `python PROGRAM`: the fork runs the file as __main__, with arg
 directory and standard streams of its own, and ends as Python ends, but for freeing the memory. It
 may also run another file, if that imports the same.
 tests/conftest.py asks: one JSON line on stdin for each run, answered by its exit status on stdout.
-tests/nightly/crash.py and strangers.py have a Program in their own process.
+tests/nightly/inject_faults.py and fuzz_checkpoints.py have a Program in their own process.
 """
 
 import atexit

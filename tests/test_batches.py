@@ -14,7 +14,7 @@ def make_batches(length=103, context_size=8, batch_size=4, seed=1):
 def steps_per_epoch(batches):
     """The whole batches of an epoch; windows that are too few for one are repeated."""
     windows = len(batches.perm)
-    return max(1, windows // batches.batch_size)
+    return max(1, windows // batches.rows_per_step)
 
 
 def take(batches):
@@ -23,7 +23,7 @@ def take(batches):
     On tokens that count up, each target is its input plus one.
     """
     inputs, targets = map(np.array, batches.next())
-    shape = (batches.batch_size, batches.context_size)
+    shape = (batches.rows_per_step, batches.context_size)
     assert inputs.shape == targets.shape == shape
     assert inputs.dtype == targets.dtype == np.int32
     starts = inputs[:, :1]
@@ -114,7 +114,7 @@ def test_a_state_goes_on_in_fresh_batches(steps, length, batch_size):
     for _ in range(steps):
         batches.next()
     fresh = make_batches(length, batch_size=batch_size)
-    fresh.go_to(batches.epoch, batches.place, batches.offset, batches.perm)
+    fresh.go_to(batches.epoch, batches.cursor, batches.offset, batches.perm)
     other = make_batches(length, batch_size=batch_size, seed=2)
     for _ in range(20):
         starts = take_starts(batches)
@@ -128,7 +128,7 @@ def test_another_batch_size_goes_on_in_the_same_epoch(size):
     seen = [take_starts(batches), take_starts(batches)]
     perm = batches.perm.copy()
     offset = batches.offset
-    batches.batch_size = size
+    batches.rows_per_step = size
     for i in range((len(perm) - 8) // size):
         place = 8 + i * size
         windows = perm[place : place + size]

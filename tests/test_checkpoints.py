@@ -1,6 +1,7 @@
 """Checkpoints: their names prove the bytes, a save is all or nothing, damage is seen.
 
-Faults at every call are in crash.py; what strangers may have put into a folder, in strangers.py.
+Faults at every call are in inject_faults.py; what strangers may have put into a folder, in
+fuzz_checkpoints.py.
 """
 
 import errno
@@ -35,7 +36,7 @@ def three(tmp_path_factory):
     line += ["--mirror", "https://me:passw0rd@example.org/x"]
     run(*line, "--save_dir", folder / "lm")
     first, *others = reversed(saved(folder / "lm"))
-    assert first.score.nats < min(each.score.nats for each in others)
+    assert first.evaluation.nats < min(each.evaluation.nats for each in others)
     return folder / "lm", line
 
 
@@ -77,7 +78,7 @@ def test_name_is_the_sha1_of_the_bytes_and_content_is_whole(three):
         np.testing.assert_array_equal(stored.reshape(value.shape), np.array(value))
 
     state = mx.load(str(checkpoint.metadata_path), format="safetensors")
-    assert (checkpoint.place, checkpoint.epoch) == (12, 0)
+    assert (checkpoint.cursor, checkpoint.epoch) == (12, 0)
     assert json.loads(bytes(state["tokenizer"]))["kind"] == "byte"
     assert b"passw0rd" not in checkpoint.metadata_path.read_bytes()
 
@@ -223,7 +224,7 @@ def test_damaged_newest_is_named_and_passed_over(line, folder):
     assert str(before) in err
     spoil(before.metadata_path)
     name, iteration, out = begin(*line)
-    assert (name, iteration) == (first.run, 1)
+    assert (name, iteration) == (first.folder_name, 1)
     assert last.id[:12] in out
     assert before.id[:12] in out
     assert ids(folder)[0] == last.id
@@ -247,7 +248,7 @@ def test_the_best_of_a_run_that_goes_on_from_before_its_newest(line, folder):
     line += ["--seed", 1, "--learning_rate", 0.01, "--num_iters", 3]
     name, _, _ = begin(*line)
     last, best, _ = saved(folder, name)
-    assert last.score.nats < best.score.nats
+    assert last.evaluation.nats < best.evaluation.nats
     spoil(last.weights_path)
     run(*line, "--num_iters", 6, "--keep", 1, "--steps_per_save", 4, "--steps_per_eval", 0)
     assert best.id in [checkpoint.id for checkpoint in saved(folder, name)]

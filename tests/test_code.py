@@ -2,9 +2,10 @@
 
 import re
 
+import anchors
 import main
 import pytest
-from conftest import TINY, begin, copy_program, run, saved
+from conftest import ROOT, TINY, begin, copy_program, run, saved
 from datasets import hash_of_code
 
 SMALL = [*TINY, "--num_blocks", 1, "--sample_tokens", 0, "--num_iters", 2, "--steps_per_eval", 0]
@@ -33,8 +34,8 @@ try:
 except SystemExit as end:
     assert not end.code
 """
-IMPORTED = {"EDITED = []": "import mine\n\nEDITED = []"}
-SMALLER_EMBEDDINGS = 'edit("main.py", "* 5 / model.config.dim", "* 4 / model.config.dim")'
+IMPORTED = {anchors.TOP: f"import mine\n\n{anchors.TOP}"}
+SMALLER_EMBEDDINGS = f'edit("main.py", "{anchors.EMBEDDINGS_SCALE}", "* 4 / model.config.dim")'
 
 
 @pytest.fixture
@@ -67,7 +68,8 @@ def test_what_main_imports_is_loaded_anew_with_it(line, tmp_path):
     folder = path.parent
     [(base, _)], _ = cells(folder, line, "train()")
     line += ["--init_from", base, "--lora_rank", 2]
-    edit = 'edit("main.py", "rng.standard_normal(shape", "2 * rng.standard_normal(shape")'
+    values = anchors.FIRST_VALUES
+    edit = f'edit("main.py", "{values}", "2 * {values}")'
     mine = 'edit("mine.py", "FACTOR = 1", "FACTOR = 2")'
     runs, _ = cells(folder, line, RUN_AGAIN, edit, RUN_AGAIN, mine, RUN_AGAIN)
     [(name, _), (other, _), (third, _)] = runs
@@ -80,8 +82,8 @@ def test_what_main_imports_is_loaded_anew_with_it(line, tmp_path):
 def test_what_code_keeps_while_it_runs_is_no_edit(line, tmp_path):
     """A table that it fills: the command goes on with its run."""
     edits = {
-        "EDITED = []": "SEEN = {}\n\nEDITED = []",
-        "        self.embed_tokens = ": "        SEEN[len(SEEN)] = 1\n        self.embed_tokens = ",
+        anchors.TOP: f"SEEN = {{}}\n\n{anchors.TOP}",
+        anchors.EMBEDDINGS: f"        SEEN[len(SEEN)] = 1\n{anchors.EMBEDDINGS}",
     }
     program = {"program": [copy_program(tmp_path / "copy", edits)]}
     line += ["--num_iters", 9, "--max_minutes", 1e-9]  # two steps: the first is not timed
@@ -128,18 +130,25 @@ def test_what_is_code_is_the_same_in_all_versions_of_python():
         assert hash_of_code(SAMPLE.replace(*edit)) != PINNED
 
 
+def test_each_anchor_stands_once():
+    """Where tests edit main.py."""
+    source = (ROOT / "main.py").read_text()
+    lines = {name: line for name, line in vars(anchors).items() if name.isupper()}
+    assert {name: source.count(line) for name, line in lines.items()} == dict.fromkeys(lines, 1)
+
+
 def test_no_function_was_edited_since_its_fast_version():
-    assert main.EDITED == []
+    assert main.EDITED_FUNCTIONS == []
 
 
 # Places of main.py, and what is put before each; the same with a 2 is the edit.
 TITLE = "# ---- Sampling of weights -----\n\nFACTOR = 1\n\n\n"
 PLACES = {
-    "at the top": ("EDITED = []", "FACTOR = 1\n"),
-    "in a room": ("def adamw(", "FACTOR = 1\n\n\n"),
-    "with a title": ("def adamw(", TITLE),
-    "among reports": ("def plural(", "FACTOR = 1\n\n\n"),
-    "among flags": ("PRESETS = {", "FACTOR = 1\n"),
+    "at the top": (anchors.TOP, "FACTOR = 1\n"),
+    "in a room": (anchors.ADAMW, "FACTOR = 1\n\n\n"),
+    "with a title": (anchors.ADAMW, TITLE),
+    "among reports": (anchors.PLURAL, "FACTOR = 1\n\n\n"),
+    "among flags": (anchors.PRESETS, "FACTOR = 1\n"),
 }
 
 
@@ -178,7 +187,8 @@ def test_modules_count_where_they_are_used(line, text, tmp_path):
 
     A remark does not, nor does extras/check.py. Each run keeps what it was trained by.
     """
-    path = copy_program(tmp_path / "copy", {"EDITED = []": "import own.part.mine\n\nEDITED = []"})
+    edits = {anchors.TOP: f"import own.part.mine\n\n{anchors.TOP}"}
+    path = copy_program(tmp_path / "copy", edits)
     module = path.parent / "own" / "part" / "mine.py"
     module.parent.mkdir(parents=True)
     module.write_text("FACTOR = 1\n")

@@ -240,9 +240,9 @@ def test_list(trained, tmp_path):
     header, *rows = run("--list", *folder)[0].splitlines()
     assert header.split() == "run trained valid nats of tokens iteration checkpoint flags".split()
     cells = [re.split("  +", row, maxsplit=6) for row in rows]
-    scored = [each for each in saved(tmp_path / "lm", good) if each.score]
-    best = min(scored, key=lambda each: each.score.nats)
-    place = [f"{best.score.nats:.4f}", "64", str(best.iteration), best.id[:12]]
+    scored = [each for each in saved(tmp_path / "lm", good) if each.evaluation]
+    best = min(scored, key=lambda each: each.evaluation.nats)
+    place = [f"{best.evaluation.nats:.4f}", "64", str(best.iteration), best.id[:12]]
     assert cells[0][:6] == [good, "9 of 9", *place]
     assert [each[0] for each in cells] == [good, bad, other]
     assert cells[2][1:5] == ["1 of 1", "-", "-", "1"]
@@ -252,7 +252,7 @@ def test_list(trained, tmp_path):
     char, _, _ = begin(*common, "--text", far / "text.txt", "--tokenizer", "char", "--num_iters", 9)
     header, *rows = run("--list", *folder)[0].splitlines()
     assert header.split()[2:5] == ["bits/byte", "of", "tokens"], "where tokenizers differ"
-    ranked = [(saved(tmp_path / "lm", name)[0].score.bits, name) for name in (good, bad, char)]
+    ranked = [(saved(tmp_path / "lm", name)[0].evaluation.bits, name) for name in (good, bad, char)]
     assert [row.split()[0] for row in rows] == [name for _, name in sorted(ranked)] + [other]
 
 

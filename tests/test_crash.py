@@ -18,13 +18,13 @@ def play(name, *arguments):
 
 
 def test_faults():
-    status, out = play("crash.py", "--every", 1600)
+    status, out = play("inject_faults.py", "--every", 1600)
     assert " 0 failures" in out, out
     assert status == 0
 
 
 def test_strangers():
-    status, out = play("strangers.py", "--cases", 10, "--seed", 1)
+    status, out = play("fuzz_checkpoints.py", "--cases", 10, "--seed", 1)
     assert "10 cases, 0 failures" in out, out
     assert status == 0
 
@@ -36,6 +36,6 @@ def test_a_missing_fsync_is_found(tmp_path):
         source = (ROOT / name).read_text().replace("os.fsync(", "os.fstat(")
         (copy / name).write_text(source)
     options = ["--scenario", "begin", "--every", 50, "--first", "--checkout", copy]
-    status, out = play("crash.py", *options)
+    status, out = play("inject_faults.py", *options)
     assert "1 failures" in out, out
     assert status == 1

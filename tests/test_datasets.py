@@ -698,7 +698,7 @@ if "RAM disk" in sys.argv[1]:
     tempfile.TemporaryFile = lambda dir: io.BytesIO()
     os.mkdir = lambda *_: None
 import datasets
-print(datasets.open_code_dir())
+print(datasets.open_kernel_dir())
 print(datasets.open_data_dir(*sys.argv[2:]))
 """
 

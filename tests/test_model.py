@@ -28,7 +28,7 @@ def assert_close(logits, expected, rtol=0, atol=1e-4):
     np.testing.assert_allclose(logits, expected, rtol=rtol, atol=atol)
 
 
-def drop_nothing(hidden, site):
+def drop_nothing(hidden, mask_index):
     return hidden
 
 
@@ -192,17 +192,17 @@ def make_noise(hidden_shape, rate, rows=slice(8)):
     return Noise(mx.array(rate), mx.array(KEYS[rows]), L, D)
 
 
-def drop(hidden, rate, site, rows=slice(8)):
+def drop(hidden, rate, mask_index, rows=slice(8)):
     hidden = mx.array(hidden)
-    return dropout(hidden, make_noise(hidden.shape, rate, rows), site)
+    return dropout(hidden, make_noise(hidden.shape, rate, rows), mask_index)
 
 
 def test_dropout_acts_on_embeddings_and_on_what_each_block_adds():
     model = make_model(mlp="swiglu")
     tokens = random_tokens(model, rows=8)
 
-    def drop_again(hidden, site):
-        scale = np.array(drop(mx.ones(hidden.shape), 0.4, site), np.float64)
+    def drop_again(hidden, mask_index):
+        scale = np.array(drop(mx.ones(hidden.shape), 0.4, mask_index), np.float64)
         return hidden * scale
 
     expected = reference(model, tokens, drop_again)
@@ -214,8 +214,8 @@ def test_masks_are_independent_and_keep_the_expectation():
     """Within a row, between rows, and between sites: each statistic is standard normal."""
     rate = 0.25
     masks = []
-    for site in range(5):
-        dropped = np.array(drop(mx.ones((8, 64, 128)), rate, site))
+    for mask_index in range(5):
+        dropped = np.array(drop(mx.ones((8, 64, 128)), rate, mask_index))
         np.testing.assert_allclose(np.unique(dropped), [0, 1 / (1 - rate)], rtol=1e-6)
         masks.extend(dropped.reshape(8, -1) == 0)
     normed = (np.stack(masks) - rate) / math.sqrt(rate * (1 - rate))  # [40, 8192]

@@ -26,8 +26,8 @@ def read_commands():
 
 COMMANDS = read_commands()
 OF_MAIN = [line for line in COMMANDS if "python main.py" in line]
-# Comparisons and checks train several runs, and `inspect_step` needs one of many steps: they have tests of
-# their own.
+# Comparisons and checks train several runs, `inspect_step` needs one of many steps: they have tests
+# of their own.
 OF_PROGRAM = r"python -m extras\.(?!versus|inspect_step|check)"
 OF_PROGRAMS = [line for line in COMMANDS if re.match(OF_PROGRAM, line)]
 SMALL = [*TINY, "--num_iters", "3", "--steps_per_report", "1", "--eval_tokens", "500"]

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 
+import anchors
 import pytest
 from conftest import TINY, begin, copy_program, ids, interrupt, newest, run, run_folders, saved
 from conftest import start, wait_for
@@ -208,11 +209,11 @@ def test_a_command_that_is_running_is_refused_before_its_first_save(line, folder
 
 
 # Of a function that shapes each run; the first edit changes no number.
-SECTION = {"def adamw(": "# ---- My own ----\n\n\ndef adamw("}
+SECTION = {anchors.ADAMW: "# ---- My own ----\n\n\ndef adamw("}
 EDITS = [
     {},
     {'"""MLX\'s AdamW (Loshchilov & Hutter 2019)."""': '"""AdamW."""  # or Muon', **SECTION},
-    {"betas = [flags.beta1, flags.beta2]": "betas = [flags.beta1, 0.98]", **SECTION},
+    {anchors.BETAS: "betas = [flags.beta1, 0.98]", **SECTION},
 ]
 
 
@@ -228,7 +229,7 @@ def test_an_edit_of_a_function_is_another_experiment(line, tmp_path):
     assert begin(*leg, **reworded)[:2] == (name, 2)
 
     _, err = run(*leg, status=2, **edited)
-    kept = newest(line[-1]).folder / f"code-{newest(line[-1]).stretches[-1]['code'][:8]}"
+    kept = newest(line[-1]).folder / f"code-{newest(line[-1]).sessions[-1]['code'][:8]}"
     [first], _, [third] = (program["program"] for program in programs)
     assert (kept / "main.py").read_text() == first.read_text()
     differs = f"was trained by other code than this (main.py: diff {kept}/main.py {third}): "
@@ -240,7 +241,7 @@ def test_an_edit_of_a_function_is_another_experiment(line, tmp_path):
     resumed, iteration, out = begin(*shlex.split(command), "--max_minutes", 1e-9, **edited)
     assert (resumed, iteration) == (name, 6)
     assert "The code that trains was edited since the checkpoint" in out
-    first, second = newest(line[-1]).stretches
+    first, second = newest(line[-1]).sessions
     assert (first["iteration"], second["iteration"]) == (0, 6)
     assert first["code"] != second["code"]
 
@@ -273,7 +274,7 @@ def two_runs(tmp_path_factory):
 def test_identifiers(two_runs, tmp_path):
     """An id or its beginning, a run, the newest checkpoint, the best of the run saved last."""
     folder, first, second = two_runs
-    checkpoints = {(each.run, each.iteration): each for each in saved(folder)}
+    checkpoints = {(each.folder_name, each.iteration): each for each in saved(folder)}
     older = checkpoints[first, 1]
     for identifier, expected in {
         older.id: older,
@@ -281,7 +282,7 @@ def test_identifiers(two_runs, tmp_path):
         first: checkpoints[first, 3],
         second: checkpoints[second, 2],
         "latest": checkpoints[second, 2],
-        "best": min(saved(folder, second), key=lambda checkpoint: checkpoint.score.nats),
+        "best": min(saved(folder, second), key=lambda checkpoint: checkpoint.evaluation.nats),
     }.items():
         words = ["--prompt", "a", "--max_tokens", 1, "--save_dir", folder]
         _, err = run(*words, "--identifier", identifier)
@@ -382,4 +383,4 @@ def test_command_of_a_run_that_was_stopped(odd_line, tmp_path):
     last = out.splitlines()[-1]
     assert last.startswith(f"Stopped at iteration {stopped.iteration}. ")
     name, iteration, _ = begin(*typed("To resume: ", last))
-    assert (name, iteration) == (stopped.run, stopped.iteration)
+    assert (name, iteration) == (stopped.folder_name, stopped.iteration)

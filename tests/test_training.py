@@ -100,12 +100,12 @@ def test_bfloat16_on_a_cpu(tmp_path, text):
 # A line of history: iteration, training loss, score, whether it is the best.
 SCORED = (
     r"^iteration ([\d,]+): (?:train ([\d.]+), )?valid ([\d.]+) nats( \(best\))?, perplexity "
-    r"[\d.]+ per token, [\d.]+ bits per byte; epoch [\d.]+, time [\d:]+, scored in [\d.]+ s$"
+    r"[\d.]+ per token, [\d.]+ bits per byte; epoch [\d.]+, time [\d:]+, evaluated in [\d.]+ s$"
 )
 
 
 def scored_iterations(folder):
-    return [score.iteration for score in newest(folder).scores]
+    return [score.iteration for score in newest(folder).evaluations]
 
 
 def logged_scores(folder):
@@ -136,7 +136,7 @@ def test_a_signal_in_an_evaluation_saves_without_the_score(tmp_path, text):
     out, _ = run(*line, "--save_dir", parts)
     late = re.findall(SCORED, out, re.M)
     assert [score[2:] for score in late] == [score[2:] for score in scores[1:]]
-    assert newest(parts).scores == newest(whole).scores
+    assert newest(parts).evaluations == newest(whole).evaluations
     assert newest(parts).id == newest(whole).id
     assert logged_scores(parts) == logged_scores(whole) == [10, 20, 30]
 
@@ -148,7 +148,7 @@ def test_a_score_is_shown_before_it_is_saved(tmp_path, text):
     events = re.findall(r"^(iteration \d+|saved|sample)\b.*?(?: at iteration (\d+))?$", out, re.M)
     expected = "saved 5 sample iteration 10 saved 10 sample saved 15 sample iteration 20 saved 20"
     assert " ".join(" ".join(each).strip() for each in events) == f"{expected} sample"
-    assert [checkpoint.score is None for checkpoint in saved(tmp_path)][:2] == [False, True]
+    assert [checkpoint.evaluation is None for checkpoint in saved(tmp_path)][:2] == [False, True]
 
 
 def test_scores_of_parts_of_the_text(tmp_path, text):
@@ -200,7 +200,7 @@ def test_a_score_that_is_not_finite_ends_the_run(tmp_path, text):
     run(*line, "--num_iters", 2)
     known = {*ids(tmp_path)}
     _, err = run(*line, "--num_iters", 9, *HOT, "--weight_decay", 1e9, status=1)
-    assert "score of iteration 3 is not finite" in err
+    assert "validation loss of iteration 3 is not finite" in err
     assert re.search(BACK, err).group(2) == newest(tmp_path).id[:12]
     assert {*ids(tmp_path)} == known, "what has no score is not saved"
 
@@ -238,7 +238,7 @@ def test_max_minutes_ends_a_leg_and_changes_nothing(tmp_path, text):
     stopped = newest(legs)
     iteration = stopped.iteration
     assert 0 < iteration < 100000
-    assert stopped.scores == []
+    assert stopped.evaluations == []
     assert stopped.flags["num_iters"] == 100000
     assert f"--max_minutes 0.005 reached at iteration {iteration:,}." in out
     assert len(re.findall(SCORED, out, re.M)) == 1
@@ -279,7 +279,7 @@ def test_average_is_what_is_scored_saved_and_sampled(tmp_path, text):
             raw[name.removeprefix("weights.")] = array
     assert_equal(raw, weights, rtol=0, atol=0)
 
-    score = f"valid {averaged.score.nats:.4f} nats"
+    score = f"valid {averaged.evaluation.nats:.4f} nats"
     scored, _ = run("--evaluate", "valid", "--save_dir", tmp_path / "average")
     assert score in scored and score in out
     assert score not in plain

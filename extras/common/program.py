@@ -21,7 +21,7 @@ def make_parser(name, doc, *flags):
         prog=f"python -m extras.{name}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # main.settle knows the defaults
+        argument_default=argparse.SUPPRESS,  # main.resolve_flags knows the defaults
         allow_abbrev=False,
     )
     add_flags(parser, {flag: main.ROWS[flag] for flag in ("save_dir", *flags)})
@@ -33,17 +33,17 @@ def read_flags(parser, arguments):
 
     Makes the device of --gpu the default. Raises UsageError.
     """
-    flags = main.settle(vars(parser.parse_args(arguments)))
+    flags = main.resolve_flags(vars(parser.parse_args(arguments)))
     main.use_device(flags.gpu)
     return flags
 
 
-def open_checkpoint(flags):
+def load_checkpoint(flags):
     """The checkpoint that --identifier names or, without it, the newest: (it, model, tokenizer).
 
     Raises UsageError, RunError.
     """
-    contents = main.open_for_use(flags)
+    contents = main.open_checkpoint(flags)
     return contents.checkpoint, contents.load_model(), contents.tokenizer
 
 
@@ -70,7 +70,7 @@ def select_checkpoints(save_dir, identifiers):
         raise UsageError(main.NO_CHECKPOINT.format(save_dir))
     if not identifiers:
         return checkpoints
-    runs = dict.fromkeys(each.run for each in checkpoints)  # unique
+    runs = dict.fromkeys(each.folder_name for each in checkpoints)  # unique
     named = []
     for identifier in identifiers:
         for name in fnmatch.filter(runs, identifier) or [identifier]:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from datasets import UsageError
-from main import Cache, Decoder, draw, open_model, process_logits
+from main import Cache, Decoder, open_model, process_logits, sample_token
 
 
 def open_draft(flags, contents):
@@ -47,16 +47,16 @@ class BatchCache(Cache):
         if isinstance(self.offset, int):
             return super().append(keys, values)
         B, _, L, _ = keys.shape
-        places = self.lengths[:, None] + np.arange(L)  # [B, L]
-        end = int(places.max()) + 1
+        positions = self.lengths[:, None] + np.arange(L)  # [B, L]
+        end = int(positions.max()) + 1
         # [B, 1, L, end]; False for the junk after a shorter text.
-        self.mask = mx.array(np.arange(end) <= places[:, None, :, None])
+        self.mask = mx.array(np.arange(end) <= positions[:, None, :, None])
         self.make_room(end, keys, values)
         # Scatters, which are slower than Cache's slice assignments.
         rows = mx.arange(B)[:, None]
-        places = mx.array(places)
-        self.keys[rows, :, places] = keys.swapaxes(1, 2)
-        self.values[rows, :, places] = values.swapaxes(1, 2)
+        positions = mx.array(positions)
+        self.keys[rows, :, positions] = keys.swapaxes(1, 2)
+        self.values[rows, :, positions] = values.swapaxes(1, 2)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
@@ -134,7 +134,7 @@ class BatchDecoder:
         logits = process_logits(logits, flags, befores)
 
         def draw_one(row, key):
-            return draw(row, flags, key)
+            return sample_token(row, flags, key)
 
         ids = mx.vmap(draw_one)(logits, mx.array(keys, mx.uint32))
         return np.array(ids).reshape(-1, count)

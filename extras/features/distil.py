@@ -11,14 +11,14 @@ is required: the logits of the two models never exist as a whole.
 import mlx.core as mx
 
 from datasets import UsageError
-from extras.features.fast import cross_entropy_of_chunk, exp, max_of_rows, stored_gradients
-from extras.features.fast import sum_of_rows, sum_over_chunks
-from main import EDITED
+from extras.features.fast import cross_entropy_of_chunk, exp, loss_and_gradients, max_of_rows
+from extras.features.fast import stored_gradients, sum_of_rows
+from main import EDITED_FUNCTIONS
 
 
 def check():
     """Raises UsageError if main.py has other logits than the chunks here."""
-    for name in {"Embedding", "LanguageModel"} & {*EDITED}:
+    for name in {"Embedding", "LanguageModel"} & {*EDITED_FUNCTIONS}:
         raise UsageError(
             "--teacher: distil.py in extras/ computes logits as main.py had them: undo the edit of "
             f"{name}"
@@ -67,12 +67,12 @@ def distilled_loss_and_gradients(
         divergences = differences + mx.log(our_total) - mx.log(their_total)  # [n, 1]
         # T² times the gradient of a divergence w.r.t. the logits is T (our - their probabilities).
         pull = share * temperature * weights[rows, None]  # [n, 1]
-        of_divergence = our_powers * (pull / our_total) - their_powers * (pull / their_total)
-        gradient = powers * scale + of_divergence
+        d_divergence = our_powers * (pull / our_total) - their_powers * (pull / their_total)
+        gradient = powers * scale + d_divergence
         loss = loss + temperature * (pull * divergences).sum()
         return loss, gradient, mx.ones_like(scale)
 
-    return sum_over_chunks(hidden, head, targets, weights * (1 - share), loss_of_chunk)
+    return loss_and_gradients(hidden, head, targets, weights * (1 - share), loss_of_chunk)
 
 
 distilled_loss_and_gradients.vjp(stored_gradients)

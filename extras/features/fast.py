@@ -6,25 +6,25 @@ of the same names:
     linear_product    products with a layer's matrix, whose gradient is stored like the matrix
     rms_norm          RMSNorm, and
     rotate            RoPE, in fewer operations
-    look_up           embeddings, whose gradients repeat on a GPU
+    embed             embeddings, whose gradients repeat on a GPU
     attend            causal attention, with a softmax that uses the vector units
     relu2             squared ReLU, with a gradient that uses them
     checkpoint_block  gradient checkpointing, block by block
     training_loss     loss and gradient in one pass over chunks of rows, so that the logits never
                       exist as a whole, and
-    score             the losses of a validation text, by the same chunks
-    over_streams      a sum over the rows of a batch, of which each core computes a share
+    token_metrics     the losses of a validation text, by the same chunks
+    sum_over_shards   a sum over the rows of a batch, of which each core computes a share
     clip_grad_norm    gradient clipping on all cores
-    spread            an optimizer that distributes its work over the cores
+    parallelize       an optimizer that distributes its work over the cores
 
 fast.c, which it compiles, passes MLX's matrix products on to a fast BLAS.
 
 They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each stands
 for the plain function with the hash in STANDS_FOR: one that was edited is used itself. Loss and
-score also stand for the classes Embedding and LanguageModel, whose logits they compute. On a GPU,
-all but look_up, loss and score leave the work to MLX. Without this file, or with the environment
-variable DISABLE_FAST set, main.py works the same, only slower, but for --teacher, several ranks,
-bfloat16 on a CPU and runs that repeat on a GPU, which need it.
+metrics also stand for the classes Embedding and LanguageModel, whose logits they compute, and
+parallelize for Muon. On a GPU, all but embed, loss and metrics leave the work to MLX. Without this
+file, or with the environment variable DISABLE_FAST set, main.py works the same, only slower, but
+for --teacher, several ranks, bfloat16 on a CPU and runs that repeat on a GPU, which need it.
 
 Shapes: B rows of a batch, L positions, D model dimension, H query heads, K key and value heads, d
 head dimension, V vocabulary, N any number.
@@ -52,7 +52,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 
-from datasets import UsageError, digest_of, locked, open_code_dir, remove_leftovers, replacing
+from datasets import UsageError, digest_of, locked, open_kernel_dir, remove_leftovers, replacing
 from datasets import use_compiler
 from extras.common.limits import count_cores
 
@@ -61,18 +61,19 @@ from extras.common.limits import count_cores
 STANDS_FOR = {
     "linear_product": "9b9baf3e6e0cab64e99fdf0352d573908bd0f1db68589626cfa65dd20c87eee1",
     "rms_norm": "bb525adb914ad7e3cbb3f0bec8564c25734f93814102f2ae9daeaa5d275583b9",
-    "rotate": "ee7ff0c10c9e59a080b6bdf1d2f8ef77f1de0430d3436b0c200fe4c84d76a061",
-    "look_up": "6cefb0263247f5d9e5461b81e926e39f95161f5a8390e171f93ae780da56e453",
+    "rotate": "1fb880b53c2b9083019d24ae287c91d5023415b0d2742cfcca929f75be8edf0c",
+    "embed": "bf3c4db017b015a11cade43df326cd3c2fea7ea1823af0edc3f31c4c0d054575",
     "attend": "3db8e0ebf9095ee74f9bb8a443834c2a2c4f24d8f9a10c1139c2fbe7a87ac895",
     "relu2": "f20b5f618b46fe3f27dffeb8574128a74ab530958d9d2d9261ef107f6797e903",
     "checkpoint_block": "6f062f86dd0f89a76181da54a6f8c6b822cbaec3cca451f0ecb7ab0a058ca74b",
-    "Embedding": "b237d1c2520053deb5b5eddab6e68812c5ac7c2278575433e174e98f1340c50a",
+    "Embedding": "fd9cade784f9931b192e419aa37b537d45f135b0816bd5840f4b3eb101f7860d",
     "LanguageModel": "cde300a8393592aa3c803998ab9cd13cb13bd03d0ee26032676ad9d687040b4a",
     "training_loss": "b9ec45355c9333833ea9c359c0eaf87e1a1aef17de361fce783a100e72b2b8c5",
-    "score": "d173bacfea4499a53ce8b0dd4671cc0c3dbef75203346b3b483d3594e333f50d",
-    "over_streams": "7f82f0a93880874072a0bb115d45c9b50cd72d34861ad511beb7c7cee8f4714c",
-    "clip_grad_norm": "5fc9f05888d28f907b8745042989acd75c8f05ddebccd317ce1eb2ed82b57241",
-    "spread": "f5432ba656464f2956e9570caef654b4a00ebaf9e3f59f68cd109b18ee6ef3ff",
+    "token_metrics": "48da6d80c4bb1173052efbe5335bfc55643c403d6cbd6788fe9cdab3870f9040",
+    "sum_over_shards": "c1c958baf78c81fdd29b5d875b6e001a39add730bf8470a9a79e92badf4c1b8d",
+    "clip_grad_norm": "0c8fde6feb41b8a56564a6e7994890144d22fb6a1bd1f702258ce1c2d5ae46d8",
+    "Muon": "62aed0a3c435e5d9061ec84c17263038b7c4d9da6f7aa98d3d1e0b0503640e57",
+    "parallelize": "5bcf5213bf4e69b0781cd138d94fb27781514de467dc06a752b28abca81688a8",
 }
 
 # ---- BLAS ---------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def load_forwarder():
         # UsageError: no folder can hold code, so MLX cannot compile, either.
         with contextlib.suppress(UsageError, OSError, subprocess.SubprocessError):
             about = [source.read_text("utf-8"), cpu and cpu[0], options]
-            path = open_code_dir() / f"blas-{digest_of(about)[:12]}.so"
+            path = open_kernel_dir() / f"blas-{digest_of(about)[:12]}.so"
             compile_once(path, [compiler, "-shared", "-fPIC", "-O3", *options, source])
             return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     return None
@@ -348,9 +349,9 @@ def normalize_gradients(inputs, gradients, outputs):
     factor = outputs[1]
     product = gradient * x
     along = product @ (weight[:, None] / x.shape[-1])  # [N, 1]
-    of_x = (gradient * weight - x * along * mx.square(factor)) * factor
-    of_weight = (product.T @ factor).flatten()
-    return of_x, of_weight, mx.zeros_like(eps)
+    d_x = (gradient * weight - x * along * mx.square(factor)) * factor
+    d_weight = (product.T @ factor).flatten()
+    return d_x, d_weight, mx.zeros_like(eps)
 
 
 def rotate(x, frequencies, offset):
@@ -362,9 +363,9 @@ def rotate(x, frequencies, offset):
     if L == 1 and type(offset) is int and not on_gpu():
         return x @ rotation(offset, frequencies.tobytes())
     if L == 1 or on_gpu():
-        freqs = mx.array(1 / frequencies)
+        periods = mx.array(1 / frequencies)
         return mx.fast.rope(
-            x, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs
+            x, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods
         )
     angles = np.arange(offset, offset + L)[:, None] * frequencies  # [L, d / 2]
     cosines = mx.array(np.cos(angles)[:, None].astype(np.float32))  # [L, 1, d / 2]
@@ -384,8 +385,8 @@ def rotation(offset, frequencies):
 
 
 # ---- Embeddings ---------------------------------------------------------------------------------
-def look_up(table, tokens):
-    """main.py's `look_up`; on a GPU, its gradient is the same each time.
+def embed(table, tokens):
+    """main.py's `embed`; on a GPU, its gradient is the same each time.
 
     There MLX adds up the rows of a token in an order that varies, so that no run would repeat.
     """
@@ -487,14 +488,14 @@ def attend_gradients(inputs, gradients, outputs):
     queries, keys, values, mask = inputs
     gradient = mx.contiguous(gradients[0])
     attended, weights = outputs
-    of_values = weights @ gradient
+    d_values = weights @ gradient
     # The gradient w.r.t. the weights, times softmax's Jacobian.
-    of_weights = values @ gradient.swapaxes(-1, -2)
+    d_weights = values @ gradient.swapaxes(-1, -2)
     along = sum_of_rows(gradient * attended).swapaxes(-1, -2)  # [B, K, 1, N]
-    of_scores = weights * (of_weights - along) * queries.shape[-1] ** -0.5
-    of_queries = of_scores.swapaxes(-1, -2) @ keys
-    of_keys = of_scores @ queries
-    return of_queries, of_keys, of_values, mx.zeros_like(mask)
+    d_scores = weights * (d_weights - along) * queries.shape[-1] ** -0.5
+    d_queries = d_scores.swapaxes(-1, -2) @ keys
+    d_keys = d_scores @ queries
+    return d_queries, d_keys, d_values, mx.zeros_like(mask)
 
 
 def relu2(x):
@@ -544,9 +545,9 @@ def in_order(hidden, parameters):
 
 @in_order.vjp
 def gradients_in_order(inputs, gradients, outputs):
-    of_hidden, of_parameters = gradients
-    arrays = [array for _, array in tree_flatten(of_parameters)]
-    return mx.depends([of_hidden], arrays)[0], of_parameters
+    d_hidden, d_parameters = gradients
+    arrays = [array for _, array in tree_flatten(d_parameters)]
+    return mx.depends([d_hidden], arrays)[0], d_parameters
 
 
 # ---- Cross-entropy ------------------------------------------------------------------------------
@@ -563,8 +564,8 @@ def training_loss(model, hidden, targets, weight):
     return cross_entropy_and_gradients(states, head, targets.flatten(), weights)[0]
 
 
-def score(model, hidden, targets):
-    """The cross-entropy of each position in nats, {"loss": [B, L]}: main.py's `score`."""
+def token_metrics(model, hidden, targets):
+    """The cross-entropy of each position in nats, {"loss": [B, L]}: main.py's `token_metrics`."""
     states = hidden.flatten(0, 1)
     head = model.head.astype(hidden.dtype)
     losses = []
@@ -594,50 +595,68 @@ def rows_of_chunk(positions, words):
     return math.ceil(positions / math.ceil(positions / most))
 
 
-def sum_over_chunks(hidden, head, targets, weights, loss_of_chunk):
+def sum_over_chunks(hidden, head, add_chunk):
+    """A loss and its gradients w.r.t. hidden [N, D] and head [V, D], chunk by chunk.
+
+    add_chunk(inputs [n, D], rows, d_head) computes, for a slice `rows` of the rows, the loss, its
+    gradient w.r.t. the inputs, and the sum of d_head and its gradient w.r.t. the head; at first,
+    d_head is None.
+    """
+    loss = mx.array(0.0)
+    d_hidden = []
+    d_head = None
+    for rows in chunks(len(hidden), len(head)):
+        inputs = hidden[rows]
+        if d_hidden:
+            inputs = wait_for([loss, d_hidden[-1], d_head], inputs)
+        chunk_loss, d_inputs, d_head = add_chunk(inputs, rows, d_head)
+        loss = loss + chunk_loss
+        d_hidden.append(d_inputs)
+    return loss, mx.concatenate(d_hidden), d_head
+
+
+def loss_and_gradients(hidden, head, targets, weights, loss_of_chunk):
     """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; targets, weights: [N].
 
     loss_of_chunk(logits [n, V] float32, targets [n], weights [n, 1], rows) computes, for a slice
     `rows` of the rows, the loss and two factors of its gradient w.r.t. the logits, `powers` [n, V]
     and `scale` [n, 1]: the gradient is powers * scale, minus `weights` at each target. The last
-    term is never materialized: it would be nearly all zeros.
+    term is never materialized on a CPU: it would be nearly all zeros.
     """
-    loss = mx.array(0.0)
-    hidden_gradients = []
-    head_gradient = None
-    for rows in chunks(len(hidden), len(head)):
-        inputs = hidden[rows]  # [n, D]
-        if hidden_gradients:
-            inputs = wait_for([loss, hidden_gradients[-1], head_gradient], inputs)
+
+    def add_chunk(inputs, rows, d_head):
         weight = weights[rows, None]  # [n, 1]
         logits = (inputs @ head.T).astype(mx.float32)  # [n, V]
-        chunk_loss, powers, scale = loss_of_chunk(logits, targets[rows], weight, rows)
-        loss = loss + chunk_loss
+        loss, powers, scale = loss_of_chunk(logits, targets[rows], weight, rows)
         if on_gpu():
             is_target = mx.arange(len(head)) == targets[rows, None]
-            gradient = (powers * scale - mx.where(is_target, weight, 0)).astype(head.dtype)
-            hidden_gradients.append(gradient @ head)
-            of_head = (gradient.T @ inputs).astype(mx.float32)
-            head_gradient = of_head if head_gradient is None else head_gradient + of_head
-            continue
+            d_logits = (powers * scale - mx.where(is_target, weight, 0)).astype(head.dtype)
+            return loss, d_logits @ head, add_to(d_head, d_logits, inputs)
         powers = powers.astype(head.dtype)
         scale = scale.astype(head.dtype)
-        of_targets = head[targets[rows]] * weight.astype(head.dtype)  # [n, D]
-        hidden_gradients.append((powers @ head) * scale - of_targets)
+        at_targets = head[targets[rows]] * weight.astype(head.dtype)  # [n, D]
+        d_inputs = (powers @ head) * scale - at_targets
         inputs = inputs * scale  # D columns scaled instead of V
-        if head_gradient is None:
-            head_gradient = powers.T @ inputs  # [V, D]
-        else:
-            head_gradient = mx.addmm(head_gradient, powers.T, inputs)
+        if d_head is None:
+            return loss, d_inputs, powers.T @ inputs  # [V, D]
+        return loss, d_inputs, mx.addmm(d_head, powers.T, inputs)
+
+    loss, d_hidden, d_head = sum_over_chunks(hidden, head, add_chunk)
     if not on_gpu():
         states = hidden.astype(mx.float32) * weights[:, None]  # [N, D]
         # `at` adds up repeated targets.
-        head_gradient = head_gradient.astype(mx.float32).at[targets].subtract(states)
-    return loss, mx.concatenate(hidden_gradients), head_gradient
+        d_head = d_head.astype(mx.float32).at[targets].subtract(states)
+    return loss, d_hidden, d_head
+
+
+def add_to(d_head, d_logits, inputs):
+    """The gradient w.r.t. the head of logits inputs @ head.T, added to d_head, if any; float32."""
+    product = (d_logits.T @ inputs).astype(mx.float32)
+    return product if d_head is None else d_head + product
 
 
 def fused_cross_entropy_and_gradients(hidden, head, targets, weights):
-    """`cross_entropy_and_gradients` by MLX's fused kernels for GPUs, chunk by chunk.
+    """`cross_entropy_and_gradients` by MLX's fused kernels for GPUs.
 
     They, and those of products, are fast with a multiple of 128 logits. Further ones are -3e38, a
     bias that costs nothing.
@@ -650,19 +669,13 @@ def fused_cross_entropy_and_gradients(hidden, head, targets, weights):
     def loss_of_chunk(logits, targets, weights):
         return (mx.fast.cross_entropy(logits, targets) * weights).sum()
 
-    loss = mx.array(0.0)
-    hidden_gradients = []
-    head_gradient = mx.array(0.0)
-    for rows in chunks(len(hidden), len(padded)):
-        inputs = hidden[rows]  # [n, D]
-        if hidden_gradients:
-            inputs = wait_for([loss, hidden_gradients[-1], head_gradient], inputs)
+    def add_chunk(inputs, rows, d_head):
         logits = mx.addmm(bias, inputs, padded.T)
-        nats, gradient = mx.value_and_grad(loss_of_chunk)(logits, targets[rows], weights[rows])
-        loss = loss + nats
-        hidden_gradients.append(gradient @ padded)
-        head_gradient = head_gradient + (gradient.T @ inputs).astype(mx.float32)
-    return loss, mx.concatenate(hidden_gradients), head_gradient[: len(head)]
+        loss, d_logits = mx.value_and_grad(loss_of_chunk)(logits, targets[rows], weights[rows])
+        return loss, d_logits @ padded, add_to(d_head, d_logits, inputs)
+
+    loss, d_hidden, d_head = sum_over_chunks(hidden, padded, add_chunk)
+    return loss, d_hidden, d_head[: len(head)]
 
 
 def wait_for(done, array):
@@ -734,7 +747,7 @@ def cross_entropy_and_gradients(hidden, head, targets, weights):
     """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; see stored_gradients."""
     if on_gpu():
         return fused_cross_entropy_and_gradients(hidden, head, targets, weights)
-    return sum_over_chunks(hidden, head, targets, weights, cross_entropy_of_chunk)
+    return loss_and_gradients(hidden, head, targets, weights, cross_entropy_of_chunk)
 
 
 cross_entropy_and_gradients.vjp(stored_gradients)
@@ -762,7 +775,7 @@ def use_precompiled_header():
     It lies next to that copy, in a folder for each MLX and compiler version.
     """
     compiler = shutil.which("g++") or shutil.which("clang++")  # MLX only calls g++
-    code_dir = open_code_dir()
+    code_dir = open_kernel_dir()
     if compiler is None or sys.platform != "linux":
         return
     if Path(compiler).parent.parent == code_dir:
@@ -837,7 +850,7 @@ def current_streams():
     return [cpu_stream(i) for i in range(streams_in_use)]
 
 
-def over_streams(function, *arrays):
+def sum_over_shards(function, *arrays):
     """function(*arrays), a tree of arrays that is a sum over the rows of `arrays` [B, L, ...].
 
     Each stream computes it for a share of the rows; the shares are added up leaf by leaf, each leaf
@@ -860,22 +873,22 @@ def over_streams(function, *arrays):
     return tree_unflatten(total)
 
 
-def clip_grad_norm(gradients, limit):
-    """Scales a tree of gradients to a norm of at most `limit`; returns it and its norm before.
+def clip_grad_norm(gradients, max_norm):
+    """Scales a tree of gradients to a norm of at most max_norm; returns it and its norm before.
 
     Like MLX's, but on all streams; a sum of squares is a dot product, which reads a vector once.
     """
     if on_gpu():
-        return optim.clip_grad_norm(gradients, limit)
+        return optim.clip_grad_norm(gradients, max_norm)
     streams = current_streams()
     leaves = tree_flatten(gradients)
     squares = []
     for i, (_, gradient) in enumerate(leaves):
-        with mx.stream(streams[i % len(streams)]):  # the stream of its sum in over_streams
+        with mx.stream(streams[i % len(streams)]):  # the stream of its sum in sum_over_shards
             squares.append(gradient.flatten() @ gradient.flatten())
     # The same as sum(squares), which needs other kernels for each number of blocks.
     norm = mx.sqrt(mx.cumsum(mx.stack(squares))[-1])
-    scale = mx.minimum(limit / (norm + 1e-6), 1)
+    scale = mx.minimum(max_norm / (norm + 1e-6), 1)
     clipped = []
     for i, (name, gradient) in enumerate(leaves):
         with mx.stream(streams[i % len(streams)]):
@@ -883,7 +896,7 @@ def clip_grad_norm(gradients, limit):
     return tree_unflatten(clipped), norm
 
 
-def spread(optimizer):
+def parallelize(optimizer):
     """An MLX optimizer that distributes the parameters over the streams from now on.
 
     Each parameter is updated on the stream that has the fewest elements so far. MLX's own AdamW

@@ -27,7 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from datasets import LFS, PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
 from datasets import read_whole, replacing, user_path, without_passwords
 from extras.features.memory import describe_shortage
-from main import Config, LanguageModel, Origin, checked, load_arrays, sha1_of_file
+from main import Config, LanguageModel, LoadedModel, checked, load_arrays, sha1_of_file
 
 # The fields of our Config and their defaults, also of those that you have added.
 PLAIN = {field.name: field.default for field in dataclasses.fields(Config)}
@@ -94,7 +94,7 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 # ---- Import -------------------------------------------------------------------------------------
 def open_by_name(name):
-    """The Origin of a folder or, if there is none of that name, on the hub. Raises UsageError."""
+    """The LoadedModel of a folder or, without one of that name, on the hub. Raises UsageError."""
     if os.path.isdir(name):
         return import_model(name)
     if os.path.exists(name):
@@ -140,7 +140,7 @@ def download_model(repository, revision=None):
 def import_model(folder):
     """Reads a Hugging Face folder: its TEXTS and its weights in *.safetensors files.
 
-    Returns a Origin with the model in float32. Raises UsageError if the folder holds no model that
+    Returns a LoadedModel in float32. Raises UsageError if the folder holds no model that
     is supported.
     """
     folder = Path(folder)
@@ -159,7 +159,7 @@ def import_model(folder):
             model.load_weights([*weights.items()])
         except ValueError as error:  # which may name hundreds
             raise UsageError(f"its weights do not fit: {one_line(error):.150}") from None
-    return Origin(model, tokenizer, id_of(folder), {file.name: file for file in files})
+    return LoadedModel(model, tokenizer, id_of(folder), {file.name: file for file in files})
 
 
 def read_texts(folder):

@@ -10,7 +10,7 @@ import re
 import shutil
 
 from datasets import explained, extra, replacing, sync
-from main import Damaged, open_origin, read_checkpoint
+from main import Damaged, load_model_of, read_checkpoint
 
 
 def keep(folder, files):
@@ -44,17 +44,18 @@ def kept_files(checkpoint, flag_name):
 
 
 def open_kept(checkpoint, flag_name):
-    """The Origin that the run of a checkpoint keeps. Raises Damaged if it is gone."""
+    """The LoadedModel that the run of a checkpoint keeps. Raises Damaged if it is gone."""
     folder = checkpoint.folder / flag_name
-    origin_id = checkpoint.origins.get(flag_name)
-    with explained(f"{checkpoint.run} lacks the model in its folder {flag_name}", kind=Damaged):
+    expected_id = checkpoint.parents.get(flag_name)
+    fault = f"{checkpoint.folder_name} lacks the model in its folder {flag_name}"
+    with explained(fault, kind=Damaged):
         if folder.is_symlink():
             raise OSError("it is a link")
-        metadata = folder / f"{origin_id}.metadata"
+        metadata = folder / f"{expected_id}.metadata"
         if metadata.exists():
-            source = open_origin(read_checkpoint(metadata))
+            source = load_model_of(read_checkpoint(metadata))
         else:
             source = extra("huggingface").open_by_name(str(folder))
-        if source.id != origin_id:
-            raise ValueError(f"it is {source.id[:12]} instead of {origin_id[:12]}")
+        if source.id != expected_id:
+            raise ValueError(f"it is {source.id[:12]} instead of {expected_id[:12]}")
     return source

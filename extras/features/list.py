@@ -4,21 +4,22 @@ import math
 import shlex
 
 from datasets import printable
-from main import NO_CHECKPOINT, SEVERAL, SHAPING, Score, arguments_of, best_of, list_checkpoints
+from main import IDENTITY_FLAGS, LIST_FLAGS, NO_CHECKPOINT, Evaluation, arguments_of, best_of
+from main import list_checkpoints
 
 
 def by_run(checkpoints):
     """The checkpoints of each run, {run: [Checkpoint, ...]}, in the order that they have here."""
     runs = {}
     for each in checkpoints:
-        runs.setdefault(each.run, []).append(each)
+        runs.setdefault(each.folder_name, []).append(each)
     return runs
 
 
 def list_runs(save_dir):
-    """Prints a table of the runs in `save_dir`, the one with the best score first.
+    """Prints a table of the runs in `save_dir`, the one with the lowest loss first.
 
-    Each has its best checkpoint, or the newest if none has a score, and the flags that set it
+    Each has its best checkpoint, or the newest if none has a loss, and the flags that set it
     apart. Scores of other numbers of tokens stand apart; where tokenizers differ, those of all are
     compared in bits per byte.
     """
@@ -27,34 +28,35 @@ def list_runs(save_dir):
         print(NO_CHECKPOINT.format(save_dir))
         return
     runs = by_run(checkpoints)
-    apart = flags_apart(checkpoints)
+    apart = distinguishing_flags(checkpoints)
     several = len({own[0].flags["tokenizer"] for own in runs.values()}) > 1
 
     def rank(checkpoint):
-        score = checkpoint.score or Score(0, math.inf)
-        return score.bits if several else (-score.tokens, score.nats)
+        evaluation = checkpoint.evaluation or Evaluation(0, math.inf)
+        return evaluation.bits if several else (-evaluation.tokens, evaluation.nats)
 
     columns = f"{'trained':>20}{'bits/byte' if several else 'valid nats':>12}{'of tokens':>12}"
     print(f"{'run':<24}{columns}{'iteration':>12}  checkpoint    flags")
     for each in sorted(map(best_of, runs.values()), key=rank):
-        newest = runs[each.run][0]
+        newest = runs[each.folder_name][0]
         trained = f"{newest.iteration:,} of {newest.flags['num_iters']:,}"
-        score = f"{'-':>12}{'-':>12}"
-        if each.score:
-            loss = each.score.bits if several else each.score.nats
-            score = f"{loss:>12.4f}{each.score.tokens:>12,}"
-        place = f"{each.iteration:>12,}  {each.id[:12]}"
-        print(f"{each.run:<24}{trained:>20}{score}{place}  {printable(apart[each.run])}")
+        columns = f"{'-':>12}{'-':>12}"
+        if each.evaluation:
+            loss = each.evaluation.bits if several else each.evaluation.nats
+            columns = f"{loss:>12.4f}{each.evaluation.tokens:>12,}"
+        flags = printable(apart[each.folder_name])
+        columns += f"{each.iteration:>12,}  {each.id[:12]}  {flags}"
+        print(f"{each.folder_name:<24}{trained:>20}{columns}")
 
 
-def flags_apart(checkpoints):
+def distinguishing_flags(checkpoints):
     """The flags that tell the runs of these checkpoints apart, {run: "--dim=32 --seed=1"}.
 
     Of each run, the newest checkpoint counts.
     """
     newest = [own[0] for own in by_run(checkpoints).values()]
     apart = []
-    for name in SHAPING:
+    for name in IDENTITY_FLAGS:
         if len({str(each.flags[name]) for each in newest}) > 1:
             apart.append(name)
     texts = {}
@@ -62,7 +64,7 @@ def flags_apart(checkpoints):
         values = {}
         for name in apart:
             values[name] = each.flags[name]
-            if name in SEVERAL and len(values[name]) > 3:
+            if name in LIST_FLAGS and len(values[name]) > 3:
                 values[name] = [*values[name][:2], f"({len(values[name]) - 2:,} more)"]
-        texts[each.run] = shlex.join(arguments_of(values))
+        texts[each.folder_name] = shlex.join(arguments_of(values))
     return texts

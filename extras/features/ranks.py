@@ -169,7 +169,7 @@ class Group(contextlib.AbstractContextManager):
             "flags": vars(run.flags),
             "configs": {name: vars(model.config) for name, model in models.items()},
             "progress": run.progress(),
-            "batches": [run.batches.epoch, run.batches.place, run.batches.offset],
+            "batches": [run.batches.epoch, run.batches.cursor, run.batches.offset],
             "dataset": dataset.name,
             "tokenizer": dataset.tokenizer.to_dict(),
             "splits": {name: split[1:] for name, split in splits.items()},
@@ -214,7 +214,7 @@ class Group(contextlib.AbstractContextManager):
         models = {}
         for name, config in record["configs"].items():
             model = main.LanguageModel(main.Config(**config))
-            models[name] = main.Origin(model, tokenizer, id="", files={})
+            models[name] = main.LoadedModel(model, tokenizer, id="", files={})
         run = main.make_run(Path(record["folder"]), flags, None, models, dataset, self)
         for name, source in models.items():
             source.model.update(tree["models"][name])
@@ -223,7 +223,7 @@ class Group(contextlib.AbstractContextManager):
         run.batches.go_to(*record["batches"], np.array(tree["perm"]))
         for name, value in record["progress"].items():
             setattr(run, name, value)
-        run.scores = [main.Score(*each) for each in run.scores]
+        run.evaluations = [main.Evaluation(*each) for each in run.evaluations]
         return run
 
 

@@ -14,7 +14,7 @@ import importlib
 import os
 
 from datasets import UsageError, explained, one_line, without_passwords
-from main import SAVED, say, values_of
+from main import RECORDED_FLAGS, say, values_of
 
 
 class TensorBoard:
@@ -49,11 +49,11 @@ class WandB:
     def __init__(self, run):
         import wandb
 
-        place = hashlib.sha1(os.fsencode(run.folder.absolute())).hexdigest()[:8]
+        folder_sha1 = hashlib.sha1(os.fsencode(run.folder.absolute())).hexdigest()[:8]
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "transformer-lm"),
             name=run.folder.name,
-            id=f"{run.folder.name}-{place}",
+            id=f"{run.folder.name}-{folder_sha1}",
             resume="allow",
             config=recorded_flags(run),
             allow_val_change=True,  # flags may change when a run is resumed
@@ -83,7 +83,7 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 def recorded_flags(run):
     """The flags that the run's checkpoints record, {name: value}."""
-    values = values_of(run.flags, SAVED).items()
+    values = values_of(run.flags, RECORDED_FLAGS).items()
     return {name: value for name, value in values if value is not None}
 
 

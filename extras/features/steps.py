@@ -12,7 +12,7 @@ from pathlib import Path
 from datasets import UsageError, progress_bar, sync
 from extras.features.kept_models import open_kept
 from main import SingleProcess, hash_code, list_run, list_versions, load_data_again, make_run
-from main import make_step, needed_models, open_newest, read_code, settle, train_step
+from main import make_step, needed_models, open_newest, read_code, resolve_flags, train_step
 from main import write_checkpoint
 
 FOLDER = "steps"  # in that of a run
@@ -26,8 +26,8 @@ def checkpoint_at(checkpoints, identifier):
     """
     name, _, step = identifier.rpartition("@")
     if name == "latest" and checkpoints:
-        name = checkpoints[0].run
-    own = [each for each in checkpoints if each.run == name]
+        name = checkpoints[0].folder_name
+    own = [each for each in checkpoints if each.folder_name == name]
     if not own or not step.isdecimal():
         raise UsageError(f"{identifier} is not a run, @ and a step of it: see --list")
     step = int(step)
@@ -61,22 +61,22 @@ def recompute(earlier, later, step, folder):
     earlier: None stands for the run's first weights. Raises UsageError if it would not be this
     run's state, RunError.
     """
-    what = f"step {step:,} of {later.run}"
-    flags = settle({}, later.flags)
+    what = f"step {step:,} of {later.folder_name}"
+    flags = resolve_flags({}, later.flags)
     start = 0
     if earlier:
         start = earlier.iteration
-    elif "branched_from" in later.origins or (flags.init_from and not flags.lora_rank):
+    elif "branched_from" in later.parents or (flags.init_from and not flags.lora_rank):
         # A run keeps the model that it began with only if that is LoRA's base.
         raise UsageError(f"{what}: no earlier checkpoint is left, and no seed gives its first one")
-    *_, stretch = [each for each in later.stretches if each.iteration <= start]
-    flags.num_iters = stretch.num_iters  # schedules end there
-    if any(start < each.iteration < later.iteration for each in later.stretches):
+    *_, session = [each for each in later.sessions if each.iteration <= start]
+    flags.num_iters = session.num_iters  # schedules end there
+    if any(start < each.iteration < later.iteration for each in later.sessions):
         raise UsageError(f"{what}: flags, code or versions have changed before the next checkpoint")
-    if stretch.code != hash_code(read_code(vars(flags))):
+    if session.code_sha1 != hash_code(read_code(vars(flags))):
         raise UsageError(f"{what} was computed by other code than this")
     for name, version in list_versions(flags, SingleProcess()).items():
-        before = stretch.versions.get(name)
+        before = session.versions.get(name)
         if before != version:
             raise UsageError(f"{what} was computed with {name} {before}, not {version}")
 
@@ -88,7 +88,8 @@ def recompute(earlier, later, step, folder):
     with progress_bar(total=later.iteration - start, unit="step", desc=what) as bar:
         while run.iteration < later.iteration:
             if run.iteration == step:
-                run.scores = [score for score in later.scores if score[0] <= step]
+                before = [each for each in later.evaluations if each.iteration <= step]
+                run.evaluations = before
                 write_checkpoint(run)
             train_step(run, take)
             bar.update()

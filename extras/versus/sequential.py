@@ -12,7 +12,7 @@ import numpy as np
 RACE = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
 FUTILITY_BOUND = 0.7  # from six pairs on, a race ends where |t| is below it
 SCREENED = 6  # pairs of --gate on used seeds
-PROMISING = -1.8  # the t that they have to reach; see tests/nightly/rules.py
+PROMISING = -1.8  # the t that they have to reach; see tests/nightly/simulate_verdicts.py
 
 
 class Outcome(NamedTuple):

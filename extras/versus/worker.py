@@ -36,24 +36,42 @@ from datasets import RunError, UsageError
 from mlx.utils import tree_flatten
 
 
-# Commits before it had these names as they are.
-SIDE = Namespace(**getattr(main, "names_for_judge", lambda: vars(main))())
+# {a name in names_for_judge: what it was called in commits before}
+BEFORE = {
+    "resolve_flags": "settle",
+    "load_inputs": "begin",
+    "RECORDED_FLAGS": "SAVED",
+    "PATH_FLAGS": "PATHS",
+    "EDITED_FUNCTIONS": "EDITED",
+    "explicit": "given",  # of flags
+    "parents": "origins",  # of a run
+}
+
+
+def by_now(names):
+    """{name: value} of this or an older commit, by the names of now."""
+    return Namespace(**names, **{new: names[old] for new, old in BEFORE.items() if old in names})
+
+
+# Commits before names_for_judge had these names as they are.
+SIDE = by_now(getattr(main, "names_for_judge", lambda: vars(main))())
 
 
 def describe(words):
     """Prepares the text, and answers with a side's fields, see Side in sides.py."""
-    flags = SIDE.settle(SIDE.read_command_line([*map(of_folder, words)]))
+    flags = SIDE.resolve_flags(SIDE.read_command_line([*map(of_folder, words)]))
     SIDE.use_device(flags.gpu)
-    models, flags, dataset = SIDE.begin(flags)
+    models, flags, dataset = SIDE.load_inputs(flags)
     run = SIDE.make_run(flags.save_dir, flags, None, models, dataset, SIDE.SingleProcess())
     unseeded = None if models else without_seed(run, flags, dataset)
     notices = [line for line in SIDE.start_notices(run) if "edited " not in line]
     # A step loads what is only imported there, and compiles what else a first run would have to.
     SIDE.train_step(run, SIDE.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
     values = {}
-    for name in flags.given:
+    explicit = [*by_now(vars(flags)).explicit]
+    for name in explicit:
         # The test text is for the judge alone.
-        if name in {*SIDE.SAVED, "mirror", "gpu"} - {"test_text", "eval_test"}:
+        if name in {*SIDE.RECORDED_FLAGS, "mirror", "gpu"} - {"test_text", "eval_test"}:
             values[name] = getattr(flags, name)
     if os.path.exists(values.get("mirror") or ""):  # its runs have another working directory
         values["mirror"] = os.path.abspath(values["mirror"])
@@ -63,7 +81,8 @@ def describe(words):
             values[name] = source.id  # its run finds it by that, wherever it is
             paths = {f"{name}/{file}": str(path.resolve()) for file, path in source.files.items()}
             files |= paths
-    elsewhere = [*SIDE.PATHS, "test_text", "seed"]  # in other fields, or not of a side
+    elsewhere = [*SIDE.PATH_FLAGS, "test_text", "seed"]  # in other fields, or not of a side
+    shape = [name for name in SIDE.RECORDED_FLAGS if name not in elsewhere]
     for name in ("valid", "test"):
         split = getattr(dataset, name)
         if split:  # the files that it maps may be written anew for the other side
@@ -73,14 +92,14 @@ def describe(words):
         {
             "words": [*SIDE.arguments_of(values), f"--data_dir={data_dir}"],
             "flags": vars(flags),
-            "given": [*flags.given],
-            "shape": {name: getattr(flags, name) for name in SIDE.SAVED if name not in elsewhere},
-            "edited": SIDE.EDITED,
+            "given": explicit,
+            "shape": {name: getattr(flags, name) for name in shape},
+            "edited": SIDE.EDITED_FUNCTIONS,
             "notices": notices,
             "files": files,
             "read": files_read(),
             "unseeded": unseeded,
-            "origins": run.origins,
+            "origins": by_now(vars(run)).parents,
             "versions": run.versions,
             "parameters": sum(array.size for _, array in tree_flatten(run.model.parameters())),
             "vocab_size": run.model.config.vocab_size,

@@ -8,6 +8,7 @@ import shutil
 import sys
 from functools import partial
 
+import anchors
 import main
 import mlx.core as mx
 import numpy as np
@@ -51,7 +52,7 @@ def assert_near(found, expected, tolerance):
 @pytest.mark.parametrize("name", fast.STANDS_FOR)
 def test_it_stands_for_the_plain_function_as_it_is_now(name, plain):
     sha1 = main.hash_of_code(main.definition(name, main.SOURCE))
-    assert name not in main.EDITED, (
+    assert name not in main.EDITED_FUNCTIONS, (
         f"{name} in main.py has changed, so that main.py no longer uses the quick one: compare it "
         f"with {name} in fast.py, change that accordingly, and then enter "
         f'"{name}": "{sha1}" in STANDS_FOR'
@@ -64,13 +65,13 @@ def test_it_stands_for_the_plain_function_as_it_is_now(name, plain):
 
 
 REMARKS = {  # what is replaced in main.py, and by what
-    "# ---- Model ---": "# A remark\n# of two lines.\n\n# ---- Model ---",
+    anchors.MODEL_SECTION: f"# A remark\n# of two lines.\n\n{anchors.MODEL_SECTION}",
     '    """Squared ReLU': '    """The square of ReLU',
-    "mx.square(nn.relu(x))\n": "mx.square(nn.relu(x))  # of x\n",
+    anchors.RELU2: "mx.square(nn.relu(x))  # of x\n",
 }
 EDITS = {
-    "return (losses * weight).sum()": "return 2 * (losses * weight).sum()",
-    "return optim.clip_grad_norm(gradients, limit)": "return gradients, mx.array(7.0)",
+    anchors.LOSS: "return 2 * (losses * weight).sum()",
+    anchors.CLIP: "return gradients, mx.array(7.0)",
 }
 
 
@@ -166,7 +167,7 @@ def test_embeddings(ids, compiled, plain):
     factors = normal(1, 2, len(ids), 6)
 
     def weighted(program, table):
-        return (program.look_up(table, tokens) * factors).sum()
+        return (program.embed(table, tokens) * factors).sum()
 
     assert_near(*by_both(weighted, [table], compiled, plain), 1e-6)
 
@@ -204,7 +205,7 @@ def test_the_loss_its_gradients_and_the_score(B, L, V, dtype, tolerance, untie, 
     results = by_both(loss, [hidden, head], compiled, plain)
     assert_near(*results, tolerance)
     for program, (value, _) in zip((main, plain), results):
-        scores = program.score(with_head(head, program, untie), hidden, targets)
+        scores = program.token_metrics(with_head(head, program, untie), hidden, targets)
         assert [*scores] == ["loss"] and scores["loss"].shape == (B, L)
         sum_of_scores = scores["loss"].sum().item() * 0.01
         assert sum_of_scores == pytest.approx(value.item(), rel=max(tolerance, 1e-5))

@@ -3,6 +3,7 @@
 import math
 from argparse import Namespace
 
+import anchors
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, copy_program, newest, run
@@ -46,8 +47,8 @@ def test_scores_are_those_of_main(base, text, kind):
     tokens = load_dataset("text", folder, [text], tokenizer=tokenizer).valid.tokens
     with judge.Judge(side_of(checkpoint), checkpoint.metadata_path, None) as referee:
         whole = referee.score(tokens)
-        assert whole == pytest.approx(checkpoint.score.nats, abs=1e-5)
-        own = (len(tokens) - 1, checkpoint.score.nats)
+        assert whole == pytest.approx(checkpoint.evaluation.nats, abs=1e-5)
+        own = (len(tokens) - 1, checkpoint.evaluation.nats)
         assert referee.check_evaluation(tokens, own) is None
         assert referee.examine(tokens) == (whole, None)
         count = len(tokens) - 1
@@ -56,13 +57,10 @@ def test_scores_are_those_of_main(base, text, kind):
 
 
 TWO_MODES = {
-    "if config.qk_norm:": "self.dropout = nn.Dropout(0.1)\n        if config.qk_norm:",
-    "return self.o_proj(joined)": "return self.o_proj(self.dropout(joined))",
-    "    totals = Counter()": "    model.train(False)\n    totals = Counter()",
-    "    received, _ = ranks.agree(received)\n    if received:\n        interrupts": (
-        "    model.train()\n"
-        "    received, _ = ranks.agree(received)\n    if received:\n        interrupts"
-    ),
+    anchors.QK_NORM: f"        self.dropout = nn.Dropout(0.1)\n{anchors.QK_NORM}",
+    anchors.PROJECT_OUT: "return self.o_proj(self.dropout(joined))",
+    anchors.BEGIN_EVALUATION: f"    model.train(False)\n{anchors.BEGIN_EVALUATION}",
+    anchors.END_EVALUATION: f"    model.train()\n{anchors.END_EVALUATION}",
 }
 
 
@@ -74,7 +72,7 @@ def test_layers_with_two_modes(text, tmp_path):
     tokens = load_dataset("text", tmp_path, [text]).valid.tokens
     side = side_of(checkpoint, program.parent)
     with judge.Judge(side, checkpoint.metadata_path, None) as referee:
-        own = (checkpoint.score.tokens, checkpoint.score.nats)
+        own = (checkpoint.evaluation.tokens, checkpoint.evaluation.nats)
         scores, fault = referee.examine_run([tokens, None], [None, None], own)
     assert 0 < scores[0] < 7
     assert fault is None

@@ -95,7 +95,8 @@ def test_branch_from_a_step(text, tmp_path):
         run(*branch)
         out, _ = run(*branch)  # resumes it
         assert "from iteration 30 to 30" in out
-        [end] = [each for each in saved(folder) if each.iteration == 30 and each.run != name]
+        ends_there = [each for each in saved(folder) if each.iteration == 30]
+        [end] = [each for each in ends_there if each.folder_name != name]
         ends.append(end.id)
     assert ends[0] == ends[1]
 
@@ -104,8 +105,8 @@ def test_what_a_step_did(text, tmp_path):
     folder = tmp_path / "runs"
     run(*RUN, "--text", text, "--steps_per_save", 10, "--save_dir", folder)
     name = run_folder(folder).name
-    out, _ = run_extra("look", f"{name}@15", "--rows", 2, "--save_dir", folder)
-    newest, _ = run_extra("look", "latest", "--save_dir", folder)
+    out, _ = run_extra("inspect_step", f"{name}@15", "--rows", 2, "--save_dir", folder)
+    newest, _ = run_extra("inspect_step", "latest", "--save_dir", folder)
     assert newest.startswith(f"{name}@{saved(folder)[0].iteration - 1} -> {name}: loss ")
     loss, gradient_norm = map(float, re.search(r"loss (\S+), gradient_norm (\S+),", out).groups())
     before, after = map(float, re.search(r"mean loss (\S+) before, (\S+) after", out).groups())

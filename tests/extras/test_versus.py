@@ -8,6 +8,7 @@ import subprocess
 import time
 from types import SimpleNamespace
 
+import anchors
 import main
 import numpy as np
 import pytest
@@ -98,66 +99,92 @@ def wait_for_checkpoint(project, process):
         time.sleep(0.01)
 
 
-def test_comparison(project, figures):
-    compared = ["--learning_rate 1e-2", "--pairs", 2, "--json"]
-    process = begin(project, *compared)
+COMPARED = ["--learning_rate 1e-2", "--pairs", 2, "--json"]
+
+
+@pytest.fixture(scope="module")
+def compared(committed, tmp_path_factory):
+    """A comparison in a copy of the project: `project`, `out`, `result`, and `losses` [2, seeds].
+
+    main.py is edited while it runs: the sides have copies of their own.
+    """
+    folder = tmp_path_factory.mktemp("compared") / "project"
+    project = shutil.copytree(committed, folder)
+    process = begin(project, *COMPARED)
     wait_for_checkpoint(project, process)
     source = (project / "main.py").read_text()
-    edit(project, "    return flags.learning_rate *", "    return 0.0 *")  # it has its own copy
+    edit(project, anchors.RATE, "    return 0.0 *")
     out, err = process.communicate()
     assert process.returncode == 0, err
     (project / "main.py").write_text(source)
     result = last_line(out)
-    before, after = scores = losses(project, result)
-    assert np.allclose([result["scores_before"], result["scores_after"]], scores, atol=1e-5)
-    for seed, first, second in zip((42, 43), before, after):
-        assert f"{seed:>10}{first:>10.4f}{second:>10.4f}{second - first:>+14.4f}\n" in out
-    differences = after - before
-    margin = 12.706 * abs(differences[1] - differences[0]) / 2  # 12.706: Student's t, 1 degree
+    return SimpleNamespace(project=project, out=out, result=result, losses=losses(project, result))
+
+
+def test_the_losses_are_those_of_the_runs(compared):
+    result = compared.result
+    judged = [result["scores_before"], result["scores_after"]]
+    assert np.allclose(judged, compared.losses, atol=1e-5)
+    for seed, before, after in zip((42, 43), *compared.losses):
+        row = f"{seed:>10}{before:>10.4f}{after:>10.4f}{after - before:>+14.4f}\n"
+        assert row in compared.out
+
+
+def test_the_interval_is_that_of_students_t(compared):
+    differences = compared.losses[1] - compared.losses[0]
+    margin = 12.706 * abs(differences[1] - differences[0]) / 2  # 12.706: for 1 degree of freedom
     mean = differences.mean()
-    assert result["difference"] == pytest.approx(mean, abs=1e-5)
+    assert compared.result["difference"] == pytest.approx(mean, abs=1e-5)
     expected = pytest.approx([mean - margin, mean + margin], abs=1e-4)
-    assert [result["low"], result["high"]] == expected
-    assert result["outcome"] == "helped"
-    assert result["verdict"] == "Helped, on validation text (there was no test text)."
+    assert [compared.result["low"], compared.result["high"]] == expected
 
-    # A run of its own ends in the same checkpoint.
-    flags = ["--text", project / "text.txt", "--learning_rate", 1e-2, "--seed", 43]
-    run(*STEPS, *flags, "--save_dir", project / "alone")
-    _, side = result["comparison"].split()
-    assert newest(project / "alone").id in {each.id for each in checkpoints(project, side)}
 
-    # The picture shows what the table says.
-    draw = ["x.png", "--versus", "--save_dir", str(project / "runs")]
-    plot.main(draw)
+def test_the_verdict_says_what_is_missing(compared):
+    assert compared.result["outcome"] == "helped"
+    verdict = "Helped, on validation text (there was no test text)."
+    assert compared.result["verdict"] == verdict
+
+
+def test_a_run_of_ones_own_ends_in_the_same_checkpoint(compared, tmp_path):
+    flags = ["--text", compared.project / "text.txt", "--learning_rate", 1e-2, "--seed", 43]
+    run(*STEPS, *flags, "--save_dir", tmp_path)
+    _, side = compared.result["comparison"].split()
+    assert newest(tmp_path).id in {each.id for each in checkpoints(compared.project, side)}
+
+
+def test_the_picture_shows_the_table(compared, figures):
+    plot.main(["x.png", "--versus", "--save_dir", str(compared.project / "runs")])
     dots, pairs = figures[0].axes
-    for points, own in zip(dots.lines, scores, strict=True):
-        assert points.get_ydata() == pytest.approx(own, abs=1e-5)
+    for points, expected in zip(dots.lines, compared.losses, strict=True):
+        assert points.get_ydata() == pytest.approx(expected, abs=1e-5)
+    mean = (compared.losses[1] - compared.losses[0]).mean()
     assert pairs.lines[1].get_ydata()[0] == pytest.approx(mean, abs=1e-5)
 
-    # The next edit on one of these seeds has more chances to look good. Killed and typed again.
+
+def test_repeated_with_its_sides_changed_about_it_trains_nothing(compared):
+    files = sorted(compared.project.glob("runs/versus/*/text-*/*"))
+    out, _ = compare(compared.project, "--learning_rate=0.010", *COMPARED[1:])
+    assert last_line(out)["scores_after"] == compared.result["scores_after"]
+    assert sorted(compared.project.glob("runs/versus/*/text-*/*")) == files
+    assert '"After" took ' in out, "by the times that are kept"
+
+
+def test_killed_and_typed_again_it_is_one_more_look(compared):
+    """The next edit on one of these seeds has more chances to look good."""
     other = ["--learning_rate 0.02 --untie", "--pairs", 2, "--seeds", 43]
-    process = begin(project, *other)
+    process = begin(compared.project, *other)
     for line in process.stdout:
         if "difference" in line:
             process.kill()  # its run goes on alone
     process.wait()
-    out, _ = compare(project, *other)
+    out, _ = compare(compared.project, *other)
     assert out.splitlines()[-1].startswith("Helped, on validation text (there was no test text)")
     assert out.endswith(": look 2.\n")
     [sizes] = re.findall(r"differ in size: (\S+) parameters before, (\S+) after", out)
     smaller, larger = [int(size.replace(",", "")) for size in sizes]
     assert larger - smaller == 257 * 16, "the output matrix"
-    listed, _ = compare(project, "--list")
+    listed, _ = compare(compared.project, "--list")
     assert [line.split()[2] for line in listed.splitlines()] == ["2", "2"], "pairs"
-
-    # The first one repeated, with its sides changed about, trains nothing.
-    files = sorted(project.glob("runs/versus/*/text-*/*"))
-    compared[0] = "--learning_rate=0.010"
-    out, _ = compare(project, *compared)
-    assert last_line(out)["scores_after"] == result["scores_after"]
-    assert sorted(project.glob("runs/versus/*/text-*/*")) == files
-    assert '"After" took ' in out, "by the times that are kept"
 
 
 def test_sides_with_other_tokens(project):
@@ -200,7 +227,7 @@ def test_other_steps_and_texts_from_a_run(project):
     for own, more in (("scores_before", []), ("scores_after", after)):
         line = [*STEPS, *common, "--text", "text.txt", "--eval_tokens", 0, *more]
         run(*line, "--save_dir", "runs", cwd=project)
-        assert result[own][0] == pytest.approx(newest(project / "runs").score.nats, abs=1e-5)
+        assert result[own][0] == pytest.approx(newest(project / "runs").evaluation.nats, abs=1e-5)
     for side in result["comparison"].split():
         [path] = project.glob(f"runs/versus/{side}.*/init_from/{base.weights_path.name}")
         assert path.samefile(base.weights_path)
@@ -215,7 +242,7 @@ def test_other_steps_and_texts_from_a_run(project):
 def test_a_side_is_all_its_files(project):
     """An edited file of data is an edit; a large one is linked; what is ignored is not there."""
     reads = "    return float(Path('factor.txt').read_text()) * flags.learning_rate *"
-    edit(project, "    return flags.learning_rate *", reads)
+    edit(project, anchors.RATE, reads)
     (project / "factor.txt").write_text("1.0")
     (project / "mine.yaml").write_text("untie: false")
     for command in (["add", "."], ["commit", "-qm", "b"]):
@@ -237,8 +264,8 @@ def test_a_side_is_all_its_files(project):
 
 
 @pytest.mark.parametrize("edits, what", [
-    (("default_rng([self.seed, epoch])", "default_rng([7, epoch])"), "order of batches"),
-    (("    init_weights(model, flags.seed)", "    init_weights(model, 7)"), "first weights"),
+    ((anchors.ORDER, "default_rng([7, epoch])"), "order of batches"),
+    ((anchors.INIT, "init_weights(model, 7)"), "first weights"),
 ])  # fmt: skip
 def test_seeds_that_are_none(edits, what, project):
     """Pairs that share a part would be counted as independent ones."""
@@ -252,13 +279,13 @@ def test_edit_without_effect_is_proved(project):
 
     What a side prints is no answer.
     """
-    edit(project, "def linear_product(x, weight):\n", "def linear_product(x, weight):  # a note\n")
+    edit(project, anchors.LINEAR, "def linear_product(x, weight):  # a note\n")
     out, _ = compare(project, "HEAD", "--pairs", 2)
     assert out.endswith("\nThe same code and flags on both sides: nothing is trained.\n")
     assert not [*project.glob("runs/versus/*/text-*")], "nothing is trained"
-    edit(project, "    joined = attended.transpose", "    joined  =  attended.transpose")
-    edit(project, "EDITED = []", "EDITED = []\nprint('{}')")
-    norm = "mx.fast.rms_norm(x, weight, eps)\n"
+    edit(project, anchors.JOINED, "    joined  =  attended")
+    edit(project, anchors.TOP, "EDITED_FUNCTIONS = []\nprint('{}')")
+    norm = anchors.RMS_NORM
     edit(project, f"    return {norm}", f"    normed = {norm}    return normed\n")
     out, _ = compare(project, "HEAD", "--pairs", 2)
     assert "\nedited   rms_norm: each side runs that of its main.py" in out
@@ -273,16 +300,15 @@ def test_keep(project):
     assert "--gate asks for text that the runs do not have: name some by --test_text" in err
     shutil.copy(project / "text.txt", project.with_name("test.txt"))
     line += ["--test_text", "../test.txt"]
-    edit(project, "scale=scale, mask=mask)", "scale=scale)")
+    edit(project, anchors.MASK, "mask=None)")
     out, _ = compare(project, *line, status=1)
     *_, verdict, answer = out.splitlines()
     assert "Cannot tell: your files: it sees the future: the prediction at position 0" in verdict
     assert answer == "Drop."
-    edit(project, "scale=scale)", "scale scale)")
+    edit(project, anchors.PRODUCT, "    return x weight\n")
     out, _ = compare(project, *line, status=1)
     assert out.startswith("your files cannot run: SyntaxError: invalid syntax")
-    edit(project, "scale scale)", "scale=scale)")
-    edit(project, "    import mlx.nn as nn\n", "    import mlx.nn as nn, nowhere\n")
+    edit(project, "    return x weight\n", f"    import nowhere\n{anchors.PRODUCT}")
     out, _ = compare(project, *line, status=1)
     assert "No module named 'nowhere'" in out
     compare(project, "HEAD~1", *line[1:], status=2)

@@ -21,6 +21,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from anchors import ATTEND, BATCHES, BEGIN_EVALUATION, COSINE, DIVERGENCE, DOWN_PROJECTION, EMBED
+from anchors import END_EVALUATION, FINAL_NORM, IMPORT, INIT, IS_ENDED, JOINED, LOADED, LOGITS
+from anchors import MASK, METRICS, MOMENTUM, NEWTON_SCHULZ, NORM, ORDER, PRODUCT, PROJECT_DOWN
+from anchors import PROJECT_OUT, QK_NORM, RATE, RELU2_ENTRY, STEP, TOP, TRAINING_LOSS, VOCAB_SIZE
+from anchors import WARMED_UP, WARMUP
+
 RECIPE = """\
 run:
   num_iters: 100
@@ -69,28 +77,11 @@ NOTHING = "^No effect, proved"
 LOOK = r"\blook {}\b"
 GATE = ("HEAD --gate",)
 
-# ---- Places in main.py --------------------------------------------------------------------------
+# ---- Pieces of edits ----------------------------------------------------------------------------
 
-RATE = "    return flags.learning_rate *"
-ATTEND = "    scale = queries.shape[-1] ** -0.5\n    return mx.fast"
-LOGITS = "        return output(hidden).astype(mx.float32)\n"
-STEP = "    metrics = step(inputs, targets, dropout_rate, keys)\n"
-EMBED = "        hidden = dropout(self.embed(tokens), noise, site=0)\n"
-LOADED = "            mx.eval(model.parameters())\n        return model\n"
-TRAINING_LOSS = "nn.losses.cross_entropy(logits, targets)  # [B, L]"
-SCORE = '{"loss": nn.losses.cross_entropy(logits, targets)}'
-BATCHES = "    batches = Batches(dataset.train.tokens,"
+OTHER_MOMENTUM = (MOMENTUM, "momentum=0.9")
 WITH_VALID = "    batches = Batches(np.concatenate([dataset.train.tokens[:2000], "
 WITH_VALID += "*[dataset.valid.tokens] * 8]),"
-DIVERGENCE = """\
-            if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
-                raise divergence_error(run, "loss or gradient", run.iteration - 1)
-"""
-NORM = "        self.norm = RMSNorm(config.dim, config.norm_eps)\n"
-INIT = "init_weights(model, flags.seed)"
-ORDER = "default_rng([self.seed, epoch])"
-IMPORT = "import argparse\n"
-MOMENTUM = ("momentum=0.95", "momentum=0.9")
 
 
 def at_step_10(line):
@@ -134,19 +125,16 @@ TWO_EXPERTS = """\
         chosen = mx.where(is_first, self.down_proj(inner), self.other_proj(inner))
         return scores.max(axis=-1, keepdims=True) * chosen
 """
-DOWN = "        self.down_proj = Linear(config.mlp_dim, config.dim)\n"
 MORE_PROJECTIONS = """\
         self.other_proj = Linear(config.mlp_dim, config.dim)
         self.router = Linear(config.dim, 2)
 """
-QK_NORM = "        if config.qk_norm:\n"
-TRAIN_MODE = "    received, _ = ranks.agree(received)\n    if received:\n        interrupts"
 
 # ---- The edits ----------------------------------------------------------------------------------
 
 CHEATS = [
-    Edit("no mask", FUTURE, [("mask=mask)", "mask=None)")]),
-    Edit("no mask, --gate", f"{FUTURE}(?s:.*)^Drop", [("mask=mask)", "mask=None)")], options=GATE,
+    Edit("no mask", FUTURE, [(MASK, "mask=None)")]),
+    Edit("no mask, --gate", f"{FUTURE}(?s:.*)^Drop", [(MASK, "mask=None)")], options=GATE,
          status=1),
     Edit("no mask where many queries come at once", FUTURE, [
         (ATTEND, ATTEND.replace("\n", "\n    if queries.size > 8000:\n        mask = None\n", 1))]),
@@ -154,7 +142,7 @@ CHEATS = [
         (ATTEND, f"    values = values + 0.1 * mx.roll(values, -1, axis=2)\n{ATTEND}")]),
     Edit("the next token after every fourth id", FUTURE, [(EMBED, EMBED + PEEK_SOMETIMES)]),
     Edit("a norm over positions", FUTURE, [
-        ("        return self.norm(hidden)\n", "        squares = mx.square(hidden)\n"
+        (FINAL_NORM, "        squares = mx.square(hidden)\n"
          "        return self.norm(hidden / squares.mean(axis=1, keepdims=True) ** 0.5)\n")]),
     Edit("a mean over rows", OTHERS, [
         (LOGITS, LOGITS.replace("hidden)", "hidden + hidden.mean(0, keepdims=True))"))]),
@@ -164,13 +152,13 @@ CHEATS = [
         ("import itertools\n", "import itertools\nASKED = itertools.count()\n"),
         times("1 + 0.001 * next(ASKED)")]),
     Edit("label smoothing in both losses", SCORED, [
-        smoothed(TRAINING_LOSS), smoothed(SCORE)]),
-    Edit("a score of 0.995", SCORED, [(SCORE, SCORE.replace("nn", "0.995 * nn"))]),
-    Edit("a score in bits", SCORED, [(SCORE, SCORE.replace("nn", "1 / math.log(2) * nn"))]),
+        smoothed(TRAINING_LOSS), smoothed(METRICS)]),
+    Edit("a score of 0.995", SCORED, [(METRICS, METRICS.replace("nn", "0.995 * nn"))]),
+    Edit("a score in bits", SCORED, [(METRICS, METRICS.replace("nn", "1 / math.log(2) * nn"))]),
     Edit("150 steps when a model is loaded", SCORED, [(LOADED, LOADED.replace(
         "        return", f"{TRAIN_ON}        return"))]),
     Edit("twice the steps in the loop", "^Cannot tell: your files: it has taken 200 steps", [
-        ("is_time_up or run.iteration >=", "is_time_up or run.iteration >= 2 *")]),
+        (IS_ENDED, "is_time_up or run.iteration >= 2 *")]),
     Edit("200 steps inside step 1", SLOWER, [
         (STEP, "    for _ in range(200 if run.iteration == 1 else 0):\n"
          f"        step(*run.batches.next(), dropout_rate, keys)\n{STEP}")],
@@ -233,9 +221,9 @@ CONDITIONS = [
          options=("HEAD --pairs 3 --tune learning_rate=1e-3,2e-3,4e-3",)),
     Edit("one step", rf"{EFFECT}(?!.*\bnan\b)", [MOMENTUM, TWICE], flags=f"{TEXTS} --num_iters 1"),
     Edit("in the ledger", '(?=.*"date")(?=.*"commits")(?=.*"patch")(?=.*"tokens")(?=.*"versions")',
-         [MOMENTUM], options=("HEAD --pairs 3 --json",)),
+         [OTHER_MOMENTUM], options=("HEAD --pairs 3 --json",)),
     Edit("times under another environment", r"(?!.*No times)took [\d.]+ times as long",
-         [MOMENTUM], environment={"DISABLE_FAST": "1"}),
+         [OTHER_MOMENTUM], environment={"DISABLE_FAST": "1"}),
 ]  # fmt: skip
 
 LOOKS = [
@@ -261,12 +249,12 @@ SOURCES = [
         (IMPORT, f"from mine.deeper import rates\n{IMPORT}"), factor("rates.FACTOR")], files={
         "mine/__init__.py": "", "mine/deeper/__init__.py": "",
         "mine/deeper/rates.py": "FACTOR = 0.1\n"}),
-    Edit("a comment", "^The same code", [("EDITED = [] ", "EDITED = []  #")]),
+    Edit("a comment", "^The same code", [(TOP, f"{TOP}  #")]),
     Edit("nothing", "^The same code"),
-    Edit("it prints", NOTHING, [("EDITED = [] ", "EDITED = []\nprint('{}') ")]),
+    Edit("it prints", NOTHING, [(TOP, TOP + "\nprint('{}')")]),
     Edit("a parameter that is not used", "^No effect seen: other weights", [SPARE]),
     Edit("--same, linear instead of cosine", "^Different weights", [
-        ('"cosine": cosine', '"cosine": linear')], options=("HEAD --same --pairs 2",), status=1),
+        (COSINE, '"cosine": linear')], options=("HEAD --same --pairs 2",), status=1),
     Edit("--same, a refactoring", "^The same weights", [("joined = ", "joined: mx.array = ")],
          options=("HEAD --same --pairs 2",)),
 ]  # fmt: skip
@@ -280,10 +268,10 @@ GATES = [
         (DIVERGENCE, "")], options=("HEAD --gate --margin 0.002",)),
     Edit("after diverges, --gate", r"^Diverged: runs of after.*\nDrop", [factor("math.nan")],
          options=GATE, status=1),
-    Edit("before diverges, --gate", "^Diverged: runs of before", [MOMENTUM], options=GATE,
+    Edit("before diverges, --gate", "^Diverged: runs of before", [OTHER_MOMENTUM], options=GATE,
          committed={"main.py": [factor("math.nan")]}, status=125),
     Edit("an error of syntax, --gate", r"^your files cannot run: SyntaxError.*\nDrop", [
-        ("mask=mask)", "mask mask)")], options=GATE, status=1),
+        (MASK, "mask mask)")], options=GATE, status=1),
     Edit("a module that is nowhere, --gate", r"No module named 'nowhere'.*\nDrop", [
         (IMPORT, f"import nowhere\n{IMPORT}")], options=GATE, status=1),
     Edit("a segmentation fault, --gate", "^Drop", [
@@ -296,29 +284,29 @@ GATES = [
 
 HONEST = [
     Edit(f"honest: {name}", expected, edits) for name, expected, *edits in [
-        ("another momentum", EFFECT, MOMENTUM),
+        ("another momentum", EFFECT, OTHER_MOMENTUM),
         ("twice the rate", EFFECT, TWICE),
-        ("a mixture of two experts", EFFECT, (DOWN, DOWN + MORE_PROJECTIONS),
-         ("        return self.down_proj(inner)\n", TWO_EXPERTS)),
-        ("bfloat16 products", EFFECT, ("    return x @ weight.T\n",
+        ("a mixture of two experts", EFFECT, (DOWN_PROJECTION, DOWN_PROJECTION + MORE_PROJECTIONS),
+         (PROJECT_DOWN, TWO_EXPERTS)),
+        ("bfloat16 products", EFFECT, (PRODUCT,
          "    x = x.astype(mx.bfloat16)\n"
          "    return (x @ weight.T.astype(mx.bfloat16)).astype(mx.float32)\n")),
         ("smaller embeddings at first", EFFECT, ("seed) * 5 / model", "seed) * 2 / model")),
-        ("a linear schedule", EFFECT, ('"cosine": cosine', '"cosine": linear')),
-        ("GELU", EFFECT, ('"relu2": (relu2,', '"relu2": (nn.gelu,')),
-        ("a padded vocabulary", EFFECT, ("Config(dataset.tokenizer.vocab_size, **shape)",
+        ("a linear schedule", EFFECT, (COSINE, '"cosine": linear')),
+        ("GELU", EFFECT, (RELU2_ENTRY, '"relu2": (nn.gelu,')),
+        ("a padded vocabulary", EFFECT, (VOCAB_SIZE,
          "Config(-(-dataset.tokenizer.vocab_size // 64) * 64, **shape)")),
-        ("three Newton-Schulz steps", EFFECT, ("  for _ in range(5):", "  for _ in range(3):")),
+        ("three Newton-Schulz steps", EFFECT, (NEWTON_SCHULZ, "  for _ in range(3):")),
         ("label smoothing in training", EFFECT, smoothed(TRAINING_LOSS)),
         ("dropout of MLX, with its two modes", EFFECT,
          (QK_NORM, f"        self.dropout = nn.Dropout(0.1)\n{QK_NORM}"),
-         ("return self.o_proj(joined)", "return self.o_proj(self.dropout(joined))"),
-         ("    totals = Counter()", "    model.train(False)\n    totals = Counter()"),
-         (TRAIN_MODE, f"    model.train()\n{TRAIN_MODE}")),
-        ("a refactoring", NOTHING, ("    joined = attended", "    joined: mx.array = attended")),
+         (PROJECT_OUT, "return self.o_proj(self.dropout(joined))"),
+         (BEGIN_EVALUATION, "    model.train(False)\n    totals = Counter()"),
+         (END_EVALUATION, f"    model.train()\n{END_EVALUATION}")),
+        ("a refactoring", NOTHING, (JOINED, "    joined: mx.array = attended")),
         ("an unused import", NOTHING, (IMPORT, f"{IMPORT}import statistics\n")),
-        ("a renamed variable", NOTHING, ("    warmup = min(", "    warm = min("),
-         ("(iteration, flags) * warmup", "(iteration, flags) * warm")),
+        ("a renamed variable", NOTHING, (WARMUP, "    warm = min("),
+         (WARMED_UP, "(iteration, flags) * warm")),
     ]
 ]  # fmt: skip
 HONEST += [

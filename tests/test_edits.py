@@ -3,6 +3,7 @@
 import math
 import re
 
+import anchors
 import main
 import mlx.core as mx
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 from conftest import TINY, begin, copy_program, log_rows, newest, run
 from datasets import load_dataset
 
-LOGITS = "return output(hidden).astype(mx.float32)"
-LOSS = "return (losses * weight).sum()"
-SCORE = 'return {"loss": nn.losses.cross_entropy(logits, targets)}'
-SCHEDULES = "SCHEDULES = {"
+LOGITS = anchors.LOGITS.strip()
+LOSS = anchors.LOSS
+METRICS = f"return {anchors.METRICS}"
+SCHEDULES = anchors.SCHEDULES
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def edited(tmp_path, edits):
 
 def test_a_bias_of_the_output_layer_is_trained_and_scored(line, tmp_path):
     """An edit of the model's parts, not of `logits`: fast.py does not know them either."""
-    layer = "nn.Linear(config.dim, config.vocab_size, bias="
+    layer = anchors.HEAD
     program = edited(tmp_path, {f"{layer}False)": f"{layer}True)"})
     out, _ = run(*line, "--untie", "--eval_tokens", 0, **program)
     assert "\nedited   LanguageModel: " in out
@@ -38,7 +39,7 @@ def test_a_bias_of_the_output_layer_is_trained_and_scored(line, tmp_path):
     slow = {"env": {"DISABLE_FAST": "1"}}
     out, _ = run("--evaluate", "valid", "--save_dir", tmp_path / "lm", **slow, **program)
     nats = float(re.match(r"valid (\S+) nats", out)[1])
-    assert nats == pytest.approx(checkpoint.score.nats, abs=1e-4)
+    assert nats == pytest.approx(checkpoint.evaluation.nats, abs=1e-4)
 
 
 @pytest.mark.parametrize("untie", ["--untie", "--no-untie"])
@@ -62,7 +63,7 @@ def test_a_softcap_holds_in_training_scores_and_samples(untie, line, text, tmp_p
     assert nats == pytest.approx(rows[-1]["loss"], abs=1e-4)
 
     run(*line, untie, "--new_model")
-    learned = newest(tmp_path / "lm").score.nats
+    learned = newest(tmp_path / "lm").evaluation.nats
     assert learned < least, "which the plain program learns in these steps"
 
 
@@ -85,13 +86,13 @@ def test_the_loss_is_what_trains_and_the_score_stays(line, tmp_path):
     *steps, score = log_rows(tmp_path / "lm")
     assert [row["loss"] for row in steps] == [0, 0, 0, 0]
     begin(*line, "--learning_rate", 0)
-    assert score["loss"] == pytest.approx(newest(tmp_path / "lm").score.nats, rel=1e-5)
+    assert score["loss"] == pytest.approx(newest(tmp_path / "lm").evaluation.nats, rel=1e-5)
 
 
 def test_another_metric_of_the_validation_text(line, text, tmp_path):
     """Is shown and logged: here, how often the likeliest token is the right one."""
-    metrics = SCORE.replace("}", ', "accuracy": logits.argmax(-1) == targets}')
-    program = edited(tmp_path, {SCORE: metrics})
+    metrics = METRICS.replace("}", ', "accuracy": logits.argmax(-1) == targets}')
+    program = edited(tmp_path, {METRICS: metrics})
     out, _ = run(*line, "--eval_tokens", 0, **program)
 
     dataset = load_dataset("text", tmp_path / "data", text=[str(text)], tokenizer="byte")
@@ -143,11 +144,11 @@ def test_a_run_of_any_length_has_a_score(steps, line, tmp_path):
         model = checkpoint.open().load_model()
         expected = main.evaluate(model, text[: count + 1], 4)["loss"]
         bits = pytest.approx(expected / math.log(2) * len(text) / dataset.valid.num_bytes)
-        assert checkpoint.score == (steps, pytest.approx(expected, rel=1e-5), count, bits)
+        assert checkpoint.evaluation == (steps, pytest.approx(expected, rel=1e-5), count, bits)
     for more in ([], ["--max_minutes", 1e-9, "--num_iters", 9]):
         out, _ = run(*line, "--num_iters", steps, "--new_model", "--steps_per_eval", 0, *more)
         assert "valid " not in out.split("\nfiles ")[1]
-        assert newest(tmp_path / "lm").scores == []
+        assert newest(tmp_path / "lm").evaluations == []
 
 
 def test_no_time_at_all(line, tmp_path):

@@ -1,7 +1,7 @@
 """Strangers' checkpoints: whatever their files hold, a command ends well, or in one line.
 
-    python tests/nightly/strangers.py --seed 7 --cases 20000   cases 7-0, 7-1, ... 7-19999
-    python tests/nightly/strangers.py --only 7-123             that one again; keeps its folder
+    python tests/nightly/fuzz_checkpoints.py --seed 7 --cases 20000   cases 7-0, 7-1, ... 7-19999
+    python tests/nightly/fuzz_checkpoints.py --only 7-123     that one again; keeps its folder
 
 A *case* is decided by its name. It takes the run or the Hugging Face folder of a stranger, which
 the program itself has made, changes one to three things in it (a value, a key, an array, a file, a

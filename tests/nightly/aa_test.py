@@ -1,9 +1,9 @@
 """How often does extras.versus call a useless edit helpful or harmful? It should be one in twenty.
 
-    python tests/nightly/useless.py                      200 edits, an hour
-    python tests/nightly/useless.py gate --edits 40      how many does --gate keep?
-    python tests/nightly/useless.py rate --edits 40      an edit that only doubles the rate
-    python tests/nightly/useless.py tuned --edits 40     the same, each side at its best rate
+    python tests/nightly/aa_test.py                      200 edits, an hour
+    python tests/nightly/aa_test.py gate --edits 40      how many does --gate keep?
+    python tests/nightly/aa_test.py rate --edits 40      an edit that only doubles the rate
+    python tests/nightly/aa_test.py tuned --edits 40     the same, each side at its best rate
 
 A useless edit shuffles the columns of one matrix of a model's first weights: these are independent
 and identically distributed, so neither side is the better one. One that doubles the learning rate
@@ -22,14 +22,14 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import anchors
 from extras.versus.verdict import COUNTED
 
 MODEL = "--text text.txt --test_text test.txt --dim 16 --num_blocks 1 --num_heads 2 "
 MODEL += "--context_size 16 --batch_size 8 --num_iters 150 --learning_rate 3e-2 --lr_warmup 5 "
 MODEL += "--lr_schedule cosine"
-LAST_LINE = "    model.load_weights(weights)\n"  # of init_weights
 SHUFFLED = """
     drawn = [name for name, value in weights if value.ndim > 1 and value.any()]
     values = dict(weights)
@@ -38,15 +38,14 @@ SHUFFLED = """
     values[name] = values[name][:, mx.array(columns)]
     model.load_weights([*values.items()])
 """
-RATE = "    return flags.learning_rate *"
-DOUBLED = "    return 2 * flags.learning_rate *"
+DOUBLED = anchors.RATE.replace("return", "return 2 *")
 
 # {way: (what is edited, what takes its place, options of extras.versus, more flags of main.py)}
 WAYS = {
-    "race": (LAST_LINE, SHUFFLED, [], []),
-    "gate": (LAST_LINE, SHUFFLED, ["--gate"], []),
-    "rate": (RATE, DOUBLED, [], ["--learning_rate", "5e-3"]),
-    "tuned": (RATE, DOUBLED, ["--tune", "learning_rate=1e-2,2e-2,4e-2"], []),
+    "race": (anchors.LAST_OF_INIT, SHUFFLED, [], []),
+    "gate": (anchors.LAST_OF_INIT, SHUFFLED, ["--gate"], []),
+    "rate": (anchors.RATE, DOUBLED, [], ["--learning_rate", "5e-3"]),
+    "tuned": (anchors.RATE, DOUBLED, ["--tune", "learning_rate=1e-2,2e-2,4e-2"], []),
 }
 
 

@@ -1,10 +1,10 @@
 """A fault at every call of the system that a run makes; then random ones. All from outside.
 
-    python tests/nightly/crash.py                           every call, every action
-    python tests/nightly/crash.py --every 40                one in forty of these cases
-    python tests/nightly/crash.py --random 5000 --seed 7    five thousand random faults
-    python tests/nightly/crash.py --only begin-57-power     one case again, or 7-12 of --random
-    python tests/nightly/crash.py --checkout DIR            the main.py of another folder
+    python tests/nightly/inject_faults.py                           every call, every action
+    python tests/nightly/inject_faults.py --every 40                one in forty of these cases
+    python tests/nightly/inject_faults.py --random 5000 --seed 7    five thousand random faults
+    python tests/nightly/inject_faults.py --only begin-57-power   one again, or 7-12 of --random
+    python tests/nightly/inject_faults.py --checkout DIR            the main.py of another folder
 
 A *leg* is main.py as it is, in a fork of this process, started as a user starts it. In it, each
 call that opens, reads, writes, names, syncs or deletes something in the folder of runs is counted,

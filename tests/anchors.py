@@ -1,0 +1,71 @@
+"""Lines of main.py that tests edit, by name. Each stands there once: see test_code.py.
+
+Whoever rewords one of them enters the new wording here.
+"""
+
+# ---- Top ----------------------------------------------------------------------------------------
+
+IMPORT = "import argparse\n"
+TOP = "EDITED_FUNCTIONS = []"
+MODEL_SECTION = "# ---- Model ---"
+ADAMW = "def adamw("
+PLURAL = "def plural("
+PRESETS = "PRESETS = {"
+
+# ---- Model --------------------------------------------------------------------------------------
+
+LINEAR = "def linear_product(x, weight):\n"
+PRODUCT = "    return x @ weight.T\n"
+RMS_NORM = "mx.fast.rms_norm(x, weight, eps)\n"
+ATTEND = "    scale = queries.shape[-1] ** -0.5\n    return mx.fast"
+MASK = "mask=mask)"
+QK_NORM = "        if config.qk_norm:\n"
+JOINED = "    joined = attended"
+PROJECT_OUT = "return self.o_proj(joined)"
+RELU2 = "mx.square(nn.relu(x))\n"
+RELU2_ENTRY = '"relu2": (relu2,'
+DOWN_PROJECTION = "        self.down_proj = Linear(config.mlp_dim, config.dim)\n"
+PROJECT_DOWN = "        return self.down_proj(inner)\n"
+EMBEDDINGS = "        self.embed_tokens = "
+EMBED = "        hidden = dropout(self.embed(tokens), noise, mask_index=0)\n"
+NORM = "        self.norm = RMSNorm(config.dim, config.norm_eps)\n"
+FINAL_NORM = "        return self.norm(hidden)\n"
+HEAD = "nn.Linear(config.dim, config.vocab_size, bias="
+LOGITS = "        return output(hidden).astype(mx.float32)\n"
+FIRST_VALUES = "rng.standard_normal(shape"
+EMBEDDINGS_SCALE = "* 5 / model.config.dim"
+LAST_OF_INIT = "    model.load_weights(weights)\n"
+
+# ---- Loss, optimizer, batches -------------------------------------------------------------------
+
+TRAINING_LOSS = "nn.losses.cross_entropy(logits, targets)  # [B, L]"
+LOSS = "return (losses * weight).sum()"
+CLIP = "return optim.clip_grad_norm(gradients, max_norm)"
+MOMENTUM = "momentum=0.95"
+NEWTON_SCHULZ = "  for _ in range(5):"
+BETAS = "betas = [flags.beta1, flags.beta2]"
+COSINE = '"cosine": cosine'
+SCHEDULES = "SCHEDULES = {"
+WARMUP = "    warmup = min("
+WARMED_UP = "(iteration, flags) * warmup"
+RATE = "    return flags.learning_rate *"
+ORDER = "default_rng([self.seed, epoch])"
+
+# ---- Training and evaluation --------------------------------------------------------------------
+
+STEP = "    metrics = step(inputs, targets, dropout_rate, keys)\n"
+IS_ENDED = "is_time_up or run.iteration >="
+DIVERGENCE = """\
+            if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
+                raise divergence_error(run, "loss or gradient", run.iteration - 1)
+"""
+METRICS = '{"loss": nn.losses.cross_entropy(logits, targets)}'
+BEGIN_EVALUATION = "    totals = Counter()"
+END_EVALUATION = "    received, _ = ranks.agree(received)\n    if received:\n        interrupts"
+
+# ---- Runs ---------------------------------------------------------------------------------------
+
+LOADED = "            mx.eval(model.parameters())\n        return model\n"
+VOCAB_SIZE = "Config(dataset.tokenizer.vocab_size, **shape)"
+BATCHES = "    batches = Batches(dataset.train.tokens,"
+INIT = "init_weights(model, flags.seed)"
