@@ -1,9 +1,9 @@
 """The judge of extras.versus: scores checkpoints without the code that trained them.
 
 A side's own code only turns tokens into logits, in a process of its own (worker.py). Which
-tokens, their targets, the log-softmax and the sums are the judge's: an edit of the loss, of `score`
-or of `evaluate` cannot move them. The very batches that are scored are asked again, with other
-tokens where a model may not look.
+tokens, their targets, the log-softmax and the sums are the judge's: an edit of the loss, of
+`token_metrics` or of `evaluate` cannot move them. The very batches that are scored are asked again,
+with other tokens where a model may not look.
 """
 
 import json
