@@ -1893,8 +1893,8 @@ def one_of(choices, remedy=""):
     words = choices if callable(choices) else lambda: choices
 
     def convert(text):
-        if text in words():
-            return text
+        if text.lower() in words():
+            return text.lower()
         listed = ", ".join(words())
         raise argparse.ArgumentTypeError(f"must be one of {listed}, not {text}{remedy}")
 
@@ -1971,12 +1971,13 @@ class Parser(argparse.ArgumentParser):
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             words = [word for word in unknown if word.startswith("-")] or unknown[:1]
-            hint = self.hint(words[0])
+            hints = dict.fromkeys(hint for word in words for hint in self.hints(word)[:1])
+            hint = "; ".join([*hints, "--help lists all flags"])
             raise UsageError(f"unrecognized arguments: {' '.join(words)} ({hint})")
         return values
 
-    def hint(self, word):
-        """What to do instead of a word that no flag takes."""
+    def hints(self, word):
+        """What to do instead of a word that no flag takes, the best first."""
         name = word.partition("=")[0].lstrip("-").removeprefix("no-").lower()
         hints = []
         with contextlib.suppress(UsageError):  # without extras/
@@ -1991,7 +1992,7 @@ class Parser(argparse.ArgumentParser):
                 "no flag takes it: a switch has no value, a text with blanks needs quotes, and "
                 "--identifier names a checkpoint: a run, latest or best"
             )
-        return "; ".join([*hints[:1], "--help lists all flags"])
+        return hints
 
     def parse_known_args(self, args=None, namespace=None):
         actions = self._option_string_actions

@@ -98,6 +98,7 @@ NOT_HERE = {
     "prompts_file": "python -m extras.batch FILE",
     "output": "python -m extras.batch FILE --output FILE; datasets.py has --save_tokenizer",
     "perplexity": "python main.py --evaluate valid",
+    "count_parameters num_parameters": "the start screen says how many a model has",
     "benchmark throughput memory profile generation test_batches": (
         "python -m extras.benchmark measures memory, training and sampling, without a flag for each"
     ),
