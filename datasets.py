@@ -458,7 +458,7 @@ def tokenizer_from_dict(data):
 
 
 def read_tokenizer(path):
-    """The tokenizer in a Hugging Face tokenizer.json. Raises UsageError."""
+    """The tokenizer in a Hugging Face tokenizer.json."""
     kinds = ", ".join(KINDS)
     fault = f"--tokenizer {path} must be a Hugging Face tokenizer.json, or one of {kinds}"
     fault += "; download that file of a model on the hub, or let transformers convert a .model"
@@ -704,7 +704,7 @@ def own_text(given, valid_fraction, text_field, own_folders):
     `given` is {split: [path, ...]}. Without "valid" paths, part of "train" is held out: the files
     that are for validation by their names, else a share. Files for validation or testing are left
     out of the training text. Those for testing may go with a corpus instead. own_folders: see
-    texts_of; text_field: see Rows. Raises UsageError.
+    texts_of; text_field: see Rows.
     """
     files = {split: find_files(paths, own_folders) for split, paths in given.items()}
     if "train" in files:
@@ -759,7 +759,7 @@ def say_what_is_read(files):
 def find_files(paths, own_folders):
     """{real path: (path, name)} of the texts that `paths` (files, folders, globs) match.
 
-    The name is the path below a folder in `paths`, or what a glob matches. Raises UsageError.
+    The name is the path below a folder in `paths`, or what a glob matches.
     """
     found = {}
     for path in paths:
@@ -852,7 +852,7 @@ def check_text(path):
 
 
 def head_of_file(path):
-    """The first 64 KiB of a file. Raises UsageError."""
+    """The first 64 KiB of a file."""
     with explained(f"{path} cannot be read", OSError), open(path, "rb") as file:
         return file.read(1 << 16)
 
@@ -1016,7 +1016,7 @@ def cut_into_blocks(pieces):
 
 
 def read_pieces(span):
-    """Yields the text of a span, read in pieces of BLOCK bytes. Raises UsageError."""
+    """Yields the text of a span, read in pieces of BLOCK bytes."""
     # A byte-order mark is no part of the text.
     encoding = "utf-8" if span.start else "utf-8-sig"
     with open(span.path, "rb") as file:
@@ -1170,7 +1170,7 @@ def load_dataset(
 
 
 def named_files(dataset, text, valid_text, test_text):
-    """The paths that the user names, {split: [absolute path, ...]}. Raises UsageError."""
+    """The paths that the user names, {split: [absolute path, ...]}."""
     if text and dataset != "text":
         raise UsageError("--dataset and --text both name what to train on: use one of them")
     if (valid_text or dataset == "text") and not text:
@@ -1194,7 +1194,7 @@ def key_of(local):
 
 
 def find_splits(dataset, corpus, get):
-    """{split: [Span]} of a corpus that is downloaded. Raises UsageError."""
+    """{split: [Span]} of a corpus that is downloaded."""
     found = corpus.find_texts(get)
     if type(found) is not list or len(found) not in (2, 3) or {*map(type, found)} != {Span}:
         raise UsageError(
@@ -1692,7 +1692,7 @@ def open_kernel_dir():
     """The folder for compiled code, which is loaded from there: no other user can write to it.
 
     It is in CACHE, for this kind of system, as machines may share a home. Where that cannot hold
-    code, as without a home, it is a temporary one, deleted at exit. Raises UsageError.
+    code, as without a home, it is a temporary one, deleted at exit.
     """
     if CACHE is not None:
         # Another number where code from before must not be loaded again.

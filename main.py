@@ -1947,10 +1947,7 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
 
 
 def open_newest(candidates, is_named=False):
-    """The Contents of the first intact checkpoint; one that was named is never replaced.
-
-    Raises RunError.
-    """
+    """The Contents of the first intact checkpoint; one that was named is never replaced."""
     for candidate in candidates:
         try:
             return candidate.open()
@@ -2141,7 +2138,7 @@ def is_model_folder(path):
 
 
 def load_model_of(checkpoint):
-    """The LoadedModel that is a checkpoint; with LoRA, also of its base. Raises RunError."""
+    """The LoadedModel that is a checkpoint; with LoRA, also of its base."""
     contents = checkpoint.open()
     files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
     if checkpoint.flags["lora_rank"]:
@@ -2719,7 +2716,7 @@ def describe_changes(before, now, prefix=""):
 def sample_from(flags):
     """Runs --inference or --prompt with a checkpoint's model.
 
-    The model's text goes to stdout, messages about it to stderr. Raises UsageError.
+    The model's text goes to stdout, messages about it to stderr.
     """
     contents = open_checkpoint(flags)
     model = contents.load_model()
@@ -2943,7 +2940,7 @@ def make_parser():
 
 
 def parse(arguments):
-    """The flags passed, {flag: value}. Raises UsageError."""
+    """The flags passed, {flag: value}."""
     flags = vars(make_parser().parse_args(arguments))
     modes = [name for name in flags if name in FLAGS["mode"] and flags[name] is not False]
     if len(modes) > 1:
@@ -2999,7 +2996,7 @@ def read_command_line(argv):
 
 
 def read_config(name):
-    """The flags in a YAML file or a recipe, as if passed on the command line. Raises UsageError."""
+    """The flags in a YAML file or a recipe, as if passed on the command line."""
     path = Path(user_path(name))
     if not path.is_file():
         path = RECIPES / f"{name}.yaml"
@@ -3171,7 +3168,7 @@ def refuse_contradiction(flags, values, holder):
 def choose_checkpoint(flags):
     """The checkpoint that --identifier names or, without any flag that shapes a run, the newest.
 
-    None if the command describes its run, or there is no checkpoint. Raises UsageError.
+    None if the command describes its run, or there is no checkpoint.
     """
     if flags.new_model and flags.identifier:
         raise UsageError("--identifier goes on, --new_model begins anew: use one of them")
@@ -3300,10 +3297,7 @@ def make_model(flags, dataset, checkpoint, models):
 
 
 def load_inputs(flags):
-    """What a new run begins with: its models, {flag: LoadedModel}, its flags and its dataset.
-
-    Raises UsageError, RunError.
-    """
+    """What a new run begins with: its models, {flag: LoadedModel}, its flags and its dataset."""
     models = {}
     for flag_name in PRETRAINED_FLAGS:
         name = getattr(flags, flag_name)
@@ -3355,7 +3349,7 @@ def load_data_again(flags, checkpoint):
 def make_run(folder, flags, contents, models, dataset, ranks):
     """The run whose state is in `contents`, or a new one if that is None.
 
-    models: those that it reads at this start, {flag: LoadedModel}. Raises UsageError, RunError.
+    models: those that it reads at this start, {flag: LoadedModel}.
     """
     checkpoint = contents and contents.checkpoint
     if checkpoint and checkpoint.config.vocab_size < dataset.tokenizer.vocab_size:
@@ -3396,10 +3390,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
 
 
 def check_before_data(flags, ranks):
-    """Refuses, or says, what can be known before a text is downloaded or code has run.
-
-    Raises UsageError.
-    """
+    """Refuses, or says, what can be known before a text is downloaded or code has run."""
     if flags.batch_size < ranks.size:
         raise UsageError(
             f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
@@ -3425,7 +3416,7 @@ def set_up(flags, ranks):
 
     It resumes an existing run from its newest intact checkpoint, begins a branch from the
     checkpoint that --identifier names, or begins a new run. Its folder is locked until the block
-    ends. Raises UsageError, RunError.
+    ends.
     """
     chosen = choose_checkpoint(flags)
     if chosen:

@@ -18,7 +18,7 @@ from main import announce, attend, first_ids
 
 
 def main(arguments):
-    """Plots as these arguments specify. Raises UsageError, RunError."""
+    """Plots as these arguments specify."""
     parser = make_parser("attention", __doc__, "identifier", "gpu")
     parser.add_argument("file", metavar="FILE", help="the picture to write")
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="the text")

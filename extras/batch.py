@@ -23,7 +23,7 @@ SAMPLING_FLAGS = [name for name in FLAGS["sampling"] if name not in ("num_sample
 
 
 def main(arguments):
-    """Continues prompts as these arguments specify. Raises UsageError, RunError."""
+    """Continues prompts as these arguments specify."""
     parser = make_parser(
         "batch", __doc__, "identifier", "gpu", "num_samples", "seed", *SAMPLING_FLAGS
     )

@@ -39,10 +39,7 @@ NOT_TRAINING = ["inference", "prompt", "evaluate", "list"]  # flags of main.py
 
 
 def main(arguments):
-    """Measures the model that main.py would train with these arguments, or a checkpoint.
-
-    Raises UsageError, RunError.
-    """
+    """Measures the model that main.py would train with these arguments, or a checkpoint."""
     flags = resolve_flags(read_command_line(arguments))
     for name in NOT_TRAINING:
         if name in flags.explicit:

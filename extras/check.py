@@ -44,7 +44,7 @@ LOSS_ROUNDING = 0.1  # nats, at the end of a run
 
 
 def main(arguments):
-    """Checks this machine; returns the exit status. Raises UsageError."""
+    """Checks this machine; returns the exit status."""
     parser = make_parser("check", __doc__, "gpu")
     parser.add_argument("training", nargs="*", default=[], help="flags for the runs")
     flags = read_flags(parser, arguments)

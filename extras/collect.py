@@ -34,7 +34,7 @@ FAULTS = (OSError, ValueError, LookupError, TypeError, RecursionError)
 
 
 def main(arguments):
-    """Collects a corpus as these arguments specify. Raises UsageError or RunError."""
+    """Collects a corpus as these arguments specify."""
     parser = Parser(
         prog="python -m extras.collect",
         description="Collects a corpus from a teacher behind an API.",
@@ -97,7 +97,7 @@ def read_prompts(path):
     """The prompts in a file: its lines or, for a .jsonl, the texts that a model has started.
 
     A .jsonl is written by extras.batch. Each of its prompts is joined with the completion, so the
-    teacher continues what the student has written. Raises UsageError.
+    teacher continues what the student has written.
     """
     wanted = "a UTF-8 file or, if it is named .jsonl, what extras.batch writes"
     with explained(f"--teacher_prompts {path} must be {wanted}", *FAULTS):
@@ -158,7 +158,7 @@ class Teacher:
         self.key = "".join(key.split())
 
     def answer(self, prompt):
-        """The answer to a prompt, in three tries. Raises RunError, UsageError."""
+        """The answer to a prompt, in three tries."""
         for pause in (1, 4, None):
             try:
                 return self.request(prompt)

@@ -17,7 +17,7 @@ from main import EDITED_FUNCTIONS, announce
 
 
 def main(arguments):
-    """Exports as these arguments specify. Raises UsageError, RunError."""
+    """Exports as these arguments specify."""
     parser = make_parser("export", __doc__, "identifier", "quantize")
     parser.add_argument("path", metavar="PATH", help="a new folder, or a new file FILE.gguf")
     flags = read_flags(parser, arguments)

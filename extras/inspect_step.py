@@ -23,7 +23,7 @@ from main import list_checkpoints, make_step, named_checkpoint, resolve_flags, t
 
 
 def main(arguments):
-    """Shows what these arguments name. Raises UsageError, RunError."""
+    """Shows what these arguments name."""
     parser = make_parser("look", __doc__, "gpu")
     parser.add_argument("step", metavar="RUN@STEP", help="the step that ended in this checkpoint")
     parser.add_argument(

@@ -34,7 +34,7 @@ STYLES = {"train": {"alpha": 0.4}, "valid": {"marker": "o", "markersize": 4}}
 
 
 def main(arguments):
-    """Plots as these arguments specify. Raises UsageError."""
+    """Plots as these arguments specify."""
     parser = make_parser("plot", __doc__)
     parser.add_argument("file", metavar="FILE", help="the picture to write")
     parser.add_argument(
@@ -53,7 +53,7 @@ def main(arguments):
 
 
 def count_ngrams(checkpoints):
-    """The losses of extras/common/ngrams.py on the text of these checkpoints. Raises UsageError."""
+    """The losses of extras/common/ngrams.py on the text of these checkpoints."""
     if len({str(each.tokens_sha256) for each in checkpoints}) > 1:
         raise UsageError("--ngrams is about one text: name runs of the same by --identifier")
     dataset = load_data_again(resolve_flags({}, checkpoints[0].flags), checkpoints[0])
@@ -133,7 +133,6 @@ def plot_comparison(folder, path):
     """Plots what extras.versus compared last.
 
     Left, the losses of each pair; right, their differences, with the mean and its 95 % interval.
-    Raises UsageError.
     """
     results = read_results(folder / NAME)
     if not results:

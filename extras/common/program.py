@@ -31,7 +31,7 @@ def make_parser(name, doc, *flags):
 def read_flags(parser, arguments):
     """The flags of a command line, all others of main.py with their defaults, as a Namespace.
 
-    Makes the device of --gpu the default. Raises UsageError.
+    Makes the device of --gpu the default.
     """
     flags = main.resolve_flags(vars(parser.parse_args(arguments)))
     main.use_device(flags.gpu)
@@ -39,10 +39,7 @@ def read_flags(parser, arguments):
 
 
 def load_checkpoint(flags):
-    """The checkpoint that --identifier names or, without it, the newest: (it, model, tokenizer).
-
-    Raises UsageError, RunError.
-    """
+    """The checkpoint that --identifier names or, without it, the newest: (it, model, tokenizer)."""
     contents = main.open_checkpoint(flags)
     return contents.checkpoint, contents.load_model(), contents.tokenizer
 
@@ -62,8 +59,7 @@ def add_identifiers(parser):
 def select_checkpoints(save_dir, identifiers):
     """The checkpoints in a folder, newest first, or those that the identifiers name.
 
-    A pattern of run names stands for the newest checkpoint of each run that it matches. Raises
-    UsageError.
+    A pattern of run names stands for the newest checkpoint of each run that it matches.
     """
     checkpoints = main.list_checkpoints(save_dir, warn=True)
     if not checkpoints:

@@ -15,7 +15,7 @@ from main import Cache, Decoder, open_model, process_logits, sample_token
 
 
 def open_draft(flags, contents):
-    """The model of --draft, for that of the Contents of a checkpoint. Raises UsageError, RunError.
+    """The model of --draft, for that of the Contents of a checkpoint.
 
     Their ids have to mean the same text.
     """

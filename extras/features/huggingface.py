@@ -94,7 +94,7 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 # ---- Import -------------------------------------------------------------------------------------
 def open_by_name(name):
-    """The LoadedModel of a folder or, without one of that name, on the hub. Raises UsageError."""
+    """The LoadedModel of a folder or, without one of that name, on the hub."""
     if os.path.isdir(name):
         return import_model(name)
     if os.path.exists(name):
@@ -113,7 +113,7 @@ def download_model(repository, revision=None):
     """The folder of a model on the hub, named by its commit; only what is missing is downloaded.
 
     Address, key and cache are those of huggingface_hub: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and
-    its other variables hold here, too. Raises UsageError.
+    its other variables hold here, too.
     """
     fault = f"{repository} is no folder here, and cannot be downloaded from the Hugging Face hub"
     with explained(f"{fault}: pip install huggingface_hub", ImportError):
@@ -335,7 +335,7 @@ def model_files(folder):
 
 
 def read_weights(files):
-    """All arrays of a model's files by name, as float32. Raises UsageError."""
+    """All arrays of a model's files by name, as float32."""
     weights = {}
     for file in files:
         if file.name in TEXTS:
@@ -371,7 +371,7 @@ def tie(weights):
 def id_of(folder):
     """The id of the model in a folder: the SHA1 of the SHA1s of its files.
 
-    So editing one of them makes another model. Raises UsageError.
+    So editing one of them makes another model.
     """
     with explained(f"{folder} cannot be used: name another model"):
         sha1s = [sha1_of_file(path.resolve()) for path in model_files(Path(folder))]

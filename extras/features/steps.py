@@ -21,8 +21,6 @@ ITERATION = attrgetter("iteration")
 
 def checkpoint_at(checkpoints, identifier):
     """The Checkpoint of RUN@STEP, or of latest@STEP; checkpoints: those of all runs, newest first.
-
-    Raises UsageError, RunError.
     """
     name, _, step = identifier.rpartition("@")
     if name == "latest" and checkpoints:

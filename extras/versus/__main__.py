@@ -41,7 +41,7 @@ OWN = ["pairs", "seeds", "margin", "tokens", "jobs", "json", "same", "tune", "ag
 
 
 def main(arguments):
-    """Compares what these arguments name; returns the exit status. Raises UsageError, RunError."""
+    """Compares what these arguments name; returns the exit status."""
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, stop)
     options, common = read_arguments(arguments)
@@ -72,7 +72,7 @@ def stop(number, frame):
 
 
 def read_arguments(arguments):
-    """The options of this program, with the sides, and the words behind --. Raises UsageError."""
+    """The options of this program, with the sides, and the words behind --."""
     parser = Parser(
         prog="python -m extras.versus",
         usage="%(prog)s SIDE [SIDE] [options] -- [flags of main.py]",

@@ -112,7 +112,7 @@ class Judge:
         self.messages.close()
 
     def ask(self, rows):
-        """The shape of the logits of rows of tokens [B, L]; their bytes follow. Raises RunError."""
+        """The shape of the logits of rows of tokens [B, L]; their bytes follow."""
         try:
             self.process.stdin.write(json.dumps(rows.tolist()).encode() + b"\n")
             self.process.stdin.flush()
@@ -123,7 +123,7 @@ class Judge:
             raise failure(self.side.name, self.process.returncode, self.messages.read()) from None
 
     def logits(self, rows):
-        """Logits [B, L, V] of rows of tokens [B, L]. Raises RunError.
+        """Logits [B, L, V] of rows of tokens [B, L].
 
         More than there are ids, as where a vocabulary is padded, are impossible.
         """

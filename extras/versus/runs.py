@@ -45,7 +45,7 @@ class Comparison:
     """Two Sides and the runs of both: those of a side differ in nothing but their seeds."""
 
     def __init__(self, options, common, own=((), ())):
-        """See read_arguments; own: more flags of each side. Raises UsageError, RunError."""
+        """See read_arguments; own: more flags of each side."""
         self.options = options
         self.common = common
         self.tuned = None  # see tuned
@@ -92,7 +92,7 @@ class Comparison:
         """Yields each seed with the Outcomes of both sides.
 
         As many runs train at a time as there are shares of the cores. Closing the generator ends
-        those that still train. Raises UsageError, RunError.
+        those that still train.
         """
         shares = [*self.shares]
 
@@ -120,7 +120,7 @@ class Comparison:
     def run(self, index, seed):
         """Trains a run to its end and has it judged; returns the Outcome.
 
-        index: 0 for the side before, 1 for that after. Raises UsageError, RunError.
+        index: 0 for the side before, 1 for that after.
         """
         side = self.sides[index]
         # Another comparison may train the same run. The run inherits this lock: if only this
@@ -297,8 +297,7 @@ def words_of_run(flags, same):
 def tuned(options, common):
     """The Comparison of both sides, each with that value of --tune which suits it best.
 
-    All values are tried with the first seeds, the Comparison begins behind them. Raises UsageError,
-    RunError.
+    All values are tried with the first seeds, the Comparison begins behind them.
     """
     flag, _, listed = options.tune.partition("=")
     values = listed.split(",")

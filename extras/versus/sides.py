@@ -99,7 +99,7 @@ def is_flags(side):
 def make_side(typed, common, folder, is_second):
     """The Side of a commit, or of flags for the files of now; folder: a new one, for its files.
 
-    is_second: whether the other side has taken the flags in `common`. Raises UsageError, RunError.
+    is_second: whether the other side has taken the flags in `common`.
     """
     name = typed or "your files"
     words = common
@@ -137,7 +137,7 @@ def make_side(typed, common, folder, is_second):
 
 
 def describe(name, folder, words):
-    """What the code of a side says of itself, see worker.py. Raises UsageError, RunError."""
+    """What the code of a side says of itself, see worker.py."""
     command = [sys.executable, "-B", WORKER, folder, "describe", *words]
     options = {"capture_output": True, "text": True, "errors": "replace", "timeout": LONGEST}
     try:
@@ -195,7 +195,7 @@ def copy_files(names, folder):
 
 
 def copy_commit(commit, folder):
-    """Copies the program as it is in a commit; returns the paths. Raises UsageError."""
+    """Copies the program as it is in a commit; returns the paths."""
     with explained("to compare commits, install git and tar", FileNotFoundError):
         asked = subprocess.run(["git", "-C", HERE, "archive", commit], capture_output=True)
         subprocess.run(["tar", "-x", "-C", folder], input=asked.stdout, capture_output=True)
@@ -226,7 +226,7 @@ def identify(side, *others):
 
 
 def install(side, folder):
-    """The Side with its files in a folder of its own. Raises UsageError."""
+    """The Side with its files in a folder of its own."""
     fault = f"cannot write to {folder}: name another --save_dir"
     with explained(fault, OSError), locked(folder.parent):
         if not folder.exists():
