@@ -416,7 +416,7 @@ KINDS.remove("file")
 
 
 def encode_after(tokenizer, befores, texts):
-    """The ids [N] of each text where it goes on behind a character, or behind "" at a beginning.
+    """Encodes each text as a continuation of the character before it ("" at a start): ids [N].
 
     Some tokenizers put a space before whatever they encode.
     """
@@ -698,15 +698,15 @@ NO_TEXT = {
 MARKUP_SUFFIXES = (".csv", ".htm", ".html", ".ipynb", ".json", ".rtf", ".tex", ".tsv", ".xml")
 
 
-def own_text(given, valid_fraction, text_field, own_folders):
+def own_text(paths_of, valid_fraction, text_field, own_folders):
     """{split: [Span or Rows, ...]} of the user's files.
 
-    `given` is {split: [path, ...]}. Without "valid" paths, part of "train" is held out: the files
+    paths_of: {split: [path, ...]}. Without "valid" paths, part of "train" is held out: the files
     that are for validation by their names, else a share. Files for validation or testing are left
     out of the training text. Those for testing may go with a corpus instead. own_folders: see
     texts_of; text_field: see Rows.
     """
-    files = {split: find_files(paths, own_folders) for split, paths in given.items()}
+    files = {split: find_files(paths, own_folders) for split, paths in paths_of.items()}
     if "train" in files:
         files = set_aside(files)
     splits = {}
@@ -929,7 +929,7 @@ def hold_out(documents, valid_fraction):
 
 # ---- Streaming encoding -------------------------------------------------------------------------
 
-# Blocks of a text must give the same tokens as the whole. Cut behind a line end, else before a
+# Blocks of a text must give the same tokens as the whole. Cut after a line end, else before a
 # single space: GPT-2's BPE joins a space to the next word (a few imported ones differ). Where there
 # is neither, as in Chinese with blank lines, cut before the last of several spaces, which that BPE
 # reads by itself. What is cut at END begins with "<".
@@ -937,7 +937,7 @@ def hold_out(documents, valid_fraction):
 # The pattern matches up to the last such place. (Its first line seeks the \n itself, which is
 # quick, and then looks back: Penn Treebank has spaces around all line ends, so none match.)
 UP_TO_A_CUT = re.compile(
-    r".*\n(?<=\S\n)(?=\S)"  # behind a line end
+    r".*\n(?<=\S\n)(?=\S)"  # after a line end
     r"|.*\S(?=\s[^\s<])"  # else before a single space
     r"|.*\s(?=\s[^\s<])",  # else before the last of several
     re.DOTALL,
@@ -1397,7 +1397,11 @@ def cause_of(error):
 
 
 class UsageError(Exception):
-    """An impossible request: reported in one line with cause and remedy, exit status 2."""
+    """An impossible request: reported in one line with cause and remedy, exit status 2.
+
+    Nearly every function may raise this or RunError; run_command turns both into a line and a
+    status.
+    """
 
 
 class RunError(Exception):
@@ -1792,8 +1796,8 @@ def new_file(folder):
 
 
 def publish(file, path):
-    """Gives a `new_file` the name `path`, in the place of an old file, once it is on disk."""
-    file.close()  # nor can a program be run that is still open for writing
+    """Syncs a `new_file` and renames it to `path` atomically, replacing an old file."""
+    file.close()  # a file that is open for writing cannot be executed
     sync(file.name)  # before the old file is replaced
     os.replace(file.name, path)
 

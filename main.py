@@ -710,16 +710,19 @@ def set_learning_rate(optimizer, rate):
 
 
 def constant(iteration, flags):
+    """The peak, from the end of warmup to the last step."""
     return 1
 
 
 def cosine(iteration, flags):
+    """From the peak, before the cooldown, along half a cosine to `min_lr` at its end."""
     done, least = cooldown(iteration, flags)
     left = (1 + math.cos(math.pi * done)) / 2
     return 1 - (1 - least) * (1 - left)  # exactly 1 before cooldown
 
 
 def linear(iteration, flags):
+    """From the peak, before the cooldown, along a line to `min_lr` at its end."""
     done, least = cooldown(iteration, flags)
     return 1 - (1 - least) * done
 
@@ -1457,7 +1460,7 @@ class Conversation:
         self.add(text[len(self.tokenizer.decode(self.ids)) :])
 
     def add(self, text):
-        """Adds what goes on behind the text so far."""
+        """Adds what follows the text so far."""
         before = self.tokenizer.decode(self.ids[-1:])[-1:]
         [ids] = encode_after(self.tokenizer, [before], [text])
         self.ids.extend(ids.tolist())
@@ -1947,7 +1950,7 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
 
 
 def open_newest(candidates, is_named=False):
-    """The Contents of the first intact checkpoint; one that was named is never replaced."""
+    """Opens the first undamaged checkpoint; never falls back if the user named one."""
     for candidate in candidates:
         try:
             return candidate.open()
@@ -1959,7 +1962,7 @@ def open_newest(candidates, is_named=False):
 
 
 def save(run, interrupts):
-    """Saves a run in its current state, however often that has to be tried.
+    """Saves the run; retries until the disk accepts it.
 
     It waits out a full disk or a missing folder: training state is in memory, and the last
     checkpoint is untouched.
@@ -2988,11 +2991,11 @@ def read_command_line(argv):
         if "text" in typed or "dataset" in typed:
             for name in ("dataset", "text", "valid_text", "test_text"):
                 file.pop(name, None)
-    given = {}
+    explicit = {}
     for flags in (file, typed):
         preset = PRESETS.get(flags.get("preset"), [])
-        given |= dict(zip(PRESET_FLAGS, preset)) | flags  # those beside a preset override it
-    return given
+        explicit |= dict(zip(PRESET_FLAGS, preset)) | flags  # those beside a preset override it
+    return explicit
 
 
 def read_config(name):
@@ -3154,13 +3157,13 @@ def refuse_contradiction(flags, values, holder):
     Texts and files of tokenizers are compared by what lies there, see load_data_again.
     """
     for name, value in values.items():
-        given = getattr(flags, name)
+        asked = getattr(flags, name)
         is_path = name in PATH_FLAGS and name not in PRETRAINED_FLAGS
         is_path = is_path and str(value) not in TOKENIZERS
-        if name in INIT_FLAGS and name in flags.explicit and given != value and not is_path:
+        if name in INIT_FLAGS and name in flags.explicit and asked != value and not is_path:
             has = "was made without it" if value is None else f"has {value}"
             raise UsageError(
-                f"--{name} {given} contradicts {holder}, which {has}: "
+                f"--{name} {asked} contradicts {holder}, which {has}: "
                 f"leave --{name} out, or name another run or model"
             )
 
@@ -3390,7 +3393,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
 
 
 def check_before_data(flags, ranks):
-    """Refuses, or says, what can be known before a text is downloaded or code has run."""
+    """Early checks, before a text is downloaded or code has run."""
     if flags.batch_size < ranks.size:
         raise UsageError(
             f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
