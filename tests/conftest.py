@@ -183,7 +183,7 @@ class ForkServer:
 
 def is_edited_alone(path):
     """Whether a file is a copy of main.py, edited or not, with all others beside it as they are."""
-    files = [*ROOT.glob("extras/*.py"), *ROOT.glob("extras/*/*.[cp]*")]
+    files = [*ROOT.glob("extras/**/*.py"), *ROOT.glob("extras/*/*.c")]
     names = ["datasets.py", *(str(each.relative_to(ROOT)) for each in files)]
     same, _, _ = filecmp.cmpfiles(ROOT, path.parent, names, shallow=False)
     return path.name == "main.py" and same == names
