@@ -1739,7 +1739,7 @@ def use_compiler(folder, command):
                 file.write(script.encode())
                 os.fchmod(file.fileno(), 0o700)
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    for library in Path(os.environ["TMPDIR"]).glob("mlx/*/cpu/*.so"):
+    for library in Path(os.environ["TMPDIR"]).glob("mlx/*/cpu/lib*.so"):
         with contextlib.suppress(OSError):
             head = library.open("rb").read(48)
             # An ELF file ends in a table, whose place its first bytes give.
