@@ -6,9 +6,9 @@
     python main.py --help            every flag
 
 What computes the weights comes first: model, loss and optimizer, batches, training. Then come
-sampling and evaluation, and what keeps a run safe and usable: checkpoints, interrupts, flags,
-setting up a run, commands. datasets.py turns text into token ids. Everything else is in extras/,
-one file per feature; this file works without it, in plain MLX.
+sampling, evaluation, checkpoints, interrupts, flags, setting up a run, and commands. datasets.py
+turns text into token ids. Everything else is in extras/, one file per feature; without extras/,
+this file works in plain MLX.
 
 Shapes use these letters: B rows of a batch, L positions, D model dimension, H query heads, K key
 and value heads, d dimension of a head (D / H), V vocabulary, N any number. A linear layer from I
@@ -20,11 +20,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))  # where datasets.py lies
+sys.path.insert(0, str(HERE))  # the folder of datasets.py
 
 from datasets import prepare
 
-fast = prepare(globals())  # fast.py, or None
+fast = prepare(globals())  # the module, or None
 
 import argparse
 import contextlib
@@ -74,9 +74,9 @@ from datasets import utf8
 
 @dataclasses.dataclass
 class Config:
-    """The shape of a model; saved in checkpoints. Raises ValueError if the values conflict.
+    """A model's architecture; saved in checkpoints. Raises ValueError if the values conflict.
 
-    A new field needs a default, as older checkpoints lack it; a flag also needs a row in
+    Give a new field a default, as older checkpoints lack it. To make it a flag, add a row to
     FLAGS["model"].
     """
 
@@ -87,10 +87,10 @@ class Config:
     num_heads: int  # H, query heads
     num_kv_heads: int  # K, key and value heads, each shared by H / K query heads
     mlp: str  # a key of MLPS
-    mlp_dim: int  # hidden units of an MLP, and gates if it is gated
+    mlp_dim: int  # hidden units of an MLP; if it is gated, as many gates
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
     untie: bool = False  # the output layer has its own matrix instead of the embeddings
-    rope_theta: float = 10000.0  # RoPE's wavelengths: 2 pi to nearly 2 pi * theta positions
+    rope_theta: float = 10000.0  # of RoPE: wavelengths are 2 pi to nearly 2 pi * theta positions
     rope_scaling: list | None = None  # see rope_frequencies; None: plain RoPE
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
     head_dim: int | None = None  # d; None: dim / num_heads
@@ -111,7 +111,7 @@ class Config:
         if self.head_dim % 2 or self.head_dim > 2**16:  # RoPE rotates pairs
             raise ValueError(f"head_dim {self.head_dim} is not an even number up to {2**16}")
         if self.context_size * self.num_kv_heads * self.head_dim > MAX_INT32:
-            raise ValueError(f"context_size {self.context_size} has more keys than MLX can count")
+            raise ValueError(f"context_size {self.context_size}: too many keys for MLX, give less")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: "
@@ -119,13 +119,12 @@ class Config:
             )
 
 
-# {group: {flag: row}}; the rows stand where they are used, the others in the section Flags. Groups
-# `data`, `model`, `init` and `training` shape a run: another value is another run, and only those
-# of `training` may change in a branch. Those of `session` may change whenever a run is resumed.
-# All these are saved with a run; `sampling`, `mode` and `command` are not.
-# Where a default of None depends on other flags, the help says how; resolve_flags fills it in, or
-# the code that uses it.
-FLAGS = {"data": TEXT_FLAGS["data"]}  # of datasets.py
+# {group: {flag: row}}. A row stands where its flag is used, or in the section Flags. The groups
+# `data`, `model`, `init` and `training` identify a run: another value makes another run; a branch
+# may only change those of `training`. Those of `session` may change whenever a run is resumed.
+# These groups are saved with a run; `sampling`, `mode` and `command` are not. If a default of None
+# depends on other flags, the help says how, and resolve_flags or the code that uses it fills it in.
+FLAGS = {"data": TEXT_FLAGS["data"]}  # from datasets.py
 
 FLAGS["model"] = {
     "context_size": Flag(48, SIZE, "context length in tokens"),
@@ -148,11 +147,11 @@ EDITED_FUNCTIONS = []  # names of functions below that were edited since fast.py
 
 
 def fast_version(plain, parts=()):
-    """Decorator: replaces a function with its quicker namesake in fast.py, if that exists.
+    """Decorator: replaces a function with its faster namesake in fast.py, if that file exists.
 
-    parts: functions or classes that only the plain one uses. Both versions agree up to rounding.
-    fast.py identifies the plain function and its parts by hashes of their code: once you edit one,
-    your version runs, and the start screen says so.
+    parts: functions or classes that only the plain version uses. Both agree up to rounding.
+    fast.py has hashes of the code of the plain function and its parts: if you edit any of these,
+    the plain version runs, and the start screen says so.
     """
     if fast is None:
         return plain
@@ -161,8 +160,8 @@ def fast_version(plain, parts=()):
         sha1 = hash_of_code(definition(name, SOURCE))
         if fast.STANDS_FOR.get(name) != sha1 and name not in EDITED_FUNCTIONS:
             EDITED_FUNCTIONS.append(name)
-    # extras.versus compares an edited function with the original. Both run in plain MLX, or they
-    # would round differently.
+    # extras.versus runs an edited function and its original in plain MLX: the fast version would
+    # round differently.
     plain_names = EDITED_FUNCTIONS + os.environ.get("PLAIN_FUNCTIONS", "").split(",")
     if {*names} & {*plain_names}:
         return plain
@@ -170,21 +169,21 @@ def fast_version(plain, parts=()):
 
 
 def dropout(hidden, noise, mask_index):
-    """Hidden states [B, L, D] after dropout by `noise`, see Noise, or unchanged if it is None.
+    """Applies dropout to hidden states [B, L, D]; noise: a Noise, or None for no dropout.
 
-    mask_index: which mask: 0 for the embeddings, then two for each block.
+    mask_index: 0 is the mask of the embeddings; then come two for each block.
     """
     return hidden if noise is None else noise.drop(hidden, mask_index)
 
 
 @fast_version
 def linear_product(x, weight):
-    """x [..., I] times the transpose of weight [O, I], [..., O]."""
+    """x [..., I] times the transpose of weight [O, I]: [..., O]."""
     return x @ weight.T
 
 
 class Linear(nn.Linear):
-    """MLX's linear layer, through `linear_product`; without a bias, unless asked for."""
+    """MLX's linear layer, computed by `linear_product`; by default, without a bias."""
 
     def __init__(self, inputs, outputs, bias=False):
         super().__init__(inputs, outputs, bias)
@@ -203,7 +202,7 @@ def rms_norm(x, weight, eps):
 
 
 class RMSNorm(nn.RMSNorm):
-    """MLX's RMSNorm, through `rms_norm`."""
+    """MLX's RMSNorm, computed by `rms_norm`."""
 
     def __call__(self, x):
         return rms_norm(x, self.weight, self.eps)
@@ -211,12 +210,12 @@ class RMSNorm(nn.RMSNorm):
 
 @fast_version
 def embed(table, tokens):
-    """The rows of table [V, D] that belong to tokens [B, L]: [B, L, D]."""
+    """Looks up tokens [B, L] in table [V, D]: [B, L, D]."""
     return table[tokens]
 
 
 class Embedding(nn.Embedding):
-    """MLX's embeddings, through `embed`."""
+    """MLX's embeddings, looked up by `embed`."""
 
     def __call__(self, tokens):
         return embed(self.weight, tokens)
@@ -231,8 +230,8 @@ def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
     The queries are those of the last L of N positions: in training L is N, in decoding mostly 1.
-    mask: "causal" or, for decoding texts of different lengths (extras/features/decode.py), bool
-    [B, 1, L, N]: the keys that each query sees, the last of them at its own position.
+    mask: "causal" or, to decode texts of different lengths (extras/features/decode.py), bool
+    [B, 1, L, N], true for the keys that each query sees: the last is at the query's position.
     """
     # softmax(queries @ keys.swapaxes(2, 3) * scale + mask) @ values, with each key/value head
     # repeated H / K times.
@@ -244,8 +243,7 @@ def attend(queries, keys, values, mask="causal"):
 def rotate(x, frequencies, offset):
     """RoPE (Su et al. 2021) of x [B, H, L, d].
 
-    offset: the position of the first of the L tokens, an int; where L is 1, also one for each row,
-    [B].
+    offset: the first token's position, an int or, if L is 1, an array [B] with one for each row.
     frequencies: a NumPy array [d / 2] in radians per position; the i-th one rotates dimensions
     i and i + d / 2, as in Hugging Face's models.
     """
@@ -257,10 +255,10 @@ def rotate(x, frequencies, offset):
 def rope_frequencies(d, base, scaling=None):
     """The frequencies of `rotate`, [d / 2], in radians per position.
 
-    scaling: None, or Llama 3.1's factor, low, high and original context, for texts longer than
-    that context. Pairs of dimensions that turn at least `high` times within it keep their
-    frequency, those that turn at most `low` times become `factor` times slower, and the
-    frequencies of the others are interpolated.
+    scaling: None or, for texts longer than in training, [factor, low, high, original_context], as
+    in Llama 3.1. Pairs of dimensions that turn at least `high` times within original_context
+    positions keep their frequency; those that turn at most `low` times become `factor` times
+    slower; in between, frequencies are interpolated.
     """
     frequencies = base ** -(np.arange(0, d, 2) / d)
     if not scaling:
@@ -278,7 +276,7 @@ class Attention(nn.Module):
         super().__init__()
         D, d = config.dim, config.head_dim
         self.head_dim = d
-        # No MLX array: that would be a parameter.
+        # A NumPy array, as an MLX array would be a parameter.
         self.frequencies = rope_frequencies(d, config.rope_theta, config.rope_scaling)
         self.q_proj = Linear(D, config.num_heads * d, config.qkv_bias)
         self.k_proj = Linear(D, config.num_kv_heads * d, config.qkv_bias)
@@ -293,7 +291,7 @@ class Attention(nn.Module):
     def project(self, hidden, offset=0):
         """Hidden [B, L, D] to queries [B, H, L, d], keys [B, K, L, d] and values [B, K, L, d].
 
-        offset: the index of the first position in its text, for RoPE.
+        offset: the position of the first token in its text, for RoPE.
         """
         queries = self.split_heads(self.q_proj(hidden))
         keys = self.split_heads(self.k_proj(hidden))
@@ -334,7 +332,7 @@ class Cache:
         self.offset = 0  # positions read so far
 
     def append(self, keys, values):
-        """Adds L positions, [B, K, L, d] each; returns the keys and values of all so far."""
+        """Adds keys and values [B, K, L, d]; returns those of all positions so far."""
         end = self.offset + keys.shape[2]
         self.make_room(end, keys, values)
         self.keys[:, :, self.offset : end] = keys
@@ -345,7 +343,7 @@ class Cache:
     def make_room(self, end, keys, values):
         """Makes room for `end` positions of keys and values like these, [B, K, any, d].
 
-        It grows by multiples of 256: a context can be very long.
+        The room is a multiple of 256, not a whole context, which can be very long.
         """
         if self.keys is None:
             self.keys = keys[:, :, :0]
@@ -361,7 +359,7 @@ class Cache:
 def relu2(x):
     """Squared ReLU (So et al. 2021).
 
-    It is nearly free on a Linux CPU, where MLX's exp and erf, which silu and gelu need, are slow.
+    On a Linux CPU it costs little; silu and gelu need MLX's exp and erf, which are slow there.
     """
     return mx.square(nn.relu(x))
 
@@ -396,7 +394,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each applied to normalized hidden [B, L, D] and added to it."""
+    """Attention, then an MLP: each reads normalized hidden states [B, L, D] and adds to them."""
 
     def __init__(self, config, index):
         super().__init__()
@@ -407,7 +405,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def __call__(self, hidden, cache=None, noise=None):
-        mask_index = 2 * self.index + 1  # 0 is the embeddings'
+        mask_index = 2 * self.index + 1  # 0 is the mask of the embeddings
         attended = self.self_attn(self.input_layernorm(hidden), cache)
         hidden = hidden + dropout(attended, noise, mask_index)
         transformed = self.mlp(self.post_attention_layernorm(hidden))
@@ -416,7 +414,7 @@ class Block(nn.Module):
 
 @fast_version
 def checkpoint_block(block, run_block):
-    """run_block, storing only its input for the backward pass (Chen et al. 2016).
+    """Gradient checkpointing (Chen et al. 2016): run_block, storing only its input for backward.
 
     block: the Module with its parameters; run_block: hidden [B, L, D] -> [B, L, D].
     """
@@ -434,7 +432,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def embed(self, tokens):
-        """The first hidden states [B, L, D]."""
+        """The embeddings [B, L, D] of tokens, before dropout."""
         hidden = self.embed_tokens(tokens)
         return hidden.astype(self.norm.weight.dtype)  # bfloat16 if the norms are, see make_step
 
@@ -488,7 +486,7 @@ def first_values(name, shape, seed):
     """A standard normal array of this shape, to initialize a parameter.
 
     It depends only on the seed and the parameter's name: adding a parameter to a model leaves the
-    values of all others unchanged. It is drawn on the CPU, whatever the device.
+    values of all others unchanged. NumPy draws it, so it is the same on every device.
     """
     rng = np.random.default_rng([seed, *name.encode()])
     return mx.array(rng.standard_normal(shape, np.float32))
@@ -509,7 +507,7 @@ def init_weights(model, seed):
 
     Embeddings have standard deviation 5 / dim. If tied, they are also the output layer: the logit
     of the token just read starts between 4 and 5, the others near 0, and the initial loss is near
-    ln(V + e^5); untied: ln V.
+    ln(V + e^5). If untied, it is ln V.
     """
     weights = []
     for name, parameter in tree_flatten(model.parameters()):
@@ -531,14 +529,14 @@ def init_weights(model, seed):
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
-# fast.py computes the logits itself: an edit of LanguageModel, with its `logits`, or of
+# The fast version computes logits without LanguageModel.logits: an edit of LanguageModel or of
 # Embedding has to switch it off.
 @partial(fast_version, parts=[Embedding, LanguageModel])
 def training_loss(model, hidden, targets, weight):
     """What training minimizes: the cross-entropy in nats, times `weight`, summed over positions.
 
     hidden: final hidden states [B, L, D]; targets: ids [B, L]. Another loss here does not
-    affect how models are evaluated: see token_metrics. With --teacher, extras/ replaces this.
+    affect how models are evaluated: see token_metrics. With --teacher, distil.py replaces this.
     """
     logits = model.logits(hidden)  # [B, L, V]
     losses = nn.losses.cross_entropy(logits, targets)  # [B, L]
@@ -547,28 +545,27 @@ def training_loss(model, hidden, targets, weight):
 
 @fast_version
 def sum_over_shards(function, *arrays):
-    """Just function(*arrays), a tree of sums over the rows of the arrays [B, ...].
+    """Returns function(*arrays), a tree of sums over the rows of the arrays [B, ...].
 
-    The fast version computes a share of the rows on each core and adds up the results.
+    The fast version divides the rows among the cores and adds up the results.
     """
     return function(*arrays)
 
 
 @fast_version
 def clip_grad_norm(gradients, max_norm):
-    """Scales a tree of gradients to a norm of at most max_norm; returns it and its norm before."""
+    """Scales a tree of gradients to a norm of at most max_norm; returns it and the norm before."""
     return optim.clip_grad_norm(gradients, max_norm)
 
 
 class Muon(optim.Optimizer):
     """Muon (Jordan et al. 2024) with decoupled weight decay, like AdamW's.
 
-    MLX's Muon orthogonalizes one matrix at a time, including its decay, which it adds to the
-    gradient.
+    MLX's Muon orthogonalizes one matrix at a time, and its weight decay along with the gradient.
     """
 
-    # Its learning rate, as a multiple of AdamW's. 5 was best for words; 8 and 10 were equally good
-    # for characters.
+    # Its learning rate, as a multiple of AdamW's. 5 was best for words; for characters, it was as
+    # good as 8 and 10.
     lr_scale = 5
 
     def __init__(self, learning_rate, weight_decay, momentum=0.95):
@@ -582,7 +579,7 @@ class Muon(optim.Optimizer):
 
     def apply_gradients(self, gradients, parameters):
         directions = super().apply_gradients(gradients, parameters)  # by apply_single
-        # Matrices of the same shape together: half the operations per step of recipe `first`.
+        # Stacking matrices of the same shape halves the operations per step of recipe `first`.
         by_shape = {}
         for name, direction in tree_flatten(directions):
             by_shape.setdefault(direction.shape, {})[name] = direction
@@ -599,9 +596,9 @@ class Muon(optim.Optimizer):
         return self.momentum * v + (1 - self.momentum) * gradient
 
     def orthogonalize(self, stack):
-        """Matrices [N, R, C] with all singular values brought near 1, by Newton-Schulz steps.
+        """Brings all singular values of matrices [N, R, C] near 1, by Newton-Schulz steps.
 
-        Each by itself: the fast version of `parallelize` gives each core a share of the N.
+        No matrix affects another, so the fast version of `parallelize` can divide them among cores.
         """
         is_tall = stack.shape[1] > stack.shape[2]
         x = stack.swapaxes(1, 2) if is_tall else stack
@@ -614,7 +611,7 @@ class Muon(optim.Optimizer):
         return x.swapaxes(1, 2) if is_tall else x
 
     def move(self, direction, matrix):
-        """The matrix after a step; direction: orthogonal."""
+        """The matrix after a step in an orthogonalized direction."""
         rows, columns = matrix.shape
         rate = self.learning_rate * max(1, rows / columns) ** 0.5
         # Like AdamW, decays by AdamW's learning rate (not Muon's) times weight_decay.
@@ -624,7 +621,7 @@ class Muon(optim.Optimizer):
 
 @partial(fast_version, parts=[Muon])
 def parallelize(optimizer):
-    """The optimizer as it is; the fast version distributes its work over the cores."""
+    """Returns the optimizer unchanged; the fast version distributes its work over the cores."""
     return optimizer
 
 
@@ -635,13 +632,11 @@ def adamw(flags, weight_decay):
 
 
 def muon(flags, weight_decay):
-    """Our Muon."""
     return Muon(flags.learning_rate, weight_decay)
 
 
-# The choices of --optimizer: two functions of the flags and a weight decay, which make the
-# optimizers of the blocks' matrices and of all other parameters. set_learning_rate sets their rates
-# before each step.
+# The choices of --optimizer: functions of the flags and a weight decay that make the optimizers of
+# the blocks' matrices and of all others. Before each step, set_learning_rate sets their rates.
 OPTIMIZERS = {
     "adamw": (adamw, adamw),
     "muon": (muon, adamw),
@@ -698,46 +693,46 @@ def is_matrix(name, parameter):
 def is_matrix_of_block(name, parameter):
     """Whether a parameter is a block's matrix, not the embeddings or the output layer.
 
-    Muon can only take matrices: what has three dimensions is left to the next group.
+    Muon takes only matrices: a parameter with three dimensions goes to the next group.
     """
     return name.startswith("model.layers.") and parameter.ndim == 2
 
 
 def set_learning_rate(optimizer, rate):
-    """Sets the learning rate of all groups, multiplied by a group's `lr_scale` if any."""
+    """Sets the learning rate of each group: `rate`, times its `lr_scale` if it has one."""
     for group in optimizer.optimizers:
         group.learning_rate = rate * getattr(group, "lr_scale", 1)
 
 
 def constant(iteration, flags):
-    """The peak, from the end of warmup to the last step."""
+    """The peak rate, from the end of warmup to the last step."""
     return 1
 
 
 def cosine(iteration, flags):
-    """From the peak, before the cooldown, along half a cosine to `min_lr` at its end."""
+    """The peak rate until the cooldown, then half a cosine down to `min_lr`."""
     done, least = cooldown(iteration, flags)
     left = (1 + math.cos(math.pi * done)) / 2
     return 1 - (1 - least) * (1 - left)  # exactly 1 before cooldown
 
 
 def linear(iteration, flags):
-    """From the peak, before the cooldown, along a line to `min_lr` at its end."""
+    """The peak rate until the cooldown, then a straight line down to `min_lr`."""
     done, least = cooldown(iteration, flags)
     return 1 - (1 - least) * done
 
 
 def cooldown(iteration, flags):
-    """The completed fraction of the cooldown, and the multiple of the rate at its end.
+    """The completed fraction of the cooldown, and the multiple of the peak rate at its end.
 
-    The cooldown is the last share `lr_cooldown` of the steps after warmup. It would reach `min_lr`
-    at step `num_iters`, one after the last.
+    The cooldown is the last fraction `lr_cooldown` of the steps after warmup. It would reach
+    `min_lr` at step `num_iters`, one after the last.
     """
     steps = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)
     done = max(0, iteration - (flags.num_iters - steps)) / max(1, steps)
     if flags.min_lr is None:
         return done, 0.1  # the default of --min_lr: a tenth of the peak
-    # Of a rate of 0, any multiple will do: the 1 only avoids a division by 0.
+    # If the peak is 0, so is any multiple of it: the 1 only avoids a division by 0.
     return done, flags.min_lr / (flags.learning_rate or 1)
 
 
@@ -748,9 +743,9 @@ SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
 FLAGS["training"] |= {
     "lr_schedule": Flag("constant", one_of(SCHEDULES), "schedule after warmup"),
     "lr_warmup": Flag(200, COUNT, "warmup steps"),
-    "lr_cooldown": Flag(1.0, FRACTION, "the rate decays over this last share of the steps"),
+    "lr_cooldown": Flag(1.0, FRACTION, "the rate decays over this last fraction of the steps"),
     "min_lr": Flag(None, RATE, "final learning rate (default: a tenth of the peak)"),
-    "average": Flag(0.0, FRACTION, "average the weights over about this last share of steps"),
+    "average": Flag(0.0, FRACTION, "average the weights over about this last fraction of steps"),
 }
 
 
@@ -798,8 +793,8 @@ FLAGS["training"] |= {
 class Batches:
     """An endless stream of batches: windows of a text, token ids [N], in permuted order.
 
-    Each epoch cuts the text into windows from a random `offset` on, so that no token is left out of
-    every epoch, and draws their order `perm`; `cursor` is the index in it of the next window.
+    Each epoch cuts the text into windows, beginning at a random `offset` so that no token is always
+    left out, and draws their order, `perm`. `cursor` is the index of the next window in `perm`.
     Raises UsageError if the text is shorter than one window.
     """
 
@@ -819,7 +814,7 @@ class Batches:
         self.begin_epoch(0)
 
     def begin_epoch(self, epoch):
-        """Draws the offset and the order of an epoch, counted from 0."""
+        """Draws the offset and the order of the windows; `epoch` counts from 0."""
         rng = np.random.default_rng([self.seed, epoch])
         offsets = min(self.context_size, len(self.tokens) - self.context_size)
         offset = int(rng.integers(offsets))
@@ -827,7 +822,7 @@ class Batches:
         self.go_to(epoch, 0, offset, rng.permutation(np.arange(windows, dtype=np.uint32)))
 
     def go_to(self, epoch, cursor, offset, perm):
-        """Goes to a position in an epoch, drawn or saved: another NumPy may draw it differently.
+        """Goes to a position in an epoch, just drawn or saved (each NumPy may draw differently).
 
         perm: [windows] uint32. Raises ValueError if these are not windows of the text.
         """
@@ -860,8 +855,8 @@ class Batches:
 def hash32(bits):
     """A hash of 32-bit numbers: each of its high bits depends on all bits of the argument.
 
-    The constants are from "lowbias32" (Wellons 2018). These operations are vectorized: a mask
-    takes a tenth of the time that MLX's generator needs.
+    The constants are from "lowbias32" (Wellons 2018). These operations are vectorized, so a
+    mask takes a tenth of the time that MLX's generator needs.
     """
     bits = bits * mx.array(0x7FEB352D, mx.uint32)
     return (bits ^ (bits >> 15)) * mx.array(0x846CA68B, mx.uint32)
@@ -881,8 +876,8 @@ class Noise:
         self.bits = bits ^ (bits >> 16)  # [B, L, D]
 
     def drop(self, hidden, mask_index):
-        """Dropout of hidden [B, L, D] by the mask of this index."""
-        # Multiples of the golden ratio, in units of 2^32, lie far apart.
+        """Applies the mask of this index to hidden states [B, L, D]."""
+        # Multiples of 2^32 / golden ratio, modulo 2^32, lie far apart.
         salt = mx.array(mask_index * 0x9E3779B9 % 2**32, mx.uint32)
         bits = hash32(self.bits ^ salt)
         # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the
@@ -914,39 +909,42 @@ FLAGS["training"] |= {
 
 
 class Evaluation(NamedTuple):
-    """A validation loss. Only those of equally many tokens, the first of the text, are compared."""
+    """The loss on the first `tokens` of the validation text; compared only at equal `tokens`."""
 
     iteration: int
     nats: float  # per token
-    tokens: int = 0  # that were scored; older commits did not record them
+    tokens: int = 0  # that were evaluated; 0 if an older commit did not record it
     bits: float = math.inf  # per byte of text
 
 
 BY_LOSS = operator.attrgetter("nats")  # a sort key of evaluations
 
 
-@dataclasses.dataclass(kw_only=True, eq=False)  # copies of a checkpoint are distinct
+@dataclasses.dataclass(kw_only=True, eq=False)  # a checkpoint and its copy are not equal
 class Progress:
     """A run's progress: recorded in every checkpoint, and restored on resume."""
 
     iteration: int = 0  # steps done
     tokens_seen: int = 0
     seconds: float = 0.0  # of training, excluding the first step of each session
-    evaluations: list = dataclasses.field(default_factory=list)  # an Evaluation each
+    evaluations: list = dataclasses.field(default_factory=list)  # of type Evaluation
     recent_steps: int = 0  # since the last report
     recent_loss: float = 0.0  # the sum of their losses
 
     @property
     def evaluation(self):
-        """The Evaluation at its iteration, or None."""
-        return next((each for each in self.evaluations if each.iteration == self.iteration), None)
+        """The Evaluation at the current iteration, or None."""
+        for evaluation in self.evaluations:
+            if evaluation.iteration == self.iteration:
+                return evaluation
+        return None
 
     def comparable_evaluations(self):
-        """Its evaluations on as many tokens as the last one."""
+        """The evaluations on as many tokens as the last one, in order."""
         return [each for each in self.evaluations if each.tokens == self.evaluations[-1].tokens]
 
     def progress(self):
-        """The fields above, {name: value}, also of a Run or a Checkpoint."""
+        """The fields of Progress, {name: value}, not those of subclasses."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Progress)}
 
 
@@ -966,17 +964,17 @@ class Run(Progress):
     code: dict  # see read_code
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
 
-    # Seconds that each timed step since the last report took; [] if there was none. The first step
-    # of a session compiles and is not timed: before it, this is None.
+    # Seconds of each timed step since the last report. A session's first step compiles, so it is
+    # not timed; before it, this is None.
     recent_times: list | None = None
     checkpoint_id: str | None = None  # of the last checkpoint
-    # Time of the last save; the next one is later even if the clock was set back.
+    # Time of the last save; the next is later even if the clock was set back.
     saved_at: float = 0.0
     is_saved: bool = True  # no changes since the last save; a new run has nothing to lose
 
     @property
     def versions(self):
-        """MLX, the device and the like, see list_versions."""
+        """The current environment, see list_versions."""
         return self.sessions[-1].versions
 
     @property
@@ -996,10 +994,10 @@ class Run(Progress):
         return self.iteration % self.flags.steps_per_save == 0 or self.is_evaluation_due()
 
     def is_out_of_patience(self):
-        """Whether --patience ends the run: that many evaluations since the best were no better.
+        """Whether --patience ends the run, as that many evaluations in a row brought no new best.
 
-        A final one at an earlier `num_iters` does not count: otherwise an extended run would stop
-        at a different iteration than one that had this length from the start.
+        A final evaluation at an earlier `num_iters` does not count: otherwise an extended run would
+        stop at another iteration than one with this length from the start.
         """
         steps = self.flags.steps_per_eval or math.inf
         due = [each for each in self.comparable_evaluations() if each.iteration % steps == 0]
@@ -1009,7 +1007,7 @@ class Run(Progress):
         return len(losses) - 1 - losses.index(min(losses)) >= self.flags.patience
 
     def weights_to_save(self):
-        """The weights to save, evaluate and sample from, a tree: the average if there is one.
+        """The tree of weights to save, evaluate and sample from: the average if there is one.
 
         For a LoRA run, these are only the adapters.
         """
@@ -1027,12 +1025,12 @@ class Run(Progress):
 
 
 def make_step(model, optimizer, flags, ranks=None, teacher=None):
-    """A function that takes one training step: step(inputs, targets, dropout_rate, keys).
+    """Returns a function, step(inputs, targets, dropout_rate, keys), that takes a training step.
 
-    inputs, targets: [N, L]; dropout_rate, keys: see draw_dropout. It returns metrics, {name: []
+    inputs, targets: [N, L]; dropout_rate, keys: see draw_dropout. `step` returns metrics, {name: []
     array}: `loss`, the mean in nats, and `gradient_norm`, before clipping. The N = batch_size *
     grad_accumulation rows are processed batch_size at a time, divided among ranks and streams.
-    With bfloat16, a GPU casts all weights but the embeddings to it, while a CPU only rounds the
+    With --dtype bfloat16, a GPU casts all weights but the embeddings, while a CPU only rounds the
     inputs of matrix products; the master weights, the optimizer state and the loss are float32.
     """
     ranks = ranks or SingleProcess()
@@ -1047,8 +1045,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         # frequent token.
         return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
 
-    # A sum over the rows, since sum_over_shards and accumulation add up parts of a batch: a term
-    # for the whole batch, such as a penalty on the weights, would count once per part.
+    # A sum over the rows, as sum_over_shards and accumulation add up parts of a batch:
+    # a term for the whole batch, such as a weight penalty, would count once per part.
     def loss_of_rows(scale, dropout_rate, inputs, targets, keys):
         if casts:
             model.update(tree_map_with_path(cast, model.parameters()))  # LoRA's base, too
@@ -1062,9 +1060,9 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 
     value_and_grad = nn.value_and_grad(model, loss_of_rows)
 
-    # Compiled once per set of shapes, then replayed. Arrays that are not arguments are constants of
-    # the graph, like the teacher's weights, unless listed in `inputs`; those that a function
-    # changes must also be listed in `outputs`, or the change would be lost.
+    # Compiled once per set of shapes, then replayed. Arrays that are no arguments, such as the
+    # teacher's weights, become constants of the graph unless they are in `inputs`; arrays that the
+    # function changes must also be in `outputs`, or the change would be lost.
     @partial(mx.compile, inputs=[model.state])
     def loss_and_gradients(*arguments):
         weights = model.parameters()
@@ -1072,8 +1070,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         model.update(weights)  # value_and_grad has left its tracers in the model
         return result
 
-    # Trees of arrays that each step reads and replaces. `restore` substitutes other trees, so it
-    # has to be called before this.
+    # Trees of arrays that each step reads and replaces. `restore` substitutes other trees, so call
+    # it before make_step.
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
@@ -1085,22 +1083,22 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     def step(inputs, targets, dropout_rate, keys):
         # Turns sums over positions into means; ranks.average divides by the number of ranks.
         scale = ranks.size / targets.size
-        of_share = partial(loss_and_gradients, scale, dropout_rate)
-        # The part of each batch that is this rank's.
+        of_shard = partial(loss_and_gradients, scale, dropout_rate)
+        # This rank's rows of each batch.
         first = flags.batch_size * ranks.rank // ranks.size
         last = flags.batch_size * (ranks.rank + 1) // ranks.size
         total = None
         with bfloat16_products(flags.dtype == "bfloat16"):
             for start in range(0, len(inputs), flags.batch_size):
                 part = slice(start + first, start + last)
-                result = sum_over_shards(of_share, inputs[part], targets[part], keys[part])
+                result = sum_over_shards(of_shard, inputs[part], targets[part], keys[part])
                 total = result if total is None else tree_map(mx.add, total, result)
                 if len(inputs) > flags.batch_size:  # or all parts would be in memory at once
                     mx.eval(total)
             loss, gradients = ranks.average(total)  # ranks exchange gradients only here
             metrics = apply_gradients(loss, gradients)
-            # The code above only builds a graph; it is computed here. Arrays not listed would be
-            # left for the next step's graph.
+            # The code above only builds a graph, which is computed here. Arrays not listed would
+            # become part of the next step's graph.
             mx.eval(metrics, state)
         return metrics
 
@@ -1118,12 +1116,12 @@ def train(run, interrupts, ranks):
     if flags.max_minutes is not None:
         end_time = run.seconds + 60 * flags.max_minutes
     reporting = contextlib.nullcontext()
-    if ranks.rank == 0:  # which alone saves and reports
+    if ranks.rank == 0:  # only this rank saves and reports
         reporting = contextlib.closing(Reporter(run))
     with reporting as reporter:
         while True:
             # Evaluate, save, then sample, so that a checkpoint has its loss. If a signal ends the
-            # evaluation, it is repeated when the run is resumed.
+            # evaluation, the resumed run repeats it.
             received, is_time_up = ranks.agree(interrupts.received, run.seconds >= end_time)
             is_due = run.is_evaluation_due() or (is_time_up and flags.steps_per_eval)
             if is_due and run.iteration > 0 and not run.evaluation:
@@ -1132,7 +1130,7 @@ def train(run, interrupts, ranks):
             if is_ended or received or run.is_save_due():
                 if reporter:
                     save_and_sample(run, interrupts, reporter)
-                # No other step is taken if a signal arrived in the meantime.
+                # A signal that arrived meanwhile ends the run before the next step.
                 received, _ = ranks.agree(interrupts.received)
             if is_ended or received:
                 break
@@ -1146,8 +1144,8 @@ def train(run, interrupts, ranks):
                 if was_saved:
                     prune(run)
                 reporter.report_step(run, metrics)
-    # No step follows the last checkpoint. But if it was evaluated, its weights are good, as
-    # evaluate_run raises RunError where a loss is not finite: no older one is needed to go back to.
+    # No step tests the weights of the last checkpoint. But if it was evaluated, its loss is finite
+    # (evaluate_run raises RunError otherwise), so no older checkpoint is needed to go back to.
     if reporter and run.evaluation:
         prune(run)
     if run.is_out_of_patience():
@@ -1192,11 +1190,11 @@ def train_step(run, step):
 def evaluate_run(run, interrupts, ranks, reporter):
     """Evaluates the validation split, unless a signal arrives.
 
-    At most, its first --eval_tokens tokens count, and no more than are trained on between two
-    evaluations: a run that tries something out is not to wait for its evaluation.
+    It uses the first --eval_tokens tokens at most, and no more than the run trains on between two
+    evaluations, so that short trials need not wait.
 
-    One that is due only because the time is up is shown and logged, but not kept: an uninterrupted
-    run would have none there. Raises RunError if the loss is not finite.
+    An evaluation due only because the time is up is shown and logged, but not recorded: an
+    uninterrupted run would have none there. Raises RunError if the loss is not finite.
     """
     flags = run.flags
     tokens = run.dataset.valid.tokens
@@ -1221,7 +1219,7 @@ def evaluate_run(run, interrupts, ranks, reporter):
 
 
 def save_and_sample(run, interrupts, reporter):
-    """Saves what has changed in a run, then samples from it."""
+    """Saves a run if it has changed, then samples from it."""
     if run.is_saved:
         return
     save(run, interrupts)
@@ -1243,7 +1241,7 @@ def save_and_sample(run, interrupts, reporter):
 
 
 # ---- OPERATIONS ---------------------------------------------------------------------------------
-# What follows trains nothing: sampling, evaluation, and what keeps a run safe and usable.
+# The code below does not train: it samples, evaluates, and keeps a run safe and usable.
 
 # ---- Sampling -----------------------------------------------------------------------------------
 # First functions of logits [B, V], then token-by-token decoding.
@@ -1252,7 +1250,7 @@ def save_and_sample(run, interrupts, reporter):
 def penalize(logits, ids, penalty):
     """Applies the repetition penalty (Keskar et al. 2019) to the ids that each row has read.
 
-    It divides logits above 0 and multiplies the others. 1 changes nothing.
+    Logits above 0 are divided by it, the others multiplied. 1 changes nothing.
     """
     if penalty == 1:
         return logits
@@ -1275,7 +1273,7 @@ def keep_top_k(logits, k):
 def keep_top_p(logits, p):
     """Nucleus sampling (Holtzman et al. 2020): logits with all but the most likely set to -inf.
 
-    Keeps the fewest whose total probability reaches `p`, at least one, and ties with the last.
+    Keeps the fewest tokens whose total probability reaches `p` (at least one), and the last's ties.
     """
     if p >= 1:
         return logits
@@ -1289,7 +1287,7 @@ def keep_top_p(logits, p):
 def keep_min_p(logits, p):
     """Min-p sampling (Nguyen et al. 2024): logits with the least likely set to -inf.
 
-    Removes those less than `p` times as probable as the most likely one. 0 keeps all.
+    Removes tokens less than `p` times as probable as the most likely one. 0 keeps all.
     """
     if p == 0:
         return logits
@@ -1298,10 +1296,10 @@ def keep_min_p(logits, p):
 
 
 def process_logits(logits, flags, ids):
-    """Logits [B, V] to sample from; ids: of each row, those in the model's window.
+    """Logits [B, V] to sample from; ids: for each row, a list of those in the model's window.
 
     Applies the repetition penalty, temperature, top-k, top-p and min-p, in this order, as in
-    Hugging Face's transformers. At temperature 0, only the penalty changes which is the largest.
+    Hugging Face's transformers. At temperature 0, only the penalty applies.
     """
     logits = penalize(logits.astype(mx.float32), ids, flags.repetition_penalty)
     if is_greedy(flags):
@@ -1365,16 +1363,16 @@ class Decoder:
             logits = self.logits()
             logits = process_logits(logits, flags, [self.ids[self.start :]])
             key = mx.array([seed, len(self.ids)], mx.uint32)
-            # [V], as for each row of a batch (extras.batch): [1, V] would draw differently.
+            # As extras.batch does for each row, sample from [V]: [1, V] would draw differently.
             token = sample_token(logits[0], flags, key).item()
             self.ids.append(token)
             yield token
 
 
 def first_ids(tokenizer, prompt):
-    """The ids of a text that begins with a prompt.
+    """The ids of a prompt that begins a text.
 
-    For "", the end token or, if there is none, a newline.
+    For "" without a start token: the end token or, if there is none, a newline.
     """
     ids = [*tokenizer.bos, *tokenizer.encode(prompt).tolist()]
     if ids:
@@ -1393,13 +1391,13 @@ class Detokenizer:
     def __init__(self, tokenizer, ids):
         self.tokenizer = tokenizer
         self.ids = list(ids)
-        self.shown = len(tokenizer.decode(self.ids))  # characters of their text returned
+        self.shown = len(tokenizer.decode(self.ids))  # number of characters returned
 
     def add_token(self, token):
-        """The text that `token` completes; "" inside a character."""
+        """The text that `token` completes; "" if it ends inside a character."""
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
-        # Perhaps the first bytes of a character, or of several, which may all turn out broken.
+        # The last character may be incomplete; later bytes may also make earlier ones invalid.
         if text.endswith("\ufffd") or token in self.tokenizer.byte_ids:
             return ""
         piece = text[self.shown :]
@@ -1408,7 +1406,7 @@ class Detokenizer:
         return piece
 
     def finalize(self):
-        """What there is of a character that was never completed."""
+        """The text of a last character that was never completed."""
         return self.tokenizer.decode(self.ids)[self.shown :]
 
 
@@ -1419,7 +1417,7 @@ class Conversation:
         self.tokenizer = tokenizer
         self.model = model
         self.ids = []  # of the text; shared with the decoder
-        self.asked = 0  # ids before the last reply
+        self.asked = 0  # number of ids before the last reply
         self.speed = 0.0  # tokens per second of the last reply
         if draft is not None:
             self.decoder = extra("decode").SpeculativeDecoder(model, draft, self.ids)
@@ -1430,8 +1428,8 @@ class Conversation:
         """Adds `prompt` to the text, and yields the model's continuation in pieces.
 
         Except at the start of a text, the prompt goes on a new line. A piece is yielded once no
-        later token can change it. The last one ends before --stop, which the model does not read
-        later, either, or at the end of the text.
+        later token can change it. The last piece ends at the end of the text or before --stop,
+        which is then removed from the text, too.
         """
         pieces = self.pieces(prompt, flags, seed, interrupts)
         return self.pieces_before(flags.stop, pieces) if flags.stop else pieces
@@ -1460,7 +1458,7 @@ class Conversation:
         self.add(text[len(self.tokenizer.decode(self.ids)) :])
 
     def add(self, text):
-        """Adds what follows the text so far."""
+        """Appends `text`, tokenized as a continuation."""
         before = self.tokenizer.decode(self.ids[-1:])[-1:]
         [ids] = encode_after(self.tokenizer, [before], [text])
         self.ids.extend(ids.tolist())
@@ -1498,9 +1496,9 @@ class Conversation:
 def token_metrics(model, hidden, targets):
     """The metrics of a validation text at each position, {name: [B, L]}.
 
-    hidden: final hidden states [B, L, D]; targets: ids [B, L]. The mean of each is shown and
-    logged. `loss` is the cross-entropy in nats, whatever training minimizes: it alone decides
-    which checkpoint is best, and --patience.
+    hidden: final hidden states [B, L, D]; targets: ids [B, L]. The mean of each metric is shown and
+    logged. `loss` is the cross-entropy in nats, whatever training minimizes; it alone decides which
+    checkpoint is best and when --patience ends a run.
     """
     logits = model.logits(hidden)  # [B, L, V]
     return {"loss": nn.losses.cross_entropy(logits, targets)}
@@ -1509,8 +1507,8 @@ def token_metrics(model, hidden, targets):
 def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
     """The means of token_metrics, {name: number}, over all of `tokens` [N] but the first.
 
-    Each token counts once. Windows start `stride` tokens apart, at most a context; by default
-    they do not overlap. Returns None on a signal.
+    Each token counts once. Windows start `stride` tokens apart, at most context_size; by default,
+    windows do not overlap. Returns None on a signal.
     """
     ranks = ranks or SingleProcess()
     context_size = model.config.context_size
@@ -1527,7 +1525,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     def sums_of_batch(*windows):
         return sum_over_shards(sums_of_rows, *windows)
 
-    # [windows]; the first one that starts at `last` or later reaches the end of the text.
+    # [windows]; the first window that starts at `last` or later reaches the end of the text.
     last = max(count - context_size, 0)
     starts = np.arange(0, last + stride, stride)
     batch_size = min(batch_size, len(starts))
@@ -1588,18 +1586,16 @@ def bits_per_byte(nats, split):
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
-# <save_dir>/<run>/ holds all of a run and nothing of another: its checkpoints, log.csv and
-# samples.jsonl, in code-*/ what it was trained by, and in init_from/ and teacher/ the models that
-# it has to read again. Only the process that holds the folder's lock writes there. Each checkpoint
-# is two safetensors files:
+# <save_dir>/<run>/ holds one run: its checkpoints, log.csv, samples.jsonl, the code that trained it
+# (code-*/), and the models that it reads at each start (init_from/, teacher/). Only the process
+# that holds the folder's lock writes there. Each checkpoint is two safetensors files:
 #
 #     <sha1>.safetensors  the weights (for LoRA, only the adapters), named by the SHA1 of its bytes
 #     <sha1>.metadata     the optimizer state, the order of batches, the tokenizer and, with
-#                         --average, the weights before averaging; in its header a record (see
-#                         Checkpoint), which has the SHA1 of these arrays, and the record's own SHA1
+#                         --average, the weights before averaging; its header holds a record (see
+#                         Checkpoint), with the SHA1 of these arrays, and the record's own SHA1
 #
-# A checkpoint may come from a stranger: what is in it is checked before it is used, and no link is
-# followed.
+# A checkpoint may come from a stranger: its content is checked before use, and no link is followed.
 
 # Version of the .metadata format; increment it when another main.py could misread it.
 FORMAT_VERSION = 6
@@ -1620,17 +1616,17 @@ NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check 
 
 @dataclasses.dataclass(eq=False)
 class Checkpoint(Progress):
-    """What the record of a checkpoint says."""
+    """The record of a checkpoint."""
 
     id: str  # the SHA1 of its weights
     run_name: str  # in a folder of another name, it is a copy
     state_sha1: str  # of the arrays in its .metadata, see sha1_of_arrays
-    saved_at: float  # in seconds since 1970; later than those before it in its run
-    flags: dict  # those in RECORDED_FLAGS, as they were resolved
+    saved_at: float  # in seconds since 1970; increases with each save of its run
+    flags: dict  # those in RECORDED_FLAGS, see resolve_flags
     config: Config
     tokens_sha256: dict  # of the training and validation texts, see Dataset
-    parents: dict  # the models that it began with: {"init_from", "teacher" or "branched_from": id}
-    sessions: list  # a Session each
+    parents: dict  # what its run began with: {"init_from", "teacher" or "branched_from": id}
+    sessions: list  # of type Session
     # The fields of its Batches with the same names; `perm` is an array in the .metadata.
     epoch: int
     cursor: int  # the index in `perm` of the next window
@@ -1663,7 +1659,7 @@ class Checkpoint(Progress):
     def open(self):
         """Verifies both files and returns the Contents.
 
-        Raises Damaged if they are not what was saved.
+        Raises Damaged if either is not what was saved.
         """
         with explained(f"{self} is damaged", kind=Damaged):
             if sha1_of_file(self.weights_path) != self.id:
@@ -1686,13 +1682,13 @@ class Checkpoint(Progress):
 class Session:
     """A part of a run that was trained by the same code in the same environment.
 
-    Two are equal if they differ only in where they begin.
+    Sessions that differ only in where they begin are equal.
     """
 
     iteration: int = dataclasses.field(compare=False)  # at which it begins
-    num_iters: int  # to which schedules were stretched
-    code_sha1: str  # see hash_code; that of older commits was of less
-    versions: dict  # what the last bits depend on, see list_versions
+    num_iters: int  # at which its schedules end
+    code_sha1: str  # see hash_code; older commits hashed less of the code
+    versions: dict  # of the environment, see list_versions
 
 
 class Damaged(RunError):
@@ -1728,7 +1724,7 @@ class Contents(NamedTuple):
         return model
 
     def restore(self, run):
-        """Gives a run the state that was saved. Raises Damaged if it does not fit the run."""
+        """Puts the saved state into a run. Raises Damaged if it does not fit."""
         checkpoint = self.checkpoint
         with explained(f"{checkpoint} does not fit its record", kind=Damaged):
             check_arrays(self.weights, run.model.trainable_parameters())
@@ -1788,14 +1784,14 @@ def load_arrays(path):
     arrays = mx.load(str(path), format="safetensors")
     if sum(array.nbytes for array in arrays.values()) > path.stat().st_size:
         # With arrays that overlap, a small file could claim more memory than there is.
-        raise ValueError("it is cut off, or its arrays overlap")
+        raise ValueError("it is truncated, or its arrays overlap")
     return arrays
 
 
 def read_checkpoint(metadata_path):
     """The Checkpoint that a .metadata file describes.
 
-    Raises exceptions of any type if it is none: the file may be a stranger's.
+    Raises an exception of any type if it is malformed: the file may be a stranger's.
     """
     with open(metadata_path, "rb", opener=no_follow) as file:
         length = int.from_bytes(file.read(8), "little")  # of the JSON header that follows
@@ -1806,7 +1802,7 @@ def read_checkpoint(metadata_path):
     record = renamed(json.loads(texts["record"]), FIELDS)
     version = record["format_version"]
     if version != FORMAT_VERSION:
-        raise ValueError(f"its format is version {version}: the commit that wrote it reads it")
+        raise ValueError(f"its format is version {version}: use the commit that wrote it")
     record["config"] = checked(Config, record["config"])
     record["sessions"] = [checked(Session, renamed(each, FIELDS)) for each in record["sessions"]]
     checkpoint = checked(Checkpoint, record)
@@ -1817,7 +1813,7 @@ def read_checkpoint(metadata_path):
             raise ValueError("its evaluations are malformed")
     if not checkpoint.sessions or not all(map(SHA1.fullmatch, checkpoint.parents.values())):
         raise ValueError("its history is malformed")
-    # A flag that is younger than the checkpoint, or had no value, has its default.
+    # A flag that was added after the checkpoint was saved, or was None, gets its default.
     saved = {name: value for name, value in checkpoint.flags.items() if value is not None}
     check_values(saved)
     checkpoint.flags = {name: DEFAULTS[name] for name in RECORDED_FLAGS} | saved
@@ -1827,14 +1823,14 @@ def read_checkpoint(metadata_path):
 
 
 def renamed(values, names):
-    """{key: value} with other keys, {key: another}."""
+    """`values` with its keys renamed as in `names`, {old: new}."""
     return {names.get(key, key): value for key, value in values.items()}
 
 
 def checked(kind, values):
-    """A dataclass made of {field: value}, which may be a stranger's.
+    """Makes a dataclass of {field: value}, which may be a stranger's.
 
-    Raises ValueError or TypeError unless each field is there, of its type and in range.
+    Raises ValueError or TypeError unless each field is present, of its type and in range.
     """
     types = {field.name: field.type for field in dataclasses.fields(kind)}
     for name, value in values.items():
@@ -1850,8 +1846,8 @@ def checked(kind, values):
 def list_checkpoints(save_dir, warn=False):
     """The checkpoints of all runs in `save_dir`, most recently saved first.
 
-    What cannot be read is skipped, with a line on stderr if `warn`. Raises UsageError if `save_dir`
-    is no folder, or that of a run.
+    Unreadable ones are skipped, with a line on stderr if `warn`. Raises UsageError if
+    `save_dir` is not a folder, or is the folder of a run.
     """
     checkpoints = []
     for folder in list_folders(save_dir):
@@ -1860,16 +1856,16 @@ def list_checkpoints(save_dir, warn=False):
 
 
 def list_folders(save_dir):
-    """The folders in `save_dir` that may be those of runs; see list_checkpoints."""
+    """The folders in `save_dir` that may hold a run; see list_checkpoints."""
     with explained(f"--save_dir {save_dir} holds no runs: train a model first", OSError):
         paths = list(save_dir.iterdir())
     folders = []
     for path in paths:
         if path.suffix == ".metadata" and SHA1.fullmatch(path.stem):
             raise UsageError(
-                f"--save_dir {save_dir} is the folder of a run: name the one that it lies in"
+                f"--save_dir {save_dir} is the folder of a run: name its parent folder"
             )
-        # A terminal might act on other names.
+        # Unprintable names might control a terminal.
         if path.is_dir() and not path.is_symlink() and path.name.isprintable():
             folders.append(path)
     return folders
@@ -1894,9 +1890,9 @@ def by_time_saved(checkpoint):
 
 
 def best_of(checkpoints):
-    """The one with the lowest validation loss, newest first; the first if none has any, or None.
+    """The checkpoint with the lowest validation loss, else the first one; None if there are none.
 
-    Only losses on as many tokens as the newest count.
+    checkpoints: newest first. Only losses on as many tokens as the newest loss count.
     """
     evaluated = [each for each in checkpoints if each.evaluation]
     comparable = [
@@ -1911,7 +1907,7 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
 
     identifier: an id or its beginning, the file of that name, a run's name (its newest checkpoint),
     RUN@STEP, "latest", or "best" (of the run saved last). Raises UsageError if it names none,
-    several, or what lies elsewhere.
+    several, or one outside `save_dir`.
     """
     path = Path(identifier)
     if len(path.parts) > 1 and os.path.exists(path):
@@ -1934,7 +1930,7 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
         found = [extra("steps").checkpoint_at(checkpoints, identifier)]
     else:
         matching = [each for each in checkpoints if each.id.startswith(identifier)]
-        # The last one counts, that of the first run: a branch begins with the same weights.
+        # Of equal ids (a branch begins with the same weights), the last counts: the first run's.
         matching.sort(key=lambda each: (not each.is_copy, -each.saved_at))
         found = list({each.id: each for each in matching}.values())
     if len(found) == 1:
@@ -1942,7 +1938,7 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     names = ", ".join([*dict.fromkeys(runs)][:5]) or "none"
     gone = ""
     if flag_name in PRETRAINED_FLAGS:
-        gone = "; a run whose model is gone goes on by --identifier RUN"
+        gone = "; if a run's model is gone, resume the run with --identifier RUN"
     raise UsageError(
         f"--{flag_name} {identifier!r} matches {len(found) or 'no'} checkpoints in {save_dir}, "
         f"which has these runs: {names} (see --list){gone}"
@@ -1958,7 +1954,7 @@ def open_newest(candidates, is_named=False):
             if is_named:
                 raise RunError(f"{error}; use another one from --list") from None
             print(f"Skipping {error}", file=sys.stderr)
-    raise RunError("no good checkpoint of this run is left: --new_model starts a new one")
+    raise RunError("no undamaged checkpoint of this run is left: --new_model starts a new one")
 
 
 def save(run, interrupts):
@@ -2002,18 +1998,18 @@ def write_checkpoint(run):
         publish(metadata_file, run.folder / f"{sha1}.metadata")
         publish(weights_file, run.folder / f"{sha1}.safetensors")
     sync(run.folder)
-    sync(run.folder.parent)  # where the name of the folder itself is
+    sync(run.folder.parent)  # which holds the folder's own name
     run.checkpoint_id = sha1
     run.saved_at = saved_at
     run.is_saved = True
     if on_gpu():
-        mx.clear_cache()  # else the next step would compute in what the copies have left
+        mx.clear_cache()  # else the next step would reuse the copies' memory, which the CPU read
 
 
 def arrays_to_save(tree):
     """The arrays of a tree, {name: array}, sorted: equal arrays give equal bytes.
 
-    Those of a GPU are copies: to read an array would move it out of NVIDIA's memory for good (MLX
+    On a GPU, they are copies: reading an array would move it out of NVIDIA's memory for good (MLX
     issue 3861).
     """
     arrays = dict(sorted(tree_flatten(tree)))
@@ -2027,14 +2023,14 @@ def state_arrays(run):
     tree = {"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}
     if run.average:  # the .safetensors holds only the average
         tree["weights"] = run.model.trainable_parameters()
-    # As an array: safetensors files with long headers cannot be read.
+    # An array, as safetensors files with long headers cannot be read.
     tokenizer = json.dumps(run.dataset.tokenizer.to_dict()).encode()
     tree["tokenizer"] = mx.array(np.frombuffer(tokenizer, np.uint8))
     return arrays_to_save(tree)
 
 
 def describe_run(run):
-    """The fields of a Checkpoint of a run as it is, without `id`, `state_sha1` and `saved_at`."""
+    """A Checkpoint's fields for the run as it is, without `id`, `state_sha1` and `saved_at`."""
     return run.progress() | {
         "format_version": FORMAT_VERSION,
         "run_name": run.folder.name,
@@ -2048,14 +2044,14 @@ def describe_run(run):
 
 
 def prune(run):
-    """Deletes what a run no longer needs, and what killed saves have left in its folder.
+    """Deletes old checkpoints of a run, and what killed saves have left in its folder.
 
-    Of its checkpoints, the newest --keep, the best and the current one stay.
+    The newest --keep checkpoints, the best and the current one stay.
     """
     with contextlib.suppress(OSError):
         own = list_run(run.folder)  # newest first
-        kept = {run.checkpoint_id, *(each.id for each in own[: run.flags.keep])}
-        # Only of the run's history: a damaged one that was skipped may claim a lower loss.
+        kept = {each.id for each in own[: run.flags.keep]} | {run.checkpoint_id}
+        # Of the run's history only: a damaged checkpoint, skipped before, may claim a lower loss.
         best = best_of([each for each in own if each.evaluation in run.evaluations])
         for each in own:
             if each.id not in kept and each is not best:
@@ -2068,9 +2064,9 @@ def prune(run):
 
 
 def divergence_error(run, what, iteration):
-    """The RunError for a run whose `what` is not finite, on the step from `iteration`.
+    """The RunError for a run whose `what` is not finite after the step from `iteration`.
 
-    It gives a command that goes back to the last checkpoint from which a step was taken.
+    It gives a command that goes back to the last checkpoint from which a step succeeded.
     """
     earlier = [each for each in list_run(run.folder) if each.iteration < iteration]
     remedy = "start over with --new_model"
@@ -2103,7 +2099,7 @@ FLAGS["training"] |= {
     "teacher_weight": Flag(0.5, FRACTION, "weight of the distillation loss"),
     "teacher_temperature": Flag(2.0, number(float, 0.01, 100), "distillation temperature"),
 }
-# The flags that name one; the first one given provides the tokenizer.
+# The flags that name a model; the first one passed provides the tokenizer.
 PRETRAINED_FLAGS = ("init_from", "teacher")
 CHECKPOINT_WORDS = ("latest", "best")
 
@@ -2114,7 +2110,7 @@ class LoadedModel(NamedTuple):
     model: LanguageModel
     tokenizer: object
     id: str  # of its checkpoint; for a Hugging Face model, a SHA1 over its files
-    files: dict  # what has to be kept to open it again, {name in a folder of its own: path}
+    files: dict  # those to keep so that it can be opened again, {name: path}
 
 
 def open_model(save_dir, name, flag_name):
@@ -2131,17 +2127,17 @@ def open_model(save_dir, name, flag_name):
 
 def is_foreign(name):
     """Whether a model's name is that of a Hugging Face folder or model, not of a checkpoint."""
-    # `resolve_flags` has made a folder's name absolute; other folders are of runs.
+    # `resolve_flags` has made the path of a model folder absolute; other folders are of runs.
     return "/" in name and (is_model_folder(name) or not os.path.isdir(name))
 
 
 def is_model_folder(path):
-    """Whether there is a Hugging Face model."""
+    """Whether this is a folder with a Hugging Face model."""
     return os.path.isfile(os.path.join(path, "config.json"))
 
 
 def load_model_of(checkpoint):
-    """The LoadedModel that is a checkpoint; with LoRA, also of its base."""
+    """Opens a checkpoint as a LoadedModel; with LoRA, `files` include the base's."""
     contents = checkpoint.open()
     files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
     if checkpoint.flags["lora_rank"]:
@@ -2155,16 +2151,15 @@ def load_model_of(checkpoint):
 class Interrupts:
     """Turns a termination signal into an attribute that loops check: `received`.
 
-    A second one ends the process at once, without saving, unless it comes within half a second:
-    `timeout` signals the process and then its group, and launchers repeat Ctrl+C, which is a single
-    request.
+    A second one ends the process at once, without saving. Within half a second, it counts as the
+    same request: `timeout` signals the process, then its group, and launchers repeat Ctrl+C.
 
     Python runs handlers only after `mx.eval` returns, so a thread reads the bytes that the
     interpreter writes to a pipe as soon as a signal arrives.
     """
 
-    # Ctrl+C, a request to end, a terminal that is gone, and what schedulers send some time before
-    # they kill: Slurm, Grid Engine and OAR by choice, and where CPU time is limited.
+    # Ctrl+C, a request to end, a closed terminal, and warnings some time before a kill: by Slurm,
+    # Grid Engine or OAR if asked for, and where CPU time is limited.
     SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     SIGNALS += [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
     received = None  # the number of the first signal
@@ -2185,7 +2180,7 @@ class Interrupts:
 
     def __exit__(self, *error):
         os.close(signal.set_wakeup_fd(self.writer_before))  # ends the thread
-        self.thread.join()  # a notebook's next %run deletes what it needs
+        self.thread.join()  # a notebook's next %run deletes modules that it needs
         for each, handler in self.handlers.items():
             signal.signal(each, handler)
 
@@ -2194,7 +2189,7 @@ class Interrupts:
         first = None  # when it arrived
         while byte := os.read(reader, 1):  # b"" once __exit__ has closed the other end
             [number] = byte
-            if number not in self.SIGNALS:  # another one with a handler
+            if number not in self.SIGNALS:  # a signal with another handler
                 continue
             if first is None:
                 first = time.monotonic()
@@ -2209,7 +2204,7 @@ class Interrupts:
 
 
 def say(text, file=None):
-    """Prints a line about a run, which goes on where that fails: `| head`, a full disk."""
+    """Prints a line about a run; if that fails (`| head`, a full disk), the run goes on."""
     file = file or sys.stdout
     with contextlib.suppress(OSError):
         tqdm.write(text, file)
@@ -2246,7 +2241,7 @@ class SingleProcess:
 
 
 def join_ranks(argv):
-    """This process, or those that mlx.launch or MPI started; a context manager."""
+    """A context manager: the ranks that mlx.launch or MPI started, or this process alone."""
     sizes = [os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
     if "MLX_RANK" in os.environ or sizes != ["1", "1"]:
         return extra("ranks").Group(argv)
@@ -2254,7 +2249,6 @@ def join_ranks(argv):
 
 
 def on_gpu():
-    """Whether MLX computes on a GPU."""
     return mx.default_device() == mx.gpu
 
 
@@ -2265,35 +2259,35 @@ def use_device(gpu):
     """
     if gpu and not mx.is_available(mx.gpu):
         # mlx-cpu and mlx-cuda-13 have a library of the same name: the one installed last is used.
-        needed = "pip uninstall mlx-cpu; pip install --force-reinstall 'mlx[cuda13]', for NVIDIA's"
+        needed = "pip uninstall mlx-cpu; pip install --force-reinstall 'mlx[cuda13]' (NVIDIA GPUs)"
         if sys.platform == "darwin":
             needed = "in a Python for arm64, on Apple silicon with macOS 14 or newer"
-        raise UsageError(f"--gpu: MLX sees no GPU; leave it out, or install MLX for it: {needed}")
+        raise UsageError(f"--gpu: MLX sees no GPU; omit --gpu, or install MLX for it: {needed}")
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
-    # MLX loads what it has compiled from the folder for temporary files, where another user could
-    # have put something else of that name.
+    # MLX loads its compiled kernels from the folder for temporary files, where another user could
+    # have put a file of that name.
     os.environ["TMPDIR"] = str(open_kernel_dir())
     if gpu and fast:
         fast.use_gpu()
     elif fast:
         fast.use_cpu()
-    if not gpu and (not fast or sys.platform != "linux"):  # else, fast.py has made a quicker one
-        # Where it may fuse a product with a sum, as on ARM, it does so in some loops of a kernel
-        # and not in others, and which loop computes an element depends on time.
+    if not gpu and (not fast or sys.platform != "linux"):  # else, fast.py has set the compiler
+        # Where the compiler may fuse a product with a sum, as on ARM, it does so only in some loops
+        # of a kernel, and timing decides which loop computes an element.
         use_compiler(open_kernel_dir(), 'PATH=${PATH#*:}; g++ -ffp-contract=off "$@"')
 
 
 def bfloat16_products(wanted):
-    """A context manager: matrix products on a CPU round their inputs to bfloat16, if it can."""
+    """A context manager: on a CPU that can, matrix products round their inputs to bfloat16."""
     if wanted and fast:
         return fast.bfloat16_products()
     return contextlib.nullcontext()
 
 
 def list_versions(flags, ranks):
-    """What the last bits of a result depend on: resume is bit-exact while these stay the same.
+    """The environment of a run: while it stays the same, resume is bit-exact.
 
-    The C++ compiler is not among them; MLX and fast.py keep what it has compiled.
+    The C++ compiler is left out, as MLX and fast.py keep what it has compiled.
     """
     gpu = on_gpu()
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
@@ -2320,9 +2314,8 @@ def list_versions(flags, ranks):
 
 
 # ---- Code ---------------------------------------------------------------------------------------
-# The record of a run names the code that trained it, and its folder keeps that: whole files, as
-# they were when they were loaded. What is replaced in memory alone, and data that code reads, are
-# not seen.
+# A run's record has the SHA1 of the code that trained it, and its folder keeps a copy: whole files,
+# as they were loaded. Changes made only in memory, and data that the code reads, go unnoticed.
 
 SOURCES = {"main.py": SOURCE}  # {path from this folder: source}, of files seen so far
 
@@ -2330,14 +2323,18 @@ SOURCES = {"main.py": SOURCE}  # {path from this folder: source}, of files seen 
 def read_code(flags):
     """The code that trains a run, {path from this folder: source}; flags: its own, {name: value}.
 
-    That is all of main.py; of extras/, fast.py with its C and ranks.py, lora.py and distil.py where
-    they are used; and modules of your own that are loaded by now.
+    It comprises main.py and ranks.py; fast.py with its C, lora.py and distil.py if they are used;
+    and your own modules that are loaded by now.
     """
     names = ["main.py", "extras/features/ranks.py"]
-    names += ["extras/features/fast.py", "extras/features/fast.c"] if fast else []
-    names += ["extras/features/lora.py"] if flags.get("lora_rank") else []
-    names += ["extras/features/distil.py"] if flags.get("teacher") else []
-    names += filter(None, [own_file(module, str(HERE)) for module in [*sys.modules.values()]])
+    if fast:
+        names += ["extras/features/fast.py", "extras/features/fast.c"]
+    if flags.get("lora_rank"):
+        names += ["extras/features/lora.py"]
+    if flags.get("teacher"):
+        names += ["extras/features/distil.py"]
+    own = [own_file(module, str(HERE)) for module in [*sys.modules.values()]]
+    names += filter(None, own)
     for name in names:
         if name not in SOURCES and (HERE / name).exists():
             SOURCES[name] = (HERE / name).read_text("utf-8", errors="replace")
@@ -2348,17 +2345,17 @@ read_code({})  # before anybody edits the files
 
 
 def hash_code(code):
-    """The SHA1 of code, see read_code: of what its files do, whatever their comments and layout."""
+    """The SHA1 of code, see read_code; comments, docstrings and layout do not count."""
     return sha1_of_text(json.dumps({name: hash_of_code(code[name]) for name in code}))
 
 
 def kept_code(folder, sha1):
-    """The folder in that of a run that keeps the code of this SHA1."""
+    """Where `folder`, a run's, keeps the code of this SHA1."""
     return folder / f"code-{sha1[:8]}"
 
 
 def keep_code(run):
-    """Makes the code that trains a run a part of its folder. Raises OSError."""
+    """Copies the code that trains a run into its folder. Raises OSError."""
     folder = kept_code(run.folder, run.sessions[-1].code_sha1)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):  # a stranger's
         return
@@ -2366,7 +2363,7 @@ def keep_code(run):
         path = folder / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(run.folder) as file:  # where leftovers are removed
+            with new_file(run.folder) as file:  # where `prune` removes leftovers
                 file.write(source.encode())
                 publish(file, path)
     for path in [folder, *folder.rglob("*")]:
@@ -2374,7 +2371,7 @@ def keep_code(run):
 
 
 def other_code(checkpoint, flags):
-    """The UsageError for a command that would go on with a run by other code than its own."""
+    """The UsageError for resuming a run with code that did not train it."""
     kept = kept_code(checkpoint.folder, checkpoint.sessions[-1].code_sha1)
     code = read_code(vars(flags))
     paths = filter(Path.is_file, kept.rglob("[!.]*"))
@@ -2391,9 +2388,9 @@ def other_code(checkpoint, flags):
 
 # ---- Reports ------------------------------------------------------------------------------------
 
-# How metrics are shown on the screen; those not listed, by name. loss: nats/token, with --teacher
-# mixed with the distillation loss; epoch: passes over the text; peak_mib: MLX's peak memory in this
-# process. For all logged metrics, see report_step.
+# How metrics are shown on the screen; others are shown by their names. loss: nats/token, with
+# --teacher mixed with the distillation loss; epoch: passes over the text; peak_mib: MLX's peak
+# memory in this process. For all logged metrics, see report_step.
 FORMATS = {
     "loss": "loss {:.4f}",
     "learning_rate": "lr {:.2e}",
@@ -2434,7 +2431,7 @@ class Reporter:
         `loss` is then the mean since the last report; the others are those of the last step.
         """
         if not run.recent_times:
-            self.bar.unpause()  # its estimate leaves out what went before
+            self.bar.unpause()  # leaves the first step out of the estimate
         self.bar.update()
         if run.iteration % run.flags.steps_per_report:
             return
@@ -2447,7 +2444,7 @@ class Reporter:
             measured = speed | measured
         self.show(run, metrics | measured)
         train = run.dataset.train
-        if train.num_bytes is not None and run.teacher is None:  # whose loss is not the text's
+        if train.num_bytes is not None and run.teacher is None:  # which mixes in its loss
             measured["bits_per_byte"] = bits_per_byte(metrics["loss"], train)
         self.record(run, "train", metrics | measured)
         self.train_loss = metrics["loss"]
@@ -2459,7 +2456,7 @@ class Reporter:
         """Shows the metrics of the steps up to the current iteration."""
         texts = [format_metric(name, value) for name, value in metrics.items()]
         if not self.bar.disable:
-            self.bar.set_postfix_str(", ".join(texts[:4]))  # it shows speed and time itself
+            self.bar.set_postfix_str(", ".join(texts[:4]))  # the bar itself shows speed and time
             return
         texts.append(f"time {tqdm.format_interval(run.seconds)}")
         if "ms_per_step" in metrics:
@@ -2514,15 +2511,15 @@ class Reporter:
 class Log:
     """A run's log.csv: a row has an iteration, a split and metrics.
 
-    It is rewritten with a session's first row, without the rows of steps that are repeated, and
-    with a row that has a metric without a column.
+    The first row of a session rewrites it, without the rows of steps that are repeated. So does a
+    row with a new metric, which adds a column.
     """
 
     def __init__(self, run):
         self.path = run.folder / "log.csv"
-        self.columns = []  # of the file; none before it is written anew
-        # The last row of earlier sessions that is kept, as (iteration, whether it is an evaluation,
-        # which comes after the training row of its iteration).
+        self.columns = []  # of the file; none until this session rewrites it
+        # Rows of earlier sessions are kept up to here: (iteration, whether it is an evaluation). At
+        # the same iteration, an evaluation comes after a training row.
         self.kept_up_to = (run.iteration, run.evaluation is not None)
 
     def append(self, row):
@@ -2539,13 +2536,13 @@ class Log:
     def rewrite(self, last):
         """Writes the file anew, with its columns and those of `last`, which becomes its last row.
 
-        So the file always has a row, whenever the process is killed. If none can be read, another
-        program has saved it, with semicolons, say.
+        So it has a row even if the process is killed at once. If no row can be read, the file was
+        saved by another program, with semicolons, say.
         """
         rows = read_log(self.path)
         if not rows and os.path.lexists(self.path):
             self.path.replace(self.path.with_name("log.old.csv"))
-            say("log.csv cannot be read: it is log.old.csv from now on")
+            say("log.csv cannot be read: it was renamed to log.old.csv")
         columns = [*dict.fromkeys(itertools.chain(*rows[:1], last))]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -2564,7 +2561,7 @@ class Log:
 def read_log(path):
     """The rows of a run's log, [{column: text}], if it has one. Raises OSError.
 
-    Each line is read by itself: one that is damaged costs no other.
+    Each line is read by itself, so that a damaged one costs no other.
     """
     rows = []
     columns = []
@@ -2577,7 +2574,7 @@ def read_log(path):
                     values = next(csv.reader([line]))
                     columns = columns or values
                     row = dict(zip(columns, values, strict=True))
-                    int(row["iteration"])  # fails in the line of the columns, too
+                    int(row["iteration"])  # also raises ValueError in the header
                     if row["split"] and line.endswith("\n"):
                         rows.append(row)
     return rows
@@ -2628,14 +2625,14 @@ def print_start(run, checkpoint):
 def describe_losses(name, metrics, split, tokenizer, mark=""):
     """A split's loss, per token and in units that do not depend on the tokenizer; other metrics.
 
-    metrics: those of evaluate. mark: what is said of the loss, such as " (best)".
+    metrics: those of evaluate. mark: a note on the loss, such as " (best)".
     """
     nats = metrics["loss"]
     unit = "word" if tokenizer.kind == "word" else "token"
     texts = [f"{name} {nats:.4f} nats{mark}", f"perplexity {perplexity(nats):.2f} per {unit}"]
     is_whole = split.num_bytes is not None
     if is_whole and tokenizer.kind not in ("word", "char", "byte"):
-        # For the whole split, extrapolated if `nats` is of its first tokens only.
+        # The sum over the split, extrapolated if `nats` is the mean of its first tokens only.
         total = nats * len(split.tokens)
         of_words = perplexity(total / max(1, split.num_words))
         texts.append(f"{of_words:.2f} per word" if of_words < 1e6 else f"{of_words:.1e} per word")
@@ -2666,13 +2663,13 @@ def count_parameters(tree):
 
 
 def start_notices(run):
-    """Yields what may surprise the user of a run, a line each."""
+    """Yields a line for whatever may surprise the user of a run."""
     flags = run.flags
     if EDITED_FUNCTIONS:
         yield f"edited   {', '.join(EDITED_FUNCTIONS)}: computed by main.py, not by fast.py"
     tokenizer = run.dataset.tokenizer
     if tokenizer.bos:
-        yield f"Each text begins with {tokenizer.decode(tokenizer.bos)}, as for the base."
+        yield f"Each text begins with {tokenizer.decode(tokenizer.bos)}, as for the base model."
     if len(run.batches.perm) < run.batches.rows_per_step:
         yield "The text has fewer windows than a batch has rows: some repeat within each batch."
     if fast and fast.BLAS == fast.REFERENCE_BLAS and not flags.gpu:
@@ -2682,8 +2679,8 @@ def start_notices(run):
         )
     elif flags.dtype != run.versions["dtype"]:
         yield (
-            "Computing in float32, as bfloat16 is not faster here. It is with --gpu, or on an AMD "
-            "CPU with AVX-512 BF16 or an Intel CPU with AMX, after pip install onednn-cpu-gomp."
+            "Computing in float32: bfloat16 is not faster here. It would be with --gpu, or on an "
+            "AMD CPU with AVX-512 BF16 or an Intel CPU with AMX, after pip install onednn-cpu-gomp."
         )
     unnamed = {"dataset", "mlp", "lr_schedule"} - {*flags.explicit}
     if flags.config and unnamed and Path(flags.config).suffix:  # a file, no recipe
@@ -2692,7 +2689,7 @@ def start_notices(run):
 
 
 def describe_resume(checkpoint, run):
-    """Yields what has changed in a resumed run since its checkpoint, a line each."""
+    """Yields a line for each change in a resumed run since its checkpoint."""
     flags = run.flags
     changes = describe_changes(checkpoint.flags, vars(flags), "--")
     yield f"resumed  with {changes or 'unchanged flags'}"
@@ -2709,7 +2706,7 @@ def describe_resume(checkpoint, run):
 
 
 def describe_changes(before, now, prefix=""):
-    """What has other values now, in words: "--dim 32 -> 64, --seed 1 -> 2"."""
+    """Changed values, in words: "--dim 32 -> 64, --seed 1 -> 2"."""
     changed = [name for name in before if before[name] != now.get(name)]
     return ", ".join(f"{prefix}{name} {before[name]} -> {now.get(name)}" for name in changed)
 
@@ -2757,15 +2754,15 @@ def print_pieces(pieces):
 
 
 def for_terminal(text):
-    """A model's or a stranger's text to print: as it is, but for a terminal `printable`.
+    """A model's or a stranger's text, ready to print on stdout: unchanged in a pipe or file.
 
-    There, the CR of Windows' line ends is left out.
+    For a terminal, `printable`, without the CR of Windows' line ends.
     """
     return printable(text.replace("\r", "")) if sys.stdout.isatty() else text
 
 
 def name_unread(conversation, prompt):
-    """Says what of a prompt the model does not read, or not as it stands."""
+    """Says what the model does not read of a prompt, or reads differently."""
     tokenizer = conversation.tokenizer
     unknown = tokenizer.unknown(prompt)
     count = len(first_ids(tokenizer, prompt))
@@ -2786,10 +2783,10 @@ def name_unread(conversation, prompt):
 def converse(begin_text, flags):
     """Answers each line of stdin with a continuation of the conversation so far.
 
-    /reset forgets it, /quit ends the session. Ctrl+C ends a reply; at the prompt, the session, as
-    Ctrl+D does.
+    /reset forgets it, /quit ends the session. Ctrl+C ends a reply or, at the prompt, the session,
+    as Ctrl+D does.
     """
-    # At the prompt, Ctrl+C raises KeyboardInterrupt (disabled at the top of this file).
+    # At the prompt, Ctrl+C raises KeyboardInterrupt (which datasets.py disables).
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is not an error
     question = ""  # for a pipe
@@ -2812,14 +2809,14 @@ def converse(begin_text, flags):
         if question:
             print()  # puts the shell's prompt on its own line
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's end may be interrupted, too
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C may also interrupt Python's exit
 
 
 def print_reply(conversation, line, flags):
     """Prints the continuation of a line; Ctrl+C ends it and keeps what was shown."""
     interrupts = argparse.Namespace(received=None)
 
-    # No KeyboardInterrupt: an exception raised inside MLX can be lost.
+    # No KeyboardInterrupt, as an exception raised inside MLX can be lost.
     def note(signal_number, frame):
         interrupts.received = signal_number
 
@@ -2833,7 +2830,7 @@ def print_reply(conversation, line, flags):
 
 
 def split_name(text):
-    """A flag's type: a split, also as other programs call it."""
+    """A flag's type: a split, by our name or another program's."""
     others = {"validation": "valid", "val": "valid", "dev": "valid"}
     return one_of(SPLITS)(others.get(text, text))
 
@@ -2865,7 +2862,7 @@ FLAGS["session"] = {
     ),
     "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best"),
     "eval_tokens": Flag(
-        100000, COUNT, "validation tokens per evaluation in training, at most; 0: all"
+        100000, COUNT, "maximum validation tokens per evaluation in training; 0: all"
     ),
     "eval_test": Flag(False, bool, "evaluate on the test split at the end"),
     "report_to": Flag(None, str, "tensorboard, wandb, or both with a comma; none"),
@@ -2919,7 +2916,7 @@ LIST_FLAGS = [name for name, default in DEFAULTS.items() if default == []]  # ta
 INIT_FLAGS = [*FLAGS["data"], *FLAGS["model"], *FLAGS["init"]]
 IDENTITY_FLAGS = [*INIT_FLAGS, *FLAGS["training"]]
 RECORDED_FLAGS = [*IDENTITY_FLAGS, *FLAGS["session"]]
-# Flags that name a place: its content counts, not its name.
+# Runs are told apart by what these paths contain.
 PATH_FLAGS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
 
 LARGEST_YAML = 1 << 20  # bytes of a --config, or of a file of cases
@@ -2957,17 +2954,17 @@ def arguments_of(values):
     for name, value in values.items():
         is_list = isinstance(value, list) and name in LIST_FLAGS
         for each in value if is_list else [value]:
-            if isinstance(each, (list, dict)):  # by YAML's aliases, perhaps a billion words
+            if isinstance(each, (list, dict)):  # YAML's aliases could make it a billion words
                 raise ValueError(f"{name} has a list or a mapping instead of a value")
             if isinstance(each, bool):
                 arguments.append(f"--{name}" if each else f"--no-{name}")
             elif each is not None:
-                arguments.append(f"--{name}={each}")  # it may look like a flag
+                arguments.append(f"--{name}={each}")  # with =: a value may look like a flag
     return arguments
 
 
 def check_values(values):
-    """Raises an exception of any type unless these are flags that a command could set."""
+    """Raises an exception of any type unless a command could set these values."""
     for name, value in values.items():
         default, convert, *_ = ROWS[name]
         if value == default and type(value) is type(default):  # 32.0 is equal to 32
@@ -2982,7 +2979,7 @@ def check_values(values):
 def read_command_line(argv):
     """The flags set on the command line, by --config or by --preset, {flag: value}.
 
-    The command line overrides the file, also by a preset.
+    The command line overrides the file, even where it only names a preset.
     """
     typed = parse(argv)
     file = {}
@@ -2994,7 +2991,7 @@ def read_command_line(argv):
     explicit = {}
     for flags in (file, typed):
         preset = PRESETS.get(flags.get("preset"), [])
-        explicit |= dict(zip(PRESET_FLAGS, preset)) | flags  # those beside a preset override it
+        explicit |= dict(zip(PRESET_FLAGS, preset)) | flags  # flags override a preset
     return explicit
 
 
@@ -3007,15 +3004,17 @@ def read_config(name):
         recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
         raise UsageError(f"--config {name}: no such file; the recipes are {recipes}")
     with explained(f"--config {name} must be a YAML file of flags like dim: 8"):
-        ours = {other: name for name, others in other_names().items() for other in others.split()}
+        ours = {}  # {another program's name: ours}
+        for name, others in other_names().items():
+            ours |= dict.fromkeys(others.split(), name)
         values = {}
         for key, value in (read_yaml(path) or {}).items():
-            section = value if isinstance(value, dict) else {key: value}  # whatever its name
+            section = value if isinstance(value, dict) else {key: value}  # any name for a section
             for written, each in section.items():
                 name = str(written).replace("-", "_")
                 name = ours.get(name, name)
                 if name in values:
-                    raise ValueError(f"{name} stands in it twice, perhaps under two names")
+                    raise ValueError(f"{name} appears twice, perhaps under two names")
                 values[name] = each
         flags = parse([utf8(argument) for argument in arguments_of(values)])
         if "config" in flags:
@@ -3024,7 +3023,7 @@ def read_config(name):
 
 
 def read_yaml(path, loader="SafeLoader"):
-    """The content of a YAML file, which may be a stranger's, by this class of PyYAML.
+    """The content of a YAML file, which may be a stranger's; loader: a class of PyYAML.
 
     Raises exceptions of several types.
     """
@@ -3035,7 +3034,7 @@ def read_yaml(path, loader="SafeLoader"):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             for key, count in Counter(keys).items():
                 if count > 1:  # PyYAML would take the last one
-                    raise ValueError(f"{key} stands in it twice")
+                    raise ValueError(f"{key} appears twice")
             return super().construct_mapping(node, deep)
 
     if path.stat().st_size > LARGEST_YAML:
@@ -3046,20 +3045,20 @@ def read_yaml(path, loader="SafeLoader"):
 def resolve_flags(explicit, recorded=None):
     """All flags of a command or a run, as a Namespace.
 
-    explicit: those that the command sets, which stay in the attribute `explicit`; recorded: those
-    of the checkpoint that it resumes, or that a new run's models decide. What neither sets has its
-    default; a default of None that depends on other flags is filled in.
+    explicit: those that the command sets, also kept as the attribute `explicit`; recorded: those of
+    the checkpoint that it resumes, or that the models of a new run decide. All others have
+    their defaults; a default of None that depends on other flags is filled in.
     """
     if "text" in explicit:
-        explicit = {"dataset": "text"} | explicit  # load_dataset refuses another one
+        explicit = {"dataset": "text"} | explicit  # load_dataset refuses another dataset
     flags = argparse.Namespace(**DEFAULTS | (recorded or {}) | explicit)
     flags.explicit = explicit
     flags.save_dir = Path(user_path(flags.save_dir))
     flags.data_dir = flags.data_dir or explicit.get("save_dir")
-    for name in {"text", "valid_text", "test_text"} & {*explicit}:  # those recorded are absolute
+    for name in {"text", "valid_text", "test_text"} & {*explicit}:  # recorded ones are absolute
         setattr(flags, name, [absolute(path) for path in explicit[name]])
     for name in {"init_from", "teacher", "draft"} & {*explicit}:
-        # Else it is a checkpoint, or a model of the hub.
+        # Others name checkpoints, or models on the hub.
         if explicit[name] not in CHECKPOINT_WORDS and is_model_folder(user_path(explicit[name])):
             setattr(flags, name, absolute(explicit[name]))
     if flags.tokenizer == "auto":
@@ -3083,11 +3082,11 @@ def resolve_flags(explicit, recorded=None):
 
 
 def values_of(flags, names):
-    """The values that flags, or a Config, have under these names, {name: value}."""
+    """These attributes of flags, a Config or Batches, {name: value}."""
     return {name: getattr(flags, name) for name in names}
 
 
-# {flag: the flags of which it needs one to have an effect}
+# {flag: it has no effect without one of these flags}
 REQUIRED_FLAGS = {
     "min_lr": "lr_schedule",
     "lr_cooldown": "lr_schedule",
@@ -3103,7 +3102,7 @@ REQUIRED_FLAGS = {
 
 
 def notice_useless(flags):
-    """Yields a line for each flag given that has no effect beside the others."""
+    """Yields a line for each explicit flag that has no effect."""
     for name, needed in REQUIRED_FLAGS.items():
         others = needed.split()
         has_effect = any(getattr(flags, other) != DEFAULTS[other] for other in others)
@@ -3123,20 +3122,20 @@ def command(flags, identifier):
 
 
 # ---- Setting up a run ---------------------------------------------------------------------------
-# A run's name is its identity: a hash of the flags that shape it, of the contents of its texts and
-# models, and of the checkpoint that a branch has left. A command that describes its run by flags
-# looks only into NAME, NAME.2, NAME.3, …, for a run that was trained by the same code.
+# A run's name is its identity: a hash of IDENTITY_FLAGS, of the contents of its texts and models,
+# and of the checkpoint that a branch began from. A command that describes its run by flags looks
+# only into the folders NAME, NAME.2, NAME.3, … for a run that the same code trained.
 
 
 def identity_of(flags, sha256, parents):
-    """What tells runs apart, {name: value}: not where something lies, but what lies there.
+    """What tells runs apart, {name: value}: texts and models count by content, not by path.
 
     flags: {name: value}; sha256: see Dataset; parents: see Checkpoint.
     """
     found = {name: flags[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
     found |= sha256 | parents
     for name in PRETRAINED_FLAGS:
-        # Soon, "latest" will be the run itself: the word counts.
+        # Soon, "latest" will be the run itself, so the word counts.
         if flags[name] in CHECKPOINT_WORDS:
             found[name] = flags[name]
     return found
@@ -3152,9 +3151,9 @@ def name_of_run(dataset, identity):
 
 
 def refuse_contradiction(flags, values, holder):
-    """Raises UsageError if a flag in INIT_FLAGS that was given contradicts what `holder` has.
+    """Raises UsageError if an explicit flag in INIT_FLAGS contradicts `values`, which `holder` has.
 
-    Texts and files of tokenizers are compared by what lies there, see load_data_again.
+    Texts and tokenizer files are compared by content, in load_data_again.
     """
     for name, value in values.items():
         asked = getattr(flags, name)
@@ -3169,15 +3168,15 @@ def refuse_contradiction(flags, values, holder):
 
 
 def choose_checkpoint(flags):
-    """The checkpoint that --identifier names or, without any flag that shapes a run, the newest.
+    """The checkpoint that --identifier names or, without any flag in IDENTITY_FLAGS, the newest.
 
     None if the command describes its run, or there is no checkpoint.
     """
     if flags.new_model and flags.identifier:
-        raise UsageError("--identifier goes on, --new_model begins anew: use one of them")
+        raise UsageError("--identifier resumes a run, --new_model starts one: use only one")
     is_described = {*IDENTITY_FLAGS} & {*flags.explicit}
     if flags.new_model or (is_described and not flags.identifier):
-        list_folders(flags.save_dir)  # refuses that of a run, before a text is written there
+        list_folders(flags.save_dir)  # refuses a run's folder, before a text is written there
         return None
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     if flags.identifier:
@@ -3186,11 +3185,11 @@ def choose_checkpoint(flags):
 
 
 def find_folder(flags, dataset, parents, sha1):
-    """The folder of the run that these decide: of one to go on with, or of a new one.
+    """The folder of the run that these determine, which may be a new one.
 
-    sha1: of the code. Of NAME, NAME.2, …, it is the one saved last that was trained by this code
-    (with --identifier, by any), or else one that has no checkpoint, or the next that is free.
-    Raises UsageError if the one saved last has other code and is not done.
+    sha1: of the code. Of NAME, NAME.2, …, it is the run saved last that was trained by this code
+    (with --identifier, by any), else a folder without a checkpoint, else the next free name.
+    Raises UsageError if only other code trained such runs, and the one saved last is not done.
     """
     identity = identity_of(vars(flags), dataset.sha256, parents)
     name = name_of_run(flags.dataset, identity)
@@ -3200,8 +3199,9 @@ def find_folder(flags, dataset, parents, sha1):
         if re.fullmatch(rf"{re.escape(name)}(\.\d+)?", folder.name):
             own = list_run(folder)
             found += own[:1]
-            others += [] if own else [folder]
-    newest = None  # of other code
+            if not own:
+                others += [folder]
+    newest = None  # by other code
     for each in sorted(found, key=by_time_saved, reverse=True):
         if identity_of(each.flags, each.tokens_sha256, each.parents) != identity:
             say(f"Passing over {each.folder_name}, which has other flags than its name says.")
@@ -3252,21 +3252,21 @@ def needed_models(flags):
     return [*needed, "init_from"] if flags.lora_rank else needed
 
 
-IMPORTED_CONTEXT = 1024  # at most, of a run from a Hugging Face model without --context_size
+IMPORTED_CONTEXT = 1024  # maximum for Hugging Face models, without --context_size
 
 
 def flags_from_pretrained(models, flags):
     """The flags of a new run that its models determine, {flag: value}.
 
-    Both determine the tokenizer, as all models have to predict the same ids, and --init_from the
-    whole shape but the context. Raises UsageError if a flag that was given contradicts a model, or
-    one model the other.
+    Each model determines the tokenizer, as all have to predict the same ids; --init_from determines
+    FLAGS["model"], except for the context. Raises UsageError if an explicit flag contradicts a
+    model, or one model the other.
     """
     tokenizer, *others = [source.tokenizer for source in models.values()]
     for other in others:
         if other.to_dict() != tokenizer.to_dict():
             raise UsageError(
-                "--teacher has another tokenizer than --init_from: use one with the same"
+                "--teacher has another tokenizer than --init_from: use a teacher with the same"
             )
     decided = {"tokenizer": tokenizer.kind}
     if "init_from" in models:
@@ -3330,7 +3330,7 @@ def load_data(flags, tokenizer=None):
 
 
 def load_data_again(flags, checkpoint):
-    """The dataset of the run that a checkpoint is of. Raises UsageError if it is another one now.
+    """The dataset of a checkpoint's run. Raises UsageError if it has changed.
 
     If the tokenizer came from a model or a file, it is taken from the run's checkpoints: the
     original may be gone.
@@ -3344,15 +3344,15 @@ def load_data_again(flags, checkpoint):
         why = " (what --test_text names is left out of --text)" if flags.test_text else ""
         raise UsageError(
             f"the text or tokenizer of {checkpoint.folder_name} has changed{why}: start a new run "
-            "with --new_model, or with --init_from from its weights"
+            "with --new_model, or from its weights with --init_from"
         )
     return dataset
 
 
 def make_run(folder, flags, contents, models, dataset, ranks):
-    """The run whose state is in `contents`, or a new one if that is None.
+    """The run whose state is in `contents`, or a new run if that is None.
 
-    models: those that it reads at this start, {flag: LoadedModel}.
+    models: those that the run reads at this start, {flag: LoadedModel}.
     """
     checkpoint = contents and contents.checkpoint
     if checkpoint and checkpoint.config.vocab_size < dataset.tokenizer.vocab_size:
@@ -3393,7 +3393,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
 
 
 def check_before_data(flags, ranks):
-    """Early checks, before a text is downloaded or code has run."""
+    """Early checks, before anything is downloaded."""
     if flags.batch_size < ranks.size:
         raise UsageError(
             f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
@@ -3417,7 +3417,7 @@ def check_before_data(flags, ranks):
 def set_up(flags, ranks):
     """Yields the run that a command trains, ready for `train`, and its Interrupts.
 
-    It resumes an existing run from its newest intact checkpoint, begins a branch from the
+    It resumes an existing run from its newest undamaged checkpoint, begins a branch from the
     checkpoint that --identifier names, or begins a new run. Its folder is locked until the block
     ends.
     """
@@ -3432,7 +3432,7 @@ def set_up(flags, ranks):
     else:
         models, flags, dataset = load_inputs(flags)
         parents = {name: source.id for name, source in models.items()}
-    sha1 = hash_code(read_code(vars(flags)))  # before it has run
+    sha1 = hash_code(read_code(vars(flags)))  # before that code has run
     if chosen and is_next(flags, chosen):
         folder = chosen.folder
         if not flags.identifier and chosen.sessions[-1].code_sha1 != sha1:
@@ -3446,16 +3446,15 @@ def set_up(flags, ranks):
             raise RunError(line)
         contents = None
         if own or chosen:
-            # Of a branch of what is named, any intact checkpoint will do.
+            # For a branch of the named one, any undamaged checkpoint of its own will do.
             is_named = flags.identifier and (not own or folder == chosen.folder)
             contents = open_newest(own or [chosen], is_named)
-            # All is inherited but a test text: it has been read already.
+            # All flags are inherited, but the test text has been read already.
             read = values_of(flags, ["test_text", "eval_test"])
             flags = resolve_flags(flags.explicit, contents.checkpoint.flags | read)
-            models = {
-                name: extra("kept_models").open_kept(contents.checkpoint, name)
-                for name in needed_models(flags)
-            }
+            models = {}
+            for name in needed_models(flags):
+                models[name] = extra("kept_models").open_kept(contents.checkpoint, name)
         run = make_run(folder, flags, contents, models, dataset, ranks)
         if not own:
             for name in needed_models(flags):
@@ -3469,9 +3468,9 @@ def set_up(flags, ranks):
 
 
 def is_next(flags, chosen):
-    """Whether a command goes on with the run of the checkpoint that it names, and begins no branch.
+    """Whether a command goes on with the run of its checkpoint, instead of beginning a branch.
 
-    It does from its newest checkpoint, unless a training flag has another value.
+    It does so from the run's newest checkpoint, unless a training flag has another value.
     """
     newest, *_ = list_run(chosen.folder)
     is_same = values_of(flags, FLAGS["training"]).items() <= chosen.flags.items()
@@ -3498,7 +3497,7 @@ def open_checkpoint(flags):
 
 
 def announce(checkpoint):
-    """Says which checkpoint a command uses, from which folder, and whether main.py has changed."""
+    """Says which checkpoint a command uses, from which folder, and if other code trained it."""
     line = f"{checkpoint}, in {checkpoint.folder.parent}"
     if checkpoint.sessions[-1].code_sha1 != hash_code(read_code(checkpoint.flags)):
         line += ", trained by other code than this"
@@ -3536,7 +3535,7 @@ def train_run(flags, ranks):
             if not interrupts.received or "[Compile" not in str(error):
                 raise
             name = signal.Signals(interrupts.received).name
-            line = f"{name} has ended the compiler within a step: rerun the command to go on"
+            line = f"{name} has ended the compiler within a step: rerun the command to resume"
             raise RunError(line) from None
         say(describe_end(run, received))
     for stream in (sys.stdout, sys.stderr):
@@ -3570,7 +3569,7 @@ def describe_end(run, received):
 
 
 def names_for_judge():
-    """What extras/versus/worker.py calls in this and other versions of main.py, {name: it}."""
+    """What extras/versus/worker.py uses from any version of main.py, {name: value}."""
     names = "read_command_line resolve_flags use_device load_inputs make_run start_notices"
     names += " make_step train_step SingleProcess is_foreign arguments_of read_checkpoint"
     names += " RECORDED_FLAGS PATH_FLAGS EDITED_FUNCTIONS"
@@ -3578,7 +3577,7 @@ def names_for_judge():
 
 
 def execute(argv):
-    """Executes the command, while other ranks train along; returns the status, or None for 0."""
+    """Executes the command on rank 0, which the others follow; returns the status, None for 0."""
     with explained_by_mlx(), join_ranks(argv) as ranks:
         if ranks.rank > 0:
             return ranks.follow()
@@ -3599,7 +3598,7 @@ def execute(argv):
         return train_run(flags, ranks)
 
 
-# {a pattern in a RuntimeError of MLX that the user can fix: what to say}. The first one counts.
+# {a pattern in a RuntimeError of MLX that the user can fix: what to say}. The first match counts.
 MLX_ERRORS = {
     r"Resource limit \(\d+\)": (
         "more arrays at once than Metal allows: give fewer --num_blocks, or --grad_checkpoint"
@@ -3609,7 +3608,7 @@ MLX_ERRORS = {
     ),
     r"(\)|execution) failed|Cache thrashing": (
         "the GPU has failed: rerun the command to resume from the last checkpoint; if it fails "
-        "again, with a smaller --batch_size"
+        "again, give a smaller --batch_size"
     ),
     "start new thread|Resource temporarily unavailable": (
         "no thread can be started: raise the limit of processes, ulimit -u"

@@ -27,7 +27,7 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     assert begin(*line, "--dim", 16, "--tokenizer", "byte", "--num_iters", 2)[:2] == (name, 1)
     shutil.rmtree(old_checkpoint.folder)
     _, err = run(*line, "--num_iters", 3, status=2)
-    assert err.endswith("; a run whose model is gone goes on by --identifier RUN\n")
+    assert err.endswith("; if a run's model is gone, resume the run with --identifier RUN\n")
     named = ["--identifier", name, "--save_dir", folder, "--num_iters", 3]
     assert begin(*named)[:2] == (name, 2)
 

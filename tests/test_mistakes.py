@@ -140,7 +140,7 @@ MISTAKES = [
     ("--text text.txt –num_iters=0", "--num_iters", "must be at least"),
     ("--text -text.txt", "--text", "is typed behind ="),
     ("--mlp 'gelu\r' --dim 30 --num_heads 2 --text text.txt", "--dim 30", "try 32"),
-    ("--config names.yaml", "learning_rate stands in it twice", "YAML file of flags"),
+    ("--config names.yaml", "learning_rate appears twice", "YAML file of flags"),
     ("train", "unrecognized arguments: train", "no flag takes it"),
     ("--qk_norm False", "unrecognized arguments: False", "a switch has no value"),
     ("--prompt the company", "company", "a text with blanks needs quotes"),
@@ -163,7 +163,7 @@ MISTAKES = [
     ("--text text.txt --max_tokens 2000000", "is the length of a sample", "--train_tokens limits"),
     ("--valid_text text.txt", "--dataset text and --valid_text go with --text", "your files"),
     ("--list --inference", "--inference", "not allowed with argument --list"),
-    ("--identifier latest --new_model", "--identifier goes on", "use one of them"),
+    ("--identifier latest --new_model", "--identifier resumes a run", "use only one"),
     # Sizes that no machine has
     ("--text text.txt --dim 65536", "this needs about", "give a smaller model"),
     ("--text text.txt --batch_size 1048576 --context_size 9999", "this needs about",
@@ -206,11 +206,11 @@ MISTAKES = [
     ("--text text.txt --dim 16 --learning_rate 1e30 --num_iters 9", "not finite", "a lower", 1),
     # YAML files of flags
     ("--config nowhere.yaml", "nowhere.yaml: no such file", "the recipes are characters, finetune"),
-    ("--config again.yaml", "model stands in it twice", "like dim: 8"),
+    ("--config again.yaml", "model appears twice", "like dim: 8"),
     ("--config mapping.yaml", "mapping values are not allowed here", "line 2, column 8"),
     ("--config sections.yaml", "unrecognized arguments: --use_lora", "--lora_rank 8 trains"),
     ("--config other.yaml", "it names another file", "like dim: 8"),
-    ("--config twice.yaml", "dim stands in it twice", "like dim: 8"),
+    ("--config twice.yaml", "dim appears twice", "like dim: 8"),
     ("--config two.yaml", "dim has a list or a mapping instead of a value", "like dim: 8"),
     ("--config nested.yaml", "dim has a list or a mapping instead of a value", "like dim: 8"),
     ("--config long.yaml", "longer than 1,048,576 bytes", "like dim: 8"),
@@ -224,7 +224,7 @@ MISTAKES = [
     ("--text text.txt --init_from empty", "empty' matches no checkpoints", "see --list"),
     ("--text text.txt --init_from hf", "its model_type is gpt2", "name another model"),
     ("--text text.txt --init_from BYTE --dim 32", "contradicts --init_from", "leave --dim out"),
-    ("--text text.txt --init_from BYTE --teacher WORD", "another tokenizer", "use one with"),
+    ("--text text.txt --init_from BYTE --teacher WORD", "another tokenizer", "use a teacher"),
     ("--text text.txt --teacher BYTE --tokenizer char", "--tokenizer char", "leave --tokenizer"),
 ]
 NO_YAML = "is not a YAML list of entries like - {prompt"
@@ -293,7 +293,7 @@ def test_files_of_others_are_passed_over(world, tmp_path):
 @pytest.mark.skipif(mx.is_available(mx.gpu), reason="there is a GPU")
 def test_gpu_where_there_is_none():
     _, err = run("--gpu", status=2)
-    one_line(err, "--gpu: MLX sees no GPU", "leave it out, or install MLX for it: pip")
+    one_line(err, "--gpu: MLX sees no GPU", "omit --gpu, or install MLX for it: pip")
 
 
 @pytest.mark.parametrize("line, place, words", [

@@ -93,7 +93,7 @@ def test_a_log_that_a_spreadsheet_has_saved(line, tmp_path, kind):
     rows = log_rows(tmp_path / "lm")
     first = 5 if is_kept else 15
     assert [row["iteration"] for row in rows if row["split"] == "train"] == [*range(first, 21, 5)]
-    assert ("log.csv cannot be read: it is log.old.csv from now on" in out) != is_kept
+    assert ("log.csv cannot be read: it was renamed to log.old.csv" in out) != is_kept
     if not is_kept:
         assert path.with_name("log.old.csv").read_bytes() == content
 

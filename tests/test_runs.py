@@ -187,7 +187,7 @@ def test_the_folder_of_a_run_is_not_one_of_runs(line, folder):
     before = files_of(folder)
     for words in (line, ["--prompt", "a"]):
         _, err = run(*words, "--save_dir", folder / name, status=2)
-        assert f"--save_dir {folder / name} is the folder of a run: name the one" in err
+        assert f"--save_dir {folder / name} is the folder of a run: name its parent folder" in err
     assert files_of(folder) == before
 
 

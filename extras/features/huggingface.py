@@ -103,7 +103,7 @@ def open_by_name(name):
     if not found:
         raise UsageError(
             f"{name} is no folder here: name one, a checkpoint, or a model of the Hugging Face hub "
-            "(ORG/NAME); a run whose model is gone goes on by --identifier RUN"
+            "(ORG/NAME); if a run's model is gone, resume the run with --identifier RUN"
         )
     repository, revision = found.groups()
     return import_model(download_model(repository, revision))

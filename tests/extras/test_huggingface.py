@@ -323,7 +323,7 @@ def test_a_run_keeps_the_very_model_it_was_begun_with(hf, tmp_path, text, flag):
     shutil.rmtree(hf)
     run("--prompt", "a", "--identifier", name, "--save_dir", tmp_path / "lm", "--max_tokens", 1)
     _, err = run(*line, flag, hf, "--num_iters", 3, status=2)
-    assert err.endswith("; a run whose model is gone goes on by --identifier RUN\n")
+    assert err.endswith("; if a run's model is gone, resume the run with --identifier RUN\n")
     named = ["--identifier", name, "--save_dir", tmp_path / "lm", "--num_iters", 3]
     assert begin(*named)[:2] == (name, 2)
 
@@ -355,7 +355,7 @@ def test_a_start_token_is_put_where_its_base_had_it(text, tmp_path):
     assert main.first_ids(base.tokenizer, "the end") == expected
     line = ["--text", text, "--init_from", tmp_path / "alone", "--num_iters", 1, "--batch_size", 2]
     out, _ = run(*line, "--save_dir", tmp_path / "lm", "--max_tokens", 1)
-    assert "\nEach text begins with <s>, as for the base.\n" in out
+    assert "\nEach text begins with <s>, as for the base model.\n" in out
     for path in (tmp_path / "lm" / "text").rglob("*.tokens"):
         assert np.fromfile(path, np.uint16)[0] == 0
     run_extra("export", tmp_path / "out", "--save_dir", tmp_path / "lm")
