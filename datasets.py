@@ -3,9 +3,9 @@
     dataset = load_dataset("ptb", "/tmp/lm")  # downloaded once, verified, encoded, memory-mapped
     dataset.tokenizer.decode(dataset.train.tokens[:20])
 
-Everything is streamed, so memory use does not grow with the corpus. This file does not import MLX
-and knows nothing about models. Sections: data types, tokenizers, corpora, the user's own text,
-encoding, datasets and their cache, downloads; what main.py shares; flags and the command line.
+Everything is streamed, so memory use does not grow with the corpus. Importing this file does not
+import MLX. Sections: data types, tokenizers, corpora, the user's own text, streaming encoding,
+datasets and their cache, downloads, shared with main.py, flags and the command line.
 """
 
 import os
@@ -13,14 +13,13 @@ import re
 import signal
 import sys
 
-HERE = os.path.realpath(os.path.dirname(__file__))  # even where this file is a link
-# Whether Python runs a file of this project or, otherwise, imports it for another program. While it
-# imports extras/__init__.py for `python -m extras.NAME`, it calls the program "-m".
+HERE = os.path.realpath(os.path.dirname(__file__))  # resolved, as the folder may be a link
+# Whether the program that runs is one of this project, or another that only imports this file.
+# While Python imports extras/__init__.py for `python -m extras.NAME`, sys.argv[0] is "-m".
 OUR_PROGRAMS = rf"{re.escape(HERE)}/(main\.py|datasets\.py|extras/.*)"
 IS_PROGRAM = sys.argv[0] == "-m" or bool(re.fullmatch(OUR_PROGRAMS, os.path.realpath(sys.argv[0])))
-IS_NOTEBOOK = hasattr(sys, "ps1")
 
-if IS_PROGRAM and not IS_NOTEBOOK:
+if IS_PROGRAM and not hasattr(sys, "ps1"):  # which a notebook has
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # The files on disk are valid at any time, so Ctrl+C may exit at once, without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -52,22 +51,24 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # NumPy's threads spin for 2^18 cycles
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # idle NumPy threads spin for 2^18 cycles
 
 
 @contextlib.contextmanager
 def required_packages():
-    """Imports in this block end a program of ours in one line if they fail."""
+    """If an import in this block fails, a program of this project exits with a one-line message."""
     try:
         yield
     except ImportError as error:
         if not IS_PROGRAM:
             raise
-        remedy = "activate the environment (. .venv/bin/activate), or make one: "
-        remedy += "pip install -r requirements.txt, or uv run python main.py (Windows: in WSL); on "
-        remedy += "Linux, MLX needs glibc 2.35 or newer"
-        if HERE in str(error):  # the path of what Python has found instead
-            remedy = "rename a file of yours that hides a package"
+        remedy = (
+            "activate the environment (. .venv/bin/activate), or make one: pip install -r "
+            "requirements.txt, or uv run python main.py (Windows: in WSL); on Linux, MLX needs "
+            "glibc 2.35 or newer"
+        )
+        if HERE in str(error):  # Python has imported a file beside this one instead
+            remedy = "rename this file of yours, which hides a package of the same name"
         name = os.path.basename(sys.argv[0]).replace("-m", "extras")
         print(f"{name}: {' '.join(str(error).split())}: {remedy}", file=sys.stderr)
         sys.exit(2)
@@ -79,7 +80,7 @@ with required_packages():
     import numpy as np
     from tqdm import tqdm
 
-tqdm.set_lock(threading.RLock())  # its own, for several processes, starts another Python
+tqdm.set_lock(threading.RLock())  # tqdm's own lock starts another Python process
 
 
 # ---- Data types ---------------------------------------------------------------------------------
@@ -87,11 +88,11 @@ tqdm.set_lock(threading.RLock())  # its own, for several processes, starts anoth
 
 SPLITS = ("train", "valid", "test")
 END = "<|endoftext|>"  # marks the end of a document in a text
-END_TOKENS = [END, "<eos>", "</s>", "<|end_of_text|>"]  # of imported tokenizers, tried in order
+END_TOKENS = [END, "<eos>", "</s>", "<|end_of_text|>"]  # in imported tokenizers, tried in order
 
 
 class Split(NamedTuple):
-    """The tokens of a split, and counts over its text: None if only its first tokens are used."""
+    """The tokens of a split, and counts of its text (None if only its first tokens are used)."""
 
     tokens: np.ndarray  # [N] uint16 or uint32, memory-mapped
     num_bytes: int | None
@@ -107,7 +108,7 @@ class Dataset(NamedTuple):
     train: Split
     valid: Split
     test: Split | None
-    # What a run recognizes it by: {"train" or "valid": SHA256 of its tokens and the tokenizer}.
+    # Compared when a run is resumed: {"train" or "valid": SHA256 of the tokens and the tokenizer}.
     sha256: dict
     folder: Path | None = None  # where the tokens lie; None if they come from another process
 
@@ -126,9 +127,9 @@ class Rows(NamedTuple):
     """A file with a document in each row, see extras/features/formats.py."""
 
     path: Path
-    field: str  # that holds the text
-    valid_fraction: float = 0.0  # the share of all rows that is held out
-    is_valid: bool = False  # whether these are the rows held out, or the others
+    field: str  # name of the one that holds the text
+    valid_fraction: float = 0.0  # the fraction of all rows that is held out
+    is_valid: bool = False  # True for the rows held out, False for the others
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
@@ -137,9 +138,9 @@ class Rows(NamedTuple):
 #     kind          key in TOKENIZERS
 #     vocab_size    number of ids
 #     eos           id between documents, or None
-#     bos           ids before each document and prompt, if its model was trained so
+#     bos           ids before each document and prompt, as some imported models expect
 #     unk           id of anything outside the vocabulary, or None
-#     byte_ids      ids of bytes that become text only together with those next to them
+#     byte_ids      ids of single bytes, each of which may be only a part of a character
 #     encode        text -> [N] array of ids, of token_dtype(vocab_size)
 #     encode_batch  texts -> an iterable of such arrays
 #     decode        ids -> text
@@ -148,9 +149,8 @@ class Rows(NamedTuple):
 #                   full in every checkpoint
 #     train         class method: an iterable of texts, vocab_size -> tokenizer
 #
-# Texts come in blocks, see read_documents. After an edit of this file, they are encoded anew.
-# The constructor takes the vocabulary as plain data. Every order is deterministic, so the ids do
-# not depend on Python's hash seed.
+# Texts arrive in blocks, see read_documents. After an edit of this file, they are encoded again.
+# Nothing depends on the order of a set, so the ids do not depend on Python's hash seed.
 
 
 class Tokenizer:
@@ -165,7 +165,7 @@ class Tokenizer:
         return map(self.encode, texts)
 
     def pieces(self, ids):
-        """The characters or words of these ids; what is beyond the vocabulary is padding."""
+        """The characters or words of these ids; ids beyond the vocabulary are padding, left out."""
         return [self.printed[token] for token in map(int, ids) if token < self.vocab_size]
 
     def to_dict(self):
@@ -180,8 +180,8 @@ class ByteTokenizer(Tokenizer):
     eos = 256
 
     @classmethod
-    def train(cls, texts=(), vocab_size=None):
-        """A tokenizer; there is nothing to learn, so the texts are not read."""
+    def train(cls, texts, vocab_size=None):
+        """There is nothing to learn, so the texts are not read."""
         return cls()
 
     def encode(self, text):
@@ -217,7 +217,7 @@ class CharTokenizer(Tokenizer):
         self.unk = len(vocabulary)  # the id after the last character
         self.vocab_size = self.unk + 1
         self.printed = vocabulary + "\ufffd"  # [id] -> character
-        # [code point] -> id: looks up a whole text at once.
+        # [code point] -> id: looks up all characters of a text at once.
         self.table = np.full(0x110000, self.unk, token_dtype(self.vocab_size))
         self.table[[ord(character) for character in vocabulary]] = np.arange(self.unk)
 
@@ -262,7 +262,7 @@ class WordTokenizer(Tokenizer):
     @classmethod
     def train(cls, texts, vocab_size=None):
         """A tokenizer of all words in `texts`; `vocab_size` is ignored."""
-        counts = Counter({"<eos>": 0, "<unk>": 0})  # both exist even if the texts have neither
+        counts = Counter({"<eos>": 0, "<unk>": 0})  # always in the vocabulary
         for text in texts:
             counts.update(cls.split(text))
         # Most frequent first, ties in alphabetical order.
@@ -285,36 +285,35 @@ class WordTokenizer(Tokenizer):
         return [word for word in text.split() if word not in self.ids]
 
 
-VOCAB_SIZE = 32000  # of the tokenizer bpe, unless told otherwise
+VOCAB_SIZE = 32000  # of the tokenizer bpe, by default
 TOKENIZER_FAILED = "this tokenizer fails on the text: train with another --tokenizer"
 
-# BPE's training time grows with the square of a word's length, so what it would take for a long
-# word is cut.
+# BPE's training time grows with the square of a word's length, so words are cut at this length.
 LONG_WORD = re.compile(r"(\w{1000}|\W{1000})")
-# Such a word matches this at a multiple of 500; looking only there takes a hundredth of the time.
+# Each long word matches this at a multiple of 500; a test of these alone takes 1 % of the time.
 IN_LONG_WORD = re.compile(r"\w{500}|\W{500}")
 
 
 def cut_long_words(text):
-    """The parts of a text between which its long words are cut."""
+    """The parts of a text, cut so that no word is longer than 1,000 characters."""
     if any(IN_LONG_WORD.match(text, start) for start in range(0, len(text), 500)):
         return LONG_WORD.split(text)
     return [text]
 
 
 class PackageTokenizer(Tokenizer):
-    """A tokenizer of the `tokenizers` package: GPT-2's, one trained here, or one from a file.
+    """A tokenizer of the `tokenizers` package. `vocabulary` is the text of a tokenizer.json.
 
-    The first (kind "gpt2") and the second ("bpe") are byte-level byte-pair encodings, lossless,
-    and encode END as a single token. One of kind "file" may be of any type that the package
-    supports. `vocabulary` is the text of a tokenizer.json.
+    GPT-2's (kind "gpt2") and those trained here ("bpe") are lossless byte-level byte-pair
+    encodings, and encode END as a single token. One from a file ("file") may be of any type that
+    the package supports.
     """
 
     def __init__(self, vocabulary, kind="bpe", eos=None, bos=(), settings=None):
         """eos: the token that ends a text; if None or unknown, the first of END_TOKENS that exists.
 
-        bos: ids. What `vocabulary` itself adds to a text is left out. settings: {name: text}, such
-        as the chat template of an imported model, which are exported and not used here.
+        bos: ids; those that `vocabulary` itself would add to a text are not added.
+        settings: {name: text} of an imported model, such as its chat template, only for exports.
 
         Raises ImportError if the package is not installed, and exceptions of several types if
         `vocabulary` is malformed.
@@ -322,8 +321,8 @@ class PackageTokenizer(Tokenizer):
         self.kind = kind
         self.vocabulary = vocabulary
         model = json.loads(vocabulary)["model"]
-        # The package (0.23) ends the process if a stranger's merges do not fit such a prefix; with
-        # dropout, no two encodings are the same.
+        # If the merges do not fit the prefix, the package (0.23) ends the process; with dropout,
+        # encodings are random.
         for name in ("continuing_subword_prefix", "dropout"):
             if model.get("type") == "BPE" and model.get(name):
                 raise ValueError(f"it is a BPE with a {name}, which is not supported")
@@ -331,10 +330,10 @@ class PackageTokenizer(Tokenizer):
 
         if not hasattr(package.Tokenizer, "encode_batch_fast"):
             raise ImportError(f"tokenizers>=0.20 is needed, not {package.__version__}")
-        # If the package panics on what a file says, it raises no Exception.
+        # A panic of the package is a BaseException, but no Exception.
         with explained("the package tokenizers cannot read it", BaseException, kind=ValueError):
             self.package = package.Tokenizer.from_str(vocabulary)
-        # These are for the inputs of some model; a text is to be encoded whole.
+        # The file may ask for these; a text is to be encoded whole.
         self.package.no_truncation()
         self.package.no_padding()
         ids = self.package.get_vocab()
@@ -345,9 +344,10 @@ class PackageTokenizer(Tokenizer):
         self.eos = ids.get(eos, self.usual_eos)
         self.bos = [*bos]
         self.settings = dict(settings or {})
-        is_valid = all(type(token) is int and 0 <= token < self.vocab_size for token in self.bos)
-        if not is_valid or not all(isinstance(text, str) for text in self.settings.values()):
-            raise ValueError("it begins texts with no id of its own, or its settings are no texts")
+        if not all(type(token) is int and 0 <= token < self.vocab_size for token in self.bos):
+            raise ValueError("its bos has an id that is not in its vocabulary")
+        if not all(isinstance(text, str) for text in self.settings.values()):
+            raise ValueError("one of its settings is not a text")
         self.unk = ids.get(model.get("unk_token"), model.get("unk_id"))
         names = [f"<0x{byte:02X}>" for byte in range(256)]  # as SentencePiece calls them
         self.byte_ids = {ids[name] for name in names if name in ids}
@@ -374,7 +374,7 @@ class PackageTokenizer(Tokenizer):
     def encode_batch(self, texts):
         texts = [utf8(text) for text in texts]
         with explained(TOKENIZER_FAILED, BaseException):
-            # Runs in parallel threads; "fast" skips the tokens' offsets.
+            # Runs in parallel threads; "fast" omits the tokens' offsets.
             encodings = self.package.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
@@ -392,7 +392,7 @@ class PackageTokenizer(Tokenizer):
 
     def to_dict(self):
         data = super().to_dict()
-        # Omitted if it is the default: checkpoints identify their text by a hash that covers it.
+        # Defaults are omitted: they would change the hash by which checkpoints know their text.
         if self.eos != self.usual_eos:
             data["eos"] = self.eos_token
         if self.bos:
@@ -408,7 +408,7 @@ TOKENIZERS = {
     "word": WordTokenizer,
     "bpe": PackageTokenizer,
     "gpt2": PackageTokenizer,  # with the vocabulary that OpenAI published
-    "file": PackageTokenizer,  # with that of a tokenizer.json, not necessarily byte-level BPE
+    "file": PackageTokenizer,  # with that of any tokenizer.json, not only byte-level BPE
 }
 # What --tokenizer takes; anything else is the path of a tokenizer.json.
 KINDS = ["auto", *TOKENIZERS]
@@ -425,22 +425,19 @@ def encode_after(tokenizer, befores, texts):
         known = tokenizer.encode(before)
         if np.array_equal(ids[: len(known)], known):
             yield ids[len(known) :]
-        else:  # a token would hold that character and the first ones of the text
+        else:  # a token spans that character and the first ones of the text
             yield tokenizer.encode(text)
 
 
 def end_of_text(tokenizer):
-    """The id that ends a text, or None.
-
-    That is the end token, unless it also encodes line ends, as in the Penn Treebank.
-    """
+    """The id of the end token; None if there is none, or it also encodes line ends, as in word."""
     if tokenizer.eos is None or tokenizer.eos in tokenizer.encode("\n"):
         return None
     return tokenizer.eos
 
 
 def tokenizer_from_dict(data):
-    """The tokenizer whose `to_dict()` is `data`, which may come from a stranger.
+    """The tokenizer whose `to_dict()` gave `data`, which may be a stranger's.
 
     Raises UsageError if it is malformed, ImportError if it needs a package that is not installed.
     """
@@ -461,7 +458,7 @@ def read_tokenizer(path):
     """The tokenizer in a Hugging Face tokenizer.json."""
     kinds = ", ".join(KINDS)
     fault = f"--tokenizer {path} must be a Hugging Face tokenizer.json, or one of {kinds}"
-    fault += "; download that file of a model on the hub, or let transformers convert a .model"
+    fault += "; download the one of a model on the hub, or convert a .model with transformers"
     with explained(fault):
         return PackageTokenizer(read_whole(Path(user_path(path))), "file")
 
@@ -469,7 +466,7 @@ def read_tokenizer(path):
 def read_whole(path):
     """The text of a UTF-8 file. Raises OSError or ValueError.
 
-    Refuses pipes and devices, from which reading might never end. Links to files are followed.
+    Refuses pipes and devices, which may never end; follows links to files.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path.name} is not a regular file")
@@ -477,7 +474,7 @@ def read_whole(path):
 
 
 def describe_tokenizer(tokenizer):
-    """A tokenizer for the screen: "word tokenizer, 10,000-token vocabulary"."""
+    """A tokenizer in words: "word tokenizer, 10,000-token vocabulary"."""
     return f"{tokenizer.kind} tokenizer, {tokenizer.vocab_size:,}-token vocabulary"
 
 
@@ -487,7 +484,7 @@ def token_dtype(vocab_size):
 
 
 # ---- Corpora ------------------------------------------------------------------------------------
-# A new corpus is a function here, and a row in CORPORA.
+# To add a corpus, write a function here, and a row in CORPORA.
 
 
 class Corpus(NamedTuple):
@@ -495,10 +492,10 @@ class Corpus(NamedTuple):
 
     tokenizer: str  # the kind that `auto` selects
     # A function that returns a list of Spans: of train, valid and, if there is one, test. Its
-    # argument `fetch` is a function that gives it the path of one of `files`. None: the texts are
-    # on this machine, see load_dataset.
+    # argument is a function that, given a name in `files`, downloads the file and returns its path.
+    # None: the texts are on this machine, see load_dataset.
     find_texts: object = None
-    hosts: tuple = ()  # addresses to which the name of a file is added, in the order of trying
+    hosts: tuple = ()  # URLs, tried in this order; the name of a file is appended
     files: str = ""  # a line each: SHA256 (as by sha256sum), size in bytes, name
 
 
@@ -626,8 +623,8 @@ def cut(span, *cuts):
 
 
 def unzip(archive, member):
-    """The path of a member of a zip file, unpacked beside it under its base name."""
-    path = archive.with_name(os.path.basename(member))  # names like ../x lead nowhere else
+    """Unpacks a member of a zip file, beside it and under its base name; returns its path."""
+    path = archive.with_name(os.path.basename(member))  # so a name like ../x leads nowhere else
     with locked(path.parent), zipfile.ZipFile(archive) as members, members.open(member) as data:
         remove_leftovers(path.parent)
         with replacing(path) as out:
@@ -638,8 +635,8 @@ def unzip(archive, member):
 def python_modules():
     """{split: [Span, ...]} of the top-level modules of the running Python's standard library.
 
-    A module's name decides its split, the same in all versions of Python: a tenth of them are for
-    validation and a tenth for testing.
+    A hash of a module's name decides its split, the same in all versions of Python: a tenth of the
+    modules are for validation and a tenth for testing.
     """
     splits = {split: [] for split in SPLITS}
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -651,60 +648,59 @@ def python_modules():
 
 
 def find_cut(span, at, marker):
-    """The byte at which to cut the Span of a whole file in two, near byte `at`.
+    """The byte near `at` at which to cut the Span of a whole file in two.
 
-    That is the end of the first `marker` in the next 32 KiB, or of the first character if there is
-    none.
+    The first `marker` ends there or, if the next 32 KiB have none, a character.
     """
     if not 0 < at < span.stop:
         return max(0, min(at, span.stop))
-    begin = at - 1  # a line end right before `at` counts
+    start = at - 1  # a line end right before `at` counts
     with open(span.path, "rb") as file:
-        file.seek(begin)
+        file.seek(start)
         near = file.read(1 << 16)
     marker = marker.encode()
     # Near the end of the file, the cut stays in the first half of what is left.
     found = near.find(marker, 0, len(near) // 2)
     if found >= 0:
-        return begin + found + len(marker)
+        return start + found + len(marker)
     # A byte and the continuation bytes of its character.
-    return begin + re.match(rb".[\x80-\xbf]*", near, re.DOTALL).end()
+    return start + re.match(rb".[\x80-\xbf]*", near, re.DOTALL).end()
 
 
 # ---- The user's own text ------------------------------------------------------------------------
 
-# The names of files with a document in each row, which extras/features/formats.py reads.
+# Names of files with a document in each row, which extras/features/formats.py reads.
 ROW_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson)(\.gz)?)", re.DOTALL | re.IGNORECASE)
 
-# Names of files and folders that are for one split: valid/, train.txt, and the files of many
-# corpora, like train-00000-of-00002.parquet and wiki.valid.tokens. A part of a word says nothing.
+# Names of files and folders that tell their split: valid/, train.txt, wiki.valid.tokens,
+# train-00000-of-00002.parquet. A name with other words, like "a train ride.txt", tells none.
 SPLIT_NAME = re.compile(
     r"(?:^|[/.])(train|valid|validation|val|dev|test)(?=(?:-\d+-of-\d+)?(?:\.[^/]*)?$|/)"
 )
 
-LFS = b"version https://git-lfs"  # what git leaves in the place of a large file begins so
-# How files begin that are no plain text, and what these are.
+LFS = b"version https://git-lfs"  # the first bytes of what git leaves in place of a large file
+# The first bytes of files that are not plain text -> what they are, and the remedy.
 NO_TEXT = {
-    b"%PDF": "a PDF: save its text, as pdftotext does",
+    b"%PDF": "a PDF: save its text, for example by pdftotext",
     b"PK\x03\x04": "a zip archive, as .docx and .epub are: unpack it, and save its text",
-    b"\x1f\x8b": "compressed: gzip -dc FILE > TEXT unpacks it",
-    b"BZh": "compressed: bzip2 -dc FILE > TEXT unpacks it",
-    b"\xfd7zXZ": "compressed: xz -dc FILE > TEXT unpacks it",
-    b"\x28\xb5\x2f\xfd": "compressed: zstd -dc FILE > TEXT unpacks it",
-    b"PAR1": "a Parquet file: name it FILE.parquet",
-    LFS: "a pointer to a file in large-file storage: git lfs pull",
+    b"\x1f\x8b": "compressed: unpack it by gzip -dc FILE > TEXT",
+    b"BZh": "compressed: unpack it by bzip2 -dc FILE > TEXT",
+    b"\xfd7zXZ": "compressed: unpack it by xz -dc FILE > TEXT",
+    b"\x28\xb5\x2f\xfd": "compressed: unpack it by zstd -dc FILE > TEXT",
+    b"PAR1": "a Parquet file: rename it to FILE.parquet",
+    LFS: "a pointer to a file in large-file storage: download that by git lfs pull",
 }
-# Files that are text with markup, which is trained on, too.
+# Suffixes of texts with markup, which is trained on, too.
 MARKUP_SUFFIXES = (".csv", ".htm", ".html", ".ipynb", ".json", ".rtf", ".tex", ".tsv", ".xml")
 
 
 def own_text(paths_of, valid_fraction, text_field, own_folders):
     """{split: [Span or Rows, ...]} of the user's files.
 
-    paths_of: {split: [path, ...]}. Without "valid" paths, part of "train" is held out: the files
-    that are for validation by their names, else a share. Files for validation or testing are left
-    out of the training text. Those for testing may go with a corpus instead. own_folders: see
-    texts_of; text_field: see Rows.
+    paths_of: {split: [path, ...]}; only "test" if the rest is a corpus. Without "valid", a part of
+    "train" is held out: the files that are named for validation, else see hold_out. Files for
+    validation or testing are left out of the training text. own_folders: see texts_of; text_field:
+    see Rows.
     """
     files = {split: find_files(paths, own_folders) for split, paths in paths_of.items()}
     if "train" in files:
@@ -723,14 +719,19 @@ def own_text(paths_of, valid_fraction, text_field, own_folders):
 
 
 def set_aside(files):
-    """`files` of own_text without those in "train" that are for validation or testing."""
+    """`files`, {split: see find_files}, without those for validation or testing in "train"."""
     named = split_by_names(files["train"])
     files = named | files
     held_out = set().union(*named.values(), files.get("valid", ()), files.get("test", ()))
-    others = {real: file for real, file in files["train"].items() if real not in held_out}
-    # Whoever names the same files for both wants to train on them.
-    if others and len(others) < len(files["train"]):
-        left_out = [name for real, (_, name) in files["train"].items() if real not in others]
+    others = {}
+    left_out = []
+    for real, (path, name) in files["train"].items():
+        if real in held_out:
+            left_out.append(name)
+        else:
+            others[real] = (path, name)
+    # A user who names the same files for both wants to train on them.
+    if others and left_out:
         print(f"Not training on what is for validation or testing: {some_of(left_out)}")
         files["train"] = others
     say_what_is_read(files["train"])
@@ -738,20 +739,22 @@ def set_aside(files):
 
 
 def some_of(names):
-    """The first names of a list, for a line on the screen."""
+    """The first five names of a list, and how many more there are."""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return ", ".join(name.lstrip("/") for name in names[:5]) + more
 
 
 def say_what_is_read(files):
     """Prints what may surprise the user of a text; files: see find_files."""
-    marked = [name for path, name in files.values() if path.suffix.lower() in MARKUP_SUFFIXES]
-    if marked:
-        print(f"Read as they are, with their markup: {some_of(marked)}")
+    marked = []
     windows = []
     for path, name in files.values():
+        if path.suffix.lower() in MARKUP_SUFFIXES:
+            marked.append(name)
         if not ROW_FILES.fullmatch(path.name) and b"\r\n" in head_of_file(path):
             windows.append(name)
+    if marked:
+        print(f"Read as they are, with their markup: {some_of(marked)}")
     if windows:
         print(f"Lines end as on Windows, in CR LF, which is trained on, too: {some_of(windows)}")
 
@@ -759,7 +762,7 @@ def say_what_is_read(files):
 def find_files(paths, own_folders):
     """{real path: (path, name)} of the texts that `paths` (files, folders, globs) match.
 
-    The name is the path below a folder in `paths`, or what a glob matches.
+    The name is the path below a folder in `paths`, or from the name of a file or match on.
     """
     found = {}
     for path in paths:
@@ -775,47 +778,50 @@ def find_files(paths, own_folders):
 
 
 def texts_of(path, own_folders):
-    """[(path, name), ...] of a file, or of the texts in a folder or that match a glob, in order.
+    """[(path, name), ...] in order: a file, the texts in a folder, or those that match a glob.
 
-    What is no text, or cannot be read, is left out and named, unless nothing else is there. Hidden
-    files do not count, nor does what lies in `own_folders`, resolved paths of where this program
-    keeps its files, unless `path` itself lies there. A linked folder is read like any other, but
-    each folder once. Raises UsageError if nothing matches.
+    Files that are no text, or cannot be read, are left out with a message. Hidden files do not
+    count, nor do those in `own_folders` (resolved paths, where this program keeps its files) unless
+    `path` itself lies there. Links to folders are followed, but each folder is read once. Raises
+    UsageError if nothing matches, or if no match is text.
     """
-    around = Path(os.path.realpath(path)).parents
-    own_folders = [folder for folder in own_folders if folder not in around]
-    places = [(Path(path), "" if os.path.isdir(path) else os.path.basename(path))]
+    parents = Path(os.path.realpath(path)).parents
+    own_folders = [folder for folder in own_folders if folder not in parents]
+    matches = [path]
     if not os.path.exists(path):
-        matches = map(Path, sorted(glob.glob(path, recursive=True)))
-        places = [(match, match.name) for match in matches]
-    if not places:
+        matches = sorted(glob.glob(path, recursive=True))
+    queue = [(Path(match), Path(match).name) for match in matches]
+    if os.path.isdir(path):
+        queue = [(Path(path), "")]  # its own name tells no split
+    if not queue:
         raise UsageError(
             f"{path}: no such file, folder or pattern; "
             "give a text's path (if a run needs this one, put it back)"
         )
     files = {}  # path -> name
     seen = set()  # real paths of folders
-    for each, name in places:  # to which those below are added
+    for each, name in queue:  # which grows by what the folders in it hold
         real = Path(os.path.realpath(each))
         if real in seen or any(real.is_relative_to(folder) for folder in own_folders):
             continue
         if each.is_dir() and os.access(each, os.R_OK | os.X_OK):
             seen.add(real)
-            if not any(each.glob("*.metadata")):  # a run writes texts, too
-                places += [(below, f"{name}/{below.name}") for below in sorted(each.glob("[!.]*"))]
+            if not any(each.glob("*.metadata")):  # else it is a run's, whose files are no text
+                queue += [(below, f"{name}/{below.name}") for below in sorted(each.glob("[!.]*"))]
         elif each.exists():
             files[each] = name
-    others = Counter()  # files by kind
+    others = Counter()  # suffix -> how many files are left out
     total = left_out = 0  # bytes
     for each in sorted(files):
-        total += each.stat().st_size
+        size = each.stat().st_size
+        total += size
         try:
             check_text(each)
         except UsageError as error:
             if each == Path(path):
                 raise
             reason = error
-            left_out += each.stat().st_size
+            left_out += size
             del files[each]
             others[each.suffix or each.name] += 1
     if others and not files:
@@ -828,9 +834,9 @@ def texts_of(path, own_folders):
 
 
 def check_text(path):
-    """Raises UsageError if a file cannot be read or does not begin as a text, with what to do."""
+    """Raises UsageError, with a remedy, if a file cannot be read or does not begin as a text."""
     if path.is_dir():
-        raise UsageError(f"{path} is a folder that may not be read: chmod u+rx, or leave it out")
+        raise UsageError(f"{path} is a folder that you may not read: chmod u+rx, or leave it out")
     if not path.is_file():
         # It could be read only once, and a resumed run needs its text again.
         raise UsageError(
@@ -845,8 +851,8 @@ def check_text(path):
         return
     if b"\0" in begin:
         raise UsageError(
-            f"{path} holds null characters: it is no plain text; leave it out, or save its text as "
-            f"one (of UTF-16, by iconv -f UTF-16 -t UTF-8 {shlex.quote(str(path))} > NEW)"
+            f"{path} holds null characters: it is no plain text; leave it out, or convert it "
+            f"(if it is UTF-16, by iconv -f UTF-16 -t UTF-8 {shlex.quote(str(path))} > NEW)"
         )
     next(read_pieces(whole(path, errors="strict")), "")
 
@@ -858,43 +864,44 @@ def head_of_file(path):
 
 
 def not_utf8(path, start, error):
-    """The UsageError for a UnicodeDecodeError in what a file holds from byte `start` on."""
+    """The UsageError for a UnicodeDecodeError in bytes of a file, the first of them at `start`."""
     if re.search(rb"[\0-\x08\x0e-\x1a]", error.object):
-        remedy = "it is no plain text: leave it out, or save its text as one"
+        remedy = "it is no plain text: leave it out, or extract its text into another file"
     elif error.object[: error.start].isascii():
-        remedy = "convert it, from Windows' Western encoding by iconv -f CP1252 -t UTF-8 FILE > NEW"
+        remedy = "convert it (if Western European, by iconv -f CP1252 -t UTF-8 FILE > NEW)"
     else:
-        remedy = "leave out what is damaged by iconv -c -f UTF-8 -t UTF-8 FILE > NEW"
+        remedy = "remove its damaged characters by iconv -c -f UTF-8 -t UTF-8 FILE > NEW"
     remedy = remedy.replace("FILE", shlex.quote(str(path)))
     return UsageError(f"{path} is not UTF-8 at byte {start + error.start:,}: {remedy}")
 
 
 def split_by_names(files):
-    """{split: files} for validation and testing, by their names, if others are for training.
+    """{split: files} of those named for validation or testing; {} if none is named for training.
 
     files: see find_files.
     """
     found = {}
     for real, (path, name) in files.items():
         for split in SPLIT_NAME.findall(name.lower())[-1:]:
-            split = split if split in SPLITS else "valid"
+            if split not in SPLITS:
+                split = "valid"  # or val, dev, validation
             found.setdefault(split, {})[real] = (path, name)
     return found if found.pop("train", None) else {}
 
 
 def is_held_out(index, valid_fraction):
-    """Whether the document of this index is one of those held out at regular intervals."""
-    # A product may be a rounding error below an integer.
+    """Whether the document at this index is one of those held out, at regular intervals."""
+    # Without 1e-9, a rounding error could leave a product just below an integer.
     before = int(index * valid_fraction + 1e-9)
     return int((index + 1) * valid_fraction + 1e-9) > before
 
 
 def hold_out(documents, valid_fraction):
-    """{"train": [Span or Rows, ...], "valid": [...]} of `documents`, Spans of whole files and Rows.
+    """Splits Spans of whole files, and Rows, into {"train": [Span or Rows, ...], "valid": [...]}.
 
-    Whole files at regular intervals are held out, by default every tenth. Where these have less
-    than half of the bytes asked for, or more than twice as many, it is the end of the text instead.
-    Rows are held out at regular intervals, too.
+    Whole files at regular intervals are held out, by default every tenth. If these have less than
+    half of the bytes asked for, or more than twice as many, the end of the text is held out
+    instead. Of Rows, those at regular intervals are.
     """
     texts = [each for each in documents if type(each) is Span]
     train = []
@@ -929,13 +936,13 @@ def hold_out(documents, valid_fraction):
 
 # ---- Streaming encoding -------------------------------------------------------------------------
 
-# Blocks of a text must give the same tokens as the whole. Cut after a line end, else before a
-# single space: GPT-2's BPE joins a space to the next word (a few imported ones differ). Where there
-# is neither, as in Chinese with blank lines, cut before the last of several spaces, which that BPE
-# reads by itself. What is cut at END begins with "<".
+# The blocks of a text must give the same tokens as the whole. Cut after a line end, else before a
+# single space: GPT-2's BPE joins a space to the next word (a few imported tokenizers differ). If
+# there is neither, as in Chinese with blank lines, cut before the last of several spaces, which
+# GPT-2's BPE encodes separately. Do not cut before "<", with which END begins.
 #
-# The pattern matches up to the last such place. (Its first line seeks the \n itself, which is
-# quick, and then looks back: Penn Treebank has spaces around all line ends, so none match.)
+# The pattern matches up to the last such cut. (Its first line seeks a \n and only then looks around
+# it. This is quick even in Penn Treebank, where no \n matches, as all have spaces around them.)
 UP_TO_A_CUT = re.compile(
     r".*\n(?<=\S\n)(?=\S)"  # after a line end
     r"|.*\S(?=\s[^\s<])"  # else before a single space
@@ -950,7 +957,7 @@ BLOCK = 1 << 17  # bytes or characters that are read at once
 def read_documents(spans):
     """Yields (text, begins) for everything in `spans`, Spans and Rows.
 
-    The text is a whole document if a marker ends it, else a block of about BLOCK characters.
+    The text is a whole document in a Span with a marker, else a block of about BLOCK characters.
     `begins` says whether it starts a document. Raises UsageError if a file cannot be read.
     """
     num_rows = 0  # of all files so far
@@ -970,16 +977,16 @@ def read_documents(spans):
 
 
 def begin_lines(blocks):
-    """Blocks of read_documents, for tokenizers without an end token: documents begin on new lines.
+    """Begins each document on a new line, for tokenizers without an end token.
 
-    A line end goes between two if the first one does not end with one.
+    A line end is added unless the document before ends with one. blocks: see read_documents.
     """
     before = "\n"
     for text, begins in blocks:
         if begins and not before.endswith("\n"):
             yield "\n", False
         yield text, begins
-        before = text or before
+        before = text
 
 
 def split_at_marker(span):
@@ -995,21 +1002,22 @@ def split_at_marker(span):
 def cut_into_blocks(pieces):
     """Yields (block, begins) for a document that comes in pieces of at most BLOCK characters.
 
-    The blocks give the tokens of the whole, and only the first one begins it.
+    The blocks give the tokens of the whole; only the first one begins the document.
     """
     rest = ""  # not yet yielded
-    searched = 0  # before this index, it has no cut
+    searched = 0  # `rest` has no cut before this index
     begins = True
     for piece in pieces:
-        place = UP_TO_A_CUT.match(rest, searched)
-        end = place.end() if place else 0
-        # Memory must stay bounded even if the text is a single word.
-        if place is None and len(rest) > 16 * BLOCK:
+        found = UP_TO_A_CUT.match(rest, searched)
+        end = 0
+        if found:
+            end = found.end()
+        elif len(rest) > 16 * BLOCK:  # memory must stay bounded even if the text is one word
             end = len(rest)
         if end > 0:
             yield rest[:end], begins
             begins = False
-        searched = 0 if place else max(0, len(rest) - end - 2)
+        searched = 0 if found else max(0, len(rest) - end - 2)
         rest = rest[end:] + piece
     if rest:
         yield rest, begins
@@ -1025,16 +1033,15 @@ def read_pieces(span):
         try:
             yield from codecs.iterdecode(blocks, encoding, span.errors)
         except UnicodeDecodeError as error:
-            # error.object: bytes kept from earlier reads, then the last block
+            # error.object: bytes kept from earlier reads, then the last block.
             raise not_utf8(span.path, file.tell() - len(error.object), error) from None
 
 
 def encode_documents(spans, tokenizer):
-    """Yields (text, ids [N]) block by block, with one `eos` between documents, and `bos` before.
+    """Yields (text, ids [N]) block by block, with `bos` before each document.
 
-    Without an `eos`, it is a line end, see begin_lines.
-
-    The word tokenizer also ends every document with one, as it does every line.
+    Between documents is one `eos` or, if the tokenizer has none, a line end (see begin_lines). The
+    word tokenizer also ends the last document with `eos`, as it does every line.
     """
     blocks = read_documents(spans)
     if tokenizer.kind == "word":
@@ -1055,17 +1062,17 @@ def encode_documents(spans, tokenizer):
                 first = [*tokenizer.bos]
                 if last != eos and first[:1] != [eos]:  # some models have one token for both
                     first.insert(0, eos)
-                ids = np.concatenate([np.array(first, ids.dtype), ids])  # quicker than insert
-            if len(ids) > 0 and eos is not None:  # white space may have no words
+                ids = np.concatenate([np.array(first, ids.dtype), ids])  # quicker than np.insert
+            if len(ids) > 0 and eos is not None:  # a block of white space may have no words
                 last = ids[-1]
             yield text, ids
 
 
 def write_tokens(spans, tokenizer, path):
-    """Encodes `spans` to the file `path`, a plain sequence of ids.
+    """Encodes `spans` into the file `path`, a plain sequence of ids.
 
-    Returns the counts over it, as in a Split, and its SHA256, as a dict. A run that has mapped an
-    old file keeps its tokens.
+    Returns a dict of the counts of a Split, and the SHA256 of the ids. A run that has mapped an old
+    file keeps its tokens.
     """
     counts = {"num_bytes": 0, "num_words": 0, "num_unk": 0}
     digest = hashlib.sha256()
@@ -1091,12 +1098,12 @@ def write_tokens(spans, tokenizer, path):
 
 
 # ---- Datasets and their cache -------------------------------------------------------------------
-# A cache is the folder <data_dir>/<corpus>/<kind of tokenizer>-<digits>-<others>. It
-# holds the tokens of each split as <split>.tokens, and about.json, which is written last:
+# A cache is the folder <data_dir>/<corpus>/<kind of tokenizer>-<digits>-<digits>, see load_dataset.
+# It holds the tokens of each split as <split>.tokens, and about.json, which is written last:
 #
 #     tokenizer  its to_dict()
 #     splits     {split: what write_tokens returned}
-#     check      digest of all of the above; damage is found, not forgery
+#     check      digest of all of the above, to find damage (not forgery)
 
 SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if this file is edited later
 
@@ -1115,18 +1122,17 @@ def load_dataset(
     save_dir=None,
     text_field="text",
 ):
-    """A corpus, a key of CORPORA, as a Dataset; it is downloaded and encoded only once.
+    """Loads a corpus as a Dataset; it is downloaded and encoded only once.
 
-    dataset: "text" stands for the user's files in `text`, `valid_text` and `test_text`; these last
-        also go with a corpus, in the place of its own test split.
+    dataset: a key of CORPORA; "text" stands for the user's files in `text`, `valid_text` and
+        `test_text`. With a corpus, `test_text` replaces its test split.
     data_dir: the folder for all files of the corpus; None for that of open_data_dir.
-    tokenizer: a kind, trained on the whole training split even if only the first `train_tokens`
-        ids of it are used; the path of a tokenizer.json; or a tokenizer, as an object.
-    valid_fraction: the share of `text` held out for validation if there is no `valid_text`.
+    tokenizer: a kind, the path of a tokenizer.json, or a tokenizer object. One of a kind is trained
+        on the whole training split, even if only its first `train_tokens` ids are used.
+    valid_fraction: the fraction of `text` held out for validation if there is no `valid_text`.
     mirror: see fetch.
     vocab_size: of the tokenizer "bpe".
-    save_dir: the folder of checkpoints, if there is one: its files are no text. It is the default
-        of data_dir.
+    save_dir: the folder of runs, whose files are not read as text; the default of data_dir.
     text_field: the field of JSON Lines and Parquet that holds the text.
 
     Raises UsageError if the user's files cannot be used, RunError for a failed download.
@@ -1146,7 +1152,7 @@ def load_dataset(
     if named:
         own_folders = [Path(user_path(each)).resolve() for each in (data_dir, save_dir) if each]
         local |= own_text(named, valid_fraction, text_field, own_folders)
-    # One folder for each use of a text, its state and this file's: the newest two of a use stay.
+    # A use of a text has a folder for each version of its files and this one; the last two stay.
     use = [named, valid_fraction, text_field, vocab_size]
     use.append(tokenizer.to_dict() if is_made else kind)
     name = f"{kind}-{digest_of(use)[:12]}"
@@ -1163,14 +1169,14 @@ def load_dataset(
                 tokenizer = make_tokenizer(kind, local["train"], vocab_size, **options)
             about = write_splits(local, tokenizer, cache)
             written = sorted(cache.parent.glob(f"{name}*/about.json"), key=os.path.getmtime)
-            for path in written[:-2]:  # what it maps stays with a run
+            for path in written[:-2]:  # a run that has mapped one keeps its tokens
                 shutil.rmtree(path.parent, ignore_errors=True)
-        # Still under the lock: another process might begin to mend a damaged one.
+        # Under the lock, as another process might find damage, and encode the text again.
         return map_dataset(dataset, cache, about, train_tokens)
 
 
 def named_files(dataset, text, valid_text, test_text):
-    """The paths that the user names, {split: [absolute path, ...]}."""
+    """{split: [absolute path, ...]} of the files that the user names."""
     if text and dataset != "text":
         raise UsageError("--dataset and --text both name what to train on: use one of them")
     if (valid_text or dataset == "text") and not text:
@@ -1185,7 +1191,7 @@ def digest_of(data):
 
 
 def key_of(local):
-    """A digest of the user's files, {split: [Span or Rows, ...]}: their cuts, sizes and times."""
+    """A digest of local files, {split: [Span or Rows, ...]}: their paths, cuts, sizes and times."""
     known = []
     for each in itertools.chain(*local.values()):
         status = os.stat(each.path)
@@ -1194,7 +1200,7 @@ def key_of(local):
 
 
 def find_splits(dataset, corpus, get):
-    """{split: [Span]} of a corpus that is downloaded."""
+    """{split: [Span]} of a corpus; get: see Corpus.find_texts."""
     found = corpus.find_texts(get)
     if type(found) is not list or len(found) not in (2, 3) or {*map(type, found)} != {Span}:
         raise UsageError(
@@ -1225,7 +1231,7 @@ def write_splits(spans, tokenizer, cache):
 
 
 def read_about(cache):
-    """What about.json says of the tokens in `cache`, or None if they are to be made."""
+    """What about.json says of the tokens in `cache`, or None if the text must be encoded."""
     try:
         about = json.loads((cache / "about.json").read_text("utf-8"))
         if about.pop("check") != digest_of(about):
@@ -1236,13 +1242,13 @@ def read_about(cache):
         return about
     except FileNotFoundError:  # nothing encoded yet, or killed while encoding
         return None
-    except Exception:  # it may hold anything
+    except Exception:  # a damaged file may hold anything
         print(f"The encoded text in {cache} is damaged: encoding it again.")
         return None
 
 
 def map_dataset(name, cache, about, train_tokens):
-    """The Dataset in a cache, with mapped tokens. Raises UsageError if there are too few."""
+    """The Dataset in a cache, memory-mapped. Raises UsageError if it has too few tokens."""
     tokenizer = tokenizer_from_dict(about["tokenizer"])
     dtype = token_dtype(tokenizer.vocab_size)
     splits = dict.fromkeys(SPLITS)
@@ -1270,11 +1276,11 @@ def map_dataset(name, cache, about, train_tokens):
 # ---- Downloads ----------------------------------------------------------------------------------
 
 def fetch(name, folder, corpus, data_dir, mirror=None):
-    """The path of <data_dir>/<folder>/<name>, a file that is downloaded if it is not there yet.
+    """Downloads <data_dir>/<folder>/<name>, unless it is already there; returns its path.
 
-    corpus: the Corpus that lists it. Its hosts are tried in turn, or only `mirror`: an address or a
-    folder that holds <folder>/<name>. Raises RunError with the reason for each failure and what the
-    user can do.
+    corpus: the Corpus that lists the file; its hosts are tried in turn. mirror: a URL or a folder
+    that holds <folder>/<name>, tried instead. Raises RunError with the reason for each failure and
+    what the user can do.
     """
     row = rf"^([0-9a-f]{{64}})\s+(\d+)\s+{re.escape(name)}\s*$"
     listed = re.search(row, corpus.files, re.MULTILINE)
@@ -1295,7 +1301,7 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
         if int(size) > 10**9:
             print(f"{name} is downloaded whole, {int(size):,} bytes, however much of it is used.")
         for source in sources:
-            # Errors of requests are OSErrors, but that of a malformed redirect.
+            # requests raises OSErrors, except a ValueError for a malformed redirect.
             try:
                 transfer(source, part, sha256, int(size))
             except (OSError, ValueError) as error:
@@ -1312,9 +1318,9 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
 
 
 def transfer(source, part, sha256, size):
-    """Brings a file to `part`. Raises OSError or ValueError, also where its SHA256 is another."""
+    """Downloads or copies a file to `part`, and checks its SHA256. Raises OSError or ValueError."""
     while True:
-        is_resumed = part.exists()  # an earlier process has left its beginning
+        is_resumed = part.exists()  # an earlier process has left it unfinished
         if "://" in source:
             download(source, part, size)
         else:
@@ -1327,7 +1333,7 @@ def transfer(source, part, sha256, size):
 
 
 def download(address, part, size):
-    """Adds to `part` what it lacks of the `size` bytes at an address.
+    """Appends to `part` the bytes that it lacks of the `size` bytes at an address.
 
     Raises OSError or ValueError after four tries, or at once if another try would not help.
     """
@@ -1339,7 +1345,7 @@ def download(address, part, size):
     }
     options = {"stream": True, "timeout": 30, "hooks": {"response": close_redirect}}  # seconds
     part.touch()
-    has_answered = False  # the server
+    host_answered = False
     for pause in (0, 1, 4, 16):  # seconds
         time.sleep(pause)
         have = part.stat().st_size
@@ -1348,17 +1354,17 @@ def download(address, part, size):
         headers["Range"] = f"bytes={have}-"
         try:
             with requests.get(address, headers=headers, **options) as response:
-                has_answered = True
+                host_answered = True
                 return receive(response, part, have, size)
         except requests.RequestException as error:
             reason = cause_of(error)
-        if not has_answered:  # a dead host is not worth the wait
+        if not host_answered:  # a dead host is not worth the wait
             break
     raise OSError(reason)
 
 
 def close_redirect(response, **_):
-    """A hook for requests: drops a redirect's body, which requests would read at any length."""
+    """A hook for requests: drops a redirect's body, which requests would read whatever its size."""
     if response.is_redirect:
         response.close()
 
@@ -1387,7 +1393,7 @@ def receive(response, part, start, size):
 
 
 def cause_of(error):
-    """The message of the exception that requests and urllib3 have wrapped in their own."""
+    """The message of the first exception, which requests and urllib3 have wrapped in their own."""
     while error.__context__ is not None:
         error = error.__context__
     return str(error) or type(error).__name__
@@ -1413,13 +1419,13 @@ def explained(text, *errors, kind=UsageError):
     """Turns exceptions of the types `errors` (default: any) into a one-line message for the user.
 
     The message is `text`, which names the cause and the remedy, followed by the exception's own
-    message. Raises `kind`. An ImportError is only turned if `errors` names it.
+    message. Raises `kind`. ImportErrors pass unless `errors` names them.
     """
     expected = errors or (Exception,)
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        raise  # also where BaseException is among the errors
+        raise  # even if BaseException is among the errors
     except expected as error:
         if isinstance(error, ImportError) and ImportError not in errors:
             raise  # a missing package is no fault of what was read
@@ -1431,7 +1437,7 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text):
-    """A stranger's text, without the control characters on which a terminal would act."""
+    """A stranger's text, with U+FFFD for each control character on which a terminal would act."""
     return CONTROLS.sub("\ufffd", text)
 
 
@@ -1441,13 +1447,13 @@ def one_line(error):
 
 
 def without_passwords(text):
-    """`text` without the names and passwords in the addresses that it holds."""
+    """`text` without the user names and passwords in its URLs."""
     return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
 
 
 def progress_bar(**options):
     """A bar of tqdm on a terminal, unless TQDM_DISABLE hides it."""
-    # Some containers give a terminal no width.
+    # In some containers, a terminal has no width.
     if not sys.stderr.isatty() or not os.get_terminal_size(sys.stderr.fileno()).columns:
         options["disable"] = True
     return tqdm(**options)
@@ -1456,21 +1462,21 @@ def progress_bar(**options):
 def be_one_module(namespace):
     """Lets an `import` find the file that runs as __main__; namespace: its globals()."""
     running = sys.modules["__main__"]
-    if vars(running) is namespace:  # and not, say, cProfile
+    if vars(running) is namespace:  # and not cProfile's, for example
         sys.modules[Path(namespace["__file__"]).stem] = running
 
 
 def prepare(namespace):
-    """What main.py needs before it imports MLX; returns fast.py as a module, or None without it.
+    """Prepares main.py's import of MLX; returns extras/features/fast.py as a module, or None.
 
-    namespace: main.py's globals(), with its folder HERE. extras/features/fast.py has to choose a
-    BLAS before MLX takes one.
+    namespace: main.py's globals(), with its folder HERE. fast.py is imported here because it has to
+    choose a BLAS before MLX loads one.
     """
     home = str(namespace["HERE"])
     if namespace["__name__"] == "__main__":
         be_one_module(namespace)
         for name, module in [*sys.modules.items()]:
-            # What a notebook's last %run has left; fast.py chose the BLAS, for good.
+            # Left by a notebook's last %run. fast.py stays, as its choice of a BLAS is final.
             is_extra = name.startswith("extras.") and name != "extras.features.fast"
             if is_extra or own_file(module, home):
                 del sys.modules[name]
@@ -1491,9 +1497,9 @@ NOT_OWN = re.compile(r"(main|datasets)\.py|(extras|tests|.*site-packages)/.*|\..
 
 
 def own_file(module, home):
-    """The path from the folder `home` of a module of the user's own, or None if it is no such one.
+    """The path of a module below the folder `home` if it is one of the user's own, else None.
 
-    Own modules lie beside main.py, or below, and in no environment.
+    Own modules lie beside main.py or in folders below, but not in those of an environment.
     """
     folder, name = os.path.split(getattr(getattr(module, "__spec__", 0), "origin", 0) or "")
     path = os.path.join(real_path(folder), name)
@@ -1507,16 +1513,17 @@ def run_command(name, function, arguments):
     That is what the function returns (0 for None), 2 for a request that cannot be met, or 1 for a
     failure; both are reported in one line on stderr.
     """
-    if os.getpid() == 1:  # a container's first process ignores them by default
+    if os.getpid() == 1:  # a container's first process ignores signals by default
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _: os._exit(128 + number))
+    line = None
+    status = 1
     try:
-        status = function(arguments) or 0
+        result = function(arguments) or 0
         sys.stdout.flush()  # a full disk is noticed here at the latest
-        return status
+        return result
     except BrokenPipeError:  # the reader of stdout is gone, for example head
-        line = None
-        status = 1
+        pass
     except (UsageError, ImportError) as error:
         line = one_line(error)
         if isinstance(error, ImportError):  # a package that only one feature needs
@@ -1525,11 +1532,9 @@ def run_command(name, function, arguments):
     except MemoryError as error:
         reason = one_line(error) or "out of memory"
         line = f"{reason}: give a smaller --batch_size or --context_size"
-        status = 1
     except (RunError, OSError) as error:
         line = one_line(error)
-        status = 1
-    with contextlib.suppress(OSError):  # the status still tells
+    with contextlib.suppress(OSError):  # the status still tells of the failure
         if line is not None:
             print(f"{name}: {line}", file=sys.stderr)
     try:
@@ -1551,7 +1556,7 @@ def discard(stream):
 
 
 def repair_streams():
-    """Makes the standard streams usable: any may be closed, or lack characters of a text."""
+    """Makes the standard streams usable, which may be closed, or unable to encode a text."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # it was closed at startup
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
@@ -1564,7 +1569,7 @@ def extra(name):
     """The module `extras.features.<name>`. Raises UsageError if its file is missing.
 
     main.py and datasets.py work on their own; everything else is a file in extras/, imported only
-    when needed. If an extra needs a package that is not installed, the ModuleNotFoundError
+    when needed. If the module needs a package that is not installed, the ModuleNotFoundError
     propagates.
     """
     module = f"extras.features.{name}"
@@ -1574,24 +1579,24 @@ def extra(name):
         missing = str(error.name)
         if not missing.startswith("extras"):
             raise
-    if module.startswith(missing):  # it is not another one that this one imports
+    if module.startswith(missing):  # not a file that this module imports
         missing = module
     path = missing.replace(".", "/")
     raise UsageError(f"{path}.py is missing: copy the project's folder extras next to main.py")
 
 
 def is_nothing(node, part):
-    """Whether a part of a syntax tree does nothing: a docstring, or an end of formats in 3.12."""
+    """Whether a part of a syntax tree does nothing: a docstring, or a format's empty end (3.12)."""
     if isinstance(part, ast.Expr):
         return isinstance(part.value, ast.Constant)
     return isinstance(node, ast.JoinedStr) and part.value == ""
 
 
 def words_of_code(source):
-    """What Python code does, as a list of words, whatever its comments, docstrings and layout.
+    """Python code as a list of words, which comments, docstrings and layout do not change.
 
-    They are the same in all versions of Python, whose syntax trees differ in fields that are empty.
-    What cannot be parsed counts by its text.
+    They are the same in all versions of Python, whose syntax trees differ in empty fields only.
+    Code that cannot be parsed is split at white space.
     """
     try:
         nodes = [ast.parse(source)]
@@ -1605,7 +1610,8 @@ def words_of_code(source):
             if value is None or value == [] or name in ("kind", "ctx"):
                 continue
             words.append(name)
-            for part in value if isinstance(value, list) else [value]:
+            parts = value if isinstance(value, list) else [value]
+            for part in parts:
                 if not isinstance(part, ast.AST):
                     words.append(repr(part))
                 elif not is_nothing(node, part):
@@ -1630,16 +1636,15 @@ def definition(name, source):
 def user_path(path):
     """`path` with ~, ~name and $NAME replaced by what they stand for.
 
-    Raises UsageError if they stand for nothing, unless a file has literally that name, and for an
-    address.
+    Raises UsageError for a URL, and if they stand for nothing and no file has literally that name.
     """
     if re.match(r"\w+://", str(path)):
         raise UsageError(f"{path} is an address: download the file, and name it by its path")
     expanded = os.path.expandvars(os.path.expanduser(path))
     if (expanded.startswith("~") or "$" in expanded) and not os.path.lexists(expanded):
         raise UsageError(
-            f"{path}: no such user or variable; write the folder out (./ goes before a name that "
-            "begins with ~)"
+            f"{path}: no such user or variable; write the folder out, or put ./ before a name "
+            "that begins with ~"
         )
     return expanded
 
@@ -1650,8 +1655,8 @@ def absolute(path):
 
 
 CACHE = None  # without a home
-# The user's cache folder. Never in the working directory, which may hold a stranger's files:
-# compiled code is loaded from this folder. The XDG specification ignores other paths, too.
+# The user's cache folder, from which compiled code is loaded: never a relative path, as the working
+# directory may hold a stranger's files. (The XDG specification ignores such paths, too.)
 for caches in (os.path.expanduser("~/.cache"), os.environ.get("XDG_CACHE_HOME", "")):
     if os.path.isabs(caches):
         CACHE = Path(caches, "transformer-lm")
@@ -1662,8 +1667,8 @@ RAM_DISK_SIZE = 4 << 30  # bytes, at least; tinystories and its tokens take 3 Gi
 def open_data_dir(data_dir=None):
     """The folder for corpora, downloads and tokens as a Path, created if it is missing.
 
-    The first of these that is given or writable: `data_dir`, a folder on a RAM disk, CACHE, that
-    of runs. Raises UsageError if it cannot be used.
+    It is `data_dir`, if given; else a folder on a RAM disk, if mounted; else the first of CACHE and
+    runs/ that is writable. Raises UsageError if none is.
     """
     if data_dir is not None:
         folders = [Path(user_path(data_dir))]
@@ -1695,27 +1700,27 @@ def make_writable(folder):
 def open_kernel_dir():
     """The folder for compiled code, which is loaded from there: no other user can write to it.
 
-    It is in CACHE, for this kind of system, as machines may share a home. Where that cannot hold
-    code, as without a home, it is a temporary one, deleted at exit.
+    It is in CACHE, one for each kind of system, as machines may share a home. If there is no home,
+    or it cannot hold code, the folder is a temporary one, deleted at exit.
     """
     if CACHE is not None:
-        # Another number where code from before must not be loaded again.
+        # Raise the 2 if code that was compiled before must not be loaded again.
         folder = CACHE / "-".join(["code", "2", platform.machine(), *platform.libc_ver()])
         with contextlib.suppress(OSError):
             folder.mkdir(0o700, parents=True, exist_ok=True)
-            status = os.lstat(folder)  # a link is another user's, or is writable for all
+            status = os.lstat(folder)  # of a link itself, which counts as writable by all
             is_private = status.st_uid == os.getuid() and not status.st_mode & 0o022
             is_noexec = os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
             if is_private and os.access(folder, os.W_OK) and not is_noexec:
                 return folder
-    with explained("no folder for compiled code: set TMPDIR to one of yours", OSError):
+    with explained("no folder for compiled code: set TMPDIR to a folder of yours", OSError):
         folder = tempfile.mkdtemp(prefix="transformer-lm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
 
-# The g++ that MLX runs. A terminal's Ctrl+C reaches it, too, and would end it within a step. A
-# library gets its name, the last argument, once it is whole.
+# What MLX runs as g++. It ignores signals: a terminal's Ctrl+C reaches it, too, and would end it in
+# the middle of a step. A library gets its name, the last argument, only once it is complete.
 COMPILER_SCRIPT = """#!/bin/sh
 trap '' INT TERM HUP USR1 USR2 XCPU
 for file; do :; done
@@ -1728,8 +1733,8 @@ case $file in *.so) set -- "$@" -o "$file.$$" ;; esac
 def use_compiler(folder, command):
     """Makes MLX run a shell command as its g++: a script in a folder that comes first in PATH.
 
-    Where it cannot be written, the real g++ is found. In the folder for temporary files, libraries
-    that a power cut has cut off are deleted, to be compiled again.
+    If the script cannot be written, MLX finds the real g++. In TMPDIR, libraries that a power cut
+    has left incomplete are deleted, to be compiled again.
     """
     path = folder / "g++"
     script = COMPILER_SCRIPT.format(command)
@@ -1742,7 +1747,7 @@ def use_compiler(folder, command):
     for library in Path(os.environ["TMPDIR"]).glob("mlx/*/cpu/lib*.so"):
         with contextlib.suppress(OSError):
             head = library.open("rb").read(48)
-            # An ELF file ends in a table, whose place its first bytes give.
+            # An ELF file ends with a table, and its first bytes say where that begins.
             table = int.from_bytes(head[40:], sys.byteorder)
             is_whole = head.startswith(b"\x7fELF") and library.stat().st_size > table
             if sys.platform == "linux" and not is_whole:
@@ -1758,7 +1763,7 @@ def flock(file, mode=fcntl.LOCK_EX):
         fcntl.flock(file, mode)
     except BlockingIOError:
         raise
-    except OSError:  # it has none
+    except OSError:  # the file system has no locks
         pass
 
 
@@ -1774,17 +1779,14 @@ def locked(folder):
 def no_follow(path, flags):
     """An `opener` for open(): raises OSError if `path` is a link, which might lead anywhere.
 
-    To open a pipe does not wait for its other end.
+    Opening a pipe does not wait for its other end.
     """
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 @contextlib.contextmanager
 def new_file(folder):
-    """Yields a new binary file in a folder, for `publish`; deletes it if the block raises anything.
-
-    Raises OSError.
-    """
+    """Yields a new binary file in a folder, for `publish`; deletes it if the block fails."""
     path = Path(folder, f".{os.urandom(8).hex()}.new")
     # "x" follows no link and opens no file that exists.
     with open(path, "xb") as file:
@@ -1804,10 +1806,9 @@ def publish(file, path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a new binary file that takes the place of `path` once the block ends well.
+    """Yields a new binary file, which replaces `path` when the block ends.
 
-    If the block, or writing to the disk, raises anything, an old file at `path` is intact. Raises
-    OSError.
+    If the block or the disk fails, an old file at `path` stays intact. Raises OSError.
     """
     path = Path(path)
     with new_file(path.parent) as file:
@@ -1816,7 +1817,7 @@ def replacing(path):
 
 
 def remove_leftovers(folder):
-    """Deletes what killed processes left of `new_file` in a folder that no other one writes to."""
+    """Deletes what killed processes left of `new_file`; no other process may write to `folder`."""
     for path in folder.glob(f".{'[0-9a-f]' * 16}.new"):
         with contextlib.suppress(OSError):  # a folder, or another user's: it does no harm
             path.unlink()
@@ -1831,7 +1832,7 @@ def sync(path):
         except (AttributeError, OSError):  # another system, or a disk that cannot
             os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems sync no folder: what can be done is done.
+        # Some network file systems cannot sync a folder; then the file alone has to do.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
             raise
     finally:
@@ -1865,7 +1866,7 @@ class Flag(NamedTuple):
     help: str
 
 
-MAX_INT32 = 2**31 - 1  # of int32
+MAX_INT32 = 2**31 - 1  # the largest int32
 
 
 def number(kind, least, most=math.inf):
@@ -1890,9 +1891,9 @@ FRACTION = number(float, 0, 1)
 
 
 def one_of(choices, remedy=""):
-    """A flag's type: one of these words; remedy: what to do for another one.
+    """A flag's type: one of these words; remedy: ends the message about any other word.
 
-    choices: the words, or a function that returns them where they are defined further below.
+    choices: the words, or a function that returns them if they are defined later.
     """
     words = choices if callable(choices) else lambda: choices
 
@@ -1919,7 +1920,7 @@ def path_name(text):
 
 
 OTHER_CORPUS = ": download another corpus, and name its files by --text"
-# The flags that decide a text, {group: {flag: row}}; main.py has these and others.
+# The flags that choose a text, {group: {flag: row}}; main.py has these and others.
 TEXT_FLAGS = {
     "data": {
         "dataset": Flag("ptb", one_of([*CORPORA], OTHER_CORPUS), "training corpus"),
@@ -1952,7 +1953,7 @@ TEXT_FLAGS = {
 
 @functools.cache
 def other_names():
-    """{a flag: its names in other programs}; none without extras/."""
+    """{a flag: its names in other programs}; {} without extras/."""
     with contextlib.suppress(UsageError):
         return extra("hints").ALIASES
     return {}
@@ -1968,42 +1969,41 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         hint = "--help lists all flags"
         if message.endswith("one argument"):
-            hint += "; a value that begins with - is typed behind =, like --stop=-"
+            hint += "; a value that begins with - is typed after =, like --stop=-"
         raise UsageError(f"{message} ({hint})")
 
     def parse_args(self, args=None, namespace=None):
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             words = [word for word in unknown if word.startswith("-")] or unknown[:1]
-            hints = dict.fromkeys(hint for word in words for hint in self.hints(word)[:1])
-            hint = "; ".join([*hints, "--help lists all flags"])
+            hints = dict.fromkeys([*map(self.hint, words), "--help lists all flags"])
+            hint = "; ".join(filter(None, hints))
             raise UsageError(f"unrecognized arguments: {' '.join(words)} ({hint})")
         return values
 
-    def hints(self, word):
-        """What to do instead of a word that no flag takes, the best first."""
+    def hint(self, word):
+        """What to do instead of a word that no flag takes; "" if nothing is known."""
         name = word.partition("=")[0].lstrip("-").removeprefix("no-").lower()
-        hints = []
         with contextlib.suppress(UsageError):  # without extras/
-            table = extra("hints").NOT_HERE
-            hints = [hint for names, hint in table.items() if name in names.split()]
-        names = {each[2:]: action.dest for each, action in self._option_string_actions.items()}
-        if word.startswith("-") or "=" in word:
-            similar = difflib.get_close_matches(name, names, 1, cutoff=0.7)
-            hints += [f"--{names[each]}?" for each in similar]
-        else:
-            hints.append(
+            for names, hint in extra("hints").NOT_HERE.items():
+                if name in names.split():
+                    return hint
+        if not word.startswith("-") and "=" not in word:
+            return (
                 "no flag takes it: a switch has no value, a text with blanks needs quotes, and "
                 "--identifier names a checkpoint: a run, latest or best"
             )
-        return hints
+        names = {each[2:]: action.dest for each, action in self._option_string_actions.items()}
+        for similar in difflib.get_close_matches(name, names, 1, cutoff=0.7):
+            return f"--{names[similar]}?"
+        return ""
 
     def parse_known_args(self, args=None, namespace=None):
         actions = self._option_string_actions
         spelled = []
         for argument in args:
             argument = argument.removesuffix("\r")  # of a script with Windows' line ends
-            dashed = re.sub("^[–—]-?", "--", argument)  # as word processors have them
+            dashed = re.sub("^[–—]-?", "--", argument)  # as word processors write them
             if dashed.partition("=")[0] in actions:
                 argument = dashed
             name, equals, value = argument.partition("=")
@@ -2040,7 +2040,7 @@ def main(arguments):
     parser = Parser(
         prog="datasets.py",
         description=main.__doc__,
-        argument_default=argparse.SUPPRESS,  # load_dataset has its own
+        argument_default=argparse.SUPPRESS,  # load_dataset has the defaults
         allow_abbrev=False,
     )
     for rows in TEXT_FLAGS.values():
@@ -2073,5 +2073,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    be_one_module(globals())  # extras import no second copy
+    be_one_module(globals())  # so that extras import no second copy
     run_program("datasets.py", main)

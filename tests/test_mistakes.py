@@ -138,7 +138,7 @@ MISTAKES = [
     ("-inference", "-inference", "--inference?"),
     ("dim=16", "dim=16", "--dim?"),
     ("--text text.txt –num_iters=0", "--num_iters", "must be at least"),
-    ("--text -text.txt", "--text", "is typed behind ="),
+    ("--text -text.txt", "--text", "is typed after ="),
     ("--mlp 'gelu\r' --dim 30 --num_heads 2 --text text.txt", "--dim 30", "try 32"),
     ("--config names.yaml", "learning_rate appears twice", "YAML file of flags"),
     ("train", "unrecognized arguments: train", "no flag takes it"),
@@ -146,7 +146,7 @@ MISTAKES = [
     ("--prompt the company", "company", "a text with blanks needs quotes"),
     # Values that cannot be
     ("--dim", "--dim: expected one argument", "--help"),
-    ("--prompt ---", "--prompt: expected one argument", "is typed behind =, like --stop=-"),
+    ("--prompt ---", "--prompt: expected one argument", "is typed after =, like --stop=-"),
     ("--num_iters 10k", "'10k'", "whole number"),
     ("--learning_rate nan", "--learning_rate: must be at least 0", "not nan"),
     ("--seed -1", "--seed: must be at least 0 and at most 2147483647", "not -1"),
