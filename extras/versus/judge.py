@@ -1,9 +1,9 @@
 """The judge of extras.versus: scores checkpoints without the code that trained them.
 
-A side's own code only turns tokens into logits, in a process of its own (worker.py). Which
-tokens, their targets, the log-softmax and the sums are the judge's: an edit of the loss, of
-`token_metrics` or of `evaluate` cannot move them. The very batches that are scored are asked again,
-with other tokens where a model may not look.
+A side's code only turns tokens into logits, in a process of its own (worker.py). The judge chooses
+tokens and targets, and computes log-softmax and sums: an edit of the loss, of `token_metrics` or of
+`evaluate` cannot move these. The model predicts each scored batch again, with other tokens at
+positions that it must not see.
 """
 
 import json
@@ -20,47 +20,45 @@ from datasets import UsageError, tokenizer_from_dict
 from extras.versus.sides import LONGEST, WORKER, SideError, failure
 
 NATS = "nats/token"
-BITS = "bits per byte"  # of sides with different tokens
-LIMIT = 128_000  # tokens of a text that are scored
-ROWS = 64  # of a batch, at most
-ASKED_AGAIN = 3  # times at most, with other tokens
-LOWEST = -30  # of logarithms of probabilities that are compared
-FLOATS = 1 << 24  # logits of a batch, about
-# How far the logarithm of a probability may move where it has no reason to: on a CPU it was seen to
-# move by 2e-5, with the number of rows; GPUs may order sums by the shape of a batch.
+BITS = "bits per byte"  # where the tokenizers differ
+LIMIT = 128_000  # scored tokens of a text, by default
+ROWS = 64  # in a batch, at most
+ASKED_AGAIN = 3  # times at most that a batch is predicted with other tokens
+LOWEST = -30  # smaller log-probabilities count as this one when they are compared
+FLOATS = 1 << 24  # logits in a batch, at most if it has several rows
+# How far rounding may move a log-probability: on a CPU, another number of rows has moved one by
+# 2e-5; on a GPU, the order of a sum may depend on the shape of the batch.
 TOLERANCE = {"cpu": 1e-4, "gpu": 1e-2}
 
-DIVERGED = "diverged"  # the fault of such a run
+DIVERGED = "diverged"  # the fault of a run, see Outcome
 DEPENDS_ON_OTHERS = "the predictions for a text depend on what other texts the model is given"
 
 
 class Text(NamedTuple):
     """A split on which both sides are scored."""
 
-    tokens: tuple  # of each side, [N] each
+    tokens: tuple  # [N] for each side
     unit: str  # NATS or BITS
-    num_bytes: int | None  # with BITS
+    num_bytes: int | None  # only with BITS
 
 
 def read_text(before, after, split):
-    """The Text of a split of two Sides; None if it has none. Raises UsageError if they differ."""
+    """The Text of a split, or None if a Side lacks it. Raises UsageError if the Sides' differ."""
     sides = (before, after)
-    paths = [side.folder / f"{split}.tokens" for side in sides]  # uint32 each
+    paths = [side.folder.with_suffix(f".{split}") for side in sides]  # uint32 each
     if not all(path.exists() for path in paths):
         return None
     tokens = tuple(np.fromfile(path, np.uint32) for path in paths)
-    for path in paths:
-        path.unlink()
     if before.tokenizer == after.tokenizer:
         if not np.array_equal(*tokens):
-            raise UsageError(f"the sides have other {split} texts: put what chooses them behind --")
+            raise UsageError(f"the sides' {split} texts differ: put what chooses them after --")
         return Text(tokens, NATS, None)
     texts = []
     for side, ids in zip(sides, tokens):
         tokenizer = tokenizer_from_dict(side.tokenizer)
         if tokenizer.unk is not None and np.any(ids == tokenizer.unk):
-            raise UsageError(f"{side.name} reads <unk>: that has no bytes; use other tokenizers")
-        if tokenizer.eos is not None:  # it may lie between documents, but is no part of them
+            raise UsageError(f"{side.name} reads <unk>, which has no bytes: use other tokenizers")
+        if tokenizer.eos is not None:  # it may separate documents, but is not text
             ids = ids[ids != tokenizer.eos]
         texts.append(tokenizer.decode(ids))
     if texts[0] != texts[1]:
@@ -71,9 +69,10 @@ def read_text(before, after, split):
 
 
 def choose_spans(text, contexts, limit):
-    """Which targets are scored, [(start, stop)]: about `limit` of them, evenly spaced.
+    """The spans of the scored targets, [(start, stop)]: about `limit` of them, evenly spaced.
 
-    contexts: of both sides. All of a text with other tokens: no others are the same for both.
+    None: all targets, as where the tokens differ: only whole texts are then the same. contexts:
+    the context sizes of both sides.
     """
     count = len(text.tokens[0]) - 1  # the first token is only context
     width = max(contexts)
@@ -84,7 +83,7 @@ def choose_spans(text, contexts, limit):
 
 
 class Judge:
-    """A checkpoint of a side, served by a process of the side's code; a context manager."""
+    """Queries a checkpoint, in a process that runs its side's code; a context manager."""
 
     def __init__(self, side, metadata, environment):
         """metadata: the path of the checkpoint's .metadata."""
@@ -111,86 +110,80 @@ class Judge:
         self.process.communicate()
         self.messages.close()
 
-    def ask(self, rows):
-        """The shape of the logits of rows of tokens [B, L]; their bytes follow."""
+    def logits(self, rows):
+        """Logits [B, L, V] of rows of tokens [B, L], without those that pad a vocabulary."""
         try:
             self.process.stdin.write(json.dumps(rows.tolist()).encode() + b"\n")
             self.process.stdin.flush()
-            return json.loads(self.process.stdout.readline())
+            shape = json.loads(self.process.stdout.readline())
         except (OSError, ValueError):
             self.process.wait()
             self.messages.seek(0)
             raise failure(self.side.name, self.process.returncode, self.messages.read()) from None
-
-    def logits(self, rows):
-        """Logits [B, L, V] of rows of tokens [B, L].
-
-        More than there are ids, as where a vocabulary is padded, are impossible.
-        """
         size = self.side.vocab_size
-        *shape, own_size = self.ask(rows)
-        if tuple(shape) != rows.shape or own_size < size:
-            what = f"its logits are {[*shape, own_size]}, not {[*rows.shape, size]}"
+        if tuple(shape[:-1]) != rows.shape or shape[-1] < size:
+            what = f"its logits have the shape {shape}, not {[*rows.shape, size]}"
             raise SideError(f"{self.side.name} cannot be scored: {what}", self.side.name)
-        content = self.process.stdout.read(4 * math.prod(shape) * own_size)
-        return np.frombuffer(content, np.float32).reshape(*shape, own_size)[:, :, :size]
+        content = self.process.stdout.read(4 * math.prod(shape))
+        return np.frombuffer(content, np.float32).reshape(shape)[:, :, :size]
 
     def examine_run(self, texts, spans, own):
-        """The losses of the validation and the test text in nats/token, and their fault, or None.
+        """The losses on validation and test text in nats/token; what is wrong with them, or None.
 
-        texts: tokens [N] of each; the loss of one that is None is nan. spans: of each, see
+        texts: tokens [N] of both; a text that is None has the loss nan. spans: for both, see
         `batches`. own: see check_evaluation.
         """
         valid, test = texts
         loss, sight = self.examine(valid, spans[0])
         scores = [loss, math.nan if test is None else self.score(test, spans[1])]
-        # 2 nats more than an untrained model, which has some 5 with few tokens, and else that of
-        # equal chances for all.
+        # 2 nats above an untrained model. That has log(vocab_size), as if all tokens were equally
+        # likely, or some 5 if there are few.
         limit = max(5, math.log(self.side.vocab_size)) + 2
         if all(score < limit for score, text in zip(scores, texts) if text is not None):
             return scores, sight or self.check_evaluation(valid, own)
         return scores, DIVERGED
 
     def batches(self, tokens, spans=None):
-        """The windows of which `tokens` [N] are scored: places [B, L], and which of them count.
+        """Yields windows of `tokens` [N]: positions there, [B, L], and which of them are scored.
 
-        spans: those of the targets, by default all. Windows have the context of the side, and begin
-        anew in each span.
+        spans: of the targets, by default all. Windows are as long as the side's context; each span
+        begins a new one.
         """
         width = self.side.context_size
         count = len(tokens) - 1
         windows = []
         for start, stop in spans or [(0, count)]:
-            windows += [(place, min(place + width, stop)) for place in range(start, stop, width)]
+            for begin in range(start, stop, width):
+                windows.append((begin, min(begin + width, stop)))
         rows = max(1, min(ROWS, FLOATS // (width * self.side.vocab_size)))
         for first in range(0, len(windows), rows):
             starts, stops = np.array(windows[first : first + rows]).T[:, :, None]  # [B, 1] each
-            places = starts + np.arange(width)  # [B, L]
-            yield np.minimum(places, count - 1), places < stops
+            positions = starts + np.arange(width)  # [B, L]
+            yield np.minimum(positions, count - 1), positions < stops
 
     def score(self, tokens, spans=None):
-        """The mean loss in nats of the targets in `spans`, see `batches`."""
+        """The mean loss in nats/token over the targets in `spans`, see `batches`."""
         loss, _ = self.examine(tokens, spans, times=0)
         return loss
 
     def examine(self, tokens, spans=None, times=ASKED_AGAIN):
-        """The score, and what is wrong with predictions that know too much, or None.
+        """The score, and how predictions use what they must not know, or None.
 
-        Each batch that is scored is asked again in the same shape, with its rows in another order
-        and, in each row, other tokens from some place on. That is done until each position was such
-        a place, at most so many times; where that is not enough, they are evenly spaced.
+        The model predicts each scored batch again in the same shape, with its rows in reverse
+        order, and in each row with other tokens from one position, its cut, on. It does so until
+        each position was a cut, at most `times` times; if that is too few, cuts are evenly spaced.
         """
         batches = list(self.batches(tokens, spans))
-        windows = sum(len(places) for places, _ in batches)
+        windows = sum(len(positions) for positions, _ in batches)
         last = self.side.context_size - 1
         times = min(times, math.ceil(last / windows))
         stride = max(1, last // max(1, times * windows))
         total = count = done = 0
         fault = None
-        for places, is_scored in batches:
-            rows = tokens[places]
+        for positions, is_scored in batches:
+            rows = tokens[positions]
             found = log_softmax(self.logits(rows))
-            targets = tokens[places + 1].astype(int)[:, :, None]
+            targets = tokens[positions + 1].astype(int)[:, :, None]
             gains = np.take_along_axis(found, targets, axis=-1)
             total -= gains[is_scored].sum(dtype=float)
             count += is_scored.sum()
@@ -201,51 +194,48 @@ class Judge:
         return total / count, fault
 
     def check_evaluation(self, tokens, own):
-        """What is wrong if the run's own score at its end is another than the judge's, or None.
+        """What is wrong if the run itself has found another loss than the judge, or None.
 
-        own: (number of tokens, loss), of the first ones of the text.
+        own: (number of tokens from the start of the text, their loss).
         """
         count, loss = own
         judged = self.score(tokens[: count + 1])
         if abs(loss - judged) > self.tolerance * max(1, judged):
             return (
-                f"it is scored otherwise than it was trained: its own run says {loss:.4f} of "
-                f"{count:,} tokens, its logits {judged:.4f}"
+                f"the run's own loss, {loss:.4f} for {count:,} tokens, is not the judge's, "
+                f"{judged:.4f}"
             )
 
     def ask_again(self, rows, expected, cuts):
         """What is wrong with the predictions `expected` for rows [B, L], or None.
 
-        cuts: the first place of each row, [B], at which others are put.
+        cuts: the first position in each row that gets another token, [B].
         """
         others = rows[::-1]
         others = np.where(others == rows, (rows + 1) % self.side.vocab_size, others)
         is_before = np.arange(rows.shape[1]) < cuts[:, None]  # [B, L]
         changed = np.where(is_before, rows, others)
-        has_moved = self.move(self.log_probs(changed[::-1])[::-1], expected) & is_before
-        if not has_moved.any():
+        moved = self.has_moved(changed, expected) & is_before
+        if not moved.any():
             return None
-        # The two changes apart: first the order alone, then the tokens of one row.
-        if self.move(self.log_probs(rows[::-1])[::-1], expected).any():
+        # Which change was it? First the order alone, then also the tokens of one row.
+        if self.has_moved(rows, expected).any():
             return DEPENDS_ON_OTHERS
-        row, position = np.argwhere(has_moved)[0]
+        row, position = np.argwhere(moved)[0]
         alone = rows.copy()
         alone[row] = changed[row]
-        if not self.move(self.log_probs(alone), expected)[row, position]:
+        if not self.has_moved(alone, expected)[row, position]:
             return DEPENDS_ON_OTHERS
         what = f"the prediction at position {position} depends on tokens from {cuts[row]} on"
         return f"it sees the future: {what}"
 
-    def move(self, found, expected):
-        """Where predictions [B, L, V] are others than expected, [B, L]."""
+    def has_moved(self, rows, expected):
+        """Where predictions for rows [B, L], in reverse order, differ from `expected`, [B, L]."""
+        found = np.maximum(log_softmax(self.logits(rows[::-1])), LOWEST)[::-1]
         return np.abs(found - expected).max(axis=-1) > self.tolerance
-
-    def log_probs(self, rows):
-        """Logarithms of probabilities [B, L, V] for rows of tokens [B, L], none below LOWEST."""
-        return np.maximum(log_softmax(self.logits(rows)), LOWEST)
 
 
 def log_softmax(logits):
-    """Logarithms of probabilities [..., V]."""
+    """Log-probabilities [..., V]."""
     logits = logits - logits.max(axis=-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

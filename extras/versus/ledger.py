@@ -1,4 +1,4 @@
-"""The ledger: a file with every comparison of a folder, from its first pair on."""
+"""The ledger: the file of all comparisons in a folder, each from its first pair on."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ NAME = "comparisons.jsonl"
 
 
 def read_results(path):
-    """The results in a ledger, if there is one: the last of each look, the newest at the end."""
+    """The results in a ledger, the last of each look, newest at the end; [] if there is no file."""
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     results = {}
     with explained(f"{path} is damaged: delete its last line", ValueError, kind=RunError):
         for line in lines:
-            older = {"look": 1, "asked": None, "baseline": None}  # lines of older commits
+            older = {"look": 1, "asked": None, "baseline": None}  # older commits lack these
             result = older | json.loads(line)
             key = (result["comparison"], str(result["asked"]), result["look"])
             results.pop(key, None)
@@ -23,20 +23,20 @@ def read_results(path):
 
 
 def begin_look(described, results, again=False):
-    """A look at a comparison, {name: value}.
+    """A comparison with the number of its look, {name: value}.
 
     described: see Comparison.describe. Looks are counted by baseline: another edit, other seeds or
-    more pairs are the next one. A command that is typed again is the same look, but with `again`
-    if it has ended.
+    more pairs are the next. A repeated command is the same, unless `again` is set and it has ended.
     """
     asked = [described["comparison"], described["asked"]]
     same = [each for each in results if [each["comparison"], each["asked"]] == asked]
     if same and not (again and same[-1]["outcome"]):
         return described | {name: same[-1][name] for name in ("look", "fresh")}
     baseline = described["baseline"]
-    others = [each for each in results if each["baseline"] == baseline]
-    counted = [each for each in others if each["outcome"] not in ("same", "alike")]
-    return described | {"look": 1 + len(counted), "fresh": None}
+    look = 1
+    for each in results:
+        look += each["baseline"] == baseline and each["outcome"] not in ("same", "alike")
+    return described | {"look": look, "fresh": None}
 
 
 def record(path, result):
@@ -45,14 +45,14 @@ def record(path, result):
         file.write(json.dumps(result) + "\n")
 
 
-def print_list(place):
-    """Prints what a ledger has, or that of a folder of runs, a line each, the last at the end."""
-    path = Path(place)
+def print_list(name):
+    """Prints a line for each result in a ledger, or in that of a folder of runs, newest last."""
+    path = Path(name)
     if path.is_dir():
         path = path / "versus" / NAME
     results = read_results(path)
     if not results:
-        raise UsageError(f"nothing was compared in {place}: name a --save_dir of comparisons")
+        raise UsageError(f"nothing was compared in {name}: name the --save_dir of a comparison")
     for each in results:
         interval = ""
         if "difference" in each:

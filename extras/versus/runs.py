@@ -1,4 +1,4 @@
-"""The runs of a comparison: both sides are trained with the same seeds, and judged."""
+"""The runs of a comparison: trains both sides with the same seeds, and has them judged."""
 
 import contextlib
 import fcntl
@@ -27,35 +27,36 @@ from extras.versus.sequential import Outcome, column
 from extras.versus.sides import WORKER, SideError, failure, identify, install, make_side, patch
 from extras.versus.sides import short_id, twice
 
-OWN_TOKENS = 4096  # that a run scores at its end, and the judge after it
-SAME_STEPS = 20  # of each run of --same, the first five of them warm-up
-TUNED = 2  # seeds on which --tune chooses
-# By the clock, of the processor's time of the other side's longest run: machines may be busy.
-ENDLESS = 30  # times as long as that
-GRACE = 600  # seconds more
-SAVED = 12  # bytes of a checkpoint for each parameter: a float32, and two in the optimizer
+OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
+SAME_STEPS = 20  # of each run of --same; at most five of them are warm-up
+TUNED = 2  # seeds by which --tune chooses
+# A run counts as endless if, by the clock, it takes more than GRACE seconds and ENDLESS times the
+# processor time of the other side's longest run: machines may be busy.
+ENDLESS = 30
+GRACE = 600
+SAVED = 12  # bytes of a checkpoint per parameter: one float32, and two in the optimizer
 
-# Flags of main.py that have no place here, and why.
-REFUSED = dict.fromkeys(["patience", "max_minutes"], "both sides take --num_iters steps")
-REFUSED["identifier"] = "--init_from RUN begins with the weights of another run"
-REFUSED |= dict.fromkeys(["new_model", "inference", "prompt", "evaluate", "list"], "all runs train")
+# {why: flags of main.py that cannot be compared}
+REFUSED = {
+    "both sides take --num_iters steps": "patience max_minutes",
+    "--init_from RUN begins with the weights of another run": "identifier",
+    "a comparison only trains": "new_model inference prompt evaluate list",
+}
 
 
 class Comparison:
-    """Two Sides and the runs of both: those of a side differ in nothing but their seeds."""
+    """Two Sides and their runs; those of one side differ only in their seeds."""
 
     def __init__(self, options, common, own=((), ())):
-        """See read_arguments; own: more flags of each side."""
+        """options, common: see read_arguments; own: further flags of each side."""
         self.options = options
         self.common = common
-        self.tuned = None  # see tuned
-        typed = options.before, options.after
+        self.tuned = None  # or the values of --tune, see `tuned`
         with tempfile.TemporaryDirectory() as temporary:
             temporary = os.path.realpath(temporary)
-            before, after = sides = [
-                make_side(name, [*common, *words], Path(temporary, str(i)), i == 1)
-                for i, (name, words) in enumerate(zip(typed, own))
-            ]
+            before = make_side(options.before, [*common, *own[0]], Path(temporary, "0"), False)
+            after = make_side(options.after, [*common, *own[1]], Path(temporary, "1"), True)
+            sides = before, after
             check_flags(before, after, options.same)
             self.texts = [read_text(before, after, split) for split in ("valid", "test")]
             self.unit = self.texts[0].unit
@@ -67,13 +68,11 @@ class Comparison:
             self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
             is_alone = self.on_gpu or sys.platform == "darwin"
             self.shares = share_cores(options.jobs or (1 if is_alone else 4))
-            # Where either side runs its own function instead of that of fast.py, both have
-            # to: or the difference would also be that of two ways to round.
+            # A function that either side has edited runs without its fast version on both: else
+            # they would differ in rounding, too.
             self.plain = sorted({*before.edited, *after.edited})
             self.environment = os.environ | {"PLAIN_FUNCTIONS": ",".join(self.plain)}
-            self.patch = patch(before, after)
-            self.commits = [short_id(name) for name in typed]
-            # Without its number of steps: with one more, it is the same.
+            # Whatever the number of steps, the baseline is the same.
             self.baseline = identify(before._replace(shape=before.shape | {"num_iters": None}))
             folder = Path(before.flags["save_dir"], "versus").absolute()
             self.ledger = folder / ledger.NAME
@@ -81,22 +80,21 @@ class Comparison:
             for side in sides:
                 words = [*side.words, *words_of_run(side.flags, options.same)]
                 id = identify(side, side.versions, self.plain, options.same)
-                # How many cores a run has decides how its sums are rounded.
+                # The number of cores decides how sums are rounded.
                 path = folder / f"{id}.{len(self.shares[0])}"
                 self.sides.append(install(side._replace(words=words), path))
         self.times = [[], []]  # of the finished runs of each side, in seconds
         self.processes = set()
-        self.is_stopped = False
 
     def pairs(self, seeds):
         """Yields each seed with the Outcomes of both sides.
 
-        As many runs train at a time as there are shares of the cores. Closing the generator ends
-        those that still train.
+        Each share of the cores trains a run at a time. Closing the generator stops the runs that
+        still train.
         """
         shares = [*self.shares]
 
-        def take_share():  # by the thread, which gives it to the processes that it starts
+        def take_share():  # of a thread, for the processes that it starts
             share = shares.pop()
             if share:
                 os.sched_setaffinity(0, share)
@@ -123,8 +121,8 @@ class Comparison:
         index: 0 for the side before, 1 for that after.
         """
         side = self.sides[index]
-        # Another comparison may train the same run. The run inherits this lock: if only this
-        # program was killed, the run still has it.
+        # Another comparison may train the same run. The run inherits this lock, and keeps it if
+        # only this program is killed.
         path = side.folder / f"output-{seed}.txt"
         with open(path, "a+", errors="replace", opener=no_follow) as output:
             while not self.is_stopped:
@@ -135,7 +133,7 @@ class Comparison:
             return twice(side.name, self.outcome, index, seed, output)
 
     def outcome(self, index, seed, output):
-        """The Outcome of a run; output: the file for what it prints."""
+        """Trains a run, unless it has ended, and judges it; output: the file for what it prints."""
         if self.is_stopped:
             raise RunError("stopped")
         side = self.sides[index]
@@ -143,23 +141,23 @@ class Comparison:
         path = side.folder / f"seconds-{seed}.json"
         seconds = math.nan if record else 0.0
         with contextlib.suppress(OSError, ValueError):
-            seconds = json.loads(path.read_text())  # also of earlier parts
+            seconds = json.loads(path.read_text())  # of the run until it was stopped
         if not record or record["iteration"] < self.steps(index):
             output.truncate(0)
             status, more = self.train(index, seed, output)
             seconds += more
             path.write_text(json.dumps(seconds))
-            output.seek(0)
-            error = failure(side.name, status, output.read()) if status else None
-            if error and "is not finite" in str(error):
-                return Outcome(fault=DIVERGED)
-            if error:
+            if status:
+                output.seek(0)
+                error = failure(side.name, status, output.read())
+                if "is not finite" in str(error):
+                    return Outcome(fault=DIVERGED)
                 raise error
             record = newest_record(side.folder, seed)
         if not record:
             raise SideError(f"{side.name} cannot run: it has saved nothing", side.name)
         if record["tokens_sha256"] != side.texts:
-            fault = "has changed since this comparison began, or holds what --test_text names"
+            fault = "has changed meanwhile: repeat, or name a --test_text that is no part of it"
             raise UsageError(f"the text of {side.name} {fault}")
         if self.options.same:  # only the weights count
             return Outcome(record["id"])
@@ -172,31 +170,31 @@ class Comparison:
         return Outcome(record["id"], *scores, fault, record["tokens_seen"], seconds)
 
     def describe(self):
-        """What a result says of what was compared, {name: value}."""
+        """What was compared, {name: value}, for a result in the ledger."""
         before, after = self.sides
         options = self.options
         limits = [self.first_seed, options.pairs, options.tokens, options.margin, options.gate]
         return {
-            # Without the number of cores: the same edit on other shares is no other comparison.
+            # Without the number of cores: with others, it is the same comparison.
             "comparison": f"{before.folder.stem} {after.folder.stem}",
             "baseline": self.baseline,
             "asked": limits,
             "date": time.strftime("%Y-%m-%d %H:%M"),
             "before": before.name,
             "after": after.name,
-            "commits": self.commits,
+            "commits": [short_id(options.before), short_id(options.after)],
             "flags": shlex.join(self.common),
             "unit": self.unit,
             "parameters": [before.parameters, after.parameters],
             "steps": [self.steps(0), self.steps(1)],
             "tokens": options.tokens,
             "versions": [before.versions, after.versions],
-            "patch": self.patch,
+            "patch": patch(before, after),
             "tuned": self.tuned,
         }
 
     def results(self):
-        """All results in the ledger."""
+        """All results in the ledger, see read_results."""
         return ledger.read_results(self.ledger)
 
     def steps(self, index):
@@ -204,11 +202,11 @@ class Comparison:
         return int(self.sides[index].words[-1].partition("=")[2])
 
     def train(self, index, seed, output):
-        """Trains a run or goes on with it; returns its exit status and time in seconds.
+        """Starts or resumes a run and waits for it; returns its exit status and time in seconds.
 
-        That is processor time of the whole process, which other programs do not prolong; on a GPU,
-        it is by the clock. Raises SideError if it takes far longer than runs of the other side,
-        RunError if the disk is full.
+        That is the process's processor time, which other programs do not prolong; on a GPU, time by
+        the clock. Raises SideError if it takes far longer than runs of the other side, RunError if
+        the disk is full.
         """
         side = self.sides[index]
         words = [*side.words, f"--seed={seed}", f"--save_dir={side.folder}"]
@@ -216,7 +214,7 @@ class Comparison:
         process = subprocess.Popen(
             [sys.executable, side.folder / "main.py", *words],
             env=self.environment,
-            cwd=side.folder,  # where its code finds what it reads
+            cwd=side.folder,  # with the files that its code reads
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -224,14 +222,14 @@ class Comparison:
         self.processes.add(process)
         error = None
         while True:
-            pid, status, usage = os.wait4(process.pid, 0 if error else os.WNOHANG)
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 break
             elapsed = time.monotonic() - began
             if elapsed > GRACE + ENDLESS * max(self.times[1 - index], default=math.inf):
                 error = SideError(f"{side.name} cannot run: it does not end", side.name)
             if shutil.disk_usage(side.folder).free < SAVED * side.parameters:
-                error = RunError(f"no space is left for {side.folder}: make some and type it again")
+                error = RunError(f"no space is left for {side.folder}: make some, and repeat")
             if error:
                 process.kill()
             time.sleep(0.05)
@@ -239,13 +237,14 @@ class Comparison:
         process.returncode = os.waitstatus_to_exitcode(status)
         if error:
             raise error
-        seconds = usage.ru_utime + usage.ru_stime
-        return process.returncode, time.monotonic() - began if self.on_gpu else seconds
+        if self.on_gpu:
+            return process.returncode, time.monotonic() - began
+        return process.returncode, usage.ru_utime + usage.ru_stime
 
     def judge(self, index, record):
         """The scores of a checkpoint on both texts, and what is wrong with them, see Outcome.
 
-        They are kept in a file beside it.
+        Keeps them in a file in the side's folder.
         """
         side = self.sides[index]
         tokens = [text and text.tokens[index] for text in self.texts]
@@ -269,17 +268,17 @@ class Comparison:
 
 
 def own_score(record, tokens):
-    """The number of tokens that a run has scored at its end, and their loss."""
+    """How many tokens a run has scored at its end, and their loss."""
     *_, last = record["scores"] or [[0, math.inf]]
     _, loss, *count = last
-    # Older commits did not record it.
+    # Older commits did not record the count.
     return count[0] if count else min(OWN_TOKENS, len(tokens) - 1), loss
 
 
 def words_of_run(flags, same):
     """What a comparison adds to the flags of a side; the last word is the number of steps.
 
-    A run keeps one checkpoint, and is scored by the judge. With --same, it is short.
+    A run keeps one checkpoint, and samples nothing. With --same, it is short.
     """
     steps = SAME_STEPS if same else flags["num_iters"]
     words = [
@@ -289,19 +288,19 @@ def words_of_run(flags, same):
         f"--eval_tokens={1 if same else OWN_TOKENS}",
         "--sample_tokens=0",
     ]
-    if same:  # the schedule is to show, not only its warm-up
+    if same:  # leave steps for the schedule after its warm-up
         words.append(f"--lr_warmup={min(5, flags['lr_warmup'])}")
     return [*words, f"--num_iters={steps}"]
 
 
 def tuned(options, common):
-    """The Comparison of both sides, each with that value of --tune which suits it best.
+    """The Comparison of both sides, each with its best value of --tune.
 
-    All values are tried with the first seeds, the Comparison begins behind them.
+    The first seeds choose the values; the Comparison begins after them.
     """
     flag, _, listed = options.tune.partition("=")
     values = listed.split(",")
-    losses = []  # of each value, [2]
+    losses = []  # [2] for each value
     for value in values:
         comparison = Comparison(options, [*common, f"--{flag}={value}"])
         seeds = range(comparison.first_seed, comparison.first_seed + TUNED)
@@ -311,7 +310,7 @@ def tuned(options, common):
         means = np.where(has_fault, math.inf, column(pairs, "score").mean(axis=1))
         losses.append(means)
         print(f"--{flag} {value}: before {means[0]:.4f}, after {means[1]:.4f}", flush=True)
-    chosen = [values[place] for place in np.argmin(losses, axis=0)]
+    chosen = [values[i] for i in np.argmin(losses, axis=0)]
     options.seeds = comparison.first_seed + TUNED
     comparison = Comparison(options, common, [[f"--{flag}={value}"] for value in chosen])
     at_edge = bool({*chosen} & {values[0], values[-1]})
@@ -320,11 +319,11 @@ def tuned(options, common):
 
 
 def share_cores(jobs):
-    """The cores of each of so many runs, or of fewer runs if there are fewer cores.
+    """The cores of each of `jobs` runs, or of fewer runs if there are fewer cores.
 
-    The sets have the same size: how many cores a run has decides how its sums are rounded.
+    All have as many cores, as their number decides how sums are rounded.
     """
-    if not hasattr(os, "sched_getaffinity"):  # on macOS, each run has all cores
+    if not hasattr(os, "sched_getaffinity"):  # on macOS: each run has all cores
         return [set()] * jobs
     cores = sorted(os.sched_getaffinity(0))
     jobs = min(jobs, count_cores())
@@ -333,16 +332,16 @@ def share_cores(jobs):
 
 
 def check_flags(before, after, same):
-    """Raises UsageError where two Sides cannot be compared."""
-    for name, reason in REFUSED.items():
-        if name in [*before.given, *after.given]:
+    """Raises UsageError if two Sides cannot be compared."""
+    for reason, names in REFUSED.items():
+        for name in {*names.split()} & {*before.given, *after.given}:
             raise UsageError(f"--{name} cannot be compared: {reason}")
     if same and before.flags["num_iters"] != after.flags["num_iters"]:
         raise UsageError(f"--same takes {SAME_STEPS} steps of both sides: give one --num_iters")
     for side in (before, after):
         for path in map(Path, side.flags.get("test_text") or []):
             if {path, *path.parents} & {*map(Path, side.flags["text"] or [])}:
-                raise UsageError(f"--test_text {path} is also in --text, which the runs learn from")
+                raise UsageError(f"--test_text {path} is also in --text: name text outside of it")
         for name, path in side.files.items():
             learned = name.endswith(".metadata") and read_record(path)["tokens_sha256"]["train"]
             if learned == side.texts["valid"]:
@@ -351,19 +350,19 @@ def check_flags(before, after, same):
 
 
 def read_record(path):
-    """The record of a checkpoint, in its .metadata. Raises OSError."""
+    """The record of a checkpoint, from its .metadata. Raises OSError."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return json.loads(header["__metadata__"]["record"])
 
 
 def newest_record(folder, seed):
-    """The record of the checkpoint of a seed that was saved last, with its `path`, or None."""
+    """The record, and its `path`, of the newest checkpoint of a seed; None if there is none."""
     records = []
     for path in folder.glob("*/[!.]*.metadata"):
-        if path.parent.name in ("init_from", "teacher"):  # what the runs begin with
+        if path.parent.name in ("init_from", "teacher"):  # models that the runs read
             continue
-        # Runs of other seeds delete checkpoints of theirs.
+        # Meanwhile, runs of other seeds delete older checkpoints.
         with contextlib.suppress(FileNotFoundError):
             record = read_record(path)
             if record["flags"]["seed"] == seed and path.with_suffix(".safetensors").exists():

@@ -1,4 +1,4 @@
-"""The sequential test: after how many pairs a comparison ends, and what their numbers say."""
+"""The sequential test: after how many pairs a comparison ends, and with which outcome."""
 
 import functools
 import math
@@ -6,79 +6,82 @@ from typing import NamedTuple
 
 import numpy as np
 
-# A race looks at these numbers of pairs. A difference counts if |t| is beyond the value: by this
-# rule, 5 % of all useless edits are called helpful or harmful, at whatever look, if the differences
-# are normal.
+# {pairs after which a race looks: the |t| beyond which a difference counts}. At whichever look, 5 %
+# of edits without effect are called helpful or harmful, if differences are normal.
 RACE = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
-FUTILITY_BOUND = 0.7  # from six pairs on, a race ends where |t| is below it
-SCREENED = 6  # pairs of --gate on used seeds
-PROMISING = -1.8  # the t that they have to reach; see tests/nightly/simulate_verdicts.py
+FUTILITY_BOUND = 0.7  # from six pairs on, a race ends if |t| is below it
+SCREENED = 6  # pairs of --gate on seeds that were used before
+PROMISING = -1.8  # their t has to be below it; see tests/nightly/simulate_verdicts.py
 
 
 class Outcome(NamedTuple):
-    """What there is to compare of a run."""
+    """What is compared of a run."""
 
-    id: str | None = None  # of its last checkpoint; None if it has none
-    score: float = math.nan  # of the validation text
-    test_score: float = math.nan  # of the test text, if there is one
-    fault: str | None = None  # DIVERGED, or what is wrong with its score, see Judge
-    read: int | None = None  # tokens
-    seconds: float = math.nan  # of the processor, for the whole process; nan if it was resumed
+    id: str | None = None  # of its last checkpoint, if there is one
+    score: float = math.nan  # the loss on validation text
+    test_score: float = math.nan  # the loss on test text, if there is one
+    fault: str | None = None  # DIVERGED, or what is wrong with the score, see Judge
+    read: int | None = None  # tokens, in training
+    seconds: float = math.nan  # see Comparison.train; nan if those of a part are unknown
 
 
 @functools.cache
 def t_quantile(pairs):
     """The two-sided 95 % quantile of Student's t for this many pairs."""
-    # By t = sqrt(pairs - 1) * tan(angle), its density becomes a power of the cosine.
+    # Substituting t = sqrt(pairs - 1) * tan(angle) makes the density a power of the cosine.
     angles = np.linspace(0, np.pi / 2, 10**6)
     below = np.cumsum(np.cos(angles) ** (pairs - 2))
     return math.sqrt(pairs - 1) * math.tan(np.interp(0.95 * below[-1], below, angles))
 
 
 def interval(values, quantile=None):
-    """The mean of values [pairs], the ends of its 95 % interval, and its t."""
+    """The mean of values [pairs], the ends of its interval, and its t statistic.
+
+    quantile: of t, for the interval's width; by default that of 95 %.
+    """
     mean = values.mean()
     error = values.std(ddof=1) / math.sqrt(len(values))
     half = (quantile or t_quantile(len(values))) * error
-    t = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
+    t = mean / (error or 1e-300)  # huge if all values are the same
     return mean, mean - half, mean + half, t
 
 
 def column(pairs, name):
-    """A field of the Outcomes of pairs, [2, pairs]."""
+    """A field of all Outcomes, [2, pairs]."""
     return np.array([[getattr(outcome, name) for outcome in pair] for pair in pairs]).T
 
 
 def changes(pairs, name="score"):
-    """After minus before of a field of the Outcomes of pairs, [pairs]."""
+    """How a field changes in each pair, after minus before, [pairs]."""
     before, after = column(pairs, name)
     return after - before
 
 
 def without_change(pairs):
-    """The outcome where no loss has changed: "same", or "alike" if weights have, as unused ones."""
+    """The outcome if no loss has changed: "same", or "alike" if weights have (unused ones)."""
     return "same" if all(before.id == after.id for before, after in pairs) else "alike"
 
 
 def race(looks, margin, pairs):
-    """The outcome of a race after these pairs, one of verdict.py's; None: more are needed.
+    """The outcome of a race after these pairs, a key of VERDICTS; None: more are needed.
 
-    looks: {number of pairs: the t beyond which a difference counts}; margin: see --margin.
+    looks: like RACE; margin: see --margin.
     """
     if len(pairs) not in looks:
         return None
     quantile = looks[len(pairs)]
     is_last = len(pairs) == max(looks)
-    _, low, high, t = interval(changes(pairs), quantile)
-    if not changes(pairs).any():
+    differences = changes(pairs)
+    _, low, high, t = interval(differences, quantile)
+    if not differences.any():
         return without_change(pairs)
     if t > quantile:
         return "hurt"
     if t < -quantile:
         test = changes(pairs, "test_score")
         is_better_there = interval(test, quantile)[3] < -quantile
-        # That much less on test text, and by no accident.
-        is_less_there = interval(changes(pairs) - test)[3] < -quantile
+        # Clearly less than on validation text.
+        is_less_there = interval(differences - test)[3] < -quantile
         if is_less_there:
             return "partly" if is_better_there else "valid only"
         return "helped"
@@ -93,9 +96,9 @@ def race(looks, margin, pairs):
 
 
 def screen(worst, pairs):
-    """The outcome of pairs on seeds that were used before: "promising" or "not better".
+    """The outcome of pairs on used seeds, a key of VERDICTS; None: more are needed.
 
-    worst: the difference that is to be beaten, 0 or a margin. None: more pairs are needed.
+    worst: the difference to stay below, 0 or a margin.
     """
     if len(pairs) not in (2, SCREENED):
         return None
@@ -108,10 +111,7 @@ def screen(worst, pairs):
 
 
 def measure(pairs, quantile=None):
-    """The numbers of pairs of Outcomes, {name: value}.
-
-    quantile: the t beyond which a difference counts, by default that of 95 %.
-    """
+    """What a result says of pairs of Outcomes, {name: number}; quantile: see `interval`."""
     before, after = scores = column(pairs, "score")
     differences = after - before
     mean, low, high, _ = interval(differences, quantile)
@@ -125,7 +125,7 @@ def measure(pairs, quantile=None):
         "outlier": find_outlier(differences),
     }
     test_difference = changes(pairs, "test_score").mean()
-    if math.isfinite(test_difference):  # there is such a text
+    if math.isfinite(test_difference):  # there is a test text
         numbers["test_difference"] = test_difference
     if scores.std(axis=1).all():
         numbers["correlation"] = np.corrcoef(scores)[0, 1]
@@ -138,8 +138,8 @@ def measure(pairs, quantile=None):
 
 
 def find_outlier(differences):
-    """The place of a pair without which the others scatter less than half as far, or None."""
-    place = np.abs(differences - np.median(differences)).argmax()
-    others = np.delete(differences, place)
+    """The index of a pair without which the others scatter less than half as far, or None."""
+    index = np.abs(differences - np.median(differences)).argmax()
+    others = np.delete(differences, index)
     if len(others) >= 5 and others.std(ddof=1) < differences.std(ddof=1) / 2:
-        return int(place)
+        return int(index)

@@ -1,4 +1,4 @@
-"""The two sides of a comparison: a copy of their files, and what their code says of itself."""
+"""The two sides of a comparison: copies of their files, and what their code says of itself."""
 
 import contextlib
 import difflib
@@ -18,12 +18,12 @@ from datasets import RunError, UsageError, explained, hash_of_code, hash_of_file
 from datasets import one_line, words_of_code
 
 WORKER = Path(__file__).with_name("worker.py")
-HERE = Path(os.path.abspath(__file__)).parents[2]  # extras/ may be a link
+HERE = Path(os.path.abspath(__file__)).parents[2]  # not resolved: extras/ may be a link
 
 PAGES = (".md", ".rst", ".ipynb", ".svg", ".png", ".jpg", ".pdf")
-LARGE = 1 << 20  # bytes of a file that is linked instead of copied
-MOST = 20 << 20  # bytes of all that are copied
-LONGEST = 3600  # seconds until a side has encoded its texts and taken a step, or was judged
+LARGE = 1 << 20  # bytes; a larger file is linked instead of copied
+MOST = 20 << 20  # bytes that are copied in all; further files are linked
+LONGEST = 3600  # seconds that a side has for its texts and a first step, or for being judged
 
 
 class Side(NamedTuple):
@@ -31,16 +31,16 @@ class Side(NamedTuple):
 
     name: str  # what was typed
     folder: Path  # a copy of its files
-    words: list  # its flags, as they were when it was asked
-    flags: dict  # the values of all flags, as its main.py understands them
-    given: list  # the names of those that were given
-    shape: dict  # the values of those that may change a run
-    edited: list  # functions of its main.py that its fast.py does not know
+    words: list  # its flags as a command line, with models by their ids
+    flags: dict  # the values of all flags, as its main.py resolves them
+    given: list  # the names of those that were set by command line or recipe
+    shape: dict  # the values of those that decide how a run ends
+    edited: list  # functions of its main.py that differ from their fast version
     notices: list  # lines for the user
-    files: dict  # of the checkpoints that its flags name, {name in its folder: path}
+    files: dict  # of checkpoints that its flags name, {path in its folder: original path}
     sources: list  # the files that decide how its runs end, relative to its folder
-    origins: dict  # the ids of the models that its runs begin with
-    versions: dict  # of all that its last bits depend on
+    origins: dict  # the ids of the models that its runs start from
+    versions: dict  # what its last bits depend on: libraries, device and the like
     parameters: int  # of its model
     vocab_size: int
     context_size: int
@@ -49,7 +49,7 @@ class Side(NamedTuple):
 
 
 class SideError(RunError):
-    """A side cannot run, by its own fault: not by that of the machine."""
+    """A side cannot run, through its own fault, not the machine's."""
 
     def __init__(self, text, name):
         super().__init__(text)
@@ -57,13 +57,13 @@ class SideError(RunError):
 
 
 class Died(RunError):
-    """A process of a side was ended by a signal, or for want of memory."""
+    """A signal or a lack of memory has ended a process of a side."""
 
 
 def twice(name, function, *arguments):
-    """What a function returns, called once more if it raises Died: the machine may be at fault.
+    """What a function returns; if it raises Died, perhaps by the machine's fault, it runs again.
 
-    Raises SideError after the second time; name: the side's.
+    Raises SideError if it dies again; name: the side's.
     """
     with contextlib.suppress(Died):
         return function(*arguments)
@@ -74,9 +74,9 @@ def twice(name, function, *arguments):
 
 
 def failure(name, status, output):
-    """The exception for a process of a side that has failed; name: the side's.
+    """The exception for a failed process of a side; name: the side's.
 
-    It says its last line, and where a traceback points.
+    Its message has the last line of `output` and the place to which a traceback there points.
     """
     line = one_line(output.strip().rpartition("\n")[2]) or f"exit status {status}"
     if status < 0:
@@ -92,39 +92,36 @@ def failure(name, status, output):
 
 
 def is_flags(side):
-    """Whether a side is flags for the files of now, or none, and not a commit."""
+    """Whether a side is the current files, with or without flags, and not a commit."""
     return not side or side.startswith("-")
 
 
 def make_side(typed, common, folder, is_second):
-    """The Side of a commit, or of flags for the files of now; folder: a new one, for its files.
+    """The Side of a commit, or of flags for the current files; folder: is made for its files.
 
-    is_second: whether the other side has taken the flags in `common`.
+    is_second: whether the other side has accepted the flags in `common`.
     """
     name = typed or "your files"
     words = common
     folder.mkdir()
     if is_flags(typed):
         with explained(f"{name} cannot be read as flags", ValueError):
-            words = [*common, *shlex.split(typed)] if typed else common
-        names = tracked = git_files("--cached")
+            words = [*common, *shlex.split(typed)]
+        names = tracked = list_files("--cached")
         if "main.py" not in tracked:  # no repository, or another one
             names, tracked = files_without_git(), []
     else:
         names = tracked = copy_commit(typed, folder)
-    linked = copy_files([*names, *git_files("--others", "--exclude-standard")], folder)
+    linked = copy_files([*names, *list_files("--others", "--exclude-standard")], folder)
     try:
         answer = twice(name, describe, name, folder, words)
     except UsageError as error:
-        if is_second and words is common:
+        if is_second and words == common:
             raise SideError(str(error), name) from None
         raise
     for path in map(Path, answer["flags"].get("test_text") or []):
-        if HERE in path.parents:  # the runs are not to have it
+        if HERE in path.parents:  # the runs must not see it
             (folder / path.relative_to(HERE)).unlink(missing_ok=True)
-    unseeded = answer.pop("unseeded")
-    if unseeded:
-        raise SideError(f"{name}: all seeds give the same {unseeded}", name)
     sources = []
     for path in sorted({*tracked, *answer.pop("read")}):
         is_page = path.startswith(("tests/", ".git")) or path.endswith(PAGES)
@@ -137,11 +134,12 @@ def make_side(typed, common, folder, is_second):
 
 
 def describe(name, folder, words):
-    """What the code of a side says of itself, see worker.py."""
+    """Asks the code of a side for the fields of a Side and more, see worker.py."""
     command = [sys.executable, "-B", WORKER, folder, "describe", *words]
-    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": LONGEST}
     try:
-        asked = subprocess.run(command, **options)
+        asked = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=LONGEST
+        )
     except subprocess.TimeoutExpired:
         raise SideError(f"{name} cannot run: its first step does not end", name) from None
     if asked.returncode or not asked.stdout:
@@ -149,37 +147,38 @@ def describe(name, folder, words):
     return json.loads(asked.stdout)
 
 
-def git_files(*kinds):
-    """The paths of files in the program's folder that git lists, if there are git and a repository.
-
-    kinds: options of `git ls-files`.
-    """
-    command = ["git", "-C", HERE, "ls-files", "-z", *kinds]
+def git(*words):
+    """What a git command prints in the program's folder: bytes, none without git or repository."""
     with contextlib.suppress(FileNotFoundError):
-        listed = subprocess.run(command, capture_output=True).stdout
-        return os.fsdecode(listed).split("\0")[:-1]
-    return []
+        return subprocess.run(["git", "-C", HERE, *words], capture_output=True).stdout
+    return b""
+
+
+def list_files(*kinds):
+    """The paths of files that git lists; kinds: options of `git ls-files`."""
+    return os.fsdecode(git("ls-files", "-z", *kinds)).split("\0")[:-1]
 
 
 def files_without_git():
-    """The paths of files beside main.py and in packages there."""
-    packages = [HERE / "extras", *(each.parent for each in HERE.glob("*/__init__.py"))]
-    paths = [*HERE.iterdir(), *(path for package in packages for path in package.rglob("*"))]
+    """The paths of the files beside main.py, and of all files in packages there."""
+    paths = [*HERE.iterdir()]
+    for each in HERE.glob("*/__init__.py"):
+        paths += each.parent.rglob("*")
     names = [str(path.relative_to(HERE)) for path in paths if path.is_file()]
     return [name for name in names if "__pycache__" not in name]
 
 
 def copy_files(names, folder):
-    """Copies the program's files as they are now: their owner goes on editing them.
+    """Copies the program's current files, since the user may go on editing them.
 
-    A file that is there already stays. Large ones are linked: their names are returned.
+    A file that exists in `folder` stays. Links large files; returns their names.
     """
     linked = []
     total = 0  # bytes
     for name in names:
         path = HERE / name
         target = folder / name
-        if os.path.lexists(target) or not path.exists():  # or it was deleted
+        if os.path.lexists(target) or not path.exists():  # git also lists deleted files
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         size = path.stat().st_size
@@ -195,14 +194,14 @@ def copy_files(names, folder):
 
 
 def copy_commit(commit, folder):
-    """Copies the program as it is in a commit; returns the paths."""
+    """Copies the program as it is in a commit; returns the files' paths."""
     with explained("to compare commits, install git and tar", FileNotFoundError):
         asked = subprocess.run(["git", "-C", HERE, "archive", commit], capture_output=True)
         subprocess.run(["tar", "-x", "-C", folder], input=asked.stdout, capture_output=True)
     paths = [*folder.rglob("*")]
     for path in paths:
         if path.is_symlink() and folder not in path.resolve().parents:
-            path.unlink()  # what is in no commit is copied as it is now
+            path.unlink()  # its target is in no commit: the current one is copied
     if folder / "main.py" not in paths:
         reason = one_line(asked.stderr.decode(errors="replace")) or "it has no main.py"
         raise UsageError(f"{commit} is no commit with this program ({reason})")
@@ -210,56 +209,49 @@ def copy_commit(commit, folder):
 
 
 def short_id(typed):
-    """The beginning of a commit's id: of the last one, for flags; "" without a repository."""
+    """The short id of a commit, or of HEAD for flags; "" without a repository."""
     commit = "HEAD" if is_flags(typed) else typed
-    command = ["git", "-C", HERE, "rev-parse", "--short", commit]
-    with contextlib.suppress(FileNotFoundError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return ""
+    return git("rev-parse", "--short", commit).decode().strip()
 
 
 def identify(side, *others):
-    """What decides how the runs of a side end, as one hash; others: plain data."""
+    """A hash of all that decides how the runs of a side end; others: more of it, as plain data."""
     hashes = {name: hash_of(side.folder / name) for name in side.sources}
     data = [side.shape, side.origins, side.texts, hashes, *others]
     return hashlib.sha1(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def install(side, folder):
-    """The Side with its files in a folder of its own."""
+    """Copies the files of a Side into a folder, unless it exists; returns the Side with it."""
     fault = f"cannot write to {folder}: name another --save_dir"
     with explained(fault, OSError), locked(folder.parent):
         if not folder.exists():
-            # Half a copy never has its name.
+            # Renamed when complete, so that `folder` never holds half a copy.
             partial = folder.with_name(f"{folder.name}.{os.getpid()}")
             shutil.copytree(side.folder, partial, symlinks=True)
-            for name, path in side.files.items():  # its runs find them by their ids
-                link_or_copy(path, partial / name)
+            for name, path in side.files.items():
+                target = partial / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(path, target)
+                except OSError:  # another file system
+                    shutil.copy(path, target)
             partial.rename(folder)
     return side._replace(folder=folder)
 
 
-def link_or_copy(path, target):
-    """Links a file, which may be large, or copies it from another file system."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(path, target)
-    except OSError:
-        shutil.copy(path, target)
-
-
 def code_of(path):
-    """A file as text."""
+    """The text of a file, whatever its bytes."""
     return path.read_text("utf-8", errors="replace")
 
 
 def hash_of(path):
-    """What tells a file of a side from others; layout and comments of code do not."""
+    """The hash of a file of a side; layout and comments of Python code do not count."""
     return hash_of_code(code_of(path)) if path.suffix == ".py" else hash_of_file(path)
 
 
 def count_words(side):
-    """The length of a side's code; remarks and line breaks do not count."""
+    """The length of a side's Python code, see words_of_code."""
     paths = [side.folder / name for name in side.sources if name.endswith(".py")]
     return sum(len(words_of_code(code_of(path))) for path in paths)
 

@@ -1,15 +1,15 @@
-"""The words of a verdict, and of the numbers behind it."""
+"""A comparison in words: its numbers, and its verdict."""
 
 from extras.versus.sequential import RACE
 
-DETECTABLE = 1.5  # times half an interval, whose spread is estimated: what four in five would show
-SLOWER = 1.05  # a ratio of times that a verdict says
-NOISE = 0.03  # half an interval of ratios of times, at most, for what follows from it
+DETECTABLE = 1.5  # times half an interval: the difference that is found four times in five
+SLOWER = 1.05  # a verdict names a ratio of times that is above it
+NOISE = 0.03  # of the ratio of times: half its interval, at most, for advice on equal time
 
 VERDICTS = {
     "helped": "Helped",
     "hurt": "Hurt",
-    "partly": "Helped by no more than on test text: the rest may be a leak",
+    "partly": "Helped, but less on test text: the rest may be a leak",
     "valid only": "Better on validation text only",
     "equal": "Equal within {margin:g}",
     "not worse": "Not worse by more than {margin:g}",
@@ -18,14 +18,14 @@ VERDICTS = {
     "not better": "Not better, on seeds that were used before",
     "same": "No effect, proved: the same weights, for these flags and seeds",
     "alike": "No effect seen: other weights, and the same losses",
-    "diverged": "Diverged: runs of {at_fault}",  # "before" or "after"
+    "diverged": "Diverged: runs of {at_fault}",
     "cannot tell": "Cannot tell",
 }
-COUNTED = ("helped", "partly", "hurt", "valid only")  # those that chance may call, once in twenty
+COUNTED = ("helped", "partly", "hurt", "valid only")  # what chance alone yields once in twenty
 
 
 def describe_numbers(result):
-    """Yields what was measured, a line each; nothing where there are no numbers."""
+    """Yields lines on what was measured, none if nothing was."""
     if "difference" not in result:
         return
     pairs = len(result["seeds"])
@@ -45,9 +45,9 @@ def describe_numbers(result):
     if "test_difference" in result:
         yield f"On test text, the mean difference is {result['test_difference']:+.4f}."
     else:
-        yield "Not checked on text that the sides have not had: name some with --test_text."
+        yield "Not checked on test text, which the sides do not see: name some with --test_text."
     if "time" not in result:
-        yield "No times: fewer than two pairs were trained without a stop."
+        yield "No times: fewer than two pairs were trained without interruption."
         return
     time, low, high = result["time"], result["time_low"], result["time_high"]
     times = f'"After" took {time:.3f} times as long ({low:.3f} to {high:.3f})'
@@ -64,7 +64,7 @@ def describe_numbers(result):
 
 
 def describe_verdict(result, margin):
-    """The verdict of a result in words."""
+    """The verdict on a result, in words."""
     at_fault, outcome = result["at_fault"], result["outcome"]
     verdict = VERDICTS[outcome].format(margin=margin, at_fault=at_fault)
     if outcome == "same" and not result["seeds"]:
@@ -82,7 +82,7 @@ def describe_verdict(result, margin):
 
 
 def conditions(result):
-    """Yields under which conditions a verdict holds, apart from what is compared."""
+    """Yields the conditions under which a verdict holds, besides the edit itself."""
     if "difference" not in result:
         return
     if result["outcome"] == "helped" and "test_difference" not in result:
@@ -101,14 +101,13 @@ def conditions(result):
 
 
 def unlike(before, after, pairs):
-    """What the two Sides were given that is not alike, apart from what is compared: names."""
+    """What differs between the data of two Sides, besides their edit: names for `conditions`."""
     names = []
     if before.tokenizer != after.tokenizer:
         return names
     if before.texts["train"] != after.texts["train"]:
         names.append("training text")
-    for pair in pairs[:1]:
-        read = [each.read for each in pair if each.read]
-        if before.flags["num_iters"] == after.flags["num_iters"] and len({*read}) > 1:
-            names.append("number of tokens read")
+    read = {each.read for pair in pairs for each in pair if each.read}
+    if before.flags["num_iters"] == after.flags["num_iters"] and len(read) > 1:
+        names.append("number of tokens read")
     return names

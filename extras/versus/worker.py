@@ -1,10 +1,10 @@
-"""What extras.versus asks of one side, in a process of that side's own code. Not a command.
+"""Runs a side's code, and answers what extras.versus asks about it. Not a command.
 
     python worker.py FOLDER describe FLAGS       what these flags mean, and what a run of them needs
     python worker.py FOLDER serve METADATA GPU   logits of a checkpoint, for the tokens on stdin
 
-FOLDER has the side's files, perhaps those of an older commit: of main.py, only names_for_judge is
-used here. What the side itself prints goes to stderr, and is no answer.
+FOLDER has the side's files, perhaps of an older commit: only what names_for_judge lists of main.py
+is used here. Answers go to stdout; what the side's own code prints goes to stderr.
 """
 
 import json
@@ -14,15 +14,15 @@ from argparse import Namespace
 from pathlib import Path
 
 FOLDER = Path(sys.argv[1])
-sys.path[0] = str(FOLDER)  # in the place of this file's folder
+sys.path[0] = str(FOLDER)  # instead of this file's folder
 ANSWERS = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)
 
-READ = set()  # the paths of files that were opened to be read
+READ = set()  # the paths of files that were opened for reading
 
 
 def note(event, arguments):
-    """An audit hook of Python."""
+    """A hook for sys.addaudithook: fills READ."""
     if event == "open" and isinstance(arguments[0], str) and "w" not in str(arguments[1]):
         READ.add(arguments[0])
 
@@ -35,9 +35,8 @@ import numpy as np
 from datasets import RunError, UsageError
 from mlx.utils import tree_flatten
 
-
-# {a name in names_for_judge: what it was called in commits before}
-BEFORE = {
+# {a name in main.py today: its name in older commits}
+OLD_NAMES = {
     "resolve_flags": "settle",
     "load_inputs": "begin",
     "RECORDED_FLAGS": "SAVED",
@@ -48,45 +47,47 @@ BEFORE = {
 }
 
 
-def by_now(names):
-    """{name: value} of this or an older commit, by the names of now."""
-    return Namespace(**names, **{new: names[old] for new, old in BEFORE.items() if old in names})
+def todays_names(names):
+    """{name: value} of this or an older commit, as attributes with today's names."""
+    renamed = {new: names[old] for new, old in OLD_NAMES.items() if old in names}
+    return Namespace(**names, **renamed)
 
 
-# Commits before names_for_judge had these names as they are.
-SIDE = by_now(getattr(main, "names_for_judge", lambda: vars(main))())
+# Commits before names_for_judge have the names in main.py itself.
+SIDE = todays_names(getattr(main, "names_for_judge", lambda: vars(main))())
 
 
-def describe(words):
-    """Prepares the text, and answers with a side's fields, see Side in sides.py."""
+def describe(*words):
+    """Prepares the text, takes a step, and answers with the fields of Side in sides.py and more."""
     flags = SIDE.resolve_flags(SIDE.read_command_line([*map(of_folder, words)]))
     SIDE.use_device(flags.gpu)
     models, flags, dataset = SIDE.load_inputs(flags)
     run = SIDE.make_run(flags.save_dir, flags, None, models, dataset, SIDE.SingleProcess())
-    unseeded = None if models else without_seed(run, flags, dataset)
+    if not models:
+        check_seed(run, flags, dataset)
     notices = [line for line in SIDE.start_notices(run) if "edited " not in line]
-    # A step loads what is only imported there, and compiles what else a first run would have to.
+    # A step reads files that are used only there, and compiles what the first run would have to.
     SIDE.train_step(run, SIDE.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
     values = {}
-    explicit = [*by_now(vars(flags)).explicit]
+    explicit = [*todays_names(vars(flags)).explicit]
     for name in explicit:
-        # The test text is for the judge alone.
+        # Only the judge gets the test text.
         if name in {*SIDE.RECORDED_FLAGS, "mirror", "gpu"} - {"test_text", "eval_test"}:
             values[name] = getattr(flags, name)
-    if os.path.exists(values.get("mirror") or ""):  # its runs have another working directory
+    if os.path.exists(values.get("mirror") or ""):  # runs have another working directory
         values["mirror"] = os.path.abspath(values["mirror"])
     files = {}
     for name, source in models.items():
         if not SIDE.is_foreign(getattr(flags, name)):
-            values[name] = source.id  # its run finds it by that, wherever it is
-            paths = {f"{name}/{file}": str(path.resolve()) for file, path in source.files.items()}
-            files |= paths
-    elsewhere = [*SIDE.PATH_FLAGS, "test_text", "seed"]  # in other fields, or not of a side
-    shape = [name for name in SIDE.RECORDED_FLAGS if name not in elsewhere]
+            values[name] = source.id  # runs find the model by its id, wherever it is
+            for file, path in source.files.items():
+                files[f"{name}/{file}"] = str(path.resolve())
+    # Without what other fields hold, and what does not decide how a run ends.
+    shape = {*SIDE.RECORDED_FLAGS} - {*SIDE.PATH_FLAGS, "test_text", "seed"}
     for name in ("valid", "test"):
         split = getattr(dataset, name)
-        if split:  # the files that it maps may be written anew for the other side
-            split.tokens.astype(np.uint32).tofile(FOLDER / f"{name}.tokens")
+        if split:  # a copy, as preparing the other side may rewrite the files that it maps
+            split.tokens.astype(np.uint32).tofile(FOLDER.with_suffix(f".{name}"))
     data_dir = dataset.folder.absolute().parents[1]
     answer(
         {
@@ -98,8 +99,7 @@ def describe(words):
             "notices": notices,
             "files": files,
             "read": files_read(),
-            "unseeded": unseeded,
-            "origins": by_now(vars(run)).parents,
+            "origins": todays_names(vars(run)).parents,
             "versions": run.versions,
             "parameters": sum(array.size for _, array in tree_flatten(run.model.parameters())),
             "vocab_size": run.model.config.vocab_size,
@@ -111,46 +111,45 @@ def describe(words):
 
 
 def of_folder(word):
-    """A word of a command line, with the side's own file if it names one for --config."""
+    """A word of a command line; a YAML file that FOLDER has is named by its path there."""
     flag, equals, path = word.rpartition("=")
     is_own = path.endswith((".yaml", ".yml")) and (FOLDER / path).is_file()
     return f"{flag}{equals}{FOLDER / path}" if is_own else word
 
 
-def without_seed(run, flags, dataset):
-    """What is the same in a run with another seed, though it should not be; or None."""
+def check_seed(run, flags, dataset):
+    """Raises RunError unless another seed gives other weights and batches than this run's."""
     other = Namespace(**vars(flags) | {"seed": flags.seed + 1})
-    folder, single = flags.save_dir, SIDE.SingleProcess()
-    other = SIDE.make_run(folder, other, None, {}, dataset, single)
+    other = SIDE.make_run(flags.save_dir, other, None, {}, dataset, SIDE.SingleProcess())
     weights = [dict(tree_flatten(each.model.trainable_parameters())) for each in (run, other)]
     if all(mx.array_equal(weights[0][name], weights[1][name]) for name in weights[0]):
-        return "first weights"
+        raise RunError("all seeds give the same first weights: draw them from flags.seed")
     batches = [[*map(np.array, each.batches.next())] for each in (run, other)]
     if all(map(np.array_equal, *batches)):
-        return "order of batches"
+        raise RunError("all seeds give the same order of batches: draw it from flags.seed")
 
 
 def files_read():
-    """The paths from FOLDER of what the side has read there, or as if it worked there."""
-    paths = [FOLDER / path for path in sorted(READ)]  # absolute ones stay as they are
+    """The files in FOLDER that the side has read, by their paths there."""
+    paths = [FOLDER / path for path in sorted(READ)]  # relative ones, too: its runs work in FOLDER
     return [str(path.relative_to(FOLDER)) for path in paths if FOLDER in path.parents]
 
 
 def serve(metadata, gpu):
-    """Answers rows of tokens [B, L], a line of stdin each, with their logits' shape and bytes.
+    """Answers each line of stdin, rows of tokens [B, L], with their logits' shape and bytes.
 
-    Those are [B, L, V] float32.
+    Logits are [B, L, V] float32.
     """
     SIDE.use_device(gpu == "True")
     model = SIDE.read_checkpoint(Path(metadata)).open().load_model()
-    model.train(False)  # as an edited `evaluate` may leave it
+    model.train(False)  # for layers with two modes
     for line in sys.stdin:
         logits = np.array(model(mx.array(json.loads(line))).astype(mx.float32))
         answer(logits.shape, logits.tobytes())
 
 
 def answer(data, content=b""):
-    """Answers with plain data, a line of JSON, and with bytes."""
+    """Writes an answer: plain data as a line of JSON, then bytes."""
     ANSWERS.write(json.dumps(data, default=str).encode() + b"\n" + content)
     ANSWERS.flush()
 
@@ -158,7 +157,7 @@ def answer(data, content=b""):
 if __name__ == "__main__":
     _, _, question, *arguments = sys.argv
     try:
-        describe(arguments) if question == "describe" else serve(*arguments)
+        {"describe": describe, "serve": serve}[question](*arguments)
     except (RunError, UsageError) as error:
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -46,7 +46,7 @@ def project(committed, tmp_path):
 
 
 def line_of(*arguments):
-    """The arguments of a comparison; its flags of main.py are STEPS, and those behind --."""
+    """The arguments of a comparison; its flags of main.py are STEPS, and those after --."""
     if "--" not in arguments:
         arguments = [*arguments, "--"]
     return [*arguments, *STEPS, "--text", "text.txt"]
@@ -264,14 +264,15 @@ def test_a_side_is_all_its_files(project):
 
 
 @pytest.mark.parametrize("edits, what", [
-    ((anchors.ORDER, "default_rng([7, epoch])"), "order of batches"),
-    ((anchors.INIT, "init_weights(model, 7)"), "first weights"),
+    ((anchors.ORDER, "default_rng([7, epoch])"), "order of batches: draw it"),
+    ((anchors.INIT, "init_weights(model, 7)"), "first weights: draw them"),
 ])  # fmt: skip
 def test_seeds_that_are_none(edits, what, project):
     """Pairs that share a part would be counted as independent ones."""
     edit(project, *edits)
     _, err = compare(project, "HEAD", status=1)
-    assert err == f"extras.versus: your files: all seeds give the same {what}\n"
+    fault = f"all seeds give the same {what} from flags.seed"
+    assert err == f"extras.versus: your files cannot run: {fault}\n"
 
 
 def test_edit_without_effect_is_proved(project):
@@ -288,7 +289,7 @@ def test_edit_without_effect_is_proved(project):
     norm = anchors.RMS_NORM
     edit(project, f"    return {norm}", f"    normed = {norm}    return normed\n")
     out, _ = compare(project, "HEAD", "--pairs", 2)
-    assert "\nedited   rms_norm: each side runs that of its main.py" in out
+    assert "\nedited   rms_norm: both sides run main.py's version" in out
     assert out.endswith("No effect, proved: the same weights, for these flags and seeds.\n")
     assert len([*project.glob("runs/versus/*/text-*/*.safetensors")]) == 4, "both are computed"
 
@@ -297,7 +298,7 @@ def test_keep(project):
     """An edit that looks like a gain, as a mask is missing, and what cannot run, are dropped."""
     line = ["HEAD", "--gate", "--", "--learning_rate", 0.03]
     _, err = compare(project, *line, status=2)
-    assert "--gate asks for text that the runs do not have: name some by --test_text" in err
+    assert "--gate needs text that the runs do not see: name some with --test_text" in err
     shutil.copy(project / "text.txt", project.with_name("test.txt"))
     line += ["--test_text", "../test.txt"]
     edit(project, anchors.MASK, "mask=None)")
@@ -333,13 +334,13 @@ MISTAKES = [
     (["nonsense"], "nonsense is no commit with this program"),
     (["HEAD~1"], "HEAD~1 is no commit with this program"),  # it has no main.py
     (["--stop 'a"], "--stop 'a cannot be read as flags (No closing quotation)"),
-    (["--valid_fraction 0.2"], "the sides have other valid texts: put what chooses them"),
+    (["--valid_fraction 0.2"], "the sides' valid texts differ: put what chooses them"),
     (["HEAD", "--", "--patience", 3], "--patience cannot be compared: both sides take --num_iters"),
     (["HEAD", "--", "--eval_tokens", 9], "--eval_tokens cannot be compared: --tokens says how"),
     (["HEAD", "--keep", "--pairs", 4], "--gate chooses its own pairs"),
-    (["HEAD", "--config", "first"], "flags of main.py stand in quotes, or behind --"),
-    (["HEAD", "--", "--test_text", "text.txt"], "text.txt is also in --text, which the runs"),
-    (["HEAD", "--", "--seeds", 7], "--seeds is no flag of main.py: put it before --"),
+    (["HEAD", "--config", "first"], "flags of main.py stand in quotes, or after --"),
+    (["HEAD", "--", "--test_text", "text.txt"], "text.txt is also in --text: name text outside"),
+    (["HEAD", "--", "--seeds", 7], "--seeds is a flag of extras.versus: put it before"),
     (["--list", "nowhere"], "nothing was compared in nowhere"),
     (["--tokenizer word"], "the tokens of the sides do not decode to the same valid text"),
     (["--init_from nobody"], "--init_from nobody cannot run: --save_dir runs holds no runs"),
@@ -390,9 +391,8 @@ class Drawn(runs.Comparison):
         ]
         self.baseline = "a baseline"
         self.first_seed = self.options.seeds or 42
-        self.plain = self.commits = []
+        self.plain = []
         self.unit = "nats/token"
-        self.patch = ""
         self.texts = [(), ()]
         self.tuned = None
         self.ledger = folder / "comparisons.jsonl"
@@ -638,7 +638,7 @@ VERDICTS = [
     (with_times(1.0), [], "Helped.", 4),
     (with_times(1.96), [], "Helped, in 2 times the time.", 4),
     (with_times(1.0, read=50), [], "Helped, with another number of tokens read.", 4),
-    (better_on_both, [], "Helped by no more than on test text: the rest may be a leak.", 4),
+    (better_on_both, [], "Helped, but less on test text: the rest may be a leak.", 4),
     (noisy(-0.05), [], "Helped.", 4),
     (noisy(0.05), [], "Hurt.", 4),
     (noisy(-0.012), [], "Helped.", 8),

@@ -58,7 +58,7 @@ class Edit(NamedTuple):
     main: tuple = ()  # (old, new), ... of main.py
     files: dict = {}  # {path: new content, or its (old, new), ...} of other files
     options: tuple = ("HEAD --pairs 3",)  # of commands, one after the other: the last one counts
-    flags: str = TEXTS  # behind --
+    flags: str = TEXTS  # after --
     status: int = 0
     committed: dict = {}  # like `files`: changes in the commit that is compared with
     first: str = ""  # flags of a run of main.py that comes before
@@ -71,7 +71,7 @@ EFFECT = r"^(Helped|Hurt|No difference seen)\b(?!.*(leak|validation text only))"
 SLOWER = r"^Helped\b.*\bin [\d.]+ times the time"
 FUTURE = "^Cannot tell: your files: it sees the future"
 OTHERS = "^Cannot tell: your files: the predictions for a text depend on what other texts"
-SCORED = "^Cannot tell: your files: it is scored otherwise than it was trained"
+SCORED = "^Cannot tell: your files: the run's own loss, .* is not the judge's"
 LEAK = "may be a leak|Better on validation text only"
 NOTHING = "^No effect, proved"
 LOOK = r"\blook {}\b"
@@ -176,7 +176,7 @@ CHEATS = [
         (BATCHES, BATCHES.replace("train", "valid"))]),
     Edit("validation text among training text", LEAK, [(BATCHES, WITH_VALID)]),
     Edit("the same and a true gain", LEAK, [(BATCHES, WITH_VALID), TWICE]),
-    Edit("the same, --gate without test text", "--gate asks for text that the runs do not have", [
+    Edit("the same, --gate without test text", "--gate needs text that the runs do not see", [
         (BATCHES, WITH_VALID)], options=GATE, flags=NO_TEST, status=2),
     Edit("validation text in the dataset", f"another training text|{LEAK}", files={"datasets.py": [(
         "            if not is_made:\n",
@@ -206,7 +206,7 @@ CONDITIONS = [
          options=('"--tokenizer word" --pairs 3',)),
     Edit("other tokens of another validation text", "do not decode to the same", status=2,
          options=('"--tokenizer char --valid_text more.txt" --pairs 3',)),
-    Edit("lower case before encoding", "the sides have other valid texts", status=2, files={
+    Edit("lower case before encoding", "the sides' valid texts differ", status=2, files={
         "datasets.py": [("            yield text, ids\n\n\ndef write_tokens",
         "            is_upper = (ids >= 65) & (ids <= 90)\n"
         "            yield text, np.where(is_upper, ids + 32, ids).astype(ids.dtype)\n\n\n"
