@@ -568,7 +568,7 @@ class Muon(optim.Optimizer):
     # good as 8 and 10.
     lr_scale = 5
 
-    def __init__(self, learning_rate, weight_decay, momentum=0.95):
+    def __init__(self, learning_rate, weight_decay, momentum=0.9):
         super().__init__()
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay

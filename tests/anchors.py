@@ -41,7 +41,7 @@ LAST_OF_INIT = "    model.load_weights(weights)\n"
 TRAINING_LOSS = "nn.losses.cross_entropy(logits, targets)  # [B, L]"
 LOSS = "return (losses * weight).sum()"
 CLIP = "return optim.clip_grad_norm(gradients, max_norm)"
-MOMENTUM = "momentum=0.95"
+MOMENTUM = "momentum=0.9"
 NEWTON_SCHULZ = "  for _ in range(5):"
 BETAS = "betas = [flags.beta1, flags.beta2]"
 COSINE = '"cosine": cosine'

@@ -73,7 +73,7 @@ STANDS_FOR = {
     "token_metrics": "48da6d80c4bb1173052efbe5335bfc55643c403d6cbd6788fe9cdab3870f9040",
     "sum_over_shards": "c1c958baf78c81fdd29b5d875b6e001a39add730bf8470a9a79e92badf4c1b8d",
     "clip_grad_norm": "0c8fde6feb41b8a56564a6e7994890144d22fb6a1bd1f702258ce1c2d5ae46d8",
-    "Muon": "62aed0a3c435e5d9061ec84c17263038b7c4d9da6f7aa98d3d1e0b0503640e57",
+    "Muon": "8e2eff073cbafa1e04fe8d3c9fd87d1d831e729a71ea4bbdd153464b1cab6da3",
     "parallelize": "5bcf5213bf4e69b0781cd138d94fb27781514de467dc06a752b28abca81688a8",
 }
 

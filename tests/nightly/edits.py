@@ -79,7 +79,7 @@ GATE = ("HEAD --gate",)
 
 # ---- Pieces of edits ----------------------------------------------------------------------------
 
-OTHER_MOMENTUM = (MOMENTUM, "momentum=0.9")
+OTHER_MOMENTUM = (MOMENTUM, "momentum=0.8")
 WITH_VALID = "    batches = Batches(np.concatenate([dataset.train.tokens[:2000], "
 WITH_VALID += "*[dataset.valid.tokens] * 8]),"
 
