@@ -1,6 +1,6 @@
-"""Makes the picture of the README: runs what it shows, and draws it for light and dark pages.
+"""Makes the README's pictures: runs what they show, and draws them for light and dark pages.
 
-    python docs/picture.py make FOLDER      some 15 minutes on two cores
+    python docs/picture.py make FOLDER      some 20 minutes on two cores
     python docs/picture.py draw FOLDER
 
 All that is drawn comes from the logs and records in FOLDER, as main.py has written them.
@@ -26,13 +26,9 @@ from extras.versus.ledger import NAME, read_results  # noqa: E402
 
 KILLED = "--dataset python --preset tiny --batch_size 8 --num_iters 300 --steps_per_eval 50"
 KILLS = 5
-# An edit of Muon in main.py, the README's example.
-EDIT = ("momentum=0.95):", "momentum=0.9):")
-# Its two comparisons: the README's, and one on other seeds that trains for longer.
-COMPARED = {
-    "300 steps": "HEAD -- --config first --num_iters 300",
-    "800 steps": "HEAD --seeds 142 -- --config first",
-}
+# The README's edit of main.py, and its comparison.
+EDIT = ("return self.momentum * v + (1 - self.momentum) * gradient", "return v")
+COMPARED = "HEAD --tune learning_rate=2e-3,3e-3,4.5e-3 -- --config first --num_iters 300"
 # Of the text, of killed runs, of an experiment: GitHub's.
 COLORS = {
     "light": ("#1f2328", "#1a7f37", "#0969da"),
@@ -54,9 +50,8 @@ def make(folder):
     source = (edited / "main.py").read_text("utf-8")
     assert source.count(EDIT[0]) == 1
     (edited / "main.py").write_text(source.replace(*EDIT), "utf-8")
-    for arguments in COMPARED.values():
-        line = [sys.executable, "-m", "extras.versus", *arguments.split()]
-        subprocess.run([*line, "--save_dir", str(folder)], cwd=edited, check=True)
+    line = [sys.executable, "-m", "extras.versus", *COMPARED.split()]
+    subprocess.run([*line, "--save_dir", str(folder)], cwd=edited, check=True)
 
 
 def command(save_dir):
@@ -83,16 +78,18 @@ def train_and_kill(save_dir):
 
 
 def draw(folder):
-    """Writes proof-light.svg and proof-dark.svg beside this file."""
+    """Writes verdict-MODE.svg and resume-MODE.svg beside this file, MODE being light or dark."""
     for mode, (text, green, blue) in COLORS.items():
-        with matplotlib.rc_context(style_of(text)):
-            figure = Figure(figsize=(9, 3.6), layout="constrained")
-            left, right = figure.subplots(1, 2, width_ratios=[5, 4])
-            draw_kills(left, folder, text, green)
-            draw_comparisons(right, folder, text, blue)
-            path = Path(__file__).with_name(f"proof-{mode}.svg")
-            # Without the date, an unchanged picture is an unchanged file.
-            figure.savefig(path, transparent=True, metadata={"Date": None})
+        for name, draw_part, color in [
+            ("verdict", draw_comparison, blue),
+            ("resume", draw_kills, green),
+        ]:
+            with matplotlib.rc_context(style_of(text)):
+                figure = Figure(figsize=(7, 3.2), layout="constrained")
+                draw_part(figure.subplots(), folder, text, color)
+                path = Path(__file__).with_name(f"{name}-{mode}.svg")
+                # Without the date, an unchanged picture is an unchanged file.
+                figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
 def style_of(text):
@@ -119,35 +116,30 @@ def draw_kills(axis, folder, text, green):
     labels.append(f"killed {len(kills)} times (x): {newest(killed).id[:12]}")
     axis.legend(labels, title="SHA1 of the last weights", fontsize=10, handlelength=1)
     axis.set_ylim(top=7)  # the legend lies above the curve
-    axis.set(xlabel="step", ylabel="training loss (nats/token)")
+    axis.set(xlabel="step", ylabel="training loss in nats\n(lower is better)")
     is_same = newest(undisturbed).id == newest(killed).id
     verdict = "same weights" if is_same else "other weights"
-    axis.set_title(f"kill -9, rerun: {verdict}", loc="left", weight="bold")
+    axis.set_title(f"Killed and run again: {verdict}", loc="left", weight="bold")
 
 
-def draw_comparisons(axis, folder, text, blue):
-    """What an edit did to the loss of each seed, and where the mean may lie."""
+def draw_comparison(axis, folder, text, blue):
+    """What the edit did to the loss of each seed, and where the mean may lie."""
+    [result] = read_results(folder / "versus" / NAME)
+    differences = np.subtract(result["scores_after"], result["scores_before"])
+    seeds = range(len(differences))
     axis.axhline(0, color=text, lw=1)
-    ticks = {}  # {place: seed}
-    results = read_results(folder / "versus" / NAME)[-len(COMPARED) :]
-    for title, result in zip(COMPARED, results, strict=True):
-        differences = np.subtract(result["scores_after"], result["scores_before"])
-        first = len(ticks) + bool(ticks)  # a gap between the two
-        places = range(first, first + len(differences))
-        ticks |= zip(places, result["seeds"])
-        axis.vlines(places, 0, differences, color=blue, alpha=0.5)
-        axis.plot(places, differences, "o", color=blue, ms=7)
-        ends = [places[0] - 0.4, places[-1] + 0.4]
-        axis.plot(ends, [differences.mean()] * 2, color=blue, lw=1, ls="--")
-        axis.fill_between(ends, result["low"], result["high"], color=blue, alpha=0.2, lw=0)
-        verdict = result["verdict"].lower().rstrip(".")
-        axis.text(ends[0], 0.002, f"{title}: {verdict}")
-    labels = ["a pair: after minus before", "mean", "95 % interval of the mean"]
-    axis.legend(axis.lines[1:3] + axis.collections[1:2], labels, fontsize=10, loc="lower center")
-    axis.set_xticks(list(ticks), list(ticks.values()))
-    axis.set(xlabel="seed", ylabel="change of validation loss (nats/token)")
-    axis.set_ylim(-0.08, 0.008)
-    axis.set_title("momentum 0.95 to 0.9", loc="left", weight="bold")
+    axis.vlines(seeds, 0, differences, color=blue, alpha=0.5)
+    axis.plot(seeds, differences, "o", color=blue, ms=8)
+    ends = [-0.4, len(differences) - 0.6]
+    axis.plot(ends, [differences.mean()] * 2, color=blue, lw=1, ls="--")
+    axis.fill_between(ends, result["low"], result["high"], color=blue, alpha=0.2, lw=0)
+    labels = ["one seed, trained with and without the edit", "mean", "95 % interval of the mean"]
+    handles = axis.lines[1:] + axis.collections[1:]
+    axis.legend(handles, labels, fontsize=10, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.set_xticks(seeds, result["seeds"])
+    axis.set(xlabel="seed", ylabel="change of the loss in nats\n(below 0 is better)")
+    verdict = result["verdict"].rstrip(".")
+    axis.set_title(f"Muon without Nesterov's momentum: {verdict}", loc="left", weight="bold")
 
 
 def newest(save_dir):
