@@ -173,7 +173,9 @@ def dropout(hidden, noise, mask_index):
 
     mask_index: 0 is the mask of the embeddings; then come two for each block.
     """
-    return hidden if noise is None else noise.drop(hidden, mask_index)
+    if noise is None:
+        return hidden
+    return noise.drop(hidden, mask_index)
 
 
 @fast_version
@@ -1432,7 +1434,9 @@ class Conversation:
         which is then removed from the text, too.
         """
         pieces = self.pieces(prompt, flags, seed, interrupts)
-        return self.pieces_before(flags.stop, pieces) if flags.stop else pieces
+        if flags.stop:
+            return self.pieces_before(flags.stop, pieces)
+        return pieces
 
     def pieces_before(self, stop, pieces):
         """The pieces of a reply up to `stop`; holds back what may be the start of `stop`."""
@@ -1923,7 +1927,9 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
         found = checkpoints[:1]
     elif identifier == "best" and checkpoints:
         best = best_of(list_run(checkpoints[0].folder))
-        found = [best] if best.evaluation else []
+        found = []
+        if best.evaluation:
+            found.append(best)
     elif identifier in runs:
         found = [checkpoints[runs.index(identifier)]]
     elif "@" in identifier:
@@ -2646,7 +2652,9 @@ def describe_losses(name, metrics, split, tokenizer, mark=""):
 
 def plural(number, noun):
     """A number of things: "1 block", "2 blocks"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    if number != 1:
+        noun += "s"
+    return f"{number:,} {noun}"
 
 
 def describe_schedule(flags):
@@ -2758,7 +2766,9 @@ def for_terminal(text):
 
     For a terminal, `printable`, without the CR of Windows' line ends.
     """
-    return printable(text.replace("\r", "")) if sys.stdout.isatty() else text
+    if sys.stdout.isatty():
+        return printable(text.replace("\r", ""))
+    return text
 
 
 def name_unread(conversation, prompt):
@@ -3181,7 +3191,9 @@ def choose_checkpoint(flags):
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     if flags.identifier:
         return named_checkpoint(flags.save_dir, checkpoints, flags.identifier)
-    return checkpoints[0] if checkpoints else None
+    if not checkpoints:
+        return None
+    return checkpoints[0]
 
 
 def find_folder(flags, dataset, parents, sha1):
@@ -3248,8 +3260,12 @@ def locked_folder(folder):
 
 def needed_models(flags):
     """The PRETRAINED_FLAGS whose models a run reads at each start, not only at its first."""
-    needed = ["teacher"] if flags.teacher else []
-    return [*needed, "init_from"] if flags.lora_rank else needed
+    needed = []
+    if flags.teacher:
+        needed.append("teacher")
+    if flags.lora_rank:
+        needed.append("init_from")
+    return needed
 
 
 IMPORTED_CONTEXT = 1024  # maximum for Hugging Face models, without --context_size
