@@ -1886,7 +1886,7 @@ def number(kind, least, most=math.inf):
 
 SIZE = number(int, 1, MAX_INT32)
 COUNT = number(int, 0, MAX_INT32)
-RATE = number(float, 0)
+NONNEGATIVE = number(float, 0)
 FRACTION = number(float, 0, 1)
 
 

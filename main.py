@@ -5,10 +5,10 @@
     python main.py --inference       sample interactively from the newest checkpoint
     python main.py --help            every flag
 
-What computes the weights comes first: model, loss and optimizer, batches, training. Then come
-sampling, evaluation, checkpoints, interrupts, flags, setting up a run, and commands. datasets.py
-turns text into token ids. Everything else is in extras/, one file per feature; without extras/,
-this file works in plain MLX.
+What computes the weights comes first: model, loss and optimizer, batches, training. Evaluation and
+sampling follow, then what keeps a run safe and usable: checkpoints, interrupts, reports, flags,
+setting up, commands. datasets.py turns text into token ids. Everything else is in extras/, one file
+per feature; without extras/, this file works in plain MLX.
 
 Shapes use these letters: B rows of a batch, L positions, D model dimension, H query heads, K key
 and value heads, d dimension of a head (D / H), V vocabulary, N any number. A linear layer from I
@@ -55,8 +55,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
-from datasets import CORPORA, COUNT, FRACTION, KINDS, MAX_INT32, RATE, SIZE, SPLITS, TEXT_FLAGS
-from datasets import TOKENIZERS, Dataset, Flag
+from datasets import CORPORA, COUNT, FRACTION, KINDS, MAX_INT32, NONNEGATIVE, SIZE, SPLITS
+from datasets import TEXT_FLAGS, TOKENIZERS, Dataset, Flag
 from datasets import Parser, RunError, UsageError, absolute, add_flags, definition
 from datasets import describe_tokenizer, discard, encode_after, end_of_text, explained, extra
 from datasets import flock, hash_of_code, hash_of_file, load_dataset, make_writable, new_file
@@ -157,8 +157,8 @@ def fast_version(plain, parts=()):
         return plain
     names = [part.__name__ for part in (plain, *parts)]
     for name in names:
-        sha1 = hash_of_code(definition(name, SOURCE))
-        if fast.STANDS_FOR.get(name) != sha1 and name not in EDITED_FUNCTIONS:
+        is_edited = hash_of_code(definition(name, SOURCE)) != fast.STANDS_FOR.get(name)
+        if is_edited and name not in EDITED_FUNCTIONS:
             EDITED_FUNCTIONS.append(name)
     # extras.versus runs an edited function and its original in plain MLX: the fast version would
     # round differently.
@@ -654,14 +654,14 @@ FLAGS["init"] |= {
 BETA = number(float, 0, 0.99999)  # 1 would divide by zero
 
 FLAGS["training"] = {
-    "learning_rate": Flag(3e-4, RATE, "peak learning rate"),
-    "weight_decay": Flag(1e-5, RATE, "decoupled weight decay of the matrices"),
+    "learning_rate": Flag(3e-4, NONNEGATIVE, "peak learning rate"),
+    "weight_decay": Flag(1e-5, NONNEGATIVE, "decoupled weight decay of the matrices"),
     "embedding_decay": Flag(
-        None, RATE, "weight decay of embeddings and output matrix (default: weight_decay)"
+        None, NONNEGATIVE, "weight decay of embeddings and output matrix (default: weight_decay)"
     ),
     "beta1": Flag(0.9, BETA, "AdamW's beta1, decay rate of the mean gradient"),
     "beta2": Flag(0.99, BETA, "AdamW's beta2, decay rate of the mean squared gradient"),
-    "grad_clip": Flag(1.0, RATE, "maximum gradient norm; 0: no clipping"),
+    "grad_clip": Flag(1.0, NONNEGATIVE, "maximum gradient norm; 0: no clipping"),
 }
 
 
@@ -671,14 +671,14 @@ def make_optimizer(model, flags):
     Weight decay: --embedding_decay for the embeddings and the output layer, --weight_decay for
     the blocks' matrices, none for norms and biases.
     """
-    of_blocks, of_others = OPTIMIZERS[flags.optimizer]
+    block_optimizer, other_optimizer = OPTIMIZERS[flags.optimizer]
     embedding_decay = flags.weight_decay
     if flags.embedding_decay is not None:
         embedding_decay = flags.embedding_decay
     groups = [
-        of_blocks(flags, flags.weight_decay),
-        of_others(flags, embedding_decay),
-        of_others(flags, 0.0),
+        block_optimizer(flags, flags.weight_decay),
+        other_optimizer(flags, embedding_decay),
+        other_optimizer(flags, 0.0),
     ]
     # filters[i] selects the parameters of groups[i]; the last group takes the rest.
     filters = [is_matrix_of_block, is_matrix]
@@ -746,7 +746,7 @@ FLAGS["training"] |= {
     "lr_schedule": Flag("constant", one_of(SCHEDULES), "schedule after warmup"),
     "lr_warmup": Flag(200, COUNT, "warmup steps"),
     "lr_cooldown": Flag(1.0, FRACTION, "the rate decays over this last fraction of the steps"),
-    "min_lr": Flag(None, RATE, "final learning rate (default: a tenth of the peak)"),
+    "min_lr": Flag(None, NONNEGATIVE, "final learning rate (default: a tenth of the peak)"),
     "average": Flag(0.0, FRACTION, "average the weights over about this last fraction of steps"),
 }
 
@@ -1002,8 +1002,9 @@ class Run(Progress):
         stop at another iteration than one with this length from the start.
         """
         steps = self.flags.steps_per_eval or math.inf
-        due = [each for each in self.comparable_evaluations() if each.iteration % steps == 0]
-        losses = [each.nats for each in due]
+        comparable = self.comparable_evaluations()
+        due = [evaluation for evaluation in comparable if evaluation.iteration % steps == 0]
+        losses = [evaluation.nats for evaluation in due]
         if not self.flags.patience or not losses:
             return False
         return len(losses) - 1 - losses.index(min(losses)) >= self.flags.patience
@@ -1085,7 +1086,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     def step(inputs, targets, dropout_rate, keys):
         # Turns sums over positions into means; ranks.average divides by the number of ranks.
         scale = ranks.size / targets.size
-        of_shard = partial(loss_and_gradients, scale, dropout_rate)
+        shard_gradients = partial(loss_and_gradients, scale, dropout_rate)
         # This rank's rows of each batch.
         first = flags.batch_size * ranks.rank // ranks.size
         last = flags.batch_size * (ranks.rank + 1) // ranks.size
@@ -1093,7 +1094,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         with bfloat16_products(flags.dtype == "bfloat16"):
             for start in range(0, len(inputs), flags.batch_size):
                 part = slice(start + first, start + last)
-                result = sum_over_shards(of_shard, inputs[part], targets[part], keys[part])
+                result = sum_over_shards(shard_gradients, inputs[part], targets[part], keys[part])
                 total = result if total is None else tree_map(mx.add, total, result)
                 if len(inputs) > flags.batch_size:  # or all parts would be in memory at once
                     mx.eval(total)
@@ -1242,8 +1243,101 @@ def save_and_sample(run, interrupts, reporter):
                 reporter.report_sample(run, prompt, text)
 
 
-# ---- OPERATIONS ---------------------------------------------------------------------------------
-# The code below does not train: it samples, evaluates, and keeps a run safe and usable.
+# ---- Evaluation ---------------------------------------------------------------------------------
+
+
+@partial(fast_version, parts=[Embedding, LanguageModel])  # as for training_loss
+def token_metrics(model, hidden, targets):
+    """The metrics of a validation text at each position, {name: [B, L]}.
+
+    hidden: final hidden states [B, L, D]; targets: ids [B, L]. The mean of each metric is shown and
+    logged. `loss` is the cross-entropy in nats, whatever training minimizes; it alone decides which
+    checkpoint is best and when --patience ends a run.
+    """
+    logits = model.logits(hidden)  # [B, L, V]
+    return {"loss": nn.losses.cross_entropy(logits, targets)}
+
+
+def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
+    """The means of token_metrics, {name: number}, over all of `tokens` [N] but the first.
+
+    Each token counts once. Windows start `stride` tokens apart, at most context_size; by default,
+    windows do not overlap. Returns None on a signal.
+    """
+    ranks = ranks or SingleProcess()
+    context_size = model.config.context_size
+    stride = stride or context_size
+    count = len(tokens) - 1  # number of targets
+
+    def sums_of_rows(inputs, targets, weights):
+        metrics = token_metrics(model, model.model(inputs), targets)
+        return {name: (values * weights).sum() for name, values in metrics.items()}
+
+    # Traced once, as all batches have the same shape. Without `inputs`, the compiled function
+    # would keep the weights as constants.
+    @partial(mx.compile, inputs=[model.state])
+    def sums_of_batch(*windows):
+        return sum_over_shards(sums_of_rows, *windows)
+
+    # [windows]; the first window that starts at `last` or later reaches the end of the text.
+    last = max(count - context_size, 0)
+    starts = np.arange(0, last + stride, stride)
+    batch_size = min(batch_size, len(starts))
+    # Windows that start at the end, where all weights are 0, pad the last batch of each rank.
+    missing = -len(starts) % (batch_size * ranks.size)
+    starts = np.append(starts, np.full(missing, count))
+    batches = starts.reshape(-1, batch_size)
+    totals = Counter()  # {name: sum}, in 64 bits, as Python floats
+    received = None
+    for batch in batches[ranks.rank :: ranks.size]:
+        received = interrupts and interrupts.received
+        if received:
+            break
+        sums = sums_of_batch(*windows_to_evaluate(tokens, batch, context_size, stride))
+        totals.update({name: array.item() for name, array in sums.items()})
+    received, _ = ranks.agree(received)
+    if received:
+        interrupts.received = received  # perhaps by another rank
+        return None
+    return {name: ranks.sum(total) / count for name, total in totals.items()}
+
+
+def windows_to_evaluate(tokens, starts, context_size, stride):
+    """Inputs, targets and weights (1 or 0) of the windows at `starts` [B]: [B, L] int32 each."""
+    count = len(tokens) - 1  # number of targets
+    columns = np.arange(context_size)  # [L]
+    positions = starts[:, None] + columns  # [B, L]
+    # Where windows overlap, tokens of the previous window do not count again.
+    is_new = columns >= context_size - stride
+    is_first = starts[:, None] == 0
+    weights = (positions < count) & (is_new | is_first)
+    positions = np.minimum(positions, count - 1)  # beyond the end, any token of weight 0 will do
+    windows = (tokens[positions], tokens[positions + 1], weights)
+    return [mx.array(array, mx.int32) for array in windows]
+
+
+def evaluate_split(name, model, dataset, flags, interrupts=None, ranks=None):
+    """Prints the losses of a whole split, unless a signal arrives."""
+    split = getattr(dataset, name)
+    count = len(split.tokens)
+    began = time.perf_counter()
+    metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
+    if metrics is not None:
+        seconds = time.perf_counter() - began
+        losses = describe_losses(name, metrics, split, dataset.tokenizer)
+        times = f"{seconds:.1f} s, {1000 * seconds / count:.4f} ms per token"
+        say(f"{losses}, {count / seconds:,.0f} tokens/s ({times})")
+
+
+def perplexity(nats):
+    """The perplexity of a mean loss in nats."""
+    return math.exp(min(nats, 99))  # exp(710) would overflow
+
+
+def bits_per_byte(nats, split):
+    """Converts a mean loss in nats/token to bits per byte of the split's text."""
+    return nats / math.log(2) * len(split.tokens) / split.num_bytes
+
 
 # ---- Sampling -----------------------------------------------------------------------------------
 # First functions of logits [B, V], then token-by-token decoding.
@@ -1493,100 +1587,121 @@ class Conversation:
                 self.speed = (len(times) - 1) / (time.perf_counter() - times[0])
 
 
-# ---- Evaluation ---------------------------------------------------------------------------------
+# ---- Prompts ------------------------------------------------------------------------------------
 
+def sample_from(flags):
+    """Runs --inference or --prompt with a checkpoint's model.
 
-@partial(fast_version, parts=[Embedding, LanguageModel])  # as for training_loss
-def token_metrics(model, hidden, targets):
-    """The metrics of a validation text at each position, {name: [B, L]}.
-
-    hidden: final hidden states [B, L, D]; targets: ids [B, L]. The mean of each metric is shown and
-    logged. `loss` is the cross-entropy in nats, whatever training minimizes; it alone decides which
-    checkpoint is best and when --patience ends a run.
+    The model's text goes to stdout, messages about it to stderr.
     """
-    logits = model.logits(hidden)  # [B, L, V]
-    return {"loss": nn.losses.cross_entropy(logits, targets)}
+    contents = open_checkpoint(flags)
+    model = contents.load_model()
+    tokenizer = contents.tokenizer
+    draft = None
+    if flags.draft:
+        draft = extra("decode").open_draft(flags, contents)
+    if flags.quantize:
+        extra("quantize").quantize(model, flags.quantize, packed=flags.gpu)
+    # The checkpoint is announced only after all user errors are ruled out: an error must be the
+    # only line on stderr.
+    announce(contents.checkpoint)
+    begin_text = partial(Conversation, tokenizer, model, draft)
+    if flags.inference:
+        converse(begin_text, flags)
+        return
+    for i in range(flags.num_samples):  # sample i uses seed + i
+        conversation = begin_text()
+        if i == 0:
+            name_unread(conversation, flags.prompt)
+        else:
+            print("-" * 15)  # as nanoGPT does
+        print_pieces(conversation.reply(flags.prompt, flags, flags.seed + i))
+    speed = f"{conversation.speed:,.1f} tokens/s"  # of the last sample
+    if draft:
+        speed += conversation.decoder.describe_draft()
+    print(speed, file=sys.stderr)
 
 
-def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
-    """The means of token_metrics, {name: number}, over all of `tokens` [N] but the first.
+def print_pieces(pieces):
+    """Prints the pieces of a text as they come, and ends its line."""
+    for piece in pieces:
+        print(for_terminal(piece), end="", flush=True)
+    print(flush=True)
 
-    Each token counts once. Windows start `stride` tokens apart, at most context_size; by default,
-    windows do not overlap. Returns None on a signal.
+
+def for_terminal(text):
+    """A model's or a stranger's text, ready to print on stdout: unchanged in a pipe or file.
+
+    For a terminal, `printable`, without the CR of Windows' line ends.
     """
-    ranks = ranks or SingleProcess()
-    context_size = model.config.context_size
-    stride = stride or context_size
-    count = len(tokens) - 1  # number of targets
-
-    def sums_of_rows(inputs, targets, weights):
-        metrics = token_metrics(model, model.model(inputs), targets)
-        return {name: (values * weights).sum() for name, values in metrics.items()}
-
-    # Traced once, as all batches have the same shape. Without `inputs`, the compiled function
-    # would keep the weights as constants.
-    @partial(mx.compile, inputs=[model.state])
-    def sums_of_batch(*windows):
-        return sum_over_shards(sums_of_rows, *windows)
-
-    # [windows]; the first window that starts at `last` or later reaches the end of the text.
-    last = max(count - context_size, 0)
-    starts = np.arange(0, last + stride, stride)
-    batch_size = min(batch_size, len(starts))
-    # Windows that start at the end, where all weights are 0, pad the last batch of each rank.
-    missing = -len(starts) % (batch_size * ranks.size)
-    starts = np.append(starts, np.full(missing, count))
-    batches = starts.reshape(-1, batch_size)
-    totals = Counter()  # {name: sum}, in 64 bits, as Python floats
-    received = None
-    for batch in batches[ranks.rank :: ranks.size]:
-        received = interrupts and interrupts.received
-        if received:
-            break
-        sums = sums_of_batch(*windows_to_evaluate(tokens, batch, context_size, stride))
-        totals.update({name: array.item() for name, array in sums.items()})
-    received, _ = ranks.agree(received)
-    if received:
-        interrupts.received = received  # perhaps by another rank
-        return None
-    return {name: ranks.sum(total) / count for name, total in totals.items()}
+    if sys.stdout.isatty():
+        return printable(text.replace("\r", ""))
+    return text
 
 
-def windows_to_evaluate(tokens, starts, context_size, stride):
-    """Inputs, targets and weights (1 or 0) of the windows at `starts` [B]: [B, L] int32 each."""
-    count = len(tokens) - 1  # number of targets
-    columns = np.arange(context_size)  # [L]
-    positions = starts[:, None] + columns  # [B, L]
-    # Where windows overlap, tokens of the previous window do not count again.
-    is_new = columns >= context_size - stride
-    is_first = starts[:, None] == 0
-    weights = (positions < count) & (is_new | is_first)
-    positions = np.minimum(positions, count - 1)  # beyond the end, any token of weight 0 will do
-    windows = (tokens[positions], tokens[positions + 1], weights)
-    return [mx.array(array, mx.int32) for array in windows]
+def name_unread(conversation, prompt):
+    """Says what the model does not read of a prompt, or reads differently."""
+    tokenizer = conversation.tokenizer
+    unknown = tokenizer.unknown(prompt)
+    count = len(first_ids(tokenizer, prompt))
+    notices = {
+        f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}": unknown,
+        f"The prompt's {count:,} tokens are more than the context: only their end is read.": (
+            count > conversation.model.config.context_size
+        ),
+        "The prompt ends in a space, which the tokenizer joins to the next word: leave it out.": (
+            prompt.endswith(" ") and hasattr(tokenizer, "package")
+        ),
+    }
+    for line, applies in notices.items():
+        if applies:
+            say(printable(line), sys.stderr)
 
 
-def evaluate_split(name, model, dataset, flags, interrupts=None, ranks=None):
-    """Prints the losses of a whole split, unless a signal arrives."""
-    split = getattr(dataset, name)
-    count = len(split.tokens)
-    began = time.perf_counter()
-    metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
-    if metrics is not None:
-        seconds = time.perf_counter() - began
-        losses = describe_losses(name, metrics, split, dataset.tokenizer)
-        times = f"{seconds:.1f} s, {1000 * seconds / count:.4f} ms per token"
-        say(f"{losses}, {count / seconds:,.0f} tokens/s ({times})")
+def converse(begin_text, flags):
+    """Answers each line of stdin with a continuation of the conversation so far.
+
+    /reset forgets it, /quit ends the session. Ctrl+C ends a reply or, at the prompt, the session,
+    as Ctrl+D does.
+    """
+    # At the prompt, Ctrl+C raises KeyboardInterrupt (which datasets.py disables).
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is not an error
+    question = ""  # for a pipe
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # some Pythons lack it
+            import readline  # noqa: F401 (gives input() line editing and history)
+
+        question = "> "
+    conversation = begin_text()
+    try:
+        while True:
+            line = input(question)
+            if line.rstrip() == "/quit":
+                break
+            elif line.rstrip() == "/reset":
+                conversation = begin_text()
+            else:
+                print_reply(conversation, line, flags)
+    except (EOFError, KeyboardInterrupt):  # Ctrl+D or end of the pipe; Ctrl+C at the prompt
+        if question:
+            print()  # puts the shell's prompt on its own line
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C may also interrupt Python's exit
 
 
-def perplexity(nats):
-    """The perplexity of a mean loss in nats."""
-    return math.exp(min(nats, 99))  # exp(710) would overflow
+def print_reply(conversation, line, flags):
+    """Prints the continuation of a line; Ctrl+C ends it and keeps what was shown."""
+    interrupts = argparse.Namespace(received=None)
 
+    # No KeyboardInterrupt, as an exception raised inside MLX can be lost.
+    def note(signal_number, frame):
+        interrupts.received = signal_number
 
-def bits_per_byte(nats, split):
-    """Converts a mean loss in nats/token to bits per byte of the split's text."""
-    return nats / math.log(2) * len(split.tokens) / split.num_bytes
+    handler = signal.signal(signal.SIGINT, note)
+    name_unread(conversation, line)
+    print_pieces(conversation.reply(line, flags, flags.seed, interrupts))
+    signal.signal(signal.SIGINT, handler)
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
@@ -1808,12 +1923,14 @@ def read_checkpoint(metadata_path):
     if version != FORMAT_VERSION:
         raise ValueError(f"its format is version {version}: use the commit that wrote it")
     record["config"] = checked(Config, record["config"])
-    record["sessions"] = [checked(Session, renamed(each, FIELDS)) for each in record["sessions"]]
+    sessions = [renamed(session, FIELDS) for session in record["sessions"]]
+    record["sessions"] = [checked(Session, session) for session in sessions]
     checkpoint = checked(Checkpoint, record)
     checkpoint.folder = metadata_path.parent
-    checkpoint.evaluations = [Evaluation(*each) for each in checkpoint.evaluations]
-    for each in checkpoint.evaluations:
-        if [*map(type, each)] != [int, float, int, float] or not math.isfinite(each.nats):
+    checkpoint.evaluations = [Evaluation(*evaluation) for evaluation in checkpoint.evaluations]
+    for evaluation in checkpoint.evaluations:
+        has_types = [*map(type, evaluation)] == [int, float, int, float]
+        if not has_types or not math.isfinite(evaluation.nats):
             raise ValueError("its evaluations are malformed")
     if not checkpoint.sessions or not all(map(SHA1.fullmatch, checkpoint.parents.values())):
         raise ValueError("its history is malformed")
@@ -1898,7 +2015,7 @@ def best_of(checkpoints):
 
     checkpoints: newest first. Only losses on as many tokens as the newest loss count.
     """
-    evaluated = [each for each in checkpoints if each.evaluation]
+    evaluated = [checkpoint for checkpoint in checkpoints if checkpoint.evaluation]
     comparable = [
         each for each in evaluated if each.evaluation.tokens == evaluated[0].evaluation.tokens
     ]
@@ -1922,7 +2039,7 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
         if path.is_file():  # a branch may have the same weights
             checkpoints = list_run(path.parent)
     identifier = path.name.removesuffix(".safetensors")
-    runs = [each.folder_name for each in checkpoints]
+    runs = [checkpoint.folder_name for checkpoint in checkpoints]
     if identifier == "latest":
         found = checkpoints[:1]
     elif identifier == "best" and checkpoints:
@@ -1938,7 +2055,7 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
         matching = [each for each in checkpoints if each.id.startswith(identifier)]
         # Of equal ids (a branch begins with the same weights), the last counts: the first run's.
         matching.sort(key=lambda each: (not each.is_copy, -each.saved_at))
-        found = list({each.id: each for each in matching}.values())
+        found = list({checkpoint.id: checkpoint for checkpoint in matching}.values())
     if len(found) == 1:
         return found[0]
     names = ", ".join([*dict.fromkeys(runs)][:5]) or "none"
@@ -2056,12 +2173,12 @@ def prune(run):
     """
     with contextlib.suppress(OSError):
         own = list_run(run.folder)  # newest first
-        kept = {each.id for each in own[: run.flags.keep]} | {run.checkpoint_id}
+        kept = {checkpoint.id for checkpoint in own[: run.flags.keep]} | {run.checkpoint_id}
         # Of the run's history only: a damaged checkpoint, skipped before, may claim a lower loss.
         best = best_of([each for each in own if each.evaluation in run.evaluations])
-        for each in own:
-            if each.id not in kept and each is not best:
-                each.weights_path.unlink(missing_ok=True)
+        for checkpoint in own:
+            if checkpoint.id not in kept and checkpoint is not best:
+                checkpoint.weights_path.unlink(missing_ok=True)
         remove_leftovers(run.folder)
         # Without the weights, metadata is no checkpoint.
         for path in run.folder.glob("*.metadata"):
@@ -2097,7 +2214,7 @@ FLAGS["init"] |= {
         None, model_name, "start from a checkpoint, a Hugging Face folder, or ORG/NAME"
     ),
     "lora_rank": Flag(None, SIZE, "train only LoRA adapters of this rank, on --init_from"),
-    "lora_alpha": Flag(None, RATE, "adapters are scaled by alpha / rank (default: 2 rank)"),
+    "lora_alpha": Flag(None, NONNEGATIVE, "adapters are scaled by alpha / rank (default: 2 rank)"),
     "teacher": Flag(None, model_name, "distill from this model, named as for --init_from"),
 }
 
@@ -2177,11 +2294,11 @@ class Interrupts:
         os.set_blocking(writer, False)
         self.writer_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self.handlers = {}
-        for each in self.SIGNALS:
+        for name in self.SIGNALS:
             # Signals that the parent ignores (nohup, background jobs of scripts) stay ignored.
-            if signal.getsignal(each) != signal.SIG_IGN:
+            if signal.getsignal(name) != signal.SIG_IGN:
                 # The thread acts; without a handler, Python would not write the byte.
-                self.handlers[each] = signal.signal(each, lambda *_: None)
+                self.handlers[name] = signal.signal(name, lambda *_: None)
         return self
 
     def __exit__(self, *error):
@@ -2605,12 +2722,12 @@ def print_start(run, checkpoint):
     epochs = flags.num_iters * rows * config.context_size / len(dataset.train.tokens)
     parameters = count_parameters(run.model.parameters())
     trained = count_parameters(run.model.trainable_parameters())
-    of_them = f", {trained:,} trainable" if trained < parameters else ""
+    trainable = f", {trained:,} trainable" if trained < parameters else ""
     several = f", {versions['ranks']} ranks" if versions["ranks"] > 1 else ""
     lines = [
         f"run      {run.folder.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
         f"seed {flags.seed}",
-        f"model    {parameters:,} parameters{of_them}: {plural(config.num_blocks, 'block')}, "
+        f"model    {parameters:,} parameters{trainable}: {plural(config.num_blocks, 'block')}, "
         f"dim {config.dim}, {plural(config.num_heads, 'head')} "
         f"({plural(config.num_kv_heads, 'key/value head')}), {config.mlp} {config.mlp_dim}, "
         f"context {config.context_size}",
@@ -2640,8 +2757,8 @@ def describe_losses(name, metrics, split, tokenizer, mark=""):
     if is_whole and tokenizer.kind not in ("word", "char", "byte"):
         # The sum over the split, extrapolated if `nats` is the mean of its first tokens only.
         total = nats * len(split.tokens)
-        of_words = perplexity(total / max(1, split.num_words))
-        texts.append(f"{of_words:.2f} per word" if of_words < 1e6 else f"{of_words:.1e} per word")
+        per_word = perplexity(total / max(1, split.num_words))
+        texts.append(f"{per_word:.2f} per word" if per_word < 1e6 else f"{per_word:.1e} per word")
     if is_whole:
         texts.append(f"{bits_per_byte(nats, split):.4f} bits per byte")
     if is_whole and tokenizer.unk is not None:
@@ -2717,123 +2834,6 @@ def describe_changes(before, now, prefix=""):
     """Changed values, in words: "--dim 32 -> 64, --seed 1 -> 2"."""
     changed = [name for name in before if before[name] != now.get(name)]
     return ", ".join(f"{prefix}{name} {before[name]} -> {now.get(name)}" for name in changed)
-
-
-# ---- Prompts ------------------------------------------------------------------------------------
-
-def sample_from(flags):
-    """Runs --inference or --prompt with a checkpoint's model.
-
-    The model's text goes to stdout, messages about it to stderr.
-    """
-    contents = open_checkpoint(flags)
-    model = contents.load_model()
-    tokenizer = contents.tokenizer
-    draft = None
-    if flags.draft:
-        draft = extra("decode").open_draft(flags, contents)
-    if flags.quantize:
-        extra("quantize").quantize(model, flags.quantize, packed=flags.gpu)
-    # The checkpoint is announced only after all user errors are ruled out: an error must be the
-    # only line on stderr.
-    announce(contents.checkpoint)
-    begin_text = partial(Conversation, tokenizer, model, draft)
-    if flags.inference:
-        converse(begin_text, flags)
-        return
-    for i in range(flags.num_samples):  # sample i uses seed + i
-        conversation = begin_text()
-        if i == 0:
-            name_unread(conversation, flags.prompt)
-        else:
-            print("-" * 15)  # as nanoGPT does
-        print_pieces(conversation.reply(flags.prompt, flags, flags.seed + i))
-    speed = f"{conversation.speed:,.1f} tokens/s"  # of the last sample
-    if draft:
-        speed += conversation.decoder.describe_draft()
-    print(speed, file=sys.stderr)
-
-
-def print_pieces(pieces):
-    """Prints the pieces of a text as they come, and ends its line."""
-    for piece in pieces:
-        print(for_terminal(piece), end="", flush=True)
-    print(flush=True)
-
-
-def for_terminal(text):
-    """A model's or a stranger's text, ready to print on stdout: unchanged in a pipe or file.
-
-    For a terminal, `printable`, without the CR of Windows' line ends.
-    """
-    if sys.stdout.isatty():
-        return printable(text.replace("\r", ""))
-    return text
-
-
-def name_unread(conversation, prompt):
-    """Says what the model does not read of a prompt, or reads differently."""
-    tokenizer = conversation.tokenizer
-    unknown = tokenizer.unknown(prompt)
-    count = len(first_ids(tokenizer, prompt))
-    notices = {
-        f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}": unknown,
-        f"The prompt's {count:,} tokens are more than the context: only their end is read.": (
-            count > conversation.model.config.context_size
-        ),
-        "The prompt ends in a space, which the tokenizer joins to the next word: leave it out.": (
-            prompt.endswith(" ") and hasattr(tokenizer, "package")
-        ),
-    }
-    for line, applies in notices.items():
-        if applies:
-            say(printable(line), sys.stderr)
-
-
-def converse(begin_text, flags):
-    """Answers each line of stdin with a continuation of the conversation so far.
-
-    /reset forgets it, /quit ends the session. Ctrl+C ends a reply or, at the prompt, the session,
-    as Ctrl+D does.
-    """
-    # At the prompt, Ctrl+C raises KeyboardInterrupt (which datasets.py disables).
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is not an error
-    question = ""  # for a pipe
-    if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):  # some Pythons lack it
-            import readline  # noqa: F401 (gives input() line editing and history)
-
-        question = "> "
-    conversation = begin_text()
-    try:
-        while True:
-            line = input(question)
-            if line.rstrip() == "/quit":
-                break
-            elif line.rstrip() == "/reset":
-                conversation = begin_text()
-            else:
-                print_reply(conversation, line, flags)
-    except (EOFError, KeyboardInterrupt):  # Ctrl+D or end of the pipe; Ctrl+C at the prompt
-        if question:
-            print()  # puts the shell's prompt on its own line
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C may also interrupt Python's exit
-
-
-def print_reply(conversation, line, flags):
-    """Prints the continuation of a line; Ctrl+C ends it and keeps what was shown."""
-    interrupts = argparse.Namespace(received=None)
-
-    # No KeyboardInterrupt, as an exception raised inside MLX can be lost.
-    def note(signal_number, frame):
-        interrupts.received = signal_number
-
-    handler = signal.signal(signal.SIGINT, note)
-    name_unread(conversation, line)
-    print_pieces(conversation.reply(line, flags, flags.seed, interrupts))
-    signal.signal(signal.SIGINT, handler)
 
 
 # ---- Flags --------------------------------------------------------------------------------------
@@ -2916,7 +2916,7 @@ FLAGS["command"] = {
     ),
     "config": Flag(None, nonempty, "YAML file of flags, or a recipe in extras/recipes"),
     "preset": Flag(None, one_of(PRESETS), "sets dim, num_heads, num_blocks, context_size"),
-    "max_minutes": Flag(None, RATE, "stop after this much training time in this session"),
+    "max_minutes": Flag(None, NONNEGATIVE, "stop after this much training time in this session"),
     "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
 } | TEXT_FLAGS["command"]
 
@@ -2963,13 +2963,13 @@ def arguments_of(values):
     arguments = []
     for name, value in values.items():
         is_list = isinstance(value, list) and name in LIST_FLAGS
-        for each in value if is_list else [value]:
-            if isinstance(each, (list, dict)):  # YAML's aliases could make it a billion words
+        for element in value if is_list else [value]:
+            if isinstance(element, (list, dict)):  # YAML's aliases could make it a billion words
                 raise ValueError(f"{name} has a list or a mapping instead of a value")
-            if isinstance(each, bool):
-                arguments.append(f"--{name}" if each else f"--no-{name}")
-            elif each is not None:
-                arguments.append(f"--{name}={each}")  # with =: a value may look like a flag
+            if isinstance(element, bool):
+                arguments.append(f"--{name}" if element else f"--no-{name}")
+            elif element is not None:
+                arguments.append(f"--{name}={element}")  # with =: a value may look like a flag
     return arguments
 
 
@@ -2982,7 +2982,7 @@ def check_values(values):
         if convert is bool:
             convert = {"True": True, "False": False}.__getitem__
         typed = value if default == [] else [value]
-        if typed != [convert(str(each)) for each in typed]:
+        if typed != [convert(str(element)) for element in typed]:
             raise ValueError(f"its {name} is of another type")
 
 
@@ -3214,13 +3214,13 @@ def find_folder(flags, dataset, parents, sha1):
             if not own:
                 others += [folder]
     newest = None  # by other code
-    for each in sorted(found, key=by_time_saved, reverse=True):
-        if identity_of(each.flags, each.tokens_sha256, each.parents) != identity:
-            say(f"Passing over {each.folder_name}, which has other flags than its name says.")
-        elif flags.identifier or each.sessions[-1].code_sha1 == sha1:
-            return each.folder
+    for checkpoint in sorted(found, key=by_time_saved, reverse=True):
+        if identity_of(checkpoint.flags, checkpoint.tokens_sha256, checkpoint.parents) != identity:
+            say(f"Passing over {checkpoint.folder_name}, which has other flags than its name says.")
+        elif flags.identifier or checkpoint.sessions[-1].code_sha1 == sha1:
+            return checkpoint.folder
         else:
-            newest = newest or each
+            newest = newest or checkpoint
     if newest and newest.iteration < flags.explicit.get("num_iters", newest.flags["num_iters"]):
         raise other_code(newest, flags)
     if others:  # the same command may have been stopped there before it saved
@@ -3351,9 +3351,9 @@ def load_data_again(flags, checkpoint):
     If the tokenizer came from a model or a file, it is taken from the run's checkpoints: the
     original may be gone.
     """
-    of_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in flags.explicit
+    from_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in flags.explicit
     tokenizer = None
-    if flags.init_from or flags.teacher or of_file:
+    if flags.init_from or flags.teacher or from_file:
         tokenizer = open_newest(list_run(checkpoint.folder)).tokenizer
     dataset = load_data(flags, tokenizer)
     if checkpoint.tokens_sha256 != dataset.sha256:

@@ -24,7 +24,7 @@ from main import list_checkpoints, make_step, named_checkpoint, resolve_flags, t
 
 def main(arguments):
     """Shows what these arguments name."""
-    parser = make_parser("look", __doc__, "gpu")
+    parser = make_parser("inspect_step", __doc__, "gpu")
     parser.add_argument("step", metavar="RUN@STEP", help="the step that ended in this checkpoint")
     parser.add_argument(
         "--rows", type=number(int, 0, 10**6), default=1, help="texts to show, most changed first"
@@ -127,4 +127,4 @@ def print_text(row, targets, before, after, tokenizer):
 
 
 if __name__ == "__main__":
-    start("look", main)
+    start("inspect_step", main)

@@ -360,7 +360,7 @@ def text(tmp_path):
 
 def flags(**values):
     """What functions that take flags read: these values, and the defaults of all others."""
-    return Namespace(**main.DEFAULTS | values, given=values)
+    return Namespace(**main.DEFAULTS | values, explicit=values)
 
 
 @functools.cache

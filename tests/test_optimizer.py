@@ -45,8 +45,8 @@ class Muon:
         self.velocity = 0.0
 
     def step(self, weight, gradient, rate):
-        self.velocity = 0.95 * self.velocity + 0.05 * gradient
-        update = orthogonal(0.05 * gradient + 0.95 * self.velocity)  # Nesterov
+        self.velocity = 0.9 * self.velocity + 0.1 * gradient
+        update = orthogonal(0.1 * gradient + 0.9 * self.velocity)  # Nesterov
         rows, columns = update.shape
         update *= max(1, rows / columns) ** 0.5
         return weight * (1 - rate * self.decay) - 5 * rate * update

@@ -31,13 +31,13 @@ def list_runs(save_dir):
     apart = distinguishing_flags(checkpoints)
     several = len({own[0].flags["tokenizer"] for own in runs.values()}) > 1
 
-    def rank(checkpoint):
+    def sort_key(checkpoint):
         evaluation = checkpoint.evaluation or Evaluation(0, math.inf)
         return evaluation.bits if several else (-evaluation.tokens, evaluation.nats)
 
     columns = f"{'trained':>20}{'bits/byte' if several else 'valid nats':>12}{'of tokens':>12}"
     print(f"{'run':<24}{columns}{'iteration':>12}  checkpoint    flags")
-    for each in sorted(map(best_of, runs.values()), key=rank):
+    for each in sorted(map(best_of, runs.values()), key=sort_key):
         newest = runs[each.folder_name][0]
         trained = f"{newest.iteration:,} of {newest.flags['num_iters']:,}"
         columns = f"{'-':>12}{'-':>12}"

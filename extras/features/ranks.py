@@ -66,7 +66,7 @@ class Group(contextlib.AbstractContextManager):
         A stale copy on one machine would train something else without an error.
         """
         same = hashlib.sha256(f"{argv} {mx.__version__}".encode())
-        for pattern in ("*.py", "extras/*.py", "extras/*.c"):
+        for pattern in ("*.py", "extras/**/*.py", "extras/**/*.c"):
             for path in sorted(main.HERE.glob(pattern)):
                 same.update(path.read_bytes())
         digests = self.gather(list(same.digest()))  # [ranks, 32]

@@ -109,9 +109,9 @@ def read_arguments(arguments):
     if re.search(r"--eval_tokens\b", " ".join(arguments)):  # that of a recipe is ignored
         raise UsageError("--eval_tokens cannot be compared: --tokens says how many are scored")
     # A side that is flags gets a blank before it: argparse then does not read it as an option.
-    of_side = rf"^(?!({'|'.join(own)})\b)-"
+    side_flag = rf"^(?!({'|'.join(own)})\b)-"
     try:
-        options = parser.parse_args([re.sub(of_side, " -", word) for word in arguments[:end]])
+        options = parser.parse_args([re.sub(side_flag, " -", word) for word in arguments[:end]])
     except UsageError as error:
         raise UsageError(f"{error}; flags of main.py stand in quotes, or after --") from None
     if options.gate and (options.pairs or options.same):

@@ -59,7 +59,7 @@ SIDE = todays_names(getattr(main, "names_for_judge", lambda: vars(main))())
 
 def describe(*words):
     """Prepares the text, takes a step, and answers with the fields of Side in sides.py and more."""
-    flags = SIDE.resolve_flags(SIDE.read_command_line([*map(of_folder, words)]))
+    flags = SIDE.resolve_flags(SIDE.read_command_line([*map(in_copy, words)]))
     SIDE.use_device(flags.gpu)
     models, flags, dataset = SIDE.load_inputs(flags)
     run = SIDE.make_run(flags.save_dir, flags, None, models, dataset, SIDE.SingleProcess())
@@ -110,7 +110,7 @@ def describe(*words):
     )
 
 
-def of_folder(word):
+def in_copy(word):
     """A word of a command line; a YAML file that FOLDER has is named by its path there."""
     flag, equals, path = word.rpartition("=")
     is_own = path.endswith((".yaml", ".yml")) and (FOLDER / path).is_file()

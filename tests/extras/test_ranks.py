@@ -210,7 +210,7 @@ OTHER = "rank 1 has another command line, other files in its folder, or another 
 def test_a_mistake_is_said_once(tmp_path, text, given, last, edit, said):
     """edit: what the last rank's copy of the program has at the end of one of its files."""
     program = copy_program(tmp_path / "copy")
-    with open(tmp_path / "copy" / "extras" / "lora.py", "a") as file:
+    with open(tmp_path / "copy" / "extras" / "features" / "lora.py", "a") as file:
         file.write(edit)
     ranks = start_ranks(2, tmp_path, *LINE, *given, last=last, program=program)
     outputs, statuses = finish(ranks)
