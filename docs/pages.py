@@ -22,15 +22,15 @@ FLAGS = DOCS / "flags.md"
 BEGIN = '''\
 from IPython.display import Image, display
 
-# The address of this repository, or a folder that is a copy of it:
+# Where you or your teacher cloned this repository from, or a folder that is a copy of it:
 REPOSITORY = "https://github.com/OWNER/transformer-lm"
 !git clone -q {REPOSITORY} transformer-lm
 %cd transformer-lm
 !pip install -q -r requirements.txt'''
 ABOUT = (
-    "*This notebook is [tutorial.md](tutorial.md), for a hosted notebook with two processor cores: "
-    "no GPU is needed. All cells together take about half an hour. Run this first, with the "
-    "address of the repository:*"
+    "*This notebook is [tutorial.md](tutorial.md). Upload this file to any host of notebooks with "
+    "two processor cores; no GPU is needed. All cells together take about half an hour. Run this "
+    "first, with the address of the repository or of your class's own copy:*"
 )
 EDIT = '''\
 from pathlib import Path
