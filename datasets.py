@@ -437,7 +437,7 @@ def end_of_text(tokenizer):
 
 
 def tokenizer_from_dict(data):
-    """The tokenizer whose `to_dict()` gave `data`, which may be a stranger's.
+    """The tokenizer whose `to_dict()` gave `data`, which is untrusted.
 
     Raises UsageError if it is malformed, ImportError if it needs a package that is not installed.
     """
@@ -1437,12 +1437,12 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text):
-    """A stranger's text, with U+FFFD for each control character on which a terminal would act."""
+    """Untrusted text, with U+FFFD for each control character on which a terminal would act."""
     return CONTROLS.sub("\ufffd", text)
 
 
 def one_line(error):
-    """The message of an exception on one line; it may quote a stranger's file or server."""
+    """The message of an exception on one line; it may quote an untrusted file or server."""
     return printable(" ".join(str(error).split()))
 
 
@@ -1656,7 +1656,7 @@ def absolute(path):
 
 CACHE = None  # without a home
 # The user's cache folder, from which compiled code is loaded: never a relative path, as the working
-# directory may hold a stranger's files. (The XDG specification ignores such paths, too.)
+# directory may hold another user's files. (The XDG specification ignores such paths, too.)
 for caches in (os.path.expanduser("~/.cache"), os.environ.get("XDG_CACHE_HOME", "")):
     if os.path.isabs(caches):
         CACHE = Path(caches, "transformer-lm")

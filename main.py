@@ -1630,7 +1630,7 @@ def print_pieces(pieces):
 
 
 def for_terminal(text):
-    """A model's or a stranger's text, ready to print on stdout: unchanged in a pipe or file.
+    """Untrusted text, also a model's, ready to print on stdout: unchanged in a pipe or file.
 
     For a terminal, `printable`, without the CR of Windows' line ends.
     """
@@ -1714,7 +1714,7 @@ def print_reply(conversation, line, flags):
 #                         --average, the weights before averaging; its header holds a record (see
 #                         Checkpoint), with the SHA1 of these arrays, and the record's own SHA1
 #
-# A checkpoint may come from a stranger: its content is checked before use, and no link is followed.
+# A checkpoint may be untrusted: its content is checked before use, and no link is followed.
 
 # Version of the .metadata format; increment it when another main.py could misread it.
 FORMAT_VERSION = 6
@@ -1910,7 +1910,7 @@ def load_arrays(path):
 def read_checkpoint(metadata_path):
     """The Checkpoint that a .metadata file describes.
 
-    Raises an exception of any type if it is malformed: the file may be a stranger's.
+    Raises an exception of any type if it is malformed: the file is untrusted.
     """
     with open(metadata_path, "rb", opener=no_follow) as file:
         length = int.from_bytes(file.read(8), "little")  # of the JSON header that follows
@@ -1949,7 +1949,7 @@ def renamed(values, names):
 
 
 def checked(kind, values):
-    """Makes a dataclass of {field: value}, which may be a stranger's.
+    """Makes a dataclass of {field: value}, which is untrusted.
 
     Raises ValueError or TypeError unless each field is present, of its type and in range.
     """
@@ -1998,7 +1998,7 @@ def list_run(folder, warn=False):
     for weights in folder.glob("[0-9a-f]" * 40 + ".safetensors"):  # a SHA1
         try:
             checkpoints.append(read_checkpoint(weights.with_suffix(".metadata")))
-        except Exception as error:  # a stranger's file can raise any
+        except Exception as error:  # an untrusted file can raise any
             if warn:
                 line = f"Skipping {folder.name}, {weights.stem[:12]}: {one_line(error)}"
                 print(line, file=sys.stderr)
@@ -2480,7 +2480,7 @@ def kept_code(folder, sha1):
 def keep_code(run):
     """Copies the code that trains a run into its folder. Raises OSError."""
     folder = kept_code(run.folder, run.sessions[-1].code_sha1)
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):  # a stranger's
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):  # untrusted
         return
     for name, source in run.code.items():
         path = folder / name
@@ -3033,7 +3033,7 @@ def read_config(name):
 
 
 def read_yaml(path, loader="SafeLoader"):
-    """The content of a YAML file, which may be a stranger's; loader: a class of PyYAML.
+    """The content of an untrusted YAML file; loader: a class of PyYAML.
 
     Raises exceptions of several types.
     """
