@@ -538,7 +538,7 @@ def training_loss(model, hidden, targets, weight):
     """What training minimizes: the cross-entropy in nats, times `weight`, summed over positions.
 
     hidden: final hidden states [B, L, D]; targets: ids [B, L]. Another loss here does not
-    affect how models are evaluated: see token_metrics. With --teacher, distil.py replaces this.
+    affect how models are evaluated: see token_metrics. With --teacher, the loss is distil.py's.
     """
     logits = model.logits(hidden)  # [B, L, V]
     losses = nn.losses.cross_entropy(logits, targets)  # [B, L]
@@ -1588,7 +1588,6 @@ class Conversation:
 
 
 # ---- Prompts ------------------------------------------------------------------------------------
-
 def sample_from(flags):
     """Runs --inference or --prompt with a checkpoint's model.
 

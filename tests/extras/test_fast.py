@@ -51,11 +51,11 @@ def assert_near(found, expected, tolerance):
 
 @pytest.mark.parametrize("name", fast.STANDS_FOR)
 def test_it_stands_for_the_plain_function_as_it_is_now(name, plain):
-    sha1 = main.hash_of_code(main.definition(name, main.SOURCE))
+    digest = main.hash_of_code(main.definition(name, main.SOURCE))
     assert name not in main.EDITED_FUNCTIONS, (
         f"{name} in main.py has changed, so that main.py no longer uses the quick one: compare it "
         f"with {name} in fast.py, change that accordingly, and then enter "
-        f'"{name}": "{sha1}" in STANDS_FOR'
+        f'"{name}": "{digest}" in STANDS_FOR'
     )
     if isinstance(getattr(main, name), type):  # a class has no other version
         return
