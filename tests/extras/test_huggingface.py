@@ -403,7 +403,7 @@ def test_what_other_files_say_of_a_tokenizer(files, config, expected, tmp_path):
 
 TEMPLATE_FAULTS = [
     ({"type": "BPE", "dropout": 0.3}, [], "it is a BPE with a dropout"),
-    ({}, [10**9], "begins texts with no id"),
+    ({}, [10**9], "its bos has an id"),
     ({"vocab": {"b": 0, "<eos>": 1}, "merges": []}, [0], "gives no token to the letter a"),
 ]
 
