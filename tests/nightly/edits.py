@@ -219,7 +219,7 @@ CONDITIONS = [
          options=('"--learning_rate 1e30 --grad_clip 0" --pairs 3',)),
     Edit("--tune", r"each at its best learning_rate: \S+ before, \S+ after", [TWICE],
          options=("HEAD --pairs 3 --tune learning_rate=1e-3,2e-3,4e-3",)),
-    Edit("one step", rf"{EFFECT}(?!.*\bnan\b)", [MOMENTUM, TWICE], flags=f"{TEXTS} --num_iters 1"),
+    Edit("one step", rf"{EFFECT}(?!.*\bnan\b)", [OTHER_MOMENTUM, TWICE], flags=f"{TEXTS} --num_iters 1"),
     Edit("in the ledger", '(?=.*"date")(?=.*"commits")(?=.*"patch")(?=.*"tokens")(?=.*"versions")',
          [OTHER_MOMENTUM], options=("HEAD --pairs 3 --json",)),
     Edit("times under another environment", r"(?!.*No times)took [\d.]+ times as long",
